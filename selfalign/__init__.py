@@ -1,0 +1,3 @@
+"""selfalign: iterative self-rewarding alignment of language models."""
+
+__version__ = "0.1.0"

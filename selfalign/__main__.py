@@ -1,0 +1,129 @@
+"""The command line, and the only hydra.main: compose, convert, run.
+
+`selfalign --help` answers without importing torch; everything heavy is imported once a configuration is there.
+"""
+
+import logging
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+EXAMPLES = (
+    ("selfalign experiment=smoke", "the whole loop on a tiny random model, under a minute"),
+    ("selfalign experiment=demo", "SmolLM2-135M-Instruct → M1 → M2 → M3"),
+    ("selfalign experiment=demo loss=sr_ipo loss.lam=0.3 iterations=1", "another loss, one iteration"),
+    ("selfalign experiment=demo model=pretrained model.path=/models/mine", "your own model"),
+    ("selfalign -m experiment=demo loss.lam=0.1,0.3,0.5,1", "a sweep over λ; shared stages are made once"),
+)
+
+
+def main() -> None:
+    """Runs the command line; exit code 0, 1 for what the user can mend, 130 for Ctrl-C."""
+    if any(flag in sys.argv[1:] for flag in ("--help", "-h")):
+        print(help_text())
+        return
+    _set_environment()
+    full_error = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and the one line is ours to print.
+    try:
+        _run_hydra()
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command continues where it stopped", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if full_error:
+            raise
+        message = explain(error)
+        if message is None:
+            traceback.print_exc()
+            message = "this is a bug in selfalign; please report it with the traceback above"
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(1)
+
+
+def help_text() -> str:
+    """Usage, groups with their options, and examples."""
+    folder = conf_folder()
+    groups = [path for path in sorted(folder.iterdir()) if path.is_dir()]
+    width = max(len(path.name) for path in groups)
+    lines = ["selfalign: iterative self-rewarding alignment of language models", ""]
+    lines += ["usage: selfalign [-m] [group=option ...] [key=value ...]", "", "groups and their options:"]
+    lines += [f"  {p.name:<{width}}  {' '.join(sorted(o.stem for o in p.glob('*.yaml')))}" for p in groups]
+    lines += ["", "examples:"]
+    lines += [f"  {command}\n      {meaning}" for command, meaning in EXAMPLES]
+    lines += ["", "also: --cfg job shows the composed configuration, --info where it comes from,"]
+    lines += ["      --hydra-help Hydra's own flags. Full tracebacks: HYDRA_FULL_ERROR=1."]
+    lines += ['      Bash completion: eval "$(selfalign -sc install=bash)"']
+    return "\n".join(lines)
+
+
+def conf_folder() -> Path:
+    """`conf/` of the checkout, or the copy that travels in the wheel."""
+    package = Path(__file__).resolve().parent
+    checkout = package.parent / "conf"
+    return checkout if (checkout / "config.yaml").exists() else package / "conf"
+
+
+def explain(error: BaseException) -> str | None:
+    """One line for an error the user can mend, or None for a bug."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from selfalign.errors import SelfalignError
+
+    if isinstance(error, SelfalignError):
+        return str(error)
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        causes = [str(e) for e in (error, error.__cause__) if e is not None]
+        return " ".join(" ".join(causes).replace("\n", " ").split())
+    if isinstance(error, OSError) and error.errno is not None:
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror}; what was finished is kept, the same command continues from it"
+    return None
+
+
+def _set_environment() -> None:
+    """What has to be set before torch is imported, and how quiet libraries are."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def _run_hydra() -> None:
+    import hydra
+    from omegaconf import DictConfig
+
+    from selfalign.config import register
+
+    register()
+
+    @hydra.main(config_path=str(conf_folder()), config_name="config", version_base="1.3")
+    def job(config: DictConfig) -> None:
+        _run_job(config)
+
+    job()
+
+
+def _run_job(config: "DictConfig") -> None:
+    from omegaconf import OmegaConf
+
+    from selfalign.config import to_experiment
+    from selfalign.experiment import run_experiment
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    for noisy in ("httpx", "filelock", "transformers", "accelerate", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    experiment = to_experiment(config)
+    plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True, enum_to_str=True)
+    assert isinstance(plain, dict)
+    run_experiment(experiment, OmegaConf.to_yaml(config, resolve=True), {str(k): v for k, v in plain.items()})
+
+
+if __name__ == "__main__":
+    main()

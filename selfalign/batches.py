@@ -1,0 +1,304 @@
+"""Records to packed token batches: one row, no padding, a pair's prompt computed once and seen by both responses.
+
+A *group* is a prompt and its responses (one for SFT, two for a pair). Groups lie one behind the other in a single
+row; within a group the positions of every response continue from the end of the prompt, and a response attends to
+its prompt and itself only. Architectures whose attention cannot be told so are given padded rows instead.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from selfalign.errors import SelfalignError
+from selfalign.tokenization import encode_prompt, encode_response
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+    from selfalign.records import PreferencePair, Prompt
+    from selfalign.refinement import Refinement
+
+logger = logging.getLogger(__name__)
+
+PACKED_ATTENTION = "selfalign_packed"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """Token ids of a prompt and of what follows it; `id` is the record's.
+
+    The first `given[i]` tokens of response i are read but not scored: the rest of its own prompt, where several
+    prompts share only their beginning.
+    """
+
+    id: str
+    prompt: list[int]
+    responses: list[list[int]]
+    given: list[int]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + sum(map(len, self.responses))
+
+    def longest(self) -> int:
+        """The longest sequence the model sees: the prompt with its longest response."""
+        return len(self.prompt) + max(map(len, self.responses))
+
+
+@dataclass(kw_only=True, slots=True)
+class Batch:
+    """What the scoring model is fed, and whose tokens the answers are.
+
+    Attributes:
+        inputs: keyword arguments of the model, tensors of shape (rows, tokens), and for packed rows the layout.
+        predict_at: positions in the flattened inputs that predict a response token, shape (response tokens,).
+        targets: the tokens predicted there.
+        owner: which response each of them belongs to, counted over the batch's groups in order.
+        tokens: how many tokens each response has, float, shape (responses,).
+    """
+
+    inputs: dict[str, Any]
+    predict_at: Tensor
+    targets: Tensor
+    owner: Tensor
+    tokens: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on another device."""
+        move = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.inputs.items()}
+        return Batch(
+            inputs=move,
+            predict_at=self.predict_at.to(device),
+            targets=self.targets.to(device),
+            owner=self.owner.to(device),
+            tokens=self.tokens.to(device),
+        )
+
+    def sum_by_response(self, logps: Tensor) -> Tensor:
+        """Adds each response's token values up: (response tokens,) → (responses,)."""
+        return torch.zeros_like(self.tokens).index_add(0, self.owner, logps)
+
+
+Layout = list[tuple[int, list[int]]]
+"""Per group: the prompt's length and the lengths of its responses."""
+
+
+def encode_group(
+    tokenizer: "Tokenizer", record_id: str, prompt: "Prompt", responses: Sequence[tuple[str, bool]]
+) -> Group:
+    """Tokenises a prompt and its responses, each given as (text, finished)."""
+    ids = [encode_response(tokenizer, text, finished=finished) for text, finished in responses]
+    return Group(id=record_id, prompt=encode_prompt(tokenizer, prompt), responses=ids, given=[0] * len(ids))
+
+
+def share_prompt(record_id: str, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> Group:
+    """One group of several prompts, each with its response; what the prompts begin with in common is computed once."""
+    columns = zip(*prompts, strict=False)
+    shared = next((at for at, column in enumerate(columns) if len(set(column)) > 1), min(map(len, prompts)))
+    tails = [[*prompt[shared:], *response] for prompt, response in zip(prompts, responses, strict=True)]
+    given = [len(prompt) - shared for prompt in prompts]
+    return Group(id=record_id, prompt=prompts[0][:shared], responses=tails, given=given)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairExample:
+    """A preference pair as tokens: its responses behind x and, where the loss refines, behind p⊕x."""
+
+    plain: Group
+    augmented: Group | None = None
+
+    @property
+    def id(self) -> str:
+        """The pair's id."""
+        return self.plain.id
+
+    def __len__(self) -> int:
+        return len(self.plain) + (len(self.augmented) if self.augmented else 0)
+
+    def longest(self) -> int:
+        """The longest sequence of either pass."""
+        return max(self.plain.longest(), self.augmented.longest() if self.augmented else 0)
+
+
+def encode_pairs(
+    tokenizer: "Tokenizer", pairs: Sequence["PreferencePair"], refinement: "Refinement | None", limit: int
+) -> tuple[list[PairExample], int]:
+    """Tokenises pairs, chosen response first; returns those of at most `limit` tokens and how many are longer.
+
+    Raises:
+        SelfalignError: none fits.
+    """
+    examples: list[PairExample] = []
+    for pair in pairs:
+        responses = [(pair.chosen, pair.chosen_finished), (pair.rejected, pair.rejected_finished)]
+        plain = encode_group(tokenizer, pair.id, pair.prompt, responses)
+        prompt = refinement.augment(pair.prompt) if refinement else None
+        augmented = encode_group(tokenizer, pair.id, prompt, responses) if prompt is not None else None
+        examples.append(PairExample(plain=plain, augmented=augmented))
+    kept = [example for example in examples if example.longest() <= limit]
+    if not kept:
+        raise SelfalignError(f"none of {len(pairs)} pairs fits into train.align.max_length={limit} tokens")
+    return kept, len(examples) - len(kept)
+
+
+def drop_too_long(groups: list[Group], limit: int) -> tuple[list[Group], int]:
+    """The groups that fit into `limit` tokens, and how many do not."""
+    kept = [group for group in groups if group.longest() <= limit]
+    return kept, len(groups) - len(kept)
+
+
+def split_by_tokens(groups: Sequence[Group], budget: int) -> list[list[Group]]:
+    """Cuts groups, in their order, into runs of at most `budget` tokens (a longer group stands alone)."""
+    runs: list[list[Group]] = []
+    room = 0
+    for group in groups:
+        if not runs or len(group) > room:
+            runs.append([])
+            room = budget
+        runs[-1].append(group)
+        room -= len(group)
+    return runs
+
+
+def make_batch(model: "PreTrainedModel", groups: Sequence[Group]) -> Batch:
+    """The groups as the model wants them: packed after `enable_packing`, else padded."""
+    return pack(groups) if is_packing(model) else pad(groups)
+
+
+def pack(groups: Sequence[Group]) -> Batch:
+    """One row: prompt, responses, next prompt, …; positions restart with each group."""
+    ids: list[int] = []
+    positions: list[int] = []
+    predict_at: list[int] = []
+    targets: list[int] = []
+    counts: list[int] = []
+    for group in groups:
+        prompt_end = len(ids) + len(group.prompt) - 1
+        ids += group.prompt
+        positions += range(len(group.prompt))
+        for response, given in zip(group.responses, group.given, strict=True):
+            predict_at += [prompt_end, *range(len(ids), len(ids) + len(response) - 1)][given:]
+            positions += range(len(group.prompt), len(group.prompt) + len(response))
+            ids += response
+            targets += response[given:]
+            counts.append(len(response) - given)
+    layout = [(len(group.prompt), [len(response) for response in group.responses]) for group in groups]
+    inputs = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions]), "layout": layout}
+    return _batch(inputs, predict_at, targets, counts)
+
+
+def pad(groups: Sequence[Group]) -> Batch:
+    """A row for each response with its own copy of the prompt, padded on the right."""
+    rows = [[*group.prompt, *response] for group in groups for response in group.responses]
+    prompts = [len(group.prompt) + given for group in groups for given in group.given]
+    width = max(map(len, rows))
+    inputs = {
+        "input_ids": torch.tensor([row + [0] * (width - len(row)) for row in rows]),
+        "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
+    }
+    predict_at = [
+        index * width + at
+        for index, (row, prompt) in enumerate(zip(rows, prompts, strict=True))
+        for at in range(prompt - 1, len(row) - 1)
+    ]
+    targets = [token for row, prompt in zip(rows, prompts, strict=True) for token in row[prompt:]]
+    return _batch(inputs, predict_at, targets, [len(row) - n for row, n in zip(rows, prompts, strict=True)])
+
+
+def _batch(inputs: dict[str, Any], predict_at: list[int], targets: list[int], counts: list[int]) -> Batch:
+    tokens = torch.tensor(counts)
+    return Batch(
+        inputs=inputs,
+        predict_at=torch.tensor(predict_at),
+        targets=torch.tensor(targets),
+        owner=torch.repeat_interleave(torch.arange(len(counts)), tokens),
+        tokens=tokens.float(),
+    )
+
+
+def enable_packing(model: "PreTrainedModel") -> bool:
+    """Switches the model to packed attention; False, with one log line, where its architecture has none to switch."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    if not getattr(model, "_supports_attention_backend", False):
+        logger.info("%s cannot be packed; batches are padded instead", type(model).__name__)
+        return False
+    AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+    AttentionMaskInterface.register(PACKED_ATTENTION, lambda *args, **kwargs: None)
+    model.set_attn_implementation(PACKED_ATTENTION)
+    return True
+
+
+def is_packing(model: "PreTrainedModel") -> bool:
+    """Whether the model takes packed rows."""
+    return model.config._attn_implementation == PACKED_ATTENTION
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    layout: Layout,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **unsupported: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one packed row, group by group.
+
+    Args:
+        module: the attention layer.
+        query: (1, heads, tokens, head size); `key` and `value` may have fewer heads.
+        key: as query.
+        value: as query.
+        attention_mask: none; the layout says who sees whom.
+        layout: the groups' lengths.
+        scaling: factor on the scores; the head size's inverse root if None.
+        dropout: share of attention weights dropped while training.
+        sliding_window: how far back a token sees, in positions.
+        unsupported: other arguments of the model's attention; refused where they would change the result.
+
+    Returns:
+        (1, tokens, heads, head size), and no weights.
+
+    Raises:
+        SelfalignError: the architecture caps its attention scores or adds sinks, which is not supported here.
+    """
+    for name in ("softcap", "s_aux", "position_bias"):
+        if unsupported.get(name) is not None:
+            raise SelfalignError(f"{type(module).__name__} uses {name!r} in its attention, which packing lacks")
+    outputs = []
+    start = 0
+    for prompt, responses in layout:
+        tokens = slice(start, start + prompt + sum(responses))
+        start = tokens.stop
+        outputs.append(
+            scaled_dot_product_attention(
+                query[:, :, tokens],
+                key[:, :, tokens],
+                value[:, :, tokens],
+                attn_mask=_visible(prompt, tuple(responses), sliding_window, query.device),
+                dropout_p=dropout if module.training else 0.0,
+                scale=scaling,
+                enable_gqa=key.shape[1] != query.shape[1],
+            )
+        )
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _visible(prompt: int, responses: tuple[int, ...], window: int | None, device: torch.device) -> Tensor:
+    """(tokens, tokens) of one group: true where the row's token may look at the column's."""
+    segment = torch.tensor([0] * prompt + [i for i, n in enumerate(responses, 1) for _ in range(n)], device=device)
+    position = torch.tensor([*range(prompt), *(prompt + i for n in responses for i in range(n))], device=device)
+    same = (segment[None, :] == segment[:, None]) | (segment[None, :] == 0)
+    distance = position[:, None] - position[None, :]
+    seen = same & (distance >= 0)
+    return seen & (distance < window) if window else seen

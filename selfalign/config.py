@@ -1,0 +1,107 @@
+"""ExperimentConfig, the tree of all knobs; the dataclasses behind it are the components themselves.
+
+Hydra composes `conf/` against them, `OmegaConf.to_object` turns the result into plain, live objects, and from
+there on nothing knows of Hydra.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from selfalign.errors import SelfalignError
+from selfalign.generation import Transformers
+from selfalign.losses import DPO, IPO, Positives, SrDPO, SrIPO
+from selfalign.models import ModelConfig
+from selfalign.pipeline import Pairs, SelfRewarding
+from selfalign.run import check_name
+from selfalign.stages.evaluate import EvaluateConfig
+from selfalign.stages.judge import ExpectedScore, SampledScore
+from selfalign.stages.pair import BestWorst, PositivesOnly
+from selfalign.tracking import NoTracking, Wandb
+from selfalign.training import TrainConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class ExperimentConfig:
+    """All knobs of an experiment.
+
+    Attributes:
+        name: of the run; its folder is `<output_dir>/<name>-<digest of the settings>`.
+        seed: everything random derives from it.
+        iterations: how often the policy is aligned; M_{iterations+1} is the last model.
+        output_dir: where runs and the store of their artefacts lie.
+        fresh: makes everything anew instead of continuing what is there.
+        model: M0.
+        data: where demonstrations and preference pairs come from.
+        generate: the backend that writes.
+        judge: how responses are scored.
+        pair: which responses become training data.
+        loss: what alignment minimises.
+        train: how weights are moved.
+        evaluate: how models are measured.
+        track: where metrics go besides the run folder.
+    """
+
+    name: str = "selfalign"
+    seed: int = 0
+    iterations: int = 2
+    output_dir: str = field(default="outputs", metadata={"keyed": False})
+    fresh: bool = field(default=False, metadata={"keyed": False})
+    model: ModelConfig = MISSING
+    data: Any = MISSING
+    generate: Any = MISSING
+    judge: Any = MISSING
+    pair: Any = MISSING
+    loss: Any = MISSING
+    train: TrainConfig = MISSING
+    evaluate: EvaluateConfig = MISSING
+    track: Any = field(default=MISSING, metadata={"keyed": False})
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+        if self.iterations < 1:
+            raise SelfalignError(f"iterations must be 1 or more, got {self.iterations}")
+        if isinstance(self.data, Pairs) and self.iterations != 1:
+            raise SelfalignError(
+                f"iterations={self.iterations}, but data=pairs gives one set of pairs: set iterations=1"
+            )
+        if isinstance(self.data, SelfRewarding) and isinstance(self.loss, Positives) != isinstance(
+            self.pair, PositivesOnly
+        ):
+            raise SelfalignError("loss=positives and pair=positives go together: one of them alone has no meaning")
+
+
+COMPONENTS: dict[str, dict[str, type]] = {
+    "model": {"model": ModelConfig},
+    "data": {"self_rewarding": SelfRewarding, "pairs": Pairs},
+    "generate": {"transformers": Transformers},
+    "judge": {"sampled_score": SampledScore, "expected_score": ExpectedScore},
+    "pair": {"best_worst": BestWorst, "positives": PositivesOnly},
+    "loss": {"dpo": DPO, "ipo": IPO, "sr_dpo": SrDPO, "sr_ipo": SrIPO, "positives": Positives},
+    "train": {"train": TrainConfig},
+    "evaluate": {"evaluate": EvaluateConfig},
+    "track": {"wandb": Wandb, "none": NoTracking},
+}
+"""Group → name → component; `conf/<group>/*.yaml` refer to them as /schema/<group>/<name>."""
+
+
+def register() -> None:
+    """Makes the components known to Hydra, so that it checks every key and type."""
+    store = ConfigStore.instance()
+    store.store(name="experiment_schema", node=ExperimentConfig)
+    for group, components in COMPONENTS.items():
+        for name, component in components.items():
+            store.store(group=f"schema/{group}", name=name, node=component)
+
+
+def to_experiment(config: DictConfig) -> ExperimentConfig:
+    """The composed configuration as live objects.
+
+    Raises:
+        SelfalignError: a value is out of range.
+    """
+    experiment = OmegaConf.to_object(config)
+    assert isinstance(experiment, ExperimentConfig)
+    return experiment

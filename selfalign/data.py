@@ -1,0 +1,257 @@
+"""Reading what the user gives: demonstrations, ranked answers, instructions, preference pairs.
+
+A source is "shipped:NAME" (the seed data in this package), a file (.jsonl, .json, .parquet), or a hub id
+"owner/name" with an optional ":split" behind it. Every row is checked; a message names the file and the line.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from selfalign.errors import SelfalignError
+from selfalign.files import digest_file, digest_json, digest_text
+from selfalign.records import (
+    Demonstration,
+    Instruction,
+    Message,
+    PreferencePair,
+    Prompt,
+    RankedAnswers,
+    read_typed_lines,
+)
+
+T = TypeVar("T")
+SHIPPED = Path(__file__).parent / "seeds"
+
+
+@dataclass(kw_only=True, slots=True)
+class DemonstrationRow:
+    """A line of instruction data: the task and a good answer."""
+
+    instruction: str
+    response: str
+    id: str = ""
+
+
+@dataclass(kw_only=True, slots=True)
+class InstructionRow:
+    """A line of evaluation data: the task alone."""
+
+    instruction: str
+    id: str = ""
+    category: str = ""
+
+
+@dataclass(kw_only=True, slots=True)
+class AnswerRow:
+    """One of several answers to a question; rank 1 is best. `score` and `justification` are a human judge's."""
+
+    text: str
+    rank: int
+    score: int | None = None
+    justification: str = ""
+
+
+@dataclass(kw_only=True, slots=True)
+class RankedRow:
+    """A line of ranked data: a question and its answers, in any order."""
+
+    instruction: str
+    responses: list[AnswerRow]
+    id: str = ""
+
+
+@dataclass(kw_only=True, slots=True)
+class PairRow:
+    """A line of preference data in TRL's formats.
+
+    Standard: three texts, taken as they stand. Conversational: `prompt` is a list of messages and the responses
+    are lists with one assistant message, or there is no `prompt` and both are whole conversations that begin alike.
+    """
+
+    chosen: str | list[Message]
+    rejected: str | list[Message]
+    prompt: str | list[Message] | None = None
+    id: str = ""
+
+
+def read_demonstrations(source: str) -> list[Demonstration]:
+    """Instructions with good answers, as one-turn prompts."""
+    rows = _read(source, DemonstrationRow)
+    ids = _ids(source, [(where, row.id, row) for where, row in rows])
+    return [
+        Demonstration(id=i, prompt=as_prompt(row.instruction), response=_filled(row.response, where), source="ift")
+        for i, (where, row) in zip(ids, rows, strict=True)
+    ]
+
+
+def read_instructions(source: str, kind: str) -> list[Instruction]:
+    """Instructions without answers."""
+    rows = _read(source, InstructionRow)
+    ids = _ids(source, [(where, row.id, row) for where, row in rows])
+    return [
+        Instruction(id=i, text=_filled(row.instruction, where), source=kind, category=row.category)
+        for i, (where, row) in zip(ids, rows, strict=True)
+    ]
+
+
+def read_ranked(source: str) -> list[RankedAnswers]:
+    """Questions with answers in a human's order.
+
+    Raises:
+        SelfalignError: a question has fewer than two answers, or two of the same rank.
+    """
+    rows = _read(source, RankedRow)
+    ids = _ids(source, [(where, row.id, row) for where, row in rows])
+    for where, row in rows:
+        ranks = [answer.rank for answer in row.responses]
+        if len(ranks) < 2 or len(set(ranks)) < len(ranks):
+            raise SelfalignError(f"{where}: expected two or more responses of different rank, got ranks {ranks}")
+    return [
+        RankedAnswers(
+            id=i,
+            instruction=_filled(row.instruction, where),
+            texts=[answer.text for answer in row.responses],
+            ranks=[answer.rank for answer in row.responses],
+            scores=[answer.score for answer in row.responses if answer.score is not None],
+            justifications=[answer.justification for answer in row.responses],
+        )
+        for i, (where, row) in zip(ids, rows, strict=True)
+    ]
+
+
+def read_pairs(source: str) -> tuple[list[PreferencePair], Counter[str]]:
+    """Preference pairs, and how many rows were dropped, by reason.
+
+    Raises:
+        SelfalignError: a row is in none of the known formats.
+    """
+    rows = _read(source, PairRow)
+    ids = _ids(source, [(where, row.id, row) for where, row in rows])
+    pairs: list[PreferencePair] = []
+    drops: Counter[str] = Counter()
+    for record_id, (where, row) in zip(ids, rows, strict=True):
+        prompt, chosen, rejected = _split_pair(row, where)
+        if chosen == rejected:
+            drops["identical"] += 1
+        elif not chosen.strip() or not rejected.strip():
+            drops["empty_response"] += 1
+        else:
+            pairs.append(PreferencePair(id=record_id, prompt=prompt, chosen=chosen, rejected=rejected))
+    return pairs, drops
+
+
+def as_prompt(instruction: str) -> list[Message]:
+    """An instruction as a conversation of one user turn."""
+    return [{"role": "user", "content": instruction}]
+
+
+def identify_data(source: str) -> str:
+    """What a data source is keyed by: the digest of its file, or the name of a hub data set."""
+    path = _as_file(source)
+    if path is None:
+        return source
+    if not path.is_file():
+        raise SelfalignError(f"{path}: no such file")
+    return digest_file(path)
+
+
+def _split_pair(row: PairRow, where: str) -> tuple[Prompt, str, str]:
+    prompt, chosen, rejected = row.prompt, row.chosen, row.rejected
+    if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
+        return prompt, chosen, rejected
+    if isinstance(chosen, list) and isinstance(rejected, list) and not isinstance(prompt, str):
+        if prompt is None:
+            same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), 0)
+            prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
+        turns = [*chosen, *rejected]
+        if prompt and len(chosen) == len(rejected) == 1 and all(_is_answer(turn) for turn in turns):
+            _check_messages(prompt, where)
+            return prompt, chosen[0]["content"], rejected[0]["content"]
+    raise SelfalignError(
+        f"{where}: expected prompt, chosen and rejected as three texts, or as lists of messages in which chosen "
+        "and rejected are one assistant message each behind the common prompt"
+    )
+
+
+def _is_answer(turn: Message) -> bool:
+    return turn.get("role") == "assistant" and isinstance(turn.get("content"), str)
+
+
+def _check_messages(messages: list[Message], where: str) -> None:
+    wrong = [m for m in messages if not isinstance(m.get("content"), str) or not isinstance(m.get("role"), str)]
+    if wrong or not any(message["role"] == "user" for message in messages):
+        raise SelfalignError(f"{where}: a prompt is a list of messages with role and content, one of them the user's")
+
+
+def _filled(text: str, where: str) -> str:
+    if not text.strip():
+        raise SelfalignError(f"{where}: expected a text, got an empty one")
+    return text
+
+
+def _as_file(source: str) -> Path | None:
+    """The file a source names, or None for a hub id."""
+    if source.startswith("shipped:"):
+        return SHIPPED / f"{source.removeprefix('shipped:')}.jsonl"
+    if Path(source).suffix in (".jsonl", ".json", ".parquet") or Path(source).exists():
+        return Path(source).expanduser()
+    if source.count("/") == 1 and not source.startswith(("/", ".", "~")):
+        return None
+    raise SelfalignError(f"{source!r} is no data: give shipped:NAME, a .jsonl or .parquet file, or a hub id owner/name")
+
+
+def _read(source: str, kind: type[T]) -> list[tuple[str, T]]:
+    """Rows with where they stand, for messages."""
+    path = _as_file(source)
+    if path is not None and path.suffix != ".parquet":
+        return [(f"{path}:{number}", row) for number, row in read_typed_lines(path, kind)]
+    rows: list[tuple[str, T]] = []
+    for index, row in enumerate(_load_dataset(source, path)):
+        where = f"{source} row {index}"
+        try:
+            rows.append((where, msgspec.convert({k: v for k, v in row.items() if v is not None}, kind)))
+        except msgspec.ValidationError as error:
+            raise SelfalignError(f"{where}: {error}") from error
+    if not rows:
+        raise SelfalignError(f"{source}: no rows")
+    return rows
+
+
+def _load_dataset(source: str, path: Path | None) -> Iterator[dict[str, Any]]:
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    try:
+        if path is not None:
+            if not path.is_file():
+                raise SelfalignError(f"{path}: no such file")
+            return iter(datasets.Dataset.from_parquet(str(path)))  # pyright: ignore[reportReturnType, reportArgumentType]
+        name, _, split = source.partition(":")
+        return iter(datasets.load_dataset(name, split=split or "train"))  # pyright: ignore[reportReturnType, reportArgumentType]
+    except (OSError, ValueError, DatasetsError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SelfalignError(
+            f"{source}: cannot be read as a data set ({reason}); check the name, file and network"
+        ) from error
+
+
+def _ids(source: str, rows: list[tuple[str, str, Any]]) -> list[str]:
+    """Every row's id: its own, or the digest of what it says.
+
+    Raises:
+        SelfalignError: two rows have the same.
+    """
+    seen: dict[str, str] = {}
+    for where, own, row in rows:
+        record_id = own or digest_text(digest_json(msgspec.to_builtins(row)))[:16]
+        if record_id in seen:
+            raise SelfalignError(
+                f"{where}: the same id or content as {seen[record_id]} ({record_id!r}); ids are unique"
+            )
+        seen[record_id] = where
+    return list(seen)

@@ -1,0 +1,8 @@
+"""The one exception a user is meant to read."""
+
+
+class SelfalignError(Exception):
+    """Something the user can mend: the message says what was expected, what came, where, and what to do.
+
+    The command line prints it as one line and exits with 1; it is never a bug of selfalign's own.
+    """

@@ -1,0 +1,75 @@
+"""One experiment from configuration to report: the run folder around the pipeline."""
+
+import logging
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from selfalign.files import write_json
+from selfalign.pipeline import run_pipeline
+from selfalign.plan import plan
+from selfalign.report import log_samples, write_report
+from selfalign.run import Look, NotMadeYet, Run, open_folder, run_folder, write_provenance
+from selfalign.store import Store, locked
+from selfalign.summary import closing_text, plan_text, summarise
+
+if TYPE_CHECKING:
+    from selfalign.config import ExperimentConfig
+
+
+def run_experiment(config: "ExperimentConfig", config_yaml: str, plain: dict[str, Any]) -> Path:
+    """Runs or continues an experiment and returns its folder.
+
+    Args:
+        config: the experiment.
+        config_yaml: the resolved configuration as text, kept in the run folder.
+        plain: the same as plain dictionaries, for the tracker.
+    """
+    output = Path(config.output_dir).absolute()
+    store = Store(output / "store")
+    folder, attempt = run_folder(output, config.name, config, fresh=config.fresh)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / ".lock", f"this configuration is already running in {folder}"):
+        open_folder(folder, config_yaml)
+        print(plan_text(plan(config), look_ahead(config, store, attempt)), flush=True)
+        with log_file(folder / "run.log"), config.track.open(folder, plain) as tracker:
+            run = Run(folder, store, tracker, attempt)
+            try:
+                run_pipeline(config, run)
+            finally:
+                write_provenance(run, config.seed)
+            summary = {"name": config.name, "seed": config.seed, "config": plain, **summarise(run.artefacts)}
+            write_json(folder / "summary.json", summary)
+            tracker.summarise({k: v for k, v in summary["models"][-1].items() if not isinstance(v, str)})
+            log_samples(run)
+            write_report(folder)
+            print(closing_text(summary, run), flush=True)
+    return folder
+
+
+def look_ahead(config: "ExperimentConfig", store: Store, attempt: int) -> Look:
+    """What is there already, up to the first stage that has to be made."""
+    look = Look(store, attempt)
+    with suppress(NotMadeYet):
+        run_pipeline(config, look)
+    return look
+
+
+class log_file:
+    """Messages also go to a file of the run folder, tracebacks of a failing run included."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        self.handler = logging.FileHandler(self.path, encoding="utf-8")
+        self.handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logging.getLogger().addHandler(self.handler)
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None:
+            self.handler.handle(
+                logging.LogRecord("selfalign", logging.ERROR, "", 0, "stopped", None, (kind, error, trace))
+            )
+        logging.getLogger().removeHandler(self.handler)
+        self.handler.close()

@@ -1,0 +1,88 @@
+"""Files: whole or not at all, and digests of what is in them."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from selfalign.errors import SelfalignError
+
+
+def write_atomically(path: Path, chunks: Iterable[bytes]) -> None:
+    """Writes a file beside its name and renames it there, so that no reader ever sees half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.writelines(chunks)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON that a person can read and `diff` can compare."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomically(path, [text.encode()])
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file of ours."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_text(path: Path) -> str:
+    """Reads a text file the user named.
+
+    Raises:
+        SelfalignError: the file is missing or not UTF-8.
+    """
+    return "".join(line for _, line in read_lines(path, skip_blank=False))
+
+
+def read_lines(path: Path, *, skip_blank: bool = True) -> Iterator[tuple[int, str]]:
+    """Yields (number from 1, line) of a UTF-8 text file.
+
+    Raises:
+        SelfalignError: the file is missing or not UTF-8 (the line is named).
+    """
+    if not path.is_file():
+        raise SelfalignError(f"{path}: no such file")
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise SelfalignError(f"{path}:{number}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+            if text.strip() or not skip_blank:
+                yield number, text
+
+
+def digest_text(text: str) -> str:
+    """SHA-256 of a text, in hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest_json(value: Any) -> str:
+    """SHA-256 of a JSON value, the same for equal values whatever the order of their keys."""
+    return digest_text(json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False))
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_folder(folder: Path, without: tuple[str, ...] = ()) -> dict[str, str]:
+    """{path below the folder: SHA-256} of its files in the order of their names; `without` names top entries."""
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return {name.as_posix(): digest_file(folder / name) for name in files if name.parts[0] not in without}
+
+
+def derive_seed(*parts: object) -> int:
+    """A seed for one purpose: 63 bits of the digest of its parts, so no two purposes share random numbers."""
+    return int(digest_json([str(part) for part in parts])[:16], 16) >> 1

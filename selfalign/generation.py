@@ -1,0 +1,227 @@
+"""Writing text with a policy: the Generator protocol and the transformers backend.
+
+Batches are planned from the records alone, and each sequence draws from its own random stream, so the same records
+give the same texts however often a run is interrupted.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from selfalign.errors import SelfalignError
+from selfalign.models import DTYPES, Policy, PolicyFiles, fastest_dtype
+from selfalign.records import FinishReason
+from selfalign.tokenization import decode_response, stop_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+NUCLEUS_CANDIDATES = 256
+"""Top-p first looks at this many tokens; the whole vocabulary is sorted only where they do not suffice."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Sampling:
+    """How tokens are drawn.
+
+    Attributes:
+        temperature: 0 takes the most likely token.
+        top_p: only the smallest set of tokens with at least this probability is drawn from (Holtzman et al. 2019).
+        max_new_tokens: a response is cut there.
+    """
+
+    temperature: float = 0.7
+    top_p: float = 0.9
+    max_new_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise SelfalignError(f"sampling.temperature must be 0 or more, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise SelfalignError(f"sampling.top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.max_new_tokens < 1:
+            raise SelfalignError(f"sampling.max_new_tokens must be 1 or more, got {self.max_new_tokens}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """A prompt and one seed for each completion that is wanted of it."""
+
+    prompt: list[int]
+    seeds: list[int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """What was written: text without control tokens, and why it ended."""
+
+    text: str
+    finish_reason: FinishReason
+    tokens: int
+
+
+class Generator(Protocol):
+    """A loaded policy that writes and scores."""
+
+    @property
+    def tokenizer(self) -> "Tokenizer": ...
+
+    @property
+    def digest(self) -> str: ...
+
+    @property
+    def context(self) -> int: ...
+
+    def plan(self, lengths: Sequence[int], samples: int, max_new_tokens: int) -> list[list[int]]: ...
+
+    def write(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]: ...
+
+
+@dataclass(kw_only=True, slots=True)
+class Transformers:
+    """Generation in this process with transformers.
+
+    Attributes:
+        batch_tokens: the most tokens, prompts and responses together, that one batch holds in its cache.
+        dtype: of the weights while generating: "float32", "bfloat16", or "auto" for the faster one here.
+    """
+
+    batch_tokens: int = 16384
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.batch_tokens < 1:
+            raise SelfalignError(f"generate.batch_tokens must be 1 or more, got {self.batch_tokens}")
+        if self.dtype == "auto":
+            self.dtype = fastest_dtype()
+        if self.dtype not in DTYPES:
+            raise SelfalignError(f"generate.dtype must be auto or one of {', '.join(DTYPES)}; got {self.dtype!r}")
+
+    def load(self, policy: PolicyFiles) -> "TransformersGenerator":
+        """Loads a policy for writing."""
+        return TransformersGenerator(policy.load(self.dtype), self.batch_tokens)
+
+
+@dataclass(slots=True)
+class TransformersGenerator:
+    """A policy writing through transformers' models and caches."""
+
+    policy: Policy
+    batch_tokens: int
+    stops: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.stops = torch.tensor(stop_ids(self.policy.tokenizer), device=self.policy.model.device)
+
+    @property
+    def tokenizer(self) -> "Tokenizer":
+        """The policy's tokenizer."""
+        return self.policy.tokenizer
+
+    @property
+    def digest(self) -> str:
+        """The identity of the policy that writes."""
+        return self.policy.digest
+
+    @property
+    def context(self) -> int:
+        """The longest sequence the policy takes, in tokens."""
+        return self.policy.context
+
+    def plan(self, lengths: Sequence[int], samples: int, max_new_tokens: int) -> list[list[int]]:
+        """Puts prompts of like length together, within `batch_tokens`: indices, batch by batch."""
+        batches: list[list[int]] = []
+        for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+            width = lengths[batches[-1][0]] if batches else 0
+            cached = (len(batches[-1]) + 1) * samples * (width + max_new_tokens) if batches else 0
+            if not batches or cached > self.batch_tokens:
+                batches.append([])
+            batches[-1].append(index)
+        return batches
+
+    @torch.inference_mode()
+    def write(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+        """Writes every request's completions in one batch; each prompt is computed once.
+
+        A completion depends on its request's seed and, through rounding alone, on the batch it stands in.
+        """
+        owners = [index for index, request in enumerate(requests) for _ in request.seeds]
+        seeds = [seed for request in requests for seed in request.seeds]
+        written = self._decode([request.prompt for request in requests], owners, seeds, sampling)
+        completions: list[list[Completion]] = [[] for _ in requests]
+        stops = set(self.stops.tolist())
+        for owner, ids in zip(owners, written, strict=True):
+            ended = bool(ids) and ids[-1] in stops
+            reason = FinishReason.EOS if ended else FinishReason.LENGTH
+            text = decode_response(self.tokenizer, ids)
+            completions[owner].append(Completion(text=text, finish_reason=reason, tokens=len(ids)))
+        return completions
+
+    def _decode(
+        self, prompts: list[list[int]], owners: list[int], seeds: list[int], sampling: Sampling
+    ) -> list[list[int]]:
+        """The generated ids of each sequence, its stop token included."""
+        from transformers import DynamicCache
+
+        model, device = self.policy.model, self.policy.model.device
+        width = max(map(len, prompts))
+        pad = cast(int, self.tokenizer.pad_token_id)
+        ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        cache = DynamicCache(config=model.config)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        arguments = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, **arguments).logits[:, -1]
+
+        rows = torch.tensor(owners, device=device)
+        cache.batch_select_indices(rows)
+        mask, logits, position = mask[rows], logits[rows], positions[rows, -1]
+        uniforms = draw_uniforms(seeds, sampling).to(device)
+        written = torch.full((len(seeds), sampling.max_new_tokens), pad, device=device)
+        lengths = torch.full((len(seeds),), sampling.max_new_tokens, device=device)
+        active = torch.arange(len(seeds), device=device)
+        for step in range(sampling.max_new_tokens):
+            tokens = draw_tokens(logits, uniforms[active, step], sampling)
+            written[active, step] = tokens
+            ended = torch.isin(tokens, self.stops)
+            lengths[active[ended]] = step + 1
+            if step + 1 == sampling.max_new_tokens or bool(ended.all()):
+                break
+            if bool(ended.any()):
+                stay = (~ended).nonzero().squeeze(1)
+                cache.batch_select_indices(stay)
+                active, tokens, mask, position = active[stay], tokens[stay], mask[stay], position[stay]
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            position = position + 1
+            step_ids, step_positions = tokens[:, None], position[:, None]
+            logits = model(input_ids=step_ids, attention_mask=mask, position_ids=step_positions, **arguments).logits[
+                :, -1
+            ]
+        return [row[:length] for row, length in zip(written.tolist(), lengths.tolist(), strict=True)]
+
+
+def draw_uniforms(seeds: Sequence[int], sampling: Sampling) -> Tensor:
+    """The random numbers of each sequence, a step each: (sequences, max_new_tokens), from its seed alone."""
+    streams = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.stack([torch.rand(sampling.max_new_tokens, generator=stream) for stream in streams])
+
+
+def draw_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
+    """One token a row: (rows, vocabulary) and (rows,) → (rows,), by inverse CDF within the nucleus."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / sampling.temperature
+    total = logits.logsumexp(-1, keepdim=True)
+    values, tokens = logits.topk(min(NUCLEUS_CANDIDATES, logits.shape[-1]))
+    cumulative = (values - total).exp().cumsum(-1)
+    if bool((cumulative[:, -1] < sampling.top_p).any()):
+        values, tokens = logits.sort(descending=True)
+        cumulative = (values - total).exp().cumsum(-1)
+    # The nucleus ends with the first token that brings the sum to top_p.
+    ends = (cumulative < sampling.top_p).sum(-1, keepdim=True).clamp(max=cumulative.shape[-1] - 1)
+    mass = cumulative.gather(1, ends)
+    picks = torch.searchsorted(cumulative, uniforms[:, None] * mass).minimum(ends)
+    return tokens.gather(1, picks).squeeze(1)

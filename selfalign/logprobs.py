@@ -1,0 +1,130 @@
+"""Response log-probabilities without full logits.
+
+The vocabulary projection is done at response positions only, and in tiles: log p(y_t) is the selected logit minus
+the logsumexp of its row, so no tensor of all tokens × vocabulary is ever held, forward or backward.
+"""
+
+from types import MethodType
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from selfalign.errors import SelfalignError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TILE_ELEMENTS = 1 << 24
+"""Logits held at a time: 64 MiB in float32."""
+
+
+class SelectedLogProbability(torch.autograd.Function):
+    """log softmax(hidden @ weightᵀ)[target], row by row in tiles, with its own backward.
+
+    The tiles of logits are made again in the backward instead of being kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, softcap: float) -> Tensor:
+        logps = hidden.new_empty(len(hidden), dtype=torch.float32)
+        embedding = weight.to(hidden.dtype)
+        for rows in _tiles(len(hidden), len(weight)):
+            logits = _logits(hidden[rows], embedding, scale, softcap)
+            selected = logits.gather(1, targets[rows, None]).squeeze(1)
+            logps[rows] = selected - logits.logsumexp(1)
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.scale, ctx.softcap = scale, softcap
+        return logps
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets = ctx.saved_tensors
+        (gradient,) = gradients
+        embedding = weight.to(hidden.dtype)
+        hidden_gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for rows in _tiles(len(hidden), len(weight)):
+            logits = _logits(hidden[rows], embedding, ctx.scale, ctx.softcap)
+            # d log p(target) / d logits = onehot(target) - softmax(logits)
+            slope = logits.softmax(1).neg_()
+            slope.scatter_add_(1, targets[rows, None], torch.ones_like(slope[:, :1]))
+            slope *= gradient[rows, None]
+            if ctx.softcap:
+                slope *= 1 - (logits / ctx.softcap).square()
+            slope = (slope * ctx.scale).to(hidden.dtype)
+            if hidden_gradient is not None:
+                hidden_gradient[rows] = slope @ embedding
+            if weight_gradient is not None:
+                weight_gradient += slope.T @ hidden[rows]
+        weight_gradient = None if weight_gradient is None else weight_gradient.to(weight.dtype)
+        return hidden_gradient, weight_gradient, None, None, None
+
+
+def selected_logps(
+    hidden: Float[Tensor, "tokens hidden"],
+    weight: Float[Tensor, "vocabulary hidden"],
+    targets: Int[Tensor, "tokens"],
+    *,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+) -> Float[Tensor, "tokens"]:
+    """log p(target) in nats, float32, for each hidden state.
+
+    Args:
+        hidden: the decoder's last hidden states at the positions that predict a response token.
+        weight: the output embedding; tied or not, its gradient is right.
+        targets: the tokens predicted there.
+        scale: the factor some architectures put on their logits.
+        softcap: logits are squashed to softcap·tanh(logits/softcap); 0 leaves them.
+    """
+    result = SelectedLogProbability.apply(hidden, weight, targets, scale, softcap)
+    assert isinstance(result, Tensor)
+    return result
+
+
+def score_responses_only(model: "PreTrainedModel") -> None:
+    """Makes the model's forward return log-probabilities of given tokens instead of logits.
+
+    Afterwards `model(input_ids=…, position_ids=…, predict_at=…, targets=…)` gives log p(targets), shape
+    (targets,), where `predict_at` are positions in the flattened batch. Called through the model's own forward,
+    this holds under DDP, FSDP and peft. It is for models that only ever train or score; load another to generate.
+
+    Raises:
+        SelfalignError: the output embedding is not a plain linear layer (an adapter sits on it, or it has a bias).
+    """
+    inner = model.get_base_model() if hasattr(model, "peft_config") else model  # pyright: ignore[reportCallIssue]
+    head = inner.get_output_embeddings()
+    if type(head) is not nn.Linear or head.bias is not None:
+        raise SelfalignError(
+            f"{type(inner).__name__}: its output layer is a {type(head).__name__}, not a plain linear one; "
+            "leave lm_head out of model.lora.targets, or choose a model without a bias there"
+        )
+    inner.forward = MethodType(_score, inner)
+
+
+def _score(self: "PreTrainedModel", predict_at: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
+    hidden = self.get_decoder()(use_cache=False, **inputs).last_hidden_state
+    hidden = hidden.flatten(0, 1)[predict_at]
+    weight = cast(nn.Linear, self.get_output_embeddings()).weight
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    scale, softcap = logit_shape(self.config)
+    return selected_logps(hidden, weight, targets, scale=scale, softcap=softcap)
+
+
+def logit_shape(config: Any) -> tuple[float, float]:
+    """(scale, softcap) of an architecture's logits: Cohere multiplies, Granite divides, Gemma 2 caps."""
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    return scale, float(getattr(config, "final_logit_softcapping", None) or 0.0)
+
+
+def _logits(hidden: Tensor, embedding: Tensor, scale: float, softcap: float) -> Tensor:
+    logits = (hidden @ embedding.T).float() * scale
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+def _tiles(rows: int, vocabulary: int) -> list[slice]:
+    height = max(1, TILE_ELEMENTS // vocabulary)
+    return [slice(start, start + height) for start in range(0, rows, height)]

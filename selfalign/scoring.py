@@ -1,0 +1,66 @@
+"""Reading instead of writing: how likely a policy finds given responses, or given next tokens.
+
+Prompts are shared and packed (`selfalign.batches`), so a prompt is computed once for all that follows it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from selfalign.batches import Batch, Group, enable_packing, make_batch, split_by_tokens
+from selfalign.logprobs import score_responses_only
+from selfalign.models import Policy
+
+
+@dataclass(slots=True)
+class Scorer:
+    """A policy made to score.
+
+    Attributes:
+        policy: its model serves for nothing else afterwards.
+        batch_tokens: the most tokens of a batch.
+        autocast: the dtype to multiply in while the weights keep theirs; empty for the weights' own.
+    """
+
+    policy: Policy
+    batch_tokens: int
+    autocast: str = ""
+
+    def __post_init__(self) -> None:
+        self.policy.model.eval()
+        enable_packing(self.policy.model)
+        score_responses_only(self.policy.model)
+
+    def plan(self, groups: Sequence[Group]) -> list[list[Group]]:
+        """The groups, in their order, in batches of at most `batch_tokens`."""
+        return split_by_tokens(groups, self.batch_tokens)
+
+    def score(self, groups: Sequence[Group]) -> list[list[float]]:
+        """Summed log-probabilities (nats) of each group's responses."""
+        batch = make_batch(self.policy.model, groups)
+        sums = iter(batch.sum_by_response(self._logps(batch)).tolist())
+        return [[next(sums) for _ in group.responses] for group in groups]
+
+    def choose(self, groups: Sequence[Group], alternatives: Sequence[int]) -> list[list[list[float]]]:
+        """log p (nats) of each alternative as the token after each response, for every group."""
+        batch = make_batch(self.policy.model, [with_next_token(group) for group in groups])
+        ends = batch.tokens.long().cumsum(0) - 1
+        batch.predict_at = batch.predict_at[ends].repeat_interleave(len(alternatives))
+        batch.targets = torch.tensor(list(alternatives)).repeat(len(ends))
+        rows = iter(self._logps(batch).view(len(ends), len(alternatives)).tolist())
+        return [[next(rows) for _ in group.responses] for group in groups]
+
+    @torch.inference_mode()
+    def _logps(self, batch: Batch) -> torch.Tensor:
+        device = self.policy.model.device
+        dtype = torch.bfloat16 if self.autocast == "bfloat16" else None
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            batch = batch.to(device)
+            return self.policy.model(predict_at=batch.predict_at, targets=batch.targets, **batch.inputs).cpu()
+
+
+def with_next_token(group: Group) -> Group:
+    """The group with a placeholder behind each response: the token whose alternatives are asked for."""
+    responses = [[*response, 0] for response in group.responses]
+    return Group(id=group.id, prompt=group.prompt, responses=responses, given=[len(r) - 1 for r in responses])

@@ -1,0 +1,96 @@
+"""evaluate: judged answers of M_t and of M1 + judged ranked answers → win rate and judge quality."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from selfalign.errors import SelfalignError
+from selfalign.generation import Sampling
+from selfalign.metrics import head_to_head, judge_quality, mean_scores
+from selfalign.records import FinishReason, Judgement, RankedAnswers, Response, read_records
+from selfalign.store import Artefact, Counts, Workspace
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluateConfig:
+    """How each model is measured.
+
+    Attributes:
+        instructions: a data source of held-out instructions; empty measures no win rate.
+        count: the first so many of them; 0 takes all.
+        judge: who scores the answers of all models alike: "sft" (M1) or "base" (M0), never the model itself.
+        sampling: how answers are written.
+    """
+
+    instructions: str = "shipped:evaluation"
+    count: int = 0
+    judge: str = "sft"
+    sampling: Sampling = field(default_factory=Sampling)
+
+    def __post_init__(self) -> None:
+        if self.count < 0:
+            raise SelfalignError(f"evaluate.count must be 0 or more, got {self.count}")
+        if self.judge not in ("sft", "base"):
+            raise SelfalignError(f"evaluate.judge must be sft or base, one judge for all models; got {self.judge!r}")
+
+
+Judged = tuple[Artefact, Artefact]
+"""Responses and their judgements."""
+
+
+def evaluate(
+    out: Workspace, *, judged: Judged | None, baseline: Judged | None, ranked: Judged | None, top: int
+) -> Counts:
+    """Puts numbers to one model; they are the stage's counts, and its manifest is all it writes.
+
+    Args:
+        out: nothing is written.
+        judged: the model's answers to the evaluation instructions, judged.
+        baseline: M1's; None for M1 itself.
+        ranked: held-out ranked answers, judged by the model.
+        top: the highest score of the scale.
+    """
+    numbers: Counts = {}
+    if judged is not None:
+        numbers |= describe_answers(*judged)
+    if judged is not None and baseline is not None:
+        numbers |= head_to_head(scores_by_instruction(*judged), scores_by_instruction(*baseline))
+    if ranked is not None:
+        numbers |= measure_judge(*ranked, top)
+    return numbers
+
+
+def describe_answers(answers: Artefact, scores: Artefact) -> Counts:
+    """Length, ending and mean score of a model's answers."""
+    responses = read_records(answers.path / "responses.jsonl", Response)
+    values = scores_by_instruction(answers, scores).values()
+    described = {
+        "eval/answers": len(responses),
+        "eval/mean_characters": mean([len(response.text) for response in responses]),
+        "eval/finished_share": mean([response.finish_reason is FinishReason.EOS for response in responses]),
+    }
+    return described | ({"eval/mean_score": mean(list(values))} if values else {})
+
+
+def measure_judge(ranked: Artefact, judgements: Artefact, top: int) -> Counts:
+    """Judge quality over the questions whose every answer has a score; the others are counted."""
+    questions = read_records(ranked.path / "ranked.jsonl", RankedAnswers)
+    scores = mean_scores(read_records(judgements.path / "judgements.jsonl", Judgement))
+    values = [[scores.get(f"{q.id}-{n}") for n in range(1, len(q.texts) + 1)] for q in questions]
+    whole = [
+        (q, [v for v in row if v is not None]) for q, row in zip(questions, values, strict=True) if None not in row
+    ]
+    if not whole:
+        return {"judge_quality/questions": 0}
+    return judge_quality([question for question, _ in whole], [row for _, row in whole], top)
+
+
+def scores_by_instruction(answers: Artefact, judgements: Artefact) -> dict[str, float]:
+    """{instruction id: mean score of the answer}; unjudged answers are left out."""
+    scores = mean_scores(read_records(judgements.path / "judgements.jsonl", Judgement))
+    responses = read_records(answers.path / "responses.jsonl", Response)
+    return {response.instruction_id: scores[response.id] for response in responses if response.id in scores}
+
+
+def mean(values: Sequence[float]) -> float:
+    """The arithmetic mean."""
+    return sum(values) / len(values)

@@ -1,0 +1,17 @@
+"""pretrained: model config → M0."""
+
+from selfalign.models import ModelConfig, PolicyFiles, fetch_pretrained
+from selfalign.store import Counts, Workspace
+
+
+def pretrained(out: Workspace, *, model: ModelConfig, source: str) -> Counts:
+    """Fetches, converts or builds M0 and checks that it loads.
+
+    Args:
+        out: gets `weights/`, `tokenizer/` and `weights.json`.
+        model: where M0 comes from.
+        source: digest of the files it comes from; another content under the same path is another M0.
+    """
+    fetch_pretrained(model, out.path)
+    loaded = PolicyFiles(out.path).load(model.dtype)
+    return {"parameters": sum(parameter.numel() for parameter in loaded.model.parameters())}

@@ -1,0 +1,249 @@
+"""Artefacts keyed by content: made once, found again, never half there.
+
+An artefact is the folder a stage wrote. Its key is the digest of everything the stage depends on: its name, its
+settings, its seed and the *content* of the artefacts it reads. The manifest is written last, so an artefact is
+done exactly when its manifest exists; until then the folder holds what a killed stage left, and the same stage
+continues from it.
+"""
+
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from selfalign.errors import SelfalignError
+from selfalign.files import digest_folder, digest_json, read_json, write_json
+from selfalign.progress import progress_bar
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Raised when artefacts of an older selfalign must not be reused."""
+
+LOG = "log.jsonl"
+SCRATCH = "scratch"
+MANIFEST = "manifest.json"
+
+Counts = dict[str, Any]
+"""What a stage kept and dropped, by reason, and what it measured: JSON numbers, texts, lists of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Artefact:
+    """A finished folder of the store. `digest` is that of its files' content."""
+
+    stage: str
+    key: str
+    path: Path
+    digest: str
+    counts: Counts
+    seconds: float
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What the stage logged while it ran, a row a logging step."""
+        log = self.path / LOG
+        return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+class Workspace:
+    """The folder a stage writes to, with a scratch place that is gone when the stage is done."""
+
+    def __init__(self, path: Path, label: str, on_row: Callable[[dict[str, Any]], None]) -> None:
+        self.path = path
+        self.label = label
+        self.scratch = path / SCRATCH
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        self._on_row = on_row
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Appends a row to the stage's log and passes it on to the run's metrics at once."""
+        with (self.path / LOG).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        self._on_row(row)
+
+    def rewind_log(self, keep: Callable[[dict[str, Any]], bool]) -> None:
+        """Drops the rows a resumed stage will log again, and passes the kept ones on."""
+        log = self.path / LOG
+        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+        rows = [row for row in map(_parse_or_none, lines) if row is not None and keep(row)]
+        log.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        for row in rows:
+            self._on_row(row)
+
+    @contextmanager
+    def journal(self, total: int, unit: str) -> Iterator["Journal"]:
+        """Work in numbered batches that outlives a kill; shows a progress bar with `total` units."""
+        with progress_bar(self.label, total, unit) as advance:
+            yield Journal(self.scratch / "journal.jsonl", advance)
+
+
+class Journal:
+    """The results of a stage, batch by batch: what a killed run had finished is read back, not made again."""
+
+    def __init__(self, path: Path, advance: Callable[[int], None]) -> None:
+        self._path = path
+        self.advance = advance
+        self._done: dict[str, Any] = {}
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        whole = [line for line in lines if line.endswith("\n") and _parse_or_none(line) is not None]
+        if len(whole) < len(lines):
+            path.write_text("".join(whole), encoding="utf-8")
+        for line in whole:
+            entry = json.loads(line)
+            self._done[entry["batch"]] = entry["result"]
+
+    def batch(self, name: str, size: int, work: Callable[[], Any]) -> Any:
+        """The JSON result of a batch: read back when it is there, else made by `work` and appended."""
+        if name not in self._done:
+            result = work()
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"batch": name, "result": result}) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            self._done[name] = json.loads(json.dumps(result))
+        self.advance(size)
+        return self._done[name]
+
+
+class Store:
+    """The folder of all artefacts, shared by every run below one output folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def find(self, stage: str, inputs: dict[str, Any]) -> Artefact | None:
+        """The finished artefact for these inputs, or None.
+
+        Raises:
+            SelfalignError: the manifest is there but a file it lists is missing or has another size.
+        """
+        folder = self._folder(stage, key_of(stage, inputs))
+        return _load(folder) if (folder / MANIFEST).exists() else None
+
+    def make(
+        self,
+        stage: str,
+        inputs: dict[str, Any],
+        build: Callable[[Workspace], Counts],
+        *,
+        label: str = "",
+        on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+    ) -> Artefact:
+        """Finds the artefact or builds it; two processes that need it at once build it once.
+
+        Args:
+            stage: the stage's name.
+            inputs: everything the result depends on: artefacts, settings, seeds.
+            build: writes the files into the workspace and returns the counts.
+            label: what the progress bar calls the work.
+            on_row: receives each row the stage logs, those of an earlier, killed attempt included.
+        """
+        folder = self._folder(stage, key_of(stage, inputs))
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with locked(folder.with_suffix(".lock"), f"{label or stage} is being made by another process"):
+            if (folder / MANIFEST).exists():
+                shutil.rmtree(folder / SCRATCH, ignore_errors=True)
+            else:
+                self._build(folder, stage, inputs, build, Workspace(folder, label or stage, on_row))
+        return _load(folder)
+
+    def _build(
+        self,
+        folder: Path,
+        stage: str,
+        inputs: dict[str, Any],
+        build: Callable[[Workspace], Counts],
+        workspace: Workspace,
+    ) -> None:
+        started = time.monotonic()
+        counts = build(workspace)
+        files = digest_folder(folder, without=(LOG, SCRATCH))
+        write_json(
+            folder / MANIFEST,
+            {
+                "stage": stage,
+                "format": FORMAT,
+                "inputs": canonical(inputs),
+                "files": {name: [digest, (folder / name).stat().st_size] for name, digest in files.items()},
+                "digest": digest_json(files),
+                "counts": counts,
+                "seconds": round(time.monotonic() - started, 2),
+            },
+        )
+        shutil.rmtree(workspace.scratch)
+
+    def _folder(self, stage: str, key: str) -> Path:
+        return self.root / stage / key
+
+
+def key_of(stage: str, inputs: dict[str, Any]) -> str:
+    """The key of an artefact: 20 hexadecimal digits over all its result depends on."""
+    return digest_json([FORMAT, stage, canonical(inputs)])[:20]
+
+
+def canonical(value: Any) -> Any:
+    """Inputs as plain JSON for the key: an artefact counts as its content, a dataclass as its class and fields.
+
+    A field with metadata {"keyed": False} changes how fast something is made but not what, and is left out.
+    """
+    if isinstance(value, Artefact):
+        return {"artefact": value.stage, "digest": value.digest}
+    if isinstance(value, Enum):
+        return value.value
+    if is_dataclass(value) and not isinstance(value, type):
+        keyed = [f.name for f in fields(value) if f.metadata.get("keyed", True)]
+        return {"class": type(value).__name__, **{name: canonical(getattr(value, name)) for name in keyed}}
+    if isinstance(value, dict):
+        return {str(key): canonical(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [canonical(item) for item in value]
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    raise TypeError(f"{type(value).__name__} cannot be part of an artefact's key")
+
+
+@contextmanager
+def locked(path: Path, reason: str) -> Iterator[None]:
+    """Holds a file lock; says once, with the reason, when it has to wait. A killed holder's lock is free."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0.5)
+    except Timeout:
+        logger.warning("%s: waiting for it", reason)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _load(folder: Path) -> Artefact:
+    manifest = read_json(folder / MANIFEST)
+    for name, (_, size) in manifest["files"].items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            raise SelfalignError(f"{path}: missing or not of its recorded size; delete {folder} to have it made again")
+    return Artefact(
+        stage=manifest["stage"],
+        key=folder.name,
+        path=folder,
+        digest=manifest["digest"],
+        counts=manifest["counts"],
+        seconds=manifest["seconds"],
+    )
+
+
+def _parse_or_none(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None

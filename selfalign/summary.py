@@ -1,0 +1,104 @@
+"""What a run comes down to: a row a model, and what was dropped on the way."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from selfalign.run import Look, Run, flat_numbers
+from selfalign.store import Artefact
+
+COLUMNS = (
+    ("model", "model"),
+    ("pairs", "pairs"),
+    ("margin", "rewards/margins"),
+    ("accuracy", "rewards/accuracies"),
+    ("win rate vs M1", "eval/win_rate"),
+    ("judge pairwise", "judge_quality/pairwise_accuracy"),
+    ("judge ρ", "judge_quality/spearman"),
+    ("characters", "eval/mean_characters"),
+    ("seconds", "seconds"),
+)
+"""The closing table: heading, and the key in summary.json."""
+
+
+def summarise(artefacts: dict[str, Artefact]) -> dict[str, Any]:
+    """summary.json: every model's numbers, drops by reason, and each stage with its size and time."""
+    labels = [label for label in artefacts if label.startswith("M") and label != "M0"]
+    return {
+        "models": [_model_row(label, artefacts) for label in labels],
+        "drops": {
+            label: artefact.counts["dropped"]
+            for label, artefact in artefacts.items()
+            if any(artefact.counts.get("dropped", {}).values())
+        },
+        "stages": [
+            {"label": label, "stage": a.stage, "seconds": a.seconds, "counts": a.counts, "key": a.key}
+            for label, a in artefacts.items()
+        ],
+    }
+
+
+def _model_row(label: str, artefacts: dict[str, Artefact]) -> dict[str, Any]:
+    """A model's numbers: of its training, of its evaluation, and the seconds both and its pairs took."""
+    iteration = int(label[1:]) - 1
+    parts = {
+        name: artefact
+        for name, artefact in artefacts.items()
+        if name == label or name.startswith((f"evaluation_{label}/", f"iteration_{iteration}/"))
+    }
+    numbers = artefacts.get(f"evaluation_{label}/numbers")
+    return {
+        "model": label,
+        "iteration": iteration,
+        **flat_numbers(artefacts[label].counts),
+        **(flat_numbers(numbers.counts) if numbers else {}),
+        "seconds": round(sum(artefact.seconds for artefact in parts.values()), 1),
+    }
+
+
+def closing_text(summary: dict[str, Any], run: Run) -> str:
+    """What the terminal shows at the end: the table, the drops, and where everything lies."""
+    rows = [[_cell(row, key) for _, key in COLUMNS] for row in summary["models"]]
+    lines = ["", *table([heading for heading, _ in COLUMNS], rows), ""]
+    for label, reasons in summary["drops"].items():
+        said = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in reasons.items() if count)
+        lines.append(f"dropped in {label}: {said}")
+    lines += [
+        "",
+        f"report    {run.folder / 'report.html'}",
+        f"run       {run.folder}",
+        f"W&B       {run.tracker.place}",
+    ]
+    if len(run.reused) == len(run.artefacts):
+        lines.append("Everything was there already; nothing had to be made.")
+    return "\n".join(lines)
+
+
+def plan_text(stages: Sequence[tuple[str, str]], look: Look) -> str:
+    """What the terminal shows at the start: every stage, its size, and whether it is there."""
+    there = set(look.there)
+    rows = [[label, size, "there" if label in there else "to do"] for label, size in stages]
+    return "\n".join(["", *table(["stage", "size", "state"], rows), ""])
+
+
+def table(headings: list[str], rows: list[list[str]]) -> list[str]:
+    """Aligned columns."""
+    widths = [max(len(row[i]) for row in [headings, *rows]) for i in range(len(headings))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [headings, *rows]]
+    return [
+        lines[0].rstrip(),
+        "  ".join("─" * width for width in widths),
+        *(line.rstrip() for line in lines[1:]),
+    ]
+
+
+def _cell(row: dict[str, Any], key: str) -> str:
+    value = row.get(key)
+    if value is None:
+        return "–"
+    if key == "eval/win_rate":
+        return f"{value:.1%} [{row['eval/win_rate_low']:.0%}, {row['eval/win_rate_high']:.0%}]"
+    if key in ("rewards/accuracies", "judge_quality/pairwise_accuracy"):
+        return f"{value:.1%}"
+    if isinstance(value, float):
+        return f"{value:.0f}" if key in ("seconds", "eval/mean_characters") else f"{value:.3f}"
+    return str(value)

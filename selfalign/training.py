@@ -1,0 +1,258 @@
+"""The one trainer: sft and align give it examples and an objective; transformers' Trainer does the rest."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from selfalign.batches import Batch, Group, enable_packing, make_batch
+from selfalign.errors import SelfalignError
+from selfalign.logprobs import score_responses_only
+from selfalign.models import DTYPES, LoRA, Policy, PolicyFiles, fastest_dtype
+from selfalign.store import Workspace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SCHEDULES = ("cosine", "linear", "constant")
+OPTIMIZERS = ("adamw", "rmsprop")
+
+
+@dataclass(kw_only=True, slots=True)
+class Optimization:
+    """How one training stage moves the weights.
+
+    Attributes:
+        learning_rate: the peak.
+        final_learning_rate: where "cosine" ends; "linear" ends at 0, "constant" stays at the peak.
+        schedule: "cosine", "linear" or "constant", after the warm-up.
+        warmup_share: share of the steps over which the rate rises from 0.
+        optimizer: "adamw" or "rmsprop".
+        weight_decay: AdamW's.
+        max_gradient_norm: gradients are scaled down to this norm.
+        epochs: passes over the data.
+        batch_size: examples (demonstrations or pairs) an optimiser step.
+        batch_tokens: the most tokens in one forward pass; a step is cut into as many passes as it needs.
+        max_length: the longest prompt with response, in tokens; longer examples are dropped and counted.
+        average: "tokens" weighs every target token alike (usual for SFT), "examples" every example.
+        dtype: to multiply in, "float32", "bfloat16" or "auto" for the faster one here; weights keep model.dtype.
+        gradient_checkpointing: computes activations again in the backward pass, to save memory.
+        checkpoint_steps: a killed training goes on from the last multiple of this many steps.
+    """
+
+    learning_rate: float
+    final_learning_rate: float = 0.0
+    schedule: str = "cosine"
+    warmup_share: float = 0.0
+    optimizer: str = "adamw"
+    weight_decay: float = 0.0
+    max_gradient_norm: float = 1.0
+    epochs: int = 1
+    batch_size: int = 16
+    batch_tokens: int = field(default=8192, metadata={"keyed": False})
+    max_length: int = 2048
+    average: str = "tokens"
+    dtype: str = "auto"
+    gradient_checkpointing: bool = field(default=False, metadata={"keyed": False})
+    checkpoint_steps: int = field(default=100, metadata={"keyed": False})
+
+    def __post_init__(self) -> None:
+        if self.dtype == "auto":
+            self.dtype = fastest_dtype()
+        for name in ("learning_rate", "max_gradient_norm"):
+            if not getattr(self, name) > 0:
+                raise SelfalignError(f"train.*.{name} must be above 0, got {getattr(self, name)}")
+        for name in ("epochs", "batch_size", "batch_tokens", "max_length", "checkpoint_steps"):
+            if getattr(self, name) < 1:
+                raise SelfalignError(f"train.*.{name} must be 1 or more, got {getattr(self, name)}")
+        if not 0 <= self.final_learning_rate <= self.learning_rate:
+            raise SelfalignError(
+                f"train.*.final_learning_rate must lie between 0 and learning_rate, got {self.final_learning_rate}"
+            )
+        if not 0 <= self.warmup_share < 1:
+            raise SelfalignError(f"train.*.warmup_share must be at least 0 and below 1, got {self.warmup_share}")
+        for name, choices in (
+            ("schedule", SCHEDULES),
+            ("optimizer", OPTIMIZERS),
+            ("average", ("tokens", "examples")),
+            ("dtype", tuple(DTYPES)),
+        ):
+            if getattr(self, name) not in choices:
+                raise SelfalignError(f"train.*.{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
+
+    def precision(self, dtype: str) -> "Precision":
+        """What a log-probability depends on besides weights and text."""
+        autocast = self.dtype if self.dtype != dtype else ""
+        return Precision(dtype=dtype, autocast=autocast, max_length=self.max_length, batch_tokens=self.batch_tokens)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Precision:
+    """How policies are scored: dtype of the weights, of the multiplications, and the longest sequence."""
+
+    dtype: str
+    autocast: str
+    max_length: int
+    batch_tokens: int = field(metadata={"keyed": False})
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """Both training stages, and the policy that alignment is measured against.
+
+    Attributes:
+        sft: M0 → M1.
+        align: M_t → M_{t+1}.
+        reference: "previous" (the start of the iteration, as the papers), "sft" (M1) or "base" (M0).
+    """
+
+    sft: Optimization
+    align: Optimization
+    reference: str = "previous"
+
+    def __post_init__(self) -> None:
+        if self.reference not in ("previous", "sft", "base"):
+            raise SelfalignError(f"train.reference must be previous, sft or base; got {self.reference!r}")
+
+
+class Example(Protocol):
+    """One record to train on: its tokens, and what else the objective wants to know."""
+
+    @property
+    def id(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+
+class Objective(Protocol):
+    """What is minimised: a sum over examples, divided by the whole step's weight."""
+
+    def weight(self, examples: Sequence[Any]) -> float: ...
+
+    def __call__(self, model: "PreTrainedModel", examples: Sequence[Any]) -> "Outcome": ...
+
+    def check_first_step(self, metrics: dict[str, float]) -> None: ...
+
+
+@dataclass(slots=True)
+class Outcome:
+    """A forward pass: the loss summed over its examples, and metrics as (weighted sum, weight)."""
+
+    loss: Tensor
+    metrics: dict[str, tuple[float, float]]
+
+
+@dataclass(slots=True)
+class Likelihood:
+    """SFT: the negative log-likelihood of the responses, averaged over target tokens or over examples.
+
+    Attributes:
+        average: "tokens" or "examples".
+    """
+
+    average: str
+
+    def weight(self, examples: Sequence[Group]) -> float:
+        """How many tokens, or examples, the step's loss is averaged over."""
+        if self.average == "examples":
+            return float(sum(len(group.responses) for group in examples))
+        return float(sum(len(r) - n for group in examples for r, n in zip(group.responses, group.given, strict=True)))
+
+    def __call__(self, model: "PreTrainedModel", examples: Sequence[Group]) -> Outcome:
+        batch = make_batch(model, examples).to(model.device)
+        losses = -batch.sum_by_response(forward(model, batch))
+        total, tokens = float(losses.sum().detach()), float(batch.tokens.sum())
+        if self.average == "examples":
+            losses = losses / batch.tokens
+        return Outcome(losses.sum(), {"loss_per_token": (total, tokens)})
+
+    def check_first_step(self, metrics: dict[str, float]) -> None:
+        """SFT has no known starting value."""
+
+
+def forward(model: "PreTrainedModel", batch: Batch) -> Tensor:
+    """log p of the batch's targets (nats), shape (response tokens,)."""
+    return model(predict_at=batch.predict_at, targets=batch.targets, **batch.inputs)
+
+
+def train(
+    out: Workspace,
+    *,
+    policy: PolicyFiles,
+    base: PolicyFiles,
+    examples: Sequence[Example],
+    objective: Objective,
+    optimization: Optimization,
+    weights: "Weights",
+) -> Policy:
+    """Trains a policy and writes it into the workspace; goes on from the last checkpoint if there is one.
+
+    Args:
+        out: where the policy, the log and the checkpoints go.
+        policy: where training starts.
+        base: the checkpoint that an adapter belongs to.
+        examples: tokenised records.
+        objective: the loss over them.
+        optimization: rates, sizes and lengths.
+        weights: which weights are trained, their dtype, and the seed of everything random.
+
+    Returns:
+        The trained policy, in memory.
+
+    Raises:
+        SelfalignError: the loss is not finite (the record ids are named), or the first step is not what it must be.
+    """
+    # Importing transformers' Trainer takes seconds, which no one who only composes a config should wait for.
+    from selfalign.trainer import StepTrainer
+
+    torch.manual_seed(weights.seed)
+    loaded = policy.load(weights.dtype, trainable=True)
+    prepare(loaded, policy, weights)
+    trainer = StepTrainer(loaded, examples, objective, optimization, out, weights.seed)
+    trainer.run()
+    loaded.model.eval()
+    PolicyFiles(out.path).save(loaded, base)
+    return loaded
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weights:
+    """Which weights are trained, in which dtype, and the seed of adapter initialisation and data order."""
+
+    dtype: str
+    lora: LoRA
+    seed: int
+
+
+def prepare(loaded: Policy, files: PolicyFiles, weights: Weights) -> None:
+    """Adds an adapter if one is asked for and not there, switches dropout off, and makes the model score."""
+    has_adapter = hasattr(loaded.model, "peft_config")
+    if has_adapter and not weights.lora.rank:
+        raise SelfalignError(f"{files.path} has an adapter, but model.lora.rank=0 asks to train all weights")
+    if weights.lora.rank and not has_adapter:
+        from peft import LoraConfig, get_peft_model
+
+        targets = weights.lora.targets
+        adapter = LoraConfig(
+            r=weights.lora.rank,
+            lora_alpha=weights.lora.alpha,  # pyright: ignore[reportArgumentType]
+            lora_dropout=0.0,
+            target_modules=targets if targets == "all-linear" else targets.split(","),
+            task_type="CAUSAL_LM",
+        )
+        loaded.model = get_peft_model(loaded.model, adapter)  # pyright: ignore[reportAttributeAccessIssue]
+    disable_dropout(loaded.model)
+    enable_packing(loaded.model)
+    score_responses_only(loaded.model)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Sets every dropout to 0: layers, and the rates that attention passes to functional dropout."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if name.endswith(("dropout", "pdrop", "dropout_p")) and isinstance(value, float):
+                setattr(module, name, 0.0)
