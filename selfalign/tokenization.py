@@ -2,7 +2,7 @@
 
 import re
 from functools import lru_cache
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from selfalign.errors import SelfalignError
 from selfalign.records import Message, Prompt
@@ -80,7 +80,7 @@ def fill(template: str, values: dict[str, str]) -> str:
 
 
 def _ids(tokenizer: "Tokenizer", text: str, **options: bool) -> list[int]:
-    return cast(list[int], tokenizer(text, **options)["input_ids"])
+    return cast(list[int], cast(Any, tokenizer)(text, **options)["input_ids"])
 
 
 def _render(tokenizer: "Tokenizer", messages: list[Message], *, add_generation_prompt: bool) -> str:
