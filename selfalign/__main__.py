@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,10 @@ EXAMPLES = (
     ("selfalign experiment=demo model=pretrained model.path=/models/mine", "your own model"),
     ("selfalign -m experiment=demo loss.lam=0.1,0.3,0.5,1", "a sweep over λ; shared stages are made once"),
 )
+
+KEPT = "what was finished is kept, the same command continues from it"
+DISK_FULL = ("No space left on device", "PytorchStreamWriter failed writing")
+"""How safetensors and torch say it, which raise no OSError."""
 
 
 def main() -> None:
@@ -83,7 +88,9 @@ def explain(error: BaseException) -> str | None:
         return " ".join(" ".join(causes).replace("\n", " ").split())
     if isinstance(error, OSError) and error.errno is not None:
         place = f"{error.filename}: " if error.filename else ""
-        return f"{place}{error.strerror}; what was finished is kept, the same command continues from it"
+        return f"{place}{error.strerror}; {KEPT}"
+    if any(sign in str(error) for sign in DISK_FULL):
+        return f"No space left on device; {KEPT}"
     return None
 
 
@@ -97,21 +104,33 @@ def _set_environment() -> None:
 
 def _run_hydra() -> None:
     import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
     from omegaconf import DictConfig
 
     from selfalign.config import register
 
     register()
 
+    errors: list[Exception] = []
+
     @hydra.main(config_path=str(conf_folder()), config_name="config", version_base="1.3")
     def job(config: DictConfig) -> None:
-        _run_job(config)
+        try:
+            _run_job(config)
+        except Exception as error:
+            if HydraConfig.get().mode is RunMode.MULTIRUN:
+                raise
+            errors.append(error)  # Raised outside Hydra, which would print a line of its own.
 
     job()
+    if errors:
+        raise errors[0]
 
 
 def _run_job(config: "DictConfig") -> None:
     from omegaconf import OmegaConf
+    from transformers.utils.logging import disable_progress_bar
 
     from selfalign.config import to_experiment
     from selfalign.experiment import run_experiment
@@ -120,6 +139,9 @@ def _run_job(config: "DictConfig") -> None:
     for noisy in ("httpx", "filelock", "transformers", "accelerate", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     experiment = to_experiment(config)
+    # peft 0.21 asks transformers 5.23 by an old name; nothing a user could mend.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    disable_progress_bar()  # of transformers: there is one bar, and it is ours.
     plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True, enum_to_str=True)
     assert isinstance(plain, dict)
     run_experiment(experiment, OmegaConf.to_yaml(config, resolve=True), {str(k): v for k, v in plain.items()})

@@ -4,7 +4,7 @@ Hydra composes `conf/` against them, `OmegaConf.to_object` turns the result into
 there on nothing knows of Hydra.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -100,8 +100,24 @@ def to_experiment(config: DictConfig) -> ExperimentConfig:
     """The composed configuration as live objects.
 
     Raises:
-        SelfalignError: a value is out of range.
+        SelfalignError: a key is unknown, or a value out of range.
     """
+    check_keys(config, "")
     experiment = OmegaConf.to_object(config)
     assert isinstance(experiment, ExperimentConfig)
     return experiment
+
+
+def check_keys(node: DictConfig, path: str) -> None:
+    """Refuses keys that were added with `+` and that no component knows.
+
+    Raises:
+        SelfalignError: such a key, with its path.
+    """
+    kind = OmegaConf.get_type(node) or dict
+    known = {f.name for f in fields(kind)} if is_dataclass(kind) else set()
+    for name in node:
+        if str(name) not in known:
+            raise SelfalignError(f"unknown key {path}{name}; {kind.__name__} has {', '.join(sorted(known))}")
+        if isinstance(node._get_node(name), DictConfig):
+            check_keys(node[name], f"{path}{name}.")

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +74,21 @@ def digest_json(value: Any) -> str:
 
 def digest_file(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    state = path.stat()
+    return _digest_once(path, state.st_size, state.st_mtime_ns)
 
 
 def digest_folder(folder: Path, without: tuple[str, ...] = ()) -> dict[str, str]:
     """{path below the folder: SHA-256} of its files in the order of their names; `without` names top entries."""
     files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return {name.as_posix(): digest_file(folder / name) for name in files if name.parts[0] not in without}
+
+
+@cache
+def _digest_once(path: Path, size: int, mtime_ns: int) -> str:
+    """The digest of a file in this state; weights are large, and asked for more than once."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def derive_seed(*parts: object) -> int:

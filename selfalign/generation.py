@@ -37,13 +37,18 @@ class Sampling:
     top_p: float = 0.9
     max_new_tokens: int = 512
 
-    def __post_init__(self) -> None:
+    def check(self, key: str) -> None:
+        """Checks every range; messages name the setting as `key`.name.
+
+        Raises:
+            SelfalignError: a value is out of range.
+        """
         if self.temperature < 0:
-            raise SelfalignError(f"sampling.temperature must be 0 or more, got {self.temperature}")
+            raise SelfalignError(f"{key}.temperature must be 0 or more, got {self.temperature}")
         if not 0 < self.top_p <= 1:
-            raise SelfalignError(f"sampling.top_p must be above 0 and at most 1, got {self.top_p}")
+            raise SelfalignError(f"{key}.top_p must be above 0 and at most 1, got {self.top_p}")
         if self.max_new_tokens < 1:
-            raise SelfalignError(f"sampling.max_new_tokens must be 1 or more, got {self.max_new_tokens}")
+            raise SelfalignError(f"{key}.max_new_tokens must be 1 or more, got {self.max_new_tokens}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -76,16 +76,15 @@ class Models:
 def run_pipeline(config: "ExperimentConfig", run: Maker) -> None:
     """M0 → M1 → … → M_{iterations+1}, each measured."""
     method = Method(config, run)
+    seed_data, asked, given = method.seeds(), method.questions(), method.given_pairs()
     base = run.make("M0", pretrained, model=config.model, source=identify_source(config.model))
-    seed_data = method.seeds()
     models = Models(base, base, base)
     models.sft = models.newest = method.supervise("M1", models, seed_data)
-    asked = method.questions()
     baseline = method.evaluate("M1", models, seed_data, asked, None)
 
     instructions: list[Artefact] = []
     for iteration in range(1, config.iterations + 1):
-        pairs = method.pairs(iteration, models, seed_data, instructions)
+        pairs = given or method.pairs(iteration, models, seed_data, instructions)
         models.newest = method.align(iteration, models, pairs)
         method.evaluate(f"M{iteration + 1}", models, seed_data, asked, baseline)
 
@@ -103,6 +102,23 @@ class Method:
         contents = [identify_data(source) for source in (given.demonstrations, given.ranked) if source]
         return self.run.make("seeds", seeds, config=given, judge=self.config.judge, contents=contents)
 
+    def questions(self) -> Artefact | None:
+        """The evaluation instructions."""
+        settings = self.config.evaluate
+        if not settings.instructions:
+            return None
+        content = identify_data(settings.instructions)
+        return self.run.make(
+            "questions", questions, source=settings.instructions, count=settings.count, content=content
+        )
+
+    def given_pairs(self) -> Artefact | None:
+        """Preference pairs, where they are given."""
+        data = self.config.data
+        if not isinstance(data, Pairs):
+            return None
+        return self.run.make("iteration_1/pairs", given_pairs, source=data.path, content=identify_data(data.path))
+
     def supervise(self, label: str, models: Models, demonstrations: Artefact) -> Artefact:
         """SFT of the newest model; without demonstrations it stays as it is."""
         if not demonstrations.counts.get("ift", 1) + demonstrations.counts.get("eft", 0):
@@ -118,10 +134,8 @@ class Method:
         )
 
     def pairs(self, iteration: int, models: Models, seed_data: Artefact, earlier: list[Artefact]) -> Artefact:
-        """Preference pairs: given, or the model's own instructions, answers and judgements."""
+        """Preference pairs from the model's own instructions, answers and judgements."""
         data, place = self.config.data, f"iteration_{iteration}"
-        if isinstance(data, Pairs):
-            return self.run.make(f"{place}/pairs", given_pairs, source=data.path, content=identify_data(data.path))
         instructions = self.run.make(
             f"{place}/instructions",
             instruct,
@@ -177,16 +191,6 @@ class Method:
             starts_as_reference=policy.digest == models.newest.digest,
             optimization=train.align,
             weights=self._weights(label),
-        )
-
-    def questions(self) -> Artefact | None:
-        """The evaluation instructions."""
-        settings = self.config.evaluate
-        if not settings.instructions:
-            return None
-        content = identify_data(settings.instructions)
-        return self.run.make(
-            "questions", questions, source=settings.instructions, count=settings.count, content=content
         )
 
     def evaluate(

@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING
 
 from selfalign.losses import Positives
-from selfalign.pipeline import Pairs
+from selfalign.pipeline import Pairs, SelfRewarding
+from selfalign.stages.judge import SampledScore
 
 if TYPE_CHECKING:
     from selfalign.config import ExperimentConfig
@@ -11,29 +12,31 @@ if TYPE_CHECKING:
 
 def plan(config: "ExperimentConfig") -> list[tuple[str, str]]:
     """(label, size) of every stage in the order the pipeline makes them."""
-    data, sft = config.data, config.train.sft
-    stages = [
-        ("M0", config.model.path),
-        ("seeds", f"{data.seeds.demonstrations} {data.seeds.ranked}".strip()),
-    ]
+    data, sft, asked = config.data, config.train.sft, config.evaluate
+    stages = [("seeds", f"{data.seeds.demonstrations} {data.seeds.ranked}".strip())]
+    if asked.instructions:
+        stages.append(("questions", f"{asked.count or 'all'} instructions of {asked.instructions}"))
+    if isinstance(data, Pairs):
+        stages.append(("iteration_1/pairs", data.path))
+    stages.append(("M0", config.model.path))
     if data.seeds.demonstrations or (data.seeds.ranked and data.seeds.evaluation_fine_tuning):
-        stages.append(("M1", f"SFT, {sft.epochs} epochs, batch {sft.batch_size}"))
+        stages.append(("M1", f"SFT, epochs {sft.epochs}, batch {sft.batch_size}"))
     stages += _evaluation(config, "M1")
     for iteration in range(1, config.iterations + 1):
-        stages += _pairs(config, f"iteration_{iteration}") + _alignment(config, iteration)
+        stages += _own_pairs(config, f"iteration_{iteration}") if isinstance(data, SelfRewarding) else []
+        stages += _alignment(config, iteration)
         stages += _evaluation(config, f"M{iteration + 1}")
     return stages
 
 
-def _pairs(config: "ExperimentConfig", place: str) -> list[tuple[str, str]]:
+def _own_pairs(config: "ExperimentConfig", place: str) -> list[tuple[str, str]]:
     data = config.data
-    if isinstance(data, Pairs):
-        return [(f"{place}/pairs", data.path)]
     candidates = data.instruct.count * data.respond.candidates
+    samples = f" × {config.judge.samples}" if isinstance(config.judge, SampledScore) else ""
     return [
         (f"{place}/instructions", f"{data.instruct.count} new, written by {data.instruct.writer}"),
         (f"{place}/responses", f"{candidates} candidates, {data.respond.candidates} each"),
-        (f"{place}/judgements", f"{candidates} by {type(config.judge).__name__}, model {config.judge.model}"),
+        (f"{place}/judgements", f"{candidates}{samples} by {type(config.judge).__name__}, model {config.judge.model}"),
         (f"{place}/pairs", f"up to {data.instruct.count}"),
     ]
 
@@ -41,9 +44,9 @@ def _pairs(config: "ExperimentConfig", place: str) -> list[tuple[str, str]]:
 def _alignment(config: "ExperimentConfig", iteration: int) -> list[tuple[str, str]]:
     label, train = f"M{iteration + 1}", config.train
     if isinstance(config.loss, Positives):
-        return [(label, f"SFT on positives, {train.sft.epochs} epochs")]
+        return [(label, f"SFT on positives, epochs {train.sft.epochs}")]
     name = type(config.loss).__name__
-    size = f"{name}, {train.align.epochs} epochs, batch {train.align.batch_size}"
+    size = f"{name}, epochs {train.align.epochs}, batch {train.align.batch_size}"
     return [(f"iteration_{iteration}/reference", f"log-probabilities of {train.reference}"), (label, size)]
 
 

@@ -1,9 +1,376 @@
+"""The report of a run: its folder's files → one HTML page that needs nothing else, and sample tables for W&B.
+
+What a model or a user wrote is escaped. A section whose data a run does not have is left out.
+"""
+
+import math
+from collections.abc import Sequence
+from html import escape
 from pathlib import Path
+from typing import Any
+
+from selfalign.charts import SMOOTHED, Series, draw_curves, draw_histogram, draw_models, smoothing
+from selfalign.files import write_atomically
+from selfalign.finished import Finished, iterations_of, read_head_to_head, read_samples
+from selfalign.markup import (
+    NOTHING,
+    Column,
+    bars,
+    card,
+    compact,
+    decimals,
+    duration,
+    facts,
+    figure,
+    fold,
+    grid,
+    is_number,
+    note,
+    percent,
+    plural,
+    preformatted,
+    table,
+)
+from selfalign.metrics import METRICS, score_histogram
+from selfalign.prose import verdict, what_was_run
+from selfalign.records import Judgement
+from selfalign.run import Run, iteration_of
+
+Row = dict[str, Any]
+
+SHOWN = 3
+"""How many instructions of an iteration are shown with their candidates, and how many answers head to head."""
+
+PURPOSES = {
+    "pretrained": "preparing M0",
+    "sft": "fine-tuning",
+    "align": "alignment",
+    "instructions": "writing instructions",
+    "responses": "writing candidates",
+    "judgements": "judging candidates",
+    "pairs": "pairing",
+    "reference": "reference log-probabilities",
+    "answers": "evaluation: answers",
+    "scores": "evaluation: judging answers",
+    "ranked_scores": "evaluation: judging ranked answers",
+    "numbers": "evaluation: numbers",
+}
+"""What time went to, by the last part of a stage's label or, where that names a model, by the stage."""
 
 
-def log_samples(run):
-    pass
+def write_report(folder: Path) -> None:
+    """Writes report.html from the other files of a finished run's folder."""
+    write_atomically(folder / "report.html", [page(Finished.load(folder)).encode()])
 
 
-def write_report(folder: Path):
-    pass
+def log_samples(run: Run) -> None:
+    """Sends a table of up to 20 candidates of each iteration to the tracker."""
+    for iteration in iterations_of(run.artefacts):
+        rows = [
+            (sample.instruction, candidate.text, candidate.score, candidate.role)
+            for sample in read_samples(run.folder, iteration)
+            for candidate in sample.candidates
+        ]
+        run.tracker.table(
+            f"samples/iteration_{iteration}", ("instruction", "response", "mean score", "role"), rows[:20]
+        )
+
+
+def page(run: Finished) -> str:
+    """The whole page."""
+    parts = {
+        "Models": models_table(run),
+        "From model to model": model_charts(run),
+        "Training": training_charts(run),
+        "Preference data": data_table(run) + histograms(run),
+        "Candidates": samples(run),
+        "Head to head": head_to_head(run),
+        "Dropped": drops(run),
+        "Time": times(run),
+        "Provenance": provenance(run),
+    }
+    there = {title.lower().replace(" ", "-"): (title, body) for title, body in parts.items() if body}
+    name = escape(run.summary["name"])
+    links = "".join(f'<a href="#{key}">{title}</a>' for key, (title, _) in there.items())
+    sections = "".join(
+        f'<section id="{key}"><h2>{title}</h2>\n{body}</section>\n' for key, (title, body) in there.items()
+    )
+    style = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{name} · selfalign</title>
+<style>
+{style}</style>
+</head>
+<body>
+<header>
+<p class="eyebrow">selfalign · report of run {escape(run.folder.name)}</p>
+<h1>{name}</h1>
+<p class="lead">{what_was_run(run)}</p>
+{verdict(run)}<nav>{links}</nav>
+</header>
+<main>
+{sections}</main>
+</body>
+</html>
+"""
+
+
+ANY = decimals(0)
+MODELS = (
+    Column("model", "M1 is fine-tuned from M0, M2 aligned from M1, and so on", "model", ANY),
+    Column("trained on", "preference pairs, or demonstrations for fine-tuning", "trained_on", ANY),
+    *(
+        Column(heading, METRICS[key], key, form)
+        for heading, key, form in (
+            ("reward margin", "rewards/margins", decimals(3)),
+            ("reward accuracy", "rewards/accuracies", percent),
+            ("win rate vs\u00a0M1", "eval/win_rate", percent),
+            ("judge: pairwise accuracy", "judge_quality/pairwise_accuracy", percent),
+            ("judge: Spearman's\u00a0ρ", "judge_quality/spearman", decimals(2)),
+            ("answer length, characters", "eval/mean_characters", decimals(0)),
+            ("answers finished", "eval/finished_share", percent),
+            ("time", "seconds", duration),
+        )
+    ),
+)
+"""The headline table."""
+
+ITERATIONS = (
+    Column("iteration", "in which the data was made", "iteration", ANY),
+    Column("instructions", "new instructions that passed the filters", "instructions/kept", ANY),
+    Column("of written", "instructions the model wrote for that", "instructions/written", ANY),
+    Column("candidates", "responses to them", "responses/responses", ANY),
+    Column("finished", "share of candidates that end by themselves", "responses/finished_share", percent),
+    Column("mean score", METRICS["judge/mean_score"], "judgements/judge/mean_score", decimals(2)),
+    Column("std of scores", METRICS["judge/std_score"], "judgements/judge/std_score", decimals(3)),
+    Column("pairs", "preference pairs to train on", "pairs/pairs", ANY),
+    Column("positives", "responses good enough to train on", "pairs/positives", ANY),
+    Column("score margin", "chosen minus rejected, mean over pairs", "pairs/mean_score_margin", decimals(3)),
+    Column(
+        "chosen longer by",
+        "characters, mean over pairs; a judge that favours length shows here",
+        "pairs/mean_length_difference",
+        ANY,
+    ),
+)
+"""What each iteration made, by stage and the name in its counts."""
+
+
+def models_table(run: Finished) -> str:
+    """The headline table, a row a model, and what its columns mean."""
+    if not run.models:
+        return ""
+    rows = [{**row, "trained_on": trained_on(row)} for row in run.models]
+    known = any(key.endswith("_low") for row in rows for key in row)
+    return (
+        table("models", MODELS, rows)
+        + (note("In brackets: 95 % intervals, Wilson's for shares of answers, Student's t elsewhere.") if known else "")
+        + fold("What the columns mean", facts((column.heading, column.meaning) for column in MODELS))
+    )
+
+
+def trained_on(row: Row) -> str:
+    """How many pairs or demonstrations made a model."""
+    if "pairs" in row:
+        return plural(row["pairs"], "pair")
+    return plural(row["demonstrations"], "demonstration") if "demonstrations" in row else NOTHING
+
+
+def model_charts(run: Finished) -> str:
+    """Charts with a point a model; an iteration's candidates stand at the model that wrote them."""
+    bar = "bar: 95 % interval"
+    answers = _of_models(run, "eval/mean_characters", "evaluation answers")
+    candidates = _of_candidates(run, "responses", "mean_characters", name="candidates")
+    scores = _of_candidates(run, "judgements", "judge/mean_score", "judge/std_score")
+    charts = (
+        ("Win rate against M1", f"{bar}; dashed: as good as M1", [_of_models(run, "eval/win_rate")], percent, 0.5),
+        (
+            "Judge: pairwise accuracy",
+            f"answer pairs ordered as humans did; {bar}; dashed: chance",
+            [_of_models(run, "judge_quality/pairwise_accuracy")],
+            percent,
+            0.5,
+        ),
+        (
+            "Judge: Spearman's ρ",
+            f"with the human order; {bar}; dashed: chance",
+            [_of_models(run, "judge_quality/spearman")],
+            decimals(2),
+            0.0,
+        ),
+        (
+            "Score of candidates",
+            "mean, at the model that wrote them, by that iteration's judge; bar: ± one standard deviation",
+            [scores],
+            decimals(2),
+            None,
+        ),
+        (
+            "Answers finished",
+            f"share that end by themselves; {bar}",
+            [_of_models(run, "eval/finished_share")],
+            percent,
+            None,
+        ),
+        ("Length", f"mean characters; {bar} of answers", [answers, candidates], decimals(0), None),
+    )
+    names = [row["model"] for row in run.models]
+    return grid(
+        figure(title, caption, draw_models(names, series, title, form, reference=reference), named(series))
+        for title, caption, series, form, reference in charts
+        if any(one.points for one in series)
+    )
+
+
+def named(series: Sequence[Series]) -> list[str]:
+    """The names of several series; a single one is what the title says."""
+    return [one.name for one in series if one.points] if len(series) > 1 else []
+
+
+def _of_models(run: Finished, key: str, name: str = "") -> Series:
+    there = [(x, row) for x, row in enumerate(run.models) if is_number(row.get(key))]
+    points = [(x, row[key]) for x, row in there]
+    intervals = [(row.get(f"{key}_low", row[key]), row.get(f"{key}_high", row[key])) for _, row in there]
+    return Series(name=name, points=points, intervals=intervals)
+
+
+def _of_candidates(run: Finished, part: str, key: str, deviation: str = "", name: str = "") -> Series:
+    counted = [run.counts.get(f"iteration_{row['iteration'] + 1}/{part}", {}) for row in run.models]
+    there = [(x, counts) for x, counts in enumerate(counted) if is_number(counts.get(key))]
+    points = [(x, counts[key]) for x, counts in there]
+    spreads = [counts.get(deviation, 0.0) for _, counts in there]
+    intervals = [(y - spread, y + spread) for (_, y), spread in zip(points, spreads, strict=True)]
+    return Series(name=name, points=points, intervals=intervals, colour=1 if name else 0)
+
+
+def training_charts(run: Finished) -> str:
+    """Training curves, a line a model."""
+    curves = (
+        ("SFT loss", "negative log-likelihood of a target token, nats", "sft", "loss_per_token", None),
+        ("Alignment loss", "mean over the pairs of a step", "align", "loss", None),
+        ("Reward margin", "chosen minus rejected, mean over the pairs of a step", "align", "rewards/margins", 0.0),
+        ("Reward accuracy", "share of a step's pairs with a margin above 0", "align", "rewards/accuracies", 0.5),
+        ("Refinement Δ", "mean over the pairs of a step", "align", "refinement/mean", 0.0),
+    )
+    figures: list[str] = []
+    for title, caption, stage, key, reference in curves:
+        series = [
+            Series(name=label, points=points, colour=int(label[1:]) - 1)
+            for label, points in run.curves(stage, key).items()
+        ]
+        if not series:
+            continue
+        longest = max(len(one.points) for one in series)
+        mean = f"; strong line: moving mean over {smoothing(longest)} steps" if longest >= SMOOTHED else ""
+        form = percent if key == "rewards/accuracies" else compact
+        figures.append(figure(title, caption + mean, draw_curves(series, title, form, reference=reference)))
+    return grid(figures)
+
+
+def data_table(run: Finished) -> str:
+    """What each iteration made to train on."""
+    rows: list[Row] = []
+    for iteration in run.iterations:
+        row: Row = {"iteration": iteration}
+        for part in ("instructions", "responses", "judgements", "pairs"):
+            counts = run.counts.get(f"iteration_{iteration}/{part}", {})
+            row |= {f"{part}/{name}": value for name, value in counts.items()}
+        rows.append(row)
+    return table("preference data by iteration", ITERATIONS, rows) if rows else ""
+
+
+def histograms(run: Finished) -> str:
+    """How often each score was given, iteration by iteration, with one scale."""
+    judge = run.config["judge"]
+    judged = {n: run.records(f"iteration_{n}/judgements", Judgement) for n in run.iterations}
+    counts = {n: score_histogram(found, judge["low"], judge["high"]) for n, found in judged.items() if found}
+    peak = max((max(values) for values in counts.values()), default=0)
+    return grid(
+        figure(
+            f"Scores, iteration {n}",
+            f"judgements of candidates by M{n}, rounded",
+            draw_histogram(values, judge["low"], peak, f"Scores, iteration {n}"),
+        )
+        for n, values in counts.items()
+    )
+
+
+def samples(run: Finished) -> str:
+    """The first instructions of each iteration with all their candidates."""
+    blocks = [
+        f"<h3>Iteration {iteration}</h3>\n" + "".join(map(card, read_samples(run.folder, iteration)[:SHOWN]))
+        for iteration in run.iterations
+    ]
+    said = note(f"The first {SHOWN} instructions of each iteration, not selected.")
+    return said + "".join(blocks) if blocks else ""
+
+
+def head_to_head(run: Finished) -> str:
+    """Evaluation answers of M1 and of the last model, with the scores that decided."""
+    last = run.models[-1]["model"] if run.models else "M1"
+    shown = read_head_to_head(run.folder, "M1", last)[:SHOWN] if last != "M1" else []
+    said = note(f"The first {SHOWN} evaluation instructions, not selected; one judge scored the answers of both.")
+    return said + "".join(card(sample, ("M1", last)) for sample in shown) if shown else ""
+
+
+def drops(run: Finished) -> str:
+    """What was left out on the way: a row a reason, a column a model."""
+    rows: dict[str, Row] = {}
+    for label, reasons in run.summary["drops"].items():
+        for reason, count in reasons.items():
+            name = f"{purpose(label)}: {reason.replace('_', ' ')}"
+            row = rows.setdefault(name, {"reason": name})
+            model = f"M{iteration_of(label) + 1}"
+            row[model] = row.get(model, 0) + count
+    names = {f"M{iteration_of(label) + 1}": None for label in run.counts}
+    columns = [Column(name, f"dropped on the way to {name} and in measuring it", name, ANY) for name in names]
+    there = [row for row in rows.values() if any(row.get(name) for name in names)]
+    return table("dropped", [Column("dropped", "stage and reason", "reason", ANY), *columns], there) if there else ""
+
+
+def times(run: Finished) -> str:
+    """Where the time went, by purpose."""
+    seconds: dict[str, float] = {}
+    for stage in run.summary["stages"]:
+        name = purpose(stage["label"], stage["stage"])
+        seconds[name] = seconds.get(name, 0.0) + stage["seconds"]
+    total = duration(math.fsum(seconds.values()))
+    said = note(f"{total} in all. What was reused counts with the time it took when it was made.")
+    return said + bars([(name, value, duration(value)) for name, value in seconds.items() if value >= 0.05])
+
+
+def purpose(label: str, stage: str = "training") -> str:
+    """What a stage is for, from its label; a label that names a model says nothing, so there the stage tells."""
+    place, _, part = label.partition("/")
+    name = part or (stage if place.startswith("M") else place)
+    return PURPOSES.get(name, name)
+
+
+def provenance(run: Finished) -> str:
+    """What the numbers came from."""
+    told, machine = run.provenance, run.provenance["machine"]
+    known = [
+        ("commit", code_state(told["commit"], told["diff"])),
+        ("command", " ".join(told["command"])),
+        ("seed", str(told["seed"])),
+        ("machine", f"{machine['system']} {machine['processor']}".strip() + f", {plural(machine['cores'], 'core')}"),
+        ("python", told["python"]),
+        ("packages", ", ".join(f"{name} {version}" for name, version in told["packages"].items())),
+    ]
+    weights = [(f"weights of {model}", digest) for model, digest in told["weights"].items()]
+    config = (run.folder / "config.yaml").read_text(encoding="utf-8")
+    return facts(known + weights) + fold("Resolved configuration", preformatted(config))
+
+
+def code_state(commit: str, diff: str) -> str:
+    """The commit, and whether the code was as committed."""
+    if not commit:
+        return "not known (an installed package)"
+    lines = diff.splitlines()
+    changed = sum(line.startswith(("+", "-")) and not line.startswith(("+++", "---")) for line in lines)
+    return f"{commit}, plus {plural(changed, 'changed line')} (see provenance.json)" if diff else f"{commit}, clean"

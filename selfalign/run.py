@@ -71,29 +71,24 @@ class Run:
             stage: the function that makes it, called as stage(out, **inputs).
             inputs: artefacts, settings and seeds; together they are its key.
         """
-        name, key = stage.__name__, self._keyed(inputs)
-        found = self.store.find(name, key)
-        if found is None:
-            logger.info("%s: %s", label, name)
-            artefact = self.store.make(
-                name,
-                key,
-                lambda out: stage(out, **inputs),
-                label=label,
-                on_row=lambda row: self._log(label, name, row, training=True),
-            )
-        else:
-            artefact = found
+        name, keyed, seen = stage.__name__, keyed_inputs(inputs, self.attempt), 0
+
+        def on_row(row: dict[str, Any]) -> None:
+            nonlocal seen
+            seen += 1
+            self._log(label, name, row, training=True)
+
+        if self.store.find(name, keyed) is not None:
             self.reused.add(label)
-            for row in found.rows():
-                self._log(label, name, row, training=True)
+        else:
+            logger.info("%s: %s", label, name)
+        artefact = self.store.make(name, keyed, lambda out: stage(out, **inputs), label=label, on_row=on_row)
+        for row in artefact.rows()[seen:]:
+            self._log(label, name, row, training=True)
         self.artefacts[label] = artefact
         self._link(label, artefact)
         self._log(label, name, {**flat_numbers(artefact.counts), "seconds": artefact.seconds}, training=False)
         return artefact
-
-    def _keyed(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return inputs | ({"attempt": self.attempt} if self.attempt else {})
 
     def _log(self, label: str, stage: str, row: dict[str, Any], *, training: bool) -> None:
         values = {f"{stage}/{name}" if name == "seconds" else name: value for name, value in row.items()}
@@ -136,12 +131,16 @@ class Look:
         Raises:
             NotMadeYet: it is not.
         """
-        keyed = inputs | ({"attempt": self.attempt} if self.attempt else {})
-        artefact = self.store.find(stage.__name__, keyed)
+        artefact = self.store.find(stage.__name__, keyed_inputs(inputs, self.attempt))
         if artefact is None:
             raise NotMadeYet(label)
         self.there.append(label)
         return artefact
+
+
+def keyed_inputs(inputs: dict[str, Any], attempt: int) -> dict[str, Any]:
+    """A stage's inputs, with the number of a run that must not find what earlier ones made."""
+    return inputs | ({"attempt": attempt} if attempt else {})
 
 
 def run_folder(output: Path, name: str, config: Any, *, fresh: bool) -> tuple[Path, int]:

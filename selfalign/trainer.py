@@ -175,7 +175,6 @@ def _arguments(optimization: Optimization, folder: Path, device: str, steps: int
         warmup_steps=math.ceil(optimization.warmup_share * steps),
         max_grad_norm=optimization.max_gradient_norm,
         bf16=optimization.dtype == "bfloat16",
-        gradient_checkpointing=optimization.gradient_checkpointing,
         save_steps=optimization.checkpoint_steps,
         save_total_limit=1,
         logging_steps=1,

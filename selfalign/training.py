@@ -16,8 +16,12 @@ from selfalign.store import Workspace
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SCHEDULES = ("cosine", "linear", "constant")
-OPTIMIZERS = ("adamw", "rmsprop")
+CHOICES = {
+    "schedule": ("cosine", "linear", "constant"),
+    "optimizer": ("adamw", "rmsprop"),
+    "average": ("tokens", "examples"),
+    "dtype": tuple(DTYPES),
+}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -61,26 +65,27 @@ class Optimization:
     def __post_init__(self) -> None:
         if self.dtype == "auto":
             self.dtype = fastest_dtype()
+
+    def check(self, key: str) -> None:
+        """Checks every range; messages name the setting as `key`.name.
+
+        Raises:
+            SelfalignError: a value is out of range.
+        """
         for name in ("learning_rate", "max_gradient_norm"):
             if not getattr(self, name) > 0:
-                raise SelfalignError(f"train.*.{name} must be above 0, got {getattr(self, name)}")
+                raise SelfalignError(f"{key}.{name} must be above 0, got {getattr(self, name)}")
         for name in ("epochs", "batch_size", "batch_tokens", "max_length", "checkpoint_steps"):
             if getattr(self, name) < 1:
-                raise SelfalignError(f"train.*.{name} must be 1 or more, got {getattr(self, name)}")
+                raise SelfalignError(f"{key}.{name} must be 1 or more, got {getattr(self, name)}")
         if not 0 <= self.final_learning_rate <= self.learning_rate:
-            raise SelfalignError(
-                f"train.*.final_learning_rate must lie between 0 and learning_rate, got {self.final_learning_rate}"
-            )
+            rate = self.final_learning_rate
+            raise SelfalignError(f"{key}.final_learning_rate must lie between 0 and learning_rate, got {rate}")
         if not 0 <= self.warmup_share < 1:
-            raise SelfalignError(f"train.*.warmup_share must be at least 0 and below 1, got {self.warmup_share}")
-        for name, choices in (
-            ("schedule", SCHEDULES),
-            ("optimizer", OPTIMIZERS),
-            ("average", ("tokens", "examples")),
-            ("dtype", tuple(DTYPES)),
-        ):
+            raise SelfalignError(f"{key}.warmup_share must be at least 0 and below 1, got {self.warmup_share}")
+        for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise SelfalignError(f"train.*.{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
+                raise SelfalignError(f"{key}.{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
 
     def precision(self, dtype: str) -> "Precision":
         """What a log-probability depends on besides weights and text."""
@@ -113,6 +118,8 @@ class TrainConfig:
     reference: str = "previous"
 
     def __post_init__(self) -> None:
+        self.sft.check("train.sft")
+        self.align.check("train.align")
         if self.reference not in ("previous", "sft", "base"):
             raise SelfalignError(f"train.reference must be previous, sft or base; got {self.reference!r}")
 
@@ -210,6 +217,9 @@ def train(
     torch.manual_seed(weights.seed)
     loaded = policy.load(weights.dtype, trainable=True)
     prepare(loaded, policy, weights)
+    if optimization.gradient_checkpointing:
+        loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
+        loaded.model.enable_input_require_grads()
     trainer = StepTrainer(loaded, examples, objective, optimization, out, weights.seed)
     trainer.run()
     loaded.model.eval()

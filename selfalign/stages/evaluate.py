@@ -27,6 +27,7 @@ class EvaluateConfig:
     sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
+        self.sampling.check("evaluate.sampling")
         if self.count < 0:
             raise SelfalignError(f"evaluate.count must be 0 or more, got {self.count}")
         if self.judge not in ("sft", "base"):

@@ -55,6 +55,7 @@ class InstructConfig:
     sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.6, max_new_tokens=128))
 
     def __post_init__(self) -> None:
+        self.sampling.check("data.instruct.sampling")
         if self.writer not in ("self", "sft", "base"):
             raise SelfalignError(f"data.instruct.writer must be self, sft or base; got {self.writer!r}")
         for name in ("count", "seed_demonstrations", "prompts_per_batch", "min_words", "max_batches"):
@@ -162,7 +163,7 @@ def instruct(
     if len(pool.kept) < config.count:
         raise SelfalignError(
             f"{out.label}: {len(pool.kept)} of {config.count} instructions after {batch} batches "
-            f"(dropped: {dict(drops)}); raise data.instruct.max_batches or loosen the filters"
+            f"(dropped: {dict(+drops)}); raise data.instruct.max_batches or loosen the filters"
         )
     model = PolicyFiles(policy.path).digest
     records = [Instruction(id=f"{digest_text(model + text)[:16]}", text=text, source="self") for text in pool.kept]

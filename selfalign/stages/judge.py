@@ -59,6 +59,7 @@ class SampledScore:
 
     def __post_init__(self) -> None:
         check_judge(self.prompt, self.model, self.low, self.high)
+        self.sampling.check("judge.sampling")
         if self.samples < 1:
             raise SelfalignError(f"judge.samples must be 1 or more, got {self.samples}")
         if not 0 <= self.max_failed_share <= 1:

@@ -27,8 +27,9 @@ class RespondConfig:
     sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
+        self.sampling.check("data.respond.sampling")
         if self.candidates < 1:
-            raise SelfalignError(f"candidates must be 1 or more, got {self.candidates}")
+            raise SelfalignError(f"data.respond.candidates must be 1 or more, got {self.candidates}")
 
 
 def respond(

@@ -1,0 +1,291 @@
+"""The report's charts: numbers → inline SVG.
+
+Colours are CSS variables, so that one drawing serves light and dark pages; letters stay letters. The same numbers
+give the same bytes. Values that are not finite are left out, never drawn.
+"""
+
+import io
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Format = Callable[[float], str]
+
+VARIABLES = {
+    "#fe0001": "var(--ink)",
+    "#fe0002": "var(--muted)",
+    "#fe0003": "var(--rule)",
+    "#fe0004": "var(--paper)",
+    **{f"#fe001{n}": f"var(--series-{n})" for n in range(1, 7)},
+}
+"""What is drawn with, and what it becomes."""
+
+INK, MUTED, RULE, PAPER, *COLOURS = VARIABLES
+
+WIDTH = 340
+"""Width of a chart in pixels of its own; the page scales it by little, so letters keep their size."""
+
+SMOOTHED = 20
+"""A training curve of so many steps or more is drawn with its moving mean."""
+
+SETTINGS: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "DejaVu Sans",
+    "font.size": 11,
+    "text.color": INK,
+    "axes.edgecolor": RULE,
+    "axes.labelcolor": MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Series:
+    """One line of a chart.
+
+    Attributes:
+        name: what it shows; curves have it written at their end.
+        points: (x, y).
+        intervals: (low, high) of each y, drawn as a bar; empty for none.
+        colour: which of the page's series colours, from 0.
+    """
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    intervals: Sequence[tuple[float, float]] = ()
+    colour: int = 0
+
+    def finite(self) -> "Series":
+        """The same without points that are not numbers."""
+        kept = [i for i, (_, y) in enumerate(self.points) if math.isfinite(y)]
+        intervals = [self.intervals[i] for i in kept] if self.intervals else []
+        return Series(
+            name=self.name,
+            points=[self.points[i] for i in kept],
+            intervals=intervals,
+            colour=self.colour % len(COLOURS),
+        )
+
+
+def draw_models(
+    models: Sequence[str],
+    series: Sequence[Series],
+    title: str,
+    form: Format,
+    *,
+    reference: float | None = None,
+) -> str:
+    """A value of each model with its interval; x is the model's place in `models`.
+
+    Args:
+        models: names along the x axis.
+        series: what is drawn; each point has its value written beside it.
+        title: for screen readers.
+        form: how a value is written.
+        reference: a dashed line at this value.
+    """
+    drawn = [one.finite() for one in series]
+    with _Drawing(title, 210) as drawing:
+        axes = drawing.axes(right=0.94)
+        for place, one in enumerate(drawn):
+            _draw_points(axes, one, form, aside=0.16 * (place - (len(drawn) - 1) / 2), above=place == 0)
+        axes.set_xlim(-0.35, len(models) - 1 + 0.65)
+        axes.set_xticks(range(len(models)), models)
+        _finish(axes, form, reference)
+    return drawing.svg
+
+
+def draw_curves(series: Sequence[Series], title: str, form: Format, *, reference: float | None = None) -> str:
+    """Training curves over optimiser steps, each named at its end; long ones are drawn with a moving mean.
+
+    Args:
+        series: one a model.
+        title: for screen readers.
+        form: how a value of the y axis is written.
+        reference: a dashed line at this value.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    drawn = [one for one in map(Series.finite, series) if one.points]
+    with _Drawing(title, 220) as drawing:
+        axes = drawing.axes(right=0.88, bottom=0.19)
+        ends = [_draw_curve(axes, one, alpha=max(0.12, 0.36 / len(drawn))) for one in drawn]
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+        axes.set_xlabel("optimiser step")
+        _finish(axes, form, reference)
+        for one, place in zip(drawn, spread(_fractions(axes, ends), 0.09), strict=True):
+            _write(axes, one.name, (1.0, place), "axes fraction", (7, 0), COLOURS[one.colour])
+    return drawing.svg
+
+
+def draw_histogram(counts: Sequence[int], low: int, peak: int, title: str) -> str:
+    """How often each score from `low` was given; `peak` makes the heights of several histograms comparable."""
+    with _Drawing(title, 150) as drawing:
+        axes = drawing.axes(left=0.04, right=0.96, bottom=0.16, top=0.97)
+        scores = range(low, low + len(counts))
+        axes.bar(scores, counts, width=0.82, color=COLOURS[0])
+        for score, count in zip(scores, counts, strict=True):
+            _write(axes, str(count or ""), (score, count), "data", (0, 8), INK, centre=True)
+        axes.set_xticks(scores, [str(score) for score in scores])
+        axes.set_ylim(0, max(peak, 1) * 1.2)
+        axes.set_yticks([])
+        _hide_frame(axes)
+        axes.spines["bottom"].set_visible(True)
+    return drawing.svg
+
+
+def moving_mean(values: Sequence[float], width: int) -> list[float]:
+    """The mean of each value with its neighbours, `width` in all; fewer at both ends."""
+    half = width // 2
+    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [math.fsum(window) / len(window) for window in windows]
+
+
+def spread(places: Sequence[float], gap: float) -> list[float]:
+    """Places moved apart so that neighbours have at least `gap` between them; their order and mean stay."""
+    order = sorted(range(len(places)), key=lambda i: places[i])
+    moved = list(places)
+    for below, above in pairwise(order):
+        moved[above] = max(moved[above], moved[below] + gap)
+    raised = math.fsum(moved) - math.fsum(places)
+    return [place - raised / len(places) for place in moved]
+
+
+def tick_labels(ticks: Sequence[float], form: Format) -> list[str]:
+    """Ticks as text, with more digits than `form` gives where they would look the same."""
+    forms: list[Format] = [form, *(lambda tick, n=n: f"{tick:.{n}f}".replace("-", "\u2212") for n in range(2, 7))]
+    labels = ([written(tick) for tick in ticks] for written in forms)
+    return next((texts for texts in labels if len({*texts}) == len(texts)), [str(tick) for tick in ticks])
+
+
+class _Drawing:
+    """One figure: `with` draws in it, afterwards `svg` holds it."""
+
+    def __init__(self, title: str, height: int) -> None:
+        self.title = title
+        self.height = height
+        self.svg = ""
+
+    def __enter__(self) -> "_Drawing":
+        # matplotlib takes a second to import, which a run should not wait for before it starts.
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+
+        self._context = rc_context({**SETTINGS, "svg.hashsalt": self.title})
+        self._context.__enter__()
+        self._figure = Figure(figsize=(WIDTH / 72, self.height / 72))
+        return self
+
+    def axes(self, *, left: float = 0.135, right: float, bottom: float = 0.12, top: float = 0.95) -> "Axes":
+        """Axes between these shares of the figure."""
+        return self._figure.add_axes((left, bottom, right - left, top - bottom), facecolor="none")
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            if error is None:
+                file = io.StringIO()
+                self._figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+                self.svg = _inline(file.getvalue(), self.title, self.height)
+        finally:
+            self._context.__exit__(None, None, None)
+
+
+def _inline(svg: str, title: str, height: int) -> str:
+    """The drawing without what a page of several charts has no use for: prologue, metadata, styles, unused ids."""
+    body = svg[svg.index(">", svg.index("<svg")) + 1 : svg.rindex("</svg>")]
+    body = re.sub(r"\s*<(metadata|style)\b.*?</\1>", "", body, flags=re.DOTALL)
+    body = re.sub(r"<!--.*?-->\n?", "", body, flags=re.DOTALL)
+    body = re.sub(r' id="(?![mp][0-9a-f]{10}")[^"]*"', "", body)
+    for colour, variable in VARIABLES.items():
+        body = body.replace(colour, variable)
+    return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">{body.strip()}</svg>'
+
+
+def _draw_points(axes: "Axes", series: Series, form: Format, *, aside: float, above: bool) -> None:
+    colour = COLOURS[series.colour]
+    xs, ys = [x + aside for x, _ in series.points], [y for _, y in series.points]
+    axes.plot(xs, ys, color=colour, linewidth=1, alpha=0.5, zorder=2)
+    for x, y, (low, high) in zip(xs, ys, series.intervals, strict=False):
+        axes.plot([x, x], [min(low, y), max(high, y)], color=colour, linewidth=2.2, solid_capstyle="round", zorder=3)
+    axes.plot(xs, ys, "o", color=colour, markersize=7, markeredgecolor=PAPER, markeredgewidth=1.5, zorder=4)
+    named = range(len(xs)) if len(xs) <= 6 else (0, len(xs) - 1)
+    for i in named:
+        _write(axes, form(ys[i]), (xs[i], ys[i]), "data", (7, 7 if above else -8), INK)
+
+
+def _draw_curve(axes: "Axes", series: Series, alpha: float) -> float:
+    """Draws a curve, with its single steps at this opacity where it is smoothed, and returns the height of its end."""
+    colour = COLOURS[series.colour]
+    xs, ys = [x for x, _ in series.points], [y for _, y in series.points]
+    if len(ys) < SMOOTHED:
+        axes.plot(xs, ys, color=colour, linewidth=1.8, marker="o", markersize=3.5)
+        return ys[-1]
+    smooth = moving_mean(ys, smoothing(len(ys)))
+    axes.plot(xs, ys, color=colour, linewidth=1, alpha=alpha)
+    axes.plot(xs, smooth, color=colour, linewidth=2)
+    return smooth[-1]
+
+
+def smoothing(steps: int) -> int:
+    """Over how many steps a curve of this length is averaged: a tenth, odd."""
+    return steps // 10 | 1
+
+
+def _finish(axes: "Axes", form: Format, reference: float | None) -> None:
+    """Few ticks, horizontal rules instead of a frame, and the reference line."""
+    from matplotlib.ticker import MaxNLocator
+
+    if reference is not None:
+        axes.axhline(reference, color=MUTED, linewidth=1, dashes=(4, 3), zorder=1)
+    low, high = axes.get_ylim()
+    room = 0.12 * (high - low)
+    axes.set_ylim(low - room, high + room)
+    low, high = axes.get_ylim()
+    ticks = [tick for tick in MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high) if low <= tick <= high]
+    axes.set_yticks(ticks, tick_labels(ticks, form))
+    axes.grid(axis="y", color=RULE, linewidth=1)
+    axes.set_axisbelow(True)
+    _hide_frame(axes)
+
+
+def _hide_frame(axes: "Axes") -> None:
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _fractions(axes: "Axes", heights: Sequence[float]) -> list[float]:
+    low, high = axes.get_ylim()
+    return [(height - low) / (high - low) for height in heights]
+
+
+def _write(
+    axes: "Axes",
+    text: str,
+    at: tuple[float, float],
+    coordinates: str,
+    offset: tuple[float, float],
+    colour: str,
+    *,
+    centre: bool = False,
+) -> None:
+    axes.annotate(
+        text,
+        at,
+        xycoords=coordinates,
+        xytext=offset,
+        textcoords="offset points",
+        color=colour,
+        ha="center" if centre else "left",
+        va="center",
+        annotation_clip=False,
+    )

@@ -1,0 +1,239 @@
+"""A finished run, read back from its folder: its numbers, and candidates with what the judge said of them."""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from scipy import stats
+
+from selfalign.files import read_json
+from selfalign.metrics import judge_quality, mean_scores, wilson
+from selfalign.records import (
+    Demonstration,
+    FinishReason,
+    Instruction,
+    Judgement,
+    PreferencePair,
+    Prompt,
+    RankedAnswers,
+    Response,
+    read_records,
+)
+
+R = TypeVar("R", Demonstration, Instruction, Judgement, PreferencePair, RankedAnswers, Response)
+Row = dict[str, Any]
+
+FILES = {
+    Demonstration: "demonstrations.jsonl",
+    Instruction: "instructions.jsonl",
+    Judgement: "judgements.jsonl",
+    PreferencePair: "pairs.jsonl",
+    RankedAnswers: "ranked.jsonl",
+    Response: "responses.jsonl",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A response to show; `role` is "chosen", "rejected", "positive", "winner" or empty."""
+
+    text: str
+    score: float | None
+    role: str
+    finished: bool
+    judgements: Sequence[Judgement]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """An instruction with its candidates."""
+
+    instruction: str
+    candidates: list[Candidate]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A finished run.
+
+    Attributes:
+        folder: the run folder.
+        summary: its summary.json.
+        provenance: its provenance.json.
+        config: the resolved configuration.
+        stages: {label: stage}.
+        counts: {label: what the stage counted}.
+        rows: of metrics.jsonl.
+        models: the summary's rows, with the intervals that follow from the records.
+    """
+
+    folder: Path
+    summary: Row
+    provenance: Row
+    config: Row
+    stages: dict[str, str]
+    counts: dict[str, Row]
+    rows: list[Row]
+    models: list[Row]
+
+    @classmethod
+    def load(cls, folder: Path) -> "Finished":
+        """Reads a run folder."""
+        summary = read_json(folder / "summary.json")
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        top = summary["config"]["judge"]["high"]
+        return cls(
+            folder=folder,
+            summary=summary,
+            provenance=read_json(folder / "provenance.json"),
+            config=summary["config"],
+            stages={stage["label"]: stage["stage"] for stage in summary["stages"]},
+            counts={stage["label"]: stage["counts"] for stage in summary["stages"]},
+            rows=[json.loads(line) for line in lines],
+            models=[{**intervals(folder, row["model"], top), **row} for row in summary["models"]],
+        )
+
+    @property
+    def iterations(self) -> list[int]:
+        """Iterations that made data to train on."""
+        return iterations_of(self.counts)
+
+    def records(self, label: str, kind: type[R]) -> list[R]:
+        """The records of one artefact; none where there is no such file."""
+        return read_there(self.folder, label, kind)
+
+    def setting(self, label: str, name: str) -> str:
+        """The class of one of a stage's settings, such as its loss, which the configuration does not name."""
+        manifest = self.folder / "artefacts" / label / "manifest.json"
+        inputs = read_json(manifest)["inputs"] if manifest.is_file() else {}
+        return inputs.get(name, {}).get("class", "")
+
+    def curves(self, stage: str, key: str) -> dict[str, list[tuple[float, float]]]:
+        """{model: (optimiser step, value)} of what a training stage logged."""
+        curves: dict[str, list[tuple[float, float]]] = {}
+        for row in self.rows:
+            if row["stage"] == stage and f"{stage}/step" in row and key in row:
+                curves.setdefault(row["label"], []).append((row[f"{stage}/step"], row[key]))
+        return curves
+
+
+def iterations_of(labels: Iterable[str]) -> list[int]:
+    """The iterations that made pairs or positives, in order."""
+    return sorted(int(found[1]) for label in labels if (found := re.fullmatch(r"iteration_(\d+)/pairs", label)))
+
+
+def read_there(folder: Path, label: str, kind: type[R]) -> list[R]:
+    """The records of one kind in an artefact of a run; none where there is no such file or it is empty."""
+    path = folder / "artefacts" / label / FILES[kind]
+    return read_records(path, kind) if path.is_file() and path.stat().st_size else []
+
+
+def read_samples(folder: Path, iteration: int) -> list[Sample]:
+    """An iteration's instructions with their candidates, the best first; or the given pairs, as such."""
+    place = f"iteration_{iteration}"
+    pairs = read_there(folder, f"{place}/pairs", PreferencePair)
+    candidates = read_candidates(folder, f"{place}/responses", f"{place}/judgements", roles(folder, place, pairs))
+    if not candidates:
+        return [Sample(as_text(pair.prompt), given_candidates(pair)) for pair in pairs]
+    instructions = read_there(folder, f"{place}/instructions", Instruction)
+    return [Sample(asked.text, best_first(candidates.get(asked.id, []))) for asked in instructions]
+
+
+def read_head_to_head(folder: Path, first: str, last: str) -> list[Sample]:
+    """Evaluation instructions with the answers of two models, in that order; the higher score wins."""
+    answers = [
+        read_candidates(folder, f"evaluation_{name}/answers", f"evaluation_{name}/scores", {}) for name in (first, last)
+    ]
+    return [
+        Sample(asked.text, with_winner([of_model[asked.id][0] for of_model in answers]))
+        for asked in read_there(folder, "questions", Instruction)
+        if all(asked.id in of_model for of_model in answers)
+    ]
+
+
+def read_candidates(folder: Path, responses: str, judgements: str, role: dict[str, str]) -> dict[str, list[Candidate]]:
+    """{instruction id: its judged responses}."""
+    judged: dict[str, list[Judgement]] = {}
+    for judgement in read_there(folder, judgements, Judgement):
+        judged.setdefault(judgement.response_id, []).append(judgement)
+    candidates: dict[str, list[Candidate]] = {}
+    for response in read_there(folder, responses, Response):
+        found = judged.get(response.id, [])
+        candidate = Candidate(
+            text=response.text,
+            score=mean_scores(found).get(response.id),
+            role=role.get(response.id, ""),
+            finished=response.finish_reason is FinishReason.EOS,
+            judgements=found,
+        )
+        candidates.setdefault(response.instruction_id, []).append(candidate)
+    return candidates
+
+
+def roles(folder: Path, place: str, pairs: Sequence[PreferencePair]) -> dict[str, str]:
+    """{response id: what became of it}."""
+    kept = {positive.id: "positive" for positive in read_there(folder, f"{place}/pairs", Demonstration)}
+    return kept | {p.chosen_id: "chosen" for p in pairs} | {p.rejected_id: "rejected" for p in pairs}
+
+
+def given_candidates(pair: PreferencePair) -> list[Candidate]:
+    """Both responses of a given pair."""
+    return [
+        Candidate(pair.chosen, pair.chosen_score, "chosen", pair.chosen_finished, []),
+        Candidate(pair.rejected, pair.rejected_score, "rejected", pair.rejected_finished, []),
+    ]
+
+
+def best_first(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """By falling score, those without one last; chosen before and rejected behind their equals."""
+    place = {"chosen": 0, "positive": 0, "": 1, "rejected": 2}
+    return sorted(candidates, key=lambda c: (-math.inf if c.score is None else c.score, -place[c.role]), reverse=True)
+
+
+def with_winner(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The same, with the role "winner" for the only one with the highest score; nothing where one has no score."""
+    scores = [candidate.score for candidate in candidates]
+    known = [score for score in scores if score is not None]
+    best = max(known, default=None) if len(known) == len(scores) else None
+    won = best is not None and scores.count(best) == 1
+    return [replace(c, role="winner") if won and c.score == best else c for c in candidates]
+
+
+def as_text(prompt: Prompt) -> str:
+    """A prompt to read: its only message, or its turns with their roles."""
+    if isinstance(prompt, str):
+        return prompt
+    return prompt[0]["content"] if len(prompt) == 1 else "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+
+
+def intervals(folder: Path, model: str, top: float) -> dict[str, float]:
+    """95 % intervals of a model's judge quality (over questions), answer length and endings (over answers)."""
+    scores = mean_scores(read_there(folder, f"evaluation_{model}/ranked_scores", Judgement))
+    each: list[dict[str, float]] = []
+    for question in read_there(folder, "seeds", RankedAnswers):
+        values = [scores.get(f"{question.id}-{n}") for n in range(1, len(question.texts) + 1)]
+        known = [value for value in values if value is not None]
+        if len(known) == len(values):
+            each.append(judge_quality([question], [known], top))
+    found: dict[str, float] = {}
+    for key in ("judge_quality/pairwise_accuracy", "judge_quality/spearman"):
+        found |= interval_of_mean(key, [numbers[key] for numbers in each if key in numbers])
+    answers = read_there(folder, f"evaluation_{model}/answers", Response)
+    if answers:
+        finished = wilson(sum(answer.finish_reason is FinishReason.EOS for answer in answers), len(answers))
+        found |= {"eval/finished_share_low": finished.low, "eval/finished_share_high": finished.high}
+    return found | interval_of_mean("eval/mean_characters", [float(len(answer.text)) for answer in answers])
+
+
+def interval_of_mean(key: str, values: Sequence[float]) -> dict[str, float]:
+    """{key_low, key_high}: mean ± t·s/√n with Student's t; empty for fewer than two values."""
+    if len(values) < 2:
+        return {}
+    mean = math.fsum(values) / len(values)
+    squares = math.fsum((value - mean) ** 2 for value in values)
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * math.sqrt(squares / (len(values) - 1) / len(values))
+    return {f"{key}_low": mean - half, f"{key}_high": mean + half}

@@ -1,0 +1,182 @@
+"""Pieces of the report's HTML: numbers as text, tables, figures, candidates. Text of records is escaped here."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any, TypeGuard
+
+from selfalign.finished import Candidate, Sample
+from selfalign.records import Judgement
+
+Row = Mapping[str, Any]
+Format = Callable[[float], str]
+
+NOTHING = "–"
+"""Stands where there is no number."""
+
+MARKS = {"chosen": "✓ chosen", "rejected": "✕ rejected", "positive": "✓ kept", "winner": "higher score"}
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of a table: its heading and what that means, the key in a row, and how a number is written."""
+
+    heading: str
+    meaning: str
+    key: str
+    form: Format
+
+    def head(self) -> str:
+        """The heading, explained to those who point at it."""
+        return f'<th scope="col" title="{escape(self.meaning)}"><span>{escape(self.heading)}</span></th>'
+
+    def cell(self, row: Row) -> str:
+        """The value, with its interval where the row has `<key>_low` and `<key>_high`."""
+        low, high = row.get(f"{self.key}_low"), row.get(f"{self.key}_high")
+        interval = ""
+        if is_number(low) and is_number(high):
+            interval = f" <small>[{self.form(low)}, {self.form(high)}]</small>"
+        return f"<td>{show(row.get(self.key), self.form)}{interval}</td>"
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether there is a number to show."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def show(value: object, form: Format) -> str:
+    """A number as text; a text as it is; a dash where there is neither."""
+    if isinstance(value, str):
+        return escape(value)
+    return form(value) if is_number(value) else NOTHING
+
+
+def percent(value: float) -> str:
+    """A share in per cent."""
+    return f"{100 * value:.0f}\u00a0%".replace("-", "\u2212")
+
+
+def decimals(digits: int) -> Format:
+    """Numbers with so many digits behind the point."""
+    return lambda value: f"{value:,.{digits}f}".replace("-", "\u2212").replace(",", "\u00a0")
+
+
+def compact(value: float) -> str:
+    """A number with the three digits that count."""
+    return f"{value:.3g}".replace("-", "\u2212")
+
+
+def duration(seconds: float) -> str:
+    """A time to read."""
+    if seconds < 59.95:
+        return f"{seconds:.1f}\u00a0s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, left = divmod(minutes, 60)
+    return f"{hours}\u00a0h {left}\u00a0min" if hours else f"{minutes}\u00a0min {rest}\u00a0s"
+
+
+def plural(count: int, noun: str) -> str:
+    """A count with its noun."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def strong(text: object) -> str:
+    """A text that stands out."""
+    return f"<b>{escape(str(text))}</b>"
+
+
+def note(text: str) -> str:
+    """A remark in small letters; HTML."""
+    return f'<p class="note">{text}</p>\n'
+
+
+def fold(summary: str, body: str) -> str:
+    """HTML that is shown on demand."""
+    return f"<details><summary>{escape(summary)}</summary>{body}</details>\n"
+
+
+def preformatted(text: str) -> str:
+    """A text with its line breaks."""
+    return f"<pre>{escape(text)}</pre>"
+
+
+def facts(pairs: Iterable[tuple[str, str]]) -> str:
+    """Names and what there is to say of them, as a list; both are texts."""
+    return f"<dl>{''.join(f'<dt>{escape(name)}</dt><dd>{escape(said)}</dd>' for name, said in pairs)}</dl>\n"
+
+
+def table(label: str, columns: Sequence[Column], rows: Sequence[Row]) -> str:
+    """A table that scrolls in its own box; the first column names the rows, others without any value are left out."""
+    first, *rest = columns
+    there = [c for c in rest if any(show(row.get(c.key), c.form) != NOTHING for row in rows)]
+    head = "".join(column.head() for column in [first, *there])
+    body = "".join(
+        f'<tr><th scope="row">{show(row[first.key], first.form)}</th>{"".join(c.cell(row) for c in there)}</tr>\n'
+        for row in rows
+    )
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}">'
+        f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>\n"
+    )
+
+
+def bars(rows: Sequence[tuple[str, float, str]]) -> str:
+    """Horizontal bars: (name, length, what is written beside it)."""
+    longest = max((length for _, length, _ in rows), default=0) or 1
+    items = "".join(
+        f"<li><span>{escape(name)}</span>"
+        f'<div><i style="--share:{length / longest:.4f}"></i><b>{escape(said)}</b></div></li>\n'
+        for name, length, said in rows
+    )
+    return f'<ol class="bars">{items}</ol>\n'
+
+
+def figure(title: str, caption: str, svg: str, names: Sequence[str] = ()) -> str:
+    """A chart with its title, what it shows, and the names of its series in their colours."""
+    keys = "".join(f'<i style="color:var(--series-{n})">{escape(name)}</i> ' for n, name in enumerate(names, start=1))
+    return f"<figure><figcaption><b>{escape(title)}</b> {keys}{escape(caption)}</figcaption>{svg}</figure>\n"
+
+
+def grid(figures: Iterable[str]) -> str:
+    """Figures side by side, as many as fit."""
+    inside = "".join(figures)
+    return f'<div class="grid">{inside}</div>\n' if inside else ""
+
+
+def card(sample: Sample, names: Sequence[str] = ()) -> str:
+    """An instruction with its candidates side by side; `names` says who wrote each."""
+    heads = [*names, *[""] * (len(sample.candidates) - len(names))]
+    form = telling_apart([c.score for c in sample.candidates if c.score is not None])
+    shown = "".join(candidate_html(c, name, form) for c, name in zip(sample.candidates, heads, strict=True))
+    return (
+        f'<article><p class="instruction">{escape(sample.instruction)}</p>'
+        f'<div class="candidates">{shown}</div></article>\n'
+    )
+
+
+def telling_apart(scores: Sequence[float]) -> Format:
+    """Decimals enough that scores which differ look different: two to five."""
+    return next((decimals(n) for n in (2, 3, 4) if len({round(s, n) for s in scores}) == len({*scores})), decimals(5))
+
+
+def candidate_html(candidate: Candidate, name: str, form: Format) -> str:
+    """A response with its mark, its mean score, and the judgements on demand."""
+    said = [f"<b>{escape(name)}</b>"] if name else []
+    if candidate.role:
+        said.append(f'<mark class="{escape(candidate.role)}">{MARKS[candidate.role]}</mark>')
+    if candidate.score is not None or candidate.judgements:
+        said.append(f'<span class="score">{show(candidate.score, form)}</span>')
+    if not candidate.finished:
+        said.append('<span class="cut">cut at the token limit</span>')
+    text = f'<p class="text">{escape(candidate.text)}</p>' if candidate.text else '<p class="text empty">(empty)</p>'
+    judged = "".join(judgement_html(judgement) for judgement in candidate.judgements)
+    folded = fold(plural(len(candidate.judgements), "judgement"), judged) if judged else ""
+    return f'<div class="candidate {candidate.role}"><p class="head">{" ".join(said)}</p>{text}{folded}</div>\n'
+
+
+def judgement_html(judgement: Judgement) -> str:
+    """What the judge said, and what came of it."""
+    came = show(judgement.score, decimals(2)) if judgement.score is not None else judgement.status.replace("_", " ")
+    entropy = "" if judgement.entropy is None else f", entropy {judgement.entropy:.2f} nats"
+    return f'<p class="note">{came}{entropy}</p>{preformatted(judgement.text)}'

@@ -1,0 +1,85 @@
+"""The report's sentences: what was run, and what its last win rate says. They are HTML, escaped here."""
+
+from html import escape
+
+from selfalign.finished import Finished
+from selfalign.markup import is_number, percent, strong
+
+LOSSES = {"SrDPO": "Sr-DPO", "SrIPO": "Sr-IPO"}
+WHO = {"self": "the newest model itself", "previous": "the model before it", "sft": "M1", "base": "M0"}
+
+
+def what_was_run(run: Finished) -> str:
+    """The experiment in a paragraph: model, data, judge, pair rule, loss, evaluation, seed."""
+    said = [_model_sentence(run), _data_sentence(run), _loss_sentence(run)]
+    if questions := run.counts.get("questions", {}).get("instructions"):
+        judge = WHO[run.config["evaluate"]["judge"]]
+        said.append(f"Every model answered {questions} held-out instructions, scored by {judge}.")
+    return " ".join([*said, f"Seed {strong(run.summary['seed'])}."])
+
+
+def _model_sentence(run: Finished) -> str:
+    model, seeds = run.config["model"], run.counts.get("seeds", {})
+    rank, parameters = model["lora"]["rank"], run.counts.get("M0", {}).get("parameters")
+    size = f"{parameters / 1e6:.3g} M parameters, " if parameters else ""
+    trained = f"LoRA of rank {rank}" if rank else "all weights trained"
+    start = f"M0 is {strong(model['path'])} ({size}{trained})"
+    if "M1" not in run.counts:
+        return f"{start}, which serves as M1."
+    judging = f" and {seeds['eft']} of judging" if seeds.get("eft") else ""
+    return f"{start}; fine-tuning on {seeds.get('ift', 0)} demonstrations of following instructions{judging} made M1."
+
+
+def _data_sentence(run: Finished) -> str:
+    data, judge, pair = run.config["data"], run.config["judge"], run.config["pair"]
+    if "path" in data:
+        return f"Preference pairs were given: {strong(data['path'])}."
+    samples = judge.get("samples")
+    score = f"mean of {samples} written judgements" if samples else "expected score"
+    kept = (
+        f"responses with {pair['minimum_score']:g} or more were kept"
+        if "minimum_score" in pair
+        else "the best was paired with the worst"
+    )
+    instruct, times = data["instruct"], run.config["iterations"]
+    writer = "" if instruct["writer"] == "self" else f"{WHO[instruct['writer']]} wrote"
+    judged = "it judged itself" if judge["model"] == "self" else f"{WHO[judge['model']]} judged"
+    asked, answered = f"{instruct['count']} instructions", f"{data['respond']['candidates']} candidates"
+    wrote = f"{writer} {asked} and the newest model" if writer else f"the newest model wrote {asked} and"
+    often = "one iteration" if times == 1 else f"each of {times} iterations"
+    return (
+        f"In {strong(often)} {wrote}, for each, {answered}, which {judged} "
+        f"({strong(score)}, {judge['low']} to {judge['high']}); {strong(kept)}."
+    )
+
+
+def _loss_sentence(run: Finished) -> str:
+    labels = [row["model"] for row in run.models if row["iteration"]]
+    if not labels:
+        return ""
+    models, loss = strong(", ".join(labels)), run.config["loss"]
+    if run.stages[labels[0]] == "sft":
+        return f"Fine-tuning on the good responses alone ({strong('positives')}) made {models}."
+    settings = [f"β = {loss['beta']:g}"] + ([f"λ = {loss['lam']:g}"] if "lam" in loss else [])
+    settings += [f"{key} {escape(str(loss[key]))}" for key in ("reduction", "target") if key in loss]
+    name = run.setting(labels[0], "loss") or "Alignment"
+    against = WHO[run.config["train"]["reference"]]
+    return f"{strong(LOSSES.get(name, name))} ({', '.join(settings)}; reference: {against}) made {models}."
+
+
+def verdict(run: Finished) -> str:
+    """What the last win rate says, and what it does not say."""
+    row = run.models[-1] if run.models else {}
+    if not is_number(row.get("eval/win_rate")):
+        return ""
+    rate, low, high = (row[f"eval/win_rate{end}"] for end in ("", "_low", "_high"))
+    compared = sum(int(row[f"eval/{outcome}"]) for outcome in ("wins", "ties", "losses"))
+    said = "It includes 50\u00a0%, so this run does not tell the two apart."
+    if low > 0.5 or high < 0.5:
+        side, how = ("above", "higher") if low > 0.5 else ("below", "lower")
+        said = f"It lies {side} 50\u00a0%: this judge scores the last model's answers {how} than M1's."
+    return (
+        f'<p class="verdict"><b>{escape(row["model"])} wins {percent(rate)} against M1</b> on {compared} instructions, '
+        f"a tie counting half; 95\u00a0% interval {percent(low)} to {percent(high)}. {said} The interval covers the "
+        "draw of instructions only, not another seed nor the judge's own errors.</p>\n"
+    )
