@@ -132,7 +132,7 @@ def _run_job(config: "DictConfig") -> None:
     from omegaconf import OmegaConf
     from transformers.utils.logging import disable_progress_bar
 
-    from selfalign.config import to_experiment
+    from selfalign.config import choices, to_experiment
     from selfalign.experiment import run_experiment
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
@@ -144,7 +144,8 @@ def _run_job(config: "DictConfig") -> None:
     disable_progress_bar()  # of transformers: there is one bar, and it is ours.
     plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True, enum_to_str=True)
     assert isinstance(plain, dict)
-    run_experiment(experiment, OmegaConf.to_yaml(config, resolve=True), {str(k): v for k, v in plain.items()})
+    described = {**{str(key): value for key, value in plain.items()}, "choices": choices(experiment)}
+    run_experiment(experiment, OmegaConf.to_yaml(config, resolve=True), described)
 
 
 if __name__ == "__main__":

@@ -146,12 +146,6 @@ def encode_pairs(
     return kept, len(examples) - len(kept)
 
 
-def drop_too_long(groups: list[Group], limit: int) -> tuple[list[Group], int]:
-    """The groups that fit into `limit` tokens, and how many do not."""
-    kept = [group for group in groups if group.longest() <= limit]
-    return kept, len(groups) - len(kept)
-
-
 def split_by_tokens(groups: Sequence[Group], budget: int) -> list[list[Group]]:
     """Cuts groups, in their order, into runs of at most `budget` tokens (a longer group stands alone)."""
     runs: list[list[Group]] = []

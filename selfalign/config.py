@@ -108,6 +108,12 @@ def to_experiment(config: DictConfig) -> ExperimentConfig:
     return experiment
 
 
+def choices(experiment: ExperimentConfig) -> dict[str, str]:
+    """{group: class} of the components whose class is a choice, so that runs can be told apart by it."""
+    groups = [group for group, components in COMPONENTS.items() if len(components) > 1]
+    return {group: type(getattr(experiment, group)).__name__ for group in groups}
+
+
 def check_keys(node: DictConfig, path: str) -> None:
     """Refuses keys that were added with `+` and that no component knows.
 

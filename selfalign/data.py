@@ -84,7 +84,9 @@ def read_demonstrations(source: str) -> list[Demonstration]:
     rows = _read(source, DemonstrationRow)
     ids = _ids(source, [(where, row.id, row) for where, row in rows])
     return [
-        Demonstration(id=i, prompt=as_prompt(row.instruction), response=_filled(row.response, where), source="ift")
+        Demonstration(
+            id=i, prompt=as_prompt(_filled(row.instruction, where)), response=_filled(row.response, where), source="ift"
+        )
         for i, (where, row) in zip(ids, rows, strict=True)
     ]
 
@@ -111,11 +113,13 @@ def read_ranked(source: str) -> list[RankedAnswers]:
         ranks = [answer.rank for answer in row.responses]
         if len(ranks) < 2 or len(set(ranks)) < len(ranks):
             raise SelfalignError(f"{where}: expected two or more responses of different rank, got ranks {ranks}")
+        if len({answer.score is None for answer in row.responses}) > 1:
+            raise SelfalignError(f"{where}: either every response has a score, or none")
     return [
         RankedAnswers(
             id=i,
             instruction=_filled(row.instruction, where),
-            texts=[answer.text for answer in row.responses],
+            texts=[_filled(answer.text, where) for answer in row.responses],
             ranks=[answer.rank for answer in row.responses],
             scores=[answer.score for answer in row.responses if answer.score is not None],
             justifications=[answer.justification for answer in row.responses],
@@ -166,7 +170,8 @@ def _split_pair(row: PairRow, where: str) -> tuple[Prompt, str, str]:
         return prompt, chosen, rejected
     if isinstance(chosen, list) and isinstance(rejected, list) and not isinstance(prompt, str):
         if prompt is None:
-            same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), 0)
+            turns = enumerate(zip(chosen, rejected, strict=False))
+            same = next((i for i, (a, b) in turns if a != b), len(chosen) - 1)
             prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
         turns = [*chosen, *rejected]
         if prompt and len(chosen) == len(rejected) == 1 and all(_is_answer(turn) for turn in turns):
@@ -214,12 +219,19 @@ def _read(source: str, kind: type[T]) -> list[tuple[str, T]]:
     for index, row in enumerate(_load_dataset(source, path)):
         where = f"{source} row {index}"
         try:
-            rows.append((where, msgspec.convert({k: v for k, v in row.items() if v is not None}, kind)))
+            rows.append((where, msgspec.convert(_without_gaps(row), kind)))
         except msgspec.ValidationError as error:
             raise SelfalignError(f"{where}: {error}") from error
     if not rows:
         raise SelfalignError(f"{source}: no rows")
     return rows
+
+
+def _without_gaps(value: Any) -> Any:
+    """A row without the nulls that a table puts where a field is missing."""
+    if isinstance(value, dict):
+        return {name: _without_gaps(item) for name, item in value.items() if item is not None}
+    return [_without_gaps(item) for item in value] if isinstance(value, list) else value
 
 
 def _load_dataset(source: str, path: Path | None) -> Iterator[dict[str, Any]]:

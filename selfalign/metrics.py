@@ -21,23 +21,26 @@ METRICS = {
     "learning_rate": "learning rate of the step",
     "grad_norm": "norm of the gradient before clipping",
     "rewards/chosen": "mean β[log π - log π_ref] of the chosen responses",
-    "rewards/rejected": "the same of the rejected responses",
-    "rewards/margins": "mean difference of the two",
+    "rewards/rejected": "mean β[log π - log π_ref] of the rejected responses",
+    "rewards/margins": "mean reward of the chosen minus that of the rejected responses",
     "rewards/accuracies": "share of pairs whose chosen response has the larger reward, ties not counted",
     "rewards/ties": "share of pairs with equal rewards",
     "rewards/accuracies_augmented": "share of pairs with Δ > 0, that is accuracy under p⊕x, ties not counted",
     "refinement/mean": "mean of Δ over the pairs",
-    "refinement/std": "its standard deviation over the pairs of a step",
+    "refinement/std": "standard deviation of Δ over the pairs of a step",
     "refinement/positive_share": "share of pairs with Δ > 0",
     "logps/chosen": "mean summed log-probability of the chosen responses, nats",
-    "logps/rejected": "the same of the rejected responses",
+    "logps/rejected": "mean summed log-probability of the rejected responses, nats",
     "tokens_per_second": "tokens trained on a second",
+    "pairs": "preference pairs trained on",
+    "mean_score_margin": "mean difference of the judge's scores in a pair",
+    "mean_length_difference": "mean length of chosen minus rejected responses, characters",
     "judge/mean_score": "mean score of the candidates",
     "judge/std_score": "standard deviation of the scores",
     "judge/entropy": "mean entropy of the judge's score distribution, nats",
     "eval/win_rate": "share of evaluation instructions whose answer scores above M1's, a tie counts half",
-    "eval/win_rate_low": "lower end of its 95 % Wilson interval",
-    "eval/win_rate_high": "upper end",
+    "eval/win_rate_low": "lower end of the win rate's 95 % Wilson interval",
+    "eval/win_rate_high": "upper end of the win rate's 95 % Wilson interval",
     "eval/wins": "instructions won against M1",
     "eval/ties": "instructions with equal scores",
     "eval/losses": "instructions lost",
@@ -51,6 +54,7 @@ METRICS = {
     "judge_quality/spearman": "Spearman's ρ with the human order, mean over questions",
     "judge_quality/kendall": "Kendall's τ-b with the human order, mean over questions",
     "judge_quality/questions": "questions measured",
+    "judge_quality/unjudged": "questions left out because an answer carries no score",
     "judge_quality/undefined": "questions left out of the two correlations because all scores are equal",
     "seconds": "wall time of the stage when it ran",
 }
@@ -78,6 +82,8 @@ def judgement_statistics(judgements: Sequence[Judgement]) -> dict[str, float]:
     """Mean, spread and (where the judge has one) entropy of the scores."""
     scores = [judgement.score for judgement in judgements if judgement.score is not None]
     entropies = [judgement.entropy for judgement in judgements if judgement.entropy is not None]
+    if not scores:
+        return {}
     statistics = {"judge/mean_score": float(np.mean(scores)), "judge/std_score": float(np.std(scores))}
     return statistics | ({"judge/entropy": float(np.mean(entropies))} if entropies else {})
 
@@ -181,6 +187,7 @@ def reward_metrics(
         positive = float(sum(delta > 0 for delta in refinements))
         metrics |= {
             "refinement/mean": (math.fsum(refinements), total),
+            "refinement/mean_square": (math.fsum(delta * delta for delta in refinements), total),
             "refinement/positive_share": (positive, total),
             "rewards/accuracies_augmented": (positive, total - zeros),
         }
@@ -188,8 +195,15 @@ def reward_metrics(
 
 
 def averages(metrics: dict[str, tuple[float, float]]) -> dict[str, float]:
-    """Weighted sums as averages; a metric without weight is left out instead of being NaN."""
-    return {name: total / weight for name, (total, weight) in metrics.items() if weight}
+    """Weighted sums as averages; a metric without weight is left out instead of being NaN.
+
+    The mean square of Δ becomes its standard deviation.
+    """
+    values = {name: total / weight for name, (total, weight) in metrics.items() if weight}
+    mean_square = values.pop("refinement/mean_square", None)
+    if mean_square is not None:
+        values["refinement/std"] = math.sqrt(max(0.0, mean_square - values["refinement/mean"] ** 2))
+    return values
 
 
 def score_histogram(judgements: Sequence[Judgement], low: int, high: int) -> list[int]:

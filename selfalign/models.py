@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 """Of the tiny model, in the order of their ids."""
 
+MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+"""What a model is made of; pickled weights are not read."""
+
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -181,8 +184,8 @@ def identify_source(config: ModelConfig) -> str:
         return config.path
     folder = _find_checkpoint(config)
     template = read_text(Path(config.chat_template)) if config.chat_template else ""
-    tokenizer = {path.name: digest_file(path) for path in sorted(folder.glob("*token*"))}
-    return digest_json([digest_weights(folder), tokenizer, template])
+    files = {path.name: digest_file(path) for pattern in MODEL_FILES for path in sorted(folder.glob(pattern))}
+    return digest_json([files, template])
 
 
 def _find_checkpoint(config: ModelConfig) -> Path:
@@ -197,9 +200,8 @@ def _find_checkpoint(config: ModelConfig) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
     try:
-        return Path(snapshot_download(config.path, revision=config.revision, allow_patterns=patterns))
+        return Path(snapshot_download(config.path, revision=config.revision, allow_patterns=MODEL_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise SelfalignError(
             f"model.path: {config.path!r} is no folder here and could not be fetched from the hub "

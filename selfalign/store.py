@@ -165,6 +165,9 @@ class Store:
         workspace: Workspace,
     ) -> None:
         started = time.monotonic()
+        for leftover in folder.iterdir():
+            if leftover.name not in (LOG, SCRATCH):
+                _remove(leftover)
         counts = build(workspace)
         files = digest_folder(folder, without=(LOG, SCRATCH))
         write_json(
@@ -240,6 +243,14 @@ def _load(folder: Path) -> Artefact:
         counts=manifest["counts"],
         seconds=manifest["seconds"],
     )
+
+
+def _remove(path: Path) -> None:
+    """Deletes what a killed attempt left behind: a file, a link, or a folder."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _parse_or_none(line: str) -> Any:

@@ -22,7 +22,9 @@ COLUMNS = (
 
 def summarise(artefacts: dict[str, Artefact]) -> dict[str, Any]:
     """summary.json: every model's numbers, drops by reason, and each stage with its size and time."""
-    labels = [label for label in artefacts if label.startswith("M") and label != "M0"]
+    evaluated = [label.split("/")[0].removeprefix("evaluation_") for label in artefacts if "evaluation_M" in label]
+    trained = [label for label in artefacts if label.startswith("M") and label != "M0"]
+    labels = sorted({*evaluated, *trained}, key=lambda label: int(label[1:]))
     return {
         "models": [_model_row(label, artefacts) for label in labels],
         "drops": {
@@ -49,7 +51,7 @@ def _model_row(label: str, artefacts: dict[str, Artefact]) -> dict[str, Any]:
     return {
         "model": label,
         "iteration": iteration,
-        **flat_numbers(artefacts[label].counts),
+        **(flat_numbers(artefacts[label].counts) if label in artefacts else {}),
         **(flat_numbers(numbers.counts) if numbers else {}),
         "seconds": round(sum(artefact.seconds for artefact in parts.values()), 1),
     }

@@ -43,8 +43,9 @@ def end_of_turn_id(tokenizer: "Tokenizer") -> int:
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
         tail = _render(tokenizer, turns, add_generation_prompt=False).rsplit("answer", 1)[1]
+        control = {cast(int, tokenizer.convert_tokens_to_ids(token)) for token in _control_tokens(tokenizer)}
         for token in _ids(tokenizer, tail, add_special_tokens=False):
-            if token in tokenizer.all_special_ids:
+            if token in control:
                 return token
     if tokenizer.eos_token_id is None:
         raise SelfalignError("the tokenizer has neither an EOS token nor a chat template that ends a turn")

@@ -16,6 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 from selfalign.batches import split_by_tokens
 from selfalign.errors import SelfalignError
 from selfalign.files import derive_seed
+from selfalign.metrics import averages
 from selfalign.models import Policy
 from selfalign.progress import progress_bar
 from selfalign.store import Workspace
@@ -101,7 +102,8 @@ class StepTrainer(Trainer):
         examples: list[Any] = inputs
         weight = self.objective.weight(examples)
         loss = torch.zeros((), device=self.args.device)
-        sums: dict[str, list[float]] = {}
+        sums: dict[str, tuple[float, float]] = {}
+        distance = 0.0
         passes = split_by_tokens(sorted(examples, key=len), self.optimization.batch_tokens)
         for part in passes:
             with self.compute_loss_context_manager():
@@ -114,14 +116,14 @@ class StepTrainer(Trainer):
                 )
             self.accelerator.backward(outcome.loss / weight)
             loss += outcome.loss.detach() / weight
+            distance = max(distance, outcome.distance)
             for name, (total, count) in outcome.metrics.items():
-                pair = sums.setdefault(name, [0.0, 0.0])
-                pair[0] += total
-                pair[1] += count
-        self.step_metrics = {name: total / count for name, (total, count) in sums.items() if count}
+                before = sums.get(name, (0.0, 0.0))
+                sums[name] = (before[0] + total, before[1] + count)
+        self.step_metrics = averages(sums)
         self.step_metrics["tokens_per_second"] = sum(map(len, examples)) / (time.monotonic() - started)
         if self.state.global_step == 0:
-            self.objective.check_first_step(self.step_metrics)
+            self.objective.check_first_step(distance)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -163,7 +165,8 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def _arguments(optimization: Optimization, folder: Path, device: str, steps: int) -> TrainingArguments:
-    schedule: dict[str, Any] = {"lr_scheduler_type": optimization.schedule}
+    names = {"constant": "constant_with_warmup"}
+    schedule: dict[str, Any] = {"lr_scheduler_type": names.get(optimization.schedule, optimization.schedule)}
     if optimization.schedule == "cosine":
         schedule["lr_scheduler_type"] = "cosine_with_min_lr"
         schedule["lr_scheduler_kwargs"] = {"min_lr": optimization.final_learning_rate}

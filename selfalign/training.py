@@ -140,15 +140,19 @@ class Objective(Protocol):
 
     def __call__(self, model: "PreTrainedModel", examples: Sequence[Any]) -> "Outcome": ...
 
-    def check_first_step(self, metrics: dict[str, float]) -> None: ...
+    def check_first_step(self, distance: float) -> None: ...
 
 
 @dataclass(slots=True)
 class Outcome:
-    """A forward pass: the loss summed over its examples, and metrics as (weighted sum, weight)."""
+    """A forward pass: the loss summed over its examples, and metrics as (weighted sum, weight).
+
+    `distance` is the largest value, either sign, of what must be 0 at the first step.
+    """
 
     loss: Tensor
     metrics: dict[str, tuple[float, float]]
+    distance: float = 0.0
 
 
 @dataclass(slots=True)
@@ -175,7 +179,7 @@ class Likelihood:
             losses = losses / batch.tokens
         return Outcome(losses.sum(), {"loss_per_token": (total, tokens)})
 
-    def check_first_step(self, metrics: dict[str, float]) -> None:
+    def check_first_step(self, distance: float) -> None:
         """SFT has no known starting value."""
 
 
@@ -218,7 +222,10 @@ def train(
     loaded = policy.load(weights.dtype, trainable=True)
     prepare(loaded, policy, weights)
     if optimization.gradient_checkpointing:
-        loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers 5.23 has renamed it; older ones know the first name only.
+        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+        enable = next(getattr(loaded.model, name) for name in names if hasattr(loaded.model, name))
+        enable({"use_reentrant": False})
         loaded.model.enable_input_require_grads()
     trainer = StepTrainer(loaded, examples, objective, optimization, out, weights.seed)
     trainer.run()

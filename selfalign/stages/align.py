@@ -95,11 +95,13 @@ class Preference:
         losses = self.loss(policy, reference, delta)
         chosen = self.loss.beta * (policy.chosen - reference.chosen).detach()
         rejected = self.loss.beta * (policy.rejected - reference.rejected).detach()
-        metrics = reward_metrics(chosen.tolist(), rejected.tolist(), None if delta is None else delta.tolist())
+        deltas = None if delta is None else delta.tolist()
+        metrics = reward_metrics(chosen.tolist(), rejected.tolist(), deltas)
+        distance = max(map(abs, [*chosen.tolist(), *rejected.tolist(), *(deltas or [])]))
         metrics["logps/chosen"] = (float(policy.chosen.detach().sum()), float(len(examples)))
         metrics["logps/rejected"] = (float(policy.rejected.detach().sum()), float(len(examples)))
         metrics["loss"] = (float(losses.detach().sum()), float(len(examples)))
-        return Outcome(losses.sum(), metrics)
+        return Outcome(losses.sum(), metrics, distance)
 
     def _refinement(self, model: "PreTrainedModel", examples: Sequence[PairExample]) -> torch.Tensor | None:
         """Δ of each pair under the current policy, without gradient; None where the loss has none."""
@@ -110,22 +112,21 @@ class Preference:
         reference_p = reference_logps(self.references, examples, model.device, augmented=True)
         return refinement(policy_p, reference_p, self.loss.beta)
 
-    def check_first_step(self, metrics: dict[str, float]) -> None:
-        """Stops the run if the policy does not start as the reference: rewards 0, Δ 0.
+    def check_first_step(self, distance: float) -> None:
+        """Stops the run if the policy does not start as the reference, where every reward and every Δ is 0.
+
+        Args:
+            distance: the largest of them, either sign.
 
         Raises:
-            SelfalignError: a reward or Δ is too far from 0, with the likely causes.
+            SelfalignError: one is too far from 0, with the likely causes.
         """
-        if not self.starts_as_reference:
-            return
-        nats = 1.0 if self.dtype == "bfloat16" else 1e-2
-        names = ("rewards/chosen", "rewards/rejected", "refinement/mean")
-        off = {name: metrics[name] for name in names if abs(metrics.get(name, 0.0)) > self.loss.beta * nats}
-        if off:
+        tolerance = self.loss.beta * (1.0 if self.dtype == "bfloat16" else 1e-2)
+        if self.starts_as_reference and distance > tolerance:
             raise SelfalignError(
-                f"the policy does not start as its reference: at the first step {off} should be 0. Likely causes: "
-                "dropout is active, policy and reference were loaded in different dtypes, or the stored reference "
-                "belongs to other weights or other token ids"
+                "the policy does not start as its reference: at the first step a reward or refinement is "
+                f"{distance:.3g} away from 0. Likely causes: dropout is active, policy and reference "
+                "were loaded in different dtypes, or the stored reference belongs to other weights or token ids"
             )
 
 

@@ -80,9 +80,8 @@ def measure_judge(ranked: Artefact, judgements: Artefact, top: int) -> Counts:
     whole = [
         (q, [v for v in row if v is not None]) for q, row in zip(questions, values, strict=True) if None not in row
     ]
-    if not whole:
-        return {"judge_quality/questions": 0}
-    return judge_quality([question for question, _ in whole], [row for _, row in whole], top)
+    counts: Counts = {"judge_quality/questions": len(whole), "judge_quality/unjudged": len(questions) - len(whole)}
+    return counts | judge_quality([q for q, _ in whole], [row for _, row in whole], top) if whole else counts
 
 
 def scores_by_instruction(answers: Artefact, judgements: Artefact) -> dict[str, float]:

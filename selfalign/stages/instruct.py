@@ -35,7 +35,7 @@ class InstructConfig:
         max_rouge: an instruction whose ROUGE-L F1 to any seed or kept one reaches this is dropped.
         min_words: shorter ones are dropped.
         max_words: longer ones are dropped.
-        keywords: instructions with one of these words ask for what a language model cannot see or make.
+        keywords: instructions with one of these words, or its plural, ask for what a language model cannot see or make.
         max_batches: stops with an error when so many batches did not give enough.
         prompt: how the model is asked; our own wording.
         sampling: how it writes.
@@ -90,7 +90,7 @@ class Pool:
             return "too_short"
         if len(words) > self.config.max_words:
             return "too_long"
-        if set(words) & set(self.config.keywords):
+        if any({word, word.removesuffix("s")} & set(self.config.keywords) for word in words):
             return "keyword"
         if words in self.known:
             return "copy"

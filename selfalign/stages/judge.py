@@ -160,7 +160,7 @@ def judge(
             judgements = sampled_scores(journal, judge, policy, generate, subjects, seed)
     failed = [judgement for judgement in judgements if judgement.status is not JudgementStatus.OK]
     allowed = judge.max_failed_share if isinstance(judge, SampledScore) else 0.5
-    if len(failed) > allowed * len(judgements):
+    if len(failed) > allowed * len(judgements) or len(failed) == len(judgements):
         raise SelfalignError(_failure(out.label, judgements, failed))
     order = {subject.response.id: index for index, subject in enumerate(subjects)}
     judgements.sort(key=lambda judgement: (order[judgement.response_id], judgement.id))
@@ -183,12 +183,14 @@ def parse_score(text: str, low: float, high: float, finish_reason: FinishReason 
         ok with the score; no_score (truncated if the text was cut); ambiguous if two different scores stand there;
         out_of_range if it is not between `low` and `high`. A score is never clipped.
     """
-    found = [match for match in SCORE_LINE.finditer(text)]
+    lines = text.splitlines()
+    found = [match for match in map(SCORE_LINE.fullmatch, lines) if match]
+    cut = finish_reason is FinishReason.LENGTH
+    if cut and found and text.endswith(found[-1].string):
+        found.pop()  # "Score: 1" at the cut may have been going to be "Score: 10".
     if not found:
-        cut = finish_reason is FinishReason.LENGTH
         return Parsed(JudgementStatus.TRUNCATED if cut else JudgementStatus.NO_SCORE)
-    values = {(match["score"], match["of"]) for match in found}
-    if len({float(score) for score, _ in values}) > 1:
+    if len({float(match["score"]) for match in map(SCORE_START.match, lines) if match}) > 1:
         return Parsed(JudgementStatus.AMBIGUOUS)
     score, scale = float(found[-1]["score"]), found[-1]["of"]
     if not low <= score <= high or (scale is not None and float(scale) != high):
@@ -196,12 +198,17 @@ def parse_score(text: str, low: float, high: float, finish_reason: FinishReason 
     return Parsed(JudgementStatus.OK, score)
 
 
-SCORE_LINE = re.compile(
-    r"^[\s>*_#`\-]*(?:(?:final|total|overall)\s+)?score[\s*_`]*[:=][\s*_`]*"
-    r"(?P<score>[+-]?[0-9]+(?:\.[0-9]+)?)(?:\s*(?:/|out of)\s*(?P<of>[0-9]+(?:\.[0-9]+)?))?"
-    r"(?:\s*points?)?[\s*_`.!]*$",
-    re.IGNORECASE | re.MULTILINE,
+SCORE_START = re.compile(
+    r"[\s>*_#`\-]*(?:(?:final|total|overall)\s+)?score[\s*_`]*[:=][\s*_`]*(?P<score>[+-]?[0-9]+(?:\.[0-9]+)?)",
+    re.IGNORECASE,
 )
+"""A line that begins with a score, whatever follows."""
+
+SCORE_LINE = re.compile(
+    SCORE_START.pattern + r"(?:\s*(?:/|out of)\s*(?P<of>[0-9]+(?:\.[0-9]+)?))?(?:\s*points?)?[\s*_`.!]*",
+    re.IGNORECASE,
+)
+"""A line that is a score and nothing else."""
 
 
 def expected_scores(

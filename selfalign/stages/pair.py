@@ -83,12 +83,14 @@ def pair(
     scores = mean_scores(read_records(judgements.path / "judgements.jsonl", Judgement))
     drops: Counter[str] = Counter()
     judged: dict[str, list[Response]] = {}
+    unjudged = 0
     for record in asked:
         candidates = answers.get(record.id, [])
         judged[record.id] = [response for response in candidates if response.id in scores]
-        drops["unjudged_response"] += len(candidates) - len(judged[record.id])
+        unjudged += len(candidates) - len(judged[record.id])
     if isinstance(rule, PositivesOnly):
-        return _keep_positives(out, rule, asked, judged, scores)
+        drops["unjudged"] = unjudged
+        return _keep_positives(out, rule, asked, judged, scores, drops)
     pairs = [best_worst(record, judged[record.id], scores, rule, drops) for record in asked]
     kept = [made for made in pairs if made is not None]
     if len(kept) < rule.minimum_pairs:
@@ -104,6 +106,7 @@ def pair(
         "pairs": len(kept),
         "mean_score_margin": sum(margins) / len(kept),
         "mean_length_difference": sum(longer) / len(kept),
+        "unjudged_responses": unjudged,
         "dropped": dict(sorted((+drops).items())),
     }
 
@@ -169,9 +172,9 @@ def _keep_positives(
     asked: list[Instruction],
     judged: dict[str, list[Response]],
     scores: dict[str, float],
+    drops: Counter[str],
 ) -> Counts:
     kept: list[Demonstration] = []
-    drops: Counter[str] = Counter()
     for record in asked:
         for response in judged[record.id]:
             reason = _against_positive(response, scores[response.id], rule)
@@ -186,7 +189,7 @@ def _keep_positives(
             f"pair.minimum_examples={rule.minimum_examples} (dropped: {dict(drops)}); lower pair.minimum_score"
         )
     write_records(out.path / "demonstrations.jsonl", kept)
-    return {"positives": len(kept), "dropped": dict(sorted(drops.items()))}
+    return {"positives": len(kept), "dropped": dict(sorted((+drops).items()))}
 
 
 def _against_positive(response: Response, score: float, rule: PositivesOnly) -> str | None:

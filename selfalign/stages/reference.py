@@ -38,8 +38,10 @@ def reference(
         def score(name: str, groups: list[Group]) -> list[list[float]]:
             return [
                 sums
-                for number, batch in enumerate(scorer.plan(groups))
-                for sums in journal.batch(f"{name}-{number}", len(batch), lambda batch=batch: scorer.score(batch))
+                for batch in scorer.plan(groups)
+                for sums in journal.batch(
+                    f"{name}-{batch[0].id}-{len(batch)}", len(batch), lambda batch=batch: scorer.score(batch)
+                )
             ]
 
         sums, sums_p = score("plain", plain), score("augmented", augmented) or [[None, None]] * len(plain)

@@ -97,7 +97,9 @@ def held_out_ids(questions: list[RankedAnswers], share: float) -> set[str]:
 
 def demonstrate_judging(question: RankedAnswers, judge: JudgeFormat) -> list[Demonstration]:
     """One EFT example an answer: the judge's prompt, and the judgement a human's score or rank asks for."""
-    scores = question.scores or scores_from_ranks(question.ranks, judge.low, judge.high)
+    given = question.scores
+    fits = bool(given) and judge.low <= min(given) and max(given) <= judge.high
+    scores = given if fits else scores_from_ranks(question.ranks, judge.low, judge.high)
     return [
         Demonstration(
             id=f"eft-{question.id}-{index}",

@@ -1,14 +1,19 @@
 """sft: M0 + demonstrations → M1."""
 
+from dataclasses import dataclass
 from itertools import groupby
+from typing import TYPE_CHECKING
 
-from selfalign.batches import Group, drop_too_long, share_prompt
+from selfalign.batches import share_prompt
 from selfalign.errors import SelfalignError
 from selfalign.models import PolicyFiles
 from selfalign.records import Demonstration, read_records
 from selfalign.store import Artefact, Counts, Workspace
 from selfalign.tokenization import encode_prompt, encode_response
 from selfalign.training import Likelihood, Optimization, Weights, train
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
 def sft(
@@ -32,38 +37,51 @@ def sft(
     """
     records = read_records(demonstrations.path / "demonstrations.jsonl", Demonstration)
     tokenizer = PolicyFiles(policy.path).load_tokenizer()
-    groups = [
-        share_prompt(
-            family[0].id,
-            [encode_prompt(tokenizer, record.prompt) for record in family],
-            [encode_response(tokenizer, record.response, finished=True) for record in family],
-        )
-        for family in families(records)
-    ]
-    kept, too_long = drop_too_long(groups, optimization.max_length)
+    encoded = [encode_demonstration(tokenizer, record) for record in records]
+    kept = [example for example in encoded if len(example) <= optimization.max_length]
     if not kept:
-        raise SelfalignError(f"none of {len(records)} demonstrations fits into train.sft.max_length tokens")
+        raise SelfalignError(
+            f"none of {len(records)} demonstrations fits into train.sft.max_length={optimization.max_length} tokens"
+        )
+    groups = [
+        share_prompt(family[0].record.id, [one.prompt for one in family], [one.response for one in family])
+        for family in families(kept)
+    ]
     train(
         out,
         policy=PolicyFiles(policy.path),
         base=PolicyFiles(base.path),
-        examples=kept,
+        examples=groups,
         objective=Likelihood(optimization.average),
         optimization=optimization,
         weights=weights,
     )
     return {
-        "demonstrations": examples_in(kept),
-        "tokens": sum(map(len, kept)),
-        "dropped": {"too_long": too_long},
+        "demonstrations": len(kept),
+        "tokens": sum(map(len, groups)),
+        "dropped": {"too_long": len(encoded) - len(kept)},
     }
 
 
-def families(records: list[Demonstration]) -> list[list[Demonstration]]:
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A demonstration as tokens."""
+
+    record: Demonstration
+    prompt: list[int]
+    response: list[int]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.response)
+
+
+def encode_demonstration(tokenizer: "Tokenizer", record: Demonstration) -> Encoded:
+    """Tokenises a prompt, and a response that ends its turn."""
+    return Encoded(
+        record, encode_prompt(tokenizer, record.prompt), encode_response(tokenizer, record.response, finished=True)
+    )
+
+
+def families(examples: list[Encoded]) -> list[list[Encoded]]:
     """Neighbours of one question together, every other demonstration alone."""
-    return [list(family) for _, family in groupby(records, key=lambda record: record.question or record.id)]
-
-
-def examples_in(groups: list[Group]) -> int:
-    """How many responses the groups hold."""
-    return sum(len(group.responses) for group in groups)
+    return [list(family) for _, family in groupby(examples, key=lambda one: one.record.question or one.record.id)]

@@ -2,8 +2,8 @@
 
 from html import escape
 
-from selfalign.finished import Finished
-from selfalign.markup import is_number, percent, strong
+from selfalign.report.finished import Finished
+from selfalign.report.markup import is_number, percent, strong
 
 LOSSES = {"SrDPO": "Sr-DPO", "SrIPO": "Sr-IPO"}
 WHO = {"self": "the newest model itself", "previous": "the model before it", "sft": "M1", "base": "M0"}

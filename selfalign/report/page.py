@@ -9,10 +9,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from selfalign.charts import SMOOTHED, Series, draw_curves, draw_histogram, draw_models, smoothing
 from selfalign.files import write_atomically
-from selfalign.finished import Finished, iterations_of, read_head_to_head, read_samples
-from selfalign.markup import (
+from selfalign.metrics import METRICS, score_histogram
+from selfalign.records import Judgement
+from selfalign.report.charts import SMOOTHED, Series, draw_curves, draw_histogram, draw_models, smoothing
+from selfalign.report.finished import Finished, iterations_of, read_head_to_head, read_samples
+from selfalign.report.markup import (
     NOTHING,
     Column,
     bars,
@@ -29,11 +31,10 @@ from selfalign.markup import (
     percent,
     plural,
     preformatted,
+    present,
     table,
 )
-from selfalign.metrics import METRICS, score_histogram
-from selfalign.prose import verdict, what_was_run
-from selfalign.records import Judgement
+from selfalign.report.prose import verdict, what_was_run
 from selfalign.run import Run, iteration_of
 
 Row = dict[str, Any]
@@ -134,8 +135,10 @@ MODELS = (
             ("judge: Spearman's\u00a0ρ", "judge_quality/spearman", decimals(2)),
             ("answer length, characters", "eval/mean_characters", decimals(0)),
             ("answers finished", "eval/finished_share", percent),
-            ("time", "seconds", duration),
         )
+    ),
+    Column(
+        "time", "wall time of making the model, its training data included, and of measuring it", "seconds", duration
     ),
 )
 """The headline table."""
@@ -170,7 +173,7 @@ def models_table(run: Finished) -> str:
     return (
         table("models", MODELS, rows)
         + (note("In brackets: 95 % intervals, Wilson's for shares of answers, Student's t elsewhere.") if known else "")
-        + fold("What the columns mean", facts((column.heading, column.meaning) for column in MODELS))
+        + fold("What the columns mean", facts((column.heading, column.meaning) for column in present(MODELS, rows)))
     )
 
 
@@ -302,10 +305,8 @@ def histograms(run: Finished) -> str:
 
 def samples(run: Finished) -> str:
     """The first instructions of each iteration with all their candidates."""
-    blocks = [
-        f"<h3>Iteration {iteration}</h3>\n" + "".join(map(card, read_samples(run.folder, iteration)[:SHOWN]))
-        for iteration in run.iterations
-    ]
+    shown = {iteration: read_samples(run.folder, iteration)[:SHOWN] for iteration in run.iterations}
+    blocks = [f"<h3>Iteration {n}</h3>\n{''.join(map(card, found))}" for n, found in shown.items() if found]
     said = note(f"The first {SHOWN} instructions of each iteration, not selected.")
     return said + "".join(blocks) if blocks else ""
 

@@ -113,10 +113,10 @@ class Finished:
         return inputs.get(name, {}).get("class", "")
 
     def curves(self, stage: str, key: str) -> dict[str, list[tuple[float, float]]]:
-        """{model: (optimiser step, value)} of what a training stage logged."""
+        """{model: (optimiser step, value)} of what a training stage logged; values that are not finite are left out."""
         curves: dict[str, list[tuple[float, float]]] = {}
         for row in self.rows:
-            if row["stage"] == stage and f"{stage}/step" in row and key in row:
+            if row["stage"] == stage and f"{stage}/step" in row and math.isfinite(row.get(key, math.nan)):
                 curves.setdefault(row["label"], []).append((row[f"{stage}/step"], row[key]))
         return curves
 

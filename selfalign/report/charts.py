@@ -194,14 +194,14 @@ class _Drawing:
         try:
             if error is None:
                 file = io.StringIO()
-                self._figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+                self._figure.savefig(file, format="svg", transparent=True)
                 self.svg = _inline(file.getvalue(), self.title, self.height)
         finally:
             self._context.__exit__(None, None, None)
 
 
 def _inline(svg: str, title: str, height: int) -> str:
-    """The drawing without what a page of several charts has no use for: prologue, metadata, styles, unused ids."""
+    """The drawing without what a page of several charts has no use for: prologue, date, styles, unused ids."""
     body = svg[svg.index(">", svg.index("<svg")) + 1 : svg.rindex("</svg>")]
     body = re.sub(r"\s*<(metadata|style)\b.*?</\1>", "", body, flags=re.DOTALL)
     body = re.sub(r"<!--.*?-->\n?", "", body, flags=re.DOTALL)
@@ -251,7 +251,7 @@ def _finish(axes: "Axes", form: Format, reference: float | None) -> None:
     room = 0.12 * (high - low)
     axes.set_ylim(low - room, high + room)
     low, high = axes.get_ylim()
-    ticks = [tick for tick in MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high) if low <= tick <= high]
+    ticks = [tick for tick in MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high) if low <= tick <= high]
     axes.set_yticks(ticks, tick_labels(ticks, form))
     axes.grid(axis="y", color=RULE, linewidth=1)
     axes.set_axisbelow(True)

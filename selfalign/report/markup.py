@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any, TypeGuard
 
-from selfalign.finished import Candidate, Sample
 from selfalign.records import Judgement
+from selfalign.report.finished import Candidate, Sample
 
 Row = Mapping[str, Any]
 Format = Callable[[float], str]
@@ -106,10 +106,15 @@ def facts(pairs: Iterable[tuple[str, str]]) -> str:
     return f"<dl>{''.join(f'<dt>{escape(name)}</dt><dd>{escape(said)}</dd>' for name, said in pairs)}</dl>\n"
 
 
+def present(columns: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
+    """The first column, which names the rows, and those others that have a value anywhere."""
+    first, *rest = columns
+    return [first, *(c for c in rest if any(show(row.get(c.key), c.form) != NOTHING for row in rows))]
+
+
 def table(label: str, columns: Sequence[Column], rows: Sequence[Row]) -> str:
     """A table that scrolls in its own box; the first column names the rows, others without any value are left out."""
-    first, *rest = columns
-    there = [c for c in rest if any(show(row.get(c.key), c.form) != NOTHING for row in rows)]
+    first, *there = present(columns, rows)
     head = "".join(column.head() for column in [first, *there])
     body = "".join(
         f'<tr><th scope="row">{show(row[first.key], first.form)}</th>{"".join(c.cell(row) for c in there)}</tr>\n'

@@ -1,0 +1,301 @@
+"""What tests of stages and of whole runs stand on: finished artefacts, workspaces, composed configurations."""
+
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from selfalign.__main__ import conf_folder
+from selfalign.config import ExperimentConfig, choices, register, to_experiment
+from selfalign.data import as_prompt
+from selfalign.experiment import run_experiment
+from selfalign.files import digest_folder, digest_json, write_json
+from selfalign.generation import Completion, Request, Sampling, TransformersGenerator
+from selfalign.models import LoRA, Policy, PolicyFiles, digest_weights
+from selfalign.records import (
+    Demonstration,
+    FinishReason,
+    HasId,
+    Instruction,
+    Judgement,
+    JudgementStatus,
+    PreferencePair,
+    Response,
+    write_records,
+)
+from selfalign.stages.sft import sft
+from selfalign.store import Artefact, Workspace
+from selfalign.training import Optimization, Weights
+
+ROOT = Path(__file__).resolve().parents[1]
+
+RUBRIC = (
+    "Grade.\n<instruction>\n{instruction}\n</instruction>\n<response>\n{response}\n</response>\nReply: Score: <points>"
+)
+"""A judge's prompt that is short enough for a tiny model to be quick."""
+
+
+# --- artefacts ---------------------------------------------------------------------------------------------------
+
+
+def artefact(folder: Path, stage: str = "given", counts: dict[str, Any] | None = None) -> Artefact:
+    """A folder as a finished artefact."""
+    digest = digest_json(digest_folder(folder))
+    return Artefact(stage=stage, key=folder.name, path=folder, digest=digest, counts=counts or {}, seconds=0.0)
+
+
+def records_artefact(folder: Path, **files: Sequence[HasId]) -> Artefact:
+    """A finished artefact that holds `<name>.jsonl` for every keyword."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, records in files.items():
+        write_records(folder / f"{name}.jsonl", records)
+    return artefact(folder)
+
+
+def policy_artefact(files: PolicyFiles) -> Artefact:
+    """A policy's folder as a finished artefact."""
+    return Artefact(stage="pretrained", key="tiny", path=files.path, digest=files.digest, counts={}, seconds=0.0)
+
+
+def nudged_policy(files: PolicyFiles, folder: Path, size: float = 0.02) -> PolicyFiles:
+    """The same architecture with other weights: every parameter moved by noise of this size."""
+    policy = files.load("float32")
+    noise = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter += size * torch.randn(parameter.shape, generator=noise)
+    policy.model.save_pretrained(folder / "weights")
+    policy.tokenizer.save_pretrained(folder / "tokenizer")
+    write_json(folder / "weights.json", digest_weights(folder / "weights"))
+    return PolicyFiles(folder)
+
+
+def small_context_policy(files: PolicyFiles, folder: Path, context: int) -> PolicyFiles:
+    """The same weights, said to take sequences of at most `context` tokens."""
+    policy = files.load("float32")
+    policy.model.config.max_position_embeddings = context
+    policy.model.save_pretrained(folder / "weights")
+    policy.tokenizer.save_pretrained(folder / "tokenizer")
+    write_json(folder / "weights.json", digest_weights(folder / "weights"))
+    return PolicyFiles(folder)
+
+
+def taught_policy(files: PolicyFiles, folder: Path) -> PolicyFiles:
+    """The policy after a few steps of SFT on short answers, so that it ends its turns by itself."""
+    subjects = ["bees", "rivers", "clocks", "bread", "stars", "trains", "songs", "boats"]
+    taught = [demonstration(f"t{n}", f"Say one thing about {s}.", f"Old {s} are good.") for n, s in enumerate(subjects)]
+    given, policy = records_artefact(folder / "given", demonstrations=taught), policy_artefact(files)
+    settings = optimization(learning_rate=1e-2, epochs=4, batch_size=4)
+    out = workspace(folder / "taught")
+    sft(out, policy=policy, base=policy, demonstrations=given, optimization=settings, weights=weights())
+    return PolicyFiles(out.path)
+
+
+@functools.cache
+def loaded(path: Path) -> Policy:
+    """A policy for reading logits from, loaded once."""
+    return PolicyFiles(path).load("float32", device="cpu")
+
+
+def workspace(folder: Path, rows: list[dict[str, Any]] | None = None) -> Workspace:
+    """A place for a stage to write to; its rows go to the list."""
+    return Workspace(folder, "stage", (lambda row: None) if rows is None else rows.append)
+
+
+# --- records -----------------------------------------------------------------------------------------------------
+
+
+def instruction(name: str, text: str = "") -> Instruction:
+    return Instruction(id=name, text=text or f"Tell me about {name}.", source="self")
+
+
+def response(name: str, text: str = "", *, reason: FinishReason = FinishReason.EOS) -> Response:
+    """A response `<instruction>-<n>` to the instruction its name begins with."""
+    owner = name.rsplit("-", 1)[0]
+    return Response(
+        id=name, instruction_id=owner, text=text or f"Answer {name}", finish_reason=reason, tokens=3, model="m"
+    )
+
+
+def judgement(name: str, score: float | None, sample: int = 1) -> Judgement:
+    """A judgement of the response of this name; without a score it found none."""
+    status = JudgementStatus.NO_SCORE if score is None else JudgementStatus.OK
+    return Judgement(id=f"{name}-{sample}", response_id=name, status=status, score=score, text="", model="m")
+
+
+def demonstration(name: str, text: str, answer: str = "Yes.") -> Demonstration:
+    return Demonstration(id=name, prompt=as_prompt(text), response=answer, source="ift")
+
+
+def preference(name: str, prompt: str, chosen: str, rejected: str) -> PreferencePair:
+    return PreferencePair(id=name, prompt=as_prompt(prompt), chosen=chosen, rejected=rejected)
+
+
+# --- settings ----------------------------------------------------------------------------------------------------
+
+
+def optimization(**changes: Any) -> Optimization:
+    """A few quick full-precision steps."""
+    settings = {"learning_rate": 1e-3, "schedule": "constant", "batch_size": 2, "dtype": "float32"}
+    return Optimization(**{**settings, **changes})
+
+
+def weights(seed: int = 0, rank: int = 0) -> Weights:
+    return Weights(dtype="float32", lora=LoRA(rank=rank), seed=seed)
+
+
+# --- a generator that says what it is told -----------------------------------------------------------------------
+
+
+class Script:
+    """A Generator whose completions are given, prompt by prompt; it keeps the requests it was sent."""
+
+    def __init__(
+        self, policy: Policy, replies: Sequence[Completion], per_batch: int = 1 << 20, dies_after: int = 1 << 20
+    ) -> None:
+        self.policy = policy
+        self.replies = iter(replies)
+        self.per_batch = per_batch
+        self.batches_left = dies_after
+        self.requests: list[Request] = []
+        self.context = policy.context
+        self.digest = policy.digest
+        self.tokenizer = policy.tokenizer
+
+    def load(self, files: PolicyFiles) -> "Script":
+        """Stands in for the backend and for the generator it loads."""
+        return self
+
+    def plan(self, lengths: Sequence[int], samples: int, max_new_tokens: int) -> list[list[int]]:
+        """Batches of `per_batch`, in the order of the records."""
+        return [list(range(len(lengths)))[i : i + self.per_batch] for i in range(0, len(lengths), self.per_batch)]
+
+    def write(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+        """The next replies; when they run out, empty ones."""
+        if not self.batches_left:
+            raise Killed
+        self.batches_left -= 1
+        self.requests += requests
+        nothing = Completion(text="", finish_reason=FinishReason.EOS, tokens=0)
+        return [[next(self.replies, nothing) for _ in request.seeds] for request in requests]
+
+
+def completion(text: str, *, cut: bool = False) -> Completion:
+    reason = FinishReason.LENGTH if cut else FinishReason.EOS
+    return Completion(text=text, finish_reason=reason, tokens=len(text.split()))
+
+
+class Killed(BaseException):
+    """What a test raises where a real run would be killed."""
+
+
+@contextmanager
+def killed_after(batches: int, monkeypatch: Any) -> Iterator[list[int]]:
+    """Generation raises once so many batches are written; yields the sizes of all batches that were asked for."""
+    original = TransformersGenerator.write
+    sizes: list[int] = []
+
+    def write(self: TransformersGenerator, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+        if len(sizes) >= batches:
+            raise Killed
+        sizes.append(len(requests))
+        return original(self, requests, sampling)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersGenerator, "write", write)
+        yield sizes
+
+
+# --- configurations and runs -------------------------------------------------------------------------------------
+
+
+def composed(*overrides: str) -> tuple[ExperimentConfig, str, dict[str, Any]]:
+    """The experiment that the command line makes of these overrides, as live objects, as YAML and plain."""
+    register()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        config = compose("config", overrides=list(overrides))
+    plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True, enum_to_str=True)
+    return to_experiment(config), OmegaConf.to_yaml(config, resolve=True), plain
+
+
+def run(output: Path, *overrides: str) -> Path:
+    """One experiment, in this process; returns its folder."""
+    config, text, plain = composed(*overrides, f"output_dir={output}")
+    return run_experiment(config, text, {**plain, "choices": choices(config)})
+
+
+def write_tiny_data(folder: Path) -> list[str]:
+    """A handful of seeds and evaluation instructions; returns the overrides that name them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    subjects = ["bees", "rivers", "clocks", "bread", "stars", "trains", "songs", "maps"]
+    ift = [
+        {"id": f"i{n}", "instruction": f"Say one thing about {s}.", "response": f"Old {s} are good."}
+        for n, s in enumerate(subjects)
+    ]
+    ranked = [
+        {
+            "id": f"r{n}",
+            "instruction": f"Which is the best {s}, and why?",
+            "responses": [
+                {"text": f"The oldest {s}, for its craft.", "rank": 1},
+                {"text": f"Some {s}.", "rank": 2},
+                {"text": "No.", "rank": 3},
+            ],
+        }
+        for n, s in enumerate(subjects[:4])
+    ]
+    asked = [{"id": f"q{n}", "instruction": f"What do people make of {s}?"} for n, s in enumerate(subjects[:3])]
+    for name, rows in (("ift", ift), ("ranked", ranked), ("asked", asked)):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    return [
+        f"data.seeds.demonstrations={folder / 'ift.jsonl'}",
+        f"data.seeds.ranked={folder / 'ranked.jsonl'}",
+        f"evaluate.instructions={folder / 'asked.jsonl'}",
+    ]
+
+
+TINY_RUN = [
+    "experiment=smoke",
+    "name=tiny",
+    "generate.dtype=float32",
+    "generate.batch_tokens=120",
+    "train.sft.dtype=float32",
+    "train.sft.epochs=3",
+    "train.align.dtype=float32",
+    "train.align.batch_size=1",
+    "data.instruct.count=3",
+    "data.instruct.min_words=1",
+    "data.instruct.prompts_per_batch=4",
+    "data.instruct.sampling.max_new_tokens=20",
+    "data.instruct.sampling.temperature=1",
+    "data.instruct.sampling.top_p=1",
+    "data.respond.candidates=3",
+    "data.respond.sampling.max_new_tokens=8",
+    "evaluate.sampling.max_new_tokens=8",
+]
+"""Smoke, smaller: two iterations in a few seconds."""
+
+
+def record_files(folder: Path) -> dict[str, bytes]:
+    """{path: bytes} of every record and weight file of a run, through its links."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for link in sorted((folder / "artefacts").rglob("*"))
+        if link.is_symlink()
+        for path in sorted(
+            [*link.glob("*.jsonl"), *link.glob("weights/*.safetensors"), *link.glob("adapter/*.safetensors")]
+        )
+        if path.name != "log.jsonl"
+    }
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

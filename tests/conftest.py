@@ -1,0 +1,55 @@
+"""What every test stands on: no network, run-time type checks for the maths, and one tiny policy a session."""
+
+# ruff: noqa: E402 - the order of the lines below is their point
+
+import os
+from tempfile import TemporaryDirectory
+
+CACHE = TemporaryDirectory(prefix="selfalign-tests-", ignore_cleanup_errors=True)
+"""In the place of ~/.cache/huggingface, so that nothing depends on what lies there and nothing is left there."""
+
+# Before torch and the Hugging Face libraries are imported, which read these once.
+os.environ.update(
+    OMP_WAIT_POLICY="PASSIVE",
+    HF_HOME=CACHE.name,
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    WANDB_MODE="offline",
+    WANDB_SILENT="true",
+    TOKENIZERS_PARALLELISM="false",
+)
+
+from jaxtyping import install_import_hook
+
+# Shapes and dtypes are checked at run time here, and nowhere else. It has to stand before selfalign is imported.
+install_import_hook(["selfalign.losses", "selfalign.refinement", "selfalign.logprobs"], "beartype.beartype")
+
+from typing import Any
+
+import pytest
+
+from selfalign.models import ModelConfig, PolicyFiles, fetch_pretrained
+
+# Other libraries' own deprecations, which no code of ours can mend.
+NOT_OURS = (
+    # peft 0.21 asks transformers 5 for it whenever an adapter is added.
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Lets those warnings pass; every other one is an error (pyproject.toml)."""
+    for warning in NOT_OURS:
+        config.addinivalue_line("filterwarnings", warning)
+
+
+@pytest.fixture(scope="session")
+def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> PolicyFiles:
+    """The tiny random policy, built once; read it, never write into it."""
+    return fetch_pretrained(ModelConfig(path="random:tiny"), tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tiny_policy: PolicyFiles) -> Any:
+    """The tiny policy's tokenizer; read it, never change it."""
+    return tiny_policy.load_tokenizer()

@@ -1,0 +1,271 @@
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from builders import (
+    loaded,
+    nudged_policy,
+    optimization,
+    policy_artefact,
+    preference,
+    records_artefact,
+    weights,
+    workspace,
+)
+from safetensors.torch import load_file
+
+from selfalign.batches import PairExample, encode_pairs, make_batch
+from selfalign.errors import SelfalignError
+from selfalign.losses import DPO, IPO, PreferenceLoss, SrDPO, SrIPO
+from selfalign.models import PolicyFiles
+from selfalign.records import PairReference, PreferencePair
+from selfalign.stages.align import Preference, align, refinement_of
+from selfalign.stages.reference import reference
+from selfalign.store import Artefact
+from selfalign.training import Optimization, prepare
+
+PAIRS = [
+    preference("a", "Name a bird.", "A wren.", "A stone, I think."),
+    preference("b", "Name a fish that lives in rivers.", "The trout does.", "No."),
+    preference("c", "Why is the sky blue?", "Air scatters blue light most.", "It likes it."),
+    preference("d", "How is tea made?", "Pour hot water over the leaves.", "Tea tea tea tea."),
+]
+LOSSES: list[PreferenceLoss] = [DPO(beta=0.2), IPO(beta=0.2), SrDPO(beta=0.2), SrIPO(beta=0.2)]
+FULL_BATCH = {"learning_rate": 5e-4, "epochs": 3, "batch_size": 4}
+
+
+def direct_logps(policy: PolicyFiles, pair: PreferencePair) -> tuple[float, float]:
+    """Summed over both responses' tokens, from full logits."""
+    reader = loaded(policy.path) if not (policy.path / "adapter").exists() else policy.load("float32", device="cpu")
+    prompt = f"<|im_start|>user\n{pair.prompt[0]['content']}<|im_end|>\n<|im_start|>assistant\n"
+    start = len(reader.tokenizer(prompt)["input_ids"])
+    sums = []
+    for answer in (pair.chosen, pair.rejected):
+        ids = torch.tensor(
+            [reader.tokenizer(prompt)["input_ids"] + reader.tokenizer(f"{answer}<|im_end|>")["input_ids"]]
+        )
+        with torch.no_grad():
+            logps = reader.model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        sums.append(float(logps.gather(1, ids[0, 1:, None])[start - 1 :].sum()))
+    return sums[0], sums[1]
+
+
+def aligned(
+    folder: Path,
+    policy: PolicyFiles,
+    loss: PreferenceLoss,
+    *,
+    judged_by: PolicyFiles | None = None,
+    rank: int = 0,
+    seed: int = 0,
+    starts_as_reference: bool = True,
+    pairs: list[PreferencePair] = PAIRS,
+    references: Artefact | None = None,
+    **settings: object,
+):
+    """Scores the pairs under the reference and aligns on them; returns counts, policy and logged rows."""
+    optimised: Optimization = optimization(**{**FULL_BATCH, **settings})
+    given, start = records_artefact(folder / "pairs", pairs=pairs), policy_artefact(policy)
+    scores = workspace(folder / "reference")
+    reference(
+        scores,
+        policy=policy_artefact(judged_by or policy),
+        pairs=given,
+        refinement=refinement_of(loss),
+        precision=optimised.precision("float32"),
+    )
+    rows: list[dict] = []
+    out = workspace(folder / "out", rows)
+    counts = align(
+        out,
+        policy=start,
+        base=start,
+        pairs=given,
+        reference=references or records_artefact(scores.path),
+        loss=loss,
+        starts_as_reference=starts_as_reference,
+        optimization=optimised,
+        weights=weights(seed, rank),
+    )
+    return counts, PolicyFiles(out.path), rows
+
+
+def known_start(loss: PreferenceLoss) -> float:
+    return math.log(2) if isinstance(loss, DPO | SrDPO) else 1 / (4 * loss.beta**2)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)
+def test_loss_starts_at_its_known_value_and_falls(
+    tmp_path: Path, tiny_policy: PolicyFiles, loss: PreferenceLoss
+) -> None:
+    counts, policy, rows = aligned(tmp_path, tiny_policy, loss)
+    losses = [row["loss"] for row in rows]
+    assert losses[0] == pytest.approx(known_start(loss), rel=1e-3)
+    assert all(later < earlier for earlier, later in pairwise(losses))
+    assert abs(rows[0]["rewards/chosen"]) < 1e-3
+    assert rows[0]["rewards/margins"] == pytest.approx(0, abs=1e-3)
+    assert counts["pairs"] == 4
+    assert counts["dropped"] == {"too_long": 0}
+    assert counts["rewards/margins"] > rows[-1]["rewards/margins"] > 0
+    assert counts["rewards/accuracies"] == 1.0
+    assert policy.digest != tiny_policy.digest
+    assert ("refinement/mean" in rows[0]) == isinstance(loss, SrDPO | SrIPO)
+    if isinstance(loss, SrDPO | SrIPO):
+        assert rows[0]["refinement/mean"] == pytest.approx(0, abs=1e-3)
+        assert rows[-1]["refinement/mean"] > 1e-3
+
+
+def test_counts_are_the_rewards_of_the_saved_policy(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+    counts, policy, _ = aligned(tmp_path, tiny_policy, DPO(beta=0.3))
+    chosen, rejected = [], []
+    for pair in PAIRS:
+        after, before = direct_logps(policy, pair), direct_logps(tiny_policy, pair)
+        chosen.append(0.3 * (after[0] - before[0]))
+        rejected.append(0.3 * (after[1] - before[1]))
+    assert counts["rewards/chosen"] == pytest.approx(sum(chosen) / 4, abs=1e-3)
+    assert counts["rewards/rejected"] == pytest.approx(sum(rejected) / 4, abs=1e-3)
+    assert counts["rewards/margins"] == pytest.approx((sum(chosen) - sum(rejected)) / 4, abs=1e-3)
+
+
+@pytest.mark.parametrize(("plain", "refined"), [(DPO(beta=0.2), SrDPO), (IPO(beta=0.2), SrIPO)], ids=["dpo", "ipo"])
+def test_lambda_zero_trains_bit_for_bit_as_without_refinement(
+    tmp_path: Path, tiny_policy: PolicyFiles, plain: PreferenceLoss, refined: type
+) -> None:
+    _, one, _ = aligned(tmp_path / "plain", tiny_policy, plain)
+    _, other, _ = aligned(tmp_path / "zero", tiny_policy, refined(beta=0.2, lam=0.0))
+    assert one.digest == other.digest
+
+
+def test_refinement_changes_what_is_learnt(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+    weights_of = [aligned(tmp_path / str(lam), tiny_policy, SrDPO(lam=lam))[1].digest for lam in (0.25, 0.5)]
+    assert weights_of[0] != weights_of[1]
+
+
+def test_same_seed_gives_the_same_weights_and_another_order_others(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+    settings = {"batch_size": 1, "epochs": 1}
+    digests = [
+        aligned(tmp_path / str(n), tiny_policy, SrDPO(), seed=seed, **settings)[1].digest
+        for n, seed in enumerate((1, 1, 2))
+    ]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_reference_of_other_weights_is_noticed_with_likely_causes(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+    other = nudged_policy(tiny_policy, tmp_path / "other", 0.005)
+    with pytest.raises(SelfalignError) as stop:
+        aligned(tmp_path, tiny_policy, DPO(), judged_by=other)
+    message = str(stop.value)
+    assert "does not start as its reference" in message
+    assert all(cause in message for cause in ("dropout", "dtypes", "other weights", "token ids"))
+    assert not (tmp_path / "out/weights.json").exists()
+
+
+def test_differences_that_cancel_over_the_batch_are_noticed(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+    """Rewards far from 0 whose mean is 0 are no start as the reference: the loss is not at its known value."""
+    off = [5.0, -5.0, 5.0, -5.0]
+    values = [direct_logps(tiny_policy, pair) for pair in PAIRS]
+    records = [
+        PairReference(id=pair.id, chosen=chosen + more, rejected=rejected)
+        for pair, (chosen, rejected), more in zip(PAIRS, values, off, strict=True)
+    ]
+    with pytest.raises(SelfalignError, match="does not start as its reference"):
+        aligned(tmp_path, tiny_policy, DPO(), references=records_artefact(tmp_path / "wrong", references=records))
+
+
+def test_older_reference_is_no_error_where_it_is_the_choice(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+    other = nudged_policy(tiny_policy, tmp_path / "other", 0.005)
+    _, _, rows = aligned(tmp_path, tiny_policy, DPO(), judged_by=other, starts_as_reference=False)
+    assert abs(rows[0]["rewards/chosen"]) > 1e-3
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_missing_reference_names_the_pair(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+    some = records_artefact(tmp_path / "some", references=[PairReference(id="a", chosen=-1.0, rejected=-1.0)])
+    with pytest.raises(SelfalignError, match=r"no reference for pair b \(3 in all\)"):
+        aligned(tmp_path, tiny_policy, DPO(), references=some)
+
+
+def test_longer_pair_is_left_out_and_counted(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+    long = preference("long", "Go on.", "and on " * 80, "no")
+    counts, policy, _ = aligned(tmp_path / "with", tiny_policy, SrDPO(), pairs=[*PAIRS, long], max_length=120)
+    _, without, _ = aligned(tmp_path / "without", tiny_policy, SrDPO(), max_length=120)
+    assert counts["dropped"] == {"too_long": 1}
+    assert counts["pairs"] == 4
+    assert policy.digest == without.digest
+
+
+def test_lora_saves_an_adapter_beside_a_link_to_its_base(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+    counts, policy, rows = aligned(tmp_path, tiny_policy, SrDPO(), rank=2, learning_rate=2e-2)
+    assert rows[0]["loss"] == pytest.approx(math.log(2), rel=1e-3)
+    assert counts["rewards/margins"] > 0
+    assert (policy.path / "weights").resolve() == (tiny_policy.path / "weights").resolve()
+    assert any(
+        tensor.abs().max() > 0
+        for name, tensor in load_file(policy.path / "adapter/adapter_model.safetensors").items()
+        if "lora_B" in name
+    )
+    after, before = direct_logps(policy, PAIRS[0]), direct_logps(tiny_policy, PAIRS[0])
+    assert abs(after[0] - before[0]) > 1e-2
+
+
+def objective_on(policy: PolicyFiles, loss: PreferenceLoss) -> tuple[Preference, object, list[PairExample]]:
+    """The loss over the pairs with the policy a little away from its reference."""
+    reader = policy.load("float32", device="cpu")
+    prepare(reader, policy, weights())
+    examples, _ = encode_pairs(reader.tokenizer, PAIRS, refinement_of(loss), 2048)
+    with torch.no_grad():
+        table = {}
+        for example in examples:
+            values = []
+            for group in (example.plain, example.augmented):
+                batch = make_batch(reader.model, [group or example.plain])
+                logps = reader.model(predict_at=batch.predict_at, targets=batch.targets, **batch.inputs)
+                values += (batch.sum_by_response(logps) - torch.tensor([1.0, 3.0])).tolist()
+            table[example.id] = PairReference(
+                id=example.id, chosen=values[0], rejected=values[1],
+                augmented_chosen=values[2], augmented_rejected=values[3],
+            )  # fmt: skip
+    return Preference(loss, table, True, "float32"), reader.model, examples
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        # h = (log π - log π_ref)(y⁺) - (…)(y⁻) = 1 - 3 = -2 for every pair, and Δ = β·h = -0.4.
+        (DPO(beta=0.2), math.log(1 + math.exp(0.4))),
+        (IPO(beta=0.2), (-2 - 2.5) ** 2),
+        (SrDPO(beta=0.2, lam=0.5), math.log(1 + math.exp(0.4 - 0.2))),
+        (SrIPO(beta=0.2, lam=0.5), (-2 + 0.2 - 2.5) ** 2),
+        (SrIPO(beta=0.2, lam=0.5, target="exact"), (-2 + 1.0 - 2.5) ** 2),
+    ],
+    ids=["dpo", "ipo", "sr_dpo", "sr_ipo_printed", "sr_ipo_exact"],
+)
+def test_objective_equals_the_equation_worked_by_hand(
+    tiny_policy: PolicyFiles, loss: PreferenceLoss, expected: float
+) -> None:
+    objective, model, examples = objective_on(tiny_policy, loss)
+    outcome = objective(model, examples)
+    assert float(outcome.loss.detach()) / objective.weight(examples) == pytest.approx(expected, rel=1e-4)
+    total, weight = outcome.metrics["rewards/margins"]
+    assert total / weight == pytest.approx(0.2 * -2, rel=1e-4)
+    assert outcome.metrics["rewards/accuracies"] == (0.0, 4.0)
+    assert outcome.metrics["logps/chosen"][0] == pytest.approx(
+        sum(direct_logps(tiny_policy, pair)[0] for pair in PAIRS), rel=1e-4
+    )
+    if refinement_of(loss):
+        total, weight = outcome.metrics["refinement/mean"]
+        assert total / weight == pytest.approx(-0.4, rel=1e-3)
+
+
+def test_refinement_is_recomputed_under_the_current_policy_and_takes_no_gradient(tiny_policy: PolicyFiles) -> None:
+    """∂/∂θ of -log σ(βh - λ⊥Δ) is -σ(λΔ - βh)·β·∂h/∂θ: the gradient of DPO, scaled; nothing through p⊕x."""
+    gradients = []
+    for loss in (DPO(beta=0.2), SrDPO(beta=0.2, lam=0.5)):
+        objective, model, examples = objective_on(tiny_policy, loss)
+        objective(model, examples).loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    scale = (1 / (1 + math.exp(-0.2))) / (1 / (1 + math.exp(-0.4)))
+    assert torch.allclose(gradients[1], scale * gradients[0], atol=1e-5, rtol=1e-3)
+    assert gradients[0].abs().max() > 1e-3

@@ -1,0 +1,228 @@
+import json
+from pathlib import Path
+
+import pytest
+from builders import instruction, judgement, records_artefact, response, workspace
+
+from selfalign.data import as_prompt
+from selfalign.errors import SelfalignError
+from selfalign.records import Demonstration, FinishReason, PreferencePair, Response, read_records
+from selfalign.stages.pair import BestWorst, PairRule, PositivesOnly, given_pairs, pair
+
+Scores = dict[str, list[float | None]]
+"""{response id: the scores of its judgements}."""
+
+
+def made(folder: Path, scores: Scores, rule: PairRule | None = None, answers: list[Response] | None = None):
+    """Runs the stage on one response for every name; returns its counts and the pairs."""
+    names = list(scores)
+    asked = list(dict.fromkeys(name.rsplit("-", 1)[0] for name in names))
+    judgements = [judgement(name, score, n) for name in names for n, score in enumerate(scores[name], start=1)]
+    place = records_artefact(
+        folder / "given",
+        instructions=[instruction(name) for name in asked],
+        responses=answers or [response(name) for name in names],
+        judgements=judgements,
+    )
+    counts = pair(
+        workspace(folder / "out"),
+        rule=rule or BestWorst(),
+        instructions=place,
+        responses=place,
+        judgements=place,
+    )
+    kind = Demonstration if isinstance(rule, PositivesOnly) else PreferencePair
+    name = "demonstrations" if isinstance(rule, PositivesOnly) else "pairs"
+    return counts, read_records(folder / "out" / f"{name}.jsonl", kind)
+
+
+def test_highest_mean_is_chosen_and_lowest_rejected(tmp_path: Path) -> None:
+    scores: Scores = {"a-1": [3], "a-2": [5, 4], "a-3": [4, 4, 4], "a-4": [1, 2]}
+    counts, (kept,) = made(tmp_path, scores)
+    assert (kept.chosen_id, kept.rejected_id) == ("a-2", "a-4")
+    assert (kept.chosen, kept.rejected) == ("Answer a-2", "Answer a-4")
+    assert (kept.chosen_score, kept.rejected_score) == (4.5, 1.5)
+    assert kept.prompt == as_prompt(instruction("a").text)
+    assert kept.instruction_id == "a"
+    assert counts["dropped"] == {}
+    assert (counts["pairs"], counts["mean_score_margin"], counts["mean_length_difference"]) == (1, 3.0, 0.0)
+
+
+def test_mean_is_over_valid_judgements_only(tmp_path: Path) -> None:
+    _, (kept,) = made(tmp_path, {"a-1": [2, None, None], "a-2": [1, 2], "a-3": [None, 5, 3]})
+    assert (kept.chosen_id, kept.chosen_score) == ("a-3", 4.0)
+    assert (kept.rejected_id, kept.rejected_score) == ("a-2", 1.5)
+
+
+def test_unparsed_judgement_never_becomes_rejected_response(tmp_path: Path) -> None:
+    _, (kept,) = made(tmp_path, {"a-1": [None, None], "a-2": [4], "a-3": [3], "a-4": [None]})
+    assert (kept.chosen_id, kept.rejected_id) == ("a-2", "a-3")
+
+
+def test_response_judged_zero_is_a_judged_response(tmp_path: Path) -> None:
+    _, (kept,) = made(tmp_path, {"a-1": [0], "a-2": [0.5]})
+    assert (kept.chosen_id, kept.rejected_id, kept.rejected_score) == ("a-2", "a-1", 0.0)
+
+
+def test_every_drop_has_its_reason_and_all_add_up(tmp_path: Path) -> None:
+    scores: Scores = {
+        "kept-1": [1], "kept-2": [5],
+        "tie-1": [3], "tie-2": [3], "tie-3": [3],
+        "margin-1": [3], "margin-2": [3.4],
+        "edge-1": [3], "edge-2": [3.5],
+        "one-1": [4], "one-2": [None],
+        "none-1": [None], "none-2": [None],
+        "same-1": [1], "same-2": [2],
+        "empty-1": [1], "empty-2": [2],
+    }  # fmt: skip
+    texts = {"same-1": "Alike.", "same-2": "Alike."}
+    answers = [response(name, texts.get(name, "")) for name in scores if name != "empty-1"]
+    blank = Response(id="empty-1", instruction_id="empty", text="", finish_reason=FinishReason.EOS, tokens=0, model="m")
+    counts, kept = made(tmp_path, scores, BestWorst(minimum_margin=0.5), [*answers, blank])
+    assert counts["dropped"] == {
+        "empty_response": 1,
+        "fewer_than_two_judged": 2,
+        "identical": 1,
+        "small_margin": 2,
+        "tie": 1,
+    }
+    assert [record.instruction_id for record in kept] == ["kept"]
+    assert counts["pairs"] + sum(counts["dropped"].values()) == 8
+
+
+def test_drops_of_instructions_are_not_mixed_with_drops_of_responses(tmp_path: Path) -> None:
+    counts, kept = made(tmp_path, {"a-1": [1], "a-2": [2], "a-3": [None], "b-1": [1], "b-2": [1]})
+    assert len(kept) + sum(counts["dropped"].values()) == 2
+    assert counts["unjudged_responses"] == 1
+
+
+def test_equal_scores_at_the_top_do_not_make_a_tie(tmp_path: Path) -> None:
+    counts, (kept,) = made(tmp_path, {"a-1": [5], "a-2": [5], "a-3": [1], "a-4": [1]})
+    assert (kept.chosen_id, kept.rejected_id) == ("a-1", "a-3")
+    assert counts["dropped"] == {}
+
+
+def test_margin_equal_to_the_minimum_is_too_small(tmp_path: Path) -> None:
+    counts, kept = made(tmp_path, {"a-1": [1], "a-2": [2], "b-1": [1], "b-2": [2.25]}, BestWorst(minimum_margin=1))
+    assert [record.instruction_id for record in kept] == ["b"]
+    assert counts["dropped"] == {"small_margin": 1}
+
+
+def test_too_few_pairs_stop_the_run_with_the_reasons(tmp_path: Path) -> None:
+    scores: Scores = {"a-1": [1], "a-2": [1], "b-1": [2], "b-2": [None], "c-1": [1], "c-2": [4]}
+    with pytest.raises(SelfalignError) as stop:
+        made(tmp_path, scores, BestWorst(minimum_pairs=2))
+    message = str(stop.value)
+    assert message.startswith("stage: 1 pairs from 3 instructions, fewer than pair.minimum_pairs=2")
+    assert "'tie': 1" in message
+    assert "'fewer_than_two_judged': 1" in message
+    assert not (tmp_path / "out/pairs.jsonl").exists()
+
+
+def test_all_candidates_alike_stop_the_run(tmp_path: Path) -> None:
+    scores: Scores = {"a-1": [3], "a-2": [2], "b-1": [4], "b-2": [1]}
+    answers = [response(name, "Always the same.") for name in scores]
+    with pytest.raises(SelfalignError, match=r"0 pairs from 2 instructions.*'identical': 2"):
+        made(tmp_path, scores, answers=answers)
+
+
+def test_cut_responses_are_marked_so_that_no_end_is_taught(tmp_path: Path) -> None:
+    answers = [response("a-1", "Cut he", reason=FinishReason.LENGTH), response("a-2", "Whole.")]
+    _, (kept,) = made(tmp_path, {"a-1": [5], "a-2": [1]}, answers=answers)
+    assert (kept.chosen_finished, kept.rejected_finished) == (False, True)
+
+
+def test_pairs_of_different_instructions_have_different_ids(tmp_path: Path) -> None:
+    _, kept = made(tmp_path, {"a-1": [1], "a-2": [2], "b-1": [1], "b-2": [2]})
+    assert len({record.id for record in kept}) == 2
+
+
+def test_length_difference_is_that_of_chosen_less_rejected(tmp_path: Path) -> None:
+    answers = [response("a-1", "1234"), response("a-2", "1234567890"), response("b-1", "12"), response("b-2", "1")]
+    counts, _ = made(tmp_path, {"a-1": [1], "a-2": [2], "b-1": [1], "b-2": [5]}, answers=answers)
+    assert counts["mean_length_difference"] == (6 - 1) / 2
+    assert counts["mean_score_margin"] == (1 + 4) / 2
+
+
+# --- positives ---------------------------------------------------------------------------------------------------
+
+
+def test_responses_with_the_score_become_demonstrations(tmp_path: Path) -> None:
+    scores: Scores = {"a-1": [5, 5], "a-2": [5, 4], "b-1": [5], "b-2": [0]}
+    counts, kept = made(tmp_path, scores, PositivesOnly())
+    assert [(d.id, d.response, d.source) for d in kept] == [
+        ("a-1", "Answer a-1", "positive"),
+        ("b-1", "Answer b-1", "positive"),
+    ]
+    assert kept[0].prompt == as_prompt(instruction("a").text)
+    assert counts == {"positives": 2, "dropped": {"low_score": 2}}
+
+
+def test_score_equal_to_the_minimum_is_good_enough(tmp_path: Path) -> None:
+    _, kept = made(tmp_path, {"a-1": [4], "a-2": [3.99]}, PositivesOnly(minimum_score=4))
+    assert [record.id for record in kept] == ["a-1"]
+
+
+def test_cut_and_empty_responses_are_no_positives(tmp_path: Path) -> None:
+    blank = Response(id="a-2", instruction_id="a", text="", finish_reason=FinishReason.EOS, tokens=0, model="m")
+    answers = [response("a-1"), blank, response("a-3", "Cut he", reason=FinishReason.LENGTH)]
+    counts, kept = made(tmp_path, {"a-1": [5], "a-2": [5], "a-3": [5]}, PositivesOnly(), answers)
+    assert [record.id for record in kept] == ["a-1"]
+    assert counts["dropped"] == {"cut_response": 1, "empty_response": 1}
+
+
+def test_every_response_is_a_positive_or_counted_as_dropped(tmp_path: Path) -> None:
+    counts, kept = made(tmp_path, {"a-1": [5], "a-2": [1], "a-3": [None], "a-4": [None, None]}, PositivesOnly())
+    assert len(kept) + sum(counts["dropped"].values()) == 4
+
+
+def test_too_few_positives_stop_the_run_with_the_reasons(tmp_path: Path) -> None:
+    with pytest.raises(SelfalignError, match=r"1 responses score 5.0 or more.*minimum_examples=2.*'low_score': 1"):
+        made(tmp_path, {"a-1": [5], "a-2": [4.9]}, PositivesOnly(minimum_examples=2))
+
+
+# --- given pairs -------------------------------------------------------------------------------------------------
+
+
+def test_given_pairs_are_pairs_and_their_chosen_responses_demonstrations(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "Why?", "chosen": " Because.", "rejected": " No."},
+        {
+            "prompt": [{"role": "user", "content": "How?"}],
+            "chosen": [{"role": "assistant", "content": "So."}],
+            "rejected": [{"role": "assistant", "content": "Never."}],
+        },
+        {"prompt": "Same?", "chosen": "Yes.", "rejected": "Yes."},
+        {"prompt": "Empty?", "chosen": "Yes.", "rejected": " "},
+    ]
+    source = tmp_path / "pairs.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    counts = given_pairs(workspace(tmp_path / "out"), source=str(source), content="d")
+    pairs = read_records(tmp_path / "out/pairs.jsonl", PreferencePair)
+    assert counts == {"pairs": 2, "dropped": {"empty_response": 1, "identical": 1}}
+    assert [(p.prompt, p.chosen, p.rejected) for p in pairs] == [
+        ("Why?", " Because.", " No."),
+        (as_prompt("How?"), "So.", "Never."),
+    ]
+    demonstrations = read_records(tmp_path / "out/demonstrations.jsonl", Demonstration)
+    assert [(d.prompt, d.response) for d in demonstrations] == [(p.prompt, p.chosen) for p in pairs]
+
+
+def test_given_data_without_a_usable_pair_is_an_error(tmp_path: Path) -> None:
+    source = tmp_path / "pairs.jsonl"
+    source.write_text(json.dumps({"prompt": "Same?", "chosen": "Yes.", "rejected": "Yes."}) + "\n")
+    with pytest.raises(SelfalignError, match=r"no usable pair \(dropped: \{'identical': 1\}\)"):
+        given_pairs(workspace(tmp_path / "out"), source=str(source), content="d")
+
+
+@pytest.mark.parametrize(
+    ("rule", "settings", "named"),
+    [
+        (BestWorst, {"minimum_margin": -0.1}, r"pair\.minimum_margin"),
+        (BestWorst, {"minimum_pairs": 0}, r"pair\.minimum_pairs"),
+        (PositivesOnly, {"minimum_examples": 0}, r"pair\.minimum_examples"),
+    ],
+)
+def test_value_out_of_range_is_refused_with_its_key(rule: type, settings: dict, named: str) -> None:
+    with pytest.raises(SelfalignError, match=named):
+        rule(**settings)

@@ -1,0 +1,157 @@
+from pathlib import Path
+
+import pytest
+import torch
+from builders import (
+    Killed,
+    loaded,
+    nudged_policy,
+    optimization,
+    policy_artefact,
+    preference,
+    records_artefact,
+    workspace,
+)
+
+from selfalign.errors import SelfalignError
+from selfalign.models import PolicyFiles
+from selfalign.records import PairReference, PreferencePair, read_records
+from selfalign.refinement import Refinement
+from selfalign.scoring import Scorer
+from selfalign.stages.reference import reference
+
+PAIRS = [
+    preference("a", "Name a bird.", "A wren.", "A stone, I think."),
+    preference("b", "Name a fish that lives in rivers.", "The trout does.", "No."),
+    PreferencePair(
+        id="c", prompt="Once upon a time", chosen=" there was a king", rejected=" no", chosen_finished=False
+    ),
+]
+P = Refinement(prompt="Reach {scale} of {scale}. ", scale=7)
+
+
+def scored(folder: Path, policy: PolicyFiles, refinement: Refinement | None = P, pairs=PAIRS, **settings: object):
+    counts = reference(
+        workspace(folder / "out"),
+        policy=policy_artefact(policy),
+        pairs=records_artefact(folder / "given", pairs=pairs),
+        refinement=refinement,
+        precision=optimization(**settings).precision("float32"),
+    )
+    return counts, read_records(folder / "out/references.jsonl", PairReference)
+
+
+def log_likelihood(policy: PolicyFiles, prompt: str, answer: str) -> float:
+    """Summed over the answer's tokens, from full logits in double precision."""
+    reader = loaded(policy.path)
+    start = len(reader.tokenizer(prompt)["input_ids"])
+    ids = torch.tensor([reader.tokenizer(prompt)["input_ids"] + reader.tokenizer(answer)["input_ids"]])
+    with torch.no_grad():
+        logps = reader.model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
+    return float(logps.gather(1, ids[0, 1:, None])[start - 1 :].sum())
+
+
+def turn(text: str) -> str:
+    return f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+
+
+EXPECTED = {
+    "a": (turn("Name a bird."), "A wren.<|im_end|>", "A stone, I think.<|im_end|>"),
+    "b": (turn("Name a fish that lives in rivers."), "The trout does.<|im_end|>", "No.<|im_end|>"),
+    "c": ("Once upon a time", " there was a king", " no<|im_end|>"),
+}
+AUGMENTED = {
+    "a": turn("Reach 7 of 7. Name a bird."),
+    "b": turn("Reach 7 of 7. Name a fish that lives in rivers."),
+    "c": "Reach 7 of 7. Once upon a time",
+}
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 8192])
+def test_values_are_the_summed_log_probabilities_of_full_logits(
+    tmp_path: Path, tiny_policy: PolicyFiles, batch_tokens: int
+) -> None:
+    counts, references = scored(tmp_path, tiny_policy, batch_tokens=batch_tokens)
+    assert [record.id for record in references] == ["a", "b", "c"]
+    assert counts == {"pairs": 3, "dropped": {"too_long": 0}}
+    for record in references:
+        prompt, chosen, rejected = EXPECTED[record.id]
+        assert record.chosen == pytest.approx(log_likelihood(tiny_policy, prompt, chosen), abs=1e-3)
+        assert record.rejected == pytest.approx(log_likelihood(tiny_policy, prompt, rejected), abs=1e-3)
+        p = AUGMENTED[record.id]
+        assert record.augmented_chosen == pytest.approx(log_likelihood(tiny_policy, p, chosen), abs=1e-3)
+        assert record.augmented_rejected == pytest.approx(log_likelihood(tiny_policy, p, rejected), abs=1e-3)
+        assert abs(record.chosen - record.augmented_chosen) > 1e-4
+
+
+def test_without_refinement_there_are_no_augmented_values(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+    _, with_p = scored(tmp_path / "with", tiny_policy)
+    _, plain = scored(tmp_path / "without", tiny_policy, None)
+    assert {(r.augmented_chosen, r.augmented_rejected) for r in plain} == {(None, None)}
+    assert [(r.chosen, r.rejected) for r in plain] == [(r.chosen, r.rejected) for r in with_p]
+
+
+def test_another_policy_has_other_values(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+    _, own = scored(tmp_path / "own", tiny_policy)
+    _, others = scored(tmp_path / "other", nudged_policy(tiny_policy, tmp_path / "policy"))
+    assert all(abs(a.chosen - b.chosen) > 1e-3 for a, b in zip(own, others, strict=True))
+
+
+def test_longer_pair_is_dropped_whole_and_counted(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+    long = preference("long", "Go on.", "and on " * 80, "no")
+    counts, references = scored(tmp_path, tiny_policy, pairs=[PAIRS[0], long, PAIRS[1]], max_length=80)
+    assert [record.id for record in references] == ["a", "b"]
+    assert counts == {"pairs": 2, "dropped": {"too_long": 1}}
+
+
+def test_pair_too_long_only_behind_the_augmented_prompt_is_dropped_too(
+    tmp_path: Path, tiny_policy: PolicyFiles
+) -> None:
+    """So that both passes hold the same pairs, and no response is ever cut."""
+    wordy = Refinement(prompt="Try hard, " * 20)
+    with pytest.raises(SelfalignError, match=r"none of 3 pairs fits into train\.align\.max_length=50"):
+        scored(tmp_path, tiny_policy, wordy, max_length=50)
+    counts, _ = scored(tmp_path / "plain", tiny_policy, None, max_length=50)
+    assert counts["dropped"] == {"too_long": 0}
+
+
+def kill_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, left = Scorer.score, [batches]
+
+    def score(self: Scorer, groups: list) -> list[list[float]]:
+        if not left[0]:
+            raise Killed
+        left[0] -= 1
+        return original(self, groups)
+
+    monkeypatch.setattr(Scorer, "score", score)
+
+
+def test_interrupted_scoring_goes_on_where_it_stopped(
+    tmp_path: Path, tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored(tmp_path / "whole", tiny_policy, batch_tokens=1)
+    with monkeypatch.context() as patch:
+        kill_after(4, patch)
+        with pytest.raises(Killed):
+            scored(tmp_path / "cut", tiny_policy, batch_tokens=1)
+    with monkeypatch.context() as patch:
+        kill_after(2, patch)  # Two of six batches are left, and not one more.
+        scored(tmp_path / "cut", tiny_policy, batch_tokens=1)
+    whole, cut = (tmp_path / name / "out/references.jsonl" for name in ("whole", "cut"))
+    assert whole.read_bytes() == cut.read_bytes()
+
+
+def test_smaller_batches_after_an_interruption_do_not_mix_pairs_up(
+    tmp_path: Path, tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`batch_tokens` is no part of the key, so a run that ran out of memory goes on with less of it."""
+    _, whole = scored(tmp_path / "whole", tiny_policy, batch_tokens=1)
+    with monkeypatch.context() as patch:
+        kill_after(1, patch)
+        with pytest.raises(Killed):
+            scored(tmp_path / "cut", tiny_policy, batch_tokens=8192)
+    _, resumed = scored(tmp_path / "cut", tiny_policy, batch_tokens=1)
+    assert [r.id for r in resumed] == [r.id for r in whole]
+    assert [r.chosen for r in resumed] == pytest.approx([r.chosen for r in whole], abs=1e-3)
+    assert [r.augmented_rejected for r in resumed] == pytest.approx([r.augmented_rejected for r in whole], abs=1e-3)

@@ -1,0 +1,235 @@
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from builders import RUBRIC, composed, workspace
+
+from selfalign.data import read_demonstrations, read_instructions, read_ranked
+from selfalign.errors import SelfalignError
+from selfalign.records import Demonstration, Instruction, RankedAnswers, Response, read_records
+from selfalign.stages.instruct import rouge_l, words_of
+from selfalign.stages.judge import ExpectedScore, SampledScore, parse_score
+from selfalign.stages.seeds import JudgeFormat, SeedsConfig, demonstrate_judging, scores_from_ranks, seeds
+
+SCORE = ExpectedScore(prompt=RUBRIC)
+RATIONALE = SampledScore(prompt=RUBRIC)
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def ranked_rows(count: int = 10, answers: int = 3, **score: object) -> list[dict]:
+    return [
+        {
+            "id": f"q{n}",
+            "instruction": f"Question number {n}?",
+            "responses": [{"text": f"Answer {n}.{rank}", "rank": rank, **score} for rank in range(1, answers + 1)],
+        }
+        for n in range(count)
+    ]
+
+
+def ift_rows(count: int = 4) -> list[dict]:
+    return [{"id": f"i{n}", "instruction": f"Task {n}.", "response": f"Done {n}."} for n in range(count)]
+
+
+def built(folder: Path, ranked: list[dict], judge: JudgeFormat = SCORE, **settings: object):
+    """Runs the stage; returns its counts and the folder it wrote."""
+    config = SeedsConfig(
+        demonstrations=write_jsonl(folder / "ift.jsonl", ift_rows()),
+        ranked=write_jsonl(folder / "ranked.jsonl", ranked) if ranked else "",
+        **settings,
+    )
+    counts = seeds(workspace(folder / "out"), config=config, judge=judge, contents=["a", "b"])
+    return counts, folder / "out"
+
+
+def test_questions_are_taught_or_held_out_but_never_both(tmp_path: Path) -> None:
+    counts, out = built(tmp_path, ranked_rows())
+    taught = {d.question for d in read_records(out / "demonstrations.jsonl", Demonstration) if d.source == "eft"}
+    held_out = {q.id for q in read_records(out / "ranked.jsonl", RankedAnswers)}
+    assert taught | held_out == {f"q{n}" for n in range(10)}
+    assert not taught & held_out
+    assert len(held_out) == 3
+    assert counts == {"ift": 4, "eft": 21, "questions_taught": 7, "questions_held_out": 3}
+
+
+def test_split_does_not_depend_on_the_order_of_the_file_or_the_ids(tmp_path: Path) -> None:
+    rows = ranked_rows()
+    renamed = [{**row, "id": f"other-{row['id']}"} for row in rows]
+    folders = {"given": rows, "turned": rows[::-1], "renamed": renamed}
+    held_out = {}
+    for name, variant in folders.items():
+        _, out = built(tmp_path / name, variant)
+        held_out[name] = {q.instruction for q in read_records(out / "ranked.jsonl", RankedAnswers)}
+    assert held_out["given"] == held_out["turned"] == held_out["renamed"]
+
+
+def test_more_questions_do_not_move_a_held_out_one_into_training_at_random(tmp_path: Path) -> None:
+    """The order is by digest, so a question's place is its own; only the cut moves with the number of questions."""
+    _, few = built(tmp_path / "few", ranked_rows(10))
+    _, all_but_one = built(tmp_path / "less", ranked_rows(9))
+    sets = [{q.id for q in read_records(out / "ranked.jsonl", RankedAnswers)} for out in (few, all_but_one)]
+    assert len(sets[0] - sets[1]) <= 1
+
+
+def test_held_out_answers_are_there_to_be_judged(tmp_path: Path) -> None:
+    _, out = built(tmp_path, ranked_rows())
+    ranked = read_records(out / "ranked.jsonl", RankedAnswers)
+    instructions = {i.id: i for i in read_records(out / "instructions.jsonl", Instruction)}
+    responses = {r.id: r for r in read_records(out / "responses.jsonl", Response)}
+    assert list(instructions) == [question.id for question in ranked]
+    assert len(responses) == 9
+    for question in ranked:
+        assert instructions[question.id].text == question.instruction
+        for number, text in enumerate(question.texts, start=1):
+            assert responses[f"{question.id}-{number}"].text == text
+            assert responses[f"{question.id}-{number}"].instruction_id == question.id
+    assert {r.model for r in responses.values()} == {"human"}
+
+
+def test_judge_is_taught_its_own_format(tmp_path: Path) -> None:
+    question = RankedAnswers(
+        id="q", instruction="Why?", texts=["Best.", "Worst."], ranks=[1, 2], scores=[5, 1],
+        justifications=["It is right.", ""],
+    )  # fmt: skip
+    alone = demonstrate_judging(question, SCORE)
+    justified = demonstrate_judging(question, RATIONALE)
+    assert [d.response for d in alone] == ["Score: 5", "Score: 1"]
+    assert [d.response for d in justified] == ["It is right.\nScore: 5", "Score: 1"]
+    assert [d.prompt for d in alone] == [SCORE.ask("Why?", "Best."), SCORE.ask("Why?", "Worst.")]
+    assert {(d.source, d.question) for d in alone} == {("eft", "q")}
+    assert len({d.id for d in alone}) == 2
+
+
+@pytest.mark.parametrize(
+    ("ranks", "low", "high", "scores"),
+    [
+        ([1, 2], 0, 5, [5, 0]),
+        ([2, 1, 3], 0, 4, [2, 4, 0]),
+        ([4, 1, 3, 2], 0, 3, [0, 3, 1, 2]),
+        ([1, 2, 3, 4, 5, 6], 0, 5, [5, 4, 3, 2, 1, 0]),
+        ([10, 7, 30], 1, 5, [3, 5, 1]),
+        ([1, 2, 3, 4], 0, 5, [5, 3, 2, 0]),  # 5, 3.33, 1.67, 0
+        ([1, 2, 3], 1, 5, [5, 3, 1]),
+    ],
+)
+def test_scores_from_ranks(ranks: list[int], low: int, high: int, scores: list[int]) -> None:
+    assert scores_from_ranks(ranks, low, high) == scores
+
+
+@pytest.mark.parametrize("answers", range(2, 7))
+def test_scores_from_ranks_keep_the_humans_order_strictly(answers: int) -> None:
+    scores = scores_from_ranks(list(range(1, answers + 1)), 0, 5)
+    assert scores == sorted(scores, reverse=True)
+    assert len(set(scores)) == answers
+    assert (scores[0], scores[-1]) == (5, 0)
+
+
+@pytest.mark.parametrize("judge", ["expected_score", "additive", "multiple_choice"])
+def test_every_taught_score_lies_on_the_judges_own_scale(tmp_path: Path, judge: str) -> None:
+    """A rubric of 1 to 5 must not be taught `Score: 0`, which its own parser calls out of range."""
+    config, *_ = composed("experiment=smoke", f"judge={judge}")
+    seeds(workspace(tmp_path), config=config.data.seeds, judge=config.judge, contents=[])
+    taught = [d for d in read_records(tmp_path / "demonstrations.jsonl", Demonstration) if d.source == "eft"]
+    assert len(taught) == 224
+    bad = [
+        d.response[-10:] for d in taught if parse_score(d.response, config.judge.low, config.judge.high).score is None
+    ]
+    assert bad == []
+
+
+def test_scores_for_some_answers_only_are_filled_in_or_refused_with_the_line(tmp_path: Path) -> None:
+    rows = ranked_rows(4)
+    for row in rows:
+        row["responses"][0]["score"] = 5
+    try:
+        counts, _ = built(tmp_path, rows)
+    except SelfalignError as error:
+        assert "ranked.jsonl" in str(error)  # noqa: PT017
+    else:
+        assert counts["eft"] == 9
+
+
+def test_without_evaluation_fine_tuning_only_the_given_answers_are_taught(tmp_path: Path) -> None:
+    counts, out = built(tmp_path, ranked_rows(), evaluation_fine_tuning=False)
+    assert {d.source for d in read_records(out / "demonstrations.jsonl", Demonstration)} == {"ift"}
+    assert (counts["eft"], counts["questions_held_out"]) == (0, 3)
+
+
+def test_first_so_many_demonstrations_are_taken(tmp_path: Path) -> None:
+    counts, out = built(tmp_path, [], max_demonstrations=3)
+    assert [d.id for d in read_records(out / "demonstrations.jsonl", Demonstration)] == ["i0", "i1", "i2"]
+    assert counts == {"ift": 3, "eft": 0, "questions_taught": 0, "questions_held_out": 0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({"held_out_share": 0.0}, "held_out_share"), ({"held_out_share": 1.0}, "held_out_share"),
+     ({"max_demonstrations": -1}, "max_demonstrations")],
+)  # fmt: skip
+def test_value_out_of_range_is_refused_with_its_key(settings: dict, named: str) -> None:
+    with pytest.raises(SelfalignError, match=rf"data\.seeds\.{named}"):
+        SeedsConfig(**settings)
+
+
+# --- the shipped seed data ---------------------------------------------------------------------------------------
+
+
+def test_shipped_demonstrations_are_at_least_150_with_different_tasks() -> None:
+    shipped = read_demonstrations("shipped:ift")
+    assert len(shipped) >= 150
+    assert len({d.id for d in shipped}) == len(shipped)
+    assert len({d.prompt[0]["content"] for d in shipped}) == len(shipped)
+    assert len({d.response for d in shipped}) == len(shipped)
+    assert all(len(d.response.split()) >= 1 and d.response == d.response.strip() for d in shipped)
+
+
+def test_shipped_questions_are_at_least_60_with_3_or_4_strictly_ranked_answers() -> None:
+    shipped = read_ranked("shipped:ranked")
+    assert len(shipped) >= 60
+    assert len({q.id for q in shipped}) == len({q.instruction for q in shipped}) == len(shipped)
+    for question in shipped:
+        count = len(question.texts)
+        assert count in (3, 4), question.id
+        assert sorted(question.ranks) == list(range(1, count + 1)), question.id
+        assert len(set(question.texts)) == count, question.id
+        by_rank = [score for _, score in sorted(zip(question.ranks, question.scores, strict=True))]
+        assert all(better > worse for better, worse in pairwise(by_rank)), question.id
+        assert set(by_rank) <= set(range(6)), question.id
+        assert all(question.justifications), question.id
+        assert all(len(text.split()) <= 100 for text in question.justifications), question.id
+
+
+def test_best_shipped_answer_is_not_known_by_its_place_or_length() -> None:
+    shipped = read_ranked("shipped:ranked")
+    places = [question.ranks.index(1) for question in shipped]
+    longest = [max(range(len(q.texts)), key=lambda i, q=q: len(q.texts[i])) == q.ranks.index(1) for q in shipped]
+    assert max(places.count(place) for place in set(places)) < 0.6 * len(shipped)
+    assert sum(longest) < 0.6 * len(shipped)
+
+
+def test_shipped_evaluation_instructions_are_at_least_50_over_8_categories() -> None:
+    shipped = read_instructions("shipped:evaluation", "evaluation")
+    assert len(shipped) >= 50
+    assert len({i.id for i in shipped}) == len({i.text for i in shipped}) == len(shipped)
+    assert len({i.category for i in shipped} - {""}) >= 8
+
+
+def test_shipped_evaluation_instructions_are_not_among_what_is_taught() -> None:
+    asked = [(i.id, words_of(i.text)) for i in read_instructions("shipped:evaluation", "evaluation")]
+    taught = [(d.id, words_of(d.prompt[0]["content"])) for d in read_demonstrations("shipped:ift")]
+    ranked = [(q.id, words_of(q.instruction)) for q in read_ranked("shipped:ranked")]
+    alike = [(a, b) for a, words in asked for b, other in [*taught, *ranked] if rouge_l(words, other, 0.7)]
+    assert alike == []
+    assert not {name for name, _ in asked} & {name for name, _ in [*taught, *ranked]}
+
+
+def test_shipped_questions_are_not_among_the_shipped_demonstrations() -> None:
+    taught = [(d.id, words_of(d.prompt[0]["content"])) for d in read_demonstrations("shipped:ift")]
+    ranked = [(q.id, words_of(q.instruction)) for q in read_ranked("shipped:ranked")]
+    assert [(a, b) for a, words in ranked for b, other in taught if rouge_l(words, other, 0.7)] == []

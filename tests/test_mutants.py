@@ -1,0 +1,129 @@
+"""Losses broken on purpose: every mutant of `losses.py` and `refinement.py` must be caught by a hand-worked check."""
+
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+import pytest
+from test_losses import CHECKS
+
+from selfalign import losses, refinement
+
+MARGIN = "(policy.chosen - reference.chosen) - (policy.rejected - reference.rejected)"
+DPO = "return -F.logsigmoid(self.beta * log_ratio_margin(policy, reference))\n"
+IPO = "return (h - 1 / (2 * self.beta)).square()"
+SR_DPO = "return -F.logsigmoid(self.beta * log_ratio_margin(policy, reference) - offset)"
+SR_IPO = "return (h - weight * required(refinement).detach() - 1 / (2 * self.beta)).square()"
+DELTA = "return (beta * (chosen - rejected)).detach()"
+TURN = '"content": p + prompt[last]["content"]'
+
+SR_DPO_OFFSET = "offset = self.lam * required(refinement).detach()"
+EXACT = "weight = self.lam / self.beta if"
+AVERAGED = "return policy.per_token(), averaged.per_token()"
+REJECTED = "rejected=self.rejected / self.rejected_tokens"
+TOKENS = "chosen_tokens=policy.chosen_tokens"
+MISSING = "    if refinement is None:\n"
+CHOSEN_P = "policy_p.chosen - reference_p.chosen"
+REJECTED_P = "policy_p.rejected - reference_p.rejected"
+
+# (name, old text, new text)
+LOSSES = [
+    ("margin without the reference", MARGIN, "policy.chosen - policy.rejected"),
+    ("margin with swapped rewards", MARGIN, f"-({MARGIN})"),
+    ("margin with rewards added", MARGIN, MARGIN.replace(") - (", ") + (")),
+    ("margin with the reference added", MARGIN, MARGIN.replace("chosen - ref", "chosen + ref")),
+    ("margin in log base 2", MARGIN, f"({MARGIN}) / 0.6931472"),
+    ("dpo without β", DPO, DPO.replace("self.beta * ", "")),
+    ("dpo with its sign flipped", DPO, DPO.replace("-F", "F")),
+    ("dpo with the margin's sign flipped", DPO, DPO.replace("self.beta", "-self.beta")),
+    ("dpo with sigmoid for logsigmoid", DPO, DPO.replace("logsigmoid", "sigmoid")),
+    ("dpo averaged over the batch", DPO, DPO.rstrip() + ".mean().expand(2)\n"),
+    ("dpo without gradient", DPO, DPO.replace("margin(policy,", "margin(policy.detach(),")),
+    ("ipo with 1/β as target", IPO, IPO.replace("(2 * self.beta)", "self.beta")),
+    ("ipo with β/2 as target", IPO, IPO.replace("1 / (2 * self.beta)", "self.beta / 2")),
+    ("ipo with a negative target", IPO, IPO.replace("h - 1", "h + 1")),
+    ("ipo without the square", IPO, IPO.replace("square", "abs")),
+    ("ipo with a factor of one half", IPO, IPO + " / 2"),
+    ("ipo on β h", IPO, IPO.replace("(h", "(self.beta * h")),
+    ("sr-dpo with the offset added", SR_DPO, SR_DPO.replace("- offset", "+ offset")),
+    ("sr-dpo without the offset", SR_DPO, SR_DPO.replace(" - offset", "")),
+    ("sr-dpo with the offset under β", SR_DPO, SR_DPO.replace("- offset", "- self.beta * offset")),
+    ("sr-dpo with λ on the margin", SR_DPO, SR_DPO.replace("self.beta * ", "self.lam * self.beta * ")),
+    ("sr-dpo with Δ averaged", SR_DPO, SR_DPO.replace("offset", "offset.mean()")),
+    ("sr-dpo with a gradient through Δ", SR_DPO_OFFSET, SR_DPO_OFFSET.replace(".detach()", "")),
+    ("sr-dpo without λ", SR_DPO_OFFSET, SR_DPO_OFFSET.replace("self.lam * ", "")),
+    ("sr-ipo with Δ added", SR_IPO, SR_IPO.replace("h - weight", "h + weight")),
+    ("sr-ipo with a gradient through Δ", SR_IPO, SR_IPO.replace(".detach()", "")),
+    ("sr-ipo without its target", SR_IPO, SR_IPO.replace(" - 1 / (2 * self.beta)", "")),
+    ("sr-ipo with Δ averaged", SR_IPO, SR_IPO.replace(".detach()", ".detach().mean()")),
+    ("sr-ipo with λ on the margin", SR_IPO, SR_IPO.replace("(h", "(self.lam * h")),
+    ("sr-ipo with printed and exact swapped", 'if self.target == "exact"', 'if self.target == "printed"'),
+    ("sr-ipo with λβ for λ/β", EXACT, EXACT.replace("/", "*")),
+    ("sr-ipo with λ/(2β) for λ/β", EXACT, EXACT.replace("self.beta", "self.beta / 2")),
+    ("sum and mean swapped", 'if reduction == "sum"', 'if reduction == "mean"'),
+    ("reference left as a sum", AVERAGED, "return policy.per_token(), reference"),
+    ("rejected response averaged over the chosen one's tokens", REJECTED, REJECTED.replace("rejected_t", "chosen_t")),
+    ("token counts of the reference swapped", TOKENS, TOKENS.replace("policy.chosen", "policy.rejected")),
+    ("missing Δ taken as nothing", MISSING, MISSING + "        return __import__('torch').zeros(2)\n"),
+]
+REFINEMENT = [
+    ("Δ without β", DELTA, DELTA.replace("beta * ", "")),
+    ("Δ with its sign flipped", DELTA, DELTA.replace("beta * ", "-beta * ")),
+    ("Δ with a gradient", DELTA, DELTA.replace(".detach()", "")),
+    ("Δ divided by β", DELTA, DELTA.replace("beta * (chosen - rejected)", "(chosen - rejected) / beta")),
+    ("Δ without the reference", CHOSEN_P, "policy_p.chosen"),
+    ("Δ with the wrong response's reference", REJECTED_P, "policy_p.rejected - reference_p.chosen"),
+    ("Δ with rewards added", DELTA, DELTA.replace("chosen - rejected", "chosen + rejected")),
+    ("p behind the query", TURN, '"content": prompt[last]["content"] + p'),
+    ("p before the first user turn", "last = max(", "last = min("),
+    ("p behind a plain text", "return p + prompt", "return prompt + p"),
+    ("p without its scale", '.replace("{scale}", str(self.scale))', ""),
+    ("p with the default scale", "str(self.scale)", "str(100)"),
+]
+MUTANTS = [(losses, *mutant) for mutant in LOSSES] + [(refinement, *mutant) for mutant in REFINEMENT]
+
+
+@contextmanager
+def mutated(module: ModuleType, old: str, new: str) -> Iterator[ModuleType]:
+    """The module with one text replaced, executed anew under another name."""
+    source = inspect.getsource(module)
+    assert source.count(old) == 1, f"the mutant's text occurs {source.count(old)} times in {module.__name__}: {old!r}"
+    copy = ModuleType("mutant")
+    # Dataclasses look their module up by name.
+    sys.modules["mutant"] = copy
+    try:
+        exec(compile(source.replace(old, new), "mutant", "exec"), copy.__dict__)
+        yield copy
+    finally:
+        del sys.modules["mutant"]
+
+
+def caught(losses_module: ModuleType, refinement_module: ModuleType) -> list[str]:
+    """The checks whose comparison fails with these modules; any other error is the mutant's own, and is raised."""
+    failures: list[str] = []
+    for check in CHECKS:
+        try:
+            check(losses_module, refinement_module)
+        except (AssertionError, pytest.fail.Exception):
+            failures.append(check.__name__)
+    return failures
+
+
+def test_unchanged_copies_pass_every_check() -> None:
+    """Otherwise the copying itself, not the mutation, could be what the checks catch."""
+    with mutated(losses, MARGIN, MARGIN) as copy:
+        assert caught(copy, refinement) == []
+    with mutated(refinement, DELTA, DELTA) as copy:
+        assert caught(losses, copy) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "old", "new"), [(m, old, new) for m, _, old, new in MUTANTS], ids=[mutant[1] for mutant in MUTANTS]
+)
+def test_mutant_is_caught(module: ModuleType, old: str, new: str) -> None:
+    assert old != new
+    with mutated(module, old, new) as copy:
+        failures = caught(copy, refinement) if module is losses else caught(losses, copy)
+    assert failures, "no hand-worked check noticed this mutation"

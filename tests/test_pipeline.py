@@ -1,0 +1,496 @@
+import json
+import math
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders import ROOT, TINY_RUN, composed, metrics, record_files, run, write_tiny_data
+
+from selfalign.errors import SelfalignError
+from selfalign.files import read_json
+from selfalign.metrics import METRICS
+from selfalign.models import PolicyFiles
+from selfalign.plan import plan
+from selfalign.records import (
+    Demonstration,
+    Instruction,
+    Judgement,
+    PairReference,
+    PreferencePair,
+    Response,
+    read_records,
+)
+from selfalign.store import Store, Workspace
+
+
+@dataclass(frozen=True)
+class Study:
+    """A finished run of two iterations, and what it takes to run others beside it."""
+
+    output: Path
+    overrides: tuple[str, ...]
+    folder: Path
+    seconds: float
+
+    def run(self, *overrides: str) -> Path:
+        """Another run over the same store."""
+        return run(self.output, *self.overrides, *overrides)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    root = tmp_path_factory.mktemp("study")
+    overrides = (*TINY_RUN, *write_tiny_data(root / "data"))
+    started = time.monotonic()
+    folder = run(root / "outputs", *overrides)
+    return Study(root / "outputs", overrides, folder, time.monotonic() - started)
+
+
+def manifest(folder: Path, label: str) -> dict[str, Any]:
+    return read_json(folder / "artefacts" / label / "manifest.json")
+
+
+def records(folder: Path, label: str, name: str, kind: type) -> list[Any]:
+    return read_records(folder / "artefacts" / label / f"{name}.jsonl", kind)
+
+
+def labels(folder: Path) -> list[str]:
+    """Of everything a run made or found, in its order."""
+    return [stage["label"] for stage in read_json(folder / "summary.json")["stages"]]
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The labels of what is really made, not found, while the test runs."""
+    made: list[str] = []
+    original = Store._build
+
+    def build(self: Store, folder: Path, stage: str, inputs: Any, work: Any, workspace: Workspace) -> None:
+        made.append(workspace.label)
+        original(self, folder, stage, inputs, work, workspace)
+
+    monkeypatch.setattr(Store, "_build", build)
+    return made
+
+
+# --- the loop ----------------------------------------------------------------------------------------------------
+
+
+def test_two_iterations_make_three_models_each_from_the_one_before(study: Study) -> None:
+    digests = {name: manifest(study.folder, name)["digest"] for name in ("M0", "M1", "M2", "M3")}
+    assert len(set(digests.values())) == 4
+    for label, before in (("M1", "M0"), ("M2", "M1"), ("M3", "M2")):
+        assert manifest(study.folder, label)["inputs"]["policy"]["digest"] == digests[before]
+    weights = read_json(study.folder / "provenance.json")["weights"]
+    assert list(weights) == ["M0", "M1", "M2", "M3"]
+    assert len(set(weights.values())) == 4
+
+
+def test_every_record_says_which_model_wrote_it(study: Study) -> None:
+    weights = read_json(study.folder / "provenance.json")["weights"]
+    for iteration, model in ((1, "M1"), (2, "M2")):
+        place = f"iteration_{iteration}"
+        assert {r.model for r in records(study.folder, f"{place}/responses", "responses", Response)} == {weights[model]}
+        judged = records(study.folder, f"{place}/judgements", "judgements", Judgement)
+        assert {j.model for j in judged} == {weights[model]}
+        inputs = manifest(study.folder, f"{place}/instructions")["inputs"]
+        assert inputs["policy"]["digest"] == manifest(study.folder, model)["digest"]
+    for model in ("M1", "M2", "M3"):
+        place = f"evaluation_{model}"
+        assert {r.model for r in records(study.folder, f"{place}/answers", "responses", Response)} == {weights[model]}
+        # One judge for the answers of all models; each judges the ranked answers itself.
+        assert {j.model for j in records(study.folder, f"{place}/scores", "judgements", Judgement)} == {weights["M1"]}
+        own = records(study.folder, f"{place}/ranked_scores", "judgements", Judgement)
+        assert {j.model for j in own} == {weights[model]}
+
+
+def test_records_of_an_iteration_belong_together(study: Study) -> None:
+    kept: set[str] = set()
+    for place in ("iteration_1", "iteration_2"):
+        instructions = records(study.folder, f"{place}/instructions", "instructions", Instruction)
+        responses = {r.id: r for r in records(study.folder, f"{place}/responses", "responses", Response)}
+        judgements = records(study.folder, f"{place}/judgements", "judgements", Judgement)
+        pairs = records(study.folder, f"{place}/pairs", "pairs", PreferencePair)
+        references = records(study.folder, f"{place}/reference", "references", PairReference)
+        assert len(instructions) == 3
+        assert len(responses) == 9
+        assert {r.instruction_id for r in responses.values()} == {i.id for i in instructions}
+        assert {j.response_id for j in judgements} == responses.keys()
+        assert [r.id for r in references] == [p.id for p in pairs]
+        scores = {j.response_id: j.score for j in judgements}
+        for pair in pairs:
+            assert (responses[pair.chosen_id].text, responses[pair.rejected_id].text) == (pair.chosen, pair.rejected)
+            rivals = [scores[r.id] for r in responses.values() if r.instruction_id == pair.instruction_id]
+            assert (pair.chosen_score, pair.rejected_score) == (max(rivals), min(rivals))
+        counts = manifest(study.folder, f"{place}/pairs")["counts"]
+        assert counts["pairs"] + sum(counts["dropped"].values()) == len(instructions)
+        texts = {i.text for i in instructions}
+        assert not texts & kept
+        kept |= texts
+    seeds = records(study.folder, "seeds", "demonstrations", Demonstration)
+    assert not kept & {d.prompt[0]["content"] for d in seeds}
+
+
+def test_alignment_starts_at_its_reference(study: Study) -> None:
+    for label in ("M2", "M3"):
+        first = next(row for row in metrics(study.folder) if row["label"] == label and row.get("align/step") == 1)
+        assert first["loss"] == pytest.approx(math.log(2), abs=1e-3)
+        assert first["rewards/margins"] == pytest.approx(0, abs=1e-3)
+        assert first["refinement/mean"] == pytest.approx(0, abs=1e-3)
+
+
+def test_run_folder_holds_what_a_reader_needs(study: Study) -> None:
+    names = {path.name for path in study.folder.iterdir()}
+    assert {"config.yaml", "provenance.json", "metrics.jsonl", "summary.json", "report.html", "artefacts"} <= names
+    summary = read_json(study.folder / "summary.json")
+    assert [row["model"] for row in summary["models"]] == ["M1", "M2", "M3"]
+    assert summary["config"]["loss"]["lam"] == 0.5
+    for row in summary["models"][1:]:
+        assert {"pairs", "rewards/margins", "eval/win_rate", "judge_quality/pairwise_accuracy", "seconds"} <= row.keys()
+        assert 0 <= row["eval/win_rate_low"] <= row["eval/win_rate"] <= row["eval/win_rate_high"] <= 1
+    assert "eval/win_rate" not in summary["models"][0]
+
+
+def test_metrics_are_numbers_one_step_after_the_other(study: Study) -> None:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} in metrics.jsonl")
+
+    lines = (study.folder / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    assert [row["iteration"] for row in rows] == sorted(row["iteration"] for row in rows)
+    assert {row["label"] for row in rows} == set(labels(study.folder))
+
+
+# --- the same again ----------------------------------------------------------------------------------------------
+
+
+def test_same_command_again_makes_nothing_and_says_so(
+    study: Study, built: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {name: (study.folder / name).read_bytes() for name in ("metrics.jsonl", "summary.json", "config.yaml")}
+    started = time.monotonic()
+    assert study.run() == study.folder
+    assert time.monotonic() - started < study.seconds
+    assert built == []
+    assert {name: (study.folder / name).read_bytes() for name in before} == before
+    said = capsys.readouterr().out
+    assert "to do" not in said
+    assert "Everything was there already; nothing had to be made." in said
+
+
+def test_same_seed_in_another_folder_makes_the_same_bytes(study: Study, tmp_path: Path) -> None:
+    other = run(tmp_path, *study.overrides)
+    files = record_files(study.folder)
+    assert len(files) == 28
+    assert record_files(other) == files
+    assert other.name == study.folder.name
+    weights = [read_json(folder / "provenance.json")["weights"] for folder in (study.folder, other)]
+    assert weights[0] == weights[1]
+
+
+def test_another_seed_makes_other_models(study: Study, built: list[str]) -> None:
+    other = study.run("seed=1", "iterations=1")
+    weights = [read_json(folder / "provenance.json")["weights"] for folder in (study.folder, other)]
+    assert weights[0]["M0"] == weights[1]["M0"]
+    assert weights[0]["M1"] != weights[1]["M1"]
+    assert "M0" not in built
+    assert "seeds" not in built
+
+
+def test_another_lambda_shares_everything_up_to_the_alignment(study: Study, built: list[str]) -> None:
+    other = study.run("loss.lam=0.25", "iterations=1")
+    assert other != study.folder
+    assert set(built) == {"M2", *(label for label in labels(other) if label.startswith("evaluation_M2/"))}
+    shared = labels(other)[: labels(other).index("M2")]
+    assert shared[-1] == "iteration_1/reference"
+    for label in shared:
+        assert (other / "artefacts" / label).resolve() == (study.folder / "artefacts" / label).resolve()
+    assert manifest(other, "M2")["digest"] != manifest(study.folder, "M2")["digest"]
+
+
+def test_more_iterations_continue_those_that_are_there(study: Study, built: list[str]) -> None:
+    study.run("iterations=1")
+    assert built == []
+
+
+def test_fresh_run_takes_a_new_folder_and_makes_everything_anew(study: Study, built: list[str]) -> None:
+    fresh = study.run("iterations=1", "fresh=true")
+    plain = study.run("iterations=1")
+    assert fresh != plain
+    assert fresh.parent == plain.parent
+    assert sorted(built) == sorted(labels(fresh))
+    assert record_files(fresh) == record_files(plain)
+
+
+def test_fresh_run_of_a_new_configuration_takes_nothing_from_earlier_ones(study: Study, built: list[str]) -> None:
+    fresh = study.run("iterations=1", "loss.lam=0.75", "fresh=true")
+    assert sorted(built) == sorted(labels(fresh))
+
+
+KILLER = """
+import os, random, signal, sys, time
+from pathlib import Path
+import builders, selfalign.trainer
+
+output, *overrides = sys.argv[1:]
+draw, killed = random.Random(int(overrides.pop(0))), 0
+for wanted in [int(number) for number in overrides.pop(0).split(",")]:
+    child = os.fork()
+    if child == 0:
+        try:
+            builders.run(Path(output), *overrides)
+        finally:
+            os._exit(0)
+    done = 0
+    while done == 0 and len(list(Path(output).glob("store/*/*/manifest.json"))) < wanted:
+        done, _ = os.waitpid(child, os.WNOHANG)
+        time.sleep(0.002)
+    time.sleep(draw.random() * 0.2)
+    if done == 0:
+        os.kill(child, signal.SIGKILL)
+        killed += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+print("killed", killed, builders.run(Path(output), *overrides))
+"""
+"""Starts a run again and again, each time killing it a moment after so many artefacts are finished."""
+
+
+def test_run_killed_at_several_points_ends_with_the_same_files(study: Study, tmp_path: Path) -> None:
+    points = [0, 2, 4, 9, 13, 16, 22]
+    order = [sys.executable, "-W", "ignore", "-c", KILLER, str(tmp_path), "5", ",".join(map(str, points))]
+    checkpoints = ["train.sft.checkpoint_steps=3", "train.align.checkpoint_steps=1"]  # They are in no key.
+    done = subprocess.run(
+        [*order, *study.overrides, *checkpoints],
+        cwd=ROOT / "tests",
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    _, killed, folder = done.stdout.splitlines()[-1].split(" ", 2)
+    assert int(killed) >= len(points) - 2
+    files, expected = record_files(Path(folder)), record_files(study.folder)
+    assert files.keys() == expected.keys()
+    assert [name for name in files if files[name] != expected[name]] == []
+    assert labels(Path(folder)) == labels(study.folder)
+    provenance = [read_json(place / "provenance.json") for place in (Path(folder), study.folder)]
+    assert provenance[0]["weights"] == provenance[1]["weights"]
+    assert provenance[0]["artefacts"] == provenance[1]["artefacts"]
+
+
+def test_half_a_file_that_a_killed_write_left_is_no_part_of_the_artefact(tmp_path: Path) -> None:
+    def build(out: Workspace) -> dict[str, Any]:
+        (out.path / "a.jsonl").write_text("{}\n")
+        return {}
+
+    clean = Store(tmp_path / "clean").make("stage", {"a": 1}, build)
+    folder = tmp_path / "killed/stage" / clean.key
+    folder.mkdir(parents=True)
+    (folder / ".a.jsonl.4711.tmp").write_text("{")
+    assert Store(tmp_path / "killed").make("stage", {"a": 1}, build).digest == clean.digest
+
+
+# --- other ways through ------------------------------------------------------------------------------------------
+
+WAYS = {
+    "self_rewarding": [],
+    "no_answers_compared": ["evaluate=none", "iterations=1"],
+    "positives": ["loss=positives", "pair=positives", "pair.minimum_score=0", "iterations=1",
+                  "data.respond.sampling.max_new_tokens=128", "data.respond.sampling.temperature=1"],
+    "older_reference": ["train.reference=sft", "data.instruct.writer=sft", "judge.model=sft", "evaluate.judge=base"],
+    "base_reference": ["train.reference=base", "iterations=1", "loss=ipo"],
+    "adapters": ["model.lora.rank=8", "model.lora.alpha=64", "train.sft.learning_rate=2e-2", "loss=dpo"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_planned_stages_are_those_that_are_made_in_their_order(study: Study, way: str) -> None:
+    overrides = [
+        o for o in study.overrides if way != "no_answers_compared" or not o.startswith("evaluate.instructions")
+    ]
+    folder = run(study.output, *overrides, *WAYS[way])
+    config, *_ = composed(*overrides, *WAYS[way])
+    assert [label for label, _ in plan(config)] == labels(folder)
+    check = globals().get(f"check_{way}")
+    if check is not None:
+        check(folder)
+
+
+def check_no_answers_compared(folder: Path) -> None:
+    numbers = manifest(folder, "evaluation_M2/numbers")["counts"]
+    assert numbers["judge_quality/questions"] == 1
+    assert "eval/answers" not in numbers
+
+
+def check_positives(folder: Path) -> None:
+    kept = records(folder, "iteration_1/pairs", "demonstrations", Demonstration)
+    counts = manifest(folder, "iteration_1/pairs")["counts"]
+    assert len(kept) == counts["positives"] >= 1
+    assert {d.source for d in kept} == {"positive"}
+    assert manifest(folder, "M2")["stage"] == "sft"
+    assert manifest(folder, "M2")["inputs"]["policy"]["digest"] == manifest(folder, "M1")["digest"]
+
+
+def check_older_reference(folder: Path) -> None:
+    digests = {name: manifest(folder, name)["digest"] for name in ("M0", "M1", "M2")}
+    for iteration in (1, 2):
+        place = f"iteration_{iteration}"
+        assert manifest(folder, f"{place}/reference")["inputs"]["policy"]["digest"] == digests["M1"]
+        assert manifest(folder, f"{place}/instructions")["inputs"]["policy"]["digest"] == digests["M1"]
+        assert manifest(folder, f"{place}/judgements")["inputs"]["policy"]["digest"] == digests["M1"]
+        assert manifest(folder, f"{place}/responses")["inputs"]["policy"]["digest"] == digests[f"M{iteration}"]
+    assert manifest(folder, "evaluation_M2/scores")["inputs"]["policy"]["digest"] == digests["M0"]
+    assert manifest(folder, "M2")["inputs"]["starts_as_reference"] is True
+    assert manifest(folder, "M3")["inputs"]["starts_as_reference"] is False
+    first = next(row for row in metrics(folder) if row["label"] == "M3" and row.get("align/step") == 1)
+    assert abs(first["rewards/chosen"]) > 1e-3
+
+
+def check_base_reference(folder: Path) -> None:
+    assert manifest(folder, "iteration_1/reference")["inputs"]["policy"]["digest"] == manifest(folder, "M0")["digest"]
+    assert manifest(folder, "M2")["inputs"]["starts_as_reference"] is False
+
+
+def check_adapters(folder: Path) -> None:
+    base = (folder / "artefacts/M0/weights").resolve()
+    adapters = []
+    for label in ("M1", "M2", "M3"):
+        assert (folder / "artefacts" / label / "weights").resolve() == base
+        adapters.append((folder / "artefacts" / label / "adapter/adapter_model.safetensors").read_bytes())
+    assert len(set(adapters)) == 3
+    for label in ("M2", "M3"):
+        first = next(row for row in metrics(folder) if row["label"] == label and row.get("align/step") == 1)
+        assert first["loss"] == pytest.approx(math.log(2), abs=1e-3)
+    assert (
+        PolicyFiles(folder / "artefacts/M3").load("float32").digest
+        == read_json(folder / "provenance.json")["weights"]["M3"]
+    )
+
+
+def write_pairs(path: Path) -> Path:
+    rows = [
+        {"id": "p1", "prompt": "Why is grass green?", "chosen": " Chlorophyll.", "rejected": " It is not."},
+        {
+            "id": "p2",
+            "prompt": [{"role": "user", "content": "Name a bird."}],
+            "chosen": [{"role": "assistant", "content": "A wren."}],
+            "rejected": [{"role": "assistant", "content": "A stone."}],
+        },
+        {"id": "p3", "prompt": "Same?", "chosen": "Yes.", "rejected": "Yes."},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_given_pairs_are_aligned_on_after_the_same_m1(study: Study, built: list[str], tmp_path: Path) -> None:
+    overrides = [o for o in study.overrides if not o.startswith(("data.instruct", "data.respond"))]
+    overrides += ["data=pairs", f"data.path={write_pairs(tmp_path / 'pairs.jsonl')}", "iterations=1", "loss=ipo"]
+    folder = run(study.output, *overrides)
+    config, *_ = composed(*overrides)
+    assert [label for label, _ in plan(config)] == labels(folder)
+    # The seeds are the same, so M1 and its evaluation are those of the other run.
+    assert not {label for label in built if "M1" in label}
+    assert {"iteration_1/pairs", "iteration_1/reference", "M2", "evaluation_M2/numbers"} <= set(built)
+    counts = manifest(folder, "iteration_1/pairs")["counts"]
+    assert counts == {"pairs": 2, "dropped": {"identical": 1}}
+    first = next(row for row in metrics(folder) if row["label"] == "M2" and row.get("align/step") == 1)
+    assert first["loss"] == pytest.approx(25.0, rel=1e-3)
+
+
+def test_given_pairs_without_seeds_align_m0_itself(study: Study, tmp_path: Path) -> None:
+    overrides = [
+        "model=tiny", "track=none", "name=bare", "evaluate=none", "iterations=1", "data=pairs",
+        f"data.path={write_pairs(tmp_path / 'pairs.jsonl')}", "data.seeds.demonstrations=''", "data.seeds.ranked=''",
+        "train.align.dtype=float32", "generate.dtype=float32",
+    ]  # fmt: skip
+    folder = run(study.output, *overrides)
+    config, *_ = composed(*overrides)
+    assert [label for label, _ in plan(config)] == labels(folder)
+    assert manifest(folder, "M2")["inputs"]["policy"]["digest"] == manifest(folder, "M0")["digest"]
+    assert "M1" not in labels(folder)
+
+
+# --- names of metrics --------------------------------------------------------------------------------------------
+
+BOOKKEEPING = {"step", "iteration", "label", "stage"}
+COUNTS = {
+    "parameters", "ift", "eft", "questions_taught", "questions_held_out", "demonstrations", "tokens", "instructions",
+    "written", "kept", "batches", "responses", "judgements", "pairs",
+}  # fmt: skip
+"""How many records a stage read or wrote: what the names say."""
+ONLY_ELSEWHERE = {"judge_quality/five_best"}
+"""Left out where no answer reaches the top of the scale."""
+
+
+def written_names(folder: Path) -> set[str]:
+    """Names of values in metrics.jsonl, `dropped/<reason>` and `<stage>/seconds|step` under their common name."""
+    stages = {stage["stage"] for stage in read_json(folder / "summary.json")["stages"]}
+    names = set()
+    for row in metrics(folder):
+        for name in row:
+            prefix, _, rest = name.partition("/")
+            if prefix in stages and rest in ("seconds", "step"):
+                names.add(rest)
+            elif prefix != "dropped":
+                names.add(name)
+    return names - BOOKKEEPING - COUNTS
+
+
+def test_every_number_a_run_writes_is_explained(study: Study) -> None:
+    assert sorted(written_names(study.folder) - METRICS.keys()) == []
+
+
+def test_every_explained_metric_is_written_by_a_run(study: Study) -> None:
+    assert sorted(METRICS.keys() - written_names(study.folder) - ONLY_ELSEWHERE) == []
+
+
+# --- runs that stop ----------------------------------------------------------------------------------------------
+
+
+def test_judge_that_writes_no_scores_stops_the_run_which_keeps_what_it_made(study: Study, built: list[str]) -> None:
+    overrides = [
+        "judge=additive",
+        "judge.samples=1",
+        "judge.sampling.max_new_tokens=4",
+        "iterations=1",
+        "name=unjudged",
+    ]
+    with pytest.raises(SelfalignError, match="evaluation_M1/scores: 3 of 3 judgements carry no score"):
+        study.run(*overrides)
+    assert set(built) == {"seeds", "M1", "evaluation_M1/answers", "evaluation_M1/scores"}
+    folder = next(study.output.glob("unjudged-*"))
+    assert (folder / "artefacts/M1/weights.json").exists()
+    assert "M1" in read_json(folder / "provenance.json")["weights"]
+    assert "carry no score" in (folder / "run.log").read_text()
+    built.clear()
+    with pytest.raises(SelfalignError):
+        study.run(*overrides)
+    assert built == ["evaluation_M1/scores"]
+
+
+def test_too_few_pairs_stop_the_run_which_keeps_what_it_made(study: Study, built: list[str]) -> None:
+    with pytest.raises(SelfalignError, match=r"iteration_1/pairs: \d pairs from 3 instructions.*minimum_pairs=50"):
+        study.run("pair.minimum_pairs=50", "iterations=1", "name=few")
+    assert built == ["iteration_1/pairs"]
+    folder = next(study.output.glob("few-*"))
+    assert {row["label"] for row in metrics(folder)} >= {"M1", "iteration_1/judgements"}
+
+
+def test_identical_candidates_stop_the_run_with_the_reason(study: Study) -> None:
+    with pytest.raises(SelfalignError, match=r"0 pairs from 3 instructions.*(tie|identical)"):
+        study.run("data.respond.sampling.temperature=0", "iterations=1", "name=alike")
+
+
+def test_damaged_artefact_is_noticed(study: Study, tmp_path: Path) -> None:
+    shutil.copytree(study.output, tmp_path / "copy", symlinks=True)
+    folder = tmp_path / "copy" / study.folder.name
+    path = (folder / "artefacts/iteration_1/pairs").resolve() / "pairs.jsonl"
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(SelfalignError, match=r"pairs\.jsonl: missing or not of its recorded size; delete"):
+        run(tmp_path / "copy", *study.overrides)

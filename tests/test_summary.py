@@ -1,0 +1,127 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selfalign.run import Look, Run
+from selfalign.store import Artefact, Store
+from selfalign.summary import COLUMNS, closing_text, plan_text, summarise, table
+
+
+def made(stage: str, seconds: float = 1.0, **counts: Any) -> Artefact:
+    return Artefact(stage=stage, key=f"key-{stage}", path=Path("/nowhere"), digest="d", counts=counts, seconds=seconds)
+
+
+ARTEFACTS = {
+    "M0": made("pretrained", 9.0, parameters=7),
+    "seeds": made("seeds", 5.0, ift=3),
+    "M1": made("sft", 2.0, demonstrations=8, dropped={"too_long": 0}),
+    "questions": made("questions", 3.0, instructions=2),
+    "evaluation_M1/answers": made("respond", 0.5, responses=2, dropped={"prompt_too_long": 0}),
+    "evaluation_M1/numbers": made("evaluate", 0.25, **{"eval/mean_characters": 99.6, "judge_quality/spearman": -0.5}),
+    "iteration_1/instructions": made("instruct", 4.0, kept=2, dropped={"copy": 3, "too_short": 0}),
+    "iteration_1/pairs": made("pair", 0.125, pairs=2, dropped={"tie": 1}),
+    "M2": made(
+        "align", 10.0, **{"pairs": 2, "rewards/margins": 0.25, "rewards/accuracies": 0.75}, dropped={"too_long": 0}
+    ),
+    "evaluation_M2/numbers": made(
+        "evaluate",
+        0.5,
+        **{"eval/win_rate": 0.625, "eval/win_rate_low": 0.4, "eval/win_rate_high": 0.81, "eval/mean_characters": 120.2},
+    ),
+    "M3": made("align", 20.0, pairs=1),
+}
+
+
+def test_every_model_has_a_row_with_its_training_and_its_evaluation() -> None:
+    m1, m2, m3 = summarise(ARTEFACTS)["models"]
+    assert [row["model"] for row in (m1, m2, m3)] == ["M1", "M2", "M3"]
+    assert [row["iteration"] for row in (m1, m2, m3)] == [0, 1, 2]
+    assert (m1["demonstrations"], m1["eval/mean_characters"], m1["judge_quality/spearman"]) == (8, 99.6, -0.5)
+    assert (m2["pairs"], m2["rewards/margins"], m2["eval/win_rate"]) == (2, 0.25, 0.625)
+    assert m3["pairs"] == 1
+    assert "eval/win_rate" not in m1
+
+
+def test_seconds_of_a_model_are_those_of_its_pairs_training_and_evaluation() -> None:
+    m1, m2, m3 = summarise(ARTEFACTS)["models"]
+    assert m1["seconds"] == round(2.0 + 0.5 + 0.25, 1)
+    assert m2["seconds"] == round(4.0 + 0.125 + 10.0 + 0.5, 1)
+    assert m3["seconds"] == 20.0
+
+
+def test_rows_of_tenth_and_first_model_do_not_mix() -> None:
+    artefacts = {
+        "M1": made("sft", 1.0),
+        "M10": made("align", 2.0),
+        "M11": made("align", 4.0),
+        "iteration_1/pairs": made("pair", 8.0),
+        "iteration_10/pairs": made("pair", 16.0),
+        "evaluation_M1/numbers": made("evaluate", 32.0),
+        "evaluation_M10/numbers": made("evaluate", 64.0),
+    }
+    seconds = {row["model"]: row["seconds"] for row in summarise(artefacts)["models"]}
+    assert seconds == {"M1": 33.0, "M10": 66.0, "M11": 20.0}
+
+
+def test_drops_are_those_stages_that_dropped_something() -> None:
+    assert summarise(ARTEFACTS)["drops"] == {
+        "iteration_1/instructions": {"copy": 3, "too_short": 0},
+        "iteration_1/pairs": {"tie": 1},
+    }
+
+
+def test_stages_are_listed_in_the_order_they_were_made() -> None:
+    stages = summarise(ARTEFACTS)["stages"]
+    assert [stage["label"] for stage in stages] == list(ARTEFACTS)
+    assert stages[2] == {
+        "label": "M1",
+        "stage": "sft",
+        "seconds": 2.0,
+        "counts": {"demonstrations": 8, "dropped": {"too_long": 0}},
+        "key": "key-sft",
+    }
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path / "run", Store(tmp_path / "store"), artefacts=dict(ARTEFACTS))
+
+
+def test_closing_table_has_a_line_a_model_and_says_where_everything_lies(run: Run) -> None:
+    text = closing_text(summarise(ARTEFACTS), run)
+    lines = text.splitlines()
+    assert all(heading in lines[1] for heading, _ in COLUMNS)
+    cells = {line.split()[0]: line for line in lines[3:6]}
+    assert list(cells) == ["M1", "M2", "M3"]
+    assert "62.5% [40%, 81%]" in cells["M2"]
+    assert "75.0%" in cells["M2"]
+    assert "0.250" in cells["M2"]
+    assert "100" in cells["M1"]
+    assert "–" in cells["M1"]
+    assert "dropped in iteration_1/instructions: 3 copy" in lines
+    assert "dropped in iteration_1/pairs: 1 tie" in lines
+    assert "too_short" not in text
+    assert "too short" not in text
+    assert str(run.folder / "report.html") in text
+    assert run.tracker.place in text
+
+
+def test_closing_text_says_so_only_when_nothing_had_to_be_made(run: Run) -> None:
+    said = "Everything was there already; nothing had to be made."
+    assert said not in closing_text(summarise(ARTEFACTS), run)
+    run.reused = set(ARTEFACTS)
+    assert said in closing_text(summarise(ARTEFACTS), run)
+
+
+def test_plan_shows_each_stage_its_size_and_whether_it_is_there(tmp_path: Path) -> None:
+    look = Look(Store(tmp_path), there=["M0", "M1"])
+    lines = plan_text([("M0", "random:tiny"), ("M1", "SFT"), ("iteration_1/pairs", "up to 2")], look).splitlines()
+    assert [line.split()[0] for line in lines[3:6]] == ["M0", "M1", "iteration_1/pairs"]
+    assert [line.endswith("there") for line in lines[3:6]] == [True, True, False]
+    assert lines[5].split() == ["iteration_1/pairs", "up", "to", "2", "to", "do"]
+
+
+def test_columns_are_aligned() -> None:
+    lines = table(["a", "wide heading"], [["1", "2"], ["a long cell", "3"]])
+    assert lines == ["a            wide heading", "───────────  ────────────", "1            2", "a long cell  3"]
