@@ -84,7 +84,9 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, SelfalignError):
         return str(error)
     if isinstance(error, HydraException | OmegaConfBaseException):
-        causes = [str(e) for e in (error, error.__cause__) if e is not None]
+        override = getattr(error, "override", None)  # Hydra knows it, but does not say it.
+        causes = [f"cannot read {override!r}:"] if override else []
+        causes += [str(e) for e in (error, error.__cause__) if e is not None]
         return " ".join(" ".join(causes).replace("\n", " ").split())
     if isinstance(error, OSError) and error.errno is not None:
         place = f"{error.filename}: " if error.filename else ""

@@ -154,13 +154,20 @@ def as_prompt(instruction: str) -> list[Message]:
     return [{"role": "user", "content": instruction}]
 
 
-def identify_data(source: str) -> str:
-    """What a data source is keyed by: the digest of its file, or the name of a hub data set."""
-    path = _as_file(source)
+def identify_data(source: str, key: str) -> str:
+    """What a data source is keyed by: the digest of its file, or the name of a hub data set.
+
+    Raises:
+        SelfalignError: there is no such file; the message names the setting, `key`.
+    """
+    try:
+        path = _as_file(source)
+    except SelfalignError as error:
+        raise SelfalignError(f"{key}: {error}") from error
     if path is None:
         return source
     if not path.is_file():
-        raise SelfalignError(f"{path}: no such file")
+        raise SelfalignError(f"{key}: {path}: no such file")
     return digest_file(path)
 
 

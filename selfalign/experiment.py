@@ -47,7 +47,7 @@ def run_experiment(config: "ExperimentConfig", config_yaml: str, plain: dict[str
     return folder
 
 
-def look_ahead(config: "ExperimentConfig", store: Store, attempt: int) -> Look:
+def look_ahead(config: "ExperimentConfig", store: Store, attempt: str) -> Look:
     """What is there already, up to the first stage that has to be made."""
     look = Look(store, attempt)
     with suppress(NotMadeYet):

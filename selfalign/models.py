@@ -1,7 +1,8 @@
 """Policies on disk and in memory: fetch, save, load, identify.
 
 A policy artefact holds `weights/` (a transformers checkpoint, or a link to one), `tokenizer/` and, for LoRA,
-`adapter/`; `weights.json` lists the digests of the weight files, which is what identifies the policy.
+`adapter/`; `weights.json` lists the digests of the weight files, which is what identifies the policy. An empty file
+`trusted` is there when the user allowed code that comes with the model to run.
 """
 
 import importlib.util
@@ -28,6 +29,8 @@ SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 """What a model is made of; pickled weights are not read."""
+
+TRUSTED = "trusted"
 
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -65,6 +68,7 @@ class ModelConfig:
         chat_template: a Jinja file for a tokenizer that has no chat template; empty keeps the tokenizer's own.
         dtype: of the stored and trained weights, "float32" or "bfloat16".
         trust_remote_code: runs Python code that comes with the model; leave it off unless you have read that code.
+        lora: adapters to train instead of all weights.
     """
 
     path: str
@@ -112,7 +116,8 @@ class PolicyFiles:
 
     def load(self, dtype: str, *, device: str = "", trainable: bool = False) -> Policy:
         """Loads the policy; with `trainable`, its adapter (if it has one) takes gradients."""
-        model = _load_checkpoint(self.path / "weights", dtype)
+        trusted = (self.path / TRUSTED).exists()
+        model = _load_checkpoint(self.path / "weights", dtype, trust_remote_code=trusted)
         if (self.path / "adapter").exists():
             from peft import PeftModel
 
@@ -127,6 +132,7 @@ class PolicyFiles:
         policy.tokenizer.save_pretrained(self.path / "tokenizer")
         if hasattr(policy.model, "peft_config"):
             policy.model.save_pretrained(self.path / "adapter")
+            _settle_adapter_config(self.path / "adapter" / "adapter_config.json")
             _link(self.path / "weights", base.path / "weights")
             weights = {"base": base.digest, **digest_weights(self.path / "adapter")}
         else:
@@ -134,6 +140,8 @@ class PolicyFiles:
             policy.tokenizer.save_pretrained(self.path / "weights")
             weights = digest_weights(self.path / "weights")
         write_json(self.path / "weights.json", weights)
+        if (base.path / TRUSTED).exists():
+            (self.path / TRUSTED).touch()
 
 
 def default_device() -> str:
@@ -175,6 +183,8 @@ def fetch_pretrained(config: ModelConfig, destination: Path) -> PolicyFiles:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     tokenizer.save_pretrained(destination / "tokenizer")
     write_json(destination / "weights.json", digest_weights(weights))
+    if config.trust_remote_code:
+        (destination / TRUSTED).touch()
     return PolicyFiles(destination)
 
 
@@ -239,6 +249,14 @@ def _load_tokenizer(folder: Path, trust_remote_code: bool) -> "Tokenizer":
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except (OSError, ValueError) as error:
         raise SelfalignError(f"{folder}: no tokenizer can be loaded from it ({str(error).splitlines()[0]})") from error
+
+
+def _settle_adapter_config(path: Path) -> None:
+    """Makes peft's file the same wherever and whenever it is written: a relative base, lists in order."""
+    config = read_json(path)
+    config["base_model_name_or_path"] = "../weights"
+    config["target_modules"] = sorted(config["target_modules"])
+    write_json(path, config)
 
 
 def _link(link: Path, target: Path) -> None:

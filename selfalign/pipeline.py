@@ -99,7 +99,8 @@ class Method:
     def seeds(self) -> Artefact:
         """Demonstrations and held-out ranked answers."""
         given = self.config.data.seeds
-        contents = [identify_data(source) for source in (given.demonstrations, given.ranked) if source]
+        sources = {"data.seeds.demonstrations": given.demonstrations, "data.seeds.ranked": given.ranked}
+        contents = [identify_data(source, key) for key, source in sources.items() if source]
         return self.run.make("seeds", seeds, config=given, judge=self.config.judge, contents=contents)
 
     def questions(self) -> Artefact | None:
@@ -107,7 +108,7 @@ class Method:
         settings = self.config.evaluate
         if not settings.instructions:
             return None
-        content = identify_data(settings.instructions)
+        content = identify_data(settings.instructions, "evaluate.instructions")
         return self.run.make(
             "questions", questions, source=settings.instructions, count=settings.count, content=content
         )
@@ -117,7 +118,8 @@ class Method:
         data = self.config.data
         if not isinstance(data, Pairs):
             return None
-        return self.run.make("iteration_1/pairs", given_pairs, source=data.path, content=identify_data(data.path))
+        content = identify_data(data.path, "data.path")
+        return self.run.make("iteration_1/pairs", given_pairs, source=data.path, content=content)
 
     def supervise(self, label: str, models: Models, demonstrations: Artefact) -> Artefact:
         """SFT of the newest model; without demonstrations it stays as it is."""

@@ -55,7 +55,6 @@ def _evaluation(config: "ExperimentConfig", name: str) -> list[tuple[str, str]]:
     stages: list[tuple[str, str]] = []
     if settings.instructions:
         count = str(settings.count or "all")
-        stages += [("questions", f"{count} instructions")] if name == "M1" else []
         stages += [
             (f"{place}/answers", f"{count} instructions"),
             (f"{place}/scores", f"judged by {settings.judge}"),

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -50,7 +51,7 @@ class Run:
         folder: metrics.jsonl, summary.json, report.html, config.yaml, provenance.json, and links below artefacts/.
         store: where artefacts really lie.
         tracker: receives every row too.
-        attempt: 0, or the number of a run that reuses nothing of earlier ones (`fresh=true`).
+        attempt: empty, or the name of a run that shares nothing with others (`fresh=true`).
         artefacts: what was made or found so far, by label.
         reused: the labels that were found.
     """
@@ -58,7 +59,7 @@ class Run:
     folder: Path
     store: Store
     tracker: Tracker = field(default_factory=NoTracker)
-    attempt: int = 0
+    attempt: str = ""
     artefacts: dict[str, Artefact] = field(default_factory=dict)
     reused: set[str] = field(default_factory=set)
     step: int = 0
@@ -122,7 +123,7 @@ class Look:
     """Walks a pipeline without making anything, up to the first artefact that is not there."""
 
     store: Store
-    attempt: int = 0
+    attempt: str = ""
     there: list[str] = field(default_factory=list)
 
     def make(self, label: str, stage: StageFunction, **inputs: Any) -> Artefact:
@@ -138,21 +139,23 @@ class Look:
         return artefact
 
 
-def keyed_inputs(inputs: dict[str, Any], attempt: int) -> dict[str, Any]:
-    """A stage's inputs, with the number of a run that must not find what earlier ones made."""
+def keyed_inputs(inputs: dict[str, Any], attempt: str) -> dict[str, Any]:
+    """A stage's inputs, with the name of a run that must not find what others made."""
     return inputs | ({"attempt": attempt} if attempt else {})
 
 
-def run_folder(output: Path, name: str, config: Any, *, fresh: bool) -> tuple[Path, int]:
-    """The folder of a configuration, and which attempt this is.
+def run_folder(output: Path, name: str, config: Any, *, fresh: bool) -> tuple[Path, str]:
+    """The folder of a configuration, and the name under which it keeps its artefacts to itself, if it does.
 
-    The same settings have the same folder, so the same command continues it; `fresh` takes the next free number.
+    The same settings have the same folder, so the same command continues it; `fresh` takes the next free number
+    and shares nothing with other runs.
     """
     folder = output / f"{name}-{digest_json(canonical(config))[:8]}"
-    attempt = 0
-    while fresh and (folder if not attempt else folder.with_name(f"{folder.name}-{attempt + 1}")).exists():
-        attempt += 1
-    return (folder if not attempt else folder.with_name(f"{folder.name}-{attempt + 1}")), attempt
+    if not fresh:
+        return folder, ""
+    numbered = (folder.with_name(f"{folder.name}-{number}") for number in count(1))
+    folder = next(path for path in numbered if not path.exists())
+    return folder, folder.name
 
 
 def check_name(name: str) -> None:

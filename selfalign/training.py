@@ -78,6 +78,8 @@ class Optimization:
         for name in ("epochs", "batch_size", "batch_tokens", "max_length", "checkpoint_steps"):
             if getattr(self, name) < 1:
                 raise SelfalignError(f"{key}.{name} must be 1 or more, got {getattr(self, name)}")
+        if not self.weight_decay >= 0:
+            raise SelfalignError(f"{key}.weight_decay must be 0 or more, got {self.weight_decay}")
         if not 0 <= self.final_learning_rate <= self.learning_rate:
             rate = self.final_learning_rate
             raise SelfalignError(f"{key}.final_learning_rate must lie between 0 and learning_rate, got {rate}")

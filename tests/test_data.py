@@ -200,7 +200,7 @@ def test_unknown_shipped_name_is_refused() -> None:
     with pytest.raises(SelfalignError, match=r"fit\.jsonl: no such file"):
         read_instructions("shipped:fit", "evaluation")
     with pytest.raises(SelfalignError, match=r"fit\.jsonl: no such file"):
-        identify_data("shipped:fit")
+        identify_data("shipped:fit", "data.path")
 
 
 @pytest.mark.parametrize(
@@ -304,14 +304,15 @@ def test_source_of_no_known_kind_is_refused_with_the_kinds(source: str) -> None:
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
     for name in ("a.jsonl", "a.parquet", "a.json"):
-        for read in (read_pairs, identify_data):
-            with pytest.raises(SelfalignError, match=rf"{name}: no such file"):
-                read(str(tmp_path / name))
+        with pytest.raises(SelfalignError, match=rf"{name}: no such file"):
+            read_pairs(str(tmp_path / name))
+        with pytest.raises(SelfalignError, match=rf"data\.path: .*{name}: no such file"):
+            identify_data(str(tmp_path / name), "data.path")
 
 
 def test_data_is_identified_by_content_and_a_hub_data_set_by_its_name(tmp_path: Path) -> None:
     first, same = write_rows(tmp_path / "a.jsonl", STANDARD), write_rows(tmp_path / "b.jsonl", STANDARD)
     other = write_rows(tmp_path / "c.jsonl", STANDARD | {"chosen": "Blue"})
-    assert identify_data(first) == identify_data(same) != identify_data(other)
-    assert identify_data("someone/some-data:test") == "someone/some-data:test"
-    assert identify_data("shipped:ift") != identify_data("shipped:evaluation")
+    assert identify_data(first, "k") == identify_data(same, "k") != identify_data(other, "k")
+    assert identify_data("someone/some-data:test", "k") == "someone/some-data:test"
+    assert identify_data("shipped:ift", "k") != identify_data("shipped:evaluation", "k")

@@ -226,7 +226,7 @@ def trained(files: PolicyFiles, adapter: LoRA | None = None) -> Policy:
         policy.model = get_peft_model(policy.model, config)
     generator = torch.Generator().manual_seed(7)
     for name, parameter in policy.model.named_parameters():
-        if adapter is None or "lora_B" in name:
+        if adapter is None or "lora_" in name:
             nn.init.normal_(parameter, std=0.1, generator=generator)
     return policy
 

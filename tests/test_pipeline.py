@@ -421,7 +421,7 @@ def test_given_pairs_without_seeds_align_m0_itself(study: Study, tmp_path: Path)
 BOOKKEEPING = {"step", "iteration", "label", "stage"}
 COUNTS = {
     "parameters", "ift", "eft", "questions_taught", "questions_held_out", "demonstrations", "tokens", "instructions",
-    "written", "kept", "batches", "responses", "judgements", "pairs",
+    "written", "kept", "batches", "responses", "judgements", "unjudged_responses",
 }  # fmt: skip
 """How many records a stage read or wrote: what the names say."""
 ONLY_ELSEWHERE = {"judge_quality/five_best"}

@@ -150,7 +150,7 @@ def test_rows_logged_before_a_kill_are_in_the_metrics_once(run: Run) -> None:
 
 def test_attempt_is_part_of_every_key(run: Run) -> None:
     first = run.make("seeds", write, text="four")
-    fresh = Run(run.folder, run.store, Rows(), attempt=1)
+    fresh = Run(run.folder, run.store, Rows(), attempt="n-1")
     second = fresh.make("seeds", write, text="four")
     assert first.key != second.key
     assert fresh.reused == set()

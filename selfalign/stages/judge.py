@@ -95,7 +95,11 @@ class ExpectedScore:
     def __post_init__(self) -> None:
         check_judge(self.prompt, self.model, self.low, self.high)
         if not 0 <= self.low < self.high <= 9:
-            raise SelfalignError(f"judge: expected_score needs scores of one digit, got {self.low} to {self.high}")
+            raise SelfalignError(
+                f"judge.low and judge.high must be one digit each for expected_score, got {self.low} to {self.high}"
+            )
+        if self.batch_tokens < 1:
+            raise SelfalignError(f"judge.batch_tokens must be 1 or more, got {self.batch_tokens}")
 
     def ask(self, instruction: str, response: str) -> Prompt:
         """The judge's prompt about one response."""

@@ -133,7 +133,10 @@ def test_cut_responses_are_marked_so_that_no_end_is_taught(tmp_path: Path) -> No
 
 
 def test_pairs_of_different_instructions_have_different_ids(tmp_path: Path) -> None:
-    _, kept = made(tmp_path, {"a-1": [1], "a-2": [2], "b-1": [1], "b-2": [2]})
+    scores: Scores = {"a-1": [1], "a-2": [2], "b-1": [1], "b-2": [2]}
+    alike = [response(name, {"1": "No.", "2": "Yes."}[name[-1]]) for name in scores]
+    _, kept = made(tmp_path, scores, answers=alike)
+    assert [record.chosen for record in kept] == ["Yes.", "Yes."]
     assert len({record.id for record in kept}) == 2
 
 
