@@ -91,9 +91,16 @@ Layout = list[tuple[int, list[int]]]
 def encode_group(
     tokenizer: "Tokenizer", record_id: str, prompt: "Prompt", responses: Sequence[tuple[str, bool]]
 ) -> Group:
-    """Tokenises a prompt and its responses, each given as (text, finished)."""
+    """Tokenises a prompt and its responses, each given as (text, finished).
+
+    Raises:
+        SelfalignError: the prompt has no token that could predict a response's first one.
+    """
     ids = [encode_response(tokenizer, text, finished=finished) for text, finished in responses]
-    return Group(id=record_id, prompt=encode_prompt(tokenizer, prompt), responses=ids, given=[0] * len(ids))
+    prompt_ids = encode_prompt(tokenizer, prompt)
+    if not prompt_ids:
+        raise SelfalignError(f"record {record_id}: the prompt is empty, and this tokenizer puts no BOS before it")
+    return Group(id=record_id, prompt=prompt_ids, responses=ids, given=[0] * len(ids))
 
 
 def share_prompt(record_id: str, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> Group:
@@ -219,13 +226,26 @@ def enable_packing(model: "PreTrainedModel") -> bool:
     """Switches the model to packed attention; False, with one log line, where its architecture has none to switch."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    if not getattr(model, "_supports_attention_backend", False):
+    if not _mixes_tokens_by_attention_alone(model):
         logger.info("%s cannot be packed; batches are padded instead", type(model).__name__)
         return False
     AttentionInterface.register(PACKED_ATTENTION, packed_attention)
     AttentionMaskInterface.register(PACKED_ATTENTION, lambda *args, **kwargs: None)
     model.set_attn_implementation(PACKED_ATTENTION)
     return True
+
+
+def _mixes_tokens_by_attention_alone(model: "PreTrainedModel") -> bool:
+    """Whether no token sees another except through an attention that can be exchanged.
+
+    A convolution or a recurrence would carry one response over into the next.
+    """
+    kinds = {kind for name in ("layer_types", "layers_block_type") for kind in getattr(model.config, name, None) or ()}
+    return (
+        getattr(model, "_supports_attention_backend", False)
+        and not getattr(model, "_is_stateful", False)
+        and kinds <= {"full_attention", "sliding_attention", "attention"}
+    )
 
 
 def is_packing(model: "PreTrainedModel") -> bool:

@@ -122,6 +122,7 @@ class PolicyFiles:
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, self.path / "adapter", is_trainable=trainable)
+            model.peft_config["default"].base_model_name_or_path = str(self.path / "weights")
             if not trainable:
                 model = model.merge_and_unload()
         cast(torch.nn.Module, model).to(torch.device(device or default_device())).eval()
@@ -194,8 +195,13 @@ def identify_source(config: ModelConfig) -> str:
         return config.path
     folder = _find_checkpoint(config)
     template = read_text(Path(config.chat_template)) if config.chat_template else ""
-    files = {path.name: digest_file(path) for pattern in MODEL_FILES for path in sorted(folder.glob(pattern))}
+    files = {path.name: digest_file(path) for pattern in _files_of(config) for path in sorted(folder.glob(pattern))}
     return digest_json([files, template])
+
+
+def _files_of(config: ModelConfig) -> list[str]:
+    """What a model is made of; its code belongs to it where the user trusts it."""
+    return [*MODEL_FILES, "*.py"] if config.trust_remote_code else MODEL_FILES
 
 
 def _find_checkpoint(config: ModelConfig) -> Path:
@@ -211,7 +217,7 @@ def _find_checkpoint(config: ModelConfig) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(config.path, revision=config.revision, allow_patterns=MODEL_FILES))
+        return Path(snapshot_download(config.path, revision=config.revision, allow_patterns=_files_of(config)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise SelfalignError(
             f"model.path: {config.path!r} is no folder here and could not be fetched from the hub "

@@ -159,12 +159,15 @@ def test_the_window_matters_in_these_sequences() -> None:
 )
 def test_gemma2_is_refused_because_of_its_capped_attention_alone(option: dict[str, Any]) -> None:
     model = build(transformers.Gemma2Config(**SIZES, head_dim=12, **option))
-    packed = scoring(model, packed=True)
+
+    def packed_logps() -> Tensor:
+        return batch_logps(scoring(model, packed=True), groups())
+
     if option:
-        torch.testing.assert_close(batch_logps(packed, groups()), plain_logps(model, groups()), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(packed_logps(), plain_logps(model, groups()), rtol=1e-5, atol=1e-5)
     else:
         with pytest.raises(SelfalignError, match="Gemma2Attention uses 'softcap' in its attention"):
-            batch_logps(packed, groups())
+            packed_logps()
 
 
 @pytest.mark.parametrize(
@@ -189,6 +192,34 @@ def test_tokens_mixed_outside_attention_do_not_leak_between_responses(config: An
         return
     with torch.no_grad():
         torch.testing.assert_close(sums, plain_logps(model, groups()), rtol=1e-4, atol=1e-4)
+
+
+# Softcap, factor and divisor go by other names here than where `logit_shape` looks for them.
+SHAPED_LOGITS: dict[str, dict[str, Any]] = {
+    "RecurrentGemmaConfig": {"num_hidden_layers": 3, "lru_width": 32, "logits_soft_cap": 3.0},
+    "HyperCLOVAXConfig": {"logits_scaling": 3.0},
+    "FalconH1Config": {
+        "lm_head_multiplier": 0.3,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "mamba_d_ssm": 64,
+    },
+}
+
+
+@pytest.mark.parametrize("name", SHAPED_LOGITS)
+def test_logits_that_are_shaped_in_an_unknown_way_are_refused_or_shaped_right(name: str) -> None:
+    if not hasattr(transformers, name):
+        pytest.skip(f"this transformers has no {name}")
+    model = build(getattr(transformers, name)(**SIZES | SHAPED_LOGITS[name]))
+    scored = copy.deepcopy(model)
+    try:
+        score_responses_only(scored)
+    except SelfalignError:
+        return
+    with torch.no_grad():
+        torch.testing.assert_close(batch_logps(scored, groups()), plain_logps(model, groups()), rtol=1e-4, atol=1e-4)
 
 
 def test_architecture_without_switchable_attention_is_padded_and_right(caplog: pytest.LogCaptureFixture) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -197,6 +198,34 @@ def test_model_whose_code_is_trusted_can_be_loaded_by_the_stages(
     fetched = fetch_pretrained(ModelConfig(path=str(remote_code), trust_remote_code=True), destination)
     assert (remote_code.parent / "ran").exists()
     assert torch.equal(logits_of(fetched.load("float32")), logits_of(tiny_policy.load("float32")))
+
+
+def test_trusted_code_of_a_hub_model_is_fetched_with_it_and_untrusted_code_is_not(
+    remote_code: Path, destination: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def download(name: str, revision: str, allow_patterns: list[str]) -> str:
+        """The hub, holding the checkpoint under another name."""
+        folder = tmp_path / f"snapshot-{len(list(tmp_path.glob('snapshot-*')))}"
+        folder.mkdir()
+        for path in remote_code.iterdir():
+            if any(fnmatch(path.name, pattern) for pattern in allow_patterns):
+                shutil.copy(path, folder)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(SelfalignError, match=r"cannot be loaded|no tokenizer can be loaded"):
+        fetch_pretrained(ModelConfig(path="someone/own-model"), destination)
+    assert not (tmp_path / "snapshot-0" / "own_model.py").exists()
+    fetched = fetch_pretrained(ModelConfig(path="someone/own-model", trust_remote_code=True), destination)
+    assert torch.isfinite(logits_of(fetched.load("float32"))).all()
+
+
+def test_trusted_code_is_part_of_what_identifies_its_model(remote_code: Path) -> None:
+    config = ModelConfig(path=str(remote_code), trust_remote_code=True)
+    before = identify_source(config)
+    with (remote_code / "own_model.py").open("a") as file:
+        file.write("# changed\n")
+    assert identify_source(config) != before
 
 
 @pytest.mark.parametrize(

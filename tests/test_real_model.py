@@ -3,9 +3,11 @@
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from selfalign.__main__ import conf_folder
 from selfalign.config import register, to_experiment
@@ -48,8 +50,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     register()
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         overrides = [*OVERRIDES, f"output_dir={folder}/outputs", f"data.seeds.ranked={folder}/ranked.jsonl"]
-        config = to_experiment(compose("config", overrides))
-    return run_experiment(config, "", {})
+        composed = compose("config", overrides)
+    plain: Any = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
+    return run_experiment(to_experiment(composed), OmegaConf.to_yaml(composed, resolve=True), plain)
 
 
 def test_packaged_model_answers_sensibly(run: Path) -> None:

@@ -53,6 +53,7 @@ def test_seconds_of_a_model_are_those_of_its_pairs_training_and_evaluation() -> 
 def test_rows_of_tenth_and_first_model_do_not_mix() -> None:
     artefacts = {
         "M1": made("sft", 1.0),
+        "M2": made("align", 128.0),
         "M10": made("align", 2.0),
         "M11": made("align", 4.0),
         "iteration_1/pairs": made("pair", 8.0),
@@ -61,7 +62,7 @@ def test_rows_of_tenth_and_first_model_do_not_mix() -> None:
         "evaluation_M10/numbers": made("evaluate", 64.0),
     }
     seconds = {row["model"]: row["seconds"] for row in summarise(artefacts)["models"]}
-    assert seconds == {"M1": 33.0, "M10": 66.0, "M11": 20.0}
+    assert seconds == {"M1": 33.0, "M2": 136.0, "M10": 66.0, "M11": 20.0}
 
 
 def test_drops_are_those_stages_that_dropped_something() -> None:

@@ -343,12 +343,15 @@ def test_resumed_training_equals_uninterrupted_training_bit_for_bit(
     assert without_speed(again.rows) == without_speed(whole.rows)
 
 
+@pytest.mark.parametrize("weights", [FLOAT, ADAPTER], ids=["all_weights", "adapter"])
 def test_same_seed_same_weights_and_another_seed_another_order(
-    tiny_policy: PolicyFiles, demonstrations: list[Group], tmp_path: Path
+    tiny_policy: PolicyFiles, demonstrations: list[Group], tmp_path: Path, weights: Weights
 ) -> None:
-    first = run(tmp_path / "first", tiny_policy, demonstrations)
-    second = run(tmp_path / "second", tiny_policy, demonstrations)
-    other = run(tmp_path / "other", tiny_policy, demonstrations, weights=replace(FLOAT, seed=4))
+    first = run(tmp_path / "first", tiny_policy, demonstrations, weights=weights)
+    # Whatever was drawn before: an adapter's first weights come from the seed as well.
+    torch.manual_seed(99)
+    second = run(tmp_path / "second", tiny_policy, demonstrations, weights=weights)
+    other = run(tmp_path / "other", tiny_policy, demonstrations, weights=replace(weights, seed=4))
     assert all(torch.equal(first.weights[name], second.weights[name]) for name in first.weights)
     assert [row["loss"] for row in first.rows] != [row["loss"] for row in other.rows]
 
@@ -647,6 +650,24 @@ def test_both_optimisers_move_the_weights_their_own_way(
     assert largest == pytest.approx({"adamw": 1e-3, "rmsprop": 1e-2}[optimizer], rel=0.01)
 
 
+def test_weight_decay_pulls_every_weight_towards_zero_on_top_of_the_step(
+    tiny_policy: PolicyFiles, demonstrations: list[Group], tmp_path: Path
+) -> None:
+    plain, decayed = (
+        run(
+            tmp_path / str(decay),
+            tiny_policy,
+            demonstrations,
+            optimization=settings(**ONE_STEP | {"learning_rate": 1e-3, "weight_decay": decay}),
+        )
+        for decay in (0.0, 0.5)
+    )
+    start = load_file(tiny_policy.path / "weights" / "model.safetensors")
+    for name, value in start.items():
+        expected = plain.weights[name] - 1e-3 * 0.5 * value
+        torch.testing.assert_close(decayed.weights[name], expected, rtol=1e-6, atol=1e-7)
+
+
 def test_gradients_are_clipped_to_the_norm_asked_for(
     tiny_policy: PolicyFiles, demonstrations: list[Group], tmp_path: Path, gradient_descent: None
 ) -> None:
@@ -712,6 +733,7 @@ def test_every_example_occurs_once_an_epoch_in_an_order_of_its_own() -> None:
         ({"batch_tokens": 0}, "batch_tokens must be 1 or more"),
         ({"max_length": 0}, "max_length must be 1 or more"),
         ({"checkpoint_steps": 0}, "checkpoint_steps must be 1 or more"),
+        ({"weight_decay": -0.1}, "weight_decay must be 0 or more, got -0.1"),
         ({"final_learning_rate": 0.1}, "final_learning_rate must lie between 0 and learning_rate, got 0.1"),
         ({"final_learning_rate": -0.1}, "final_learning_rate must lie between 0 and learning_rate, got -0.1"),
         ({"warmup_share": 1.0}, "warmup_share must be at least 0 and below 1, got 1.0"),

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import loaded, workspace
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from selfalign.errors import SelfalignError
 from selfalign.models import ModelConfig, PolicyFiles, identify_source
@@ -75,6 +75,14 @@ def test_truncated_weights_are_an_error_that_names_the_folder(tmp_path: Path, fo
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     with pytest.raises(SelfalignError, match=r"mine: the model cannot be loaded.*damaged"):
+        fetch(tmp_path / "M0", path=str(folder))
+
+
+def test_weights_of_another_architecture_are_an_error_that_names_a_tensor(tmp_path: Path, folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SelfalignError, match=r"mine: .*model\.norm\.weight"):
         fetch(tmp_path / "M0", path=str(folder))
 
 
