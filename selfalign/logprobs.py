@@ -16,6 +16,9 @@ from selfalign.errors import SelfalignError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+OWN_LOGITS = ("recurrent_gemma", "hyperclovax", "falcon_h1")
+"""Architectures whose logits are more than hidden states times embeddings, scaled or capped as `logit_shape` knows."""
+
 TILE_ELEMENTS = 1 << 24
 """Logits held at a time: 64 MiB in float32."""
 
@@ -95,6 +98,8 @@ def score_responses_only(model: "PreTrainedModel") -> None:
         SelfalignError: the output embedding is not a plain linear layer (an adapter sits on it, or it has a bias).
     """
     inner = model.get_base_model() if hasattr(model, "peft_config") else model  # pyright: ignore[reportCallIssue]
+    if inner.config.model_type in OWN_LOGITS:
+        raise SelfalignError(f"{type(inner).__name__} shapes its logits in a way that is not supported here")
     head = inner.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None:
         raise SelfalignError(
