@@ -228,5 +228,5 @@ def test_adapter_elsewhere_scores_like_the_adapted_model() -> None:
         full = adapted(input_ids=ids).logits.log_softmax(-1)[0, 2, 7]
         score_responses_only(adapted)
         logps = adapted(input_ids=ids, predict_at=torch.tensor([2]), targets=torch.tensor([7]))
-    assert abs(float(full - base)) > 1e-5, "the adapter does nothing, so the comparison says nothing"
+    assert abs(float(full - base)) > 1e-3, "the adapter does nothing, so the comparison says nothing"
     torch.testing.assert_close(logps, full[None], rtol=1e-5, atol=1e-5)
