@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 PACKED_ATTENTION = "selfalign_packed"
 
+WITHOUT_EFFECT = ("position_ids", "cache_position", "use_cache", "is_causal", "output_attentions")
+"""Keywords of an attention that packing may ignore: what they say is in the layout, or is about the outputs."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
@@ -264,7 +267,7 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    **unsupported: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one packed row, group by group.
 
@@ -278,16 +281,16 @@ def packed_attention(
         scaling: factor on the scores; the head size's inverse root if None.
         dropout: share of attention weights dropped while training.
         sliding_window: how far back a token sees, in positions.
-        unsupported: other arguments of the model's attention; refused where they would change the result.
+        others: what else the model hands its attention; refused unless known to leave the result alone.
 
     Returns:
         (1, tokens, heads, head size), and no weights.
 
     Raises:
-        SelfalignError: the architecture caps its attention scores or adds sinks, which is not supported here.
+        SelfalignError: the architecture does more here, like capping scores or adding sinks.
     """
-    for name in ("softcap", "s_aux", "position_bias"):
-        if unsupported.get(name) is not None:
+    for name, other in others.items():
+        if other is not None and name not in WITHOUT_EFFECT:
             raise SelfalignError(f"{type(module).__name__} uses {name!r} in its attention, which packing lacks")
     outputs = []
     start = 0

@@ -70,7 +70,8 @@ class PairRow:
     """A line of preference data in TRL's formats.
 
     Standard: three texts, taken as they stand. Conversational: `prompt` is a list of messages and the responses
-    are lists with one assistant message, or there is no `prompt` and both are whole conversations that begin alike.
+    are lists with one assistant message, or both responses are whole conversations that begin alike (a text in
+    `prompt` then repeats their last user turn).
     """
 
     chosen: str | list[Message]
@@ -175,11 +176,14 @@ def _split_pair(row: PairRow, where: str) -> tuple[Prompt, str, str]:
     prompt, chosen, rejected = row.prompt, row.chosen, row.rejected
     if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
         return prompt, chosen, rejected
-    if isinstance(chosen, list) and isinstance(rejected, list) and not isinstance(prompt, str):
-        if prompt is None:
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        repeated = prompt
+        if not isinstance(prompt, list):
             turns = enumerate(zip(chosen, rejected, strict=False))
             same = next((i for i, (a, b) in turns if a != b), len(chosen) - 1)
             prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
+        if isinstance(repeated, str) and (not prompt or prompt[-1].get("content") != repeated):
+            raise SelfalignError(f"{where}: prompt is a text, but not the last user turn of chosen and rejected")
         turns = [*chosen, *rejected]
         if prompt and len(chosen) == len(rejected) == 1 and all(_is_answer(turn) for turn in turns):
             _check_messages(prompt, where)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -73,9 +74,12 @@ def digest_json(value: Any) -> str:
 
 
 def digest_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+    """SHA-256 of a file's bytes, in hexadecimal; weights are large, so a file is read again only if it changed."""
     state = path.stat()
-    return _digest_once(path, state.st_size, state.st_mtime_ns)
+    # A file as young as its clock's tick could change again without showing it.
+    settled = time.time_ns() - state.st_mtime_ns > 2_000_000_000
+    digest = _digest_once if settled else _digest_once.__wrapped__
+    return digest(path, state.st_size, state.st_mtime_ns)
 
 
 def digest_folder(folder: Path, without: tuple[str, ...] = ()) -> dict[str, str]:
@@ -86,7 +90,7 @@ def digest_folder(folder: Path, without: tuple[str, ...] = ()) -> dict[str, str]
 
 @cache
 def _digest_once(path: Path, size: int, mtime_ns: int) -> str:
-    """The digest of a file in this state; weights are large, and asked for more than once."""
+    """The digest of a file in this state."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -151,7 +151,8 @@ class TransformersGenerator:
     def write(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
         """Writes every request's completions in one batch; each prompt is computed once.
 
-        A completion depends on its request's seed and, through rounding alone, on the batch it stands in.
+        A completion depends on its request's seed and, through rounding and the order of equally likely tokens
+        alone, on the batch it stands in.
         """
         owners = [index for index, request in enumerate(requests) for _ in request.seeds]
         seeds = [seed for request in requests for seed in request.seeds]

@@ -11,13 +11,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from selfalign.batches import Group, make_batch
 from selfalign.errors import SelfalignError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-OWN_LOGITS = ("recurrent_gemma", "hyperclovax", "falcon_h1")
-"""Architectures whose logits are more than hidden states times embeddings, scaled or capped as `logit_shape` knows."""
 
 TILE_ELEMENTS = 1 << 24
 """Logits held at a time: 64 MiB in float32."""
@@ -95,18 +93,31 @@ def score_responses_only(model: "PreTrainedModel") -> None:
     this holds under DDP, FSDP and peft. It is for models that only ever train or score; load another to generate.
 
     Raises:
-        SelfalignError: the output embedding is not a plain linear layer (an adapter sits on it, or it has a bias).
+        SelfalignError: the output embedding is not a plain linear layer (an adapter sits on it, or it has a bias),
+            or the model makes its logits of the hidden states in a way that `logit_shape` does not know.
     """
     inner = model.get_base_model() if hasattr(model, "peft_config") else model  # pyright: ignore[reportCallIssue]
-    if inner.config.model_type in OWN_LOGITS:
-        raise SelfalignError(f"{type(inner).__name__} shapes its logits in a way that is not supported here")
     head = inner.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None:
         raise SelfalignError(
             f"{type(inner).__name__}: its output layer is a {type(head).__name__}, not a plain linear one; "
             "leave lm_head out of model.lora.targets, or choose a model without a bias there"
         )
+    _compare_with_own_logits(inner)
     inner.forward = MethodType(_score, inner)
+
+
+def _compare_with_own_logits(model: "PreTrainedModel") -> None:
+    """Scores a few tokens both ways; the tolerance is a bfloat16 model's rounding of its capped logits."""
+    tokens = [token % cast(nn.Linear, model.get_output_embeddings()).out_features for token in range(8)]
+    group = Group(id="probe", prompt=tokens[:1], responses=[tokens[1:]], given=[0])
+    batch = make_batch(model, [group]).to(model.device)
+    with torch.no_grad():
+        logits = model(use_cache=False, **batch.inputs).logits.flatten(0, 1)[batch.predict_at]
+        own = logits.float().log_softmax(-1).gather(1, batch.targets[:, None]).squeeze(1)
+        ours = _score(model, batch.predict_at, batch.targets, **batch.inputs)
+    if not torch.allclose(own, ours, rtol=0, atol=1e-3 if model.dtype == torch.float32 else 0.25):
+        raise SelfalignError(f"{type(model).__name__} shapes its logits in a way that is not supported here")
 
 
 def _score(self: "PreTrainedModel", predict_at: Tensor, targets: Tensor, **inputs: Any) -> Tensor:

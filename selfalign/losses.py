@@ -7,6 +7,7 @@ Throughout, for a pair (y⁺, y⁻) of one prompt x,
 and Δ is the refinement of `selfalign.refinement`, without gradient.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -195,14 +196,14 @@ def required(refinement: Values | None) -> Values:
 
 def check_beta(beta: float) -> None:
     """β divides and scales: it has to be above 0."""
-    if not beta > 0:
-        raise SelfalignError(f"loss.beta must be above 0, got {beta}")
+    if not 0 < beta < math.inf:
+        raise SelfalignError(f"loss.beta must be above 0 and finite, got {beta}")
 
 
 def check_lam(lam: float) -> None:
     """λ weighs an offset: 0 switches it off, below 0 would reverse the method."""
-    if not lam >= 0:
-        raise SelfalignError(f"loss.lam must be 0 or more, got {lam}")
+    if not 0 <= lam < math.inf:
+        raise SelfalignError(f"loss.lam must be 0 or more and finite, got {lam}")
 
 
 def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:

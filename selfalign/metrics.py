@@ -28,6 +28,7 @@ METRICS = {
     "rewards/accuracies_augmented": "share of pairs with Δ > 0, that is accuracy under p⊕x, ties not counted",
     "refinement/mean": "mean of Δ over the pairs",
     "refinement/std": "standard deviation of Δ over the pairs of a step",
+    "refinement/correlation_with_margin": "Pearson's, of Δ and reward margin over the pairs of a step",
     "refinement/positive_share": "share of pairs with Δ > 0",
     "logps/chosen": "mean summed log-probability of the chosen responses, nats",
     "logps/rejected": "mean summed log-probability of the rejected responses, nats",
@@ -191,6 +192,8 @@ def reward_metrics(
         metrics |= {
             "refinement/mean": (math.fsum(refinements), total),
             "refinement/mean_square": (math.fsum(delta * delta for delta in refinements), total),
+            "refinement/mean_square_margin": (math.fsum(margin * margin for margin in margins), total),
+            "refinement/mean_product": (math.fsum(d * m for d, m in zip(refinements, margins, strict=True)), total),
             "refinement/positive_share": (positive, total),
             "rewards/accuracies_augmented": (positive, total - zeros),
         }
@@ -200,12 +203,19 @@ def reward_metrics(
 def averages(metrics: dict[str, tuple[float, float]]) -> dict[str, float]:
     """Weighted sums as averages; a metric without weight is left out instead of being NaN.
 
-    The mean square of Δ becomes its standard deviation.
+    The second moments of Δ and the margin become Δ's standard deviation and their Pearson correlation, which is
+    left out where one of them is constant.
     """
     values = {name: total / weight for name, (total, weight) in metrics.items() if weight}
-    mean_square = values.pop("refinement/mean_square", None)
-    if mean_square is not None:
-        values["refinement/std"] = math.sqrt(max(0.0, mean_square - values["refinement/mean"] ** 2))
+    if "refinement/mean_square" in values:
+        delta, margin = values["refinement/mean"], values["rewards/margins"]
+        variance = max(0.0, values.pop("refinement/mean_square") - delta**2)
+        variance_margin = max(0.0, values.pop("refinement/mean_square_margin") - margin**2)
+        covariance = values.pop("refinement/mean_product") - delta * margin
+        values["refinement/std"] = math.sqrt(variance)
+        if variance > 0 and variance_margin > 0:
+            correlation = covariance / math.sqrt(variance * variance_margin)
+            values["refinement/correlation_with_margin"] = min(1.0, max(-1.0, correlation))
     return values
 
 

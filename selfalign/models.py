@@ -166,7 +166,7 @@ def fetch_pretrained(config: ModelConfig, destination: Path) -> PolicyFiles:
     """Puts M0 into a folder as `weights/` and `tokenizer/`.
 
     Raises:
-        SelfalignError: there is no such model, its weights are damaged, or it lacks a chat template.
+        SelfalignError: there is no such model, or its weights are damaged.
     """
     builder = BUILDERS.get(config.path)
     weights = destination / "weights"

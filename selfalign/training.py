@@ -1,5 +1,6 @@
 """The one trainer: sft and align give it examples and an objective; transformers' Trainer does the rest."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -73,8 +74,8 @@ class Optimization:
             SelfalignError: a value is out of range.
         """
         for name in ("learning_rate", "max_gradient_norm"):
-            if not getattr(self, name) > 0:
-                raise SelfalignError(f"{key}.{name} must be above 0, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise SelfalignError(f"{key}.{name} must be above 0 and finite, got {getattr(self, name)}")
         for name in ("epochs", "batch_size", "batch_tokens", "max_length", "checkpoint_steps"):
             if getattr(self, name) < 1:
                 raise SelfalignError(f"{key}.{name} must be 1 or more, got {getattr(self, name)}")
@@ -83,6 +84,10 @@ class Optimization:
         if not 0 <= self.final_learning_rate <= self.learning_rate:
             rate = self.final_learning_rate
             raise SelfalignError(f"{key}.final_learning_rate must lie between 0 and learning_rate, got {rate}")
+        if self.final_learning_rate and self.schedule != "cosine":
+            raise SelfalignError(f"{key}.final_learning_rate has no meaning with schedule={self.schedule}; set it to 0")
+        if self.weight_decay and self.optimizer != "adamw":
+            raise SelfalignError(f"{key}.weight_decay has no meaning with optimizer={self.optimizer}; set it to 0")
         if not 0 <= self.warmup_share < 1:
             raise SelfalignError(f"{key}.warmup_share must be at least 0 and below 1, got {self.warmup_share}")
         for name, choices in CHOICES.items():

@@ -171,7 +171,7 @@ def test_process_ends_with_one_line_and_exit_code_1(tmp_path: Path) -> None:
         cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert (said.returncode, said.stdout) == (1, "")
-    assert said.stderr.startswith("error: loss.beta must be above 0, got -1")
+    assert said.stderr.startswith("error: loss.beta must be above 0 and finite, got -1")
     assert said.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 

@@ -42,8 +42,9 @@ IMPLICIT = {"chosen": [SYSTEM, USER, say("Red")], "rejected": [SYSTEM, USER, say
             },
             [USER, say("Which?"), USER],
         ),
+        (IMPLICIT | {"prompt": "Name a colour."}, [SYSTEM, USER]),
     ],
-    ids=["standard", "conversational", "implicit_prompt", "implicit_prompt_of_several_turns"],
+    ids=["standard", "conversational", "implicit_prompt", "implicit_prompt_of_several_turns", "repeated_prompt"],
 )
 def test_pairs_are_read_in_each_of_trls_formats(tmp_path: Path, row: dict[str, Any], prompt: Any) -> None:
     pairs, drops = read_pairs(write_rows(tmp_path / "a.jsonl", row | {"id": "own", "source": "ignored"}))
@@ -112,6 +113,12 @@ def test_pairs_without_a_preference_are_dropped_and_counted(tmp_path: Path, row:
 def test_row_in_no_known_format_is_refused_with_file_and_line(tmp_path: Path, row: dict[str, Any]) -> None:
     source = write_rows(tmp_path / "a.jsonl", STANDARD, row)
     with pytest.raises(SelfalignError, match=r"a\.jsonl:2: expected prompt, chosen and rejected as three texts, or"):
+        read_pairs(source)
+
+
+def test_text_prompt_that_the_conversations_do_not_repeat_is_refused(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "a.jsonl", IMPLICIT | {"prompt": "Name an animal."})
+    with pytest.raises(SelfalignError, match=r"a\.jsonl:1: prompt is a text, but not the last user turn of chosen"):
         read_pairs(source)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -114,6 +115,17 @@ def test_digest_of_a_file_follows_its_content(tmp_path: Path) -> None:
     assert digest_file(path) == digest_text("abc")
     path.write_bytes(b"abcd")
     assert digest_file(path) == digest_text("abcd")
+
+
+def test_digest_notices_a_change_that_size_and_time_do_not_show(tmp_path: Path) -> None:
+    """Clocks tick: two writes within one tick leave the same modification time."""
+    path = tmp_path / "a"
+    path.write_bytes(b"abc")
+    state = path.stat()
+    assert digest_file(path) == digest_text("abc")
+    path.write_bytes(b"xyz")
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert digest_file(path) == digest_text("xyz")
 
 
 def test_digest_of_a_folder_names_every_file_but_those_left_out(tmp_path: Path) -> None:

@@ -362,16 +362,16 @@ def test_dpo_of_a_hopeless_pair_grows_linearly_and_of_a_won_pair_vanishes() -> N
 
 
 @pytest.mark.parametrize("name", ["DPO", "IPO", "SrDPO", "SrIPO"])
-@pytest.mark.parametrize("beta", [0.0, -0.1, math.nan])
+@pytest.mark.parametrize("beta", [0.0, -0.1, math.nan, math.inf])
 def test_beta_that_is_not_above_zero_is_refused_by_name(name: str, beta: float) -> None:
-    with pytest.raises(SelfalignError, match=r"loss\.beta must be above 0, got"):
+    with pytest.raises(SelfalignError, match=r"loss\.beta must be above 0 and finite, got"):
         getattr(losses, name)(beta=beta)
 
 
 @pytest.mark.parametrize("name", ["SrDPO", "SrIPO"])
-@pytest.mark.parametrize("lam", [-0.5, math.nan])
+@pytest.mark.parametrize("lam", [-0.5, math.nan, math.inf])
 def test_lambda_below_zero_is_refused_by_name(name: str, lam: float) -> None:
-    with pytest.raises(SelfalignError, match=r"loss\.lam must be 0 or more, got"):
+    with pytest.raises(SelfalignError, match=r"loss\.lam must be 0 or more and finite, got"):
         getattr(losses, name)(lam=lam)
 
 

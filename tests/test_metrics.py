@@ -239,6 +239,8 @@ def test_reward_metrics_by_hand() -> None:
         "refinement/positive_share": 2 / 4,
         "rewards/accuracies_augmented": 2 / 3,
         "refinement/std": pytest.approx(math.sqrt((0.1**2 + 0.2**2 + 0.1**2 + 0.2**2) / 4)),
+        # Deviations from the means: Δ 0.1, -0.2, -0.1, 0.2 and margin 0.375, -1.125, -0.125, 0.875.
+        "refinement/correlation_with_margin": pytest.approx(0.45 / math.sqrt(0.1 * 2.1875)),
     }
 
 
@@ -265,5 +267,5 @@ def test_metrics_of_unequal_batches_add_up_as_of_one() -> None:
 
 
 def test_every_reward_metric_is_explained() -> None:
-    assert averages(reward_metrics([1.0], [0.0], [0.5])).keys() <= METRICS.keys()
+    assert averages(reward_metrics([1.0, 0.0], [0.0, 0.5], [0.5, 0.1])).keys() <= METRICS.keys()
     assert all(text and text == text.strip() for text in METRICS.values())

@@ -155,6 +155,11 @@ def test_tokenizer_that_can_end_nothing_is_refused() -> None:
         end_of_turn_id(bare)
 
 
+def test_template_that_asks_for_the_date_says_the_same_tomorrow() -> None:
+    dated = build_tokenizer(adds_bos=True, template="{{ strftime_now('%d %b %Y') }}" + WITHOUT_BOS)
+    assert dated.decode(encode_prompt(dated, QUESTION)).startswith("<s>26 Jul 2024[user]Why so?")
+
+
 def test_messages_without_a_chat_template_are_refused_with_what_to_do() -> None:
     bare = build_tokenizer(adds_bos=True, template=None)
     with pytest.raises(SelfalignError, match=r"no chat template: give one with model\.chat_template=FILE"):

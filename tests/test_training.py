@@ -725,8 +725,8 @@ def test_every_example_occurs_once_an_epoch_in_an_order_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
-        ({"learning_rate": math.nan}, "learning_rate must be above 0, got nan"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0 and finite, got 0.0"),
+        ({"learning_rate": math.nan}, "learning_rate must be above 0 and finite, got nan"),
         ({"max_gradient_norm": 0.0}, "max_gradient_norm must be above 0"),
         ({"epochs": 0}, "epochs must be 1 or more, got 0"),
         ({"batch_size": 0}, "batch_size must be 1 or more"),
@@ -736,6 +736,12 @@ def test_every_example_occurs_once_an_epoch_in_an_order_of_its_own() -> None:
         ({"weight_decay": -0.1}, "weight_decay must be 0 or more, got -0.1"),
         ({"final_learning_rate": 0.1}, "final_learning_rate must lie between 0 and learning_rate, got 0.1"),
         ({"final_learning_rate": -0.1}, "final_learning_rate must lie between 0 and learning_rate, got -0.1"),
+        ({"learning_rate": math.inf}, "learning_rate must be above 0 and finite, got inf"),
+        (
+            {"schedule": "linear", "final_learning_rate": 1e-4},
+            "final_learning_rate has no meaning with schedule=linear",
+        ),
+        ({"optimizer": "rmsprop", "weight_decay": 0.1}, "weight_decay has no meaning with optimizer=rmsprop"),
         ({"warmup_share": 1.0}, "warmup_share must be at least 0 and below 1, got 1.0"),
         ({"warmup_share": -0.1}, "warmup_share must be at least 0 and below 1"),
         ({"schedule": "cosin"}, "schedule must be one of cosine, linear, constant; got 'cosin'"),
