@@ -91,6 +91,7 @@ def score_responses_only(model: "PreTrainedModel") -> None:
     Afterwards `model(input_ids=…, position_ids=…, predict_at=…, targets=…)` gives log p(targets), shape
     (targets,), where `predict_at` are positions in the flattened batch. Called through the model's own forward,
     this holds under DDP, FSDP and peft. It is for models that only ever train or score; load another to generate.
+    Asked for twice, it is done once.
 
     Raises:
         SelfalignError: the output embedding is not a plain linear layer (an adapter sits on it, or it has a bias),
@@ -103,8 +104,9 @@ def score_responses_only(model: "PreTrainedModel") -> None:
             f"{type(inner).__name__}: its output layer is a {type(head).__name__}, not a plain linear one; "
             "leave lm_head out of model.lora.targets, or choose a model without a bias there"
         )
-    _compare_with_own_logits(inner)
-    inner.forward = MethodType(_score, inner)
+    if getattr(inner.forward, "__func__", None) is not _score:
+        _compare_with_own_logits(inner)
+        inner.forward = MethodType(_score, inner)
 
 
 def _compare_with_own_logits(model: "PreTrainedModel") -> None:

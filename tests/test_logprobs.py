@@ -183,6 +183,16 @@ def test_scoring_model_returns_only_what_is_asked_for() -> None:
     torch.testing.assert_close(logps, torch.stack([full[6, 8], full[1, 3]]), rtol=1e-5, atol=1e-5)
 
 
+def test_scoring_model_can_be_asked_to_score_again() -> None:
+    model = tiny_llama().eval()
+    inputs = {"input_ids": torch.tensor([[5, 9]]), "predict_at": torch.tensor([0]), "targets": torch.tensor([9])}
+    with torch.no_grad():
+        score_responses_only(model)
+        first = model(**inputs)
+        score_responses_only(model)
+        torch.testing.assert_close(model(**inputs), first, rtol=0, atol=0)
+
+
 def test_output_layer_with_a_bias_is_refused() -> None:
     config = PhiConfig(
         vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
