@@ -98,3 +98,17 @@ def _digest_once(path: Path, size: int, mtime_ns: int) -> str:
 def derive_seed(*parts: object) -> int:
     """A seed for one purpose: 63 bits of the digest of its parts, so no two purposes share random numbers."""
     return int(digest_json([str(part) for part in parts])[:16], 16) >> 1
+
+
+def text_or_file(value: str, key: str) -> str:
+    """A setting that is a text, or "file:PATH" for the text of a file.
+
+    Raises:
+        SelfalignError: there is no such file; the message names the setting, `key`.
+    """
+    if not value.startswith("file:"):
+        return value
+    try:
+        return read_text(Path(value.removeprefix("file:")).expanduser())
+    except SelfalignError as error:
+        raise SelfalignError(f"{key}: {error}") from error

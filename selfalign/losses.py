@@ -25,7 +25,7 @@ Values = Float[Tensor, "pairs"]
 class PairLogps:
     """Log-probabilities of both responses of each pair: nats, summed over response tokens, shape (pairs,).
 
-    `chosen_tokens` and `rejected_tokens` count those tokens; only the reduction "mean" needs them.
+    `chosen_tokens` and `rejected_tokens` count those tokens; the reduction "mean" and the term `nll_weight` need them.
     """
 
     chosen: Values
@@ -73,15 +73,22 @@ class DPO:
 
     Attributes:
         beta: strength of the pull towards the reference, per nat.
+        label_smoothing: ε, how often a pair's order is thought to be wrong (conservative DPO); 0 trusts every pair.
+        nll_weight: weight of the chosen response's negative log-likelihood a token, added to the loss.
     """
 
     beta: float = 0.1
+    label_smoothing: float = 0.0
+    nll_weight: float = 0.0
 
     def __post_init__(self) -> None:
         check_beta(self.beta)
+        check_label_smoothing(self.label_smoothing)
+        check_nll_weight(self.nll_weight)
 
     def __call__(self, policy: PairLogps, reference: PairLogps, refinement: Values | None = None) -> Values:
-        return -F.logsigmoid(self.beta * log_ratio_margin(policy, reference))
+        logits = self.beta * log_ratio_margin(policy, reference)
+        return logistic(logits, self.label_smoothing) + weighted_nll(policy, self.nll_weight)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -92,18 +99,21 @@ class IPO:
         beta: the target margin is 1/(2β) nats.
         reduction: "sum" takes log-probabilities of whole responses, as the product of token probabilities says;
             "mean" averages them a token, as some libraries do, which asks for 1/(2β) nats *a token*.
+        nll_weight: weight of the chosen response's negative log-likelihood a token, added to the loss.
     """
 
     beta: float = 0.1
     reduction: str = "sum"
+    nll_weight: float = 0.0
 
     def __post_init__(self) -> None:
         check_beta(self.beta)
         check_choice("loss.reduction", self.reduction, ("sum", "mean"))
+        check_nll_weight(self.nll_weight)
 
     def __call__(self, policy: PairLogps, reference: PairLogps, refinement: Values | None = None) -> Values:
         h = log_ratio_margin(*reduced(policy, reference, self.reduction))
-        return (h - 1 / (2 * self.beta)).square()
+        return (h - 1 / (2 * self.beta)).square() + weighted_nll(policy, self.nll_weight)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -117,19 +127,26 @@ class SrDPO:
         beta: strength of the pull towards the reference, per nat.
         lam: λ, the weight of the refinement; 0 is DPO.
         refinement: where Δ comes from.
+        label_smoothing: ε, how often a pair's order is thought to be wrong; 0 trusts every pair.
+        nll_weight: weight of the chosen response's negative log-likelihood a token, added to the loss.
     """
 
     beta: float = 0.1
     lam: float = 0.5
     refinement: Refinement = field(default_factory=Refinement)
+    label_smoothing: float = 0.0
+    nll_weight: float = 0.0
 
     def __post_init__(self) -> None:
         check_beta(self.beta)
         check_lam(self.lam)
+        check_label_smoothing(self.label_smoothing)
+        check_nll_weight(self.nll_weight)
 
     def __call__(self, policy: PairLogps, reference: PairLogps, refinement: Values | None = None) -> Values:
         offset = self.lam * required(refinement).detach()
-        return -F.logsigmoid(self.beta * log_ratio_margin(policy, reference) - offset)
+        logits = self.beta * log_ratio_margin(policy, reference) - offset
+        return logistic(logits, self.label_smoothing) + weighted_nll(policy, self.nll_weight)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -145,6 +162,7 @@ class SrIPO:
         reduction: "sum" or "mean" of log-probabilities over a response's tokens, as in IPO.
         target: "printed" (λΔ) or "exact" (λΔ/β).
         refinement: where Δ comes from.
+        nll_weight: weight of the chosen response's negative log-likelihood a token, added to the loss.
     """
 
     beta: float = 0.1
@@ -152,17 +170,48 @@ class SrIPO:
     reduction: str = "sum"
     target: str = "printed"
     refinement: Refinement = field(default_factory=Refinement)
+    nll_weight: float = 0.0
 
     def __post_init__(self) -> None:
         check_beta(self.beta)
         check_lam(self.lam)
         check_choice("loss.reduction", self.reduction, ("sum", "mean"))
         check_choice("loss.target", self.target, ("printed", "exact"))
+        check_nll_weight(self.nll_weight)
 
     def __call__(self, policy: PairLogps, reference: PairLogps, refinement: Values | None = None) -> Values:
         h = log_ratio_margin(*reduced(policy, reference, self.reduction))
         weight = self.lam / self.beta if self.target == "exact" else self.lam
-        return (h - weight * required(refinement).detach() - 1 / (2 * self.beta)).square()
+        target = weight * required(refinement).detach() + 1 / (2 * self.beta)
+        return (h - target).square() + weighted_nll(policy, self.nll_weight)
+
+
+@dataclass(kw_only=True, slots=True)
+class ODPO:
+    """DPO with an offset from the judge: -log σ(β h - α log(s⁺ - s⁻)). Amini et al. 2024, arXiv 2402.10571.
+
+    Called with Δ = log(s⁺ - s⁻), where s are the judge's mean scores of the two responses; it is Sr-DPO with this Δ.
+
+    Attributes:
+        beta: strength of the pull towards the reference, per nat.
+        alpha: α, the weight of the offset; 0 is DPO.
+        nll_weight: weight of the chosen response's negative log-likelihood a token, added to the loss.
+    """
+
+    beta: float = 0.1
+    alpha: float = 1.0
+    nll_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_beta(self.beta)
+        if not 0 <= self.alpha < math.inf:
+            raise SelfalignError(f"loss.alpha must be 0 or more and finite, got {self.alpha}")
+        check_nll_weight(self.nll_weight)
+
+    def __call__(self, policy: PairLogps, reference: PairLogps, refinement: Values | None = None) -> Values:
+        offset = self.alpha * required(refinement).detach()
+        logits = self.beta * log_ratio_margin(policy, reference) - offset
+        return logistic(logits, 0.0) + weighted_nll(policy, self.nll_weight)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -172,6 +221,21 @@ class Positives:
     The loss is the negative log-likelihood a token of the responses `pair=positives` keeps, or of the chosen
     responses of given pairs.
     """
+
+
+def logistic(logits: Values, label_smoothing: float) -> Values:
+    """-log σ(z), or with smoothing ε its mean over right and wrong labels: -(1-ε) log σ(z) - ε log σ(-z).
+
+    Mitchell 2023, "A note on DPO with noisy preferences & relationship to IPO".
+    """
+    if not label_smoothing:
+        return -F.logsigmoid(logits)
+    return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
+
+
+def weighted_nll(policy: PairLogps, weight: float) -> Values | float:
+    """-log π(y⁺|x) a token of y⁺, times a weight (iterative RPO: Pang et al. 2024, arXiv 2404.19733)."""
+    return -weight * policy.per_token().chosen if weight else 0.0
 
 
 def reduced(policy: PairLogps, reference: PairLogps, reduction: str) -> tuple[PairLogps, PairLogps]:
@@ -190,7 +254,7 @@ def reduced(policy: PairLogps, reference: PairLogps, reduction: str) -> tuple[Pa
 def required(refinement: Values | None) -> Values:
     """Δ, which the Sr losses cannot do without."""
     if refinement is None:
-        raise ValueError("Sr-DPO and Sr-IPO need the refinement Δ, shape (pairs,)")
+        raise ValueError("Sr-DPO, Sr-IPO and ODPO need the refinement Δ, shape (pairs,)")
     return refinement
 
 
@@ -204,6 +268,18 @@ def check_lam(lam: float) -> None:
     """λ weighs an offset: 0 switches it off, below 0 would reverse the method."""
     if not 0 <= lam < math.inf:
         raise SelfalignError(f"loss.lam must be 0 or more and finite, got {lam}")
+
+
+def check_label_smoothing(label_smoothing: float) -> None:
+    """ε is a share of wrong labels: from one half on, the labels would say nothing or the opposite."""
+    if not 0 <= label_smoothing < 0.5:
+        raise SelfalignError(f"loss.label_smoothing must be at least 0 and below 0.5, got {label_smoothing}")
+
+
+def check_nll_weight(weight: float) -> None:
+    """Below 0 it would teach the model not to give the chosen response."""
+    if not 0 <= weight < math.inf:
+        raise SelfalignError(f"loss.nll_weight must be 0 or more and finite, got {weight}")
 
 
 def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:

@@ -1,56 +1,105 @@
 """The refinement function of quality-aware self-refinement: the augmented prompt p⊕x and Δ.
 
-Yu et al. 2024, arXiv 2405.21040, eq. 11.
+Yu et al. 2024, arXiv 2405.21040, eq. 11; and the controls that tell what of its gain comes from where.
 """
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import random
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
 
 from jaxtyping import Float
 from torch import Tensor
 
 from selfalign.errors import SelfalignError
+from selfalign.files import derive_seed, text_or_file
 from selfalign.records import Prompt
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
     from selfalign.losses import PairLogps
 
 AUGMENTATION_PROMPT = (
     "Answer the query below. On a scale from 1 to {scale}, where {scale} is the best, "
     "your answer should reach {scale} for usefulness, and it must do no harm.\n\n"
 )
+SCALE = 100
+SOURCES = ("prompted", "naive", "shuffled", "constant", "random_prompt")
 
 
 @dataclass(kw_only=True, slots=True)
 class Refinement:
-    """How the Sr losses condition the second pass.
+    """Where the Δ of the Sr losses comes from.
 
     Attributes:
-        prompt: p, put before the query x; `{scale}` in it is replaced by `scale`. Our own wording.
+        source: "prompted" is the paper's Δ_π. The rest are controls: "naive" is β h, without p (its eq. 10);
+            "shuffled" gives each pair the Δ_π of another pair of its step; "constant" gives every pair `constant`;
+            "random_prompt" puts random words, as many tokens as p, in p's place.
+        prompt: p, put before the query x, a text or "file:PATH"; `{scale}` in it is replaced by `scale`. Our wording.
         scale: the top of the scale that p speaks of: 100, or 10 as the paper's ablation.
+        constant: Δ of every pair where the source is "constant", in units of reward.
     """
 
+    source: str = "prompted"
     prompt: str = AUGMENTATION_PROMPT
-    scale: int = 100
+    scale: int = SCALE
+    constant: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.source not in SOURCES:
+            raise SelfalignError(f"loss.refinement.source must be one of {', '.join(SOURCES)}; got {self.source!r}")
+        self.prompt = text_or_file(self.prompt, "loss.refinement.prompt")
         if not self.prompt.strip():
             raise SelfalignError("loss.refinement.prompt is empty; p is what the refinement asks the policy")
         if self.scale < 1:
             raise SelfalignError(f"loss.refinement.scale must be 1 or more, got {self.scale}")
+        if self.scale != SCALE and "{scale}" not in self.prompt:
+            raise SelfalignError("loss.refinement.scale has no meaning: loss.refinement.prompt has no {scale}")
+        if bool(self.constant) != (self.source == "constant"):
+            raise SelfalignError(
+                f"loss.refinement.constant={self.constant} with loss.refinement.source={self.source}: "
+                "the constant is given, other than 0, where the source is constant, and only there"
+            )
 
-    def augment(self, prompt: Prompt) -> Prompt:
-        """p⊕x: p at the start of the last user turn, or of a plain text."""
+    def augmentation(self) -> "Refinement | None":
+        """What the second pass of policy and reference depends on; None for a source that has no second pass."""
+        if self.source in ("naive", "constant"):
+            return None
+        return replace(self, source="prompted") if self.source == "shuffled" else self
+
+    def text(self, tokenizer: "Tokenizer") -> str:
+        """p as it stands before x: the prompt with its scale, or random words of the same length."""
         p = self.prompt.replace("{scale}", str(self.scale))
-        if isinstance(prompt, str):
-            return p + prompt
-        last = max(index for index, message in enumerate(prompt) if message["role"] == "user")
-        turn = {**prompt[last], "content": p + prompt[last]["content"]}
-        return [*prompt[:last], turn, *prompt[last + 1 :]]
+        return random_words(tokenizer, p) if self.source == "random_prompt" else p
+
+
+def augment(p: str, prompt: Prompt) -> Prompt:
+    """p⊕x: p at the start of the last user turn, or of a plain text."""
+    if isinstance(prompt, str):
+        return p + prompt
+    last = max(index for index, message in enumerate(prompt) if message["role"] == "user")
+    turn = {**prompt[last], "content": p + prompt[last]["content"]}
+    return [*prompt[:last], turn, *prompt[last + 1 :]]
+
+
+def random_words(tokenizer: "Tokenizer", text: str) -> str:
+    """Words drawn from the vocabulary, as many tokens of them as the text has, ending as the text ends."""
+    end = text[len(text.rstrip()) :]
+    length = _count_tokens(tokenizer, text)
+    # Byte-level vocabularies mark a word's beginning with Ġ, SentencePiece ones with ▁.
+    begins = sorted(token[1:] for token in tokenizer.get_vocab() if token[:1] in ("Ġ", "▁"))
+    words = [word for word in begins if word.isascii() and word.isalpha()] or ["word"]
+    draw = random.Random(derive_seed("random prompt", length))
+    chosen: list[str] = []
+    while _count_tokens(tokenizer, " ".join(chosen) + end) < length:
+        chosen.append(draw.choice(words))
+    return " ".join(chosen) + end
 
 
 def refinement(policy_p: "PairLogps", reference_p: "PairLogps", beta: float) -> Float[Tensor, "pairs"]:
     """Δ_π(y⁻, y⁺; x) = β{[log π(y⁺|p⊕x) - log π_ref(y⁺|p⊕x)] - [log π(y⁻|p⊕x) - log π_ref(y⁻|p⊕x)]} (eq. 11).
+
+    Given the log-probabilities without p instead, it is Δ_naive = β h (eq. 10).
 
     Args:
         policy_p: summed log-probabilities under the *current* policy, given p⊕x.
@@ -64,3 +113,7 @@ def refinement(policy_p: "PairLogps", reference_p: "PairLogps", beta: float) -> 
     chosen = policy_p.chosen - reference_p.chosen
     rejected = policy_p.rejected - reference_p.rejected
     return (beta * (chosen - rejected)).detach()
+
+
+def _count_tokens(tokenizer: "Tokenizer", text: str) -> int:
+    return len(cast(Any, tokenizer)(text, add_special_tokens=False)["input_ids"])

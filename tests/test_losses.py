@@ -105,8 +105,35 @@ def check_sr_ipo_mean(module: Any, _: Any) -> None:
     check_loss(module, loss, [4.305625, 9.0], [-2.075, -1.2], [1.0375, 6.0], delta)
 
 
+def check_odpo(module: Any, _: Any) -> None:
+    # As Sr-DPO with α for λ and log(s⁺ - s⁻) for Δ.
+    delta = torch.tensor([0.4, -0.6])
+    gradient = [0.0950042, 0.1049958]
+    loss = module.ODPO(beta=BETA, alpha=LAM)
+    check_loss(module, loss, [0.6443967, 0.7443967], [-g for g in gradient], gradient, delta)
+
+
+def check_label_smoothing(module: Any, _: Any) -> None:
+    # -(1-ε) log σ(z) - ε log σ(-z) = -log σ(z) + ε z, with slope -σ(-z) + ε.
+    # DPO: z = 0.3 and -0.4; 0.554355 + 0.03 and 0.913015 - 0.04; slopes -0.325557 and -0.498688, times β.
+    dpo = [0.0651114, 0.0997376]
+    loss = module.DPO(beta=BETA, label_smoothing=0.1)
+    check_loss(module, loss, [0.5843552, 0.8730153], [-g for g in dpo], dpo)
+    # Sr-DPO: z = 0.1 and -0.1; 0.644397 + 0.01 and 0.744397 - 0.01; slopes -0.375021 and -0.424979.
+    sr_dpo = [0.0750042, 0.0849958]
+    loss = module.SrDPO(label_smoothing=0.1, **SR)
+    check_loss(module, loss, [0.6543967, 0.7343967], [-g for g in sr_dpo], sr_dpo, torch.tensor([0.4, -0.6]))
+
+
+def check_nll(module: Any, _: Any) -> None:
+    # A token of y⁺: 10/2 = 5 and 20/5 = 4 nats; times 0.3 they add 1.5 and 1.2, with slopes -0.3/2 and -0.3/5.
+    rejected = [0.0851115, 0.1197375]
+    loss = module.DPO(beta=BETA, nll_weight=0.3)
+    check_loss(module, loss, [2.0543552, 2.1130153], [-0.2351115, -0.1797375], rejected)
+
+
 def check_missing_delta(module: Any, _: Any) -> None:
-    for loss in (module.SrDPO(), module.SrIPO()):
+    for loss in (module.SrDPO(), module.SrIPO(), module.ODPO()):
         with pytest.raises(ValueError, match="need the refinement Δ"):
             loss(*case(module))
 
@@ -123,10 +150,10 @@ def check_refinement(module: Any, refinement_module: Any) -> None:
 
 
 def check_augmented_prompt(_: Any, refinement_module: Any) -> None:
-    augment = refinement_module.Refinement(prompt="Reach {scale}. ", scale=10).augment
-    assert augment("Why?") == "Reach 10. Why?"
+    p = refinement_module.Refinement(prompt="Reach {scale}. ", scale=10).text(None)
+    assert refinement_module.augment(p, "Why?") == "Reach 10. Why?"
     turns = [("system", "S"), ("user", "A"), ("assistant", "B"), ("user", "C"), ("assistant", "D")]
-    augmented = augment([{"role": role, "content": content} for role, content in turns])
+    augmented = refinement_module.augment(p, [{"role": role, "content": content} for role, content in turns])
     assert [turn["content"] for turn in augmented] == ["S", "A", "B", "Reach 10. C", "D"]
     assert [turn["role"] for turn in augmented] == [role for role, _ in turns]
 
@@ -140,6 +167,9 @@ CHECKS: list[Check] = [
     check_sr_ipo_printed,
     check_sr_ipo_exact,
     check_sr_ipo_mean,
+    check_odpo,
+    check_label_smoothing,
+    check_nll,
     check_missing_delta,
     check_refinement,
     check_augmented_prompt,
@@ -408,3 +438,37 @@ def test_detached_log_probabilities_keep_numbers_and_counts() -> None:
     assert torch.equal(detached.rejected, policy.rejected)
     assert detached.chosen_tokens is policy.chosen_tokens
     assert detached.rejected_tokens is policy.rejected_tokens
+
+
+@pytest.mark.parametrize("name", ["DPO", "IPO", "SrDPO", "SrIPO", "ODPO"])
+def test_nll_term_adds_the_same_to_every_loss_and_zero_adds_nothing(name: str) -> None:
+    policy, reference = case(losses)
+    delta = torch.tensor([0.4, -0.6])
+    plain = getattr(losses, name)()(policy, reference, delta)
+    weighted = getattr(losses, name)(nll_weight=0.3)(policy, reference, delta)
+    expect(weighted - plain, [1.5, 1.2])
+    policy.chosen_tokens = None
+    assert torch.equal(getattr(losses, name)(nll_weight=0.0)(policy, reference, delta), plain)
+    with pytest.raises(ValueError, match="need chosen_tokens"):
+        getattr(losses, name)(nll_weight=0.3)(policy, reference, delta)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("DPO", {"label_smoothing": 0.5}, "label_smoothing must be at least 0 and below 0.5, got 0.5"),
+        ("SrDPO", {"label_smoothing": -0.1}, "label_smoothing must be at least 0 and below 0.5, got -0.1"),
+        ("IPO", {"nll_weight": -1.0}, "nll_weight must be 0 or more and finite, got -1.0"),
+        ("SrIPO", {"nll_weight": math.inf}, "nll_weight must be 0 or more and finite, got inf"),
+        ("ODPO", {"alpha": -1.0}, "alpha must be 0 or more and finite, got -1.0"),
+    ],
+)
+def test_options_out_of_range_are_refused_by_name(name: str, options: dict[str, float], message: str) -> None:
+    with pytest.raises(SelfalignError, match=f"^loss.{message}"):
+        getattr(losses, name)(**options)
+
+
+@pytest.mark.parametrize("name", ["IPO", "SrIPO", "ODPO"])
+def test_label_smoothing_is_unknown_to_losses_it_has_no_meaning_for(name: str) -> None:
+    with pytest.raises(TypeError, match="label_smoothing"):
+        getattr(losses, name)(label_smoothing=0.1)

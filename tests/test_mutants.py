@@ -12,14 +12,19 @@ from test_losses import CHECKS
 from selfalign import losses, refinement
 
 MARGIN = "(policy.chosen - reference.chosen) - (policy.rejected - reference.rejected)"
-DPO = "return -F.logsigmoid(self.beta * log_ratio_margin(policy, reference))\n"
+DPO = "logits = self.beta * log_ratio_margin(policy, reference)\n"
 IPO = "return (h - 1 / (2 * self.beta)).square()"
-SR_DPO = "return -F.logsigmoid(self.beta * log_ratio_margin(policy, reference) - offset)"
-SR_IPO = "return (h - weight * required(refinement).detach() - 1 / (2 * self.beta)).square()"
+SR_DPO_OFFSET = "offset = self.lam * required(refinement).detach()\n"
+SR_DPO = SR_DPO_OFFSET + "        logits = self.beta * log_ratio_margin(policy, reference) - offset\n"
+SR_IPO_TARGET = "target = weight * required(refinement).detach() + 1 / (2 * self.beta)"
+SR_IPO = "return (h - target).square()"
+ODPO = SR_DPO.replace("self.lam", "self.alpha")
+LOGISTIC = "return -F.logsigmoid(logits)\n"
+SMOOTHED = "-(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)"
+NLL = "return -weight * policy.per_token().chosen"
 DELTA = "return (beta * (chosen - rejected)).detach()"
 TURN = '"content": p + prompt[last]["content"]'
 
-SR_DPO_OFFSET = "offset = self.lam * required(refinement).detach()"
 EXACT = "weight = self.lam / self.beta if"
 AVERAGED = "return policy.per_token(), averaged.per_token()"
 REJECTED = "rejected=self.rejected / self.rejected_tokens"
@@ -36,11 +41,21 @@ LOSSES = [
     ("margin with the reference added", MARGIN, MARGIN.replace("chosen - ref", "chosen + ref")),
     ("margin in log base 2", MARGIN, f"({MARGIN}) / 0.6931472"),
     ("dpo without β", DPO, DPO.replace("self.beta * ", "")),
-    ("dpo with its sign flipped", DPO, DPO.replace("-F", "F")),
     ("dpo with the margin's sign flipped", DPO, DPO.replace("self.beta", "-self.beta")),
-    ("dpo with sigmoid for logsigmoid", DPO, DPO.replace("logsigmoid", "sigmoid")),
     ("dpo averaged over the batch", DPO, DPO.rstrip() + ".mean().expand(2)\n"),
     ("dpo without gradient", DPO, DPO.replace("margin(policy,", "margin(policy.detach(),")),
+    ("logistic losses with their sign flipped", LOGISTIC, LOGISTIC.replace("-F", "F")),
+    ("logistic losses with sigmoid for logsigmoid", LOGISTIC, LOGISTIC.replace("logsigmoid", "sigmoid")),
+    ("smoothing with right and wrong swapped", SMOOTHED, SMOOTHED.replace("(logits)", "(-logits)")),
+    ("smoothing that forgets to take from the right label", SMOOTHED, SMOOTHED.replace("(1 - label_smoothing) * ", "")),
+    ("smoothing always off", "if not label_smoothing:", "if True:"),
+    ("nll with its sign flipped", NLL, NLL.replace("-weight", "weight")),
+    ("nll of the rejected response", NLL, NLL.replace("chosen", "rejected")),
+    ("nll not averaged over tokens", NLL, NLL.replace(".per_token()", "")),
+    ("nll without its weight", NLL, NLL.replace("-weight *", "-")),
+    ("odpo with the offset added", ODPO, ODPO.replace("- offset", "+ offset")),
+    ("odpo without α", ODPO, ODPO.replace("self.alpha * ", "")),
+    ("odpo with the offset under β", ODPO, ODPO.replace("- offset", "- self.beta * offset")),
     ("ipo with 1/β as target", IPO, IPO.replace("(2 * self.beta)", "self.beta")),
     ("ipo with β/2 as target", IPO, IPO.replace("1 / (2 * self.beta)", "self.beta / 2")),
     ("ipo with a negative target", IPO, IPO.replace("h - 1", "h + 1")),
@@ -51,13 +66,14 @@ LOSSES = [
     ("sr-dpo without the offset", SR_DPO, SR_DPO.replace(" - offset", "")),
     ("sr-dpo with the offset under β", SR_DPO, SR_DPO.replace("- offset", "- self.beta * offset")),
     ("sr-dpo with λ on the margin", SR_DPO, SR_DPO.replace("self.beta * ", "self.lam * self.beta * ")),
-    ("sr-dpo with Δ averaged", SR_DPO, SR_DPO.replace("offset", "offset.mean()")),
+    ("sr-dpo with Δ averaged", SR_DPO, SR_DPO.replace("- offset", "- offset.mean()")),
     ("sr-dpo with a gradient through Δ", SR_DPO_OFFSET, SR_DPO_OFFSET.replace(".detach()", "")),
     ("sr-dpo without λ", SR_DPO_OFFSET, SR_DPO_OFFSET.replace("self.lam * ", "")),
-    ("sr-ipo with Δ added", SR_IPO, SR_IPO.replace("h - weight", "h + weight")),
-    ("sr-ipo with a gradient through Δ", SR_IPO, SR_IPO.replace(".detach()", "")),
-    ("sr-ipo without its target", SR_IPO, SR_IPO.replace(" - 1 / (2 * self.beta)", "")),
-    ("sr-ipo with Δ averaged", SR_IPO, SR_IPO.replace(".detach()", ".detach().mean()")),
+    ("sr-ipo with Δ taken off the target", SR_IPO_TARGET, SR_IPO_TARGET.replace("weight", "-weight")),
+    ("sr-ipo with a gradient through Δ", SR_IPO_TARGET, SR_IPO_TARGET.replace(".detach()", "")),
+    ("sr-ipo without its target", SR_IPO_TARGET, SR_IPO_TARGET.replace(" + 1 / (2 * self.beta)", "")),
+    ("sr-ipo with Δ averaged", SR_IPO_TARGET, SR_IPO_TARGET.replace(".detach()", ".detach().mean()")),
+    ("sr-ipo with the target added", SR_IPO, SR_IPO.replace("h - target", "h + target")),
     ("sr-ipo with λ on the margin", SR_IPO, SR_IPO.replace("(h", "(self.lam * h")),
     ("sr-ipo with printed and exact swapped", 'if self.target == "exact"', 'if self.target == "printed"'),
     ("sr-ipo with λβ for λ/β", EXACT, EXACT.replace("/", "*")),

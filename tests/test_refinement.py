@@ -1,11 +1,15 @@
 """The augmented prompt p⊕x and the refinement function Δ (arXiv 2405.21040, eq. 11)."""
 
+import re
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
 from selfalign.errors import SelfalignError
 from selfalign.losses import PairLogps
-from selfalign.refinement import AUGMENTATION_PROMPT, Refinement, refinement
+from selfalign.refinement import AUGMENTATION_PROMPT, Refinement, augment, refinement
 
 
 def logps(chosen: list[float], rejected: list[float]) -> PairLogps:
@@ -49,9 +53,7 @@ def test_refinement_of_a_policy_that_is_its_reference_is_zero() -> None:
 
 
 def test_p_stands_before_a_plain_text() -> None:
-    assert Refinement(prompt="Do well.\n\n").augment("Human: Why?\n\nAssistant:") == (
-        "Do well.\n\nHuman: Why?\n\nAssistant:"
-    )
+    assert augment("Do well.\n\n", "Human: Why?\n\nAssistant:") == "Do well.\n\nHuman: Why?\n\nAssistant:"
 
 
 def test_p_stands_at_the_start_of_the_last_user_turn_and_nowhere_else() -> None:
@@ -62,27 +64,68 @@ def test_p_stands_at_the_start_of_the_last_user_turn_and_nowhere_else() -> None:
         {"role": "user", "content": "Second"},
     ]
     before = [dict(turn) for turn in conversation]
-    augmented = Refinement(prompt="Do well. ").augment(conversation)
+    augmented = augment("Do well. ", conversation)
     assert augmented == [*before[:3], {"role": "user", "content": "Do well. Second"}]
     assert conversation == before, "the given prompt was changed in place"
 
 
 @pytest.mark.parametrize("scale", [100, 10])
-def test_scale_is_written_wherever_p_speaks_of_it(scale: int) -> None:
-    augmented = Refinement(scale=scale).augment("x")
-    assert augmented == AUGMENTATION_PROMPT.replace("{scale}", str(scale)) + "x"
-    assert str(augmented).count(str(scale)) == AUGMENTATION_PROMPT.count("{scale}") >= 1
-    assert "{" not in augmented
+def test_scale_is_written_wherever_p_speaks_of_it(tiny_tokenizer: Any, scale: int) -> None:
+    p = Refinement(scale=scale).text(tiny_tokenizer)
+    assert p == AUGMENTATION_PROMPT.replace("{scale}", str(scale))
+    assert p.count(str(scale)) == AUGMENTATION_PROMPT.count("{scale}") >= 1
+    assert "{" not in p
 
 
 def test_scale_of_the_paper_is_the_default() -> None:
     assert Refinement().scale == 100
 
 
-def test_braces_in_the_query_and_in_p_stay_as_they_are() -> None:
-    assert Refinement(prompt="Use {x} up to {scale}: ", scale=7).augment("a {scale} {y} {}") == (
-        "Use {x} up to 7: a {scale} {y} {}"
-    )
+def test_braces_in_the_query_and_in_p_stay_as_they_are(tiny_tokenizer: Any) -> None:
+    p = Refinement(prompt="Use {x} up to {scale}: ", scale=7).text(tiny_tokenizer)
+    assert augment(p, "a {scale} {y} {}") == "Use {x} up to 7: a {scale} {y} {}"
+
+
+def test_p_can_stand_in_a_file(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("Aim at {scale}.\n")
+    assert Refinement(prompt=f"file:{tmp_path}/p.txt", scale=9).text(tiny_tokenizer) == "Aim at 9.\n"
+    with pytest.raises(SelfalignError, match=r"loss\.refinement\.prompt: .*q\.txt: no such file"):
+        Refinement(prompt=f"file:{tmp_path}/q.txt")
+
+
+def test_random_prompt_is_of_the_same_length_and_says_something_else(tiny_tokenizer: Any) -> None:
+    prompted, other = Refinement(), Refinement(source="random_prompt")
+    p, words = prompted.text(tiny_tokenizer), other.text(tiny_tokenizer)
+    count = [len(tiny_tokenizer(text)["input_ids"]) for text in (p, words)]
+    assert 0 <= count[1] - count[0] <= 2
+    assert words.endswith("\n\n")
+    assert len(set(words.split())) > 20
+    assert len(set(words.split()) & set(p.split())) < 5
+    assert words == Refinement(source="random_prompt").text(tiny_tokenizer), "another draw the second time"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"source": "prompt"},
+            "source must be one of prompted, naive, shuffled, constant, random_prompt; got 'prompt'",
+        ),
+        ({"source": "constant"}, "the constant is given, other than 0, where the source is constant"),
+        ({"constant": 0.5}, "the constant is given, other than 0, where the source is constant"),
+        ({"prompt": "Do well.", "scale": 10}, "scale has no meaning: loss.refinement.prompt has no {scale}"),
+    ],
+)
+def test_options_without_meaning_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SelfalignError, match=re.escape(message)):
+        Refinement(**options)
+
+
+def test_sources_with_the_same_second_pass_share_its_reference_values() -> None:
+    assert Refinement(source="shuffled").augmentation() == Refinement().augmentation() == Refinement()
+    assert Refinement(source="random_prompt").augmentation() == Refinement(source="random_prompt")
+    assert Refinement(source="naive").augmentation() is None
+    assert Refinement(source="constant", constant=0.5).augmentation() is None
 
 
 @pytest.mark.parametrize("prompt", ["", " \n"])
