@@ -1,0 +1,399 @@
+"""One optimiser step of preference training: ours against TRL's DPOTrainer.
+
+    python experiments/speed/preference_step.py --shape small --dtype float32
+
+Same weights, pairs, dtype and threads. Every turn of every variant is a process of its own (so peak memory is its
+own), variants alternate within a round, and the figure of a variant is the median of its rounds' fastest steps.
+Needs the extra `bench`. Writes a table to the screen and JSON to `--out`.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainerCallback
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "small": {
+        "hidden_size": 384,
+        "num_hidden_layers": 10,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 6,
+        "intermediate_size": 1024,
+        "vocab_size": 32000,
+    },
+    "smollm2_135m": {
+        "hidden_size": 576,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "intermediate_size": 1536,
+        "vocab_size": 49152,
+    },
+    "llama_1b": {
+        "hidden_size": 2048,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 8192,
+        "vocab_size": 128256,
+    },
+}
+PROMPT, RESPONSE, AUGMENTATION = (128, 512), (64, 256), 40
+"""Lengths in tokens: of prompts and responses, uniform between these, and of p."""
+
+BETA, LAM = 0.1, 0.5
+
+
+def draw_pairs(count: int, vocabulary: int, seed: int) -> list[dict[str, list[int]]]:
+    """Pairs of random tokens; `p_ids` stands before the prompt in the second pass of Sr-DPO."""
+    draw = random.Random(seed)
+
+    def ids(length: int) -> list[int]:
+        return [draw.randrange(3, vocabulary) for _ in range(length)]
+
+    p = ids(AUGMENTATION)
+    return [
+        {
+            "prompt_ids": ids(draw.randint(*PROMPT)),
+            "chosen_ids": ids(draw.randint(*RESPONSE)),
+            "rejected_ids": ids(draw.randint(*RESPONSE)),
+            "p_ids": p,
+        }
+        for _ in range(count)
+    ]
+
+
+class StepTimer(TrainerCallback):
+    """Wall seconds of every optimiser step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.started = now()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds.append(now() - self.started)
+
+
+def now() -> float:
+    """A clock that waits for the GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+# --- variants ------------------------------------------------------------------------------------------------------
+
+
+def ours(job: argparse.Namespace, *, refined: bool, lora: bool) -> list[float]:
+    """DPO or Sr-DPO through selfalign's trainer, reference values stored."""
+    from selfalign.batches import Group, PairExample
+    from selfalign.losses import DPO, SrDPO
+    from selfalign.models import LoRA, Policy, PolicyFiles
+    from selfalign.records import PairReference
+    from selfalign.stages.align import Preference, StoredReferences
+    from selfalign.store import Workspace
+    from selfalign.trainer import StepTrainer
+    from selfalign.training import Optimization, Weights, prepare
+
+    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
+    model.to(job.device)
+    policy = Policy(model, tokenizer(), "")
+    weights = Weights(dtype="float32", lora=LoRA(rank=16 if lora else 0), seed=0)
+    prepare(policy, PolicyFiles(Path(job.model)), weights, 0.0)
+
+    def group(name: str, prompt: list[int], row: dict[str, list[int]]) -> Group:
+        return Group(id=name, prompt=prompt, responses=[row["chosen_ids"], row["rejected_ids"]], given=[0, 0])
+
+    rows = draw_pairs(job.data, model.config.vocab_size, 0)
+    examples = [
+        PairExample(
+            plain=group(str(n), row["prompt_ids"], row),
+            augmented=group(str(n), row["p_ids"] + row["prompt_ids"], row) if refined else None,
+        )
+        for n, row in enumerate(rows)
+    ]
+    stored = {
+        e.id: PairReference(id=e.id, chosen=-900, rejected=-900, augmented_chosen=-900, augmented_rejected=-900)
+        for e in examples
+    }
+    loss = SrDPO(beta=BETA, lam=LAM) if refined else DPO(beta=BETA)
+    optimization = Optimization(
+        learning_rate=1e-6,
+        schedule="constant",
+        epochs=-(-job.steps * job.pairs // job.data),
+        batch_size=job.pairs,
+        batch_tokens=job.batch_tokens,
+        dtype=job.dtype,
+        checkpoint_steps=1 << 30,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        out = Workspace(Path(folder), "step", lambda row: None)
+        objective = Preference(loss, StoredReferences(stored), starts_as_reference=False, dtype=job.dtype)
+        trainer = StepTrainer(policy, examples, objective, optimization, out, 0)
+        timer = StepTimer()
+        trainer.add_callback(timer)
+        trainer.run()
+    return timer.seconds
+
+
+def trl(
+    job: argparse.Namespace, *, checkpointing: bool, precomputed: bool, head: bool = False, refined: bool = False,
+    lora: bool = False,
+) -> list[float]:  # fmt: skip
+    """TRL's DPOTrainer; `head` scores response positions only, as it does by itself on a GPU with Triton."""
+    import trl.trainer.utils
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import DPOConfig, DPOTrainer
+
+    if head:
+        trl.trainer.utils._use_triton = lambda device: True
+    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
+    rows = draw_pairs(job.data, model.config.vocab_size, 0)
+
+    class Tokenised(DPOTrainer):
+        def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
+            return dataset
+
+    class NaiveSrDPO(Tokenised):
+        """Two more padded passes, of the policy and of the reference given p⊕x, both without gradient."""
+
+        def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> torch.Tensor:
+            augmented = inputs.pop("augmented")
+            h = self.difference(model, inputs)
+            with torch.no_grad():
+                reference = self.difference(self.ref_model, inputs)
+                delta = BETA * (self.difference(model, augmented) - self.difference(self.ref_model, augmented))
+            return -torch.nn.functional.logsigmoid(BETA * (h - reference) - LAM * delta).mean()
+
+        def difference(self, model: Any, inputs: Any) -> torch.Tensor:
+            inputs = dict(inputs)
+            labels = inputs["input_ids"].masked_fill(inputs.pop("completion_mask") == 0, -100)
+            logps = model(**inputs, labels=labels, fused_lm_head=True, use_cache=False).log_probs.sum(1)
+            chosen, rejected = logps.chunk(2)
+            return chosen - rejected
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = DPOConfig(
+            output_dir=folder,
+            beta=BETA,
+            per_device_train_batch_size=job.pairs,
+            max_steps=job.steps,
+            learning_rate=1e-6,
+            lr_scheduler_type="constant",
+            bf16=job.dtype == "bfloat16",
+            activation_checkpointing=checkpointing,
+            precompute_ref_log_probs=precomputed,
+            max_length=None,
+            use_cpu=job.device == "cpu",
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+        )
+        trainer = (NaiveSrDPO if refined else Tokenised)(
+            model=model,
+            args=config,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer(),
+            peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear") if lora else None,
+        )
+        if refined:
+            plain = trainer.data_collator
+
+            def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
+                behind_p = [{**row, "prompt_ids": row["p_ids"] + row["prompt_ids"]} for row in examples]
+                return {**plain(examples), "augmented": plain(behind_p)}
+
+            trainer.data_collator = collate
+        timer = StepTimer()
+        trainer.add_callback(timer)
+        trainer.train()
+    return timer.seconds
+
+
+VARIANTS: dict[str, Callable[[argparse.Namespace], list[float]]] = {
+    "trl": lambda job: trl(job, checkpointing=True, precomputed=False),
+    "trl_best": lambda job: trl(job, checkpointing=False, precomputed=True),
+    "trl_best_head": lambda job: trl(job, checkpointing=False, precomputed=True, head=True),
+    "dpo": lambda job: ours(job, refined=False, lora=False),
+    "trl_naive_sr_dpo": lambda job: trl(job, checkpointing=True, precomputed=False, refined=True),
+    "sr_dpo": lambda job: ours(job, refined=True, lora=False),
+    "trl_lora": lambda job: trl(job, checkpointing=True, precomputed=False, lora=True),
+    "dpo_lora": lambda job: ours(job, refined=False, lora=True),
+}
+RATIOS = [
+    ("DPO against TRL", "trl", "dpo"),
+    ("DPO against TRL, no checkpointing, reference precomputed", "trl_best", "dpo"),
+    ("DPO against the same with an efficient head", "trl_best_head", "dpo"),
+    ("Sr-DPO against naive Sr-DPO on TRL", "trl_naive_sr_dpo", "sr_dpo"),
+    ("DPO with LoRA against TRL with LoRA", "trl_lora", "dpo_lora"),
+    ("Sr-DPO against our own DPO (time)", "sr_dpo", "dpo"),
+]
+"""(what, the slower, the faster): seconds of the first over seconds of the second."""
+
+
+def tokenizer() -> Any:
+    """Any tokenizer with a padding token; the pairs are token ids already."""
+    from selfalign.models import BUILDERS
+
+    return BUILDERS["random:tiny"]()[1]
+
+
+# --- measuring -----------------------------------------------------------------------------------------------------
+
+
+def work(job: argparse.Namespace) -> dict[str, Any]:
+    """One variant's turn, in this process."""
+    from selfalign.trainer import peak_memory
+
+    seconds = VARIANTS[job.worker](job)
+    return {"seconds": seconds, "peak_gb": peak_memory(torch.device(job.device)) / 2**30}
+
+
+def matrix_rate(dtype: torch.dtype, device: str) -> float:
+    """Floating-point operations a second of a large matrix product: the best of several."""
+    size = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(6):
+        started = now()
+        a @ b
+        best = min(best, now() - started)
+    return 2 * size**3 / best
+
+
+def step_operations(shape: dict[str, Any], rows: list[dict[str, list[int]]]) -> float:
+    """Operations a DPO step cannot do without: 6 a weight and token, the head at response tokens only."""
+    h, f, kv = shape["hidden_size"], shape["intermediate_size"], shape["num_key_value_heads"]
+    body = shape["num_hidden_layers"] * (h * h * (2 + 2 * kv / shape["num_attention_heads"]) + 3 * h * f)
+    tokens = sum(len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
+    responses = sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
+    return 6 * (body * tokens + shape["vocab_size"] * h * responses)
+
+
+def run_worker(job: argparse.Namespace, variant: str, data: int) -> dict[str, Any]:
+    """One variant's turn, in a process of its own."""
+    passed = {"shape": job.shape, "dtype": job.dtype, "pairs": job.pairs, "steps": job.steps, "model": job.model}
+    passed |= {"device": job.device, "batch-tokens": job.batch_tokens, "data": data, "worker": variant}
+    options = [text for name, value in passed.items() for text in (f"--{name}", str(value))]
+    done = subprocess.run([sys.executable, __file__, *options], capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{variant}: {done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(job: argparse.Namespace) -> dict[str, Any]:
+    """All variants, in alternation; returns what is written to the JSON file."""
+    shape = SHAPES[job.shape]
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        config = LlamaConfig(**shape, max_position_embeddings=2048, tie_word_embeddings=True)
+        LlamaForCausalLM(config).save_pretrained(folder)
+        job.model = folder
+        turns: dict[str, list[dict[str, Any]]] = {variant: [] for variant in job.variants}
+        for number in range(job.rounds):
+            for variant in job.variants:
+                turns[variant].append(run_worker(job, variant, job.pairs))
+                print(f"round {number + 1} {variant}: {min(turns[variant][-1]['seconds']):.2f} s", file=sys.stderr)
+        growth = {n: run_worker(job, "dpo", n * job.pairs) for n in (1, 8)} if job.growth else {}
+    seconds = {v: statistics.median(min(turn["seconds"][1:]) for turn in runs) for v, runs in turns.items()}
+    rows = draw_pairs(job.pairs, shape["vocab_size"], 0)
+    tokens = sum(len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
+    rate = matrix_rate(getattr(torch, job.dtype), job.device)
+    result: dict[str, Any] = {
+        "machine": machine(job.device),
+        "settings": {name: getattr(job, name) for name in ("shape", "dtype", "pairs", "rounds", "steps")},
+        "matrix_rate": rate,
+        "variants": {
+            variant: {
+                "seconds": seconds[variant],
+                "spread": [min(t["seconds"][1:]) for t in runs],
+                "pair_tokens_per_second": tokens / seconds[variant],
+                "peak_gb": statistics.median(turn["peak_gb"] for turn in runs),
+            }
+            for variant, runs in turns.items()
+        },
+        "ratios": {name: seconds[a] / seconds[b] for name, a, b in RATIOS if a in seconds and b in seconds},
+    }
+    if "dpo" in seconds:
+        result["share_of_matrix_rate"] = step_operations(shape, rows) / seconds["dpo"] / rate
+    if growth:
+        total = {n: sum(run["seconds"]) for n, run in growth.items()}
+        result["growth"] = {
+            "seconds_8x_over_1x": total[8] / total[1] * len(growth[1]["seconds"]) / len(growth[8]["seconds"]) * 8,
+            "memory_8x_over_1x": growth[8]["peak_gb"] / growth[1]["peak_gb"],
+        }
+    return result
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the figures were measured on."""
+    import transformers
+    import trl
+
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__}
+    return {"name": name, "threads": torch.get_num_threads(), **versions}
+
+
+def show(result: dict[str, Any]) -> None:
+    """The result as tables."""
+    print("| variant | seconds a step | pair tokens/s | peak GB |\n|---|---|---|---|")
+    for name, row in result["variants"].items():
+        spread = f"{min(row['spread']):.2f} to {max(row['spread']):.2f}"
+        rate, peak = row["pair_tokens_per_second"], row["peak_gb"]
+        print(f"| {name} | {row['seconds']:.2f} ({spread}) | {rate:.0f} | {peak:.2f} |")
+    print("\n| ratio | |\n|---|---|")
+    for name, value in result["ratios"].items():
+        print(f"| {name} | {value:.2f} × |")
+    for name in ("share_of_matrix_rate", "growth"):
+        print(f"\n{name}: {result.get(name)}")
+
+
+def main() -> None:
+    """Parses the command line; a worker prints one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--pairs", type=int, default=4, help="pairs an optimiser step")
+    parser.add_argument("--steps", type=int, default=3, help="steps a turn; the first is not counted")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch-tokens", type=int, default=8192, help="tokens of one of our forward passes")
+    parser.add_argument("--growth", action="store_true", help="also 1 and 8 times the data, one epoch each")
+    parser.add_argument("--out", type=Path, help="where the JSON goes")
+    parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    parser.add_argument("--data", type=int, help=argparse.SUPPRESS)
+    job = parser.parse_args()
+    if job.worker:
+        job.steps = max(job.steps, job.data // job.pairs)
+        print(json.dumps(work(job)))
+        return
+    result = compare(job)
+    show(result)
+    if job.out:
+        job.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

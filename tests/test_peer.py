@@ -1,0 +1,95 @@
+"""The same pairs, model and reference values through TRL's DPOTrainer and through ours."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor
+from trl import DPOConfig, DPOTrainer
+
+from selfalign.batches import Group
+from selfalign.losses import DPO, IPO, PairLogps, PreferenceLoss
+from selfalign.models import PolicyFiles
+from selfalign.stages.align import frozen_logps
+from selfalign.training import make_scoring
+
+PAIRS = [
+    {"prompt": "Name a bird. ", "chosen": "A wren.", "rejected": "A stone, I think, or a bird of stone."},
+    {"prompt": "Why is the sky blue? ", "chosen": "Air scatters blue light most of all.", "rejected": "No."},
+    {"prompt": "How is tea made? ", "chosen": "Pour hot water over the leaves.", "rejected": "Tea tea tea tea."},
+]
+REFERENCE = torch.tensor([[-31.0, -120.0], [-95.0, -25.0], [-68.0, -81.0]])
+"""Chosen and rejected, some nats away from the policy's own values, in either direction."""
+
+
+@dataclass
+class Peer:
+    """TRL's value of one pair's loss, the token ids it scored, and the log-probabilities it found."""
+
+    loss: float
+    group: Group
+    logps: PairLogps
+
+
+def ask_trl(policy: PolicyFiles, folder: Path, loss_type: str, beta: float) -> list[Peer]:
+    loaded = policy.load("float32", device="cpu")
+    config = DPOConfig(
+        output_dir=str(folder),
+        beta=beta,
+        loss_type=[loss_type],
+        precompute_ref_log_probs=False,
+        activation_checkpointing=False,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        max_length=None,
+    )
+    trainer = DPOTrainer(
+        model=loaded.model, args=config, train_dataset=Dataset.from_list(PAIRS), processing_class=loaded.tokenizer
+    )
+    trainer.precompute_ref_logps = True
+    found: list[Tensor] = []
+    loaded.model.register_forward_hook(lambda _, args, output: found.append(output.log_probs.detach()))
+    peers = []
+    for row, (chosen, rejected) in zip(trainer.train_dataset, REFERENCE, strict=True):
+        inputs = trainer.data_collator([{**row, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}])
+        loss = trainer.compute_loss(trainer.model, inputs).detach()
+        sums = found.pop().sum(1)
+        tokens = inputs["completion_mask"].sum(1).float()
+        logps = PairLogps(chosen=sums[:1], rejected=sums[1:], chosen_tokens=tokens[:1], rejected_tokens=tokens[1:])
+        responses = [row["chosen_ids"], row["rejected_ids"]]
+        peers.append(
+            Peer(float(loss), Group(id="", prompt=row["prompt_ids"], responses=responses, given=[0, 0]), logps)
+        )
+    return peers
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "loss"),
+    [("sigmoid", DPO(beta=0.1)), ("ipo", IPO(beta=0.1, reduction="mean"))],
+    ids=["dpo", "ipo_mean"],
+)
+def test_losses_equal_those_of_trl(
+    tiny_policy: PolicyFiles, tmp_path: Path, loss_type: str, loss: PreferenceLoss
+) -> None:
+    peers = ask_trl(tiny_policy, tmp_path, loss_type, loss.beta)
+    for peer, (chosen, rejected) in zip(peers, REFERENCE, strict=True):
+        reference = PairLogps(chosen=chosen[None], rejected=rejected[None])
+        assert float(loss(peer.logps, reference)) == pytest.approx(peer.loss, rel=1e-6, abs=1e-6)
+    assert len({round(peer.loss, 3) for peer in peers}) == len(peers)
+
+    ours = tiny_policy.load("float32", device="cpu")
+    make_scoring(ours.model)
+    logps = frozen_logps(ours.model, [peer.group for peer in peers])
+    torch.testing.assert_close(logps.chosen, torch.cat([peer.logps.chosen for peer in peers]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logps.rejected, torch.cat([peer.logps.rejected for peer in peers]), rtol=1e-5, atol=1e-5)
+
+
+def test_ipo_with_summed_log_probabilities_is_another_loss_than_trls(tiny_policy: PolicyFiles, tmp_path: Path) -> None:
+    """TRL averages over tokens, so its β asks for a margin a token; ours does so by choice alone."""
+    for peer, (chosen, rejected) in zip(ask_trl(tiny_policy, tmp_path, "ipo", 0.1), REFERENCE, strict=True):
+        reference: Any = PairLogps(chosen=chosen[None], rejected=rejected[None])
+        assert float(IPO(beta=0.1)(peer.logps, reference)) != pytest.approx(peer.loss, rel=0.1)
