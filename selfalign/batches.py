@@ -6,15 +6,17 @@ its prompt and itself only. Architectures whose attention cannot be told so are 
 """
 
 import logging
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from selfalign.errors import SelfalignError
+from selfalign.refinement import augment
 from selfalign.tokenization import encode_prompt, encode_response
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+S = TypeVar("S", bound=Sized)
 PACKED_ATTENTION = "selfalign_packed"
 
 WITHOUT_EFFECT = ("position_ids", "cache_position", "use_cache", "is_causal", "output_attentions")
@@ -117,10 +120,14 @@ def share_prompt(record_id: str, prompts: Sequence[list[int]], responses: Sequen
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairExample:
-    """A preference pair as tokens: its responses behind x and, where the loss refines, behind p⊕x."""
+    """A preference pair as tokens: its responses behind x and, where the loss refines, behind p⊕x.
+
+    `score_gap` is the judge's mean score of the chosen response minus that of the rejected one, where it is known.
+    """
 
     plain: Group
     augmented: Group | None = None
+    score_gap: float | None = None
 
     @property
     def id(self) -> str:
@@ -135,30 +142,88 @@ class PairExample:
         return max(self.plain.longest(), self.augmented.longest() if self.augmented else 0)
 
 
+@dataclass(kw_only=True, slots=True)
+class EncodedPairs:
+    """Pairs as tokens.
+
+    Attributes:
+        examples: those that fit.
+        cut: how many of them lost the beginning of their prompt.
+        too_long: how many pairs are left out because a response alone is too long.
+    """
+
+    examples: list[PairExample]
+    cut: int
+    too_long: int
+
+
 def encode_pairs(
     tokenizer: "Tokenizer", pairs: Sequence["PreferencePair"], refinement: "Refinement | None", limit: int
-) -> tuple[list[PairExample], int]:
-    """Tokenises pairs, chosen response first; returns those of at most `limit` tokens and how many are longer.
+) -> EncodedPairs:
+    """Tokenises pairs, chosen response first, in at most `limit` tokens a sequence.
+
+    Where a sequence is longer, x loses its beginning, the same in both passes; responses are never cut.
 
     Raises:
-        SelfalignError: none fits.
+        SelfalignError: no pair fits.
     """
-    examples: list[PairExample] = []
-    for pair in pairs:
+    p = refinement.text(tokenizer) if refinement else None
+
+    def encode(pair: "PreferencePair", prompt: "Prompt") -> PairExample:
         responses = [(pair.chosen, pair.chosen_finished), (pair.rejected, pair.rejected_finished)]
-        plain = encode_group(tokenizer, pair.id, pair.prompt, responses)
-        prompt = refinement.augment(pair.prompt) if refinement else None
-        augmented = encode_group(tokenizer, pair.id, prompt, responses) if prompt is not None else None
-        examples.append(PairExample(plain=plain, augmented=augmented))
-    kept = [example for example in examples if example.longest() <= limit]
-    if not kept:
+        plain = encode_group(tokenizer, pair.id, prompt, responses)
+        augmented = None if p is None else encode_group(tokenizer, pair.id, augment(p, prompt), responses)
+        gap = None
+        if pair.chosen_score is not None and pair.rejected_score is not None:
+            gap = pair.chosen_score - pair.rejected_score
+        return PairExample(plain=plain, augmented=augmented, score_gap=gap)
+
+    encoded = EncodedPairs(examples=[], cut=0, too_long=0)
+    for pair in pairs:
+        example = encode(pair, pair.prompt)
+        if example.longest() > limit:
+            shorter = shorten_prompt(tokenizer, pair.prompt, lambda x, pair=pair: encode(pair, x).longest() <= limit)
+            if shorter is None:
+                encoded.too_long += 1
+                continue
+            example = encode(pair, shorter)
+            encoded.cut += 1
+        encoded.examples.append(example)
+    if not encoded.examples:
         raise SelfalignError(f"none of {len(pairs)} pairs fits into train.align.max_length={limit} tokens")
-    return kept, len(examples) - len(kept)
+    return encoded
 
 
-def split_by_tokens(groups: Sequence[Group], budget: int) -> list[list[Group]]:
+def shorten_prompt(tokenizer: "Tokenizer", prompt: "Prompt", fits: Callable[["Prompt"], bool]) -> "Prompt | None":
+    """The prompt without as much of its beginning as is needed to fit; None where even its last token does not.
+
+    Of a conversation the oldest turns go first (a system message stays), then the beginning of the last turn.
+    """
+    while not isinstance(prompt, str):
+        system = [message for message in prompt[:1] if message["role"] == "system"]
+        later = prompt[len(system) + 1 :]
+        start = next((index for index, message in enumerate(later) if message["role"] == "user"), None)
+        if start is None:
+            break
+        prompt = [*system, *later[start:]]
+        if fits(prompt):
+            return prompt
+    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    ids = encode_response(tokenizer, text, finished=False)
+
+    def without(count: int) -> "Prompt":
+        rest = str(tokenizer.decode(ids[count:])).lstrip("\ufffd")
+        return rest if isinstance(prompt, str) else [*prompt[:-1], {**prompt[-1], "content": rest}]
+
+    # The fewest tokens to leave out, by bisection: fewer never fit, more always do.
+    counts = range(1, len(ids))
+    count = bisect_left(counts, True, key=lambda count: fits(without(count)))
+    return without(counts[count]) if count < len(counts) else None
+
+
+def split_by_tokens(groups: Sequence[S], budget: int) -> list[list[S]]:
     """Cuts groups, in their order, into runs of at most `budget` tokens (a longer group stands alone)."""
-    runs: list[list[Group]] = []
+    runs: list[list[S]] = []
     room = 0
     for group in groups:
         if not runs or len(group) > room:

@@ -12,7 +12,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from selfalign.errors import SelfalignError
 from selfalign.generation import Transformers
-from selfalign.losses import DPO, IPO, Positives, SrDPO, SrIPO
+from selfalign.losses import DPO, IPO, ODPO, Positives, SrDPO, SrIPO
 from selfalign.models import ModelConfig
 from selfalign.pipeline import Pairs, SelfRewarding
 from selfalign.run import check_name
@@ -79,7 +79,7 @@ COMPONENTS: dict[str, dict[str, type]] = {
     "generate": {"transformers": Transformers},
     "judge": {"sampled_score": SampledScore, "expected_score": ExpectedScore},
     "pair": {"best_worst": BestWorst, "positives": PositivesOnly},
-    "loss": {"dpo": DPO, "ipo": IPO, "sr_dpo": SrDPO, "sr_ipo": SrIPO, "positives": Positives},
+    "loss": {"dpo": DPO, "ipo": IPO, "sr_dpo": SrDPO, "sr_ipo": SrIPO, "odpo": ODPO, "positives": Positives},
     "train": {"train": TrainConfig},
     "evaluate": {"evaluate": EvaluateConfig},
     "track": {"wandb": Wandb, "none": NoTracking},

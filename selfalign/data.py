@@ -71,12 +71,14 @@ class PairRow:
 
     Standard: three texts, taken as they stand. Conversational: `prompt` is a list of messages and the responses
     are lists with one assistant message, or both responses are whole conversations that begin alike (a text in
-    `prompt` then repeats their last user turn).
+    `prompt` then repeats their last user turn). The scores are a judge's, where there are any.
     """
 
     chosen: str | list[Message]
     rejected: str | list[Message]
     prompt: str | list[Message] | None = None
+    chosen_score: float | None = None
+    rejected_score: float | None = None
     id: str = ""
 
 
@@ -146,7 +148,16 @@ def read_pairs(source: str) -> tuple[list[PreferencePair], Counter[str]]:
         elif not chosen.strip() or not rejected.strip():
             drops["empty_response"] += 1
         else:
-            pairs.append(PreferencePair(id=record_id, prompt=prompt, chosen=chosen, rejected=rejected))
+            pairs.append(
+                PreferencePair(
+                    id=record_id,
+                    prompt=prompt,
+                    chosen=chosen,
+                    rejected=rejected,
+                    chosen_score=row.chosen_score,
+                    rejected_score=row.rejected_score,
+                )
+            )
     return pairs, drops
 
 

@@ -8,7 +8,7 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from selfalign.batches import Group, make_batch
@@ -24,25 +24,33 @@ TILE_ELEMENTS = 1 << 24
 class SelectedLogProbability(torch.autograd.Function):
     """log softmax(hidden @ weightᵀ)[target], row by row in tiles, with its own backward.
 
-    The tiles of logits are made again in the backward instead of being kept.
+    The tiles of logits are made again in the backward instead of being kept. The second output, without gradient,
+    tells whether the target was the likeliest token.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, softcap: float) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, softcap: float
+    ) -> tuple[Tensor, Tensor]:
         logps = hidden.new_empty(len(hidden), dtype=torch.float32)
+        hits = hidden.new_empty(len(hidden), dtype=torch.bool)
         embedding = weight.to(hidden.dtype)
         for rows in _tiles(len(hidden), len(weight)):
             logits = _logits(hidden[rows], embedding, scale, softcap)
             selected = logits.gather(1, targets[rows, None]).squeeze(1)
-            logps[rows] = selected - logits.logsumexp(1)
+            highest = logits.amax(1)
+            hits[rows] = selected == highest
+            # The logits are not needed again, so the sum is taken in their place.
+            logps[rows] = selected - highest - logits.sub_(highest[:, None]).exp_().sum(1).log()
         ctx.save_for_backward(hidden, weight, targets)
         ctx.scale, ctx.softcap = scale, softcap
-        return logps
+        ctx.mark_non_differentiable(hits)
+        return logps, hits
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets = ctx.saved_tensors
-        (gradient,) = gradients
+        gradient, _ = gradients
         embedding = weight.to(hidden.dtype)
         hidden_gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
@@ -70,8 +78,8 @@ def selected_logps(
     *,
     scale: float = 1.0,
     softcap: float = 0.0,
-) -> Float[Tensor, "tokens"]:
-    """log p(target) in nats, float32, for each hidden state.
+) -> tuple[Float[Tensor, "tokens"], Bool[Tensor, "tokens"]]:
+    """log p(target) in nats, float32, for each hidden state, and whether the target was the likeliest token.
 
     Args:
         hidden: the decoder's last hidden states at the positions that predict a response token.
@@ -80,16 +88,15 @@ def selected_logps(
         scale: the factor some architectures put on their logits.
         softcap: logits are squashed to softcap·tanh(logits/softcap); 0 leaves them.
     """
-    result = SelectedLogProbability.apply(hidden, weight, targets, scale, softcap)
-    assert isinstance(result, Tensor)
-    return result
+    return cast(tuple[Tensor, Tensor], SelectedLogProbability.apply(hidden, weight, targets, scale, softcap))
 
 
 def score_responses_only(model: "PreTrainedModel") -> None:
     """Makes the model's forward return log-probabilities of given tokens instead of logits.
 
     Afterwards `model(input_ids=…, position_ids=…, predict_at=…, targets=…)` gives log p(targets), shape
-    (targets,), where `predict_at` are positions in the flattened batch. Called through the model's own forward,
+    (targets,), where `predict_at` are positions in the flattened batch; with `hits=True` also whether each target
+    was the likeliest token. Called through the model's own forward,
     this holds under DDP, FSDP and peft. It is for models that only ever train or score; load another to generate.
     Asked for twice, it is done once.
 
@@ -117,19 +124,22 @@ def _compare_with_own_logits(model: "PreTrainedModel") -> None:
     with torch.no_grad():
         logits = model(use_cache=False, **batch.inputs).logits.flatten(0, 1)[batch.predict_at]
         own = logits.float().log_softmax(-1).gather(1, batch.targets[:, None]).squeeze(1)
-        ours = _score(model, batch.predict_at, batch.targets, **batch.inputs)
+        ours = cast(Tensor, _score(model, batch.predict_at, batch.targets, **batch.inputs))
     if not torch.allclose(own, ours, rtol=0, atol=1e-3 if model.dtype == torch.float32 else 0.25):
         raise SelfalignError(f"{type(model).__name__} shapes its logits in a way that is not supported here")
 
 
-def _score(self: "PreTrainedModel", predict_at: Tensor, targets: Tensor, **inputs: Any) -> Tensor:
+def _score(
+    self: "PreTrainedModel", predict_at: Tensor, targets: Tensor, *, hits: bool = False, **inputs: Any
+) -> Tensor | tuple[Tensor, Tensor]:
     hidden = self.get_decoder()(use_cache=False, **inputs).last_hidden_state
     hidden = hidden.flatten(0, 1)[predict_at]
     weight = cast(nn.Linear, self.get_output_embeddings()).weight
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     scale, softcap = logit_shape(self.config)
-    return selected_logps(hidden, weight, targets, scale=scale, softcap=softcap)
+    scored = selected_logps(hidden, weight, targets, scale=scale, softcap=softcap)
+    return scored if hits else scored[0]
 
 
 def logit_shape(config: Any) -> tuple[float, float]:

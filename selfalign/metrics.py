@@ -1,7 +1,8 @@
 """What is measured, and where it goes.
 
 Names of training metrics are TRL's where TRL has them. Every row of `metrics.jsonl` has `step` (one count over the
-whole run), `stage`, `iteration` and the values; `METRICS` says what each value means.
+whole run), `stage`, `iteration` and the values; `METRICS` says what each value means. `held_out/NAME` is NAME over the
+pairs that were set aside; `NAME_low` and `NAME_high` are the ends of its 95 % interval.
 """
 
 import math
@@ -23,6 +24,7 @@ METRICS = {
     "rewards/chosen": "mean β[log π - log π_ref] of the chosen responses",
     "rewards/rejected": "mean β[log π - log π_ref] of the rejected responses",
     "rewards/margins": "mean reward of the chosen minus that of the rejected responses",
+    "rewards/margins_per_token": "the same with each reward divided by its response's tokens",
     "rewards/accuracies": "share of pairs whose chosen response has the larger reward, ties not counted",
     "rewards/ties": "share of pairs with equal rewards",
     "rewards/accuracies_augmented": "share of pairs with Δ > 0, that is accuracy under p⊕x, ties not counted",
@@ -33,6 +35,10 @@ METRICS = {
     "logps/chosen": "mean summed log-probability of the chosen responses, nats",
     "logps/rejected": "mean summed log-probability of the rejected responses, nats",
     "tokens_per_second": "tokens trained on a second",
+    "peak_memory_gb": "the most memory so far, GiB: of the GPU, or resident where there is none",
+    "token_accuracy": "share of target tokens that were the most likely ones",
+    "held_out_pairs": "preference pairs set aside",
+    "prompts_cut": "pairs whose prompt lost its beginning to fit into train.align.max_length",
     "mean_tokens": "mean length of the responses, tokens",
     "mean_characters": "mean length of the responses, characters",
     "finished_share": "share of responses that end by themselves",
@@ -166,23 +172,37 @@ def judge_quality(ranked: Sequence[RankedAnswers], scores: Sequence[Sequence[flo
     return measured
 
 
+Sums = dict[str, tuple[float, float]]
+"""{metric: (weighted sum, weight)}: what unequal batches add up to the same averages as one large one."""
+
+
 def reward_metrics(
-    chosen: Sequence[float], rejected: Sequence[float], refinements: Sequence[float] | None = None
-) -> dict[str, tuple[float, float]]:
+    chosen: Sequence[float],
+    rejected: Sequence[float],
+    refinements: Sequence[float] | None = None,
+    *,
+    chosen_tokens: Sequence[float],
+    rejected_tokens: Sequence[float],
+) -> Sums:
     """Sums and weights of the reward metrics over pairs.
 
     Args:
         chosen: rewards β[log π - log π_ref] of the chosen responses.
         rejected: of the rejected ones.
         refinements: Δ of each pair, where the loss has one.
+        chosen_tokens: lengths of the chosen responses.
+        rejected_tokens: of the rejected ones.
     """
     total = float(len(chosen))
     margins = [a - b for a, b in zip(chosen, rejected, strict=True)]
+    per_token = [a / n - b / m for a, b, n, m in zip(chosen, rejected, chosen_tokens, rejected_tokens, strict=True)]
     ties = sum(margin == 0 for margin in margins)
     metrics = {
         "rewards/chosen": (math.fsum(chosen), total),
         "rewards/rejected": (math.fsum(rejected), total),
         "rewards/margins": (math.fsum(margins), total),
+        "rewards/margins_per_token": (math.fsum(per_token), total),
+        "rewards/mean_square_margin": (math.fsum(margin * margin for margin in margins), total),
         "rewards/accuracies": (float(sum(margin > 0 for margin in margins)), total - ties),
         "rewards/ties": (float(ties), total),
     }
@@ -192,7 +212,6 @@ def reward_metrics(
         metrics |= {
             "refinement/mean": (math.fsum(refinements), total),
             "refinement/mean_square": (math.fsum(delta * delta for delta in refinements), total),
-            "refinement/mean_square_margin": (math.fsum(margin * margin for margin in margins), total),
             "refinement/mean_product": (math.fsum(d * m for d, m in zip(refinements, margins, strict=True)), total),
             "refinement/positive_share": (positive, total),
             "rewards/accuracies_augmented": (positive, total - zeros),
@@ -200,23 +219,48 @@ def reward_metrics(
     return metrics
 
 
-def averages(metrics: dict[str, tuple[float, float]]) -> dict[str, float]:
+def add_sums(metrics: Sums, others: Sums) -> Sums:
+    """Both together."""
+    names = [*metrics, *(name for name in others if name not in metrics)]
+    pairs = {name: (metrics.get(name, (0.0, 0.0)), others.get(name, (0.0, 0.0))) for name in names}
+    return {name: (a[0] + b[0], a[1] + b[1]) for name, (a, b) in pairs.items()}
+
+
+def averages(metrics: Sums) -> dict[str, float]:
     """Weighted sums as averages; a metric without weight is left out instead of being NaN.
 
     The second moments of Δ and the margin become Δ's standard deviation and their Pearson correlation, which is
     left out where one of them is constant.
     """
     values = {name: total / weight for name, (total, weight) in metrics.items() if weight}
+    square_margin = values.pop("rewards/mean_square_margin", 0.0)
     if "refinement/mean_square" in values:
         delta, margin = values["refinement/mean"], values["rewards/margins"]
         variance = max(0.0, values.pop("refinement/mean_square") - delta**2)
-        variance_margin = max(0.0, values.pop("refinement/mean_square_margin") - margin**2)
+        variance_margin = max(0.0, square_margin - margin**2)
         covariance = values.pop("refinement/mean_product") - delta * margin
         values["refinement/std"] = math.sqrt(variance)
         if variance > 0 and variance_margin > 0:
             correlation = covariance / math.sqrt(variance * variance_margin)
             values["refinement/correlation_with_margin"] = min(1.0, max(-1.0, correlation))
     return values
+
+
+def reward_intervals(metrics: Sums) -> dict[str, float]:
+    """The ends of 95 % intervals, as `…_low` and `…_high`: Wilson's for shares, Student's t for the mean margin."""
+    intervals: dict[str, float] = {}
+    for name in ("rewards/accuracies", "rewards/accuracies_augmented"):
+        total, weight = metrics.get(name, (0.0, 0.0))
+        if weight:
+            share = wilson(total, int(weight))
+            intervals |= {f"{name}_low": share.low, f"{name}_high": share.high}
+    total, pairs = metrics["rewards/margins"]
+    if pairs > 1:
+        mean = total / pairs
+        variance = max(0.0, metrics["rewards/mean_square_margin"][0] / pairs - mean**2) * pairs / (pairs - 1)
+        half = float(stats.t.ppf(0.975, pairs - 1)) * math.sqrt(variance / pairs)
+        intervals |= {"rewards/margins_low": mean - half, "rewards/margins_high": mean + half}
+    return intervals
 
 
 def score_histogram(judgements: Sequence[Judgement], low: int, high: int) -> list[int]:

@@ -97,6 +97,13 @@ class Policy:
         return int(getattr(self.model.config, "max_position_embeddings", None) or 1 << 30)
 
 
+def autocast(model: torch.nn.Module, dtype: str) -> torch.autocast:
+    """Multiplications in `dtype` while the weights keep theirs; nothing changes where that is `dtype`, or ""."""
+    parameter = next(model.parameters())
+    wanted = DTYPES.get(dtype, parameter.dtype)
+    return torch.autocast(parameter.device.type, wanted, enabled=wanted not in (parameter.dtype, torch.float32))
+
+
 @dataclass(frozen=True)
 class PolicyFiles:
     """A policy as it lies in an artefact's folder."""

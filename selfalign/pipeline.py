@@ -13,7 +13,7 @@ from selfalign.files import derive_seed
 from selfalign.losses import Positives
 from selfalign.models import identify_source
 from selfalign.run import Maker
-from selfalign.stages.align import align, refinement_of
+from selfalign.stages.align import align, augmentation_of
 from selfalign.stages.evaluate import Judged, evaluate
 from selfalign.stages.instruct import InstructConfig, instruct
 from selfalign.stages.judge import judge
@@ -173,15 +173,16 @@ class Method:
         label, loss, train = f"M{iteration + 1}", self.config.loss, self.config.train
         if isinstance(loss, Positives):
             return self.supervise(label, models, pairs)
-        policy = models.named(train.reference)
-        references = self.run.make(
-            f"iteration_{iteration}/reference",
-            reference,
-            policy=policy,
-            pairs=pairs,
-            refinement=refinement_of(loss),
-            precision=train.align.precision(self.config.model.dtype),
-        )
+        policy = references = models.named(train.reference)
+        if train.reference_logps == "stored":
+            references = self.run.make(
+                f"iteration_{iteration}/reference",
+                reference,
+                policy=policy,
+                pairs=pairs,
+                augmentation=augmentation_of(loss),
+                precision=train.align.precision(self.config.model.dtype),
+            )
         return self.run.make(
             label,
             align,
@@ -191,6 +192,7 @@ class Method:
             reference=references,
             loss=loss,
             starts_as_reference=policy.digest == models.newest.digest,
+            held_out=train.held_out_pairs,
             optimization=train.align,
             weights=self._weights(label),
         )

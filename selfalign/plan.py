@@ -47,6 +47,8 @@ def _alignment(config: "ExperimentConfig", iteration: int) -> list[tuple[str, st
         return [(label, f"SFT on positives, epochs {train.sft.epochs}")]
     name = type(config.loss).__name__
     size = f"{name}, epochs {train.align.epochs}, batch {train.align.batch_size}"
+    if train.reference_logps == "live":
+        return [(label, f"{size}, against {train.reference}")]
     return [(f"iteration_{iteration}/reference", f"log-probabilities of {train.reference}"), (label, size)]
 
 

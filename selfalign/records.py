@@ -45,7 +45,8 @@ class JudgementStatus(StrEnum):
 class Demonstration:
     """A prompt and the response SFT teaches.
 
-    `source` is "ift", "eft", or "positive" (a response judged good). Demonstrations of one `question` have prompts
+    `source` is "ift", "eft", or "positive" (a response judged good). `prefill` is how the answer begins where that is
+    given instead of learnt. Demonstrations of one `question` have prompts
     that begin alike, so they are trained side by side and their beginning is computed once.
     """
 
@@ -54,6 +55,7 @@ class Demonstration:
     response: str
     source: str
     question: str = ""
+    prefill: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

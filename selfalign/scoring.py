@@ -10,7 +10,7 @@ import torch
 
 from selfalign.batches import Batch, Group, enable_packing, make_batch, split_by_tokens
 from selfalign.logprobs import score_responses_only
-from selfalign.models import Policy
+from selfalign.models import Policy, autocast
 
 
 @dataclass(slots=True)
@@ -53,10 +53,8 @@ class Scorer:
 
     @torch.inference_mode()
     def _logps(self, batch: Batch) -> torch.Tensor:
-        device = self.policy.model.device
-        dtype = torch.bfloat16 if self.autocast == "bfloat16" else None
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            batch = batch.to(device)
+        with autocast(self.policy.model, self.autocast):
+            batch = batch.to(self.policy.model.device)
             return self.policy.model(predict_at=batch.predict_at, targets=batch.targets, **batch.inputs).cpu()
 
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import resource
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -16,8 +18,9 @@ from transformers.trainer_callback import PrinterCallback
 from selfalign.batches import split_by_tokens
 from selfalign.errors import SelfalignError
 from selfalign.files import derive_seed
-from selfalign.metrics import averages
+from selfalign.metrics import Sums, add_sums, averages
 from selfalign.models import Policy
+from selfalign.optimizers import build_optimizer
 from selfalign.progress import progress_bar
 from selfalign.store import Workspace
 from selfalign.training import Example, Objective, Optimization
@@ -75,7 +78,7 @@ class StepTrainer(Trainer):
             model=policy.model,
             args=_arguments(optimization, out.scratch / "checkpoints", policy.model.device.type, len(self.steps)),
             train_dataset=self.steps,
-            optimizers=(_optimizer(policy.model, optimization), None),
+            optimizers=(build_optimizer(policy.model.parameters(), optimization), None),
             callbacks=[_Advance(self)],
         )
         self.remove_callback(PrinterCallback)
@@ -99,11 +102,11 @@ class StepTrainer(Trainer):
         """Forward and backward over one optimiser step; returns its loss."""
         started = time.monotonic()
         model.train()
-        examples: list[Any] = inputs
+        examples = self.objective.arrange(inputs)
         weight = self.objective.weight(examples)
         loss = torch.zeros((), device=self.args.device)
-        sums: dict[str, tuple[float, float]] = {}
-        distance = 0.0
+        sums: Sums = {}
+        distance = loss_distance = 0.0
         passes = split_by_tokens(sorted(examples, key=len), self.optimization.batch_tokens)
         for part in passes:
             with self.compute_loss_context_manager():
@@ -117,13 +120,13 @@ class StepTrainer(Trainer):
             self.accelerator.backward(outcome.loss / weight)
             loss += outcome.loss.detach() / weight
             distance = max(distance, outcome.distance)
-            for name, (total, count) in outcome.metrics.items():
-                before = sums.get(name, (0.0, 0.0))
-                sums[name] = (before[0] + total, before[1] + count)
+            loss_distance = max(loss_distance, outcome.loss_distance)
+            sums = add_sums(sums, outcome.metrics)
         self.step_metrics = averages(sums)
         self.step_metrics["tokens_per_second"] = sum(map(len, examples)) / (time.monotonic() - started)
+        self.step_metrics["peak_memory_gb"] = peak_memory(self.args.device) / 2**30
         if self.state.global_step == 0:
-            self.objective.check_first_step(distance)
+            self.objective.check_first_step(distance, loss_distance)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -151,6 +154,13 @@ class _Advance(TrainerCallback):
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.advance(1)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory so far, bytes: allocated on the GPU, or resident in this process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -188,13 +198,6 @@ def _arguments(optimization: Optimization, folder: Path, device: str, steps: int
         remove_unused_columns=False,
         **schedule,
     )
-
-
-def _optimizer(model: Any, optimization: Optimization) -> torch.optim.Optimizer:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if optimization.optimizer == "rmsprop":
-        return torch.optim.RMSprop(parameters, lr=optimization.learning_rate)
-    return torch.optim.AdamW(parameters, lr=optimization.learning_rate, weight_decay=optimization.weight_decay)
 
 
 def _only(items: list[Any]) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from selfalign.batches import Batch, Group, enable_packing, make_batch
 from selfalign.errors import SelfalignError
 from selfalign.logprobs import score_responses_only
+from selfalign.metrics import Sums
 from selfalign.models import DTYPES, LoRA, Policy, PolicyFiles, fastest_dtype
 from selfalign.store import Workspace
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 CHOICES = {
     "schedule": ("cosine", "linear", "constant"),
-    "optimizer": ("adamw", "rmsprop"),
+    "optimizer": ("adamw", "rmsprop", "adamw_8bit"),
     "average": ("tokens", "examples"),
     "dtype": tuple(DTYPES),
 }
@@ -34,7 +35,8 @@ class Optimization:
         final_learning_rate: where "cosine" ends; "linear" ends at 0, "constant" stays at the peak.
         schedule: "cosine", "linear" or "constant", after the warm-up.
         warmup_share: share of the steps over which the rate rises from 0.
-        optimizer: "adamw" or "rmsprop".
+        optimizer: "adamw", "rmsprop", or "adamw_8bit" (the extra `8bit`), whose state is a quarter as large. Weights
+            kept in bfloat16 have a float32 copy that the optimiser works on.
         weight_decay: AdamW's.
         max_gradient_norm: gradients are scaled down to this norm.
         epochs: passes over the data.
@@ -42,6 +44,8 @@ class Optimization:
         batch_tokens: the most tokens in one forward pass; a step is cut into as many passes as it needs.
         max_length: the longest prompt with response, in tokens; longer examples are dropped and counted.
         average: "tokens" weighs every target token alike (usual for SFT), "examples" every example.
+        dropout: share of activations dropped while training, wherever the architecture has a dropout; the policy
+            then does not start as its reference, so the first step is not checked.
         dtype: to multiply in, "float32", "bfloat16" or "auto" for the faster one here; weights keep model.dtype.
         gradient_checkpointing: computes activations again in the backward pass, to save memory.
         checkpoint_steps: a killed training goes on from the last multiple of this many steps.
@@ -59,6 +63,7 @@ class Optimization:
     batch_tokens: int = field(default=8192, metadata={"keyed": False})
     max_length: int = 2048
     average: str = "tokens"
+    dropout: float = 0.0
     dtype: str = "auto"
     gradient_checkpointing: bool = field(default=False, metadata={"keyed": False})
     checkpoint_steps: int = field(default=100, metadata={"keyed": False})
@@ -84,15 +89,19 @@ class Optimization:
         if not 0 <= self.final_learning_rate <= self.learning_rate:
             rate = self.final_learning_rate
             raise SelfalignError(f"{key}.final_learning_rate must lie between 0 and learning_rate, got {rate}")
-        if self.final_learning_rate and self.schedule != "cosine":
-            raise SelfalignError(f"{key}.final_learning_rate has no meaning with schedule={self.schedule}; set it to 0")
-        if self.weight_decay and self.optimizer != "adamw":
-            raise SelfalignError(f"{key}.weight_decay has no meaning with optimizer={self.optimizer}; set it to 0")
-        if not 0 <= self.warmup_share < 1:
-            raise SelfalignError(f"{key}.warmup_share must be at least 0 and below 1, got {self.warmup_share}")
+        for name in ("dropout", "warmup_share"):
+            if not 0 <= getattr(self, name) < 1:
+                raise SelfalignError(f"{key}.{name} must be at least 0 and below 1, got {getattr(self, name)}")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise SelfalignError(f"{key}.{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
+        self._check_use(key)
+
+    def _check_use(self, key: str) -> None:
+        if self.final_learning_rate and self.schedule != "cosine":
+            raise SelfalignError(f"{key}.final_learning_rate has no meaning with schedule={self.schedule}; set it to 0")
+        if self.weight_decay and self.optimizer == "rmsprop":
+            raise SelfalignError(f"{key}.weight_decay has no meaning with optimizer={self.optimizer}; set it to 0")
 
     def precision(self, dtype: str) -> "Precision":
         """What a log-probability depends on besides weights and text."""
@@ -118,17 +127,26 @@ class TrainConfig:
         sft: M0 → M1.
         align: M_t → M_{t+1}.
         reference: "previous" (the start of the iteration, as the papers), "sft" (M1) or "base" (M0).
+        reference_logps: "stored" computes the reference's log-probabilities once, before training; "live" at every
+            step, with a second model, or with the adapter switched off where M0 is the reference.
+        held_out_pairs: pairs of each iteration that are set aside, and measured after training.
     """
 
     sft: Optimization
     align: Optimization
     reference: str = "previous"
+    reference_logps: str = "stored"
+    held_out_pairs: int = 0
 
     def __post_init__(self) -> None:
         self.sft.check("train.sft")
         self.align.check("train.align")
         if self.reference not in ("previous", "sft", "base"):
             raise SelfalignError(f"train.reference must be previous, sft or base; got {self.reference!r}")
+        if self.reference_logps not in ("stored", "live"):
+            raise SelfalignError(f"train.reference_logps must be stored or live; got {self.reference_logps!r}")
+        if self.held_out_pairs < 0:
+            raise SelfalignError(f"train.held_out_pairs must be 0 or more, got {self.held_out_pairs}")
 
 
 class Example(Protocol):
@@ -141,25 +159,29 @@ class Example(Protocol):
 
 
 class Objective(Protocol):
-    """What is minimised: a sum over examples, divided by the whole step's weight."""
+    """What is minimised: a sum over a step's examples, as `arrange` leaves them, divided by their weight."""
+
+    def arrange(self, examples: Sequence[Any]) -> Sequence[Any]: ...
 
     def weight(self, examples: Sequence[Any]) -> float: ...
 
     def __call__(self, model: "PreTrainedModel", examples: Sequence[Any]) -> "Outcome": ...
 
-    def check_first_step(self, distance: float) -> None: ...
+    def check_first_step(self, distance: float, loss_distance: float) -> None: ...
 
 
 @dataclass(slots=True)
 class Outcome:
     """A forward pass: the loss summed over its examples, and metrics as (weighted sum, weight).
 
-    `distance` is the largest value, either sign, of what must be 0 at the first step.
+    `distance` is the largest value, either sign, of what must be 0 at the first step; `loss_distance` how far a loss
+    is from its value there, as a share of it.
     """
 
     loss: Tensor
-    metrics: dict[str, tuple[float, float]]
+    metrics: Sums
     distance: float = 0.0
+    loss_distance: float = 0.0
 
 
 @dataclass(slots=True)
@@ -172,6 +194,10 @@ class Likelihood:
 
     average: str
 
+    def arrange(self, examples: Sequence[Group]) -> Sequence[Group]:
+        """As they are."""
+        return examples
+
     def weight(self, examples: Sequence[Group]) -> float:
         """How many tokens, or examples, the step's loss is averaged over."""
         if self.average == "examples":
@@ -180,19 +206,20 @@ class Likelihood:
 
     def __call__(self, model: "PreTrainedModel", examples: Sequence[Group]) -> Outcome:
         batch = make_batch(model, examples).to(model.device)
-        losses = -batch.sum_by_response(forward(model, batch))
-        total, tokens = float(losses.sum().detach()), float(batch.tokens.sum())
+        logps, hits = forward(model, batch, hits=True)
+        losses = -batch.sum_by_response(logps)
+        total, right, tokens = float(losses.sum().detach()), float(hits.sum()), float(batch.tokens.sum())
         if self.average == "examples":
             losses = losses / batch.tokens
-        return Outcome(losses.sum(), {"loss_per_token": (total, tokens)})
+        return Outcome(losses.sum(), {"loss_per_token": (total, tokens), "token_accuracy": (right, tokens)})
 
-    def check_first_step(self, distance: float) -> None:
+    def check_first_step(self, distance: float, loss_distance: float) -> None:
         """SFT has no known starting value."""
 
 
-def forward(model: "PreTrainedModel", batch: Batch) -> Tensor:
-    """log p of the batch's targets (nats), shape (response tokens,)."""
-    return model(predict_at=batch.predict_at, targets=batch.targets, **batch.inputs)
+def forward(model: "PreTrainedModel", batch: Batch, **options: bool) -> Any:
+    """log p of the batch's targets (nats), shape (response tokens,); with `hits`, also which were the likeliest."""
+    return model(predict_at=batch.predict_at, targets=batch.targets, **batch.inputs, **options)
 
 
 def train(
@@ -227,7 +254,7 @@ def train(
 
     torch.manual_seed(weights.seed)
     loaded = policy.load(weights.dtype, trainable=True)
-    prepare(loaded, policy, weights)
+    prepare(loaded, policy, weights, optimization.dropout)
     if optimization.gradient_checkpointing:
         # transformers 5.23 has renamed it; older ones know the first name only.
         names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
@@ -250,8 +277,8 @@ class Weights:
     seed: int
 
 
-def prepare(loaded: Policy, files: PolicyFiles, weights: Weights) -> None:
-    """Adds an adapter if one is asked for and not there, switches dropout off, and makes the model score."""
+def prepare(loaded: Policy, files: PolicyFiles, weights: Weights, dropout: float) -> None:
+    """Adds an adapter if one is asked for and not there, sets dropout, and makes the model score."""
     has_adapter = hasattr(loaded.model, "peft_config")
     if has_adapter and not weights.lora.rank:
         raise SelfalignError(f"{files.path} has an adapter, but model.lora.rank=0 asks to train all weights")
@@ -267,16 +294,21 @@ def prepare(loaded: Policy, files: PolicyFiles, weights: Weights) -> None:
             task_type="CAUSAL_LM",
         )
         loaded.model = get_peft_model(loaded.model, adapter)  # pyright: ignore[reportAttributeAccessIssue]
-    disable_dropout(loaded.model)
-    enable_packing(loaded.model)
-    score_responses_only(loaded.model)
+    make_scoring(loaded.model, dropout)
 
 
-def disable_dropout(model: nn.Module) -> None:
-    """Sets every dropout to 0: layers, and the rates that attention passes to functional dropout."""
+def make_scoring(model: "PreTrainedModel", dropout: float = 0.0) -> None:
+    """Sets dropout, packs what can be packed, and makes the model return log-probabilities of given tokens."""
+    set_dropout(model, dropout)
+    enable_packing(model)
+    score_responses_only(model)
+
+
+def set_dropout(model: nn.Module, dropout: float) -> None:
+    """Sets every dropout: layers, and the rates that attention passes to functional dropout."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
-            module.p = 0.0
+            module.p = dropout
         for name, value in vars(module).items():
             if name.endswith(("dropout", "pdrop", "dropout_p")) and isinstance(value, float):
-                setattr(module, name, 0.0)
+                setattr(module, name, dropout)

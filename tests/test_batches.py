@@ -374,8 +374,9 @@ def test_both_passes_score_the_same_response_tokens_behind_x_and_behind_p_with_x
         pair("b", "Blue", "Green!", rejected_finished=False),
     ]
     refinement = Refinement(prompt="Do well: ")
-    examples, too_long = encode_pairs(tiny_tokenizer, pairs, refinement, 10_000)
-    assert too_long == 0
+    encoded = encode_pairs(tiny_tokenizer, pairs, refinement, 10_000)
+    examples = encoded.examples
+    assert (encoded.cut, encoded.too_long) == (0, 0)
     assert [example.id for example in examples] == ["a", "b"]
     end = tiny_tokenizer.convert_tokens_to_ids("<|im_end|>")
     for example, record in zip(examples, pairs, strict=True):
@@ -393,28 +394,81 @@ def test_both_passes_score_the_same_response_tokens_behind_x_and_behind_p_with_x
 
 
 def test_pairs_without_refinement_have_one_pass(tiny_tokenizer: Any) -> None:
-    examples, _ = encode_pairs(tiny_tokenizer, [pair("a", "Red", "Blue")], None, 10_000)
+    examples = encode_pairs(tiny_tokenizer, [pair("a", "Red", "Blue")], None, 10_000).examples
     assert examples[0].augmented is None
     assert len(examples[0]) == len(examples[0].plain)
 
 
-def test_too_long_pairs_are_dropped_whole_and_counted_and_the_rest_is_not_cut(tiny_tokenizer: Any) -> None:
-    short, long = pair("short", "Red", "Blue"), pair("long", "Red " * 30, "Blue")
-    whole, _ = encode_pairs(tiny_tokenizer, [short, long], None, 10_000)
+def test_pairs_whose_response_is_too_long_are_dropped_and_counted_and_responses_are_never_cut(
+    tiny_tokenizer: Any,
+) -> None:
+    short, long = pair("short", "Red", "Blue"), pair("long", "Red " * 80, "Blue")
+    whole = encode_pairs(tiny_tokenizer, [short, long], None, 10_000).examples
     limit = whole[0].longest()
-    kept, too_long = encode_pairs(tiny_tokenizer, [long, short, long], None, limit)
-    assert [example.id for example in kept] == ["short"]
-    assert too_long == 2
-    assert kept[0] == whole[0]
-    with pytest.raises(SelfalignError, match=rf"none of 1 pairs fits into train\.align\.max_length={limit - 1} tokens"):
-        encode_pairs(tiny_tokenizer, [short], None, limit - 1)
+    encoded = encode_pairs(tiny_tokenizer, [long, short, long], None, limit)
+    assert encoded.examples == whole[:1]
+    assert (encoded.cut, encoded.too_long) == (0, 2)
+    with pytest.raises(SelfalignError, match=r"none of 1 pairs fits into train\.align\.max_length=80 tokens"):
+        encode_pairs(tiny_tokenizer, [long], None, 80)
+
+
+@pytest.mark.parametrize("refinement", [None, Refinement(prompt="Do well: ")], ids=["plain", "augmented"])
+@pytest.mark.parametrize("plain", [True, False], ids=["text", "messages"])
+def test_long_prompt_loses_its_beginning_alike_in_both_passes(
+    tiny_tokenizer: Any, refinement: Refinement | None, plain: bool
+) -> None:
+    words = " ".join(f"word{i}" for i in range(60))
+    one = pair("a", "Red", "Blue", prompt=words if plain else [{"role": "user", "content": words}])
+    whole = encode_pairs(tiny_tokenizer, [one], refinement, 10_000).examples[0]
+    encoded = encode_pairs(tiny_tokenizer, [one], refinement, 60)
+    (example,) = encoded.examples
+    assert (encoded.cut, encoded.too_long) == (1, 0)
+    assert example.plain.responses == whole.plain.responses
+    assert 57 <= example.longest() <= 60
+    kept = tiny_tokenizer.decode(example.plain.prompt)
+    assert "word59" in kept
+    assert "word0 " not in kept
+    tail = kept.split("user\n")[-1]
+    assert words.endswith(tail.split("<|im_end|>")[0].lstrip())
+    if refinement:
+        assert example.augmented is not None
+        augmented = tiny_tokenizer.decode(example.augmented.prompt)
+        assert augmented == kept.replace(tail, f"Do well: {tail}")
+        assert example.augmented.responses == whole.plain.responses
+
+
+def test_long_conversation_loses_its_oldest_turns_before_its_last_one(tiny_tokenizer: Any) -> None:
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "old " * 30},
+        {"role": "assistant", "content": "older answer"},
+        {"role": "user", "content": "And now, which colour?"},
+    ]
+    one = pair("a", "Red", "Blue", prompt=turns)
+    (example,) = encode_pairs(tiny_tokenizer, [one], None, 60).examples
+    assert example.plain.prompt == encode_prompt(tiny_tokenizer, [turns[0], turns[3]])
+
+
+def test_prompt_that_fits_is_left_alone_to_the_token(tiny_tokenizer: Any) -> None:
+    one = pair("a", "Red", "Blue")
+    whole = encode_pairs(tiny_tokenizer, [one], None, 10_000).examples
+    assert encode_pairs(tiny_tokenizer, [one], None, whole[0].longest()).examples == whole
+    shorter = encode_pairs(tiny_tokenizer, [one], None, whole[0].longest() - 1)
+    assert shorter.cut == 1
+    assert shorter.examples[0].longest() < whole[0].longest()
 
 
 def test_the_augmented_pass_counts_towards_the_limit(tiny_tokenizer: Any) -> None:
     short = pair("short", "Red", "Blue")
-    plain, _ = encode_pairs(tiny_tokenizer, [short], None, 10_000)
+    limit = encode_pairs(tiny_tokenizer, [short], None, 10_000).examples[0].longest()
     with pytest.raises(SelfalignError, match="none of 1 pairs fits"):
-        encode_pairs(tiny_tokenizer, [short], Refinement(), plain[0].longest())
+        encode_pairs(tiny_tokenizer, [short], Refinement(), limit)
+
+
+def test_score_gap_is_the_judges_difference_where_there_is_one(tiny_tokenizer: Any) -> None:
+    scored, plain = pair("a", "Red", "Blue", chosen_score=4.5, rejected_score=1.0), pair("b", "Red", "Blue")
+    examples = encode_pairs(tiny_tokenizer, [scored, plain], None, 10_000).examples
+    assert [example.score_gap for example in examples] == [3.5, None]
 
 
 def test_empty_prompt_is_refused_instead_of_being_read_off_the_neighbour(tiny_tokenizer: Any) -> None:

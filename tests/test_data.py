@@ -88,7 +88,6 @@ def test_pairs_without_a_preference_are_dropped_and_counted(tmp_path: Path, row:
     [
         {"chosen": "Red", "rejected": "Dog"},
         STANDARD | {"chosen": [say("Red")]},
-        CONVERSATIONAL | {"prompt": "Name a colour."},
         CONVERSATIONAL | {"prompt": []},
         CONVERSATIONAL | {"chosen": [say("Red"), USER]},
         CONVERSATIONAL | {"chosen": [USER]},
@@ -100,7 +99,6 @@ def test_pairs_without_a_preference_are_dropped_and_counted(tmp_path: Path, row:
     ids=[
         "texts_without_prompt",
         "text_and_messages",
-        "text_prompt_with_messages",
         "empty_prompt",
         "two_messages",
         "answer_of_the_user",
@@ -116,8 +114,11 @@ def test_row_in_no_known_format_is_refused_with_file_and_line(tmp_path: Path, ro
         read_pairs(source)
 
 
-def test_text_prompt_that_the_conversations_do_not_repeat_is_refused(tmp_path: Path) -> None:
-    source = write_rows(tmp_path / "a.jsonl", IMPLICIT | {"prompt": "Name an animal."})
+@pytest.mark.parametrize(
+    "row", [IMPLICIT | {"prompt": "Name an animal."}, CONVERSATIONAL | {"prompt": "Name a colour."}]
+)
+def test_text_prompt_that_the_conversations_do_not_repeat_is_refused(tmp_path: Path, row: dict[str, Any]) -> None:
+    source = write_rows(tmp_path / "a.jsonl", row)
     with pytest.raises(SelfalignError, match=r"a\.jsonl:1: prompt is a text, but not the last user turn of chosen"):
         read_pairs(source)
 

@@ -51,7 +51,7 @@ def test_values_and_gradients_equal_log_softmax_in_float64(
 
     hidden.requires_grad_()
     weight.requires_grad_()
-    logps = selected_logps(hidden, weight, targets, scale=scale, softcap=softcap)
+    logps, _ = selected_logps(hidden, weight, targets, scale=scale, softcap=softcap)
     (logps * slopes).sum().backward()
     assert hidden.grad is not None
     assert weight.grad is not None
@@ -64,7 +64,7 @@ def test_one_token_worked_by_hand() -> None:
     # Logits 0, ln 2, ln 5: probabilities 1/8, 2/8, 5/8. d log p₁ / d logits = onehot(1) - p.
     hidden = torch.tensor([[1.0]], requires_grad=True)
     weight = torch.tensor([[0.0], [math.log(2)], [math.log(5)]], requires_grad=True)
-    logp = selected_logps(hidden, weight, torch.tensor([1]))
+    logp, _ = selected_logps(hidden, weight, torch.tensor([1]))
     assert float(logp.detach()) == pytest.approx(math.log(2 / 8), rel=1e-6)
     logp.sum().backward()
     assert weight.grad is not None
@@ -72,6 +72,19 @@ def test_one_token_worked_by_hand() -> None:
     assert hidden.grad is not None
     # Σ slope·weight = 6/8 ln 2 - 5/8 ln 5
     assert float(hidden.grad) == pytest.approx(0.75 * math.log(2) - 0.625 * math.log(5), rel=1e-5)
+
+
+@pytest.mark.parametrize("tile_elements", [1, 1 << 24], ids=["row_by_row", "one_tile"])
+def test_hits_are_the_targets_with_the_highest_logit(monkeypatch: pytest.MonkeyPatch, tile_elements: int) -> None:
+    monkeypatch.setattr(logprobs, "TILE_ELEMENTS", tile_elements)
+    hidden, weight, targets, _ = inputs()
+    likeliest = (hidden @ weight.T).argmax(1)
+    targets[::2] = likeliest[::2]
+    _, hits = selected_logps(hidden.requires_grad_(), weight, targets)
+    assert hits.tolist() == (likeliest == targets).tolist()
+    assert hits[::2].all()
+    assert not hits.all()
+    assert not hits.requires_grad
 
 
 def test_no_more_logits_than_a_tile_are_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +98,7 @@ def test_no_more_logits_than_a_tile_are_held_at_a_time(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(logprobs, "_logits", watched)
     hidden, weight, targets, _ = inputs()
-    selected_logps(hidden.requires_grad_(), weight, targets).sum().backward()
+    selected_logps(hidden.requires_grad_(), weight, targets)[0].sum().backward()
     assert heights == [3, 3, 3, 2] * 2
 
 
@@ -96,7 +109,7 @@ def test_bfloat16_stays_within_its_rounding_of_float64(weight_dtype: torch.dtype
     values, hidden_gradient, weight_gradient = expected(hidden, weight.bfloat16(), targets, slopes)
     hidden.requires_grad_()
     weight.requires_grad_()
-    logps = selected_logps(hidden, weight, targets)
+    logps, _ = selected_logps(hidden, weight, targets)
     (logps * slopes).sum().backward()
     assert logps.dtype == torch.float32
     assert hidden.grad is not None
@@ -111,7 +124,7 @@ def test_bfloat16_stays_within_its_rounding_of_float64(weight_dtype: torch.dtype
 def test_normalisation_is_done_in_float32_even_for_bfloat16() -> None:
     """-ln 1000 = -6.907755 would be -6.90625 in bfloat16; 500 such tokens would be off by 0.75 nats."""
     hidden = torch.zeros(500, HIDDEN, dtype=torch.bfloat16)
-    logps = selected_logps(hidden, torch.ones(1000, HIDDEN, dtype=torch.bfloat16), torch.arange(500))
+    logps, _ = selected_logps(hidden, torch.ones(1000, HIDDEN, dtype=torch.bfloat16), torch.arange(500))
     torch.testing.assert_close(logps, torch.full((500,), -math.log(1000)), rtol=1e-6, atol=0)
 
 
@@ -120,7 +133,7 @@ def test_weight_gradients_of_many_tokens_are_added_up_in_float32(monkeypatch: py
     monkeypatch.setattr(logprobs, "TILE_ELEMENTS", 1)
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
     targets = torch.zeros(600, dtype=torch.long)
-    selected_logps(torch.ones(600, 1, dtype=torch.bfloat16), weight, targets).sum().backward()
+    selected_logps(torch.ones(600, 1, dtype=torch.bfloat16), weight, targets)[0].sum().backward()
     assert weight.grad is not None
     torch.testing.assert_close(weight.grad.float().flatten(), torch.tensor([300.0, -300.0]))
 
@@ -128,7 +141,7 @@ def test_weight_gradients_of_many_tokens_are_added_up_in_float32(monkeypatch: py
 def test_frozen_embedding_gets_no_gradient_and_hidden_states_the_same_as_before() -> None:
     hidden, weight, targets, slopes = inputs()
     _, hidden_gradient, _ = expected(hidden, weight, targets, slopes)
-    (selected_logps(hidden.requires_grad_(), weight, targets) * slopes).sum().backward()
+    (selected_logps(hidden.requires_grad_(), weight, targets)[0] * slopes).sum().backward()
     assert weight.grad is None
     assert hidden.grad is not None
     torch.testing.assert_close(hidden.grad.double(), hidden_gradient, rtol=1e-5, atol=1e-5)
@@ -137,7 +150,7 @@ def test_frozen_embedding_gets_no_gradient_and_hidden_states_the_same_as_before(
 def test_large_logits_neither_overflow_nor_lose_the_target() -> None:
     hidden = torch.tensor([[1e4], [1e4]], requires_grad=True)
     weight = torch.tensor([[1.0], [-1.0], [0.0]])
-    logps = selected_logps(hidden, weight, torch.tensor([0, 1]))
+    logps, _ = selected_logps(hidden, weight, torch.tensor([0, 1]))
     assert logps.tolist() == [0.0, -2e4]
     logps.sum().backward()
     assert hidden.grad is not None

@@ -8,11 +8,14 @@ from scipy import stats
 
 from selfalign.metrics import (
     METRICS,
+    Sums,
+    add_sums,
     averages,
     head_to_head,
     judge_quality,
     judgement_statistics,
     mean_scores,
+    reward_intervals,
     reward_metrics,
     score_histogram,
     wilson,
@@ -227,9 +230,20 @@ def test_histogram_counts_rounded_valid_scores() -> None:
 # --- rewards -----------------------------------------------------------------------------------------------------
 
 
+def rewards_of(chosen: list[float], rejected: list[float], deltas: list[float] | None = None) -> Sums:
+    """Of responses of one token."""
+    one = [1.0] * len(chosen)
+    return reward_metrics(chosen, rejected, deltas, chosen_tokens=one, rejected_tokens=one)
+
+
 def test_reward_metrics_by_hand() -> None:
-    numbers = averages(reward_metrics([1.0, -0.5, 2.0, 0.0], [0.5, 0.5, 2.0, -1.0], [0.2, -0.1, 0.0, 0.3]))
+    chosen, rejected, deltas = [1.0, -0.5, 2.0, 0.0], [0.5, 0.5, 2.0, -1.0], [0.2, -0.1, 0.0, 0.3]
+    numbers = averages(
+        reward_metrics(chosen, rejected, deltas, chosen_tokens=[2, 5, 4, 1], rejected_tokens=[1, 2, 8, 4])
+    )
     assert numbers == {
+        # 1/2 - 0.5/1 = 0, -0.5/5 - 0.5/2 = -0.35, 2/4 - 2/8 = 0.25, 0 + 1/4 = 0.25.
+        "rewards/margins_per_token": pytest.approx(0.15 / 4),
         "rewards/chosen": pytest.approx(2.5 / 4),
         "rewards/rejected": pytest.approx(2.0 / 4),
         "rewards/margins": pytest.approx(0.5 / 4),
@@ -245,11 +259,11 @@ def test_reward_metrics_by_hand() -> None:
 
 
 def test_ties_are_not_counted_as_wrong() -> None:
-    assert averages(reward_metrics([1.0, 0.0], [1.0, -1.0]))["rewards/accuracies"] == 1.0
+    assert averages(rewards_of([1.0, 0.0], [1.0, -1.0]))["rewards/accuracies"] == 1.0
 
 
 def test_only_ties_have_no_accuracy_rather_than_a_bad_one() -> None:
-    numbers = averages(reward_metrics([0.0, 0.0], [0.0, 0.0], [0.0, 0.0]))
+    numbers = averages(rewards_of([0.0, 0.0], [0.0, 0.0], [0.0, 0.0]))
     assert "rewards/accuracies" not in numbers
     assert "rewards/accuracies_augmented" not in numbers
     assert numbers["rewards/ties"] == 1.0
@@ -259,13 +273,31 @@ def test_only_ties_have_no_accuracy_rather_than_a_bad_one() -> None:
 def test_metrics_of_unequal_batches_add_up_as_of_one() -> None:
     """Sums and weights, so that a mean over passes is no mean of means."""
     chosen, rejected, deltas = [0.1, 0.5, -0.2, 0.9, 0.0], [0.0, 0.7, -0.3, 0.9, 0.2], [1.0, -1.0, 0.5, 0.0, 2.0]
-    whole = reward_metrics(chosen, rejected, deltas)
-    parts = [reward_metrics(chosen[a:b], rejected[a:b], deltas[a:b]) for a, b in ((0, 1), (1, 5))]
-    for name in ("rewards/margins", "rewards/accuracies", "rewards/ties", "refinement/mean", "rewards/chosen"):
-        total, weight = (sum(part[name][i] for part in parts) for i in (0, 1))
-        assert whole[name] == (pytest.approx(total), weight)
+    whole = rewards_of(chosen, rejected, deltas)
+    first, second = (rewards_of(chosen[a:b], rejected[a:b], deltas[a:b]) for a, b in ((0, 1), (1, 5)))
+    together = add_sums(add_sums({}, first), second)
+    assert together.keys() == whole.keys()
+    for name, (total, weight) in whole.items():
+        assert together[name] == (pytest.approx(total), weight)
+    assert averages(together) == pytest.approx(averages(whole))
+
+
+def test_reward_intervals_by_hand() -> None:
+    # Margins 1, 2, -1, 2: mean 1, standard deviation √2, t(0.975, 3) = 3.18245; three of four are right.
+    intervals = reward_intervals(rewards_of([1.0, 2.0, 0.0, 2.0], [0.0, 0.0, 1.0, 0.0], [0.5, 0.0, 0.1, 0.2]))
+    half = 3.18245 * math.sqrt(2) / 2
+    assert intervals["rewards/margins_low"] == pytest.approx(1 - half, rel=1e-5)
+    assert intervals["rewards/margins_high"] == pytest.approx(1 + half, rel=1e-5)
+    right, augmented = wilson(3, 4), wilson(3, 3)
+    assert intervals["rewards/accuracies_low"] == right.low
+    assert intervals["rewards/accuracies_high"] == right.high
+    assert intervals["rewards/accuracies_augmented_low"] == augmented.low
+
+
+def test_reward_intervals_of_one_pair_or_of_ties_are_left_out_rather_than_made_up() -> None:
+    assert reward_intervals(rewards_of([0.5], [0.5])) == {}
 
 
 def test_every_reward_metric_is_explained() -> None:
-    assert averages(reward_metrics([1.0, 0.0], [0.0, 0.5], [0.5, 0.1])).keys() <= METRICS.keys()
+    assert averages(rewards_of([1.0, 0.0], [0.0, 0.5], [0.5, 0.1])).keys() <= METRICS.keys()
     assert all(text and text == text.strip() for text in METRICS.values())

@@ -23,7 +23,7 @@ from selfalign.models import LoRA, Policy, PolicyFiles
 from selfalign.records import PairReference, PreferencePair, read_records, write_records
 from selfalign.refinement import Refinement
 from selfalign.scoring import Scorer
-from selfalign.stages.align import Preference
+from selfalign.stages.align import Preference, StoredReferences
 from selfalign.stages.reference import reference
 from selfalign.store import Artefact, Workspace
 from selfalign.trainer import Steps, last_checkpoint
@@ -75,7 +75,7 @@ def pairs(tiny_policy: PolicyFiles, tiny_tokenizer: Any) -> Pairs:
         )
         for i, (chosen, rejected) in enumerate(pairwise(ANSWERS))
     ]
-    examples, _ = encode_pairs(tiny_tokenizer, records, Refinement(prompt="Do well: "), 512)
+    examples = encode_pairs(tiny_tokenizer, records, Refinement(prompt="Do well: "), 512).examples
     scorer = Scorer(tiny_policy.load("float32"), 4096)
     plain = scorer.score([example.plain for example in examples])
     augmented = scorer.score([example.augmented for example in examples if example.augmented])
@@ -129,7 +129,10 @@ def run(
 
 
 def without_speed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
+    return [
+        {name: value for name, value in row.items() if name not in ("tokens_per_second", "peak_memory_gb")}
+        for row in rows
+    ]
 
 
 class Killed(Exception):
@@ -157,8 +160,11 @@ class Breaking:
             outcome.loss = outcome.loss * math.nan
         return outcome
 
-    def check_first_step(self, distance: float) -> None:
-        self.inner.check_first_step(distance)
+    def arrange(self, examples: Sequence[Any]) -> Sequence[Any]:
+        return self.inner.arrange(examples)
+
+    def check_first_step(self, distance: float, loss_distance: float) -> None:
+        self.inner.check_first_step(distance, loss_distance)
 
 
 def response_logps(model: Any, group: Group, index: int = 0) -> Tensor:
@@ -178,7 +184,7 @@ def plain_step(model: Any, loss: Tensor, rate: float) -> dict[str, Tensor]:
 def gradient_descent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain SGD, whose step is the gradient itself: adaptive optimisers hide a wrong scale of it."""
     monkeypatch.setattr(
-        trainer_module, "_optimizer", lambda model, optimization: torch.optim.SGD(model.parameters(), lr=0.5)
+        trainer_module, "build_optimizer", lambda parameters, optimization: torch.optim.SGD(parameters, lr=0.5)
     )
 
 
@@ -219,7 +225,7 @@ def test_preference_step_is_that_of_the_mean_over_pairs_however_it_is_cut(
         for i, (name, r) in enumerate(pairs.references.items())
     }
     loss = SrDPO(beta=0.2, lam=0.3, refinement=Refinement(prompt="Do well: "))
-    objective = Preference(loss, references, starts_as_reference=False, dtype="float32")
+    objective = Preference(loss, StoredReferences(references), starts_as_reference=False, dtype="float32")
     trained = run(
         tmp_path / "M2",
         tiny_policy,
@@ -323,7 +329,7 @@ def test_resumed_training_equals_uninterrupted_training_bit_for_bit(
     examples, objective = demonstrations, Likelihood("tokens")
     if kind == "sr_dpo":
         loss = SrDPO(refinement=Refinement(prompt="Do well: "))
-        examples, objective = pairs.examples, Preference(loss, pairs.references, True, "float32")
+        examples, objective = pairs.examples, Preference(loss, StoredReferences(pairs.references), True, "float32")
     again, checkpoints = interrupted(tmp_path / "killed", tiny_policy, examples, objective, weights)
     assert checkpoints == ["checkpoint-2"]
     whole = run(
@@ -447,7 +453,7 @@ def test_training_is_free_of_every_dropout_the_config_asks_for(
         model.eval()
         expected = response_logps(model, group).sum()
         prepared = Policy(model, tiny_tokenizer, "")
-        prepare(prepared, tiny_policy, weights)
+        prepare(prepared, tiny_policy, weights, 0.0)
         prepared.model.train()
         first, second = (Likelihood("tokens")(prepared.model, [group]).loss for _ in range(2))
         single = Group(id="a", prompt=group.prompt, responses=group.responses[:1], given=[0])
@@ -467,7 +473,7 @@ def test_first_two_steps_of_a_policy_with_dropout_in_its_config_start_as_the_ref
     (folder / "weights" / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
     (folder / "tokenizer").symlink_to(tiny_policy.path / "tokenizer")
     (folder / "weights.json").write_text("{}")
-    objective = Preference(DPO(), pairs.references, True, "float32")
+    objective = Preference(DPO(), StoredReferences(pairs.references), True, "float32")
     trained = run(
         tmp_path / "M1",
         PolicyFiles(folder),
@@ -499,7 +505,7 @@ def test_first_step_of_a_policy_that_is_its_reference_has_the_known_loss(
     tiny_policy: PolicyFiles, pairs: Pairs, tmp_path: Path, loss: Any, batch_tokens: int
 ) -> None:
     optimization = settings(batch_size=8, batch_tokens=batch_tokens)
-    objective = Preference(loss, pairs.references, True, "float32")
+    objective = Preference(loss, StoredReferences(pairs.references), True, "float32")
     row = run(tmp_path, tiny_policy, pairs.examples, objective=objective, optimization=optimization).rows[0]
     assert row["loss"] == pytest.approx(25 if isinstance(loss, IPO) else math.log(2), abs=1e-3)
     for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
@@ -523,7 +529,7 @@ def test_first_step_against_a_wrong_reference_stops_with_the_likely_causes(
     wrong = {key: WRONG[name](i, r) for i, (key, r) in enumerate(pairs.references.items())}
     loss = SrDPO(refinement=Refinement(prompt="Do well: "))
     optimization = settings(batch_size=8)
-    checked = Preference(loss, wrong, True, "float32")
+    checked = Preference(loss, StoredReferences(wrong), True, "float32")
     with pytest.raises(SelfalignError, match=r"does not start as its reference: at the first step .* Likely causes:"):
         run(tmp_path / "checked", tiny_policy, pairs.examples, objective=checked, optimization=optimization)
 
@@ -532,23 +538,25 @@ def test_first_step_against_another_reference_that_is_meant_is_not_stopped(
     tiny_policy: PolicyFiles, pairs: Pairs, tmp_path: Path
 ) -> None:
     other = {name: replace(r, chosen=r.chosen - 5) for name, r in pairs.references.items()}
-    objective = Preference(DPO(), other, starts_as_reference=False, dtype="float32")
+    objective = Preference(DPO(), StoredReferences(other), starts_as_reference=False, dtype="float32")
     row = run(tmp_path, tiny_policy, pairs.examples, objective=objective).rows[0]
     assert row["rewards/chosen"] == pytest.approx(0.5, abs=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_first_step_check_allows_rounding_of_the_dtype_and_no_more(dtype: str) -> None:
-    objective = Preference(DPO(beta=0.1), {}, True, dtype)
+    objective = Preference(DPO(beta=0.1), StoredReferences({}), True, dtype)
     nats = {"float32": 1e-2, "bfloat16": 1.0}[dtype]
-    objective.check_first_step(0.1 * nats * 0.9)
-    with pytest.raises(SelfalignError, match="does not start as its reference"):
-        objective.check_first_step(0.1 * nats * 1.1)
+    share = {"float32": 0.05, "bfloat16": 0.5}[dtype]
+    objective.check_first_step(0.1 * nats * 0.9, share * 0.9)
+    for distance, loss_distance in ((0.1 * nats * 1.1, 0.0), (0.0, share * 1.1)):
+        with pytest.raises(SelfalignError, match="does not start as its reference"):
+            objective.check_first_step(distance, loss_distance)
 
 
 def test_a_reference_value_that_is_missing_is_an_error(tiny_policy: PolicyFiles, pairs: Pairs, tmp_path: Path) -> None:
     missing = {name: replace(r, augmented_chosen=None) for name, r in pairs.references.items()}
-    objective = Preference(SrDPO(refinement=Refinement(prompt="Do well: ")), missing, True, "float32")
+    objective = Preference(SrDPO(refinement=Refinement(prompt="Do well: ")), StoredReferences(missing), True, "float32")
     with pytest.raises(ValueError, match="a stored reference log-probability is missing"):
         run(tmp_path, tiny_policy, pairs.examples, objective=objective)
 
@@ -571,7 +579,7 @@ def test_references_of_a_killed_scoring_are_right_although_the_batches_became_la
         out = Workspace(tmp_path / folder, "reference", lambda row: None)
         precision = settings(batch_tokens=batch_tokens).precision("float32")
         policy, pairs = artefact_of(tiny_policy.path), artefact_of(tmp_path)
-        reference(out, policy=policy, pairs=pairs, refinement=None, precision=precision)
+        reference(out, policy=policy, pairs=pairs, augmentation=None, precision=precision)
         return read_records(out.path / "references.jsonl", PairReference)
 
     whole = score("whole", 100_000)
@@ -745,7 +753,7 @@ def test_every_example_occurs_once_an_epoch_in_an_order_of_its_own() -> None:
         ({"warmup_share": 1.0}, "warmup_share must be at least 0 and below 1, got 1.0"),
         ({"warmup_share": -0.1}, "warmup_share must be at least 0 and below 1"),
         ({"schedule": "cosin"}, "schedule must be one of cosine, linear, constant; got 'cosin'"),
-        ({"optimizer": "sgd"}, "optimizer must be one of adamw, rmsprop; got 'sgd'"),
+        ({"optimizer": "sgd"}, "optimizer must be one of adamw, rmsprop, adamw_8bit; got 'sgd'"),
         ({"average": "pairs"}, "average must be one of tokens, examples; got 'pairs'"),
         ({"dtype": "float16"}, "dtype must be one of float32, bfloat16; got 'float16'"),
     ],

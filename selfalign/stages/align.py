@@ -1,22 +1,23 @@
 """align: M_t + preference pairs → M_{t+1}."""
 
 import math
+import random
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from selfalign.batches import PairExample, encode_pairs, make_batch
+from selfalign.batches import Group, PairExample, encode_pairs, make_batch, split_by_tokens
 from selfalign.errors import SelfalignError
-from selfalign.losses import PairLogps, PreferenceLoss, SrDPO, SrIPO
-from selfalign.metrics import averages, reward_metrics
-from selfalign.models import Policy, PolicyFiles
+from selfalign.files import derive_seed, digest_text
+from selfalign.losses import ODPO, PairLogps, PreferenceLoss, SrDPO, SrIPO
+from selfalign.metrics import Sums, add_sums, averages, reward_intervals, reward_metrics
+from selfalign.models import Policy, PolicyFiles, autocast
 from selfalign.records import PairReference, PreferencePair, read_records
 from selfalign.refinement import Refinement, refinement
-from selfalign.scoring import Scorer
 from selfalign.store import Artefact, Counts, Workspace
-from selfalign.training import Optimization, Outcome, Weights, forward, train
+from selfalign.training import Optimization, Outcome, Weights, forward, make_scoring, train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,6 +32,7 @@ def align(
     reference: Artefact,
     loss: PreferenceLoss,
     starts_as_reference: bool,
+    held_out: int,
     optimization: Optimization,
     weights: Weights,
 ) -> Counts:
@@ -41,31 +43,114 @@ def align(
         policy: M_t, where training starts.
         base: M0, which an adapter belongs to.
         pairs: pairs.jsonl.
-        reference: references.jsonl, the reference policy's log-probabilities of these pairs.
+        reference: references.jsonl, the reference policy's log-probabilities of these pairs; or that policy itself,
+            which is then asked at every step.
         loss: one of `selfalign.losses`.
         starts_as_reference: the reference is M_t itself, so the first step has a known loss, which is checked.
+        held_out: how many pairs are set aside, to be measured and not trained on.
         optimization: rates, sizes and lengths.
         weights: which weights are trained.
     """
     records = read_records(pairs.path / "pairs.jsonl", PreferencePair)
-    references = {r.id: r for r in read_records(reference.path / "references.jsonl", PairReference)}
     tokenizer = PolicyFiles(policy.path).load_tokenizer()
-    examples, too_long = encode_pairs(tokenizer, records, refinement_of(loss), optimization.max_length)
-    missing = [example.id for example in examples if example.id not in references]
-    if missing:
-        raise SelfalignError(f"{reference.path}: no reference for pair {missing[0]} ({len(missing)} in all)")
+    encoded = encode_pairs(tokenizer, records, augmentation_of(loss), optimization.max_length)
+    check_score_gaps(loss, encoded.examples)
+    training, held = split_pairs(encoded.examples, held_out)
+    references = open_references(reference, base, weights, encoded.examples)
+    objective = Preference(loss, references, starts_as_reference and not optimization.dropout, optimization.dtype)
     trained = train(
         out,
         policy=PolicyFiles(policy.path),
         base=PolicyFiles(base.path),
-        examples=examples,
-        objective=Preference(loss, references, starts_as_reference, optimization.dtype),
+        examples=training,
+        objective=objective,
         optimization=optimization,
         weights=weights,
     )
-    autocast = optimization.precision(weights.dtype).autocast
-    rewards = rewards_after(trained, examples, references, loss.beta, optimization.batch_tokens, autocast)
-    return {"pairs": len(examples), "dropped": {"too_long": too_long}, **rewards}
+    counts: Counts = {
+        "pairs": len(training),
+        "prompts_cut": encoded.cut,
+        "dropped": {"too_long": encoded.too_long},
+        **averages(objective.measure(trained, training, optimization)),
+    }
+    if held:
+        measured = objective.measure(trained, held, optimization)
+        numbers = averages(measured) | reward_intervals(measured)
+        counts |= {"held_out_pairs": len(held), **{f"held_out/{name}": value for name, value in numbers.items()}}
+    return counts
+
+
+class References(Protocol):
+    """The reference policy's log-probabilities of pairs, given x or (`augmented`) p⊕x, without gradient."""
+
+    def __call__(self, model: "PreTrainedModel", groups: Sequence[Group], *, augmented: bool = False) -> PairLogps: ...
+
+
+@dataclass(slots=True)
+class StoredReferences:
+    """Computed before training, by pair id."""
+
+    records: dict[str, PairReference]
+
+    def __call__(self, model: "PreTrainedModel", groups: Sequence[Group], *, augmented: bool = False) -> PairLogps:
+        """Looks them up.
+
+        Raises:
+            ValueError: a value is missing or not a number.
+        """
+        records = [self.records[group.id] for group in groups]
+        values = [(r.augmented_chosen, r.augmented_rejected) if augmented else (r.chosen, r.rejected) for r in records]
+        table = torch.tensor([[math.nan if v is None else v for v in row] for row in values], device=model.device)
+        if not bool(torch.isfinite(table).all()):
+            raise ValueError("a stored reference log-probability is missing or not finite")
+        lengths = [[len(r) - n for r, n in zip(group.responses, group.given, strict=True)] for group in groups]
+        tokens = torch.tensor(lengths, device=model.device).float()
+        return PairLogps(
+            chosen=table[:, 0], rejected=table[:, 1], chosen_tokens=tokens[:, 0], rejected_tokens=tokens[:, 1]
+        )
+
+
+@dataclass(slots=True)
+class SecondModel:
+    """Computed at every step by the reference policy, in memory beside the policy that is trained."""
+
+    reference: "PreTrainedModel"
+
+    def __call__(self, model: "PreTrainedModel", groups: Sequence[Group], *, augmented: bool = False) -> PairLogps:
+        """Computes them."""
+        return frozen_logps(self.reference, groups)
+
+
+@dataclass(slots=True)
+class AdapterSwitchedOff:
+    """Computed at every step by the trained policy without its adapter: the base it belongs to."""
+
+    def __call__(self, model: "PreTrainedModel", groups: Sequence[Group], *, augmented: bool = False) -> PairLogps:
+        """Computes them."""
+        with model.disable_adapter():  # pyright: ignore[reportCallIssue, reportGeneralTypeIssues]
+            return frozen_logps(model, groups)
+
+
+def open_references(
+    reference: Artefact, base: Artefact, weights: Weights, examples: Sequence[PairExample]
+) -> References:
+    """The reference values an artefact holds, or its policy ready to be asked for them.
+
+    Raises:
+        SelfalignError: a pair has no stored value.
+    """
+    path = reference.path / "references.jsonl"
+    if path.exists():
+        records = {record.id: record for record in read_records(path, PairReference)}
+        missing = [example.id for example in examples if example.id not in records]
+        if missing:
+            raise SelfalignError(f"{reference.path}: no reference for pair {missing[0]} ({len(missing)} in all)")
+        return StoredReferences(records)
+    if weights.lora.rank and reference.digest == base.digest:
+        return AdapterSwitchedOff()
+    loaded = PolicyFiles(reference.path).load(weights.dtype)
+    make_scoring(loaded.model)
+    return SecondModel(loaded.model)
 
 
 @dataclass(slots=True)
@@ -74,108 +159,176 @@ class Preference:
 
     Attributes:
         loss: one of `selfalign.losses`.
-        references: the reference policy's log-probabilities by pair id.
+        references: the reference policy's log-probabilities.
         starts_as_reference: whether the first step's values are known.
         dtype: what the policy multiplies in; it decides how far the first step may be off.
     """
 
     loss: PreferenceLoss
-    references: dict[str, PairReference]
+    references: References
     starts_as_reference: bool
     dtype: str
+
+    def arrange(self, examples: Sequence[PairExample]) -> list[PairExample]:
+        """A step's pairs; where the refinement is shuffled, each with the p⊕x pass of another one."""
+        source = refinement_of(self.loss)
+        if source is None or source.source != "shuffled":
+            return list(examples)
+        shuffled = list(examples)
+        random.Random(derive_seed("shuffled", *(example.id for example in examples))).shuffle(shuffled)
+        others = [*shuffled[1:], *shuffled[:1]]
+        return [replace(one, augmented=other.augmented) for one, other in zip(shuffled, others, strict=True)]
 
     def weight(self, examples: Sequence[PairExample]) -> float:
         """The loss is averaged over pairs."""
         return float(len(examples))
 
     def __call__(self, model: "PreTrainedModel", examples: Sequence[PairExample]) -> Outcome:
-        policy = pair_logps(model, examples)
-        reference = reference_logps(self.references, examples, model.device)
-        delta = self._refinement(model, examples)
+        groups = [example.plain for example in examples]
+        policy, reference = pair_logps(model, groups), self.references(model, groups)
+        delta = self.refine(model, examples, policy, reference)
         losses = self.loss(policy, reference, delta)
-        chosen = self.loss.beta * (policy.chosen - reference.chosen).detach()
-        rejected = self.loss.beta * (policy.rejected - reference.rejected).detach()
-        deltas = None if delta is None else delta.tolist()
-        metrics = reward_metrics(chosen.tolist(), rejected.tolist(), deltas)
-        distance = max(map(abs, [*chosen.tolist(), *rejected.tolist(), *(deltas or [])]))
-        metrics["logps/chosen"] = (float(policy.chosen.detach().sum()), float(len(examples)))
-        metrics["logps/rejected"] = (float(policy.rejected.detach().sum()), float(len(examples)))
-        metrics["loss"] = (float(losses.detach().sum()), float(len(examples)))
-        return Outcome(losses.sum(), metrics, distance)
+        start = self.loss(reference, reference, delta)
+        policy = policy.detach()
+        zeros = [*rewards(self.loss.beta, policy, reference)]
+        if delta is not None and augmentation_of(self.loss):
+            zeros.append(delta)
+        count = float(len(examples))
+        metrics = {
+            **self.reward_metrics(policy, reference, delta),
+            "logps/chosen": (float(policy.chosen.sum()), count),
+            "logps/rejected": (float(policy.rejected.sum()), count),
+            "loss": (float(losses.detach().sum()), count),
+        }
+        return Outcome(
+            losses.sum(),
+            metrics,
+            distance=max(float(values.abs().max()) for values in zeros),
+            loss_distance=float(((losses.detach() - start).abs() / start.abs().clamp(min=1e-3)).max()),
+        )
 
-    def _refinement(self, model: "PreTrainedModel", examples: Sequence[PairExample]) -> torch.Tensor | None:
+    def refine(
+        self, model: "PreTrainedModel", examples: Sequence[PairExample], policy: PairLogps, reference: PairLogps
+    ) -> torch.Tensor | None:
         """Δ of each pair under the current policy, without gradient; None where the loss has none."""
-        if refinement_of(self.loss) is None:
+        if isinstance(self.loss, ODPO):
+            gaps = [example.score_gap or math.nan for example in examples]
+            return torch.tensor(gaps, device=model.device).log()
+        source = refinement_of(self.loss)
+        if source is None:
             return None
-        with torch.no_grad():
-            policy_p = pair_logps(model, examples, augmented=True)
-        reference_p = reference_logps(self.references, examples, model.device, augmented=True)
-        return refinement(policy_p, reference_p, self.loss.beta)
+        if source.source == "constant":
+            return torch.full_like(reference.chosen, source.constant)
+        if source.source == "naive":
+            return refinement(policy, reference, self.loss.beta)
+        groups = [example.augmented for example in examples if example.augmented is not None]
+        return refinement(frozen_logps(model, groups), self.references(model, groups, augmented=True), self.loss.beta)
 
-    def check_first_step(self, distance: float) -> None:
+    def check_first_step(self, distance: float, loss_distance: float) -> None:
         """Stops the run if the policy does not start as the reference, where every reward and every Δ is 0.
 
         Args:
             distance: the largest of them, either sign.
+            loss_distance: how far the worst pair's loss is from its value there, as a share of that value
+                (ln 2 for DPO and Sr-DPO, 1/(4β²) for IPO and Sr-IPO).
 
         Raises:
-            SelfalignError: one is too far from 0, with the likely causes.
+            SelfalignError: one is too far off, with the likely causes.
         """
-        tolerance = self.loss.beta * (1.0 if self.dtype == "bfloat16" else 1e-2)
-        if self.starts_as_reference and distance > tolerance:
+        if not self.starts_as_reference:
+            return
+        coarse = self.dtype == "bfloat16"
+        if distance > self.loss.beta * (1.0 if coarse else 1e-2) or loss_distance > (0.5 if coarse else 0.05):
             raise SelfalignError(
                 "the policy does not start as its reference: at the first step a reward or refinement is "
-                f"{distance:.3g} away from 0. Likely causes: dropout is active, policy and reference "
-                "were loaded in different dtypes, or the stored reference belongs to other weights or token ids"
+                f"{distance:.3g} away from 0, and the loss {loss_distance:.1%} from its known value. Likely causes: "
+                "dropout is active, policy and reference were loaded in different dtypes, or the stored reference "
+                "belongs to other weights or token ids"
             )
 
+    @torch.no_grad()
+    def measure(self, policy: Policy, examples: Sequence[PairExample], optimization: Optimization) -> Sums:
+        """The reward metrics of a trained policy over pairs, as sums and weights."""
+        sums: Sums = {}
+        policy.model.eval()
+        for part in split_by_tokens(examples, optimization.batch_tokens):
+            with autocast(policy.model, optimization.dtype):
+                groups = [example.plain for example in part]
+                logps, reference = pair_logps(policy.model, groups), self.references(policy.model, groups)
+                delta = self.refine(policy.model, part, logps, reference)
+            sums = add_sums(sums, self.reward_metrics(logps, reference, delta))
+        return sums
 
-def pair_logps(model: "PreTrainedModel", examples: Sequence[PairExample], *, augmented: bool = False) -> PairLogps:
-    """Summed log-probabilities of both responses of each pair, given x or p⊕x."""
-    groups = [example.augmented if augmented else example.plain for example in examples]
-    batch = make_batch(model, [group for group in groups if group is not None]).to(model.device)
+    def reward_metrics(self, policy: PairLogps, reference: PairLogps, delta: torch.Tensor | None) -> Sums:
+        """The reward metrics of these pairs; Δ is among them where it comes from the policy."""
+        source = refinement_of(self.loss)
+        chosen, rejected = rewards(self.loss.beta, policy, reference)
+        assert policy.chosen_tokens is not None
+        assert policy.rejected_tokens is not None
+        return reward_metrics(
+            chosen.tolist(),
+            rejected.tolist(),
+            None if delta is None or source is None or source.source == "constant" else delta.tolist(),
+            chosen_tokens=policy.chosen_tokens.tolist(),
+            rejected_tokens=policy.rejected_tokens.tolist(),
+        )
+
+
+def rewards(beta: float, policy: PairLogps, reference: PairLogps) -> tuple[torch.Tensor, torch.Tensor]:
+    """β[log π - log π_ref] of the chosen and of the rejected responses, each (pairs,)."""
+    return beta * (policy.chosen - reference.chosen), beta * (policy.rejected - reference.rejected)
+
+
+def pair_logps(model: "PreTrainedModel", groups: Sequence[Group]) -> PairLogps:
+    """Summed log-probabilities of both responses of each pair."""
+    batch = make_batch(model, groups).to(model.device)
     sums = batch.sum_by_response(forward(model, batch)).view(-1, 2)
     tokens = batch.tokens.view(-1, 2)
     return PairLogps(chosen=sums[:, 0], rejected=sums[:, 1], chosen_tokens=tokens[:, 0], rejected_tokens=tokens[:, 1])
 
 
-def reference_logps(
-    references: dict[str, PairReference],
-    examples: Sequence[PairExample],
-    device: torch.device,
-    *,
-    augmented: bool = False,
-) -> PairLogps:
-    """The stored values of these pairs, in their order.
+@torch.no_grad()
+def frozen_logps(model: "PreTrainedModel", groups: Sequence[Group]) -> PairLogps:
+    """The same without gradient and dropout."""
+    training = model.training
+    model.eval()
+    try:
+        return pair_logps(model, groups)
+    finally:
+        model.train(training)
+
+
+def split_pairs(examples: list[PairExample], held_out: int) -> tuple[list[PairExample], list[PairExample]]:
+    """(pairs to train on, pairs set aside), the latter chosen by their ids alone.
 
     Raises:
-        ValueError: a value is missing or not a number.
+        SelfalignError: none would be left to train on.
     """
-    records = [references[example.id] for example in examples]
-    values = [(r.augmented_chosen, r.augmented_rejected) if augmented else (r.chosen, r.rejected) for r in records]
-    table = torch.tensor([[math.nan if v is None else v for v in row] for row in values], device=device)
-    if not bool(torch.isfinite(table).all()):
-        raise ValueError("a stored reference log-probability is missing or not finite")
-    return PairLogps(chosen=table[:, 0], rejected=table[:, 1])
-
-
-def rewards_after(
-    policy: Policy,
-    examples: Sequence[PairExample],
-    references: dict[str, PairReference],
-    beta: float,
-    batch_tokens: int,
-    autocast: str,
-) -> dict[str, float]:
-    """Margin and accuracy of the trained policy on all its pairs."""
-    scorer = Scorer(policy, batch_tokens, autocast=autocast)
-    groups = [example.plain for example in examples]
-    sums = [pair for batch in scorer.plan(groups) for pair in scorer.score(batch)]
-    chosen = [beta * (s[0] - references[e.id].chosen) for s, e in zip(sums, examples, strict=True)]
-    rejected = [beta * (s[1] - references[e.id].rejected) for s, e in zip(sums, examples, strict=True)]
-    return averages(reward_metrics(chosen, rejected))
+    if held_out >= len(examples):
+        raise SelfalignError(f"train.held_out_pairs={held_out} of {len(examples)} pairs leaves none to train on")
+    aside = {example.id for example in sorted(examples, key=lambda example: digest_text(example.id))[:held_out]}
+    return [e for e in examples if e.id not in aside], [e for e in examples if e.id in aside]
 
 
 def refinement_of(loss: PreferenceLoss) -> Refinement | None:
     """The refinement a loss asks for, or None."""
     return loss.refinement if isinstance(loss, SrDPO | SrIPO) else None
+
+
+def augmentation_of(loss: PreferenceLoss) -> Refinement | None:
+    """What a loss's second pass depends on; None where it has no second pass."""
+    source = refinement_of(loss)
+    return source.augmentation() if source else None
+
+
+def check_score_gaps(loss: PreferenceLoss, examples: Sequence[PairExample]) -> None:
+    """ODPO takes the logarithm of the scores' difference.
+
+    Raises:
+        SelfalignError: a pair has no scores, or its chosen response's is not the higher one.
+    """
+    wrong = [e.id for e in examples if e.score_gap is None or not e.score_gap > 0] if isinstance(loss, ODPO) else []
+    if wrong:
+        raise SelfalignError(
+            f"loss=odpo needs chosen_score above rejected_score in every pair; {len(wrong)} have not, like {wrong[0]}"
+        )

@@ -10,11 +10,12 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from selfalign.batches import Group, share_prompt
 from selfalign.data import as_prompt
 from selfalign.errors import SelfalignError
-from selfalign.files import derive_seed
+from selfalign.files import derive_seed, text_or_file
 from selfalign.generation import Request, Sampling, Transformers
 from selfalign.metrics import judgement_statistics
 from selfalign.models import Policy, PolicyFiles
@@ -40,7 +41,7 @@ class SampledScore:
     """The judge writes a justification and a last line `Score: n`; several such judgements are averaged.
 
     Attributes:
-        prompt: the rubric, with {instruction} and {response} where they belong.
+        prompt: the rubric, a text or "file:PATH", with {instruction} and {response} where they belong.
         model: who judges: "self" (M_t, the paper), "sft" (M1) or "base" (M0).
         low: the lowest score of the rubric.
         high: the highest.
@@ -54,10 +55,12 @@ class SampledScore:
     low: int = 0
     high: int = 5
     samples: int = 3
+    opening: ClassVar[str] = ""
     max_failed_share: float = 0.5
     sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
+        self.prompt = text_or_file(self.prompt, "judge.prompt")
         check_judge(self.prompt, self.model, self.low, self.high)
         self.sampling.check("judge.sampling")
         if self.samples < 1:
@@ -79,7 +82,7 @@ class ExpectedScore:
     """The probability-weighted mean over the score tokens that may follow `Score: `, in one forward pass.
 
     Attributes:
-        prompt: the rubric, with {instruction} and {response} where they belong.
+        prompt: the rubric, a text or "file:PATH", with {instruction} and {response} where they belong.
         model: who judges: "self" (M_t, the paper), "sft" (M1) or "base" (M0).
         low: the lowest score of the rubric.
         high: the highest; both are single digits.
@@ -91,8 +94,10 @@ class ExpectedScore:
     low: int = 0
     high: int = 5
     batch_tokens: int = 2048
+    opening: ClassVar[str] = PREFIX
 
     def __post_init__(self) -> None:
+        self.prompt = text_or_file(self.prompt, "judge.prompt")
         check_judge(self.prompt, self.model, self.low, self.high)
         if not 0 <= self.low < self.high <= 9:
             raise SelfalignError(
@@ -106,8 +111,8 @@ class ExpectedScore:
         return as_prompt(fill(self.prompt, {"instruction": instruction, "response": response}))
 
     def answer(self, score: int, justification: str) -> str:
-        """What a judgement with this score looks like, for evaluation fine-tuning: the score alone."""
-        return f"{PREFIX}{score}"
+        """What follows the opening, for evaluation fine-tuning: the score alone."""
+        return str(score)
 
 
 Judge = SampledScore | ExpectedScore
@@ -232,7 +237,7 @@ def expected_scores(
     members: dict[str, list[Subject]] = {}
     for name, family in families.items():
         prompts = [
-            encode_prompt(tokenizer, judge.ask(subject.instruction.text, subject.response.text), PREFIX)
+            encode_prompt(tokenizer, judge.ask(subject.instruction.text, subject.response.text), judge.opening)
             for subject in family
         ]
         fits = [len(prompt) < policy.context for prompt in prompts]

@@ -6,7 +6,7 @@ from selfalign.records import PairReference, PreferencePair, read_records, write
 from selfalign.refinement import Refinement
 from selfalign.scoring import Scorer
 from selfalign.store import Artefact, Counts, Workspace
-from selfalign.training import Precision, disable_dropout
+from selfalign.training import Precision, set_dropout
 
 
 def reference(
@@ -14,7 +14,7 @@ def reference(
     *,
     policy: Artefact,
     pairs: Artefact,
-    refinement: Refinement | None,
+    augmentation: Refinement | None,
     precision: Precision,
 ) -> Counts:
     """Scores every pair under the reference policy, given x and, for the Sr losses, given p⊕x.
@@ -23,16 +23,16 @@ def reference(
         out: gets references.jsonl.
         policy: the reference.
         pairs: pairs.jsonl.
-        refinement: p, or None where the loss has no refinement.
+        augmentation: p, or None where the loss has no second pass.
         precision: as training will have it, so that the policy's own values start out the same.
     """
     records = read_records(pairs.path / "pairs.jsonl", PreferencePair)
     loaded = PolicyFiles(policy.path).load(precision.dtype)
-    examples, too_long = encode_pairs(loaded.tokenizer, records, refinement, precision.max_length)
-    disable_dropout(loaded.model)
+    encoded = encode_pairs(loaded.tokenizer, records, augmentation, precision.max_length)
+    set_dropout(loaded.model, 0.0)
     scorer = Scorer(loaded, precision.batch_tokens, autocast=precision.autocast)
-    plain = [example.plain for example in examples]
-    augmented = [example.augmented for example in examples if example.augmented is not None]
+    plain = [example.plain for example in encoded.examples]
+    augmented = [example.augmented for example in encoded.examples if example.augmented is not None]
     with out.journal(len(plain) + len(augmented), "pairs") as journal:
 
         def score(name: str, groups: list[Group]) -> list[list[float]]:
@@ -56,4 +56,4 @@ def reference(
         for group, (chosen, rejected), (chosen_p, rejected_p) in zip(plain, sums, sums_p, strict=True)
     ]
     write_records(out.path / "references.jsonl", references)
-    return {"pairs": len(references), "dropped": {"too_long": too_long}}
+    return {"pairs": len(references), "prompts_cut": encoded.cut, "dropped": {"too_long": encoded.too_long}}

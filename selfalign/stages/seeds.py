@@ -51,6 +51,9 @@ class JudgeFormat(Protocol):
     def answer(self, score: int, justification: str) -> str: ...
 
     @property
+    def opening(self) -> str: ...
+
+    @property
     def low(self) -> int: ...
 
     @property
@@ -107,6 +110,7 @@ def demonstrate_judging(question: RankedAnswers, judge: JudgeFormat) -> list[Dem
             response=judge.answer(score, justification),
             source="eft",
             question=question.id,
+            prefill=judge.opening,
         )
         for index, (text, score, justification) in enumerate(
             zip(question.texts, scores, question.justifications, strict=True), start=1

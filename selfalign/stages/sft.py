@@ -9,7 +9,7 @@ from selfalign.errors import SelfalignError
 from selfalign.models import PolicyFiles
 from selfalign.records import Demonstration, read_records
 from selfalign.store import Artefact, Counts, Workspace
-from selfalign.tokenization import encode_prompt, encode_response
+from selfalign.tokenization import encode_prompt, encode_response, end_of_turn_id
 from selfalign.training import Likelihood, Optimization, Weights, train
 
 if TYPE_CHECKING:
@@ -76,10 +76,20 @@ class Encoded:
 
 
 def encode_demonstration(tokenizer: "Tokenizer", record: Demonstration) -> Encoded:
-    """Tokenises a prompt, and a response that ends its turn."""
-    return Encoded(
-        record, encode_prompt(tokenizer, record.prompt), encode_response(tokenizer, record.response, finished=True)
-    )
+    """Tokenises a prompt with the beginning that is given, and a response that ends its turn.
+
+    Raises:
+        SelfalignError: the response's first token would merge with the beginning that is given.
+    """
+    prompt = encode_prompt(tokenizer, record.prompt, record.prefill)
+    if not record.prefill:
+        return Encoded(record, prompt, encode_response(tokenizer, record.response, finished=True))
+    whole = encode_prompt(tokenizer, record.prompt, record.prefill + record.response)
+    if whole[: len(prompt)] != prompt:
+        raise SelfalignError(
+            f"record {record.id}: this tokenizer writes the end of {record.prefill!r} and what follows as one token"
+        )
+    return Encoded(record, prompt, [*whole[len(prompt) :], end_of_turn_id(tokenizer)])
 
 
 def families(examples: list[Encoded]) -> list[list[Encoded]]:

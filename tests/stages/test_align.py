@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,12 +17,24 @@ from builders import (
 )
 from safetensors.torch import load_file
 
-from selfalign.batches import PairExample, encode_pairs, make_batch
+from selfalign.batches import Group, PairExample, encode_pairs, make_batch
 from selfalign.errors import SelfalignError
-from selfalign.losses import DPO, IPO, PreferenceLoss, SrDPO, SrIPO
+from selfalign.losses import DPO, IPO, ODPO, PreferenceLoss, SrDPO, SrIPO
 from selfalign.models import PolicyFiles
 from selfalign.records import PairReference, PreferencePair
-from selfalign.stages.align import Preference, align, refinement_of
+from selfalign.refinement import Refinement
+from selfalign.stages.align import (
+    AdapterSwitchedOff,
+    Preference,
+    SecondModel,
+    StoredReferences,
+    align,
+    augmentation_of,
+    open_references,
+    pair_logps,
+    refinement_of,
+    split_pairs,
+)
 from selfalign.stages.reference import reference
 from selfalign.store import Artefact
 from selfalign.training import Optimization, prepare
@@ -63,6 +76,7 @@ def aligned(
     starts_as_reference: bool = True,
     pairs: list[PreferencePair] = PAIRS,
     references: Artefact | None = None,
+    held_out: int = 0,
     **settings: object,
 ):
     """Scores the pairs under the reference and aligns on them; returns counts, policy and logged rows."""
@@ -73,7 +87,7 @@ def aligned(
         scores,
         policy=policy_artefact(judged_by or policy),
         pairs=given,
-        refinement=refinement_of(loss),
+        augmentation=augmentation_of(loss),
         precision=optimised.precision("float32"),
     )
     rows: list[dict] = []
@@ -86,6 +100,7 @@ def aligned(
         reference=references or records_artefact(scores.path),
         loss=loss,
         starts_as_reference=starts_as_reference,
+        held_out=held_out,
         optimization=optimised,
         weights=weights(seed, rank),
     )
@@ -188,7 +203,7 @@ def test_missing_reference_names_the_pair(tmp_path: Path, tiny_policy: PolicyFil
 
 
 def test_longer_pair_is_left_out_and_counted(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
-    long = preference("long", "Go on.", "and on " * 80, "no")
+    long = preference("long", "Go on.", "and on " * 150, "no")
     counts, policy, _ = aligned(tmp_path / "with", tiny_policy, SrDPO(), pairs=[*PAIRS, long], max_length=120)
     _, without, _ = aligned(tmp_path / "without", tiny_policy, SrDPO(), max_length=120)
     assert counts["dropped"] == {"too_long": 1}
@@ -213,8 +228,8 @@ def test_lora_saves_an_adapter_beside_a_link_to_its_base(tmp_path: Path, tiny_po
 def objective_on(policy: PolicyFiles, loss: PreferenceLoss) -> tuple[Preference, object, list[PairExample]]:
     """The loss over the pairs with the policy a little away from its reference."""
     reader = policy.load("float32", device="cpu")
-    prepare(reader, policy, weights())
-    examples, _ = encode_pairs(reader.tokenizer, PAIRS, refinement_of(loss), 2048)
+    prepare(reader, policy, weights(), 0.0)
+    examples = encode_pairs(reader.tokenizer, PAIRS, augmentation_of(loss), 2048).examples
     with torch.no_grad():
         table = {}
         for example in examples:
@@ -227,7 +242,7 @@ def objective_on(policy: PolicyFiles, loss: PreferenceLoss) -> tuple[Preference,
                 id=example.id, chosen=values[0], rejected=values[1],
                 augmented_chosen=values[2], augmented_rejected=values[3],
             )  # fmt: skip
-    return Preference(loss, table, True, "float32"), reader.model, examples
+    return Preference(loss, StoredReferences(table), True, "float32"), reader.model, examples
 
 
 @pytest.mark.parametrize(
@@ -269,3 +284,134 @@ def test_refinement_is_recomputed_under_the_current_policy_and_takes_no_gradient
     scale = (1 / (1 + math.exp(-0.2))) / (1 / (1 + math.exp(-0.4)))
     assert torch.allclose(gradients[1], scale * gradients[0], atol=1e-5, rtol=1e-3)
     assert gradients[0].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        # h = -2 and Δ_π = -0.4 for every pair, as above; Δ_naive = β h is the same number without the second pass.
+        (Refinement(), -0.4),
+        (Refinement(source="naive"), -0.4),
+        (Refinement(source="shuffled"), -0.4),
+        (Refinement(source="random_prompt"), -0.4),
+        (Refinement(source="constant", constant=0.7), 0.7),
+    ],
+    ids=lambda value: value.source if isinstance(value, Refinement) else "",
+)
+def test_every_source_of_the_refinement_offsets_the_loss(
+    tiny_policy: PolicyFiles, source: Refinement, expected: float
+) -> None:
+    objective, model, examples = objective_on(tiny_policy, SrDPO(beta=0.2, lam=0.5, refinement=source))
+    outcome = objective(model, objective.arrange(examples))
+    assert float(outcome.loss.detach()) / 4 == pytest.approx(math.log(1 + math.exp(0.4 + 0.5 * expected)), rel=1e-4)
+    assert ("refinement/mean" in outcome.metrics) == (source.source != "constant")
+
+
+@pytest.mark.parametrize("source", ["naive", "constant"])
+def test_sources_without_a_second_pass_ask_the_model_once(tiny_policy: PolicyFiles, source: str) -> None:
+    refinement = Refinement(source=source, constant=0.5 if source == "constant" else 0.0)
+    objective, model, examples = objective_on(tiny_policy, SrDPO(refinement=refinement))
+    assert all(example.augmented is None for example in examples)
+    calls = []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    objective(model, examples)
+    assert len(calls) == 1
+
+
+def test_shuffling_gives_every_pair_of_a_step_the_second_pass_of_another(tiny_policy: PolicyFiles) -> None:
+    objective, model, examples = objective_on(tiny_policy, SrDPO(refinement=Refinement(source="shuffled")))
+    table = objective.references.records
+    objective.references = StoredReferences(
+        {name: replace(r, augmented_chosen=r.augmented_chosen - n) for n, (name, r) in enumerate(table.items())}
+    )
+    arranged = objective.arrange(examples)
+    assert sorted(example.id for example in arranged) == sorted(example.id for example in examples)
+    partners = {example.id: example.augmented.id for example in arranged}
+    assert sorted(partners.values()) == sorted(partners)
+    assert all(one != other for one, other in partners.items())
+    assert {e.id: e.augmented.id for e in objective.arrange(examples)} == partners, "another shuffle the second time"
+
+    own = {example.id: example.augmented.id for example in objective.arrange(examples[:1])}
+    assert own == {examples[0].id: examples[0].id}
+
+    def deltas(some: list[PairExample]) -> list[float]:
+        policy = pair_logps(model, [example.plain for example in some])
+        return objective.refine(model, some, policy, policy).tolist()
+
+    by_pair = dict(zip((e.id for e in examples), deltas(examples), strict=True))
+    assert len({round(value, 3) for value in by_pair.values()}) == 4
+    assert deltas(arranged) == pytest.approx([by_pair[partners[e.id]] for e in arranged], abs=1e-4)
+
+
+def test_odpo_takes_the_logarithm_of_the_judges_score_difference(tiny_policy: PolicyFiles) -> None:
+    objective, model, examples = objective_on(tiny_policy, ODPO(beta=0.2, alpha=0.5))
+    scored = [replace(example, score_gap=gap) for example, gap in zip(examples, (1.0, 2.0, 3.0, 0.5), strict=True)]
+    total = sum(math.log(1 + math.exp(0.4 + 0.5 * math.log(gap))) for gap in (1.0, 2.0, 3.0, 0.5))
+    outcome = objective(model, scored)
+    assert float(outcome.loss.detach()) == pytest.approx(total, rel=1e-4)
+    assert "refinement/mean" not in outcome.metrics
+
+
+def test_odpo_trains_on_scored_pairs_and_refuses_others(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+    scored = [replace(pair, chosen_score=4.0, rejected_score=3.0 - n / 2) for n, pair in enumerate(PAIRS)]
+    _, _, rows = aligned(tmp_path / "scored", tiny_policy, ODPO(beta=0.2), pairs=scored)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    with pytest.raises(
+        SelfalignError, match=r"loss=odpo needs chosen_score above rejected_score .*; 4 have not, like a"
+    ):
+        aligned(tmp_path / "none", tiny_policy, ODPO())
+    tied = [*scored[1:], replace(scored[0], rejected_score=4.0)]
+    with pytest.raises(SelfalignError, match="1 have not, like a"):
+        aligned(tmp_path / "tied", tiny_policy, ODPO(), pairs=tied)
+
+
+@pytest.mark.parametrize("rank", [0, 2], ids=["second_model", "adapter_switched_off"])
+def test_live_reference_trains_as_the_stored_one(tmp_path: Path, tiny_policy: PolicyFiles, rank: int) -> None:
+    settings = {"rank": rank, "learning_rate": 2e-2 if rank else 5e-4, "batch_tokens": 10_000}
+    _, _, stored = aligned(tmp_path / "stored", tiny_policy, SrDPO(beta=0.2), **settings)
+    _, _, live = aligned(
+        tmp_path / "live", tiny_policy, SrDPO(beta=0.2), references=policy_artefact(tiny_policy), **settings
+    )
+    for one, other in zip(stored, live, strict=True):
+        for name in ("loss", "rewards/margins", "refinement/mean"):
+            assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-4)
+    kind = AdapterSwitchedOff if rank else SecondModel
+    base = policy_artefact(tiny_policy)
+    assert isinstance(open_references(base, base, weights(0, rank), []), kind)
+
+
+def test_held_out_pairs_are_measured_and_not_trained_on(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+    counts, policy, _ = aligned(tmp_path / "held", tiny_policy, SrDPO(beta=0.2), held_out=2)
+    assert (counts["pairs"], counts["held_out_pairs"]) == (2, 2)
+    training, held = split_pairs(
+        [PairExample(plain=Group(id=p.id, prompt=[1], responses=[[1]], given=[0])) for p in PAIRS], 2
+    )
+    kept = [pair for pair in PAIRS if pair.id in {example.id for example in training}]
+    _, alone, _ = aligned(tmp_path / "alone", tiny_policy, SrDPO(beta=0.2), pairs=kept)
+    assert policy.digest == alone.digest
+    margins = []
+    for pair in PAIRS:
+        if pair.id in {example.id for example in held}:
+            after, before = direct_logps(policy, pair), direct_logps(tiny_policy, pair)
+            margins.append(0.2 * ((after[0] - before[0]) - (after[1] - before[1])))
+    assert counts["held_out/rewards/margins"] == pytest.approx(sum(margins) / 2, abs=1e-3)
+    assert counts["held_out/rewards/margins_low"] < counts["held_out/rewards/margins"]
+    assert counts["held_out/rewards/margins_high"] > counts["held_out/rewards/margins"]
+    assert counts["held_out/rewards/accuracies_augmented_low"] >= 0
+    with pytest.raises(SelfalignError, match=r"train\.held_out_pairs=4 of 4 pairs leaves none to train on"):
+        aligned(tmp_path / "all", tiny_policy, DPO(), held_out=4)
+
+
+def test_held_out_pairs_do_not_depend_on_the_order_of_the_file() -> None:
+    examples = [PairExample(plain=Group(id=f"p{n}", prompt=[1], responses=[[1]], given=[0])) for n in range(20)]
+    held = {example.id for example in split_pairs(examples, 5)[1]}
+    assert held == {example.id for example in split_pairs(examples[::-1], 5)[1]}
+    assert held < {example.id for example in split_pairs(examples, 6)[1]}
+
+
+def test_dropout_that_is_asked_for_acts_on_the_policy_alone(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+    """Llama's only dropout is that of its attention; with it the policy does not start as its reference."""
+    plain = aligned(tmp_path / "plain", tiny_policy, SrDPO(beta=0.2))[2][0]
+    dropped = aligned(tmp_path / "dropped", tiny_policy, SrDPO(beta=0.2), dropout=0.5)[2][0]
+    assert abs(dropped["rewards/chosen"]) > 1e-3 > abs(plain["rewards/chosen"])
+    assert dropped["refinement/mean"] == pytest.approx(0, abs=1e-3)

@@ -219,10 +219,18 @@ def test_hostile_text_is_read_in_no_time(hostile: str) -> None:
     assert time.perf_counter() - started < 1
 
 
+@pytest.mark.parametrize("kind", [SampledScore, ExpectedScore])
+def test_rubric_can_stand_in_a_file(tmp_path: Path, kind: type[SampledScore] | type[ExpectedScore]) -> None:
+    (tmp_path / "rubric.txt").write_text(RUBRIC)
+    assert kind(prompt=f"file:{tmp_path}/rubric.txt").prompt == RUBRIC
+    with pytest.raises(SelfalignError, match=r"judge\.prompt: .*none\.txt: no such file"):
+        kind(prompt=f"file:{tmp_path}/none.txt")
+
+
 @pytest.mark.parametrize("score", range(6))
 def test_answers_taught_to_a_judge_are_read_back(score: int) -> None:
     for kind in (SampledScore(prompt=RUBRIC), ExpectedScore(prompt=RUBRIC)):
-        assert parse_score(kind.answer(score, "It is clear.\nIt is short."), 0, 5).score == score
+        assert parse_score(kind.opening + kind.answer(score, "It is clear.\nIt is short."), 0, 5).score == score
 
 
 # --- the stage ---------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def scored(folder: Path, policy: PolicyFiles, refinement: Refinement | None = P,
         workspace(folder / "out"),
         policy=policy_artefact(policy),
         pairs=records_artefact(folder / "given", pairs=pairs),
-        refinement=refinement,
+        augmentation=refinement,
         precision=optimization(**settings).precision("float32"),
     )
     return counts, read_records(folder / "out/references.jsonl", PairReference)
@@ -73,7 +73,7 @@ def test_values_are_the_summed_log_probabilities_of_full_logits(
 ) -> None:
     counts, references = scored(tmp_path, tiny_policy, batch_tokens=batch_tokens)
     assert [record.id for record in references] == ["a", "b", "c"]
-    assert counts == {"pairs": 3, "dropped": {"too_long": 0}}
+    assert counts == {"pairs": 3, "prompts_cut": 0, "dropped": {"too_long": 0}}
     for record in references:
         prompt, chosen, rejected = EXPECTED[record.id]
         assert record.chosen == pytest.approx(log_likelihood(tiny_policy, prompt, chosen), abs=1e-3)
@@ -101,7 +101,7 @@ def test_longer_pair_is_dropped_whole_and_counted(tmp_path: Path, tiny_policy: P
     long = preference("long", "Go on.", "and on " * 80, "no")
     counts, references = scored(tmp_path, tiny_policy, pairs=[PAIRS[0], long, PAIRS[1]], max_length=80)
     assert [record.id for record in references] == ["a", "b"]
-    assert counts == {"pairs": 2, "dropped": {"too_long": 1}}
+    assert counts == {"pairs": 2, "prompts_cut": 0, "dropped": {"too_long": 1}}
 
 
 def test_pair_too_long_only_behind_the_augmented_prompt_is_dropped_too(

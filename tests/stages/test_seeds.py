@@ -99,7 +99,8 @@ def test_judge_is_taught_its_own_format(tmp_path: Path) -> None:
     )  # fmt: skip
     alone = demonstrate_judging(question, SCORE)
     justified = demonstrate_judging(question, RATIONALE)
-    assert [d.response for d in alone] == ["Score: 5", "Score: 1"]
+    assert [(d.prefill, d.response) for d in alone] == [("Score: ", "5"), ("Score: ", "1")]
+    assert {d.prefill for d in justified} == {""}
     assert [d.response for d in justified] == ["It is right.\nScore: 5", "Score: 1"]
     assert [d.prompt for d in alone] == [SCORE.ask("Why?", "Best."), SCORE.ask("Why?", "Worst.")]
     assert {(d.source, d.question) for d in alone} == {("eft", "q")}
@@ -137,9 +138,8 @@ def test_every_taught_score_lies_on_the_judges_own_scale(tmp_path: Path, judge: 
     seeds(workspace(tmp_path), config=config.data.seeds, judge=config.judge, contents=[])
     taught = [d for d in read_records(tmp_path / "demonstrations.jsonl", Demonstration) if d.source == "eft"]
     assert len(taught) == 224
-    bad = [
-        d.response[-10:] for d in taught if parse_score(d.response, config.judge.low, config.judge.high).score is None
-    ]
+    texts = [d.prefill + d.response for d in taught]
+    bad = [text[-10:] for text in texts if parse_score(text, config.judge.low, config.judge.high).score is None]
     assert bad == []
 
 

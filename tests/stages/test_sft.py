@@ -128,7 +128,7 @@ def test_sharing_a_prompt_teaches_what_separate_prompts_teach(tmp_path: Path, ti
     )  # fmt: skip
     together = demonstrate_judging(question, ExpectedScore(prompt=RUBRIC))
     apart = [
-        Demonstration(id=d.id, prompt=d.prompt, response=d.response, source="eft", question=f"q{n}")
+        Demonstration(id=d.id, prompt=d.prompt, response=d.response, source="eft", question=f"q{n}", prefill=d.prefill)
         for n, d in enumerate(together)
     ]
     counts, shared, _ = trained(tmp_path / "shared", tiny_policy, together, epochs=1)
