@@ -9,6 +9,7 @@ import logging
 from bisect import bisect_left
 from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -76,7 +77,7 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
-        move = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.inputs.items()}
+        move = {name: value.to(device) for name, value in self.inputs.items()}
         return Batch(
             inputs=move,
             predict_at=self.predict_at.to(device),
@@ -90,8 +91,55 @@ class Batch:
         return torch.zeros_like(self.tokens).index_add(0, self.owner, logps)
 
 
-Layout = list[tuple[int, list[int]]]
-"""Per group: the prompt's length and the lengths of its responses."""
+class Layout:
+    """Who sees whom in a packed row: a token sees its prompt and its own response, up to itself.
+
+    Made once for a batch, used by every layer. Each token has a group, a segment in it (0 the prompt, then the
+    responses), and the position the model is told.
+    """
+
+    def __init__(self, groups: Sequence[tuple[int, Sequence[int]]]) -> None:
+        """Takes each group's prompt length and the lengths of its responses."""
+        tokens = [
+            (index, segment, start + at)
+            for index, (prompt, responses) in enumerate(groups)
+            for segment, (start, length) in enumerate([(0, prompt), *((prompt, n) for n in responses)])
+            for at in range(length)
+        ]
+        self.lengths = [prompt + sum(responses) for prompt, responses in groups]
+        self.group, self.segment, self.position = torch.tensor(tokens).unbind(1)
+        self._masks: dict[int | None, list[Tensor]] = {}
+        self._block_masks: dict[int | None, Any] = {}
+
+    def to(self, device: torch.device) -> "Layout":
+        """Moves it, in place."""
+        self.group, self.segment, self.position = (t.to(device) for t in (self.group, self.segment, self.position))
+        return self
+
+    def sees(self, query: Tensor, key: Tensor, window: int | None) -> Tensor:
+        """Whether the tokens at the indices `query` see those at `key`; the two broadcast."""
+        segment, distance = self.segment[key], self.position[query] - self.position[key]
+        seen = (self.group[query] == self.group[key]) & ((segment == 0) | (segment == self.segment[query]))
+        return seen & (distance >= 0) & (distance < window) if window else seen & (distance >= 0)
+
+    def masks(self, window: int | None) -> list[Tensor]:
+        """(tokens, tokens) of every group: true where the row's token sees the column's."""
+        if window not in self._masks:
+            rows = torch.arange(len(self.group), device=self.group.device).split(self.lengths)
+            self._masks[window] = [self.sees(row[:, None], row[None, :], window) for row in rows]
+        return self._masks[window]
+
+    def block_mask(self, window: int | None) -> Any:
+        """The same for FlexAttention, over the whole row."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        if window not in self._block_masks:
+            size = len(self.group)
+            self._block_masks[window] = create_block_mask(
+                lambda batch, head, query, key: self.sees(query, key, window),
+                None, None, size, size, device=self.group.device,
+            )  # fmt: skip
+        return self._block_masks[window]
 
 
 def encode_group(
@@ -256,7 +304,7 @@ def pack(groups: Sequence[Group]) -> Batch:
             ids += response
             targets += response[given:]
             counts.append(len(response) - given)
-    layout = [(len(group.prompt), [len(response) for response in group.responses]) for group in groups]
+    layout = Layout([(len(group.prompt), [len(response) for response in group.responses]) for group in groups])
     inputs = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions]), "layout": layout}
     return _batch(inputs, predict_at, targets, counts)
 
@@ -334,7 +382,7 @@ def packed_attention(
     sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one packed row, group by group.
+    """Attention of one packed row: group by group, or on a GPU in one FlexAttention over the whole row.
 
     Args:
         module: the attention layer.
@@ -342,7 +390,7 @@ def packed_attention(
         key: as query.
         value: as query.
         attention_mask: none; the layout says who sees whom.
-        layout: the groups' lengths.
+        layout: which tokens see which.
         scaling: factor on the scores; the head size's inverse root if None.
         dropout: share of attention weights dropped while training.
         sliding_window: how far back a token sees, in positions.
@@ -357,30 +405,28 @@ def packed_attention(
     for name, other in others.items():
         if other is not None and name not in WITHOUT_EFFECT:
             raise SelfalignError(f"{type(module).__name__} uses {name!r} in its attention, which packing lacks")
-    outputs = []
-    start = 0
-    for prompt, responses in layout:
-        tokens = slice(start, start + prompt + sum(responses))
-        start = tokens.stop
-        outputs.append(
-            scaled_dot_product_attention(
-                query[:, :, tokens],
-                key[:, :, tokens],
-                value[:, :, tokens],
-                attn_mask=_visible(prompt, tuple(responses), sliding_window, query.device),
-                dropout_p=dropout if module.training else 0.0,
-                scale=scaling,
-                enable_gqa=key.shape[1] != query.shape[1],
-            )
+    dropout = dropout if module.training else 0.0
+    grouped = key.shape[1] != query.shape[1]
+    if query.is_cuda and not dropout:
+        output = flex(
+            query, key, value, block_mask=layout.block_mask(sliding_window), scale=scaling, enable_gqa=grouped
         )
+        return output.transpose(1, 2).contiguous(), None
+    parts = (tensor.split(layout.lengths, dim=2) for tensor in (query, key, value))
+    outputs = [
+        scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, scale=scaling, enable_gqa=grouped)
+        for q, k, v, mask in zip(*parts, layout.masks(sliding_window), strict=True)
+    ]
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
-def _visible(prompt: int, responses: tuple[int, ...], window: int | None, device: torch.device) -> Tensor:
-    """(tokens, tokens) of one group: true where the row's token may look at the column's."""
-    segment = torch.tensor([0] * prompt + [i for i, n in enumerate(responses, 1) for _ in range(n)], device=device)
-    position = torch.tensor([*range(prompt), *(prompt + i for n in responses for i in range(n))], device=device)
-    same = (segment[None, :] == segment[:, None]) | (segment[None, :] == 0)
-    distance = position[:, None] - position[None, :]
-    seen = same & (distance >= 0)
-    return seen & (distance < window) if window else seen
+def flex(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """FlexAttention, compiled at its first use."""
+    return _compiled_flex()(query, key, value, **options)
+
+
+@cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)

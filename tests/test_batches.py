@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
 from selfalign.batches import (
     Group,
@@ -17,6 +18,7 @@ from selfalign.batches import (
     is_packing,
     make_batch,
     pack,
+    packed_attention,
     pad,
     share_prompt,
     split_by_tokens,
@@ -322,13 +324,51 @@ def test_packed_row_worked_by_hand() -> None:
     batch = pack(some)
     assert batch.inputs["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9]]
     assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 2, 0, 1, 2, 3]]
-    assert batch.inputs["layout"] == [(2, [2, 1]), (1, [3])]
+    first, second = batch.inputs["layout"].masks(None)
+    assert first.int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 0, 0, 1],
+    ]
+    assert second.equal(torch.ones(4, 4, dtype=torch.bool).tril())
+    # Tokens 4 and 5 stand one behind the other in the row, but two and one position behind the prompt's first token.
+    assert batch.inputs["layout"].masks(2)[0].int().tolist()[3:] == [[0, 0, 1, 1, 0], [0, 1, 0, 0, 1]]
     # Token 3 is predicted by 2, 4 by 3, 5 again by 2; 7 is given; 8 is predicted by 7 and 9 by 8.
     assert batch.predict_at.tolist() == [1, 2, 1, 6, 7]
     assert batch.targets.tolist() == [3, 4, 5, 8, 9]
     assert batch.owner.tolist() == [0, 0, 1, 2, 2]
     assert batch.tokens.tolist() == [2.0, 1.0, 2.0]
     assert batch.sum_by_response(torch.tensor([-1.0, -2.0, -4.0, -8.0, -16.0])).tolist() == [-3.0, -4.0, -24.0]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("window", [None, WINDOW], ids=["full", "window"])
+def test_flex_attention_over_the_row_equals_attention_group_by_group(window: int | None) -> None:
+    """What a GPU runs compiled and with gradients, run as it is: on a CPU it has no backward."""
+    batch = pack(groups())
+    layout, size = batch.inputs["layout"], batch.inputs["input_ids"].shape[1]
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, heads, size, 16, generator=generator) for heads in (4, 2, 2))
+    grouped, _ = packed_attention(torch.nn.Module(), query, key, value, None, layout=layout, sliding_window=window)
+    whole = flex_attention(query, key, value, block_mask=layout.block_mask(window), enable_gqa=True)
+    assert isinstance(whole, Tensor)
+    torch.testing.assert_close(whole.transpose(1, 2), grouped, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_packed_batches_equal_plain_passes_on_a_gpu(models: Any) -> None:
+    model = copy.deepcopy(models["llama"]).cuda()
+    with torch.no_grad():
+        expected = torch.cat([plain_logps(copy.deepcopy(models["llama"]), [group]) for group in groups()])
+    enable_packing(model)
+    score_responses_only(model)
+    batch = make_batch(model, groups()).to(model.device)
+    sums = batch.sum_by_response(model(predict_at=batch.predict_at, targets=batch.targets, **batch.inputs))
+    torch.testing.assert_close(sums.cpu(), expected, rtol=1e-3, atol=1e-3)
+    sums.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
 def test_padded_rows_worked_by_hand() -> None:
