@@ -9,7 +9,6 @@ import logging
 from bisect import bisect_left
 from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -94,52 +93,39 @@ class Batch:
 class Layout:
     """Who sees whom in a packed row: a token sees its prompt and its own response, up to itself.
 
-    Made once for a batch, used by every layer. Each token has a group, a segment in it (0 the prompt, then the
-    responses), and the position the model is told.
+    Made once for a batch and used by every layer.
     """
 
     def __init__(self, groups: Sequence[tuple[int, Sequence[int]]]) -> None:
         """Takes each group's prompt length and the lengths of its responses."""
-        tokens = [
-            (index, segment, start + at)
-            for index, (prompt, responses) in enumerate(groups)
-            for segment, (start, length) in enumerate([(0, prompt), *((prompt, n) for n in responses)])
-            for at in range(length)
-        ]
         self.lengths = [prompt + sum(responses) for prompt, responses in groups]
-        self.group, self.segment, self.position = torch.tensor(tokens).unbind(1)
+        self._segments = [torch.arange(len(r) + 1).repeat_interleave(torch.tensor([p, *r])) for p, r in groups]
+        self._positions = [torch.cat([torch.arange(p), *(torch.arange(p, p + n) for n in r)]) for p, r in groups]
         self._masks: dict[int | None, list[Tensor]] = {}
-        self._block_masks: dict[int | None, Any] = {}
 
     def to(self, device: torch.device) -> "Layout":
         """Moves it, in place."""
-        self.group, self.segment, self.position = (t.to(device) for t in (self.group, self.segment, self.position))
+        self._segments = [segment.to(device) for segment in self._segments]
+        self._positions = [position.to(device) for position in self._positions]
         return self
 
-    def sees(self, query: Tensor, key: Tensor, window: int | None) -> Tensor:
-        """Whether the tokens at the indices `query` see those at `key`; the two broadcast."""
-        segment, distance = self.segment[key], self.position[query] - self.position[key]
-        seen = (self.group[query] == self.group[key]) & ((segment == 0) | (segment == self.segment[query]))
-        return seen & (distance >= 0) & (distance < window) if window else seen & (distance >= 0)
-
     def masks(self, window: int | None) -> list[Tensor]:
-        """(tokens, tokens) of every group: true where the row's token sees the column's."""
+        """(tokens, tokens) of every group: true where the row's token sees the column's.
+
+        Args:
+            window: how far back a token sees, in positions; None sees all.
+        """
         if window not in self._masks:
-            rows = torch.arange(len(self.group), device=self.group.device).split(self.lengths)
-            self._masks[window] = [self.sees(row[:, None], row[None, :], window) for row in rows]
+            pairs = zip(self._segments, self._positions, strict=True)
+            self._masks[window] = [_visible(segment, position, window) for segment, position in pairs]
         return self._masks[window]
 
-    def block_mask(self, window: int | None) -> Any:
-        """The same for FlexAttention, over the whole row."""
-        from torch.nn.attention.flex_attention import create_block_mask
 
-        if window not in self._block_masks:
-            size = len(self.group)
-            self._block_masks[window] = create_block_mask(
-                lambda batch, head, query, key: self.sees(query, key, window),
-                None, None, size, size, device=self.group.device,
-            )  # fmt: skip
-        return self._block_masks[window]
+def _visible(segment: Tensor, position: Tensor, window: int | None) -> Tensor:
+    same = (segment[None, :] == 0) | (segment[None, :] == segment[:, None])
+    distance = position[:, None] - position[None, :]
+    seen = same & (distance >= 0)
+    return seen & (distance < window) if window else seen
 
 
 def encode_group(
@@ -382,7 +368,7 @@ def packed_attention(
     sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one packed row: group by group, or on a GPU in one FlexAttention over the whole row.
+    """Attention of one packed row, group by group.
 
     Args:
         module: the attention layer.
@@ -407,26 +393,9 @@ def packed_attention(
             raise SelfalignError(f"{type(module).__name__} uses {name!r} in its attention, which packing lacks")
     dropout = dropout if module.training else 0.0
     grouped = key.shape[1] != query.shape[1]
-    if query.is_cuda and not dropout:
-        output = flex(
-            query, key, value, block_mask=layout.block_mask(sliding_window), scale=scaling, enable_gqa=grouped
-        )
-        return output.transpose(1, 2).contiguous(), None
     parts = (tensor.split(layout.lengths, dim=2) for tensor in (query, key, value))
     outputs = [
         scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, scale=scaling, enable_gqa=grouped)
         for q, k, v, mask in zip(*parts, layout.masks(sliding_window), strict=True)
     ]
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
-
-
-def flex(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    """FlexAttention, compiled at its first use."""
-    return _compiled_flex()(query, key, value, **options)
-
-
-@cache
-def _compiled_flex() -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=True)

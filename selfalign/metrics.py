@@ -38,6 +38,7 @@ METRICS = {
     "peak_memory_gb": "the most memory so far, GiB: of the GPU, or resident where there is none",
     "token_accuracy": "share of target tokens that were the most likely ones",
     "held_out_pairs": "preference pairs set aside",
+    "chosen_step": "optimiser step whose policy was taken, where checkpoints compete",
     "prompts_cut": "pairs whose prompt lost its beginning to fit into train.align.max_length",
     "mean_tokens": "mean length of the responses, tokens",
     "mean_characters": "mean length of the responses, characters",

@@ -32,7 +32,7 @@ def _builder(optimization: Optimization) -> Build:
     if optimization.optimizer == "adamw":
         return lambda parameters: torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
     try:
-        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+        from bitsandbytes.optim.adamw import AdamW8bit
     except ImportError as error:
         raise SelfalignError("optimizer=adamw_8bit needs bitsandbytes: pip install 'selfalign[8bit]'") from error
     return lambda parameters: AdamW8bit(parameters, lr=rate, weight_decay=decay)

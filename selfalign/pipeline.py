@@ -8,6 +8,7 @@ judges its own answers, the best is paired with the worst, and the model is alig
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from selfalign.contest import Contest
 from selfalign.data import identify_data
 from selfalign.files import derive_seed
 from selfalign.losses import Positives
@@ -76,7 +77,7 @@ class Models:
 def run_pipeline(config: "ExperimentConfig", run: Maker) -> None:
     """M0 → M1 → … → M_{iterations+1}, each measured."""
     method = Method(config, run)
-    seed_data, asked, given = method.seeds(), method.questions(), method.given_pairs()
+    seed_data, asked, validation, given = method.seeds(), method.questions(), method.validation(), method.given_pairs()
     base = run.make("M0", pretrained, model=config.model, source=identify_source(config.model))
     models = Models(base, base, base)
     models.sft = models.newest = method.supervise("M1", models, seed_data)
@@ -85,7 +86,7 @@ def run_pipeline(config: "ExperimentConfig", run: Maker) -> None:
     instructions: list[Artefact] = []
     for iteration in range(1, config.iterations + 1):
         pairs = given or method.pairs(iteration, models, seed_data, instructions)
-        models.newest = method.align(iteration, models, pairs)
+        models.newest = method.align(iteration, models, pairs, validation)
         method.evaluate(f"M{iteration + 1}", models, seed_data, asked, baseline)
 
 
@@ -111,6 +112,16 @@ class Method:
         content = identify_data(settings.instructions, "evaluate.instructions")
         return self.run.make(
             "questions", questions, source=settings.instructions, count=settings.count, content=content
+        )
+
+    def validation(self) -> Artefact | None:
+        """The instructions that checkpoints of an alignment compete on, where the last is not simply taken."""
+        settings = self.config.train.choose
+        if not settings.every_steps:
+            return None
+        content = identify_data(settings.instructions, "train.choose.instructions")
+        return self.run.make(
+            "validation", questions, source=settings.instructions, count=settings.count, content=content
         )
 
     def given_pairs(self) -> Artefact | None:
@@ -168,7 +179,7 @@ class Method:
             judgements=judgements,
         )
 
-    def align(self, iteration: int, models: Models, pairs: Artefact) -> Artefact:
+    def align(self, iteration: int, models: Models, pairs: Artefact, validation: Artefact | None) -> Artefact:
         """The newest model, aligned on the pairs against the reference policy."""
         label, loss, train = f"M{iteration + 1}", self.config.loss, self.config.train
         if isinstance(loss, Positives):
@@ -193,8 +204,21 @@ class Method:
             loss=loss,
             starts_as_reference=policy.digest == models.newest.digest,
             held_out=train.held_out_pairs,
+            contest=self._contest(label, models, validation) if validation else None,
             optimization=train.align,
             weights=self._weights(label),
+        )
+
+    def _contest(self, label: str, models: Models, validation: Artefact) -> Contest:
+        judge, settings = self.config.judge, self.config.train.choose
+        return Contest(
+            every_steps=settings.every_steps,
+            instructions=validation,
+            judge=judge,
+            judged_by=models.named(judge.model),
+            generate=self.config.generate,
+            sampling=settings.sampling,
+            seed=self._seed(f"{label}/validation"),
         )
 
     def evaluate(

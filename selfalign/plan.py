@@ -16,6 +16,8 @@ def plan(config: "ExperimentConfig") -> list[tuple[str, str]]:
     stages = [("seeds", f"{data.seeds.demonstrations} {data.seeds.ranked}".strip())]
     if asked.instructions:
         stages.append(("questions", f"{asked.count or 'all'} instructions of {asked.instructions}"))
+    if (choose := config.train.choose).every_steps:
+        stages.append(("validation", f"{choose.count or 'all'} instructions of {choose.instructions}"))
     if isinstance(data, Pairs):
         stages.append(("iteration_1/pairs", data.path))
     stages.append(("M0", config.model.path))
@@ -47,9 +49,10 @@ def _alignment(config: "ExperimentConfig", iteration: int) -> list[tuple[str, st
         return [(label, f"SFT on positives, epochs {train.sft.epochs}")]
     name = type(config.loss).__name__
     size = f"{name}, epochs {train.align.epochs}, batch {train.align.batch_size}"
-    if train.reference_logps == "live":
-        return [(label, f"{size}, against {train.reference}")]
-    return [(f"iteration_{iteration}/reference", f"log-probabilities of {train.reference}"), (label, size)]
+    stages: list[tuple[str, str]] = []
+    if train.reference_logps == "stored":
+        stages.append((f"iteration_{iteration}/reference", f"log-probabilities of {train.reference}"))
+    return [*stages, (label, size)]
 
 
 def _evaluation(config: "ExperimentConfig", name: str) -> list[tuple[str, str]]:

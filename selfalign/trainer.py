@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerControl, TrainerState
 
 from selfalign.batches import split_by_tokens
 from selfalign.errors import SelfalignError
@@ -23,7 +23,7 @@ from selfalign.models import Policy
 from selfalign.optimizers import build_optimizer
 from selfalign.progress import progress_bar
 from selfalign.store import Workspace
-from selfalign.training import Example, Objective, Optimization
+from selfalign.training import Checkpoints, Example, Objective, Optimization
 
 
 class Steps(Dataset[list[Example]]):
@@ -68,7 +68,10 @@ class StepTrainer(Trainer):
         optimization: Optimization,
         out: Workspace,
         seed: int,
+        checkpoints: Checkpoints | None = None,
     ) -> None:
+        self.policy = policy
+        self.checkpoints = checkpoints
         self.objective = objective
         self.optimization = optimization
         self.out = out
@@ -79,20 +82,23 @@ class StepTrainer(Trainer):
             args=_arguments(optimization, out.scratch / "checkpoints", policy.model.device.type, len(self.steps)),
             train_dataset=self.steps,
             optimizers=(build_optimizer(policy.model.parameters(), optimization), None),
-            callbacks=[_Advance(self)],
+            callbacks=[_AfterStep(self)],
         )
         self.remove_callback(PrinterCallback)
 
-    def run(self) -> None:
-        """Trains from the start, or from the last whole checkpoint."""
+    def run(self) -> int:
+        """Trains from the start, or from the last whole checkpoint; returns the steps done."""
         checkpoint = last_checkpoint(out := self.out.scratch / "checkpoints")
         done = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
         self.out.rewind_log(lambda row: row["step"] <= done)
+        if self.checkpoints is not None and self.checkpoints.resume(done):
+            return done
         with ExitStack() as stack:
             self.advance = stack.enter_context(progress_bar(self.out.label, len(self.steps), "steps"))
             self.advance(done)
             out.mkdir(exist_ok=True)
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        return self.state.global_step
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The steps in their order; accelerate shards them over processes."""
@@ -146,14 +152,19 @@ class StepTrainer(Trainer):
         return 0
 
 
-class _Advance(TrainerCallback):
-    """Moves the progress bar."""
+class _AfterStep(TrainerCallback):
+    """Moves the progress bar, and stops training where the contest of checkpoints says so."""
 
     def __init__(self, trainer: StepTrainer) -> None:
         self.trainer = trainer
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.advance(1)
+        checkpoints, step = self.trainer.checkpoints, state.global_step
+        if checkpoints is not None:
+            with torch.random.fork_rng():
+                last = step == len(self.trainer.steps)
+                control.should_training_stop |= checkpoints.visit(self.trainer.policy, step, last=last)
 
 
 def peak_memory(device: torch.device) -> int:

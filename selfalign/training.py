@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from selfalign.batches import Batch, Group, enable_packing, make_batch
 from selfalign.errors import SelfalignError
+from selfalign.generation import Sampling
 from selfalign.logprobs import score_responses_only
 from selfalign.metrics import Sums
 from selfalign.models import DTYPES, LoRA, Policy, PolicyFiles, fastest_dtype
@@ -120,6 +121,32 @@ class Precision:
 
 
 @dataclass(kw_only=True, slots=True)
+class ChooseConfig:
+    """Which checkpoint of an alignment becomes the policy.
+
+    Attributes:
+        every_steps: how often checkpoints compete; 0 always takes the last step.
+        instructions: a data source of validation instructions, apart from those of the evaluation.
+        count: the first so many of them; 0 takes all.
+        sampling: how they are answered.
+    """
+
+    every_steps: int = 0
+    instructions: str = ""
+    count: int = 0
+    sampling: Sampling = field(default_factory=Sampling)
+
+    def __post_init__(self) -> None:
+        self.sampling.check("train.choose.sampling")
+        if self.every_steps < 0 or self.count < 0:
+            raise SelfalignError("train.choose.every_steps and train.choose.count must be 0 or more")
+        if bool(self.every_steps) != bool(self.instructions):
+            raise SelfalignError(
+                "train.choose.every_steps and train.choose.instructions are given together, or neither"
+            )
+
+
+@dataclass(kw_only=True, slots=True)
 class TrainConfig:
     """Both training stages, and the policy that alignment is measured against.
 
@@ -130,6 +157,7 @@ class TrainConfig:
         reference_logps: "stored" computes the reference's log-probabilities once, before training; "live" at every
             step, with a second model, or with the adapter switched off where M0 is the reference.
         held_out_pairs: pairs of each iteration that are set aside, and measured after training.
+        choose: which checkpoint of an alignment becomes the policy.
     """
 
     sft: Optimization
@@ -137,6 +165,7 @@ class TrainConfig:
     reference: str = "previous"
     reference_logps: str = "stored"
     held_out_pairs: int = 0
+    choose: ChooseConfig = field(default_factory=ChooseConfig)
 
     def __post_init__(self) -> None:
         self.sft.check("train.sft")
@@ -231,6 +260,7 @@ def train(
     objective: Objective,
     optimization: Optimization,
     weights: "Weights",
+    checkpoints: "Checkpoints | None" = None,
 ) -> Policy:
     """Trains a policy and writes it into the workspace; goes on from the last checkpoint if there is one.
 
@@ -242,9 +272,10 @@ def train(
         objective: the loss over them.
         optimization: rates, sizes and lengths.
         weights: which weights are trained, their dtype, and the seed of everything random.
+        checkpoints: decides after which step the policy is taken; the last one without it.
 
     Returns:
-        The trained policy, in memory.
+        The trained policy, in memory, made to score.
 
     Raises:
         SelfalignError: the loss is not finite (the record ids are named), or the first step is not what it must be.
@@ -261,11 +292,33 @@ def train(
         enable = next(getattr(loaded.model, name) for name in names if hasattr(loaded.model, name))
         enable({"use_reentrant": False})
         loaded.model.enable_input_require_grads()
-    trainer = StepTrainer(loaded, examples, objective, optimization, out, weights.seed)
-    trainer.run()
+    trainer = StepTrainer(loaded, examples, objective, optimization, out, weights.seed, checkpoints)
+    last = trainer.run()
+    if checkpoints is not None and checkpoints.chosen not in (None, last):
+        loaded = checkpoints.files(checkpoints.chosen).load(weights.dtype, trainable=True)
+        make_scoring(loaded.model)
     loaded.model.eval()
     PolicyFiles(out.path).save(loaded, base)
     return loaded
+
+
+class Contest(Protocol):
+    """What decides between the checkpoints of a training: `selfalign.contest`."""
+
+    def open(self, out: Workspace, base: PolicyFiles) -> "Checkpoints": ...
+
+
+class Checkpoints(Protocol):
+    """The contest of one training: which step's policy is taken."""
+
+    chosen: int | None
+    win_rates: dict[int, float]
+
+    def visit(self, policy: Policy, step: int, *, last: bool) -> bool: ...
+
+    def resume(self, done: int) -> bool: ...
+
+    def files(self, step: int) -> PolicyFiles: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

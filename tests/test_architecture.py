@@ -16,7 +16,7 @@ from selfalign.config import COMPONENTS, ExperimentConfig
 from selfalign.errors import SelfalignError
 
 PACKAGE = ROOT / "selfalign"
-ABOVE_STAGES = {"pipeline", "plan", "experiment", "config", "__main__"}
+ABOVE_STAGES = {"contest", "pipeline", "plan", "experiment", "config", "__main__"}
 """Modules that may know of stages, from the method up to the command line."""
 
 
@@ -87,7 +87,7 @@ def test_stage_knows_core_modules_only(name: str) -> None:
 
 
 def test_imports_above_the_stages_point_one_way() -> None:
-    order = ["pipeline", "plan", "experiment", "config", "__main__"]
+    order = ["contest", "pipeline", "plan", "experiment", "config", "__main__"]
     for name in order:
         above = set(order[order.index(name) + 1 :])
         assert not own_imports(modules()[name], typing=False) & above, name

@@ -8,7 +8,6 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
 
 from selfalign.batches import (
     Group,
@@ -18,7 +17,6 @@ from selfalign.batches import (
     is_packing,
     make_batch,
     pack,
-    packed_attention,
     pad,
     share_prompt,
     split_by_tokens,
@@ -341,20 +339,6 @@ def test_packed_row_worked_by_hand() -> None:
     assert batch.owner.tolist() == [0, 0, 1, 2, 2]
     assert batch.tokens.tolist() == [2.0, 1.0, 2.0]
     assert batch.sum_by_response(torch.tensor([-1.0, -2.0, -4.0, -8.0, -16.0])).tolist() == [-3.0, -4.0, -24.0]
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("window", [None, WINDOW], ids=["full", "window"])
-def test_flex_attention_over_the_row_equals_attention_group_by_group(window: int | None) -> None:
-    """What a GPU runs compiled and with gradients, run as it is: on a CPU it has no backward."""
-    batch = pack(groups())
-    layout, size = batch.inputs["layout"], batch.inputs["input_ids"].shape[1]
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(1, heads, size, 16, generator=generator) for heads in (4, 2, 2))
-    grouped, _ = packed_attention(torch.nn.Module(), query, key, value, None, layout=layout, sliding_window=window)
-    whole = flex_attention(query, key, value, block_mask=layout.block_mask(window), enable_gqa=True)
-    assert isinstance(whole, Tensor)
-    torch.testing.assert_close(whole.transpose(1, 2), grouped, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

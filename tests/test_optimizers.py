@@ -78,7 +78,7 @@ def test_only_weights_that_take_gradients_are_optimised() -> None:
 
 
 def test_eight_bit_optimiser_names_the_extra_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim.adamw", None)
     with pytest.raises(
         SelfalignError, match=r"optimizer=adamw_8bit needs bitsandbytes: pip install 'selfalign\[8bit\]'"
     ):

@@ -2,10 +2,12 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from builders import optimization, policy_artefact, preference, records_artefact, weights, workspace
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -14,7 +16,11 @@ from selfalign.config import register, to_experiment
 from selfalign.data import SHIPPED, as_prompt
 from selfalign.experiment import run_experiment
 from selfalign.generation import Request, Sampling, Transformers
+from selfalign.losses import DPO, IPO, ODPO, PreferenceLoss, SrDPO, SrIPO
 from selfalign.models import PolicyFiles
+from selfalign.refinement import Refinement
+from selfalign.stages.align import align, augmentation_of
+from selfalign.stages.reference import reference
 from selfalign.tokenization import encode_prompt
 
 pytestmark = [
@@ -80,3 +86,50 @@ def test_alignment_starts_at_ln_2(run: Path) -> None:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     first = next(row for row in rows if row["label"] == "M2" and row.get("align/step") == 1)
     assert first["loss"] == pytest.approx(0.6931, abs=2e-3)
+
+
+COMBINATIONS: list[PreferenceLoss] = [
+    DPO(),
+    DPO(label_smoothing=0.1, nll_weight=0.2),
+    IPO(),
+    IPO(reduction="mean"),
+    SrDPO(),
+    SrDPO(refinement=Refinement(source="shuffled")),
+    SrDPO(refinement=Refinement(source="random_prompt", scale=10)),
+    SrIPO(lam=0.3, target="printed"),
+    SrIPO(lam=0.3, target="exact"),
+    SrIPO(refinement=Refinement(source="naive")),
+    ODPO(),
+]
+PREFERENCES = [
+    preference("bird", "Name a bird.", "A wren.", "A stone, I think."),
+    preference("sky", "Why is the sky blue?", "Air scatters blue light most.", "It likes it."),
+    preference("tea", "How is tea made?", "Pour hot water over the leaves.", "Tea tea tea tea."),
+]
+
+
+@pytest.mark.parametrize("loss", COMBINATIONS, ids=repr)
+def test_every_loss_trains_the_real_model_and_falls(run: Path, tmp_path: Path, loss: PreferenceLoss) -> None:
+    policy = policy_artefact(PolicyFiles(run / "artefacts" / "M0"))
+    scored = [replace(pair, chosen_score=4.0, rejected_score=2.0) for pair in PREFERENCES]
+    pairs = records_artefact(tmp_path / "pairs", pairs=scored)
+    settings = optimization(learning_rate=1e-3, epochs=4, batch_size=3)
+    precision = settings.precision("float32")
+    scores = workspace(tmp_path / "reference")
+    reference(scores, policy=policy, pairs=pairs, augmentation=augmentation_of(loss), precision=precision)
+    rows: list[dict[str, Any]] = []
+    align(
+        workspace(tmp_path / "aligned", rows),
+        policy=policy,
+        base=policy,
+        pairs=pairs,
+        reference=records_artefact(scores.path),
+        loss=loss,
+        starts_as_reference=True,
+        held_out=0,
+        contest=None,
+        optimization=settings,
+        weights=weights(rank=8),
+    )
+    assert rows[-1]["loss"] < 0.9 * rows[0]["loss"]
+    assert rows[-1]["rewards/margins"] > rows[0]["rewards/margins"] + 0.01

@@ -160,15 +160,16 @@ def trl(
     import trl.trainer.utils
     from datasets import Dataset
     from peft import LoraConfig
-    from trl import DPOConfig, DPOTrainer
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.dpo_trainer import DPOTrainer
 
     if head:
-        trl.trainer.utils._use_triton = lambda device: True
+        trl.trainer.utils._use_triton = lambda device: True  # pyright: ignore[reportPrivateImportUsage]
     model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
     rows = draw_pairs(job.data, model.config.vocab_size, 0)
 
     class Tokenised(DPOTrainer):
-        def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
+        def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
             return dataset
 
     class NaiveSrDPO(Tokenised):
@@ -275,7 +276,7 @@ def matrix_rate(dtype: torch.dtype, device: str) -> float:
     best = float("inf")
     for _ in range(6):
         started = now()
-        a @ b
+        torch.mm(a, b)
         best = min(best, now() - started)
     return 2 * size**3 / best
 

@@ -17,7 +17,7 @@ from selfalign.models import Policy, PolicyFiles, autocast
 from selfalign.records import PairReference, PreferencePair, read_records
 from selfalign.refinement import Refinement, refinement
 from selfalign.store import Artefact, Counts, Workspace
-from selfalign.training import Optimization, Outcome, Weights, forward, make_scoring, train
+from selfalign.training import Contest, Optimization, Outcome, Weights, forward, make_scoring, train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,6 +33,7 @@ def align(
     loss: PreferenceLoss,
     starts_as_reference: bool,
     held_out: int,
+    contest: Contest | None,
     optimization: Optimization,
     weights: Weights,
 ) -> Counts:
@@ -48,6 +49,7 @@ def align(
         loss: one of `selfalign.losses`.
         starts_as_reference: the reference is M_t itself, so the first step has a known loss, which is checked.
         held_out: how many pairs are set aside, to be measured and not trained on.
+        contest: what decides after which step the policy is taken; None takes the last.
         optimization: rates, sizes and lengths.
         weights: which weights are trained.
     """
@@ -58,6 +60,7 @@ def align(
     training, held = split_pairs(encoded.examples, held_out)
     references = open_references(reference, base, weights, encoded.examples)
     objective = Preference(loss, references, starts_as_reference and not optimization.dropout, optimization.dtype)
+    checkpoints = contest.open(out, PolicyFiles(base.path)) if contest else None
     trained = train(
         out,
         policy=PolicyFiles(policy.path),
@@ -66,6 +69,7 @@ def align(
         objective=objective,
         optimization=optimization,
         weights=weights,
+        checkpoints=checkpoints,
     )
     counts: Counts = {
         "pairs": len(training),
@@ -73,6 +77,9 @@ def align(
         "dropped": {"too_long": encoded.too_long},
         **averages(objective.measure(trained, training, optimization)),
     }
+    if checkpoints is not None:
+        counts |= {"chosen_step": checkpoints.chosen or 0}
+        counts |= {f"checkpoint_win_rate/{step}": rate for step, rate in checkpoints.win_rates.items()}
     if held:
         measured = objective.measure(trained, held, optimization)
         numbers = averages(measured) | reward_intervals(measured)

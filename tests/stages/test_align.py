@@ -2,6 +2,7 @@ import math
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +19,11 @@ from builders import (
 from safetensors.torch import load_file
 
 from selfalign.batches import Group, PairExample, encode_pairs, make_batch
+from selfalign.contest import Chooser, Contest
 from selfalign.errors import SelfalignError
+from selfalign.files import write_json
 from selfalign.losses import DPO, IPO, ODPO, PreferenceLoss, SrDPO, SrIPO
-from selfalign.models import PolicyFiles
+from selfalign.models import Policy, PolicyFiles
 from selfalign.records import PairReference, PreferencePair
 from selfalign.refinement import Refinement
 from selfalign.stages.align import (
@@ -77,6 +80,7 @@ def aligned(
     pairs: list[PreferencePair] = PAIRS,
     references: Artefact | None = None,
     held_out: int = 0,
+    contest: Contest | None = None,
     **settings: object,
 ):
     """Scores the pairs under the reference and aligns on them; returns counts, policy and logged rows."""
@@ -101,6 +105,7 @@ def aligned(
         loss=loss,
         starts_as_reference=starts_as_reference,
         held_out=held_out,
+        contest=contest,
         optimization=optimised,
         weights=weights(seed, rank),
     )
@@ -415,3 +420,39 @@ def test_dropout_that_is_asked_for_acts_on_the_policy_alone(tmp_path: Path, tiny
     dropped = aligned(tmp_path / "dropped", tiny_policy, SrDPO(beta=0.2), dropout=0.5)[2][0]
     assert abs(dropped["rewards/chosen"]) > 1e-3 > abs(plain["rewards/chosen"])
     assert dropped["refinement/mean"] == pytest.approx(0, abs=1e-3)
+
+
+def test_checkpoint_that_wins_the_contest_becomes_the_policy(
+    tmp_path: Path, tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Judged worse after its fourth step, the policy is that of the second, weight for weight."""
+    scores = {2: 2.0, 4: 1.0}
+
+    def enter(chooser: Chooser, policy: Policy, step: int) -> None:
+        files = chooser.files(step)
+        files.path.mkdir(parents=True)
+        files.save(policy, chooser.base)
+        write_json(chooser._result(step), {"a": scores[step]})
+
+    monkeypatch.setattr(Chooser, "_enter", enter)
+    nothing: Any = None
+    contest = Contest(
+        every_steps=2,
+        instructions=nothing,
+        judge=nothing,
+        judged_by=nothing,
+        generate=nothing,
+        sampling=nothing,
+        seed=0,
+    )
+    settings = {"batch_size": 1, "epochs": 2, "schedule": "constant"}
+    counts, policy, rows = aligned(tmp_path / "contest", tiny_policy, SrDPO(), contest=contest, **settings)
+    assert len(rows) == 4
+    assert counts["chosen_step"] == 2
+    assert counts["checkpoint_win_rate/4"] == 0.0
+    after = [direct_logps(policy, pair) for pair in PAIRS]
+    before = [direct_logps(tiny_policy, pair) for pair in PAIRS]
+    margins = [0.1 * ((a[0] - b[0]) - (a[1] - b[1])) for a, b in zip(after, before, strict=True)]
+    assert counts["rewards/margins"] == pytest.approx(sum(margins) / 4, abs=1e-3)
+    _, whole, _ = aligned(tmp_path / "whole", tiny_policy, SrDPO(), **settings)
+    assert policy.digest != whole.digest

@@ -1,0 +1,122 @@
+"""Where an alignment stops, by what its checkpoints answer (arXiv 2401.10020, section 3.1).
+
+Every so many steps the policy answers validation instructions. When these answers no longer win against those of the
+checkpoint before, that one becomes the policy.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from selfalign.files import read_json, write_json
+from selfalign.generation import Sampling, Transformers
+from selfalign.metrics import head_to_head
+from selfalign.models import Policy, PolicyFiles
+from selfalign.stages.evaluate import scores_by_instruction
+from selfalign.stages.judge import Judge, judge
+from selfalign.stages.respond import RespondConfig, respond
+from selfalign.store import Artefact, Workspace
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Contest:
+    """What decides between checkpoints.
+
+    Attributes:
+        every_steps: how often.
+        instructions: instructions.jsonl, what they answer.
+        judge: how answers are scored.
+        judged_by: the policy that scores them.
+        generate: the backend that answers.
+        sampling: how.
+        seed: draws the tokens, the same for every checkpoint.
+    """
+
+    every_steps: int
+    instructions: Artefact
+    judge: Judge
+    judged_by: Artefact
+    generate: Transformers
+    sampling: Sampling
+    seed: int
+
+    def open(self, out: Workspace, base: PolicyFiles) -> "Chooser":
+        """The contest of one training.
+
+        Args:
+            out: the training's workspace; checkpoints and their answers lie in its scratch.
+            base: the checkpoint that an adapter belongs to.
+        """
+        return Chooser(out, self, base)
+
+
+class Chooser:
+    """The contest of one training; what it finds out is kept in the stage's scratch, so a killed run continues."""
+
+    def __init__(self, out: Workspace, contest: Contest, base: PolicyFiles) -> None:
+        self.out = out
+        self.contest = contest
+        self.base = base
+        self.chosen: int | None = None
+        self.win_rates: dict[int, float] = {}
+
+    def visit(self, policy: Policy, step: int, *, last: bool) -> bool:
+        """Lets the policy after this step compete, if it is its turn; returns whether training stops.
+
+        Args:
+            policy: in training.
+            step: optimiser steps done.
+            last: there are no more steps; the last one always competes.
+        """
+        if step % self.contest.every_steps and not last:
+            return False
+        self._enter(policy, step)
+        return self._loses(step)
+
+    def resume(self, done: int) -> bool:
+        """Goes through the contests of a training that was killed, up to the step it continues from.
+
+        Returns:
+            Whether one of them had stopped it already.
+        """
+        steps = range(self.contest.every_steps, done + 1, self.contest.every_steps)
+        return any(self._loses(step) for step in steps if self._result(step).exists())
+
+    def files(self, step: int) -> PolicyFiles:
+        """The policy after a step that competed."""
+        return PolicyFiles(self._folder(step) / "policy")
+
+    def _loses(self, step: int) -> bool:
+        """Compares with the checkpoint chosen so far; chooses this one unless it loses."""
+        if self.chosen is not None:
+            outcome = head_to_head(read_json(self._result(step)), read_json(self._result(self.chosen)))
+            self.win_rates[step] = outcome.get("eval/win_rate", 0.0)
+            if self.win_rates[step] < 0.5:
+                return True
+        self.chosen = step
+        return False
+
+    def _result(self, step: int) -> Path:
+        return self._folder(step) / "scores.json"
+
+    def _folder(self, step: int) -> Path:
+        return self.out.scratch / "contest" / str(step)
+
+    def _enter(self, policy: Policy, step: int) -> None:
+        """Has the policy answer and its answers scored, once."""
+        folder, contest, files = self._folder(step), self.contest, self.files(step)
+        if self._result(step).exists():
+            return
+        files.path.mkdir(parents=True, exist_ok=True)
+        files.save(policy, self.base)
+        label = f"{self.out.label} after {step} steps"
+        answers, judged = (Workspace(folder / name, label, lambda row: None) for name in ("answers", "judged"))
+        shared = {"instructions": contest.instructions, "generate": contest.generate, "seed": contest.seed}
+        config = RespondConfig(candidates=1, sampling=contest.sampling)
+        respond(answers, config=config, policy=_artefact(files.path), **shared)
+        answered = _artefact(answers.path)
+        judge(judged, judge=contest.judge, policy=contest.judged_by, responses=answered, **shared)
+        write_json(self._result(step), scores_by_instruction(answered, _artefact(judged.path)))
+
+
+def _artefact(path: Path) -> Artefact:
+    return Artefact(stage="checkpoint", key="", path=path, digest="", counts={}, seconds=0.0)
