@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,8 +31,10 @@ DISK_FULL = ("No space left on device", "PytorchStreamWriter failed writing")
 def main() -> None:
     """Runs the command line; exit code 0, 1 for what the user can mend, 130 for Ctrl-C."""
     if any(flag in sys.argv[1:] for flag in ("--help", "-h")):
-        print(help_text())
-        return
+        with suppress(BrokenPipeError):  # as in `selfalign --help | head`
+            print(help_text(), flush=True)
+            return
+        os._exit(0)
     _set_environment()
     full_error = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and the one line is ours to print.

@@ -2,7 +2,8 @@
 
 Names of training metrics are TRL's where TRL has them. Every row of `metrics.jsonl` has `step` (one count over the
 whole run), `stage`, `iteration` and the values; `METRICS` says what each value means. `held_out/NAME` is NAME over the
-pairs that were set aside; `NAME_low` and `NAME_high` are the ends of its 95 % interval.
+pairs that were set aside, `NAME_low` and `NAME_high` are the ends of its 95 % interval, and `checkpoint_win_rate/N` is
+that of the checkpoint after N steps against the one chosen before it.
 """
 
 import math

@@ -302,3 +302,14 @@ def test_interrupted_run_is_continued_by_two_at_once_one_after_the_other(tmp_pat
 def test_command_is_installed_under_its_name() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["scripts"] == {"selfalign": "selfalign.__main__:main"}
+
+
+def test_help_into_a_closed_pipe_is_no_error() -> None:
+    """As in `selfalign --help | head`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "selfalign", "--help"], stdout=writing, stderr=subprocess.PIPE, cwd=ROOT, check=False
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
