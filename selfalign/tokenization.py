@@ -1,7 +1,6 @@
 """Text to token ids: the chat template around prompts, one BOS, an end of turn only where a response ended."""
 
 import re
-from datetime import date
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,8 +10,8 @@ from selfalign.records import Message, Prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-TEMPLATE_DATE = date(2024, 7, 26)
-"""What a chat template that asks for the date is told: always the same day, the default of Llama 3's template."""
+FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
+"""Before a chat template that prints today's date, so that it gives the same prompts tomorrow."""
 
 
 def encode_prompt(tokenizer: "Tokenizer", prompt: Prompt, prefill: str = "") -> list[int]:
@@ -94,10 +93,11 @@ def _render(tokenizer: "Tokenizer", messages: list[Message], *, add_generation_p
             "the model's tokenizer has no chat template: give one with model.chat_template=FILE (a Jinja file)"
         )
     safe = [{**message, "content": _defuse(message["content"], _control_tokens(tokenizer))} for message in messages]
-    # Templates that print today's date would give other prompts tomorrow.
+    template = str(tokenizer.chat_template)
+    template = FIXED_DATE + template if "strftime_now" in template else template
     return str(
         tokenizer.apply_chat_template(
-            safe, tokenize=False, add_generation_prompt=add_generation_prompt, strftime_now=TEMPLATE_DATE.strftime
+            safe, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
         )
     )
 

@@ -267,6 +267,7 @@ TINY_RUN = [
     "generate.dtype=float32",
     "generate.batch_tokens=120",
     "train.sft.dtype=float32",
+    "train.sft.learning_rate=0.01",
     "train.sft.epochs=3",
     "train.align.dtype=float32",
     "train.align.batch_size=1",

@@ -247,6 +247,9 @@ from pathlib import Path
 import selfalign.config, selfalign.experiment, selfalign.trainer
 from selfalign.__main__ import main
 
+# What runs in the background of a shell ignores Ctrl-C, and so would its children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 def start(name):
     child = os.fork()
     if child:

@@ -424,8 +424,8 @@ COUNTS = {
     "written", "kept", "batches", "responses", "judgements", "unjudged_responses",
 }  # fmt: skip
 """How many records a stage read or wrote: what the names say."""
-ONLY_ELSEWHERE = {"judge_quality/five_best", "refinement/correlation_with_margin", "held_out_pairs"}
-"""Left out where no answer reaches the top of the scale, a step has one pair, or none is held out."""
+ONLY_ELSEWHERE = {"judge_quality/five_best", "refinement/correlation_with_margin", "held_out_pairs", "chosen_step"}
+"""Left out where no answer reaches the top of the scale, a step has one pair, or an option is off."""
 
 
 def written_names(folder: Path) -> set[str]:

@@ -88,19 +88,19 @@ def test_alignment_starts_at_ln_2(run: Path) -> None:
     assert first["loss"] == pytest.approx(0.6931, abs=2e-3)
 
 
-COMBINATIONS: list[PreferenceLoss] = [
-    DPO(),
-    DPO(label_smoothing=0.1, nll_weight=0.2),
-    IPO(),
-    IPO(reduction="mean"),
-    SrDPO(),
-    SrDPO(refinement=Refinement(source="shuffled")),
-    SrDPO(refinement=Refinement(source="random_prompt", scale=10)),
-    SrIPO(lam=0.3, target="printed"),
-    SrIPO(lam=0.3, target="exact"),
-    SrIPO(refinement=Refinement(source="naive")),
-    ODPO(),
-]
+COMBINATIONS: dict[str, PreferenceLoss] = {
+    "dpo": DPO(),
+    "dpo smoothed, with nll": DPO(label_smoothing=0.1, nll_weight=0.2),
+    "ipo": IPO(),
+    "ipo mean": IPO(reduction="mean"),
+    "sr_dpo": SrDPO(),
+    "sr_dpo shuffled": SrDPO(refinement=Refinement(source="shuffled")),
+    "sr_dpo random prompt": SrDPO(refinement=Refinement(source="random_prompt", scale=10)),
+    "sr_ipo printed": SrIPO(lam=0.3, target="printed"),
+    "sr_ipo exact": SrIPO(lam=0.3, target="exact"),
+    "sr_ipo naive": SrIPO(refinement=Refinement(source="naive")),
+    "odpo": ODPO(),
+}
 PREFERENCES = [
     preference("bird", "Name a bird.", "A wren.", "A stone, I think."),
     preference("sky", "Why is the sky blue?", "Air scatters blue light most.", "It likes it."),
@@ -108,8 +108,9 @@ PREFERENCES = [
 ]
 
 
-@pytest.mark.parametrize("loss", COMBINATIONS, ids=repr)
-def test_every_loss_trains_the_real_model_and_falls(run: Path, tmp_path: Path, loss: PreferenceLoss) -> None:
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_every_loss_trains_the_real_model_and_falls(run: Path, tmp_path: Path, name: str) -> None:
+    loss = COMBINATIONS[name]
     policy = policy_artefact(PolicyFiles(run / "artefacts" / "M0"))
     scored = [replace(pair, chosen_score=4.0, rejected_score=2.0) for pair in PREFERENCES]
     pairs = records_artefact(tmp_path / "pairs", pairs=scored)
