@@ -9,6 +9,7 @@ Needs the extra `bench`. Writes a table to the screen and JSON to `--out`.
 
 import argparse
 import json
+import math
 import os
 import platform
 import random
@@ -128,9 +129,14 @@ def ours(job: argparse.Namespace, *, refined: bool, lora: bool) -> list[float]:
         )
         for n, row in enumerate(rows)
     ]
+    # About what the untrained policy gives, so that gradients are of usual size: vanishing ones are slow on a CPU.
+    nats = math.log(model.config.vocab_size)
     stored = {
-        e.id: PairReference(id=e.id, chosen=-900, rejected=-900, augmented_chosen=-900, augmented_rejected=-900)
-        for e in examples
+        str(n): PairReference(
+            id=str(n), chosen=chosen, rejected=rejected, augmented_chosen=chosen, augmented_rejected=rejected
+        )
+        for n, row in enumerate(rows)
+        for chosen, rejected in [(-nats * len(row["chosen_ids"]), -nats * len(row["rejected_ids"]))]
     }
     loss = SrDPO(beta=BETA, lam=LAM) if refined else DPO(beta=BETA)
     optimization = Optimization(
