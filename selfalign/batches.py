@@ -55,6 +55,10 @@ class Group:
         """The longest sequence the model sees: the prompt with its longest response."""
         return len(self.prompt) + max(map(len, self.responses))
 
+    def scored(self) -> list[int]:
+        """How many tokens of each response are scored."""
+        return [len(response) - given for response, given in zip(self.responses, self.given, strict=True)]
+
 
 @dataclass(kw_only=True, slots=True)
 class Batch:

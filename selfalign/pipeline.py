@@ -107,21 +107,13 @@ class Method:
     def questions(self) -> Artefact | None:
         """The evaluation instructions."""
         settings = self.config.evaluate
-        if not settings.instructions:
-            return None
-        content = identify_data(settings.instructions, "evaluate.instructions")
-        return self.run.make(
-            "questions", questions, source=settings.instructions, count=settings.count, content=content
-        )
+        return self._given_instructions("questions", settings.instructions, settings.count, "evaluate.instructions")
 
     def validation(self) -> Artefact | None:
         """The instructions that checkpoints of an alignment compete on, where the last is not simply taken."""
         settings = self.config.train.choose
-        if not settings.every_steps:
-            return None
-        content = identify_data(settings.instructions, "train.choose.instructions")
-        return self.run.make(
-            "validation", questions, source=settings.instructions, count=settings.count, content=content
+        return self._given_instructions(
+            "validation", settings.instructions, settings.count, "train.choose.instructions"
         )
 
     def given_pairs(self) -> Artefact | None:
@@ -251,6 +243,12 @@ class Method:
             top=self.config.judge.high,
         )
         return judged
+
+    def _given_instructions(self, label: str, source: str, count: int, key: str) -> Artefact | None:
+        if not source:
+            return None
+        content = identify_data(source, key)
+        return self.run.make(label, questions, source=source, count=count, content=content)
 
     def _judge(self, label: str, who: str, models: Models, instructions: Artefact, responses: Artefact) -> Artefact:
         return self.run.make(

@@ -231,7 +231,7 @@ class Likelihood:
         """How many tokens, or examples, the step's loss is averaged over."""
         if self.average == "examples":
             return float(sum(len(group.responses) for group in examples))
-        return float(sum(len(r) - n for group in examples for r, n in zip(group.responses, group.given, strict=True)))
+        return float(sum(sum(group.scored()) for group in examples))
 
     def __call__(self, model: "PreTrainedModel", examples: Sequence[Group]) -> Outcome:
         batch = make_batch(model, examples).to(model.device)

@@ -110,8 +110,7 @@ class StoredReferences:
         table = torch.tensor([[math.nan if v is None else v for v in row] for row in values], device=model.device)
         if not bool(torch.isfinite(table).all()):
             raise ValueError("a stored reference log-probability is missing or not finite")
-        lengths = [[len(r) - n for r, n in zip(group.responses, group.given, strict=True)] for group in groups]
-        tokens = torch.tensor(lengths, device=model.device).float()
+        tokens = torch.tensor([group.scored() for group in groups], device=model.device).float()
         return PairLogps(
             chosen=table[:, 0], rejected=table[:, 1], chosen_tokens=tokens[:, 0], rejected_tokens=tokens[:, 1]
         )
