@@ -5,7 +5,6 @@ row; within a group the positions of every response continue from the end of the
 its prompt and itself only. Architectures whose attention cannot be told so are given padded rows instead.
 """
 
-import logging
 from bisect import bisect_left
 from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
@@ -13,8 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
+from selfalign.attention import Layout, is_packing
 from selfalign.errors import SelfalignError
 from selfalign.refinement import augment
 from selfalign.tokenization import encode_prompt, encode_response
@@ -26,13 +25,7 @@ if TYPE_CHECKING:
     from selfalign.records import PreferencePair, Prompt
     from selfalign.refinement import Refinement
 
-logger = logging.getLogger(__name__)
-
 S = TypeVar("S", bound=Sized)
-PACKED_ATTENTION = "selfalign_packed"
-
-WITHOUT_EFFECT = ("position_ids", "cache_position", "use_cache", "is_causal", "output_attentions")
-"""Keywords of an attention that packing may ignore: what they say is in the layout, or is about the outputs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,44 +85,6 @@ class Batch:
     def sum_by_response(self, logps: Tensor) -> Tensor:
         """Adds each response's token values up: (response tokens,) → (responses,)."""
         return torch.zeros_like(self.tokens).index_add(0, self.owner, logps)
-
-
-class Layout:
-    """Who sees whom in a packed row: a token sees its prompt and its own response, up to itself.
-
-    Made once for a batch and used by every layer.
-    """
-
-    def __init__(self, groups: Sequence[tuple[int, Sequence[int]]]) -> None:
-        """Takes each group's prompt length and the lengths of its responses."""
-        self.lengths = [prompt + sum(responses) for prompt, responses in groups]
-        self._segments = [torch.arange(len(r) + 1).repeat_interleave(torch.tensor([p, *r])) for p, r in groups]
-        self._positions = [torch.cat([torch.arange(p), *(torch.arange(p, p + n) for n in r)]) for p, r in groups]
-        self._masks: dict[int | None, list[Tensor]] = {}
-
-    def to(self, device: torch.device) -> "Layout":
-        """Moves it, in place."""
-        self._segments = [segment.to(device) for segment in self._segments]
-        self._positions = [position.to(device) for position in self._positions]
-        return self
-
-    def masks(self, window: int | None) -> list[Tensor]:
-        """(tokens, tokens) of every group: true where the row's token sees the column's.
-
-        Args:
-            window: how far back a token sees, in positions; None sees all.
-        """
-        if window not in self._masks:
-            pairs = zip(self._segments, self._positions, strict=True)
-            self._masks[window] = [_visible(segment, position, window) for segment, position in pairs]
-        return self._masks[window]
-
-
-def _visible(segment: Tensor, position: Tensor, window: int | None) -> Tensor:
-    same = (segment[None, :] == 0) | (segment[None, :] == segment[:, None])
-    distance = position[:, None] - position[None, :]
-    seen = same & (distance >= 0)
-    return seen & (distance < window) if window else seen
 
 
 def encode_group(
@@ -326,80 +281,3 @@ def _batch(inputs: dict[str, Any], predict_at: list[int], targets: list[int], co
         owner=torch.repeat_interleave(torch.arange(len(counts)), tokens),
         tokens=tokens.float(),
     )
-
-
-def enable_packing(model: "PreTrainedModel") -> bool:
-    """Switches the model to packed attention; False, with one log line, where its architecture has none to switch."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    if not _mixes_tokens_by_attention_alone(model):
-        logger.info("%s cannot be packed; batches are padded instead", type(model).__name__)
-        return False
-    AttentionInterface.register(PACKED_ATTENTION, packed_attention)
-    AttentionMaskInterface.register(PACKED_ATTENTION, lambda *args, **kwargs: None)
-    model.set_attn_implementation(PACKED_ATTENTION)
-    return True
-
-
-def _mixes_tokens_by_attention_alone(model: "PreTrainedModel") -> bool:
-    """Whether no token sees another except through an attention that can be exchanged.
-
-    A convolution or a recurrence would carry one response over into the next.
-    """
-    kinds = {kind for name in ("layer_types", "layers_block_type") for kind in getattr(model.config, name, None) or ()}
-    return (
-        getattr(model, "_supports_attention_backend", False)
-        and not getattr(model, "_is_stateful", False)
-        and kinds <= {"full_attention", "sliding_attention", "attention"}
-    )
-
-
-def is_packing(model: "PreTrainedModel") -> bool:
-    """Whether the model takes packed rows."""
-    return model.config._attn_implementation == PACKED_ATTENTION
-
-
-def packed_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    layout: Layout,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    **others: Any,
-) -> tuple[Tensor, None]:
-    """Attention of one packed row, group by group.
-
-    Args:
-        module: the attention layer.
-        query: (1, heads, tokens, head size); `key` and `value` may have fewer heads.
-        key: as query.
-        value: as query.
-        attention_mask: none; the layout says who sees whom.
-        layout: which tokens see which.
-        scaling: factor on the scores; the head size's inverse root if None.
-        dropout: share of attention weights dropped while training.
-        sliding_window: how far back a token sees, in positions.
-        others: what else the model hands its attention; refused unless known to leave the result alone.
-
-    Returns:
-        (1, tokens, heads, head size), and no weights.
-
-    Raises:
-        SelfalignError: the architecture does more here, like capping scores or adding sinks.
-    """
-    for name, other in others.items():
-        if other is not None and name not in WITHOUT_EFFECT:
-            raise SelfalignError(f"{type(module).__name__} uses {name!r} in its attention, which packing lacks")
-    dropout = dropout if module.training else 0.0
-    grouped = key.shape[1] != query.shape[1]
-    parts = (tensor.split(layout.lengths, dim=2) for tensor in (query, key, value))
-    outputs = [
-        scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, scale=scaling, enable_gqa=grouped)
-        for q, k, v, mask in zip(*parts, layout.masks(sliding_window), strict=True)
-    ]
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None

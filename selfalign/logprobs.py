@@ -1,7 +1,8 @@
 """Response log-probabilities without full logits.
 
 The vocabulary projection is done at response positions only, and in tiles: log p(y_t) is the selected logit minus
-the logsumexp of its row, so no tensor of all tokens × vocabulary is ever held, forward or backward.
+the logsumexp of its row. What the backward needs of the tiles is kept up to a fixed size and made again beyond it, so
+no tensor of all tokens × vocabulary is ever held, forward or backward.
 """
 
 from types import MethodType
@@ -18,30 +19,31 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TILE_ELEMENTS = 1 << 24
-"""Logits held at a time: 64 MiB in float32."""
+"""Logits made at a time: 64 MiB in float32."""
+
+KEPT_ELEMENTS = 1 << 27
+"""Slopes kept for the backward, 512 MiB in float32; those of further tiles are made a second time there."""
 
 
 class SelectedLogProbability(torch.autograd.Function):
     """log softmax(hidden @ weightᵀ)[target], row by row in tiles, with its own backward.
 
-    The tiles of logits are made again in the backward instead of being kept. The second output, without gradient,
-    tells whether the target was the likeliest token.
+    The second output, without gradient, tells whether the target was the likeliest token.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, softcap: float
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, softcap: float, differentiated: bool
     ) -> tuple[Tensor, Tensor]:
         logps = hidden.new_empty(len(hidden), dtype=torch.float32)
         hits = hidden.new_empty(len(hidden), dtype=torch.bool)
         embedding = weight.to(hidden.dtype)
+        ctx.kept = []
         for rows in _tiles(len(hidden), len(weight)):
-            logits = _logits(hidden[rows], embedding, scale, softcap)
-            selected = logits.gather(1, targets[rows, None]).squeeze(1)
-            highest = logits.amax(1)
-            hits[rows] = selected == highest
-            # The logits are not needed again, so the sum is taken in their place.
-            logps[rows] = selected - highest - logits.sub_(highest[:, None]).exp_().sum(1).log()
+            keep = differentiated and rows.stop * len(weight) <= KEPT_ELEMENTS
+            logps[rows], hits[rows], slopes = _score_tile(hidden[rows], embedding, targets[rows], scale, softcap, keep)
+            if slopes is not None:
+                ctx.kept.append(slopes)
         ctx.save_for_backward(hidden, weight, targets)
         ctx.scale, ctx.softcap = scale, softcap
         ctx.mark_non_differentiable(hits)
@@ -50,25 +52,51 @@ class SelectedLogProbability(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets = ctx.saved_tensors
-        gradient, _ = gradients
+        gradient = (gradients[0] * ctx.scale).to(hidden.dtype)[:, None]
         embedding = weight.to(hidden.dtype)
         hidden_gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for rows in _tiles(len(hidden), len(weight)):
-            logits = _logits(hidden[rows], embedding, ctx.scale, ctx.softcap)
-            # d log p(target) / d logits = onehot(target) - softmax(logits)
-            slope = logits.softmax(1).neg_()
-            slope.scatter_add_(1, targets[rows, None], torch.ones_like(slope[:, :1]))
-            slope *= gradient[rows, None]
-            if ctx.softcap:
-                slope *= 1 - (logits / ctx.softcap).square()
-            slope = (slope * ctx.scale).to(hidden.dtype)
+        weight_gradient: Tensor | None = None
+        for number, rows in enumerate(_tiles(len(hidden), len(weight))):
+            if number < len(ctx.kept):
+                slopes = ctx.kept[number]
+            else:
+                *_, slopes = _score_tile(hidden[rows], embedding, targets[rows], ctx.scale, ctx.softcap, True)
+                assert slopes is not None
             if hidden_gradient is not None:
-                hidden_gradient[rows] = slope @ embedding
-            if weight_gradient is not None:
-                weight_gradient += slope.T @ hidden[rows]
+                hidden_gradient[rows] = (slopes @ embedding) * gradient[rows]
+            if ctx.needs_input_grad[1]:
+                part = (slopes.T @ (hidden[rows] * gradient[rows])).float()
+                weight_gradient = part if weight_gradient is None else weight_gradient.add_(part)
         weight_gradient = None if weight_gradient is None else weight_gradient.to(weight.dtype)
-        return hidden_gradient, weight_gradient, None, None, None
+        return hidden_gradient, weight_gradient, None, None, None, None
+
+
+def _score_tile(
+    hidden: Tensor, embedding: Tensor, targets: Tensor, scale: float, softcap: float, differentiated: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """log p(target), whether it was the likeliest, and d log p(target) / d logits but for `scale`."""
+    logits = (hidden @ embedding.T).float()
+    if scale != 1.0:
+        logits *= scale
+    bend = None
+    if softcap:
+        capped = torch.tanh(logits / softcap)
+        logits, bend = softcap * capped, 1 - capped.square()
+    highest = logits.amax(1, keepdim=True)
+    selected = logits.gather(1, targets[:, None])
+    hits = (selected == highest).squeeze(1)
+    # The logits are not needed again, so what follows is computed in their place.
+    powers = logits.sub_(highest).exp_()
+    total = powers.sum(1, keepdim=True)
+    logps = (selected - highest - total.log()).squeeze(1)
+    if not differentiated:
+        return logps, hits, None
+    # d log p(target) / d logits = onehot(target) - softmax(logits)
+    slopes = powers.div_(-total)
+    slopes.scatter_add_(1, targets[:, None], torch.ones_like(selected))
+    if bend is not None:
+        slopes *= bend
+    return logps, hits, slopes.to(hidden.dtype)
 
 
 def selected_logps(
@@ -88,7 +116,9 @@ def selected_logps(
         scale: the factor some architectures put on their logits.
         softcap: logits are squashed to softcap·tanh(logits/softcap); 0 leaves them.
     """
-    return cast(tuple[Tensor, Tensor], SelectedLogProbability.apply(hidden, weight, targets, scale, softcap))
+    differentiated = torch.is_grad_enabled()
+    scored = SelectedLogProbability.apply(hidden, weight, targets, scale, softcap, differentiated)
+    return cast(tuple[Tensor, Tensor], scored)
 
 
 def score_responses_only(model: "PreTrainedModel") -> None:
@@ -148,11 +178,6 @@ def logit_shape(config: Any) -> tuple[float, float]:
     return scale, float(getattr(config, "final_logit_softcapping", None) or 0.0)
 
 
-def _logits(hidden: Tensor, embedding: Tensor, scale: float, softcap: float) -> Tensor:
-    logits = (hidden @ embedding.T).float() * scale
-    return softcap * torch.tanh(logits / softcap) if softcap else logits
-
-
 def _tiles(rows: int, vocabulary: int) -> list[slice]:
     height = max(1, TILE_ELEMENTS // vocabulary)
-    return [slice(start, start + height) for start in range(0, rows, height)]
+    return [slice(start, min(start + height, rows)) for start in range(0, rows, height)]

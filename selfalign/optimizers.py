@@ -30,7 +30,7 @@ def _builder(optimization: Optimization) -> Build:
     if optimization.optimizer == "rmsprop":
         return lambda parameters: torch.optim.RMSprop(parameters, lr=rate)
     if optimization.optimizer == "adamw":
-        return lambda parameters: torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
+        return lambda parameters: torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=True)
     try:
         from bitsandbytes.optim.adamw import AdamW8bit
     except ImportError as error:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from selfalign.batches import Batch, Group, enable_packing, make_batch, split_by_tokens
+from selfalign.attention import enable_packing
+from selfalign.batches import Batch, Group, make_batch, split_by_tokens
 from selfalign.logprobs import score_responses_only
 from selfalign.models import Policy, autocast
 

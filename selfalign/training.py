@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from selfalign.batches import Batch, Group, enable_packing, make_batch
+from selfalign.attention import enable_packing
+from selfalign.batches import Batch, Group, make_batch
 from selfalign.errors import SelfalignError
 from selfalign.generation import Sampling
 from selfalign.logprobs import score_responses_only

@@ -42,10 +42,12 @@ def expected(
 
 @pytest.mark.parametrize(("scale", "softcap"), [(1.0, 0.0), (0.25, 0.0), (1.0, 2.0), (3.0, 5.0)])
 @pytest.mark.parametrize("tile_elements", [1, 3 * VOCABULARY, 1 << 24], ids=["row_by_row", "tiles_of_3", "one_tile"])
+@pytest.mark.parametrize("kept_elements", [0, 7 * VOCABULARY, 1 << 24], ids=["keep_none", "keep_two_tiles", "keep_all"])
 def test_values_and_gradients_equal_log_softmax_in_float64(
-    monkeypatch: pytest.MonkeyPatch, tile_elements: int, scale: float, softcap: float
+    monkeypatch: pytest.MonkeyPatch, tile_elements: int, kept_elements: int, scale: float, softcap: float
 ) -> None:
     monkeypatch.setattr(logprobs, "TILE_ELEMENTS", tile_elements)
+    monkeypatch.setattr(logprobs, "KEPT_ELEMENTS", kept_elements)
     hidden, weight, targets, slopes = inputs()
     values, hidden_gradient, weight_gradient = expected(hidden, weight, targets, slopes, scale, softcap)
 
@@ -87,19 +89,34 @@ def test_hits_are_the_targets_with_the_highest_logit(monkeypatch: pytest.MonkeyP
     assert not hits.requires_grad
 
 
-def test_no_more_logits_than_a_tile_are_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kept_elements", "gradient", "made"),
+    [
+        (1 << 24, True, [(3, True), (3, True), (3, True), (2, True)]),
+        (7 * VOCABULARY, True, [(3, True), (3, True), (3, False), (2, False), (3, True), (2, True)]),
+        (1 << 24, False, [(3, False), (3, False), (3, False), (2, False)]),
+    ],
+    ids=["all_kept", "two_kept", "no_gradient"],
+)
+def test_logits_are_made_in_tiles_whose_slopes_are_kept_up_to_a_size(
+    monkeypatch: pytest.MonkeyPatch, kept_elements: int, gradient: bool, made: list[tuple[int, bool]]
+) -> None:
     monkeypatch.setattr(logprobs, "TILE_ELEMENTS", 3 * VOCABULARY)
-    heights: list[int] = []
-    original = logprobs._logits
+    monkeypatch.setattr(logprobs, "KEPT_ELEMENTS", kept_elements)
+    tiles: list[tuple[int, bool]] = []
+    original = logprobs._score_tile
 
-    def watched(hidden: Tensor, *rest: Any) -> Tensor:
-        heights.append(len(hidden))
+    def watched(hidden: Tensor, *rest: Any) -> Any:
+        tiles.append((len(hidden), rest[-1]))
         return original(hidden, *rest)
 
-    monkeypatch.setattr(logprobs, "_logits", watched)
+    monkeypatch.setattr(logprobs, "_score_tile", watched)
     hidden, weight, targets, _ = inputs()
-    selected_logps(hidden.requires_grad_(), weight, targets)[0].sum().backward()
-    assert heights == [3, 3, 3, 2] * 2
+    with torch.set_grad_enabled(gradient):
+        logps, _ = selected_logps(hidden.requires_grad_(), weight, targets)
+    if gradient:
+        logps.sum().backward()
+    assert tiles == made
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

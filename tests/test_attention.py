@@ -1,0 +1,305 @@
+"""Packed and padded batches against one plain forward pass a response, for every architecture family we name."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from selfalign.attention import enable_packing, is_packing
+from selfalign.batches import (
+    Group,
+    make_batch,
+    share_prompt,
+)
+from selfalign.errors import SelfalignError
+from selfalign.logprobs import score_responses_only
+
+VOCABULARY = 61
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+UNGROUPED = {name: size for name, size in SIZES.items() if name != "num_key_value_heads"}
+WINDOW = 5
+"""Shorter than every sequence below, so that a window that is ignored shows."""
+
+ARCHITECTURES: dict[str, Any] = {
+    "llama": transformers.LlamaConfig(**SIZES),
+    "llama_tied": transformers.LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "qwen2": transformers.Qwen2Config(**SIZES),
+    "qwen2_window": transformers.Qwen2Config(
+        **SIZES, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1
+    ),
+    "qwen3": transformers.Qwen3Config(**SIZES, head_dim=12),
+    "mistral_window": transformers.MistralConfig(**SIZES, sliding_window=WINDOW),
+    "gemma": transformers.GemmaConfig(**SIZES, head_dim=12),
+    "gemma3_window": transformers.Gemma3TextConfig(**SIZES, head_dim=12, sliding_window=WINDOW),
+    "gpt_neox": transformers.GPTNeoXConfig(**UNGROUPED, use_parallel_residual=False),
+    "gpt2": transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=None, eos_token_id=None
+    ),
+    "cohere": transformers.CohereConfig(**SIZES, logit_scale=0.3),
+    "granite": transformers.GraniteConfig(**SIZES, logits_scaling=3.0, attention_multiplier=0.7),
+}
+
+
+def build(config: Any) -> Any:
+    """A model with weights large enough that every part of it matters."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, Any]:
+    """Each architecture's model, unchanged: copy before switching anything."""
+    return {name: build(config) for name, config in ARCHITECTURES.items()}
+
+
+def scoring(model: Any, *, packed: bool) -> Any:
+    model = copy.deepcopy(model)
+    if packed:
+        assert enable_packing(model)
+    score_responses_only(model)
+    return model
+
+
+def draw(count: int, seed: int) -> list[int]:
+    return torch.randint(1, VOCABULARY, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def groups() -> list[Group]:
+    """A pair, an SFT example, a pair with one response of a single token, and responses with given tokens."""
+    return [
+        Group(id="pair", prompt=draw(9, 1), responses=[draw(7, 2), draw(12, 3)], given=[0, 0]),
+        Group(id="single", prompt=draw(3, 4), responses=[draw(8, 5)], given=[0]),
+        Group(id="short", prompt=draw(6, 6), responses=[draw(1, 7), draw(4, 8)], given=[0, 0]),
+        Group(id="given", prompt=draw(5, 9), responses=[draw(6, 10), draw(9, 11)], given=[2, 8]),
+    ]
+
+
+def plain_logps(model: Any, some: Sequence[Group]) -> Tensor:
+    """Summed log-probabilities by one forward pass over full logits for each response."""
+    sums = []
+    for group in some:
+        for response, given in zip(group.responses, group.given, strict=True):
+            ids = torch.tensor([[*group.prompt, *response]])
+            logps = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+            scored = logps.gather(1, ids[0, 1:, None])[len(group.prompt) + given - 1 :]
+            assert len(scored) == len(response) - given
+            sums.append(scored.sum())
+    return torch.stack(sums)
+
+
+def batch_logps(model: Any, some: Sequence[Group]) -> Tensor:
+    batch = make_batch(model, some)
+    return batch.sum_by_response(model(predict_at=batch.predict_at, targets=batch.targets, **batch.inputs))
+
+
+def gradients(model: Any, sums: Tensor) -> dict[str, Tensor]:
+    """Of a weighted sum, so that no response stands for another."""
+    (sums * torch.linspace(-1, 2, len(sums))).sum().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_packed_and_padded_batches_equal_plain_passes_in_values_and_gradients(models: Any, name: str) -> None:
+    model = copy.deepcopy(models[name])
+    expected = plain_logps(model, groups())
+    expected_gradients = gradients(model, expected)
+    assert len(expected_gradients) == len(list(model.parameters()))
+    for packed in (True, False):
+        other = scoring(models[name], packed=packed)
+        assert is_packing(other) == packed
+        sums = batch_logps(other, groups())
+        torch.testing.assert_close(sums, expected, rtol=1e-5, atol=1e-5)
+        found = gradients(other, sums)
+        assert found.keys() == expected_gradients.keys()
+        for parameter, gradient in expected_gradients.items():
+            scale = float(gradient.abs().max())
+            torch.testing.assert_close(found[parameter], gradient, rtol=1e-4, atol=1e-5 * max(1.0, scale))
+
+
+def test_the_window_matters_in_these_sequences() -> None:
+    """Otherwise a window that packing ignores would go unnoticed above."""
+    config = transformers.MistralConfig(**SIZES, sliding_window=WINDOW)
+    wide = transformers.MistralConfig(**SIZES, sliding_window=None)
+    with torch.no_grad():
+        difference = plain_logps(build(config), groups()) - plain_logps(build(wide), groups())
+    assert float(difference.abs().max()) > 0.01
+
+
+@pytest.mark.parametrize(
+    "option", [{}, {"attn_logit_softcapping": None, "sliding_window": WINDOW}], ids=["cap", "none"]
+)
+def test_gemma2_is_refused_because_of_its_capped_attention_alone(option: dict[str, Any]) -> None:
+    model = build(transformers.Gemma2Config(**SIZES, head_dim=12, **option))
+
+    def packed_logps() -> Tensor:
+        return batch_logps(scoring(model, packed=True), groups())
+
+    if option:
+        torch.testing.assert_close(packed_logps(), plain_logps(model, groups()), rtol=1e-5, atol=1e-5)
+    else:
+        with pytest.raises(SelfalignError, match="Gemma2Attention uses 'softcap' in its attention"):
+            packed_logps()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.Lfm2Config(**SIZES, layer_types=["conv", "full_attention"]),
+        transformers.RecurrentGemmaConfig(
+            **{**SIZES, "num_hidden_layers": 3}, lru_width=32, attention_window_size=WINDOW, logits_soft_cap=1e4
+        ),
+    ],
+    ids=["lfm2", "recurrent_gemma"],
+)
+def test_tokens_mixed_outside_attention_do_not_leak_between_responses(config: Any) -> None:
+    """A convolution or recurrence runs over a packed row as if it were one text: pad, or refuse."""
+    model = build(config)
+    scored = copy.deepcopy(model)
+    try:
+        enable_packing(scored)
+        score_responses_only(scored)
+        sums = batch_logps(scored, groups())
+    except SelfalignError:
+        return
+    with torch.no_grad():
+        torch.testing.assert_close(sums, plain_logps(model, groups()), rtol=1e-4, atol=1e-4)
+
+
+# Softcap, factor and divisor go by other names here than where `logit_shape` looks for them.
+SHAPED_LOGITS: dict[str, dict[str, Any]] = {
+    "RecurrentGemmaConfig": {"num_hidden_layers": 3, "lru_width": 32, "logits_soft_cap": 3.0},
+    "HyperCLOVAXConfig": {"logits_scaling": 3.0},
+    "FalconH1Config": {
+        "lm_head_multiplier": 0.3,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "mamba_d_ssm": 64,
+    },
+}
+
+
+@pytest.mark.parametrize("name", SHAPED_LOGITS)
+def test_logits_that_are_shaped_in_an_unknown_way_are_refused_or_shaped_right(name: str) -> None:
+    if not hasattr(transformers, name):
+        pytest.skip(f"this transformers has no {name}")
+    model = build(getattr(transformers, name)(**SIZES | SHAPED_LOGITS[name]))
+    scored = copy.deepcopy(model)
+    try:
+        score_responses_only(scored)
+    except SelfalignError:
+        return
+    with torch.no_grad():
+        torch.testing.assert_close(batch_logps(scored, groups()), plain_logps(model, groups()), rtol=1e-4, atol=1e-4)
+
+
+def test_architecture_without_switchable_attention_is_padded_and_right(caplog: pytest.LogCaptureFixture) -> None:
+    config = transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)
+    model = build(config)
+    expected = plain_logps(model, groups())
+    with caplog.at_level("INFO", logger="selfalign.attention"):
+        assert not enable_packing(model)
+    assert "BloomForCausalLM cannot be packed; batches are padded instead" in caplog.text
+    score_responses_only(model)
+    assert "attention_mask" in make_batch(model, groups()).inputs
+    torch.testing.assert_close(batch_logps(model, groups()), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["packed", "padded"])
+def scorer(request: pytest.FixtureRequest, models: Any) -> Any:
+    return scoring(models["llama"], packed=request.param)
+
+
+@torch.no_grad()
+def test_a_response_does_not_depend_on_what_else_is_in_the_batch(scorer: Any) -> None:
+    together = batch_logps(scorer, groups()).tolist()
+    alone = [value for group in groups() for value in batch_logps(scorer, [group]).tolist()]
+    assert together == pytest.approx(alone, abs=1e-5)
+    backwards = batch_logps(scorer, groups()[::-1]).tolist()
+    by_group = {"given": backwards[:2], "short": backwards[2:4], "single": backwards[4:5], "pair": backwards[5:]}
+    assert [value for group in groups() for value in by_group[group.id]] == pytest.approx(together, abs=1e-5)
+
+
+@torch.no_grad()
+def test_a_response_does_not_see_its_neighbour_within_the_group(scorer: Any) -> None:
+    pair = groups()[0]
+    before = batch_logps(scorer, [pair]).tolist()
+    other = Group(id="pair", prompt=pair.prompt, responses=[draw(4, 50), pair.responses[1]], given=[0, 0])
+    after = batch_logps(scorer, [other]).tolist()
+    assert after[1] == pytest.approx(before[1], abs=1e-5)
+    assert abs(after[0] - before[0]) > 0.1
+
+
+@torch.no_grad()
+def test_changing_the_first_prompt_token_changes_every_response(scorer: Any) -> None:
+    for group in groups():
+        changed = [group.prompt[0] % (VOCABULARY - 1) + 1, *group.prompt[1:]]
+        other = Group(id=group.id, prompt=changed, responses=group.responses, given=group.given)
+        difference = batch_logps(scorer, [group]) - batch_logps(scorer, [other])
+        assert float(difference.abs().min()) > 1e-4
+
+
+@torch.no_grad()
+def test_sharing_the_beginning_of_prompts_equals_separate_prompts(scorer: Any) -> None:
+    prompts = [[*draw(6, 20), *draw(3, 21)], [*draw(6, 20), *draw(5, 22)], [*draw(6, 20), *draw(3, 21), 7, 8]]
+    responses = [draw(4, 23), draw(1, 24), draw(6, 25)]
+    shared = share_prompt("q", prompts, responses)
+    assert shared.prompt == draw(6, 20)
+    assert shared.given == [3, 5, 5]
+    assert [[*shared.prompt, *tail] for tail in shared.responses] == [
+        [*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)
+    ]
+    separate = [
+        Group(id=str(i), prompt=prompt, responses=[response], given=[0])
+        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
+    ]
+    torch.testing.assert_close(
+        batch_logps(scorer, [*groups(), shared])[-3:], batch_logps(scorer, separate), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_prompts_with_nothing_in_common_are_scored_right(scorer: Any) -> None:
+    prompts, responses = [[5, 6, 7], [9, 6, 7]], [draw(4, 30), draw(2, 31)]
+    shared = share_prompt("q", prompts, responses)
+    separate = [
+        Group(id=str(i), prompt=prompt, responses=[response], given=[0])
+        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
+    ]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            batch_logps(scorer, [groups()[0], shared])[-2:], batch_logps(scorer, separate), rtol=1e-5, atol=1e-5
+        )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_packed_batches_equal_plain_passes_on_a_gpu(models: Any) -> None:
+    model = copy.deepcopy(models["llama"]).cuda()
+    with torch.no_grad():
+        expected = torch.cat([plain_logps(copy.deepcopy(models["llama"]), [group]) for group in groups()])
+    enable_packing(model)
+    score_responses_only(model)
+    batch = make_batch(model, groups()).to(model.device)
+    sums = batch.sum_by_response(model(predict_at=batch.predict_at, targets=batch.targets, **batch.inputs))
+    torch.testing.assert_close(sums.cpu(), expected, rtol=1e-3, atol=1e-3)
+    sums.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
