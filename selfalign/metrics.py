@@ -9,13 +9,12 @@ that of the checkpoint after N steps against the one chosen before it.
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from scipy import stats
 
-from selfalign.records import Judgement, JudgementStatus, RankedAnswers
+from selfalign.records import Judgement, JudgementStatus
+from selfalign.statistics import wilson
 
 METRICS = {
     "loss": "the optimised loss of the step, averaged over its pairs (or target tokens, or demonstrations)",
@@ -50,9 +49,7 @@ METRICS = {
     "judge/mean_score": "mean score of the candidates",
     "judge/std_score": "standard deviation of the scores",
     "judge/entropy": "mean entropy of the judge's score distribution, nats",
-    "eval/win_rate": "share of evaluation instructions whose answer scores above M1's, a tie counts half",
-    "eval/win_rate_low": "lower end of the win rate's 95 % Wilson interval",
-    "eval/win_rate_high": "upper end of the win rate's 95 % Wilson interval",
+    "eval/win_rate": "share of evaluation instructions whose answer scores above M1's, a tie counts half; Wilson's interval",
     "eval/wins": "instructions won against M1",
     "eval/ties": "instructions with equal scores",
     "eval/losses": "instructions lost",
@@ -68,17 +65,14 @@ METRICS = {
     "judge_quality/questions": "questions measured",
     "judge_quality/unjudged": "questions left out because an answer carries no score",
     "judge_quality/undefined": "questions left out of the two correlations because all scores are equal",
+    "calibration/parsed": "share of judgements that carry a score",
+    "calibration/spread": "entropy of how often each whole score was given, nats; 0 for a constant judge",
+    "calibration/ties": "share of answer pairs of a question with equal scores",
+    "calibration/self_consistency": "share of pairs of judgements of one answer that give the same score",
+    "calibration/length_correlation": "Spearman's, of score and length in characters, mean over questions",
+    "calibration/score_of_rank/N": "mean score of the answers that humans ranked N-th",
     "seconds": "wall time of the stage when it ran",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Proportion:
-    """A share with its interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 def mean_scores(judgements: Sequence[Judgement]) -> dict[str, float]:
@@ -100,15 +94,6 @@ def judgement_statistics(judgements: Sequence[Judgement]) -> dict[str, float]:
     return statistics | ({"judge/entropy": float(np.mean(entropies))} if entropies else {})
 
 
-def wilson(successes: float, total: int, confidence: float = 0.95) -> Proportion:
-    """A share with Wilson's score interval (Wilson 1927); half successes (ties) are allowed."""
-    z = float(stats.norm.ppf(0.5 + confidence / 2))
-    share = successes / total
-    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
-    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    return Proportion(share, max(0.0, centre - half), min(1.0, centre + half))
-
-
 def head_to_head(scores: dict[str, float], baseline: dict[str, float]) -> dict[str, float]:
     """Wins, ties and losses over the instructions both have a score for, and the win rate with its interval.
 
@@ -121,57 +106,7 @@ def head_to_head(scores: dict[str, float], baseline: dict[str, float]) -> dict[s
     counts: dict[str, float] = {"eval/wins": wins, "eval/ties": ties, "eval/losses": losses}
     if not (total := wins + ties + losses):
         return counts
-    rate = wilson(wins + ties / 2, total)
-    return counts | {
-        "eval/win_rate": rate.value,
-        "eval/win_rate_low": rate.low,
-        "eval/win_rate_high": rate.high,
-    }
-
-
-def judge_quality(ranked: Sequence[RankedAnswers], scores: Sequence[Sequence[float]], top: float) -> dict[str, float]:
-    """How well scores agree with human ranks (arXiv 2401.10020, section 3.1).
-
-    Ties among scores, which the paper leaves open: a tied pair counts as not agreeing, Kendall's coefficient is
-    τ-b, and a question whose scores are all equal has no correlation and is counted in `undefined`.
-
-    Args:
-        ranked: questions with their ranks, 1 is best.
-        scores: the judge's score of each answer, question by question.
-        top: the highest score of the scale; scores within half a point of it are "5" for `five_best`.
-    """
-    agreeing = pairs = exact = top_answers = top_best = undefined = 0
-    spearman: list[float] = []
-    kendall: list[float] = []
-    for question, values in zip(ranked, scores, strict=True):
-        order = [_agrees(question.ranks, values, i, j) for i in range(len(values)) for j in range(i)]
-        agreeing += sum(order)
-        pairs += len(order)
-        exact += all(order)
-        best = min(question.ranks)
-        tops = [rank for rank, value in zip(question.ranks, values, strict=True) if value >= top - 0.5]
-        top_answers += len(tops)
-        top_best += tops.count(best)
-        if len(set(values)) == 1:
-            undefined += 1
-        else:
-            quality = [-rank for rank in question.ranks]
-            spearman.append(float(stats.spearmanr(quality, values).statistic))  # pyright: ignore[reportAttributeAccessIssue]
-            kendall.append(float(stats.kendalltau(quality, values).statistic))  # pyright: ignore[reportAttributeAccessIssue]
-    measured = {
-        "judge_quality/questions": len(ranked),
-        "judge_quality/undefined": undefined,
-        "judge_quality/pairwise_accuracy": agreeing / pairs,
-        "judge_quality/exact_match": exact / len(ranked),
-    }
-    if top_answers:
-        measured["judge_quality/five_best"] = top_best / top_answers
-    if spearman:
-        measured |= {
-            "judge_quality/spearman": math.fsum(spearman) / len(spearman),
-            "judge_quality/kendall": math.fsum(kendall) / len(kendall),
-        }
-    return measured
+    return counts | wilson(wins + ties / 2, total).named("eval/win_rate")
 
 
 Sums = dict[str, tuple[float, float]]
@@ -273,10 +208,3 @@ def score_histogram(judgements: Sequence[Judgement], low: int, high: int) -> lis
 
 def _compare(score: float, other: float) -> str:
     return "win" if score > other else "tie" if score == other else "loss"
-
-
-def _agrees(ranks: Sequence[int], scores: Sequence[float], i: int, j: int) -> bool:
-    return (ranks[i] < ranks[j] and scores[i] > scores[j]) or (ranks[i] > ranks[j] and scores[i] < scores[j])
-
-
-Row = dict[str, Any]

@@ -1,10 +1,7 @@
 import math
-import random
-from itertools import permutations
 
 import pytest
 from builders import judgement
-from scipy import stats
 
 from selfalign.metrics import (
     METRICS,
@@ -12,7 +9,6 @@ from selfalign.metrics import (
     add_sums,
     averages,
     head_to_head,
-    judge_quality,
     judgement_statistics,
     mean_scores,
     reward_intervals,
@@ -20,148 +16,9 @@ from selfalign.metrics import (
     score_histogram,
     wilson,
 )
-from selfalign.records import Judgement, JudgementStatus, RankedAnswers
-
-
-def question(*ranks: int) -> RankedAnswers:
-    texts, blank = [f"t{i}" for i in ranks], [""] * len(ranks)
-    return RankedAnswers(id="q", instruction="?", texts=texts, ranks=list(ranks), scores=[], justifications=blank)
-
-
-def quality(*cases: tuple[tuple[int, ...], tuple[float, ...]], top: float = 5) -> dict[str, float]:
-    """Judge quality over (ranks, scores), without the prefix of the names."""
-    measured = judge_quality([question(*ranks) for ranks, _ in cases], [scores for _, scores in cases], top)
-    assert all(math.isfinite(value) for value in measured.values())
-    assert measured.pop("judge_quality/unjudged", 0) == 0
-    assert measured.keys() <= METRICS.keys()
-    return {name.removeprefix("judge_quality/"): value for name, value in measured.items()}
-
-
-# --- judge quality -----------------------------------------------------------------------------------------------
-
-
-def test_perfect_judge() -> None:
-    assert quality(((1, 2, 3), (5, 3, 1)), ((3, 1, 2), (0, 4, 2))) == {
-        "questions": 2,
-        "undefined": 0,
-        "pairwise_accuracy": 1.0,
-        "exact_match": 1.0,
-        "five_best": 1.0,
-        "spearman": pytest.approx(1.0),
-        "kendall": pytest.approx(1.0),
-    }
-
-
-def test_judge_that_turns_every_order_round() -> None:
-    measured = quality(((1, 2, 3), (1, 3, 5)))
-    assert (measured["pairwise_accuracy"], measured["exact_match"], measured["five_best"]) == (0, 0, 0)
-    assert (measured["spearman"], measured["kendall"]) == (pytest.approx(-1.0), pytest.approx(-1.0))
-
-
-def test_mixed_case_worked_by_hand() -> None:
-    # q1: ranks 1 2 3 4, scores 4 5 2 2. Pairs in order: 1>3 1>4 2>3 2>4; wrong: 1>2; tied: 3=4. 4 of 6.
-    # q2: ranks 2 1 3, scores 3 5 1. All 3 pairs in order. Top scores: 5 (rank 2) and 5 (rank 1): 1 of 2 best.
-    measured = quality(((1, 2, 3, 4), (4, 5, 2, 2)), ((2, 1, 3), (3, 5, 1)))
-    assert measured["pairwise_accuracy"] == 7 / 9
-    assert measured["exact_match"] == 1 / 2
-    assert measured["five_best"] == 1 / 2
-    # q1: ρ is Pearson's of 4 3 2 1 with the scores' ranks 3 4 1.5 1.5; from their mean 2.5:
-    # (1.5·0.5 + 0.5·1.5 + 0.5·1 + 1.5·1) / √(5 · 4.5).
-    pearson = 3.5 / math.sqrt(5.0 * 4.5)
-    assert measured["spearman"] == pytest.approx((pearson + 1) / 2)
-    # τ-b of q1: (4 concordant - 1 discordant) / √(6 · 5).
-    assert measured["kendall"] == pytest.approx((3 / math.sqrt(30) + 1) / 2)
-
-
-def test_tied_pair_counts_as_not_agreeing() -> None:
-    assert quality(((1, 2, 3), (4, 4, 1)))["pairwise_accuracy"] == 2 / 3
-    assert quality(((1, 2, 3), (4, 4, 1)))["exact_match"] == 0
-
-
-def test_constant_scores_are_undefined_and_counted_not_nan() -> None:
-    measured = quality(((1, 2, 3), (4, 4, 4)), ((1, 2, 3), (5, 3, 1)))
-    assert measured["undefined"] == 1
-    assert measured["questions"] == 2
-    assert measured["pairwise_accuracy"] == 3 / 6
-    assert (measured["spearman"], measured["kendall"]) == (pytest.approx(1.0), pytest.approx(1.0))
-
-
-def test_only_constant_scores_have_no_correlation_at_all() -> None:
-    measured = quality(((1, 2), (3, 3)), ((2, 1), (0, 0)))
-    assert measured == {"questions": 2, "undefined": 2, "pairwise_accuracy": 0.0, "exact_match": 0.0}
-
-
-def test_one_question_is_enough() -> None:
-    measured = quality(((2, 1), (1.5, 1.75)))
-    assert measured == {
-        "questions": 1,
-        "undefined": 0,
-        "pairwise_accuracy": 1.0,
-        "exact_match": 1.0,
-        "spearman": pytest.approx(1.0),
-        "kendall": pytest.approx(1.0),
-    }
-
-
-@pytest.mark.parametrize(("score", "counted"), [(4.49, False), (4.5, True), (5.0, True)])
-def test_five_best_takes_scores_that_round_to_the_top(score: float, counted: bool) -> None:
-    assert ("five_best" in quality(((1, 2), (score, 1)))) == counted
-
-
-def test_five_best_counts_every_answer_at_the_top() -> None:
-    assert quality(((1, 2, 3), (5, 5, 5)))["five_best"] == pytest.approx(1 / 3)
-    assert quality(((1, 2, 3), (3, 3, 1)), top=3)["five_best"] == 1 / 2
-
-
-def test_correlations_agree_with_scipy_question_by_question() -> None:
-    draw = random.Random(1)
-    cases, spearman, kendall = [], [], []
-    while len(cases) < 40:
-        ranks = draw.sample(range(1, 6), draw.randint(2, 5))
-        scores = [draw.choice([0, 1, 2, 3, 4, 5]) for _ in ranks]
-        cases.append((tuple(ranks), tuple(scores)))
-        if len(set(scores)) > 1:
-            spearman.append(stats.spearmanr([-r for r in ranks], scores).statistic)
-            kendall.append(stats.kendalltau([-r for r in ranks], scores, variant="b").statistic)
-    measured = quality(*cases)
-    assert measured["spearman"] == pytest.approx(sum(spearman) / len(spearman))
-    assert measured["kendall"] == pytest.approx(sum(kendall) / len(kendall))
-    assert measured["undefined"] == 40 - len(spearman) > 0
-
-
-def test_exact_match_means_every_pair_in_order() -> None:
-    for scores in permutations((4, 3, 2, 1)):
-        assert quality(((1, 2, 3, 4), scores))["exact_match"] == (scores == (4, 3, 2, 1))
-
-
-def test_order_of_the_answers_does_not_matter() -> None:
-    expected = quality(((1, 2, 3), (4, 4.6, 1)))
-    for order in permutations(range(3)):
-        ranks, scores = tuple((1, 2, 3)[i] for i in order), tuple((4, 4.6, 1)[i] for i in order)
-        assert quality((ranks, scores)) == {k: pytest.approx(v) for k, v in expected.items()}
-
+from selfalign.records import Judgement, JudgementStatus
 
 # --- shares and head to head -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("wins", "total"), [(0, 1), (1, 1), (0, 24), (24, 24), (7, 24), (50, 256), (805, 805), (3, 1000)]
-)
-def test_wilson_interval_is_scipys(wins: int, total: int) -> None:
-    share = wilson(wins, total)
-    interval = stats.binomtest(wins, total).proportion_ci(confidence_level=0.95, method="wilson")
-    assert share.value == wins / total
-    assert share.low == pytest.approx(interval.low, abs=1e-12)
-    assert share.high == pytest.approx(interval.high, abs=1e-12)
-
-
-def test_wilson_interval_at_another_confidence_and_with_half_wins() -> None:
-    interval = stats.binomtest(30, 80).proportion_ci(confidence_level=0.99, method="wilson")
-    assert wilson(30, 80, 0.99).low == pytest.approx(interval.low)
-    assert wilson(30, 80, 0.99).high == pytest.approx(interval.high)
-    between = wilson(7.5, 24)
-    assert wilson(7, 24).low < between.low < wilson(8, 24).low
-    assert between.value == 7.5 / 24
 
 
 def test_head_to_head_counts_only_what_both_answered() -> None:

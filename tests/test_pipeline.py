@@ -424,12 +424,16 @@ COUNTS = {
     "written", "kept", "batches", "responses", "judgements", "unjudged_responses",
 }  # fmt: skip
 """How many records a stage read or wrote: what the names say."""
-ONLY_ELSEWHERE = {"judge_quality/five_best", "refinement/correlation_with_margin", "held_out_pairs", "chosen_step"}
-"""Left out where no answer reaches the top of the scale, a step has one pair, or an option is off."""
+ONLY_ELSEWHERE = {
+    "judge_quality/five_best", "refinement/correlation_with_margin", "held_out_pairs", "chosen_step",
+    "calibration/self_consistency",
+}  # fmt: skip
+"""Left out where no answer reaches the top of the scale, a step has one pair, an answer is judged once, or an option
+is off."""
 
 
 def written_names(folder: Path) -> set[str]:
-    """Names of values in metrics.jsonl, `dropped/<reason>` and `<stage>/seconds|step` under their common name."""
+    """Names of values in metrics.jsonl: ends of intervals, ranks and `<stage>/seconds|step` under their common name."""
     stages = {stage["stage"] for stage in read_json(folder / "summary.json")["stages"]}
     names = set()
     for row in metrics(folder):
@@ -438,7 +442,7 @@ def written_names(folder: Path) -> set[str]:
             if prefix in stages and rest in ("seconds", "step"):
                 names.add(rest)
             elif prefix != "dropped":
-                names.add(name)
+                names.add(re.sub(r"_(low|high)$", "", re.sub(r"/\d+$", "/N", name)))
     return names - BOOKKEEPING - COUNTS
 
 

@@ -24,7 +24,7 @@ from selfalign.records import (
 )
 from selfalign.report import log_samples, write_report
 from selfalign.report.charts import Series, draw_curves, draw_histogram, draw_models, moving_mean, spread, tick_labels
-from selfalign.report.finished import Candidate, Finished, best_first, interval_of_mean, read_samples, with_winner
+from selfalign.report.finished import Candidate, Finished, best_first, read_samples, with_winner
 from selfalign.report.markup import decimals, duration, percent, telling_apart
 from selfalign.report.prose import verdict, what_was_run
 from selfalign.run import Run
@@ -434,25 +434,6 @@ def test_verdict_follows_the_interval(tmp_path: Path, low: float, high: float, s
 
 
 # --- what the numbers come from ----------------------------------------------------------------------------------
-
-
-def test_interval_of_mean_by_hand() -> None:
-    # Mean 2, standard error √2/√2 = 1, and t is 12.7062 at 97.5 % with one degree of freedom.
-    assert interval_of_mean("x", [1.0, 3.0]) == {
-        "x_low": pytest.approx(2 - 12.7062, abs=1e-4),
-        "x_high": pytest.approx(2 + 12.7062, abs=1e-4),
-    }
-    assert interval_of_mean("x", [1.0]) == {}
-
-
-def test_judge_quality_interval_is_over_questions(tmp_path: Path) -> None:
-    # The judge gives 5 to the better answer and 3, 5, 7 to the other: right, tied (counts as wrong), wrong.
-    row = Finished.load(whole(tmp_path / "run")).models[0]
-    expected = interval_of_mean("judge_quality/pairwise_accuracy", [1.0, 0.0, 0.0])
-    assert {name: row[name] for name in expected} == pytest.approx(expected)
-    # The tied question has no correlation.
-    expected = interval_of_mean("judge_quality/spearman", [1.0, -1.0])
-    assert {name: row[name] for name in expected} == pytest.approx(expected)
 
 
 def test_samples_keep_instructions_and_roles_together(tmp_path: Path) -> None:

@@ -8,10 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from scipy import stats
-
 from selfalign.files import read_json
-from selfalign.metrics import judge_quality, mean_scores, wilson
+from selfalign.metrics import mean_scores
 from selfalign.records import (
     Demonstration,
     FinishReason,
@@ -23,6 +21,7 @@ from selfalign.records import (
     Response,
     read_records,
 )
+from selfalign.statistics import bootstrap_mean, wilson
 
 R = TypeVar("R", Demonstration, Instruction, Judgement, PreferencePair, RankedAnswers, Response)
 Row = dict[str, Any]
@@ -85,7 +84,6 @@ class Finished:
         """Reads a run folder."""
         summary = read_json(folder / "summary.json")
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        top = summary["config"]["judge"]["high"]
         return cls(
             folder=folder,
             summary=summary,
@@ -94,7 +92,7 @@ class Finished:
             stages={stage["label"]: stage["stage"] for stage in summary["stages"]},
             counts={stage["label"]: stage["counts"] for stage in summary["stages"]},
             rows=[json.loads(line) for line in lines],
-            models=[{**intervals(folder, row["model"], top), **row} for row in summary["models"]],
+            models=[{**intervals(folder, row["model"]), **row} for row in summary["models"]],
         )
 
     @property
@@ -210,30 +208,11 @@ def as_text(prompt: Prompt) -> str:
     return prompt[0]["content"] if len(prompt) == 1 else "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt)
 
 
-def intervals(folder: Path, model: str, top: float) -> dict[str, float]:
-    """95 % intervals of a model's judge quality (over questions), answer length and endings (over answers)."""
-    scores = mean_scores(read_there(folder, f"evaluation_{model}/ranked_scores", Judgement))
-    each: list[dict[str, float]] = []
-    for question in read_there(folder, "seeds", RankedAnswers):
-        values = [scores.get(f"{question.id}-{n}") for n in range(1, len(question.texts) + 1)]
-        known = [value for value in values if value is not None]
-        if len(known) == len(values):
-            each.append(judge_quality([question], [known], top))
-    found: dict[str, float] = {}
-    for key in ("judge_quality/pairwise_accuracy", "judge_quality/spearman"):
-        found |= interval_of_mean(key, [numbers[key] for numbers in each if key in numbers])
+def intervals(folder: Path, model: str) -> dict[str, float]:
+    """95 % intervals of how long a model's answers are and how many end by themselves."""
     answers = read_there(folder, f"evaluation_{model}/answers", Response)
-    if answers:
-        finished = wilson(sum(answer.finish_reason is FinishReason.EOS for answer in answers), len(answers))
-        found |= {"eval/finished_share_low": finished.low, "eval/finished_share_high": finished.high}
-    return found | interval_of_mean("eval/mean_characters", [float(len(answer.text)) for answer in answers])
-
-
-def interval_of_mean(key: str, values: Sequence[float]) -> dict[str, float]:
-    """{key_low, key_high}: mean ± t·s/√n with Student's t; empty for fewer than two values."""
-    if len(values) < 2:
+    if not answers:
         return {}
-    mean = math.fsum(values) / len(values)
-    squares = math.fsum((value - mean) ** 2 for value in values)
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * math.sqrt(squares / (len(values) - 1) / len(values))
-    return {f"{key}_low": mean - half, f"{key}_high": mean + half}
+    finished = wilson(sum(answer.finish_reason is FinishReason.EOS for answer in answers), len(answers))
+    length = bootstrap_mean([float(len(answer.text)) for answer in answers])
+    return length.named("eval/mean_characters") | finished.named("eval/finished_share")

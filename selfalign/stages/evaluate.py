@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from selfalign.agreement import Question, calibration, judge_quality
 from selfalign.errors import SelfalignError
 from selfalign.generation import Sampling
-from selfalign.metrics import head_to_head, judge_quality, mean_scores
+from selfalign.metrics import head_to_head, mean_scores
 from selfalign.records import FinishReason, Judgement, RankedAnswers, Response, read_records
 from selfalign.store import Artefact, Counts, Workspace
 
@@ -73,15 +74,18 @@ def describe_answers(answers: Artefact, scores: Artefact) -> Counts:
 
 
 def measure_judge(ranked: Artefact, judgements: Artefact, top: int) -> Counts:
-    """Judge quality over the questions whose every answer has a score; the others are counted."""
+    """Judge quality over the questions whose every answer has a score (the others are counted), and calibration."""
     questions = read_records(ranked.path / "ranked.jsonl", RankedAnswers)
-    scores = mean_scores(read_records(judgements.path / "judgements.jsonl", Judgement))
-    values = [[scores.get(f"{q.id}-{n}") for n in range(1, len(q.texts) + 1)] for q in questions]
-    whole = [
-        (q, [v for v in row if v is not None]) for q, row in zip(questions, values, strict=True) if None not in row
-    ]
+    judged = read_records(judgements.path / "judgements.jsonl", Judgement)
+    scores = mean_scores(judged)
+    whole: list[Question] = []
+    for question in questions:
+        values = [scores.get(f"{question.id}-{n}") for n in range(1, len(question.texts) + 1)]
+        known = [value for value in values if value is not None]
+        if len(known) == len(values):
+            whole.append(Question(question.ranks, known))
     counts: Counts = {"judge_quality/questions": len(whole), "judge_quality/unjudged": len(questions) - len(whole)}
-    return counts | judge_quality([q for q, _ in whole], [row for _, row in whole], top) if whole else counts
+    return counts | (judge_quality(whole, top) if whole else {}) | calibration(judged, questions)
 
 
 def scores_by_instruction(answers: Artefact, judgements: Artefact) -> dict[str, float]:

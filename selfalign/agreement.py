@@ -1,0 +1,114 @@
+"""How well a judge agrees with humans, and what its scores are like."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from selfalign.records import Judgement, RankedAnswers
+from selfalign.statistics import Estimate, bootstrap, correlation
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question's answers as humans ranked them (1 is best) and as the judge scored them, in the same order."""
+
+    ranks: Sequence[int]
+    scores: Sequence[float]
+
+    def agreement(self) -> tuple[int, int]:
+        """(answer pairs ordered as the humans did, answer pairs); a tie among the scores is not the humans' order."""
+        answers = list(zip(self.ranks, self.scores, strict=True))
+        pairs = [(a, b) if a[0] < b[0] else (b, a) for a, b in combinations(answers, 2)]
+        return sum(better[1] > worse[1] for better, worse in pairs), len(pairs)
+
+    def tops(self, top: float) -> tuple[int, int]:
+        """(those of them that are the humans' best, answers within half a point of the scale's end)."""
+        ranks = [rank for rank, score in zip(self.ranks, self.scores, strict=True) if score >= top - 0.5]
+        return ranks.count(min(self.ranks)), len(ranks)
+
+    def correlation(self, kind: str) -> float | None:
+        """Spearman's ρ or Kendall's τ-b with the human order; None where all scores are equal."""
+        return correlation([-rank for rank in self.ranks], self.scores, kind)
+
+
+def judge_quality(questions: Sequence[Question], top: float) -> dict[str, float]:
+    """How well scores agree with human ranks (arXiv 2401.10020, section 3.1), with 95 % intervals over questions.
+
+    Ties among scores, which the paper leaves open: a tied pair counts as not agreeing, Kendall's coefficient is
+    τ-b, and a question whose scores are all equal has no correlation and is counted in `undefined`.
+
+    Args:
+        questions: with at least two answers each.
+        top: the highest score of the scale; scores within half a point of it are "5" for `five_best`.
+    """
+    agreement = [question.agreement() for question in questions]
+    exact = [(int(agreeing == pairs), 1) for agreeing, pairs in agreement]
+    measured: dict[str, float] = {"judge_quality/questions": len(questions)}
+    for name, parts in (
+        ("pairwise_accuracy", agreement),
+        ("exact_match", exact),
+        ("five_best", [question.tops(top) for question in questions]),
+    ):
+        measured |= _named(name, _ratio(parts))
+    for kind in ("spearman", "kendall"):
+        values = [question.correlation(kind) for question in questions]
+        measured["judge_quality/undefined"] = values.count(None)
+        measured |= _named(kind, _ratio([(value or 0.0, value is not None) for value in values]))
+    return measured
+
+
+def calibration(judgements: Sequence[Judgement], ranked: Sequence[RankedAnswers]) -> dict[str, float]:
+    """What a judge's scores of human-ranked answers are like, whether right or wrong.
+
+    Args:
+        judgements: of the answers, whose ids are the question's with the answer's number.
+        ranked: the questions.
+    """
+    of_answer: dict[str, list[float]] = {}
+    for judgement in judgements:
+        if judgement.score is not None:
+            of_answer.setdefault(judgement.response_id, []).append(judgement.score)
+    means = {answer: math.fsum(scores) / len(scores) for answer, scores in of_answer.items()}
+    shares: dict[str, float | None] = {"parsed": _share([judgement.score is not None for judgement in judgements])}
+    given = Counter(round(score) for score in means.values())
+    if given:
+        shares["spread"] = -math.fsum(n / given.total() * math.log(n / given.total()) for n in given.values())
+    ties, lengths = [], []
+    of_rank: dict[int, list[float]] = {}
+    for question in ranked:
+        answers = [(f"{question.id}-{n}", text) for n, text in enumerate(question.texts, start=1)]
+        scored = [(means[answer], len(text)) for answer, text in answers if answer in means]
+        ties += [one[0] == other[0] for one, other in combinations(scored, 2)]
+        lengths.append(correlation([score for score, _ in scored], [length for _, length in scored], "spearman"))
+        for (answer, _), rank in zip(answers, question.ranks, strict=True):
+            if answer in means:
+                of_rank.setdefault(sorted(question.ranks).index(rank) + 1, []).append(means[answer])
+    alike = [one == other for scores in of_answer.values() for one, other in combinations(scores, 2)]
+    shares["ties"], shares["self_consistency"] = _share(ties), _share(alike)
+    shares["length_correlation"] = _share([value for value in lengths if value is not None])
+    shares |= {f"score_of_rank/{rank}": _share(scores) for rank, scores in sorted(of_rank.items())}
+    return {f"calibration/{name}": value for name, value in shares.items() if value is not None}
+
+
+def _share(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None
+
+
+def _ratio(parts: Sequence[tuple[float, float]]) -> Estimate:
+    """Sum over sum, with its bootstrap interval over the parts; NaN where the second sum is 0."""
+    table = np.array(parts, dtype=np.float64)
+
+    def ratio(units: np.ndarray) -> float:
+        above, below = table[units].sum(0)
+        return above / below if below else math.nan
+
+    return bootstrap(ratio, len(table))
+
+
+def _named(name: str, estimate: Estimate) -> dict[str, float]:
+    """What is a number of it."""
+    return {key: value for key, value in estimate.named(f"judge_quality/{name}").items() if math.isfinite(value)}
