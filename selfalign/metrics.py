@@ -49,7 +49,7 @@ METRICS = {
     "judge/mean_score": "mean score of the candidates",
     "judge/std_score": "standard deviation of the scores",
     "judge/entropy": "mean entropy of the judge's score distribution, nats",
-    "eval/win_rate": "share of evaluation instructions whose answer scores above M1's, a tie counts half; Wilson's interval",
+    "eval/win_rate": "share of evaluation instructions whose answer scores above M1's, a tie counts half",
     "eval/wins": "instructions won against M1",
     "eval/ties": "instructions with equal scores",
     "eval/losses": "instructions lost",
