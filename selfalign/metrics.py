@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,10 @@ METRICS = {
     "held_out_pairs": "preference pairs set aside",
     "chosen_step": "optimiser step whose policy was taken, where checkpoints compete",
     "prompts_cut": "pairs whose prompt lost its beginning to fit into train.align.max_length",
+    "novelty": "1 minus an instruction's highest ROUGE-L F1 to a seed or one kept before it, mean over the new ones",
+    "distinct_1": "different words among all words of an iteration's new instructions (Li et al. 2016, 1510.03055)",
+    "distinct_2": "the same of pairs of adjoining words; both fall as the count grows, so compare equal counts",
+    "mean_words": "mean length of the new instructions, words",
     "mean_tokens": "mean length of the responses, tokens",
     "mean_characters": "mean length of the responses, characters",
     "finished_share": "share of responses that end by themselves",
@@ -70,6 +75,23 @@ METRICS = {
     "judge_quality/undefined": "questions left out of the two correlations because all scores are equal",
     "seconds": "wall time of the stage when it ran",
 }
+
+
+def instruction_statistics(texts: Sequence[Sequence[str]], highest: Sequence[float]) -> dict[str, float]:
+    """How new, how varied and how long instructions are.
+
+    Args:
+        texts: their words; there is at least one instruction.
+        highest: the highest ROUGE-L F1 of each to anything known before it.
+    """
+    pairs = [pair for words in texts for pair in pairwise(words)]
+    single = [word for words in texts for word in words]
+    return {
+        "novelty": 1 - math.fsum(highest) / len(highest),
+        "distinct_1": len(set(single)) / len(single),
+        **({"distinct_2": len(set(pairs)) / len(pairs)} if pairs else {}),
+        "mean_words": len(single) / len(texts),
+    }
 
 
 @dataclass(frozen=True, slots=True)
