@@ -26,6 +26,7 @@ PARROT = tests.test_copy_of_what_the_prompt_shows_is_told_from_a_copy_of_another
 HELD_OUT = tests.test_copy_of_a_held_out_instruction_is_dropped
 EARLIER = tests.test_new_instruction_differs_from_those_of_earlier_iterations
 SHOTS = tests.test_paper_s_prompt_shows_six_seeds_and_two_own_instructions_drawn_by_seed
+NUMBERS = tests.test_prompts_show_the_configured_numbers_of_seeds_and_own_instructions
 BOUND = tests.test_prompts_do_not_grow_from_batch_to_batch
 TEMPLATE = tests.test_prompt_is_in_the_writer_s_own_chat_template
 FAILURE = tests.test_failure_of_the_generator_is_no_empty_instruction
@@ -34,6 +35,7 @@ ORDER = tests.test_given_instructions_are_taken_in_their_order_and_once
 
 COPIES = '        if words in map(words_of, shown):\n            return "copy_of_demonstration"\n'
 NEAR = "if self._known_held_out.highest(words) >= self.config.max_rouge:"
+OWN = "draw.sample(own, min(config.own_demonstrations, len(own)))"
 EXAMPLES = "examples = mine + draw.sample(pool.seeds, min(total - len(mine), len(pool.seeds)))"
 ASKED = 'encode_prompt(generator.tokenizer, [user], f"Task {len(examples) + 1}:")'
 WRITTEN = "for (completion,) in generator.write(requests, config.sampling)]"
@@ -45,8 +47,7 @@ STAGE: list[tuple[str, str, str, Check]] = [
     ("D3 1: nothing kept is compared with", "self._known.add(words)", "", LEDGER),
     ("D3 1: earlier iterations are forgotten", "Known.of(self.seeds + self.earlier)", "Known.of(self.seeds)", EARLIER),
     ("D3 1: the prompt is parsed too", "completion.text)]", '"Task 0: seed\\n" + completion.text)]', LEDGER),
-    ("D3 2: all that was kept goes into the prompt", "mine = draw.sample(own, min(config.own_demonstrations, len(own)))",
-     "mine = own", BOUND),
+    ("D3 2: all that was kept goes into the prompt", OWN, "own", NUMBERS),
     ("D3 2: every prompt shows the same", "derive_seed(seed, batch, index))", "derive_seed(seed))", SHOTS),
     ("the examples are the same for every seed", "random.Random(seed)", "random.Random(0)", SHOTS),
     ("no own instructions in the prompt", EXAMPLES, EXAMPLES.replace("mine + ", ""), SHOTS),
@@ -65,7 +66,7 @@ STAGE: list[tuple[str, str, str, Check]] = [
      'derive_seed(seed, "write", index)', BOUND),
     ("a resumed run writes everything anew", "str(batch), 0,", "str(random.random()), 0,", RESUMED),
     ("given ones are read from the start again", "records[start:]", "records", ORDER),
-    ("given ones are read in another order", "records[start:]", "sorted(records[start:], key=lambda record: record.text)", ORDER),
+    ("given ones are read in another order", "records[start:]", "sorted(records[start:], key=lambda r: r.text)", ORDER),
 ]  # fmt: skip
 
 RANDOM = test_overlap.test_rouge_is_the_plain_definition_on_random_texts
@@ -82,7 +83,7 @@ OVERLAP: list[tuple[str, str, str, Check]] = [
     ("the first known text instead of the nearest", "found[0])", "next(iter(self._texts)))", UNKNOWN),
 ]
 
-FOREIGN = partial(test_wording.test_other_script_or_no_common_word_is_another_language, test_wording.FOREIGN[0])
+FOREIGN = partial(test_wording.test_other_script_or_no_common_word_is_another_language, test_wording.FOREIGN[1])
 WORDLESS = partial(test_wording.test_other_script_or_no_common_word_is_another_language, test_wording.FOREIGN[3])
 QUOTED = partial(test_wording.test_few_foreign_letters_and_few_words_are_none, "Translate “доброе утро” into English.")
 SHORT = partial(test_wording.test_few_foreign_letters_and_few_words_are_none, "Name edible wild mushrooms.")
