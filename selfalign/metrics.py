@@ -14,7 +14,7 @@ import numpy as np
 from scipy import stats
 
 from selfalign.records import Judgement, JudgementStatus
-from selfalign.statistics import wilson
+from selfalign.statistics import distinct, wilson
 
 METRICS = {
     "loss": "the optimised loss of the step, averaged over its pairs (or target tokens, or demonstrations)",
@@ -40,6 +40,10 @@ METRICS = {
     "held_out_pairs": "preference pairs set aside",
     "chosen_step": "optimiser step whose policy was taken, where checkpoints compete",
     "prompts_cut": "pairs whose prompt lost its beginning to fit into train.align.max_length",
+    "novelty": "1 minus an instruction's highest ROUGE-L F1 to a seed or one kept before it, mean over the new ones",
+    "distinct_1": "different words among all words of an iteration's new instructions (Li et al. 2016, 1510.03055)",
+    "distinct_2": "the same of pairs of adjoining words; both fall as the count grows, so compare equal counts",
+    "mean_words": "mean length of the new instructions, words",
     "mean_tokens": "mean length of the responses, tokens",
     "mean_characters": "mean length of the responses, characters",
     "finished_share": "share of responses that end by themselves",
@@ -73,6 +77,21 @@ METRICS = {
     "calibration/score_of_rank/N": "mean score of the answers that humans ranked N-th",
     "seconds": "wall time of the stage when it ran",
 }
+
+
+def instruction_statistics(texts: Sequence[Sequence[str]], highest: Sequence[float]) -> dict[str, float]:
+    """How new, how varied and how long instructions are.
+
+    Args:
+        texts: their words; there is at least one instruction.
+        highest: the highest ROUGE-L F1 of each to anything known before it.
+    """
+    varied = {f"distinct_{size}": distinct(texts, size) for size in (1, 2)}
+    return {
+        "novelty": 1 - math.fsum(highest) / len(highest),
+        **{name: value for name, value in varied.items() if value is not None},
+        "mean_words": sum(map(len, texts)) / len(texts),
+    }
 
 
 def mean_scores(judgements: Sequence[Judgement]) -> dict[str, float]:

@@ -196,11 +196,15 @@ def fetch_pretrained(config: ModelConfig, destination: Path) -> PolicyFiles:
     return PolicyFiles(destination)
 
 
-def identify_source(config: ModelConfig) -> str:
-    """What the model's artefact is keyed by: the digest of the files it comes from."""
+def identify_source(config: ModelConfig, key: str = "model.path") -> str:
+    """What the model's artefact is keyed by: the digest of the files it comes from.
+
+    Raises:
+        SelfalignError: there is no such model; the message names the setting, `key`.
+    """
     if config.path in BUILDERS:
         return config.path
-    folder = _find_checkpoint(config)
+    folder = _find_checkpoint(config, key)
     template = read_text(Path(config.chat_template)) if config.chat_template else ""
     files = {path.name: digest_file(path) for pattern in _files_of(config) for path in sorted(folder.glob(pattern))}
     return digest_json([files, template])
@@ -211,15 +215,15 @@ def _files_of(config: ModelConfig) -> list[str]:
     return [*MODEL_FILES, "*.py"] if config.trust_remote_code else MODEL_FILES
 
 
-def _find_checkpoint(config: ModelConfig) -> Path:
+def _find_checkpoint(config: ModelConfig, key: str = "model.path") -> Path:
     folder = Path(config.path).expanduser()
     if folder.is_dir():
         if not any(folder.glob("*.safetensors")):
-            raise SelfalignError(f"model.path: {folder} holds no .safetensors weights")
+            raise SelfalignError(f"{key}: {folder} holds no .safetensors weights")
         return folder.resolve()
     if config.path.startswith(("/", ".", "~")) or config.path.count("/") != 1:
         known = ", ".join(BUILDERS)
-        raise SelfalignError(f"model.path: no folder {config.path!r}; give a folder, a hub id (owner/name), or {known}")
+        raise SelfalignError(f"{key}: no folder {config.path!r}; give a folder, a hub id (owner/name), or {known}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -227,7 +231,7 @@ def _find_checkpoint(config: ModelConfig) -> Path:
         return Path(snapshot_download(config.path, revision=config.revision, allow_patterns=_files_of(config)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise SelfalignError(
-            f"model.path: {config.path!r} is no folder here and could not be fetched from the hub "
+            f"{key}: {config.path!r} is no folder here and could not be fetched from the hub "
             f"({type(error).__name__}); check the name and the network, or download it and give its folder"
         ) from error
 

@@ -12,11 +12,11 @@ from selfalign.contest import Contest
 from selfalign.data import identify_data
 from selfalign.files import derive_seed
 from selfalign.losses import Positives
-from selfalign.models import identify_source
+from selfalign.models import ModelConfig, identify_source
 from selfalign.run import Maker
 from selfalign.stages.align import align, augmentation_of
 from selfalign.stages.evaluate import Judged, evaluate
-from selfalign.stages.instruct import InstructConfig, instruct
+from selfalign.stages.instruct import InstructConfig, given_instructions, instruct
 from selfalign.stages.judge import judge
 from selfalign.stages.pair import given_pairs, pair
 from selfalign.stages.pretrained import pretrained
@@ -63,11 +63,12 @@ class Pairs:
 
 @dataclass(slots=True)
 class Models:
-    """The models of a run so far: M0, M1 and the newest."""
+    """The models of a run so far: M0, M1, the newest, and the fixed one that writes instructions, if there is one."""
 
     base: Artefact
     sft: Artefact
     newest: Artefact
+    writer: Artefact | None = None
 
     def named(self, name: str) -> Artefact:
         """The model a setting names: base is M0, sft is M1, self and previous are the newest."""
@@ -78,14 +79,18 @@ def run_pipeline(config: "ExperimentConfig", run: Maker) -> None:
     """M0 → M1 → … → M_{iterations+1}, each measured."""
     method = Method(config, run)
     seed_data, asked, validation, given = method.seeds(), method.questions(), method.validation(), method.given_pairs()
+    listed, held_out = method.listed_instructions(), method.held_out(seed_data, asked, validation)
     base = run.make("M0", pretrained, model=config.model, source=identify_source(config.model))
-    models = Models(base, base, base)
+    models = Models(base, base, base, method.fixed_writer())
     models.sft = models.newest = method.supervise("M1", models, seed_data)
     baseline = method.evaluate("M1", models, seed_data, asked, None)
 
     instructions: list[Artefact] = []
     for iteration in range(1, config.iterations + 1):
-        pairs = given or method.pairs(iteration, models, seed_data, instructions)
+        if given is None:
+            known = {"seeds": seed_data, "earlier": list(instructions), "held_out": held_out}
+            instructions.append(method.instructions(iteration, models, listed, known))
+        pairs = given or method.pairs(iteration, models, instructions[-1])
         models.newest = method.align(iteration, models, pairs, validation)
         method.evaluate(f"M{iteration + 1}", models, seed_data, asked, baseline)
 
@@ -124,6 +129,26 @@ class Method:
         content = identify_data(data.path, "data.path")
         return self.run.make("iteration_1/pairs", given_pairs, source=data.path, content=content)
 
+    def listed_instructions(self) -> Artefact | None:
+        """All new instructions, where they are read instead of written."""
+        data = self.config.data
+        source = data.instruct.source if isinstance(data, SelfRewarding) else ""
+        return self._given_instructions("instructions", source, 0, "data.instruct.source")
+
+    def held_out(self, seed_data: Artefact, *measured: Artefact | None) -> list[Artefact]:
+        """Artefacts with instructions that no training may see."""
+        ranked = [seed_data] if seed_data.counts["questions_held_out"] else []
+        return [*ranked, *(artefact for artefact in measured if artefact is not None)]
+
+    def fixed_writer(self) -> Artefact | None:
+        """The model that writes instructions, where it is none of the run's own."""
+        data = self.config.data
+        if not isinstance(data, SelfRewarding) or not data.instruct.fixed_writer:
+            return None
+        model = ModelConfig(path=data.instruct.writer, dtype=self.config.model.dtype)
+        source = identify_source(model, "data.instruct.writer")
+        return self.run.make("writer", pretrained, model=model, source=source)
+
     def supervise(self, label: str, models: Models, demonstrations: Artefact) -> Artefact:
         """SFT of the newest model; without demonstrations it stays as it is."""
         if not demonstrations.counts.get("ift", 1) + demonstrations.counts.get("eft", 0):
@@ -138,20 +163,26 @@ class Method:
             weights=self._weights(label),
         )
 
-    def pairs(self, iteration: int, models: Models, seed_data: Artefact, earlier: list[Artefact]) -> Artefact:
-        """Preference pairs from the model's own instructions, answers and judgements."""
-        data, place = self.config.data, f"iteration_{iteration}"
-        instructions = self.run.make(
-            f"{place}/instructions",
+    def instructions(
+        self, iteration: int, models: Models, listed: Artefact | None, known: dict[str, Artefact | list[Artefact]]
+    ) -> Artefact:
+        """New instructions, written or read, that differ from all that are known."""
+        label, config = f"iteration_{iteration}/instructions", self.config.data.instruct
+        if listed is not None:
+            return self.run.make(label, given_instructions, config=config, given=listed, **known)
+        return self.run.make(
+            label,
             instruct,
-            config=data.instruct,
-            policy=models.named(data.instruct.writer),
-            seeds=seed_data,
-            earlier=list(earlier),
+            config=config,
+            policy=models.writer or models.named(config.writer),
             generate=self.config.generate,
-            seed=self._seed(f"{place}/instructions"),
+            seed=self._seed(label),
+            **known,
         )
-        earlier.append(instructions)
+
+    def pairs(self, iteration: int, models: Models, instructions: Artefact) -> Artefact:
+        """Preference pairs from the model's own answers and judgements."""
+        data, place = self.config.data, f"iteration_{iteration}"
         responses = self.run.make(
             f"{place}/responses",
             respond,

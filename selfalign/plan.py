@@ -20,7 +20,11 @@ def plan(config: "ExperimentConfig") -> list[tuple[str, str]]:
         stages.append(("validation", f"{choose.count or 'all'} instructions of {choose.instructions}"))
     if isinstance(data, Pairs):
         stages.append(("iteration_1/pairs", data.path))
+    elif data.instruct.source:
+        stages.append(("instructions", f"all instructions of {data.instruct.source}"))
     stages.append(("M0", config.model.path))
+    if isinstance(data, SelfRewarding) and data.instruct.fixed_writer:
+        stages.append(("writer", data.instruct.writer))
     if data.seeds.demonstrations or (data.seeds.ranked and data.seeds.evaluation_fine_tuning):
         stages.append(("M1", f"SFT, epochs {sft.epochs}, batch {sft.batch_size}"))
     stages += _evaluation(config, "M1")
@@ -33,10 +37,11 @@ def plan(config: "ExperimentConfig") -> list[tuple[str, str]]:
 
 def _own_pairs(config: "ExperimentConfig", place: str) -> list[tuple[str, str]]:
     data = config.data
+    written = f"the next of {data.instruct.source}" if data.instruct.source else f"written by {data.instruct.writer}"
     candidates = data.instruct.count * data.respond.candidates
     samples = f" × {config.judge.samples}" if isinstance(config.judge, SampledScore) else ""
     return [
-        (f"{place}/instructions", f"{data.instruct.count} new, written by {data.instruct.writer}"),
+        (f"{place}/instructions", f"{data.instruct.count} new, {written}"),
         (f"{place}/responses", f"{candidates} candidates, {data.respond.candidates} each"),
         (f"{place}/judgements", f"{candidates}{samples} by {type(config.judge).__name__}, model {config.judge.model}"),
         (f"{place}/pairs", f"up to {data.instruct.count}"),

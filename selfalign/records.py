@@ -60,7 +60,7 @@ class Demonstration:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Instruction:
-    """A task. `source`: "self" (the model wrote it), "ranked" or "evaluation" (given)."""
+    """A task. `source`: "self" (a model wrote it in this run), "given" (read), "ranked" or "evaluation" (held out)."""
 
     id: str
     text: str

@@ -240,6 +240,8 @@ RANGES = [
     ("model.lora.alpha=0", "model.lora.alpha"),
     ("data.seeds.held_out_share=1", "data.seeds.held_out_share"),
     ("data.instruct.count=0", "data.instruct.count"),
+    ("data.instruct.writer=gpt", "data.instruct.writer"),
+    ("data.instruct.writer=sft data.instruct.source=shipped:ranked", "data.instruct.source"),
     ("data.instruct.sampling.top_p=2", "data.instruct.sampling.top_p"),
     ("data.respond.candidates=0", "data.respond.candidates"),
     ("data.respond.sampling.temperature=-1", "data.respond.sampling.temperature"),

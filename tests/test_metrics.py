@@ -9,6 +9,7 @@ from selfalign.metrics import (
     add_sums,
     averages,
     head_to_head,
+    instruction_statistics,
     judgement_statistics,
     mean_scores,
     reward_intervals,
@@ -158,3 +159,26 @@ def test_reward_intervals_of_one_pair_or_of_ties_are_left_out_rather_than_made_u
 def test_every_reward_metric_is_explained() -> None:
     assert averages(rewards_of([1.0, 0.0], [0.0, 0.5], [0.5, 0.1])).keys() <= METRICS.keys()
     assert all(text and text == text.strip() for text in METRICS.values())
+
+
+# --- instructions ------------------------------------------------------------------------------------------------
+
+
+def test_statistics_of_instructions_are_worked_by_hand() -> None:
+    texts = [["name", "a", "bird"], ["name", "a", "fish"], ["why"]]
+    measured = instruction_statistics(texts, [0.0, 2 / 3, 0.0])
+    assert measured == {
+        "novelty": pytest.approx(7 / 9),
+        "distinct_1": 5 / 7,  # name a bird fish why
+        "distinct_2": 3 / 4,  # name a, a bird, a fish: no pair spans two texts
+        "mean_words": 7 / 3,
+    }
+    assert measured.keys() <= METRICS.keys()
+
+
+def test_single_words_have_no_pairs_to_be_distinct() -> None:
+    assert instruction_statistics([["why"], ["how"]], [0.0, 1.0]) == {
+        "novelty": 0.5,
+        "distinct_1": 1,
+        "mean_words": 1,
+    }

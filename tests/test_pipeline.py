@@ -374,6 +374,58 @@ def check_adapters(folder: Path) -> None:
     )
 
 
+def test_fixed_model_writes_what_it_would_as_one_of_the_run_s_own(study: Study, built: list[str]) -> None:
+    own = study.folder / "artefacts/M1"
+    overrides = [f"data.instruct.writer={own}/weights", "iterations=2", "name=fixed"]
+    folder = study.run(*overrides)
+    config, *_ = composed(*study.overrides, *overrides)
+    assert [label for label, _ in plan(config)] == labels(folder)
+    assert built[:2] == ["writer", "iteration_1/instructions"]
+    for place in ("iteration_1/instructions", "iteration_2/instructions"):
+        assert manifest(folder, place)["inputs"]["policy"]["digest"] == manifest(folder, "writer")["digest"]
+    texts = [
+        [i.text for i in records(where, "iteration_1/instructions", "instructions", Instruction)]
+        for where in (folder, study.folder)
+    ]
+    assert texts[0] == texts[1]
+
+
+LISTED = [
+    "What do people make of bees?",  # asked in the evaluation
+    "Explain how glass is blown by hand.",
+    "Say one thing about bread.",  # a seed
+    "Give two reasons to learn chess.",
+    "Compare cider with sweet lemon juice.",
+    "Compare cider with sour lemon juice.",
+    "Tell me why the sea is salty.",
+    "How do owls hunt at night?",
+    "Who first mapped the far side of Mars?",
+]
+
+
+def test_given_instructions_are_taken_iteration_by_iteration(study: Study, tmp_path: Path) -> None:
+    source = tmp_path / "listed.jsonl"
+    source.write_text("".join(json.dumps({"instruction": text}) + "\n" for text in LISTED))
+    overrides = [f"data.instruct.source={source}", "data.instruct.keywords=[]", "name=listed"]
+    folder = study.run(*overrides)
+    config, *_ = composed(*study.overrides, *overrides)
+    assert [label for label, _ in plan(config)] == labels(folder)
+    taken = [
+        [i.text for i in records(folder, f"iteration_{iteration}/instructions", "instructions", Instruction)]
+        for iteration in (1, 2)
+    ]
+    assert taken == [[LISTED[1], LISTED[3], LISTED[4]], LISTED[6:]]
+    dropped = [manifest(folder, f"iteration_{n}/instructions")["counts"]["dropped"] for n in (1, 2)]
+    assert dropped == [{"held_out": 1, "copy_of_seed": 1}, {"similar": 1}]
+
+
+def test_held_out_instructions_are_what_new_ones_must_differ_from(study: Study) -> None:
+    held_out = manifest(study.folder, "iteration_1/instructions")["inputs"]["held_out"]
+    assert [given["digest"] for given in held_out] == [
+        manifest(study.folder, label)["digest"] for label in ("seeds", "questions")
+    ]
+
+
 def write_pairs(path: Path) -> Path:
     rows = [
         {"id": "p1", "prompt": "Why is grass green?", "chosen": " Chlorophyll.", "rejected": " It is not."},

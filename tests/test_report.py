@@ -421,6 +421,24 @@ def test_paragraph_names_model_data_judge_rule_loss_and_seed(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"writer": "self"}, "the newest model wrote 4 instructions and, for each, 4 candidates"),
+        ({"writer": "sft"}, "M1 wrote 4 instructions and the newest model, for each, 4 candidates"),
+        ({"writer": "./<chat>"}, "./&lt;chat&gt; wrote 4 instructions and the newest model, for each, 4 candidates"),
+        (
+            {"writer": "self", "source": "a.jsonl"},
+            "the newest model took 4 instructions from a.jsonl and wrote, for each, 4 candidates",
+        ),
+    ],
+)
+def test_paragraph_says_where_new_instructions_come_from(tmp_path: Path, settings: dict[str, str], said: str) -> None:
+    data = {"instruct": {"count": 4, **settings}, "respond": {"candidates": 4}}
+    run = Finished.load(begin(tmp_path / "run", data=data).finish())
+    assert f"In each of 2 iterations {said}" in re.sub(r"</?b>", "", what_was_run(run))
+
+
+@pytest.mark.parametrize(
     ("low", "high", "said"),
     [(0.4, 0.7, "does not tell the two apart"), (0.51, 0.9, "higher than M1"), (0.1, 0.49, "lower than M1")],
 )

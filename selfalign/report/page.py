@@ -146,7 +146,9 @@ MODELS = (
 ITERATIONS = (
     Column("iteration", "in which the data was made", "iteration", ANY),
     Column("instructions", "new instructions that passed the filters", "instructions/kept", ANY),
-    Column("of written", "instructions the model wrote for that", "instructions/written", ANY),
+    Column("of written", "instructions written, or read, for that", "instructions/written", ANY),
+    Column("novelty", METRICS["novelty"], "instructions/novelty", decimals(2)),
+    Column("distinct pairs of words", METRICS["distinct_2"], "instructions/distinct_2", decimals(2)),
     Column("candidates", "responses to them", "responses/responses", ANY),
     Column("finished", "share of candidates that end by themselves", "responses/finished_share", percent),
     Column("mean score", METRICS["judge/mean_score"], "judgements/judge/mean_score", decimals(2)),

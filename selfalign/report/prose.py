@@ -42,10 +42,13 @@ def _data_sentence(run: Finished) -> str:
         else "the best was paired with the worst"
     )
     instruct, times = data["instruct"], run.config["iterations"]
-    writer = "" if instruct["writer"] == "self" else f"{WHO[instruct['writer']]} wrote"
     judged = "it judged itself" if judge["model"] == "self" else f"{WHO[judge['model']]} judged"
     asked, answered = f"{instruct['count']} instructions", f"{data['respond']['candidates']} candidates"
-    wrote = f"{writer} {asked} and the newest model" if writer else f"the newest model wrote {asked} and"
+    wrote = f"the newest model wrote {asked} and"
+    if source := instruct.get("source"):
+        wrote = f"the newest model took {asked} from {strong(source)} and wrote"
+    elif (writer := instruct["writer"]) != "self":
+        wrote = f"{WHO.get(writer) or strong(writer)} wrote {asked} and the newest model"
     often = "one iteration" if times == 1 else f"each of {times} iterations"
     return (
         f"In {strong(often)} {wrote}, for each, {answered}, which {judged} "

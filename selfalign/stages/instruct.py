@@ -1,25 +1,28 @@
-"""instruct: seed instructions + a policy → new instructions."""
+"""instruct: seed instructions + a policy, or given instructions → new instructions."""
 
 import random
 import re
 from collections import Counter
-from dataclasses import dataclass, field
-
-from rapidfuzz.distance import Indel
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 
 from selfalign.errors import SelfalignError
 from selfalign.files import derive_seed, digest_text
 from selfalign.generation import Completion, Generator, Request, Sampling, Transformers
-from selfalign.models import PolicyFiles
+from selfalign.metrics import instruction_statistics
+from selfalign.models import BUILDERS, PolicyFiles
+from selfalign.overlap import Known
 from selfalign.records import Demonstration, FinishReason, Instruction, read_records, write_records
 from selfalign.store import Artefact, Counts, Workspace
 from selfalign.tokenization import encode_prompt
+from selfalign.wording import Language, is_fragment, words_of
 
 PROMPT = (
     "Here are tasks that people gave to an assistant. Add one new task on a subject that none of them has. "
     "It should be clear, complete in itself and answerable in a few sentences. Write the task only, not its answer."
 )
 KEYWORDS = ("image", "picture", "photo", "graph", "diagram", "video", "audio", "draw", "plot", "file", "map")
+OWN_WRITERS = ("self", "sft", "base")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -28,11 +31,13 @@ class InstructConfig:
 
     Attributes:
         count: new instructions to keep in each iteration.
-        writer: "self" (M_t), "sft" (M1) or "base" (M0, a fixed model as in the paper's main run).
+        writer: "self" (M_t), "sft" (M1), "base" (M0), or a fixed model as in the paper's main run: a folder, hub id
+            or packaged model as `model.path` takes.
+        source: a data source to take instructions from, in its order, instead of having them written; empty for none.
         seed_demonstrations: examples in the prompt from the seeds.
-        own_demonstrations: examples in the prompt that the model wrote before.
+        own_demonstrations: examples in the prompt that were written before; seeds take their place until there are any.
         prompts_per_batch: how many prompts are answered side by side; within a batch none sees another's result.
-        max_rouge: an instruction whose ROUGE-L F1 to any seed or kept one reaches this is dropped.
+        max_rouge: an instruction whose ROUGE-L F1 to any seed, kept or held-out one reaches this is dropped.
         min_words: shorter ones are dropped.
         max_words: longer ones are dropped.
         keywords: instructions with one of these words, or its plural, ask for what a language model cannot see or make.
@@ -43,6 +48,7 @@ class InstructConfig:
 
     count: int = 64
     writer: str = "self"
+    source: str = ""
     seed_demonstrations: int = 6
     own_demonstrations: int = 2
     prompts_per_batch: int = 32
@@ -56,8 +62,15 @@ class InstructConfig:
 
     def __post_init__(self) -> None:
         self.sampling.check("data.instruct.sampling")
-        if self.writer not in ("self", "sft", "base"):
-            raise SelfalignError(f"data.instruct.writer must be self, sft or base; got {self.writer!r}")
+        if self.fixed_writer and "/" not in self.writer and self.writer not in BUILDERS:
+            raise SelfalignError(
+                f"data.instruct.writer must be {', '.join(OWN_WRITERS)}, a model's folder (./NAME), a hub id "
+                f"(owner/name) or one of {', '.join(BUILDERS)}; got {self.writer!r}"
+            )
+        if self.source and self.writer != "self":
+            raise SelfalignError(
+                f"data.instruct.writer={self.writer} and data.instruct.source exclude each other; set one of the two"
+            )
         for name in ("count", "seed_demonstrations", "prompts_per_batch", "min_words", "max_batches"):
             if getattr(self, name) < 1:
                 raise SelfalignError(f"data.instruct.{name} must be 1 or more, got {getattr(self, name)}")
@@ -68,40 +81,100 @@ class InstructConfig:
         if not 0 < self.max_rouge <= 1:
             raise SelfalignError(f"data.instruct.max_rouge must be above 0 and at most 1, got {self.max_rouge}")
 
+    @property
+    def fixed_writer(self) -> bool:
+        """Whether the writer is a model from outside the run."""
+        return self.writer not in OWN_WRITERS
+
 
 @dataclass(slots=True)
 class Pool:
-    """The instructions there are: those given, and those written so far; tells whether a text adds to them."""
+    """The instructions there are; takes what adds to them, and counts by reason what does not.
+
+    Attributes:
+        config: the limits.
+        seeds: instructions that M1 learnt from.
+        earlier: those of earlier iterations.
+        held_out: those no training may see.
+        kept: those taken.
+        dropped: how many were not taken, by reason.
+        highest: the highest ROUGE-L F1 of each kept one to anything in the pool before it.
+    """
 
     config: InstructConfig
     seeds: list[str]
-    kept: list[str]
-    known: list[list[str]] = field(init=False)
+    earlier: list[str] = field(default_factory=list)
+    held_out: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)
+    highest: list[float] = field(default_factory=list)
+    _language: Language = field(init=False)
+    _known: Known = field(init=False)
+    _known_seeds: Known = field(init=False)
+    _known_held_out: Known = field(init=False)
 
     def __post_init__(self) -> None:
-        self.known = [words_of(text) for text in [*self.seeds, *self.kept]]
+        self._language = Language.of(self.seeds)
+        self._known = Known.of(self.seeds + self.earlier)
+        self._known_seeds = Known.of(self.seeds)
+        self._known_held_out = Known.of(self.held_out)
 
-    def reason_against(self, text: str) -> str | None:
-        """Why a text is not taken: "empty", "too_short", "too_long", "keyword", "copy", "similar"; or None."""
+    @property
+    def full(self) -> bool:
+        """Whether there are `count` new ones."""
+        return len(self.kept) == self.config.count
+
+    def offer(self, text: str, shown: Collection[str] = ()) -> bool:
+        """Takes a text, or counts why not.
+
+        Args:
+            text: the instruction.
+            shown: the demonstrations in the prompt it was written from.
+        """
         words = words_of(text)
+        reason = "surplus" if self.full else self._flaw(text, words) or self._copied(words, shown)
+        highest = 0.0 if reason else self._known.highest(words)
+        if not reason and highest >= self.config.max_rouge:
+            reason = "similar"
+        if reason:
+            self.dropped[reason] += 1
+            return False
+        self.kept.append(text)
+        self.highest.append(highest)
+        self._known.add(words)
+        return True
+
+    def counts(self) -> Counts:
+        """The ledger, and what the kept ones are like."""
+        return {
+            "kept": len(self.kept),
+            "dropped": dict(sorted((+self.dropped).items())),
+            **instruction_statistics([words_of(text) for text in self.kept], self.highest),
+        }
+
+    def _flaw(self, text: str, words: list[str]) -> str:
+        """What is wrong with a text itself, or ""."""
         if not words:
             return "empty"
+        if is_fragment(text):
+            return "fragment"
         if len(words) < self.config.min_words:
             return "too_short"
         if len(words) > self.config.max_words:
             return "too_long"
         if any({word, word.removesuffix("s")} & set(self.config.keywords) for word in words):
             return "keyword"
-        if words in self.known:
-            return "copy"
-        if any(rouge_l(words, other, self.config.max_rouge) for other in self.known):
-            return "similar"
-        return None
+        return "language" if self._language.differs(text) else ""
 
-    def add(self, text: str) -> None:
-        """Takes a text in, as one that later ones must differ from."""
-        self.kept.append(text)
-        self.known.append(words_of(text))
+    def _copied(self, words: list[str], shown: Collection[str]) -> str:
+        """What a text copies, or whether it comes near to a held-out instruction, or ""."""
+        if self._known_held_out.highest(words) >= self.config.max_rouge:
+            return "held_out"
+        if words in map(words_of, shown):
+            return "copy_of_demonstration"
+        if words in self._known_seeds:
+            return "copy_of_seed"
+        return "copy_of_kept" if words in self._known else ""
 
 
 def instruct(
@@ -111,6 +184,7 @@ def instruct(
     policy: Artefact,
     seeds: Artefact,
     earlier: list[Artefact],
+    held_out: list[Artefact],
     generate: Transformers,
     seed: int,
 ) -> Counts:
@@ -122,68 +196,84 @@ def instruct(
         policy: the writer.
         seeds: demonstrations.jsonl, whose instructions are the examples.
         earlier: instructions of earlier iterations, which new ones must differ from.
+        held_out: instructions that are measured on, which new ones must differ from.
         generate: the backend.
         seed: draws the examples and the tokens.
 
     Raises:
         SelfalignError: `max_batches` did not give enough.
     """
-    demonstrations = read_records(seeds.path / "demonstrations.jsonl", Demonstration)
-    given = [record.prompt[0]["content"] for record in demonstrations if record.source == "ift"]  # pyright: ignore[reportArgumentType]
-    if len(given) < config.seed_demonstrations:
+    pool = _pool(config, seeds, earlier, held_out)
+    if len(pool.seeds) < config.seed_demonstrations:
         raise SelfalignError(
-            f"data.instruct.seed_demonstrations={config.seed_demonstrations}, but there are {len(given)} IFT seeds"
+            f"data.instruct.seed_demonstrations={config.seed_demonstrations}, but there are {len(pool.seeds)} IFT seeds"
         )
-    before = [record.text for artefact in earlier for record in _instructions(artefact)]
-    pool = Pool(config, [*given, *before], [])
     generator = generate.load(PolicyFiles(policy.path))
-    drops: Counter[str] = Counter()
     written = batch = 0
     with out.journal(config.count, "instructions") as journal:
-        while len(pool.kept) < config.count and batch < config.max_batches:
-            prompts = [
-                _few_shot(config, given, [*before, *pool.kept], derive_seed(seed, batch, index))
-                for index in range(config.prompts_per_batch)
-            ]
-            texts, cut = journal.batch(
-                str(batch),
-                0,
-                lambda prompts=prompts, batch=batch: _write(generator, config, prompts, seed, batch),
+        while not pool.full and batch < config.max_batches:
+            shown = [_draw(pool, derive_seed(seed, batch, index)) for index in range(config.prompts_per_batch)]
+            result = journal.batch(
+                str(batch), 0, lambda shown=shown, batch=batch: _write(generator, config, shown, seed, batch)
             )
-            drops["truncated"] += cut
-            written += len(texts)
-            for text in texts:
-                reason = pool.reason_against(text) if len(pool.kept) < config.count else "surplus"
-                if reason is None:
-                    pool.add(text)
-                    journal.advance(1)
-                else:
-                    drops[reason] += 1
+            for examples, (texts, cut) in zip(shown, result, strict=True):
+                journal.advance(sum(pool.offer(text, examples) for text in texts))
+                pool.dropped["truncated"] += cut
+                written += len(texts) + cut
             batch += 1
-    if len(pool.kept) < config.count:
+    if not pool.full:
         raise SelfalignError(
             f"{out.label}: {len(pool.kept)} of {config.count} instructions after {batch} batches "
-            f"(dropped: {dict(+drops)}); raise data.instruct.max_batches or loosen the filters"
+            f"(dropped: {dict(+pool.dropped)}); raise data.instruct.max_batches or loosen the filters"
         )
     model = PolicyFiles(policy.path).digest
     records = [Instruction(id=f"{digest_text(model + text)[:16]}", text=text, source="self") for text in pool.kept]
     write_records(out.path / "instructions.jsonl", records)
-    return {
-        "written": written,
-        "kept": len(pool.kept),
-        "dropped": dict(sorted((+drops).items())),
-        "batches": batch,
-    }
+    return {"written": written, "batches": batch, **pool.counts()}
 
 
-def rouge_l(words: list[str], other: list[str], threshold: float) -> bool:
-    """Whether the ROUGE-L F1 (Lin 2004) of two texts, 2·LCS / (length + length) in words, reaches the threshold."""
-    return Indel.normalized_similarity(words, other, score_cutoff=threshold) >= threshold
+def given_instructions(
+    out: Workspace,
+    *,
+    config: InstructConfig,
+    given: Artefact,
+    seeds: Artefact,
+    earlier: list[Artefact],
+    held_out: list[Artefact],
+) -> Counts:
+    """Takes the next given instructions until `count` have passed the filters.
 
+    Args:
+        out: gets instructions.jsonl.
+        config: sizes and filters.
+        given: instructions.jsonl, all there are; it is read on behind the last one an earlier iteration took.
+        seeds: demonstrations.jsonl, which new ones must differ from.
+        earlier: instructions of earlier iterations, which new ones must differ from.
+        held_out: instructions that are measured on, which new ones must differ from.
 
-def words_of(text: str) -> list[str]:
-    """The words of a text in lower case, without punctuation."""
-    return re.findall(r"\w+", text.lower())
+    Raises:
+        SelfalignError: what is left of them does not give enough.
+    """
+    pool = _pool(config, seeds, earlier, held_out)
+    records = _instructions(given)
+    taken = {record.id for artefact in earlier for record in _instructions(artefact)}
+    start = max((place for place, record in enumerate(records, start=1) if record.id in taken), default=0)
+    kept: list[Instruction] = []
+    written = 0
+    for record in records[start:]:
+        if pool.full:
+            break
+        written += 1
+        if pool.offer(record.text):
+            kept.append(replace(record, source="given"))
+    if not pool.full:
+        raise SelfalignError(
+            f"{out.label}: {len(kept)} of {config.count} instructions in what is left of data.instruct.source="
+            f"{config.source}, {written} of {len(records)} (dropped: {dict(pool.dropped)}); give more, lower "
+            "data.instruct.count or loosen the filters"
+        )
+    write_records(out.path / "instructions.jsonl", kept)
+    return {"written": written, **pool.counts()}
 
 
 def split_tasks(completion: Completion) -> tuple[list[str], int]:
@@ -193,26 +283,38 @@ def split_tasks(completion: Completion) -> tuple[list[str], int]:
     return (tasks[:-1], 1) if cut else (tasks, 0)
 
 
-def _few_shot(config: InstructConfig, given: list[str], own: list[str], seed: int) -> tuple[str, str]:
-    """The user's turn with shuffled examples, and how the answer begins."""
-    draw = random.Random(seed)
+def _pool(config: InstructConfig, seeds: Artefact, earlier: list[Artefact], held_out: list[Artefact]) -> Pool:
+    demonstrations = (
+        read_records(seeds.path / "demonstrations.jsonl", Demonstration) if seeds.counts.get("ift", 1) else []
+    )
+    given = [record.prompt[0]["content"] for record in demonstrations if record.source == "ift"]  # pyright: ignore[reportArgumentType]
+    before, apart = (
+        [record.text for artefact in artefacts for record in _instructions(artefact)]
+        for artefacts in (earlier, held_out)
+    )
+    return Pool(config, given, before, apart)
+
+
+def _draw(pool: Pool, seed: int) -> list[str]:
+    """The demonstrations of one prompt, in shuffled order."""
+    draw, config, own = random.Random(seed), pool.config, [*pool.earlier, *pool.kept]
     mine = draw.sample(own, min(config.own_demonstrations, len(own)))
     total = config.seed_demonstrations + config.own_demonstrations
-    examples = mine + draw.sample(given, min(total - len(mine), len(given)))
+    examples = mine + draw.sample(pool.seeds, min(total - len(mine), len(pool.seeds)))
     draw.shuffle(examples)
-    listed = "\n\n".join(f"Task {number}: {text}" for number, text in enumerate(examples, start=1))
-    return f"{config.prompt}\n\n{listed}", f"Task {len(examples) + 1}:"
+    return examples
 
 
 def _write(
-    generator: Generator, config: InstructConfig, prompts: list[tuple[str, str]], seed: int, batch: int
-) -> tuple[list[str], int]:
+    generator: Generator, config: InstructConfig, shown: Sequence[list[str]], seed: int, batch: int
+) -> list[tuple[list[str], int]]:
+    """What the model adds to each prompt's demonstrations."""
     requests = [
         Request(
-            prompt=encode_prompt(generator.tokenizer, [{"role": "user", "content": user}], prefill),
+            prompt=_ask(generator, config.prompt, examples),
             seeds=[derive_seed(seed, "write", batch, index)],
         )
-        for index, (user, prefill) in enumerate(prompts)
+        for index, examples in enumerate(shown)
     ]
     longest = max(len(request.prompt) for request in requests)
     if longest + config.sampling.max_new_tokens > generator.context:
@@ -220,9 +322,14 @@ def _write(
             f"the few-shot prompt of {longest} tokens leaves no room for {config.sampling.max_new_tokens} more in the "
             f"context of {generator.context}; lower data.instruct.seed_demonstrations"
         )
-    completions = generator.write(requests, config.sampling)
-    split = [split_tasks(completion) for (completion,) in completions]
-    return [text for tasks, _ in split for text in tasks], sum(cut for _, cut in split)
+    return [split_tasks(completion) for (completion,) in generator.write(requests, config.sampling)]
+
+
+def _ask(generator: Generator, prompt: str, examples: list[str]) -> list[int]:
+    """The user's turn with the demonstrations, and how the answer begins."""
+    listed = "\n\n".join(f"Task {number}: {text}" for number, text in enumerate(examples, start=1))
+    user = {"role": "user", "content": f"{prompt}\n\n{listed}"}
+    return encode_prompt(generator.tokenizer, [user], f"Task {len(examples) + 1}:")
 
 
 def _instructions(artefact: Artefact) -> list[Instruction]:

@@ -1,28 +1,30 @@
-import random
 import re
-from fractions import Fraction
-from itertools import combinations
+import shutil
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from builders import (
     Killed,
     Script,
+    artefact,
     completion,
     demonstration,
     instruction,
     loaded,
     policy_artefact,
     records_artefact,
+    small_context_policy,
     taught_policy,
     workspace,
 )
 
 from selfalign.errors import SelfalignError
-from selfalign.generation import Request, Sampling, Transformers
+from selfalign.generation import Completion, Request, Sampling, Transformers
 from selfalign.models import PolicyFiles
 from selfalign.records import Instruction, read_records
-from selfalign.stages.instruct import InstructConfig, Pool, instruct, rouge_l, split_tasks, words_of
+from selfalign.stages.instruct import InstructConfig, Pool, given_instructions, instruct, split_tasks
 from selfalign.store import Artefact
 
 SEEDS = [
@@ -48,8 +50,8 @@ def seeds_in(folder: Path, texts: list[str] = SEEDS) -> Artefact:
 
 def write(folder: Path, tiny: PolicyFiles, settings: InstructConfig, generate: object, **changes: object):
     """Runs the stage; returns its counts and the instructions it kept."""
-    inputs = {"policy": policy_artefact(tiny), "seeds": seeds_in(folder), "earlier": [], "seed": 3, **changes}
-    counts = instruct(workspace(folder / "out"), config=settings, generate=generate, **inputs)
+    inputs = {"policy": policy_artefact(tiny), "seeds": seeds_in(folder), "earlier": [], "held_out": [], "seed": 3}
+    counts = instruct(workspace(folder / "out"), config=settings, generate=generate, **{**inputs, **changes})
     return counts, read_records(folder / "out/instructions.jsonl", Instruction)
 
 
@@ -62,102 +64,93 @@ def scripted(tiny: PolicyFiles, *texts: str, **settings: int) -> Script:
 TEN = "one two three four five six seven eight nine ten"
 
 
+def reason_of(pool: Pool, text: str, shown: list[str] | None = None) -> str | None:
+    """Why the pool does not take a text, or None where it does."""
+    before = Counter(pool.dropped)
+    taken = pool.offer(text, shown or [])
+    (reason,) = [None] if taken else (pool.dropped - before).elements()
+    return reason
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
         ("", "empty"),
         (" … !? ", "empty"),
+        ("12 30 45 60 75", "fragment"),
+        ("- Describe the way to town", "fragment"),
+        ("Describe the way to town:", "fragment"),
+        ("Describe the way to town\nTask 12", "fragment"),
         ("Explain the moon", "too_short"),
         ("Explain the moon now", None),
         ("Say what happened in the long year twelve of that very old calendar", "too_long"),
         ("What happened in the long year twelve of that very old calendar", None),
         ("Please describe this image to me", "keyword"),
         ("Please describe this IMAGE: to me", "keyword"),
-        ("Explain how bees find their way home.", "copy"),
-        ("explain HOW bees - find their way home", "copy"),
+        ("Объясни мне пожалуйста фазы луны", "language"),
+        ("When did the old canal open here?", "held_out"),
+        ("When, roughly, did the old canal open here?", "held_out"),
+        ("Explain how bees find their way home.", "copy_of_seed"),
+        ("explain HOW bees - find their way home", "copy_of_seed"),
+        ("Write a short poem about old clocks", "copy_of_demonstration"),
+        ("Say why the sea is salty", "copy_of_kept"),
         ("one two three four five six seven", "similar"),
+        ("Say why the deep sea is salty", "similar"),
         ("Tell me what imagery means in poems", None),
     ],
 )
 def test_filter_gives_its_reason(text: str, reason: str | None) -> None:
-    pool = Pool(config(min_words=4, max_words=12), [SEEDS[0], TEN], [])
-    assert pool.reason_against(text) == reason
+    settings, asked = config(min_words=4, max_words=12), "When did the old canal open here?"
+    pool = Pool(settings, [SEEDS[0], SEEDS[1], TEN], ["Say why the sea is salty"], [asked])
+    assert reason_of(pool, text, [SEEDS[1]]) == reason
+    assert pool.kept == ([] if reason else [text])
 
 
 def test_default_keywords_are_found_in_the_plural_too() -> None:
     plurals = ["images", "pictures", "photos", "graphs", "diagrams", "videos", "plots", "files", "maps"]
-    pool = Pool(config(), [], [])
-    missed = [word for word in plurals if pool.reason_against(f"Describe the {word} that you can see here") is None]
-    assert missed == []
+    texts = [f"Describe the {word} that you can see here" for word in plurals]
+    assert {reason_of(Pool(config(), []), text) for text in texts} == {"keyword"}
 
 
 def test_similar_begins_exactly_at_seven_tenths() -> None:
-    pool = Pool(config(), [TEN], [])
     at = "one two three four five six seven x y z"  # LCS 7: 2·7 / (10 + 10) = 0.7
     below = "one two three four five six seven w x y z"  # 2·7 / (10 + 11) = 0.667
-    assert pool.reason_against(at) == "similar"
-    assert pool.reason_against(below) is None
-    assert Pool(config(max_rouge=0.71), [TEN], []).reason_against(at) is None
+    assert reason_of(Pool(config(), [TEN]), at) == "similar"
+    assert reason_of(Pool(config(), [TEN]), below) is None
+    assert reason_of(Pool(config(max_rouge=0.71), [TEN]), at) is None
+    assert reason_of(Pool(config(), [], [], [TEN]), at) == "held_out"
+    assert reason_of(Pool(config(), [], [], [TEN]), below) is None
 
 
 def test_word_order_counts_for_similarity() -> None:
-    pool = Pool(config(), [TEN], [])
-    assert pool.reason_against("ten nine eight seven six five four three two one") is None
+    assert reason_of(Pool(config(), [TEN]), "ten nine eight seven six five four three two one") is None
 
 
 def test_taken_text_is_one_that_later_ones_must_differ_from() -> None:
-    pool = Pool(config(), [], [])
-    assert pool.reason_against(TEN) is None
-    pool.add(TEN)
-    assert pool.reason_against(TEN) == "copy"
-    assert pool.reason_against(TEN + " eleven") == "similar"
+    pool = Pool(config(), [])
+    assert [reason_of(pool, text) for text in (TEN, TEN, TEN + " eleven")] == [None, "copy_of_kept", "similar"]
     assert pool.kept == [TEN]
 
 
-def longest_common_subsequence(a: list[str], b: list[str]) -> int:
-    """By trying every subsequence of the shorter list, longest first."""
-    short, long = sorted((a, b), key=len)
-
-    def occurs(words: tuple[str, ...]) -> bool:
-        rest = iter(long)
-        return all(word in rest for word in words)
-
-    sizes = range(len(short), 0, -1)
-    return next((n for n in sizes if any(occurs(words) for words in combinations(short, n))), 0)
+def test_full_pool_takes_nothing_more() -> None:
+    pool = Pool(config(count=1), [])
+    assert [reason_of(pool, text) for text in (TEN, "Say why the sea is salty", "")] == [None, "surplus", "surplus"]
 
 
-def test_rouge_agrees_with_a_case_worked_by_hand() -> None:
-    a, b = ["the", "cat", "sat", "on", "the", "mat"], ["the", "mat", "the", "cat", "was", "on"]
-    assert longest_common_subsequence(a, b) == 3  # the cat … on; 2·3 / (6 + 6) = 0.5
-    assert rouge_l(a, b, 0.5)
-    assert not rouge_l(a, b, 0.501)
-
-
-def test_rouge_agrees_with_brute_force_on_random_texts() -> None:
-    draw = random.Random(0)
-    outcomes = set()
-    for _ in range(400):
-        a, b = ([draw.choice("abcd") for _ in range(draw.randint(1, 9))] for _ in range(2))
-        exact = Fraction(2 * longest_common_subsequence(a, b), len(a) + len(b))
-        for threshold in ("0.3", "0.5", "0.7", "1"):
-            expected = exact >= Fraction(threshold)
-            assert rouge_l(a, b, float(threshold)) == expected, (a, b, threshold)
-            outcomes.add((threshold, expected))
-    assert len(outcomes) == 8
-
-
-def test_rouge_is_exact_wherever_the_score_is_exactly_seven_tenths() -> None:
-    for scale in range(1, 9):
-        common = [str(n) for n in range(7 * scale)]
-        for extra in range(6 * scale + 1):
-            a = common + ["a"] * extra
-            b = common + ["b"] * (6 * scale - extra)
-            assert rouge_l(a, b, 0.7)
-            assert not rouge_l([*a, "a"], b, 0.7)
-
-
-def test_words_are_compared_without_case_and_punctuation() -> None:
-    assert words_of("Don't stop: “Ça va”, 3 times!") == ["don", "t", "stop", "ça", "va", "3", "times"]
+def test_novelty_and_diversity_are_worked_by_hand() -> None:
+    pool = Pool(config(), ["one two three four"], ["five six seven eight"], [])
+    texts = ["one two nine ten", "five six nine ten", "a b c d e one"]
+    assert all(pool.offer(text) for text in texts)
+    # LCS 2 of 4 + 4; 2 of 4 + 4, against the earlier one and the first new one alike; 1 of 6 + 4.
+    assert pool.highest == [0.5, 0.5, 0.2]
+    assert pool.counts() == {
+        "kept": 3,
+        "dropped": {},
+        "novelty": pytest.approx(1 - 1.2 / 3),
+        "distinct_1": 11 / 14,  # one, nine and ten stand twice
+        "distinct_2": 10 / 11,  # nine ten stands twice
+        "mean_words": 14 / 3,
+    }
 
 
 # --- splitting ---------------------------------------------------------------------------------------------------
@@ -190,7 +183,7 @@ def test_every_written_text_is_kept_or_counted_as_dropped(tmp_path: Path, tiny_p
     long = " ".join(f"w{n}" for n in range(40))
     replies = [
         completion("Describe how glass is blown by hand."),  # kept
-        completion("Explain how bees find their way home."),  # copy of a seed
+        completion("Explain how bees find their way home."),  # copy of a seed the prompt shows
         completion("Explain how tall bees find their way home today."),  # similar to a seed
         completion("Describe how glass is blown by hand."),  # copy of a kept one
         completion("Describe how red glass is blown by hand."),  # similar to a kept one
@@ -212,7 +205,8 @@ def test_every_written_text_is_kept_or_counted_as_dropped(tmp_path: Path, tiny_p
         "Compare cider with sweet lemon juice.",
     ]
     assert counts["dropped"] == {
-        "copy": 2,
+        "copy_of_demonstration": 1,
+        "copy_of_kept": 1,
         "empty": 1,
         "keyword": 1,
         "similar": 2,
@@ -222,8 +216,7 @@ def test_every_written_text_is_kept_or_counted_as_dropped(tmp_path: Path, tiny_p
         "truncated": 1,
     }
     assert (counts["kept"], counts["batches"]) == (3, 2)
-    dropped = sum(n for reason, n in counts["dropped"].items() if reason != "truncated")
-    assert counts["written"] == counts["kept"] + dropped == 13
+    assert counts["written"] == counts["kept"] + sum(counts["dropped"].values()) == 14
 
 
 def test_new_instruction_differs_from_those_of_earlier_iterations(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
@@ -242,7 +235,31 @@ def test_new_instruction_differs_from_those_of_earlier_iterations(tmp_path: Path
     assert [record.text for record in kept_alone] == [texts[0], texts[2]]
     assert alone["dropped"] == {"similar": 1, "surplus": 1}
     assert [record.text for record in kept] == [texts[2]]
-    assert counts["dropped"]["copy"] == counts["dropped"]["similar"] == 1
+    assert counts["dropped"]["copy_of_demonstration"] == counts["dropped"]["similar"] == 1
+
+
+def test_copy_of_what_the_prompt_shows_is_told_from_a_copy_of_another_seed(
+    tmp_path: Path, tiny_policy: PolicyFiles
+) -> None:
+    parrot = " ".join(f"\nTask {n}: {text}" for n, text in enumerate(SEEDS))
+    script = scripted(tiny_policy, "Say why the sea is salty." + parrot)
+    counts, kept = write(tmp_path, tiny_policy, config(count=1, prompts_per_batch=1), script)
+    assert [record.text for record in kept] == ["Say why the sea is salty."]
+    assert counts["dropped"] == {"surplus": 6}
+    (tmp_path / "again").mkdir()
+    script = scripted(tiny_policy, parrot, "Say why the sea is salty.")
+    counts, _ = write(tmp_path / "again", tiny_policy, config(count=1, prompts_per_batch=1), script)
+    assert counts["dropped"] == {"copy_of_demonstration": 3, "copy_of_seed": 3, "empty": 1}
+
+
+def test_copy_of_a_held_out_instruction_is_dropped(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+    asked = records_artefact(tmp_path / "asked", instructions=[instruction("q", "When did the old canal open here?")])
+    ranked = records_artefact(tmp_path / "ranked", instructions=[instruction("r", "Which bread keeps longest at sea?")])
+    texts = ["When did the old canal open here?", "Say why the sea is salty.", "Which dark bread keeps longest at sea?"]
+    script = scripted(tiny_policy, *texts, TEN)
+    counts, kept = write(tmp_path, tiny_policy, config(count=2), script, held_out=[asked, ranked])
+    assert [record.text for record in kept] == [texts[1], TEN]
+    assert counts["dropped"] == {"held_out": 2}
 
 
 def examples_in(request: Request, tiny: PolicyFiles) -> tuple[list[str], str]:
@@ -278,6 +295,64 @@ def test_prompts_show_the_configured_numbers_of_seeds_and_own_instructions(
     assert {text for examples, _ in shown[2:4] for text in examples if text in texts} == set(texts[:2])
 
 
+def test_paper_s_prompt_shows_six_seeds_and_two_own_instructions_drawn_by_seed(
+    tmp_path: Path, tiny_policy: PolicyFiles
+) -> None:
+    own = [f"Name thing number {word} of this town." for word in ("one", "two", "three", "four")]
+    earlier = records_artefact(tmp_path / "earlier", instructions=[instruction(text, text) for text in own])
+    seeds = seeds_in(tmp_path, [*SEEDS, "Add two numbers for me.", "Say who built the old bridge.", "Define a verb."])
+    shown = {}
+    for name, seed in (("one", 3), ("again", 3), ("other", 4)):
+        script = scripted(tiny_policy, *[f"Text number {n} is this {n} {n} {n}." for n in range(32)])
+        write(tmp_path / name, tiny_policy, InstructConfig(count=4), script, earlier=[earlier], seeds=seeds, seed=seed)
+        shown[name] = [examples_in(request, tiny_policy)[0] for request in script.requests]
+    assert len(shown["one"]) == 32
+    for examples in shown["one"]:
+        assert len(examples) == 8
+        assert len(set(examples) & set(own)) == 2
+    assert shown["one"] == shown["again"] != shown["other"]
+    assert any(examples[:6] != shown["one"][0][:6] for examples in shown["one"])
+
+
+def test_prompt_is_in_the_writer_s_own_chat_template(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+    other = small_context_policy(tiny_policy, tmp_path / "other", 2048)
+    tokenizer = other.load_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}<|endoftext|>{% endfor %}"
+        "{% if add_generation_prompt %}[answer]{% endif %}"
+    )
+    tokenizer.save_pretrained(other.path / "tokenizer")
+    for policy, opening, closing in (
+        (tiny_policy, "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\nTask 4:"),
+        (other, "[user] ", "<|endoftext|>[answer]Task 4:"),
+    ):
+        generator = Transformers(dtype="float32").load(policy)
+        script = scripted(policy, "Say why the sea is salty.")
+        write(tmp_path / opening[0], policy, config(count=1), script)
+        prompt = generator.tokenizer.decode(script.requests[0].prompt)
+        assert prompt.startswith(opening + config().prompt)
+        assert prompt.endswith(closing)
+        # It stops where its own template ends a turn.
+        assert generator.tokenizer.convert_tokens_to_ids(closing.split(">")[0] + ">") in generator.stops.tolist()
+
+
+def test_failure_of_the_generator_is_no_empty_instruction(
+    tmp_path: Path, tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = scripted(tiny_policy, "Say why the sea is salty.")
+    answer = script.write
+
+    def fail_later(requests: list[Request], sampling: Sampling) -> list[list[Completion]]:
+        if script.requests:
+            raise RuntimeError("out of memory")
+        return answer(requests, sampling)
+
+    monkeypatch.setattr(script, "write", fail_later)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        write(tmp_path, tiny_policy, config(), script)
+    assert len((tmp_path / "out/scratch/journal.jsonl").read_text().splitlines()) == 1
+
+
 def test_prompts_do_not_grow_from_batch_to_batch(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
     script = scripted(tiny_policy)
     with pytest.raises(SelfalignError):
@@ -293,7 +368,7 @@ def test_too_few_batches_stop_the_run_with_counts(tmp_path: Path, tiny_policy: P
         write(tmp_path, tiny_policy, config(max_batches=2), script)
     message = str(stop.value)
     assert message.startswith("stage: 1 of 3 instructions after 2 batches")
-    assert all(part in message for part in ("'too_short': 1", "'copy': 1", "'empty': 1", "data.instruct.max_batches"))
+    assert all(part in message for part in ("'too_short': 1", "'copy_of_", "'empty': 1", "data.instruct.max_batches"))
     assert not (tmp_path / "out/instructions.jsonl").exists()
     assert len((tmp_path / "out/scratch/journal.jsonl").read_text().splitlines()) == 2
 
@@ -362,6 +437,7 @@ def test_instructions_carry_who_wrote_them_in_their_id(tmp_path: Path, tiny_poli
     [
         ({"count": 0}, "count"),
         ({"writer": "gpt"}, "writer"),
+        ({"writer": "./model", "source": "tasks.jsonl"}, "writer"),
         ({"seed_demonstrations": 0}, "seed_demonstrations"),
         ({"own_demonstrations": -1}, "own_demonstrations"),
         ({"min_words": 9, "max_words": 8}, "max_words"),
@@ -372,3 +448,71 @@ def test_instructions_carry_who_wrote_them_in_their_id(tmp_path: Path, tiny_poli
 def test_value_out_of_range_is_refused_with_its_key(settings: dict, named: str) -> None:
     with pytest.raises(SelfalignError, match=rf"data\.instruct\.{named}"):
         InstructConfig(**settings)
+
+
+def test_writer_is_one_of_the_run_s_models_or_a_path() -> None:
+    own = [InstructConfig(writer=name) for name in ("self", "sft", "base")]
+    fixed = [InstructConfig(writer=name) for name in ("./model", "/models/chat", "owner/name", "random:tiny")]
+    assert [settings.fixed_writer for settings in own + fixed] == [False] * 3 + [True] * 4
+
+
+# --- given instructions ------------------------------------------------------------------------------------------
+
+GIVEN = [
+    "Describe how glass is blown by hand.",
+    "Explain how bees find their way home.",  # a seed
+    "Say why the sea is salty.",
+    "Too short.",
+    "Describe how red glass is blown by hand.",  # similar
+    "Give two reasons to learn chess.",
+    "When did the old canal open here?",  # held out
+    "Compare cider with sweet lemon juice.",
+    "Name a good old song to sing.",
+]
+
+
+def take(folder: Path, count: int, earlier: list[Artefact], texts: list[str] = GIVEN, **changes: Artefact):
+    """Runs the stage; returns its counts and what it made, as an artefact."""
+    given = records_artefact(folder / "given", instructions=[instruction(f"g{n}", t) for n, t in enumerate(texts)])
+    asked = records_artefact(folder / "asked", instructions=[instruction("q", "When did the old canal open here?")])
+    inputs = {"given": given, "seeds": seeds_in(folder), "held_out": [asked], **changes}
+    settings = config(count=count, source="tasks.jsonl")
+    out = workspace(folder / f"out{len(earlier)}")
+    counts = given_instructions(out, config=settings, earlier=earlier, **inputs)
+    shutil.rmtree(out.scratch)
+    return counts, artefact(out.path)
+
+
+def texts_in(made: Artefact) -> list[str]:
+    return [record.text for record in read_records(made.path / "instructions.jsonl", Instruction)]
+
+
+def test_given_instructions_are_taken_in_their_order_and_once(tmp_path: Path) -> None:
+    counts, first = take(tmp_path, 2, [])
+    assert texts_in(first) == [GIVEN[0], GIVEN[2]]
+    assert counts["dropped"] == {"copy_of_seed": 1}
+    assert counts["written"] == counts["kept"] + sum(counts["dropped"].values()) == 3
+    counts, second = take(tmp_path, 2, [first])
+    assert texts_in(second) == [GIVEN[5], GIVEN[7]]
+    assert counts["dropped"] == {"too_short": 1, "similar": 1, "held_out": 1}
+    assert counts["written"] == counts["kept"] + sum(counts["dropped"].values()) == 5
+    assert counts["novelty"] == 1
+    assert counts["mean_words"] == 6
+    records = read_records(second.path / "instructions.jsonl", Instruction)
+    assert [(record.id, record.source) for record in records] == [("g5", "given"), ("g7", "given")]
+
+
+def test_too_few_given_instructions_are_an_error_with_counts(tmp_path: Path) -> None:
+    _, first = take(tmp_path, 3, [])
+    with pytest.raises(SelfalignError) as stop:
+        take(tmp_path, 3, [first])
+    message = str(stop.value)
+    assert message.startswith("stage: 2 of 3 instructions in what is left of data.instruct.source=tasks.jsonl, 3 of 9")
+    assert "'held_out': 1" in message
+    assert "data.instruct.count" in message
+
+
+def test_given_instructions_need_no_seeds(tmp_path: Path) -> None:
+    empty = replace(records_artefact(tmp_path / "none", demonstrations=[]), counts={"ift": 0, "eft": 0})
+    _, made = take(tmp_path, 2, [], seeds=empty)
+    assert texts_in(made) == GIVEN[:2]

@@ -91,6 +91,11 @@ def test_missing_folder_is_an_error_that_names_the_key(tmp_path: Path) -> None:
         fetch(tmp_path / "M0", path=str(tmp_path / "nowhere"))
 
 
+def test_missing_model_of_another_setting_names_that_one() -> None:
+    with pytest.raises(SelfalignError, match=r"^data\.instruct\.writer: no folder '\./nowhere'"):
+        identify_source(ModelConfig(path="./nowhere"), "data.instruct.writer")
+
+
 def test_folder_without_safetensors_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(SelfalignError, match=r"model\.path: .*empty holds no \.safetensors"):

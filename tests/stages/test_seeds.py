@@ -7,10 +7,11 @@ from builders import RUBRIC, composed, workspace
 
 from selfalign.data import read_demonstrations, read_instructions, read_ranked
 from selfalign.errors import SelfalignError
+from selfalign.overlap import rouge_l
 from selfalign.records import Demonstration, Instruction, RankedAnswers, Response, read_records
-from selfalign.stages.instruct import rouge_l, words_of
 from selfalign.stages.judge import ExpectedScore, SampledScore, parse_score
 from selfalign.stages.seeds import JudgeFormat, SeedsConfig, demonstrate_judging, scores_from_ranks, seeds
+from selfalign.wording import words_of
 
 SCORE = ExpectedScore(prompt=RUBRIC)
 RATIONALE = SampledScore(prompt=RUBRIC)
@@ -224,7 +225,7 @@ def test_shipped_evaluation_instructions_are_not_among_what_is_taught() -> None:
     asked = [(i.id, words_of(i.text)) for i in read_instructions("shipped:evaluation", "evaluation")]
     taught = [(d.id, words_of(d.prompt[0]["content"])) for d in read_demonstrations("shipped:ift")]
     ranked = [(q.id, words_of(q.instruction)) for q in read_ranked("shipped:ranked")]
-    alike = [(a, b) for a, words in asked for b, other in [*taught, *ranked] if rouge_l(words, other, 0.7)]
+    alike = [(a, b) for a, words in asked for b, other in [*taught, *ranked] if rouge_l(words, other) >= 0.7]
     assert alike == []
     assert not {name for name, _ in asked} & {name for name, _ in [*taught, *ranked]}
 
@@ -232,4 +233,4 @@ def test_shipped_evaluation_instructions_are_not_among_what_is_taught() -> None:
 def test_shipped_questions_are_not_among_the_shipped_demonstrations() -> None:
     taught = [(d.id, words_of(d.prompt[0]["content"])) for d in read_demonstrations("shipped:ift")]
     ranked = [(q.id, words_of(q.instruction)) for q in read_ranked("shipped:ranked")]
-    assert [(a, b) for a, words in ranked for b, other in taught if rouge_l(words, other, 0.7)] == []
+    assert [(a, b) for a, words in ranked for b, other in taught if rouge_l(words, other) >= 0.7] == []
