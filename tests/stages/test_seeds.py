@@ -55,7 +55,7 @@ def test_questions_are_taught_or_held_out_but_never_both(tmp_path: Path) -> None
     assert taught | held_out == {f"q{n}" for n in range(10)}
     assert not taught & held_out
     assert len(held_out) == 3
-    assert counts == {"ift": 4, "eft": 21, "questions_taught": 7, "questions_held_out": 3}
+    assert counts == {"ift": 4, "eft": 21, "questions_taught": 7, "questions_held_out": 3, "dropped": {}}
 
 
 def test_split_does_not_depend_on_the_order_of_the_file_or_the_ids(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_scores_for_some_answers_only_are_filled_in_or_refused_with_the_line(tmp
 
 
 def test_without_evaluation_fine_tuning_only_the_given_answers_are_taught(tmp_path: Path) -> None:
-    counts, out = built(tmp_path, ranked_rows(), evaluation_fine_tuning=False)
+    counts, out = built(tmp_path, ranked_rows(), evaluation_fine_tuning="none")
     assert {d.source for d in read_records(out / "demonstrations.jsonl", Demonstration)} == {"ift"}
     assert (counts["eft"], counts["questions_held_out"]) == (0, 3)
 
@@ -164,7 +164,7 @@ def test_without_evaluation_fine_tuning_only_the_given_answers_are_taught(tmp_pa
 def test_first_so_many_demonstrations_are_taken(tmp_path: Path) -> None:
     counts, out = built(tmp_path, [], max_demonstrations=3)
     assert [d.id for d in read_records(out / "demonstrations.jsonl", Demonstration)] == ["i0", "i1", "i2"]
-    assert counts == {"ift": 3, "eft": 0, "questions_taught": 0, "questions_held_out": 0}
+    assert counts == {"ift": 3, "eft": 0, "questions_taught": 0, "questions_held_out": 0, "dropped": {}}
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_value_out_of_range_is_refused_with_its_key(settings: dict, named: str) 
 
 
 def test_shipped_demonstrations_are_at_least_150_with_different_tasks() -> None:
-    shipped = read_demonstrations("shipped:ift")
+    shipped, _ = read_demonstrations("shipped:ift")
     assert len(shipped) >= 150
     assert len({d.id for d in shipped}) == len(shipped)
     assert len({d.prompt[0]["content"] for d in shipped}) == len(shipped)
@@ -190,7 +190,7 @@ def test_shipped_demonstrations_are_at_least_150_with_different_tasks() -> None:
 
 
 def test_shipped_questions_are_at_least_60_with_3_or_4_strictly_ranked_answers() -> None:
-    shipped = read_ranked("shipped:ranked")
+    shipped, _ = read_ranked("shipped:ranked")
     assert len(shipped) >= 60
     assert len({q.id for q in shipped}) == len({q.instruction for q in shipped}) == len(shipped)
     for question in shipped:
@@ -206,7 +206,7 @@ def test_shipped_questions_are_at_least_60_with_3_or_4_strictly_ranked_answers()
 
 
 def test_best_shipped_answer_is_not_known_by_its_place_or_length() -> None:
-    shipped = read_ranked("shipped:ranked")
+    shipped, _ = read_ranked("shipped:ranked")
     places = [question.ranks.index(1) for question in shipped]
     longest = [max(range(len(q.texts)), key=lambda i, q=q: len(q.texts[i])) == q.ranks.index(1) for q in shipped]
     assert max(places.count(place) for place in set(places)) < 0.6 * len(shipped)
@@ -222,14 +222,14 @@ def test_shipped_evaluation_instructions_are_at_least_50_over_8_categories() -> 
 
 def test_shipped_evaluation_instructions_are_not_among_what_is_taught() -> None:
     asked = [(i.id, words_of(i.text)) for i in read_instructions("shipped:evaluation", "evaluation")]
-    taught = [(d.id, words_of(d.prompt[0]["content"])) for d in read_demonstrations("shipped:ift")]
-    ranked = [(q.id, words_of(q.instruction)) for q in read_ranked("shipped:ranked")]
+    taught = [(d.id, words_of(d.prompt[0]["content"])) for d in read_demonstrations("shipped:ift")[0]]
+    ranked = [(q.id, words_of(q.instruction)) for q in read_ranked("shipped:ranked")[0]]
     alike = [(a, b) for a, words in asked for b, other in [*taught, *ranked] if rouge_l(words, other, 0.7)]
     assert alike == []
     assert not {name for name, _ in asked} & {name for name, _ in [*taught, *ranked]}
 
 
 def test_shipped_questions_are_not_among_the_shipped_demonstrations() -> None:
-    taught = [(d.id, words_of(d.prompt[0]["content"])) for d in read_demonstrations("shipped:ift")]
-    ranked = [(q.id, words_of(q.instruction)) for q in read_ranked("shipped:ranked")]
+    taught = [(d.id, words_of(d.prompt[0]["content"])) for d in read_demonstrations("shipped:ift")[0]]
+    ranked = [(q.id, words_of(q.instruction)) for q in read_ranked("shipped:ranked")[0]]
     assert [(a, b) for a, words in ranked for b, other in taught if rouge_l(words, other, 0.7)] == []
