@@ -78,7 +78,8 @@ class Models:
 def run_pipeline(config: "ExperimentConfig", run: Maker) -> None:
     """M0 → M1 → … → M_{iterations+1}, each measured."""
     method = Method(config, run)
-    seed_data, asked, validation, given = method.seeds(), method.questions(), method.validation(), method.given_pairs()
+    seed_data = method.seeds()
+    asked, validation, given = method.questions(seed_data), method.validation(seed_data), method.given_pairs()
     base = run.make("M0", pretrained, model=config.model, source=identify_source(config.model))
     models = Models(base, base, base)
     baseline = method.baseline(models, seed_data)
@@ -139,16 +140,18 @@ class Method:
             most_common_ratio=self.config.data.seeds.most_common_ratio,
         )
 
-    def questions(self) -> Artefact | None:
+    def questions(self, seed_data: Artefact) -> Artefact | None:
         """The evaluation instructions."""
-        settings = self.config.evaluate
-        return self._given_instructions("questions", settings.instructions, settings.count, "evaluate.instructions")
-
-    def validation(self) -> Artefact | None:
-        """The instructions that checkpoints of an alignment compete on, where the last is not simply taken."""
-        settings = self.config.train.choose
+        given = self.config.evaluate
         return self._given_instructions(
-            "validation", settings.instructions, settings.count, "train.choose.instructions"
+            "questions", given.instructions, given.count, "evaluate.instructions", seed_data
+        )
+
+    def validation(self, seed_data: Artefact) -> Artefact | None:
+        """The instructions that checkpoints of an alignment compete on, where the last is not simply taken."""
+        given = self.config.train.choose
+        return self._given_instructions(
+            "validation", given.instructions, given.count, "train.choose.instructions", seed_data
         )
 
     def given_pairs(self) -> Artefact | None:
@@ -287,11 +290,13 @@ class Method:
         settings = replace(given, evaluation_fine_tuning=how)
         return self.run.make(label, stage, config=settings, contents=contents, **more)
 
-    def _given_instructions(self, label: str, source: str, count: int, key: str) -> Artefact | None:
+    def _given_instructions(
+        self, label: str, source: str, count: int, key: str, seed_data: Artefact
+    ) -> Artefact | None:
         if not source:
             return None
         content = identify_data(source, key)
-        return self.run.make(label, questions, source=source, count=count, content=content)
+        return self.run.make(label, questions, source=source, count=count, content=content, seeds=seed_data)
 
     def _judge(self, label: str, who: str, models: Models, instructions: Artefact, responses: Artefact) -> Artefact:
         return self.run.make(

@@ -36,6 +36,7 @@ class SeedsConfig:
         demonstrations: instructions with good answers (IFT); empty for none.
         ranked: questions with ranked answers, for evaluation fine-tuning (EFT) and judge quality; empty for none.
         max_demonstrations: at most so many IFT examples, in the order of the file; 0 takes all.
+        max_questions: at most so many ranked questions, in the order of the file; 0 takes all.
         held_out_share: share of the ranked questions that no training sees.
         evaluation_fine_tuning: who writes the EFT examples: "none" (there are none, M1 is the paper's SFT baseline),
             "human" (targets straight from human scores or ranks, which small models need) or "baseline" (the SFT
@@ -48,6 +49,7 @@ class SeedsConfig:
     demonstrations: str = "shipped:ift"
     ranked: str = "shipped:ranked"
     max_demonstrations: int = 0
+    max_questions: int = 0
     held_out_share: float = 0.3
     evaluation_fine_tuning: EvaluationFineTuning = EvaluationFineTuning.human
     most_common_ratio: float = 1.0
@@ -55,8 +57,9 @@ class SeedsConfig:
     def __post_init__(self) -> None:
         if not 0 < self.held_out_share < 1:
             raise SelfalignError(f"data.seeds.held_out_share must lie between 0 and 1, got {self.held_out_share}")
-        if self.max_demonstrations < 0:
-            raise SelfalignError(f"data.seeds.max_demonstrations must be 0 or more, got {self.max_demonstrations}")
+        for name in ("max_demonstrations", "max_questions"):
+            if getattr(self, name) < 0:
+                raise SelfalignError(f"data.seeds.{name} must be 0 or more, got {getattr(self, name)}")
         if self.most_common_ratio < 1:
             raise SelfalignError(f"data.seeds.most_common_ratio must be 1 or more, got {self.most_common_ratio}")
         if self.evaluation_fine_tuning == EvaluationFineTuning.baseline and not (self.demonstrations and self.ranked):
@@ -154,6 +157,7 @@ def read_seeds(config: SeedsConfig) -> SeedData:
             f"all {len(questions)} questions of data.seeds.ranked are prompts of data.seeds.demonstrations: leave some "
             "to it with data.seeds.max_demonstrations"
         )
+    apart = apart[: config.max_questions or None]
     held_out = held_out_ids(apart, config.held_out_share)
     return SeedData(
         ift=ift,
