@@ -80,6 +80,8 @@ def eft(
     return {
         "ift": len(ift),
         "eft": len(kept),
+        "judgements": len(written),
+        "judgements_scored": sum(judgement.score is not None for judgement in written),
         "questions": len(ranked),
         "questions_agreeing": sum(bool(draw) for draw in taught),
         "dropped": dict(sorted((+drops).items())),
@@ -94,8 +96,8 @@ def usable_judgements(written: list[Judgement], judge: JudgeFormat, drops: Count
     usable: dict[str, list[Scored]] = {}
     for judgement in written:
         if judgement.score is None:
-            drops[f"judgements_{judgement.status.value}"] += 1
-        elif judgement.text.splitlines()[-1].strip() != judge.answer(int(judgement.score), ""):
+            continue  # The judge stage has counted it, by its status.
+        if judgement.text.splitlines()[-1].strip() != judge.answer(int(judgement.score), ""):
             drops["judgements_in_other_form"] += 1
         else:
             usable.setdefault(judgement.response_id, []).append((judgement.score, judgement.text))
