@@ -24,7 +24,7 @@ SUBJECTS = ["bees", "rivers", "clocks", "bread", "ships", "lamps", "cats", "hats
 SETTINGS = [
     "model=tiny", "track=none", "name=eft", "evaluate=none", "data=pairs", "iterations=1", "loss=dpo",
     "generate.dtype=float32", "train.sft.dtype=float32", "train.align.dtype=float32", "train.sft.learning_rate=0.005",
-    "train.sft.final_learning_rate=0", "train.sft.epochs=16", "train.sft.batch_size=4",
+    "train.sft.final_learning_rate=0", "train.sft.epochs=12", "train.sft.batch_size=4",
 ]  # fmt: skip
 WRITTEN = [
     "judge=additive", f"judge.prompt='{RUBRIC}'", "judge.samples=6", "judge.sampling.temperature=1",
