@@ -168,7 +168,7 @@ def test_judging_of_the_baseline_stands_beside_that_of_m1(name: str, request: py
         assert rows[model]["judge_quality/questions"] + rows[model]["judge_quality/unjudged"] == 2
     ranked = [study.manifest(f"evaluation_{model}/ranked_scores")["inputs"] for model in rows]
     assert len({inputs["responses"]["digest"] for inputs in ranked}) == 1
-    assert len({inputs["policy"]["digest"] for inputs in ranked}) == 3
+    assert [inputs["policy"]["digest"] for inputs in ranked] == [study.manifest(model)["digest"] for model in rows]
     assert [row["iteration"] for row in rows.values()] == [0, 0, 1]
     assert all(row["seconds"] > 0 for row in rows.values())
     named = {key for row in metrics(study.folder) for key in row if key.startswith("judge_quality/")}
