@@ -19,6 +19,7 @@ from selfalign.run import check_name
 from selfalign.stages.evaluate import EvaluateConfig
 from selfalign.stages.judge import ExpectedScore, SampledScore
 from selfalign.stages.pair import BestWorst, PositivesOnly
+from selfalign.stages.seeds import EvaluationFineTuning
 from selfalign.tracking import NoTracking, Wandb
 from selfalign.training import TrainConfig
 
@@ -71,6 +72,17 @@ class ExperimentConfig:
             self.pair, PositivesOnly
         ):
             raise SelfalignError("loss=positives and pair=positives go together: one of them alone has no meaning")
+        seeds = self.data.seeds
+        if self.evaluate.baseline and not (seeds.demonstrations and seeds.ranked):
+            raise SelfalignError(
+                "evaluate.baseline=true needs data.seeds.demonstrations to train the SFT baseline, and "
+                "data.seeds.ranked to measure it"
+            )
+        if seeds.evaluation_fine_tuning == EvaluationFineTuning.baseline and not isinstance(self.judge, SampledScore):
+            raise SelfalignError(
+                "data.seeds.evaluation_fine_tuning=baseline needs a judge that writes justifications: choose "
+                "judge=additive or judge=multiple_choice"
+            )
 
 
 COMPONENTS: dict[str, dict[str, type]] = {

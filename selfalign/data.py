@@ -1,11 +1,12 @@
 """Reading what the user gives: demonstrations, ranked answers, instructions, preference pairs.
 
 A source is "shipped:NAME" (the seed data in this package), a file (.jsonl, .json, .parquet), or a hub id
-"owner/name" with an optional ":split" behind it. Every row is checked; a message names the file and the line.
+"owner/name" with an optional ":split" behind it. Every row is checked; a message names the file and the line. Rows
+in the schema of a published data set (published.py) are told by their fields.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ import msgspec
 
 from selfalign.errors import SelfalignError
 from selfalign.files import digest_file, digest_json, digest_text
+from selfalign.published import DEMONSTRATIONS, PAIRS, RANKED, schema_of
 from selfalign.records import (
     Demonstration,
     Instruction,
@@ -25,6 +27,7 @@ from selfalign.records import (
 )
 
 T = TypeVar("T")
+Readers = dict[type, Callable[[Any], tuple[list[T], Counter[str]]]]
 SHIPPED = Path(__file__).parent / "seeds"
 
 
@@ -82,8 +85,10 @@ class PairRow:
     id: str = ""
 
 
-def read_demonstrations(source: str) -> list[Demonstration]:
-    """Instructions with good answers, as one-turn prompts."""
+def read_demonstrations(source: str) -> tuple[list[Demonstration], Counter[str]]:
+    """Prompts with good answers, and how many rows were dropped, by reason."""
+    if (published := _read_published(source, DEMONSTRATIONS)) is not None:
+        return published
     rows = _read(source, DemonstrationRow)
     ids = _ids(source, [(where, row.id, row) for where, row in rows])
     return [
@@ -91,7 +96,7 @@ def read_demonstrations(source: str) -> list[Demonstration]:
             id=i, prompt=as_prompt(_filled(row.instruction, where)), response=_filled(row.response, where), source="ift"
         )
         for i, (where, row) in zip(ids, rows, strict=True)
-    ]
+    ], Counter()
 
 
 def read_instructions(source: str, kind: str) -> list[Instruction]:
@@ -104,12 +109,14 @@ def read_instructions(source: str, kind: str) -> list[Instruction]:
     ]
 
 
-def read_ranked(source: str) -> list[RankedAnswers]:
-    """Questions with answers in a human's order.
+def read_ranked(source: str) -> tuple[list[RankedAnswers], Counter[str]]:
+    """Questions with answers in a human's order, and how many answers were dropped, by reason.
 
     Raises:
         SelfalignError: a question has fewer than two answers, or two of the same rank.
     """
+    if (published := _read_published(source, RANKED)) is not None:
+        return published
     rows = _read(source, RankedRow)
     ids = _ids(source, [(where, row.id, row) for where, row in rows])
     for where, row in rows:
@@ -128,7 +135,7 @@ def read_ranked(source: str) -> list[RankedAnswers]:
             justifications=[answer.justification for answer in row.responses],
         )
         for i, (where, row) in zip(ids, rows, strict=True)
-    ]
+    ], Counter()
 
 
 def read_pairs(source: str) -> tuple[list[PreferencePair], Counter[str]]:
@@ -137,6 +144,8 @@ def read_pairs(source: str) -> tuple[list[PreferencePair], Counter[str]]:
     Raises:
         SelfalignError: a row is in none of the known formats.
     """
+    if (published := _read_published(source, PAIRS)) is not None:
+        return published
     rows = _read(source, PairRow)
     ids = _ids(source, [(where, row.id, row) for where, row in rows])
     pairs: list[PreferencePair] = []
@@ -247,6 +256,27 @@ def _read(source: str, kind: type[T]) -> list[tuple[str, T]]:
     if not rows:
         raise SelfalignError(f"{source}: no rows")
     return rows
+
+
+def _read_published(source: str, readers: Readers[T]) -> tuple[list[T], Counter[str]] | None:
+    """The records of a source in a published schema, and what was dropped; None for one in our own formats.
+
+    Raises:
+        SelfalignError: the schema is known, but it is of other use.
+    """
+    path = _as_file(source)
+    if path is not None and path.suffix != ".parquet":
+        first: dict[str, Any] = next(read_typed_lines(path, dict))[1]
+    else:
+        first = next(_load_dataset(source, path), {})
+    schema = schema_of(first)
+    if schema is None:
+        return None
+    if schema not in readers:
+        uses = {"demonstrations": DEMONSTRATIONS, "ranked answers": RANKED, "pairs": PAIRS}
+        known = " and ".join(use for use, by_schema in uses.items() if schema in by_schema)
+        raise SelfalignError(f"{source}: rows like {schema.__name__} in published.py give {known} only")
+    return readers[schema]([row for _, row in _read(source, schema)])
 
 
 def _without_gaps(value: Any) -> Any:

@@ -5,16 +5,17 @@ judges its own answers, the best is paired with the worst, and the model is alig
 (arXiv 2401.10020). The alignment loss may ask the policy itself how good an answer is (arXiv 2405.21040).
 """
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from selfalign.contest import Contest
 from selfalign.data import identify_data
 from selfalign.files import derive_seed
 from selfalign.losses import Positives
 from selfalign.models import ModelConfig, identify_source
-from selfalign.run import Maker
+from selfalign.run import Maker, StageFunction
 from selfalign.stages.align import align, augmentation_of
+from selfalign.stages.eft import eft
 from selfalign.stages.evaluate import Judged, evaluate
 from selfalign.stages.instruct import InstructConfig, given_instructions, instruct
 from selfalign.stages.judge import judge
@@ -23,7 +24,7 @@ from selfalign.stages.pretrained import pretrained
 from selfalign.stages.questions import questions
 from selfalign.stages.reference import reference
 from selfalign.stages.respond import RespondConfig, respond
-from selfalign.stages.seeds import SeedsConfig, seeds
+from selfalign.stages.seeds import EvaluationFineTuning, SeedsConfig, seeds, taught_questions
 from selfalign.stages.sft import sft
 from selfalign.store import Artefact
 from selfalign.training import Weights
@@ -78,12 +79,15 @@ class Models:
 def run_pipeline(config: "ExperimentConfig", run: Maker) -> None:
     """M0 → M1 → … → M_{iterations+1}, each measured."""
     method = Method(config, run)
-    seed_data, asked, validation, given = method.seeds(), method.questions(), method.validation(), method.given_pairs()
-    listed, held_out = method.listed_instructions(), method.held_out(seed_data, asked, validation)
+    seed_data = method.seeds()
+    asked, validation, given = method.questions(seed_data), method.validation(seed_data), method.given_pairs()
+    listed, held_out = method.listed_instructions(seed_data), method.held_out(seed_data, asked, validation)
     base = run.make("M0", pretrained, model=config.model, source=identify_source(config.model))
     models = Models(base, base, base, method.fixed_writer())
-    models.sft = models.newest = method.supervise("M1", models, seed_data)
-    baseline = method.evaluate("M1", models, seed_data, asked, None)
+    baseline = method.baseline(models, seed_data)
+    taught = method.teach_judging(baseline, seed_data) if baseline else seed_data
+    models.sft = models.newest = method.supervise("M1", models, taught)
+    answers_of_m1 = method.evaluate("M1", models, seed_data, asked, None)
 
     instructions: list[Artefact] = []
     for iteration in range(1, config.iterations + 1):
@@ -92,7 +96,13 @@ def run_pipeline(config: "ExperimentConfig", run: Maker) -> None:
             instructions.append(method.instructions(iteration, models, listed, known))
         pairs = given or method.pairs(iteration, models, instructions[-1])
         models.newest = method.align(iteration, models, pairs, validation)
-        method.evaluate(f"M{iteration + 1}", models, seed_data, asked, baseline)
+        method.evaluate(f"M{iteration + 1}", models, seed_data, asked, answers_of_m1)
+
+
+def makes_baseline(config: "ExperimentConfig") -> bool:
+    """Whether there is an SFT baseline beside M1: it writes EFT, or its judging is to be compared with M1's."""
+    how = config.data.seeds.evaluation_fine_tuning
+    return how == EvaluationFineTuning.baseline or (config.evaluate.baseline and how == EvaluationFineTuning.human)
 
 
 @dataclass(slots=True)
@@ -104,21 +114,49 @@ class Method:
 
     def seeds(self) -> Artefact:
         """Demonstrations and held-out ranked answers."""
-        given = self.config.data.seeds
-        sources = {"data.seeds.demonstrations": given.demonstrations, "data.seeds.ranked": given.ranked}
-        contents = [identify_data(source, key) for key, source in sources.items() if source]
-        return self.run.make("seeds", seeds, config=given, judge=self.config.judge, contents=contents)
+        how = self.config.data.seeds.evaluation_fine_tuning
+        return self._seeds("seeds", seeds, how, judge=self.config.judge)
 
-    def questions(self) -> Artefact | None:
+    def baseline(self, models: Models, seed_data: Artefact) -> Models | None:
+        """The SFT baseline as the newest model: M0 fine-tuned on IFT only, its judging measured; if it is needed."""
+        if not makes_baseline(self.config):
+            return None
+        ift = seed_data
+        if self.config.data.seeds.evaluation_fine_tuning == EvaluationFineTuning.human:
+            ift = self._seeds("ift", seeds, EvaluationFineTuning.none, judge=self.config.judge)
+        baseline = replace(models, newest=self.supervise("SFT", models, ift))
+        self.evaluate("SFT", baseline, seed_data, None, None)
+        return baseline
+
+    def teach_judging(self, baseline: Models, seed_data: Artefact) -> Artefact:
+        """IFT + EFT: as given by humans, or with EFT that the baseline writes and the humans' ranks confirm."""
+        how = self.config.data.seeds.evaluation_fine_tuning
+        if how == EvaluationFineTuning.human:
+            return seed_data
+        asked = self._seeds("eft/questions", taught_questions, how)
+        return self.run.make(
+            "eft/demonstrations",
+            eft,
+            judge=self.config.judge,
+            policy=baseline.newest,
+            seeds=seed_data,
+            questions=asked,
+            judgements=self._judge("eft/judgements", "self", baseline, asked, asked),
+            most_common_ratio=self.config.data.seeds.most_common_ratio,
+        )
+
+    def questions(self, seed_data: Artefact) -> Artefact | None:
         """The evaluation instructions."""
-        settings = self.config.evaluate
-        return self._given_instructions("questions", settings.instructions, settings.count, "evaluate.instructions")
-
-    def validation(self) -> Artefact | None:
-        """The instructions that checkpoints of an alignment compete on, where the last is not simply taken."""
-        settings = self.config.train.choose
+        given = self.config.evaluate
         return self._given_instructions(
-            "validation", settings.instructions, settings.count, "train.choose.instructions"
+            "questions", given.instructions, given.count, "evaluate.instructions", seed_data
+        )
+
+    def validation(self, seed_data: Artefact) -> Artefact | None:
+        """The instructions that checkpoints of an alignment compete on, where the last is not simply taken."""
+        given = self.config.train.choose
+        return self._given_instructions(
+            "validation", given.instructions, given.count, "train.choose.instructions", seed_data
         )
 
     def given_pairs(self) -> Artefact | None:
@@ -129,11 +167,11 @@ class Method:
         content = identify_data(data.path, "data.path")
         return self.run.make("iteration_1/pairs", given_pairs, source=data.path, content=content)
 
-    def listed_instructions(self) -> Artefact | None:
+    def listed_instructions(self, seed_data: Artefact) -> Artefact | None:
         """All new instructions, where they are read instead of written."""
         data = self.config.data
         source = data.instruct.source if isinstance(data, SelfRewarding) else ""
-        return self._given_instructions("instructions", source, 0, "data.instruct.source")
+        return self._given_instructions("instructions", source, 0, "data.instruct.source", seed_data)
 
     def held_out(self, seed_data: Artefact, *measured: Artefact | None) -> list[Artefact]:
         """Artefacts with instructions that no training may see."""
@@ -275,11 +313,21 @@ class Method:
         )
         return judged
 
-    def _given_instructions(self, label: str, source: str, count: int, key: str) -> Artefact | None:
+    def _seeds(self, label: str, stage: StageFunction, how: EvaluationFineTuning, **more: Any) -> Artefact:
+        """What a stage makes of the given seeds."""
+        given = self.config.data.seeds
+        sources = {"data.seeds.demonstrations": given.demonstrations, "data.seeds.ranked": given.ranked}
+        contents = [identify_data(source, key) for key, source in sources.items() if source]
+        settings = replace(given, evaluation_fine_tuning=how)
+        return self.run.make(label, stage, config=settings, contents=contents, **more)
+
+    def _given_instructions(
+        self, label: str, source: str, count: int, key: str, seed_data: Artefact
+    ) -> Artefact | None:
         if not source:
             return None
         content = identify_data(source, key)
-        return self.run.make(label, questions, source=source, count=count, content=content)
+        return self.run.make(label, questions, source=source, count=count, content=content, seeds=seed_data)
 
     def _judge(self, label: str, who: str, models: Models, instructions: Artefact, responses: Artefact) -> Artefact:
         return self.run.make(

@@ -3,8 +3,9 @@
 from typing import TYPE_CHECKING
 
 from selfalign.losses import Positives
-from selfalign.pipeline import Pairs, SelfRewarding
+from selfalign.pipeline import Pairs, SelfRewarding, makes_baseline
 from selfalign.stages.judge import SampledScore
+from selfalign.stages.seeds import EvaluationFineTuning
 
 if TYPE_CHECKING:
     from selfalign.config import ExperimentConfig
@@ -25,7 +26,9 @@ def plan(config: "ExperimentConfig") -> list[tuple[str, str]]:
     stages.append(("M0", config.model.path))
     if isinstance(data, SelfRewarding) and data.instruct.fixed_writer:
         stages.append(("writer", data.instruct.writer))
-    if data.seeds.demonstrations or (data.seeds.ranked and data.seeds.evaluation_fine_tuning):
+    stages += _baseline(config) if makes_baseline(config) else []
+    human = data.seeds.evaluation_fine_tuning == EvaluationFineTuning.human
+    if data.seeds.demonstrations or (data.seeds.ranked and human):
         stages.append(("M1", f"SFT, epochs {sft.epochs}, batch {sft.batch_size}"))
     stages += _evaluation(config, "M1")
     for iteration in range(1, config.iterations + 1):
@@ -33,6 +36,24 @@ def plan(config: "ExperimentConfig") -> list[tuple[str, str]]:
         stages += _alignment(config, iteration)
         stages += _evaluation(config, f"M{iteration + 1}")
     return stages
+
+
+def _baseline(config: "ExperimentConfig") -> list[tuple[str, str]]:
+    """The SFT baseline, what is measured of it, and what it writes."""
+    sft = config.train.sft
+    stages = [
+        ("SFT", f"SFT on IFT only, epochs {sft.epochs}, batch {sft.batch_size}"),
+        ("evaluation_SFT/ranked_scores", "held-out ranked answers"),
+        ("evaluation_SFT/numbers", ""),
+    ]
+    if config.data.seeds.evaluation_fine_tuning == EvaluationFineTuning.human:
+        return [("ift", "the demonstrations without EFT"), *stages]
+    return [
+        *stages,
+        ("eft/questions", "ranked questions to teach judging with"),
+        ("eft/judgements", "their answers, judged by the SFT baseline"),
+        ("eft/demonstrations", "IFT + judgements in the humans' order"),
+    ]
 
 
 def _own_pairs(config: "ExperimentConfig", place: str) -> list[tuple[str, str]]:

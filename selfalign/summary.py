@@ -1,9 +1,10 @@
 """What a run comes down to: a row a model, and what was dropped on the way."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
-from selfalign.run import Look, Run, flat_numbers
+from selfalign.run import Look, Run, flat_numbers, iteration_of
 from selfalign.store import Artefact
 
 COLUMNS = (
@@ -22,9 +23,8 @@ COLUMNS = (
 
 def summarise(artefacts: dict[str, Artefact]) -> dict[str, Any]:
     """summary.json: every model's numbers, drops by reason, and each stage with its size and time."""
-    evaluated = [label.split("/")[0].removeprefix("evaluation_") for label in artefacts if "evaluation_M" in label]
-    trained = [label for label in artefacts if label.startswith("M") and label != "M0"]
-    labels = sorted({*evaluated, *trained}, key=lambda label: int(label[1:]))
+    names = {label.split("/")[0].removeprefix("evaluation_") for label in artefacts}
+    labels = sorted((name for name in names if re.fullmatch(r"SFT|M[1-9]\d*", name)), key=_place)
     return {
         "models": [_model_row(label, artefacts) for label in labels],
         "drops": {
@@ -39,13 +39,19 @@ def summarise(artefacts: dict[str, Artefact]) -> dict[str, Any]:
     }
 
 
+def _place(label: str) -> int:
+    """A model's place in the order they are made: the SFT baseline, M1, M2, …"""
+    return 0 if label == "SFT" else int(label[1:])
+
+
 def _model_row(label: str, artefacts: dict[str, Artefact]) -> dict[str, Any]:
-    """A model's numbers: of its training, of its evaluation, and the seconds both and its pairs took."""
-    iteration = int(label[1:]) - 1
+    """A model's numbers: of its training, of its evaluation, and the seconds both and its training data took."""
+    iteration = iteration_of(label)
+    data = {"SFT": "ift", "M1": "eft/"}.get(label, f"iteration_{iteration}/")
     parts = {
         name: artefact
         for name, artefact in artefacts.items()
-        if name == label or name.startswith((f"evaluation_{label}/", f"iteration_{iteration}/"))
+        if name == label or name.startswith((f"evaluation_{label}/", data))
     }
     numbers = artefacts.get(f"evaluation_{label}/numbers")
     return {

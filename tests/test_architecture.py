@@ -69,7 +69,7 @@ def own_imports(path: Path, *, typing: bool = True) -> set[str]:
 def test_there_are_modules_to_check() -> None:
     names = modules()
     assert {"pipeline", "losses", "stages.align", "config", "__main__"} <= names.keys()
-    assert len([name for name in names if name.startswith("stages.")]) == 11
+    assert len([name for name in names if name.startswith("stages.")]) == 12
     assert own_imports(names["pipeline"]) >= {"stages.align", "losses", "config"}
     assert "config" not in own_imports(names["pipeline"], typing=False)
 
@@ -144,6 +144,8 @@ OPTIONS = sorted(
 NEEDED = {
     "model/pretrained": ["model.path=/nowhere"],
     "data/pairs": ["data.path=/nowhere.jsonl", "iterations=1"],
+    "data/hh_rlhf": ["iterations=1"],
+    "data/ultrafeedback": ["iterations=1"],
     "loss/positives": ["pair=positives"],
     "pair/positives": ["loss=positives"],
 }
@@ -239,6 +241,10 @@ RANGES = [
     ("model.lora.rank=-1", "model.lora.rank"),
     ("model.lora.alpha=0", "model.lora.alpha"),
     ("data.seeds.held_out_share=1", "data.seeds.held_out_share"),
+    ("data.seeds.most_common_ratio=0.5", "data.seeds.most_common_ratio"),
+    ("data.seeds.evaluation_fine_tuning=baseline", "data.seeds.evaluation_fine_tuning"),
+    ("judge=additive data.seeds.evaluation_fine_tuning=baseline data.seeds.ranked=''", "data.seeds.ranked"),
+    ("evaluate.baseline=true data.seeds.ranked=''", "evaluate.baseline"),
     ("data.instruct.count=0", "data.instruct.count"),
     ("data.instruct.writer=gpt", "data.instruct.writer"),
     ("data.instruct.writer=sft data.instruct.source=shipped:ranked", "data.instruct.source"),

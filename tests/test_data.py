@@ -149,7 +149,7 @@ def test_duplicates_are_refused_with_both_places(tmp_path: Path, rows: tuple[Any
 
 def test_demonstrations_become_one_turn_prompts(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "a.jsonl", {"id": "d", "instruction": "Hi", "response": "Hello", "category": "x"})
-    (demonstration,) = read_demonstrations(source)
+    (demonstration,), _ = read_demonstrations(source)
     assert demonstration.id == "d"
     assert demonstration.prompt == [{"role": "user", "content": "Hi"}]
     assert (demonstration.response, demonstration.source, demonstration.question) == ("Hello", "ift", "")
@@ -173,7 +173,7 @@ def test_ranked_answers_keep_ranks_scores_and_justifications(tmp_path: Path) -> 
         {"id": "q", "instruction": "Hi", "responses": full},
         {"id": "r", "instruction": "Ho", "responses": [answer("c", 1), answer("d", 2), answer("e", 3)]},
     )
-    first, second = read_ranked(source)
+    (first, second), _ = read_ranked(source)
     assert (first.texts, first.ranks, first.scores) == (["b", "a"], [2, 1], [3, 5])
     assert first.justifications == ["fair", "good"]
     assert (second.texts, second.ranks, second.scores) == (["c", "d", "e"], [1, 2, 3], [])
@@ -197,8 +197,8 @@ def test_shipped_instructions_are_read(name: str) -> None:
 
 
 def test_shipped_demonstrations_and_ranked_answers_are_read() -> None:
-    assert len(read_demonstrations("shipped:ift")) > 100
-    for question in read_ranked("shipped:ranked"):
+    assert len(read_demonstrations("shipped:ift")[0]) > 100
+    for question in read_ranked("shipped:ranked")[0]:
         assert len(question.scores) == len(question.texts) == len(question.justifications)
         by_rank = sorted(zip(question.ranks, question.scores, strict=True))
         assert [score for _, score in by_rank] == sorted(question.scores, reverse=True)

@@ -520,7 +520,7 @@ def test_judge_that_writes_no_scores_stops_the_run_which_keeps_what_it_made(stud
     ]
     with pytest.raises(SelfalignError, match="evaluation_M1/scores: 3 of 3 judgements carry no score"):
         study.run(*overrides)
-    assert set(built) == {"seeds", "M1", "evaluation_M1/answers", "evaluation_M1/scores"}
+    assert set(built) == {"seeds", "questions", "M1", "evaluation_M1/answers", "evaluation_M1/scores"}
     folder = next(study.output.glob("unjudged-*"))
     assert (folder / "artefacts/M1/weights.json").exists()
     assert "M1" in read_json(folder / "provenance.json")["weights"]

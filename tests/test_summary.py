@@ -65,6 +65,21 @@ def test_rows_of_tenth_and_first_model_do_not_mix() -> None:
     assert seconds == {"M1": 33.0, "M2": 136.0, "M10": 66.0, "M11": 20.0}
 
 
+def test_sft_baseline_has_the_first_row_and_the_data_it_writes_is_m1s() -> None:
+    artefacts = {
+        "ift": made("seeds", 0.5),
+        "M0": made("pretrained", 9.0),
+        "SFT": made("sft", 2.0, demonstrations=4),
+        "evaluation_SFT/numbers": made("evaluate", 1.0, **{"judge_quality/spearman": 0.25}),
+        "eft/judgements": made("judge", 4.0),
+        "M1": made("sft", 8.0, demonstrations=6),
+    }
+    sft, m1 = summarise(artefacts)["models"]
+    assert (sft["model"], sft["demonstrations"], sft["judge_quality/spearman"]) == ("SFT", 4, 0.25)
+    assert (m1["model"], m1["demonstrations"]) == ("M1", 6)
+    assert (sft["seconds"], m1["seconds"]) == (3.5, 12.0)
+
+
 def test_drops_are_those_stages_that_dropped_something() -> None:
     assert summarise(ARTEFACTS)["drops"] == {
         "iteration_1/instructions": {"copy": 3, "too_short": 0},

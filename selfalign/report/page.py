@@ -46,6 +46,9 @@ PURPOSES = {
     "pretrained": "preparing M0",
     "sft": "fine-tuning",
     "align": "alignment",
+    "eft/questions": "evaluation fine-tuning: questions",
+    "eft/judgements": "evaluation fine-tuning: judging by the SFT baseline",
+    "eft/demonstrations": "evaluation fine-tuning: choosing examples",
     "instructions": "writing instructions",
     "responses": "writing candidates",
     "judgements": "judging candidates",
@@ -56,7 +59,7 @@ PURPOSES = {
     "ranked_scores": "evaluation: judging ranked answers",
     "numbers": "evaluation: numbers",
 }
-"""What time went to, by the last part of a stage's label or, where that names a model, by the stage."""
+"""What time went to, by a stage's label, the last part of it or, where that names a model, by the stage."""
 
 
 def write_report(folder: Path) -> None:
@@ -123,7 +126,12 @@ def page(run: Finished) -> str:
 
 ANY = decimals(0)
 MODELS = (
-    Column("model", "M1 is fine-tuned from M0, M2 aligned from M1, and so on", "model", ANY),
+    Column(
+        "model",
+        "M1 is fine-tuned from M0, M2 aligned from M1, and so on; SFT is the baseline without examples of judging",
+        "model",
+        ANY,
+    ),
     Column("trained on", "preference pairs, or demonstrations for fine-tuning", "trained_on", ANY),
     *(
         Column(heading, METRICS[key], key, form)
@@ -246,7 +254,8 @@ def _of_models(run: Finished, key: str, name: str = "") -> Series:
 
 def _of_candidates(run: Finished, part: str, key: str, deviation: str = "", name: str = "") -> Series:
     counted = [run.counts.get(f"iteration_{row['iteration'] + 1}/{part}", {}) for row in run.models]
-    there = [(x, counts) for x, counts in enumerate(counted) if is_number(counts.get(key))]
+    wrote = [row["model"] != "SFT" for row in run.models]
+    there = [(x, counts) for x, counts in enumerate(counted) if wrote[x] and is_number(counts.get(key))]
     points = [(x, counts[key]) for x, counts in there]
     spreads = [counts.get(deviation, 0.0) for _, counts in there]
     intervals = [(y - spread, y + spread) for (_, y), spread in zip(points, spreads, strict=True)]
@@ -265,7 +274,7 @@ def training_charts(run: Finished) -> str:
     figures: list[str] = []
     for title, caption, stage, key, reference in curves:
         series = [
-            Series(name=label, points=points, colour=int(label[1:]) - 1)
+            Series(name=label, points=points, colour=-1 if label == "SFT" else iteration_of(label))
             for label, points in run.curves(stage, key).items()
         ]
         if not series:
@@ -350,8 +359,8 @@ def times(run: Finished) -> str:
 def purpose(label: str, stage: str = "training") -> str:
     """What a stage is for, from its label; a label that names a model says nothing, so there the stage tells."""
     place, _, part = label.partition("/")
-    name = part or (stage if place.startswith("M") else place)
-    return PURPOSES.get(name, name)
+    name = part or (stage if place.startswith(("M", "SFT")) else place)
+    return PURPOSES.get(label) or PURPOSES.get(name, name)
 
 
 def provenance(run: Finished) -> str:

@@ -27,6 +27,8 @@ def _model_sentence(run: Finished) -> str:
     if "M1" not in run.counts:
         return f"{start}, which serves as M1."
     judging = f" and {seeds['eft']} of judging" if seeds.get("eft") else ""
+    if written := run.counts.get("eft/demonstrations", {}).get("eft"):
+        judging = f" and {written} of judging that the SFT baseline wrote"
     return f"{start}; fine-tuning on {seeds.get('ift', 0)} demonstrations of following instructions{judging} made M1."
 
 

@@ -19,12 +19,15 @@ class EvaluateConfig:
         instructions: a data source of held-out instructions; empty measures no win rate.
         count: the first so many of them; 0 takes all.
         judge: who scores the answers of all models alike: "sft" (M1) or "base" (M0), never the model itself.
+        baseline: also measures how well the SFT baseline (M0 trained on IFT only) judges, at the cost of one SFT; it is
+            measured anyway where it writes the EFT examples, and where there are none M1 is that baseline.
         sampling: how answers are written.
     """
 
     instructions: str = "shipped:evaluation"
     count: int = 0
     judge: str = "sft"
+    baseline: bool = False
     sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:

@@ -1,19 +1,32 @@
 """questions: given data → the evaluation instructions."""
 
 from selfalign.data import read_instructions
-from selfalign.records import write_records
-from selfalign.store import Counts, Workspace
+from selfalign.errors import SelfalignError
+from selfalign.records import Demonstration, read_records, write_records
+from selfalign.store import Artefact, Counts, Workspace
 
 
-def questions(out: Workspace, *, source: str, count: int, content: str) -> Counts:
-    """Copies the first `count` evaluation instructions (0 takes all) into the store.
+def questions(out: Workspace, *, source: str, count: int, content: str, seeds: Artefact) -> Counts:
+    """Copies the first `count` instructions (0 takes all) that no demonstration answers into the store.
 
     Args:
         out: gets instructions.jsonl.
         source: a data source.
         count: how many.
         content: digest of the source.
+        seeds: demonstrations.jsonl, whose prompts a model learns the answers to.
+
+    Raises:
+        SelfalignError: no instruction is left.
     """
-    instructions = read_instructions(source, "evaluation")[: count or None]
-    write_records(out.path / "instructions.jsonl", instructions)
-    return {"instructions": len(instructions)}
+    demonstrations = read_records(seeds.path / "demonstrations.jsonl", Demonstration) if seeds.counts["ift"] else []
+    taught = {turn["content"] for d in demonstrations for turn in d.prompt if isinstance(turn, dict)}
+    given = read_instructions(source, "evaluation")
+    apart = [instruction for instruction in given if instruction.text not in taught]
+    if not apart:
+        raise SelfalignError(f"{source}: all {len(given)} instructions are prompts of data.seeds.demonstrations")
+    write_records(out.path / "instructions.jsonl", apart[: count or None])
+    return {
+        "instructions": len(apart[: count or None]),
+        "dropped": {"in_demonstrations": len(given) - len(apart)},
+    }

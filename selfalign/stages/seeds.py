@@ -1,6 +1,8 @@
 """seeds: given data → demonstrations (IFT + EFT) and held-out ranked answers."""
 
+from collections import Counter
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Protocol
 
 from selfalign.data import read_demonstrations, read_ranked
@@ -18,6 +20,14 @@ from selfalign.records import (
 from selfalign.store import Counts, Workspace
 
 
+class EvaluationFineTuning(StrEnum):
+    """Who writes the EFT examples: nobody, a human (scores or ranks as they were given), or the SFT baseline."""
+
+    none = "none"
+    human = "human"
+    baseline = "baseline"
+
+
 @dataclass(kw_only=True, slots=True)
 class SeedsConfig:
     """What M1 learns from, and what its judging is measured on.
@@ -26,21 +36,37 @@ class SeedsConfig:
         demonstrations: instructions with good answers (IFT); empty for none.
         ranked: questions with ranked answers, for evaluation fine-tuning (EFT) and judge quality; empty for none.
         max_demonstrations: at most so many IFT examples, in the order of the file; 0 takes all.
+        max_questions: at most so many ranked questions, in the order of the file; 0 takes all.
         held_out_share: share of the ranked questions that no training sees.
-        evaluation_fine_tuning: EFT examples are among the demonstrations; false gives the paper's SFT baseline.
+        evaluation_fine_tuning: who writes the EFT examples: "none" (there are none, M1 is the paper's SFT baseline),
+            "human" (targets straight from human scores or ranks, which small models need) or "baseline" (the SFT
+            baseline writes justification and score, of which those in the humans' order are kept; arXiv 2401.10020,
+            section 3.1).
+        most_common_ratio: of EFT examples by the baseline, the most common score keeps at most so many times the
+            examples of the second most common one; the paper drops "part" of them.
     """
 
     demonstrations: str = "shipped:ift"
     ranked: str = "shipped:ranked"
     max_demonstrations: int = 0
+    max_questions: int = 0
     held_out_share: float = 0.3
-    evaluation_fine_tuning: bool = True
+    evaluation_fine_tuning: EvaluationFineTuning = EvaluationFineTuning.human
+    most_common_ratio: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 < self.held_out_share < 1:
             raise SelfalignError(f"data.seeds.held_out_share must lie between 0 and 1, got {self.held_out_share}")
-        if self.max_demonstrations < 0:
-            raise SelfalignError(f"data.seeds.max_demonstrations must be 0 or more, got {self.max_demonstrations}")
+        for name in ("max_demonstrations", "max_questions"):
+            if getattr(self, name) < 0:
+                raise SelfalignError(f"data.seeds.{name} must be 0 or more, got {getattr(self, name)}")
+        if self.most_common_ratio < 1:
+            raise SelfalignError(f"data.seeds.most_common_ratio must be 1 or more, got {self.most_common_ratio}")
+        if self.evaluation_fine_tuning == EvaluationFineTuning.baseline and not (self.demonstrations and self.ranked):
+            raise SelfalignError(
+                "data.seeds.evaluation_fine_tuning=baseline needs data.seeds.demonstrations to train the baseline, "
+                "and data.seeds.ranked for it to judge"
+            )
 
 
 class JudgeFormat(Protocol):
@@ -70,32 +96,98 @@ def seeds(out: Workspace, *, config: SeedsConfig, judge: JudgeFormat, contents: 
         judge: its prompt is what EFT examples are written in.
         contents: digests of the data sources.
     """
-    ift = read_demonstrations(config.demonstrations) if config.demonstrations else []
-    ift = ift[: config.max_demonstrations or None]
-    questions = read_ranked(config.ranked) if config.ranked else []
-    held_out = held_out_ids(questions, config.held_out_share)
-    taught = [question for question in questions if question.id not in held_out]
-    kept = [question for question in questions if question.id in held_out]
-    eft = [d for q in taught for d in demonstrate_judging(q, judge)] if config.evaluation_fine_tuning else []
-    write_records(out.path / "demonstrations.jsonl", [*ift, *eft])
-    write_records(out.path / "ranked.jsonl", kept)
-    write_records(
-        out.path / "instructions.jsonl",
-        [Instruction(id=q.id, text=q.instruction, source="ranked") for q in kept],
-    )
-    write_records(out.path / "responses.jsonl", [answer for question in kept for answer in given_answers(question)])
+    data = read_seeds(config)
+    human = config.evaluation_fine_tuning == EvaluationFineTuning.human
+    eft = [d for q in data.taught for d in demonstrate_judging(q, judge)] if human else []
+    write_records(out.path / "demonstrations.jsonl", [*data.ift, *eft])
+    write_questions(out, data.held_out)
     return {
-        "ift": len(ift),
+        "ift": len(data.ift),
         "eft": len(eft),
-        "questions_taught": len(taught),
-        "questions_held_out": len(kept),
+        "questions_taught": len(data.taught),
+        "questions_held_out": len(data.held_out),
+        "dropped": dict(sorted((+data.drops).items())),
     }
 
 
+def taught_questions(out: Workspace, *, config: SeedsConfig, contents: list[str]) -> Counts:
+    """The ranked questions that are not held out, with their answers, for the SFT baseline to judge.
+
+    Args:
+        out: gets ranked.jsonl, instructions.jsonl and responses.jsonl.
+        config: which data, and how it is split.
+        contents: digests of the data sources.
+    """
+    taught = read_seeds(config).taught
+    write_questions(out, taught)
+    return {"questions": len(taught), "responses": sum(len(question.texts) for question in taught)}
+
+
+@dataclass(frozen=True, slots=True)
+class SeedData:
+    """What was given, split: IFT examples, and ranked questions that teach judging or measure it."""
+
+    ift: list[Demonstration]
+    taught: list[RankedAnswers]
+    held_out: list[RankedAnswers]
+    drops: Counter[str]
+
+
+def read_seeds(config: SeedsConfig) -> SeedData:
+    """Reads both sources; a ranked question that is also an IFT prompt is dropped, so that no text has two uses.
+
+    Raises:
+        SelfalignError: no ranked question is left.
+    """
+    drops: Counter[str] = Counter()
+    ift: list[Demonstration] = []
+    questions: list[RankedAnswers] = []
+    if config.demonstrations:
+        ift, unused = read_demonstrations(config.demonstrations)
+        ift = ift[: config.max_demonstrations or None]
+        drops.update({f"demonstrations_{reason}": count for reason, count in unused.items()})
+    if config.ranked:
+        questions, unused = read_ranked(config.ranked)
+        drops.update({f"ranked_{reason}": count for reason, count in unused.items()})
+    asked = {message["content"] for d in ift for message in d.prompt if isinstance(message, dict)}
+    apart = [question for question in questions if question.instruction not in asked]
+    drops["questions_in_demonstrations"] = len(questions) - len(apart)
+    if questions and not apart:
+        raise SelfalignError(
+            f"all {len(questions)} questions of data.seeds.ranked are prompts of data.seeds.demonstrations: leave some "
+            "to it with data.seeds.max_demonstrations"
+        )
+    apart = apart[: config.max_questions or None]
+    held_out = held_out_ids(apart, config.held_out_share)
+    return SeedData(
+        ift=ift,
+        taught=[question for question in apart if question.id not in held_out],
+        held_out=[question for question in apart if question.id in held_out],
+        drops=drops,
+    )
+
+
+def write_questions(out: Workspace, questions: list[RankedAnswers]) -> None:
+    """Writes ranked questions and, as the judge stage reads them, their instructions and responses."""
+    write_records(out.path / "ranked.jsonl", questions)
+    write_records(
+        out.path / "instructions.jsonl",
+        [Instruction(id=q.id, text=q.instruction, source="ranked") for q in questions],
+    )
+    write_records(
+        out.path / "responses.jsonl", [answer for question in questions for answer in given_answers(question)]
+    )
+
+
 def held_out_ids(questions: list[RankedAnswers], share: float) -> set[str]:
-    """The questions set aside: those whose text has the smallest digests, so their file's order does not matter."""
-    order = sorted(questions, key=lambda question: digest_text(question.instruction))
-    return {question.id for question in order[: round(share * len(questions))]}
+    """The questions set aside: those whose text has the smallest digests, so their file's order does not matter.
+
+    A text that occurs twice is on one side both times.
+    """
+    digests = {question.id: digest_text(question.instruction) for question in questions}
+    order = sorted(set(digests.values()))
+    chosen = set(order[: round(share * len(order))])
+    return {name for name, digest in digests.items() if digest in chosen}
 
 
 def demonstrate_judging(question: RankedAnswers, judge: JudgeFormat) -> list[Demonstration]:

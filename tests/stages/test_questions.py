@@ -1,22 +1,32 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from builders import workspace
+from builders import demonstration, records_artefact, workspace
 
 from selfalign.errors import SelfalignError
 from selfalign.records import Instruction, read_records
 from selfalign.stages.questions import questions
+from selfalign.store import Artefact
 
 ROWS = [{"id": f"q{n}", "instruction": f"Question {n}?", "category": "some"} for n in range(5)]
 
 
-def asked(folder: Path, count: int) -> list[Instruction]:
+def seeds(folder: Path, *taught: str) -> Artefact:
+    """Seeds that teach answers to these prompts."""
+    made = records_artefact(folder / "seeds", demonstrations=[demonstration(t, t) for t in taught])
+    return replace(made, counts={"ift": len(taught)})
+
+
+def asked(folder: Path, count: int, *taught: str, dropped: int = 0) -> list[Instruction]:
     source = folder / "asked.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    counts = questions(workspace(folder / "out"), source=str(source), count=count, content="d")
+    counts = questions(
+        workspace(folder / "out"), source=str(source), count=count, content="d", seeds=seeds(folder, *taught)
+    )
     kept = read_records(folder / "out/instructions.jsonl", Instruction)
-    assert counts == {"instructions": len(kept)}
+    assert counts == {"instructions": len(kept), "dropped": {"in_demonstrations": dropped}}
     return kept
 
 
@@ -29,10 +39,27 @@ def test_first_so_many_instructions_are_taken(tmp_path: Path, count: int, ids: l
     assert kept[0] == Instruction(id="q0", text="Question 0?", source="evaluation", category="some")
 
 
+def test_instruction_whose_answer_is_taught_measures_nothing_and_is_dropped(tmp_path: Path) -> None:
+    kept = asked(tmp_path, 2, "Question 0?", "Question 7?", "Question 2?", dropped=2)
+    assert [record.id for record in kept] == ["q1", "q3"]
+
+
+def test_instructions_that_are_all_taught_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SelfalignError, match=r"all 5 instructions are prompts of data\.seeds\.demonstrations"):
+        asked(tmp_path, 2, *[row["instruction"] for row in ROWS])
+
+
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(SelfalignError, match=r"nowhere\.jsonl"):
-        questions(workspace(tmp_path / "out"), source=str(tmp_path / "nowhere.jsonl"), count=0, content="d")
+        questions(
+            workspace(tmp_path / "out"),
+            source=str(tmp_path / "nowhere.jsonl"),
+            count=0,
+            content="d",
+            seeds=seeds(tmp_path),
+        )
 
 
 def test_shipped_instructions_are_found_by_name(tmp_path: Path) -> None:
-    assert questions(workspace(tmp_path), source="shipped:evaluation", count=7, content="d") == {"instructions": 7}
+    out, given = workspace(tmp_path / "out"), seeds(tmp_path)
+    assert questions(out, source="shipped:evaluation", count=7, content="d", seeds=given)["instructions"] == 7

@@ -1,16 +1,27 @@
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from builders import RUBRIC, composed, workspace
+from test_mutants import mutated
 
 from selfalign.data import read_demonstrations, read_instructions, read_ranked
 from selfalign.errors import SelfalignError
 from selfalign.overlap import rouge_l
 from selfalign.records import Demonstration, Instruction, RankedAnswers, Response, read_records
+from selfalign.stages import seeds as seeds_module
 from selfalign.stages.judge import ExpectedScore, SampledScore, parse_score
-from selfalign.stages.seeds import JudgeFormat, SeedsConfig, demonstrate_judging, scores_from_ranks, seeds
+from selfalign.stages.seeds import (
+    EvaluationFineTuning,
+    JudgeFormat,
+    SeedsConfig,
+    demonstrate_judging,
+    scores_from_ranks,
+    seeds,
+    taught_questions,
+)
 from selfalign.wording import words_of
 
 SCORE = ExpectedScore(prompt=RUBRIC)
@@ -38,14 +49,16 @@ def ift_rows(count: int = 4) -> list[dict]:
     return [{"id": f"i{n}", "instruction": f"Task {n}.", "response": f"Done {n}."} for n in range(count)]
 
 
-def built(folder: Path, ranked: list[dict], judge: JudgeFormat = SCORE, **settings: object):
+def built(
+    folder: Path, ranked: list[dict], judge: JudgeFormat = SCORE, stage: Any = seeds_module, **settings: object
+) -> tuple[dict[str, Any], Path]:
     """Runs the stage; returns its counts and the folder it wrote."""
-    config = SeedsConfig(
+    config = stage.SeedsConfig(
         demonstrations=write_jsonl(folder / "ift.jsonl", ift_rows()),
         ranked=write_jsonl(folder / "ranked.jsonl", ranked) if ranked else "",
         **settings,
     )
-    counts = seeds(workspace(folder / "out"), config=config, judge=judge, contents=["a", "b"])
+    counts = stage.seeds(workspace(folder / "out"), config=config, judge=judge, contents=["a", "b"])
     return counts, folder / "out"
 
 
@@ -56,7 +69,7 @@ def test_questions_are_taught_or_held_out_but_never_both(tmp_path: Path) -> None
     assert taught | held_out == {f"q{n}" for n in range(10)}
     assert not taught & held_out
     assert len(held_out) == 3
-    assert counts == {"ift": 4, "eft": 21, "questions_taught": 7, "questions_held_out": 3}
+    assert counts == {"ift": 4, "eft": 21, "questions_taught": 7, "questions_held_out": 3, "dropped": {}}
 
 
 def test_split_does_not_depend_on_the_order_of_the_file_or_the_ids(tmp_path: Path) -> None:
@@ -76,6 +89,131 @@ def test_more_questions_do_not_move_a_held_out_one_into_training_at_random(tmp_p
     _, all_but_one = built(tmp_path / "less", ranked_rows(9))
     sets = [{q.id for q in read_records(out / "ranked.jsonl", RankedAnswers)} for out in (few, all_but_one)]
     assert len(sets[0] - sets[1]) <= 1
+
+
+def test_question_that_stands_twice_is_on_one_side_both_times(tmp_path: Path) -> None:
+    check_split(tmp_path)
+
+
+def check_split(folder: Path, stage: Any = seeds_module) -> None:
+    """Each question stands twice, under two ids and with other answers: the split is by its text."""
+    for count in range(2, 12):
+        rows = ranked_rows(count)
+        again = [{**row, "id": f"again-{row['id']}", "responses": row["responses"][:2]} for row in rows]
+        _, out = built(folder / str(count), [*rows, *again], stage=stage)
+        taught = {d.question.split("-")[-1] for d in eft_of(out)}
+        held_out = {q.id.split("-")[-1] for q in read_records(out / "ranked.jsonl", RankedAnswers)}
+        assert not taught & held_out
+        assert len(taught | held_out) == count
+        assert len(held_out) == round(0.3 * count)
+
+
+def eft_of(out: Path) -> list[Demonstration]:
+    return [d for d in read_records(out / "demonstrations.jsonl", Demonstration) if d.source == "eft"]
+
+
+def check_overlap(folder: Path, stage: Any = seeds_module) -> None:
+    """A question that is an IFT prompt teaches no judging and measures none; it is counted."""
+    rows = [
+        *ranked_rows(),
+        *({**row, "id": f"t{n}", "instruction": f"Task {n}."} for n, row in enumerate(ranked_rows(3))),
+    ]
+    counts, out = built(folder, rows, stage=stage)
+    used = {d.question for d in eft_of(out)} | {q.id for q in read_records(out / "ranked.jsonl", RankedAnswers)}
+    assert used == {f"q{n}" for n in range(10)}
+    assert counts["dropped"] == {"questions_in_demonstrations": 3}
+    assert counts["questions_taught"] + counts["questions_held_out"] == 10
+
+
+def test_question_that_is_an_ift_prompt_is_dropped_and_counted(tmp_path: Path) -> None:
+    check_overlap(tmp_path)
+
+
+def test_questions_that_are_all_ift_prompts_are_refused_with_what_to_set(tmp_path: Path) -> None:
+    rows = [{**row, "instruction": f"Task {n}."} for n, row in enumerate(ranked_rows(3))]
+    with pytest.raises(
+        SelfalignError, match=r"all 3 questions of data\.seeds\.ranked .*data\.seeds\.max_demonstrations"
+    ):
+        built(tmp_path, rows)
+
+
+def test_demonstrations_that_are_left_away_do_not_cost_their_questions(tmp_path: Path) -> None:
+    """One file may give both: the first questions to IFT, the others to the judge."""
+    rows = [{**row, "instruction": f"Task {n}."} for n, row in enumerate(ranked_rows(4))]
+    counts, _ = built(tmp_path, rows, max_demonstrations=1)
+    assert counts["questions_taught"] + counts["questions_held_out"] == 3
+
+
+def test_what_a_published_data_set_gives_no_use_for_is_counted_by_source(tmp_path: Path) -> None:
+    rows = []
+    for n in range(6):
+        asked = {"message_id": f"q{n}", "parent_id": None, "role": "prompter", "text": f"Question {n}?", "lang": "en"}
+        answers = [
+            {"message_id": f"q{n}a{rank}", "parent_id": f"q{n}", "role": "assistant", "text": f"Answer {rank}",
+             "lang": "en" if n < 5 else "de", "rank": rank}
+            for rank in range(3)
+        ]  # fmt: skip
+        rows += [asked, *answers]
+    source = write_jsonl(tmp_path / "trees.jsonl", rows)
+    config = SeedsConfig(demonstrations=source, ranked=source, max_demonstrations=2, held_out_share=0.34)
+    counts = seeds(workspace(tmp_path / "out"), config=config, judge=SCORE, contents=[])
+    assert counts == {
+        "ift": 2,
+        "eft": 6,
+        "questions_taught": 2,
+        "questions_held_out": 1,
+        "dropped": {
+            "demonstrations_lower_rank": 10,
+            "demonstrations_other_language": 3,
+            "questions_in_demonstrations": 2,
+            "ranked_other_language": 3,
+        },
+    }
+
+
+def test_first_so_many_questions_are_taken(tmp_path: Path) -> None:
+    counts, out = built(tmp_path, ranked_rows(), max_questions=5)
+    used = {d.question for d in eft_of(out)} | {q.id for q in read_records(out / "ranked.jsonl", RankedAnswers)}
+    assert used == {f"q{n}" for n in range(5)}
+    assert (counts["questions_taught"], counts["questions_held_out"]) == (3, 2)
+
+
+def test_taught_questions_are_there_for_the_baseline_to_judge(tmp_path: Path) -> None:
+    counts, out = built(tmp_path, ranked_rows(), evaluation_fine_tuning="baseline")
+    assert (counts["ift"], counts["eft"], counts["questions_taught"]) == (4, 0, 7)
+    config = SeedsConfig(
+        demonstrations=str(tmp_path / "ift.jsonl"),
+        ranked=str(tmp_path / "ranked.jsonl"),
+        evaluation_fine_tuning=EvaluationFineTuning.baseline,
+    )
+    asked = tmp_path / "asked"
+    assert taught_questions(workspace(asked), config=config, contents=[]) == {"questions": 7, "responses": 21}
+    taught, held_out = ({q.id for q in read_records(folder / "ranked.jsonl", RankedAnswers)} for folder in (asked, out))
+    assert taught | held_out == {f"q{n}" for n in range(10)}
+    assert not taught & held_out
+    assert [i.id for i in read_records(asked / "instructions.jsonl", Instruction)] == sorted(taught)
+    assert len(read_records(asked / "responses.jsonl", Response)) == 21
+
+
+MUTANTS = [
+    ("split by id", "digest_text(question.instruction) for", "digest_text(question.id) for"),
+    ("split by answers", "digest_text(question.instruction) for", "digest_text(str(question.texts)) for"),
+    ("held-out questions taught", "for question in apart if question.id not in held_out]", "for question in apart]"),
+    ("overlap kept", "if question.instruction not in asked]", "]"),
+    ("overlap not counted", 'drops["questions_in_demonstrations"] = len(questions) - len(apart)', "pass"),
+]
+
+
+@pytest.mark.parametrize(("old", "new"), [m[1:] for m in MUTANTS], ids=[m[0] for m in MUTANTS])
+def test_mutant_is_caught(tmp_path: Path, old: str, new: str) -> None:
+    failures = []
+    with mutated(seeds_module, old, new) as copy:
+        for check in (check_split, check_overlap):
+            try:
+                check(tmp_path / check.__name__, copy)
+            except AssertionError:
+                failures.append(check.__name__)
+    assert failures
 
 
 def test_held_out_answers_are_there_to_be_judged(tmp_path: Path) -> None:
@@ -157,7 +295,7 @@ def test_scores_for_some_answers_only_are_filled_in_or_refused_with_the_line(tmp
 
 
 def test_without_evaluation_fine_tuning_only_the_given_answers_are_taught(tmp_path: Path) -> None:
-    counts, out = built(tmp_path, ranked_rows(), evaluation_fine_tuning=False)
+    counts, out = built(tmp_path, ranked_rows(), evaluation_fine_tuning="none")
     assert {d.source for d in read_records(out / "demonstrations.jsonl", Demonstration)} == {"ift"}
     assert (counts["eft"], counts["questions_held_out"]) == (0, 3)
 
@@ -165,13 +303,15 @@ def test_without_evaluation_fine_tuning_only_the_given_answers_are_taught(tmp_pa
 def test_first_so_many_demonstrations_are_taken(tmp_path: Path) -> None:
     counts, out = built(tmp_path, [], max_demonstrations=3)
     assert [d.id for d in read_records(out / "demonstrations.jsonl", Demonstration)] == ["i0", "i1", "i2"]
-    assert counts == {"ift": 3, "eft": 0, "questions_taught": 0, "questions_held_out": 0}
+    assert counts == {"ift": 3, "eft": 0, "questions_taught": 0, "questions_held_out": 0, "dropped": {}}
 
 
 @pytest.mark.parametrize(
     ("settings", "named"),
     [({"held_out_share": 0.0}, "held_out_share"), ({"held_out_share": 1.0}, "held_out_share"),
-     ({"max_demonstrations": -1}, "max_demonstrations")],
+     ({"max_demonstrations": -1}, "max_demonstrations"), ({"max_questions": -1}, "max_questions"),
+     ({"most_common_ratio": 0.9}, "most_common_ratio"),
+     ({"evaluation_fine_tuning": "baseline", "demonstrations": ""}, "evaluation_fine_tuning")],
 )  # fmt: skip
 def test_value_out_of_range_is_refused_with_its_key(settings: dict, named: str) -> None:
     with pytest.raises(SelfalignError, match=rf"data\.seeds\.{named}"):
@@ -182,7 +322,7 @@ def test_value_out_of_range_is_refused_with_its_key(settings: dict, named: str) 
 
 
 def test_shipped_demonstrations_are_at_least_150_with_different_tasks() -> None:
-    shipped = read_demonstrations("shipped:ift")
+    shipped, _ = read_demonstrations("shipped:ift")
     assert len(shipped) >= 150
     assert len({d.id for d in shipped}) == len(shipped)
     assert len({d.prompt[0]["content"] for d in shipped}) == len(shipped)
@@ -191,7 +331,7 @@ def test_shipped_demonstrations_are_at_least_150_with_different_tasks() -> None:
 
 
 def test_shipped_questions_are_at_least_60_with_3_or_4_strictly_ranked_answers() -> None:
-    shipped = read_ranked("shipped:ranked")
+    shipped, _ = read_ranked("shipped:ranked")
     assert len(shipped) >= 60
     assert len({q.id for q in shipped}) == len({q.instruction for q in shipped}) == len(shipped)
     for question in shipped:
@@ -207,7 +347,7 @@ def test_shipped_questions_are_at_least_60_with_3_or_4_strictly_ranked_answers()
 
 
 def test_best_shipped_answer_is_not_known_by_its_place_or_length() -> None:
-    shipped = read_ranked("shipped:ranked")
+    shipped, _ = read_ranked("shipped:ranked")
     places = [question.ranks.index(1) for question in shipped]
     longest = [max(range(len(q.texts)), key=lambda i, q=q: len(q.texts[i])) == q.ranks.index(1) for q in shipped]
     assert max(places.count(place) for place in set(places)) < 0.6 * len(shipped)
@@ -223,14 +363,14 @@ def test_shipped_evaluation_instructions_are_at_least_50_over_8_categories() -> 
 
 def test_shipped_evaluation_instructions_are_not_among_what_is_taught() -> None:
     asked = [(i.id, words_of(i.text)) for i in read_instructions("shipped:evaluation", "evaluation")]
-    taught = [(d.id, words_of(d.prompt[0]["content"])) for d in read_demonstrations("shipped:ift")]
-    ranked = [(q.id, words_of(q.instruction)) for q in read_ranked("shipped:ranked")]
+    taught = [(d.id, words_of(d.prompt[0]["content"])) for d in read_demonstrations("shipped:ift")[0]]
+    ranked = [(q.id, words_of(q.instruction)) for q in read_ranked("shipped:ranked")[0]]
     alike = [(a, b) for a, words in asked for b, other in [*taught, *ranked] if rouge_l(words, other) >= 0.7]
     assert alike == []
     assert not {name for name, _ in asked} & {name for name, _ in [*taught, *ranked]}
 
 
 def test_shipped_questions_are_not_among_the_shipped_demonstrations() -> None:
-    taught = [(d.id, words_of(d.prompt[0]["content"])) for d in read_demonstrations("shipped:ift")]
-    ranked = [(q.id, words_of(q.instruction)) for q in read_ranked("shipped:ranked")]
+    taught = [(d.id, words_of(d.prompt[0]["content"])) for d in read_demonstrations("shipped:ift")[0]]
+    ranked = [(q.id, words_of(q.instruction)) for q in read_ranked("shipped:ranked")[0]]
     assert [(a, b) for a, words in ranked for b, other in taught if rouge_l(words, other) >= 0.7] == []

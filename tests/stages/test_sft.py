@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from builders import (
     RUBRIC,
     demonstration,
     loaded,
+    nudged_policy,
     optimization,
     policy_artefact,
     records_artefact,
@@ -13,15 +15,17 @@ from builders import (
     workspace,
 )
 from safetensors.torch import load_file
+from test_mutants import mutated
+from test_tokenization import WITH_BOS, WITHOUT_BOS, build_tokenizer
 
 from selfalign.errors import SelfalignError
 from selfalign.files import write_json
 from selfalign.models import ModelConfig, PolicyFiles, digest_weights
 from selfalign.records import Demonstration, RankedAnswers
+from selfalign.stages import sft as sft_module
 from selfalign.stages.judge import ExpectedScore
 from selfalign.stages.pretrained import pretrained
 from selfalign.stages.seeds import demonstrate_judging
-from selfalign.stages.sft import sft
 
 TAUGHT = [
     demonstration("a", "Name a bird.", "A wren."),
@@ -32,12 +36,17 @@ QUICK = {"learning_rate": 5e-3, "epochs": 4, "batch_size": 3}
 
 
 def trained(
-    folder: Path, policy: PolicyFiles, records: list[Demonstration] = TAUGHT, seed: int = 0, **settings: object
+    folder: Path,
+    policy: PolicyFiles,
+    records: list[Demonstration] = TAUGHT,
+    seed: int = 0,
+    stage: Any = sft_module,
+    **settings: object,
 ):
     """Runs the stage; returns its counts, the policy and the rows it logged."""
     rows: list[dict] = []
     start = policy_artefact(policy)
-    counts = sft(
+    counts = stage.sft(
         workspace(folder / "out", rows),
         policy=start,
         base=start,
@@ -72,6 +81,81 @@ def test_answers_and_their_ends_become_likelier(tmp_path: Path, tiny_policy: Pol
     assert rows[0]["loss_per_token"] == pytest.approx(-before / targets, rel=1e-4)
     assert counts["demonstrations"] == 3
     assert counts["dropped"] == {"too_long": 0}
+
+
+JUDGED = Demonstration(
+    id="j", prompt=[{"role": "user", "content": "Grade: It is."}], response="5", source="eft", prefill="Score: "
+)
+
+
+def check_tokens(stage: Any = sft_module) -> None:
+    """Template, one BOS at most, and as the target the response with the one end of its turn."""
+    for adds_bos in (True, False):
+        for template in (WITH_BOS, WITHOUT_BOS):
+            tokenizer = build_tokenizer(adds_bos=adds_bos, template=template)
+            bos = "<s>" if adds_bos or template == WITH_BOS else ""
+            for record, shown, target in (
+                (demonstration("a", "Why so?", "It is."), "[user]Why so?<|end|>[assistant]", "It is.<|end|>"),
+                (JUDGED, "[user]Grade: It is.<|end|>[assistant]Score: ", "5<|end|>"),
+            ):
+                encoded = stage.encode_demonstration(tokenizer, record)
+                assert tokenizer.decode(encoded.prompt) == bos + shown
+                assert tokenizer.decode(encoded.response) == target
+                ids = [*encoded.prompt, *encoded.response]
+                assert ids.count(tokenizer.bos_token_id) == bool(bos)
+                assert ids[-1] == tokenizer.convert_tokens_to_ids("<|end|>")
+
+
+def test_demonstration_is_in_the_template_with_one_bos_and_ends_its_turn() -> None:
+    check_tokens()
+
+
+def check_loss(folder: Path, policy: PolicyFiles, stage: Any = sft_module) -> None:
+    """The first step's loss is that of the targets and their ends alone, from full logits worked out apart.
+
+    The policy is one whose tokens differ in their loss, as fresh weights find all alike.
+    """
+    policy = nudged_policy(policy, folder / "nudged", size=0.2)
+    _, _, rows = trained(folder, policy, stage=stage, epochs=1)
+    tokenizer = loaded(policy.path).tokenizer
+    likelihood = sum(log_likelihood(policy, d.prompt[0]["content"], d.response) for d in TAUGHT)
+    targets = sum(len(tokenizer(f"{d.response}<|im_end|>")["input_ids"]) for d in TAUGHT)
+    assert rows[0]["loss"] == pytest.approx(-likelihood / targets, rel=1e-4)
+
+
+def test_loss_is_on_target_tokens_alone(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+    check_loss(tmp_path, tiny_policy)
+
+
+PLAIN = "return Encoded(record, prompt, encode_response(tokenizer, record.response, finished=True))"
+JUDGING = "return Encoded(record, prompt, [*whole[len(prompt) :], end_of_turn_id(tokenizer)])"
+PROMPTS, RESPONSES = "[one.prompt for one in family]", "[one.response for one in family]"
+MUTANTS = [
+    ("no end of turn", PLAIN, PLAIN.replace("finished=True", "finished=False")),
+    ("no end of a judgement's turn", JUDGING, JUDGING.replace(", end_of_turn_id(tokenizer)", "")),
+    ("two BOS", PLAIN, PLAIN.replace("prompt,", "[tokenizer.bos_token_id or 0, *prompt],")),
+    ("BOS in the target", PLAIN, PLAIN.replace("encode_response(tokenizer, record.response, finished=True)",
+                                               "tokenizer(record.response)['input_ids']")),
+    ("the prefill among the targets", "prompt = encode_prompt(tokenizer, record.prompt, record.prefill)",
+     "prompt = encode_prompt(tokenizer, record.prompt)"),
+    ("loss on the prompt", f"{PROMPTS}, {RESPONSES}",
+     f"{PROMPTS.replace('prompt for', 'prompt[:1] for')}, [one.prompt[1:] + one.response for one in family]"),
+    ("mask shifted by one", f"{PROMPTS}, {RESPONSES}",
+     "[one.prompt + one.response[:1] for one in family], [one.response[1:] for one in family]"),
+    ("no loss on the end", f"{PROMPTS}, {RESPONSES}", f"{PROMPTS}, [one.response[:-1] for one in family]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new"), [m[1:] for m in MUTANTS], ids=[m[0] for m in MUTANTS])
+def test_mutant_is_caught(tmp_path: Path, tiny_policy: PolicyFiles, old: str, new: str) -> None:
+    with mutated(sft_module, old, new) as copy:
+        failures = 0
+        for check, arguments in ((check_tokens, ()), (check_loss, (tmp_path, tiny_policy))):
+            try:
+                check(*arguments, copy)
+            except AssertionError:
+                failures += 1
+    assert failures
 
 
 def test_loss_over_examples_weighs_each_answer_alike(tmp_path: Path, tiny_policy: PolicyFiles) -> None:

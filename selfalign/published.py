@@ -1,0 +1,343 @@
+"""Published data sets, row by row in the schemas they come in: Open Assistant, HH-RLHF, UltraFeedback.
+
+A row that is of no use is left out and counted by its reason, since who reads a published set cannot mend it.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgspec
+
+from selfalign.files import digest_json
+from selfalign.records import Demonstration, Message, PreferencePair, RankedAnswers
+
+LANGUAGE = "en"
+"""Of the messages that are taken from Open Assistant, as in arXiv 2401.10020, section 3.1."""
+
+SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+"""Begins a turn of an HH-RLHF transcript."""
+
+Drops = Counter[str]
+R = TypeVar("R", Demonstration, PreferencePair, RankedAnswers)
+
+
+@dataclass(kw_only=True, slots=True)
+class TreeMessage:
+    """A row of Open Assistant (arXiv 2304.07327; OpenAssistant/oasst1, oasst2): one message of a tree.
+
+    `role` is "prompter" or "assistant". The best of several answers has `rank` 0; a single one has none.
+    """
+
+    message_id: str
+    role: str
+    text: str
+    lang: str
+    parent_id: str | None = None
+    rank: int | None = None
+    deleted: bool | None = None
+    review_result: bool | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class TranscriptPair:
+    """A row of HH-RLHF (arXiv 2204.05862; Anthropic/hh-rlhf): two transcripts with the speakers' names in them."""
+
+    chosen: str
+    rejected: str
+
+
+@dataclass(kw_only=True, slots=True)
+class RatedPair:
+    """A row of HuggingFaceH4/ultrafeedback_binarized (arXiv 2310.16944): two conversations and their scores."""
+
+    chosen: list[Message]
+    rejected: list[Message]
+    score_chosen: float
+    score_rejected: float
+
+
+class Completion(msgspec.Struct, kw_only=True, rename={"fine_grained_score": "fine-grained_score"}):
+    """One of a task's answers: the critic's overall score, and the mean of its ratings by aspect."""
+
+    response: str
+    overall_score: float | None = None
+    fine_grained_score: float | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class RatedCompletions:
+    """A row of UltraFeedback (arXiv 2310.01377; openbmb/UltraFeedback): a task and the answers of several models."""
+
+    instruction: str
+    completions: list[Completion]
+
+
+def schema_of(row: dict[str, Any]) -> type | None:
+    """The published schema a row is in, told by its fields; None for our own formats."""
+    if {"message_id", "role", "text", "lang"} <= row.keys():
+        return TreeMessage
+    if {"instruction", "completions"} <= row.keys():
+        return RatedCompletions
+    if {"chosen", "rejected", "score_chosen", "score_rejected"} <= row.keys():
+        return RatedPair
+    texts = [row.get("chosen"), row.get("rejected")]
+    if row.get("prompt") is None and all(isinstance(t, str) and SPEAKER.match(t) for t in texts):
+        return TranscriptPair
+    return None
+
+
+# --- Open Assistant ----------------------------------------------------------------------------------------------
+
+
+def best_of_tree(rows: Sequence[TreeMessage]) -> tuple[list[Demonstration], Drops]:
+    """English first-turn questions with the answer humans ranked best, as arXiv 2401.10020 takes them for IFT."""
+    drops: Drops = Counter()
+    best: list[Demonstration] = []
+    for question, answer in first_turns(rows, drops):
+        if answer.rank:
+            drops["lower_rank"] += 1
+        else:
+            best.append(_demonstration(_user(question.text), answer.text, answer.message_id))
+    return _unique(best, drops), drops
+
+
+def rank_tree(rows: Sequence[TreeMessage]) -> tuple[list[RankedAnswers], Drops]:
+    """English first-turn questions with their answers in the humans' order."""
+    drops: Drops = Counter()
+    families: dict[str, list[tuple[TreeMessage, TreeMessage]]] = {}
+    for question, answer in first_turns(rows, drops):
+        families.setdefault(question.message_id, []).append((question, answer))
+    ranked = [
+        _ranked(name, family[0][0].text, [(answer.text, (-(answer.rank or 0),)) for _, answer in family], drops)
+        for name, family in families.items()
+    ]
+    return [question for question in ranked if question is not None], drops
+
+
+def first_turns(rows: Sequence[TreeMessage], drops: Drops) -> Iterator[tuple[TreeMessage, TreeMessage]]:
+    """Yields (question, ranked answer to it); every other answer is counted."""
+    messages = {row.message_id: row for row in rows}
+    drops["duplicate"] += sum(row.role == "assistant" for row in rows)
+    for answer in messages.values():
+        if answer.role != "assistant":
+            continue
+        drops["duplicate"] -= 1
+        question = messages.get(answer.parent_id or "")
+        reason = _against_turn(question, answer)
+        if reason:
+            drops[reason] += 1
+        else:
+            assert question is not None
+            yield question, answer
+
+
+def _against_turn(question: TreeMessage | None, answer: TreeMessage) -> str | None:
+    if question is None:
+        return "no_question"
+    both = (question, answer)
+    reasons = {
+        "later_turn": question.parent_id is not None,
+        "other_language": any(message.lang != LANGUAGE for message in both),
+        "deleted": any(message.deleted for message in both),
+        "failed_review": any(message.review_result is False for message in both),
+        "no_rank": answer.rank is None,
+        "empty_response": not all(message.text.strip() for message in both),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+# --- HH-RLHF -----------------------------------------------------------------------------------------------------
+
+
+def transcript(text: str) -> list[Message] | None:
+    """A transcript as messages, the last of them the assistant's; None where the speakers do not take turns."""
+    opening, *parts = SPEAKER.split(text.strip())
+    speakers, texts = parts[::2], [part.strip() for part in parts[1::2]]
+    turns = len(speakers) // 2
+    if opening or not turns or speakers != ["Human", "Assistant"] * turns or not all(texts[:-1]):
+        return None
+    return [
+        {"role": "user" if speaker == "Human" else "assistant", "content": said}
+        for speaker, said in zip(speakers, texts, strict=True)
+    ]
+
+
+def pairs_of_transcripts(rows: Sequence[TranscriptPair]) -> tuple[list[PreferencePair], Drops]:
+    """Pairs with the dialogue so far as their prompt."""
+    drops: Drops = Counter()
+    pairs: list[PreferencePair] = []
+    for row in rows:
+        chosen, rejected = transcript(row.chosen), transcript(row.rejected)
+        if chosen is None or rejected is None:
+            drops["no_dialogue"] += 1
+        elif (pair := _pair(chosen, rejected, None, drops)) is not None:
+            pairs.append(pair)
+    return _unique(pairs, drops), drops
+
+
+def chosen_of_transcripts(rows: Sequence[TranscriptPair]) -> tuple[list[Demonstration], Drops]:
+    """The chosen responses, with the dialogue so far as their prompt (the SFT data of arXiv 2405.21040)."""
+    drops: Drops = Counter()
+    read = [transcript(row.chosen) for row in rows]
+    drops["no_dialogue"] = read.count(None)
+    return _last_turns([messages for messages in read if messages is not None], drops), drops
+
+
+# --- UltraFeedback -----------------------------------------------------------------------------------------------
+
+
+def rated_pairs(rows: Sequence[RatedPair]) -> tuple[list[PreferencePair], Drops]:
+    """Pairs with the critic's scores; where those do not favour the chosen response, there is no preference."""
+    drops: Drops = Counter()
+    pairs: list[PreferencePair] = []
+    for row in rows:
+        if row.score_chosen <= row.score_rejected:
+            drops["tie" if row.score_chosen == row.score_rejected else "scores_contradict"] += 1
+        elif (pair := _pair(row.chosen, row.rejected, (row.score_chosen, row.score_rejected), drops)) is not None:
+            pairs.append(pair)
+    return _unique(pairs, drops), drops
+
+
+def chosen_of_rated(rows: Sequence[RatedPair]) -> tuple[list[Demonstration], Drops]:
+    """The chosen responses."""
+    drops: Drops = Counter()
+    return _last_turns([row.chosen for row in rows], drops), drops
+
+
+def rank_completions(rows: Sequence[RatedCompletions]) -> tuple[list[RankedAnswers], Drops]:
+    """Tasks with their answers by overall score; the mean rating by aspect decides between equal ones.
+
+    Of answers that are equal in both, the first stays and the others are counted as ties.
+    """
+    drops: Drops = Counter()
+    ranked: list[RankedAnswers] = []
+    for row in rows:
+        answers: list[tuple[str, tuple[float, ...]]] = []
+        for completion in row.completions:
+            scores = (completion.overall_score, completion.fine_grained_score)
+            known = tuple(score for score in scores if score is not None and not math.isnan(score))
+            reason = "no_score" if len(known) < 2 else "" if completion.response.strip() else "empty_response"
+            if reason:
+                drops[reason] += 1
+            else:
+                answers.append((completion.response, known))
+        question = _ranked("", row.instruction, answers, drops)
+        if question is not None:
+            ranked.append(question)
+    kept = _unique(ranked, Counter())
+    drops["duplicate"] += sum(len(q.texts) for q in ranked) - sum(len(q.texts) for q in kept)
+    return kept, drops
+
+
+def best_completions(rows: Sequence[RatedCompletions]) -> tuple[list[Demonstration], Drops]:
+    """Tasks with their best answer."""
+    ranked, drops = rank_completions(rows)
+    drops["lower_rank"] += sum(len(question.texts) - 1 for question in ranked)
+    return [_demonstration(_user(q.instruction), q.texts[q.ranks.index(1)], q.id) for q in ranked], drops
+
+
+# --- what they share ---------------------------------------------------------------------------------------------
+
+DEMONSTRATIONS: dict[type, Callable[[Any], tuple[list[Demonstration], Drops]]] = {
+    TreeMessage: best_of_tree,
+    TranscriptPair: chosen_of_transcripts,
+    RatedPair: chosen_of_rated,
+    RatedCompletions: best_completions,
+}
+RANKED: dict[type, Callable[[Any], tuple[list[RankedAnswers], Drops]]] = {
+    TreeMessage: rank_tree,
+    RatedCompletions: rank_completions,
+}
+PAIRS: dict[type, Callable[[Any], tuple[list[PreferencePair], Drops]]] = {
+    TranscriptPair: pairs_of_transcripts,
+    RatedPair: rated_pairs,
+}
+"""Schema → what it is read as. Both counts and drops are of answers, or of pairs."""
+
+
+def _ranked(
+    name: str, instruction: str, answers: Iterable[tuple[str, tuple[float, ...]]], drops: Drops
+) -> RankedAnswers | None:
+    """A question with strictly ordered answers (a larger quality is better), or None with its answers counted."""
+    texts: dict[str, tuple[float, ...]] = {}
+    for text, quality in answers:
+        if text in texts or quality in texts.values():
+            drops["duplicate" if text in texts else "tie"] += 1
+        else:
+            texts[text] = quality
+    if len(texts) < 2 or not instruction.strip():
+        drops["only_answer" if len(texts) < 2 else "empty_question"] += len(texts)
+        return None
+    order = sorted(texts.values(), reverse=True)
+    return RankedAnswers(
+        id=name or digest_json(instruction)[:16],
+        instruction=instruction,
+        texts=list(texts),
+        ranks=[order.index(quality) + 1 for quality in texts.values()],
+        scores=[],
+        justifications=[""] * len(texts),
+    )
+
+
+def _pair(
+    chosen: list[Message], rejected: list[Message], scores: tuple[float, float] | None, drops: Drops
+) -> PreferencePair | None:
+    """The pair of two conversations that differ in their last turn only, or None with the reason counted."""
+    texts = [conversation[-1]["content"] if conversation else "" for conversation in (chosen, rejected)]
+    if not _is_dialogue(chosen) or not _is_dialogue(rejected):
+        reason = "no_dialogue"
+    elif chosen[:-1] != rejected[:-1]:
+        reason = "different_prompts"
+    elif not all(text.strip() for text in texts):
+        reason = "empty_response"
+    elif texts[0] == texts[1]:
+        reason = "identical"
+    else:
+        return PreferencePair(
+            id=digest_json([chosen, rejected[-1:]])[:16],
+            prompt=chosen[:-1],
+            chosen=texts[0],
+            rejected=texts[1],
+            chosen_score=scores[0] if scores else None,
+            rejected_score=scores[1] if scores else None,
+        )
+    drops[reason] += 1
+    return None
+
+
+def _last_turns(conversations: Sequence[list[Message]], drops: Drops) -> list[Demonstration]:
+    """The last turn of each conversation as the response to what stands before it."""
+    found: list[Demonstration] = []
+    for messages in conversations:
+        if not _is_dialogue(messages):
+            drops["no_dialogue"] += 1
+        elif not messages[-1]["content"].strip():
+            drops["empty_response"] += 1
+        else:
+            found.append(_demonstration(messages[:-1], messages[-1]["content"], digest_json(messages)[:16]))
+    return _unique(found, drops)
+
+
+def _is_dialogue(messages: list[Message]) -> bool:
+    """Whether an assistant's turn ends the messages and a user's stands before it."""
+    roles = [message["role"] for message in messages]
+    return roles[-1:] == ["assistant"] and "user" in roles[:-1]
+
+
+def _demonstration(prompt: list[Message], response: str, name: str) -> Demonstration:
+    return Demonstration(id=name, prompt=prompt, response=response, source="ift")
+
+
+def _user(text: str) -> list[Message]:
+    return [{"role": "user", "content": text}]
+
+
+def _unique(records: list[R], drops: Drops) -> list[R]:
+    """The first record of each id; the others are counted."""
+    kept = {record.id: record for record in reversed(records)}
+    drops["duplicate"] += len(records) - len(kept)
+    return [record for record in records if kept.pop(record.id, None) is not None]

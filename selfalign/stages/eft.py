@@ -1,0 +1,149 @@
+"""eft: IFT demonstrations + ranked questions as the SFT baseline judged them → IFT + EFT demonstrations."""
+
+from collections import Counter
+from itertools import pairwise
+from typing import Protocol
+
+from selfalign.errors import SelfalignError
+from selfalign.files import digest_text
+from selfalign.models import PolicyFiles
+from selfalign.records import (
+    Demonstration,
+    Judgement,
+    Prompt,
+    RankedAnswers,
+    read_records,
+    write_records,
+)
+from selfalign.store import Artefact, Counts, Workspace
+
+
+class JudgeFormat(Protocol):
+    """What is taught of a judge: its prompt, and the last line of a judgement."""
+
+    def ask(self, instruction: str, response: str) -> Prompt: ...
+
+    def answer(self, score: int, justification: str) -> str: ...
+
+
+Scored = tuple[float, str]
+"""A judgement's score and text."""
+
+Target = tuple[float, Demonstration]
+"""An EFT example with the score it teaches."""
+
+
+def eft(
+    out: Workspace,
+    *,
+    judge: JudgeFormat,
+    policy: Artefact,
+    seeds: Artefact,
+    questions: Artefact,
+    judgements: Artefact,
+    most_common_ratio: float,
+) -> Counts:
+    """Keeps the judgements that agree with the humans as examples of judging (arXiv 2401.10020, section 3.1).
+
+    A question gives the judgements of its first draw (one of each answer) whose scores stand strictly in the
+    humans' order. The paper leaves open what a tie is; here it is no agreement, as in the judge's quality.
+
+    Args:
+        out: gets demonstrations.jsonl.
+        judge: its prompt is what the examples answer.
+        policy: the SFT baseline, which must have written all judgements.
+        seeds: demonstrations.jsonl with the IFT examples.
+        questions: ranked.jsonl.
+        judgements: judgements.jsonl of their answers.
+        most_common_ratio: how far the most common score may outnumber the second most common.
+
+    Raises:
+        SelfalignError: another model wrote a judgement, or no question is left.
+    """
+    written = read_records(judgements.path / "judgements.jsonl", Judgement)
+    if others := {judgement.model for judgement in written} - {PolicyFiles(policy.path).digest}:
+        raise SelfalignError(f"{out.label}: judgements by {sorted(others)}, which is not the SFT baseline")
+    drops: Counter[str] = Counter()
+    usable = usable_judgements(written, judge, drops)
+    ranked = read_records(questions.path / "ranked.jsonl", RankedAnswers)
+    taught = [agreeing_draw(question, usable, drops) for question in ranked]
+    targets = [t for question, draw in zip(ranked, taught, strict=True) for t in demonstrate(question, draw, judge)]
+    if not targets:
+        raise SelfalignError(
+            f"{out.label}: the SFT baseline judged none of {len(ranked)} questions in the humans' order (dropped: "
+            f"{dict(+drops)}); raise judge.samples, or take data.seeds.evaluation_fine_tuning=human"
+        )
+    kept = thin(targets, most_common_ratio)
+    drops["examples_of_most_common_score"] = len(targets) - len(kept)
+    ift = read_records(seeds.path / "demonstrations.jsonl", Demonstration)
+    write_records(out.path / "demonstrations.jsonl", [*ift, *(example for _, example in kept)])
+    return {
+        "ift": len(ift),
+        "eft": len(kept),
+        "judgements": len(written),
+        "judgements_scored": sum(judgement.score is not None for judgement in written),
+        "questions": len(ranked),
+        "questions_agreeing": sum(bool(draw) for draw in taught),
+        "dropped": dict(sorted((+drops).items())),
+    }
+
+
+def usable_judgements(written: list[Judgement], judge: JudgeFormat, drops: Counter[str]) -> dict[str, list[Scored]]:
+    """{response id: its judgements that carry a score and end with it, in the form the rubric asks for}.
+
+    A text that goes on behind its score, or was cut there, would teach the judge to go on.
+    """
+    usable: dict[str, list[Scored]] = {}
+    for judgement in written:
+        if judgement.score is None:
+            continue  # The judge stage has counted it, by its status.
+        if judgement.text.splitlines()[-1].strip() != judge.answer(int(judgement.score), ""):
+            drops["judgements_in_other_form"] += 1
+        else:
+            usable.setdefault(judgement.response_id, []).append((judgement.score, judgement.text))
+    return usable
+
+
+def agreeing_draw(question: RankedAnswers, usable: dict[str, list[Scored]], drops: Counter[str]) -> list[Scored]:
+    """The first draw in the humans' order, a judgement an answer; empty, with the reason counted, if there is none."""
+    of_answers = [usable.get(f"{question.id}-{number}", []) for number in range(1, len(question.texts) + 1)]
+    draws = [list(draw) for draw in zip(*of_answers, strict=False)]
+    for draw in draws:
+        if in_order(question.ranks, [score for score, _ in draw]):
+            return draw
+    drops["questions_in_other_order" if draws else "questions_without_scores"] += 1
+    return []
+
+
+def in_order(ranks: list[int], scores: list[float]) -> bool:
+    """Whether every better ranked answer has the higher score."""
+    by_rank = [score for _, score in sorted(zip(ranks, scores, strict=True))]
+    return all(better > worse for better, worse in pairwise(by_rank))
+
+
+def demonstrate(question: RankedAnswers, draw: list[Scored], judge: JudgeFormat) -> list[Target]:
+    """The examples of one question: the judge's prompt about each answer, and what the baseline wrote."""
+    return [
+        (
+            score,
+            Demonstration(
+                id=f"eft-{question.id}-{number}",
+                prompt=judge.ask(question.instruction, question.texts[number - 1]),
+                response=text,
+                source="eft",
+                question=question.id,
+            ),
+        )
+        for number, (score, text) in enumerate(draw, start=1)
+    ]
+
+
+def thin(targets: list[Target], ratio: float) -> list[Target]:
+    """Drops examples with the most common score, by the digest of their id, until it is `ratio` × the second's."""
+    counts = Counter(score for score, _ in targets).most_common(2)
+    if len(counts) < 2:
+        return targets
+    (most, many), (_, second) = counts
+    common = sorted((example.id for score, example in targets if score == most), key=digest_text)
+    dropped = set(common[min(many, int(ratio * second)) :])
+    return [target for target in targets if target[1].id not in dropped]
