@@ -81,7 +81,7 @@ def run_pipeline(config: "ExperimentConfig", run: Maker) -> None:
     method = Method(config, run)
     seed_data = method.seeds()
     asked, validation, given = method.questions(seed_data), method.validation(seed_data), method.given_pairs()
-    listed, held_out = method.listed_instructions(seed_data), method.held_out(seed_data, asked, validation)
+    listed, held_out = method.listed_instructions(), method.held_out(seed_data, asked, validation)
     base = run.make("M0", pretrained, model=config.model, source=identify_source(config.model))
     models = Models(base, base, base, method.fixed_writer())
     baseline = method.baseline(models, seed_data)
@@ -167,11 +167,11 @@ class Method:
         content = identify_data(data.path, "data.path")
         return self.run.make("iteration_1/pairs", given_pairs, source=data.path, content=content)
 
-    def listed_instructions(self, seed_data: Artefact) -> Artefact | None:
+    def listed_instructions(self) -> Artefact | None:
         """All new instructions, where they are read instead of written."""
         data = self.config.data
         source = data.instruct.source if isinstance(data, SelfRewarding) else ""
-        return self._given_instructions("instructions", source, 0, "data.instruct.source", seed_data)
+        return self._given_instructions("instructions", source, 0, "data.instruct.source", None)
 
     def held_out(self, seed_data: Artefact, *measured: Artefact | None) -> list[Artefact]:
         """Artefacts with instructions that no training may see."""
@@ -322,7 +322,7 @@ class Method:
         return self.run.make(label, stage, config=settings, contents=contents, **more)
 
     def _given_instructions(
-        self, label: str, source: str, count: int, key: str, seed_data: Artefact
+        self, label: str, source: str, count: int, key: str, seed_data: Artefact | None
     ) -> Artefact | None:
         if not source:
             return None

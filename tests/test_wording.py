@@ -55,7 +55,7 @@ def test_whole_instruction_is_no_fragment(text: str) -> None:
 
 
 def seeds() -> list[str]:
-    return [str(d.prompt[0]["content"]) for d in read_demonstrations("shipped:ift")]  # pyright: ignore
+    return [str(d.prompt[0]["content"]) for d in read_demonstrations("shipped:ift")[0]]  # pyright: ignore
 
 
 def test_no_shipped_instruction_is_taken_for_a_fragment_or_for_another_language() -> None:

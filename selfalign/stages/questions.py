@@ -6,7 +6,7 @@ from selfalign.records import Demonstration, read_records, write_records
 from selfalign.store import Artefact, Counts, Workspace
 
 
-def questions(out: Workspace, *, source: str, count: int, content: str, seeds: Artefact) -> Counts:
+def questions(out: Workspace, *, source: str, count: int, content: str, seeds: Artefact | None) -> Counts:
     """Copies the first `count` instructions (0 takes all) that no demonstration answers into the store.
 
     Args:
@@ -14,12 +14,14 @@ def questions(out: Workspace, *, source: str, count: int, content: str, seeds: A
         source: a data source.
         count: how many.
         content: digest of the source.
-        seeds: demonstrations.jsonl, whose prompts a model learns the answers to.
+        seeds: demonstrations.jsonl, whose prompts a model learns the answers to; None looks at none.
 
     Raises:
         SelfalignError: no instruction is left.
     """
-    demonstrations = read_records(seeds.path / "demonstrations.jsonl", Demonstration) if seeds.counts["ift"] else []
+    demonstrations: list[Demonstration] = []
+    if seeds is not None and seeds.counts["ift"]:
+        demonstrations = read_records(seeds.path / "demonstrations.jsonl", Demonstration)
     taught = {turn["content"] for d in demonstrations for turn in d.prompt if isinstance(turn, dict)}
     given = read_instructions(source, "evaluation")
     apart = [instruction for instruction in given if instruction.text not in taught]
