@@ -18,7 +18,7 @@ from selfalign.stages.align import align, augmentation_of
 from selfalign.stages.evaluate import Judged, evaluate
 from selfalign.stages.instruct import InstructConfig, instruct
 from selfalign.stages.judge import judge
-from selfalign.stages.pair import given_pairs, pair
+from selfalign.stages.pair import PositivesOnly, gather_pairs, given_pairs, pair
 from selfalign.stages.pretrained import pretrained
 from selfalign.stages.questions import questions
 from selfalign.stages.reference import reference
@@ -40,11 +40,13 @@ class SelfRewarding:
         seeds: what M1 learns from.
         instruct: how new instructions are written.
         respond: how candidates are written.
+        accumulate: aligns each iteration on the pairs of all iterations so far, instead of on its own alone.
     """
 
     seeds: SeedsConfig = field(default_factory=SeedsConfig)
     instruct: InstructConfig = field(default_factory=InstructConfig)
     respond: RespondConfig = field(default_factory=RespondConfig)
+    accumulate: bool = False
 
 
 @dataclass(kw_only=True, slots=True)
@@ -84,9 +86,10 @@ def run_pipeline(config: "ExperimentConfig", run: Maker) -> None:
     baseline = method.evaluate("M1", models, seed_data, asked, None)
 
     instructions: list[Artefact] = []
+    made: list[Artefact] = []
     for iteration in range(1, config.iterations + 1):
-        pairs = given or method.pairs(iteration, models, seed_data, instructions)
-        models.newest = method.align(iteration, models, pairs, validation)
+        made.append(given or method.pairs(iteration, models, seed_data, instructions))
+        models.newest = method.align(iteration, models, method.gather(iteration, made), validation)
         method.evaluate(f"M{iteration + 1}", models, seed_data, asked, baseline)
 
 
@@ -140,7 +143,7 @@ class Method:
 
     def pairs(self, iteration: int, models: Models, seed_data: Artefact, earlier: list[Artefact]) -> Artefact:
         """Preference pairs from the model's own instructions, answers and judgements."""
-        data, place = self.config.data, f"iteration_{iteration}"
+        data, rule, place = self.config.data, self.config.pair, f"iteration_{iteration}"
         instructions = self.run.make(
             f"{place}/instructions",
             instruct,
@@ -165,11 +168,19 @@ class Method:
         return self.run.make(
             f"{place}/pairs",
             pair,
-            rule=self.config.pair,
+            rule=rule if isinstance(rule, PositivesOnly) else rule.at(iteration),
             instructions=instructions,
             responses=responses,
             judgements=judgements,
+            seed=self._seed(f"{place}/pairs"),
         )
+
+    def gather(self, iteration: int, made: list[Artefact]) -> Artefact:
+        """What an iteration trains on: its own pairs, or those of all iterations so far."""
+        data = self.config.data
+        if len(made) == 1 or not (isinstance(data, SelfRewarding) and data.accumulate):
+            return made[-1]
+        return self.run.make(f"iteration_{iteration}/all_pairs", gather_pairs, parts=list(made))
 
     def align(self, iteration: int, models: Models, pairs: Artefact, validation: Artefact | None) -> Artefact:
         """The newest model, aligned on the pairs against the reference policy."""
