@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 NUCLEUS_CANDIDATES = 256
-"""Top-p first looks at this many tokens; the whole vocabulary is sorted only where they do not suffice."""
+"""Top-p first looks at this many tokens; the whole vocabulary is sorted only for rows where they do not suffice."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -228,15 +228,21 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
     """One token a row: (rows, vocabulary) and (rows,) → (rows,), by inverse CDF within the nucleus."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / sampling.temperature
-    total = logits.logsumexp(-1, keepdim=True)
-    values, tokens = logits.topk(min(NUCLEUS_CANDIDATES, logits.shape[-1]))
-    cumulative = (values - total).exp().cumsum(-1)
-    if bool((cumulative[:, -1] < sampling.top_p).any()):
-        values, tokens = logits.sort(descending=True)
-        cumulative = (values - total).exp().cumsum(-1)
-    # The nucleus ends with the first token that brings the sum to top_p.
-    ends = (cumulative < sampling.top_p).sum(-1, keepdim=True).clamp(max=cumulative.shape[-1] - 1)
+    shares = (logits.float() / sampling.temperature).softmax(-1)
+    if sampling.top_p == 1:
+        return _invert(shares, uniforms, 1.0)
+    likely, tokens = shares.topk(min(NUCLEUS_CANDIDATES, shares.shape[-1]))
+    drawn = tokens.gather(1, _invert(likely, uniforms, sampling.top_p)[:, None]).squeeze(1)
+    wide = (likely.sum(-1) < sampling.top_p).nonzero().squeeze(1)
+    if len(wide):
+        likely, tokens = shares[wide].sort(descending=True)
+        drawn[wide] = tokens.gather(1, _invert(likely, uniforms[wide], sampling.top_p)[:, None]).squeeze(1)
+    return drawn
+
+
+def _invert(shares: Tensor, uniforms: Tensor, top_p: float) -> Tensor:
+    """Which column each uniform falls on, among the first ones that together have at least `top_p`."""
+    cumulative = shares.cumsum(-1)
+    ends = (cumulative < top_p).sum(-1, keepdim=True).clamp(max=cumulative.shape[-1] - 1)
     mass = cumulative.gather(1, ends)
-    picks = torch.searchsorted(cumulative, uniforms[:, None] * mass).minimum(ends)
-    return tokens.gather(1, picks).squeeze(1)
+    return torch.searchsorted(cumulative, uniforms[:, None] * mass, right=True).minimum(ends).squeeze(1)
