@@ -89,6 +89,10 @@ class Generator(Protocol):
 class Transformers:
     """Generation in this process with transformers.
 
+    A text depends on its record, its seed and the weights. The batch it is written in enters through the rounding of
+    matrix products alone, which differs with a batch's shape and between devices: where two tokens are as good as
+    equally likely, or a draw falls between two, another batch_tokens or dtype can give another text.
+
     Attributes:
         batch_tokens: the most tokens, prompts and responses together, that one batch holds in its cache.
         dtype: of the weights while generating: "float32", "bfloat16", or "auto" for the faster one here.
