@@ -14,11 +14,12 @@ from selfalign.errors import SelfalignError
 from selfalign.generation import Transformers
 from selfalign.losses import DPO, IPO, ODPO, Positives, SrDPO, SrIPO
 from selfalign.models import ModelConfig
+from selfalign.pairing import AllOrdered, BestVsK, BestWorst, PairRule, RandomPair
 from selfalign.pipeline import Pairs, SelfRewarding
 from selfalign.run import check_name
 from selfalign.stages.evaluate import EvaluateConfig
 from selfalign.stages.judge import ExpectedScore, SampledScore
-from selfalign.stages.pair import BestWorst, PositivesOnly
+from selfalign.stages.pair import PositivesOnly
 from selfalign.stages.seeds import EvaluationFineTuning
 from selfalign.tracking import NoTracking, Wandb
 from selfalign.training import TrainConfig
@@ -68,6 +69,8 @@ class ExperimentConfig:
             raise SelfalignError(
                 f"iterations={self.iterations}, but data=pairs gives one set of pairs: set iterations=1"
             )
+        if isinstance(self.pair, PairRule):
+            self.pair.check_iterations(self.iterations)
         if isinstance(self.data, SelfRewarding) and isinstance(self.loss, Positives) != isinstance(
             self.pair, PositivesOnly
         ):
@@ -90,7 +93,13 @@ COMPONENTS: dict[str, dict[str, type]] = {
     "data": {"self_rewarding": SelfRewarding, "pairs": Pairs},
     "generate": {"transformers": Transformers},
     "judge": {"sampled_score": SampledScore, "expected_score": ExpectedScore},
-    "pair": {"best_worst": BestWorst, "positives": PositivesOnly},
+    "pair": {
+        "best_worst": BestWorst,
+        "random": RandomPair,
+        "all_ordered": AllOrdered,
+        "best_vs_k": BestVsK,
+        "positives": PositivesOnly,
+    },
     "loss": {"dpo": DPO, "ipo": IPO, "sr_dpo": SrDPO, "sr_ipo": SrIPO, "odpo": ODPO, "positives": Positives},
     "train": {"train": TrainConfig},
     "evaluate": {"evaluate": EvaluateConfig},

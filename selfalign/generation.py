@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 NUCLEUS_CANDIDATES = 256
-"""Top-p first looks at this many tokens; the whole vocabulary is sorted only where they do not suffice."""
+"""Top-p first looks at this many tokens; the whole vocabulary is sorted only for rows where they do not suffice."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -88,6 +88,10 @@ class Generator(Protocol):
 @dataclass(kw_only=True, slots=True)
 class Transformers:
     """Generation in this process with transformers.
+
+    A text depends on its record, its seed and the weights. The batch it is written in enters through the rounding of
+    matrix products alone, which differs with a batch's shape and between devices: where two tokens are as good as
+    equally likely, or a draw falls between two, another batch_tokens or dtype can give another text.
 
     Attributes:
         batch_tokens: the most tokens, prompts and responses together, that one batch holds in its cache.
@@ -170,43 +174,52 @@ class TransformersGenerator:
         self, prompts: list[list[int]], owners: list[int], seeds: list[int], sampling: Sampling
     ) -> list[list[int]]:
         """The generated ids of each sequence, its stop token included."""
-        from transformers import DynamicCache
+        from selfalign.cache import roomy_cache
 
         model, device = self.policy.model, self.policy.model.device
-        width = max(map(len, prompts))
+        longest, most = max(map(len, prompts)), sampling.max_new_tokens
         pad = cast(int, self.tokenizer.pad_token_id)
-        ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        cache = DynamicCache(config=model.config)
+        ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * (len(p) + most) for p in prompts], device=device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        arguments = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
-        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, **arguments).logits[:, -1]
+        cache = roomy_cache(model.config, most)
 
+        def logits_behind(ids: Tensor, end: int) -> Tensor:
+            """Of the next token, where these `ids` are the last before column `end`."""
+            at = positions[:, end - ids.shape[1] : end]
+            arguments = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+            return model(input_ids=ids, attention_mask=mask[:, :end], position_ids=at, **arguments).logits[:, -1]
+
+        logits = logits_behind(ids, longest)
         rows = torch.tensor(owners, device=device)
         cache.batch_select_indices(rows)
-        mask, logits, position = mask[rows], logits[rows], positions[rows, -1]
+        mask, positions, logits = mask[rows], positions[rows], logits[rows]
         uniforms = draw_uniforms(seeds, sampling).to(device)
-        written = torch.full((len(seeds), sampling.max_new_tokens), pad, device=device)
-        lengths = torch.full((len(seeds),), sampling.max_new_tokens, device=device)
-        active = torch.arange(len(seeds), device=device)
-        for step in range(sampling.max_new_tokens):
-            tokens = draw_tokens(logits, uniforms[active, step], sampling)
-            written[active, step] = tokens
-            ended = torch.isin(tokens, self.stops)
-            lengths[active[ended]] = step + 1
-            if step + 1 == sampling.max_new_tokens or bool(ended.all()):
+        written: list[list[int]] = [[] for _ in seeds]
+        active = list(range(len(seeds)))
+        stops = set(self.stops.tolist())
+        for step in range(most):
+            tokens = draw_tokens(logits, uniforms[:, step], sampling)
+            drawn = tokens.tolist()
+            for sequence, token in zip(active, drawn, strict=True):
+                written[sequence].append(token)
+            order = fill_gaps([token in stops for token in drawn])
+            if step + 1 == most or not order:
                 break
-            if bool(ended.any()):
-                stay = (~ended).nonzero().squeeze(1)
-                cache.batch_select_indices(stay)
-                active, tokens, mask, position = active[stay], tokens[stay], mask[stay], position[stay]
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            position = position + 1
-            step_ids, step_positions = tokens[:, None], position[:, None]
-            logits = model(input_ids=step_ids, attention_mask=mask, position_ids=step_positions, **arguments).logits[
-                :, -1
-            ]
-        return [row[:length] for row, length in zip(written.tolist(), lengths.tolist(), strict=True)]
+            if len(order) < len(drawn):
+                active = [active[row] for row in order]
+                rows = torch.tensor(order, device=device)
+                cache.batch_select_indices(rows)
+                mask, positions, uniforms, tokens = mask[rows], positions[rows], uniforms[rows], tokens[rows]
+            logits = logits_behind(tokens[:, None], longest + step + 1)
+        return written
+
+
+def fill_gaps(ended: Sequence[bool]) -> list[int]:
+    """The rows that go on, those at the end in the places of those that ended: as few rows move as possible."""
+    count = sum(not end for end in ended)
+    later = [row for row in range(count, len(ended)) if not ended[row]]
+    return [later.pop() if ended[row] else row for row in range(count)]
 
 
 def draw_uniforms(seeds: Sequence[int], sampling: Sampling) -> Tensor:
@@ -219,15 +232,21 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
     """One token a row: (rows, vocabulary) and (rows,) → (rows,), by inverse CDF within the nucleus."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / sampling.temperature
-    total = logits.logsumexp(-1, keepdim=True)
-    values, tokens = logits.topk(min(NUCLEUS_CANDIDATES, logits.shape[-1]))
-    cumulative = (values - total).exp().cumsum(-1)
-    if bool((cumulative[:, -1] < sampling.top_p).any()):
-        values, tokens = logits.sort(descending=True)
-        cumulative = (values - total).exp().cumsum(-1)
-    # The nucleus ends with the first token that brings the sum to top_p.
-    ends = (cumulative < sampling.top_p).sum(-1, keepdim=True).clamp(max=cumulative.shape[-1] - 1)
+    shares = (logits.float() / sampling.temperature).softmax(-1)
+    if sampling.top_p == 1:
+        return _invert(shares, uniforms, 1.0)
+    likely, tokens = shares.topk(min(NUCLEUS_CANDIDATES, shares.shape[-1]))
+    drawn = tokens.gather(1, _invert(likely, uniforms, sampling.top_p)[:, None]).squeeze(1)
+    wide = (likely.sum(-1) < sampling.top_p).nonzero().squeeze(1)
+    if len(wide):
+        likely, tokens = shares[wide].sort(descending=True)
+        drawn[wide] = tokens.gather(1, _invert(likely, uniforms[wide], sampling.top_p)[:, None]).squeeze(1)
+    return drawn
+
+
+def _invert(shares: Tensor, uniforms: Tensor, top_p: float) -> Tensor:
+    """Which column each uniform falls on, among the first ones that together have at least `top_p`."""
+    cumulative = shares.cumsum(-1)
+    ends = (cumulative < top_p).sum(-1, keepdim=True).clamp(max=cumulative.shape[-1] - 1)
     mass = cumulative.gather(1, ends)
-    picks = torch.searchsorted(cumulative, uniforms[:, None] * mass).minimum(ends)
-    return tokens.gather(1, picks).squeeze(1)
+    return torch.searchsorted(cumulative, uniforms[:, None] * mass, right=True).minimum(ends).squeeze(1)

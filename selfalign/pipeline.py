@@ -19,7 +19,7 @@ from selfalign.stages.eft import eft
 from selfalign.stages.evaluate import Judged, evaluate
 from selfalign.stages.instruct import InstructConfig, given_instructions, instruct
 from selfalign.stages.judge import judge
-from selfalign.stages.pair import given_pairs, pair
+from selfalign.stages.pair import PositivesOnly, gather_pairs, given_pairs, pair
 from selfalign.stages.pretrained import pretrained
 from selfalign.stages.questions import questions
 from selfalign.stages.reference import reference
@@ -41,11 +41,13 @@ class SelfRewarding:
         seeds: what M1 learns from.
         instruct: how new instructions are written.
         respond: how candidates are written.
+        accumulate: aligns each iteration on the pairs of all iterations so far, instead of on its own alone.
     """
 
     seeds: SeedsConfig = field(default_factory=SeedsConfig)
     instruct: InstructConfig = field(default_factory=InstructConfig)
     respond: RespondConfig = field(default_factory=RespondConfig)
+    accumulate: bool = False
 
 
 @dataclass(kw_only=True, slots=True)
@@ -90,12 +92,13 @@ def run_pipeline(config: "ExperimentConfig", run: Maker) -> None:
     answers_of_m1 = method.evaluate("M1", models, seed_data, asked, None)
 
     instructions: list[Artefact] = []
+    made: list[Artefact] = []
     for iteration in range(1, config.iterations + 1):
         if given is None:
             known = {"seeds": seed_data, "earlier": list(instructions), "held_out": held_out}
             instructions.append(method.instructions(iteration, models, listed, known))
-        pairs = given or method.pairs(iteration, models, instructions[-1])
-        models.newest = method.align(iteration, models, pairs, validation)
+        made.append(given or method.pairs(iteration, models, instructions[-1]))
+        models.newest = method.align(iteration, models, method.gather(iteration, made), validation)
         method.evaluate(f"M{iteration + 1}", models, seed_data, asked, answers_of_m1)
 
 
@@ -220,7 +223,7 @@ class Method:
 
     def pairs(self, iteration: int, models: Models, instructions: Artefact) -> Artefact:
         """Preference pairs from the model's own answers and judgements."""
-        data, place = self.config.data, f"iteration_{iteration}"
+        data, rule, place = self.config.data, self.config.pair, f"iteration_{iteration}"
         responses = self.run.make(
             f"{place}/responses",
             respond,
@@ -234,11 +237,19 @@ class Method:
         return self.run.make(
             f"{place}/pairs",
             pair,
-            rule=self.config.pair,
+            rule=rule if isinstance(rule, PositivesOnly) else rule.at(iteration),
             instructions=instructions,
             responses=responses,
             judgements=judgements,
+            seed=self._seed(f"{place}/pairs"),
         )
+
+    def gather(self, iteration: int, made: list[Artefact]) -> Artefact:
+        """What an iteration trains on: its own pairs, or those of all iterations so far."""
+        data = self.config.data
+        if len(made) == 1 or not (isinstance(data, SelfRewarding) and data.accumulate):
+            return made[-1]
+        return self.run.make(f"iteration_{iteration}/all_pairs", gather_pairs, parts=list(made))
 
     def align(self, iteration: int, models: Models, pairs: Artefact, validation: Artefact | None) -> Artefact:
         """The newest model, aligned on the pairs against the reference policy."""

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from selfalign.losses import Positives
+from selfalign.pairing import PairRule
 from selfalign.pipeline import Pairs, SelfRewarding, makes_baseline
 from selfalign.stages.judge import SampledScore
 from selfalign.stages.seeds import EvaluationFineTuning
@@ -32,7 +33,10 @@ def plan(config: "ExperimentConfig") -> list[tuple[str, str]]:
         stages.append(("M1", f"SFT, epochs {sft.epochs}, batch {sft.batch_size}"))
     stages += _evaluation(config, "M1")
     for iteration in range(1, config.iterations + 1):
-        stages += _own_pairs(config, f"iteration_{iteration}") if isinstance(data, SelfRewarding) else []
+        if isinstance(data, SelfRewarding):
+            stages += _own_pairs(config, f"iteration_{iteration}")
+            if data.accumulate and iteration > 1:
+                stages.append((f"iteration_{iteration}/all_pairs", f"those of iterations 1 to {iteration}"))
         stages += _alignment(config, iteration)
         stages += _evaluation(config, f"M{iteration + 1}")
     return stages
@@ -65,8 +69,14 @@ def _own_pairs(config: "ExperimentConfig", place: str) -> list[tuple[str, str]]:
         (f"{place}/instructions", f"{data.instruct.count} new, {written}"),
         (f"{place}/responses", f"{candidates} candidates, {data.respond.candidates} each"),
         (f"{place}/judgements", f"{candidates}{samples} by {type(config.judge).__name__}, model {config.judge.model}"),
-        (f"{place}/pairs", f"up to {data.instruct.count}"),
+        (f"{place}/pairs", _most_pairs(config)),
     ]
+
+
+def _most_pairs(config: "ExperimentConfig") -> str:
+    """How many pairs, or positives, an iteration makes at most."""
+    rule, written = config.pair, config.data.respond.candidates
+    return f"up to {config.data.instruct.count * (rule.wanted(written) if isinstance(rule, PairRule) else written)}"
 
 
 def _alignment(config: "ExperimentConfig", iteration: int) -> list[tuple[str, str]]:

@@ -223,7 +223,7 @@ def test_every_key_of_the_configuration_is_explained_on_its_class() -> None:
         f"{kind.__name__}.{field.name}"
         for kind in config_classes()
         for field in fields(kind)
-        if not re.search(rf"^ +{field.name}: ", kind.__doc__ or "", re.MULTILINE)
+        if not any(re.search(rf"^ +{field.name}: ", c.__doc__ or "", re.MULTILINE) for c in kind.__mro__)
     ]
     assert sorted(unexplained) == []
 
@@ -259,6 +259,10 @@ RANGES = [
     ("judge=additive judge.samples=0", "judge.samples"),
     ("judge=additive judge.sampling.top_p=0", "judge.sampling.top_p"),
     ("pair.minimum_pairs=0", "pair.minimum_pairs"),
+    ("pair=random pair.length_control=1", "pair.length_control"),
+    ("pair=all_ordered pair.length_control=[0.1]", "pair.length_control"),
+    ("pair=best_vs_k pair.k=0", "pair.k"),
+    ("pair.max_similarity=0", "pair.max_similarity"),
     ("train.reference=next", "train.reference"),
     ("train.sft.epochs=0", "train.sft.epochs"),
     ("train.align.learning_rate=0", "train.align.learning_rate"),

@@ -19,6 +19,7 @@ from selfalign.generation import (
     TransformersGenerator,
     draw_tokens,
     draw_uniforms,
+    fill_gaps,
 )
 from selfalign.models import Policy, PolicyFiles
 from selfalign.records import FinishReason
@@ -179,7 +180,7 @@ def test_a_completion_is_the_same_alone_in_a_batch_and_in_another_order(
 def test_members_that_end_do_not_disturb_those_that_go_on(
     generator: TransformersGenerator, prompts: list[list[int]]
 ) -> None:
-    requests = [Request(prompt=prompt, seeds=list(range(4))) for prompt in prompts]
+    requests = [Request(prompt=prompt, seeds=list(range(4, 8))) for prompt in prompts]
     free = generator.write(requests, WARM)
     ids = generator.tokenizer(free[1][2].text, add_special_tokens=False)["input_ids"]
     stopping = stopping_at(generator, ids[len(ids) // 2])
@@ -284,6 +285,33 @@ def test_greedy_takes_the_most_likely_token_whatever_the_uniform() -> None:
     assert draw_tokens(logits, torch.tensor([0.0, 0.99]), Sampling(temperature=0.0)).tolist() == [2, 0]
 
 
+def test_whole_vocabulary_is_sorted_for_the_rows_that_need_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "NUCLEUS_CANDIDATES", 3)
+    sorted_rows: list[int] = []
+    original = Tensor.sort
+
+    def sort(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        sorted_rows.append(len(self))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Tensor, "sort", sort)
+    logits = torch.zeros(5, 40)
+    logits[[0, 1, 3], 7] = 20.0
+    drawn = draw_tokens(logits, torch.full((5,), 0.5), Sampling(temperature=1.0, top_p=0.9))
+    assert sorted_rows == [2]
+    assert drawn[[0, 1, 3]].tolist() == [7, 7, 7]
+    draw_tokens(logits, torch.full((5,), 0.5), Sampling(temperature=1.0, top_p=1.0))
+    assert sorted_rows == [2], "without a nucleus nothing has to be sorted"
+
+
+def test_a_token_without_probability_is_never_drawn() -> None:
+    logits = torch.tensor([[-torch.inf, 1.0, -torch.inf, 1.0, -torch.inf]])
+    for top_p in (0.9, 1.0):
+        for uniform in (0.0, 0.5, 1 - 2**-24):
+            drawn = draw_tokens(logits, torch.tensor([uniform]), Sampling(temperature=1.0, top_p=top_p))
+            assert drawn.item() in (1, 3), (top_p, uniform)
+
+
 def test_rows_are_drawn_independently_even_if_one_of_them_needs_the_whole_vocabulary(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -297,6 +325,21 @@ def test_rows_are_drawn_independently_even_if_one_of_them_needs_the_whole_vocabu
     alone = [draw_tokens(row[None], u[None], sampling).item() for row, u in zip((flat, peaked), uniforms, strict=True)]
     assert together == alone
     assert together[1] == 4
+
+
+@pytest.mark.parametrize(
+    ("ended", "rows"),
+    [
+        ([False, False], [0, 1]),
+        ([True, True], []),
+        ([True, False, False, False], [3, 1, 2]),
+        ([False, False, True], [0, 1]),
+        ([True, False, True, False, True, False], [5, 1, 3]),
+        ([], []),
+    ],
+)
+def test_last_rows_take_the_places_of_those_that_ended(ended: list[bool], rows: list[int]) -> None:
+    assert fill_gaps(ended) == rows
 
 
 @pytest.mark.parametrize("samples", [1, 3])

@@ -306,6 +306,7 @@ WAYS = {
                   "data.respond.sampling.max_new_tokens=128", "data.respond.sampling.temperature=1"],
     "older_reference": ["train.reference=sft", "data.instruct.writer=sft", "judge.model=sft", "evaluate.judge=base"],
     "base_reference": ["train.reference=base", "iterations=1", "loss=ipo"],
+    "accumulated": ["data.accumulate=true", "pair=all_ordered", "pair.length_control=[0.3,0]"],
     "adapters": ["model.lora.rank=8", "model.lora.alpha=64", "train.sft.learning_rate=2e-2", "loss=dpo"],
 }  # fmt: skip
 
@@ -321,6 +322,20 @@ def test_planned_stages_are_those_that_are_made_in_their_order(study: Study, way
     check = globals().get(f"check_{way}")
     if check is not None:
         check(folder)
+
+
+def check_accumulated(folder: Path) -> None:
+    ids = [[p.id for p in records(folder, f"iteration_{n}/pairs", "pairs", PreferencePair)] for n in (1, 2)]
+    assert all(ids)
+    both = records(folder, "iteration_2/all_pairs", "pairs", PreferencePair)
+    assert [p.id for p in both] == [*ids[0], *ids[1]]
+    # Of the earlier pairs too, the reference is the policy the iteration starts from.
+    assert [r.id for r in records(folder, "iteration_2/reference", "references", PairReference)] == [p.id for p in both]
+    inputs = manifest(folder, "iteration_2/reference")["inputs"]
+    assert inputs["policy"]["digest"] == manifest(folder, "M2")["digest"]
+    assert [manifest(folder, label)["counts"]["pairs"] for label in ("M2", "M3")] == [len(ids[0]), len(both)]
+    rules = [manifest(folder, f"iteration_{n}/pairs")["inputs"]["rule"] for n in (1, 2)]
+    assert [(rule["class"], rule["length_control"]) for rule in rules] == [("AllOrdered", 0.3), ("AllOrdered", 0)]
 
 
 def check_no_answers_compared(folder: Path) -> None:

@@ -166,7 +166,7 @@ ITERATIONS = (
     Column("score margin", "chosen minus rejected, mean over pairs", "pairs/mean_score_margin", decimals(3)),
     Column(
         "chosen longer by",
-        "characters, mean over pairs; a judge that favours length shows here",
+        "tokens, mean over pairs; a judge that favours length shows here",
         "pairs/mean_length_difference",
         ANY,
     ),

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from selfalign.data import as_prompt, read_pairs
 from selfalign.errors import SelfalignError
-from selfalign.files import digest_text
+from selfalign.files import derive_seed, digest_text
 from selfalign.metrics import mean_scores
+from selfalign.pairing import Candidate, PairRule, pick_pairs
 from selfalign.records import (
     Demonstration,
     FinishReason,
@@ -18,27 +19,6 @@ from selfalign.records import (
     write_records,
 )
 from selfalign.store import Artefact, Counts, Workspace
-
-
-@dataclass(kw_only=True, slots=True)
-class BestWorst:
-    """The response with the highest mean score against the one with the lowest; a tie drops the instruction.
-
-    arXiv 2401.10020, section 2.2.
-
-    Attributes:
-        minimum_margin: the scores must differ by more than this.
-        minimum_pairs: the run stops when fewer pairs are left.
-    """
-
-    minimum_margin: float = 0.0
-    minimum_pairs: int = 1
-
-    def __post_init__(self) -> None:
-        if self.minimum_margin < 0:
-            raise SelfalignError(f"pair.minimum_margin must be 0 or more, got {self.minimum_margin}")
-        if self.minimum_pairs < 1:
-            raise SelfalignError(f"pair.minimum_pairs must be 1 or more, got {self.minimum_pairs}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -58,11 +38,14 @@ class PositivesOnly:
             raise SelfalignError(f"pair.minimum_examples must be 1 or more, got {self.minimum_examples}")
 
 
-PairRule = BestWorst | PositivesOnly
-
-
 def pair(
-    out: Workspace, *, rule: PairRule, instructions: Artefact, responses: Artefact, judgements: Artefact
+    out: Workspace,
+    *,
+    rule: PairRule | PositivesOnly,
+    instructions: Artefact,
+    responses: Artefact,
+    judgements: Artefact,
+    seed: int,
 ) -> Counts:
     """Turns judged responses into what alignment trains on.
 
@@ -72,72 +55,66 @@ def pair(
         instructions: instructions.jsonl.
         responses: responses.jsonl.
         judgements: judgements.jsonl.
+        seed: draws, together with the instruction's id, where the rule draws.
 
     Raises:
         SelfalignError: too few are left; the reasons are counted.
     """
     asked = read_records(instructions.path / "instructions.jsonl", Instruction)
-    answers: dict[str, list[Response]] = {}
+    answers: dict[str, list[Response]] = {record.id: [] for record in asked}
     for response in read_records(responses.path / "responses.jsonl", Response):
-        answers.setdefault(response.instruction_id, []).append(response)
+        answers[response.instruction_id].append(response)
     scores = mean_scores(read_records(judgements.path / "judgements.jsonl", Judgement))
-    drops: Counter[str] = Counter()
-    judged: dict[str, list[Response]] = {}
-    unjudged = 0
-    for record in asked:
-        candidates = answers.get(record.id, [])
-        judged[record.id] = [response for response in candidates if response.id in scores]
-        unjudged += len(candidates) - len(judged[record.id])
     if isinstance(rule, PositivesOnly):
-        drops["unjudged"] = unjudged
-        return _keep_positives(out, rule, asked, judged, scores, drops)
-    pairs = [best_worst(record, judged[record.id], scores, rule, drops) for record in asked]
-    kept = [made for made in pairs if made is not None]
+        return _keep_positives(out, rule, asked, answers, scores)
+    return _keep_pairs(out, rule, asked, answers, scores, seed)
+
+
+def _keep_pairs(
+    out: Workspace,
+    rule: PairRule,
+    asked: list[Instruction],
+    answers: dict[str, list[Response]],
+    scores: dict[str, float],
+    seed: int,
+) -> Counts:
+    """Writes the pairs of every instruction; `candidate_pairs` is kept and dropped ones together."""
+    drops: Counter[str] = Counter()
+    kept: list[PreferencePair] = []
+    longer = 0
+    for record in asked:
+        picked, dropped = pick_pairs(rule, answers[record.id], scores, derive_seed(seed, record.id))
+        drops += dropped
+        kept += [_pair_of(record, chosen, rejected) for chosen, rejected in picked]
+        longer += sum(chosen.response.tokens - rejected.response.tokens for chosen, rejected in picked)
     if len(kept) < rule.minimum_pairs:
         raise SelfalignError(
             f"{out.label}: {len(kept)} pairs from {len(asked)} instructions, fewer than pair.minimum_pairs="
-            f"{rule.minimum_pairs} (dropped: {dict(+drops)}); a judge that ties too often needs evaluation "
+            f"{rule.minimum_pairs} (dropped: {dict(drops)}); a judge that ties too often needs evaluation "
             "fine-tuning or judge=expected_score, alike candidates a higher temperature"
         )
     write_records(out.path / "pairs.jsonl", kept)
     margins = [made.chosen_score - made.rejected_score for made in kept]  # pyright: ignore[reportOperatorIssue]
-    longer = [len(made.chosen) - len(made.rejected) for made in kept]
+    written = [response for candidates in answers.values() for response in candidates]
     return {
         "pairs": len(kept),
+        "candidate_pairs": sum(rule.wanted(len(candidates)) for candidates in answers.values()),
         "mean_score_margin": sum(margins) / len(kept),
-        "mean_length_difference": sum(longer) / len(kept),
-        "unjudged_responses": unjudged,
-        "dropped": dict(sorted((+drops).items())),
+        "mean_length_difference": longer / len(kept),
+        "unjudged_responses": sum(response.id not in scores for response in written),
+        "dropped": dict(sorted(drops.items())),
     }
 
 
-def best_worst(
-    instruction: Instruction,
-    responses: list[Response],
-    scores: dict[str, float],
-    rule: BestWorst,
-    drops: Counter[str],
-) -> PreferencePair | None:
-    """The pair of one instruction, or None with the reason counted; equal scores go by position."""
-    if len(responses) < 2:
-        drops["fewer_than_two_judged"] += 1
-        return None
-    best = max(responses, key=lambda response: scores[response.id])
-    worst = min(responses, key=lambda response: scores[response.id])
-    margin = scores[best.id] - scores[worst.id]
-    if margin == 0 or margin <= rule.minimum_margin:
-        drops["tie" if margin == 0 else "small_margin"] += 1
-        return None
-    if best.text == worst.text or not best.text or not worst.text:
-        drops["identical" if best.text == worst.text else "empty_response"] += 1
-        return None
+def _pair_of(instruction: Instruction, chosen: Candidate, rejected: Candidate) -> PreferencePair:
+    best, worst = chosen.response, rejected.response
     return PreferencePair(
         id=digest_text(best.id + worst.id)[:16],
         prompt=as_prompt(instruction.text),
         chosen=best.text,
         rejected=worst.text,
-        chosen_score=scores[best.id],
-        rejected_score=scores[worst.id],
+        chosen_score=chosen.score,
+        rejected_score=rejected.score,
         chosen_finished=best.finish_reason is FinishReason.EOS,
         rejected_finished=worst.finish_reason is FinishReason.EOS,
         instruction_id=instruction.id,
@@ -166,18 +143,34 @@ def given_pairs(out: Workspace, *, source: str, content: str) -> Counts:
     return {"pairs": len(pairs), "dropped": dict(sorted(drops.items()))}
 
 
+def gather_pairs(out: Workspace, *, parts: list[Artefact]) -> Counts:
+    """What several iterations made, together, the earliest first.
+
+    Args:
+        out: gets pairs.jsonl, or demonstrations.jsonl for positives, whichever the parts have.
+        parts: what `pair` made in each iteration.
+    """
+    if not (parts[0].path / "pairs.jsonl").exists():
+        positives = [d for part in parts for d in read_records(part.path / "demonstrations.jsonl", Demonstration)]
+        write_records(out.path / "demonstrations.jsonl", positives)
+        return {"positives": len(positives)}
+    pairs = [made for part in parts for made in read_records(part.path / "pairs.jsonl", PreferencePair)]
+    write_records(out.path / "pairs.jsonl", pairs)
+    return {"pairs": len(pairs)}
+
+
 def _keep_positives(
     out: Workspace,
     rule: PositivesOnly,
     asked: list[Instruction],
-    judged: dict[str, list[Response]],
+    answers: dict[str, list[Response]],
     scores: dict[str, float],
-    drops: Counter[str],
 ) -> Counts:
     kept: list[Demonstration] = []
+    drops: Counter[str] = Counter()
     for record in asked:
-        for response in judged[record.id]:
-            reason = _against_positive(response, scores[response.id], rule)
+        for response in answers[record.id]:
+            reason = _against_positive(response, scores.get(response.id), rule)
             if reason:
                 drops[reason] += 1
             else:
@@ -189,10 +182,13 @@ def _keep_positives(
             f"pair.minimum_examples={rule.minimum_examples} (dropped: {dict(drops)}); lower pair.minimum_score"
         )
     write_records(out.path / "demonstrations.jsonl", kept)
-    return {"positives": len(kept), "dropped": dict(sorted((+drops).items()))}
+    return {"positives": len(kept), "dropped": dict(sorted(drops.items()))}
 
 
-def _against_positive(response: Response, score: float, rule: PositivesOnly) -> str | None:
+def _against_positive(response: Response, score: float | None, rule: PositivesOnly) -> str | None:
+    """Why a response is no positive, or None."""
+    if score is None:
+        return "unjudged"
     if score < rule.minimum_score:
         return "low_score"
     if not response.text:

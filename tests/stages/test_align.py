@@ -414,6 +414,16 @@ def test_held_out_pairs_do_not_depend_on_the_order_of_the_file() -> None:
     assert held < {example.id for example in split_pairs(examples, 6)[1]}
 
 
+def test_pairs_of_earlier_iterations_that_are_held_out_were_held_out_before() -> None:
+    """With data.accumulate=true no iteration measures itself on pairs that an earlier one was trained on."""
+    for start in range(0, 200, 20):
+        examples = [
+            PairExample(plain=Group(id=f"p{start + n}", prompt=[1], responses=[[1]], given=[0])) for n in range(20)
+        ]
+        earlier, both = ({e.id for e in split_pairs(part, 5)[1]} for part in (examples[:10], examples))
+        assert both & {example.id for example in examples[:10]} <= earlier
+
+
 def test_dropout_that_is_asked_for_acts_on_the_policy_alone(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
     """Llama's only dropout is that of its attention; with it the policy does not start as its reference."""
     plain = aligned(tmp_path / "plain", tiny_policy, SrDPO(beta=0.2))[2][0]

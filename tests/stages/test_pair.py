@@ -1,19 +1,27 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from builders import instruction, judgement, records_artefact, response, workspace
+from builders import artefact, instruction, judgement, records_artefact, response, workspace
 
 from selfalign.data import as_prompt
 from selfalign.errors import SelfalignError
+from selfalign.pairing import AllOrdered, BestVsK, BestWorst, PairRule, RandomPair
 from selfalign.records import Demonstration, FinishReason, PreferencePair, Response, read_records
-from selfalign.stages.pair import BestWorst, PairRule, PositivesOnly, given_pairs, pair
+from selfalign.stages.pair import PositivesOnly, gather_pairs, given_pairs, pair
 
 Scores = dict[str, list[float | None]]
 """{response id: the scores of its judgements}."""
 
 
-def made(folder: Path, scores: Scores, rule: PairRule | None = None, answers: list[Response] | None = None):
+def made(
+    folder: Path,
+    scores: Scores,
+    rule: PairRule | PositivesOnly | None = None,
+    answers: list[Response] | None = None,
+    seed: int = 0,
+):
     """Runs the stage on one response for every name; returns its counts and the pairs."""
     names = list(scores)
     asked = list(dict.fromkeys(name.rsplit("-", 1)[0] for name in names))
@@ -30,6 +38,7 @@ def made(folder: Path, scores: Scores, rule: PairRule | None = None, answers: li
         instructions=place,
         responses=place,
         judgements=place,
+        seed=seed,
     )
     kind = Demonstration if isinstance(rule, PositivesOnly) else PreferencePair
     name = "demonstrations" if isinstance(rule, PositivesOnly) else "pairs"
@@ -81,7 +90,7 @@ def test_every_drop_has_its_reason_and_all_add_up(tmp_path: Path) -> None:
     counts, kept = made(tmp_path, scores, BestWorst(minimum_margin=0.5), [*answers, blank])
     assert counts["dropped"] == {
         "empty_response": 1,
-        "fewer_than_two_judged": 2,
+        "too_few_judged": 2,
         "identical": 1,
         "small_margin": 2,
         "tie": 1,
@@ -115,7 +124,7 @@ def test_too_few_pairs_stop_the_run_with_the_reasons(tmp_path: Path) -> None:
     message = str(stop.value)
     assert message.startswith("stage: 1 pairs from 3 instructions, fewer than pair.minimum_pairs=2")
     assert "'tie': 1" in message
-    assert "'fewer_than_two_judged': 1" in message
+    assert "'too_few_judged': 1" in message
     assert not (tmp_path / "out/pairs.jsonl").exists()
 
 
@@ -140,11 +149,71 @@ def test_pairs_of_different_instructions_have_different_ids(tmp_path: Path) -> N
     assert len({record.id for record in kept}) == 2
 
 
-def test_length_difference_is_that_of_chosen_less_rejected(tmp_path: Path) -> None:
-    answers = [response("a-1", "1234"), response("a-2", "1234567890"), response("b-1", "12"), response("b-2", "1")]
+def test_length_difference_is_that_of_chosen_less_rejected_in_tokens(tmp_path: Path) -> None:
+    tokens = {"a-1": 2, "a-2": 9, "b-1": 7, "b-2": 4}
+    answers = [replace(response(name, f"{name} {'long ' * (9 - n)}"), tokens=n) for name, n in tokens.items()]
     counts, _ = made(tmp_path, {"a-1": [1], "a-2": [2], "b-1": [1], "b-2": [5]}, answers=answers)
-    assert counts["mean_length_difference"] == (6 - 1) / 2
+    assert counts["mean_length_difference"] == ((9 - 2) + (4 - 7)) / 2
     assert counts["mean_score_margin"] == (1 + 4) / 2
+
+
+@pytest.mark.parametrize(
+    ("rule", "pairs"),
+    [
+        (BestWorst(), ["4>1"]),
+        (BestVsK(k=2), ["4>1", "4>2"]),
+        (AllOrdered(), ["4>3", "4>2", "4>1", "3>2", "3>1", "2>1"]),
+    ],
+)
+def test_rule_makes_its_pairs_of_every_instruction(tmp_path: Path, rule: PairRule, pairs: list[str]) -> None:
+    scores: Scores = {f"{name}-{n}": [n] for name in "ab" for n in range(1, 5)}
+    answers = [response(name, f"{name} alone is this") for name in scores]
+    counts, kept = made(tmp_path, scores, rule, answers)
+    assert sorted(f"{p.chosen_id[-1]}>{p.rejected_id[-1]}" for p in kept if p.instruction_id == "a") == sorted(pairs)
+    assert counts["pairs"] == counts["candidate_pairs"] == len(kept) == 2 * len(pairs)
+    assert len({p.id for p in kept}) == len(kept)
+    assert all(p.chosen_id[0] == p.rejected_id[0] == p.instruction_id for p in kept)
+
+
+def test_random_pair_depends_on_seed_and_instruction_alone(tmp_path: Path) -> None:
+    scores: Scores = {f"{name}-{n}": [n] for name in "abcdefgh" for n in range(1, 5)}
+
+    def drawn(folder: str, seed: int, given: Scores = scores) -> dict[str, str]:
+        _, kept = made(tmp_path / folder, given, RandomPair(), seed=seed)
+        return {p.instruction_id: f"{p.chosen_id}>{p.rejected_id}" for p in kept}
+
+    one = drawn("one", 1)
+    assert drawn("again", 1) == one
+    assert drawn("other", 2) != one
+    assert len({pair.replace(name, "") for name, pair in one.items()}) > 2, "every instruction draws the same"
+    backwards = dict(reversed([*scores.items()]))
+    assert drawn("some", 1, {name: s for name, s in scores.items() if name[0] in "ch"}) == {n: one[n] for n in "ch"}
+    assert drawn("turned", 1, dict(sorted(backwards.items(), key=lambda item: -ord(item[0][0])))) == one
+
+
+def test_unjudged_responses_are_counted_and_never_paired_by_any_rule(tmp_path: Path) -> None:
+    scores: Scores = {"a-1": [1], "a-2": [None], "a-3": [3], "a-4": [2], "b-1": [None], "b-2": [5]}
+    for n, rule in enumerate((BestWorst(), RandomPair(), AllOrdered(), BestVsK(k=3))):
+        counts, kept = made(tmp_path / str(n), scores, rule)
+        assert not {"a-2", "b-1"} & {name for p in kept for name in (p.chosen_id, p.rejected_id)}
+        assert all(p.chosen_score > p.rejected_score for p in kept)
+        assert counts["unjudged_responses"] == 2
+        assert counts["pairs"] + sum(counts["dropped"].values()) == counts["candidate_pairs"]
+
+
+def test_later_iterations_can_train_on_all_pairs_so_far(tmp_path: Path) -> None:
+    scores: list[Scores] = [{"a-1": [1], "a-2": [2]}, {"b-1": [1], "b-2": [2], "c-1": [5], "c-2": [4]}]
+    for rule, name, kind in (
+        (BestWorst(), "pairs", PreferencePair),
+        (PositivesOnly(minimum_score=2), "demonstrations", Demonstration),
+    ):
+        folder = tmp_path / name
+        parts = [made(folder / str(n), given, rule)[1] for n, given in enumerate(scores)]
+        places = [artefact(folder / str(n) / "out") for n in range(2)]
+        counts = gather_pairs(workspace(folder / "all"), parts=places)
+        gathered = read_records(folder / f"all/{name}.jsonl", kind)
+        assert gathered == [*parts[0], *parts[1]]
+        assert list(counts.values()) == [len(gathered)]
 
 
 # --- positives ---------------------------------------------------------------------------------------------------
@@ -223,6 +292,15 @@ def test_given_data_without_a_usable_pair_is_an_error(tmp_path: Path) -> None:
     [
         (BestWorst, {"minimum_margin": -0.1}, r"pair\.minimum_margin"),
         (BestWorst, {"minimum_pairs": 0}, r"pair\.minimum_pairs"),
+        (RandomPair, {"length_control": 1}, r"pair\.length_control"),
+        (RandomPair, {"length_control": -0.1}, r"pair\.length_control"),
+        (RandomPair, {"length_control": True}, r"pair\.length_control"),
+        (RandomPair, {"length_control": [0.1, None]}, r"pair\.length_control"),
+        (RandomPair, {"length_control": []}, r"pair\.length_control"),
+        (AllOrdered, {"max_similarity": 1.1}, r"pair\.max_similarity"),
+        (AllOrdered, {"minimum_margin": float("nan")}, r"pair\.minimum_margin"),
+        (BestVsK, {"k": 0}, r"pair\.k"),
+        (BestVsK, {"minimum_pairs": 0}, r"pair\.minimum_pairs"),
         (PositivesOnly, {"minimum_examples": 0}, r"pair\.minimum_examples"),
     ],
 )

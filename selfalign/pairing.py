@@ -1,0 +1,247 @@
+"""Which judged responses to one instruction become preference pairs.
+
+A rule picks pairs from two orders of the responses, the best first and the worst first; what is picked must then
+differ enough, in score and in words. Everything a rule would have given and that is not kept is counted by reason.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Any, Self
+
+from rapidfuzz.distance import Indel
+
+from selfalign.errors import SelfalignError
+from selfalign.records import FinishReason, Response
+
+ROUNDING = 1e-9
+"""Scores are means of floats; a band's end that is missed by less than this is reached."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A response with its mean score."""
+
+    response: Response
+    score: float
+
+
+Picked = list[tuple[Candidate, Candidate]]
+"""(chosen, rejected)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class PairRule(ABC):
+    """What all rules ask of a pair.
+
+    Length control is Meta-Rewarding's (arXiv 2407.19594): of the responses to an instruction, with scores from S_min
+    to S_max, chosen is the shortest that scores at least (1-ρ) S_max + ρ S_min, rejected the longest that scores at
+    most (1-ρ) S_min + ρ S_max. Lengths are in tokens; of equal length the better, or the worse, is taken.
+
+    Attributes:
+        minimum_margin: the scores must differ by more than this; equal scores never make a pair.
+        length_control: ρ, at least 0 and below 1, or a list with one for each iteration; null goes by score alone, and
+            by the order of the responses among equal scores.
+        finished_only: only responses that ended by themselves take part, not those cut at the token limit.
+        max_similarity: pairs are dropped whose texts reach this ROUGE-L F1 of words, from 0 to 1; whatever it is,
+            equal texts make no pair.
+        minimum_pairs: the run stops when fewer pairs are left.
+    """
+
+    minimum_margin: float = 0.0
+    length_control: Any = None
+    finished_only: bool = False
+    max_similarity: float = 0.95
+    minimum_pairs: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.minimum_margin < math.inf:
+            raise SelfalignError(f"pair.minimum_margin must be 0 or more, got {self.minimum_margin}")
+        rhos = self.length_control if isinstance(self.length_control, list) else [self.length_control]
+        if self.length_control is not None and not (rhos and all(map(_is_rho, rhos))):
+            raise SelfalignError(
+                "pair.length_control must be null, a number from 0 to below 1, or a list of them, "
+                f"got {self.length_control!r}"
+            )
+        if not 0 < self.max_similarity <= 1:
+            raise SelfalignError(f"pair.max_similarity must be above 0 and at most 1, got {self.max_similarity}")
+        if self.minimum_pairs < 1:
+            raise SelfalignError(f"pair.minimum_pairs must be 1 or more, got {self.minimum_pairs}")
+
+    def check_iterations(self, iterations: int) -> None:
+        """Checks that every iteration has its ρ.
+
+        Raises:
+            SelfalignError: there is a list of another length.
+        """
+        if isinstance(self.length_control, list) and len(self.length_control) != iterations:
+            raise SelfalignError(
+                f"pair.length_control has {len(self.length_control)} values for iterations={iterations}: "
+                "give one for each iteration, or a single number"
+            )
+
+    def at(self, iteration: int) -> Self:
+        """The rule of one iteration, counted from 1."""
+        if not isinstance(self.length_control, list):
+            return self
+        return replace(self, length_control=self.length_control[iteration - 1])
+
+    @abstractmethod
+    def wanted(self, responses: int) -> int:
+        """How many pairs so many responses to an instruction are to give: the unit in which drops are counted."""
+
+    @abstractmethod
+    def pick(self, best: Sequence[Candidate], worst: Sequence[Candidate], draw: Random) -> Picked:
+        """Pairs of a response from `best`, the best first, and another from `worst`, the worst first."""
+
+
+@dataclass(kw_only=True, slots=True)
+class BestWorst(PairRule):
+    """The response with the highest mean score against the one with the lowest: one pair an instruction.
+
+    arXiv 2401.10020, section 2.2.
+    """
+
+    def wanted(self, responses: int) -> int:
+        """One."""
+        return 1
+
+    def pick(self, best: Sequence[Candidate], worst: Sequence[Candidate], draw: Random) -> Picked:
+        """The first of each."""
+        return _first_against(best, worst, 1)
+
+
+@dataclass(kw_only=True, slots=True)
+class RandomPair(PairRule):
+    """Two responses drawn by seed, the one with the higher score chosen: one pair an instruction.
+
+    With length control one is drawn from the scores that a chosen response may have, and one from the others.
+    """
+
+    def wanted(self, responses: int) -> int:
+        """One."""
+        return 1
+
+    def pick(self, best: Sequence[Candidate], worst: Sequence[Candidate], draw: Random) -> Picked:
+        """One drawn from each."""
+        possible = [(one, other) for one in best for other in worst if one is not other]
+        if not possible:
+            return []
+        one, other = draw.choice(possible)
+        return [(one, other) if one.score >= other.score else (other, one)]
+
+
+@dataclass(kw_only=True, slots=True)
+class AllOrdered(PairRule):
+    """Every two responses of different score, so n responses give up to n(n-1)/2 pairs.
+
+    With length control only those whose scores a chosen, and a rejected, response may have.
+    """
+
+    def wanted(self, responses: int) -> int:
+        """Every two."""
+        return math.comb(responses, 2)
+
+    def pick(self, best: Sequence[Candidate], worst: Sequence[Candidate], draw: Random) -> Picked:
+        """Every two, once."""
+        rank = {c.response.id: (c.score, -place) for place, c in enumerate([*best, *worst])}
+        return [(one, other) for one in best for other in worst if rank[one.response.id] > rank[other.response.id]]
+
+
+@dataclass(kw_only=True, slots=True)
+class BestVsK(PairRule):
+    """The response with the highest mean score against the k that score lowest: k pairs an instruction.
+
+    Attributes:
+        k: how many it is paired with.
+    """
+
+    k: int = 2
+
+    def __post_init__(self) -> None:
+        PairRule.__post_init__(self)
+        if self.k < 1:
+            raise SelfalignError(f"pair.k must be 1 or more, got {self.k}")
+
+    def wanted(self, responses: int) -> int:
+        """The k that are asked for."""
+        return self.k
+
+    def pick(self, best: Sequence[Candidate], worst: Sequence[Candidate], draw: Random) -> Picked:
+        """The first of the best against the first k others of the worst."""
+        return _first_against(best, worst, self.k)
+
+
+def pick_pairs(
+    rule: PairRule, responses: Sequence[Response], scores: dict[str, float], seed: int
+) -> tuple[Picked, Counter[str]]:
+    """The pairs of one instruction, and how many of those it was to give are dropped, by reason.
+
+    Args:
+        rule: which pairs are made; its length control is that of one iteration.
+        responses: to the instruction.
+        scores: {response id: mean score}; a response without a score takes no part.
+        seed: draws, where the rule draws.
+    """
+    judged = [Candidate(response, scores[response.id]) for response in responses if response.id in scores]
+    usable = [c for c in judged if c.response.finish_reason is FinishReason.EOS] if rule.finished_only else judged
+    rounds = [
+        ("too_few_judged", judged, None),
+        ("unfinished", usable, None),
+        ("length_control", usable, rule.length_control),
+    ]
+    picked: Picked = []
+    drops: Counter[str] = Counter()
+    left = rule.wanted(len(responses))
+    for reason, pool, rho in rounds:
+        picked = rule.pick(*ordered(pool, rho), Random(seed))
+        drops[reason] += left - len(picked)
+        left = len(picked)
+    kept: Picked = []
+    for chosen, rejected in picked:
+        if reason := against_pair(rule, chosen, rejected):
+            drops[reason] += 1
+        else:
+            kept.append((chosen, rejected))
+    return kept, +drops
+
+
+def ordered(pool: Sequence[Candidate], rho: float | None) -> tuple[list[Candidate], list[Candidate]]:
+    """(those that may be chosen, the best first; those that may be rejected, the worst first)."""
+    best = sorted(pool, key=lambda c: -c.score)
+    worst = sorted(pool, key=lambda c: c.score)
+    if rho is None or not pool:
+        return best, worst
+    reach = rho * (best[0].score - worst[0].score) + ROUNDING
+    near_best = [c for c in best if c.score >= best[0].score - reach]
+    near_worst = [c for c in worst if c.score <= worst[0].score + reach]
+    shortest = sorted(near_best, key=lambda c: c.response.tokens)
+    return shortest, sorted(near_worst, key=lambda c: -c.response.tokens)
+
+
+def against_pair(rule: PairRule, chosen: Candidate, rejected: Candidate) -> str | None:
+    """Why two responses make no pair, or None."""
+    margin = chosen.score - rejected.score
+    if margin < 0:
+        return "length_control"  # A large ρ can pick a shorter response that is not the better one.
+    if margin <= rule.minimum_margin:
+        return "tie" if margin == 0 else "small_margin"
+    one, other = chosen.response.text, rejected.response.text
+    if one == other:
+        return "identical"
+    if not one or not other:
+        return "empty_response"
+    alike = Indel.normalized_similarity(one.casefold().split(), other.casefold().split())
+    return "near_identical" if alike >= rule.max_similarity else None
+
+
+def _first_against(best: Sequence[Candidate], worst: Sequence[Candidate], count: int) -> Picked:
+    """The first of the best with the first others of the worst."""
+    return [(best[0], other) for other in worst if other is not best[0]][:count] if best else []
+
+
+def _is_rho(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
