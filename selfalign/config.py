@@ -17,7 +17,7 @@ from selfalign.models import ModelConfig
 from selfalign.pipeline import Pairs, SelfRewarding
 from selfalign.run import check_name
 from selfalign.stages.evaluate import EvaluateConfig
-from selfalign.stages.judge import ExpectedScore, SampledScore
+from selfalign.stages.judge import ExpectedScore, ExternalScore, ImplicitReward, Pairwise, SampledScore
 from selfalign.stages.pair import BestWorst, PositivesOnly
 from selfalign.tracking import NoTracking, Wandb
 from selfalign.training import TrainConfig
@@ -71,13 +71,40 @@ class ExperimentConfig:
             self.pair, PositivesOnly
         ):
             raise SelfalignError("loss=positives and pair=positives go together: one of them alone has no meaning")
+        self._check_judge()
+
+    def _check_judge(self) -> None:
+        """What a judge cannot do is refused before anything is made."""
+        seeds = getattr(self.data, "seeds", None)
+        if isinstance(self.judge, ImplicitReward):
+            if seeds is not None and seeds.ranked and seeds.evaluation_fine_tuning:
+                raise SelfalignError(
+                    "judge=implicit writes no judgements that could be taught: set "
+                    "data.seeds.evaluation_fine_tuning=false"
+                )
+            if self.evaluate.instructions and self.evaluate.judge == "base":
+                raise SelfalignError("evaluate.judge=base has no reference, which judge=implicit needs: set sft")
+        if isinstance(self.judge, Pairwise):
+            if self.evaluate.instructions:
+                raise SelfalignError(
+                    "judge=pairwise compares responses of one model with one another, and evaluate.instructions are "
+                    "answered once by each: set evaluate=none"
+                )
+            if self.train.choose.every_steps:
+                raise SelfalignError("judge=pairwise cannot score the single answers of train.choose: set another one")
 
 
 COMPONENTS: dict[str, dict[str, type]] = {
     "model": {"model": ModelConfig},
     "data": {"self_rewarding": SelfRewarding, "pairs": Pairs},
     "generate": {"transformers": Transformers},
-    "judge": {"sampled_score": SampledScore, "expected_score": ExpectedScore},
+    "judge": {
+        "sampled_score": SampledScore,
+        "expected_score": ExpectedScore,
+        "pairwise": Pairwise,
+        "implicit": ImplicitReward,
+        "external": ExternalScore,
+    },
     "pair": {"best_worst": BestWorst, "positives": PositivesOnly},
     "loss": {"dpo": DPO, "ipo": IPO, "sr_dpo": SrDPO, "sr_ipo": SrIPO, "odpo": ODPO, "positives": Positives},
     "train": {"train": TrainConfig},

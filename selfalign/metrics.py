@@ -50,6 +50,18 @@ METRICS = {
     "judge/mean_score": "mean score of the candidates",
     "judge/std_score": "standard deviation of the scores",
     "judge/entropy": "mean entropy of the judge's score distribution, nats",
+    "judge/variance": "mean variance of a response's judgements, where it has several valid ones",
+    "judge/score_entropy": "entropy of the responses' scores, nats: 0 where all are the same",
+    "judge/tied_share": "share of instructions with several responses whose scores are all equal",
+    "judge/constant": "1 where the judge says nearly the same of everything (`judge.alarm`), else 0",
+    "judge/position_bias": "share of comparisons in which the same place won in both orders",
+    "judge/tied_comparisons": "share of comparisons that are ties, disagreeing orders included",
+    "judge/alpha": "what the implicit reward loses for each token of the response",
+    "judge/requests": "judgements an external judge was asked for",
+    "judge/requests_without_usage": "those whose answer told no token counts",
+    "judge/prompt_tokens": "tokens an external judge read",
+    "judge/completion_tokens": "tokens an external judge wrote",
+    "judge/cost": "what these tokens cost, by the prices of `judge.endpoint`",
     "eval/win_rate": "share of evaluation instructions whose answer scores above M1's, a tie counts half",
     "eval/win_rate_low": "lower end of the win rate's 95 % Wilson interval",
     "eval/win_rate_high": "upper end of the win rate's 95 % Wilson interval",
@@ -79,15 +91,6 @@ class Proportion:
     value: float
     low: float
     high: float
-
-
-def mean_scores(judgements: Sequence[Judgement]) -> dict[str, float]:
-    """{response id: mean score of its valid judgements}; a response without any is not in it."""
-    scores: dict[str, list[float]] = {}
-    for judgement in judgements:
-        if judgement.score is not None:
-            scores.setdefault(judgement.response_id, []).append(judgement.score)
-    return {response: math.fsum(values) / len(values) for response, values in scores.items()}
 
 
 def judgement_statistics(judgements: Sequence[Judgement]) -> dict[str, float]:
@@ -129,7 +132,9 @@ def head_to_head(scores: dict[str, float], baseline: dict[str, float]) -> dict[s
     }
 
 
-def judge_quality(ranked: Sequence[RankedAnswers], scores: Sequence[Sequence[float]], top: float) -> dict[str, float]:
+def judge_quality(
+    ranked: Sequence[RankedAnswers], scores: Sequence[Sequence[float]], top: float | None
+) -> dict[str, float]:
     """How well scores agree with human ranks (arXiv 2401.10020, section 3.1).
 
     Ties among scores, which the paper leaves open: a tied pair counts as not agreeing, Kendall's coefficient is
@@ -138,7 +143,7 @@ def judge_quality(ranked: Sequence[RankedAnswers], scores: Sequence[Sequence[flo
     Args:
         ranked: questions with their ranks, 1 is best.
         scores: the judge's score of each answer, question by question.
-        top: the highest score of the scale; scores within half a point of it are "5" for `five_best`.
+        top: the highest score of the scale, if it has one; scores within half a point of it are "5" for `five_best`.
     """
     agreeing = pairs = exact = top_answers = top_best = undefined = 0
     spearman: list[float] = []
@@ -149,7 +154,8 @@ def judge_quality(ranked: Sequence[RankedAnswers], scores: Sequence[Sequence[flo
         pairs += len(order)
         exact += all(order)
         best = min(question.ranks)
-        tops = [rank for rank, value in zip(question.ranks, values, strict=True) if value >= top - 0.5]
+        perfect = math.inf if top is None else top - 0.5
+        tops = [rank for rank, value in zip(question.ranks, values, strict=True) if value >= perfect]
         top_answers += len(tops)
         top_best += tops.count(best)
         if len(set(values)) == 1:

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING
 
 from selfalign.contest import Contest
 from selfalign.data import identify_data
+from selfalign.errors import SelfalignError
 from selfalign.files import derive_seed
+from selfalign.judges.bench import OWN_MODELS
 from selfalign.losses import Positives
-from selfalign.models import identify_source
+from selfalign.models import ModelConfig, identify_source
 from selfalign.run import Maker
 from selfalign.stages.align import align, augmentation_of
 from selfalign.stages.evaluate import Judged, evaluate
 from selfalign.stages.instruct import InstructConfig, instruct
-from selfalign.stages.judge import judge
+from selfalign.stages.judge import ExternalScore, ImplicitReward, judge
 from selfalign.stages.pair import given_pairs, pair
 from selfalign.stages.pretrained import pretrained
 from selfalign.stages.questions import questions
@@ -63,11 +65,21 @@ class Pairs:
 
 @dataclass(slots=True)
 class Models:
-    """The models of a run so far: M0, M1 and the newest."""
+    """The models of a run so far.
+
+    Attributes:
+        base: M0.
+        sft: M1.
+        newest: M_t.
+        reference: what the newest was trained from or against.
+        judge: a model that only judges, where there is one.
+    """
 
     base: Artefact
     sft: Artefact
     newest: Artefact
+    reference: Artefact
+    judge: Artefact | None = None
 
     def named(self, name: str) -> Artefact:
         """The model a setting names: base is M0, sft is M1, self and previous are the newest."""
@@ -79,14 +91,15 @@ def run_pipeline(config: "ExperimentConfig", run: Maker) -> None:
     method = Method(config, run)
     seed_data, asked, validation, given = method.seeds(), method.questions(), method.validation(), method.given_pairs()
     base = run.make("M0", pretrained, model=config.model, source=identify_source(config.model))
-    models = Models(base, base, base)
+    models = Models(base, base, base, base, method.fixed_judge())
     models.sft = models.newest = method.supervise("M1", models, seed_data)
     baseline = method.evaluate("M1", models, seed_data, asked, None)
 
     instructions: list[Artefact] = []
     for iteration in range(1, config.iterations + 1):
         pairs = given or method.pairs(iteration, models, seed_data, instructions)
-        models.newest = method.align(iteration, models, pairs, validation)
+        reference = models.newest if isinstance(config.loss, Positives) else models.named(config.train.reference)
+        models.newest, models.reference = method.align(iteration, models, pairs, validation), reference
         method.evaluate(f"M{iteration + 1}", models, seed_data, asked, baseline)
 
 
@@ -123,6 +136,22 @@ class Method:
             return None
         content = identify_data(data.path, "data.path")
         return self.run.make("iteration_1/pairs", given_pairs, source=data.path, content=content)
+
+    def fixed_judge(self) -> Artefact | None:
+        """The model that judges, where it is none of the run's own.
+
+        Raises:
+            SelfalignError: there is no such model.
+        """
+        who = self.config.judge.model
+        if isinstance(self.config.judge, ExternalScore) or who in OWN_MODELS:
+            return None
+        model = ModelConfig(path=who, dtype=self.config.model.dtype)
+        try:
+            source = identify_source(model)
+        except SelfalignError as error:
+            raise SelfalignError(f"judge.model is none of {', '.join(OWN_MODELS)}; {error}") from error
+        return self.run.make("judge", pretrained, model=model, source=source)
 
     def supervise(self, label: str, models: Models, demonstrations: Artefact) -> Artefact:
         """SFT of the newest model; without demonstrations it stays as it is."""
@@ -202,12 +231,13 @@ class Method:
         )
 
     def _contest(self, label: str, models: Models, validation: Artefact) -> Contest:
-        judge, settings = self.config.judge, self.config.train.choose
+        settings, (policy, reference) = self.config.train.choose, self._judging(self.config.judge.model, models)
         return Contest(
             every_steps=settings.every_steps,
             instructions=validation,
-            judge=judge,
-            judged_by=models.named(judge.model),
+            judge=self.config.judge,
+            judged_by=policy,
+            reference=reference,
             generate=self.config.generate,
             sampling=settings.sampling,
             seed=self._seed(f"{label}/validation"),
@@ -233,14 +263,14 @@ class Method:
                 self._judge(f"{place}/scores", self.config.evaluate.judge, models, asked, answers),
             )
         if seed_data.counts["questions_held_out"]:
-            ranked = self._judge(f"{place}/ranked_scores", "self", models, seed_data, seed_data)
+            ranked = self._judge(f"{place}/ranked_scores", "self", models, seed_data, seed_data, "ranked_scores")
         self.run.make(
             f"{place}/numbers",
             evaluate,
             judged=judged,
             baseline=baseline,
             ranked=(seed_data, ranked) if ranked is not None else None,
-            top=self.config.judge.high,
+            top=getattr(self.config.judge, "high", None),
         )
         return judged
 
@@ -250,17 +280,30 @@ class Method:
         content = identify_data(source, key)
         return self.run.make(label, questions, source=source, count=count, content=content)
 
-    def _judge(self, label: str, who: str, models: Models, instructions: Artefact, responses: Artefact) -> Artefact:
+    def _judge(
+        self, label: str, who: str, models: Models, instructions: Artefact, responses: Artefact, purpose: str = ""
+    ) -> Artefact:
+        policy, reference = self._judging(who, models)
         return self.run.make(
             label,
             judge,
             judge=self.config.judge,
-            policy=models.named(who),
+            policy=policy,
+            reference=reference,
             instructions=instructions,
             responses=responses,
             generate=self.config.generate,
-            seed=self._seed(label),
+            seed=self._seed(purpose or label),
         )
+
+    def _judging(self, who: str, models: Models) -> tuple[Artefact | None, Artefact | None]:
+        """Who judges, and, where the judge compares the two, what that model was trained from; None for no model."""
+        if isinstance(self.config.judge, ExternalScore):
+            return None, None
+        policy = models.named(who) if who in OWN_MODELS else models.judge
+        if not isinstance(self.config.judge, ImplicitReward):
+            return policy, None
+        return policy, models.base if who == "sft" else models.reference
 
     def _weights(self, label: str) -> Weights:
         return Weights(dtype=self.config.model.dtype, lora=self.config.model.lora, seed=self._seed(label))

@@ -2,9 +2,10 @@
 
 from typing import TYPE_CHECKING
 
+from selfalign.judges.bench import OWN_MODELS
 from selfalign.losses import Positives
 from selfalign.pipeline import Pairs, SelfRewarding
-from selfalign.stages.judge import SampledScore
+from selfalign.stages.judge import ExternalScore, Judge, Pairwise, SampledScore
 
 if TYPE_CHECKING:
     from selfalign.config import ExperimentConfig
@@ -21,6 +22,8 @@ def plan(config: "ExperimentConfig") -> list[tuple[str, str]]:
     if isinstance(data, Pairs):
         stages.append(("iteration_1/pairs", data.path))
     stages.append(("M0", config.model.path))
+    if not isinstance(config.judge, ExternalScore) and config.judge.model not in OWN_MODELS:
+        stages.append(("judge", config.judge.model))
     if data.seeds.demonstrations or (data.seeds.ranked and data.seeds.evaluation_fine_tuning):
         stages.append(("M1", f"SFT, epochs {sft.epochs}, batch {sft.batch_size}"))
     stages += _evaluation(config, "M1")
@@ -34,13 +37,23 @@ def plan(config: "ExperimentConfig") -> list[tuple[str, str]]:
 def _own_pairs(config: "ExperimentConfig", place: str) -> list[tuple[str, str]]:
     data = config.data
     candidates = data.instruct.count * data.respond.candidates
-    samples = f" × {config.judge.samples}" if isinstance(config.judge, SampledScore) else ""
     return [
         (f"{place}/instructions", f"{data.instruct.count} new, written by {data.instruct.writer}"),
         (f"{place}/responses", f"{candidates} candidates, {data.respond.candidates} each"),
-        (f"{place}/judgements", f"{candidates}{samples} by {type(config.judge).__name__}, model {config.judge.model}"),
+        (f"{place}/judgements", _judging(config.judge, data.instruct.count, data.respond.candidates)),
         (f"{place}/pairs", f"up to {data.instruct.count}"),
     ]
+
+
+def _judging(judge: Judge, instructions: int, candidates: int) -> str:
+    """How many judgements a judge makes of so many candidates of each instruction, and who it is."""
+    size = str(instructions * candidates)
+    if isinstance(judge, SampledScore | ExternalScore):
+        size += f" × {judge.samples}"
+    if isinstance(judge, Pairwise):
+        size = f"{instructions * judge.pairs_of(candidates)} comparisons × 2 orders"
+    who = judge.endpoint.model if isinstance(judge, ExternalScore) else judge.model
+    return f"{size} by {type(judge).__name__}, model {who}"
 
 
 def _alignment(config: "ExperimentConfig", iteration: int) -> list[tuple[str, str]]:

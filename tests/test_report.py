@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders import records_artefact
 
 from selfalign.files import write_json
 from selfalign.metrics import METRICS
@@ -20,7 +21,6 @@ from selfalign.records import (
     PreferencePair,
     RankedAnswers,
     Response,
-    write_records,
 )
 from selfalign.report import log_samples, write_report
 from selfalign.report.charts import Series, draw_curves, draw_histogram, draw_models, moving_mean, spread, tick_labels
@@ -78,8 +78,7 @@ class Fabricated:
     def stage(self, label: str, stage: str, counts: dict[str, Any], **files: Sequence[HasId]) -> None:
         place = self.folder / "artefacts" / label
         place.mkdir(parents=True)
-        for name, records in files.items():
-            write_records(place / f"{name}.jsonl", records)
+        records_artefact(place, **files)
         inputs = {"loss": {"class": "SrDPO", **self.config["loss"]}} if stage == "align" else {}
         write_json(place / "manifest.json", {"inputs": inputs})
         self.stages.append({"label": label, "stage": stage, "seconds": 2.5, "counts": counts, "key": "k"})

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from scipy import stats
 
 from selfalign.files import read_json
-from selfalign.metrics import judge_quality, mean_scores, wilson
+from selfalign.metrics import judge_quality, wilson
 from selfalign.records import (
     Demonstration,
     FinishReason,
@@ -22,6 +22,7 @@ from selfalign.records import (
     RankedAnswers,
     Response,
     read_records,
+    read_scores,
 )
 
 R = TypeVar("R", Demonstration, Instruction, Judgement, PreferencePair, RankedAnswers, Response)
@@ -85,7 +86,7 @@ class Finished:
         """Reads a run folder."""
         summary = read_json(folder / "summary.json")
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        top = summary["config"]["judge"]["high"]
+        top = summary["config"]["judge"].get("high")
         return cls(
             folder=folder,
             summary=summary,
@@ -96,6 +97,12 @@ class Finished:
             rows=[json.loads(line) for line in lines],
             models=[{**intervals(folder, row["model"], top), **row} for row in summary["models"]],
         )
+
+    @property
+    def judge(self) -> str:
+        """The class of the judge, empty where nothing was judged."""
+        judged = (label for label, stage in self.stages.items() if stage == "judge")
+        return self.setting(next(judged, ""), "judge")
 
     @property
     def iterations(self) -> list[int]:
@@ -132,6 +139,12 @@ def read_there(folder: Path, label: str, kind: type[R]) -> list[R]:
     return read_records(path, kind) if path.is_file() and path.stat().st_size else []
 
 
+def scores_there(folder: Path, label: str) -> dict[str, float]:
+    """{response id: score} of a judged artefact of a run; none where there is no such file."""
+    place = folder / "artefacts" / label
+    return read_scores(place) if (place / "scores.jsonl").is_file() else {}
+
+
 def read_samples(folder: Path, iteration: int) -> list[Sample]:
     """An iteration's instructions with their candidates, the best first; or the given pairs, as such."""
     place = f"iteration_{iteration}"
@@ -160,12 +173,13 @@ def read_candidates(folder: Path, responses: str, judgements: str, role: dict[st
     judged: dict[str, list[Judgement]] = {}
     for judgement in read_there(folder, judgements, Judgement):
         judged.setdefault(judgement.response_id, []).append(judgement)
+    scores = scores_there(folder, judgements)
     candidates: dict[str, list[Candidate]] = {}
     for response in read_there(folder, responses, Response):
         found = judged.get(response.id, [])
         candidate = Candidate(
             text=response.text,
-            score=mean_scores(found).get(response.id),
+            score=scores.get(response.id),
             role=role.get(response.id, ""),
             finished=response.finish_reason is FinishReason.EOS,
             judgements=found,
@@ -210,9 +224,9 @@ def as_text(prompt: Prompt) -> str:
     return prompt[0]["content"] if len(prompt) == 1 else "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt)
 
 
-def intervals(folder: Path, model: str, top: float) -> dict[str, float]:
+def intervals(folder: Path, model: str, top: float | None) -> dict[str, float]:
     """95 % intervals of a model's judge quality (over questions), answer length and endings (over answers)."""
-    scores = mean_scores(read_there(folder, f"evaluation_{model}/ranked_scores", Judgement))
+    scores = scores_there(folder, f"evaluation_{model}/ranked_scores")
     each: list[dict[str, float]] = []
     for question in read_there(folder, "seeds", RankedAnswers):
         values = [scores.get(f"{question.id}-{n}") for n in range(1, len(question.texts) + 1)]

@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from selfalign.data import as_prompt, read_pairs
 from selfalign.errors import SelfalignError
 from selfalign.files import digest_text
-from selfalign.metrics import mean_scores
 from selfalign.records import (
     Demonstration,
     FinishReason,
     Instruction,
-    Judgement,
     PreferencePair,
     Response,
     read_records,
+    read_scores,
     write_records,
 )
 from selfalign.store import Artefact, Counts, Workspace
@@ -71,7 +70,7 @@ def pair(
         rule: which responses are taken.
         instructions: instructions.jsonl.
         responses: responses.jsonl.
-        judgements: judgements.jsonl.
+        judgements: scores.jsonl.
 
     Raises:
         SelfalignError: too few are left; the reasons are counted.
@@ -80,7 +79,7 @@ def pair(
     answers: dict[str, list[Response]] = {}
     for response in read_records(responses.path / "responses.jsonl", Response):
         answers.setdefault(response.instruction_id, []).append(response)
-    scores = mean_scores(read_records(judgements.path / "judgements.jsonl", Judgement))
+    scores = read_scores(judgements.path)
     drops: Counter[str] = Counter()
     judged: dict[str, list[Response]] = {}
     unjudged = 0

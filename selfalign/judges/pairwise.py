@@ -1,0 +1,209 @@
+"""Candidates compared two by two in both orders; what they win becomes their score."""
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import combinations, permutations
+from typing import ClassVar
+
+from selfalign.batches import Group, share_prompt
+from selfalign.data import as_prompt
+from selfalign.errors import SelfalignError
+from selfalign.files import derive_seed, text_or_file
+from selfalign.judges.bench import (
+    Alarm,
+    Bench,
+    Judged,
+    Subject,
+    by_instruction,
+    check_model,
+    check_prompt,
+    check_scale,
+    check_share,
+)
+from selfalign.judges.comparison import (
+    Duel,
+    Reading,
+    Showing,
+    bias_statistics,
+    compare,
+    expected_win_rates,
+    win_shares,
+)
+from selfalign.judges.expected import distribution, tokens_behind
+from selfalign.records import Comparison, Demonstration, Judgement, JudgementStatus, Prompt, RankedAnswers, Verdict
+from selfalign.scoring import Scorer
+from selfalign.tokenization import encode_prompt, fill
+
+OPENING = "[["
+
+
+@dataclass(kw_only=True, slots=True)
+class Pairwise:
+    """Each response is compared with others to the same instruction, both ways round; its wins are its score.
+
+    The verdict is the likeliest of the tokens A, B and C (a tie) behind `[[`, in one forward pass an order: a small
+    model always has one, a large one puts its judgement there too, and nothing has to be parsed or drawn. A
+    comparison whose two orders disagree is a tie, as in the head-to-head evaluation of arXiv 2401.10020.
+
+    Attributes:
+        prompt: the question, a text or "file:PATH", with {instruction}, {first} and {second} where they belong.
+        model: who judges: "self" (M_t), "sft" (M1), "base" (M0), or another model: a folder or hub id.
+        pairs: comparisons of each instruction, drawn so that every response has a turn; 0 takes all.
+        scores: "wins", the share of comparisons won, a tie counting half; "elo", the share a response should win
+            against an average one by Bradley and Terry's model, which is fairer where `pairs` are drawn.
+        low: the score of a response that loses all.
+        high: of one that wins all.
+        batch_tokens: the most tokens of a forward pass.
+        max_failed_share: the run stops when more than this share of the responses gets no score.
+        alarm: when the judge says nearly the same of everything.
+    """
+
+    prompt: str
+    model: str = "self"
+    pairs: int = 0
+    scores: str = "wins"
+    low: int = 0
+    high: int = 5
+    batch_tokens: int = 2048
+    max_failed_share: float = 0.5
+    alarm: Alarm = field(default_factory=Alarm)
+    opening: ClassVar[str] = OPENING
+
+    def __post_init__(self) -> None:
+        self.prompt = text_or_file(self.prompt, "judge.prompt")
+        check_prompt(self.prompt, ("instruction", "first", "second"))
+        check_model(self.model)
+        check_share(self.max_failed_share)
+        check_scale(self.low, self.high)
+        if self.pairs < 0:
+            raise SelfalignError(f"judge.pairs must be 0 (all) or more, got {self.pairs}")
+        if self.scores not in ("wins", "elo"):
+            raise SelfalignError(f"judge.scores must be wins or elo; got {self.scores!r}")
+        if self.batch_tokens < 1:
+            raise SelfalignError(f"judge.batch_tokens must be 1 or more, got {self.batch_tokens}")
+
+    @property
+    def minimum_valid(self) -> int:
+        """A response has one score, however many comparisons it comes from."""
+        return 1
+
+    def ask(self, instruction: str, first: str, second: str) -> Prompt:
+        """The judge's prompt about two responses in this order."""
+        return as_prompt(fill(self.prompt, {"instruction": instruction, "first": first, "second": second}))
+
+    def demonstrate(self, question: RankedAnswers) -> list[Demonstration]:
+        """Evaluation fine-tuning: every two ranked answers in both orders, so that no place is right more often."""
+        return [
+            Demonstration(
+                id=f"eft-{question.id}-{one + 1}-{other + 1}",
+                prompt=self.ask(question.instruction, question.texts[one], question.texts[other]),
+                response=f"{Verdict.A if question.ranks[one] < question.ranks[other] else Verdict.B}]]",
+                source="eft",
+                question=question.id,
+                prefill=OPENING,
+            )
+            for one, other in permutations(range(len(question.texts)), 2)
+        ]
+
+    def wanted(self, subjects: Sequence[Subject]) -> int:
+        """How many verdicts there should be."""
+        return 2 * sum(self.pairs_of(len(family)) for family in by_instruction(subjects).values())
+
+    def judge(self, bench: Bench, subjects: Sequence[Subject]) -> Judged:
+        """One judgement a response, from its comparisons."""
+        files = bench.judging_policy()
+        families = by_instruction(subjects)
+        duels = [duel for family in families.values() for duel in self._draw(family, bench.seed)]
+        comparisons = compare(duels, lambda showings: self._read(bench, showings), files.digest)
+        by_family: dict[str, list[Comparison]] = {name: [] for name in families}
+        for comparison in comparisons:
+            by_family[comparison.instruction_id].append(comparison)
+        judgements: list[Judgement] = []
+        for name, family in families.items():
+            judgements += self._judgements(family, by_family[name], files.digest)
+        counts = {"comparisons": len(comparisons), **bias_statistics(comparisons)}
+        return Judged(judgements=judgements, comparisons=comparisons, counts=counts)
+
+    def pairs_of(self, responses: int) -> int:
+        """How many comparisons an instruction with so many responses has."""
+        every = responses * (responses - 1) // 2
+        return min(self.pairs or every, every)
+
+    def _draw(self, family: Sequence[Subject], seed: int) -> list[Duel]:
+        """The comparisons of one instruction: all, or so many that take turns among its responses."""
+        rest = [Duel(one.instruction, one.response, other.response) for one, other in combinations(family, 2)]
+        if len(rest) <= (count := self.pairs_of(len(family))):
+            return rest
+        random.Random(derive_seed(seed, family[0].instruction.id)).shuffle(rest)
+        turns: Counter[str] = Counter()
+        drawn: list[Duel] = []
+        for _ in range(count):
+            duel = min(rest, key=lambda duel: turns[duel.first.id] + turns[duel.second.id])
+            rest.remove(duel)
+            turns.update((duel.first.id, duel.second.id))
+            drawn.append(duel)
+        return drawn
+
+    def _read(self, bench: Bench, showings: Sequence[Showing]) -> list[Reading]:
+        """The likeliest verdict on each showing; those of one instruction share its beginning."""
+        policy = bench.judging_policy().load(bench.generate.dtype)
+        tokens = tokens_behind(policy, OPENING, list(Verdict))
+        if tokens is None:
+            raise SelfalignError("this model's tokenizer does not write a verdict as one token; choose another judge")
+        readings = [Reading(JudgementStatus.PROMPT_TOO_LONG, None, "")] * len(showings)
+        prompts: dict[str, dict[int, list[int]]] = {}
+        for index, showing in enumerate(showings):
+            asked = self.ask(showing.duel.instruction.text, *showing.texts)
+            ids = encode_prompt(policy.tokenizer, asked, OPENING)
+            if len(ids) < policy.context:
+                prompts.setdefault(showing.duel.instruction.id, {})[index] = ids
+        groups: list[Group] = [share_prompt(n, list(p.values()), [[] for _ in p]) for n, p in prompts.items()]
+        scorer = Scorer(policy, self.batch_tokens)
+        for number, batch in enumerate(scorer.plan(groups)):
+            chosen = [index for group in batch for index in prompts[group.id]]
+            rows = bench.journal.batch(
+                str(number),
+                len(chosen),
+                lambda batch=batch: [row for g in scorer.choose(batch, tokens) for row in g],
+            )
+            for index, logps in zip(chosen, rows, strict=True):
+                readings[index] = likeliest(logps)
+        return readings
+
+    def _judgements(self, family: Sequence[Subject], comparisons: list[Comparison], model: str) -> list[Judgement]:
+        """What the comparisons of one instruction say of each of its responses."""
+        outcomes = [(c.first_id, c.second_id, c.outcome) for c in comparisons if c.outcome is not None]
+        shares = win_shares(outcomes) if self.scores == "wins" else expected_win_rates(outcomes)
+        judgements: list[Judgement] = []
+        for name in (subject.response.id for subject in family):
+            own = [c for c in comparisons if name in (c.first_id, c.second_id)]
+            known = name in shares
+            failed = own[0].status if own else JudgementStatus.NO_SCORE
+            judgements.append(
+                Judgement(
+                    id=f"{name}-1",
+                    response_id=name,
+                    status=JudgementStatus.OK if known else failed,
+                    score=self.low + shares[name] * (self.high - self.low) if known else None,
+                    text=describe(name, own),
+                    model=model,
+                )
+            )
+        return judgements
+
+
+def likeliest(logps: Sequence[float]) -> Reading:
+    """The verdict with the highest probability; equal ones go to a tie."""
+    shares = distribution(logps)
+    best = [verdict for verdict, share in zip(Verdict, shares, strict=True) if share == max(shares)]
+    verdict = best[0] if len(best) == 1 else Verdict.TIE
+    return Reading(JudgementStatus.OK, verdict, f"{OPENING}{verdict}]] with {max(shares):.3f}")
+
+
+def describe(name: str, comparisons: Sequence[Comparison]) -> str:
+    """A response's comparisons in a line."""
+    outcomes = Counter(c.outcome if c.outcome is None or c.first_id == name else 1 - c.outcome for c in comparisons)
+    unread = f", {outcomes[None]} unread" if outcomes[None] else ""
+    return f"won {outcomes[1.0]}, tied {outcomes[0.5]}, lost {outcomes[0.0]} of {len(comparisons)} comparisons{unread}"
