@@ -8,7 +8,9 @@ import logging
 import os
 import re
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import astuple, dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import httpx
 
 from selfalign.errors import SelfalignError
+from selfalign.store import Counts, Journal
 
 logger = logging.getLogger(__name__)
 
@@ -87,9 +90,22 @@ class Endpoint:
             )
         return ChatClient(self, secret)
 
-    def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
-        """What so many tokens cost."""
-        return (prompt_tokens * self.prompt_price + completion_tokens * self.completion_price) / 1e6
+    @property
+    def name(self) -> str:
+        """Who answers, as records say it."""
+        return f"{self.model} at {self.base_url}"
+
+    def usage(self, replies: "Sequence[Reply]") -> Counts:
+        """How many requests and tokens the answers took, and what these cost."""
+        prompt = sum(reply.prompt_tokens for reply in replies)
+        completion = sum(reply.completion_tokens for reply in replies)
+        return {
+            "judge/requests": len(replies),
+            "judge/requests_without_usage": sum(not reply.prompt_tokens for reply in replies),
+            "judge/prompt_tokens": prompt,
+            "judge/completion_tokens": completion,
+            "judge/cost": (prompt * self.prompt_price + completion * self.completion_price) / 1e6,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +158,31 @@ class ChatClient:
             f"{self._url}: no usable answer in {self._endpoint.retries + 1} tries, at last: {trouble}; what was "
             "answered is kept, the same command continues"
         )
+
+    def complete_all(self, requests: dict[str, dict[str, Any]], journal: Journal, size: int) -> dict[str, Reply]:
+        """{name: answer} of many requests, several at once; each is journalled when it comes, in whatever order.
+
+        Args:
+            requests: {name in the journal: body}.
+            journal: those it has already are not sent again.
+            size: how far the progress bar moves for each.
+        """
+        missing = [name for name in requests if name not in journal]
+        journal.advance(size * (len(requests) - len(missing)))
+        with ThreadPoolExecutor(self._endpoint.concurrency) as pool:
+            futures = {pool.submit(self._complete, requests[name]): name for name in missing}
+            try:
+                for future in as_completed(futures):
+                    journal.batch(futures[future], size, future.result)
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+                for future, name in futures.items():
+                    if name not in journal and not future.cancelled() and future.exception() is None:
+                        journal.batch(name, 0, future.result)
+        return {name: Reply(*journal.batch(name, 0, list)) for name in requests}
+
+    def _complete(self, request: dict[str, Any]) -> tuple[Any, ...]:
+        return astuple(self.complete(request))
 
     def _try(self, body: dict[str, Any]) -> tuple[Reply | None, str, float]:
         """The reply, or what went wrong and how many seconds the server asks to wait."""

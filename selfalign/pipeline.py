@@ -12,14 +12,14 @@ from selfalign.contest import Contest
 from selfalign.data import identify_data
 from selfalign.errors import SelfalignError
 from selfalign.files import derive_seed
-from selfalign.judges.bench import OWN_MODELS
+from selfalign.judges.bench import OWN_MODELS, asks_a_server
 from selfalign.losses import Positives
 from selfalign.models import ModelConfig, identify_source
 from selfalign.run import Maker
 from selfalign.stages.align import align, augmentation_of
 from selfalign.stages.evaluate import Judged, evaluate
 from selfalign.stages.instruct import InstructConfig, instruct
-from selfalign.stages.judge import ExternalScore, ImplicitReward, judge
+from selfalign.stages.judge import ImplicitReward, judge
 from selfalign.stages.pair import given_pairs, pair
 from selfalign.stages.pretrained import pretrained
 from selfalign.stages.questions import questions
@@ -144,7 +144,7 @@ class Method:
             SelfalignError: there is no such model.
         """
         who = self.config.judge.model
-        if isinstance(self.config.judge, ExternalScore) or who in OWN_MODELS:
+        if asks_a_server(self.config.judge) or who in OWN_MODELS:
             return None
         model = ModelConfig(path=who, dtype=self.config.model.dtype)
         try:
@@ -298,7 +298,7 @@ class Method:
 
     def _judging(self, who: str, models: Models) -> tuple[Artefact | None, Artefact | None]:
         """Who judges, and, where the judge compares the two, what that model was trained from; None for no model."""
-        if isinstance(self.config.judge, ExternalScore):
+        if asks_a_server(self.config.judge):
             return None, None
         policy = models.named(who) if who in OWN_MODELS else models.judge
         if not isinstance(self.config.judge, ImplicitReward):

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from selfalign.judges.bench import OWN_MODELS
+from selfalign.judges.bench import OWN_MODELS, asks_a_server
 from selfalign.losses import Positives
 from selfalign.pipeline import Pairs, SelfRewarding
 from selfalign.stages.judge import ExternalScore, Judge, Pairwise, SampledScore
@@ -22,7 +22,7 @@ def plan(config: "ExperimentConfig") -> list[tuple[str, str]]:
     if isinstance(data, Pairs):
         stages.append(("iteration_1/pairs", data.path))
     stages.append(("M0", config.model.path))
-    if not isinstance(config.judge, ExternalScore) and config.judge.model not in OWN_MODELS:
+    if not asks_a_server(config.judge) and config.judge.model not in OWN_MODELS:
         stages.append(("judge", config.judge.model))
     if data.seeds.demonstrations or (data.seeds.ranked and data.seeds.evaluation_fine_tuning):
         stages.append(("M1", f"SFT, epochs {sft.epochs}, batch {sft.batch_size}"))
@@ -52,7 +52,7 @@ def _judging(judge: Judge, instructions: int, candidates: int) -> str:
         size += f" × {judge.samples}"
     if isinstance(judge, Pairwise):
         size = f"{instructions * judge.pairs_of(candidates)} comparisons × 2 orders"
-    who = judge.endpoint.model if isinstance(judge, ExternalScore) else judge.model
+    who = judge.endpoint.model if isinstance(judge, ExternalScore | Pairwise) and asks_a_server(judge) else judge.model
     return f"{size} by {type(judge).__name__}, model {who}"
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from selfalign.endpoint import Endpoint
 from selfalign.errors import SelfalignError
 from selfalign.generation import Transformers
 from selfalign.models import PolicyFiles
@@ -20,7 +21,6 @@ from selfalign.records import (
     ResponseScore,
 )
 from selfalign.store import Counts, Journal
-
 
 OWN_MODELS = ("self", "sft", "base")
 """Names of the run's own models, for those who judge: M_t, M1 and M0."""
@@ -110,6 +110,11 @@ class Judge(Protocol):
     def wanted(self, subjects: Sequence[Subject]) -> int: ...
 
     def judge(self, bench: Bench, subjects: Sequence[Subject]) -> Judged: ...
+
+
+def asks_a_server(judge: Judge) -> bool:
+    """Whether the judge is no policy of this run but answers behind an endpoint."""
+    return bool(getattr(judge, "endpoint", Endpoint()).base_url)
 
 
 def by_instruction(subjects: Sequence[Subject]) -> dict[str, list[Subject]]:

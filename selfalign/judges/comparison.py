@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from selfalign.records import Comparison, Instruction, JudgementStatus, Response, Verdict
 
+WITHOUT_VERDICT = {"length": JudgementStatus.TRUNCATED, "too_long": JudgementStatus.PROMPT_TOO_LONG}
 VERDICT = re.compile(r"\[\[([ABC])\]\]")
 
 
@@ -68,14 +69,16 @@ def settle(forward: Verdict, backward: Verdict) -> float:
     return there if there == back else 0.5
 
 
-def parse_verdict(text: str) -> Reading:
+def parse_verdict(text: str, finish: str = "stop") -> Reading:
     """Reads `[[A]]`, `[[B]]` or `[[C]]` (a tie) from newly generated text.
 
-    Two different ones are ambiguous, wherever they stand; none is no verdict.
+    Two different ones are ambiguous, wherever they stand; none is no verdict, for which `finish`, why the text ended,
+    may give the reason.
     """
     said = set(VERDICT.findall(text))
     if len(said) != 1:
-        return Reading(JudgementStatus.AMBIGUOUS if said else JudgementStatus.NO_SCORE, None, text)
+        silent = WITHOUT_VERDICT.get(finish, JudgementStatus.NO_SCORE)
+        return Reading(JudgementStatus.AMBIGUOUS if said else silent, None, text)
     return Reading(JudgementStatus.OK, Verdict(said.pop()), text)
 
 

@@ -1,22 +1,18 @@
 """A judge behind an OpenAI-compatible endpoint, asked as `SampledScore` asks a policy."""
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from selfalign.data import as_prompt
-from selfalign.endpoint import ChatClient, Endpoint
+from selfalign.endpoint import Endpoint, Reply
 from selfalign.files import text_or_file
 from selfalign.generation import Sampling
 from selfalign.judges.attempts import Wish, Written, first_wishes, write_judgements
 from selfalign.judges.bench import Alarm, Bench, Judged, Subject, check_counts, check_prompt, check_scale, check_share
 from selfalign.judges.parsing import PREFIX
 from selfalign.records import FinishReason, Prompt
-from selfalign.store import Counts, Journal
 from selfalign.tokenization import fill
-
-TOKENS = ("judge/prompt_tokens", "judge/completion_tokens")
 
 FINISH = {"too_long": "", "length": FinishReason.LENGTH.value}
 """Why a text ended; everything else the server says counts as its own end."""
@@ -79,53 +75,31 @@ class ExternalScore:
 
     def judge(self, bench: Bench, subjects: Sequence[Subject]) -> Judged:
         """Asks for `samples` judgements of each response, and counts requests, tokens and cost."""
-        used: Counts = dict.fromkeys(("judge/requests", "judge/requests_without_usage", *TOKENS), 0)
+        replies: list[Reply] = []
+
+        def write(wishes: Sequence[Wish]) -> list[Written]:
+            requests = {wish.name: self._request(wish) for wish in wishes}
+            answered = client.complete_all(requests, bench.journal, int(wishes[0].attempt == 1))
+            replies.extend(answered.values())
+            return [(r.text, FINISH.get(r.finish, FinishReason.EOS.value)) for r in answered.values()]
+
         with self.endpoint.open("judge.endpoint") as client:
             judgements = write_judgements(
                 first_wishes(subjects, self.samples, bench.seed),
-                lambda wishes: self._write(client, bench.journal, wishes, used),
+                write,
                 low=self.low,
                 high=self.high,
                 retries=self.retries,
                 seed=bench.seed,
-                model=f"{self.endpoint.model} at {self.endpoint.base_url}",
+                model=self.endpoint.name,
             )
-        used["judge/cost"] = self.endpoint.cost(*(used[name] for name in TOKENS))
-        return Judged(judgements=judgements, counts=used)
+        return Judged(judgements=judgements, counts=self.endpoint.usage(replies))
 
-    def _write(self, client: ChatClient, journal: Journal, wishes: Sequence[Wish], used: Counts) -> list[Written]:
-        """The texts of one round; each is journalled when it comes, in whatever order."""
-        first = wishes[0].attempt == 1
-        missing = [wish for wish in wishes if wish.name not in journal]
-        journal.advance(len(wishes) - len(missing) if first else 0)
-        with ThreadPoolExecutor(self.endpoint.concurrency) as pool:
-            futures = {pool.submit(self._ask_server, client, wish): wish.name for wish in missing}
-            try:
-                for future in as_completed(futures):
-                    journal.batch(futures[future], int(first), future.result)
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
-                for future, name in futures.items():
-                    if name not in journal and not future.cancelled() and future.exception() is None:
-                        journal.batch(name, 0, future.result)
-        written: list[Written] = []
-        for wish in wishes:
-            text, finish, prompt_tokens, completion_tokens = journal.batch(wish.name, 0, lambda: None)
-            used["judge/requests"] += 1
-            used["judge/requests_without_usage"] += prompt_tokens == 0
-            used["judge/prompt_tokens"] += prompt_tokens
-            used["judge/completion_tokens"] += completion_tokens
-            written.append((text, FINISH.get(finish, FinishReason.EOS.value)))
-        return written
-
-    def _ask_server(self, client: ChatClient, wish: Wish) -> tuple[Any, ...]:
-        reply = client.complete(
-            {
-                "messages": self.ask(wish.subject.instruction.text, wish.subject.response.text),
-                "temperature": self.sampling.temperature,
-                "top_p": self.sampling.top_p,
-                "max_tokens": self.sampling.max_new_tokens,
-                "seed": wish.seed % 2**31,
-            }
-        )
-        return reply.text, reply.finish, reply.prompt_tokens, reply.completion_tokens
+    def _request(self, wish: Wish) -> dict[str, Any]:
+        return {
+            "messages": self.ask(wish.subject.instruction.text, wish.subject.response.text),
+            "temperature": self.sampling.temperature,
+            "top_p": self.sampling.top_p,
+            "max_tokens": self.sampling.max_new_tokens,
+            "seed": wish.seed % 2**31,
+        }

@@ -1,5 +1,6 @@
 """Candidates compared two by two in both orders; what they win becomes their score."""
 
+import math
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from typing import ClassVar
 
 from selfalign.batches import Group, share_prompt
 from selfalign.data import as_prompt
+from selfalign.endpoint import Endpoint
 from selfalign.errors import SelfalignError
 from selfalign.files import derive_seed, text_or_file
 from selfalign.judges.bench import (
@@ -29,11 +31,13 @@ from selfalign.judges.comparison import (
     bias_statistics,
     compare,
     expected_win_rates,
+    parse_verdict,
     win_shares,
 )
 from selfalign.judges.expected import distribution, tokens_behind
 from selfalign.records import Comparison, Demonstration, Judgement, JudgementStatus, Prompt, RankedAnswers, Verdict
 from selfalign.scoring import Scorer
+from selfalign.store import Counts
 from selfalign.tokenization import encode_prompt, fill
 
 OPENING = "[["
@@ -44,12 +48,17 @@ class Pairwise:
     """Each response is compared with others to the same instruction, both ways round; its wins are its score.
 
     The verdict is the likeliest of the tokens A, B and C (a tie) behind `[[`, in one forward pass an order: a small
-    model always has one, a large one puts its judgement there too, and nothing has to be parsed or drawn. A
-    comparison whose two orders disagree is a tie, as in the head-to-head evaluation of arXiv 2401.10020.
+    model always has one, a large one puts its judgement there too, and nothing has to be parsed or drawn. Small models
+    mostly name one place whatever stands there. As every two responses are shown both ways round, the mean of
+    log p(A) - log p(B) over all showings is that preference for a place and nothing else, and is taken off. A
+    comparison whose two orders still disagree is a tie, as in the head-to-head evaluation of arXiv 2401.10020.
+    An endpoint gives no probabilities: it writes greedily, and `[[A]]`, `[[B]]` or `[[C]]` is read from its text.
 
     Attributes:
         prompt: the question, a text or "file:PATH", with {instruction}, {first} and {second} where they belong.
         model: who judges: "self" (M_t), "sft" (M1), "base" (M0), or another model: a folder or hub id.
+        endpoint: asks a server instead of `model`, where it has a base_url.
+        verdict_tokens: the most tokens such a server writes.
         pairs: comparisons of each instruction, drawn so that every response has a turn; 0 takes all.
         scores: "wins", the share of comparisons won, a tie counting half; "elo", the share a response should win
             against an average one by Bradley and Terry's model, which is fairer where `pairs` are drawn.
@@ -62,6 +71,8 @@ class Pairwise:
 
     prompt: str
     model: str = "self"
+    endpoint: Endpoint = field(default_factory=Endpoint)
+    verdict_tokens: int = 512
     pairs: int = 0
     scores: str = "wins"
     low: int = 0
@@ -77,6 +88,10 @@ class Pairwise:
         check_model(self.model)
         check_share(self.max_failed_share)
         check_scale(self.low, self.high)
+        if self.endpoint.base_url:
+            self.endpoint.check("judge.endpoint")
+        if self.verdict_tokens < 1:
+            raise SelfalignError(f"judge.verdict_tokens must be 1 or more, got {self.verdict_tokens}")
         if self.pairs < 0:
             raise SelfalignError(f"judge.pairs must be 0 (all) or more, got {self.pairs}")
         if self.scores not in ("wins", "elo"):
@@ -113,17 +128,19 @@ class Pairwise:
 
     def judge(self, bench: Bench, subjects: Sequence[Subject]) -> Judged:
         """One judgement a response, from its comparisons."""
-        files = bench.judging_policy()
+        outside = bool(self.endpoint.base_url)
+        model, read = (self.endpoint.name, self._ask) if outside else (bench.judging_policy().digest, self._read)
         families = by_instruction(subjects)
         duels = [duel for family in families.values() for duel in self._draw(family, bench.seed)]
-        comparisons = compare(duels, lambda showings: self._read(bench, showings), files.digest)
+        counts: Counts = {}
+        comparisons = compare(duels, lambda showings: read(bench, showings, counts), model)
         by_family: dict[str, list[Comparison]] = {name: [] for name in families}
         for comparison in comparisons:
             by_family[comparison.instruction_id].append(comparison)
         judgements: list[Judgement] = []
         for name, family in families.items():
-            judgements += self._judgements(family, by_family[name], files.digest)
-        counts = {"comparisons": len(comparisons), **bias_statistics(comparisons)}
+            judgements += self._judgements(family, by_family[name], model)
+        counts |= {"comparisons": len(comparisons), **bias_statistics(comparisons)}
         return Judged(judgements=judgements, comparisons=comparisons, counts=counts)
 
     def pairs_of(self, responses: int) -> int:
@@ -146,13 +163,12 @@ class Pairwise:
             drawn.append(duel)
         return drawn
 
-    def _read(self, bench: Bench, showings: Sequence[Showing]) -> list[Reading]:
+    def _read(self, bench: Bench, showings: Sequence[Showing], counts: Counts) -> list[Reading]:
         """The likeliest verdict on each showing; those of one instruction share its beginning."""
         policy = bench.judging_policy().load(bench.generate.dtype)
         tokens = tokens_behind(policy, OPENING, list(Verdict))
         if tokens is None:
             raise SelfalignError("this model's tokenizer does not write a verdict as one token; choose another judge")
-        readings = [Reading(JudgementStatus.PROMPT_TOO_LONG, None, "")] * len(showings)
         prompts: dict[str, dict[int, list[int]]] = {}
         for index, showing in enumerate(showings):
             asked = self.ask(showing.duel.instruction.text, *showing.texts)
@@ -161,6 +177,7 @@ class Pairwise:
                 prompts.setdefault(showing.duel.instruction.id, {})[index] = ids
         groups: list[Group] = [share_prompt(n, list(p.values()), [[] for _ in p]) for n, p in prompts.items()]
         scorer = Scorer(policy, self.batch_tokens)
+        read: dict[int, list[float]] = {}
         for number, batch in enumerate(scorer.plan(groups)):
             chosen = [index for group in batch for index in prompts[group.id]]
             rows = bench.journal.batch(
@@ -168,9 +185,28 @@ class Pairwise:
                 len(chosen),
                 lambda batch=batch: [row for g in scorer.choose(batch, tokens) for row in g],
             )
-            for index, logps in zip(chosen, rows, strict=True):
-                readings[index] = likeliest(logps)
-        return readings
+            read |= dict(zip(chosen, rows, strict=True))
+        # One order alone would bring a preference between responses into the preference for a place.
+        both = [index for index in read if index ^ 1 in read]
+        preference = math.fsum(read[index][0] - read[index][1] for index in both) / max(1, len(both))
+        counts["judge/place_preference"] = preference
+        refused = Reading(JudgementStatus.PROMPT_TOO_LONG, None, "")
+        return [likeliest(read[index], preference) if index in read else refused for index in range(len(showings))]
+
+    def _ask(self, bench: Bench, showings: Sequence[Showing], counts: Counts) -> list[Reading]:
+        """The verdicts a server writes."""
+        requests = {
+            f"{showing.duel.id}{'-swapped' * showing.swapped}": {
+                "messages": self.ask(showing.duel.instruction.text, *showing.texts),
+                "temperature": 0,
+                "max_tokens": self.verdict_tokens,
+            }
+            for showing in showings
+        }
+        with self.endpoint.open("judge.endpoint") as client:
+            replies = list(client.complete_all(requests, bench.journal, 1).values())
+        counts |= self.endpoint.usage(replies)
+        return [parse_verdict(reply.text, reply.finish) for reply in replies]
 
     def _judgements(self, family: Sequence[Subject], comparisons: list[Comparison], model: str) -> list[Judgement]:
         """What the comparisons of one instruction say of each of its responses."""
@@ -194,9 +230,10 @@ class Pairwise:
         return judgements
 
 
-def likeliest(logps: Sequence[float]) -> Reading:
-    """The verdict with the highest probability; equal ones go to a tie."""
-    shares = distribution(logps)
+def likeliest(logps: Sequence[float], preference: float = 0.0) -> Reading:
+    """The verdict with the highest probability once a preference (nats) of A over B is taken off; a tie if equal."""
+    a, b, tie = logps
+    shares = distribution([a - preference / 2, b + preference / 2, tie])
     best = [verdict for verdict, share in zip(Verdict, shares, strict=True) if share == max(shares)]
     verdict = best[0] if len(best) == 1 else Verdict.TIE
     return Reading(JudgementStatus.OK, verdict, f"{OPENING}{verdict}]] with {max(shares):.3f}")

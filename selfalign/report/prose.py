@@ -44,7 +44,7 @@ def _data_sentence(run: Finished) -> str:
     )
     instruct, times = data["instruct"], run.config["iterations"]
     writer = "" if instruct["writer"] == "self" else f"{WHO[instruct['writer']]} wrote"
-    who = judge.get("model") or judge["endpoint"]["model"]
+    who = judge.get("endpoint", {}).get("model") or judge["model"]
     judged = "it judged itself" if who == "self" else f"{WHO.get(who, escape(who))} judged"
     asked, answered = f"{instruct['count']} instructions", f"{data['respond']['candidates']} candidates"
     wrote = f"{writer} {asked} and the newest model" if writer else f"the newest model wrote {asked} and"
