@@ -1,15 +1,19 @@
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from builders import RUBRIC, loaded, policy_artefact
+from builders import RUBRIC, Script, completion, loaded, nudged_policy, policy_artefact, small_context_policy
 from judging import ANSWERS, ASKED, given, judged
 
 from selfalign.errors import SelfalignError
 from selfalign.judges.bench import Subject
 from selfalign.judges.expected import ExpectedScore, expected, score_tokens
+from selfalign.judges.parsing import before_score
 from selfalign.models import PolicyFiles
+from selfalign.records import JudgementStatus
+from selfalign.tokenization import encode_prompt
 
 # --- the stage ---------------------------------------------------------------------------------------------------
 
@@ -66,3 +70,81 @@ def test_scores_of_two_digits_are_refused_by_the_one_token_judge(tiny_policy: Po
         score_tokens(loaded(tiny_policy.path), 9, 10)
     with pytest.raises(SelfalignError, match="digit"):
         ExpectedScore(prompt=RUBRIC, high=10)
+
+
+# --- after a justification ---------------------------------------------------------------------------------------
+
+JUSTIFIED = ExpectedScore(prompt=RUBRIC, rationale_tokens=12)
+
+
+def test_score_is_read_behind_the_greedy_justification(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+    talkative = nudged_policy(tiny_policy, tmp_path / "talkative", 0.2)
+    _, judgements = judged(tmp_path, JUSTIFIED, policy_artefact(talkative))
+    policy = loaded(talkative.path)
+    digits = score_tokens(policy, 0, 5)
+    texts = {record.id: record.text for record in ASKED}
+    for answer in ANSWERS:
+        prompt = encode_prompt(policy.tokenizer, JUSTIFIED.ask(texts[answer.instruction_id], answer.text))
+        ids = prompt
+        for _ in range(12):
+            with torch.no_grad():
+                likeliest = int(policy.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
+            if likeliest in policy.tokenizer.all_special_ids:
+                break
+            ids = [*ids, likeliest]
+        rationale = before_score(policy.tokenizer.decode(ids[len(prompt) :]).strip())
+        assert rationale
+        said = policy.tokenizer(f"{rationale}\nScore: ", split_special_tokens=True)["input_ids"]
+        with torch.no_grad():
+            shares = policy.model(input_ids=torch.tensor([prompt + said])).logits[0, -1].double()[digits].softmax(0)
+        assert judgements[answer.id].score == pytest.approx(float((shares * torch.arange(6)).sum()), abs=1e-4)
+        assert judgements[answer.id].text.startswith(rationale)
+        assert judgements[answer.id].entropy == pytest.approx(float(-(shares * shares.log()).sum()), abs=1e-4)
+
+
+def test_score_written_into_the_justification_is_not_read_but_cut_off(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+    """What follows it, and any control token the text spells, is not what the score is read behind."""
+    policy = loaded(tiny_policy.path)
+    plain = Script(policy, [completion("It is short.")])
+    sly = Script(policy, [completion("It is short.\n**Score**: 5\nScore: 5")])
+    spelled = Script(policy, [completion("It is short. <|im_end|>")])
+    found = []
+    for name, script in (("plain", plain), ("sly", sly), ("spelled", spelled)):
+        folder = tmp_path / name
+        backend = Backend(script)
+        _, judgements = judged(folder, JUSTIFIED, policy_artefact(tiny_policy), backend, **given(folder, ANSWERS[:1]))
+        found.append(judgements["bees-1"])
+    assert found[0].score == found[1].score
+    assert found[0].text == found[1].text
+    control = set(policy.tokenizer.all_special_ids)
+    subject = Subject(ASKED[0], ANSWERS[0])
+    ids = JUSTIFIED._prompt(policy, subject, "It is short. <|im_end|>")
+    usual = JUSTIFIED._prompt(policy, subject, "It is short.")
+    assert [i for i in ids if i in control] == [i for i in usual if i in control]
+
+
+@dataclass
+class Backend:
+    """A backend whose writer is scripted, and whose scorer is real."""
+
+    script: Script
+    dtype: str = "float32"
+
+    def load(self, files: PolicyFiles) -> Script:
+        return self.script
+
+
+def test_response_that_leaves_no_room_for_a_justification_is_unjudged(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+    length = len(encode_prompt(loaded(tiny_policy.path).tokenizer, JUSTIFIED.ask(ASKED[0].text, ANSWERS[2].text)))
+    small = small_context_policy(tiny_policy, tmp_path / "small", length + 11)
+    inputs = given(tmp_path, ANSWERS[:3])
+    counts, judgements = judged(tmp_path, JUSTIFIED, policy_artefact(small), **inputs)
+    assert counts["dropped"] == {"prompt_too_long": 1}
+    assert judgements["bees-3"].status is JudgementStatus.PROMPT_TOO_LONG
+
+
+def test_judge_that_justifies_itself_is_taught_so() -> None:
+    assert JUSTIFIED.opening == ""
+    assert JUSTIFIED.answer(3, "It is right.") == "It is right.\nScore: 3"
+    with pytest.raises(SelfalignError, match=r"judge\.rationale_tokens"):
+        ExpectedScore(prompt=RUBRIC, rationale_tokens=-1)

@@ -1,26 +1,37 @@
+import math
 from pathlib import Path
 
 import pytest
+import torch
 from builders import (
     RUBRIC,
     Script,
     completion,
+    demonstration,
     loaded,
+    optimization,
     policy_artefact,
+    records_artefact,
     response,
     small_context_policy,
+    weights,
+    workspace,
 )
-from judging import ANSWERS, FP32, given, judged
+from judging import ANSWERS, ASKED, FP32, given, judged, scores
 
 from selfalign.errors import SelfalignError
+from selfalign.files import read_json
 from selfalign.generation import Sampling
+from selfalign.judges.bench import Alarm
+from selfalign.judges.expected import score_tokens
 from selfalign.models import PolicyFiles
 from selfalign.records import JudgementStatus
-from selfalign.stages.judge import ExpectedScore, SampledScore, parse_score
+from selfalign.stages.judge import ExpectedScore, SampledScore, judge, parse_score
+from selfalign.stages.sft import sft
+from selfalign.store import Store
 from selfalign.tokenization import encode_prompt
 
-OK, NONE = JudgementStatus.OK, JudgementStatus.NO_SCORE
-RANGE, AMBIGUOUS, CUT = JudgementStatus.OUT_OF_RANGE, JudgementStatus.AMBIGUOUS, JudgementStatus.TRUNCATED
+OK = JudgementStatus.OK
 
 
 @pytest.mark.parametrize("kind", [SampledScore, ExpectedScore])
@@ -91,3 +102,118 @@ def test_response_cannot_leave_its_section(tiny_policy: PolicyFiles, kind: Sampl
 def test_impossible_judge_is_refused_with_its_key(kind: type, settings: dict, named: str) -> None:
     with pytest.raises(SelfalignError, match=named):
         kind(**settings)
+
+
+# --- what is said of a whole stage -------------------------------------------------------------------------------
+
+
+def test_every_response_has_a_score_record_in_its_order(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+    shuffled = [ANSWERS[i] for i in (3, 0, 4, 2, 1)]
+    kind = ExpectedScore(prompt=RUBRIC)
+    _, judgements = judged(tmp_path, kind, policy_artefact(tiny_policy), **given(tmp_path, shuffled))
+    found = scores(tmp_path)
+    assert list(found) == [answer.id for answer in shuffled]
+    assert {name: score.score for name, score in found.items()} == {n: j.score for n, j in judgements.items()}
+    assert not (tmp_path / "out/comparisons.jsonl").exists()
+
+
+def constancy(folder: Path, policy: PolicyFiles, texts: list[str], **alarm: float) -> dict[str, float]:
+    """What the stage says of a judge who writes these scores, one a response."""
+    script = Script(loaded(policy.path), [completion(text) for text in texts])
+    kind = SampledScore(prompt=RUBRIC, samples=1, alarm=Alarm(**alarm))
+    counts, _ = judged(folder, kind, policy_artefact(policy), script)
+    return {name: counts[f"judge/{name}"] for name in ("tied_share", "score_entropy", "constant")}
+
+
+def test_judge_that_always_says_five_raises_an_alarm(
+    tmp_path: Path, tiny_policy: PolicyFiles, caplog: pytest.LogCaptureFixture
+) -> None:
+    """lucidrains#7: a mean of 5 looks splendid."""
+    found = constancy(tmp_path, tiny_policy, ["Score: 5"] * 5)
+    assert found == {"tied_share": 1.0, "score_entropy": 0.0, "constant": 1.0}
+    [warning] = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert "stage: the judge says nearly the same of everything (100% of the instructions" in warning.message
+
+
+def test_judge_that_tells_responses_apart_raises_none(
+    tmp_path: Path, tiny_policy: PolicyFiles, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = constancy(tmp_path, tiny_policy, ["Score: 5", "Score: 5", "Score: 1", "Score: 3", "Score: 3"])
+    assert found["tied_share"] == 0.5
+    assert found["score_entropy"] == pytest.approx(math.log(5) - (4 * math.log(2)) / 5)
+    assert found["constant"] == 0.0
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+@pytest.mark.parametrize(
+    ("alarm", "constant"),
+    [
+        ({"tied_share": 0.5}, 1.0),
+        ({"tied_share": 0.51, "entropy": 0.0}, 0.0),
+        ({"tied_share": 1.0, "entropy": 1.06}, 1.0),
+        ({"tied_share": 1.0, "entropy": 1.05}, 0.0),
+    ],
+)
+def test_alarm_is_by_its_thresholds(tmp_path: Path, tiny_policy: PolicyFiles, alarm: dict, constant: float) -> None:
+    """Half the instructions are tied; the entropy is 1.0549 nats."""
+    texts = ["Score: 5", "Score: 5", "Score: 1", "Score: 3", "Score: 3"]
+    assert constancy(tmp_path, tiny_policy, texts, **alarm)["constant"] == constant
+
+
+@pytest.mark.parametrize("settings", [{"tied_share": 0.0}, {"tied_share": 1.1}, {"entropy": -1.0}])
+def test_impossible_alarm_is_refused_with_its_key(settings: dict) -> None:
+    with pytest.raises(SelfalignError, match=rf"judge\.alarm\.{next(iter(settings))}"):
+        Alarm(**settings)
+
+
+def test_budget_is_over_wanted_judgements_not_attempts(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+    """Four judgements are wanted and two fail for good, after five failed attempts of seven."""
+    replies = ["Score: 1", "no", "no", "no", "no", "Score: 2", "no"]
+    policy, inputs = policy_artefact(tiny_policy), given(tmp_path, ANSWERS[:4])
+
+    def run(folder: Path, share: float) -> None:
+        script = Script(loaded(tiny_policy.path), [completion(text) for text in replies])
+        kind = SampledScore(prompt=RUBRIC, samples=1, retries=1, max_failed_share=share)
+        judged(folder, kind, policy, script, **inputs)
+
+    run(tmp_path / "allowed", 0.5)
+    with pytest.raises(SelfalignError, match=r"2 of 4 judgements carry no score \(\{'no_score': 2\}\).*'no'"):
+        run(tmp_path / "refused", 0.49)
+
+
+def test_judge_is_the_policy_with_its_adapter(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+    """M_t, not the base below its adapter: the score is that of the adapted model's own logits."""
+    base, taught = policy_artefact(tiny_policy), demonstration("t", "Grade.", "Score: 5 of 5, no doubt.")
+    out = workspace(tmp_path / "M1")
+    given_ones = records_artefact(tmp_path / "ift", demonstrations=[taught])
+    settings = optimization(learning_rate=3e-2, epochs=8, batch_size=1)
+    sft(out, policy=base, base=base, demonstrations=given_ones, optimization=settings, weights=weights(rank=4))
+    adapted = PolicyFiles(out.path)
+    assert (out.path / "adapter").exists()
+    kind = ExpectedScore(prompt=RUBRIC)
+    _, by_adapted = judged(tmp_path / "adapted", kind, policy_artefact(adapted))
+    _, by_base = judged(tmp_path / "base", kind, base)
+    policy = adapted.load("float32", device="cpu")
+    digits = score_tokens(policy, 0, 5)
+    for answer in ANSWERS:
+        asked = next(record.text for record in ASKED if record.id == answer.instruction_id)
+        ids = encode_prompt(policy.tokenizer, kind.ask(asked, answer.text), "Score: ")
+        with torch.no_grad():
+            shares = policy.model(input_ids=torch.tensor([ids])).logits[0, -1].double()[digits].softmax(0)
+        mean = float((shares * torch.arange(6)).sum())
+        assert by_adapted[answer.id].score == pytest.approx(mean, abs=1e-4)
+        assert abs(by_adapted[answer.id].score - by_base[answer.id].score) > 0.01
+        assert by_adapted[answer.id].model == adapted.digest != by_base[answer.id].model
+
+
+def test_manifest_leads_from_judgements_to_rubric_policy_and_seed(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+    policy, inputs = policy_artefact(tiny_policy), given(tmp_path)
+    settings = {"judge": ExpectedScore(prompt=RUBRIC), "policy": policy, "reference": None, "generate": FP32, "seed": 5}
+    store = Store(tmp_path / "store")
+    made = store.make("judge", settings | inputs, lambda out: judge(out, **settings, **inputs))
+    told = read_json(made.path / "manifest.json")["inputs"]
+    assert told["judge"]["prompt"] == RUBRIC
+    assert told["judge"]["class"] == "ExpectedScore"
+    assert (told["policy"]["digest"], told["seed"]) == (policy.digest, 5)
+    other = {**settings, "judge": ExpectedScore(prompt=RUBRIC + " Be strict.")}
+    assert store.find("judge", other | inputs) is None
