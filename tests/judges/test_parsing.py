@@ -1,9 +1,14 @@
+import inspect
+import sys
 import time
+from types import ModuleType
+from typing import Any
 
 import pytest
 
+from selfalign.judges import parsing
 from selfalign.records import FinishReason, JudgementStatus
-from selfalign.stages.judge import parse_score
+from selfalign.stages.judge import Parsed, parse_score
 
 OK, NONE = JudgementStatus.OK, JudgementStatus.NO_SCORE
 RANGE, AMBIGUOUS, CUT = JudgementStatus.OUT_OF_RANGE, JudgementStatus.AMBIGUOUS, JudgementStatus.TRUNCATED
@@ -195,3 +200,61 @@ def test_hostile_text_is_read_in_no_time(hostile: str) -> None:
     started = time.perf_counter()
     parse_score(hostile, 0, 5)
     assert time.perf_counter() - started < 1
+
+
+ALSO_UNDERSTOOD = [
+    ("Score: 4 (out of 5)", 4.0),
+    ("Score: (4)", 4.0),
+    ("Score: [4/5]", 4.0),
+    ("Score: <4>", 4.0),
+    ("Total score: 2", 2.0),
+    ("Overall score = 3", 3.0),
+    ("Good.\u2028Score: 3", 3.0),
+]
+
+
+@pytest.mark.parametrize(("text", "score"), ALSO_UNDERSTOOD)
+def test_score_in_brackets_or_of_the_whole_is_read(text: str, score: float) -> None:
+    assert parse_score(text, 0, 5) == Parsed(OK, score)
+
+
+MUTANTS = [
+    ("anchored nowhere", "map(SCORE_LINE.fullmatch, lines)", "map(SCORE_LINE.search, lines)"),
+    ("anchored at the start only", "map(SCORE_LINE.fullmatch, lines)", "map(SCORE_LINE.match, lines)"),
+    ("two scores are one", "lines) if match}) > 1:", "lines) if match}) > 9:"),
+    ("clipped", "Parsed(JudgementStatus.OUT_OF_RANGE)", "Parsed(JudgementStatus.OK, min(max(score, low), high))"),
+    ("range unchecked", "if not low <= score <= high or", "if False or"),
+    ("lowest score excluded", "if not low <= score", "if not low < score"),
+    ("highest score excluded", "<= score <= high", "<= score < high"),
+    ("scale ignored", "(scale is not None and float(scale) != high)", "False"),
+    ("sign ignored", "(?P<score>[+-]?[0-9]+", "-?(?P<score>[0-9]+"),
+    ("one digit read", "(?P<score>[+-]?[0-9]+(?:", "(?P<score>[+-]?[0-9](?:"),
+    ("decimals ignored", r"[0-9]+(?:\.[0-9]+)?)\", re.IGNORECASE)", r"[0-9]+)\", re.IGNORECASE)"),
+    ("digits of every script", "(?P<score>[+-]?[0-9]+(?:", r"(?P<score>[+-]?\d+(?:"),
+    ("case counts", "re.IGNORECASE", "0"),
+    ("no colon needed", "score[\\s*_`]*[:=]", "score[\\s*_`]*[:=]?"),
+    ("no markup before it", "r\"[\\s>*_#`\\-]*(?:(?:final", "r\"(?:(?:final"),
+    ("a score at the cut is taken", "        found.pop()", "        pass"),
+    ("cut and silent are one", "JudgementStatus.TRUNCATED if cut else ", ""),
+    ("no score is 0", "    if not found:\n", "    if not found:\n        return Parsed(JudgementStatus.OK, 0.0)\n"),
+    ("every score is -1", "    return Parsed(JudgementStatus.OK, score)", "    return Parsed(JudgementStatus.OK, -1.0)"),
+]  # fmt: skip
+
+
+def verdicts(parse: Any) -> list[tuple[str, float | None]]:
+    """What a parser makes of the whole table."""
+    texts = [*(text for text, _ in UNDERSTOOD), *OUTSIDE, *CONTRADICTORY, *SILENT]
+    cut = [*UNFINISHED, "Score: 4\nThe reason is that the", "Score: 1", "Right.\nScore: 4."]
+    read = [parse(text, 0, 5) for text in texts] + [parse(text, 0, 5, FinishReason.LENGTH) for text in cut]
+    return [(parsed.status.value, parsed.score) for parsed in read]
+
+
+@pytest.mark.parametrize(("old", "new"), [mutant[1:] for mutant in MUTANTS], ids=[mutant[0] for mutant in MUTANTS])
+def test_broken_parser_is_caught_by_the_table(monkeypatch: pytest.MonkeyPatch, old: str, new: str) -> None:
+    source = inspect.getsource(parsing)
+    old, new = old.replace('\\"', '"'), new.replace('\\"', '"')
+    assert source.count(old) >= 1, f"the mutant's text is not in the parser: {old!r}"
+    broken = ModuleType("broken")
+    monkeypatch.setitem(sys.modules, "broken", broken)
+    exec(compile(source.replace(old, new), "broken", "exec"), broken.__dict__)
+    assert verdicts(broken.parse_score) != verdicts(parse_score)

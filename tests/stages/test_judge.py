@@ -1,4 +1,5 @@
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from builders import (
     RUBRIC,
     Script,
     completion,
+    composed,
     demonstration,
     loaded,
     optimization,
@@ -25,7 +27,7 @@ from selfalign.generation import Sampling
 from selfalign.judges.bench import Alarm
 from selfalign.judges.expected import score_tokens
 from selfalign.models import PolicyFiles
-from selfalign.records import JudgementStatus
+from selfalign.records import JudgementStatus, Verdict
 from selfalign.stages.judge import ExpectedScore, SampledScore, judge, parse_score
 from selfalign.stages.sft import sft
 from selfalign.store import Store
@@ -217,3 +219,30 @@ def test_manifest_leads_from_judgements_to_rubric_policy_and_seed(tmp_path: Path
     assert (told["policy"]["digest"], told["seed"]) == (policy.digest, 5)
     other = {**settings, "judge": ExpectedScore(prompt=RUBRIC + " Be strict.")}
     assert store.find("judge", other | inputs) is None
+
+
+# --- shipped rubrics ---------------------------------------------------------------------------------------------
+
+SHIPPED = {
+    "additive": [], "multiple_choice": [], "expected_score": [], "expected_score_justified": [],
+    "pairwise": ["evaluate=none"],
+    "external": ["judge.endpoint.base_url=http://nowhere/v1", "judge.endpoint.model=m"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_rubric_and_parser_agree_on_the_scale_and_its_tags_are_whole(name: str) -> None:
+    """HALOs asks for 0 to 10 and reads 1 to 10; raulc0399 opens <respone> and closes </response>."""
+    kind = composed(f"judge={name}", *SHIPPED[name])[0].judge
+    opened, closed = (re.findall(pattern, kind.prompt) for pattern in (r"<([a-z]+)>\n", r"</([a-z]+)>\n"))
+    assert opened == closed
+    assert set(opened) >= {"instruction"}
+    if name == "pairwise":
+        assert all(f"[[{verdict}]]" in kind.prompt for verdict in Verdict)
+    elif name == "multiple_choice":
+        assert re.findall(r"^(\d):", kind.prompt, re.MULTILINE) == [str(n) for n in range(kind.low, kind.high + 1)]
+    else:
+        assert f"from {kind.low} to {kind.high}" in kind.prompt
+    # What a model that repeats the rubric's last line says is no score.
+    if name != "pairwise":
+        assert parse_score(kind.prompt, kind.low, kind.high).status is JudgementStatus.NO_SCORE
