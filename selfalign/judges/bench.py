@@ -179,7 +179,7 @@ def tied_share(subjects: Sequence[Subject], scores: dict[str, float]) -> float |
 def entropy_of_scores(scores: Sequence[float]) -> float:
     """Entropy (nats) of how often each score was given; scores closer than a thousandth count as one."""
     counts = Counter(round(score, 3) for score in scores).values()
-    return -math.fsum(n / len(scores) * math.log(n / len(scores)) for n in counts)
+    return math.fsum(n / len(scores) * math.log(len(scores) / n) for n in counts)
 
 
 def check_prompt(prompt: str, names: Sequence[str]) -> None:

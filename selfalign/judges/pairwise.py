@@ -3,7 +3,7 @@
 import math
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, permutations
 from typing import ClassVar
@@ -49,9 +49,9 @@ class Pairwise:
 
     The verdict is the likeliest of the tokens A, B and C (a tie) behind `[[`, in one forward pass an order: a small
     model always has one, a large one puts its judgement there too, and nothing has to be parsed or drawn. Small models
-    mostly name one place whatever stands there. As every two responses are shown both ways round, the mean of
-    log p(A) - log p(B) over all showings is that preference for a place and nothing else, and is taken off. A
-    comparison whose two orders still disagree is a tie, as in the head-to-head evaluation of arXiv 2401.10020.
+    mostly name one place whatever stands there; that preference is measured on other comparisons and taken off
+    (`place_preferences`). A comparison whose two orders still disagree is a tie, as in the head-to-head evaluation of
+    arXiv 2401.10020.
     An endpoint gives no probabilities: it writes greedily, and `[[A]]`, `[[B]]` or `[[C]]` is read from its text.
 
     Attributes:
@@ -186,12 +186,13 @@ class Pairwise:
                 lambda batch=batch: [row for g in scorer.choose(batch, tokens) for row in g],
             )
             read |= dict(zip(chosen, rows, strict=True))
-        # One order alone would bring a preference between responses into the preference for a place.
-        both = [index for index in read if index ^ 1 in read]
-        preference = math.fsum(read[index][0] - read[index][1] for index in both) / max(1, len(both))
-        counts["judge/place_preference"] = preference
+        preferences = place_preferences(showings, read)
+        counts["judge/place_preference"] = math.fsum(preferences) / max(1, len(preferences))
         refused = Reading(JudgementStatus.PROMPT_TOO_LONG, None, "")
-        return [likeliest(read[index], preference) if index in read else refused for index in range(len(showings))]
+        return [
+            likeliest(read[index], preferences[index // 2]) if index in read else refused
+            for index in range(len(showings))
+        ]
 
     def _ask(self, bench: Bench, showings: Sequence[Showing], counts: Counts) -> list[Reading]:
         """The verdicts a server writes."""
@@ -228,6 +229,30 @@ class Pairwise:
                 )
             )
         return judgements
+
+
+def place_preferences(showings: Sequence[Showing], logps: Mapping[int, Sequence[float]]) -> list[float]:
+    """By how many nats the first place is preferred, for each two showings of a duel.
+
+    The mean of log p(A) - log p(B) over both orders of a duel is that preference and nothing of the responses'. A duel
+    is not corrected by its own, which would leave its orders nothing to disagree about, but by the mean over the other
+    duels of its instruction, or where there are none, over those of all instructions.
+
+    Args:
+        showings: two a duel, one behind the other.
+        logps: log p of A, B and a tie, by the index of the showing; a duel without both is left out of the means.
+    """
+    gaps = {index: logps[index][0] - logps[index][1] for index in logps}
+    duels = range(len(showings) // 2)
+    own = {duel: (gaps[2 * duel] + gaps[2 * duel + 1]) / 2 for duel in duels if {2 * duel, 2 * duel + 1} <= gaps.keys()}
+    families: dict[str, set[int]] = {}
+    for duel in own:
+        families.setdefault(showings[2 * duel].duel.instruction.id, set()).add(duel)
+    preferences: list[float] = []
+    for duel in duels:
+        others = families.get(showings[2 * duel].duel.instruction.id, set()) - {duel} or own.keys() - {duel}
+        preferences.append(math.fsum(own[other] for other in others) / max(1, len(others)))
+    return preferences
 
 
 def likeliest(logps: Sequence[float], preference: float = 0.0) -> Reading:

@@ -8,7 +8,8 @@ from judging import ANSWERS, given, judged, run_judge
 
 from selfalign.errors import SelfalignError
 from selfalign.judges.bench import Subject
-from selfalign.judges.pairwise import OPENING, Pairwise, likeliest
+from selfalign.judges.comparison import Duel, Showing
+from selfalign.judges.pairwise import OPENING, Pairwise, likeliest, place_preferences
 from selfalign.models import PolicyFiles
 from selfalign.records import Comparison, JudgementStatus, RankedAnswers, Verdict, read_records
 from selfalign.stages.seeds import demonstrate_judging
@@ -45,12 +46,17 @@ def test_verdicts_are_those_of_full_logits_less_the_preference_for_a_place(
             with torch.no_grad():
                 logits = policy.model(input_ids=torch.tensor([ids])).logits[0, -1].double()
             rows[first, second] = logits.log_softmax(0)[letters].tolist()
-    preference = sum(a - b for a, b, _ in rows.values()) / len(rows)
-    assert counts["judge/place_preference"] == pytest.approx(preference, abs=1e-4)
+    own = {
+        c.id: sum(a - b for a, b, _ in (rows[c.first_id, c.second_id], rows[c.second_id, c.first_id])) / 2 for c in made
+    }
     for one in made:
+        beside = [c.id for c in made if c.instruction_id == one.instruction_id and c is not one]
+        others = beside or [c.id for c in made if c is not one]
+        preference = sum(own[name] for name in others) / len(others)
         assert one.forward is likeliest(rows[one.first_id, one.second_id], preference).verdict
         assert one.backward is likeliest(rows[one.second_id, one.first_id], preference).verdict
         assert one.model == tiny_policy.digest
+    assert counts["judge/place_preference"] == pytest.approx(sum(own.values()) / len(own), abs=0.1)
     assert len(made) == counts["comparisons"] == 3 + 1
 
 
@@ -61,6 +67,16 @@ def test_preference_for_a_place_does_not_decide() -> None:
     assert likeliest([-1.0, -2.5, -9.0], 2.0).verdict is Verdict.B
     assert likeliest([-3.0, -3.0, -9.0]).verdict is Verdict.TIE
     assert likeliest([-3.0, -4.0, -1.0], 2.0).verdict is Verdict.TIE
+
+
+def test_preference_for_a_place_is_that_of_the_other_comparisons() -> None:
+    """Worked by hand: 2, 3 and 4 nats in one instruction, 10 in another; one order of the last is missing."""
+    asked = {name: instruction(name) for name in "pqr"}
+    duels = [Duel(asked[n[0]], response(f"{n}-1"), response(f"{n}-2")) for n in ("pa", "pb", "pc", "q", "r")]
+    showings = [Showing(duel, swapped) for duel in duels for swapped in (False, True)]
+    gaps = [5.0, -1.0, 3.0, 3.0, 4.0, 4.0, 9.0, 11.0, 7.0]
+    logps = {index: [gap, 0.0, -9.0] for index, gap in enumerate(gaps)}
+    assert place_preferences(showings, logps) == [3.5, 3.0, 2.5, 3.0, 4.75]
 
 
 def test_scores_are_shares_of_wins_on_the_scale(tmp_path: Path, tiny_policy: PolicyFiles) -> None:

@@ -237,7 +237,7 @@ MUTANTS = [
     ("a score at the cut is taken", "        found.pop()", "        pass"),
     ("cut and silent are one", "JudgementStatus.TRUNCATED if cut else ", ""),
     ("no score is 0", "    if not found:\n", "    if not found:\n        return Parsed(JudgementStatus.OK, 0.0)\n"),
-    ("every score is -1", "    return Parsed(JudgementStatus.OK, score)", "    return Parsed(JudgementStatus.OK, -1.0)"),
+    ("every score is -1", "Parsed(JudgementStatus.OK, score)", "Parsed(JudgementStatus.OK, -1.0)"),
 ]  # fmt: skip
 
 
