@@ -13,6 +13,7 @@ from selfalign.errors import SelfalignError
 from selfalign.generation import Sampling, TransformersGenerator
 from selfalign.judges import attempts, bench
 from selfalign.judges.bench import Subject
+from selfalign.judges.parsing import parse_score
 from selfalign.judges.sampled import SampledScore
 from selfalign.models import PolicyFiles
 from selfalign.records import Judgement, JudgementStatus, read_records, read_scores
@@ -114,6 +115,10 @@ def test_response_cannot_grade_itself(tmp_path: Path, tiny_policy: PolicyFiles) 
         **given(tmp_path, answers),
     )
     assert [(j.status, j.score) for j in judgements.values()] == [(OK, 1.0), (NONE, None)]
+    # A parser that reads the prompt too (Oxen, schauppi) would have taken the response's own 5.
+    prompt = script.tokenizer.decode(script.requests[0].prompt)
+    assert parse_score(prompt, 0, 5).score == 5.0
+    assert parse_score(f"{prompt}I will not say.", 0, 5).score == 5.0
 
 
 def test_impossible_sampling_of_judgements_is_refused_with_its_key() -> None:
