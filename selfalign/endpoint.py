@@ -7,7 +7,7 @@ that comes back, so that a server which repeats it cannot bring it into a file.
 import logging
 import os
 import re
-import time
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import astuple, dataclass, field
@@ -124,6 +124,7 @@ class ChatClient:
     def __init__(self, endpoint: Endpoint, secret: str) -> None:
         self._endpoint = endpoint
         self._secret = secret
+        self._stop = threading.Event()
         headers = {"Authorization": f"Bearer {secret}"} if secret else {}
         self._http = httpx.Client(timeout=endpoint.timeout_seconds, headers=headers)
         self._url = f"{endpoint.base_url.rstrip('/')}/chat/completions"
@@ -146,6 +147,8 @@ class ChatClient:
         body = {"model": self._endpoint.model, **request}
         trouble = ""
         for attempt in range(self._endpoint.retries + 1):
+            if self._stop.is_set():
+                break
             reply, trouble, asked = self._try(body)
             if reply is not None:
                 return reply
@@ -153,10 +156,10 @@ class ChatClient:
                 backoff = min(LONGEST_WAIT_SECONDS, self._endpoint.first_wait_seconds * 2**attempt)
                 wait = max(backoff, asked)
                 logger.info("%s: %s; trying again in %.1f s", self._url, trouble, wait)
-                time.sleep(wait)
+                pause(self._stop, wait)
         raise SelfalignError(
-            f"{self._url}: no usable answer in {self._endpoint.retries + 1} tries, at last: {trouble}; what was "
-            "answered is kept, the same command continues"
+            f"{self._url}: no usable answer in {self._endpoint.retries + 1} tries, at last: {trouble or 'stopped'}; "
+            "what was answered is kept, the same command continues"
         )
 
     def complete_all(self, requests: dict[str, dict[str, Any]], journal: Journal, size: int) -> dict[str, Reply]:
@@ -167,6 +170,7 @@ class ChatClient:
             journal: those it has already are not sent again.
             size: how far the progress bar moves for each.
         """
+        self._stop.clear()
         missing = [name for name in requests if name not in journal]
         journal.advance(size * (len(requests) - len(missing)))
         with ThreadPoolExecutor(self._endpoint.concurrency) as pool:
@@ -174,6 +178,9 @@ class ChatClient:
             try:
                 for future in as_completed(futures):
                     journal.batch(futures[future], size, future.result)
+            except BaseException:
+                self._stop.set()  # Those that wait before another try give up.
+                raise
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
                 for future, name in futures.items():
@@ -214,6 +221,11 @@ class ChatClient:
 
     def _clean(self, text: str) -> str:
         return text.replace(self._secret, "[key]") if self._secret else text
+
+
+def pause(stop: threading.Event, seconds: float) -> None:
+    """Waits, until it is told to stop."""
+    stop.wait(seconds)
 
 
 def retry_after(value: str) -> float:

@@ -1,5 +1,6 @@
 """The client against a real server that fails in every way servers do."""
 
+import threading
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -25,9 +26,9 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """How long the client would have slept; it does not."""
+    """How long the client would have waited; it does not."""
     found: list[float] = []
-    monkeypatch.setattr("selfalign.endpoint.time.sleep", found.append)
+    monkeypatch.setattr("selfalign.endpoint.pause", lambda stop, seconds: found.append(seconds))
     return found
 
 
@@ -173,6 +174,33 @@ def test_answers_before_a_failure_are_kept_and_not_asked_for_again(tmp_path: Pat
         answers = chats.complete_all(requests, journal, 1)
     assert {body["n"] for body in server.bodies} == {4, 5} - set(first[5:])
     assert [answers[f"r{n}"].text for n in range(4)] == ["Score: 1"] * 4
+
+
+def test_refusal_ends_the_waiting_of_the_others(tmp_path: Path) -> None:
+    """One request waits a minute before its next try when the other one is refused."""
+    waiting = threading.Event()
+
+    def says(body: dict[str, Any]) -> bytes:
+        if body["n"] == 0:
+            waiting.set()
+            return b"broken"
+        waiting.wait(10)
+        return b"too good to be true"
+
+    out = workspace(tmp_path)
+    with chat_server(says) as server, client(server, retries=1, first_wait_seconds=3600) as chats:
+        original = chats._try
+
+        def refused(body: dict[str, Any]) -> Any:
+            tried = original(body)
+            if body["n"] == 1:
+                raise SelfalignError("status 401")
+            return tried
+
+        chats._try = refused
+        with pytest.raises(SelfalignError, match="status 401"):
+            chats.complete_all({"a": {"n": 0}, "b": {"n": 1}}, Journal(out.scratch / "j", lambda size: None), 1)
+        assert [body["n"] for body in server.bodies].count(0) == 1
 
 
 def test_cost_is_by_the_million() -> None:

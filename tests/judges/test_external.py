@@ -27,7 +27,7 @@ OK, NONE = JudgementStatus.OK, JudgementStatus.NO_SCORE
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("JUDGE_KEY", KEY)
-    monkeypatch.setattr("selfalign.endpoint.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("selfalign.endpoint.pause", lambda stop, seconds: None)
 
 
 def at(server: ChatServer, **settings: Any) -> Endpoint:
