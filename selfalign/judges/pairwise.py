@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, permutations
-from typing import ClassVar
 
 from selfalign.batches import Group, share_prompt
 from selfalign.data import as_prompt
@@ -41,6 +40,7 @@ from selfalign.store import Counts
 from selfalign.tokenization import encode_prompt, fill
 
 OPENING = "[["
+"""What every answer begins with; the verdict is the next token."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -80,7 +80,6 @@ class Pairwise:
     batch_tokens: int = 2048
     max_failed_share: float = 0.5
     alarm: Alarm = field(default_factory=Alarm)
-    opening: ClassVar[str] = OPENING
 
     def __post_init__(self) -> None:
         self.prompt = text_or_file(self.prompt, "judge.prompt")
