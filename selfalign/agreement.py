@@ -35,7 +35,7 @@ class Question:
         return correlation([-rank for rank in self.ranks], self.scores, kind)
 
 
-def judge_quality(questions: Sequence[Question], top: float) -> dict[str, float]:
+def judge_quality(questions: Sequence[Question], top: float | None) -> dict[str, float]:
     """How well scores agree with human ranks (arXiv 2401.10020, section 3.1), with 95 % intervals over questions.
 
     Ties among scores, which the paper leaves open: a tied pair counts as not agreeing, Kendall's coefficient is
@@ -43,7 +43,7 @@ def judge_quality(questions: Sequence[Question], top: float) -> dict[str, float]
 
     Args:
         questions: with at least two answers each.
-        top: the highest score of the scale; scores within half a point of it are "5" for `five_best`.
+        top: the highest score of the scale, if it has one; scores within half a point of it are "5" for `five_best`.
     """
     agreement = [question.agreement() for question in questions]
     exact = [(int(agreeing == pairs), 1) for agreeing, pairs in agreement]
@@ -51,7 +51,7 @@ def judge_quality(questions: Sequence[Question], top: float) -> dict[str, float]
     for name, parts in (
         ("pairwise_accuracy", agreement),
         ("exact_match", exact),
-        ("five_best", [question.tops(top) for question in questions]),
+        ("five_best", [question.tops(math.inf if top is None else top) for question in questions]),
     ):
         measured |= _named(name, _ratio(parts))
     for kind in ("spearman", "kendall"):

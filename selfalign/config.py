@@ -18,7 +18,7 @@ from selfalign.pairing import AllOrdered, BestVsK, BestWorst, PairRule, RandomPa
 from selfalign.pipeline import Pairs, SelfRewarding
 from selfalign.run import check_name
 from selfalign.stages.evaluate import EvaluateConfig
-from selfalign.stages.judge import ExpectedScore, SampledScore
+from selfalign.stages.judge import ExpectedScore, ExternalScore, ImplicitReward, Pairwise, SampledScore
 from selfalign.stages.pair import PositivesOnly
 from selfalign.stages.seeds import EvaluationFineTuning
 from selfalign.tracking import NoTracking, Wandb
@@ -75,6 +75,11 @@ class ExperimentConfig:
             self.pair, PositivesOnly
         ):
             raise SelfalignError("loss=positives and pair=positives go together: one of them alone has no meaning")
+        self._check_evaluation_fine_tuning()
+        self._check_judge()
+
+    def _check_evaluation_fine_tuning(self) -> None:
+        """What its examples need is there."""
         seeds = self.data.seeds
         if self.evaluate.baseline and not (seeds.demonstrations and seeds.ranked):
             raise SelfalignError(
@@ -87,12 +92,38 @@ class ExperimentConfig:
                 "judge=additive or judge=multiple_choice"
             )
 
+    def _check_judge(self) -> None:
+        """What a judge cannot do is refused before anything is made."""
+        seeds = self.data.seeds
+        if isinstance(self.judge, ImplicitReward):
+            if seeds.ranked and seeds.evaluation_fine_tuning == EvaluationFineTuning.human:
+                raise SelfalignError(
+                    "judge=implicit writes no judgements that could be taught: set "
+                    "data.seeds.evaluation_fine_tuning=none"
+                )
+            if self.evaluate.instructions and self.evaluate.judge == "base":
+                raise SelfalignError("evaluate.judge=base has no reference, which judge=implicit needs: set sft")
+        if isinstance(self.judge, Pairwise):
+            if self.evaluate.instructions:
+                raise SelfalignError(
+                    "judge=pairwise compares responses of one model with one another, and evaluate.instructions are "
+                    "answered once by each: set evaluate=none"
+                )
+            if self.train.choose.every_steps:
+                raise SelfalignError("judge=pairwise cannot score the single answers of train.choose: set another one")
+
 
 COMPONENTS: dict[str, dict[str, type]] = {
     "model": {"model": ModelConfig},
     "data": {"self_rewarding": SelfRewarding, "pairs": Pairs},
     "generate": {"transformers": Transformers},
-    "judge": {"sampled_score": SampledScore, "expected_score": ExpectedScore},
+    "judge": {
+        "sampled_score": SampledScore,
+        "expected_score": ExpectedScore,
+        "pairwise": Pairwise,
+        "implicit": ImplicitReward,
+        "external": ExternalScore,
+    },
     "pair": {
         "best_worst": BestWorst,
         "random": RandomPair,

@@ -25,7 +25,8 @@ class Contest:
         every_steps: how often.
         instructions: instructions.jsonl, what they answer.
         judge: how answers are scored.
-        judged_by: the policy that scores them.
+        judged_by: the policy that scores them, if it is one of this run.
+        reference: what that policy was trained from.
         generate: the backend that answers.
         sampling: how.
         seed: draws the tokens, the same for every checkpoint.
@@ -34,7 +35,8 @@ class Contest:
     every_steps: int
     instructions: Artefact
     judge: Judge
-    judged_by: Artefact
+    judged_by: Artefact | None
+    reference: Artefact | None
     generate: Transformers
     sampling: Sampling
     seed: int
@@ -114,7 +116,8 @@ class Chooser:
         config = RespondConfig(candidates=1, sampling=contest.sampling)
         respond(answers, config=config, policy=_artefact(files.path), **shared)
         answered = _artefact(answers.path)
-        judge(judged, judge=contest.judge, policy=contest.judged_by, responses=answered, **shared)
+        who = {"judge": contest.judge, "policy": contest.judged_by, "reference": contest.reference}
+        judge(judged, responses=answered, **who, **shared)
         write_json(self._result(step), scores_by_instruction(answered, _artefact(judged.path)))
 
 

@@ -54,6 +54,19 @@ METRICS = {
     "judge/mean_score": "mean score of the candidates",
     "judge/std_score": "standard deviation of the scores",
     "judge/entropy": "mean entropy of the judge's score distribution, nats",
+    "judge/variance": "mean variance of a response's judgements, where it has several valid ones",
+    "judge/score_entropy": "entropy of the responses' scores, nats: 0 where all are the same",
+    "judge/tied_share": "share of instructions with several responses whose scores are all equal",
+    "judge/constant": "1 where the judge says nearly the same of everything (`judge.alarm`), else 0",
+    "judge/position_bias": "share of comparisons in which, even so, the same place won in both orders",
+    "judge/place_preference": "by how many nats a pairwise judge prefers the first place; taken off its verdicts",
+    "judge/tied_comparisons": "share of comparisons that are ties, disagreeing orders included",
+    "judge/alpha": "what the implicit reward loses for each token of the response",
+    "judge/requests": "judgements an external judge was asked for",
+    "judge/requests_without_usage": "those whose answer told no token counts",
+    "judge/prompt_tokens": "tokens an external judge read",
+    "judge/completion_tokens": "tokens an external judge wrote",
+    "judge/cost": "what these tokens cost, by the prices of `judge.endpoint`",
     "eval/win_rate": "share of evaluation instructions whose answer scores above M1's, a tie counts half",
     "eval/wins": "instructions won against M1",
     "eval/ties": "instructions with equal scores",
@@ -93,15 +106,6 @@ def instruction_statistics(texts: Sequence[Sequence[str]], highest: Sequence[flo
         **{name: value for name, value in varied.items() if value is not None},
         "mean_words": sum(map(len, texts)) / len(texts),
     }
-
-
-def mean_scores(judgements: Sequence[Judgement]) -> dict[str, float]:
-    """{response id: mean score of its valid judgements}; a response without any is not in it."""
-    scores: dict[str, list[float]] = {}
-    for judgement in judgements:
-        if judgement.score is not None:
-            scores.setdefault(judgement.response_id, []).append(judgement.score)
-    return {response: math.fsum(values) / len(values) for response, values in scores.items()}
 
 
 def judgement_statistics(judgements: Sequence[Judgement]) -> dict[str, float]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from selfalign.contest import Contest
 from selfalign.data import identify_data
 from selfalign.files import derive_seed
+from selfalign.judges.bench import OWN_MODELS, asks_a_server
 from selfalign.losses import Positives
 from selfalign.models import ModelConfig, identify_source
 from selfalign.run import Maker, StageFunction
@@ -18,7 +19,7 @@ from selfalign.stages.align import align, augmentation_of
 from selfalign.stages.eft import eft
 from selfalign.stages.evaluate import Judged, evaluate
 from selfalign.stages.instruct import InstructConfig, given_instructions, instruct
-from selfalign.stages.judge import judge
+from selfalign.stages.judge import ImplicitReward, judge
 from selfalign.stages.pair import PositivesOnly, gather_pairs, given_pairs, pair
 from selfalign.stages.pretrained import pretrained
 from selfalign.stages.questions import questions
@@ -66,12 +67,23 @@ class Pairs:
 
 @dataclass(slots=True)
 class Models:
-    """The models of a run so far: M0, M1, the newest, and the fixed one that writes instructions, if there is one."""
+    """The models of a run so far.
+
+    Attributes:
+        base: M0.
+        sft: M1.
+        newest: M_t.
+        reference: what the newest was trained from or against.
+        writer: a model that only writes instructions, where there is one.
+        judge: a model that only judges, where there is one.
+    """
 
     base: Artefact
     sft: Artefact
     newest: Artefact
+    reference: Artefact
     writer: Artefact | None = None
+    judge: Artefact | None = None
 
     def named(self, name: str) -> Artefact:
         """The model a setting names: base is M0, sft is M1, self and previous are the newest."""
@@ -85,7 +97,7 @@ def run_pipeline(config: "ExperimentConfig", run: Maker) -> None:
     asked, validation, given = method.questions(seed_data), method.validation(seed_data), method.given_pairs()
     listed, held_out = method.listed_instructions(), method.held_out(seed_data, asked, validation)
     base = run.make("M0", pretrained, model=config.model, source=identify_source(config.model))
-    models = Models(base, base, base, method.fixed_writer())
+    models = Models(base, base, base, base, method.fixed_writer(), method.fixed_judge())
     baseline = method.baseline(models, seed_data)
     taught = method.teach_judging(baseline, seed_data) if baseline else seed_data
     models.sft = models.newest = method.supervise("M1", models, taught)
@@ -98,7 +110,9 @@ def run_pipeline(config: "ExperimentConfig", run: Maker) -> None:
             known = {"seeds": seed_data, "earlier": list(instructions), "held_out": held_out}
             instructions.append(method.instructions(iteration, models, listed, known))
         made.append(given or method.pairs(iteration, models, instructions[-1]))
-        models.newest = method.align(iteration, models, method.gather(iteration, made), validation)
+        pairs = method.gather(iteration, made)
+        reference = models.newest if isinstance(config.loss, Positives) else models.named(config.train.reference)
+        models.newest, models.reference = method.align(iteration, models, pairs, validation), reference
         method.evaluate(f"M{iteration + 1}", models, seed_data, asked, answers_of_m1)
 
 
@@ -189,6 +203,14 @@ class Method:
         model = ModelConfig(path=data.instruct.writer, dtype=self.config.model.dtype)
         source = identify_source(model, "data.instruct.writer")
         return self.run.make("writer", pretrained, model=model, source=source)
+
+    def fixed_judge(self) -> Artefact | None:
+        """The model that judges, where it is none of the run's own."""
+        who = self.config.judge.model
+        if asks_a_server(self.config.judge) or who in OWN_MODELS:
+            return None
+        model = ModelConfig(path=who, dtype=self.config.model.dtype)
+        return self.run.make("judge", pretrained, model=model, source=identify_source(model, "judge.model"))
 
     def supervise(self, label: str, models: Models, demonstrations: Artefact) -> Artefact:
         """SFT of the newest model; without demonstrations it stays as it is."""
@@ -282,12 +304,13 @@ class Method:
         )
 
     def _contest(self, label: str, models: Models, validation: Artefact) -> Contest:
-        judge, settings = self.config.judge, self.config.train.choose
+        settings, (policy, reference) = self.config.train.choose, self._judging(self.config.judge.model, models)
         return Contest(
             every_steps=settings.every_steps,
             instructions=validation,
-            judge=judge,
-            judged_by=models.named(judge.model),
+            judge=self.config.judge,
+            judged_by=policy,
+            reference=reference,
             generate=self.config.generate,
             sampling=settings.sampling,
             seed=self._seed(f"{label}/validation"),
@@ -313,14 +336,14 @@ class Method:
                 self._judge(f"{place}/scores", self.config.evaluate.judge, models, asked, answers),
             )
         if seed_data.counts["questions_held_out"]:
-            ranked = self._judge(f"{place}/ranked_scores", "self", models, seed_data, seed_data)
+            ranked = self._judge(f"{place}/ranked_scores", "self", models, seed_data, seed_data, "ranked_scores")
         self.run.make(
             f"{place}/numbers",
             evaluate,
             judged=judged,
             baseline=baseline,
             ranked=(seed_data, ranked) if ranked is not None else None,
-            top=self.config.judge.high,
+            top=getattr(self.config.judge, "high", None),
         )
         return judged
 
@@ -340,17 +363,30 @@ class Method:
         content = identify_data(source, key)
         return self.run.make(label, questions, source=source, count=count, content=content, seeds=seed_data)
 
-    def _judge(self, label: str, who: str, models: Models, instructions: Artefact, responses: Artefact) -> Artefact:
+    def _judge(
+        self, label: str, who: str, models: Models, instructions: Artefact, responses: Artefact, purpose: str = ""
+    ) -> Artefact:
+        policy, reference = self._judging(who, models)
         return self.run.make(
             label,
             judge,
             judge=self.config.judge,
-            policy=models.named(who),
+            policy=policy,
+            reference=reference,
             instructions=instructions,
             responses=responses,
             generate=self.config.generate,
-            seed=self._seed(label),
+            seed=self._seed(purpose or label),
         )
+
+    def _judging(self, who: str, models: Models) -> tuple[Artefact | None, Artefact | None]:
+        """Who judges, and, where the judge compares the two, what that model was trained from; None for no model."""
+        if asks_a_server(self.config.judge):
+            return None, None
+        policy = models.named(who) if who in OWN_MODELS else models.judge
+        if not isinstance(self.config.judge, ImplicitReward):
+            return policy, None
+        return policy, models.base if who == "sft" else models.reference
 
     def _weights(self, label: str) -> Weights:
         return Weights(dtype=self.config.model.dtype, lora=self.config.model.lora, seed=self._seed(label))

@@ -2,10 +2,11 @@
 
 from typing import TYPE_CHECKING
 
+from selfalign.judges.bench import OWN_MODELS, asks_a_server
 from selfalign.losses import Positives
 from selfalign.pairing import PairRule
 from selfalign.pipeline import Pairs, SelfRewarding, makes_baseline
-from selfalign.stages.judge import SampledScore
+from selfalign.stages.judge import ExternalScore, Judge, Pairwise, SampledScore
 from selfalign.stages.seeds import EvaluationFineTuning
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ def plan(config: "ExperimentConfig") -> list[tuple[str, str]]:
     stages.append(("M0", config.model.path))
     if isinstance(data, SelfRewarding) and data.instruct.fixed_writer:
         stages.append(("writer", data.instruct.writer))
+    if not asks_a_server(config.judge) and config.judge.model not in OWN_MODELS:
+        stages.append(("judge", config.judge.model))
     stages += _baseline(config) if makes_baseline(config) else []
     human = data.seeds.evaluation_fine_tuning == EvaluationFineTuning.human
     if data.seeds.demonstrations or (data.seeds.ranked and human):
@@ -64,11 +67,10 @@ def _own_pairs(config: "ExperimentConfig", place: str) -> list[tuple[str, str]]:
     data = config.data
     written = f"the next of {data.instruct.source}" if data.instruct.source else f"written by {data.instruct.writer}"
     candidates = data.instruct.count * data.respond.candidates
-    samples = f" × {config.judge.samples}" if isinstance(config.judge, SampledScore) else ""
     return [
         (f"{place}/instructions", f"{data.instruct.count} new, {written}"),
         (f"{place}/responses", f"{candidates} candidates, {data.respond.candidates} each"),
-        (f"{place}/judgements", f"{candidates}{samples} by {type(config.judge).__name__}, model {config.judge.model}"),
+        (f"{place}/judgements", _judging(config.judge, data.instruct.count, data.respond.candidates)),
         (f"{place}/pairs", _most_pairs(config)),
     ]
 
@@ -77,6 +79,17 @@ def _most_pairs(config: "ExperimentConfig") -> str:
     """How many pairs, or positives, an iteration makes at most."""
     rule, written = config.pair, config.data.respond.candidates
     return f"up to {config.data.instruct.count * (rule.wanted(written) if isinstance(rule, PairRule) else written)}"
+
+
+def _judging(judge: Judge, instructions: int, candidates: int) -> str:
+    """How many judgements a judge makes of so many candidates of each instruction, and who it is."""
+    size = str(instructions * candidates)
+    if isinstance(judge, SampledScore | ExternalScore):
+        size += f" × {judge.samples}"
+    if isinstance(judge, Pairwise):
+        size = f"{instructions * judge.pairs_of(candidates)} comparisons × 2 orders"
+    who = judge.endpoint.model if isinstance(judge, ExternalScore | Pairwise) and asks_a_server(judge) else judge.model
+    return f"{size} by {type(judge).__name__}, model {who}"
 
 
 def _alignment(config: "ExperimentConfig", iteration: int) -> list[tuple[str, str]]:

@@ -100,7 +100,9 @@ class Judgement:
     """What a judge said of one response, once.
 
     `score` is a number on the judge's scale exactly when `status` is ok. `entropy` (nats) is that of the score
-    distribution where the judge has one. `model` is the digest of the policy that judged.
+    distribution where the judge has one. `model` is the digest of the policy that judged, or the endpoint's name of
+    it. Where judgements are drawn, `sample` counts those wanted of a response, `attempt` the tries at one of them, and
+    `seed` drew this one; the rubric stands in the manifest.
     """
 
     id: str
@@ -110,10 +112,56 @@ class Judgement:
     text: str
     model: str
     entropy: float | None = None
+    sample: int = 1
+    attempt: int = 1
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         if (self.score is not None) != (self.status is JudgementStatus.OK):
             raise ValueError(f"judgement {self.id}: status {self.status} with score {self.score}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResponseScore:
+    """What all judgements of a response come to; `id` is the response's.
+
+    `score` is the mean of the `valid` ones, None where these are fewer than the judge wants; `variance` is theirs
+    (n-1 in the denominator), None for fewer than two.
+    """
+
+    id: str
+    score: float | None
+    valid: int
+    variance: float | None
+
+
+class Verdict(StrEnum):
+    """What a judge says of two responses in one order: the one it was shown first (A), the second (B), or neither."""
+
+    A = "A"
+    B = "B"
+    TIE = "C"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """Two responses to one instruction, compared in both orders.
+
+    `forward` is the verdict with `first` shown first, `backward` with `second` shown first; None where it could not be
+    read, for which `status` gives the reason. `outcome` is that of `first`: 1 won, 0 lost, ½ tied or the orders
+    disagree; None unless `status` is ok. `texts` are what the judge wrote or `[[A]]` with its probability.
+    """
+
+    id: str
+    instruction_id: str
+    first_id: str
+    second_id: str
+    forward: Verdict | None
+    backward: Verdict | None
+    status: JudgementStatus
+    outcome: float | None
+    texts: list[str]
+    model: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,6 +226,12 @@ def read_records(path: Path, kind: type[R]) -> list[R]:
             raise SelfalignError(f"{path}:{number}: the id {record.id!r} occurs twice; ids must be unique")
         records[record.id] = record
     return list(records.values())
+
+
+def read_scores(folder: Path) -> dict[str, float]:
+    """{response id: score} of a judged artefact; an unjudged response is not in it."""
+    scores = read_records(folder / "scores.jsonl", ResponseScore)
+    return {record.id: record.score for record in scores if record.score is not None}
 
 
 def read_typed_lines(path: Path, kind: type[T]) -> Iterator[tuple[int, T]]:

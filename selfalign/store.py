@@ -101,6 +101,9 @@ class Journal:
             entry = json.loads(line)
             self._done[entry["batch"]] = entry["result"]
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._done
+
     def batch(self, name: str, size: int, work: Callable[[], Any]) -> Any:
         """The JSON result of a batch: read back when it is there, else made by `work` and appended."""
         if name not in self._done:

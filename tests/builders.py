@@ -27,6 +27,7 @@ from selfalign.records import (
     JudgementStatus,
     PreferencePair,
     Response,
+    ResponseScore,
     write_records,
 )
 from selfalign.stages.sft import sft
@@ -51,8 +52,10 @@ def artefact(folder: Path, stage: str = "given", counts: dict[str, Any] | None =
 
 
 def records_artefact(folder: Path, **files: Sequence[HasId]) -> Artefact:
-    """A finished artefact that holds `<name>.jsonl` for every keyword."""
+    """A finished artefact that holds `<name>.jsonl` for every keyword, and beside judgements their scores."""
     folder.mkdir(parents=True, exist_ok=True)
+    if "judgements" in files and "scores" not in files:
+        files["scores"] = mean_scores(files["judgements"])
     for name, records in files.items():
         write_records(folder / f"{name}.jsonl", records)
     return artefact(folder)
@@ -127,6 +130,14 @@ def judgement(name: str, score: float | None, sample: int = 1) -> Judgement:
     """A judgement of the response of this name; without a score it found none."""
     status = JudgementStatus.NO_SCORE if score is None else JudgementStatus.OK
     return Judgement(id=f"{name}-{sample}", response_id=name, status=status, score=score, text="", model="m")
+
+
+def mean_scores(judgements: Sequence[Any]) -> list[ResponseScore]:
+    """Every response's mean over its valid judgements."""
+    names = dict.fromkeys(j.response_id for j in judgements)
+    valid = {name: [j.score for j in judgements if j.response_id == name and j.score is not None] for name in names}
+    means = {name: sum(scores) / len(scores) if scores else None for name, scores in valid.items()}
+    return [ResponseScore(id=n, score=means[n], valid=len(valid[n]), variance=None) for n in names]
 
 
 def demonstration(name: str, text: str, answer: str = "Yes.") -> Demonstration:

@@ -148,6 +148,9 @@ NEEDED = {
     "data/ultrafeedback": ["iterations=1"],
     "loss/positives": ["pair=positives"],
     "pair/positives": ["loss=positives"],
+    "judge/pairwise": ["evaluate=none"],
+    "judge/implicit": ["data.seeds.evaluation_fine_tuning=none"],
+    "judge/external": ["judge.endpoint.base_url=http://nowhere/v1", "judge.endpoint.model=m"],
 }
 """What an option cannot do without."""
 
@@ -257,6 +260,17 @@ RANGES = [
     ("judge.high=10", "judge.high"),
     ("judge.batch_tokens=0", "judge.batch_tokens"),
     ("judge=additive judge.samples=0", "judge.samples"),
+    ("judge=additive judge.minimum_valid=4", "judge.minimum_valid"),
+    ("judge=additive judge.model=gpt", "judge.model"),
+    ("judge.rationale_tokens=-1", "judge.rationale_tokens"),
+    ("judge.alarm.tied_share=2", "judge.alarm.tied_share"),
+    ("judge=pairwise evaluate=none judge.scores=points", "judge.scores"),
+    ("judge=pairwise", "evaluate.instructions"),
+    ("judge=pairwise evaluate=none train.choose.every_steps=2 train.choose.instructions=a.jsonl", "train.choose"),
+    ("judge=implicit", "data.seeds.evaluation_fine_tuning"),
+    ("judge=implicit data.seeds.evaluation_fine_tuning=none judge.model=base", "judge.model"),
+    ("judge=implicit data.seeds.evaluation_fine_tuning=none evaluate.judge=base", "evaluate.judge"),
+    ("judge=external judge.endpoint.model=m judge.endpoint.base_url=nowhere", "judge.endpoint.base_url"),
     ("judge=additive judge.sampling.top_p=0", "judge.sampling.top_p"),
     ("pair.minimum_pairs=0", "pair.minimum_pairs"),
     ("pair=random pair.length_control=1", "pair.length_control"),

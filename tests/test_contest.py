@@ -24,6 +24,7 @@ def contest(policy: PolicyFiles, folder: Path) -> Contest:
         instructions=asked,
         judge=ExpectedScore(prompt=RUBRIC),
         judged_by=policy_artefact(policy),
+        reference=None,
         generate=Transformers(dtype="float32"),
         sampling=Sampling(max_new_tokens=4),
         seed=0,

@@ -11,7 +11,6 @@ from selfalign.metrics import (
     head_to_head,
     instruction_statistics,
     judgement_statistics,
-    mean_scores,
     reward_intervals,
     reward_metrics,
     score_histogram,
@@ -54,11 +53,6 @@ def test_nothing_in_common_has_no_win_rate() -> None:
 
 def failed(name: str, status: JudgementStatus = JudgementStatus.AMBIGUOUS) -> Judgement:
     return Judgement(id=f"{name}-9", response_id=name, status=status, score=None, text="", model="m")
-
-
-def test_mean_score_is_over_valid_judgements_only() -> None:
-    records = [judgement("a", 5, 1), failed("a"), judgement("a", 2, 2), failed("b"), judgement("c", 0, 1)]
-    assert mean_scores(records) == {"a": 3.5, "c": 0.0}
 
 
 def test_judgement_statistics_by_hand() -> None:

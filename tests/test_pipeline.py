@@ -18,12 +18,14 @@ from selfalign.metrics import METRICS
 from selfalign.models import PolicyFiles
 from selfalign.plan import plan
 from selfalign.records import (
+    Comparison,
     Demonstration,
     Instruction,
     Judgement,
     PairReference,
     PreferencePair,
     Response,
+    ResponseScore,
     read_records,
 )
 from selfalign.store import Store, Workspace
@@ -188,7 +190,7 @@ def test_same_command_again_makes_nothing_and_says_so(
 def test_same_seed_in_another_folder_makes_the_same_bytes(study: Study, tmp_path: Path) -> None:
     other = run(tmp_path, *study.overrides)
     files = record_files(study.folder)
-    assert len(files) == 28
+    assert len(files) == 36
     assert record_files(other) == files
     assert other.name == study.folder.name
     weights = [read_json(folder / "provenance.json")["weights"] for folder in (study.folder, other)]
@@ -307,6 +309,11 @@ WAYS = {
     "older_reference": ["train.reference=sft", "data.instruct.writer=sft", "judge.model=sft", "evaluate.judge=base"],
     "base_reference": ["train.reference=base", "iterations=1", "loss=ipo"],
     "accumulated": ["data.accumulate=true", "pair=all_ordered", "pair.length_control=[0.3,0]"],
+    "fixed_judge": ["judge.model=random:tiny", "iterations=1"],
+    "pairwise": ["judge=pairwise", "judge.pairs=2", "evaluate=none", "loss=positives", "pair=positives",
+                 "pair.minimum_score=0", "iterations=1", "data.respond.sampling.max_new_tokens=128",
+                 "data.respond.sampling.temperature=1"],
+    "implicit": ["judge=implicit", "data.seeds.evaluation_fine_tuning=none", "train.reference=sft"],
     "adapters": ["model.lora.rank=8", "model.lora.alpha=64", "train.sft.learning_rate=2e-2", "loss=dpo"],
 }  # fmt: skip
 
@@ -314,7 +321,7 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_planned_stages_are_those_that_are_made_in_their_order(study: Study, way: str) -> None:
     overrides = [
-        o for o in study.overrides if way != "no_answers_compared" or not o.startswith("evaluate.instructions")
+        o for o in study.overrides if "evaluate=none" not in WAYS[way] or not o.startswith("evaluate.instructions")
     ]
     folder = run(study.output, *overrides, *WAYS[way])
     config, *_ = composed(*overrides, *WAYS[way])
@@ -366,6 +373,45 @@ def check_older_reference(folder: Path) -> None:
     assert manifest(folder, "M3")["inputs"]["starts_as_reference"] is False
     first = next(row for row in metrics(folder) if row["label"] == "M3" and row.get("align/step") == 1)
     assert abs(first["rewards/chosen"]) > 1e-3
+
+
+def check_fixed_judge(folder: Path) -> None:
+    weights = read_json(folder / "provenance.json")["weights"]
+    judged = records(folder, "iteration_1/judgements", "judgements", Judgement)
+    assert {j.model for j in judged} == {PolicyFiles(folder / "artefacts/judge").digest} == {weights["M0"]}
+    assert (
+        manifest(folder, "iteration_1/judgements")["inputs"]["policy"]["digest"] == manifest(folder, "judge")["digest"]
+    )
+    # How well M2 itself judges is measured all the same.
+    assert {j.model for j in records(folder, "evaluation_M2/ranked_scores", "judgements", Judgement)} == {weights["M2"]}
+
+
+def check_pairwise(folder: Path) -> None:
+    counts = manifest(folder, "iteration_1/judgements")["counts"]
+    made = records(folder, "iteration_1/judgements", "comparisons", Comparison)
+    assert len(made) == counts["comparisons"] == 3 * 2
+    assert {s.valid for s in records(folder, "iteration_1/judgements", "scores", ResponseScore)} == {1}
+    taught = [d for d in records(folder, "seeds", "demonstrations", Demonstration) if d.source == "eft"]
+    assert {d.response for d in taught} == {"A]]", "B]]"}
+    assert manifest(folder, "evaluation_M2/numbers")["counts"]["judge_quality/questions"] == 1
+
+
+def check_implicit(folder: Path) -> None:
+    """M1's reference is M0, and that of M2 and M3 what they were aligned against."""
+    digests = {name: manifest(folder, name)["digest"] for name in ("M0", "M1", "M2", "M3")}
+    judges = {
+        "iteration_1/judgements": ("M1", "M0"),
+        "iteration_2/judgements": ("M2", "M1"),
+        "evaluation_M1/ranked_scores": ("M1", "M0"),
+        "evaluation_M3/ranked_scores": ("M3", "M1"),
+        "evaluation_M3/scores": ("M1", "M0"),
+    }
+    for label, (policy, reference) in judges.items():
+        inputs = manifest(folder, label)["inputs"]
+        assert (inputs["policy"]["digest"], inputs["reference"]["digest"]) == (digests[policy], digests[reference]), (
+            label
+        )
+    assert "judge_quality/five_best" not in manifest(folder, "evaluation_M3/numbers")["counts"]
 
 
 def check_base_reference(folder: Path) -> None:
@@ -489,15 +535,17 @@ def test_given_pairs_without_seeds_align_m0_itself(study: Study, tmp_path: Path)
 BOOKKEEPING = {"step", "iteration", "label", "stage"}
 COUNTS = {
     "parameters", "ift", "eft", "questions_taught", "questions_held_out", "demonstrations", "tokens", "instructions",
-    "written", "kept", "batches", "responses", "judgements", "unjudged_responses",
+    "written", "kept", "batches", "responses", "judgements", "unjudged_responses", "retries", "comparisons",
 }  # fmt: skip
 """How many records a stage read or wrote: what the names say."""
 ONLY_ELSEWHERE = {
     "judge_quality/five_best", "refinement/correlation_with_margin", "held_out_pairs", "chosen_step",
-    "calibration/self_consistency",
+    "calibration/self_consistency", "judge/variance", "judge/position_bias", "judge/place_preference",
+    "judge/tied_comparisons", "judge/alpha", "judge/requests", "judge/requests_without_usage", "judge/prompt_tokens",
+    "judge/completion_tokens", "judge/cost",
 }  # fmt: skip
-"""Left out where no answer reaches the top of the scale, a step has one pair, an answer is judged once, or an option
-is off."""
+"""Left out where no answer reaches the top of the scale, a step has one pair, an answer is judged once, an option is
+off, or by other judges."""
 
 
 def written_names(folder: Path) -> set[str]:
@@ -529,6 +577,7 @@ def test_judge_that_writes_no_scores_stops_the_run_which_keeps_what_it_made(stud
     overrides = [
         "judge=additive",
         "judge.samples=1",
+        "judge.retries=1",
         "judge.sampling.max_new_tokens=4",
         "iterations=1",
         "name=unjudged",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders import records_artefact
 
 from selfalign.files import write_json
 from selfalign.metrics import METRICS
@@ -20,13 +21,12 @@ from selfalign.records import (
     PreferencePair,
     RankedAnswers,
     Response,
-    write_records,
 )
 from selfalign.report import log_samples, write_report
 from selfalign.report.charts import Series, draw_curves, draw_histogram, draw_models, moving_mean, spread, tick_labels
 from selfalign.report.finished import Candidate, Finished, best_first, read_samples, with_winner
 from selfalign.report.markup import decimals, duration, percent, telling_apart
-from selfalign.report.prose import verdict, what_was_run
+from selfalign.report.prose import verdict, warnings, what_was_run
 from selfalign.run import Run
 from selfalign.store import Artefact, Store
 
@@ -78,8 +78,7 @@ class Fabricated:
     def stage(self, label: str, stage: str, counts: dict[str, Any], **files: Sequence[HasId]) -> None:
         place = self.folder / "artefacts" / label
         place.mkdir(parents=True)
-        for name, records in files.items():
-            write_records(place / f"{name}.jsonl", records)
+        records_artefact(place, **files)
         inputs = {"loss": {"class": "SrDPO", **self.config["loss"]}} if stage == "align" else {}
         write_json(place / "manifest.json", {"inputs": inputs})
         self.stages.append({"label": label, "stage": stage, "seconds": 2.5, "counts": counts, "key": "k"})
@@ -449,6 +448,48 @@ def test_verdict_follows_the_interval(tmp_path: Path, low: float, high: float, s
     text = verdict(Finished.load(run.finish()))
     assert said in text
     assert "8 instructions" in text
+
+
+def test_constant_judge_is_a_warning_at_the_top(tmp_path: Path) -> None:
+    run = whole(tmp_path / "quiet")
+    assert warnings(Finished.load(run)) == ""
+    begun = begin(tmp_path / "run")
+    begun.stage("iteration_1/judgements", "judge", {"judge/constant": 1.0})
+    begun.stage("evaluation_M2/scores", "judge", {"judge/constant": 0.0})
+    folder = begun.finish()
+    said = warnings(Finished.load(folder))
+    assert "a judge said nearly the same of everything" in said
+    assert "iteration_1/judgements" in said
+    assert "evaluation_M2" not in said
+    write_report(folder)
+    assert said in (folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("judge", "kind", "said"),
+    [
+        ({"model": "sft", "low": 0, "high": 5, "pairs": 0}, "Pairwise", "M1 judged (wins of comparisons, 0 to 5)"),
+        ({"model": "self", "beta": 0.1}, "ImplicitReward", "which it judged itself (implicit reward)"),
+        (
+            {"endpoint": {"model": "big<model>"}, "low": 0, "high": 5, "samples": 3},
+            "ExternalScore",
+            "which big&lt;model&gt; judged (mean of 3 written judgements, 0 to 5)",
+        ),
+        (
+            {"model": "/models/x", "low": 0, "high": 5},
+            "ExpectedScore",
+            "which /models/x judged (expected score, 0 to 5)",
+        ),
+    ],
+)
+def test_paragraph_says_who_judged_and_how(tmp_path: Path, judge: dict[str, Any], kind: str, said: str) -> None:
+    run = begin(tmp_path / "run", judge=judge)
+    run.stage("iteration_1/judgements", "judge", {})
+    place = tmp_path / "run/artefacts/iteration_1/judgements/manifest.json"
+    write_json(place, {"inputs": {"judge": {"class": kind}}})
+    folder = run.finish()
+    assert said in re.sub(r"<.*?>", "", what_was_run(Finished.load(folder)))
+    write_report(folder)
 
 
 # --- what the numbers come from ----------------------------------------------------------------------------------

@@ -161,6 +161,7 @@ def judging(job: argparse.Namespace, policy: PolicyFiles, folder: Path) -> dict[
                     out,
                     judge=judges[name],
                     policy=model,
+                    reference=None,
                     instructions=subjects,
                     responses=subjects,
                     generate=backend,

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from selfalign.files import read_json
-from selfalign.metrics import mean_scores
 from selfalign.records import (
     Demonstration,
     FinishReason,
@@ -20,6 +19,7 @@ from selfalign.records import (
     RankedAnswers,
     Response,
     read_records,
+    read_scores,
 )
 from selfalign.statistics import bootstrap_mean, wilson
 
@@ -96,6 +96,12 @@ class Finished:
         )
 
     @property
+    def judge(self) -> str:
+        """The class of the judge, empty where nothing was judged."""
+        judged = (label for label, stage in self.stages.items() if stage == "judge")
+        return self.setting(next(judged, ""), "judge")
+
+    @property
     def iterations(self) -> list[int]:
         """Iterations that made data to train on."""
         return iterations_of(self.counts)
@@ -130,6 +136,12 @@ def read_there(folder: Path, label: str, kind: type[R]) -> list[R]:
     return read_records(path, kind) if path.is_file() and path.stat().st_size else []
 
 
+def scores_there(folder: Path, label: str) -> dict[str, float]:
+    """{response id: score} of a judged artefact of a run; none where there is no such file."""
+    place = folder / "artefacts" / label
+    return read_scores(place) if (place / "scores.jsonl").is_file() else {}
+
+
 def read_samples(folder: Path, iteration: int) -> list[Sample]:
     """An iteration's instructions with their candidates, the best first; or the given pairs, as such."""
     place = f"iteration_{iteration}"
@@ -158,12 +170,13 @@ def read_candidates(folder: Path, responses: str, judgements: str, role: dict[st
     judged: dict[str, list[Judgement]] = {}
     for judgement in read_there(folder, judgements, Judgement):
         judged.setdefault(judgement.response_id, []).append(judgement)
+    scores = scores_there(folder, judgements)
     candidates: dict[str, list[Candidate]] = {}
     for response in read_there(folder, responses, Response):
         found = judged.get(response.id, [])
         candidate = Candidate(
             text=response.text,
-            score=mean_scores(found).get(response.id),
+            score=scores.get(response.id),
             role=role.get(response.id, ""),
             finished=response.finish_reason is FinishReason.EOS,
             judgements=found,

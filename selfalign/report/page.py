@@ -34,7 +34,7 @@ from selfalign.report.markup import (
     present,
     table,
 )
-from selfalign.report.prose import verdict, what_was_run
+from selfalign.report.prose import verdict, warnings, what_was_run
 from selfalign.run import Run, iteration_of
 
 Row = dict[str, Any]
@@ -51,6 +51,7 @@ PURPOSES = {
     "eft/demonstrations": "evaluation fine-tuning: choosing examples",
     "instructions": "writing instructions",
     "responses": "writing candidates",
+    "judge": "preparing the judge",
     "judgements": "judging candidates",
     "pairs": "pairing",
     "reference": "reference log-probabilities",
@@ -115,7 +116,7 @@ def page(run: Finished) -> str:
 <p class="eyebrow">selfalign · report of run {escape(run.folder.name)}</p>
 <h1>{name}</h1>
 <p class="lead">{what_was_run(run)}</p>
-{verdict(run)}<nav>{links}</nav>
+{verdict(run)}{warnings(run)}<nav>{links}</nav>
 </header>
 <main>
 {sections}</main>
@@ -160,6 +161,7 @@ ITERATIONS = (
     Column("candidates", "responses to them", "responses/responses", ANY),
     Column("finished", "share of candidates that end by themselves", "responses/finished_share", percent),
     Column("mean score", METRICS["judge/mean_score"], "judgements/judge/mean_score", decimals(2)),
+    Column("tied", METRICS["judge/tied_share"], "judgements/judge/tied_share", percent),
     Column("std of scores", METRICS["judge/std_score"], "judgements/judge/std_score", decimals(3)),
     Column("pairs", "preference pairs to train on", "pairs/pairs", ANY),
     Column("positives", "responses good enough to train on", "pairs/positives", ANY),
@@ -301,6 +303,8 @@ def data_table(run: Finished) -> str:
 def histograms(run: Finished) -> str:
     """How often each score was given, iteration by iteration, with one scale."""
     judge = run.config["judge"]
+    if "low" not in judge:
+        return ""
     judged = {n: run.records(f"iteration_{n}/judgements", Judgement) for n in run.iterations}
     counts = {n: score_histogram(found, judge["low"], judge["high"]) for n, found in judged.items() if found}
     peak = max((max(values) for values in counts.values()), default=0)

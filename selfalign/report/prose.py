@@ -6,6 +6,7 @@ from selfalign.report.finished import Finished
 from selfalign.report.markup import is_number, percent, strong
 
 LOSSES = {"SrDPO": "Sr-DPO", "SrIPO": "Sr-IPO"}
+SCORES = {"Pairwise": "wins of comparisons", "ImplicitReward": "implicit reward"}
 WHO = {"self": "the newest model itself", "previous": "the model before it", "sft": "M1", "base": "M0"}
 
 
@@ -36,15 +37,16 @@ def _data_sentence(run: Finished) -> str:
     data, judge, pair = run.config["data"], run.config["judge"], run.config["pair"]
     if "path" in data:
         return f"Preference pairs were given: {strong(data['path'])}."
-    samples = judge.get("samples")
-    score = f"mean of {samples} written judgements" if samples else "expected score"
+    samples, scale = judge.get("samples"), f", {judge['low']} to {judge['high']}" if "low" in judge else ""
+    score = f"mean of {samples} written judgements" if samples else SCORES.get(run.judge, "expected score")
     kept = (
         f"responses with {pair['minimum_score']:g} or more were kept"
         if "minimum_score" in pair
         else "the best was paired with the worst"
     )
     instruct, times = data["instruct"], run.config["iterations"]
-    judged = "it judged itself" if judge["model"] == "self" else f"{WHO[judge['model']]} judged"
+    who = judge.get("endpoint", {}).get("model") or judge["model"]
+    judged = "it judged itself" if who == "self" else f"{WHO.get(who, escape(who))} judged"
     asked, answered = f"{instruct['count']} instructions", f"{data['respond']['candidates']} candidates"
     wrote = f"the newest model wrote {asked} and"
     if source := instruct.get("source"):
@@ -52,10 +54,7 @@ def _data_sentence(run: Finished) -> str:
     elif (writer := instruct["writer"]) != "self":
         wrote = f"{WHO.get(writer) or strong(writer)} wrote {asked} and the newest model"
     often = "one iteration" if times == 1 else f"each of {times} iterations"
-    return (
-        f"In {strong(often)} {wrote}, for each, {answered}, which {judged} "
-        f"({strong(score)}, {judge['low']} to {judge['high']}); {strong(kept)}."
-    )
+    return f"In {strong(often)} {wrote}, for each, {answered}, which {judged} ({strong(score)}{scale}); {strong(kept)}."
 
 
 def _loss_sentence(run: Finished) -> str:
@@ -70,6 +69,17 @@ def _loss_sentence(run: Finished) -> str:
     name = run.setting(labels[0], "loss") or "Alignment"
     against = WHO[run.config["train"]["reference"]]
     return f"{strong(LOSSES.get(name, name))} ({', '.join(settings)}; reference: {against}) made {models}."
+
+
+def warnings(run: Finished) -> str:
+    """Judges whose scores hardly tell responses apart."""
+    constant = [label for label, counts in run.counts.items() if counts.get("judge/constant")]
+    if not constant:
+        return ""
+    return (
+        '<p class="verdict"><b>Warning: a judge said nearly the same of everything</b> in '
+        f"{escape(', '.join(constant))}; what was learnt from it, or measured with it, is noise.</p>\n"
+    )
 
 
 def verdict(run: Finished) -> str:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from selfalign.agreement import Question, calibration, judge_quality
 from selfalign.errors import SelfalignError
 from selfalign.generation import Sampling
-from selfalign.metrics import head_to_head, mean_scores
-from selfalign.records import FinishReason, Judgement, RankedAnswers, Response, read_records
+from selfalign.metrics import head_to_head
+from selfalign.records import FinishReason, Judgement, RankedAnswers, Response, read_records, read_scores
 from selfalign.store import Artefact, Counts, Workspace
 
 
@@ -43,7 +43,7 @@ Judged = tuple[Artefact, Artefact]
 
 
 def evaluate(
-    out: Workspace, *, judged: Judged | None, baseline: Judged | None, ranked: Judged | None, top: int
+    out: Workspace, *, judged: Judged | None, baseline: Judged | None, ranked: Judged | None, top: int | None
 ) -> Counts:
     """Puts numbers to one model; they are the stage's counts, and its manifest is all it writes.
 
@@ -52,7 +52,7 @@ def evaluate(
         judged: the model's answers to the evaluation instructions, judged.
         baseline: M1's; None for M1 itself.
         ranked: held-out ranked answers, judged by the model.
-        top: the highest score of the scale.
+        top: the highest score of the scale, if it has one.
     """
     numbers: Counts = {}
     if judged is not None:
@@ -76,11 +76,11 @@ def describe_answers(answers: Artefact, scores: Artefact) -> Counts:
     return described | ({"eval/mean_score": mean(list(values))} if values else {})
 
 
-def measure_judge(ranked: Artefact, judgements: Artefact, top: int) -> Counts:
+def measure_judge(ranked: Artefact, judgements: Artefact, top: int | None) -> Counts:
     """Judge quality over the questions whose every answer has a score (the others are counted), and calibration."""
     questions = read_records(ranked.path / "ranked.jsonl", RankedAnswers)
     judged = read_records(judgements.path / "judgements.jsonl", Judgement)
-    scores = mean_scores(judged)
+    scores = read_scores(judgements.path)
     whole: list[Question] = []
     for question in questions:
         values = [scores.get(f"{question.id}-{n}") for n in range(1, len(question.texts) + 1)]
@@ -93,7 +93,7 @@ def measure_judge(ranked: Artefact, judgements: Artefact, top: int) -> Counts:
 
 def scores_by_instruction(answers: Artefact, judgements: Artefact) -> dict[str, float]:
     """{instruction id: mean score of the answer}; unjudged answers are left out."""
-    scores = mean_scores(read_records(judgements.path / "judgements.jsonl", Judgement))
+    scores = read_scores(judgements.path)
     responses = read_records(answers.path / "responses.jsonl", Response)
     return {response.instruction_id: scores[response.id] for response in responses if response.id in scores}
 

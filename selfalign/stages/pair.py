@@ -6,16 +6,15 @@ from dataclasses import dataclass
 from selfalign.data import as_prompt, read_pairs
 from selfalign.errors import SelfalignError
 from selfalign.files import derive_seed, digest_text
-from selfalign.metrics import mean_scores
 from selfalign.pairing import Candidate, PairRule, pick_pairs
 from selfalign.records import (
     Demonstration,
     FinishReason,
     Instruction,
-    Judgement,
     PreferencePair,
     Response,
     read_records,
+    read_scores,
     write_records,
 )
 from selfalign.store import Artefact, Counts, Workspace
@@ -54,7 +53,7 @@ def pair(
         rule: which responses are taken.
         instructions: instructions.jsonl.
         responses: responses.jsonl.
-        judgements: judgements.jsonl.
+        judgements: scores.jsonl.
         seed: draws, together with the instruction's id, where the rule draws.
 
     Raises:
@@ -64,7 +63,7 @@ def pair(
     answers: dict[str, list[Response]] = {record.id: [] for record in asked}
     for response in read_records(responses.path / "responses.jsonl", Response):
         answers[response.instruction_id].append(response)
-    scores = mean_scores(read_records(judgements.path / "judgements.jsonl", Judgement))
+    scores = read_scores(judgements.path)
     if isinstance(rule, PositivesOnly):
         return _keep_positives(out, rule, asked, answers, scores)
     return _keep_pairs(out, rule, asked, answers, scores, seed)

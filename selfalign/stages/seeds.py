@@ -8,6 +8,7 @@ from typing import Protocol
 from selfalign.data import read_demonstrations, read_ranked
 from selfalign.errors import SelfalignError
 from selfalign.files import digest_text
+from selfalign.judges.pairwise import Pairwise
 from selfalign.records import (
     Demonstration,
     FinishReason,
@@ -86,7 +87,7 @@ class JudgeFormat(Protocol):
     def high(self) -> int: ...
 
 
-def seeds(out: Workspace, *, config: SeedsConfig, judge: JudgeFormat, contents: list[str]) -> Counts:
+def seeds(out: Workspace, *, config: SeedsConfig, judge: JudgeFormat | Pairwise, contents: list[str]) -> Counts:
     """Builds the SFT examples and sets ranked questions aside.
 
     Args:
@@ -190,8 +191,10 @@ def held_out_ids(questions: list[RankedAnswers], share: float) -> set[str]:
     return {name for name, digest in digests.items() if digest in chosen}
 
 
-def demonstrate_judging(question: RankedAnswers, judge: JudgeFormat) -> list[Demonstration]:
+def demonstrate_judging(question: RankedAnswers, judge: JudgeFormat | Pairwise) -> list[Demonstration]:
     """One EFT example an answer: the judge's prompt, and the judgement a human's score or rank asks for."""
+    if isinstance(judge, Pairwise):
+        return judge.demonstrate(question)
     given = question.scores
     fits = bool(given) and judge.low <= min(given) and max(given) <= judge.high
     scores = given if fits else scores_from_ranks(question.ranks, judge.low, judge.high)

@@ -451,6 +451,7 @@ def test_checkpoint_that_wins_the_contest_becomes_the_policy(
         instructions=nothing,
         judge=nothing,
         judged_by=nothing,
+        reference=None,
         generate=nothing,
         sampling=nothing,
         seed=0,

@@ -270,7 +270,7 @@ def test_scores_from_ranks_keep_the_humans_order_strictly(answers: int) -> None:
     assert (scores[0], scores[-1]) == (5, 0)
 
 
-@pytest.mark.parametrize("judge", ["expected_score", "additive", "multiple_choice"])
+@pytest.mark.parametrize("judge", ["expected_score", "expected_score_justified", "additive", "multiple_choice"])
 def test_every_taught_score_lies_on_the_judges_own_scale(tmp_path: Path, judge: str) -> None:
     """A rubric of 1 to 5 must not be taught `Score: 0`, which its own parser calls out of range."""
     config, *_ = composed("experiment=smoke", f"judge={judge}")

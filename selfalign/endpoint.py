@@ -1,0 +1,239 @@
+"""Chat completions of an OpenAI-compatible server, with patience for what goes wrong on the way.
+
+The key is read from the environment when a request is sent. It is in no setting, and it is taken out of every text
+that comes back, so that a server which repeats it cannot bring it into a file.
+"""
+
+import logging
+import os
+import re
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import astuple, dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import httpx
+
+from selfalign.errors import SelfalignError
+from selfalign.store import Counts, Journal
+
+logger = logging.getLogger(__name__)
+
+LONGEST_WAIT_SECONDS = 60.0
+"""Back-off stops doubling there; a server that asks for more is given it."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Endpoint:
+    """Where chat completions come from.
+
+    Attributes:
+        base_url: up to and without "/chat/completions", such as "https://api.openai.com/v1".
+        model: what the server calls the model.
+        key_variable: the environment variable that holds the key; empty where none is needed.
+        concurrency: requests under way at once.
+        timeout_seconds: a request that takes longer is sent again.
+        retries: how often a request is sent again after a timeout, a broken answer, status 429 or 5xx.
+        first_wait_seconds: before the first of these; it doubles each time, and a longer Retry-After is respected.
+        prompt_price: of a million prompt tokens, in any currency.
+        completion_price: of a million completion tokens.
+    """
+
+    base_url: str = ""
+    model: str = ""
+    key_variable: str = field(default="OPENAI_API_KEY", metadata={"keyed": False})
+    concurrency: int = field(default=4, metadata={"keyed": False})
+    timeout_seconds: float = field(default=120.0, metadata={"keyed": False})
+    retries: int = field(default=6, metadata={"keyed": False})
+    first_wait_seconds: float = field(default=1.0, metadata={"keyed": False})
+    prompt_price: float = field(default=0.0, metadata={"keyed": False})
+    completion_price: float = field(default=0.0, metadata={"keyed": False})
+
+    def check(self, key: str) -> None:
+        """Checks every setting; messages name it as `key`.name.
+
+        Raises:
+            SelfalignError: one is missing or out of range.
+        """
+        if not self.model:
+            raise SelfalignError(f"{key}.model must say what the server calls the model")
+        if not re.fullmatch(r"https?://[^\s/@?#]+[^\s@?#]*", self.base_url):
+            raise SelfalignError(
+                f"{key}.base_url must be http(s)://host/path without user, password or query (it is saved with the "
+                "run; a key belongs into the environment)"
+            )
+        for name in ("concurrency", "timeout_seconds"):
+            if getattr(self, name) <= 0:
+                raise SelfalignError(f"{key}.{name} must be above 0, got {getattr(self, name)}")
+        for name in ("retries", "first_wait_seconds", "prompt_price", "completion_price"):
+            if getattr(self, name) < 0:
+                raise SelfalignError(f"{key}.{name} must be 0 or more, got {getattr(self, name)}")
+        if not re.fullmatch(r"[A-Za-z_]\w*|", self.key_variable):
+            raise SelfalignError(
+                f"{key}.key_variable must be the name of an environment variable, which holds the key; not the key"
+            )
+
+    def open(self, key: str) -> "ChatClient":
+        """A client of the server.
+
+        Raises:
+            SelfalignError: the environment lacks the key; the setting is named as `key`.key_variable.
+        """
+        secret = os.environ.get(self.key_variable, "").strip() if self.key_variable else ""
+        if self.key_variable and not secret:
+            raise SelfalignError(
+                f"{key}.key_variable: the environment variable {self.key_variable} is not set; set it to the key, "
+                f"or {key}.key_variable='' where the server needs none"
+            )
+        return ChatClient(self, secret)
+
+    @property
+    def name(self) -> str:
+        """Who answers, as records say it."""
+        return f"{self.model} at {self.base_url}"
+
+    def usage(self, replies: "Sequence[Reply]") -> Counts:
+        """How many requests and tokens the answers took, and what these cost."""
+        prompt = sum(reply.prompt_tokens for reply in replies)
+        completion = sum(reply.completion_tokens for reply in replies)
+        return {
+            "judge/requests": len(replies),
+            "judge/requests_without_usage": sum(not reply.prompt_tokens for reply in replies),
+            "judge/prompt_tokens": prompt,
+            "judge/completion_tokens": completion,
+            "judge/cost": (prompt * self.prompt_price + completion * self.completion_price) / 1e6,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer of the server; `finish` is "stop", "length", …, or "too_long" where it refused the prompt's length."""
+
+    text: str
+    finish: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class ChatClient:
+    """Sends requests; several threads may share it."""
+
+    def __init__(self, endpoint: Endpoint, secret: str) -> None:
+        self._endpoint = endpoint
+        self._secret = secret
+        self._stop = threading.Event()
+        headers = {"Authorization": f"Bearer {secret}"} if secret else {}
+        self._http = httpx.Client(timeout=endpoint.timeout_seconds, headers=headers)
+        self._url = f"{endpoint.base_url.rstrip('/')}/chat/completions"
+
+    def __enter__(self) -> "ChatClient":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._http.close()
+
+    def complete(self, request: dict[str, Any]) -> Reply:
+        """The answer to one request, sent again as often as the endpoint's settings allow.
+
+        Args:
+            request: the body, without the model's name.
+
+        Raises:
+            SelfalignError: the server refuses the request, or gives no usable answer however often it is asked.
+        """
+        body = {"model": self._endpoint.model, **request}
+        trouble = ""
+        for attempt in range(self._endpoint.retries + 1):
+            if self._stop.is_set():
+                break
+            reply, trouble, asked = self._try(body)
+            if reply is not None:
+                return reply
+            if attempt < self._endpoint.retries:
+                backoff = min(LONGEST_WAIT_SECONDS, self._endpoint.first_wait_seconds * 2**attempt)
+                wait = max(backoff, asked)
+                logger.info("%s: %s; trying again in %.1f s", self._url, trouble, wait)
+                pause(self._stop, wait)
+        raise SelfalignError(
+            f"{self._url}: no usable answer in {self._endpoint.retries + 1} tries, at last: {trouble or 'stopped'}; "
+            "what was answered is kept, the same command continues"
+        )
+
+    def complete_all(self, requests: dict[str, dict[str, Any]], journal: Journal, size: int) -> dict[str, Reply]:
+        """{name: answer} of many requests, several at once; each is journalled when it comes, in whatever order.
+
+        Args:
+            requests: {name in the journal: body}.
+            journal: those it has already are not sent again.
+            size: how far the progress bar moves for each.
+        """
+        self._stop.clear()
+        missing = [name for name in requests if name not in journal]
+        journal.advance(size * (len(requests) - len(missing)))
+        with ThreadPoolExecutor(self._endpoint.concurrency) as pool:
+            futures = {pool.submit(self._complete, requests[name]): name for name in missing}
+            try:
+                for future in as_completed(futures):
+                    journal.batch(futures[future], size, future.result)
+            except BaseException:
+                self._stop.set()  # Those that wait before another try give up.
+                raise
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+                for future, name in futures.items():
+                    if name not in journal and not future.cancelled() and future.exception() is None:
+                        journal.batch(name, 0, future.result)
+        return {name: Reply(*journal.batch(name, 0, list)) for name in requests}
+
+    def _complete(self, request: dict[str, Any]) -> tuple[Any, ...]:
+        return astuple(self.complete(request))
+
+    def _try(self, body: dict[str, Any]) -> tuple[Reply | None, str, float]:
+        """The reply, or what went wrong and how many seconds the server asks to wait."""
+        try:
+            answer = self._http.post(self._url, json=body)
+        except httpx.RequestError as error:
+            return None, type(error).__name__, 0.0
+        if answer.status_code == 429 or answer.status_code >= 500:
+            return None, f"status {answer.status_code}", retry_after(answer.headers.get("Retry-After", ""))
+        said = self._clean(answer.text)
+        if answer.status_code == 413 or (answer.status_code == 400 and "context_length" in said):
+            return Reply("", "too_long", 0, 0), "", 0.0
+        if answer.status_code != 200:
+            raise SelfalignError(f"{self._url}: status {answer.status_code}: {' '.join(said.split())[:200]}")
+        try:
+            return self._read(answer.json()), "", 0.0
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            return None, f"status 200 without a chat completion ({type(error).__name__})", 0.0
+
+    def _read(self, answer: Any) -> Reply:
+        choice = answer["choices"][0]
+        usage = answer.get("usage") or {}
+        return Reply(
+            text=self._clean(str(choice["message"].get("content") or "")),
+            finish=str(choice.get("finish_reason") or "stop"),
+            prompt_tokens=int(usage.get("prompt_tokens") or 0),
+            completion_tokens=int(usage.get("completion_tokens") or 0),
+        )
+
+    def _clean(self, text: str) -> str:
+        return text.replace(self._secret, "[key]") if self._secret else text
+
+
+def pause(stop: threading.Event, seconds: float) -> None:
+    """Waits, until it is told to stop."""
+    stop.wait(seconds)
+
+
+def retry_after(value: str) -> float:
+    """Seconds to wait by a Retry-After header: a number of them, or a date; 0 where it says neither."""
+    if re.fullmatch(r"\s*\d+(\.\d+)?\s*", value):
+        return float(value)
+    try:
+        date = parsedate_to_datetime(value)
+    except ValueError:
+        return 0.0
+    return max(0.0, (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds())

@@ -1,0 +1,102 @@
+"""Judgements that are written: several of each response, and another try where one cannot be read."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from selfalign.files import derive_seed
+from selfalign.judges.bench import Subject
+from selfalign.judges.parsing import parse_score
+from selfalign.records import FinishReason, Judgement, JudgementStatus
+
+Written = tuple[str, str]
+"""A text and the reason why it ended; no reason where the prompt was refused as too long."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """A judgement that is wanted: which one of its subject's, which try at it, and what draws it."""
+
+    subject: Subject
+    sample: int
+    attempt: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The judgement's id."""
+        tries = f"-try{self.attempt}" if self.attempt > 1 else ""
+        return f"{self.subject.response.id}-{self.sample}{tries}"
+
+
+def first_wishes(subjects: Sequence[Subject], samples: int, seed: int) -> list[Wish]:
+    """`samples` judgements of every subject."""
+    return [Wish(s, n, 1, derive_seed(seed, s.response.id, n - 1)) for s in subjects for n in range(1, samples + 1)]
+
+
+def write_judgements(
+    wishes: Sequence[Wish],
+    write: Callable[[Sequence[Wish]], list[Written]],
+    *,
+    low: int,
+    high: int,
+    retries: int,
+    seed: int,
+    model: str,
+) -> list[Judgement]:
+    """Has judgements written and read; those without a score are tried again, each time with a new random stream.
+
+    Args:
+        wishes: the first tries.
+        write: the texts for so many wishes.
+        low: the lowest score.
+        high: the highest.
+        retries: how often a judgement is tried again.
+        seed: what the wishes' seeds were derived from.
+        model: who writes.
+
+    Returns:
+        Every attempt, the failed ones included.
+    """
+    judgements: list[Judgement] = []
+    while wishes:
+        made = [_read(w, text, low, high, model) for w, text in zip(wishes, write(wishes), strict=True)]
+        judgements += made
+        wishes = [
+            _again(wish, seed)
+            for wish, judgement in zip(wishes, made, strict=True)
+            if _may_get_better(judgement) and wish.attempt <= retries
+        ]
+    return judgements
+
+
+def _may_get_better(judgement: Judgement) -> bool:
+    return judgement.status not in (JudgementStatus.OK, JudgementStatus.PROMPT_TOO_LONG)
+
+
+def _again(wish: Wish, seed: int) -> Wish:
+    attempt = wish.attempt + 1
+    return Wish(
+        wish.subject,
+        wish.sample,
+        attempt,
+        derive_seed(seed, wish.subject.response.id, wish.sample - 1, attempt),
+    )
+
+
+def _read(wish: Wish, written: Written, low: int, high: int, model: str) -> Judgement:
+    text, reason = written
+    status, score = JudgementStatus.PROMPT_TOO_LONG, None
+    if reason:
+        parsed = parse_score(text, low, high, FinishReason(reason))
+        status, score = parsed.status, parsed.score
+    return Judgement(
+        id=wish.name,
+        response_id=wish.subject.response.id,
+        status=status,
+        score=score,
+        text=text,
+        model=model,
+        sample=wish.sample,
+        attempt=wish.attempt,
+        seed=wish.seed,
+    )

@@ -1,0 +1,220 @@
+"""What all judges share: what they are given, what they return, and what their settings must satisfy."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from selfalign.endpoint import Endpoint
+from selfalign.errors import SelfalignError
+from selfalign.generation import Transformers
+from selfalign.models import PolicyFiles
+from selfalign.records import (
+    Comparison,
+    Instruction,
+    Judgement,
+    JudgementStatus,
+    Response,
+    ResponseScore,
+)
+from selfalign.store import Counts, Journal
+
+OWN_MODELS = ("self", "sft", "base")
+"""Names of the run's own models, for those who judge: M_t, M1 and M0."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Alarm:
+    """When a judge says nearly the same of everything, so that its scores teach nothing (a warning, not an error).
+
+    Attributes:
+        tied_share: warns when at least this share of the instructions has equal scores for all its responses.
+        entropy: warns when the scores, over all responses, have less entropy than this, nats; 0 never does.
+    """
+
+    tied_share: float = 0.8
+    entropy: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.tied_share <= 1:
+            raise SelfalignError(f"judge.alarm.tied_share must be above 0 and at most 1, got {self.tied_share}")
+        if self.entropy < 0:
+            raise SelfalignError(f"judge.alarm.entropy must be 0 or more, got {self.entropy}")
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A response with the instruction it answers."""
+
+    instruction: Instruction
+    response: Response
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bench:
+    """What a judge works with.
+
+    Attributes:
+        journal: keeps finished batches through a kill.
+        policy: who judges; None where the judge is no policy of this run.
+        reference: what the judging policy was trained from, for judges that compare the two.
+        generate: the backend that writes.
+        seed: draws whatever is drawn.
+    """
+
+    journal: Journal
+    policy: PolicyFiles | None
+    reference: PolicyFiles | None
+    generate: Transformers
+    seed: int
+
+    def judging_policy(self) -> PolicyFiles:
+        """Who judges.
+
+        Raises:
+            SelfalignError: nobody was given.
+        """
+        if self.policy is None:
+            raise SelfalignError("this judge is a policy, but none was given")
+        return self.policy
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judged:
+    """What a judge found: its judgements, the comparisons they come from where there are any, and its own counts."""
+
+    judgements: list[Judgement]
+    comparisons: list[Comparison] = field(default_factory=list)
+    counts: Counts = field(default_factory=dict)
+
+
+class Judge(Protocol):
+    """A way to score responses.
+
+    A judgement that was wanted and failed, all its attempts included, counts once against `max_failed_share`; a
+    response with fewer than `minimum_valid` valid judgements is unjudged.
+    """
+
+    max_failed_share: float
+    alarm: Alarm
+
+    @property
+    def model(self) -> str: ...
+
+    @property
+    def minimum_valid(self) -> int: ...
+
+    def wanted(self, subjects: Sequence[Subject]) -> int: ...
+
+    def judge(self, bench: Bench, subjects: Sequence[Subject]) -> Judged: ...
+
+
+def asks_a_server(judge: Judge) -> bool:
+    """Whether the judge is no policy of this run but answers behind an endpoint."""
+    return bool(getattr(judge, "endpoint", Endpoint()).base_url)
+
+
+def by_instruction(subjects: Sequence[Subject]) -> dict[str, list[Subject]]:
+    """{instruction id: its subjects}, in their order."""
+    families: dict[str, list[Subject]] = {}
+    for subject in subjects:
+        families.setdefault(subject.instruction.id, []).append(subject)
+    return families
+
+
+def average(subjects: Sequence[Subject], judgements: Sequence[Judgement], minimum_valid: int) -> list[ResponseScore]:
+    """Every response's mean over its valid judgements, their number and their variance (n-1 in the denominator).
+
+    A response with fewer than `minimum_valid` valid judgements has no score.
+    """
+    valid: dict[str, list[float]] = {subject.response.id: [] for subject in subjects}
+    for judgement in judgements:
+        if judgement.score is not None:
+            valid[judgement.response_id].append(judgement.score)
+    return [_summary(response, scores, minimum_valid) for response, scores in valid.items()]
+
+
+def _summary(response: str, scores: list[float], minimum_valid: int) -> ResponseScore:
+    mean = math.fsum(scores) / len(scores) if scores else 0.0
+    squares = math.fsum((score - mean) ** 2 for score in scores)
+    return ResponseScore(
+        id=response,
+        score=mean if len(scores) >= minimum_valid else None,
+        valid=len(scores),
+        variance=squares / (len(scores) - 1) if len(scores) > 1 else None,
+    )
+
+
+def last_attempts(judgements: Sequence[Judgement]) -> list[Judgement]:
+    """Of each wanted judgement the attempt that counts: the last one made."""
+    last = {(judgement.response_id, judgement.sample): judgement for judgement in judgements}
+    return list(last.values())
+
+
+def too_long(subject: Subject, model: str) -> Judgement:
+    """The judgement of a response whose prompt does not fit into the judge's context; nothing is cut to make it fit."""
+    return Judgement(
+        id=f"{subject.response.id}-1",
+        response_id=subject.response.id,
+        status=JudgementStatus.PROMPT_TOO_LONG,
+        score=None,
+        text="",
+        model=model,
+    )
+
+
+def tied_share(subjects: Sequence[Subject], scores: dict[str, float]) -> float | None:
+    """Share of the instructions with two judged responses or more whose scores are all equal; None without any."""
+    families = [
+        [scores[s.response.id] for s in family if s.response.id in scores]
+        for family in by_instruction(subjects).values()
+    ]
+    several = [family for family in families if len(family) > 1]
+    return sum(len(set(family)) == 1 for family in several) / len(several) if several else None
+
+
+def entropy_of_scores(scores: Sequence[float]) -> float:
+    """Entropy (nats) of how often each score was given; scores closer than a thousandth count as one."""
+    counts = Counter(round(score, 3) for score in scores).values()
+    return math.fsum(n / len(scores) * math.log(len(scores) / n) for n in counts)
+
+
+def check_prompt(prompt: str, names: Sequence[str]) -> None:
+    """The rubric must have a place for everything it is about."""
+    for name in names:
+        if f"{{{name}}}" not in prompt:
+            raise SelfalignError(f"judge.prompt lacks {{{name}}}")
+
+
+def check_scale(low: int, high: int) -> None:
+    """A scale has two ends."""
+    if low >= high:
+        raise SelfalignError(f"judge.low must be below judge.high, got {low} and {high}")
+
+
+def check_counts(samples: int, retries: int, minimum_valid: int) -> None:
+    """How often a written judgement is asked for."""
+    if samples < 1:
+        raise SelfalignError(f"judge.samples must be 1 or more, got {samples}")
+    if retries < 0:
+        raise SelfalignError(f"judge.retries must be 0 or more, got {retries}")
+    if not 1 <= minimum_valid <= samples:
+        raise SelfalignError(f"judge.minimum_valid must lie between 1 and judge.samples={samples}, got {minimum_valid}")
+
+
+def check_model(model: str) -> None:
+    """Somebody must judge: one of the run's own models, or what looks like a model source."""
+    if model not in OWN_MODELS and not re.search("[/:~]", model) and not Path(model or "/nowhere").is_dir():
+        raise SelfalignError(
+            f"judge.model must be {', '.join(OWN_MODELS)}, or a folder, hub id or packaged model as model.path takes; "
+            f"got {model!r}"
+        )
+
+
+def check_share(max_failed_share: float) -> None:
+    """How much of the judging may fail."""
+    if not 0 <= max_failed_share <= 1:
+        raise SelfalignError(f"judge.max_failed_share must lie between 0 and 1, got {max_failed_share}")

@@ -1,0 +1,200 @@
+"""The mean of the judge's score distribution, read in one forward pass."""
+
+import gc
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from selfalign.batches import Group, share_prompt
+from selfalign.data import as_prompt
+from selfalign.errors import SelfalignError
+from selfalign.files import text_or_file
+from selfalign.generation import Request, Sampling
+from selfalign.judges.bench import (
+    Alarm,
+    Bench,
+    Judged,
+    Subject,
+    by_instruction,
+    check_model,
+    check_prompt,
+    check_scale,
+    check_share,
+    too_long,
+)
+from selfalign.judges.parsing import PREFIX, before_score
+from selfalign.models import Policy
+from selfalign.records import Judgement, JudgementStatus, Prompt
+from selfalign.scoring import Scorer
+from selfalign.tokenization import encode_prompt, encode_response, fill
+
+
+@dataclass(kw_only=True, slots=True)
+class ExpectedScore:
+    """The probability-weighted mean over the score tokens that may follow `Score: `, in one forward pass.
+
+    Attributes:
+        prompt: the rubric, a text or "file:PATH", with {instruction} and {response} where they belong.
+        model: who judges: "self" (M_t, the paper), "sft" (M1), "base" (M0), or another model: a folder or hub id.
+        low: the lowest score of the rubric.
+        high: the highest; both are single digits.
+        rationale_tokens: the judge first writes a greedy justification of at most so many tokens; 0 for none.
+        batch_tokens: the most tokens of a forward pass.
+        max_failed_share: the run stops when more than this share of the responses gets no score.
+        alarm: when the judge says nearly the same of everything.
+    """
+
+    prompt: str
+    model: str = "self"
+    low: int = 0
+    high: int = 5
+    rationale_tokens: int = 0
+    batch_tokens: int = 2048
+    max_failed_share: float = 0.5
+    alarm: Alarm = field(default_factory=Alarm)
+
+    def __post_init__(self) -> None:
+        self.prompt = text_or_file(self.prompt, "judge.prompt")
+        check_prompt(self.prompt, ("instruction", "response"))
+        check_model(self.model)
+        check_share(self.max_failed_share)
+        check_scale(self.low, self.high)
+        if not 0 <= self.low < self.high <= 9:
+            raise SelfalignError(
+                f"judge.low and judge.high must be one digit each for expected_score, got {self.low} to {self.high}"
+            )
+        if self.rationale_tokens < 0:
+            raise SelfalignError(f"judge.rationale_tokens must be 0 or more, got {self.rationale_tokens}")
+        if self.batch_tokens < 1:
+            raise SelfalignError(f"judge.batch_tokens must be 1 or more, got {self.batch_tokens}")
+
+    @property
+    def opening(self) -> str:
+        """How every answer begins; a judge that justifies itself first begins freely."""
+        return "" if self.rationale_tokens else PREFIX
+
+    @property
+    def minimum_valid(self) -> int:
+        """There is one judgement a response."""
+        return 1
+
+    def ask(self, instruction: str, response: str) -> Prompt:
+        """The judge's prompt about one response."""
+        return as_prompt(fill(self.prompt, {"instruction": instruction, "response": response}))
+
+    def answer(self, score: int, justification: str) -> str:
+        """What follows the opening, for evaluation fine-tuning: the score, behind a justification if it writes one."""
+        return f"{justification}\n{PREFIX}{score}".lstrip() if self.rationale_tokens else str(score)
+
+    def wanted(self, subjects: Sequence[Subject]) -> int:
+        """How many judgements there should be; justifications count too."""
+        return len(subjects) * (2 if self.rationale_tokens else 1)
+
+    def judge(self, bench: Bench, subjects: Sequence[Subject]) -> Judged:
+        """One judgement a response: the mean of the judge's score distribution.
+
+        The responses to one instruction share the rubric and the instruction, which are computed once for all.
+        """
+        rationales = self._justify(bench, subjects) if self.rationale_tokens else {}
+        policy = bench.judging_policy().load(bench.generate.dtype)
+        digits = score_tokens(policy, self.low, self.high)
+        judgements: list[Judgement] = []
+        groups: list[Group] = []
+        members: dict[str, list[Subject]] = {}
+        for name, family in by_instruction(subjects).items():
+            prompts = [self._prompt(policy, s, rationales.get(s.response.id, "")) for s in family]
+            justified = [not self.rationale_tokens or s.response.id in rationales for s in family]
+            fits = [ready and len(prompt) < policy.context for ready, prompt in zip(justified, prompts, strict=True)]
+            judgements += [too_long(s, policy.digest) for s, fit in zip(family, fits, strict=True) if not fit]
+            members[name] = [s for s, fit in zip(family, fits, strict=True) if fit]
+            fitting = [prompt for prompt, fit in zip(prompts, fits, strict=True) if fit]
+            if fitting:
+                groups.append(share_prompt(name, fitting, [[] for _ in fitting]))
+        scorer = Scorer(policy, self.batch_tokens)
+        for number, batch in enumerate(scorer.plan(groups)):
+            chosen = [subject for group in batch for subject in members[group.id]]
+            rows = bench.journal.batch(
+                str(number),
+                len(chosen),
+                lambda batch=batch: [row for g in scorer.choose(batch, digits) for row in g],
+            )
+            judgements += [
+                expected(subject, row, self.low, rationales.get(subject.response.id, ""), policy.digest)
+                for subject, row in zip(chosen, rows, strict=True)
+            ]
+        return Judged(judgements=judgements)
+
+    def _prompt(self, policy: Policy, subject: Subject, rationale: str) -> list[int]:
+        """The ids up to where the score stands; a justification is text, whatever control tokens it spells."""
+        asked = self.ask(subject.instruction.text, subject.response.text)
+        if not self.rationale_tokens:
+            return encode_prompt(policy.tokenizer, asked, PREFIX)
+        said = f"{rationale}\n{PREFIX}".lstrip()
+        return [*encode_prompt(policy.tokenizer, asked), *encode_response(policy.tokenizer, said, finished=False)]
+
+    def _justify(self, bench: Bench, subjects: Sequence[Subject]) -> dict[str, str]:
+        """{response id: its greedy justification, without a score}; none where the prompt leaves no room for it."""
+        generator = bench.generate.load(bench.judging_policy())
+        sampling = Sampling(temperature=0, max_new_tokens=self.rationale_tokens)
+        prompts = {
+            s.response.id: encode_prompt(generator.tokenizer, self.ask(s.instruction.text, s.response.text))
+            for s in subjects
+        }
+        fitting = {name: p for name, p in prompts.items() if len(p) + self.rationale_tokens <= generator.context}
+        names, lengths = list(fitting), [len(prompt) for prompt in fitting.values()]
+        rationales: dict[str, str] = {}
+        for number, batch in enumerate(generator.plan(lengths, 1, self.rationale_tokens)):
+            requests = [Request(prompt=fitting[names[index]], seeds=[0]) for index in batch]
+            texts = bench.journal.batch(
+                f"rationale-{number}",
+                len(batch),
+                lambda requests=requests: [made.text for [made] in generator.write(requests, sampling)],
+            )
+            rationales |= {names[index]: before_score(text) for index, text in zip(batch, texts, strict=True)}
+        del generator
+        gc.collect()  # The weights are loaded anew for scoring, and should not lie in memory twice.
+        return rationales
+
+
+def score_tokens(policy: Policy, low: int, high: int) -> list[int]:
+    """The token of each score behind `Score: `.
+
+    Raises:
+        SelfalignError: this tokenizer does not write each score as one token there.
+    """
+    tokens = tokens_behind(policy, PREFIX, [str(score) for score in range(low, high + 1)])
+    if tokens is None:
+        raise SelfalignError("this model's tokenizer does not write a score as one token; choose judge=additive")
+    return tokens
+
+
+def tokens_behind(policy: Policy, opening: str, alternatives: Sequence[str]) -> list[int] | None:
+    """The token of each alternative behind the beginning of an answer; None where one is not a token of its own."""
+    prompt = as_prompt("x")
+    prefix = encode_prompt(policy.tokenizer, prompt, opening)
+    encoded = [encode_prompt(policy.tokenizer, prompt, opening + alternative) for alternative in alternatives]
+    if any(ids[:-1] != prefix for ids in encoded):
+        return None
+    return [ids[-1] for ids in encoded]
+
+
+def distribution(logps: Sequence[float]) -> list[float]:
+    """Log-probabilities of alternatives as shares of what they have together."""
+    highest = max(logps)
+    weights = [math.exp(logp - highest) for logp in logps]
+    return [weight / sum(weights) for weight in weights]
+
+
+def expected(subject: Subject, logps: Sequence[float], low: int, rationale: str, model: str) -> Judgement:
+    """Mean and entropy of the distribution over the scores from `low` up, given each one's log-probability."""
+    shares = distribution(logps)
+    score = math.fsum(share * value for value, share in enumerate(shares, start=low))
+    return Judgement(
+        id=f"{subject.response.id}-1",
+        response_id=subject.response.id,
+        status=JudgementStatus.OK,
+        score=score,
+        text=f"{rationale}\n{PREFIX}{score:.2f}".lstrip(),
+        model=model,
+        entropy=-sum(share * math.log(share) for share in shares if share > 0),
+    )

@@ -1,0 +1,171 @@
+"""The reward that a policy's training implies: how much likelier it finds a response than its reference does."""
+
+import gc
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import combinations, pairwise
+
+from selfalign.batches import Group, encode_group
+from selfalign.data import as_prompt
+from selfalign.errors import SelfalignError
+from selfalign.judges.bench import Alarm, Bench, Judged, Subject, by_instruction, check_model, check_share, too_long
+from selfalign.models import PolicyFiles
+from selfalign.records import FinishReason, Judgement, JudgementStatus
+from selfalign.scoring import Scorer
+from selfalign.store import Journal
+
+
+@dataclass(kw_only=True, slots=True)
+class ImplicitReward:
+    """β [log π(y|x) - log π_ref(y|x)] - α |y|, summed over the response's tokens; there is no rubric.
+
+    arXiv 2406.09760 (DICE). π is the judging policy, π_ref the reference it was trained against: M0 for
+    M1, and for M_t what `train.reference` names, by default M_{t-1}. |y| counts tokens, the end of turn included.
+    Weights are float32, because the reward is a small difference of large sums.
+
+    Attributes:
+        model: who judges: "self" (M_t) or "sft" (M1); M0 has no reference, and neither has a model from elsewhere.
+        beta: β of the reward; the order of responses does not depend on it while α is chosen by itself.
+        alpha: α, taken off for each token; null chooses it as the paper does, so that over the instructions with
+            several responses the best one is on average as long as the worst, or 0 where no instruction has several.
+        batch_tokens: the most tokens of a forward pass.
+        max_failed_share: the run stops when more than this share of the responses gets no score.
+        alarm: when the judge says nearly the same of everything.
+    """
+
+    model: str = "self"
+    beta: float = 0.1
+    alpha: float | None = None
+    batch_tokens: int = 2048
+    max_failed_share: float = 0.5
+    alarm: Alarm = field(default_factory=Alarm)
+
+    def __post_init__(self) -> None:
+        check_model(self.model)
+        check_share(self.max_failed_share)
+        if self.model not in ("self", "sft"):
+            raise SelfalignError(
+                f"judge.model={self.model}: the implicit reward compares a policy with the one it was trained from, "
+                "which this one lacks; set judge.model=self or sft"
+            )
+        if self.beta <= 0:
+            raise SelfalignError(f"judge.beta must be above 0, got {self.beta}")
+        if self.alpha is not None and self.alpha < 0:
+            raise SelfalignError(f"judge.alpha must be 0 or more, or null, got {self.alpha}")
+        if self.batch_tokens < 1:
+            raise SelfalignError(f"judge.batch_tokens must be 1 or more, got {self.batch_tokens}")
+
+    @property
+    def minimum_valid(self) -> int:
+        """There is one judgement a response."""
+        return 1
+
+    def wanted(self, subjects: Sequence[Subject]) -> int:
+        """How often a response is scored: by the policy and by its reference."""
+        return 2 * len(subjects)
+
+    def judge(self, bench: Bench, subjects: Sequence[Subject]) -> Judged:
+        """One judgement a response: its implicit reward.
+
+        Raises:
+            SelfalignError: there is no reference, or it is the policy itself.
+        """
+        policy, reference = bench.judging_policy(), bench.reference
+        if reference is None or reference.digest == policy.digest:
+            raise SelfalignError(
+                "judge=implicit: the judging policy has no reference, or is the same model as its reference, so that "
+                "every reward is 0; it takes a policy that was trained (data.seeds, or a later iteration)"
+            )
+        families = by_instruction(subjects)
+        own, lengths = self._score(bench.journal, "policy", policy, families)
+        others, _ = self._score(bench.journal, "reference", reference, families)
+        rewards = {name: self.beta * (own[name] - others[name]) for name in own if name in others}
+        measured = [
+            [(rewards[s.response.id], lengths[s.response.id]) for s in family if s.response.id in rewards]
+            for family in families.values()
+        ]
+        alpha = balancing_alpha(measured) if self.alpha is None else self.alpha
+        judgements = [
+            _judgement(subject, rewards[subject.response.id], alpha * lengths[subject.response.id], policy.digest)
+            if subject.response.id in rewards
+            else too_long(subject, policy.digest)
+            for subject in subjects
+        ]
+        return Judged(judgements=judgements, counts={"judge/alpha": alpha})
+
+    def _score(
+        self, journal: Journal, who: str, files: PolicyFiles, families: dict[str, list[Subject]]
+    ) -> tuple[dict[str, float], dict[str, int]]:
+        """{response id: summed log-probability} under one policy, of those that fit, and {response id: tokens}."""
+        policy = files.load("float32")
+        groups: list[Group] = []
+        members: dict[str, list[str]] = {}
+        lengths: dict[str, int] = {}
+        for name, family in families.items():
+            texts = [(s.response.text, s.response.finish_reason is FinishReason.EOS) for s in family]
+            group = encode_group(policy.tokenizer, name, as_prompt(family[0].instruction.text), texts)
+            room = policy.context - len(group.prompt)
+            kept = [i for i, ids in enumerate(group.responses) if 0 < len(ids) <= room]
+            members[name] = [family[i].response.id for i in kept]
+            lengths |= {family[i].response.id: len(group.responses[i]) for i in kept}
+            if kept:
+                responses = [group.responses[i] for i in kept]
+                groups.append(Group(id=name, prompt=group.prompt, responses=responses, given=[0] * len(kept)))
+        scorer = Scorer(policy, self.batch_tokens)
+        scores: dict[str, float] = {}
+        for number, batch in enumerate(scorer.plan(groups)):
+            names = [name for group in batch for name in members[group.id]]
+            values = journal.batch(
+                f"{who}-{number}",
+                len(names),
+                lambda batch=batch: [value for row in scorer.score(batch) for value in row],
+            )
+            scores |= dict(zip(names, values, strict=True))
+        del policy, scorer
+        gc.collect()  # The other policy is loaded next, and both should not lie in memory.
+        return scores, lengths
+
+
+def balancing_alpha(families: Sequence[Sequence[tuple[float, int]]]) -> float:
+    """The smallest |mean length of the best minus the worst response| over α ≥ 0, of (reward, tokens) by instruction.
+
+    The difference never rises with α and changes only where two responses of an instruction swap places, so the
+    intervals between these points are searched by bisection; 0, or the middle of the best one, is taken.
+    """
+    several = [family for family in families if len(family) > 1]
+    points = sorted(
+        {
+            (one[0] - other[0]) / (one[1] - other[1])
+            for family in several
+            for one, other in combinations(family, 2)
+            if one[1] != other[1]
+        }
+    )
+    edges = [0.0, *(point for point in points if point > 0)]
+    if len(edges) == 1:
+        return 0.0
+    tried = [0.0, *((a + b) / 2 for a, b in pairwise(edges[1:])), edges[-1] * 1.01]
+    at = bisect_left(tried, True, key=lambda alpha: _longer(several, alpha) <= 0)
+    nearest = tried[max(0, at - 1) : at + 1]
+    return min(nearest, key=lambda alpha: abs(_longer(several, alpha)))
+
+
+def _longer(families: Sequence[Sequence[tuple[float, int]]], alpha: float) -> float:
+    """By how many tokens the best responses are longer than the worst, on average."""
+
+    def net(response: tuple[float, int]) -> float:
+        return response[0] - alpha * response[1]
+
+    return sum(max(family, key=net)[1] - min(family, key=net)[1] for family in families) / len(families)
+
+
+def _judgement(subject: Subject, reward: float, penalty: float, model: str) -> Judgement:
+    return Judgement(
+        id=f"{subject.response.id}-1",
+        response_id=subject.response.id,
+        status=JudgementStatus.OK,
+        score=reward - penalty,
+        text=f"implicit reward {reward:.3f}, less {penalty:.3f} for its length",
+        model=model,
+    )
