@@ -12,10 +12,10 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from selfalign.errors import SelfalignError
 from selfalign.generation import Transformers
+from selfalign.given import Pairs, SelfRewarding
 from selfalign.losses import DPO, IPO, ODPO, Positives, SrDPO, SrIPO
 from selfalign.models import ModelConfig
 from selfalign.pairing import AllOrdered, BestVsK, BestWorst, PairRule, RandomPair
-from selfalign.pipeline import Pairs, SelfRewarding
 from selfalign.run import check_name
 from selfalign.stages.evaluate import EvaluateConfig
 from selfalign.stages.judge import ExpectedScore, ExternalScore, ImplicitReward, Pairwise, SampledScore

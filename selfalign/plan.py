@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING
 
+from selfalign.given import Pairs, SelfRewarding, makes_baseline
 from selfalign.judges.bench import OWN_MODELS, asks_a_server
 from selfalign.losses import Positives
 from selfalign.pairing import PairRule
-from selfalign.pipeline import Pairs, SelfRewarding, makes_baseline
 from selfalign.stages.judge import ExternalScore, Judge, Pairwise, SampledScore
 from selfalign.stages.seeds import EvaluationFineTuning
 

@@ -1,0 +1,120 @@
+"""What a run is given: its data as artefacts, before any model is trained."""
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from selfalign.data import identify_data
+from selfalign.run import Maker, StageFunction
+from selfalign.stages.instruct import InstructConfig
+from selfalign.stages.pair import given_pairs
+from selfalign.stages.questions import questions
+from selfalign.stages.respond import RespondConfig
+from selfalign.stages.seeds import EvaluationFineTuning, SeedsConfig, seeds, taught_questions
+from selfalign.store import Artefact
+
+if TYPE_CHECKING:
+    from selfalign.config import ExperimentConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class SelfRewarding:
+    """Preference pairs come from the model itself.
+
+    Attributes:
+        seeds: what M1 learns from.
+        instruct: how new instructions are written.
+        respond: how candidates are written.
+        accumulate: aligns each iteration on the pairs of all iterations so far, instead of on its own alone.
+    """
+
+    seeds: SeedsConfig = field(default_factory=SeedsConfig)
+    instruct: InstructConfig = field(default_factory=InstructConfig)
+    respond: RespondConfig = field(default_factory=RespondConfig)
+    accumulate: bool = False
+
+
+@dataclass(kw_only=True, slots=True)
+class Pairs:
+    """Preference pairs are given.
+
+    Attributes:
+        path: prompt, chosen and rejected in TRL's standard or conversational format: a .jsonl or .parquet file,
+            or a hub id with an optional ":split".
+        seeds: what M1 learns from before; without demonstrations M1 is M0, which should then be an SFT model.
+    """
+
+    path: str
+    seeds: SeedsConfig = field(default_factory=SeedsConfig)
+
+
+@dataclass(slots=True)
+class Given:
+    """A run's data.
+
+    Attributes:
+        config: the experiment.
+        run: makes artefacts.
+        seeds: demonstrations and held-out ranked answers.
+        questions: the evaluation instructions.
+        validation: the instructions that checkpoints of an alignment compete on, where the last is not simply taken.
+        pairs: preference pairs, where they are given.
+        instructions: all new instructions, where they are read instead of written.
+    """
+
+    config: "ExperimentConfig"
+    run: Maker
+    seeds: Artefact = field(init=False)
+    questions: Artefact | None = field(init=False)
+    validation: Artefact | None = field(init=False)
+    pairs: Artefact | None = None
+    instructions: Artefact | None = None
+
+    def __post_init__(self) -> None:
+        data, asked, choose = self.config.data, self.config.evaluate, self.config.train.choose
+        self.seeds = self._make_seeds("seeds", seeds, data.seeds.evaluation_fine_tuning, judge=self.config.judge)
+        self.questions = self._ask("questions", "evaluate.instructions", asked.instructions, asked.count, self.seeds)
+        self.validation = self._ask(
+            "validation", "train.choose.instructions", choose.instructions, choose.count, self.seeds
+        )
+        if isinstance(data, Pairs):
+            content = identify_data(data.path, "data.path")
+            self.pairs = self.run.make("iteration_1/pairs", given_pairs, source=data.path, content=content)
+        else:
+            self.instructions = self._ask("instructions", "data.instruct.source", data.instruct.source, 0, None)
+
+    @property
+    def held_out(self) -> list[Artefact]:
+        """Artefacts with instructions that no training may see."""
+        ranked = [self.seeds] if self.seeds.counts["questions_held_out"] else []
+        return [*ranked, *(asked for asked in (self.questions, self.validation) if asked is not None)]
+
+    def ift(self) -> Artefact:
+        """The demonstrations without EFT."""
+        if self.config.data.seeds.evaluation_fine_tuning != EvaluationFineTuning.human:
+            return self.seeds
+        return self._make_seeds("ift", seeds, EvaluationFineTuning.none, judge=self.config.judge)
+
+    def taught_questions(self) -> Artefact:
+        """The ranked questions that evaluation fine-tuning may use, with their answers."""
+        how = self.config.data.seeds.evaluation_fine_tuning
+        return self._make_seeds("eft/questions", taught_questions, how)
+
+    def _make_seeds(self, label: str, stage: StageFunction, how: EvaluationFineTuning, **more: Any) -> Artefact:
+        given = self.config.data.seeds
+        sources = {"data.seeds.demonstrations": given.demonstrations, "data.seeds.ranked": given.ranked}
+        contents = [identify_data(source, key) for key, source in sources.items() if source]
+        settings = replace(given, evaluation_fine_tuning=how)
+        return self.run.make(label, stage, config=settings, contents=contents, **more)
+
+    def _ask(self, label: str, key: str, source: str, count: int, taught: Artefact | None) -> Artefact | None:
+        """Instructions of a data source; those whose answer is taught are left out."""
+        if not source:
+            return None
+        content = identify_data(source, key)
+        return self.run.make(label, questions, source=source, count=count, content=content, seeds=taught)
+
+
+def makes_baseline(config: "ExperimentConfig") -> bool:
+    """Whether there is an SFT baseline beside M1: it writes EFT, or its judging is to be compared with M1's."""
+    how = config.data.seeds.evaluation_fine_tuning
+    return how == EvaluationFineTuning.baseline or (config.evaluate.baseline and how == EvaluationFineTuning.human)
