@@ -59,7 +59,7 @@ METRICS = {
     "judge/tied_share": "share of instructions with several responses whose scores are all equal",
     "judge/constant": "1 where the judge says nearly the same of everything (`judge.alarm`), else 0",
     "judge/position_bias": "share of comparisons in which, even so, the same place won in both orders",
-    "judge/place_preference": "by how many nats a pairwise judge prefers the first place; taken off its verdicts",
+    "judge/place_preference": "by how many nats a pairwise judge prefers the first place",
     "judge/tied_comparisons": "share of comparisons that are ties, disagreeing orders included",
     "judge/alpha": "what the implicit reward loses for each token of the response",
     "judge/requests": "judgements an external judge was asked for",

@@ -310,9 +310,9 @@ WAYS = {
     "base_reference": ["train.reference=base", "iterations=1", "loss=ipo"],
     "accumulated": ["data.accumulate=true", "pair=all_ordered", "pair.length_control=[0.3,0]"],
     "fixed_judge": ["judge.model=random:tiny", "iterations=1"],
-    "pairwise": ["judge=pairwise", "judge.pairs=2", "evaluate=none", "loss=positives", "pair=positives",
-                 "pair.minimum_score=0", "iterations=1", "data.respond.sampling.max_new_tokens=128",
-                 "data.respond.sampling.temperature=1"],
+    "pairwise": ["judge=pairwise", "judge.pairs=2", "judge.place_correction=true", "evaluate=none", "iterations=1",
+                 "loss=positives", "pair=positives", "pair.minimum_score=0",
+                 "data.respond.sampling.max_new_tokens=128", "data.respond.sampling.temperature=1"],
     "implicit": ["judge=implicit", "data.seeds.evaluation_fine_tuning=none", "train.reference=sft"],
     "adapters": ["model.lora.rank=8", "model.lora.alpha=64", "train.sft.learning_rate=2e-2", "loss=dpo"],
 }  # fmt: skip

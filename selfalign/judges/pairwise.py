@@ -48,10 +48,8 @@ class Pairwise:
     """Each response is compared with others to the same instruction, both ways round; its wins are its score.
 
     The verdict is the likeliest of the tokens A, B and C (a tie) behind `[[`, in one forward pass an order: a small
-    model always has one, a large one puts its judgement there too, and nothing has to be parsed or drawn. Small models
-    mostly name one place whatever stands there; that preference is measured on other comparisons and taken off
-    (`place_preferences`). A comparison whose two orders still disagree is a tie, as in the head-to-head evaluation of
-    arXiv 2401.10020.
+    model always has one, a large one puts its judgement there too, and nothing has to be parsed or drawn. A comparison
+    whose two orders disagree is a tie, as in the head-to-head evaluation of arXiv 2401.10020.
     An endpoint gives no probabilities: it writes greedily, and `[[A]]`, `[[B]]` or `[[C]]` is read from its text.
 
     Attributes:
@@ -60,6 +58,8 @@ class Pairwise:
         endpoint: asks a server instead of `model`, where it has a base_url.
         verdict_tokens: the most tokens such a server writes.
         pairs: comparisons of each instruction, drawn so that every response has a turn; 0 takes all.
+        place_correction: takes off how much the judge prefers the first place, as other comparisons show it
+            (`place_preferences`). Without it a small model, which mostly names one place whatever stands there, ties.
         scores: "wins", the share of comparisons won, a tie counting half; "elo", the share a response should win
             against an average one by Bradley and Terry's model, which is fairer where `pairs` are drawn.
         low: the score of a response that loses all.
@@ -74,6 +74,7 @@ class Pairwise:
     endpoint: Endpoint = field(default_factory=Endpoint)
     verdict_tokens: int = 512
     pairs: int = 0
+    place_correction: bool = False
     scores: str = "wins"
     low: int = 0
     high: int = 5
@@ -188,8 +189,9 @@ class Pairwise:
         preferences = place_preferences(showings, read)
         counts["judge/place_preference"] = math.fsum(preferences) / max(1, len(preferences))
         refused = Reading(JudgementStatus.PROMPT_TOO_LONG, None, "")
+        taken_off = preferences if self.place_correction else [0.0] * len(preferences)
         return [
-            likeliest(read[index], preferences[index // 2]) if index in read else refused
+            likeliest(read[index], taken_off[index // 2]) if index in read else refused
             for index in range(len(showings))
         ]
 

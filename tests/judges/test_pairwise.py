@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import combinations, permutations
 from pathlib import Path
 
@@ -19,17 +20,18 @@ QUESTION = (
     "Compare.\n<instruction>\n{instruction}\n</instruction>\n<first>\n{first}\n</first>\n"
     "<second>\n{second}\n</second>\nReply."
 )
-KIND = Pairwise(prompt=QUESTION)
+KIND = Pairwise(prompt=QUESTION, place_correction=True)
 
 
 def comparisons(folder: Path) -> list[Comparison]:
     return read_records(folder / "out" / "comparisons.jsonl", Comparison)
 
 
-def test_verdicts_are_those_of_full_logits_less_the_preference_for_a_place(
-    tmp_path: Path, tiny_policy: PolicyFiles
+@pytest.mark.parametrize("corrected", [False, True])
+def test_verdicts_are_those_of_full_logits_less_the_preference_for_a_place_if_asked(
+    tmp_path: Path, tiny_policy: PolicyFiles, corrected: bool
 ) -> None:
-    counts = run_judge(tmp_path, KIND, policy_artefact(tiny_policy))
+    counts = run_judge(tmp_path, replace(KIND, place_correction=corrected), policy_artefact(tiny_policy))
     policy = loaded(tiny_policy.path)
     texts = {answer.id: answer.text for answer in ANSWERS}
     asked = {"bees": "What do bees do all day?", "tea": "How is tea made?"}
@@ -52,7 +54,7 @@ def test_verdicts_are_those_of_full_logits_less_the_preference_for_a_place(
     for one in made:
         beside = [c.id for c in made if c.instruction_id == one.instruction_id and c is not one]
         others = beside or [c.id for c in made if c is not one]
-        preference = sum(own[name] for name in others) / len(others)
+        preference = sum(own[name] for name in others) / len(others) if corrected else 0.0
         assert one.forward is likeliest(rows[one.first_id, one.second_id], preference).verdict
         assert one.backward is likeliest(rows[one.second_id, one.first_id], preference).verdict
         assert one.model == tiny_policy.digest
@@ -94,7 +96,7 @@ def test_scores_are_shares_of_wins_on_the_scale(tmp_path: Path, tiny_policy: Pol
 def test_elo_scores_stay_on_the_scale_and_keep_the_order(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
     policy = policy_artefact(tiny_policy)
     _, wins = judged(tmp_path / "wins", KIND, policy)
-    _, elo = judged(tmp_path / "elo", Pairwise(prompt=QUESTION, scores="elo", low=1, high=3), policy)
+    _, elo = judged(tmp_path / "elo", replace(KIND, scores="elo", low=1, high=3), policy)
     for one, other in combinations([a.id for a in ANSWERS if a.instruction_id == "bees"], 2):
         assert (wins[one].score > wins[other].score) == (elo[one].score > elo[other].score)
     assert all(1 < judgement.score < 3 for judgement in elo.values())
@@ -102,12 +104,12 @@ def test_elo_scores_stay_on_the_scale_and_keep_the_order(tmp_path: Path, tiny_po
 
 def test_drawn_pairs_give_every_response_a_turn_and_depend_on_the_seed_alone() -> None:
     family = [Subject(instruction("q"), response(f"q-{n}")) for n in range(8)]
-    kind = Pairwise(prompt=QUESTION, pairs=4)
+    kind = replace(KIND, pairs=4)
     drawn = [duel.id for duel in kind._draw(family, 1)]
     assert drawn == [duel.id for duel in kind._draw(family, 1)]
     assert drawn != [duel.id for duel in kind._draw(family, 2)]
     assert {name for pair in drawn for name in pair.split(":")} == {s.response.id for s in family}
-    assert len(Pairwise(prompt=QUESTION, pairs=100)._draw(family, 1)) == len(KIND._draw(family, 1)) == 28
+    assert len(replace(KIND, pairs=100)._draw(family, 1)) == len(KIND._draw(family, 1)) == 28
     assert kind.wanted(family) == 8
 
 
