@@ -1,7 +1,8 @@
 """Attention in a packed row: groups of a prompt and its responses that do not see each other."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,15 +33,28 @@ class Layout:
         """Takes each group's prompt length and the lengths of its responses."""
         self.lengths = [prompt + sum(responses) for prompt, responses in groups]
         self.trunks = [prompt + sum(responses) * (len(responses) == 1) for prompt, responses in groups]
-        self._segments = [torch.arange(len(r) + 1).repeat_interleave(torch.tensor([p, *r])) for p, r in groups]
-        self._positions = [torch.cat([torch.arange(p), *(torch.arange(p, p + n) for n in r)]) for p, r in groups]
+        self._group = torch.arange(len(groups)).repeat_interleave(torch.tensor(self.lengths))
+        self._segment = torch.cat(
+            [torch.arange(len(r) + 1).repeat_interleave(torch.tensor([p, *r])) for p, r in groups]
+        )
+        self._position = torch.cat(
+            [torch.arange(s, s + n) for p, r in groups for s, n in ((0, p), *((p, n) for n in r))]
+        )
         self._masks: dict[int | None, list[tuple[Tensor | None, Tensor]]] = {}
+        self._block_masks: dict[int | None, Any] = {}
 
     def to(self, device: torch.device) -> "Layout":
         """Moves it, in place."""
-        self._segments = [segment.to(device) for segment in self._segments]
-        self._positions = [position.to(device) for position in self._positions]
+        self._group, self._segment = self._group.to(device), self._segment.to(device)
+        self._position = self._position.to(device)
         return self
+
+    def sees(self, query: Tensor, key: Tensor, window: int | None) -> Tensor:
+        """Whether the tokens at the row's indices `query` see those at `key`; the two broadcast."""
+        segment, distance = self._segment[key], self._position[query] - self._position[key]
+        seen = (self._group[query] == self._group[key]) & ((segment == 0) | (segment == self._segment[query]))
+        seen &= distance >= 0
+        return seen & (distance < window) if window else seen
 
     def masks(self, window: int | None) -> list[tuple[Tensor | None, Tensor]]:
         """Of every group, two masks that are true where the row's token sees the column's.
@@ -52,22 +66,31 @@ class Layout:
             window: how far back a token sees, in positions; None sees all.
         """
         if window not in self._masks:
+            tokens = torch.arange(len(self._group), device=self._group.device).split(self.lengths)
             self._masks[window] = [
                 (
-                    _visible(segment, position, 0, trunk, window) if window and window < trunk else None,
-                    _visible(segment, position, trunk, len(segment), window),
+                    self.sees(own[:trunk, None], own[None, :trunk], window) if window and window < trunk else None,
+                    self.sees(own[trunk:, None], own[None, :], window),
                 )
-                for segment, position, trunk in zip(self._segments, self._positions, self.trunks, strict=True)
+                for own, trunk in zip(tokens, self.trunks, strict=True)
             ]
         return self._masks[window]
 
+    def block_mask(self, window: int | None) -> Any:
+        """The same for FlexAttention, over the whole row."""
+        from torch.nn.attention.flex_attention import create_block_mask
 
-def _visible(segment: Tensor, position: Tensor, start: int, stop: int, window: int | None) -> Tensor:
-    """Whom the tokens from `start` to `stop` see of those up to `stop`."""
-    same = (segment[None, :stop] == 0) | (segment[None, :stop] == segment[start:stop, None])
-    distance = position[start:stop, None] - position[None, :stop]
-    seen = same & (distance >= 0)
-    return seen & (distance < window) if window else seen
+        if window not in self._block_masks:
+            size, device = len(self._group), self._group.device
+            self._block_masks[window] = create_block_mask(
+                lambda batch, head, query, key: self.sees(query, key, window),
+                None,
+                None,
+                size,
+                size,
+                device=str(device),
+            )
+        return self._block_masks[window]
 
 
 def enable_packing(model: "PreTrainedModel") -> bool:
@@ -114,7 +137,7 @@ def packed_attention(
     sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one packed row, group by group.
+    """Attention of one packed row: group by group, or on a GPU in one FlexAttention over the whole row.
 
     Args:
         module: the attention layer.
@@ -138,14 +161,71 @@ def packed_attention(
         if other is not None and name not in WITHOUT_EFFECT:
             raise SelfalignError(f"{type(module).__name__} uses {name!r} in its attention, which packing lacks")
     dropout = dropout if module.training else 0.0
+    if not dropout and query.is_cuda and flex_works(query.device):
+        output = whole_row(query, key, value, layout, scaling, sliding_window)
+    else:
+        output = group_by_group(query, key, value, layout, scaling, sliding_window, dropout)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def group_by_group(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    scaling: float | None,
+    window: int | None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention of each group's trunk, and of what stands behind it; arguments as of `packed_attention`."""
     options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
     groups = zip(*(tensor.split(layout.lengths, dim=2) for tensor in (query, key, value)), strict=True)
     outputs: list[Tensor] = []
-    for (q, k, v), trunk, (within, behind) in zip(groups, layout.trunks, layout.masks(sliding_window), strict=True):
+    for (q, k, v), trunk, (within, behind) in zip(groups, layout.trunks, layout.masks(window), strict=True):
         if trunk:
             causal = within is None
             first, *seen = (tensor[:, :, :trunk] for tensor in (q, k, v))
             outputs.append(scaled_dot_product_attention(first, seen[0], seen[1], within, is_causal=causal, **options))
         if len(behind):
             outputs.append(scaled_dot_product_attention(q[:, :, trunk:], k, v, behind, **options))
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+    return torch.cat(outputs, dim=2)
+
+
+def whole_row(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float | None, window: int | None
+) -> Tensor:
+    """FlexAttention under the layout's block mask; arguments as of `packed_attention`."""
+    grouped = key.shape[1] != query.shape[1]
+    return _compiled_flex()(query, key, value, block_mask=layout.block_mask(window), scale=scaling, enable_gqa=grouped)
+
+
+@cache
+def flex_works(device: torch.device) -> bool:
+    """Whether FlexAttention compiles for this device, and gives values and gradients as group by group.
+
+    It is tried once on a small row; where it fails, one log line says why, and attention goes group by group.
+    """
+    layout = Layout([(70, [40, 30]), (5, [9])]).to(device)
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(1, heads, sum(layout.lengths), 64) for heads in (4, 2, 2)]
+    query, key, value = (torch.randn(shape, generator=draw).to(device).requires_grad_() for shape in shapes)
+    try:
+        results: list[list[Tensor]] = []
+        for attend in (group_by_group, whole_row):
+            output = attend(query, key, value, layout, None, None)
+            gradients = torch.autograd.grad(output.square().sum(), (query, key, value))
+            results.append([output.detach(), *gradients])
+        worst = max(float((one - other).abs().max()) for one, other in zip(*results, strict=True))
+        problem = f"it is {worst:.1e} off" if not worst < 2e-2 else ""
+    except Exception as error:  # noqa: BLE001 - a compiler may fail in any way
+        problem = f"{type(error).__name__}: {error}".splitlines()[0]
+    if problem:
+        logger.info("FlexAttention does not work on %s (%s); attention goes group by group", device, problem)
+    return not problem
+
+
+@cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)

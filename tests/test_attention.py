@@ -1,6 +1,7 @@
 """Packed and padded batches against one plain forward pass a response, for every architecture family we name."""
 
 import copy
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,8 +9,10 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
-from selfalign.attention import enable_packing, is_packing
+from selfalign import attention
+from selfalign.attention import Layout, enable_packing, is_packing
 from selfalign.batches import (
     Group,
     make_batch,
@@ -291,6 +294,43 @@ def test_prompts_with_nothing_in_common_are_scored_right(scorer: Any) -> None:
         )
 
 
+LAYOUT = [(9, [7, 12]), (3, [8]), (6, [1, 4])]
+
+
+@pytest.mark.parametrize("window", [None, WINDOW])
+def test_attention_over_the_whole_row_is_that_of_each_group(
+    monkeypatch: pytest.MonkeyPatch, window: int | None
+) -> None:
+    # Uncompiled: the compiled kernel, and gradients, are for the GPU.
+    monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention)
+    layout = Layout(LAYOUT)
+    tensors = [torch.randn(1, heads, sum(layout.lengths), 16) for heads in (4, 2, 2)]
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # That it is not compiled.
+        found = attention.whole_row(*tensors, layout, 0.3, window)
+    torch.testing.assert_close(found, attention.group_by_group(*tensors, layout, 0.3, window), rtol=1e-5, atol=1e-5)
+
+
+def test_flex_attention_that_fails_or_is_wrong_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*args: Any) -> Tensor:
+        raise RuntimeError("no compiler\nlong story")
+
+    def wrong(*args: Any) -> Tensor:
+        return attention.group_by_group(*args) * 1.1
+
+    found = []
+    with caplog.at_level("INFO", logger="selfalign.attention"):
+        for other in (fails, wrong, attention.group_by_group):
+            monkeypatch.setattr(attention, "whole_row", other)
+            found.append(attention.flex_works.__wrapped__(torch.device("cpu")))
+    assert found == [False, False, True]
+    assert [record.levelname for record in caplog.records] == ["INFO", "INFO"]
+    assert "(RuntimeError: no compiler); attention goes group by group" in caplog.records[0].message
+    assert "off" in caplog.records[1].message
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_packed_batches_equal_plain_passes_on_a_gpu(models: Any) -> None:
     model = copy.deepcopy(models["llama"]).cuda()
@@ -301,5 +341,6 @@ def test_packed_batches_equal_plain_passes_on_a_gpu(models: Any) -> None:
     batch = make_batch(model, groups()).to(model.device)
     sums = batch.sum_by_response(model(predict_at=batch.predict_at, targets=batch.targets, **batch.inputs))
     torch.testing.assert_close(sums.cpu(), expected, rtol=1e-3, atol=1e-3)
+    assert attention.flex_works(model.device)
     sums.sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)

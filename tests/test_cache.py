@@ -4,7 +4,7 @@ from random import Random
 
 import pytest
 import torch
-from test_mutants import mutated
+from mutation import mutated
 from torch import Tensor
 from transformers import Gemma2Config, LlamaConfig, MistralConfig
 from transformers.cache_utils import DynamicLayer

@@ -1,12 +1,9 @@
 """Losses broken on purpose: every mutant of `losses.py` and `refinement.py` must be caught by a hand-worked check."""
 
-import inspect
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import ModuleType
 
 import pytest
+from mutation import mutated
 from test_losses import CHECKS
 
 from selfalign import losses, refinement
@@ -99,21 +96,6 @@ REFINEMENT = [
     ("p with the default scale", "str(self.scale)", "str(100)"),
 ]
 MUTANTS = [(losses, *mutant) for mutant in LOSSES] + [(refinement, *mutant) for mutant in REFINEMENT]
-
-
-@contextmanager
-def mutated(module: ModuleType, old: str, new: str) -> Iterator[ModuleType]:
-    """The module with one text replaced, executed anew under another name."""
-    source = inspect.getsource(module)
-    assert source.count(old) == 1, f"the mutant's text occurs {source.count(old)} times in {module.__name__}: {old!r}"
-    copy = ModuleType("mutant")
-    # Dataclasses look their module up by name.
-    sys.modules["mutant"] = copy
-    try:
-        exec(compile(source.replace(old, new), "mutant", "exec"), copy.__dict__)
-        yield copy
-    finally:
-        del sys.modules["mutant"]
 
 
 def caught(losses_module: ModuleType, refinement_module: ModuleType) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from builders import response
-from test_mutants import mutated
+from mutation import mutated
 
 from selfalign import pairing
 from selfalign.errors import SelfalignError

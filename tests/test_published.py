@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_mutants import mutated
+from mutation import mutated
 
 from selfalign import published
 from selfalign.data import read_demonstrations, read_instructions, read_pairs, read_ranked

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 from builders import RUBRIC, demonstration, policy_artefact, records_artefact, workspace
-from test_mutants import mutated
+from mutation import mutated
 
 from selfalign.errors import SelfalignError
 from selfalign.models import PolicyFiles

@@ -1,7 +1,5 @@
 """Instruction writing broken on purpose, as others have broken it: every mutant must be caught by a named test."""
 
-import inspect
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -12,15 +10,13 @@ import test_instruct as tests
 import test_overlap
 import test_wording
 from builders import completion
-from test_mutants import mutated
+from mutation import Check, assert_caught
 
 from selfalign import overlap, wording
-from selfalign.errors import SelfalignError
 from selfalign.generation import Completion, Request, Sampling
 from selfalign.models import PolicyFiles
 from selfalign.stages import instruct
 
-Check = Callable[..., None]
 LEDGER = tests.test_every_written_text_is_kept_or_counted_as_dropped
 PARROT = tests.test_copy_of_what_the_prompt_shows_is_told_from_a_copy_of_another_seed
 HELD_OUT = tests.test_copy_of_a_held_out_instruction_is_dropped
@@ -124,11 +120,4 @@ def test_mutant_is_caught(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given = {"tmp_path": tmp_path, "tiny_policy": tiny_policy, "monkeypatch": monkeypatch}
-    with mutated(module, old, new) as copy:
-        vars(copy)["_swallow"] = swallow
-        for name, value in vars(copy).items():
-            # The tests' own imports of what is defined in the module.
-            if getattr(value, "__module__", "") == copy.__name__ and name in vars(tested_in):
-                monkeypatch.setattr(tested_in, name, value)
-        with pytest.raises((AssertionError, pytest.fail.Exception, SelfalignError)):
-            check(**{name: given[name] for name in inspect.signature(check).parameters if name in given})
+    assert_caught(module, tested_in, old, new, check, given, monkeypatch, _swallow=swallow)

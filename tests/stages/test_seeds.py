@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from builders import RUBRIC, composed, workspace
-from test_mutants import mutated
+from mutation import mutated
 
 from selfalign.data import read_demonstrations, read_instructions, read_ranked
 from selfalign.errors import SelfalignError

@@ -14,8 +14,8 @@ from builders import (
     weights,
     workspace,
 )
+from mutation import mutated
 from safetensors.torch import load_file
-from test_mutants import mutated
 from test_tokenization import WITH_BOS, WITHOUT_BOS, build_tokenizer
 
 from selfalign.errors import SelfalignError

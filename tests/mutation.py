@@ -1,0 +1,60 @@
+"""Modules broken on purpose, and the tests that must notice."""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from selfalign.errors import SelfalignError
+
+Check = Callable[..., None]
+
+
+@contextmanager
+def mutated(module: ModuleType, old: str, new: str) -> Iterator[ModuleType]:
+    """The module with one text replaced, executed anew under another name."""
+    source = inspect.getsource(module)
+    assert source.count(old) == 1, f"the mutant's text occurs {source.count(old)} times in {module.__name__}: {old!r}"
+    copy = ModuleType("mutant")
+    # Dataclasses look their module up by name.
+    sys.modules["mutant"] = copy
+    try:
+        exec(compile(source.replace(old, new), "mutant", "exec"), copy.__dict__)
+        yield copy
+    finally:
+        del sys.modules["mutant"]
+
+
+def assert_caught(
+    module: ModuleType,
+    tested_in: ModuleType,
+    old: str,
+    new: str,
+    check: Check,
+    fixtures: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    **more: Any,
+) -> None:
+    """Runs a test against a broken copy of a module; it must fail.
+
+    Args:
+        module: what is broken.
+        tested_in: the test's module, where the copy takes the place of what was imported.
+        old: a text that occurs once in the module.
+        new: what stands there instead.
+        check: the test.
+        fixtures: what it may ask for.
+        monkeypatch: pytest's.
+        more: names that the copy may use.
+    """
+    with mutated(module, old, new) as copy:
+        vars(copy).update(more)
+        for name, value in vars(copy).items():
+            if getattr(value, "__module__", "") == copy.__name__ and name in vars(tested_in):
+                monkeypatch.setattr(tested_in, name, value)
+        with pytest.raises((AssertionError, pytest.fail.Exception, SelfalignError)):
+            check(**{name: fixtures[name] for name in inspect.signature(check).parameters if name in fixtures})

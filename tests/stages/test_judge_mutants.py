@@ -1,0 +1,99 @@
+"""Judging and answering broken on purpose, as others have broken it: each mutant is caught by a named test."""
+
+import shutil
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+import judging
+import pytest
+import test_judge as judge_tests
+import test_respond as respond_tests
+from builders import RUBRIC
+from mutation import Check, assert_caught
+
+from selfalign import generation
+from selfalign.judges import expected, sampled
+from selfalign.models import PolicyFiles
+from selfalign.stages import judge, respond
+
+TIED = partial(judge_tests.test_alarm_is_by_its_thresholds, alarm={"tied_share": 0.5}, constant=1.0)
+LOW = partial(judge_tests.test_alarm_is_by_its_thresholds, alarm={"tied_share": 1.0, "entropy": 1.06}, constant=1.0)
+QUIET = partial(judge_tests.test_alarm_is_by_its_thresholds, alarm={"tied_share": 0.51, "entropy": 0.0}, constant=0.0)
+LONG_WRITTEN = partial(judge_tests.test_prompt_too_long_is_counted_and_never_cut, way="sampled")
+LONG_READ = partial(judge_tests.test_prompt_too_long_is_counted_and_never_cut, way="expected")
+ALL = respond_tests.test_every_instruction_gets_its_candidates_and_no_other
+APART = respond_tests.test_candidates_of_one_instruction_are_drawn_apart
+REASONS = respond_tests.test_reason_to_finish_is_that_of_each_response
+TIES = " or (tied or 0.0) >= judge.alarm.tied_share"
+ENTROPY = "entropy < judge.alarm.entropy or "
+
+# (what, module, tests, old text, new text, the test that notices)
+MUTANTS: list[tuple[str, ModuleType, ModuleType, str, str, Check]] = [
+    ("D2 7: ties raise no alarm", judge, judging, TIES, "", TIED),
+    ("D2 7: a low entropy raises none", judge, judging, ENTROPY, "", LOW),
+    ("D2 7: the alarm goes by the mean", judge, judging, ENTROPY, "sum(known.values()) >= 3 * len(known) or ", QUIET),
+    ("D2 8: a long prompt is cut", sampled, judge_tests, "prompt = encode_prompt(generator.tokenizer, asked)",
+     "prompt = encode_prompt(generator.tokenizer, asked)[-limit:]", LONG_WRITTEN),
+    ("D2 8: a long prompt is left out uncounted", sampled, judge_tests, "refused.append(subject)", "pass",
+     LONG_WRITTEN),
+    ("D2 8: the same behind one forward pass", expected, judge_tests,
+     "[too_long(s, policy.digest) for s, fit in zip(family, fits, strict=True) if not fit]", "[]", LONG_READ),
+    ("D2 11: nobody has judged", expected, judge_tests, "rationales.get(subject.response.id, \"\"), policy.digest)",
+     "rationales.get(subject.response.id, \"\"), \"\")", judge_tests.test_judge_is_the_policy_with_its_adapter),
+    ("D2 11: the policy is the base below its adapter", judge, judging, "policy=PolicyFiles(policy.path) if policy",
+     "policy=base_below(PolicyFiles(policy.path)) if policy", judge_tests.test_judge_is_the_policy_with_its_adapter),
+    ("D2 12: one seed for all", respond, respond_tests, "derive_seed(seed, record.id, number)", "seed", APART),
+    ("D2 12: candidates share a seed", respond, respond_tests, "derive_seed(seed, record.id, number)",
+     "derive_seed(seed, record.id)", APART),
+    ("D3 4: the prompt stands in the response", generation, respond_tests,
+     "written: list[list[int]] = [[] for _ in seeds]",
+     "written = [list(prompts[owner]) for owner in owners]", REASONS),
+    ("D3 6: the last instruction is lost", respond, respond_tests, "for record, _ in fitting for response",
+     "for record, _ in fitting[:-1] for response", ALL),
+    ("D3 6: what was written is written again", respond, respond_tests, '"responses.jsonl", ordered)',
+     '"responses.jsonl", [*ordered, ordered[0]])', ALL),
+]  # fmt: skip
+
+
+def base_below(files: PolicyFiles) -> PolicyFiles:
+    """The same policy without its adapter, under the same digest."""
+    bare = files.path.with_name(f"{files.path.name}-bare")
+    if not bare.exists():
+        shutil.copytree(files.path, bare, symlinks=True, ignore=shutil.ignore_patterns("adapter"))
+    return PolicyFiles(bare)
+
+
+@pytest.mark.parametrize(
+    ("module", "tested_in", "old", "new", "check"), [m[1:] for m in MUTANTS], ids=[m[0] for m in MUTANTS]
+)
+def test_mutant_is_caught(
+    module: ModuleType,
+    tested_in: ModuleType,
+    old: str,
+    new: str,
+    check: Check,
+    tmp_path: Path,
+    tiny_policy: PolicyFiles,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = {"tmp_path": tmp_path, "tiny_policy": tiny_policy, "monkeypatch": monkeypatch}
+    assert_caught(module, tested_in, old, new, check, given, monkeypatch, base_below=base_below)
+
+
+def careless(template: str, values: dict[str, str]) -> str:
+    """Fills one place after the other, as it stands."""
+    for name, value in values.items():
+        template = template.replace(f"{{{name}}}", value)
+    return template
+
+
+@pytest.mark.parametrize("kind", [sampled.SampledScore, expected.ExpectedScore])
+@pytest.mark.parametrize("fill", [str.format_map, careless], ids=["D2 10: format", "D2 10: replace"])
+def test_careless_filling_of_the_rubric_is_caught(
+    tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch, kind: type, fill: Check
+) -> None:
+    for module in (sampled, expected):
+        monkeypatch.setattr(module, "fill", fill)
+    with pytest.raises((AssertionError, KeyError, ValueError)):
+        judge_tests.test_response_cannot_leave_its_section(tiny_policy, kind(prompt=RUBRIC))
