@@ -16,6 +16,7 @@ from selfalign.losses import Positives
 from selfalign.models import ModelConfig, identify_source
 from selfalign.run import Maker
 from selfalign.stages.align import align, augmentation_of
+from selfalign.stages.divergence import divergence
 from selfalign.stages.eft import eft
 from selfalign.stages.evaluate import Judged, evaluate
 from selfalign.stages.instruct import given_instructions, instruct
@@ -222,7 +223,7 @@ class Method:
 
     def evaluate(self, name: str, models: Models) -> None:
         """Measures the newest model: its answers against M1's, and how well it judges; of SFT its judging alone."""
-        place, judged, ranked = f"evaluation_{name}", None, None
+        place, judged, moved, ranked = f"evaluation_{name}", None, None, None
         asked, seeds = self.given.questions if name != "SFT" else None, self.given.seeds
         if asked is not None:
             answers = self.run.make(
@@ -235,6 +236,15 @@ class Method:
                 seed=self._seed("evaluation"),
             )
             judged = answers, self._judge(f"{place}/scores", self.config.evaluate.judge, models, asked, answers)
+            if self.answers_of_m1 is not None:
+                moved = self.run.make(
+                    f"{place}/divergence",
+                    divergence,
+                    policy=models.newest,
+                    origin=models.sft,
+                    instructions=asked,
+                    answers=answers,
+                )
         if seeds.counts["questions_held_out"]:
             ranked = seeds, self._judge(f"{place}/ranked_scores", "self", models, seeds, seeds, "ranked_scores")
         self.run.make(
@@ -242,8 +252,10 @@ class Method:
             evaluate,
             judged=judged,
             baseline=self.answers_of_m1,
+            moved=moved,
             ranked=ranked,
             top=getattr(self.config.judge, "high", None),
+            limits=self.config.evaluate.limits,
         )
         if name == "M1":
             self.answers_of_m1 = judged

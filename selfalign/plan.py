@@ -113,6 +113,8 @@ def _evaluation(config: "ExperimentConfig", name: str) -> list[tuple[str, str]]:
             (f"{place}/answers", f"{count} instructions"),
             (f"{place}/scores", f"judged by {settings.judge}"),
         ]
+        if name != "M1":
+            stages.append((f"{place}/divergence", "log-probabilities of the answers under M1"))
     if config.data.seeds.ranked:
         stages.append((f"{place}/ranked_scores", "held-out ranked answers"))
     return [*stages, (f"{place}/numbers", "")]

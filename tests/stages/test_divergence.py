@@ -1,0 +1,68 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from builders import (
+    instruction,
+    loaded,
+    nudged_policy,
+    policy_artefact,
+    records_artefact,
+    response,
+    workspace,
+)
+
+from selfalign.models import PolicyFiles
+from selfalign.records import FinishReason
+from selfalign.stages.divergence import divergence
+
+ASKED = [instruction("bees", "What do bees do?"), instruction("tea", "How is tea made?")]
+ANSWERS = [
+    response("bees-1", "They dance."),
+    response("tea-1", "With leaves and", reason=FinishReason.LENGTH),
+]
+
+
+def moved(folder: Path, policy: PolicyFiles, origin: PolicyFiles, answers: list = ANSWERS) -> dict:
+    given = records_artefact(folder / "given", instructions=ASKED, responses=answers)
+    return divergence(
+        workspace(folder / "out"),
+        policy=policy_artefact(policy),
+        origin=policy_artefact(origin),
+        instructions=given,
+        answers=given,
+    )
+
+
+def log_probability(policy: PolicyFiles, text: str, answer: str, *, ended: bool) -> tuple[float, int]:
+    """Of an answer's tokens, from full logits; and how many there are."""
+    reader = loaded(policy.path)
+    prompt = reader.tokenizer(f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
+    tokens = reader.tokenizer(answer + "<|im_end|>" * ended)["input_ids"]
+    with torch.no_grad():
+        logps = reader.model(input_ids=torch.tensor([prompt + tokens])).logits[0, :-1].double().log_softmax(-1)
+    return float(logps[len(prompt) - 1 :].gather(1, torch.tensor(tokens)[:, None]).sum()), len(tokens)
+
+
+def test_distance_is_the_mean_log_ratio_of_the_policy_s_own_answers(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+    policy = nudged_policy(tiny_policy, tmp_path / "policy")
+    cases = [(ASKED[0].text, "They dance.", True), (ASKED[1].text, "With leaves and", False)]
+    ratios, tokens = [], 0
+    for text, answer, ended in cases:
+        (own, count), (other, _) = (log_probability(p, text, answer, ended=ended) for p in (policy, tiny_policy))
+        ratios.append(own - other)
+        tokens += count
+    found = moved(tmp_path, policy, tiny_policy)
+    assert abs(sum(ratios)) > 0.01
+    assert found["eval/kl_to_m1"] == pytest.approx(sum(ratios) / 2, abs=1e-3)
+    assert found["eval/kl_to_m1_per_token"] == pytest.approx(sum(ratios) / tokens, abs=1e-3)
+
+
+def test_a_model_is_at_no_distance_from_itself(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+    assert moved(tmp_path, tiny_policy, tiny_policy) == {"eval/kl_to_m1": 0.0, "eval/kl_to_m1_per_token": 0.0}
+
+
+def test_empty_answers_are_no_distance(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+    nothing = [replace(response("bees-1"), text="")]
+    assert moved(tmp_path, tiny_policy, tiny_policy, nothing) == {}
