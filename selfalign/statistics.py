@@ -85,14 +85,18 @@ def length_controlled(
         length_differences: characters of the model's answer minus those of the other's.
         seed: draws the instructions for the interval.
         confidence: of the interval.
+
+    Returns:
+        The rate; both ends are NaN for one instruction.
     """
     won = np.asarray(outcomes, dtype=np.float64)
     lengths = np.asarray(length_differences, dtype=np.float64)
     spread = float(lengths.std())
     feature = np.tanh(lengths / spread) if spread else np.zeros_like(lengths)
-    once = np.ones((1, len(won)))
+    value = float(_without_length(won, feature, np.ones((1, len(won))))[0])
+    if len(won) < 2:
+        return Estimate(value, math.nan, math.nan)
     drawn = np.array([np.bincount(units, minlength=len(won)) for units in _draws(len(won), seed)], dtype=np.float64)
-    value = float(_without_length(won, feature, once)[0])
     return _between(value, _without_length(won, feature, drawn), confidence)
 
 

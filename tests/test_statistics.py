@@ -139,11 +139,10 @@ def test_length_controlled_intervals_cover_at_their_nominal_rate() -> None:
     [
         ([0.5, 0.5, 0.5, 0.5], [3.0, -1.0, 7.0, 2.0], 0.5),
         ([1.0, 0.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0], 0.75),
-        ([1.0], [40.0], None),
         ([1.0, 1.0, 1.0], [10.0, -10.0, 0.0], None),
         ([1.0, 0.0, 1.0, 0.0], [50.0, -50.0, 60.0, -60.0], 0.5),
     ],
-    ids=["all_ties", "equal_lengths", "one_instruction", "all_won", "length_decides_all"],
+    ids=["all_ties", "equal_lengths", "all_won", "length_decides_all"],
 )
 def test_length_controlled_win_rate_stays_finite(outcomes: list, lengths: list, rate: float | None) -> None:
     found = length_controlled(outcomes, lengths)
@@ -152,6 +151,13 @@ def test_length_controlled_win_rate_stays_finite(outcomes: list, lengths: list, 
         assert found.value > 0.5
     else:
         assert found.value == pytest.approx(rate, abs=0.02)
+
+
+def test_one_instruction_has_a_length_controlled_rate_and_no_interval() -> None:
+    found = length_controlled([1.0], [40.0])
+    assert found.value > 0.5
+    assert math.isnan(found.low)
+    assert math.isnan(found.high)
 
 
 @pytest.mark.parametrize("kind", ["pearson", "spearman", "kendall"])
