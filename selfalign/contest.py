@@ -11,7 +11,7 @@ from selfalign.files import read_json, write_json
 from selfalign.generation import Sampling, Transformers
 from selfalign.metrics import outcomes_by_score
 from selfalign.models import Policy, PolicyFiles
-from selfalign.stages.evaluate import scores_by_instruction
+from selfalign.stages.evaluate import Answers
 from selfalign.stages.judge import Judge, judge
 from selfalign.stages.respond import RespondConfig, respond
 from selfalign.store import Artefact, Workspace
@@ -118,7 +118,7 @@ class Chooser:
         answered = _artefact(answers.path)
         who = {"judge": contest.judge, "policy": contest.judged_by, "reference": contest.reference}
         judge(judged, responses=answered, **who, **shared)
-        write_json(self._result(step), scores_by_instruction(answered, _artefact(judged.path)))
+        write_json(self._result(step), Answers.of(answered, _artefact(judged.path)).scores)
 
 
 def _artefact(path: Path) -> Artefact:

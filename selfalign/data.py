@@ -163,7 +163,7 @@ def read_pairs(source: str) -> tuple[list[PreferencePair], Counter[str]]:
         return published
     if "responses" in _first_row(source):
         ranked, unused = read_ranked(source)
-        return [_best_against_worst(question) for question in ranked], unused
+        return [best_against_worst(question) for question in ranked], unused
     rows = _read(source, PairRow)
     ids = _ids(source, [(where, row.id, row) for where, row in rows])
     pairs: list[PreferencePair] = []
@@ -217,7 +217,8 @@ def identify_data(source: str, key: str) -> str:
     return digest_file(path)
 
 
-def _best_against_worst(question: RankedAnswers) -> PreferencePair:
+def best_against_worst(question: RankedAnswers) -> PreferencePair:
+    """Of a ranked question the best answer and the worst, so that pairs do not depend on each other."""
     best, worst = (question.ranks.index(end(question.ranks)) for end in (min, max))
     chosen_score, rejected_score = (question.scores[i] if question.scores else None for i in (best, worst))
     return PreferencePair(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from selfalign.files import derive_seed
 from selfalign.given import Given
 from selfalign.held_out import HeldOutPairs
-from selfalign.judges.bench import OWN_MODELS, asks_a_server
+from selfalign.judges.bench import asks_a_server
 from selfalign.roles import Judging, Models
 from selfalign.run import Maker
 from selfalign.stages.benchmark import benchmark
@@ -121,9 +121,7 @@ class Evaluation:
 
     def _referee(self, models: Models) -> Artefact | None:
         judge = self.config.evaluate.head_to_head
-        if asks_a_server(judge):
-            return None
-        return models.named(judge.model) if judge.model in OWN_MODELS else models.referee
+        return None if asks_a_server(judge) else models.own_or(judge.model, models.referee)
 
     def _distance(self, place: str, models: Models, asked: Artefact, answers: Artefact) -> Artefact | None:
         if not self.answered:
@@ -141,7 +139,6 @@ class Evaluation:
     def _benchmark(self, name: str, models: Models) -> None:
         """Puts the newest model through every benchmark."""
         for label, settings in self.config.benchmark.items():
-            who = settings.judge_model
             self.run.make(
                 f"evaluation_{name}/{label}",
                 benchmark,
@@ -150,7 +147,7 @@ class Evaluation:
                 contents=self.contents[label],
                 model=name,
                 policy=models.newest,
-                judge=models.named(who) if who in OWN_MODELS else models.examiners.get(label),
+                judge=models.own_or(settings.judge_model, models.examiners.get(label)),
                 generate=self.config.generate,
                 seed=derive_seed(self.config.seed, "benchmark", label),
             )

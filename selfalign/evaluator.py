@@ -53,16 +53,20 @@ def evaluate_models(sources: list[str], overrides: list[str], conf: Path) -> Pat
         with log_file(folder / "run.log"), config.track.open(folder, plain) as tracker:
             run = Run(folder, Store(output / "store"), tracker)
             try:
-                _measure(config, Shown(run), sources, runs)
+                names = _measure(config, Shown(run), sources, runs)
             finally:
                 write_provenance(run, config.seed)
-            names = [label.removeprefix("evaluation_").removesuffix("/numbers") for label in _measured(run)]
             conclude(run, config, {**plain, "overrides": overrides}, names, (write_report,), evaluated=sources)
     return folder
 
 
-def _measure(config: ExperimentConfig, run: Shown, sources: list[str], runs: dict[str, dict[str, Artefact]]) -> None:
-    """The first run's M0 and M1 judge where `base` and `sft` are asked to; without a run, the first model does."""
+def _measure(
+    config: ExperimentConfig, run: Shown, sources: list[str], runs: dict[str, dict[str, Artefact]]
+) -> list[str]:
+    """Measures all models and returns their names.
+
+    The first run's M0 and M1 judge where `base` and `sft` are asked to; without a run, the first model does.
+    """
     contestants: list[Contestant] = []
     for source in sources:
         prefix = f"{Path(source).name}." if len(sources) > 1 else ""
@@ -84,6 +88,7 @@ def _measure(config: ExperimentConfig, run: Shown, sources: list[str], runs: dic
         models.newest, models.reference = contestant.policy, contestant.reference or base
         models.own_pairs = list(contestant.pairs)
         evaluation.measure(contestant.name, models)
+    return [contestant.name for contestant in contestants]
 
 
 def _contestants(prefix: str, made: dict[str, Artefact], reference: str) -> list[Contestant]:
@@ -109,7 +114,3 @@ def _artefacts(folder: Path) -> dict[str, Artefact]:
     labels = [stage["label"] for stage in read_json(folder / "summary.json")["stages"]]
     names = {"M0", *models_of(labels), *(label for label in labels if re.fullmatch(r"iteration_\d+/pairs", label))}
     return {name: open_artefact((folder / "artefacts" / name).resolve()) for name in labels if name in names}
-
-
-def _measured(run: Run) -> list[str]:
-    return [label for label in run.artefacts if label.startswith("evaluation_") and label.endswith("/numbers")]

@@ -19,6 +19,8 @@ from selfalign.tokenization import decode_response, stop_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
+    from selfalign.store import Journal
+
 NUCLEUS_CANDIDATES = 256
 """Top-p first looks at this many tokens; the whole vocabulary is sorted only for rows where they do not suffice."""
 
@@ -250,3 +252,28 @@ def _invert(shares: Tensor, uniforms: Tensor, top_p: float) -> Tensor:
     ends = (cumulative < top_p).sum(-1, keepdim=True).clamp(max=cumulative.shape[-1] - 1)
     mass = cumulative.gather(1, ends)
     return torch.searchsorted(cumulative, uniforms[:, None] * mass, right=True).minimum(ends).squeeze(1)
+
+
+def write_all(
+    generator: Generator, requests: Sequence[Request], sampling: Sampling, journal: "Journal", name: str
+) -> list[tuple[str, str]]:
+    """What is written on each request, of one completion each, and why it ended.
+
+    Args:
+        generator: who writes.
+        requests: their prompts fit into the context, answers included.
+        sampling: how.
+        journal: keeps finished batches.
+        name: what these begin with there.
+    """
+    written: dict[int, tuple[str, str]] = {}
+    lengths = [len(request.prompt) for request in requests]
+    for number, batch in enumerate(generator.plan(lengths, 1, sampling.max_new_tokens)):
+        chosen = [requests[index] for index in batch]
+        rows = journal.batch(
+            f"{name}-{number}",
+            len(chosen),
+            lambda chosen=chosen: [(made.text, made.finish_reason) for [made] in generator.write(chosen, sampling)],
+        )
+        written |= {index: (text, reason) for index, (text, reason) in zip(batch, rows, strict=True)}
+    return [written[index] for index in range(len(requests))]

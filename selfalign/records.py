@@ -95,6 +95,13 @@ class Response:
     model: str
 
 
+def given_response(name: str, instruction: str, text: str, model: str) -> Response:
+    """An answer that was read and not written here; it counts as finished, for nothing tells how it ended."""
+    return Response(
+        id=name, instruction_id=instruction, text=text, finish_reason=FinishReason.EOS, tokens=0, model=model
+    )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Judgement:
     """What a judge said of one response, once.

@@ -48,6 +48,10 @@ class Models:
         """The model a setting names: base is M0, sft is M1, self and previous are the newest."""
         return {"base": self.base, "sft": self.sft}.get(name, self.newest)
 
+    def own_or(self, name: str, fixed: Artefact | None) -> Artefact | None:
+        """The run's own model of this name, or where it is none of them, the one that was loaded for it."""
+        return self.named(name) if name in OWN_MODELS else fixed
+
 
 def load_model(run: Maker, label: str, model: ModelConfig, key: str) -> Artefact:
     """A model from outside the run; `key` is the setting that names it."""
@@ -125,7 +129,7 @@ class Judging:
         """Who judges, and, where the judge compares the two, what that model was trained from; None for no model."""
         if asks_a_server(self.how):
             return None, None
-        policy = models.named(who) if who in OWN_MODELS else models.judge
+        policy = models.own_or(who, models.judge)
         if not isinstance(self.how, ImplicitReward):
             return policy, None
         return policy, models.base if who == "sft" else models.reference

@@ -10,10 +10,9 @@ from selfalign.data import OutputRow, identify_data, read_outputs
 from selfalign.errors import SelfalignError
 from selfalign.files import write_json
 from selfalign.generation import Sampling
-from selfalign.judges.bench import Bench
 from selfalign.judges.comparison import Duel
 from selfalign.judges.referee import Referee
-from selfalign.records import Comparison, FinishReason, Instruction, Response
+from selfalign.records import Comparison, Instruction, given_response
 from selfalign.store import Counts, Workspace
 
 Row = dict[str, Any]
@@ -79,14 +78,7 @@ class AlpacaEval:
         answered = [(row, talk) for row, talk in zip(references, talks, strict=True) if talk.answers]
         duels = [duel(number, row, talk, model) for number, (row, talk) in enumerate(answered, start=1)]
         with out.journal(2 * len(duels), "verdicts") as journal:
-            bench = Bench(
-                journal=journal,
-                policy=entrant.judge,
-                reference=None,
-                generate=entrant.generate,
-                seed=entrant.seed,
-            )
-            comparisons, counts = self.judge.decide(bench, duels, out.label)
+            comparisons, counts = self.judge.decide(entrant.bench(journal), duels, out.label)
         annotator = entrant.name_of_judge(self.judge.model, self.judge.endpoint)
         judged = zip(answered, comparisons, strict=True)
         outputs = [
@@ -121,19 +113,12 @@ def question(number: int, row: OutputRow) -> Question:
 
 def duel(number: int, row: OutputRow, talk: Conversation, model: str) -> Duel:
     """The model's answer against the reference output."""
-
-    def response(text: str, writer: str) -> Response:
-        return Response(
-            id=f"{number}-{writer}",
-            instruction_id=str(number),
-            text=text,
-            finish_reason=FinishReason.EOS,
-            tokens=0,
-            model=writer,
-        )
-
     asked = Instruction(id=str(number), text=row.instruction, source="evaluation")
-    return Duel(asked, response(talk.answers[0], model), response(row.output, row.generator))
+    first, second = (
+        given_response(f"{number}-{writer}", asked.id, text, writer)
+        for writer, text in ((model, talk.answers[0]), (row.generator, row.output))
+    )
+    return Duel(asked, first, second)
 
 
 def annotation(row: OutputRow, talk: Conversation, model: str, annotator: str, comparison: Comparison) -> Row:

@@ -8,7 +8,7 @@ from selfalign.benchmarks.entrant import Entrant
 from selfalign.benchmarks.fastchat import Question
 from selfalign.errors import SelfalignError
 from selfalign.files import derive_seed
-from selfalign.generation import Generator, Request, Sampling
+from selfalign.generation import Generator, Request, Sampling, write_all
 from selfalign.records import FinishReason, Message
 from selfalign.store import Journal, Workspace
 from selfalign.tokenization import encode_prompt
@@ -84,28 +84,3 @@ def _answer_turns(
             for (talk, *_), (text, reason) in zip(members, written, strict=True):
                 talk.answers.append(text)
                 talk.finished.append(reason == FinishReason.EOS)
-
-
-def write_all(
-    generator: Generator, requests: Sequence[Request], sampling: Sampling, journal: Journal, name: str
-) -> list[tuple[str, str]]:
-    """What is written on each request, of one completion each, and why it ended.
-
-    Args:
-        generator: who writes.
-        requests: their prompts fit into the context, answers included.
-        sampling: how.
-        journal: keeps finished batches.
-        name: what these begin with there.
-    """
-    written: dict[int, tuple[str, str]] = {}
-    lengths = [len(request.prompt) for request in requests]
-    for number, batch in enumerate(generator.plan(lengths, 1, sampling.max_new_tokens)):
-        chosen = [requests[index] for index in batch]
-        rows = journal.batch(
-            f"{name}-{number}",
-            len(chosen),
-            lambda chosen=chosen: [(made.text, made.finish_reason) for [made] in generator.write(chosen, sampling)],
-        )
-        written |= {index: (text, reason) for index, (text, reason) in zip(batch, rows, strict=True)}
-    return [written[index] for index in range(len(requests))]

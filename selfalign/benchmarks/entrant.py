@@ -10,9 +10,9 @@ from typing import Protocol
 from selfalign.endpoint import Endpoint
 from selfalign.errors import SelfalignError
 from selfalign.generation import Transformers
-from selfalign.judges.bench import OWN_MODELS
+from selfalign.judges.bench import OWN_MODELS, Bench
 from selfalign.models import PolicyFiles
-from selfalign.store import Counts, Workspace
+from selfalign.store import Counts, Journal, Workspace
 
 UNSAFE = re.compile(r"[^\w.-]+")
 """What names of files should not have."""
@@ -50,15 +50,9 @@ class Entrant:
         called = model if model in OWN_MODELS else model.rstrip("/").rsplit("/", 1)[-1]
         return f"{UNSAFE.sub('_', called)}-{self.judge.digest[:8]}"
 
-    def judging_policy(self) -> PolicyFiles:
-        """Who judges.
-
-        Raises:
-            SelfalignError: nobody was given.
-        """
-        if self.judge is None:
-            raise SelfalignError("this benchmark's judge is a policy, but none was given")
-        return self.judge
+    def bench(self, journal: Journal) -> Bench:
+        """What its judge works with."""
+        return Bench(journal=journal, policy=self.judge, reference=None, generate=self.generate, seed=self.seed)
 
 
 class Benchmark(Protocol):

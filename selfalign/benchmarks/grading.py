@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from selfalign.batches import share_prompt
-from selfalign.benchmarks.conversations import write_all
 from selfalign.benchmarks.entrant import Entrant
 from selfalign.benchmarks.fastchat import locate, read_prompts
 from selfalign.benchmarks.rating import OPENING, TOO_LONG, Grade, RatingTokens, expected_rating, parse_rating
@@ -13,7 +12,7 @@ from selfalign.data import as_prompt
 from selfalign.endpoint import Endpoint
 from selfalign.errors import SelfalignError
 from selfalign.files import digest_file, text_or_file
-from selfalign.generation import Request, Sampling
+from selfalign.generation import Request, Sampling, write_all
 from selfalign.judges.bench import check_batch_tokens, check_model, check_prompt, check_share
 from selfalign.records import Message
 from selfalign.scoring import Scorer
@@ -155,7 +154,7 @@ class Grader:
 
     def _write(self, entrant: Entrant, prompts: dict[str, list[Message]], journal: Journal) -> list[Grade]:
         """Greedy texts of a policy."""
-        generator = entrant.generate.load(entrant.judging_policy())
+        generator = entrant.generate.load(entrant.bench(journal).judging_policy())
         encoded = {name: encode_prompt(generator.tokenizer, asked) for name, asked in prompts.items()}
         fitting = {n: ids for n, ids in encoded.items() if len(ids) + self.max_new_tokens <= generator.context}
         requests = [Request(prompt=ids, seeds=[0]) for ids in fitting.values()]
@@ -166,7 +165,7 @@ class Grader:
 
     def _expect(self, entrant: Entrant, prompts: dict[str, list[Message]], journal: Journal) -> list[Grade]:
         """Means of a policy's distribution over the ratings, in one forward pass each."""
-        policy = entrant.judging_policy().load(entrant.generate.dtype)
+        policy = entrant.bench(journal).judging_policy().load(entrant.generate.dtype)
         ratings = RatingTokens.of(policy)
         encoded = {name: encode_prompt(policy.tokenizer, asked, OPENING) for name, asked in prompts.items()}
         longest = policy.context - len(ratings.one)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from selfalign.errors import SelfalignError
 from selfalign.judges.expected import distribution, tokens_behind
+from selfalign.judges.parsing import of_silence
 from selfalign.models import Policy
 from selfalign.records import JudgementStatus
 
 LOW, HIGH = 1, 10
 OPENING = "Rating: [["
 RATING = re.compile(r"\[\[([0-9]+(?:\.[0-9]+)?)\]\]")
-WITHOUT_RATING = {"length": JudgementStatus.TRUNCATED, "too_long": JudgementStatus.PROMPT_TOO_LONG}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +82,7 @@ def parse_rating(text: str, finish: str = "stop") -> Grade:
     """
     said = {float(found) for found in RATING.findall(text)}
     if len(said) != 1:
-        silent = WITHOUT_RATING.get(finish, JudgementStatus.NO_SCORE)
-        return Grade(JudgementStatus.AMBIGUOUS if said else silent, None, text)
+        return Grade(JudgementStatus.AMBIGUOUS if said else of_silence(finish), None, text)
     score = said.pop()
     if not LOW <= score <= HIGH:
         return Grade(JudgementStatus.OUT_OF_RANGE, None, text)

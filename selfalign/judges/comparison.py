@@ -5,9 +5,9 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from selfalign.judges.parsing import of_silence
 from selfalign.records import Comparison, Instruction, JudgementStatus, Response, Verdict
 
-WITHOUT_VERDICT = {"length": JudgementStatus.TRUNCATED, "too_long": JudgementStatus.PROMPT_TOO_LONG}
 VERDICT = re.compile(r"\[\[([ABC])\]\]")
 
 
@@ -77,8 +77,7 @@ def parse_verdict(text: str, finish: str = "stop") -> Reading:
     """
     said = set(VERDICT.findall(text))
     if len(said) != 1:
-        silent = WITHOUT_VERDICT.get(finish, JudgementStatus.NO_SCORE)
-        return Reading(JudgementStatus.AMBIGUOUS if said else silent, None, text)
+        return Reading(JudgementStatus.AMBIGUOUS if said else of_silence(finish), None, text)
     return Reading(JudgementStatus.OK, Verdict(said.pop()), text)
 
 

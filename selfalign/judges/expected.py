@@ -9,7 +9,7 @@ from typing import ClassVar
 from selfalign.batches import Group, share_prompt
 from selfalign.data import as_prompt
 from selfalign.errors import SelfalignError
-from selfalign.generation import Request, Sampling
+from selfalign.generation import Request, Sampling, write_all
 from selfalign.judges.bench import (
     Bench,
     Judged,
@@ -119,19 +119,11 @@ class ExpectedScore(Rubric):
             for s in subjects
         }
         fitting = {name: p for name, p in prompts.items() if len(p) + self.rationale_tokens <= generator.context}
-        names, lengths = list(fitting), [len(prompt) for prompt in fitting.values()]
-        rationales: dict[str, str] = {}
-        for number, batch in enumerate(generator.plan(lengths, 1, self.rationale_tokens)):
-            requests = [Request(prompt=fitting[names[index]], seeds=[0]) for index in batch]
-            texts = bench.journal.batch(
-                f"rationale-{number}",
-                len(batch),
-                lambda requests=requests: [made.text for [made] in generator.write(requests, sampling)],
-            )
-            rationales |= {names[index]: before_score(text) for index, text in zip(batch, texts, strict=True)}
+        requests = [Request(prompt=prompt, seeds=[0]) for prompt in fitting.values()]
+        written = write_all(generator, requests, sampling, bench.journal, "justification")
         del generator
         gc.collect()  # The weights are loaded anew for scoring, and should not lie in memory twice.
-        return rationales
+        return {name: before_score(text) for name, (text, _) in zip(fitting, written, strict=True)}
 
 
 def score_tokens(policy: Policy, low: int, high: int) -> list[int]:

@@ -41,6 +41,12 @@ def parse_score(text: str, low: float, high: float, finish_reason: FinishReason 
     return Parsed(JudgementStatus.OK, score)
 
 
+def of_silence(finish: str) -> JudgementStatus:
+    """The status of a text without a verdict or rating, by why it ended."""
+    silent = {"length": JudgementStatus.TRUNCATED, "too_long": JudgementStatus.PROMPT_TOO_LONG}
+    return silent.get(finish, JudgementStatus.NO_SCORE)
+
+
 def before_score(text: str) -> str:
     """A written judgement up to the first line that begins with a score."""
     lines = text.splitlines()

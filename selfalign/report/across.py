@@ -5,7 +5,7 @@ from html import escape
 from operator import itemgetter
 from typing import Any
 
-from selfalign.report.charts import SMOOTHED, Series, draw_curves, draw_models, smoothing
+from selfalign.report.charts import SMOOTHED, Series, draw_curves, draw_models, series_of, smoothing
 from selfalign.report.jobs import FEW, LEADING, Comparison, Job, as_text, shortened
 from selfalign.report.markup import Format, compact, decimals, figure, grid, is_number, note, percent
 
@@ -143,20 +143,9 @@ def _charts(names: Sequence[str], lines: Mapping[str, Points], *, joined: bool =
     figures: list[str] = []
     for title, caption, key, form, reference in MEASURED:
         series = [
-            _series(name, points, key, colour, joined=joined) for colour, (name, points) in enumerate(lines.items())
+            series_of(points, key, name, colour, joined=joined) for colour, (name, points) in enumerate(lines.items())
         ]
         if any(one.points for one in series):
             drawn = draw_models(names, series, title, form, reference=reference)
             figures.append(figure(title, caption, drawn, list(lines) if len(lines) > 1 else []))
     return grid(figures)
-
-
-def _series(name: str, points: Points, key: str, colour: int, *, joined: bool) -> Series:
-    there = [(x, row) for x, row in points if is_number(row.get(key))]
-    return Series(
-        name=name,
-        points=[(x, row[key]) for x, row in there],
-        intervals=[(row.get(f"{key}_low", row[key]), row.get(f"{key}_high", row[key])) for _, row in there],
-        colour=colour,
-        joined=joined,
-    )

@@ -7,11 +7,13 @@ give the same bytes. Values that are not finite are left out, never drawn.
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from itertools import pairwise, product
 from typing import TYPE_CHECKING, Any
+
+from selfalign.report.markup import is_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,6 +82,28 @@ class Series:
         intervals = [self.intervals[i] for i in kept] if self.intervals else []
         points, colour = [self.points[i] for i in kept], self.colour % len(COLOURS)
         return replace(self, points=points, intervals=intervals, colour=colour)
+
+
+def series_of(
+    rows: Iterable[tuple[int, dict[str, Any]]], key: str, name: str = "", colour: int = 0, *, joined: bool = True
+) -> Series:
+    """A number of several models with its intervals, where they have them.
+
+    Args:
+        rows: place on the x axis and the model's row; those without the number are left out.
+        key: of the number; `key_low` and `key_high` are its interval's ends.
+        name: as of `Series`, like `colour` and `joined`.
+        colour: the same.
+        joined: the same.
+    """
+    there = [(x, row) for x, row in rows if is_number(row.get(key))]
+    return Series(
+        name=name,
+        points=[(x, row[key]) for x, row in there],
+        intervals=[(row.get(f"{key}_low", row[key]), row.get(f"{key}_high", row[key])) for _, row in there],
+        colour=colour,
+        joined=joined,
+    )
 
 
 def draw_models(

@@ -3,10 +3,11 @@
 import re
 from html import escape
 
-from selfalign.metrics import METRICS, meaning_in_benchmark
-from selfalign.report.charts import draw_heatmap
+from selfalign.metrics import METRICS, meaning_in_benchmark, score_histogram
+from selfalign.records import Judgement
+from selfalign.report.charts import draw_heatmap, draw_histogram
 from selfalign.report.finished import Finished
-from selfalign.report.markup import Column, Row, decimals, explained, figure, is_number, note, percent, strong
+from selfalign.report.markup import Column, Row, decimals, explained, figure, grid, is_number, note, percent, strong
 
 MODEL = Column("model", "whose numbers these are", "model", decimals(0))
 
@@ -197,3 +198,32 @@ def matrix(run: Finished, title: str) -> str:
         return ""
     caption = "share of instructions that the row's model wins against the column's, a tie counting half"
     return figure(title, caption, draw_heatmap(found["models"], found["rates"], title, percent))
+
+
+def histograms(run: Finished) -> str:
+    """How often each score was given to candidates, iteration by iteration."""
+    labels = {f"Scores, iteration {n}": f"iteration_{n}/judgements" for n in run.iterations}
+    return _histograms(run, labels, "judgements of candidates")
+
+
+def ranked_histograms(run: Finished) -> str:
+    """How often each score was given to the answers that humans ranked, model by model."""
+    labels = {f"Scores by {row['model']}": f"evaluation_{row['model']}/ranked_scores" for row in run.models}
+    return _histograms(run, labels, "judgements of held-out ranked answers")
+
+
+def _histograms(run: Finished, labels: dict[str, str], what: str) -> str:
+    """With one scale of heights; whole scores have a bar each, others four a point."""
+    scale = run.config["judge"]
+    if "low" not in scale:
+        return ""
+    judged = {title: run.records(label, Judgement) for title, label in labels.items()}
+    scores = {title: [j.score for j in found if j.score is not None] for title, found in judged.items()}
+    whole = all(score == int(score) for given in scores.values() for score in given)
+    parts, how = (1, "") if whole else (4, ", to quarters of a point")
+    counts = {title: score_histogram(s, scale["low"], scale["high"], parts) for title, s in scores.items() if s}
+    peak = max((max(values) for values in counts.values()), default=0)
+    return grid(
+        figure(title, f"{what}{how}", draw_histogram(values, scale["low"], peak, title, parts))
+        for title, values in counts.items()
+    )

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from selfalign.files import write_atomically
-from selfalign.metrics import METRICS, score_histogram
+from selfalign.metrics import METRICS
 from selfalign.plain import duration, plural
-from selfalign.records import Judgement
-from selfalign.report.charts import SMOOTHED, Series, draw_curves, draw_histogram, draw_models, smoothing
+from selfalign.report.charts import SMOOTHED, Series, draw_curves, draw_models, series_of, smoothing
 from selfalign.report.finished import Finished, read_head_to_head, read_samples
 from selfalign.report.markup import (
     NOTHING,
@@ -37,9 +36,11 @@ from selfalign.report.measured import (
     answers_table,
     benchmark_tables,
     drift_table,
+    histograms,
     judging_table,
     matrix,
     preferences_table,
+    ranked_histograms,
 )
 from selfalign.report.prose import verdict, warnings, what_was_run
 from selfalign.report.timing import times_table
@@ -261,10 +262,7 @@ def named(series: Sequence[Series]) -> list[str]:
 
 
 def _of_models(run: Finished, key: str, name: str = "", colour: int = 0) -> Series:
-    there = [(x, row) for x, row in enumerate(run.models) if is_number(row.get(key))]
-    points = [(x, row[key]) for x, row in there]
-    intervals = [(row.get(f"{key}_low", row[key]), row.get(f"{key}_high", row[key])) for _, row in there]
-    return Series(name=name, points=points, intervals=intervals, colour=colour)
+    return series_of(enumerate(run.models), key, name, colour)
 
 
 def _of_candidates(run: Finished, part: str, key: str, deviation: str = "", name: str = "") -> Series:
@@ -305,35 +303,6 @@ def data_table(run: Finished) -> str:
     """What each iteration made to train on."""
     rows = run.iteration_rows()
     return table("preference data by iteration", ITERATIONS, rows) if rows else ""
-
-
-def histograms(run: Finished) -> str:
-    """How often each score was given to candidates, iteration by iteration."""
-    labels = {f"Scores, iteration {n}": f"iteration_{n}/judgements" for n in run.iterations}
-    return _histograms(run, labels, "judgements of candidates")
-
-
-def ranked_histograms(run: Finished) -> str:
-    """How often each score was given to the answers that humans ranked, model by model."""
-    labels = {f"Scores by {row['model']}": f"evaluation_{row['model']}/ranked_scores" for row in run.models}
-    return _histograms(run, labels, "judgements of held-out ranked answers")
-
-
-def _histograms(run: Finished, labels: dict[str, str], what: str) -> str:
-    """With one scale of heights; whole scores have a bar each, others four a point."""
-    scale = run.config["judge"]
-    if "low" not in scale:
-        return ""
-    judged = {title: run.records(label, Judgement) for title, label in labels.items()}
-    scores = {title: [j.score for j in found if j.score is not None] for title, found in judged.items()}
-    whole = all(score == int(score) for given in scores.values() for score in given)
-    parts, how = (1, "") if whole else (4, ", to quarters of a point")
-    counts = {title: score_histogram(s, scale["low"], scale["high"], parts) for title, s in scores.items() if s}
-    peak = max((max(values) for values in counts.values()), default=0)
-    return grid(
-        figure(title, f"{what}{how}", draw_histogram(values, scale["low"], peak, title, parts))
-        for title, values in counts.items()
-    )
 
 
 def samples(run: Finished) -> str:

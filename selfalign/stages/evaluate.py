@@ -139,9 +139,10 @@ def evaluate(
     """
     numbers: Counts = limits.among(*(artefact.counts for artefact in trained))
     if judged is not None:
-        numbers |= describe_answers(*judged)
-    if judged is not None and baseline is not None:
-        numbers |= compare_answers(judged, baseline)
+        own = Answers.of(*judged)
+        numbers |= describe_answers(own)
+        if baseline is not None:
+            numbers |= compare_answers(own, Answers.of(*baseline))
     for ending, comparison in compared.items():
         numbers |= name_comparison(comparison.counts, ending)
     if moved is not None:
@@ -153,10 +154,31 @@ def evaluate(
     return numbers
 
 
-def describe_answers(answers: Artefact, scores: Artefact | None) -> Counts:
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """A model's answers, and {instruction id: score} of those that are judged; None where they are not scored."""
+
+    responses: list[Response]
+    scores: dict[str, float] | None
+
+    @classmethod
+    def of(cls, answers: Artefact, judgements: Artefact | None) -> "Answers":
+        """Reads them."""
+        responses = read_records(answers.path / "responses.jsonl", Response)
+        scores = read_scores(judgements.path) if judgements else None
+        if scores is None:
+            return cls(responses, None)
+        return cls(responses, {r.instruction_id: scores[r.id] for r in responses if r.id in scores})
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """{instruction id: characters of the answer}."""
+        return {response.instruction_id: len(response.text) for response in self.responses}
+
+
+def describe_answers(answers: Answers) -> Counts:
     """Length, ending, variety and mean score of a model's answers."""
-    responses = read_records(answers.path / "responses.jsonl", Response)
-    values = scores_by_instruction(answers, scores) if scores else {}
+    responses, values = answers.responses, answers.scores or {}
     described = {
         "eval/answers": len(responses),
         "eval/mean_characters": mean([len(response.text) for response in responses]),
@@ -173,21 +195,15 @@ def describe_answers(answers: Artefact, scores: Artefact | None) -> Counts:
     return described | ({"eval/mean_score": mean(list(values.values()))} if values else {})
 
 
-def compare_answers(judged: Answered, baseline: Answered) -> Counts:
+def compare_answers(answers: Answers, baseline: Answers) -> Counts:
     """How much longer the answers are than M1's, and how often they have the higher score, also at equal length."""
-    lengths, other_lengths = (
-        {r.instruction_id: len(r.text) for r in read_records(answers.path / "responses.jsonl", Response)}
-        for answers, _ in (judged, baseline)
-    )
+    lengths, other_lengths = answers.lengths, baseline.lengths
     numbers: Counts = {}
     if written := sum(other_lengths.values()):
         numbers["eval/length_growth"] = mean(list(lengths.values())) / (written / len(other_lengths))
-    (answers, scores), (other_answers, other_scores) = judged, baseline
-    if scores is None or other_scores is None:
+    if answers.scores is None or baseline.scores is None:
         return numbers
-    outcomes = outcomes_by_score(
-        scores_by_instruction(answers, scores), scores_by_instruction(other_answers, other_scores)
-    )
+    outcomes = outcomes_by_score(answers.scores, baseline.scores)
     won = win_statistics(list(outcomes.values()), [float(lengths[name] - other_lengths[name]) for name in outcomes])
     return numbers | {f"eval/score_{name}": value for name, value in won.items() if name.startswith("win_rate")}
 
@@ -218,13 +234,6 @@ def measure_judge(ranked: Artefact, judgements: Artefact, top: int | None) -> Co
     if "judge/position_bias" in judgements.counts:
         counts["calibration/position_bias"] = judgements.counts["judge/position_bias"]
     return counts | (judge_quality(whole, top) if whole else {}) | calibration(judged, questions)
-
-
-def scores_by_instruction(answers: Artefact, judgements: Artefact) -> dict[str, float]:
-    """{instruction id: mean score of the answer}; unjudged answers are left out."""
-    scores = read_scores(judgements.path)
-    responses = read_records(answers.path / "responses.jsonl", Response)
-    return {response.instruction_id: scores[response.id] for response in responses if response.id in scores}
 
 
 def mean(values: Sequence[float]) -> float:

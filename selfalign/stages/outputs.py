@@ -2,7 +2,7 @@
 
 from selfalign.data import read_outputs
 from selfalign.errors import SelfalignError
-from selfalign.records import FinishReason, Instruction, Response, read_records, write_records
+from selfalign.records import Instruction, given_response, read_records, write_records
 from selfalign.store import Artefact, Counts, Workspace
 
 
@@ -10,7 +10,7 @@ def outputs(out: Workspace, *, source: str, content: str, instructions: Artefact
     """Finds the given answer to each instruction, by the instruction's text.
 
     Args:
-        out: gets responses.jsonl; an answer counts as finished, for nothing tells how it ended.
+        out: gets responses.jsonl.
         source: a data source of answers.
         content: digest of the source.
         instructions: instructions.jsonl.
@@ -21,14 +21,7 @@ def outputs(out: Workspace, *, source: str, content: str, instructions: Artefact
     asked = read_records(instructions.path / "instructions.jsonl", Instruction)
     given = {row.instruction: row for row in reversed(read_outputs(source))}
     responses = [
-        Response(
-            id=f"{one.id}-1",
-            instruction_id=one.id,
-            text=given[one.text].output,
-            finish_reason=FinishReason.EOS,
-            tokens=0,
-            model=given[one.text].generator,
-        )
+        given_response(f"{one.id}-1", one.id, given[one.text].output, given[one.text].generator)
         for one in asked
         if one.text in given
     ]

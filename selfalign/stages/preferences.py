@@ -7,19 +7,18 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from selfalign.data import as_prompt, as_text, read_pairs
+from selfalign.data import as_text, best_against_worst, read_pairs
 from selfalign.errors import SelfalignError
 from selfalign.losses import PairLogps, rewards
 from selfalign.metrics import averages, reward_intervals, reward_metrics
 from selfalign.records import (
     Demonstration,
-    FinishReason,
     Instruction,
     MeasuredPair,
     PairReference,
     PreferencePair,
     RankedAnswers,
-    Response,
+    given_response,
     read_records,
     read_scores,
     write_records,
@@ -172,24 +171,6 @@ def score_correlations(measured: Sequence[MeasuredPair]) -> dict[str, float]:
     return numbers
 
 
-def best_against_worst(ranked: Artefact) -> list[PreferencePair]:
-    """Of every ranked question the best answer and the worst, so that pairs do not depend on each other."""
-    pairs: list[PreferencePair] = []
-    for question in read_records(ranked.path / "ranked.jsonl", RankedAnswers):
-        best, worst = (question.ranks.index(end(question.ranks)) for end in (min, max))
-        pairs.append(
-            PreferencePair(
-                id=question.id,
-                prompt=as_prompt(question.instruction),
-                chosen=question.texts[best],
-                rejected=question.texts[worst],
-                chosen_score=question.scores[best] if question.scores else None,
-                rejected_score=question.scores[worst] if question.scores else None,
-            )
-        )
-    return pairs
-
-
 def preference_test(out: Workspace, *, source: str, count: int, content: str, ranked: Artefact | None) -> Counts:
     """Given preference data as pairs to measure on, and as responses that a judge can score.
 
@@ -204,7 +185,11 @@ def preference_test(out: Workspace, *, source: str, count: int, content: str, ra
     Raises:
         SelfalignError: there is no pair.
     """
-    found, drops = (best_against_worst(ranked), Counter()) if ranked else read_pairs(source)
+    if ranked is None:
+        found, drops = read_pairs(source)
+    else:
+        questions = read_records(ranked.path / "ranked.jsonl", RankedAnswers)
+        found, drops = [best_against_worst(question) for question in questions], Counter()
     pairs = found[: count or None]
     if not pairs:
         raise SelfalignError(f"evaluate.preferences.source={source}: no usable pair (dropped: {dict(drops)})")
@@ -212,14 +197,7 @@ def preference_test(out: Workspace, *, source: str, count: int, content: str, ra
     asked = [Instruction(id=pair.id, text=as_text(pair.prompt), source="evaluation") for pair in pairs]
     write_records(out.path / "instructions.jsonl", asked)
     answers = [
-        Response(
-            id=f"{pair.id}-{which}",
-            instruction_id=pair.id,
-            text=text,
-            finish_reason=FinishReason.EOS,
-            tokens=0,
-            model="given",
-        )
+        given_response(f"{pair.id}-{which}", pair.id, text, "given")
         for pair in pairs
         for which, text in (("chosen", pair.chosen), ("rejected", pair.rejected))
     ]

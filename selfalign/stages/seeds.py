@@ -11,11 +11,11 @@ from selfalign.files import digest_text
 from selfalign.judges.pairwise import Pairwise
 from selfalign.records import (
     Demonstration,
-    FinishReason,
     Instruction,
     Prompt,
     RankedAnswers,
     Response,
+    given_response,
     write_records,
 )
 from selfalign.store import Counts, Workspace
@@ -223,13 +223,6 @@ def scores_from_ranks(ranks: list[int], low: int, high: int) -> list[int]:
 def given_answers(question: RankedAnswers) -> list[Response]:
     """A question's answers as responses to judge."""
     return [
-        Response(
-            id=f"{question.id}-{index}",
-            instruction_id=question.id,
-            text=text,
-            finish_reason=FinishReason.EOS,
-            tokens=0,
-            model="human",
-        )
+        given_response(f"{question.id}-{index}", question.id, text, "human")
         for index, text in enumerate(question.texts, start=1)
     ]
