@@ -247,6 +247,15 @@ def test_small_ablations_keep_what_they_take_away() -> None:
     assert len({judge.prompt for judge in prompts}) == 2
 
 
+@pytest.mark.parametrize("name", STUDIES)
+def test_full_studies_are_measured_as_in_their_papers(name: str) -> None:
+    config = study(name)
+    full = {"meta-llama/Llama-2-70b-hf": "mt_bench", "EleutherAI/pythia-2.8b": "mt_bench"}
+    full["alignment-handbook/zephyr-7b-sft-full"] = "open_llm_leaderboard"
+    assert list(config.benchmark) == ([full[config.model.path]] if config.model.path in full else [])
+    assert (config.sweep_metric == "held_out/rewards/accuracies") == (not config.evaluate.instructions)
+
+
 def test_study_of_llama_says_which_instructions_it_needs() -> None:
     with pytest.raises(Exception, match=r"train\.choose\.instructions"):
         composed("experiment=self_rewarding")
