@@ -111,7 +111,7 @@ FROZEN: dict[str, dict[str, Any]] = {
     "self_rewarding_no_eft": SELF_REWARDING | BY_DPO | {"data.seeds.evaluation_fine_tuning": EvaluationFineTuning.none},
     "self_rewarding_positives": SELF_REWARDING
     | BY_BASELINE
-    | {"loss.__class__": Positives, "pair.__class__": PositivesOnly, "pair.minimum_score": 5},
+    | {"loss.__class__": Positives, "loss.start": "base", "pair.__class__": PositivesOnly, "pair.minimum_score": 5},
     "quality_aware_hh": HH,
     "quality_aware_ultrafeedback": ULTRAFEEDBACK,
     "quality_aware_lambda": HH,
