@@ -13,7 +13,7 @@ from selfalign.metrics import instruction_statistics
 from selfalign.models import BUILDERS, PolicyFiles
 from selfalign.overlap import Known
 from selfalign.records import Demonstration, FinishReason, Instruction, read_records, write_records
-from selfalign.store import Artefact, Counts, Workspace
+from selfalign.store import Artefact, Counts, Workspace, together
 from selfalign.tokenization import encode_prompt
 from selfalign.wording import Language, is_fragment, words_of
 
@@ -178,6 +178,7 @@ class Pool:
         return "copy_of_kept" if words in self._known else ""
 
 
+@together
 def instruct(
     out: Workspace,
     *,

@@ -8,7 +8,7 @@ from selfalign.files import derive_seed
 from selfalign.generation import Request, Sampling, Transformers, write_all
 from selfalign.models import PolicyFiles
 from selfalign.records import Instruction, Response, read_records, write_records
-from selfalign.store import Artefact, Counts, Workspace
+from selfalign.store import Artefact, Counts, Workspace, together
 from selfalign.tokenization import encode_prompt
 
 
@@ -30,6 +30,7 @@ class RespondConfig:
             raise SelfalignError(f"data.respond.candidates must be 1 or more, got {self.candidates}")
 
 
+@together
 def respond(
     out: Workspace,
     *,
