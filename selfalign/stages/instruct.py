@@ -228,8 +228,8 @@ def instruct(
             f"{out.label}: {len(pool.kept)} of {config.count} instructions after {batch} batches "
             f"(dropped: {dict(+pool.dropped)}); raise data.instruct.max_batches or loosen the filters"
         )
-    model = PolicyFiles(policy.path).digest
-    records = [Instruction(id=f"{digest_text(model + text)[:16]}", text=text, source="self") for text in pool.kept]
+    # By the text alone: what is drawn for a record must not depend on how the writer's weights were rounded.
+    records = [Instruction(id=digest_text(text)[:16], text=text, source="self") for text in pool.kept]
     write_records(out.path / "instructions.jsonl", records)
     return {"written": written, "batches": batch, **pool.counts()}
 
