@@ -168,7 +168,7 @@ TOGETHER = test_stage_made_together_is_one_artefact_of_the_main_process
 ALONE = test_any_other_stage_is_left_to_the_main_process
 # (what, old text, new text, the test that notices)
 MUTANTS: list[tuple[str, str, str, Check]] = [
-    ("everybody writes to one folder", 'self.path = self.scratch / f"process_{processes.rank()}"', "return", TOGETHER),
+    ("everybody writes into the artefact", 'self.scratch / f"process_', 'folder / f"process_', TOGETHER),
     ("what one made is not given to the others", "cast(Artefact, processes.broadcast(made))", "cast(Artefact, made)",
      TOGETHER),
     ("every process writes the manifest", "        if not processes.is_main():\n            return\n", "", TOGETHER),
