@@ -58,6 +58,11 @@ class MasterWeights(torch.optim.Optimizer):
         for weight, master in zip(self.weights, self.masters, strict=True):
             master.grad = None if weight.grad is None else weight.grad.float()
         self.inner.step()
+        self.write_back()
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Gives the weights the values of their float32 copies."""
         for weight, master in zip(self.weights, self.masters, strict=True):
             weight.copy_(master)
 
