@@ -66,7 +66,7 @@ class Layout:
             return {"ddp_find_unused_parameters": False}
         return {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": self.reshard_after_forward}}
 
-    def check_effect(self, accelerator: "Accelerator", model: nn.Module) -> None:
+    def check_effect(self, accelerator: "Accelerator", model: Any) -> None:
         """Makes sure that training is laid out as asked for.
 
         Args:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as sharded
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from selfalign import processes
@@ -38,7 +38,7 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, sched
     tensors = {name: torch.as_tensor(value) for name, (_, _, value) in _places(model, optimizer).items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # It says so of every single process.
-        sharded.save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        state_dict_saver.save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
 
 
 @torch.no_grad()
@@ -52,7 +52,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, sched
     tensors = {name: torch.as_tensor(value) for name, (_, _, value) in places.items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        sharded.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
+        state_dict_loader.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
     for name, (state, key, value) in places.items():
         if not isinstance(value, Tensor):
             state[key] = tensors[name].item()

@@ -88,7 +88,7 @@ class StepTrainer(Trainer):
         self.step_tokens = 0
         self.steps = Steps(examples, optimization.batch_size, optimization.epochs, weights.seed)
         arguments = _arguments(optimization, self.folder, weights.layout, len(self.steps))
-        if weights.layout.sharded:
+        if arguments.fsdp_plugin_args:
             arguments.fsdp_plugin_args["mixed_precision_policy"] = keep_masters(policy.model)
         super().__init__(
             model=policy.model,
@@ -117,7 +117,8 @@ class StepTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The one that was chosen, over the weights that are trained."""
-        self.optimizer = build_optimizer(self.policy.model.parameters(), self.optimization)
+        self.plain_optimizer = build_optimizer(self.policy.model.parameters(), self.optimization)
+        self.optimizer = self.plain_optimizer  # Until accelerate wraps it.
         return self.optimizer
 
     def compute_loss_context_manager(self) -> Any:
@@ -162,7 +163,7 @@ class StepTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Writes a snapshot, the trainer's own state last, and removes the older ones."""
         folder = self.folder / f"checkpoint-{self.state.global_step}"
-        snapshot.save(folder, self.model, self.optimizer.optimizer, self.lr_scheduler)
+        snapshot.save(folder, self.policy.model, self.plain_optimizer, self.lr_scheduler)
         if processes.is_main():
             self.state.save_to_json(str(folder / STATE))
             for other in set(self.folder.glob("checkpoint-*")) - {folder}:
@@ -174,7 +175,7 @@ class StepTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Takes the whole snapshot back."""
         if checkpoint:
-            snapshot.load(Path(checkpoint), self.model, self.optimizer.optimizer, self.lr_scheduler)
+            snapshot.load(Path(checkpoint), self.policy.model, self.plain_optimizer, self.lr_scheduler)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Passes each step's numbers on; what Trainer adds at the end of training is left out."""

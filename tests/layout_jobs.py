@@ -4,7 +4,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from builders import preference
 from selfalign import processes
 from selfalign import trainer as trainer_module
 from selfalign.batches import Group, PairExample, encode_group, encode_pairs
+from selfalign.errors import SelfalignError
 from selfalign.layouts import Layout
 from selfalign.losses import SrDPO
 from selfalign.metrics import averages
@@ -148,7 +148,7 @@ def train_here(job: Job, policy: PolicyFiles) -> None:
         examples, references = pairs(tokenizer)
         loss = SrDPO(beta=0.2, lam=0.3, refinement=Refinement(source="shuffled", prompt="Do well: "))
         objective = Preference(loss, StoredReferences(references), starts_as_reference=False, dtype="float32")
-    with suppress(Killed):
+    try:
         trained = train(
             out,
             policy=policy,
@@ -161,6 +161,10 @@ def train_here(job: Job, policy: PolicyFiles) -> None:
         if isinstance(objective, Preference):
             measured = averages(objective.measure(trained, examples, optimization))
             (out.path / "measured.json").write_text(json.dumps(measured))
+    except Killed:
+        pass
+    except SelfalignError as error:
+        (folder / f"error-{processes.rank()}").write_text(str(error))
 
 
 def shard_on_the_cpu() -> None:
