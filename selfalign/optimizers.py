@@ -49,8 +49,9 @@ class MasterWeights(torch.optim.Optimizer):
         self.weights = parameters
         self.masters = [nn.Parameter(parameter.detach().float()) for parameter in parameters]
         self.inner = build(self.masters)
-        # Schedulers set the rate here, so these are the groups that count.
+        # Schedulers set the rate here, so these are the groups that count; some ask for its peak.
         self.param_groups = self.inner.param_groups
+        self.defaults = self.inner.defaults
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]

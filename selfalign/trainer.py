@@ -297,6 +297,7 @@ def _arguments(optimization: Optimization, folder: Path, layout: Layout, steps: 
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
+        use_cache=True,  # As the config that is saved has it; scoring never asks for one.
         **schedule,
         **layout.arguments(),
     )

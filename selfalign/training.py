@@ -158,7 +158,8 @@ class TrainConfig:
         align: M_t → M_{t+1}.
         reference: "previous" (the start of the iteration, as the papers), "sft" (M1) or "base" (M0).
         reference_logps: "stored" computes the reference's log-probabilities once, before training; "live" at every
-            step, with a second model, or with the adapter switched off where M0 is the reference.
+            step, with a second model (whole in every process), or with the adapter switched off where M0 is the
+            reference.
         held_out_pairs: pairs of each iteration that are set aside, and measured after training.
         choose: which checkpoint of an alignment becomes the policy.
         layout: what each of several processes keeps of the policy.

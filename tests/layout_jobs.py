@@ -18,12 +18,12 @@ from selfalign import trainer as trainer_module
 from selfalign.batches import Group, PairExample, encode_group, encode_pairs
 from selfalign.errors import SelfalignError
 from selfalign.layouts import Layout
-from selfalign.losses import SrDPO
+from selfalign.losses import DPO, SrDPO
 from selfalign.metrics import averages
 from selfalign.models import LoRA, PolicyFiles
 from selfalign.records import PairReference
 from selfalign.refinement import Refinement
-from selfalign.stages.align import Preference, StoredReferences
+from selfalign.stages.align import AdapterSwitchedOff, Preference, StoredReferences
 from selfalign.store import Workspace
 from selfalign.training import Likelihood, Optimization, Weights, train
 
@@ -119,6 +119,17 @@ def pairs(tokenizer: Any) -> tuple[list[PairExample], dict[str, PairReference]]:
     return examples, references
 
 
+def task(kind: str, tokenizer: Any) -> tuple[Sequence[Any], Any]:
+    """What a job of a kind trains on, and its objective."""
+    if kind == "sft":
+        return demonstrations(tokenizer), Likelihood("tokens")
+    examples, references = pairs(tokenizer)
+    if kind == "live":
+        return examples, Preference(DPO(), AdapterSwitchedOff(), starts_as_reference=True, dtype="float32")
+    loss = SrDPO(beta=0.2, lam=0.3, refinement=Refinement(source="shuffled", prompt="Do well: "))
+    return examples, Preference(loss, StoredReferences(references), starts_as_reference=False, dtype="float32")
+
+
 class Elsewhere(Workspace):
     """What processes other than the main one write to: nothing but what all share."""
 
@@ -138,16 +149,11 @@ def train_here(job: Job, policy: PolicyFiles) -> None:
     """Does a training in this process and the others there are; its measures go into measured.json."""
     folder = Path(job.folder)
     out = Workspace(folder, "M1", lambda row: None) if processes.is_main() else Elsewhere(folder)
-    settings = {"learning_rate": 1e-3, "batch_size": 8, "batch_tokens": 60, "checkpoint_steps": 1, "dtype": "float32"}
+    settings = {"learning_rate": 1e-3, "batch_size": 8, "batch_tokens": 60, "dtype": "float32"}
+    settings["checkpoint_steps"] = 1 if job.killed_after else 100
     optimization = Optimization(**settings | {"epochs": job.epochs} | dict(job.options))
     weights = Weights(dtype=job.dtype, lora=LoRA(rank=job.rank), seed=3, layout=Layout(kind=job.layout))
-    tokenizer = policy.load_tokenizer()
-    objective: Any = Likelihood("tokens")
-    examples: Sequence[Any] = demonstrations(tokenizer)
-    if job.kind == "sr_dpo":
-        examples, references = pairs(tokenizer)
-        loss = SrDPO(beta=0.2, lam=0.3, refinement=Refinement(source="shuffled", prompt="Do well: "))
-        objective = Preference(loss, StoredReferences(references), starts_as_reference=False, dtype="float32")
+    examples, objective = task(job.kind, policy.load_tokenizer())
     try:
         trained = train(
             out,

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from builders import ROOT, optimization, weights, workspace
-from layout_jobs import Job, as_file, demonstrations, moved, pairs, train_here
+from layout_jobs import Job, as_file, moved, task, train_here
 from mutation import assert_caught
 from safetensors.torch import load_file
 
@@ -22,14 +22,15 @@ from selfalign import layouts, processes
 from selfalign import trainer as trainer_module
 from selfalign.errors import SelfalignError
 from selfalign.layouts import Layout, deal
-from selfalign.losses import SrDPO
 from selfalign.models import PolicyFiles
-from selfalign.refinement import Refinement
-from selfalign.stages.align import Preference, StoredReferences
 from selfalign.trainer import StepTrainer
-from selfalign.training import Likelihood, Optimization, TrainConfig
+from selfalign.training import Optimization, TrainConfig, prepare
 
-KINDS = [Job(f"{kind}-{rank}", kind=kind, rank=rank) for kind in ("sft", "sr_dpo") for rank in (0, 4)]
+KINDS = [
+    *(Job(f"{kind}-{rank}", kind=kind, rank=rank) for kind in ("sft", "sr_dpo") for rank in (0, 4)),
+    Job("live-4", kind="live", rank=4),
+    Job("low", dtype="bfloat16", options=(("dtype", "bfloat16"), ("gradient_checkpointing", True))),
+]
 RESUMED = [KINDS[1], KINDS[2]]
 """Of both kinds, and of both sorts of weights."""
 
@@ -117,16 +118,17 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same(folder: Path, other: Path) -> None:
-    """Losses, norms, metrics and the final weights are the same but for rounding."""
+    """Losses, norms, metrics and the final weights are the same but for rounding: float32's, or bfloat16's."""
+    low = other.name == "low"
     rows, others = rows_of(folder), rows_of(other)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     for row, expected in zip(rows, others, strict=True):
-        assert row == pytest.approx(expected, rel=2e-4, abs=1e-6)
+        assert row == pytest.approx(expected, rel=1e-2 if low else 2e-4, abs=1e-6)
     found, expected = weights_of(folder), weights_of(other)
     assert found.keys() == expected.keys()
     for name, value in found.items():
         assert value.dtype == expected[name].dtype
-        torch.testing.assert_close(value, expected[name], rtol=0, atol=3e-5)
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=8e-3 if low else 3e-5)
     for path in [*other.glob("adapter/*.json"), *other.glob("weights/*.json")]:
         assert (folder / path.relative_to(other)).read_text() == path.read_text()
 
@@ -230,13 +232,8 @@ def average_gradients(
     """What DDP makes of the gradients that each of so many processes has after a step, were they there."""
     loaded = policy.load("float32", trainable=True)
     prepare(loaded, policy, weights(), 0.0)
-    examples: Any = demonstrations(loaded.tokenizer)[:size]
-    objective: Any = Likelihood("tokens")
-    if kind == "sr_dpo":
-        examples, references = pairs(loaded.tokenizer)
-        examples = examples[:size]
-        loss = SrDPO(beta=0.2, lam=0.3, refinement=Refinement(source="shuffled", prompt="Do well: "))
-        objective = Preference(loss, StoredReferences(references), starts_as_reference=False, dtype="float32")
+    examples, objective = task(kind, loaded.tokenizer)
+    examples = examples[:size]
     settings = optimization(batch_size=size, batch_tokens=60)
     trainer = StepTrainer(loaded, examples, objective, settings, workspace(folder), weights())
     with monkeypatch.context() as patch:
@@ -308,5 +305,5 @@ def test_bad_layouts_are_refused_by_name(options: dict[str, Any], message: str) 
 
 def test_eight_bit_state_is_not_shared_out() -> None:
     eight = Optimization(learning_rate=1e-3, optimizer="adamw_8bit")
-    with pytest.raises(SelfalignError, match="fsdp2 cannot share out optimizer=adamw_8bit"):
+    with pytest.raises(SelfalignError, match="fsdp2 cannot share out the state of optimizer=adamw_8bit"):
         TrainConfig(sft=eight, align=eight, layout=Layout(kind="fsdp2"))
