@@ -27,13 +27,14 @@ from selfalign.metrics import (
 from selfalign.models import Policy, PolicyFiles, autocast
 from selfalign.records import PairReference, PreferencePair, read_records
 from selfalign.refinement import Refinement, refinement
-from selfalign.store import Artefact, Counts, Workspace
+from selfalign.store import Artefact, Counts, Workspace, together
 from selfalign.training import Contest, Optimization, Outcome, Weights, forward, make_scoring, train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+@together
 def align(
     out: Workspace,
     *,
