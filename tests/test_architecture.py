@@ -313,6 +313,13 @@ RANGES = [
     ("evaluate.head_to_head.verdict_tokens=0", "evaluate.head_to_head.verdict_tokens"),
     ("evaluate=none evaluate.matrix=true", "evaluate.matrix"),
     ("judge=pairwise train.choose.every_steps=2 train.choose.instructions=a.jsonl", "train.choose"),
+    ("train.layout.kind=fsdp", "train.layout.kind"),
+    ("train.layout.reshard_after_forward=false", "train.layout.reshard_after_forward"),
+    ("train.layout.kind=fsdp2 train.align.optimizer=adamw_8bit", "train.layout.kind"),
+    (
+        "train.layout.kind=fsdp2 train.choose.every_steps=2 train.choose.instructions=a.jsonl",
+        "train.choose.every_steps",
+    ),
     ("judge=implicit", "data.seeds.evaluation_fine_tuning"),
     ("judge=implicit data.seeds.evaluation_fine_tuning=none judge.model=base", "judge.model"),
     ("judge=implicit data.seeds.evaluation_fine_tuning=none evaluate.judge=base", "evaluate.judge"),
