@@ -278,6 +278,8 @@ RANGES = [
     ("iterations=0", "iterations"),
     ("name=a/b", "name"),
     ("model.dtype=float64", "model.dtype"),
+    ("model.quantization=int8 model.lora.rank=4", "model.quantization"),
+    ("model.quantization=nf4", "model.lora.rank"),
     ("model.lora.rank=-1", "model.lora.rank"),
     ("model.lora.alpha=0", "model.lora.alpha"),
     ("data.seeds.held_out_share=1", "data.seeds.held_out_share"),
