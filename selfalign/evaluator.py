@@ -44,6 +44,8 @@ def evaluate_models(sources: list[str], overrides: list[str], conf: Path) -> Pat
     runs = {source: _artefacts(folder) for source, folder in folders.items()}
     known = [read_json(folder / "summary.json")["config"].get("overrides", []) for folder in folders.values()][:1]
     config, text, plain = compose_experiment(conf, [*(known[0] if known else []), *overrides])
+    if config.dry_run:
+        raise SelfalignError("dry_run=true rehearses a run, and selfalign-evaluate trains none: leave it away")
     output = Path(config.output_dir).absolute()
     identity = [canonical(config), {source: sorted(a.digest for a in made.values()) for source, made in runs.items()}]
     folder = output / f"evaluation-{digest_json([*identity, sources])[:8]}"
