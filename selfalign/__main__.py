@@ -205,7 +205,9 @@ def _prepare(config: "DictConfig") -> "Prepared":
     set_messages()
     experiment, text, described = describe(config)
     if experiment.dry_run and HydraConfig.get().mode is RunMode.MULTIRUN:
-        raise SelfalignError("dry_run=true rehearses one run, not a sweep: set hydra.mode=RUN and the values of one job")
+        raise SelfalignError(
+            "dry_run=true rehearses one run, not a sweep: set hydra.mode=RUN and the values of one job"
+        )
     return experiment, text, {**described, "overrides": list(HydraConfig.get().overrides.task)}
 
 

@@ -1,12 +1,18 @@
-"""Records that are as long as they may be, of words without sense, for a run to be rehearsed with."""
+"""Records, questions and texts that are as long as they may be, of words without sense, to rehearse a run with."""
 
 from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 from selfalign.data import as_prompt
 from selfalign.errors import SelfalignError
+from selfalign.generation import Transformers, TransformersGenerator
+from selfalign.judges.attempts import WrittenScore
+from selfalign.judges.bench import asks_a_server
+from selfalign.judges.expected import ExpectedScore
+from selfalign.judges.referee import Referee
+from selfalign.models import PolicyFiles
 from selfalign.records import Demonstration, FinishReason, Instruction, PreferencePair, Prompt, Response
 from selfalign.tokenization import encode_prompt, encode_response
 
@@ -36,7 +42,7 @@ class Longest:
 
     def words(self, tokens: int, word: str = " the") -> str:
         """As many words as make so many tokens, or as few less as can be."""
-        count = bisect_right(range(1, tokens + 1), tokens, key=lambda n: self.count(word * n))
+        count = bisect_right(range(1, tokens + 1), tokens, key=lambda n: self.count((word * n).strip()))
         return (word * count).strip()
 
     def count(self, text: str) -> int:
@@ -85,9 +91,9 @@ class Longest:
     def pairs(self, count: int, written: int, augmentation: str) -> list[PreferencePair]:
         """Both responses have so many tokens, or less where the prompt, p included, needs the room."""
         room = SHORTEST_PROMPT + self.count(augmentation)
-        answer = max(1, min(written, self.max_length - room - 1))
-        [prompt] = self.fitting(as_prompt, [limit := max(SHORTEST_PROMPT, self.max_length - answer - 1)], limit)
-        chosen, rejected = self.words(answer), self.words(answer, " a")
+        answer = max(2, min(written, self.max_length - room))  # its end of turn is one of these
+        [prompt] = self.fitting(as_prompt, [limit := max(SHORTEST_PROMPT, self.max_length - answer)], limit)
+        chosen, rejected = self.words(answer - 1), self.words(answer - 1, " a")
         return [
             PreferencePair(
                 id=f"p{n}", prompt=as_prompt(prompt), chosen=chosen, rejected=rejected, chosen_score=1, rejected_score=0
@@ -104,3 +110,40 @@ class Longest:
             for n in range(count)
             for part in range(family)
         ]
+
+
+def asks(judge: Any) -> Callable[..., Prompt]:
+    """What a judge is asked about an instruction and a response, in its form; two responses are alike."""
+    if isinstance(judge, Referee):
+        return lambda instruction, response: judge.ask(instruction, response, response)
+    return getattr(judge, "ask", lambda instruction, response: as_prompt(instruction + response))
+
+
+def writes(judge: Any) -> int:
+    """The most tokens of a judgement."""
+    match judge:
+        case WrittenScore():
+            return judge.sampling.max_new_tokens
+        case ExpectedScore():
+            return judge.rationale_tokens
+        case Referee() if asks_a_server(judge):
+            return judge.verdict_tokens
+        case _:
+            return 0
+
+
+class Tireless(Transformers):
+    """Writes every text up to its last token."""
+
+    def load(self, policy: PolicyFiles) -> TransformersGenerator:
+        """A generator that knows no token that ends a text."""
+        generator = Transformers.load(self, policy)
+        generator.stops = generator.stops[:0]
+        return generator
+
+
+def tireless(generate: Any) -> Any:
+    """The backend with texts as long as they may be, where it can be told so."""
+    if not isinstance(generate, Transformers):
+        return generate
+    return Tireless(**{setting.name: getattr(generate, setting.name) for setting in fields(Transformers)})

@@ -6,7 +6,7 @@ demonstrations and pairs as in the run; what the run would make is made up, as m
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +15,10 @@ from selfalign.data import as_prompt
 from selfalign.endpoint import Endpoint
 from selfalign.errors import SelfalignError
 from selfalign.files import digest_json, read_json
-from selfalign.generation import Transformers, TransformersGenerator
 from selfalign.given import SelfRewarding
-from selfalign.judges.attempts import WrittenScore
 from selfalign.judges.bench import Subject, asks_a_server
-from selfalign.judges.expected import ExpectedScore
 from selfalign.judges.referee import Referee
-from selfalign.longest import SHORTEST_PROMPT, Longest
+from selfalign.longest import SHORTEST_PROMPT, Longest, asks, tireless, writes
 from selfalign.losses import PreferenceLoss
 from selfalign.models import PolicyFiles
 from selfalign.pairing import PairRule
@@ -53,6 +50,11 @@ from selfalign.training import Optimization, Precision, Weights
 
 if TYPE_CHECKING:
     from selfalign.config import ExperimentConfig
+
+GIVEN = {
+    "seeds", "taught_questions", "questions", "outputs", "given_pairs", "given_instructions", "preference_test",
+}  # fmt: skip
+"""Stages that read data and need no model: they are run as they are."""
 
 FILLS_A_BATCH = 1 << 14
 """Tokens of the records that stages are given where nothing says how many a batch takes."""
@@ -105,10 +107,9 @@ class Rehearsal:
 
     def make(self, label: str, stage: StageFunction, **inputs: Any) -> Artefact:
         """What stands for the artefact: the real one of what is given, else one that says how many records it has."""
-        rule = getattr(self, f"_{stage.__name__}", None)
-        if rule is not None:
-            return rule(label, **inputs)
-        return self._really_make(label, stage, inputs)
+        if stage.__name__ in GIVEN:
+            return self._really_make(label, stage, inputs)
+        return getattr(self, f"_{stage.__name__}")(label, **inputs)
 
     def _really_make(self, label: str, stage: StageFunction, inputs: dict[str, Any]) -> Artefact:
         store = Store(self.folder / "store")
@@ -267,13 +268,13 @@ class Rehearsal:
         self._add(label, measured, measured.batches_of(count / few), "batches")
         return _stand_in(label, count)
 
-    def _divergence(self, label: str, *, answers: Artefact, **policies: Artefact) -> Artefact:
+    def _divergence(self, label: str, *, answers: Artefact, **others: Any) -> Artefact:
         count, written = records_of(answers, "responses.jsonl"), self._written(answers)
         few = self._few(count, self.longest.prompt_tokens(written) + written, None)
         texts = [self.longest.words(self.longest.prompt_tokens(written)), self.longest.words(written)]
         subjects = self._subjects(few, 1, texts)
         given = self._write(instructions=[s.instruction for s in subjects], responses=[s.response for s in subjects])
-        models = {name: policies[name] for name in ("policy", "origin")}
+        models = {name: others[name] for name in ("policy", "origin")}
         measured, _ = self._measure(label, divergence, [few], instructions=given, answers=given, **models)
         self._add(label, measured, measured.batches_of(count / few), "batches")
         return _stand_in(label, count)
@@ -394,40 +395,3 @@ def _stand_in(label: str, records: int, *, path: Path = Path("/nowhere"), **coun
 
 def _policy(label: str, folder: Path) -> Artefact:
     return replace(_stand_in(label, 1, path=folder), digest=PolicyFiles(folder).digest)
-
-
-def asks(judge: Any) -> Callable[..., Prompt]:
-    """What a judge is asked about an instruction and a response, in its form; two responses are alike."""
-    if isinstance(judge, Referee):
-        return lambda instruction, response: judge.ask(instruction, response, response)
-    return getattr(judge, "ask", lambda instruction, response: as_prompt(instruction + response))
-
-
-def writes(judge: Any) -> int:
-    """The most tokens of a judgement."""
-    match judge:
-        case WrittenScore():
-            return judge.sampling.max_new_tokens
-        case ExpectedScore():
-            return judge.rationale_tokens
-        case Referee() if asks_a_server(judge):
-            return judge.verdict_tokens
-        case _:
-            return 0
-
-
-class Tireless(Transformers):
-    """Writes every text up to its last token."""
-
-    def load(self, policy: PolicyFiles) -> TransformersGenerator:
-        """A generator that knows no token that ends a text."""
-        generator = Transformers.load(self, policy)
-        generator.stops = generator.stops[:0]
-        return generator
-
-
-def tireless(generate: Any) -> Any:
-    """The backend with texts as long as they may be, where it can be told so."""
-    if not isinstance(generate, Transformers):
-        return generate
-    return Tireless(**{setting.name: getattr(generate, setting.name) for setting in fields(Transformers)})
