@@ -30,12 +30,13 @@ EVALUATE = """selfalign-evaluate: measures the models of finished runs, and any 
 
 usage: selfalign-evaluate RUN_OR_MODEL [RUN_OR_MODEL ...] [group=option ...] [key=value ...]
 
-A run folder stands for its models M1, M2, ... and the SFT baseline, a model folder or hub id for itself. Settings are
-those the first run was started with, and what is given here on top. Each model is compared with the first one and the
-one before it; evaluate.matrix=true compares all.
+A run folder stands for its models M1, M2, ... and the SFT baseline, a sweep folder for M1 and the last model of every
+finished job, a model folder or hub id for itself. Settings are those the first run was started with, and what is given
+here on top. Each model is compared with the first one and the one before it; evaluate.matrix=true compares all.
 
 examples:
   selfalign-evaluate outputs/demo-1a2b3c4d evaluate.matrix=true
+  selfalign-evaluate outputs/sweeps/demo-5e6f7a8b evaluate.matrix=true
   selfalign-evaluate outputs/demo-1a2b3c4d /models/other evaluate.count=100 evaluate.against=outputs.json
   selfalign-evaluate /models/one /models/other track=none evaluate.head_to_head.model=/models/judge"""
 

@@ -287,7 +287,7 @@ class Rehearsal:
         return _stand_in(label, count * rule.wanted(each) if isinstance(rule, PairRule) else answers)
 
     def _gather_pairs(self, label: str, *, parts: list[Artefact]) -> Artefact:
-        return _stand_in(label, sum(part.counts[RECORDS] for part in parts))
+        return _stand_in(label, sum(records_of(part, "demonstrations.jsonl") for part in parts))
 
     def _eft(self, label: str, *, seeds: Artefact, questions: Artefact, **others: Any) -> Artefact:
         taught = records_of(questions, "responses.jsonl")

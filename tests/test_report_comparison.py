@@ -26,7 +26,7 @@ from selfalign.report.across import axes_of, over_settings
 from selfalign.report.charts import draw_heatmap
 from selfalign.report.findings import best, opponents
 from selfalign.report.finished import Finished
-from selfalign.report.jobs import Comparison, Job, as_text, costs, differing, find_jobs, flat, seconds_own
+from selfalign.report.jobs import Comparison, Job, as_text, costs, differing, find_jobs, flat, metric_of, seconds_own
 from selfalign.report.markup import percent
 
 COLUMNS = {
@@ -474,6 +474,12 @@ def job(name: str, rate: float | None, low: float | None = None, high: float | N
 def said_of(*made_up: Job) -> str:
     """What the page says of the best of these jobs, as text."""
     return re.sub(r"<.*?>", "", best(Comparison.of(made_up, METRIC)))
+
+
+def test_jobs_say_themselves_what_the_best_has_the_highest_of() -> None:
+    named, unnamed = job("a", 0.4, sweep_metric="rewards/margins"), job("b", 0.5)
+    assert metric_of([unnamed, named]) == "rewards/margins"
+    assert metric_of([unnamed]) == METRIC
 
 
 def test_best_is_sure_only_without_overlap() -> None:

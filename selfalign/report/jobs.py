@@ -170,6 +170,12 @@ def differing(jobs: Sequence[Job]) -> list[str]:
     return sorted(several, key=lambda key: len(values[key]), reverse=True)
 
 
+def metric_of(jobs: Sequence[Job]) -> str:
+    """The number that the jobs' own configuration goes by: `sweep_metric` of the first that has one."""
+    named = (job.settings["sweep_metric"] for job in jobs if "sweep_metric" in job.settings)
+    return next(named, "eval/win_rate")
+
+
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """Jobs side by side.
