@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from selfalign import processes
+
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
@@ -74,7 +76,8 @@ def one_line_errors(interrupted: str) -> Iterator[None]:
         if message is None:
             traceback.print_exc()
             message = "this is a bug in selfalign; please report it with the traceback above"
-        print(f"error: {message}", file=sys.stderr)
+        where = "" if processes.is_main() else f" in process {processes.rank()}"
+        print(f"error{where}: {message}", file=sys.stderr, flush=True)
         sys.exit(1)
 
 
@@ -88,8 +91,9 @@ def evaluate() -> None:
     with one_line_errors("interrupted; the same command continues where it stopped"):
         from selfalign.evaluator import evaluate_models
 
-        set_messages()
-        evaluate_models(sources, [argument for argument in sys.argv[1:] if "=" in argument], conf_folder())
+        with processes.joined():
+            set_messages()
+            evaluate_models(sources, [argument for argument in sys.argv[1:] if "=" in argument], conf_folder())
 
 
 def help_text() -> str:
@@ -149,15 +153,20 @@ def set_environment() -> None:
 
 
 def set_messages() -> None:
-    """What is logged and how, once a run begins: other libraries say little, and there is one progress bar."""
+    """What is logged and how, once a run begins: other libraries say little, and there is one progress bar.
+
+    Of several processes the main one speaks; the others say what they fail with.
+    """
     from transformers.utils.logging import disable_progress_bar
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    logging.basicConfig(level=logging.INFO if processes.is_main() else logging.ERROR, format="%(message)s", force=True)
     noisy = ("httpx", "httpx2", "filelock", "transformers", "accelerate", "matplotlib", "hydra", "hydra_plugins")
     for name in noisy:
         logging.getLogger(name).setLevel(logging.WARNING)
     # peft 0.21 asks transformers 5.23 by an old name; nothing a user could mend.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    if not processes.is_main():
+        warnings.simplefilter("ignore")
     disable_progress_bar()  # of transformers: there is one bar, and it is ours.
 
 
@@ -179,13 +188,15 @@ def _run_hydra() -> None:
     @hydra.main(config_path=str(conf_folder()), config_name="config", version_base="1.3")
     def job(config: DictConfig) -> float | None:
         if HydraConfig.get().mode is RunMode.MULTIRUN:
-            return run_sweep_job(lambda: _prepare(config), explain)
+            with processes.joined():
+                return run_sweep_job(lambda: _prepare(config), explain)
         try:
-            prepared = _prepare(config)
-            if prepared[0].dry_run:
-                dry_run(prepared[0])
-            else:
-                run_experiment(*prepared)
+            with processes.joined():
+                prepared = _prepare(config)
+                if prepared[0].dry_run:
+                    dry_run(prepared[0])
+                else:
+                    run_experiment(*prepared)
         except Exception as error:  # noqa: BLE001 - raised outside Hydra, which would print a line of its own
             errors.append(error)
 

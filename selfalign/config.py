@@ -93,6 +93,10 @@ class ExperimentConfig:
             raise SelfalignError(f"price_per_hour must be 0 or more, got {self.price_per_hour}")
         if self.iterations < 1:
             raise SelfalignError(f"iterations must be 1 or more, got {self.iterations}")
+        if self.model.quantization != "none" and self.train.layout.sharded:
+            raise SelfalignError(
+                "train.layout.kind=fsdp2 cannot share out weights in 4 bits: set model.quantization=none"
+            )
         if isinstance(self.data, Pairs) and self.iterations != 1:
             raise SelfalignError(
                 f"iterations={self.iterations}, but data=pairs gives one set of pairs: set iterations=1"

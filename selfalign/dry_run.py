@@ -5,6 +5,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from selfalign import processes
+from selfalign.errors import SelfalignError
 from selfalign.pipeline import run_pipeline
 from selfalign.plain import duration, table
 from selfalign.rehearsal import Estimate, Rehearsal
@@ -22,8 +24,10 @@ def dry_run(config: "ExperimentConfig") -> list[Estimate]:
     """Rehearses a run and says what it needs; nothing of it stays.
 
     Raises:
-        SelfalignError: a stage does not fit into memory, or into the model's context.
+        SelfalignError: a stage does not fit into memory, or into the model's context; or there are several processes.
     """
+    if processes.count() > 1:
+        raise SelfalignError("dry_run=true rehearses a run of one process: start a single one")
     output = Path(config.output_dir).absolute()
     output.mkdir(parents=True, exist_ok=True)
     # There, because the run will write its models there too.

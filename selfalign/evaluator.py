@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from selfalign import processes
 from selfalign.config import ExperimentConfig, compose_experiment
 from selfalign.errors import SelfalignError
 from selfalign.evaluation import Evaluation
@@ -14,7 +15,7 @@ from selfalign.given import Given
 from selfalign.models import ModelConfig
 from selfalign.report import write_report
 from selfalign.roles import Judging, Models, fixed_judges, load_model
-from selfalign.run import Run, iteration_of, open_folder, write_provenance
+from selfalign.run import Fellow, Maker, Run, iteration_of, open_folder, write_provenance
 from selfalign.store import Artefact, Store, canonical, locked, open_artefact
 from selfalign.summary import models_of
 from selfalign.sweep import JOBS, JobState, Sweep, told
@@ -90,22 +91,31 @@ def evaluate_models(sources: list[str], overrides: list[str], conf: Path) -> Pat
     output = Path(config.output_dir).absolute()
     digests = {run.name: sorted(a.digest for a in run.made.values()) for found in runs.values() for run in found}
     identity = [canonical(config), digests]
-    folder = output / f"evaluation-{digest_json([*identity, sources])[:8]}"
+    folder, store = output / f"evaluation-{digest_json([*identity, sources])[:8]}", Store(output / "store")
+    if not processes.is_main():
+        _measure(config, Fellow(store), sources, runs, {})
+        return folder
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / ".lock", f"this evaluation is already running in {folder}"):
         open_folder(folder, text)
         with log_file(folder / "run.log"), config.track.open(folder, plain) as tracker:
-            run = Run(folder, Store(output / "store"), tracker)
+            run = Run(folder, store, tracker)
             try:
-                names = _measure(config, Shown(run), sources, runs)
+                names = _measure(config, Shown(run), sources, runs, run.artefacts)
             finally:
                 write_provenance(run, config.seed)
             conclude(run, config, {**plain, "overrides": overrides}, names, (write_report,), evaluated=sources)
     return folder
 
 
-def _measure(config: ExperimentConfig, run: Shown, sources: list[str], runs: dict[str, list[FinishedRun]]) -> list[str]:
-    """Measures all models and returns their names.
+def _measure(
+    config: ExperimentConfig,
+    run: Maker,
+    sources: list[str],
+    runs: dict[str, list[FinishedRun]],
+    known: dict[str, Artefact],
+) -> list[str]:
+    """Measures all models and returns their names, by which they are `known` from then on.
 
     The first run's M0 and M1 judge where `base` and `sft` are asked to; without a run, the first model does.
     """
@@ -127,7 +137,7 @@ def _measure(config: ExperimentConfig, run: Shown, sources: list[str], runs: dic
     models = Models(base, sft, first, base, None, **fixed_judges(config, run))
     evaluation = Evaluation(config, run, Given(config, run), Judging(config, run, config.judge))
     for contestant in contestants:
-        run.run.artefacts[contestant.name] = contestant.policy
+        known[contestant.name] = contestant.policy
         models.newest, models.reference = contestant.policy, contestant.reference or base
         models.own_pairs = list(contestant.pairs)
         evaluation.measure(contestant.name, models)

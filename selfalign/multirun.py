@@ -1,5 +1,7 @@
 """What a sweep needs of Hydra: its folder, the list of its jobs, and each job's place in it."""
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,10 +15,15 @@ from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
+from selfalign import processes
 from selfalign.files import digest_json
 from selfalign.run import check_name
 from selfalign.sweep import Prepared, Sweep, run_job
 
+NOT_HERE = (
+    "error: a sweep starts the processes of its jobs itself: leave out torchrun, and set hydra/launcher=submitit_local "
+    "(or submitit_slurm) hydra.launcher.tasks_per_node=N"
+)
 NOT_THE_STUDY = ("output_dir=", "fresh=")
 """Overrides that the same sweep may be continued without."""
 
@@ -45,6 +52,9 @@ class ListJobs(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Waits for the sweep's turn and lists its jobs, if the sweeper does not find them by search."""
+        if processes.are_named():
+            # Hydra would take any other exception for a warning.
+            sys.exit(NOT_HERE if os.environ.get("RANK", "0") == "0" else 1)
         with suppress(OSError, HydraException):  # Hydra would warn of it, and stops with it right afterwards.
             prefer_command_line(config.hydra)
             sweep = Sweep(Path(config.hydra.sweep.dir))

@@ -212,7 +212,8 @@ class Method:
         return load_model(self.run, "writer", model, "data.instruct.writer")
 
     def _weights(self, label: str) -> Weights:
-        return Weights(dtype=self.config.model.dtype, lora=self.config.model.lora, seed=self._seed(label))
+        model, layout = self.config.model, self.config.train.layout
+        return Weights(dtype=model.dtype, lora=model.lora, seed=self._seed(label), layout=layout)
 
     def _seed(self, purpose: str) -> int:
         return derive_seed(self.config.seed, purpose)

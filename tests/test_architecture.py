@@ -281,6 +281,7 @@ RANGES = [
     ("model.dtype=float64", "model.dtype"),
     ("model.quantization=int8 model.lora.rank=4", "model.quantization"),
     ("model.quantization=nf4", "model.lora.rank"),
+    ("model.quantization=nf4 model.lora.rank=4 train.layout.kind=fsdp2", "model.quantization"),
     ("model.lora.rank=-1", "model.lora.rank"),
     ("model.lora.alpha=0", "model.lora.alpha"),
     ("data.seeds.held_out_share=1", "data.seeds.held_out_share"),

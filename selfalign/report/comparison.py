@@ -155,7 +155,7 @@ def job_rows(comparison: Comparison) -> list[Row]:
         settings = {f"setting {key}": setting(job.settings.get(key)) for key in comparison.keys}
         row = {**job.last, **settings, "job": job.number, "state": job.state, "name": job.name}
         row["class"] = "" if job.run else "without"
-        if job in comparison.ranked[:1]:
+        if job in comparison.even:
             row["class"] = "best"
         if job.run:
             own = seconds_own(job, comparison.finished)

@@ -216,6 +216,12 @@ class Comparison:
         return sorted(known, key=lambda job: job.last[self.metric], reverse=True)
 
     @property
+    def even(self) -> list[Job]:
+        """Those that have the highest value, in the order of the table."""
+        ranked = self.ranked
+        return [job for job in self.finished if job in ranked and job.last[self.metric] == ranked[0].last[self.metric]]
+
+    @property
     def leading(self) -> list[Job]:
         """The best few, in the order of the table: as many as a chart has colours for."""
         best = [*self.ranked, *(job for job in self.finished if job not in self.ranked)][:LEADING]
