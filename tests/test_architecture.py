@@ -17,7 +17,7 @@ from selfalign.config import COMPONENTS, ExperimentConfig
 from selfalign.errors import SelfalignError
 
 PACKAGE = ROOT / "selfalign"
-METHOD = {"contest", "given", "roles", "held_out", "evaluation", "pipeline", "plan"}
+METHOD = {"contest", "given", "roles", "held_out", "evaluation", "pipeline", "plan", "rehearsal", "dry_run"}
 ABOVE_STAGES = METHOD | {
     "experiment",
     "evaluator",
@@ -276,8 +276,12 @@ RANGES = [
     ("loss=ipo loss.reduction=max", "loss.reduction"),
     ("loss=sr_ipo loss.target=none", "loss.target"),
     ("iterations=0", "iterations"),
+    ("price_per_hour=-1", "price_per_hour"),
     ("name=a/b", "name"),
     ("model.dtype=float64", "model.dtype"),
+    ("model.quantization=int8 model.lora.rank=4", "model.quantization"),
+    ("model.quantization=nf4", "model.lora.rank"),
+    ("model.quantization=nf4 model.lora.rank=4 train.layout.kind=fsdp2", "model.quantization"),
     ("model.lora.rank=-1", "model.lora.rank"),
     ("model.lora.alpha=0", "model.lora.alpha"),
     ("data.seeds.held_out_share=1", "data.seeds.held_out_share"),
