@@ -5,6 +5,7 @@ give the same texts however often a run is interrupted.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -71,7 +72,7 @@ class Completion:
 
 
 class Generator(Protocol):
-    """A loaded policy that writes and scores."""
+    """A policy that writes, while it is entered."""
 
     @property
     def tokenizer(self) -> "Tokenizer": ...
@@ -85,6 +86,27 @@ class Generator(Protocol):
     def plan(self, lengths: Sequence[int], samples: int, max_new_tokens: int) -> list[list[int]]: ...
 
     def write(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]: ...
+
+
+class Backend(Protocol):
+    """What writes; `dtype` is the precision of judges that read a policy's probabilities instead."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    def load(self, policy: PolicyFiles) -> AbstractContextManager[Generator]: ...
+
+
+def check_dtype(dtype: str) -> str:
+    """The precision that `generate.dtype` names.
+
+    Raises:
+        SelfalignError: there is none of that name.
+    """
+    dtype = fastest_dtype() if dtype == "auto" else dtype
+    if dtype not in DTYPES:
+        raise SelfalignError(f"generate.dtype must be auto or one of {', '.join(DTYPES)}; got {dtype!r}")
+    return dtype
 
 
 @dataclass(kw_only=True, slots=True)
@@ -106,10 +128,7 @@ class Transformers:
     def __post_init__(self) -> None:
         if self.batch_tokens < 1:
             raise SelfalignError(f"generate.batch_tokens must be 1 or more, got {self.batch_tokens}")
-        if self.dtype == "auto":
-            self.dtype = fastest_dtype()
-        if self.dtype not in DTYPES:
-            raise SelfalignError(f"generate.dtype must be auto or one of {', '.join(DTYPES)}; got {self.dtype!r}")
+        self.dtype = check_dtype(self.dtype)
 
     def load(self, policy: PolicyFiles) -> "TransformersGenerator":
         """Loads a policy for writing."""
@@ -123,6 +142,12 @@ class TransformersGenerator:
     policy: Policy
     batch_tokens: int
     stops: Tensor = field(init=False)
+
+    def __enter__(self) -> "TransformersGenerator":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
 
     def __post_init__(self) -> None:
         self.stops = torch.tensor(stop_ids(self.policy.tokenizer), device=self.policy.model.device)

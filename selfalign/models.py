@@ -19,7 +19,7 @@ from selfalign.errors import SelfalignError
 from selfalign.files import digest_file, digest_json, read_json, read_text, write_json
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class Policy:
     @property
     def context(self) -> int:
         """The longest sequence the model takes, in tokens."""
-        return int(getattr(self.model.config, "max_position_embeddings", None) or 1 << 30)
+        return context_of(self.model.config)
 
 
 def autocast(model: torch.nn.Module, dtype: str) -> torch.autocast:
@@ -122,6 +122,13 @@ class PolicyFiles:
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(self.path / "tokenizer")
+
+    def load_config(self) -> "PretrainedConfig":
+        """Loads what the model is, without its weights."""
+        from transformers import AutoConfig
+
+        trusted = (self.path / TRUSTED).exists()
+        return AutoConfig.from_pretrained(self.path / "weights", trust_remote_code=trusted, local_files_only=True)
 
     def load(self, dtype: str, *, device: str = "", trainable: bool = False) -> Policy:
         """Loads the policy; with `trainable`, its adapter (if it has one) takes gradients."""
@@ -152,6 +159,11 @@ class PolicyFiles:
         write_json(self.path / "weights.json", weights)
         if (base.path / TRUSTED).exists():
             (self.path / TRUSTED).touch()
+
+
+def context_of(config: "PretrainedConfig") -> int:
+    """The longest sequence such a model takes, in tokens."""
+    return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
 
 
 def default_device() -> str:

@@ -169,6 +169,7 @@ NEEDED = {
     "benchmark/alpaca_eval": ["benchmark.alpaca_eval.reference_outputs=outputs.json"],
     "benchmark/vicuna_bench": ["benchmark.vicuna_bench.questions=question.jsonl"],
     "benchmark/lm_eval": ["benchmark.lm_eval.tasks=[{name: quiz, metric: acc}]"],
+    "generate/server": ["generate.command='serve {weights} --port {port}'"],
     "judge/external": ["judge.endpoint.base_url=http://nowhere/v1", "judge.endpoint.model=m"],
 }
 NEEDED |= {

@@ -154,12 +154,12 @@ class Grader:
 
     def _write(self, entrant: Entrant, prompts: dict[str, list[Message]], journal: Journal) -> list[Grade]:
         """Greedy texts of a policy."""
-        generator = entrant.generate.load(entrant.bench(journal).judging_policy())
-        encoded = {name: encode_prompt(generator.tokenizer, asked) for name, asked in prompts.items()}
-        fitting = {n: ids for n, ids in encoded.items() if len(ids) + self.max_new_tokens <= generator.context}
-        requests = [Request(prompt=ids, seeds=[0]) for ids in fitting.values()]
         greedy = Sampling(temperature=0, max_new_tokens=self.max_new_tokens)
-        written = write_all(generator, requests, greedy, journal, "grades")
+        with entrant.generate.load(entrant.bench(journal).judging_policy()) as generator:
+            encoded = {name: encode_prompt(generator.tokenizer, asked) for name, asked in prompts.items()}
+            fitting = {n: ids for n, ids in encoded.items() if len(ids) + self.max_new_tokens <= generator.context}
+            requests = [Request(prompt=ids, seeds=[0]) for ids in fitting.values()]
+            written = write_all(generator, requests, greedy, journal, "grades")
         grades = {name: parse_rating(*said) for name, said in zip(fitting, written, strict=True)}
         return [grades.get(name, TOO_LONG) for name in prompts]
 

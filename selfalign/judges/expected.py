@@ -112,15 +112,13 @@ class ExpectedScore(Rubric):
 
     def _justify(self, bench: Bench, subjects: Sequence[Subject]) -> dict[str, str]:
         """{response id: its greedy justification, without a score}; none where the prompt leaves no room for it."""
-        generator = bench.generate.load(bench.judging_policy())
         sampling = Sampling(temperature=0, max_new_tokens=self.rationale_tokens)
-        prompts = {
-            s.response.id: encode_prompt(generator.tokenizer, self.ask(s.instruction.text, s.response.text))
-            for s in subjects
-        }
-        fitting = {name: p for name, p in prompts.items() if len(p) + self.rationale_tokens <= generator.context}
-        requests = [Request(prompt=prompt, seeds=[0]) for prompt in fitting.values()]
-        written = write_all(generator, requests, sampling, bench.journal, "justification")
+        asked = {s.response.id: self.ask(s.instruction.text, s.response.text) for s in subjects}
+        with bench.generate.load(bench.judging_policy()) as generator:
+            prompts = {name: encode_prompt(generator.tokenizer, prompt) for name, prompt in asked.items()}
+            fitting = {name: p for name, p in prompts.items() if len(p) + self.rationale_tokens <= generator.context}
+            requests = [Request(prompt=prompt, seeds=[0]) for prompt in fitting.values()]
+            written = write_all(generator, requests, sampling, bench.journal, "justification")
         del generator
         gc.collect()  # The weights are loaded anew for scoring, and should not lie in memory twice.
         return {name: before_score(text) for name, (text, _) in zip(fitting, written, strict=True)}

@@ -26,7 +26,10 @@ class SampledScore(WrittenScore):
 
     def judge(self, bench: Bench, subjects: Sequence[Subject]) -> Judged:
         """Writes and reads `samples` judgements of each response."""
-        generator = bench.generate.load(bench.judging_policy())
+        with bench.generate.load(bench.judging_policy()) as generator:
+            return self._judge(generator, bench, subjects)
+
+    def _judge(self, generator: Generator, bench: Bench, subjects: Sequence[Subject]) -> Judged:
         limit = generator.context - self.sampling.max_new_tokens
         prompts: dict[str, list[int]] = {}
         refused: list[Subject] = []
