@@ -1,24 +1,38 @@
 """Writing through a server: against a local one that fails in every way, and against real ones that are started."""
 
 import json
+import logging
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from builders import instruction, nudged_policy, policy_artefact, records_artefact, weights, workspace
+from builders import (
+    TINY_RUN,
+    instruction,
+    nudged_policy,
+    policy_artefact,
+    records_artefact,
+    run,
+    taught_policy,
+    weights,
+    workspace,
+    write_tiny_data,
+)
 from chat_server import ChatServer, Fault, chat_server, continuation
+from transformers.utils.import_utils import is_serve_available
 
 from selfalign import serving
 from selfalign.data import as_prompt
 from selfalign.errors import SelfalignError
-from selfalign.generation import Request, Sampling
+from selfalign.generation import Request, Sampling, Transformers
 from selfalign.models import PolicyFiles
 from selfalign.records import FinishReason, Response, read_records
 from selfalign.serving import Server, ServerGenerator, export
@@ -413,3 +427,89 @@ def answered(
         monkeypatch.setattr(serving, "_free_port", lambda: port_of(server))
         answer(policy, folder, generate)
     return server
+
+
+def everything_below(folder: Path) -> bytes:
+    return b"\n".join(path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+def test_whole_run_is_written_by_a_faulty_server_and_the_key_is_nowhere(
+    tiny_policy: PolicyFiles,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Every server fails first, prints the key when it starts, and repeats it in its errors and every text."""
+    caplog.set_level(logging.DEBUG)
+    decode = tiny_policy.load_tokenizer().decode
+    tasks = ["Name two uses of wool.", "Why does salt melt ice on roads?", "Write a letter to an owl.", "List ferns."]
+
+    def says(body: dict[str, Any]) -> bytes:
+        asked, seed = decode(body["prompt"]), body.get("seed", 0)
+        text = f"Answer {seed} with {KEY}."
+        if asked.endswith(":"):
+            text = tasks[seed % 4]
+        elif "Score:" in asked:
+            text = f"{KEY}\nScore: {seed % 6}"
+        return continuation(text, len(body["prompt"]))
+
+    faults = [Fault(500, KEY.encode()), Fault(429, KEY.encode(), {"Retry-After": "1"}), None, Fault(resets=True)]
+    overrides = [
+        *(override for override in TINY_RUN if not override.startswith("generate.")),
+        *write_tiny_data(tmp_path / "data"), "iterations=1", "track=wandb", "judge=additive", "judge.samples=2",
+        "generate=server", "generate.dtype=float32", "generate.key_variable=WRITER_KEY", "generate.batch_requests=4",
+        "generate.command='echo $WRITER_KEY; : {weights} {port}; exec sleep 600'",
+    ]  # fmt: skip
+    with chat_server(says, faults) as server:
+        monkeypatch.setattr(serving, "_free_port", lambda: port_of(server))
+        folder = run(tmp_path / "outputs", *overrides)
+        asked = len(server.bodies)
+        assert run(tmp_path / "outputs", *overrides) == folder
+        assert len(server.bodies) == asked, "a finished run asked again"
+        server.faults.append(Fault(401, f"no such key: {KEY}".encode()))
+        with pytest.raises(SelfalignError, match=r"status 401: no such key: \[key\]"):
+            run(tmp_path / "outputs", *overrides, "seed=7", "name=refused")
+        assert set(server.keys) == {f"Bearer {KEY}"}
+    responses = read_records(folder / "artefacts/iteration_1/responses/responses.jsonl", Response)
+    assert {r.tokens for r in responses} == {3}
+    assert all("with [key]." in r.text for r in responses)
+    assert (folder / "artefacts/M2").exists()
+    said = capfd.readouterr()
+    haystack = everything_below(tmp_path) + said.out.encode() + said.err.encode() + caplog.text.encode()
+    assert b"WRITER_KEY" in haystack
+    assert KEY.encode() not in haystack
+    assert KEY.encode()[3:12] not in haystack
+
+
+# --- a real server -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory, tiny_policy: PolicyFiles) -> Iterator[ServerGenerator]:
+    """A policy that ends its turns, behind `transformers serve`."""
+    if not is_serve_available():
+        pytest.skip("transformers serve is not installed: pip install 'transformers[serving]'")
+    policy = taught_policy(tiny_policy, tmp_path_factory.mktemp("taught"), epochs=25)
+    program = Path(sys.executable).with_name("transformers")
+    settings = Server(command=f"{program} serve {{weights}} --port {{port}} --dtype {{dtype}}", dtype="float32")
+    with replace(settings, concurrency=1, batch_requests=8).load(policy) as generator:
+        yield generator
+
+
+@pytest.mark.parametrize(("tokens", "reason"), [(12, FinishReason.EOS), (4, FinishReason.LENGTH)])
+def test_real_server_writes_what_this_process_writes(real: ServerGenerator, tokens: int, reason: FinishReason) -> None:
+    greedy = Sampling(temperature=0, max_new_tokens=tokens)
+    requests = asking(real._policy, "Say one thing about bees.", "Say one thing about old rivers.", "Why?")
+    with Transformers(dtype="float32").load(real._policy) as generator:
+        expected = generator.write(requests, greedy)
+    assert real.write(requests, greedy) == expected
+    assert {completion.finish_reason for [completion] in expected} == {reason}
+
+
+def test_real_server_draws_by_seed(real: ServerGenerator) -> None:
+    wild = Sampling(temperature=1.5, top_p=1.0, max_new_tokens=12)
+    [request] = asking(real._policy, "Say one thing about bees.", seeds=4)
+    first, again = real.write([request], wild), real.write([request], wild)
+    assert first == again
+    assert len({c.text for c in first[0]}) == 4
