@@ -31,6 +31,7 @@ from selfalign.stages.pair import PositivesOnly
 from selfalign.stages.seeds import EvaluationFineTuning
 from selfalign.tracking import NoTracking, Wandb
 from selfalign.training import TrainConfig
+from selfalign.vllm_engine import VLLM
 
 
 @dataclass(kw_only=True, slots=True)
@@ -139,7 +140,7 @@ class ExperimentConfig:
 COMPONENTS: dict[str, dict[str, type]] = {
     "model": {"model": ModelConfig},
     "data": {"self_rewarding": SelfRewarding, "pairs": Pairs},
-    "generate": {"transformers": Transformers},
+    "generate": {"transformers": Transformers, "vllm": VLLM},
     "judge": {
         "sampled_score": SampledScore,
         "expected_score": ExpectedScore,

@@ -6,19 +6,21 @@ give the same texts however often a run is interrupted.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
 import torch
 from torch import Tensor
 
 from selfalign.errors import SelfalignError
-from selfalign.models import DTYPES, Policy, PolicyFiles, fastest_dtype
+from selfalign.models import DTYPES, InMemory, PolicyFiles, fastest_dtype
 from selfalign.records import FinishReason
+from selfalign.scoring import Scorer
 from selfalign.tokenization import decode_response, stop_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
+    from selfalign.batches import Group
     from selfalign.store import Journal
 
 NUCLEUS_CANDIDATES = 256
@@ -70,8 +72,11 @@ class Completion:
     tokens: int
 
 
-class Generator(Protocol):
-    """A loaded policy that writes and scores."""
+class Loaded(Protocol):
+    """A policy that is ready for work, until the `with` block around it ends: then its memory is free.
+
+    `counts` is what a stage's manifest should say of the engine, such as its version.
+    """
 
     @property
     def tokenizer(self) -> "Tokenizer": ...
@@ -82,9 +87,39 @@ class Generator(Protocol):
     @property
     def context(self) -> int: ...
 
+    @property
+    def counts(self) -> dict[str, Any]: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+class Generator(Loaded, Protocol):
+    """A loaded policy that writes."""
+
     def plan(self, lengths: Sequence[int], samples: int, max_new_tokens: int) -> list[list[int]]: ...
 
     def write(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]: ...
+
+
+class Reader(Loaded, Protocol):
+    """A loaded policy that tells how likely it finds given next tokens; see `Scorer`, which does so in this process."""
+
+    def plan(self, groups: "Sequence[Group]") -> "list[list[Group]]": ...
+
+    def choose(self, groups: "Sequence[Group]", alternatives: Sequence[int]) -> list[list[list[float]]]: ...
+
+
+class Engine(Protocol):
+    """What runs policies: the components of `generate`. `batch_tokens` is the judge's, for engines that need a size."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    def load(self, policy: PolicyFiles) -> Generator: ...
+
+    def load_reader(self, policy: PolicyFiles, batch_tokens: int) -> Reader: ...
 
 
 @dataclass(kw_only=True, slots=True)
@@ -115,32 +150,20 @@ class Transformers:
         """Loads a policy for writing."""
         return TransformersGenerator(policy.load(self.dtype), self.batch_tokens)
 
+    def load_reader(self, policy: PolicyFiles, batch_tokens: int) -> Scorer:
+        """Loads a policy for reading."""
+        return Scorer(policy.load(self.dtype), batch_tokens)
+
 
 @dataclass(slots=True)
-class TransformersGenerator:
+class TransformersGenerator(InMemory):
     """A policy writing through transformers' models and caches."""
 
-    policy: Policy
     batch_tokens: int
     stops: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         self.stops = torch.tensor(stop_ids(self.policy.tokenizer), device=self.policy.model.device)
-
-    @property
-    def tokenizer(self) -> "Tokenizer":
-        """The policy's tokenizer."""
-        return self.policy.tokenizer
-
-    @property
-    def digest(self) -> str:
-        """The identity of the policy that writes."""
-        return self.policy.digest
-
-    @property
-    def context(self) -> int:
-        """The longest sequence the policy takes, in tokens."""
-        return self.policy.context
 
     def plan(self, lengths: Sequence[int], samples: int, max_new_tokens: int) -> list[list[int]]:
         """Puts prompts of like length together, within `batch_tokens`: indices, batch by batch."""

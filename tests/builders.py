@@ -176,6 +176,13 @@ class Script:
         self.context = policy.context
         self.digest = policy.digest
         self.tokenizer = policy.tokenizer
+        self.counts: dict[str, Any] = {}
+
+    def __enter__(self) -> "Script":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Others may still use it."""
 
     def load(self, files: PolicyFiles) -> "Script":
         """Stands in for the backend and for the generator it loads."""

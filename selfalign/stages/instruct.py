@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from selfalign.errors import SelfalignError
 from selfalign.files import derive_seed, digest_text
-from selfalign.generation import Completion, Generator, Request, Sampling, Transformers
+from selfalign.generation import Completion, Engine, Generator, Request, Sampling
 from selfalign.metrics import instruction_statistics
 from selfalign.models import BUILDERS, PolicyFiles
 from selfalign.overlap import Known
@@ -185,7 +185,7 @@ def instruct(
     seeds: Artefact,
     earlier: list[Artefact],
     held_out: list[Artefact],
-    generate: Transformers,
+    generate: Engine,
     seed: int,
 ) -> Counts:
     """Lets a policy write instructions until `count` have passed the filters.
@@ -208,9 +208,8 @@ def instruct(
         raise SelfalignError(
             f"data.instruct.seed_demonstrations={config.seed_demonstrations}, but there are {len(pool.seeds)} IFT seeds"
         )
-    generator = generate.load(PolicyFiles(policy.path))
     written = batch = 0
-    with out.journal(config.count, "instructions") as journal:
+    with generate.load(PolicyFiles(policy.path)) as generator, out.journal(config.count, "instructions") as journal:
         while not pool.full and batch < config.max_batches:
             shown = [_draw(pool, derive_seed(seed, batch, index)) for index in range(config.prompts_per_batch)]
             result = journal.batch(
@@ -229,7 +228,7 @@ def instruct(
     model = PolicyFiles(policy.path).digest
     records = [Instruction(id=f"{digest_text(model + text)[:16]}", text=text, source="self") for text in pool.kept]
     write_records(out.path / "instructions.jsonl", records)
-    return {"written": written, "batches": batch, **pool.counts()}
+    return {"written": written, "batches": batch, **pool.counts(), **generator.counts}
 
 
 def given_instructions(

@@ -7,7 +7,7 @@ import msgspec
 from selfalign.data import as_prompt
 from selfalign.errors import SelfalignError
 from selfalign.files import derive_seed
-from selfalign.generation import Generator, Request, Sampling, Transformers
+from selfalign.generation import Engine, Generator, Request, Sampling
 from selfalign.models import PolicyFiles
 from selfalign.records import Instruction, Response, as_plain, read_records, write_records
 from selfalign.store import Artefact, Counts, Workspace
@@ -38,7 +38,7 @@ def respond(
     config: RespondConfig,
     policy: Artefact,
     instructions: Artefact,
-    generate: Transformers,
+    generate: Engine,
     seed: int,
 ) -> Counts:
     """Answers every instruction `candidates` times; each response has a random stream of its own.
@@ -55,27 +55,27 @@ def respond(
         SelfalignError: no instruction fits into the context.
     """
     records = read_records(instructions.path / "instructions.jsonl", Instruction)
-    generator = generate.load(PolicyFiles(policy.path))
-    limit = generator.context - config.sampling.max_new_tokens
-    prompts = [encode_prompt(generator.tokenizer, as_prompt(record.text)) for record in records]
-    fitting = [(record, prompt) for record, prompt in zip(records, prompts, strict=True) if len(prompt) <= limit]
-    if not fitting:
-        raise SelfalignError(
-            f"{out.label}: no instruction fits into the context of {generator.context} tokens with "
-            f"max_new_tokens={config.sampling.max_new_tokens}"
-        )
-    lengths = [len(prompt) for _, prompt in fitting]
-    responses: dict[str, list[Response]] = {}
-    with out.journal(len(fitting) * config.candidates, "responses") as journal:
-        for number, batch in enumerate(generator.plan(lengths, config.candidates, config.sampling.max_new_tokens)):
-            members = [fitting[index] for index in batch]
-            rows = journal.batch(
-                str(number),
-                len(members) * config.candidates,
-                lambda members=members: as_plain(_answer(generator, members, config, seed)),
+    with generate.load(PolicyFiles(policy.path)) as generator:
+        limit = generator.context - config.sampling.max_new_tokens
+        prompts = [encode_prompt(generator.tokenizer, as_prompt(record.text)) for record in records]
+        fitting = [(record, prompt) for record, prompt in zip(records, prompts, strict=True) if len(prompt) <= limit]
+        if not fitting:
+            raise SelfalignError(
+                f"{out.label}: no instruction fits into the context of {generator.context} tokens with "
+                f"max_new_tokens={config.sampling.max_new_tokens}"
             )
-            for response in msgspec.convert(rows, list[Response]):
-                responses.setdefault(response.instruction_id, []).append(response)
+        lengths = [len(prompt) for _, prompt in fitting]
+        responses: dict[str, list[Response]] = {}
+        with out.journal(len(fitting) * config.candidates, "responses") as journal:
+            for number, batch in enumerate(generator.plan(lengths, config.candidates, config.sampling.max_new_tokens)):
+                members = [fitting[index] for index in batch]
+                rows = journal.batch(
+                    str(number),
+                    len(members) * config.candidates,
+                    lambda members=members: as_plain(_answer(generator, members, config, seed)),
+                )
+                for response in msgspec.convert(rows, list[Response]):
+                    responses.setdefault(response.instruction_id, []).append(response)
     ordered = [response for record, _ in fitting for response in responses[record.id]]
     write_records(out.path / "responses.jsonl", ordered)
     return {
@@ -84,6 +84,7 @@ def respond(
         "mean_characters": sum(len(response.text) for response in ordered) / len(ordered),
         "finished_share": sum(response.finish_reason == "eos" for response in ordered) / len(ordered),
         "dropped": {"prompt_too_long": len(records) - len(fitting)},
+        **generator.counts,
     }
 
 
