@@ -32,6 +32,7 @@ from selfalign.stages.pair import PositivesOnly
 from selfalign.stages.seeds import EvaluationFineTuning
 from selfalign.tracking import NoTracking, Wandb
 from selfalign.training import TrainConfig
+from selfalign.vllm_engine import VLLM
 
 
 @dataclass(kw_only=True, slots=True)
@@ -140,7 +141,7 @@ class ExperimentConfig:
 COMPONENTS: dict[str, dict[str, type]] = {
     "model": {"model": ModelConfig},
     "data": {"self_rewarding": SelfRewarding, "pairs": Pairs},
-    "generate": {"transformers": Transformers, "server": Server},
+    "generate": {"transformers": Transformers, "vllm": VLLM, "server": Server},
     "judge": {
         "sampled_score": SampledScore,
         "expected_score": ExpectedScore,

@@ -4,22 +4,24 @@ Batches are planned from the records alone, and each sequence draws from its own
 give the same texts however often a run is interrupted.
 """
 
+import gc
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
 import torch
 from torch import Tensor
 
 from selfalign.errors import SelfalignError
-from selfalign.models import DTYPES, Policy, PolicyFiles, fastest_dtype
+from selfalign.models import DTYPES, InMemory, PolicyFiles, fastest_dtype
 from selfalign.records import FinishReason
+from selfalign.scoring import Scorer
 from selfalign.tokenization import decode_response, stop_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
+    from selfalign.batches import Group
     from selfalign.store import Journal
 
 NUCLEUS_CANDIDATES = 256
@@ -71,8 +73,11 @@ class Completion:
     tokens: int
 
 
-class Generator(Protocol):
-    """A policy that writes, while it is entered."""
+class Loaded(Protocol):
+    """A policy that is ready for work, until the `with` block around it ends: then its memory is free.
+
+    `counts` is what a stage's manifest should say of the engine, such as its version.
+    """
 
     @property
     def tokenizer(self) -> "Tokenizer": ...
@@ -83,18 +88,39 @@ class Generator(Protocol):
     @property
     def context(self) -> int: ...
 
+    @property
+    def counts(self) -> dict[str, Any]: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+class Generator(Loaded, Protocol):
+    """A loaded policy that writes."""
+
     def plan(self, lengths: Sequence[int], samples: int, max_new_tokens: int) -> list[list[int]]: ...
 
     def write(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]: ...
 
 
-class Backend(Protocol):
-    """What writes; `dtype` is the precision of judges that read a policy's probabilities instead."""
+class Reader(Loaded, Protocol):
+    """A loaded policy that tells how likely it finds given next tokens; see `Scorer`, which does so in this process."""
+
+    def plan(self, groups: "Sequence[Group]") -> "list[list[Group]]": ...
+
+    def choose(self, groups: "Sequence[Group]", alternatives: Sequence[int]) -> list[list[list[float]]]: ...
+
+
+class Engine(Protocol):
+    """What runs policies: the components of `generate`. `batch_tokens` is the judge's, for engines that need a size."""
 
     @property
     def dtype(self) -> str: ...
 
-    def load(self, policy: PolicyFiles) -> AbstractContextManager[Generator]: ...
+    def load(self, policy: PolicyFiles) -> Generator: ...
+
+    def load_reader(self, policy: PolicyFiles, batch_tokens: int) -> Reader: ...
 
 
 def check_dtype(dtype: str) -> str:
@@ -107,6 +133,13 @@ def check_dtype(dtype: str) -> str:
     if dtype not in DTYPES:
         raise SelfalignError(f"generate.dtype must be auto or one of {', '.join(DTYPES)}; got {dtype!r}")
     return dtype
+
+
+def release_cached_memory() -> None:
+    """Gives back what training in this process has left in its cache, for another process cannot use that."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @dataclass(kw_only=True, slots=True)
@@ -134,38 +167,20 @@ class Transformers:
         """Loads a policy for writing."""
         return TransformersGenerator(policy.load(self.dtype), self.batch_tokens)
 
+    def load_reader(self, policy: PolicyFiles, batch_tokens: int) -> Scorer:
+        """Loads a policy for reading."""
+        return Scorer(policy.load(self.dtype), batch_tokens)
+
 
 @dataclass(slots=True)
-class TransformersGenerator:
+class TransformersGenerator(InMemory):
     """A policy writing through transformers' models and caches."""
 
-    policy: Policy
     batch_tokens: int
     stops: Tensor = field(init=False)
 
-    def __enter__(self) -> "TransformersGenerator":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
     def __post_init__(self) -> None:
         self.stops = torch.tensor(stop_ids(self.policy.tokenizer), device=self.policy.model.device)
-
-    @property
-    def tokenizer(self) -> "Tokenizer":
-        """The policy's tokenizer."""
-        return self.policy.tokenizer
-
-    @property
-    def digest(self) -> str:
-        """The identity of the policy that writes."""
-        return self.policy.digest
-
-    @property
-    def context(self) -> int:
-        """The longest sequence the policy takes, in tokens."""
-        return self.policy.context
 
     def plan(self, lengths: Sequence[int], samples: int, max_new_tokens: int) -> list[list[int]]:
         """Puts prompts of like length together, within `batch_tokens`: indices, batch by batch."""

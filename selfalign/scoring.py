@@ -11,11 +11,11 @@ import torch
 from selfalign.attention import enable_packing
 from selfalign.batches import Batch, Group, make_batch, split_by_tokens
 from selfalign.logprobs import score_responses_only
-from selfalign.models import Policy, autocast
+from selfalign.models import InMemory, autocast
 
 
 @dataclass(slots=True)
-class Scorer:
+class Scorer(InMemory):
     """A policy made to score.
 
     Attributes:
@@ -24,7 +24,6 @@ class Scorer:
         autocast: the dtype to multiply in while the weights keep theirs; empty for the weights' own.
     """
 
-    policy: Policy
     batch_tokens: int
     autocast: str = ""
 

@@ -4,7 +4,6 @@ Prompts are sent as the token ids they are trained as, to `/v1/completions`. No 
 between, and every reply has to say that it read as many tokens as were sent.
 """
 
-import gc
 import logging
 import os
 import shlex
@@ -15,16 +14,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-
-import torch
+from typing import Any
 
 from selfalign import processes
 from selfalign.endpoint import Client, Endpoint, RefusedError, Reply
 from selfalign.errors import SelfalignError
 from selfalign.files import write_json
-from selfalign.generation import Completion, Request, Sampling, check_dtype
-from selfalign.models import PolicyFiles, context_of
+from selfalign.generation import Completion, Request, Sampling, Transformers, check_dtype, release_cached_memory
+from selfalign.models import PolicyFiles
 from selfalign.records import FinishReason
+from selfalign.scoring import Scorer
 from selfalign.server_process import ServerProcess
 from selfalign.tokenization import encode_prompt, spell, stop_ids
 
@@ -79,6 +78,10 @@ class Server:
         """The policy behind a server, which runs while the generator is entered."""
         return ServerGenerator(self, policy)
 
+    def load_reader(self, policy: PolicyFiles, batch_tokens: int) -> Scorer:
+        """The policy in this process, because servers differ in which probabilities they tell, if any."""
+        return Transformers(dtype=self.dtype).load_reader(policy, batch_tokens)
+
     def endpoint(self, base_url: str, model: str) -> Endpoint:
         """Where a server is asked, and how."""
         return Endpoint(
@@ -100,11 +103,11 @@ class ServerGenerator:
         self._server: ServerProcess | None = None
         self.tokenizer = policy.load_tokenizer()
         self.digest = policy.digest
-        self.context = context_of(policy.load_config())
+        self.context = policy.context
+        self.counts: dict[str, Any] = {}
 
     def __enter__(self) -> "ServerGenerator":
-        gc.collect()
-        torch.cuda.empty_cache()
+        release_cached_memory()
         processes.wait_for_all()  # All have let go of the memory that the server needs.
         with ExitStack() as stack:
             started = self._start(stack) if processes.is_main() else None
@@ -113,7 +116,7 @@ class ServerGenerator:
             self._open = stack.pop_all()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
         with self._open:
             if kind is None:
                 processes.wait_for_all()  # Nobody asks it any more.

@@ -176,17 +176,17 @@ class Script:
         self.context = policy.context
         self.digest = policy.digest
         self.tokenizer = policy.tokenizer
-        self.dtype = "float32"
-
-    def load(self, files: PolicyFiles) -> "Script":
-        """Stands in for the backend and for the generator it loads."""
-        return self
+        self.counts: dict[str, Any] = {}
 
     def __enter__(self) -> "Script":
         return self
 
-    def __exit__(self, *error: object) -> None:
-        pass
+    def __exit__(self, *_: object) -> None:
+        """Others may still use it."""
+
+    def load(self, files: PolicyFiles) -> "Script":
+        """Stands in for the backend and for the generator it loads."""
+        return self
 
     def plan(self, lengths: Sequence[int], samples: int, max_new_tokens: int) -> list[list[int]]:
         """Batches of `per_batch`, in the order of the records."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from selfalign.errors import SelfalignError
 from selfalign.files import derive_seed, digest_text
-from selfalign.generation import Backend, Completion, Generator, Request, Sampling
+from selfalign.generation import Completion, Engine, Generator, Request, Sampling
 from selfalign.metrics import instruction_statistics
 from selfalign.models import BUILDERS, PolicyFiles
 from selfalign.overlap import Known
@@ -185,7 +185,7 @@ def instruct(
     seeds: Artefact,
     earlier: list[Artefact],
     held_out: list[Artefact],
-    generate: Backend,
+    generate: Engine,
     seed: int,
 ) -> Counts:
     """Lets a policy write instructions until `count` have passed the filters.
@@ -228,7 +228,7 @@ def instruct(
     model = PolicyFiles(policy.path).digest
     records = [Instruction(id=f"{digest_text(model + text)[:16]}", text=text, source="self") for text in pool.kept]
     write_records(out.path / "instructions.jsonl", records)
-    return {"written": written, "batches": batch, **pool.counts()}
+    return {"written": written, "batches": batch, **pool.counts(), **generator.counts}
 
 
 def given_instructions(

@@ -65,9 +65,9 @@ def test_candidates_judged_together_score_as_judged_alone(
 
 
 def test_scores_of_two_digits_are_refused_by_the_one_token_judge(tiny_policy: PolicyFiles) -> None:
-    assert len(set(score_tokens(loaded(tiny_policy.path), 0, 9))) == 10
+    assert len(set(score_tokens(loaded(tiny_policy.path).tokenizer, 0, 9))) == 10
     with pytest.raises(SelfalignError, match="judge=additive"):
-        score_tokens(loaded(tiny_policy.path), 9, 10)
+        score_tokens(loaded(tiny_policy.path).tokenizer, 9, 10)
     with pytest.raises(SelfalignError, match="digit"):
         ExpectedScore(prompt=RUBRIC, high=10)
 
@@ -81,7 +81,7 @@ def test_score_is_read_behind_the_greedy_justification(tmp_path: Path, tiny_poli
     talkative = nudged_policy(tiny_policy, tmp_path / "talkative", 0.2)
     _, judgements = judged(tmp_path, JUSTIFIED, policy_artefact(talkative))
     policy = loaded(talkative.path)
-    digits = score_tokens(policy, 0, 5)
+    digits = score_tokens(policy.tokenizer, 0, 5)
     texts = {record.id: record.text for record in ASKED}
     for answer in ANSWERS:
         prompt = encode_prompt(policy.tokenizer, JUSTIFIED.ask(texts[answer.instruction_id], answer.text))
