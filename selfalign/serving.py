@@ -47,7 +47,7 @@ class Server:
             {port} for where it listens on this machine; {dtype} may stand in it too.
         dtype: of the weights that {dtype} stands for, in which adapters are merged, and of judges that read
             probabilities, which they do here with transformers: "float32", "bfloat16", or "auto" for the faster one.
-        batch_requests: texts that are written together before any of them is kept; a kill loses at most so many.
+        batch_texts: the most completions that are asked for before any of them is kept. A kill loses at most these.
         key_variable: the environment variable that holds the key, where the command starts a server that asks for one.
         concurrency: requests under way at once.
         timeout_seconds: a request that takes longer is sent again.
@@ -57,7 +57,7 @@ class Server:
 
     command: str
     dtype: str = "auto"
-    batch_requests: int = 128
+    batch_texts: int = 128
     key_variable: str = field(default="", metadata={"keyed": False})
     concurrency: int = field(default=16, metadata={"keyed": False})
     timeout_seconds: float = field(default=600.0, metadata={"keyed": False})
@@ -69,7 +69,7 @@ class Server:
         for name in ("{weights}", "{port}"):
             if name not in self.command:
                 raise SelfalignError(f"generate.command must have {name} where the server takes it")
-        for name in ("batch_requests", "start_seconds"):
+        for name in ("batch_texts", "start_seconds"):
             if getattr(self, name) <= 0:
                 raise SelfalignError(f"generate.{name} must be above 0, got {getattr(self, name)}")
         self.endpoint("http://localhost", "policy").check("generate")
@@ -122,8 +122,8 @@ class ServerGenerator:
                 processes.wait_for_all()  # Nobody asks it any more.
 
     def plan(self, lengths: Sequence[int], samples: int, max_new_tokens: int) -> list[list[int]]:
-        """Batches of `batch_requests` texts, in the order of the prompts; the server makes its own out of them."""
-        size = max(1, self._settings.batch_requests // samples)
+        """Batches of `batch_texts` texts, in the order of the prompts; the server makes its own out of them."""
+        size = max(1, self._settings.batch_texts // samples)
         return [list(range(start, min(start + size, len(lengths)))) for start in range(0, len(lengths), size)]
 
     def write(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:

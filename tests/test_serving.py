@@ -27,6 +27,7 @@ from builders import (
     write_tiny_data,
 )
 from chat_server import ChatServer, Fault, chat_server, continuation
+from mutation import assert_caught
 from transformers.utils.import_utils import is_serve_available
 
 from selfalign import serving
@@ -73,7 +74,7 @@ def served(
 ) -> Iterator[tuple[ServerGenerator, ChatServer]]:
     """The policy as it writes through the test's own server; the first of the faults meets it as it is started."""
     with chat_server(says, faults) as server:
-        monkeypatch.setattr(serving, "_free_port", lambda: port_of(server))
+        monkeypatch.setattr(sys.modules[Server.__module__], "_free_port", lambda: port_of(server))
         with Server(**{"command": IDLE, "dtype": "float32", **settings}).load(policy) as generator:
             server.bodies.clear()
             yield generator, server
@@ -180,13 +181,13 @@ def test_server_that_fails_for_good_is_an_error_and_others_are_given_up(
 
 
 def test_batches_are_made_of_the_prompts_alone(tiny_policy: PolicyFiles) -> None:
-    plan = Server(command=IDLE, batch_requests=8, concurrency=3).load(tiny_policy).plan
+    plan = Server(command=IDLE, batch_texts=8, concurrency=3).load(tiny_policy).plan
     assert plan([5, 900, 7], 4, 64) == [[0, 1], [2]]
     assert plan([5, 900], 99, 64) == [[0], [1]]
     assert plan([], 4, 64) == []
     keys = [canonical(Server(command=IDLE, concurrency=n, key_variable="K" * n, retries=n)) for n in (1, 2)]
     assert keys[0] == keys[1]
-    assert canonical(Server(command=IDLE, batch_requests=7)) != keys[0]
+    assert canonical(Server(command=IDLE, batch_texts=7)) != keys[0]
 
 
 # --- what a server is given ----------------------------------------------------------------------------------------
@@ -330,6 +331,14 @@ def test_server_that_does_not_start_tells_why_without_the_key(tiny_policy: Polic
         pass
 
 
+def test_server_that_refuses_the_key_is_not_taken_for_another_kind(
+    tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = pytest.raises(SelfalignError, match="status 401")
+    with refused, served(tiny_policy, monkeypatch, faults=[Fault(401)]):
+        pass
+
+
 def test_server_that_takes_too_long_to_start_is_stopped(tiny_policy: PolicyFiles, tmp_path: Path) -> None:
     generator = Server(command="echo loading; " + noting(tmp_path), start_seconds=0.5).load(tiny_policy)
     message = r"no answer in generate\.start_seconds=0\.5 \(ConnectError\); the server said: loading"
@@ -382,7 +391,7 @@ def test_other_machines_of_a_run_ask_the_main_one(monkeypatch: pytest.MonkeyPatc
         ({"command": "vllm serve {weights}"}, r"command must have \{port\}"),
         ({"command": "vllm serve --port {port}"}, r"command must have \{weights\}"),
         ({"dtype": "float8"}, "dtype"),
-        ({"batch_requests": 0}, "batch_requests"),
+        ({"batch_texts": 0}, "batch_texts"),
         ({"start_seconds": 0}, "start_seconds"),
         ({"concurrency": 0}, "concurrency"),
         ({"timeout_seconds": 0}, "timeout_seconds"),
@@ -408,7 +417,7 @@ def answer(policy: PolicyFiles, folder: Path, generate: Server) -> list[Response
 def test_killed_stage_asks_only_for_the_batches_that_are_missing(
     tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    generate = Server(command=IDLE, batch_requests=4, concurrency=1, retries=0)
+    generate = Server(command=IDLE, batch_texts=4, concurrency=1, retries=0)
     whole = answered(tiny_policy, monkeypatch, tmp_path / "whole", generate, [])
     seeds = [body["seed"] for body in whole.bodies[1:]]
     with pytest.raises(SelfalignError, match="no usable answer"):
@@ -458,7 +467,7 @@ def test_whole_run_is_written_by_a_faulty_server_and_the_key_is_nowhere(
     overrides = [
         *(override for override in TINY_RUN if not override.startswith("generate.")),
         *write_tiny_data(tmp_path / "data"), "iterations=1", "track=wandb", "judge=additive", "judge.samples=2",
-        "generate=server", "generate.dtype=float32", "generate.key_variable=WRITER_KEY", "generate.batch_requests=4",
+        "generate=server", "generate.dtype=float32", "generate.key_variable=WRITER_KEY", "generate.batch_texts=4",
         "generate.command='echo $WRITER_KEY; : {weights} {port}; exec sleep 600'",
     ]  # fmt: skip
     with chat_server(says, faults) as server:
@@ -482,6 +491,45 @@ def test_whole_run_is_written_by_a_faulty_server_and_the_key_is_nowhere(
     assert KEY.encode()[3:12] not in haystack
 
 
+# --- broken on purpose ---------------------------------------------------------------------------------------------
+
+MUTANTS = {
+    "seeds are not sent": (
+        '"seed": seed % 2**31, ', "", test_token_ids_and_seeds_are_sent_and_completions_come_back_in_order,
+    ),
+    "a cut text has ended": (
+        '"length": FinishReason.LENGTH', '"length": FinishReason.EOS', test_text_that_was_cut_says_so,
+    ),
+    "no count of what was read": (
+        "if reply.prompt_tokens != len(prompt):", "if False:", test_answer_that_cannot_be_the_policys_is_an_error,
+    ),
+    "greedy unless asked otherwise": (
+        '"do_sample": True, ', "", test_exported_policy_stops_and_samples_as_ours_and_its_source_stays,
+    ),
+    "a default top_k": (
+        '"top_k": len(tokenizer), ', "", test_exported_policy_stops_and_samples_as_ours_and_its_source_stays,
+    ),
+    "the source's tokenizer is written over": (
+        '("*.safetensors", "*.safetensors.index.json", "config.json", "*.py")', '("*",)',
+        test_exported_policy_stops_and_samples_as_ours_and_its_source_stays,
+    ),
+    "the adapter is forgotten": (
+        'if (policy.path / "adapter").exists():', "if False:", test_adapter_is_merged_into_what_is_served,
+    ),
+    "the server goes on": ("stack.callback(self._server.stop)", "pass", test_nothing_is_left_of_a_server),
+    "any refusal means texts": (
+        "if error.status not in (400, 422):", "if False:",
+        test_server_that_refuses_the_key_is_not_taken_for_another_kind,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_caught(name: str, given: dict[str, Any]) -> None:
+    old, new, check = MUTANTS[name]
+    assert_caught(serving, sys.modules[__name__], old, new, check, {**given, "name": "other_tokenizer", "fails": False})
+
+
 # --- a real server -------------------------------------------------------------------------------------------------
 
 
@@ -493,7 +541,7 @@ def real(tmp_path_factory: pytest.TempPathFactory, tiny_policy: PolicyFiles) -> 
     policy = taught_policy(tiny_policy, tmp_path_factory.mktemp("taught"), epochs=25)
     program = Path(sys.executable).with_name("transformers")
     settings = Server(command=f"{program} serve {{weights}} --port {{port}} --dtype {{dtype}}", dtype="float32")
-    with replace(settings, concurrency=1, batch_requests=8).load(policy) as generator:
+    with replace(settings, concurrency=1, batch_texts=8).load(policy) as generator:
         yield generator
 
 
