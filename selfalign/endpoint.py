@@ -137,7 +137,8 @@ class Client:
         self._secret = secret
         self._stop = threading.Event()
         headers = {"Authorization": f"Bearer {secret}"} if secret else {}
-        self._http = httpx.Client(timeout=endpoint.timeout_seconds, headers=headers, mounts=DIRECT)
+        limits = httpx.Limits(max_connections=endpoint.concurrency)
+        self._http = httpx.Client(timeout=endpoint.timeout_seconds, headers=headers, mounts=DIRECT, limits=limits)
         self._url = endpoint.base_url.rstrip("/")
 
     def __enter__(self) -> "Client":
@@ -200,17 +201,18 @@ class Client:
         return {name: Reply(*journal.batch(name, 0, list)) for name in requests}
 
     def complete_each(self, requests: Sequence[dict[str, Any]]) -> list[Reply]:
-        """The answers to these requests, several at once; where one fails, the others are given up."""
+        """The answers to these requests, several at once; where one fails, the others are not waited for."""
         self._stop.clear()
-        with ThreadPoolExecutor(self._endpoint.concurrency) as pool:
+        pool = ThreadPoolExecutor(self._endpoint.concurrency)
+        try:
             futures = [pool.submit(self.complete, request) for request in requests]
-            try:
-                for future in as_completed(futures):
-                    future.result()
-            except BaseException:
-                self._stop.set()
-                pool.shutdown(cancel_futures=True)
-                raise
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            self._stop.set()
+            raise
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
         return [future.result() for future in futures]
 
     def _complete(self, request: dict[str, Any]) -> tuple[Any, ...]:

@@ -6,6 +6,7 @@ between, and every reply has to say that it read as many tokens as were sent.
 
 import logging
 import os
+import re
 import shlex
 import socket
 import time
@@ -69,6 +70,11 @@ class Server:
         for name in ("{weights}", "{port}"):
             if name not in self.command:
                 raise SelfalignError(f"generate.command must have {name} where the server takes it")
+        if re.search(r"--api-key[ =]+(?![\"']?\$)", self.command):
+            raise SelfalignError(
+                "generate.command is saved with the run: have it take the key from the environment, as --api-key $NAME "
+                "with generate.key_variable=NAME"
+            )
         for name in ("batch_texts", "start_seconds"):
             if getattr(self, name) <= 0:
                 raise SelfalignError(f"generate.{name} must be above 0, got {getattr(self, name)}")
@@ -167,11 +173,12 @@ class ServerGenerator:
         command = self._settings.command
         for name, value in values.items():
             command = command.replace(name, value)
+        logger.info("starting a server: %s", self._settings.command)
         with endpoint.open("generate") as client:
             self._server = ServerProcess(command, folder, client.clean)
             stack.callback(self._server.stop)
             takes_ids = self._meet(client, self._server)
-        logger.info("the server answers after %.0f s: %s", time.monotonic() - began, self._settings.command)
+        logger.info("the server answers after %.0f s", time.monotonic() - began)
         return endpoint, takes_ids
 
     def _meet(self, client: Client, server: ServerProcess) -> bool:

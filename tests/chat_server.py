@@ -45,7 +45,7 @@ class ChatServer:
         self.bodies: list[dict[str, Any]] = []
         self.keys: list[str] = []
         self.most_at_once = 0
-        self._at_once = 0
+        self.at_once = 0
         self._lock = threading.Lock()
         self._end = threading.Event()
         outer = self
@@ -70,7 +70,7 @@ class ChatServer:
                     pass  # The client did not wait for it.
                 finally:
                     with outer._lock:
-                        outer._at_once -= 1
+                        outer.at_once -= 1
 
             def log_message(self, format: str, *args: Any) -> None:
                 pass
@@ -84,8 +84,8 @@ class ChatServer:
         with self._lock:
             self.bodies.append(body)
             self.keys.append(key)
-            self._at_once += 1
-            self.most_at_once = max(self.most_at_once, self._at_once)
+            self.at_once += 1
+            self.most_at_once = max(self.most_at_once, self.at_once)
             if self.faults and (fault := self.faults.pop(0)):
                 return fault
         return Fault(body=self.says(body))

@@ -180,6 +180,14 @@ def test_server_that_fails_for_good_is_an_error_and_others_are_given_up(
         assert len(server.bodies) <= 4
 
 
+def test_failure_does_not_wait_for_what_is_under_way(tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    faults = [None, Fault(hangs=True), Fault(403)]
+    with served(tiny_policy, monkeypatch, faults=faults, concurrency=2) as (generator, server):
+        with pytest.raises(SelfalignError, match="status 403"):
+            generator.write(asking(tiny_policy, "Why?", seeds=2), WARM)
+        assert server.at_once
+
+
 def test_batches_are_made_of_the_prompts_alone(tiny_policy: PolicyFiles) -> None:
     plan = Server(command=IDLE, batch_texts=8, concurrency=3).load(tiny_policy).plan
     assert plan([5, 900, 7], 4, 64) == [[0, 1], [2]]
@@ -390,6 +398,8 @@ def test_other_machines_of_a_run_ask_the_main_one(monkeypatch: pytest.MonkeyPatc
     [
         ({"command": "vllm serve {weights}"}, r"command must have \{port\}"),
         ({"command": "vllm serve --port {port}"}, r"command must have \{weights\}"),
+        ({"command": f"{IDLE} --api-key sk-0123"}, "command is saved with the run"),
+        ({"command": f"{IDLE} --api-key=sk-0123"}, "command is saved with the run"),
         ({"dtype": "float8"}, "dtype"),
         ({"batch_texts": 0}, "batch_texts"),
         ({"start_seconds": 0}, "start_seconds"),
@@ -399,9 +409,15 @@ def test_other_machines_of_a_run_ask_the_main_one(monkeypatch: pytest.MonkeyPatc
         ({"key_variable": "sk-0123"}, "key_variable"),
     ],
 )
-def test_impossible_setting_is_refused_with_its_key(settings: dict, named: str) -> None:
-    with pytest.raises(SelfalignError, match=rf"generate\.{named}"):
+def test_impossible_setting_is_refused_with_its_key_and_no_secret(settings: dict, named: str) -> None:
+    with pytest.raises(SelfalignError, match=rf"generate\.{named}") as error:
         Server(**{"command": IDLE, **settings})
+    assert "sk-0123" not in str(error.value)
+
+
+def test_command_may_name_the_variable_with_the_key() -> None:
+    assert Server(command=f"{IDLE} --api-key $WRITER_KEY").command.endswith("$WRITER_KEY")
+    assert Server(command=f'{IDLE} --api-key "$WRITER_KEY"').command.endswith('"$WRITER_KEY"')
 
 
 # --- whole stages and runs -----------------------------------------------------------------------------------------
