@@ -277,7 +277,7 @@ def noting(folder: Path) -> str:
 
 
 def noted(place: Path) -> tuple[int, int, Path]:
-    until = time.monotonic() + 60
+    until = time.monotonic() + 120
     while not (place / "note").exists() and time.monotonic() < until:
         time.sleep(0.02)
     shell, child, folder = (place / "note").read_text().split()
@@ -313,23 +313,23 @@ def test_server_that_does_not_want_to_end_is_killed(
     assert gone(child)
 
 
-def test_server_ends_with_a_run_that_is_killed(tiny_policy: PolicyFiles, tmp_path: Path) -> None:
+def test_server_ends_with_a_run_that_is_killed(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from selfalign.models import PolicyFiles\n"
-        "from selfalign.serving import Server\n"
-        "with Server(command=sys.argv[1]).load(PolicyFiles(Path(sys.argv[2]))): pass"
+        "import sys, time; from pathlib import Path; from selfalign.server_process import ServerProcess\n"
+        "server = ServerProcess(sys.argv[1], Path(sys.argv[2]), str); time.sleep(600)"
     )
-    run = subprocess.Popen([sys.executable, "-c", script, noting(tmp_path), str(tiny_policy.path)])
-    shell, child, folder = noted(tmp_path)
-    assert alive(shell)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
+    (weights := tmp_path / "weights").mkdir()
+    command = noting(tmp_path).replace("{weights}", str(weights))
+    with subprocess.Popen([sys.executable, "-c", script, command, str(weights)]) as run:
+        shell, child, _ = noted(tmp_path)
+        assert alive(shell)
+        run.send_signal(signal.SIGKILL)
     assert gone(shell)
     assert gone(child)
-    until = time.monotonic() + 10
-    while folder.exists() and time.monotonic() < until:
+    until = time.monotonic() + 30
+    while weights.exists() and time.monotonic() < until:
         time.sleep(0.02)
-    assert not folder.exists()
+    assert not weights.exists()
 
 
 def test_server_that_does_not_start_tells_why_without_the_key(tiny_policy: PolicyFiles) -> None:
