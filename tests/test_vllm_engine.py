@@ -3,14 +3,17 @@
 What vLLM itself writes is compared with transformers in `test_vllm.py`.
 """
 
+import inspect
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +28,25 @@ from builders import (
     workspace,
     write_tiny_data,
 )
+from mutation import assert_caught
 
 from selfalign import vllm_engine
 from selfalign.batches import Group
 from selfalign.errors import SelfalignError
 from selfalign.files import write_json
-from selfalign.generation import Completion, Request, Sampling
+from selfalign.generation import Request, Sampling
 from selfalign.models import PolicyFiles
 from selfalign.records import FinishReason
 from selfalign.stages.respond import RespondConfig, respond
 from selfalign.store import MANIFEST, Store
+from selfalign.tokenization import decode_response, stop_ids
 from selfalign.vllm_engine import VLLM, lora_arguments, share_gpus
 
 FAKE = ROOT / "tests" / "fake_vllm"
+drawn, logp = itemgetter("drawn", "logp")(runpy.run_path(str(FAKE / "vllm" / "__init__.py")))
+PATIENCE_SECONDS = 60
+"""How long processes may take to end on a busy machine."""
+
 WARM = Sampling(temperature=1.0, max_new_tokens=6)
 REQUESTS = [Request(prompt=[5, 6, n], seeds=[n, n + 100]) for n in range(7)]
 
@@ -82,15 +91,12 @@ def assert_gone(report: Path, count: int) -> None:
     """Of every engine, the process and its child."""
     known = pids(report)
     assert len(known) == 2 * count
-    for _ in range(600):
+    until = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < until:
         if not any(map(is_running, known)):
             return
         time.sleep(0.1)
     pytest.fail(f"of {known} some still run")
-
-
-def flat(written: list[list[Completion]]) -> list[tuple[str, int, FinishReason]]:
-    return [(made.text, made.tokens, made.finish_reason) for group in written for made in group]
 
 
 # --- texts -------------------------------------------------------------------------------------------------------
@@ -100,12 +106,16 @@ def test_each_completion_is_that_of_its_prompt_and_seed(tiny_policy: PolicyFiles
     with engine(report).load(tiny_policy) as generator:
         together = generator.write(REQUESTS, WARM)
         alone = [generator.write([request], WARM)[0] for request in reversed(REQUESTS)]
-    assert [len(group) for group in together] == [2] * 7
     assert together == alone[::-1]
-    assert len({text for text, *_ in flat(together)}) == 14
-    ended = [reason for _, _, reason in flat(together)]
-    assert set(ended) == {FinishReason.EOS, FinishReason.LENGTH}
-    assert {tokens for _, tokens, _ in flat(together)} == {6}
+    stops = stop_ids(generator.tokenizer)
+    ids = [[drawn(request.prompt, seed, 6, stops) for seed in request.seeds] for request in REQUESTS]
+    assert [[made.text for made in group] for group in together] == [
+        [decode_response(generator.tokenizer, own) for own in group] for group in ids
+    ]
+    ended = [[made.finish_reason is FinishReason.EOS for made in group] for group in together]
+    assert ended == [[own[-1] in stops for own in group] for group in ids]
+    assert {end for group in ended for end in group} == {True, False}
+    assert {made.tokens for group in together for made in group} == {6}
 
 
 def test_replicas_share_the_work_and_write_the_same(tiny_policy: PolicyFiles, report: Path) -> None:
@@ -124,12 +134,7 @@ def test_greedy_texts_have_no_seed(tiny_policy: PolicyFiles, report: Path) -> No
     assert one == other
 
 
-def test_log_probabilities_are_those_behind_each_response(
-    tiny_policy: PolicyFiles, report: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(str(FAKE))
-    from vllm import logp
-
+def test_log_probabilities_are_those_behind_each_response(tiny_policy: PolicyFiles, report: Path) -> None:
     groups = [
         Group(id="a", prompt=[5, 6], responses=[[], [7], [8, 9]], given=[0, 0, 0]),
         Group(id="b", prompt=[9], responses=[[4]], given=[0]),
@@ -182,14 +187,13 @@ def test_engine_is_gone_after_an_error_of_ours(
 
 
 @pytest.mark.parametrize("hangs_at", [-1, 0, 1], ids=["idle", "starting", "writing"])
-def test_engine_is_gone_when_the_run_is_killed(tiny_policy: PolicyFiles, report: Path, hangs_at: int) -> None:
+def test_engine_is_gone_when_the_run_is_killed(report: Path, hangs_at: int) -> None:
+    settings = {"gpus": "", "adapter": "", "arguments": {"report": str(report), "hangs_at": hangs_at}}
+    question = {"prompts": [[5]], "seeds": [[1]], "sampling": {"temperature": 1.0, "max_tokens": 4}}
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom selfalign.generation import Request, Sampling\n"
-        "from selfalign.models import PolicyFiles\nfrom selfalign.vllm_engine import VLLM\n"
-        f"engine = VLLM(dtype='float32', options={{'report': {str(report)!r}, 'hangs_at': {hangs_at}}})\n"
-        f"with engine.load(PolicyFiles(Path({str(tiny_policy.path)!r}))) as generator:\n"
-        "    generator.write([Request(prompt=[5], seeds=[1])], Sampling(max_new_tokens=4))\n"
-        "    time.sleep(600)\n"
+        "import sys, time\nfrom selfalign.workers import Worker\n"
+        f"worker = Worker('engine', [sys.executable, '-P', {str(vllm_engine.WORKER)!r}])\n"
+        f"worker.send({settings})\nworker.receive()\nworker.send({question})\nworker.receive()\ntime.sleep(600)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", code])
     for _ in range(3000):
@@ -204,8 +208,11 @@ def test_engine_is_gone_when_the_run_is_killed(tiny_policy: PolicyFiles, report:
 def test_engine_that_cannot_start_is_told_in_one_line(tiny_policy: PolicyFiles, report: Path) -> None:
     with pytest.raises(SelfalignError) as failed:
         engine(report, replicas=2, options={"fails_at": 0}).load(tiny_policy)
-    assert str(failed.value) == "the engine of generate=vllm ended with exit code 1: at question 0"
-    assert_gone(report, 2)
+    assert (
+        str(failed.value)
+        == "the engine of generate=vllm ended with exit code 1: RuntimeError: no memory is left at question 0"
+    )
+    assert_gone(report, len(reports(report)))
 
 
 def test_interpreter_that_is_not_there_or_has_no_vllm_is_named(
@@ -239,7 +246,7 @@ def test_stage_continues_behind_the_batch_at_which_an_engine_failed(
     }
     whole, killed = workspace(tmp_path / "whole"), workspace(tmp_path / "killed")
     respond(whole, generate=engine(report, batch_texts=2), **settings)
-    with pytest.raises(SelfalignError, match=r"exit code 1: at question 2"):
+    with pytest.raises(SelfalignError, match=r"exit code 1: RuntimeError: no memory is left at question 2"):
         respond(killed, generate=engine(report, batch_texts=2, options={"fails_at": 2}), **settings)
     # Two batches are left, so it does not come to a third question.
     counts = respond(killed, generate=engine(report, batch_texts=2, options={"fails_at": 3}), **settings)
@@ -333,3 +340,77 @@ def test_texts_of_two_engines_are_two_artefacts_and_of_more_gpus_the_same() -> N
     one = store.place("respond", {"generate": VLLM(dtype="float32")})
     assert one == store.place("respond", {"generate": VLLM(dtype="float32", replicas=4, python="/other/python")})
     assert one != store.place("respond", {"generate": vllm_engine.VLLM(dtype="bfloat16")})
+
+
+# --- broken on purpose -------------------------------------------------------------------------------------------
+
+ENGINE = [
+    (
+        "the other replica's texts",
+        "index % len(answers)",
+        "-index % len(answers)",
+        test_replicas_share_the_work_and_write_the_same,
+    ),
+    ("every text ended", "if ids and ids[-1] in stops", "if ids", test_each_completion_is_that_of_its_prompt_and_seed),
+    (
+        "read behind the prompt",
+        "prompt=[*group.prompt, *response]",
+        "prompt=group.prompt",
+        test_log_probabilities_are_those_behind_each_response,
+    ),
+    (
+        "the longer context",
+        "min(self.max_model_len",
+        "max(self.max_model_len",
+        test_context_is_the_models_own_or_a_shorter_one,
+    ),
+    (
+        "all processes on the same GPUs",
+        'int(os.environ.get("LOCAL_RANK", "0"))',
+        "0",
+        test_gpus_are_shared_among_replicas_and_processes,
+    ),
+]
+SCRIPT = [
+    (
+        "one seed for all",
+        "seed=seed, detokenize",
+        "seed=0, detokenize",
+        test_each_completion_is_that_of_its_prompt_and_seed,
+    ),
+    ("prints among the answers", "os.dup2(2, 1)", "pass", test_greedy_texts_have_no_seed),
+    (
+        "children left behind",
+        "            os.killpg(0, signal.SIGKILL)",
+        "            pass",
+        test_engine_is_gone_when_the_run_is_killed,
+    ),
+    ("the run's processes known", "if name in RUN or", "if", test_engine_is_no_process_of_the_run),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "check"), [m[1:] for m in ENGINE], ids=[m[0] for m in ENGINE])
+def test_mutant_of_the_engine_is_caught(old: str, new: str, check: Any, given: dict[str, Any], report: Path) -> None:
+    assert_caught(
+        vllm_engine, sys.modules[__name__], old, new, check, {**given, "report": report}, WORKER=vllm_engine.WORKER
+    )
+
+
+@pytest.mark.parametrize(("old", "new", "check"), [m[1:] for m in SCRIPT], ids=[m[0] for m in SCRIPT])
+def test_mutant_of_the_script_is_caught(
+    old: str,
+    new: str,
+    check: Any,
+    tmp_path: Path,
+    tiny_policy: PolicyFiles,
+    report: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = vllm_engine.WORKER.read_text(encoding="utf-8")
+    assert source.count(old) == 1
+    (tmp_path / "broken.py").write_text(source.replace(old, new), encoding="utf-8")
+    monkeypatch.setattr(vllm_engine, "WORKER", tmp_path / "broken.py")
+    monkeypatch.setattr(sys.modules[__name__], "PATIENCE_SECONDS", 3)
+    known = {"tiny_policy": tiny_policy, "report": report, "monkeypatch": monkeypatch, "hangs_at": -1}
+    with pytest.raises((AssertionError, pytest.fail.Exception, SelfalignError)):
+        check(**{name: known[name] for name in inspect.signature(check).parameters})

@@ -53,10 +53,7 @@ class LLM:
         return [self._write(prompt["prompt_token_ids"], how) for prompt, how in zip(prompts, sampling, strict=True)]
 
     def _write(self, prompt: list[int], how: SamplingParams) -> SimpleNamespace:
-        draw = random.Random(json.dumps([prompt, how.seed if how.temperature else 0]))
-        ids = [draw.choice(VOCABULARY) for _ in range(how.max_tokens)]
-        if how.stop_token_ids and draw.random() < 0.5:
-            ids[-1:] = how.stop_token_ids[-1:]
+        ids = drawn(prompt, how.seed if how.temperature else 0, how.max_tokens, how.stop_token_ids)
         logps = {token: SimpleNamespace(logprob=logp(prompt, token)) for token in how.logprob_token_ids}
         return SimpleNamespace(outputs=[SimpleNamespace(token_ids=ids, logprobs=[logps])])
 
@@ -65,6 +62,13 @@ class LLM:
             raise RuntimeError(f"no memory is left\nat question {self.questions}")
         if self.questions == self.hangs_at:
             time.sleep(600)
+
+
+def drawn(prompt: list[int], seed: int, count: int, stops: list[int]) -> list[int]:
+    """The token ids of a completion; every other one ends with a stop."""
+    draw = random.Random(json.dumps([prompt, seed]))
+    ids = [draw.choice(VOCABULARY) for _ in range(count)]
+    return [*ids[:-1], stops[-1]] if stops and draw.random() < 0.5 else ids
 
 
 def logp(prompt: list[int], token: int) -> float:
