@@ -111,8 +111,8 @@ class Reader(Loaded, Protocol):
     def choose(self, groups: "Sequence[Group]", alternatives: Sequence[int]) -> list[list[list[float]]]: ...
 
 
-class Engine(Protocol):
-    """What runs policies: the components of `generate`. `batch_tokens` is the judge's, for engines that need a size."""
+class Backend(Protocol):
+    """What runs policies, a component of `generate`; `batch_tokens` is a judge's, for those that take its size."""
 
     @property
     def dtype(self) -> str: ...
@@ -120,6 +120,18 @@ class Engine(Protocol):
     def load(self, policy: PolicyFiles) -> Generator: ...
 
     def load_reader(self, policy: PolicyFiles, batch_tokens: int) -> Reader: ...
+
+
+def check_dtype(dtype: str) -> str:
+    """The precision that `generate.dtype` names.
+
+    Raises:
+        SelfalignError: there is none of that name.
+    """
+    dtype = fastest_dtype() if dtype == "auto" else dtype
+    if dtype not in DTYPES:
+        raise SelfalignError(f"generate.dtype must be auto or one of {', '.join(DTYPES)}; got {dtype!r}")
+    return dtype
 
 
 @dataclass(kw_only=True, slots=True)
@@ -141,10 +153,7 @@ class Transformers:
     def __post_init__(self) -> None:
         if self.batch_tokens < 1:
             raise SelfalignError(f"generate.batch_tokens must be 1 or more, got {self.batch_tokens}")
-        if self.dtype == "auto":
-            self.dtype = fastest_dtype()
-        if self.dtype not in DTYPES:
-            raise SelfalignError(f"generate.dtype must be auto or one of {', '.join(DTYPES)}; got {self.dtype!r}")
+        self.dtype = check_dtype(self.dtype)
 
     def load(self, policy: PolicyFiles) -> "TransformersGenerator":
         """Loads a policy for writing."""

