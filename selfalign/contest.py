@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from selfalign.files import read_json, write_json
-from selfalign.generation import Engine, Sampling
+from selfalign.generation import Backend, Sampling
 from selfalign.metrics import outcomes_by_score
 from selfalign.models import Policy, PolicyFiles
 from selfalign.stages.evaluate import Answers
@@ -37,7 +37,7 @@ class Contest:
     judge: Judge
     judged_by: Artefact | None
     reference: Artefact | None
-    generate: Engine
+    generate: Backend
     sampling: Sampling
     seed: int
 

@@ -112,8 +112,8 @@ class Reader(Loaded, Protocol):
     def choose(self, groups: "Sequence[Group]", alternatives: Sequence[int]) -> list[list[list[float]]]: ...
 
 
-class Engine(Protocol):
-    """What runs policies: the components of `generate`. `batch_tokens` is the judge's, for engines that need a size."""
+class Backend(Protocol):
+    """What runs policies, a component of `generate`; `batch_tokens` is a judge's, for those that take its size."""
 
     @property
     def dtype(self) -> str: ...

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 
+PROMPT_TOKENS = 4096
+"""On a CPU, at least so many tokens of prompts are computed at once."""
+
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The room for an adapter that vLLM can make."""
 
@@ -82,6 +85,9 @@ class VLLM:
 
     def arguments(self, policy: PolicyFiles) -> dict[str, Any]:
         """Of vllm.LLM. Prompts and completions are token ids, so vLLM needs no tokenizer."""
+        context = self.context(policy)
+        # On a CPU, vLLM 0.32 cannot compute a prompt in parts and draw from a stream of its own behind it.
+        whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(context, PROMPT_TOKENS)}
         return {
             "model": str((policy.path / "weights").resolve()),
             "skip_tokenizer_init": True,
@@ -89,10 +95,11 @@ class VLLM:
             "dtype": self.dtype,
             "tensor_parallel_size": self.tensor_parallel_size,
             "gpu_memory_utilization": self.gpu_memory_utilization,
-            "max_model_len": self.context(policy) if self.context(policy) < UNBOUNDED else None,
+            "max_model_len": context if context < UNBOUNDED else None,
             "enable_prefix_caching": True,
             **(lora_arguments(adapter) if (adapter := policy.path / "adapter").exists() else {}),
             "generation_config": "vllm",  # Else the checkpoint's generation_config.json would add penalties of its own.
+            **({} if torch.cuda.is_available() else whole),
             **self.options,
         }
 

@@ -6,6 +6,7 @@ when the model is loaded. Every other one is {"prompts": token ids, "seeds": one
 "sampling"}, answered with {"ids": of each completion, "logps": of the tokens that `logprob_token_ids` names, if any}.
 """
 
+import atexit
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import time
 from queue import SimpleQueue
 from typing import IO, Any
 
-GRACE_SECONDS = 10.0
+GRACE_SECONDS = 5.0
 """How long an idle worker may take to end by itself when its input has; a busy one is killed then."""
 
 RUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -48,16 +49,26 @@ def take_pipes() -> tuple[IO[str], IO[str]]:
 
 
 def read_ahead(incoming: IO[str]) -> "SimpleQueue[str]":
-    """The lines as they come, then an empty one. What still runs a while after that is killed, all processes of it."""
+    """The lines as they come, then an empty one.
+
+    This process then has a while to end by itself; what it has started, and has not ended with it, is killed.
+    """
     lines: SimpleQueue[str] = SimpleQueue()
+    over = threading.Event()
+
+    def end_all() -> None:
+        if over.is_set():
+            os.killpg(0, signal.SIGKILL)
 
     def read() -> None:
         for line in incoming:
             lines.put(line)
+        over.set()
         lines.put("")
         time.sleep(GRACE_SECONDS)
-        os.killpg(0, signal.SIGKILL)
+        end_all()
 
+    atexit.register(end_all)  # Registered first, it runs last, when vLLM has tidied up.
     threading.Thread(target=read, daemon=True).start()
     return lines
 

@@ -8,6 +8,7 @@ behind, however this process dies.
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Sequence
@@ -22,8 +23,11 @@ logger = logging.getLogger(__name__)
 FAREWELL_SECONDS = 30.0
 """How long a worker that has nothing to do may take to end by itself."""
 
+RAISED = re.compile(r"[\w.]+(Error|Exception)\b")
+"""How the end of a traceback begins; it may have more lines."""
+
 SHOWN_LINES = 40
-"""Of what a worker said before it failed, so many lines go to the log, and the last of them into the error."""
+"""Of what a worker said before it failed, so many lines go to the log, and the last exception into the error."""
 
 
 class Worker:
@@ -61,12 +65,15 @@ class Worker:
         """The answer to the first question that has none yet.
 
         Raises:
-            SelfalignError: it has ended; the message has the last of what it said.
+            SelfalignError: it has ended, and the message has the last of what it said; or it answers something else.
         """
         line = cast(IO[bytes], self._process.stdout).readline()
         if not line.endswith(b"\n"):
             raise self._failure()
-        return json.loads(line)
+        try:
+            return json.loads(line)
+        except ValueError as error:
+            raise SelfalignError(f"{self._name} answers what is no JSON: {line[:200]!r}") from error
 
     def dismiss(self) -> None:
         """Ends its input."""
@@ -90,7 +97,8 @@ class Worker:
         said = self._messages.read().decode(errors="replace").split("\n")
         lines = [line.rstrip() for line in said if line.strip()][-SHOWN_LINES:]
         logger.warning("%s ended with exit code %d; the last it said:\n%s", self._name, code, "\n".join(lines))
-        last = " ".join(lines[-1].split())[:500] if lines else "it said nothing"
+        start = max((number for number, line in enumerate(lines) if RAISED.match(line)), default=-1)
+        last = " ".join(" ".join(lines[start:]).split())[:500] or "it said nothing"
         return SelfalignError(f"{self._name} ended with exit code {code}: {last}")
 
 

@@ -14,7 +14,7 @@ from selfalign.config import ExperimentConfig, compose_experiment
 from selfalign.data import as_prompt
 from selfalign.experiment import run_experiment
 from selfalign.files import digest_folder, digest_json, write_json
-from selfalign.generation import Completion, Request, Sampling, TransformersGenerator
+from selfalign.generation import Completion, Request, Sampling, Transformers, TransformersGenerator
 from selfalign.models import LoRA, Policy, PolicyFiles, digest_weights
 from selfalign.records import (
     Demonstration,
@@ -200,6 +200,17 @@ class Script:
         self.requests += requests
         nothing = Completion(text="", finish_reason=FinishReason.EOS, tokens=0)
         return [[next(self.replies, nothing) for _ in request.seeds] for request in requests]
+
+
+class ScriptedWriter:
+    """An engine whose texts come from a script, and whose reader is real."""
+
+    def __init__(self, script: Script) -> None:
+        real = Transformers(dtype="float32")
+        self.script, self.dtype, self.load_reader = script, real.dtype, real.load_reader
+
+    def load(self, files: PolicyFiles) -> Script:
+        return self.script
 
 
 def completion(text: str, *, cut: bool = False) -> Completion:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from selfalign.endpoint import Endpoint
 from selfalign.errors import SelfalignError
-from selfalign.generation import Engine
+from selfalign.generation import Backend
 from selfalign.judges.bench import OWN_MODELS, Bench
 from selfalign.models import PolicyFiles
 from selfalign.store import Counts, Journal, Workspace
@@ -35,7 +35,7 @@ class Entrant:
     label: str
     policy: PolicyFiles
     judge: PolicyFiles | None
-    generate: Engine
+    generate: Backend
     seed: int
 
     @property

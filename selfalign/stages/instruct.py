@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from selfalign.errors import SelfalignError
 from selfalign.files import derive_seed, digest_text
-from selfalign.generation import Completion, Engine, Generator, Request, Sampling
+from selfalign.generation import Backend, Completion, Generator, Request, Sampling
 from selfalign.metrics import instruction_statistics
 from selfalign.models import BUILDERS, PolicyFiles
 from selfalign.overlap import Known
@@ -185,7 +185,7 @@ def instruct(
     seeds: Artefact,
     earlier: list[Artefact],
     held_out: list[Artefact],
-    generate: Engine,
+    generate: Backend,
     seed: int,
 ) -> Counts:
     """Lets a policy write instructions until `count` have passed the filters.

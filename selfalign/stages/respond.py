@@ -7,7 +7,7 @@ import msgspec
 from selfalign.data import as_prompt
 from selfalign.errors import SelfalignError
 from selfalign.files import derive_seed
-from selfalign.generation import Engine, Generator, Request, Sampling
+from selfalign.generation import Backend, Generator, Request, Sampling
 from selfalign.models import PolicyFiles
 from selfalign.records import Instruction, Response, as_plain, read_records, write_records
 from selfalign.store import Artefact, Counts, Workspace
@@ -38,7 +38,7 @@ def respond(
     config: RespondConfig,
     policy: Artefact,
     instructions: Artefact,
-    generate: Engine,
+    generate: Backend,
     seed: int,
 ) -> Counts:
     """Answers every instruction `candidates` times; each response has a random stream of its own.
