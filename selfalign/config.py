@@ -24,6 +24,7 @@ from selfalign.models import ModelConfig
 from selfalign.pairing import AllOrdered, BestVsK, BestWorst, PairRule, RandomPair
 from selfalign.publish import check_repository
 from selfalign.run import check_name
+from selfalign.serving import Server
 from selfalign.stages.compare import HeadToHead
 from selfalign.stages.evaluate import EvaluateConfig
 from selfalign.stages.judge import ExpectedScore, ExternalScore, ImplicitReward, Pairwise, SampledScore
@@ -31,6 +32,7 @@ from selfalign.stages.pair import PositivesOnly
 from selfalign.stages.seeds import EvaluationFineTuning
 from selfalign.tracking import NoTracking, Wandb
 from selfalign.training import TrainConfig
+from selfalign.vllm_engine import VLLM
 
 
 @dataclass(kw_only=True, slots=True)
@@ -151,7 +153,7 @@ class ExperimentConfig:
 COMPONENTS: dict[str, dict[str, type]] = {
     "model": {"model": ModelConfig},
     "data": {"self_rewarding": SelfRewarding, "pairs": Pairs},
-    "generate": {"transformers": Transformers},
+    "generate": {"transformers": Transformers, "vllm": VLLM, "server": Server},
     "judge": {
         "sampled_score": SampledScore,
         "expected_score": ExpectedScore,

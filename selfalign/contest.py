@@ -9,7 +9,7 @@ from pathlib import Path
 
 from selfalign import processes
 from selfalign.files import read_json, write_json
-from selfalign.generation import Sampling, Transformers
+from selfalign.generation import Backend, Sampling
 from selfalign.metrics import outcomes_by_score
 from selfalign.models import Policy, PolicyFiles
 from selfalign.stages.evaluate import Answers
@@ -38,7 +38,7 @@ class Contest:
     judge: Judge
     judged_by: Artefact | None
     reference: Artefact | None
-    generate: Transformers
+    generate: Backend
     sampling: Sampling
     seed: int
 

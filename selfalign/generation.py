@@ -4,22 +4,26 @@ Batches are planned from the records alone, and each sequence draws from its own
 give the same texts however often a run is interrupted.
 """
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
 import msgspec
 import torch
 from torch import Tensor
 
 from selfalign.errors import SelfalignError
-from selfalign.models import DTYPES, Policy, PolicyFiles, fastest_dtype
+from selfalign.models import DTYPES, InMemory, PolicyFiles, fastest_dtype
 from selfalign.records import FinishReason, as_plain
+from selfalign.scoring import Scorer, ask_all, responses_in
 from selfalign.tokenization import decode_response, stop_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
+    from selfalign.batches import Group
     from selfalign.journal import Journal, Task
 
 NUCLEUS_CANDIDATES = 256
@@ -71,8 +75,11 @@ class Completion:
     tokens: int
 
 
-class Generator(Protocol):
-    """A loaded policy that writes and scores."""
+class Loaded(Protocol):
+    """A policy that is ready for work, until the `with` block around it ends: then its memory is free.
+
+    `counts` is what a stage's manifest should say of the engine, such as its version.
+    """
 
     @property
     def tokenizer(self) -> "Tokenizer": ...
@@ -83,9 +90,58 @@ class Generator(Protocol):
     @property
     def context(self) -> int: ...
 
+    @property
+    def counts(self) -> dict[str, Any]: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+class Generator(Loaded, Protocol):
+    """A loaded policy that writes."""
+
     def plan(self, lengths: Sequence[int], samples: int, max_new_tokens: int) -> list[list[int]]: ...
 
     def write(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]: ...
+
+
+class Reader(Loaded, Protocol):
+    """A loaded policy that tells how likely it finds given next tokens; see `Scorer`, which does so in this process."""
+
+    def plan(self, groups: "Sequence[Group]") -> "list[list[Group]]": ...
+
+    def choose(self, groups: "Sequence[Group]", alternatives: Sequence[int]) -> list[list[list[float]]]: ...
+
+
+class Backend(Protocol):
+    """What runs policies, a component of `generate`; `batch_tokens` is a judge's, for those that take its size."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    def load(self, policy: PolicyFiles) -> Generator: ...
+
+    def load_reader(self, policy: PolicyFiles, batch_tokens: int) -> Reader: ...
+
+
+def check_dtype(dtype: str) -> str:
+    """The precision that `generate.dtype` names.
+
+    Raises:
+        SelfalignError: there is none of that name.
+    """
+    dtype = fastest_dtype() if dtype == "auto" else dtype
+    if dtype not in DTYPES:
+        raise SelfalignError(f"generate.dtype must be auto or one of {', '.join(DTYPES)}; got {dtype!r}")
+    return dtype
+
+
+def release_cached_memory() -> None:
+    """Gives back what training in this process has left in its cache, for another process cannot use that."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @dataclass(kw_only=True, slots=True)
@@ -107,41 +163,26 @@ class Transformers:
     def __post_init__(self) -> None:
         if self.batch_tokens < 1:
             raise SelfalignError(f"generate.batch_tokens must be 1 or more, got {self.batch_tokens}")
-        if self.dtype == "auto":
-            self.dtype = fastest_dtype()
-        if self.dtype not in DTYPES:
-            raise SelfalignError(f"generate.dtype must be auto or one of {', '.join(DTYPES)}; got {self.dtype!r}")
+        self.dtype = check_dtype(self.dtype)
 
     def load(self, policy: PolicyFiles) -> "TransformersGenerator":
         """Loads a policy for writing."""
         return TransformersGenerator(policy.load(self.dtype), self.batch_tokens)
 
+    def load_reader(self, policy: PolicyFiles, batch_tokens: int) -> Scorer:
+        """Loads a policy for reading."""
+        return Scorer(policy.load(self.dtype), batch_tokens)
+
 
 @dataclass(slots=True)
-class TransformersGenerator:
+class TransformersGenerator(InMemory):
     """A policy writing through transformers' models and caches."""
 
-    policy: Policy
     batch_tokens: int
     stops: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         self.stops = torch.tensor(stop_ids(self.policy.tokenizer), device=self.policy.model.device)
-
-    @property
-    def tokenizer(self) -> "Tokenizer":
-        """The policy's tokenizer."""
-        return self.policy.tokenizer
-
-    @property
-    def digest(self) -> str:
-        """The identity of the policy that writes."""
-        return self.policy.digest
-
-    @property
-    def context(self) -> int:
-        """The longest sequence the policy takes, in tokens."""
-        return self.policy.context
 
     def plan(self, lengths: Sequence[int], samples: int, max_new_tokens: int) -> list[list[int]]:
         """Puts prompts of like length together, within `batch_tokens`: indices, batch by batch."""
@@ -281,3 +322,24 @@ def write_all(
     for batch, rows in zip(plan, journal.batches(map(task, range(len(plan)))), strict=True):
         written |= dict(zip(batch, msgspec.convert(rows, list[list[Completion]]), strict=True))
     return [written[index] for index in range(len(requests))]
+
+
+def read_all(
+    reader: Reader,
+    groups: "Sequence[Group]",
+    alternatives: Sequence[int],
+    journal: "Journal",
+    name: str,
+    size: "Callable[[Group], int]" = responses_in,
+) -> Iterator[list[list[float]]]:
+    """log p (nats) of each alternative as the token after each response of every group, in journalled batches.
+
+    Args:
+        reader: whose probabilities they are.
+        groups: any number of them.
+        alternatives: tokens.
+        journal: keeps finished batches.
+        name: what these begin with there.
+        size: how far a group moves the progress bar.
+    """
+    return ask_all(partial(reader.choose, alternatives=alternatives), reader.plan(groups), journal, name, size)

@@ -5,13 +5,14 @@ A policy artefact holds `weights/` (a transformers checkpoint, or a link to one)
 when they are loaded. An empty file `trusted` is there when the user allowed code that comes with the model to run.
 """
 
+import gc
 import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 
@@ -36,6 +37,9 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+UNBOUNDED = 1 << 30
+"""Stands for the longest sequence of a model that names none."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -102,7 +106,41 @@ class Policy:
     @property
     def context(self) -> int:
         """The longest sequence the model takes, in tokens."""
-        return int(getattr(self.model.config, "max_position_embeddings", None) or 1 << 30)
+        return longest_sequence(self.model.config)
+
+
+@dataclass(slots=True)
+class InMemory:
+    """A policy in this process's memory, until the `with` block that it is used in ends."""
+
+    policy: Policy
+
+    @property
+    def tokenizer(self) -> "Tokenizer":
+        """The policy's tokenizer."""
+        return self.policy.tokenizer
+
+    @property
+    def digest(self) -> str:
+        """The policy's identity."""
+        return self.policy.digest
+
+    @property
+    def context(self) -> int:
+        """The longest sequence the policy takes, in tokens."""
+        return self.policy.context
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """Nothing: the versions of what works in this process are the run's."""
+        return {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self.policy
+        gc.collect()  # What is loaded next should not lie in memory beside it.
 
 
 def autocast(model: torch.nn.Module, dtype: str) -> torch.autocast:
@@ -133,6 +171,18 @@ class PolicyFiles:
         """How the base is quantised when it is loaded, as it stands in weights.json; empty where it is not."""
         return {"quantization": self.weights["quantization"]} if "quantization" in self.weights else {}
 
+    @cached_property
+    def context(self) -> int:
+        """The longest sequence the policy takes, in tokens."""
+        from transformers import AutoConfig
+
+        return longest_sequence(AutoConfig.from_pretrained(self.path / "weights", trust_remote_code=self.trusted))
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the user allowed code that comes with the model to run."""
+        return (self.path / TRUSTED).exists()
+
     def load_tokenizer(self) -> "Tokenizer":
         """Loads the tokenizer, with the chat template the run uses."""
         from transformers import AutoTokenizer
@@ -141,9 +191,9 @@ class PolicyFiles:
 
     def load(self, dtype: str, *, device: str = "", trainable: bool = False) -> Policy:
         """Loads the policy; with `trainable`, its adapter (if it has one) takes gradients."""
-        trusted, device = (self.path / TRUSTED).exists(), device or default_device()
+        device = device or default_device()
         quantised = quantise_on_load(DTYPES[dtype], device) if self.quantization else {}
-        model = _load_checkpoint(self.path / "weights", dtype, trust_remote_code=trusted, **quantised)
+        model = _load_checkpoint(self.path / "weights", dtype, trust_remote_code=self.trusted, **quantised)
         if (self.path / "adapter").exists():
             from peft import PeftModel
 
@@ -167,8 +217,13 @@ class PolicyFiles:
             policy.tokenizer.save_pretrained(self.path / "weights")
             weights = digest_weights(self.path / "weights")
         write_json(self.path / "weights.json", weights)
-        if (base.path / TRUSTED).exists():
+        if base.trusted:
             (self.path / TRUSTED).touch()
+
+
+def longest_sequence(config: Any) -> int:
+    """What a model's config says of it, in tokens."""
+    return int(getattr(config, "max_position_embeddings", None) or UNBOUNDED)
 
 
 def default_device() -> str:

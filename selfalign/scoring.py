@@ -14,7 +14,7 @@ from selfalign.attention import enable_packing
 from selfalign.batches import Batch, Group, make_batch, split_by_tokens
 from selfalign.journal import Journal
 from selfalign.logprobs import score_responses_only
-from selfalign.models import Policy, autocast
+from selfalign.models import InMemory, autocast
 
 
 def responses_in(group: Group) -> int:
@@ -23,7 +23,7 @@ def responses_in(group: Group) -> int:
 
 
 @dataclass(slots=True)
-class Scorer:
+class Scorer(InMemory):
     """A policy made to score.
 
     Attributes:
@@ -32,7 +32,6 @@ class Scorer:
         autocast: the dtype to multiply in while the weights keep theirs; empty for the weights' own.
     """
 
-    policy: Policy
     batch_tokens: int
     autocast: str = ""
 
@@ -71,40 +70,27 @@ class Scorer:
             name: what these begin with there.
             size: how far a group moves the progress bar.
         """
-        return self._all(self.score, groups, journal, name, size)
-
-    def choose_all(
-        self,
-        groups: Sequence[Group],
-        alternatives: Sequence[int],
-        journal: Journal,
-        name: str,
-        size: Callable[[Group], int] = responses_in,
-    ) -> Iterator[list[list[float]]]:
-        """What `choose` says of each group, as `score_all` does it."""
-        return self._all(partial(self.choose, alternatives=alternatives), groups, journal, name, size)
-
-    def _all(
-        self,
-        ask: Callable[[list[Group]], list[Any]],
-        groups: Sequence[Group],
-        journal: Journal,
-        name: str,
-        size: Callable[[Group], int],
-    ) -> Iterator[Any]:
-        # Named by what is in them, because `batch_tokens` may be another when a killed stage is resumed.
-        tasks = (
-            (f"{name}-{batch[0].id}-{len(batch)}", sum(map(size, batch)), partial(ask, batch))
-            for batch in self.plan(groups)
-        )
-        for rows in journal.batches(tasks):
-            yield from rows
+        return ask_all(self.score, self.plan(groups), journal, name, size)
 
     @torch.inference_mode()
     def _logps(self, batch: Batch) -> torch.Tensor:
         with autocast(self.policy.model, self.autocast):
             batch = batch.to(self.policy.model.device)
             return self.policy.model(predict_at=batch.predict_at, targets=batch.targets, **batch.inputs).cpu()
+
+
+def ask_all(
+    ask: Callable[[list[Group]], list[Any]],
+    batches: Sequence[list[Group]],
+    journal: Journal,
+    name: str,
+    size: Callable[[Group], int],
+) -> Iterator[Any]:
+    """What a loaded policy says of each group, in journalled batches."""
+    # Named by what is in them, because `batch_tokens` may be another when a killed stage is resumed.
+    tasks = ((f"{name}-{batch[0].id}-{len(batch)}", sum(map(size, batch)), partial(ask, batch)) for batch in batches)
+    for rows in journal.batches(tasks):
+        yield from rows
 
 
 def with_next_token(group: Group) -> Group:

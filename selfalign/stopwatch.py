@@ -4,7 +4,7 @@ import ctypes
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from selfalign.errors import SelfalignError
+from selfalign.journal import Journal, Task
 from selfalign.models import default_device
-from selfalign.store import Journal, Workspace
+from selfalign.store import Workspace
 from selfalign.trainer import peak_memory
 
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
@@ -45,29 +46,38 @@ class Stopwatch(Workspace):
     def journal(self, total: int, unit: str) -> Iterator[Journal]:
         """A journal whose batches are timed."""
         self.total += total
-        yield TimedJournal(self.scratch / "journal.jsonl", self.batches, self._first_alone)
+        yield TimedJournal(self.scratch, self.batches, self._first_alone)
 
 
 class TimedJournal(Journal):
     """Adds the size and the seconds of every batch to a list."""
 
-    def __init__(self, path: Path, batches: list[tuple[int, float]], first_alone: bool) -> None:
-        super().__init__(path, lambda size: None)
+    def __init__(self, folder: Path, batches: list[tuple[int, float]], first_alone: bool) -> None:
+        super().__init__(folder, lambda size: None)
         self._batches = batches
         self._first_alone = first_alone
 
-    def batch(self, name: str, size: int, work: Callable[[], Any]) -> Any:
-        """The result of a batch.
+    def batches(self, tasks: Iterable[Task]) -> Iterator[Any]:
+        """The results of all batches.
 
         Raises:
             Enough: there is one, and one is enough.
         """
-        started = time.monotonic()
-        result = super().batch(name, size, work)
-        self._batches.append((size, time.monotonic() - started))
-        if self._first_alone:
-            raise Enough
-        return result
+        for result in super().batches(map(self._timed, tasks)):
+            if self._first_alone:
+                raise Enough
+            yield result
+
+    def _timed(self, task: Task) -> Task:
+        name, size, work = task
+
+        def watched() -> Any:
+            started = time.monotonic()
+            result = work()
+            self._batches.append((size, time.monotonic() - started))
+            return result
+
+        return name, size, watched
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,7 +14,7 @@ from selfalign.config import ExperimentConfig, compose_experiment
 from selfalign.data import as_prompt
 from selfalign.experiment import run_experiment
 from selfalign.files import digest_folder, digest_json, write_json
-from selfalign.generation import Completion, Request, Sampling, TransformersGenerator
+from selfalign.generation import Completion, Request, Sampling, Transformers, TransformersGenerator
 from selfalign.models import LoRA, Policy, PolicyFiles, digest_weights
 from selfalign.records import (
     Demonstration,
@@ -87,12 +87,12 @@ def small_context_policy(files: PolicyFiles, folder: Path, context: int) -> Poli
     return PolicyFiles(folder)
 
 
-def taught_policy(files: PolicyFiles, folder: Path) -> PolicyFiles:
+def taught_policy(files: PolicyFiles, folder: Path, epochs: int = 4) -> PolicyFiles:
     """The policy after a few steps of SFT on short answers, so that it ends its turns by itself."""
     subjects = ["bees", "rivers", "clocks", "bread", "stars", "trains", "songs", "boats"]
     taught = [demonstration(f"t{n}", f"Say one thing about {s}.", f"Old {s} are good.") for n, s in enumerate(subjects)]
     given, policy = records_artefact(folder / "given", demonstrations=taught), policy_artefact(files)
-    settings = optimization(learning_rate=1e-2, epochs=4, batch_size=4)
+    settings = optimization(learning_rate=1e-2, epochs=epochs, batch_size=4)
     out = workspace(folder / "taught")
     sft(out, policy=policy, base=policy, demonstrations=given, optimization=settings, weights=weights())
     return PolicyFiles(out.path)
@@ -176,6 +176,13 @@ class Script:
         self.context = policy.context
         self.digest = policy.digest
         self.tokenizer = policy.tokenizer
+        self.counts: dict[str, Any] = {}
+
+    def __enter__(self) -> "Script":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Others may still use it."""
 
     def load(self, files: PolicyFiles) -> "Script":
         """Stands in for the backend and for the generator it loads."""
@@ -193,6 +200,17 @@ class Script:
         self.requests += requests
         nothing = Completion(text="", finish_reason=FinishReason.EOS, tokens=0)
         return [[next(self.replies, nothing) for _ in request.seeds] for request in requests]
+
+
+class ScriptedWriter:
+    """An engine whose texts come from a script, and whose reader is real."""
+
+    def __init__(self, script: Script) -> None:
+        real = Transformers(dtype="float32")
+        self.script, self.dtype, self.load_reader = script, real.dtype, real.load_reader
+
+    def load(self, files: PolicyFiles) -> Script:
+        return self.script
 
 
 def completion(text: str, *, cut: bool = False) -> Completion:

@@ -169,6 +169,7 @@ NEEDED = {
     "benchmark/alpaca_eval": ["benchmark.alpaca_eval.reference_outputs=outputs.json"],
     "benchmark/vicuna_bench": ["benchmark.vicuna_bench.questions=question.jsonl"],
     "benchmark/lm_eval": ["benchmark.lm_eval.tasks=[{name: quiz, metric: acc}]"],
+    "generate/server": ["generate.command='serve {weights} --port {port}'"],
     "judge/external": ["judge.endpoint.base_url=http://nowhere/v1", "judge.endpoint.model=m"],
 }
 NEEDED |= {
@@ -305,6 +306,10 @@ RANGES = [
         "evaluate.preferences.judge.model",
     ),
     ("generate.batch_tokens=0", "generate.batch_tokens"),
+    ("generate=vllm generate.dtype=float16", "generate.dtype"),
+    ("generate=vllm generate.replicas=0", "generate.replicas"),
+    ("generate=vllm generate.gpu_memory_utilization=2", "generate.gpu_memory_utilization"),
+    ("generate=vllm generate.max_model_len=-1", "generate.max_model_len"),
     ("judge.high=10", "judge.high"),
     ("judge.batch_tokens=0", "judge.batch_tokens"),
     ("judge=additive judge.samples=0", "judge.samples"),

@@ -3,7 +3,7 @@
 import inspect
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,13 @@ from selfalign.data import as_prompt
 from selfalign.dry_run import dry_run, estimate_text
 from selfalign.errors import SelfalignError
 from selfalign.generation import Request, Sampling, Transformers
+from selfalign.journal import Journal, Task
 from selfalign.longest import SHORTEST_PROMPT, Longest, asks, tireless
 from selfalign.models import PolicyFiles
 from selfalign.refinement import Refinement
 from selfalign.rehearsal import Estimate, Rehearsal
 from selfalign.stages.sft import group_demonstrations
 from selfalign.stopwatch import Stopwatch, fits, measure
-from selfalign.store import Journal
 from selfalign.tokenization import encode_prompt
 
 SHORT = ["train.sft.max_length=160", "train.align.max_length=160", 'judge.prompt="Grade {instruction} of {response}"']
@@ -53,13 +53,14 @@ def rehearsed(output: Path, *overrides: str) -> dict[str, Estimate]:
 def batches(monkeypatch: pytest.MonkeyPatch) -> Counter[Path]:
     """How many batches every stage journals from now on, by its folder."""
     counted: Counter[Path] = Counter()
-    original = Journal.batch
+    original = Journal.batches
 
-    def batch(self: Journal, name: str, size: int, work: Callable[[], Any]) -> Any:
-        counted[self._path.parent.parent.resolve()] += 1
-        return original(self, name, size, work)
+    def batches(self: Journal, tasks: Iterable[Task]) -> Iterator[Any]:
+        for result in original(self, tasks):
+            counted[self._folder.parent.resolve()] += 1
+            yield result
 
-    monkeypatch.setattr(Journal, "batch", batch)
+    monkeypatch.setattr(Journal, "batches", batches)
     return counted
 
 
@@ -226,8 +227,7 @@ def test_a_stage_ends_behind_its_first_batch_and_says_how_many_there_would_be(tm
 
     def stage(out: Any) -> None:
         with out.journal(10, "records") as journal:
-            for name in "abc":
-                journal.batch(name, 4, lambda name=name: done.append(name))
+            list(journal.batches((name, 4, lambda name=name: done.append(name)) for name in "abc"))
 
     one = measure(Stopwatch(tmp_path / "one", "M1", first_alone=True), stage)
     assert done == ["a"]
@@ -243,7 +243,7 @@ def test_memory_of_a_stage_is_its_own(tmp_path: Path) -> None:
     def holds(gigabytes: float) -> int:
         def stage(out: Any) -> None:
             with out.journal(1, "records") as journal:
-                journal.batch("a", 1, lambda: float(torch.ones(int(gigabytes * (1 << 28))).sum()))
+                list(journal.batches([("a", 1, lambda: float(torch.ones(int(gigabytes * (1 << 28))).sum()))]))
 
         return measure(Stopwatch(tmp_path / str(gigabytes), "M1", first_alone=True), stage).peak
 

@@ -1,6 +1,5 @@
 """A policy talks about questions, turn by turn: each turn is answered behind its own answers to those before."""
 
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -51,16 +50,14 @@ def converse(
     Raises:
         SelfalignError: no question fits into the context.
     """
-    generator = entrant.generate.load(entrant.policy)
     conversations = [Conversation(question) for question in questions]
-    with out.journal(sum(len(question.turns) for question in questions), "answers") as journal:
-        _answer_turns(generator, conversations, sampling, journal, entrant.seed)
-    if not any(talk.answers for talk in conversations):
-        raise SelfalignError(
-            f"{out.label}: no question fits into the context of {generator.context} tokens together with its answer"
-        )
-    del generator
-    gc.collect()  # The judge's weights are loaded next, and these should not lie in memory beside them.
+    with entrant.generate.load(entrant.policy) as generator:
+        with out.journal(sum(len(question.turns) for question in questions), "answers") as journal:
+            _answer_turns(generator, conversations, sampling, journal, entrant.seed)
+        if not any(talk.answers for talk in conversations):
+            raise SelfalignError(
+                f"{out.label}: no question fits into the context of {generator.context} tokens together with its answer"
+            )
     return conversations
 
 

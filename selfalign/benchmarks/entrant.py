@@ -9,7 +9,7 @@ from typing import Protocol
 
 from selfalign.endpoint import Endpoint
 from selfalign.errors import SelfalignError
-from selfalign.generation import Transformers
+from selfalign.generation import Backend
 from selfalign.journal import Journal
 from selfalign.judges.bench import OWN_MODELS, Bench
 from selfalign.models import PolicyFiles
@@ -36,7 +36,7 @@ class Entrant:
     label: str
     policy: PolicyFiles
     judge: PolicyFiles | None
-    generate: Transformers
+    generate: Backend
     seed: int
 
     @property

@@ -12,11 +12,10 @@ from selfalign.data import as_prompt
 from selfalign.endpoint import Endpoint
 from selfalign.errors import SelfalignError
 from selfalign.files import digest_file, text_or_file
-from selfalign.generation import Request, Sampling, write_all
+from selfalign.generation import Reader, Request, Sampling, read_all, write_all
 from selfalign.journal import Journal
 from selfalign.judges.bench import check_batch_tokens, check_model, check_prompt, check_share
 from selfalign.records import Message
-from selfalign.scoring import Scorer
 from selfalign.store import Counts
 from selfalign.tokenization import encode_prompt, fill
 
@@ -118,7 +117,7 @@ class Grader:
     def grade(
         self, entrant: Entrant, prompts: dict[str, list[Message]], journal: Journal
     ) -> tuple[list[Grade], Counts]:
-        """A grade for each of the named prompts, and what a server's took.
+        """A grade for each of the named prompts, and what the server or the engine says of its work.
 
         Raises:
             SelfalignError: too many carry no score; what was written is kept for the next try.
@@ -127,9 +126,9 @@ class Grader:
         if self.endpoint.base_url:
             grades = self._ask_server(entrant, prompts, journal, counts)
         elif self.reading == "written":
-            grades = self._write(entrant, prompts, journal)
+            grades = self._write(entrant, prompts, journal, counts)
         else:
-            grades = self._expect(entrant, prompts, journal)
+            grades = self._expect(entrant, prompts, journal, counts)
         failed = [grade for grade in grades if grade.score is None]
         if len(failed) > self.max_failed_share * len(grades) or len(failed) == len(grades):
             reasons = dict(Counter(grade.status.value for grade in failed))
@@ -153,32 +152,41 @@ class Grader:
         counts |= self.endpoint.usage(replies)
         return [parse_rating(reply.text, reply.finish) for reply in replies]
 
-    def _write(self, entrant: Entrant, prompts: dict[str, list[Message]], journal: Journal) -> list[Grade]:
+    def _write(
+        self, entrant: Entrant, prompts: dict[str, list[Message]], journal: Journal, counts: Counts
+    ) -> list[Grade]:
         """Greedy texts of a policy."""
-        generator = entrant.generate.load(entrant.bench(journal).judging_policy())
-        encoded = {name: encode_prompt(generator.tokenizer, asked) for name, asked in prompts.items()}
-        fitting = {n: ids for n, ids in encoded.items() if len(ids) + self.max_new_tokens <= generator.context}
-        requests = [Request(prompt=ids, seeds=[0]) for ids in fitting.values()]
         greedy = Sampling(temperature=0, max_new_tokens=self.max_new_tokens)
-        written = write_all(generator, requests, greedy, journal, "grades")
+        with entrant.generate.load(entrant.bench(journal).judging_policy()) as generator:
+            encoded = {name: encode_prompt(generator.tokenizer, asked) for name, asked in prompts.items()}
+            fitting = {n: ids for n, ids in encoded.items() if len(ids) + self.max_new_tokens <= generator.context}
+            requests = [Request(prompt=ids, seeds=[0]) for ids in fitting.values()]
+            written = write_all(generator, requests, greedy, journal, "grades")
+        counts |= generator.counts
         grades = {n: parse_rating(made.text, made.finish_reason) for n, [made] in zip(fitting, written, strict=True)}
         return [grades.get(name, TOO_LONG) for name in prompts]
 
-    def _expect(self, entrant: Entrant, prompts: dict[str, list[Message]], journal: Journal) -> list[Grade]:
+    def _expect(
+        self, entrant: Entrant, prompts: dict[str, list[Message]], journal: Journal, counts: Counts
+    ) -> list[Grade]:
         """Means of a policy's distribution over the ratings, in one forward pass each."""
-        policy = entrant.bench(journal).judging_policy().load(entrant.generate.dtype)
-        ratings = RatingTokens.of(policy)
-        encoded = {name: encode_prompt(policy.tokenizer, asked, OPENING) for name, asked in prompts.items()}
-        longest = policy.context - len(ratings.one)
+        with entrant.generate.load_reader(entrant.bench(journal).judging_policy(), self.batch_tokens) as reader:
+            grades = self._read(reader, prompts, journal)
+        counts |= reader.counts
+        return [grades.get(name, TOO_LONG) for name in prompts]
+
+    def _read(self, reader: Reader, prompts: dict[str, list[Message]], journal: Journal) -> dict[str, Grade]:
+        """The grades of those that fit into the judge's context, by name."""
+        ratings = RatingTokens.of(reader.tokenizer)
+        encoded = {name: encode_prompt(reader.tokenizer, asked, OPENING) for name, asked in prompts.items()}
+        longest = reader.context - len(ratings.one)
         groups = [
             share_prompt(name, [ids, [*ids, *ratings.one]] if ratings.one else [ids], [[]] * (1 + bool(ratings.one)))
             for name, ids in encoded.items()
             if len(ids) < longest
         ]
-        scorer = Scorer(policy, self.batch_tokens)
-        read = scorer.choose_all(groups, ratings.alternatives, journal, "grades", size=lambda group: 1)
-        grades = {group.id: expected_rating(ratings.shares(rows)) for group, rows in zip(groups, read, strict=True)}
-        return [grades.get(name, TOO_LONG) for name in prompts]
+        read = read_all(reader, groups, ratings.alternatives, journal, "grades", size=lambda group: 1)
+        return {group.id: expected_rating(ratings.shares(rows)) for group, rows in zip(groups, read, strict=True)}
 
 
 def _numbered(task: Task) -> dict[str, str]:

@@ -4,12 +4,15 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from selfalign.errors import SelfalignError
 from selfalign.judges.expected import distribution, tokens_behind
 from selfalign.judges.parsing import of_silence
-from selfalign.models import Policy
 from selfalign.records import JudgementStatus
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 LOW, HIGH = 1, 10
 OPENING = "Rating: [["
@@ -41,18 +44,18 @@ class RatingTokens:
     one: list[int]
 
     @classmethod
-    def of(cls, policy: Policy) -> "RatingTokens":
+    def of(cls, tokenizer: "Tokenizer") -> "RatingTokens":
         """Finds them.
 
         Raises:
             SelfalignError: this tokenizer writes them in another way.
         """
-        whole = tokens_behind(policy, OPENING, [str(rating) for rating in range(LOW, HIGH + 1)])
+        whole = tokens_behind(tokenizer, OPENING, [str(rating) for rating in range(LOW, HIGH + 1)])
         if whole is not None:
             return cls(whole, [])
-        digits = tokens_behind(policy, OPENING, [str(rating) for rating in range(LOW, HIGH)])
+        digits = tokens_behind(tokenizer, OPENING, [str(rating) for rating in range(LOW, HIGH)])
         for end in ("]]", "]"):
-            behind = tokens_behind(policy, f"{OPENING}1", ["0", end])
+            behind = tokens_behind(tokenizer, f"{OPENING}1", ["0", end])
             if digits is not None and behind is not None:
                 return cls([*digits, *behind], digits[:1])
         raise SelfalignError("this model's tokenizer does not write ratings digit by digit; set judge.reading=written")

@@ -11,7 +11,7 @@ from selfalign.data import as_prompt
 from selfalign.endpoint import Endpoint
 from selfalign.errors import SelfalignError
 from selfalign.files import text_or_file
-from selfalign.generation import Transformers
+from selfalign.generation import Backend
 from selfalign.journal import Journal
 from selfalign.models import PolicyFiles
 from selfalign.records import (
@@ -102,7 +102,7 @@ class Bench:
     journal: Journal
     policy: PolicyFiles | None
     reference: PolicyFiles | None
-    generate: Transformers
+    generate: Backend
     seed: int
 
     def judging_policy(self) -> PolicyFiles:

@@ -1,15 +1,14 @@
 """The mean of the judge's score distribution, read in one forward pass."""
 
-import gc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from selfalign.batches import Group, share_prompt
 from selfalign.data import as_prompt
 from selfalign.errors import SelfalignError
-from selfalign.generation import Request, Sampling, write_all
+from selfalign.generation import Reader, Request, Sampling, read_all, write_all
 from selfalign.judges.bench import (
     Bench,
     Judged,
@@ -21,10 +20,12 @@ from selfalign.judges.bench import (
     too_long,
 )
 from selfalign.judges.parsing import PREFIX, before_score
-from selfalign.models import Policy
 from selfalign.records import Judgement, JudgementStatus
-from selfalign.scoring import Scorer
+from selfalign.store import Journal
 from selfalign.tokenization import encode_prompt, encode_response
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
 @dataclass(kw_only=True, slots=True)
@@ -69,74 +70,75 @@ class ExpectedScore(Rubric):
         return len(subjects) * (2 if self.rationale_tokens else 1)
 
     def judge(self, bench: Bench, subjects: Sequence[Subject]) -> Judged:
-        """One judgement a response: the mean of the judge's score distribution.
-
-        The responses to one instruction share the rubric and the instruction, which are computed once for all.
-        """
+        """One judgement a response: the mean of the judge's score distribution."""
         rationales = self._justify(bench, subjects) if self.rationale_tokens else {}
-        policy = bench.judging_policy().load(bench.generate.dtype)
-        digits = score_tokens(policy, self.low, self.high)
+        with bench.generate.load_reader(bench.judging_policy(), self.batch_tokens) as reader:
+            judgements = self._expect(bench.journal, reader, subjects, rationales)
+        return Judged(judgements=judgements, counts=reader.counts)
+
+    def _expect(
+        self, journal: Journal, reader: Reader, subjects: Sequence[Subject], rationales: dict[str, str]
+    ) -> list[Judgement]:
+        """The responses to one instruction share the rubric and the instruction, which are computed once for all."""
+        digits = score_tokens(reader.tokenizer, self.low, self.high)
         judgements: list[Judgement] = []
         groups: list[Group] = []
         members: dict[str, list[Subject]] = {}
         for name, family in by_instruction(subjects).items():
-            prompts = [self._prompt(policy, s, rationales.get(s.response.id, "")) for s in family]
+            prompts = [self._prompt(reader.tokenizer, s, rationales.get(s.response.id, "")) for s in family]
             justified = [not self.rationale_tokens or s.response.id in rationales for s in family]
-            fits = [ready and len(prompt) < policy.context for ready, prompt in zip(justified, prompts, strict=True)]
-            judgements += [too_long(s, policy.digest) for s, fit in zip(family, fits, strict=True) if not fit]
+            fits = [ready and len(prompt) < reader.context for ready, prompt in zip(justified, prompts, strict=True)]
+            judgements += [too_long(s, reader.digest) for s, fit in zip(family, fits, strict=True) if not fit]
             members[name] = [s for s, fit in zip(family, fits, strict=True) if fit]
             fitting = [prompt for prompt, fit in zip(prompts, fits, strict=True) if fit]
             if fitting:
                 groups.append(share_prompt(name, fitting, [[] for _ in fitting]))
-        scorer = Scorer(policy, self.batch_tokens)
-        for group, rows in zip(groups, scorer.choose_all(groups, digits, bench.journal, "scores"), strict=True):
+        for group, rows in zip(groups, read_all(reader, groups, digits, journal, "scores"), strict=True):
             judgements += [
-                expected(subject, row, self.low, rationales.get(subject.response.id, ""), policy.digest)
+                expected(subject, row, self.low, rationales.get(subject.response.id, ""), reader.digest)
                 for subject, row in zip(members[group.id], rows, strict=True)
             ]
-        return Judged(judgements=judgements)
+        return judgements
 
-    def _prompt(self, policy: Policy, subject: Subject, rationale: str) -> list[int]:
+    def _prompt(self, tokenizer: "Tokenizer", subject: Subject, rationale: str) -> list[int]:
         """The ids up to where the score stands; a justification is text, whatever control tokens it spells."""
         asked = self.ask(subject.instruction.text, subject.response.text)
         if not self.rationale_tokens:
-            return encode_prompt(policy.tokenizer, asked, PREFIX)
+            return encode_prompt(tokenizer, asked, PREFIX)
         said = f"{rationale}\n{PREFIX}".lstrip()
-        return [*encode_prompt(policy.tokenizer, asked), *encode_response(policy.tokenizer, said, finished=False)]
+        return [*encode_prompt(tokenizer, asked), *encode_response(tokenizer, said, finished=False)]
 
     def _justify(self, bench: Bench, subjects: Sequence[Subject]) -> dict[str, str]:
         """{response id: its greedy justification, without a score}; none where the prompt leaves no room for it."""
-        generator = bench.generate.load(bench.judging_policy())
         sampling = Sampling(temperature=0, max_new_tokens=self.rationale_tokens)
-        prompts = {
-            s.response.id: encode_prompt(generator.tokenizer, self.ask(s.instruction.text, s.response.text))
-            for s in subjects
-        }
-        fitting = {name: p for name, p in prompts.items() if len(p) + self.rationale_tokens <= generator.context}
-        requests = [Request(prompt=prompt, seeds=[0]) for prompt in fitting.values()]
-        written = write_all(generator, requests, sampling, bench.journal, "justification")
-        del generator
-        gc.collect()  # The weights are loaded anew for scoring, and should not lie in memory twice.
+        with bench.generate.load(bench.judging_policy()) as generator:
+            prompts = {
+                s.response.id: encode_prompt(generator.tokenizer, self.ask(s.instruction.text, s.response.text))
+                for s in subjects
+            }
+            fitting = {name: p for name, p in prompts.items() if len(p) + self.rationale_tokens <= generator.context}
+            requests = [Request(prompt=prompt, seeds=[0]) for prompt in fitting.values()]
+            written = write_all(generator, requests, sampling, bench.journal, "justification")
         return {name: before_score(made.text) for name, [made] in zip(fitting, written, strict=True)}
 
 
-def score_tokens(policy: Policy, low: int, high: int) -> list[int]:
+def score_tokens(tokenizer: "Tokenizer", low: int, high: int) -> list[int]:
     """The token of each score behind `Score: `.
 
     Raises:
         SelfalignError: this tokenizer does not write each score as one token there.
     """
-    tokens = tokens_behind(policy, PREFIX, [str(score) for score in range(low, high + 1)])
+    tokens = tokens_behind(tokenizer, PREFIX, [str(score) for score in range(low, high + 1)])
     if tokens is None:
         raise SelfalignError("this model's tokenizer does not write a score as one token; choose judge=additive")
     return tokens
 
 
-def tokens_behind(policy: Policy, opening: str, alternatives: Sequence[str]) -> list[int] | None:
+def tokens_behind(tokenizer: "Tokenizer", opening: str, alternatives: Sequence[str]) -> list[int] | None:
     """The token of each alternative behind the beginning of an answer; None where one is not a token of its own."""
     prompt = as_prompt("x")
-    prefix = encode_prompt(policy.tokenizer, prompt, opening)
-    encoded = [encode_prompt(policy.tokenizer, prompt, opening + alternative) for alternative in alternatives]
+    prefix = encode_prompt(tokenizer, prompt, opening)
+    encoded = [encode_prompt(tokenizer, prompt, opening + alternative) for alternative in alternatives]
     if any(ids[:-1] != prefix for ids in encoded):
         return None
     return [ids[-1] for ids in encoded]

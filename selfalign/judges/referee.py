@@ -11,13 +11,13 @@ from selfalign.data import as_prompt
 from selfalign.endpoint import Endpoint
 from selfalign.errors import SelfalignError
 from selfalign.files import text_or_file
+from selfalign.generation import Reader, read_all
 from selfalign.judges.bench import Bench, check_batch_tokens, check_model, check_prompt, check_share
 from selfalign.judges.comparison import Duel, Reading, Showing, bias_statistics, compare, parse_verdict
 from selfalign.judges.expected import distribution, tokens_behind
 from selfalign.metrics import win_statistics
 from selfalign.records import Comparison, JudgementStatus, Prompt, Response, Verdict
-from selfalign.scoring import Scorer
-from selfalign.store import Counts
+from selfalign.store import Counts, Journal
 from selfalign.tokenization import encode_prompt, fill
 
 OPENING = "[["
@@ -113,8 +113,20 @@ class Referee:
 
     def _read(self, bench: Bench, showings: Sequence[Showing], counts: Counts) -> list[Reading]:
         """The likeliest verdict on each showing; those of one instruction share its beginning."""
-        policy = bench.judging_policy().load(bench.generate.dtype)
-        tokens = tokens_behind(policy, OPENING, list(Verdict))
+        with bench.generate.load_reader(bench.judging_policy(), self.batch_tokens) as reader:
+            read = self._choose(bench.journal, reader, showings)
+        preferences = place_preferences(showings, read)
+        counts |= {"judge/place_preference": math.fsum(preferences) / max(1, len(preferences)), **reader.counts}
+        refused = Reading(JudgementStatus.PROMPT_TOO_LONG, None, "")
+        taken_off = preferences if self.place_correction else [0.0] * len(preferences)
+        return [
+            likeliest(read[index], taken_off[index // 2]) if index in read else refused
+            for index in range(len(showings))
+        ]
+
+    def _choose(self, journal: Journal, reader: Reader, showings: Sequence[Showing]) -> dict[int, list[float]]:
+        """log p of A, B and a tie, by the index of the showing; of none that does not fit into the judge's context."""
+        tokens = tokens_behind(reader.tokenizer, OPENING, list(Verdict))
         if tokens is None:
             raise SelfalignError(
                 f"{self.key}: this model's tokenizer does not write a verdict as one token; set another"
@@ -122,22 +134,14 @@ class Referee:
         prompts: dict[str, dict[int, list[int]]] = {}
         for index, showing in enumerate(showings):
             asked = self.ask(showing.duel.instruction.text, *showing.texts)
-            ids = encode_prompt(policy.tokenizer, asked, OPENING)
-            if len(ids) < policy.context:
+            ids = encode_prompt(reader.tokenizer, asked, OPENING)
+            if len(ids) < reader.context:
                 prompts.setdefault(showing.duel.instruction.id, {})[index] = ids
         groups: list[Group] = [share_prompt(n, list(p.values()), [[] for _ in p]) for n, p in prompts.items()]
-        scorer = Scorer(policy, self.batch_tokens)
         read: dict[int, list[float]] = {}
-        for group, rows in zip(groups, scorer.choose_all(groups, tokens, bench.journal, "verdicts"), strict=True):
+        for group, rows in zip(groups, read_all(reader, groups, tokens, journal, "verdicts"), strict=True):
             read |= dict(zip(prompts[group.id], rows, strict=True))
-        preferences = place_preferences(showings, read)
-        counts["judge/place_preference"] = math.fsum(preferences) / max(1, len(preferences))
-        refused = Reading(JudgementStatus.PROMPT_TOO_LONG, None, "")
-        taken_off = preferences if self.place_correction else [0.0] * len(preferences)
-        return [
-            likeliest(read[index], taken_off[index // 2]) if index in read else refused
-            for index in range(len(showings))
-        ]
+        return read
 
     def _ask(self, bench: Bench, showings: Sequence[Showing], counts: Counts) -> list[Reading]:
         """The verdicts a server writes."""

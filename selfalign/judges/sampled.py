@@ -26,28 +26,29 @@ class SampledScore(WrittenScore):
 
     def judge(self, bench: Bench, subjects: Sequence[Subject]) -> Judged:
         """Writes and reads `samples` judgements of each response."""
-        generator = bench.generate.load(bench.judging_policy())
-        limit = generator.context - self.sampling.max_new_tokens
-        prompts: dict[str, list[int]] = {}
-        refused: list[Subject] = []
-        for subject in subjects:
-            asked = self.ask(subject.instruction.text, subject.response.text)
-            prompt = encode_prompt(generator.tokenizer, asked)
-            if len(prompt) > limit:
-                refused.append(subject)
-            else:
-                prompts[subject.response.id] = prompt
-        fitting = [subject for subject in subjects if subject.response.id in prompts]
-        written = write_judgements(
-            first_wishes(fitting, self.samples, bench.seed),
-            lambda wishes: self._write(generator, bench.journal, prompts, wishes),
-            low=self.low,
-            high=self.high,
-            retries=self.retries if self.sampling.temperature else 0,
-            seed=bench.seed,
-            model=generator.digest,
-        )
-        return Judged(judgements=[*(too_long(subject, generator.digest) for subject in refused), *written])
+        with bench.generate.load(bench.judging_policy()) as generator:
+            limit = generator.context - self.sampling.max_new_tokens
+            prompts: dict[str, list[int]] = {}
+            refused: list[Subject] = []
+            for subject in subjects:
+                asked = self.ask(subject.instruction.text, subject.response.text)
+                prompt = encode_prompt(generator.tokenizer, asked)
+                if len(prompt) > limit:
+                    refused.append(subject)
+                else:
+                    prompts[subject.response.id] = prompt
+            fitting = [subject for subject in subjects if subject.response.id in prompts]
+            written = write_judgements(
+                first_wishes(fitting, self.samples, bench.seed),
+                lambda wishes: self._write(generator, bench.journal, prompts, wishes),
+                low=self.low,
+                high=self.high,
+                retries=self.retries if self.sampling.temperature else 0,
+                seed=bench.seed,
+                model=generator.digest,
+            )
+            judgements = [*(too_long(subject, generator.digest) for subject in refused), *written]
+        return Judged(judgements=judgements, counts=generator.counts)
 
     def _write(
         self, generator: Generator, journal: Journal, prompts: dict[str, list[int]], wishes: Sequence[Wish]

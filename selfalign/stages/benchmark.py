@@ -1,7 +1,7 @@
 """benchmark: a policy + a published benchmark → its answers, judgements and numbers."""
 
 from selfalign.benchmarks.entrant import Benchmark, Entrant
-from selfalign.generation import Transformers
+from selfalign.generation import Backend
 from selfalign.models import PolicyFiles
 from selfalign.store import Artefact, Counts, Workspace, together
 
@@ -16,7 +16,7 @@ def benchmark(
     model: str,
     policy: Artefact,
     judge: Artefact | None,
-    generate: Transformers,
+    generate: Backend,
     seed: int,
 ) -> Counts:
     """Measures one model; the counts are named `<name>/<metric>`.

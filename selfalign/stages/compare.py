@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from selfalign.errors import SelfalignError
-from selfalign.generation import Transformers
+from selfalign.generation import Backend
 from selfalign.judges.bench import Bench
 from selfalign.judges.comparison import Duel
 from selfalign.judges.referee import Referee
@@ -30,7 +30,7 @@ def compare(
     instructions: Artefact,
     answers: Artefact,
     opponent: Artefact,
-    generate: Transformers,
+    generate: Backend,
     seed: int,
 ) -> Counts:
     """Compares two models' first answers to each instruction in both orders.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from selfalign.errors import SelfalignError
 from selfalign.files import derive_seed, digest_text
-from selfalign.generation import Completion, Generator, Request, Sampling, Transformers, write_all
+from selfalign.generation import Backend, Completion, Generator, Request, Sampling, write_all
 from selfalign.metrics import instruction_statistics
 from selfalign.models import BUILDERS, PolicyFiles
 from selfalign.overlap import Known
@@ -187,7 +187,7 @@ def instruct(
     seeds: Artefact,
     earlier: list[Artefact],
     held_out: list[Artefact],
-    generate: Transformers,
+    generate: Backend,
     seed: int,
 ) -> Counts:
     """Lets a policy write instructions until `count` have passed the filters.
@@ -210,9 +210,8 @@ def instruct(
         raise SelfalignError(
             f"data.instruct.seed_demonstrations={config.seed_demonstrations}, but there are {len(pool.seeds)} IFT seeds"
         )
-    generator = generate.load(PolicyFiles(policy.path))
     written = batch = 0
-    with out.journal(config.count, "instructions") as journal:
+    with generate.load(PolicyFiles(policy.path)) as generator, out.journal(config.count, "instructions") as journal:
         while not pool.full and batch < config.max_batches:
             shown = [_draw(pool, derive_seed(seed, batch, index)) for index in range(config.prompts_per_batch)]
             requests = _requests(generator, config, shown, seed, batch)
@@ -231,7 +230,7 @@ def instruct(
     # By the text alone: what is drawn for a record must not depend on how the writer's weights were rounded.
     records = [Instruction(id=digest_text(text)[:16], text=text, source="self") for text in pool.kept]
     write_records(out.path / "instructions.jsonl", records)
-    return {"written": written, "batches": batch, **pool.counts()}
+    return {"written": written, "batches": batch, **pool.counts(), **generator.counts}
 
 
 def given_instructions(

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from selfalign.errors import SelfalignError
-from selfalign.generation import Transformers
+from selfalign.generation import Backend
 from selfalign.judges.bench import (
     Bench,
     Judge,
@@ -63,7 +63,7 @@ def judge(
     reference: Artefact | None,
     instructions: Artefact,
     responses: Artefact,
-    generate: Transformers,
+    generate: Backend,
     seed: int,
 ) -> Counts:
     """Judges every response.

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from selfalign.data import as_prompt
 from selfalign.errors import SelfalignError
 from selfalign.files import derive_seed
-from selfalign.generation import Request, Sampling, Transformers, write_all
+from selfalign.generation import Backend, Request, Sampling, write_all
 from selfalign.models import PolicyFiles
 from selfalign.records import Instruction, Response, read_records, write_records
 from selfalign.store import Artefact, Counts, Workspace, together
@@ -37,7 +37,7 @@ def respond(
     config: RespondConfig,
     policy: Artefact,
     instructions: Artefact,
-    generate: Transformers,
+    generate: Backend,
     seed: int,
 ) -> Counts:
     """Answers every instruction `candidates` times; each response has a random stream of its own.
@@ -54,21 +54,21 @@ def respond(
         SelfalignError: no instruction fits into the context.
     """
     records = read_records(instructions.path / "instructions.jsonl", Instruction)
-    generator = generate.load(PolicyFiles(policy.path))
-    limit = generator.context - config.sampling.max_new_tokens
-    prompts = [encode_prompt(generator.tokenizer, as_prompt(record.text)) for record in records]
-    fitting = [(record, prompt) for record, prompt in zip(records, prompts, strict=True) if len(prompt) <= limit]
-    if not fitting:
-        raise SelfalignError(
-            f"{out.label}: no instruction fits into the context of {generator.context} tokens with "
-            f"max_new_tokens={config.sampling.max_new_tokens}"
-        )
-    requests = [
-        Request(prompt=prompt, seeds=[derive_seed(seed, record.id, number) for number in range(config.candidates)])
-        for record, prompt in fitting
-    ]
-    with out.journal(len(fitting) * config.candidates, "responses") as journal:
-        written = write_all(generator, requests, config.sampling, journal, "responses")
+    with generate.load(PolicyFiles(policy.path)) as generator:
+        limit = generator.context - config.sampling.max_new_tokens
+        prompts = [encode_prompt(generator.tokenizer, as_prompt(record.text)) for record in records]
+        fitting = [(record, prompt) for record, prompt in zip(records, prompts, strict=True) if len(prompt) <= limit]
+        if not fitting:
+            raise SelfalignError(
+                f"{out.label}: no instruction fits into the context of {generator.context} tokens with "
+                f"max_new_tokens={config.sampling.max_new_tokens}"
+            )
+        requests = [
+            Request(prompt=prompt, seeds=[derive_seed(seed, record.id, number) for number in range(config.candidates)])
+            for record, prompt in fitting
+        ]
+        with out.journal(len(fitting) * config.candidates, "responses") as journal:
+            written = write_all(generator, requests, config.sampling, journal, "responses")
     ordered = [
         Response(
             id=f"{record.id}-{number}",
@@ -88,4 +88,5 @@ def respond(
         "mean_characters": sum(len(response.text) for response in ordered) / len(ordered),
         "finished_share": sum(response.finish_reason == "eos" for response in ordered) / len(ordered),
         "dropped": {"prompt_too_long": len(records) - len(fitting)},
+        **generator.counts,
     }

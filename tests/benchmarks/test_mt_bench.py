@@ -19,6 +19,7 @@ from benching import (
 from builders import (
     Killed,
     Script,
+    ScriptedWriter,
     completion,
     killed_after,
     loaded,
@@ -286,19 +287,8 @@ def test_policy_into_whose_context_nothing_fits_stops(tmp_path: Path, tiny_polic
 def test_grade_whose_prompt_is_too_long_for_the_judge_is_counted(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
     script = Script(loaded(tiny_policy.path), [completion("word " * 400), *[completion("Fine.")] * 9])
     judge = small_context_policy(tiny_policy, tmp_path / "judge", 400)
-    backend = SplitBackend(script, FP32)
-    counts = measure(tmp_path, mt_bench(tmp_path), tiny_policy, judge, generate=backend)
+    counts = measure(tmp_path, mt_bench(tmp_path), tiny_policy, judge, generate=ScriptedWriter(script))
     assert counts["dropped"]["prompt_too_long"] == 2
-
-
-class SplitBackend:
-    """Answers come from a script; the judge is loaded as it is."""
-
-    def __init__(self, script: Script, real: Transformers) -> None:
-        self.script, self.dtype = script, real.dtype
-
-    def load(self, files: PolicyFiles) -> Script:
-        return self.script
 
 
 @pytest.mark.parametrize("batches", [1, 4])

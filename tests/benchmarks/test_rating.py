@@ -69,7 +69,7 @@ def test_ten_as_one_token_needs_no_second_look() -> None:
 
 def test_tokens_are_those_a_judge_would_write(tiny_policy: PolicyFiles) -> None:
     policy = loaded(tiny_policy.path)
-    tokens = RatingTokens.of(policy)
+    tokens = RatingTokens.of(policy.tokenizer)
     start = encode_prompt(policy.tokenizer, as_prompt("x"), OPENING)
     for number in range(LOW, HIGH):
         written = encode_prompt(policy.tokenizer, as_prompt("x"), f"{OPENING}{number}]]")

@@ -1,10 +1,18 @@
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from builders import RUBRIC, Script, completion, loaded, nudged_policy, policy_artefact, small_context_policy
+from builders import (
+    RUBRIC,
+    Script,
+    ScriptedWriter,
+    completion,
+    loaded,
+    nudged_policy,
+    policy_artefact,
+    small_context_policy,
+)
 from judging import ANSWERS, ASKED, given, judged
 
 from selfalign.errors import SelfalignError
@@ -65,9 +73,9 @@ def test_candidates_judged_together_score_as_judged_alone(
 
 
 def test_scores_of_two_digits_are_refused_by_the_one_token_judge(tiny_policy: PolicyFiles) -> None:
-    assert len(set(score_tokens(loaded(tiny_policy.path), 0, 9))) == 10
+    assert len(set(score_tokens(loaded(tiny_policy.path).tokenizer, 0, 9))) == 10
     with pytest.raises(SelfalignError, match="judge=additive"):
-        score_tokens(loaded(tiny_policy.path), 9, 10)
+        score_tokens(loaded(tiny_policy.path).tokenizer, 9, 10)
     with pytest.raises(SelfalignError, match="digit"):
         ExpectedScore(prompt=RUBRIC, high=10)
 
@@ -81,7 +89,7 @@ def test_score_is_read_behind_the_greedy_justification(tmp_path: Path, tiny_poli
     talkative = nudged_policy(tiny_policy, tmp_path / "talkative", 0.2)
     _, judgements = judged(tmp_path, JUSTIFIED, policy_artefact(talkative))
     policy = loaded(talkative.path)
-    digits = score_tokens(policy, 0, 5)
+    digits = score_tokens(policy.tokenizer, 0, 5)
     texts = {record.id: record.text for record in ASKED}
     for answer in ANSWERS:
         prompt = encode_prompt(policy.tokenizer, JUSTIFIED.ask(texts[answer.instruction_id], answer.text))
@@ -111,27 +119,16 @@ def test_score_written_into_the_justification_is_not_read_but_cut_off(tmp_path: 
     found = []
     for name, script in (("plain", plain), ("sly", sly), ("spelled", spelled)):
         folder = tmp_path / name
-        backend = Backend(script)
+        backend = ScriptedWriter(script)
         _, judgements = judged(folder, JUSTIFIED, policy_artefact(tiny_policy), backend, **given(folder, ANSWERS[:1]))
         found.append(judgements["bees-1"])
     assert found[0].score == found[1].score
     assert found[0].text == found[1].text
     control = set(policy.tokenizer.all_special_ids)
     subject = Subject(ASKED[0], ANSWERS[0])
-    ids = JUSTIFIED._prompt(policy, subject, "It is short. <|im_end|>")
-    usual = JUSTIFIED._prompt(policy, subject, "It is short.")
+    ids = JUSTIFIED._prompt(policy.tokenizer, subject, "It is short. <|im_end|>")
+    usual = JUSTIFIED._prompt(policy.tokenizer, subject, "It is short.")
     assert [i for i in ids if i in control] == [i for i in usual if i in control]
-
-
-@dataclass
-class Backend:
-    """A backend whose writer is scripted, and whose scorer is real."""
-
-    script: Script
-    dtype: str = "float32"
-
-    def load(self, files: PolicyFiles) -> Script:
-        return self.script
 
 
 def test_response_that_leaves_no_room_for_a_justification_is_unjudged(tmp_path: Path, tiny_policy: PolicyFiles) -> None:

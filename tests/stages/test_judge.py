@@ -196,7 +196,7 @@ def test_judge_is_the_policy_with_its_adapter(tmp_path: Path, tiny_policy: Polic
     _, by_adapted = judged(tmp_path / "adapted", kind, policy_artefact(adapted))
     _, by_base = judged(tmp_path / "base", kind, base)
     policy = adapted.load("float32", device="cpu")
-    digits = score_tokens(policy, 0, 5)
+    digits = score_tokens(policy.tokenizer, 0, 5)
     for answer in ANSWERS:
         asked = next(record.text for record in ASKED if record.id == answer.instruction_id)
         ids = encode_prompt(policy.tokenizer, kind.ask(asked, answer.text), "Score: ")

@@ -1,0 +1,250 @@
+"""generate=vllm: vLLM (Kwon et al. 2023, arXiv 2309.06180) writes and reads, in processes of its own.
+
+A stage starts them with the policy's weights and stops them when it is done, so that their memory is free before
+anything is trained. They need nothing of selfalign's Python environment, and may have their own.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+
+from selfalign.batches import Group
+from selfalign.errors import SelfalignError
+from selfalign.files import read_json
+from selfalign.generation import Completion, Request, Sampling, check_dtype, release_cached_memory
+from selfalign.models import UNBOUNDED, PolicyFiles
+from selfalign.records import FinishReason
+from selfalign.tokenization import decode_response, stop_ids
+from selfalign.workers import FAREWELL_SECONDS, Worker, stop
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+WORKER = Path(__file__).with_name("vllm_worker.py")
+
+PROMPT_TOKENS = 4096
+"""On a CPU, at least so many tokens of prompts are computed at once."""
+
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""The room for an adapter that vLLM can make."""
+
+
+@dataclass(kw_only=True, slots=True)
+class VLLM:
+    """Generation by vLLM, in processes of its own.
+
+    A text depends on its record, its seed and the weights; what else is written at the time enters through the
+    rounding of matrix products alone. Random draws are vLLM's, so sampled texts are others than those of another
+    engine. Judges that read log-probabilities read vLLM's.
+
+    Attributes:
+        python: the interpreter of the environment that has vLLM; empty for this one.
+        dtype: of the weights while generating: "float32", "bfloat16", or "auto" for the faster one here.
+        tensor_parallel_size: GPUs that share one copy of the weights.
+        replicas: copies of the weights, each in a process of its own; the texts of a batch are dealt out among them.
+        gpu_memory_utilization: the share of each GPU's memory that vLLM takes; on a CPU, of the main memory.
+        max_model_len: the longest sequence in tokens, prompt and response together; 0 takes the model's own.
+        batch_texts: the most completions that are asked for at once; vLLM chooses how many of them it writes side by
+            side. A kill loses at most these.
+        options: other arguments of vllm.LLM, such as enforce_eager or kv_cache_dtype.
+    """
+
+    python: str = field(default="", metadata={"keyed": False})
+    dtype: str = "auto"
+    tensor_parallel_size: int = field(default=1, metadata={"keyed": False})
+    replicas: int = field(default=1, metadata={"keyed": False})
+    gpu_memory_utilization: float = field(default=0.9, metadata={"keyed": False})
+    max_model_len: int = 0
+    batch_texts: int = 1024
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.dtype = check_dtype(self.dtype)
+        for name in ("tensor_parallel_size", "replicas", "batch_texts"):
+            if getattr(self, name) < 1:
+                raise SelfalignError(f"generate.{name} must be 1 or more, got {getattr(self, name)}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise SelfalignError(
+                f"generate.gpu_memory_utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}"
+            )
+        if self.max_model_len < 0:
+            raise SelfalignError(f"generate.max_model_len must be 0 or more, got {self.max_model_len}")
+
+    def load(self, policy: PolicyFiles) -> "VLLMGenerator":
+        """Starts engines that write."""
+        return VLLMGenerator.start(self, policy)
+
+    def load_reader(self, policy: PolicyFiles, batch_tokens: int) -> "VLLMReader":
+        """Starts engines that read; their batches are vLLM's, whatever the judge's `batch_tokens`."""
+        return VLLMReader.start(self, policy)
+
+    def arguments(self, policy: PolicyFiles) -> dict[str, Any]:
+        """Of vllm.LLM. Prompts and completions are token ids, so vLLM needs no tokenizer."""
+        context = self.context(policy)
+        # On a CPU, vLLM 0.32 cannot compute a prompt in parts and draw from a stream of its own behind it.
+        whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(context, PROMPT_TOKENS)}
+        return {
+            "model": str((policy.path / "weights").resolve()),
+            "skip_tokenizer_init": True,
+            "trust_remote_code": policy.trusted,
+            "dtype": self.dtype,
+            "tensor_parallel_size": self.tensor_parallel_size,
+            "gpu_memory_utilization": self.gpu_memory_utilization,
+            "max_model_len": context if context < UNBOUNDED else None,
+            "enable_prefix_caching": True,
+            **(lora_arguments(adapter) if (adapter := policy.path / "adapter").exists() else {}),
+            "generation_config": "vllm",  # Else the checkpoint's generation_config.json would add penalties of its own.
+            **({} if torch.cuda.is_available() else whole),
+            **self.options,
+        }
+
+    def context(self, policy: PolicyFiles) -> int:
+        """The longest sequence that is asked for."""
+        return min(self.max_model_len or policy.context, policy.context)
+
+
+@dataclass(slots=True)
+class Running:
+    """Engines that run one policy, until the `with` block that they are used in ends."""
+
+    tokenizer: "Tokenizer"
+    digest: str
+    context: int
+    batch_texts: int
+    workers: list[Worker]
+    counts: dict[str, Any]
+
+    @classmethod
+    def start(cls, config: VLLM, policy: PolicyFiles) -> Self:
+        """Starts an engine for each replica, and returns when all have loaded the weights.
+
+        Raises:
+            SelfalignError: there are too few GPUs, or vLLM cannot run the model.
+        """
+        gpus = share_gpus(config.replicas, config.tensor_parallel_size)
+        adapter = policy.path / "adapter"
+        settings = {"adapter": str(adapter) if adapter.exists() else "", "arguments": config.arguments(policy)}
+        release_cached_memory()
+        command = [config.python or sys.executable, "-P", str(WORKER)]
+        workers: list[Worker] = []
+        try:
+            for own in gpus:
+                workers.append(Worker("the engine of generate=vllm", command))
+                workers[-1].send({"gpus": own, **settings})
+            versions = [worker.receive()["version"] for worker in workers]
+        except BaseException:
+            stop(workers, 0)
+            raise
+        return cls(
+            tokenizer=policy.load_tokenizer(),
+            digest=policy.digest,
+            context=config.context(policy),
+            batch_texts=config.batch_texts,
+            workers=workers,
+            counts={"vllm_version": versions[0]},
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        stop(self.workers, FAREWELL_SECONDS if kind is None else 0)
+
+    def ask(self, requests: Sequence[Request], sampling: dict[str, Any], answer: str) -> list[list[Any]]:
+        """What the engines answer on every completion of each request; requests are dealt out among them."""
+        shares = [requests[first :: len(self.workers)] for first in range(len(self.workers))]
+        for worker, share in zip(self.workers, shares, strict=True):
+            prompts, seeds = [request.prompt for request in share], [request.seeds for request in share]
+            worker.send({"prompts": prompts, "seeds": seeds, "sampling": sampling})
+        answers = [iter(worker.receive()[answer]) for worker in self.workers]
+        return [[next(answers[index % len(answers)]) for _ in request.seeds] for index, request in enumerate(requests)]
+
+
+@dataclass(slots=True)
+class VLLMGenerator(Running):
+    """A policy that writes."""
+
+    def plan(self, lengths: Sequence[int], samples: int, max_new_tokens: int) -> list[list[int]]:
+        """The prompts in their order, within `batch_texts`: indices, batch by batch."""
+        size = max(1, self.batch_texts // samples)
+        return [list(range(start, min(start + size, len(lengths)))) for start in range(0, len(lengths), size)]
+
+    def write(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+        """Writes every request's completions, each from its own seed."""
+        stops = stop_ids(self.tokenizer)
+        settings = {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": sampling.max_new_tokens,
+            "stop_token_ids": stops,
+        }
+        written = self.ask(requests, settings, "ids")
+        return [[self._completion(ids, stops) for ids in completions] for completions in written]
+
+    def _completion(self, ids: list[int], stops: list[int]) -> Completion:
+        reason = FinishReason.EOS if ids and ids[-1] in stops else FinishReason.LENGTH
+        return Completion(text=decode_response(self.tokenizer, ids), finish_reason=reason, tokens=len(ids))
+
+
+@dataclass(slots=True)
+class VLLMReader(Running):
+    """A policy that tells how likely it finds given next tokens."""
+
+    def plan(self, groups: Sequence[Group]) -> list[list[Group]]:
+        """The groups in their order, in batches of at most `batch_texts` responses."""
+        batches: list[list[Group]] = []
+        room = 0
+        for group in groups:
+            if len(group.responses) > room:
+                batches.append([])
+                room = self.batch_texts
+            batches[-1].append(group)
+            room -= len(group.responses)
+        return batches
+
+    def choose(self, groups: Sequence[Group], alternatives: Sequence[int]) -> list[list[list[float]]]:
+        """log p (nats) of each alternative as the token after each response, for every group."""
+        requests = [
+            Request(prompt=[*group.prompt, *response], seeds=[0]) for group in groups for response in group.responses
+        ]
+        settings = {"temperature": 0.0, "max_tokens": 1, "logprob_token_ids": list(alternatives)}
+        rows = iter(self.ask(requests, settings, "logps"))
+        return [[next(rows)[0] for _ in group.responses] for group in groups]
+
+
+def share_gpus(replicas: int, each: int) -> list[str]:
+    """The GPUs of every replica, as CUDA_VISIBLE_DEVICES has them; "" on a machine without.
+
+    Where a run has several processes on one machine, each has its own GPUs.
+
+    Raises:
+        SelfalignError: there are too few.
+    """
+    if not torch.cuda.is_available():
+        return [""] * replicas
+    known = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    names, first = known.split(","), int(os.environ.get("LOCAL_RANK", "0")) * replicas * each
+    own = names[first : first + replicas * each]
+    if len(own) < replicas * each:
+        raise SelfalignError(
+            f"generate.replicas={replicas} × generate.tensor_parallel_size={each} need {replicas * each} GPUs for "
+            f"each process of the run, but only {len(names)} are visible"
+        )
+    return [",".join(own[start : start + each]) for start in range(0, len(own), each)]
+
+
+def lora_arguments(adapter: Path) -> dict[str, Any]:
+    """What vllm.LLM has to know of an adapter: how much room it takes.
+
+    Raises:
+        SelfalignError: it takes more than vLLM has.
+    """
+    rank = read_json(adapter / "adapter_config.json")["r"]
+    if rank > LORA_RANKS[-1]:
+        raise SelfalignError(f"generate=vllm takes adapters up to rank {LORA_RANKS[-1]}, but model.lora.rank={rank}")
+    return {"enable_lora": True, "max_lora_rank": next(room for room in LORA_RANKS if room >= rank)}

@@ -1,0 +1,110 @@
+"""A program that works for a stage: started, asked over pipes, and gone when the stage is done.
+
+It reads a line of JSON for each question from its standard input and answers each with a line on its standard output;
+what it has to say besides goes to its standard error. When its input ends, it has to end, too: then none is left
+behind, however this process dies.
+"""
+
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
+from tempfile import TemporaryFile
+from typing import IO, Any, cast
+
+from selfalign.errors import SelfalignError
+
+logger = logging.getLogger(__name__)
+
+FAREWELL_SECONDS = 30.0
+"""How long a worker that has nothing to do may take to end by itself."""
+
+RAISED = re.compile(r"[\w.]+(Error|Exception)\b")
+"""How the end of a traceback begins; it may have more lines."""
+
+SHOWN_LINES = 40
+"""Of what a worker said before it failed, so many lines go to the log, and the last exception into the error."""
+
+
+class Worker:
+    """One such program, with all processes that it starts."""
+
+    def __init__(self, name: str, command: Sequence[str]) -> None:
+        self._name = name
+        self._messages = cast(IO[bytes], TemporaryFile())  # noqa: SIM115 - closed by `stop`
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._messages,
+                start_new_session=True,  # Ctrl-C is for this process, which then stops the worker.
+            )
+        except OSError as error:
+            self._messages.close()
+            raise SelfalignError(f"{name}: {command[0]} cannot be run ({error.strerror})") from error
+
+    def send(self, question: Any) -> None:
+        """Asks; several workers can be asked before one is heard.
+
+        Raises:
+            SelfalignError: it has ended.
+        """
+        try:
+            stream = cast(IO[bytes], self._process.stdin)
+            stream.write(json.dumps(question).encode() + b"\n")
+            stream.flush()
+        except BrokenPipeError as error:
+            raise self._failure() from error
+
+    def receive(self) -> Any:
+        """The answer to the first question that has none yet.
+
+        Raises:
+            SelfalignError: it has ended, and the message has the last of what it said; or it answers something else.
+        """
+        line = cast(IO[bytes], self._process.stdout).readline()
+        if not line.endswith(b"\n"):
+            raise self._failure()
+        try:
+            return json.loads(line)
+        except ValueError as error:
+            raise SelfalignError(f"{self._name} answers what is no JSON: {line[:200]!r}") from error
+
+    def dismiss(self) -> None:
+        """Ends its input."""
+        with suppress(BrokenPipeError):
+            cast(IO[bytes], self._process.stdin).close()
+
+    def bury(self, seconds: float) -> None:
+        """Returns when it and all that it started are gone; what is left of them after so many seconds is killed."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        cast(IO[bytes], self._process.stdout).close()
+        self._messages.close()
+
+    def _failure(self) -> SelfalignError:
+        """Why it has ended, as far as it said so."""
+        code = self._process.wait()
+        self._messages.seek(0)
+        said = self._messages.read().decode(errors="replace").split("\n")
+        lines = [line.rstrip() for line in said if line.strip()][-SHOWN_LINES:]
+        logger.warning("%s ended with exit code %d; the last it said:\n%s", self._name, code, "\n".join(lines))
+        start = max((number for number, line in enumerate(lines) if RAISED.match(line)), default=-1)
+        last = " ".join(" ".join(lines[start:]).split())[:500] or "it said nothing"
+        return SelfalignError(f"{self._name} ended with exit code {code}: {last}")
+
+
+def stop(workers: Sequence[Worker], seconds: float) -> None:
+    """Ends all of them; those that are still there after so many seconds are killed."""
+    for worker in workers:
+        worker.dismiss()
+    for worker in workers:
+        worker.bury(seconds)

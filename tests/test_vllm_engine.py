@@ -1,0 +1,418 @@
+"""generate=vllm without vLLM: the worker script runs for real, on a module that has vLLM's names but no model.
+
+What vLLM itself writes is compared with transformers in `test_vllm.py`.
+"""
+
+import inspect
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import (
+    ROOT,
+    instruction,
+    policy_artefact,
+    records_artefact,
+    run,
+    workspace,
+    write_tiny_data,
+)
+from mutation import assert_caught
+
+from selfalign import vllm_engine
+from selfalign.batches import Group
+from selfalign.errors import SelfalignError
+from selfalign.files import write_json
+from selfalign.generation import Request, Sampling
+from selfalign.models import PolicyFiles
+from selfalign.records import FinishReason
+from selfalign.stages.respond import RespondConfig, respond
+from selfalign.store import MANIFEST, Store
+from selfalign.tokenization import decode_response, stop_ids
+from selfalign.vllm_engine import VLLM, lora_arguments, share_gpus
+
+FAKE = ROOT / "tests" / "fake_vllm"
+drawn, logp = itemgetter("drawn", "logp")(runpy.run_path(str(FAKE / "vllm" / "__init__.py")))
+PATIENCE_SECONDS = 60
+"""How long processes may take to end on a busy machine."""
+
+WARM = Sampling(temperature=1.0, max_new_tokens=6)
+REQUESTS = [Request(prompt=[5, 6, n], seeds=[n, n + 100]) for n in range(7)]
+
+
+@pytest.fixture(autouse=True)
+def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This interpreter has a vLLM."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(FAKE), str(ROOT)]))
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> Iterator[Path]:
+    """Where engines say what they were started with; none of their processes outlives a test that fails."""
+    path = tmp_path / "report.jsonl"
+    yield path
+    for pid in pids(path):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def engine(report: Path, **changes: Any) -> VLLM:
+    options = {"report": str(report), **changes.pop("options", {})}
+    return VLLM(dtype="float32", options=options, **changes)
+
+
+def reports(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def pids(path: Path) -> list[int]:
+    return [pid for seen in reports(path) for pid in seen["pids"]]
+
+
+def is_running(pid: int) -> bool:
+    """A process that has ended and that nobody has asked for yet does not count."""
+    with suppress(FileNotFoundError):
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    return False
+
+
+def assert_gone(report: Path, count: int) -> None:
+    """Of every engine, the process and its child."""
+    known = pids(report)
+    assert len(known) == 2 * count
+    until = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < until:
+        if not any(map(is_running, known)):
+            return
+        time.sleep(0.1)
+    pytest.fail(f"of {known} some still run")
+
+
+# --- texts -------------------------------------------------------------------------------------------------------
+
+
+def test_each_completion_is_that_of_its_prompt_and_seed(tiny_policy: PolicyFiles, report: Path) -> None:
+    with engine(report).load(tiny_policy) as generator:
+        together = generator.write(REQUESTS, WARM)
+        alone = [generator.write([request], WARM)[0] for request in reversed(REQUESTS)]
+    assert together == alone[::-1]
+    stops = stop_ids(generator.tokenizer)
+    ids = [[drawn(request.prompt, seed, 6, stops) for seed in request.seeds] for request in REQUESTS]
+    assert [[made.text for made in group] for group in together] == [
+        [decode_response(generator.tokenizer, own) for own in group] for group in ids
+    ]
+    ended = [[made.finish_reason is FinishReason.EOS for made in group] for group in together]
+    assert ended == [[own[-1] in stops for own in group] for group in ids]
+    assert {end for group in ended for end in group} == {True, False}
+    assert {made.tokens for group in together for made in group} == {6}
+
+
+def test_replicas_share_the_work_and_write_the_same(tiny_policy: PolicyFiles, report: Path) -> None:
+    with engine(report).load(tiny_policy) as generator:
+        one = generator.write(REQUESTS, WARM)
+    with engine(report, replicas=3).load(tiny_policy) as generator:
+        assert generator.write(REQUESTS, WARM) == one
+        assert generator.write(REQUESTS[:1], WARM) == one[:1]
+        assert len({seen["pids"][0] for seen in reports(report)}) == 4
+    assert_gone(report, 4)
+
+
+def test_greedy_texts_have_no_seed(tiny_policy: PolicyFiles, report: Path) -> None:
+    with engine(report).load(tiny_policy) as generator:
+        [[one, other]] = generator.write(REQUESTS[:1], Sampling(temperature=0, max_new_tokens=6))
+    assert one == other
+
+
+def test_log_probabilities_are_those_behind_each_response(tiny_policy: PolicyFiles, report: Path) -> None:
+    groups = [
+        Group(id="a", prompt=[5, 6], responses=[[], [7], [8, 9]], given=[0, 0, 0]),
+        Group(id="b", prompt=[9], responses=[[4]], given=[0]),
+    ]
+    with engine(report, replicas=2).load_reader(tiny_policy, batch_tokens=1) as reader:
+        rows = reader.choose(groups, [11, 12])
+    behind = [[[5, 6], [5, 6, 7], [5, 6, 8, 9]], [[9, 4]]]
+    assert rows == [[[logp(ids, 11), logp(ids, 12)] for ids in group] for group in behind]
+
+
+def test_plans_keep_the_order_within_the_most_texts(tiny_policy: PolicyFiles, report: Path) -> None:
+    with engine(report, batch_texts=8).load(tiny_policy) as generator:
+        assert generator.plan([9, 2, 7, 1, 3], samples=4, max_new_tokens=5) == [[0, 1], [2, 3], [4]]
+        assert generator.plan([9, 2], samples=20, max_new_tokens=5) == [[0], [1]]
+    groups = [Group(id=str(n), prompt=[5], responses=[[6]] * n, given=[0] * n) for n in (3, 5, 1, 9, 2)]
+    with engine(report, batch_texts=8).load_reader(tiny_policy, batch_tokens=1) as reader:
+        assert [[group.id for group in batch] for batch in reader.plan(groups)] == [["3", "5"], ["1"], ["9"], ["2"]]
+
+
+def test_context_is_the_models_own_or_a_shorter_one(tiny_policy: PolicyFiles, report: Path) -> None:
+    for asked, given in ((0, 2048), (512, 512), (1 << 20, 2048)):
+        with engine(report, max_model_len=asked).load(tiny_policy) as generator:
+            assert generator.context == given
+        assert reports(report)[-1]["arguments"]["max_model_len"] == given
+
+
+# --- processes ---------------------------------------------------------------------------------------------------
+
+
+def test_engine_is_gone_when_the_work_is_done_and_has_said_its_version(tiny_policy: PolicyFiles, report: Path) -> None:
+    with engine(report).load(tiny_policy) as generator:
+        generator.write(REQUESTS, WARM)
+        assert all(map(is_running, pids(report)))
+    assert_gone(report, 1)
+    assert generator.counts == {"vllm_version": "0.0.0"}
+
+
+@pytest.mark.parametrize("error", [SelfalignError, KeyboardInterrupt])
+def test_engine_is_gone_after_an_error_of_ours(
+    tiny_policy: PolicyFiles, report: Path, error: type[BaseException]
+) -> None:
+    def work() -> None:
+        with engine(report, options={"hangs_at": 1}).load(tiny_policy) as generator:
+            generator.workers[0].send({"prompts": [[5]], "seeds": [[1]], "sampling": {}})
+            raise error
+
+    with pytest.raises(error):
+        work()
+    assert_gone(report, 1)
+
+
+@pytest.mark.parametrize("hangs_at", [-1, 0, 1], ids=["idle", "starting", "writing"])
+def test_engine_is_gone_when_the_run_is_killed(report: Path, hangs_at: int) -> None:
+    settings = {"gpus": "", "adapter": "", "arguments": {"report": str(report), "hangs_at": hangs_at}}
+    question = {"prompts": [[5]], "seeds": [[1]], "sampling": {"temperature": 1.0, "max_tokens": 4}}
+    code = (
+        "import sys, time\nfrom selfalign.workers import Worker\n"
+        f"worker = Worker('engine', [sys.executable, '-P', {str(vllm_engine.WORKER)!r}])\n"
+        f"worker.send({settings})\nworker.receive()\nworker.send({question})\nworker.receive()\ntime.sleep(600)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    for _ in range(3000):
+        if reports(report):
+            break
+        time.sleep(0.02)
+    parent.kill()
+    parent.wait()
+    assert_gone(report, 1)
+
+
+def test_engine_that_cannot_start_is_told_in_one_line(tiny_policy: PolicyFiles, report: Path) -> None:
+    with pytest.raises(SelfalignError) as failed:
+        engine(report, replicas=2, options={"fails_at": 0}).load(tiny_policy)
+    assert (
+        str(failed.value)
+        == "the engine of generate=vllm ended with exit code 1: RuntimeError: no memory is left at question 0"
+    )
+    assert_gone(report, len(reports(report)))
+
+
+def test_interpreter_that_is_not_there_or_has_no_vllm_is_named(
+    tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SelfalignError, match=r"/nowhere/python cannot be run \(No such file or directory\)"):
+        VLLM(python="/nowhere/python").load(tiny_policy)
+    monkeypatch.delenv("PYTHONPATH")
+    with pytest.raises(SelfalignError, match=r"exit code 1: ModuleNotFoundError: No module named 'vllm'"):
+        VLLM().load(tiny_policy)
+
+
+def test_what_an_engine_said_before_it_failed_is_logged(
+    tiny_policy: PolicyFiles, report: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(SelfalignError):
+        engine(report, options={"fails_at": 0}).load(tiny_policy)
+    assert "does not disturb" in caplog.text
+    assert "RuntimeError: no memory is left" in caplog.text
+
+
+def test_stage_continues_behind_the_batch_at_which_an_engine_failed(
+    tiny_policy: PolicyFiles, tmp_path: Path, report: Path
+) -> None:
+    given = records_artefact(tmp_path / "given", instructions=[instruction(name) for name in ("bees", "tea", "maps")])
+    settings: dict[str, Any] = {
+        "config": RespondConfig(candidates=2, sampling=WARM),
+        "policy": policy_artefact(tiny_policy),
+        "instructions": given,
+        "seed": 1,
+    }
+    whole, killed = workspace(tmp_path / "whole"), workspace(tmp_path / "killed")
+    respond(whole, generate=engine(report, batch_texts=2), **settings)
+    with pytest.raises(SelfalignError, match=r"exit code 1: RuntimeError: no memory is left at question 2"):
+        respond(killed, generate=engine(report, batch_texts=2, options={"fails_at": 2}), **settings)
+    # Two batches are left, so it does not come to a third question.
+    counts = respond(killed, generate=engine(report, batch_texts=2, options={"fails_at": 3}), **settings)
+    assert (killed.path / "responses.jsonl").read_bytes() == (whole.path / "responses.jsonl").read_bytes()
+    assert counts["vllm_version"] == "0.0.0"
+    assert_gone(report, 3)
+
+
+# --- what an engine is started with ------------------------------------------------------------------------------
+
+
+def test_engine_gets_the_weights_and_what_was_set(tiny_policy: PolicyFiles, report: Path) -> None:
+    settings = {"tensor_parallel_size": 2, "gpu_memory_utilization": 0.5, "options": {"enforce_eager": True}}
+    with engine(report, **settings).load(tiny_policy):
+        pass
+    arguments = reports(report)[0]["arguments"]
+    expected = {
+        "model": str(tiny_policy.path / "weights"),
+        "dtype": "float32",
+        "tensor_parallel_size": 2,
+        "gpu_memory_utilization": 0.5,
+        "enable_prefix_caching": True,
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": 4096,
+        "skip_tokenizer_init": True,
+        "trust_remote_code": False,
+        "enforce_eager": True,
+    }
+    assert {name: arguments.get(name) for name in expected} == expected
+    assert "enable_lora" not in arguments
+
+
+def test_engine_is_no_process_of_the_run(
+    tiny_policy: PolicyFiles, report: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "1")
+    with engine(report).load(tiny_policy):
+        pass
+    environment = reports(report)[0]["environment"]
+    assert not [name for name in environment if "RANK" in name or "MASTER" in name or "TORCHELASTIC" in name]
+    assert environment["VLLM_NO_USAGE_STATS"] == "1"
+
+
+def test_gpus_are_shared_among_replicas_and_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert share_gpus(2, 4) == ["", ""]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert share_gpus(2, 4) == ["0,1,2,3", "4,5,6,7"]
+    assert share_gpus(3, 1) == ["0", "1", "2"]
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert share_gpus(2, 2) == ["4,5", "6,7"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b,3")
+    assert share_gpus(1, 1) == ["GPU-b"]
+    with pytest.raises(SelfalignError, match=r"generate\.replicas=2 × generate\.tensor_parallel_size=1 need 2 GPUs"):
+        share_gpus(2, 1)
+
+
+@pytest.mark.parametrize(("rank", "room"), [(1, 8), (8, 8), (9, 16), (512, 512), (513, None)])
+def test_adapter_gets_the_smallest_room_that_it_fits_into(tmp_path: Path, rank: int, room: int | None) -> None:
+    write_json(tmp_path / "adapter_config.json", {"r": rank})
+    if room is None:
+        with pytest.raises(SelfalignError, match=r"up to rank 512, but model\.lora\.rank=513"):
+            lora_arguments(tmp_path)
+    else:
+        assert lora_arguments(tmp_path) == {"enable_lora": True, "max_lora_rank": room}
+
+
+# --- a whole run -------------------------------------------------------------------------------------------------
+
+
+def test_whole_run_writes_and_judges_with_the_engine_and_says_so(tmp_path: Path, report: Path) -> None:
+    overrides = [
+        *("experiment=smoke", "name=tiny", "iterations=1", "generate=vllm", "generate.dtype=float32"),
+        *("data.instruct.count=3", "data.instruct.min_words=1", "data.instruct.prompts_per_batch=4"),
+        f"+generate.options.report={report}",
+        *write_tiny_data(tmp_path / "data"),
+    ]
+    folder = run(tmp_path / "outputs", *overrides)
+    summary = json.loads((folder / "summary.json").read_text())
+    counts = {stage["label"]: stage["counts"] for stage in summary["stages"]}
+    worked = [name for name, said in counts.items() if said.get("vllm_version") == "0.0.0"]
+    assert {"iteration_1/instructions", "iteration_1/responses", "iteration_1/judgements"} <= set(worked)
+    assert {"evaluation_M2/answers", "evaluation_M2/scores"} <= set(worked)
+    manifest = json.loads((folder / "artefacts" / "iteration_1" / "responses" / MANIFEST).read_text())
+    assert manifest["inputs"]["generate"]["class"] == "VLLM"
+    assert_gone(report, len(worked))
+
+
+def test_texts_of_two_engines_are_two_artefacts_and_of_more_gpus_the_same() -> None:
+    store = Store(Path("store"))
+    one = store.place("respond", {"generate": VLLM(dtype="float32")})
+    assert one == store.place("respond", {"generate": VLLM(dtype="float32", replicas=4, python="/other/python")})
+    assert one != store.place("respond", {"generate": vllm_engine.VLLM(dtype="bfloat16")})
+
+
+# --- broken on purpose -------------------------------------------------------------------------------------------
+
+ENGINE = [
+    (
+        "the other replica's texts",
+        "index % len(answers)",
+        "-index % len(answers)",
+        test_replicas_share_the_work_and_write_the_same,
+    ),
+    ("every text ended", "if ids and ids[-1] in stops", "if ids", test_each_completion_is_that_of_its_prompt_and_seed),
+    (
+        "read behind the prompt",
+        "prompt=[*group.prompt, *response]",
+        "prompt=group.prompt",
+        test_log_probabilities_are_those_behind_each_response,
+    ),
+    (
+        "the longer context",
+        "min(self.max_model_len",
+        "max(self.max_model_len",
+        test_context_is_the_models_own_or_a_shorter_one,
+    ),
+    (
+        "all processes on the same GPUs",
+        'int(os.environ.get("LOCAL_RANK", "0"))',
+        "0",
+        test_gpus_are_shared_among_replicas_and_processes,
+    ),
+]
+SCRIPT = [
+    (
+        "one seed for all",
+        "seed=seed, detokenize",
+        "seed=0, detokenize",
+        test_each_completion_is_that_of_its_prompt_and_seed,
+    ),
+    ("prints among the answers", "os.dup2(2, 1)", "pass", test_greedy_texts_have_no_seed),
+    (
+        "children left behind",
+        "            os.killpg(0, signal.SIGKILL)",
+        "            pass",
+        test_engine_is_gone_when_the_run_is_killed,
+    ),
+    ("the run's processes known", "if name in RUN or", "if", test_engine_is_no_process_of_the_run),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "check"), [m[1:] for m in ENGINE], ids=[m[0] for m in ENGINE])
+def test_mutant_of_the_engine_is_caught(old: str, new: str, check: Any, given: dict[str, Any], report: Path) -> None:
+    assert_caught(
+        vllm_engine, sys.modules[__name__], old, new, check, {**given, "report": report}, WORKER=vllm_engine.WORKER
+    )
+
+
+@pytest.mark.parametrize(("old", "new", "check"), [m[1:] for m in SCRIPT], ids=[m[0] for m in SCRIPT])
+def test_mutant_of_the_script_is_caught(
+    old: str,
+    new: str,
+    check: Any,
+    tmp_path: Path,
+    tiny_policy: PolicyFiles,
+    report: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = vllm_engine.WORKER.read_text(encoding="utf-8")
+    assert source.count(old) == 1
+    (tmp_path / "broken.py").write_text(source.replace(old, new), encoding="utf-8")
+    monkeypatch.setattr(vllm_engine, "WORKER", tmp_path / "broken.py")
+    monkeypatch.setattr(sys.modules[__name__], "PATIENCE_SECONDS", 3)
+    known = {"tiny_policy": tiny_policy, "report": report, "monkeypatch": monkeypatch, "hangs_at": -1}
+    with pytest.raises((AssertionError, pytest.fail.Exception, SelfalignError)):
+        check(**{name: known[name] for name in inspect.signature(check).parameters})
