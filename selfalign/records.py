@@ -5,6 +5,7 @@ policy's weights), so that a later stage can check what it is given. The fields 
 `.jsonl` files in a run folder.
 """
 
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import msgspec
+import numpy as np
 
 from selfalign.errors import SelfalignError
 from selfalign.files import read_lines, write_atomically
@@ -251,17 +253,46 @@ def write_records(path: Path, records: Iterable[HasId]) -> None:
 
 
 def read_records(path: Path, kind: type[R]) -> list[R]:
-    """Reads the records of one file.
+    """The records of one file, all at once: for files that are small by nature, such as evaluation sets.
 
     Raises:
-        SelfalignError: a line is broken or lacks a field (file and line are named), or an id occurs twice.
+        SelfalignError: as `stream_records`.
     """
-    records: dict[str, R] = {}
+    return list(stream_records(path, kind))
+
+
+def stream_records(path: Path, kind: type[R]) -> Iterator[R]:
+    """Yields the records of one file, holding one at a time.
+
+    Of those before it eight bytes each are kept, a hash of the id, to find an id that occurs twice.
+
+    Raises:
+        SelfalignError: a line is broken or lacks a field (file and line are named), or, behind the last record, an
+            id occurs twice.
+    """
+    hashes = array("q")
+    for _, record in read_typed_lines(path, kind):
+        hashes.append(hash(record.id))
+        yield record
+    ordered = np.sort(np.frombuffer(hashes, dtype=np.int64))
+    repeated = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+    if repeated:
+        _refuse_duplicates(path, kind, repeated)
+
+
+def _refuse_duplicates(path: Path, kind: type[HasId], hashes: set[int]) -> None:
+    """Reads the file again for an id that occurs twice, among those with these hashes; two ids may share one."""
+    seen: set[str] = set()
     for number, record in read_typed_lines(path, kind):
-        if record.id in records:
-            raise SelfalignError(f"{path}:{number}: the id {record.id!r} occurs twice; ids must be unique")
-        records[record.id] = record
-    return list(records.values())
+        if hash(record.id) in hashes:
+            if record.id in seen:
+                raise SelfalignError(f"{path}:{number}: the id {record.id!r} occurs twice; ids must be unique")
+            seen.add(record.id)
+
+
+def count_records(path: Path) -> int:
+    """How many records a file has."""
+    return sum(1 for _ in read_lines(path))
 
 
 def read_scores(folder: Path) -> dict[str, float]:

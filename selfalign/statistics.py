@@ -40,6 +40,24 @@ class Estimate:
         return {key: value for key, value in self.named(name).items() if math.isfinite(value)}
 
 
+@dataclass(slots=True)
+class RunningMean:
+    """The mean of values that come one by one and are not kept."""
+
+    total: float = 0.0
+    count: int = 0
+
+    def add(self, value: float) -> None:
+        """Takes another value in."""
+        self.total += value
+        self.count += 1
+
+    @property
+    def value(self) -> float | None:
+        """The mean; None without values."""
+        return self.total / self.count if self.count else None
+
+
 def wilson(successes: float, total: int, confidence: float = 0.95) -> Estimate:
     """A share with Wilson's score interval (Wilson 1927); half successes (ties) are allowed."""
     z = float(stats.norm.ppf(0.5 + confidence / 2))

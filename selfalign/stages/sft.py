@@ -1,13 +1,16 @@
 """sft: M0 + demonstrations → M1."""
 
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from selfalign.batches import share_prompt
+from selfalign.batches import Group, share_prompt
 from selfalign.errors import SelfalignError
+from selfalign.examples import store_examples
 from selfalign.models import PolicyFiles
-from selfalign.records import Demonstration, read_records
+from selfalign.records import Demonstration, stream_records
 from selfalign.store import Artefact, Counts, Workspace
 from selfalign.tokenization import encode_prompt, encode_response, end_of_turn_id
 from selfalign.training import Likelihood, Optimization, Weights, train
@@ -35,32 +38,47 @@ def sft(
         optimization: rates, sizes and lengths.
         weights: which weights are trained.
     """
-    records = read_records(demonstrations.path / "demonstrations.jsonl", Demonstration)
-    tokenizer = PolicyFiles(policy.path).load_tokenizer()
-    encoded = [encode_demonstration(tokenizer, record) for record in records]
-    kept = [example for example in encoded if len(example) <= optimization.max_length]
-    if not kept:
-        raise SelfalignError(
-            f"none of {len(records)} demonstrations fits into train.sft.max_length={optimization.max_length} tokens"
-        )
-    groups = [
-        share_prompt(family[0].record.id, [one.prompt for one in family], [one.response for one in family])
-        for family in families(kept)
-    ]
+    examples = store_examples(
+        out.scratch / "examples",
+        Group,
+        lambda tally: _encode(PolicyFiles(policy.path), demonstrations, optimization.max_length, tally),
+    )
     train(
         out,
         policy=PolicyFiles(policy.path),
         base=PolicyFiles(base.path),
-        examples=groups,
+        examples=examples,
         objective=Likelihood(optimization.average),
         optimization=optimization,
         weights=weights,
     )
     return {
-        "demonstrations": len(kept),
-        "tokens": sum(map(len, groups)),
-        "dropped": {"too_long": len(encoded) - len(kept)},
+        "demonstrations": examples.counts["demonstrations"],
+        "tokens": examples.counts["tokens"],
+        "dropped": {"too_long": examples.counts.get("too_long", 0)},
     }
+
+
+def _encode(policy: PolicyFiles, demonstrations: Artefact, limit: int, tally: Counter[str]) -> Iterator[Group]:
+    """The demonstrations as tokens, those of one question together."""
+    tokenizer = policy.load_tokenizer()
+
+    def fitting() -> Iterator[Encoded]:
+        for record in stream_records(demonstrations.path / "demonstrations.jsonl", Demonstration):
+            example = encode_demonstration(tokenizer, record)
+            fits = len(example) <= limit
+            tally["demonstrations" if fits else "too_long"] += 1
+            if fits:
+                yield example
+
+    for family in families(fitting()):
+        group = share_prompt(family[0].record.id, [one.prompt for one in family], [one.response for one in family])
+        tally["tokens"] += len(group)
+        yield group
+    if not tally["demonstrations"]:
+        raise SelfalignError(
+            f"none of {tally['too_long']} demonstrations fits into train.sft.max_length={limit} tokens"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +110,6 @@ def encode_demonstration(tokenizer: "Tokenizer", record: Demonstration) -> Encod
     return Encoded(record, prompt, [*whole[len(prompt) :], end_of_turn_id(tokenizer)])
 
 
-def families(examples: list[Encoded]) -> list[list[Encoded]]:
+def families(examples: Iterable[Encoded]) -> Iterator[list[Encoded]]:
     """Neighbours of one question together, every other demonstration alone."""
-    return [list(family) for _, family in groupby(examples, key=lambda one: one.record.question or one.record.id)]
+    return (list(family) for _, family in groupby(examples, key=lambda one: one.record.question or one.record.id))
