@@ -3,15 +3,23 @@
 Prompts are shared and packed (`selfalign.batches`), so a prompt is computed once for all that follows it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 
 from selfalign.attention import enable_packing
 from selfalign.batches import Batch, Group, make_batch, split_by_tokens
+from selfalign.journal import Journal
 from selfalign.logprobs import score_responses_only
 from selfalign.models import Policy, autocast
+
+
+def responses_in(group: Group) -> int:
+    """How many there are."""
+    return len(group.responses)
 
 
 @dataclass(slots=True)
@@ -51,6 +59,46 @@ class Scorer:
         batch.targets = torch.tensor(list(alternatives)).repeat(len(ends))
         rows = iter(self._logps(batch).view(len(ends), len(alternatives)).tolist())
         return [[next(rows) for _ in group.responses] for group in groups]
+
+    def score_all(
+        self, groups: Sequence[Group], journal: Journal, name: str, size: Callable[[Group], int] = responses_in
+    ) -> Iterator[list[float]]:
+        """What `score` says of each group, in journalled batches.
+
+        Args:
+            groups: any number of them.
+            journal: keeps finished batches.
+            name: what these begin with there.
+            size: how far a group moves the progress bar.
+        """
+        return self._all(self.score, groups, journal, name, size)
+
+    def choose_all(
+        self,
+        groups: Sequence[Group],
+        alternatives: Sequence[int],
+        journal: Journal,
+        name: str,
+        size: Callable[[Group], int] = responses_in,
+    ) -> Iterator[list[list[float]]]:
+        """What `choose` says of each group, as `score_all` does it."""
+        return self._all(partial(self.choose, alternatives=alternatives), groups, journal, name, size)
+
+    def _all(
+        self,
+        ask: Callable[[list[Group]], list[Any]],
+        groups: Sequence[Group],
+        journal: Journal,
+        name: str,
+        size: Callable[[Group], int],
+    ) -> Iterator[Any]:
+        # Named by what is in them, because `batch_tokens` may be another when a killed stage is resumed.
+        tasks = (
+            (f"{name}-{batch[0].id}-{len(batch)}", sum(map(size, batch)), partial(ask, batch))
+            for batch in self.plan(groups)
+        )
+        for rows in journal.batches(tasks):
+            yield from rows
 
     @torch.inference_mode()
     def _logps(self, batch: Batch) -> torch.Tensor:

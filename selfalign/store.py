@@ -8,7 +8,6 @@ continues from it.
 
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from selfalign.errors import SelfalignError
 from selfalign.files import digest_folder, digest_json, read_json, write_json
+from selfalign.journal import Journal
 from selfalign.progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -80,41 +80,10 @@ class Workspace:
             self._on_row(row)
 
     @contextmanager
-    def journal(self, total: int, unit: str) -> Iterator["Journal"]:
+    def journal(self, total: int, unit: str) -> Iterator[Journal]:
         """Work in numbered batches that outlives a kill; shows a progress bar with `total` units."""
         with progress_bar(self.label, total, unit) as advance:
-            yield Journal(self.scratch / "journal.jsonl", advance)
-
-
-class Journal:
-    """The results of a stage, batch by batch: what a killed run had finished is read back, not made again."""
-
-    def __init__(self, path: Path, advance: Callable[[int], None]) -> None:
-        self._path = path
-        self.advance = advance
-        self._done: dict[str, Any] = {}
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in lines if line.endswith("\n") and _parse_or_none(line) is not None]
-        if len(whole) < len(lines):
-            path.write_text("".join(whole), encoding="utf-8")
-        for line in whole:
-            entry = json.loads(line)
-            self._done[entry["batch"]] = entry["result"]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._done
-
-    def batch(self, name: str, size: int, work: Callable[[], Any]) -> Any:
-        """The JSON result of a batch: read back when it is there, else made by `work` and appended."""
-        if name not in self._done:
-            result = work()
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"batch": name, "result": result}) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            self._done[name] = json.loads(json.dumps(result))
-        self.advance(size)
-        return self._done[name]
+            yield Journal(self.scratch, advance)
 
 
 class Store:

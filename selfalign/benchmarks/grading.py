@@ -13,10 +13,11 @@ from selfalign.endpoint import Endpoint
 from selfalign.errors import SelfalignError
 from selfalign.files import digest_file, text_or_file
 from selfalign.generation import Request, Sampling, write_all
+from selfalign.journal import Journal
 from selfalign.judges.bench import check_batch_tokens, check_model, check_prompt, check_share
 from selfalign.records import Message
 from selfalign.scoring import Scorer
-from selfalign.store import Counts, Journal
+from selfalign.store import Counts
 from selfalign.tokenization import encode_prompt, fill
 
 
@@ -160,7 +161,7 @@ class Grader:
         requests = [Request(prompt=ids, seeds=[0]) for ids in fitting.values()]
         greedy = Sampling(temperature=0, max_new_tokens=self.max_new_tokens)
         written = write_all(generator, requests, greedy, journal, "grades")
-        grades = {name: parse_rating(*said) for name, said in zip(fitting, written, strict=True)}
+        grades = {n: parse_rating(made.text, made.finish_reason) for n, [made] in zip(fitting, written, strict=True)}
         return [grades.get(name, TOO_LONG) for name in prompts]
 
     def _expect(self, entrant: Entrant, prompts: dict[str, list[Message]], journal: Journal) -> list[Grade]:
@@ -174,12 +175,9 @@ class Grader:
             for name, ids in encoded.items()
             if len(ids) < longest
         ]
-        scorer, grades = Scorer(policy, self.batch_tokens), {}
-        for number, batch in enumerate(scorer.plan(groups)):
-            rows = journal.batch(
-                f"grades-{number}", len(batch), lambda batch=batch: scorer.choose(batch, ratings.alternatives)
-            )
-            grades |= {group.id: expected_rating(ratings.shares(row)) for group, row in zip(batch, rows, strict=True)}
+        scorer = Scorer(policy, self.batch_tokens)
+        read = scorer.choose_all(groups, ratings.alternatives, journal, "grades", size=lambda group: 1)
+        grades = {group.id: expected_rating(ratings.shares(rows)) for group, rows in zip(groups, read, strict=True)}
         return [grades.get(name, TOO_LONG) for name in prompts]
 
 

@@ -89,16 +89,10 @@ class ExpectedScore(Rubric):
             if fitting:
                 groups.append(share_prompt(name, fitting, [[] for _ in fitting]))
         scorer = Scorer(policy, self.batch_tokens)
-        for number, batch in enumerate(scorer.plan(groups)):
-            chosen = [subject for group in batch for subject in members[group.id]]
-            rows = bench.journal.batch(
-                str(number),
-                len(chosen),
-                lambda batch=batch: [row for g in scorer.choose(batch, digits) for row in g],
-            )
+        for group, rows in zip(groups, scorer.choose_all(groups, digits, bench.journal, "scores"), strict=True):
             judgements += [
                 expected(subject, row, self.low, rationales.get(subject.response.id, ""), policy.digest)
-                for subject, row in zip(chosen, rows, strict=True)
+                for subject, row in zip(members[group.id], rows, strict=True)
             ]
         return Judged(judgements=judgements)
 
@@ -123,7 +117,7 @@ class ExpectedScore(Rubric):
         written = write_all(generator, requests, sampling, bench.journal, "justification")
         del generator
         gc.collect()  # The weights are loaded anew for scoring, and should not lie in memory twice.
-        return {name: before_score(text) for name, (text, _) in zip(fitting, written, strict=True)}
+        return {name: before_score(made.text) for name, [made] in zip(fitting, written, strict=True)}
 
 
 def score_tokens(policy: Policy, low: int, high: int) -> list[int]:

@@ -128,14 +128,8 @@ class Referee:
         groups: list[Group] = [share_prompt(n, list(p.values()), [[] for _ in p]) for n, p in prompts.items()]
         scorer = Scorer(policy, self.batch_tokens)
         read: dict[int, list[float]] = {}
-        for number, batch in enumerate(scorer.plan(groups)):
-            chosen = [index for group in batch for index in prompts[group.id]]
-            rows = bench.journal.batch(
-                str(number),
-                len(chosen),
-                lambda batch=batch: [row for g in scorer.choose(batch, tokens) for row in g],
-            )
-            read |= dict(zip(chosen, rows, strict=True))
+        for group, rows in zip(groups, scorer.choose_all(groups, tokens, bench.journal, "verdicts"), strict=True):
+            read |= dict(zip(prompts[group.id], rows, strict=True))
         preferences = place_preferences(showings, read)
         counts["judge/place_preference"] = math.fsum(preferences) / max(1, len(preferences))
         refused = Reading(JudgementStatus.PROMPT_TOO_LONG, None, "")

@@ -42,11 +42,7 @@ def divergence(
 
         def score(who: str, artefact: Artefact) -> list[float]:
             scorer = Scorer(PolicyFiles(artefact.path).load("float32"), BATCH_TOKENS)
-            return [
-                value
-                for number, batch in enumerate(scorer.plan(groups))
-                for [value] in journal.batch(f"{who}-{number}", len(batch), lambda batch=batch: scorer.score(batch))
-            ]
+            return [value for [value] in scorer.score_all(groups, journal, who)]
 
         moved = [
             MovedAnswer(id=group.id, policy=own, origin=other, tokens=sum(group.scored()))

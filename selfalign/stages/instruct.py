@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from selfalign.errors import SelfalignError
 from selfalign.files import derive_seed, digest_text
-from selfalign.generation import Completion, Generator, Request, Sampling, Transformers
+from selfalign.generation import Completion, Generator, Request, Sampling, Transformers, write_all
 from selfalign.metrics import instruction_statistics
 from selfalign.models import BUILDERS, PolicyFiles
 from selfalign.overlap import Known
@@ -36,7 +36,8 @@ class InstructConfig:
         source: a data source to take instructions from, in its order, instead of having them written; empty for none.
         seed_demonstrations: examples in the prompt from the seeds.
         own_demonstrations: examples in the prompt that were written before; seeds take their place until there are any.
-        prompts_per_batch: how many prompts are answered side by side; within a batch none sees another's result.
+        prompts_per_batch: how many prompts are answered side by side; within a batch none sees another's result. What
+            many processes share out among them, so worth raising where there are many.
         max_rouge: an instruction whose ROUGE-L F1 to any seed, kept or held-out one reaches this is dropped.
         min_words: shorter ones are dropped.
         max_words: longer ones are dropped.
@@ -213,10 +214,10 @@ def instruct(
     with out.journal(config.count, "instructions") as journal:
         while not pool.full and batch < config.max_batches:
             shown = [_draw(pool, derive_seed(seed, batch, index)) for index in range(config.prompts_per_batch)]
-            result = journal.batch(
-                str(batch), 0, lambda shown=shown, batch=batch: _write(generator, config, shown, seed, batch)
-            )
-            for examples, (texts, cut) in zip(shown, result, strict=True):
+            requests = _requests(generator, config, shown, seed, batch)
+            made = write_all(generator, requests, config.sampling, journal, str(batch), size=0)
+            for examples, [completion] in zip(shown, made, strict=True):
+                texts, cut = split_tasks(completion)
                 journal.advance(sum(pool.offer(text, examples) for text in texts))
                 pool.dropped["truncated"] += cut
                 written += len(texts) + cut
@@ -305,10 +306,10 @@ def _draw(pool: Pool, seed: int) -> list[str]:
     return examples
 
 
-def _write(
+def _requests(
     generator: Generator, config: InstructConfig, shown: Sequence[list[str]], seed: int, batch: int
-) -> list[tuple[list[str], int]]:
-    """What the model adds to each prompt's demonstrations."""
+) -> list[Request]:
+    """Asks for one more task behind each prompt's demonstrations."""
     requests = [
         Request(
             prompt=_ask(generator, config.prompt, examples),
@@ -322,7 +323,7 @@ def _write(
             f"the few-shot prompt of {longest} tokens leaves no room for {config.sampling.max_new_tokens} more in the "
             f"context of {generator.context}; lower data.instruct.seed_demonstrations"
         )
-    return [split_tasks(completion) for (completion,) in generator.write(requests, config.sampling)]
+    return requests
 
 
 def _ask(generator: Generator, prompt: str, examples: list[str]) -> list[int]:

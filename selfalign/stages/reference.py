@@ -2,12 +2,13 @@
 
 from collections import Counter
 
-from selfalign.batches import Group, PairExample, encode_pairs
+from selfalign.batches import PairExample, encode_pairs
+from selfalign.journal import Journal
 from selfalign.models import PolicyFiles
 from selfalign.records import PairReference, PreferencePair, count_records, stream_records, write_records
 from selfalign.refinement import Refinement
 from selfalign.scoring import Scorer
-from selfalign.store import Artefact, Counts, Journal, Workspace
+from selfalign.store import Artefact, Counts, Workspace
 from selfalign.streams import chunks
 from selfalign.training import Precision, set_dropout
 
@@ -35,29 +36,19 @@ def reference(
     file, tally = pairs.path / "pairs.jsonl", Counter[str]()
     records = stream_records(file, PreferencePair)
     examples = encode_pairs(loaded.tokenizer, records, augmentation, precision.max_length, tally)
-    passes = 2 if augmentation else 1
-    with out.journal(passes * count_records(file), "pairs") as journal:
+    responses = 4 if augmentation else 2
+    with out.journal(responses * count_records(file), "responses") as journal:
         references = (made for chunk in chunks(examples) for made in _score(scorer, journal, chunk))
         write_records(out.path / "references.jsonl", references)
-        journal.advance(passes * tally["too_long"])
+        journal.advance(responses * tally["too_long"])
     return {"pairs": tally["pairs"], "prompts_cut": tally["cut"], "dropped": {"too_long": tally["too_long"]}}
 
 
 def _score(scorer: Scorer, journal: Journal, examples: list[PairExample]) -> list[PairReference]:
     """The values of some pairs, in their order."""
-
-    def score(name: str, groups: list[Group]) -> list[list[float]]:
-        return [
-            sums
-            for batch in scorer.plan(groups)
-            for sums in journal.batch(
-                f"{name}-{batch[0].id}-{len(batch)}", len(batch), lambda batch=batch: scorer.score(batch)
-            )
-        ]
-
-    sums = score("plain", [example.plain for example in examples])
     augmented = [example.augmented for example in examples if example.augmented is not None]
-    sums_p = score("augmented", augmented) or [[None, None]] * len(examples)
+    sums = list(scorer.score_all([example.plain for example in examples], journal, "plain"))
+    sums_p = list(scorer.score_all(augmented, journal, "augmented")) or [[None, None]] * len(examples)
     return [
         PairReference(
             id=example.id, chosen=chosen, rejected=rejected, augmented_chosen=chosen_p, augmented_rejected=rejected_p
