@@ -6,7 +6,8 @@ policy's weights), so that a later stage can check what it is given. The fields 
 """
 
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -16,7 +17,7 @@ import msgspec
 import numpy as np
 
 from selfalign.errors import SelfalignError
-from selfalign.files import read_lines, write_atomically
+from selfalign.files import atomic_file, read_lines
 
 Message = dict[str, str]
 """One turn of a conversation: {"role": "system" | "user" | "assistant", "content": text}."""
@@ -249,7 +250,15 @@ T = TypeVar("T")
 
 def write_records(path: Path, records: Iterable[HasId]) -> None:
     """Writes one record a line, atomically: the file is there whole or not at all."""
-    write_atomically(path, (msgspec.json.encode(record) + b"\n" for record in records))
+    with open_records(path) as write:
+        write(records)
+
+
+@contextmanager
+def open_records(path: Path) -> Iterator[Callable[[Iterable[HasId]], None]]:
+    """What writes records into a file, as they come; the file is there once all are."""
+    with atomic_file(path) as file:
+        yield lambda records: file.writelines(msgspec.json.encode(record) + b"\n" for record in records)
 
 
 def read_records(path: Path, kind: type[R]) -> list[R]:

@@ -1,6 +1,5 @@
 """The mean of the judge's score distribution, read in one forward pass."""
 
-import gc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ from selfalign.judges.bench import (
 from selfalign.judges.parsing import PREFIX, before_score
 from selfalign.models import Policy
 from selfalign.records import Judgement, JudgementStatus
-from selfalign.scoring import Scorer
 from selfalign.tokenization import encode_prompt, encode_response
 
 
@@ -74,7 +72,8 @@ class ExpectedScore(Rubric):
         The responses to one instruction share the rubric and the instruction, which are computed once for all.
         """
         rationales = self._justify(bench, subjects) if self.rationale_tokens else {}
-        policy = bench.judging_policy().load(bench.generate.dtype)
+        scorer = bench.reader(self.batch_tokens)
+        policy = scorer.policy
         digits = score_tokens(policy, self.low, self.high)
         judgements: list[Judgement] = []
         groups: list[Group] = []
@@ -88,7 +87,6 @@ class ExpectedScore(Rubric):
             fitting = [prompt for prompt, fit in zip(prompts, fits, strict=True) if fit]
             if fitting:
                 groups.append(share_prompt(name, fitting, [[] for _ in fitting]))
-        scorer = Scorer(policy, self.batch_tokens)
         for group, rows in zip(groups, scorer.choose_all(groups, digits, bench.journal, "scores"), strict=True):
             judgements += [
                 expected(subject, row, self.low, rationales.get(subject.response.id, ""), policy.digest)
@@ -106,7 +104,7 @@ class ExpectedScore(Rubric):
 
     def _justify(self, bench: Bench, subjects: Sequence[Subject]) -> dict[str, str]:
         """{response id: its greedy justification, without a score}; none where the prompt leaves no room for it."""
-        generator = bench.generate.load(bench.judging_policy())
+        generator = bench.writer()
         sampling = Sampling(temperature=0, max_new_tokens=self.rationale_tokens)
         prompts = {
             s.response.id: encode_prompt(generator.tokenizer, self.ask(s.instruction.text, s.response.text))
@@ -114,9 +112,7 @@ class ExpectedScore(Rubric):
         }
         fitting = {name: p for name, p in prompts.items() if len(p) + self.rationale_tokens <= generator.context}
         requests = [Request(prompt=prompt, seeds=[0]) for prompt in fitting.values()]
-        written = write_all(generator, requests, sampling, bench.journal, "justification")
-        del generator
-        gc.collect()  # The weights are loaded anew for scoring, and should not lie in memory twice.
+        written = write_all(generator, requests, sampling, bench.journal, f"justification-{subjects[0].response.id}")
         return {name: before_score(made.text) for name, [made] in zip(fitting, written, strict=True)}
 
 

@@ -16,12 +16,13 @@ from selfalign.judges.comparison import Duel, Reading, Showing, bias_statistics,
 from selfalign.judges.expected import distribution, tokens_behind
 from selfalign.metrics import win_statistics
 from selfalign.records import Comparison, JudgementStatus, Prompt, Response, Verdict
-from selfalign.scoring import Scorer
 from selfalign.store import Counts
 from selfalign.tokenization import encode_prompt, fill
 
 OPENING = "[["
 """What every answer begins with; the verdict is the next token."""
+
+PREFERENCE = "judge/place_preference"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -113,7 +114,8 @@ class Referee:
 
     def _read(self, bench: Bench, showings: Sequence[Showing], counts: Counts) -> list[Reading]:
         """The likeliest verdict on each showing; those of one instruction share its beginning."""
-        policy = bench.judging_policy().load(bench.generate.dtype)
+        scorer = bench.reader(self.batch_tokens)
+        policy = scorer.policy
         tokens = tokens_behind(policy, OPENING, list(Verdict))
         if tokens is None:
             raise SelfalignError(
@@ -126,12 +128,11 @@ class Referee:
             if len(ids) < policy.context:
                 prompts.setdefault(showing.duel.instruction.id, {})[index] = ids
         groups: list[Group] = [share_prompt(n, list(p.values()), [[] for _ in p]) for n, p in prompts.items()]
-        scorer = Scorer(policy, self.batch_tokens)
         read: dict[int, list[float]] = {}
         for group, rows in zip(groups, scorer.choose_all(groups, tokens, bench.journal, "verdicts"), strict=True):
             read |= dict(zip(prompts[group.id], rows, strict=True))
         preferences = place_preferences(showings, read)
-        counts["judge/place_preference"] = math.fsum(preferences) / max(1, len(preferences))
+        counts[PREFERENCE] = math.fsum(preferences) / max(1, len(preferences))
         refused = Reading(JudgementStatus.PROMPT_TOO_LONG, None, "")
         taken_off = preferences if self.place_correction else [0.0] * len(preferences)
         return [

@@ -26,7 +26,7 @@ class SampledScore(WrittenScore):
 
     def judge(self, bench: Bench, subjects: Sequence[Subject]) -> Judged:
         """Writes and reads `samples` judgements of each response."""
-        generator = bench.generate.load(bench.judging_policy())
+        generator = bench.writer()
         limit = generator.context - self.sampling.max_new_tokens
         prompts: dict[str, list[int]] = {}
         refused: list[Subject] = []
@@ -60,8 +60,8 @@ class SampledScore(WrittenScore):
             Request(prompt=prompts[response], seeds=[wish.seed for wish in mine])
             for response, mine in by_response.items()
         ]
-        attempt = wishes[0].attempt
-        written = write_all(generator, requests, self.sampling, journal, str(attempt), int(attempt == 1))
+        name, attempt = wishes[0].name, wishes[0].attempt
+        written = write_all(generator, requests, self.sampling, journal, name, int(attempt == 1))
         texts = {
             wish.name: (made.text, made.finish_reason.value)
             for mine, completions in zip(by_response.values(), written, strict=True)
