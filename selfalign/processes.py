@@ -5,11 +5,12 @@ of this: every function then answers at once, and torch is not imported.
 """
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from selfalign.errors import SelfalignError
 
@@ -33,25 +34,41 @@ _here = Place()
 class AnotherEnded(SelfalignError):
     """A process cannot go on because another one of the same run is gone."""
 
-    def __init__(self) -> None:
+    def __init__(self, sign: str = "") -> None:
         super().__init__(
-            "another process of this run has ended; see its message. What was finished is kept, the same command "
-            "continues, with as many processes as you like"
+            f"{sign}another process of this run has ended; see its message. What was finished is kept, the same "
+            "command continues, with as many processes as you like"
         )
 
 
+def are_named() -> bool:
+    """Whether the environment names several processes, as torchrun and accelerate do."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def join() -> None:
-    """Meets the other processes, where the environment names them (RANK, WORLD_SIZE, …), and takes a GPU of its own."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _here.count > 1:
+    """Meets the other processes, where the environment names them (RANK, WORLD_SIZE, …), and takes a GPU of its own.
+
+    Raises:
+        SelfalignError: there are more processes here than GPUs.
+    """
+    if "SUBMITIT_EXECUTOR" in os.environ and not are_named():
+        _take_names_from_submitit()
+    if not are_named() or _here.count > 1:
         return
     import torch
     import torch.distributed as dist
 
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        here, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if here >= gpus:
+            raise SelfalignError(f"there are more processes on this machine than its {gpus} GPUs: start {gpus} of them")
+        torch.cuda.set_device(here)
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     _here.rank, _here.count = dist.get_rank(), dist.get_world_size()
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _stop)
 
 
 def leave() -> None:
@@ -61,6 +78,28 @@ def leave() -> None:
 
         _here.rank, _here.count = 0, 1
         dist.destroy_process_group()
+        if signal.getsignal(signal.SIGTERM) is _stop:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Among the other processes, if there are any. One that fails leaves them by its end, which they notice."""
+    join()
+    yield
+    leave()
+
+
+def _take_names_from_submitit() -> None:
+    """Names the tasks of a submitit job as torchrun would."""
+    from submitit.helpers import TorchDistributedEnvironment  # pyright: ignore[reportMissingImports]
+
+    TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+
+
+def _stop(number: int, frame: Any) -> None:
+    """What torchrun tells the processes that are left when one has failed."""
+    raise AnotherEnded("told to stop (SIGTERM): ")
 
 
 @contextmanager

@@ -115,7 +115,7 @@ class Bench:
     reference: PolicyFiles | None
     generate: Transformers
     seed: int
-    _loaded: dict[str, Any] = field(default_factory=dict)
+    _loaded: dict[str, Any] = field(default_factory=dict, init=False)
 
     def writer(self) -> Generator:
         """The judging policy, writing."""

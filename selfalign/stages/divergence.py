@@ -5,12 +5,13 @@ from selfalign.data import as_prompt
 from selfalign.models import PolicyFiles
 from selfalign.records import FinishReason, Instruction, MovedAnswer, Response, read_records, write_records
 from selfalign.scoring import Scorer
-from selfalign.store import Artefact, Counts, Workspace
+from selfalign.store import Artefact, Counts, Workspace, together
 
 BATCH_TOKENS = 2048
 """The most tokens of a forward pass."""
 
 
+@together
 def divergence(
     out: Workspace,
     *,

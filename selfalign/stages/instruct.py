@@ -13,7 +13,7 @@ from selfalign.metrics import instruction_statistics
 from selfalign.models import BUILDERS, PolicyFiles
 from selfalign.overlap import Known
 from selfalign.records import Demonstration, FinishReason, Instruction, read_records, write_records
-from selfalign.store import Artefact, Counts, Workspace
+from selfalign.store import Artefact, Counts, Workspace, together
 from selfalign.tokenization import encode_prompt
 from selfalign.wording import Language, is_fragment, words_of
 
@@ -178,6 +178,7 @@ class Pool:
         return "copy_of_kept" if words in self._known else ""
 
 
+@together
 def instruct(
     out: Workspace,
     *,
@@ -227,8 +228,8 @@ def instruct(
             f"{out.label}: {len(pool.kept)} of {config.count} instructions after {batch} batches "
             f"(dropped: {dict(+pool.dropped)}); raise data.instruct.max_batches or loosen the filters"
         )
-    model = PolicyFiles(policy.path).digest
-    records = [Instruction(id=f"{digest_text(model + text)[:16]}", text=text, source="self") for text in pool.kept]
+    # By the text alone: what is drawn for a record must not depend on how the writer's weights were rounded.
+    records = [Instruction(id=digest_text(text)[:16], text=text, source="self") for text in pool.kept]
     write_records(out.path / "instructions.jsonl", records)
     return {"written": written, "batches": batch, **pool.counts()}
 

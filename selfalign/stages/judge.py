@@ -41,7 +41,7 @@ from selfalign.records import (
     stream_records,
 )
 from selfalign.statistics import RunningMean, entropy
-from selfalign.store import Artefact, Counts, Workspace
+from selfalign.store import Artefact, Counts, Workspace, together
 from selfalign.streams import chunks, follow
 
 __all__ = [
@@ -59,6 +59,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
+@together
 def judge(
     out: Workspace,
     *,

@@ -221,7 +221,7 @@ def gather_pairs(out: Workspace, *, parts: list[Artefact]) -> Counts:
 
     Args:
         out: gets pairs.jsonl, or demonstrations.jsonl for positives, whichever the parts have.
-        parts: what `pair` made in each iteration.
+        parts: what `pair` made in each iteration; M1's demonstrations may come before positives.
     """
     names = {"pairs": PreferencePair, "demonstrations": Demonstration}
     name = "pairs" if (parts[0].path / "pairs.jsonl").exists() else "demonstrations"

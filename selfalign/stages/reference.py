@@ -8,11 +8,12 @@ from selfalign.models import PolicyFiles
 from selfalign.records import PairReference, PreferencePair, count_records, stream_records, write_records
 from selfalign.refinement import Refinement
 from selfalign.scoring import Scorer
-from selfalign.store import Artefact, Counts, Workspace
+from selfalign.store import Artefact, Counts, Workspace, together
 from selfalign.streams import chunks
 from selfalign.training import Precision, set_dropout
 
 
+@together
 def reference(
     out: Workspace,
     *,

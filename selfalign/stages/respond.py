@@ -11,7 +11,7 @@ from selfalign.journal import Journal
 from selfalign.models import PolicyFiles
 from selfalign.records import FinishReason, Instruction, Response, count_records, stream_records, write_records
 from selfalign.statistics import RunningMean
-from selfalign.store import Artefact, Counts, Workspace
+from selfalign.store import Artefact, Counts, Workspace, together
 from selfalign.streams import chunks
 from selfalign.tokenization import encode_prompt
 
@@ -34,6 +34,7 @@ class RespondConfig:
             raise SelfalignError(f"data.respond.candidates must be 1 or more, got {self.candidates}")
 
 
+@together
 def respond(
     out: Workspace,
     *,

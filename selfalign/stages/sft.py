@@ -11,7 +11,7 @@ from selfalign.errors import SelfalignError
 from selfalign.examples import store_examples
 from selfalign.models import PolicyFiles
 from selfalign.records import Demonstration, stream_records
-from selfalign.store import Artefact, Counts, Workspace
+from selfalign.store import Artefact, Counts, Workspace, together
 from selfalign.tokenization import encode_prompt, encode_response, end_of_turn_id
 from selfalign.training import Likelihood, Optimization, Weights, train
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
+@together
 def sft(
     out: Workspace,
     *,
