@@ -6,8 +6,9 @@ its prompt and itself only. Architectures whose attention cannot be told so are 
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence, Sized
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -33,13 +34,16 @@ class Group:
     """Token ids of a prompt and of what follows it; `id` is the record's.
 
     The first `given[i]` tokens of response i are read but not scored: the rest of its own prompt, where several
-    prompts share only their beginning.
+    prompts share only their beginning. `reference` and `start` are the responses' summed log-probabilities (nats)
+    under the reference policy and under M_t, where these were computed before.
     """
 
     id: str
     prompt: list[int]
     responses: list[list[int]]
     given: list[int]
+    reference: list[float] = field(default_factory=list)
+    start: list[float] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.prompt) + sum(map(len, self.responses))
@@ -135,30 +139,26 @@ class PairExample:
         return max(self.plain.longest(), self.augmented.longest() if self.augmented else 0)
 
 
-@dataclass(kw_only=True, slots=True)
-class EncodedPairs:
-    """Pairs as tokens.
-
-    Attributes:
-        examples: those that fit.
-        cut: how many of them lost the beginning of their prompt.
-        too_long: how many pairs are left out because a response alone is too long.
-    """
-
-    examples: list[PairExample]
-    cut: int
-    too_long: int
-
-
 def encode_pairs(
-    tokenizer: "Tokenizer", pairs: Sequence["PreferencePair"], refinement: "Refinement | None", limit: int
-) -> EncodedPairs:
-    """Tokenises pairs, chosen response first, in at most `limit` tokens a sequence.
+    tokenizer: "Tokenizer",
+    pairs: Iterable["PreferencePair"],
+    refinement: "Refinement | None",
+    limit: int,
+    tally: Counter[str],
+) -> Iterator[PairExample]:
+    """Tokenises pairs one by one, chosen response first, in at most `limit` tokens a sequence.
 
     Where a sequence is longer, x loses its beginning, the same in both passes; responses are never cut.
 
+    Args:
+        tokenizer: the policy's.
+        pairs: in any number.
+        refinement: p, or None where there is no second pass.
+        limit: the longest prompt with response, in tokens.
+        tally: counts `pairs`, how many of them are `cut`, and how many are left out, a response alone being `too_long`.
+
     Raises:
-        SelfalignError: no pair fits.
+        SelfalignError: behind the last pair, none fitted.
     """
     p = refinement.text(tokenizer) if refinement else None
 
@@ -171,20 +171,19 @@ def encode_pairs(
             gap = pair.chosen_score - pair.rejected_score
         return PairExample(plain=plain, augmented=augmented, score_gap=gap)
 
-    encoded = EncodedPairs(examples=[], cut=0, too_long=0)
     for pair in pairs:
         example = encode(pair, pair.prompt)
         if example.longest() > limit:
             shorter = shorten_prompt(tokenizer, pair.prompt, lambda x, pair=pair: encode(pair, x).longest() <= limit)
             if shorter is None:
-                encoded.too_long += 1
+                tally["too_long"] += 1
                 continue
             example = encode(pair, shorter)
-            encoded.cut += 1
-        encoded.examples.append(example)
-    if not encoded.examples:
-        raise SelfalignError(f"none of {len(pairs)} pairs fits into train.align.max_length={limit} tokens")
-    return encoded
+            tally["cut"] += 1
+        tally["pairs"] += 1
+        yield example
+    if not tally["pairs"]:
+        raise SelfalignError(f"none of {tally['too_long']} pairs fits into train.align.max_length={limit} tokens")
 
 
 def shorten_prompt(tokenizer: "Tokenizer", prompt: "Prompt", fits: Callable[["Prompt"], bool]) -> "Prompt | None":
@@ -214,17 +213,18 @@ def shorten_prompt(tokenizer: "Tokenizer", prompt: "Prompt", fits: Callable[["Pr
     return without(counts[count]) if count < len(counts) else None
 
 
-def split_by_tokens(groups: Sequence[S], budget: int) -> list[list[S]]:
+def split_by_tokens(groups: Iterable[S], budget: int) -> Iterator[list[S]]:
     """Cuts groups, in their order, into runs of at most `budget` tokens (a longer group stands alone)."""
-    runs: list[list[S]] = []
-    room = 0
+    run: list[S] = []
+    room = budget
     for group in groups:
-        if not runs or len(group) > room:
-            runs.append([])
-            room = budget
-        runs[-1].append(group)
+        if run and len(group) > room:
+            yield run
+            run, room = [], budget
+        run.append(group)
         room -= len(group)
-    return runs
+    if run:
+        yield run
 
 
 def make_batch(model: "PreTrainedModel", groups: Sequence[Group]) -> Batch:

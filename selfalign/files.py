@@ -5,19 +5,27 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from selfalign.errors import SelfalignError
 
 
 def write_atomically(path: Path, chunks: Iterable[bytes]) -> None:
     """Writes a file beside its name and renames it there, so that no reader ever sees half of it."""
+    with atomic_file(path) as file:
+        file.writelines(chunks)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which has its name once it is left without an error."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.writelines(chunks)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -118,7 +118,7 @@ def deal(examples: Sequence[S], budget: int, rank: int, count: int) -> list[Pass
         load, process = loads[0]
         shares[process].append(example)
         heapq.heapreplace(loads, (load + len(example), process))
-    runs = [split_by_tokens(sorted(share, key=len), budget) for share in shares]
+    runs = [list(split_by_tokens(sorted(share, key=len), budget)) for share in shares]
     missing = max(map(len, runs)) - len(runs[rank])
     return [*map(Pass, runs[rank]), *[Pass([min(examples, key=len)], repeated=True)] * missing]
 

@@ -12,13 +12,12 @@ BENCHMARK stands for the name of a benchmark, such as mt_bench, whose judge coun
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-import numpy as np
 from scipy import stats
 
 from selfalign.records import Judgement
-from selfalign.statistics import distinct, length_controlled, wilson
+from selfalign.statistics import RunningMean, distinct, length_controlled, wilson
 
 METRICS = {
     "loss": "the optimised loss of the step, averaged over its pairs (or target tokens, or demonstrations)",
@@ -160,14 +159,18 @@ def instruction_statistics(texts: Sequence[Sequence[str]], highest: Sequence[flo
     }
 
 
-def judgement_statistics(judgements: Sequence[Judgement]) -> dict[str, float]:
+def judgement_statistics(judgements: Iterable[Judgement]) -> dict[str, float]:
     """Mean, spread and (where the judge has one) entropy of the scores."""
-    scores = [judgement.score for judgement in judgements if judgement.score is not None]
-    entropies = [judgement.entropy for judgement in judgements if judgement.entropy is not None]
-    if not scores:
+    scores, entropies = RunningMean(), RunningMean()
+    for judgement in judgements:
+        if judgement.score is not None:
+            scores.add(judgement.score)
+        if judgement.entropy is not None:
+            entropies.add(judgement.entropy)
+    if scores.value is None:
         return {}
-    statistics = {"judge/mean_score": float(np.mean(scores)), "judge/std_score": float(np.std(scores))}
-    return statistics | ({"judge/entropy": float(np.mean(entropies))} if entropies else {})
+    statistics = {"judge/mean_score": scores.value, "judge/std_score": scores.deviation}
+    return statistics | ({} if entropies.value is None else {"judge/entropy": entropies.value})
 
 
 def outcomes_by_score(scores: dict[str, float], others: dict[str, float]) -> dict[str, float]:

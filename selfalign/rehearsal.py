@@ -5,6 +5,7 @@ demonstrations and pairs as in the run; what the run would make is made up, as m
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -135,7 +136,7 @@ class Rehearsal:
         tokens, family, count = optimization.max_length, 1, demonstrations.counts.get(RECORDS, 0)
         if not count:
             records = read_records(demonstrations.path / "demonstrations.jsonl", Demonstration)
-            groups = group_demonstrations(longest.tokenizer, records, optimization.max_length)
+            groups = list(group_demonstrations(longest.tokenizer, records, optimization.max_length, Counter()))
             family = max(len(group.responses) for group in groups)
             tokens, count = max(tokens, *map(len, groups)), len(groups)
         size = min(optimization.batch_size, count)

@@ -42,7 +42,7 @@ class Scorer(InMemory):
 
     def plan(self, groups: Sequence[Group]) -> list[list[Group]]:
         """The groups, in their order, in batches of at most `batch_tokens`."""
-        return split_by_tokens(groups, self.batch_tokens)
+        return list(split_by_tokens(groups, self.batch_tokens))
 
     def score(self, groups: Sequence[Group]) -> list[list[float]]:
         """Summed log-probabilities (nats) of each group's responses."""

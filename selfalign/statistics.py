@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +38,34 @@ class Estimate:
     def known(self, name: str) -> dict[str, float]:
         """The same without what is no number."""
         return {key: value for key, value in self.named(name).items() if math.isfinite(value)}
+
+
+@dataclass(slots=True)
+class RunningMean:
+    """Mean and standard deviation of values that come one by one and are not kept (Welford 1962)."""
+
+    total: float = 0.0
+    count: int = 0
+    _mean: float = 0.0
+    _squares: float = 0.0
+
+    def add(self, value: float) -> None:
+        """Takes another value in."""
+        self.total += value
+        self.count += 1
+        change = value - self._mean
+        self._mean += change / self.count
+        self._squares += change * (value - self._mean)
+
+    @property
+    def value(self) -> float | None:
+        """The mean; None without values."""
+        return self.total / self.count if self.count else None
+
+    @property
+    def deviation(self) -> float:
+        """The standard deviation, with n in the denominator."""
+        return math.sqrt(self._squares / self.count)
 
 
 def wilson(successes: float, total: int, confidence: float = 0.95) -> Estimate:
@@ -183,10 +211,11 @@ def _midranks(values: Floats) -> Floats:
     return (np.searchsorted(order, values, "left") + np.searchsorted(order, values, "right") + 1) / 2
 
 
-def entropy(values: Sequence[float], digits: int = 3) -> float:
+def entropy(values: Iterable[float], digits: int = 3) -> float:
     """Entropy (nats) of how often each value occurs; values that are equal when rounded to `digits` count as one."""
-    counts = Counter(round(value, digits) for value in values).values()
-    return math.fsum(n / len(values) * math.log(len(values) / n) for n in counts)
+    counts = Counter(round(value, digits) for value in values)
+    total = counts.total()
+    return math.fsum(n / total * math.log(total / n) for n in counts.values())
 
 
 def distinct(texts: Sequence[Sequence[str]], size: int) -> float | None:

@@ -38,26 +38,28 @@ class Steps(Dataset[list[Example]]):
 
     def __init__(self, examples: Sequence[Example], batch_size: int, epochs: int, seed: int) -> None:
         self.examples = examples
-        self.steps = [
-            order[start : start + batch_size]
-            for epoch in range(epochs)
-            for order in [shuffled(len(examples), derive_seed(seed, "order", epoch))]
-            for start in range(0, len(order), batch_size)
-        ]
+        self.batch_size = batch_size
+        self.orders = [shuffled(len(examples), derive_seed(seed, "order", epoch)) for epoch in range(epochs)]
 
     def __len__(self) -> int:
-        return len(self.steps)
+        return len(self.orders) * self._per_epoch
 
     def __getitem__(self, index: int) -> list[Example]:
-        return [self.examples[i] for i in self.steps[index]]
+        epoch, step = divmod(index, self._per_epoch)
+        order = self.orders[epoch][step * self.batch_size : (step + 1) * self.batch_size]
+        return [self.examples[i] for i in order.tolist()]
+
+    @property
+    def _per_epoch(self) -> int:
+        return math.ceil(len(self.examples) / self.batch_size)
 
     def __iter__(self) -> Iterator[list[Example]]:
         return (self[index] for index in range(len(self)))
 
 
-def shuffled(count: int, seed: int) -> list[int]:
+def shuffled(count: int, seed: int) -> torch.Tensor:
     """0 … count-1 in an order drawn from the seed."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 class StepTrainer(Trainer):

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from selfalign import processes
 from selfalign import trainer as trainer_module
 from selfalign.batches import Group, PairExample, encode_group, encode_pairs
 from selfalign.errors import SelfalignError
+from selfalign.examples import with_reference
 from selfalign.layouts import Layout
 from selfalign.losses import DPO, SrDPO
 from selfalign.metrics import averages
@@ -99,15 +101,15 @@ def demonstrations(tokenizer: Any) -> list[Group]:
     ]
 
 
-def pairs(tokenizer: Any) -> tuple[list[PairExample], dict[str, PairReference]]:
+def pairs(tokenizer: Any) -> list[PairExample]:
     """Pairs with reference values that are off, each in its own way, so that every term matters."""
     records = [
         preference(f"p{i}", f"Question {i}?", answer, ANSWERS[i - 1] + " Or so.") for i, answer in enumerate(ANSWERS)
     ]
-    examples = encode_pairs(tokenizer, records, Refinement(prompt="Do well: "), 512).examples
+    examples = list(encode_pairs(tokenizer, records, Refinement(prompt="Do well: "), 512, Counter()))
     nats = {example.id: [-6.9 * tokens for tokens in example.plain.scored()] for example in examples}
-    references = {
-        name: PairReference(
+    references = [
+        PairReference(
             id=name,
             chosen=chosen + 3 * i - 4,
             rejected=rejected - i,
@@ -115,19 +117,19 @@ def pairs(tokenizer: Any) -> tuple[list[PairExample], dict[str, PairReference]]:
             augmented_rejected=rejected - 2 * i,
         )
         for i, (name, (chosen, rejected)) in enumerate(nats.items())
-    }
-    return examples, references
+    ]
+    return [with_reference(example, known, "reference") for example, known in zip(examples, references, strict=True)]
 
 
 def task(kind: str, tokenizer: Any) -> tuple[Sequence[Any], Any]:
     """What a job of a kind trains on, and its objective."""
     if kind == "sft":
         return demonstrations(tokenizer), Likelihood("tokens")
-    examples, references = pairs(tokenizer)
+    examples = pairs(tokenizer)
     if kind == "live":
         return examples, Preference(DPO(), AdapterSwitchedOff(), starts_as_reference=True, dtype="float32")
     loss = SrDPO(beta=0.2, lam=0.3, refinement=Refinement(source="shuffled", prompt="Do well: "))
-    return examples, Preference(loss, StoredReferences(references), starts_as_reference=False, dtype="float32")
+    return examples, Preference(loss, StoredReferences(), starts_as_reference=False, dtype="float32")
 
 
 class Elsewhere(Workspace):

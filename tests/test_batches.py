@@ -1,5 +1,6 @@
 """Records to tokens, and the rows of a batch worked by hand."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from selfalign.batches import (
     Group,
+    PairExample,
     encode_group,
     encode_pairs,
     pack,
@@ -89,9 +91,15 @@ def test_padded_rows_worked_by_hand() -> None:
 )
 def test_groups_are_cut_into_runs_within_the_budget(sizes: list[int], budget: int, runs: list[list[int]]) -> None:
     some = [Group(id=str(i), prompt=[1], responses=[[2] * (n - 1)], given=[0]) for i, n in enumerate(sizes)]
-    cut = split_by_tokens(some, budget)
+    cut = list(split_by_tokens(some, budget))
     assert [[len(group) for group in run] for run in cut] == runs
     assert [group for run in cut for group in run] == some
+
+
+def encoded(*given: Any) -> tuple[list[PairExample], Counter[str]]:
+    """What `encode_pairs` makes of these, and what it counts."""
+    tally: Counter[str] = Counter()
+    return list(encode_pairs(*given, tally)), tally
 
 
 def pair(name: str, chosen: str, rejected: str, **options: Any) -> PreferencePair:
@@ -105,9 +113,8 @@ def test_both_passes_score_the_same_response_tokens_behind_x_and_behind_p_with_x
         pair("b", "Blue", "Green!", rejected_finished=False),
     ]
     refinement = Refinement(prompt="Do well: ")
-    encoded = encode_pairs(tiny_tokenizer, pairs, refinement, 10_000)
-    examples = encoded.examples
-    assert (encoded.cut, encoded.too_long) == (0, 0)
+    examples, tally = encoded(tiny_tokenizer, pairs, refinement, 10_000)
+    assert tally == {"pairs": len(pairs)}
     assert [example.id for example in examples] == ["a", "b"]
     end = tiny_tokenizer.convert_tokens_to_ids("<|im_end|>")
     for example, record in zip(examples, pairs, strict=True):
@@ -125,7 +132,7 @@ def test_both_passes_score_the_same_response_tokens_behind_x_and_behind_p_with_x
 
 
 def test_pairs_without_refinement_have_one_pass(tiny_tokenizer: Any) -> None:
-    examples = encode_pairs(tiny_tokenizer, [pair("a", "Red", "Blue")], None, 10_000).examples
+    examples = encoded(tiny_tokenizer, [pair("a", "Red", "Blue")], None, 10_000)[0]
     assert examples[0].augmented is None
     assert len(examples[0]) == len(examples[0].plain)
 
@@ -134,13 +141,11 @@ def test_pairs_whose_response_is_too_long_are_dropped_and_counted_and_responses_
     tiny_tokenizer: Any,
 ) -> None:
     short, long = pair("short", "Red", "Blue"), pair("long", "Red " * 80, "Blue")
-    whole = encode_pairs(tiny_tokenizer, [short, long], None, 10_000).examples
+    whole = encoded(tiny_tokenizer, [short, long], None, 10_000)[0]
     limit = whole[0].longest()
-    encoded = encode_pairs(tiny_tokenizer, [long, short, long], None, limit)
-    assert encoded.examples == whole[:1]
-    assert (encoded.cut, encoded.too_long) == (0, 2)
+    assert encoded(tiny_tokenizer, [long, short, long], None, limit) == (whole[:1], {"pairs": 1, "too_long": 2})
     with pytest.raises(SelfalignError, match=r"none of 1 pairs fits into train\.align\.max_length=80 tokens"):
-        encode_pairs(tiny_tokenizer, [long], None, 80)
+        encoded(tiny_tokenizer, [long], None, 80)
 
 
 @pytest.mark.parametrize("refinement", [None, Refinement(prompt="Do well: ")], ids=["plain", "augmented"])
@@ -150,10 +155,9 @@ def test_long_prompt_loses_its_beginning_alike_in_both_passes(
 ) -> None:
     words = " ".join(f"word{i}" for i in range(60))
     one = pair("a", "Red", "Blue", prompt=words if plain else [{"role": "user", "content": words}])
-    whole = encode_pairs(tiny_tokenizer, [one], refinement, 10_000).examples[0]
-    encoded = encode_pairs(tiny_tokenizer, [one], refinement, 60)
-    (example,) = encoded.examples
-    assert (encoded.cut, encoded.too_long) == (1, 0)
+    whole = encoded(tiny_tokenizer, [one], refinement, 10_000)[0][0]
+    (example,), tally = encoded(tiny_tokenizer, [one], refinement, 60)
+    assert tally == {"pairs": 1, "cut": 1}
     assert example.plain.responses == whole.plain.responses
     assert 57 <= example.longest() <= 60
     kept = tiny_tokenizer.decode(example.plain.prompt)
@@ -176,29 +180,29 @@ def test_long_conversation_loses_its_oldest_turns_before_its_last_one(tiny_token
         {"role": "user", "content": "And now, which colour?"},
     ]
     one = pair("a", "Red", "Blue", prompt=turns)
-    (example,) = encode_pairs(tiny_tokenizer, [one], None, 60).examples
+    (example,) = encoded(tiny_tokenizer, [one], None, 60)[0]
     assert example.plain.prompt == encode_prompt(tiny_tokenizer, [turns[0], turns[3]])
 
 
 def test_prompt_that_fits_is_left_alone_to_the_token(tiny_tokenizer: Any) -> None:
     one = pair("a", "Red", "Blue")
-    whole = encode_pairs(tiny_tokenizer, [one], None, 10_000).examples
-    assert encode_pairs(tiny_tokenizer, [one], None, whole[0].longest()).examples == whole
-    shorter = encode_pairs(tiny_tokenizer, [one], None, whole[0].longest() - 1)
-    assert shorter.cut == 1
-    assert shorter.examples[0].longest() < whole[0].longest()
+    whole = encoded(tiny_tokenizer, [one], None, 10_000)[0]
+    assert encoded(tiny_tokenizer, [one], None, whole[0].longest())[0] == whole
+    (shorter,), tally = encoded(tiny_tokenizer, [one], None, whole[0].longest() - 1)
+    assert tally["cut"] == 1
+    assert shorter.longest() < whole[0].longest()
 
 
 def test_the_augmented_pass_counts_towards_the_limit(tiny_tokenizer: Any) -> None:
     short = pair("short", "Red", "Blue")
-    limit = encode_pairs(tiny_tokenizer, [short], None, 10_000).examples[0].longest()
+    limit = encoded(tiny_tokenizer, [short], None, 10_000)[0][0].longest()
     with pytest.raises(SelfalignError, match="none of 1 pairs fits"):
-        encode_pairs(tiny_tokenizer, [short], Refinement(), limit)
+        encoded(tiny_tokenizer, [short], Refinement(), limit)
 
 
 def test_score_gap_is_the_judges_difference_where_there_is_one(tiny_tokenizer: Any) -> None:
     scored, plain = pair("a", "Red", "Blue", chosen_score=4.5, rejected_score=1.0), pair("b", "Red", "Blue")
-    examples = encode_pairs(tiny_tokenizer, [scored, plain], None, 10_000).examples
+    examples = encoded(tiny_tokenizer, [scored, plain], None, 10_000)[0]
     assert [example.score_gap for example in examples] == [3.5, None]
 
 

@@ -186,7 +186,7 @@ def test_pairs_fill_the_longest_sequence_and_none_is_cut_or_dropped(longest: Lon
 @pytest.mark.parametrize(("tokens", "family"), [(400, 1), (400, 4), (1200, 4)])
 def test_demonstrations_fill_the_longest_group(longest: Longest, tokens: int, family: int) -> None:
     records = longest.demonstrations(3, tokens, family)
-    groups = group_demonstrations(longest.tokenizer, records, longest.max_length)
+    groups = list(group_demonstrations(longest.tokenizer, records, longest.max_length, Counter()))
     assert [len(group.responses) for group in groups] == [family] * 3
     assert all(0.9 * tokens <= len(group) <= tokens for group in groups)
 

@@ -521,8 +521,8 @@ def test_paragraph_says_who_judged_and_how(tmp_path: Path, judge: dict[str, Any]
 
 
 def test_samples_keep_instructions_and_roles_together(tmp_path: Path) -> None:
-    samples = read_samples(whole(tmp_path / "run"), 2)
-    assert [sample.instruction for sample in samples] == [f"Do i2{letter}" for letter in "abcdef"]
+    samples = read_samples(whole(tmp_path / "run"), 2, 4)
+    assert [sample.instruction for sample in samples] == [f"Do i2{letter}" for letter in "abcd"]
     assert [(c.score, c.role) for c in samples[0].candidates] == [
         (5.0, "chosen"),
         (2.0, ""),

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaC
 from selfalign import trainer as trainer_module
 from selfalign.batches import Group, PairExample, encode_group, encode_pairs
 from selfalign.errors import SelfalignError
+from selfalign.examples import with_reference
 from selfalign.losses import DPO, IPO, SrDPO
 from selfalign.models import LoRA, Policy, PolicyFiles
 from selfalign.records import PairReference, PreferencePair, read_records, write_records
@@ -60,8 +62,17 @@ def demonstrations(tiny_tokenizer: Any) -> list[Group]:
 class Pairs:
     """Tokenised pairs and the tiny policy's own log-probabilities of them."""
 
-    examples: list[PairExample]
+    bare: list[PairExample]
     references: dict[str, PairReference]
+
+    @property
+    def examples(self) -> list[PairExample]:
+        """The pairs with their reference values."""
+        return self.against(self.references)
+
+    def against(self, references: dict[str, PairReference]) -> list[PairExample]:
+        """The pairs with other reference values."""
+        return [with_reference(example, references[example.id], "reference") for example in self.bare]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +86,7 @@ def pairs(tiny_policy: PolicyFiles, tiny_tokenizer: Any) -> Pairs:
         )
         for i, (chosen, rejected) in enumerate(pairwise(ANSWERS))
     ]
-    examples = encode_pairs(tiny_tokenizer, records, Refinement(prompt="Do well: "), 512).examples
+    examples = list(encode_pairs(tiny_tokenizer, records, Refinement(prompt="Do well: "), 512, Counter()))
     scorer = Scorer(tiny_policy.load("float32"), 4096)
     plain = scorer.score([example.plain for example in examples])
     augmented = scorer.score([example.augmented for example in examples if example.augmented])
@@ -223,11 +234,11 @@ def test_preference_step_is_that_of_the_mean_over_pairs_however_it_is_cut(
         for i, (name, r) in enumerate(pairs.references.items())
     }
     loss = SrDPO(beta=0.2, lam=0.3, refinement=Refinement(prompt="Do well: "))
-    objective = Preference(loss, StoredReferences(references), starts_as_reference=False, dtype="float32")
+    objective = Preference(loss, StoredReferences(), starts_as_reference=False, dtype="float32")
     trained = run(
         tmp_path / "M2",
         tiny_policy,
-        pairs.examples,
+        pairs.against(references),
         objective=objective,
         optimization=settings(batch_tokens=batch_tokens, **ONE_STEP),
     )
@@ -335,7 +346,7 @@ def test_resumed_training_equals_uninterrupted_training_bit_for_bit(
     examples, objective = demonstrations, Likelihood("tokens")
     if kind == "sr_dpo":
         loss = SrDPO(refinement=Refinement(prompt="Do well: "))
-        examples, objective = pairs.examples, Preference(loss, StoredReferences(pairs.references), True, "float32")
+        examples, objective = pairs.examples, Preference(loss, StoredReferences(), True, "float32")
     again, checkpoints = interrupted(tmp_path / "killed", tiny_policy, examples, objective, weights)
     assert checkpoints == ["checkpoint-2"]
     whole = run(
@@ -495,7 +506,7 @@ def test_first_two_steps_of_a_policy_with_dropout_in_its_config_start_as_the_ref
     (folder / "weights" / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
     (folder / "tokenizer").symlink_to(tiny_policy.path / "tokenizer")
     (folder / "weights.json").write_text("{}")
-    objective = Preference(DPO(), StoredReferences(pairs.references), True, "float32")
+    objective = Preference(DPO(), StoredReferences(), True, "float32")
     trained = run(
         tmp_path / "M1",
         PolicyFiles(folder),
@@ -527,7 +538,7 @@ def test_first_step_of_a_policy_that_is_its_reference_has_the_known_loss(
     tiny_policy: PolicyFiles, pairs: Pairs, tmp_path: Path, loss: Any, batch_tokens: int
 ) -> None:
     optimization = settings(batch_size=8, batch_tokens=batch_tokens)
-    objective = Preference(loss, StoredReferences(pairs.references), True, "float32")
+    objective = Preference(loss, StoredReferences(), True, "float32")
     row = run(tmp_path, tiny_policy, pairs.examples, objective=objective, optimization=optimization).rows[0]
     assert row["loss"] == pytest.approx(25 if isinstance(loss, IPO) else math.log(2), abs=1e-3)
     for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
@@ -551,23 +562,23 @@ def test_first_step_against_a_wrong_reference_stops_with_the_likely_causes(
     wrong = {key: WRONG[name](i, r) for i, (key, r) in enumerate(pairs.references.items())}
     loss = SrDPO(refinement=Refinement(prompt="Do well: "))
     optimization = settings(batch_size=8)
-    checked = Preference(loss, StoredReferences(wrong), True, "float32")
+    checked = Preference(loss, StoredReferences(), True, "float32")
     with pytest.raises(SelfalignError, match=r"does not start as its reference: at the first step .* Likely causes:"):
-        run(tmp_path / "checked", tiny_policy, pairs.examples, objective=checked, optimization=optimization)
+        run(tmp_path / "checked", tiny_policy, pairs.against(wrong), objective=checked, optimization=optimization)
 
 
 def test_first_step_against_another_reference_that_is_meant_is_not_stopped(
     tiny_policy: PolicyFiles, pairs: Pairs, tmp_path: Path
 ) -> None:
     other = {name: replace(r, chosen=r.chosen - 5) for name, r in pairs.references.items()}
-    objective = Preference(DPO(), StoredReferences(other), starts_as_reference=False, dtype="float32")
-    row = run(tmp_path, tiny_policy, pairs.examples, objective=objective).rows[0]
+    objective = Preference(DPO(), StoredReferences(), starts_as_reference=False, dtype="float32")
+    row = run(tmp_path, tiny_policy, pairs.against(other), objective=objective).rows[0]
     assert row["rewards/chosen"] == pytest.approx(0.5, abs=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_first_step_check_allows_rounding_of_the_dtype_and_no_more(dtype: str) -> None:
-    objective = Preference(DPO(beta=0.1), StoredReferences({}), True, dtype)
+    objective = Preference(DPO(beta=0.1), StoredReferences(), True, dtype)
     nats = {"float32": 1e-2, "bfloat16": 1.0}[dtype]
     share = {"float32": 0.05, "bfloat16": 0.5}[dtype]
     objective.check_first_step(0.1 * nats * 0.9, share * 0.9)
@@ -578,9 +589,9 @@ def test_first_step_check_allows_rounding_of_the_dtype_and_no_more(dtype: str) -
 
 def test_a_reference_value_that_is_missing_is_an_error(tiny_policy: PolicyFiles, pairs: Pairs, tmp_path: Path) -> None:
     missing = {name: replace(r, augmented_chosen=None) for name, r in pairs.references.items()}
-    objective = Preference(SrDPO(refinement=Refinement(prompt="Do well: ")), StoredReferences(missing), True, "float32")
+    objective = Preference(SrDPO(refinement=Refinement(prompt="Do well: ")), StoredReferences(), True, "float32")
     with pytest.raises(ValueError, match="a stored reference log-probability is missing"):
-        run(tmp_path, tiny_policy, pairs.examples, objective=objective)
+        run(tmp_path, tiny_policy, pairs.against(missing), objective=objective)
 
 
 def artefact_of(folder: Path) -> Artefact:

@@ -106,7 +106,6 @@ def ours(job: argparse.Namespace, *, refined: bool, lora: bool) -> list[float]:
     from selfalign.batches import Group, PairExample
     from selfalign.losses import DPO, SrDPO
     from selfalign.models import LoRA, Policy, PolicyFiles
-    from selfalign.records import PairReference
     from selfalign.stages.align import Preference, StoredReferences
     from selfalign.store import Workspace
     from selfalign.trainer import StepTrainer
@@ -118,8 +117,13 @@ def ours(job: argparse.Namespace, *, refined: bool, lora: bool) -> list[float]:
     weights = Weights(dtype="float32", lora=LoRA(rank=16 if lora else 0), seed=0)
     prepare(policy, PolicyFiles(Path(job.model)), weights, 0.0)
 
+    # About what the untrained policy gives, so that gradients are of usual size: vanishing ones are slow on a CPU.
+    nats = math.log(model.config.vocab_size)
+
     def group(name: str, prompt: list[int], row: dict[str, list[int]]) -> Group:
-        return Group(id=name, prompt=prompt, responses=[row["chosen_ids"], row["rejected_ids"]], given=[0, 0])
+        responses = [row["chosen_ids"], row["rejected_ids"]]
+        reference = [-nats * len(response) for response in responses]
+        return Group(id=name, prompt=prompt, responses=responses, given=[0, 0], reference=reference)
 
     rows = draw_pairs(job.data, model.config.vocab_size, 0)
     examples = [
@@ -129,15 +133,6 @@ def ours(job: argparse.Namespace, *, refined: bool, lora: bool) -> list[float]:
         )
         for n, row in enumerate(rows)
     ]
-    # About what the untrained policy gives, so that gradients are of usual size: vanishing ones are slow on a CPU.
-    nats = math.log(model.config.vocab_size)
-    stored = {
-        str(n): PairReference(
-            id=str(n), chosen=chosen, rejected=rejected, augmented_chosen=chosen, augmented_rejected=rejected
-        )
-        for n, row in enumerate(rows)
-        for chosen, rejected in [(-nats * len(row["chosen_ids"]), -nats * len(row["rejected_ids"]))]
-    }
     loss = SrDPO(beta=BETA, lam=LAM) if refined else DPO(beta=BETA)
     optimization = Optimization(
         learning_rate=1e-6,
@@ -150,7 +145,7 @@ def ours(job: argparse.Namespace, *, refined: bool, lora: bool) -> list[float]:
     )
     with tempfile.TemporaryDirectory() as folder:
         out = Workspace(Path(folder), "step", lambda row: None)
-        objective = Preference(loss, StoredReferences(stored), starts_as_reference=False, dtype=job.dtype)
+        objective = Preference(loss, StoredReferences(), starts_as_reference=False, dtype=job.dtype)
         trainer = StepTrainer(policy, examples, objective, optimization, out, weights)
         timer = StepTimer()
         trainer.add_callback(timer)

@@ -2,17 +2,18 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, Self, TypeVar, cast
 
 from selfalign.data import as_prompt
 from selfalign.endpoint import Endpoint
 from selfalign.errors import SelfalignError
 from selfalign.files import text_or_file
-from selfalign.generation import Backend
+from selfalign.generation import Backend, Generator, Loaded, Reader
 from selfalign.journal import Journal
+from selfalign.metrics import Sums
 from selfalign.models import PolicyFiles
 from selfalign.records import (
     Comparison,
@@ -24,10 +25,17 @@ from selfalign.records import (
     ResponseScore,
 )
 from selfalign.store import Counts
+from selfalign.streams import CHUNK
 from selfalign.tokenization import fill
 
 OWN_MODELS = ("self", "sft", "base")
 """Names of the run's own models, for those who judge: M_t, M1 and M0."""
+
+
+TOGETHER = CHUNK // 4
+"""Instructions that are judged at a time; with four candidates each, as many responses as a stage holds of anything."""
+
+L = TypeVar("L", bound=Loaded)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -67,6 +75,7 @@ class Rubric:
     high: int = 5
     max_failed_share: float = 0.5
     alarm: Alarm = field(default_factory=Alarm)
+    together: ClassVar[int] = TOGETHER
 
     def __post_init__(self) -> None:
         self.prompt = text_or_file(self.prompt, "judge.prompt")
@@ -87,9 +96,9 @@ class Subject:
     response: Response
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class Bench:
-    """What a judge works with.
+    """What a judge works with; a policy loaded for one call is there for the next, until the `with` block ends.
 
     Attributes:
         journal: keeps finished batches through a kill.
@@ -97,6 +106,7 @@ class Bench:
         reference: what the judging policy was trained from, for judges that compare the two.
         generate: the backend that writes.
         seed: draws whatever is drawn.
+        counts: what the engine says of itself.
     """
 
     journal: Journal
@@ -104,6 +114,36 @@ class Bench:
     reference: PolicyFiles | None
     generate: Backend
     seed: int
+    counts: Counts = field(default_factory=dict, init=False)
+    _role: str = field(default="", init=False)
+    _loaded: Loaded | None = field(default=None, init=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._release()
+
+    def writer(self) -> Generator:
+        """The judging policy, writing."""
+        return self._only("writer", lambda: self.generate.load(self.judging_policy()))
+
+    def reader(self, batch_tokens: int) -> Reader:
+        """The judging policy, asked for probabilities in batches of so many tokens."""
+        return self._only("reader", lambda: self.generate.load_reader(self.judging_policy(), batch_tokens))
+
+    def _only(self, role: str, load: Callable[[], L]) -> L:
+        """What is loaded; it goes before another is, for the weights should not lie in memory twice."""
+        if self._role != role:
+            self._release()
+            self._loaded, self._role = load().__enter__(), role
+            self.counts |= self._loaded.counts
+        return cast(L, self._loaded)
+
+    def _release(self) -> None:
+        loaded, self._loaded, self._role = self._loaded, None, ""
+        if loaded is not None:
+            loaded.__exit__(None, None, None)
 
     def judging_policy(self) -> PolicyFiles:
         """Who judges.
@@ -118,22 +158,30 @@ class Bench:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Judged:
-    """What a judge found: its judgements, the comparisons they come from where there are any, and its own counts."""
+    """What a judge found: its judgements, and the comparisons they come from where there are any.
+
+    Of what it counts by itself, `counts` are added up over all it was given one after the other, `means` are averaged.
+    """
 
     judgements: list[Judgement]
     comparisons: list[Comparison] = field(default_factory=list)
     counts: Counts = field(default_factory=dict)
+    means: Sums = field(default_factory=dict)
 
 
 class Judge(Protocol):
     """A way to score responses.
 
     A judgement that was wanted and failed, all its attempts included, counts once against `max_failed_share`; a
-    response with fewer than `minimum_valid` valid judgements is unjudged.
+    response with fewer than `minimum_valid` valid judgements is unjudged. Of a million instructions `together` are
+    judged at a time, each with all its responses.
     """
 
     max_failed_share: float
     alarm: Alarm
+
+    @property
+    def together(self) -> int: ...
 
     @property
     def model(self) -> str: ...
@@ -205,14 +253,13 @@ def too_long(subject: Subject, model: str) -> Judgement:
     )
 
 
-def tied_share(subjects: Sequence[Subject], scores: dict[str, float]) -> float | None:
-    """Share of the instructions with two judged responses or more whose scores are all equal; None without any."""
+def ties(subjects: Sequence[Subject], scores: Mapping[str, float]) -> list[bool]:
+    """Of each instruction with two judged responses or more, whether their scores are all equal."""
     families = [
         [scores[s.response.id] for s in family if s.response.id in scores]
         for family in by_instruction(subjects).values()
     ]
-    several = [family for family in families if len(family) > 1]
-    return sum(len(set(family)) == 1 for family in several) / len(several) if several else None
+    return [len(set(family)) == 1 for family in families if len(family) > 1]
 
 
 def check_prompt(prompt: str, names: Sequence[str], key: str = "judge") -> None:

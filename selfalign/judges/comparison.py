@@ -2,11 +2,12 @@
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from selfalign.judges.parsing import of_silence
 from selfalign.records import Comparison, Instruction, JudgementStatus, Response, Verdict
+from selfalign.statistics import RunningMean
 
 VERDICT = re.compile(r"\[\[([ABC])\]\]")
 
@@ -81,16 +82,16 @@ def parse_verdict(text: str, finish: str = "stop") -> Reading:
     return Reading(JudgementStatus.OK, Verdict(said.pop()), text)
 
 
-def bias_statistics(comparisons: Sequence[Comparison]) -> dict[str, float]:
+def bias_statistics(comparisons: Iterable[Comparison]) -> dict[str, float]:
     """Shares of the valid comparisons in which the same place won in both orders, and which are ties."""
-    valid = [(c.forward, c.backward, c.outcome) for c in comparisons if c.outcome is not None]
-    if not valid:
+    biased, tied = RunningMean(), RunningMean()
+    for comparison in comparisons:
+        if comparison.outcome is not None:
+            biased.add(comparison.forward is comparison.backward and comparison.forward is not Verdict.TIE)
+            tied.add(comparison.outcome == 0.5)
+    if biased.value is None or tied.value is None:
         return {}
-    biased = [forward is backward and forward is not Verdict.TIE for forward, backward, _ in valid]
-    return {
-        "judge/position_bias": sum(biased) / len(valid),
-        "judge/tied_comparisons": sum(outcome == 0.5 for *_, outcome in valid) / len(valid),
-    }
+    return {"judge/position_bias": biased.value, "judge/tied_comparisons": tied.value}
 
 
 def win_shares(outcomes: Sequence[tuple[str, str, float]]) -> dict[str, float]:

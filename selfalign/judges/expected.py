@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from selfalign.batches import Group, share_prompt
 from selfalign.data import as_prompt
 from selfalign.errors import SelfalignError
-from selfalign.generation import Reader, Request, Sampling, read_all, write_all
+from selfalign.generation import Request, Sampling, read_all, write_all
 from selfalign.judges.bench import (
     Bench,
     Judged,
@@ -21,7 +21,6 @@ from selfalign.judges.bench import (
 )
 from selfalign.judges.parsing import PREFIX, before_score
 from selfalign.records import Judgement, JudgementStatus
-from selfalign.store import Journal
 from selfalign.tokenization import encode_prompt, encode_response
 
 if TYPE_CHECKING:
@@ -70,16 +69,12 @@ class ExpectedScore(Rubric):
         return len(subjects) * (2 if self.rationale_tokens else 1)
 
     def judge(self, bench: Bench, subjects: Sequence[Subject]) -> Judged:
-        """One judgement a response: the mean of the judge's score distribution."""
-        rationales = self._justify(bench, subjects) if self.rationale_tokens else {}
-        with bench.generate.load_reader(bench.judging_policy(), self.batch_tokens) as reader:
-            judgements = self._expect(bench.journal, reader, subjects, rationales)
-        return Judged(judgements=judgements, counts=reader.counts)
+        """One judgement a response: the mean of the judge's score distribution.
 
-    def _expect(
-        self, journal: Journal, reader: Reader, subjects: Sequence[Subject], rationales: dict[str, str]
-    ) -> list[Judgement]:
-        """The responses to one instruction share the rubric and the instruction, which are computed once for all."""
+        The responses to one instruction share the rubric and the instruction, which are computed once for all.
+        """
+        rationales = self._justify(bench, subjects) if self.rationale_tokens else {}
+        reader = bench.reader(self.batch_tokens)
         digits = score_tokens(reader.tokenizer, self.low, self.high)
         judgements: list[Judgement] = []
         groups: list[Group] = []
@@ -93,12 +88,12 @@ class ExpectedScore(Rubric):
             fitting = [prompt for prompt, fit in zip(prompts, fits, strict=True) if fit]
             if fitting:
                 groups.append(share_prompt(name, fitting, [[] for _ in fitting]))
-        for group, rows in zip(groups, read_all(reader, groups, digits, journal, "scores"), strict=True):
+        for group, rows in zip(groups, read_all(reader, groups, digits, bench.journal, "scores"), strict=True):
             judgements += [
                 expected(subject, row, self.low, rationales.get(subject.response.id, ""), reader.digest)
                 for subject, row in zip(members[group.id], rows, strict=True)
             ]
-        return judgements
+        return Judged(judgements=judgements)
 
     def _prompt(self, tokenizer: "Tokenizer", subject: Subject, rationale: str) -> list[int]:
         """The ids up to where the score stands; a justification is text, whatever control tokens it spells."""
@@ -110,15 +105,15 @@ class ExpectedScore(Rubric):
 
     def _justify(self, bench: Bench, subjects: Sequence[Subject]) -> dict[str, str]:
         """{response id: its greedy justification, without a score}; none where the prompt leaves no room for it."""
+        generator = bench.writer()
         sampling = Sampling(temperature=0, max_new_tokens=self.rationale_tokens)
-        with bench.generate.load(bench.judging_policy()) as generator:
-            prompts = {
-                s.response.id: encode_prompt(generator.tokenizer, self.ask(s.instruction.text, s.response.text))
-                for s in subjects
-            }
-            fitting = {name: p for name, p in prompts.items() if len(p) + self.rationale_tokens <= generator.context}
-            requests = [Request(prompt=prompt, seeds=[0]) for prompt in fitting.values()]
-            written = write_all(generator, requests, sampling, bench.journal, "justification")
+        prompts = {
+            s.response.id: encode_prompt(generator.tokenizer, self.ask(s.instruction.text, s.response.text))
+            for s in subjects
+        }
+        fitting = {name: p for name, p in prompts.items() if len(p) + self.rationale_tokens <= generator.context}
+        requests = [Request(prompt=prompt, seeds=[0]) for prompt in fitting.values()]
+        written = write_all(generator, requests, sampling, bench.journal, f"justification-{subjects[0].response.id}")
         return {name: before_score(made.text) for name, [made] in zip(fitting, written, strict=True)}
 
 

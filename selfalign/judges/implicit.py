@@ -1,6 +1,7 @@
 """The reward that a policy's training implies: how much likelier it finds a response than its reference does."""
 
 import gc
+import sys
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,8 @@ class ImplicitReward:
 
     arXiv 2406.09760 (DICE). π is the judging policy, π_ref the reference it was trained against: M0 for
     M1, and for M_t what `train.reference` names, by default M_{t-1}. |y| counts tokens, the end of turn included.
-    Weights are float32, because the reward is a small difference of large sums.
+    Weights are float32, because the reward is a small difference of large sums. α is chosen over all responses, so
+    they are judged together and lie in memory all at once.
 
     Attributes:
         model: who judges: "self" (M_t) or "sft" (M1); M0 has no reference, and neither has a model from elsewhere.
@@ -52,6 +54,7 @@ class ImplicitReward:
     max_failed_share: float = 0.5
     alarm: Alarm = field(default_factory=Alarm)
     minimum_valid: ClassVar[int] = 1
+    together: ClassVar[int] = sys.maxsize
 
     def __post_init__(self) -> None:
         check_model(self.model)
@@ -98,7 +101,7 @@ class ImplicitReward:
             else too_long(subject, policy.digest)
             for subject in subjects
         ]
-        return Judged(judgements=judgements, counts={"judge/alpha": alpha})
+        return Judged(judgements=judgements, means={"judge/alpha": (alpha, 1.0)})
 
     def _score(
         self, journal: Journal, who: str, files: PolicyFiles, families: dict[str, list[Subject]]

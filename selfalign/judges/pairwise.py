@@ -9,9 +9,9 @@ from typing import ClassVar
 
 from selfalign.errors import SelfalignError
 from selfalign.files import derive_seed
-from selfalign.judges.bench import Alarm, Bench, Judged, Subject, by_instruction, check_scale
-from selfalign.judges.comparison import Duel, bias_statistics, expected_win_rates, win_shares
-from selfalign.judges.referee import OPENING, Referee
+from selfalign.judges.bench import TOGETHER, Alarm, Bench, Judged, Subject, by_instruction, check_scale
+from selfalign.judges.comparison import Duel, expected_win_rates, win_shares
+from selfalign.judges.referee import OPENING, PREFERENCE, Referee
 from selfalign.records import Comparison, Demonstration, Judgement, JudgementStatus, RankedAnswers, Verdict
 
 
@@ -34,6 +34,7 @@ class Pairwise(Referee):
     high: int = 5
     alarm: Alarm = field(default_factory=Alarm)
     minimum_valid: ClassVar[int] = 1
+    together: ClassVar[int] = TOGETHER
 
     def __post_init__(self) -> None:
         Referee.__post_init__(self)
@@ -72,8 +73,10 @@ class Pairwise(Referee):
         judgements: list[Judgement] = []
         for name, family in families.items():
             judgements += self._judgements(family, by_family[name], self.name(bench))
-        counts |= {"comparisons": len(comparisons), **bias_statistics(comparisons)}
-        return Judged(judgements=judgements, comparisons=comparisons, counts=counts)
+        counts["comparisons"] = len(comparisons)
+        preference = counts.pop(PREFERENCE, None)
+        means = {} if preference is None else {PREFERENCE: (preference * len(duels), float(len(duels)))}
+        return Judged(judgements=judgements, comparisons=comparisons, counts=counts, means=means)
 
     def pairs_of(self, responses: int) -> int:
         """How many comparisons an instruction with so many responses has."""

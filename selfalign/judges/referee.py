@@ -11,17 +11,19 @@ from selfalign.data import as_prompt
 from selfalign.endpoint import Endpoint
 from selfalign.errors import SelfalignError
 from selfalign.files import text_or_file
-from selfalign.generation import Reader, read_all
+from selfalign.generation import read_all
 from selfalign.judges.bench import Bench, check_batch_tokens, check_model, check_prompt, check_share
 from selfalign.judges.comparison import Duel, Reading, Showing, bias_statistics, compare, parse_verdict
 from selfalign.judges.expected import distribution, tokens_behind
 from selfalign.metrics import win_statistics
 from selfalign.records import Comparison, JudgementStatus, Prompt, Response, Verdict
-from selfalign.store import Counts, Journal
+from selfalign.store import Counts
 from selfalign.tokenization import encode_prompt, fill
 
 OPENING = "[["
 """What every answer begins with; the verdict is the next token."""
+
+PREFERENCE = "judge/place_preference"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -113,19 +115,7 @@ class Referee:
 
     def _read(self, bench: Bench, showings: Sequence[Showing], counts: Counts) -> list[Reading]:
         """The likeliest verdict on each showing; those of one instruction share its beginning."""
-        with bench.generate.load_reader(bench.judging_policy(), self.batch_tokens) as reader:
-            read = self._choose(bench.journal, reader, showings)
-        preferences = place_preferences(showings, read)
-        counts |= {"judge/place_preference": math.fsum(preferences) / max(1, len(preferences)), **reader.counts}
-        refused = Reading(JudgementStatus.PROMPT_TOO_LONG, None, "")
-        taken_off = preferences if self.place_correction else [0.0] * len(preferences)
-        return [
-            likeliest(read[index], taken_off[index // 2]) if index in read else refused
-            for index in range(len(showings))
-        ]
-
-    def _choose(self, journal: Journal, reader: Reader, showings: Sequence[Showing]) -> dict[int, list[float]]:
-        """log p of A, B and a tie, by the index of the showing; of none that does not fit into the judge's context."""
+        reader = bench.reader(self.batch_tokens)
         tokens = tokens_behind(reader.tokenizer, OPENING, list(Verdict))
         if tokens is None:
             raise SelfalignError(
@@ -139,9 +129,16 @@ class Referee:
                 prompts.setdefault(showing.duel.instruction.id, {})[index] = ids
         groups: list[Group] = [share_prompt(n, list(p.values()), [[] for _ in p]) for n, p in prompts.items()]
         read: dict[int, list[float]] = {}
-        for group, rows in zip(groups, read_all(reader, groups, tokens, journal, "verdicts"), strict=True):
+        for group, rows in zip(groups, read_all(reader, groups, tokens, bench.journal, "verdicts"), strict=True):
             read |= dict(zip(prompts[group.id], rows, strict=True))
-        return read
+        preferences = place_preferences(showings, read)
+        counts[PREFERENCE] = math.fsum(preferences) / max(1, len(preferences))
+        refused = Reading(JudgementStatus.PROMPT_TOO_LONG, None, "")
+        taken_off = preferences if self.place_correction else [0.0] * len(preferences)
+        return [
+            likeliest(read[index], taken_off[index // 2]) if index in read else refused
+            for index in range(len(showings))
+        ]
 
     def _ask(self, bench: Bench, showings: Sequence[Showing], counts: Counts) -> list[Reading]:
         """The verdicts a server writes."""

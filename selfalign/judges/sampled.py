@@ -26,29 +26,28 @@ class SampledScore(WrittenScore):
 
     def judge(self, bench: Bench, subjects: Sequence[Subject]) -> Judged:
         """Writes and reads `samples` judgements of each response."""
-        with bench.generate.load(bench.judging_policy()) as generator:
-            limit = generator.context - self.sampling.max_new_tokens
-            prompts: dict[str, list[int]] = {}
-            refused: list[Subject] = []
-            for subject in subjects:
-                asked = self.ask(subject.instruction.text, subject.response.text)
-                prompt = encode_prompt(generator.tokenizer, asked)
-                if len(prompt) > limit:
-                    refused.append(subject)
-                else:
-                    prompts[subject.response.id] = prompt
-            fitting = [subject for subject in subjects if subject.response.id in prompts]
-            written = write_judgements(
-                first_wishes(fitting, self.samples, bench.seed),
-                lambda wishes: self._write(generator, bench.journal, prompts, wishes),
-                low=self.low,
-                high=self.high,
-                retries=self.retries if self.sampling.temperature else 0,
-                seed=bench.seed,
-                model=generator.digest,
-            )
-            judgements = [*(too_long(subject, generator.digest) for subject in refused), *written]
-        return Judged(judgements=judgements, counts=generator.counts)
+        generator = bench.writer()
+        limit = generator.context - self.sampling.max_new_tokens
+        prompts: dict[str, list[int]] = {}
+        refused: list[Subject] = []
+        for subject in subjects:
+            asked = self.ask(subject.instruction.text, subject.response.text)
+            prompt = encode_prompt(generator.tokenizer, asked)
+            if len(prompt) > limit:
+                refused.append(subject)
+            else:
+                prompts[subject.response.id] = prompt
+        fitting = [subject for subject in subjects if subject.response.id in prompts]
+        written = write_judgements(
+            first_wishes(fitting, self.samples, bench.seed),
+            lambda wishes: self._write(generator, bench.journal, prompts, wishes),
+            low=self.low,
+            high=self.high,
+            retries=self.retries if self.sampling.temperature else 0,
+            seed=bench.seed,
+            model=generator.digest,
+        )
+        return Judged(judgements=[*(too_long(subject, generator.digest) for subject in refused), *written])
 
     def _write(
         self, generator: Generator, journal: Journal, prompts: dict[str, list[int]], wishes: Sequence[Wish]
@@ -61,8 +60,8 @@ class SampledScore(WrittenScore):
             Request(prompt=prompts[response], seeds=[wish.seed for wish in mine])
             for response, mine in by_response.items()
         ]
-        attempt = wishes[0].attempt
-        written = write_all(generator, requests, self.sampling, journal, str(attempt), int(attempt == 1))
+        name, attempt = wishes[0].name, wishes[0].attempt
+        written = write_all(generator, requests, self.sampling, journal, name, int(attempt == 1))
         texts = {
             wish.name: (made.text, made.finish_reason.value)
             for mine, completions in zip(by_response.values(), written, strict=True)

@@ -14,7 +14,7 @@ from selfalign.plain import duration, plural
 from selfalign.records import Instruction
 from selfalign.report.across import curves, over_iterations, over_settings, which
 from selfalign.report.findings import caveats, named, opponents, verdict, what_differs
-from selfalign.report.finished import Candidate, Sample, read_candidates, read_there
+from selfalign.report.finished import Candidate, Sample, read_answers, stream_there
 from selfalign.report.jobs import (
     FEW,
     Comparison,
@@ -195,9 +195,9 @@ def answers_of(job: Job, model: str) -> dict[str, Candidate]:
     """{evaluation instruction: a model's answer}."""
     assert job.run is not None
     place, folder = f"evaluation_{model}", job.run.folder
-    found = read_candidates(folder, f"{place}/answers", f"{place}/scores", {})
-    asked = read_there(folder, "questions", Instruction)
-    return {instruction.text: found[instruction.id][0] for instruction in asked if instruction.id in found}
+    found = read_answers(folder, place)
+    asked = stream_there(folder, "questions", Instruction)
+    return {instruction.text: found[instruction.id] for instruction in asked if instruction.id in found}
 
 
 def times(comparison: Comparison) -> str:

@@ -3,8 +3,9 @@
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,12 +20,16 @@ from selfalign.records import (
     PreferencePair,
     RankedAnswers,
     Response,
-    read_records,
-    read_scores,
+    ResponseScore,
+    stream_records,
 )
 from selfalign.statistics import bootstrap_mean, wilson
+from selfalign.streams import follow
 
-R = TypeVar("R", Comparison, Demonstration, Instruction, Judgement, PreferencePair, RankedAnswers, Response)
+R = TypeVar(
+    "R", Comparison, Demonstration, Instruction, Judgement, PreferencePair, RankedAnswers, Response, ResponseScore
+)
+S = TypeVar("S", Judgement, ResponseScore)
 Row = dict[str, Any]
 
 FILES = {
@@ -35,6 +40,7 @@ FILES = {
     PreferencePair: "pairs.jsonl",
     RankedAnswers: "ranked.jsonl",
     Response: "responses.jsonl",
+    ResponseScore: "scores.jsonl",
 }
 
 
@@ -108,9 +114,9 @@ class Finished:
         """Iterations that made data to train on."""
         return iterations_of(self.counts)
 
-    def records(self, label: str, kind: type[R]) -> list[R]:
-        """The records of one artefact; none where there is no such file."""
-        return read_there(self.folder, label, kind)
+    def records(self, label: str, kind: type[R]) -> Iterator[R]:
+        """The records of one artefact, one at a time; none where there is no such file."""
+        return stream_there(self.folder, label, kind)
 
     def setting(self, label: str, name: str) -> str:
         """The class of one of a stage's settings, such as its loss, which the configuration does not name."""
@@ -148,67 +154,89 @@ def iterations_of(labels: Iterable[str]) -> list[int]:
     return sorted(int(found[1]) for label in labels if (found := re.fullmatch(r"iteration_(\d+)/pairs", label)))
 
 
-def read_there(folder: Path, label: str, kind: type[R]) -> list[R]:
-    """The records of one kind in an artefact of a run; none where there is no such file or it is empty."""
+def stream_there(folder: Path, label: str, kind: type[R]) -> Iterator[R]:
+    """The records of one kind in an artefact of a run, one at a time; none where there is no such file or it is empty.
+
+    Whoever needs only the first ones reads no further.
+    """
     path = folder / "artefacts" / label / FILES[kind]
-    return read_records(path, kind) if path.is_file() and path.stat().st_size else []
+    return stream_records(path, kind) if path.is_file() and path.stat().st_size else iter(())
 
 
-def scores_there(folder: Path, label: str) -> dict[str, float]:
-    """{response id: score} of a judged artefact of a run; none where there is no such file."""
-    place = folder / "artefacts" / label
-    return read_scores(place) if (place / "scores.jsonl").is_file() else {}
+def read_samples(folder: Path, iteration: int, count: int) -> list[Sample]:
+    """The first instructions of an iteration with their candidates, the best first; or the first given pairs.
 
-
-def read_samples(folder: Path, iteration: int) -> list[Sample]:
-    """An iteration's instructions with their candidates, the best first; or the given pairs, as such."""
+    What belongs to the first instructions stands at the beginning of every file, which is not read to its end.
+    """
     place = f"iteration_{iteration}"
-    pairs = read_there(folder, f"{place}/pairs", PreferencePair)
-    candidates = read_candidates(folder, f"{place}/responses", f"{place}/judgements", roles(folder, place, pairs))
-    if not candidates:
-        return [Sample(as_text(pair.prompt), given_candidates(pair)) for pair in pairs]
-    instructions = read_there(folder, f"{place}/instructions", Instruction)
-    return [Sample(asked.text, best_first(candidates.get(asked.id, []))) for asked in instructions]
+    pairs = stream_there(folder, f"{place}/pairs", PreferencePair)
+    asked = list(islice(stream_there(folder, f"{place}/instructions", Instruction), count))
+    if not asked:
+        return [Sample(as_text(pair.prompt), given_candidates(pair)) for pair in islice(pairs, count)]
+    ids = {one.id for one in asked}
+    judged = list(takewhile(lambda one: one.response.instruction_id in ids, stream_judged(folder, place)))
+    role = roles(folder, place, takewhile(lambda pair: pair.instruction_id in ids, pairs), judged)
+    candidates: dict[str, list[Candidate]] = {one.id: [] for one in asked}
+    for one in judged:
+        candidates[one.response.instruction_id].append(one.candidate(role.get(one.response.id, "")))
+    return [Sample(one.text, best_first(candidates[one.id])) for one in asked]
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A response with its mean score, where it has one, and its judgements."""
+
+    response: Response
+    score: float | None
+    judgements: list[Judgement]
+
+    def candidate(self, role: str = "") -> Candidate:
+        """As it is shown."""
+        finished = self.response.finish_reason is FinishReason.EOS
+        return Candidate(self.response.text, self.score, role, finished, self.judgements)
+
+
+def stream_judged(
+    folder: Path, place: str, responses: str = "responses", judgements: str = "judgements"
+) -> Iterator[Judged]:
+    """The responses below a place such as "iteration_1", one at a time, with what a judge said of them."""
+    answers, said = f"{place}/{responses}", f"{place}/{judgements}"
+
+    def joined(kind: type[S], owner: Callable[[S], str]) -> Iterator[tuple[Response, list[S]]]:
+        file = folder / "artefacts" / said / FILES[kind]
+        return follow(stream_there(folder, answers, Response), stream_there(folder, said, kind), owner, file)
+
+    every = zip(joined(Judgement, lambda one: one.response_id), joined(ResponseScore, lambda one: one.id), strict=True)
+    return (
+        Judged(response, scores[0].score if scores else None, judgements)
+        for (response, judgements), (_, scores) in every
+    )
 
 
 def read_head_to_head(folder: Path, first: str, last: str) -> list[Sample]:
     """Evaluation instructions with the answers of two models, in that order, and which won."""
-    answers = [
-        read_candidates(folder, f"evaluation_{name}/answers", f"evaluation_{name}/scores", {}) for name in (first, last)
-    ]
-    compared = read_there(folder, f"evaluation_{last}/against_{first}", Comparison)
-    outcomes = {one.instruction_id: one.outcome for one in compared} if compared else None
+    answers = [read_answers(folder, f"evaluation_{name}") for name in (first, last)]
+    compared = stream_there(folder, f"evaluation_{last}/against_{first}", Comparison)
+    outcomes = {one.instruction_id: one.outcome for one in compared} or None
     return [
-        Sample(asked.text, with_winner([of_model[asked.id][0] for of_model in answers], asked.id, outcomes))
-        for asked in read_there(folder, "questions", Instruction)
+        Sample(asked.text, with_winner([of_model[asked.id] for of_model in answers], asked.id, outcomes))
+        for asked in stream_there(folder, "questions", Instruction)
         if all(asked.id in of_model for of_model in answers)
     ]
 
 
-def read_candidates(folder: Path, responses: str, judgements: str, role: dict[str, str]) -> dict[str, list[Candidate]]:
-    """{instruction id: its judged responses}."""
-    judged: dict[str, list[Judgement]] = {}
-    for judgement in read_there(folder, judgements, Judgement):
-        judged.setdefault(judgement.response_id, []).append(judgement)
-    scores = scores_there(folder, judgements)
-    candidates: dict[str, list[Candidate]] = {}
-    for response in read_there(folder, responses, Response):
-        found = judged.get(response.id, [])
-        candidate = Candidate(
-            text=response.text,
-            score=scores.get(response.id),
-            role=role.get(response.id, ""),
-            finished=response.finish_reason is FinishReason.EOS,
-            judgements=found,
-        )
-        candidates.setdefault(response.instruction_id, []).append(candidate)
-    return candidates
+def read_answers(folder: Path, place: str) -> dict[str, Candidate]:
+    """{instruction id: a model's first answer} of an evaluation."""
+    judged = list(stream_judged(folder, place, "answers", "scores"))
+    return {one.response.instruction_id: one.candidate() for one in reversed(judged)}
 
 
-def roles(folder: Path, place: str, pairs: Sequence[PreferencePair]) -> dict[str, str]:
-    """{response id: what became of it}."""
-    kept = {positive.id: "positive" for positive in read_there(folder, f"{place}/pairs", Demonstration)}
-    return kept | {p.chosen_id: "chosen" for p in pairs} | {p.rejected_id: "rejected" for p in pairs}
+def roles(folder: Path, place: str, pairs: Iterable[PreferencePair], judged: Sequence[Judged]) -> dict[str, str]:
+    """{response id: what became of it}, of the first responses of an iteration."""
+    ids = {one.response.id for one in judged}
+    positives = takewhile(lambda one: one.id in ids, stream_there(folder, f"{place}/pairs", Demonstration))
+    kept = {positive.id: "positive" for positive in positives}
+    return kept | {name: role for p in pairs for name, role in ((p.chosen_id, "chosen"), (p.rejected_id, "rejected"))}
 
 
 def given_candidates(pair: PreferencePair) -> list[Candidate]:
@@ -242,7 +270,7 @@ def with_winner(
 
 def intervals(folder: Path, model: str) -> dict[str, float]:
     """95 % intervals of how long a model's answers are and how many end by themselves."""
-    answers = read_there(folder, f"evaluation_{model}/answers", Response)
+    answers = list(stream_there(folder, f"evaluation_{model}/answers", Response))
     if not answers:
         return {}
     finished = wilson(sum(answer.finish_reason is FinishReason.EOS for answer in answers), len(answers))

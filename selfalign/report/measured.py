@@ -1,6 +1,7 @@
 """What was measured of each model: its answers, its rewards, and how it judges."""
 
 import re
+from array import array
 from html import escape
 
 from selfalign.metrics import METRICS, meaning_in_benchmark, score_histogram
@@ -218,7 +219,7 @@ def _histograms(run: Finished, labels: dict[str, str], what: str) -> str:
     if "low" not in scale:
         return ""
     judged = {title: run.records(label, Judgement) for title, label in labels.items()}
-    scores = {title: [j.score for j in found if j.score is not None] for title, found in judged.items()}
+    scores = {title: array("d", (j.score for j in found if j.score is not None)) for title, found in judged.items()}
     whole = all(score == int(score) for given in scores.values() for score in given)
     parts, how = (1, "") if whole else (4, ", to quarters of a point")
     counts = {title: score_histogram(s, scale["low"], scale["high"], parts) for title, s in scores.items() if s}

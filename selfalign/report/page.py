@@ -307,7 +307,7 @@ def data_table(run: Finished) -> str:
 
 def samples(run: Finished) -> str:
     """The first instructions of each iteration with all their candidates."""
-    shown = {iteration: read_samples(run.folder, iteration)[:SHOWN] for iteration in run.iterations}
+    shown = {iteration: read_samples(run.folder, iteration, SHOWN) for iteration in run.iterations}
     blocks = [f"<h3>Iteration {n}</h3>\n{''.join(map(card, found))}" for n, found in shown.items() if found]
     said = note(f"The first {SHOWN} instructions of each iteration, not selected.")
     return said + "".join(blocks) if blocks else ""

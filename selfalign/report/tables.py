@@ -3,12 +3,14 @@
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from selfalign.records import Demonstration, Instruction, PreferencePair, Response
-from selfalign.report.finished import as_text, read_candidates, read_head_to_head, read_there
+from selfalign.report.finished import as_text, read_head_to_head, stream_judged, stream_there
 from selfalign.run import Run
+from selfalign.streams import follow
 
+T = TypeVar("T")
 Rows = Iterator[tuple[Any, ...]]
 
 
@@ -30,33 +32,33 @@ def log_tables(run: Run, label: str) -> None:
 
 def instructions(folder: Path, place: str) -> Rows:
     """New instructions."""
-    for asked in read_there(folder, f"{place}/instructions", Instruction):
+    for asked in stream_there(folder, f"{place}/instructions", Instruction):
         yield asked.text, asked.source, asked.category
 
 
 def candidates(folder: Path, place: str) -> Rows:
     """Responses to them."""
-    texts = texts_of(folder, place)
-    for response in read_there(folder, f"{place}/responses", Response):
-        yield texts[response.instruction_id], response.text, response.tokens, response.finish_reason.value
+    written = stream_there(folder, f"{place}/responses", Response)
+    for asked, family in families(folder, place, written, lambda response: response.instruction_id):
+        for response in family:
+            yield asked.text, response.text, response.tokens, response.finish_reason.value
 
 
 def scores(folder: Path, place: str) -> Rows:
     """What the judge said of the responses, with the first judgement's words."""
-    texts = texts_of(folder, place)
-    for asked, judged in read_candidates(folder, f"{place}/responses", f"{place}/judgements", {}).items():
-        for candidate in judged:
-            valid = [judgement for judgement in candidate.judgements if judgement.score is not None]
-            said = candidate.judgements[0].text if candidate.judgements else ""
-            yield texts[asked], candidate.text, candidate.score, len(valid), said
+    judged = stream_judged(folder, place)
+    for asked, family in families(folder, place, judged, lambda one: one.response.instruction_id):
+        for one in family:
+            valid = [judgement for judgement in one.judgements if judgement.score is not None]
+            said = one.judgements[0].text if one.judgements else ""
+            yield asked.text, one.response.text, one.score, len(valid), said
 
 
 def pairs(folder: Path, place: str) -> Rows:
     """Preference pairs; positives, where there are those instead, have no rejected response."""
-    made = read_there(folder, f"{place}/pairs", PreferencePair)
-    for pair in made:
+    for pair in stream_there(folder, f"{place}/pairs", PreferencePair):
         yield as_text(pair.prompt), pair.chosen, pair.rejected, pair.chosen_score, pair.rejected_score
-    for positive in [] if made else read_there(folder, f"{place}/pairs", Demonstration):
+    for positive in stream_there(folder, f"{place}/pairs", Demonstration):
         yield as_text(positive.prompt), positive.response, None, None, None
 
 
@@ -69,9 +71,12 @@ def head_to_head(folder: Path, place: str) -> Rows:
         yield model, sample.instruction, first.text, answer.text, first.score, answer.score, winner
 
 
-def texts_of(folder: Path, place: str) -> dict[str, str]:
-    """{id: text} of an iteration's instructions."""
-    return {asked.id: asked.text for asked in read_there(folder, f"{place}/instructions", Instruction)}
+def families(
+    folder: Path, place: str, responses: Iterator[T], owner: Callable[[T], str]
+) -> Iterator[tuple[Instruction, list[T]]]:
+    """An iteration's instructions, one at a time, with their responses."""
+    asked = stream_there(folder, f"{place}/instructions", Instruction)
+    return follow(asked, responses, owner, folder / "artefacts" / place / "responses")
 
 
 TABLES = {

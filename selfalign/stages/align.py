@@ -2,9 +2,11 @@
 
 import math
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from heapq import nsmallest
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -12,6 +14,7 @@ import torch
 from selfalign import processes
 from selfalign.batches import Group, PairExample, encode_pairs
 from selfalign.errors import SelfalignError
+from selfalign.examples import StoredExamples, follow_references, store_examples
 from selfalign.files import derive_seed, digest_text
 from selfalign.layouts import my_passes, out_of_wrapper
 from selfalign.losses import ODPO, PairLogps, PreferenceLoss, SrDPO, SrIPO, rewards
@@ -25,9 +28,10 @@ from selfalign.metrics import (
     reward_metrics,
 )
 from selfalign.models import Policy, PolicyFiles, autocast
-from selfalign.records import PairReference, PreferencePair, read_records
+from selfalign.records import PreferencePair, stream_records
 from selfalign.refinement import Refinement, refinement
 from selfalign.store import Artefact, Counts, Workspace, together
+from selfalign.streams import chunks
 from selfalign.training import Contest, Optimization, Outcome, Weights, forward, make_scoring, train
 
 if TYPE_CHECKING:
@@ -66,18 +70,19 @@ def align(
         optimization: rates, sizes and lengths.
         weights: which weights are trained.
     """
-    records = read_records(pairs.path / "pairs.jsonl", PreferencePair)
-    tokenizer = PolicyFiles(policy.path).load_tokenizer()
-    encoded = encode_pairs(tokenizer, records, augmentation_of(loss), optimization.max_length)
-    check_score_gaps(loss, encoded.examples)
-    training, held = split_pairs(encoded.examples, held_out)
-    references = open_references(reference, base, weights, encoded.examples)
+    references = open_references(reference, base, weights)
+    examples = store_examples(
+        out.scratch / "examples",
+        PairExample,
+        lambda tally: _encode(PolicyFiles(policy.path), pairs, reference, start, loss, optimization.max_length, tally),
+    )
+    training, held = split_pairs(examples, held_out)
     objective = Preference(
         loss,
         references,
         starts_as_reference=start is None and not optimization.dropout,
         dtype=optimization.dtype,
-        start=open_references(start, base, weights, encoded.examples) if start else None,
+        start=StoredReferences("start") if start else None,
     )
     checkpoints = contest.open(out, PolicyFiles(base.path)) if contest else None
     trained = train(
@@ -92,8 +97,8 @@ def align(
     )
     counts: Counts = {
         "pairs": len(training),
-        "prompts_cut": encoded.cut,
-        "dropped": {"too_long": encoded.too_long},
+        "prompts_cut": examples.counts.get("cut", 0),
+        "dropped": {"too_long": examples.counts.get("too_long", 0)},
         **averages(objective.measure(trained, training, optimization)),
     }
     if checkpoints is not None:
@@ -106,6 +111,24 @@ def align(
     return counts
 
 
+def _encode(
+    policy: PolicyFiles,
+    pairs: Artefact,
+    reference: Artefact,
+    start: Artefact | None,
+    loss: PreferenceLoss,
+    limit: int,
+    tally: Counter[str],
+) -> Iterator[PairExample]:
+    """The pairs as tokens, with the values that are stored of them."""
+    records = stream_records(pairs.path / "pairs.jsonl", PreferencePair)
+    examples = encode_pairs(policy.load_tokenizer(), records, augmentation_of(loss), limit, tally)
+    for role, artefact in (("reference", reference), ("start", start)):
+        if artefact is not None and (file := artefact.path / "references.jsonl").exists():
+            examples = follow_references(examples, file, role)
+    return check_score_gaps(loss, examples)
+
+
 class References(Protocol):
     """The reference policy's log-probabilities of pairs, given x or (`augmented`) p⊕x, without gradient."""
 
@@ -114,19 +137,22 @@ class References(Protocol):
 
 @dataclass(slots=True)
 class StoredReferences:
-    """Computed before training, by pair id."""
+    """Computed before training; they stand with the pairs.
 
-    records: dict[str, PairReference]
+    Attributes:
+        role: whose they are, "reference" or "start".
+    """
+
+    role: str = "reference"
 
     def __call__(self, model: "PreTrainedModel", groups: Sequence[Group], *, augmented: bool = False) -> PairLogps:
-        """Looks them up.
+        """Reads them off.
 
         Raises:
             ValueError: a value is missing or not a number.
         """
-        records = [self.records[group.id] for group in groups]
-        values = [(r.augmented_chosen, r.augmented_rejected) if augmented else (r.chosen, r.rejected) for r in records]
-        table = torch.tensor([[math.nan if v is None else v for v in row] for row in values], device=model.device)
+        values = [getattr(group, self.role) or [math.nan] * 2 for group in groups]
+        table = torch.tensor(values, device=model.device)
         if not bool(torch.isfinite(table).all()):
             raise ValueError("a stored reference log-probability is missing or not finite")
         tokens = torch.tensor([group.scored() for group in groups], device=model.device).float()
@@ -156,21 +182,10 @@ class AdapterSwitchedOff:
             return frozen_logps(model, groups)
 
 
-def open_references(
-    reference: Artefact, base: Artefact, weights: Weights, examples: Sequence[PairExample]
-) -> References:
-    """The reference values an artefact holds, or its policy ready to be asked for them.
-
-    Raises:
-        SelfalignError: a pair has no stored value.
-    """
-    path = reference.path / "references.jsonl"
-    if path.exists():
-        records = {record.id: record for record in read_records(path, PairReference)}
-        missing = [example.id for example in examples if example.id not in records]
-        if missing:
-            raise SelfalignError(f"{reference.path}: no reference for pair {missing[0]} ({len(missing)} in all)")
-        return StoredReferences(records)
+def open_references(reference: Artefact, base: Artefact, weights: Weights) -> References:
+    """The reference values an artefact holds, or its policy ready to be asked for them."""
+    if (reference.path / "references.jsonl").exists():
+        return StoredReferences()
     if weights.lora.rank and reference.digest == base.digest:
         return AdapterSwitchedOff()
     loaded = PolicyFiles(reference.path).load(weights.dtype)
@@ -282,7 +297,7 @@ class Preference:
         """
         sums: Sums = {}
         policy.model.eval()
-        for part in my_passes(examples, optimization.batch_tokens):
+        for part in (part for chunk in chunks(examples) for part in my_passes(chunk, optimization.batch_tokens)):
             with autocast(policy.model, optimization.dtype):
                 groups = [example.plain for example in part.examples]
                 logps, reference = pair_logps(policy.model, groups), self.references(policy.model, groups)
@@ -339,7 +354,9 @@ def frozen_logps(model: "PreTrainedModel", groups: Sequence[Group]) -> PairLogps
         model.train(training)
 
 
-def split_pairs(examples: list[PairExample], held_out: int) -> tuple[list[PairExample], list[PairExample]]:
+def split_pairs(
+    examples: StoredExamples[PairExample], held_out: int
+) -> tuple[StoredExamples[PairExample], StoredExamples[PairExample]]:
     """(pairs to train on, pairs set aside), the latter chosen by their ids alone.
 
     Raises:
@@ -347,8 +364,7 @@ def split_pairs(examples: list[PairExample], held_out: int) -> tuple[list[PairEx
     """
     if held_out >= len(examples):
         raise SelfalignError(f"train.held_out_pairs={held_out} of {len(examples)} pairs leaves none to train on")
-    aside = {example.id for example in sorted(examples, key=lambda example: digest_text(example.id))[:held_out]}
-    return [e for e in examples if e.id not in aside], [e for e in examples if e.id in aside]
+    return examples.split(set(nsmallest(held_out, examples.ids(), key=digest_text)).__contains__)
 
 
 def refinement_of(loss: PreferenceLoss) -> Refinement | None:
@@ -362,13 +378,17 @@ def augmentation_of(loss: PreferenceLoss) -> Refinement | None:
     return source.augmentation() if source else None
 
 
-def check_score_gaps(loss: PreferenceLoss, examples: Sequence[PairExample]) -> None:
-    """ODPO takes the logarithm of the scores' difference.
+def check_score_gaps(loss: PreferenceLoss, examples: Iterable[PairExample]) -> Iterator[PairExample]:
+    """The same pairs; ODPO takes the logarithm of their scores' difference.
 
     Raises:
-        SelfalignError: a pair has no scores, or its chosen response's is not the higher one.
+        SelfalignError: behind the last pair, one has no scores, or its chosen response's is not the higher one.
     """
-    wrong = [e.id for e in examples if e.score_gap is None or not e.score_gap > 0] if isinstance(loss, ODPO) else []
+    wrong: list[str] = []
+    for example in examples:
+        if isinstance(loss, ODPO) and not (example.score_gap or 0) > 0:
+            wrong.append(example.id)
+        yield example
     if wrong:
         raise SelfalignError(
             f"loss=odpo needs chosen_score above rejected_score in every pair; {len(wrong)} have not, like {wrong[0]}"

@@ -61,9 +61,10 @@ def compare(
             generate=generate,
             seed=seed,
         )
-        comparisons, counts = judge.decide(bench, duels, out.label)
+        with bench:
+            comparisons, counts = judge.decide(bench, duels, out.label)
     write_records(out.path / "comparisons.jsonl", comparisons)
-    return counts | {"dropped": {"unanswered": len(asked) - len(duels), **counts["dropped"]}}
+    return counts | bench.counts | {"dropped": {"unanswered": len(asked) - len(duels), **counts["dropped"]}}
 
 
 def answers_of(answers: Artefact) -> list[Response]:

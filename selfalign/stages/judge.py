@@ -5,39 +5,44 @@ a budget, and what they say is brought into one form. `parse_score` is how writt
 """
 
 import logging
-import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 
 from selfalign.errors import SelfalignError
 from selfalign.generation import Backend
 from selfalign.judges.bench import (
     Bench,
     Judge,
+    Judged,
     Subject,
     average,
     last_attempts,
-    tied_share,
+    ties,
 )
+from selfalign.judges.comparison import bias_statistics
 from selfalign.judges.expected import ExpectedScore
 from selfalign.judges.external import ExternalScore
 from selfalign.judges.implicit import ImplicitReward
 from selfalign.judges.pairwise import Pairwise
 from selfalign.judges.parsing import Parsed, parse_score
 from selfalign.judges.sampled import SampledScore
-from selfalign.metrics import judgement_statistics
+from selfalign.metrics import Sums, add_sums, averages, judgement_statistics
 from selfalign.models import PolicyFiles
 from selfalign.records import (
+    Comparison,
     Instruction,
     Judgement,
     JudgementStatus,
     Response,
     ResponseScore,
-    read_records,
-    write_records,
+    open_records,
+    stream_records,
 )
-from selfalign.statistics import entropy
+from selfalign.statistics import RunningMean, entropy
 from selfalign.store import Artefact, Counts, Workspace, together
+from selfalign.streams import chunks, follow
 
 __all__ = [
     "ExpectedScore",
@@ -82,10 +87,18 @@ def judge(
     Raises:
         SelfalignError: too many judgements carry no score; what came back is shown, and kept for the next try.
     """
-    asked = {record.id: record for record in read_records(instructions.path / "instructions.jsonl", Instruction)}
-    answers = read_records(responses.path / "responses.jsonl", Response)
-    subjects = [Subject(asked[answer.instruction_id], answer) for answer in answers]
-    with out.journal(judge.wanted(subjects), "judgements") as journal:
+
+    def batches() -> Iterator[list[Subject]]:
+        asked = stream_records(instructions.path / "instructions.jsonl", Instruction)
+        file = responses.path / "responses.jsonl"
+        families = follow(asked, stream_records(file, Response), lambda response: response.instruction_id, file)
+        for chunk in chunks(families, judge.together):
+            yield [Subject(instruction, response) for instruction, family in chunk for response in family]
+
+    tally = Tally()
+    names = ["judgements", "scores", *(["comparisons"] if isinstance(judge, Pairwise) else [])]
+    with out.journal(sum(map(judge.wanted, batches())), "judgements") as journal, ExitStack() as opened:
+        write = {name: opened.enter_context(open_records(out.path / f"{name}.jsonl")) for name in names}
         bench = Bench(
             journal=journal,
             policy=PolicyFiles(policy.path) if policy else None,
@@ -93,39 +106,92 @@ def judge(
             generate=generate,
             seed=seed,
         )
-        judged = judge.judge(bench, subjects)
-    judgements = judged.judgements
-    counted = last_attempts(judgements)
-    failed = [judgement for judgement in counted if judgement.status is not JudgementStatus.OK]
-    if len(failed) > judge.max_failed_share * len(counted) or len(failed) == len(counted):
-        raise SelfalignError(_failure(out.label, counted, failed))
-    order = {subject.response.id: index for index, subject in enumerate(subjects)}
-    judgements.sort(key=lambda judgement: (order[judgement.response_id], judgement.sample, judgement.attempt))
-    scores = average(subjects, judgements, judge.minimum_valid)
-    write_records(out.path / "judgements.jsonl", judgements)
-    write_records(out.path / "scores.jsonl", scores)
-    if judged.comparisons:
-        write_records(out.path / "comparisons.jsonl", judged.comparisons)
+        opened.enter_context(bench)
+        for subjects in batches():
+            judged = judge.judge(bench, subjects)
+            scores = average(subjects, judged.judgements, judge.minimum_valid)
+            tally.add(subjects, judged, scores)
+            made = (in_order(subjects, judged.judgements), scores, judged.comparisons)
+            for name, records in zip(names, made, strict=False):
+                write[name](records)
+        if tally.failed.total() > judge.max_failed_share * tally.wanted or tally.failed.total() == tally.wanted:
+            raise SelfalignError(_failure(out.label, tally))
+    compared = out.path / "comparisons.jsonl"
     return {
-        "judgements": len(judgements),
-        "retries": len(judgements) - len(counted),
-        "unjudged_responses": sum(score.score is None for score in scores),
-        "dropped": dict(sorted(Counter(judgement.status.value for judgement in failed).items())),
-        **judgement_statistics(judgements),
-        **_constancy(out.label, judge, subjects, scores),
-        **judged.counts,
+        "judgements": tally.judgements,
+        "retries": tally.judgements - tally.wanted,
+        "unjudged_responses": tally.unjudged,
+        "dropped": dict(sorted(tally.failed.items())),
+        **judgement_statistics(stream_records(out.path / "judgements.jsonl", Judgement)),
+        **_constancy(out.label, judge, tally),
+        **tally.counts,
+        **bench.counts,
+        **averages(tally.means),
+        **(bias_statistics(stream_records(compared, Comparison)) if compared.exists() else {}),
     }
 
 
-def _constancy(
-    label: str, judge: Judge, subjects: Sequence[Subject], scores: Sequence[ResponseScore]
-) -> dict[str, float]:
+def in_order(subjects: Sequence[Subject], judgements: Sequence[Judgement]) -> list[Judgement]:
+    """In the order of the responses, then of the samples, then of the attempts."""
+    order = {subject.response.id: index for index, subject in enumerate(subjects)}
+    return sorted(judgements, key=lambda one: (order[one.response_id], one.sample, one.attempt))
+
+
+@dataclass(slots=True)
+class Tally:
+    """What is counted of judgements while they are made.
+
+    Attributes:
+        judgements: all attempts.
+        wanted: the judgements that count, the last attempt of each.
+        failed: those of them without a score, by reason.
+        examples: what the judge wrote in the first of these.
+        unjudged: responses without a score.
+        scores: how many responses have each score, to three digits.
+        tied: of each instruction with several judged responses, whether their scores are equal.
+        variances: of each response's scores.
+        counts: the judge's own, added up.
+        means: the judge's own, to be averaged.
+    """
+
+    judgements: int = 0
+    wanted: int = 0
+    failed: Counter[str] = field(default_factory=Counter)
+    examples: list[str] = field(default_factory=list)
+    unjudged: int = 0
+    scores: Counter[float] = field(default_factory=Counter)
+    tied: RunningMean = field(default_factory=RunningMean)
+    variances: RunningMean = field(default_factory=RunningMean)
+    counts: Counter[str] = field(default_factory=Counter)
+    means: Sums = field(default_factory=dict)
+
+    def add(self, subjects: Sequence[Subject], judged: Judged, scores: Sequence[ResponseScore]) -> None:
+        """Counts some instructions in."""
+        counted = last_attempts(judged.judgements)
+        failed = [judgement for judgement in counted if judgement.status is not JudgementStatus.OK]
+        self.judgements += len(judged.judgements)
+        self.wanted += len(counted)
+        self.failed.update(judgement.status.value for judgement in failed)
+        self.examples = [*self.examples, *(judgement.text[:80] for judgement in failed)][:3]
+        known = {score.id: score.score for score in scores if score.score is not None}
+        self.unjudged += len(scores) - len(known)
+        self.scores.update(round(score, 3) for score in known.values())
+        for tied in ties(subjects, known):
+            self.tied.add(tied)
+        for score in scores:
+            if score.variance is not None:
+                self.variances.add(score.variance)
+        self.counts.update(judged.counts)
+        self.means = add_sums(self.means, judged.means)
+
+
+def _constancy(label: str, judge: Judge, tally: Tally) -> dict[str, float]:
     """How much the scores tell responses apart; warns when that is next to nothing."""
-    known = {score.id: score.score for score in scores if score.score is not None}
-    if not known:
+    responses = tally.scores.total()
+    if not responses:
         return {}
-    tied, nats, variances = tied_share(subjects, known), entropy(list(known.values())), _variances(scores)
-    constant = len(known) > 1 and (nats < judge.alarm.entropy or (tied or 0.0) >= judge.alarm.tied_share)
+    tied, nats, variance = tally.tied.value, entropy(tally.scores.elements()), tally.variances.value
+    constant = responses > 1 and (nats < judge.alarm.entropy or (tied or 0.0) >= judge.alarm.tied_share)
     if constant:
         ties = "" if tied is None else f"{tied:.0%} of the instructions have equal scores for all their responses, "
         logger.warning(
@@ -135,20 +201,14 @@ def _constancy(
             ties,
             nats,
         )
-    spread = {"judge/score_entropy": nats, "judge/constant": float(constant)}
-    return spread | ({} if tied is None else {"judge/tied_share": tied}) | variances
+    found = {"score_entropy": nats, "constant": float(constant), "tied_share": tied, "variance": variance}
+    return {f"judge/{name}": value for name, value in found.items() if value is not None}
 
 
-def _variances(scores: Sequence[ResponseScore]) -> dict[str, float]:
-    known = [score.variance for score in scores if score.variance is not None]
-    return {"judge/variance": math.fsum(known) / len(known)} if known else {}
-
-
-def _failure(label: str, counted: list[Judgement], failed: list[Judgement]) -> str:
-    reasons = dict(Counter(judgement.status.value for judgement in failed))
-    shown = "; ".join(repr(judgement.text[:80]) for judgement in failed[:3])
+def _failure(label: str, tally: Tally) -> str:
+    shown = "; ".join(map(repr, tally.examples))
     return (
-        f"{label}: {len(failed)} of {len(counted)} judgements carry no score ({reasons}); the judge wrote for "
-        f"example {shown}. Try judge=expected_score, a model that can follow the rubric, or a larger "
+        f"{label}: {tally.failed.total()} of {tally.wanted} judgements carry no score ({dict(tally.failed)}); the "
+        f"judge wrote for example {shown}. Try judge=expected_score, a model that can follow the rubric, or a larger "
         "judge.max_failed_share"
     )

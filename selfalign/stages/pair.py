@@ -1,9 +1,9 @@
 """pair: responses + judgements → preference pairs, or positives."""
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
-from selfalign.agreement import length_correlation
 from selfalign.data import as_prompt, read_pairs
 from selfalign.errors import SelfalignError
 from selfalign.files import derive_seed, digest_text
@@ -14,11 +14,15 @@ from selfalign.records import (
     Instruction,
     PreferencePair,
     Response,
+    ResponseScore,
+    count_records,
     read_records,
-    read_scores,
+    stream_records,
     write_records,
 )
+from selfalign.statistics import RunningMean, correlation
 from selfalign.store import Artefact, Counts, Workspace
+from selfalign.streams import follow
 
 
 @dataclass(kw_only=True, slots=True)
@@ -60,53 +64,103 @@ def pair(
     Raises:
         SelfalignError: too few are left; the reasons are counted.
     """
-    asked = read_records(instructions.path / "instructions.jsonl", Instruction)
-    answers: dict[str, list[Response]] = {record.id: [] for record in asked}
-    for response in read_records(responses.path / "responses.jsonl", Response):
-        answers[response.instruction_id].append(response)
-    scores = read_scores(judgements.path)
+    families = read_families(instructions, responses, judgements)
+    tally = Tally()
     if isinstance(rule, PositivesOnly):
-        counts = _keep_positives(out, rule, asked, answers, scores)
+        counts = _keep_positives(out, rule, tally.watch(families), tally)
     else:
-        counts = _keep_pairs(out, rule, asked, answers, scores, seed)
-    judged = [[(scores[r.id], r.tokens) for r in family if r.id in scores] for family in answers.values()]
-    biased = length_correlation(judged)
+        counts = _keep_pairs(out, rule, tally.watch(families), tally, seed)
+    biased = tally.length_correlation.value
     return counts | ({} if biased is None else {"score_length_correlation": biased})
 
 
-def _keep_pairs(
-    out: Workspace,
-    rule: PairRule,
-    asked: list[Instruction],
-    answers: dict[str, list[Response]],
-    scores: dict[str, float],
-    seed: int,
-) -> Counts:
+@dataclass(frozen=True, slots=True)
+class Family:
+    """An instruction with its responses, and the scores of those that have one, by their ids."""
+
+    instruction: Instruction
+    responses: list[Response]
+    scores: dict[str, float]
+
+
+def read_families(instructions: Artefact, responses: Artefact, judgements: Artefact) -> Iterator[Family]:
+    """One instruction at a time: the three files have the same order.
+
+    Raises:
+        SelfalignError: they have not.
+    """
+    answers, scores = responses.path / "responses.jsonl", judgements.path / "scores.jsonl"
+    judged = follow(
+        stream_records(answers, Response), stream_records(scores, ResponseScore), lambda score: score.id, scores
+    )
+    asked = stream_records(instructions.path / "instructions.jsonl", Instruction)
+    for instruction, family in follow(asked, judged, lambda answer: answer[0].instruction_id, answers):
+        known = {response.id: score.score for response, own in family for score in own if score.score is not None}
+        yield Family(instruction, [response for response, _ in family], known)
+
+
+@dataclass(slots=True)
+class Tally:
+    """What is counted while families come by.
+
+    Attributes:
+        instructions: how many came.
+        unjudged: responses without a score.
+        wanted: pairs that were to be made.
+        drops: those, or positives, that were not, by reason.
+        margin: of the scores in each pair.
+        longer: tokens of the chosen response less those of the rejected one, in each pair.
+        length_correlation: Spearman's correlation of score and length, in each family that has one.
+    """
+
+    instructions: int = 0
+    unjudged: int = 0
+    wanted: int = 0
+    drops: Counter[str] = field(default_factory=Counter)
+    margin: RunningMean = field(default_factory=RunningMean)
+    longer: RunningMean = field(default_factory=RunningMean)
+    length_correlation: RunningMean = field(default_factory=RunningMean)
+
+    def watch(self, families: Iterable[Family]) -> Iterator[Family]:
+        """The same families, counted."""
+        for family in families:
+            self.instructions += 1
+            self.unjudged += len(family.responses) - len(family.scores)
+            judged = [response for response in family.responses if response.id in family.scores]
+            found = correlation([family.scores[r.id] for r in judged], [r.tokens for r in judged], "spearman")
+            if found is not None:
+                self.length_correlation.add(found)
+            yield family
+
+
+def _keep_pairs(out: Workspace, rule: PairRule, families: Iterable[Family], tally: Tally, seed: int) -> Counts:
     """Writes the pairs of every instruction; `candidate_pairs` is kept and dropped ones together."""
-    drops: Counter[str] = Counter()
-    kept: list[PreferencePair] = []
-    longer = 0
-    for record in asked:
-        picked, dropped = pick_pairs(rule, answers[record.id], scores, derive_seed(seed, record.id))
-        drops += dropped
-        kept += [_pair_of(record, chosen, rejected) for chosen, rejected in picked]
-        longer += sum(chosen.response.tokens - rejected.response.tokens for chosen, rejected in picked)
-    if len(kept) < rule.minimum_pairs:
-        raise SelfalignError(
-            f"{out.label}: {len(kept)} pairs from {len(asked)} instructions, fewer than pair.minimum_pairs="
-            f"{rule.minimum_pairs} (dropped: {dict(drops)}); a judge that ties too often needs evaluation "
-            "fine-tuning or judge=expected_score, alike candidates a higher temperature"
-        )
-    write_records(out.path / "pairs.jsonl", kept)
-    margins = [made.chosen_score - made.rejected_score for made in kept]  # pyright: ignore[reportOperatorIssue]
-    written = [response for candidates in answers.values() for response in candidates]
+
+    def made() -> Iterator[PreferencePair]:
+        for family in families:
+            drawn = derive_seed(seed, family.instruction.id)
+            picked, dropped = pick_pairs(rule, family.responses, family.scores, drawn)
+            tally.drops += dropped
+            tally.wanted += rule.wanted(len(family.responses))
+            for chosen, rejected in picked:
+                tally.margin.add(chosen.score - rejected.score)
+                tally.longer.add(chosen.response.tokens - rejected.response.tokens)
+                yield _pair_of(family.instruction, chosen, rejected)
+        if tally.margin.count < rule.minimum_pairs:
+            raise SelfalignError(
+                f"{out.label}: {tally.margin.count} pairs from {tally.instructions} instructions, fewer than "
+                f"pair.minimum_pairs={rule.minimum_pairs} (dropped: {dict(tally.drops)}); a judge that ties too often "
+                "needs evaluation fine-tuning or judge=expected_score, alike candidates a higher temperature"
+            )
+
+    write_records(out.path / "pairs.jsonl", made())
     return {
-        "pairs": len(kept),
-        "candidate_pairs": sum(rule.wanted(len(candidates)) for candidates in answers.values()),
-        "mean_score_margin": sum(margins) / len(kept),
-        "mean_length_difference": longer / len(kept),
-        "unjudged_responses": sum(response.id not in scores for response in written),
-        "dropped": dict(sorted(drops.items())),
+        "pairs": tally.margin.count,
+        "candidate_pairs": tally.wanted,
+        "mean_score_margin": tally.margin.value,
+        "mean_length_difference": tally.longer.value,
+        "unjudged_responses": tally.unjudged,
+        "dropped": dict(sorted(tally.drops.items())),
     }
 
 
@@ -169,39 +223,36 @@ def gather_pairs(out: Workspace, *, parts: list[Artefact]) -> Counts:
         out: gets pairs.jsonl, or demonstrations.jsonl for positives, whichever the parts have.
         parts: what `pair` made in each iteration; M1's demonstrations may come before positives.
     """
-    if not (parts[0].path / "pairs.jsonl").exists():
-        positives = [d for part in parts for d in read_records(part.path / "demonstrations.jsonl", Demonstration)]
-        write_records(out.path / "demonstrations.jsonl", positives)
-        return {"positives": len(positives)}
-    pairs = [made for part in parts for made in read_records(part.path / "pairs.jsonl", PreferencePair)]
-    write_records(out.path / "pairs.jsonl", pairs)
-    return {"pairs": len(pairs)}
+    names = {"pairs": PreferencePair, "demonstrations": Demonstration}
+    name = "pairs" if (parts[0].path / "pairs.jsonl").exists() else "demonstrations"
+    gathered = (record for part in parts for record in stream_records(part.path / f"{name}.jsonl", names[name]))
+    write_records(out.path / f"{name}.jsonl", gathered)
+    return {"pairs" if name == "pairs" else "positives": count_records(out.path / f"{name}.jsonl")}
 
 
-def _keep_positives(
-    out: Workspace,
-    rule: PositivesOnly,
-    asked: list[Instruction],
-    answers: dict[str, list[Response]],
-    scores: dict[str, float],
-) -> Counts:
-    kept: list[Demonstration] = []
-    drops: Counter[str] = Counter()
-    for record in asked:
-        for response in answers[record.id]:
-            reason = _against_positive(response, scores.get(response.id), rule)
-            if reason:
-                drops[reason] += 1
-            else:
-                prompt = as_prompt(record.text)
-                kept.append(Demonstration(id=response.id, prompt=prompt, response=response.text, source="positive"))
-    if len(kept) < rule.minimum_examples:
-        raise SelfalignError(
-            f"{out.label}: {len(kept)} responses score {rule.minimum_score} or more, fewer than "
-            f"pair.minimum_examples={rule.minimum_examples} (dropped: {dict(drops)}); lower pair.minimum_score"
-        )
-    write_records(out.path / "demonstrations.jsonl", kept)
-    return {"positives": len(kept), "dropped": dict(sorted(drops.items()))}
+def _keep_positives(out: Workspace, rule: PositivesOnly, families: Iterable[Family], tally: Tally) -> Counts:
+    kept = 0
+
+    def made() -> Iterator[Demonstration]:
+        nonlocal kept
+        for family in families:
+            prompt = as_prompt(family.instruction.text)
+            for response in family.responses:
+                reason = _against_positive(response, family.scores.get(response.id), rule)
+                if reason:
+                    tally.drops[reason] += 1
+                else:
+                    kept += 1
+                    yield Demonstration(id=response.id, prompt=prompt, response=response.text, source="positive")
+        if kept < rule.minimum_examples:
+            raise SelfalignError(
+                f"{out.label}: {kept} responses score {rule.minimum_score} or more, fewer than "
+                f"pair.minimum_examples={rule.minimum_examples} (dropped: {dict(tally.drops)}); lower "
+                "pair.minimum_score"
+            )
+
+    write_records(out.path / "demonstrations.jsonl", made())
+    return {"positives": kept, "dropped": dict(sorted(tally.drops.items()))}
 
 
 def _against_positive(response: Response, score: float | None, rule: PositivesOnly) -> str | None:

@@ -1,11 +1,15 @@
 """reference: pairs + the reference policy → its log-probabilities, computed once."""
 
-from selfalign.batches import encode_pairs
+from collections import Counter
+
+from selfalign.batches import PairExample, encode_pairs
+from selfalign.journal import Journal
 from selfalign.models import PolicyFiles
-from selfalign.records import PairReference, PreferencePair, read_records, write_records
+from selfalign.records import PairReference, PreferencePair, count_records, stream_records, write_records
 from selfalign.refinement import Refinement
 from selfalign.scoring import Scorer
 from selfalign.store import Artefact, Counts, Workspace, together
+from selfalign.streams import chunks
 from selfalign.training import Precision, set_dropout
 
 
@@ -27,25 +31,28 @@ def reference(
         augmentation: p, or None where the loss has no second pass.
         precision: as training will have it, so that the policy's own values start out the same.
     """
-    records = read_records(pairs.path / "pairs.jsonl", PreferencePair)
     loaded = PolicyFiles(policy.path).load(precision.dtype)
-    encoded = encode_pairs(loaded.tokenizer, records, augmentation, precision.max_length)
     set_dropout(loaded.model, 0.0)
     scorer = Scorer(loaded, precision.batch_tokens, autocast=precision.autocast)
-    plain = [example.plain for example in encoded.examples]
-    augmented = [example.augmented for example in encoded.examples if example.augmented is not None]
-    with out.journal(2 * (len(plain) + len(augmented)), "responses") as journal:
-        sums = list(scorer.score_all(plain, journal, "plain"))
-        sums_p = list(scorer.score_all(augmented, journal, "augmented")) or [[None, None]] * len(plain)
-    references = [
+    file, tally = pairs.path / "pairs.jsonl", Counter[str]()
+    records = stream_records(file, PreferencePair)
+    examples = encode_pairs(loaded.tokenizer, records, augmentation, precision.max_length, tally)
+    responses = 4 if augmentation else 2
+    with out.journal(responses * count_records(file), "responses") as journal:
+        references = (made for chunk in chunks(examples) for made in _score(scorer, journal, chunk))
+        write_records(out.path / "references.jsonl", references)
+        journal.advance(responses * tally["too_long"])
+    return {"pairs": tally["pairs"], "prompts_cut": tally["cut"], "dropped": {"too_long": tally["too_long"]}}
+
+
+def _score(scorer: Scorer, journal: Journal, examples: list[PairExample]) -> list[PairReference]:
+    """The values of some pairs, in their order."""
+    augmented = [example.augmented for example in examples if example.augmented is not None]
+    sums = list(scorer.score_all([example.plain for example in examples], journal, "plain"))
+    sums_p = list(scorer.score_all(augmented, journal, "augmented")) or [[None, None]] * len(examples)
+    return [
         PairReference(
-            id=group.id,
-            chosen=chosen,
-            rejected=rejected,
-            augmented_chosen=chosen_p,
-            augmented_rejected=rejected_p,
+            id=example.id, chosen=chosen, rejected=rejected, augmented_chosen=chosen_p, augmented_rejected=rejected_p
         )
-        for group, (chosen, rejected), (chosen_p, rejected_p) in zip(plain, sums, sums_p, strict=True)
+        for example, (chosen, rejected), (chosen_p, rejected_p) in zip(examples, sums, sums_p, strict=True)
     ]
-    write_records(out.path / "references.jsonl", references)
-    return {"pairs": len(references), "prompts_cut": encoded.cut, "dropped": {"too_long": encoded.too_long}}

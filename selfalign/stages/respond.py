@@ -1,14 +1,18 @@
 """respond: instructions + a policy → N candidate responses each."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from selfalign.data import as_prompt
 from selfalign.errors import SelfalignError
 from selfalign.files import derive_seed
-from selfalign.generation import Backend, Request, Sampling, write_all
+from selfalign.generation import Backend, Completion, Generator, Request, Sampling, write_all
+from selfalign.journal import Journal
 from selfalign.models import PolicyFiles
-from selfalign.records import Instruction, Response, read_records, write_records
+from selfalign.records import FinishReason, Instruction, Response, count_records, stream_records, write_records
+from selfalign.statistics import RunningMean
 from selfalign.store import Artefact, Counts, Workspace, together
+from selfalign.streams import chunks
 from selfalign.tokenization import encode_prompt
 
 
@@ -53,40 +57,67 @@ def respond(
     Raises:
         SelfalignError: no instruction fits into the context.
     """
-    records = read_records(instructions.path / "instructions.jsonl", Instruction)
-    with generate.load(PolicyFiles(policy.path)) as generator:
+    file = instructions.path / "instructions.jsonl"
+    tally, dropped = Tally(), 0
+
+    def written(generator: Generator, journal: Journal) -> Iterator[Response]:
+        nonlocal dropped
         limit = generator.context - config.sampling.max_new_tokens
-        prompts = [encode_prompt(generator.tokenizer, as_prompt(record.text)) for record in records]
-        fitting = [(record, prompt) for record, prompt in zip(records, prompts, strict=True) if len(prompt) <= limit]
-        if not fitting:
+        for number, chunk in enumerate(chunks(stream_records(file, Instruction))):
+            prompts = [encode_prompt(generator.tokenizer, as_prompt(record.text)) for record in chunk]
+            fitting = [(record, prompt) for record, prompt in zip(chunk, prompts, strict=True) if len(prompt) <= limit]
+            journal.advance(config.candidates * (len(chunk) - len(fitting)))
+            dropped += len(chunk) - len(fitting)
+            requests = [
+                Request(prompt=prompt, seeds=[derive_seed(seed, record.id, n) for n in range(config.candidates)])
+                for record, prompt in fitting
+            ]
+            made = write_all(generator, requests, config.sampling, journal, str(number))
+            for (record, _), completions in zip(fitting, made, strict=True):
+                yield from tally.watch(_responses(record, completions, generator.digest))
+        if not tally.tokens.count:
             raise SelfalignError(
                 f"{out.label}: no instruction fits into the context of {generator.context} tokens with "
                 f"max_new_tokens={config.sampling.max_new_tokens}"
             )
-        requests = [
-            Request(prompt=prompt, seeds=[derive_seed(seed, record.id, number) for number in range(config.candidates)])
-            for record, prompt in fitting
-        ]
-        with out.journal(len(fitting) * config.candidates, "responses") as journal:
-            written = write_all(generator, requests, config.sampling, journal, "responses")
-    ordered = [
-        Response(
+
+    units = count_records(file) * config.candidates
+    with generate.load(PolicyFiles(policy.path)) as generator, out.journal(units, "responses") as journal:
+        write_records(out.path / "responses.jsonl", written(generator, journal))
+    return {
+        "responses": tally.tokens.count,
+        "mean_tokens": tally.tokens.value,
+        "mean_characters": tally.characters.value,
+        "finished_share": tally.finished.value,
+        "dropped": {"prompt_too_long": dropped},
+        **generator.counts,
+    }
+
+
+@dataclass(slots=True)
+class Tally:
+    """What is counted while responses come by: their lengths, and which ended by themselves."""
+
+    tokens: RunningMean = field(default_factory=RunningMean)
+    characters: RunningMean = field(default_factory=RunningMean)
+    finished: RunningMean = field(default_factory=RunningMean)
+
+    def watch(self, responses: Iterable[Response]) -> Iterator[Response]:
+        """The same responses, counted."""
+        for response in responses:
+            self.tokens.add(response.tokens)
+            self.characters.add(len(response.text))
+            self.finished.add(response.finish_reason is FinishReason.EOS)
+            yield response
+
+
+def _responses(record: Instruction, completions: list[Completion], model: str) -> Iterator[Response]:
+    for number, completion in enumerate(completions, start=1):
+        yield Response(
             id=f"{record.id}-{number}",
             instruction_id=record.id,
             text=completion.text,
             finish_reason=completion.finish_reason,
             tokens=completion.tokens,
-            model=generator.digest,
+            model=model,
         )
-        for (record, _), completions in zip(fitting, written, strict=True)
-        for number, completion in enumerate(completions, start=1)
-    ]
-    write_records(out.path / "responses.jsonl", ordered)
-    return {
-        "responses": len(ordered),
-        "mean_tokens": sum(response.tokens for response in ordered) / len(ordered),
-        "mean_characters": sum(len(response.text) for response in ordered) / len(ordered),
-        "finished_share": sum(response.finish_reason == "eos" for response in ordered) / len(ordered),
-        "dropped": {"prompt_too_long": len(records) - len(fitting)},
-        **generator.counts,
-    }

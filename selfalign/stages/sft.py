@@ -1,14 +1,16 @@
 """sft: M0 + demonstrations → M1."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
 from selfalign.batches import Group, share_prompt
 from selfalign.errors import SelfalignError
+from selfalign.examples import store_examples
 from selfalign.models import PolicyFiles
-from selfalign.records import Demonstration, read_records
+from selfalign.records import Demonstration, stream_records
 from selfalign.store import Artefact, Counts, Workspace, together
 from selfalign.tokenization import encode_prompt, encode_response, end_of_turn_id
 from selfalign.training import Likelihood, Optimization, Weights, train
@@ -37,42 +39,54 @@ def sft(
         optimization: rates, sizes and lengths.
         weights: which weights are trained.
     """
-    records = read_records(demonstrations.path / "demonstrations.jsonl", Demonstration)
-    tokenizer = PolicyFiles(policy.path).load_tokenizer()
-    groups = group_demonstrations(tokenizer, records, optimization.max_length)
-    kept = sum(len(group.responses) for group in groups)
+
+    def encode(tally: Counter[str]) -> Iterator[Group]:
+        records = stream_records(demonstrations.path / "demonstrations.jsonl", Demonstration)
+        tokenizer = PolicyFiles(policy.path).load_tokenizer()
+        yield from group_demonstrations(tokenizer, records, optimization.max_length, tally)
+
+    examples = store_examples(out.scratch / "examples", Group, encode)
     train(
         out,
         policy=PolicyFiles(policy.path),
         base=PolicyFiles(base.path),
-        examples=groups,
+        examples=examples,
         objective=Likelihood(optimization.average),
         optimization=optimization,
         weights=weights,
     )
     return {
-        "demonstrations": kept,
-        "tokens": sum(map(len, groups)),
-        "dropped": {"too_long": len(records) - kept},
+        "demonstrations": examples.counts["demonstrations"],
+        "tokens": examples.counts["tokens"],
+        "dropped": {"too_long": examples.counts.get("too_long", 0)},
     }
 
 
-def group_demonstrations(tokenizer: "Tokenizer", records: Sequence[Demonstration], max_length: int) -> list[Group]:
+def group_demonstrations(
+    tokenizer: "Tokenizer", records: Iterable[Demonstration], max_length: int, tally: Counter[str]
+) -> Iterator[Group]:
     """The demonstrations that fit, as tokens: neighbours of one question together, with what they share computed once.
 
     Raises:
         SelfalignError: none fits.
     """
-    encoded = [encode_demonstration(tokenizer, record) for record in records]
-    kept = [example for example in encoded if len(example) <= max_length]
-    if not kept:
+
+    def fitting() -> Iterator[Encoded]:
+        for record in records:
+            example = encode_demonstration(tokenizer, record)
+            fits = len(example) <= max_length
+            tally["demonstrations" if fits else "too_long"] += 1
+            if fits:
+                yield example
+
+    for family in families(fitting()):
+        group = share_prompt(family[0].record.id, [one.prompt for one in family], [one.response for one in family])
+        tally["tokens"] += len(group)
+        yield group
+    if not tally["demonstrations"]:
         raise SelfalignError(
-            f"none of {len(records)} demonstrations fits into train.sft.max_length={max_length} tokens"
+            f"none of {tally['too_long']} demonstrations fits into train.sft.max_length={max_length} tokens"
         )
-    return [
-        share_prompt(family[0].record.id, [one.prompt for one in family], [one.response for one in family])
-        for family in families(kept)
-    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +118,6 @@ def encode_demonstration(tokenizer: "Tokenizer", record: Demonstration) -> Encod
     return Encoded(record, prompt, [*whole[len(prompt) :], end_of_turn_id(tokenizer)])
 
 
-def families(examples: list[Encoded]) -> list[list[Encoded]]:
+def families(examples: Iterable[Encoded]) -> Iterator[list[Encoded]]:
     """Neighbours of one question together, every other demonstration alone."""
-    return [list(family) for _, family in groupby(examples, key=lambda one: one.record.question or one.record.id)]
+    return (list(family) for _, family in groupby(examples, key=lambda one: one.record.question or one.record.id))

@@ -51,7 +51,7 @@ def test_answers_taught_to_a_judge_are_read_back(score: int) -> None:
 
 
 def test_judgements_are_in_the_order_of_the_responses(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
-    shuffled = [ANSWERS[i] for i in (3, 0, 4, 2, 1)]
+    shuffled = [ANSWERS[i] for i in (2, 0, 1, 4, 3)]
     _, judgements = judged(
         tmp_path, ExpectedScore(prompt=RUBRIC), policy_artefact(tiny_policy), **given(tmp_path, shuffled)
     )
@@ -110,7 +110,7 @@ def test_impossible_judge_is_refused_with_its_key(kind: type, settings: dict, na
 
 
 def test_every_response_has_a_score_record_in_its_order(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
-    shuffled = [ANSWERS[i] for i in (3, 0, 4, 2, 1)]
+    shuffled = [ANSWERS[i] for i in (2, 0, 1, 4, 3)]
     kind = ExpectedScore(prompt=RUBRIC)
     _, judgements = judged(tmp_path, kind, policy_artefact(tiny_policy), **given(tmp_path, shuffled))
     found = scores(tmp_path)

@@ -32,7 +32,8 @@ ENTROPY = "nats < judge.alarm.entropy or "
 MUTANTS: list[tuple[str, ModuleType, ModuleType, str, str, Check]] = [
     ("D2 7: ties raise no alarm", judge, judging, TIES, "", TIED),
     ("D2 7: a low entropy raises none", judge, judging, ENTROPY, "", LOW),
-    ("D2 7: the alarm goes by the mean", judge, judging, ENTROPY, "sum(known.values()) >= 3 * len(known) or ", QUIET),
+    ("D2 7: the alarm goes by the mean", judge, judging, ENTROPY,
+     "sum(tally.scores.elements()) >= 3 * responses or ", QUIET),
     ("D2 8: a long prompt is cut", sampled, judge_tests, "prompt = encode_prompt(generator.tokenizer, asked)",
      "prompt = encode_prompt(generator.tokenizer, asked)[-limit:]", LONG_WRITTEN),
     ("D2 8: a long prompt is left out uncounted", sampled, judge_tests, "refused.append(subject)", "pass",
@@ -43,16 +44,17 @@ MUTANTS: list[tuple[str, ModuleType, ModuleType, str, str, Check]] = [
      "rationales.get(subject.response.id, \"\"), \"\")", judge_tests.test_judge_is_the_policy_with_its_adapter),
     ("D2 11: the policy is the base below its adapter", judge, judging, "policy=PolicyFiles(policy.path) if policy",
      "policy=base_below(PolicyFiles(policy.path)) if policy", judge_tests.test_judge_is_the_policy_with_its_adapter),
-    ("D2 12: one seed for all", respond, respond_tests, "derive_seed(seed, record.id, number)", "seed", APART),
-    ("D2 12: candidates share a seed", respond, respond_tests, "derive_seed(seed, record.id, number)",
+    ("D2 12: one seed for all", respond, respond_tests, "derive_seed(seed, record.id, n)", "seed", APART),
+    ("D2 12: candidates share a seed", respond, respond_tests, "derive_seed(seed, record.id, n)",
      "derive_seed(seed, record.id)", APART),
     ("D3 4: the prompt stands in the response", generation, respond_tests,
      "written: list[list[int]] = [[] for _ in seeds]",
      "written = [list(prompts[owner]) for owner in owners]", REASONS),
-    ("D3 6: the last instruction is lost", respond, respond_tests, "for record, _ in fitting for response",
-     "for record, _ in fitting[:-1] for response", ALL),
-    ("D3 6: what was written is written again", respond, respond_tests, '"responses.jsonl", ordered)',
-     '"responses.jsonl", [*ordered, ordered[0]])', ALL),
+    ("D3 6: the last instruction is lost", respond, respond_tests, "zip(fitting, made, strict=True)",
+     "zip(fitting[:-1], made)", ALL),
+    ("D3 6: what was written is written again", respond, respond_tests,
+     "_responses(record, completions, generator.digest))",
+     "2 * [*_responses(record, completions, generator.digest)])", ALL),
 ]  # fmt: skip
 
 

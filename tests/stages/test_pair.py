@@ -75,11 +75,14 @@ def test_scores_are_correlated_with_length_within_each_instruction(
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("length_correlation(judged)", "length_correlation([[one for family in judged for one in family]])"),
-        ("(scores[r.id], r.tokens)", "(scores[r.id], len(r.text))"),
-        ("for r in family if r.id in scores]", "for r in family[:2] if r.id in scores]"),
+        ("self.length_correlation.add(found)", "self.length_correlation = RunningMean(found, 1)"),
+        ("[r.tokens for r in judged]", "[len(r.text) for r in judged]"),
+        (
+            "in family.responses if response.id in family.scores]",
+            "in family.responses[:2] if response.id in family.scores]",
+        ),
     ],
-    ids=["over all responses at once", "characters", "two of each"],
+    ids=["of the last instruction alone", "characters", "two of each"],
 )
 def test_wrong_correlation_with_length_is_caught(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str
@@ -122,9 +125,9 @@ def test_every_drop_has_its_reason_and_all_add_up(tmp_path: Path) -> None:
         "empty-1": [1], "empty-2": [2],
     }  # fmt: skip
     texts = {"same-1": "Alike.", "same-2": "Alike."}
-    answers = [response(name, texts.get(name, "")) for name in scores if name != "empty-1"]
-    blank = Response(id="empty-1", instruction_id="empty", text="", finish_reason=FinishReason.EOS, tokens=0, model="m")
-    counts, kept = made(tmp_path, scores, BestWorst(minimum_margin=0.5), [*answers, blank])
+    answers = [response(name, texts.get(name, "")) for name in scores]
+    answers[-2] = replace(answers[-2], text="")
+    counts, kept = made(tmp_path, scores, BestWorst(minimum_margin=0.5), answers)
     assert counts["dropped"] == {
         "empty_response": 1,
         "too_few_judged": 2,
@@ -251,6 +254,24 @@ def test_later_iterations_can_train_on_all_pairs_so_far(tmp_path: Path) -> None:
         gathered = read_records(folder / f"all/{name}.jsonl", kind)
         assert gathered == [*parts[0], *parts[1]]
         assert list(counts.values()) == [len(gathered)]
+
+
+@pytest.mark.parametrize("name", ["instructions", "responses", "scores"])
+def test_files_in_another_order_are_refused_and_not_joined_by_chance(tmp_path: Path, name: str) -> None:
+    made(tmp_path, {"a-1": [1], "a-2": [2], "b-1": [1], "b-2": [2]})
+    file = tmp_path / f"given/{name}.jsonl"
+    file.write_text("".join(reversed(file.read_text().splitlines(keepends=True))))
+    place = artefact(tmp_path / "given")
+    with pytest.raises(SelfalignError, match=r"(responses|scores)\.jsonl: what belongs to '[ab](-[12])?' is out"):
+        pair(
+            workspace(tmp_path / "again"),
+            rule=BestWorst(),
+            instructions=place,
+            responses=place,
+            judgements=place,
+            seed=0,
+        )
+    assert not (tmp_path / "again/pairs.jsonl").exists()
 
 
 # --- positives ---------------------------------------------------------------------------------------------------

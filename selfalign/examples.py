@@ -1,0 +1,147 @@
+"""Tokenised examples on disk: written once, then memory-mapped, so that training holds those of one step at a time.
+
+They are an Arrow file in a stage's scratch, which a resumed stage finds again. The key of the artefact names all they
+depend on: the records, the tokenizer, the lengths and the reference values.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_args, get_origin, get_type_hints, overload
+
+import msgspec
+import numpy as np
+
+from selfalign import processes
+from selfalign.batches import Group, PairExample
+from selfalign.errors import SelfalignError
+from selfalign.files import read_json, write_json
+from selfalign.records import HasId, PairReference, stream_records
+from selfalign.streams import chunks
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow as pa
+
+ROWS = 256
+"""Examples that are written at once."""
+
+E = TypeVar("E", bound=HasId)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredExamples(Sequence[E], Generic[E]):
+    """Examples in a memory-mapped table; each is made of its row when it is asked for.
+
+    Attributes:
+        table: one row an example.
+        kind: what a row becomes.
+        counts: what was kept and dropped while they were written.
+        rows: which rows these are, in their order.
+    """
+
+    table: "datasets.Dataset"
+    kind: type[E]
+    counts: Mapping[str, int]
+    rows: Sequence[int] | np.ndarray[Any, np.dtype[np.int64]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> E: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "StoredExamples[E]": ...
+
+    def __getitem__(self, index: int | slice) -> "E | StoredExamples[E]":
+        if isinstance(index, slice):
+            return replace(self, rows=self.rows[index])
+        return msgspec.convert(self.table[int(self.rows[index])]["example"], self.kind)
+
+    def ids(self) -> Iterator[str]:
+        """The examples' ids, read without their tokens."""
+        column = self.table.data.column("id")
+        return (name for rows in chunks(self.rows) for name in column.take(rows).to_pylist())
+
+    def split(self, aside: Callable[[str], bool]) -> "tuple[StoredExamples[E], StoredExamples[E]]":
+        """(those that stay, those set aside), by their ids."""
+        chosen = np.fromiter(map(aside, self.ids()), dtype=bool, count=len(self))
+        rows = np.asarray(self.rows)
+        return replace(self, rows=rows[~chosen]), replace(self, rows=rows[chosen])
+
+
+def store_examples(folder: Path, kind: type[E], make: Callable[[Counter[str]], Iterable[E]]) -> StoredExamples[E]:
+    """Examples on disk: found there, or made and written.
+
+    Args:
+        folder: of a stage's scratch.
+        kind: a dataclass of texts, numbers, lists of them, and such dataclasses.
+        make: the examples, one by one; it counts into the given tally what it keeps and drops.
+    """
+    import datasets
+
+    table, tally = folder / "examples.arrow", folder / "counts.json"
+    if processes.is_main() and not tally.exists():  # It is written last.
+        folder.mkdir(parents=True, exist_ok=True)
+        counted: Counter[str] = Counter()
+        _write(table, kind, make(counted))
+        write_json(tally, counted)
+    processes.wait_for_all()
+    opened = datasets.Dataset.from_file(str(table))
+    return StoredExamples(opened, kind, read_json(tally), range(len(opened)))
+
+
+def _write(path: Path, kind: type[E], examples: Iterable[E]) -> None:
+    import pyarrow as pa
+
+    schema = pa.schema({"id": pa.string(), "example": arrow_type(kind)})
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        for chunk in chunks(examples, ROWS):
+            rows = [{"id": example.id, "example": msgspec.to_builtins(example)} for example in chunk]
+            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema))
+
+
+def arrow_type(kind: Any) -> "pa.DataType":
+    """How Arrow stores a value of this type; a type that may be None is stored as what else it may be."""
+    import pyarrow as pa
+
+    if is_dataclass(kind):
+        hints = get_type_hints(kind)
+        return pa.struct({field.name: arrow_type(hints[field.name]) for field in fields(kind)})
+    if get_origin(kind) is list:
+        return pa.list_(arrow_type(*get_args(kind)))
+    options = [option for option in get_args(kind) if option is not NoneType]
+    return arrow_type(*options) if options else {str: pa.string(), int: pa.int32(), float: pa.float64()}[kind]
+
+
+def follow_references(examples: Iterable[PairExample], file: Path, role: str) -> Iterator[PairExample]:
+    """Pairs with their stored log-probabilities, which stand in the same order.
+
+    Args:
+        examples: the pairs.
+        file: references.jsonl; it may have pairs besides these.
+        role: whose they are, "reference" or "start".
+
+    Raises:
+        SelfalignError: a pair has none.
+    """
+    stored = stream_records(file, PairReference)
+    for example in examples:
+        found = next((record for record in stored if record.id == example.id), None)
+        if found is None:
+            raise SelfalignError(f"{file}: no reference for pair {example.id}, or not in the order of the pairs")
+        yield with_reference(example, found, role)
+
+
+def with_reference(example: PairExample, record: PairReference, role: str) -> PairExample:
+    """A pair with what a policy, by its role, makes of its responses."""
+
+    def known(group: Group, *values: float | None) -> Group:
+        return replace(group, **{role: [] if None in values else list(values)})
+
+    plain = known(example.plain, record.chosen, record.rejected)
+    behind_p = example.augmented and known(example.augmented, record.augmented_chosen, record.augmented_rejected)
+    return replace(example, plain=plain, augmented=behind_p)
