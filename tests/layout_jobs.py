@@ -132,25 +132,10 @@ def task(kind: str, tokenizer: Any) -> tuple[Sequence[Any], Any]:
     return examples, Preference(loss, StoredReferences(), starts_as_reference=False, dtype="float32")
 
 
-class Elsewhere(Workspace):
-    """What processes other than the main one write to: nothing but what all share."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder, "M1", lambda row: None)
-        self.path = folder / f"scratch/of-{processes.rank()}"
-        self.path.mkdir(exist_ok=True)
-
-    def log(self, row: dict[str, Any]) -> None:
-        """Left to the main process."""
-
-    def rewind_log(self, keep: Any) -> None:
-        """Left to the main process."""
-
-
 def train_here(job: Job, policy: PolicyFiles) -> None:
     """Does a training in this process and the others there are; its measures go into measured.json."""
     folder = Path(job.folder)
-    out = Workspace(folder, "M1", lambda row: None) if processes.is_main() else Elsewhere(folder)
+    out = Workspace(folder, "M1", lambda row: None)
     settings = {"learning_rate": 1e-3, "batch_size": 8, "batch_tokens": 60, "dtype": "float32"}
     settings["checkpoint_steps"] = 1 if job.killed_after else 100
     optimization = Optimization(**settings | {"epochs": job.epochs} | dict(job.options))
