@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from selfalign import processes
+
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
@@ -30,12 +32,13 @@ EVALUATE = """selfalign-evaluate: measures the models of finished runs, and any 
 
 usage: selfalign-evaluate RUN_OR_MODEL [RUN_OR_MODEL ...] [group=option ...] [key=value ...]
 
-A run folder stands for its models M1, M2, ... and the SFT baseline, a model folder or hub id for itself. Settings are
-those the first run was started with, and what is given here on top. Each model is compared with the first one and the
-one before it; evaluate.matrix=true compares all.
+A run folder stands for its models M1, M2, ... and the SFT baseline, a sweep folder for M1 and the last model of every
+finished job, a model folder or hub id for itself. Settings are those the first run was started with, and what is given
+here on top. Each model is compared with the first one and the one before it; evaluate.matrix=true compares all.
 
 examples:
   selfalign-evaluate outputs/demo-1a2b3c4d evaluate.matrix=true
+  selfalign-evaluate outputs/sweeps/demo-5e6f7a8b evaluate.matrix=true
   selfalign-evaluate outputs/demo-1a2b3c4d /models/other evaluate.count=100 evaluate.against=outputs.json
   selfalign-evaluate /models/one /models/other track=none evaluate.head_to_head.model=/models/judge"""
 
@@ -73,7 +76,8 @@ def one_line_errors(interrupted: str) -> Iterator[None]:
         if message is None:
             traceback.print_exc()
             message = "this is a bug in selfalign; please report it with the traceback above"
-        print(f"error: {message}", file=sys.stderr)
+        where = "" if processes.is_main() else f" in process {processes.rank()}"
+        print(f"error{where}: {message}", file=sys.stderr, flush=True)
         sys.exit(1)
 
 
@@ -87,8 +91,9 @@ def evaluate() -> None:
     with one_line_errors("interrupted; the same command continues where it stopped"):
         from selfalign.evaluator import evaluate_models
 
-        set_messages()
-        evaluate_models(sources, [argument for argument in sys.argv[1:] if "=" in argument], conf_folder())
+        with processes.joined():
+            set_messages()
+            evaluate_models(sources, [argument for argument in sys.argv[1:] if "=" in argument], conf_folder())
 
 
 def help_text() -> str:
@@ -148,15 +153,20 @@ def set_environment() -> None:
 
 
 def set_messages() -> None:
-    """What is logged and how, once a run begins: other libraries say little, and there is one progress bar."""
+    """What is logged and how, once a run begins: other libraries say little, and there is one progress bar.
+
+    Of several processes the main one speaks; the others say what they fail with.
+    """
     from transformers.utils.logging import disable_progress_bar
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    logging.basicConfig(level=logging.INFO if processes.is_main() else logging.ERROR, format="%(message)s", force=True)
     noisy = ("httpx", "httpx2", "filelock", "transformers", "accelerate", "matplotlib", "hydra", "hydra_plugins")
     for name in noisy:
         logging.getLogger(name).setLevel(logging.WARNING)
     # peft 0.21 asks transformers 5.23 by an old name; nothing a user could mend.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    if not processes.is_main():
+        warnings.simplefilter("ignore")
     disable_progress_bar()  # of transformers: there is one bar, and it is ours.
 
 
@@ -177,9 +187,11 @@ def _run_hydra() -> None:
     @hydra.main(config_path=str(conf_folder()), config_name="config", version_base="1.3")
     def job(config: DictConfig) -> float | None:
         if HydraConfig.get().mode is RunMode.MULTIRUN:
-            return run_sweep_job(lambda: _prepare(config), explain)
+            with processes.joined():
+                return run_sweep_job(lambda: _prepare(config), explain)
         try:
-            run_experiment(*_prepare(config))
+            with processes.joined():
+                run_experiment(*_prepare(config))
         except Exception as error:  # noqa: BLE001 - raised outside Hydra, which would print a line of its own
             errors.append(error)
 

@@ -44,7 +44,8 @@ class ExperimentConfig:
         iterations: how often the policy is aligned; M_{iterations+1} is the last model.
         output_dir: where runs and the store of their artefacts lie.
         fresh: makes everything anew instead of continuing what is there.
-        sweep_metric: the number of the last model, as in summary.json, that a search such as Optuna's goes by.
+        sweep_metric: the number of the last model, as in summary.json, that a search such as Optuna's goes by, and by
+            which a comparison calls a job the best.
         model: M0.
         data: where demonstrations and preference pairs come from.
         generate: the backend that writes.

@@ -7,6 +7,7 @@ checkpoint before, that one becomes the policy.
 from dataclasses import dataclass
 from pathlib import Path
 
+from selfalign import processes
 from selfalign.files import read_json, write_json
 from selfalign.generation import Backend, Sampling
 from selfalign.metrics import outcomes_by_score
@@ -106,10 +107,12 @@ class Chooser:
     def _enter(self, policy: Policy, step: int) -> None:
         """Has the policy answer and its answers scored, once."""
         folder, contest, files = self._folder(step), self.contest, self.files(step)
-        if self._result(step).exists():
+        if processes.broadcast(self._result(step).exists()):
             return
-        files.path.mkdir(parents=True, exist_ok=True)
-        files.save(policy, self.base)
+        if processes.is_main():
+            files.path.mkdir(parents=True, exist_ok=True)
+            files.save(policy, self.base)
+        processes.wait_for_all()
         label = f"{self.out.label} after {step} steps"
         answers, judged = (Workspace(folder / name, label, lambda row: None) for name in ("answers", "judged"))
         shared = {"instructions": contest.instructions, "generate": contest.generate, "seed": contest.seed}
@@ -118,7 +121,9 @@ class Chooser:
         answered = _artefact(answers.path)
         who = {"judge": contest.judge, "policy": contest.judged_by, "reference": contest.reference}
         judge(judged, responses=answered, **who, **shared)
-        write_json(self._result(step), Answers.of(answered, _artefact(judged.path)).scores)
+        if processes.is_main():
+            write_json(self._result(step), Answers.of(answered, _artefact(judged.path)).scores)
+        processes.wait_for_all()
 
 
 def _artefact(path: Path) -> Artefact:

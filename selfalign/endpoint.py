@@ -17,8 +17,10 @@ from typing import Any
 
 import httpx
 
+from selfalign import processes
 from selfalign.errors import SelfalignError
-from selfalign.store import Counts, Journal
+from selfalign.journal import Journal
+from selfalign.store import Counts
 
 logger = logging.getLogger(__name__)
 
@@ -165,19 +167,22 @@ class ChatClient:
     def complete_all(self, requests: dict[str, dict[str, Any]], journal: Journal, size: int) -> dict[str, Reply]:
         """{name: answer} of many requests, several at once; each is journalled when it comes, in whatever order.
 
+        Of several processes only the main one asks, because `concurrency` is about the server and not about them.
+
         Args:
             requests: {name in the journal: body}.
             journal: those it has already are not sent again.
             size: how far the progress bar moves for each.
         """
         self._stop.clear()
-        missing = [name for name in requests if name not in journal]
+        missing = [name for name in requests if name not in journal and processes.is_main()]
         journal.advance(size * (len(requests) - len(missing)))
         with ThreadPoolExecutor(self._endpoint.concurrency) as pool:
             futures = {pool.submit(self._complete, requests[name]): name for name in missing}
             try:
                 for future in as_completed(futures):
-                    journal.batch(futures[future], size, future.result)
+                    journal.keep(futures[future], future.result())
+                    journal.advance(size)
             except BaseException:
                 self._stop.set()  # Those that wait before another try give up.
                 raise
@@ -185,8 +190,9 @@ class ChatClient:
                 pool.shutdown(wait=True, cancel_futures=True)
                 for future, name in futures.items():
                     if name not in journal and not future.cancelled() and future.exception() is None:
-                        journal.batch(name, 0, future.result)
-        return {name: Reply(*journal.batch(name, 0, list)) for name in requests}
+                        journal.keep(name, future.result())
+        journal.share()
+        return {name: Reply(*journal.read(name)) for name in requests}
 
     def _complete(self, request: dict[str, Any]) -> tuple[Any, ...]:
         return astuple(self.complete(request))

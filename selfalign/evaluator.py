@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from selfalign import processes
 from selfalign.config import ExperimentConfig, compose_experiment
 from selfalign.errors import SelfalignError
 from selfalign.evaluation import Evaluation
@@ -14,9 +15,13 @@ from selfalign.given import Given
 from selfalign.models import ModelConfig
 from selfalign.report import write_report
 from selfalign.roles import Judging, Models, fixed_judges, load_model
-from selfalign.run import Run, iteration_of, open_folder, write_provenance
+from selfalign.run import Fellow, Maker, Run, iteration_of, open_folder, write_provenance
 from selfalign.store import Artefact, Store, canonical, locked, open_artefact
 from selfalign.summary import models_of
+from selfalign.sweep import JOBS, JobState, Sweep, told
+
+LONGEST_NAME = 60
+"""Letters that a job's overrides may have to name its models."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,31 +34,72 @@ class Contestant:
     pairs: Sequence[Artefact] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class FinishedRun:
+    """A run to measure.
+
+    Attributes:
+        name: what its models' names begin with.
+        folder: where it lies.
+        made: its models, and the pairs they were trained on.
+        job: whether it is a sweep's, of which M1 and the last model are measured.
+        shares_first: whether all jobs of that sweep have this M1.
+    """
+
+    name: str
+    folder: Path
+    made: dict[str, Artefact]
+    job: bool = False
+    shares_first: bool = False
+
+    def contestants(self, reference: str, *, named: bool) -> list[Contestant]:
+        """Its models in the order they were made, the SFT baseline last; with its name where they are `named`."""
+        base, prefix = self.made["M0"], f"{self.name}." if named else ""
+        sft = self.made.get("M1", base)
+        found = [Contestant("M1" if self.shares_first else f"{prefix}M1", sft, base)]
+        previous = sft
+        for name in models_of(self.made):
+            if name not in ("M1", "SFT"):
+                until = [f"iteration_{n}/pairs" for n in range(1, iteration_of(name) + 1)]
+                pairs = [self.made[label] for label in until if label in self.made]
+                against = {"base": base, "sft": sft}.get(reference, previous)
+                found.append(Contestant(f"{prefix}{name}", self.made[name], against, pairs))
+                previous = self.made[name]
+        if self.job:
+            return [found[0], *found[1:][-1:]]
+        return [*found, *([Contestant(f"{prefix}SFT", self.made["SFT"], base)] if "SFT" in self.made else [])]
+
+
 def evaluate_models(sources: list[str], overrides: list[str], conf: Path) -> Path:
     """Measures models as a run measures its own, each against the first and the one before it; returns the folder.
 
     Args:
-        sources: run folders, whose models M1, M2, … and the SFT baseline are taken, or model folders and hub ids.
+        sources: run folders, whose models M1, M2, … and the SFT baseline are taken; sweep folders, of whose finished
+            jobs M1 and the last model are taken; or model folders and hub ids.
         overrides: settings, on top of those the first run was started with.
         conf: the folder of the configuration.
 
     Raises:
         SelfalignError: nothing to measure, or a run is not finished.
     """
-    folders = {source: Path(source) for source in sources if (Path(source) / "config.yaml").is_file()}
-    runs = {source: _artefacts(folder) for source, folder in folders.items()}
-    known = [read_json(folder / "summary.json")["config"].get("overrides", []) for folder in folders.values()][:1]
+    runs = {source: found for source in sources if (found := _runs_at(Path(source)))}
+    first = [run.folder for found in runs.values() for run in found][:1]
+    known = [read_json(folder / "summary.json")["config"].get("overrides", []) for folder in first]
     config, text, plain = compose_experiment(conf, [*(known[0] if known else []), *overrides])
     output = Path(config.output_dir).absolute()
-    identity = [canonical(config), {source: sorted(a.digest for a in made.values()) for source, made in runs.items()}]
-    folder = output / f"evaluation-{digest_json([*identity, sources])[:8]}"
+    digests = {run.name: sorted(a.digest for a in run.made.values()) for found in runs.values() for run in found}
+    identity = [canonical(config), digests]
+    folder, store = output / f"evaluation-{digest_json([*identity, sources])[:8]}", Store(output / "store")
+    if not processes.is_main():
+        _measure(config, Fellow(store), sources, runs, {})
+        return folder
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / ".lock", f"this evaluation is already running in {folder}"):
         open_folder(folder, text)
         with log_file(folder / "run.log"), config.track.open(folder, plain) as tracker:
-            run = Run(folder, Store(output / "store"), tracker)
+            run = Run(folder, store, tracker)
             try:
-                names = _measure(config, Shown(run), sources, runs)
+                names = _measure(config, Shown(run), sources, runs, run.artefacts)
             finally:
                 write_provenance(run, config.seed)
             conclude(run, config, {**plain, "overrides": overrides}, names, (write_report,), evaluated=sources)
@@ -61,50 +107,68 @@ def evaluate_models(sources: list[str], overrides: list[str], conf: Path) -> Pat
 
 
 def _measure(
-    config: ExperimentConfig, run: Shown, sources: list[str], runs: dict[str, dict[str, Artefact]]
+    config: ExperimentConfig,
+    run: Maker,
+    sources: list[str],
+    runs: dict[str, list[FinishedRun]],
+    known: dict[str, Artefact],
 ) -> list[str]:
-    """Measures all models and returns their names.
+    """Measures all models and returns their names, by which they are `known` from then on.
 
     The first run's M0 and M1 judge where `base` and `sft` are asked to; without a run, the first model does.
     """
     contestants: list[Contestant] = []
     for source in sources:
-        prefix = f"{Path(source).name}." if len(sources) > 1 else ""
-        if source in runs:
-            contestants += _contestants(prefix, runs[source], config.train.reference)
-        else:
-            name = re.sub(r"[^\w.-]", "-", Path(source).name)
+        for found in runs.get(source, []):
+            named = len(sources) > 1 or found.job
+            entered = found.contestants(config.train.reference, named=named)
+            contestants += entered[found.shares_first and entered[0] in contestants :]
+        if source not in runs:
+            name = plain_name(Path(source).name)
             model = ModelConfig(path=source, dtype=config.model.dtype)
             contestants.append(Contestant(name, load_model(run, name, model, "the model to evaluate")))
     if len({contestant.name for contestant in contestants}) < len(contestants):
         raise SelfalignError(f"two of the models have one name: {', '.join(c.name for c in contestants)}")
     first = contestants[0].policy
-    made = next(iter(runs.values()), {})
+    made = next((found.made for several in runs.values() for found in several), {})
     base, sft = made.get("M0", first), made.get("M1", made.get("M0", first))
     models = Models(base, sft, first, base, None, **fixed_judges(config, run))
     evaluation = Evaluation(config, run, Given(config, run), Judging(config, run, config.judge))
     for contestant in contestants:
-        run.run.artefacts[contestant.name] = contestant.policy
+        known[contestant.name] = contestant.policy
         models.newest, models.reference = contestant.policy, contestant.reference or base
         models.own_pairs = list(contestant.pairs)
         evaluation.measure(contestant.name, models)
     return [contestant.name for contestant in contestants]
 
 
-def _contestants(prefix: str, made: dict[str, Artefact], reference: str) -> list[Contestant]:
-    """A run's models in the order they were made, the SFT baseline last."""
-    base = made["M0"]
-    sft = made.get("M1", base)
-    found = [Contestant(f"{prefix}M1", sft, base)]
-    previous = sft
-    for name in models_of(made):
-        if name not in ("M1", "SFT"):
-            until = [f"iteration_{n}/pairs" for n in range(1, iteration_of(name) + 1)]
-            pairs = [made[label] for label in until if label in made]
-            against = {"base": base, "sft": sft}.get(reference, previous)
-            found.append(Contestant(f"{prefix}{name}", made[name], against, pairs))
-            previous = made[name]
-    return [*found, *([Contestant(f"{prefix}SFT", made["SFT"], base)] if "SFT" in made else [])]
+def _runs_at(path: Path) -> list[FinishedRun]:
+    """The runs a folder stands for: itself, or the finished jobs of a sweep; none for anything else.
+
+    Raises:
+        SelfalignError: no job is finished.
+    """
+    if (path / "config.yaml").is_file():
+        return [FinishedRun(path.name, path, _artefacts(path))]
+    if not (path / JOBS).is_file():
+        return []
+    jobs = Sweep(path).jobs()
+    finished = [job for job in jobs if job.state is JobState.finished and job.folder]
+    if not finished:
+        raise SelfalignError(f"{path}: no job of this sweep is finished; the same command continues it")
+    names = [plain_name(told(job, jobs)) for job in finished]
+    if max(map(len, names)) > LONGEST_NAME:
+        names = [f"job_{job.number}" for job in finished]
+    folders = [path / (job.folder or "") for job in finished]
+    made = [_artefacts(folder) for folder in folders]
+    shared = len({one["M1"].digest if "M1" in one else "" for one in made}) == 1
+    found = zip(names, folders, made, strict=True)
+    return [FinishedRun(*of_job, job=True, shares_first=shared) for of_job in found]
+
+
+def plain_name(text: str) -> str:
+    """A text as part of a folder's name."""
+    return re.sub(r"[^\w.-]+", "-", text)
 
 
 def _artefacts(folder: Path) -> dict[str, Artefact]:

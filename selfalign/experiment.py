@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from selfalign import processes
 from selfalign.card import write_card
 from selfalign.files import write_json
 from selfalign.pipeline import run_pipeline
 from selfalign.plan import plan
 from selfalign.publish import check_login, publish
 from selfalign.report import log_tables, write_report
-from selfalign.run import Look, NotMadeYet, Run, StageFunction, open_folder, run_folder, write_provenance
+from selfalign.run import Fellow, Look, NotMadeYet, Run, StageFunction, open_folder, run_folder, write_provenance
 from selfalign.store import Artefact, Store, locked
 from selfalign.summary import closing_text, models_of, plan_text, summarise
 
@@ -22,18 +23,21 @@ if TYPE_CHECKING:
 
 
 def run_experiment(config: "ExperimentConfig", config_yaml: str, plain: dict[str, Any]) -> Path:
-    """Runs or continues an experiment and returns its folder.
+    """Runs or continues an experiment and returns its folder, which of several processes the main one keeps.
 
     Args:
         config: the experiment.
         config_yaml: the resolved configuration as text, kept in the run folder.
         plain: the same as plain dictionaries, for the tracker.
     """
-    if config.push:
-        check_login()
     output = Path(config.output_dir).absolute()
     store = Store(output / "store")
-    folder, attempt = run_folder(output, config.name, config, fresh=config.fresh)
+    folder, attempt = processes.broadcast(run_folder(output, config.name, config, fresh=config.fresh))
+    if not processes.is_main():
+        run_pipeline(config, Fellow(store, attempt))
+        return folder
+    if config.push:
+        check_login()
     folder.mkdir(parents=True, exist_ok=True)
     busy = f"this configuration is already running in {folder}"
     with locked(folder / ".lock", busy):

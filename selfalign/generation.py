@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
+import msgspec
 import torch
 from torch import Tensor
 
 from selfalign.errors import SelfalignError
 from selfalign.models import DTYPES, InMemory, PolicyFiles, fastest_dtype
-from selfalign.records import FinishReason
+from selfalign.records import FinishReason, as_plain
 from selfalign.scoring import Scorer
 from selfalign.tokenization import decode_response, stop_ids
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
     from selfalign.batches import Group
-    from selfalign.store import Journal
+    from selfalign.journal import Journal, Task
 
 NUCLEUS_CANDIDATES = 256
 """Top-p first looks at this many tokens; the whole vocabulary is sorted only for rows where they do not suffice."""
@@ -287,25 +288,28 @@ def _invert(shares: Tensor, uniforms: Tensor, top_p: float) -> Tensor:
 
 
 def write_all(
-    generator: Generator, requests: Sequence[Request], sampling: Sampling, journal: "Journal", name: str
-) -> list[tuple[str, str]]:
-    """What is written on each request, of one completion each, and why it ended.
+    generator: Generator, requests: Sequence[Request], sampling: Sampling, journal: "Journal", name: str, size: int = 1
+) -> list[list[Completion]]:
+    """The completions of each request, in journalled batches.
 
     Args:
         generator: who writes.
-        requests: their prompts fit into the context, answers included.
+        requests: their prompts fit into the context, completions included.
         sampling: how.
         journal: keeps finished batches.
         name: what these begin with there.
+        size: how far a completion moves the progress bar.
     """
-    written: dict[int, tuple[str, str]] = {}
     lengths = [len(request.prompt) for request in requests]
-    for number, batch in enumerate(generator.plan(lengths, 1, sampling.max_new_tokens)):
-        chosen = [requests[index] for index in batch]
-        rows = journal.batch(
-            f"{name}-{number}",
-            len(chosen),
-            lambda chosen=chosen: [(made.text, made.finish_reason) for [made] in generator.write(chosen, sampling)],
-        )
-        written |= {index: (text, reason) for index, (text, reason) in zip(batch, rows, strict=True)}
+    samples = max((len(request.seeds) for request in requests), default=1)
+    plan = generator.plan(lengths, samples, sampling.max_new_tokens)
+
+    def task(number: int) -> "Task":
+        chosen = [requests[index] for index in plan[number]]
+        units = size * sum(len(request.seeds) for request in chosen)
+        return f"{name}-{number}", units, lambda: as_plain(generator.write(chosen, sampling))
+
+    written: dict[int, list[Completion]] = {}
+    for batch, rows in zip(plan, journal.batches(map(task, range(len(plan)))), strict=True):
+        written |= dict(zip(batch, msgspec.convert(rows, list[list[Completion]]), strict=True))
     return [written[index] for index in range(len(requests))]

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from selfalign.batches import Group, make_batch
+from selfalign.batches import Batch, Group, make_batch
 from selfalign.errors import SelfalignError
 
 if TYPE_CHECKING:
@@ -142,21 +142,26 @@ def score_responses_only(model: "PreTrainedModel") -> None:
             "leave lm_head out of model.lora.targets, or choose a model without a bias there"
         )
     if getattr(inner.forward, "__func__", None) is not _score:
-        _compare_with_own_logits(inner)
-        inner.forward = MethodType(_score, inner)
+        probe = _probe(inner)
+        own = _own_logps(inner, probe)
+        head.forward, inner.forward = MethodType(_select, head), MethodType(_score, inner)
+        with torch.no_grad():
+            ours = inner(predict_at=probe.predict_at, targets=probe.targets, **probe.inputs)
+        # The tolerance is a bfloat16 model's rounding of its capped logits.
+        if not torch.allclose(own, ours, rtol=0, atol=1e-3 if inner.dtype == torch.float32 else 0.25):
+            raise SelfalignError(f"{type(inner).__name__} shapes its logits in a way that is not supported here")
 
 
-def _compare_with_own_logits(model: "PreTrainedModel") -> None:
-    """Scores a few tokens both ways; the tolerance is a bfloat16 model's rounding of its capped logits."""
+def _probe(model: "PreTrainedModel") -> Batch:
+    """A few tokens to score both ways."""
     tokens = [token % cast(nn.Linear, model.get_output_embeddings()).out_features for token in range(8)]
-    group = Group(id="probe", prompt=tokens[:1], responses=[tokens[1:]], given=[0])
-    batch = make_batch(model, [group]).to(model.device)
-    with torch.no_grad():
-        logits = model(use_cache=False, **batch.inputs).logits.flatten(0, 1)[batch.predict_at]
-        own = logits.float().log_softmax(-1).gather(1, batch.targets[:, None]).squeeze(1)
-        ours = cast(Tensor, _score(model, batch.predict_at, batch.targets, **batch.inputs))
-    if not torch.allclose(own, ours, rtol=0, atol=1e-3 if model.dtype == torch.float32 else 0.25):
-        raise SelfalignError(f"{type(model).__name__} shapes its logits in a way that is not supported here")
+    return make_batch(model, [Group(id="probe", prompt=tokens[:1], responses=[tokens[1:]], given=[0])]).to(model.device)
+
+
+@torch.no_grad()
+def _own_logps(model: "PreTrainedModel", batch: Batch) -> Tensor:
+    logits = model(use_cache=False, **batch.inputs).logits.flatten(0, 1)[batch.predict_at]
+    return logits.float().log_softmax(-1).gather(1, batch.targets[:, None]).squeeze(1)
 
 
 def _score(
@@ -164,12 +169,15 @@ def _score(
 ) -> Tensor | tuple[Tensor, Tensor]:
     hidden = self.get_decoder()(use_cache=False, **inputs).last_hidden_state
     hidden = hidden.flatten(0, 1)[predict_at]
-    weight = cast(nn.Linear, self.get_output_embeddings()).weight
+    # Through the layer's own call, because FSDP2 puts its weight together there.
+    scored = cast(nn.Linear, self.get_output_embeddings())(hidden, targets, *logit_shape(self.config))
+    return scored if hits else scored[0]
+
+
+def _select(self: nn.Linear, hidden: Tensor, targets: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    scale, softcap = logit_shape(self.config)
-    scored = selected_logps(hidden, weight, targets, scale=scale, softcap=softcap)
-    return scored if hits else scored[0]
+    return selected_logps(hidden, self.weight, targets, scale=scale, softcap=softcap)
 
 
 def logit_shape(config: Any) -> tuple[float, float]:

@@ -225,7 +225,16 @@ class Positives:
 
     The loss is the negative log-likelihood a token of the responses `pair=positives` keeps, or of the chosen
     responses of given pairs.
+
+    Attributes:
+        start: "newest" trains the newest model on them; "base", as the paper, M0 on M1's demonstrations and them.
     """
+
+    start: str = "newest"
+
+    def __post_init__(self) -> None:
+        if self.start not in ("newest", "base"):
+            raise SelfalignError(f"loss.start must be newest or base; got {self.start!r}")
 
 
 def logistic(logits: Values, label_smoothing: float) -> Values:

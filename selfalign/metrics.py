@@ -45,7 +45,7 @@ METRICS = {
     "rewards/length_correlation": "Pearson's, of implicit reward and tokens over both responses of the training pairs",
     "tokens_per_second": "tokens trained on a second; those of a second pass (p⊕x) count too",
     "step_seconds": "wall time of an optimiser step; checkpoints and their contest are left out",
-    "peak_memory_gb": "the most memory so far, GiB: of the GPU, or resident where there is none",
+    "peak_memory_gb": "the most memory so far of any process, GiB: of its GPU, or resident where there is none",
     "token_accuracy": "share of target tokens that were the most likely ones",
     "held_out_pairs": "preference pairs set aside",
     "chosen_step": "optimiser step whose policy was taken, where checkpoints compete",

@@ -1,5 +1,7 @@
 """What a sweep needs of Hydra: its folder, the list of its jobs, and each job's place in it."""
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,12 +13,17 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
+from selfalign import processes
 from selfalign.files import digest_json
 from selfalign.run import check_name
 from selfalign.sweep import Prepared, Sweep, run_job
 
+NOT_HERE = (
+    "error: a sweep starts the processes of its jobs itself: leave out torchrun, and set hydra/launcher=submitit_local "
+    "(or submitit_slurm) hydra.launcher.tasks_per_node=N"
+)
 NOT_THE_STUDY = ("output_dir=", "fresh=")
 """Overrides that the same sweep may be continued without."""
 
@@ -45,7 +52,11 @@ class ListJobs(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Waits for the sweep's turn and lists its jobs, if the sweeper does not find them by search."""
+        if processes.are_named():
+            # Hydra would take any other exception for a warning.
+            sys.exit(NOT_HERE if os.environ.get("RANK", "0") == "0" else 1)
         with suppress(OSError, HydraException):  # Hydra would warn of it, and stops with it right afterwards.
+            prefer_command_line(config.hydra)
             sweep = Sweep(Path(config.hydra.sweep.dir))
             sweep.open(jobs_of(config) if is_grid(config.hydra) else [])
             ListJobs.sweep = sweep
@@ -69,6 +80,14 @@ def closed_in_the_end() -> Iterator[None]:
         if sweep:
             with sweep.held:
                 account(sweep)
+
+
+def prefer_command_line(hydra: DictConfig) -> None:
+    """Takes out of a study's search space what the command line sets or sweeps itself."""
+    given = {override.lstrip("+~").partition("=")[0] for override in hydra.overrides.task}
+    with open_dict(hydra):
+        for key in given & set(hydra.sweeper.params or {}):
+            del hydra.sweeper.params[key]
 
 
 def is_grid(hydra: Any) -> bool:

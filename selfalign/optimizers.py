@@ -49,8 +49,9 @@ class MasterWeights(torch.optim.Optimizer):
         self.weights = parameters
         self.masters = [nn.Parameter(parameter.detach().float()) for parameter in parameters]
         self.inner = build(self.masters)
-        # Schedulers set the rate here, so these are the groups that count.
+        # Schedulers set the rate here, so these are the groups that count; some ask for its peak.
         self.param_groups = self.inner.param_groups
+        self.defaults = self.inner.defaults
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -58,6 +59,11 @@ class MasterWeights(torch.optim.Optimizer):
         for weight, master in zip(self.weights, self.masters, strict=True):
             master.grad = None if weight.grad is None else weight.grad.float()
         self.inner.step()
+        self.write_back()
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Gives the weights the values of their float32 copies."""
         for weight, master in zip(self.weights, self.masters, strict=True):
             weight.copy_(master)
 

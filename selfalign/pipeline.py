@@ -35,7 +35,8 @@ def run_pipeline(config: "ExperimentConfig", run: Maker) -> None:
     """M0 → M1 → … → M_{iterations+1}, each measured."""
     method = Method(config, run, Given(config, run))
     models = method.models()
-    models.sft = models.newest = method.supervise("M1", models, method.demonstrations(models))
+    method.taught = method.demonstrations(models)
+    models.sft = models.newest = method.supervise("M1", models, method.taught)
     method.evaluation.measure("M1", models)
     for iteration in range(1, config.iterations + 1):
         pairs = method.pairs(iteration, models)
@@ -52,6 +53,7 @@ class Method:
     given: Given
     instructions: list[Artefact] = field(default_factory=list)
     own_pairs: list[Artefact] = field(default_factory=list)
+    taught: Artefact = field(init=False)
     judging: Judging = field(init=False)
     evaluation: Evaluation = field(init=False)
 
@@ -112,8 +114,9 @@ class Method:
 
     def reference(self, models: Models) -> Artefact:
         """The policy that alignment is measured against, or that further fine-tuning starts from."""
-        positives = isinstance(self.config.loss, Positives)
-        return models.newest if positives else models.named(self.config.train.reference)
+        if isinstance(loss := self.config.loss, Positives):
+            return models.base if loss.start == "base" else models.newest
+        return models.named(self.config.train.reference)
 
     def _instruct(self, iteration: int, models: Models) -> Artefact:
         """New instructions, written or read, that differ from all that are known."""
@@ -159,10 +162,12 @@ class Method:
     def align(self, iteration: int, models: Models, pairs: Artefact) -> Artefact:
         """The newest model, aligned on the pairs against the reference policy."""
         label, loss, train = f"M{iteration + 1}", self.config.loss, self.config.train
-        if isinstance(loss, Positives):
-            return self.supervise(label, models, pairs)
         policy = references = self.reference(models)
         place, start = f"iteration_{iteration}", None
+        if isinstance(loss, Positives):
+            if loss.start == "base":
+                pairs = self.run.make(f"{place}/demonstrations", gather_pairs, parts=[self.taught, pairs])
+            return self.supervise(label, replace(models, newest=policy), pairs)
         scored = {"pairs": pairs, "precision": train.align.precision(self.config.model.dtype)}
         if train.reference_logps == "stored":
             p = augmentation_of(loss)
@@ -207,7 +212,8 @@ class Method:
         return load_model(self.run, "writer", model, "data.instruct.writer")
 
     def _weights(self, label: str) -> Weights:
-        return Weights(dtype=self.config.model.dtype, lora=self.config.model.lora, seed=self._seed(label))
+        model, layout = self.config.model, self.config.train.layout
+        return Weights(dtype=model.dtype, lora=model.lora, seed=self._seed(label), layout=layout)
 
     def _seed(self, purpose: str) -> int:
         return derive_seed(self.config.seed, purpose)

@@ -119,7 +119,10 @@ def _name_of(judge: Any) -> str:
 def _alignment(config: "ExperimentConfig", iteration: int) -> list[tuple[str, str]]:
     label, train = f"M{iteration + 1}", config.train
     if isinstance(config.loss, Positives):
-        return [(label, f"SFT on positives, epochs {train.sft.epochs}")]
+        fine_tuning = (label, f"SFT on positives, epochs {train.sft.epochs}")
+        if config.loss.start == "newest":
+            return [fine_tuning]
+        return [(f"iteration_{iteration}/demonstrations", "M1's demonstrations + positives"), fine_tuning]
     name = type(config.loss).__name__
     size = f"{name}, epochs {train.align.epochs}, batch {train.align.batch_size}"
     stages: list[tuple[str, str]] = []

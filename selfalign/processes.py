@@ -1,15 +1,18 @@
 """The processes of one run, as torchrun starts them: which one this is, and what they tell each other.
 
 All walk through the same pipeline; the first, the main one, keeps the run's folder. A run of one process needs none
-of this: every function then answers at once.
+of this: every function then answers at once, and torch is not imported.
 """
 
 import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import torch
-import torch.distributed as dist
+from selfalign.errors import SelfalignError
 
 Value = TypeVar("Value")
 
@@ -17,29 +20,107 @@ PATIENCE = timedelta(days=7)
 """How long a process waits for another; a dead one is noticed at once, by its closed connection and by torchrun."""
 
 
+@dataclass(slots=True)
+class Place:
+    """Where this process stands among how many."""
+
+    rank: int = 0
+    count: int = 1
+
+
+_here = Place()
+
+
+class AnotherEnded(SelfalignError):
+    """A process cannot go on because another one of the same run is gone."""
+
+    def __init__(self, sign: str = "") -> None:
+        super().__init__(
+            f"{sign}another process of this run has ended; see its message. What was finished is kept, the same "
+            "command continues, with as many processes as you like"
+        )
+
+
+def are_named() -> bool:
+    """Whether the environment names several processes, as torchrun and accelerate do."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def join() -> None:
-    """Meets the other processes, where the environment names them (RANK, WORLD_SIZE, …), and takes a GPU of its own."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    """Meets the other processes, where the environment names them (RANK, WORLD_SIZE, …), and takes a GPU of its own.
+
+    Raises:
+        SelfalignError: there are more processes here than GPUs.
+    """
+    if "SUBMITIT_EXECUTOR" in os.environ and not are_named():
+        _take_names_from_submitit()
+    if not are_named() or _here.count > 1:
         return
+    import torch
+    import torch.distributed as dist
+
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+        here, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if here >= gpus:
+            raise SelfalignError(f"there are more processes on this machine than its {gpus} GPUs: start {gpus} of them")
+        torch.cuda.set_device(here)
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    _here.rank, _here.count = dist.get_rank(), dist.get_world_size()
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _stop)
 
 
 def leave() -> None:
     """Parts from the other processes."""
-    if dist.is_initialized():
+    if _here.count > 1:
+        import torch.distributed as dist
+
+        _here.rank, _here.count = 0, 1
         dist.destroy_process_group()
+        if signal.getsignal(signal.SIGTERM) is _stop:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Among the other processes, if there are any. One that fails leaves them by its end, which they notice."""
+    join()
+    yield
+    leave()
+
+
+def _take_names_from_submitit() -> None:
+    """Names the tasks of a submitit job as torchrun would."""
+    from submitit.helpers import TorchDistributedEnvironment  # pyright: ignore[reportMissingImports]
+
+    TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+
+
+def _stop(number: int, frame: Any) -> None:
+    """What torchrun tells the processes that are left when one has failed."""
+    raise AnotherEnded("told to stop (SIGTERM): ")
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """What the main process does here it does without the others, as in a run of one process."""
+    rank, count = _here.rank, _here.count
+    _here.rank, _here.count = 0, 1
+    try:
+        yield
+    finally:
+        _here.rank, _here.count = rank, count
 
 
 def rank() -> int:
     """Which process this is, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return _here.rank
 
 
 def count() -> int:
     """How many processes the run has."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return _here.count
 
 
 def is_main() -> bool:
@@ -53,18 +134,41 @@ def wait_for_all() -> None:
 
 
 def gather(value: Value) -> list[Value]:
-    """The values of all processes, in the order of their ranks."""
+    """The values of all processes, in the order of their ranks.
+
+    Raises:
+        AnotherEnded: a process is gone.
+    """
     if count() == 1:
         return [value]
+    import torch.distributed as dist
+
     values: list[Value | None] = [None] * count()
-    dist.all_gather_object(values, value)
+    with others_there():
+        dist.all_gather_object(values, value)
     return values  # pyright: ignore[reportReturnType]
 
 
 def broadcast(value: Value) -> Value:
-    """The main process's value."""
+    """The main process's value.
+
+    Raises:
+        AnotherEnded: a process is gone.
+    """
     if count() == 1:
         return value
+    import torch.distributed as dist
+
     values = [value]
-    dist.broadcast_object_list(values, src=0)
+    with others_there():
+        dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+@contextmanager
+def others_there() -> Iterator[None]:
+    """Says what it means when a connection to another process breaks off inside."""
+    try:
+        yield
+    except RuntimeError as error:  # of gloo and NCCL
+        raise AnotherEnded from error

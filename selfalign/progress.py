@@ -5,12 +5,15 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from selfalign import processes
+
 
 @contextmanager
 def progress_bar(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Yields a function that moves the bar forward by so many units."""
+    """Yields a function that moves the bar forward by so many units; of several processes, the main one shows it."""
     bar_format = "{desc} {bar:24} {n_fmt}/{total_fmt} {unit} · {elapsed} · {remaining} left"
-    with tqdm(total=total, desc=f"{label:<24}", unit=unit, bar_format=bar_format, mininterval=0.5) as bar:
+    shown = {"bar_format": bar_format, "mininterval": 0.5, "disable": not processes.is_main()}
+    with tqdm(total=total, desc=f"{label:<24}", unit=unit, **shown) as bar:
 
         def advance(amount: int) -> None:
             bar.update(amount)

@@ -24,12 +24,13 @@ def parser() -> argparse.ArgumentParser:
     about, _, more = (__doc__ or "").partition("\n\n")
     found = argparse.ArgumentParser(prog="selfalign-report", description=f"{about.partition(': ')[2]} {more}")
     found.add_argument("paths", metavar="PATH", type=Path, nargs="+", help="run folder, sweep folder, folder of runs")
-    found.add_argument("--metric", help="number of a model's row in summary.json; the best job has the highest")
+    metric = "number of a model's row in summary.json, of which the best job has the highest; else sweep_metric"
+    found.add_argument("--metric", default="", help=metric)
     found.add_argument("--out", type=Path, help="folder for the comparison; else PATH, or this folder for several")
     return found
 
 
-def report(paths: Sequence[Path], out: Path | None = None, metric: str | None = None) -> Path:
+def report(paths: Sequence[Path], out: Path | None = None, metric: str = "") -> Path:
     """Writes what was asked for and returns the page's path.
 
     Raises:
@@ -37,12 +38,11 @@ def report(paths: Sequence[Path], out: Path | None = None, metric: str | None = 
     """
     # They import torch, which --help should not wait for.
     from selfalign.report import write_comparison, write_report
-    from selfalign.report.comparison import METRIC
     from selfalign.report.jobs import is_run
 
     if len(paths) > 1 or not is_run(paths[0]):
         target = out or (paths[0] if len(paths) == 1 else Path())
-        return write_comparison(paths, target, metric or METRIC)
+        return write_comparison(paths, target, metric)
     if out or metric:
         raise SelfalignError(f"{paths[0]} is one run: --out and --metric are for a comparison")
     if not (paths[0] / "summary.json").is_file():

@@ -84,7 +84,7 @@ class Run:
             self.reused.add(label)
         else:
             logger.info("%s: %s", label, name)
-        artefact = self.store.make(name, keyed, lambda out: stage(out, **inputs), label=label, on_row=on_row)
+        artefact = make(self.store, self.attempt, label, stage, inputs, on_row)
         for row in artefact.rows()[seen:]:
             self._log(label, name, row, training=True)
         self.artefacts[label] = artefact
@@ -115,6 +115,42 @@ class Run:
         if not link.is_symlink() or link.readlink() != Path(target):
             link.unlink(missing_ok=True)
             link.symlink_to(target, target_is_directory=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Fellow:
+    """Another process of a run than the main one: makes artefacts with it, and keeps account of nothing.
+
+    Attributes:
+        store: where artefacts lie.
+        attempt: as of the run.
+    """
+
+    store: Store
+    attempt: str = ""
+
+    def make(self, label: str, stage: StageFunction, **inputs: Any) -> Artefact:
+        """The artefact of a stage, made together with the main process or waited for."""
+        return make(self.store, self.attempt, label, stage, inputs)
+
+
+def make(
+    store: Store,
+    attempt: str,
+    label: str,
+    stage: StageFunction,
+    inputs: dict[str, Any],
+    on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> Artefact:
+    """The artefact of a stage, found in the store or made there."""
+    return store.make(
+        stage.__name__,
+        keyed_inputs(inputs, attempt),
+        lambda out: stage(out, **inputs),
+        label=label,
+        on_row=on_row,
+        together=getattr(stage, "together", False),
+    )
 
 
 class NotMadeYet(Exception):

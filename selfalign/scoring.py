@@ -3,15 +3,26 @@
 Prompts are shared and packed (`selfalign.batches`), so a prompt is computed once for all that follows it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from selfalign.attention import enable_packing
 from selfalign.batches import Batch, Group, make_batch, split_by_tokens
+from selfalign.journal import Journal
 from selfalign.logprobs import score_responses_only
 from selfalign.models import InMemory, autocast
+
+if TYPE_CHECKING:
+    from selfalign.generation import Reader
+
+
+def responses_in(group: Group) -> int:
+    """How many there are."""
+    return len(group.responses)
 
 
 @dataclass(slots=True)
@@ -51,11 +62,50 @@ class Scorer(InMemory):
         rows = iter(self._logps(batch).view(len(ends), len(alternatives)).tolist())
         return [[next(rows) for _ in group.responses] for group in groups]
 
+    def score_all(
+        self, groups: Sequence[Group], journal: Journal, name: str, size: Callable[[Group], int] = responses_in
+    ) -> Iterator[list[float]]:
+        """What `score` says of each group, in journalled batches.
+
+        Args:
+            groups: any number of them.
+            journal: keeps finished batches.
+            name: what these begin with there.
+            size: how far a group moves the progress bar.
+        """
+        return in_batches(self.plan(groups), self.score, journal, name, size)
+
     @torch.inference_mode()
     def _logps(self, batch: Batch) -> torch.Tensor:
         with autocast(self.policy.model, self.autocast):
             batch = batch.to(self.policy.model.device)
             return self.policy.model(predict_at=batch.predict_at, targets=batch.targets, **batch.inputs).cpu()
+
+
+def choose_all(
+    reader: "Reader",
+    groups: Sequence[Group],
+    alternatives: Sequence[int],
+    journal: Journal,
+    name: str,
+    size: Callable[[Group], int] = responses_in,
+) -> Iterator[list[list[float]]]:
+    """What a reader's `choose` says of each group, as `Scorer.score_all` does it."""
+    return in_batches(reader.plan(groups), partial(reader.choose, alternatives=alternatives), journal, name, size)
+
+
+def in_batches(
+    plan: Sequence[Sequence[Group]],
+    ask: Callable[[Sequence[Group]], Sequence[Any]],
+    journal: Journal,
+    name: str,
+    size: Callable[[Group], int],
+) -> Iterator[Any]:
+    """The answers on each group of a plan, in journalled batches."""
+    # Named by what is in them, because `batch_tokens` may be another when a killed stage is resumed.
+    tasks = ((f"{name}-{batch[0].id}-{len(batch)}", sum(map(size, batch)), partial(ask, batch)) for batch in plan)
+    for rows in journal.batches(tasks):
+        yield from rows
 
 
 def with_next_token(group: Group) -> Group:

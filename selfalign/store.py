@@ -8,20 +8,21 @@ continues from it.
 
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from filelock import FileLock, Timeout
 
+from selfalign import processes
 from selfalign.errors import SelfalignError
 from selfalign.files import digest_folder, digest_json, read_json, write_json
+from selfalign.journal import Journal
 from selfalign.progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -54,14 +55,31 @@ class Artefact:
         return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
 
-class Workspace:
-    """The folder a stage writes to, with a scratch place that is gone when the stage is done."""
+Stage = TypeVar("Stage", bound=Callable[..., Counts])
 
-    def __init__(self, path: Path, label: str, on_row: Callable[[dict[str, Any]], None]) -> None:
-        self.path = path
+
+def together(stage: Stage) -> Stage:
+    """Marks a stage that all processes of a run make together; any other is left to the main one."""
+    stage.__dict__["together"] = True
+    return stage
+
+
+class Workspace:
+    """The folder a stage writes to, with a scratch place that is gone when the stage is done.
+
+    Of several processes the main one writes to the folder itself. What the others write, though it is the same, is
+    thrown away; the scratch place is common to all.
+    """
+
+    def __init__(self, folder: Path, label: str, on_row: Callable[[dict[str, Any]], None]) -> None:
         self.label = label
-        self.scratch = path / SCRATCH
-        self.scratch.mkdir(parents=True, exist_ok=True)
+        self.scratch = folder / SCRATCH
+        self.path = folder
+        if not processes.is_main():
+            self.path = self.scratch / f"process_{processes.rank()}"
+            shutil.rmtree(self.path, ignore_errors=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.scratch.mkdir(exist_ok=True)
         self._on_row = on_row
 
     def log(self, row: dict[str, Any]) -> None:
@@ -80,41 +98,10 @@ class Workspace:
             self._on_row(row)
 
     @contextmanager
-    def journal(self, total: int, unit: str) -> Iterator["Journal"]:
+    def journal(self, total: int, unit: str) -> Iterator[Journal]:
         """Work in numbered batches that outlives a kill; shows a progress bar with `total` units."""
         with progress_bar(self.label, total, unit) as advance:
-            yield Journal(self.scratch / "journal.jsonl", advance)
-
-
-class Journal:
-    """The results of a stage, batch by batch: what a killed run had finished is read back, not made again."""
-
-    def __init__(self, path: Path, advance: Callable[[int], None]) -> None:
-        self._path = path
-        self.advance = advance
-        self._done: dict[str, Any] = {}
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in lines if line.endswith("\n") and _parse_or_none(line) is not None]
-        if len(whole) < len(lines):
-            path.write_text("".join(whole), encoding="utf-8")
-        for line in whole:
-            entry = json.loads(line)
-            self._done[entry["batch"]] = entry["result"]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._done
-
-    def batch(self, name: str, size: int, work: Callable[[], Any]) -> Any:
-        """The JSON result of a batch: read back when it is there, else made by `work` and appended."""
-        if name not in self._done:
-            result = work()
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"batch": name, "result": result}) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            self._done[name] = json.loads(json.dumps(result))
-        self.advance(size)
-        return self._done[name]
+            yield Journal(self.scratch, advance)
 
 
 class Store:
@@ -149,8 +136,11 @@ class Store:
         *,
         label: str = "",
         on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+        together: bool = False,
     ) -> Artefact:
-        """Finds the artefact or builds it; two processes that need it at once build it once.
+        """Finds the artefact or builds it; two runs that need it at once build it once.
+
+        All processes of a run come here with the same inputs, and leave with the same artefact.
 
         Args:
             stage: the stage's name.
@@ -158,15 +148,27 @@ class Store:
             build: writes the files into the workspace and returns the counts.
             label: what the progress bar calls the work.
             on_row: receives each row the stage logs, those of an earlier, killed attempt included.
+            together: whether all processes of a run build it, or the main one without the others.
+
+        Raises:
+            SelfalignError: the processes of the run ask for different ones.
         """
-        folder = self.place(stage, inputs)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with locked(lock_of(folder), f"{label or stage} is being made by another process"):
-            if (folder / MANIFEST).exists():
+        folder, label = self.place(stage, inputs), label or stage
+        if len(set(processes.gather(folder.name))) > 1:
+            raise SelfalignError(f"{label}: the processes of this run read different data; do all see the same files?")
+        with ExitStack() as stack:
+            if processes.is_main():
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(lock_of(folder), f"{label} is being made by another run"))
+            if processes.broadcast((folder / MANIFEST).exists()):
                 shutil.rmtree(folder / SCRATCH, ignore_errors=True)
-            else:
-                self._build(folder, stage, inputs, build, Workspace(folder, label or stage, on_row))
-        return open_artefact(folder)
+            elif together:
+                self._build(folder, stage, inputs, build, Workspace(folder, label, on_row))
+            elif processes.is_main():
+                with processes.alone():
+                    self._build(folder, stage, inputs, build, Workspace(folder, label, on_row))
+            made = open_artefact(folder) if processes.is_main() else None
+        return cast(Artefact, processes.broadcast(made))
 
     def _build(
         self,
@@ -177,10 +179,13 @@ class Store:
         workspace: Workspace,
     ) -> None:
         started = time.monotonic()
-        for leftover in folder.iterdir():
+        for leftover in folder.iterdir() if processes.is_main() else ():
             if leftover.name not in (LOG, SCRATCH):
                 _remove(leftover)
         counts = build(workspace)
+        processes.wait_for_all()
+        if not processes.is_main():
+            return
         files = digest_folder(folder, without=(LOG, SCRATCH))
         write_json(
             folder / MANIFEST,

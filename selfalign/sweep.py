@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from selfalign import processes
 from selfalign.errors import SelfalignError
 from selfalign.experiment import log_file, run_experiment
 from selfalign.files import read_json, write_json
@@ -183,6 +184,8 @@ def run_job(
 ) -> float | None:
     """Does a job that is not done yet; whatever it fails with is written down and stays its own.
 
+    Of several processes the main one writes down how the job goes, and any that fails, why.
+
     Args:
         sweep: where it is written down.
         number: the job's place in the sweep, from 1.
@@ -200,22 +203,28 @@ def run_job(
         sweep.tell(number, overrides, state=state, seconds=round(time.monotonic() - started, 2), **changes)
 
     try:
-        sweep.tell(number, overrides, state=JobState.running)
+        if processes.is_main():
+            sweep.tell(number, overrides, state=JobState.running)
         with undisturbed(), log_file(sweep.folder / f"job_{number}.log"):
             os.environ.setdefault("WANDB_RUN_GROUP", sweep.folder.name)
             config, text, plain = prepare()
             output = Path(config.output_dir).absolute()
             folder, _ = run_folder(output, config.name, config, fresh=config.fresh)
-            sweep.tell(number, overrides, folder=os.path.relpath(folder, sweep.folder))
-            there = not config.fresh and is_finished(config, folder, Store(output / "store"))
+            if processes.is_main():
+                sweep.tell(number, overrides, folder=os.path.relpath(folder, sweep.folder))
+            there = processes.broadcast(not config.fresh and is_finished(config, folder, Store(output / "store")))
             if not there:
                 run_experiment(config, text, plain)
+            if not processes.is_main():
+                return None
             model = read_json(folder / "summary.json")["models"][-1]
             if searched and config.sweep_metric not in model:
                 raise SelfalignError(f"sweep_metric={config.sweep_metric} is none of {', '.join(model)}")
     except KeyboardInterrupt:
         tell(JobState.interrupted)
         raise
+    except processes.AnotherEnded:
+        return None  # That one has written down why, or was killed and could not.
     except Exception as error:  # noqa: BLE001 - the other jobs go on, and the sweep ends with exit code 1
         message = explain(error)
         if message is None:

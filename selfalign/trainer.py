@@ -3,10 +3,13 @@
 import json
 import math
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +18,19 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerControl, TrainerState
 
-from selfalign.batches import split_by_tokens
+from selfalign import processes, snapshot
 from selfalign.errors import SelfalignError
 from selfalign.files import derive_seed
+from selfalign.layouts import Layout, Pass, keep_masters, my_passes
 from selfalign.metrics import Sums, add_sums, averages
-from selfalign.models import Policy
+from selfalign.models import Policy, default_device
 from selfalign.optimizers import build_optimizer
 from selfalign.progress import progress_bar
 from selfalign.store import Workspace
-from selfalign.training import Checkpoints, Example, Objective, Optimization
+from selfalign.training import Checkpoints, Example, Objective, Optimization, Outcome, Weights
+
+STATE = "trainer_state.json"
+"""Trainer's own state; it is written last, so a checkpoint is whole when it can be read."""
 
 
 class Steps(Dataset[list[Example]]):
@@ -56,8 +63,8 @@ def shuffled(count: int, seed: int) -> list[int]:
 class StepTrainer(Trainer):
     """Trainer whose batch is a whole optimiser step, cut into forward passes by a token budget.
 
-    The step's loss is the sum over its examples divided by the step's weight, so cutting it differently changes
-    nothing but rounding.
+    The step's loss is the sum over its examples divided by the step's weight, so cutting it differently, or among
+    several processes, changes nothing but rounding. Where activations are dropped, it changes which.
     """
 
     def __init__(
@@ -67,7 +74,7 @@ class StepTrainer(Trainer):
         objective: Objective,
         optimization: Optimization,
         out: Workspace,
-        seed: int,
+        weights: Weights,
         checkpoints: Checkpoints | None = None,
     ) -> None:
         self.policy = policy
@@ -75,21 +82,25 @@ class StepTrainer(Trainer):
         self.objective = objective
         self.optimization = optimization
         self.out = out
+        self.weights = weights
+        self.folder = out.scratch / "checkpoints"
         self.step_metrics: dict[str, float] = {}
         self.step_tokens = 0
-        self.steps = Steps(examples, optimization.batch_size, optimization.epochs, seed)
+        self.steps = Steps(examples, optimization.batch_size, optimization.epochs, weights.seed)
+        arguments = _arguments(optimization, self.folder, weights.layout, len(self.steps))
+        if arguments.fsdp_plugin_args:
+            arguments.fsdp_plugin_args["mixed_precision_policy"] = keep_masters(policy.model)
         super().__init__(
             model=policy.model,
-            args=_arguments(optimization, out.scratch / "checkpoints", policy.model.device.type, len(self.steps)),
+            args=arguments,
             train_dataset=self.steps,
-            optimizers=(build_optimizer(policy.model.parameters(), optimization), None),
             callbacks=[_AroundStep(self)],
         )
         self.remove_callback(PrinterCallback)
 
     def run(self) -> int:
         """Trains from the start, or from the last whole checkpoint; returns the steps done."""
-        checkpoint = last_checkpoint(out := self.out.scratch / "checkpoints")
+        checkpoint = processes.broadcast(last_checkpoint(self.folder))
         done = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
         self.out.rewind_log(lambda row: row["step"] <= done)
         if self.checkpoints is not None and self.checkpoints.resume(done):
@@ -97,43 +108,74 @@ class StepTrainer(Trainer):
         with ExitStack() as stack:
             self.advance = stack.enter_context(progress_bar(self.out.label, len(self.steps), "steps"))
             self.advance(done)
-            out.mkdir(exist_ok=True)
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         return self.state.global_step
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """The steps in their order; accelerate shards them over processes."""
-        return self.accelerator.prepare(DataLoader(self.steps, batch_size=1, shuffle=False, collate_fn=_only))
+        """The steps in their order: every process gets all of a step, and takes its share in `training_step`."""
+        return DataLoader(self.steps, batch_size=1, shuffle=False, collate_fn=_only)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The one that was chosen, over the weights that are trained."""
+        self.plain_optimizer = build_optimizer(self.policy.model.parameters(), self.optimization)
+        self.optimizer = self.plain_optimizer  # Until accelerate wraps it.
+        return self.optimizer
+
+    def compute_loss_context_manager(self) -> Any:
+        """Multiplications in the dtype asked for; without autocast's cache, which would keep all weights in it."""
+        low = self.optimization.dtype == "bfloat16"
+        return torch.autocast(self.args.device.type, torch.bfloat16, enabled=low, cache_enabled=False)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Forward and backward over one optimiser step; returns its loss."""
+        """Forward and backward over this process's share of an optimiser step; returns the loss of the whole."""
         model.train()
         examples = self.objective.arrange(inputs)
         weight = self.objective.weight(examples)
-        loss = torch.zeros((), device=self.args.device)
-        sums: Sums = {}
-        distance = loss_distance = 0.0
-        passes = split_by_tokens(sorted(examples, key=len), self.optimization.batch_tokens)
-        for part in passes:
-            with self.compute_loss_context_manager():
-                outcome = self.objective(model, part)
-            if not bool(torch.isfinite(outcome.loss)):
-                ids = ", ".join(example.id for example in part)
-                raise SelfalignError(
-                    f"{self.out.label}: the loss is not finite at step {self.state.global_step + 1} (records {ids}); "
-                    "lower the learning rate or look at these records. The last checkpoint is kept"
-                )
-            self.accelerator.backward(outcome.loss / weight)
-            loss += outcome.loss.detach() / weight
-            distance = max(distance, outcome.distance)
-            loss_distance = max(loss_distance, outcome.loss_distance)
-            sums = add_sums(sums, outcome.metrics)
-        self.step_metrics = averages(sums)
+        passes = my_passes(examples, self.optimization.batch_tokens)
+        share = Share()
+        for number, part in enumerate(passes, start=1):
+            if self.optimization.dropout:
+                step, rank = self.state.global_step, processes.rank()
+                torch.manual_seed(derive_seed(self.weights.seed, "dropout", step, rank, number))
+            # DDP adds gradients up once a step; FSDP2 in every pass, or each process would keep them all.
+            together = number == len(passes) or self.weights.layout.sharded
+            with nullcontext() if together else self.accelerator.no_sync(model):
+                with self.compute_loss_context_manager():
+                    outcome = self.objective(model, part.examples)
+                # Both layouts average gradients over the processes.
+                scale = 0.0 if part.repeated else processes.count() / weight
+                self.accelerator.backward(outcome.loss * scale)
+            share.add(part, outcome)
+        share.peak_memory = peak_memory(self.args.device)
+        whole = reduce(Share.joined, processes.gather(share))
+        if whole.broken:
+            ids = ", ".join(dict.fromkeys(whole.broken))
+            raise SelfalignError(
+                f"{self.out.label}: the loss is not finite at step {self.state.global_step + 1} (records {ids}); "
+                "lower the learning rate or look at these records. The last checkpoint is kept"
+            )
+        self.step_metrics = averages(whole.metrics) | {"peak_memory_gb": whole.peak_memory / 2**30}
         self.step_tokens = sum(map(len, examples))
-        self.step_metrics["peak_memory_gb"] = peak_memory(self.args.device) / 2**30
         if self.state.global_step == 0:
-            self.objective.check_first_step(distance, loss_distance)
-        return loss
+            self.objective.check_first_step(whole.distance, whole.loss_distance)
+        return torch.tensor(whole.loss / weight, device=self.args.device)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Writes a snapshot, the trainer's own state last, and removes the older ones."""
+        folder = self.folder / f"checkpoint-{self.state.global_step}"
+        snapshot.save(folder, self.policy.model, self.plain_optimizer, self.lr_scheduler)
+        if processes.is_main():
+            self.state.save_to_json(str(folder / STATE))
+            for other in set(self.folder.glob("checkpoint-*")) - {folder}:
+                shutil.rmtree(other)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Left to `_load_optimizer_and_scheduler`, which comes when the model is laid out."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Takes the whole snapshot back."""
+        if checkpoint:
+            snapshot.load(Path(checkpoint), self.policy.model, self.plain_optimizer, self.lr_scheduler)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Passes each step's numbers on; what Trainer adds at the end of training is left out."""
@@ -152,12 +194,53 @@ class StepTrainer(Trainer):
         return 0
 
 
+@dataclass(slots=True)
+class Share:
+    """What one process has seen of a step, or after `joined` several; fields as in `Outcome`.
+
+    `broken` are the ids of records in passes whose loss is not finite.
+    """
+
+    loss: float = 0.0
+    metrics: Sums = field(default_factory=dict)
+    distance: float = 0.0
+    loss_distance: float = 0.0
+    broken: list[str] = field(default_factory=list)
+    peak_memory: int = 0
+
+    def add(self, part: Pass[Any], outcome: Outcome) -> None:
+        """Counts a pass in; a repeated one is another process's to count."""
+        if part.repeated:
+            return
+        loss = float(outcome.loss.detach())
+        broken = [] if math.isfinite(loss) else [example.id for example in part.examples]
+        seen = Share(loss, outcome.metrics, outcome.distance, outcome.loss_distance, broken)
+        joined = self.joined(seen)
+        for name in self.__slots__:
+            setattr(self, name, getattr(joined, name))
+
+    def joined(self, other: "Share") -> "Share":
+        """Both together."""
+        return Share(
+            self.loss + other.loss,
+            add_sums(self.metrics, other.metrics),
+            max(self.distance, other.distance),
+            max(self.loss_distance, other.loss_distance),
+            self.broken + other.broken,
+            max(self.peak_memory, other.peak_memory),
+        )
+
+
 class _AroundStep(TrainerCallback):
-    """Times a step, moves the progress bar, and stops training where the contest of checkpoints says so."""
+    """Checks the layout, times steps, moves the progress bar, and stops where the contest of checkpoints says so."""
 
     def __init__(self, trainer: StepTrainer) -> None:
         self.trainer = trainer
         self.started = 0.0
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        trainer = self.trainer
+        trainer.weights.layout.check_effect(trainer.accelerator, trainer.model_wrapped)
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.started = time.monotonic()
@@ -187,14 +270,14 @@ def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written to its end: the trainer state is what Trainer writes last."""
     for path in sorted(folder.glob("checkpoint-*"), key=lambda p: -int(p.name.rsplit("-", 1)[1])):
         try:
-            json.loads((path / "trainer_state.json").read_text())
+            json.loads((path / STATE).read_text())
         except (OSError, ValueError):
             continue
         return path
     return None
 
 
-def _arguments(optimization: Optimization, folder: Path, device: str, steps: int) -> TrainingArguments:
+def _arguments(optimization: Optimization, folder: Path, layout: Layout, steps: int) -> TrainingArguments:
     names = {"constant": "constant_with_warmup"}
     schedule: dict[str, Any] = {"lr_scheduler_type": names.get(optimization.schedule, optimization.schedule)}
     if optimization.schedule == "cosine":
@@ -207,16 +290,16 @@ def _arguments(optimization: Optimization, folder: Path, device: str, steps: int
         learning_rate=optimization.learning_rate,
         warmup_steps=math.ceil(optimization.warmup_share * steps),
         max_grad_norm=optimization.max_gradient_norm,
-        bf16=optimization.dtype == "bfloat16",
         save_steps=optimization.checkpoint_steps,
-        save_total_limit=1,
         logging_steps=1,
         logging_nan_inf_filter=False,
-        use_cpu=device == "cpu",
+        use_cpu=default_device() == "cpu",
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
+        use_cache=True,  # As the config that is saved has it; scoring never asks for one.
         **schedule,
+        **layout.arguments(),
     )
 
 

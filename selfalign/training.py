@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from selfalign import processes
 from selfalign.attention import enable_packing
 from selfalign.batches import Batch, Group, make_batch
 from selfalign.errors import SelfalignError
 from selfalign.generation import Sampling
+from selfalign.layouts import Layout, collect, out_of_wrapper
 from selfalign.logprobs import score_responses_only
 from selfalign.metrics import Sums
 from selfalign.models import DTYPES, LoRA, Policy, PolicyFiles, fastest_dtype
@@ -156,9 +158,11 @@ class TrainConfig:
         align: M_t → M_{t+1}.
         reference: "previous" (the start of the iteration, as the papers), "sft" (M1) or "base" (M0).
         reference_logps: "stored" computes the reference's log-probabilities once, before training; "live" at every
-            step, with a second model, or with the adapter switched off where M0 is the reference.
+            step, with a second model (whole in every process), or with the adapter switched off where M0 is the
+            reference.
         held_out_pairs: pairs of each iteration that are set aside, and measured after training.
         choose: which checkpoint of an alignment becomes the policy.
+        layout: what each of several processes keeps of the policy.
     """
 
     sft: Optimization
@@ -167,10 +171,17 @@ class TrainConfig:
     reference_logps: str = "stored"
     held_out_pairs: int = 0
     choose: ChooseConfig = field(default_factory=ChooseConfig)
+    layout: Layout = field(default_factory=Layout, metadata={"keyed": False})
 
     def __post_init__(self) -> None:
         self.sft.check("train.sft")
         self.align.check("train.align")
+        if self.layout.sharded and "adamw_8bit" in (self.sft.optimizer, self.align.optimizer):
+            raise SelfalignError(
+                "train.layout.kind=fsdp2 cannot share out the state of optimizer=adamw_8bit: set adamw"
+            )
+        if self.layout.sharded and self.choose.every_steps:
+            raise SelfalignError("train.choose.every_steps needs a whole policy: set train.layout.kind=ddp")
         if self.reference not in ("previous", "sft", "base"):
             raise SelfalignError(f"train.reference must be previous, sft or base; got {self.reference!r}")
         if self.reference_logps not in ("stored", "live"):
@@ -235,8 +246,7 @@ class Likelihood:
         return float(sum(sum(group.scored()) for group in examples))
 
     def __call__(self, model: "PreTrainedModel", examples: Sequence[Group]) -> Outcome:
-        batch = make_batch(model, examples).to(model.device)
-        logps, hits = forward(model, batch, hits=True)
+        batch, (logps, hits) = forward(model, examples, hits=True)
         losses = -batch.sum_by_response(logps)
         total, right, tokens = float(losses.sum().detach()), float(hits.sum()), float(batch.tokens.sum())
         if self.average == "examples":
@@ -247,9 +257,14 @@ class Likelihood:
         """SFT has no known starting value."""
 
 
-def forward(model: "PreTrainedModel", batch: Batch, **options: bool) -> Any:
-    """log p of the batch's targets (nats), shape (response tokens,); with `hits`, also which were the likeliest."""
-    return model(predict_at=batch.predict_at, targets=batch.targets, **batch.inputs, **options)
+def forward(model: "PreTrainedModel", groups: Sequence[Group], **options: bool) -> tuple[Batch, Any]:
+    """The groups as a batch, and log p of its targets (nats), shape (response tokens,).
+
+    With `hits`, these are two: also which targets were the likeliest. The model may be in DDP's wrapper.
+    """
+    own = out_of_wrapper(model)
+    batch = make_batch(own, groups).to(own.device)
+    return batch, model(predict_at=batch.predict_at, targets=batch.targets, **batch.inputs, **options)
 
 
 def train(
@@ -272,7 +287,7 @@ def train(
         examples: tokenised records.
         objective: the loss over them.
         optimization: rates, sizes and lengths.
-        weights: which weights are trained, their dtype, and the seed of everything random.
+        weights: which weights are trained, their dtype, the seed of everything random, and the layout.
         checkpoints: decides after which step the policy is taken; the last one without it.
 
     Returns:
@@ -284,8 +299,12 @@ def train(
     # Importing transformers' Trainer takes seconds, which no one who only composes a config should wait for.
     from selfalign.trainer import StepTrainer
 
+    weights.layout.check_possible()
+    if checkpoints is not None and processes.count() > 1:
+        raise SelfalignError("train.choose.every_steps needs a single process: start one, or set it to 0")
     torch.manual_seed(weights.seed)
-    loaded = policy.load(weights.dtype, trainable=True)
+    # What is shared out goes to the GPU a layer at a time.
+    loaded = policy.load(weights.dtype, device="cpu" if weights.layout.sharded else "", trainable=True)
     prepare(loaded, policy, weights, optimization.dropout)
     if optimization.gradient_checkpointing:
         # transformers 5.23 has renamed it; older ones know the first name only.
@@ -293,14 +312,28 @@ def train(
         enable = next(getattr(loaded.model, name) for name in names if hasattr(loaded.model, name))
         enable({"use_reentrant": False})
         loaded.model.enable_input_require_grads()
-    trainer = StepTrainer(loaded, examples, objective, optimization, out, weights.seed, checkpoints)
+    trainer = StepTrainer(loaded, examples, objective, optimization, out, weights, checkpoints)
     last = trainer.run()
     if checkpoints is not None and checkpoints.chosen not in (None, last):
         loaded = checkpoints.files(checkpoints.chosen).load(weights.dtype, trainable=True)
         make_scoring(loaded.model)
     loaded.model.eval()
-    PolicyFiles(out.path).save(loaded, base)
+    whole = loaded
+    if weights.layout.sharded:
+        whole = put_together(loaded, policy, weights)
+    if whole is not None and processes.is_main():
+        PolicyFiles(out.path).save(whole, base)
     return loaded
+
+
+def put_together(shared: Policy, start: PolicyFiles, weights: "Weights") -> Policy | None:
+    """The trained policy, of which each process has a share, whole in the main process; None in the others."""
+    whole = None
+    if processes.is_main():
+        whole = start.load(weights.dtype, device="cpu", trainable=True)
+        prepare(whole, start, weights, 0.0)
+    collect(shared.model, whole.model if whole else None)
+    return whole
 
 
 class Contest(Protocol):
@@ -324,11 +357,12 @@ class Checkpoints(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Weights:
-    """Which weights are trained, in which dtype, and the seed of adapter initialisation and data order."""
+    """Which weights are trained, in which dtype, the seed of adapter initialisation and data order, and the layout."""
 
     dtype: str
     lora: LoRA
     seed: int
+    layout: Layout = field(default_factory=Layout, metadata={"keyed": False})
 
 
 def prepare(loaded: Policy, files: PolicyFiles, weights: Weights, dropout: float) -> None:

@@ -12,7 +12,7 @@ from chat_server import ChatServer, Fault, chat, chat_server
 
 from selfalign.endpoint import ChatClient, Endpoint, Reply, retry_after
 from selfalign.errors import SelfalignError
-from selfalign.store import Journal
+from selfalign.journal import Journal
 
 KEY = "sk-very-secret-0123456789"
 ASK = {"messages": [{"role": "user", "content": "hello"}]}
@@ -167,7 +167,7 @@ def test_answers_before_a_failure_are_kept_and_not_asked_for_again(tmp_path: Pat
     out = workspace(tmp_path)
     failing = pytest.raises(SelfalignError)
     with chat_server(fails_at_four) as server, failing, client(server, concurrency=1, retries=0) as chats:
-        chats.complete_all(requests, Journal(out.scratch / "journal.jsonl", lambda size: None), 1)
+        chats.complete_all(requests, Journal(out.scratch, lambda size: None), 1)
     first = [body["n"] for body in server.bodies]
     assert first[:5] == [0, 1, 2, 3, 4]
     with chat_server("Score: 2") as server, client(server) as chats, out.journal(6, "judgements") as journal:
@@ -199,7 +199,7 @@ def test_refusal_ends_the_waiting_of_the_others(tmp_path: Path) -> None:
 
         chats._try = refused
         with pytest.raises(SelfalignError, match="status 401"):
-            chats.complete_all({"a": {"n": 0}, "b": {"n": 1}}, Journal(out.scratch / "j", lambda size: None), 1)
+            chats.complete_all({"a": {"n": 0}, "b": {"n": 1}}, Journal(out.scratch, lambda size: None), 1)
         assert [body["n"] for body in server.bodies].count(0) == 1
 
 

@@ -13,6 +13,7 @@ from selfalign.__main__ import conf_folder
 from selfalign.errors import SelfalignError
 from selfalign.evaluator import evaluate_models
 from selfalign.files import read_json
+from selfalign.sweep import JobState, Sweep
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,27 @@ def test_model_folder_is_compared_with_a_run(finished: Path, tmp_path: Path) -> 
     assert summary["win_rate_matrix"]["models"] == names
     assert summary["win_rate_matrix"]["rates"][2][1] == 0.5
     assert summary["win_rate_matrix"]["rates"][0][2] == pytest.approx(1 - summary["models"][2]["eval/win_rate"])
+
+
+def test_sweep_stands_for_the_first_and_the_last_models_of_its_jobs(finished: Path) -> None:
+    settings = read_json(finished / "summary.json")["config"]["overrides"]
+    other = run(finished.parent, *settings, "loss.beta=0.3", "name=two")
+    folder = finished.parent / "sweeps/by-hand"
+    sweep = Sweep(folder)
+    sweep.open([["loss.beta=0.1"], ["loss.beta=0.3"], ["loss.beta=-1"]])
+    for number, made in enumerate((finished, other), start=1):
+        sweep.tell(number, [], state=JobState.finished, folder=f"../../{made.name}")
+    sweep.tell(3, [], state=JobState.failed)
+    sweep.held.close()
+    summary = read_json(evaluate_models([str(folder)], ["evaluate.matrix=true"], conf_folder()) / "summary.json")
+    names = ["M1", "loss.beta-0.1.M2", "loss.beta-0.3.M2"]
+    assert [row["model"] for row in summary["models"]] == names == summary["win_rate_matrix"]["models"]
+    of_its_own = models(finished)["M2"]["eval/win_rate"]
+    assert summary["models"][1]["eval/win_rate"] == of_its_own
+    sweep.open([["loss.beta=0.1"]])
+    sweep.held.close()
+    with pytest.raises(SelfalignError, match="no job of this sweep is finished"):
+        evaluate_models([str(folder)], [], conf_folder())
 
 
 def test_models_without_a_run_are_judged_by_the_first(finished: Path) -> None:

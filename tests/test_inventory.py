@@ -127,7 +127,7 @@ def test_folder_of_a_stage_may_be_a_link_to_another_disk(tmp_path: Path) -> None
 
 def test_killed_run_keeps_what_it_will_continue(tmp_path: Path) -> None:
     def stage(out: Workspace) -> Counts:
-        (out.scratch / "journal.jsonl").write_text("{}\n")
+        (out.scratch / "journal-0.jsonl").write_text("{}\n")
         raise Killed
 
     run = run_of(tmp_path)

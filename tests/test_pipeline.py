@@ -306,6 +306,8 @@ WAYS = {
     "no_answers_compared": ["evaluate=none", "iterations=1"],
     "positives": ["loss=positives", "pair=positives", "pair.minimum_score=0", "iterations=1",
                   "data.respond.sampling.max_new_tokens=128", "data.respond.sampling.temperature=1"],
+    "positives_anew": ["loss=positives", "loss.start=base", "pair=positives", "pair.minimum_score=0", "iterations=1",
+                       "data.respond.sampling.max_new_tokens=128", "data.respond.sampling.temperature=1"],
     "older_reference": ["train.reference=sft", "data.instruct.writer=sft", "judge.model=sft", "evaluate.judge=base"],
     "base_reference": ["train.reference=base", "iterations=1", "loss=ipo"],
     "accumulated": ["data.accumulate=true", "pair=all_ordered", "pair.length_control=[0.3,0]"],
@@ -359,6 +361,19 @@ def check_positives(folder: Path) -> None:
     assert {d.source for d in kept} == {"positive"}
     assert manifest(folder, "M2")["stage"] == "sft"
     assert manifest(folder, "M2")["inputs"]["policy"]["digest"] == manifest(folder, "M1")["digest"]
+
+
+def check_positives_anew(folder: Path) -> None:
+    taught, kept, both = (
+        [d.id for d in records(folder, label, "demonstrations", Demonstration)]
+        for label in ("seeds", "iteration_1/pairs", "iteration_1/demonstrations")
+    )
+    assert taught
+    assert kept
+    assert both == [*taught, *kept]
+    inputs = {name: manifest(folder, name)["inputs"] for name in ("M1", "M2")}
+    assert inputs["M2"]["policy"] == inputs["M1"]["policy"]
+    assert inputs["M2"]["demonstrations"]["digest"] == manifest(folder, "iteration_1/demonstrations")["digest"]
 
 
 def check_older_reference(folder: Path) -> None:

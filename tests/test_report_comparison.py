@@ -24,9 +24,10 @@ from selfalign.files import read_json, write_json
 from selfalign.report import across, findings, jobs, write_comparison
 from selfalign.report.across import axes_of, over_settings
 from selfalign.report.charts import draw_heatmap
+from selfalign.report.comparison import job_rows
 from selfalign.report.findings import best, opponents
 from selfalign.report.finished import Finished
-from selfalign.report.jobs import Comparison, Job, as_text, costs, differing, find_jobs, flat, seconds_own
+from selfalign.report.jobs import Comparison, Job, as_text, costs, differing, find_jobs, flat, metric_of, seconds_own
 from selfalign.report.markup import percent
 
 COLUMNS = {
@@ -476,6 +477,12 @@ def said_of(*made_up: Job) -> str:
     return re.sub(r"<.*?>", "", best(Comparison.of(made_up, METRIC)))
 
 
+def test_jobs_say_themselves_what_the_best_has_the_highest_of() -> None:
+    named, unnamed = job("a", 0.4, sweep_metric="rewards/margins"), job("b", 0.5)
+    assert metric_of([unnamed, named]) == "rewards/margins"
+    assert metric_of([unnamed]) == METRIC
+
+
 def test_best_is_sure_only_without_overlap() -> None:
     a, b = job("a", 0.4, 0.3, 0.5, lam=1), job("b", 0.7, 0.55, 0.8, lam=2)
     assert said_of(a, b).startswith("Job 2 (lam = 2) has the highest win rate against M1, 70\u00a0%")
@@ -487,6 +494,13 @@ def test_best_is_sure_only_without_overlap() -> None:
         )
         assert "No other job" not in said_of(rival, b)
     assert "from jobs 1, 2, whose intervals overlap" in said_of(wide, b, touching, job("c", 0.1, 0.05, 0.2, lam=3))
+
+
+def test_jobs_with_the_same_highest_value_are_all_named() -> None:
+    a, b, c = job("a", 0.7, 0.6, 0.8, lam=1), job("b", 0.7, 0.5, 0.8, lam=2), job("c", 0.2, 0.1, 0.3, lam=3)
+    assert said_of(a, b).startswith("All have the same highest win rate against M1, 70")
+    assert said_of(a, b, c).startswith("Jobs 1, 2 have the same highest")
+    assert [row["class"] for row in job_rows(Comparison.of([a, b, c], METRIC))] == ["best", "best", ""]
 
 
 def test_what_is_no_number_never_wins() -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,7 @@ def batches(log: list[int], kill_at: int | None = None) -> Callable[[Workspace],
             return [number * number]
 
         with out.journal(4, "things") as journal:
-            results = [journal.batch(str(n), 1, lambda n=n: work(n)) for n in range(4)]
+            results = list(journal.batches((str(n), 1, partial(work, n)) for n in range(4)))
         (out.path / "result.json").write_text(json.dumps(results))
         return {"batches": len(results)}
 
@@ -176,58 +177,6 @@ def test_killed_stage_goes_on_and_does_not_repeat_finished_batches(store: Store)
     whole = Store(store.root.parent / "whole").make("stage", {"x": 1}, batches([]))
     assert whole.digest == made.digest
     assert whole.counts == made.counts
-
-
-@pytest.mark.parametrize("torn", ['{"batch": "2", "resu', '{"batch": "2", "result": [4]}', "\0\0\0"])
-def test_torn_last_line_of_a_journal_is_dropped(store: Store, torn: str) -> None:
-    log: list[int] = []
-    with pytest.raises(Killed):
-        store.make("stage", {"x": 1}, batches(log, kill_at=2))
-    (journal,) = store.root.rglob("journal.jsonl")
-    with journal.open("a") as file:
-        file.write(torn)
-    made = store.make("stage", {"x": 1}, batches(log))
-    assert log == [0, 1, 2, 3]
-    assert json.loads((made.path / "result.json").read_text()) == [[0], [1], [4], [9]]
-
-
-def test_torn_line_does_not_swallow_the_batch_written_behind_it(store: Store) -> None:
-    """Killed, torn, continued, killed again: the line made after the torn one must be read back."""
-    log: list[int] = []
-    with pytest.raises(Killed):
-        store.make("stage", {"x": 1}, batches(log, kill_at=1))
-    (journal,) = store.root.rglob("journal.jsonl")
-    with journal.open("a") as file:
-        file.write('{"batch": "1", "res')
-    with pytest.raises(Killed):
-        store.make("stage", {"x": 1}, batches(log, kill_at=3))
-    store.make("stage", {"x": 1}, batches(log))
-    assert log == [0, 1, 2, 3]
-
-
-def test_journal_gives_back_what_it_stores_and_counts_the_work(tmp_path: Path) -> None:
-    """A tuple becomes a list whether it was just made or read back, so both attempts see the same."""
-    out = Workspace(tmp_path, "label", lambda row: None)
-    amounts: list[int] = []
-    results = []
-    for _ in range(2):
-        with out.journal(5, "things") as journal:
-            journal.advance = amounts.append
-            results.append(journal.batch("a", 5, lambda: [("x\u2028", 1.5, None)]))
-    assert results == [[["x\u2028", 1.5, None]]] * 2
-    assert amounts == [5, 5]
-
-
-def test_a_batch_that_fails_is_not_written(tmp_path: Path) -> None:
-    out = Workspace(tmp_path, "label", lambda row: None)
-
-    def fail() -> None:
-        raise Killed
-
-    with out.journal(1, "things") as journal, pytest.raises(Killed):
-        journal.batch("a", 1, fail)
-    with out.journal(1, "things") as journal:
-        assert journal.batch("a", 1, lambda: 3) == 3
 
 
 def test_scratch_is_gone_when_the_stage_is_done_and_was_there_before(store: Store) -> None:

@@ -111,7 +111,7 @@ FROZEN: dict[str, dict[str, Any]] = {
     "self_rewarding_no_eft": SELF_REWARDING | BY_DPO | {"data.seeds.evaluation_fine_tuning": EvaluationFineTuning.none},
     "self_rewarding_positives": SELF_REWARDING
     | BY_BASELINE
-    | {"loss.__class__": Positives, "pair.__class__": PositivesOnly, "pair.minimum_score": 5},
+    | {"loss.__class__": Positives, "loss.start": "base", "pair.__class__": PositivesOnly, "pair.minimum_score": 5},
     "quality_aware_hh": HH,
     "quality_aware_ultrafeedback": ULTRAFEEDBACK,
     "quality_aware_lambda": HH,
@@ -245,6 +245,15 @@ def test_small_ablations_keep_what_they_take_away() -> None:
     prompts = [study("self_rewarding_judge_prompt_small", *job).judge for job in jobs_of("self_rewarding_judge_prompt")]
     assert all(isinstance(judge, SampledScore) and judge.max_failed_share == 1 for judge in prompts)
     assert len({judge.prompt for judge in prompts}) == 2
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_full_studies_are_measured_as_in_their_papers(name: str) -> None:
+    config = study(name)
+    full = {"meta-llama/Llama-2-70b-hf": "mt_bench", "EleutherAI/pythia-2.8b": "mt_bench"}
+    full["alignment-handbook/zephyr-7b-sft-full"] = "open_llm_leaderboard"
+    assert list(config.benchmark) == ([full[config.model.path]] if config.model.path in full else [])
+    assert (config.sweep_metric == "held_out/rewards/accuracies") == (not config.evaluate.instructions)
 
 
 def test_study_of_llama_says_which_instructions_it_needs() -> None:

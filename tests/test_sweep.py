@@ -368,6 +368,19 @@ def test_study_may_be_a_whole_sweep(call: Callable[..., Said], tmp_path: Path) -
     ]
 
 
+def test_command_line_takes_the_place_of_what_a_study_sweeps(call: Callable[..., Said], tmp_path: Path) -> None:
+    pairs, conf = write_pairs(tmp_path / "pairs.jsonl"), tmp_path / "conf/experiment"
+    conf.mkdir(parents=True)
+    (conf / "losses.yaml").write_text(STUDY)
+    said = call("--config-dir", str(conf.parent), "experiment=losses", pairs, "loss=sr_ipo", "output_dir=out")
+    assert said.code == 0, said.err
+    [job] = jobs(tmp_path / "out")
+    assert [override for override in job["overrides"] if override.startswith(("loss", "seed"))] == [
+        "seed=1",
+        "loss=sr_ipo",
+    ]
+
+
 STUDY = """# @package _global_
 defaults:
   - override /model: tiny

@@ -151,7 +151,7 @@ def ours(job: argparse.Namespace, *, refined: bool, lora: bool) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         out = Workspace(Path(folder), "step", lambda row: None)
         objective = Preference(loss, StoredReferences(stored), starts_as_reference=False, dtype=job.dtype)
-        trainer = StepTrainer(policy, examples, objective, optimization, out, 0)
+        trainer = StepTrainer(policy, examples, objective, optimization, out, weights)
         timer = StepTimer()
         trainer.add_callback(timer)
         trainer.run()

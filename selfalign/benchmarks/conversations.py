@@ -8,8 +8,9 @@ from selfalign.benchmarks.fastchat import Question
 from selfalign.errors import SelfalignError
 from selfalign.files import derive_seed
 from selfalign.generation import Generator, Request, Sampling, write_all
+from selfalign.journal import Journal
 from selfalign.records import FinishReason, Message
-from selfalign.store import Journal, Workspace
+from selfalign.store import Workspace
 from selfalign.tokenization import encode_prompt
 
 
@@ -78,6 +79,6 @@ def _answer_turns(
         for temperature, members in sorted(waiting.items()):
             requests, how = [request for *_, request in members], members[0][1]
             written = write_all(generator, requests, how, journal, f"turn-{turn + 1}-{temperature}")
-            for (talk, *_), (text, reason) in zip(members, written, strict=True):
-                talk.answers.append(text)
-                talk.finished.append(reason == FinishReason.EOS)
+            for (talk, *_), [made] in zip(members, written, strict=True):
+                talk.answers.append(made.text)
+                talk.finished.append(made.finish_reason == FinishReason.EOS)

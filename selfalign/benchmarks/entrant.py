@@ -10,9 +10,10 @@ from typing import Protocol
 from selfalign.endpoint import Endpoint
 from selfalign.errors import SelfalignError
 from selfalign.generation import Backend
+from selfalign.journal import Journal
 from selfalign.judges.bench import OWN_MODELS, Bench
 from selfalign.models import PolicyFiles
-from selfalign.store import Counts, Journal, Workspace
+from selfalign.store import Counts, Workspace
 
 UNSAFE = re.compile(r"[^\w.-]+")
 """What names of files should not have."""

@@ -13,9 +13,11 @@ from selfalign.endpoint import Endpoint
 from selfalign.errors import SelfalignError
 from selfalign.files import digest_file, text_or_file
 from selfalign.generation import Reader, Request, Sampling, write_all
+from selfalign.journal import Journal
 from selfalign.judges.bench import check_batch_tokens, check_model, check_prompt, check_share
 from selfalign.records import Message
-from selfalign.store import Counts, Journal
+from selfalign.scoring import choose_all
+from selfalign.store import Counts
 from selfalign.tokenization import encode_prompt, fill
 
 
@@ -162,7 +164,7 @@ class Grader:
             requests = [Request(prompt=ids, seeds=[0]) for ids in fitting.values()]
             written = write_all(generator, requests, greedy, journal, "grades")
         counts |= generator.counts
-        grades = {name: parse_rating(*said) for name, said in zip(fitting, written, strict=True)}
+        grades = {n: parse_rating(made.text, made.finish_reason) for n, [made] in zip(fitting, written, strict=True)}
         return [grades.get(name, TOO_LONG) for name in prompts]
 
     def _expect(
@@ -184,13 +186,8 @@ class Grader:
             for name, ids in encoded.items()
             if len(ids) < longest
         ]
-        grades: dict[str, Grade] = {}
-        for number, batch in enumerate(reader.plan(groups)):
-            rows = journal.batch(
-                f"grades-{number}", len(batch), lambda batch=batch: reader.choose(batch, ratings.alternatives)
-            )
-            grades |= {group.id: expected_rating(ratings.shares(row)) for group, row in zip(batch, rows, strict=True)}
-        return grades
+        read = choose_all(reader, groups, ratings.alternatives, journal, "grades", size=lambda group: 1)
+        return {group.id: expected_rating(ratings.shares(rows)) for group, rows in zip(groups, read, strict=True)}
 
 
 def _numbered(task: Task) -> dict[str, str]:

@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import chdir
 from dataclasses import dataclass
-from functools import cache
-from itertools import groupby
+from functools import cache, partial
+from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +29,9 @@ from lm_eval.utils import handle_non_serializable
 
 from selfalign.errors import SelfalignError
 from selfalign.files import write_atomically
+from selfalign.journal import Journal
 from selfalign.models import Policy
 from selfalign.statistics import RESAMPLES
-from selfalign.store import Journal
 
 if TYPE_CHECKING:
     from selfalign.benchmarks.lm_eval import LmEval, LmEvalTask
@@ -214,17 +214,16 @@ class JournaledLM(HFLM):
         return self._answer("generate_until", requests, super().generate_until)
 
     def _answer(self, kind: str, requests: list[Instance], ask: Callable[..., list[Any]]) -> list[Any]:
+        def work(documents: list[list[int]]) -> dict[str, Any]:
+            self._cut = 0
+            answered = ask([requests[index] for index in chain.from_iterable(documents)], disable_tqdm=True)
+            return {"answers": answered, "cut": self._cut}
+
+        planned = list(plan(requests, self.documents_per_batch))
+        tasks = ((f"{kind}/{task}/{start}", len(members), partial(work, members)) for task, start, members in planned)
         answers: dict[int, Any] = {}
-        for task, start, documents in plan(requests, self.documents_per_batch):
-            members = [index for document in documents for index in document]
-
-            def work(members: list[int] = members) -> dict[str, Any]:
-                self._cut = 0
-                answered = ask([requests[index] for index in members], disable_tqdm=True)
-                return {"answers": answered, "cut": self._cut}
-
-            made = self.journal.batch(f"{kind}/{task}/{start}", len(documents), work)
-            answers |= dict(zip(members, made["answers"], strict=True))
+        for (task, _, documents), made in zip(planned, self.journal.batches(tasks), strict=True):
+            answers |= dict(zip(chain.from_iterable(documents), made["answers"], strict=True))
             self.prompts_cut[task] += made["cut"]
         return [answers[index] for index in range(len(requests))]
 

@@ -12,6 +12,7 @@ from selfalign.endpoint import Endpoint
 from selfalign.errors import SelfalignError
 from selfalign.files import text_or_file
 from selfalign.generation import Backend
+from selfalign.journal import Journal
 from selfalign.models import PolicyFiles
 from selfalign.records import (
     Comparison,
@@ -22,7 +23,7 @@ from selfalign.records import (
     Response,
     ResponseScore,
 )
-from selfalign.store import Counts, Journal
+from selfalign.store import Counts
 from selfalign.tokenization import fill
 
 OWN_MODELS = ("self", "sft", "base")

@@ -9,6 +9,7 @@ from selfalign.batches import Group, share_prompt
 from selfalign.data import as_prompt
 from selfalign.errors import SelfalignError
 from selfalign.generation import Reader, Request, Sampling, write_all
+from selfalign.journal import Journal
 from selfalign.judges.bench import (
     Bench,
     Judged,
@@ -21,7 +22,7 @@ from selfalign.judges.bench import (
 )
 from selfalign.judges.parsing import PREFIX, before_score
 from selfalign.records import Judgement, JudgementStatus
-from selfalign.store import Journal
+from selfalign.scoring import choose_all
 from selfalign.tokenization import encode_prompt, encode_response
 
 if TYPE_CHECKING:
@@ -93,16 +94,10 @@ class ExpectedScore(Rubric):
             fitting = [prompt for prompt, fit in zip(prompts, fits, strict=True) if fit]
             if fitting:
                 groups.append(share_prompt(name, fitting, [[] for _ in fitting]))
-        for number, batch in enumerate(reader.plan(groups)):
-            chosen = [subject for group in batch for subject in members[group.id]]
-            rows = journal.batch(
-                str(number),
-                len(chosen),
-                lambda batch=batch: [row for g in reader.choose(batch, digits) for row in g],
-            )
+        for group, rows in zip(groups, choose_all(reader, groups, digits, journal, "scores"), strict=True):
             judgements += [
                 expected(subject, row, self.low, rationales.get(subject.response.id, ""), reader.digest)
-                for subject, row in zip(chosen, rows, strict=True)
+                for subject, row in zip(members[group.id], rows, strict=True)
             ]
         return judgements
 
@@ -125,7 +120,7 @@ class ExpectedScore(Rubric):
             fitting = {name: p for name, p in prompts.items() if len(p) + self.rationale_tokens <= generator.context}
             requests = [Request(prompt=prompt, seeds=[0]) for prompt in fitting.values()]
             written = write_all(generator, requests, sampling, bench.journal, "justification")
-        return {name: before_score(text) for name, (text, _) in zip(fitting, written, strict=True)}
+        return {name: before_score(made.text) for name, [made] in zip(fitting, written, strict=True)}
 
 
 def score_tokens(tokenizer: "Tokenizer", low: int, high: int) -> list[int]:

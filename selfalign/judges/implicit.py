@@ -10,6 +10,7 @@ from typing import ClassVar
 from selfalign.batches import Group, encode_group
 from selfalign.data import as_prompt
 from selfalign.errors import SelfalignError
+from selfalign.journal import Journal
 from selfalign.judges.bench import (
     Alarm,
     Bench,
@@ -24,7 +25,6 @@ from selfalign.judges.bench import (
 from selfalign.models import PolicyFiles
 from selfalign.records import FinishReason, Judgement, JudgementStatus
 from selfalign.scoring import Scorer
-from selfalign.store import Journal
 
 
 @dataclass(kw_only=True, slots=True)
@@ -120,14 +120,8 @@ class ImplicitReward:
                 groups.append(Group(id=name, prompt=group.prompt, responses=responses, given=[0] * len(kept)))
         scorer = Scorer(policy, self.batch_tokens)
         scores: dict[str, float] = {}
-        for number, batch in enumerate(scorer.plan(groups)):
-            names = [name for group in batch for name in members[group.id]]
-            values = journal.batch(
-                f"{who}-{number}",
-                len(names),
-                lambda batch=batch: [value for row in scorer.score(batch) for value in row],
-            )
-            scores |= dict(zip(names, values, strict=True))
+        for group, values in zip(groups, scorer.score_all(groups, journal, who), strict=True):
+            scores |= dict(zip(members[group.id], values, strict=True))
         del policy, scorer
         gc.collect()  # The other policy is loaded next, and both should not lie in memory.
         return scores, lengths

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from selfalign.generation import Generator, Request
+from selfalign.generation import Generator, Request, write_all
+from selfalign.journal import Journal
 from selfalign.judges.attempts import Wish, Written, WrittenScore, first_wishes, write_judgements
 from selfalign.judges.bench import Bench, Judged, Subject, check_model, too_long
-from selfalign.store import Journal
 from selfalign.tokenization import encode_prompt
 
 
@@ -61,19 +61,11 @@ class SampledScore(WrittenScore):
             Request(prompt=prompts[response], seeds=[wish.seed for wish in mine])
             for response, mine in by_response.items()
         ]
-        attempt, owners = wishes[0].attempt, list(by_response.values())
-        lengths = [len(request.prompt) for request in requests]
-        texts: dict[str, Written] = {}
-        for number, batch in enumerate(generator.plan(lengths, self.samples, self.sampling.max_new_tokens)):
-            chosen = [requests[index] for index in batch]
-            rows = journal.batch(
-                f"{attempt}-{number}",
-                sum(len(request.seeds) for request in chosen) if attempt == 1 else 0,
-                lambda chosen=chosen: [
-                    [(completion.text, completion.finish_reason.value) for completion in completions]
-                    for completions in generator.write(chosen, self.sampling)
-                ],
-            )
-            for index, row in zip(batch, rows, strict=True):
-                texts |= {wish.name: (t, r) for wish, (t, r) in zip(owners[index], row, strict=True)}
+        attempt = wishes[0].attempt
+        written = write_all(generator, requests, self.sampling, journal, str(attempt), int(attempt == 1))
+        texts = {
+            wish.name: (made.text, made.finish_reason.value)
+            for mine, completions in zip(by_response.values(), written, strict=True)
+            for wish, made in zip(mine, completions, strict=True)
+        }
         return [texts[wish.name] for wish in wishes]

@@ -22,6 +22,7 @@ from selfalign.report.jobs import (
     as_text,
     costs,
     find_jobs,
+    metric_of,
     seconds_alone,
     seconds_own,
     shortened,
@@ -45,7 +46,6 @@ from selfalign.report.page import MODELS, SHOWN, purpose, trained_on
 
 Row = dict[str, Any]
 
-METRIC = "eval/win_rate"
 """What the best job has the highest value of, unless asked for another."""
 
 ANY = decimals(0)
@@ -76,20 +76,21 @@ OF_JOB = (
 )
 
 
-def write_comparison(folders: Sequence[Path], target: Path, metric: str = METRIC) -> Path:
+def write_comparison(folders: Sequence[Path], target: Path, metric: str = "") -> Path:
     """Writes comparison.html and comparison.csv into the folder `target`, and returns the page's path.
 
     Args:
         folders: run folders, sweep folders with their jobs.json, or folders that hold several runs.
         target: made if it is not there.
         metric: a number of the models' rows in summary.json, such as "eval/win_rate"; the job whose last model has
-            the highest is the best.
+            the highest is the best. Empty takes the jobs' own, `sweep_metric`.
 
     Raises:
         SelfalignError: a folder holds no run, or no finished job has the metric that was asked for.
     """
-    comparison = Comparison.of(find_jobs(folders), metric)
-    if comparison.finished and not comparison.ranked and metric != METRIC:
+    jobs = find_jobs(folders)
+    comparison = Comparison.of(jobs, metric or metric_of(jobs))
+    if comparison.finished and not comparison.ranked and metric:
         known = sorted({key for job in comparison.finished for key, value in job.last.items() if is_number(value)})
         raise SelfalignError(f"metric {metric!r}: no finished job has it; there are {', '.join(known)}")
     target.mkdir(parents=True, exist_ok=True)
@@ -154,7 +155,7 @@ def job_rows(comparison: Comparison) -> list[Row]:
         settings = {f"setting {key}": setting(job.settings.get(key)) for key in comparison.keys}
         row = {**job.last, **settings, "job": job.number, "state": job.state, "name": job.name}
         row["class"] = "" if job.run else "without"
-        if job in comparison.ranked[:1]:
+        if job in comparison.even:
             row["class"] = "best"
         if job.run:
             own = seconds_own(job, comparison.finished)

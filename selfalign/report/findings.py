@@ -55,6 +55,9 @@ def best(comparison: Comparison) -> str:
     first, form = ranked[0], FORMS.get(metric, compact)
     low, high = comparison.interval(first)
     value = strong(form(first.last[metric]))
+    if len(even := comparison.even) > 1:
+        all_of_them = "All" if len(even) == len(ranked) else f"Jobs {', '.join(str(job.number) for job in even)}"
+        return f"<b>{all_of_them} have the same highest {escape(name)}</b>, {value}: it does not tell them apart."
     found = f"<b>Job {escape(named(comparison, first))}</b> has the highest {escape(name)}, {value}"
     if not math.isfinite(low):
         return f"{found}. There is no interval, so these numbers do not say how sure that is."

@@ -170,6 +170,12 @@ def differing(jobs: Sequence[Job]) -> list[str]:
     return sorted(several, key=lambda key: len(values[key]), reverse=True)
 
 
+def metric_of(jobs: Sequence[Job]) -> str:
+    """The number that the jobs' own configuration goes by: `sweep_metric` of the first that has one."""
+    named = (job.settings["sweep_metric"] for job in jobs if "sweep_metric" in job.settings)
+    return next(named, "eval/win_rate")
+
+
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """Jobs side by side.
@@ -208,6 +214,12 @@ class Comparison:
         """Those whose last model has the metric, the highest value first."""
         known = [job for job in self.finished if is_number(job.last.get(self.metric))]
         return sorted(known, key=lambda job: job.last[self.metric], reverse=True)
+
+    @property
+    def even(self) -> list[Job]:
+        """Those that have the highest value, in the order of the table."""
+        ranked = self.ranked
+        return [job for job in self.finished if job in ranked and job.last[self.metric] == ranked[0].last[self.metric]]
 
     @property
     def leading(self) -> list[Job]:

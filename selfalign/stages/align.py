@@ -4,13 +4,16 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from selfalign.batches import Group, PairExample, encode_pairs, make_batch, split_by_tokens
+from selfalign import processes
+from selfalign.batches import Group, PairExample, encode_pairs
 from selfalign.errors import SelfalignError
 from selfalign.files import derive_seed, digest_text
+from selfalign.layouts import my_passes, out_of_wrapper
 from selfalign.losses import ODPO, PairLogps, PreferenceLoss, SrDPO, SrIPO, rewards
 from selfalign.metrics import (
     Sums,
@@ -24,13 +27,14 @@ from selfalign.metrics import (
 from selfalign.models import Policy, PolicyFiles, autocast
 from selfalign.records import PairReference, PreferencePair, read_records
 from selfalign.refinement import Refinement, refinement
-from selfalign.store import Artefact, Counts, Workspace
+from selfalign.store import Artefact, Counts, Workspace, together
 from selfalign.training import Contest, Optimization, Outcome, Weights, forward, make_scoring, train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+@together
 def align(
     out: Workspace,
     *,
@@ -208,8 +212,9 @@ class Preference:
 
     def __call__(self, model: "PreTrainedModel", examples: Sequence[PairExample]) -> Outcome:
         groups = [example.plain for example in examples]
-        policy, reference = pair_logps(model, groups), self.references(model, groups)
-        delta = self.refine(model, examples, policy, reference)
+        own = out_of_wrapper(model)
+        policy, reference = pair_logps(model, groups), self.references(own, groups)
+        delta = self.refine(own, examples, policy, reference)
         losses = self.loss(policy, reference, delta)
         start = self.loss(reference, reference, delta)
         policy = policy.detach()
@@ -271,18 +276,22 @@ class Preference:
 
     @torch.no_grad()
     def measure(self, policy: Policy, examples: Sequence[PairExample], optimization: Optimization) -> Sums:
-        """The reward metrics of a trained policy over pairs, and how far it has moved, as sums and weights."""
+        """The reward metrics of a trained policy over pairs, and how far it has moved, as sums and weights.
+
+        Every process measures its share of the pairs, and has the sums over all.
+        """
         sums: Sums = {}
         policy.model.eval()
-        for part in split_by_tokens(examples, optimization.batch_tokens):
+        for part in my_passes(examples, optimization.batch_tokens):
             with autocast(policy.model, optimization.dtype):
-                groups = [example.plain for example in part]
+                groups = [example.plain for example in part.examples]
                 logps, reference = pair_logps(policy.model, groups), self.references(policy.model, groups)
-                delta = self.refine(policy.model, part, logps, reference)
+                delta = self.refine(policy.model, part.examples, logps, reference)
                 start = self.start(policy.model, groups) if self.start else reference
-            sums = add_sums(sums, self.reward_metrics(logps, reference, delta))
-            sums = add_sums(sums, self.drift(logps, reference, start))
-        return sums
+            if not part.repeated:
+                sums = add_sums(sums, self.reward_metrics(logps, reference, delta))
+                sums = add_sums(sums, self.drift(logps, reference, start))
+        return reduce(add_sums, processes.gather(sums))
 
     def drift(self, policy: PairLogps, reference: PairLogps, start: PairLogps) -> Sums:
         """How far the policy has moved from M_t, and what is needed to correlate its rewards with length."""
@@ -313,8 +322,8 @@ class Preference:
 
 def pair_logps(model: "PreTrainedModel", groups: Sequence[Group]) -> PairLogps:
     """Summed log-probabilities of both responses of each pair."""
-    batch = make_batch(model, groups).to(model.device)
-    sums = batch.sum_by_response(forward(model, batch)).view(-1, 2)
+    batch, logps = forward(model, groups)
+    sums = batch.sum_by_response(logps).view(-1, 2)
     tokens = batch.tokens.view(-1, 2)
     return PairLogps(chosen=sums[:, 0], rejected=sums[:, 1], chosen_tokens=tokens[:, 0], rejected_tokens=tokens[:, 1])
 

@@ -3,9 +3,10 @@
 from selfalign.benchmarks.entrant import Benchmark, Entrant
 from selfalign.generation import Backend
 from selfalign.models import PolicyFiles
-from selfalign.store import Artefact, Counts, Workspace
+from selfalign.store import Artefact, Counts, Workspace, together
 
 
+@together
 def benchmark(
     out: Workspace,
     *,

@@ -10,7 +10,7 @@ from selfalign.judges.comparison import Duel
 from selfalign.judges.referee import Referee
 from selfalign.models import PolicyFiles
 from selfalign.records import Instruction, Response, read_records, write_records
-from selfalign.store import Artefact, Counts, Workspace
+from selfalign.store import Artefact, Counts, Workspace, together
 
 
 @dataclass(kw_only=True, slots=True)
@@ -21,6 +21,7 @@ class HeadToHead(Referee):
     key: ClassVar[str] = "evaluate.head_to_head"
 
 
+@together
 def compare(
     out: Workspace,
     *,

@@ -5,12 +5,13 @@ from selfalign.data import as_prompt
 from selfalign.models import PolicyFiles
 from selfalign.records import FinishReason, Instruction, MovedAnswer, Response, read_records, write_records
 from selfalign.scoring import Scorer
-from selfalign.store import Artefact, Counts, Workspace
+from selfalign.store import Artefact, Counts, Workspace, together
 
 BATCH_TOKENS = 2048
 """The most tokens of a forward pass."""
 
 
+@together
 def divergence(
     out: Workspace,
     *,
@@ -42,11 +43,7 @@ def divergence(
 
         def score(who: str, artefact: Artefact) -> list[float]:
             scorer = Scorer(PolicyFiles(artefact.path).load("float32"), BATCH_TOKENS)
-            return [
-                value
-                for number, batch in enumerate(scorer.plan(groups))
-                for [value] in journal.batch(f"{who}-{number}", len(batch), lambda batch=batch: scorer.score(batch))
-            ]
+            return [value for [value] in scorer.score_all(groups, journal, who)]
 
         moved = [
             MovedAnswer(id=group.id, policy=own, origin=other, tokens=sum(group.scored()))

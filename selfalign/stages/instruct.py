@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, replace
 
 from selfalign.errors import SelfalignError
 from selfalign.files import derive_seed, digest_text
-from selfalign.generation import Backend, Completion, Generator, Request, Sampling
+from selfalign.generation import Backend, Completion, Generator, Request, Sampling, write_all
 from selfalign.metrics import instruction_statistics
 from selfalign.models import BUILDERS, PolicyFiles
 from selfalign.overlap import Known
 from selfalign.records import Demonstration, FinishReason, Instruction, read_records, write_records
-from selfalign.store import Artefact, Counts, Workspace
+from selfalign.store import Artefact, Counts, Workspace, together
 from selfalign.tokenization import encode_prompt
 from selfalign.wording import Language, is_fragment, words_of
 
@@ -36,7 +36,8 @@ class InstructConfig:
         source: a data source to take instructions from, in its order, instead of having them written; empty for none.
         seed_demonstrations: examples in the prompt from the seeds.
         own_demonstrations: examples in the prompt that were written before; seeds take their place until there are any.
-        prompts_per_batch: how many prompts are answered side by side; within a batch none sees another's result.
+        prompts_per_batch: how many prompts are answered side by side; within a batch none sees another's result. What
+            many processes share out among them, so worth raising where there are many.
         max_rouge: an instruction whose ROUGE-L F1 to any seed, kept or held-out one reaches this is dropped.
         min_words: shorter ones are dropped.
         max_words: longer ones are dropped.
@@ -177,6 +178,7 @@ class Pool:
         return "copy_of_kept" if words in self._known else ""
 
 
+@together
 def instruct(
     out: Workspace,
     *,
@@ -212,10 +214,10 @@ def instruct(
     with generate.load(PolicyFiles(policy.path)) as generator, out.journal(config.count, "instructions") as journal:
         while not pool.full and batch < config.max_batches:
             shown = [_draw(pool, derive_seed(seed, batch, index)) for index in range(config.prompts_per_batch)]
-            result = journal.batch(
-                str(batch), 0, lambda shown=shown, batch=batch: _write(generator, config, shown, seed, batch)
-            )
-            for examples, (texts, cut) in zip(shown, result, strict=True):
+            requests = _requests(generator, config, shown, seed, batch)
+            made = write_all(generator, requests, config.sampling, journal, str(batch), size=0)
+            for examples, [completion] in zip(shown, made, strict=True):
+                texts, cut = split_tasks(completion)
                 journal.advance(sum(pool.offer(text, examples) for text in texts))
                 pool.dropped["truncated"] += cut
                 written += len(texts) + cut
@@ -225,8 +227,8 @@ def instruct(
             f"{out.label}: {len(pool.kept)} of {config.count} instructions after {batch} batches "
             f"(dropped: {dict(+pool.dropped)}); raise data.instruct.max_batches or loosen the filters"
         )
-    model = PolicyFiles(policy.path).digest
-    records = [Instruction(id=f"{digest_text(model + text)[:16]}", text=text, source="self") for text in pool.kept]
+    # By the text alone: what is drawn for a record must not depend on how the writer's weights were rounded.
+    records = [Instruction(id=digest_text(text)[:16], text=text, source="self") for text in pool.kept]
     write_records(out.path / "instructions.jsonl", records)
     return {"written": written, "batches": batch, **pool.counts(), **generator.counts}
 
@@ -304,10 +306,10 @@ def _draw(pool: Pool, seed: int) -> list[str]:
     return examples
 
 
-def _write(
+def _requests(
     generator: Generator, config: InstructConfig, shown: Sequence[list[str]], seed: int, batch: int
-) -> list[tuple[list[str], int]]:
-    """What the model adds to each prompt's demonstrations."""
+) -> list[Request]:
+    """Asks for one more task behind each prompt's demonstrations."""
     requests = [
         Request(
             prompt=_ask(generator, config.prompt, examples),
@@ -321,7 +323,7 @@ def _write(
             f"the few-shot prompt of {longest} tokens leaves no room for {config.sampling.max_new_tokens} more in the "
             f"context of {generator.context}; lower data.instruct.seed_demonstrations"
         )
-    return [split_tasks(completion) for (completion,) in generator.write(requests, config.sampling)]
+    return requests
 
 
 def _ask(generator: Generator, prompt: str, examples: list[str]) -> list[int]:

@@ -37,7 +37,7 @@ from selfalign.records import (
     write_records,
 )
 from selfalign.statistics import entropy
-from selfalign.store import Artefact, Counts, Workspace
+from selfalign.store import Artefact, Counts, Workspace, together
 
 __all__ = [
     "ExpectedScore",
@@ -54,6 +54,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
+@together
 def judge(
     out: Workspace,
     *,

@@ -167,7 +167,7 @@ def gather_pairs(out: Workspace, *, parts: list[Artefact]) -> Counts:
 
     Args:
         out: gets pairs.jsonl, or demonstrations.jsonl for positives, whichever the parts have.
-        parts: what `pair` made in each iteration.
+        parts: what `pair` made in each iteration; M1's demonstrations may come before positives.
     """
     if not (parts[0].path / "pairs.jsonl").exists():
         positives = [d for part in parts for d in read_records(part.path / "demonstrations.jsonl", Demonstration)]

@@ -1,14 +1,15 @@
 """reference: pairs + the reference policy → its log-probabilities, computed once."""
 
-from selfalign.batches import Group, encode_pairs
+from selfalign.batches import encode_pairs
 from selfalign.models import PolicyFiles
 from selfalign.records import PairReference, PreferencePair, read_records, write_records
 from selfalign.refinement import Refinement
 from selfalign.scoring import Scorer
-from selfalign.store import Artefact, Counts, Workspace
+from selfalign.store import Artefact, Counts, Workspace, together
 from selfalign.training import Precision, set_dropout
 
 
+@together
 def reference(
     out: Workspace,
     *,
@@ -33,18 +34,9 @@ def reference(
     scorer = Scorer(loaded, precision.batch_tokens, autocast=precision.autocast)
     plain = [example.plain for example in encoded.examples]
     augmented = [example.augmented for example in encoded.examples if example.augmented is not None]
-    with out.journal(len(plain) + len(augmented), "pairs") as journal:
-
-        def score(name: str, groups: list[Group]) -> list[list[float]]:
-            return [
-                sums
-                for batch in scorer.plan(groups)
-                for sums in journal.batch(
-                    f"{name}-{batch[0].id}-{len(batch)}", len(batch), lambda batch=batch: scorer.score(batch)
-                )
-            ]
-
-        sums, sums_p = score("plain", plain), score("augmented", augmented) or [[None, None]] * len(plain)
+    with out.journal(2 * (len(plain) + len(augmented)), "responses") as journal:
+        sums = list(scorer.score_all(plain, journal, "plain"))
+        sums_p = list(scorer.score_all(augmented, journal, "augmented")) or [[None, None]] * len(plain)
     references = [
         PairReference(
             id=group.id,

@@ -2,15 +2,13 @@
 
 from dataclasses import dataclass, field
 
-import msgspec
-
 from selfalign.data import as_prompt
 from selfalign.errors import SelfalignError
 from selfalign.files import derive_seed
-from selfalign.generation import Backend, Generator, Request, Sampling
+from selfalign.generation import Backend, Request, Sampling, write_all
 from selfalign.models import PolicyFiles
-from selfalign.records import Instruction, Response, as_plain, read_records, write_records
-from selfalign.store import Artefact, Counts, Workspace
+from selfalign.records import Instruction, Response, read_records, write_records
+from selfalign.store import Artefact, Counts, Workspace, together
 from selfalign.tokenization import encode_prompt
 
 
@@ -32,6 +30,7 @@ class RespondConfig:
             raise SelfalignError(f"data.respond.candidates must be 1 or more, got {self.candidates}")
 
 
+@together
 def respond(
     out: Workspace,
     *,
@@ -55,7 +54,8 @@ def respond(
         SelfalignError: no instruction fits into the context.
     """
     records = read_records(instructions.path / "instructions.jsonl", Instruction)
-    with generate.load(PolicyFiles(policy.path)) as generator:
+    files = PolicyFiles(policy.path)
+    with generate.load(files) as generator:
         limit = generator.context - config.sampling.max_new_tokens
         prompts = [encode_prompt(generator.tokenizer, as_prompt(record.text)) for record in records]
         fitting = [(record, prompt) for record, prompt in zip(records, prompts, strict=True) if len(prompt) <= limit]
@@ -64,19 +64,24 @@ def respond(
                 f"{out.label}: no instruction fits into the context of {generator.context} tokens with "
                 f"max_new_tokens={config.sampling.max_new_tokens}"
             )
-        lengths = [len(prompt) for _, prompt in fitting]
-        responses: dict[str, list[Response]] = {}
+        requests = [
+            Request(prompt=prompt, seeds=[derive_seed(seed, record.id, number) for number in range(config.candidates)])
+            for record, prompt in fitting
+        ]
         with out.journal(len(fitting) * config.candidates, "responses") as journal:
-            for number, batch in enumerate(generator.plan(lengths, config.candidates, config.sampling.max_new_tokens)):
-                members = [fitting[index] for index in batch]
-                rows = journal.batch(
-                    str(number),
-                    len(members) * config.candidates,
-                    lambda members=members: as_plain(_answer(generator, members, config, seed)),
-                )
-                for response in msgspec.convert(rows, list[Response]):
-                    responses.setdefault(response.instruction_id, []).append(response)
-    ordered = [response for record, _ in fitting for response in responses[record.id]]
+            written = write_all(generator, requests, config.sampling, journal, "responses")
+    ordered = [
+        Response(
+            id=f"{record.id}-{number}",
+            instruction_id=record.id,
+            text=completion.text,
+            finish_reason=completion.finish_reason,
+            tokens=completion.tokens,
+            model=files.digest,
+        )
+        for (record, _), completions in zip(fitting, written, strict=True)
+        for number, completion in enumerate(completions, start=1)
+    ]
     write_records(out.path / "responses.jsonl", ordered)
     return {
         "responses": len(ordered),
@@ -86,24 +91,3 @@ def respond(
         "dropped": {"prompt_too_long": len(records) - len(fitting)},
         **generator.counts,
     }
-
-
-def _answer(
-    generator: Generator, members: list[tuple[Instruction, list[int]]], config: RespondConfig, seed: int
-) -> list[Response]:
-    requests = [
-        Request(prompt=prompt, seeds=[derive_seed(seed, record.id, number) for number in range(config.candidates)])
-        for record, prompt in members
-    ]
-    return [
-        Response(
-            id=f"{record.id}-{number}",
-            instruction_id=record.id,
-            text=completion.text,
-            finish_reason=completion.finish_reason,
-            tokens=completion.tokens,
-            model=generator.digest,
-        )
-        for (record, _), completions in zip(members, generator.write(requests, config.sampling), strict=True)
-        for number, completion in enumerate(completions, start=1)
-    ]

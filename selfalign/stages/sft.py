@@ -8,7 +8,7 @@ from selfalign.batches import share_prompt
 from selfalign.errors import SelfalignError
 from selfalign.models import PolicyFiles
 from selfalign.records import Demonstration, read_records
-from selfalign.store import Artefact, Counts, Workspace
+from selfalign.store import Artefact, Counts, Workspace, together
 from selfalign.tokenization import encode_prompt, encode_response, end_of_turn_id
 from selfalign.training import Likelihood, Optimization, Weights, train
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
+@together
 def sft(
     out: Workspace,
     *,

@@ -325,7 +325,7 @@ HARNESS_MUTANTS: list[tuple[str, str, str, Check]] = [
     ("cut prompts are not counted", "self._cut += sum(len(context)", "sum(len(context)", CUT_READ),
     ("those of written answers neither", "self._cut += sum(len(self", "sum(len(self", CUT_WRITTEN),
     ("a cut by one token", "> self.max_length + 1", "> self.max_length", CUT_READ),
-    ("batches are not kept", "self.journal.batch(", "(lambda name, size, made: made())(",
+    ("batches are not kept", "self.journal.batches(tasks)", "(work() for *_, work in tasks)",
      test_killed_measurement_goes_on_with_the_batch_in_flight),
 ]  # fmt: skip
 

@@ -59,8 +59,8 @@ def test_untrained_judge_stops_the_run_with_samples_and_keeps_what_it_wrote(
     kind = SampledScore(prompt=RUBRIC, retries=0, samples=2, sampling=Sampling(max_new_tokens=4))
     with pytest.raises(SelfalignError, match=r"stage: 10 of 10 judgements carry no score") as first:
         judged(tmp_path, kind, policy_artefact(tiny_policy))
-    entries = [json.loads(line) for line in (tmp_path / "out/scratch/journal.jsonl").read_text().splitlines()]
-    texts = [text for entry in entries for rows in entry["result"] for text, _ in rows]
+    entries = [json.loads(line) for line in (tmp_path / "out/scratch/journal-0.jsonl").read_text().splitlines()]
+    texts = [made["text"] for entry in entries for rows in entry["result"] for made in rows]
     assert len(texts) == 10
     assert any(repr(text[:80]) in str(first.value) for text in texts if text)
     assert "judge=expected_score" in str(first.value)
@@ -219,7 +219,7 @@ def test_killed_retries_go_on_where_they_stopped(tmp_path: Path, tiny_policy: Po
     run_judge(tmp_path / "whole", kind, artefact, Script(policy, replies, per_batch=2), **inputs)
     with pytest.raises(Killed):
         run_judge(tmp_path / "cut", kind, artefact, Script(policy, replies, per_batch=2, dies_after=4), **inputs)
-    written = json.loads((tmp_path / "cut/out/scratch/journal.jsonl").read_text().splitlines()[-1])
+    written = json.loads((tmp_path / "cut/out/scratch/journal-0.jsonl").read_text().splitlines()[-1])
     assert written["batch"] == "2-0"
     rest = Script(policy, replies[7:], per_batch=2)
     run_judge(tmp_path / "cut", kind, artefact, rest, **inputs)

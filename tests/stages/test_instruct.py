@@ -350,7 +350,7 @@ def test_failure_of_the_generator_is_no_empty_instruction(
     monkeypatch.setattr(script, "write", fail_later)
     with pytest.raises(RuntimeError, match="out of memory"):
         write(tmp_path, tiny_policy, config(), script)
-    assert len((tmp_path / "out/scratch/journal.jsonl").read_text().splitlines()) == 1
+    assert len((tmp_path / "out/scratch/journal-0.jsonl").read_text().splitlines()) == 1
 
 
 def test_prompts_do_not_grow_from_batch_to_batch(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
@@ -370,7 +370,7 @@ def test_too_few_batches_stop_the_run_with_counts(tmp_path: Path, tiny_policy: P
     assert message.startswith("stage: 1 of 3 instructions after 2 batches")
     assert all(part in message for part in ("'too_short': 1", "'copy_of_", "'empty': 1", "data.instruct.max_batches"))
     assert not (tmp_path / "out/instructions.jsonl").exists()
-    assert len((tmp_path / "out/scratch/journal.jsonl").read_text().splitlines()) == 2
+    assert len((tmp_path / "out/scratch/journal-0.jsonl").read_text().splitlines()) == 2
 
 
 def test_too_few_seeds_for_the_prompt_are_an_error(tmp_path: Path, tiny_policy: PolicyFiles) -> None:

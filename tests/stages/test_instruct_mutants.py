@@ -12,7 +12,7 @@ from builders import completion
 from mutation import Check, assert_caught
 
 from selfalign import overlap, wording
-from selfalign.generation import Completion, Request, Sampling
+from selfalign.generation import Completion, Request, write_all
 from selfalign.stages import instruct
 
 LEDGER = tests.test_every_written_text_is_kept_or_counted_as_dropped
@@ -32,8 +32,8 @@ NEAR = "if self._known_held_out.highest(words) >= self.config.max_rouge:"
 OWN = "draw.sample(own, min(config.own_demonstrations, len(own)))"
 EXAMPLES = "examples = mine + draw.sample(pool.seeds, min(total - len(mine), len(pool.seeds)))"
 ASKED = 'encode_prompt(generator.tokenizer, [user], f"Task {len(examples) + 1}:")'
-WRITTEN = "for (completion,) in generator.write(requests, config.sampling)]"
-SWALLOWED = "for (completion,) in _swallow(generator, requests, config.sampling)]"
+WRITTEN = "made = write_all("
+SWALLOWED = "made = _swallow("
 # (name, old text, new text, the test that notices)
 STAGE: list[tuple[str, str, str, Check]] = [
     ("D3 1: demonstrations come back as new", COPIES, "", PARROT),
@@ -58,7 +58,7 @@ STAGE: list[tuple[str, str, str, Check]] = [
     ("D3 13: exceptions are swallowed", WRITTEN, SWALLOWED, FAILURE),
     ("the batch's number is not in the seeds", 'derive_seed(seed, "write", batch, index)',
      'derive_seed(seed, "write", index)', BOUND),
-    ("a resumed run writes everything anew", "str(batch), 0,", "str(random.random()), 0,", RESUMED),
+    ("a resumed run writes everything anew", "str(batch), size=0", "str(random.random()), size=0", RESUMED),
     ("given ones are read from the start again", "records[start:]", "records", ORDER),
     ("given ones are read in another order", "records[start:]", "sorted(records[start:], key=lambda r: r.text)", ORDER),
 ]  # fmt: skip
@@ -94,10 +94,10 @@ MUTANTS = [
 ]
 
 
-def swallow(generator: Any, requests: list[Request], sampling: Sampling) -> list[list[Completion]]:
+def swallow(generator: Any, requests: list[Request], *rest: Any, size: int) -> list[list[Completion]]:
     """Takes every failure for an empty answer."""
     try:
-        return generator.write(requests, sampling)
+        return write_all(generator, requests, *rest, size=size)
     except RuntimeError:
         return [[completion("")] for _ in requests]
 

@@ -113,7 +113,7 @@ def test_half_written_journal_line_is_made_again(
     answer(tmp_path / "whole", tiny_policy, batch_tokens=SEVERAL_BATCHES)
     with killed_after(2, monkeypatch), pytest.raises(Killed):
         answer(tmp_path / "cut", tiny_policy, batch_tokens=SEVERAL_BATCHES)
-    journal = tmp_path / "cut/out/scratch/journal.jsonl"
+    journal = tmp_path / "cut/out/scratch/journal-0.jsonl"
     journal.write_bytes(journal.read_bytes()[:-20])
     answer(tmp_path / "cut", tiny_policy, batch_tokens=SEVERAL_BATCHES)
     whole, cut = (tmp_path / name / "out/responses.jsonl" for name in ("whole", "cut"))

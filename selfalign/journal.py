@@ -1,0 +1,101 @@
+"""Work in named batches that outlives a kill, shared among the processes of a run."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from selfalign import processes
+
+Task = tuple[str, int, Callable[[], Any]]
+"""A batch's name, how far it moves the progress bar, and what makes its JSON result."""
+
+WINDOW = 8
+"""Batches a process has from one exchange with the others to the next, so that long and short ones even out."""
+
+
+class Journal:
+    """The results of a stage, batch by batch: what a killed run had finished is read back, not made again.
+
+    Every process writes to a file of its own, `journal-<rank>.jsonl`, and all read all of them, so a run goes on with
+    another number of processes too. Results lie on the disk, and only where they lie there is kept in memory.
+
+    Attributes:
+        advance: moves the progress bar.
+    """
+
+    def __init__(self, folder: Path, advance: Callable[[int], None]) -> None:
+        self.advance = advance
+        self._folder = folder
+        self._places: dict[str, tuple[int, int]] = {}
+        self._news: dict[str, tuple[int, int]] = {}
+        if processes.is_main():
+            for path in sorted(folder.glob("journal-*.jsonl")):
+                self._places |= read_places(path)
+        self._places = processes.broadcast(self._places)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def batches(self, tasks: Iterable[Task]) -> Iterator[Any]:
+        """The results of all batches in their order, each read back where it is there, else made and written down.
+
+        Batches are dealt out among the processes, which must all ask for the same ones. `tasks` is read no further
+        ahead than that takes: with one process a batch is asked for when the result before it has been taken.
+        """
+        waiting = iter(tasks)
+        many = processes.count()
+        while window := list(islice(waiting, 1 if many == 1 else WINDOW * many)):
+            missing = [task for task in window if task[0] not in self]
+            for name, _, work in missing[processes.rank() :: many]:
+                self.keep(name, work())
+            if missing:
+                self.share()
+            for name, size, _ in window:
+                self.advance(size)
+                yield self.read(name)
+
+    def keep(self, name: str, result: Any) -> None:
+        """Writes down a result of this process; the others know of it from the next `share` on."""
+        with self._file(processes.rank()).open("ab") as file:
+            place = (processes.rank(), file.tell())
+            file.write(json.dumps({"batch": name, "result": result}).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._places[name] = self._news[name] = place
+
+    def share(self) -> None:
+        """Tells the other processes what this one has written down, and hears it from them; all come here."""
+        for news in processes.gather(self._news):
+            self._places |= news
+        self._news = {}
+
+    def read(self, name: str) -> Any:
+        """The result of a batch that is there: JSON, whoever made it and whenever, so a tuple is a list now."""
+        rank, start = self._places[name]
+        with self._file(rank).open("rb") as file:
+            file.seek(start)
+            return json.loads(file.readline())["result"]
+
+    def _file(self, rank: int) -> Path:
+        return self._folder / f"journal-{rank}.jsonl"
+
+
+def read_places(path: Path) -> dict[str, tuple[int, int]]:
+    """{batch: (whose file, where in it)} of a journal's file, whose torn end, if it has one, is cut off."""
+    rank, whole = int(path.stem.removeprefix("journal-")), 0
+    places: dict[str, tuple[int, int]] = {}
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                name = json.loads(line)["batch"] if line.endswith(b"\n") else None
+            except ValueError:
+                name = None
+            if name is None:
+                break
+            places[name] = (rank, whole)
+            whole += len(line)
+    os.truncate(path, whole)
+    return places

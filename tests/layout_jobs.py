@@ -1,0 +1,215 @@
+"""Trainings to be done by one process and by several: `torchrun tests/layout_jobs.py JOBS.json`, or `train_here`."""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+from builders import preference
+
+from selfalign import processes
+from selfalign import trainer as trainer_module
+from selfalign.batches import Group, PairExample, encode_group, encode_pairs
+from selfalign.errors import SelfalignError
+from selfalign.layouts import Layout
+from selfalign.losses import DPO, SrDPO
+from selfalign.metrics import averages
+from selfalign.models import LoRA, PolicyFiles
+from selfalign.records import PairReference
+from selfalign.refinement import Refinement
+from selfalign.stages.align import AdapterSwitchedOff, Preference, StoredReferences
+from selfalign.store import Workspace
+from selfalign.training import Likelihood, Optimization, Weights, train
+
+ANSWERS = [
+    "Red.",
+    "Because the sky is blue, and the sea under it is too.",
+    "Twelve",
+    "No one knows.",
+    "First open the window, then close the door.",
+    "It depends.",
+    "A poem about rain, in four lines, with a rhyme at the end of each.",
+    "Yes.",
+    "Never on a Sunday.",
+]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training: of which kind, on which weights, in which layout, and after how many steps it is killed.
+
+    Nine examples in batches of eight are two steps an epoch, the second of one example: with two processes, one of
+    them has none.
+    """
+
+    folder: str
+    kind: str = "sft"
+    rank: int = 0
+    layout: str = "ddp"
+    dtype: str = "float32"
+    killed_after: int = 0
+    breaks: str = ""
+    epochs: int = 2
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+class Killed(Exception):
+    """Stands for a kill."""
+
+
+@dataclass
+class Stopping:
+    """An objective whose training ends when it begins a step too many, or goes wrong in one process."""
+
+    inner: Any
+    job: Job
+    steps: int = 0
+
+    def arrange(self, examples: Sequence[Any]) -> Sequence[Any]:
+        self.steps += 1
+        if self.steps == self.job.killed_after + 1 > 1:
+            raise Killed
+        if self.job.breaks == "raise" and processes.rank() == 1:
+            raise RuntimeError("this process is broken")
+        return self.inner.arrange(examples)
+
+    def weight(self, examples: Sequence[Any]) -> float:
+        return self.inner.weight(examples)
+
+    def __call__(self, model: Any, examples: Sequence[Any]) -> Any:
+        outcome = self.inner(model, examples)
+        if any(example.id == self.job.breaks for example in examples):
+            outcome.loss = outcome.loss * float("nan")
+        return outcome
+
+    def check_first_step(self, distance: float, loss_distance: float) -> None:
+        self.inner.check_first_step(distance, loss_distance)
+
+
+def demonstrations(tokenizer: Any) -> list[Group]:
+    return [
+        encode_group(tokenizer, f"d{i}", [{"role": "user", "content": f"Question {i}?"}], [(answer, True)])
+        for i, answer in enumerate(ANSWERS)
+    ]
+
+
+def pairs(tokenizer: Any) -> tuple[list[PairExample], dict[str, PairReference]]:
+    """Pairs with reference values that are off, each in its own way, so that every term matters."""
+    records = [
+        preference(f"p{i}", f"Question {i}?", answer, ANSWERS[i - 1] + " Or so.") for i, answer in enumerate(ANSWERS)
+    ]
+    examples = encode_pairs(tokenizer, records, Refinement(prompt="Do well: "), 512).examples
+    nats = {example.id: [-6.9 * tokens for tokens in example.plain.scored()] for example in examples}
+    references = {
+        name: PairReference(
+            id=name,
+            chosen=chosen + 3 * i - 4,
+            rejected=rejected - i,
+            augmented_chosen=chosen,
+            augmented_rejected=rejected - 2 * i,
+        )
+        for i, (name, (chosen, rejected)) in enumerate(nats.items())
+    }
+    return examples, references
+
+
+def task(kind: str, tokenizer: Any) -> tuple[Sequence[Any], Any]:
+    """What a job of a kind trains on, and its objective."""
+    if kind == "sft":
+        return demonstrations(tokenizer), Likelihood("tokens")
+    examples, references = pairs(tokenizer)
+    if kind == "live":
+        return examples, Preference(DPO(), AdapterSwitchedOff(), starts_as_reference=True, dtype="float32")
+    loss = SrDPO(beta=0.2, lam=0.3, refinement=Refinement(source="shuffled", prompt="Do well: "))
+    return examples, Preference(loss, StoredReferences(references), starts_as_reference=False, dtype="float32")
+
+
+class Elsewhere(Workspace):
+    """What processes other than the main one write to: nothing but what all share."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, "M1", lambda row: None)
+        self.path = folder / f"scratch/of-{processes.rank()}"
+        self.path.mkdir(exist_ok=True)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Left to the main process."""
+
+    def rewind_log(self, keep: Any) -> None:
+        """Left to the main process."""
+
+
+def train_here(job: Job, policy: PolicyFiles) -> None:
+    """Does a training in this process and the others there are; its measures go into measured.json."""
+    folder = Path(job.folder)
+    out = Workspace(folder, "M1", lambda row: None) if processes.is_main() else Elsewhere(folder)
+    settings = {"learning_rate": 1e-3, "batch_size": 8, "batch_tokens": 60, "dtype": "float32"}
+    settings["checkpoint_steps"] = 1 if job.killed_after else 100
+    optimization = Optimization(**settings | {"epochs": job.epochs} | dict(job.options))
+    weights = Weights(dtype=job.dtype, lora=LoRA(rank=job.rank), seed=3, layout=Layout(kind=job.layout))
+    examples, objective = task(job.kind, policy.load_tokenizer())
+    try:
+        trained = train(
+            out,
+            policy=policy,
+            base=policy,
+            examples=examples,
+            objective=Stopping(objective, job),
+            optimization=optimization,
+            weights=weights,
+        )
+        if isinstance(objective, Preference):
+            measured = averages(objective.measure(trained, examples, optimization))
+            (out.path / "measured.json").write_text(json.dumps(measured))
+    except Killed:
+        pass
+    except SelfalignError as error:
+        (folder / f"error-{processes.rank()}").write_text(str(error))
+
+
+def shard_on_the_cpu() -> None:
+    """Lets accelerate share weights out among CPU processes, which it otherwise leaves to GPUs."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    original = trainer_module._arguments
+
+    def arguments(*given: Any) -> Any:
+        made = original(*given)
+        assert made.device.type == "cpu"
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+        return made
+
+    trainer_module._arguments = arguments
+
+
+def main(path: Path) -> None:
+    """Does all jobs of a file, every process all of them."""
+    given = json.loads(path.read_text())
+    processes.join()
+    if given["shard"]:
+        shard_on_the_cpu()
+    for fields in given["jobs"]:
+        train_here(Job(**fields), PolicyFiles(Path(given["policy"])))
+    processes.leave()
+
+
+def as_file(path: Path, jobs: Sequence[Job], policy: PolicyFiles, *, shard: bool) -> Path:
+    """The jobs as `main` reads them."""
+    path.write_text(json.dumps({"jobs": [asdict(job) for job in jobs], "policy": str(policy.path), "shard": shard}))
+    return path
+
+
+def moved(job: Job, folder: Path, **changes: Any) -> Job:
+    """The job with another folder and whatever else."""
+    return replace(job, folder=str(folder), **changes)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,187 @@
+"""A run of several processes makes what one process makes, ends when one of them does, and goes on with any number."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders import TINY_RUN, metrics, run, write_tiny_data
+from mutation import Check, assert_caught
+from team import Team, dying_in, launch
+
+from selfalign import processes
+from selfalign import store as store_module
+from selfalign.errors import SelfalignError
+from selfalign.files import digest_json
+from selfalign.multirun import ListJobs
+from selfalign.store import Artefact, Store, Workspace
+
+ANSWERS_OF_M2 = "evaluation_M2/answers"
+SETTINGS = [*TINY_RUN, "iterations=1", "generate.batch_tokens=40"]
+"""Every prompt is a batch of its own, so that both processes have some."""
+
+
+def given(folder: Path) -> list[str]:
+    return [*SETTINGS, *write_tiny_data(folder / "data")]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process."""
+    folder = tmp_path_factory.mktemp("whole")
+    return run(folder / "out", *given(folder))
+
+
+def records(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """{file: records} of all that a run has made, without the digests of weights, which float errors change."""
+    return {
+        path.relative_to(folder).as_posix(): [
+            {name: value for name, value in json.loads(line).items() if name not in ("model", "judge")}
+            for line in path.read_text().splitlines()
+        ]
+        for link in sorted((folder / "artefacts").rglob("*"))
+        if link.is_symlink()
+        for path in sorted(link.glob("*.jsonl"))
+        if path.name != "log.jsonl"
+    }
+
+
+def assert_same(folder: Path, whole: Path) -> None:
+    """The same ids, texts and pairs, and the same numbers up to float error."""
+    made, expected = records(folder), records(whole)
+    assert made.keys() == expected.keys()
+    for file, rows in expected.items():
+        assert len(made[file]) == len(rows), file
+        for row, other in zip(rows, made[file], strict=True):
+            assert row.keys() == other.keys(), file
+            for name, value in row.items():
+                same = pytest.approx(value, abs=1e-4) if isinstance(value, float) else value
+                assert name == "text" or other[name] == same, (file, name)
+    for file in ("instructions/instructions", "responses/responses"):
+        texts, others = ([r["text"] for r in rows[f"artefacts/iteration_1/{file}.jsonl"]] for rows in (made, expected))
+        assert texts == others
+    numbers, others = (
+        [{k: v for k, v in row.items() if not k.endswith(("seconds", "per_second", "memory_gb"))} for row in metrics(f)]
+        for f in (folder, whole)
+    )
+    assert [row.keys() for row in numbers] == [row.keys() for row in others]
+    assert [(row["step"], row["label"]) for row in numbers] == [(row["step"], row["label"]) for row in others]
+    for row, other in zip(numbers, others, strict=True):
+        assert row == pytest.approx(other, abs=1e-3)
+
+
+def test_killed_process_ends_the_others_and_one_process_goes_on(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes up to M2's answers, of which the killed one leaves a batch; one process does the rest."""
+    overrides = [*given(tmp_path), f"output_dir={tmp_path / 'out'}"]
+    said = launch(tmp_path, "torchrun", *overrides, dies_in=ANSWERS_OF_M2)
+    assert said.code != 0
+    (kept,) = (tmp_path / "out/store/respond").glob("*/scratch/journal-1.jsonl")
+    assert time.time() - kept.stat().st_mtime < 60
+    (ended,) = [line for line in said.err.splitlines() if line.startswith("error: ")]
+    assert "another process of this run has ended; see its message" in ended
+    assert "the same command continues" in ended
+    written: list[int] = []
+    from selfalign.generation import TransformersGenerator
+
+    write = TransformersGenerator.write
+    monkeypatch.setattr(TransformersGenerator, "write", lambda *call: written.append(1) or write(*call))
+    folder = run(tmp_path / "out", *given(tmp_path))
+    assert len(written) < 3, "M2's answers were written anew"
+    assert_same(folder, whole)
+
+
+def test_two_processes_finish_what_one_began_in_one_folder_with_one_tracked_run(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracked = ["track=wandb", "track.mode=offline"]
+    with dying_in("iteration_1/responses", monkeypatch):
+        run(tmp_path / "out", *given(tmp_path), *tracked)
+    (kept,) = (tmp_path / "out/store/respond").glob("*/scratch/journal-0.jsonl")
+    before = kept.read_bytes()
+    said = launch(tmp_path, "accelerate", *given(tmp_path), *tracked, f"output_dir={tmp_path / 'out'}")
+    assert said.code == 0, said
+    (folder,) = (tmp_path / "out").glob("tiny-*")
+    assert_same(folder, whole)
+    assert len(before.splitlines()) == 1
+    assert not list((tmp_path / "out").rglob("scratch"))
+    assert len(list(folder.glob("wandb/offline-run-*"))) == 2, "one a command"
+    assert said.out.count("W&B       ") == said.out.count("stage  ") == 1
+    assert "Traceback" not in said.err
+    assert said.err.count("M2: align") == 1
+
+
+# --- the store, among threads ------------------------------------------------------------------------------------
+
+
+def write_shares(out: Workspace) -> dict[str, Any]:
+    """A stage of five batches that says which process made which, and how many it was told there are."""
+    with out.journal(5, "things") as journal:
+        made = list(journal.batches((str(n), 1, processes.rank) for n in range(5)))
+    (out.path / "made.txt").write_text("made")
+    out.log({"step": 1})
+    return {"made": made, "count": processes.count()}
+
+
+def make_in_store(root: Path, rank: int, *, together: bool = True, **inputs: Any) -> Artefact:
+    return Store(root).make("stage", inputs, write_shares, together=together)
+
+
+def test_stage_made_together_is_one_artefact_of_the_main_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, *others = Team(3, monkeypatch).run(lambda rank: make_in_store(tmp_path, rank))
+    assert others == [first] * 2
+    assert first.counts == {"made": [0, 1, 2, 0, 1], "count": 3}
+    assert sorted(path.name for path in first.path.iterdir()) == ["log.jsonl", "made.txt", "manifest.json"]
+    assert len(first.rows()) == 1
+    monkeypatch.undo()
+    assert first == make_in_store(tmp_path, 0)
+    alone = Store(tmp_path / "alone").make("stage", {}, lambda out: write_shares(out), together=True)
+    assert alone.digest == first.digest
+
+
+def test_any_other_stage_is_left_to_the_main_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model is fetched once, and not by each of eight processes."""
+    first, *others = Team(3, monkeypatch).run(lambda rank: make_in_store(tmp_path, rank, together=False))
+    assert others == [first] * 2
+    assert first.counts == {"made": [0] * 5, "count": 1}
+
+
+def test_processes_that_read_different_data_are_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = Team(2, monkeypatch).run(lambda rank: make_in_store(tmp_path, rank, data=digest_json(rank)))
+    assert all("stage: the processes of this run read different data" in str(ended) for ended in ends)
+    assert all(isinstance(ended, SelfalignError) for ended in ends)
+
+
+def test_sweep_is_not_started_by_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit, match=r"^error: .*hydra\.launcher\.tasks_per_node"):
+        ListJobs().on_multirun_start(None)  # pyright: ignore[reportArgumentType]
+
+
+TOGETHER = test_stage_made_together_is_one_artefact_of_the_main_process
+ALONE = test_any_other_stage_is_left_to_the_main_process
+# (what, old text, new text, the test that notices)
+MUTANTS: list[tuple[str, str, str, Check]] = [
+    ("everybody writes into the artefact", 'self.scratch / f"process_', 'folder / f"process_', TOGETHER),
+    ("what one made is not given to the others", "cast(Artefact, processes.broadcast(made))", "cast(Artefact, made)",
+     TOGETHER),
+    ("every process writes the manifest", "        if not processes.is_main():\n            return\n", "", TOGETHER),
+    ("every stage is made by all", "elif together:", "elif True:", ALONE),
+    ("the main process waits for the others alone", "with processes.alone():", "if True:", ALONE),
+    ("different data go unnoticed", "if len(set(processes.gather(folder.name))) > 1:", "if False:",
+     test_processes_that_read_different_data_are_stopped),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("what", "old", "new", "check"), MUTANTS, ids=[mutant[0] for mutant in MUTANTS])
+def test_broken_store_is_noticed(
+    what: str, old: str, new: str, check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"tmp_path": tmp_path, "monkeypatch": monkeypatch}
+    assert_caught(store_module, sys.modules[__name__], old, new, check, given)
