@@ -20,6 +20,7 @@ def mutated(module: ModuleType, old: str, new: str) -> Iterator[ModuleType]:
     source = inspect.getsource(module)
     assert source.count(old) == 1, f"the mutant's text occurs {source.count(old)} times in {module.__name__}: {old!r}"
     copy = ModuleType("mutant")
+    copy.__file__ = module.__file__
     # Dataclasses look their module up by name.
     sys.modules["mutant"] = copy
     try:
