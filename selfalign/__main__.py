@@ -177,6 +177,7 @@ def _run_hydra() -> None:
     from omegaconf import DictConfig
 
     from selfalign.config import register
+    from selfalign.dry_run import dry_run
     from selfalign.experiment import run_experiment
     from selfalign.multirun import closed_in_the_end, run_sweep_job
 
@@ -191,7 +192,11 @@ def _run_hydra() -> None:
                 return run_sweep_job(lambda: _prepare(config), explain)
         try:
             with processes.joined():
-                run_experiment(*_prepare(config))
+                prepared = _prepare(config)
+                if prepared[0].dry_run:
+                    dry_run(prepared[0])
+                else:
+                    run_experiment(*prepared)
         except Exception as error:  # noqa: BLE001 - raised outside Hydra, which would print a line of its own
             errors.append(error)
 
@@ -204,11 +209,17 @@ def _run_hydra() -> None:
 def _prepare(config: "DictConfig") -> "Prepared":
     """The experiment, its settings as text, and as plain dictionaries with the overrides that ask for them."""
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
 
     from selfalign.config import describe
+    from selfalign.errors import SelfalignError
 
     set_messages()
     experiment, text, described = describe(config)
+    if experiment.dry_run and HydraConfig.get().mode is RunMode.MULTIRUN:
+        raise SelfalignError(
+            "dry_run=true rehearses one run, not a sweep: set hydra.mode=RUN and the values of one job"
+        )
     return experiment, text, {**described, "overrides": list(HydraConfig.get().overrides.task)}
 
 

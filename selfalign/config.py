@@ -24,6 +24,7 @@ from selfalign.models import ModelConfig
 from selfalign.pairing import AllOrdered, BestVsK, BestWorst, PairRule, RandomPair
 from selfalign.publish import check_repository
 from selfalign.run import check_name
+from selfalign.serving import Server
 from selfalign.stages.compare import HeadToHead
 from selfalign.stages.evaluate import EvaluateConfig
 from selfalign.stages.judge import ExpectedScore, ExternalScore, ImplicitReward, Pairwise, SampledScore
@@ -56,6 +57,9 @@ class ExperimentConfig:
         evaluate: how models are measured.
         benchmark: the published benchmarks that measure them too, by name.
         track: where metrics go besides the run folder.
+        dry_run: makes nothing, but takes one batch or two steps of every stage at its greatest length, and estimates
+            from that what the run needs in memory, time and money.
+        price_per_hour: of the machine, in any currency, for that estimate.
         push: sends the last model and its card to a model hub when the run is finished, with the user's own login.
         push_to: the repository there, owner/name; it is made where there is none.
         push_private: whether a repository made so is private; one that is there stays as it is.
@@ -77,6 +81,8 @@ class ExperimentConfig:
     evaluate: EvaluateConfig = MISSING
     benchmark: dict[str, Any] = field(default_factory=dict)
     track: Any = field(default=MISSING, metadata={"keyed": False})
+    dry_run: bool = field(default=False, metadata={"keyed": False})
+    price_per_hour: float = field(default=0.0, metadata={"keyed": False})
     push: bool = field(default=False, metadata={"keyed": False})
     push_to: str = field(default="", metadata={"keyed": False})
     push_private: bool = field(default=True, metadata={"keyed": False})
@@ -85,8 +91,14 @@ class ExperimentConfig:
         check_name(self.name)
         if self.push or self.push_to:
             check_repository(self.push_to)
+        if self.price_per_hour < 0:
+            raise SelfalignError(f"price_per_hour must be 0 or more, got {self.price_per_hour}")
         if self.iterations < 1:
             raise SelfalignError(f"iterations must be 1 or more, got {self.iterations}")
+        if self.model.quantization != "none" and self.train.layout.sharded:
+            raise SelfalignError(
+                "train.layout.kind=fsdp2 cannot share out weights in 4 bits: set model.quantization=none"
+            )
         if isinstance(self.data, Pairs) and self.iterations != 1:
             raise SelfalignError(
                 f"iterations={self.iterations}, but data=pairs gives one set of pairs: set iterations=1"
@@ -141,7 +153,7 @@ class ExperimentConfig:
 COMPONENTS: dict[str, dict[str, type]] = {
     "model": {"model": ModelConfig},
     "data": {"self_rewarding": SelfRewarding, "pairs": Pairs},
-    "generate": {"transformers": Transformers, "vllm": VLLM},
+    "generate": {"transformers": Transformers, "vllm": VLLM, "server": Server},
     "judge": {
         "sampled_score": SampledScore,
         "expected_score": ExpectedScore,

@@ -1,4 +1,4 @@
-"""Chat completions of an OpenAI-compatible server, with patience for what goes wrong on the way.
+"""Completions of an OpenAI-compatible server, with patience for what goes wrong on the way.
 
 The key is read from the environment when a request is sent. It is in no setting, and it is taken out of every text
 that comes back, so that a server which repeats it cannot bring it into a file.
@@ -27,13 +27,16 @@ logger = logging.getLogger(__name__)
 LONGEST_WAIT_SECONDS = 60.0
 """Back-off stops doubling there; a server that asks for more is given it."""
 
+DIRECT = {"all://localhost": None, "all://127.0.0.1": None}
+"""What is asked without a proxy, whatever the environment says of one."""
+
 
 @dataclass(kw_only=True, slots=True)
 class Endpoint:
-    """Where chat completions come from.
+    """Where completions come from.
 
     Attributes:
-        base_url: up to and without "/chat/completions", such as "https://api.openai.com/v1".
+        base_url: up to and without "/chat/completions" or "/completions", such as "https://api.openai.com/v1".
         model: what the server calls the model.
         key_variable: the environment variable that holds the key; empty where none is needed.
         concurrency: requests under way at once.
@@ -78,7 +81,7 @@ class Endpoint:
                 f"{key}.key_variable must be the name of an environment variable, which holds the key; not the key"
             )
 
-    def open(self, key: str) -> "ChatClient":
+    def open(self, key: str) -> "Client":
         """A client of the server.
 
         Raises:
@@ -90,7 +93,7 @@ class Endpoint:
                 f"{key}.key_variable: the environment variable {self.key_variable} is not set; set it to the key, "
                 f"or {key}.key_variable='' where the server needs none"
             )
-        return ChatClient(self, secret)
+        return Client(self, secret)
 
     @property
     def name(self) -> str:
@@ -120,7 +123,15 @@ class Reply:
     completion_tokens: int
 
 
-class ChatClient:
+class RefusedError(SelfalignError):
+    """A server that will not do what it was asked, however often it is asked; `status` is HTTP's."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Client:
     """Sends requests; several threads may share it."""
 
     def __init__(self, endpoint: Endpoint, secret: str) -> None:
@@ -128,10 +139,11 @@ class ChatClient:
         self._secret = secret
         self._stop = threading.Event()
         headers = {"Authorization": f"Bearer {secret}"} if secret else {}
-        self._http = httpx.Client(timeout=endpoint.timeout_seconds, headers=headers)
-        self._url = f"{endpoint.base_url.rstrip('/')}/chat/completions"
+        limits = httpx.Limits(max_connections=endpoint.concurrency)
+        self._http = httpx.Client(timeout=endpoint.timeout_seconds, headers=headers, mounts=DIRECT, limits=limits)
+        self._url = endpoint.base_url.rstrip("/")
 
-    def __enter__(self) -> "ChatClient":
+    def __enter__(self) -> "Client":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -141,17 +153,17 @@ class ChatClient:
         """The answer to one request, sent again as often as the endpoint's settings allow.
 
         Args:
-            request: the body, without the model's name.
+            request: the body, without the model's name. With a "prompt" the model continues that, a text or token
+                ids; with "messages" it answers in a chat.
 
         Raises:
             SelfalignError: the server refuses the request, or gives no usable answer however often it is asked.
         """
-        body = {"model": self._endpoint.model, **request}
         trouble = ""
         for attempt in range(self._endpoint.retries + 1):
             if self._stop.is_set():
                 break
-            reply, trouble, asked = self._try(body)
+            reply, trouble, asked = self.attempt(request)
             if reply is not None:
                 return reply
             if attempt < self._endpoint.retries:
@@ -194,38 +206,61 @@ class ChatClient:
         journal.share()
         return {name: Reply(*journal.read(name)) for name in requests}
 
+    def complete_each(self, requests: Sequence[dict[str, Any]]) -> list[Reply]:
+        """The answers to these requests, several at once; where one fails, the others are not waited for."""
+        self._stop.clear()
+        pool = ThreadPoolExecutor(self._endpoint.concurrency)
+        try:
+            futures = [pool.submit(self.complete, request) for request in requests]
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            self._stop.set()
+            raise
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        return [future.result() for future in futures]
+
     def _complete(self, request: dict[str, Any]) -> tuple[Any, ...]:
         return astuple(self.complete(request))
 
-    def _try(self, body: dict[str, Any]) -> tuple[Reply | None, str, float]:
-        """The reply, or what went wrong and how many seconds the server asks to wait."""
+    def attempt(self, request: dict[str, Any]) -> tuple[Reply | None, str, float]:
+        """Sends a request once: the reply, or what went wrong and how many seconds the server asks to wait.
+
+        Raises:
+            RefusedError: asking again is of no use.
+        """
+        body = {"model": self._endpoint.model, **request}
+        url = f"{self._url}/{'completions' if 'prompt' in body else 'chat/completions'}"
         try:
-            answer = self._http.post(self._url, json=body)
+            answer = self._http.post(url, json=body)
         except httpx.RequestError as error:
             return None, type(error).__name__, 0.0
         if answer.status_code == 429 or answer.status_code >= 500:
             return None, f"status {answer.status_code}", retry_after(answer.headers.get("Retry-After", ""))
-        said = self._clean(answer.text)
-        if answer.status_code == 413 or (answer.status_code == 400 and "context_length" in said):
+        said = self.clean(answer.text)
+        if answer.status_code == 413 or (answer.status_code == 400 and re.search("context[_ ]length", said)):
             return Reply("", "too_long", 0, 0), "", 0.0
         if answer.status_code != 200:
-            raise SelfalignError(f"{self._url}: status {answer.status_code}: {' '.join(said.split())[:200]}")
+            reason = " ".join(said.split())[:200]
+            raise RefusedError(f"{url}: status {answer.status_code}: {reason}", answer.status_code)
         try:
             return self._read(answer.json()), "", 0.0
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            return None, f"status 200 without a chat completion ({type(error).__name__})", 0.0
+            return None, f"status 200 without a completion ({type(error).__name__})", 0.0
 
     def _read(self, answer: Any) -> Reply:
         choice = answer["choices"][0]
         usage = answer.get("usage") or {}
         return Reply(
-            text=self._clean(str(choice["message"].get("content") or "")),
+            text=self.clean(str((choice["text"] if "text" in choice else choice["message"].get("content")) or "")),
             finish=str(choice.get("finish_reason") or "stop"),
             prompt_tokens=int(usage.get("prompt_tokens") or 0),
             completion_tokens=int(usage.get("completion_tokens") or 0),
         )
 
-    def _clean(self, text: str) -> str:
+    def clean(self, text: str) -> str:
+        """The text without the key."""
         return text.replace(self._secret, "[key]") if self._secret else text
 
 

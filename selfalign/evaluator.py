@@ -86,6 +86,8 @@ def evaluate_models(sources: list[str], overrides: list[str], conf: Path) -> Pat
     first = [run.folder for found in runs.values() for run in found][:1]
     known = [read_json(folder / "summary.json")["config"].get("overrides", []) for folder in first]
     config, text, plain = compose_experiment(conf, [*(known[0] if known else []), *overrides])
+    if config.dry_run:
+        raise SelfalignError("dry_run=true rehearses a run, and selfalign-evaluate trains none: leave it away")
     output = Path(config.output_dir).absolute()
     digests = {run.name: sorted(a.digest for a in run.made.values()) for found in runs.values() for run in found}
     identity = [canonical(config), digests]

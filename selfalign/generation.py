@@ -4,8 +4,10 @@ Batches are planned from the records alone, and each sequence draws from its own
 give the same texts however often a run is interrupted.
 """
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
 import msgspec
@@ -15,7 +17,7 @@ from torch import Tensor
 from selfalign.errors import SelfalignError
 from selfalign.models import DTYPES, InMemory, PolicyFiles, fastest_dtype
 from selfalign.records import FinishReason, as_plain
-from selfalign.scoring import Scorer
+from selfalign.scoring import Scorer, ask_all, responses_in
 from selfalign.tokenization import decode_response, stop_ids
 
 if TYPE_CHECKING:
@@ -133,6 +135,13 @@ def check_dtype(dtype: str) -> str:
     if dtype not in DTYPES:
         raise SelfalignError(f"generate.dtype must be auto or one of {', '.join(DTYPES)}; got {dtype!r}")
     return dtype
+
+
+def release_cached_memory() -> None:
+    """Gives back what training in this process has left in its cache, for another process cannot use that."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @dataclass(kw_only=True, slots=True)
@@ -313,3 +322,24 @@ def write_all(
     for batch, rows in zip(plan, journal.batches(map(task, range(len(plan)))), strict=True):
         written |= dict(zip(batch, msgspec.convert(rows, list[list[Completion]]), strict=True))
     return [written[index] for index in range(len(requests))]
+
+
+def read_all(
+    reader: Reader,
+    groups: "Sequence[Group]",
+    alternatives: Sequence[int],
+    journal: "Journal",
+    name: str,
+    size: "Callable[[Group], int]" = responses_in,
+) -> Iterator[list[list[float]]]:
+    """log p (nats) of each alternative as the token after each response of every group, in journalled batches.
+
+    Args:
+        reader: whose probabilities they are.
+        groups: any number of them.
+        alternatives: tokens.
+        journal: keeps finished batches.
+        name: what these begin with there.
+        size: how far a group moves the progress bar.
+    """
+    return ask_all(partial(reader.choose, alternatives=alternatives), reader.plan(groups), journal, name, size)

@@ -1,8 +1,8 @@
 """Policies on disk and in memory: fetch, save, load, identify.
 
 A policy artefact holds `weights/` (a transformers checkpoint, or a link to one), `tokenizer/` and, for LoRA,
-`adapter/`; `weights.json` lists the digests of the weight files, which is what identifies the policy. An empty file
-`trusted` is there when the user allowed code that comes with the model to run.
+`adapter/`. `weights.json` is what identifies the policy: the digests of the weight files, and how they are quantised
+when they are loaded. An empty file `trusted` is there when the user allowed code that comes with the model to run.
 """
 
 import gc
@@ -18,6 +18,7 @@ import torch
 
 from selfalign.errors import SelfalignError
 from selfalign.files import digest_file, digest_json, read_json, read_text, write_json
+from selfalign.quantization import check_quantization, quantise_on_load
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,7 +73,10 @@ class ModelConfig:
         revision: branch, tag or commit of a hub id.
         chat_template: for a tokenizer that has none, a Jinja file, or "shipped:dialogue" (Human and Assistant take
             turns); empty keeps the tokenizer's own.
-        dtype: of the stored and trained weights, "float32" or "bfloat16".
+        dtype: of the stored and trained weights, "float32" or "bfloat16"; quantised layers multiply in it.
+        quantization: "nf4" keeps the linear layers in 4 bits, their constants quantised too (QLoRA, arXiv 2305.14314),
+            wherever the policy is loaded: it trains, scores and writes with the adapter beside the quantised base, and
+            neither is ever merged. Needs lora.rank and the extra `qlora`. "none" keeps them as they are.
         trust_remote_code: runs Python code that comes with the model; leave it off unless you have read that code.
         lora: adapters to train instead of all weights.
     """
@@ -81,12 +85,14 @@ class ModelConfig:
     revision: str = "main"
     chat_template: str = ""
     dtype: str = "float32"
+    quantization: str = "none"
     trust_remote_code: bool = False
     lora: LoRA = field(default_factory=LoRA)
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise SelfalignError(f"model.dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
+        check_quantization(self.quantization, self.lora.rank)
 
 
 @dataclass(slots=True)
@@ -151,9 +157,19 @@ class PolicyFiles:
     path: Path
 
     @cached_property
+    def weights(self) -> dict[str, str]:
+        """{weight file: its digest}, for an adapter also its base's, and how they are quantised if they are."""
+        return read_json(self.path / "weights.json")
+
+    @property
     def digest(self) -> str:
         """SHA-256 over the weight files' digests: equal weights, equal digest, wherever they lie."""
-        return digest_json(read_json(self.path / "weights.json"))
+        return digest_json(self.weights)
+
+    @property
+    def quantization(self) -> dict[str, str]:
+        """How the base is quantised when it is loaded, as it stands in weights.json; empty where it is not."""
+        return {"quantization": self.weights["quantization"]} if "quantization" in self.weights else {}
 
     @cached_property
     def context(self) -> int:
@@ -175,15 +191,17 @@ class PolicyFiles:
 
     def load(self, dtype: str, *, device: str = "", trainable: bool = False) -> Policy:
         """Loads the policy; with `trainable`, its adapter (if it has one) takes gradients."""
-        model = _load_checkpoint(self.path / "weights", dtype, trust_remote_code=self.trusted)
+        device = device or default_device()
+        quantised = quantise_on_load(DTYPES[dtype], device) if self.quantization else {}
+        model = _load_checkpoint(self.path / "weights", dtype, trust_remote_code=self.trusted, **quantised)
         if (self.path / "adapter").exists():
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, self.path / "adapter", is_trainable=trainable)
             model.peft_config["default"].base_model_name_or_path = str(self.path / "weights")
-            if not trainable:
+            if not trainable and not self.quantization:
                 model = model.merge_and_unload()
-        cast(torch.nn.Module, model).to(torch.device(device or default_device())).eval()
+        cast(torch.nn.Module, model).to(torch.device(device)).eval()
         return Policy(cast("PreTrainedModel", model), self.load_tokenizer(), self.digest)
 
     def save(self, policy: Policy, base: "PolicyFiles") -> None:
@@ -193,7 +211,7 @@ class PolicyFiles:
             policy.model.save_pretrained(self.path / "adapter")
             _settle_adapter_config(self.path / "adapter" / "adapter_config.json")
             _link(self.path / "weights", base.path / "weights")
-            weights = {"base": base.digest, **digest_weights(self.path / "adapter")}
+            weights = {"base": base.digest, **base.quantization, **digest_weights(self.path / "adapter")}
         else:
             policy.model.save_pretrained(self.path / "weights")
             policy.tokenizer.save_pretrained(self.path / "weights")
@@ -246,7 +264,8 @@ def fetch_pretrained(config: ModelConfig, destination: Path) -> PolicyFiles:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     tokenizer.save_pretrained(destination / "tokenizer")
-    write_json(destination / "weights.json", digest_weights(weights))
+    quantised = {} if config.quantization == "none" else {"quantization": config.quantization}
+    write_json(destination / "weights.json", digest_weights(weights) | quantised)
     if config.trust_remote_code:
         (destination / TRUSTED).touch()
     return PolicyFiles(destination)
@@ -298,7 +317,7 @@ def _find_checkpoint(config: ModelConfig, key: str = "model.path") -> Path:
         ) from error
 
 
-def _load_checkpoint(folder: Path, dtype: str, *, trust_remote_code: bool = False) -> "PreTrainedModel":
+def _load_checkpoint(folder: Path, dtype: str, *, trust_remote_code: bool = False, **options: Any) -> "PreTrainedModel":
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
@@ -310,6 +329,7 @@ def _load_checkpoint(folder: Path, dtype: str, *, trust_remote_code: bool = Fals
             trust_remote_code=trust_remote_code,
             local_files_only=True,
             output_loading_info=True,
+            **options,
         )
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -6,7 +6,7 @@ Prompts are shared and packed (`selfalign.batches`), so a prompt is computed onc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -15,9 +15,6 @@ from selfalign.batches import Batch, Group, make_batch, split_by_tokens
 from selfalign.journal import Journal
 from selfalign.logprobs import score_responses_only
 from selfalign.models import InMemory, autocast
-
-if TYPE_CHECKING:
-    from selfalign.generation import Reader
 
 
 def responses_in(group: Group) -> int:
@@ -73,7 +70,7 @@ class Scorer(InMemory):
             name: what these begin with there.
             size: how far a group moves the progress bar.
         """
-        return in_batches(self.plan(groups), self.score, journal, name, size)
+        return ask_all(self.score, self.plan(groups), journal, name, size)
 
     @torch.inference_mode()
     def _logps(self, batch: Batch) -> torch.Tensor:
@@ -82,28 +79,16 @@ class Scorer(InMemory):
             return self.policy.model(predict_at=batch.predict_at, targets=batch.targets, **batch.inputs).cpu()
 
 
-def choose_all(
-    reader: "Reader",
-    groups: Sequence[Group],
-    alternatives: Sequence[int],
-    journal: Journal,
-    name: str,
-    size: Callable[[Group], int] = responses_in,
-) -> Iterator[list[list[float]]]:
-    """What a reader's `choose` says of each group, as `Scorer.score_all` does it."""
-    return in_batches(reader.plan(groups), partial(reader.choose, alternatives=alternatives), journal, name, size)
-
-
-def in_batches(
-    plan: Sequence[Sequence[Group]],
-    ask: Callable[[Sequence[Group]], Sequence[Any]],
+def ask_all(
+    ask: Callable[[list[Group]], list[Any]],
+    batches: Sequence[list[Group]],
     journal: Journal,
     name: str,
     size: Callable[[Group], int],
 ) -> Iterator[Any]:
-    """The answers on each group of a plan, in journalled batches."""
+    """What a loaded policy says of each group, in journalled batches."""
     # Named by what is in them, because `batch_tokens` may be another when a killed stage is resumed.
-    tasks = ((f"{name}-{batch[0].id}-{len(batch)}", sum(map(size, batch)), partial(ask, batch)) for batch in plan)
+    tasks = ((f"{name}-{batch[0].id}-{len(batch)}", sum(map(size, batch)), partial(ask, batch)) for batch in batches)
     for rows in journal.batches(tasks):
         yield from rows
 

@@ -66,6 +66,20 @@ def decode_response(tokenizer: "Tokenizer", ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
+def spell(tokenizer: "Tokenizer", ids: list[int]) -> str:
+    """The text that the tokenizer reads as these ids, for programs that take texts only; BOS is left to them.
+
+    Raises:
+        SelfalignError: there is none.
+    """
+    text, bos = str(tokenizer.decode(ids)), str(tokenizer.bos_token or "")
+    if bos and _ids(tokenizer, "")[:1] == [tokenizer.bos_token_id]:
+        text = text.removeprefix(bos)
+    if _ids(tokenizer, text) != ids:
+        raise SelfalignError(f"no text is read as these {len(ids)} tokens again, which begin with {text[:40]!r}")
+    return text
+
+
 def fill(template: str, values: dict[str, str]) -> str:
     """Puts each value where `{name}` stands in the template, once and literally.
 

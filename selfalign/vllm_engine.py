@@ -4,7 +4,6 @@ A stage starts them with the policy's weights and stops them when it is done, so
 anything is trained. They need nothing of selfalign's Python environment, and may have their own.
 """
 
-import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ import torch
 from selfalign.batches import Group
 from selfalign.errors import SelfalignError
 from selfalign.files import read_json
-from selfalign.generation import Completion, Request, Sampling, check_dtype
+from selfalign.generation import Completion, Request, Sampling, check_dtype, release_cached_memory
 from selfalign.models import UNBOUNDED, PolicyFiles
 from selfalign.records import FinishReason
 from selfalign.tokenization import decode_response, stop_ids
@@ -249,10 +248,3 @@ def lora_arguments(adapter: Path) -> dict[str, Any]:
     if rank > LORA_RANKS[-1]:
         raise SelfalignError(f"generate=vllm takes adapters up to rank {LORA_RANKS[-1]}, but model.lora.rank={rank}")
     return {"enable_lora": True, "max_lora_rank": next(room for room in LORA_RANKS if room >= rank)}
-
-
-def release_cached_memory() -> None:
-    """Gives back what training in this process has left in its cache, for another process cannot use that."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -87,12 +87,12 @@ def small_context_policy(files: PolicyFiles, folder: Path, context: int) -> Poli
     return PolicyFiles(folder)
 
 
-def taught_policy(files: PolicyFiles, folder: Path) -> PolicyFiles:
+def taught_policy(files: PolicyFiles, folder: Path, epochs: int = 4) -> PolicyFiles:
     """The policy after a few steps of SFT on short answers, so that it ends its turns by itself."""
     subjects = ["bees", "rivers", "clocks", "bread", "stars", "trains", "songs", "boats"]
     taught = [demonstration(f"t{n}", f"Say one thing about {s}.", f"Old {s} are good.") for n, s in enumerate(subjects)]
     given, policy = records_artefact(folder / "given", demonstrations=taught), policy_artefact(files)
-    settings = optimization(learning_rate=1e-2, epochs=4, batch_size=4)
+    settings = optimization(learning_rate=1e-2, epochs=epochs, batch_size=4)
     out = workspace(folder / "taught")
     sft(out, policy=policy, base=policy, demonstrations=given, optimization=settings, weights=weights())
     return PolicyFiles(out.path)

@@ -17,7 +17,7 @@ from selfalign.config import COMPONENTS, ExperimentConfig
 from selfalign.errors import SelfalignError
 
 PACKAGE = ROOT / "selfalign"
-METHOD = {"contest", "given", "roles", "held_out", "evaluation", "pipeline", "plan"}
+METHOD = {"contest", "given", "roles", "held_out", "evaluation", "pipeline", "plan", "rehearsal", "dry_run"}
 ABOVE_STAGES = METHOD | {
     "experiment",
     "evaluator",
@@ -169,6 +169,7 @@ NEEDED = {
     "benchmark/alpaca_eval": ["benchmark.alpaca_eval.reference_outputs=outputs.json"],
     "benchmark/vicuna_bench": ["benchmark.vicuna_bench.questions=question.jsonl"],
     "benchmark/lm_eval": ["benchmark.lm_eval.tasks=[{name: quiz, metric: acc}]"],
+    "generate/server": ["generate.command='serve {weights} --port {port}'"],
     "judge/external": ["judge.endpoint.base_url=http://nowhere/v1", "judge.endpoint.model=m"],
 }
 NEEDED |= {
@@ -276,8 +277,12 @@ RANGES = [
     ("loss=ipo loss.reduction=max", "loss.reduction"),
     ("loss=sr_ipo loss.target=none", "loss.target"),
     ("iterations=0", "iterations"),
+    ("price_per_hour=-1", "price_per_hour"),
     ("name=a/b", "name"),
     ("model.dtype=float64", "model.dtype"),
+    ("model.quantization=int8 model.lora.rank=4", "model.quantization"),
+    ("model.quantization=nf4", "model.lora.rank"),
+    ("model.quantization=nf4 model.lora.rank=4 train.layout.kind=fsdp2", "model.quantization"),
     ("model.lora.rank=-1", "model.lora.rank"),
     ("model.lora.alpha=0", "model.lora.alpha"),
     ("data.seeds.held_out_share=1", "data.seeds.held_out_share"),
@@ -317,6 +322,13 @@ RANGES = [
     ("evaluate.head_to_head.verdict_tokens=0", "evaluate.head_to_head.verdict_tokens"),
     ("evaluate=none evaluate.matrix=true", "evaluate.matrix"),
     ("judge=pairwise train.choose.every_steps=2 train.choose.instructions=a.jsonl", "train.choose"),
+    ("train.layout.kind=fsdp", "train.layout.kind"),
+    ("train.layout.reshard_after_forward=false", "train.layout.reshard_after_forward"),
+    ("train.layout.kind=fsdp2 train.align.optimizer=adamw_8bit", "train.layout.kind"),
+    (
+        "train.layout.kind=fsdp2 train.choose.every_steps=2 train.choose.instructions=a.jsonl",
+        "train.choose.every_steps",
+    ),
     ("judge=implicit", "data.seeds.evaluation_fine_tuning"),
     ("judge=implicit data.seeds.evaluation_fine_tuning=none judge.model=base", "judge.model"),
     ("judge=implicit data.seeds.evaluation_fine_tuning=none evaluate.judge=base", "evaluate.judge"),

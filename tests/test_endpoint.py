@@ -10,7 +10,7 @@ import pytest
 from builders import workspace
 from chat_server import ChatServer, Fault, chat, chat_server
 
-from selfalign.endpoint import ChatClient, Endpoint, Reply, retry_after
+from selfalign.endpoint import Client, Endpoint, Reply, retry_after
 from selfalign.errors import SelfalignError
 from selfalign.journal import Journal
 
@@ -32,7 +32,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return found
 
 
-def client(server: ChatServer, **settings: Any) -> ChatClient:
+def client(server: ChatServer, **settings: Any) -> Client:
     return Endpoint(base_url=server.url, model="judge-1", key_variable="JUDGE_KEY", **settings).open("judge.endpoint")
 
 
@@ -70,6 +70,7 @@ PASSING = {
     "no_message": Fault(body=b'{"choices": [{}]}'),
     "not_an_object": Fault(body=b'["choices"]'),
     "null": Fault(body=b"null"),
+    "reset": Fault(resets=True),
 }
 
 
@@ -130,7 +131,13 @@ def test_refusal_stops_at_once_and_tells_the_server_s_reason_without_the_key(sta
 
 
 @pytest.mark.parametrize(
-    "fault", [Fault(413), Fault(400, b'{"error": {"code": "context_length_exceeded", "message": "too long"}}')]
+    "fault",
+    [
+        Fault(413),
+        Fault(400, b'{"error": {"code": "context_length_exceeded", "message": "too long"}}'),
+        Fault(400, b'{"error": {"message": "This model\'s maximum context length is 4096 tokens.", "code": 400}}'),
+    ],
+    ids=["status", "code", "words"],
 )
 def test_prompt_the_server_finds_too_long_is_no_error(fault: Fault) -> None:
     with chat_server(faults=[fault]) as server, client(server) as chats:
@@ -189,7 +196,7 @@ def test_refusal_ends_the_waiting_of_the_others(tmp_path: Path) -> None:
 
     out = workspace(tmp_path)
     with chat_server(says) as server, client(server, retries=1, first_wait_seconds=3600) as chats:
-        original = chats._try
+        original = chats.attempt
 
         def refused(body: dict[str, Any]) -> Any:
             tried = original(body)
@@ -197,7 +204,7 @@ def test_refusal_ends_the_waiting_of_the_others(tmp_path: Path) -> None:
                 raise SelfalignError("status 401")
             return tried
 
-        chats._try = refused
+        chats.attempt = refused
         with pytest.raises(SelfalignError, match="status 401"):
             chats.complete_all({"a": {"n": 0}, "b": {"n": 1}}, Journal(out.scratch, lambda size: None), 1)
         assert [body["n"] for body in server.bodies].count(0) == 1

@@ -10,7 +10,15 @@ from transformers import PreTrainedTokenizerFast
 
 from selfalign.batches import encode_group
 from selfalign.errors import SelfalignError
-from selfalign.tokenization import decode_response, encode_prompt, encode_response, end_of_turn_id, fill, stop_ids
+from selfalign.tokenization import (
+    decode_response,
+    encode_prompt,
+    encode_response,
+    end_of_turn_id,
+    fill,
+    spell,
+    stop_ids,
+)
 
 WITH_BOS = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<|end|>{% endfor %}" + (
     "{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -110,6 +118,21 @@ def test_plain_texts_and_responses_keep_spelled_control_tokens_as_text(tokenizer
     assert control_tokens(tokenizer, prompt) == ["<s>"]
     assert control_tokens(tokenizer, response) == ["<|end|>"]
     assert tokenizer.decode(response) == f"a {word} b<|end|>"
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+@pytest.mark.parametrize("template", [WITH_BOS, WITHOUT_BOS], ids=["template_writes_bos", "template_writes_none"])
+def test_spelled_prompt_is_read_as_the_same_ids_by_a_tokenizer_that_adds_what_it_adds(
+    adds_bos: bool, template: str
+) -> None:
+    tokenizer = build_tokenizer(adds_bos=adds_bos, template=template)
+    ids = encode_prompt(tokenizer, QUESTION, "Score: ")
+    assert tokenizer(spell(tokenizer, ids))["input_ids"] == ids
+
+
+def test_text_that_would_be_read_as_control_tokens_is_not_spelled(tokenizer: Any) -> None:
+    with pytest.raises(SelfalignError, match="no text is read as these"):
+        spell(tokenizer, encode_prompt(tokenizer, "a <|end|> b"))
 
 
 def test_tiny_model_has_no_bos_and_ends_its_turns(tiny_tokenizer: Any) -> None:

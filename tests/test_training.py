@@ -368,6 +368,21 @@ def test_same_seed_same_weights_and_another_seed_another_order(
     assert [row["loss"] for row in first.rows] != [row["loss"] for row in other.rows]
 
 
+def test_resumed_training_drops_the_same_activations(
+    tiny_policy: PolicyFiles, demonstrations: list[Group], tmp_path: Path
+) -> None:
+    """A checkpoint holds no random state: what is dropped follows from the seed and the step."""
+    dropping = settings(dropout=0.3)
+    whole = run(tmp_path / "whole", tiny_policy, demonstrations, optimization=dropping)
+    killed = Breaking(Likelihood("tokens"), kill_at=4)
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", tiny_policy, demonstrations, objective=killed, optimization=dropping)
+    again = run(tmp_path / "killed", tiny_policy, demonstrations, optimization=dropping)
+    assert all(torch.equal(whole.weights[name], again.weights[name]) for name in whole.weights)
+    other = run(tmp_path / "none", tiny_policy, demonstrations, optimization=settings())
+    assert whole.rows[0]["loss"] != other.rows[0]["loss"]
+
+
 def test_a_checkpoint_that_was_not_written_to_its_end_is_skipped(
     tiny_policy: PolicyFiles, demonstrations: list[Group], tmp_path: Path
 ) -> None:

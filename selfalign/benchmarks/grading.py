@@ -12,11 +12,10 @@ from selfalign.data import as_prompt
 from selfalign.endpoint import Endpoint
 from selfalign.errors import SelfalignError
 from selfalign.files import digest_file, text_or_file
-from selfalign.generation import Reader, Request, Sampling, write_all
+from selfalign.generation import Reader, Request, Sampling, read_all, write_all
 from selfalign.journal import Journal
 from selfalign.judges.bench import check_batch_tokens, check_model, check_prompt, check_share
 from selfalign.records import Message
-from selfalign.scoring import choose_all
 from selfalign.store import Counts
 from selfalign.tokenization import encode_prompt, fill
 
@@ -186,7 +185,7 @@ class Grader:
             for name, ids in encoded.items()
             if len(ids) < longest
         ]
-        read = choose_all(reader, groups, ratings.alternatives, journal, "grades", size=lambda group: 1)
+        read = read_all(reader, groups, ratings.alternatives, journal, "grades", size=lambda group: 1)
         return {group.id: expected_rating(ratings.shares(rows)) for group, rows in zip(groups, read, strict=True)}
 
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from selfalign.batches import Group, share_prompt
 from selfalign.data import as_prompt
 from selfalign.errors import SelfalignError
-from selfalign.generation import Reader, Request, Sampling, write_all
-from selfalign.journal import Journal
+from selfalign.generation import Reader, Request, Sampling, read_all, write_all
 from selfalign.judges.bench import (
     Bench,
     Judged,
@@ -22,7 +21,7 @@ from selfalign.judges.bench import (
 )
 from selfalign.judges.parsing import PREFIX, before_score
 from selfalign.records import Judgement, JudgementStatus
-from selfalign.scoring import choose_all
+from selfalign.store import Journal
 from selfalign.tokenization import encode_prompt, encode_response
 
 if TYPE_CHECKING:
@@ -94,7 +93,7 @@ class ExpectedScore(Rubric):
             fitting = [prompt for prompt, fit in zip(prompts, fits, strict=True) if fit]
             if fitting:
                 groups.append(share_prompt(name, fitting, [[] for _ in fitting]))
-        for group, rows in zip(groups, choose_all(reader, groups, digits, journal, "scores"), strict=True):
+        for group, rows in zip(groups, read_all(reader, groups, digits, journal, "scores"), strict=True):
             judgements += [
                 expected(subject, row, self.low, rationales.get(subject.response.id, ""), reader.digest)
                 for subject, row in zip(members[group.id], rows, strict=True)

@@ -11,15 +11,13 @@ from selfalign.data import as_prompt
 from selfalign.endpoint import Endpoint
 from selfalign.errors import SelfalignError
 from selfalign.files import text_or_file
-from selfalign.generation import Reader
-from selfalign.journal import Journal
+from selfalign.generation import Reader, read_all
 from selfalign.judges.bench import Bench, check_batch_tokens, check_model, check_prompt, check_share
 from selfalign.judges.comparison import Duel, Reading, Showing, bias_statistics, compare, parse_verdict
 from selfalign.judges.expected import distribution, tokens_behind
 from selfalign.metrics import win_statistics
 from selfalign.records import Comparison, JudgementStatus, Prompt, Response, Verdict
-from selfalign.scoring import choose_all
-from selfalign.store import Counts
+from selfalign.store import Counts, Journal
 from selfalign.tokenization import encode_prompt, fill
 
 OPENING = "[["
@@ -141,7 +139,7 @@ class Referee:
                 prompts.setdefault(showing.duel.instruction.id, {})[index] = ids
         groups: list[Group] = [share_prompt(n, list(p.values()), [[] for _ in p]) for n, p in prompts.items()]
         read: dict[int, list[float]] = {}
-        for group, rows in zip(groups, choose_all(reader, groups, tokens, journal, "verdicts"), strict=True):
+        for group, rows in zip(groups, read_all(reader, groups, tokens, journal, "verdicts"), strict=True):
             read |= dict(zip(prompts[group.id], rows, strict=True))
         return read
 

@@ -54,8 +54,7 @@ def respond(
         SelfalignError: no instruction fits into the context.
     """
     records = read_records(instructions.path / "instructions.jsonl", Instruction)
-    files = PolicyFiles(policy.path)
-    with generate.load(files) as generator:
+    with generate.load(PolicyFiles(policy.path)) as generator:
         limit = generator.context - config.sampling.max_new_tokens
         prompts = [encode_prompt(generator.tokenizer, as_prompt(record.text)) for record in records]
         fitting = [(record, prompt) for record, prompt in zip(records, prompts, strict=True) if len(prompt) <= limit]
@@ -77,7 +76,7 @@ def respond(
             text=completion.text,
             finish_reason=completion.finish_reason,
             tokens=completion.tokens,
-            model=files.digest,
+            model=generator.digest,
         )
         for (record, _), completions in zip(fitting, written, strict=True)
         for number, completion in enumerate(completions, start=1)

@@ -1,10 +1,11 @@
 """sft: M0 + demonstrations → M1."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from selfalign.batches import share_prompt
+from selfalign.batches import Group, share_prompt
 from selfalign.errors import SelfalignError
 from selfalign.models import PolicyFiles
 from selfalign.records import Demonstration, read_records
@@ -38,16 +39,8 @@ def sft(
     """
     records = read_records(demonstrations.path / "demonstrations.jsonl", Demonstration)
     tokenizer = PolicyFiles(policy.path).load_tokenizer()
-    encoded = [encode_demonstration(tokenizer, record) for record in records]
-    kept = [example for example in encoded if len(example) <= optimization.max_length]
-    if not kept:
-        raise SelfalignError(
-            f"none of {len(records)} demonstrations fits into train.sft.max_length={optimization.max_length} tokens"
-        )
-    groups = [
-        share_prompt(family[0].record.id, [one.prompt for one in family], [one.response for one in family])
-        for family in families(kept)
-    ]
+    groups = group_demonstrations(tokenizer, records, optimization.max_length)
+    kept = sum(len(group.responses) for group in groups)
     train(
         out,
         policy=PolicyFiles(policy.path),
@@ -58,10 +51,28 @@ def sft(
         weights=weights,
     )
     return {
-        "demonstrations": len(kept),
+        "demonstrations": kept,
         "tokens": sum(map(len, groups)),
-        "dropped": {"too_long": len(encoded) - len(kept)},
+        "dropped": {"too_long": len(records) - kept},
     }
+
+
+def group_demonstrations(tokenizer: "Tokenizer", records: Sequence[Demonstration], max_length: int) -> list[Group]:
+    """The demonstrations that fit, as tokens: neighbours of one question together, with what they share computed once.
+
+    Raises:
+        SelfalignError: none fits.
+    """
+    encoded = [encode_demonstration(tokenizer, record) for record in records]
+    kept = [example for example in encoded if len(example) <= max_length]
+    if not kept:
+        raise SelfalignError(
+            f"none of {len(records)} demonstrations fits into train.sft.max_length={max_length} tokens"
+        )
+    return [
+        share_prompt(family[0].record.id, [one.prompt for one in family], [one.response for one in family])
+        for family in families(kept)
+    ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,61 @@
+"""dry_run=true: what a run needs in memory, time and money, known before it is begun."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from selfalign import processes
+from selfalign.errors import SelfalignError
+from selfalign.pipeline import run_pipeline
+from selfalign.plain import duration, table
+from selfalign.rehearsal import Estimate, Rehearsal
+
+if TYPE_CHECKING:
+    from selfalign.config import ExperimentConfig
+
+BOUND = (
+    "An upper bound: every prompt with its response fills max_length, and every text max_new_tokens. Not in it:\n"
+    "prompts for new instructions that give none, judgements that are tried again, and benchmarks."
+)
+
+
+def dry_run(config: "ExperimentConfig") -> list[Estimate]:
+    """Rehearses a run and says what it needs; nothing of it stays.
+
+    Raises:
+        SelfalignError: a stage does not fit into memory, or into the model's context; or there are several processes.
+    """
+    if processes.count() > 1:
+        raise SelfalignError("dry_run=true rehearses a run of one process: start a single one")
+    output = Path(config.output_dir).absolute()
+    output.mkdir(parents=True, exist_ok=True)
+    # There, because the run will write its models there too.
+    with TemporaryDirectory(prefix=".dry-run-", dir=output) as folder:
+        rehearsal = Rehearsal(config, Path(folder))
+        run_pipeline(config, rehearsal)
+    print(estimate_text(rehearsal.estimates, config.price_per_hour), flush=True)
+    return rehearsal.estimates
+
+
+def estimate_text(estimates: Sequence[Estimate], price_per_hour: float) -> str:
+    """A row a stage, and what all need together."""
+    rows = [
+        [
+            one.label,
+            f"{one.count} {one.unit}",
+            f"{one.each:.2f}" if one.seconds else "–",
+            f"{one.peak / 2**30:.2f}" if one.peak else "–",
+            duration(one.seconds) if one.seconds else "–",
+        ]
+        for one in estimates
+    ]
+    seconds, servers = sum(one.seconds for one in estimates), sum(one.cost for one in estimates)
+    highest = max(estimates, key=lambda one: one.peak)
+    lines = ["", *table(["stage", "work", "seconds each", "peak GiB", "time"], rows), ""]
+    lines.append(f"time    at most {duration(seconds)}")
+    lines.append(f"memory  at most {highest.peak / 2**30:.2f} GiB, in {highest.label}")
+    if price_per_hour or servers:
+        machine = seconds / 3600 * price_per_hour
+        lines.append(f"cost    at most {machine + servers:.2f}: the machine {machine:.2f}, servers {servers:.2f}")
+    return "\n".join([*lines, "", BOUND])

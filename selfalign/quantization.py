@@ -1,0 +1,53 @@
+"""Base weights in 4 bits, for adapters to be trained beside them: QLoRA (Dettmers et al. 2023, arXiv 2305.14314).
+
+What is stored stays as it was; the linear layers, all but the output layer, are quantised while they are loaded. The
+policy is the quantised base with the adapter beside it, wherever it trains, scores or writes: merging the two would
+round the adapter away, and merging with the unquantised base would make another policy than the one that was trained.
+"""
+
+import importlib.util
+from typing import Any
+
+import torch
+
+from selfalign.errors import SelfalignError
+
+QUANTIZATIONS = ("none", "nf4")
+
+
+def check_quantization(quantization: str, rank: int) -> None:
+    """Quantised weights cannot be trained, so there must be an adapter.
+
+    Raises:
+        SelfalignError: there is none, or this way to quantise is not known.
+    """
+    if quantization not in QUANTIZATIONS:
+        raise SelfalignError(f"model.quantization must be one of {', '.join(QUANTIZATIONS)}; got {quantization!r}")
+    if quantization != "none" and not rank:
+        raise SelfalignError(
+            f"model.quantization={quantization} leaves the weights as they are, and model.lora.rank=0 asks to train "
+            "them: set model.lora.rank, such as 16"
+        )
+
+
+def quantise_on_load(dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """What makes transformers quantise a checkpoint to NF4 while it loads it.
+
+    Args:
+        dtype: what the quantised layers multiply in.
+        device: where they are quantised, and stay.
+
+    Raises:
+        SelfalignError: bitsandbytes is not installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise SelfalignError("model.quantization=nf4 needs bitsandbytes: pip install 'selfalign[qlora]'")
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": config, "device_map": {"": device}}

@@ -1,0 +1,397 @@
+"""A run's stages on a few records each that are as long as they may be: what one batch or step takes, and how many.
+
+A rehearsal walks through the pipeline in a run's place. What is given is read for real, so there are as many
+demonstrations and pairs as in the run; what the run would make is made up, as many records as it would be at most.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from selfalign.contest import Contest
+from selfalign.data import as_prompt
+from selfalign.endpoint import Endpoint
+from selfalign.errors import SelfalignError
+from selfalign.files import digest_json, read_json
+from selfalign.given import SelfRewarding
+from selfalign.judges.bench import Subject, asks_a_server
+from selfalign.judges.referee import Referee
+from selfalign.longest import SHORTEST_PROMPT, Longest, asks, tireless, writes
+from selfalign.losses import PreferenceLoss
+from selfalign.models import PolicyFiles
+from selfalign.pairing import PairRule
+from selfalign.records import (
+    Demonstration,
+    HasId,
+    Instruction,
+    PreferencePair,
+    Prompt,
+    read_records,
+    write_records,
+)
+from selfalign.refinement import Refinement
+from selfalign.run import StageFunction
+from selfalign.stages.align import align, augmentation_of
+from selfalign.stages.compare import compare
+from selfalign.stages.divergence import divergence
+from selfalign.stages.instruct import InstructConfig, instruct
+from selfalign.stages.judge import Judge
+from selfalign.stages.judge import judge as judge_stage
+from selfalign.stages.pretrained import pretrained
+from selfalign.stages.reference import reference
+from selfalign.stages.respond import RespondConfig, respond
+from selfalign.stages.sft import group_demonstrations, sft
+from selfalign.stopwatch import Measured, Stopwatch, fits, forget_peak_memory, measure, peak
+from selfalign.store import Artefact, Store, canonical
+from selfalign.tokenization import encode_prompt
+from selfalign.training import Optimization, Precision, Weights
+
+if TYPE_CHECKING:
+    from selfalign.config import ExperimentConfig
+
+GIVEN = {
+    "seeds", "taught_questions", "questions", "outputs", "given_pairs", "given_instructions", "preference_test",
+}  # fmt: skip
+"""Stages that read data and need no model: they are run as they are."""
+
+FILLS_A_BATCH = 1 << 14
+"""Tokens of the records that stages are given where nothing says how many a batch takes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """What a stage of the run will take.
+
+    Attributes:
+        label: the stage's.
+        count: how many batches, steps or requests.
+        unit: which of these.
+        each: seconds of one of them.
+        around: seconds of all the rest.
+        peak: the most memory, bytes.
+        cost: of a server's tokens.
+    """
+
+    label: str
+    count: int
+    unit: str
+    each: float = 0.0
+    around: float = 0.0
+    peak: int = 0
+    cost: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """In all."""
+        return self.count * self.each + self.around
+
+
+@dataclass(slots=True)
+class Rehearsal:
+    """Takes the place of a run: a `Maker` that measures instead of making.
+
+    Attributes:
+        config: the experiment.
+        folder: for what is made on the way.
+        estimates: what was found out, stage by stage.
+        measured: what it rests on, by what the measurement depends on; a stage that comes again is not run again.
+    """
+
+    config: "ExperimentConfig"
+    folder: Path
+    estimates: list[Estimate] = field(default_factory=list)
+    measured: dict[str, tuple[Measured, Path]] = field(default_factory=dict)
+    longest: Longest = field(init=False)
+
+    def make(self, label: str, stage: StageFunction, **inputs: Any) -> Artefact:
+        """What stands for the artefact: the real one of what is given, else one that says how many records it has."""
+        if stage.__name__ in GIVEN:
+            return self._really_make(label, stage, inputs)
+        return getattr(self, f"_{stage.__name__}")(label, **inputs)
+
+    def _really_make(self, label: str, stage: StageFunction, inputs: dict[str, Any]) -> Artefact:
+        store = Store(self.folder / "store")
+        return store.make(stage.__name__, inputs, lambda out: stage(out, **inputs), label=label)
+
+    # --- models ------------------------------------------------------------------------------------------------------
+
+    def _pretrained(self, label: str, **inputs: Any) -> Artefact:
+        forget_peak_memory()
+        with fits(label):
+            made = self._really_make(label, pretrained, inputs)
+        self.estimates.append(Estimate(label=label, count=1, unit="model", each=made.seconds, peak=peak()))
+        if label == "M0":
+            files = PolicyFiles(made.path)
+            context = read_json(made.path / "weights" / "config.json").get("max_position_embeddings") or 1 << 30
+            self.longest = Longest(files.load_tokenizer(), int(context), self.config.train.align.max_length)
+        return made
+
+    def _sft(
+        self, label: str, *, demonstrations: Artefact, optimization: Optimization, weights: Weights, **models: Artefact
+    ) -> Artefact:
+        longest = self._trained_on("train.sft", optimization)
+        tokens, family, count = optimization.max_length, 1, demonstrations.counts.get(RECORDS, 0)
+        if not count:
+            records = read_records(demonstrations.path / "demonstrations.jsonl", Demonstration)
+            groups = group_demonstrations(longest.tokenizer, records, optimization.max_length)
+            family = max(len(group.responses) for group in groups)
+            tokens, count = max(tokens, *map(len, groups)), len(groups)
+        size = min(optimization.batch_size, count)
+        few = self._write(demonstrations=longest.demonstrations(2 * size, tokens, family))
+        given = {"demonstrations": few, "optimization": replace(optimization, epochs=1), "weights": weights}
+        measured, folder = self._measure(label, sft, [tokens, family, size], **models, **given)
+        steps = optimization.epochs * math.ceil(count / optimization.batch_size)
+        self._add(label, measured, steps, "steps")
+        return _policy(label, folder)
+
+    def _align(
+        self,
+        label: str,
+        *,
+        pairs: Artefact,
+        loss: PreferenceLoss,
+        held_out: int,
+        contest: Contest | None,
+        optimization: Optimization,
+        **others: Any,
+    ) -> Artefact:
+        self._trained_on("train.align", optimization)
+        count = records_of(pairs, "pairs.jsonl") - held_out
+        if count < 1:
+            raise SelfalignError(f"train.held_out_pairs={held_out} of {count + held_out} pairs leaves none to train on")
+        size = min(optimization.batch_size, count)
+        few = self._write(pairs=self._pairs(2 * size, augmentation_of(loss)))
+        given = {"pairs": few, "loss": loss, "held_out": 0, "contest": None}
+        given["optimization"] = replace(optimization, epochs=1)
+        measured, folder = self._measure(label, align, [size, others["start"] is None], **given, **others)
+        an_epoch = math.ceil(count / optimization.batch_size)
+        # The measuring behind it is another epoch without a backward pass.
+        measured = replace(measured, around=measured.around + an_epoch * measured.each)
+        self._add(label, measured, optimization.epochs * an_epoch, "steps")
+        if contest is not None:
+            self._contest(label, contest, math.ceil(optimization.epochs * an_epoch / contest.every_steps), folder)
+        return _policy(label, folder)
+
+    def _contest(self, label: str, contest: Contest, visits: int, policy: Path) -> None:
+        """The answers of every checkpoint that competes, and their judging."""
+        shared = {"instructions": contest.instructions, "generate": contest.generate, "seed": contest.seed}
+        config, before = RespondConfig(candidates=1, sampling=contest.sampling), len(self.estimates)
+        answers = self._respond(f"{label}/validation", config=config, policy=_policy(label, policy), **shared)
+        who = {"judge": contest.judge, "policy": contest.judged_by, "reference": contest.reference}
+        self._judge(f"{label}/validation_scores", responses=answers, **who, **shared)
+        for place, one in enumerate(self.estimates[before:], start=before):
+            more = {"count": visits * one.count, "around": visits * one.around, "cost": visits * one.cost}
+            self.estimates[place] = replace(one, **more)
+
+    def _trained_on(self, key: str, optimization: Optimization) -> Longest:
+        """What makes records of the longest sequence a training takes.
+
+        Raises:
+            SelfalignError: that is longer than the model's context.
+        """
+        if optimization.max_length > self.longest.context:
+            raise SelfalignError(
+                f"{key}.max_length={optimization.max_length} is above the model's context of {self.longest.context} "
+                "tokens"
+            )
+        return replace(self.longest, max_length=optimization.max_length)
+
+    # --- what is written and judged ----------------------------------------------------------------------------------
+
+    def _instruct(
+        self, label: str, *, config: InstructConfig, generate: Any, policy: Artefact, **others: Any
+    ) -> Artefact:
+        shown = config.seed_demonstrations + config.own_demonstrations
+
+        def ask(*texts: str) -> Prompt:
+            return as_prompt("\n\n".join([config.prompt, *(f"Task 10: {text}" for text in texts), "Task 10:"]))
+
+        room = self.longest.context - config.sampling.max_new_tokens - SHORTEST_PROMPT
+        texts = self.longest.fitting(ask, [self.longest.count("the " * config.max_words)] * shown, room)
+        taught = [
+            Demonstration(id=f"d{n}", prompt=as_prompt(t), response="", source="ift") for n, t in enumerate(texts)
+        ]
+        given = {"config": config, "seeds": self._write(demonstrations=taught), "earlier": [], "held_out": []}
+        given |= {"generate": tireless(generate), "policy": policy, "seed": others["seed"]}
+        measured, _ = self._measure(label, instruct, [], **given)
+        self._add(label, measured, math.ceil(config.count / config.prompts_per_batch), "batches")
+        return _stand_in(label, config.count)
+
+    def _respond(
+        self, label: str, *, config: RespondConfig, instructions: Artefact, generate: Any, **others: Any
+    ) -> Artefact:
+        count, written = records_of(instructions, "instructions.jsonl"), config.sampling.max_new_tokens
+        tokens = config.candidates * (self.longest.prompt_tokens(written) + written)
+        few = self._few(count, tokens, generate)
+        asked = self._write(instructions=self.longest.instructions(few, written))
+        given = {"config": config, "instructions": asked, "generate": tireless(generate), **others}
+        measured, _ = self._measure(label, respond, [few], **given)
+        self._add(label, measured, measured.batches_of(count / few), "batches")
+        return _stand_in(label, count * config.candidates, tokens=written)
+
+    def _judge(
+        self, label: str, *, judge: Judge, instructions: Artefact, responses: Artefact, generate: Any, **others: Any
+    ) -> Artefact:
+        count, answers = records_of(instructions, "instructions.jsonl"), records_of(responses, "responses.jsonl")
+        each, written = math.ceil(answers / count), writes(judge)
+        wanted = judge.wanted(self._subjects(1, each, ["", ""]))
+        ask = asks(judge)
+        texts = self._texts(ask, responses, written, server=asks_a_server(judge))
+        if asks_a_server(judge):
+            self._bill(label, judge, wanted * count, ask(*texts), written)
+            return _stand_in(label, answers)
+        few = self._few(count, each * (self.longest.count("".join(texts)) + written), generate)
+        subjects = self._subjects(few, each, texts)
+        asked = list({subject.instruction.id: subject.instruction for subject in subjects}.values())
+        given = self._write(instructions=asked, responses=[subject.response for subject in subjects])
+        shared = {"instructions": given, "responses": given, "generate": tireless(generate), "judge": judge}
+        measured, _ = self._measure(label, judge_stage, [few, each], **shared, **others)
+        self._add(label, measured, measured.batches_of(count / few), "batches")
+        return _stand_in(label, answers)
+
+    def _compare(
+        self, label: str, *, judge: Referee, instructions: Artefact, answers: Artefact, generate: Any, **others: Any
+    ) -> Artefact:
+        count, ask = records_of(instructions, "instructions.jsonl"), asks(judge)
+        texts = self._texts(ask, answers, 0, server=asks_a_server(judge))
+        if asks_a_server(judge):
+            self._bill(label, judge, 2 * count, ask(*texts), judge.verdict_tokens)
+            return _stand_in(label, count)
+        few = self._few(count, 2 * self.longest.count("".join(texts)), generate)
+        subjects = self._subjects(few, 1, texts)
+        asked = self._write(instructions=[s.instruction for s in subjects], responses=[s.response for s in subjects])
+        given = {"judge": judge, "instructions": asked, "answers": asked, "opponent": asked, "generate": generate}
+        given |= {"policy": others["policy"], "seed": others["seed"]}
+        measured, _ = self._measure(label, compare, [few], **given)
+        self._add(label, measured, measured.batches_of(count / few), "batches")
+        return _stand_in(label, count)
+
+    def _divergence(self, label: str, *, answers: Artefact, **others: Any) -> Artefact:
+        count, written = records_of(answers, "responses.jsonl"), self._written(answers)
+        few = self._few(count, self.longest.prompt_tokens(written) + written, None)
+        texts = [self.longest.words(self.longest.prompt_tokens(written)), self.longest.words(written)]
+        subjects = self._subjects(few, 1, texts)
+        given = self._write(instructions=[s.instruction for s in subjects], responses=[s.response for s in subjects])
+        models = {name: others[name] for name in ("policy", "origin")}
+        measured, _ = self._measure(label, divergence, [few], instructions=given, answers=given, **models)
+        self._add(label, measured, measured.batches_of(count / few), "batches")
+        return _stand_in(label, count)
+
+    # --- pairs -------------------------------------------------------------------------------------------------------
+
+    def _pair(self, label: str, *, rule: Any, instructions: Artefact, responses: Artefact, **others: Any) -> Artefact:
+        count, answers = records_of(instructions, "instructions.jsonl"), records_of(responses, "responses.jsonl")
+        each = math.ceil(answers / count)
+        return _stand_in(label, count * rule.wanted(each) if isinstance(rule, PairRule) else answers)
+
+    def _gather_pairs(self, label: str, *, parts: list[Artefact]) -> Artefact:
+        return _stand_in(label, sum(records_of(part, "demonstrations.jsonl") for part in parts))
+
+    def _eft(self, label: str, *, seeds: Artefact, questions: Artefact, **others: Any) -> Artefact:
+        taught = records_of(questions, "responses.jsonl")
+        return _stand_in(label, records_of(seeds, "demonstrations.jsonl") + taught)
+
+    def _reference(
+        self, label: str, *, policy: Artefact, pairs: Artefact, augmentation: Refinement | None, precision: Precision
+    ) -> Artefact:
+        count, few = records_of(pairs, "pairs.jsonl"), 2 * self.config.train.align.batch_size
+        given = {"policy": policy, "augmentation": augmentation, "precision": precision}
+        given["pairs"] = self._write(pairs=self._pairs(few, augmentation))
+        measured, folder = self._measure(label, reference, [policy.digest], first_alone=False, **given)
+        self._add(label, measured, measured.batches_of(count / few), "batches")
+        return replace(_stand_in(label, count), path=folder)
+
+    def _evaluate(self, label: str, **inputs: Any) -> Artefact:
+        return _stand_in(label, 0)
+
+    def _preferences(self, label: str, **inputs: Any) -> Artefact:
+        return _stand_in(label, 0)
+
+    def _benchmark(self, label: str, **inputs: Any) -> Artefact:
+        return _stand_in(label, 0)
+
+    # --- how ---------------------------------------------------------------------------------------------------------
+
+    def _measure(
+        self, label: str, stage: StageFunction, depends_on: list[Any], *, first_alone: bool = True, **inputs: Any
+    ) -> tuple[Measured, Path]:
+        """What a stage takes, and its folder; run once for what it depends on: its settings, and `depends_on`."""
+        settings = {name: value for name, value in inputs.items() if name not in ("seed", "weights")}
+        plain = {name: canonical(value) for name, value in settings.items() if not isinstance(value, Artefact)}
+        key = digest_json([stage.__name__, plain, depends_on])
+        if key not in self.measured:
+            folder = self.folder / f"{stage.__name__}-{key[:12]}"
+            watch = Stopwatch(folder, label, first_alone=first_alone)
+            self.measured[key] = measure(watch, lambda out: stage(out, **inputs)), folder
+        return self.measured[key]
+
+    def _add(self, label: str, measured: Measured, count: int, unit: str) -> None:
+        timed = {"each": measured.each, "around": measured.around, "peak": measured.peak}
+        self.estimates.append(Estimate(label=label, count=count, unit=unit, **timed))
+
+    def _bill(self, label: str, judge: Any, requests: int, prompt: Prompt, written: int) -> None:
+        """What a server's tokens cost, as this model's tokenizer counts them."""
+        endpoint: Endpoint = judge.endpoint
+        read = len(encode_prompt(self.longest.tokenizer, prompt))
+        cost = requests * (read * endpoint.prompt_price + written * endpoint.completion_price) / 1e6
+        self.estimates.append(Estimate(label=label, count=requests, unit="requests", cost=cost))
+
+    def _write(self, **files: Sequence[HasId]) -> Artefact:
+        """Records as a stage is given them."""
+        folder = self.folder / f"given-{len(list(self.folder.iterdir()))}"
+        folder.mkdir()
+        for name, records in files.items():
+            write_records(folder / f"{name}.jsonl", records)
+        return _stand_in("given", 0, ift=len(files.get("demonstrations", ())), path=folder)
+
+    def _few(self, count: int, tokens: int, generate: Any) -> int:
+        """How many records of so many tokens surely fill a batch, where there are as many."""
+        room = max(FILLS_A_BATCH, getattr(generate, "batch_tokens", 0))
+        return min(count, 1 + room // tokens)
+
+    def _written(self, responses: Artefact) -> int:
+        """The most tokens of these responses: as many as were asked for, of given ones as many as candidates have."""
+        data = self.config.data
+        candidates = (
+            data.respond.sampling.max_new_tokens if isinstance(data, SelfRewarding) else self.longest.max_length
+        )
+        return min(responses.counts.get("tokens", candidates), self.longest.context - SHORTEST_PROMPT)
+
+    def _pairs(self, count: int, augmentation: Refinement | None) -> list[PreferencePair]:
+        data = self.config.data
+        written = data.respond.sampling.max_new_tokens if isinstance(data, SelfRewarding) else self.longest.max_length
+        p = augmentation.text(self.longest.tokenizer) if augmentation else ""
+        return self.longest.pairs(count, written, p)
+
+    def _texts(self, ask: Callable[..., Prompt], responses: Artefact, written: int, *, server: bool) -> list[str]:
+        """An instruction and a response, such that the question about them leaves room for what is written."""
+        answer = self._written(responses)
+        room = 1 << 30 if server else self.longest.context - written - 8
+        return self.longest.fitting(ask, [self.longest.prompt_tokens(answer), answer], room)
+
+    def _subjects(self, count: int, each: int, texts: Sequence[str]) -> list[Subject]:
+        """So many instructions with as many responses each."""
+        asked = [Instruction(id=f"i{n}", text=texts[0], source="self") for n in range(count)]
+        return [Subject(one, response) for one in asked for response in self.longest.responses(one, each, texts[1])]
+
+
+RECORDS = "rehearsed"
+"""What the number of records is called among the counts of an artefact that stands for one of the run."""
+
+
+def records_of(artefact: Artefact, file: str) -> int:
+    """How many records the run's artefact has, or will have at most."""
+    if RECORDS in artefact.counts:
+        return artefact.counts[RECORDS]
+    return len((artefact.path / file).read_text(encoding="utf-8").splitlines())
+
+
+def _stand_in(label: str, records: int, *, path: Path = Path("/nowhere"), **counts: int) -> Artefact:
+    numbers = {RECORDS: records, **counts}
+    return Artefact(stage="rehearsed", key=label, path=path, digest=label, counts=numbers, seconds=0.0)
+
+
+def _policy(label: str, folder: Path) -> Artefact:
+    return replace(_stand_in(label, 1, path=folder), digest=PolicyFiles(folder).digest)

@@ -1,0 +1,83 @@
+"""A server of another program, for as long as it is needed."""
+
+import os
+import subprocess
+import threading
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, cast
+
+LAUNCHER = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_")
+"""What torchrun tells the processes of a run; a server that read it would wait for the others to join it."""
+
+GRACE_SECONDS = 20.0
+"""A server that is told to end has so long before it is killed."""
+
+KEEPER = f"""
+trap : TERM PIPE
+exec 3<&0
+sh -c "$1" </dev/null 3<&- &
+server=$!
+(trap '' TERM; cat <&3; kill -TERM 0; sleep {GRACE_SECONDS:.0f}; kill -KILL 0) >/dev/null 2>&1 &
+exec 3<&-
+wait $server; code=$?; wait $server
+rm -rf -- "$2"
+exit $code
+"""
+"""Runs the command $1, ends its process group when standard input closes, and removes the folder $2 at the end."""
+
+
+class ServerProcess:
+    """A shell command in a process group of its own, which ends with `stop`, or with this process, however that ends.
+
+    Args:
+        command: what starts the server; it stays in the foreground.
+        folder: what it reads; it is removed with it.
+        clean: takes secrets out of what it prints.
+    """
+
+    def __init__(self, command: str, folder: Path, clean: Callable[[str], str]) -> None:
+        self._clean = clean
+        self._said: deque[str] = deque(maxlen=3)
+        self._process = subprocess.Popen(
+            ["sh", "-c", KEEPER, "sh", command, str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+            env={name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER)},
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def stop(self) -> None:
+        """Ends it with everything it has started, and returns when that is done."""
+        with suppress(BrokenPipeError):
+            cast(IO[str], self._process.stdin).close()
+        self._reader.join(GRACE_SECONDS)
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, 9)
+        self._process.wait()
+        self._reader.join()
+        cast(IO[str], self._process.stdout).close()
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended by itself."""
+        return self._process.poll() is not None
+
+    def last_words(self) -> str:
+        """The end of what it printed, as one line."""
+        if self.ended:
+            self._reader.join(1)
+        return " / ".join(self._said) or "nothing"
+
+    def _read(self) -> None:
+        """Takes its output off it, so that it never waits for us, and keeps the last lines."""
+        for line in cast(IO[str], self._process.stdout):
+            if text := " ".join(self._clean(line).split()):
+                self._said.append(text[:200])

@@ -1,0 +1,263 @@
+"""Writing through an OpenAI-compatible server that is started with the policy's weights: vLLM, SGLang, transformers.
+
+Prompts are sent as the token ids they are trained as, to `/v1/completions`. No chat template of the server's comes
+between, and every reply has to say that it read as many tokens as were sent.
+"""
+
+import logging
+import os
+import re
+import shlex
+import socket
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from selfalign import processes
+from selfalign.endpoint import Client, Endpoint, RefusedError, Reply
+from selfalign.errors import SelfalignError
+from selfalign.files import write_json
+from selfalign.generation import Completion, Request, Sampling, Transformers, check_dtype, release_cached_memory
+from selfalign.models import PolicyFiles
+from selfalign.records import FinishReason
+from selfalign.scoring import Scorer
+from selfalign.server_process import ServerProcess
+from selfalign.tokenization import encode_prompt, spell, stop_ids
+
+logger = logging.getLogger(__name__)
+
+FINISH = {"stop": FinishReason.EOS, "length": FinishReason.LENGTH}
+"""Why a text ended, as servers say it; any other reason is a failure."""
+
+POLL_SECONDS = 0.5
+"""Between two questions to a server that is still starting."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Server:
+    """Generation by a server that each stage starts with its policy's weights and stops when it is done.
+
+    A server that somebody else keeps is none: nothing would tell whether it has M_t's weights.
+
+    Attributes:
+        command: starts the server, in a shell and in the foreground, with {weights} for the folder of the policy and
+            {port} for where it listens on this machine; {dtype} may stand in it too.
+        dtype: of the weights that {dtype} stands for, in which adapters are merged, and of judges that read
+            probabilities, which they do here with transformers: "float32", "bfloat16", or "auto" for the faster one.
+        batch_texts: the most completions that are asked for before any of them is kept. A kill loses at most these.
+        key_variable: the environment variable that holds the key, where the command starts a server that asks for one.
+        concurrency: requests under way at once.
+        timeout_seconds: a request that takes longer is sent again.
+        retries: how often a request is sent again after a timeout, a broken answer, status 429 or 5xx.
+        start_seconds: the server has so long to load the weights and answer.
+    """
+
+    command: str
+    dtype: str = "auto"
+    batch_texts: int = 128
+    key_variable: str = field(default="", metadata={"keyed": False})
+    concurrency: int = field(default=16, metadata={"keyed": False})
+    timeout_seconds: float = field(default=600.0, metadata={"keyed": False})
+    retries: int = field(default=6, metadata={"keyed": False})
+    start_seconds: float = field(default=1800.0, metadata={"keyed": False})
+
+    def __post_init__(self) -> None:
+        self.dtype = check_dtype(self.dtype)
+        for name in ("{weights}", "{port}"):
+            if name not in self.command:
+                raise SelfalignError(f"generate.command must have {name} where the server takes it")
+        if re.search(r"--api-key[ =]+(?![\"']?\$)", self.command):
+            raise SelfalignError(
+                "generate.command is saved with the run: have it take the key from the environment, as --api-key $NAME "
+                "with generate.key_variable=NAME"
+            )
+        for name in ("batch_texts", "start_seconds"):
+            if getattr(self, name) <= 0:
+                raise SelfalignError(f"generate.{name} must be above 0, got {getattr(self, name)}")
+        self.endpoint("http://localhost", "policy").check("generate")
+
+    def load(self, policy: PolicyFiles) -> "ServerGenerator":
+        """The policy behind a server, which runs while the generator is entered."""
+        return ServerGenerator(self, policy)
+
+    def load_reader(self, policy: PolicyFiles, batch_tokens: int) -> Scorer:
+        """The policy in this process, because servers differ in which probabilities they tell, if any."""
+        return Transformers(dtype=self.dtype).load_reader(policy, batch_tokens)
+
+    def endpoint(self, base_url: str, model: str) -> Endpoint:
+        """Where a server is asked, and how."""
+        return Endpoint(
+            base_url=base_url,
+            model=model,
+            key_variable=self.key_variable,
+            concurrency=self.concurrency,
+            timeout_seconds=self.timeout_seconds,
+            retries=self.retries,
+        )
+
+
+class ServerGenerator:
+    """A policy that writes through a server. Of several processes the main one starts it, and all ask it."""
+
+    def __init__(self, settings: Server, policy: PolicyFiles) -> None:
+        self._settings = settings
+        self._policy = policy
+        self._server: ServerProcess | None = None
+        self.tokenizer = policy.load_tokenizer()
+        self.digest = policy.digest
+        self.context = policy.context
+        self.counts: dict[str, Any] = {}
+
+    def __enter__(self) -> "ServerGenerator":
+        release_cached_memory()
+        processes.wait_for_all()  # All have let go of the memory that the server needs.
+        with ExitStack() as stack:
+            started = self._start(stack) if processes.is_main() else None
+            endpoint, self._takes_ids = processes.broadcast(started)  # pyright: ignore[reportGeneralTypeIssues]
+            self._client = stack.enter_context(endpoint.open("generate"))
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
+        with self._open:
+            if kind is None:
+                processes.wait_for_all()  # Nobody asks it any more.
+
+    def plan(self, lengths: Sequence[int], samples: int, max_new_tokens: int) -> list[list[int]]:
+        """Batches of `batch_texts` texts, in the order of the prompts; the server makes its own out of them."""
+        size = max(1, self._settings.batch_texts // samples)
+        return [list(range(start, min(start + size, len(lengths)))) for start in range(0, len(lengths), size)]
+
+    def write(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+        """Has every completion written, several at once; a server that keeps to seeds writes the same text again.
+
+        Raises:
+            SelfalignError: the server gives no usable answer, or has read something else than the prompt.
+        """
+        how = {"temperature": sampling.temperature, "top_p": sampling.top_p, "max_tokens": sampling.max_new_tokens}
+        bodies = [
+            {"prompt": self._prompt(request.prompt), "seed": seed % 2**31, **how}
+            for request in requests
+            for seed in request.seeds
+        ]
+        try:
+            replies = iter(self._client.complete_each(bodies))
+        except SelfalignError as error:
+            if self._server is not None and self._server.ended:
+                raise SelfalignError(f"{error}; the server had ended and said: {self._server.last_words()}") from error
+            raise
+        return [[_completion(next(replies), request.prompt) for _ in request.seeds] for request in requests]
+
+    def _prompt(self, ids: list[int]) -> list[int] | str:
+        if self._takes_ids:
+            return ids
+        try:
+            return spell(self.tokenizer, ids)
+        except SelfalignError as error:
+            raise SelfalignError(
+                f"generate.command: the server takes prompts as text alone, and {error}; take one that takes token "
+                "ids, such as vLLM or SGLang, or generate=transformers"
+            ) from error
+
+    def _start(self, stack: ExitStack) -> tuple[Endpoint, bool]:
+        """Starts the server until the stack closes: where it is, and whether it takes token ids."""
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="selfalign-", ignore_cleanup_errors=True)))
+        export(self._policy, folder, self._settings.dtype)
+        port, began = _free_port(), time.monotonic()
+        endpoint = self._settings.endpoint(f"http://{_host()}:{port}/v1", str(folder))
+        values = {"{weights}": shlex.quote(str(folder)), "{port}": str(port), "{dtype}": self._settings.dtype}
+        command = self._settings.command
+        for name, value in values.items():
+            command = command.replace(name, value)
+        logger.info("starting a server: %s", self._settings.command)
+        with endpoint.open("generate") as client:
+            self._server = ServerProcess(command, folder, client.clean)
+            stack.callback(self._server.stop)
+            takes_ids = self._meet(client, self._server)
+        logger.info("the server answers after %.0f s", time.monotonic() - began)
+        return endpoint, takes_ids
+
+    def _meet(self, client: Client, server: ServerProcess) -> bool:
+        """Waits for the server's first answer; returns whether it takes token ids, else it takes texts.
+
+        Raises:
+            SelfalignError: it has ended, refuses, or does not answer in time.
+        """
+        prompt = encode_prompt(self.tokenizer, "Hello.")
+        ask, until = {"max_tokens": 1, "temperature": 0}, time.monotonic() + self._settings.start_seconds
+        while True:
+            try:
+                reply, trouble, _ = client.attempt({"prompt": prompt, **ask})
+            except RefusedError as error:
+                if error.status not in (400, 422):
+                    raise
+                return False
+            if reply is not None:
+                return True
+            if server.ended:
+                raise SelfalignError(f"generate.command: the server has ended; it said: {server.last_words()}")
+            if time.monotonic() > until:
+                raise SelfalignError(
+                    f"generate.command: no answer in generate.start_seconds={self._settings.start_seconds:g} "
+                    f"({trouble}); the server said: {server.last_words()}"
+                )
+            time.sleep(POLL_SECONDS)
+
+
+def export(policy: PolicyFiles, folder: Path, dtype: str) -> None:
+    """Writes a policy as servers load it: one checkpoint with its tokenizer, which stops where the run's texts stop.
+
+    Args:
+        policy: its weights are linked; an adapter is merged into them and written.
+        folder: where to.
+        dtype: of merged weights.
+    """
+    if (policy.path / "adapter").exists():
+        policy.load(dtype, device="cpu").model.save_pretrained(folder)
+    else:
+        for pattern in ("*.safetensors", "*.safetensors.index.json", "config.json", "*.py"):
+            for file in (policy.path / "weights").glob(pattern):
+                (folder / file.name).symlink_to(file.resolve())
+    tokenizer = policy.load_tokenizer()
+    tokenizer.save_pretrained(folder)
+    # Servers take from this file what a request does not say, each with other defaults where it says nothing; not all
+    # know a number that means "no top_k", but all know the whole vocabulary.
+    whole = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": len(tokenizer), "repetition_penalty": 1.0}
+    ids = {"eos_token_id": stop_ids(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    write_json(folder / "generation_config.json", {**whole, **ids, "bos_token_id": tokenizer.bos_token_id})
+
+
+def _completion(reply: Reply, prompt: list[int]) -> Completion:
+    """A reply as a completion.
+
+    Raises:
+        SelfalignError: the prompt was refused or read as other tokens, or the text ended for a reason unknown here.
+    """
+    if reply.finish == "too_long":
+        raise SelfalignError(
+            f"generate.command: the server refuses a prompt of {len(prompt)} tokens and its answer as too long; "
+            "start it with the whole context of the model"
+        )
+    if reply.prompt_tokens != len(prompt):
+        raise SelfalignError(
+            f"generate.command: the server says it read {reply.prompt_tokens} tokens where {len(prompt)} were sent"
+        )
+    if reply.finish not in FINISH:
+        raise SelfalignError(f"generate.command: the server ended a text for the reason {reply.finish!r}")
+    return Completion(text=reply.text.strip(), finish_reason=FINISH[reply.finish], tokens=reply.completion_tokens)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def _host() -> str:
+    """Where all processes of the run reach the main one's machine."""
+    one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    return "localhost" if one_machine else os.environ["MASTER_ADDR"]

@@ -1,0 +1,159 @@
+"""What a stage takes: its batches or steps by the clock, and the most memory it has held."""
+
+import ctypes
+import gc
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from selfalign.errors import SelfalignError
+from selfalign.journal import Journal, Task
+from selfalign.models import default_device
+from selfalign.store import Workspace
+from selfalign.trainer import peak_memory
+
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+"""How torch says it where it raises no error of its own kind."""
+
+
+class Enough(Exception):
+    """Ends a stage behind its first batch."""
+
+
+class Stopwatch(Workspace):
+    """A workspace that times every batch a stage journals, shows no progress, and may end the stage behind the first.
+
+    Attributes:
+        rows: what the stage logged.
+        batches: (size, seconds) of every batch.
+        total: how many units the stage said there were.
+    """
+
+    def __init__(self, path: Path, label: str, *, first_alone: bool) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.batches: list[tuple[int, float]] = []
+        self.total = 0
+        self._first_alone = first_alone
+        super().__init__(path, label, self.rows.append)
+
+    @contextmanager
+    def journal(self, total: int, unit: str) -> Iterator[Journal]:
+        """A journal whose batches are timed."""
+        self.total += total
+        yield TimedJournal(self.scratch, self.batches, self._first_alone)
+
+
+class TimedJournal(Journal):
+    """Adds the size and the seconds of every batch to a list."""
+
+    def __init__(self, folder: Path, batches: list[tuple[int, float]], first_alone: bool) -> None:
+        super().__init__(folder, lambda size: None)
+        self._batches = batches
+        self._first_alone = first_alone
+
+    def batches(self, tasks: Iterable[Task]) -> Iterator[Any]:
+        """The results of all batches.
+
+        Raises:
+            Enough: there is one, and one is enough.
+        """
+        for result in super().batches(map(self._timed, tasks)):
+            if self._first_alone:
+                raise Enough
+            yield result
+
+    def _timed(self, task: Task) -> Task:
+        name, size, work = task
+
+        def watched() -> Any:
+            started = time.monotonic()
+            result = work()
+            self._batches.append((size, time.monotonic() - started))
+            return result
+
+        return name, size, watched
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """What a stage took on a few records.
+
+    Attributes:
+        each: seconds of its slowest batch; of a training the last step, when all is warmed up.
+        around: seconds of all the rest, such as loading the model.
+        peak: the most memory, bytes.
+        batches: how many batches these records would have been.
+    """
+
+    each: float
+    around: float
+    peak: int
+    batches: float
+
+    def batches_of(self, share: float) -> int:
+        """How many batches `share` times as many records make."""
+        return math.ceil(round(self.batches * share, 6))
+
+
+def measure(watch: Stopwatch, stage: Callable[[Workspace], Any]) -> Measured:
+    """Runs a stage on a few records and takes its time and memory.
+
+    Raises:
+        SelfalignError: it does not fit into memory.
+    """
+    gc.collect()
+    forget_peak_memory()
+    started = time.monotonic()
+    with fits(watch.label), suppress(Enough):
+        stage(watch)
+    seconds = time.monotonic() - started
+    steps = [float(row["step_seconds"]) for row in watch.rows if "step_seconds" in row]
+    timed = steps or [spent for _, spent in watch.batches]
+    size = watch.batches[0][0] if watch.batches else 0
+    return Measured(
+        each=steps[-1] if steps else max(timed),
+        around=max(0.0, seconds - sum(timed)),
+        peak=peak(),
+        batches=watch.total / size if size else len(timed),
+    )
+
+
+@contextmanager
+def fits(label: str) -> Iterator[None]:
+    """Whatever is done inside has to fit into memory.
+
+    Raises:
+        SelfalignError: it does not.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in NO_MEMORY):
+            raise
+        raise SelfalignError(
+            f"{label} does not fit into memory ({peak() / 2**30:.1f} GiB held): lower batch_tokens or max_length "
+            "of train.sft and train.align, set their gradient_checkpointing=true, lower generate.batch_tokens, train "
+            "adapters (model.lora.rank=16), or keep the base in 4 bits (model.quantization=nf4)"
+        ) from error
+
+
+def peak() -> int:
+    """The most memory since it was last forgotten, bytes."""
+    return peak_memory(torch.device(default_device()))
+
+
+def forget_peak_memory() -> None:
+    """Lets the peak begin anew from what is held now; where the system cannot, it goes on being that of the process."""
+    if default_device() == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)  # What was freed goes back to the system.
+            Path("/proc/self/clear_refs").write_text("5")

@@ -1,0 +1,281 @@
+"""dry_run=true: it covers what the run then does, with as many steps, at the greatest length, and leaves nothing."""
+
+import inspect
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import (
+    TINY_RUN,
+    Said,
+    composed,
+    metrics,
+    run,
+    taught_policy,
+    write_tiny_data,
+)
+from mutation import mutated
+from test_architecture import modules
+
+from selfalign import dry_run as module
+from selfalign import rehearsal
+from selfalign.batches import encode_pairs
+from selfalign.data import as_prompt
+from selfalign.dry_run import dry_run, estimate_text
+from selfalign.errors import SelfalignError
+from selfalign.generation import Request, Sampling, Transformers
+from selfalign.journal import Journal, Task
+from selfalign.longest import SHORTEST_PROMPT, Longest, asks, tireless
+from selfalign.models import PolicyFiles
+from selfalign.refinement import Refinement
+from selfalign.rehearsal import Estimate, Rehearsal
+from selfalign.stages.sft import group_demonstrations
+from selfalign.stopwatch import Stopwatch, fits, measure
+from selfalign.tokenization import encode_prompt
+
+SHORT = ["train.sft.max_length=160", "train.align.max_length=160", 'judge.prompt="Grade {instruction} of {response}"']
+"""So that the longest sequence is short; its rubric leaves room for a response."""
+
+BY_MODELS = {"pretrained", "sft", "align", "instruct", "respond", "judge", "compare", "reference", "divergence"}
+"""Stages that a model takes part in."""
+
+
+def rehearsed(output: Path, *overrides: str) -> dict[str, Estimate]:
+    """The estimates of a run, by stage."""
+    return {one.label: one for one in dry_run(composed(*overrides, f"output_dir={output}")[0])}
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> Counter[Path]:
+    """How many batches every stage journals from now on, by its folder."""
+    counted: Counter[Path] = Counter()
+    original = Journal.batches
+
+    def batches(self: Journal, tasks: Iterable[Task]) -> Iterator[Any]:
+        for result in original(self, tasks):
+            counted[self._folder.parent.resolve()] += 1
+            yield result
+
+    monkeypatch.setattr(Journal, "batches", batches)
+    return counted
+
+
+def steps_of(folder: Path) -> Counter[str]:
+    """How many optimiser steps a run has made, by the label of the training."""
+    return Counter(row["label"] for row in metrics(folder) if any(name.endswith("/step") for name in row))
+
+
+def test_every_stage_with_a_model_is_estimated_and_takes_as_many_batches_or_steps_at_most(
+    tmp_path: Path, batches: Counter[Path]
+) -> None:
+    told = [*TINY_RUN, *SHORT, *write_tiny_data(tmp_path / "data"), "train.sft.epochs=2"]
+    told += ["judge=expected_score", "data.instruct.max_batches=40"]
+    estimates = rehearsed(tmp_path / "rehearsed", *told)
+    batches.clear()
+    folder = run(tmp_path / "run", *told)
+    made = {row["label"] for row in metrics(folder) if row["stage"] in BY_MODELS}
+    assert list(estimates) == [row for row in dict.fromkeys(r["label"] for r in metrics(folder)) if row in made]
+    steps = steps_of(folder)
+    assert steps["M1"] == estimates["M1"].count > 4
+    assert 0 < steps["M2"] <= estimates["M2"].count == 3
+    for label in made - {"M0", "M1", "M2", "M3", "iteration_1/instructions", "iteration_2/instructions"}:
+        assert 0 < batches[(folder / "artefacts" / label).resolve()] <= estimates[label].count, label
+    assert all(one.seconds > 0 and one.peak > 1 << 20 for one in estimates.values())
+
+
+GIVEN_PAIRS = ["data=pairs", "iterations=1", "train.held_out_pairs=1", "train.align.epochs=2", "evaluate=none"]
+STEPS = {"M1": 9, "M2": 4}
+"""Three epochs of 8 IFT and 3 EFT groups, 4 a step; two epochs of 3 pairs but for the one held out, 1 a step."""
+
+
+def on_given_pairs(folder: Path) -> list[str]:
+    """A tiny run that aligns on the ranked answers of its data."""
+    of_others = ("data.instruct", "data.respond", "evaluate.")
+    told = [*TINY_RUN, *SHORT, *write_tiny_data(folder), f"data.path={folder / 'ranked.jsonl'}", *GIVEN_PAIRS]
+    return [override for override in told if not override.startswith(of_others)]
+
+
+def test_steps_of_an_alignment_on_given_pairs_are_those_of_the_run(tmp_path: Path) -> None:
+    told = on_given_pairs(tmp_path / "data")
+    estimates = rehearsed(tmp_path / "rehearsed", *told)
+    assert {label: estimates[label].count for label in STEPS} == STEPS == steps_of(run(tmp_path / "run", *told))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"pairs.jsonl") - held_out', '"pairs.jsonl")'),
+        ("optimization.epochs * an_epoch, ", "an_epoch, "),
+        ("steps = optimization.epochs * ", "steps = "),
+    ],
+    ids=["held-out pairs counted", "epochs of alignment forgotten", "epochs of SFT forgotten"],
+)
+def test_wrong_counts_of_steps_are_caught(old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with mutated(rehearsal, old, new) as copy:
+        monkeypatch.setattr(module, "Rehearsal", copy.Rehearsal)
+        estimates = rehearsed(tmp_path / "rehearsed", *on_given_pairs(tmp_path / "data"))
+        assert {label: estimates[label].count for label in STEPS} != STEPS
+
+
+def test_command_line_prints_every_stage_and_leaves_nothing(call: Callable[..., Said], tmp_path: Path) -> None:
+    told = [*TINY_RUN, *SHORT, *write_tiny_data(tmp_path / "data"), "iterations=1", "track=wandb"]
+    said = call(*told, "dry_run=true", "price_per_hour=3600")
+    assert said.code == 0, said.err
+    for label in ("M0", "M1", "M2", "iteration_1/responses", "iteration_1/judgements", "iteration_1/reference"):
+        assert re.search(rf"^{label} +\d+ (model|steps|batches) +[\d.]+ +[\d.]+ +\d", said.out, re.MULTILINE), label
+    assert re.search(r"^time +at most .* (s|min)$", said.out, re.MULTILINE)
+    assert re.search(r"^cost +at most \d+\.\d\d: the machine", said.out, re.MULTILINE)
+    assert "An upper bound" in said.out
+    assert list((tmp_path / "outputs").iterdir()) == []
+    assert not (tmp_path / "wandb").exists()
+
+
+@pytest.mark.parametrize("key", ["train.sft", "train.align"])
+def test_longest_sequence_above_the_context_is_refused_in_one_line(
+    call: Callable[..., Said], tmp_path: Path, key: str
+) -> None:
+    data = write_tiny_data(tmp_path / "data")
+    said = call(*TINY_RUN, *SHORT, *data, "evaluate=none", "dry_run=true", f"{key}.max_length=4096")
+    assert said.code == 1
+    assert said.err.splitlines()[-1] == (f"error: {key}.max_length=4096 is above the model's context of 2048 tokens")
+    assert list((tmp_path / "outputs").iterdir()) == []
+
+
+def test_sweep_is_not_rehearsed(call: Callable[..., Said]) -> None:
+    said = call("-m", "experiment=smoke", "loss.lam=0.1,0.5", "dry_run=true")
+    assert said.code == 1
+    assert "dry_run=true rehearses one run, not a sweep: set hydra.mode=RUN" in said.err
+
+
+def test_every_stage_is_given_rehearsed_or_stands_for_nothing() -> None:
+    functions = {name.removeprefix("stages.") for name in modules() if name.startswith("stages.")} | {
+        "given_pairs",
+        "given_instructions",
+        "gather_pairs",
+        "preference_test",
+        "taught_questions",
+    }
+    rules = {name.removeprefix("_") for name, _ in inspect.getmembers(Rehearsal, inspect.isfunction)}
+    assert functions - rehearsal.GIVEN <= rules
+    assert not rules & rehearsal.GIVEN
+
+
+# --- records ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def longest(tiny_tokenizer: Any) -> Longest:
+    return Longest(tiny_tokenizer, context=2048, max_length=400)
+
+
+def test_pairs_fill_the_longest_sequence_and_none_is_cut_or_dropped(longest: Longest) -> None:
+    for p in (None, Refinement()):
+        for written in (50, 1000):
+            text = p.text(longest.tokenizer) if p else ""
+            encoded = encode_pairs(longest.tokenizer, longest.pairs(3, written, text), p, longest.max_length)
+            assert (len(encoded.examples), encoded.too_long) == (3, 0)
+            assert 0.9 * 400 <= max(example.longest() for example in encoded.examples) <= 400
+            answers = [len(response) for response in encoded.examples[0].plain.responses]
+            assert all(0.9 * min(written, 400 - SHORTEST_PROMPT - longest.count(text)) <= n <= written for n in answers)
+
+
+@pytest.mark.parametrize(("tokens", "family"), [(400, 1), (400, 4), (1200, 4)])
+def test_demonstrations_fill_the_longest_group(longest: Longest, tokens: int, family: int) -> None:
+    records = longest.demonstrations(3, tokens, family)
+    groups = group_demonstrations(longest.tokenizer, records, longest.max_length)
+    assert [len(group.responses) for group in groups] == [family] * 3
+    assert all(0.9 * tokens <= len(group) <= tokens for group in groups)
+
+
+def test_instructions_leave_room_for_the_answer(longest: Longest) -> None:
+    lengths = [
+        len(encode_prompt(longest.tokenizer, as_prompt(longest.instructions(1, written)[0].text)))
+        for written in (100, 390)
+    ]
+    assert 0.9 * 300 <= lengths[0] <= 300
+    assert lengths[1] <= SHORTEST_PROMPT
+
+
+def test_question_about_texts_that_do_not_fit_is_asked_about_shorter_ones(longest: Longest) -> None:
+    judge = composed("experiment=smoke", "judge=expected_score")[0].judge
+    rubric = len(encode_prompt(longest.tokenizer, judge.ask("", "")))
+    texts = longest.fitting(asks(judge), [1000, 1000], rubric + 300)
+    assert rubric + 250 <= len(encode_prompt(longest.tokenizer, judge.ask(*texts))) <= rubric + 300
+    with pytest.raises(SelfalignError, match=r"longer than the 20 tokens there is room for"):
+        longest.fitting(asks(judge), [1000, 1000], 20)
+
+
+def test_texts_are_written_to_their_last_token(tiny_policy: PolicyFiles, tmp_path: Path) -> None:
+    taught, backend = taught_policy(tiny_policy, tmp_path), Transformers(dtype="float32")
+    prompt = encode_prompt(taught.load_tokenizer(), as_prompt("Say one thing about bees."))
+    lengths = [
+        generate.load(taught).write([Request(prompt=prompt, seeds=[1])], Sampling(max_new_tokens=48))[0][0].tokens
+        for generate in (backend, tireless(backend))
+    ]
+    assert lengths[0] < lengths[1] == 48
+
+
+# --- measuring ----------------------------------------------------------------------------------------------------
+
+
+def test_a_stage_ends_behind_its_first_batch_and_says_how_many_there_would_be(tmp_path: Path) -> None:
+    done: list[str] = []
+
+    def stage(out: Any) -> None:
+        with out.journal(10, "records") as journal:
+            list(journal.batches((name, 4, lambda name=name: done.append(name)) for name in "abc"))
+
+    one = measure(Stopwatch(tmp_path / "one", "M1", first_alone=True), stage)
+    assert done == ["a"]
+    assert [one.batches_of(share) for share in (0.4, 1, 4, 4.01)] == [1, 3, 10, 11]
+    whole = measure(Stopwatch(tmp_path / "whole", "M1", first_alone=False), stage)
+    assert done == ["a", "a", "b", "c"]
+    assert whole.batches == 2.5
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU its memory is measured")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this system cannot forget a peak")
+def test_memory_of_a_stage_is_its_own(tmp_path: Path) -> None:
+    def holds(gigabytes: float) -> int:
+        def stage(out: Any) -> None:
+            with out.journal(1, "records") as journal:
+                list(journal.batches([("a", 1, lambda: float(torch.ones(int(gigabytes * (1 << 28))).sum()))]))
+
+        return measure(Stopwatch(tmp_path / str(gigabytes), "M1", first_alone=True), stage).peak
+
+    first, second = holds(0.5), holds(0.1)
+    assert 0.3 * (1 << 30) < first - second < 0.5 * (1 << 30)
+
+
+def test_what_does_not_fit_is_said_in_one_line_with_what_to_set() -> None:
+    advice = r"^M2 does not fit into memory .*gradient_checkpointing=true.*nf4\)$"
+    with pytest.raises(SelfalignError, match=advice), fits("M2"):
+        torch.empty(1 << 50)
+    with pytest.raises(RuntimeError, match="another"), fits("M2"):
+        raise RuntimeError("another")
+
+
+def test_time_is_that_of_all_batches_and_the_rest_and_costs_by_the_hour() -> None:
+    one = Estimate(label="M1", count=10, unit="steps", each=350, around=100, peak=3 << 29)
+    assert one.seconds == 3600
+    billed = Estimate(label="iteration_1/judgements", count=7, unit="requests", cost=1.25)
+    text = estimate_text([one, billed], price_per_hour=2)
+    assert "time    at most 1\u00a0h 0\u00a0min" in text
+    assert "memory  at most 1.50 GiB, in M1" in text
+    assert "cost    at most 3.25: the machine 2.00, servers 1.25" in text
+    assert re.search(r"^iteration_1/judgements +7 requests +– +– +–$", text, re.MULTILINE)
+
+
+def test_server_is_not_asked_and_its_tokens_are_billed(tmp_path: Path) -> None:
+    told = [*TINY_RUN, *write_tiny_data(tmp_path / "data"), "evaluate=none", "iterations=1", "judge=external"]
+    told += ["judge.samples=2", "judge.sampling.max_new_tokens=100", "train.sft.max_length=160"]
+    told += ["judge.endpoint.base_url=http://127.0.0.1:9/v1", "judge.endpoint.model=m", "train.align.max_length=160"]
+    told += ["judge.endpoint.completion_price=1e6", "data.seeds.evaluation_fine_tuning=none"]
+    told = [override for override in told if not override.startswith("evaluate.")]
+    estimates = rehearsed(tmp_path / "free", *told)
+    asked = estimates["iteration_1/judgements"]
+    assert (asked.count, asked.unit, asked.cost) == (3 * 3 * 2, "requests", 3 * 3 * 2 * 100)

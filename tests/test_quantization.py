@@ -1,0 +1,151 @@
+"""A base in 4 bits with an adapter beside it: one policy wherever it is loaded, and never merged."""
+
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from builders import (
+    TINY_RUN,
+    demonstration,
+    metrics,
+    optimization,
+    policy_artefact,
+    records_artefact,
+    run,
+    workspace,
+    write_tiny_data,
+)
+from mutation import mutated
+from torch import Tensor, nn
+
+from selfalign import models
+from selfalign.errors import SelfalignError
+from selfalign.generation import Request, Sampling, Transformers
+from selfalign.models import LoRA, ModelConfig, Policy, PolicyFiles, fetch_pretrained
+from selfalign.stages.sft import sft
+from selfalign.training import Weights
+
+bitsandbytes: ModuleType = pytest.importorskip("bitsandbytes", reason="needs the extra qlora")
+
+IDS = torch.tensor([[5, 77, 300, 41, 8, 9]])
+QUANTISED = {"path": "random:tiny", "quantization": "nf4", "lora": LoRA(rank=4)}
+
+
+def logits_of(policy: Policy) -> Tensor:
+    with torch.no_grad():
+        return policy.model(input_ids=IDS).logits
+
+
+def quantised_layers(policy: Policy) -> list[str]:
+    return [name for name, module in policy.model.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+
+
+@pytest.fixture(scope="session")
+def quantised(tmp_path_factory: pytest.TempPathFactory) -> PolicyFiles:
+    return fetch_pretrained(ModelConfig(**QUANTISED), tmp_path_factory.mktemp("nf4"))
+
+
+def train(base: PolicyFiles, folder: Path) -> PolicyFiles:
+    """A policy after two steps of SFT on an adapter, loud enough to be told from its base."""
+    taught = [demonstration(f"t{n}", f"Say one thing about {word}.") for n, word in enumerate(["bees", "rivers"])]
+    given, policy = records_artefact(folder / "given", demonstrations=taught), policy_artefact(base)
+    out = workspace(folder / "M1")
+    adapter = Weights(dtype="float32", lora=LoRA(rank=4), seed=0)
+    settings = optimization(learning_rate=0.05, epochs=2)
+    sft(out, policy=policy, base=policy, demonstrations=given, optimization=settings, weights=adapter)
+    return PolicyFiles(out.path)
+
+
+def test_linear_layers_are_in_four_bits_and_the_output_layer_embeddings_and_norms_are_not(
+    quantised: PolicyFiles, tiny_policy: PolicyFiles
+) -> None:
+    policy, plain = quantised.load("float32"), tiny_policy.load("float32")
+    assert len(quantised_layers(policy)) == 2 * 7
+    assert type(policy.model.get_output_embeddings()) is nn.Linear
+    kept = {name: p.dtype for name, p in policy.model.named_parameters() if p.dtype != torch.uint8}
+    assert set(kept.values()) == {torch.float32}
+    assert {"model.embed_tokens.weight", "model.norm.weight", "model.layers.0.input_layernorm.weight"} <= kept.keys()
+    assert policy.model.num_parameters() == plain.model.num_parameters()
+    distance = float((logits_of(policy) - logits_of(plain)).abs().max())
+    assert 0 < distance < 0.2
+
+
+def test_quantisation_is_part_of_what_identifies_a_policy_and_those_trained_from_it(
+    quantised: PolicyFiles, tiny_policy: PolicyFiles, tmp_path: Path
+) -> None:
+    assert quantised.digest != tiny_policy.digest
+    trained = train(quantised, tmp_path)
+    assert trained.quantization == {"quantization": "nf4"}
+    unquantised = {name: digest for name, digest in trained.weights.items() if name != "quantization"}
+    assert unquantised["base"] == quantised.digest
+    assert trained.digest != models.digest_json(unquantised)
+
+
+def test_adapter_stays_beside_its_quantised_base_and_scores_as_it_was_trained(tmp_path: Path) -> None:
+    base_folder = tmp_path / "M0"
+    base_folder.mkdir()
+    base = fetch_pretrained(ModelConfig(**QUANTISED), base_folder)
+    trained = train(base, tmp_path)
+    in_training, scoring = trained.load("float32", trainable=True), trained.load("float32")
+    assert torch.equal(logits_of(scoring), logits_of(in_training))
+    assert hasattr(scoring.model, "peft_config")
+    assert len(quantised_layers(scoring)) == 2 * 7
+    assert not any(p.requires_grad for p in scoring.model.parameters())
+    assert float((logits_of(scoring) - logits_of(base.load("float32"))).abs().max()) > 0.01
+    trainable = {name for name, p in in_training.model.named_parameters() if p.requires_grad}
+    assert trainable
+    assert all("lora_" in name for name in trainable)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("if not trainable and not self.quantization:", "if not trainable:"),
+        ('"base": base.digest, **base.quantization, ', '"base": base.digest, '),
+        ("if self.quantization else {}\n        model", "if not self.weights else {}\n        model"),
+    ],
+    ids=["merged", "forgotten by the adapter", "not quantised"],
+)
+def test_other_ways_to_load_a_quantised_policy_are_caught(
+    old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with mutated(models, old, new) as copy:
+        for name in ("load", "save"):
+            monkeypatch.setattr(PolicyFiles, name, getattr(copy.PolicyFiles, name))
+        with pytest.raises((AssertionError, UserWarning)):  # peft warns of merging, which is an error here
+            test_adapter_stays_beside_its_quantised_base_and_scores_as_it_was_trained(tmp_path)
+
+
+def test_policy_writes_what_it_finds_likeliest(quantised: PolicyFiles, tmp_path: Path) -> None:
+    trained = train(quantised, tmp_path)
+    generator = Transformers(dtype="float32").load(trained)
+    [[written]] = generator.write(
+        [Request(prompt=IDS[0].tolist(), seeds=[0])], Sampling(temperature=0, max_new_tokens=1)
+    )
+    best = logits_of(trained.load("float32"))[0, -1].argmax()
+    assert written.text == generator.tokenizer.decode(best, skip_special_tokens=True).strip()
+
+
+def test_whole_run_trains_and_scores_one_quantised_policy(tmp_path: Path) -> None:
+    """Every alignment checks that its policy starts where the stored reference was scored."""
+    told = ["model.quantization=nf4", "model.lora.rank=4", "loss=sr_dpo", "iterations=1"]
+    folder = run(tmp_path, *TINY_RUN, *told, *write_tiny_data(tmp_path / "data"))
+    first = next(row for row in metrics(folder) if row["label"] == "M2" and row.get("align/step") == 1)
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-4)
+    policies = [PolicyFiles(folder / "artefacts" / name) for name in ("M0", "M1", "M2")]
+    assert len({files.digest for files in policies}) == 3
+    assert all(files.quantization for files in policies)
+
+
+def test_missing_package_is_named_with_what_to_install(quantised: PolicyFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        SelfalignError, match=r"model\.quantization=nf4 needs bitsandbytes: pip install 'selfalign\[qlora\]'"
+    ):
+        quantised.load("float32")
+
+
+def test_full_training_of_quantised_weights_is_refused() -> None:
+    with pytest.raises(SelfalignError, match=r"model\.quantization=nf4 .* set model\.lora\.rank"):
+        ModelConfig(path="random:tiny", quantization="nf4")
