@@ -23,9 +23,19 @@ RUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "M
 
 
 def main() -> None:
-    """Answers until there are no more questions."""
+    """Answers until nobody asks any more."""
     incoming, outgoing = take_pipes()
-    questions = read_ahead(incoming)
+    over = threading.Event()
+    atexit.register(end_all, over)  # Registered first, it runs last, when vLLM has tidied up.
+    questions = read_ahead(incoming, over)
+    try:
+        answer_all(questions, outgoing)
+    except BrokenPipeError:
+        over.set()
+
+
+def answer_all(questions: "SimpleQueue[str]", outgoing: IO[str]) -> None:
+    """Loads the model, and answers questions up to the empty one."""
     engine = Engine(json.loads(questions.get()))
     answer: dict[str, Any] = {"version": engine.version}
     while True:
@@ -48,17 +58,9 @@ def take_pipes() -> tuple[IO[str], IO[str]]:
     return incoming, outgoing
 
 
-def read_ahead(incoming: IO[str]) -> "SimpleQueue[str]":
-    """The lines as they come, then an empty one.
-
-    This process then has a while to end by itself; what it has started, and has not ended with it, is killed.
-    """
+def read_ahead(incoming: IO[str], over: threading.Event) -> "SimpleQueue[str]":
+    """The lines as they come, then an empty one; it is over then, and this process has a while to end by itself."""
     lines: SimpleQueue[str] = SimpleQueue()
-    over = threading.Event()
-
-    def end_all() -> None:
-        if over.is_set():
-            os.killpg(0, signal.SIGKILL)
 
     def read() -> None:
         for line in incoming:
@@ -66,11 +68,16 @@ def read_ahead(incoming: IO[str]) -> "SimpleQueue[str]":
         over.set()
         lines.put("")
         time.sleep(GRACE_SECONDS)
-        end_all()
+        end_all(over)
 
-    atexit.register(end_all)  # Registered first, it runs last, when vLLM has tidied up.
     threading.Thread(target=read, daemon=True).start()
     return lines
+
+
+def end_all(over: threading.Event) -> None:
+    """Kills this process and all that it has started, if it is over; else that is left to who asks."""
+    if over.is_set():
+        os.killpg(0, signal.SIGKILL)
 
 
 def settle_environment(gpus: str) -> None:

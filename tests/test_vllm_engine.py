@@ -193,15 +193,17 @@ def test_engine_is_gone_when_the_run_is_killed(report: Path, hangs_at: int) -> N
     code = (
         "import sys, time\nfrom selfalign.workers import Worker\n"
         f"worker = Worker('engine', [sys.executable, '-P', {str(vllm_engine.WORKER)!r}])\n"
-        f"worker.send({settings})\nworker.receive()\nworker.send({question})\nworker.receive()\ntime.sleep(600)\n"
+        f"worker.send({settings})\nworker.receive()\nworker.send({question})\nworker.receive()\n"
+        "print('idle', flush=True)\ntime.sleep(600)\n"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code])
-    for _ in range(3000):
-        if reports(report):
-            break
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    if hangs_at < 0:
+        assert parent.stdout.readline() == b"idle\n"
+    while not reports(report) and parent.poll() is None:
         time.sleep(0.02)
     parent.kill()
-    parent.wait()
+    parent.communicate()
     assert_gone(report, 1)
 
 
@@ -383,8 +385,8 @@ SCRIPT = [
     ("prints among the answers", "os.dup2(2, 1)", "pass", test_greedy_texts_have_no_seed),
     (
         "children left behind",
-        "            os.killpg(0, signal.SIGKILL)",
-        "            pass",
+        "os.killpg(0, signal.SIGKILL)",
+        "pass",
         test_engine_is_gone_when_the_run_is_killed,
     ),
     ("the run's processes known", "if name in RUN or", "if", test_engine_is_no_process_of_the_run),
