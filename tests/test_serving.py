@@ -30,7 +30,7 @@ from chat_server import ChatServer, Fault, chat_server, continuation
 from mutation import assert_caught
 from transformers.utils.import_utils import is_serve_available
 
-from selfalign import serving
+from selfalign import processes, serving
 from selfalign.data import as_prompt
 from selfalign.errors import SelfalignError
 from selfalign.generation import Request, Sampling, Transformers
@@ -381,6 +381,21 @@ def test_launchers_variables_are_kept_from_the_server(
     seen = {line.split("=")[0] for line in (tmp_path / "env").read_text().splitlines()}
     assert "WRITER_KEY" in seen
     assert not seen & {"RANK", "LOCAL_RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"}
+
+
+def test_other_processes_of_a_run_start_none_and_ask_the_main_ones(
+    tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr(processes, "broadcast", lambda value: told.append(value) or value)
+    requests = asking(tiny_policy, "Why?", "Where?")
+    with served(tiny_policy, monkeypatch) as (generator, server):
+        monkeypatch.setattr(processes, "is_main", lambda: False)
+        monkeypatch.setattr(processes, "broadcast", lambda value: told[0])
+        monkeypatch.setattr(serving, "ServerProcess", None)
+        with Server(command=IDLE, dtype="float32").load(tiny_policy) as other:
+            assert other.write(requests, WARM) == generator.write(requests, WARM)
+        assert len(server.bodies) == 4
 
 
 def test_other_machines_of_a_run_ask_the_main_one(monkeypatch: pytest.MonkeyPatch) -> None:
