@@ -4,7 +4,7 @@ import ctypes
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from selfalign.errors import SelfalignError
+from selfalign.journal import Journal, Task
 from selfalign.models import default_device
-from selfalign.store import Journal, Workspace
+from selfalign.store import Workspace
 from selfalign.trainer import peak_memory
 
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
@@ -45,29 +46,30 @@ class Stopwatch(Workspace):
     def journal(self, total: int, unit: str) -> Iterator[Journal]:
         """A journal whose batches are timed."""
         self.total += total
-        yield TimedJournal(self.scratch / "journal.jsonl", self.batches, self._first_alone)
+        yield TimedJournal(self.scratch, self.batches, self._first_alone)
 
 
 class TimedJournal(Journal):
     """Adds the size and the seconds of every batch to a list."""
 
-    def __init__(self, path: Path, batches: list[tuple[int, float]], first_alone: bool) -> None:
-        super().__init__(path, lambda size: None)
-        self._batches = batches
+    def __init__(self, folder: Path, timed: list[tuple[int, float]], first_alone: bool) -> None:
+        super().__init__(folder, lambda size: None)
+        self._timed = timed
         self._first_alone = first_alone
 
-    def batch(self, name: str, size: int, work: Callable[[], Any]) -> Any:
-        """The result of a batch.
+    def batches(self, tasks: Iterable[Task]) -> Iterator[Any]:
+        """The results of all batches in their order.
 
         Raises:
             Enough: there is one, and one is enough.
         """
-        started = time.monotonic()
-        result = super().batch(name, size, work)
-        self._batches.append((size, time.monotonic() - started))
-        if self._first_alone:
-            raise Enough
-        return result
+        for task in tasks:
+            started = time.monotonic()
+            [result] = super().batches([task])
+            self._timed.append((task[1], time.monotonic() - started))
+            if self._first_alone:
+                raise Enough
+            yield result
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -28,13 +28,13 @@ from selfalign.data import as_prompt
 from selfalign.dry_run import dry_run, estimate_text
 from selfalign.errors import SelfalignError
 from selfalign.generation import Request, Sampling, Transformers
+from selfalign.journal import Journal
 from selfalign.longest import SHORTEST_PROMPT, Longest, asks, tireless
 from selfalign.models import PolicyFiles
 from selfalign.refinement import Refinement
 from selfalign.rehearsal import Estimate, Rehearsal
 from selfalign.stages.sft import group_demonstrations
 from selfalign.stopwatch import Stopwatch, fits, measure
-from selfalign.store import Journal
 from selfalign.tokenization import encode_prompt
 
 SHORT = ["train.sft.max_length=160", "train.align.max_length=160", 'judge.prompt="Grade {instruction} of {response}"']
@@ -53,13 +53,13 @@ def rehearsed(output: Path, *overrides: str) -> dict[str, Estimate]:
 def batches(monkeypatch: pytest.MonkeyPatch) -> Counter[Path]:
     """How many batches every stage journals from now on, by its folder."""
     counted: Counter[Path] = Counter()
-    original = Journal.batch
+    original = Journal.keep
 
-    def batch(self: Journal, name: str, size: int, work: Callable[[], Any]) -> Any:
-        counted[self._path.parent.parent.resolve()] += 1
-        return original(self, name, size, work)
+    def keep(self: Journal, name: str, result: Any) -> None:
+        counted[self._folder.parent.resolve()] += 1
+        original(self, name, result)
 
-    monkeypatch.setattr(Journal, "batch", batch)
+    monkeypatch.setattr(Journal, "keep", keep)
     return counted
 
 
@@ -126,7 +126,7 @@ def test_command_line_prints_every_stage_and_leaves_nothing(call: Callable[..., 
     assert said.code == 0, said.err
     for label in ("M0", "M1", "M2", "iteration_1/responses", "iteration_1/judgements", "iteration_1/reference"):
         assert re.search(rf"^{label} +\d+ (model|steps|batches) +[\d.]+ +[\d.]+ +\d", said.out, re.MULTILINE), label
-    assert re.search(r"^time +at most .* (s|min)$", said.out, re.MULTILINE)
+    assert re.search(r"^time +at most .*\s(s|min)$", said.out, re.MULTILINE)
     assert re.search(r"^cost +at most \d+\.\d\d: the machine", said.out, re.MULTILINE)
     assert "An upper bound" in said.out
     assert list((tmp_path / "outputs").iterdir()) == []
@@ -226,8 +226,8 @@ def test_a_stage_ends_behind_its_first_batch_and_says_how_many_there_would_be(tm
 
     def stage(out: Any) -> None:
         with out.journal(10, "records") as journal:
-            for name in "abc":
-                journal.batch(name, 4, lambda name=name: done.append(name))
+            for _ in journal.batches((name, 4, lambda name=name: done.append(name)) for name in "abc"):
+                pass
 
     one = measure(Stopwatch(tmp_path / "one", "M1", first_alone=True), stage)
     assert done == ["a"]
@@ -243,7 +243,7 @@ def test_memory_of_a_stage_is_its_own(tmp_path: Path) -> None:
     def holds(gigabytes: float) -> int:
         def stage(out: Any) -> None:
             with out.journal(1, "records") as journal:
-                journal.batch("a", 1, lambda: float(torch.ones(int(gigabytes * (1 << 28))).sum()))
+                list(journal.batches([("a", 1, lambda: float(torch.ones(int(gigabytes * (1 << 28))).sum()))]))
 
         return measure(Stopwatch(tmp_path / str(gigabytes), "M1", first_alone=True), stage).peak
 
