@@ -52,32 +52,24 @@ class Stopwatch(Workspace):
 class TimedJournal(Journal):
     """Adds the size and the seconds of every batch to a list."""
 
-    def __init__(self, folder: Path, batches: list[tuple[int, float]], first_alone: bool) -> None:
+    def __init__(self, folder: Path, timed: list[tuple[int, float]], first_alone: bool) -> None:
         super().__init__(folder, lambda size: None)
-        self._batches = batches
+        self._timed = timed
         self._first_alone = first_alone
 
     def batches(self, tasks: Iterable[Task]) -> Iterator[Any]:
-        """The results of all batches.
+        """The results of all batches in their order.
 
         Raises:
             Enough: there is one, and one is enough.
         """
-        for result in super().batches(map(self._timed, tasks)):
+        for task in tasks:
+            started = time.monotonic()
+            [result] = super().batches([task])
+            self._timed.append((task[1], time.monotonic() - started))
             if self._first_alone:
                 raise Enough
             yield result
-
-    def _timed(self, task: Task) -> Task:
-        name, size, work = task
-
-        def watched() -> Any:
-            started = time.monotonic()
-            result = work()
-            self._batches.append((size, time.monotonic() - started))
-            return result
-
-        return name, size, watched
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

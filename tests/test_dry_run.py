@@ -3,7 +3,7 @@
 import inspect
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from selfalign.data import as_prompt
 from selfalign.dry_run import dry_run, estimate_text
 from selfalign.errors import SelfalignError
 from selfalign.generation import Request, Sampling, Transformers
-from selfalign.journal import Journal, Task
+from selfalign.journal import Journal
 from selfalign.longest import SHORTEST_PROMPT, Longest, asks, tireless
 from selfalign.models import PolicyFiles
 from selfalign.refinement import Refinement
@@ -53,14 +53,13 @@ def rehearsed(output: Path, *overrides: str) -> dict[str, Estimate]:
 def batches(monkeypatch: pytest.MonkeyPatch) -> Counter[Path]:
     """How many batches every stage journals from now on, by its folder."""
     counted: Counter[Path] = Counter()
-    original = Journal.batches
+    original = Journal.keep
 
-    def batches(self: Journal, tasks: Iterable[Task]) -> Iterator[Any]:
-        for result in original(self, tasks):
-            counted[self._folder.parent.resolve()] += 1
-            yield result
+    def keep(self: Journal, name: str, result: Any) -> None:
+        counted[self._folder.parent.resolve()] += 1
+        original(self, name, result)
 
-    monkeypatch.setattr(Journal, "batches", batches)
+    monkeypatch.setattr(Journal, "keep", keep)
     return counted
 
 
@@ -127,7 +126,7 @@ def test_command_line_prints_every_stage_and_leaves_nothing(call: Callable[..., 
     assert said.code == 0, said.err
     for label in ("M0", "M1", "M2", "iteration_1/responses", "iteration_1/judgements", "iteration_1/reference"):
         assert re.search(rf"^{label} +\d+ (model|steps|batches) +[\d.]+ +[\d.]+ +\d", said.out, re.MULTILINE), label
-    assert re.search(r"^time +at most .* (s|min)$", said.out, re.MULTILINE)
+    assert re.search(r"^time +at most .*\s(s|min)$", said.out, re.MULTILINE)
     assert re.search(r"^cost +at most \d+\.\d\d: the machine", said.out, re.MULTILINE)
     assert "An upper bound" in said.out
     assert list((tmp_path / "outputs").iterdir()) == []
@@ -227,7 +226,8 @@ def test_a_stage_ends_behind_its_first_batch_and_says_how_many_there_would_be(tm
 
     def stage(out: Any) -> None:
         with out.journal(10, "records") as journal:
-            list(journal.batches((name, 4, lambda name=name: done.append(name)) for name in "abc"))
+            for _ in journal.batches((name, 4, lambda name=name: done.append(name)) for name in "abc"):
+                pass
 
     one = measure(Stopwatch(tmp_path / "one", "M1", first_alone=True), stage)
     assert done == ["a"]
