@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 from selfalign.batches import Group, PairExample, encode_pairs, pack, split_by_tokens
 from selfalign.examples import StoredExamples, follow_references, store_examples
@@ -146,7 +147,7 @@ def make_pairs(folder: Path, count: int) -> None:
 
 def write_references(folder: Path, count: int) -> None:
     """The stage `reference`, with the pass of Sr-DPO behind p⊕x."""
-    Scorer.score = made_up_sums
+    Scorer.score = made_up_sums  # pyright: ignore[reportAttributeAccessIssue]
     precision = Precision(dtype="float32", autocast="", max_length=LIMIT, batch_tokens=BATCH_TOKENS)
     reference(
         workspace(folder), policy=policy(folder), pairs=artefact(folder), augmentation=Refinement(), precision=precision
@@ -161,7 +162,8 @@ def store_pairs(folder: Path, count: int) -> None:
 def build_batches(folder: Path, count: int) -> None:
     """Every step of one epoch, fetched, cut into passes and packed, as the trainer does it."""
     for step in Steps(stored(folder), STEP_PAIRS, 1, 0):
-        for part in split_by_tokens(sorted(step, key=len), BATCH_TOKENS):
+        pairs = cast(list[PairExample], step)
+        for part in split_by_tokens(sorted(pairs, key=len), BATCH_TOKENS):
             pack([example.plain for example in part])
             pack([example.augmented for example in part if example.augmented is not None])
 
