@@ -77,8 +77,8 @@ class AlpacaEval:
         talks = converse(entrant, out, questions, lambda asked: self.sampling)
         answered = [(row, talk) for row, talk in zip(references, talks, strict=True) if talk.answers]
         duels = [duel(number, row, talk, model) for number, (row, talk) in enumerate(answered, start=1)]
-        with out.journal(2 * len(duels), "verdicts") as journal:
-            comparisons, counts = self.judge.decide(entrant.bench(journal), duels, out.label)
+        with out.journal(2 * len(duels), "verdicts") as journal, entrant.bench(journal) as bench:
+            comparisons, counts = self.judge.decide(bench, duels, out.label)
         annotator = entrant.name_of_judge(self.judge.model, self.judge.endpoint)
         judged = zip(answered, comparisons, strict=True)
         outputs = [
