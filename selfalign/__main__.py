@@ -177,7 +177,6 @@ def _run_hydra() -> None:
     from omegaconf import DictConfig
 
     from selfalign.config import register
-    from selfalign.dry_run import dry_run
     from selfalign.experiment import run_experiment
     from selfalign.multirun import closed_in_the_end, run_sweep_job
 
@@ -194,6 +193,8 @@ def _run_hydra() -> None:
             with processes.joined():
                 prepared = _prepare(config)
                 if prepared[0].dry_run:
+                    from selfalign.dry_run import dry_run  # It imports transformers' Trainer, which takes seconds.
+
                     dry_run(prepared[0])
                 else:
                     run_experiment(*prepared)

@@ -300,8 +300,6 @@ def train(
     from selfalign.trainer import StepTrainer
 
     weights.layout.check_possible()
-    if checkpoints is not None and processes.count() > 1:
-        raise SelfalignError("train.choose.every_steps needs a single process: start one, or set it to 0")
     torch.manual_seed(weights.seed)
     # What is shared out goes to the GPU a layer at a time.
     loaded = policy.load(weights.dtype, device="cpu" if weights.layout.sharded else "", trainable=True)

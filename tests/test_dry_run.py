@@ -175,10 +175,12 @@ def test_pairs_fill_the_longest_sequence_and_none_is_cut_or_dropped(longest: Lon
     for p in (None, Refinement()):
         for written in (50, 1000):
             text = p.text(longest.tokenizer) if p else ""
-            encoded = encode_pairs(longest.tokenizer, longest.pairs(3, written, text), p, longest.max_length)
-            assert (len(encoded.examples), encoded.too_long) == (3, 0)
-            assert 0.9 * 400 <= max(example.longest() for example in encoded.examples) <= 400
-            answers = [len(response) for response in encoded.examples[0].plain.responses]
+            tally: Counter[str] = Counter()
+            made = longest.pairs(3, written, text)
+            examples = list(encode_pairs(longest.tokenizer, made, p, longest.max_length, tally))
+            assert (len(examples), tally["too_long"]) == (3, 0)
+            assert 0.9 * 400 <= max(example.longest() for example in examples) <= 400
+            answers = [len(response) for response in examples[0].plain.responses]
             assert all(0.9 * min(written, 400 - SHORTEST_PROMPT - longest.count(text)) <= n <= written for n in answers)
 
 

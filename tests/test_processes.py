@@ -24,7 +24,13 @@ SETTINGS = [*TINY_RUN, "iterations=1", "generate.batch_tokens=40"]
 
 
 def given(folder: Path) -> list[str]:
-    return [*SETTINGS, *write_tiny_data(folder / "data")]
+    """Every checkpoint competes, too."""
+    data, validation = write_tiny_data(folder / "data"), folder / "data/validation.jsonl"
+    validation.write_text(
+        '{"id": "v1", "instruction": "Tell me of mills."}\n{"id": "v2", "instruction": "And of geese."}\n'
+    )
+    choose = {"every_steps": 1, "instructions": validation, "sampling.max_new_tokens": 8}
+    return [*SETTINGS, *data, *(f"train.choose.{name}={value}" for name, value in choose.items())]
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +73,7 @@ def assert_same(folder: Path, whole: Path) -> None:
         for f in (folder, whole)
     )
     assert [row.keys() for row in numbers] == [row.keys() for row in others]
+    assert sum(row.get("chosen_step", 0) > 0 for row in numbers) == 1, "checkpoints competed"
     assert [(row["step"], row["label"]) for row in numbers] == [(row["step"], row["label"]) for row in others]
     for row, other in zip(numbers, others, strict=True):
         assert row == pytest.approx(other, abs=1e-3)

@@ -220,7 +220,7 @@ def test_killed_retries_go_on_where_they_stopped(tmp_path: Path, tiny_policy: Po
     with pytest.raises(Killed):
         run_judge(tmp_path / "cut", kind, artefact, Script(policy, replies, per_batch=2, dies_after=4), **inputs)
     written = json.loads((tmp_path / "cut/out/scratch/journal-0.jsonl").read_text().splitlines()[-1])
-    assert written["batch"] == "2-0"
+    assert written["batch"] == "bees-1-1-try2-0"
     rest = Script(policy, replies[7:], per_batch=2)
     run_judge(tmp_path / "cut", kind, artefact, rest, **inputs)
     assert len(rest.requests) == 2
