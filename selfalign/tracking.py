@@ -77,7 +77,7 @@ class Wandb:
             id=folder.name[-60:],
             dir=folder,
             config=config,
-            group=self.group or None,
+            group=self.group or os.environ.get("WANDB_RUN_GROUP"),  # wandb itself reads it once a process.
             job_type=choices.get("data"),
             tags=[*self.tags, *(choices[group] for group in ("loss", "judge") if group in choices)],
             mode=self._mode(),

@@ -99,7 +99,7 @@ def read_tables(folder: Path, count: int, module: ModuleType, policy: PolicyFile
 
 
 PARTS: list[tuple[ModuleType, Part, str, str]] = [
-    (respond, make_responses, 'responses.jsonl", written(journal))', 'responses.jsonl", list(written(journal)))'),
+    (respond, make_responses, "written(generator, journal))", "list(written(generator, journal)))"),
     (judge, make_judgements, "for subjects in batches():", "for subjects in list(batches()):"),
     (pair, make_pairs, "follow(asked, judged,", "follow(asked, list(judged),"),
     (examples, train, "chunks(examples, ROWS)", "chunks(list(examples), ROWS)"),

@@ -89,6 +89,8 @@ class EvaluateConfig:
             raise SelfalignError(
                 "evaluate.matrix=true needs one judge for all: evaluate.head_to_head.model cannot be self"
             )
+        if not self.instructions:
+            self.head_to_head = None  # Without answers there is nothing to compare.
 
 
 def opponents(config: EvaluateConfig, before: Sequence[str]) -> list[str]:
