@@ -303,7 +303,7 @@ def test_half_a_file_that_a_killed_write_left_is_no_part_of_the_artefact(tmp_pat
 
 WAYS = {
     "self_rewarding": [],
-    "no_answers_compared": ["evaluate=none", "iterations=1"],
+    "no_answers_compared": ["evaluate=none", "++evaluate.head_to_head.place_correction=true", "iterations=1"],
     "positives": ["loss=positives", "pair=positives", "pair.minimum_score=0", "iterations=1",
                   "data.respond.sampling.max_new_tokens=128", "data.respond.sampling.temperature=1"],
     "positives_anew": ["loss=positives", "loss.start=base", "pair=positives", "pair.minimum_score=0", "iterations=1",

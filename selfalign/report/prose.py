@@ -32,7 +32,7 @@ def judges_of_answers(run: Finished) -> list[tuple[str, str]]:
     """How the evaluation answers were judged, and by whom; texts."""
     judge, settings = run.config["judge"], run.config["evaluate"]
     found: list[tuple[str, str]] = []
-    if referee := settings.get("head_to_head"):
+    if settings["instructions"] and (referee := settings.get("head_to_head")):
         found.append(("compared head to head", judge_name(referee)))
     if any(label.startswith("evaluation_") and label.endswith("/scores") for label in run.stages):
         found.append(("scored", judge_name({**judge, "model": settings["judge"]})))
