@@ -15,7 +15,7 @@ from selfalign.contest import Contest
 from selfalign.data import as_prompt
 from selfalign.endpoint import Endpoint
 from selfalign.errors import SelfalignError
-from selfalign.files import digest_json, read_json
+from selfalign.files import digest_json
 from selfalign.given import SelfRewarding
 from selfalign.judges.bench import Subject, asks_a_server
 from selfalign.judges.referee import Referee
@@ -125,8 +125,7 @@ class Rehearsal:
         self.estimates.append(Estimate(label=label, count=1, unit="model", each=made.seconds, peak=peak()))
         if label == "M0":
             files = PolicyFiles(made.path)
-            context = read_json(made.path / "weights" / "config.json").get("max_position_embeddings") or 1 << 30
-            self.longest = Longest(files.load_tokenizer(), int(context), self.config.train.align.max_length)
+            self.longest = Longest(files.load_tokenizer(), files.context, self.config.train.align.max_length)
         return made
 
     def _sft(

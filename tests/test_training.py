@@ -10,6 +10,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
+import layout_jobs
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -33,16 +34,7 @@ from selfalign.training import Likelihood, Optimization, Outcome, TrainConfig, W
 
 FLOAT = Weights(dtype="float32", lora=LoRA(), seed=3)
 ADAPTER = replace(FLOAT, lora=LoRA(rank=4))
-ANSWERS = [
-    "Red.",
-    "Because the sky is blue, and the sea under it is too.",
-    "Twelve",
-    "No one knows.",
-    "First open the window, then close the door.",
-    "It depends.",
-    "A poem about rain, in four lines, with a rhyme at the end of each.",
-    "Yes.",
-]
+ANSWERS = layout_jobs.ANSWERS[:-1]
 
 
 def settings(**options: Any) -> Optimization:

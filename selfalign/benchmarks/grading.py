@@ -157,12 +157,13 @@ class Grader:
     ) -> list[Grade]:
         """Greedy texts of a policy."""
         greedy = Sampling(temperature=0, max_new_tokens=self.max_new_tokens)
-        with entrant.generate.load(entrant.bench(journal).judging_policy()) as generator:
+        with entrant.bench(journal) as bench:
+            generator = bench.writer()
             encoded = {name: encode_prompt(generator.tokenizer, asked) for name, asked in prompts.items()}
             fitting = {n: ids for n, ids in encoded.items() if len(ids) + self.max_new_tokens <= generator.context}
             requests = [Request(prompt=ids, seeds=[0]) for ids in fitting.values()]
             written = write_all(generator, requests, greedy, journal, "grades")
-        counts |= generator.counts
+        counts |= bench.counts
         grades = {n: parse_rating(made.text, made.finish_reason) for n, [made] in zip(fitting, written, strict=True)}
         return [grades.get(name, TOO_LONG) for name in prompts]
 
@@ -170,9 +171,9 @@ class Grader:
         self, entrant: Entrant, prompts: dict[str, list[Message]], journal: Journal, counts: Counts
     ) -> list[Grade]:
         """Means of a policy's distribution over the ratings, in one forward pass each."""
-        with entrant.generate.load_reader(entrant.bench(journal).judging_policy(), self.batch_tokens) as reader:
-            grades = self._read(reader, prompts, journal)
-        counts |= reader.counts
+        with entrant.bench(journal) as bench:
+            grades = self._read(bench.reader(self.batch_tokens), prompts, journal)
+        counts |= bench.counts
         return [grades.get(name, TOO_LONG) for name in prompts]
 
     def _read(self, reader: Reader, prompts: dict[str, list[Message]], journal: Journal) -> dict[str, Grade]:
