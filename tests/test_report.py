@@ -69,7 +69,7 @@ class Fabricated:
             "pair": {"minimum_margin": 0.0},
             "loss": {"beta": 0.1, "lam": 0.5},
             "train": {"reference": "previous"},
-            "evaluate": {"judge": "sft"},
+            "evaluate": {"judge": "sft", "instructions": [{"path": "made/up.jsonl"}]},
             **config,
         }
 
