@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self, TypeVar, cast
+from typing import Any, Protocol, Self, TypeVar, cast
 
 from selfalign.data import as_prompt
 from selfalign.endpoint import Endpoint
@@ -75,13 +75,17 @@ class Rubric:
     high: int = 5
     max_failed_share: float = 0.5
     alarm: Alarm = field(default_factory=Alarm)
-    together: ClassVar[int] = TOGETHER
 
     def __post_init__(self) -> None:
         self.prompt = text_or_file(self.prompt, "judge.prompt")
         check_prompt(self.prompt, ("instruction", "response"))
         check_share(self.max_failed_share)
         check_scale(self.low, self.high)
+
+    @property
+    def together(self) -> int:
+        """How many instructions are judged at a time."""
+        return TOGETHER
 
     def ask(self, instruction: str, response: str) -> Prompt:
         """The judge's prompt about one response."""

@@ -10,6 +10,7 @@ from selfalign.data import as_prompt
 from selfalign.errors import SelfalignError
 from selfalign.generation import Request, Sampling, read_all, write_all
 from selfalign.judges.bench import (
+    TOGETHER,
     Bench,
     Judged,
     Rubric,
@@ -54,6 +55,11 @@ class ExpectedScore(Rubric):
         if self.rationale_tokens < 0:
             raise SelfalignError(f"judge.rationale_tokens must be 0 or more, got {self.rationale_tokens}")
         check_batch_tokens(self.batch_tokens)
+
+    @property
+    def together(self) -> int:
+        """More at a time where the policy is loaded twice for them: to write, and to be read."""
+        return (16 if self.rationale_tokens else 1) * TOGETHER
 
     @property
     def opening(self) -> str:

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from selfalign.records import (
     given_response,
     read_records,
     read_scores,
+    stream_records,
     write_records,
 )
 from selfalign.refinement import refinement
@@ -56,7 +57,8 @@ def preferences(
         SelfalignError: no pair is left, or a log-probability is not a number.
     """
     given = read_records(pairs.path / "pairs.jsonl", PreferencePair)
-    taught = {prompt for artefact in trained_on for prompt in prompts_of(artefact)}
+    asked = {as_text(pair.prompt).strip() for pair in given}
+    taught = {prompt for artefact in trained_on for prompt in prompts_of(artefact) if prompt in asked}
     apart = [pair for pair in given if as_text(pair.prompt).strip() not in taught]
     own, other = (
         {record.id: record for record in read_records(artefact.path / "references.jsonl", PairReference)}
@@ -83,14 +85,12 @@ def preferences(
     }
 
 
-def prompts_of(artefact: Artefact) -> set[str]:
+def prompts_of(artefact: Artefact) -> Iterator[str]:
     """The prompts of an artefact's pairs and demonstrations, as text."""
-    found: set[str] = set()
     for name, kind in (("pairs.jsonl", PreferencePair), ("demonstrations.jsonl", Demonstration)):
         path = artefact.path / name
         if path.is_file() and path.stat().st_size:
-            found |= {as_text(record.prompt).strip() for record in read_records(path, kind)}
-    return found
+            yield from (as_text(record.prompt).strip() for record in stream_records(path, kind))
 
 
 def measure_pairs(
