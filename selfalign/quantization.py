@@ -30,6 +30,18 @@ def check_quantization(quantization: str, rank: int) -> None:
         )
 
 
+def check_engine(quantization: str, engine: str) -> None:
+    """Other engines would run the unquantised base beside the adapter, which is not the policy that was trained.
+
+    Raises:
+        SelfalignError: weights in 4 bits are to be run by `generate=<engine>`.
+    """
+    if quantization != "none" and engine != "transformers":
+        raise SelfalignError(
+            f"generate={engine} cannot run a policy in 4 bits: set generate=transformers, or model.quantization=none"
+        )
+
+
 def quantise_on_load(dtype: torch.dtype, device: str) -> dict[str, Any]:
     """What makes transformers quantise a checkpoint to NF4 while it loads it.
 

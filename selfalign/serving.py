@@ -23,6 +23,7 @@ from selfalign.errors import SelfalignError
 from selfalign.files import write_json
 from selfalign.generation import Completion, Request, Sampling, Transformers, check_dtype, release_cached_memory
 from selfalign.models import PolicyFiles
+from selfalign.quantization import check_engine
 from selfalign.records import FinishReason
 from selfalign.scoring import Scorer
 from selfalign.server_process import ServerProcess
@@ -216,6 +217,7 @@ def export(policy: PolicyFiles, folder: Path, dtype: str) -> None:
         folder: where to.
         dtype: of merged weights.
     """
+    check_engine(policy.quantization.get("quantization", "none"), "server")
     if (policy.path / "adapter").exists():
         policy.load(dtype, device="cpu").model.save_pretrained(folder)
     else:

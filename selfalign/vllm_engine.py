@@ -18,6 +18,7 @@ from selfalign.errors import SelfalignError
 from selfalign.files import read_json
 from selfalign.generation import Completion, Request, Sampling, check_dtype, release_cached_memory
 from selfalign.models import UNBOUNDED, PolicyFiles
+from selfalign.quantization import check_engine
 from selfalign.records import FinishReason
 from selfalign.tokenization import decode_response, stop_ids
 from selfalign.workers import FAREWELL_SECONDS, Worker, stop
@@ -85,6 +86,7 @@ class VLLM:
 
     def arguments(self, policy: PolicyFiles) -> dict[str, Any]:
         """Of vllm.LLM. Prompts and completions are token ids, so vLLM needs no tokenizer."""
+        check_engine(policy.quantization.get("quantization", "none"), "vllm")
         context = self.context(policy)
         # On a CPU, vLLM 0.32 cannot compute a prompt in parts and draw from a stream of its own behind it.
         whole = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(context, PROMPT_TOKENS)}

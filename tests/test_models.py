@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from selfalign import models
+from selfalign import builtin
 from selfalign.errors import SelfalignError
 from selfalign.models import LoRA, ModelConfig, Policy, PolicyFiles, fetch_pretrained, identify_source
 from selfalign.tokenization import encode_prompt, end_of_turn_id
@@ -121,9 +121,9 @@ def test_hub_id_offline_is_refused_with_what_to_do(
 def test_packaged_model_with_a_wrong_checksum_is_refused(
     destination: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    file = tmp_path / models.SMOLLM2_GGUF
+    file = tmp_path / builtin.SMOLLM2_GGUF
     file.write_bytes(b"not the model")
-    monkeypatch.setattr(models, "_find_smollm2", lambda: file)
+    monkeypatch.setattr(builtin, "_find_smollm2", lambda: file)
     with pytest.raises(SelfalignError, match=r"SmolLM2.*: wrong checksum; reinstall it with pip install"):
         fetch_pretrained(ModelConfig(path="packaged:smollm2-135m-instruct"), destination)
 

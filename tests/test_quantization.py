@@ -7,6 +7,7 @@ import pytest
 import torch
 from builders import (
     TINY_RUN,
+    composed,
     demonstration,
     metrics,
     optimization,
@@ -23,8 +24,10 @@ from selfalign import models
 from selfalign.errors import SelfalignError
 from selfalign.generation import Request, Sampling, Transformers
 from selfalign.models import LoRA, ModelConfig, Policy, PolicyFiles, fetch_pretrained
+from selfalign.serving import export
 from selfalign.stages.sft import sft
 from selfalign.training import Weights
+from selfalign.vllm_engine import VLLM
 
 bitsandbytes: ModuleType = pytest.importorskip("bitsandbytes", reason="needs the extra qlora")
 
@@ -149,3 +152,15 @@ def test_missing_package_is_named_with_what_to_install(quantised: PolicyFiles, m
 def test_full_training_of_quantised_weights_is_refused() -> None:
     with pytest.raises(SelfalignError, match=r"model\.quantization=nf4 .* set model\.lora\.rank"):
         ModelConfig(path="random:tiny", quantization="nf4")
+
+
+@pytest.mark.parametrize("engine", ["vllm", "server"])
+def test_engine_that_would_run_the_unquantised_base_is_refused(
+    engine: str, quantised: PolicyFiles, tmp_path: Path
+) -> None:
+    told = ["model.quantization=nf4", "model.lora.rank=4", f"generate={engine}"]
+    command = ["generate.command='run {weights} {port}'"] if engine == "server" else []
+    with pytest.raises(SelfalignError, match=f"generate={engine} cannot run a policy in 4 bits: set generate="):
+        composed("experiment=smoke", *told, *command)
+    with pytest.raises(SelfalignError, match=f"generate={engine} cannot run a policy in 4 bits"):
+        VLLM().arguments(quantised) if engine == "vllm" else export(quantised, tmp_path, "float32")
