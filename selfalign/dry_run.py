@@ -1,6 +1,9 @@
 """dry_run=true: what a run needs in memory, time and money, known before it is begun."""
 
-from collections.abc import Sequence
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -31,11 +34,21 @@ def dry_run(config: "ExperimentConfig") -> list[Estimate]:
     output = Path(config.output_dir).absolute()
     output.mkdir(parents=True, exist_ok=True)
     # There, because the run will write its models there too.
-    with TemporaryDirectory(prefix=".dry-run-", dir=output) as folder:
+    with _told_to_stop_as_an_exit(), TemporaryDirectory(prefix=".dry-run-", dir=output) as folder:
         rehearsal = Rehearsal(config, Path(folder))
         run_pipeline(config, rehearsal)
     print(estimate_text(rehearsal.estimates, config.price_per_hour), flush=True)
     return rehearsal.estimates
+
+
+@contextmanager
+def _told_to_stop_as_an_exit() -> Iterator[None]:
+    """On SIGTERM, too, whatever lies open is closed and cleared away."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def estimate_text(estimates: Sequence[Estimate], price_per_hour: float) -> str:

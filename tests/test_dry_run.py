@@ -2,6 +2,9 @@
 
 import inspect
 import re
+import subprocess
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -131,6 +134,17 @@ def test_command_line_prints_every_stage_and_leaves_nothing(call: Callable[..., 
     assert "An upper bound" in said.out
     assert list((tmp_path / "outputs").iterdir()) == []
     assert not (tmp_path / "wandb").exists()
+
+
+def test_rehearsal_that_is_told_to_stop_leaves_nothing(tmp_path: Path) -> None:
+    told = [*TINY_RUN, *write_tiny_data(tmp_path / "data"), f"output_dir={tmp_path}/outputs", "dry_run=true"]
+    with subprocess.Popen([sys.executable, "-m", "selfalign", *told], stderr=subprocess.DEVNULL) as rehearsing:
+        while not list(tmp_path.glob("outputs/.dry-run-*/*")):
+            assert rehearsing.poll() is None
+            time.sleep(0.01)
+        rehearsing.terminate()
+        assert rehearsing.wait(60) == 143
+    assert list((tmp_path / "outputs").iterdir()) == []
 
 
 @pytest.mark.parametrize("key", ["train.sft", "train.align"])
