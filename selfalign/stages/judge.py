@@ -114,8 +114,10 @@ def judge(
             made = (in_order(subjects, judged.judgements), scores, judged.comparisons)
             for name, records in zip(names, made, strict=False):
                 write[name](records)
-        if tally.failed.total() > judge.max_failed_share * tally.wanted or tally.failed.total() == tally.wanted:
+        if tally.failed.total() > judge.max_failed_share * tally.wanted:
             raise SelfalignError(_failure(out.label, tally))
+        if tally.failed.total() == tally.wanted:
+            logger.warning("%s", _failure(out.label, tally))
     compared = out.path / "comparisons.jsonl"
     return {
         "judgements": tally.judgements,

@@ -128,13 +128,17 @@ def test_impossible_sampling_of_judgements_is_refused_with_its_key() -> None:
         SampledScore(prompt=RUBRIC, max_failed_share=1.5)
 
 
-def test_judge_without_any_valid_judgement_says_so_even_with_an_unlimited_budget(
-    tmp_path: Path, tiny_policy: PolicyFiles
+def test_judge_without_any_valid_judgement_is_a_warning_where_any_share_may_fail(
+    tmp_path: Path, tiny_policy: PolicyFiles, caplog: pytest.LogCaptureFixture
 ) -> None:
     kind = SampledScore(prompt=RUBRIC, retries=0, samples=1, max_failed_share=1)
-    script = Script(loaded(tiny_policy.path), [])
-    with pytest.raises(SelfalignError, match="5 of 5"):
-        judged(tmp_path, kind, policy_artefact(tiny_policy), script)
+    counts, judgements = judged(
+        tmp_path, kind, policy_artefact(tiny_policy), Script(loaded(tiny_policy.path), [completion("No.")] * 5)
+    )
+    assert {one.score for one in judgements.values()} == {one.score for one in scores(tmp_path).values()} == {None}
+    assert (counts["unjudged_responses"], counts["dropped"]) == (5, {"no_score": 5})
+    assert "judge/mean_score" not in counts
+    assert "stage: 5 of 5 judgements carry no score ({'no_score': 5}); the judge wrote for example 'No.'" in caplog.text
 
 
 def records(folder: Path) -> list[Judgement]:
