@@ -329,6 +329,7 @@ def test_flex_attention_that_fails_or_is_wrong_is_not_used(
     assert "off" in caplog.records[1].message
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_packed_batches_equal_plain_passes_on_a_gpu(models: Any) -> None:
     model = copy.deepcopy(models["llama"]).cuda()
