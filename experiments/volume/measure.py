@@ -203,8 +203,7 @@ def policy(folder: Path) -> Artefact:
 
 
 def workspace(folder: Path) -> Workspace:
-    """Where a stage writes: among the records of the others, with a scratch of its own."""
-    shutil.rmtree(folder / "scratch", ignore_errors=True)
+    """Where a stage writes: among the records of the others."""
     return Workspace(folder, "stage", lambda row: None)
 
 
@@ -267,6 +266,7 @@ def main() -> None:
         for count in job.instructions:
             before = disk(job.folder / str(count))
             found = measure(job.folder, part, count)
+            shutil.rmtree(job.folder / str(count) / "scratch", ignore_errors=True)  # A journal goes with its stage.
             grown = disk(job.folder / str(count)) - before
             print(
                 f"| {part} | {count:,} | {found['seconds']:.0f} | {found['processor']:.0f} | {found['private']:.0f} "
