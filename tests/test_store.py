@@ -135,7 +135,9 @@ def test_nested_settings_are_canonical_json() -> None:
     assert json.loads(json.dumps(value)) == value
 
 
-@pytest.mark.parametrize("value", [object(), Path("/x"), {1, 2}, b"x", Settings, lambda: 1], ids=repr)
+@pytest.mark.parametrize(
+    "value", [object(), Path("/x"), {1, 2}, b"x", Settings, lambda: 1], ids=lambda value: type(value).__name__
+)
 def test_inputs_that_are_not_plain_are_refused(value: Any) -> None:
     with pytest.raises(TypeError, match="cannot be part of an artefact's key"):
         key_of("stage", {"x": value})
