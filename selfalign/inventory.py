@@ -143,7 +143,7 @@ def take_inventory(output: Path) -> Inventory:
         run, _, label = os.path.relpath(link, output).partition("/artefacts/")
         if owner:
             uses.setdefault(owner, []).append(Use(run, label))
-        elif label and not Path(link).exists():
+        elif label and Path(link).is_symlink() and not Path(link).exists():
             broken.append(f"{run}/artefacts/{label}")
     found = [_inspect(path, names) for path in names]
     kept = {one.name: one for one in found if one is not None}
@@ -286,8 +286,11 @@ def _walk(folder: Path, without: tuple[str, ...] = ()) -> Iterator[os.DirEntry[s
 
 
 def _owner(link: str, names: dict[str, str]) -> str:
-    """The artefact that a link leads into; empty where there is none."""
-    path = os.path.realpath(link)
+    """The artefact that a link leads into; empty where there is none, or the link has vanished."""
+    try:
+        path = os.path.realpath(link)
+    except FileNotFoundError:
+        return ""
     while path and path not in names:
         path = path.rpartition(os.sep)[0]
     return names.get(path, "")

@@ -334,10 +334,27 @@ def test_removing_while_a_run_comes_and_goes_never_takes_what_it_uses(tmp_path: 
 
     with ThreadPoolExecutor(1) as pool:
         runner, gone = pool.submit(come_and_go), 0
-        while not runner.done() and (len(rounds) < 20 or gone < 6):
-            gone += len(clean(tmp_path))
-        stop.set()
+        try:
+            while not runner.done() and (len(rounds) < 20 or gone < 6):
+                gone += len(clean(tmp_path))
+        finally:
+            stop.set()
         runner.result()
+
+
+def test_run_that_vanishes_while_it_is_looked_at_uses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = lora_run(tmp_path)
+    read = os.readlink
+
+    def remove_and_read(path: str) -> str:
+        if path.startswith(f"{tmp_path}/a/"):
+            shutil.rmtree(tmp_path / "a")
+        return read(path)
+
+    monkeypatch.setattr(os, "readlink", remove_and_read)
+    found = take_inventory(tmp_path)
+    assert (found.uses, found.broken) == ({}, [])
+    assert names(found.unused(found.in_work)) == {artefact.key for artefact in made}
 
 
 def test_locks_without_an_artefact_are_removed_unless_they_are_held(tmp_path: Path) -> None:
