@@ -4,7 +4,6 @@ Batches are planned from the records alone, and each sequence draws from its own
 give the same texts however often a run is interrupted.
 """
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -135,13 +134,6 @@ def check_dtype(dtype: str) -> str:
     if dtype not in DTYPES:
         raise SelfalignError(f"generate.dtype must be auto or one of {', '.join(DTYPES)}; got {dtype!r}")
     return dtype
-
-
-def release_cached_memory() -> None:
-    """Gives back what training in this process has left in its cache, for another process cannot use that."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 @dataclass(kw_only=True, slots=True)

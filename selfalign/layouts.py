@@ -84,7 +84,8 @@ class Layout:
             shared = all(isinstance(parameter, DTensor) for parameter in model.parameters())
             done = accelerator.distributed_type == DistributedType.FSDP and shared
         else:
-            done = isinstance(model, DistributedDataParallel) or processes.count() == 1
+            alone = processes.count() == 1 and not isinstance(model, nn.DataParallel)
+            done = isinstance(model, DistributedDataParallel) or alone
         if not done or accelerator.num_processes != processes.count():
             raise SelfalignError(
                 f"train.layout.kind={self.kind} did not take effect: accelerate runs {accelerator.distributed_type} on "

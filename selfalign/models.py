@@ -134,14 +134,26 @@ class InMemory:
 
     def __exit__(self, *_: object) -> None:
         del self.policy
-        gc.collect()  # What is loaded next should not lie in memory beside it.
+        release_memory()
 
 
-def autocast(model: torch.nn.Module, dtype: str) -> torch.autocast:
-    """Multiplications in `dtype` while the weights keep theirs; nothing changes where that is `dtype`, or ""."""
-    parameter = next(model.parameters())
-    wanted = DTYPES.get(dtype, parameter.dtype)
-    return torch.autocast(parameter.device.type, wanted, enabled=wanted not in (parameter.dtype, torch.float32))
+def release_memory() -> None:
+    """Gives back what nobody uses any more, models in cycles of references and torch's own cache.
+
+    What is loaded next, or another process, should not have to share the memory with it.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def autocast(device: torch.device, dtype: str) -> torch.autocast:
+    """Multiplications in `dtype` while the weights keep theirs; nothing changes where that is "float32", or "".
+
+    On whatever weights, because it also says what is computed in float32: training and scoring differ otherwise. It
+    does without its cache, which would keep all weights in `dtype`.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16", cache_enabled=False)
 
 
 @dataclass(frozen=True)
@@ -183,8 +195,19 @@ class PolicyFiles:
 
         return AutoTokenizer.from_pretrained(self.path / "tokenizer")
 
-    def load(self, dtype: str, *, device: str = "", trainable: bool = False) -> Policy:
-        """Loads the policy; with `trainable`, its adapter (if it has one) takes gradients."""
+    def load(self, dtype: str, *, device: str = "", trainable: bool = False, apart: bool = False) -> Policy:
+        """Loads the policy.
+
+        An adapter becomes part of float32 weights, which is exact but for rounding. Beside weights in bfloat16 or 4
+        bits it stays apart, as it was trained: rounding would take most of it away.
+
+        Args:
+            dtype: of the weights.
+            device: where they go; empty for the fastest.
+            trainable: the adapter, if there is one, takes gradients.
+            apart: it stays apart in any case, for what is multiplied in bfloat16.
+        """
+        release_memory()  # The model and the optimiser of the training before are in cycles.
         device = device or default_device()
         quantised = quantise_on_load(DTYPES[dtype], device) if self.quantization else {}
         model = _load_checkpoint(self.path / "weights", dtype, trust_remote_code=self.trusted, **quantised)
@@ -193,7 +216,7 @@ class PolicyFiles:
 
             model = PeftModel.from_pretrained(model, self.path / "adapter", is_trainable=trainable)
             model.peft_config["default"].base_model_name_or_path = str(self.path / "weights")
-            if not trainable and not self.quantization:
+            if dtype == "float32" and not (trainable or apart or self.quantization):
                 model = model.merge_and_unload()
         cast(torch.nn.Module, model).to(torch.device(device)).eval()
         return Policy(cast("PreTrainedModel", model), self.load_tokenizer(), self.digest)

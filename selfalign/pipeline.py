@@ -172,8 +172,8 @@ class Method:
         if train.reference_logps == "stored":
             p = augmentation_of(loss)
             references = self.run.make(f"{place}/reference", reference, policy=policy, augmentation=p, **scored)
-        if policy.digest != models.newest.digest:
-            start = self.run.make(f"{place}/start", reference, policy=models.newest, augmentation=None, **scored)
+            if policy.digest != models.newest.digest:
+                start = self.run.make(f"{place}/start", reference, policy=models.newest, augmentation=None, **scored)
         return self.run.make(
             label,
             align,

@@ -128,9 +128,9 @@ def _alignment(config: "ExperimentConfig", iteration: int) -> list[tuple[str, st
     stages: list[tuple[str, str]] = []
     if train.reference_logps == "stored":
         stages.append((f"iteration_{iteration}/reference", f"log-probabilities of {train.reference}"))
-    at_first = iteration == 1 and (train.reference == "sft" or not _trains_m1(config))
-    if train.reference != "previous" and not at_first:
-        stages.append((f"iteration_{iteration}/start", f"log-probabilities of M{iteration}, to tell its change"))
+        at_first = iteration == 1 and (train.reference == "sft" or not _trains_m1(config))
+        if train.reference != "previous" and not at_first:
+            stages.append((f"iteration_{iteration}/start", f"log-probabilities of M{iteration}, to tell its change"))
     return [*stages, (label, size)]
 
 

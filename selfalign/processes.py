@@ -6,6 +6,8 @@ of this: every function then answers at once, and torch is not imported.
 
 import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +21,14 @@ Value = TypeVar("Value")
 PATIENCE = timedelta(days=7)
 """How long a process waits for another; a dead one is noticed at once, by its closed connection and by torchrun."""
 
+GRACE_SECONDS = 10.0
+"""So long a process has to end by itself when it is told to, before it is ended; torchrun kills after 30."""
+
+TOLD = "told to stop (SIGTERM): "
+
+LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+"""Signs of a lost connection in errors that have no kind of their own."""
+
 
 @dataclass(slots=True)
 class Place:
@@ -29,6 +39,7 @@ class Place:
 
 
 _here = Place()
+_heard = threading.Event()
 
 
 class AnotherEnded(SelfalignError):
@@ -62,13 +73,17 @@ def join() -> None:
     if torch.cuda.is_available():
         here, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if here >= gpus:
-            raise SelfalignError(f"there are more processes on this machine than its {gpus} GPUs: start {gpus} of them")
+            raise SelfalignError(
+                f"there are more processes on this machine than GPUs that each of them sees, {gpus}: start {gpus}, or "
+                "let all of them see all GPUs (SLURM: gpus_per_node instead of gpus_per_task)"
+            )
         torch.cuda.set_device(here)
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     _here.rank, _here.count = dist.get_rank(), dist.get_world_size()
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _stop)
+        _end_if_it_hangs()
 
 
 def leave() -> None:
@@ -80,6 +95,7 @@ def leave() -> None:
         dist.destroy_process_group()
         if signal.getsignal(signal.SIGTERM) is _stop:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.set_wakeup_fd(-1)
 
 
 @contextmanager
@@ -99,7 +115,25 @@ def _take_names_from_submitit() -> None:
 
 def _stop(number: int, frame: Any) -> None:
     """What torchrun tells the processes that are left when one has failed."""
-    raise AnotherEnded("told to stop (SIGTERM): ")
+    _heard.set()
+    raise AnotherEnded(TOLD)
+
+
+def _end_if_it_hangs() -> None:
+    """Ends this process some time after SIGTERM if `_stop` is not called: it waits for a GPU, or deep in a library."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    _heard.clear()
+
+    def watch() -> None:
+        while os.read(reading, 1) != bytes([signal.SIGTERM]):
+            pass
+        if not _heard.wait(GRACE_SECONDS):
+            print(f"error in process {rank()}: {AnotherEnded(TOLD)}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager
@@ -167,8 +201,20 @@ def broadcast(value: Value) -> Value:
 
 @contextmanager
 def others_there() -> Iterator[None]:
-    """Says what it means when a connection to another process breaks off inside."""
+    """Says what it means when a connection to another process breaks off inside.
+
+    Raises:
+        AnotherEnded: in the place of what gloo or NCCL raise.
+    """
     try:
         yield
-    except RuntimeError as error:  # of gloo and NCCL
+    except RuntimeError as error:
+        if count() == 1 or not _is_of_a_connection(error):
+            raise
         raise AnotherEnded from error
+
+
+def _is_of_a_connection(error: RuntimeError) -> bool:
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in LOST)

@@ -62,4 +62,6 @@ def quantise_on_load(dtype: torch.dtype, device: str) -> dict[str, Any]:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-    return {"quantization_config": config, "device_map": {"": device}}
+    # With its number, as accelerate has it, which trains a quantised model on no other.
+    place = torch.cuda.current_device() if device == "cuda" else device
+    return {"quantization_config": config, "device_map": {"": place}}

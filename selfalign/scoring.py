@@ -29,7 +29,7 @@ class Scorer(InMemory):
     Attributes:
         policy: its model serves for nothing else afterwards.
         batch_tokens: the most tokens of a batch.
-        autocast: the dtype to multiply in while the weights keep theirs; empty for the weights' own.
+        autocast: "bfloat16" to multiply in it while the weights keep their dtype; empty for the weights' own.
     """
 
     batch_tokens: int
@@ -74,8 +74,9 @@ class Scorer(InMemory):
 
     @torch.inference_mode()
     def _logps(self, batch: Batch) -> torch.Tensor:
-        with autocast(self.policy.model, self.autocast):
-            batch = batch.to(self.policy.model.device)
+        device = self.policy.model.device
+        with autocast(device, self.autocast):
+            batch = batch.to(device)
             return self.policy.model(predict_at=batch.predict_at, targets=batch.targets, **batch.inputs).cpu()
 
 

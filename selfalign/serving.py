@@ -21,8 +21,8 @@ from selfalign import processes
 from selfalign.endpoint import Client, Endpoint, RefusedError, Reply
 from selfalign.errors import SelfalignError
 from selfalign.files import write_json
-from selfalign.generation import Completion, Request, Sampling, Transformers, check_dtype, release_cached_memory
-from selfalign.models import PolicyFiles
+from selfalign.generation import Completion, Request, Sampling, Transformers, check_dtype
+from selfalign.models import DTYPES, PolicyFiles, release_memory
 from selfalign.quantization import check_engine
 from selfalign.records import FinishReason
 from selfalign.scoring import Scorer
@@ -114,7 +114,7 @@ class ServerGenerator:
         self.counts: dict[str, Any] = {}
 
     def __enter__(self) -> "ServerGenerator":
-        release_cached_memory()
+        release_memory()
         processes.wait_for_all()  # All have let go of the memory that the server needs.
         with ExitStack() as stack:
             started = self._start(stack) if processes.is_main() else None
@@ -213,13 +213,13 @@ def export(policy: PolicyFiles, folder: Path, dtype: str) -> None:
     """Writes a policy as servers load it: one checkpoint with its tokenizer, which stops where the run's texts stop.
 
     Args:
-        policy: its weights are linked; an adapter is merged into them and written.
+        policy: its weights are linked; an adapter is merged into them in float32 and both are written.
         folder: where to.
-        dtype: of merged weights.
+        dtype: of merged weights, which are rounded once.
     """
     check_engine(policy.quantization.get("quantization", "none"), "server")
     if (policy.path / "adapter").exists():
-        policy.load(dtype, device="cpu").model.save_pretrained(folder)
+        policy.load("float32", device="cpu").model.to(DTYPES[dtype]).save_pretrained(folder)
     else:
         for pattern in ("*.safetensors", "*.safetensors.index.json", "config.json", "*.py"):
             for file in (policy.path / "weights").glob(pattern):

@@ -163,7 +163,8 @@ class Store:
             if processes.broadcast((folder / MANIFEST).exists()):
                 shutil.rmtree(folder / SCRATCH, ignore_errors=True)
             elif together:
-                self._build(folder, stage, inputs, build, Workspace(folder, label, on_row))
+                with processes.others_there():
+                    self._build(folder, stage, inputs, build, Workspace(folder, label, on_row))
             elif processes.is_main():
                 with processes.alone():
                     self._build(folder, stage, inputs, build, Workspace(folder, label, on_row))

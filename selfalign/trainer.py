@@ -23,7 +23,7 @@ from selfalign.errors import SelfalignError
 from selfalign.files import derive_seed
 from selfalign.layouts import Layout, Pass, keep_masters, my_passes
 from selfalign.metrics import Sums, add_sums, averages
-from selfalign.models import Policy, default_device
+from selfalign.models import Policy, autocast, default_device
 from selfalign.optimizers import build_optimizer
 from selfalign.progress import progress_bar
 from selfalign.store import Workspace
@@ -124,9 +124,8 @@ class StepTrainer(Trainer):
         return self.optimizer
 
     def compute_loss_context_manager(self) -> Any:
-        """Multiplications in the dtype asked for; without autocast's cache, which would keep all weights in it."""
-        low = self.optimization.dtype == "bfloat16"
-        return torch.autocast(self.args.device.type, torch.bfloat16, enabled=low, cache_enabled=False)
+        """Multiplications in the dtype asked for."""
+        return autocast(self.args.device, self.optimization.dtype)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward over this process's share of an optimiser step; returns the loss of the whole."""
@@ -285,7 +284,7 @@ def _arguments(optimization: Optimization, folder: Path, layout: Layout, steps: 
     if optimization.schedule == "cosine":
         schedule["lr_scheduler_type"] = "cosine_with_min_lr"
         schedule["lr_scheduler_kwargs"] = {"min_lr": optimization.final_learning_rate}
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=1,
         num_train_epochs=1,
@@ -303,6 +302,9 @@ def _arguments(optimization: Optimization, folder: Path, layout: Layout, steps: 
         **schedule,
         **layout.arguments(),
     )
+    # Of several GPUs a process takes one; Trainer would put the model into DataParallel.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
 
 
 def _only(items: list[Any]) -> Any:

@@ -109,13 +109,13 @@ class Optimization:
 
     def precision(self, dtype: str) -> "Precision":
         """What a log-probability depends on besides weights and text."""
-        autocast = self.dtype if self.dtype != dtype else ""
+        autocast = "bfloat16" if self.dtype == "bfloat16" else ""
         return Precision(dtype=dtype, autocast=autocast, max_length=self.max_length, batch_tokens=self.batch_tokens)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Precision:
-    """How policies are scored: dtype of the weights, of the multiplications, and the longest sequence."""
+    """How policies are scored: dtype of the weights, of autocast (if there is one), and the longest sequence."""
 
     dtype: str
     autocast: str
@@ -159,7 +159,7 @@ class TrainConfig:
         reference: "previous" (the start of the iteration, as the papers), "sft" (M1) or "base" (M0).
         reference_logps: "stored" computes the reference's log-probabilities once, before training; "live" at every
             step, with a second model (whole in every process), or with the adapter switched off where M0 is the
-            reference.
+            reference. Then it is not measured how far M_{t+1}'s lie from M_t's, unless M_t is the reference.
         held_out_pairs: pairs of each iteration that are set aside, and measured after training.
         choose: which checkpoint of an alignment becomes the policy.
         layout: what each of several processes keeps of the policy.

@@ -16,8 +16,8 @@ import torch
 from selfalign.batches import Group
 from selfalign.errors import SelfalignError
 from selfalign.files import read_json
-from selfalign.generation import Completion, Request, Sampling, check_dtype, release_cached_memory
-from selfalign.models import UNBOUNDED, PolicyFiles
+from selfalign.generation import Completion, Request, Sampling, check_dtype
+from selfalign.models import UNBOUNDED, PolicyFiles, release_memory
 from selfalign.quantization import check_engine
 from selfalign.records import FinishReason
 from selfalign.tokenization import decode_response, stop_ids
@@ -131,7 +131,7 @@ class Running:
         gpus = share_gpus(config.replicas, config.tensor_parallel_size)
         adapter = policy.path / "adapter"
         settings = {"adapter": str(adapter) if adapter.exists() else "", "arguments": config.arguments(policy)}
-        release_cached_memory()
+        release_memory()
         command = [config.python or sys.executable, "-P", str(WORKER)]
         workers: list[Worker] = []
         try:

@@ -62,8 +62,8 @@ class Team:
 
 
 def die_in(label: str, death: Callable[[], None], patch: Callable[[Any, str, Any], None]) -> None:
-    """Lets this process die as soon as it has finished a batch of its own in the stage of this label."""
-    begin, keep = Workspace.__init__, Journal.keep
+    """Lets this process die as soon as it has finished a batch of its own, or a step, in the stage of this label."""
+    begin, keep, log = Workspace.__init__, Journal.keep, Workspace.log
     now: list[str] = []
 
     def begun(self: Workspace, folder: Path, label: str, *rest: Any) -> None:
@@ -75,7 +75,13 @@ def die_in(label: str, death: Callable[[], None], patch: Callable[[Any, str, Any
         if now[-1] == label:
             death()
 
+    def logged(self: Workspace, row: dict[str, Any]) -> None:
+        log(self, row)
+        if self.label == label:
+            death()
+
     patch(Workspace, "__init__", begun)
+    patch(Workspace, "log", logged)
     patch(Journal, "keep", kept)
 
 

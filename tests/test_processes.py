@@ -1,6 +1,9 @@
 """A run of several processes makes what one process makes, ends when one of them does, and goes on with any number."""
 
 import json
+import os
+import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -99,6 +102,56 @@ def test_killed_process_ends_the_others_and_one_process_goes_on(
     folder = run(tmp_path / "out", *given(tmp_path))
     assert len(written) < 3, "M2's answers were written anew"
     assert_same(folder, whole)
+
+
+def test_process_killed_while_it_trains_ends_the_others_which_say_so(tmp_path: Path) -> None:
+    said = launch(tmp_path, "torchrun", *given(tmp_path), f"output_dir={tmp_path / 'out'}", dies_in="M1")
+    assert said.code != 0
+    assert "another process of this run has ended; see its message" in said.err
+    assert "bug in selfalign" not in said.err
+
+
+HANGS = """
+import sys, time
+import torch.distributed as dist
+from selfalign import processes
+processes.GRACE_SECONDS = 0.5
+with processes.joined():
+    if processes.rank() == 1:
+        print("here", flush=True)
+        time.sleep(60)
+    dist.barrier()
+"""
+"""The first process waits for the second, deep in a library, where no signal is heard."""
+
+
+def test_process_that_cannot_hear_that_it_is_to_stop_is_ended(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    known = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    first, second = (
+        subprocess.Popen(
+            [sys.executable, "-c", HANGS],
+            env={**known, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    )
+    try:
+        assert second.stdout
+        assert second.stdout.readline() == "here\n"
+        time.sleep(1)
+        first.terminate()
+        _, said = first.communicate(timeout=30)
+    finally:
+        first.kill()
+        second.kill()
+        second.communicate()
+    assert first.returncode == 1
+    assert said.splitlines()[-1].startswith("error in process 0: told to stop (SIGTERM): another process of this run")
 
 
 def test_two_processes_finish_what_one_began_in_one_folder_with_one_tracked_run(

@@ -1,6 +1,5 @@
 """The reward that a policy's training implies: how much likelier it finds a response than its reference does."""
 
-import gc
 import sys
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -125,8 +124,6 @@ class ImplicitReward:
         scores: dict[str, float] = {}
         for group, values in zip(groups, scorer.score_all(groups, journal, who), strict=True):
             scores |= dict(zip(members[group.id], values, strict=True))
-        del policy, scorer
-        gc.collect()  # The other policy is loaded next, and both should not lie in memory.
         return scores, lengths
 
 

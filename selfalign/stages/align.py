@@ -64,7 +64,7 @@ def align(
             which is then asked at every step.
         loss: one of `selfalign.losses`.
         start: references.jsonl, M_t's own log-probabilities of these pairs; None where the reference is M_t itself,
-            so that the first step has a known loss, which is checked.
+            so that the first step has a known loss, which is checked, and where another policy is asked at every step.
         held_out: how many pairs are set aside, to be measured and not trained on.
         contest: what decides after which step the policy is taken; None takes the last.
         optimization: rates, sizes and lengths.
@@ -77,12 +77,13 @@ def align(
         lambda tally: _encode(PolicyFiles(policy.path), pairs, reference, start, loss, optimization.max_length, tally),
     )
     training, held = split_pairs(examples, held_out)
+    is_reference = start is None and (isinstance(references, StoredReferences) or reference.digest == policy.digest)
     objective = Preference(
         loss,
         references,
-        starts_as_reference=start is None and not optimization.dropout,
-        dtype=optimization.dtype,
-        start=StoredReferences("start") if start else None,
+        starts_as_reference=is_reference and not optimization.dropout,
+        dtype="bfloat16" if "bfloat16" in (optimization.dtype, weights.dtype) else "float32",
+        start=StoredReferences("start") if start else references if is_reference else None,
     )
     checkpoints = contest.open(out, PolicyFiles(base.path)) if contest else None
     trained = train(
@@ -188,7 +189,7 @@ def open_references(reference: Artefact, base: Artefact, weights: Weights) -> Re
         return StoredReferences()
     if weights.lora.rank and reference.digest == base.digest:
         return AdapterSwitchedOff()
-    loaded = PolicyFiles(reference.path).load(weights.dtype)
+    loaded = PolicyFiles(reference.path).load(weights.dtype, apart=True)
     make_scoring(loaded.model)
     return SecondModel(loaded.model)
 
@@ -202,7 +203,7 @@ class Preference:
         references: the reference policy's log-probabilities.
         starts_as_reference: whether the first step's values are known.
         dtype: what the policy multiplies in; it decides how far the first step may be off.
-        start: M_t's log-probabilities, from which changes are measured; None where M_t is the reference.
+        start: M_t's log-probabilities, from which changes are measured; None where they are not known.
     """
 
     loss: PreferenceLoss
@@ -298,27 +299,28 @@ class Preference:
         sums: Sums = {}
         policy.model.eval()
         for part in (part for chunk in chunks(examples) for part in my_passes(chunk, optimization.batch_tokens)):
-            with autocast(policy.model, optimization.dtype):
+            with autocast(policy.model.device, optimization.dtype):
                 groups = [example.plain for example in part.examples]
                 logps, reference = pair_logps(policy.model, groups), self.references(policy.model, groups)
                 delta = self.refine(policy.model, part.examples, logps, reference)
-                start = self.start(policy.model, groups) if self.start else reference
+                start = self.start(policy.model, groups) if self.start else None
             if not part.repeated:
                 sums = add_sums(sums, self.reward_metrics(logps, reference, delta))
                 sums = add_sums(sums, self.drift(logps, reference, start))
         return reduce(add_sums, processes.gather(sums))
 
-    def drift(self, policy: PairLogps, reference: PairLogps, start: PairLogps) -> Sums:
+    def drift(self, policy: PairLogps, reference: PairLogps, start: PairLogps | None) -> Sums:
         """How far the policy has moved from M_t, and what is needed to correlate its rewards with length."""
         assert policy.chosen_tokens is not None
         assert policy.rejected_tokens is not None
         tokens = [*policy.chosen_tokens.tolist(), *policy.rejected_tokens.tolist()]
         chosen, rejected = rewards(self.loss.beta, policy, reference)
-        return {
-            **logp_changes("chosen", (policy.chosen - start.chosen).tolist(), policy.chosen_tokens.tolist()),
-            **logp_changes("rejected", (policy.rejected - start.rejected).tolist(), policy.rejected_tokens.tolist()),
-            **length_moments([*chosen.tolist(), *rejected.tolist()], tokens),
-        }
+        sums = length_moments([*chosen.tolist(), *rejected.tolist()], tokens)
+        if start is not None:
+            changes = (policy.chosen - start.chosen).tolist(), (policy.rejected - start.rejected).tolist()
+            sums |= logp_changes("chosen", changes[0], policy.chosen_tokens.tolist())
+            sums |= logp_changes("rejected", changes[1], policy.rejected_tokens.tolist())
+        return sums
 
     def reward_metrics(self, policy: PairLogps, reference: PairLogps, delta: torch.Tensor | None) -> Sums:
         """The reward metrics of these pairs; Δ is among them where it comes from the policy."""

@@ -31,7 +31,7 @@ def reference(
         augmentation: p, or None where the loss has no second pass.
         precision: as training will have it, so that the policy's own values start out the same.
     """
-    loaded = PolicyFiles(policy.path).load(precision.dtype)
+    loaded = PolicyFiles(policy.path).load(precision.dtype, apart=True)
     set_dropout(loaded.model, 0.0)
     scorer = Scorer(loaded, precision.batch_tokens, autocast=precision.autocast)
     file, tally = pairs.path / "pairs.jsonl", Counter[str]()
