@@ -38,10 +38,12 @@ class Endpoint:
     Attributes:
         base_url: up to and without "/chat/completions" or "/completions", such as "https://api.openai.com/v1".
         model: what the server calls the model.
+        parameters: what a request says besides, or instead; null leaves a parameter out. Some models want
+            {max_tokens: null, temperature: null, top_p: null, max_completion_tokens: 2048}.
         key_variable: the environment variable that holds the key; empty where none is needed.
         concurrency: requests under way at once.
         timeout_seconds: a request that takes longer is sent again.
-        retries: how often a request is sent again after a timeout, a broken answer, status 429 or 5xx.
+        retries: how often a request is sent again after a timeout, a broken answer, status 408, 429 or 5xx.
         first_wait_seconds: before the first of these; it doubles each time, and a longer Retry-After is respected.
         prompt_price: of a million prompt tokens, in any currency.
         completion_price: of a million completion tokens.
@@ -49,6 +51,7 @@ class Endpoint:
 
     base_url: str = ""
     model: str = ""
+    parameters: dict[str, Any] = field(default_factory=dict)
     key_variable: str = field(default="OPENAI_API_KEY", metadata={"keyed": False})
     concurrency: int = field(default=4, metadata={"keyed": False})
     timeout_seconds: float = field(default=120.0, metadata={"keyed": False})
@@ -70,6 +73,8 @@ class Endpoint:
                 f"{key}.base_url must be http(s)://host/path without user, password or query (it is saved with the "
                 "run; a key belongs into the environment)"
             )
+        if taken := {"model", "messages", "prompt", "stream", "n"} & self.parameters.keys():
+            raise SelfalignError(f"{key}.parameters cannot set {', '.join(sorted(taken))}")
         for name in ("concurrency", "timeout_seconds"):
             if getattr(self, name) <= 0:
                 raise SelfalignError(f"{key}.{name} must be above 0, got {getattr(self, name)}")
@@ -115,7 +120,10 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An answer of the server; `finish` is "stop", "length", …, or "too_long" where it refused the prompt's length."""
+    """An answer of the server.
+
+    `finish` is "stop", "length", …; "too_long" where it refused the prompt's length, "content_filter" its content.
+    """
 
     text: str
     finish: str
@@ -230,17 +238,20 @@ class Client:
         Raises:
             RefusedError: asking again is of no use.
         """
-        body = {"model": self._endpoint.model, **request}
+        body = {"model": self._endpoint.model, **request, **self._endpoint.parameters}
+        body = {name: value for name, value in body.items() if value is not None}
         url = f"{self._url}/{'completions' if 'prompt' in body else 'chat/completions'}"
         try:
             answer = self._http.post(url, json=body)
         except httpx.RequestError as error:
             return None, type(error).__name__, 0.0
-        if answer.status_code == 429 or answer.status_code >= 500:
+        if answer.status_code in (408, 429) or answer.status_code >= 500:
             return None, f"status {answer.status_code}", retry_after(answer.headers.get("Retry-After", ""))
         said = self.clean(answer.text)
         if answer.status_code == 413 or (answer.status_code == 400 and re.search("context[_ ]length", said)):
             return Reply("", "too_long", 0, 0), "", 0.0
+        if answer.status_code == 400 and re.search("content[_ ](filter|policy|management)", said):
+            return Reply("", "content_filter", 0, 0), "", 0.0
         if answer.status_code != 200:
             reason = " ".join(said.split())[:200]
             raise RefusedError(f"{url}: status {answer.status_code}: {reason}", answer.status_code)

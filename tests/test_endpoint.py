@@ -119,6 +119,12 @@ def test_server_that_is_not_there_is_said_so(waits: list[float]) -> None:
         chats.complete(ASK)
 
 
+def test_request_that_the_server_waited_for_too_long_is_sent_again(waits: list[float]) -> None:
+    with chat_server(faults=[Fault(408)]) as server, client(server) as chats:
+        assert chats.complete(ASK).text == "Fine.\nScore: 4"
+    assert waits == [1.0]
+
+
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 422, 301])
 def test_refusal_stops_at_once_and_tells_the_server_s_reason_without_the_key(status: int, waits: list[float]) -> None:
     body = f'{{"error": "Incorrect API key provided: {KEY}"}}'.encode()
@@ -142,6 +148,24 @@ def test_refusal_stops_at_once_and_tells_the_server_s_reason_without_the_key(sta
 def test_prompt_the_server_finds_too_long_is_no_error(fault: Fault) -> None:
     with chat_server(faults=[fault]) as server, client(server) as chats:
         assert chats.complete(ASK).finish == "too_long"
+
+
+@pytest.mark.parametrize("said", [b"content_filter", b"content_policy_violation", b"our content management policy"])
+def test_prompt_whose_content_the_server_refuses_is_no_error(said: bytes) -> None:
+    with chat_server(faults=[Fault(400, b'{"error": "' + said + b'"}')]) as server, client(server) as chats:
+        assert chats.complete(ASK) == Reply("", "content_filter", 0, 0)
+
+
+def test_parameters_are_added_replaced_and_left_out() -> None:
+    other = {"max_tokens": None, "max_completion_tokens": 9, "temperature": 1}
+    with chat_server() as server, client(server, parameters=other) as chats:
+        chats.complete({**ASK, "max_tokens": 5, "temperature": 0.7, "top_p": 0.9})
+        (body,) = server.bodies
+    assert {name: value for name, value in body.items() if name not in ("messages", "model")} == {
+        "max_completion_tokens": 9, "temperature": 1, "top_p": 0.9,
+    }  # fmt: skip
+    with pytest.raises(SelfalignError, match=r"judge.endpoint.parameters cannot set messages, stream"):
+        Endpoint(base_url="http://x/v1", model="m", parameters={"stream": True, "messages": []}).check("judge.endpoint")
 
 
 def test_content_that_is_null_is_an_empty_text() -> None:
