@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from selfalign import processes
-from selfalign.errors import SelfalignError
+from selfalign.generation import Transformers
 from selfalign.pipeline import run_pipeline
 from selfalign.plain import duration, table
 from selfalign.rehearsal import Estimate, Rehearsal
@@ -21,24 +21,35 @@ BOUND = (
     "An upper bound: every prompt with its response fills max_length, and every text max_new_tokens. Not in it:\n"
     "prompts for new instructions that give none, judgements that are tried again, and benchmarks."
 )
+ELSEWHERE = "The engine of generate=vllm or generate=server ends texts where it likes; its memory is not in it either."
 
 
 def dry_run(config: "ExperimentConfig") -> list[Estimate]:
-    """Rehearses a run and says what it needs; nothing of it stays.
+    """Rehearses a run, in as many processes as it will have, and says what it needs; nothing of it stays.
 
     Raises:
-        SelfalignError: a stage does not fit into memory, or into the model's context; or there are several processes.
+        SelfalignError: a stage does not fit into memory, or into the model's context.
     """
-    if processes.count() > 1:
-        raise SelfalignError("dry_run=true rehearses a run of one process: start a single one")
-    output = Path(config.output_dir).absolute()
-    output.mkdir(parents=True, exist_ok=True)
-    # There, because the run will write its models there too.
-    with _told_to_stop_as_an_exit(), TemporaryDirectory(prefix=".dry-run-", dir=output) as folder:
-        rehearsal = Rehearsal(config, Path(folder))
-        run_pipeline(config, rehearsal)
-    print(estimate_text(rehearsal.estimates, config.price_per_hour), flush=True)
+    with _common_folder(Path(config.output_dir).absolute()) as folder:
+        rehearsal = Rehearsal(config, folder)
+        with processes.others_there():
+            run_pipeline(config, rehearsal)
+        processes.wait_for_all()
+    if processes.is_main():
+        elsewhere = not isinstance(config.generate, Transformers)
+        print(estimate_text(rehearsal.estimates, config.price_per_hour, elsewhere=elsewhere), flush=True)
     return rehearsal.estimates
+
+
+@contextmanager
+def _common_folder(output: Path) -> Iterator[Path]:
+    """A folder of all processes that is gone in the end; there, because the run will write its models there too."""
+    if not processes.is_main():
+        yield processes.broadcast(output)
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    with _told_to_stop_as_an_exit(), TemporaryDirectory(prefix=".dry-run-", dir=output) as folder:
+        yield processes.broadcast(Path(folder))
 
 
 @contextmanager
@@ -51,8 +62,8 @@ def _told_to_stop_as_an_exit() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def estimate_text(estimates: Sequence[Estimate], price_per_hour: float) -> str:
-    """A row a stage, and what all need together."""
+def estimate_text(estimates: Sequence[Estimate], price_per_hour: float, *, elsewhere: bool = False) -> str:
+    """A row a stage, and what all need together; `elsewhere` tells that another program writes."""
     rows = [
         [
             one.label,
@@ -67,8 +78,10 @@ def estimate_text(estimates: Sequence[Estimate], price_per_hour: float) -> str:
     highest = max(estimates, key=lambda one: one.peak)
     lines = ["", *table(["stage", "work", "seconds each", "peak GiB", "time"], rows), ""]
     lines.append(f"time    at most {duration(seconds)}")
-    lines.append(f"memory  at most {highest.peak / 2**30:.2f} GiB, in {highest.label}")
+    many = processes.count()
+    each = f" in each of {many} processes" if many > 1 else ""
+    lines.append(f"memory  at most {highest.peak / 2**30:.2f} GiB{each}, in {highest.label}")
     if price_per_hour or servers:
         machine = seconds / 3600 * price_per_hour
         lines.append(f"cost    at most {machine + servers:.2f}: the machine {machine:.2f}, servers {servers:.2f}")
-    return "\n".join([*lines, "", BOUND])
+    return "\n".join([*lines, "", BOUND, *[ELSEWHERE] * elsewhere])

@@ -190,7 +190,7 @@ class Client:
         Of several processes only the main one asks, because `concurrency` is about the server and not about them.
 
         Args:
-            requests: {name in the journal: body}.
+            requests: {name in the journal: body}; a name is asked for once.
             journal: those it has already are not sent again.
             size: how far the progress bar moves for each.
         """
@@ -212,7 +212,7 @@ class Client:
                     if name not in journal and not future.cancelled() and future.exception() is None:
                         journal.keep(name, future.result())
         journal.share()
-        return {name: Reply(*journal.read(name)) for name in requests}
+        return {name: Reply(*journal.take(name)) for name in requests}
 
     def complete_each(self, requests: Sequence[dict[str, Any]]) -> list[Reply]:
         """The answers to these requests, several at once; where one fails, the others are not waited for."""

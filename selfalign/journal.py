@@ -79,6 +79,12 @@ class Journal:
             file.seek(start)
             return json.loads(file.readline())["result"]
 
+    def take(self, name: str) -> Any:
+        """The same of a batch that nobody will ask for again; where it lies is forgotten."""
+        result = self.read(name)
+        del self._places[name]
+        return result
+
     def _file(self, rank: int) -> Path:
         return self._folder / f"journal-{rank}.jsonl"
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from selfalign import processes
 from selfalign.contest import Contest
 from selfalign.data import as_prompt
 from selfalign.endpoint import Endpoint
@@ -98,12 +99,14 @@ class Rehearsal:
         folder: for what is made on the way.
         estimates: what was found out, stage by stage.
         measured: what it rests on, by what the measurement depends on; a stage that comes again is not run again.
+        written: how many times records were written for a stage.
     """
 
     config: "ExperimentConfig"
     folder: Path
     estimates: list[Estimate] = field(default_factory=list)
     measured: dict[str, tuple[Measured, Path]] = field(default_factory=dict)
+    written: int = 0
     longest: Longest = field(init=False)
 
     def make(self, label: str, stage: StageFunction, **inputs: Any) -> Artefact:
@@ -216,7 +219,7 @@ class Rehearsal:
         given = {"config": config, "seeds": self._write(demonstrations=taught), "earlier": [], "held_out": []}
         given |= {"generate": tireless(generate), "policy": policy, "seed": others["seed"]}
         measured, _ = self._measure(label, instruct, [], **given)
-        self._add(label, measured, math.ceil(config.count / config.prompts_per_batch), "batches")
+        self._add_batches(label, measured, math.ceil(config.count / config.prompts_per_batch))
         return _stand_in(label, config.count)
 
     def _respond(
@@ -228,7 +231,7 @@ class Rehearsal:
         asked = self._write(instructions=self.longest.instructions(few, written))
         given = {"config": config, "instructions": asked, "generate": tireless(generate), **others}
         measured, _ = self._measure(label, respond, [few], **given)
-        self._add(label, measured, measured.batches_of(count / few), "batches")
+        self._add_batches(label, measured, measured.batches_of(count / few))
         return _stand_in(label, count * config.candidates, tokens=written)
 
     def _judge(
@@ -248,7 +251,7 @@ class Rehearsal:
         given = self._write(instructions=asked, responses=[subject.response for subject in subjects])
         shared = {"instructions": given, "responses": given, "generate": tireless(generate), "judge": judge}
         measured, _ = self._measure(label, judge_stage, [few, each], **shared, **others)
-        self._add(label, measured, measured.batches_of(count / few), "batches")
+        self._add_batches(label, measured, measured.batches_of(count / few))
         return _stand_in(label, answers)
 
     def _compare(
@@ -265,7 +268,7 @@ class Rehearsal:
         given = {"judge": judge, "instructions": asked, "answers": asked, "opponent": asked, "generate": generate}
         given |= {"policy": others["policy"], "seed": others["seed"]}
         measured, _ = self._measure(label, compare, [few], **given)
-        self._add(label, measured, measured.batches_of(count / few), "batches")
+        self._add_batches(label, measured, measured.batches_of(count / few))
         return _stand_in(label, count)
 
     def _divergence(self, label: str, *, answers: Artefact, **others: Any) -> Artefact:
@@ -276,7 +279,7 @@ class Rehearsal:
         given = self._write(instructions=[s.instruction for s in subjects], responses=[s.response for s in subjects])
         models = {name: others[name] for name in ("policy", "origin")}
         measured, _ = self._measure(label, divergence, [few], instructions=given, answers=given, **models)
-        self._add(label, measured, measured.batches_of(count / few), "batches")
+        self._add_batches(label, measured, measured.batches_of(count / few))
         return _stand_in(label, count)
 
     # --- pairs -------------------------------------------------------------------------------------------------------
@@ -300,7 +303,7 @@ class Rehearsal:
         given = {"policy": policy, "augmentation": augmentation, "precision": precision}
         given["pairs"] = self._write(pairs=self._pairs(few, augmentation))
         measured, folder = self._measure(label, reference, [policy.digest], first_alone=False, **given)
-        self._add(label, measured, measured.batches_of(count / few), "batches")
+        self._add_batches(label, measured, measured.batches_of(count / few))
         return replace(_stand_in(label, count), path=folder)
 
     def _evaluate(self, label: str, **inputs: Any) -> Artefact:
@@ -331,6 +334,10 @@ class Rehearsal:
         timed = {"each": measured.each, "around": measured.around, "peak": measured.peak}
         self.estimates.append(Estimate(label=label, count=count, unit=unit, **timed))
 
+    def _add_batches(self, label: str, measured: Measured, count: int) -> None:
+        """These are dealt out among the processes."""
+        self._add(label, measured, math.ceil(count / processes.count()), "batches")
+
     def _bill(self, label: str, judge: Any, requests: int, prompt: Prompt, written: int) -> None:
         """What a server's tokens cost, as this model's tokenizer counts them."""
         endpoint: Endpoint = judge.endpoint
@@ -340,10 +347,13 @@ class Rehearsal:
 
     def _write(self, **files: Sequence[HasId]) -> Artefact:
         """Records as a stage is given them."""
-        folder = self.folder / f"given-{len(list(self.folder.iterdir()))}"
-        folder.mkdir()
-        for name, records in files.items():
-            write_records(folder / f"{name}.jsonl", records)
+        self.written += 1
+        folder = self.folder / f"given-{self.written}"
+        if processes.is_main():
+            folder.mkdir()
+            for name, records in files.items():
+                write_records(folder / f"{name}.jsonl", records)
+        processes.wait_for_all()
         return _stand_in("given", 0, ift=len(files.get("demonstrations", ())), path=folder)
 
     def _few(self, count: int, tokens: int, generate: Any) -> int:

@@ -1,7 +1,7 @@
 """What a stage takes: its batches or steps by the clock, and the most memory it has held."""
 
 import ctypes
-import gc
+import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from selfalign import processes
 from selfalign.errors import SelfalignError
 from selfalign.journal import Journal, Task
-from selfalign.models import default_device
+from selfalign.models import default_device, release_memory
 from selfalign.store import Workspace
 from selfalign.trainer import peak_memory
 
@@ -50,7 +51,7 @@ class Stopwatch(Workspace):
 
 
 class TimedJournal(Journal):
-    """Adds the size and the seconds of every batch to a list."""
+    """Adds the size and the seconds of every batch to a list; every process makes all of them, and keeps none."""
 
     def __init__(self, folder: Path, timed: list[tuple[int, float]], first_alone: bool) -> None:
         super().__init__(folder, lambda size: None)
@@ -63,13 +64,13 @@ class TimedJournal(Journal):
         Raises:
             Enough: there is one, and one is enough.
         """
-        for task in tasks:
+        for _, size, work in tasks:
             started = time.monotonic()
-            [result] = super().batches([task])
-            self._timed.append((task[1], time.monotonic() - started))
+            result = work()
+            self._timed.append((size, time.monotonic() - started))
             if self._first_alone:
                 raise Enough
-            yield result
+            yield json.loads(json.dumps(result))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +80,7 @@ class Measured:
     Attributes:
         each: seconds of its slowest batch; of a training the last step, when all is warmed up.
         around: seconds of all the rest, such as loading the model.
-        peak: the most memory, bytes.
+        peak: the most memory of a process, bytes.
         batches: how many batches these records would have been.
     """
 
@@ -94,12 +95,12 @@ class Measured:
 
 
 def measure(watch: Stopwatch, stage: Callable[[Workspace], Any]) -> Measured:
-    """Runs a stage on a few records and takes its time and memory.
+    """Runs a stage on a few records and takes its time and memory; all processes of a run do.
 
     Raises:
         SelfalignError: it does not fit into memory.
     """
-    gc.collect()
+    release_memory()
     forget_peak_memory()
     started = time.monotonic()
     with fits(watch.label), suppress(Enough):
@@ -111,7 +112,7 @@ def measure(watch: Stopwatch, stage: Callable[[Workspace], Any]) -> Measured:
     return Measured(
         each=steps[-1] if steps else max(timed),
         around=max(0.0, seconds - sum(timed)),
-        peak=peak(),
+        peak=max(processes.gather(peak())),
         batches=watch.total / size if size else len(timed),
     )
 

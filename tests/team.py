@@ -113,14 +113,16 @@ LAUNCHERS = {
 }  # fmt: skip
 
 
-def launch(folder: Path, launcher: str, *arguments: str, dies_in: str = "") -> Said:
+def launch(folder: Path, launcher: str, *arguments: str, module: str = "selfalign", dies_in: str = "") -> Said:
     """The command line in two processes, of which the second is killed in the stage of this label."""
-    known = {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    paths = [ROOT, ROOT / "tests"]
+    known = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HYDRA_FULL_ERROR": "0"}
     if dies_in:
         (folder / "site").mkdir()
         (folder / "site/sitecustomize.py").write_text(SITE)
-        known |= {"PYTHONPATH": os.pathsep.join(map(str, (folder / "site", ROOT, ROOT / "tests"))), "DIES_IN": dies_in}
-    command = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "selfalign", *arguments]
+        paths, known = [folder / "site", *paths], {**known, "DIES_IN": dies_in}
+    known["PYTHONPATH"] = os.pathsep.join(map(str, paths))
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", module, *arguments]
     ended = subprocess.run(
         command, cwd=folder, env={**os.environ, **known}, text=True, capture_output=True, timeout=540, check=False
     )

@@ -1,6 +1,7 @@
 """dry_run=true: it covers what the run then does, with as many steps, at the greatest length, and leaves nothing."""
 
 import inspect
+import math
 import re
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from builders import (
     write_tiny_data,
 )
 from mutation import mutated
+from team import launch
 from test_architecture import modules
 
 from selfalign import dry_run as module
@@ -134,6 +136,24 @@ def test_command_line_prints_every_stage_and_leaves_nothing(call: Callable[..., 
     assert "An upper bound" in said.out
     assert list((tmp_path / "outputs").iterdir()) == []
     assert not (tmp_path / "wandb").exists()
+
+
+def test_several_processes_rehearse_a_run_of_as_many_in_its_layout(call: Callable[..., Said], tmp_path: Path) -> None:
+    told = [*TINY_RUN, *SHORT, *write_tiny_data(tmp_path / "data"), "iterations=1", "generate.batch_tokens=40"]
+    told += [f"output_dir={tmp_path / 'outputs'}", "dry_run=true"]
+    alone = call(*told)
+    said = launch(tmp_path, "torchrun", *told, "train.layout.kind=fsdp2", module="sharded")
+    assert said.code == 0, said.err
+    assert re.search(r"^memory +at most [\d.]+ GiB in each of 2 processes, in ", said.out, re.MULTILINE)
+    assert said.out.count("An upper bound") == 1
+    work = r"^(\S+) +(\d+) (model|batches|steps) "
+    shares = [
+        (label, math.ceil(int(count) / 2) if unit == "batches" else int(count))
+        for label, count, unit in re.findall(work, alone.out, re.MULTILINE)
+    ]
+    assert shares == [(label, int(count)) for label, count, _ in re.findall(work, said.out, re.MULTILINE)]
+    assert any(label.endswith("responses") and count > 1 for label, count in shares)
+    assert list((tmp_path / "outputs").iterdir()) == []
 
 
 def test_rehearsal_that_is_told_to_stop_leaves_nothing(tmp_path: Path) -> None:

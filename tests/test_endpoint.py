@@ -203,6 +203,7 @@ def test_answers_before_a_failure_are_kept_and_not_asked_for_again(tmp_path: Pat
     assert first[:5] == [0, 1, 2, 3, 4]
     with chat_server("Score: 2") as server, client(server) as chats, out.journal(6, "judgements") as journal:
         answers = chats.complete_all(requests, journal, 1)
+        assert not any(name in journal for name in requests), "a place in memory for each of millions"
     assert {body["n"] for body in server.bodies} == {4, 5} - set(first[5:])
     assert [answers[f"r{n}"].text for n in range(4)] == ["Score: 1"] * 4
 

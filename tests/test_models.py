@@ -1,7 +1,9 @@
 """Policies on disk: what is refused and how, identity, and what survives saving and loading."""
 
+import gc
 import json
 import shutil
+import weakref
 from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
@@ -306,6 +308,30 @@ def test_saved_adapter_reloads_to_bitwise_equal_logits_and_merges_to_the_same(
     torch.testing.assert_close(logits_of(merged), logits_of(policy), rtol=1e-5, atol=1e-5)
     assert float((logits_of(merged) - logits_of(tiny_policy.load("float32"))).abs().max()) > 0.01
     assert merged.digest == trainable.digest != tiny_policy.digest
+
+
+def test_adapter_stays_apart_where_it_would_be_rounded_or_has_to(tiny_policy: PolicyFiles, tmp_path: Path) -> None:
+    files = save(trained(tiny_policy, LoRA(rank=4)), tmp_path / "M1", tiny_policy)
+    for policy in (files.load("bfloat16"), files.load("float32", apart=True)):
+        assert hasattr(policy.model, "peft_config")
+        assert not any(parameter.requires_grad for parameter in policy.model.parameters())
+    exact = logits_of(files.load("float32", apart=True))
+    torch.testing.assert_close(logits_of(files.load("float32")), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits_of(files.load("bfloat16")).float(), exact, rtol=0.05, atol=0.05)
+
+
+def test_loading_lets_go_of_models_that_only_hold_each_other(tiny_policy: PolicyFiles) -> None:
+    policy = tiny_policy.load("float32")
+    policy.model.circle = policy.model  # type: ignore[assignment]
+    gone = weakref.ref(policy.model)
+    gc.disable()
+    try:
+        del policy
+        assert gone() is not None
+        tiny_policy.load("float32")
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_digest_is_that_of_the_weights_wherever_they_lie(tiny_policy: PolicyFiles, tmp_path: Path) -> None:

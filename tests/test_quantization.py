@@ -24,6 +24,7 @@ from selfalign import models
 from selfalign.errors import SelfalignError
 from selfalign.generation import Request, Sampling, Transformers
 from selfalign.models import LoRA, ModelConfig, Policy, PolicyFiles, fetch_pretrained
+from selfalign.quantization import quantise_on_load
 from selfalign.serving import export
 from selfalign.stages.sft import sft
 from selfalign.training import Weights
@@ -104,7 +105,7 @@ def test_adapter_stays_beside_its_quantised_base_and_scores_as_it_was_trained(tm
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("if not trainable and not self.quantization:", "if not trainable:"),
+        ("not (trainable or apart or self.quantization)", "not (trainable or apart)"),
         ('"base": base.digest, **base.quantization, ', '"base": base.digest, '),
         ("if self.quantization else {}\n        model", "if not self.weights else {}\n        model"),
     ],
@@ -164,3 +165,10 @@ def test_engine_that_would_run_the_unquantised_base_is_refused(
         composed("experiment=smoke", *told, *command)
     with pytest.raises(SelfalignError, match=f"generate={engine} cannot run a policy in 4 bits"):
         VLLM().arguments(quantised) if engine == "vllm" else export(quantised, tmp_path, "float32")
+
+
+def test_quantised_layers_go_to_the_gpu_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate refuses to train what was put on "cuda" where it takes "cuda:0" itself."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert quantise_on_load(torch.float32, "cuda")["device_map"] == {"": 3}
+    assert quantise_on_load(torch.float32, "cpu")["device_map"] == {"": "cpu"}

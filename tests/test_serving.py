@@ -246,6 +246,22 @@ def test_adapter_is_merged_into_what_is_served(tiny_policy: PolicyFiles, tmp_pat
     assert not torch.allclose(logits, plain, atol=1e-3)
 
 
+def test_weights_that_are_served_are_rounded_once_when_the_adapter_is_in_them(
+    tiny_policy: PolicyFiles, tmp_path: Path
+) -> None:
+    adapted = PolicyFiles(tmp_path / "adapted")
+    adapted.path.mkdir()
+    adapted.save(adapt(tiny_policy), tiny_policy)
+    (tmp_path / "out").mkdir()
+    export(adapted, tmp_path / "out", "bfloat16")
+    from transformers import AutoModelForCausalLM
+
+    served = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    merged = adapted.load("float32", device="cpu").model
+    for ours, theirs in zip(merged.parameters(), served.parameters(), strict=True):
+        assert torch.equal(ours.bfloat16(), theirs)
+
+
 def adapt(policy: PolicyFiles) -> Any:
     """The policy with an adapter that changes what it says."""
     loaded = policy.load("float32", device="cpu")

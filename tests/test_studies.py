@@ -1,6 +1,7 @@
 """conf/experiment holds the papers' studies at their published figures, and a small version of each."""
 
 import re
+import shlex
 from functools import cache
 from operator import attrgetter
 from typing import Any
@@ -17,6 +18,7 @@ from selfalign.config import ExperimentConfig, register
 from selfalign.losses import DPO, IPO, Positives, SrDPO, SrIPO
 from selfalign.pairing import BestWorst
 from selfalign.plan import plan
+from selfalign.serving import Server
 from selfalign.stages.judge import ExpectedScore, SampledScore
 from selfalign.stages.pair import PositivesOnly
 from selfalign.stages.seeds import EvaluationFineTuning
@@ -254,6 +256,33 @@ def test_full_studies_are_measured_as_in_their_papers(name: str) -> None:
     full["alignment-handbook/zephyr-7b-sft-full"] = "open_llm_leaderboard"
     assert list(config.benchmark) == ([full[config.model.path]] if config.model.path in full else [])
     assert (config.sweep_metric == "held_out/rewards/accuracies") == (not config.evaluate.instructions)
+
+
+def commands_for_several_gpus() -> list[list[str]]:
+    """The overrides of the commands in experiments/scale, but for those that say "…" and those of Hydra itself."""
+    blocks = re.findall(r"^```\n(.*?)^```", (ROOT / "experiments/scale/README.md").read_text(), re.M | re.S)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if "…" not in line]
+    words = [shlex.split(line) for line in lines]
+    return [
+        [word for word in line[line.index("selfalign") + 1 :] if not word.startswith(("-", "hydra"))] for line in words
+    ]
+
+
+def test_commands_for_several_gpus_compose() -> None:
+    commands = commands_for_several_gpus()
+    assert len(commands) == 3
+    for overrides in commands:
+        assert composed(*overrides)[0].train.layout.sharded
+
+
+def test_command_for_70b_leaves_nothing_that_loads_a_whole_model_but_the_server() -> None:
+    (overrides,) = [command for command in commands_for_several_gpus() if "experiment=self_rewarding" in command]
+    config, _, _ = composed(*overrides)
+    assert config.model.path == "meta-llama/Llama-2-70b-hf"
+    assert isinstance(config.generate, Server)
+    assert isinstance(config.judge, SampledScore), "judges that read probabilities load the model"
+    loading = ("reference", "start", "divergence", "logps", "mt_bench")
+    assert not [label for label, _ in plan(config) if label.endswith(loading)]
 
 
 def test_study_of_llama_says_which_instructions_it_needs() -> None:

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen2Config, TrainingArguments
 
 from selfalign import trainer as trainer_module
 from selfalign.batches import Group, PairExample, encode_group, encode_pairs
@@ -213,6 +214,27 @@ def test_sft_step_is_that_of_the_mean_over_tokens_or_examples_however_it_is_cut(
     assert row["loss_per_token"] == pytest.approx(-float(torch.cat(logps).mean().detach()), rel=1e-5)
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
     assert row["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
+
+
+def test_process_that_sees_several_gpus_trains_on_one_as_on_a_machine_with_one(
+    tiny_policy: PolicyFiles, demonstrations: list[Group], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trainer would put the model into DataParallel, which shares batches out that are not its own."""
+    devices = TrainingArguments._setup_devices.func
+
+    def several(arguments: TrainingArguments) -> torch.device:
+        device = devices(arguments)
+        arguments._n_gpu = 2
+        return device
+
+    given = {"objective": Likelihood("tokens"), "optimization": settings(**ONE_STEP)}
+    alone = run(tmp_path / "alone", tiny_policy, demonstrations, **given)
+    patched = cached_property(several)
+    patched.__set_name__(TrainingArguments, "_setup_devices")
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", patched)
+    again = run(tmp_path / "again", tiny_policy, demonstrations, **given)
+    for name, value in alone.weights.items():
+        assert torch.equal(value, again.weights[name]), name
 
 
 @pytest.mark.usefixtures("gradient_descent")
@@ -797,7 +819,8 @@ def test_unknown_reference_is_refused() -> None:
 
 def test_precision_says_what_a_log_probability_depends_on() -> None:
     assert settings(dtype="bfloat16").precision("float32").autocast == "bfloat16"
-    assert settings(dtype="bfloat16").precision("bfloat16").autocast == ""
+    assert settings(dtype="bfloat16").precision("bfloat16").autocast == "bfloat16", "as in training, norms are float32"
+    assert settings(dtype="float32").precision("bfloat16").autocast == ""
     precision = settings(dtype="float32", max_length=77, batch_tokens=11).precision("float32")
     assert (precision.dtype, precision.autocast, precision.max_length, precision.batch_tokens) == (
         "float32",

@@ -13,5 +13,6 @@ def pretrained(out: Workspace, *, model: ModelConfig, source: str) -> Counts:
         source: digest of the files it comes from; another content under the same path is another M0.
     """
     fetch_pretrained(model, out.path)
-    loaded = PolicyFiles(out.path).load(model.dtype)
+    # In main memory, for one GPU may be too small; only quantising it there would take long.
+    loaded = PolicyFiles(out.path).load(model.dtype, device="cpu" if model.quantization == "none" else "")
     return {"parameters": loaded.model.num_parameters()}  # which also counts those that share a byte

@@ -113,7 +113,8 @@ def test_patience_key_and_prices_are_no_part_of_what_judgements_depend_on() -> N
         base_url="http://x/v1", model="m", key_variable="OTHER", concurrency=9, timeout_seconds=1, retries=1,
         first_wait_seconds=0, prompt_price=1, completion_price=1,
     )  # fmt: skip
-    assert canonical(one) == canonical(other) == {"class": "Endpoint", "base_url": "http://x/v1", "model": "m"}
+    keyed = {"class": "Endpoint", "base_url": "http://x/v1", "model": "m", "parameters": {}}
+    assert canonical(one) == canonical(other) == keyed
 
 
 def test_pairwise_verdicts_are_read_from_what_a_server_writes(tmp_path: Path) -> None:

@@ -1,0 +1,9 @@
+"""selfalign's command line, where CPU processes share weights out too."""
+
+from layout_jobs import shard_on_the_cpu
+
+from selfalign.__main__ import main
+
+if __name__ == "__main__":
+    shard_on_the_cpu()
+    main()
