@@ -188,9 +188,11 @@ def _run_hydra() -> None:
     def job(config: DictConfig) -> float | None:
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             with processes.joined():
+                set_messages()
                 return run_sweep_job(lambda: _prepare(config), explain)
         try:
             with processes.joined():
+                set_messages()
                 prepared = _prepare(config)
                 if prepared[0].dry_run:
                     from selfalign.dry_run import dry_run  # It imports transformers' Trainer, which takes seconds.
@@ -215,7 +217,6 @@ def _prepare(config: "DictConfig") -> "Prepared":
     from selfalign.config import describe
     from selfalign.errors import SelfalignError
 
-    set_messages()
     experiment, text, described = describe(config)
     if experiment.dry_run and HydraConfig.get().mode is RunMode.MULTIRUN:
         raise SelfalignError(

@@ -47,7 +47,7 @@ class ExperimentConfig:
         output_dir: where runs and the store of their artefacts lie.
         fresh: makes everything anew instead of continuing what is there.
         sweep_metric: the number of the last model, as in summary.json, that a search such as Optuna's goes by, and by
-            which a comparison calls a job the best.
+            which a comparison calls a job the best: the one with the highest, or of "-name" the lowest.
         model: M0.
         data: where demonstrations and preference pairs come from.
         generate: the backend that writes.

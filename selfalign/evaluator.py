@@ -155,7 +155,8 @@ def _runs_at(path: Path) -> list[FinishedRun]:
     if not (path / JOBS).is_file():
         return []
     jobs = Sweep(path).jobs()
-    finished = [job for job in jobs if job.state is JobState.finished and job.folder]
+    done = {job.folder: job for job in reversed(jobs) if job.state is JobState.finished and job.folder}
+    finished = sorted(done.values(), key=lambda job: job.number)  # Two jobs of the same settings have one folder.
     if not finished:
         raise SelfalignError(f"{path}: no job of this sweep is finished; the same command continues it")
     names = [plain_name(told(job, jobs)) for job in finished]

@@ -2,14 +2,15 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfalign import processes
 from selfalign.card import write_card
-from selfalign.files import write_json
+from selfalign.errors import SelfalignError
+from selfalign.files import read_json, write_json
 from selfalign.pipeline import run_pipeline
 from selfalign.plan import plan
 from selfalign.publish import check_login, publish
@@ -21,6 +22,9 @@ from selfalign.summary import closing_text, models_of, plan_text, summarise
 if TYPE_CHECKING:
     from selfalign.config import ExperimentConfig
 
+FINISHED = "finished.json"
+"""Written last, behind the pages, the tracker's end and the push: what was asked for besides the artefacts."""
+
 
 def run_experiment(config: "ExperimentConfig", config_yaml: str, plain: dict[str, Any]) -> Path:
     """Runs or continues an experiment and returns its folder, which of several processes the main one keeps.
@@ -30,20 +34,40 @@ def run_experiment(config: "ExperimentConfig", config_yaml: str, plain: dict[str
         config_yaml: the resolved configuration as text, kept in the run folder.
         plain: the same as plain dictionaries, for the tracker.
     """
+    return _run(config, config_yaml, plain, lambda: None, again=True)[0]
+
+
+def finish_experiment(
+    config: "ExperimentConfig", config_yaml: str, plain: dict[str, Any], begin: Callable[[], None]
+) -> bool:
+    """The same, but one that has finished is left as it is; whether it had. `begin` is called where there is work."""
+    return _run(config, config_yaml, plain, begin, again=False)[1]
+
+
+def _run(
+    config: "ExperimentConfig", config_yaml: str, plain: dict[str, Any], begin: Callable[[], None], *, again: bool
+) -> tuple[Path, bool]:
+    """The run folder, and whether everything was finished before and nothing was done."""
     output = Path(config.output_dir).absolute()
     store = Store(output / "store")
     folder, attempt = processes.broadcast(run_folder(output, config.name, config, fresh=config.fresh))
-    if not processes.is_main():
-        run_pipeline(config, Fellow(store, attempt))
-        return folder
-    if config.push:
-        check_login()
-    folder.mkdir(parents=True, exist_ok=True)
-    busy = f"this configuration is already running in {folder}"
-    with locked(folder / ".lock", busy):
-        open_folder(folder, config_yaml)
+    with ExitStack() as stack:
+        if processes.is_main():
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder / ".lock", f"this configuration is already running in {folder}"))
+        there = look_ahead(config, store, attempt) if processes.is_main() else None
+        left_alone = there is not None and not (again or config.fresh) and is_finished(config, folder, there)
+        if processes.broadcast(left_alone):
+            return folder, True
+        begin()
+        if there is None:
+            run_pipeline(config, Fellow(store, attempt))
+            return folder, False
+        if config.push:
+            check_login()
+        open_folder(folder, config_yaml, anew=told_keys(folder) not in ({}, there.there))
         with log_file(folder / "run.log"), config.track.open(folder, plain) as tracker:
-            print(plan_text(plan(config), look_ahead(config, store, attempt)), flush=True)
+            print(plan_text(plan(config), there), flush=True)
             run = Run(folder, store, tracker, attempt)
             try:
                 run_pipeline(config, Shown(run))
@@ -52,7 +76,28 @@ def run_experiment(config: "ExperimentConfig", config_yaml: str, plain: dict[str
             conclude(run, config, plain, models_of(run.artefacts), (write_report, write_card))
         if config.push:
             print(f"published {publish(folder, config.push_to, private=config.push_private)}", flush=True)
-    return folder
+        write_json(folder / FINISHED, asked_besides(config))
+    return folder, False
+
+
+def is_finished(config: "ExperimentConfig", folder: Path, there: Look) -> bool:
+    """Whether a run was done to its end as it is asked for now, and tells of the artefacts that are there."""
+    ended = (folder / FINISHED).exists() and read_json(folder / FINISHED) == asked_besides(config)
+    return ended and (folder / "report.html").exists() and told_keys(folder) == there.there
+
+
+def told_keys(folder: Path) -> dict[str, str]:
+    """{label: key} of the artefacts that a run's summary tells of; nothing where there is none."""
+    if not (folder / "summary.json").exists():
+        return {}
+    return {stage["label"]: stage["key"] for stage in read_json(folder / "summary.json")["stages"]}
+
+
+def asked_besides(config: "ExperimentConfig") -> dict[str, Any]:
+    """What is asked of a run besides its artefacts."""
+    push = [config.push_to, config.push_private] if config.push else []
+    tracker = {"class": type(config.track).__name__, **asdict(config.track)}
+    return {"track": tracker, "push": push, "sweep_metric": config.sweep_metric}
 
 
 def conclude(
@@ -83,9 +128,9 @@ def conclude(
 
 
 def look_ahead(config: "ExperimentConfig", store: Store, attempt: str) -> Look:
-    """What is there already, up to the first stage that has to be made."""
+    """What is there already, up to the first stage that has to be made, or that fails; so it will again, in the run."""
     look = Look(store, attempt)
-    with suppress(NotMadeYet):
+    with suppress(NotMadeYet, SelfalignError, OSError):
         run_pipeline(config, look)
     return look
 

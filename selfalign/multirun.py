@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
@@ -14,6 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from selfalign import processes
 from selfalign.files import digest_json
@@ -28,10 +29,15 @@ NOT_THE_STUDY = ("output_dir=", "fresh=")
 """Overrides that the same sweep may be continued without."""
 
 
+def as_given(overrides: ListConfig) -> list[str]:
+    """The overrides as they were typed: what is interpolated in them is each job's to resolve."""
+    return cast(list[str], OmegaConf.to_container(overrides, resolve=False))
+
+
 def sweep_folder(output_dir: str, name: str, overrides: ListConfig, space: DictConfig | None) -> str:
     """`<output_dir>/sweeps/<name>-<digest of overrides and search space>`: the same command has the same folder."""
     check_name(name)
-    asked = sorted(override for override in overrides if not override.startswith(NOT_THE_STUDY))
+    asked = sorted(override for override in as_given(overrides) if not override.startswith(NOT_THE_STUDY))
     digest = digest_json([asked, OmegaConf.to_container(space) if space else {}])[:8]
     return str(Path(output_dir).absolute() / "sweeps" / f"{name}-{digest}")
 
@@ -55,10 +61,14 @@ class ListJobs(Callback):
         if processes.are_named():
             # Hydra would take any other exception for a warning.
             sys.exit(NOT_HERE if os.environ.get("RANK", "0") == "0" else 1)
-        with suppress(OSError, HydraException):  # Hydra would warn of it, and stops with it right afterwards.
+        # Hydra would warn of it, and stops with it right afterwards.
+        with suppress(OSError, HydraException, OmegaConfBaseException):
             prefer_command_line(config.hydra)
             sweep = Sweep(Path(config.hydra.sweep.dir))
-            sweep.open(jobs_of(config) if is_grid(config.hydra) else [])
+            jobs = jobs_of(config) if is_grid(config.hydra) else []
+            if is_grid(config.hydra) and not jobs:
+                sys.exit("error: the sweep has no jobs: a range or a choice among its overrides is empty")
+            sweep.open(jobs)
             ListJobs.sweep = sweep
 
 
@@ -84,7 +94,7 @@ def closed_in_the_end() -> Iterator[None]:
 
 def prefer_command_line(hydra: DictConfig) -> None:
     """Takes out of a study's search space what the command line sets or sweeps itself."""
-    given = {override.lstrip("+~").partition("=")[0] for override in hydra.overrides.task}
+    given = {override.lstrip("+~").partition("=")[0] for override in as_given(hydra.overrides.task)}
     with open_dict(hydra):
         for key in given & set(hydra.sweeper.params or {}):
             del hydra.sweeper.params[key]
@@ -99,7 +109,7 @@ def jobs_of(config: DictConfig) -> list[list[str]]:
     """The overrides of every job, in Hydra's order."""
     space = [f"{key}={values}" for key, values in (config.hydra.sweeper.params or {}).items()]
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-    overrides = parser.parse_overrides([*space, *config.hydra.overrides.task])
+    overrides = parser.parse_overrides([*space, *as_given(config.hydra.overrides.task)])
     return [job for batch in BasicSweeper.split_arguments(overrides, None) for job in batch]
 
 
@@ -115,4 +125,4 @@ def run_sweep_job(prepare: Callable[[], Prepared], explain: Callable[[BaseExcept
     """
     config = HydraConfig.get()
     sweep, number = Sweep(Path(config.sweep.dir)), config.job.num + 1
-    return run_job(sweep, number, list(config.overrides.task), prepare, explain, searched=not is_grid(config))
+    return run_job(sweep, number, as_given(config.overrides.task), prepare, explain, searched=not is_grid(config))

@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(prog="selfalign-report", description=f"{about.partition(': ')[2]} {more}")
     found.add_argument("paths", metavar="PATH", type=Path, nargs="+", help="run folder, sweep folder, folder of runs")
     metric = "number of a model's row in summary.json, of which the best job has the highest; else sweep_metric"
-    found.add_argument("--metric", default="", help=metric)
+    found.add_argument("--metric", default="", help=f"{metric}; --metric=-NAME: the lowest")
     found.add_argument("--out", type=Path, help="folder for the comparison; else PATH, or this folder for several")
     return found
 

@@ -18,7 +18,7 @@ from selfalign.errors import SelfalignError
 from selfalign.files import digest_json, write_atomically, write_json
 from selfalign.models import PolicyFiles
 from selfalign.store import Artefact, Counts, Store, canonical
-from selfalign.tracking import NoTracker, Tracker
+from selfalign.tracking import NoTracker, Tracker, forget_tracked
 
 logger = logging.getLogger(__name__)
 
@@ -213,9 +213,19 @@ def check_name(name: str) -> None:
         raise SelfalignError(f"name must be 1 to 80 letters, digits, '.', '_' or '-', got {name!r}")
 
 
-def open_folder(folder: Path, config_yaml: str) -> None:
-    """Prepares a run folder: the resolved configuration, and metrics that are written anew from the artefacts."""
+def open_folder(folder: Path, config_yaml: str, *, anew: bool = False) -> None:
+    """Prepares a run folder: the resolved configuration, and metrics that are written anew from the artefacts.
+
+    Args:
+        folder: made if it is not there.
+        config_yaml: the resolved configuration.
+        anew: whether what it tells of is no longer what the run is made of, because the data are others: then it goes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    if anew:
+        for page in ("summary.json", "report.html", "model_card.md"):
+            (folder / page).unlink(missing_ok=True)
+        forget_tracked(folder)
     write_atomically(folder / "config.yaml", [config_yaml.encode()])
     write_atomically(folder / "metrics.jsonl", [])
 

@@ -15,7 +15,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
+
+import torch
 
 from selfalign import processes
 from selfalign.endpoint import Client, Endpoint, RefusedError, Reply
@@ -219,7 +221,9 @@ def export(policy: PolicyFiles, folder: Path, dtype: str) -> None:
     """
     check_engine(policy.quantization.get("quantization", "none"), "server")
     if (policy.path / "adapter").exists():
-        policy.load("float32", device="cpu").model.to(DTYPES[dtype]).save_pretrained(folder)
+        merged = policy.load("float32", device="cpu").model
+        cast(torch.nn.Module, merged).to(DTYPES[dtype])
+        merged.save_pretrained(folder)
     else:
         for pattern in ("*.safetensors", "*.safetensors.index.json", "config.json", "*.py"):
             for file in (policy.path / "weights").glob(pattern):

@@ -32,6 +32,7 @@ FORMAT = 1
 
 LOG = "log.jsonl"
 SCRATCH = "scratch"
+SECONDS = "seconds"
 MANIFEST = "manifest.json"
 
 Counts = dict[str, Any]
@@ -81,11 +82,23 @@ class Workspace:
         self.path.mkdir(parents=True, exist_ok=True)
         self.scratch.mkdir(exist_ok=True)
         self._on_row = on_row
+        self._started, self._before = time.monotonic(), _seconds_in(self.scratch / SECONDS)
+
+    @property
+    def seconds(self) -> float:
+        """How long the stage has been worked at, before it was killed too."""
+        return self._before + time.monotonic() - self._started
+
+    def note_time(self) -> None:
+        """Writes down how long that is, in case it is killed."""
+        if processes.is_main():
+            (self.scratch / SECONDS).write_text(f"{self.seconds:.2f}")
 
     def log(self, row: dict[str, Any]) -> None:
         """Appends a row to the stage's log and passes it on to the run's metrics at once."""
         with (self.path / LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+        self.note_time()
         self._on_row(row)
 
     def rewind_log(self, keep: Callable[[dict[str, Any]], bool]) -> None:
@@ -101,7 +114,12 @@ class Workspace:
     def journal(self, total: int, unit: str) -> Iterator[Journal]:
         """Work in numbered batches that outlives a kill; shows a progress bar with `total` units."""
         with progress_bar(self.label, total, unit) as advance:
-            yield Journal(self.scratch, advance)
+
+            def done(size: int) -> None:
+                advance(size)
+                self.note_time()
+
+            yield Journal(self.scratch, done)
 
 
 class Store:
@@ -179,11 +197,14 @@ class Store:
         build: Callable[[Workspace], Counts],
         workspace: Workspace,
     ) -> None:
-        started = time.monotonic()
         for leftover in folder.iterdir() if processes.is_main() else ():
             if leftover.name not in (LOG, SCRATCH):
                 _remove(leftover)
-        counts = build(workspace)
+        try:
+            counts = build(workspace)
+        except BaseException:
+            workspace.note_time()
+            raise
         processes.wait_for_all()
         if not processes.is_main():
             return
@@ -197,7 +218,7 @@ class Store:
                 "files": {name: [digest, (folder / name).stat().st_size] for name, digest in files.items()},
                 "digest": digest_json(files),
                 "counts": counts,
-                "seconds": round(time.monotonic() - started, 2),
+                "seconds": round(workspace.seconds, 2),
             },
         )
         shutil.rmtree(workspace.scratch)
@@ -276,6 +297,14 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
+
+
+def _seconds_in(file: Path) -> float:
+    """What was written down, if it was, whole."""
+    try:
+        return float(file.read_text())
+    except (OSError, ValueError):
+        return 0.0
 
 
 def _parse_or_none(line: str) -> Any:

@@ -17,11 +17,10 @@ import torch
 
 from selfalign import processes
 from selfalign.errors import SelfalignError
-from selfalign.experiment import log_file, run_experiment
+from selfalign.experiment import finish_experiment, log_file
 from selfalign.files import read_json, write_json
-from selfalign.pipeline import run_pipeline
-from selfalign.run import Look, NotMadeYet, run_folder
-from selfalign.store import Store, locked
+from selfalign.run import run_folder
+from selfalign.store import locked
 from selfalign.summary import table
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ class Job:
         state: what has become of it.
         there: whether it had been finished before, and nothing was done.
         folder: its run folder, as seen from the sweep's; none as long as its settings were not accepted.
-        seconds: how long it took this time.
+        seconds: how long it took when it was last done.
         error: the line it failed with.
     """
 
@@ -85,12 +84,16 @@ class Sweep:
     def open(self, jobs: Sequence[Sequence[str]]) -> None:
         """Begins or resumes the sweep: waits for its turn, and lists the jobs; `jobs` may be unknown yet.
 
+        A job that was finished is listed so, until it turns out not to be.
+
         Raises:
             OSError: the folder cannot be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.held.enter_context(locked(self.folder / ".lock", f"this sweep is already running in {self.folder}"))
-        self._write([Job(number=number, overrides=list(told)) for number, told in enumerate(jobs, start=1)])
+        before = {job.number: job for job in self.jobs()} if (self.folder / JOBS).exists() else {}
+        listed = [Job(number=number, overrides=list(told)) for number, told in enumerate(jobs, start=1)]
+        self._write([_as_it_was(job, before.get(job.number)) for job in listed])
         print(f"sweep of {len(jobs) or 'as many'} jobs{'' if jobs else ' as the sweeper asks for'}: {self.folder}")
 
     def jobs(self) -> list[Job]:
@@ -146,6 +149,12 @@ class Sweep:
         write_json(self.folder / JOBS, [asdict(job) for job in jobs])
 
 
+def _as_it_was(job: Job, before: Job | None) -> Job:
+    """The job, finished if that is what it was."""
+    same = before is not None and before.overrides == job.overrides and before.state is JobState.finished
+    return before if before and same else job
+
+
 def told(job: Job, jobs: Sequence[Job]) -> str:
     """A job's overrides that not all jobs have in common."""
     others = [other for other in jobs if other.number != job.number]
@@ -195,33 +204,37 @@ def run_job(
         searched: whether the sweeper goes by `sweep_metric`, which the last model then has to have.
 
     Returns:
-        That number; nothing if the job failed or has no such number.
+        That number, or its negative where it should be low; nothing if the job failed or has no such number.
     """
-    started = time.monotonic()
+    started, begun = time.monotonic(), False
 
     def tell(state: JobState, **changes: Any) -> None:
-        sweep.tell(number, overrides, state=state, seconds=round(time.monotonic() - started, 2), **changes)
+        took = {} if changes.get("there") else {"seconds": round(time.monotonic() - started, 2)}
+        sweep.tell(number, overrides, state=state, **took, **changes)
+
+    def begin() -> None:
+        nonlocal begun
+        begun = True
+        if processes.is_main():
+            sweep.tell(number, overrides, state=JobState.running, there=False, error="")
 
     try:
-        if processes.is_main():
-            sweep.tell(number, overrides, state=JobState.running)
         with undisturbed(), log_file(sweep.folder / f"job_{number}.log"):
             os.environ.setdefault("WANDB_RUN_GROUP", sweep.folder.name)
             config, text, plain = prepare()
-            output = Path(config.output_dir).absolute()
-            folder, _ = run_folder(output, config.name, config, fresh=config.fresh)
+            folder, _ = run_folder(Path(config.output_dir).absolute(), config.name, config, fresh=config.fresh)
             if processes.is_main():
                 sweep.tell(number, overrides, folder=os.path.relpath(folder, sweep.folder))
-            there = processes.broadcast(not config.fresh and is_finished(config, folder, Store(output / "store")))
-            if not there:
-                run_experiment(config, text, plain)
+            there = finish_experiment(config, text, plain, begin)
             if not processes.is_main():
                 return None
             model = read_json(folder / "summary.json")["models"][-1]
-            if searched and config.sweep_metric not in model:
+            metric = config.sweep_metric.removeprefix("-")
+            if searched and metric not in model:
                 raise SelfalignError(f"sweep_metric={config.sweep_metric} is none of {', '.join(model)}")
     except KeyboardInterrupt:
-        tell(JobState.interrupted)
+        if begun:
+            tell(JobState.interrupted)
         raise
     except processes.AnotherEnded:
         return None  # That one has written down why, or was killed and could not.
@@ -233,20 +246,8 @@ def run_job(
         tell(JobState.failed, error=message)
         return None
     tell(JobState.finished, there=there)
-    return model.get(config.sweep_metric)
-
-
-def is_finished(config: "ExperimentConfig", folder: Path, store: Store) -> bool:
-    """Whether a run has its report, and tells of the very artefacts that its settings and data ask for now."""
-    if not ((folder / "summary.json").exists() and (folder / "report.html").exists()):
-        return False
-    look = Look(store)
-    try:
-        run_pipeline(config, look)
-    except NotMadeYet:
-        return False
-    stages = read_json(folder / "summary.json")["stages"]
-    return {stage["label"]: stage["key"] for stage in stages} == look.there
+    value = model.get(metric)
+    return value if value is None or metric == config.sweep_metric else -value
 
 
 @contextmanager

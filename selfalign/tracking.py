@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from selfalign.errors import SelfalignError
+from selfalign.files import digest_json
 
 logger = logging.getLogger(__name__)
 MODES = ("auto", "online", "offline")
@@ -19,6 +21,8 @@ BY_ITERATION = ("eval", "judge", "judge_quality", "calibration", "preferences", 
 """Metrics that a model has once: their axis is the iteration, that of all others W&B's step, which is the row's."""
 AMONG_EVALUATION = re.compile("answers|scores|ranked_scores|against_.+")
 """Parts of an evaluation whose metrics have the same names as an iteration's, or as one another's."""
+LIVES = "tracked_anew.txt"
+"""In a run folder: a line for each time that its data have become others, so that W&B has a new run for them."""
 MOST_ROWS = 1000
 """Of a table; what is beyond them lies in the run folder."""
 
@@ -74,7 +78,7 @@ class Wandb:
             project=self.project,
             entity=self.entity or None,
             name=folder.name,
-            id=folder.name[-60:],
+            id=tracked_id(folder),
             dir=folder,
             config=config,
             group=self.group or os.environ.get("WANDB_RUN_GROUP"),  # wandb itself reads it once a process.
@@ -193,6 +197,19 @@ def place_of(label: str) -> str:
     return f"evaluation/{part}/" if AMONG_EVALUATION.fullmatch(part) else ""
 
 
+def tracked_id(folder: Path) -> str:
+    """The W&B id of a folder's run, the same whenever it goes on; that of the same settings elsewhere is another."""
+    lives = (folder / LIVES).read_text() if (folder / LIVES).exists() else ""
+    place = digest_json([str(folder.resolve()), os.getuid(), lives])[:6]
+    return f"{folder.name[-50:]}-{place}"
+
+
+def forget_tracked(folder: Path) -> None:
+    """From now on the folder's run is another one, because its data are."""
+    with (folder / LIVES).open("a") as file:
+        file.write("another\n")
+
+
 def is_online() -> bool:
     """Whether W&B is to be reached: there is a key, and the environment does not say otherwise."""
     return os.environ.get("WANDB_MODE", "online") == "online" and has_key()
@@ -203,6 +220,7 @@ def has_key() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
+        host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+        return netrc.netrc().authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False

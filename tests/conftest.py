@@ -90,12 +90,13 @@ def call(
 
     def run(*arguments: str) -> Said:
         monkeypatch.setattr(sys, "argv", ["selfalign", *arguments])
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
         capsys.readouterr()
         code = 0
         try:
             main()
         except SystemExit as stop:
-            code = int(stop.code or 0)
+            code = stop.code if isinstance(stop.code, int) else int(bool(stop.code))
         return Said(code, *capsys.readouterr())
 
     yield run

@@ -503,6 +503,14 @@ def test_jobs_with_the_same_highest_value_are_all_named() -> None:
     assert [row["class"] for row in job_rows(Comparison.of([a, b, c], METRIC))] == ["best", "best", ""]
 
 
+def test_lowest_is_the_best_where_it_is_asked_for() -> None:
+    given = [job("a", 0.5, 0.45, 0.55), job("b", 0.3, 0.2, 0.4), job("c", 0.35, 0.3, 0.42)]
+    comparison = Comparison.of(given, "-eval/win_rate")
+    assert [one.name for one in comparison.ranked] == ["b", "c", "a"]
+    assert [one.name for one in comparison.rivals()] == ["c"]
+    assert "has the lowest win rate" in best(comparison)
+
+
 def test_what_is_no_number_never_wins() -> None:
     rest = (job("none", None, lam=1), job("nan", math.nan, 0.9, 1.0, lam=2), Job(name="failed", settings={"lam": 3}))
     assert said_of(*rest, job("low", 0.1, 0.0, 0.2, lam=4)).startswith("Job 4 (lam = 4)")
@@ -515,6 +523,28 @@ def test_what_is_no_number_never_wins() -> None:
 def test_value_without_interval_claims_nothing() -> None:
     assert "do not say how sure" in said_of(job("a", 0.9, lam=1), job("b", 0.1, 0.05, 0.2, lam=2))
     assert "not sure" in said_of(job("a", 0.9, 0.8, 0.95, lam=1), job("b", 0.1, lam=2))
+
+
+def test_jobs_of_a_sweep_keep_their_numbers_when_one_is_another_again() -> None:
+    kept = [replace(job("a", 0.5), number=1), replace(job("c", 0.3), number=3)]
+    assert [one.number for one in Comparison.of(kept, "eval/win_rate").jobs] == [1, 3]
+    of_two_sweeps = [replace(job("a", 0.5), number=1), replace(job("c", 0.3), number=1)]
+    assert [one.number for one in Comparison.of(of_two_sweeps, "eval/win_rate").jobs] == [1, 2]
+
+
+def test_jobs_with_one_setting_alike_are_marked_by_number() -> None:
+    lams = [job(f"{n}", 0.5, **{"loss.lam": lam}) for n, lam in enumerate((0.1, 0.1, 0.3))]
+    alike = Comparison.of(lams, "eval/win_rate")
+    assert [alike.mark(one) for one in alike.jobs] == ["1", "2", "3"]
+    apart = Comparison.of(lams[1:], "eval/win_rate")
+    assert [apart.mark(one) for one in apart.jobs] == ["0.1", "0.3"]
+
+
+@pytest.mark.parametrize("text", ["[1", "[1]", "{}x", '[{"number": 1}]'])
+def test_damaged_list_of_jobs_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "jobs.json").write_text(text)
+    with pytest.raises(SelfalignError, match=r"jobs.json: not the jobs of a sweep"):
+        find_jobs([tmp_path])
 
 
 def test_jobs_are_ordered_by_number_of_the_sweep_or_by_settings() -> None:

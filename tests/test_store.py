@@ -364,3 +364,34 @@ def test_waiting_for_a_lock_says_so_once_with_the_reason(tmp_path: Path, caplog:
         assert leave.is_set()
     holder.join()
     assert [record.message for record in caplog.records] == ["M1 is being made by another process: waiting for it"]
+
+
+def test_seconds_are_those_of_every_attempt_however_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("selfalign.store.time.monotonic", lambda: clock[0])
+    store, place = Store(tmp_path), Store(tmp_path).place("stage", {})
+
+    def killed(seconds: float, noting: Callable[[Workspace], object]) -> None:
+        """Nothing is written at the end, so it has to be with every batch and every row."""
+        out = Workspace(place, "stage", lambda row: None)
+        clock[0] += seconds
+        noting(out)
+        clock[0] += 1000
+
+    def batch(out: Workspace) -> None:
+        with out.journal(1, "things") as journal:
+            assert list(journal.batches([("a", 1, lambda: 1)])) == [1]
+
+    def interrupted(out: Workspace) -> dict[str, Any]:
+        clock[0] += 7
+        raise KeyboardInterrupt
+
+    def done(out: Workspace) -> dict[str, Any]:
+        clock[0] += 2
+        return {}
+
+    killed(3, batch)
+    killed(5, lambda out: out.log({"step": 1}))
+    with pytest.raises(KeyboardInterrupt):
+        store.make("stage", {}, interrupted)
+    assert store.make("stage", {}, done).seconds == 3 + 5 + 7 + 2

@@ -21,12 +21,16 @@ import yaml
 from builders import ROOT, TINY_RUN, Said, composed, record_files, run, write_tiny_data
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from mutation import Check, assert_caught
+from test_tracking import Read
 
+from selfalign import experiment as experiment_module
 from selfalign import sweep as sweep_module
 from selfalign.errors import SelfalignError
 from selfalign.files import read_json
 from selfalign.multirun import BasicSweeper
+from selfalign.report.jobs import find_jobs
 from selfalign.sweep import Job, JobState, Sweep, run_job, told, undisturbed
+from selfalign.tracking import tracked_id
 
 LOOP = [*TINY_RUN, "iterations=1", "train.sft.epochs=1"]
 """The whole loop, once around."""
@@ -85,8 +89,21 @@ def counted(self, folder, *rest):
         file.write(f"{folder}\\n")
 
 store.Store._build = counted
+
+if "DIES_BEHIND" in os.environ:
+    import signal
+    from selfalign.sweep import JobState, Sweep
+
+    tell = Sweep.tell
+
+    def told(self, number, overrides, **changes):
+        tell(self, number, overrides, **changes)
+        if (str(number), changes.get("state")) == (os.environ["DIES_BEHIND"], JobState.finished):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Sweep.tell = told
 """
-"""Python imports this when it starts, so that what any process of a sweep makes is written down."""
+"""Python imports this when it starts: what any process of a sweep makes is written down; it may die behind a job."""
 
 START = (
     "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import selfalign.__main__ as m; m.main()"
@@ -104,9 +121,9 @@ class Elsewhere:
         (folder / "site/sitecustomize.py").write_text(COUNTING)
         self.overrides = [*GIVEN, write_pairs(folder / "pairs.jsonl", 40), f"output_dir={self.output}"]
 
-    def start(self, *overrides: str) -> subprocess.Popen[str]:
+    def start(self, *overrides: str, **environment: str) -> subprocess.Popen[str]:
         """A sweep, in a process group of its own."""
-        known = {"PYTHONPATH": f"{self.folder / 'site'}:{ROOT}", "BUILDS": str(self.folder / "builds")}
+        known = {"PYTHONPATH": f"{self.folder / 'site'}:{ROOT}", "BUILDS": str(self.folder / "builds"), **environment}
         return subprocess.Popen(
             [sys.executable, "-c", START, "-m", *self.overrides, *overrides],
             cwd=self.folder,
@@ -201,6 +218,15 @@ def test_interrupted_then_killed_sweep_goes_on_where_it_was(elsewhere: Elsewhere
     assert len(list(elsewhere.output.glob("store/align/*/manifest.json"))) == 3
 
 
+def test_sweep_killed_between_two_jobs_goes_on_with_the_second(elsewhere: Elsewhere) -> None:
+    assert end(elsewhere.start("loss.lam=0.1,0.3", DIES_BEHIND="1")).code == -signal.SIGKILL
+    assert states(elsewhere.output) == ["finished", "waiting"]
+    said = end(elsewhere.start("loss.lam=0.1,0.3"))
+    assert said.code == 0, said
+    assert [(job["state"], job["there"]) for job in jobs(elsewhere.output)] == [("finished", True), ("finished", False)]
+    assert set(elsewhere.built().values()) == {1}
+
+
 def test_ctrl_c_ends_jobs_side_by_side_with_one_line(elsewhere: Elsewhere) -> None:
     needs("joblib_launcher")
     sweep = elsewhere.start("loss.lam=0.1,0.3,1", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
@@ -219,7 +245,9 @@ def test_two_sweeps_at_once_make_what_both_need_once(elsewhere: Elsewhere) -> No
     assert [end(sweep).code for sweep in both] == [0, 0]
     assert set(elsewhere.built().values()) == {1}
     assert len(list(elsewhere.output.glob("store/align/*/manifest.json"))) == 3
-    assert len(list(elsewhere.output.glob("sweeps/*/jobs.json"))) == 2
+    listed = [read_json(file) for file in elsewhere.output.glob("sweeps/*/jobs.json")]
+    assert [len(jobs) for jobs in listed] == [2, 2]
+    assert sum(job["there"] for jobs in listed for job in jobs) == 1, "the job of both, in the sweep that came later"
 
 
 def test_search_goes_by_the_last_model_s_number_and_on_where_a_job_fails(elsewhere: Elsewhere) -> None:
@@ -275,6 +303,115 @@ def test_failing_job_leaves_the_others_alone_and_is_the_only_one_tried_again(
     assert written(output) == after
 
 
+def test_three_jobs_are_three_runs_of_wandb_though_the_middle_one_fails(
+    call: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_RUN_GROUP", raising=False)
+    paths = [tmp_path / name for name in ("a.jsonl", "missing.jsonl", "b.jsonl")]
+    for path in (paths[0], paths[2]):
+        write_pairs(path, chosen=f"Yes, {path.stem}.")
+    told = [*GIVEN, "output_dir=out", "track=wandb", "track.mode=offline"]
+    said = call("-m", *told, f"data.path={','.join(map(str, paths))}")
+    assert said.code == 1
+    (sweep,) = tmp_path.glob("out/sweeps/*")
+    assert (sweep / "comparison.html").exists()
+    for folder, path in zip(run_folders(tmp_path / "out"), paths, strict=True):
+        tracked = Read.of(folder)
+        assert len(list(folder.glob("wandb/offline-run-*"))) == 1
+        (run_record,) = tracked.of_type("run")
+        assert (run_record["run_id"], run_record["run_group"]) == (tracked_id(folder), sweep.name)
+        assert tracked.summary["config"]["data"]["path"] == str(path)
+        failed = path == paths[1]
+        assert (tracked.summary["state"], tracked.summary["exit_code"]) == (
+            "failed" if failed else "finished",
+            int(failed),
+        )
+
+
+def test_job_is_finished_when_all_that_was_asked_for_is_done(
+    call: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that fails behind its report is tried again, and one that is asked for more does that."""
+    told = ["-m", *GIVEN, write_pairs(tmp_path / "pairs.jsonl"), "output_dir=out"]
+    with monkeypatch.context() as patch:
+
+        def full(folder: Path) -> None:
+            raise OSError(28, "No space left on device")
+
+        patch.setattr(experiment_module, "write_card", full)
+        assert call(*told).code == 1
+        (folder,) = run_folders(tmp_path / "out")
+        assert (folder / "report.html").exists()
+        assert call(*told).code == 1
+    assert call(*told).code == 0
+    assert (folder / "model_card.md").exists()
+    assert [(job["state"], job["there"]) for job in jobs(tmp_path / "out")] == [("finished", False)]
+    before = written(tmp_path / "out")
+    assert call(*told).code == 0
+    assert [job["there"] for job in jobs(tmp_path / "out")] == [True]
+    assert written(tmp_path / "out") == before
+
+    published: list[Path] = []
+    monkeypatch.setattr(experiment_module, "check_login", lambda: None)
+    monkeypatch.setattr(experiment_module, "publish", lambda folder, *_, **__: published.append(folder))
+    more = [*told, "push=true", "push_to=me/mine", "sweep_metric=-rewards/margins"]
+    for _ in range(2):
+        assert call(*more).code == 0
+    assert [path.resolve() for path in published] == [folder]
+    pages = [path.read_text() for path in tmp_path.glob("out/sweeps/*/comparison.html")]
+    assert sum("</b> has the lowest " in page for page in pages) == 1
+
+
+def test_run_that_fails_on_other_data_shows_nothing_of_the_old(
+    call: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = [*GIVEN, write_pairs(tmp_path / "pairs.jsonl"), "output_dir=out"]
+    assert call(*told).code == 0
+    (folder,) = tmp_path.glob("out/smoke-*")
+    (before,) = find_jobs([folder])
+    name = tracked_id(folder)
+    assert call(*told).code == 0
+    assert (find_jobs([folder])[0].last, tracked_id(folder)) == (before.last, name)
+    write_pairs(tmp_path / "pairs.jsonl", chosen="Another.")
+
+    def broken(*arguments: Any, **inputs: Any) -> None:
+        raise SelfalignError("not today")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("selfalign.stages.align.train", broken)
+        assert call(*told).code == 1
+    (job,) = find_jobs([folder])
+    assert (job.state, job.error, job.last) == ("failed", "not today", {})
+    assert not (folder / "report.html").exists()
+    assert tracked_id(folder) != name
+    assert call(*told).code == 0
+    assert find_jobs([folder])[0].last["rewards/margins"] != before.last["rewards/margins"]
+
+
+def test_refused_jobs_with_quotes_leave_the_comparison_whole(call: Callable[..., Said], tmp_path: Path) -> None:
+    told = [*GIVEN, write_pairs(tmp_path / "pairs.jsonl"), "output_dir=out", "loss=sr_dpo", "data.count=-1,2"]
+    said = call("-m", *told, r"loss.refinement.prompt='It\'s you','Be: kind, @all'")
+    assert said.code == 1
+    assert "2 of 4 jobs failed" in said.err.splitlines()[-1]
+    (page,) = tmp_path.glob("out/sweeps/*/comparison.html")
+    assert "Be: kind, @all" in page.read_text()
+    assert (page.parent / "job_2.log").stat().st_size > 0, "what a job says lies in its log"
+
+
+def test_sweep_without_jobs_is_refused(call: Callable[..., Said], tmp_path: Path) -> None:
+    said = call("-m", *GIVEN, write_pairs(tmp_path / "pairs.jsonl"), "output_dir=out", "seed=range(5,5)")
+    assert said.code != 0
+    assert not list(tmp_path.glob("out/sweeps/*/jobs.json"))
+
+
+def test_job_is_listed_with_its_interpolations_as_they_were_given(call: Callable[..., Said], tmp_path: Path) -> None:
+    told = [*GIVEN, write_pairs(tmp_path / "pairs.jsonl"), "output_dir=out", "loss.lam=0.1,0.3"]
+    assert call("-m", *told, "push_to='me/lam-${loss.lam}-${hydra:job.num}'").code == 0
+    assert all("push_to='me/lam-${loss.lam}-${hydra:job.num}'" in job["overrides"] for job in jobs(tmp_path / "out"))
+    settings = [yaml.safe_load((folder / "config.yaml").read_text()) for folder in run_folders(tmp_path / "out")]
+    assert [one["push_to"] for one in settings] == ["me/lam-0.1-0", "me/lam-0.3-1"]
+
+
 def test_changed_data_is_not_taken_for_finished(call: Callable[..., Said], tmp_path: Path) -> None:
     pairs = tmp_path / "pairs.jsonl"
     for chosen, there in (("Yes.", False), ("No!", False), ("Yes.", False), ("Yes.", True)):
@@ -287,18 +424,18 @@ def test_job_is_the_same_alone_and_behind_one_that_leaves_a_mess(
 ) -> None:
     overrides = [*GIVEN, write_pairs(tmp_path / "pairs.jsonl")]
     alone = record_files(run(tmp_path / "alone", *overrides, "seed=2"))
-    original = sweep_module.run_experiment
+    original = sweep_module.finish_experiment
 
-    def messy(*arguments: Any) -> Path:
-        folder = original(*arguments)
+    def messy(*arguments: Any) -> bool:
+        there = original(*arguments)
         torch.set_default_dtype(torch.float64)
         os.environ["SELFALIGN_MESS"] = "1"
         random.seed(1), np.random.seed(1), torch.manual_seed(1)
         if arguments[0].seed == 1:
             raise RuntimeError("oh no")
-        return folder
+        return there
 
-    monkeypatch.setattr(sweep_module, "run_experiment", messy)
+    monkeypatch.setattr(sweep_module, "finish_experiment", messy)
     said = call("-m", *overrides, f"output_dir={tmp_path / 'swept'}", "seed=1,2")
     assert states(tmp_path / "swept") == ["failed", "finished"]
     assert jobs(tmp_path / "swept")[0]["error"] == "RuntimeError: oh no"
@@ -426,7 +563,29 @@ def test_same_sweep_waits_for_its_turn(tmp_path: Path) -> None:
     first.held.close()
     waiting.join(10)
     assert not waiting.is_alive()
-    assert first.jobs()[0].state is JobState.waiting
+    assert first.jobs()[0].state is JobState.finished, "until it is looked at"
+
+
+def test_what_was_finished_stays_so_when_the_same_sweep_is_interrupted(tmp_path: Path) -> None:
+    first = open_sweep(tmp_path, ["seed=1"], ["seed=2"], ["seed=3"])
+    for number, state in enumerate((JobState.finished, JobState.failed, JobState.running), start=1):
+        first.tell(number, [f"seed={number}"], state=state, seconds=5.0, error="oh" * (state is JobState.failed))
+    first.held.close()
+    again = open_sweep(tmp_path, ["seed=1"], ["seed=2"], ["seed=3"])
+
+    def interrupted() -> Any:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_job(again, 1, ["seed=1"], interrupted, str, searched=False)
+    again.interrupt()
+    again.held.close()
+    assert [(job.state.value, job.seconds, job.error) for job in again.jobs()] == [
+        ("finished", 5.0, ""), ("waiting", None, ""), ("waiting", None, ""),
+    ]  # fmt: skip
+    other = open_sweep(tmp_path, ["seed=9"])
+    other.held.close()
+    assert [job.state for job in other.jobs()] == [JobState.waiting]
 
 
 def test_job_whose_process_died_has_failed(tmp_path: Path) -> None:

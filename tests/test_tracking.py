@@ -14,7 +14,7 @@ from selfalign import tracking
 from selfalign.errors import SelfalignError
 from selfalign.files import read_json
 from selfalign.records import Instruction, PreferencePair, Response, ResponseScore, read_records
-from selfalign.tracking import NoTracking, Wandb, WandbTracker, has_key, place_of
+from selfalign.tracking import NoTracking, Wandb, WandbTracker, forget_tracked, has_key, place_of, tracked_id
 
 
 @pytest.fixture
@@ -58,6 +58,26 @@ def test_with_a_key_in_netrc_runs_are_online(no_key: pytest.MonkeyPatch, tmp_pat
     (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password kkk\n")
     (tmp_path / ".netrc").chmod(0o600)
     assert mode_of(Wandb(), no_key, tmp_path)["mode"] == "online"
+
+
+def test_key_of_another_server_counts_where_that_is_the_server(no_key: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / ".netrc").write_text("machine wandb.example.org login user password kkk\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    assert mode_of(Wandb(), no_key, tmp_path)["mode"] == "offline"
+    no_key.setenv("WANDB_BASE_URL", "https://wandb.example.org:8080")
+    assert mode_of(Wandb(), no_key, tmp_path)["mode"] == "online"
+
+
+def test_id_is_the_same_in_one_folder_and_another_elsewhere_or_for_other_data(tmp_path: Path) -> None:
+    here, there = tmp_path / "a" / "demo-12345678", tmp_path / "b" / "demo-12345678"
+    for folder in (here, there):
+        folder.mkdir(parents=True)
+    name = tracked_id(here)
+    assert name == tracked_id(here) != tracked_id(there)
+    assert name.startswith("demo-12345678-")
+    forget_tracked(here)
+    assert len({name, tracked_id(here), tracked_id(there)}) == 3
+    assert tracked_id(here) == tracked_id(here)
 
 
 def test_unreadable_netrc_is_no_key(no_key: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -184,7 +204,7 @@ def read(tracked: Path) -> Read:
 
 def test_run_tells_what_it_is_and_what_it_is_one_of(tracked: Path, read: Read) -> None:
     (told,) = read.of_type("run")
-    assert told["run_id"] == told["display_name"] == tracked.name
+    assert (told["run_id"], told["display_name"]) == (tracked_id(tracked), tracked.name)
     assert (told["project"], told["run_group"], told["job_type"]) == ("selfalign", GROUP, "SelfRewarding")
     assert told["tags"] == ["mine", "SrDPO", "ExpectedScore"]
     # W&B keeps no empty groups.
@@ -309,7 +329,7 @@ def test_three_offline_jobs_have_three_runs_though_the_middle_one_fails(
         found = Read.of(folder)
         assert len(list(folder.rglob("*.wandb"))) == 1
         assert found.summary["config"] == {"number": number}
-        assert (found.summary["run_id"], found.of_type("run")[0]["run_group"]) == (f"job-{number}", "sweep")
+        assert (found.summary["run_id"], found.of_type("run")[0]["run_group"]) == (tracked_id(folder), "sweep")
         assert found.history[1]["loss"] == number
         assert found.summary["summary"]["eval/win_rate"] == number / 4
         failed = number == 2

@@ -125,7 +125,7 @@ def _curve(comparison: Comparison, model: str, title: str, key: str, form: Forma
 def which(comparison: Comparison) -> str:
     """Which jobs are shown, where there are too many to show all."""
     some = len(comparison.leading) < len(comparison.finished)
-    return f"Of the {len(comparison.leading)} jobs with the highest {comparison.metric}. " if some else ""
+    return f"Of the {len(comparison.leading)} jobs with the {comparison.extreme} {comparison.metric}. " if some else ""
 
 
 def who(comparison: Comparison) -> str:

@@ -83,7 +83,7 @@ def write_comparison(folders: Sequence[Path], target: Path, metric: str = "") ->
         folders: run folders, sweep folders with their jobs.json, or folders that hold several runs.
         target: made if it is not there.
         metric: a number of the models' rows in summary.json, such as "eval/win_rate"; the job whose last model has
-            the highest is the best. Empty takes the jobs' own, `sweep_metric`.
+            the highest is the best, or the lowest with a "-" before the name. Empty takes the jobs' `sweep_metric`.
 
     Raises:
         SelfalignError: a folder holds no run, or no finished job has the metric that was asked for.
@@ -92,7 +92,7 @@ def write_comparison(folders: Sequence[Path], target: Path, metric: str = "") ->
     comparison = Comparison.of(jobs, metric or metric_of(jobs))
     if comparison.finished and not comparison.ranked and metric:
         known = sorted({key for job in comparison.finished for key, value in job.last.items() if is_number(value)})
-        raise SelfalignError(f"metric {metric!r}: no finished job has it; there are {', '.join(known)}")
+        raise SelfalignError(f"metric {comparison.metric!r}: no finished job has it; there are {', '.join(known)}")
     target.mkdir(parents=True, exist_ok=True)
     write_atomically(target / "comparison.csv", [csv_text(comparison).encode()])
     write_atomically(target / "comparison.html", [page(comparison).encode()])

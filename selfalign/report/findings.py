@@ -47,18 +47,18 @@ def verdict(comparison: Comparison) -> str:
 
 
 def best(comparison: Comparison) -> str:
-    """The job with the highest value of the metric, and how sure that is."""
+    """The job with the best value of the metric, and how sure that is."""
     metric, ranked = comparison.metric, comparison.ranked
     name = NAMES.get(metric, metric)
     if not ranked:
         return f"No job has {strong(name)}, so none is called the best."
     first, form = ranked[0], FORMS.get(metric, compact)
     low, high = comparison.interval(first)
-    value = strong(form(first.last[metric]))
+    value, most = strong(form(first.last[metric])), f"{comparison.extreme} {escape(name)}"
     if len(even := comparison.even) > 1:
         all_of_them = "All" if len(even) == len(ranked) else f"Jobs {', '.join(str(job.number) for job in even)}"
-        return f"<b>{all_of_them} have the same highest {escape(name)}</b>, {value}: it does not tell them apart."
-    found = f"<b>Job {escape(named(comparison, first))}</b> has the highest {escape(name)}, {value}"
+        return f"<b>{all_of_them} have the same {most}</b>, {value}: it does not tell them apart."
+    found = f"<b>Job {escape(named(comparison, first))}</b> has the {most}, {value}"
     if not math.isfinite(low):
         return f"{found}. There is no interval, so these numbers do not say how sure that is."
     found = f"{found} (95\u00a0% interval {form(low)} to {form(high)})."

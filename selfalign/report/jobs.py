@@ -86,7 +86,7 @@ def is_run(folder: Path) -> bool:
 
 def _jobs_at(path: Path) -> list[Job]:
     if (path / JOBS).is_file():
-        entries = read_json(path / JOBS)
+        entries = _entries(path / JOBS)
         common = set.intersection(*(set(entry["overrides"]) for entry in entries)) if entries else set()
         return [_of_sweep(path, entry, common) for entry in entries]
     folders = [path] if is_run(path) else sorted(child for child in path.glob("*") if is_run(child))
@@ -96,6 +96,19 @@ def _jobs_at(path: Path) -> list[Job]:
     return [job for job in found if not (job.run and "evaluated" in job.run.summary and job.folder != path.resolve())]
 
 
+def _entries(file: Path) -> list[Row]:
+    """The lines of a sweep's file.
+
+    Raises:
+        SelfalignError: it is damaged.
+    """
+    try:
+        names = ("number", "overrides", "state", "folder", "error")
+        return [{name: entry[name] for name in names} for entry in read_json(file)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SelfalignError(f"{file}: not the jobs of a sweep ({error!r})") from error
+
+
 def _of_sweep(path: Path, entry: Row, common: set[str]) -> Job:
     """A job as the sweep tells of it; one whose settings were refused has no folder, and its own overrides for them."""
     folder, done = path / (entry["folder"] or ""), entry["state"] == FINISHED
@@ -103,10 +116,19 @@ def _of_sweep(path: Path, entry: Row, common: set[str]) -> Job:
         job = _finished(folder) if done and _has_finished(folder) else _unfinished(folder)
     else:
         own = [override.lstrip("+").partition("=") for override in entry["overrides"] if override not in common]
-        settings = {key: yaml.safe_load(value) for key, _, value in own}
+        settings = {key: _value(value) for key, _, value in own}
         job = Job(name=" ".join(entry["overrides"]), settings=settings)
     state = "gone" if done and not job.run else entry["state"]
     return replace(job, number=entry["number"], state=state, error=entry["error"])
+
+
+def _value(text: str) -> Any:
+    """What an override's text stands for; the text itself where that is not YAML, or something else there."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text.strip("'\"").replace("\\'", "'")
+    return value if value is None or isinstance(value, str | int | float | list | dict) else text
 
 
 def _of_folder(folder: Path) -> Job:
@@ -184,20 +206,31 @@ class Comparison:
         jobs: in order, and numbered.
         keys: these settings.
         metric: what the best job has the highest value of.
+        lowest: the best job has the lowest one instead.
     """
 
     jobs: list[Job]
     keys: list[str]
     metric: str
+    lowest: bool = False
 
     @classmethod
     def of(cls, jobs: Sequence[Job], metric: str) -> "Comparison":
-        """Brings the jobs into order: a sweep's by their number, others by the settings that differ."""
+        """Brings the jobs into order: a sweep's by their number, others by the settings that differ.
+
+        A sweep's jobs keep their numbers, so those that are another job again are left out. A metric with a "-" before
+        its name is one that should be low.
+        """
         keys = differing(jobs)
         ordered = sorted(jobs, key=lambda job: (job.number, [_place(job.settings.get(key)) for key in keys]))
-        if {0} | {job.number for job in jobs} != set(range(len(jobs) + 1)):
+        if len({job.number for job in jobs} - {0}) < len(jobs):
             ordered = [replace(job, number=number) for number, job in enumerate(ordered, start=1)]
-        return cls(ordered, keys, metric)
+        return cls(ordered, keys, metric.removeprefix("-"), metric.startswith("-"))
+
+    @property
+    def extreme(self) -> str:
+        """Which value of the metric is the best."""
+        return "lowest" if self.lowest else "highest"
 
     @property
     def finished(self) -> list[Job]:
@@ -211,13 +244,13 @@ class Comparison:
 
     @property
     def ranked(self) -> list[Job]:
-        """Those whose last model has the metric, the highest value first."""
+        """Those whose last model has the metric, the best value first."""
         known = [job for job in self.finished if is_number(job.last.get(self.metric))]
-        return sorted(known, key=lambda job: job.last[self.metric], reverse=True)
+        return sorted(known, key=lambda job: job.last[self.metric], reverse=not self.lowest)
 
     @property
     def even(self) -> list[Job]:
-        """Those that have the highest value, in the order of the table."""
+        """Those that have the best value, in the order of the table."""
         ranked = self.ranked
         return [job for job in self.finished if job in ranked and job.last[self.metric] == ranked[0].last[self.metric]]
 
@@ -230,8 +263,9 @@ class Comparison:
     def rivals(self) -> list[Job]:
         """The jobs whose interval reaches that of the best, or that have none (nor has the best)."""
         best, *others = self.ranked
-        low, _ = self.interval(best)
-        return [job for job in self.finished if job in others and not self.interval(job)[1] < low]
+        low, high = self.interval(best)
+        apart = (lambda job: self.interval(job)[0] > high) if self.lowest else (lambda job: self.interval(job)[1] < low)
+        return [job for job in self.finished if job in others and not apart(job)]
 
     def interval(self, job: Job) -> tuple[float, float]:
         """The ends of the metric's interval; infinitely far away where there is none."""
@@ -244,9 +278,9 @@ class Comparison:
         return ", ".join(parts) if 0 < len(parts) <= FEW else job.name
 
     def mark(self, job: Job) -> str:
-        """A few letters for charts: the only setting that differs, if that is short in all jobs, else the number."""
+        """A few letters for charts: the only setting that differs, where it is short and tells all, else the number."""
         texts = [as_text(job.settings.get(key, "")) for job in self.jobs for key in self.keys]
-        short = len(self.keys) == 1 and all(len(text) <= MARK for text in texts)
+        short = len(self.keys) == 1 and len(set(texts)) == len(texts) and all(len(text) <= MARK for text in texts)
         return as_text(job.settings.get(self.keys[0], "")) if short else f"{job.number}"
 
     def by_key(self, label: str) -> dict[str, list[Job]]:
