@@ -29,7 +29,7 @@ NOT_THE_STUDY = ("output_dir=", "fresh=")
 """Overrides that the same sweep may be continued without."""
 
 
-def as_given(overrides: ListConfig) -> list[str]:
+def as_given(overrides: Any) -> list[str]:
     """The overrides as they were typed: what is interpolated in them is each job's to resolve."""
     return cast(list[str], OmegaConf.to_container(overrides, resolve=False))
 
