@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,8 @@ def _run(
     output = Path(config.output_dir).absolute()
     store = Store(output / "store")
     folder, attempt = processes.broadcast(run_folder(output, config.name, config, fresh=config.fresh))
+    if config.push and processes.is_main() and (again or not was_done(config, folder)):
+        check_login()
     with ExitStack() as stack:
         if processes.is_main():
             folder.mkdir(parents=True, exist_ok=True)
@@ -63,8 +65,6 @@ def _run(
         if there is None:
             run_pipeline(config, Fellow(store, attempt))
             return folder, False
-        if config.push:
-            check_login()
         open_folder(folder, config_yaml, anew=told_keys(folder) not in ({}, there.there))
         with log_file(folder / "run.log"), config.track.open(folder, plain) as tracker:
             print(plan_text(plan(config), there), flush=True)
@@ -82,8 +82,12 @@ def _run(
 
 def is_finished(config: "ExperimentConfig", folder: Path, there: Look) -> bool:
     """Whether a run was done to its end as it is asked for now, and tells of the artefacts that are there."""
-    ended = (folder / FINISHED).exists() and read_json(folder / FINISHED) == asked_besides(config)
-    return ended and (folder / "report.html").exists() and told_keys(folder) == there.there
+    return was_done(config, folder) and (folder / "report.html").exists() and told_keys(folder) == there.there
+
+
+def was_done(config: "ExperimentConfig", folder: Path) -> bool:
+    """Whether a run, of whatever data, was done to its end as it is asked for now."""
+    return (folder / FINISHED).exists() and read_json(folder / FINISHED) == asked_besides(config)
 
 
 def told_keys(folder: Path) -> dict[str, str]:
@@ -96,8 +100,7 @@ def told_keys(folder: Path) -> dict[str, str]:
 def asked_besides(config: "ExperimentConfig") -> dict[str, Any]:
     """What is asked of a run besides its artefacts."""
     push = [config.push_to, config.push_private] if config.push else []
-    tracker = {"class": type(config.track).__name__, **asdict(config.track)}
-    return {"track": tracker, "push": push, "sweep_metric": config.sweep_metric}
+    return {"track": repr(config.track), "push": push, "sweep_metric": config.sweep_metric}
 
 
 def conclude(

@@ -90,13 +90,14 @@ def call(
 
     def run(*arguments: str) -> Said:
         monkeypatch.setattr(sys, "argv", ["selfalign", *arguments])
-        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
         capsys.readouterr()
-        code = 0
+        code, full_error = 0, os.environ.get("HYDRA_FULL_ERROR", "0")
         try:
             main()
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else int(bool(stop.code))
+        finally:
+            os.environ["HYDRA_FULL_ERROR"] = full_error
         return Said(code, *capsys.readouterr())
 
     yield run

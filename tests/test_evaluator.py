@@ -86,7 +86,7 @@ def test_sweep_stands_for_the_first_and_the_last_models_of_its_jobs(finished: Pa
     assert [row["model"] for row in summary["models"]] == names == summary["win_rate_matrix"]["models"]
     of_its_own = models(finished)["M2"]["eval/win_rate"]
     assert summary["models"][1]["eval/win_rate"] == of_its_own
-    sweep.open([["loss.beta=0.1"]])
+    sweep.open([["loss.beta=0.7"]])
     sweep.held.close()
     with pytest.raises(SelfalignError, match="no job of this sweep is finished"):
         evaluate_models([str(folder)], [], conf_folder())
