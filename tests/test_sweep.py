@@ -181,7 +181,8 @@ def test_launcher_runs_jobs_side_by_side_that_share_their_work(elsewhere: Elsewh
         elsewhere.overrides = [*LOOP, *write_tiny_data(elsewhere.folder / "data"), f"output_dir={elsewhere.output}"]
     said = end(elsewhere.start("loss.lam=0.1,-1,0.3", f"hydra/launcher={launcher}", *LAUNCHERS[launcher]))
     assert said.code == 1, said
-    assert said.err.splitlines()[-1].startswith("error: 1 of 3 jobs failed"), said
+    # Ray passes on what a job has said when it likes, behind the last line too.
+    assert sum(line.startswith("error: 1 of 3 jobs failed") for line in said.err.splitlines()) == 1, said
     assert states(elsewhere.output) == ["finished", "failed", "finished"]
     assert set(elsewhere.built().values()) == {1}
     first, second = map(artefacts, run_folders(elsewhere.output))
