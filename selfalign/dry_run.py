@@ -12,7 +12,8 @@ from selfalign import processes
 from selfalign.generation import Transformers
 from selfalign.pipeline import run_pipeline
 from selfalign.plain import duration, table
-from selfalign.rehearsal import Estimate, Rehearsal
+from selfalign.rehearsal import Rehearsal
+from selfalign.stopwatch import Estimate
 
 if TYPE_CHECKING:
     from selfalign.config import ExperimentConfig

@@ -75,7 +75,7 @@ class Completion:
 
 
 class Loaded(Protocol):
-    """A policy that is ready for work, until the `with` block around it ends: then its memory is free.
+    """A policy that is ready for work, until the `with` block around it ends: its memory is then another one's to take.
 
     `counts` is what a stage's manifest should say of the engine, such as its version.
     """

@@ -274,6 +274,11 @@ def length_moments(rewards: Sequence[float], tokens: Sequence[float]) -> Sums:
     return {f"{LENGTH_MOMENTS}{part}": (math.fsum(values), count) for part, values in parts.items()}
 
 
+def signed(name: str) -> tuple[str, int]:
+    """(metric, 1), or of "-metric", which should be low, (metric, -1): the best has the highest value times that."""
+    return name.removeprefix("-"), -1 if name.startswith("-") else 1
+
+
 def add_sums(metrics: Sums, others: Sums) -> Sums:
     """Both together."""
     names = [*metrics, *(name for name in others if name not in metrics)]

@@ -134,7 +134,6 @@ class InMemory:
 
     def __exit__(self, *_: object) -> None:
         del self.policy
-        release_memory()
 
 
 def release_memory() -> None:

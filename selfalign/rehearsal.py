@@ -45,7 +45,7 @@ from selfalign.stages.pretrained import pretrained
 from selfalign.stages.reference import reference
 from selfalign.stages.respond import RespondConfig, respond
 from selfalign.stages.sft import group_demonstrations, sft
-from selfalign.stopwatch import Measured, Stopwatch, fits, forget_peak_memory, measure, peak
+from selfalign.stopwatch import Estimate, Measured, Stopwatch, fits, forget_peak_memory, measure, peak
 from selfalign.store import Artefact, Store, canonical
 from selfalign.tokenization import encode_prompt
 from selfalign.training import Optimization, Precision, Weights
@@ -60,34 +60,6 @@ GIVEN = {
 
 FILLS_A_BATCH = 1 << 14
 """Tokens of the records that stages are given where nothing says how many a batch takes."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Estimate:
-    """What a stage of the run will take.
-
-    Attributes:
-        label: the stage's.
-        count: how many batches, steps or requests.
-        unit: which of these.
-        each: seconds of one of them.
-        around: seconds of all the rest.
-        peak: the most memory, bytes.
-        cost: of a server's tokens.
-    """
-
-    label: str
-    count: int
-    unit: str
-    each: float = 0.0
-    around: float = 0.0
-    peak: int = 0
-    cost: float = 0.0
-
-    @property
-    def seconds(self) -> float:
-        """In all."""
-        return self.count * self.each + self.around
 
 
 @dataclass(slots=True)

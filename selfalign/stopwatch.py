@@ -94,13 +94,40 @@ class Measured:
         return math.ceil(round(self.batches * share, 6))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """What a stage of the run will take.
+
+    Attributes:
+        label: the stage's.
+        count: how many batches, steps or requests.
+        unit: which of these.
+        each: seconds of one of them.
+        around: seconds of all the rest.
+        peak: the most memory, bytes.
+        cost: of a server's tokens.
+    """
+
+    label: str
+    count: int
+    unit: str
+    each: float = 0.0
+    around: float = 0.0
+    peak: int = 0
+    cost: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """In all."""
+        return self.count * self.each + self.around
+
+
 def measure(watch: Stopwatch, stage: Callable[[Workspace], Any]) -> Measured:
     """Runs a stage on a few records and takes its time and memory; all processes of a run do.
 
     Raises:
         SelfalignError: it does not fit into memory.
     """
-    release_memory()
     forget_peak_memory()
     started = time.monotonic()
     with fits(watch.label), suppress(Enough):
@@ -143,8 +170,8 @@ def peak() -> int:
 
 def forget_peak_memory() -> None:
     """Lets the peak begin anew from what is held now; where the system cannot, it goes on being that of the process."""
+    release_memory()
     if default_device() == "cuda":
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     else:
         with suppress(OSError, AttributeError):

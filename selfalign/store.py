@@ -202,9 +202,8 @@ class Store:
                 _remove(leftover)
         try:
             counts = build(workspace)
-        except BaseException:
+        finally:
             workspace.note_time()
-            raise
         processes.wait_for_all()
         if not processes.is_main():
             return

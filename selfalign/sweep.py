@@ -19,6 +19,8 @@ from selfalign import processes
 from selfalign.errors import SelfalignError
 from selfalign.experiment import finish_experiment, log_file
 from selfalign.files import read_json, write_json
+from selfalign.metrics import signed
+from selfalign.report.jobs import JOBS, read_jobs
 from selfalign.run import run_folder
 from selfalign.store import locked
 from selfalign.summary import table
@@ -27,8 +29,6 @@ if TYPE_CHECKING:
     from selfalign.config import ExperimentConfig
 
 logger = logging.getLogger(__name__)
-
-JOBS = "jobs.json"
 
 
 class JobState(StrEnum):
@@ -91,14 +91,15 @@ class Sweep:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.held.enter_context(locked(self.folder / ".lock", f"this sweep is already running in {self.folder}"))
-        before = {job.number: job for job in self.jobs()} if (self.folder / JOBS).exists() else {}
+        done = [job for job in self.jobs() if job.state is JobState.finished] if (self.folder / JOBS).exists() else []
+        before = {(job.number, *job.overrides): job for job in done}
         listed = [Job(number=number, overrides=list(told)) for number, told in enumerate(jobs, start=1)]
-        self._write([_as_it_was(job, before.get(job.number)) for job in listed])
+        self._write([before.get((job.number, *job.overrides), job) for job in listed])
         print(f"sweep of {len(jobs) or 'as many'} jobs{'' if jobs else ' as the sweeper asks for'}: {self.folder}")
 
     def jobs(self) -> list[Job]:
         """All that are known so far."""
-        return [Job(**{**row, "state": JobState(row["state"])}) for row in read_json(self.folder / JOBS)]
+        return [Job(**{**row, "state": JobState(row["state"])}) for row in read_jobs(self.folder / JOBS)]
 
     def tell(self, number: int, overrides: Sequence[str], **changes: Any) -> None:
         """Writes down what has become of a job, and says it when its state is another."""
@@ -147,12 +148,6 @@ class Sweep:
 
     def _write(self, jobs: Sequence[Job]) -> None:
         write_json(self.folder / JOBS, [asdict(job) for job in jobs])
-
-
-def _as_it_was(job: Job, before: Job | None) -> Job:
-    """The job, finished if that is what it was."""
-    same = before is not None and before.overrides == job.overrides and before.state is JobState.finished
-    return before if before and same else job
 
 
 def told(job: Job, jobs: Sequence[Job]) -> str:
@@ -229,7 +224,7 @@ def run_job(
             if not processes.is_main():
                 return None
             model = read_json(folder / "summary.json")["models"][-1]
-            metric = config.sweep_metric.removeprefix("-")
+            metric, sign = signed(config.sweep_metric)
             if searched and metric not in model:
                 raise SelfalignError(f"sweep_metric={config.sweep_metric} is none of {', '.join(model)}")
     except KeyboardInterrupt:
@@ -246,8 +241,7 @@ def run_job(
         tell(JobState.failed, error=message)
         return None
     tell(JobState.finished, there=there)
-    value = model.get(metric)
-    return value if value is None or metric == config.sweep_metric else -value
+    return sign * model[metric] if metric in model else None
 
 
 @contextmanager

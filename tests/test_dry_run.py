@@ -37,9 +37,9 @@ from selfalign.journal import Journal
 from selfalign.longest import SHORTEST_PROMPT, Longest, asks, tireless
 from selfalign.models import PolicyFiles
 from selfalign.refinement import Refinement
-from selfalign.rehearsal import Estimate, Rehearsal
+from selfalign.rehearsal import Rehearsal
 from selfalign.stages.sft import group_demonstrations
-from selfalign.stopwatch import Stopwatch, fits, measure
+from selfalign.stopwatch import Estimate, Stopwatch, fits, measure
 from selfalign.tokenization import encode_prompt
 
 SHORT = ["train.sft.max_length=160", "train.align.max_length=160", 'judge.prompt="Grade {instruction} of {response}"']

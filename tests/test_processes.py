@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from selfalign import store as store_module
 from selfalign.errors import SelfalignError
 from selfalign.files import digest_json
 from selfalign.multirun import ListJobs
+from selfalign.serving import _free_port
 from selfalign.store import Artefact, Store, Workspace
 
 ANSWERS_OF_M2 = "evaluation_M2/answers"
@@ -126,10 +126,7 @@ with processes.joined():
 
 
 def test_process_that_cannot_hear_that_it_is_to_stop_is_ended(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    known = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    known = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     first, second = (
         subprocess.Popen(
             [sys.executable, "-c", HANGS],

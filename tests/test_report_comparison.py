@@ -616,7 +616,7 @@ BY_PLACE = 'return (job.run.folder / "artefacts" / label).resolve()'
 BY_KEY = 'return Path(next(stage["key"] for stage in _stages(job) if stage["label"] == label))'
 OF_THOSE = "for job in jobs if key in job.settings}"
 OF_ALL = 'for job in jobs for _ in [job.settings.setdefault(key, "")]}'
-REACHES = "not apart(job)"
+REACHES = "not self._ends(job)[1] < low"
 NO_SWITCH = " and not isinstance(v, bool)"
 
 MUTANTS: dict[Callable[..., None], list[tuple[Any, str, str]]] = {
@@ -624,12 +624,12 @@ MUTANTS: dict[Callable[..., None], list[tuple[Any, str, str]]] = {
         (jobs, "job.last[self.metric], reverse=not self.lowest", "job.last[self.metric]"),
         (jobs, REACHES, "False"),
         (jobs, REACHES, "True"),
-        (jobs, REACHES, "apart(job)"),
+        (jobs, REACHES, "self._ends(job)[1] > low"),
         (findings, "if rivals := comparison.rivals():", "if rivals := []:"),
     ],
     test_lowest_is_the_best_where_it_is_asked_for: [
         (jobs, "reverse=not self.lowest", "reverse=True"),
-        (jobs, "self.interval(job)[0] > high", "self.interval(job)[1] < low"),
+        (jobs, "(-high, -low) if self.lowest", "(low, high) if self.lowest"),
     ],
     test_what_is_no_number_never_wins: [(jobs, "if is_number(job.last.get(self", "if (job.last.get(self")],
     test_value_without_interval_claims_nothing: [(jobs, "else (-math.inf, math.inf)", "else (0.0, 0.0)")],

@@ -12,13 +12,17 @@ import yaml
 
 from selfalign.errors import SelfalignError
 from selfalign.files import read_json
+from selfalign.metrics import signed
 from selfalign.report.finished import Finished
 from selfalign.report.markup import is_number
 
 Row = dict[str, Any]
 
 JOBS = "jobs.json"
-"""A sweep's file: a list of jobs with their `overrides`, `state`, `folder` and `error`."""
+"""A sweep's file: a list of jobs."""
+
+OF_JOB = ("number", "overrides", "state", "folder", "error")
+"""What it says of each, and more."""
 
 FINISHED = "finished"
 
@@ -86,7 +90,7 @@ def is_run(folder: Path) -> bool:
 
 def _jobs_at(path: Path) -> list[Job]:
     if (path / JOBS).is_file():
-        entries = _entries(path / JOBS)
+        entries = read_jobs(path / JOBS)
         common = set.intersection(*(set(entry["overrides"]) for entry in entries)) if entries else set()
         return [_of_sweep(path, entry, common) for entry in entries]
     folders = [path] if is_run(path) else sorted(child for child in path.glob("*") if is_run(child))
@@ -96,15 +100,14 @@ def _jobs_at(path: Path) -> list[Job]:
     return [job for job in found if not (job.run and "evaluated" in job.run.summary and job.folder != path.resolve())]
 
 
-def _entries(file: Path) -> list[Row]:
+def read_jobs(file: Path) -> list[Row]:
     """The lines of a sweep's file.
 
     Raises:
         SelfalignError: it is damaged.
     """
     try:
-        names = ("number", "overrides", "state", "folder", "error")
-        return [{name: entry[name] for name in names} for entry in read_json(file)]
+        return [{**entry, **{name: entry[name] for name in OF_JOB}} for entry in read_json(file)]
     except (ValueError, KeyError, TypeError) as error:
         raise SelfalignError(f"{file}: not the jobs of a sweep ({error!r})") from error
 
@@ -225,7 +228,8 @@ class Comparison:
         ordered = sorted(jobs, key=lambda job: (job.number, [_place(job.settings.get(key)) for key in keys]))
         if len({job.number for job in jobs} - {0}) < len(jobs):
             ordered = [replace(job, number=number) for number, job in enumerate(ordered, start=1)]
-        return cls(ordered, keys, metric.removeprefix("-"), metric.startswith("-"))
+        name, sign = signed(metric)
+        return cls(ordered, keys, name, lowest=sign < 0)
 
     @property
     def extreme(self) -> str:
@@ -263,14 +267,18 @@ class Comparison:
     def rivals(self) -> list[Job]:
         """The jobs whose interval reaches that of the best, or that have none (nor has the best)."""
         best, *others = self.ranked
-        low, high = self.interval(best)
-        apart = (lambda job: self.interval(job)[0] > high) if self.lowest else (lambda job: self.interval(job)[1] < low)
-        return [job for job in self.finished if job in others and not apart(job)]
+        low, _ = self._ends(best)
+        return [job for job in self.finished if job in others and not self._ends(job)[1] < low]
 
     def interval(self, job: Job) -> tuple[float, float]:
         """The ends of the metric's interval; infinitely far away where there is none."""
         low, high = (job.last.get(f"{self.metric}_{end}") for end in ("low", "high"))
         return (low, high) if is_number(low) and is_number(high) else (-math.inf, math.inf)
+
+    def _ends(self, job: Job) -> tuple[float, float]:
+        """The worse and the better end, where more is better."""
+        low, high = self.interval(job)
+        return (-high, -low) if self.lowest else (low, high)
 
     def told(self, job: Job) -> str:
         """What is different about a job, "loss.lam = 0.3, seed = 1"; its name where that is nothing or much."""

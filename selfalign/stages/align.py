@@ -315,12 +315,14 @@ class Preference:
         assert policy.rejected_tokens is not None
         tokens = [*policy.chosen_tokens.tolist(), *policy.rejected_tokens.tolist()]
         chosen, rejected = rewards(self.loss.beta, policy, reference)
-        sums = length_moments([*chosen.tolist(), *rejected.tolist()], tokens)
-        if start is not None:
-            changes = (policy.chosen - start.chosen).tolist(), (policy.rejected - start.rejected).tolist()
-            sums |= logp_changes("chosen", changes[0], policy.chosen_tokens.tolist())
-            sums |= logp_changes("rejected", changes[1], policy.rejected_tokens.tolist())
-        return sums
+        moments = length_moments([*chosen.tolist(), *rejected.tolist()], tokens)
+        if start is None:
+            return moments
+        return {
+            **logp_changes("chosen", (policy.chosen - start.chosen).tolist(), policy.chosen_tokens.tolist()),
+            **logp_changes("rejected", (policy.rejected - start.rejected).tolist(), policy.rejected_tokens.tolist()),
+            **moments,
+        }
 
     def reward_metrics(self, policy: PairLogps, reference: PairLogps, delta: torch.Tensor | None) -> Sums:
         """The reward metrics of these pairs; Δ is among them where it comes from the policy."""

@@ -161,7 +161,7 @@ CHANGES = partial(test_changes_are_from_the_start_of_the_alignment_whatever_the_
     [
         (START, "start = reference", CHANGES),
         ("(policy.rejected - start.rejected)", "(start.rejected - policy.rejected)", CHANGES),
-        ("changes[0], policy.chosen_tokens.tolist()", "changes[0], policy.rejected_tokens.tolist()", CHANGES),
+        (".tolist(), policy.chosen_tokens.tolist()),\n", ".tolist(), policy.rejected_tokens.tolist()),\n", CHANGES),
         (
             "*policy.chosen_tokens.tolist(), *policy.rejected_tokens.tolist()]",
             "*policy.rejected_tokens.tolist(), *policy.chosen_tokens.tolist()]",
