@@ -17,7 +17,7 @@ import torch
 from selfalign.builtin import BUILDERS
 from selfalign.errors import SelfalignError
 from selfalign.files import digest_file, digest_json, read_json, read_text, write_json
-from selfalign.quantization import check_quantization, quantise_on_load
+from selfalign.quantization import check_quantization, keep_layers_differentiable, quantise_on_load
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -210,6 +210,8 @@ class PolicyFiles:
         device = device or default_device()
         quantised = quantise_on_load(DTYPES[dtype], device) if self.quantization else {}
         model = _load_checkpoint(self.path / "weights", dtype, trust_remote_code=self.trusted, **quantised)
+        if quantised:
+            keep_layers_differentiable(model)
         if (self.path / "adapter").exists():
             from peft import PeftModel
 

@@ -6,11 +6,14 @@ round the adapter away, and merging with the unquantised base would make another
 """
 
 import importlib.util
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from selfalign.errors import SelfalignError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 QUANTIZATIONS = ("none", "nf4")
 
@@ -65,3 +68,17 @@ def quantise_on_load(dtype: torch.dtype, device: str) -> dict[str, Any]:
     # With its number, as accelerate has it, which trains a quantised model on no other.
     place = torch.cuda.current_device() if device == "cuda" else device
     return {"quantization_config": config, "device_map": {"": place}}
+
+
+def keep_layers_differentiable(model: "PreTrainedModel") -> None:
+    """Keeps bitsandbytes from repacking 4-bit layers for inference, on CPUs that multiply bfloat16 by AVX-512.
+
+    bitsandbytes 0.50 does so in the first pass without gradients and never undoes it. The kernel that takes repacked
+    layers has no backward, so whatever lies before one trains on no gradient at all, and its values are other ones
+    than those the policy was trained with.
+    """
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False

@@ -1,5 +1,6 @@
 """A base in 4 bits with an adapter beside it: one policy wherever it is loaded, and never merged."""
 
+import copy
 from pathlib import Path
 from types import ModuleType
 
@@ -100,6 +101,34 @@ def test_adapter_stays_beside_its_quantised_base_and_scores_as_it_was_trained(tm
     trainable = {name for name, p in in_training.model.named_parameters() if p.requires_grad}
     assert trainable
     assert all("lora_" in name for name in trainable)
+
+
+def dequantised(policy: Policy) -> nn.Module:
+    """A copy of the model whose 4-bit layers are plain ones with the values that they stand for."""
+    plain = copy.deepcopy(policy.model)
+    for name, layer in policy.model.named_modules():
+        if isinstance(layer, bitsandbytes.nn.Linear4bit):
+            values = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            linear = nn.Linear(layer.in_features, layer.out_features, bias=False)
+            linear.weight.data = values.float()
+            plain.set_submodule(name, linear)
+    return plain
+
+
+def test_gradients_are_those_of_the_dequantised_weights_after_an_inference_too(quantised: PolicyFiles) -> None:
+    policy = quantised.load("float32")
+    plain = dequantised(policy)
+    logits_of(policy)  # Where bitsandbytes repacks layers for inference, it does so here.
+    gradients: list[Tensor] = []
+    for model in (policy.model, plain):
+        model.train()
+        inputs = policy.model.get_input_embeddings()(IDS).detach().requires_grad_()
+        logits = model(inputs_embeds=inputs).logits
+        loss = logits.log_softmax(-1)[0, torch.arange(5), IDS[0, 1:]].sum()
+        gradients += torch.autograd.grad(loss, inputs)
+    assert torch.allclose(logits_of(policy), plain(input_ids=IDS).logits, rtol=0, atol=1e-5)
+    assert float(gradients[1].abs().max()) > 0.1
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
