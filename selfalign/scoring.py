@@ -3,18 +3,74 @@
 Prompts are shared and packed (`selfalign.batches`), so a prompt is computed once for all that follows it.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from selfalign.attention import enable_packing
 from selfalign.batches import Batch, Group, make_batch, split_by_tokens
 from selfalign.journal import Journal
 from selfalign.logprobs import score_responses_only
-from selfalign.models import InMemory, autocast
+from selfalign.models import InMemory, Policy, autocast
+
+DROPOUT_NAMES = ("dropout", "pdrop", "dropout_p")
+"""How attributes end that are rates of dropout."""
+
+NOISE_NAMES = ("jitter_noise",)
+"""How those end that are the size of other noise in training."""
+
+
+def make_scoring(policy: Policy, dropout: float = 0.0) -> None:
+    """Makes a policy's model return log-probabilities of given tokens, packed where that is right, and sets dropout."""
+    if policy.capabilities.packs:
+        enable_packing(policy.model)
+    score_responses_only(policy.model)
+    set_dropout(policy.model, dropout)
+
+
+def set_dropout(model: nn.Module, dropout: float) -> None:
+    """Sets every dropout: layers, the rates that attention passes on, and those that layers read from their config.
+
+    These get a config of their own, because the model's is saved with it. Noise on a router, which mixtures of experts
+    add in training and which cannot be told from a dropout, is taken away.
+    """
+    from transformers import PreTrainedModel
+
+    configs: dict[int, Any] = {}
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = dropout
+        set_rates(module, dropout)
+        own = vars(module).get("config")
+        if own is not None and not isinstance(module, PreTrainedModel) and has_rates(own):
+            if id(own) not in configs:
+                configs[id(own)] = copy.copy(own)
+                set_rates(configs[id(own)], dropout)
+            module.config = configs[id(own)]
+
+
+def set_rates(owner: Any, dropout: float) -> None:
+    """Sets the attributes that are rates of dropout, and those of other noise to 0."""
+    for name, value in list(vars(owner).items()):
+        if is_number(value) and name.endswith(DROPOUT_NAMES):
+            setattr(owner, name, dropout)
+        elif is_number(value) and name.endswith(NOISE_NAMES):
+            setattr(owner, name, 0.0)
+
+
+def has_rates(owner: Any) -> bool:
+    """Whether any attribute is such a rate."""
+    return any(is_number(value) and name.endswith(DROPOUT_NAMES + NOISE_NAMES) for name, value in vars(owner).items())
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number; a config may have 0 for 0.0."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def responses_in(group: Group) -> int:
@@ -37,8 +93,7 @@ class Scorer(InMemory):
 
     def __post_init__(self) -> None:
         self.policy.model.eval()
-        enable_packing(self.policy.model)
-        score_responses_only(self.policy.model)
+        make_scoring(self.policy)
 
     def plan(self, groups: Sequence[Group]) -> list[list[Group]]:
         """The groups, in their order, in batches of at most `batch_tokens`."""

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from selfalign import models
 from selfalign.errors import SelfalignError
 from selfalign.generation import Request, Sampling, Transformers
-from selfalign.models import LoRA, ModelConfig, Policy, PolicyFiles, fetch_pretrained
+from selfalign.models import LoRA, ModelConfig, Policy, PolicyFiles
+from selfalign.pretrained import fetch_pretrained
 from selfalign.quantization import quantise_on_load
 from selfalign.serving import export
 from selfalign.stages.sft import sft

@@ -15,9 +15,10 @@ from selfalign.files import digest_file, text_or_file
 from selfalign.generation import Reader, Request, Sampling, read_all, write_all
 from selfalign.journal import Journal
 from selfalign.judges.bench import check_batch_tokens, check_model, check_prompt, check_share
+from selfalign.prompts import fill
 from selfalign.records import Message
 from selfalign.store import Counts
-from selfalign.tokenization import encode_prompt, fill
+from selfalign.tokenization import encode_prompt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,7 +22,7 @@ from selfalign.judges.bench import (
 )
 from selfalign.judges.parsing import PREFIX, before_score
 from selfalign.records import Judgement, JudgementStatus
-from selfalign.tokenization import encode_prompt, encode_response
+from selfalign.tokenization import encode_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -106,8 +106,7 @@ class ExpectedScore(Rubric):
         asked = self.ask(subject.instruction.text, subject.response.text)
         if not self.rationale_tokens:
             return encode_prompt(tokenizer, asked, PREFIX)
-        said = f"{rationale}\n{PREFIX}".lstrip()
-        return [*encode_prompt(tokenizer, asked), *encode_response(tokenizer, said, finished=False)]
+        return encode_prompt(tokenizer, asked, f"{rationale}\n{PREFIX}".lstrip())
 
     def _justify(self, bench: Bench, subjects: Sequence[Subject]) -> dict[str, str]:
         """{response id: its greedy justification, without a score}; none where the prompt leaves no room for it."""
