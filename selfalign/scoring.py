@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -18,11 +19,11 @@ from selfalign.journal import Journal
 from selfalign.logprobs import score_responses_only
 from selfalign.models import InMemory, Policy, autocast
 
-DROPOUT_NAMES = ("dropout", "pdrop", "dropout_p")
+DROPOUT = ("dropout", "pdrop", "dropout_p")
 """How attributes end that are rates of dropout."""
 
-NOISE_NAMES = ("jitter_noise",)
-"""How those end that are the size of other noise in training."""
+NOISE = "jitter_noise"
+"""How those end that are the size of a router's noise."""
 
 
 def make_scoring(policy: Policy, dropout: float = 0.0) -> None:
@@ -36,8 +37,8 @@ def make_scoring(policy: Policy, dropout: float = 0.0) -> None:
 def set_dropout(model: nn.Module, dropout: float) -> None:
     """Sets every dropout: layers, the rates that attention passes on, and those that layers read from their config.
 
-    These get a config of their own, because the model's is saved with it. Noise on a router, which mixtures of experts
-    add in training and which cannot be told from a dropout, is taken away.
+    The latter get a config of their own, because the model's is saved with it. Routers that add noise in training, as
+    some mixtures of experts do, route as in inference: their noise cannot be told from a dropout.
     """
     from transformers import PreTrainedModel
 
@@ -45,9 +46,12 @@ def set_dropout(model: nn.Module, dropout: float) -> None:
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = dropout
+        if any(name.endswith(NOISE) for name in vars(module)):
+            module.eval()
+            module.train = MethodType(_stay, module)
         set_rates(module, dropout)
         own = vars(module).get("config")
-        if own is not None and not isinstance(module, PreTrainedModel) and has_rates(own):
+        if own is not None and not isinstance(module, PreTrainedModel) and rates_of(own):
             if id(own) not in configs:
                 configs[id(own)] = copy.copy(own)
                 set_rates(configs[id(own)], dropout)
@@ -55,22 +59,20 @@ def set_dropout(model: nn.Module, dropout: float) -> None:
 
 
 def set_rates(owner: Any, dropout: float) -> None:
-    """Sets the attributes that are rates of dropout, and those of other noise to 0."""
-    for name, value in list(vars(owner).items()):
-        if is_number(value) and name.endswith(DROPOUT_NAMES):
-            setattr(owner, name, dropout)
-        elif is_number(value) and name.endswith(NOISE_NAMES):
-            setattr(owner, name, 0.0)
+    """Sets the attributes that are rates of dropout."""
+    for name in rates_of(owner):
+        setattr(owner, name, dropout)
 
 
-def has_rates(owner: Any) -> bool:
-    """Whether any attribute is such a rate."""
-    return any(is_number(value) and name.endswith(DROPOUT_NAMES + NOISE_NAMES) for name, value in vars(owner).items())
+def rates_of(owner: Any) -> list[str]:
+    """The attributes that are rates of dropout; a config may have 0 for 0.0."""
+    numbers = (name for name, value in vars(owner).items() if type(value) in (int, float))
+    return [name for name in numbers if name.endswith(DROPOUT)]
 
 
-def is_number(value: Any) -> bool:
-    """Whether it is a number; a config may have 0 for 0.0."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _stay(self: nn.Module, mode: bool = True) -> nn.Module:
+    """In place of a module's `train`, for one that stays in inference."""
+    return self
 
 
 def responses_in(group: Group) -> int:
