@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from selfalign.attention import enable_packing
 from selfalign.batches import Group, make_batch
@@ -20,7 +20,7 @@ from selfalign.errors import SelfalignError, first_line
 from selfalign.generation import Sampling, TransformersGenerator
 from selfalign.logprobs import score_responses_only
 from selfalign.models import Policy
-from selfalign.scoring import set_dropout
+from selfalign.scoring import set_dropout, stays_in_inference
 from selfalign.tokenization import control_ids
 
 if TYPE_CHECKING:
@@ -40,8 +40,11 @@ STEPS = 6
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.5}
 """How far a token's log-probability (nats) may be from the model's own, by the dtype of the check."""
 
-DIFFERENCE_STEPS = (1e-2, 1e-3)
-"""How far embeddings are moved, as a share of their size, to see whether the gradient tells what that changes."""
+STEP_SIZES = (1e-1, 1e-2, 1e-3)
+"""How far what a layer is fed is moved, as a share of its size, to see whether the gradient tells what that changes."""
+
+LINEAR_LAYERS = 8
+"""So many are looked at: those of a decoder layer."""
 
 
 def writing_of(policy: Policy) -> str:
@@ -201,67 +204,108 @@ def own_logps(model: "PreTrainedModel", groups: Sequence[Group]) -> Tensor:
 
 
 def check_gradient(scoring: Scoring) -> None:
-    """The gradient that reaches the embeddings tells what moving them changes, after an inference too.
+    """The gradient of what a layer is fed tells what moving it changes, after an inference too.
+
+    It is looked at behind the embedding, and before the first linear layers: there no residual connection leads
+    around a layer that computes but lets no gradient back.
 
     Raises:
-        SelfalignError: none reaches them, or it is another.
+        SelfalignError: a gradient is lost, or is another.
     """
-    with moved_embeddings(scoring.policy.model) as shift:
-        scoring.policy.model.train()
-        set_dropout(scoring.policy.model, 0.0)
+    model = scoring.policy.model
+    with nudged(model) as nudges:
+        model.train()
+        set_dropout(model, 0.0)
         value = scoring.short().sum()
-        slope = torch.autograd.grad(value, shift.value, allow_unused=True)[0] if value.requires_grad else None
-        scoring.policy.model.eval()
-        size = 0.0 if slope is None else float(slope.norm())
-        ratios = [] if slope is None or not size else [shift.ratio(scoring, slope, step) for step in DIFFERENCE_STEPS]
-    if not size:
-        raise SelfalignError(
-            f"no gradient reaches the first layer of {type(scoring.policy.model).__name__}: most of it would not be "
-            "trained"
-        )
-    low, high = (0.9, 1.1) if scoring.policy.model.dtype == torch.float32 else (0.5, 2.0)
-    if not any(low < ratio < high for ratio in ratios):
-        raise SelfalignError(
-            f"the gradient of {type(scoring.policy.model).__name__} does not tell how its log-probabilities change "
-            f"(by {ratios[-1]:.2g} of what they do): its training would go astray"
-        )
+        used = [nudge for nudge in nudges if nudge.passes == 1]
+        places = [nudge.value for nudge in used]
+        slopes = torch.autograd.grad(value, places, allow_unused=True) if value.requires_grad else [None] * len(used)
+        for nudge, slope in zip(used, slopes, strict=True):
+            if problem := nudge.problem(scoring, slope):
+                raise SelfalignError(
+                    f"{type(model).__name__}: the gradient {nudge.place} {problem}: its training would go astray"
+                )
+        model.eval()
 
 
 @dataclass(slots=True)
-class Shift:
-    """What is added to the embeddings of a pass, and how large these are."""
+class Nudge:
+    """Something added to what passes at one place of a model.
 
-    value: Tensor
+    Attributes:
+        place: where, for a message.
+        value: what is added; it takes a gradient.
+        scale: how large what passes is, the root of its mean square.
+        passes: how often something has passed.
+    """
+
+    place: str
+    value: Tensor = field(default_factory=lambda: torch.zeros(1))
     scale: float = 0.0
+    passes: int = 0
+
+    def add(self, passing: Tensor) -> Tensor:
+        """What passes, with the value added."""
+        self.passes += 1
+        if self.passes == 1:
+            self.scale = float(passing.detach().float().square().mean().sqrt())
+            self.value = torch.zeros_like(passing, requires_grad=True)
+        return passing + self.value if self.value.shape == passing.shape else passing
+
+    def after(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        """The same for what a module gives."""
+        return self.add(output)
+
+    def before(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The same for what a module is fed."""
+        return self.add(inputs[0]), *inputs[1:]
+
+    def problem(self, scoring: Scoring, slope: Tensor | None) -> str:
+        """What is wrong with a gradient, if anything is."""
+        exact = scoring.policy.model.dtype == torch.float32
+        if slope is None or not float(slope.norm()):
+            noise = torch.randn(self.value.shape, generator=torch.Generator().manual_seed(0)).to(self.value)
+            return "is lost" if abs(self._change(scoring, noise, 1.0)) > (1e-2 if exact else 1.0) else ""
+        size = float(slope.norm())
+        steps, share, slack = (STEP_SIZES, 0.1, 2e-3) if exact else (STEP_SIZES[:1], 0.5, 0.5)
+        expected = [2 * step * self.scale * size * slope.numel() ** 0.5 for step in steps]
+        changes = [self._change(scoring, slope, step) for step in steps]
+        right = any(abs(c - e) <= share * e + slack for c, e in zip(changes, expected, strict=True))
+        return "" if right else f"says {expected[-1]:.2g} where log-probabilities change by {changes[-1]:.2g}"
 
     @torch.no_grad()
-    def ratio(self, scoring: Scoring, slope: Tensor, step: float) -> float:
-        """The change along the slope, as a share of what the slope says."""
-        direction = slope / slope.norm()
-        far = step * self.scale * direction.numel() ** 0.5
-        values: list[float] = []
+    def _change(self, scoring: Scoring, direction: Tensor, step: float) -> float:
+        """How much more the texts are worth ahead in this direction than behind."""
+        far = step * self.scale * direction.numel() ** 0.5 / float(direction.norm())
+        before, values = self.value, []
         for sign in (1.0, -1.0):
             self.value = sign * far * direction
             values.append(float(scoring.short().double().sum()))
-        return (values[0] - values[1]) / (2 * far * float(slope.norm()))
+        self.value = before
+        return values[0] - values[1]
 
 
 @contextmanager
-def moved_embeddings(model: "PreTrainedModel") -> Iterator[Shift]:
-    """Adds something to what the embedding gives, which takes a gradient."""
-    shift = Shift(torch.zeros(1, device=model.device, dtype=model.dtype, requires_grad=True))
-
-    def add(module: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        if not shift.scale:
-            shift.scale = float(output.detach().float().square().mean().sqrt())
-            shift.value = torch.zeros_like(output, requires_grad=True)
-        return output + shift.value
-
-    hook = model.get_input_embeddings().register_forward_hook(add)
+def nudged(model: "PreTrainedModel") -> Iterator[list[Nudge]]:
+    """Adds something behind the embedding and before the first linear layers."""
+    behind = Nudge("behind the embedding")
+    embedding: nn.Module = model.get_input_embeddings()
+    hooks = [embedding.register_forward_hook(behind.after)]
+    nudges = [behind]
+    head = model.get_output_embeddings()
+    linear = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and not stays_in_inference(module)
+    ]
+    for name, module in linear[:LINEAR_LAYERS]:
+        nudges.append(Nudge(f"before {name}"))
+        hooks.append(module.register_forward_pre_hook(nudges[-1].before))
     try:
-        yield shift
+        yield nudges
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def dropout_applies(scoring: Scoring) -> bool:

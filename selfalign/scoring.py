@@ -46,7 +46,7 @@ def set_dropout(model: nn.Module, dropout: float) -> None:
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = dropout
-        if any(name.endswith(NOISE) for name in vars(module)):
+        if stays_in_inference(module):
             module.eval()
             module.train = MethodType(_stay, module)
         set_rates(module, dropout)
@@ -68,6 +68,11 @@ def rates_of(owner: Any) -> list[str]:
     """The attributes that are rates of dropout; a config may have 0 for 0.0."""
     numbers = (name for name, value in vars(owner).items() if type(value) in (int, float))
     return [name for name in numbers if name.endswith(DROPOUT)]
+
+
+def stays_in_inference(module: nn.Module) -> bool:
+    """Whether a module adds noise in training, so that it is kept from training."""
+    return any(name.endswith(NOISE) for name in vars(module))
 
 
 def _stay(self: nn.Module, mode: bool = True) -> nn.Module:
