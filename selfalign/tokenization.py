@@ -31,6 +31,11 @@ def encode_prompt(tokenizer: "Tokenizer", prompt: Prompt, prefill: str = "") -> 
     return ids if not opening or ids[:1] == opening else [*opening, *ids]
 
 
+def prompt_end(tokenizer: "Tokenizer", ids: list[int]) -> str:
+    """The end of an encoded prompt as a text, control tokens included, from which the model continues."""
+    return str(tokenizer.decode(ids[-16:]))
+
+
 def encode_response(tokenizer: "Tokenizer", text: str, *, finished: bool) -> list[int]:
     """The ids of a response, encoded apart from its prompt; a finished one ends with the end-of-turn token."""
     ids = _ids(tokenizer, text, add_special_tokens=False, split_special_tokens=True)

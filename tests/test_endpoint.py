@@ -10,9 +10,10 @@ import pytest
 from builders import workspace
 from chat_server import ChatServer, Fault, chat, chat_server
 
-from selfalign.endpoint import Client, Endpoint, Reply, retry_after
+from selfalign.endpoint import Client, Endpoint, retry_after
 from selfalign.errors import SelfalignError
 from selfalign.journal import Journal
+from selfalign.replies import RefusedError, Reply
 
 KEY = "sk-very-secret-0123456789"
 ASK = {"messages": [{"role": "user", "content": "hello"}]}
@@ -213,23 +214,20 @@ def test_refusal_ends_the_waiting_of_the_others(tmp_path: Path) -> None:
     waiting = threading.Event()
 
     def says(body: dict[str, Any]) -> bytes:
-        if body["n"] == 0:
-            waiting.set()
-            return b"broken"
-        waiting.wait(10)
-        return b"too good to be true"
+        waiting.set()
+        return b"broken"
 
     out = workspace(tmp_path)
     with chat_server(says) as server, client(server, retries=1, first_wait_seconds=3600) as chats:
-        original = chats.attempt
+        original = chats._ask
 
         def refused(body: dict[str, Any]) -> Any:
-            tried = original(body)
             if body["n"] == 1:
-                raise SelfalignError("status 401")
-            return tried
+                waiting.wait(10)
+                raise RefusedError("status 401", 401)
+            return original(body)
 
-        chats.attempt = refused
+        chats._ask = refused
         with pytest.raises(SelfalignError, match="status 401"):
             chats.complete_all({"a": {"n": 0}, "b": {"n": 1}}, Journal(out.scratch, lambda size: None), 1)
         assert [body["n"] for body in server.bodies].count(0) == 1

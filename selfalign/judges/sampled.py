@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from selfalign.generation import Generator, Request, write_all
+from selfalign.generation import Completion, Generator, Request, write_all
 from selfalign.journal import Journal
 from selfalign.judges.attempts import Wish, Written, WrittenScore, first_wishes, write_judgements
 from selfalign.judges.bench import Bench, Judged, Subject, check_model, too_long
-from selfalign.tokenization import encode_prompt
+from selfalign.records import FinishReason
+from selfalign.thinking import thinks_on
+from selfalign.tokenization import encode_prompt, prompt_end
 
 
 @dataclass(kw_only=True, slots=True)
@@ -63,8 +65,13 @@ class SampledScore(WrittenScore):
         name, attempt = wishes[0].name, wishes[0].attempt
         written = write_all(generator, requests, self.sampling, journal, name, int(attempt == 1))
         texts = {
-            wish.name: (made.text, made.finish_reason.value)
-            for mine, completions in zip(by_response.values(), written, strict=True)
+            wish.name: (made.text, why_ended(prompt_end(generator.tokenizer, request.prompt), made))
+            for request, mine, completions in zip(requests, by_response.values(), written, strict=True)
             for wish, made in zip(mine, completions, strict=True)
         }
         return [texts[wish.name] for wish in wishes]
+
+
+def why_ended(prompt: str, made: Completion) -> str:
+    """Why a judgement ended; one that thinks to its end, as its prompt begins, is cut whatever ended it."""
+    return FinishReason.LENGTH.value if thinks_on(prompt, made.text) else made.finish_reason.value
