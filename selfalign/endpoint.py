@@ -21,7 +21,16 @@ from selfalign import processes
 from selfalign.data import as_prompt
 from selfalign.errors import SelfalignError
 from selfalign.journal import Journal
-from selfalign.replies import FINISHES, REFUSALS, PassingError, RefusedError, Reply, fewest_tokens, read_answer
+from selfalign.replies import (
+    FINISHES,
+    REFUSALS,
+    PassingError,
+    RefusedError,
+    Reply,
+    fewest_tokens,
+    read_answer,
+    unescape,
+)
 from selfalign.store import Counts
 
 logger = logging.getLogger(__name__)
@@ -133,6 +142,7 @@ class Client:
         self._served = threading.Event()
         self._lock = threading.Lock()
         self._told: set[str] = set()
+        self._failure: SelfalignError | None = None
         headers = {"Authorization": f"Bearer {secret}"} if secret else {}
         limits = httpx.Limits(max_connections=endpoint.concurrency)
         self._http = httpx.Client(timeout=endpoint.timeout_seconds, headers=headers, mounts=DIRECT, limits=limits)
@@ -186,22 +196,27 @@ class Client:
             size: how far the progress bar moves for each.
         """
         self._stop.clear()
+        self._failure = None
         missing = [name for name in requests if name not in journal and processes.is_main()]
         journal.advance(size * (len(requests) - len(missing)))
         with ThreadPoolExecutor(self._endpoint.concurrency) as pool:
             futures = {pool.submit(self._answer, requests[name]): name for name in missing}
             try:
                 for future in as_completed(futures):
-                    journal.keep(futures[future], future.result())
-                    journal.advance(size)
+                    if (answer := future.result()) is not None:
+                        journal.keep(futures[future], answer)
+                        journal.advance(size)
+            except SelfalignError as error:
+                raise self._failure or error from None  # The others have only given up for it.
             except BaseException:
                 self._stop.set()  # Those that wait before another try give up.
                 raise
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
                 for future, name in futures.items():
-                    if name not in journal and not future.cancelled() and future.exception() is None:
-                        journal.keep(name, future.result())
+                    done = name not in journal and not future.cancelled() and future.exception() is None
+                    if done and (answer := future.result()) is not None:
+                        journal.keep(name, answer)
         journal.share()
         return {name: Reply(*journal.take(name)) for name in requests}
 
@@ -220,7 +235,19 @@ class Client:
             pool.shutdown(wait=False, cancel_futures=True)
         return [future.result() for future in futures]
 
-    def _answer(self, request: dict[str, Any]) -> tuple[Any, ...]:
+    def _answer(self, request: dict[str, Any]) -> tuple[Any, ...] | None:
+        """The answer to one of many requests, as the journal keeps it; none once another one has failed for all."""
+        if self._stop.is_set():
+            return None
+        try:
+            return astuple(self._settle(request))
+        except SelfalignError as error:
+            with self._lock:
+                self._failure = self._failure or error
+            self._stop.set()
+            raise
+
+    def _settle(self, request: dict[str, Any]) -> Reply:
         """The answer to one of many requests; what the server refuses of it alone is an answer too.
 
         Whether that is so, a short request tells which has the same parameters: also where the first request of all
@@ -236,12 +263,12 @@ class Client:
         except (RefusedError, PassingError) as error:
             if not error.by_request or not self._serves(request):
                 raise
-            return astuple(Reply(error.words, "refused", 0, 0))
+            return Reply(error.words, "refused", 0, 0)
         if reply.finish not in REFUSALS:
             self._served.set()
         elif not self._served.is_set() and not self._serves(request):
             raise RefusedError(f"{self._url}: every request is refused, a short one too: {reply.text}", 400)
-        return astuple(reply)
+        return reply
 
     def _serves(self, request: dict[str, Any]) -> bool:
         """Whether the server answers a short request in place of this one."""
@@ -273,7 +300,7 @@ class Client:
         except httpx.RequestError as error:
             raise PassingError(type(error).__name__) from error
         try:
-            reply = read_answer(answer.status_code, self.clean(answer.text))
+            reply = read_answer(answer.status_code, self.clean(unescape(answer.text)))
         except RefusedError as refused:
             raise RefusedError(f"{url}: {refused}", refused.status, refused.by_request, refused.words) from None
         except PassingError as error:

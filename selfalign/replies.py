@@ -137,6 +137,16 @@ def read_answer(status: int, said: str) -> Reply:
     raise RefusedError(words, status, by_request=status >= 400 and status not in FOR_ALL)
 
 
+def unescape(said: str) -> str:
+    """A body with its letters as they are where it is JSON that spells them as numbers."""
+    if "\\u" not in said:
+        return said
+    try:
+        return json.dumps(json.loads(said), ensure_ascii=False)
+    except ValueError:
+        return said
+
+
 def shorten(status: int, said: str) -> str:
     """What the server said, on one line that is not too long."""
     line = " ".join(said.split())

@@ -21,8 +21,8 @@ QUOTED = re.compile(r" {0,3}>|\t| {1,3}\t| {4}")
 
 FENCE = re.compile(r" {0,3}(`{3,}|~{3,})[^`]*")
 
-CONTROL = re.compile(r"(?:\s*(?:<\|[^|<>\n]{1,40}\|>|</s>|\[END FINAL RESPONSE\]))+\s*\Z")
-"""Control tokens at the end of a text, which some servers leave there."""
+CONTROL = re.compile(r"(?:<\|[^|<>\n]{1,40}\|>|</s>|\[END FINAL RESPONSE\])\Z")
+"""A control token at the end of a text, where some servers leave it."""
 
 EXAMPLE = re.compile(r"(?:\be\.g\.|\b(?:for example|for instance|such as)\b)[^.!?\n]{0,24}\Z", re.IGNORECASE)
 """What stands before an example on its line."""
@@ -74,7 +74,9 @@ def own_lines(text: str, shown: Sequence[str] = ()) -> list[str] | None:
     answer = answer_behind(text)
     if answer is None:
         return None
-    lines = textwrap.dedent(CONTROL.sub("", answer).lstrip("\r\n")).splitlines()
+    while control := CONTROL.search(answer := answer.rstrip()):
+        answer = answer[: control.start()]
+    lines = textwrap.dedent(answer.lstrip("\r\n")).splitlines()
     own = own_places(lines, shown)
     return [line for line, is_own in zip(lines, own, strict=True) if is_own and line.strip()]
 
@@ -115,7 +117,9 @@ def find_bracketed(lines: Sequence[str], pattern: re.Pattern[str]) -> list[tuple
     found: list[tuple[int, str]] = []
     for index, line in enumerate(lines):
         bare = QUOTATION.sub(" ", line.strip(MARKUP))
-        found += [(index, one[1]) for one in pattern.finditer(bare) if not EXAMPLE.search(bare[: one.start()])]
+        for one in pattern.finditer(bare):
+            if not EXAMPLE.search(bare[max(0, one.start() - 60) : one.start()]):
+                found.append((index, one[1]))
     return found
 
 
