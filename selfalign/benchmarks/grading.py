@@ -181,13 +181,14 @@ class Grader:
         greedy = Sampling(temperature=0, max_new_tokens=self.max_new_tokens)
         with entrant.bench(journal) as bench:
             generator = bench.writer()
-            encoded = {name: encode_prompt(generator.tokenizer, asked) for name, asked in prompts.items()}
+            tokenizer = generator.tokenizer
+            encoded = {name: encode_prompt(tokenizer, asked) for name, asked in prompts.items()}
             fitting = {n: ids for n, ids in encoded.items() if len(ids) + self.max_new_tokens <= generator.context}
             requests = [Request(prompt=ids, seeds=[0]) for ids in fitting.values()]
             written = write_all(generator, requests, greedy, journal, "grades")
         counts |= bench.counts
         grades = {
-            name: parse_rating(made.text, why_ended(prompt_end(generator.tokenizer, ids), made), answers[name])
+            name: parse_rating(made.text, why_ended(prompt_end(tokenizer, ids), made), answers[name])
             for (name, ids), [made] in zip(fitting.items(), written, strict=True)
         }
         return [grades.get(name, TOO_LONG) for name in prompts]

@@ -254,7 +254,7 @@ MUTANTS = [
     ("minimum ignored", bench, "score=mean if len(scores) >= minimum_valid else", "score=mean if scores else"),
     ("minimum exclusive", bench, ">= minimum_valid", "> minimum_valid"),
     ("the same stream again", attempts, "wish.sample - 1, attempt)", "wish.sample - 1)"),
-    ("retries of what was read", attempts, "not in (JudgementStatus.OK, ", "not in ("),
+    ("retries of what was read", attempts, "(JudgementStatus.OK, *FAILURES.values())", "(*FAILURES.values(),)"),
     ("one retry too many", attempts, "wish.attempt <= retries", "wish.attempt <= retries + 1"),
     ("samples share a stream", attempts, "derive_seed(seed, s.response.id, n - 1)", "derive_seed(seed, s.response.id)"),
     ("responses share a stream", attempts, "derive_seed(seed, s.response.id, n - 1)", "derive_seed(seed, n - 1)"),
