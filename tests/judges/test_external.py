@@ -96,6 +96,80 @@ def test_cut_and_refused_answers_have_their_own_status(tmp_path: Path) -> None:
     ]
 
 
+def test_one_refused_judgement_is_counted_and_tells_the_server_s_words(tmp_path: Path) -> None:
+    refusals = {
+        ANSWERS[0].text: Fault(400, b'{"error": {"message": "Content Exists Risk", "key": "' + KEY.encode() + b'"}}'),
+        ANSWERS[1].text: Fault(400, b'{"error": "request (4390 tokens) exceeds the available context size"}'),
+        ANSWERS[2].text: Fault(400, b'{"error": "I do not like this one. Score: 5"}'),
+    }
+
+    class Picky(ChatServer):
+        def _enter(self, body: dict[str, Any], key: str, path: str) -> Fault:
+            answer = super()._enter(body, key, path)
+            return refusals.get(shown(body), answer)
+
+    server = Picky(lambda body: chat("Score: 3"), [])
+    server.start()
+    kind = ExternalScore(prompt=RUBRIC, endpoint=at(server), samples=2, max_failed_share=0.6)
+    counts, _ = judged(tmp_path, kind, None)
+    server.stop()
+    assert counts["dropped"] == {"content_filter": 2, "prompt_too_long": 2, "refused": 2}
+    assert (counts["retries"], counts["unjudged_responses"]) == (0, 3)
+    made = {j.id: j for j in read_records(tmp_path / "out/judgements.jsonl", Judgement)}
+    assert made["bees-1-1"].text == 'status 400: {"error": {"message": "Content Exists Risk", "key": "[key]"}}'
+    assert made["bees-3-2"].text == 'status 400: {"error": "I do not like this one. Score: 5"}'
+    strict = ExternalScore(prompt=RUBRIC, endpoint=at(server), samples=2, max_failed_share=0.59)
+    with chat_server(lambda body: chat("no")) as again:
+        strict.endpoint.base_url = again.url  # What was answered is in the journal; nothing is asked again.
+        (tmp_path / "out/judgements.jsonl").unlink()
+        with pytest.raises(SelfalignError, match=r"6 of 10 judgements carry no score .*'status 400: .*Content Exists"):
+            run_judge(tmp_path, strict, None)
+        assert not again.bodies
+
+
+def test_thinking_that_ate_the_tokens_names_the_setting(tmp_path: Path) -> None:
+    message = {"role": "assistant", "content": None, "reasoning_content": "hmm " * 60 + "Score: 2?"}
+    body = json.dumps({"choices": [{"message": message, "finish_reason": "length"}]}).encode()
+    with chat_server(lambda _: body) as server:
+        kind = ExternalScore(prompt=RUBRIC, endpoint=at(server), samples=1, retries=0)
+        with pytest.raises(SelfalignError) as error:
+            run_judge(tmp_path, kind, None)
+    assert str(error.value).startswith(
+        "stage: 5 of 5 judgements carry no score ({'truncated': 5}); the judge wrote for"
+    )
+    assert (
+        "hmm Score: 2?'. Raise judge.sampling.max_new_tokens, at which 5 of its texts were cut, 5 of them while the "
+        in (str(error.value))
+    )
+
+
+def test_unreadable_judgement_is_shown_by_its_end(tmp_path: Path) -> None:
+    long = "回答切题，但不够完整，也没有给出足够的细节来支持它的结论。" * 8 + "\n评分:3"
+    with chat_server(lambda body: chat(long)) as server:
+        kind = ExternalScore(prompt=RUBRIC, endpoint=at(server), samples=1, retries=0)
+        with pytest.raises(SelfalignError, match=r"wrote for example '….*\\n评分:3'; '…"):
+            run_judge(tmp_path, kind, None)
+
+
+def test_judge_that_thinks_in_parts_is_read(tmp_path: Path) -> None:
+    parts = [
+        {"type": "thinking", "thinking": [{"type": "text", "text": "Score: 2"}]},
+        {"type": "text", "text": "Score: 4"},
+    ]
+    body = json.dumps({"choices": [{"message": {"content": parts}, "finish_reason": "stop"}]}).encode()
+    with chat_server(lambda _: body) as server:
+        kind = ExternalScore(prompt=RUBRIC, endpoint=at(server), samples=1, retries=0)
+        _, judgements = judged(tmp_path, kind, None)
+    assert {(j.status, j.score, j.text) for j in judgements.values()} == {(OK, 4.0, "Score: 4")}
+
+
+def test_unread_comparisons_are_shown_and_not_what_came_of_them(tmp_path: Path) -> None:
+    with chat_server(lambda body: chat("<think>\nMaybe [[A]], but")) as server:
+        kind = Pairwise(prompt="{instruction}{first}{second}", endpoint=at(server))
+        with pytest.raises(SelfalignError, match=r"Maybe \[\[A\]\], but'.* Raise judge\.verdict_tokens, at which 4 of"):
+            run_judge(tmp_path, kind, None)
+
+
 def test_killed_judging_asks_only_for_what_is_missing(tmp_path: Path) -> None:
     kind_of = lambda server: ExternalScore(prompt=RUBRIC, endpoint=at(server, concurrency=1, retries=0), samples=2)  # noqa: E731
     good = chat("Score: 1")

@@ -1,6 +1,7 @@
 import inspect
 import json
 import sys
+from copy import deepcopy
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -139,6 +140,20 @@ def test_judge_without_any_valid_judgement_is_a_warning_where_any_share_may_fail
     assert (counts["unjudged_responses"], counts["dropped"]) == (5, {"no_score": 5})
     assert "judge/mean_score" not in counts
     assert "stage: 5 of 5 judgements carry no score ({'no_score': 5}); the judge wrote for example 'No.'" in caplog.text
+
+
+def test_judge_whose_prompt_begins_to_think_has_said_nothing_before_it_ends(
+    tmp_path: Path, tiny_policy: PolicyFiles
+) -> None:
+    opening = "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    replies = [completion("A 3?\nScore: 3"), completion("A 3?\nScore: 3\n</think>\nScore: 4"), completion("Score: 2")]
+    script = Script(loaded(tiny_policy.path), replies)
+    script.tokenizer = deepcopy(script.tokenizer)  # Other tests have the same policy.
+    script.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|im_end|>\n{% endfor %}" + opening
+    kind = SampledScore(prompt=RUBRIC, retries=0, samples=1, max_failed_share=1)
+    inputs = given(tmp_path, ANSWERS[:3])
+    _, judgements = judged(tmp_path, kind, policy_artefact(tiny_policy), script, **inputs)
+    assert [(j.status, j.score) for j in judgements.values()] == [(CUT, None), (OK, 4.0), (CUT, None)]
 
 
 def records(folder: Path) -> list[Judgement]:
