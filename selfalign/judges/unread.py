@@ -20,7 +20,7 @@ class Unread:
 
     Attributes:
         reasons: how many there are, by status.
-        examples: what was written in the first of them.
+        examples: what was written in the first of them that differ.
         thinking: how many were cut while the judge was still thinking.
     """
 
@@ -33,8 +33,8 @@ class Unread:
         for status, text in judged:
             self.reasons[status.value] += 1
             self.thinking += status is JudgementStatus.TRUNCATED and answer_behind(text) is None
-            if len(self.examples) < EXAMPLES:
-                self.examples.append(excerpt(status, text))
+            if len(self.examples) < EXAMPLES and (shown := excerpt(status, text)) not in self.examples:
+                self.examples.append(shown)
 
     def describe(self, setting: str) -> str:
         """What the judge wrote, and which setting to raise where it was cut."""

@@ -16,7 +16,7 @@ from selfalign.errors import SelfalignError
 from selfalign.files import read_json
 from selfalign.judges.external import ExternalScore
 from selfalign.judges.pairwise import Pairwise
-from selfalign.records import Comparison, Judgement, JudgementStatus, Verdict, read_records
+from selfalign.records import Comparison, Judgement, JudgementStatus, Response, Verdict, read_records
 from selfalign.store import canonical
 
 KEY = "sk-very-secret-0123456789"
@@ -257,3 +257,46 @@ def test_whole_run_is_judged_by_a_faulty_server_and_the_key_is_nowhere(
     assert b"JUDGE_KEY" in haystack
     assert KEY.encode() not in haystack
     assert json.dumps(KEY)[1:-1].encode()[3:12] not in haystack
+
+
+def test_whole_run_takes_the_verdicts_of_a_judge_that_thinks_and_refuses_its_first_record(tmp_path: Path) -> None:
+    """The thinking names other scores, the first record is refused for its content, and prompts are cut."""
+    refused: list[str] = []
+
+    class Thinking(ChatServer):
+        def _enter(self, body: dict[str, Any], key: str, path: str) -> Fault:
+            answer, text = super()._enter(body, key, path), shown(body)
+            refused.extend([] if refused else [text])
+            return Fault(400, b'{"error": {"message": "Content Exists Risk"}}') if text in refused else answer
+
+    def verdict(text: str) -> int:
+        return sum(map(ord, text)) % 6
+
+    def says(body: dict[str, Any]) -> bytes:
+        score = verdict(shown(body))
+        return chat(
+            f"<think>\nMaybe:\nScore: {(score + 2) % 6}\nNo.\n</think>\nIt will do.\n**Score:** {score}/5", "end_turn"
+        )
+
+    server = Thinking(says, [])
+    server.start()
+    overrides = [
+        *TINY_RUN, *write_tiny_data(tmp_path / "data"), "iterations=1", "judge=external", "judge.samples=1",
+        "judge.endpoint.model=judge-1", "judge.endpoint.key_variable=JUDGE_KEY", "judge.endpoint.concurrency=1",
+        f"judge.endpoint.base_url={server.url}",
+    ]  # fmt: skip
+    folder = run(tmp_path / "outputs", *overrides)
+    asked = len(server.bodies)
+    assert run(tmp_path / "outputs", *overrides) == folder
+    server.stop()
+    assert len(server.bodies) == asked
+    counts = {stage["label"]: stage["counts"] for stage in read_json(folder / "summary.json")["stages"]}
+    judged = [label for label, counted in counts.items() if "judge/requests" in counted]
+    assert sum(counts[label]["dropped"].get("content_filter", 0) for label in judged) == 1
+    assert [shown(body) for body in server.bodies].count("") == 1, "only the first refusal makes it ask for more"
+    place = folder / "artefacts/iteration_1"
+    texts = {one.id: one.text for one in read_records(place / "responses/responses.jsonl", Response)}
+    made = read_records(place / "judgements/judgements.jsonl", Judgement)
+    assert {one.response_id for one in made} == set(texts)
+    assert [one.score for one in made] == [verdict(texts[one.response_id]) for one in made]
+    assert "a prompt was read as 10 tokens" in (folder / "run.log").read_text()
