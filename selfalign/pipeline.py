@@ -14,6 +14,7 @@ from selfalign.files import derive_seed
 from selfalign.given import Given, SelfRewarding, makes_baseline
 from selfalign.losses import Positives
 from selfalign.models import ModelConfig
+from selfalign.requirements import check_requirements
 from selfalign.roles import Judging, Models, fixed_judges, load_model
 from selfalign.run import Maker
 from selfalign.stages.align import align, augmentation_of
@@ -64,6 +65,7 @@ class Method:
     def models(self) -> Models:
         """M0, and models that only write or judge."""
         base = load_model(self.run, "M0", self.config.model, "model.path")
+        check_requirements(self.config, base, self.given)
         judges = fixed_judges(self.config, self.run)
         return Models(base, base, base, base, self._fixed_writer(), own_pairs=self.own_pairs, **judges)
 

@@ -48,6 +48,11 @@ def answer_behind(text: str) -> str | None:
     return None if OPENING.search(answer) or (not start and HARMONY.match(text)) else answer
 
 
+def marks_thinking(text: str) -> bool:
+    """Whether thinking begins or ends in a text."""
+    return bool(OPENING.search(text) or CLOSING.search(text))
+
+
 def thinks_on(prompt: str, text: str) -> bool:
     """Whether a text never ends the thinking that its prompt, of which the end suffices, has begun."""
     begun = [found.end() for found in OPENING.finditer(prompt)]

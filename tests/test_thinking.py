@@ -76,6 +76,12 @@ def test_thinking_that_a_server_took_apart_is_thinking_without_an_answer() -> No
     assert answer_behind(unanswered("hmm</think>\nScore: 3")) is None
 
 
+def test_text_has_marks_of_thinking_where_it_begins_or_ends() -> None:
+    assert [thinking.marks_thinking(text) for text in ("Hm.</think>", "[THINK]", "I think.", "a <think> tag")] == [
+        True, True, False, False,
+    ]  # fmt: skip
+
+
 def test_text_thinks_on_where_its_prompt_began_to() -> None:
     begun = "<|im_end|>\n<|im_start|>assistant\n<think>\n"
     assert thinks_on(begun, "I might say\nScore: 3\n")

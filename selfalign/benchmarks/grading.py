@@ -14,11 +14,12 @@ from selfalign.files import digest_file, text_or_file
 from selfalign.generation import Reader, Request, Sampling, read_all, write_all
 from selfalign.journal import Journal
 from selfalign.judges.bench import check_batch_tokens, check_model, check_prompt, check_share
-from selfalign.judges.sampled import why_ended
+from selfalign.judges.sampled import spell_out, why_ended
 from selfalign.judges.unread import Unread
+from selfalign.prompts import fill
 from selfalign.records import Message
 from selfalign.store import Counts
-from selfalign.tokenization import encode_prompt, fill, prompt_end
+from selfalign.tokenization import encode_prompt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,7 +189,7 @@ class Grader:
             written = write_all(generator, requests, greedy, journal, "grades")
         counts |= bench.counts
         grades = {
-            name: parse_rating(made.text, why_ended(prompt_end(tokenizer, ids), made), answers[name])
+            name: parse_rating(spell_out(tokenizer, made), why_ended(tokenizer, ids, made), answers[name])
             for (name, ids), [made] in zip(fitting.items(), written, strict=True)
         }
         return [grades.get(name, TOO_LONG) for name in prompts]

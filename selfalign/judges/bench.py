@@ -15,6 +15,7 @@ from selfalign.generation import Backend, Generator, Loaded, Reader
 from selfalign.journal import Journal
 from selfalign.metrics import Sums
 from selfalign.models import PolicyFiles
+from selfalign.prompts import fill
 from selfalign.records import (
     Comparison,
     Instruction,
@@ -26,7 +27,6 @@ from selfalign.records import (
 )
 from selfalign.store import Counts
 from selfalign.streams import CHUNK
-from selfalign.tokenization import fill
 
 OWN_MODELS = ("self", "sft", "base")
 """Names of the run's own models, for those who judge: M_t, M1 and M0."""

@@ -22,9 +22,10 @@ from selfalign.judges.bench import (
     unjudged,
 )
 from selfalign.judges.parsing import PREFIX, before_score
+from selfalign.judges.sampled import spell_out
 from selfalign.records import Judgement, JudgementStatus
 from selfalign.thinking import thinks_on
-from selfalign.tokenization import encode_prompt, encode_response, prompt_end
+from selfalign.tokenization import encode_prompt, prompt_end
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -109,8 +110,7 @@ class ExpectedScore(Rubric):
         asked = self.ask(subject.instruction.text, subject.response.text)
         if not self.rationale_tokens:
             return encode_prompt(tokenizer, asked, PREFIX)
-        said = f"{rationale}\n{PREFIX}".lstrip()
-        return [*encode_prompt(tokenizer, asked), *encode_response(tokenizer, said, finished=False)]
+        return encode_prompt(tokenizer, asked, f"{rationale}\n{PREFIX}".lstrip())
 
     def _justify(self, bench: Bench, subjects: Sequence[Subject]) -> tuple[dict[str, str], list[Judgement]]:
         """{response id: its greedy justification, thinking included and without a score}, and what has none.
@@ -126,7 +126,7 @@ class ExpectedScore(Rubric):
         fitting = {name: p for name, p in prompts.items() if len(p) + self.rationale_tokens <= generator.context}
         requests = [Request(prompt=prompt, seeds=[0]) for prompt in fitting.values()]
         written = write_all(generator, requests, sampling, bench.journal, f"justification-{subjects[0].response.id}")
-        made = {name: one.text for name, [one] in zip(fitting, written, strict=True)}
+        made = {name: spell_out(generator.tokenizer, one) for name, [one] in zip(fitting, written, strict=True)}
         rationales: dict[str, str] = {}
         failed: list[Judgement] = []
         for subject in subjects:

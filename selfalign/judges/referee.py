@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from selfalign.batches import Group, share_prompt
 from selfalign.data import as_prompt
@@ -16,9 +16,13 @@ from selfalign.judges.comparison import Duel, Reading, Showing, bias_statistics,
 from selfalign.judges.expected import distribution, tokens_behind
 from selfalign.judges.unread import Unread
 from selfalign.metrics import win_statistics
+from selfalign.prompts import fill
 from selfalign.records import Comparison, JudgementStatus, Prompt, Response, Verdict
 from selfalign.store import Counts
-from selfalign.tokenization import encode_prompt, fill
+from selfalign.tokenization import encode_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 OPENING = "[["
 """What every answer begins with; the verdict is the next token."""
@@ -124,11 +128,7 @@ class Referee:
     def _read(self, bench: Bench, showings: Sequence[Showing], counts: Counts) -> list[Reading]:
         """The likeliest verdict on each showing; those of one instruction share its beginning."""
         reader = bench.reader(self.batch_tokens)
-        tokens = tokens_behind(reader.tokenizer, OPENING, list(Verdict))
-        if tokens is None:
-            raise SelfalignError(
-                f"{self.key}: this model's tokenizer does not write a verdict as one token; set another"
-            )
+        tokens = verdict_tokens(reader.tokenizer, self.key)
         prompts: dict[str, dict[int, list[int]]] = {}
         for index, showing in enumerate(showings):
             asked = self.ask(showing.duel.instruction.text, *showing.texts)
@@ -165,6 +165,18 @@ class Referee:
             parse_verdict(reply.text, reply.finish, showing.texts)
             for reply, showing in zip(replies, showings, strict=True)
         ]
+
+
+def verdict_tokens(tokenizer: "Tokenizer", key: str) -> list[int]:
+    """The token of each verdict behind `[[`.
+
+    Raises:
+        SelfalignError: this tokenizer does not write each verdict as one token there; the setting is named as `key`.
+    """
+    tokens = tokens_behind(tokenizer, OPENING, list(Verdict))
+    if tokens is None:
+        raise SelfalignError(f"{key}: this model's tokenizer does not write a verdict as one token; set another")
+    return tokens
 
 
 def mean_length(responses: Sequence[Response]) -> float:
