@@ -34,7 +34,11 @@ class FinishReason(StrEnum):
 
 
 class JudgementStatus(StrEnum):
-    """What came of one judgement; only `ok` carries a score."""
+    """What came of one judgement; only `ok` carries a score.
+
+    `truncated`: cut before its verdict, maybe while the judge was still thinking. `prompt_too_long`, `content_filter`
+    and `refused` (for any other reason) are a server's refusals of one request, whose words stand in the text.
+    """
 
     OK = "ok"
     NO_SCORE = "no_score"
@@ -42,6 +46,8 @@ class JudgementStatus(StrEnum):
     AMBIGUOUS = "ambiguous"
     TRUNCATED = "truncated"
     PROMPT_TOO_LONG = "prompt_too_long"
+    CONTENT_FILTER = "content_filter"
+    REFUSED = "refused"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -57,6 +57,11 @@ def encode_prompt(tokenizer: "Tokenizer", prompt: Prompt, prefill: str = "") -> 
     return _context(tokenizer, prompt, prefill)[1]
 
 
+def prompt_end(tokenizer: "Tokenizer", ids: list[int]) -> str:
+    """The end of an encoded prompt as a text, control tokens included, from which the model continues."""
+    return str(tokenizer.decode(ids[-16:]))
+
+
 def encode_answers(
     tokenizer: "Tokenizer", prompt: Prompt, answers: Sequence[Answer], prefill: str = ""
 ) -> list[list[int]]:
