@@ -17,7 +17,18 @@ from selfalign.config import COMPONENTS, ExperimentConfig
 from selfalign.errors import SelfalignError
 
 PACKAGE = ROOT / "selfalign"
-METHOD = {"contest", "given", "roles", "held_out", "evaluation", "pipeline", "plan", "rehearsal", "dry_run"}
+METHOD = {
+    "contest",
+    "given",
+    "roles",
+    "requirements",
+    "held_out",
+    "evaluation",
+    "pipeline",
+    "plan",
+    "rehearsal",
+    "dry_run",
+}
 ABOVE_STAGES = METHOD | {
     "experiment",
     "evaluator",

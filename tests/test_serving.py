@@ -35,7 +35,7 @@ from transformers.utils.import_utils import is_serve_available
 from selfalign import processes, serving
 from selfalign.data import as_prompt
 from selfalign.errors import SelfalignError
-from selfalign.generation import Request, Sampling, Transformers
+from selfalign.generation import Completion, Request, Sampling, Transformers
 from selfalign.journal import Journal
 from selfalign.judges.bench import Bench, Subject
 from selfalign.judges.external import ExternalScore
@@ -94,6 +94,11 @@ def asking(policy: PolicyFiles, *questions: str, seeds: int = 1) -> list[Request
 # --- what is asked, and what is made of the answers ----------------------------------------------------------------
 
 
+def without_ids(written: list[list[Completion]]) -> list[list[Completion]]:
+    """As a server gives completions, which tells texts alone."""
+    return [[replace(one, ids=[]) for one in group] for group in written]
+
+
 def test_token_ids_and_seeds_are_sent_and_completions_come_back_in_order(
     tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,7 +107,7 @@ def test_token_ids_and_seeds_are_sent_and_completions_come_back_in_order(
         written = generator.write(requests, WARM)
         assert generator.context == 2048
         assert generator.digest == tiny_policy.digest
-    assert [[c.text for c in group] for group in written] == [[f"Text {s}." for s in r.seeds] for r in requests]
+    assert [[c.text for c in group] for group in written] == [[f" Text {s}. " for s in r.seeds] for r in requests]
     assert {(c.finish_reason, c.tokens) for group in written for c in group} == {(FinishReason.EOS, 3)}
     sent = {body["seed"]: body for body in server.bodies}
     assert {seed: body["prompt"] for seed, body in sent.items()} == {s: r.prompt for r in requests for s in r.seeds}
@@ -174,7 +179,7 @@ def test_passing_faults_are_asked_again(tiny_policy: PolicyFiles, monkeypatch: p
         written = generator.write(requests, WARM)
         assert len(server.bodies) == 4 + len(faults)
         assert server.most_at_once <= 3  # One that is given up is under way at the server still.
-    assert [c.text for c in written[0]] == ["Text 0.", "Text 1.", "Text 2.", "Text 3."]
+    assert [c.text for c in written[0]] == [" Text 0. ", " Text 1. ", " Text 2. ", " Text 3. "]
 
 
 def test_server_that_fails_for_good_is_an_error_and_others_are_given_up(
@@ -613,7 +618,7 @@ def test_real_server_writes_what_this_process_writes(real: ServerGenerator, toke
     requests = asking(real._policy, "Say one thing about bees.", "Say one thing about old rivers.", "Why?")
     with Transformers(dtype="float32").load(real._policy) as generator:
         expected = generator.write(requests, greedy)
-    assert real.write(requests, greedy) == expected
+    assert real.write(requests, greedy) == without_ids(expected)
     assert {completion.finish_reason for [completion] in expected} == {reason}
 
 
@@ -642,9 +647,9 @@ def test_smollm2_behind_a_real_server_writes_and_judges_as_in_this_process(
     asked = [judge.ask(subject.instruction.text, subject.response.text) for subject in subjects]
     prompts = [encode_prompt(smollm2.load_tokenizer(), prompt) for prompt in asked]
     with Transformers(dtype="float32").load(smollm2) as here:
-        assert answers == here.write(requests, greedy)
+        assert answers == without_ids(here.write(requests, greedy))
         expected = [one for [one] in here.write([Request(prompt=prompt, seeds=[0]) for prompt in prompts], greedy)]
     assert "Paris" in answers[0][0].text
-    assert [judgement.text.strip() for judgement in judged.judgements] == [one.text for one in expected]
+    assert [judgement.text for judgement in judged.judgements] == [one.text for one in expected]
     assert judged.counts["judge/prompt_tokens"] == sum(map(len, prompts))
     assert judged.counts["judge/completion_tokens"] == sum(one.tokens for one in expected)
