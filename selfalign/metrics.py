@@ -43,7 +43,7 @@ METRICS = {
     "logps/rejected_change_per_token": "the same a token: all their nats over all their tokens",
     "rewards/length_correlation": "Pearson's, of implicit reward and tokens over both responses of the training pairs",
     "tokens_per_second": "tokens trained on a second; those of a second pass (p⊕x) count too",
-    "step_seconds": "wall time of an optimiser step; checkpoints and their contest are left out",
+    "step_seconds": "wall time of an optimiser step; checkpoints and their comparison are left out",
     "peak_memory_gb": "the most memory so far of any process, GiB: of its GPU, or resident where there is none",
     "token_accuracy": "share of target tokens that were the most likely ones",
     "held_out_pairs": "preference pairs set aside",

@@ -8,7 +8,7 @@ judges its own answers, the best is paired with the worst, and the model is alig
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from selfalign.contest import Contest
+from selfalign.checkpoint_selection import CheckpointSelection
 from selfalign.evaluation import Evaluation
 from selfalign.files import derive_seed
 from selfalign.given import Given, SelfRewarding, makes_baseline
@@ -184,16 +184,16 @@ class Method:
             loss=loss,
             start=start,
             held_out=train.held_out_pairs,
-            contest=self._contest(label, models),
+            selection=self._selection(label, models),
             optimization=train.align,
             weights=self._weights(label),
         )
 
-    def _contest(self, label: str, models: Models) -> Contest | None:
+    def _selection(self, label: str, models: Models) -> CheckpointSelection | None:
         if self.given.validation is None:
             return None
         settings, (policy, reference) = self.config.train.choose, self.judging.sitting(self.config.judge.model, models)
-        return Contest(
+        return CheckpointSelection(
             every_steps=settings.every_steps,
             instructions=self.given.validation,
             judge=self.config.judge,

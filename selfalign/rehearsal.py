@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfalign import processes
-from selfalign.contest import Contest
+from selfalign.checkpoint_selection import CheckpointSelection
 from selfalign.data import as_prompt
 from selfalign.endpoint import Endpoint
 from selfalign.errors import SelfalignError
@@ -128,7 +128,7 @@ class Rehearsal:
         pairs: Artefact,
         loss: PreferenceLoss,
         held_out: int,
-        contest: Contest | None,
+        selection: CheckpointSelection | None,
         optimization: Optimization,
         **others: Any,
     ) -> Artefact:
@@ -138,23 +138,23 @@ class Rehearsal:
             raise SelfalignError(f"train.held_out_pairs={held_out} of {count + held_out} pairs leaves none to train on")
         size = min(optimization.batch_size, count)
         few = self._write(pairs=self._pairs(2 * size, augmentation_of(loss)))
-        given = {"pairs": few, "loss": loss, "held_out": 0, "contest": None}
+        given = {"pairs": few, "loss": loss, "held_out": 0, "selection": None}
         given["optimization"] = replace(optimization, epochs=1)
         measured, folder = self._measure(label, align, [size, others["start"] is None], **given, **others)
         an_epoch = math.ceil(count / optimization.batch_size)
         # The measuring behind it is another epoch without a backward pass.
         measured = replace(measured, around=measured.around + an_epoch * measured.each)
         self._add(label, measured, optimization.epochs * an_epoch, "steps")
-        if contest is not None:
-            self._contest(label, contest, math.ceil(optimization.epochs * an_epoch / contest.every_steps), folder)
+        if selection is not None:
+            self._selection(label, selection, math.ceil(optimization.epochs * an_epoch / selection.every_steps), folder)
         return _policy(label, folder)
 
-    def _contest(self, label: str, contest: Contest, visits: int, policy: Path) -> None:
+    def _selection(self, label: str, selection: CheckpointSelection, visits: int, policy: Path) -> None:
         """The answers of every checkpoint that competes, and their judging."""
-        shared = {"instructions": contest.instructions, "generate": contest.generate, "seed": contest.seed}
-        config, before = RespondConfig(candidates=1, sampling=contest.sampling), len(self.estimates)
+        shared = {"instructions": selection.instructions, "generate": selection.generate, "seed": selection.seed}
+        config, before = RespondConfig(candidates=1, sampling=selection.sampling), len(self.estimates)
         answers = self._respond(f"{label}/validation", config=config, policy=_policy(label, policy), **shared)
-        who = {"judge": contest.judge, "policy": contest.judged_by, "reference": contest.reference}
+        who = {"judge": selection.judge, "policy": selection.judged_by, "reference": selection.reference}
         self._judge(f"{label}/validation_scores", responses=answers, **who, **shared)
         for place, one in enumerate(self.estimates[before:], start=before):
             more = {"count": visits * one.count, "around": visits * one.around, "cost": visits * one.cost}

@@ -27,7 +27,7 @@ from selfalign.models import Policy, autocast, default_device
 from selfalign.optimizers import build_optimizer
 from selfalign.progress import progress_bar
 from selfalign.store import Workspace
-from selfalign.training import Checkpoints, Example, Objective, Optimization, Outcome, Weights
+from selfalign.training import CheckpointSelector, Example, Objective, Optimization, Outcome, Weights
 
 STATE = "trainer_state.json"
 """Trainer's own state; it is written last, so a checkpoint is whole when it can be read."""
@@ -77,7 +77,7 @@ class StepTrainer(Trainer):
         optimization: Optimization,
         out: Workspace,
         weights: Weights,
-        checkpoints: Checkpoints | None = None,
+        checkpoints: CheckpointSelector | None = None,
     ) -> None:
         self.policy = policy
         self.checkpoints = checkpoints
@@ -233,7 +233,7 @@ class Share:
 
 
 class _AroundStep(TrainerCallback):
-    """Checks the layout, times steps, moves the progress bar, and stops where the contest of checkpoints says so."""
+    """Checks the layout, times steps, moves the progress bar, and stops where the selection of checkpoints says so."""
 
     def __init__(self, trainer: StepTrainer) -> None:
         self.trainer = trainer

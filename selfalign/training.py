@@ -276,7 +276,7 @@ def train(
     objective: Objective,
     optimization: Optimization,
     weights: "Weights",
-    checkpoints: "Checkpoints | None" = None,
+    checkpoints: "CheckpointSelector | None" = None,
 ) -> Policy:
     """Trains a policy and writes it into the workspace; goes on from the last checkpoint if there is one.
 
@@ -334,14 +334,14 @@ def put_together(shared: Policy, start: PolicyFiles, weights: "Weights") -> Poli
     return whole
 
 
-class Contest(Protocol):
-    """What decides between the checkpoints of a training: `selfalign.contest`."""
+class CheckpointSelection(Protocol):
+    """What decides between the checkpoints of a training: `selfalign.checkpoint_selection`."""
 
-    def open(self, out: Workspace, base: PolicyFiles) -> "Checkpoints": ...
+    def open(self, out: Workspace, base: PolicyFiles) -> "CheckpointSelector": ...
 
 
-class Checkpoints(Protocol):
-    """The contest of one training: which step's policy is taken."""
+class CheckpointSelector(Protocol):
+    """The selection in one training: which step's policy is taken."""
 
     chosen: int | None
     win_rates: dict[int, float]

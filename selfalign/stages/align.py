@@ -32,7 +32,7 @@ from selfalign.records import PreferencePair, stream_records
 from selfalign.refinement import Refinement, refinement
 from selfalign.store import Artefact, Counts, Workspace, together
 from selfalign.streams import chunks
-from selfalign.training import Contest, Optimization, Outcome, Weights, forward, make_scoring, train
+from selfalign.training import CheckpointSelection, Optimization, Outcome, Weights, forward, make_scoring, train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,7 +49,7 @@ def align(
     loss: PreferenceLoss,
     start: Artefact | None,
     held_out: int,
-    contest: Contest | None,
+    selection: CheckpointSelection | None,
     optimization: Optimization,
     weights: Weights,
 ) -> Counts:
@@ -66,7 +66,7 @@ def align(
         start: references.jsonl, M_t's own log-probabilities of these pairs; None where the reference is M_t itself,
             so that the first step has a known loss, which is checked, and where another policy is asked at every step.
         held_out: how many pairs are set aside, to be measured and not trained on.
-        contest: what decides after which step the policy is taken; None takes the last.
+        selection: what decides after which step the policy is taken; None takes the last.
         optimization: rates, sizes and lengths.
         weights: which weights are trained.
     """
@@ -85,7 +85,7 @@ def align(
         dtype="bfloat16" if "bfloat16" in (optimization.dtype, weights.dtype) else "float32",
         start=StoredReferences("start") if start else references if is_reference else None,
     )
-    checkpoints = contest.open(out, PolicyFiles(base.path)) if contest else None
+    checkpoints = selection.open(out, PolicyFiles(base.path)) if selection else None
     trained = train(
         out,
         policy=PolicyFiles(policy.path),

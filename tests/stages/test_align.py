@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from scipy import stats
 
 from selfalign.batches import Group, PairExample, encode_pairs, make_batch
-from selfalign.contest import Chooser, Contest
+from selfalign.checkpoint_selection import CheckpointSelection, CheckpointSelector
 from selfalign.errors import SelfalignError
 from selfalign.examples import StoredExamples, store_examples, with_reference
 from selfalign.files import write_json
@@ -87,7 +87,7 @@ def aligned(
     pairs: list[PreferencePair] = PAIRS,
     references: Artefact | None = None,
     held_out: int = 0,
-    contest: Contest | None = None,
+    selection: CheckpointSelection | None = None,
     kept_in: str = "float32",
     **settings: object,
 ):
@@ -114,7 +114,7 @@ def aligned(
         loss=loss,
         start=None if starts_as_reference else records_artefact(before.path),
         held_out=held_out,
-        contest=contest,
+        selection=selection,
         optimization=optimised,
         weights=replace(weights(seed, rank), dtype=kept_in),
     )
@@ -516,21 +516,21 @@ def test_dropout_that_is_asked_for_acts_on_the_policy_alone(tmp_path: Path, tiny
     assert dropped["refinement/mean"] == pytest.approx(0, abs=1e-3)
 
 
-def test_checkpoint_that_wins_the_contest_becomes_the_policy(
+def test_checkpoint_that_is_selected_becomes_the_policy(
     tmp_path: Path, tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Judged worse after its fourth step, the policy is that of the second, weight for weight."""
     scores = {2: 2.0, 4: 1.0}
 
-    def enter(chooser: Chooser, policy: Policy, step: int) -> None:
-        files = chooser.files(step)
+    def enter(selector: CheckpointSelector, policy: Policy, step: int) -> None:
+        files = selector.files(step)
         files.path.mkdir(parents=True)
-        files.save(policy, chooser.base)
-        write_json(chooser._result(step), {"a": scores[step]})
+        files.save(policy, selector.base)
+        write_json(selector._result(step), {"a": scores[step]})
 
-    monkeypatch.setattr(Chooser, "_enter", enter)
+    monkeypatch.setattr(CheckpointSelector, "_enter", enter)
     nothing: Any = None
-    contest = Contest(
+    selection = CheckpointSelection(
         every_steps=2,
         instructions=nothing,
         judge=nothing,
@@ -541,7 +541,7 @@ def test_checkpoint_that_wins_the_contest_becomes_the_policy(
         seed=0,
     )
     settings = {"batch_size": 1, "epochs": 2, "schedule": "constant"}
-    counts, policy, rows = aligned(tmp_path / "contest", tiny_policy, SrDPO(), contest=contest, **settings)
+    counts, policy, rows = aligned(tmp_path / "selection", tiny_policy, SrDPO(), selection=selection, **settings)
     assert len(rows) == 4
     assert counts["chosen_step"] == 2
     assert counts["checkpoint_win_rate/4"] == 0.0

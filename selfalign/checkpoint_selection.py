@@ -19,7 +19,7 @@ from selfalign.store import Artefact, Workspace
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Contest:
+class CheckpointSelection:
     """What decides between checkpoints.
 
     Attributes:
@@ -42,22 +42,22 @@ class Contest:
     sampling: Sampling
     seed: int
 
-    def open(self, out: Workspace, base: PolicyFiles) -> "Chooser":
-        """The contest of one training.
+    def open(self, out: Workspace, base: PolicyFiles) -> "CheckpointSelector":
+        """The selection in one training.
 
         Args:
             out: the training's workspace; checkpoints and their answers lie in its scratch.
             base: the checkpoint that an adapter belongs to.
         """
-        return Chooser(out, self, base)
+        return CheckpointSelector(out, self, base)
 
 
-class Chooser:
-    """The contest of one training; what it finds out is kept in the stage's scratch, so a killed run continues."""
+class CheckpointSelector:
+    """The selection in one training; what it finds out is kept in the stage's scratch, so a killed run continues."""
 
-    def __init__(self, out: Workspace, contest: Contest, base: PolicyFiles) -> None:
+    def __init__(self, out: Workspace, selection: CheckpointSelection, base: PolicyFiles) -> None:
         self.out = out
-        self.contest = contest
+        self.selection = selection
         self.base = base
         self.chosen: int | None = None
         self.win_rates: dict[int, float] = {}
@@ -70,18 +70,18 @@ class Chooser:
             step: optimiser steps done.
             last: there are no more steps; the last one always competes.
         """
-        if step % self.contest.every_steps and not last:
+        if step % self.selection.every_steps and not last:
             return False
         self._enter(policy, step)
         return self._loses(step)
 
     def resume(self, done: int) -> bool:
-        """Goes through the contests of a training that was killed, up to the step it continues from.
+        """Goes through the checkpoints of a training that was killed, up to the step it continues from.
 
         Returns:
             Whether one of them had stopped it already.
         """
-        steps = range(self.contest.every_steps, done + 1, self.contest.every_steps)
+        steps = range(self.selection.every_steps, done + 1, self.selection.every_steps)
         return any(self._loses(step) for step in steps if self._result(step).exists())
 
     def files(self, step: int) -> PolicyFiles:
@@ -102,11 +102,11 @@ class Chooser:
         return self._folder(step) / "scores.json"
 
     def _folder(self, step: int) -> Path:
-        return self.out.scratch / "contest" / str(step)
+        return self.out.scratch / "selection" / str(step)
 
     def _enter(self, policy: Policy, step: int) -> None:
         """Has the policy answer and its answers scored, once."""
-        folder, contest, files = self._folder(step), self.contest, self.files(step)
+        folder, selection, files = self._folder(step), self.selection, self.files(step)
         if processes.broadcast(self._result(step).exists()):
             return
         if processes.is_main():
@@ -115,11 +115,11 @@ class Chooser:
         processes.wait_for_all()
         label = f"{self.out.label} after {step} steps"
         answers, judged = (Workspace(folder / name, label, lambda row: None) for name in ("answers", "judged"))
-        shared = {"instructions": contest.instructions, "generate": contest.generate, "seed": contest.seed}
-        config = RespondConfig(candidates=1, sampling=contest.sampling)
+        shared = {"instructions": selection.instructions, "generate": selection.generate, "seed": selection.seed}
+        config = RespondConfig(candidates=1, sampling=selection.sampling)
         respond(answers, config=config, policy=_artefact(files.path), **shared)
         answered = _artefact(answers.path)
-        who = {"judge": contest.judge, "policy": contest.judged_by, "reference": contest.reference}
+        who = {"judge": selection.judge, "policy": selection.judged_by, "reference": selection.reference}
         judge(judged, responses=answered, **who, **shared)
         if processes.is_main():
             write_json(self._result(step), Answers.of(answered, _artefact(judged.path)).scores)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from builders import RUBRIC, instruction, policy_artefact, records_artefact, workspace
 
-from selfalign import contest as contest_module
-from selfalign.contest import Chooser, Contest
+from selfalign import checkpoint_selection as module
+from selfalign.checkpoint_selection import CheckpointSelection, CheckpointSelector
 from selfalign.errors import SelfalignError
 from selfalign.generation import Sampling, Transformers
 from selfalign.models import Policy, PolicyFiles
@@ -17,9 +17,9 @@ from selfalign.stages.judge import ExpectedScore
 from selfalign.training import ChooseConfig
 
 
-def contest(policy: PolicyFiles, folder: Path) -> Contest:
+def selection_of(policy: PolicyFiles, folder: Path) -> CheckpointSelection:
     asked = records_artefact(folder / "asked", instructions=[instruction("a"), instruction("b"), instruction("c")])
-    return Contest(
+    return CheckpointSelection(
         every_steps=2,
         instructions=asked,
         judge=ExpectedScore(prompt=RUBRIC),
@@ -43,22 +43,22 @@ class Scores:
 def scripted(monkeypatch: pytest.MonkeyPatch) -> Scores:
     scores = Scores({})
 
-    def enter(chooser: Chooser, policy: Any, step: int) -> None:
-        path = chooser._result(step)
+    def enter(selector: CheckpointSelector, policy: Any, step: int) -> None:
+        path = selector._result(step)
         if not path.exists():
             scores.asked.append(step)
             path.parent.mkdir(parents=True)
-            contest_module.write_json(path, {"a": scores.by_step[step], "b": scores.by_step[step]})
+            module.write_json(path, {"a": scores.by_step[step], "b": scores.by_step[step]})
 
-    monkeypatch.setattr(Chooser, "_enter", enter)
+    monkeypatch.setattr(CheckpointSelector, "_enter", enter)
     return scores
 
 
-def run(chooser: Chooser, start: int = 0, end: int = 7) -> list[int]:
+def run(selector: CheckpointSelector, start: int = 0, end: int = 7) -> list[int]:
     """Where a training of seven steps stops early, between these two."""
     nobody: Any = None
     for step in range(start + 1, end + 1):
-        if chooser.visit(nobody, step, last=step == 7):
+        if selector.visit(nobody, step, last=step == 7):
             return [step]
     return []
 
@@ -84,40 +84,40 @@ def test_training_stops_when_a_checkpoint_loses_and_the_one_before_is_taken(
     asked: list[int],
 ) -> None:
     scripted.by_step = by_step
-    chooser = Chooser(workspace(tmp_path / "M2"), contest(tiny_policy, tmp_path), tiny_policy)
-    assert run(chooser) == stopped
-    assert chooser.chosen == chosen
+    selector = CheckpointSelector(workspace(tmp_path / "M2"), selection_of(tiny_policy, tmp_path), tiny_policy)
+    assert run(selector) == stopped
+    assert selector.chosen == chosen
     assert scripted.asked == asked
 
 
 @pytest.mark.parametrize("done", [1, 3, 4, 6])
-def test_killed_contest_continues_to_the_same_choice(
+def test_killed_selection_continues_to_the_same_choice(
     tiny_policy: PolicyFiles, tmp_path: Path, scripted: Scores, done: int
 ) -> None:
     scripted.by_step = {2: 1.0, 4: 2.0, 6: 1.5, 7: 9.0}
     out = workspace(tmp_path / "M2")
-    run(Chooser(out, contest(tiny_policy, tmp_path), tiny_policy), end=done)
-    again = Chooser(out, contest(tiny_policy, tmp_path), tiny_policy)
+    run(CheckpointSelector(out, selection_of(tiny_policy, tmp_path), tiny_policy), end=done)
+    again = CheckpointSelector(out, selection_of(tiny_policy, tmp_path), tiny_policy)
     if again.resume(done):
         assert done == 6
     else:
         assert run(again, start=done) == [6]
     assert (again.chosen, again.win_rates) == (4, {4: 1.0, 6: 0.0})
-    assert scripted.asked == [2, 4, 6], "a contest was held twice"
+    assert scripted.asked == [2, 4, 6], "a checkpoint was compared twice"
 
 
 def test_checkpoint_answers_and_is_judged_for_real(tiny_policy: PolicyFiles, tmp_path: Path) -> None:
     out = workspace(tmp_path / "M2")
-    chooser = Chooser(out, contest(tiny_policy, tmp_path), tiny_policy)
+    selector = CheckpointSelector(out, selection_of(tiny_policy, tmp_path), tiny_policy)
     policy: Policy = tiny_policy.load("float32", trainable=True)
-    assert not chooser.visit(policy, 1, last=False)
-    assert not chooser.visit(policy, 2, last=False)
-    assert not chooser.visit(policy, 4, last=False)
-    answers = [read_records(out.scratch / f"contest/{step}/answers/responses.jsonl", Response) for step in (2, 4)]
+    assert not selector.visit(policy, 1, last=False)
+    assert not selector.visit(policy, 2, last=False)
+    assert not selector.visit(policy, 4, last=False)
+    answers = [read_records(out.scratch / f"selection/{step}/answers/responses.jsonl", Response) for step in (2, 4)]
     assert [response.text for response in answers[0]] == [response.text for response in answers[1]]
     assert len(answers[0]) == 3
-    assert chooser.win_rates == {4: 0.5}, "equal checkpoints tie"
-    assert chooser.files(4).digest == chooser.files(2).digest
+    assert selector.win_rates == {4: 0.5}, "equal checkpoints tie"
+    assert selector.files(4).digest == selector.files(2).digest
 
 
 @pytest.mark.parametrize(
