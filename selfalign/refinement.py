@@ -37,7 +37,8 @@ class Refinement:
             "random_prompt" puts random words, as many tokens as p, in p's place.
         prompt: p, put before the query x, a text or "file:PATH"; `{scale}` in it is replaced by `scale`. Our wording.
         scale: the top of the scale that p speaks of: 100, or 10 as the paper's ablation.
-        constant: Δ of every pair where the source is "constant", in units of reward.
+        constant: Δ of every pair where the source is "constant", in units of reward (of reward a token where
+            `loss.reduction` is "mean").
     """
 
     source: str = "prompted"
@@ -102,13 +103,13 @@ def refinement(policy_p: "PairLogps", reference_p: "PairLogps", beta: float) -> 
     Given the log-probabilities without p instead, it is Δ_naive = β h (eq. 10).
 
     Args:
-        policy_p: summed log-probabilities under the *current* policy, given p⊕x.
+        policy_p: log-probabilities under the *current* policy, given p⊕x; summed, as the paper has them, or averaged.
         reference_p: the same under the reference.
         beta: β of the loss.
 
     Returns:
-        Δ in units of reward, shape (pairs,), without gradient; above 0 where the policy, told to answer well,
-        has moved towards the chosen response.
+        Δ in units of reward (of reward a token, given averages), shape (pairs,), without gradient; above 0 where the
+        policy, told to answer well, has moved towards the chosen response.
     """
     chosen = policy_p.chosen - reference_p.chosen
     rejected = policy_p.rejected - reference_p.rejected

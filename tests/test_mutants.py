@@ -15,6 +15,8 @@ SR_DPO_OFFSET = "offset = self.lam * required(refinement).detach()\n"
 SR_DPO = SR_DPO_OFFSET + "        logits = self.beta * log_ratio_margin(policy, reference) - offset\n"
 SR_IPO_TARGET = "target = weight * required(refinement).detach() + 1 / (2 * self.beta)"
 SR_IPO = "return (h - target).square()"
+SR_DPO_DELTA = "return refinement(policy_p, reference_p, self.beta)"
+SR_IPO_DELTA = "return refinement(*reduced(policy_p, reference_p, self.reduction), self.beta)"
 ODPO = SR_DPO.replace("self.lam", "self.alpha")
 LOGISTIC = "return -F.logsigmoid(logits)\n"
 SMOOTHED = "-(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)"
@@ -75,6 +77,16 @@ LOSSES = [
     ("sr-ipo with printed and exact swapped", 'if self.target == "exact"', 'if self.target == "printed"'),
     ("sr-ipo with λβ for λ/β", EXACT, EXACT.replace("/", "*")),
     ("sr-ipo with λ/(2β) for λ/β", EXACT, EXACT.replace("self.beta", "self.beta / 2")),
+    ("sr-ipo with Δ always summed", SR_IPO_DELTA, SR_DPO_DELTA),
+    ("sr-ipo with Δ always averaged", SR_IPO_DELTA, SR_IPO_DELTA.replace("self.reduction", '"mean"')),
+    ("sr-ipo with Δ divided by β", SR_IPO_DELTA, SR_IPO_DELTA.replace("self.beta", "1 / self.beta")),
+    (
+        "sr-ipo with Δ of swapped models",
+        SR_IPO_DELTA,
+        SR_IPO_DELTA.replace("policy_p, reference", "reference_p, policy"),
+    ),
+    ("sr-dpo with Δ averaged a token", SR_DPO_DELTA, SR_IPO_DELTA.replace("self.reduction", '"mean"')),
+    ("sr-dpo with Δ without β", SR_DPO_DELTA, SR_DPO_DELTA.replace("self.beta", "1.0")),
     ("sum and mean swapped", 'if reduction == "sum"', 'if reduction == "mean"'),
     ("reference left as a sum", AVERAGED, "return policy.per_token(), reference"),
     ("rejected response averaged over the chosen one's tokens", REJECTED, REJECTED.replace("rejected_t", "chosen_t")),

@@ -29,7 +29,7 @@ from selfalign.metrics import (
 )
 from selfalign.models import Policy, PolicyFiles, autocast
 from selfalign.records import PreferencePair, stream_records
-from selfalign.refinement import Refinement, refinement
+from selfalign.refinement import Refinement
 from selfalign.store import Artefact, Counts, Workspace, together
 from selfalign.streams import chunks
 from selfalign.training import CheckpointSelection, Optimization, Outcome, Weights, forward, make_scoring, train
@@ -258,15 +258,15 @@ class Preference:
         if isinstance(self.loss, ODPO):
             gaps = [example.score_gap or math.nan for example in examples]
             return torch.tensor(gaps, device=model.device).log()
-        source = refinement_of(self.loss)
-        if source is None:
+        if not isinstance(self.loss, SrDPO | SrIPO):
             return None
+        source = self.loss.refinement
         if source.source == "constant":
             return torch.full_like(reference.chosen, source.constant)
         if source.source == "naive":
-            return refinement(policy, reference, self.loss.beta)
+            return self.loss.delta(policy, reference)
         groups = [example.augmented for example in examples if example.augmented is not None]
-        return refinement(frozen_logps(model, groups), self.references(model, groups, augmented=True), self.loss.beta)
+        return self.loss.delta(frozen_logps(model, groups), self.references(model, groups, augmented=True))
 
     def check_first_step(self, distance: float, loss_distance: float) -> None:
         """Stops the run if the policy does not start as the reference, where every reward and every Δ is 0.

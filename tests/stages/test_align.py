@@ -1,6 +1,7 @@
 import math
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -214,9 +215,17 @@ def test_counts_are_the_rewards_of_the_saved_policy(tmp_path: Path, tiny_policy:
     assert counts["rewards/margins"] == pytest.approx((sum(chosen) - sum(rejected)) / 4, abs=1e-3)
 
 
-@pytest.mark.parametrize(("plain", "refined"), [(DPO(beta=0.2), SrDPO), (IPO(beta=0.2), SrIPO)], ids=["dpo", "ipo"])
+@pytest.mark.parametrize(
+    ("plain", "refined"),
+    [
+        (DPO(beta=0.2), SrDPO),
+        (IPO(beta=0.2), SrIPO),
+        (IPO(beta=0.2, reduction="mean"), partial(SrIPO, reduction="mean")),
+    ],
+    ids=["dpo", "ipo", "ipo_mean"],
+)
 def test_lambda_zero_trains_bit_for_bit_as_without_refinement(
-    tmp_path: Path, tiny_policy: PolicyFiles, plain: PreferenceLoss, refined: type
+    tmp_path: Path, tiny_policy: PolicyFiles, plain: PreferenceLoss, refined: Callable[..., PreferenceLoss]
 ) -> None:
     _, one, _ = aligned(tmp_path / "plain", tiny_policy, plain)
     _, other, _ = aligned(tmp_path / "zero", tiny_policy, refined(beta=0.2, lam=0.0))
@@ -342,6 +351,24 @@ def test_objective_equals_the_equation_worked_by_hand(
     if refinement_of(loss):
         total, weight = outcome.metrics["refinement/mean"]
         assert total / weight == pytest.approx(-0.4, rel=1e-3)
+
+
+@pytest.mark.parametrize("source", ["prompted", "naive"])
+@pytest.mark.parametrize("target", ["printed", "exact"])
+def test_averaged_sr_ipo_averages_both_passes(tiny_policy: PolicyFiles, source: str, target: str) -> None:
+    """The reference is 1 nat below the policy on every y⁺, 3 on every y⁻: h = 1/n⁺ - 3/n⁻ and Δ = β h, a token."""
+    refinement = Refinement(source=source)
+    loss = SrIPO(beta=0.2, lam=0.5, reduction="mean", target=target, refinement=refinement)
+    objective, model, examples = objective_on(tiny_policy, loss)
+    outcome = objective(model, examples)
+    margins = [1 / chosen - 3 / rejected for chosen, rejected in (e.plain.scored() for e in examples)]
+    weight = 0.5 / 0.2 if target == "exact" else 0.5
+    expected = [(h - weight * 0.2 * h - 2.5) ** 2 for h in margins]
+    assert len(set(margins)) > 1
+    assert float(outcome.loss.detach()) == pytest.approx(sum(expected), rel=1e-4)
+    assert outcome.metrics["refinement/mean"] == (pytest.approx(0.2 * sum(margins), rel=1e-3), 4.0)
+    # Rewards are of whole responses, whatever the loss does.
+    assert outcome.metrics["rewards/margins"] == (pytest.approx(4 * 0.2 * -2, rel=1e-4), 4.0)
 
 
 def test_refinement_is_recomputed_under_the_current_policy_and_takes_no_gradient(tiny_policy: PolicyFiles) -> None:
