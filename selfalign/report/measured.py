@@ -46,7 +46,6 @@ PREFERENCES = (
             ("augmented accuracy", "preferences/rewards/accuracies_augmented", percent),
             ("mean\u00a0Δ", "preferences/refinement/mean", decimals(3)),
             ("std of\u00a0Δ", "preferences/refinement/std", decimals(3)),
-            ("Δ\u00a0>\u00a00", "preferences/refinement/positive_share", percent),
             ("scored pairs", "preferences/scored", decimals(0)),
             ("margin and score, Pearson", "preferences/margin_score_pearson", decimals(2)),
             ("margin and score, Spearman", "preferences/margin_score_spearman", decimals(2)),
