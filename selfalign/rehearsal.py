@@ -344,7 +344,7 @@ class Rehearsal:
     def _pairs(self, count: int, augmentation: Refinement | None) -> list[PreferencePair]:
         data = self.config.data
         written = data.respond.sampling.max_new_tokens if isinstance(data, SelfRewarding) else self.longest.max_length
-        p = augmentation.text(self.longest.tokenizer) if augmentation else ""
+        p = augmentation.text(self.longest.tokenizer).text if augmentation else ""
         return self.longest.pairs(count, written, p)
 
     def _texts(self, ask: Callable[..., Prompt], responses: Artefact, written: int, *, server: bool) -> list[str]:

@@ -208,7 +208,7 @@ def longest(tiny_tokenizer: Any) -> Longest:
 def test_pairs_fill_the_longest_sequence_and_none_is_cut_or_dropped(longest: Longest) -> None:
     for p in (None, Refinement()):
         for written in (50, 1000):
-            text = p.text(longest.tokenizer) if p else ""
+            text = p.text(longest.tokenizer).text if p else ""
             tally: Counter[str] = Counter()
             made = longest.pairs(3, written, text)
             examples = list(encode_pairs(longest.tokenizer, made, p, longest.max_length, tally))

@@ -168,12 +168,14 @@ def check_reduction_of_delta(module: Any, _: Any) -> None:
 
 
 def check_augmented_prompt(_: Any, refinement_module: Any) -> None:
-    p = refinement_module.Refinement(prompt="Reach {scale}. ", scale=10).text(None)
-    assert refinement_module.augment(p, "Why?") == "Reach 10. Why?"
     turns = [("system", "S"), ("user", "A"), ("assistant", "B"), ("user", "C"), ("assistant", "D")]
-    augmented = refinement_module.augment(p, [{"role": role, "content": content} for role, content in turns])
-    assert [turn["content"] for turn in augmented] == ["S", "A", "B", "Reach 10. C", "D"]
-    assert [turn["role"] for turn in augmented] == [role for role, _ in turns]
+    expected = {"dialogue": ["S", "Reach 10. A", "B", "C", "D"], "last_turn": ["S", "A", "B", "Reach 10. C", "D"]}
+    for place, contents in expected.items():
+        p = refinement_module.Refinement(prompt="Reach {scale}. ", scale=10, place=place).text(None)
+        assert refinement_module.augment(p, "Why?") == "Reach 10. Why?"
+        augmented = refinement_module.augment(p, [{"role": role, "content": content} for role, content in turns])
+        assert [turn["content"] for turn in augmented] == contents
+        assert [turn["role"] for turn in augmented] == [role for role, _ in turns]
 
 
 Check = Callable[[Any, Any], None]

@@ -22,7 +22,8 @@ LOGISTIC = "return -F.logsigmoid(logits)\n"
 SMOOTHED = "-(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)"
 NLL = "return -weight * policy.per_token().chosen"
 DELTA = "return (beta * (chosen - rejected)).detach()"
-TURN = '"content": p + prompt[last]["content"]'
+TURN = '"content": p.text + prompt[at]["content"]'
+PLACE = 'at = users[0] if p.place == "dialogue" else users[-1]'
 
 EXACT = "weight = self.lam / self.beta if"
 AVERAGED = "return policy.per_token(), averaged.per_token()"
@@ -101,9 +102,12 @@ REFINEMENT = [
     ("Δ without the reference", CHOSEN_P, "policy_p.chosen"),
     ("Δ with the wrong response's reference", REJECTED_P, "policy_p.rejected - reference_p.chosen"),
     ("Δ with rewards added", DELTA, DELTA.replace("chosen - rejected", "chosen + rejected")),
-    ("p behind the query", TURN, '"content": prompt[last]["content"] + p'),
-    ("p before the first user turn", "last = max(", "last = min("),
-    ("p behind a plain text", "return p + prompt", "return prompt + p"),
+    ("p behind the query", TURN, '"content": prompt[at]["content"] + p.text'),
+    ("p always before the first user turn", PLACE, "at = users[0]"),
+    ("p always before the last user turn", PLACE, "at = users[-1]"),
+    ("p before the system turn", PLACE, PLACE.replace("users[0]", "0")),
+    ("p behind a plain text", "return p.text + prompt", "return prompt + p.text"),
+    ("p's place forgotten", "else p, self.place)", 'else p, "dialogue")'),
     ("p without its scale", '.replace("{scale}", str(self.scale))', ""),
     ("p with the default scale", "str(self.scale)", "str(100)"),
 ]

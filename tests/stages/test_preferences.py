@@ -40,7 +40,7 @@ from selfalign.records import (
     Response,
     read_records,
 )
-from selfalign.refinement import Refinement, augment
+from selfalign.refinement import Augmentation, Refinement, augment
 from selfalign.stages import preferences as module
 from selfalign.stages.evaluate import PreferenceTest
 from selfalign.stages.preferences import preference_test, preferences
@@ -335,7 +335,10 @@ def test_margin_and_refinement_of_a_real_policy_are_those_of_its_full_logits(
     counts = preferences(out, pairs=there, trained_on=[], policy=scored[0], reference=scored[1], scores=None, beta=0.5)
     found = read_records(out.path / "preferences.jsonl", MeasuredPair)
     for pair, record in zip(pairs, found, strict=True):
-        for prompt, value in ((pair.prompt, record.margin), (augment("Reach 7. ", pair.prompt), record.delta)):
+        for prompt, value in (
+            (pair.prompt, record.margin),
+            (augment(Augmentation("Reach 7. ", "dialogue"), pair.prompt), record.delta),
+        ):
             chosen, rejected = (
                 log_likelihood(policy, prompt, text) - log_likelihood(tiny_policy, prompt, text)
                 for text in (pair.chosen, pair.rejected)
