@@ -107,8 +107,10 @@ class Given:
                 content=content,
                 held_out=self.held_out,
             )
+            self._check_pairs(data, self.pairs.counts["pairs"])
         else:
             self.instructions = self._ask("instructions", "data.instruct.source", data.instruct.source, 0, None)
+            self._check_instructions(data.instruct)
 
     @property
     def held_out(self) -> list[Artefact]:
@@ -136,7 +138,9 @@ class Given:
         else:
             raise SelfalignError(f"{key}=ranked: no question of data.seeds.ranked is held out")
         inputs = {"source": test.source, "count": test.count, "content": content, "ranked": ranked}
-        return self.run.make("preferences/pairs", preference_test, **inputs)
+        made = self.run.make("preferences/pairs", preference_test, **inputs)
+        _check_enough("evaluate.preferences.count", test.count, made.counts["pairs"], f"pairs of {test.source}")
+        return made
 
     def _make_seeds(self, label: str, stage: StageFunction, how: EvaluationFineTuning, **more: Any) -> Artefact:
         given = self.config.data.seeds
@@ -150,10 +154,49 @@ class Given:
         if not source:
             return None
         content = identify_data(source, key)
-        return self.run.make(label, questions, source=source, count=count, content=content, seeds=taught)
+        made = self.run.make(label, questions, source=source, count=count, content=content, seeds=taught)
+        _check_enough(
+            f"{key.rpartition('.')[0]}.count", count, made.counts["instructions"], f"instructions of {source}"
+        )
+        return made
+
+    def _check_pairs(self, data: Pairs, there: int) -> None:
+        """The data gave as many pairs as are wanted, and more than are set aside."""
+        _check_enough("data.count", data.count, there, f"pairs of {data.path}")
+        if (held_out := self.config.train.held_out_pairs) >= there:
+            raise SelfalignError(f"train.held_out_pairs={held_out} of {there} pairs leaves none to train on: lower it")
+
+    def _check_instructions(self, asked: InstructConfig) -> None:
+        """There are as many seeds as the writer is shown, or as many given instructions as all iterations take."""
+        if self.instructions is not None:
+            wanted, there = asked.count * self.config.iterations, self.instructions.counts["instructions"]
+            if there < wanted:
+                raise SelfalignError(
+                    f"data.instruct.count={asked.count} in each of iterations={self.config.iterations} takes {wanted} "
+                    f"instructions, but data.instruct.source={asked.source} has {there}: lower it or give more"
+                )
+        elif (there := self.seeds.counts["ift"]) < asked.seed_demonstrations:
+            raise SelfalignError(
+                f"data.instruct.seed_demonstrations={asked.seed_demonstrations}, but there are {there} IFT seeds: "
+                "lower it or give more data.seeds.demonstrations"
+            )
+
+
+def _check_enough(key: str, wanted: int, there: int, what: str) -> None:
+    """A count that is set is reached."""
+    if there < wanted:
+        raise SelfalignError(
+            f"{key}={wanted}, but there are {there} usable {what}: lower it (0 takes all) or give more"
+        )
 
 
 def makes_baseline(config: "ExperimentConfig") -> bool:
     """Whether there is an SFT baseline beside M1: it writes EFT, or its judging is to be compared with M1's."""
     how = config.data.seeds.evaluation_fine_tuning
     return how == EvaluationFineTuning.baseline or (config.evaluate.baseline and how == EvaluationFineTuning.human)
+
+
+def trains_m1(config: "ExperimentConfig") -> bool:
+    """Whether there are demonstrations; without any M1 is M0."""
+    seeds = config.data.seeds
+    return bool(seeds.demonstrations or (seeds.ranked and seeds.evaluation_fine_tuning == EvaluationFineTuning.human))

@@ -3,10 +3,9 @@
 Names of training metrics are TRL's where TRL has them. Every row of `metrics.jsonl` has `step` (one count over the
 whole run), `stage`, `iteration` and the values; `METRICS` says what each value means. `held_out/NAME` is NAME over the
 pairs that were set aside, `preferences/NAME` over those of `evaluate.preferences` (there Δ is summed over tokens
-whatever `loss.reduction` is, so that losses compare), `NAME_low` and `NAME_high` are the
-ends of its 95 % interval, and `checkpoint_win_rate/N` is that of the checkpoint after N steps against the one chosen
-before it. `eval/` numbers of head-to-head comparisons are against M1; with `_vs_previous` against M_{t-1}, with
-`_vs_given` against the outputs of `evaluate.against`.
+whatever `loss.reduction` is, so that losses compare), `NAME_low` and `NAME_high` are the ends of its 95 % interval.
+`eval/` numbers of head-to-head comparisons are against M1; with `_vs_previous` against M_{t-1}, with `_vs_given`
+against the outputs of `evaluate.against`.
 BENCHMARK stands for the name of a benchmark, such as mt_bench, whose judge counts what is `judge/…` elsewhere.
 """
 
@@ -48,7 +47,10 @@ METRICS = {
     "peak_memory_gb": "the most memory so far of any process, GiB: of its GPU, or resident where there is none",
     "token_accuracy": "share of target tokens that were the most likely ones",
     "held_out_pairs": "preference pairs set aside",
-    "chosen_step": "optimiser step whose policy was taken, where checkpoints compete",
+    "chosen_step": "optimiser step whose policy was taken, where checkpoints are compared",
+    "checkpoint_win_rate/N": "validation instructions that the checkpoint after N steps won against the one before it",
+    "checkpoint_wins/N": "how many it won, in both orders",
+    "checkpoint_losses/N": "how many it lost, in both orders; where these are too many, training stopped there",
     "prompts_cut": "pairs whose prompt lost its beginning to fit into train.align.max_length",
     "novelty": "1 minus an instruction's highest ROUGE-L F1 to a seed or one kept before it, mean over the new ones",
     "distinct_1": "different words among all words of an iteration's new instructions (Li et al. 2016, 1510.03055)",

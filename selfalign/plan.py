@@ -3,12 +3,12 @@
 from typing import TYPE_CHECKING, Any
 
 from selfalign.benchmarks.entrant import judges_to_load
-from selfalign.given import Pairs, SelfRewarding, makes_baseline
+from selfalign.given import Pairs, SelfRewarding, makes_baseline, trains_m1
 from selfalign.judges.attempts import WrittenScore
 from selfalign.judges.bench import asks_a_server, wants_model
 from selfalign.losses import Positives
 from selfalign.pairing import PairRule
-from selfalign.stages.evaluate import opponents
+from selfalign.stages.evaluate import compares_on, opponents
 from selfalign.stages.judge import Judge, Pairwise
 from selfalign.stages.seeds import EvaluationFineTuning
 
@@ -21,7 +21,7 @@ def plan(config: "ExperimentConfig") -> list[tuple[str, str]]:
     data, sft = config.data, config.train.sft
     stages = _given(config)
     stages += _baseline(config) if makes_baseline(config) else []
-    if _trains_m1(config):
+    if trains_m1(config):
         stages.append(("M1", f"SFT, epochs {sft.epochs}, batch {sft.batch_size}"))
     stages += _evaluation(config, "M1")
     for iteration in range(1, config.iterations + 1):
@@ -53,16 +53,13 @@ def _given(config: "ExperimentConfig") -> list[tuple[str, str]]:
     stages.append(("M0", config.model.path))
     if isinstance(data, SelfRewarding) and data.instruct.fixed_writer:
         stages.append(("writer", data.instruct.writer))
-    for label, judge in (("judge", config.judge), ("referee", asked.head_to_head), ("preferences/judge", test.judge)):
+    judges = [("judge", config.judge), ("referee", asked.head_to_head), ("preferences/judge", test.judge)]
+    if choose.every_steps:
+        judges.append(("checkpoint_judge", choose.head_to_head))
+    for label, judge in judges:
         if wants_model(judge):
             stages.append((label, judge.model))
     return [*stages, *((f"judges/{name}", path) for name, path in judges_to_load(config.benchmark).items())]
-
-
-def _trains_m1(config: "ExperimentConfig") -> bool:
-    """Whether there are demonstrations; without any M1 is M0."""
-    seeds = config.data.seeds
-    return bool(seeds.demonstrations or (seeds.ranked and seeds.evaluation_fine_tuning == EvaluationFineTuning.human))
 
 
 def _baseline(config: "ExperimentConfig") -> list[tuple[str, str]]:
@@ -84,8 +81,10 @@ def _baseline(config: "ExperimentConfig") -> list[tuple[str, str]]:
 
 
 def _own_pairs(config: "ExperimentConfig", place: str) -> list[tuple[str, str]]:
-    data = config.data
-    written = f"the next of {data.instruct.source}" if data.instruct.source else f"written by {data.instruct.writer}"
+    data, asked = config.data, config.data.instruct
+    written = f"the next of {asked.source}" if asked.source else f"written by {asked.writer}"
+    if not asked.source:
+        written += f" in at most {asked.most_batches} batches of {asked.prompts_per_batch} prompts"
     candidates = data.instruct.count * data.respond.candidates
     return [
         (f"{place}/instructions", f"{data.instruct.count} new, {written}"),
@@ -128,7 +127,7 @@ def _alignment(config: "ExperimentConfig", iteration: int) -> list[tuple[str, st
     stages: list[tuple[str, str]] = []
     if train.reference_logps == "stored":
         stages.append((f"iteration_{iteration}/reference", f"log-probabilities of {train.reference}"))
-        at_first = iteration == 1 and (train.reference == "sft" or not _trains_m1(config))
+        at_first = iteration == 1 and (train.reference == "sft" or not trains_m1(config))
         if train.reference != "previous" and not at_first:
             stages.append((f"iteration_{iteration}/start", f"log-probabilities of M{iteration}, to tell its change"))
     return [*stages, (label, size)]
@@ -137,24 +136,35 @@ def _alignment(config: "ExperimentConfig", iteration: int) -> list[tuple[str, st
 def _evaluation(config: "ExperimentConfig", name: str) -> list[tuple[str, str]]:
     place, settings = f"evaluation_{name}", config.evaluate
     stages: list[tuple[str, str]] = []
+    before = [f"M{number}" for number in range(1, int(name[1:]))]
     if settings.instructions:
         count = str(settings.count or "all")
         stages.append((f"{place}/answers", f"{count} instructions"))
         if not isinstance(config.judge, Pairwise):
             stages.append((f"{place}/scores", f"judged by {settings.judge}"))
-        before = [f"M{number}" for number in range(1, int(name[1:]))]
         referee = settings.head_to_head
         stages += [
             (f"{place}/against_{other}", f"both orders, judged by {_name_of(referee)}")
-            for other in opponents(settings, before)
+            for other in [*opponents(settings, before), *(["given"] if settings.against else [])]
         ]
         if name != "M1":
             stages.append((f"{place}/divergence", "log-probabilities of the answers under M1"))
     stages += _held_out_pairs(config, name)
     if config.data.seeds.ranked:
         stages.append((f"{place}/ranked_scores", "held-out ranked answers"))
-    stages.append((f"{place}/numbers", ""))
-    return [*stages, *((f"{place}/{label}", settings.size) for label, settings in config.benchmark.items())]
+    return [*stages, (f"{place}/numbers", ""), *_benchmarks(config, name, before)]
+
+
+def _benchmarks(config: "ExperimentConfig", name: str, before: list[str]) -> list[tuple[str, str]]:
+    """Every benchmark, and behind it the comparisons on its questions."""
+    place, settings = f"evaluation_{name}", config.evaluate
+    stages: list[tuple[str, str]] = []
+    for label, benchmark in config.benchmark.items():
+        stages.append((f"{place}/{label}", benchmark.size))
+        others = opponents(settings, before) if compares_on(settings, benchmark) else []
+        judged = f"every turn in both orders, judged by {_name_of(settings.head_to_head)}" if others else ""
+        stages += [(f"{place}/{label}_against_{other}", judged) for other in others]
+    return stages
 
 
 def _held_out_pairs(config: "ExperimentConfig", name: str) -> list[tuple[str, str]]:
@@ -164,7 +174,7 @@ def _held_out_pairs(config: "ExperimentConfig", name: str) -> list[tuple[str, st
         return []
     first, scored = name == "M1", [(f"{place}/logps", "held-out pairs")]
     if first:
-        trained = scored if _trains_m1(config) else []
+        trained = scored if trains_m1(config) else []
         scored = [(f"{place}/reference_logps", "held-out pairs, by M0"), *trained]
     if first and test.judge is not None:
         scored.append(("preferences/scores", _judging(test.judge, test.count, 2) if test.count else "all pairs"))

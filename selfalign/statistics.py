@@ -77,6 +77,14 @@ def wilson(successes: float, total: int, confidence: float = 0.95) -> Estimate:
     return Estimate(share, max(0.0, centre - half), min(1.0, centre + half))
 
 
+def sign_test(wins: int, losses: int) -> float:
+    """Returns how likely so few wins or fewer are if both sides are as good: the one-sided p value of the sign test.
+
+    Exact, by the binomial distribution. Ties say nothing and are left out; without a win or a loss it is 1.
+    """
+    return float(stats.binom.cdf(wins, wins + losses, 0.5))
+
+
 def bootstrap(
     statistic: Callable[[NDArray[np.int64]], float], units: int, *, seed: int = 0, confidence: float = 0.95
 ) -> Estimate:

@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerControl, TrainerState
 
 from selfalign import processes, snapshot
+from selfalign.choose import CheckpointSelector
 from selfalign.errors import SelfalignError
 from selfalign.files import derive_seed
 from selfalign.layouts import Layout, Pass, keep_masters, my_passes
@@ -27,7 +28,7 @@ from selfalign.models import Policy, autocast, default_device
 from selfalign.optimizers import build_optimizer
 from selfalign.progress import progress_bar
 from selfalign.store import Workspace
-from selfalign.training import CheckpointSelector, Example, Objective, Optimization, Outcome, Weights
+from selfalign.training import Example, Objective, Optimization, Outcome, Weights
 
 STATE = "trainer_state.json"
 """Trainer's own state; it is written last, so a checkpoint is whole when it can be read."""

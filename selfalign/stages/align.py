@@ -13,6 +13,7 @@ import torch
 
 from selfalign import processes
 from selfalign.batches import Group, PairExample, encode_pairs
+from selfalign.choose import CheckpointSelection
 from selfalign.errors import SelfalignError
 from selfalign.examples import StoredExamples, follow_references, store_examples
 from selfalign.files import derive_seed, digest_text
@@ -32,7 +33,7 @@ from selfalign.records import PreferencePair, stream_records
 from selfalign.refinement import Refinement
 from selfalign.store import Artefact, Counts, Workspace, together
 from selfalign.streams import chunks
-from selfalign.training import CheckpointSelection, Optimization, Outcome, Weights, forward, make_scoring, train
+from selfalign.training import Optimization, Outcome, Weights, forward, make_scoring, train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -103,8 +104,7 @@ def align(
         **averages(objective.measure(trained, training, optimization)),
     }
     if checkpoints is not None:
-        counts |= {"chosen_step": checkpoints.chosen or 0}
-        counts |= {f"checkpoint_win_rate/{step}": rate for step, rate in checkpoints.win_rates.items()}
+        counts |= checkpoints.counts()
     if held:
         measured = objective.measure(trained, held, optimization)
         numbers = averages(measured) | reward_intervals(measured)

@@ -546,23 +546,23 @@ def test_dropout_that_is_asked_for_acts_on_the_policy_alone(tmp_path: Path, tiny
 def test_checkpoint_that_is_selected_becomes_the_policy(
     tmp_path: Path, tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Judged worse after its fourth step, the policy is that of the second, weight for weight."""
-    scores = {2: 2.0, 4: 1.0}
+    """Worse after its fourth step, the policy is that of the second, weight for weight."""
+    found = {2: {}, 4: {"wins": 0, "losses": 9, "win_rate": 0.0}}
 
-    def enter(selector: CheckpointSelector, policy: Policy, step: int) -> None:
+    def compare(selector: CheckpointSelector, policy: Policy, step: int) -> None:
         files = selector.files(step)
         files.path.mkdir(parents=True)
         files.save(policy, selector.base)
-        write_json(selector._result(step), {"a": scores[step]})
+        write_json(selector._result(step), found[step])
 
-    monkeypatch.setattr(CheckpointSelector, "_enter", enter)
+    monkeypatch.setattr(CheckpointSelector, "_compare", compare)
     nothing: Any = None
     selection = CheckpointSelection(
         every_steps=2,
+        level=0.005,
         instructions=nothing,
-        judge=nothing,
-        judged_by=nothing,
-        reference=None,
+        comparator=nothing,
+        compared_by=None,
         generate=nothing,
         sampling=nothing,
         seed=0,
@@ -571,7 +571,7 @@ def test_checkpoint_that_is_selected_becomes_the_policy(
     counts, policy, rows = aligned(tmp_path / "selection", tiny_policy, SrDPO(), selection=selection, **settings)
     assert len(rows) == 4
     assert counts["chosen_step"] == 2
-    assert counts["checkpoint_win_rate/4"] == 0.0
+    assert (counts["checkpoint_win_rate/4"], counts["checkpoint_losses/4"]) == (0.0, 9)
     after = [direct_logps(policy, pair) for pair in PAIRS]
     before = [direct_logps(tiny_policy, pair) for pair in PAIRS]
     margins = [0.1 * ((a[0] - b[0]) - (a[1] - b[1])) for a, b in zip(after, before, strict=True)]

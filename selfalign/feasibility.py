@@ -1,0 +1,213 @@
+"""Counts and lengths that their limits cannot reach, refused before anything is trained: one line, and what would do.
+
+`check_counts` knows the configuration alone, so it speaks before anything is made; `check_lengths` knows M0's tokenizer
+and context too. What only the data tell is checked where they are read (given.py).
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from selfalign.data import as_prompt
+from selfalign.errors import SelfalignError
+from selfalign.given import Pairs, SelfRewarding, trains_m1
+from selfalign.judges.bench import OWN_MODELS, asks_a_server
+from selfalign.longest import asks, writes
+from selfalign.losses import Positives
+from selfalign.models import PolicyFiles
+from selfalign.pairing import BestVsK, PairRule
+from selfalign.refinement import augment
+from selfalign.stages.align import augmentation_of
+from selfalign.stages.judge import Pairwise, SampledScore
+from selfalign.stages.pair import PositivesOnly
+from selfalign.stages.seeds import EvaluationFineTuning
+from selfalign.tokenization import encode_prompt
+
+if TYPE_CHECKING:
+    from selfalign.config import ExperimentConfig
+
+
+def check_counts(config: "ExperimentConfig") -> None:
+    """Checks what is known before any data are read.
+
+    Raises:
+        SelfalignError: a count is out of its limits' reach; both keys are named.
+    """
+    data, held_out = config.data, config.train.held_out_pairs
+    if isinstance(data, Pairs):
+        if data.count and held_out >= data.count:
+            raise SelfalignError(
+                f"train.held_out_pairs={held_out} of data.count={data.count} pairs leaves none to train on: lower it "
+                f"below {data.count}, or raise data.count"
+            )
+        return
+    _check_seeds(data)
+    _check_candidates(config, data)
+    _check_scores(config)
+    _check_training_lengths(config, data)
+    if isinstance(rule := config.pair, PairRule):
+        most = data.instruct.count * rule.wanted(data.respond.candidates)
+        if rule.minimum_pairs > most:
+            raise SelfalignError(f"pair.minimum_pairs={rule.minimum_pairs}, but {_sizes(data)} gives {most} at most")
+        if held_out >= most:
+            raise SelfalignError(
+                f"train.held_out_pairs={held_out}, but {_sizes(data)} gives {most} pairs an iteration at most, which "
+                "leaves none to train on: lower it or raise data.instruct.count"
+            )
+    elif rule.minimum_examples > (most := data.instruct.count * data.respond.candidates):
+        raise SelfalignError(f"pair.minimum_examples={rule.minimum_examples}, but {_sizes(data)} gives {most} at most")
+
+
+def _sizes(data: SelfRewarding) -> str:
+    return f"data.instruct.count={data.instruct.count} with data.respond.candidates={data.respond.candidates}"
+
+
+def _check_seeds(data: SelfRewarding) -> None:
+    """New instructions are written after examples, which seeds give."""
+    asked, given = data.instruct, data.seeds
+    if asked.source:
+        return
+    if not given.demonstrations:
+        raise SelfalignError(
+            "data.instruct shows its writer seeds, and data.seeds.demonstrations names none: give some, or the "
+            "instructions themselves with data.instruct.source"
+        )
+    if 0 < given.max_demonstrations < asked.seed_demonstrations:
+        raise SelfalignError(
+            f"data.instruct.seed_demonstrations={asked.seed_demonstrations}, but "
+            f"data.seeds.max_demonstrations={given.max_demonstrations} leaves fewer: lower the one or raise the other"
+        )
+
+
+def _check_candidates(config: "ExperimentConfig", data: SelfRewarding) -> None:
+    """Pairs, and comparisons, are made of two responses to one instruction."""
+    candidates, rule = data.respond.candidates, config.pair
+    needed = rule.k + 1 if isinstance(rule, BestVsK) else 2 if isinstance(rule, PairRule) else 1
+    why = f"pair.k={rule.k}" if isinstance(rule, BestVsK) else "a pair"
+    if isinstance(config.judge, Pairwise) and needed < 2:
+        needed, why = 2, "judge=pairwise"
+    if candidates < needed:
+        raise SelfalignError(
+            f"data.respond.candidates={candidates}, but {why} needs {needed} responses to an instruction: raise it to "
+            f"{needed} or more"
+        )
+
+
+def _check_scores(config: "ExperimentConfig") -> None:
+    """A judge's scale bounds what its scores can reach and by how much they can differ."""
+    rule, judge = config.pair, config.judge
+    low, high = getattr(judge, "low", None), getattr(judge, "high", None)
+    if low is None or high is None:
+        return
+    if isinstance(rule, PositivesOnly) and rule.minimum_score > high:
+        raise SelfalignError(f"pair.minimum_score={rule.minimum_score} is above judge.high={high}: lower it")
+    if isinstance(rule, PairRule) and rule.minimum_margin >= high - low:
+        raise SelfalignError(
+            f"pair.minimum_margin={rule.minimum_margin}, but scores from judge.low={low} to judge.high={high} differ "
+            f"by {high - low} at most: lower it"
+        )
+
+
+def _check_training_lengths(config: "ExperimentConfig", data: SelfRewarding) -> None:
+    """What is written to be trained on, a prompt before it, must fit into the longest sequence."""
+    positives = isinstance(config.loss, Positives)
+    stage = "train.sft" if positives else "train.align"
+    limit = (config.train.sft if positives else config.train.align).max_length
+    written = {"data.respond.sampling": (data.respond.sampling.max_new_tokens, stage, limit)}
+    if data.seeds.evaluation_fine_tuning == EvaluationFineTuning.baseline and isinstance(config.judge, SampledScore):
+        written["judge.sampling"] = (config.judge.sampling.max_new_tokens, "train.sft", config.train.sft.max_length)
+    for key, (tokens, of, longest) in written.items():
+        if tokens >= longest:
+            raise SelfalignError(
+                f"{key}.max_new_tokens={tokens} leaves no token of {of}.max_length={longest} for a prompt, so the "
+                "longest texts are never trained on: lower the one or raise the other"
+            )
+
+
+def check_lengths(config: "ExperimentConfig", base: PolicyFiles) -> None:
+    """Checks what the model's context and tokenizer bound.
+
+    Raises:
+        SelfalignError: a length is out of reach; the key and what would do are named.
+    """
+    check_longest_sequences(config, base.context)
+    for key, tokens in _written(config):
+        if tokens >= base.context:
+            raise SelfalignError(
+                f"{key}={tokens} leaves no token of the model's context of {base.context} for a prompt: lower it"
+            )
+    tokenizer = base.load_tokenizer()
+    for key, judge in _own_judges(config):
+        asked = len(encode_prompt(tokenizer, asks(judge)("-", "-")))
+        if asked + writes(judge) > base.context:
+            raise SelfalignError(
+                f"{key}.prompt takes {asked} tokens before any response, and the judge writes {writes(judge)} more: "
+                f"over the model's context of {base.context}"
+            )
+        if key == "judge" and _teaches_judging(config) and asked >= config.train.sft.max_length:
+            raise SelfalignError(
+                f"judge.prompt takes {asked} tokens before any response, so no example of judging fits into "
+                f"train.sft.max_length={config.train.sft.max_length}: raise it or shorten the prompt"
+            )
+    p = None if isinstance(config.loss, Positives) else augmentation_of(config.loss)
+    limit = config.train.align.max_length
+    if p and (asked := len(encode_prompt(tokenizer, augment(p.text(tokenizer), as_prompt("-"))))) >= limit:
+        raise SelfalignError(
+            f"loss.refinement.prompt takes {asked} tokens, so no pair fits into train.align.max_length={limit}: raise "
+            "it or shorten the prompt"
+        )
+
+
+def check_longest_sequences(config: "ExperimentConfig", context: int) -> None:
+    """Checks that what is trained on is no longer than the model can see.
+
+    Raises:
+        SelfalignError: it is.
+    """
+    positives = isinstance(config.loss, Positives)
+    trained = {"sft": trains_m1(config) or positives, "align": not positives}
+    for stage in (name for name, used in trained.items() if used):
+        if (longest := getattr(config.train, stage).max_length) > context:
+            raise SelfalignError(
+                f"train.{stage}.max_length={longest} is above the model's context of {context} tokens: lower it"
+            )
+
+
+def _written(config: "ExperimentConfig") -> Iterator[tuple[str, int]]:
+    """What the run's own models write at most, by key."""
+    data, choose = config.data, config.train.choose
+    samplings: dict[str, Any] = {}
+    if isinstance(data, SelfRewarding):
+        samplings["data.respond"] = data.respond
+        if not data.instruct.source and not data.instruct.fixed_writer:
+            samplings["data.instruct"] = data.instruct
+    if config.evaluate.instructions:
+        samplings["evaluate"] = config.evaluate
+    if choose.every_steps:
+        samplings["train.choose"] = choose
+    for key, writer in samplings.items():
+        yield f"{key}.sampling.max_new_tokens", writer.sampling.max_new_tokens
+    for name, benchmark in config.benchmark.items():
+        if hasattr(benchmark, "max_new_tokens"):
+            yield f"benchmark.{name}.max_new_tokens", benchmark.max_new_tokens
+        elif hasattr(benchmark, "sampling"):
+            yield f"benchmark.{name}.sampling.max_new_tokens", benchmark.sampling.max_new_tokens
+
+
+def _own_judges(config: "ExperimentConfig") -> Iterator[tuple[str, Any]]:
+    """The judges that are models of the run, by key."""
+    choose = config.train.choose
+    judges = {
+        "judge": config.judge,
+        "evaluate.head_to_head": config.evaluate.head_to_head,
+        "evaluate.preferences.judge": config.evaluate.preferences.judge,
+        "train.choose.head_to_head": choose.head_to_head if choose.every_steps else None,
+    }
+    for key, judge in judges.items():
+        if judge is not None and not asks_a_server(judge) and judge.model in OWN_MODELS:
+            yield key, judge
+
+
+def _teaches_judging(config: "ExperimentConfig") -> bool:
+    """Whether M1 is trained on examples in the judge's prompt."""
+    seeds = config.data.seeds
+    return bool(seeds.ranked) and seeds.evaluation_fine_tuning != EvaluationFineTuning.none
