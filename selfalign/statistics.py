@@ -145,6 +145,9 @@ def length_controlled(
     difficulty of each instruction, comes of all models of its leaderboard and is left out here, so this is not its
     number.
 
+    The interval is by bootstrap over the instructions. Where all outcomes are equal every draw is the same and length
+    explains nothing, so there it is Wilson's at the same counts.
+
     Args:
         outcomes: of each instruction: 1 won, ½ tied, 0 lost.
         length_differences: characters of the model's answer minus those of the other's.
@@ -161,6 +164,9 @@ def length_controlled(
     value = float(_without_length(won, feature, np.ones((1, len(won))))[0])
     if len(won) < 2:
         return Estimate(value, math.nan, math.nan)
+    if not np.ptp(won):
+        same = wilson(float(won.sum()), len(won), confidence)
+        return Estimate(value, same.low, same.high)
     drawn = np.array([np.bincount(units, minlength=len(won)) for units in _draws(len(won), seed)], dtype=np.float64)
     return _between(value, _without_length(won, feature, drawn), confidence)
 
