@@ -135,6 +135,18 @@ def bootstrap_ratio(parts: Sequence[tuple[float, float]]) -> Estimate:
     return bootstrap(ratio, len(table))
 
 
+def bootstrap_share(parts: Sequence[tuple[float, float]]) -> Estimate:
+    """As `bootstrap_ratio`, of a part of a whole; where all units say the same, with Wilson's interval over the units.
+
+    There every draw is the same, and the bootstrap's interval has no width.
+    """
+    found, units = bootstrap_ratio(parts), sum(whole > 0 for _, whole in parts)
+    if math.isnan(found.low) or found.low < found.high:
+        return found
+    same = wilson(found.value * units, units)
+    return Estimate(found.value, same.low, same.high)
+
+
 def length_controlled(
     outcomes: Sequence[float], length_differences: Sequence[float], *, seed: int = 0, confidence: float = 0.95
 ) -> Estimate:
