@@ -4,6 +4,7 @@
 and context too. What only the data tell is checked where they are read (given.py).
 """
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from selfalign.stages.judge import Pairwise, SampledScore
 from selfalign.stages.pair import PositivesOnly
 from selfalign.stages.seeds import EvaluationFineTuning
 from selfalign.tokenization import encode_prompt
+from selfalign.training import TrainConfig
 
 if TYPE_CHECKING:
     from selfalign.config import ExperimentConfig
@@ -39,6 +41,7 @@ def check_counts(config: "ExperimentConfig") -> None:
                 f"train.held_out_pairs={held_out} of data.count={data.count} pairs leaves none to train on: lower it "
                 f"below {data.count}, or raise data.count"
             )
+        _check_checkpoints(config.train, data.count - held_out)
         return
     _check_seeds(data)
     _check_candidates(config, data)
@@ -53,12 +56,23 @@ def check_counts(config: "ExperimentConfig") -> None:
                 f"train.held_out_pairs={held_out}, but {_sizes(data)} gives {most} pairs an iteration at most, which "
                 "leaves none to train on: lower it or raise data.instruct.count"
             )
+        _check_checkpoints(config.train, most * (config.iterations if data.accumulate else 1) - held_out)
     elif rule.minimum_examples > (most := data.instruct.count * data.respond.candidates):
         raise SelfalignError(f"pair.minimum_examples={rule.minimum_examples}, but {_sizes(data)} gives {most} at most")
 
 
 def _sizes(data: SelfRewarding) -> str:
     return f"data.instruct.count={data.instruct.count} with data.respond.candidates={data.respond.candidates}"
+
+
+def _check_checkpoints(train: TrainConfig, pairs: int) -> None:
+    """Of an alignment on so many pairs at most (0 if that is not known) two checkpoints are compared at least."""
+    steps = train.align.epochs * math.ceil(pairs / train.align.batch_size)
+    if train.choose.every_steps and 0 < steps <= train.choose.every_steps:
+        raise SelfalignError(
+            f"train.choose.every_steps={train.choose.every_steps}, but an alignment takes {steps} steps at most, so no "
+            "two checkpoints would be compared: lower it, or set it to 0"
+        )
 
 
 def _check_seeds(data: SelfRewarding) -> None:
@@ -137,23 +151,28 @@ def check_lengths(config: "ExperimentConfig", base: PolicyFiles) -> None:
             )
     tokenizer = base.load_tokenizer()
     for key, judge in _own_judges(config):
-        asked = len(encode_prompt(tokenizer, asks(judge)("-", "-")))
-        if asked + writes(judge) > base.context:
-            raise SelfalignError(
-                f"{key}.prompt takes {asked} tokens before any response, and the judge writes {writes(judge)} more: "
-                f"over the model's context of {base.context}"
-            )
-        if key == "judge" and _teaches_judging(config) and asked >= config.train.sft.max_length:
-            raise SelfalignError(
-                f"judge.prompt takes {asked} tokens before any response, so no example of judging fits into "
-                f"train.sft.max_length={config.train.sft.max_length}: raise it or shorten the prompt"
-            )
+        _check_judge(config, key, judge, len(encode_prompt(tokenizer, asks(judge)("-", "-"))), base.context)
     p = None if isinstance(config.loss, Positives) else augmentation_of(config.loss)
     limit = config.train.align.max_length
     if p and (asked := len(encode_prompt(tokenizer, augment(p.text(tokenizer), as_prompt("-"))))) >= limit:
         raise SelfalignError(
             f"loss.refinement.prompt takes {asked} tokens, so no pair fits into train.align.max_length={limit}: raise "
             "it or shorten the prompt"
+        )
+
+
+def _check_judge(config: "ExperimentConfig", key: str, judge: Any, asked: int, context: int) -> None:
+    """A judge's prompt, of so many tokens without a response, leaves room for one, and for an example of judging."""
+    if asked + writes(judge) > context:
+        raise SelfalignError(
+            f"{key}.prompt takes {asked} tokens before any response, and the judge writes {writes(judge)} more: over "
+            f"the model's context of {context}"
+        )
+    longest = config.train.sft.max_length
+    if key == "judge" and _teaches_judging(config) and asked >= longest:
+        raise SelfalignError(
+            f"judge.prompt takes {asked} tokens before any response, so no example of judging fits into "
+            f"train.sft.max_length={longest}: raise it or shorten the prompt"
         )
 
 

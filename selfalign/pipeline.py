@@ -67,9 +67,9 @@ class Method:
         """M0, and models that only write or judge."""
         base = load_model(self.run, "M0", self.config.model, "model.path")
         check_lengths(self.config, PolicyFiles(base.path))
-        judges = fixed_judges(self.config, self.run)
+        writer, judges = self._fixed_writer(), fixed_judges(self.config, self.run)
         judges["checkpoint_judge"] = checkpoint_judge(self.config, self.run)
-        return Models(base, base, base, base, self._fixed_writer(), own_pairs=self.own_pairs, **judges)
+        return Models(base, base, base, base, writer, own_pairs=self.own_pairs, **judges)
 
     def demonstrations(self, models: Models) -> Artefact:
         """IFT + EFT, the latter as humans give it, or as the SFT baseline writes it and the humans' ranks confirm."""

@@ -53,13 +53,13 @@ def _given(config: "ExperimentConfig") -> list[tuple[str, str]]:
     stages.append(("M0", config.model.path))
     if isinstance(data, SelfRewarding) and data.instruct.fixed_writer:
         stages.append(("writer", data.instruct.writer))
-    judges = [("judge", config.judge), ("referee", asked.head_to_head), ("preferences/judge", test.judge)]
-    if choose.every_steps:
-        judges.append(("checkpoint_judge", choose.head_to_head))
-    for label, judge in judges:
+    for label, judge in (("judge", config.judge), ("referee", asked.head_to_head), ("preferences/judge", test.judge)):
         if wants_model(judge):
             stages.append((label, judge.model))
-    return [*stages, *((f"judges/{name}", path) for name, path in judges_to_load(config.benchmark).items())]
+    stages += [(f"judges/{name}", path) for name, path in judges_to_load(config.benchmark).items()]
+    if choose.every_steps and wants_model(choose.head_to_head):
+        stages.append(("checkpoint_judge", choose.head_to_head.model))
+    return stages
 
 
 def _baseline(config: "ExperimentConfig") -> list[tuple[str, str]]:

@@ -7,7 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from builders import Killed, instruction, nudged_policy, policy_artefact, records_artefact, workspace
+from builders import (
+    TINY_RUN,
+    Killed,
+    composed,
+    instruction,
+    nudged_policy,
+    policy_artefact,
+    records_artefact,
+    workspace,
+    write_tiny_data,
+)
+from builders import run as run_experiment
 from chat_server import chat, chat_server
 from mutation import mutated
 from scipy import stats
@@ -17,9 +28,10 @@ from selfalign.checkpoint_selection import CheckpointComparator, CheckpointSelec
 from selfalign.choose import ChooseConfig
 from selfalign.endpoint import Endpoint
 from selfalign.errors import SelfalignError
-from selfalign.files import write_json
+from selfalign.files import read_json, write_json
 from selfalign.generation import Sampling, Transformers
 from selfalign.models import Policy, PolicyFiles
+from selfalign.plan import plan
 from selfalign.records import Response, read_records
 
 PROMPT = "{instruction}\n<first>\n{first}\n</first>\n<second>\n{second}\n</second>"
@@ -264,6 +276,21 @@ def test_checkpoints_are_compared_pairwise_in_both_orders_and_the_loser_is_not_t
     assert again.counts() == {
         "chosen_step": 2, "checkpoint_win_rate/4": 0.0, "checkpoint_wins/4": 0, "checkpoint_losses/4": len(ASKED),
     }  # fmt: skip
+
+
+def test_model_that_only_compares_checkpoints_is_loaded_and_in_the_plan(tmp_path: Path) -> None:
+    of_others = ("data.instruct", "data.respond", "evaluate.")
+    data = [one for one in [*TINY_RUN, *write_tiny_data(tmp_path)] if not one.startswith(of_others)]
+    told = [*data, "data=pairs", f"data.path={tmp_path}/ranked.jsonl", "iterations=1", "evaluate=none"]
+    told += [f"train.choose.instructions={tmp_path}/asked.jsonl", "train.choose.every_steps=1"]
+    told += ["train.choose.sampling.max_new_tokens=4", "train.choose.head_to_head.model=random:tiny"]
+    folder = run_experiment(tmp_path / "out", *told)
+    stages = {stage["label"]: stage["counts"] for stage in read_json(folder / "summary.json")["stages"]}
+    assert [label for label, _ in plan(composed(*told)[0])] == list(stages)
+    assert "checkpoint_judge" in stages
+    steps = {int(name.rpartition("/")[2]) for name in stages["M2"] if name.startswith("checkpoint_win_rate/")}
+    assert steps == {2, 3}, "three pairs, one a step: the first checkpoint has nothing to be compared with"
+    assert stages["M2"]["chosen_step"] in (1, 2, 3)
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,17 @@ OUT_OF_REACH = {
         "train.held_out_pairs=50 of data.count=50 pairs leaves none to train on: lower it below 50, or raise "
         "data.count",
     ),
+    "checkpoints that are never compared": (
+        "train.choose.every_steps=3 train.choose.instructions=a.jsonl",
+        "train.choose.every_steps=3, but an alignment takes 3 steps at most, so no two checkpoints would be compared: "
+        "lower it, or set it to 0",
+    ),
+    "checkpoints of given pairs that are never compared": (
+        f"{GIVEN_PAIRS} data.count=20 train.held_out_pairs=4 train.align.epochs=2 train.choose.every_steps=16 "
+        "train.choose.instructions=a.jsonl",
+        "train.choose.every_steps=16, but an alignment takes 16 steps at most, so no two checkpoints would be compared"
+        ": lower it, or set it to 0",
+    ),
     "responses that are never trained on": (
         "data.respond.sampling.max_new_tokens=512 train.align.max_length=512",
         "data.respond.sampling.max_new_tokens=512 leaves no token of train.align.max_length=512 for a prompt, so the "
@@ -115,6 +126,9 @@ WITHIN_REACH = [
     "train.held_out_pairs=5",
     f"{GIVEN_PAIRS} data.count=51 train.held_out_pairs=50",
     f"{GIVEN_PAIRS} train.held_out_pairs=50",
+    "train.choose.every_steps=2 train.choose.instructions=a.jsonl",
+    "data.accumulate=true train.choose.every_steps=5 train.choose.instructions=a.jsonl",
+    f"{GIVEN_PAIRS} train.choose.every_steps=200 train.choose.instructions=a.jsonl",
     "data.respond.sampling.max_new_tokens=511 train.align.max_length=512",
     "data.instruct.source=tasks.jsonl data.instruct.count=900 data.seeds.demonstrations= "
     "data.seeds.max_demonstrations=0",
