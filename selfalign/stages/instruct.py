@@ -29,6 +29,9 @@ PROMPTS_EACH = 4
 """Prompts that may be asked for each instruction that is wanted. A prompt asks for one task; in the demo 28 were kept
 of 48 prompts and of 32, .58 and .88 a prompt, so a writer that needs four hardly writes any."""
 
+LEAST_BATCHES = 10
+"""Batches that are allowed however few instructions are wanted: of a handful of prompts chance can spoil most."""
+
 
 @dataclass(kw_only=True, slots=True)
 class InstructConfig:
@@ -48,7 +51,7 @@ class InstructConfig:
         max_words: longer ones are dropped.
         keywords: instructions with one of these words, or its plural, ask for what a language model cannot see or make.
         max_batches: stops with an error when so many batches did not give enough; 0 allows as many as ask
-            `PROMPTS_EACH` prompts for each instruction of `count`.
+            `PROMPTS_EACH` prompts for each instruction of `count`, and `LEAST_BATCHES` at least.
         prompt: how the model is asked; our own wording.
         sampling: how it writes.
     """
@@ -99,7 +102,7 @@ class InstructConfig:
     @property
     def most_batches(self) -> int:
         """After how many batches the writer is given up."""
-        return self.max_batches or math.ceil(PROMPTS_EACH * self.count / self.prompts_per_batch)
+        return self.max_batches or max(LEAST_BATCHES, math.ceil(PROMPTS_EACH * self.count / self.prompts_per_batch))
 
     @property
     def fixed_writer(self) -> bool:
