@@ -67,7 +67,7 @@ class Given:
         seeds: demonstrations and held-out ranked answers.
         questions: the evaluation instructions.
         outputs: another model's answers to the evaluation instructions, where they are given.
-        validation: the instructions that checkpoints of an alignment are compared on, where the last is not simply taken.
+        validation: the instructions that checkpoints of an alignment are compared on, where they are.
         preferences: preference pairs to measure on, where there are any.
         pairs: preference pairs, where they are given.
         instructions: all new instructions, where they are read instead of written.
