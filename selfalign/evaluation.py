@@ -32,7 +32,6 @@ class Evaluation:
         judging: judges with the run's judge.
         answered: {model: its answers and their scores}, of those measured so far.
         conversed: {benchmark: {model: its answers}}, of those whose questions models are compared on.
-        contents: {benchmark: digests of the files it reads}; what is missing is so known before any training.
     """
 
     config: "ExperimentConfig"
@@ -42,11 +41,9 @@ class Evaluation:
     answered: dict[str, Answered] = field(default_factory=dict)
     conversed: dict[str, dict[str, Artefact]] = field(default_factory=dict)
     held_out: HeldOutPairs = field(init=False)
-    contents: dict[str, dict[str, str]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.held_out = HeldOutPairs(self.config, self.run, self.given)
-        self.contents = {name: made.sources(f"benchmark.{name}") for name, made in self.config.benchmark.items()}
 
     def measure(self, name: str, models: Models, *, judging_only: bool = False) -> None:
         """Measures the newest model: its answers against those of the models before, and its judging, or that alone."""
@@ -149,7 +146,7 @@ class Evaluation:
                 benchmark,
                 name=label,
                 benchmark=settings,
-                contents=self.contents[label],
+                contents=self.given.benchmarks[label],
                 model=name,
                 policy=models.newest,
                 judge=models.own_or(settings.judge_model, models.examiners.get(label)),

