@@ -176,6 +176,7 @@ NEEDED = {
     "data/ultrafeedback": ["iterations=1"],
     "setting/llama2_70b": UNPUBLISHED,
     "setting/pythia_hh": VICUNA,
+    "train/quality_aware": ["data.respond.sampling.max_new_tokens=256"],
     "loss/positives": ["pair=positives"],
     "pair/positives": ["loss=positives"],
     "judge/implicit": ["data.seeds.evaluation_fine_tuning=none"],

@@ -123,7 +123,7 @@ def test_evaluation_compares_every_two_models_on_the_questions(benched: tuple[Pa
     counts = {stage["label"]: stage["counts"] for stage in read_json(again / "summary.json")["stages"]}
     alike = counts[f"evaluation_{third}/mt_bench_against_{first}"]
     assert (alike["wins"], alike["ties"], alike["losses"]) == (0, 4, 0), "M1 against itself"
-    assert f"<td>{third}</td><td>{second}</td>" in (again / "report.html").read_text()
+    assert f'<th scope="row">{third}</th><td>{second}</td>' in (again / "report.html").read_text()
 
 
 def test_numbers_stand_in_summary_metrics_and_report(benched: tuple[Path, list[str]]) -> None:

@@ -5,11 +5,13 @@ import pytest
 from builders import artefact, instruction, judgement, records_artefact, response, workspace
 from scipy import stats
 
+from selfalign.benchmarks.lm_eval import LmEval
+from selfalign.benchmarks.mt_bench import MTBench
 from selfalign.drift import Limits
 from selfalign.errors import SelfalignError
 from selfalign.records import FinishReason, RankedAnswers
 from selfalign.stages.compare import HeadToHead
-from selfalign.stages.evaluate import Answered, EvaluateConfig, Judged, evaluate, opponents
+from selfalign.stages.evaluate import Answered, EvaluateConfig, Judged, compares_on, evaluate, opponents
 from selfalign.statistics import length_controlled, wilson
 from selfalign.store import Artefact, Counts
 
