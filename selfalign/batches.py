@@ -8,7 +8,8 @@ its prompt and itself only. Architectures whose attention cannot be told so are 
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -16,14 +17,23 @@ from torch import Tensor
 
 from selfalign.attention import Layout, is_packing
 from selfalign.errors import SelfalignError
+from selfalign.models import UNBOUNDED
+from selfalign.records import FinishReason
 from selfalign.refinement import augment
-from selfalign.tokenization import encode_prompt, encode_response
+from selfalign.tokenization import (
+    Answer,
+    decode_behind,
+    encode_answers,
+    encode_prompt,
+    plain_ids,
+    settle_boundary,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-    from selfalign.records import PreferencePair, Prompt
+    from selfalign.records import PreferencePair, Prompt, Response
     from selfalign.refinement import Refinement
 
 S = TypeVar("S", bound=Sized)
@@ -91,19 +101,28 @@ class Batch:
         return torch.zeros_like(self.tokens).index_add(0, self.owner, logps)
 
 
-def encode_group(
-    tokenizer: "Tokenizer", record_id: str, prompt: "Prompt", responses: Sequence[tuple[str, bool]]
-) -> Group:
-    """Tokenises a prompt and its responses, each given as (text, finished).
+def encode_group(tokenizer: "Tokenizer", record_id: str, prompt: "Prompt", answers: Sequence[Answer]) -> Group:
+    """Tokenises a prompt and the responses behind it.
 
     Raises:
-        SelfalignError: the prompt has no token that could predict a response's first one.
+        SelfalignError: the prompt has no token that could predict a response's first one, or the chat template refuses
+            it; the record is named.
     """
-    ids = [encode_response(tokenizer, text, finished=finished) for text, finished in responses]
-    prompt_ids = encode_prompt(tokenizer, prompt)
-    if not prompt_ids:
-        raise SelfalignError(f"record {record_id}: the prompt is empty, and this tokenizer puts no BOS before it")
-    return Group(id=record_id, prompt=prompt_ids, responses=ids, given=[0] * len(ids))
+    with of_record(record_id):
+        prompt_ids = encode_prompt(tokenizer, prompt)
+        if not prompt_ids:
+            raise SelfalignError("the prompt is empty, and this tokenizer puts no BOS before it")
+        responses = encode_answers(tokenizer, prompt, answers)
+    return Group(id=record_id, prompt=prompt_ids, responses=responses, given=[0] * len(responses))
+
+
+@contextmanager
+def of_record(record_id: str) -> Iterator[None]:
+    """Names the record in what goes wrong with it."""
+    try:
+        yield
+    except SelfalignError as error:
+        raise SelfalignError(f"record {record_id}: {error}") from error
 
 
 def share_prompt(record_id: str, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> Group:
@@ -145,51 +164,99 @@ def encode_pairs(
     refinement: "Refinement | None",
     limit: int,
     tally: Counter[str],
+    context: int = UNBOUNDED,
 ) -> Iterator[PairExample]:
-    """Tokenises pairs one by one, chosen response first, in at most `limit` tokens a sequence.
+    """Tokenises pairs one by one, chosen response first, in at most `limit` tokens of x and a response.
 
-    Where a sequence is longer, x loses its beginning, the same in both passes; responses are never cut.
+    Where they are more, x loses its beginning; responses are never cut. Behind p⊕x stand the same x and the same
+    response: p comes on top of the limit, so that all losses train on the same data. Only where that is more than the
+    model's context, x loses more of its beginning behind p.
 
     Args:
         tokenizer: the policy's.
         pairs: in any number.
         refinement: p, or None where there is no second pass.
-        limit: the longest prompt with response, in tokens.
-        tally: counts `pairs`, how many of them are `cut`, and how many are left out, a response alone being `too_long`.
+        limit: the longest x with a response, in tokens.
+        tally: counts `pairs`, how many of them are `cut`, of how many x is shorter behind p (`cut_behind_p`), and how
+            many are left out, a response alone being `too_long`.
+        context: the longest sequence the model takes.
 
     Raises:
         SelfalignError: behind the last pair, none fitted.
     """
     p = refinement.text(tokenizer) if refinement else None
-
-    def encode(pair: "PreferencePair", prompt: "Prompt") -> PairExample:
-        responses = [(pair.chosen, pair.chosen_finished), (pair.rejected, pair.rejected_finished)]
-        plain = encode_group(tokenizer, pair.id, prompt, responses)
-        augmented = None if p is None else encode_group(tokenizer, pair.id, augment(p, prompt), responses)
-        gap = None
-        if pair.chosen_score is not None and pair.rejected_score is not None:
-            gap = pair.chosen_score - pair.rejected_score
-        return PairExample(plain=plain, augmented=augmented, score_gap=gap)
-
     for pair in pairs:
-        example = encode(pair, pair.prompt)
-        if example.longest() > limit:
-            shorter = shorten_prompt(tokenizer, pair.prompt, lambda x, pair=pair: encode(pair, x).longest() <= limit)
-            if shorter is None:
-                tally["too_long"] += 1
-                continue
-            example = encode(pair, shorter)
+        prompt, answers = settle_boundary(tokenizer, pair.prompt, answers_of(pair))
+        whole = encode_group(tokenizer, pair.id, prompt, answers)
+        plain, prompt = shorten_group(tokenizer, whole, prompt, limit)
+        augmented = None
+        if p is not None and prompt is not None:
+            longer = replace(whole, prompt=encode_prompt(tokenizer, augment(p, prompt)))
+            augmented, behind_p = shorten_group(tokenizer, longer, prompt, context, lambda x: augment(p, x))
+            if behind_p is None:
+                prompt = None
+            elif behind_p != prompt:
+                tally["cut_behind_p"] += 1
+        if plain is None or prompt is None:
+            tally["too_long"] += 1
+            continue
+        if plain is not whole:
             tally["cut"] += 1
         tally["pairs"] += 1
-        yield example
+        yield PairExample(plain=plain, augmented=augmented, score_gap=score_gap(pair))
     if not tally["pairs"]:
         raise SelfalignError(f"none of {tally['too_long']} pairs fits into train.align.max_length={limit} tokens")
+
+
+def shorten_group(
+    tokenizer: "Tokenizer",
+    group: Group,
+    prompt: "Prompt",
+    limit: int,
+    ask: Callable[["Prompt"], "Prompt"] = lambda prompt: prompt,
+) -> "tuple[Group | None, Prompt | None]":
+    """The group and its prompt where they fit, else with a prompt that has lost its beginning, or nothing if none fits.
+
+    Args:
+        tokenizer: counts the tokens.
+        group: of the prompt.
+        prompt: what may lose its beginning.
+        limit: the longest sequence.
+        ask: puts the prompt into what the group begins with.
+    """
+    if group.longest() <= limit:
+        return group, prompt
+    room = limit - max(map(len, group.responses))
+    shorter = shorten_prompt(tokenizer, prompt, lambda x: len(encode_prompt(tokenizer, ask(x))) <= room)
+    if shorter is None:
+        return None, None
+    return replace(group, prompt=encode_prompt(tokenizer, ask(shorter))), shorter
+
+
+def answers_of(pair: "PreferencePair") -> list[Answer]:
+    """Both responses, the chosen one first."""
+    return [
+        Answer(text=pair.chosen, finished=pair.chosen_finished, ids=pair.chosen_ids),
+        Answer(text=pair.rejected, finished=pair.rejected_finished, ids=pair.rejected_ids),
+    ]
+
+
+def answer_of(response: "Response") -> Answer:
+    """A response as what goes behind its prompt."""
+    return Answer(text=response.text, finished=response.finish_reason is FinishReason.EOS, ids=response.ids)
+
+
+def score_gap(pair: "PreferencePair") -> float | None:
+    """By how much the chosen response scores higher, where both have a score."""
+    if pair.chosen_score is None or pair.rejected_score is None:
+        return None
+    return pair.chosen_score - pair.rejected_score
 
 
 def shorten_prompt(tokenizer: "Tokenizer", prompt: "Prompt", fits: Callable[["Prompt"], bool]) -> "Prompt | None":
     """The prompt without as much of its beginning as is needed to fit; None where even its last token does not.
 
-    Of a conversation the oldest turns go first (a system message stays), then the beginning of the last turn.
+    Of a conversation the oldest turns go first (a system message stays), then the beginning of the last user's turn.
     """
     while not isinstance(prompt, str):
         system = [message for message in prompt[:1] if message["role"] == "system"]
@@ -200,12 +267,14 @@ def shorten_prompt(tokenizer: "Tokenizer", prompt: "Prompt", fits: Callable[["Pr
         prompt = [*system, *later[start:]]
         if fits(prompt):
             return prompt
-    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    ids = encode_response(tokenizer, text, finished=False)
+    last = 0 if isinstance(prompt, str) else max(at for at, turn in enumerate(prompt) if turn["role"] == "user")
+    ids = plain_ids(tokenizer, prompt if isinstance(prompt, str) else prompt[last]["content"])
 
     def without(count: int) -> "Prompt":
-        rest = str(tokenizer.decode(ids[count:])).lstrip("\ufffd")
-        return rest if isinstance(prompt, str) else [*prompt[:-1], {**prompt[-1], "content": rest}]
+        rest = decode_behind(tokenizer, ids[count:]).lstrip("\ufffd")
+        if isinstance(prompt, str):
+            return rest
+        return [*prompt[:last], {**prompt[last], "content": rest}, *prompt[last + 1 :]]
 
     # The fewest tokens to leave out, by bisection: fewer never fit, more always do.
     counts = range(1, len(ids))

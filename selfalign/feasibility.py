@@ -1,27 +1,19 @@
-"""Counts and lengths that their limits cannot reach, refused before anything is trained: one line, and what would do.
+"""Counts and lengths that their limits cannot reach, refused before anything is made: one line, and what would do.
 
-`check_counts` knows the configuration alone, so it speaks before anything is made; `check_lengths` knows M0's tokenizer
-and context too. What only the data tell is checked where they are read (given.py).
+Here the configuration alone is known. What only the data tell is checked where they are read (given.py), and what M0
+bounds once it is there (requirements.py).
 """
 
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from selfalign.data import as_prompt
 from selfalign.errors import SelfalignError
-from selfalign.given import Pairs, SelfRewarding, trains_m1
-from selfalign.judges.bench import OWN_MODELS, asks_a_server
-from selfalign.longest import asks, writes
+from selfalign.given import Pairs, SelfRewarding
 from selfalign.losses import Positives
-from selfalign.models import PolicyFiles
 from selfalign.pairing import BestVsK, PairRule
-from selfalign.refinement import augment
-from selfalign.stages.align import augmentation_of
 from selfalign.stages.judge import Pairwise, SampledScore
 from selfalign.stages.pair import PositivesOnly
 from selfalign.stages.seeds import EvaluationFineTuning
-from selfalign.tokenization import encode_prompt
 from selfalign.training import TrainConfig
 
 if TYPE_CHECKING:
@@ -135,98 +127,3 @@ def _check_training_lengths(config: "ExperimentConfig", data: SelfRewarding) -> 
                 f"{key}.max_new_tokens={tokens} leaves no token of {of}.max_length={longest} for a prompt, so the "
                 "longest texts are never trained on: lower the one or raise the other"
             )
-
-
-def check_lengths(config: "ExperimentConfig", base: PolicyFiles) -> None:
-    """Checks what the model's context and tokenizer bound.
-
-    Raises:
-        SelfalignError: a length is out of reach; the key and what would do are named.
-    """
-    check_longest_sequences(config, base.context)
-    for key, tokens in _written(config):
-        if tokens >= base.context:
-            raise SelfalignError(
-                f"{key}={tokens} leaves no token of the model's context of {base.context} for a prompt: lower it"
-            )
-    tokenizer = base.load_tokenizer()
-    for key, judge in _own_judges(config):
-        _check_judge(config, key, judge, len(encode_prompt(tokenizer, asks(judge)("-", "-"))), base.context)
-    p = None if isinstance(config.loss, Positives) else augmentation_of(config.loss)
-    limit = config.train.align.max_length
-    if p and (asked := len(encode_prompt(tokenizer, augment(p.text(tokenizer), as_prompt("-"))))) >= limit:
-        raise SelfalignError(
-            f"loss.refinement.prompt takes {asked} tokens, so no pair fits into train.align.max_length={limit}: raise "
-            "it or shorten the prompt"
-        )
-
-
-def _check_judge(config: "ExperimentConfig", key: str, judge: Any, asked: int, context: int) -> None:
-    """A judge's prompt, of so many tokens without a response, leaves room for one, and for an example of judging."""
-    if asked + writes(judge) > context:
-        raise SelfalignError(
-            f"{key}.prompt takes {asked} tokens before any response, and the judge writes {writes(judge)} more: over "
-            f"the model's context of {context}"
-        )
-    longest = config.train.sft.max_length
-    if key == "judge" and _teaches_judging(config) and asked >= longest:
-        raise SelfalignError(
-            f"judge.prompt takes {asked} tokens before any response, so no example of judging fits into "
-            f"train.sft.max_length={longest}: raise it or shorten the prompt"
-        )
-
-
-def check_longest_sequences(config: "ExperimentConfig", context: int) -> None:
-    """Checks that what is trained on is no longer than the model can see.
-
-    Raises:
-        SelfalignError: it is.
-    """
-    positives = isinstance(config.loss, Positives)
-    trained = {"sft": trains_m1(config) or positives, "align": not positives}
-    for stage in (name for name, used in trained.items() if used):
-        if (longest := getattr(config.train, stage).max_length) > context:
-            raise SelfalignError(
-                f"train.{stage}.max_length={longest} is above the model's context of {context} tokens: lower it"
-            )
-
-
-def _written(config: "ExperimentConfig") -> Iterator[tuple[str, int]]:
-    """What the run's own models write at most, by key."""
-    data, choose = config.data, config.train.choose
-    samplings: dict[str, Any] = {}
-    if isinstance(data, SelfRewarding):
-        samplings["data.respond"] = data.respond
-        if not data.instruct.source and not data.instruct.fixed_writer:
-            samplings["data.instruct"] = data.instruct
-    if config.evaluate.instructions:
-        samplings["evaluate"] = config.evaluate
-    if choose.every_steps:
-        samplings["train.choose"] = choose
-    for key, writer in samplings.items():
-        yield f"{key}.sampling.max_new_tokens", writer.sampling.max_new_tokens
-    for name, benchmark in config.benchmark.items():
-        if hasattr(benchmark, "max_new_tokens"):
-            yield f"benchmark.{name}.max_new_tokens", benchmark.max_new_tokens
-        elif hasattr(benchmark, "sampling"):
-            yield f"benchmark.{name}.sampling.max_new_tokens", benchmark.sampling.max_new_tokens
-
-
-def _own_judges(config: "ExperimentConfig") -> Iterator[tuple[str, Any]]:
-    """The judges that are models of the run, by key."""
-    choose = config.train.choose
-    judges = {
-        "judge": config.judge,
-        "evaluate.head_to_head": config.evaluate.head_to_head,
-        "evaluate.preferences.judge": config.evaluate.preferences.judge,
-        "train.choose.head_to_head": choose.head_to_head if choose.every_steps else None,
-    }
-    for key, judge in judges.items():
-        if judge is not None and not asks_a_server(judge) and judge.model in OWN_MODELS:
-            yield key, judge
-
-
-def _teaches_judging(config: "ExperimentConfig") -> bool:
-    """Whether M1 is trained on examples in the judge's prompt."""
-    seeds = config.data.seeds
-    return bool(seeds.ranked) and seeds.evaluation_fine_tuning != EvaluationFineTuning.none

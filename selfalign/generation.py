@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from selfalign.batches import Group
     from selfalign.journal import Journal, Task
 
+STATES = ("past_key_values", "cache_params", "state")
+"""What architectures call what they go on from."""
+
 NUCLEUS_CANDIDATES = 256
 """Top-p first looks at this many tokens; the whole vocabulary is sorted only for rows where they do not suffice."""
 
@@ -67,11 +70,12 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Completion:
-    """What was written: text without control tokens, and why it ended."""
+    """What was written: text without control tokens, why it ended, and its ids, where they are known."""
 
     text: str
     finish_reason: FinishReason
     tokens: int
+    ids: list[int] = field(default_factory=list)
 
 
 class Loaded(Protocol):
@@ -168,16 +172,28 @@ class Transformers:
 
 @dataclass(slots=True)
 class TransformersGenerator(InMemory):
-    """A policy writing through transformers' models and caches."""
+    """A policy writing through transformers' models and caches.
+
+    Attributes:
+        batch_tokens: the most tokens that one batch holds in its cache.
+        watch: is shown, at each step, which sequences are written and the logits of their next tokens.
+        stops: the tokens that end a text.
+    """
 
     batch_tokens: int
+    watch: Callable[[Sequence[int], Tensor], None] = lambda sequences, logits: None
     stops: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         self.stops = torch.tensor(stop_ids(self.policy.tokenizer), device=self.policy.model.device)
 
     def plan(self, lengths: Sequence[int], samples: int, max_new_tokens: int) -> list[list[int]]:
-        """Puts prompts of like length together, within `batch_tokens`: indices, batch by batch."""
+        """Puts prompts of like length together, within `batch_tokens`: indices, batch by batch.
+
+        Each stands alone where the model cannot write several at a time.
+        """
+        if self.policy.capabilities.writes != "batches":
+            return [[index] for index in range(len(lengths))]
         batches: list[list[int]] = []
         for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
             width = lengths[batches[-1][0]] if batches else 0
@@ -196,20 +212,66 @@ class TransformersGenerator(InMemory):
         """
         owners = [index for index, request in enumerate(requests) for _ in request.seeds]
         seeds = [seed for request in requests for seed in request.seeds]
-        written = self._decode([request.prompt for request in requests], owners, seeds, sampling)
+        written = self.decode([request.prompt for request in requests], owners, seeds, sampling)
         completions: list[list[Completion]] = [[] for _ in requests]
         stops = set(self.stops.tolist())
         for owner, ids in zip(owners, written, strict=True):
             ended = bool(ids) and ids[-1] in stops
             reason = FinishReason.EOS if ended else FinishReason.LENGTH
             text = decode_response(self.tokenizer, ids)
-            completions[owner].append(Completion(text=text, finish_reason=reason, tokens=len(ids)))
+            completions[owner].append(Completion(text=text, finish_reason=reason, tokens=len(ids), ids=ids))
         return completions
 
-    def _decode(
-        self, prompts: list[list[int]], owners: list[int], seeds: list[int], sampling: Sampling
+    def decode(
+        self, prompts: Sequence[list[int]], owners: Sequence[int], seeds: Sequence[int], sampling: Sampling
     ) -> list[list[int]]:
-        """The generated ids of each sequence, its stop token included."""
+        """The generated ids of each sequence, its stop token included.
+
+        Args:
+            prompts: token ids.
+            owners: of each sequence, which prompt it continues.
+            seeds: of each sequence, what draws it.
+            sampling: how it is drawn.
+        """
+        if self.policy.capabilities.writes == "batches":
+            return self._decode_together(prompts, owners, seeds, sampling)
+        written: dict[int, list[int]] = {}
+        for number, prompt in enumerate(prompts):
+            own = {index: seeds[index] for index, owner in enumerate(owners) if owner == number}
+            written |= self._decode_prompt(prompt, own, sampling)
+        return [written[index] for index in range(len(seeds))]
+
+    def _decode_prompt(self, prompt: list[int], seeds: dict[int, int], sampling: Sampling) -> dict[int, list[int]]:
+        """Sequences behind one prompt, by number, without padding; a row that has ended stays until all have.
+
+        The model goes on from whatever it has given back, in the form that is its own, or where that is not exact, from
+        the whole text.
+        """
+        model, device = self.policy.model, self.policy.model.device
+        cached = self.policy.capabilities.writes != "without_cache"
+        uniforms, stops = draw_uniforms([*seeds.values()], sampling).to(device), set(self.stops.tolist())
+        written: dict[int, list[int]] = {sequence: [] for sequence in seeds}
+        ended: set[int] = set()
+        ids, state = torch.tensor([prompt] * len(seeds), device=device), {}
+        for step in range(sampling.max_new_tokens):
+            output = model(input_ids=ids, use_cache=cached, **state)
+            state = {name: output[name] for name in STATES if cached and output.get(name) is not None}
+            logits = output.logits[:, -1]
+            self.watch([*seeds], logits)
+            tokens = draw_tokens(logits, uniforms[:, step], sampling)
+            for sequence, token in zip(seeds, tokens.tolist(), strict=True):
+                if sequence not in ended:
+                    written[sequence].append(token)
+                    ended |= {sequence} if token in stops else set()
+            if len(ended) == len(seeds):
+                break
+            ids = tokens[:, None] if cached else torch.cat((ids, tokens[:, None]), dim=1)
+        return written
+
+    def _decode_together(
+        self, prompts: Sequence[list[int]], owners: Sequence[int], seeds: Sequence[int], sampling: Sampling
+    ) -> list[list[int]]:
+        """Sequences behind several prompts in one batch, whose rows go when they have ended."""
         from selfalign.cache import roomy_cache
 
         model, device = self.policy.model, self.policy.model.device
@@ -235,6 +297,7 @@ class TransformersGenerator(InMemory):
         active = list(range(len(seeds)))
         stops = set(self.stops.tolist())
         for step in range(most):
+            self.watch(active, logits)
             tokens = draw_tokens(logits, uniforms[:, step], sampling)
             drawn = tokens.tolist()
             for sequence, token in zip(active, drawn, strict=True):

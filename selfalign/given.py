@@ -213,9 +213,3 @@ def makes_baseline(config: "ExperimentConfig") -> bool:
     """Whether there is an SFT baseline beside M1: it writes EFT, or its judging is to be compared with M1's."""
     how = config.data.seeds.evaluation_fine_tuning
     return how == EvaluationFineTuning.baseline or (config.evaluate.baseline and how == EvaluationFineTuning.human)
-
-
-def trains_m1(config: "ExperimentConfig") -> bool:
-    """Whether there are demonstrations; without any M1 is M0."""
-    seeds = config.data.seeds
-    return bool(seeds.demonstrations or (seeds.ranked and seeds.evaluation_fine_tuning == EvaluationFineTuning.human))

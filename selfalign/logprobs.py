@@ -138,15 +138,16 @@ def score_responses_only(model: "PreTrainedModel") -> None:
     head = inner.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None:
         raise SelfalignError(
-            f"{type(inner).__name__}: its output layer is a {type(head).__name__}, not a plain linear one; "
-            "leave lm_head out of model.lora.targets, or choose a model without a bias there"
+            f"{type(inner).__name__}: its output layer is a {type(head).__name__}, not a plain linear one without "
+            "bias; leave lm_head out of model.lora.targets, or choose another model"
         )
     if getattr(inner.forward, "__func__", None) is not _score:
-        probe = _probe(inner)
-        own = _own_logps(inner, probe)
+        probe, training = _probe(inner), inner.training
+        own = _own_logps(inner.eval(), probe)
         head.forward, inner.forward = MethodType(_select, head), MethodType(_score, inner)
         with torch.no_grad():
             ours = inner(predict_at=probe.predict_at, targets=probe.targets, **probe.inputs)
+        inner.train(training)
         # The tolerance is a bfloat16 model's rounding of its capped logits.
         if not torch.allclose(own, ours, rtol=0, atol=1e-3 if inner.dtype == torch.float32 else 0.25):
             raise SelfalignError(f"{type(inner).__name__} shapes its logits in a way that is not supported here")
@@ -167,11 +168,17 @@ def _own_logps(model: "PreTrainedModel", batch: Batch) -> Tensor:
 def _score(
     self: "PreTrainedModel", predict_at: Tensor, targets: Tensor, *, hits: bool = False, **inputs: Any
 ) -> Tensor | tuple[Tensor, Tensor]:
-    hidden = self.get_decoder()(use_cache=False, **inputs).last_hidden_state
+    hidden = decoder_of(self)(use_cache=False, **inputs).last_hidden_state
     hidden = hidden.flatten(0, 1)[predict_at]
     # Through the layer's own call, because FSDP2 puts its weight together there.
     scored = cast(nn.Linear, self.get_output_embeddings())(hidden, targets, *logit_shape(self.config))
     return scored if hits else scored[0]
+
+
+def decoder_of(model: "PreTrainedModel") -> nn.Module:
+    """What makes the hidden states that the output layer takes; some architectures name themselves here."""
+    named = (model.get_decoder(), model.base_model, getattr(model, "model", None))
+    return next(part for part in named if part is not None and part is not model)
 
 
 def _select(self: nn.Linear, hidden: Tensor, targets: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
@@ -181,9 +188,10 @@ def _select(self: nn.Linear, hidden: Tensor, targets: Tensor, scale: float, soft
 
 
 def logit_shape(config: Any) -> tuple[float, float]:
-    """(scale, softcap) of an architecture's logits: Cohere multiplies, Granite divides, Gemma 2 caps."""
+    """(scale, softcap) of an architecture's logits: Cohere multiplies, Granite divides, Gemma caps."""
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    return scale, float(getattr(config, "final_logit_softcapping", None) or 0.0)
+    cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+    return scale, float(cap or 0.0)
 
 
 def _tiles(rows: int, vocabulary: int) -> list[slice]:

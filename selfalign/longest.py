@@ -14,7 +14,7 @@ from selfalign.judges.expected import ExpectedScore
 from selfalign.judges.referee import Referee
 from selfalign.models import PolicyFiles
 from selfalign.records import Demonstration, FinishReason, Instruction, PreferencePair, Prompt, Response
-from selfalign.tokenization import encode_prompt, encode_response
+from selfalign.tokenization import encode_prompt, plain_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -47,7 +47,7 @@ class Longest:
 
     def count(self, text: str) -> int:
         """The tokens of a text."""
-        return len(encode_response(self.tokenizer, text, finished=False))
+        return len(plain_ids(self.tokenizer, text))
 
     def fitting(self, ask: Callable[..., Prompt], tokens: list[int], limit: int) -> list[str]:
         """Texts of so many tokens each that `ask` makes a prompt of; all shorter alike where it would be too long.
@@ -88,10 +88,9 @@ class Longest:
             for n in range(count)
         ]
 
-    def pairs(self, count: int, written: int, augmentation: str) -> list[PreferencePair]:
-        """Both responses have so many tokens, or less where the prompt, p included, needs the room."""
-        room = SHORTEST_PROMPT + self.count(augmentation)
-        answer = max(2, min(written, self.max_length - room))  # its end of turn is one of these
+    def pairs(self, count: int, written: int) -> list[PreferencePair]:
+        """Both responses have so many tokens, or less where the prompt needs the room; p comes on top."""
+        answer = max(2, min(written, self.max_length - SHORTEST_PROMPT))  # its end of turn is one of these
         [prompt] = self.fitting(as_prompt, [limit := max(SHORTEST_PROMPT, self.max_length - answer)], limit)
         chosen, rejected = self.words(answer - 1), self.words(answer - 1, " a")
         return [

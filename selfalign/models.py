@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 
-from selfalign.builtin import BUILDERS
-from selfalign.errors import SelfalignError
-from selfalign.files import digest_file, digest_json, read_json, read_text, write_json
+from selfalign.capabilities import Capabilities
+from selfalign.errors import SelfalignError, first_line
+from selfalign.files import digest_file, digest_json, read_json, write_json
 from selfalign.quantization import check_quantization, keep_layers_differentiable, quantise_on_load
 
 if TYPE_CHECKING:
@@ -25,11 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-"""What a model is made of; pickled weights are not read."""
-
 TRUSTED = "trusted"
-TEMPLATES = Path(__file__).parent / "templates"
 
 UNBOUNDED = 1 << 30
 """Stands for the longest sequence of a model that names none."""
@@ -91,11 +87,12 @@ class ModelConfig:
 
 @dataclass(slots=True)
 class Policy:
-    """A loaded model with its tokenizer and its identity, the digest of its weights."""
+    """A loaded model with its tokenizer, its identity (the digest of its weights), and how it can be run."""
 
     model: "PreTrainedModel"
     tokenizer: "Tokenizer"
     digest: str
+    capabilities: Capabilities = field(default_factory=Capabilities)
 
     @property
     def context(self) -> int:
@@ -208,9 +205,9 @@ class PolicyFiles:
         """
         release_memory()  # The model and the optimiser of the training before are in cycles.
         device = device or default_device()
-        quantised = quantise_on_load(DTYPES[dtype], device) if self.quantization else {}
-        model = _load_checkpoint(self.path / "weights", dtype, trust_remote_code=self.trusted, **quantised)
-        if quantised:
+        quantised = quantise_on_load(DTYPES[dtype], device) if self.weights.get("quantization") == "nf4" else {}
+        model = load_checkpoint(self.path / "weights", dtype, trust_remote_code=self.trusted, **quantised)
+        if self.quantization:
             keep_layers_differentiable(model)
         if (self.path / "adapter").exists():
             from peft import PeftModel
@@ -220,7 +217,8 @@ class PolicyFiles:
             if dtype == "float32" and not (trainable or apart or self.quantization):
                 model = model.merge_and_unload()
         cast(torch.nn.Module, model).to(torch.device(device)).eval()
-        return Policy(cast("PreTrainedModel", model), self.load_tokenizer(), self.digest)
+        tokenizer, capabilities = self.load_tokenizer(), Capabilities.load(self.path)
+        return Policy(cast("PreTrainedModel", model), tokenizer, self.digest, capabilities)
 
     def save(self, policy: Policy, base: "PolicyFiles") -> None:
         """Writes a trained policy: all its weights, or its adapter and a link to the base it belongs to."""
@@ -228,20 +226,33 @@ class PolicyFiles:
         if hasattr(policy.model, "peft_config"):
             policy.model.save_pretrained(self.path / "adapter")
             _settle_adapter_config(self.path / "adapter" / "adapter_config.json")
-            _link(self.path / "weights", base.path / "weights")
+            link_folder(self.path / "weights", base.path / "weights")
             weights = {"base": base.digest, **base.quantization, **digest_weights(self.path / "adapter")}
         else:
             policy.model.save_pretrained(self.path / "weights")
             policy.tokenizer.save_pretrained(self.path / "weights")
             weights = digest_weights(self.path / "weights")
         write_json(self.path / "weights.json", weights)
+        Capabilities.load(base.path).save(self.path)
         if base.trusted:
             (self.path / TRUSTED).touch()
 
 
 def longest_sequence(config: Any) -> int:
-    """What a model's config says of it, in tokens."""
-    return int(getattr(config, "max_position_embeddings", None) or UNBOUNDED)
+    """The longest sequence a model takes, in tokens, by its config.
+
+    Where rotary embeddings beyond some length depend on the longest position of a pass, that length is the limit:
+    further on, what a text is worth would depend on the others in its batch (transformers has it so, padded too).
+    """
+    own = config.get_text_config()
+    longest = int(getattr(own, "max_position_embeddings", None) or UNBOUNDED)
+    rope = getattr(own, "rope_parameters", None) or getattr(own, "rope_scaling", None) or {}
+    kinds = [part for part in (rope, *rope.values()) if isinstance(part, dict)]  # Some have one for each kind of layer.
+    if any(part.get("rope_type") == "longrope" for part in kinds):
+        originals = [part.get("original_max_position_embeddings") for part in kinds]
+        original = next(filter(None, originals), None) or getattr(own, "original_max_position_embeddings", None)
+        return min(longest, int(original or longest))
+    return longest
 
 
 def default_device() -> str:
@@ -261,81 +272,12 @@ def digest_weights(folder: Path) -> dict[str, str]:
     return {path.name: digest_file(path) for path in files}
 
 
-def fetch_pretrained(config: ModelConfig, destination: Path) -> PolicyFiles:
-    """Puts M0 into a folder as `weights/` and `tokenizer/`.
+def load_checkpoint(folder: Path, dtype: str, *, trust_remote_code: bool = False, **options: Any) -> "PreTrainedModel":
+    """Loads a checkpoint, every weight of it.
 
     Raises:
-        SelfalignError: there is no such model, or its weights are damaged.
+        SelfalignError: it is damaged, lacks weights or has too many, or needs a package that is not there.
     """
-    builder = BUILDERS.get(config.path)
-    weights = destination / "weights"
-    if builder is not None:
-        model, tokenizer = builder()
-        model.to(DTYPES[config.dtype]).save_pretrained(weights)
-    else:
-        folder = _find_checkpoint(config)
-        tokenizer = _load_tokenizer(folder, config.trust_remote_code)
-        _load_checkpoint(folder, config.dtype, trust_remote_code=config.trust_remote_code)
-        _link(weights, folder)
-    if config.chat_template:
-        tokenizer.chat_template = _read_template(config)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    tokenizer.save_pretrained(destination / "tokenizer")
-    quantised = {} if config.quantization == "none" else {"quantization": config.quantization}
-    write_json(destination / "weights.json", digest_weights(weights) | quantised)
-    if config.trust_remote_code:
-        (destination / TRUSTED).touch()
-    return PolicyFiles(destination)
-
-
-def identify_source(config: ModelConfig, key: str = "model.path") -> str:
-    """What the model's artefact is keyed by: the digest of the files it comes from.
-
-    Raises:
-        SelfalignError: there is no such model; the message names the setting, `key`.
-    """
-    if config.path in BUILDERS:
-        return config.path
-    folder = _find_checkpoint(config, key)
-    template = _read_template(config) if config.chat_template else ""
-    files = {path.name: digest_file(path) for pattern in _files_of(config) for path in sorted(folder.glob(pattern))}
-    return digest_json([files, template])
-
-
-def _read_template(config: ModelConfig) -> str:
-    name = config.chat_template.removeprefix("shipped:")
-    shipped = name != config.chat_template
-    return read_text(TEMPLATES / f"{name}.jinja" if shipped else Path(name))
-
-
-def _files_of(config: ModelConfig) -> list[str]:
-    """What a model is made of; its code belongs to it where the user trusts it."""
-    return [*MODEL_FILES, "*.py"] if config.trust_remote_code else MODEL_FILES
-
-
-def _find_checkpoint(config: ModelConfig, key: str = "model.path") -> Path:
-    folder = Path(config.path).expanduser()
-    if folder.is_dir():
-        if not any(folder.glob("*.safetensors")):
-            raise SelfalignError(f"{key}: {folder} holds no .safetensors weights")
-        return folder.resolve()
-    if config.path.startswith(("/", ".", "~")) or config.path.count("/") != 1:
-        known = ", ".join(BUILDERS)
-        raise SelfalignError(f"{key}: no folder {config.path!r}; give a folder, a hub id (owner/name), or {known}")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(config.path, revision=config.revision, allow_patterns=_files_of(config)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise SelfalignError(
-            f"{key}: {config.path!r} is no folder here and could not be fetched from the hub "
-            f"({type(error).__name__}); check the name and the network, or download it and give its folder"
-        ) from error
-
-
-def _load_checkpoint(folder: Path, dtype: str, *, trust_remote_code: bool = False, **options: Any) -> "PreTrainedModel":
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
@@ -349,23 +291,16 @@ def _load_checkpoint(folder: Path, dtype: str, *, trust_remote_code: bool = Fals
             output_loading_info=True,
             **options,
         )
+    except ImportError as error:
+        raise SelfalignError(f"{folder}: loading its weights needs another package: {first_line(error)}") from error
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise SelfalignError(f"{folder}: the model cannot be loaded ({reason}); its files may be damaged") from error
     model, report = loaded
     wrong = sorted(report["missing_keys"]) + sorted(report["unexpected_keys"]) + sorted(report["mismatched_keys"])
     if wrong:
         raise SelfalignError(f"{folder}: weights and architecture differ, for example at {wrong[0]!r} ({len(wrong)})")
     return model
-
-
-def _load_tokenizer(folder: Path, trust_remote_code: bool) -> "Tokenizer":
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise SelfalignError(f"{folder}: no tokenizer can be loaded from it ({str(error).splitlines()[0]})") from error
 
 
 def _settle_adapter_config(path: Path) -> None:
@@ -376,6 +311,7 @@ def _settle_adapter_config(path: Path) -> None:
     write_json(path, config)
 
 
-def _link(link: Path, target: Path) -> None:
+def link_folder(link: Path, target: Path) -> None:
+    """Puts a link to a folder, in place of one that is there."""
     link.unlink(missing_ok=True)
     link.symlink_to(target.resolve(), target_is_directory=True)

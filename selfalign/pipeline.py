@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 from selfalign.checkpoint_selection import CheckpointSelection
 from selfalign.evaluation import Evaluation
-from selfalign.feasibility import check_lengths
 from selfalign.files import derive_seed
 from selfalign.given import Given, SelfRewarding, makes_baseline
 from selfalign.judges.bench import asks_a_server
 from selfalign.losses import Positives
-from selfalign.models import ModelConfig, PolicyFiles
+from selfalign.models import ModelConfig
+from selfalign.requirements import check_requirements
 from selfalign.roles import Judging, Models, checkpoint_judge, fixed_judges, load_model
 from selfalign.run import Maker
 from selfalign.stages.align import align, augmentation_of
@@ -66,7 +66,7 @@ class Method:
     def models(self) -> Models:
         """M0, and models that only write or judge."""
         base = load_model(self.run, "M0", self.config.model, "model.path")
-        check_lengths(self.config, PolicyFiles(base.path))
+        check_requirements(self.config, base, self.given)
         writer, judges = self._fixed_writer(), fixed_judges(self.config, self.run)
         judges["checkpoint_judge"] = checkpoint_judge(self.config, self.run)
         return Models(base, base, base, base, writer, own_pairs=self.own_pairs, **judges)

@@ -8,7 +8,7 @@ from pathlib import Path
 from selfalign.card import base_on_hub, last_model, model_card
 from selfalign.errors import SelfalignError
 from selfalign.files import read_json
-from selfalign.models import MODEL_FILES, TRUSTED, PolicyFiles
+from selfalign.pretrained import MODEL_FILES, TRUSTED, PolicyFiles
 from selfalign.report.finished import Finished
 
 ADAPTER_CONFIG = "adapter_config.json"

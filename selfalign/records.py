@@ -8,7 +8,7 @@ policy's weights), so that a later stage can check what it is given. The fields 
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -34,7 +34,11 @@ class FinishReason(StrEnum):
 
 
 class JudgementStatus(StrEnum):
-    """What came of one judgement; only `ok` carries a score."""
+    """What came of one judgement; only `ok` carries a score.
+
+    `truncated`: cut before its verdict, maybe while the judge was still thinking. `prompt_too_long`, `content_filter`
+    and `refused` (for any other reason) are a server's refusals of one request, whose words stand in the text.
+    """
 
     OK = "ok"
     NO_SCORE = "no_score"
@@ -42,6 +46,8 @@ class JudgementStatus(StrEnum):
     AMBIGUOUS = "ambiguous"
     TRUNCATED = "truncated"
     PROMPT_TOO_LONG = "prompt_too_long"
+    CONTENT_FILTER = "content_filter"
+    REFUSED = "refused"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,8 +55,8 @@ class Demonstration:
     """A prompt and the response SFT teaches.
 
     `source` is "ift", "eft", or "positive" (a response judged good). `prefill` is how the answer begins where that is
-    given instead of learnt. Demonstrations of one `question` have prompts
-    that begin alike, so they are trained side by side and their beginning is computed once.
+    given instead of learnt. Demonstrations of one `question` have prompts that begin alike, so they are trained side by
+    side and their beginning is computed once. `ids` are the tokens of a response that a model wrote.
     """
 
     id: str
@@ -59,6 +65,7 @@ class Demonstration:
     source: str
     question: str = ""
     prefill: str = ""
+    ids: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +95,11 @@ class RankedAnswers:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Response:
-    """One answer to an instruction. `tokens` counts the generated tokens; `model` is "human" for given answers."""
+    """One answer to an instruction; `model` is "human" for given answers.
+
+    `tokens` counts the generated tokens, and `ids` are these, the end of turn included: what a policy is trained on is
+    what was written. They are empty where only a text came back.
+    """
 
     id: str
     instruction_id: str
@@ -96,6 +107,7 @@ class Response:
     finish_reason: FinishReason
     tokens: int
     model: str
+    ids: list[int] = field(default_factory=list)
 
 
 def given_response(name: str, instruction: str, text: str, model: str) -> Response:
@@ -179,8 +191,9 @@ class PreferencePair:
     """Two responses to one prompt, the better and the worse.
 
     The scores are the judge's means, None for given pairs. A response whose `*_finished` is false was cut at the
-    token limit, so training does not teach it to end there. The last three ids lead back to the records the
-    pair was made from; they are empty for given pairs.
+    token limit, so training does not teach it to end there. `instruction_id`, `chosen_id` and `rejected_id` lead back
+    to the records the pair was made from, and `chosen_ids` and `rejected_ids` are the responses' tokens as they were
+    written; all are empty for given pairs.
     """
 
     id: str
@@ -194,6 +207,8 @@ class PreferencePair:
     instruction_id: str = ""
     chosen_id: str = ""
     rejected_id: str = ""
+    chosen_ids: list[int] = field(default_factory=list)
+    rejected_ids: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

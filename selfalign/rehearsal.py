@@ -35,7 +35,7 @@ from selfalign.records import (
 )
 from selfalign.refinement import Refinement
 from selfalign.run import StageFunction
-from selfalign.stages.align import align, augmentation_of
+from selfalign.stages.align import align
 from selfalign.stages.compare import compare
 from selfalign.stages.divergence import divergence
 from selfalign.stages.instruct import InstructConfig, instruct
@@ -136,7 +136,7 @@ class Rehearsal:
         if count < 1:
             raise SelfalignError(f"train.held_out_pairs={held_out} of {count + held_out} pairs leaves none to train on")
         size = min(optimization.batch_size, count)
-        few = self._write(pairs=self._pairs(2 * size, augmentation_of(loss)))
+        few = self._write(pairs=self._pairs(2 * size))
         given = {"pairs": few, "loss": loss, "held_out": 0, "selection": None}
         given["optimization"] = replace(optimization, epochs=1)
         measured, folder = self._measure(label, align, [size, others["start"] is None], **given, **others)
@@ -263,7 +263,7 @@ class Rehearsal:
     ) -> Artefact:
         count, few = records_of(pairs, "pairs.jsonl"), 2 * self.config.train.align.batch_size
         given = {"policy": policy, "augmentation": augmentation, "precision": precision}
-        given["pairs"] = self._write(pairs=self._pairs(few, augmentation))
+        given["pairs"] = self._write(pairs=self._pairs(few))
         measured, folder = self._measure(label, reference, [policy.digest], first_alone=False, **given)
         self._add_batches(label, measured, measured.batches_of(count / few))
         return replace(_stand_in(label, count), path=folder)
@@ -331,11 +331,10 @@ class Rehearsal:
         )
         return min(responses.counts.get("tokens", candidates), self.longest.context - SHORTEST_PROMPT)
 
-    def _pairs(self, count: int, augmentation: Refinement | None) -> list[PreferencePair]:
+    def _pairs(self, count: int) -> list[PreferencePair]:
         data = self.config.data
         written = data.respond.sampling.max_new_tokens if isinstance(data, SelfRewarding) else self.longest.max_length
-        p = augmentation.text(self.longest.tokenizer).text if augmentation else ""
-        return self.longest.pairs(count, written, p)
+        return self.longest.pairs(count, written)
 
     def _texts(self, ask: Callable[..., Prompt], responses: Artefact, written: int, *, server: bool) -> list[str]:
         """An instruction and a response, such that the question about them leaves room for what is written."""

@@ -3,18 +3,81 @@
 Prompts are shared and packed (`selfalign.batches`), so a prompt is computed once for all that follows it.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
+from torch import nn
 
 from selfalign.attention import enable_packing
 from selfalign.batches import Batch, Group, make_batch, split_by_tokens
 from selfalign.journal import Journal
 from selfalign.logprobs import score_responses_only
-from selfalign.models import InMemory, autocast
+from selfalign.models import InMemory, Policy, autocast
+
+DROPOUT = ("dropout", "pdrop", "dropout_p")
+"""How attributes end that are rates of dropout."""
+
+NOISE = "jitter_noise"
+"""How those end that are the size of a router's noise."""
+
+
+def make_scoring(policy: Policy, dropout: float = 0.0) -> None:
+    """Makes a policy's model return log-probabilities of given tokens, packed where that is right, and sets dropout."""
+    if policy.capabilities.packs:
+        enable_packing(policy.model)
+    score_responses_only(policy.model)
+    set_dropout(policy.model, dropout)
+
+
+def set_dropout(model: nn.Module, dropout: float) -> None:
+    """Sets every dropout: layers, the rates that attention passes on, and those that layers read from their config.
+
+    The latter get a config of their own, because the model's is saved with it. Routers that add noise in training, as
+    some mixtures of experts do, route as in inference: their noise cannot be told from a dropout.
+    """
+    from transformers import PreTrainedModel
+
+    configs: dict[int, Any] = {}
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = dropout
+        if stays_in_inference(module):
+            module.eval()
+            module.train = MethodType(_stay, module)
+        set_rates(module, dropout)
+        own = vars(module).get("config")
+        if own is not None and not isinstance(module, PreTrainedModel) and rates_of(own):
+            if id(own) not in configs:
+                configs[id(own)] = copy.copy(own)
+                set_rates(configs[id(own)], dropout)
+            module.config = configs[id(own)]
+
+
+def set_rates(owner: Any, dropout: float) -> None:
+    """Sets the attributes that are rates of dropout."""
+    for name in rates_of(owner):
+        setattr(owner, name, dropout)
+
+
+def rates_of(owner: Any) -> list[str]:
+    """The attributes that are rates of dropout; a config may have 0 for 0.0."""
+    numbers = (name for name, value in vars(owner).items() if type(value) in (int, float))
+    return [name for name in numbers if name.endswith(DROPOUT)]
+
+
+def stays_in_inference(module: nn.Module) -> bool:
+    """Whether a module adds noise in training, so that it is kept from training."""
+    return any(name.endswith(NOISE) for name in vars(module))
+
+
+def _stay(self: nn.Module, mode: bool = True) -> nn.Module:
+    """In place of a module's `train`, for one that stays in inference."""
+    return self
 
 
 def responses_in(group: Group) -> int:
@@ -37,8 +100,7 @@ class Scorer(InMemory):
 
     def __post_init__(self) -> None:
         self.policy.model.eval()
-        enable_packing(self.policy.model)
-        score_responses_only(self.policy.model)
+        make_scoring(self.policy)
 
     def plan(self, groups: Sequence[Group]) -> list[list[Group]]:
         """The groups, in their order, in batches of at most `batch_tokens`."""

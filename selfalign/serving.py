@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -29,7 +29,10 @@ from selfalign.quantization import check_engine
 from selfalign.records import FinishReason
 from selfalign.scoring import Scorer
 from selfalign.server_process import ServerProcess
-from selfalign.tokenization import encode_prompt, spell, stop_ids
+from selfalign.tokenization import answer_text, encode_prompt, spell, stop_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +156,9 @@ class ServerGenerator:
             if self._server is not None and self._server.ended:
                 raise SelfalignError(f"{error}; the server had ended and said: {self._server.last_words()}") from error
             raise
-        return [[_completion(next(replies), request.prompt) for _ in request.seeds] for request in requests]
+        return [
+            [_completion(self.tokenizer, next(replies), request.prompt) for _ in request.seeds] for request in requests
+        ]
 
     def _prompt(self, ids: list[int]) -> list[int] | str:
         if self._takes_ids:
@@ -237,8 +242,8 @@ def export(policy: PolicyFiles, folder: Path, dtype: str) -> None:
     write_json(folder / "generation_config.json", {**whole, **ids, "bos_token_id": tokenizer.bos_token_id})
 
 
-def _completion(reply: Reply, prompt: list[int]) -> Completion:
-    """A reply as a completion.
+def _completion(tokenizer: "Tokenizer", reply: Reply, prompt: list[int]) -> Completion:
+    """A reply as a completion; its tokens are not known, only its text.
 
     Raises:
         SelfalignError: the prompt was refused or read as other tokens, or the text ended for a reason unknown here.
@@ -254,7 +259,9 @@ def _completion(reply: Reply, prompt: list[int]) -> Completion:
         )
     if reply.finish not in FINISH:
         raise SelfalignError(f"generate.command: the server ended a text for the reason {reply.finish!r}")
-    return Completion(text=reply.text.strip(), finish_reason=FINISH[reply.finish], tokens=reply.completion_tokens)
+    reason = FINISH[reply.finish]
+    text = answer_text(tokenizer, reply.text, finished=reason is FinishReason.EOS)
+    return Completion(text=text, finish_reason=reason, tokens=reply.completion_tokens)
 
 
 def _free_port() -> int:

@@ -27,7 +27,7 @@ from selfalign.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Raised when artefacts of an older selfalign must not be reused."""
 
 LOG = "log.jsonl"

@@ -1,58 +1,112 @@
-"""Text to token ids: the chat template around prompts, one BOS, an end of turn only where a response ended."""
+"""Text to token ids: prompts, and the responses behind them, as the ids of the whole conversation have them.
+
+prompt ids + response ids = the ids of what the chat template makes of the whole conversation, and a response that the
+model wrote keeps the ids it was written as. A tokenizer would not always read its text as the same ids again.
+"""
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, cast
+from itertools import pairwise
+from typing import TYPE_CHECKING, cast
 
+from selfalign.chat_template import (
+    answer_shape,
+    control_words,
+    joined_space,
+    render_prompt,
+    rendered_ids,
+    text_ids,
+)
 from selfalign.errors import SelfalignError
 from selfalign.records import Message, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
-"""Before a chat template that prints today's date, so that it gives the same prompts tomorrow."""
+ANCHORS = ("\n", "x", "1", ".")
+"""Short texts; behind one of them a text is tokenised as in the middle of another."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """A response that goes behind a prompt.
+
+    Attributes:
+        text: what it says.
+        finished: whether it ended by itself; one that was cut is not taught to end there.
+        ids: those it was written as, its end of turn included; empty where only the text is known.
+    """
+
+    text: str
+    finished: bool = True
+    ids: list[int] = field(default_factory=list)
 
 
 def encode_prompt(tokenizer: "Tokenizer", prompt: Prompt, prefill: str = "") -> list[int]:
     """The ids the model continues from.
 
-    Messages go through the chat template up to where the assistant begins to write, followed by `prefill`, the
-    beginning of its answer. A plain text is taken as it stands, with the BOS the tokenizer asks for. Control
-    tokens spelled out inside a message are broken up first, so that no text can end its own turn.
+    Messages go through the chat template up to where the assistant answers. Behind them stands `prefill`, the
+    beginning of the answer; where the last message is the assistant's, that one is continued. A plain text is taken as
+    it stands. There is one BOS where the tokenizer or the template wants one.
 
     Raises:
-        SelfalignError: messages are given but the tokenizer has no chat template.
+        SelfalignError: messages are given, and the tokenizer has no chat template, or it refuses them.
     """
-    if isinstance(prompt, str):
-        return _ids(tokenizer, prompt + prefill, split_special_tokens=True)
-    ids = _ids(tokenizer, _render(tokenizer, prompt, add_generation_prompt=True) + prefill, add_special_tokens=False)
-    opening = [token for token in _ids(tokenizer, "") if token == tokenizer.bos_token_id]
-    return ids if not opening or ids[:1] == opening else [*opening, *ids]
+    return _context(tokenizer, prompt, prefill)[1]
 
 
-def encode_response(tokenizer: "Tokenizer", text: str, *, finished: bool) -> list[int]:
-    """The ids of a response, encoded apart from its prompt; a finished one ends with the end-of-turn token."""
-    ids = _ids(tokenizer, text, add_special_tokens=False, split_special_tokens=True)
-    return [*ids, end_of_turn_id(tokenizer)] if finished else ids
+def prompt_end(tokenizer: "Tokenizer", ids: list[int]) -> str:
+    """The end of an encoded prompt as a text, control tokens included, from which the model continues."""
+    return str(tokenizer.decode(ids[-16:]))
 
 
-@lru_cache(maxsize=16)
+def encode_answers(
+    tokenizer: "Tokenizer", prompt: Prompt, answers: Sequence[Answer], prefill: str = ""
+) -> list[list[int]]:
+    """The ids of each answer behind a prompt (with the beginning of the answer that is given).
+
+    An answer that was written by the model has the ids it was written as. The others are tokenised together with the
+    prompt, of whose ids none changes.
+    """
+    before, ids, margin = _context(tokenizer, prompt, prefill)
+    shape = answer_shape(tokenizer)
+    closing = shape.closing if isinstance(prompt, list) else ""
+
+    def encode(answer: Answer) -> list[int]:
+        if answer.ids:
+            return answer.ids
+        text = margin + answer.text + closing * answer.finished
+        return [*_continued(tokenizer, before, ids, text), *([end_of_turn_id(tokenizer)] if answer.finished else [])]
+
+    return [encode(answer) for answer in answers]
+
+
+def settle_boundary(tokenizer: "Tokenizer", prompt: Prompt, answers: Sequence[Answer]) -> tuple[Prompt, list[Answer]]:
+    """A plain text and its answers, with white space between the two where the tokenizer wants it.
+
+    "2 + 2 = " and "4" become "2 + 2 =" and " 4" where these are the words of the whole. Messages stay as they are:
+    their template decides.
+    """
+    if not isinstance(prompt, str) or not prompt[-1:].isspace():
+        return prompt, list(answers)
+    space = joined_space(tokenizer, prompt, tuple(answer.text for answer in answers))
+    return prompt[: len(prompt) - len(space)], [replace(answer, text=space + answer.text) for answer in answers]
+
+
 def end_of_turn_id(tokenizer: "Tokenizer") -> int:
     """The token that ends an assistant turn: the first control token the chat template puts behind one.
 
     Without a chat template, or where that template puts none, it is the tokenizer's EOS.
+
+    Raises:
+        SelfalignError: the tokenizer has neither.
     """
-    if tokenizer.chat_template:
-        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-        tail = _render(tokenizer, turns, add_generation_prompt=False).rsplit("answer", 1)[1]
-        control = {cast(int, tokenizer.convert_tokens_to_ids(token)) for token in _control_tokens(tokenizer)}
-        for token in _ids(tokenizer, tail, add_special_tokens=False):
-            if token in control:
-                return token
-    if tokenizer.eos_token_id is None:
+    end = answer_shape(tokenizer).end
+    if end is None:
         raise SelfalignError("the tokenizer has neither an EOS token nor a chat template that ends a turn")
-    return cast(int, tokenizer.eos_token_id)
+    return end
 
 
 def stop_ids(tokenizer: "Tokenizer") -> list[int]:
@@ -63,7 +117,36 @@ def stop_ids(tokenizer: "Tokenizer") -> list[int]:
 
 def decode_response(tokenizer: "Tokenizer", ids: list[int]) -> str:
     """The text of generated ids, without control tokens."""
-    return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+    control = control_ids(tokenizer)
+    written = decode_behind(tokenizer, [token for token in ids if token not in control])
+    return answer_text(tokenizer, written, finished=bool(ids) and ids[-1] in stop_ids(tokenizer))
+
+
+def answer_text(tokenizer: "Tokenizer", written: str, *, finished: bool) -> str:
+    """An answer without the white space that the template puts around it; its own stays."""
+    shape = answer_shape(tokenizer)
+    return written.removeprefix(shape.margin).removesuffix(shape.closing * finished)
+
+
+def decode_behind(tokenizer: "Tokenizer", ids: list[int]) -> str:
+    """The text of ids that stand behind others, with the space that some tokenizers leave out at the beginning."""
+    anchor = text_ids(tokenizer, ANCHORS[1])
+    before, whole = (
+        str(tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        for part in (anchor, [*anchor, *ids])
+    )
+    return whole[len(before) :]
+
+
+@lru_cache(maxsize=16)
+def control_ids(tokenizer: "Tokenizer") -> frozenset[int]:
+    """The ids of the control tokens."""
+    return frozenset(cast(int, tokenizer.convert_tokens_to_ids(word)) for word in control_words(tokenizer))
+
+
+def plain_ids(tokenizer: "Tokenizer", text: str) -> list[int]:
+    """The ids of a text in the middle of another; a control token that it spells is text."""
+    return [token for piece in _pieces(tokenizer, text) for token in _behind_anchor(tokenizer, piece)]
 
 
 def spell(tokenizer: "Tokenizer", ids: list[int]) -> str:
@@ -73,60 +156,66 @@ def spell(tokenizer: "Tokenizer", ids: list[int]) -> str:
         SelfalignError: there is none.
     """
     text, bos = str(tokenizer.decode(ids)), str(tokenizer.bos_token or "")
-    if bos and _ids(tokenizer, "")[:1] == [tokenizer.bos_token_id]:
+    if bos and text_ids(tokenizer, "", add_special_tokens=True)[:1] == [tokenizer.bos_token_id]:
         text = text.removeprefix(bos)
-    if _ids(tokenizer, text) != ids:
+    if text_ids(tokenizer, text, add_special_tokens=True) != ids:
         raise SelfalignError(f"no text is read as these {len(ids)} tokens again, which begin with {text[:40]!r}")
     return text
 
 
-def fill(template: str, values: dict[str, str]) -> str:
-    """Puts each value where `{name}` stands in the template, once and literally.
+def _context(tokenizer: "Tokenizer", prompt: Prompt, prefill: str) -> tuple[str, list[int], str]:
+    """A prompt's text and ids, and white space that is to be written before an answer."""
+    if isinstance(prompt, str):
+        first, *rest = _pieces(tokenizer, prompt)
+        ids = rendered_ids(tokenizer, first)
+        before, ids = first, [*ids, *_continued(tokenizer, first, ids, "".join(rest))]
+        margin = ""
+    else:
+        messages, begun = _begun_answer(prompt)
+        margin, prefill = answer_shape(tokenizer).margin, begun + prefill
+        before = render_prompt(tokenizer, messages)
+        before = before[: len(before) - len(margin)]
+        ids = rendered_ids(tokenizer, before)
+    if not prefill:
+        return before, ids, margin
+    return before + margin + prefill, [*ids, *_continued(tokenizer, before, ids, margin + prefill)], ""
 
-    Braces inside a value stay as they are. A value that spells one of the template's own tags (`<response>`,
-    `</response>`, …) has it broken up, so that no text can close the section it stands in.
 
-    Raises:
-        SelfalignError: the template lacks one of the names.
+def _begun_answer(messages: list[Message]) -> tuple[list[Message], str]:
+    """The messages that are answered, and the beginning of the answer, where the last message is the assistant's."""
+    if messages[-1:] and messages[-1]["role"] == "assistant":
+        return messages[:-1], messages[-1]["content"]
+    return messages, ""
+
+
+def _continued(tokenizer: "Tokenizer", before: str, ids: list[int], text: str) -> list[int]:
+    """The ids of a text behind another, whose ids stay as they are; a control token that it spells is text.
+
+    They are those of both texts together where these begin with the first one's. Else, as for an answer that begins
+    with more white space than the prompt ends with, the text is tokenised apart.
     """
-    for name in values:
-        if f"{{{name}}}" not in template:
-            raise SelfalignError(f"the prompt template lacks {{{name}}}")
-    tags = sorted(set(re.findall(r"</?[A-Za-z_]+>", template)))
-    pattern = "|".join(re.escape(f"{{{name}}}") for name in values)
-    return re.sub(pattern, lambda match: _defuse(values[match.group(0)[1:-1]], tags), template)
+    first, *rest = _pieces(tokenizer, text)
+    whole = rendered_ids(tokenizer, before + first)
+    behind = whole[len(ids) :] if whole[: len(ids)] == ids else _behind_anchor(tokenizer, first)
+    return [*behind, *(token for piece in rest for token in _behind_anchor(tokenizer, piece))]
 
 
-def _ids(tokenizer: "Tokenizer", text: str, **options: bool) -> list[int]:
-    return cast(list[int], cast(Any, tokenizer)(text, **options)["input_ids"])
+def _behind_anchor(tokenizer: "Tokenizer", text: str) -> list[int]:
+    """The ids of a text as in the middle of another: without the space that some tokenizers put before a first word."""
+    if not text:
+        return []
+    for anchor in ANCHORS:
+        ids, whole = text_ids(tokenizer, anchor), text_ids(tokenizer, anchor + text)
+        if whole[: len(ids)] == ids:
+            return whole[len(ids) :]
+    return text_ids(tokenizer, text)
 
 
-def _render(tokenizer: "Tokenizer", messages: list[Message], *, add_generation_prompt: bool) -> str:
-    if not tokenizer.chat_template:
-        raise SelfalignError(
-            "the model's tokenizer has no chat template: give one with model.chat_template=FILE (a Jinja file), "
-            "or take model.chat_template=shipped:dialogue"
-        )
-    safe = [{**message, "content": _defuse(message["content"], _control_tokens(tokenizer))} for message in messages]
-    template = str(tokenizer.chat_template)
-    template = FIXED_DATE + template if "strftime_now" in template else template
-    return str(
-        tokenizer.apply_chat_template(
-            safe, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    )
-
-
-@lru_cache(maxsize=16)
-def _control_tokens(tokenizer: "Tokenizer") -> tuple[str, ...]:
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return tuple(sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True))
-
-
-def _defuse(text: str, words: "list[str] | tuple[str, ...]") -> str:
-    """Breaks up each of the words in a text with a space behind its first letter, whatever their case."""
-    present = [word for word in words if word.casefold() in text.casefold()]
+def _pieces(tokenizer: "Tokenizer", text: str) -> list[str]:
+    """The text in pieces none of which spells a control token; at least one."""
+    present = [word for word in control_words(tokenizer) if word in text]
     if not present:
-        return text
-    pattern = re.compile("|".join(re.escape(word) for word in present), re.IGNORECASE)
-    return pattern.sub(lambda match: f"{match.group(0)[0]} {match.group(0)[1:]}", text)
+        return [text]
+    spelled = re.compile("|".join(map(re.escape, present)))
+    cuts = [0, *(match.start() + 1 for match in spelled.finditer(text)), len(text)]
+    return [text[start:end] for start, end in pairwise(cuts)]

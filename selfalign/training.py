@@ -6,17 +6,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from selfalign import processes
-from selfalign.attention import enable_packing
 from selfalign.batches import Batch, Group, make_batch
 from selfalign.choose import CheckpointSelector, ChooseConfig
 from selfalign.errors import SelfalignError
 from selfalign.layouts import Layout, collect, out_of_wrapper
-from selfalign.logprobs import score_responses_only
 from selfalign.metrics import Sums
 from selfalign.models import DTYPES, LoRA, Policy, PolicyFiles, fastest_dtype
+from selfalign.scoring import make_scoring
 from selfalign.store import Workspace
 
 if TYPE_CHECKING:
@@ -288,7 +287,7 @@ def train(
     last = trainer.run()
     if checkpoints is not None and checkpoints.chosen not in (None, last):
         loaded = checkpoints.files(checkpoints.chosen).load(weights.dtype, trainable=True)
-        make_scoring(loaded.model)
+        make_scoring(loaded)
     loaded.model.eval()
     whole = loaded
     if weights.layout.sharded:
@@ -335,21 +334,4 @@ def prepare(loaded: Policy, files: PolicyFiles, weights: Weights, dropout: float
             task_type="CAUSAL_LM",
         )
         loaded.model = get_peft_model(loaded.model, adapter)  # pyright: ignore[reportAttributeAccessIssue]
-    make_scoring(loaded.model, dropout)
-
-
-def make_scoring(model: "PreTrainedModel", dropout: float = 0.0) -> None:
-    """Sets dropout, packs what can be packed, and makes the model return log-probabilities of given tokens."""
-    set_dropout(model, dropout)
-    enable_packing(model)
-    score_responses_only(model)
-
-
-def set_dropout(model: nn.Module, dropout: float) -> None:
-    """Sets every dropout: layers, and the rates that attention passes to functional dropout."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = dropout
-        for name, value in vars(module).items():
-            if name.endswith(("dropout", "pdrop", "dropout_p")) and isinstance(value, float):
-                setattr(module, name, dropout)
+    make_scoring(loaded, dropout)

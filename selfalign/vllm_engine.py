@@ -190,7 +190,7 @@ class VLLMGenerator(Running):
 
     def _completion(self, ids: list[int], stops: list[int]) -> Completion:
         reason = FinishReason.EOS if ids and ids[-1] in stops else FinishReason.LENGTH
-        return Completion(text=decode_response(self.tokenizer, ids), finish_reason=reason, tokens=len(ids))
+        return Completion(text=decode_response(self.tokenizer, ids), finish_reason=reason, tokens=len(ids), ids=ids)
 
 
 @dataclass(slots=True)

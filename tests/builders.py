@@ -104,6 +104,12 @@ def loaded(path: Path) -> Policy:
     return PolicyFiles(path).load("float32", device="cpu")
 
 
+def logits_of(policy: Policy) -> torch.Tensor:
+    """What a policy says to a few tokens."""
+    with torch.no_grad():
+        return policy.model(input_ids=torch.tensor([[5, 77, 300, 41, 8, 9]])).logits
+
+
 def workspace(folder: Path, rows: list[dict[str, Any]] | None = None) -> Workspace:
     """A place for a stage to write to; its rows go to the list."""
     return Workspace(folder, "stage", (lambda row: None) if rows is None else rows.append)

@@ -38,7 +38,8 @@ from builders import Said
 from hydra.core.global_hydra import GlobalHydra
 
 from selfalign.__main__ import main
-from selfalign.models import ModelConfig, PolicyFiles, fetch_pretrained
+from selfalign.models import ModelConfig, PolicyFiles
+from selfalign.pretrained import fetch_pretrained
 
 # Other libraries' own deprecations, which no code of ours can mend.
 NOT_OURS = (

@@ -27,6 +27,7 @@ from selfalign.records import PairReference
 from selfalign.refinement import Refinement
 from selfalign.stages.align import AdapterSwitchedOff, Preference, StoredReferences
 from selfalign.store import Workspace
+from selfalign.tokenization import Answer
 from selfalign.training import Likelihood, Optimization, Weights, train
 
 ANSWERS = [
@@ -96,7 +97,7 @@ class Stopping:
 
 def demonstrations(tokenizer: Any) -> list[Group]:
     return [
-        encode_group(tokenizer, f"d{i}", [{"role": "user", "content": f"Question {i}?"}], [(answer, True)])
+        encode_group(tokenizer, f"d{i}", [{"role": "user", "content": f"Question {i}?"}], [Answer(text=answer)])
         for i, answer in enumerate(ANSWERS)
     ]
 

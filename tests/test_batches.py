@@ -19,7 +19,7 @@ from selfalign.batches import (
 from selfalign.errors import SelfalignError
 from selfalign.records import PreferencePair
 from selfalign.refinement import Refinement
-from selfalign.tokenization import encode_prompt
+from selfalign.tokenization import Answer, encode_prompt, plain_ids
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_long_prompt_loses_its_beginning_alike_in_both_passes(
     (example,), tally = encoded(tiny_tokenizer, [one], refinement, 60)
     assert tally == {"pairs": 1, "cut": 1}
     assert example.plain.responses == whole.plain.responses
-    assert 57 <= example.longest() <= 60
+    assert 57 <= example.plain.longest() <= 60
     kept = tiny_tokenizer.decode(example.plain.prompt)
     assert "word59" in kept
     assert "word0 " not in kept
@@ -193,11 +193,15 @@ def test_prompt_that_fits_is_left_alone_to_the_token(tiny_tokenizer: Any) -> Non
     assert shorter.longest() < whole[0].longest()
 
 
-def test_the_augmented_pass_counts_towards_the_limit(tiny_tokenizer: Any) -> None:
-    short = pair("short", "Red", "Blue")
-    limit = encoded(tiny_tokenizer, [short], None, 10_000)[0][0].longest()
-    with pytest.raises(SelfalignError, match="none of 1 pairs fits"):
-        encoded(tiny_tokenizer, [short], Refinement(), limit)
+def test_losses_with_and_without_refinement_train_on_the_same_prompts_and_responses(tiny_tokenizer: Any) -> None:
+    words = " ".join(f"word{i}" for i in range(60))
+    some = [pair("a", "Red", "Blue"), pair("b", "Red", "Blue", prompt=words), pair("c", "Red " * 80, "Blue")]
+    plain, counted = encoded(tiny_tokenizer, some, None, 60)
+    refined, counted_too = encoded(tiny_tokenizer, some, Refinement(), 60)
+    assert [example.plain for example in refined] == [example.plain for example in plain]
+    assert counted == counted_too == {"pairs": 2, "cut": 1, "too_long": 1}
+    longer = [len(example.augmented.prompt) - len(example.plain.prompt) for example in refined if example.augmented]
+    assert longer == [len(plain_ids(tiny_tokenizer, Refinement().text(tiny_tokenizer)))] * 2
 
 
 def test_score_gap_is_the_judges_difference_where_there_is_one(tiny_tokenizer: Any) -> None:
@@ -209,13 +213,31 @@ def test_score_gap_is_the_judges_difference_where_there_is_one(tiny_tokenizer: A
 def test_empty_prompt_is_refused_instead_of_being_read_off_the_neighbour(tiny_tokenizer: Any) -> None:
     """Without BOS an empty text has no token that could predict the response's first one."""
     with pytest.raises(SelfalignError):
-        encode_group(tiny_tokenizer, "a", "", [("Red", True)])
+        encode_group(tiny_tokenizer, "a", "", [Answer(text="Red")])
 
 
-def test_prompt_and_response_are_never_tokenised_together(tiny_tokenizer: Any) -> None:
-    """Jointly, text and answer would be other tokens; the answer's own tokens are what generation gave."""
-    group = encode_group(tiny_tokenizer, "a", "What is th", [("e best", False)])
+def test_response_that_would_change_the_prompts_last_token_is_tokenised_apart(tiny_tokenizer: Any) -> None:
+    """Jointly, text and answer would be other tokens, and the prompt would not be what the model continues."""
+    group = encode_group(tiny_tokenizer, "a", "What is th", [Answer(text="e best", finished=False)])
     joint = tiny_tokenizer("What is the best")["input_ids"]
     assert [*group.prompt, *group.responses[0]] != joint
     assert group.prompt == tiny_tokenizer("What is th")["input_ids"]
     assert group.responses == [tiny_tokenizer("e best")["input_ids"]]
+
+
+def test_prompt_behind_p_is_shortened_only_where_both_are_too_long_for_the_model(tiny_tokenizer: Any) -> None:
+    words = " ".join(f"word{i}" for i in range(60))
+    one, refinement = pair("a", "Red", "Blue", prompt=words), Refinement(prompt="Do well: ")
+    (plain,), _ = encoded(tiny_tokenizer, [one], None, 60)
+    tally: Counter[str] = Counter()
+    [example] = encode_pairs(tiny_tokenizer, [one], refinement, 60, tally, 62)
+    assert example.plain == plain.plain
+    assert tally == {"pairs": 1, "cut": 1, "cut_behind_p": 1}
+    assert example.augmented is not None
+    assert 59 <= example.augmented.longest() <= 62
+    kept = tiny_tokenizer.decode(example.augmented.prompt)
+    assert kept.startswith("Do well: ")
+    assert tiny_tokenizer.decode(plain.plain.prompt).endswith(kept.removeprefix("Do well: ").lstrip())
+    tally.clear()
+    with pytest.raises(SelfalignError, match="none of 1 pairs fits"):
+        list(encode_pairs(tiny_tokenizer, [one], refinement, 60, tally, 5))

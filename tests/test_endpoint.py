@@ -1,5 +1,6 @@
 """The client against a real server that fails in every way servers do."""
 
+import json
 import threading
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -10,9 +11,10 @@ import pytest
 from builders import workspace
 from chat_server import ChatServer, Fault, chat, chat_server
 
-from selfalign.endpoint import Client, Endpoint, Reply, retry_after
+from selfalign.endpoint import Client, Endpoint, retry_after
 from selfalign.errors import SelfalignError
 from selfalign.journal import Journal
+from selfalign.replies import RefusedError, Reply
 
 KEY = "sk-very-secret-0123456789"
 ASK = {"messages": [{"role": "user", "content": "hello"}]}
@@ -66,7 +68,8 @@ PASSING = {
     "html": Fault(body=b"<html>gateway</html>"),
     "empty": Fault(body=b""),
     "no_choices": Fault(body=b'{"id": "x"}'),
-    "empty_choices": Fault(body=b'{"choices": []}'),
+    "broken_off": Fault(body=chat("Score: 2, or", "abort")),
+    "error_of_a_gateway": Fault(body=b'{"error": {"message": "upstream is gone", "code": 502}}'),
     "no_message": Fault(body=b'{"choices": [{}]}'),
     "not_an_object": Fault(body=b'["choices"]'),
     "null": Fault(body=b"null"),
@@ -106,7 +109,7 @@ def test_retry_after_is_seconds_or_a_date() -> None:
 
 def test_server_that_never_answers_ends_with_its_last_fault(waits: list[float]) -> None:
     with chat_server(faults=[Fault(500, b"oh no")] * 3) as server, client(server, retries=2) as chats:
-        with pytest.raises(SelfalignError, match=r"no usable answer in 3 tries, at last: status 500"):
+        with pytest.raises(SelfalignError, match=r"no usable answer in 3 tries, at last: status 500: oh no; what was"):
             chats.complete(ASK)
         assert len(server.bodies) == 3
     assert waits == [1.0, 2.0]
@@ -153,7 +156,7 @@ def test_prompt_the_server_finds_too_long_is_no_error(fault: Fault) -> None:
 @pytest.mark.parametrize("said", [b"content_filter", b"content_policy_violation", b"our content management policy"])
 def test_prompt_whose_content_the_server_refuses_is_no_error(said: bytes) -> None:
     with chat_server(faults=[Fault(400, b'{"error": "' + said + b'"}')]) as server, client(server) as chats:
-        assert chats.complete(ASK) == Reply("", "content_filter", 0, 0)
+        assert chats.complete(ASK) == Reply(f'status 400: {{"error": "{said.decode()}"}}', "content_filter", 0, 0)
 
 
 def test_parameters_are_added_replaced_and_left_out() -> None:
@@ -213,26 +216,186 @@ def test_refusal_ends_the_waiting_of_the_others(tmp_path: Path) -> None:
     waiting = threading.Event()
 
     def says(body: dict[str, Any]) -> bytes:
-        if body["n"] == 0:
-            waiting.set()
-            return b"broken"
-        waiting.wait(10)
-        return b"too good to be true"
+        waiting.set()
+        return b"broken"
 
     out = workspace(tmp_path)
     with chat_server(says) as server, client(server, retries=1, first_wait_seconds=3600) as chats:
-        original = chats.attempt
+        original = chats._ask
 
         def refused(body: dict[str, Any]) -> Any:
-            tried = original(body)
             if body["n"] == 1:
-                raise SelfalignError("status 401")
-            return tried
+                waiting.wait(10)
+                raise RefusedError("status 401", 401)
+            return original(body)
 
-        chats.attempt = refused
+        chats._ask = refused
         with pytest.raises(SelfalignError, match="status 401"):
             chats.complete_all({"a": {"n": 0}, "b": {"n": 1}}, Journal(out.scratch, lambda size: None), 1)
         assert [body["n"] for body in server.bodies].count(0) == 1
+
+
+def asked(count: int) -> dict[str, dict[str, Any]]:
+    """Requests of long prompts."""
+    return {
+        f"r{n}": {"messages": [{"role": "user", "content": f"number {n} " * 40}], "top_p": 0.9} for n in range(count)
+    }
+
+
+def number(body: dict[str, Any]) -> int | None:
+    """Of a request; None of the short one that tells whether a server answers at all."""
+    words = body["messages"][0]["content"].split()
+    return int(words[1]) if words[0] == "number" else None
+
+
+ODD = Fault(400, b'{"error": {"message": "I do not like this one"}}')
+BROKEN = Fault(500, b"index out of range")
+
+
+class Picky(ChatServer):
+    """Has a fault in store for some of the requests, by their numbers."""
+
+    def __init__(self, faults: dict[int | None, Fault]) -> None:
+        super().__init__(lambda body: chat("Score: 4"), [])
+        self.by_number = faults
+
+    def _enter(self, body: dict[str, Any], key: str, path: str) -> Fault:
+        answer = super()._enter(body, key, path)
+        return self.by_number.get(number(body), answer)
+
+    def __enter__(self) -> "Picky":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def finishes(answers: dict[str, Reply]) -> list[str]:
+    return [reply.finish for reply in answers.values()]
+
+
+@pytest.mark.parametrize("concurrency", [1, 8])
+@pytest.mark.parametrize("bad", [0, 2, 5])
+@pytest.mark.parametrize("fault", [ODD, BROKEN, Fault(body=b'{"choices": []}')], ids=["refused", "broken", "no choice"])
+def test_failure_of_one_record_is_an_answer_wherever_it_comes(
+    concurrency: int, bad: int, fault: Fault, tmp_path: Path, waits: list[float]
+) -> None:
+    with Picky({bad: fault}) as server, client(server, concurrency=concurrency, retries=2) as chats:
+        answers = chats.complete_all(asked(6), Journal(workspace(tmp_path).scratch, lambda size: None), 1)
+    assert finishes(answers) == ["refused" if n == bad else "stop" for n in range(6)]
+    assert answers[f"r{bad}"].text == f"status {fault.status}: {fault.body.decode()}"
+    assert len(waits) == (2 if fault is BROKEN else 0)
+    numbers = [number(body) for body in server.bodies]
+    assert numbers.count(bad) == (3 if fault is BROKEN else 1)
+    assert {body["top_p"] for body in server.bodies} == {0.9}
+
+
+def test_failed_record_is_not_asked_for_again_by_the_same_command(tmp_path: Path) -> None:
+    out = workspace(tmp_path)
+    refused = pytest.raises(SelfalignError, match="status 401")
+    with Picky({1: ODD, 3: Fault(401)}) as server, client(server, concurrency=1) as chats, refused:
+        chats.complete_all(asked(6), Journal(out.scratch, lambda size: None), 1)
+    with Picky({4: ODD}) as server, client(server, concurrency=1) as chats, out.journal(6, "judgements") as journal:
+        answers = chats.complete_all(asked(6), journal, 1)
+    assert finishes(answers) == ["stop", "refused", "stop", "stop", "refused", "stop"]
+    assert [number(body) for body in server.bodies] == [3, 4, None, 5]
+
+
+def test_prompt_that_is_too_long_is_believed_once_anything_was_answered(tmp_path: Path) -> None:
+    with Picky({0: Fault(413), 3: Fault(413), 4: ODD}) as server, client(server, concurrency=1) as chats:
+        answers = chats.complete_all(asked(5), Journal(workspace(tmp_path).scratch, lambda size: None), 1)
+    assert finishes(answers) == ["too_long", "stop", "stop", "too_long", "refused"]
+    assert [number(body) for body in server.bodies] == [0, None, 1, 2, 3, 4, None]
+
+
+FOR_ALL = {
+    "key": (Fault(401, b"wrong key"), r"status 401: wrong key", 1),
+    "address": (Fault(404, b"no such model"), r"status 404: no such model", 1),
+    "quota": (Fault(429, b'{"error": {"code": "insufficient_quota"}}'), r'status 429: .*"insufficient_quota"', 1),
+    "parameter": (Fault(400, b"top_p is not supported"), r"status 400: top_p is not supported", 2),
+    "window": (
+        Fault(400, b"max_tokens=4096 is above the context length"),
+        "every request is refused, a short one too: status 400: max_tokens=4096",
+        2,
+    ),
+    "nothing": (Fault(body=b'{"choices": []}'), "every request is refused, a short one too: status 200", 2),
+    "outage": (Fault(503, b"going down"), r"in 2 tries, at last: status 503: going down", 4),
+}
+
+
+@pytest.mark.parametrize("name", FOR_ALL)
+def test_failure_of_every_request_ends_the_run_at_once_with_the_server_s_words(
+    name: str, tmp_path: Path, waits: list[float]
+) -> None:
+    fault, message, requests = FOR_ALL[name]
+    journal = Journal(workspace(tmp_path).scratch, lambda size: None)
+    with Picky(dict.fromkeys([*range(6), None], fault)) as server, client(server, concurrency=1, retries=1) as chats:
+        with pytest.raises(SelfalignError, match=message):
+            chats.complete_all(asked(6), journal, 1)
+        assert len(server.bodies) == requests
+    assert not any(name in journal for name in asked(6))
+
+
+def test_server_that_refuses_everything_from_some_time_on_is_found_out(tmp_path: Path) -> None:
+    with Picky(dict.fromkeys([2, 3, 4, 5, None], ODD)) as server, client(server, concurrency=1) as chats:
+        with pytest.raises(SelfalignError, match="I do not like this one"):
+            chats.complete_all(asked(6), Journal(workspace(tmp_path).scratch, lambda size: None), 1)
+        assert [number(body) for body in server.bodies] == [0, 1, 2, None]
+
+
+def test_limit_on_requests_is_nobody_s_failure(tmp_path: Path, waits: list[float]) -> None:
+    limit = Fault(429, b'{"error": {"code": "rate_limit_exceeded"}}')
+    with Picky({2: limit}) as server, client(server, concurrency=1, retries=1) as chats:
+        with pytest.raises(SelfalignError, match=r'in 2 tries, at last: status 429: .*"rate_limit_exceeded"'):
+            chats.complete_all(asked(4), Journal(workspace(tmp_path).scratch, lambda size: None), 1)
+        assert [number(body) for body in server.bodies] == [0, 1, 2, 2]
+
+
+def usage(**told: Any) -> bytes:
+    return json.dumps({"choices": [{"message": {"content": "Score: 4"}}], "usage": told}).encode()
+
+
+def test_prompt_that_the_server_has_cut_is_a_warning_once_with_numbers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    says = lambda body: usage(prompt_tokens=59, completion_tokens=3)  # noqa: E731
+    with chat_server(says) as server, client(server) as chats:
+        chats.complete_all(asked(6), Journal(workspace(tmp_path).scratch, lambda size: None), 1)
+    [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "a prompt was read as 59 tokens, though its words make at least 60" in warning
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {},
+        {"prompt_tokens": 0},
+        {"prompt_tokens": 60},
+        {"prompt_tokens": 9, "prompt_tokens_details": {"cached_tokens": 64}},
+        {"input_tokens": 9, "cache_read_input_tokens": 64},
+    ],
+)
+def test_server_that_reads_all_or_does_not_say_is_no_warning(told: dict, caplog: pytest.LogCaptureFixture) -> None:
+    with chat_server(lambda body: usage(**told)) as server, client(server) as chats:
+        chats.complete(asked(1)["r0"])
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_end_that_nobody_knows_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    with chat_server(lambda body: chat("Score: 4", "Repetition")) as server, client(server) as chats:
+        assert chats.complete(ASK).finish == chats.complete(ASK).finish == "repetition"
+    [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning == f"{server.url}: a text ended for the reason 'repetition', which counts as its own end"
+
+
+def test_attempt_tells_trouble_and_raises_refusals() -> None:
+    with chat_server(faults=[Fault(503, b"Loading", {"Retry-After": "3"}), ODD]) as server, client(server) as chats:
+        assert chats.attempt(ASK) == (None, "status 503: Loading", 3.0)
+        with pytest.raises(RefusedError, match=r"/chat/completions: status 400: .*I do not like") as refused:
+            chats.attempt(ASK)
+        assert (refused.value.status, refused.value.by_request) == (400, True)
+        assert chats.attempt(ASK) == (Reply("Fine.\nScore: 4", "stop", 10, 3), "", 0.0)
 
 
 def test_cost_is_by_the_million() -> None:

@@ -1,15 +1,19 @@
 """Counts and lengths out of their limits' reach are refused in one line, before anything is made or trained."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from builders import TINY_RUN, Said, composed, small_context_policy, write_tiny_data
+from builders import TINY_RUN, Said, composed, policy_artefact, write_tiny_data
 
 from selfalign.errors import SelfalignError
-from selfalign.feasibility import check_lengths
 from selfalign.models import PolicyFiles
+from selfalign.requirements import check_requirements
 from selfalign.stages.instruct import InstructConfig
+from selfalign.store import Artefact
 
 SMOKE = "experiment=smoke"
 GIVEN_PAIRS = "data=pairs data.path=pairs.jsonl iterations=1"
@@ -226,10 +230,12 @@ def test_missing_file_is_named_before_any_data_are_read(call: Callable[..., Said
 
 BEYOND_CONTEXT = {
     "SFT": (
-        "train.sft.max_length=513", "train.sft.max_length=513 is above the model's context of 512 tokens: lower it",
+        "train.sft.max_length=513",
+        "train.sft.max_length=513 is above the model's context of 512 tokens: set it to that or less",
     ),
     "alignment": (
-        "train.align.max_length=513", "train.align.max_length=513 is above the model's context of 512 tokens: lower it",
+        "train.align.max_length=513",
+        "train.align.max_length=513 is above the model's context of 512 tokens: set it to that or less",
     ),
     "answers": (
         "evaluate.sampling.max_new_tokens=512",
@@ -253,26 +259,35 @@ BEYOND_CONTEXT = {
         "so no example of judging fits into train.sft.max_length=60: raise it or shorten the prompt",
     ),
     "p": (
-        "train.align.max_length=60",
-        "so no pair fits into train.align.max_length=60: raise it or shorten the prompt",
+        f"loss.refinement.prompt={'Answer_well.' * 200}",
+        "so no pair fits behind it into the model's context of 512: shorten it",
     ),
 }  # fmt: skip
 
 
 @pytest.fixture
-def small(tiny_policy: PolicyFiles, tmp_path: Path) -> PolicyFiles:
-    """The tiny policy, said to take 512 tokens at most."""
-    return small_context_policy(tiny_policy, tmp_path / "small", 512)
+def small(tiny_policy: PolicyFiles) -> Artefact:
+    """The tiny policy as M0, found to take 512 tokens at most."""
+    can = {"context": 512, "chat_template": True, "system_turns": True, "dropout": True}
+    return replace(policy_artefact(tiny_policy), counts=can)
+
+
+def check(small: Artefact, *overrides: str) -> None:
+    """Holds a composed run against what M0 can do."""
+    config = composed(SMOKE, *SHORT, *overrides)[0]
+    taught = int(bool(config.data.seeds.demonstrations))
+    given: Any = SimpleNamespace(seeds=replace(small, counts={"ift": taught, "eft": 0}))
+    check_requirements(config, small, given)
 
 
 SHORT = ["train.sft.max_length=512", "train.align.max_length=512"]
 
 
 @pytest.mark.parametrize("case", BEYOND_CONTEXT)
-def test_length_out_of_reach_of_the_model_is_refused(small: PolicyFiles, case: str) -> None:
+def test_length_out_of_reach_of_the_model_is_refused(small: Artefact, case: str) -> None:
     overrides, message = BEYOND_CONTEXT[case]
     with pytest.raises(SelfalignError) as refused:
-        check_lengths(composed(SMOKE, *SHORT, *overrides.split())[0], small)
+        check(small, *overrides.split())
     assert str(refused.value).endswith(message)
     assert str(refused.value).startswith(("train.", "evaluate.", "data.", "benchmark.", "judge.prompt takes", "loss."))
 
@@ -289,8 +304,8 @@ def test_length_out_of_reach_of_the_model_is_refused(small: PolicyFiles, case: s
         f"{GIVEN_PAIRS} data.seeds.demonstrations= data.seeds.ranked= train.sft.max_length=2048",
     ],
 )
-def test_length_that_bounds_nothing_or_is_within_reach_passes(small: PolicyFiles, overrides: str) -> None:
-    check_lengths(composed(SMOKE, *SHORT, *overrides.split())[0], small)
+def test_length_that_bounds_nothing_or_is_within_reach_passes(small: Artefact, overrides: str) -> None:
+    check(small, *overrides.split())
 
 
 def test_run_is_refused_once_m0_is_there_and_before_it_is_trained(call: Callable[..., Said], tmp_path: Path) -> None:
@@ -298,6 +313,6 @@ def test_run_is_refused_once_m0_is_there_and_before_it_is_trained(call: Callable
     said = call(*told)
     assert said.code == 1
     assert said.err.splitlines()[-1] == (
-        "error: train.align.max_length=4096 is above the model's context of 2048 tokens: lower it"
+        "error: train.align.max_length=4096 is above the model's context of 2048 tokens: set it to that or less"
     )
     assert not list(Path("out/store").glob("sft/*"))

@@ -151,7 +151,7 @@ def test_models_own_end_of_turn_stops_it(generator: TransformersGenerator, promp
         (completion,) = generator.write([Request(prompt=prompts[0], seeds=[3])], WARM)[0]
     finally:
         hook.remove()
-    assert completion == Completion(text="", finish_reason=FinishReason.EOS, tokens=1)
+    assert completion == Completion(text="", finish_reason=FinishReason.EOS, tokens=1, ids=[end])
 
 
 @pytest.mark.parametrize("count", [1, 5])

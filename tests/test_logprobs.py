@@ -223,11 +223,17 @@ def test_scoring_model_can_be_asked_to_score_again() -> None:
         torch.testing.assert_close(model(**inputs), first, rtol=0, atol=0)
 
 
+def test_model_that_is_training_with_dropout_can_be_made_to_score_and_goes_on_training() -> None:
+    model = tiny_llama(attention_dropout=0.5).train()
+    score_responses_only(model)
+    assert model.training
+
+
 def test_output_layer_with_a_bias_is_refused() -> None:
     config = PhiConfig(
         vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
     )
-    with pytest.raises(SelfalignError, match=r"PhiForCausalLM: .* not a plain linear one; .*without a bias"):
+    with pytest.raises(SelfalignError, match=r"PhiForCausalLM: .* not a plain linear one without bias"):
         score_responses_only(PhiForCausalLM(config))
 
 

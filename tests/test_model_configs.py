@@ -32,12 +32,14 @@ from transformers import (
 
 from selfalign.attention import is_packing
 from selfalign.losses import SrDPO
-from selfalign.models import ModelConfig, PolicyFiles, fetch_pretrained
+from selfalign.models import ModelConfig, PolicyFiles
+from selfalign.pretrained import fetch_pretrained
+from selfalign.scoring import make_scoring
 from selfalign.stages.align import align
 from selfalign.stages.reference import reference
 from selfalign.stages.sft import sft
-from selfalign.tokenization import encode_prompt, encode_response, end_of_turn_id
-from selfalign.training import Weights, make_scoring
+from selfalign.tokenization import Answer, encode_answers, encode_prompt, end_of_turn_id
+from selfalign.training import Weights
 
 BUILT_IN = {"tiny", "smollm2_135m", "pretrained"}
 MODELS = sorted({path.stem for path in (ROOT / "conf/model").glob("*.yaml")} - BUILT_IN)
@@ -123,7 +125,7 @@ def test_prompts_have_one_bos_at_most_and_responses_end_with_one_end_of_turn(nam
     ids = encode_prompt(tokenizer, [{"role": "user", "content": "Why so?"}])
     assert ids[0] == tokenizer.bos_token_id or not family.adds_bos
     assert ids.count(tokenizer.bos_token_id) == family.adds_bos
-    answer = encode_response(tokenizer, "Because.", finished=True)
+    [answer] = encode_answers(tokenizer, [{"role": "user", "content": "Why so?"}], [Answer(text="Because.")])
     assert control_tokens(tokenizer, answer) == [family.end]
     assert answer[-1] == end_of_turn_id(tokenizer)
 
@@ -134,7 +136,7 @@ def test_architecture_packs_and_trains_its_adapter_by_sft_and_sr_dpo(name: str, 
     m0, weights = policy_artefact(base), Weights(dtype=config.dtype, lora=config.lora, seed=0)
     taught = [demonstration(f"t{n}", f"Why so {n}?", "Because it is so.") for n in range(2)]
     given = records_artefact(tmp_path / "given", demonstrations=taught)
-    settings = optimization(learning_rate=0.02, epochs=2, batch_tokens=512)
+    settings = optimization(learning_rate=0.005, epochs=2, batch_tokens=512)
     rows: list[dict[str, Any]] = []
     out = workspace(tmp_path / "M1", rows)
     sft(out, policy=m0, base=m0, demonstrations=given, optimization=settings, weights=weights)
@@ -164,5 +166,5 @@ def test_architecture_packs_and_trains_its_adapter_by_sft_and_sr_dpo(name: str, 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_architecture_takes_packed_rows(name: str, tmp_path: Path) -> None:
     policy = fetch(name, tmp_path)[1].load("float32")
-    make_scoring(policy.model)
+    make_scoring(policy)
     assert is_packing(policy.model)

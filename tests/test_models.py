@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BloomConfig
 
 from selfalign import builtin
 from selfalign.errors import SelfalignError
-from selfalign.models import LoRA, ModelConfig, Policy, PolicyFiles, fetch_pretrained, identify_source
+from selfalign.models import LoRA, ModelConfig, Policy, PolicyFiles
+from selfalign.pretrained import fetch_pretrained, identify_source
 from selfalign.tokenization import encode_prompt, end_of_turn_id
 
 IDS = torch.tensor([[5, 77, 300, 41, 8, 9]])
@@ -160,7 +162,7 @@ def test_shipped_template_lets_human_and_assistant_take_turns(checkpoint: Path, 
     turns = [("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello."), ("user", "Why?")]
     prompt = [{"role": role, "content": content} for role, content in turns]
     written = tokenizer.decode(encode_prompt(tokenizer, prompt))
-    assert written == "Be kind.\n\nHuman: Hi\n\nAssistant: Hello.<|im_end|>\n\nHuman: Why?\n\nAssistant:"
+    assert written == "Be kind.\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Why?\n\nAssistant:"
     assert end_of_turn_id(tokenizer) == tokenizer.eos_token_id
     assert identify_source(config) != identify_source(ModelConfig(path=str(checkpoint)))
 
@@ -200,7 +202,9 @@ def remote_code(checkpoint: Path) -> Path:
 
 def test_code_that_comes_with_a_model_is_not_run_by_default(remote_code: Path, destination: Path) -> None:
     assert not ModelConfig(path="x").trust_remote_code
-    with pytest.raises(SelfalignError, match=r"cannot be loaded|no tokenizer can be loaded"):
+    with pytest.raises(
+        SelfalignError, match=r"'selfalign_own': read that code, then set model\.trust_remote_code=true"
+    ):
         fetch_pretrained(ModelConfig(path=str(remote_code)), destination)
     assert not (remote_code.parent / "ran").exists()
 
@@ -227,7 +231,7 @@ def test_trusted_code_of_a_hub_model_is_fetched_with_it_and_untrusted_code_is_no
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    with pytest.raises(SelfalignError, match=r"cannot be loaded|no tokenizer can be loaded"):
+    with pytest.raises(SelfalignError, match=r"then set model\.trust_remote_code=true"):
         fetch_pretrained(ModelConfig(path="someone/own-model"), destination)
     assert not (tmp_path / "snapshot-0" / "own_model.py").exists()
     fetched = fetch_pretrained(ModelConfig(path="someone/own-model", trust_remote_code=True), destination)
@@ -388,5 +392,5 @@ def test_source_is_identified_by_the_given_template(checkpoint: Path, tmp_path: 
 def test_context_is_the_models_and_unlimited_where_it_names_none(tiny_policy: PolicyFiles) -> None:
     policy = tiny_policy.load("float32")
     assert policy.context == 2048
-    nameless: Any = SimpleNamespace(config=SimpleNamespace())
+    nameless: Any = SimpleNamespace(config=BloomConfig())
     assert Policy(nameless, policy.tokenizer, "").context > 1 << 20

@@ -13,8 +13,8 @@ from trl import DPOConfig, DPOTrainer
 from selfalign.batches import Group
 from selfalign.losses import DPO, IPO, PairLogps, PreferenceLoss
 from selfalign.models import PolicyFiles
+from selfalign.scoring import make_scoring
 from selfalign.stages.align import frozen_logps
-from selfalign.training import make_scoring
 
 PAIRS = [
     {"prompt": "Name a bird. ", "chosen": "A wren.", "rejected": "A stone, I think, or a bird of stone."},
@@ -82,7 +82,7 @@ def test_losses_equal_those_of_trl(
     assert len({round(peer.loss, 3) for peer in peers}) == len(peers)
 
     ours = tiny_policy.load("float32", device="cpu")
-    make_scoring(ours.model)
+    make_scoring(ours)
     logps = frozen_logps(ours.model, [peer.group for peer in peers])
     torch.testing.assert_close(logps.chosen, torch.cat([peer.logps.chosen for peer in peers]), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logps.rejected, torch.cat([peer.logps.rejected for peer in peers]), rtol=1e-5, atol=1e-5)

@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from selfalign import models
 from selfalign.errors import SelfalignError
 from selfalign.generation import Request, Sampling, Transformers
-from selfalign.models import LoRA, ModelConfig, Policy, PolicyFiles, fetch_pretrained
+from selfalign.model_check import check_model
+from selfalign.models import LoRA, ModelConfig, Policy, PolicyFiles
+from selfalign.pretrained import fetch_pretrained
 from selfalign.quantization import quantise_on_load
 from selfalign.serving import export
 from selfalign.stages.sft import sft
@@ -201,3 +203,15 @@ def test_quantised_layers_go_to_the_gpu_by_its_number(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     assert quantise_on_load(torch.float32, "cuda")["device_map"] == {"": 3}
     assert quantise_on_load(torch.float32, "cpu")["device_map"] == {"": "cpu"}
+
+
+@pytest.mark.filterwarnings("ignore:bitsandbytes:UserWarning")
+def test_layers_that_were_repacked_for_inference_are_noticed_when_the_model_is_fetched(
+    quantised: PolicyFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not bitsandbytes.functional.has_avx512bf16():
+        pytest.skip("bitsandbytes repacks layers only on a CPU with AVX-512 BF16")
+    assert check_model(quantised, "float32")["scores"] == "packed"
+    monkeypatch.setattr(models, "keep_layers_differentiable", lambda model: None)
+    with pytest.raises(SelfalignError, match=r"the gradient before model\.layers\.0\.self_attn\.\w_proj is lost"):
+        check_model(quantised, "float32")

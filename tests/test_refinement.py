@@ -105,7 +105,7 @@ def test_p_survives_when_a_dialogue_is_cut_from_the_left(tiny_tokenizer: Any, pl
         assert "bees" not in texts[0]
         assert texts[1] == texts[0].replace("<|im_start|>user\n", "<|im_start|>user\nDo your best. ")
         assert plain.responses == behind_p.responses
-        assert example.longest() <= limit
+        assert plain.longest() <= limit
 
 
 @pytest.mark.parametrize("scale", [100, 10])

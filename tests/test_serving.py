@@ -138,7 +138,8 @@ def test_server_that_takes_texts_alone_is_sent_texts(tiny_policy: PolicyFiles, m
 WRONG = {
     "other_tokenizer": (lambda body: continuation("Fine.", len(body["prompt"]) + 1), "says it read"),
     "no_usage": (lambda body: b'{"choices": [{"text": "Fine.", "finish_reason": "stop"}]}', "read 0 tokens"),
-    "unknown_end": (lambda body: continuation("", len(body["prompt"]), "abort"), "for the reason 'abort'"),
+    "unknown_end": (lambda body: continuation("", len(body["prompt"]), "repetition"), "for the reason 'repetition'"),
+    "filtered": (lambda body: continuation("", len(body["prompt"]), "SAFETY"), "for the reason 'content_filter'"),
 }
 
 
@@ -164,7 +165,8 @@ def test_context_that_is_too_small_is_named(
 def test_passing_faults_are_asked_again(tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     faults = [
         Fault(429, headers={"Retry-After": "1"}), Fault(500), Fault(503), Fault(body=b'{"choices": [{"te'),
-        Fault(body=b'{"choices": []}'), Fault(body=b"<html>"), Fault(hangs=True), Fault(resets=True),
+        Fault(body=b'{"choices": [{}]}'), Fault(body=b"<html>"), Fault(hangs=True), Fault(resets=True),
+        Fault(body=continuation("And so", 1, "abort")),
     ]  # fmt: skip
     settings = {"timeout_seconds": 1.0, "concurrency": 2, "retries": 8}
     requests = asking(tiny_policy, "Why?", seeds=4)

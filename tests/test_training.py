@@ -30,6 +30,7 @@ from selfalign.scoring import Scorer
 from selfalign.stages.align import Preference, StoredReferences
 from selfalign.stages.reference import reference
 from selfalign.store import Artefact, Workspace
+from selfalign.tokenization import Answer
 from selfalign.trainer import Steps, last_checkpoint
 from selfalign.training import Likelihood, Optimization, Outcome, TrainConfig, Weights, prepare, train
 
@@ -46,7 +47,7 @@ def settings(**options: Any) -> Optimization:
 @pytest.fixture(scope="module")
 def demonstrations(tiny_tokenizer: Any) -> list[Group]:
     return [
-        encode_group(tiny_tokenizer, f"d{i}", [{"role": "user", "content": f"Question {i}?"}], [(answer, True)])
+        encode_group(tiny_tokenizer, f"d{i}", [{"role": "user", "content": f"Question {i}?"}], [Answer(text=answer)])
         for i, answer in enumerate(ANSWERS)
     ]
 

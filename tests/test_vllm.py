@@ -21,7 +21,8 @@ from selfalign.files import write_json
 from selfalign.generation import Request, Sampling
 from selfalign.judges.expected import score_tokens
 from selfalign.judges.parsing import PREFIX
-from selfalign.models import ModelConfig, Policy, PolicyFiles, digest_weights, fetch_pretrained
+from selfalign.models import ModelConfig, Policy, PolicyFiles, digest_weights
+from selfalign.pretrained import fetch_pretrained
 from selfalign.scoring import Scorer
 from selfalign.stages.sft import sft
 from selfalign.tokenization import encode_prompt, stop_ids

@@ -28,7 +28,8 @@ import yaml
 from selfalign.data import as_prompt
 from selfalign.errors import SelfalignError
 from selfalign.generation import Request, Sampling, Transformers, TransformersGenerator
-from selfalign.models import ModelConfig, PolicyFiles, fetch_pretrained
+from selfalign.models import ModelConfig, PolicyFiles
+from selfalign.pretrained import fetch_pretrained
 from selfalign.records import FinishReason, Instruction, Response, write_records
 from selfalign.stages.judge import ExpectedScore, ImplicitReward, Pairwise, SampledScore, judge
 from selfalign.store import Artefact, Workspace

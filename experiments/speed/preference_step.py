@@ -254,7 +254,7 @@ RATIOS = [
 
 def tokenizer() -> Any:
     """Any tokenizer with a padding token; the pairs are token ids already."""
-    from selfalign.models import BUILDERS
+    from selfalign.builtin import BUILDERS
 
     return BUILDERS["random:tiny"]()[1]
 

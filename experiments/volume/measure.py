@@ -24,8 +24,9 @@ from typing import cast
 from selfalign.batches import Group, PairExample, encode_pairs, pack, split_by_tokens
 from selfalign.examples import StoredExamples, follow_references, store_examples
 from selfalign.generation import Completion, Request, Sampling, Transformers, TransformersGenerator
-from selfalign.models import ModelConfig, PolicyFiles, fetch_pretrained
+from selfalign.models import ModelConfig, PolicyFiles
 from selfalign.pairing import BestWorst
+from selfalign.pretrained import fetch_pretrained
 from selfalign.records import (
     FinishReason,
     Instruction,

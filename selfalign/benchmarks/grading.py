@@ -1,7 +1,6 @@
 """Single-answer grading: a judge rates one answer of a conversation from 1 to 10 (arXiv 2306.05685, section 3.1)."""
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from selfalign.batches import share_prompt
@@ -15,9 +14,12 @@ from selfalign.files import digest_file, text_or_file
 from selfalign.generation import Reader, Request, Sampling, read_all, write_all
 from selfalign.journal import Journal
 from selfalign.judges.bench import check_batch_tokens, check_model, check_prompt, check_share
+from selfalign.judges.sampled import spell_out, why_ended
+from selfalign.judges.unread import Unread
+from selfalign.prompts import fill
 from selfalign.records import Message
 from selfalign.store import Counts
-from selfalign.tokenization import encode_prompt, fill
+from selfalign.tokenization import encode_prompt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,32 +117,48 @@ class Grader:
         return as_prompt(fill(template, _numbered(task)))
 
     def grade(
-        self, entrant: Entrant, prompts: dict[str, list[Message]], journal: Journal
+        self,
+        entrant: Entrant,
+        prompts: dict[str, list[Message]],
+        answers: Mapping[str, Sequence[str]],
+        journal: Journal,
     ) -> tuple[list[Grade], Counts]:
         """A grade for each of the named prompts, and what the server or the engine says of its work.
+
+        Args:
+            entrant: whose answers are graded.
+            prompts: what is asked.
+            answers: what is graded, by the same names.
+            journal: keeps what was written.
 
         Raises:
             SelfalignError: too many carry no score; what was written is kept for the next try.
         """
         counts: Counts = {}
         if self.endpoint.base_url:
-            grades = self._ask_server(entrant, prompts, journal, counts)
+            grades = self._ask_server(entrant, prompts, answers, journal, counts)
         elif self.reading == "written":
-            grades = self._write(entrant, prompts, journal, counts)
+            grades = self._write(entrant, prompts, answers, journal, counts)
         else:
             grades = self._expect(entrant, prompts, journal, counts)
-        failed = [grade for grade in grades if grade.score is None]
-        if len(failed) > self.max_failed_share * len(grades) or len(failed) == len(grades):
-            reasons = dict(Counter(grade.status.value for grade in failed))
+        unread = Unread()
+        unread.add((grade.status, grade.text) for grade in grades if grade.score is None)
+        failed = unread.reasons.total()
+        if failed > self.max_failed_share * len(grades) or failed == len(grades):
             raise SelfalignError(
-                f"{entrant.key}: {len(failed)} of {len(grades)} grades of {entrant.label} carry no score ({reasons}); "
-                f"the judge wrote for example {failed[0].text[:80]!r}. Try {entrant.key}.judge.reading=expected, "
-                "another judge, or a larger max_failed_share"
+                f"{entrant.key}: {failed} of {len(grades)} grades of {entrant.label} carry no score "
+                f"({dict(unread.reasons)}); {unread.describe(f'{entrant.key}.judge.max_new_tokens')}Try "
+                f"{entrant.key}.judge.reading=expected, another judge, or a larger max_failed_share"
             )
         return grades, counts
 
     def _ask_server(
-        self, entrant: Entrant, prompts: dict[str, list[Message]], journal: Journal, counts: Counts
+        self,
+        entrant: Entrant,
+        prompts: dict[str, list[Message]],
+        answers: Mapping[str, Sequence[str]],
+        journal: Journal,
+        counts: Counts,
     ) -> list[Grade]:
         """What a server writes."""
         requests = {
@@ -150,21 +168,30 @@ class Grader:
         with self.endpoint.open(f"{entrant.key}.judge.endpoint") as client:
             replies = list(client.complete_all(requests, journal, 1).values())
         counts |= self.endpoint.usage(replies)
-        return [parse_rating(reply.text, reply.finish) for reply in replies]
+        return [parse_rating(reply.text, reply.finish, answers[n]) for n, reply in zip(prompts, replies, strict=True)]
 
     def _write(
-        self, entrant: Entrant, prompts: dict[str, list[Message]], journal: Journal, counts: Counts
+        self,
+        entrant: Entrant,
+        prompts: dict[str, list[Message]],
+        answers: Mapping[str, Sequence[str]],
+        journal: Journal,
+        counts: Counts,
     ) -> list[Grade]:
         """Greedy texts of a policy."""
         greedy = Sampling(temperature=0, max_new_tokens=self.max_new_tokens)
         with entrant.bench(journal) as bench:
             generator = bench.writer()
-            encoded = {name: encode_prompt(generator.tokenizer, asked) for name, asked in prompts.items()}
+            tokenizer = generator.tokenizer
+            encoded = {name: encode_prompt(tokenizer, asked) for name, asked in prompts.items()}
             fitting = {n: ids for n, ids in encoded.items() if len(ids) + self.max_new_tokens <= generator.context}
             requests = [Request(prompt=ids, seeds=[0]) for ids in fitting.values()]
             written = write_all(generator, requests, greedy, journal, "grades")
         counts |= bench.counts
-        grades = {n: parse_rating(made.text, made.finish_reason) for n, [made] in zip(fitting, written, strict=True)}
+        grades = {
+            name: parse_rating(spell_out(tokenizer, made), why_ended(tokenizer, ids, made), answers[name])
+            for (name, ids), [made] in zip(fitting.items(), written, strict=True)
+        }
         return [grades.get(name, TOO_LONG) for name in prompts]
 
     def _expect(

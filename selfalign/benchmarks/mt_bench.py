@@ -108,7 +108,7 @@ class MTBench:
         asked = self.judge.ask(tasks, f"{entrant.key}.judge")
         prompts = {task.id: prompt for task, (_, prompt) in zip(tasks, asked, strict=True)}
         with out.journal(len(tasks), "grades") as journal:
-            grades, counts = self.judge.grade(entrant, prompts, journal)
+            grades, counts = self.judge.grade(entrant, prompts, {task.id: task.answers for task in tasks}, journal)
         places = [(talk.question, turn) for talk in talks for turn in range(1, len(talk.answers) + 1)]
         name = entrant.name_of_judge(self.judge.model, self.judge.endpoint)
         rows = [

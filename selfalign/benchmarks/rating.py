@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from selfalign.errors import SelfalignError
 from selfalign.judges.expected import distribution, tokens_behind
-from selfalign.judges.parsing import of_silence
+from selfalign.judges.parsing import read_bracketed
+from selfalign.judges.verdict_text import other_totals
 from selfalign.records import JudgementStatus
 
 if TYPE_CHECKING:
@@ -78,15 +79,24 @@ def expected_rating(shares: Sequence[float]) -> Grade:
     return Grade(JudgementStatus.OK, mean, f"{OPENING}{mean:.2f}]]")
 
 
-def parse_rating(text: str, finish: str = "stop") -> Grade:
-    """Reads `[[n]]`, 1 to 10, from newly generated text; nothing is clipped.
+def parse_rating(text: str, finish: str = "stop", shown: Sequence[str] = ()) -> Grade:
+    """Reads `[[n]]`, 1 to 10, from the judge's own lines of newly generated text; nothing is clipped.
 
-    Two different ones are ambiguous; none is no score, for which `finish`, why the text ended, may give the reason.
+    Two different ones are ambiguous, and so is one that another total follows; none is no score, for which `finish`,
+    why the text ended, may give the reason.
+
+    Args:
+        text: what the judge wrote.
+        finish: why it ended.
+        shown: the answers; their own words are no rating.
     """
-    said = {float(found) for found in RATING.findall(text)}
-    if len(said) != 1:
-        return Grade(JudgementStatus.AMBIGUOUS if said else of_silence(finish), None, text)
-    score = said.pop()
+    found = read_bracketed(text, RATING, finish, shown)
+    if isinstance(found, JudgementStatus):
+        return Grade(found, None, text)
+    said, behind = found
+    score = float(said[0])
+    if {float(one) for one in said} != {score} or other_totals(behind, score, HIGH):
+        return Grade(JudgementStatus.AMBIGUOUS, None, text)
     if not LOW <= score <= HIGH:
         return Grade(JudgementStatus.OUT_OF_RANGE, None, text)
     return Grade(JudgementStatus.OK, score, text)

@@ -8,11 +8,11 @@ from selfalign.errors import SelfalignError
 from selfalign.files import derive_seed
 from selfalign.generation import Sampling
 from selfalign.judges.bench import Rubric, Subject
-from selfalign.judges.parsing import PREFIX, parse_score
+from selfalign.judges.parsing import FAILURES, PREFIX, Parsed, parse_score
 from selfalign.records import FinishReason, Judgement, JudgementStatus
 
 Written = tuple[str, str]
-"""A text and the reason why it ended; no reason where the prompt was refused as too long."""
+"""A text and why it ended: "length" where it was cut, one of `FAILURES` where it is a server's refusal."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -32,6 +32,7 @@ class WrittenScore(Rubric):
     minimum_valid: int = 1
     sampling: Sampling = field(default_factory=Sampling)
     opening: ClassVar[str] = ""
+    token_setting: ClassVar[str] = "judge.sampling.max_new_tokens"
 
     def __post_init__(self) -> None:
         Rubric.__post_init__(self)
@@ -112,7 +113,7 @@ def write_judgements(
 
 
 def _may_get_better(judgement: Judgement) -> bool:
-    return judgement.status not in (JudgementStatus.OK, JudgementStatus.PROMPT_TOO_LONG)
+    return judgement.status not in (JudgementStatus.OK, *FAILURES.values())
 
 
 def _again(wish: Wish, seed: int) -> Wish:
@@ -126,16 +127,17 @@ def _again(wish: Wish, seed: int) -> Wish:
 
 
 def _read(wish: Wish, written: Written, low: int, high: int, model: str) -> Judgement:
-    text, reason = written
-    status, score = JudgementStatus.PROMPT_TOO_LONG, None
-    if reason:
-        parsed = parse_score(text, low, high, FinishReason(reason))
-        status, score = parsed.status, parsed.score
+    text, finish = written
+    if finish in FAILURES:
+        parsed = Parsed(FAILURES[finish])
+    else:
+        reason = FinishReason.LENGTH if finish == "length" else FinishReason.EOS
+        parsed = parse_score(text, low, high, reason, wish.subject.response.text)
     return Judgement(
         id=wish.name,
         response_id=wish.subject.response.id,
-        status=status,
-        score=score,
+        status=parsed.status,
+        score=parsed.score,
         text=text,
         model=model,
         sample=wish.sample,

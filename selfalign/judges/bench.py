@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar, cast
 
 from selfalign.data import as_prompt
-from selfalign.endpoint import Endpoint
+from selfalign.endpoint import Client, Endpoint
 from selfalign.errors import SelfalignError
 from selfalign.files import text_or_file
 from selfalign.generation import Backend, Generator, Loaded, Reader
 from selfalign.journal import Journal
 from selfalign.metrics import Sums
 from selfalign.models import PolicyFiles
+from selfalign.prompts import fill
 from selfalign.records import (
     Comparison,
     Instruction,
@@ -26,7 +27,6 @@ from selfalign.records import (
 )
 from selfalign.store import Counts
 from selfalign.streams import CHUNK
-from selfalign.tokenization import fill
 
 OWN_MODELS = ("self", "sft", "base")
 """Names of the run's own models, for those who judge: M_t, M1 and M0."""
@@ -119,6 +119,7 @@ class Bench:
     generate: Backend
     seed: int
     counts: Counts = field(default_factory=dict, init=False)
+    _client: Client | None = field(default=None, init=False)
     _role: str = field(default="", init=False)
     _loaded: Loaded | None = field(default=None, init=False)
 
@@ -127,6 +128,8 @@ class Bench:
 
     def __exit__(self, *_: object) -> None:
         self._release()
+        if self._client is not None:
+            self._client.__exit__()
 
     def writer(self) -> Generator:
         """The judging policy, writing."""
@@ -135,6 +138,11 @@ class Bench:
     def reader(self, batch_tokens: int) -> Reader:
         """The judging policy, asked for probabilities in batches of so many tokens."""
         return self._only("reader", lambda: self.generate.load_reader(self.judging_policy(), batch_tokens))
+
+    def client(self, endpoint: Endpoint, key: str) -> Client:
+        """The client of the judge's server; messages name its settings as `key`.name."""
+        self._client = self._client or endpoint.open(key)
+        return self._client
 
     def _only(self, role: str, load: Callable[[], L]) -> L:
         """What is loaded; it goes before another is, for the weights should not lie in memory twice."""
@@ -178,7 +186,8 @@ class Judge(Protocol):
 
     A judgement that was wanted and failed, all its attempts included, counts once against `max_failed_share`; a
     response with fewer than `minimum_valid` valid judgements is unjudged. Of a million instructions `together` are
-    judged at a time, each with all its responses.
+    judged at a time, each with all its responses. `token_setting` is the setting at which what the judge writes is cut,
+    empty where it writes nothing.
     """
 
     max_failed_share: float
@@ -192,6 +201,9 @@ class Judge(Protocol):
 
     @property
     def minimum_valid(self) -> int: ...
+
+    @property
+    def token_setting(self) -> str: ...
 
     def wanted(self, subjects: Sequence[Subject]) -> int: ...
 
@@ -247,14 +259,13 @@ def last_attempts(judgements: Sequence[Judgement]) -> list[Judgement]:
 
 def too_long(subject: Subject, model: str) -> Judgement:
     """The judgement of a response whose prompt does not fit into the judge's context; nothing is cut to make it fit."""
-    return Judgement(
-        id=f"{subject.response.id}-1",
-        response_id=subject.response.id,
-        status=JudgementStatus.PROMPT_TOO_LONG,
-        score=None,
-        text="",
-        model=model,
-    )
+    return unjudged(subject, model, JudgementStatus.PROMPT_TOO_LONG, "")
+
+
+def unjudged(subject: Subject, model: str, status: JudgementStatus, text: str) -> Judgement:
+    """The one judgement of a response that carries no score."""
+    name = subject.response.id
+    return Judgement(id=f"{name}-1", response_id=name, status=status, score=None, text=text, model=model)
 
 
 def ties(subjects: Sequence[Subject], scores: Mapping[str, float]) -> list[bool]:

@@ -5,7 +5,8 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from selfalign.judges.parsing import of_silence
+from selfalign.judges.parsing import read_bracketed
+from selfalign.judges.verdict_text import other_choices
 from selfalign.records import Comparison, Instruction, JudgementStatus, Response, Verdict
 from selfalign.statistics import RunningMean
 
@@ -70,16 +71,29 @@ def settle(forward: Verdict, backward: Verdict) -> float:
     return there if there == back else 0.5
 
 
-def parse_verdict(text: str, finish: str = "stop") -> Reading:
-    """Reads `[[A]]`, `[[B]]` or `[[C]]` (a tie) from newly generated text.
+def parse_verdict(text: str, finish: str = "stop", shown: Sequence[str] = ()) -> Reading:
+    """Reads `[[A]]`, `[[B]]` or `[[C]]` (a tie) from the judge's own lines of newly generated text.
 
-    Two different ones are ambiguous, wherever they stand; none is no verdict, for which `finish`, why the text ended,
-    may give the reason.
+    Two different ones are ambiguous, wherever they stand, and so is one that another letter follows as what is chosen;
+    none is no verdict, for which `finish`, why the text ended, may give the reason.
+
+    Args:
+        text: what the judge wrote.
+        finish: why it ended.
+        shown: the responses; their own words are no verdict.
     """
-    said = set(VERDICT.findall(text))
-    if len(said) != 1:
-        return Reading(JudgementStatus.AMBIGUOUS if said else of_silence(finish), None, text)
-    return Reading(JudgementStatus.OK, Verdict(said.pop()), text)
+    found = read_bracketed(text, VERDICT, finish, shown)
+    if isinstance(found, JudgementStatus):
+        return Reading(found, None, text)
+    said, behind = found
+    if len(set(said)) > 1 or other_choices(behind, said[0]):
+        return Reading(JudgementStatus.AMBIGUOUS, None, text)
+    return Reading(JudgementStatus.OK, Verdict(said[0]), text)
+
+
+def unread_text(comparison: Comparison) -> str:
+    """What the judge wrote where its verdict could not be read."""
+    return comparison.texts[0 if comparison.forward is None else 1]
 
 
 def bias_statistics(comparisons: Iterable[Comparison]) -> dict[str, float]:

@@ -19,10 +19,13 @@ from selfalign.judges.bench import (
     check_batch_tokens,
     check_model,
     too_long,
+    unjudged,
 )
 from selfalign.judges.parsing import PREFIX, before_score
+from selfalign.judges.sampled import spell_out
 from selfalign.records import Judgement, JudgementStatus
-from selfalign.tokenization import encode_prompt, encode_response
+from selfalign.thinking import thinks_on
+from selfalign.tokenization import encode_prompt, prompt_end
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -44,6 +47,7 @@ class ExpectedScore(Rubric):
     rationale_tokens: int = 0
     batch_tokens: int = 2048
     minimum_valid: ClassVar[int] = 1
+    token_setting: ClassVar[str] = "judge.rationale_tokens"
 
     def __post_init__(self) -> None:
         Rubric.__post_init__(self)
@@ -77,18 +81,18 @@ class ExpectedScore(Rubric):
     def judge(self, bench: Bench, subjects: Sequence[Subject]) -> Judged:
         """One judgement a response: the mean of the judge's score distribution.
 
-        The responses to one instruction share the rubric and the instruction, which are computed once for all.
+        The responses to one instruction share the rubric and the instruction, which are computed once for all. A judge
+        that never stopped thinking has not justified anything, and is not asked for a score.
         """
-        rationales = self._justify(bench, subjects) if self.rationale_tokens else {}
+        rationales, judgements = self._justify(bench, subjects) if self.rationale_tokens else ({}, [])
         reader = bench.reader(self.batch_tokens)
         digits = score_tokens(reader.tokenizer, self.low, self.high)
-        judgements: list[Judgement] = []
+        failed = {judgement.response_id for judgement in judgements}
         groups: list[Group] = []
         members: dict[str, list[Subject]] = {}
-        for name, family in by_instruction(subjects).items():
+        for name, family in by_instruction([s for s in subjects if s.response.id not in failed]).items():
             prompts = [self._prompt(reader.tokenizer, s, rationales.get(s.response.id, "")) for s in family]
-            justified = [not self.rationale_tokens or s.response.id in rationales for s in family]
-            fits = [ready and len(prompt) < reader.context for ready, prompt in zip(justified, prompts, strict=True)]
+            fits = [len(prompt) < reader.context for prompt in prompts]
             judgements += [too_long(s, reader.digest) for s, fit in zip(family, fits, strict=True) if not fit]
             members[name] = [s for s, fit in zip(family, fits, strict=True) if fit]
             fitting = [prompt for prompt, fit in zip(prompts, fits, strict=True) if fit]
@@ -106,11 +110,13 @@ class ExpectedScore(Rubric):
         asked = self.ask(subject.instruction.text, subject.response.text)
         if not self.rationale_tokens:
             return encode_prompt(tokenizer, asked, PREFIX)
-        said = f"{rationale}\n{PREFIX}".lstrip()
-        return [*encode_prompt(tokenizer, asked), *encode_response(tokenizer, said, finished=False)]
+        return encode_prompt(tokenizer, asked, f"{rationale}\n{PREFIX}".lstrip())
 
-    def _justify(self, bench: Bench, subjects: Sequence[Subject]) -> dict[str, str]:
-        """{response id: its greedy justification, without a score}; none where the prompt leaves no room for it."""
+    def _justify(self, bench: Bench, subjects: Sequence[Subject]) -> tuple[dict[str, str], list[Judgement]]:
+        """{response id: its greedy justification, thinking included and without a score}, and what has none.
+
+        None has what leaves no room for it, or was thought about to the last token.
+        """
         generator = bench.writer()
         sampling = Sampling(temperature=0, max_new_tokens=self.rationale_tokens)
         prompts = {
@@ -120,7 +126,20 @@ class ExpectedScore(Rubric):
         fitting = {name: p for name, p in prompts.items() if len(p) + self.rationale_tokens <= generator.context}
         requests = [Request(prompt=prompt, seeds=[0]) for prompt in fitting.values()]
         written = write_all(generator, requests, sampling, bench.journal, f"justification-{subjects[0].response.id}")
-        return {name: before_score(made.text) for name, [made] in zip(fitting, written, strict=True)}
+        made = {name: spell_out(generator.tokenizer, one) for name, [one] in zip(fitting, written, strict=True)}
+        rationales: dict[str, str] = {}
+        failed: list[Judgement] = []
+        for subject in subjects:
+            name = subject.response.id
+            text = made.get(name, "")
+            said = None if thinks_on(prompt_end(generator.tokenizer, prompts[name]), text) else before_score(text)
+            if name not in made:
+                failed.append(too_long(subject, generator.digest))
+            elif said is None:
+                failed.append(unjudged(subject, generator.digest, JudgementStatus.TRUNCATED, text))
+            else:
+                rationales[name] = said
+        return rationales, failed
 
 
 def score_tokens(tokenizer: "Tokenizer", low: int, high: int) -> list[int]:

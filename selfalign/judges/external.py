@@ -4,13 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from selfalign.endpoint import Endpoint, Reply
+from selfalign.endpoint import Endpoint
 from selfalign.judges.attempts import Wish, Written, WrittenScore, first_wishes, write_judgements
 from selfalign.judges.bench import Bench, Judged, Subject
-from selfalign.records import FinishReason
-
-FINISH = {"too_long": "", "length": FinishReason.LENGTH.value}
-"""Why a text ended; everything else the server says counts as its own end."""
+from selfalign.replies import Reply
 
 
 @dataclass(kw_only=True, slots=True)
@@ -39,18 +36,18 @@ class ExternalScore(WrittenScore):
             requests = {wish.name: self._request(wish) for wish in wishes}
             answered = client.complete_all(requests, bench.journal, int(wishes[0].attempt == 1))
             replies.extend(answered.values())
-            return [(r.text, FINISH.get(r.finish, FinishReason.EOS.value)) for r in answered.values()]
+            return [(reply.text, reply.finish) for reply in answered.values()]
 
-        with self.endpoint.open("judge.endpoint") as client:
-            judgements = write_judgements(
-                first_wishes(subjects, self.samples, bench.seed),
-                write,
-                low=self.low,
-                high=self.high,
-                retries=self.retries,
-                seed=bench.seed,
-                model=self.endpoint.name,
-            )
+        client = bench.client(self.endpoint, "judge.endpoint")
+        judgements = write_judgements(
+            first_wishes(subjects, self.samples, bench.seed),
+            write,
+            low=self.low,
+            high=self.high,
+            retries=self.retries,
+            seed=bench.seed,
+            model=self.endpoint.name,
+        )
         return Judged(judgements=judgements, counts=self.endpoint.usage(replies))
 
     def _request(self, wish: Wish) -> dict[str, Any]:

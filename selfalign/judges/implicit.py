@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 from typing import ClassVar
 
-from selfalign.batches import Group, encode_group
+from selfalign.batches import Group, answer_of, encode_group
 from selfalign.data import as_prompt
 from selfalign.errors import SelfalignError
 from selfalign.journal import Journal
@@ -23,7 +23,7 @@ from selfalign.judges.bench import (
     too_long,
 )
 from selfalign.models import PolicyFiles
-from selfalign.records import FinishReason, Judgement, JudgementStatus
+from selfalign.records import Judgement, JudgementStatus
 from selfalign.scoring import Scorer
 
 
@@ -53,6 +53,7 @@ class ImplicitReward:
     max_failed_share: float = 0.5
     alarm: Alarm = field(default_factory=Alarm)
     minimum_valid: ClassVar[int] = 1
+    token_setting: ClassVar[str] = ""
     together: ClassVar[int] = sys.maxsize
 
     def __post_init__(self) -> None:
@@ -111,8 +112,8 @@ class ImplicitReward:
         members: dict[str, list[str]] = {}
         lengths: dict[str, int] = {}
         for name, family in families.items():
-            texts = [(s.response.text, s.response.finish_reason is FinishReason.EOS) for s in family]
-            group = encode_group(policy.tokenizer, name, as_prompt(family[0].instruction.text), texts)
+            answers = [answer_of(subject.response) for subject in family]
+            group = encode_group(policy.tokenizer, name, as_prompt(family[0].instruction.text), answers)
             room = policy.context - len(group.prompt)
             kept = [i for i, ids in enumerate(group.responses) if 0 < len(ids) <= room]
             members[name] = [family[i].response.id for i in kept]

@@ -1,11 +1,21 @@
 """Reading a score from what a judge wrote."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from selfalign.judges.verdict_text import NUMBER, find_bracketed, other_totals, own_lines, own_places
 from selfalign.records import FinishReason, JudgementStatus
+from selfalign.thinking import answer_behind
 
 PREFIX = "Score: "
+
+FAILURES = {
+    "too_long": JudgementStatus.PROMPT_TOO_LONG,
+    "content_filter": JudgementStatus.CONTENT_FILTER,
+    "refused": JudgementStatus.REFUSED,
+}
+"""What became of a request whose text no judge has written, or not to its end, by how it finished."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,52 +26,151 @@ class Parsed:
     score: float | None = None
 
 
-def parse_score(text: str, low: float, high: float, finish_reason: FinishReason = FinishReason.EOS) -> Parsed:
+def parse_score(
+    text: str, low: float, high: float, finish_reason: FinishReason = FinishReason.EOS, response: str = ""
+) -> Parsed:
     """Reads the score from newly generated judgement text.
 
-    A score stands behind the word "Score" and a colon at the beginning of a line, whatever markup surrounds it, and
-    nothing but its scale follows it there; `4/5` counts as 4 where 5 is the highest score. The last one counts.
+    A score stands behind the word "Score" and a colon at the beginning of one of the judge's own lines
+    (`selfalign.judges.verdict_text`) or on the next, whatever markup surrounds it, and nothing but its scale follows
+    it there: `Score (0-5): 4` and `4/5` count as 4 where 5 is the highest score. The last one counts. What could be
+    read wrongly is not read: another word for the score (`Total: 4`, `评分:4`, `Note : 4/5`), JSON, `\\boxed{4}`, and
+    `Score: 4 - reason`, which begins like `Score: 4 - 5`.
+
+    In a text that was cut, a score counts only at its beginning: elsewhere it may be one of several criteria's, or of
+    thinking that began in the prompt.
+
+    Args:
+        text: what the judge wrote.
+        low: the lowest score.
+        high: the highest.
+        finish_reason: why the text ended.
+        response: what was judged; its own words are no verdict.
 
     Returns:
-        ok with the score; no_score (truncated if the text was cut); ambiguous if two different scores stand there;
-        out_of_range if it is not between `low` and `high`. A score is never clipped.
+        ok with the score; no_score (truncated if the text was cut, or the thinking never ended); ambiguous if two
+        different scores stand there, if another total follows, or if equal scores may be points of criteria that add
+        up to another one; out_of_range if it is not between `low` and `high`. A score is never clipped.
     """
-    lines = text.splitlines()
-    found = [match for match in map(SCORE_LINE.fullmatch, lines) if match]
+    lines = own_lines(text, [response])
+    if lines is None:
+        return Parsed(JudgementStatus.TRUNCATED)
     cut = finish_reason is FinishReason.LENGTH
-    if cut and found and text.endswith(found[-1].string):
-        found.pop()  # "Score: 1" at the cut may have been going to be "Score: 10".
+    lines = [line for line in join_headings(lines) if not _is_scale(line, low, high)]
+    found = {index: match for index, line in enumerate(lines) if (match := SCORE_LINE.fullmatch(line))}
+    if cut and (0 not in found or len(lines) == 1):  # "Score: 1" at the cut may have been going to be "Score: 10".
+        return Parsed(JudgementStatus.TRUNCATED)
     if not found:
-        return Parsed(JudgementStatus.TRUNCATED if cut else JudgementStatus.NO_SCORE)
-    if len({float(match["score"]) for match in map(SCORE_START.match, lines) if match}) > 1:
+        return Parsed(JudgementStatus.NO_SCORE)
+    last = found[max(found)]
+    score = float(last["score"])
+    if _is_contradicted(lines, score, high):
         return Parsed(JudgementStatus.AMBIGUOUS)
-    score, scale = float(found[-1]["score"]), found[-1]["of"]
-    if not low <= score <= high or (scale is not None and float(scale) != high):
+    scale = [(last["from"], low), (last["to"], high), (last["of"], high)]
+    if not low <= score <= high or any(told is not None and float(told) != end for told, end in scale):
         return Parsed(JudgementStatus.OUT_OF_RANGE)
     return Parsed(JudgementStatus.OK, score)
 
 
-def of_silence(finish: str) -> JudgementStatus:
-    """The status of a text without a verdict or rating, by why it ended."""
-    silent = {"length": JudgementStatus.TRUNCATED, "too_long": JudgementStatus.PROMPT_TOO_LONG}
-    return silent.get(finish, JudgementStatus.NO_SCORE)
+def join_headings(lines: Sequence[str]) -> list[str]:
+    """The lines, but a number alone behind a line that is only `Score:` stands on that line."""
+    joined: list[str] = []
+    for line in lines:
+        if joined and HEADING.fullmatch(joined[-1]) and ALONE.fullmatch(line):
+            joined[-1] += f" {line}"
+        else:
+            joined.append(line)
+    return joined
 
 
-def before_score(text: str) -> str:
-    """A written judgement up to the first line that begins with a score."""
-    lines = text.splitlines()
-    end = next((at for at, line in enumerate(lines) if SCORE_WORD.match(line)), len(lines))
-    return "\n".join(lines[:end]).rstrip()
+def read_bracketed(
+    text: str, pattern: re.Pattern[str], finish: str, shown: Sequence[str]
+) -> tuple[list[str], list[str]] | JudgementStatus:
+    """What stands in the double brackets of a judge's own lines, and these lines from the first brackets on, without.
+
+    In a text that was cut they count only at its beginning, as a score does.
+
+    Args:
+        text: what the judge wrote.
+        pattern: the brackets; its group is what stands in them.
+        finish: why the text ended.
+        shown: what was judged; its own words are no verdict.
+
+    Returns:
+        The status of the text where there are none.
+    """
+    lines = None if finish in FAILURES else own_lines(text, shown)
+    if lines is None:
+        return FAILURES.get(finish, JudgementStatus.TRUNCATED)
+    found = find_bracketed(lines, pattern)
+    if finish == "length" and not (found and found[0][0] == 0 and NAME.fullmatch(lines[0].partition("[[")[0])):
+        return JudgementStatus.TRUNCATED
+    if not found:
+        return JudgementStatus.NO_SCORE
+    return [said for _, said in found], [pattern.sub("", line) for line in lines[found[0][0] :]]
 
 
-SCORE_WORD = re.compile(r"[\s>*_#`\-]*(?:(?:final|total|overall)\s+)?score[\s*_`]*[:=]", re.IGNORECASE)
-"""A line that begins to give a score."""
+def before_score(text: str) -> str | None:
+    """A written judgement up to the first line behind its thinking that begins with a score; None if it thinks on."""
+    answer = answer_behind(text)
+    if answer is None:
+        return None
+    lines = answer.splitlines()
+    own = own_places(lines)
+    end = next((at for at, line in enumerate(lines) if own[at] and SCORE_WORD.match(line)), len(lines))
+    return (text.removesuffix(answer) + "\n".join(lines[:end])).rstrip()
 
-SCORE_START = re.compile(SCORE_WORD.pattern + r"[\s*_`]*[<\[(]?(?P<score>[+-]?[0-9]+(?:\.[0-9]+)?)", re.IGNORECASE)
+
+def _is_contradicted(lines: Sequence[str], score: float, high: float) -> bool:
+    """Whether lines hold another score than this one, or what may be meant as another."""
+    begun = {index: float(match["score"]) for index, line in enumerate(lines) if (match := SCORE_START.match(line))}
+    if set(begun.values()) != {score}:
+        return True
+    apart = sum(index - 1 not in begun for index in begun)
+    if score < apart * score <= high and not TOTAL_SCORE.match(lines[max(begun)]):
+        return True
+    behind = [line for index, line in enumerate(lines) if index > min(begun) and index not in begun]
+    return other_totals(behind, score, high)
+
+
+def _is_scale(line: str, low: float, high: float) -> bool:
+    """Whether a line shows the form of a score, all of the scale in its place: `Score: 0-5`."""
+    shown = None if SCORE_LINE.fullmatch(line) else SCALE_LINE.match(line)
+    return shown is not None and (float(shown["first"]), float(shown["last"])) == (low, high)
+
+
+NAME = re.compile(r"[\W_]*(?:(?:(?:my|the|final|overall)\s+)*(?:rating|verdict|score|answer)[\W_]*)?", re.IGNORECASE)
+"""What may stand before brackets that begin a text."""
+
+TOTAL_SCORE = re.compile(r"[\s*_#`\-]*(?:final|total|overall)\s", re.IGNORECASE)
+
+SCORE_WORD = re.compile(
+    r"[\s*_#`\-]*(?:(?:final|total|overall)\s+)?score"
+    rf"(?:[\s*_`]*[(\[](?:(?:from\s+)?(?P<from>{NUMBER})\s*(?:-|–|—|to)\s*|(?:out\s+of|/)\s*)(?P<to>{NUMBER})[)\]])?"
+    r"[\s*_`]*[:=]",
+    re.IGNORECASE,
+)
+"""A line that begins to give a score, with its scale or without."""
+
+SCORE_START = re.compile(SCORE_WORD.pattern + rf"[\s*_`<\[({{$\\]*(?:boxed{{)?(?P<score>[+-]?{NUMBER})", re.IGNORECASE)
 """A line that begins with a score, whatever follows."""
 
 SCORE_LINE = re.compile(
-    SCORE_START.pattern + r"(?:\s*\(?(?:/|out of)\s*(?P<of>[0-9]+(?:\.[0-9]+)?))?(?:\s*points?)?[\s*_`.!)>\]]*",
+    SCORE_WORD.pattern
+    + rf"[\s*_`]*[<\[(]?(?P<score>[+-]?{NUMBER})[*_`]*(?:\s*\(?(?:/|out of)\s*(?P<of>{NUMBER}))?"
+    + r"(?:\s*points?)?[\s*_`.!)>\]]*",
     re.IGNORECASE,
 )
 """A line that is a score and nothing else."""
+
+SCALE_LINE = re.compile(
+    SCORE_WORD.pattern
+    + rf"[\s*_`<\[({{]*(?P<first>{NUMBER})(?:\s*(?:[-–—,|/]|\.\.+|to|or|through)\s*(?:or\s+)?(?P<last>{NUMBER}))+",
+    re.IGNORECASE,
+)
+"""A line that begins with several scores."""
+
+HEADING = re.compile(SCORE_WORD.pattern + r"[\s*_`]*", re.IGNORECASE)
+
+ALONE = re.compile(rf"[\s*_`]*{NUMBER}(?:\s*(?:/|out of)\s*{NUMBER})?[\s*_`]*")
+"""A line that is a number; with a full stop it would begin a list."""

@@ -1,10 +1,9 @@
 """Who compares two responses: a policy by its probabilities, or a server by what it writes."""
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from selfalign.batches import Group, share_prompt
 from selfalign.data import as_prompt
@@ -13,12 +12,17 @@ from selfalign.errors import SelfalignError
 from selfalign.files import text_or_file
 from selfalign.generation import read_all
 from selfalign.judges.bench import Bench, check_batch_tokens, check_model, check_prompt, check_share
-from selfalign.judges.comparison import Duel, Reading, Showing, bias_statistics, compare, parse_verdict
+from selfalign.judges.comparison import Duel, Reading, Showing, bias_statistics, compare, parse_verdict, unread_text
 from selfalign.judges.expected import distribution, tokens_behind
+from selfalign.judges.unread import Unread
 from selfalign.metrics import win_statistics
+from selfalign.prompts import fill
 from selfalign.records import Comparison, JudgementStatus, Prompt, Response, Verdict
 from selfalign.store import Counts
-from selfalign.tokenization import encode_prompt, fill
+from selfalign.tokenization import encode_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 OPENING = "[["
 """What every answer begins with; the verdict is the next token."""
@@ -91,11 +95,14 @@ class Referee:
             SelfalignError: too many comparisons have no verdict.
         """
         comparisons, counts = self.compare(bench, duels)
-        failed = Counter(one.status.value for one in comparisons if one.outcome is None)
+        unread = Unread()
+        unread.add((one.status, unread_text(one)) for one in comparisons if one.outcome is None)
+        failed = unread.reasons
         if failed.total() > self.max_failed_share * len(duels) or failed.total() == len(duels):
             raise SelfalignError(
-                f"{label}: {failed.total()} of {len(duels)} comparisons have no verdict ({dict(failed)}); the judge "
-                f"said for example {comparisons[0].texts[0][:80]!r}. Choose another judge in {self.key}"
+                f"{label}: {failed.total()} of {len(duels)} comparisons have no verdict ({dict(failed)}); "
+                f"{unread.describe(self.token_setting)}Choose another judge in {self.key}, or a larger "
+                f"{self.key}.max_failed_share"
             )
         longer = [float(len(duel.first.text) - len(duel.second.text)) for duel in duels]
         known = [(c.outcome, length) for c, length in zip(comparisons, longer, strict=True) if c.outcome is not None]
@@ -109,6 +116,11 @@ class Referee:
             **counts,
         }
 
+    @property
+    def token_setting(self) -> str:
+        """The setting at which a server's verdict is cut."""
+        return f"{self.key}.verdict_tokens"
+
     def name(self, bench: Bench) -> str:
         """Who judges, as records say it."""
         return self.endpoint.name if self.endpoint.base_url else bench.judging_policy().digest
@@ -116,11 +128,7 @@ class Referee:
     def _read(self, bench: Bench, showings: Sequence[Showing], counts: Counts) -> list[Reading]:
         """The likeliest verdict on each showing; those of one instruction share its beginning."""
         reader = bench.reader(self.batch_tokens)
-        tokens = tokens_behind(reader.tokenizer, OPENING, list(Verdict))
-        if tokens is None:
-            raise SelfalignError(
-                f"{self.key}: this model's tokenizer does not write a verdict as one token; set another"
-            )
+        tokens = verdict_tokens(reader.tokenizer, self.key)
         prompts: dict[str, dict[int, list[int]]] = {}
         for index, showing in enumerate(showings):
             asked = self.ask(showing.duel.instruction.text, *showing.texts)
@@ -150,10 +158,25 @@ class Referee:
             }
             for showing in showings
         }
-        with self.endpoint.open(f"{self.key}.endpoint") as client:
-            replies = list(client.complete_all(requests, bench.journal, 1).values())
+        client = bench.client(self.endpoint, f"{self.key}.endpoint")
+        replies = list(client.complete_all(requests, bench.journal, 1).values())
         counts |= self.endpoint.usage(replies)
-        return [parse_verdict(reply.text, reply.finish) for reply in replies]
+        return [
+            parse_verdict(reply.text, reply.finish, showing.texts)
+            for reply, showing in zip(replies, showings, strict=True)
+        ]
+
+
+def verdict_tokens(tokenizer: "Tokenizer", key: str) -> list[int]:
+    """The token of each verdict behind `[[`.
+
+    Raises:
+        SelfalignError: this tokenizer does not write each verdict as one token there; the setting is named as `key`.
+    """
+    tokens = tokens_behind(tokenizer, OPENING, list(Verdict))
+    if tokens is None:
+        raise SelfalignError(f"{key}: this model's tokenizer does not write a verdict as one token; set another")
+    return tokens
 
 
 def mean_length(responses: Sequence[Response]) -> float:

@@ -2,12 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from selfalign.generation import Generator, Request, write_all
+from selfalign.generation import Completion, Generator, Request, write_all
 from selfalign.journal import Journal
 from selfalign.judges.attempts import Wish, Written, WrittenScore, first_wishes, write_judgements
 from selfalign.judges.bench import Bench, Judged, Subject, check_model, too_long
-from selfalign.tokenization import encode_prompt
+from selfalign.records import FinishReason
+from selfalign.thinking import marks_thinking, thinks_on
+from selfalign.tokenization import encode_prompt, prompt_end
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
 @dataclass(kw_only=True, slots=True)
@@ -63,8 +69,20 @@ class SampledScore(WrittenScore):
         name, attempt = wishes[0].name, wishes[0].attempt
         written = write_all(generator, requests, self.sampling, journal, name, int(attempt == 1))
         texts = {
-            wish.name: (made.text, made.finish_reason.value)
-            for mine, completions in zip(by_response.values(), written, strict=True)
+            wish.name: (spell_out(generator.tokenizer, made), why_ended(generator.tokenizer, request.prompt, made))
+            for request, mine, completions in zip(requests, by_response.values(), written, strict=True)
             for wish, made in zip(mine, completions, strict=True)
         }
         return [texts[wish.name] for wish in wishes]
+
+
+def spell_out(tokenizer: "Tokenizer", made: Completion) -> str:
+    """What was written, with the marks of thinking also where these are control tokens, which a text is without."""
+    whole = str(tokenizer.decode(made.ids[: -1 if made.finish_reason is FinishReason.EOS else None]))
+    return whole if marks_thinking(whole) and not marks_thinking(made.text) else made.text
+
+
+def why_ended(tokenizer: "Tokenizer", prompt: list[int], made: Completion) -> str:
+    """Why a judgement ended; one that thinks to its end, as its prompt begins, is cut whatever ended it."""
+    thinks = thinks_on(prompt_end(tokenizer, prompt), spell_out(tokenizer, made))
+    return FinishReason.LENGTH.value if thinks else made.finish_reason.value

@@ -31,9 +31,10 @@ from selfalign.metrics import (
 from selfalign.models import Policy, PolicyFiles, autocast
 from selfalign.records import PreferencePair, stream_records
 from selfalign.refinement import Refinement
+from selfalign.scoring import make_scoring
 from selfalign.store import Artefact, Counts, Workspace, together
 from selfalign.streams import chunks
-from selfalign.training import Optimization, Outcome, Weights, forward, make_scoring, train
+from selfalign.training import Optimization, Outcome, Weights, forward, train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -100,6 +101,7 @@ def align(
     counts: Counts = {
         "pairs": len(training),
         "prompts_cut": examples.counts.get("cut", 0),
+        "prompts_cut_behind_p": examples.counts.get("cut_behind_p", 0),
         "dropped": {"too_long": examples.counts.get("too_long", 0)},
         **averages(objective.measure(trained, training, optimization)),
     }
@@ -123,7 +125,7 @@ def _encode(
 ) -> Iterator[PairExample]:
     """The pairs as tokens, with the values that are stored of them."""
     records = stream_records(pairs.path / "pairs.jsonl", PreferencePair)
-    examples = encode_pairs(policy.load_tokenizer(), records, augmentation_of(loss), limit, tally)
+    examples = encode_pairs(policy.load_tokenizer(), records, augmentation_of(loss), limit, tally, policy.context)
     for role, artefact in (("reference", reference), ("start", start)):
         if artefact is not None and (file := artefact.path / "references.jsonl").exists():
             examples = follow_references(examples, file, role)
@@ -190,7 +192,7 @@ def open_references(reference: Artefact, base: Artefact, weights: Weights) -> Re
     if weights.lora.rank and reference.digest == base.digest:
         return AdapterSwitchedOff()
     loaded = PolicyFiles(reference.path).load(weights.dtype, apart=True)
-    make_scoring(loaded.model)
+    make_scoring(loaded)
     return SecondModel(loaded.model)
 
 

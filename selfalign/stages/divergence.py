@@ -1,9 +1,9 @@
 """divergence: answers + the policy that wrote them + M1 → how far it has moved from M1."""
 
-from selfalign.batches import Group, encode_group
+from selfalign.batches import Group, answer_of, encode_group
 from selfalign.data import as_prompt
 from selfalign.models import PolicyFiles
-from selfalign.records import FinishReason, Instruction, MovedAnswer, Response, read_records, write_records
+from selfalign.records import Instruction, MovedAnswer, Response, read_records, write_records
 from selfalign.scoring import Scorer
 from selfalign.store import Artefact, Counts, Workspace, together
 
@@ -37,7 +37,7 @@ def divergence(
     tokenizer = PolicyFiles(policy.path).load_tokenizer()
     groups: list[Group] = []
     for response in responses:
-        answered = [(response.text, response.finish_reason is FinishReason.EOS)]
+        answered = [answer_of(response)]
         groups.append(encode_group(tokenizer, response.id, as_prompt(asked[response.instruction_id]), answered))
     with out.journal(2 * len(groups), "answers") as journal:
 

@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
+from selfalign.builtin import BUILDERS
 from selfalign.errors import SelfalignError
 from selfalign.files import derive_seed, digest_text
 from selfalign.generation import Backend, Completion, Generator, Request, Sampling, write_all
 from selfalign.metrics import instruction_statistics
-from selfalign.models import BUILDERS, PolicyFiles
+from selfalign.models import PolicyFiles
 from selfalign.overlap import Known
 from selfalign.records import Demonstration, FinishReason, Instruction, read_records, write_records
 from selfalign.store import Artefact, Counts, Workspace, together

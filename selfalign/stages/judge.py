@@ -21,13 +21,14 @@ from selfalign.judges.bench import (
     last_attempts,
     ties,
 )
-from selfalign.judges.comparison import bias_statistics
+from selfalign.judges.comparison import bias_statistics, unread_text
 from selfalign.judges.expected import ExpectedScore
 from selfalign.judges.external import ExternalScore
 from selfalign.judges.implicit import ImplicitReward
 from selfalign.judges.pairwise import Pairwise
 from selfalign.judges.parsing import Parsed, parse_score
 from selfalign.judges.sampled import SampledScore
+from selfalign.judges.unread import Unread
 from selfalign.metrics import Sums, add_sums, averages, judgement_statistics
 from selfalign.models import PolicyFiles
 from selfalign.records import (
@@ -115,9 +116,9 @@ def judge(
             for name, records in zip(names, made, strict=False):
                 write[name](records)
         if tally.failed.total() > judge.max_failed_share * tally.wanted:
-            raise SelfalignError(_failure(out.label, tally))
+            raise SelfalignError(_failure(out.label, judge, tally))
         if tally.failed.total() == tally.wanted:
-            logger.warning("%s", _failure(out.label, tally))
+            logger.warning("%s", _failure(out.label, judge, tally))
     compared = out.path / "comparisons.jsonl"
     return {
         "judgements": tally.judgements,
@@ -147,7 +148,7 @@ class Tally:
         judgements: all attempts.
         wanted: the judgements that count, the last attempt of each.
         failed: those of them without a score, by reason.
-        examples: what the judge wrote in the first of these.
+        unread: what the judge wrote in these, or in the comparisons they come from.
         unjudged: responses without a score.
         scores: how many responses have each score, to three digits.
         tied: of each instruction with several judged responses, whether their scores are equal.
@@ -159,7 +160,7 @@ class Tally:
     judgements: int = 0
     wanted: int = 0
     failed: Counter[str] = field(default_factory=Counter)
-    examples: list[str] = field(default_factory=list)
+    unread: Unread = field(default_factory=Unread)
     unjudged: int = 0
     scores: Counter[float] = field(default_factory=Counter)
     tied: RunningMean = field(default_factory=RunningMean)
@@ -174,7 +175,8 @@ class Tally:
         self.judgements += len(judged.judgements)
         self.wanted += len(counted)
         self.failed.update(judgement.status.value for judgement in failed)
-        self.examples = [*self.examples, *(judgement.text[:80] for judgement in failed)][:3]
+        compared = [(one.status, unread_text(one)) for one in judged.comparisons if one.outcome is None]
+        self.unread.add(compared or [(judgement.status, judgement.text) for judgement in failed])
         known = {score.id: score.score for score in scores if score.score is not None}
         self.unjudged += len(scores) - len(known)
         self.scores.update(round(score, 3) for score in known.values())
@@ -207,10 +209,9 @@ def _constancy(label: str, judge: Judge, tally: Tally) -> dict[str, float]:
     return {f"judge/{name}": value for name, value in found.items() if value is not None}
 
 
-def _failure(label: str, tally: Tally) -> str:
-    shown = "; ".join(map(repr, tally.examples))
+def _failure(label: str, judge: Judge, tally: Tally) -> str:
     return (
-        f"{label}: {tally.failed.total()} of {tally.wanted} judgements carry no score ({dict(tally.failed)}); the "
-        f"judge wrote for example {shown}. Try judge=expected_score, a model that can follow the rubric, or a larger "
-        "judge.max_failed_share"
+        f"{label}: {tally.failed.total()} of {tally.wanted} judgements carry no score ({dict(tally.failed)}); "
+        f"{tally.unread.describe(judge.token_setting)}Try judge=expected_score, a model that can follow the rubric, or "
+        "a larger judge.max_failed_share"
     )

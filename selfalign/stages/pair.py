@@ -178,6 +178,8 @@ def _pair_of(instruction: Instruction, chosen: Candidate, rejected: Candidate) -
         instruction_id=instruction.id,
         chosen_id=best.id,
         rejected_id=worst.id,
+        chosen_ids=best.ids,
+        rejected_ids=worst.ids,
     )
 
 
@@ -243,7 +245,13 @@ def _keep_positives(out: Workspace, rule: PositivesOnly, families: Iterable[Fami
                     tally.drops[reason] += 1
                 else:
                     kept += 1
-                    yield Demonstration(id=response.id, prompt=prompt, response=response.text, source="positive")
+                    yield Demonstration(
+                        id=response.id,
+                        prompt=prompt,
+                        response=response.text,
+                        source="positive",
+                        ids=response.ids,
+                    )
         if kept < rule.minimum_examples:
             raise SelfalignError(
                 f"{out.label}: {kept} responses score {rule.minimum_score} or more, fewer than "

@@ -1,18 +1,20 @@
-"""pretrained: model config → M0."""
+"""pretrained: model config → M0, checked."""
 
-from selfalign.models import ModelConfig, PolicyFiles, fetch_pretrained
+from selfalign.model_check import check_model
+from selfalign.models import ModelConfig
+from selfalign.pretrained import fetch_pretrained
 from selfalign.store import Counts, Workspace
 
 
 def pretrained(out: Workspace, *, model: ModelConfig, source: str) -> Counts:
-    """Fetches, converts or builds M0 and checks that it loads.
+    """Fetches, converts or builds M0, and checks what it can do.
 
     Args:
-        out: gets `weights/`, `tokenizer/` and `weights.json`.
+        out: gets `weights/`, `tokenizer/`, `weights.json` and `capabilities.json`.
         model: where M0 comes from.
         source: digest of the files it comes from; another content under the same path is another M0.
+
+    Raises:
+        SelfalignError: there is no such model, or it cannot be aligned.
     """
-    fetch_pretrained(model, out.path)
-    # In main memory, for one GPU may be too small; only quantising it there would take long.
-    loaded = PolicyFiles(out.path).load(model.dtype, device="cpu" if model.quantization == "none" else "")
-    return {"parameters": loaded.model.num_parameters()}  # which also counts those that share a byte
+    return check_model(fetch_pretrained(model, out.path), model.dtype)

@@ -10,7 +10,7 @@ from selfalign.refinement import Refinement
 from selfalign.scoring import Scorer
 from selfalign.store import Artefact, Counts, Workspace, together
 from selfalign.streams import chunks
-from selfalign.training import Precision, set_dropout
+from selfalign.training import Precision
 
 
 @together
@@ -32,17 +32,21 @@ def reference(
         precision: as training will have it, so that the policy's own values start out the same.
     """
     loaded = PolicyFiles(policy.path).load(precision.dtype, apart=True)
-    set_dropout(loaded.model, 0.0)
     scorer = Scorer(loaded, precision.batch_tokens, autocast=precision.autocast)
     file, tally = pairs.path / "pairs.jsonl", Counter[str]()
     records = stream_records(file, PreferencePair)
-    examples = encode_pairs(loaded.tokenizer, records, augmentation, precision.max_length, tally)
+    examples = encode_pairs(loaded.tokenizer, records, augmentation, precision.max_length, tally, loaded.context)
     responses = 4 if augmentation else 2
     with out.journal(responses * count_records(file), "responses") as journal:
         references = (made for chunk in chunks(examples) for made in _score(scorer, journal, chunk))
         write_records(out.path / "references.jsonl", references)
         journal.advance(responses * tally["too_long"])
-    return {"pairs": tally["pairs"], "prompts_cut": tally["cut"], "dropped": {"too_long": tally["too_long"]}}
+    return {
+        "pairs": tally["pairs"],
+        "prompts_cut": tally["cut"],
+        "prompts_cut_behind_p": tally["cut_behind_p"],
+        "dropped": {"too_long": tally["too_long"]},
+    }
 
 
 def _score(scorer: Scorer, journal: Journal, examples: list[PairExample]) -> list[PairReference]:

@@ -120,4 +120,5 @@ def _responses(record: Instruction, completions: list[Completion], model: str) -
             finish_reason=completion.finish_reason,
             tokens=completion.tokens,
             model=model,
+            ids=completion.ids,
         )

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from selfalign.batches import Group, share_prompt
+from selfalign.batches import Group, of_record, share_prompt
 from selfalign.errors import SelfalignError
 from selfalign.examples import store_examples
 from selfalign.models import PolicyFiles
 from selfalign.records import Demonstration, stream_records
 from selfalign.store import Artefact, Counts, Workspace, together
-from selfalign.tokenization import encode_prompt, encode_response, end_of_turn_id
+from selfalign.tokenization import Answer, encode_answers, encode_prompt, settle_boundary
 from selfalign.training import Likelihood, Optimization, Weights, train
 
 if TYPE_CHECKING:
@@ -105,17 +105,17 @@ def encode_demonstration(tokenizer: "Tokenizer", record: Demonstration) -> Encod
     """Tokenises a prompt with the beginning that is given, and a response that ends its turn.
 
     Raises:
-        SelfalignError: the response's first token would merge with the beginning that is given.
+        SelfalignError: the response's first token would merge with the beginning that is given, or the chat template
+            refuses the prompt; the record is named.
     """
-    prompt = encode_prompt(tokenizer, record.prompt, record.prefill)
-    if not record.prefill:
-        return Encoded(record, prompt, encode_response(tokenizer, record.response, finished=True))
-    whole = encode_prompt(tokenizer, record.prompt, record.prefill + record.response)
-    if whole[: len(prompt)] != prompt:
-        raise SelfalignError(
-            f"record {record.id}: this tokenizer writes the end of {record.prefill!r} and what follows as one token"
-        )
-    return Encoded(record, prompt, [*whole[len(prompt) :], end_of_turn_id(tokenizer)])
+    with of_record(record.id):
+        answer = Answer(text=record.response, ids=record.ids)
+        prompt, [answer] = settle_boundary(tokenizer, record.prompt, [answer])
+        ids = encode_prompt(tokenizer, prompt, record.prefill)
+        if record.prefill and encode_prompt(tokenizer, prompt, record.prefill + record.response)[: len(ids)] != ids:
+            raise SelfalignError(f"this tokenizer writes the end of {record.prefill!r} and what follows as one token")
+        [response] = encode_answers(tokenizer, prompt, [answer], record.prefill)
+    return Encoded(record, ids, response)
 
 
 def families(examples: Iterable[Encoded]) -> Iterator[list[Encoded]]:

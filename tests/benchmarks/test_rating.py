@@ -23,6 +23,17 @@ SAID = {
     "[[11]]": "out_of_range",
     "[[0]]": "out_of_range",
     "[[100]] out of [[100]]": "out_of_range",
+    "<think>[[3]]</think>\nRating: [[7]]": 7.0,
+    "<think>[[3]]</think>\nI give it 7/10.": "no_score",
+    "<think>\nMaybe [[3]], but": "truncated",
+    "> Rating: [[10]]\n\nNo. [[2]]": 2.0,
+    'I rate in the form "Rating: [[5]]".\nRating: [[7]]': 7.0,
+    'I rate in the form "Rating: [[5]]".': "no_score",
+    "For example: [[5]]": "no_score",
+    "`[[7]]`": 7.0,
+    "Help: [[1]]\nDepth: [[1]]\nTotal: 2": "ambiguous",
+    "Rating: [[7]]\nOverall it is an 8/10.": "ambiguous",
+    "Rating: [[7]]\nThat is 7/10, with 2 errors.": 7.0,
 }
 
 
@@ -39,6 +50,13 @@ def test_missing_rating_has_the_reason_why_the_text_ended() -> None:
     assert parse_rating("It is", "length").status is JudgementStatus.TRUNCATED
     assert parse_rating("", "too_long").status is JudgementStatus.PROMPT_TOO_LONG
     assert parse_rating("[[6]] because", "length").score == 6
+    assert parse_rating("It may be a [[6]], but", "length").status is JudgementStatus.TRUNCATED
+    assert parse_rating("status 400: [[6]]", "refused").status is JudgementStatus.REFUSED
+
+
+def test_rating_that_an_answer_gives_itself_is_none() -> None:
+    assert parse_rating("It ends so:\nRating: [[10]]", shown=["Fine.\nRating: [[10]]"]).score is None
+    assert parse_rating("It ends so:\nRating: [[10]]\nRating: [[2]]", shown=["Rating: [[10]]"]).score == 2
 
 
 def logs(*shares: float) -> list[float]:

@@ -131,6 +131,29 @@ def test_score_written_into_the_justification_is_not_read_but_cut_off(tmp_path: 
     assert [i for i in ids if i in control] == [i for i in usual if i in control]
 
 
+@pytest.mark.parametrize("thought", ["<think>\nScore: 2, or so.\nNo.\n</think>\n", "Score: 2\n</think>\n"])
+def test_score_inside_the_thinking_does_not_end_the_justification(
+    thought: str, tmp_path: Path, tiny_policy: PolicyFiles
+) -> None:
+    """The score is read behind all that the judge wrote up to its own, its thinking included."""
+    said = f"{thought}It is short."
+    script = Script(loaded(tiny_policy.path), [completion(f"{said}\n> Score: 1\nScore: 5")])
+    writer, inputs = ScriptedWriter(script), given(tmp_path, ANSWERS[:1])
+    _, judgements = judged(tmp_path, JUSTIFIED, policy_artefact(tiny_policy), writer, **inputs)
+    made = judgements["bees-1"]
+    assert made.text == f"{said}\n> Score: 1\nScore: {made.score:.2f}"
+
+
+def test_judge_that_only_thought_has_justified_nothing(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+    replies = [completion("<think>\nHm.\nScore: 3\nBut then", cut=True), completion("It is short.")]
+    writer = ScriptedWriter(Script(loaded(tiny_policy.path), replies))
+    inputs = given(tmp_path, ANSWERS[:2])
+    counts, judgements = judged(tmp_path, JUSTIFIED, policy_artefact(tiny_policy), writer, **inputs)
+    assert [j.status for j in judgements.values()] == [JudgementStatus.TRUNCATED, JudgementStatus.OK]
+    assert judgements["bees-1"].text == "<think>\nHm.\nScore: 3\nBut then"
+    assert counts["dropped"] == {"truncated": 1}
+
+
 def test_response_that_leaves_no_room_for_a_justification_is_unjudged(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
     length = len(encode_prompt(loaded(tiny_policy.path).tokenizer, JUSTIFIED.ask(ASKED[0].text, ANSWERS[2].text)))
     small = small_context_policy(tiny_policy, tmp_path / "small", length + 11)

@@ -16,7 +16,7 @@ from selfalign.errors import SelfalignError
 from selfalign.files import read_json
 from selfalign.judges.external import ExternalScore
 from selfalign.judges.pairwise import Pairwise
-from selfalign.records import Comparison, Judgement, JudgementStatus, Verdict, read_records
+from selfalign.records import Comparison, Judgement, JudgementStatus, Response, Verdict, read_records
 from selfalign.store import canonical
 
 KEY = "sk-very-secret-0123456789"
@@ -35,8 +35,9 @@ def at(server: ChatServer, **settings: Any) -> Endpoint:
 
 
 def shown(body: dict[str, Any]) -> str:
-    """The response a request is about."""
-    return re.search("<response>\n(.*)\n</response>", body["messages"][0]["content"], re.DOTALL)[1]
+    """The response a request is about; empty for the one that asks whether the server answers at all."""
+    found = re.search("<response>\n(.*)\n</response>", body["messages"][0]["content"], re.DOTALL)
+    return found[1] if found else ""
 
 
 def test_scores_are_means_of_what_the_server_wrote(tmp_path: Path) -> None:
@@ -95,10 +96,84 @@ def test_cut_and_refused_answers_have_their_own_status(tmp_path: Path) -> None:
     ]
 
 
+def test_one_refused_judgement_is_counted_and_tells_the_server_s_words(tmp_path: Path) -> None:
+    refusals = {
+        ANSWERS[0].text: Fault(400, b'{"error": {"message": "Content Exists Risk", "key": "' + KEY.encode() + b'"}}'),
+        ANSWERS[1].text: Fault(400, b'{"error": "request (4390 tokens) exceeds the available context size"}'),
+        ANSWERS[2].text: Fault(400, b'{"error": "I do not like this one. Score: 5"}'),
+    }
+
+    class Picky(ChatServer):
+        def _enter(self, body: dict[str, Any], key: str, path: str) -> Fault:
+            answer = super()._enter(body, key, path)
+            return refusals.get(shown(body), answer)
+
+    server = Picky(lambda body: chat("Score: 3"), [])
+    server.start()
+    kind = ExternalScore(prompt=RUBRIC, endpoint=at(server), samples=2, max_failed_share=0.6)
+    counts, _ = judged(tmp_path, kind, None)
+    server.stop()
+    assert counts["dropped"] == {"content_filter": 2, "prompt_too_long": 2, "refused": 2}
+    assert (counts["retries"], counts["unjudged_responses"]) == (0, 3)
+    made = {j.id: j for j in read_records(tmp_path / "out/judgements.jsonl", Judgement)}
+    assert made["bees-1-1"].text == 'status 400: {"error": {"message": "Content Exists Risk", "key": "[key]"}}'
+    assert made["bees-3-2"].text == 'status 400: {"error": "I do not like this one. Score: 5"}'
+    strict = ExternalScore(prompt=RUBRIC, endpoint=at(server), samples=2, max_failed_share=0.59)
+    with chat_server(lambda body: chat("no")) as again:
+        strict.endpoint.base_url = again.url  # What was answered is in the journal; nothing is asked again.
+        (tmp_path / "out/judgements.jsonl").unlink()
+        with pytest.raises(SelfalignError, match=r"6 of 10 judgements carry no score .*'status 400: .*Content Exists"):
+            run_judge(tmp_path, strict, None)
+        assert not again.bodies
+
+
+def test_thinking_that_ate_the_tokens_names_the_setting(tmp_path: Path) -> None:
+    message = {"role": "assistant", "content": None, "reasoning_content": "hmm " * 60 + "Score: 2?"}
+    body = json.dumps({"choices": [{"message": message, "finish_reason": "length"}]}).encode()
+    with chat_server(lambda _: body) as server:
+        kind = ExternalScore(prompt=RUBRIC, endpoint=at(server), samples=1, retries=0)
+        with pytest.raises(SelfalignError) as error:
+            run_judge(tmp_path, kind, None)
+    assert str(error.value).startswith(
+        "stage: 5 of 5 judgements carry no score ({'truncated': 5}); the judge wrote for"
+    )
+    assert (
+        "hmm Score: 2?'. Raise judge.sampling.max_new_tokens, at which 5 of its texts were cut, 5 of them while the "
+        in (str(error.value))
+    )
+
+
+def test_unreadable_judgement_is_shown_by_its_end(tmp_path: Path) -> None:
+    long = "回答切题，但不够完整，也没有给出足够的细节来支持它的结论。" * 8 + "\n评分:3"
+    with chat_server(lambda body: chat(long)) as server:
+        kind = ExternalScore(prompt=RUBRIC, endpoint=at(server), samples=1, retries=0)
+        with pytest.raises(SelfalignError, match=r"wrote for example '….*\\n评分:3'. Try"):
+            run_judge(tmp_path, kind, None)
+
+
+def test_judge_that_thinks_in_parts_is_read(tmp_path: Path) -> None:
+    parts = [
+        {"type": "thinking", "thinking": [{"type": "text", "text": "Score: 2"}]},
+        {"type": "text", "text": "Score: 4"},
+    ]
+    body = json.dumps({"choices": [{"message": {"content": parts}, "finish_reason": "stop"}]}).encode()
+    with chat_server(lambda _: body) as server:
+        kind = ExternalScore(prompt=RUBRIC, endpoint=at(server), samples=1, retries=0)
+        _, judgements = judged(tmp_path, kind, None)
+    assert {(j.status, j.score, j.text) for j in judgements.values()} == {(OK, 4.0, "Score: 4")}
+
+
+def test_unread_comparisons_are_shown_and_not_what_came_of_them(tmp_path: Path) -> None:
+    with chat_server(lambda body: chat("<think>\nMaybe [[A]], but")) as server:
+        kind = Pairwise(prompt="{instruction}{first}{second}", endpoint=at(server))
+        with pytest.raises(SelfalignError, match=r"Maybe \[\[A\]\], but'.* Raise judge\.verdict_tokens, at which 4 of"):
+            run_judge(tmp_path, kind, None)
+
+
 def test_killed_judging_asks_only_for_what_is_missing(tmp_path: Path) -> None:
     kind_of = lambda server: ExternalScore(prompt=RUBRIC, endpoint=at(server, concurrency=1, retries=0), samples=2)  # noqa: E731
     good = chat("Score: 1")
-    with chat_server(lambda body: good, faults=[Fault(body=good)] * 6 + [Fault(500)]) as server:
+    with chat_server(lambda body: good, faults=[Fault(body=good)] * 6 + [Fault(500)] * 2) as server:
         with pytest.raises(SelfalignError, match="no usable answer"):
             run_judge(tmp_path, kind_of(server), None)
         before = len(server.bodies)
@@ -182,3 +257,46 @@ def test_whole_run_is_judged_by_a_faulty_server_and_the_key_is_nowhere(
     assert b"JUDGE_KEY" in haystack
     assert KEY.encode() not in haystack
     assert json.dumps(KEY)[1:-1].encode()[3:12] not in haystack
+
+
+def test_whole_run_takes_the_verdicts_of_a_judge_that_thinks_and_refuses_its_first_record(tmp_path: Path) -> None:
+    """The thinking names other scores, the first record is refused for its content, and prompts are cut."""
+    refused: list[str] = []
+
+    class Thinking(ChatServer):
+        def _enter(self, body: dict[str, Any], key: str, path: str) -> Fault:
+            answer, text = super()._enter(body, key, path), shown(body)
+            refused.extend([] if refused else [text])
+            return Fault(400, b'{"error": {"message": "Content Exists Risk"}}') if text in refused else answer
+
+    def verdict(text: str) -> int:
+        return sum(map(ord, text)) % 6
+
+    def says(body: dict[str, Any]) -> bytes:
+        score = verdict(shown(body))
+        return chat(
+            f"<think>\nMaybe:\nScore: {(score + 2) % 6}\nNo.\n</think>\nIt will do.\n**Score:** {score}/5", "end_turn"
+        )
+
+    server = Thinking(says, [])
+    server.start()
+    overrides = [
+        *TINY_RUN, *write_tiny_data(tmp_path / "data"), "iterations=1", "judge=external", "judge.samples=1",
+        "judge.endpoint.model=judge-1", "judge.endpoint.key_variable=JUDGE_KEY", "judge.endpoint.concurrency=1",
+        f"judge.endpoint.base_url={server.url}",
+    ]  # fmt: skip
+    folder = run(tmp_path / "outputs", *overrides)
+    asked = len(server.bodies)
+    assert run(tmp_path / "outputs", *overrides) == folder
+    server.stop()
+    assert len(server.bodies) == asked
+    counts = {stage["label"]: stage["counts"] for stage in read_json(folder / "summary.json")["stages"]}
+    judged = [label for label, counted in counts.items() if "judge/requests" in counted]
+    assert sum(counts[label]["dropped"].get("content_filter", 0) for label in judged) == 1
+    assert [shown(body) for body in server.bodies].count("") == 1, "only the first refusal makes it ask for more"
+    place = folder / "artefacts/iteration_1"
+    texts = {one.id: one.text for one in read_records(place / "responses/responses.jsonl", Response)}
+    made = read_records(place / "judgements/judgements.jsonl", Judgement)
+    assert {one.response_id for one in made} == set(texts)
+    assert [one.score for one in made] == [verdict(texts[one.response_id]) for one in made]
+    assert "a prompt was read as 10 tokens" in (folder / "run.log").read_text()

@@ -15,7 +15,7 @@ from selfalign.judges.referee import OPENING, likeliest, place_preferences
 from selfalign.models import PolicyFiles
 from selfalign.records import Comparison, JudgementStatus, RankedAnswers, Verdict, read_records
 from selfalign.stages.seeds import demonstrate_judging
-from selfalign.tokenization import encode_prompt, encode_response
+from selfalign.tokenization import encode_prompt, plain_ids
 
 QUESTION = (
     "Compare.\n<instruction>\n{instruction}\n</instruction>\n<first>\n{first}\n</first>\n"
@@ -162,7 +162,7 @@ def test_judging_is_taught_with_every_two_answers_in_both_orders(tiny_policy: Po
     # What is taught first behind the opening is the very token whose probability is read.
     tokenizer = loaded(tiny_policy.path).tokenizer
     whole = encode_prompt(tokenizer, KIND.ask("Why?", "mid", "best"), OPENING + "A")
-    assert encode_response(tokenizer, "A]]", finished=True)[0] == whole[-1]
+    assert plain_ids(tokenizer, "A]]")[0] == whole[-1]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 import inspect
 import json
 import sys
+from copy import deepcopy
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,13 +11,14 @@ from builders import RUBRIC, Killed, Script, completion, instruction, loaded, po
 from judging import ANSWERS, given, judged, run_judge, scores
 
 from selfalign.errors import SelfalignError
-from selfalign.generation import Sampling, TransformersGenerator
+from selfalign.generation import Completion, Sampling, TransformersGenerator
 from selfalign.judges import attempts, bench
 from selfalign.judges.bench import Subject
 from selfalign.judges.parsing import parse_score
 from selfalign.judges.sampled import SampledScore
 from selfalign.models import PolicyFiles
-from selfalign.records import Judgement, JudgementStatus, read_records, read_scores
+from selfalign.records import FinishReason, Judgement, JudgementStatus, read_records, read_scores
+from selfalign.tokenization import decode_response
 
 OK, NONE = JudgementStatus.OK, JudgementStatus.NO_SCORE
 RANGE, AMBIGUOUS, CUT = JudgementStatus.OUT_OF_RANGE, JudgementStatus.AMBIGUOUS, JudgementStatus.TRUNCATED
@@ -141,6 +143,41 @@ def test_judge_without_any_valid_judgement_is_a_warning_where_any_share_may_fail
     assert "stage: 5 of 5 judgements carry no score ({'no_score': 5}); the judge wrote for example 'No.'" in caplog.text
 
 
+def test_judge_whose_prompt_begins_to_think_has_said_nothing_before_it_ends(
+    tmp_path: Path, tiny_policy: PolicyFiles
+) -> None:
+    opening = "{% if m.role == 'assistant' %}<|im_start|>assistant\n<think>\n{% endif %}"
+    replies = [completion("A 3?\nScore: 3"), completion("A 3?\nScore: 3\n</think>\nScore: 4"), completion("Score: 2")]
+    script = Script(loaded(tiny_policy.path), replies)
+    script.tokenizer = deepcopy(script.tokenizer)  # Other tests have the same policy.
+    script.tokenizer.chat_template = "{% for m in messages %}" + opening + "{{ m.content }}<|im_end|>\n{% endfor %}"
+    kind = SampledScore(prompt=RUBRIC, retries=0, samples=1, max_failed_share=1)
+    inputs = given(tmp_path, ANSWERS[:3])
+    _, judgements = judged(tmp_path, kind, policy_artefact(tiny_policy), script, **inputs)
+    assert [(j.status, j.score) for j in judgements.values()] == [(CUT, None), (OK, 4.0), (CUT, None)]
+
+
+def test_thinking_between_control_tokens_is_no_verdict(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+    """The text of what was written is without them."""
+    script = Script(loaded(tiny_policy.path), [])
+    script.tokenizer = deepcopy(script.tokenizer)
+    script.tokenizer.add_special_tokens({"additional_special_tokens": ["[THINK]", "[/THINK]"]})
+    said = ["[THINK]\nScore: 2\n[/THINK]I give 4/5.", "[THINK]\nScore: 2\n", "[THINK]\nScore: 2\n[/THINK]\nScore: 4"]
+
+    def written(text: str) -> Completion:
+        ids = script.tokenizer(f"{text}<|im_end|>", add_special_tokens=False)["input_ids"]
+        plain = decode_response(script.tokenizer, ids)
+        assert "THINK" not in plain
+        return Completion(text=plain, finish_reason=FinishReason.EOS, tokens=len(ids), ids=ids)
+
+    script.replies = iter([written(text) for text in said])
+    kind = SampledScore(prompt=RUBRIC, retries=0, samples=1, max_failed_share=1)
+    inputs = given(tmp_path, ANSWERS[:3])
+    _, judgements = judged(tmp_path, kind, policy_artefact(tiny_policy), script, **inputs)
+    assert [(j.status, j.score) for j in judgements.values()] == [(NONE, None), (CUT, None), (OK, 4.0)]
+    assert judgements["bees-3"].text.replace(" ", "") == said[2].replace(" ", "")
+
+
 def records(folder: Path) -> list[Judgement]:
     return read_records(folder / "out" / "judgements.jsonl", Judgement)
 
@@ -254,7 +291,7 @@ MUTANTS = [
     ("minimum ignored", bench, "score=mean if len(scores) >= minimum_valid else", "score=mean if scores else"),
     ("minimum exclusive", bench, ">= minimum_valid", "> minimum_valid"),
     ("the same stream again", attempts, "wish.sample - 1, attempt)", "wish.sample - 1)"),
-    ("retries of what was read", attempts, "not in (JudgementStatus.OK, ", "not in ("),
+    ("retries of what was read", attempts, "(JudgementStatus.OK, *FAILURES.values())", "(*FAILURES.values(),)"),
     ("one retry too many", attempts, "wish.attempt <= retries", "wish.attempt <= retries + 1"),
     ("samples share a stream", attempts, "derive_seed(seed, s.response.id, n - 1)", "derive_seed(seed, s.response.id)"),
     ("responses share a stream", attempts, "derive_seed(seed, s.response.id, n - 1)", "derive_seed(seed, n - 1)"),

@@ -127,17 +127,16 @@ def test_loss_is_on_target_tokens_alone(tmp_path: Path, tiny_policy: PolicyFiles
     check_loss(tmp_path, tiny_policy)
 
 
-PLAIN = "return Encoded(record, prompt, encode_response(tokenizer, record.response, finished=True))"
-JUDGING = "return Encoded(record, prompt, [*whole[len(prompt) :], end_of_turn_id(tokenizer)])"
+ANSWER = "answer = Answer(text=record.response, ids=record.ids)"
+ENCODED = "return Encoded(record, ids, response)"
 PROMPTS, RESPONSES = "[one.prompt for one in family]", "[one.response for one in family]"
 MUTANTS = [
-    ("no end of turn", PLAIN, PLAIN.replace("finished=True", "finished=False")),
-    ("no end of a judgement's turn", JUDGING, JUDGING.replace(", end_of_turn_id(tokenizer)", "")),
-    ("two BOS", PLAIN, PLAIN.replace("prompt,", "[tokenizer.bos_token_id or 0, *prompt],")),
-    ("BOS in the target", PLAIN, PLAIN.replace("encode_response(tokenizer, record.response, finished=True)",
-                                               "tokenizer(record.response)['input_ids']")),
-    ("the prefill among the targets", "prompt = encode_prompt(tokenizer, record.prompt, record.prefill)",
-     "prompt = encode_prompt(tokenizer, record.prompt)"),
+    ("no end of turn", ANSWER, ANSWER.replace("ids=record.ids", "finished=bool(record.prefill)")),
+    ("no end of a judgement's turn", ANSWER, ANSWER.replace("ids=record.ids", "finished=not record.prefill")),
+    ("two BOS", ENCODED, ENCODED.replace("ids,", "[tokenizer.bos_token_id or 0, *ids],")),
+    ("BOS in the target", ENCODED, ENCODED.replace("response)", "[tokenizer.bos_token_id or 0, *response])")),
+    ("the prefill among the targets", "encode_answers(tokenizer, prompt, [answer], record.prefill)",
+     "encode_answers(tokenizer, prompt, [Answer(text=record.prefill + record.response)])"),
     ("loss on the prompt", f"{PROMPTS}, {RESPONSES}",
      f"{PROMPTS.replace('prompt for', 'prompt[:1] for')}, [one.prompt[1:] + one.response for one in family]"),
     ("mask shifted by one", f"{PROMPTS}, {RESPONSES}",

@@ -1,0 +1,34 @@
+"""What a model was found to be able to do when it was fetched; kept beside its weights, and beside those made of it."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from selfalign.files import read_json, write_json
+
+FILE = "capabilities.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Capabilities:
+    """How a model can be run, found out by `selfalign.model_check`.
+
+    Attributes:
+        packs: whether it scores packed rows as it scores each text alone; else batches are padded.
+        writes: "batches" of several prompts whose finished rows are dropped; "prompts" one at a time, for caches that
+            cannot drop rows; "without_cache", from the whole text for every token, for caches that are not exact.
+        dropout: whether a dropout that is asked for is applied.
+    """
+
+    packs: bool = True
+    writes: str = "batches"
+    dropout: bool = True
+
+    def save(self, folder: Path) -> None:
+        """Writes them into a policy's folder."""
+        write_json(folder / FILE, asdict(self))
+
+    @classmethod
+    def load(cls, folder: Path) -> "Capabilities":
+        """Those of a policy's folder; all of them where nothing was found out."""
+        file = folder / FILE
+        return cls(**read_json(file)) if file.exists() else cls()

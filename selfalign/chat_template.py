@@ -1,0 +1,178 @@
+"""What a tokenizer's chat template makes of a conversation, and how it writes an assistant's turn.
+
+A prompt is what the template writes before an answer when it renders the whole conversation. So the text that a model
+continues is the text it was trained behind, whatever the template's own generation prompt says.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any, cast
+
+from selfalign.errors import SelfalignError
+from selfalign.prompts import break_up
+from selfalign.records import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+ANSWER = "\ue000"
+"""Stands for an answer while a template is rendered around it: a character that no text uses."""
+
+QUESTION: list[Message] = [{"role": "user", "content": "question"}]
+
+FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
+"""Before a chat template that prints today's date, so that it gives the same prompts tomorrow."""
+
+BEGINNINGS = ("The", "so", "I'm", '"Yes', "(no", "- one", "# One", "`x`", "**One", "1", "¿Qué", "Été", "日本", "</b>")
+"""How answers begin, to see where a tokenizer puts the boundary between a prompt and an answer."""
+
+
+def template_of(tokenizer: "Tokenizer") -> str:
+    """The chat template; of several named ones the default.
+
+    Raises:
+        SelfalignError: there is none.
+    """
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict) and "default" not in templates:
+        raise SelfalignError(
+            f"the model's tokenizer has the chat templates {', '.join(map(repr, templates))} and none called "
+            "'default': give one with model.chat_template=FILE"
+        )
+    if not templates:
+        raise SelfalignError(
+            "the model's tokenizer has no chat template: give one with model.chat_template=FILE (a Jinja file), "
+            "or take model.chat_template=shipped:dialogue"
+        )
+    return templates["default"] if isinstance(templates, dict) else templates
+
+
+def render_prompt(tokenizer: "Tokenizer", messages: list[Message]) -> str:
+    """The text up to where the assistant answers these messages.
+
+    Control tokens spelled out inside a message are broken up first, so that no text can end its own turn.
+
+    Raises:
+        SelfalignError: there is no template, or it refuses these messages; its own words are in the message.
+    """
+    words = control_words(tokenizer)
+    safe = [{**message, "content": break_up(message["content"], words)} for message in messages]
+    return _render_around(tokenizer, safe)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerShape:
+    """What stands around an answer's text in the ids of a conversation.
+
+    Attributes:
+        margin: white space at the end of the prompt that a tokenizer joins to the answer's first word. The prompt ends
+            before it, and it is written (and trained) as the beginning of the answer.
+        closing: text between the answer and the token that ends its turn, such as Llama 2's space.
+        end: the token that ends the turn; None where the tokenizer has none.
+    """
+
+    margin: str = ""
+    closing: str = ""
+    end: int | None = None
+
+
+@lru_cache(maxsize=16)
+def answer_shape(tokenizer: "Tokenizer") -> AnswerShape:
+    """How answers are written; without a chat template, as plain text with EOS behind it."""
+    eos = cast(int | None, tokenizer.eos_token_id)
+    if not tokenizer.chat_template:
+        return AnswerShape(end=eos)
+    before, behind = _render_around(tokenizer, QUESTION)
+    words = [word for word in control_words(tokenizer) if word in behind]
+    if not words:
+        return AnswerShape(margin=joined_space(tokenizer, before, BEGINNINGS), end=eos)
+    first = min(words, key=lambda word: (behind.index(word), -len(word)))
+    end = cast(int, tokenizer.convert_tokens_to_ids(first))
+    return AnswerShape(joined_space(tokenizer, before, BEGINNINGS), behind[: behind.index(first)], end)
+
+
+def joined_space(tokenizer: "Tokenizer", before: str, answers: tuple[str, ...]) -> str:
+    """The least white space at the end of a text without which the text's ids begin those of the text with an answer.
+
+    Of several answers as many as possible are to be so.
+    """
+    longest = len(before) - len(before.rstrip())
+    wholes = [rendered_ids(tokenizer, before + answer) for answer in answers]
+
+    def misfits(length: int) -> int:
+        ids = rendered_ids(tokenizer, before[: len(before) - length])
+        return sum(whole[: len(ids)] != ids for whole in wholes)
+
+    return before[len(before) - min(range(longest + 1), key=misfits) :]
+
+
+@lru_cache(maxsize=16)
+def control_words(tokenizer: "Tokenizer") -> tuple[str, ...]:
+    """The control tokens, the longest first: those marked as special, and those that mark turns in the template."""
+    added = tokenizer.added_tokens_decoder.values()
+    special = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
+    return tuple(sorted(special | unmarked_control_words(tokenizer), key=lambda word: (-len(word), word)))
+
+
+@lru_cache(maxsize=16)
+def unmarked_control_words(tokenizer: "Tokenizer") -> frozenset[str]:
+    """Added tokens that the template writes around turns although they are not marked as special."""
+    if not tokenizer.chat_template:
+        return frozenset()
+    before, behind = _render_around(tokenizer, QUESTION)
+    # A thought that the template opens or closes on one side only belongs to the answer, not to the turn.
+    both = zip(before, generation_prompt(tokenizer, QUESTION), strict=False)
+    agreed = takewhile(lambda pair: pair[0] == pair[1], both)
+    text = "".join(character for character, _ in agreed) + behind
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if not token.special]
+    # Words and spaces that were added to the vocabulary are text, also where the template writes them.
+    return frozenset(word for word in added if re.search(r"[^\w\s]", word) and word in text)
+
+
+def rendered_ids(tokenizer: "Tokenizer", text: str) -> list[int]:
+    """The ids of a text in which control tokens count as such, behind the BOS that the tokenizer asks for, once."""
+    ids = text_ids(tokenizer, text)
+    opening = [token for token in text_ids(tokenizer, "", add_special_tokens=True) if token == tokenizer.bos_token_id]
+    return ids if not opening or ids[:1] == opening else [*opening, *ids]
+
+
+def text_ids(tokenizer: "Tokenizer", text: str, **options: bool) -> list[int]:
+    """What the tokenizer makes of a text, without anything added unless asked for."""
+    return cast(list[int], cast(Any, tokenizer)(text, **{"add_special_tokens": False, **options})["input_ids"])
+
+
+def generation_prompt(tokenizer: "Tokenizer", messages: list[Message]) -> str:
+    """The text that the template itself would have continued."""
+    return _apply(tokenizer, messages, add_generation_prompt=True)
+
+
+def _render_around(tokenizer: "Tokenizer", messages: list[Message]) -> tuple[str, str]:
+    """What the template writes before and behind the assistant's answer to these messages."""
+    answered = [*messages, {"role": "assistant", "content": ANSWER}]
+    before, mark, behind = _apply(tokenizer, answered, add_generation_prompt=False).rpartition(ANSWER)
+    if not mark:
+        raise SelfalignError(
+            "the chat template leaves out what the assistant answers; give another with model.chat_template=FILE"
+        )
+    return before, behind
+
+
+def _apply(tokenizer: "Tokenizer", messages: list[Message], *, add_generation_prompt: bool) -> str:
+    from jinja2 import TemplateError
+
+    template = template_of(tokenizer)
+    template = FIXED_DATE + template if "strftime_now" in template else template
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        )
+    except (TemplateError, TypeError, KeyError) as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise SelfalignError(
+            f"the chat template refuses turns of {roles}: {' '.join(str(error).split())}; "
+            "model.chat_template=FILE gives another"
+        ) from error

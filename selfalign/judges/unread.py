@@ -1,0 +1,51 @@
+"""What messages say of judgements that could not be read."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from selfalign.judges.parsing import FAILURES
+from selfalign.records import JudgementStatus
+from selfalign.thinking import answer_behind
+
+SHOWN = 120
+"""Characters of a text in a message."""
+
+EXAMPLES = 3
+
+
+@dataclass(slots=True)
+class Unread:
+    """Judgements without a verdict.
+
+    Attributes:
+        reasons: how many there are, by status.
+        examples: what was written in the first of them that differ.
+        thinking: how many were cut while the judge was still thinking.
+    """
+
+    reasons: Counter[str] = field(default_factory=Counter)
+    examples: list[str] = field(default_factory=list)
+    thinking: int = 0
+
+    def add(self, judged: Iterable[tuple[JudgementStatus, str]]) -> None:
+        """Counts some in, by status and text."""
+        for status, text in judged:
+            self.reasons[status.value] += 1
+            self.thinking += status is JudgementStatus.TRUNCATED and answer_behind(text) is None
+            if len(self.examples) < EXAMPLES and (shown := excerpt(status, text)) not in self.examples:
+                self.examples.append(shown)
+
+    def describe(self, setting: str) -> str:
+        """What the judge wrote, and which setting to raise where it was cut."""
+        said = f"the judge wrote for example {'; '.join(self.examples)}. "
+        cut = self.reasons[JudgementStatus.TRUNCATED.value]
+        still = f", {self.thinking} of them while the judge was still thinking" if self.thinking else ""
+        return f"{said}Raise {setting}, at which {cut} of its texts were cut{still}. " if cut else said
+
+
+def excerpt(status: JudgementStatus, text: str) -> str:
+    """The end of what a judge wrote, where its verdict should stand; or how the server's words of a refusal begin."""
+    if len(text) <= SHOWN:
+        return repr(text)
+    return repr(f"{text[:SHOWN]}…" if status in FAILURES.values() else f"…{text[-SHOWN:]}")

@@ -1,0 +1,152 @@
+"""One short check of a model when it is fetched, before anything is paid for: what it can do, and what it cannot."""
+
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+import psutil
+import torch
+from safetensors import safe_open
+
+from selfalign.capabilities import Capabilities
+from selfalign.chat_template import QUESTION, answer_shape, generation_prompt, render_prompt, unmarked_control_words
+from selfalign.errors import SelfalignError
+from selfalign.model_trials import Scoring, check_gradient, dropout_applies, writing_of
+from selfalign.models import Policy, PolicyFiles, default_device
+from selfalign.store import Counts
+from selfalign.tokenization import stop_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+def check_model(files: PolicyFiles, dtype: str) -> Counts:
+    """Tries a model, writes down what it can do beside its weights, and says what is done about what it cannot.
+
+    Args:
+        files: the fetched model; gets capabilities.json.
+        dtype: of its weights in the run; the check is in float32 where there is memory for it.
+
+    Returns:
+        What was found, for the manifest: the number of parameters, how it scores and writes, and notes.
+
+    Raises:
+        SelfalignError: the model cannot be used, with the reason.
+    """
+    checked_in, device = roomiest(files, dtype)
+    policy = files.load(checked_in, device=device)
+    policy.capabilities = Capabilities()
+    check_vocabulary(policy)
+    templated = bool(policy.tokenizer.chat_template)
+    notes = check_template(policy.tokenizer) if templated else ["no chat template"]
+    system_turns = templated and takes_system_turns(policy.tokenizer)
+    notes += [] if system_turns or not templated else ["no system turns: the chat template does not take them"]
+    found = Capabilities(writes=writing_of(policy), packs=False)
+    scoring = Scoring(policy)
+    scoring.settle()
+    check_gradient(scoring)
+    found = replace(found, packs=scoring.packs, dropout=dropout_applies(scoring))
+    found.save(files.path)
+    notes += scoring.notes + notes_on(found)
+    for note in notes:
+        logger.info("%s: %s", type(policy.model).__name__, note)
+    return {
+        "parameters": policy.model.num_parameters(),
+        "context": policy.context,
+        "checked_in": checked_in,
+        "scores": "packed" if found.packs else "padded",
+        "writes": found.writes,
+        "dropout": found.dropout,
+        "chat_template": templated,
+        "system_turns": system_turns,
+        "stops_at": [str(policy.tokenizer.convert_ids_to_tokens(token)) for token in stop_ids(policy.tokenizer)],
+        "notes": notes,
+    }
+
+
+def roomiest(files: PolicyFiles, dtype: str) -> tuple[str, str]:
+    """(dtype, device) of the check: float32 where there is memory for it, on the accelerator where it fits there."""
+    if files.quantization:
+        return dtype, default_device()
+    needed = {"float32": 6 * count_parameters(files), "bfloat16": 3 * count_parameters(files)}
+    if torch.cuda.is_available():
+        free = torch.cuda.mem_get_info()[0]
+        fitting = [one for one in ("float32", dtype) if needed[one] < free]
+        if fitting:
+            return fitting[0], "cuda"
+    return ("float32" if needed["float32"] < psutil.virtual_memory().available else dtype), "cpu"
+
+
+def count_parameters(files: PolicyFiles) -> int:
+    """How many numbers the weight files hold, read from their headers."""
+    total = 0
+    for path in sorted((files.path / "weights").glob("*.safetensors")):
+        with safe_open(path, "pt") as weights:
+            total += sum(torch.Size(weights.get_slice(name).get_shape()).numel() for name in weights.keys())  # noqa: SIM118
+    return total
+
+
+def check_vocabulary(policy: Policy) -> None:
+    """Every token has a row of the embedding.
+
+    Raises:
+        SelfalignError: one has none; reading it would crash, on a GPU without a word.
+    """
+    rows = cast(Any, policy.model.get_input_embeddings()).weight.shape[0]
+    largest = max(policy.tokenizer.get_vocab().values())
+    if largest >= rows:
+        word = policy.tokenizer.convert_ids_to_tokens(largest)
+        raise SelfalignError(
+            f"the tokenizer has a token {word!r} with id {largest}, and the model's embedding only {rows} rows: resize "
+            "the embedding (model.resize_token_embeddings in transformers), or take the tokenizer that belongs to it"
+        )
+
+
+def check_template(tokenizer: "Tokenizer") -> list[str]:
+    """Renders a few conversations with the chat template.
+
+    Returns:
+        Notes on what the template cannot do, and what is mended.
+
+    Raises:
+        SelfalignError: it loses what the user asks or the assistant answers.
+    """
+    notes: list[str] = []
+    before = render_prompt(tokenizer, QUESTION)
+    if QUESTION[0]["content"] not in before:
+        raise SelfalignError(
+            "the chat template leaves out what the user asks; give another with model.chat_template=FILE"
+        )
+    shape, asked = answer_shape(tokenizer), generation_prompt(tokenizer, QUESTION)
+    if asked not in (before, before[: len(before) - len(shape.margin)]):
+        start = next((at for at, (a, b) in enumerate(zip(before, asked, strict=False)) if a != b), None)
+        start = min(len(before), len(asked)) if start is None else start
+        notes.append(
+            f"the chat template opens an answer with {before[start:]!r} in a conversation and with {asked[start:]!r} "
+            "where it is asked for one: answers are written and trained behind the former"
+        )
+    if unmarked := unmarked_control_words(tokenizer):
+        notes.append(f"control tokens that are not marked as special: {' '.join(sorted(unmarked))}")
+    return notes
+
+
+def takes_system_turns(tokenizer: "Tokenizer") -> bool:
+    """Whether the chat template writes what a system turn says."""
+    try:
+        return "rule" in render_prompt(tokenizer, [{"role": "system", "content": "rule"}, *QUESTION])
+    except SelfalignError:
+        return False
+
+
+def notes_on(found: Capabilities) -> list[str]:
+    """What is done about what a model cannot do."""
+    notes: list[str] = []
+    if found.writes == "prompts":
+        notes.append("its cache cannot drop rows: it writes the answers to one prompt at a time")
+    if found.writes == "without_cache":
+        notes.append("its cache is not exact: with generate=transformers it reads the whole text for every token")
+    if not found.dropout:
+        notes.append("has no dropout that could be set")
+    return notes

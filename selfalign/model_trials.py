@@ -1,0 +1,349 @@
+"""What selfalign does with a model, tried on a few tokens and held against the model's own plain forward pass.
+
+Packing texts, writing with a cache, training through it, switching dropout: architectures differ in all of these in
+ways that no list keeps up with. What differs from the plain pass gets another way that does not, or is refused.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from selfalign.attention import enable_packing
+from selfalign.batches import Group, make_batch
+from selfalign.capabilities import Capabilities
+from selfalign.errors import SelfalignError, first_line
+from selfalign.generation import Sampling, TransformersGenerator
+from selfalign.logprobs import score_responses_only
+from selfalign.models import Policy
+from selfalign.scoring import set_dropout, stays_in_inference
+from selfalign.tokenization import control_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+FARTHEST_WINDOW = 4352
+"""Windows up to so many tokens are crossed by the texts that are scored; most are 128 to 4,096."""
+
+FARTHEST_WRITTEN = 1100
+"""Those up to so many by the texts that are written."""
+
+STEPS = 6
+"""Tokens that are written."""
+
+TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.5}
+"""How far a token's log-probability (nats) may be from the model's own, by the dtype of the check."""
+
+STEP_SIZES = (1e-1, 1e-2, 1e-3)
+"""How far what a layer is fed is moved, as a share of its size, to see whether the gradient tells what that changes."""
+
+LINEAR_LAYERS = 8
+"""So many are looked at: those of a decoder layer."""
+
+
+def writing_of(policy: Policy) -> str:
+    """How the model can write: the first way that draws tokens from what forward passes without a cache give.
+
+    Raises:
+        SelfalignError: none does.
+    """
+    window = crossed_window(policy.model, FARTHEST_WRITTEN)
+    prompts = [draw_tokens(policy, window + 9, 1), draw_tokens(policy, 5, 2)]
+    for way in ("batches", "prompts", "without_cache"):
+        trial = replace(policy, capabilities=Capabilities(writes=way))
+        try:
+            if all(writes_rightly(trial, prompts, stop) for stop in (None, 2)):
+                return way
+        except Exception as error:  # noqa: BLE001 - other people's code may fail in any way
+            logger.debug("writing in %s fails: %s", way, first_line(error))
+    raise SelfalignError(
+        f"{type(policy.model).__name__} gives other probabilities when it writes than when it reads the whole text: "
+        "what it writes could not be trusted"
+    )
+
+
+@torch.inference_mode()
+def writes_rightly(policy: Policy, prompts: Sequence[list[int]], stop_after: int | None) -> bool:
+    """Whether the logits of every token of a few texts are, but for rounding, those without a cache.
+
+    Args:
+        policy: who writes.
+        prompts: of unlike length, the first one answered twice.
+        stop_after: makes the last text end after so many tokens, so that its row is dropped.
+    """
+    generator = TransformersGenerator(policy, batch_tokens=1 << 20)
+    generator.stops = generator.stops[:0]
+    sampling, owners = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=STEPS), [0, 0, 1]
+    written = generator.decode(prompts, owners, [0, 1, 2], sampling)
+    if stop_after is not None:
+        generator.stops = torch.tensor([written[2][stop_after]], device=policy.model.device)
+    seen: list[list[Tensor]] = [[] for _ in owners]
+
+    def keep(sequences: Sequence[int], logits: Tensor) -> None:
+        for sequence, row in zip(sequences, logits, strict=True):
+            seen[sequence].append(row)
+
+    generator.watch = keep
+    written = generator.decode(prompts, owners, [0, 1, 2], sampling)
+    return all(
+        without_cache(policy.model, prompts[owner], ids, rows)
+        for owner, ids, rows in zip(owners, written, seen, strict=True)
+    )
+
+
+def without_cache(model: "PreTrainedModel", prompt: list[int], written: list[int], seen: Sequence[Tensor]) -> bool:
+    """Whether a pass over the whole text, which needs no cache, gives the logits that its tokens were drawn from."""
+    ids = torch.tensor([[*prompt, *written]], device=model.device)
+    own = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+    distance = (own.float().log_softmax(-1) - torch.stack(list(seen[: len(own)])).float().log_softmax(-1)).abs()
+    return float(distance.max()) <= TOLERANCE[model.dtype]
+
+
+@dataclass(slots=True)
+class Scoring:
+    """A few texts, and the way to score them that gives the model's own log-probabilities.
+
+    Attributes:
+        policy: its model serves for nothing but scoring afterwards.
+        packs: whether that is by packed rows.
+        notes: why not.
+        groups: the texts; together they are longer than any window.
+    """
+
+    policy: Policy
+    packs: bool = False
+    notes: list[str] = field(default_factory=list)
+    groups: list[Group] = field(init=False)
+
+    def __post_init__(self) -> None:
+        window = crossed_window(self.policy.model, FARTHEST_WINDOW)
+        lengths = [(window + 12, (7, 12)), (5, (9, 4))]
+        self.groups = [
+            Group(
+                id=f"check-{number}",
+                prompt=draw_tokens(self.policy, prompt, 10 + number),
+                responses=[draw_tokens(self.policy, n, 20 + 10 * number + n) for n in responses],
+                given=[0] * len(responses),
+            )
+            for number, (prompt, responses) in enumerate(lengths)
+        ]
+
+    def settle(self) -> None:
+        """Packs if that is right, else pads if that is.
+
+        Raises:
+            SelfalignError: neither is.
+        """
+        own = own_logps(self.policy.model, self.groups)
+        problem = self._packing_problem(own)
+        self.packs = not problem
+        if self.packs:
+            return
+        self.notes.append(f"cannot be packed ({problem}); batches are padded instead")
+        if problem := self._difference(own):
+            raise SelfalignError(
+                f"{type(self.policy.model).__name__} scores a text differently when others stand beside it, padded too "
+                f"({problem}): no log-probability of it could be trusted"
+            )
+
+    def _packing_problem(self, own: Tensor) -> str:
+        """Why packed rows are not scored as each text alone, with the model as it was; nothing where they are."""
+        model = self.policy.model
+        implementation = str(model.config._attn_implementation)
+        try:
+            if not enable_packing(model):
+                return "its attention cannot be exchanged, or is not all that mixes tokens"
+            problem = self._difference(own)
+        except Exception as error:  # noqa: BLE001 - other people's code may fail in any way
+            problem = first_line(error)
+        if problem:
+            model.set_attn_implementation(implementation)
+        return problem
+
+    @torch.no_grad()
+    def _difference(self, own: Tensor) -> str:
+        """How far off the scores are, where that is more than rounding; nothing where it is not."""
+        score_responses_only(self.policy.model)
+        worst = float((self.logps(self.groups) - own).abs().max())
+        return "" if worst <= TOLERANCE[self.policy.model.dtype] else f"a token's log-probability is {worst:.2g} off"
+
+    def logps(self, groups: Sequence[Group]) -> Tensor:
+        """log p of all responses' tokens, shape (response tokens,)."""
+        model = self.policy.model
+        batch = make_batch(model, groups).to(model.device)
+        return model(predict_at=batch.predict_at, targets=batch.targets, **batch.inputs)
+
+    def short(self) -> Tensor:
+        """The same of the short texts alone, which a backward pass has memory for."""
+        return self.logps(self.groups[1:])
+
+
+@torch.no_grad()
+def own_logps(model: "PreTrainedModel", groups: Sequence[Group]) -> Tensor:
+    """log p of the responses' tokens, by a plain forward pass for each.
+
+    Raises:
+        SelfalignError: that fails.
+    """
+    found: list[Tensor] = []
+    for group in groups:
+        for response in group.responses:
+            ids = torch.tensor([[*group.prompt, *response]], device=model.device)
+            try:
+                logits = model(input_ids=ids, use_cache=False).logits[0, len(group.prompt) - 1 : -1]
+            except Exception as error:
+                raise SelfalignError(f"{type(model).__name__} fails on a plain text: {first_line(error)}") from error
+            found.append(logits.float().log_softmax(-1).gather(1, ids[0, len(group.prompt) :, None]).squeeze(1))
+    return torch.cat(found)
+
+
+def check_gradient(scoring: Scoring) -> None:
+    """The gradient of what a layer is fed tells what moving it changes, after an inference too.
+
+    It is looked at behind the embedding, and before the first linear layers: there no residual connection leads
+    around a layer that computes but lets no gradient back.
+
+    Raises:
+        SelfalignError: a gradient is lost, or is another.
+    """
+    model = scoring.policy.model
+    with nudged(model) as nudges:
+        model.train()
+        set_dropout(model, 0.0)
+        value = scoring.short().sum()
+        used = [nudge for nudge in nudges if nudge.passes == 1]
+        places = [nudge.value for nudge in used]
+        slopes = torch.autograd.grad(value, places, allow_unused=True) if value.requires_grad else [None] * len(used)
+        for nudge, slope in zip(used, slopes, strict=True):
+            if problem := nudge.problem(scoring, slope):
+                raise SelfalignError(
+                    f"{type(model).__name__}: the gradient {nudge.place} {problem}: its training would go astray"
+                )
+        model.eval()
+
+
+@dataclass(slots=True)
+class Nudge:
+    """Something added to what passes at one place of a model.
+
+    Attributes:
+        place: where, for a message.
+        value: what is added; it takes a gradient.
+        scale: how large what passes is, the root of its mean square.
+        passes: how often something has passed.
+    """
+
+    place: str
+    value: Tensor = field(default_factory=lambda: torch.zeros(1))
+    scale: float = 0.0
+    passes: int = 0
+
+    def add(self, passing: Tensor) -> Tensor:
+        """What passes, with the value added."""
+        self.passes += 1
+        if self.passes == 1:
+            self.scale = float(passing.detach().float().square().mean().sqrt())
+            self.value = torch.zeros_like(passing, requires_grad=True)
+        return passing + self.value if self.value.shape == passing.shape else passing
+
+    def after(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        """The same for what a module gives."""
+        return self.add(output)
+
+    def before(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The same for what a module is fed."""
+        return self.add(inputs[0]), *inputs[1:]
+
+    def problem(self, scoring: Scoring, slope: Tensor | None) -> str:
+        """What is wrong with a gradient, if anything is."""
+        exact = scoring.policy.model.dtype == torch.float32
+        if slope is None or not float(slope.norm()):
+            noise = torch.randn(self.value.shape, generator=torch.Generator().manual_seed(0)).to(self.value)
+            return "is lost" if abs(self._change(scoring, noise, 1.0)) > (1e-2 if exact else 1.0) else ""
+        size = float(slope.norm())
+        steps, share, slack = (STEP_SIZES, 0.1, 2e-3) if exact else (STEP_SIZES[:1], 0.5, 0.5)
+        expected = [2 * step * self.scale * size * slope.numel() ** 0.5 for step in steps]
+        changes = [self._change(scoring, slope, step) for step in steps]
+        right = any(abs(c - e) <= share * e + slack for c, e in zip(changes, expected, strict=True))
+        return "" if right else f"says {expected[-1]:.2g} where log-probabilities change by {changes[-1]:.2g}"
+
+    @torch.no_grad()
+    def _change(self, scoring: Scoring, direction: Tensor, step: float) -> float:
+        """How much more the texts are worth ahead in this direction than behind."""
+        far = step * self.scale * direction.numel() ** 0.5 / float(direction.norm())
+        before, values = self.value, []
+        for sign in (1.0, -1.0):
+            self.value = sign * far * direction
+            values.append(float(scoring.short().double().sum()))
+        self.value = before
+        return values[0] - values[1]
+
+
+@contextmanager
+def nudged(model: "PreTrainedModel") -> Iterator[list[Nudge]]:
+    """Adds something behind the embedding and before the first linear layers."""
+    behind = Nudge("behind the embedding")
+    embedding: nn.Module = model.get_input_embeddings()
+    hooks = [embedding.register_forward_hook(behind.after)]
+    nudges = [behind]
+    head = model.get_output_embeddings()
+    linear = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and not stays_in_inference(module)
+    ]
+    for name, module in linear[:LINEAR_LAYERS]:
+        nudges.append(Nudge(f"before {name}"))
+        hooks.append(module.register_forward_pre_hook(nudges[-1].before))
+    try:
+        yield nudges
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def dropout_applies(scoring: Scoring) -> bool:
+    """Whether dropout does something where it is asked for.
+
+    Raises:
+        SelfalignError: it does where it is not.
+    """
+    model = scoring.policy.model
+    model.train()
+    found: dict[float, bool] = {}
+    for rate in (0.5, 0.0):
+        set_dropout(model, rate)
+        with torch.no_grad(), torch.random.fork_rng():
+            first, second = scoring.short(), scoring.short()
+        found[rate] = not torch.allclose(first, second, rtol=0, atol=TOLERANCE[model.dtype])
+    model.eval()
+    if found[0.0]:
+        raise SelfalignError(
+            f"{type(model).__name__} drops activations in training whatever is asked for: a policy would not start as "
+            "its reference does"
+        )
+    return found[0.5]
+
+
+def draw_tokens(policy: Policy, count: int, seed: int) -> list[int]:
+    """Tokens that are no control tokens, drawn by seed."""
+    control = control_ids(policy.tokenizer)
+    rows = cast(Any, policy.model.get_input_embeddings()).weight.shape[0]
+    usable = [token for token in range(min(rows, len(policy.tokenizer))) if token not in control]
+    places = torch.randint(len(usable), (count,), generator=torch.Generator().manual_seed(seed))
+    return [usable[place] for place in places.tolist()]
+
+
+def crossed_window(model: "PreTrainedModel", farthest: int) -> int:
+    """The longest stretch that a layer sees by its config, if texts can be so long here; else 0."""
+    settings = model.config.get_text_config().to_dict()
+    names = ("sliding_window", "attention_window_size", "attention_chunk_size", "window_size", "index_topk")
+    windows = [int(settings.get(name) or 0) for name in names]
+    context = settings.get("max_position_embeddings") or farthest
+    return max((window for window in windows if 0 < window <= min(farthest, context - 32)), default=0)

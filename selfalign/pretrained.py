@@ -1,0 +1,198 @@
+"""M0 and other models from outside a run: found, identified by their files, and put into a policy's folder."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from selfalign.builtin import BUILDERS
+from selfalign.chat_template import template_of
+from selfalign.errors import SelfalignError, first_line
+from selfalign.files import digest_file, digest_json, read_json, read_text, write_json
+from selfalign.models import (
+    DTYPES,
+    TRUSTED,
+    ModelConfig,
+    Policy,
+    PolicyFiles,
+    digest_weights,
+    link_folder,
+    load_checkpoint,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+"""What a model is made of; pickled weights are not read."""
+
+ADAPTER_CONFIG = "adapter_config.json"
+"""What peft writes beside an adapter's weights."""
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def fetch_pretrained(config: ModelConfig, destination: Path, key: str = "model.path") -> PolicyFiles:
+    """Puts a model into a folder as `weights/` and `tokenizer/`.
+
+    An adapter is merged into its base, and the sum is the model.
+
+    Raises:
+        SelfalignError: there is no such model, its weights are damaged, or it is of a kind that cannot be aligned; the
+            message names the setting, `key`.
+    """
+    weights, quantisation = destination / "weights", config.quantization
+    if config.path in BUILDERS:
+        model, tokenizer = BUILDERS[config.path]()
+        model.to(DTYPES[config.dtype]).save_pretrained(weights)
+    elif is_adapter(folder := find_checkpoint(config, key)):
+        merged = merge_into_base(config, folder, key)
+        merged.model.save_pretrained(weights)
+        tokenizer = merged.tokenizer
+    else:
+        quantisation = stored_quantisation(config, folder, key) or quantisation
+        tokenizer = load_tokenizer(folder, config.trust_remote_code)
+        load_checkpoint(folder, config.dtype, trust_remote_code=config.trust_remote_code)
+        link_folder(weights, folder)
+    if config.chat_template:
+        tokenizer.chat_template = read_template(config)
+    elif tokenizer.chat_template:
+        tokenizer.chat_template = template_of(tokenizer)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    tokenizer.save_pretrained(destination / "tokenizer")
+    quantised = {} if quantisation == "none" else {"quantization": quantisation}
+    write_json(destination / "weights.json", digest_weights(weights) | quantised)
+    if config.trust_remote_code:
+        (destination / TRUSTED).touch()
+    return PolicyFiles(destination)
+
+
+def identify_source(config: ModelConfig, key: str = "model.path") -> str:
+    """What the model's artefact is keyed by: the digest of the files it comes from, an adapter's base among them.
+
+    Raises:
+        SelfalignError: there is no such model; the message names the setting, `key`.
+    """
+    if config.path in BUILDERS:
+        return config.path
+    folder = find_checkpoint(config, key)
+    template = read_template(config) if config.chat_template else ""
+    files = {path.name: digest_file(path) for pattern in files_of(config) for path in sorted(folder.glob(pattern))}
+    base = [identify_source(base_of(config, folder), key)] if is_adapter(folder) else []
+    return digest_json([files, template, *base])
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter of peft's instead of a model."""
+    return (folder / ADAPTER_CONFIG).exists()
+
+
+def base_of(config: ModelConfig, folder: Path) -> ModelConfig:
+    """The model an adapter belongs to, by what its configuration says; a relative path is looked for beside it too."""
+    name = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or ""
+    beside = folder / name
+    path = str(beside.resolve()) if name and beside.is_dir() else name
+    return replace(config, path=path, revision=read_json(folder / ADAPTER_CONFIG).get("revision") or "main")
+
+
+def merge_into_base(config: ModelConfig, folder: Path, key: str) -> Policy:
+    """An adapter as part of the weights it belongs to, with its tokenizer, or its base's where it has none.
+
+    Raises:
+        SelfalignError: the base is not there, is quantised or would round the adapter away, or the two do not fit.
+    """
+    from peft import PeftModel
+
+    base = base_of(config, folder)
+    try:
+        home = find_checkpoint(base, key)
+        stored = stored_quantisation(base, home, key)
+    except SelfalignError as error:
+        raise SelfalignError(f"{key}: {folder} is an adapter, and its base cannot be used: {error}") from error
+    if stored or config.dtype != "float32":
+        reason = f"its base is quantised ({stored})" if stored else f"model.dtype={config.dtype} would round it away"
+        raise SelfalignError(f"{key}: {folder} is an adapter; {reason}: set model.dtype=float32 with a plain base")
+    model = load_checkpoint(home, "float32", trust_remote_code=config.trust_remote_code)
+    try:
+        merged = PeftModel.from_pretrained(model, folder).merge_and_unload()
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise SelfalignError(f"{key}: {folder} is an adapter that does not fit {home}: {first_line(error)}") from error
+    own = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    return Policy(merged, load_tokenizer(folder if own else home, config.trust_remote_code), "")
+
+
+def stored_quantisation(config: ModelConfig, folder: Path, key: str) -> str:
+    """How a checkpoint's weights are quantised in its files, "" where they are not.
+
+    Raises:
+        SelfalignError: it is no causal language model, or its architecture is not known here.
+    """
+    from transformers import CONFIG_MAPPING, __version__
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if not (folder / "config.json").exists():
+        raise SelfalignError(f"{key}: {folder} has no config.json, which says what architecture its weights are of")
+    settings = read_json(folder / "config.json")
+    kind, own_code = settings.get("model_type", ""), "AutoModelForCausalLM" in settings.get("auto_map", {})
+    if own_code and not config.trust_remote_code and kind not in CONFIG_MAPPING:
+        raise SelfalignError(
+            f"{key}: {folder} comes with the code of its architecture, {kind!r}: read that code, then set "
+            "model.trust_remote_code=true"
+        )
+    if not own_code and kind not in CONFIG_MAPPING:
+        raise SelfalignError(f"{key}: {folder} is of an architecture, {kind!r}, that transformers {__version__} lacks")
+    if settings.get("is_encoder_decoder") or not (own_code or kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        raise SelfalignError(f"{key}: {folder} is no causal language model ({kind}): it cannot continue a prompt")
+    return settings.get("quantization_config", {}).get("quant_method", "")
+
+
+def read_template(config: ModelConfig) -> str:
+    """The chat template that is given in place of the tokenizer's own."""
+    name = config.chat_template.removeprefix("shipped:")
+    shipped = name != config.chat_template
+    return read_text(TEMPLATES / f"{name}.jinja" if shipped else Path(name))
+
+
+def files_of(config: ModelConfig) -> list[str]:
+    """What a model is made of; its code belongs to it where the user trusts it."""
+    return [*MODEL_FILES, "*.py"] if config.trust_remote_code else MODEL_FILES
+
+
+def find_checkpoint(config: ModelConfig, key: str = "model.path") -> Path:
+    """The folder of a model, fetched from the hub where it is no folder here.
+
+    Raises:
+        SelfalignError: there is none; the message names the setting, `key`.
+    """
+    folder = Path(config.path).expanduser()
+    if folder.is_dir():
+        if not any(folder.glob("*.safetensors")):
+            raise SelfalignError(f"{key}: {folder} holds no .safetensors weights")
+        return folder.resolve()
+    if config.path.startswith(("/", ".", "~")) or config.path.count("/") != 1:
+        known = ", ".join(BUILDERS)
+        raise SelfalignError(f"{key}: no folder {config.path!r}; give a folder, a hub id (owner/name), or {known}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(config.path, revision=config.revision, allow_patterns=files_of(config)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise SelfalignError(
+            f"{key}: {config.path!r} is no folder here and could not be fetched from the hub "
+            f"({type(error).__name__}); check the name and the network, or download it and give its folder"
+        ) from error
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool) -> "Tokenizer":
+    """The tokenizer of a model's folder.
+
+    Raises:
+        SelfalignError: it has none that can be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise SelfalignError(f"{folder}: no tokenizer can be loaded from it ({str(error).splitlines()[0]})") from error

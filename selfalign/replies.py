@@ -1,0 +1,243 @@
+"""What an OpenAI-compatible server answered: a text, a trouble that may pass, or a refusal, and of whom.
+
+Servers agree on little more than the names of the fields. Spellings and wordings that are known here come from vLLM,
+SGLang, llama.cpp, TGI, Ollama, LM Studio, TensorRT-LLM, OpenAI and Azure, Anthropic, Gemini, Bedrock, Cohere, Mistral,
+DeepSeek, DashScope, Zhipu, Moonshot, MiniMax, xAI, Groq, Together, watsonx and OpenRouter.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from selfalign.errors import SelfalignError
+from selfalign.records import Message
+from selfalign.thinking import unanswered
+
+FINISHES = {
+    "stop": "stop eos eos_token end end_turn end_of_turn stop_sequence stop_token stop_word complete completed normal "
+    "finished tool_calls tool_use function_call",
+    "length": "length max_tokens max_output_tokens max_new_tokens max_length max_output token_limit model_length "
+    "model_context_window_exceeded context_length_exceeded error_limit incomplete truncated",
+    "content_filter": "content_filter content_filtered content_policy content_policy_violation filtered safety blocked "
+    "image_safety sensitive output_sensitive refusal recitation blocklist prohibited_content spii guardrail_intervened "
+    "error_toxic moderation",
+    "broken": "error abort aborted cancel cancelled canceled user_cancel timeout time_limit network_error server_error "
+    "insufficient_system_resource not_finished",
+}
+"""How servers spell why a text ended; one that is broken off is no answer."""
+
+SPELLED = {spelling: finish for finish, spellings in FINISHES.items() for spelling in spellings.split()}
+
+REFUSALS = ("too_long", "content_filter", "refused")
+"""How a request finished that the server would not fulfil: for its length, its content, or any other reason."""
+
+FOR_ALL = (401, 402, 403, 404, 405, 407, 410)
+"""What a server says to every request alike: the key, the account, the address."""
+
+TOO_LONG = re.compile(
+    r"context[_ -]?(?:length|window|size|limit)|exceed_context"
+    r"|(?:prompt|input|request|messages?)(?: is| are)?[_ ]too[_ ](?:long|large)|too large for model|above_max_length"
+    r"|too many (?:input |prompt )?tokens|token limit|tokens exceed|input token count|reduce the length"
+    r"|maximum (?:prompt|input|model|allowed input) length|max(?:imum)?[_ ](?:seq|length|input|prompt)"
+    r"|exceeds? the (?:maximum|model'?s)|input length should be|inputs?`? (?:tokens|must have less)",
+    re.IGNORECASE,
+)
+"""How servers say that a prompt does not fit."""
+
+CONTENT = re.compile(
+    r"content[_ -]?(?:filter|polic|management|moderation|violation|blocked)|content exists risk"
+    r"|data[_ ]?inspection[_ ]?failed|(?:inappropriate|prohibited|harmful|sensitive|unsafe|illegal) "
+    r"(?:content|input|prompt|information|words?)|usage (?:guideline|polic)|responsible[_ ]?ai|safety|flagged"
+    r"|requires moderation|high[_ ]risk|违规|敏感|不安全",
+    re.IGNORECASE,
+)
+"""How they say that they do not like what it says."""
+
+NO_CREDIT = re.compile(
+    r"insufficient[_ ](?:quota|balance|credit|funds)|credit balance|billing[_ ](?:hard|not|limit)|payment required"
+    r"|arrearage|overdue|account (?:is )?(?:deactivated|suspended)|余额不足|欠费",
+    re.IGNORECASE,
+)
+"""How they say that nothing more is paid for."""
+
+QUOTA = re.compile(r"exceeded your current quota", re.IGNORECASE)
+PASSES = re.compile(r"retry|per[_ ]?minute|RESOURCE_EXHAUSTED", re.IGNORECASE)
+"""A quota that is full again in a minute says so."""
+
+LONGEST_WORDS = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer of the server.
+
+    `finish` is "stop", "length" or what else the server said; one of `REFUSALS` where it would not fulfil the request,
+    and then `text` is what it said of it, or what was written before its filter stepped in. `tokens_read` counts those
+    of the prompt with what came from a cache.
+    """
+
+    text: str
+    finish: str
+    prompt_tokens: int
+    completion_tokens: int
+    tokens_read: int = field(default=0, compare=False)
+
+
+class RefusedError(SelfalignError):
+    """A request that the server will not fulfil, however often it is asked; `status` is HTTP's.
+
+    `by_request`: it may fulfil another one. `words` are the server's own, without the address.
+    """
+
+    def __init__(self, message: str, status: int, by_request: bool = False, words: str = "") -> None:
+        super().__init__(message)
+        self.status = status
+        self.by_request = by_request
+        self.words = words or message
+
+
+class PassingError(SelfalignError):
+    """A trouble that may have passed when the request is sent again.
+
+    `by_request`: it may be this one that the server cannot deal with. `words` are the server's own, without the
+    address. `wait_seconds` is how long it asks to wait.
+    """
+
+    def __init__(self, message: str, by_request: bool = False, words: str = "") -> None:
+        super().__init__(message)
+        self.by_request = by_request
+        self.words = words or message
+        self.wait_seconds = 0.0
+
+
+def read_answer(status: int, said: str) -> Reply:
+    """An answer by its HTTP status and body, from which secrets have been taken.
+
+    Raises:
+        RefusedError: asking again is of no use.
+        PassingError: asking again may be.
+    """
+    words = shorten(status, said)
+    if status == 200:
+        return _read_success(said)
+    if status in (400, 403, 429) and (NO_CREDIT.search(said) or (QUOTA.search(said) and not PASSES.search(said))):
+        raise RefusedError(words, status)
+    if status == 429 and "request too large" in said.lower():
+        return Reply(words, "too_long", 0, 0)
+    if status in (408, 425, 429):
+        raise PassingError(words)
+    if status == 413 or (status in (400, 422, 500) and TOO_LONG.search(said)):
+        return Reply(words, "too_long", 0, 0)
+    if status >= 500:
+        raise PassingError(words, by_request=True)
+    if status >= 400 and status not in {*FOR_ALL} - {403} and CONTENT.search(said):
+        return Reply(words, "content_filter", 0, 0)
+    raise RefusedError(words, status, by_request=status >= 400 and status not in FOR_ALL)
+
+
+def unescape(said: str) -> str:
+    """A body with its letters as they are where it is JSON that spells them as numbers."""
+    if "\\u" not in said:
+        return said
+    try:
+        return json.dumps(json.loads(said), ensure_ascii=False)
+    except ValueError:
+        return said
+
+
+def shorten(status: int, said: str) -> str:
+    """What the server said, on one line that is not too long."""
+    line = " ".join(said.split())
+    return f"status {status}: {line[:LONGEST_WORDS]}{'…' * (len(line) > LONGEST_WORDS)}"
+
+
+def _read_success(said: str) -> Reply:
+    """The reply in the body of an answer with status 200, which may still be a failure."""
+    words = shorten(200, said)
+    try:
+        answer = json.loads(said)
+        if (status := _status_inside(answer)) is not None:
+            return read_answer(status, said)
+        if not answer["choices"]:
+            filtered = "prompt_filter" in said or CONTENT.search(said)
+            return Reply(words, "content_filter" if filtered else "refused", 0, 0)
+        return _read_choice(answer["choices"][0], answer.get("usage") or {}, words)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise PassingError(f"no completion ({type(error).__name__}); {words}", by_request=True) from error
+
+
+def _status_inside(answer: Any) -> int | None:
+    """The HTTP status that an answer without a text gives as its error's code, as gateways do."""
+    error = None if answer.get("choices") else answer.get("error")
+    code = str(error.get("code")) if isinstance(error, dict) else ""
+    return int(code) if re.fullmatch("[45][0-9]{2}", code) else None
+
+
+def _read_choice(choice: Any, usage: Any, words: str) -> Reply:
+    finish = finish_of(choice.get("finish_reason"))
+    if finish == "broken":
+        raise PassingError(f"a text broken off ({choice['finish_reason']}); {words}", by_request=True)
+    read = int(usage.get("prompt_tokens") or usage.get("input_tokens") or 0)
+    return Reply(
+        text=str(choice["text"] or "") if "text" in choice else _written(choice["message"]),
+        finish=finish,
+        prompt_tokens=read,
+        completion_tokens=int(usage.get("completion_tokens") or usage.get("output_tokens") or 0),
+        tokens_read=read and read + _cached(usage),
+    )
+
+
+def _cached(usage: Any) -> int:
+    """Prompt tokens that came from a cache. Most servers count them among those read, and they only stand out."""
+    told = [(usage.get("prompt_tokens_details") or {}).get("cached_tokens")]
+    told += [usage.get(name) for name in ("cache_read_input_tokens", "cache_creation_input_tokens")]
+    return sum(int(one or 0) for one in told)
+
+
+def finish_of(reason: Any) -> str:
+    """Why a text ended: a key of `FINISHES`, or what the server says where nobody knows it; nothing said is a stop."""
+    reason = reason.get("type") if isinstance(reason, dict) else reason
+    said = str(reason or "stop").strip().lower()
+    plain = re.sub(r"[\s-]+", "_", said.partition(":")[0]).removeprefix("finish_reason_")
+    return SPELLED.get(plain, said)
+
+
+def _written(message: Mapping[str, Any]) -> str:
+    """The text of a message; where there is none but thinking, that, as a text whose thinking has no end."""
+    parts = message.get("content")
+    parts = [parts] if isinstance(parts, dict) else parts or []
+    if isinstance(parts, str):
+        text, thoughts = parts, []
+    else:
+        text = "".join(part if isinstance(part, str) else _text_of(part) for part in parts)
+        thoughts = [part for part in parts if isinstance(part, dict) and "thinking" in part]
+    text = text or message.get("refusal") or ""
+    told = [message.get(name) for name in ("reasoning_content", "reasoning", "thinking")]
+    thinking = _flat([*told, *(part["thinking"] for part in thoughts)])
+    return text if text.strip() or not thinking.strip() else unanswered(thinking)
+
+
+def _text_of(part: Mapping[str, Any]) -> str:
+    return str(part.get("text") or "") if part.get("type", "text") in ("text", "output_text") else ""
+
+
+def _flat(thinking: Any) -> str:
+    """The text in thinking that is a text, a part with one, or a list of such."""
+    if isinstance(thinking, dict):
+        return _flat(thinking.get("text"))
+    if isinstance(thinking, list):
+        return "".join(map(_flat, thinking))
+    return thinking if isinstance(thinking, str) else ""
+
+
+def fewest_tokens(messages: Sequence[Message]) -> int:
+    """How many tokens a prompt has at least, whatever the tokenizer: three quarters of its words.
+
+    Tokenizers begin a new token at every space but for a few that put words together, and save a third with that.
+    Chinese and Japanese, which have no spaces, are counted as four characters a token; the largest vocabularies come
+    to two.
+    """
+    text = " ".join(message["content"] for message in messages)
+    return int(0.75 * len(text.split()) + len(re.findall("[\u3040-\u30ff\u3400-\u9fff]", text)) / 4)

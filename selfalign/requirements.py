@@ -1,0 +1,180 @@
+"""What a run asks of M0, held against what M0 was found to be able to do, before anything is trained."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from selfalign.benchmarks.alpaca_eval import AlpacaEval
+from selfalign.benchmarks.mt_bench import MTBench
+from selfalign.errors import SelfalignError
+from selfalign.given import Given, SelfRewarding
+from selfalign.judges.bench import OWN_MODELS, asks_a_server
+from selfalign.judges.expected import ExpectedScore, score_tokens
+from selfalign.judges.referee import Referee, verdict_tokens
+from selfalign.longest import asks, writes
+from selfalign.losses import Positives
+from selfalign.models import PolicyFiles
+from selfalign.records import Demonstration, PreferencePair, Prompt, stream_records
+from selfalign.stages.align import augmentation_of
+from selfalign.stages.seeds import EvaluationFineTuning
+from selfalign.store import Artefact
+from selfalign.tokenization import encode_prompt, plain_ids
+
+if TYPE_CHECKING:
+    from selfalign.config import ExperimentConfig
+
+
+def check_requirements(config: "ExperimentConfig", base: Artefact, given: Given) -> None:
+    """Refuses a run that M0 cannot be taken through.
+
+    Args:
+        config: the experiment.
+        base: M0; its counts tell what it can do.
+        given: the run's data.
+
+    Raises:
+        SelfalignError: with everything that stands against it, a line each.
+    """
+    checks = (_lengths, _writing, _prompts_of_judges, _augmentation, _dropout, _quantisation, _conversations, _judges)
+    problems = [problem for check in checks for problem in check(config, base, given)]
+    if problems:
+        raise SelfalignError("\n".join(problems))
+
+
+def _lengths(config: "ExperimentConfig", base: Artefact, given: Given) -> Iterator[str]:
+    context = base.counts["context"]
+    for key, length in _used_lengths(config, given).items():
+        if length > context:
+            yield f"{key}.max_length={length} is above the model's context of {context} tokens: set it to that or less"
+
+
+def _used_lengths(config: "ExperimentConfig", given: Given) -> dict[str, int]:
+    """{setting: longest sequence} of the trainings there are."""
+    positives = isinstance(config.loss, Positives)
+    taught = given.seeds.counts["ift"] + given.seeds.counts["eft"] or positives
+    used = {"sft": taught, "align": not positives}
+    return {f"train.{name}": getattr(config.train, name).max_length for name, is_used in used.items() if is_used}
+
+
+def _writing(config: "ExperimentConfig", base: Artefact, given: Given) -> Iterator[str]:
+    """What the run's own models write leaves a prompt some room."""
+    context, data, choose = base.counts["context"], config.data, config.train.choose
+    writers: dict[str, Any] = {}
+    if isinstance(data, SelfRewarding):
+        writers["data.respond"] = data.respond
+        if not data.instruct.source and not data.instruct.fixed_writer:
+            writers["data.instruct"] = data.instruct
+    if config.evaluate.instructions:
+        writers["evaluate"] = config.evaluate
+    if choose.every_steps:
+        writers["train.choose"] = choose
+    longest = {f"{key}.sampling.max_new_tokens": writer.sampling.max_new_tokens for key, writer in writers.items()}
+    for name, benchmark in config.benchmark.items():
+        if isinstance(benchmark, MTBench):
+            longest[f"benchmark.{name}.max_new_tokens"] = benchmark.max_new_tokens
+        elif isinstance(benchmark, AlpacaEval):
+            longest[f"benchmark.{name}.sampling.max_new_tokens"] = benchmark.sampling.max_new_tokens
+    for key, tokens in longest.items():
+        if tokens >= context:
+            yield f"{key}={tokens} leaves no token of the model's context of {context} for a prompt: lower it"
+
+
+def _prompts_of_judges(config: "ExperimentConfig", base: Artefact, given: Given) -> Iterator[str]:
+    """The prompts of the run's own judges leave room for a response, and in examples of judging too."""
+    context, choose, seeds = base.counts["context"], config.train.choose, config.data.seeds
+    tokenizer = PolicyFiles(base.path).load_tokenizer()
+    judges = {
+        "judge": config.judge,
+        "evaluate.head_to_head": config.evaluate.head_to_head,
+        "evaluate.preferences.judge": config.evaluate.preferences.judge,
+        "train.choose.head_to_head": choose.head_to_head if choose.every_steps else None,
+    }
+    own = {key: one for key, one in judges.items() if one and not asks_a_server(one) and one.model in OWN_MODELS}
+    if not base.counts["chat_template"]:
+        return
+    for key, judge in own.items():
+        asked, written = len(encode_prompt(tokenizer, asks(judge)("-", "-"))), writes(judge)
+        if asked + written > context:
+            yield (
+                f"{key}.prompt takes {asked} tokens before any response, and the judge writes {written} more: over the "
+                f"model's context of {context}"
+            )
+        taught = key == "judge" and seeds.ranked and seeds.evaluation_fine_tuning != EvaluationFineTuning.none
+        if taught and asked >= (longest := config.train.sft.max_length):
+            yield (
+                f"judge.prompt takes {asked} tokens before any response, so no example of judging fits into "
+                f"train.sft.max_length={longest}: raise it or shorten the prompt"
+            )
+
+
+def _augmentation(config: "ExperimentConfig", base: Artefact, given: Given) -> Iterator[str]:
+    """p leaves room for x and a response."""
+    p = None if isinstance(config.loss, Positives) else augmentation_of(config.loss)
+    if p is None:
+        return
+    tokenizer, context = PolicyFiles(base.path).load_tokenizer(), base.counts["context"]
+    if (asked := len(plain_ids(tokenizer, p.text(tokenizer).text))) >= context:
+        yield (
+            f"loss.refinement.prompt takes {asked} tokens, so no pair fits behind it into the model's context of "
+            f"{context}: shorten it"
+        )
+
+
+def _dropout(config: "ExperimentConfig", base: Artefact, given: Given) -> Iterator[str]:
+    for key, optimization in (("train.sft", config.train.sft), ("train.align", config.train.align)):
+        if optimization.dropout and not base.counts["dropout"]:
+            yield f"{key}.dropout={optimization.dropout}: this model has no dropout that could be set: set it to 0"
+
+
+def _quantisation(config: "ExperimentConfig", base: Artefact, given: Given) -> Iterator[str]:
+    stored = PolicyFiles(base.path).quantization
+    if stored and not config.model.lora.rank:
+        yield (
+            f"model.path: its weights are quantised ({stored['quantization']}), and model.lora.rank=0 asks to train "
+            "them: set model.lora.rank, such as 16"
+        )
+
+
+def _conversations(config: "ExperimentConfig", base: Artefact, given: Given) -> Iterator[str]:
+    """Whether the chat template takes what the data have."""
+    if not base.counts["chat_template"]:
+        asked = isinstance(config.data, SelfRewarding) or given.questions or config.benchmark
+        record = None if asked else next((name for name, prompt in _prompts(given) if isinstance(prompt, list)), None)
+        if asked or record:
+            where = f"record {record}" if record else "the run"
+            yield (
+                f"{where} has conversations, and the model's tokenizer has no chat template: give one with "
+                "model.chat_template=FILE (a Jinja file), or take model.chat_template=shipped:dialogue"
+            )
+    elif not base.counts["system_turns"]:
+        for name, prompt in _prompts(given):
+            if isinstance(prompt, list) and prompt[0]["role"] == "system":
+                yield (
+                    f"record {name} has a system turn, which the model's chat template does not take: leave it out, or "
+                    "give another template with model.chat_template=FILE"
+                )
+                return
+
+
+def _prompts(given: Given) -> Iterator[tuple[str, Prompt]]:
+    """(id, prompt) of what is trained or measured on."""
+    kinds = ((given.seeds, "demonstrations", Demonstration), (given.pairs, "pairs", PreferencePair))
+    for artefact, name, kind in (*kinds, (given.preferences, "pairs", PreferencePair)):
+        if artefact is not None and (file := artefact.path / f"{name}.jsonl").stat().st_size:
+            yield from ((record.id, record.prompt) for record in stream_records(file, kind))
+
+
+def _judges(config: "ExperimentConfig", base: Artefact, given: Given) -> Iterator[str]:
+    """Whether the run's own models can give scores and verdicts as single tokens."""
+    tokenizer = PolicyFiles(base.path).load_tokenizer()
+    own = ("self", "sft", "base")
+    if not tokenizer.chat_template:
+        return
+    try:
+        if isinstance(config.judge, ExpectedScore) and config.judge.model in own:
+            score_tokens(tokenizer, config.judge.low, config.judge.high)
+        compared = config.train.choose.head_to_head if config.train.choose.every_steps else None
+        for judge in (config.judge, config.evaluate.head_to_head, compared):
+            if isinstance(judge, Referee) and judge.model in own and not judge.endpoint.base_url:
+                verdict_tokens(tokenizer, judge.key)
+    except SelfalignError as error:
+        yield str(error)

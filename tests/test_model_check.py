@@ -1,0 +1,274 @@
+"""The check of a fetched model: what is packed, padded, written one by one or refused, and that it is right."""
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, LONGROPE, REFUSED, SIZES, Architecture, as_policy
+from builders import ROOT
+from torch import Tensor, nn
+
+from selfalign import model_trials
+from selfalign.batches import Group, make_batch
+from selfalign.capabilities import Capabilities
+from selfalign.errors import SelfalignError
+from selfalign.generation import Request, Sampling, TransformersGenerator
+from selfalign.model_check import check_model
+from selfalign.models import Policy, PolicyFiles
+from selfalign.scoring import Scorer, make_scoring, set_dropout
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # Of other people's models.
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    warnings.simplefilter("ignore")
+
+
+def greedy(policy: Policy, prompts: list[list[int]], count: int) -> list[list[int]]:
+    """What a loop without a cache writes."""
+    texts: list[list[int]] = []
+    with torch.no_grad():
+        for prompt in prompts:
+            ids = list(prompt)
+            for _ in range(count):
+                ids.append(int(policy.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+            texts.append(ids[len(prompt) :])
+    return texts
+
+
+def plain_sums(policy: Policy, groups: list[Group]) -> Tensor:
+    """Summed log-probabilities by a plain forward pass for each response."""
+    sums: list[Tensor] = []
+    with torch.no_grad():
+        for group in groups:
+            for response in group.responses:
+                ids = torch.tensor([[*group.prompt, *response]])
+                logps = policy.model(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1)
+                sums.append(logps.gather(1, ids[0, 1:, None])[len(group.prompt) - 1 :].sum())
+    return torch.stack(sums)
+
+
+GROUPS = [
+    Group(id="long", prompt=list(range(40, 70)), responses=[[7, 8, 9, 10, 11, 12, 13], [21, 5]], given=[0, 0]),
+    Group(id="short", prompt=[3, 4, 5], responses=[[30, 31, 32], [33]], given=[0, 0]),
+]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architecture_is_used_in_the_way_that_is_right_for_it(name: str, tmp_path: Path) -> None:
+    expected = ARCHITECTURES[name]
+    files = as_policy(expected.build(), tmp_path)
+    counts = check_model(files, "float32")
+    found = Capabilities.load(tmp_path)
+    assert (found.packs, found.writes, found.dropout) == (expected.packs, expected.writes, expected.dropout)
+    assert counts["scores"] == ("packed" if expected.packs else "padded")
+    assert any("batches are padded instead" in note for note in counts["notes"]) != expected.packs
+
+    policy = files.load("float32", device="cpu")
+    own = plain_sums(policy, GROUPS)
+    prompts, count = [GROUPS[0].prompt, GROUPS[1].prompt], 8
+    written = greedy(policy, prompts, count)
+    generator = TransformersGenerator(policy, batch_tokens=1 << 20)
+    generator.stops = torch.tensor([written[1][3]])
+    requests = [Request(prompt=prompt, seeds=[0, 1]) for prompt in prompts]
+    made = generator.write(requests, Sampling(temperature=0, max_new_tokens=count))
+    for text, completions in zip(written, made, strict=True):
+        stop = text.index(written[1][3]) + 1 if written[1][3] in text else count
+        assert [completion.ids for completion in completions] == [text[:stop]] * 2
+
+    scored = torch.tensor(Scorer(files.load("float32", device="cpu"), 1 << 20).score(GROUPS)).flatten()
+    torch.testing.assert_close(scored, own, rtol=1e-4, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("CPM-Ant", "CpmAntForCausalLM gives other probabilities when it writes than when it reads the whole text"),
+        ("Phi-2", "PhiForCausalLM: its output layer is a Linear, not a plain linear one without bias"),
+    ],
+)
+def test_model_that_could_not_be_scored_is_refused_when_it_is_fetched(name: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(SelfalignError, match=said):
+        check_model(as_policy(REFUSED[name].build(), tmp_path), "float32")
+
+
+def test_readme_names_what_is_packed_padded_written_one_by_one_and_refused() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text[text.index("**Architectures.**") :]
+    rows = {
+        "packed": [name for name, one in ARCHITECTURES.items() if one.packs],
+        "padded, several": [name for name, one in ARCHITECTURES.items() if not one.packs and one.writes == "batches"],
+        "one prompt at a time": [name for name, one in ARCHITECTURES.items() if one.writes == "prompts"],
+        "without a cache": [name for name, one in ARCHITECTURES.items() if one.writes == "without_cache"],
+        "refused": list(REFUSED),
+    }
+    for how, names in rows.items():
+        [line] = [line for line in table.splitlines() if line.startswith("|") and how in line.split("|")[1]]
+        assert {name.strip() for name in line.split("|")[2].split(",")} == set(names), how
+
+
+# --- dropout -----------------------------------------------------------------------------------------------------
+
+
+def logits_in_training(model: Any, rate: float) -> tuple[Tensor, Tensor]:
+    """Two passes in training mode."""
+    ids = torch.arange(3, 20)[None]
+    set_dropout(model, rate)
+    model.train()
+    with torch.no_grad():
+        return model(input_ids=ids).logits, model(input_ids=ids).logits
+
+
+@pytest.mark.parametrize(
+    ("config", "settings"),
+    [
+        ("LlamaConfig", {"attention_dropout": 0}),
+        ("LlamaConfig", {"attention_dropout": 0.3}),
+        ("FalconConfig", {"new_decoder_architecture": True, "hidden_dropout": 0.3, "attention_dropout": 0.3}),
+        ("FalconConfig", {"new_decoder_architecture": True}),
+        ("PersimmonConfig", {"attention_dropout": 0.3}),
+        ("GPTJConfig", {"attn_pdrop": 0.3, "resid_pdrop": 0.3, "embd_pdrop": 0.3}),
+        ("PhimoeConfig", {"num_local_experts": 4}),
+    ],
+    ids=["integer_rate", "llama", "falcon", "falcon_default", "persimmon", "gptj", "router_noise"],
+)
+def test_dropout_is_what_is_asked_for_and_the_saved_config_is_the_models_own(
+    config: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    sizes = {"vocab_size": 320, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4} if "GPTJ" in config else SIZES
+    model = Architecture(config, {**sizes, **settings}).build()
+    before = model.config.to_dict()
+    for rate, differs in ((0.0, False), (0.5, True), (0.0, False)):
+        one, other = logits_in_training(model, rate)
+        assert torch.equal(one, other) != differs
+    assert model.config.to_dict() == before
+    model.save_pretrained(tmp_path)
+    assert type(model.config).from_pretrained(tmp_path).to_dict().get("attention_dropout") == before.get(
+        "attention_dropout"
+    )
+
+
+def test_noise_that_cannot_be_switched_off_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = as_policy(ARCHITECTURES["Llama"].build(), tmp_path)
+    rates = iter([0.0, 0.3, 0.3])  # The first is that of the gradient's check.
+    monkeypatch.setattr(model_trials, "set_dropout", lambda model, rate: set_dropout(model, next(rates)))
+    with pytest.raises(SelfalignError, match="LlamaForCausalLM drops activations in training whatever is asked for"):
+        check_model(files, "float32")
+
+
+# --- gradient ----------------------------------------------------------------------------------------------------
+
+
+class Deaf(nn.Module):
+    """A layer that computes but lets no gradient back, as a kernel for inference."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden: Tensor, *rest: Any, **more: Any) -> Any:
+        return self.layer(hidden.detach(), *rest, **more)
+
+
+class Wrong(torch.autograd.Function):
+    """A backward that is off by a factor."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor) -> Tensor:
+        return hidden.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return 2 * gradients[0]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda model: Deaf(model.model.norm), "LlamaForCausalLM: the gradient behind the embedding is lost"),
+        (
+            lambda model: _doubling(model.model.norm),
+            r"the gradient behind the embedding says \S+ where log-probabilities change by",
+        ),
+    ],
+    ids=["none", "twice"],
+)
+def test_model_whose_gradient_is_lost_or_wrong_is_refused(
+    spoil: Any, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, load = as_policy(ARCHITECTURES["Llama"].build(), tmp_path), PolicyFiles.load
+
+    def spoilt(self: PolicyFiles, *args: Any, **options: Any) -> Policy:
+        policy = load(self, *args, **options)
+        policy.model.model.norm = spoil(policy.model)
+        return policy
+
+    monkeypatch.setattr(PolicyFiles, "load", spoilt)
+    with pytest.raises(SelfalignError, match=said):
+        check_model(files, "float32")
+
+
+def _doubling(norm: nn.Module) -> nn.Module:
+    norm.register_forward_hook(lambda module, inputs, output: Wrong.apply(output))
+    return norm
+
+
+# --- lengths and vocabulary --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "context"),
+    [
+        ({"rope_parameters": LONGROPE, "original_max_position_embeddings": 32}, 32),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}, 256),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+                              "original_max_position_embeddings": 64}}, 256),
+        ({}, 256),
+    ],
+    ids=["longrope", "dynamic", "yarn", "plain"],
+)  # fmt: skip
+def test_sequences_end_where_rotations_would_depend_on_the_longest_of_a_batch(
+    settings: dict[str, Any], context: int, tmp_path: Path
+) -> None:
+    model = Architecture("Phi3Config" if context == 32 else "LlamaConfig", {**SIZES, **settings}).build()
+    files = as_policy(model, tmp_path)
+    assert files.context == check_model(files, "float32")["context"] == context
+
+
+def test_a_short_text_beside_a_long_one_is_worth_something_else_beyond_that_length(tmp_path: Path) -> None:
+    """What the limit is for."""
+    settings = {**SIZES, "rope_parameters": LONGROPE, "original_max_position_embeddings": 32}
+    policy = Policy(Architecture("Phi3Config", settings).build(), None, "")  # pyright: ignore[reportArgumentType]
+    make_scoring(policy)
+    short = GROUPS[1]
+    long = Group(id="l", prompt=list(range(60)), responses=[[1, 2]], given=[0])
+
+    def value(groups: list[Group]) -> float:
+        batch = make_batch(policy.model, groups)
+        with torch.no_grad():
+            return float(policy.model(predict_at=batch.predict_at, targets=batch.targets, **batch.inputs)[:3].sum())
+
+    assert abs(value([short]) - value([short, long])) > 0.01
+
+
+def test_token_without_a_row_in_the_embedding_is_named(tmp_path: Path) -> None:
+    files = as_policy(ARCHITECTURES["Llama"].build(), tmp_path)
+    tokenizer = files.load_tokenizer()
+    tokenizer.add_tokens([f"<extra{n}>" for n in range(60)])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(SelfalignError, match=r"a token '<extra59>' with id 343, and .* only 320 rows"):
+        check_model(files, "float32")
+
+
+def test_capabilities_go_on_to_what_is_trained_from_the_model(tmp_path: Path) -> None:
+    files = as_policy(ARCHITECTURES["Qwen3.5"].build(), tmp_path / "M0")
+    check_model(files, "float32")
+    policy = files.load("float32")
+    (tmp_path / "M1").mkdir()
+    PolicyFiles(tmp_path / "M1").save(policy, files)
+    assert Capabilities.load(tmp_path / "M1") == Capabilities.load(tmp_path / "M0") != Capabilities()
+    assert replace(policy, digest="").capabilities.writes == "prompts"

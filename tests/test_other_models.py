@@ -1,0 +1,269 @@
+"""Models as other people have them: quantised files, adapters, odd tokenizers, code of their own, hybrids."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, as_policy
+from builders import TINY_RUN, composed, logits_of, policy_artefact, record_files, run, workspace, write_tiny_data
+from test_boundary import NO_SYSTEM
+
+from selfalign.errors import SelfalignError
+from selfalign.models import LoRA, ModelConfig, PolicyFiles
+from selfalign.pretrained import fetch_pretrained, identify_source
+from selfalign.stages.pretrained import pretrained
+
+ASIDE = ["data.seeds.evaluation_fine_tuning=none", "data.seeds.ranked=''", "evaluate=none", "iterations=1"]
+GIVEN_PAIRS = [*(one for one in TINY_RUN if not one.startswith(("data.instruct", "data.respond"))), "data=pairs"]
+
+
+@pytest.fixture
+def mine(tiny_policy: PolicyFiles, tmp_path: Path) -> Path:
+    """A model as a user has it: weights and tokenizer in one folder."""
+    folder = tmp_path / "mine"
+    policy = tiny_policy.load("float32")
+    policy.model.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_pairs(folder: Path, *, system: bool = False) -> str:
+    """Preference pairs as a user has them; the override that names them."""
+    turns = [{"role": "system", "content": "Be brief."}] if system else []
+    rows = [
+        {
+            "prompt": [*turns, {"role": "user", "content": f"Name a {thing}."}],
+            "chosen": [{"role": "assistant", "content": f"A good {thing}."}],
+            "rejected": [{"role": "assistant", "content": "No."}],
+        }
+        for thing in ("river", "lake", "city", "sea")
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return f"data.path={folder / 'pairs.jsonl'}"
+
+
+def adapter_of(mine: Path, folder: Path) -> tuple[Path, torch.Tensor]:
+    """A LoRA adapter on the model, in a folder of its own, and what the two say together."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    settings = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(mine), settings)
+    model.peft_config["default"].base_model_name_or_path = str(mine)
+    model.save_pretrained(folder)
+    with torch.no_grad():
+        return folder, model(input_ids=torch.arange(5, 25)[None]).logits
+
+
+# --- adapters ----------------------------------------------------------------------------------------------------
+
+
+def test_adapter_as_a_model_is_its_base_and_itself_together(mine: Path, tmp_path: Path) -> None:
+    folder, expected = adapter_of(mine, tmp_path / "adapter")
+    config = ModelConfig(path=str(folder))
+    (tmp_path / "M0").mkdir()
+    policy = fetch_pretrained(config, tmp_path / "M0").load("float32")
+    with torch.no_grad():
+        found = policy.model(input_ids=torch.arange(5, 25)[None]).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert not hasattr(policy.model, "peft_config")
+    assert policy.tokenizer.chat_template
+
+
+def test_another_base_under_the_same_path_is_another_model(mine: Path, tmp_path: Path) -> None:
+    folder, _ = adapter_of(mine, tmp_path / "adapter")
+    before = identify_source(ModelConfig(path=str(folder)))
+    from safetensors.torch import load_file, save_file
+
+    changed = {name: value + 0.01 for name, value in load_file(mine / "model.safetensors").items()}
+    save_file(changed, mine / "model.safetensors", metadata={"format": "pt"})
+    assert identify_source(ModelConfig(path=str(folder))) != before
+
+
+@pytest.mark.parametrize(
+    ("spoil", "settings", "said"),
+    [
+        (
+            lambda mine, adapter: shutil.rmtree(mine),
+            {},
+            "its base cannot be used: model.path: no folder",
+        ),
+        (lambda mine, adapter: None, {"dtype": "bfloat16"}, "model.dtype=bfloat16 would round it away"),
+        (lambda mine, adapter: quantise(mine), {}, r"its base is quantised \(bitsandbytes\)"),
+    ],
+    ids=["base_gone", "bfloat16", "quantised_base"],
+)
+def test_adapter_whose_sum_cannot_be_made_is_refused_in_one_line(
+    spoil: Any, settings: dict[str, str], said: str, mine: Path, tmp_path: Path
+) -> None:
+    folder, _ = adapter_of(mine, tmp_path / "adapter")
+    spoil(mine, folder)
+    (tmp_path / "M0").mkdir()
+    with pytest.raises(SelfalignError, match=said) as refused:
+        fetch_pretrained(ModelConfig(path=str(folder), **settings), tmp_path / "M0")
+    assert "\n" not in str(refused.value)
+
+
+# --- quantised files ---------------------------------------------------------------------------------------------
+
+
+def quantise(folder: Path) -> Path:
+    """The model's files in 4 bits, as many a hub has them."""
+    pytest.importorskip("bitsandbytes", reason="needs the extra qlora")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_files_in_four_bits_are_never_merged_into_and_say_so_in_the_identity(mine: Path, tmp_path: Path) -> None:
+    config = ModelConfig(path=str(quantise(mine)), lora=LoRA(rank=4))
+    out = workspace(tmp_path / "M0")
+    counts = pretrained(out, model=config, source="x")
+    files = PolicyFiles(out.path)
+    assert files.quantization == {"quantization": "bitsandbytes"}
+    assert counts["scores"] == "packed"
+    from selfalign.training import Weights, prepare
+
+    trained = files.load("float32", trainable=True)
+    prepare(trained, files, Weights(dtype="float32", lora=LoRA(rank=4), seed=0), 0.0)
+    with torch.no_grad():
+        for name, parameter in trained.model.named_parameters():
+            if "lora_B" in name:
+                parameter += 0.05
+    (tmp_path / "M1").mkdir()
+    PolicyFiles(tmp_path / "M1").save(trained, files)
+    apart, together = (PolicyFiles(tmp_path / "M1").load("float32", trainable=one) for one in (True, False))
+    assert hasattr(together.model, "peft_config")
+    assert torch.equal(logits_of(apart), logits_of(together))
+    assert not torch.equal(logits_of(together), logits_of(files.load("float32")))
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_run_on_files_in_four_bits_needs_an_adapter_and_says_so_before_training(
+    rank: int, mine: Path, tmp_path: Path
+) -> None:
+    model = ["model=pretrained", f"model.path={quantise(mine)}", f"model.lora.rank={rank}"]
+    told = [
+        *TINY_RUN,
+        *write_tiny_data(tmp_path / "data"),
+        *ASIDE,
+        *model,
+        "data=pairs",
+        write_pairs(tmp_path / "data"),
+    ]
+    told = [one for one in told if not one.startswith(("data.instruct", "data.respond"))]
+    if rank:
+        run(tmp_path / "out", *told)
+        return
+    with pytest.raises(SelfalignError, match=r"its weights are quantised \(bitsandbytes\).* set model\.lora\.rank"):
+        run(tmp_path / "out", *told)
+    assert not list((tmp_path / "out" / "store").glob("sft/*"))
+
+
+# --- what cannot be a policy -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"model_type": "t5", "is_encoder_decoder": True}, r"is no causal language model \(t5\)"),
+        ({"model_type": "vit"}, r"is no causal language model \(vit\)"),
+        ({"model_type": "brand_new"}, r"is of an architecture, 'brand_new', that transformers [\d.]+ lacks"),
+        ({"model_type": "mine", "auto_map": {"AutoModelForCausalLM": "m.M"}},
+         r"comes with the code of its architecture, 'mine': read that code, then set model\.trust_remote_code=true"),
+    ],
+    ids=["encoder_decoder", "no_language_model", "unknown", "custom_code"],
+)  # fmt: skip
+def test_folder_that_is_no_policy_is_refused_by_its_kind(
+    settings: dict[str, Any], said: str, mine: Path, tmp_path: Path
+) -> None:
+    config = json.loads((mine / "config.json").read_text())
+    (mine / "config.json").write_text(json.dumps({**config, **settings}))
+    with pytest.raises(SelfalignError, match=said):
+        fetch_pretrained(ModelConfig(path=str(mine)), tmp_path)
+
+
+def test_weights_in_a_form_whose_library_is_missing_name_it(mine: Path, tmp_path: Path) -> None:
+    config = json.loads((mine / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False}
+    (mine / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SelfalignError, match=r"loading its weights needs another package: .*GPTQ"):
+        fetch_pretrained(ModelConfig(path=str(mine)), tmp_path)
+
+
+# --- what is asked of M0, before training ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told", "said"),
+    [
+        (
+            lambda mine: None,
+            ["train.sft.max_length=4096"],
+            "max_length=4096 is above the model's context of 2048",
+        ),
+        (
+            lambda mine: (mine / "chat_template.jinja").unlink(),
+            [],
+            "the run has conversations, and .* no chat template",
+        ),
+    ],
+    ids=["too_long", "no_template"],
+)
+def test_what_the_model_cannot_do_is_known_before_anything_is_trained(
+    spoil: Any, told: list[str], said: str, mine: Path, tmp_path: Path
+) -> None:
+    spoil(mine)
+    data = [*write_tiny_data(tmp_path / "data"), *ASIDE, write_pairs(tmp_path / "data")]
+    with pytest.raises(SelfalignError, match=said):
+        run(tmp_path / "out", *GIVEN_PAIRS, *data, "model=pretrained", f"model.path={mine}", *told)
+    assert not list((tmp_path / "out" / "store").glob("sft/*"))
+
+
+def test_system_turn_in_the_data_that_the_template_refuses_names_the_record(mine: Path, tmp_path: Path) -> None:
+    template = mine / "chat_template.jinja"
+    template.write_text(NO_SYSTEM + template.read_text())
+    data = [*write_tiny_data(tmp_path / "data"), *ASIDE, write_pairs(tmp_path / "data", system=True)]
+    with pytest.raises(SelfalignError, match=r"record \w+ has a system turn, which .* does not take"):
+        run(tmp_path / "out", *GIVEN_PAIRS, *data, "model=pretrained", f"model.path={mine}")
+    assert not list((tmp_path / "out" / "store").glob("sft/*"))
+
+
+def test_dropout_that_the_model_lacks_is_refused_before_training(tmp_path: Path) -> None:
+    files = as_policy(ARCHITECTURES["LFM2"].build(), tmp_path / "M0")
+    folder = tmp_path / "mine"
+    shutil.copytree(files.path / "weights", folder)
+    shutil.copytree(files.path / "tokenizer", folder, dirs_exist_ok=True)
+    told = [*TINY_RUN, *write_tiny_data(tmp_path / "data"), "model=pretrained", f"model.path={folder}"]
+    lengths = ["train.sft.max_length=200", "train.align.max_length=200", "train.align.dropout=0.1"]
+    with pytest.raises(SelfalignError, match=r"align\.dropout=0\.1: this model has no dropout that"):
+        run(tmp_path / "out", *told, *lengths)
+    assert composed(*told)[0].train.align.dropout == 0
+    assert policy_artefact(files).path == files.path
+
+
+def test_hybrid_model_goes_through_the_whole_loop(tmp_path: Path) -> None:
+    files = as_policy(ARCHITECTURES["LFM2"].build(), tmp_path / "M0")
+    folder = tmp_path / "mine"
+    shutil.copytree(files.path / "weights", folder)
+    shutil.copytree(files.path / "tokenizer", folder, dirs_exist_ok=True)
+    rubric = "judge.prompt='Grade {instruction} of {response}'"
+    told = [*TINY_RUN, *write_tiny_data(tmp_path / "data"), "model=pretrained", f"model.path={folder}", rubric]
+    lengths = [
+        "train.sft.max_length=200",
+        "train.align.max_length=200",
+        "iterations=1",
+        "data.instruct.seed_demonstrations=1",
+    ]
+    short = ["data.instruct.prompt=Tasks", "evaluate.head_to_head=null"]
+    made = record_files(run(tmp_path / "out", *told, *lengths, *short))
+    assert {"artefacts/M2/weights/model.safetensors", "artefacts/iteration_1/pairs/pairs.jsonl"} <= made.keys()
