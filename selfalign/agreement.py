@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from selfalign.records import Judgement, RankedAnswers
-from selfalign.statistics import bootstrap_ratio, correlation, entropy
+from selfalign.statistics import bootstrap_ratio, bootstrap_share, correlation, entropy
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ def judge_quality(questions: Sequence[Question], top: float | None) -> dict[str,
         ("exact_match", exact),
         ("five_best", [question.tops(math.inf if top is None else top) for question in questions]),
     ):
-        measured |= bootstrap_ratio(parts).known(f"judge_quality/{name}")
+        measured |= bootstrap_share(parts).known(f"judge_quality/{name}")
     for kind in ("spearman", "kendall"):
         values = [question.correlation(kind) for question in questions]
         measured["judge_quality/undefined"] = values.count(None)

@@ -16,7 +16,9 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from selfalign.benchmarks.alpaca_eval import AlpacaEval
 from selfalign.benchmarks.lm_eval import LmEval
 from selfalign.benchmarks.mt_bench import MTBench
+from selfalign.checkpoint_selection import CheckpointComparator
 from selfalign.errors import SelfalignError
+from selfalign.feasibility import check_counts
 from selfalign.generation import Transformers
 from selfalign.given import Pairs, SelfRewarding
 from selfalign.losses import DPO, IPO, ODPO, Positives, SrDPO, SrIPO
@@ -114,6 +116,7 @@ class ExperimentConfig:
         self._check_evaluation_fine_tuning()
         self._check_judge()
         self._check_benchmarks()
+        check_counts(self)
 
     def _check_evaluation_fine_tuning(self) -> None:
         """What its examples need is there."""
@@ -148,8 +151,6 @@ class ExperimentConfig:
                 )
             if self.evaluate.instructions and self.evaluate.judge == "base":
                 raise SelfalignError("evaluate.judge=base has no reference, which judge=implicit needs: set sft")
-        if isinstance(self.judge, Pairwise) and self.train.choose.every_steps:
-            raise SelfalignError("judge=pairwise cannot score the single answers of train.choose: set another one")
 
 
 COMPONENTS: dict[str, dict[str, type]] = {
@@ -171,7 +172,7 @@ COMPONENTS: dict[str, dict[str, type]] = {
         "positives": PositivesOnly,
     },
     "loss": {"dpo": DPO, "ipo": IPO, "sr_dpo": SrDPO, "sr_ipo": SrIPO, "odpo": ODPO, "positives": Positives},
-    "train": {"train": TrainConfig},
+    "train": {"train": TrainConfig, "head_to_head": CheckpointComparator},
     "evaluate": {"evaluate": EvaluateConfig, "head_to_head": HeadToHead},
     "benchmark": {"mt_bench": MTBench, "alpaca_eval": AlpacaEval, "lm_eval": LmEval},
     "track": {"wandb": Wandb, "none": NoTracking},

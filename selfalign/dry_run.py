@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from selfalign.config import ExperimentConfig
 
 BOUND = (
-    "An upper bound: every prompt with its response fills max_length, and every text max_new_tokens. Not in it:\n"
-    "prompts for new instructions that give none, judgements that are tried again, and benchmarks."
+    "An upper bound: every prompt with its response fills max_length, every text max_new_tokens, and new instructions\n"
+    "take all their batches. Not in it: judgements that are tried again, and benchmarks."
 )
 ELSEWHERE = "The engine of generate=vllm or generate=server ends texts where it likes; its memory is not in it either."
 

@@ -12,7 +12,7 @@ from selfalign.run import Maker
 from selfalign.stages.benchmark import benchmark
 from selfalign.stages.compare import compare
 from selfalign.stages.divergence import divergence
-from selfalign.stages.evaluate import Answered, Judged, evaluate, opponents
+from selfalign.stages.evaluate import Answered, Judged, compares_on, evaluate, opponents
 from selfalign.stages.judge import Pairwise
 from selfalign.stages.respond import RespondConfig, respond
 from selfalign.store import Artefact
@@ -31,7 +31,7 @@ class Evaluation:
         given: the evaluation instructions and the held-out ranked answers.
         judging: judges with the run's judge.
         answered: {model: its answers and their scores}, of those measured so far.
-        contents: {benchmark: digests of the files it reads}; what is missing is so known before any training.
+        conversed: {benchmark: {model: its answers}}, of those whose questions models are compared on.
     """
 
     config: "ExperimentConfig"
@@ -39,12 +39,11 @@ class Evaluation:
     given: Given
     judging: Judging
     answered: dict[str, Answered] = field(default_factory=dict)
+    conversed: dict[str, dict[str, Artefact]] = field(default_factory=dict)
     held_out: HeldOutPairs = field(init=False)
-    contents: dict[str, dict[str, str]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.held_out = HeldOutPairs(self.config, self.run, self.given)
-        self.contents = {name: made.sources(f"benchmark.{name}") for name, made in self.config.benchmark.items()}
 
     def measure(self, name: str, models: Models, *, judging_only: bool = False) -> None:
         """Measures the newest model: its answers against those of the models before, and its judging, or that alone."""
@@ -98,19 +97,9 @@ class Evaluation:
         others = {name: opponent for name, (opponent, _) in self.answered.items()}
         if self.given.outputs is not None:
             others["given"] = self.given.outputs
+        names = opponents(self.config.evaluate, list(self.answered)) + ["given"] * (self.given.outputs is not None)
         compared = {
-            name: self.run.make(
-                f"{place}/against_{name}",
-                compare,
-                judge=judge,
-                policy=self._referee(models),
-                instructions=asked,
-                answers=answers,
-                opponent=others[name],
-                generate=self.config.generate,
-                seed=self._seed(),
-            )
-            for name in opponents(self.config.evaluate, list(self.answered))
+            name: self._head_to_head(f"{place}/against_{name}", models, asked, answers, others[name]) for name in names
         }
         endings = {
             "": next(iter(self.answered), ""),
@@ -119,9 +108,22 @@ class Evaluation:
         }
         return {ending: compared[name] for ending, name in endings.items() if name in compared}
 
-    def _referee(self, models: Models) -> Artefact | None:
+    def _head_to_head(
+        self, label: str, models: Models, asked: Artefact, answers: Artefact, opponent: Artefact
+    ) -> Artefact:
+        """Compares answers of the newest model with another's."""
         judge = self.config.evaluate.head_to_head
-        return None if asks_a_server(judge) else models.own_or(judge.model, models.referee)
+        return self.run.make(
+            label,
+            compare,
+            judge=judge,
+            policy=None if asks_a_server(judge) else models.own_or(judge.model, models.referee),
+            instructions=asked,
+            answers=answers,
+            opponent=opponent,
+            generate=self.config.generate,
+            seed=self._seed(),
+        )
 
     def _distance(self, place: str, models: Models, asked: Artefact, answers: Artefact) -> Artefact | None:
         if not self.answered:
@@ -137,20 +139,26 @@ class Evaluation:
         return seeds, self.judging.judge(f"{place}/ranked_scores", "self", models, seeds, seeds, "ranked_scores")
 
     def _benchmark(self, name: str, models: Models) -> None:
-        """Puts the newest model through every benchmark."""
+        """Puts the newest model through every benchmark, and compares it there with models before."""
         for label, settings in self.config.benchmark.items():
-            self.run.make(
+            made = self.run.make(
                 f"evaluation_{name}/{label}",
                 benchmark,
                 name=label,
                 benchmark=settings,
-                contents=self.contents[label],
+                contents=self.given.benchmarks[label],
                 model=name,
                 policy=models.newest,
                 judge=models.own_or(settings.judge_model, models.examiners.get(label)),
                 generate=self.config.generate,
                 seed=derive_seed(self.config.seed, "benchmark", label),
             )
+            if compares_on(self.config.evaluate, settings):
+                before = self.conversed.setdefault(label, {})
+                for other in opponents(self.config.evaluate, list(before)):
+                    place = f"evaluation_{name}/{label}_against_{other}"
+                    self._head_to_head(place, models, made, made, before[other])
+                before[name] = made
 
     def _seed(self) -> int:
         return derive_seed(self.config.seed, "evaluation")

@@ -67,14 +67,16 @@ class Given:
         seeds: demonstrations and held-out ranked answers.
         questions: the evaluation instructions.
         outputs: another model's answers to the evaluation instructions, where they are given.
-        validation: the instructions that checkpoints of an alignment compete on, where the last is not simply taken.
+        validation: the instructions that checkpoints of an alignment are compared on, where they are.
         preferences: preference pairs to measure on, where there are any.
         pairs: preference pairs, where they are given.
         instructions: all new instructions, where they are read instead of written.
+        benchmarks: {benchmark: digests of the files it reads}.
     """
 
     config: "ExperimentConfig"
     run: Maker
+    benchmarks: dict[str, dict[str, str]] = field(init=False)
     seeds: Artefact = field(init=False)
     questions: Artefact | None = field(init=False)
     outputs: Artefact | None = None
@@ -85,6 +87,7 @@ class Given:
 
     def __post_init__(self) -> None:
         data, asked, choose = self.config.data, self.config.evaluate, self.config.train.choose
+        self._find_files()
         self.seeds = self._make_seeds("seeds", seeds, data.seeds.evaluation_fine_tuning, judge=self.config.judge)
         self.questions = self._ask("questions", "evaluate.instructions", asked.instructions, asked.count, self.seeds)
         self.validation = self._ask(
@@ -107,8 +110,26 @@ class Given:
                 content=content,
                 held_out=self.held_out,
             )
+            self._check_pairs(data, self.pairs.counts["pairs"])
         else:
             self.instructions = self._ask("instructions", "data.instruct.source", data.instruct.source, 0, None)
+            self._check_instructions(data.instruct)
+
+    def _find_files(self) -> None:
+        """Looks for every file that is read, so that a missing one is known before anything is made."""
+        data, asked = self.config.data, self.config.evaluate
+        sources = {
+            "evaluate.instructions": asked.instructions,
+            "evaluate.against": asked.against,
+            "evaluate.preferences.source": "" if asked.preferences.source == "ranked" else asked.preferences.source,
+            "train.choose.instructions": self.config.train.choose.instructions,
+            "data.path": data.path if isinstance(data, Pairs) else "",
+            "data.instruct.source": "" if isinstance(data, Pairs) else data.instruct.source,
+        }
+        for key, source in sources.items():
+            if source:
+                identify_data(source, key)
+        self.benchmarks = {name: made.sources(f"benchmark.{name}") for name, made in self.config.benchmark.items()}
 
     @property
     def held_out(self) -> list[Artefact]:
@@ -136,7 +157,9 @@ class Given:
         else:
             raise SelfalignError(f"{key}=ranked: no question of data.seeds.ranked is held out")
         inputs = {"source": test.source, "count": test.count, "content": content, "ranked": ranked}
-        return self.run.make("preferences/pairs", preference_test, **inputs)
+        made = self.run.make("preferences/pairs", preference_test, **inputs)
+        _check_enough("evaluate.preferences.count", test.count, made.counts["pairs"], f"pairs of {test.source}")
+        return made
 
     def _make_seeds(self, label: str, stage: StageFunction, how: EvaluationFineTuning, **more: Any) -> Artefact:
         given = self.config.data.seeds
@@ -150,7 +173,40 @@ class Given:
         if not source:
             return None
         content = identify_data(source, key)
-        return self.run.make(label, questions, source=source, count=count, content=content, seeds=taught)
+        made = self.run.make(label, questions, source=source, count=count, content=content, seeds=taught)
+        _check_enough(
+            f"{key.rpartition('.')[0]}.count", count, made.counts["instructions"], f"instructions of {source}"
+        )
+        return made
+
+    def _check_pairs(self, data: Pairs, there: int) -> None:
+        """The data gave as many pairs as are wanted, and more than are set aside."""
+        _check_enough("data.count", data.count, there, f"pairs of {data.path}")
+        if (held_out := self.config.train.held_out_pairs) >= there:
+            raise SelfalignError(f"train.held_out_pairs={held_out} of {there} pairs leaves none to train on: lower it")
+
+    def _check_instructions(self, asked: InstructConfig) -> None:
+        """There are as many seeds as the writer is shown, or as many given instructions as all iterations take."""
+        if self.instructions is not None:
+            wanted, there = asked.count * self.config.iterations, self.instructions.counts["instructions"]
+            if there < wanted:
+                raise SelfalignError(
+                    f"data.instruct.count={asked.count} in each of iterations={self.config.iterations} takes {wanted} "
+                    f"instructions, but data.instruct.source={asked.source} has {there}: lower it or give more"
+                )
+        elif (there := self.seeds.counts["ift"]) < asked.seed_demonstrations:
+            raise SelfalignError(
+                f"data.instruct.seed_demonstrations={asked.seed_demonstrations}, but there are {there} IFT seeds: "
+                "lower it or give more data.seeds.demonstrations"
+            )
+
+
+def _check_enough(key: str, wanted: int, there: int, what: str) -> None:
+    """A count that is set is reached."""
+    if there < wanted:
+        raise SelfalignError(
+            f"{key}={wanted}, but there are {there} usable {what}: lower it (0 takes all) or give more"
+        )
 
 
 def makes_baseline(config: "ExperimentConfig") -> bool:

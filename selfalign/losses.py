@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from selfalign.errors import SelfalignError
-from selfalign.refinement import Refinement
+from selfalign.refinement import Refinement, refinement
 
 Values = Float[Tensor, "pairs"]
 
@@ -148,6 +148,10 @@ class SrDPO:
         check_label_smoothing(self.label_smoothing)
         check_nll_weight(self.nll_weight)
 
+    def delta(self, policy_p: PairLogps, reference_p: PairLogps) -> Values:
+        """Δ of each pair, in units of reward (eq. 11); the arguments are given p⊕x, or x for Δ_naive (eq. 10)."""
+        return refinement(policy_p, reference_p, self.beta)
+
     def __call__(self, policy: PairLogps, reference: PairLogps, refinement: Values | None = None) -> Values:
         offset = self.lam * required(refinement).detach()
         logits = self.beta * log_ratio_margin(policy, reference) - offset
@@ -164,7 +168,8 @@ class SrIPO:
     Attributes:
         beta: the target margin is 1/(2β) nats, plus the refinement's part.
         lam: λ, the weight of the refinement; 0 is IPO.
-        reduction: "sum" or "mean" of log-probabilities over a response's tokens, as in IPO.
+        reduction: "sum" or "mean" of log-probabilities over a response's tokens, as in IPO, and the same in Δ: with
+            "mean" Δ is in units of reward a token, and the target does not depend on length.
         target: "printed" (λΔ) or "exact" (λΔ/β).
         refinement: where Δ comes from.
         nll_weight: weight of the chosen response's negative log-likelihood a token, added to the loss.
@@ -183,6 +188,10 @@ class SrIPO:
         check_choice("loss.reduction", self.reduction, ("sum", "mean"))
         check_choice("loss.target", self.target, ("printed", "exact"))
         check_nll_weight(self.nll_weight)
+
+    def delta(self, policy_p: PairLogps, reference_p: PairLogps) -> Values:
+        """Δ of each pair, reduced as h is; the arguments are given p⊕x, or x for Δ_naive."""
+        return refinement(*reduced(policy_p, reference_p, self.reduction), self.beta)
 
     def __call__(self, policy: PairLogps, reference: PairLogps, refinement: Values | None = None) -> Values:
         h = log_ratio_margin(*reduced(policy, reference, self.reduction))

@@ -2,10 +2,10 @@
 
 Names of training metrics are TRL's where TRL has them. Every row of `metrics.jsonl` has `step` (one count over the
 whole run), `stage`, `iteration` and the values; `METRICS` says what each value means. `held_out/NAME` is NAME over the
-pairs that were set aside, `preferences/NAME` over those of `evaluate.preferences`, `NAME_low` and `NAME_high` are the
-ends of its 95 % interval, and `checkpoint_win_rate/N` is that of the checkpoint after N steps against the one chosen
-before it. `eval/` numbers of head-to-head comparisons are against M1; with `_vs_previous` against M_{t-1}, with
-`_vs_given` against the outputs of `evaluate.against`.
+pairs that were set aside, `preferences/NAME` over those of `evaluate.preferences` (there Δ is summed over tokens
+whatever `loss.reduction` is, so that losses compare), `NAME_low` and `NAME_high` are the ends of its 95 % interval.
+`eval/` numbers of head-to-head comparisons are against M1; with `_vs_previous` against M_{t-1}, with `_vs_given`
+against the outputs of `evaluate.against`.
 BENCHMARK stands for the name of a benchmark, such as mt_bench, whose judge counts what is `judge/…` elsewhere.
 """
 
@@ -28,13 +28,13 @@ METRICS = {
     "rewards/rejected": "mean β[log π - log π_ref] of the rejected responses",
     "rewards/margins": "mean reward of the chosen minus that of the rejected responses",
     "rewards/margins_per_token": "the same with each reward divided by its response's tokens",
-    "rewards/accuracies": "share of pairs whose chosen response has the larger reward, ties not counted",
+    "rewards/accuracies": "share of pairs whose chosen response has the larger reward; a tie counts as not",
     "rewards/ties": "share of pairs with equal rewards",
-    "rewards/accuracies_augmented": "share of pairs with Δ > 0, that is accuracy under p⊕x, ties not counted",
-    "refinement/mean": "mean of Δ over the pairs",
-    "refinement/std": "standard deviation of Δ over the pairs of a step",
-    "refinement/correlation_with_margin": "Pearson's, of Δ and reward margin over the pairs of a step",
-    "refinement/positive_share": "share of pairs with Δ > 0",
+    "rewards/accuracies_augmented": "share of pairs with Δ > 0, that is accuracy under p⊕x; Δ = 0 counts as not",
+    "rewards/ties_augmented": "share of pairs with Δ = 0",
+    "refinement/mean": "mean of Δ over the pairs, in units of reward; of reward a token with loss.reduction=mean",
+    "refinement/std": "standard deviation of Δ over the pairs of a step, in the same units",
+    "refinement/correlation_with_margin": "Pearson's, of Δ and summed reward margin over the pairs of a step",
     "logps/chosen": "mean summed log-probability of the chosen responses, nats",
     "logps/rejected": "mean summed log-probability of the rejected responses, nats",
     "logps/chosen_change": "log π of the chosen responses trained on, after alignment minus before, mean nats a pair",
@@ -43,11 +43,14 @@ METRICS = {
     "logps/rejected_change_per_token": "the same a token: all their nats over all their tokens",
     "rewards/length_correlation": "Pearson's, of implicit reward and tokens over both responses of the training pairs",
     "tokens_per_second": "tokens trained on a second; those of a second pass (p⊕x) count too",
-    "step_seconds": "wall time of an optimiser step; checkpoints and their contest are left out",
+    "step_seconds": "wall time of an optimiser step; checkpoints and their comparison are left out",
     "peak_memory_gb": "the most memory so far of any process, GiB: of its GPU, or resident where there is none",
     "token_accuracy": "share of target tokens that were the most likely ones",
     "held_out_pairs": "preference pairs set aside",
-    "chosen_step": "optimiser step whose policy was taken, where checkpoints compete",
+    "chosen_step": "optimiser step whose policy was taken, where checkpoints are compared",
+    "checkpoint_win_rate/N": "validation instructions that the checkpoint after N steps won against the one before it",
+    "checkpoint_wins/N": "how many it won, in both orders",
+    "checkpoint_losses/N": "how many it lost, in both orders; where these are too many, training stopped there",
     "prompts_cut": "pairs whose prompt lost its beginning to fit into train.align.max_length",
     "novelty": "1 minus an instruction's highest ROUGE-L F1 to a seed or one kept before it, mean over the new ones",
     "distinct_1": "different words among all words of an iteration's new instructions (Li et al. 2016, 1510.03055)",
@@ -221,27 +224,24 @@ def reward_metrics(
     """
     total = float(len(chosen))
     margins = [a - b for a, b in zip(chosen, rejected, strict=True)]
-    ties = sum(margin == 0 for margin in margins)
     metrics = {
         "rewards/chosen": (math.fsum(chosen), total),
         "rewards/rejected": (math.fsum(rejected), total),
         "rewards/margins": (math.fsum(margins), total),
         "rewards/mean_square_margin": (math.fsum(margin * margin for margin in margins), total),
-        "rewards/accuracies": (float(sum(margin > 0 for margin in margins)), total - ties),
-        "rewards/ties": (float(ties), total),
+        "rewards/accuracies": (float(sum(margin > 0 for margin in margins)), total),
+        "rewards/ties": (float(sum(margin == 0 for margin in margins)), total),
     }
     if chosen_tokens:
         lengths = zip(chosen, rejected, chosen_tokens, rejected_tokens, strict=True)
         metrics["rewards/margins_per_token"] = (math.fsum(a / n - b / m for a, b, n, m in lengths), total)
     if refinements is not None:
-        zeros = sum(delta == 0 for delta in refinements)
-        positive = float(sum(delta > 0 for delta in refinements))
         metrics |= {
             "refinement/mean": (math.fsum(refinements), total),
             "refinement/mean_square": (math.fsum(delta * delta for delta in refinements), total),
             "refinement/mean_product": (math.fsum(d * m for d, m in zip(refinements, margins, strict=True)), total),
-            "refinement/positive_share": (positive, total),
-            "rewards/accuracies_augmented": (positive, total - zeros),
+            "rewards/accuracies_augmented": (float(sum(delta > 0 for delta in refinements)), total),
+            "rewards/ties_augmented": (float(sum(delta == 0 for delta in refinements)), total),
         }
     return metrics
 
@@ -318,7 +318,7 @@ def _pearson(x: float, y: float, square_x: float, square_y: float, product: floa
 def reward_intervals(metrics: Sums) -> dict[str, float]:
     """The ends of 95 % intervals, as `…_low` and `…_high`: Wilson's for shares, Student's t for the mean margin."""
     intervals: dict[str, float] = {}
-    for name in ("rewards/accuracies", "rewards/accuracies_augmented", "refinement/positive_share"):
+    for name in ("rewards/accuracies", "rewards/accuracies_augmented"):
         total, weight = metrics.get(name, (0.0, 0.0))
         if weight:
             share = wilson(total, int(weight))

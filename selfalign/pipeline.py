@@ -8,14 +8,15 @@ judges its own answers, the best is paired with the worst, and the model is alig
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from selfalign.contest import Contest
+from selfalign.checkpoint_selection import CheckpointSelection
 from selfalign.evaluation import Evaluation
 from selfalign.files import derive_seed
 from selfalign.given import Given, SelfRewarding, makes_baseline
+from selfalign.judges.bench import asks_a_server
 from selfalign.losses import Positives
 from selfalign.models import ModelConfig
 from selfalign.requirements import check_requirements
-from selfalign.roles import Judging, Models, fixed_judges, load_model
+from selfalign.roles import Judging, Models, checkpoint_judge, fixed_judges, load_model
 from selfalign.run import Maker
 from selfalign.stages.align import align, augmentation_of
 from selfalign.stages.eft import eft
@@ -66,8 +67,9 @@ class Method:
         """M0, and models that only write or judge."""
         base = load_model(self.run, "M0", self.config.model, "model.path")
         check_requirements(self.config, base, self.given)
-        judges = fixed_judges(self.config, self.run)
-        return Models(base, base, base, base, self._fixed_writer(), own_pairs=self.own_pairs, **judges)
+        writer, judges = self._fixed_writer(), fixed_judges(self.config, self.run)
+        judges["checkpoint_judge"] = checkpoint_judge(self.config, self.run)
+        return Models(base, base, base, base, writer, own_pairs=self.own_pairs, **judges)
 
     def demonstrations(self, models: Models) -> Artefact:
         """IFT + EFT, the latter as humans give it, or as the SFT baseline writes it and the humans' ranks confirm."""
@@ -186,21 +188,23 @@ class Method:
             loss=loss,
             start=start,
             held_out=train.held_out_pairs,
-            contest=self._contest(label, models),
+            selection=self._selection(label, models),
             optimization=train.align,
             weights=self._weights(label),
         )
 
-    def _contest(self, label: str, models: Models) -> Contest | None:
+    def _selection(self, label: str, models: Models) -> CheckpointSelection | None:
+        """How checkpoints of an alignment are compared, if they are."""
         if self.given.validation is None:
             return None
-        settings, (policy, reference) = self.config.train.choose, self.judging.sitting(self.config.judge.model, models)
-        return Contest(
+        settings = self.config.train.choose
+        judge = settings.head_to_head
+        return CheckpointSelection(
             every_steps=settings.every_steps,
+            level=settings.level,
             instructions=self.given.validation,
-            judge=self.config.judge,
-            judged_by=policy,
-            reference=reference,
+            comparator=judge,
+            compared_by=None if asks_a_server(judge) else models.own_or(judge.model, models.checkpoint_judge),
             generate=self.config.generate,
             sampling=settings.sampling,
             seed=self._seed(f"{label}/validation"),

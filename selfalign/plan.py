@@ -8,7 +8,7 @@ from selfalign.judges.attempts import WrittenScore
 from selfalign.judges.bench import asks_a_server, wants_model
 from selfalign.losses import Positives
 from selfalign.pairing import PairRule
-from selfalign.stages.evaluate import opponents
+from selfalign.stages.evaluate import compares_on, opponents
 from selfalign.stages.judge import Judge, Pairwise
 from selfalign.stages.seeds import EvaluationFineTuning
 
@@ -56,7 +56,10 @@ def _given(config: "ExperimentConfig") -> list[tuple[str, str]]:
     for label, judge in (("judge", config.judge), ("referee", asked.head_to_head), ("preferences/judge", test.judge)):
         if wants_model(judge):
             stages.append((label, judge.model))
-    return [*stages, *((f"judges/{name}", path) for name, path in judges_to_load(config.benchmark).items())]
+    stages += [(f"judges/{name}", path) for name, path in judges_to_load(config.benchmark).items()]
+    if choose.every_steps and wants_model(choose.head_to_head):
+        stages.append(("checkpoint_judge", choose.head_to_head.model))
+    return stages
 
 
 def _trains_m1(config: "ExperimentConfig") -> bool:
@@ -84,8 +87,10 @@ def _baseline(config: "ExperimentConfig") -> list[tuple[str, str]]:
 
 
 def _own_pairs(config: "ExperimentConfig", place: str) -> list[tuple[str, str]]:
-    data = config.data
-    written = f"the next of {data.instruct.source}" if data.instruct.source else f"written by {data.instruct.writer}"
+    data, asked = config.data, config.data.instruct
+    written = f"the next of {asked.source}" if asked.source else f"written by {asked.writer}"
+    if not asked.source:
+        written += f" in at most {asked.most_batches} batches of {asked.prompts_per_batch} prompts"
     candidates = data.instruct.count * data.respond.candidates
     return [
         (f"{place}/instructions", f"{data.instruct.count} new, {written}"),
@@ -137,24 +142,35 @@ def _alignment(config: "ExperimentConfig", iteration: int) -> list[tuple[str, st
 def _evaluation(config: "ExperimentConfig", name: str) -> list[tuple[str, str]]:
     place, settings = f"evaluation_{name}", config.evaluate
     stages: list[tuple[str, str]] = []
+    before = [f"M{number}" for number in range(1, int(name[1:]))]
     if settings.instructions:
         count = str(settings.count or "all")
         stages.append((f"{place}/answers", f"{count} instructions"))
         if not isinstance(config.judge, Pairwise):
             stages.append((f"{place}/scores", f"judged by {settings.judge}"))
-        before = [f"M{number}" for number in range(1, int(name[1:]))]
         referee = settings.head_to_head
         stages += [
             (f"{place}/against_{other}", f"both orders, judged by {_name_of(referee)}")
-            for other in opponents(settings, before)
+            for other in [*opponents(settings, before), *(["given"] if settings.against else [])]
         ]
         if name != "M1":
             stages.append((f"{place}/divergence", "log-probabilities of the answers under M1"))
     stages += _held_out_pairs(config, name)
     if config.data.seeds.ranked:
         stages.append((f"{place}/ranked_scores", "held-out ranked answers"))
-    stages.append((f"{place}/numbers", ""))
-    return [*stages, *((f"{place}/{label}", settings.size) for label, settings in config.benchmark.items())]
+    return [*stages, (f"{place}/numbers", ""), *_benchmarks(config, name, before)]
+
+
+def _benchmarks(config: "ExperimentConfig", name: str, before: list[str]) -> list[tuple[str, str]]:
+    """Every benchmark, and behind it the comparisons on its questions."""
+    place, settings = f"evaluation_{name}", config.evaluate
+    stages: list[tuple[str, str]] = []
+    for label, benchmark in config.benchmark.items():
+        stages.append((f"{place}/{label}", benchmark.size))
+        others = opponents(settings, before) if compares_on(settings, benchmark) else []
+        judged = f"every turn in both orders, judged by {_name_of(settings.head_to_head)}" if others else ""
+        stages += [(f"{place}/{label}_against_{other}", judged) for other in others]
+    return stages
 
 
 def _held_out_pairs(config: "ExperimentConfig", name: str) -> list[tuple[str, str]]:

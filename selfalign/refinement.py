@@ -25,6 +25,7 @@ AUGMENTATION_PROMPT = (
 )
 SCALE = 100
 SOURCES = ("prompted", "naive", "shuffled", "constant", "random_prompt")
+PLACES = ("dialogue", "last_turn")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -36,18 +37,24 @@ class Refinement:
             "shuffled" gives each pair the Δ_π of another pair of its step; "constant" gives every pair `constant`;
             "random_prompt" puts random words, as many tokens as p, in p's place.
         prompt: p, put before the query x, a text or "file:PATH"; `{scale}` in it is replaced by `scale`. Our wording.
+        place: of p where x is a dialogue: "dialogue" is before all of it, as in the paper's p⊕x, at the start of the
+            first user turn, behind a system message; "last_turn" is at the start of the last user turn, between turns.
         scale: the top of the scale that p speaks of: 100, or 10 as the paper's ablation.
-        constant: Δ of every pair where the source is "constant", in units of reward.
+        constant: Δ of every pair where the source is "constant", in units of reward (of reward a token where
+            `loss.reduction` is "mean").
     """
 
     source: str = "prompted"
     prompt: str = AUGMENTATION_PROMPT
+    place: str = "dialogue"
     scale: int = SCALE
     constant: float = 0.0
 
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
             raise SelfalignError(f"loss.refinement.source must be one of {', '.join(SOURCES)}; got {self.source!r}")
+        if self.place not in PLACES:
+            raise SelfalignError(f"loss.refinement.place must be one of {', '.join(PLACES)}; got {self.place!r}")
         self.prompt = text_or_file(self.prompt, "loss.refinement.prompt")
         if not self.prompt.strip():
             raise SelfalignError("loss.refinement.prompt is empty; p is what the refinement asks the policy")
@@ -67,19 +74,28 @@ class Refinement:
             return None
         return replace(self, source="prompted") if self.source == "shuffled" else self
 
-    def text(self, tokenizer: "Tokenizer") -> str:
-        """p as it stands before x: the prompt with its scale, or random words of the same length."""
+    def text(self, tokenizer: "Tokenizer") -> "Augmentation":
+        """p as it is put before x: the prompt with its scale, or random words of the same length."""
         p = self.prompt.replace("{scale}", str(self.scale))
-        return random_words(tokenizer, p) if self.source == "random_prompt" else p
+        return Augmentation(random_words(tokenizer, p) if self.source == "random_prompt" else p, self.place)
 
 
-def augment(p: str, prompt: Prompt) -> Prompt:
-    """p⊕x: p at the start of the last user turn, or of a plain text."""
+@dataclass(frozen=True, slots=True)
+class Augmentation:
+    """p: its text, and its place in a dialogue."""
+
+    text: str
+    place: str
+
+
+def augment(p: Augmentation, prompt: Prompt) -> Prompt:
+    """p⊕x: p at the start of a plain text, or of the user turn that its place names."""
     if isinstance(prompt, str):
-        return p + prompt
-    last = max(index for index, message in enumerate(prompt) if message["role"] == "user")
-    turn = {**prompt[last], "content": p + prompt[last]["content"]}
-    return [*prompt[:last], turn, *prompt[last + 1 :]]
+        return p.text + prompt
+    users = [index for index, message in enumerate(prompt) if message["role"] == "user"]
+    at = users[0] if p.place == "dialogue" else users[-1]
+    turn = {**prompt[at], "content": p.text + prompt[at]["content"]}
+    return [*prompt[:at], turn, *prompt[at + 1 :]]
 
 
 def random_words(tokenizer: "Tokenizer", text: str) -> str:
@@ -102,13 +118,13 @@ def refinement(policy_p: "PairLogps", reference_p: "PairLogps", beta: float) -> 
     Given the log-probabilities without p instead, it is Δ_naive = β h (eq. 10).
 
     Args:
-        policy_p: summed log-probabilities under the *current* policy, given p⊕x.
+        policy_p: log-probabilities under the *current* policy, given p⊕x; summed, as the paper has them, or averaged.
         reference_p: the same under the reference.
         beta: β of the loss.
 
     Returns:
-        Δ in units of reward, shape (pairs,), without gradient; above 0 where the policy, told to answer well,
-        has moved towards the chosen response.
+        Δ in units of reward (of reward a token, given averages), shape (pairs,), without gradient; above 0 where the
+        policy, told to answer well, has moved towards the chosen response.
     """
     chosen = policy_p.chosen - reference_p.chosen
     rejected = policy_p.rejected - reference_p.rejected

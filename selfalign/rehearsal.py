@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfalign import processes
-from selfalign.contest import Contest
+from selfalign.checkpoint_selection import CheckpointSelection
 from selfalign.data import as_prompt
 from selfalign.endpoint import Endpoint
 from selfalign.errors import SelfalignError
@@ -106,7 +106,7 @@ class Rehearsal:
     def _sft(
         self, label: str, *, demonstrations: Artefact, optimization: Optimization, weights: Weights, **models: Artefact
     ) -> Artefact:
-        longest = self._trained_on(optimization)
+        longest = replace(self.longest, max_length=optimization.max_length)
         tokens, family, count = optimization.max_length, 1, demonstrations.counts.get(RECORDS, 0)
         if not count:
             records = read_records(demonstrations.path / "demonstrations.jsonl", Demonstration)
@@ -128,7 +128,7 @@ class Rehearsal:
         pairs: Artefact,
         loss: PreferenceLoss,
         held_out: int,
-        contest: Contest | None,
+        selection: CheckpointSelection | None,
         optimization: Optimization,
         **others: Any,
     ) -> Artefact:
@@ -137,31 +137,29 @@ class Rehearsal:
             raise SelfalignError(f"train.held_out_pairs={held_out} of {count + held_out} pairs leaves none to train on")
         size = min(optimization.batch_size, count)
         few = self._write(pairs=self._pairs(2 * size))
-        given = {"pairs": few, "loss": loss, "held_out": 0, "contest": None}
+        given = {"pairs": few, "loss": loss, "held_out": 0, "selection": None}
         given["optimization"] = replace(optimization, epochs=1)
         measured, folder = self._measure(label, align, [size, others["start"] is None], **given, **others)
         an_epoch = math.ceil(count / optimization.batch_size)
         # The measuring behind it is another epoch without a backward pass.
         measured = replace(measured, around=measured.around + an_epoch * measured.each)
         self._add(label, measured, optimization.epochs * an_epoch, "steps")
-        if contest is not None:
-            self._contest(label, contest, math.ceil(optimization.epochs * an_epoch / contest.every_steps), folder)
+        if selection is not None:
+            self._selection(label, selection, math.ceil(optimization.epochs * an_epoch / selection.every_steps), folder)
         return _policy(label, folder)
 
-    def _contest(self, label: str, contest: Contest, visits: int, policy: Path) -> None:
-        """The answers of every checkpoint that competes, and their judging."""
-        shared = {"instructions": contest.instructions, "generate": contest.generate, "seed": contest.seed}
-        config, before = RespondConfig(candidates=1, sampling=contest.sampling), len(self.estimates)
+    def _selection(self, label: str, selection: CheckpointSelection, checkpoints: int, policy: Path) -> None:
+        """The answers of every checkpoint, and the comparison of each with the one before it."""
+        shared = {"instructions": selection.instructions, "generate": selection.generate, "seed": selection.seed}
+        config, before = RespondConfig(candidates=1, sampling=selection.sampling), len(self.estimates)
         answers = self._respond(f"{label}/validation", config=config, policy=_policy(label, policy), **shared)
-        who = {"judge": contest.judge, "policy": contest.judged_by, "reference": contest.reference}
-        self._judge(f"{label}/validation_scores", responses=answers, **who, **shared)
-        for place, one in enumerate(self.estimates[before:], start=before):
-            more = {"count": visits * one.count, "around": visits * one.around, "cost": visits * one.cost}
+        who = {"judge": selection.comparator, "policy": selection.compared_by}
+        if checkpoints > 1:
+            self._compare(f"{label}/validation_compared", answers=answers, **who, **shared)
+        times = (checkpoints, checkpoints - 1)
+        for place, (one, count) in enumerate(zip(self.estimates[before:], times, strict=False), start=before):
+            more = {"count": count * one.count, "around": count * one.around, "cost": count * one.cost}
             self.estimates[place] = replace(one, **more)
-
-    def _trained_on(self, optimization: Optimization) -> Longest:
-        """What makes records of the longest sequence a training takes."""
-        return replace(self.longest, max_length=optimization.max_length)
 
     # --- what is written and judged ----------------------------------------------------------------------------------
 
@@ -181,7 +179,7 @@ class Rehearsal:
         given = {"config": config, "seeds": self._write(demonstrations=taught), "earlier": [], "held_out": []}
         given |= {"generate": tireless(generate), "policy": policy, "seed": others["seed"]}
         measured, _ = self._measure(label, instruct, [], **given)
-        self._add_batches(label, measured, math.ceil(config.count / config.prompts_per_batch))
+        self._add_batches(label, measured, config.most_batches)
         return _stand_in(label, config.count)
 
     def _respond(
@@ -220,6 +218,8 @@ class Rehearsal:
         self, label: str, *, judge: Referee, instructions: Artefact, answers: Artefact, generate: Any, **others: Any
     ) -> Artefact:
         count, ask = records_of(instructions, "instructions.jsonl"), asks(judge)
+        if not count:  # On the questions of a benchmark, which is not rehearsed.
+            return _stand_in(label, 0)
         texts = self._texts(ask, answers, 0, server=asks_a_server(judge))
         if asks_a_server(judge):
             self._bill(label, judge, 2 * count, ask(*texts), judge.verdict_tokens)

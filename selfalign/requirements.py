@@ -1,16 +1,23 @@
 """What a run asks of M0, held against what M0 was found to be able to do, before anything is trained."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from selfalign.benchmarks.alpaca_eval import AlpacaEval
+from selfalign.benchmarks.mt_bench import MTBench
 from selfalign.errors import SelfalignError
 from selfalign.given import Given, SelfRewarding
+from selfalign.judges.bench import OWN_MODELS, asks_a_server
 from selfalign.judges.expected import ExpectedScore, score_tokens
 from selfalign.judges.referee import Referee, verdict_tokens
+from selfalign.longest import asks, writes
 from selfalign.losses import Positives
 from selfalign.models import PolicyFiles
 from selfalign.records import Demonstration, PreferencePair, Prompt, stream_records
+from selfalign.stages.align import augmentation_of
+from selfalign.stages.seeds import EvaluationFineTuning
 from selfalign.store import Artefact
+from selfalign.tokenization import encode_prompt, plain_ids
 
 if TYPE_CHECKING:
     from selfalign.config import ExperimentConfig
@@ -27,7 +34,7 @@ def check_requirements(config: "ExperimentConfig", base: Artefact, given: Given)
     Raises:
         SelfalignError: with everything that stands against it, a line each.
     """
-    checks = (_lengths, _dropout, _quantisation, _conversations, _judges)
+    checks = (_lengths, _writing, _prompts_of_judges, _augmentation, _dropout, _quantisation, _conversations, _judges)
     problems = [problem for check in checks for problem in check(config, base, given)]
     if problems:
         raise SelfalignError("\n".join(problems))
@@ -46,6 +53,70 @@ def _used_lengths(config: "ExperimentConfig", given: Given) -> dict[str, int]:
     taught = given.seeds.counts["ift"] + given.seeds.counts["eft"] or positives
     used = {"sft": taught, "align": not positives}
     return {f"train.{name}": getattr(config.train, name).max_length for name, is_used in used.items() if is_used}
+
+
+def _writing(config: "ExperimentConfig", base: Artefact, given: Given) -> Iterator[str]:
+    """What the run's own models write leaves a prompt some room."""
+    context, data, choose = base.counts["context"], config.data, config.train.choose
+    writers: dict[str, Any] = {}
+    if isinstance(data, SelfRewarding):
+        writers["data.respond"] = data.respond
+        if not data.instruct.source and not data.instruct.fixed_writer:
+            writers["data.instruct"] = data.instruct
+    if config.evaluate.instructions:
+        writers["evaluate"] = config.evaluate
+    if choose.every_steps:
+        writers["train.choose"] = choose
+    longest = {f"{key}.sampling.max_new_tokens": writer.sampling.max_new_tokens for key, writer in writers.items()}
+    for name, benchmark in config.benchmark.items():
+        if isinstance(benchmark, MTBench):
+            longest[f"benchmark.{name}.max_new_tokens"] = benchmark.max_new_tokens
+        elif isinstance(benchmark, AlpacaEval):
+            longest[f"benchmark.{name}.sampling.max_new_tokens"] = benchmark.sampling.max_new_tokens
+    for key, tokens in longest.items():
+        if tokens >= context:
+            yield f"{key}={tokens} leaves no token of the model's context of {context} for a prompt: lower it"
+
+
+def _prompts_of_judges(config: "ExperimentConfig", base: Artefact, given: Given) -> Iterator[str]:
+    """The prompts of the run's own judges leave room for a response, and in examples of judging too."""
+    context, choose, seeds = base.counts["context"], config.train.choose, config.data.seeds
+    tokenizer = PolicyFiles(base.path).load_tokenizer()
+    judges = {
+        "judge": config.judge,
+        "evaluate.head_to_head": config.evaluate.head_to_head,
+        "evaluate.preferences.judge": config.evaluate.preferences.judge,
+        "train.choose.head_to_head": choose.head_to_head if choose.every_steps else None,
+    }
+    own = {key: one for key, one in judges.items() if one and not asks_a_server(one) and one.model in OWN_MODELS}
+    if not base.counts["chat_template"]:
+        return
+    for key, judge in own.items():
+        asked, written = len(encode_prompt(tokenizer, asks(judge)("-", "-"))), writes(judge)
+        if asked + written > context:
+            yield (
+                f"{key}.prompt takes {asked} tokens before any response, and the judge writes {written} more: over the "
+                f"model's context of {context}"
+            )
+        taught = key == "judge" and seeds.ranked and seeds.evaluation_fine_tuning != EvaluationFineTuning.none
+        if taught and asked >= (longest := config.train.sft.max_length):
+            yield (
+                f"judge.prompt takes {asked} tokens before any response, so no example of judging fits into "
+                f"train.sft.max_length={longest}: raise it or shorten the prompt"
+            )
+
+
+def _augmentation(config: "ExperimentConfig", base: Artefact, given: Given) -> Iterator[str]:
+    """p leaves room for x and a response."""
+    p = None if isinstance(config.loss, Positives) else augmentation_of(config.loss)
+    if p is None:
+        return
+    tokenizer, context = PolicyFiles(base.path).load_tokenizer(), base.counts["context"]
+    if (asked := len(plain_ids(tokenizer, p.text(tokenizer).text))) >= context:
+        yield (
+            f"loss.refinement.prompt takes {asked} tokens, so no pair fits behind it into the model's context of "
+            f"{context}: shorten it"
+        )
 
 
 def _dropout(config: "ExperimentConfig", base: Artefact, given: Given) -> Iterator[str]:
@@ -101,7 +172,8 @@ def _judges(config: "ExperimentConfig", base: Artefact, given: Given) -> Iterato
     try:
         if isinstance(config.judge, ExpectedScore) and config.judge.model in own:
             score_tokens(tokenizer, config.judge.low, config.judge.high)
-        for judge in (config.judge, config.evaluate.head_to_head):
+        compared = config.train.choose.head_to_head if config.train.choose.every_steps else None
+        for judge in (config.judge, config.evaluate.head_to_head, compared):
             if isinstance(judge, Referee) and judge.model in own and not judge.endpoint.base_url:
                 verdict_tokens(tokenizer, judge.key)
     except SelfalignError as error:

@@ -29,6 +29,7 @@ class Models:
         writer: a model that only writes instructions, where there is one.
         judge: a model that only judges, where there is one.
         referee: a model that only compares answers head to head, where there is one.
+        checkpoint_judge: a model that only compares checkpoints of an alignment, where there is one.
         pair_judge: a model that only scores held-out pairs, where there is one.
         own_pairs: what the run has made to train on so far, the newest last.
         examiners: models that only judge in benchmarks, by the benchmark's name.
@@ -41,6 +42,7 @@ class Models:
     writer: Artefact | None = None
     judge: Artefact | None = None
     referee: Artefact | None = None
+    checkpoint_judge: Artefact | None = None
     pair_judge: Artefact | None = None
     own_pairs: list[Artefact] = field(default_factory=list)
     examiners: dict[str, Artefact] = field(default_factory=dict)
@@ -74,6 +76,13 @@ def fixed_judges(config: "ExperimentConfig", run: Maker) -> dict[str, Any]:
             for name, path in loaded.items()
         },
     }
+
+
+def checkpoint_judge(config: "ExperimentConfig", run: Maker) -> Artefact | None:
+    """Loads the model that only compares checkpoints of an alignment, where there is one."""
+    choose = config.train.choose
+    judge = choose.head_to_head if choose.every_steps else None
+    return _fixed_judge(config, run, "checkpoint_judge", judge, "train.choose.head_to_head")
 
 
 def _fixed_judge(config: "ExperimentConfig", run: Maker, label: str, judge: Any, key: str) -> Artefact | None:

@@ -77,6 +77,14 @@ def wilson(successes: float, total: int, confidence: float = 0.95) -> Estimate:
     return Estimate(share, max(0.0, centre - half), min(1.0, centre + half))
 
 
+def sign_test(wins: int, losses: int) -> float:
+    """Returns how likely so few wins or fewer are if both sides are as good: the one-sided p value of the sign test.
+
+    Exact, by the binomial distribution. Ties say nothing and are left out; without a win or a loss it is 1.
+    """
+    return float(stats.binom.cdf(wins, wins + losses, 0.5))
+
+
 def bootstrap(
     statistic: Callable[[NDArray[np.int64]], float], units: int, *, seed: int = 0, confidence: float = 0.95
 ) -> Estimate:
@@ -127,6 +135,18 @@ def bootstrap_ratio(parts: Sequence[tuple[float, float]]) -> Estimate:
     return bootstrap(ratio, len(table))
 
 
+def bootstrap_share(parts: Sequence[tuple[float, float]]) -> Estimate:
+    """As `bootstrap_ratio`, of a part of a whole; where all units say the same, with Wilson's interval over the units.
+
+    There every draw is the same, and the bootstrap's interval has no width.
+    """
+    found, units = bootstrap_ratio(parts), sum(whole > 0 for _, whole in parts)
+    if math.isnan(found.low) or found.low < found.high:
+        return found
+    same = wilson(found.value * units, units)
+    return Estimate(found.value, same.low, same.high)
+
+
 def length_controlled(
     outcomes: Sequence[float], length_differences: Sequence[float], *, seed: int = 0, confidence: float = 0.95
 ) -> Estimate:
@@ -136,6 +156,9 @@ def length_controlled(
     (arXiv 2404.04475); the rate is the model's prediction with the length term at 0. AlpacaEval's third term, the
     difficulty of each instruction, comes of all models of its leaderboard and is left out here, so this is not its
     number.
+
+    The interval is by bootstrap over the instructions. Where all outcomes are equal every draw is the same and length
+    explains nothing, so there it is Wilson's at the same counts.
 
     Args:
         outcomes: of each instruction: 1 won, ½ tied, 0 lost.
@@ -153,6 +176,9 @@ def length_controlled(
     value = float(_without_length(won, feature, np.ones((1, len(won))))[0])
     if len(won) < 2:
         return Estimate(value, math.nan, math.nan)
+    if not np.ptp(won):
+        same = wilson(float(won.sum()), len(won), confidence)
+        return Estimate(value, same.low, same.high)
     drawn = np.array([np.bincount(units, minlength=len(won)) for units in _draws(len(won), seed)], dtype=np.float64)
     return _between(value, _without_length(won, feature, drawn), confidence)
 

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 MODES = ("auto", "online", "offline")
 BY_ITERATION = ("eval", "judge", "judge_quality", "calibration", "preferences", "crossed", "held_out")
 """Metrics that a model has once: their axis is the iteration, that of all others W&B's step, which is the row's."""
-AMONG_EVALUATION = re.compile("answers|scores|ranked_scores|against_.+")
+AMONG_EVALUATION = re.compile("answers|scores|ranked_scores|(.+_)?against_.+")
 """Parts of an evaluation whose metrics have the same names as an iteration's, or as one another's."""
 LIVES = "tracked_anew.txt"
 """In a run folder: a line for each time that its data have become others, so that W&B has a new run for them."""

@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerControl, TrainerState
 
 from selfalign import processes, snapshot
+from selfalign.choose import CheckpointSelector
 from selfalign.errors import SelfalignError
 from selfalign.files import derive_seed
 from selfalign.layouts import Layout, Pass, keep_masters, my_passes
@@ -27,7 +28,7 @@ from selfalign.models import Policy, autocast, default_device
 from selfalign.optimizers import build_optimizer
 from selfalign.progress import progress_bar
 from selfalign.store import Workspace
-from selfalign.training import Checkpoints, Example, Objective, Optimization, Outcome, Weights
+from selfalign.training import Example, Objective, Optimization, Outcome, Weights
 
 STATE = "trainer_state.json"
 """Trainer's own state; it is written last, so a checkpoint is whole when it can be read."""
@@ -77,7 +78,7 @@ class StepTrainer(Trainer):
         optimization: Optimization,
         out: Workspace,
         weights: Weights,
-        checkpoints: Checkpoints | None = None,
+        checkpoints: CheckpointSelector | None = None,
     ) -> None:
         self.policy = policy
         self.checkpoints = checkpoints
@@ -233,7 +234,7 @@ class Share:
 
 
 class _AroundStep(TrainerCallback):
-    """Checks the layout, times steps, moves the progress bar, and stops where the contest of checkpoints says so."""
+    """Checks the layout, times steps, moves the progress bar, and stops where the selection of checkpoints says so."""
 
     def __init__(self, trainer: StepTrainer) -> None:
         self.trainer = trainer

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from selfalign import processes
 from selfalign.batches import Batch, Group, make_batch
+from selfalign.choose import CheckpointSelector, ChooseConfig
 from selfalign.errors import SelfalignError
-from selfalign.generation import Sampling
 from selfalign.layouts import Layout, collect, out_of_wrapper
 from selfalign.metrics import Sums
 from selfalign.models import DTYPES, LoRA, Policy, PolicyFiles, fastest_dtype
@@ -120,32 +120,6 @@ class Precision:
     autocast: str
     max_length: int
     batch_tokens: int = field(metadata={"keyed": False})
-
-
-@dataclass(kw_only=True, slots=True)
-class ChooseConfig:
-    """Which checkpoint of an alignment becomes the policy.
-
-    Attributes:
-        every_steps: how often checkpoints compete; 0 always takes the last step.
-        instructions: a data source of validation instructions, apart from those of the evaluation.
-        count: the first so many of them; 0 takes all.
-        sampling: how they are answered.
-    """
-
-    every_steps: int = 0
-    instructions: str = ""
-    count: int = 0
-    sampling: Sampling = field(default_factory=Sampling)
-
-    def __post_init__(self) -> None:
-        self.sampling.check("train.choose.sampling")
-        if self.every_steps < 0 or self.count < 0:
-            raise SelfalignError("train.choose.every_steps and train.choose.count must be 0 or more")
-        if bool(self.every_steps) != bool(self.instructions):
-            raise SelfalignError(
-                "train.choose.every_steps and train.choose.instructions are given together, or neither"
-            )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -275,7 +249,7 @@ def train(
     objective: Objective,
     optimization: Optimization,
     weights: "Weights",
-    checkpoints: "Checkpoints | None" = None,
+    checkpoints: CheckpointSelector | None = None,
 ) -> Policy:
     """Trains a policy and writes it into the workspace; goes on from the last checkpoint if there is one.
 
@@ -331,25 +305,6 @@ def put_together(shared: Policy, start: PolicyFiles, weights: "Weights") -> Poli
         prepare(whole, start, weights, 0.0)
     collect(shared.model, whole.model if whole else None)
     return whole
-
-
-class Contest(Protocol):
-    """What decides between the checkpoints of a training: `selfalign.contest`."""
-
-    def open(self, out: Workspace, base: PolicyFiles) -> "Checkpoints": ...
-
-
-class Checkpoints(Protocol):
-    """The contest of one training: which step's policy is taken."""
-
-    chosen: int | None
-    win_rates: dict[int, float]
-
-    def visit(self, policy: Policy, step: int, *, last: bool) -> bool: ...
-
-    def resume(self, done: int) -> bool: ...
-
-    def files(self, step: int) -> PolicyFiles: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -296,6 +296,7 @@ def write_tiny_data(folder: Path) -> list[str]:
         f"data.seeds.demonstrations={folder / 'ift.jsonl'}",
         f"data.seeds.ranked={folder / 'ranked.jsonl'}",
         f"evaluate.instructions={folder / 'asked.jsonl'}",
+        "evaluate.count=0",
     ]
 
 

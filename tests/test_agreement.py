@@ -11,6 +11,7 @@ from scipy import stats
 from selfalign.agreement import Question, calibration, judge_quality, length_correlation
 from selfalign.metrics import METRICS
 from selfalign.records import RankedAnswers
+from selfalign.statistics import wilson
 
 
 def measure(*cases: tuple[tuple[int, ...], tuple[float, ...]], top: float = 5) -> dict[str, float]:
@@ -147,6 +148,18 @@ def answered(name: str, *ranks: int, texts: tuple[str, ...] = ()) -> RankedAnswe
         scores=[],
         justifications=[""] * len(ranks),
     )
+
+
+@pytest.mark.parametrize(("order", "share"), [([3.0, 2.0, 1.0], 1.0), ([1.0, 2.0, 3.0], 0.0)])
+def test_judge_that_is_always_right_or_wrong_is_no_more_certain_than_its_questions_are_many(
+    order: list[float], share: float
+) -> None:
+    """Every draw of a bootstrap over 12 such questions is the same; Wilson's interval of 12 of 12 is [.757, 1]."""
+    numbers = judge_quality([Question([1, 2, 3], order)] * 12, None)
+    same = wilson(12 * share, 12)
+    for name in ("pairwise_accuracy", "exact_match"):
+        found = [numbers[f"judge_quality/{name}{end}"] for end in ("", "_low", "_high")]
+        assert found == [share, same.low, same.high]
 
 
 def test_calibration_worked_by_hand() -> None:

@@ -18,7 +18,8 @@ from selfalign.errors import SelfalignError
 
 PACKAGE = ROOT / "selfalign"
 METHOD = {
-    "contest",
+    "checkpoint_selection",
+    "feasibility",
     "given",
     "roles",
     "requirements",
@@ -109,7 +110,7 @@ def test_stage_knows_core_modules_only(name: str) -> None:
 
 
 def test_imports_above_the_stages_point_one_way() -> None:
-    order = ["contest", "pipeline", "plan", "experiment", "sweep", "config", "multirun", "__main__"]
+    order = ["checkpoint_selection", "pipeline", "plan", "experiment", "sweep", "config", "multirun", "__main__"]
     for name in order:
         above = set(order[order.index(name) + 1 :])
         assert not own_imports(modules()[name], typing=False) & above, name
@@ -163,17 +164,20 @@ def test_remote_code_is_off_unless_asked_for() -> None:
 OPTIONS = sorted(
     path.relative_to(ROOT / "conf").with_suffix("").as_posix() for path in (ROOT / "conf").glob("*/*.yaml")
 )
-UNPUBLISHED = ["evaluate.instructions=a.jsonl", "train.choose.instructions=b.jsonl"]
+UNPUBLISHED = [
+    "evaluate.instructions=a.jsonl",
+    "train.choose.instructions=b.jsonl",
+    "benchmark.alpaca_eval.reference_outputs=o.json",
+]
+VICUNA = ["benchmark.vicuna_bench.questions=q.jsonl"]
 NEEDED = {
     "model/pretrained": ["model.path=/nowhere"],
     "data/pairs": ["data.path=/nowhere.jsonl", "iterations=1"],
     "data/hh_rlhf": ["iterations=1"],
     "data/ultrafeedback": ["iterations=1"],
     "setting/llama2_70b": UNPUBLISHED,
-    "experiment/self_rewarding": UNPUBLISHED,
-    "experiment/self_rewarding_judge_prompt": UNPUBLISHED,
-    "experiment/self_rewarding_no_eft": UNPUBLISHED,
-    "experiment/self_rewarding_positives": UNPUBLISHED,
+    "setting/pythia_hh": VICUNA,
+    "train/quality_aware": ["data.respond.sampling.max_new_tokens=256"],
     "loss/positives": ["pair=positives"],
     "pair/positives": ["loss=positives"],
     "judge/implicit": ["data.seeds.evaluation_fine_tuning=none"],
@@ -186,6 +190,8 @@ NEEDED = {
 NEEDED |= {
     option: NEEDED["setting/llama2_70b"] for option in OPTIONS if re.match(r"experiment/self_(?!.*small)", option)
 }
+NEEDED |= {option: VICUNA for option in OPTIONS if re.match(r"experiment/quality_(?!.*(small|ultrafeedback))", option)}
+NEEDED["experiment/self_rewarding_positives"] = [one for one in UNPUBLISHED if "choose" not in one]
 """What an option cannot do without."""
 
 
@@ -332,7 +338,8 @@ RANGES = [
     ("evaluate.head_to_head.model=gpt", "evaluate.head_to_head.model"),
     ("evaluate.head_to_head.verdict_tokens=0", "evaluate.head_to_head.verdict_tokens"),
     ("evaluate=none evaluate.matrix=true", "evaluate.matrix"),
-    ("judge=pairwise train.choose.every_steps=2 train.choose.instructions=a.jsonl", "train.choose"),
+    ("train.choose.level=0.5", "train.choose.level"),
+    ("train.choose.head_to_head.model=gpt", "train.choose.head_to_head.model"),
     ("train.layout.kind=fsdp", "train.layout.kind"),
     ("train.layout.reshard_after_forward=false", "train.layout.reshard_after_forward"),
     ("train.layout.kind=fsdp2 train.align.optimizer=adamw_8bit", "train.layout.kind"),

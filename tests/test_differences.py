@@ -117,9 +117,13 @@ def test_seeds_have_one_cause(tmp_path: Path) -> None:
 def test_other_stage_and_inputs_that_one_run_lacks_are_named(tmp_path: Path) -> None:
     one, other = (run_of(tmp_path, name) for name in "ab")
     one.make("M2", teach, lam=0.5)
-    other.make("M2", settle, contest={"class": "Contest", "judge": "self"})
+    other.make("M2", settle, selection={"class": "CheckpointSelection", "judge": "self"})
     assert told(compared(one, other)) == {
-        "M2": ['stage: "teach" → "settle"', "lam: 0.5 → nothing", 'contest: nothing → Contest(judge="self")'],
+        "M2": [
+            'stage: "teach" → "settle"',
+            "lam: 0.5 → nothing",
+            'selection: nothing → CheckpointSelection(judge="self")',
+        ],
     }
 
 

@@ -109,6 +109,21 @@ def test_steps_of_an_alignment_on_given_pairs_are_those_of_the_run(tmp_path: Pat
     assert {label: estimates[label].count for label in STEPS} == STEPS == steps_of(run(tmp_path / "run", *told))
 
 
+def test_checkpoints_answer_once_each_and_all_but_the_first_are_compared(tmp_path: Path) -> None:
+    """Of two epochs of two steps, one in two is looked at: two checkpoints, one comparison."""
+    told = on_given_pairs(tmp_path / "data")
+    asked = f"train.choose.instructions={tmp_path / 'data' / 'asked.jsonl'}"
+    told += [asked, "train.choose.sampling.max_new_tokens=8", "train.align.batch_size=1"]
+    estimates = {
+        every: rehearsed(tmp_path / str(every), *told, f"train.choose.every_steps={every}") for every in (2, 1, 9)
+    }
+    answered = {every: found["M2/validation"].count for every, found in estimates.items()}
+    assert answered == {2: 2 * answered[9], 1: 4 * answered[9], 9: answered[9]}
+    compared = {every: found["M2/validation_compared"].count for every, found in estimates.items() if every != 9}
+    assert compared[1] == 3 * compared[2] > 0
+    assert "M2/validation_compared" not in estimates[9]
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [
@@ -174,7 +189,9 @@ def test_longest_sequence_above_the_context_is_refused_in_one_line(
     data = write_tiny_data(tmp_path / "data")
     said = call(*TINY_RUN, *SHORT, *data, "evaluate=none", "dry_run=true", f"{key}.max_length=4096")
     assert said.code == 1
-    assert said.err.splitlines()[-1] == (f"error: {key}.max_length=4096 is above the model's context of 2048 tokens")
+    assert said.err.splitlines()[-1] == (
+        f"error: {key}.max_length=4096 is above the model's context of 2048 tokens: set it to that or less"
+    )
     assert list((tmp_path / "outputs").iterdir()) == []
 
 
@@ -208,14 +225,13 @@ def longest(tiny_tokenizer: Any) -> Longest:
 def test_pairs_fill_the_longest_sequence_and_none_is_cut_or_dropped(longest: Longest) -> None:
     for p in (None, Refinement()):
         for written in (50, 1000):
-            text = p.text(longest.tokenizer) if p else ""
             tally: Counter[str] = Counter()
-            made = longest.pairs(3, written, text)
+            made = longest.pairs(3, written)
             examples = list(encode_pairs(longest.tokenizer, made, p, longest.max_length, tally))
-            assert (len(examples), tally["too_long"]) == (3, 0)
-            assert 0.9 * 400 <= max(example.longest() for example in examples) <= 400
+            assert (len(examples), tally["too_long"], tally["cut"]) == (3, 0, 0)
+            assert 0.9 * 400 <= max(example.plain.longest() for example in examples) <= 400, "p comes on top"
             answers = [len(response) for response in examples[0].plain.responses]
-            assert all(0.9 * min(written, 400 - SHORTEST_PROMPT - longest.count(text)) <= n <= written for n in answers)
+            assert all(0.9 * min(written, 400 - SHORTEST_PROMPT) <= n <= written for n in answers)
 
 
 @pytest.mark.parametrize(("tokens", "family"), [(400, 1), (400, 4), (1200, 4)])

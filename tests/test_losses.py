@@ -98,7 +98,7 @@ def check_sr_ipo_exact(module: Any, _: Any) -> None:
 
 
 def check_sr_ipo_mean(module: Any, _: Any) -> None:
-    # 0.625 - 0.2 - 2.5 = -2.075 and -0.8 + 0.3 - 2.5 = -3; Δ stays a sum.
+    # h and Δ a token: 0.625 - 0.2 - 2.5 = -2.075 and -0.8 + 0.3 - 2.5 = -3.
     # Slopes -4.15 and -6, divided by the tokens: y⁺ 2 and 5, y⁻ 4 and 1.
     loss = module.SrIPO(reduction="mean", **SR)
     delta = torch.tensor([0.4, -0.6])
@@ -149,13 +149,33 @@ def check_refinement(module: Any, refinement_module: Any) -> None:
     assert not delta.requires_grad, "Δ has a gradient"
 
 
+def check_reduction_of_delta(module: Any, _: Any) -> None:
+    # Given p⊕x, tokens as in the case. Summed: 1 + 1 = 2 and -1 - 2 = -3, times β. A token: y⁺ 1/2 and -1/5, y⁻ -1/4
+    # and 2/1, so 0.75 and -2.2, times β.
+    policy_p = module.PairLogps(
+        chosen=torch.tensor([-9.0, -21.0], requires_grad=True),
+        rejected=torch.tensor([-13.0, -19.0]),
+        chosen_tokens=torch.tensor([2.0, 5.0]),
+        rejected_tokens=torch.tensor([4.0, 1.0]),
+    )
+    reference_p = module.PairLogps(chosen=torch.tensor([-10.0, -20.0]), rejected=torch.tensor([-12.0, -21.0]))
+    for loss in (module.SrDPO(**SR), module.SrIPO(**SR), module.SrIPO(target="exact", **SR)):
+        expect(loss.delta(policy_p, reference_p), [0.4, -0.6])
+    for target in ("printed", "exact"):
+        delta = module.SrIPO(reduction="mean", target=target, **SR).delta(policy_p, reference_p)
+        expect(delta, [0.15, -0.44])
+        assert not delta.requires_grad, "Δ has a gradient"
+
+
 def check_augmented_prompt(_: Any, refinement_module: Any) -> None:
-    p = refinement_module.Refinement(prompt="Reach {scale}. ", scale=10).text(None)
-    assert refinement_module.augment(p, "Why?") == "Reach 10. Why?"
     turns = [("system", "S"), ("user", "A"), ("assistant", "B"), ("user", "C"), ("assistant", "D")]
-    augmented = refinement_module.augment(p, [{"role": role, "content": content} for role, content in turns])
-    assert [turn["content"] for turn in augmented] == ["S", "A", "B", "Reach 10. C", "D"]
-    assert [turn["role"] for turn in augmented] == [role for role, _ in turns]
+    expected = {"dialogue": ["S", "Reach 10. A", "B", "C", "D"], "last_turn": ["S", "A", "B", "Reach 10. C", "D"]}
+    for place, contents in expected.items():
+        p = refinement_module.Refinement(prompt="Reach {scale}. ", scale=10, place=place).text(None)
+        assert refinement_module.augment(p, "Why?") == "Reach 10. Why?"
+        augmented = refinement_module.augment(p, [{"role": role, "content": content} for role, content in turns])
+        assert [turn["content"] for turn in augmented] == contents
+        assert [turn["role"] for turn in augmented] == [role for role, _ in turns]
 
 
 Check = Callable[[Any, Any], None]
@@ -172,6 +192,7 @@ CHECKS: list[Check] = [
     check_nll,
     check_missing_delta,
     check_refinement,
+    check_reduction_of_delta,
     check_augmented_prompt,
 ]
 
@@ -261,8 +282,9 @@ def test_values_and_gradients_equal_an_independent_float64_formulation(loss: Any
         (losses.SrIPO(beta=0.2, lam=0.0), losses.IPO(beta=0.2)),
         (losses.SrIPO(beta=0.2, lam=0.0, target="exact"), losses.IPO(beta=0.2)),
         (losses.SrIPO(beta=0.2, lam=0.0, reduction="mean"), losses.IPO(beta=0.2, reduction="mean")),
+        (losses.SrIPO(beta=0.2, lam=0.0, reduction="mean", target="exact"), losses.IPO(beta=0.2, reduction="mean")),
     ],
-    ids=["sr_dpo", "sr_ipo", "sr_ipo_exact", "sr_ipo_mean"],
+    ids=["sr_dpo", "sr_ipo", "sr_ipo_exact", "sr_ipo_mean", "sr_ipo_mean_exact"],
 )
 def test_lambda_zero_is_the_plain_loss_bit_for_bit_gradients_included(refined: Any, plain: Any) -> None:
     results = []
@@ -275,7 +297,16 @@ def test_lambda_zero_is_the_plain_loss_bit_for_bit_gradients_included(refined: A
         assert torch.equal(refined_result, plain_result)
 
 
-@pytest.mark.parametrize("loss", [losses.SrDPO(), losses.SrIPO(), losses.SrIPO(target="exact")], ids=repr)
+REFINED = [
+    losses.SrDPO(),
+    losses.SrIPO(),
+    losses.SrIPO(target="exact"),
+    losses.SrIPO(reduction="mean"),
+    losses.SrIPO(reduction="mean", target="exact"),
+]
+
+
+@pytest.mark.parametrize("loss", REFINED, ids=repr)
 def test_permuted_refinement_changes_the_loss_of_each_pair_and_their_mean(loss: Any) -> None:
     delta = torch.tensor([0.4, -0.6])
     values = loss(*case(losses), delta)
@@ -321,8 +352,42 @@ def test_a_policy_that_is_its_reference_starts_at_ln_2_and_at_one_over_four_beta
         losses.IPO(beta=beta, reduction="mean"),
         losses.SrIPO(beta=beta),
         losses.SrIPO(beta=beta, target="exact"),
+        losses.SrIPO(beta=beta, reduction="mean"),
+        losses.SrIPO(beta=beta, reduction="mean", target="exact"),
     ):
         expect(loss(same, same, zero), [1 / (4 * beta * beta)] * 2)
+        if isinstance(loss, losses.SrIPO):
+            assert loss.delta(same, same).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(("target", "expected"), [("printed", 5.005), ("exact", 5.05)])
+def test_averaged_target_does_not_grow_with_length(target: str, expected: float) -> None:
+    """Every token of y⁺ is 0.05 nats likelier than under the reference, of y⁻ as much less, with and without p.
+
+    h = 0.1 and Δ = β · 0.1 = 0.01, both a token; the target is 1/(2β) + λΔ = 5 + 0.005, or with λ/β 5 + 0.05.
+    """
+    tokens = torch.tensor([100.0, 400.0])
+    moved = losses.PairLogps(
+        chosen=-2.95 * tokens, rejected=-3.05 * tokens, chosen_tokens=tokens, rejected_tokens=tokens
+    )
+    start = losses.PairLogps(chosen=-3 * tokens, rejected=-3 * tokens)
+    loss = losses.SrIPO(beta=0.1, lam=0.5, reduction="mean", target=target)
+    delta = loss.delta(moved, start)
+    torch.testing.assert_close(delta, torch.tensor([0.01, 0.01]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(loss(moved, start, delta).sqrt() + 0.1, torch.full((2,), expected), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", REFINED, ids=repr)
+def test_swapping_chosen_and_rejected_negates_the_refinement_of_every_loss(loss: Any) -> None:
+    policy, reference = case(losses)
+    swapped = losses.PairLogps(
+        chosen=policy.rejected,
+        rejected=policy.chosen,
+        chosen_tokens=policy.rejected_tokens,
+        rejected_tokens=policy.chosen_tokens,
+    )
+    other = losses.PairLogps(chosen=reference.rejected, rejected=reference.chosen)
+    assert torch.equal(loss.delta(swapped, other), -loss.delta(policy, reference))
 
 
 def test_a_larger_refinement_asks_for_a_larger_margin() -> None:
@@ -338,9 +403,11 @@ def test_a_larger_refinement_asks_for_a_larger_margin() -> None:
 
     zero = losses.PairLogps(chosen=torch.zeros(1), rejected=torch.zeros(1))
     for target, expected in (("printed", 2.5 + 0.5 * 0.8), ("exact", 2.5 + 2.5 * 0.8)):
-        best = losses.PairLogps(chosen=torch.tensor([expected]), rejected=torch.zeros(1))
-        value = losses.SrIPO(target=target, **SR)(best, zero, torch.tensor([0.8]))
-        assert float(value) == pytest.approx(0, abs=1e-10)
+        for reduction, tokens in (("sum", 1), ("mean", 7)):
+            counts = {"chosen_tokens": torch.tensor([float(tokens)]), "rejected_tokens": torch.tensor([3.0])}
+            best = losses.PairLogps(chosen=torch.tensor([expected * tokens]), rejected=torch.zeros(1), **counts)
+            value = losses.SrIPO(target=target, reduction=reduction, **SR)(best, zero, torch.tensor([0.8]))
+            assert float(value) == pytest.approx(0, abs=1e-10)
 
 
 def test_doubling_a_response_leaves_the_averaged_loss_and_changes_the_summed_one() -> None:

@@ -117,26 +117,29 @@ def test_reward_metrics_by_hand() -> None:
         "rewards/chosen": pytest.approx(2.5 / 4),
         "rewards/rejected": pytest.approx(2.0 / 4),
         "rewards/margins": pytest.approx(0.5 / 4),
-        "rewards/accuracies": 2 / 3,
+        # Of four pairs two are right, one is wrong and one is tied; of four Δ two are above 0 and one is 0.
+        "rewards/accuracies": 2 / 4,
         "rewards/ties": 1 / 4,
         "refinement/mean": pytest.approx(0.1),
-        "refinement/positive_share": 2 / 4,
-        "rewards/accuracies_augmented": 2 / 3,
+        "rewards/accuracies_augmented": 2 / 4,
+        "rewards/ties_augmented": 1 / 4,
         "refinement/std": pytest.approx(math.sqrt((0.1**2 + 0.2**2 + 0.1**2 + 0.2**2) / 4)),
         # Deviations from the means: Δ 0.1, -0.2, -0.1, 0.2 and margin 0.375, -1.125, -0.125, 0.875.
         "refinement/correlation_with_margin": pytest.approx(0.45 / math.sqrt(0.1 * 2.1875)),
     }
 
 
-def test_ties_are_not_counted_as_wrong() -> None:
-    assert averages(rewards_of([1.0, 0.0], [1.0, -1.0]))["rewards/accuracies"] == 1.0
+def test_accuracy_is_a_share_of_all_pairs_and_ties_are_told_apart() -> None:
+    """METHOD: share of pairs with r⁺ > r⁻, and the same under p⊕x. Two ties, one right, one wrong: a quarter."""
+    numbers = averages(rewards_of([1.0, 0.5, 0.0, 2.0], [1.0, 0.5, -1.0, 3.0], [0.0, 0.0, -0.3, 0.2]))
+    assert numbers["rewards/accuracies"] == numbers["rewards/accuracies_augmented"] == 0.25
+    assert numbers["rewards/ties"] == numbers["rewards/ties_augmented"] == 0.5
 
 
-def test_only_ties_have_no_accuracy_rather_than_a_bad_one() -> None:
+def test_only_ties_are_never_right_and_all_tied() -> None:
     numbers = averages(rewards_of([0.0, 0.0], [0.0, 0.0], [0.0, 0.0]))
-    assert "rewards/accuracies" not in numbers
-    assert "rewards/accuracies_augmented" not in numbers
-    assert numbers["rewards/ties"] == 1.0
+    assert numbers["rewards/accuracies"] == numbers["rewards/accuracies_augmented"] == 0.0
+    assert numbers["rewards/ties"] == numbers["rewards/ties_augmented"] == 1.0
     assert not any(math.isnan(value) for value in numbers.values())
 
 
@@ -158,19 +161,21 @@ def test_reward_intervals_by_hand() -> None:
     half = 3.18245 * math.sqrt(2) / 2
     assert intervals["rewards/margins_low"] == pytest.approx(1 - half, rel=1e-5)
     assert intervals["rewards/margins_high"] == pytest.approx(1 + half, rel=1e-5)
-    right, augmented = wilson(3, 4), wilson(3, 3)
+    right, augmented = wilson(3, 4), wilson(3, 4)
     assert intervals["rewards/accuracies_low"] == right.low
     assert intervals["rewards/accuracies_high"] == right.high
     assert intervals["rewards/accuracies_augmented_low"] == augmented.low
 
 
-def test_reward_intervals_of_one_pair_or_of_ties_are_left_out_rather_than_made_up() -> None:
-    assert reward_intervals(rewards_of([0.5], [0.5])) == {}
+def test_margin_of_one_pair_has_no_interval_rather_than_one_made_up() -> None:
+    tied = wilson(0, 1)
+    ends = {"rewards/accuracies_low": tied.low, "rewards/accuracies_high": tied.high}
+    assert reward_intervals(rewards_of([0.5], [0.5])) == ends
 
 
-def test_share_of_positive_refinements_has_wilsons_interval_with_ties_as_not_positive() -> None:
-    intervals = reward_intervals(rewards_of([1.0, 2.0, 0.0], [0.0, 0.0, 1.0], [0.5, 0.0, -0.1]))
-    assert intervals["refinement/positive_share_low"] == wilson(1, 3).low
+def test_accuracies_have_wilsons_interval_over_all_pairs_with_ties_as_not_right() -> None:
+    intervals = reward_intervals(rewards_of([1.0, 2.0, 0.0], [1.0, 0.0, 1.0], [0.5, 0.0, -0.1]))
+    assert intervals["rewards/accuracies_low"] == intervals["rewards/accuracies_augmented_low"] == wilson(1, 3).low
 
 
 def test_without_lengths_there_is_no_margin_a_token() -> None:

@@ -15,12 +15,15 @@ SR_DPO_OFFSET = "offset = self.lam * required(refinement).detach()\n"
 SR_DPO = SR_DPO_OFFSET + "        logits = self.beta * log_ratio_margin(policy, reference) - offset\n"
 SR_IPO_TARGET = "target = weight * required(refinement).detach() + 1 / (2 * self.beta)"
 SR_IPO = "return (h - target).square()"
+SR_DPO_DELTA = "return refinement(policy_p, reference_p, self.beta)"
+SR_IPO_DELTA = "return refinement(*reduced(policy_p, reference_p, self.reduction), self.beta)"
 ODPO = SR_DPO.replace("self.lam", "self.alpha")
 LOGISTIC = "return -F.logsigmoid(logits)\n"
 SMOOTHED = "-(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)"
 NLL = "return -weight * policy.per_token().chosen"
 DELTA = "return (beta * (chosen - rejected)).detach()"
-TURN = '"content": p + prompt[last]["content"]'
+TURN = '"content": p.text + prompt[at]["content"]'
+PLACE = 'at = users[0] if p.place == "dialogue" else users[-1]'
 
 EXACT = "weight = self.lam / self.beta if"
 AVERAGED = "return policy.per_token(), averaged.per_token()"
@@ -75,6 +78,16 @@ LOSSES = [
     ("sr-ipo with printed and exact swapped", 'if self.target == "exact"', 'if self.target == "printed"'),
     ("sr-ipo with λβ for λ/β", EXACT, EXACT.replace("/", "*")),
     ("sr-ipo with λ/(2β) for λ/β", EXACT, EXACT.replace("self.beta", "self.beta / 2")),
+    ("sr-ipo with Δ always summed", SR_IPO_DELTA, SR_DPO_DELTA),
+    ("sr-ipo with Δ always averaged", SR_IPO_DELTA, SR_IPO_DELTA.replace("self.reduction", '"mean"')),
+    ("sr-ipo with Δ divided by β", SR_IPO_DELTA, SR_IPO_DELTA.replace("self.beta", "1 / self.beta")),
+    (
+        "sr-ipo with Δ of swapped models",
+        SR_IPO_DELTA,
+        SR_IPO_DELTA.replace("policy_p, reference", "reference_p, policy"),
+    ),
+    ("sr-dpo with Δ averaged a token", SR_DPO_DELTA, SR_IPO_DELTA.replace("self.reduction", '"mean"')),
+    ("sr-dpo with Δ without β", SR_DPO_DELTA, SR_DPO_DELTA.replace("self.beta", "1.0")),
     ("sum and mean swapped", 'if reduction == "sum"', 'if reduction == "mean"'),
     ("reference left as a sum", AVERAGED, "return policy.per_token(), reference"),
     ("rejected response averaged over the chosen one's tokens", REJECTED, REJECTED.replace("rejected_t", "chosen_t")),
@@ -89,9 +102,12 @@ REFINEMENT = [
     ("Δ without the reference", CHOSEN_P, "policy_p.chosen"),
     ("Δ with the wrong response's reference", REJECTED_P, "policy_p.rejected - reference_p.chosen"),
     ("Δ with rewards added", DELTA, DELTA.replace("chosen - rejected", "chosen + rejected")),
-    ("p behind the query", TURN, '"content": prompt[last]["content"] + p'),
-    ("p before the first user turn", "last = max(", "last = min("),
-    ("p behind a plain text", "return p + prompt", "return prompt + p"),
+    ("p behind the query", TURN, '"content": prompt[at]["content"] + p.text'),
+    ("p always before the first user turn", PLACE, "at = users[0]"),
+    ("p always before the last user turn", PLACE, "at = users[-1]"),
+    ("p before the system turn", PLACE, PLACE.replace("users[0]", "0")),
+    ("p behind a plain text", "return p.text + prompt", "return prompt + p.text"),
+    ("p's place forgotten", "else p, self.place)", 'else p, "dialogue")'),
     ("p without its scale", '.replace("{scale}", str(self.scale))', ""),
     ("p with the default scale", "str(self.scale)", "str(100)"),
 ]

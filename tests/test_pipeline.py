@@ -560,6 +560,7 @@ COUNTS = {
 """How many records a stage read or wrote: what the names say."""
 ONLY_ELSEWHERE = {
     "judge_quality/five_best", "refinement/correlation_with_margin", "held_out_pairs", "chosen_step",
+    "checkpoint_win_rate/N", "checkpoint_wins/N", "checkpoint_losses/N",
     "preferences/pairs", "preferences/scored", "preferences/margin_score_pearson", "preferences/delta_score_pearson",
     "preferences/margin_score_spearman", "preferences/delta_score_spearman",
     "calibration/self_consistency", "calibration/position_bias", "judge/variance",
@@ -621,8 +622,10 @@ def test_judge_that_writes_no_scores_stops_the_run_which_keeps_what_it_made(stud
 
 
 def test_too_few_pairs_stop_the_run_which_keeps_what_it_made(study: Study, built: list[str]) -> None:
-    with pytest.raises(SelfalignError, match=r"iteration_1/pairs: \d pairs from 3 instructions.*minimum_pairs=50"):
-        study.run("pair.minimum_pairs=50", "iterations=1", "name=few")
+    with pytest.raises(
+        SelfalignError, match=r"iteration_1/pairs: 0 pairs from 3 instructions.*minimum_pairs=1 .*margin"
+    ):
+        study.run("pair.minimum_margin=4.9", "iterations=1", "name=few")
     assert built == ["iteration_1/pairs"]
     folder = next(study.output.glob("few-*"))
     assert {row["label"] for row in metrics(folder)} >= {"M1", "iteration_1/judgements"}

@@ -27,7 +27,7 @@ SETTINGS = [*TINY_RUN, "iterations=1", "generate.batch_tokens=40"]
 
 
 def given(folder: Path) -> list[str]:
-    """Every checkpoint competes, too."""
+    """Every checkpoint is compared, too."""
     data, validation = write_tiny_data(folder / "data"), folder / "data/validation.jsonl"
     validation.write_text(
         '{"id": "v1", "instruction": "Tell me of mills."}\n{"id": "v2", "instruction": "And of geese."}\n'
@@ -76,7 +76,7 @@ def assert_same(folder: Path, whole: Path) -> None:
         for f in (folder, whole)
     )
     assert [row.keys() for row in numbers] == [row.keys() for row in others]
-    assert sum(row.get("chosen_step", 0) > 0 for row in numbers) == 1, "checkpoints competed"
+    assert sum(row.get("chosen_step", 0) > 0 for row in numbers) == 1, "checkpoints were compared"
     assert [(row["step"], row["label"]) for row in numbers] == [(row["step"], row["label"]) for row in others]
     for row, other in zip(numbers, others, strict=True):
         assert row == pytest.approx(other, abs=1e-3)

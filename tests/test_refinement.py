@@ -1,15 +1,18 @@
 """The augmented prompt p⊕x and the refinement function Δ (arXiv 2405.21040, eq. 11)."""
 
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from selfalign.batches import encode_pairs
 from selfalign.errors import SelfalignError
 from selfalign.losses import PairLogps
-from selfalign.refinement import AUGMENTATION_PROMPT, Refinement, augment, refinement
+from selfalign.records import PreferencePair
+from selfalign.refinement import AUGMENTATION_PROMPT, Augmentation, Refinement, augment, refinement
 
 
 def logps(chosen: list[float], rejected: list[float]) -> PairLogps:
@@ -53,10 +56,19 @@ def test_refinement_of_a_policy_that_is_its_reference_is_zero() -> None:
 
 
 def test_p_stands_before_a_plain_text() -> None:
-    assert augment("Do well.\n\n", "Human: Why?\n\nAssistant:") == "Do well.\n\nHuman: Why?\n\nAssistant:"
+    for place in ("dialogue", "last_turn"):
+        p = Augmentation("Do well.\n\n", place)
+        assert augment(p, "Human: Why?\n\nAssistant:") == "Do well.\n\nHuman: Why?\n\nAssistant:"
 
 
-def test_p_stands_at_the_start_of_the_last_user_turn_and_nowhere_else() -> None:
+@pytest.mark.parametrize(
+    ("place", "expected"),
+    [("dialogue", ["Be brief.", "Do well. First", "Yes", "Second"]),
+     ("last_turn", ["Be brief.", "First", "Yes", "Do well. Second"])],
+)  # fmt: skip
+def test_p_stands_before_the_whole_dialogue_or_if_asked_for_before_its_last_turn(
+    place: str, expected: list[str]
+) -> None:
     conversation = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "First"},
@@ -64,14 +76,41 @@ def test_p_stands_at_the_start_of_the_last_user_turn_and_nowhere_else() -> None:
         {"role": "user", "content": "Second"},
     ]
     before = [dict(turn) for turn in conversation]
-    augmented = augment("Do well. ", conversation)
-    assert augmented == [*before[:3], {"role": "user", "content": "Do well. Second"}]
+    augmented = augment(Augmentation("Do well. ", place), conversation)
+    assert [turn["content"] for turn in augmented if isinstance(turn, dict)] == expected
     assert conversation == before, "the given prompt was changed in place"
+
+
+def test_p_before_the_whole_dialogue_is_the_default() -> None:
+    """The paper's p⊕x: p in front of x, which for HH-RLHF is the dialogue so far."""
+    assert Refinement().place == "dialogue"
+    assert Refinement(place="last_turn").augmentation() != Refinement().augmentation(), "one key for two second passes"
+
+
+@pytest.mark.parametrize("place", ["dialogue", "last_turn"])
+def test_p_survives_when_a_dialogue_is_cut_from_the_left(tiny_tokenizer: Any, place: str) -> None:
+    """x loses its oldest turns, then the beginning of its last one; p stands before what is left."""
+    turns = [("user", "Tell me of bees. " * 20), ("assistant", "Bees hum."), ("user", "And of wasps? " * 20)]
+    pair = PreferencePair(
+        id="a", prompt=[{"role": r, "content": c} for r, c in turns], chosen="Wasps sting.", rejected="No."
+    )
+    p = Refinement(prompt="Do your best. ", place=place)
+    for limit in (200, 120):
+        tally: Counter[str] = Counter()
+        (example,) = encode_pairs(tiny_tokenizer, [pair], p, limit, tally)
+        plain, behind_p = example.plain, example.augmented
+        assert behind_p is not None
+        assert tally["cut"] == 1
+        texts = [tiny_tokenizer.decode(group.prompt) for group in (plain, behind_p)]
+        assert "bees" not in texts[0]
+        assert texts[1] == texts[0].replace("<|im_start|>user\n", "<|im_start|>user\nDo your best. ")
+        assert plain.responses == behind_p.responses
+        assert plain.longest() <= limit
 
 
 @pytest.mark.parametrize("scale", [100, 10])
 def test_scale_is_written_wherever_p_speaks_of_it(tiny_tokenizer: Any, scale: int) -> None:
-    p = Refinement(scale=scale).text(tiny_tokenizer)
+    p = Refinement(scale=scale).text(tiny_tokenizer).text
     assert p == AUGMENTATION_PROMPT.replace("{scale}", str(scale))
     assert p.count(str(scale)) == AUGMENTATION_PROMPT.count("{scale}") >= 1
     assert "{" not in p
@@ -88,20 +127,20 @@ def test_braces_in_the_query_and_in_p_stay_as_they_are(tiny_tokenizer: Any) -> N
 
 def test_p_can_stand_in_a_file(tiny_tokenizer: Any, tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("Aim at {scale}.\n")
-    assert Refinement(prompt=f"file:{tmp_path}/p.txt", scale=9).text(tiny_tokenizer) == "Aim at 9.\n"
+    assert Refinement(prompt=f"file:{tmp_path}/p.txt", scale=9).text(tiny_tokenizer).text == "Aim at 9.\n"
     with pytest.raises(SelfalignError, match=r"loss\.refinement\.prompt: .*q\.txt: no such file"):
         Refinement(prompt=f"file:{tmp_path}/q.txt")
 
 
 def test_random_prompt_is_of_the_same_length_and_says_something_else(tiny_tokenizer: Any) -> None:
     prompted, other = Refinement(), Refinement(source="random_prompt")
-    p, words = prompted.text(tiny_tokenizer), other.text(tiny_tokenizer)
+    p, words = prompted.text(tiny_tokenizer).text, other.text(tiny_tokenizer).text
     count = [len(tiny_tokenizer(text)["input_ids"]) for text in (p, words)]
     assert 0 <= count[1] - count[0] <= 2
     assert words.endswith("\n\n")
     assert len(set(words.split())) > 20
     assert len(set(words.split()) & set(p.split())) < 5
-    assert words == Refinement(source="random_prompt").text(tiny_tokenizer), "another draw the second time"
+    assert words == Refinement(source="random_prompt").text(tiny_tokenizer).text, "another draw the second time"
 
 
 @pytest.mark.parametrize(
@@ -111,6 +150,7 @@ def test_random_prompt_is_of_the_same_length_and_says_something_else(tiny_tokeni
             {"source": "prompt"},
             "source must be one of prompted, naive, shuffled, constant, random_prompt; got 'prompt'",
         ),
+        ({"place": "first_turn"}, "place must be one of dialogue, last_turn; got 'first_turn'"),
         ({"source": "constant"}, "the constant is given, other than 0, where the source is constant"),
         ({"constant": 0.5}, "the constant is given, other than 0, where the source is constant"),
         ({"prompt": "Do well.", "scale": 10}, "scale has no meaning: loss.refinement.prompt has no {scale}"),

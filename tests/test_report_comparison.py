@@ -66,7 +66,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     lams = (1, 0.1, 0.5)
     finished = [run(output, *shared, "iterations=1", f"loss.lam={lam}") for lam in lams]
     with pytest.raises(SelfalignError):
-        run(output, *shared, "iterations=1", "loss.lam=0.3", "pair.minimum_pairs=999")
+        run(output, *shared, "iterations=1", "loss.lam=0.3", "pair.minimum_margin=4.9")
     failed = next(path for path in output.glob("tiny-*") if path not in finished)
     longer = run(output, *shared, "iterations=2", "loss.lam=0.5", "name=longer")
     folder = output / "sweeps" / "tiny-1"
@@ -180,7 +180,7 @@ def test_every_number_of_the_table_is_that_of_summary_json(page: str, sweep: Swe
 
 def test_only_settings_that_differ_are_columns(page: str) -> None:
     headings = list(Table(page).cells[0])
-    assert [heading for heading in headings if "." in heading] == ["loss.lam", "pair.minimum_pairs"]
+    assert [heading for heading in headings if "." in heading] == ["loss.lam", "pair.minimum_margin"]
 
 
 def test_job_without_numbers_keeps_its_row_and_tells_why(page: str) -> None:
@@ -188,7 +188,7 @@ def test_job_without_numbers_keeps_its_row_and_tells_why(page: str) -> None:
     for cells, lam in zip(table.cells[3:], ("0.3", "-1"), strict=True):
         assert cells["loss.lam"][0] == lam
         assert cells["state"][0] == "failed"
-        assert {heading for heading, (_, sort) in cells.items() if sort} <= {"job", "loss.lam", "pair.minimum_pairs"}
+        assert {heading for heading, (_, sort) in cells.items() if sort} <= {"job", "loss.lam", "pair.minimum_margin"}
         assert all(cells[heading][0] == "–" for heading in COLUMNS if heading in cells)
     assert table.classes[4:] == ["without", "without"]
     told = Page(page).text.split("Not finished")[-1]
@@ -201,7 +201,7 @@ def test_failed_run_tells_its_error_without_a_sweep(sweep: Sweep) -> None:
     assert found.keys() == {path.name for path in (*sweep.finished, sweep.failed, sweep.longer)}
     job = found[sweep.failed.name]
     assert (job.state, job.run) == ("failed", None)
-    assert "999" in job.error
+    assert "0 pairs from 3 instructions" in job.error
     assert "Traceback" not in job.error
     assert "\n" not in job.error
 
@@ -283,7 +283,7 @@ def test_csv_has_a_row_a_job_and_model_with_every_number(written: Path, sweep: S
 def test_answers_of_all_policies_stand_side_by_side(page: str, sweep: Sweep) -> None:
     section = page.split('<section id="answers">')[1]
     names = re.findall(r'<p class="head"><b>(.*?)</b>', section.split("</article>")[0])
-    told = "(loss.lam = {}, pair.minimum_pairs = 1)"
+    told = "(loss.lam = {}, pair.minimum_margin = 0)"
     assert names == ["M1", *(f"M2 of job {n} {told.format(lam)}" for n, lam in ((1, 1), (2, 0.1), (3, 0.5)))]
     lines = (sweep.finished[0] / "artefacts/evaluation_M1/answers/responses.jsonl").read_text().splitlines()
     first = json.loads(lines[0])["text"]

@@ -16,6 +16,7 @@ from selfalign.statistics import (
     distinct,
     length_controlled,
     repeated,
+    sign_test,
     wilson,
 )
 
@@ -52,6 +53,12 @@ def test_correlation_that_is_not_defined_is_no_number() -> None:
     # One value that differs is left out by a third of the draws, which define no correlation.
     rare = bootstrap_correlation([0.0] * 9 + [1.0], [float(n) for n in range(10)], "pearson")
     assert rare.low <= rare.value <= rare.high
+
+
+@pytest.mark.parametrize(("wins", "losses"), [(0, 0), (0, 8), (8, 0), (50, 104), (76, 77), (1, 11)])
+def test_sign_test_is_scipys_exact_binomial_one(wins: int, losses: int) -> None:
+    expected = stats.binomtest(wins, wins + losses, alternative="less").pvalue if wins + losses else 1.0
+    assert sign_test(wins, losses) == pytest.approx(expected)
 
 
 def test_bootstrap_interval_of_a_mean_is_scipys() -> None:
@@ -176,6 +183,17 @@ def test_length_controlled_win_rate_stays_finite(outcomes: list, lengths: list, 
         assert found.value > 0.5
     else:
         assert found.value == pytest.approx(rate, abs=0.02)
+
+
+@pytest.mark.parametrize(("outcome", "ends"), [(1.0, (0.862, 1.0)), (0.5, (0.314, 0.686)), (0.0, (0.0, 0.138))])
+def test_equal_outcomes_have_wilsons_interval_at_equal_length_too(outcome: float, ends: tuple[float, float]) -> None:
+    """24 of 24 won are no more certain at equal length than Wilson has them; every draw of a bootstrap is the same."""
+    lengths = np.random.default_rng(0).normal(0, 100, size=24).tolist()
+    found, plain = length_controlled([outcome] * 24, lengths), wilson(24 * outcome, 24)
+    assert (found.low, found.high) == (plain.low, plain.high) == pytest.approx(ends, abs=5e-4)
+    assert found.low <= found.value <= found.high
+    wider = length_controlled([outcome] * 24, lengths, confidence=0.99)
+    assert wider.high - wider.low > found.high - found.low
 
 
 def test_one_instruction_has_a_length_controlled_rate_and_no_interval() -> None:

@@ -2,127 +2,36 @@
 
 import re
 import shlex
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
 from functools import cache
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from builders import ROOT, composed
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
+from omegaconf.errors import OmegaConfBaseException
+from paper_values import OURS, PAPER, SIZES, TECHNICAL, WITHOUT_EFFECT, WRITTEN_OUT, YOURS
 
 from selfalign.__main__ import conf_folder
 from selfalign.config import ExperimentConfig, register
-from selfalign.losses import DPO, IPO, Positives, SrDPO, SrIPO
-from selfalign.pairing import BestWorst
+from selfalign.errors import SelfalignError
+from selfalign.losses import DPO, IPO, SrDPO, SrIPO
 from selfalign.plan import plan
 from selfalign.serving import Server
+from selfalign.stages.evaluate import compares_on, opponents
 from selfalign.stages.judge import ExpectedScore, SampledScore
-from selfalign.stages.pair import PositivesOnly
 from selfalign.stages.seeds import EvaluationFineTuning
 
 STUDIES = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))
 SMALL = [name for name in STUDIES if name.endswith("_small")]
 PAPERS = [name.removesuffix("_small") for name in SMALL]
-
-GIVEN = ["evaluate.instructions=asked.jsonl", "train.choose.instructions=validation.jsonl"]
-"""What studies of Llama 2 need besides: instructions that the paper did not publish."""
-
-SELF_REWARDING = {
-    "model.path": "meta-llama/Llama-2-70b-hf",
-    "iterations": 2,
-    "data.seeds.demonstrations": "OpenAssistant/oasst1",
-    "data.seeds.ranked": "OpenAssistant/oasst1",
-    "data.seeds.max_demonstrations": 3200,
-    "data.seeds.held_out_share": 0.25,
-    "data.instruct.writer": "meta-llama/Llama-2-70b-chat-hf",
-    "data.instruct.source": "",
-    "data.instruct.seed_demonstrations": 6,
-    "data.instruct.own_demonstrations": 2,
-    "data.instruct.max_rouge": 0.7,
-    "data.instruct.sampling.temperature": 0.6,
-    "data.instruct.sampling.top_p": 0.9,
-    "data.respond.candidates": 4,
-    "data.respond.sampling.temperature": 0.7,
-    "data.respond.sampling.top_p": 0.9,
-    "data.accumulate": False,
-    "judge.__class__": SampledScore,
-    "judge.model": "self",
-    "judge.samples": 3,
-    "judge.low": 0,
-    "judge.high": 5,
-    "judge.sampling.temperature": 0.7,
-    "judge.sampling.top_p": 0.9,
-    "model.lora.rank": 0,
-    "train.reference": "previous",
-    "train.sft.learning_rate": 5.5e-6,
-    "train.sft.final_learning_rate": 1.1e-6,
-    "train.sft.schedule": "cosine",
-    "train.sft.batch_size": 16,
-    "train.sft.dropout": 0.1,
-    "train.sft.average": "tokens",
-    "train.align.learning_rate": 1e-6,
-    "train.align.final_learning_rate": 1e-7,
-    "train.align.schedule": "cosine",
-    "train.align.batch_size": 16,
-    "train.align.dropout": 0.1,
-    "train.choose.every_steps": 200,
-    "train.choose.count": 253,
-    "evaluate.count": 256,
-}
-"""METHOD, arXiv 2401.10020, sections 2 and 3.1."""
-
-BY_DPO = {"loss.__class__": DPO, "loss.beta": 0.1, "pair.__class__": BestWorst, "pair.length_control": None}
-BY_BASELINE = {"data.seeds.evaluation_fine_tuning": EvaluationFineTuning.baseline}
-
-QUALITY_AWARE = {
-    "iterations": 1,
-    "loss.beta": 0.1,
-    "loss.refinement.source": "prompted",
-    "loss.refinement.scale": 100,
-    "model.lora.rank": 0,
-    "train.reference": "previous",
-    "train.align.learning_rate": 5e-7,
-    "train.align.optimizer": "rmsprop",
-    "train.align.batch_size": 64,
-    "train.align.max_length": 512,
-    "train.align.epochs": 1,
-    "train.align.dropout": 0,
-    "train.choose.every_steps": 0,
-    "train.held_out_pairs": 50,
-}
-"""arXiv 2405.21040, its set-up."""
-
-HH = QUALITY_AWARE | {
-    "model.path": "EleutherAI/pythia-2.8b",
-    "data.path": "Anthropic/hh-rlhf",
-    "data.seeds.demonstrations": "Anthropic/hh-rlhf",
-    "data.seeds.ranked": "",
-}
-ULTRAFEEDBACK = QUALITY_AWARE | {
-    "model.path": "alignment-handbook/zephyr-7b-sft-full",
-    "data.path": "HuggingFaceH4/ultrafeedback_binarized:train_prefs",
-    "data.seeds.demonstrations": "",
-}
-
-FROZEN: dict[str, dict[str, Any]] = {
-    "self_rewarding": SELF_REWARDING | BY_DPO | BY_BASELINE,
-    "self_rewarding_judge_prompt": SELF_REWARDING | BY_DPO | BY_BASELINE | {"evaluate.baseline": True},
-    "self_rewarding_no_eft": SELF_REWARDING | BY_DPO | {"data.seeds.evaluation_fine_tuning": EvaluationFineTuning.none},
-    "self_rewarding_positives": SELF_REWARDING
-    | BY_BASELINE
-    | {"loss.__class__": Positives, "loss.start": "base", "pair.__class__": PositivesOnly, "pair.minimum_score": 5},
-    "quality_aware_hh": HH,
-    "quality_aware_ultrafeedback": ULTRAFEEDBACK,
-    "quality_aware_lambda": HH,
-    "quality_aware_tuples": HH,
-    "quality_aware_scale": HH,
-    "quality_aware_controls": HH,
-    "quality_aware_beta": HH,
-}
-"""Study → key → what METHOD.md says of it, of the configuration before its sweep."""
 
 FOUR_LOSSES = {"loss": "dpo,ipo,sr_dpo,sr_ipo"}
 REFINED = {"loss": "sr_dpo,sr_ipo"}
@@ -135,7 +44,7 @@ SWEEPS: dict[str, tuple[dict[str, str], int]] = {
     "quality_aware_hh": (FOUR_LOSSES, 4),
     "quality_aware_ultrafeedback": (FOUR_LOSSES, 4),
     "quality_aware_lambda": (REFINED | {"loss.lam": "0.1,0.3,0.5,1"}, 8),
-    "quality_aware_tuples": (FOUR_LOSSES | {"data.count": "10000,20000,40000,80000,160000"}, 20),
+    "quality_aware_tuples": (FOUR_LOSSES | {"data.count": "10000,20000,40000,80000,150000"}, 20),
     "quality_aware_scale": (REFINED | {"loss.refinement.scale": "100,10"}, 4),
     "quality_aware_controls": (REFINED, 10),
     "quality_aware_beta": ({"loss": "dpo", "loss.beta": "0.1,0.09,0.07,0.05"}, 4),
@@ -167,21 +76,137 @@ def covering(jobs: list[list[str]]) -> list[list[str]]:
 
 
 @cache
+def needed(name: str) -> tuple[str, ...]:
+    """Overrides that name the files which only the user has, as far as a study reads them."""
+    keys: list[str] = []
+    if name in PAPER and name.startswith("self_rewarding"):
+        keys = ["evaluate.instructions", "benchmark.alpaca_eval.reference_outputs"]
+        keys += ["train.choose.instructions"] if "train.choose.every_steps" in PAPER[name] else []
+    elif name in PAPER and "evaluate.compare_benchmarks" in PAPER[name]:
+        keys = ["benchmark.vicuna_bench.questions"]
+    return tuple(f"{key}={YOURS[key]}" for key in keys)
+
+
+@cache
+def composed_study(name: str, *overrides: str) -> tuple[ExperimentConfig, dict[str, Any]]:
+    """A study, or one of its jobs, as live objects and plain."""
+    config, _, plain = composed(f"experiment={name}", *needed(name), *overrides)
+    return config, plain
+
+
 def study(name: str, *overrides: str) -> ExperimentConfig:
-    """A study, or one of its jobs, as live objects."""
-    given = GIVEN if name.startswith("self_rewarding") and name not in SMALL else []
-    return composed(f"experiment={name}", *given, *overrides)[0]
+    """The same as live objects."""
+    return composed_study(name, *overrides)[0]
 
 
 def test_every_study_of_the_papers_is_frozen_here_and_has_a_small_version() -> None:
-    assert set(PAPERS) == FROZEN.keys() == SWEEPS.keys()
+    assert set(PAPERS) == PAPER.keys() == SWEEPS.keys()
     assert set(STUDIES) == {"smoke", "demo", *PAPERS, *SMALL}
 
 
-@pytest.mark.parametrize("name", FROZEN)
-def test_study_has_the_published_figures(name: str) -> None:
-    config = study(name)
-    assert {key: attrgetter(key)(config) for key in FROZEN[name]} == FROZEN[name]
+def flat(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, value) of every leaf; lists of tables are numbered."""
+    if isinstance(node, list) and node and isinstance(node[0], dict):
+        node = dict(enumerate(node))
+    if isinstance(node, dict) and node:
+        for name, value in node.items():
+            yield from flat(value, f"{path}.{name}" if path else str(name))
+    else:
+        yield path, node
+
+
+def ours(name: str) -> set[str]:
+    """The keys of ours in a study whose paper does not give them."""
+    return {f"{group}.{key}" for group, keys in OURS.items() for key in keys} - PAPER[name].keys()
+
+
+def whose(name: str, key: str, keys: Iterable[str]) -> set[str]:
+    """The tables that a key of a study is in."""
+    unused = [pattern for has, patterns in WITHOUT_EFFECT.items() if has in keys for pattern in patterns]
+    exact = {"paper": PAPER[name], "ours": ours(name), "yours": YOURS}
+    found = {table for table, known in exact.items() if key in known}
+    if found:  # A pattern is for keys that no table names.
+        return found - ({"yours"} if len(found) > 1 else set())
+    patterns = {"technical": TECHNICAL, "without effect": unused}
+    return {table for table, several in patterns.items() if any(fnmatchcase(key, one) for one in several)}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_every_value_of_a_study_is_its_paper_s_or_ours(name: str) -> None:
+    values = dict(flat(composed_study(name)[1]))
+    assert {key: values.get(key, "missing") for key in PAPER[name]} == PAPER[name]
+    unknown = {key: found for key in values if not (found := whose(name, key, values.keys()))}
+    assert unknown == {}, "say in paper_values.py whether the paper gives it"
+
+
+def test_tables_hold_no_key_that_no_study_has() -> None:
+    every = {key for name in PAPER for key, _ in flat(composed_study(name)[1])}
+    assert sorted({f"{group}.{key}" for group, keys in OURS.items() for key in keys} - every) == []
+    assert sorted(YOURS.keys() - every) == []
+    assert [one for one in TECHNICAL if not any(fnmatchcase(key, one) for key in every)] == []
+
+
+def lines_of(path: Path, prefix: str = "") -> dict[str, list[str]]:
+    """{key: the line it stands in, and those of the groups around it}, of a file of conf/."""
+    text = path.read_text(encoding="utf-8").splitlines()
+    found: dict[str, list[str]] = {}
+
+    def walk(node: yaml.Node, key: str, around: list[str]) -> None:
+        if isinstance(node, yaml.MappingNode) and node.value:
+            for name, value in node.value:
+                walk(value, f"{key}{name.value}.", [*around, text[name.start_mark.line]])
+        else:
+            found[key.removesuffix(".")] = [*around, text[node.start_mark.line]]
+
+    root = yaml.compose("\n".join(text))
+    assert isinstance(root, yaml.MappingNode)
+    for name, value in root.value:
+        if name.value not in ("defaults", "hydra"):
+            walk(value, f"{prefix}{name.value}.", [text[name.start_mark.line]])
+    return found
+
+
+FILES = {
+    "setting/llama2_70b": "", "setting/pythia_hh": "", "setting/zephyr_ultrafeedback": "",
+    "train/quality_aware": "train.", "pair/best_worst": "pair.", "pair/positives": "pair.", "data/hh_rlhf": "data.",
+    "data/ultrafeedback": "data.", "benchmark/mt_bench": "benchmark.", "benchmark/vicuna_bench": "benchmark.",
+    "benchmark/alpaca_eval": "benchmark.", **{f"experiment/{name}": "" for name in PAPER},
+}  # fmt: skip
+"""The files a published study is made of, and what their keys begin with in the whole."""
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_value_in_a_study_s_file_is_marked_as_ours_unless_it_is_the_paper_s(file: str) -> None:
+    of_file = [name for name in PAPER if file in made_of(name)]
+    assert of_file
+    for key, lines in lines_of(ROOT / f"conf/{file}.yaml", FILES[file]).items():
+        tables = {table for name in of_file for table in whose(name, key, PAPER[name].keys())}
+        marked = any(re.search(r"# (ours|yours)", line) for line in lines)
+        if "paper" in tables:
+            assert not marked, f"conf/{file}.yaml: {key} is the paper's"
+        elif tables & {"ours", "yours"}:
+            assert marked, f"conf/{file}.yaml: {key} is not marked"
+
+
+def test_defaults_that_a_study_rests_on_are_written_out_and_marked() -> None:
+    written = {
+        key: lines for file, prefix in FILES.items() if file in made_of("self_rewarding")
+        for key, lines in lines_of(ROOT / f"conf/{file}.yaml", prefix).items()
+    }  # fmt: skip
+    assert sorted(set(WRITTEN_OUT) - written.keys()) == []
+    assert [key for key in WRITTEN_OUT if not any("# ours" in line for line in written[key])] == []
+
+
+@cache
+def made_of(name: str) -> set[str]:
+    """The files of conf/ that a study's values come from."""
+    register()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        chosen = compose("config", overrides=[f"experiment={name}", *needed(name)], return_hydra_config=True)
+    groups = {group: value for group, value in chosen.hydra.runtime.choices.items() if isinstance(value, str)}
+    files = {f"{group}/{value}" for group, value in groups.items()}
+    parents = [f"experiment/{'quality_aware_hh' if name.startswith('quality') else 'self_rewarding'}"]
+    return {*files, *parents, *(f"benchmark/{label}" for label in study(name).benchmark)}
 
 
 @pytest.mark.parametrize("name", SWEEPS)
@@ -252,9 +277,12 @@ def test_small_ablations_keep_what_they_take_away() -> None:
 @pytest.mark.parametrize("name", STUDIES)
 def test_full_studies_are_measured_as_in_their_papers(name: str) -> None:
     config = study(name)
-    full = {"meta-llama/Llama-2-70b-hf": "mt_bench", "EleutherAI/pythia-2.8b": "mt_bench"}
-    full["alignment-handbook/zephyr-7b-sft-full"] = "open_llm_leaderboard"
-    assert list(config.benchmark) == ([full[config.model.path]] if config.model.path in full else [])
+    full = {
+        "meta-llama/Llama-2-70b-hf": ["mt_bench", "alpaca_eval", "nlp_sets"],
+        "EleutherAI/pythia-2.8b": ["mt_bench", "vicuna_bench"],
+        "alignment-handbook/zephyr-7b-sft-full": ["open_llm_leaderboard"],
+    }
+    assert list(config.benchmark) == full.get(config.model.path, [])
     assert (config.sweep_metric == "held_out/rewards/accuracies") == (not config.evaluate.instructions)
 
 
@@ -285,15 +313,43 @@ def test_command_for_70b_leaves_nothing_that_loads_a_whole_model_but_the_server(
     assert not [label for label, _ in plan(config) if label.endswith(loading)]
 
 
-def test_study_of_llama_says_which_instructions_it_needs() -> None:
-    with pytest.raises(Exception, match=r"train\.choose\.instructions"):
-        composed("experiment=self_rewarding")
+def test_study_says_which_files_it_needs_before_anything_is_made() -> None:
+    for name in PAPER:
+        told = list(needed(name))
+        for override in told:
+            key = override.partition("=")[0]
+            if key != "evaluate.instructions":  # It names a file of its own, which is then found missing.
+                with pytest.raises((OmegaConfBaseException, SelfalignError), match=re.escape(key)):
+                    composed(f"experiment={name}", *(one for one in told if one != override))
     # Not those that are shipped, which are too few and not the paper's.
-    config, *_ = composed("experiment=self_rewarding", "train.choose.instructions=validation.jsonl")
-    assert config.evaluate.instructions == "evaluation_prompts.jsonl"
+    rest = [one for one in needed("self_rewarding") if not one.startswith("evaluate.")]
+    assert composed("experiment=self_rewarding", *rest)[0].evaluate.instructions == "evaluation_prompts.jsonl"
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_small_version_changes_model_data_sizes_and_judges_alone(name: str) -> None:
+    large, small = (dict(flat(composed_study(one)[1])) for one in (name.removesuffix("_small"), name))
+    differing = {key for key in large.keys() | small.keys() if large.get(key) != small.get(key)}
+    assert sorted(key for key in differing if not any(fnmatchcase(key, one) for one in SIZES)) == []
+    assert {key: value for key, value in large.items() if key.startswith("loss.")} == {
+        key: value for key, value in small.items() if key.startswith("loss.")
+    }
+
+
+def test_table_2_of_the_second_paper_is_made_by_one_sweep_and_one_evaluation() -> None:
+    """Every two of the four losses' models, on both question files, every turn in both orders."""
+    config = study("quality_aware_hh", "evaluate.matrix=true")
+    assert jobs_of("quality_aware_hh") == [["loss=dpo"], ["loss=ipo"], ["loss=sr_dpo"], ["loss=sr_ipo"]]
+    models = ["M1", "dpo.M2", "ipo.M2", "sr_dpo.M2", "sr_ipo.M2"]
+    assert [compares_on(config.evaluate, one) for one in config.benchmark.values()] == [True, True]
+    opponents_of = {name: opponents(config.evaluate, models[:place]) for place, name in enumerate(models)}
+    assert {"dpo.M2", "ipo.M2"} <= {*opponents_of["sr_dpo.M2"]} & {*opponents_of["sr_ipo.M2"]}
+    text = (ROOT / "experiments/README.md").read_text(encoding="utf-8")
+    assert f"selfalign experiment=quality_aware_hh {needed('quality_aware_hh')[0].partition('=')[0]}=" in text
+    assert "selfalign-evaluate outputs/sweeps/quality_aware_hh-… evaluate.matrix=true" in text
 
 
 def test_every_study_is_in_the_index_with_its_paper() -> None:
     index = (ROOT / "experiments/README.md").read_text(encoding="utf-8")
     listed = re.findall(r"^\| `(\w+)` \|", index, re.MULTILINE)
-    assert sorted(listed) == sorted(FROZEN)
+    assert sorted(listed) == sorted(PAPER)

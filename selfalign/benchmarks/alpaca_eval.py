@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from selfalign.benchmarks.conversations import Conversation, converse
-from selfalign.benchmarks.entrant import Entrant
+from selfalign.benchmarks.entrant import Entrant, check_count
 from selfalign.benchmarks.fastchat import Question
 from selfalign.data import OutputRow, identify_data, read_outputs
 from selfalign.errors import SelfalignError
@@ -67,7 +67,7 @@ class AlpacaEval:
     def sources(self, key: str) -> dict[str, str]:
         """The digest of the reference outputs, which are read once to see that they can be."""
         digest = identify_data(self.reference_outputs, f"{key}.reference_outputs")
-        self._references()
+        check_count(key, self.count, len(self._references()), self.reference_outputs)
         return {"reference_outputs": digest}
 
     def measure(self, entrant: Entrant, out: Workspace) -> Counts:

@@ -9,7 +9,7 @@ from selfalign.errors import SelfalignError
 from selfalign.files import derive_seed
 from selfalign.generation import Generator, Request, Sampling, write_all
 from selfalign.journal import Journal
-from selfalign.records import FinishReason, Message
+from selfalign.records import FinishReason, Instruction, Message, Response, given_response
 from selfalign.store import Workspace
 from selfalign.tokenization import encode_prompt
 
@@ -34,6 +34,27 @@ class Conversation:
         for asked, answer in zip(self.question.turns, self.answers, strict=False):
             said += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
         return [*said, {"role": "user", "content": self.question.turns[len(self.answers)]}]
+
+
+def as_records(talks: Sequence[Conversation], writer: str) -> tuple[list[Instruction], list[Response]]:
+    """Every answer with what the user had said by then, as two models' answers are compared.
+
+    Behind a first turn both texts hold all turns so far, the model's own earlier answers among them.
+    """
+    asked: list[Instruction] = []
+    answers: list[Response] = []
+    for talk in talks:
+        for turn in range(1, len(talk.answers) + 1):
+            name = f"{talk.question.question_id}-{turn}"
+            said = numbered(talk.question.turns[:turn])
+            asked.append(Instruction(id=name, text=said, source="evaluation", category=talk.question.category))
+            answers.append(given_response(f"{name}-{writer}", name, numbered(talk.answers[:turn]), writer))
+    return asked, answers
+
+
+def numbered(turns: Sequence[str]) -> str:
+    """Returns one turn as it is, several each under its number."""
+    return turns[0] if len(turns) == 1 else "\n\n".join(f"[Turn {n}]\n{text}" for n, text in enumerate(turns, start=1))
 
 
 def converse(

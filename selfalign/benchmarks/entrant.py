@@ -96,6 +96,16 @@ def judges_to_load(benchmarks: Mapping[str, Benchmark]) -> dict[str, str]:
     return {name: model for name, model in asked.items() if model not in ("", *OWN_MODELS)}
 
 
+def check_count(key: str, wanted: int, there: int, source: str) -> None:
+    """Checks that a file has as many questions as a benchmark's `count` asks for.
+
+    Raises:
+        SelfalignError: it has fewer.
+    """
+    if there < wanted:
+        raise SelfalignError(f"{key}.count={wanted}, but {source} has {there}: lower it (0 takes all)")
+
+
 def packaged_file(package: str, inside: str, key: str, install: str) -> Path:
     """A file of an installed package, which is not imported for it.
 

@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from selfalign.benchmarks.conversations import Conversation, converse
-from selfalign.benchmarks.entrant import Entrant
+from selfalign.benchmarks.conversations import Conversation, as_records, converse
+from selfalign.benchmarks.entrant import Entrant, check_count
 from selfalign.benchmarks.fastchat import (
     PACKAGED,
     Question,
@@ -19,6 +19,7 @@ from selfalign.benchmarks.grading import Grade, Grader, Task
 from selfalign.errors import SelfalignError
 from selfalign.files import digest_file
 from selfalign.generation import Sampling
+from selfalign.records import write_records
 from selfalign.statistics import bootstrap_ratio
 from selfalign.store import Counts, Workspace
 
@@ -85,6 +86,7 @@ class MTBench:
     def sources(self, key: str) -> dict[str, str]:
         """Digests of the files, each of which is read once to see that it can be."""
         questions = locate(self.questions, "questions", f"{key}.questions")
+        check_count(key, self.count, len(read_questions(questions)), self.questions)
         longest = max(len(question.turns) for question in read_questions(questions, self.count))
         if self.judge.prompts and longest > 2:
             raise SelfalignError(f"{key}.judge.prompts has no prompt for turn {longest} of {questions}: set it to ''")
@@ -96,7 +98,10 @@ class MTBench:
         return digests
 
     def measure(self, entrant: Entrant, out: Workspace) -> Counts:
-        """Writes model_answer/MODEL.jsonl and model_judgment/JUDGE_single.jsonl, as FastChat does."""
+        """Writes model_answer/MODEL.jsonl and model_judgment/JUDGE_single.jsonl, as FastChat does.
+
+        Beside them lie instructions.jsonl and responses.jsonl, a record an answer, to compare models by.
+        """
         questions = read_questions(locate(self.questions, "questions", f"{entrant.key}.questions"), self.count)
         talks = self._converse(entrant, out, questions)
         tasks = self._tasks(entrant, talks)
@@ -139,6 +144,8 @@ class MTBench:
             for talk, temperature in zip(talks, temperatures, strict=True)
         ]
         write_lines(out.path / "model_answer" / f"{entrant.name}.jsonl", rows)
+        for file, records in zip(("instructions", "responses"), as_records(talks, entrant.name), strict=True):
+            write_records(out.path / f"{file}.jsonl", records)
         return talks
 
     def _sampling(self, question: Question) -> Sampling:

@@ -46,7 +46,6 @@ PREFERENCES = (
             ("augmented accuracy", "preferences/rewards/accuracies_augmented", percent),
             ("mean\u00a0Δ", "preferences/refinement/mean", decimals(3)),
             ("std of\u00a0Δ", "preferences/refinement/std", decimals(3)),
-            ("Δ\u00a0>\u00a00", "preferences/refinement/positive_share", percent),
             ("scored pairs", "preferences/scored", decimals(0)),
             ("margin and score, Pearson", "preferences/margin_score_pearson", decimals(2)),
             ("margin and score, Spearman", "preferences/margin_score_spearman", decimals(2)),
@@ -104,6 +103,26 @@ OTHERS = (
             ("ties", "ties", decimals(0)),
             ("losses", "losses", decimals(0)),
             ("position bias", "position_bias", percent),
+        )
+    ),
+)
+
+COMPARED = re.compile(r"evaluation_(?P<model>[^/]+)/(?:(?P<benchmark>.+)_)?against_(?P<opponent>[^/]+)")
+"""The labels of comparisons."""
+
+COMPARISONS = (
+    Column("model", "whose wins these are", "model", decimals(0)),
+    Column("opponent", "against whom", "opponent", decimals(0)),
+    Column("asked", "what both have answered", "asked", decimals(0)),
+    *(
+        Column(heading, METRICS.get(key, "comparisons with a verdict"), key, form)
+        for heading, key, form in (
+            ("judged", "judged", decimals(0)),
+            ("won", "wins", percent),
+            ("tied", "ties", percent),
+            ("lost", "losses", percent),
+            ("win rate", "win_rate", percent),
+            ("at equal length", "win_rate_length_controlled", percent),
         )
     ),
 )
@@ -199,6 +218,20 @@ def matrix(run: Finished, title: str) -> str:
         return ""
     caption = "share of instructions that the row's model wins against the column's, a tie counting half"
     return figure(title, caption, draw_heatmap(found["models"], found["rates"], title, percent))
+
+
+def comparisons_table(run: Finished) -> str:
+    """Wins, ties and losses of comparisons that the models' own numbers do not tell: on benchmarks, and of a matrix."""
+    rows: list[Row] = []
+    for stage in run.summary["stages"]:
+        found = COMPARED.fullmatch(stage["label"]) if stage["stage"] == "compare" else None
+        if found and (found["benchmark"] or run.config["evaluate"]["matrix"]):
+            counts = stage["counts"]
+            judged = counts["wins"] + counts["ties"] + counts["losses"]
+            shares = {name: counts[name] / judged for name in ("wins", "ties", "losses")}
+            asked = f"{found['benchmark']}, every turn" if found["benchmark"] else "evaluation instructions"
+            rows.append({**counts, **shares, **found.groupdict(), "asked": asked, "judged": judged})
+    return explained("head to head", COMPARISONS, rows) if rows else ""
 
 
 def histograms(run: Finished) -> str:

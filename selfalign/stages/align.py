@@ -13,6 +13,7 @@ import torch
 
 from selfalign import processes
 from selfalign.batches import Group, PairExample, encode_pairs
+from selfalign.choose import CheckpointSelection
 from selfalign.errors import SelfalignError
 from selfalign.examples import StoredExamples, follow_references, store_examples
 from selfalign.files import derive_seed, digest_text
@@ -29,11 +30,11 @@ from selfalign.metrics import (
 )
 from selfalign.models import Policy, PolicyFiles, autocast
 from selfalign.records import PreferencePair, stream_records
-from selfalign.refinement import Refinement, refinement
+from selfalign.refinement import Refinement
 from selfalign.scoring import make_scoring
 from selfalign.store import Artefact, Counts, Workspace, together
 from selfalign.streams import chunks
-from selfalign.training import Contest, Optimization, Outcome, Weights, forward, train
+from selfalign.training import Optimization, Outcome, Weights, forward, train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,7 +51,7 @@ def align(
     loss: PreferenceLoss,
     start: Artefact | None,
     held_out: int,
-    contest: Contest | None,
+    selection: CheckpointSelection | None,
     optimization: Optimization,
     weights: Weights,
 ) -> Counts:
@@ -67,7 +68,7 @@ def align(
         start: references.jsonl, M_t's own log-probabilities of these pairs; None where the reference is M_t itself,
             so that the first step has a known loss, which is checked, and where another policy is asked at every step.
         held_out: how many pairs are set aside, to be measured and not trained on.
-        contest: what decides after which step the policy is taken; None takes the last.
+        selection: what decides after which step the policy is taken; None takes the last.
         optimization: rates, sizes and lengths.
         weights: which weights are trained.
     """
@@ -86,7 +87,7 @@ def align(
         dtype="bfloat16" if "bfloat16" in (optimization.dtype, weights.dtype) else "float32",
         start=StoredReferences("start") if start else references if is_reference else None,
     )
-    checkpoints = contest.open(out, PolicyFiles(base.path)) if contest else None
+    checkpoints = selection.open(out, PolicyFiles(base.path)) if selection else None
     trained = train(
         out,
         policy=PolicyFiles(policy.path),
@@ -105,8 +106,7 @@ def align(
         **averages(objective.measure(trained, training, optimization)),
     }
     if checkpoints is not None:
-        counts |= {"chosen_step": checkpoints.chosen or 0}
-        counts |= {f"checkpoint_win_rate/{step}": rate for step, rate in checkpoints.win_rates.items()}
+        counts |= checkpoints.counts()
     if held:
         measured = objective.measure(trained, held, optimization)
         numbers = averages(measured) | reward_intervals(measured)
@@ -260,15 +260,15 @@ class Preference:
         if isinstance(self.loss, ODPO):
             gaps = [example.score_gap or math.nan for example in examples]
             return torch.tensor(gaps, device=model.device).log()
-        source = refinement_of(self.loss)
-        if source is None:
+        if not isinstance(self.loss, SrDPO | SrIPO):
             return None
+        source = self.loss.refinement
         if source.source == "constant":
             return torch.full_like(reference.chosen, source.constant)
         if source.source == "naive":
-            return refinement(policy, reference, self.loss.beta)
+            return self.loss.delta(policy, reference)
         groups = [example.augmented for example in examples if example.augmented is not None]
-        return refinement(frozen_logps(model, groups), self.references(model, groups, augmented=True), self.loss.beta)
+        return self.loss.delta(frozen_logps(model, groups), self.references(model, groups, augmented=True))
 
     def check_first_step(self, distance: float, loss_distance: float) -> None:
         """Stops the run if the policy does not start as the reference, where every reward and every Δ is 0.

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from selfalign.agreement import Question, calibration, judge_quality
+from selfalign.benchmarks.mt_bench import MTBench
 from selfalign.drift import Limits
 from selfalign.errors import SelfalignError
 from selfalign.generation import Sampling
@@ -57,6 +58,8 @@ class EvaluateConfig:
         head_to_head: who compares the answers of two models: a `HeadToHead` of stages/compare.py; null compares none.
             Each model is compared with M1 and with the model before it.
         matrix: compares each model with all models before it.
+        compare_benchmarks: compares models on the questions of MT-Bench and Vicuna-Bench too, where `benchmark` chooses
+            them: every turn, in both orders.
         against: a data source of another model's answers (fields `instruction`, `output`, optional `generator`, as
             alpaca_eval keeps them), with which every model is compared too.
         baseline: also measures how well the SFT baseline (M0 trained on IFT only) judges, at the cost of one SFT; it is
@@ -71,6 +74,7 @@ class EvaluateConfig:
     judge: str = "sft"
     head_to_head: Any = None
     matrix: bool = False
+    compare_benchmarks: bool = False
     against: str = ""
     baseline: bool = False
     sampling: Sampling = field(default_factory=Sampling)
@@ -83,22 +87,32 @@ class EvaluateConfig:
             raise SelfalignError(f"evaluate.count must be 0 or more, got {self.count}")
         if self.judge not in ("sft", "base"):
             raise SelfalignError(f"evaluate.judge must be sft or base, one judge for all models; got {self.judge!r}")
-        if (self.matrix or self.against) and not (self.head_to_head and self.instructions):
-            raise SelfalignError("evaluate.matrix and evaluate.against need evaluate.head_to_head and instructions")
+        if self.against and not (self.head_to_head and self.instructions):
+            raise SelfalignError("evaluate.against needs evaluate.head_to_head and evaluate.instructions")
+        compares = self.instructions or self.compare_benchmarks
+        if (self.matrix or self.compare_benchmarks) and not (self.head_to_head and compares):
+            raise SelfalignError(
+                "evaluate.matrix and evaluate.compare_benchmarks need evaluate.head_to_head (evaluate=default), and "
+                "evaluate.matrix one of evaluate.instructions and evaluate.compare_benchmarks"
+            )
         if self.matrix and self.head_to_head.model == "self" and not asks_a_server(self.head_to_head):
             raise SelfalignError(
                 "evaluate.matrix=true needs one judge for all: evaluate.head_to_head.model cannot be self"
             )
-        if not self.instructions:
+        if not compares:
             self.head_to_head = None  # Without answers there is nothing to compare.
 
 
 def opponents(config: EvaluateConfig, before: Sequence[str]) -> list[str]:
-    """With whom a model is compared, given the models measured before it, in order."""
-    if config.head_to_head is None or not config.instructions:
+    """With which of the models measured before it, in order, a model is compared."""
+    if config.head_to_head is None:
         return []
-    models = list(before) if config.matrix else list(dict.fromkeys([*before[:1], *before[-1:]]))
-    return [*models, *(["given"] if config.against else [])]
+    return list(before) if config.matrix else list(dict.fromkeys([*before[:1], *before[-1:]]))
+
+
+def compares_on(config: EvaluateConfig, benchmark: object) -> bool:
+    """Whether models are compared on the questions of a benchmark."""
+    return config.compare_benchmarks and isinstance(benchmark, MTBench)
 
 
 Judged = tuple[Artefact, Artefact]

@@ -1,6 +1,7 @@
 import math
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -24,7 +25,7 @@ from safetensors.torch import load_file
 from scipy import stats
 
 from selfalign.batches import Group, PairExample, encode_pairs, make_batch
-from selfalign.contest import Chooser, Contest
+from selfalign.checkpoint_selection import CheckpointSelection, CheckpointSelector
 from selfalign.errors import SelfalignError
 from selfalign.examples import StoredExamples, store_examples, with_reference
 from selfalign.files import write_json
@@ -87,7 +88,7 @@ def aligned(
     pairs: list[PreferencePair] = PAIRS,
     references: Artefact | None = None,
     held_out: int = 0,
-    contest: Contest | None = None,
+    selection: CheckpointSelection | None = None,
     kept_in: str = "float32",
     **settings: object,
 ):
@@ -114,7 +115,7 @@ def aligned(
         loss=loss,
         start=None if starts_as_reference else records_artefact(before.path),
         held_out=held_out,
-        contest=contest,
+        selection=selection,
         optimization=optimised,
         weights=replace(weights(seed, rank), dtype=kept_in),
     )
@@ -214,9 +215,17 @@ def test_counts_are_the_rewards_of_the_saved_policy(tmp_path: Path, tiny_policy:
     assert counts["rewards/margins"] == pytest.approx((sum(chosen) - sum(rejected)) / 4, abs=1e-3)
 
 
-@pytest.mark.parametrize(("plain", "refined"), [(DPO(beta=0.2), SrDPO), (IPO(beta=0.2), SrIPO)], ids=["dpo", "ipo"])
+@pytest.mark.parametrize(
+    ("plain", "refined"),
+    [
+        (DPO(beta=0.2), SrDPO),
+        (IPO(beta=0.2), SrIPO),
+        (IPO(beta=0.2, reduction="mean"), partial(SrIPO, reduction="mean")),
+    ],
+    ids=["dpo", "ipo", "ipo_mean"],
+)
 def test_lambda_zero_trains_bit_for_bit_as_without_refinement(
-    tmp_path: Path, tiny_policy: PolicyFiles, plain: PreferenceLoss, refined: type
+    tmp_path: Path, tiny_policy: PolicyFiles, plain: PreferenceLoss, refined: Callable[..., PreferenceLoss]
 ) -> None:
     _, one, _ = aligned(tmp_path / "plain", tiny_policy, plain)
     _, other, _ = aligned(tmp_path / "zero", tiny_policy, refined(beta=0.2, lam=0.0))
@@ -342,6 +351,24 @@ def test_objective_equals_the_equation_worked_by_hand(
     if refinement_of(loss):
         total, weight = outcome.metrics["refinement/mean"]
         assert total / weight == pytest.approx(-0.4, rel=1e-3)
+
+
+@pytest.mark.parametrize("source", ["prompted", "naive"])
+@pytest.mark.parametrize("target", ["printed", "exact"])
+def test_averaged_sr_ipo_averages_both_passes(tiny_policy: PolicyFiles, source: str, target: str) -> None:
+    """The reference is 1 nat below the policy on every y⁺, 3 on every y⁻: h = 1/n⁺ - 3/n⁻ and Δ = β h, a token."""
+    refinement = Refinement(source=source)
+    loss = SrIPO(beta=0.2, lam=0.5, reduction="mean", target=target, refinement=refinement)
+    objective, model, examples = objective_on(tiny_policy, loss)
+    outcome = objective(model, examples)
+    margins = [1 / chosen - 3 / rejected for chosen, rejected in (e.plain.scored() for e in examples)]
+    weight = 0.5 / 0.2 if target == "exact" else 0.5
+    expected = [(h - weight * 0.2 * h - 2.5) ** 2 for h in margins]
+    assert len(set(margins)) > 1
+    assert float(outcome.loss.detach()) == pytest.approx(sum(expected), rel=1e-4)
+    assert outcome.metrics["refinement/mean"] == (pytest.approx(0.2 * sum(margins), rel=1e-3), 4.0)
+    # Rewards are of whole responses, whatever the loss does.
+    assert outcome.metrics["rewards/margins"] == (pytest.approx(4 * 0.2 * -2, rel=1e-4), 4.0)
 
 
 def test_refinement_is_recomputed_under_the_current_policy_and_takes_no_gradient(tiny_policy: PolicyFiles) -> None:
@@ -516,35 +543,35 @@ def test_dropout_that_is_asked_for_acts_on_the_policy_alone(tmp_path: Path, tiny
     assert dropped["refinement/mean"] == pytest.approx(0, abs=1e-3)
 
 
-def test_checkpoint_that_wins_the_contest_becomes_the_policy(
+def test_checkpoint_that_is_selected_becomes_the_policy(
     tmp_path: Path, tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Judged worse after its fourth step, the policy is that of the second, weight for weight."""
-    scores = {2: 2.0, 4: 1.0}
+    """Worse after its fourth step, the policy is that of the second, weight for weight."""
+    found = {2: {}, 4: {"wins": 0, "losses": 9, "win_rate": 0.0}}
 
-    def enter(chooser: Chooser, policy: Policy, step: int) -> None:
-        files = chooser.files(step)
+    def compare(selector: CheckpointSelector, policy: Policy, step: int) -> None:
+        files = selector.files(step)
         files.path.mkdir(parents=True)
-        files.save(policy, chooser.base)
-        write_json(chooser._result(step), {"a": scores[step]})
+        files.save(policy, selector.base)
+        write_json(selector._result(step), found[step])
 
-    monkeypatch.setattr(Chooser, "_enter", enter)
+    monkeypatch.setattr(CheckpointSelector, "_compare", compare)
     nothing: Any = None
-    contest = Contest(
+    selection = CheckpointSelection(
         every_steps=2,
+        level=0.005,
         instructions=nothing,
-        judge=nothing,
-        judged_by=nothing,
-        reference=None,
+        comparator=nothing,
+        compared_by=None,
         generate=nothing,
         sampling=nothing,
         seed=0,
     )
     settings = {"batch_size": 1, "epochs": 2, "schedule": "constant"}
-    counts, policy, rows = aligned(tmp_path / "contest", tiny_policy, SrDPO(), contest=contest, **settings)
+    counts, policy, rows = aligned(tmp_path / "selection", tiny_policy, SrDPO(), selection=selection, **settings)
     assert len(rows) == 4
     assert counts["chosen_step"] == 2
-    assert counts["checkpoint_win_rate/4"] == 0.0
+    assert (counts["checkpoint_win_rate/4"], counts["checkpoint_losses/4"]) == (0.0, 9)
     after = [direct_logps(policy, pair) for pair in PAIRS]
     before = [direct_logps(tiny_policy, pair) for pair in PAIRS]
     margins = [0.1 * ((a[0] - b[0]) - (a[1] - b[1])) for a, b in zip(after, before, strict=True)]

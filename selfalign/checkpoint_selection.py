@@ -1,0 +1,169 @@
+"""Where an alignment stops, by what its checkpoints answer (arXiv 2401.10020, section 3.1).
+
+Every so many steps the policy answers validation instructions, and its answers are compared, in both orders, with those
+of the checkpoint before. Training stops when a checkpoint loses by more than chance explains; the one before it, the
+last that did not lose, becomes the policy.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from selfalign import processes
+from selfalign.files import read_json, write_json
+from selfalign.generation import Backend, Sampling
+from selfalign.judges.referee import Referee
+from selfalign.models import Policy, PolicyFiles
+from selfalign.stages.compare import compare
+from selfalign.stages.respond import RespondConfig, respond
+from selfalign.statistics import sign_test
+from selfalign.store import Artefact, Counts, Workspace
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointComparator(Referee):
+    """Who compares the answers of two checkpoints; by default M_t, where the paper asks Claude 2."""
+
+    key: ClassVar[str] = "train.choose.head_to_head"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointSelection:
+    """What decides between checkpoints.
+
+    Attributes:
+        every_steps: how often they are compared.
+        level: a checkpoint loses where the sign test's p value is below it.
+        instructions: instructions.jsonl, what they answer.
+        comparator: how answers are compared.
+        compared_by: the policy that compares them; None for a server.
+        generate: the backend that answers.
+        sampling: how.
+        seed: draws the tokens, the same for every checkpoint.
+    """
+
+    every_steps: int
+    level: float
+    instructions: Artefact
+    comparator: Referee
+    compared_by: Artefact | None
+    generate: Backend
+    sampling: Sampling
+    seed: int
+
+    def open(self, out: Workspace, base: PolicyFiles) -> "CheckpointSelector":
+        """Begins the selection in one training.
+
+        Args:
+            out: the training's workspace; checkpoints and their answers lie in its scratch.
+            base: the checkpoint that an adapter belongs to.
+        """
+        return CheckpointSelector(out, self, base)
+
+
+class CheckpointSelector:
+    """The selection in one training; what it finds out is kept in the stage's scratch, so a killed run continues.
+
+    Attributes:
+        chosen: the step after which the policy is taken, as far as is known.
+        compared: {step: counts of the comparison with the checkpoint before}.
+    """
+
+    def __init__(self, out: Workspace, selection: CheckpointSelection, base: PolicyFiles) -> None:
+        self.out = out
+        self.selection = selection
+        self.base = base
+        self.chosen: int | None = None
+        self.compared: dict[int, Counts] = {}
+
+    def visit(self, policy: Policy, step: int, *, last: bool) -> bool:
+        """Compares the policy after this step with the checkpoint before, if it is its turn.
+
+        Args:
+            policy: in training.
+            step: optimiser steps done.
+            last: there are no more steps; the last one is always compared.
+
+        Returns:
+            Whether training stops.
+        """
+        if step % self.selection.every_steps and not last:
+            return False
+        if not processes.broadcast(self._result(step).exists()):
+            self._compare(policy, step)
+        return self._loses(step)
+
+    def resume(self, done: int) -> bool:
+        """Goes through the checkpoints of a training that was killed, up to the step it continues from.
+
+        Returns:
+            Whether one of them had stopped it already.
+        """
+        steps = range(self.selection.every_steps, done + 1, self.selection.every_steps)
+        return any(self._loses(step) for step in steps if self._result(step).exists())
+
+    def files(self, step: int) -> PolicyFiles:
+        """Returns the policy after a step that was compared."""
+        return PolicyFiles(self._folder(step) / "policy")
+
+    def counts(self) -> Counts:
+        """Returns the step whose policy is taken, and how each checkpoint did against the one before."""
+        return {"chosen_step": self.chosen or 0} | {
+            f"checkpoint_{name}/{step}": counts[name]
+            for step, counts in self.compared.items()
+            for name in ("win_rate", "wins", "losses")
+        }
+
+    def _loses(self, step: int) -> bool:
+        """Reads how a checkpoint did; unless it lost it is chosen."""
+        if counts := read_json(self._result(step)):
+            self.compared[step] = counts
+            if loses(counts["wins"], counts["losses"], self.selection.level):
+                return True
+        self.chosen = step
+        return False
+
+    def _result(self, step: int) -> Path:
+        return self._folder(step) / "comparison.json"
+
+    def _folder(self, step: int) -> Path:
+        return self.out.scratch / "selection" / str(step)
+
+    def _compare(self, policy: Policy, step: int) -> None:
+        """Has the policy answer, and its answers compared with those of the checkpoint chosen so far."""
+        folder, selection, files = self._folder(step), self.selection, self.files(step)
+        if processes.is_main():
+            files.path.mkdir(parents=True, exist_ok=True)
+            files.save(policy, self.base)
+        processes.wait_for_all()
+        label = f"{self.out.label} after {step} steps"
+        shared = {"instructions": selection.instructions, "generate": selection.generate, "seed": selection.seed}
+        config = RespondConfig(candidates=1, sampling=selection.sampling)
+        answers = Workspace(folder / "answers", label, lambda row: None)
+        respond(answers, config=config, policy=_artefact(files.path), **shared)
+        processes.wait_for_all()
+        counts: Counts = {}
+        if self.chosen is not None:
+            counts = compare(
+                Workspace(folder / "compared", label, lambda row: None),
+                judge=selection.comparator,
+                policy=selection.compared_by,
+                answers=_artefact(folder / "answers"),
+                opponent=_artefact(self._folder(self.chosen) / "answers"),
+                **shared,
+            )
+        if processes.is_main():
+            write_json(self._result(step), counts)
+        processes.wait_for_all()
+
+
+def loses(wins: int, losses: int, level: float) -> bool:
+    """Whether a checkpoint is worse than the one before: a one-sided sign test of its wins, ties left out.
+
+    Were training to stop at a win rate below one half, it would nearly always stop among equally good checkpoints.
+    """
+    return sign_test(wins, losses) < level
+
+
+def _artefact(path: Path) -> Artefact:
+    return Artefact(stage="checkpoint", key="", path=path, digest="", counts={}, seconds=0.0)
