@@ -23,6 +23,7 @@ from selfalign.records import (
 from selfalign.statistics import RunningMean, correlation
 from selfalign.store import Artefact, Counts, Workspace
 from selfalign.streams import follow
+from selfalign.turns import texts_in
 
 
 @dataclass(kw_only=True, slots=True)
@@ -209,11 +210,7 @@ def given_pairs(out: Workspace, *, source: str, count: int, content: str, held_o
 
 def _without_held_out(pairs: list[PreferencePair], held_out: set[str]) -> list[PreferencePair]:
     """Pairs none of whose turns is a held-out instruction."""
-
-    def turns(pair: PreferencePair) -> set[str]:
-        return {pair.prompt} if isinstance(pair.prompt, str) else {message["content"] for message in pair.prompt}
-
-    return [pair for pair in pairs if not turns(pair) & held_out]
+    return [pair for pair in pairs if texts_in(pair.prompt).isdisjoint(held_out)]
 
 
 def gather_pairs(out: Workspace, *, parts: list[Artefact]) -> Counts:

@@ -19,6 +19,7 @@ from selfalign.records import (
     write_records,
 )
 from selfalign.store import Counts, Workspace
+from selfalign.turns import texts_in
 
 
 class EvaluationFineTuning(StrEnum):
@@ -150,7 +151,7 @@ def read_seeds(config: SeedsConfig) -> SeedData:
     if config.ranked:
         questions, unused = read_ranked(config.ranked)
         drops.update({f"ranked_{reason}": count for reason, count in unused.items()})
-    asked = {message["content"] for d in ift for message in d.prompt if isinstance(message, dict)}
+    asked = {text for demonstration in ift for text in texts_in(demonstration.prompt)}
     apart = [question for question in questions if question.instruction not in asked]
     drops["questions_in_demonstrations"] = len(questions) - len(apart)
     if questions and not apart:
