@@ -16,7 +16,7 @@ from selfalign.containers import identify_data as identify_data
 from selfalign.containers import read_rows
 from selfalign.errors import SelfalignError
 from selfalign.preference_rows import read_pair
-from selfalign.published import DEMONSTRATIONS, PAIRS, RANKED, RatedPair, schema_of
+from selfalign.published import DEMONSTRATIONS, PAIRS, RANKED, RatedPair, against_pair, schema_of
 from selfalign.records import Demonstration, Instruction, PreferencePair, RankedAnswers
 from selfalign.rows import UNREAD, Row, give_ids, is_blank, shown
 from selfalign.turns import BESIDE, CONVERSATIONS, as_prompt, check_prompt, only_answer, read_task, read_turns, spoken
@@ -127,15 +127,24 @@ def read_pairs(source: str) -> tuple[list[PreferencePair], Drops]:
     def read(row: Row, drops: Drops) -> PreferencePair | None:
         if "responses" not in row.fields:
             return read_pair(row, drops)
-        question = _ranked(row, drops)
-        return question and best_against_worst(question)
+        question = _ranked(row, Counter())
+        if question is None:
+            drops["scores_contradict"] += 1
+        return question and best_against_worst(question, drops)
 
     return _read(source, "pairs", PAIRS, read)
 
 
-def best_against_worst(question: RankedAnswers) -> PreferencePair:
-    """Of a ranked question the best answer and the worst, so that pairs do not depend on each other."""
+def best_against_worst(question: RankedAnswers, drops: Drops) -> PreferencePair | None:
+    """Of a ranked question the best answer and the worst, so that pairs do not depend on each other.
+
+    The ranks tell which is better, also where the humans' scores are equal. Where both say the same there is no pair,
+    which is counted.
+    """
     best, worst = (question.ranks.index(end(question.ranks)) for end in (min, max))
+    if reason := against_pair(question.texts[best], question.texts[worst]):
+        drops[reason] += 1
+        return None
     chosen_score, rejected_score = (question.scores[i] if question.scores else None for i in (best, worst))
     return PreferencePair(
         id=question.id,
@@ -171,7 +180,7 @@ def _read(source: str, kind: str, readers: Readers[Any], read: Callable[[Row, Dr
     return readers[schema](list(_of_schema(schema, found)))
 
 
-def _of_schema(schema: type[T], rows: Iterator[Row]) -> Iterator[T]:
+def _of_schema(schema: type, rows: Iterator[Row]) -> Iterator[Any]:
     """The rows of a published schema, which must not carry a task beside the fields that are read."""
     for row in rows:
         row.refuse_filled(BESIDE, row.fields, why=f"which rows like {schema.__name__} in published.py do not have")
@@ -237,9 +246,11 @@ def _demonstration(row: Row, drops: Drops) -> Demonstration | None:
             row.refuse(f"{name}=false says that the answer is not wanted, and a demonstration is taught")
     prompt = read_task(row)
     whole = next((name for name in CONVERSATIONS if isinstance(row.fields.get(name), list)), "")
-    if whole and not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+    if whole and prompt and not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
         _check_last(row, whole, prompt[-1]["content"])
         prompt, response = prompt[:-1], prompt[-1]["content"]
+    elif isinstance(prompt, str) and isinstance(row.fields.get("completion"), list):
+        row.refuse("prompt is a text and completion a list of turns; give both as texts or both as lists")
     else:
         response = _answer(row, "demonstrations")
     if not prompt:

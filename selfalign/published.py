@@ -280,8 +280,8 @@ def _ranked(
     )
 
 
-def against_pair(chosen: str, rejected: str, better: float | None, worse: float | None) -> str | None:
-    """Why two answers are no preference, or None; the scores are theirs, where there are any."""
+def against_pair(chosen: str, rejected: str, better: float | None = None, worse: float | None = None) -> str | None:
+    """Why two answers are no preference, or None; the scores are theirs, where both have one."""
     if better is not None and worse is not None and better <= worse:
         return "tie" if better == worse else "scores_contradict"
     if is_blank(chosen) or is_blank(rejected):

@@ -88,14 +88,14 @@ class Row:
         return "" if is_blank(value) else value
 
     def one_text(self, names: Iterable[str]) -> str:
-        """The only text among fields that mean the same; empty where all are.
+        """The only text among fields for the same place; empty where all are.
 
         Raises:
             SelfalignError: two of them say different things.
         """
         texts = {name: text for name in names if (text := self.text(name))}
         if len(set(texts.values())) > 1:
-            self.refuse(f"{' and '.join(texts)} mean the same, but say different things; leave one")
+            self.refuse(f"{' and '.join(texts)} say different things, and there is place for one; leave one")
         return next(iter(texts.values()), "")
 
     def number(self, *names: str) -> float | None:

@@ -132,18 +132,19 @@ def read_turns(row: Row, name: str) -> list[Message]:
 
 
 def _read_turn(row: Row, place: str, item: Any) -> Message:
-    if not isinstance(item, dict):
-        row.refuse(f"{place}: expected a turn with role and content, or from and value; got {shown(item)}")
+    if not isinstance(item, dict) or not {"role", "from"} & item.keys():
+        found = f"the fields {', '.join(item)}" if isinstance(item, dict) else shown(item)
+        row.refuse(f"{place}: a turn is an object with role and content, or from and value; got {found}")
     row.refuse_filled((*UNREAD, "reasoning"), item, f"{place}.")
-    role = ROLES.get(str(item.get("role", item.get("from"))))
+    who = item.get("role", item.get("from"))
+    role = ROLES.get(who) if isinstance(who, str) else None
     if role is None:
-        who = shown(item.get("role", item.get("from")))
-        row.refuse(f"{place}: a turn is of the role system, user (or human) or assistant (or gpt); got {who}")
+        row.refuse(f"{place}: a turn's role is system, user (or human) or assistant (or gpt); got {shown(who)}")
     content = item.get("content", item.get("value"))
     if isinstance(content, list):
         content = "".join(_read_part(row, f"{place}.content[{n}]", part) for n, part in enumerate(content))
     if not isinstance(content, str):
-        row.refuse(f"{place}: a turn has a content that is a text, or a list of texts; got {shown(content)}")
+        row.refuse(f"{place}: a turn's content is a text, or a list of parts with text; got {shown(content)}")
     return {"role": role, "content": content}
 
 

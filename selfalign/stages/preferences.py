@@ -189,7 +189,8 @@ def preference_test(out: Workspace, *, source: str, count: int, content: str, ra
         found, drops = read_pairs(source)
     else:
         questions = read_records(ranked.path / "ranked.jsonl", RankedAnswers)
-        found, drops = [best_against_worst(question) for question in questions], Counter()
+        drops: Counter[str] = Counter()
+        found = [pair for question in questions if (pair := best_against_worst(question, drops)) is not None]
     pairs = found[: count or None]
     if not pairs:
         raise SelfalignError(f"evaluate.preferences.source={source}: no usable pair (dropped: {dict(drops)})")

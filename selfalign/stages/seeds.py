@@ -1,6 +1,7 @@
 """seeds: given data → demonstrations (IFT + EFT) and held-out ranked answers."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -148,9 +149,11 @@ def read_seeds(config: SeedsConfig) -> SeedData:
         ift, unused = read_demonstrations(config.demonstrations)
         ift = ift[: config.max_demonstrations or None]
         drops.update({f"demonstrations_{reason}": count for reason, count in unused.items()})
+        _check_any("demonstrations", config.demonstrations, ift, unused)
     if config.ranked:
         questions, unused = read_ranked(config.ranked)
         drops.update({f"ranked_{reason}": count for reason, count in unused.items()})
+        _check_any("ranked", config.ranked, questions, unused)
     asked = {text for demonstration in ift for text in texts_in(demonstration.prompt)}
     apart = [question for question in questions if question.instruction not in asked]
     drops["questions_in_demonstrations"] = len(questions) - len(apart)
@@ -167,6 +170,11 @@ def read_seeds(config: SeedsConfig) -> SeedData:
         held_out=[question for question in apart if question.id in held_out],
         drops=drops,
     )
+
+
+def _check_any(key: str, source: str, found: Sequence[object], unused: Counter[str]) -> None:
+    if not found:
+        raise SelfalignError(f"data.seeds.{key}={source}: no row is of use (dropped: {dict(+unused)})")
 
 
 def write_questions(out: Workspace, questions: list[RankedAnswers]) -> None:
