@@ -98,7 +98,7 @@ class Given:
         if asked.preferences.source:
             self.preferences = self._held_out_pairs(asked.preferences)
         if isinstance(data, Pairs):
-            content = identify_data(data.path, "data.path")
+            content, aside = identify_data(data.path, "data.path"), self.config.train.held_out_pairs
             self.pairs = self.run.make(
                 "iteration_1/pairs",
                 given_pairs,
@@ -106,6 +106,8 @@ class Given:
                 count=data.count,
                 content=content,
                 held_out=self.held_out,
+                set_aside=aside,
+                trained_on=[self.seeds] if aside else [],
             )
         else:
             self.instructions = self._ask("instructions", "data.instruct.source", data.instruct.source, 0, None)

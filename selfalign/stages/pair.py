@@ -20,6 +20,7 @@ from selfalign.records import (
     stream_records,
     write_records,
 )
+from selfalign.splits import Known, split_pairs
 from selfalign.statistics import RunningMean, correlation
 from selfalign.store import Artefact, Counts, Workspace
 from selfalign.streams import follow
@@ -182,7 +183,16 @@ def _pair_of(instruction: Instruction, chosen: Candidate, rejected: Candidate) -
     )
 
 
-def given_pairs(out: Workspace, *, source: str, count: int, content: str, held_out: list[Artefact]) -> Counts:
+def given_pairs(
+    out: Workspace,
+    *,
+    source: str,
+    count: int,
+    content: str,
+    held_out: list[Artefact],
+    set_aside: int,
+    trained_on: list[Artefact],
+) -> Counts:
     """Given preference data as pairs, and its chosen responses as demonstrations.
 
     Args:
@@ -191,9 +201,11 @@ def given_pairs(out: Workspace, *, source: str, count: int, content: str, held_o
         count: takes the first so many; 0 takes all.
         content: digest of the source.
         held_out: instructions.jsonl of what no training may see; pairs that ask one of these are dropped.
+        set_aside: how many pairs will be measured instead of trained on.
+        trained_on: artefacts with what M1 learns from, with which those may share no text.
 
     Raises:
-        SelfalignError: no pair is left.
+        SelfalignError: no pair is left, or not so many can be set aside, which is noticed before anything is trained.
     """
     given, drops = read_pairs(source)
     known = [record for part in held_out for record in read_records(part.path / "instructions.jsonl", Instruction)]
@@ -202,6 +214,8 @@ def given_pairs(out: Workspace, *, source: str, count: int, content: str, held_o
     drops.update(held_out=len(given) - len(apart), surplus=len(apart) - len(pairs))
     if not pairs:
         raise SelfalignError(f"{source}: no usable pair (dropped: {dict(+drops)})")
+    if set_aside:
+        split_pairs(pairs, set_aside, Known.of(trained_on))
     write_records(out.path / "pairs.jsonl", pairs)
     chosen = [Demonstration(id=p.id, prompt=p.prompt, response=p.chosen, source="positive") for p in pairs]
     write_records(out.path / "demonstrations.jsonl", chosen)

@@ -93,8 +93,8 @@ def seeds(out: Workspace, *, config: SeedsConfig, judge: JudgeFormat | Pairwise,
     """Builds the SFT examples and sets ranked questions aside.
 
     Args:
-        out: gets demonstrations.jsonl and, of the held-out questions, ranked.jsonl, instructions.jsonl and
-            responses.jsonl.
+        out: gets demonstrations.jsonl; taught.jsonl, the ranked questions that M1 learns to judge on, whoever writes
+            the judgements; and, of the held-out questions, ranked.jsonl, instructions.jsonl and responses.jsonl.
         config: which data, and how it is split.
         judge: its prompt is what EFT examples are written in.
         contents: digests of the data sources.
@@ -103,6 +103,8 @@ def seeds(out: Workspace, *, config: SeedsConfig, judge: JudgeFormat | Pairwise,
     human = config.evaluation_fine_tuning == EvaluationFineTuning.human
     eft = [d for q in data.taught for d in demonstrate_judging(q, judge)] if human else []
     write_records(out.path / "demonstrations.jsonl", [*data.ift, *eft])
+    judged = config.evaluation_fine_tuning != EvaluationFineTuning.none
+    write_records(out.path / "taught.jsonl", data.taught if judged else [])
     write_questions(out, data.held_out)
     return {
         "ift": len(data.ift),
