@@ -91,7 +91,6 @@ QUALITY_AWARE = {
     "train.align.epochs": 1,
     "train.align.dropout": 0,
     "train.choose.every_steps": 0,
-    "train.held_out_pairs": 50,
 }
 """arXiv 2405.21040, its set-up."""
 
@@ -100,8 +99,14 @@ HH = QUALITY_AWARE | {
     "data.path": "Anthropic/hh-rlhf",
     "data.seeds.demonstrations": "Anthropic/hh-rlhf",
     "data.seeds.ranked": "",
+    "evaluate.preferences.source": "Anthropic/hh-rlhf:test",
+    "evaluate.preferences.count": 50,
+    "train.held_out_pairs": 0,
+    "sweep_metric": "preferences/rewards/accuracies",
 }
 ULTRAFEEDBACK = QUALITY_AWARE | {
+    "train.held_out_pairs": 50,
+    "sweep_metric": "held_out/rewards/accuracies",
     "model.path": "alignment-handbook/zephyr-7b-sft-full",
     "data.path": "HuggingFaceH4/ultrafeedback_binarized:train_prefs",
     "data.seeds.demonstrations": "",
@@ -255,7 +260,11 @@ def test_full_studies_are_measured_as_in_their_papers(name: str) -> None:
     full = {"meta-llama/Llama-2-70b-hf": "mt_bench", "EleutherAI/pythia-2.8b": "mt_bench"}
     full["alignment-handbook/zephyr-7b-sft-full"] = "open_llm_leaderboard"
     assert list(config.benchmark) == ([full[config.model.path]] if config.model.path in full else [])
-    assert (config.sweep_metric == "held_out/rewards/accuracies") == (not config.evaluate.instructions)
+    held_out = config.sweep_metric.removesuffix("/rewards/accuracies") in ("held_out", "preferences")
+    assert held_out == (not config.evaluate.instructions)
+    assert not (config.train.held_out_pairs and config.evaluate.preferences.source), (
+        "one kind of held-out pairs a study"
+    )
 
 
 def commands_for_several_gpus() -> list[list[str]]:

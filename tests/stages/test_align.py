@@ -492,7 +492,7 @@ def test_held_out_pairs_are_measured_and_not_trained_on(tmp_path: Path, tiny_pol
 def test_pairs_that_share_a_text_with_a_held_out_one_are_not_trained_on(
     tmp_path: Path, tiny_policy: PolicyFiles
 ) -> None:
-    """Two pairs of one instruction, two with a response in common; and SFT has taught one, which is left to train on."""
+    """Two of one instruction, two with a response in common; what SFT has taught is left to train on."""
     more = [
         preference("e", "Name a bird.", "A crow.", "No bird."),
         preference("f", "Name a stone.", "A stone, I think.", "Flint, maybe."),
