@@ -197,7 +197,7 @@ def given_pairs(
 
     Args:
         out: gets pairs.jsonl and demonstrations.jsonl.
-        source: a data source in one of TRL's preference formats, or of ranked answers.
+        source: a data source of preference pairs, or of ranked answers.
         count: takes the first so many; 0 takes all.
         content: digest of the source.
         held_out: instructions.jsonl of what no training may see; pairs that ask one of these are dropped.
