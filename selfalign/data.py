@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypeVar
 
-from selfalign.containers import SHIPPED as SHIPPED
-from selfalign.containers import identify_data as identify_data
 from selfalign.containers import read_rows
 from selfalign.errors import SelfalignError
 from selfalign.preference_rows import read_pair
@@ -20,7 +18,6 @@ from selfalign.published import DEMONSTRATIONS, PAIRS, RANKED, RatedPair, agains
 from selfalign.records import Demonstration, Instruction, PreferencePair, RankedAnswers
 from selfalign.rows import UNREAD, Row, give_ids, is_blank, shown
 from selfalign.turns import BESIDE, CONVERSATIONS, as_prompt, check_prompt, only_answer, read_task, read_turns, spoken
-from selfalign.turns import as_text as as_text
 
 T = TypeVar("T")
 Drops = Counter[str]
@@ -75,9 +72,9 @@ def read_demonstrations(source: str) -> tuple[list[Demonstration], Drops]:
     up to there as a row of its own.
 
     Raises:
-        SelfalignError: a row is in none of the known formats, or none is left.
+        SelfalignError: a row is in none of the known formats.
     """
-    return _read(source, "demonstrations", DEMONSTRATIONS, _demonstration)
+    return _read(source, DEMONSTRATIONS, _demonstration)
 
 
 def read_instructions(source: str, kind: str) -> tuple[list[Instruction], Drops]:
@@ -86,19 +83,19 @@ def read_instructions(source: str, kind: str) -> tuple[list[Instruction], Drops]
     def read(row: Row, drops: Drops) -> Instruction:
         return Instruction(id="", text=_instruction(row, "instructions"), source=kind, category=row.text("category"))
 
-    return _read(source, "instructions", {}, read)
+    return _read(source, {}, read)
 
 
 def read_outputs(source: str) -> tuple[list[OutputRow], Drops]:
-    """Another model's answers to instructions, and how many rows were dropped because they repeat another."""
+    """Another model's answers to instructions, and how many rows were dropped because they repeat another.
+
+    An answer may be empty: that is what the other model had to say.
+    """
     found: dict[tuple[str, ...], OutputRow] = {}
     drops: Drops = Counter()
     for where, raw in read_rows(source):
         row = Row.of(where, raw)
         asked, said = _instruction(row, "outputs"), _answer(row, "outputs")
-        if not said:
-            drops["empty_response"] += 1
-            continue
         made = OutputRow(where, asked, said, row.text("generator") or "given", row.text("dataset"))
         if found.setdefault((asked, said, made.generator, made.dataset), made) is not made:
             drops["duplicate"] += 1
@@ -114,7 +111,7 @@ def read_ranked(source: str) -> tuple[list[RankedAnswers], Drops]:
     Raises:
         SelfalignError: a question has fewer than two answers, or two of the same rank.
     """
-    return _read(source, "ranked answers", RANKED, _ranked)
+    return _read(source, RANKED, _ranked)
 
 
 def read_pairs(source: str) -> tuple[list[PreferencePair], Drops]:
@@ -132,7 +129,7 @@ def read_pairs(source: str) -> tuple[list[PreferencePair], Drops]:
             drops["scores_contradict"] += 1
         return question and best_against_worst(question, drops)
 
-    return _read(source, "pairs", PAIRS, read)
+    return _read(source, PAIRS, read)
 
 
 def best_against_worst(question: RankedAnswers, drops: Drops) -> PreferencePair | None:
@@ -159,11 +156,11 @@ def best_against_worst(question: RankedAnswers, drops: Drops) -> PreferencePair 
 # --- sources -----------------------------------------------------------------------------------------------------
 
 
-def _read(source: str, kind: str, readers: Readers[Any], read: Callable[[Row, Drops], Any]) -> tuple[list[Any], Drops]:
+def _read(source: str, readers: Readers[Any], read: Callable[[Row, Drops], Any]) -> tuple[list[Any], Drops]:
     """The records of a source in a published schema, or in our own formats; its first row tells which.
 
     Raises:
-        SelfalignError: the schema is known, but it is of other use; or no record is left.
+        SelfalignError: the schema is known, but it is of other use.
     """
     rows = read_rows(source)
     first = next(rows)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from selfalign.data import identify_data
+from selfalign.containers import identify_data
 from selfalign.errors import SelfalignError
 from selfalign.run import Maker, StageFunction
 from selfalign.stages.evaluate import PreferenceTest

@@ -72,7 +72,7 @@ class Row:
             SelfalignError: one is filled.
         """
         for name in names:
-            if _is_filled(fields.get(name)):
+            if name in fields and _is_filled(fields[name]):
                 why = why or "which no record here can hold; convert or remove such rows"
                 self.refuse(f"the field {place}{name} is filled ({shown(fields[name])}), {why}")
 

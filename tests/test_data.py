@@ -332,6 +332,11 @@ def test_outputs_keep_what_alpaca_eval_keeps_and_their_place(tmp_path: Path) -> 
     assert drops == Counter(duplicate=1)
 
 
+def test_empty_output_is_what_the_other_model_said(tmp_path: Path) -> None:
+    (silent,), drops = read_outputs(write_rows(tmp_path / "a.jsonl", {"instruction": "Hi", "output": ""}))
+    assert (silent.output, drops) == ("", Counter())
+
+
 @pytest.mark.parametrize("name", ["ift", "evaluation"])
 def test_shipped_instructions_are_read(name: str) -> None:
     instructions, drops = read_instructions(f"shipped:{name}", "given")

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 from selfalign.benchmarks.conversations import Conversation, converse
 from selfalign.benchmarks.entrant import Entrant
 from selfalign.benchmarks.fastchat import Question
-from selfalign.data import OutputRow, identify_data, read_outputs
+from selfalign.containers import identify_data
+from selfalign.data import OutputRow, read_outputs
 from selfalign.errors import SelfalignError
 from selfalign.files import write_json
 from selfalign.generation import Sampling

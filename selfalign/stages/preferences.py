@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from selfalign.data import as_text, best_against_worst, read_pairs
+from selfalign.data import best_against_worst, read_pairs
 from selfalign.errors import SelfalignError
 from selfalign.losses import PairLogps, rewards
 from selfalign.metrics import averages, reward_intervals, reward_metrics
@@ -26,6 +26,7 @@ from selfalign.refinement import refinement
 from selfalign.splits import Known, texts_of
 from selfalign.statistics import bootstrap, bootstrap_correlation, bootstrap_mean
 from selfalign.store import Artefact, Counts, Workspace
+from selfalign.turns import as_text
 
 
 def preferences(
