@@ -62,44 +62,51 @@ def _digest(kind: str, text: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What was trained on.
+    """What was trained on, as digests in ascending order.
 
     Attributes:
-        own: digests of the prompts and responses, in ascending order.
-        every: the same with those around them.
+        own: of the prompts and responses of demonstrations and pairs, and of the questions whose answers M1 learnt to
+            judge.
+        every: the same with what stands around them.
+        judged: of those answers. They stand in what teaches judging, but nothing teaches to give them.
     """
 
     own: Digests
     every: Digests
+    judged: Digests
 
     @classmethod
     def of(cls, artefacts: Sequence[Artefact]) -> "Known":
         """All demonstrations, pairs and taught ranked answers of these artefacts."""
-        own, around = array("Q"), array("Q")
-        for texts in (texts for artefact in artefacts for texts in _stream_texts(artefact.path)):
-            own.extend(texts.own)
-            around.extend(texts.around)
-        return cls(np.unique(_as_array(own)), np.unique(np.concatenate([_as_array(own), _as_array(around)])))
+        own, around, judged = array("Q"), array("Q"), array("Q")
+        for artefact in artefacts:
+            for texts in _stream_texts(artefact.path):
+                own.extend(texts.own)
+                around.extend(texts.around)
+            for question in _stream(artefact.path / "taught.jsonl", RankedAnswers):
+                asked, *answers = texts_of(as_prompt(question.instruction), *question.texts).own
+                own.append(asked)
+                judged.extend(answers)
+        every = np.concatenate([_as_array(own), _as_array(around)])
+        return cls(*map(np.unique, (_as_array(own), every, _as_array(judged))))
 
     def shares(self, texts: Texts) -> bool:
-        """Whether a pair shares a text with it."""
+        """Whether a pair has a prompt or a response that was trained on."""
         own, around = (np.array(digests, dtype=np.uint64) for digests in (texts.own, texts.around))
         return bool(_among(own, self.every).any() or _among(around, self.own).any())
 
 
 def _stream_texts(folder: Path) -> Iterator[Texts]:
-    """What an artefact's records say; the ranked answers stand in the prompts that teach judging."""
-
-    def there(name: str, kind: type[Any]) -> Iterator[Any]:
-        path = folder / name
-        return stream_records(path, kind) if path.is_file() and path.stat().st_size else iter(())
-
-    for shown in there("demonstrations.jsonl", Demonstration):
+    """What an artefact's demonstrations and pairs say."""
+    for shown in _stream(folder / "demonstrations.jsonl", Demonstration):
         yield texts_of(shown.prompt, shown.response)
-    for pair in there("pairs.jsonl", PreferencePair):
+    for pair in _stream(folder / "pairs.jsonl", PreferencePair):
         yield texts_of(pair.prompt, pair.chosen, pair.rejected)
-    for question in there("taught.jsonl", RankedAnswers):
-        yield texts_of(as_prompt(question.instruction), *question.texts)
+
+
+def _stream(path: Path, kind: type[E]) -> Iterator[E]:
+    """The records of a file that may be missing or empty."""
+    return stream_records(path, kind) if path.is_file() and path.stat().st_size else iter(())
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +141,8 @@ def split_pairs(pairs: Iterable[PreferencePair], count: int, known: Known) -> Sp
         SelfalignError: there are not so many such pairs, or none would be left to train on.
     """
     table = _Table.of(pairs)
-    taken = _among(table.own, known.every).any(axis=1) | table.around_is_among(known.own)
+    before = np.union1d(known.every, known.judged)
+    taken = _among(table.own, before).any(axis=1) | table.around_is_among(known.own)
     held = _pick(table, count, taken)
     size, passed = len(table.own), int(taken.sum())
     if count >= size:

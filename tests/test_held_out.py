@@ -69,7 +69,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     root = tmp_path_factory.mktemp("held_out")
     rows = [
         {"id": f"p{n}", "prompt": [{"role": "user", "content": text}], "chosen": answer("Old things are good"),
-         "rejected": answer("Never" + "." * n)}
+         "rejected": answer("No" + "." * n)}
         for n, text in enumerate(ASKED)
     ]  # fmt: skip
     (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

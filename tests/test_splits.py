@@ -137,7 +137,8 @@ def test_text_in_another_part_is_not_shared(name: str) -> None:
 def known_of(digests: Sequence[int]) -> Known:
     import numpy
 
-    return Known(numpy.array(sorted(digests), dtype=numpy.uint64), numpy.array(sorted(digests), dtype=numpy.uint64))
+    ordered = numpy.array(sorted(digests), dtype=numpy.uint64)
+    return Known(ordered, ordered, ordered[:0])
 
 
 # --- data of every kind ------------------------------------------------------------------------------------------
@@ -275,6 +276,13 @@ def test_pair_that_was_taught_before_is_never_held_out_and_is_counted(tmp_path: 
     assert (list(made.training), len(made.held_out), made.beside, made.passed_over) == ([0], 29, 0, 1)
 
 
+def test_answers_that_are_only_judged_are_not_taught_but_their_questions_are(tmp_path: Path) -> None:
+    """A model that learnt to judge an answer to one question was not taught to give it to another."""
+    known = Known.of([trained(tmp_path / "seeds", "taught_questions")])
+    assert not known.shares(texts_of("Ask 0.", UNIQUE[0].chosen, "Something."))
+    assert known.shares(texts_of([SYSTEM, user("Why? ")], "New.", "Other."))
+
+
 def test_nothing_that_was_taught_passes_nothing_over(tmp_path: Path) -> None:
     empty = records_artefact(tmp_path / "seeds", demonstrations=[])
     assert split(UNIQUE, 29, empty).passed_over == split(UNIQUE, 29).passed_over == 0
@@ -364,9 +372,9 @@ MUTANTS = [
     ("held out beside each other", "if mine.isdisjoint(every) and all_mine.isdisjoint(own):", "if True:",
      test_pairs_that_all_share_a_response_cannot_be_held_out, {}),
     ("SFT data not looked at", "for row in order[~taken[order]]:", "for row in order:", BEFORE, {"name": "prompt"}),
-    ("earlier pairs not looked at", 'for pair in there("pairs.jsonl", PreferencePair):', "for pair in []:", BEFORE,
-     {"name": "earlier_pairs"}),
-    ("judged answers not looked at", 'for question in there("taught.jsonl", RankedAnswers):', "for question in []:",
+    ("earlier pairs not looked at", 'for pair in _stream(folder / "pairs.jsonl", PreferencePair):', "for pair in []:",
+     BEFORE, {"name": "earlier_pairs"}),
+    ("judged answers not looked at", "np.union1d(known.every, known.judged)", "known.every",
      BEFORE, {"name": "taught_questions"}),
     ("responses not looked at", "yield texts_of(shown.prompt, shown.response)", "yield texts_of(shown.prompt)",
      BEFORE, {"name": "response"}),
