@@ -246,8 +246,8 @@ def _demonstration(row: Row, drops: Drops) -> Demonstration | None:
     if whole and prompt and not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
         _check_last(row, whole, prompt[-1]["content"])
         prompt, response = prompt[:-1], prompt[-1]["content"]
-    elif isinstance(prompt, str) and isinstance(row.fields.get("completion"), list):
-        row.refuse("prompt is a text and completion a list of turns; give both as texts or both as lists")
+    elif isinstance(prompt, str) and any(isinstance(row.fields.get(name), list | dict) for name in ANSWERS):
+        row.refuse("prompt is a text and the answer a list of turns; give both as texts or both as lists")
     else:
         response = _answer(row, "demonstrations")
     if not prompt:
