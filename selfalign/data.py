@@ -1,62 +1,50 @@
-"""Reading what the user gives: demonstrations, ranked answers, instructions, preference pairs.
+"""Reading what the user gives: demonstrations, ranked answers, instructions, preference pairs, others' outputs.
 
-A source is "shipped:NAME" (the seed data in this package), a file (.jsonl, .json, .parquet), or a hub id
-"owner/name" with an optional ":split" behind it. Every row is checked; a message names the file and the line. Rows
-in the schema of a published data set (published.py) are told by their fields.
+A source is what `containers` reads. Rows are in one of the formats below, told by their fields and the same in every
+kind of file, or in the schema of a published data set (published.py). What a row asks is read by `turns`. A message
+names the file, the line and the field.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import chain
 from typing import Any, TypeVar
 
-import msgspec
-
+from selfalign.containers import read_rows
 from selfalign.errors import SelfalignError
-from selfalign.files import digest_file, digest_json, digest_text, read_json
-from selfalign.published import DEMONSTRATIONS, PAIRS, RANKED, schema_of
-from selfalign.records import (
-    Demonstration,
-    Instruction,
-    Message,
-    PreferencePair,
-    Prompt,
-    RankedAnswers,
-    read_typed_lines,
-)
+from selfalign.preference_rows import read_pair
+from selfalign.published import DEMONSTRATIONS, PAIRS, RANKED, RatedPair, against_pair, schema_of
+from selfalign.records import Demonstration, Instruction, PreferencePair, RankedAnswers
+from selfalign.rows import UNREAD, Row, give_ids, is_blank, shown
+from selfalign.turns import BESIDE, CONVERSATIONS, as_prompt, check_prompt, only_answer, read_task, read_turns, spoken
 
 T = TypeVar("T")
-Readers = dict[type, Callable[[Any], tuple[list[T], Counter[str]]]]
-SHIPPED = Path(__file__).parent / "seeds"
+Drops = Counter[str]
+Readers = dict[type, Callable[[Any], tuple[list[T], Drops]]]
+
+ANSWERS = ("response", "output", "completion", "answer")
+"""Fields with an answer."""
+
+WANTED = {
+    "demonstrations": "instruction (or question, query, input; with input, context, system, history) and response (or "
+    "output, completion, answer); prompt and completion; or messages or conversations that end with the assistant",
+    "instructions": "instruction (or question, query, prompt, input; with input or context)",
+    "ranked answers": "instruction and responses, a list of text and rank",
+    "outputs": "instruction and output",
+}
+"""What a row must have, by what is read."""
 
 
-@dataclass(kw_only=True, slots=True)
-class DemonstrationRow:
-    """A line of instruction data: the task and a good answer."""
-
-    instruction: str
-    response: str
-    id: str = ""
-
-
-@dataclass(kw_only=True, slots=True)
-class InstructionRow:
-    """A line of evaluation data: the task alone."""
-
-    instruction: str
-    id: str = ""
-    category: str = ""
-
-
-@dataclass(kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class OutputRow:
-    """A line of another model's answers, as alpaca_eval keeps them; what else it holds is passed over."""
+    """Another model's answer, as alpaca_eval keeps it, and where it stands; what else a row holds is passed over."""
 
+    where: str
     instruction: str
     output: str
-    generator: str = "given"
-    dataset: str = ""
+    generator: str
+    dataset: str
 
 
 @dataclass(kw_only=True, slots=True)
@@ -64,162 +52,96 @@ class AnswerRow:
     """One of several answers to a question; rank 1 is best. `score` and `justification` are a human judge's."""
 
     text: str
-    rank: int
-    score: int | None = None
+    rank: float
+    score: float | None = None
     justification: str = ""
 
 
 @dataclass(kw_only=True, slots=True)
-class RankedRow:
-    """A line of ranked data: a question and its answers, in any order."""
+class AnswersRow:
+    """The answers to a question, in any order."""
 
-    instruction: str
     responses: list[AnswerRow]
-    id: str = ""
 
 
-@dataclass(kw_only=True, slots=True)
-class PairRow:
-    """A line of preference data in TRL's formats.
+def read_demonstrations(source: str) -> tuple[list[Demonstration], Drops]:
+    """Prompts with good answers, and how many rows were dropped, by reason.
 
-    Standard: three texts, taken as they stand. Conversational: `prompt` is a list of messages and the responses
-    are lists with one assistant message, or both responses are whole conversations that begin alike (a text in
-    `prompt` then repeats their last user turn). The scores are a judge's, where there are any.
+    Of a conversation its last turn is taught, the assistant's; all before it is the prompt. An earlier turn of the
+    assistant's is therefore read and not taught, as in published transcripts: to teach it too, give the conversation
+    up to there as a row of its own.
+
+    Raises:
+        SelfalignError: a row is in none of the known formats.
     """
-
-    chosen: str | list[Message]
-    rejected: str | list[Message]
-    prompt: str | list[Message] | None = None
-    chosen_score: float | None = None
-    rejected_score: float | None = None
-    id: str = ""
+    return _read(source, DEMONSTRATIONS, _demonstration)
 
 
-def read_demonstrations(source: str) -> tuple[list[Demonstration], Counter[str]]:
-    """Prompts with good answers, and how many rows were dropped, by reason."""
-    if (published := _read_published(source, DEMONSTRATIONS)) is not None:
-        return published
-    rows = _read(source, DemonstrationRow)
-    ids = _ids(source, [(where, row.id, row) for where, row in rows])
-    return [
-        Demonstration(
-            id=i, prompt=as_prompt(_filled(row.instruction, where)), response=_filled(row.response, where), source="ift"
-        )
-        for i, (where, row) in zip(ids, rows, strict=True)
-    ], Counter()
+def read_instructions(source: str, kind: str) -> tuple[list[Instruction], Drops]:
+    """Instructions without answers, and how many rows were dropped, by reason."""
+
+    def read(row: Row, drops: Drops) -> Instruction:
+        return Instruction(id="", text=_instruction(row, "instructions"), source=kind, category=row.text("category"))
+
+    return _read(source, {}, read)
 
 
-def read_instructions(source: str, kind: str) -> list[Instruction]:
-    """Instructions without answers."""
-    rows = _read(source, InstructionRow)
-    ids = _ids(source, [(where, row.id, row) for where, row in rows])
-    return [
-        Instruction(id=i, text=_filled(row.instruction, where), source=kind, category=row.category)
-        for i, (where, row) in zip(ids, rows, strict=True)
-    ]
+def read_outputs(source: str) -> tuple[list[OutputRow], Drops]:
+    """Another model's answers to instructions, and how many rows were dropped because they repeat another.
+
+    An answer may be empty: that is what the other model had to say.
+    """
+    found: dict[tuple[str, ...], OutputRow] = {}
+    drops: Drops = Counter()
+    for where, raw in read_rows(source):
+        row = Row.of(where, raw)
+        asked, said = _instruction(row, "outputs"), _answer(row, "outputs")
+        made = OutputRow(where, asked, said, row.text("generator") or "given", row.text("dataset"))
+        if found.setdefault((asked, said, made.generator, made.dataset), made) is not made:
+            drops["duplicate"] += 1
+    return list(found.values()), drops
 
 
-def read_outputs(source: str) -> list[OutputRow]:
-    """Reads another model's answers to instructions."""
-    return [row for _, row in _read(source, OutputRow)]
-
-
-def read_ranked(source: str) -> tuple[list[RankedAnswers], Counter[str]]:
+def read_ranked(source: str) -> tuple[list[RankedAnswers], Drops]:
     """Questions with answers in a human's order, and how many answers were dropped, by reason.
+
+    Where a worse ranked answer has the higher score, ranks and scores contradict each other, and all answers of the
+    question are dropped.
 
     Raises:
         SelfalignError: a question has fewer than two answers, or two of the same rank.
     """
-    if (published := _read_published(source, RANKED)) is not None:
-        return published
-    rows = _read(source, RankedRow)
-    ids = _ids(source, [(where, row.id, row) for where, row in rows])
-    for where, row in rows:
-        ranks = [answer.rank for answer in row.responses]
-        if len(ranks) < 2 or len(set(ranks)) < len(ranks):
-            raise SelfalignError(f"{where}: expected two or more responses of different rank, got ranks {ranks}")
-        if len({answer.score is None for answer in row.responses}) > 1:
-            raise SelfalignError(f"{where}: either every response has a score, or none")
-    return [
-        RankedAnswers(
-            id=i,
-            instruction=_filled(row.instruction, where),
-            texts=[_filled(answer.text, where) for answer in row.responses],
-            ranks=[answer.rank for answer in row.responses],
-            scores=[answer.score for answer in row.responses if answer.score is not None],
-            justifications=[answer.justification for answer in row.responses],
-        )
-        for i, (where, row) in zip(ids, rows, strict=True)
-    ], Counter()
+    return _read(source, RANKED, _ranked)
 
 
-def read_pairs(source: str) -> tuple[list[PreferencePair], Counter[str]]:
+def read_pairs(source: str) -> tuple[list[PreferencePair], Drops]:
     """Preference pairs, and how many rows were dropped, by reason; of ranked answers the best against the worst.
 
     Raises:
         SelfalignError: a row is in none of the known formats.
     """
-    if (published := _read_published(source, PAIRS)) is not None:
-        return published
-    if "responses" in _first_row(source):
-        ranked, unused = read_ranked(source)
-        return [best_against_worst(question) for question in ranked], unused
-    rows = _read(source, PairRow)
-    ids = _ids(source, [(where, row.id, row) for where, row in rows])
-    pairs: list[PreferencePair] = []
-    drops: Counter[str] = Counter()
-    for record_id, (where, row) in zip(ids, rows, strict=True):
-        prompt, chosen, rejected = _split_pair(row, where)
-        if chosen == rejected:
-            drops["identical"] += 1
-        elif not chosen.strip() or not rejected.strip():
-            drops["empty_response"] += 1
-        else:
-            pairs.append(
-                PreferencePair(
-                    id=record_id,
-                    prompt=prompt,
-                    chosen=chosen,
-                    rejected=rejected,
-                    chosen_score=row.chosen_score,
-                    rejected_score=row.rejected_score,
-                )
-            )
-    return pairs, drops
+
+    def read(row: Row, drops: Drops) -> PreferencePair | None:
+        if "responses" not in row.fields:
+            return read_pair(row, drops)
+        question = _ranked(row, Counter())
+        if question is None:
+            drops["scores_contradict"] += 1
+        return question and best_against_worst(question, drops)
+
+    return _read(source, PAIRS, read)
 
 
-def as_prompt(instruction: str) -> list[Message]:
-    """An instruction as a conversation of one user turn."""
-    return [{"role": "user", "content": instruction}]
+def best_against_worst(question: RankedAnswers, drops: Drops) -> PreferencePair | None:
+    """Of a ranked question the best answer and the worst, so that pairs do not depend on each other.
 
-
-def as_text(prompt: Prompt) -> str:
-    """A prompt to read: its only message, or its turns with their roles."""
-    if isinstance(prompt, str):
-        return prompt
-    return prompt[0]["content"] if len(prompt) == 1 else "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt)
-
-
-def identify_data(source: str, key: str) -> str:
-    """What a data source is keyed by: the digest of its file, or the name of a hub data set.
-
-    Raises:
-        SelfalignError: there is no such file; the message names the setting, `key`.
+    The ranks tell which is better, also where the humans' scores are equal. Where both say the same there is no pair,
+    which is counted.
     """
-    try:
-        path = _as_file(source)
-    except SelfalignError as error:
-        raise SelfalignError(f"{key}: {error}") from error
-    if path is None:
-        return source
-    if not path.is_file():
-        raise SelfalignError(f"{key}: {path}: no such file")
-    return digest_file(path)
-
-
-def best_against_worst(question: RankedAnswers) -> PreferencePair:
-    """Of a ranked question the best answer and the worst, so that pairs do not depend on each other."""
     best, worst = (question.ranks.index(end(question.ranks)) for end in (min, max))
+    if reason := against_pair(question.texts[best], question.texts[worst]):
+        drops[reason] += 1
+        return None
     chosen_score, rejected_score = (question.scores[i] if question.scores else None for i in (best, worst))
     return PreferencePair(
         id=question.id,
@@ -231,144 +153,149 @@ def best_against_worst(question: RankedAnswers) -> PreferencePair:
     )
 
 
-def _split_pair(row: PairRow, where: str) -> tuple[Prompt, str, str]:
-    prompt, chosen, rejected = row.prompt, row.chosen, row.rejected
-    if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
-        return prompt, chosen, rejected
-    if isinstance(chosen, list) and isinstance(rejected, list):
-        repeated = prompt
-        if not isinstance(prompt, list):
-            turns = enumerate(zip(chosen, rejected, strict=False))
-            same = next((i for i, (a, b) in turns if a != b), len(chosen) - 1)
-            prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
-        if isinstance(repeated, str) and (not prompt or prompt[-1].get("content") != repeated):
-            raise SelfalignError(f"{where}: prompt is a text, but not the last user turn of chosen and rejected")
-        turns = [*chosen, *rejected]
-        if prompt and len(chosen) == len(rejected) == 1 and all(_is_answer(turn) for turn in turns):
-            _check_messages(prompt, where)
-            return prompt, chosen[0]["content"], rejected[0]["content"]
-    raise SelfalignError(
-        f"{where}: expected prompt, chosen and rejected as three texts, or as lists of messages in which chosen "
-        "and rejected are one assistant message each behind the common prompt"
-    )
+# --- sources -----------------------------------------------------------------------------------------------------
 
 
-def _is_answer(turn: Message) -> bool:
-    return turn.get("role") == "assistant" and isinstance(turn.get("content"), str)
-
-
-def _check_messages(messages: list[Message], where: str) -> None:
-    wrong = [m for m in messages if not isinstance(m.get("content"), str) or not isinstance(m.get("role"), str)]
-    if wrong or not any(message["role"] == "user" for message in messages):
-        raise SelfalignError(f"{where}: a prompt is a list of messages with role and content, one of them the user's")
-
-
-def _filled(text: str, where: str) -> str:
-    if not text.strip():
-        raise SelfalignError(f"{where}: expected a text, got an empty one")
-    return text
-
-
-def _as_file(source: str) -> Path | None:
-    """The file a source names, or None for a hub id."""
-    if source.startswith("shipped:"):
-        return SHIPPED / f"{source.removeprefix('shipped:')}.jsonl"
-    if Path(source).suffix in (".jsonl", ".json", ".parquet") or Path(source).exists():
-        return Path(source).expanduser()
-    if source.count("/") == 1 and not source.startswith(("/", ".", "~")):
-        return None
-    raise SelfalignError(f"{source!r} is no data: give shipped:NAME, a .jsonl or .parquet file, or a hub id owner/name")
-
-
-def _is_table(path: Path) -> bool:
-    """Whether rows are counted, because lines do not hold one each: parquet, or a list in a .json file."""
-    return path.suffix == ".parquet" or (path.suffix == ".json" and path.is_file() and _begins_with(path, b"["))
-
-
-def _begins_with(path: Path, sign: bytes) -> bool:
-    with path.open("rb") as file:
-        return file.read(64).lstrip().startswith(sign)
-
-
-def _read(source: str, kind: type[T]) -> list[tuple[str, T]]:
-    """Rows with where they stand, for messages."""
-    path = _as_file(source)
-    if path is not None and not _is_table(path):
-        return [(f"{path}:{number}", row) for number, row in read_typed_lines(path, kind)]
-    rows: list[tuple[str, T]] = []
-    for index, row in enumerate(_load_dataset(source, path)):
-        where = f"{source} row {index}"
-        try:
-            rows.append((where, msgspec.convert(_without_gaps(row), kind)))
-        except msgspec.ValidationError as error:
-            raise SelfalignError(f"{where}: {error}") from error
-    if not rows:
-        raise SelfalignError(f"{source}: no rows")
-    return rows
-
-
-def _read_published(source: str, readers: Readers[T]) -> tuple[list[T], Counter[str]] | None:
-    """The records of a source in a published schema, and what was dropped; None for one in our own formats.
+def _read(source: str, readers: Readers[Any], read: Callable[[Row, Drops], Any]) -> tuple[list[Any], Drops]:
+    """The records of a source in a published schema, or in our own formats; its first row tells which.
 
     Raises:
         SelfalignError: the schema is known, but it is of other use.
     """
-    schema = schema_of(_first_row(source))
+    rows = read_rows(source)
+    first = next(rows)
+    found = (Row.of(where, raw) for where, raw in chain([first], rows))
+    schema = schema_of(first[1]) if readers else None
     if schema is None:
-        return None
+        drops: Drops = Counter()
+        made = ((row, record) for row in found if (record := read(row, drops)) is not None)
+        return give_ids(made, drops), drops
     if schema not in readers:
         uses = {"demonstrations": DEMONSTRATIONS, "ranked answers": RANKED, "pairs": PAIRS}
         known = " and ".join(use for use, by_schema in uses.items() if schema in by_schema)
         raise SelfalignError(f"{source}: rows like {schema.__name__} in published.py give {known} only")
-    return readers[schema]([row for _, row in _read(source, schema)])
+    return readers[schema](list(_of_schema(schema, found)))
 
 
-def _first_row(source: str) -> dict[str, Any]:
-    path = _as_file(source)
-    if path is not None and not _is_table(path):
-        return next(read_typed_lines(path, dict))[1]
-    return next(_load_dataset(source, path), {})
+def _of_schema(schema: type, rows: Iterator[Row]) -> Iterator[Any]:
+    """The rows of a published schema, which must not carry a task beside the fields that are read."""
+    for row in rows:
+        row.refuse_filled(BESIDE, row.fields, why=f"which rows like {schema.__name__} in published.py do not have")
+        turns = ("chosen", "rejected") if schema is RatedPair else ()
+        read = {name: read_turns(row, name) for name in turns if name in row.fields}
+        yield Row(row.where, row.fields | read).typed(schema)
 
 
-def _without_gaps(value: Any) -> Any:
-    """A row without the nulls that a table puts where a field is missing."""
-    if isinstance(value, dict):
-        return {name: _without_gaps(item) for name, item in value.items() if item is not None}
-    return [_without_gaps(item) for item in value] if isinstance(value, list) else value
+# --- tasks and answers -------------------------------------------------------------------------------------------
 
 
-def _load_dataset(source: str, path: Path | None) -> Iterator[dict[str, Any]]:
-    import datasets
-    from datasets.exceptions import DatasetsError
-
-    try:
-        if path is not None:
-            if not path.is_file():
-                raise SelfalignError(f"{path}: no such file")
-            if path.suffix == ".json":
-                return iter(read_json(path))
-            return iter(datasets.Dataset.from_parquet(str(path)))  # pyright: ignore[reportReturnType, reportArgumentType]
-        name, _, split = source.partition(":")
-        return iter(datasets.load_dataset(name, split=split or "train"))  # pyright: ignore[reportReturnType, reportArgumentType]
-    except (OSError, ValueError, DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SelfalignError(
-            f"{source}: cannot be read as a data set ({reason}); check the name, file and network"
-        ) from error
+def _lacks(row: Row, kind: str) -> str:
+    return f"expected {WANTED[kind]}; found {row.found()}"
 
 
-def _ids(source: str, rows: list[tuple[str, str, Any]]) -> list[str]:
-    """Every row's id: its own, or the digest of what it says.
+def _instruction(row: Row, kind: str) -> str:
+    """What a row asks, as one text.
 
     Raises:
-        SelfalignError: two rows have the same.
+        SelfalignError: it asks nothing, or a conversation.
     """
-    seen: dict[str, str] = {}
-    for where, own, row in rows:
-        record_id = own or digest_text(digest_json(msgspec.to_builtins(row)))[:16]
-        if record_id in seen:
-            raise SelfalignError(
-                f"{where}: the same id or content as {seen[record_id]} ({record_id!r}); ids are unique"
+    task = read_task(row)
+    if not isinstance(task, str) and len(task) == 2 and task[1]["role"] == "assistant":
+        task = task[:1]
+    if isinstance(task, str):
+        return task
+    if not task:
+        row.refuse(_lacks(row, kind))
+    if len(task) > 1 or task[0]["role"] != "user" or is_blank(task[0]["content"]):
+        row.refuse(f"{kind} have one turn of the user's, without a system turn or history; got {spoken(task)}")
+    return task[0]["content"]
+
+
+def _answers(row: Row) -> dict[str, str]:
+    """The row's answers by field: texts, or lists with one turn of the assistant's; a blank one is empty."""
+    found: dict[str, str] = {}
+    for name in ANSWERS:
+        if isinstance(row.fields.get(name), list | dict):
+            found[name] = only_answer(row, name, read_turns(row, name))
+        elif name in row.fields:
+            found[name] = row.text(name)
+    return found
+
+
+def _answer(row: Row, kind: str) -> str:
+    """The row's only answer; empty where it is blank.
+
+    Raises:
+        SelfalignError: it has none, or several that differ.
+    """
+    answers = _answers(row)
+    if not answers:
+        row.refuse(_lacks(row, kind))
+    said = {text for text in answers.values() if text}
+    if len(said) > 1:
+        row.refuse(f"{' and '.join(answers)} are different answers; leave one")
+    return said.pop() if said else ""
+
+
+def _demonstration(row: Row, drops: Drops) -> Demonstration | None:
+    for name in ("label", "kto_tag"):
+        if row.fields.get(name) is False:
+            row.refuse(f"{name}=false says that the answer is not wanted, and a demonstration is taught")
+    prompt = read_task(row)
+    whole = next((name for name in CONVERSATIONS if isinstance(row.fields.get(name), list)), "")
+    if whole and prompt and not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+        _check_last(row, whole, prompt[-1]["content"])
+        prompt, response = prompt[:-1], prompt[-1]["content"]
+    elif isinstance(prompt, str) and any(isinstance(row.fields.get(name), list | dict) for name in ANSWERS):
+        row.refuse("prompt is a text and the answer a list of turns; give both as texts or both as lists")
+    else:
+        response = _answer(row, "demonstrations")
+    if not prompt:
+        row.refuse(_lacks(row, "demonstrations"))
+    check_prompt(row, prompt)
+    if is_blank(response):
+        drops["empty_response"] += 1
+        return None
+    return Demonstration(id="", prompt=prompt, response=response, source="ift")
+
+
+def _check_last(row: Row, name: str, response: str) -> None:
+    """Stops where a conversation's last turn is not what should be taught."""
+    last = row.fields[name][-1]
+    for mark in ("weight", "train", "loss"):
+        if mark in last and not last[mark]:
+            row.refuse(
+                f"{name}[{len(row.fields[name]) - 1}].{mark}={shown(last[mark])}: the last turn is what is taught"
             )
-        seen[record_id] = where
-    return list(seen)
+    for other, text in _answers(row).items():
+        if text and text != response:
+            row.refuse(f"{other} is another answer than the last turn of {name}; leave one")
+
+
+def _ranked(row: Row, drops: Drops) -> RankedAnswers | None:
+    for index, answer in enumerate(row.fields.get("responses", ())):
+        if isinstance(answer, dict):
+            row.refuse_filled((*UNREAD, "reasoning"), answer, f"responses[{index}].")
+    asked = _instruction(row, "ranked answers")
+    answers = row.typed(AnswersRow).responses
+    ranks, scores = [a.rank for a in answers], [a.score for a in answers if a.score is not None]
+    if len(ranks) < 2 or len(set(ranks)) < len(ranks):
+        row.refuse(f"expected two or more responses of different rank, got ranks {ranks}")
+    if not all(number.is_integer() for number in map(float, (*ranks, *scores))):
+        row.refuse(f"ranks and scores are whole numbers, got ranks {ranks} and scores {scores}")
+    if len(scores) not in (0, len(ranks)):
+        row.refuse("either every response has a score, or none")
+    if any(is_blank(answer.text) for answer in answers):
+        row.refuse("expected a text, got an empty one, in responses")
+    by_rank = [score for _, score in sorted(zip(ranks, scores, strict=False))]
+    if by_rank != sorted(by_rank, reverse=True):
+        drops["scores_contradict"] += len(answers)
+        return None
+    return RankedAnswers(
+        id="",
+        instruction=asked,
+        texts=[answer.text for answer in answers],
+        ranks=list(map(int, ranks)),
+        scores=list(map(int, scores)),
+        justifications=[answer.justification for answer in answers],
+    )

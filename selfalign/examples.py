@@ -66,11 +66,9 @@ class StoredExamples(Sequence[E], Generic[E]):
         column = self.table.data.column("id")
         return (name for rows in chunks(self.rows) for name in column.take(rows).to_pylist())
 
-    def split(self, aside: Callable[[str], bool]) -> "tuple[StoredExamples[E], StoredExamples[E]]":
-        """(those that stay, those set aside), by their ids."""
-        chosen = np.fromiter(map(aside, self.ids()), dtype=bool, count=len(self))
-        rows = np.asarray(self.rows)
-        return replace(self, rows=rows[~chosen]), replace(self, rows=rows[chosen])
+    def take(self, places: Sequence[int] | np.ndarray[Any, np.dtype[np.int64]]) -> "StoredExamples[E]":
+        """Those at these places, in this order."""
+        return replace(self, rows=np.asarray(self.rows)[np.asarray(places, dtype=np.int64)])
 
 
 def store_examples(folder: Path, kind: type[E], make: Callable[[Counter[str]], Iterable[E]]) -> StoredExamples[E]:

@@ -1,9 +1,11 @@
 """Files: whole or not at all, and digests of what is in them."""
 
+import gzip
 import hashlib
 import json
 import os
 import time
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -54,21 +56,32 @@ def read_text(path: Path) -> str:
 
 
 def read_lines(path: Path, *, skip_blank: bool = True) -> Iterator[tuple[int, str]]:
-    """Yields (number from 1, line) of a UTF-8 text file.
+    """Yields (number from 1, line) of a UTF-8 text file, without the byte order mark that some editors put first.
+
+    A name that ends in ".gz" is that of a compressed file.
 
     Raises:
-        SelfalignError: the file is missing or not UTF-8 (the line is named).
+        SelfalignError: the file is missing, not UTF-8 (the line is named), or not compressed as its name says.
     """
     if not path.is_file():
         raise SelfalignError(f"{path}: no such file")
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        for number, line in _numbered(path, file):
             try:
                 text = line.decode("utf-8")
             except UnicodeDecodeError as error:
                 raise SelfalignError(f"{path}:{number}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+            text = text.removeprefix("\ufeff") if number == 1 else text
             if text.strip() or not skip_blank:
                 yield number, text
+
+
+def _numbered(path: Path, file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Yields the lines of a file, compressed or not, with their numbers."""
+    try:
+        yield from enumerate(file, start=1)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise SelfalignError(f"{path}: cannot be unpacked as gzip ({error})") from error
 
 
 def digest_text(text: str) -> str:

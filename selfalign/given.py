@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from selfalign.data import identify_data
+from selfalign.containers import identify_data
 from selfalign.errors import SelfalignError
 from selfalign.run import Maker, StageFunction
 from selfalign.stages.evaluate import PreferenceTest
@@ -42,8 +42,8 @@ class Pairs:
     """Preference pairs are given.
 
     Attributes:
-        path: a data source of prompt, chosen and rejected in TRL's standard or conversational format, or of ranked
-            answers, whose best then stands against the worst.
+        path: a data source of preference pairs (conf/README.md lists the formats), or of ranked answers, whose best
+            then stands against the worst.
         count: takes the first so many of them; 0 takes all.
         seeds: what M1 learns from before; without demonstrations M1 is M0, which should then be an SFT model.
     """
@@ -101,7 +101,7 @@ class Given:
         if asked.preferences.source:
             self.preferences = self._held_out_pairs(asked.preferences)
         if isinstance(data, Pairs):
-            content = identify_data(data.path, "data.path")
+            content, aside = identify_data(data.path, "data.path"), self.config.train.held_out_pairs
             self.pairs = self.run.make(
                 "iteration_1/pairs",
                 given_pairs,
@@ -109,6 +109,8 @@ class Given:
                 count=data.count,
                 content=content,
                 held_out=self.held_out,
+                set_aside=aside,
+                trained_on=[self.seeds] if aside else [],
             )
             self._check_pairs(data, self.pairs.counts["pairs"])
         else:

@@ -46,7 +46,8 @@ METRICS = {
     "step_seconds": "wall time of an optimiser step; checkpoints and their comparison are left out",
     "peak_memory_gb": "the most memory so far of any process, GiB: of its GPU, or resident where there is none",
     "token_accuracy": "share of target tokens that were the most likely ones",
-    "held_out_pairs": "preference pairs set aside",
+    "held_out_pairs": "preference pairs set aside, which share no prompt and no response with others",
+    "held_out_passed_over": "pairs that could not be, for they share one with SFT data or pairs trained on before",
     "chosen_step": "optimiser step whose policy was taken, where checkpoints are compared",
     "checkpoint_win_rate/N": "validation instructions that the checkpoint after N steps won against the one before it",
     "checkpoint_wins/N": "how many it won, in both orders",
@@ -316,7 +317,10 @@ def _pearson(x: float, y: float, square_x: float, square_y: float, product: floa
 
 
 def reward_intervals(metrics: Sums) -> dict[str, float]:
-    """The ends of 95 % intervals, as `…_low` and `…_high`: Wilson's for shares, Student's t for the mean margin."""
+    """The ends of 95 % intervals, as `…_low` and `…_high`: Wilson's for shares, Student's t for the mean margin.
+
+    Both take the pairs as independent of each other, as those are that are held out: one of each instruction.
+    """
     intervals: dict[str, float] = {}
     for name in ("rewards/accuracies", "rewards/accuracies_augmented"):
         total, weight = metrics.get(name, (0.0, 0.0))

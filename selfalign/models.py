@@ -187,9 +187,7 @@ class PolicyFiles:
 
     def load_tokenizer(self) -> "Tokenizer":
         """Loads the tokenizer, with the chat template the run uses."""
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.path / "tokenizer")
+        return open_tokenizer(self.path / "tokenizer")
 
     def load(self, dtype: str, *, device: str = "", trainable: bool = False, apart: bool = False) -> Policy:
         """Loads the policy.
@@ -301,6 +299,16 @@ def load_checkpoint(folder: Path, dtype: str, *, trust_remote_code: bool = False
     if wrong:
         raise SelfalignError(f"{folder}: weights and architecture differ, for example at {wrong[0]!r} ({len(wrong)})")
     return model
+
+
+def open_tokenizer(folder: Path, trust_remote_code: bool = False) -> "Tokenizer":
+    """Loads a folder's tokenizer, always by its own files: `tekken.json` beside them would be read instead of them
+    where mistral-common is installed, and the same model would have another template there."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=trust_remote_code, local_files_only=True, mistral_format=False
+    )
 
 
 def _settle_adapter_config(path: Path) -> None:

@@ -188,6 +188,7 @@ class Method:
             loss=loss,
             start=start,
             held_out=train.held_out_pairs,
+            trained_on=[self.given.seeds, *self.own_pairs[:-1]] if train.held_out_pairs else [],
             selection=self._selection(label, models),
             optimization=train.align,
             weights=self._weights(label),

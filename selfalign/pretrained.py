@@ -17,6 +17,7 @@ from selfalign.models import (
     digest_weights,
     link_folder,
     load_checkpoint,
+    open_tokenizer,
 )
 
 if TYPE_CHECKING:
@@ -190,9 +191,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> "Tokenizer":
     Raises:
         SelfalignError: it has none that can be read.
     """
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        return open_tokenizer(folder, trust_remote_code)
     except (OSError, ValueError) as error:
         raise SelfalignError(f"{folder}: no tokenizer can be loaded from it ({str(error).splitlines()[0]})") from error

@@ -14,6 +14,8 @@ import msgspec
 
 from selfalign.files import digest_json
 from selfalign.records import Demonstration, Message, PreferencePair, RankedAnswers
+from selfalign.rows import is_blank
+from selfalign.turns import as_prompt, fault_of
 
 LANGUAGE = "en"
 """Of the messages that are taken from Open Assistant, as in arXiv 2401.10020, section 3.1."""
@@ -37,7 +39,7 @@ class TreeMessage:
     text: str
     lang: str
     parent_id: str | None = None
-    rank: int | None = None
+    rank: float | None = None
     deleted: bool | None = None
     review_result: bool | None = None
 
@@ -56,8 +58,8 @@ class RatedPair:
 
     chosen: list[Message]
     rejected: list[Message]
-    score_chosen: float
-    score_rejected: float
+    score_chosen: float | None = None
+    score_rejected: float | None = None
 
 
 class Completion(msgspec.Struct, kw_only=True, rename={"fine_grained_score": "fine-grained_score"}):
@@ -82,10 +84,10 @@ def schema_of(row: dict[str, Any]) -> type | None:
         return TreeMessage
     if {"instruction", "completions"} <= row.keys():
         return RatedCompletions
-    if {"chosen", "rejected", "score_chosen", "score_rejected"} <= row.keys():
+    sides = [row.get("chosen"), row.get("rejected")]
+    if {"score_chosen", "score_rejected"} <= row.keys() and all(isinstance(side, list) for side in sides):
         return RatedPair
-    texts = [row.get("chosen"), row.get("rejected")]
-    if row.get("prompt") is None and all(isinstance(t, str) and SPEAKER.match(t) for t in texts):
+    if row.get("prompt") is None and all(isinstance(side, str) and SPEAKER.match(side) for side in sides):
         return TranscriptPair
     return None
 
@@ -101,7 +103,7 @@ def best_of_tree(rows: Sequence[TreeMessage]) -> tuple[list[Demonstration], Drop
         if answer.rank:
             drops["lower_rank"] += 1
         else:
-            best.append(_demonstration(_user(question.text), answer.text, answer.message_id))
+            best.append(_demonstration(as_prompt(question.text), answer.text, answer.message_id))
     return _unique(best, drops), drops
 
 
@@ -145,7 +147,7 @@ def _against_turn(question: TreeMessage | None, answer: TreeMessage) -> str | No
         "deleted": any(message.deleted for message in both),
         "failed_review": any(message.review_result is False for message in both),
         "no_rank": answer.rank is None,
-        "empty_response": not all(message.text.strip() for message in both),
+        "empty_response": any(is_blank(message.text) for message in both),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
@@ -174,7 +176,7 @@ def pairs_of_transcripts(rows: Sequence[TranscriptPair]) -> tuple[list[Preferenc
         chosen, rejected = transcript(row.chosen), transcript(row.rejected)
         if chosen is None or rejected is None:
             drops["no_dialogue"] += 1
-        elif (pair := _pair(chosen, rejected, None, drops)) is not None:
+        elif (pair := _pair(chosen, rejected, (None, None), drops)) is not None:
             pairs.append(pair)
     return _unique(pairs, drops), drops
 
@@ -193,13 +195,8 @@ def chosen_of_transcripts(rows: Sequence[TranscriptPair]) -> tuple[list[Demonstr
 def rated_pairs(rows: Sequence[RatedPair]) -> tuple[list[PreferencePair], Drops]:
     """Pairs with the critic's scores; where those do not favour the chosen response, there is no preference."""
     drops: Drops = Counter()
-    pairs: list[PreferencePair] = []
-    for row in rows:
-        if row.score_chosen <= row.score_rejected:
-            drops["tie" if row.score_chosen == row.score_rejected else "scores_contradict"] += 1
-        elif (pair := _pair(row.chosen, row.rejected, (row.score_chosen, row.score_rejected), drops)) is not None:
-            pairs.append(pair)
-    return _unique(pairs, drops), drops
+    read = [_pair(row.chosen, row.rejected, (row.score_chosen, row.score_rejected), drops) for row in rows]
+    return _unique([pair for pair in read if pair is not None], drops), drops
 
 
 def chosen_of_rated(rows: Sequence[RatedPair]) -> tuple[list[Demonstration], Drops]:
@@ -220,7 +217,7 @@ def rank_completions(rows: Sequence[RatedCompletions]) -> tuple[list[RankedAnswe
         for completion in row.completions:
             scores = (completion.overall_score, completion.fine_grained_score)
             known = tuple(score for score in scores if score is not None and not math.isnan(score))
-            reason = "no_score" if len(known) < 2 else "" if completion.response.strip() else "empty_response"
+            reason = "no_score" if len(known) < 2 else "empty_response" if is_blank(completion.response) else ""
             if reason:
                 drops[reason] += 1
             else:
@@ -237,7 +234,7 @@ def best_completions(rows: Sequence[RatedCompletions]) -> tuple[list[Demonstrati
     """Tasks with their best answer."""
     ranked, drops = rank_completions(rows)
     drops["lower_rank"] += sum(len(question.texts) - 1 for question in ranked)
-    return [_demonstration(_user(q.instruction), q.texts[q.ranks.index(1)], q.id) for q in ranked], drops
+    return [_demonstration(as_prompt(q.instruction), q.texts[q.ranks.index(1)], q.id) for q in ranked], drops
 
 
 # --- what they share ---------------------------------------------------------------------------------------------
@@ -269,7 +266,7 @@ def _ranked(
             drops["duplicate" if text in texts else "tie"] += 1
         else:
             texts[text] = quality
-    if len(texts) < 2 or not instruction.strip():
+    if len(texts) < 2 or is_blank(instruction):
         drops["only_answer" if len(texts) < 2 else "empty_question"] += len(texts)
         return None
     order = sorted(texts.values(), reverse=True)
@@ -283,28 +280,35 @@ def _ranked(
     )
 
 
+def against_pair(chosen: str, rejected: str, better: float | None = None, worse: float | None = None) -> str | None:
+    """Why two answers are no preference, or None; the scores are theirs, where both have one."""
+    if better is not None and worse is not None and better <= worse:
+        return "tie" if better == worse else "scores_contradict"
+    if is_blank(chosen) or is_blank(rejected):
+        return "empty_response"
+    return "identical" if chosen == rejected else None
+
+
 def _pair(
-    chosen: list[Message], rejected: list[Message], scores: tuple[float, float] | None, drops: Drops
+    chosen: list[Message], rejected: list[Message], scores: tuple[float | None, float | None], drops: Drops
 ) -> PreferencePair | None:
     """The pair of two conversations that differ in their last turn only, or None with the reason counted."""
-    texts = [conversation[-1]["content"] if conversation else "" for conversation in (chosen, rejected)]
     if not _is_dialogue(chosen) or not _is_dialogue(rejected):
         reason = "no_dialogue"
     elif chosen[:-1] != rejected[:-1]:
         reason = "different_prompts"
-    elif not all(text.strip() for text in texts):
-        reason = "empty_response"
-    elif texts[0] == texts[1]:
-        reason = "identical"
     else:
-        return PreferencePair(
-            id=digest_json([chosen, rejected[-1:]])[:16],
-            prompt=chosen[:-1],
-            chosen=texts[0],
-            rejected=texts[1],
-            chosen_score=scores[0] if scores else None,
-            rejected_score=scores[1] if scores else None,
-        )
+        texts = chosen[-1]["content"], rejected[-1]["content"]
+        reason = against_pair(*texts, *scores)
+        if reason is None:
+            return PreferencePair(
+                id=digest_json([chosen, rejected[-1:]])[:16],
+                prompt=chosen[:-1],
+                chosen=texts[0],
+                rejected=texts[1],
+                chosen_score=scores[0],
+                rejected_score=scores[1],
+            )
     drops[reason] += 1
     return None
 
@@ -315,7 +319,7 @@ def _last_turns(conversations: Sequence[list[Message]], drops: Drops) -> list[De
     for messages in conversations:
         if not _is_dialogue(messages):
             drops["no_dialogue"] += 1
-        elif not messages[-1]["content"].strip():
+        elif is_blank(messages[-1]["content"]):
             drops["empty_response"] += 1
         else:
             found.append(_demonstration(messages[:-1], messages[-1]["content"], digest_json(messages)[:16]))
@@ -323,17 +327,17 @@ def _last_turns(conversations: Sequence[list[Message]], drops: Drops) -> list[De
 
 
 def _is_dialogue(messages: list[Message]) -> bool:
-    """Whether an assistant's turn ends the messages and a user's stands before it."""
-    roles = [message["role"] for message in messages]
-    return roles[-1:] == ["assistant"] and "user" in roles[:-1]
+    """Whether an assistant's turn ends the messages and answers a conversation."""
+    return (
+        len(messages) > 1
+        and messages[-1]["role"] == "assistant"
+        and messages[-2]["role"] == "user"
+        and not fault_of(messages[:-1])
+    )
 
 
 def _demonstration(prompt: list[Message], response: str, name: str) -> Demonstration:
     return Demonstration(id=name, prompt=prompt, response=response, source="ift")
-
-
-def _user(text: str) -> list[Message]:
-    return [{"role": "user", "content": text}]
 
 
 def _unique(records: list[R], drops: Drops) -> list[R]:

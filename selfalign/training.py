@@ -133,7 +133,7 @@ class TrainConfig:
         reference_logps: "stored" computes the reference's log-probabilities once, before training; "live" at every
             step, with a second model (whole in every process), or with the adapter switched off where M0 is the
             reference. Then it is not measured how far M_{t+1}'s lie from M_t's, unless M_t is the reference.
-        held_out_pairs: pairs of each iteration that are set aside, and measured after training.
+        held_out_pairs: pairs of each iteration that are set aside (splits.py says which), and measured after training.
         choose: which checkpoint of an alignment becomes the policy.
         layout: what each of several processes keeps of the policy.
     """

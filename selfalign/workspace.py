@@ -23,6 +23,7 @@ OVER_LAMBDA = {
     "Reward margin": "rewards/margins",
     "Accuracy": "rewards/accuracies",
     "Accuracy on held-out pairs": "held_out/rewards/accuracies",
+    "Accuracy on test pairs": "preferences/rewards/accuracies",
 }
 """Title → number of the last model, a point a run."""
 

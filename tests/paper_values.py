@@ -123,8 +123,7 @@ QUALITY_AWARE: Table = {
     "train.align.max_length": 512,
     "train.align.epochs": 1,
     "train.choose.every_steps": 0,
-    # λ of {.1, .3, .5, 1} is chosen on 50 held-out tuples; .5 wins most with Sr-DPO (figure). Δ is eq. 11, p before x.
-    "train.held_out_pairs": 50,
+    # λ of {.1, .3, .5, 1}; .5 wins most with Sr-DPO (figure). Δ is eq. 11, p before x.
     "choices.loss": "SrDPO",
     "loss.beta": 0.1,
     "loss.lam": 0.5,
@@ -136,13 +135,16 @@ QUALITY_AWARE: Table = {
 }
 
 SET_UP_A: Table = QUALITY_AWARE | {
-    # Pythia 2.8B, SFT on the chosen responses of HH-RLHF; MT-Bench and Vicuna-Bench, both orders (table 2).
+    # Pythia 2.8B, SFT on the chosen responses of HH-RLHF; MT-Bench and Vicuna-Bench, both orders (table 2). λ is chosen
+    # on 50 held-out tuples: of the training set they would be what M1 is taught.
     "model.path": "EleutherAI/pythia-2.8b",
     "data.path": "Anthropic/hh-rlhf",
     "data.seeds.demonstrations": "Anthropic/hh-rlhf",
     "data.seeds.ranked": "",
     "evaluate.instructions": "",
     "evaluate.compare_benchmarks": True,
+    "train.held_out_pairs": 0,
+    "evaluate.preferences.count": 50,
     **MT_BENCH,
     "benchmark.vicuna_bench.references": "",
     "benchmark.vicuna_bench.count": 0,
@@ -154,7 +156,8 @@ LEADERBOARD = [
     ("truthfulqa_mc2", 0, "acc"), ("gsm8k", 5, "exact_match,strict-match"),
 ]  # fmt: skip
 SET_UP_B: Table = QUALITY_AWARE | {
-    # zephyr-7b-sft-full on UltraFeedback; the Open LLM Leaderboard and its average.
+    # zephyr-7b-sft-full on UltraFeedback; the Open LLM Leaderboard and its average. λ is chosen on 50 held-out tuples.
+    "train.held_out_pairs": 50,
     "model.path": "alignment-handbook/zephyr-7b-sft-full",
     "data.path": "HuggingFaceH4/ultrafeedback_binarized:train_prefs",
     "data.seeds.demonstrations": "",

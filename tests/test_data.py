@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from selfalign.data import identify_data, read_demonstrations, read_instructions, read_pairs, read_ranked
+from selfalign.containers import identify_data
+from selfalign.data import read_demonstrations, read_instructions, read_outputs, read_pairs, read_ranked
 from selfalign.errors import SelfalignError
 from selfalign.records import PreferencePair
 
@@ -119,14 +120,23 @@ def test_row_in_no_known_format_is_refused_with_file_and_line(tmp_path: Path, ro
 )
 def test_text_prompt_that_the_conversations_do_not_repeat_is_refused(tmp_path: Path, row: dict[str, Any]) -> None:
     source = write_rows(tmp_path / "a.jsonl", row)
-    with pytest.raises(SelfalignError, match=r"a\.jsonl:1: prompt is a text, but not the last user turn of chosen"):
+    with pytest.raises(SelfalignError, match=r"a\.jsonl:1: prompt is a text, but no user turn of chosen and rejected"):
         read_pairs(source)
 
 
-@pytest.mark.parametrize("prompt", [[SYSTEM], [say("x")], [{"role": "user"}], [{"content": "x"}]])
-def test_prompt_without_a_users_turn_is_refused_with_file_and_line(tmp_path: Path, prompt: Any) -> None:
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([SYSTEM], "there is no turn of the user's"),
+        ([say("x")], "there is no turn of the user's"),
+        ([{"role": "user"}], r"prompt\[0\]: a turn's content is a text, .*; got None"),
+        ([{"content": "x"}], r"prompt\[0\]: a turn is an object with role and content, .*; got the fields content"),
+    ],
+    ids=["system_alone", "assistant_alone", "no_content", "no_role"],
+)
+def test_prompt_without_a_users_turn_is_refused_with_file_and_line(tmp_path: Path, prompt: Any, message: str) -> None:
     source = write_rows(tmp_path / "a.jsonl", CONVERSATIONAL | {"prompt": prompt})
-    with pytest.raises(SelfalignError, match=r"a\.jsonl:1: a prompt is a list of messages with role and content"):
+    with pytest.raises(SelfalignError, match=rf"a\.jsonl:1: .*{message}"):
         read_pairs(source)
 
 
@@ -139,12 +149,92 @@ def test_pairs_without_an_id_are_named_by_their_content(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "rows", [(STANDARD, STANDARD), (STANDARD | {"id": "x"}, CONVERSATIONAL | {"id": "x"})], ids=["content", "id"]
+    "rows",
+    [
+        (STANDARD, STANDARD),
+        (STANDARD | {"id": "x"}, STANDARD | {"id": "x"}),
+        (STANDARD | {"id": 3}, STANDARD | {"id": "3"}, STANDARD | {"id": 3.0}),
+        (STANDARD | {"source": "one"}, STANDARD | {"source": "other"}),
+        (CONVERSATIONAL, IMPLICIT, IMPLICIT | {"prompt": "Name a colour."}),
+    ],
+    ids=["content", "id_and_content", "ids_of_other_types", "fields_that_are_not_read", "spellings"],
 )
-def test_duplicates_are_refused_with_both_places(tmp_path: Path, rows: tuple[Any, Any]) -> None:
+def test_equal_rows_are_dropped_and_counted(tmp_path: Path, rows: tuple[Any, ...]) -> None:
+    (pair,), drops = read_pairs(write_rows(tmp_path / "a.jsonl", *rows))
+    assert (pair.chosen, pair.rejected) == ("Red", "Dog")
+    assert drops == Counter(duplicate=len(rows) - 1)
+
+
+def test_rows_that_differ_only_in_what_is_read_are_both_kept(tmp_path: Path) -> None:
+    rows = [STANDARD, STANDARD | {"chosen_score": 4, "rejected_score": 1}, STANDARD | {"id": "x"}]
+    pairs, drops = read_pairs(write_rows(tmp_path / "a.jsonl", *rows))
+    assert len({pair.id for pair in pairs}) == 3
+    assert not drops
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        (STANDARD | {"id": "x"}, CONVERSATIONAL | {"id": "x"}),
+        (STANDARD | {"id": 7}, STANDARD | {"id": "7", "chosen": "Blue"}),
+    ],
+)
+def test_different_rows_of_one_id_are_refused_with_both_places(tmp_path: Path, rows: tuple[Any, Any]) -> None:
     source = write_rows(tmp_path / "a.jsonl", *rows)
-    with pytest.raises(SelfalignError, match=r"a\.jsonl:2: the same id or content as .*a\.jsonl:1"):
+    with pytest.raises(SelfalignError, match=r"a\.jsonl:2: the same id as .*a\.jsonl:1 \('\w'\), but other content"):
         read_pairs(source)
+
+
+@pytest.mark.parametrize(("given", "read"), [(7, "7"), (0, "0"), (12.0, "12"), ("a b", "a b"), (2**70, str(2**70))])
+def test_ids_of_any_type_become_texts(tmp_path: Path, given: Any, read: str) -> None:
+    (pair,), _ = read_pairs(write_rows(tmp_path / "a.jsonl", STANDARD | {"id": given}))
+    assert pair.id == read
+
+
+@pytest.mark.parametrize("absent", [None, "", " ", float("nan")])
+def test_id_that_says_nothing_is_none(tmp_path: Path, absent: Any) -> None:
+    source = write_rows(tmp_path / "a.jsonl", STANDARD | {"id": absent})
+    assert read_pairs(source) == read_pairs(write_rows(tmp_path / "b.jsonl", STANDARD))
+
+
+@pytest.mark.parametrize("wrong", [3.5, True, ["a"], {"a": 1}])
+def test_id_that_is_neither_text_nor_whole_number_is_refused(tmp_path: Path, wrong: Any) -> None:
+    with pytest.raises(SelfalignError, match=r"a\.jsonl:1: id: expected a text or a whole number, got "):
+        read_pairs(write_rows(tmp_path / "a.jsonl", STANDARD | {"id": wrong}))
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("names", [("chosen_score", "rejected_score"), ("score_chosen", "score_rejected")])
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "kept", "drops"),
+    [
+        (4, 1, (4, 1), {}),
+        (1.0, 4.0, None, {"scores_contradict": 1}),
+        (4, 4.0, None, {"tie": 1}),
+        (0, 0, None, {"tie": 1}),
+        (-1, 0, None, {"scores_contradict": 1}),
+        (None, 4, (None, 4), {}),
+        (NAN, 2, (None, 2), {}),
+        (2, NAN, (2, None), {}),
+        (NAN, NAN, (None, None), {}),
+        (INF, 2, (None, 2), {}),
+    ],
+)
+def test_scores_decide_as_in_published_sets(
+    tmp_path: Path, names: tuple[str, str], chosen: Any, rejected: Any, kept: Any, drops: dict[str, int]
+) -> None:
+    row = STANDARD | dict(zip(names, (chosen, rejected), strict=True))
+    pairs, counted = read_pairs(write_rows(tmp_path / "a.jsonl", row))
+    assert [(pair.chosen_score, pair.rejected_score) for pair in pairs] == ([] if kept is None else [kept])
+    assert +counted == Counter(drops)
+
+
+def test_reasons_against_a_pair_are_those_of_published_sets(tmp_path: Path) -> None:
+    scores = {"chosen_score": 2, "rejected_score": 5}
+    rows = [STANDARD | scores | more for more in ({"chosen": ""}, {"chosen": "Dog"}, {}, {"rejected_score": 2})]
+    assert read_pairs(write_rows(tmp_path / "a.jsonl", *rows)) == ([], Counter(scores_contradict=3, tie=1))
 
 
 def test_demonstrations_become_one_turn_prompts(tmp_path: Path) -> None:
@@ -157,12 +247,12 @@ def test_demonstrations_become_one_turn_prompts(tmp_path: Path) -> None:
 
 def test_instructions_keep_their_category(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "a.jsonl", {"instruction": "Hi", "category": "x"}, {"id": "i", "instruction": "Ho"})
-    first, second = read_instructions(source, "evaluation")
+    (first, second), _ = read_instructions(source, "evaluation")
     assert (first.text, first.source, first.category) == ("Hi", "evaluation", "x")
     assert (second.id, second.text, second.category) == ("i", "Ho", "")
 
 
-def answer(text: str, rank: int, **more: Any) -> dict[str, Any]:
+def answer(text: str, rank: float, **more: Any) -> dict[str, Any]:
     return {"text": text, "rank": rank, **more}
 
 
@@ -189,9 +279,68 @@ def test_questions_without_an_order_are_refused_with_file_and_line(tmp_path: Pat
         read_ranked(source)
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "scores"), [(1.0, 2.0, (5.0, 3.0)), (1, 2, (4, 4)), (1, 2.0, (None, None))]
+)
+def test_ranks_and_scores_of_a_table_are_whole_numbers(
+    tmp_path: Path, first: Any, second: Any, scores: tuple[Any, Any]
+) -> None:
+    """A column of whole numbers with gaps becomes one of floats."""
+    answers = [answer("a", first, score=scores[0]), answer("b", second, score=scores[1])]
+    (question,), _ = read_ranked(write_rows(tmp_path / "a.jsonl", {"instruction": "Hi", "responses": answers}))
+    assert (question.ranks, question.scores) == ([1, 2], [s for s in scores if s is not None])
+    assert all(type(number) is int for number in (*question.ranks, *question.scores))
+
+
+@pytest.mark.parametrize(("rank", "score"), [(1.5, 4), (1, 3.5)])
+def test_rank_between_two_is_refused(tmp_path: Path, rank: float, score: float) -> None:
+    answers = [answer("a", rank, score=score), answer("b", 2, score=1)]
+    with pytest.raises(SelfalignError, match=r"a\.jsonl:1: ranks and scores are whole numbers, got ranks "):
+        read_ranked(write_rows(tmp_path / "a.jsonl", {"instruction": "Hi", "responses": answers}))
+
+
+def test_ranks_that_the_scores_contradict_are_dropped_and_counted(tmp_path: Path) -> None:
+    wrong = [answer("a", 1, score=2), answer("b", 2, score=5), answer("c", 3, score=1)]
+    right = [answer("a", 1, score=5), answer("b", 2, score=5), answer("c", 3, score=1)]
+    rows = [{"instruction": "Hi", "responses": wrong}, {"instruction": "Ho", "responses": right}]
+    source = write_rows(tmp_path / "a.jsonl", *rows)
+    (question,), drops = read_ranked(source)
+    assert (question.instruction, drops) == ("Ho", Counter(scores_contradict=3))
+    (pair,), drops = read_pairs(source)
+    assert (pair.chosen, pair.rejected, drops) == ("a", "c", Counter(scores_contradict=1))
+
+
+def test_best_and_worst_answer_that_are_the_same_are_no_pair(tmp_path: Path) -> None:
+    answers = [answer("a", 1), answer("b", 2), answer("a", 3)]
+    source = write_rows(tmp_path / "a.jsonl", {"instruction": "Hi", "responses": answers})
+    assert read_pairs(source) == ([], Counter(identical=1))
+
+
+@pytest.mark.parametrize("responses", [[None, answer("b", 2)], ["a", "b"], "a", [{"text": "a"}, answer("b", 2)]])
+def test_answers_of_another_form_are_refused_with_their_place(tmp_path: Path, responses: Any) -> None:
+    source = write_rows(tmp_path / "a.jsonl", {"instruction": "Hi", "responses": responses})
+    with pytest.raises(SelfalignError, match=r"a\.jsonl:1: .*at `\$\.responses"):
+        read_ranked(source)
+
+
+def test_outputs_keep_what_alpaca_eval_keeps_and_their_place(tmp_path: Path) -> None:
+    row = {"instruction": "Hi", "input": "there", "output": "Hello", "generator": "gpt", "dataset": "koala"}
+    source = write_rows(tmp_path / "a.jsonl", row, {"instruction": "Ho", "output": "Hum", "generator": None}, row)
+    (first, second), drops = read_outputs(source)
+    assert (first.instruction, first.output, first.generator, first.dataset) == ("Hi\n\nthere", "Hello", "gpt", "koala")
+    assert (second.generator, second.dataset, second.where) == ("given", "", f"{source}:2")
+    assert drops == Counter(duplicate=1)
+
+
+def test_empty_output_is_what_the_other_model_said(tmp_path: Path) -> None:
+    (silent,), drops = read_outputs(write_rows(tmp_path / "a.jsonl", {"instruction": "Hi", "output": ""}))
+    assert (silent.output, drops) == ("", Counter())
+
+
 @pytest.mark.parametrize("name", ["ift", "evaluation"])
 def test_shipped_instructions_are_read(name: str) -> None:
-    instructions = read_instructions(f"shipped:{name}", "given")
+    instructions, drops = read_instructions(f"shipped:{name}", "given")
+    assert not drops
     assert len(instructions) > 50
     assert len({instruction.id for instruction in instructions}) == len(instructions)
 
@@ -215,24 +364,26 @@ def test_unknown_shipped_name_is_refused() -> None:
     ("read", "row"),
     [
         (read_demonstrations, {"instruction": " ", "response": "Hello"}),
-        (read_demonstrations, {"instruction": "Hi", "response": "\n"}),
         (lambda source: read_instructions(source, "s"), {"instruction": ""}),
         (read_ranked, {"instruction": "", "responses": [answer("a", 1), answer("b", 2)]}),
         (read_ranked, {"instruction": "Hi", "responses": [answer("a", 1), answer(" ", 2)]}),
     ],
-    ids=["instruction", "response", "bare_instruction", "ranked_instruction", "ranked_answer"],
+    ids=["instruction", "bare_instruction", "ranked_instruction", "ranked_answer"],
 )
 def test_empty_texts_are_refused_with_file_and_line(tmp_path: Path, read: Any, row: dict[str, Any]) -> None:
-    with pytest.raises(SelfalignError, match=r"a\.jsonl:1: expected a text, got an empty one"):
+    with pytest.raises(SelfalignError, match=r"a\.jsonl:1: (instruction: )?expected a text, got an empty one"):
         read(write_rows(tmp_path / "a.jsonl", row))
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"instruction": "Hi"}\n{"instruction": "Ho"', r"a\.jsonl:2: .*truncated"),
-        ('{"instruction": "Hi"}\n{"instuction": "Ho"}', r"a\.jsonl:2: .*missing required field `instruction`"),
-        ('{"instruction": ["Hi"]}', r"a\.jsonl:1: Expected `str`, got `array` - at `\$\.instruction`"),
+        ('{"instruction": "Hi"}\n{"instruction": "Ho"', r"a\.jsonl:2: no valid JSON: .*\(character 21\)"),
+        (
+            '{"instruction": "Hi"}\n{"instuction": "Ho"}',
+            r"a\.jsonl:2: expected instruction .*found instuction \('Ho'\)",
+        ),
+        ('{"instruction": ["Hi"]}', r"a\.jsonl:1: instruction: expected a text, got a list of 1"),
         ("", r"a\.jsonl: the file is empty"),
     ],
     ids=["broken", "missing_field", "wrong_type", "empty"],
@@ -259,7 +410,7 @@ def write_parquet(path: Path, rows: list[dict[str, Any]]) -> str:
 
 def test_wrong_row_of_a_parquet_file_is_named(tmp_path: Path) -> None:
     source = write_parquet(tmp_path / "a.parquet", [STANDARD, {"prompt": "x", "chosen": None, "rejected": "y"}])
-    with pytest.raises(SelfalignError, match=r"a\.parquet row 1: .*missing required field `chosen`"):
+    with pytest.raises(SelfalignError, match=r"a\.parquet row 1: expected .*; found prompt \('x'\), rejected \('y'\)"):
         read_pairs(source)
 
 

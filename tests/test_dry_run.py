@@ -1,6 +1,7 @@
 """dry_run=true: it covers what the run then does, with as many steps, at the greatest length, and leaves nothing."""
 
 import inspect
+import json
 import math
 import re
 import subprocess
@@ -97,9 +98,12 @@ STEPS = {"M1": 9, "M2": 4}
 
 
 def on_given_pairs(folder: Path) -> list[str]:
-    """A tiny run that aligns on the ranked answers of its data."""
+    """A tiny run that aligns on pairs which its seeds do not teach."""
     of_others = ("data.instruct", "data.respond", "evaluate.")
-    told = [*TINY_RUN, *SHORT, *write_tiny_data(folder), f"data.path={folder / 'ranked.jsonl'}", *GIVEN_PAIRS]
+    told = [*TINY_RUN, *SHORT, *write_tiny_data(folder), f"data.path={folder / 'pairs.jsonl'}", *GIVEN_PAIRS]
+    asked = {n: f"Say two things about {subject}." for n, subject in enumerate(("rain", "salt", "wool"))}
+    rows = [{"prompt": text, "chosen": f"Old, and {n}.", "rejected": f"None. {n}"} for n, text in asked.items()]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return [override for override in told if not override.startswith(of_others)]
 
 

@@ -83,12 +83,14 @@ def test_table_of_a_killed_writing_is_written_again(tmp_path: Path) -> None:
     assert (len(stored), stored.counts["pairs"]) == (600, 600)
 
 
-def test_split_tells_examples_apart_by_their_ids(tmp_path: Path) -> None:
+def test_some_examples_are_taken_by_their_places(tmp_path: Path) -> None:
     stored = store_examples(tmp_path, PairExample, counting)
-    stay, aside = stored.split(lambda name: name.endswith("7"))
     assert list(stored.ids()) == [f"p{number}" for number in range(600)]
-    assert [example.id for example in aside] == list(aside.ids()) == [f"p{n}" for n in range(600) if n % 10 == 7]
-    assert list(stay.ids()) == [f"p{n}" for n in range(600) if n % 10 != 7]
+    some = stored.take(range(7, 600, 10))
+    assert [example.id for example in some] == list(some.ids()) == [f"p{n}" for n in range(600) if n % 10 == 7]
+    again = some.take([59, 0])
+    assert [example.id for example in again] == list(again.ids()) == ["p597", "p7"]
+    assert list(stored.take([])) == list(stored.take([]).ids()) == []
 
 
 def test_steps_take_stored_examples_as_they_take_a_list(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from selfalign.files import (
     read_json,
     read_lines,
     read_text,
+    text_or_file,
     write_atomically,
     write_json,
 )
@@ -88,6 +89,13 @@ def test_line_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
         list(read_lines(path))
     with pytest.raises(SelfalignError, match=r"a\.txt:2: not UTF-8"):
         read_text(path)
+
+
+def test_byte_order_mark_is_no_part_of_a_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("\ufeffGrade.\n\ufeffx".encode())
+    assert list(read_lines(tmp_path / "a.txt")) == [(1, "Grade.\n"), (2, "\ufeffx")]
+    assert read_text(tmp_path / "a.txt") == "Grade.\n\ufeffx"
+    assert text_or_file(f"file:{tmp_path / 'a.txt'}", "judge.prompt") == "Grade.\n\ufeffx"
 
 
 @pytest.mark.parametrize("name", ["missing.txt", "."])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import TINY_RUN, composed, metrics, write_tiny_data
+from builders import TINY_RUN, artefact, composed, metrics, run, write_tiny_data
 
 from selfalign.config import ExperimentConfig, choices
 from selfalign.drift import Limits
@@ -16,7 +16,8 @@ from selfalign.errors import SelfalignError
 from selfalign.experiment import run_experiment
 from selfalign.files import read_json
 from selfalign.plan import plan
-from selfalign.records import MeasuredPair, read_records
+from selfalign.records import MeasuredPair, PreferencePair, read_records
+from selfalign.splits import Known, split_pairs
 from selfalign.tracking import NoTracker
 
 ASKED = ["Say one thing about bees.", "Name a bird.", "Name a fish.", "How is tea made?", "Why is the sky blue?"]
@@ -173,6 +174,40 @@ def test_crossed_bound_ends_the_run_where_that_is_asked_for(study: Study) -> Non
         recorded(study.output, *study.overrides, "evaluate.limits.stop=true", "name=stopped")
     assert not list(study.output.glob("stopped-*/artefacts/M3"))
     assert list(study.output.glob("stopped-*/artefacts/M2"))
+
+
+def test_pairs_set_aside_share_nothing_with_seeds_nor_with_pairs_of_earlier_iterations(tmp_path: Path) -> None:
+    """All ordered pairs, of all iterations so far: those of the first were trained on when those of both are."""
+    overrides = [*TINY_RUN, *write_tiny_data(tmp_path / "data"), "evaluate=none", "track=none", "pair.max_similarity=1"]
+    folder = run(tmp_path, *overrides, "pair=all_ordered", "train.held_out_pairs=1", "data.accumulate=true")
+    made = {
+        label: read_records(folder / f"artefacts/iteration_{label}.jsonl", PreferencePair)
+        for label in ("1/pairs/pairs", "2/pairs/pairs", "2/all_pairs/pairs")
+    }
+    first, second, both = made.values()
+    assert [pair.id for pair in both] == [pair.id for pair in (*first, *second)]
+    seeds, earlier = (artefact(folder / f"artefacts/{label}") for label in ("seeds", "iteration_1/pairs"))
+    for model, pairs, trained_on in (("M2", first, [seeds]), ("M3", both, [seeds, earlier])):
+        split = split_pairs(pairs, 1, Known.of(trained_on))
+        manifest = read_json(folder / f"artefacts/{model}/manifest.json")
+        counts = {name: manifest["counts"][name] for name in ("pairs", "held_out_pairs", "held_out_passed_over")}
+        expected = {"pairs": len(split.training), "held_out_pairs": 1, "held_out_passed_over": split.passed_over}
+        assert counts == expected
+        assert manifest["counts"]["dropped"]["beside_held_out"] == split.beside
+        stored = [read_json(one.path.resolve() / "manifest.json")["digest"] for one in trained_on]
+        assert [given["digest"] for given in manifest["inputs"]["trained_on"]] == stored
+    (row,) = split.held_out.tolist()
+    assert row >= len(first), "held out for M3 is a pair that M2 was not trained on"
+    assert split.passed_over >= len(first)
+
+
+def test_given_pairs_of_which_too_few_can_be_set_aside_end_the_run_before_any_model_is_trained(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Ask {n}.", "chosen": f"Good {n}.", "rejected": "No."} for n in range(6)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = ["experiment=smoke", "evaluate=none", "track=none", "data=pairs", f"data.path={tmp_path}/pairs.jsonl"]
+    with pytest.raises(SelfalignError, match=r"train\.held_out_pairs=2: of 6 pairs only 1 share no prompt"):
+        run(tmp_path, *overrides, "iterations=1", "train.held_out_pairs=2")
+    assert not list(tmp_path.glob("smoke-*/artefacts/M*"))
 
 
 def test_training_times_of_two_runs_are_told_side_by_side(study: Study) -> None:

@@ -271,6 +271,60 @@ def test_a_score_that_is_no_number_is_no_score() -> None:
     assert +drops == Counter(no_score=2)
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("absent", [None, float("nan")])
+def test_binarized_row_without_a_score_is_a_pair_without_scores(tmp_path: Path, kind: str, absent: Any) -> None:
+    rows = [
+        rated("Red.", "Dog.", 8.5, 5.0),
+        rated("Blue.", "Cat.", absent, 5.0),
+        rated("Pink.", "Owl.", absent, absent),
+    ]
+    pairs, drops = read_pairs(write(tmp_path / f"a.{kind}", rows))
+    scores = [(pair.chosen_score, pair.rejected_score) for pair in pairs]
+    assert scores == [(8.5, 5.0), (None, 5.0), (None, None)]
+    assert not +drops
+    assert read_pairs(write(tmp_path / "b.jsonl", rows[1:]))[0] == pairs[1:], "also where the first row has none"
+
+
+def test_binarized_turns_are_read_as_in_our_own_formats(tmp_path: Path) -> None:
+    row = rated("Red.", "Dog.", 8.5, 5.0)
+    parts = [{"type": "text", "text": "Red."}]
+    row["chosen"] = [{**row["chosen"][0], "tool_calls": None}, {"role": "assistant", "content": parts}]
+    other = rated("Red.", "Cat.", 8.5, 5.0)
+    other["rejected"] = [{"from": "human", "value": "Name a colour."}, {"from": "gpt", "value": "Cat."}]
+    pairs, drops = read_pairs(write(tmp_path / "a.jsonl", [row, other]))
+    assert [(pair.chosen, pair.rejected) for pair in pairs] == [("Red.", "Dog."), ("Red.", "Cat.")]
+    assert not +drops
+
+
+ASKED_TWICE = [{"role": "user", "content": "Name a colour."}, *rated("Red.", "Dog.", 8.5, 5.0)["chosen"]]
+
+
+def test_binarized_turns_that_are_no_conversation_are_counted(tmp_path: Path) -> None:
+    row = rated("Red.", "Dog.", 8.5, 5.0)
+    rows = [row | {"chosen": ASKED_TWICE}, row | {"rejected": row["rejected"][1:]}, row | {"rejected": []}]
+    pairs, drops = read_pairs(write(tmp_path / "a.jsonl", rows))
+    assert (pairs, +drops) == ([], Counter(no_dialogue=3))
+
+
+@pytest.mark.parametrize(
+    ("row", "read", "message"),
+    [
+        (rated("Red.", "Dog.", 8.5, 5.0) | {"system": "Be brief."}, read_pairs, "system is filled .*like RatedPair"),
+        (rated("Red.", "Dog.", 8.5, 5.0) | {"tools": [{"name": "f"}]}, read_demonstrations, "tools is filled"),
+        (completed("Hi", ("a", 2.0, 1.0), ("b", 3.0, 1.0)) | {"input": "Bonjour"}, read_ranked, "input is filled"),
+        ({"chosen": f"{HH}a", "rejected": f"{HH}b", "images": ["a.png"]}, read_pairs, "images is filled"),
+        (message("a", None, "Hi", context="A passage"), read_demonstrations, "context is filled"),
+    ],
+    ids=["system", "tools", "input", "images", "context"],
+)  # fmt: skip
+def test_field_that_carries_a_task_beside_a_published_schema_is_refused(
+    tmp_path: Path, row: dict[str, Any], read: Any, message: str
+) -> None:
+    with pytest.raises(SelfalignError, match=rf"a\.jsonl:1: the field {message}"):
+        read(write(tmp_path / "a.jsonl", [row]))
+
+
 @pytest.mark.parametrize(
     ("rows", "read", "message"),
     [
@@ -289,7 +343,7 @@ def test_schema_that_is_of_other_use_is_refused_with_what_it_is_for(
 
 def test_wrong_row_of_a_known_schema_is_named(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", [TREES[0], {**TREES[1], "rank": "best"}])
-    with pytest.raises(SelfalignError, match=r"a\.jsonl:2: Expected `int \| null`, got `str` - at `\$\.rank`"):
+    with pytest.raises(SelfalignError, match=r"a\.jsonl:2: Expected `float \| null`, got `str` - at `\$\.rank`"):
         read_ranked(source)
 
 
@@ -300,7 +354,7 @@ def test_our_own_formats_are_not_taken_for_published_ones(tmp_path: Path) -> Non
     quoted = {"prompt": "Go on:", "chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"}
     (pair,), _ = read_pairs(write(tmp_path / "b.jsonl", [quoted]))
     assert pair.prompt == "Go on:"
-    assert read_instructions(write(tmp_path / "c.jsonl", [own]), "evaluation")[0].text == "Hi"
+    assert read_instructions(write(tmp_path / "c.jsonl", [own]), "evaluation")[0][0].text == "Hi"
 
 
 # --- broken on purpose -------------------------------------------------------------------------------------------
@@ -353,12 +407,12 @@ MUTANTS = [
     ("reviews that were not made taken as failed", "message.review_result is False", "not message.review_result"),
     ("ties kept", "if text in texts or quality in texts.values():", "if text in texts:"),
     ("worst quality first", "order = sorted(texts.values(), reverse=True)", "order = sorted(texts.values())"),
-    ("chosen and rejected swapped", "chosen=texts[0],\n            rejected=texts[1]",
-     "chosen=texts[1],\n            rejected=texts[0]"),
+    ("chosen and rejected swapped", "chosen=texts[0],\n                rejected=texts[1]",
+     "chosen=texts[1],\n                rejected=texts[0]"),
     ("prompts not compared", "elif chosen[:-1] != rejected[:-1]:", "elif False:"),
     ("the response in the prompt", "prompt=chosen[:-1]", "prompt=chosen"),
     ("roles swapped", '"user" if speaker == "Human"', '"user" if speaker != "Human"'),
-    ("tied scores kept", "if row.score_chosen <= row.score_rejected:", "if row.score_chosen < row.score_rejected:"),
+    ("tied scores kept", "and better <= worse:", "and better < worse:"),
     ("aspects decide before the whole", "scores = (completion.overall_score, completion.fine_grained_score)",
      "scores = (completion.fine_grained_score, completion.overall_score)"),
 ]  # fmt: skip

@@ -283,7 +283,11 @@ def test_full_studies_are_measured_as_in_their_papers(name: str) -> None:
         "alignment-handbook/zephyr-7b-sft-full": ["open_llm_leaderboard"],
     }
     assert list(config.benchmark) == full.get(config.model.path, [])
-    assert (config.sweep_metric == "held_out/rewards/accuracies") == (not config.evaluate.instructions)
+    held_out = config.sweep_metric.removesuffix("/rewards/accuracies") in ("held_out", "preferences")
+    assert held_out == (not config.evaluate.instructions)
+    assert not (config.train.held_out_pairs and config.evaluate.preferences.source), (
+        "one kind of held-out pairs a study"
+    )
 
 
 def commands_for_several_gpus() -> list[list[str]]:

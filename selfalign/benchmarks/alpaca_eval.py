@@ -1,12 +1,14 @@
 """AlpacaEval: answers against those of a reference model (Li et al. 2023; length control: arXiv 2404.04475)."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from selfalign.benchmarks.conversations import Conversation, converse
 from selfalign.benchmarks.entrant import Entrant, check_count
 from selfalign.benchmarks.fastchat import Question
-from selfalign.data import OutputRow, identify_data, read_outputs
+from selfalign.containers import identify_data
+from selfalign.data import OutputRow, read_outputs
 from selfalign.errors import SelfalignError
 from selfalign.files import write_json
 from selfalign.generation import Sampling
@@ -72,7 +74,7 @@ class AlpacaEval:
 
     def measure(self, entrant: Entrant, out: Workspace) -> Counts:
         """Writes MODEL/model_outputs.json and MODEL/JUDGE/annotations.json, as alpaca_eval keeps its results."""
-        references, model = self._references(), entrant.name
+        (references, drops), model = self._references(), entrant.name
         questions = [question(number, row) for number, row in enumerate(references, start=1)]
         talks = converse(entrant, out, questions, lambda asked: self.sampling)
         answered = [(row, talk) for row, talk in zip(references, talks, strict=True) if talk.answers]
@@ -91,19 +93,19 @@ class AlpacaEval:
         write_json(folder / "annotations.json", [annotation(*made, model, annotator, said) for made, said in judged])
         return counts | {
             "finished_share": sum(talk.finished[0] for _, talk in answered) / len(answered),
-            "dropped": {"unanswered": len(references) - len(answered), **counts["dropped"]},
+            "dropped": {"unanswered": len(references) - len(answered), **counts["dropped"], **drops},
         }
 
-    def _references(self) -> list[OutputRow]:
-        """The reference outputs; an instruction is answered once."""
-        rows = read_outputs(self.reference_outputs)[: self.count or None]
-        first: dict[str, int] = {}
-        for number, row in enumerate(rows, start=1):
-            if first.setdefault(row.instruction, number) != number:
-                raise SelfalignError(
-                    f"{self.reference_outputs}: rows {first[row.instruction]} and {number} have the same instruction"
-                )
-        return rows
+    def _references(self) -> tuple[list[OutputRow], Counter[str]]:
+        """The reference outputs, and how many rows were dropped; an instruction is answered once."""
+        rows, drops = read_outputs(self.reference_outputs)
+        rows = rows[: self.count or None]
+        first: dict[str, OutputRow] = {}
+        for row in rows:
+            before = first.setdefault(row.instruction, row)
+            if before is not row:
+                raise SelfalignError(f"{row.where}: the same instruction as {before.where}, but another answer")
+        return rows, drops
 
 
 def question(number: int, row: OutputRow) -> Question:

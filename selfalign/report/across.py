@@ -16,6 +16,7 @@ MEASURED: tuple[tuple[str, str, str, Format, float | None], ...] = (
     ("Win rate against M1", f"{BAR}; dashed: as good as M1", "eval/win_rate", percent, 0.5),
     ("Win rate at equal length", f"{BAR}; dashed: as good as M1", "eval/win_rate_length_controlled", percent, 0.5),
     ("Held-out accuracy", f"pairs set aside with a margin above 0; {BAR}", "held_out/rewards/accuracies", percent, 0.5),
+    ("Test accuracy", f"test pairs with a margin above 0; {BAR}", "preferences/rewards/accuracies", percent, 0.5),
     ("Reward accuracy", "pairs trained on with a margin above 0", "rewards/accuracies", percent, 0.5),
     ("Reward margin", "chosen minus rejected, pairs trained on", "rewards/margins", compact, 0.0),
     (

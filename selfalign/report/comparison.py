@@ -52,7 +52,6 @@ ANY = decimals(0)
 JOB = Column("job", "its number on this page", "job", ANY)
 STATE = Column("state", "finished, or what else became of the job", "state", ANY)
 FOLDER = Column("folder", "the run's folder, or the overrides of a job that never had one", "name", ANY)
-HELD_OUT = ("held_out/rewards/margins", "held_out/rewards/accuracies")
 LAST = Column("last model", "whose numbers stand in this row", "model", ANY)
 OF_MODEL = {
     column.key: column
@@ -64,8 +63,14 @@ OF_MODEL = {
             "eval/win_rate_length_controlled",
             percent,
         ),
-        Column("held-out margin", f"{METRICS['rewards/margins']}; pairs set aside", HELD_OUT[0], decimals(3)),
-        Column("held-out accuracy", f"{METRICS['rewards/accuracies']}; pairs set aside", HELD_OUT[1], percent),
+        *(
+            Column(f"{title} {what}", f"{METRICS[f'rewards/{name}']}; {pairs}", f"{place}/rewards/{name}", form)
+            for title, place, pairs in (
+                ("held-out", "held_out", "pairs set aside"),
+                ("test", "preferences", "pairs of evaluate.preferences"),
+            )
+            for what, name, form in (("margin", "margins", decimals(3)), ("accuracy", "accuracies", percent))
+        ),
     )
 }
 """What is shown of each job's last model, by key."""

@@ -9,7 +9,6 @@ from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
-from selfalign.data import as_text
 from selfalign.files import read_json
 from selfalign.records import (
     Comparison,
@@ -25,6 +24,7 @@ from selfalign.records import (
 )
 from selfalign.statistics import bootstrap_mean, wilson
 from selfalign.streams import follow
+from selfalign.turns import as_text
 
 R = TypeVar(
     "R", Comparison, Demonstration, Instruction, Judgement, PreferencePair, RankedAnswers, Response, ResponseScore

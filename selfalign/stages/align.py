@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from heapq import nsmallest
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -15,8 +14,8 @@ from selfalign import processes
 from selfalign.batches import Group, PairExample, encode_pairs
 from selfalign.choose import CheckpointSelection
 from selfalign.errors import SelfalignError
-from selfalign.examples import StoredExamples, follow_references, store_examples
-from selfalign.files import derive_seed, digest_text
+from selfalign.examples import follow_references, store_examples
+from selfalign.files import derive_seed
 from selfalign.layouts import my_passes, out_of_wrapper
 from selfalign.losses import ODPO, PairLogps, PreferenceLoss, SrDPO, SrIPO, rewards
 from selfalign.metrics import (
@@ -32,6 +31,7 @@ from selfalign.models import Policy, PolicyFiles, autocast
 from selfalign.records import PreferencePair, stream_records
 from selfalign.refinement import Refinement
 from selfalign.scoring import make_scoring
+from selfalign.splits import hold_out
 from selfalign.store import Artefact, Counts, Workspace, together
 from selfalign.streams import chunks
 from selfalign.training import Optimization, Outcome, Weights, forward, train
@@ -51,6 +51,7 @@ def align(
     loss: PreferenceLoss,
     start: Artefact | None,
     held_out: int,
+    trained_on: list[Artefact],
     selection: CheckpointSelection | None,
     optimization: Optimization,
     weights: Weights,
@@ -67,7 +68,8 @@ def align(
         loss: one of `selfalign.losses`.
         start: references.jsonl, M_t's own log-probabilities of these pairs; None where the reference is M_t itself,
             so that the first step has a known loss, which is checked, and where another policy is asked at every step.
-        held_out: how many pairs are set aside, to be measured and not trained on.
+        held_out: how many pairs are set aside, to be measured and not trained on; they share no text with others.
+        trained_on: artefacts with what the policy has learnt from, with which held-out pairs share no text either.
         selection: what decides after which step the policy is taken; None takes the last.
         optimization: rates, sizes and lengths.
         weights: which weights are trained.
@@ -78,7 +80,7 @@ def align(
         PairExample,
         lambda tally: _encode(PolicyFiles(policy.path), pairs, reference, start, loss, optimization.max_length, tally),
     )
-    training, held = split_pairs(examples, held_out)
+    training, held, split = hold_out(examples, pairs.path / "pairs.jsonl", held_out, trained_on)
     is_reference = start is None and (isinstance(references, StoredReferences) or reference.digest == policy.digest)
     objective = Preference(
         loss,
@@ -102,15 +104,17 @@ def align(
         "pairs": len(training),
         "prompts_cut": examples.counts.get("cut", 0),
         "prompts_cut_behind_p": examples.counts.get("cut_behind_p", 0),
-        "dropped": {"too_long": examples.counts.get("too_long", 0)},
+        "dropped": {"too_long": examples.counts.get("too_long", 0)}
+        | ({"beside_held_out": split.beside} if split else {}),
         **averages(objective.measure(trained, training, optimization)),
     }
     if checkpoints is not None:
         counts |= checkpoints.counts()
-    if held:
+    if split is not None:
         measured = objective.measure(trained, held, optimization)
         numbers = averages(measured) | reward_intervals(measured)
-        counts |= {"held_out_pairs": len(held), **{f"held_out/{name}": value for name, value in numbers.items()}}
+        counts |= {"held_out_pairs": len(held), "held_out_passed_over": split.passed_over}
+        counts |= {f"held_out/{name}": value for name, value in numbers.items()}
     return counts
 
 
@@ -358,19 +362,6 @@ def frozen_logps(model: "PreTrainedModel", groups: Sequence[Group]) -> PairLogps
         return pair_logps(model, groups)
     finally:
         model.train(training)
-
-
-def split_pairs(
-    examples: StoredExamples[PairExample], held_out: int
-) -> tuple[StoredExamples[PairExample], StoredExamples[PairExample]]:
-    """(pairs to train on, pairs set aside), the latter chosen by their ids alone.
-
-    Raises:
-        SelfalignError: none would be left to train on.
-    """
-    if held_out >= len(examples):
-        raise SelfalignError(f"train.held_out_pairs={held_out} of {len(examples)} pairs leaves none to train on")
-    return examples.split(set(nsmallest(held_out, examples.ids(), key=digest_text)).__contains__)
 
 
 def refinement_of(loss: PreferenceLoss) -> Refinement | None:

@@ -17,6 +17,7 @@ from selfalign.overlap import Known
 from selfalign.records import Demonstration, FinishReason, Instruction, read_records, write_records
 from selfalign.store import Artefact, Counts, Workspace, together
 from selfalign.tokenization import encode_prompt
+from selfalign.turns import instruction_of
 from selfalign.wording import Language, is_fragment, words_of
 
 PROMPT = (
@@ -312,7 +313,7 @@ def _pool(config: InstructConfig, seeds: Artefact, earlier: list[Artefact], held
     demonstrations = (
         read_records(seeds.path / "demonstrations.jsonl", Demonstration) if seeds.counts.get("ift", 1) else []
     )
-    given = [record.prompt[0]["content"] for record in demonstrations if record.source == "ift"]  # pyright: ignore[reportArgumentType]
+    given = [instruction_of(record.prompt) for record in demonstrations if record.source == "ift"]
     before, apart = (
         [record.text for artefact in artefacts for record in _instructions(artefact)]
         for artefacts in (earlier, held_out)

@@ -7,7 +7,7 @@ from selfalign.store import Artefact, Counts, Workspace
 
 
 def outputs(out: Workspace, *, source: str, content: str, instructions: Artefact) -> Counts:
-    """Finds the given answer to each instruction, by the instruction's text.
+    """Finds the given answer to each instruction, by the instruction's text; a second one is left out and counted.
 
     Args:
         out: gets responses.jsonl.
@@ -19,7 +19,8 @@ def outputs(out: Workspace, *, source: str, content: str, instructions: Artefact
         SelfalignError: the source answers none of the instructions.
     """
     asked = read_records(instructions.path / "instructions.jsonl", Instruction)
-    given = {row.instruction: row for row in reversed(read_outputs(source))}
+    rows, drops = read_outputs(source)
+    given = {row.instruction: row for row in reversed(rows)}
     responses = [
         given_response(f"{one.id}-1", one.id, given[one.text].output, given[one.text].generator)
         for one in asked
@@ -28,4 +29,5 @@ def outputs(out: Workspace, *, source: str, content: str, instructions: Artefact
     if not responses:
         raise SelfalignError(f"{source}: answers none of the {len(asked)} evaluation instructions, word for word")
     write_records(out.path / "responses.jsonl", responses)
-    return {"responses": len(responses), "dropped": {"unanswered": len(asked) - len(responses)}}
+    drops.update(unanswered=len(asked) - len(responses), second_answer=len(rows) - len(given))
+    return {"responses": len(responses), "dropped": dict(sorted((+drops).items()))}

@@ -20,9 +20,11 @@ from selfalign.records import (
     stream_records,
     write_records,
 )
+from selfalign.splits import Known, split_pairs
 from selfalign.statistics import RunningMean, correlation
 from selfalign.store import Artefact, Counts, Workspace
 from selfalign.streams import follow
+from selfalign.turns import texts_in
 
 
 @dataclass(kw_only=True, slots=True)
@@ -183,18 +185,29 @@ def _pair_of(instruction: Instruction, chosen: Candidate, rejected: Candidate) -
     )
 
 
-def given_pairs(out: Workspace, *, source: str, count: int, content: str, held_out: list[Artefact]) -> Counts:
+def given_pairs(
+    out: Workspace,
+    *,
+    source: str,
+    count: int,
+    content: str,
+    held_out: list[Artefact],
+    set_aside: int,
+    trained_on: list[Artefact],
+) -> Counts:
     """Given preference data as pairs, and its chosen responses as demonstrations.
 
     Args:
         out: gets pairs.jsonl and demonstrations.jsonl.
-        source: a data source in one of TRL's preference formats, or of ranked answers.
+        source: a data source of preference pairs, or of ranked answers.
         count: takes the first so many; 0 takes all.
         content: digest of the source.
         held_out: instructions.jsonl of what no training may see; pairs that ask one of these are dropped.
+        set_aside: how many pairs will be measured instead of trained on.
+        trained_on: artefacts with what M1 learns from, with which those may share no text.
 
     Raises:
-        SelfalignError: no pair is left.
+        SelfalignError: no pair is left, or not so many can be set aside, which is noticed before anything is trained.
     """
     given, drops = read_pairs(source)
     known = [record for part in held_out for record in read_records(part.path / "instructions.jsonl", Instruction)]
@@ -203,6 +216,8 @@ def given_pairs(out: Workspace, *, source: str, count: int, content: str, held_o
     drops.update(held_out=len(given) - len(apart), surplus=len(apart) - len(pairs))
     if not pairs:
         raise SelfalignError(f"{source}: no usable pair (dropped: {dict(+drops)})")
+    if set_aside:
+        split_pairs(pairs, set_aside, Known.of(trained_on))
     write_records(out.path / "pairs.jsonl", pairs)
     chosen = [Demonstration(id=p.id, prompt=p.prompt, response=p.chosen, source="positive") for p in pairs]
     write_records(out.path / "demonstrations.jsonl", chosen)
@@ -211,11 +226,7 @@ def given_pairs(out: Workspace, *, source: str, count: int, content: str, held_o
 
 def _without_held_out(pairs: list[PreferencePair], held_out: set[str]) -> list[PreferencePair]:
     """Pairs none of whose turns is a held-out instruction."""
-
-    def turns(pair: PreferencePair) -> set[str]:
-        return {pair.prompt} if isinstance(pair.prompt, str) else {message["content"] for message in pair.prompt}
-
-    return [pair for pair in pairs if not turns(pair) & held_out]
+    return [pair for pair in pairs if texts_in(pair.prompt).isdisjoint(held_out)]
 
 
 def gather_pairs(out: Workspace, *, parts: list[Artefact]) -> Counts:

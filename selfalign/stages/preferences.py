@@ -2,17 +2,16 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from selfalign.data import as_text, best_against_worst, read_pairs
+from selfalign.data import best_against_worst, read_pairs
 from selfalign.errors import SelfalignError
 from selfalign.losses import PairLogps, rewards
 from selfalign.metrics import averages, reward_intervals, reward_metrics
 from selfalign.records import (
-    Demonstration,
     Instruction,
     MeasuredPair,
     PairReference,
@@ -21,12 +20,13 @@ from selfalign.records import (
     given_response,
     read_records,
     read_scores,
-    stream_records,
     write_records,
 )
 from selfalign.refinement import refinement
+from selfalign.splits import Known, texts_of
 from selfalign.statistics import bootstrap, bootstrap_correlation, bootstrap_mean
 from selfalign.store import Artefact, Counts, Workspace
+from selfalign.turns import as_text
 
 
 def preferences(
@@ -47,7 +47,7 @@ def preferences(
     Args:
         out: gets preferences.jsonl, a record a pair.
         pairs: pairs.jsonl.
-        trained_on: artefacts with pairs.jsonl or demonstrations.jsonl; a pair with one of their prompts is dropped.
+        trained_on: artefacts with what was trained on; a pair that shares a prompt or a response with it is dropped.
         policy: references.jsonl, the policy's log-probabilities of the pairs given x and p⊕x.
         reference: the same of the policy it is measured against.
         scores: scores.jsonl of both responses of every pair; None takes the scores that came with the pairs.
@@ -57,9 +57,8 @@ def preferences(
         SelfalignError: no pair is left, or a log-probability is not a number.
     """
     given = read_records(pairs.path / "pairs.jsonl", PreferencePair)
-    asked = {as_text(pair.prompt).strip() for pair in given}
-    taught = {prompt for artefact in trained_on for prompt in prompts_of(artefact) if prompt in asked}
-    apart = [pair for pair in given if as_text(pair.prompt).strip() not in taught]
+    known = Known.of(trained_on)
+    apart = [pair for pair in given if not known.shares(texts_of(pair.prompt, pair.chosen, pair.rejected))]
     own, other = (
         {record.id: record for record in read_records(artefact.path / "references.jsonl", PairReference)}
         for artefact in (policy, reference)
@@ -83,14 +82,6 @@ def preferences(
         "prompts_cut": policy.counts["prompts_cut"],
         "dropped": dropped,
     }
-
-
-def prompts_of(artefact: Artefact) -> Iterator[str]:
-    """The prompts of an artefact's pairs and demonstrations, as text."""
-    for name, kind in (("pairs.jsonl", PreferencePair), ("demonstrations.jsonl", Demonstration)):
-        path = artefact.path / name
-        if path.is_file() and path.stat().st_size:
-            yield from (as_text(record.prompt).strip() for record in stream_records(path, kind))
 
 
 def measure_pairs(
@@ -178,7 +169,8 @@ def preference_test(out: Workspace, *, source: str, count: int, content: str, ra
         out: gets pairs.jsonl, instructions.jsonl and responses.jsonl, whose ids are the pair's, with "-chosen" and
             "-rejected" behind it.
         source: a data source of preference pairs.
-        count: the first so many; 0 takes all.
+        count: the first so many; 0 takes all. Of several pairs with one instruction the first is taken and the others
+            are counted, so that the pairs are independent of each other, as their intervals suppose.
         content: digest of the source.
         ranked: ranked.jsonl, whose answers are paired where the source names no data.
 
@@ -189,10 +181,14 @@ def preference_test(out: Workspace, *, source: str, count: int, content: str, ra
         found, drops = read_pairs(source)
     else:
         questions = read_records(ranked.path / "ranked.jsonl", RankedAnswers)
-        found, drops = [best_against_worst(question) for question in questions], Counter()
-    pairs = found[: count or None]
+        drops: Counter[str] = Counter()
+        found = [pair for question in questions if (pair := best_against_worst(question, drops)) is not None]
+    by_prompt = {texts_of(pair.prompt).own[0]: pair for pair in reversed(found)}
+    apart = [pair for pair in found if by_prompt[texts_of(pair.prompt).own[0]] is pair]
+    pairs = apart[: count or None]
+    drops.update(same_instruction=len(found) - len(apart))
     if not pairs:
-        raise SelfalignError(f"evaluate.preferences.source={source}: no usable pair (dropped: {dict(drops)})")
+        raise SelfalignError(f"evaluate.preferences.source={source}: no usable pair (dropped: {dict(+drops)})")
     write_records(out.path / "pairs.jsonl", pairs)
     asked = [Instruction(id=pair.id, text=as_text(pair.prompt), source="evaluation") for pair in pairs]
     write_records(out.path / "instructions.jsonl", asked)
@@ -202,4 +198,4 @@ def preference_test(out: Workspace, *, source: str, count: int, content: str, ra
         for which, text in (("chosen", pair.chosen), ("rejected", pair.rejected))
     ]
     write_records(out.path / "responses.jsonl", answers)
-    return {"pairs": len(pairs), "dropped": dict(sorted(drops.items()))}
+    return {"pairs": len(pairs), "dropped": dict(sorted((+drops).items()))}

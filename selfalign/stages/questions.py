@@ -4,6 +4,7 @@ from selfalign.data import read_instructions
 from selfalign.errors import SelfalignError
 from selfalign.records import Demonstration, read_records, write_records
 from selfalign.store import Artefact, Counts, Workspace
+from selfalign.turns import texts_in
 
 
 def questions(out: Workspace, *, source: str, count: int, content: str, seeds: Artefact | None) -> Counts:
@@ -22,13 +23,13 @@ def questions(out: Workspace, *, source: str, count: int, content: str, seeds: A
     demonstrations: list[Demonstration] = []
     if seeds is not None and seeds.counts["ift"]:
         demonstrations = read_records(seeds.path / "demonstrations.jsonl", Demonstration)
-    taught = {turn["content"] for d in demonstrations for turn in d.prompt if isinstance(turn, dict)}
-    given = read_instructions(source, "evaluation")
+    taught = {text for demonstration in demonstrations for text in texts_in(demonstration.prompt)}
+    given, drops = read_instructions(source, "evaluation")
     apart = [instruction for instruction in given if instruction.text not in taught]
     if not apart:
         raise SelfalignError(f"{source}: all {len(given)} instructions are prompts of data.seeds.demonstrations")
     write_records(out.path / "instructions.jsonl", apart[: count or None])
     return {
         "instructions": len(apart[: count or None]),
-        "dropped": {"in_demonstrations": len(given) - len(apart)},
+        "dropped": {"in_demonstrations": len(given) - len(apart), **drops},
     }

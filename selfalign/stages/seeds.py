@@ -1,6 +1,7 @@
 """seeds: given data → demonstrations (IFT + EFT) and held-out ranked answers."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -19,6 +20,7 @@ from selfalign.records import (
     write_records,
 )
 from selfalign.store import Counts, Workspace
+from selfalign.turns import texts_in
 
 
 class EvaluationFineTuning(StrEnum):
@@ -91,8 +93,8 @@ def seeds(out: Workspace, *, config: SeedsConfig, judge: JudgeFormat | Pairwise,
     """Builds the SFT examples and sets ranked questions aside.
 
     Args:
-        out: gets demonstrations.jsonl and, of the held-out questions, ranked.jsonl, instructions.jsonl and
-            responses.jsonl.
+        out: gets demonstrations.jsonl; taught.jsonl, the ranked questions that M1 learns to judge on, whoever writes
+            the judgements; and, of the held-out questions, ranked.jsonl, instructions.jsonl and responses.jsonl.
         config: which data, and how it is split.
         judge: its prompt is what EFT examples are written in.
         contents: digests of the data sources.
@@ -101,6 +103,8 @@ def seeds(out: Workspace, *, config: SeedsConfig, judge: JudgeFormat | Pairwise,
     human = config.evaluation_fine_tuning == EvaluationFineTuning.human
     eft = [d for q in data.taught for d in demonstrate_judging(q, judge)] if human else []
     write_records(out.path / "demonstrations.jsonl", [*data.ift, *eft])
+    judged = config.evaluation_fine_tuning != EvaluationFineTuning.none
+    write_records(out.path / "taught.jsonl", data.taught if judged else [])
     write_questions(out, data.held_out)
     return {
         "ift": len(data.ift),
@@ -147,10 +151,12 @@ def read_seeds(config: SeedsConfig) -> SeedData:
         ift, unused = read_demonstrations(config.demonstrations)
         ift = ift[: config.max_demonstrations or None]
         drops.update({f"demonstrations_{reason}": count for reason, count in unused.items()})
+        _check_any("demonstrations", config.demonstrations, ift, unused)
     if config.ranked:
         questions, unused = read_ranked(config.ranked)
         drops.update({f"ranked_{reason}": count for reason, count in unused.items()})
-    asked = {message["content"] for d in ift for message in d.prompt if isinstance(message, dict)}
+        _check_any("ranked", config.ranked, questions, unused)
+    asked = {text for demonstration in ift for text in texts_in(demonstration.prompt)}
     apart = [question for question in questions if question.instruction not in asked]
     drops["questions_in_demonstrations"] = len(questions) - len(apart)
     if questions and not apart:
@@ -166,6 +172,11 @@ def read_seeds(config: SeedsConfig) -> SeedData:
         held_out=[question for question in apart if question.id in held_out],
         drops=drops,
     )
+
+
+def _check_any(key: str, source: str, found: Sequence[object], unused: Counter[str]) -> None:
+    if not found:
+        raise SelfalignError(f"data.seeds.{key}={source}: no row is of use (dropped: {dict(+unused)})")
 
 
 def write_questions(out: Workspace, questions: list[RankedAnswers]) -> None:

@@ -146,8 +146,10 @@ def test_killed_benchmark_continues_and_loses_no_finished_batch(
 
 
 def test_bad_reference_outputs_are_named_with_their_row(tmp_path: Path) -> None:
-    with pytest.raises(SelfalignError, match=r"reference.json: rows 1 and 5 have the same instruction"):
-        alpaca_eval(tmp_path, [*REFERENCES, REFERENCES[0]]).sources("benchmark.alpaca_eval")
+    with pytest.raises(
+        SelfalignError, match=r"reference.json row 4: the same instruction as .*reference.json row 0, but"
+    ):
+        alpaca_eval(tmp_path, [*REFERENCES, REFERENCES[0] | {"output": "No."}]).sources("benchmark.alpaca_eval")
     with pytest.raises(SelfalignError, match=r"reference.json row 1: .*output"):
         alpaca_eval(tmp_path, [REFERENCES[0], {"instruction": "a"}]).sources("benchmark.alpaca_eval")
     missing = AlpacaEval(reference_outputs="/nowhere/a.json", judge=AlpacaReferee(prompt=PROMPT))

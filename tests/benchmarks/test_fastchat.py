@@ -37,6 +37,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no turn": ({"question_id": 9, "category": "math", "turns": []}, "one is empty"),
     "turns as a text": ({"question_id": 9, "category": "math", "turns": "a"}, "Expected `array`"),
     "the same id as a text": ({"question_id": "2", "category": "math", "turns": ["a"]}, "'2' occurs twice"),
+    "system turn": ({"question_id": 9, "category": "math", "turns": ["a"], "system": "Be brief."}, "system is filled"),
+    "tools": ({"question_id": 9, "category": "math", "turns": ["a"], "tools": [{"name": "f"}]}, "tools is filled"),
+    "no visible character": ({"question_id": 9, "category": "math", "turns": ["\u200b"]}, "one is empty"),
     "second of the same id": ({"question_id": 2, "category": "math", "turns": ["a"]}, "2 occurs twice"),
 }
 
@@ -47,6 +50,16 @@ def test_bad_question_is_named_with_its_line(name: str, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "question.jsonl", [*QUESTIONS[:2], row])
     with pytest.raises(SelfalignError, match=rf"question.jsonl:3: .*{message}"):
         read_questions(path)
+
+
+def test_question_file_of_any_program_is_read(tmp_path: Path) -> None:
+    path = write_rows(
+        tmp_path / "question.jsonl", [row | {"reference": None, "score": float("nan")} for row in QUESTIONS]
+    )
+    plain = read_questions(path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert read_questions(path) == plain
+    assert len(plain) == 5
 
 
 def test_references_are_read_by_question(tmp_path: Path) -> None:

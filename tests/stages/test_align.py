@@ -1,7 +1,7 @@
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from builders import (
+    demonstration,
     loaded,
     nudged_policy,
     optimization,
@@ -24,15 +25,16 @@ from mutation import assert_caught
 from safetensors.torch import load_file
 from scipy import stats
 
-from selfalign.batches import Group, PairExample, encode_pairs, make_batch
+from selfalign.batches import PairExample, encode_pairs, make_batch
 from selfalign.checkpoint_selection import CheckpointSelection, CheckpointSelector
 from selfalign.errors import SelfalignError
-from selfalign.examples import StoredExamples, store_examples, with_reference
+from selfalign.examples import with_reference
 from selfalign.files import write_json
 from selfalign.losses import DPO, IPO, ODPO, PreferenceLoss, SrDPO, SrIPO
 from selfalign.models import Policy, PolicyFiles
 from selfalign.records import PairReference, PreferencePair
 from selfalign.refinement import Refinement
+from selfalign.splits import Known, split_pairs
 from selfalign.stages import align as module
 from selfalign.stages.align import (
     AdapterSwitchedOff,
@@ -44,7 +46,6 @@ from selfalign.stages.align import (
     open_references,
     pair_logps,
     refinement_of,
-    split_pairs,
 )
 from selfalign.stages.reference import reference
 from selfalign.store import Artefact
@@ -88,6 +89,7 @@ def aligned(
     pairs: list[PreferencePair] = PAIRS,
     references: Artefact | None = None,
     held_out: int = 0,
+    trained_on: Sequence[Artefact] = (),
     selection: CheckpointSelection | None = None,
     kept_in: str = "float32",
     **settings: object,
@@ -115,6 +117,7 @@ def aligned(
         loss=loss,
         start=None if starts_as_reference else records_artefact(before.path),
         held_out=held_out,
+        trained_on=list(trained_on),
         selection=selection,
         optimization=optimised,
         weights=replace(weights(seed, rank), dtype=kept_in),
@@ -493,24 +496,17 @@ def test_live_reference_trains_as_the_stored_one(tmp_path: Path, tiny_policy: Po
     assert isinstance(open_references(base, base, weights(0, rank)), kind)
 
 
-def pairs_called(folder: Path, *names: str) -> StoredExamples[PairExample]:
-    """The shortest of pairs with these ids."""
-    examples = [PairExample(plain=Group(id=name, prompt=[1], responses=[[1]], given=[0])) for name in names]
-    return store_examples(folder, PairExample, lambda tally: examples)
-
-
 def test_held_out_pairs_are_measured_and_not_trained_on(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
     counts, policy, _ = aligned(tmp_path / "held", tiny_policy, SrDPO(beta=0.2), held_out=2)
-    assert (counts["pairs"], counts["held_out_pairs"]) == (2, 2)
-    training, held = split_pairs(pairs_called(tmp_path / "pairs", *(p.id for p in PAIRS)), 2)
-    kept = [pair for pair in PAIRS if pair.id in {example.id for example in training}]
-    _, alone, _ = aligned(tmp_path / "alone", tiny_policy, SrDPO(beta=0.2), pairs=kept)
+    assert (counts["pairs"], counts["held_out_pairs"], counts["held_out_passed_over"]) == (2, 2, 0)
+    assert counts["dropped"] == {"too_long": 0, "beside_held_out": 0}
+    split = split_pairs(PAIRS, 2, Known.of([]))
+    _, alone, _ = aligned(tmp_path / "alone", tiny_policy, SrDPO(beta=0.2), pairs=[PAIRS[n] for n in split.training])
     assert policy.digest == alone.digest
     margins = []
-    for pair in PAIRS:
-        if pair.id in {example.id for example in held}:
-            after, before = direct_logps(policy, pair), direct_logps(tiny_policy, pair)
-            margins.append(0.2 * ((after[0] - before[0]) - (after[1] - before[1])))
+    for pair in (PAIRS[n] for n in split.held_out):
+        after, before = direct_logps(policy, pair), direct_logps(tiny_policy, pair)
+        margins.append(0.2 * ((after[0] - before[0]) - (after[1] - before[1])))
     assert counts["held_out/rewards/margins"] == pytest.approx(sum(margins) / 2, abs=1e-3)
     assert counts["held_out/rewards/margins_low"] < counts["held_out/rewards/margins"]
     assert counts["held_out/rewards/margins_high"] > counts["held_out/rewards/margins"]
@@ -519,20 +515,23 @@ def test_held_out_pairs_are_measured_and_not_trained_on(tmp_path: Path, tiny_pol
         aligned(tmp_path / "all", tiny_policy, DPO(), held_out=4)
 
 
-def test_held_out_pairs_do_not_depend_on_the_order_of_the_file(tmp_path: Path) -> None:
-    names = [f"p{n}" for n in range(20)]
-    examples, turned = pairs_called(tmp_path / "a", *names), pairs_called(tmp_path / "b", *names[::-1])
-    held = {example.id for example in split_pairs(examples, 5)[1]}
-    assert held == {example.id for example in split_pairs(turned, 5)[1]}
-    assert held < {example.id for example in split_pairs(examples, 6)[1]}
-
-
-def test_pairs_of_earlier_iterations_that_are_held_out_were_held_out_before(tmp_path: Path) -> None:
-    """With data.accumulate=true no iteration measures itself on pairs that an earlier one was trained on."""
-    for start in range(0, 200, 20):
-        examples = pairs_called(tmp_path / str(start), *(f"p{start + n}" for n in range(20)))
-        earlier, both = ({e.id for e in split_pairs(part, 5)[1]} for part in (examples[:10], examples))
-        assert both & {example.id for example in examples[:10]} <= earlier
+def test_pairs_that_share_a_text_with_a_held_out_one_are_not_trained_on(
+    tmp_path: Path, tiny_policy: PolicyFiles
+) -> None:
+    """Two of one instruction, two with a response in common; what SFT has taught is left to train on."""
+    more = [
+        preference("e", "Name a bird.", "A crow.", "No bird."),
+        preference("f", "Name a stone.", "A stone, I think.", "Flint, maybe."),
+        preference("g", "Name a tree.", "An oak.", "No tree."),
+        preference("h", "What does air do?", "Nothing.", "Air scatters blue light most."),
+    ]
+    taught = records_artefact(tmp_path / "seeds", demonstrations=[demonstration("s", "Name a plant.", "An oak.")])
+    given = {"pairs": [*PAIRS, *more], "held_out": 5, "trained_on": [taught]}
+    counts, policy, _ = aligned(tmp_path / "held", tiny_policy, DPO(), **given)
+    assert (counts["pairs"], counts["held_out_pairs"], counts["held_out_passed_over"]) == (1, 5, 1)
+    assert counts["dropped"] == {"too_long": 0, "beside_held_out": 2}
+    _, alone, _ = aligned(tmp_path / "alone", tiny_policy, DPO(), pairs=more[2:3])
+    assert policy.digest == alone.digest
 
 
 def test_dropout_that_is_asked_for_acts_on_the_policy_alone(tmp_path: Path, tiny_policy: PolicyFiles) -> None:

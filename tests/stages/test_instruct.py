@@ -8,6 +8,7 @@ import pytest
 from builders import (
     Killed,
     Script,
+    ScriptedWriter,
     artefact,
     completion,
     demonstration,
@@ -23,9 +24,10 @@ from builders import (
 from selfalign.errors import SelfalignError
 from selfalign.generation import Completion, Request, Sampling, Transformers
 from selfalign.models import PolicyFiles
-from selfalign.records import Instruction, read_records
+from selfalign.records import Demonstration, Instruction, Prompt, read_records
 from selfalign.stages.instruct import InstructConfig, Pool, given_instructions, instruct, split_tasks
 from selfalign.store import Artefact
+from selfalign.turns import as_prompt
 
 SEEDS = [
     "Explain how bees find their way home.",
@@ -57,6 +59,28 @@ def write(folder: Path, tiny: PolicyFiles, settings: InstructConfig, generate: o
 
 def scripted(tiny: PolicyFiles, *texts: str, **settings: int) -> Script:
     return Script(loaded(tiny.path), [completion(text) for text in texts], **settings)
+
+
+def test_tasks_shown_are_what_users_ask_and_neither_system_turns_nor_answers(
+    tmp_path: Path, tiny_policy: PolicyFiles
+) -> None:
+    system, answer = {"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "By the sun."}
+    prompts: list[Prompt] = [
+        [system, *as_prompt(SEEDS[0])],
+        [*as_prompt(SEEDS[1]), answer, *as_prompt("And at night?")],
+        SEEDS[2],
+    ]
+    given = [Demonstration(id=f"d{n}", prompt=prompt, response="x", source="ift") for n, prompt in enumerate(prompts)]
+    script = scripted(tiny_policy)
+    seeds = records_artefact(tmp_path / "given", demonstrations=given)
+    settings = config(seed_demonstrations=3, own_demonstrations=0, max_batches=1)
+    with pytest.raises(SelfalignError, match=r"raise data\.instruct\.max_batches"):
+        write(tmp_path, tiny_policy, settings, ScriptedWriter(script), seeds=seeds)
+    for request in script.requests:
+        shown = script.tokenizer.decode(request.prompt)
+        assert all(f": {text}" in shown for text in SEEDS[:3])
+        assert not any(text in shown for text in ("Be brief", "By the sun", "And at night"))
+    assert script.requests
 
 
 # --- filters -----------------------------------------------------------------------------------------------------

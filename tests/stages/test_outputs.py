@@ -13,6 +13,7 @@ ROWS = [
     {"instruction": "What do bees do?", "output": "They dance."},
     {"instruction": "What do bees do?", "output": "A second answer."},
     {"instruction": "Nobody asks this.", "output": "Well."},
+    {"instruction": "Nobody asks this.", "output": "Well."},
 ]
 ASKED = [instruction("tea", "How is tea made?"), instruction("bees", "What do bees do?"), instruction("sea", "Why?")]
 
@@ -23,7 +24,7 @@ def test_answers_are_found_by_the_text_of_the_instruction(tmp_path: Path, name: 
     path.write_text(json.dumps(ROWS, indent=1) if name.endswith("json") else "\n".join(map(json.dumps, ROWS)))
     given = records_artefact(tmp_path / "asked", instructions=ASKED)
     counts = outputs(workspace(tmp_path / "out"), source=str(path), content="x", instructions=given)
-    assert counts == {"responses": 2, "dropped": {"unanswered": 1}}
+    assert counts == {"responses": 2, "dropped": {"duplicate": 1, "second_answer": 1, "unanswered": 1}}
     tea, bees = read_records(tmp_path / "out" / "responses.jsonl", Response)
     assert (tea.id, tea.instruction_id, tea.text, tea.model) == ("tea-1", "tea", "With leaves.", "other")
     assert (bees.text, bees.model, bees.finish_reason) == ("They dance.", "given", FinishReason.EOS)

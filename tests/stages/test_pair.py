@@ -2,9 +2,10 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from builders import artefact, instruction, judgement, records_artefact, response, workspace
+from builders import artefact, demonstration, instruction, judgement, records_artefact, response, workspace
 from mutation import assert_caught
 
 from selfalign.data import as_prompt
@@ -314,6 +315,10 @@ def test_too_few_positives_stop_the_run_with_the_reasons(tmp_path: Path) -> None
 # --- given pairs -------------------------------------------------------------------------------------------------
 
 
+NOTHING: dict[str, Any] = {"held_out": [], "set_aside": 0, "trained_on": []}
+"""No instruction that must not be asked, and no pair to set aside."""
+
+
 def test_given_pairs_are_pairs_and_their_chosen_responses_demonstrations(tmp_path: Path) -> None:
     rows = [
         {"prompt": "Why?", "chosen": " Because.", "rejected": " No."},
@@ -327,7 +332,7 @@ def test_given_pairs_are_pairs_and_their_chosen_responses_demonstrations(tmp_pat
     ]
     source = tmp_path / "pairs.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    counts = given_pairs(workspace(tmp_path / "out"), source=str(source), count=0, content="d", held_out=[])
+    counts = given_pairs(workspace(tmp_path / "out"), source=str(source), count=0, content="d", **NOTHING)
     pairs = read_records(tmp_path / "out/pairs.jsonl", PreferencePair)
     assert counts == {"pairs": 2, "dropped": {"empty_response": 1, "identical": 1}}
     assert [(p.prompt, p.chosen, p.rejected) for p in pairs] == [
@@ -350,7 +355,9 @@ def test_given_pairs_do_not_ask_what_is_held_out(tmp_path: Path) -> None:
         records_artefact(tmp_path / name, instructions=[instruction("q", text)])
         for name, text in (("questions", "Who?"), ("ranked", "Why?"))
     ]
-    counts = given_pairs(workspace(tmp_path / "out"), source=str(source), count=1, content="d", held_out=parts)
+    counts = given_pairs(
+        workspace(tmp_path / "out"), source=str(source), count=1, content="d", **NOTHING | {"held_out": parts}
+    )
     assert counts == {"pairs": 1, "dropped": {"held_out": 2}}
     for name, kind in (("pairs", PreferencePair), ("demonstrations", Demonstration)):
         assert [made.prompt for made in read_records(tmp_path / f"out/{name}.jsonl", kind)] == [as_prompt("How?")]
@@ -362,7 +369,7 @@ def test_given_ranked_answers_are_the_best_against_the_worst(tmp_path: Path) -> 
     rows = [{"id": "a", "instruction": "Why?", "responses": answers}, {"instruction": "How?", "responses": plain}]
     source = tmp_path / "ranked.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given_pairs(workspace(tmp_path / "out"), source=str(source), count=0, content="d", held_out=[])
+    given_pairs(workspace(tmp_path / "out"), source=str(source), count=0, content="d", **NOTHING)
     pairs = read_records(tmp_path / "out/pairs.jsonl", PreferencePair)
     assert [(p.prompt, p.chosen, p.rejected, p.chosen_score, p.rejected_score) for p in pairs] == [
         (as_prompt("Why?"), "Good.", "Bad.", 5, 1),
@@ -370,11 +377,40 @@ def test_given_ranked_answers_are_the_best_against_the_worst(tmp_path: Path) -> 
     ]
 
 
+def test_too_few_pairs_to_set_aside_are_noticed_with_the_data(tmp_path: Path) -> None:
+    """Four pairs: two of one instruction, and one whose response is taught."""
+    rows = [
+        {"prompt": asked, "chosen": f"Yes {n}.", "rejected": f"No {n}."}
+        for n, asked in enumerate(("Why?", "Why?", "How?", "Who?"))
+    ]
+    source = tmp_path / "pairs.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seeds = records_artefact(tmp_path / "seeds", demonstrations=[demonstration("d", "When?", "No 3.")])
+    given = {"source": str(source), "count": 0, "content": "d", **NOTHING}
+    with pytest.raises(
+        SelfalignError, match=r"train\.held_out_pairs=3: of 4 pairs only 2 share .* \(1 share one with that"
+    ):
+        given_pairs(workspace(tmp_path / "out"), **given | {"set_aside": 3, "trained_on": [seeds]})
+    counts = given_pairs(workspace(tmp_path / "out"), **given | {"set_aside": 2, "trained_on": [seeds]})
+    assert counts == {"pairs": 4, "dropped": {}}, "they are set aside where they are trained on"
+
+
+def test_given_pairs_whose_scores_contradict_them_are_counted(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"Why {n}?", "chosen": "Yes.", "rejected": "No.", "chosen_score": n, "rejected_score": 2}
+        for n in range(5)
+    ]
+    source = tmp_path / "pairs.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[4]]))
+    counts = given_pairs(workspace(tmp_path / "out"), source=str(source), count=0, content="d", **NOTHING)
+    assert counts == {"pairs": 2, "dropped": {"duplicate": 1, "scores_contradict": 2, "tie": 1}}
+
+
 def test_given_data_without_a_usable_pair_is_an_error(tmp_path: Path) -> None:
     source = tmp_path / "pairs.jsonl"
     source.write_text(json.dumps({"prompt": "Same?", "chosen": "Yes.", "rejected": "Yes."}) + "\n")
     with pytest.raises(SelfalignError, match=r"no usable pair \(dropped: \{'identical': 1\}\)"):
-        given_pairs(workspace(tmp_path / "out"), source=str(source), count=0, content="d", held_out=[])
+        given_pairs(workspace(tmp_path / "out"), source=str(source), count=0, content="d", **NOTHING)
 
 
 @pytest.mark.parametrize(

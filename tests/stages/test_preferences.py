@@ -182,6 +182,16 @@ def test_pairs_whose_prompt_was_trained_on_are_dropped_and_counted(tmp_path: Pat
     assert counts["preferences/pairs"] == 3
 
 
+def test_pairs_with_a_response_that_was_trained_on_are_dropped_and_counted(tmp_path: Path) -> None:
+    trained = [
+        records_artefact(tmp_path / "earlier", pairs=[preference("x", "Another question?", "Bad a.", "z")]),
+        records_artefact(tmp_path / "seeds", demonstrations=[demonstration("i", "Some.", "Good c. ")]),
+    ]
+    counts, records = measured(tmp_path, trained_on=trained)
+    assert [record.id for record in records] == ["b", "d", "e"]
+    assert counts["dropped"] == {"trained_on": 2, "too_long": 0}
+
+
 def test_pairs_that_were_not_scored_for_their_length_are_counted(tmp_path: Path) -> None:
     own = {name: row for name, row in OWN.items() if name != "b"}
     counts, records = measured(tmp_path, own=own)
@@ -223,36 +233,6 @@ def test_every_number_is_explained(tmp_path: Path) -> None:
     assert {name for name in names if name not in METRICS and name.removeprefix("preferences/") not in METRICS} == set()
 
 
-# --- broken on purpose -------------------------------------------------------------------------------------------
-
-HAND, SCIPY, DROPPED, JUDGED = (
-    test_rewards_and_refinement_are_worked_by_hand,
-    test_correlations_are_scipys_over_the_pairs_whose_responses_both_have_a_score,
-    test_pairs_whose_prompt_was_trained_on_are_dropped_and_counted,
-    test_judge_s_scores_take_the_place_of_those_that_came_with_the_pairs,
-)
-MUTANTS = [
-    ("Δ without p", "refinement(augmented, augmented_ref, beta)", "refinement(plain, plain_ref, beta)", HAND),
-    ("Δ without the reference", "*rewards(1.0, augmented, augmented_ref)", "*rewards(1.0, augmented, augmented)", HAND),
-    ("β squared", "chosen - rejected,\n", "beta * (chosen - rejected),\n", HAND),
-    ("swapped responses", "rows = [(r.chosen, r.rejected,", "rows = [(r.rejected, r.chosen,", HAND),
-    ("p and no p swapped", "chosen=columns[2], rejected=columns[3]", "chosen=columns[0], rejected=columns[1]", HAND),
-    ("missing score as 0", "None if chosen is None or rejected is None else chosen - rejected",
-     "(chosen or 0) - (rejected or 0)", SCIPY),
-    ("score of rejected minus chosen", "else chosen - rejected for", "else rejected - chosen for", SCIPY),
-    ("correlations swapped", '("margin", margins), ("delta", deltas)', '("delta", margins), ("margin", deltas)', SCIPY),
-    ("nothing dropped", "not in taught", "is not None", DROPPED),
-    ("demonstrations forgotten", ', ("demonstrations.jsonl", Demonstration)', ",", DROPPED),
-    ("prompts compared with their spaces", "as_text(pair.prompt).strip() not", "as_text(pair.prompt) not", DROPPED),
-    ("judge ignored", "if scores is None\n", "if True\n", JUDGED),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("old", "new", "check"), [m[1:] for m in MUTANTS], ids=[m[0] for m in MUTANTS])
-def test_mutant_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, check: Any) -> None:
-    assert_caught(module, sys.modules[__name__], old, new, check, {"tmp_path": tmp_path, "monkeypatch": monkeypatch})
-
-
 # --- what it is given --------------------------------------------------------------------------------------------
 
 
@@ -284,6 +264,23 @@ def test_given_pairs_become_responses_that_a_judge_can_score(tmp_path: Path) -> 
     ]
 
 
+def test_first_pair_of_an_instruction_is_taken_and_the_others_are_counted(tmp_path: Path) -> None:
+    """Intervals take pairs as independent of each other, which several of one instruction are not."""
+    system = {"role": "system", "content": "Be brief."}
+    rows = [
+        {"id": "1", "prompt": "Why?", "chosen": "a", "rejected": "b"},
+        {"id": "2", "prompt": "How?", "chosen": "c", "rejected": "d"},
+        {"id": "3", "prompt": [system, {"role": "user", "content": "Why? "}], "chosen": "e", "rejected": "f"},
+        {"id": "4", "prompt": "Why?", "chosen": "a", "rejected": "g"},
+        {"id": "5", "prompt": "Who?", "chosen": "h", "rejected": "i"},
+    ]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = workspace(tmp_path / "out")
+    counts = preference_test(out, source=str(tmp_path / "test.jsonl"), count=3, content="c", ranked=None)
+    assert counts == {"pairs": 3, "dropped": {"same_instruction": 2}}
+    assert [pair.id for pair in read_records(out.path / "pairs.jsonl", PreferencePair)] == ["1", "2", "5"]
+
+
 def test_data_without_a_pair_names_the_setting(tmp_path: Path) -> None:
     (tmp_path / "same.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "b"}) + "\n")
     with pytest.raises(SelfalignError, match=r"evaluate\.preferences\.source.*identical"):
@@ -304,6 +301,38 @@ def test_ranked_questions_give_their_best_against_their_worst_with_the_humans_sc
     assert (q.prompt, q.chosen, q.rejected) == ([{"role": "user", "content": "Why?"}], "a", "d")
     assert (q.chosen_score, q.rejected_score) == (5, 0)
     assert (r.chosen, r.rejected, r.chosen_score, r.rejected_score) == ("x", "y", None, None)
+
+
+# --- broken on purpose -------------------------------------------------------------------------------------------
+
+HAND, SCIPY, DROPPED, ANSWERED, JUDGED, FIRST = (
+    test_rewards_and_refinement_are_worked_by_hand,
+    test_correlations_are_scipys_over_the_pairs_whose_responses_both_have_a_score,
+    test_pairs_whose_prompt_was_trained_on_are_dropped_and_counted,
+    test_pairs_with_a_response_that_was_trained_on_are_dropped_and_counted,
+    test_judge_s_scores_take_the_place_of_those_that_came_with_the_pairs,
+    test_first_pair_of_an_instruction_is_taken_and_the_others_are_counted,
+)
+MUTANTS = [
+    ("Δ without p", "refinement(augmented, augmented_ref, beta)", "refinement(plain, plain_ref, beta)", HAND),
+    ("Δ without the reference", "*rewards(1.0, augmented, augmented_ref)", "*rewards(1.0, augmented, augmented)", HAND),
+    ("β squared", "chosen - rejected,\n", "beta * (chosen - rejected),\n", HAND),
+    ("swapped responses", "rows = [(r.chosen, r.rejected,", "rows = [(r.rejected, r.chosen,", HAND),
+    ("p and no p swapped", "chosen=columns[2], rejected=columns[3]", "chosen=columns[0], rejected=columns[1]", HAND),
+    ("missing score as 0", "None if chosen is None or rejected is None else chosen - rejected",
+     "(chosen or 0) - (rejected or 0)", SCIPY),
+    ("score of rejected minus chosen", "else chosen - rejected for", "else rejected - chosen for", SCIPY),
+    ("correlations swapped", '("margin", margins), ("delta", deltas)', '("delta", margins), ("margin", deltas)', SCIPY),
+    ("nothing dropped", "if not known.shares(texts_of(pair.prompt, pair.chosen, pair.rejected))", "", DROPPED),
+    ("responses not looked at", "texts_of(pair.prompt, pair.chosen, pair.rejected)", "texts_of(pair.prompt)", ANSWERED),
+    ("several pairs an instruction", "if by_prompt[texts_of(pair.prompt).own[0]] is pair]", "]", FIRST),
+    ("judge ignored", "if scores is None\n", "if True\n", JUDGED),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new", "check"), [m[1:] for m in MUTANTS], ids=[m[0] for m in MUTANTS])
+def test_mutant_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, check: Any) -> None:
+    assert_caught(module, sys.modules[__name__], old, new, check, {"tmp_path": tmp_path, "monkeypatch": monkeypatch})
 
 
 # --- on a real policy --------------------------------------------------------------------------------------------

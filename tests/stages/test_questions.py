@@ -6,9 +6,10 @@ import pytest
 from builders import demonstration, records_artefact, workspace
 
 from selfalign.errors import SelfalignError
-from selfalign.records import Instruction, read_records
+from selfalign.records import Demonstration, Instruction, Prompt, read_records
 from selfalign.stages.questions import questions
 from selfalign.store import Artefact
+from selfalign.turns import as_prompt
 
 ROWS = [{"id": f"q{n}", "instruction": f"Question {n}?", "category": "some"} for n in range(5)]
 
@@ -47,6 +48,22 @@ def test_instruction_whose_answer_is_taught_measures_nothing_and_is_dropped(tmp_
 def test_instructions_that_are_all_taught_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SelfalignError, match=r"all 5 instructions are prompts of data\.seeds\.demonstrations"):
         asked(tmp_path, 2, *[row["instruction"] for row in ROWS])
+
+
+def test_instruction_that_is_taught_as_a_text_or_in_a_dialogue_is_dropped_too(tmp_path: Path) -> None:
+    prompts: list[Prompt] = [
+        "Question 0?",
+        [{"role": "system", "content": "Be brief."}, *as_prompt("Question 1?")],
+        [*as_prompt("Question 3?"), {"role": "assistant", "content": "Yes."}, *as_prompt("And then?")],
+    ]
+    taught = [Demonstration(id=f"d{n}", prompt=prompt, response="x", source="ift") for n, prompt in enumerate(prompts)]
+    given = replace(records_artefact(tmp_path / "seeds", demonstrations=taught), counts={"ift": 3})
+    source = tmp_path / "asked.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, ROWS[4]]))
+    counts = questions(workspace(tmp_path / "out"), source=str(source), count=0, content="d", seeds=given)
+    assert counts == {"instructions": 2, "dropped": {"duplicate": 1, "in_demonstrations": 3}}
+    kept = read_records(tmp_path / "out/instructions.jsonl", Instruction)
+    assert [record.id for record in kept] == ["q2", "q4"]
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:

@@ -125,6 +125,29 @@ def check_overlap(folder: Path, stage: Any = seeds_module) -> None:
     assert counts["questions_taught"] + counts["questions_held_out"] == 10
 
 
+def test_question_that_is_an_ift_prompt_as_a_text_is_dropped_and_counted(tmp_path: Path) -> None:
+    rows = ranked_rows(4)
+    ranked = write_jsonl(tmp_path / "ranked.jsonl", rows)
+    taught = write_jsonl(tmp_path / "ift.jsonl", [{"prompt": rows[1]["instruction"], "completion": "Yes."}])
+    counts = seeds(
+        workspace(tmp_path / "out"), config=SeedsConfig(demonstrations=taught, ranked=ranked), judge=SCORE, contents=[]
+    )
+    assert counts["dropped"] == {"questions_in_demonstrations": 1}
+    assert counts["questions_taught"] + counts["questions_held_out"] == 3
+
+
+@pytest.mark.parametrize("key", ["demonstrations", "ranked"])
+def test_source_of_which_no_row_is_of_use_names_the_setting_and_the_reasons(tmp_path: Path, key: str) -> None:
+    rows = [{"instruction": "Hi", "response": " "}]
+    if key == "ranked":
+        answers = [{"text": "a", "rank": 1, "score": 1}, {"text": "b", "rank": 2, "score": 4}]
+        rows = [{"instruction": "Hi", "responses": answers}]
+    config = SeedsConfig(**{"demonstrations": "", "ranked": "", key: write_jsonl(tmp_path / "a.jsonl", rows)})
+    reasons = {"demonstrations": r"\{'empty_response': 1\}", "ranked": r"\{'scores_contradict': 2\}"}[key]
+    with pytest.raises(SelfalignError, match=rf"data\.seeds\.{key}=.*: no row is of use \(dropped: {reasons}\)"):
+        seeds(workspace(tmp_path / "out"), config=config, judge=SCORE, contents=[])
+
+
 def test_question_that_is_an_ift_prompt_is_dropped_and_counted(tmp_path: Path) -> None:
     check_overlap(tmp_path)
 
@@ -355,14 +378,14 @@ def test_best_shipped_answer_is_not_known_by_its_place_or_length() -> None:
 
 
 def test_shipped_evaluation_instructions_are_at_least_50_over_8_categories() -> None:
-    shipped = read_instructions("shipped:evaluation", "evaluation")
+    shipped, _ = read_instructions("shipped:evaluation", "evaluation")
     assert len(shipped) >= 50
     assert len({i.id for i in shipped}) == len({i.text for i in shipped}) == len(shipped)
     assert len({i.category for i in shipped} - {""}) >= 8
 
 
 def test_shipped_evaluation_instructions_are_not_among_what_is_taught() -> None:
-    asked = [(i.id, words_of(i.text)) for i in read_instructions("shipped:evaluation", "evaluation")]
+    asked = [(i.id, words_of(i.text)) for i in read_instructions("shipped:evaluation", "evaluation")[0]]
     taught = [(d.id, words_of(d.prompt[0]["content"])) for d in read_demonstrations("shipped:ift")[0]]
     ranked = [(q.id, words_of(q.instruction)) for q in read_ranked("shipped:ranked")[0]]
     alike = [(a, b) for a, words in asked for b, other in [*taught, *ranked] if rouge_l(words, other) >= 0.7]

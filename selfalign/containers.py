@@ -1,0 +1,269 @@
+"""Where given data lie: files, folders and data sets on the hub, each read as rows with the place where they stand.
+
+A source is "shipped:NAME" (the seed data in this package), a file of JSON (a row a line, a list of rows, or one row; it
+may be packed by gzip) or parquet, a folder ("FOLDER:SPLIT", split "train" unless said) that `datasets.save_to_disk`
+wrote or that holds such files, or a hub id "owner/name", "owner/name:split", "owner/name:config:split".
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from selfalign.errors import SelfalignError
+from selfalign.files import digest_file, digest_folder, digest_json, read_lines
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SHIPPED = Path(__file__).parent / "seeds"
+
+READ = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+OTHER = {
+    ".csv", ".tsv", ".xlsx", ".xls", ".arrow", ".feather", ".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".pkl",
+    ".db", ".sqlite", ".h5", ".npz",
+}  # fmt: skip
+"""What is told from JSON by its name; a name of any other kind is taken for JSON, with a row a line."""
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[^:/]+){0,2}")
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+BATCH = 1024
+"""Rows of a table that are held at once."""
+
+Placed = tuple[str, dict[str, Any]]
+"""Where a row stands, for messages, and the row."""
+
+
+def read_rows(source: str) -> Iterator[Placed]:
+    """Yields a source's rows, each with its place: "file:line", or "file row N" counted from 0 in tables and lists.
+
+    Raises:
+        SelfalignError: there is no such source, it cannot be read, or it has no row.
+    """
+    places = _places_of(source)
+    rows = _hub_rows(source) if places is None else chain.from_iterable(map(_rows_at, places))
+    empty = True
+    for where, row in rows:
+        empty = False
+        if not isinstance(row, dict):
+            raise SelfalignError(f"{where}: a row is an object with named fields; got {type(row).__name__}")
+        yield where, row
+    if empty:
+        raise SelfalignError(f"{source}: no rows")
+
+
+def identify_data(source: str, key: str) -> str:
+    """What a data source is keyed by: the digest of its files, or the name of a hub data set.
+
+    Raises:
+        SelfalignError: there is no such source; the message names the setting, `key`.
+    """
+    try:
+        places = _places_of(source)
+    except SelfalignError as error:
+        raise SelfalignError(f"{key}: {error}") from error
+    if places is None:
+        return source
+    digests = [digest_json(digest_folder(place)) if place.is_dir() else digest_file(place) for place in places]
+    return digests[0] if len(digests) == 1 else digest_json(digests)
+
+
+# --- which files -------------------------------------------------------------------------------------------------
+
+
+def _places_of(source: str) -> list[Path] | None:
+    """The files and saved folders that hold a source's rows, in their order; None for a hub id.
+
+    Raises:
+        SelfalignError: there is nothing that could be read.
+    """
+    if source.startswith("shipped:"):
+        return [_existing(SHIPPED / f"{source.removeprefix('shipped:')}.jsonl")]
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _in_folder(path, "")
+    folder, _, split = source.rpartition(":")
+    if folder and Path(folder).expanduser().is_dir():
+        return _in_folder(Path(folder).expanduser(), split)
+    if path.suffix in OTHER and not path.name.endswith(READ):
+        raise SelfalignError(
+            f"{path}: {path.suffix} files are not read; write it as .jsonl or .parquet, for example with "
+            "datasets.load_dataset(...).to_parquet(...)"
+        )
+    if path.name.endswith(READ) or path.exists():
+        return [_existing(path)]
+    if HUB_ID.fullmatch(source) and not source.startswith("."):
+        return None
+    raise SelfalignError(
+        f"{source!r} is no data: give shipped:NAME, a .jsonl or .parquet file, or a hub id owner/name (with :split or "
+        ":config:split behind it), or a folder"
+    )
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise SelfalignError(f"{path}: no such file")
+    return path
+
+
+def _in_folder(folder: Path, split: str) -> list[Path]:
+    """What holds the rows of a folder's split: one that `datasets` saved, or files whose names begin with the split.
+
+    Raises:
+        SelfalignError: there is none, or it is not said which of several.
+    """
+    if (folder / "state.json").is_file():
+        if split:
+            raise SelfalignError(f"{folder}: is one saved data set, without splits; leave out :{split}")
+        return [folder]
+    if (folder / "dataset_dict.json").is_file():
+        saved = sorted(path.parent.name for path in folder.glob("*/state.json"))
+        name = split or (saved[0] if len(saved) == 1 else "train")
+        if name not in saved:
+            raise SelfalignError(f"{folder}: has no split {name!r}; choose with {folder}:SPLIT among {saved}")
+        return [folder / name]
+    files = [path for place in (folder, folder / "data") for path in sorted(place.glob("*")) if _kind_of(path)]
+    part = re.compile(rf"{re.escape(split or 'train')}(-\d+(-of-\d+)?(-[0-9a-f]+)?)?\.[a-z.]+")
+    chosen = [path for path in files if part.fullmatch(path.name)]
+    if not chosen and not split and len(files) == 1:
+        chosen = files
+    if len({(path.parent, _kind_of(path)) for path in chosen}) != 1:
+        names = [path.relative_to(folder).as_posix() for path in files or sorted(folder.iterdir())]
+        shown = ", ".join([*names[:8], *(["…"] if len(names) > 8 else [])]) or "nothing"
+        raise SelfalignError(
+            f"{folder}: is a folder, and {'files of several kinds' if chosen else 'none of its files'} could be the "
+            f"split {split or 'train'!r}; name one file, or {folder}:SPLIT (it holds {shown})"
+        )
+    return chosen
+
+
+def _kind_of(path: Path) -> str:
+    """How a data file's name ends; nothing for another file."""
+    return next((end for end in READ if path.name.endswith(end)), "") if path.is_file() else ""
+
+
+# --- rows of each kind -------------------------------------------------------------------------------------------
+
+
+def _rows_at(place: Path) -> Iterator[tuple[str, Any]]:
+    if place.is_dir():
+        return _saved_rows(place)
+    return _parquet_rows(place) if place.suffix == ".parquet" else _json_rows(place)
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Rows of a text: a list, a single object over several lines, or one a line; its beginning tells which."""
+    lines = read_lines(path)
+    number, first = next(lines, (0, ""))
+    if not number:
+        raise SelfalignError(f"{path}: the file is empty; expected one JSON object a line, or a list of them")
+    if first.lstrip().startswith("["):
+        listed = _decode("".join(chain([first], (line for _, line in lines))), str(path))
+        yield from ((f"{path} row {index}", row) for index, row in enumerate(listed))
+    elif first.strip() == "{":
+        yield f"{path}:{number}", _decode("".join(chain([first], (line for _, line in lines))), f"{path}:{number}")
+    else:
+        for at, line in chain([(number, first)], lines):
+            yield f"{path}:{at}", _decode(line, f"{path}:{at}")
+
+
+def _decode(text: str, where: str) -> Any:
+    """A JSON value; NaN and Infinity, which are no JSON but are written by many programs, become null.
+
+    Raises:
+        SelfalignError: the text is no JSON, an object has a key twice, or a character is half of one.
+    """
+    try:
+        value = json.loads(text.lstrip("\ufeff"), object_pairs_hook=_object, parse_constant=lambda name: None)
+        if SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise SelfalignError(f"{where}: no valid JSON: {error.msg} ({line}character {error.colno})") from error
+    except UnicodeEncodeError as error:
+        raise SelfalignError(f"{where}: no valid JSON: a \\ud… escape is half of a character") from error
+    except (ValueError, RecursionError) as error:
+        raise SelfalignError(f"{where}: no valid JSON: {error}") from error
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the field {next(name for name in names if names.count(name) > 1)!r} stands twice in a row")
+    return made
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            rows = (row for batch in file.iter_batches(BATCH) for row in _plain_rows(batch))
+            yield from ((f"{path} row {index}", row) for index, row in enumerate(rows))
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(str(path), error) from error
+
+
+def _saved_rows(folder: Path) -> Iterator[tuple[str, Any]]:
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, DatasetsError) as error:
+        raise _unreadable(str(folder), error) from error
+    yield from _dataset_rows(str(folder), saved)
+
+
+def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    name, *parts = source.split(":")
+    config = parts[0] if len(parts) == 2 else None
+    try:
+        found = datasets.load_dataset(name, config, split=parts[-1] if parts else "train")
+    # A data set that is a program is refused with a RuntimeError.
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        raise _unreadable(source, error) from error
+    yield from _dataset_rows(source, found)
+
+
+def _dataset_rows(source: str, dataset: Any) -> Iterator[tuple[str, Any]]:
+    """The rows as they lie in the table, so that no picture or sound is unpacked on the way."""
+    rows = (row for table in dataset.with_format("arrow").iter(BATCH) for row in _plain_rows(table))
+    yield from ((f"{source} row {index}", row) for index, row in enumerate(rows))
+
+
+def _plain_rows(table: "pa.Table | pa.RecordBatch") -> Iterable[dict[str, Any]]:
+    """Rows as dictionaries, lists, texts and numbers; values that are stored as JSON texts are unpacked."""
+    packed = [field for field in table.schema if "arrow.json" in str(field.type)]
+    rows = table.to_pylist()
+    for row in rows:
+        row.update({field.name: _unpack(row[field.name], field.type) for field in packed})
+    return rows
+
+
+def _unpack(value: Any, kind: "pa.DataType") -> Any:
+    import pyarrow as pa
+
+    if value is None:
+        return None
+    if pa.types.is_struct(kind):
+        return {field.name: _unpack(value[field.name], field.type) for field in kind}
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return [_unpack(item, kind.value_type) for item in value]
+    return json.loads(value) if getattr(kind, "extension_name", "") == "arrow.json" else value
+
+
+def _unreadable(source: str, error: Exception) -> SelfalignError:
+    reason = " ".join(str(error).split())
+    return SelfalignError(
+        f"{source}: cannot be read as a data set ({reason[:300]}); check the name, file and network; a config of a hub "
+        "data set is named as owner/name:config:split"
+    )

@@ -1,0 +1,201 @@
+"""A row of given data: its fields without gaps, its id, and the refusal of what must not be passed over.
+
+A field is absent where it is missing, null, NaN or infinite; a text without a visible character counts as empty. What
+a row says beside the fields that are read (source, category, model, …) is passed over, but not what carries a part of
+the task or of the answer.
+"""
+
+import math
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn, TypeVar
+
+import msgspec
+
+from selfalign.errors import SelfalignError
+from selfalign.files import digest_json
+from selfalign.records import Demonstration, Instruction, PreferencePair, RankedAnswers
+
+UNREAD = (
+    "tools", "tool_calls", "functions", "function_call", "images", "image", "image_url", "videos", "video", "audios",
+    "audio", "documents", "reasoning_content", "thinking", "chat_template_kwargs",
+)  # fmt: skip
+"""Carry a part of the task or the answer that no record can hold: refused, in a row and in a turn, unless empty."""
+
+T = TypeVar("T")
+R = TypeVar("R", Demonstration, Instruction, PreferencePair, RankedAnswers)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row, and where it stands.
+
+    Attributes:
+        where: file and line, for messages.
+        fields: what it says by name, without gaps.
+    """
+
+    where: str
+    fields: dict[str, Any]
+
+    @classmethod
+    def of(cls, where: str, raw: dict[str, Any]) -> "Row":
+        """The row of a file or table.
+
+        Raises:
+            SelfalignError: a field that cannot be read is filled.
+        """
+        row = cls(where, _without_gaps(raw))
+        row.refuse_filled(UNREAD, row.fields)
+        return row
+
+    def refuse(self, message: str) -> NoReturn:
+        """Stops, naming the row.
+
+        Raises:
+            SelfalignError: always.
+        """
+        raise SelfalignError(f"{self.where}: {message}")
+
+    def refuse_filled(self, names: Iterable[str], fields: dict[str, Any], place: str = "", why: str = "") -> None:
+        """Stops where one of these fields says something.
+
+        Args:
+            names: the fields.
+            fields: of the row, or of an object in it.
+            place: where that object stands in the row.
+            why: what to do instead.
+
+        Raises:
+            SelfalignError: one is filled.
+        """
+        for name in names:
+            if name in fields and _is_filled(fields[name]):
+                why = why or "which no record here can hold; convert or remove such rows"
+                self.refuse(f"the field {place}{name} is filled ({shown(fields[name])}), {why}")
+
+    def text(self, name: str) -> str:
+        """A field that is a text; empty where it is absent, blank or a list of nothing.
+
+        Raises:
+            SelfalignError: it is something else.
+        """
+        value = self.fields.get(name) or ""
+        if not isinstance(value, str):
+            self.refuse(f"{name}: expected a text, got {shown(value)}")
+        return "" if is_blank(value) else value
+
+    def one_text(self, names: Iterable[str]) -> str:
+        """The only text among fields for the same place; empty where all are.
+
+        Raises:
+            SelfalignError: two of them say different things.
+        """
+        texts = {name: text for name in names if (text := self.text(name))}
+        if len(set(texts.values())) > 1:
+            self.refuse(f"{' and '.join(texts)} say different things, and there is place for one; leave one")
+        return next(iter(texts.values()), "")
+
+    def number(self, *names: str) -> float | None:
+        """The first of these fields that is there.
+
+        Raises:
+            SelfalignError: it is no number.
+        """
+        value = next((self.fields[name] for name in names if name in self.fields), None)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            self.refuse(f"{names[0]}: expected a number, got {shown(value)}")
+        return value
+
+    def own_id(self) -> str:
+        """The row's `id` as a text; empty where it has none. Tables turn whole numbers with gaps into 3.0, which is 3.
+
+        Raises:
+            SelfalignError: it is neither a text nor a whole number.
+        """
+        value = self.fields.get("id", "")
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            self.refuse(f"id: expected a text or a whole number, got {shown(value)}")
+        return "" if is_blank(str(value)) else str(value)
+
+    def typed(self, kind: type[T]) -> T:
+        """The row as a dataclass.
+
+        Raises:
+            SelfalignError: a field is missing or of another type.
+        """
+        try:
+            return msgspec.convert(self.fields, kind)
+        except msgspec.ValidationError as error:
+            raise SelfalignError(f"{self.where}: {error}") from error
+
+    def found(self) -> str:
+        """What the row has, to say with what is wanted."""
+        return ", ".join(f"{name} ({shown(value)})" for name, value in self.fields.items()) or "no field"
+
+
+def give_ids(read: Iterable[tuple[Row, R]], drops: Counter[str]) -> list[R]:
+    """The records with their ids: the row's own, or the digest of what the record says; equal rows are one.
+
+    A row that says the same under the same id was copied, often by a program, and in a set on a hub nobody can mend
+    it: the first stays, the others are counted as `duplicate`. Two that say different things under one id of their
+    own are no copies: whichever were dropped, something would be lost, and what is made of them could not be told
+    apart. Those are refused.
+
+    Raises:
+        SelfalignError: such two; both places are named.
+    """
+    kept: dict[str, R] = {}
+    places: dict[str, str] = {}
+    for row, record in read:
+        own = row.own_id()
+        named = replace(record, id=own or digest_json(msgspec.to_builtins(replace(record, id="")))[:16])
+        before = kept.setdefault(named.id, named)
+        if before is named:
+            places[named.id] = row.where
+        elif before == named:
+            drops["duplicate"] += 1
+        else:
+            row.refuse(f"the same id as {places[named.id]} ({named.id!r}), but other content; ids are unique")
+    return list(kept.values())
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text has no visible character: nothing but spaces, and marks of no width such as U+200B."""
+    return not text.strip() or all(c.isspace() or unicodedata.category(c) in ("Cf", "Cc") for c in text)
+
+
+def shown(value: Any) -> str:
+    """What kind of value it is; a short one itself."""
+    if isinstance(value, str):
+        return repr(value) if len(value) < 30 else "a text"
+    if isinstance(value, bool | int | float) or value is None:
+        return repr(value)
+    kinds = {list: f"a list of {len(value) if isinstance(value, list) else 0}", dict: "an object"}
+    return kinds.get(type(value), f"a {type(value).__name__}")
+
+
+def _is_filled(value: Any) -> bool:
+    """Whether a field says something; lists and objects of nothing do not, nor do texts that spell them."""
+    if isinstance(value, dict):
+        return any(map(_is_filled, value.values()))
+    if isinstance(value, list):
+        return any(map(_is_filled, value))
+    if isinstance(value, str):
+        return not is_blank(value) and value.strip() not in ("[]", "{}", "null")
+    return bool(value)
+
+
+def _without_gaps(value: Any) -> Any:
+    """A value without the fields that are null or no number, which a table puts where a field is missing."""
+    if isinstance(value, dict):
+        return {name: _without_gaps(item) for name, item in value.items() if not _is_gap(item)}
+    return [_without_gaps(item) for item in value] if isinstance(value, list) else value
+
+
+def _is_gap(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and not math.isfinite(value))

@@ -1,0 +1,229 @@
+"""What a row asks, in the ways instruction and chat data are written: as a text, or as the turns of a conversation."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from selfalign.records import Message, Prompt
+from selfalign.rows import UNREAD, Row, is_blank, shown
+
+ROLES = {
+    "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
+    "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
+}  # fmt: skip
+"""Who speaks, by what data call it."""
+
+CONVERSATIONS = ("messages", "conversations", "conversation")
+"""Fields with a list of turns; so may be `prompt`."""
+
+INSTRUCTIONS = ("instruction", "question", "query")
+"""Fields with a text that the user says."""
+
+INPUTS = ("input", "context")
+"""Fields with what an instruction is about; it is said behind the instruction and a blank line, as Alpaca's and
+Dolly's own programs do. `input` alone is an instruction."""
+
+SYSTEM = ("system", "system_prompt", "system_message")
+"""Fields with a system turn."""
+
+BESIDE = (*INPUTS, *SYSTEM, "history")
+"""Fields with a part of a task that stands in others."""
+
+TEXT_PARTS = ("text", "input_text", "output_text")
+"""Types of the parts of a message's content that are read; their texts follow each other without a space."""
+
+
+def as_prompt(instruction: str) -> list[Message]:
+    """An instruction as a conversation of one user turn."""
+    return [{"role": "user", "content": instruction}]
+
+
+def as_text(prompt: Prompt) -> str:
+    """A prompt to read: its only message, or its turns with their roles."""
+    if isinstance(prompt, str):
+        return prompt
+    return prompt[0]["content"] if len(prompt) == 1 else "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+
+
+def texts_in(prompt: Prompt) -> set[str]:
+    """What is said in a prompt: each turn, or the text."""
+    return {prompt} if isinstance(prompt, str) else {message["content"] for message in prompt}
+
+
+def instruction_of(prompt: Prompt) -> str:
+    """The instruction a prompt begins with, which can be understood alone: the user's first turn, or the text."""
+    if isinstance(prompt, str):
+        return prompt
+    return next(message["content"] for message in prompt if message["role"] == "user")
+
+
+def read_task(row: Row, begun: tuple[str, list[Message]] | None = None) -> Prompt:
+    """What a row asks; no turn where it asks nothing.
+
+    A text in `prompt` stays as it stands (TRL's standard format), so nothing can be joined to it. An instruction
+    becomes a user turn, with what it is about behind it, the turns of `history` before it, and before all `system`.
+    Turns are kept as they are, with the row's system turn first; a text beside them must be one the user says there.
+
+    Args:
+        row: the row.
+        begun: turns that stand in other fields, with these fields' name; None looks for a field with turns.
+
+    Raises:
+        SelfalignError: two fields contradict each other, or one has no place.
+    """
+    system, listed = row.one_text(SYSTEM), begun or listed_turns(row)
+    if listed:
+        name, turns = listed
+        row.refuse_filled((*INPUTS, "history"), row.fields, why=f"which has no place beside {name}")
+        said = [turn["content"] for turn in turns if turn["role"] == "user"]
+        for other in ("prompt", *INSTRUCTIONS):
+            text = row.fields.get(other)
+            if isinstance(text, str) and not is_blank(text) and text not in said:
+                row.refuse(f"{other} is a text, but no user turn of {name}")
+        return _with_system(row, turns, system)
+    if row.text("prompt"):
+        row.refuse_filled(
+            (*INSTRUCTIONS, *BESIDE),
+            row.fields,
+            why="which has no place in a prompt that is a text, taken as it stands; call that one instruction, which "
+            "becomes a user turn, or give prompt as a list of messages",
+        )
+        return row.text("prompt")
+    instruction = row.one_text(INSTRUCTIONS)
+    about = row.one_text(INPUTS) if instruction else row.text("context")
+    instruction = instruction or row.text("input")
+    if not instruction:
+        row.refuse_filled((*SYSTEM, "context", "history"), row.fields, why="but there is no instruction")
+        for name in ("prompt", *INSTRUCTIONS):
+            if isinstance(row.fields.get(name), str):
+                row.refuse(f"{name}: expected a text, got an empty one")
+        return []
+    asked = f"{instruction}\n\n{about}" if about else instruction
+    return _with_system(row, [*_past_turns(row), *as_prompt(asked)], system)
+
+
+def listed_turns(row: Row) -> tuple[str, list[Message]] | None:
+    """The field with a list of turns, and these; None where there is none.
+
+    Raises:
+        SelfalignError: two fields have different ones, or one has a text instead.
+    """
+    fields = row.fields
+    names = [name for name in ("prompt", *CONVERSATIONS) if isinstance(fields.get(name), list | dict) and fields[name]]
+    for name in CONVERSATIONS:
+        if isinstance(fields.get(name), str) and row.text(name):
+            row.refuse(f"{name}: expected a list of turns, got a text")
+    found = {name: read_turns(row, name) for name in names}
+    if any(turns != found[names[0]] for turns in found.values()):
+        row.refuse(f"{' and '.join(names)} are different conversations; leave one")
+    return (names[0], found[names[0]]) if names else None
+
+
+def read_turns(row: Row, name: str) -> list[Message]:
+    """The turns in a field: messages with role and content, or from and value; a system turn that is blank is none.
+
+    Raises:
+        SelfalignError: one is no turn, of an unknown role, or has anything but text in it.
+    """
+    value = row.fields[name]
+    items = [value] if isinstance(value, dict) else value
+    turns = [_read_turn(row, f"{name}[{index}]", item) for index, item in enumerate(items)]
+    return [turn for turn in turns if turn["role"] != "system" or not is_blank(turn["content"])]
+
+
+def _read_turn(row: Row, place: str, item: Any) -> Message:
+    if not isinstance(item, dict) or not {"role", "from"} & item.keys():
+        found = f"the fields {', '.join(item)}" if isinstance(item, dict) else shown(item)
+        row.refuse(f"{place}: a turn is an object with role and content, or from and value; got {found}")
+    row.refuse_filled((*UNREAD, "reasoning"), item, f"{place}.")
+    who = item.get("role", item.get("from"))
+    role = ROLES.get(who) if isinstance(who, str) else None
+    if role is None:
+        row.refuse(f"{place}: a turn's role is system, user (or human) or assistant (or gpt); got {shown(who)}")
+    content = item.get("content", item.get("value"))
+    if isinstance(content, list):
+        content = "".join(_read_part(row, f"{place}.content[{n}]", part) for n, part in enumerate(content))
+    if not isinstance(content, str):
+        row.refuse(f"{place}: a turn's content is a text, or a list of parts with text; got {shown(content)}")
+    return {"role": role, "content": content}
+
+
+def _read_part(row: Row, place: str, part: Any) -> str:
+    if isinstance(part, dict) and part.get("type", "text") in TEXT_PARTS:
+        part = part.get("text")
+    if not isinstance(part, str):
+        kind = part.get("type") if isinstance(part, dict) else part
+        row.refuse(f"{place}: only parts that are text can be read; got {shown(kind)}")
+    return part
+
+
+def _past_turns(row: Row) -> list[Message]:
+    """The turns of `history`, a list of [question, answer]."""
+    past = row.fields.get("history") or []
+    wanted = "history: expected a list of [question, answer]"
+    if not isinstance(past, list):
+        row.refuse(f"{wanted}, got {shown(past)}")
+    turns: list[Message] = []
+    for index, pair in enumerate(past):
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            row.refuse(f"{wanted}; history[{index}] is {shown(pair)}")
+        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    return turns
+
+
+def spoken(turns: Sequence[Message]) -> str:
+    """Who speaks, turn by turn, for messages."""
+    return ", ".join(turn["role"] for turn in turns) or "no turn"
+
+
+def only_answer(row: Row, name: str, turns: Sequence[Message]) -> str:
+    """The text of an answer that is given as turns.
+
+    Raises:
+        SelfalignError: these are not one turn of the assistant's.
+    """
+    if len(turns) != 1 or turns[0]["role"] != "assistant":
+        row.refuse(f"{name}: expected one turn of the assistant's behind the prompt, got {spoken(turns)}")
+    return turns[0]["content"]
+
+
+def _with_system(row: Row, turns: list[Message], system: str) -> list[Message]:
+    """The turns behind the row's system turn, which may be the first of them already.
+
+    Raises:
+        SelfalignError: they begin with another one.
+    """
+    if not system or turns[:1] == [{"role": "system", "content": system}]:
+        return turns
+    if turns and turns[0]["role"] == "system":
+        row.refuse("the system turn is another one than the row's system field; leave one")
+    return [{"role": "system", "content": system}, *turns]
+
+
+def check_prompt(row: Row, prompt: Prompt) -> None:
+    """Stops at a prompt that is no conversation so far.
+
+    Raises:
+        SelfalignError: its turns are not such.
+    """
+    fault = "" if isinstance(prompt, str) else fault_of(prompt)
+    if fault:
+        row.refuse(f"the prompt is no conversation: {fault}")
+
+
+def fault_of(turns: Sequence[Message]) -> str:
+    """What keeps turns from being a conversation so far; nothing where they are one.
+
+    A system turn may stand first; user and assistant follow each other in turn. The last turn may be the assistant's:
+    the response then continues it.
+    """
+    roles = [turn["role"] for turn in turns]
+    roles = roles[1:] if roles[:1] == ["system"] else roles
+    if "user" not in roles:
+        return "there is no turn of the user's"
+    if "system" in roles:
+        return "a system turn stands behind another turn"
+    if twice := [first for first, second in pairwise(roles) if first == second]:
+        return f"two turns of the {twice[0]}'s follow each other"
+    empty = [index for index, turn in enumerate(turns) if is_blank(turn["content"])]
+    return f"turn {empty[0] + 1} is empty" if empty else ""

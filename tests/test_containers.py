@@ -1,0 +1,386 @@
+"""Where data lie: the same rows from every kind of file, folder and hub, and a message for what is not read."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders import ROOT
+from data_hub import data_hub, parquet
+
+from selfalign.containers import identify_data, read_rows
+from selfalign.data import read_demonstrations, read_instructions, read_outputs, read_pairs, read_ranked
+from selfalign.errors import SelfalignError
+from selfalign.records import PreferencePair
+
+Rows = list[dict[str, Any]]
+NAN = float("nan")
+
+
+# --- containers --------------------------------------------------------------------------------------------------
+
+
+def as_lines(rows: Rows) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def write_jsonl(folder: Path, rows: Rows) -> str:
+    path = folder / "a.jsonl"
+    path.write_text(as_lines(rows))
+    return str(path)
+
+
+def write_marked(folder: Path, rows: Rows) -> str:
+    """With a byte order mark, Windows line ends and blank lines, as editors there leave it."""
+    path = folder / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + as_lines(rows).replace("\n", "\r\n\r\n").encode())
+    return str(path)
+
+
+def write_list(folder: Path, rows: Rows) -> str:
+    path = folder / "a.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(rows, indent=1).encode())
+    return str(path)
+
+
+def write_packed(folder: Path, rows: Rows) -> str:
+    path = folder / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(as_lines(rows).encode()))
+    return str(path)
+
+
+def write_parquet(folder: Path, rows: Rows) -> str:
+    path = folder / "a.parquet"
+    path.write_bytes(parquet(rows))
+    return str(path)
+
+
+def write_mixed(folder: Path, rows: Rows) -> str:
+    """As `datasets` writes values of several types: packed as JSON texts."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_list(rows, on_mixed_types="use_json").to_parquet(folder / "a.parquet")
+    return str(folder / "a.parquet")
+
+
+def save(folder: Path, rows: Rows) -> str:
+    """Saved by `datasets`, in another order than it was made."""
+    import datasets
+
+    turned = datasets.Dataset.from_list(rows[::-1]).select(range(len(rows) - 1, -1, -1))
+    turned.save_to_disk(folder / "saved")
+    return str(folder / "saved")
+
+
+def save_splits(folder: Path, rows: Rows) -> str:
+    import datasets
+
+    whole = datasets.Dataset.from_list(rows)
+    datasets.DatasetDict({"test": whole, "train": whole.select([0])}).save_to_disk(folder / "saved")
+    return f"{folder / 'saved'}:test"
+
+
+def write_folder(folder: Path, rows: Rows) -> str:
+    """A folder with a file for each split."""
+    (folder / "set").mkdir()
+    write_jsonl(folder / "set", rows)
+    (folder / "set/a.jsonl").rename(folder / "set/train.jsonl")
+    (folder / "set/test.jsonl").write_text("never read")
+    (folder / "set/README.md").write_text("# A set")
+    return str(folder / "set")
+
+
+def write_shards(folder: Path, rows: Rows) -> str:
+    """A split in several files, as a hub lays them out."""
+    (folder / "set/data").mkdir(parents=True)
+    for number, part in enumerate((rows[:1], rows[1:])):
+        (folder / f"set/data/test-0000{number}-of-00002-0a1b2c.parquet").write_bytes(parquet(part))
+        (folder / f"set/data/test_other-0000{number}-of-00002.parquet").write_bytes(b"never read")
+    return f"{folder / 'set'}:test"
+
+
+CONTAINERS: dict[str, Callable[[Path, Rows], str]] = {
+    "jsonl": write_jsonl, "bom_and_crlf": write_marked, "list": write_list, "gzip": write_packed,
+    "parquet": write_parquet, "mixed_types": write_mixed, "saved": save, "saved_split": save_splits,
+    "folder": write_folder, "shards": write_shards,
+}  # fmt: skip
+
+PAIR: dict[str, Any] = {"prompt": "Name a river.", "chosen": "The Nile.", "rejected": "A dog."}
+ANSWERS = [{"text": "a", "rank": 1, "score": 5}, {"text": "b", "rank": 2, "score": 1}]
+READERS: dict[str, tuple[Callable[[str], Any], Rows]] = {
+    "pairs": (read_pairs, [PAIR, PAIR | {"rejected": "A hen."}]),
+    "demonstrations": (
+        read_demonstrations,
+        [{"instruction": "Hi", "response": "Hello"}, {"instruction": "Ho", "response": "Hum"}],
+    ),
+    "instructions": (
+        lambda source: read_instructions(source, "evaluation"),
+        [{"instruction": "Hi", "category": "x"}, {"instruction": "Ho", "category": "y"}],
+    ),
+    "ranked": (
+        read_ranked,
+        [{"instruction": asked, "responses": ANSWERS} for asked in ("Hi", "Ho")],
+    ),
+    "outputs": (
+        read_outputs,
+        [{"instruction": asked, "output": "Well.", "dataset": "d"} for asked in ("Hi", "Ho")],
+    ),
+}  # fmt: skip
+
+
+def told(read: tuple[list[Any], Counter[str]]) -> tuple[list[Any], dict[str, int]]:
+    """What was read, without the places."""
+    records, drops = read
+    return [{n: v for n, v in as_fields(record).items() if n != "where"} for record in records], dict(+drops)
+
+
+def as_fields(record: Any) -> dict[str, Any]:
+    return {name: getattr(record, name) for name in type(record).__dataclass_fields__}
+
+
+@pytest.mark.parametrize("kind", READERS)
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_every_reader_gives_the_same_from_every_container(tmp_path: Path, container: str, kind: str) -> None:
+    """With nulls for what is not there, numbers for ids, no numbers for scores, and a row that stands twice."""
+    read, rows = READERS[kind]
+    plain = [{"id": str(number), **row} for number, row in enumerate(rows, start=7)]
+    gaps = {"chosen_score": NAN, "rejected_score": NAN, "source": "any", "score": None, "tools": None, "images": []}
+    given = [{**row, **gaps, "id": int(row["id"])} for row in plain]
+    given = [*given, given[0]]
+    (tmp_path / "plain").mkdir()
+    expected, _ = told(read(write_jsonl(tmp_path / "plain", plain)))
+    assert told(read(CONTAINERS[container](tmp_path, given))) == (expected, {"duplicate": 1})
+    assert len(expected) == 2
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_message_names_the_file_and_the_row(tmp_path: Path, container: str) -> None:
+    rows = [PAIR, PAIR | {"rejected": "A hen.", "images": ["a.png"]}]
+    where = {
+        "jsonl": r"a\.jsonl:2", "bom_and_crlf": r"a\.jsonl:3", "list": r"a\.json row 1", "gzip": r"a\.jsonl\.gz:2",
+        "saved": r"saved row 1", "saved_split": r"saved/test row 1", "folder": r"set/train\.jsonl:2",
+        "shards": r"set/data/test-00001-of-00002-0a1b2c\.parquet row 0",
+    }  # fmt: skip
+    source = CONTAINERS[container](tmp_path, [{"images": None, **row} for row in rows])
+    with pytest.raises(
+        SelfalignError, match=rf"{where.get(container, r'a.parquet row 1')}: the field images is filled"
+    ):
+        read_pairs(source)
+
+
+def test_turns_of_mixed_types_are_unpacked(tmp_path: Path) -> None:
+    """`datasets` keeps a content that is now a text, now a list of parts, as JSON texts."""
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": [{"type": "text", "text": "Hello"}]}]
+    (taught,), _ = read_demonstrations(write_mixed(tmp_path, [{"messages": turns}]))
+    assert (taught.prompt, taught.response) == ([{"role": "user", "content": "Hi"}], "Hello")
+
+
+def test_single_object_may_span_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(PAIR, indent=2))
+    assert list(read_rows(str(tmp_path / "a.json"))) == [(f"{tmp_path}/a.json:1", PAIR)]
+
+
+def test_rows_of_any_length_are_read(tmp_path: Path) -> None:
+    long = PAIR | {"chosen": "so it went " * 500_000}
+    (pair,), _ = read_pairs(write_jsonl(tmp_path, [long]))
+    assert pair.chosen == long["chosen"]
+
+
+def test_pictures_of_a_table_are_refused_and_not_unpacked(tmp_path: Path) -> None:
+    import datasets
+
+    features = datasets.Features({**dict.fromkeys(PAIR, datasets.Value("string")), "image": datasets.Image()})
+    rows = [{**PAIR, "image": {"bytes": b"no picture at all", "path": None}}]
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "saved")
+    with pytest.raises(SelfalignError, match=r"saved row 0: the field image is filled \(an object\)"):
+        read_pairs(str(tmp_path / "saved"))
+
+
+# --- what is not read --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": 1}\n{"a": 1,}\n', r"a\.jsonl:2: no valid JSON: .* \(character [89]\)"),
+        ('{"a": 1} {"a": 2}\n', r"a\.jsonl:1: no valid JSON: Extra data \(character 10\)"),
+        ('{"a": 1}\n{"a": 1, "a": 2}\n', r"a\.jsonl:2: .*the field 'a' stands twice in a row"),
+        ('{"a": {"b": 1, "b": 1}}\n', r"a\.jsonl:1: .*the field 'b' stands twice in a row"),
+        ('{"a": "\\ud83d"}\n', r"a\.jsonl:1: no valid JSON: a \\ud… escape is half of a character"),
+        ('{"a": 1}\n"a text"\n', r"a\.jsonl:2: a row is an object with named fields; got str"),
+        ("[1]", r"a\.jsonl row 0: a row is an object with named fields; got int"),
+        ('[{"a": 1},\n {"a": }]', r"a\.jsonl: no valid JSON: Expecting value \(line 2, character 8\)"),
+        ("[" * 100_000, r"a\.jsonl: no valid JSON: maximum recursion depth"),
+        ("[]", r"a\.jsonl: no rows"),
+        (" \n\n", r"a\.jsonl: the file is empty; expected one JSON object a line, or a list of them"),
+    ],
+    ids=["trailing_comma", "two_rows_a_line", "key_twice", "inner_key_twice", "half_a_character", "text", "number",
+         "broken_list", "deep", "empty_list", "blank"],
+)  # fmt: skip
+def test_broken_json_is_named_by_line_and_character(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(SelfalignError, match=message):
+        list(read_rows(str(tmp_path / "a.jsonl")))
+
+
+def test_whole_surrogate_pairs_are_characters(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"a": "\\ud83d\\ude00"}\n')
+    assert [row for _, row in read_rows(str(tmp_path / "a.jsonl"))] == [{"a": "😀"}]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl.zst", "a.arrow", "a.txt.gz", "a.xlsx"])
+def test_kinds_of_files_that_are_not_read_are_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("prompt,chosen,rejected\n")
+    with pytest.raises(SelfalignError, match=rf"{name}: \.\w+ files are not read; write it as \.jsonl or \.parquet"):
+        read_pairs(str(tmp_path / name))
+    with pytest.raises(SelfalignError, match=rf"data\.path: .*{name}: \.\w+ files are not read"):
+        identify_data(str(tmp_path / name), "data.path")
+
+
+def test_file_that_is_not_packed_as_its_name_says_is_named(tmp_path: Path) -> None:
+    for content in (b'{"a": 1}\n', gzip.compress(b'{"a": 1}\n' * 1000)[:-20]):
+        (tmp_path / "a.jsonl.gz").write_bytes(content)
+        with pytest.raises(SelfalignError, match=r"a\.jsonl\.gz: cannot be unpacked as gzip"):
+            list(read_rows(str(tmp_path / "a.jsonl.gz")))
+
+
+@pytest.mark.parametrize(
+    ("files", "split", "message"),
+    [
+        ([], "", r"none of its files could be the split 'train'; .* \(it holds nothing\)"),
+        (["a.jsonl", "b.jsonl"], "", r"name one file, or .*:SPLIT \(it holds a\.jsonl, b\.jsonl\)"),
+        (["train.jsonl", "train.parquet"], "", r"files of several kinds could be the split 'train'"),
+        (["train.jsonl", "data/train.jsonl"], "", r"files of several kinds could be the split 'train'"),
+        (["train.jsonl"], ":test", r"none of its files could be the split 'test'; .*\(it holds train\.jsonl\)"),
+        (["train_prefs.jsonl", "x.csv"], ":train", r"none of its files could be the split 'train'"),
+    ],
+    ids=["empty", "several", "two_kinds", "two_places", "other_split", "longer_name"],
+)
+def test_folder_without_the_split_says_what_it_holds(
+    tmp_path: Path, files: list[str], split: str, message: str
+) -> None:
+    for name in files:
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).write_text(as_lines([PAIR]))
+    (tmp_path / "set").mkdir(exist_ok=True)
+    with pytest.raises(SelfalignError, match=rf"^data\.path: .*set: is a folder, and .*{message}"):
+        identify_data(f"{tmp_path / 'set'}{split}", "data.path")
+    with pytest.raises(SelfalignError, match=message):
+        read_pairs(f"{tmp_path / 'set'}{split}")
+
+
+def test_only_data_file_of_a_folder_is_taken_whatever_its_name(tmp_path: Path) -> None:
+    write_jsonl(tmp_path, [PAIR])
+    (tmp_path / "README.md").write_text("# A set")
+    assert read_pairs(str(tmp_path)) == read_pairs(str(tmp_path / "a.jsonl"))
+
+
+def test_saved_set_says_which_splits_it_has(tmp_path: Path) -> None:
+    source = save_splits(tmp_path, [PAIR, PAIR | {"chosen": "Rhine"}])
+    folder = source.removesuffix(":test")
+    assert len(read_pairs(folder)[0]) == 1, "train, where nothing is said"
+    with pytest.raises(
+        SelfalignError, match=r"saved: has no split 'dev'; choose with .*:SPLIT among \['test', 'train'"
+    ):
+        read_pairs(f"{folder}:dev")
+    with pytest.raises(SelfalignError, match=r"saved/test: is one saved data set, without splits; leave out :dev"):
+        read_pairs(f"{folder}/test:dev")
+
+
+def test_damaged_saved_set_is_refused(tmp_path: Path) -> None:
+    source = save(tmp_path, [PAIR])
+    for file in Path(source).glob("*.arrow"):
+        file.unlink()
+    with pytest.raises(SelfalignError, match=r"saved: cannot be read as a data set"):
+        read_pairs(source)
+
+
+# --- identity ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("container", ["saved", "saved_split", "folder", "shards"])
+def test_folder_is_identified_by_what_is_read_of_it(tmp_path: Path, container: str) -> None:
+    digests = []
+    for name, rows in (("a", [PAIR, PAIR]), ("b", [PAIR, PAIR]), ("c", [PAIR, PAIR | {"chosen": "Rhine"}])):
+        (tmp_path / name).mkdir()
+        digests.append(identify_data(CONTAINERS[container](tmp_path / name, rows), "k"))
+    if container.startswith("saved"):  # What `datasets` writes beside the rows is different every time.
+        assert digests[0] != digests[2]
+    else:
+        assert digests[0] == digests[1] != digests[2]
+
+
+def test_other_splits_do_not_change_a_folder_s_identity(tmp_path: Path) -> None:
+    source = write_folder(tmp_path, [PAIR])
+    before = identify_data(source, "k")
+    (tmp_path / "set/test.jsonl").write_text("changed")
+    assert identify_data(source, "k") == before == identify_data(f"{source}:train", "k")
+
+
+# --- the hub -----------------------------------------------------------------------------------------------------
+
+README = b"""---
+configs:
+- config_name: one
+  data_files:
+  - {split: train, path: one/train-*}
+  - {split: test, path: one/test-*}
+- config_name: two
+  data_files:
+  - {split: train, path: two/train-*}
+---
+"""
+READ_ALL = """
+import json, sys
+from selfalign.data import read_pairs
+from selfalign.errors import SelfalignError
+for source in sys.argv[1:]:
+    try:
+        pairs, drops = read_pairs(source)
+        print(json.dumps([[pair.id, pair.prompt] for pair in pairs] + [dict(+drops)]))
+    except SelfalignError as error:
+        print(json.dumps(str(error)))
+"""
+
+
+def test_config_and_split_of_a_hub_set_are_read_like_any_file(tmp_path: Path) -> None:
+    def part(*prompts: str) -> bytes:
+        return parquet([PAIR | {"id": 3, "prompt": p, "tools": None, "chosen_score": NAN} for p in prompts])
+
+    files = {
+        "README.md": README, "one/train-00000-of-00001.parquet": part("1"),
+        "one/test-00000-of-00001.parquet": part("t", "t"), "two/train-00000-of-00001.parquet": part("2"),
+    }  # fmt: skip
+    sources = ["owner/set:one:train", "owner/set:one:test", "owner/set:two:train", "owner/set", "owner/set:one:dev"]
+    with data_hub("owner/set", files) as address:
+        given = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+        given |= {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+        command = [sys.executable, "-c", READ_ALL, *sources]
+        done = subprocess.run(command, cwd=ROOT, env=given, check=True, capture_output=True, text=True)
+    first, second, third, without, wrong = map(json.loads, done.stdout.splitlines())
+    assert (first, second, third) == ([["3", "1"], {}], [["3", "t"], {"duplicate": 1}], [["3", "2"], {}])
+    assert "owner/set: cannot be read as a data set (Config name is missing" in without
+    assert "'one', 'two'" in without
+    assert "owner/name:config:split" in without
+    assert 'Unknown split "dev"' in wrong
+    assert "['train', 'test']" in wrong
+
+
+@pytest.mark.parametrize("source", ["owner/set:a:b:c", "owner/set:", "owner/set::train", "../set"])
+def test_name_that_is_no_hub_id_is_refused_with_the_kinds(source: str) -> None:
+    with pytest.raises(SelfalignError, match=r"is no data: give shipped:NAME, .* hub id owner/name"):
+        identify_data(source, "data.path")
+
+
+def test_row_of_a_table_without_a_value_is_a_row_without_the_field(tmp_path: Path) -> None:
+    source = write_parquet(tmp_path, [PAIR | {"id": None}, PAIR | {"id": 3, "chosen": "Rhine"}])
+    pairs, _ = read_pairs(source)
+    assert [type(pair) for pair in pairs] == [PreferencePair] * 2
+    assert (len(pairs[0].id), pairs[1].id) == (16, "3")
