@@ -42,10 +42,6 @@ examples:
   selfalign-evaluate outputs/demo-1a2b3c4d /models/other evaluate.count=100 evaluate.against=outputs.json
   selfalign-evaluate /models/one /models/other track=none evaluate.head_to_head.model=/models/judge"""
 
-KEPT = "what was finished is kept, the same command continues from it"
-DISK_FULL = ("No space left on device", "PytorchStreamWriter failed writing")
-"""How safetensors and torch say it, which raise no OSError."""
-
 
 def main() -> None:
     """Runs the command line; exit code 0, 1 for what the user can mend, 130 for Ctrl-C."""
@@ -126,6 +122,7 @@ def explain(error: BaseException) -> str | None:
     from omegaconf.errors import OmegaConfBaseException
 
     from selfalign.errors import SelfalignError
+    from selfalign.failures import explain_failure
 
     if isinstance(error, SelfalignError):
         return str(error)
@@ -134,12 +131,7 @@ def explain(error: BaseException) -> str | None:
         causes = [f"cannot read {override!r}:"] if override else []
         causes += [str(e) for e in (error, error.__cause__) if e is not None]
         return " ".join(" ".join(causes).replace("\n", " ").split())
-    if isinstance(error, OSError) and error.errno is not None:
-        place = f"{error.filename}: " if error.filename else ""
-        return f"{place}{error.strerror}; {KEPT}"
-    if any(sign in str(error) for sign in DISK_FULL):
-        return f"No space left on device; {KEPT}"
-    return None
+    return explain_failure(error)
 
 
 def set_environment() -> None:

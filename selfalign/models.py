@@ -16,6 +16,7 @@ import torch
 
 from selfalign.builtin import BUILDERS
 from selfalign.errors import SelfalignError
+from selfalign.failures import is_out_of_memory
 from selfalign.files import digest_file, digest_json, read_json, read_text, write_json
 from selfalign.quantization import check_quantization, keep_layers_differentiable, quantise_on_load
 
@@ -350,6 +351,8 @@ def _load_checkpoint(folder: Path, dtype: str, *, trust_remote_code: bool = Fals
             **options,
         )
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = str(error).strip().splitlines()[0]
         raise SelfalignError(f"{folder}: the model cannot be loaded ({reason}); its files may be damaged") from error
     model, report = loaded

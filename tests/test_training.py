@@ -435,7 +435,25 @@ def test_the_newest_checkpoint_is_taken_by_number(tmp_path: Path) -> None:
     for step in (2, 10, 9):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
-        (folder / "trainer_state.json").write_text("{}")
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+@pytest.mark.parametrize(
+    ("name", "state"),
+    [
+        ("checkpoint-20", "[]"),
+        ("checkpoint-20", "{}"),
+        ("checkpoint-20", '{"global_step": 10}'),
+        ("checkpoint-20", '{"global_step": 20, "foreign": 1}'),
+        ("checkpoint-best", '{"global_step": 20}'),
+        ("checkpoint-", '{"global_step": 20}'),
+    ],
+)
+def test_folder_of_something_else_is_no_checkpoint(tmp_path: Path, name: str, state: str) -> None:
+    for folder, text in (("checkpoint-10", '{"global_step": 10}'), (name, state)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "trainer_state.json").write_text(text)
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
 
 
