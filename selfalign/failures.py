@@ -48,7 +48,7 @@ def explain_failure(error: BaseException) -> str | None:
         return explain_system_error(refused)
     if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
         broken = ascii(error.object[max(0, error.start - 40) : error.end + 20])
-        return f"{broken} is no Unicode: a path that is not UTF-8, or half a character; rename or mend it"
+        return f"{broken} is not UTF-8: rename the path or mend the text, or set LC_ALL=C.UTF-8"
     return None
 
 

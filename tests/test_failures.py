@@ -178,5 +178,5 @@ def test_path_that_is_no_utf_8_is_said_to_be_none() -> None:
     with pytest.raises(UnicodeEncodeError) as caught:
         "/models/\udcff/mine".encode()
     assert explain(caught.value) == (
-        r"'/models/\udcff/mine' is no Unicode: a path that is not UTF-8, or half a character; rename or mend it"
+        r"'/models/\udcff/mine' is not UTF-8: rename the path or mend the text, or set LC_ALL=C.UTF-8"
     )
