@@ -337,7 +337,6 @@ def _find_checkpoint(config: ModelConfig, key: str = "model.path") -> Path:
 
 
 def _load_checkpoint(folder: Path, dtype: str, *, trust_remote_code: bool = False, **options: Any) -> "PreTrainedModel":
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
@@ -350,11 +349,12 @@ def _load_checkpoint(folder: Path, dtype: str, *, trust_remote_code: bool = Fals
             output_loading_info=True,
             **options,
         )
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # Over files of others transformers stumbles in every way, down to a bare Exception.
         if is_out_of_memory(error):
             raise
-        reason = str(error).strip().splitlines()[0]
-        raise SelfalignError(f"{folder}: the model cannot be loaded ({reason}); its files may be damaged") from error
+        raise SelfalignError(
+            f"{folder}: the model cannot be loaded ({_reason(error)}); its files may be damaged"
+        ) from error
     model, report = loaded
     wrong = sorted(report["missing_keys"]) + sorted(report["unexpected_keys"]) + sorted(report["mismatched_keys"])
     if wrong:
@@ -367,8 +367,15 @@ def _load_tokenizer(folder: Path, trust_remote_code: bool) -> "Tokenizer":
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise SelfalignError(f"{folder}: no tokenizer can be loaded from it ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # As above: of tokenizers' own it is a bare one.
+        raise SelfalignError(f"{folder}: no tokenizer can be loaded from it ({_reason(error)})") from error
+
+
+def _reason(error: Exception) -> str:
+    """What a library says, in a line; its kind too where that says more."""
+    said = " ".join(str(error).split())[:300]
+    plain = said and isinstance(error, OSError | ValueError | RuntimeError)
+    return said if plain else f"{type(error).__name__}: {said}"
 
 
 def _settle_adapter_config(path: Path) -> None:
