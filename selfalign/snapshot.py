@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.checkpoint import CheckpointException, state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from selfalign import processes
@@ -95,7 +96,7 @@ def _read(folder: Path, tensors: dict[str, Tensor], schedule: Any) -> dict[str, 
     reader = HuggingFaceStorageReader(str(folder))
     try:
         # torch would log a failure here with a traceback, and would not miss a file between two others.
-        known = reader.read_metadata().state_dict_metadata
+        known: Any = reader.read_metadata().state_dict_metadata
         for name, tensor in tensors.items():
             if sum(chunk.sizes.numel() for chunk in known[name].chunks) != tensor.numel():
                 raise ValueError(f"parts of {name} are missing")

@@ -10,17 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from builders import LIMIT, file_limit, instruction
+from builders import LIMIT, composed, file_limit, instruction
 from safetensors import SafetensorError
 
 from selfalign.__main__ import explain
 from selfalign.errors import SelfalignError
-from selfalign.experiment import LogHandler, log_file
+from selfalign.experiment import LogHandler, log_file, told_keys, was_done
 from selfalign.failures import KEPT, fits, is_out_of_memory, naming, system_error
 from selfalign.files import write_json
 from selfalign.journal import Journal
 from selfalign.models import PolicyFiles
 from selfalign.records import write_records
+from selfalign.reporter import report
 from selfalign.store import Store, Workspace
 
 
@@ -180,3 +181,21 @@ def test_path_that_is_no_utf_8_is_said_to_be_none() -> None:
     assert explain(caught.value) == (
         r"'/models/\udcff/mine' is not UTF-8: rename the path or mend the text, or set LC_ALL=C.UTF-8"
     )
+
+
+# --- what a run has written about itself -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "read"), [("finished.json", None), ("summary.json", told_keys)])
+def test_damaged_file_of_a_run_is_named_with_what_to_delete(tmp_path: Path, name: str, read: Any) -> None:
+    (tmp_path / name).write_text('{"tra')
+    said = rf"^{tmp_path}/{name}: damaged; delete it, and the same command writes it again$"
+    with pytest.raises(SelfalignError, match=said):
+        read(tmp_path) if read else was_done(composed("experiment=smoke")[0], tmp_path)
+
+
+def test_damaged_run_is_one_line_of_the_report_too(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    (tmp_path / "summary.json").write_text('{"config')
+    with pytest.raises(SelfalignError, match=rf"^{tmp_path}: its files are damaged"):
+        report([tmp_path])
