@@ -80,7 +80,8 @@ def one_line_errors(interrupted: str) -> Iterator[None]:
             traceback.print_exc()
             message = "this is a bug in selfalign; please report it with the traceback above"
         where = "" if processes.is_main() else f" in process {processes.rank()}"
-        print(f"error{where}: {message}", file=sys.stderr, flush=True)
+        for line in message.splitlines():  # Where several things are missing, each has its own.
+            print(f"error{where}: {line}", file=sys.stderr, flush=True)
         sys.exit(1)
 
 

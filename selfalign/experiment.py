@@ -15,6 +15,7 @@ from selfalign.failures import naming
 from selfalign.files import read_json, write_json
 from selfalign.pipeline import run_pipeline
 from selfalign.plan import plan
+from selfalign.preflight import preflight
 from selfalign.publish import check_login, publish
 from selfalign.report import log_tables, write_report
 from selfalign.run import Fellow, Look, NotMadeYet, Run, StageFunction, open_folder, run_folder, write_provenance
@@ -65,10 +66,13 @@ def _run(
             return folder, True
         begin()
         if there is None:
+            preflight(config, ())
             run_pipeline(config, Fellow(store, attempt))
             return folder, False
         open_folder(folder, config_yaml, anew=told_keys(folder) not in ({}, there.there))
-        with log_file(folder / "run.log"), config.track.open(folder, plain) as tracker:
+        with log_file(folder / "run.log"), ExitStack() as tracked:
+            preflight(config, there.there)
+            tracker = tracked.enter_context(config.track.open(folder, plain))
             print(plan_text(plan(config), there), flush=True)
             run = Run(folder, store, tracker, attempt)
             with accounted(run, config.seed):

@@ -315,6 +315,27 @@ def _files_of(config: ModelConfig) -> list[str]:
     return [*MODEL_FILES, "*.py"] if config.trust_remote_code else MODEL_FILES
 
 
+def find_local(config: ModelConfig, key: str) -> Path | None:
+    """The folder of a model that is on this machine already; None for one that is built, or still to be fetched.
+
+    Raises:
+        SelfalignError: there is no such folder, which is the setting `key`, or no such template.
+    """
+    try:
+        _read_template(config) if config.chat_template else ""
+    except SelfalignError as error:
+        raise SelfalignError(f"model.chat_template: {error}") from error
+    if config.path in BUILDERS:
+        return None
+    hub = config.path.count("/") == 1 and not config.path.startswith(("/", ".", "~"))
+    if not hub or Path(config.path).is_dir():
+        return _find_checkpoint(config, key)
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(config.path, "config.json", revision=config.revision)
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
 def _find_checkpoint(config: ModelConfig, key: str = "model.path") -> Path:
     folder = Path(config.path).expanduser()
     if folder.is_dir():

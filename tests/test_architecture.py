@@ -17,7 +17,18 @@ from selfalign.config import COMPONENTS, ExperimentConfig
 from selfalign.errors import SelfalignError
 
 PACKAGE = ROOT / "selfalign"
-METHOD = {"contest", "given", "roles", "held_out", "evaluation", "pipeline", "plan", "rehearsal", "dry_run"}
+METHOD = {
+    "contest",
+    "given",
+    "roles",
+    "held_out",
+    "evaluation",
+    "pipeline",
+    "plan",
+    "rehearsal",
+    "dry_run",
+    "preflight",
+}
 ABOVE_STAGES = METHOD | {
     "experiment",
     "evaluator",
@@ -99,7 +110,7 @@ def test_stage_knows_core_modules_only(name: str) -> None:
 
 
 def test_imports_above_the_stages_point_one_way() -> None:
-    order = ["contest", "pipeline", "plan", "experiment", "sweep", "config", "multirun", "__main__"]
+    order = ["contest", "pipeline", "plan", "preflight", "experiment", "sweep", "config", "multirun", "__main__"]
     for name in order:
         above = set(order[order.index(name) + 1 :])
         assert not own_imports(modules()[name], typing=False) & above, name

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from selfalign.endpoint import Endpoint, Reply
 from selfalign.judges.attempts import Wish, Written, WrittenScore, first_wishes, write_judgements
 from selfalign.judges.bench import Bench, Judged, Subject
-from selfalign.records import FinishReason
+from selfalign.records import FinishReason, Instruction, given_response
 
 FINISH = {"too_long": "", "length": FinishReason.LENGTH.value}
 """Why a text ended; everything else the server says counts as its own end."""
@@ -52,6 +52,11 @@ class ExternalScore(WrittenScore):
                 model=self.endpoint.name,
             )
         return Judged(judgements=judgements, counts=self.endpoint.usage(replies))
+
+    def probe(self) -> dict[str, Any]:
+        """A request as any other, about one word."""
+        asked = Instruction(id="probe", text="Greet me.", source="given")
+        return self._request(Wish(Subject(asked, given_response("probe-1", asked.id, "Hello.", "probe")), 1, 1, 0))
 
     def _request(self, wish: Wish) -> dict[str, Any]:
         return {

@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from selfalign.batches import Group, share_prompt
 from selfalign.data import as_prompt
@@ -143,17 +143,23 @@ class Referee:
     def _ask(self, bench: Bench, showings: Sequence[Showing], counts: Counts) -> list[Reading]:
         """The verdicts a server writes."""
         requests = {
-            f"{showing.duel.id}{'-swapped' * showing.swapped}": {
-                "messages": self.ask(showing.duel.instruction.text, *showing.texts),
-                "temperature": 0,
-                "max_tokens": self.verdict_tokens,
-            }
+            f"{showing.duel.id}{'-swapped' * showing.swapped}": self._request(
+                showing.duel.instruction.text, *showing.texts
+            )
             for showing in showings
         }
         with self.endpoint.open(f"{self.key}.endpoint") as client:
             replies = list(client.complete_all(requests, bench.journal, 1).values())
         counts |= self.endpoint.usage(replies)
         return [parse_verdict(reply.text, reply.finish) for reply in replies]
+
+    def probe(self) -> dict[str, Any]:
+        """A request to the server as any other, about two words."""
+        return self._request("Greet me.", "Hello.", "Hi.")
+
+    def _request(self, instruction: str, first: str, second: str) -> dict[str, Any]:
+        asked = self.ask(instruction, first, second)
+        return {"messages": asked, "temperature": 0, "max_tokens": self.verdict_tokens}
 
 
 def mean_length(responses: Sequence[Response]) -> float:
