@@ -137,8 +137,12 @@ def explain(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, HydraException | OmegaConfBaseException):
         said = " ".join(" ".join(str(e) for e in (error, error.__cause__) if e is not None).split())
+        said = said.partition(" Config search path: ")[0]
         override = getattr(error, "override", None)  # Hydra knows it, but does not say it.
-        return _explain_override(override, said) if override else _explain_ambiguous(said) or said
+        plugin = (
+            "; pip install 'selfalign[sweep]'" if re.search("Could not find 'hydra/(launcher|sweeper)/", said) else ""
+        )
+        return _explain_override(override, said) if override else _explain_ambiguous(said) or said + plugin
     return explain_failure(error)
 
 

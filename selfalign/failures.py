@@ -46,6 +46,8 @@ def explain_failure(error: BaseException) -> str | None:
     refused = system_error(error)
     if refused is not None:
         return explain_system_error(refused)
+    if is_out_of_memory(error):  # Outside of a stage, which `fits` would name.
+        return f"there is no memory left ({' '.join(str(error).split())[:200] or type(error).__name__}); {KEPT}"
     if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
         broken = ascii(error.object[max(0, error.start - 40) : error.end + 20])
         return f"{broken} is not UTF-8: rename the path or mend the text, or set LC_ALL=C.UTF-8"

@@ -160,6 +160,13 @@ def test_unknown_option_is_answered_with_those_there_are(call: Callable[..., Sai
     assert all(option in said.err for option in ("dpo", "ipo", "sr_dpo", "sr_ipo", "positives"))
 
 
+def test_launcher_that_is_not_installed_is_answered_with_how_to_install_it(call: Callable[..., Said]) -> None:
+    said = call("-m", "experiment=smoke", "hydra/launcher=nosuch", "seed=1")
+    assert said.err.startswith("error: In 'hydra/config': Could not find 'hydra/launcher/nosuch' Available options in ")
+    assert said.err.endswith("; pip install 'selfalign[sweep]'\n")
+    assert "search path" not in said.err
+
+
 def test_error_of_a_sweep_sets_the_exit_code_though_other_jobs_ran(call: Callable[..., Said], tmp_path: Path) -> None:
     said = call(
         "-m", "experiment=smoke", "model=pretrained", "model.path=/nowhere/a,/nowhere/b", f"output_dir={tmp_path}"

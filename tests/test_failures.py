@@ -172,6 +172,10 @@ def test_lack_of_memory_is_told_from_other_errors(error: Exception, lack: bool) 
         raise error
 
 
+def test_lack_of_memory_outside_of_a_stage_is_no_bug() -> None:
+    assert explain(MemoryError()) == f"there is no memory left (MemoryError); {KEPT}"
+
+
 # --- text --------------------------------------------------------------------------------------------------------
 
 
