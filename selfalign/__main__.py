@@ -3,8 +3,12 @@
 `selfalign --help` answers without importing torch; everything heavy is imported once a configuration is there.
 """
 
+import io
 import logging
 import os
+import re
+import select
+import shlex
 import sys
 import traceback
 import warnings
@@ -42,13 +46,10 @@ examples:
   selfalign-evaluate outputs/demo-1a2b3c4d /models/other evaluate.count=100 evaluate.against=outputs.json
   selfalign-evaluate /models/one /models/other track=none evaluate.head_to_head.model=/models/judge"""
 
-KEPT = "what was finished is kept, the same command continues from it"
-DISK_FULL = ("No space left on device", "PytorchStreamWriter failed writing")
-"""How safetensors and torch say it, which raise no OSError."""
-
 
 def main() -> None:
     """Runs the command line; exit code 0, 1 for what the user can mend, 130 for Ctrl-C."""
+    set_streams()
     if any(flag in sys.argv[1:] for flag in ("--help", "-h")):
         with suppress(BrokenPipeError):  # as in `selfalign --help | head`
             print(help_text(), flush=True)
@@ -66,24 +67,28 @@ def one_line_errors(interrupted: str) -> Iterator[None]:
     full_error = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
     try:
         yield
+        sys.stdout.flush()  # Here, where it is noticed if nobody reads it any more.
     except KeyboardInterrupt:
         print(f"\n{interrupted}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if full_error:
             raise
-        message = explain(error)
+        message = _nobody_reads() if isinstance(error, BrokenPipeError) else None
+        message = message or explain(error)
         if message is None:
             traceback.print_exc()
             message = "this is a bug in selfalign; please report it with the traceback above"
         where = "" if processes.is_main() else f" in process {processes.rank()}"
-        print(f"error{where}: {message}", file=sys.stderr, flush=True)
+        for line in message.splitlines():  # Where several things are missing, each has its own.
+            print(f"error{where}: {line}", file=sys.stderr, flush=True)
         sys.exit(1)
 
 
 def evaluate() -> None:
     """Runs `selfalign-evaluate`; exit codes as of `main`, 2 for nothing to evaluate."""
-    sources = [argument for argument in sys.argv[1:] if "=" not in argument]
+    set_streams()
+    sources = [argument for argument in sys.argv[1:] if "=" not in argument or Path(argument).exists()]
     if not sources or any(source.startswith("-") for source in sources):
         print(EVALUATE, file=sys.stderr)
         sys.exit(0 if {"-h", "--help"} & set(sources) else 2)
@@ -93,7 +98,7 @@ def evaluate() -> None:
 
         with processes.joined():
             set_messages()
-            evaluate_models(sources, [argument for argument in sys.argv[1:] if "=" in argument], conf_folder())
+            evaluate_models(sources, [a for a in sys.argv[1:] if a not in sources], conf_folder())
 
 
 def help_text() -> str:
@@ -126,20 +131,72 @@ def explain(error: BaseException) -> str | None:
     from omegaconf.errors import OmegaConfBaseException
 
     from selfalign.errors import SelfalignError
+    from selfalign.failures import explain_failure
 
     if isinstance(error, SelfalignError):
         return str(error)
     if isinstance(error, HydraException | OmegaConfBaseException):
+        said = " ".join(" ".join(str(e) for e in (error, error.__cause__) if e is not None).split())
+        said = said.partition(" Config search path: ")[0]
         override = getattr(error, "override", None)  # Hydra knows it, but does not say it.
-        causes = [f"cannot read {override!r}:"] if override else []
-        causes += [str(e) for e in (error, error.__cause__) if e is not None]
-        return " ".join(" ".join(causes).replace("\n", " ").split())
-    if isinstance(error, OSError) and error.errno is not None:
-        place = f"{error.filename}: " if error.filename else ""
-        return f"{place}{error.strerror}; {KEPT}"
-    if any(sign in str(error) for sign in DISK_FULL):
-        return f"No space left on device; {KEPT}"
-    return None
+        plugin = (
+            "; pip install 'selfalign[sweep]'" if re.search("Could not find 'hydra/(launcher|sweeper)/", said) else ""
+        )
+        return _explain_override(override, said) if override else _explain_ambiguous(said) or said + plugin
+    return explain_failure(error)
+
+
+def _explain_override(override: str, said: str) -> str:
+    """How an override that cannot be read is written; `said` is what Hydra says of it."""
+    if not re.match(r"[+~]*[A-Za-z_][\w.@:/$-]*=", override, re.ASCII):
+        return f"cannot read {override!r}: expected key=value or group=option"
+    function = re.search(r"while evaluating '.*?': (.*?)(?= See https?:|$)", said)
+    reason = f"{function[1]}; " if function else ""
+    each = "; in a sweep each of its values by itself" if "," in override else ""
+    return (
+        f"cannot read {override!r}: {reason}a text with other signs than letters, digits, spaces and /-\\+.$%*@:?| is "
+        f"quoted, and once more for the shell: {_command()} {quoted(override)}{each}"
+    )
+
+
+def _explain_ambiguous(said: str) -> str | None:
+    """What an override with commas can mean, if that is what Hydra asks about."""
+    found = re.match(r"Ambiguous value for argument '(.*)' 1\. To use it as a list", said)
+    if found is None:
+        return None
+    key, _, value = found[1].partition("=")
+    one_list = shlex.quote(f"{key}=[{value}]")
+    return (
+        f"{found[1]!r} has several values: add -m for a sweep over them, write {one_list} for a list, or "
+        f"{quoted(found[1])} for a text with commas"
+    )
+
+
+def quoted(override: str) -> str:
+    """An override whose value is one text, as Hydra reads it and as a shell passes it on."""
+    key, _, value = override.partition("=")
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
+        value = value[1:-1]
+    escaped = re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), value)
+    return shlex.quote(f'{key}="{escaped}"')
+
+
+def _command() -> str:
+    """What the user calls, "selfalign" or "selfalign-evaluate"."""
+    name = Path(sys.argv[0]).name
+    return name if name.startswith("selfalign") else "selfalign"
+
+
+def _nobody_reads() -> str | None:
+    """The end of a command whose output has lost its reader, as in `selfalign … | head`; None if it is another pipe."""
+    from selfalign.failures import KEPT
+
+    output = select.poll()
+    output.register(1, 0)
+    if not any(event & select.POLLERR for _, event in output.poll(0)):
+        return None
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes again when it ends.
+    return f"nobody reads the output any more; {KEPT}"
 
 
 def set_environment() -> None:
@@ -152,6 +209,13 @@ def set_environment() -> None:
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
 
 
+def set_streams() -> None:
+    """What the terminal's encoding lacks is shown as "?", instead of ending the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def set_messages() -> None:
     """What is logged and how, once a run begins: other libraries say little, and there is one progress bar.
 
@@ -159,6 +223,7 @@ def set_messages() -> None:
     """
     from transformers.utils.logging import disable_progress_bar
 
+    set_streams()  # A launcher has its own.
     logging.basicConfig(level=logging.INFO if processes.is_main() else logging.ERROR, format="%(message)s", force=True)
     noisy = ("httpx", "httpx2", "filelock", "transformers", "accelerate", "matplotlib", "hydra", "hydra_plugins")
     for name in noisy:

@@ -12,6 +12,7 @@ from selfalign import processes
 from selfalign.generation import Transformers
 from selfalign.pipeline import run_pipeline
 from selfalign.plain import duration, table
+from selfalign.preflight import preflight
 from selfalign.rehearsal import Rehearsal
 from selfalign.stopwatch import Estimate
 
@@ -29,8 +30,10 @@ def dry_run(config: "ExperimentConfig") -> list[Estimate]:
     """Rehearses a run, in as many processes as it will have, and says what it needs; nothing of it stays.
 
     Raises:
-        SelfalignError: a stage does not fit into memory, or into the model's context.
+        SelfalignError: something is missing that the run will need, or a stage does not fit into memory, or into the
+            model's context.
     """
+    preflight(config, ())
     with _common_folder(Path(config.output_dir).absolute()) as folder:
         rehearsal = Rehearsal(config, folder)
         with processes.others_there():

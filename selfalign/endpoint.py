@@ -87,6 +87,10 @@ class Endpoint:
                 f"{key}.base_url must be http(s)://host/path without user, password or query (it is saved with the "
                 "run; a key belongs into the environment)"
             )
+        try:
+            httpx.URL(self.base_url)
+        except httpx.InvalidURL as error:
+            raise SelfalignError(f"{key}.base_url={self.base_url} is no address ({error})") from error
         if taken := {"model", "messages", "prompt", "stream", "n"} & self.parameters.keys():
             raise SelfalignError(f"{key}.parameters cannot set {', '.join(sorted(taken))}")
         for name in ("concurrency", "timeout_seconds"):
@@ -104,7 +108,8 @@ class Endpoint:
         """A client of the server.
 
         Raises:
-            SelfalignError: the environment lacks the key; the setting is named as `key`.key_variable.
+            SelfalignError: the environment lacks the key, or has one that cannot be sent (the setting is named as
+                `key`.key_variable), or a proxy or a certificate that is none.
         """
         secret = os.environ.get(self.key_variable, "").strip() if self.key_variable else ""
         if self.key_variable and not secret:
@@ -112,7 +117,18 @@ class Endpoint:
                 f"{key}.key_variable: the environment variable {self.key_variable} is not set; set it to the key, "
                 f"or {key}.key_variable='' where the server needs none"
             )
-        return Client(self, secret)
+        if not re.fullmatch("[!-~]*", secret):
+            raise SelfalignError(
+                f"{key}.key_variable: {self.key_variable} holds characters that no key has, maybe quotation marks; "
+                "set it to the key alone"
+            )
+        try:
+            return Client(self, secret)
+        except (httpx.InvalidURL, ImportError, ValueError, OSError) as error:
+            raise SelfalignError(
+                f"{key}.base_url: nothing can be asked as the environment stands ({error}); look at HTTP_PROXY, "
+                "HTTPS_PROXY, ALL_PROXY and SSL_CERT_FILE"
+            ) from error
 
     @property
     def name(self) -> str:

@@ -8,6 +8,8 @@ class SelfalignError(Exception):
     """
 
 
-def first_line(error: BaseException) -> str:
-    """What an error of a library says, in its first line; its kind where it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def reason_of(error: BaseException) -> str:
+    """What an error of a library says, in a line of 300 characters at most; its kind too where that says more."""
+    said = " ".join(str(error).split())[:300]
+    plain = said and isinstance(error, ImportError | OSError | ValueError | RuntimeError)
+    return said if plain else f"{type(error).__name__}: {said}"

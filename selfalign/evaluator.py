@@ -9,13 +9,13 @@ from selfalign import processes
 from selfalign.config import ExperimentConfig, compose_experiment
 from selfalign.errors import SelfalignError
 from selfalign.evaluation import Evaluation
-from selfalign.experiment import Shown, conclude, log_file
-from selfalign.files import digest_json, read_json
+from selfalign.experiment import Shown, accounted, conclude, log_file, read_own
+from selfalign.files import digest_json
 from selfalign.given import Given
 from selfalign.models import ModelConfig
 from selfalign.report import write_report
 from selfalign.roles import Judging, Models, fixed_judges, load_model
-from selfalign.run import Fellow, Maker, Run, iteration_of, open_folder, write_provenance
+from selfalign.run import Fellow, Maker, Run, iteration_of, open_folder
 from selfalign.store import Artefact, Store, canonical, locked, open_artefact
 from selfalign.summary import models_of
 from selfalign.sweep import JOBS, JobState, Sweep, told
@@ -84,7 +84,7 @@ def evaluate_models(sources: list[str], overrides: list[str], conf: Path) -> Pat
     """
     runs = {source: found for source in sources if (found := _runs_at(Path(source)))}
     first = [run.folder for found in runs.values() for run in found][:1]
-    known = [read_json(folder / "summary.json")["config"].get("overrides", []) for folder in first]
+    known = [read_own(folder / "summary.json")["config"].get("overrides", []) for folder in first]
     config, text, plain = compose_experiment(conf, [*(known[0] if known else []), *overrides])
     if config.dry_run:
         raise SelfalignError("dry_run=true rehearses a run, and selfalign-evaluate trains none: leave it away")
@@ -100,10 +100,8 @@ def evaluate_models(sources: list[str], overrides: list[str], conf: Path) -> Pat
         open_folder(folder, text)
         with log_file(folder / "run.log"), config.track.open(folder, plain) as tracker:
             run = Run(folder, store, tracker)
-            try:
+            with accounted(run, config.seed):
                 names = _measure(config, Shown(run), sources, runs, run.artefacts)
-            finally:
-                write_provenance(run, config.seed)
             conclude(run, config, {**plain, "overrides": overrides}, names, (write_report,), evaluated=sources)
     return folder
 
@@ -178,6 +176,6 @@ def _artefacts(folder: Path) -> dict[str, Artefact]:
     """The models of a finished run, and the pairs they were trained on."""
     if not (folder / "summary.json").is_file():
         raise SelfalignError(f"{folder}: this run is not finished; the command that began it continues it")
-    labels = [stage["label"] for stage in read_json(folder / "summary.json")["stages"]]
+    labels = [stage["label"] for stage in read_own(folder / "summary.json")["stages"]]
     names = {"M0", *models_of(labels), *(label for label in labels if re.fullmatch(r"iteration_\d+/pairs", label))}
     return {name: open_artefact((folder / "artefacts" / name).resolve()) for name in labels if name in names}

@@ -1,8 +1,9 @@
 """One experiment from configuration to report: the run folder around the pipeline."""
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 from selfalign import processes
 from selfalign.card import write_card
 from selfalign.errors import SelfalignError
+from selfalign.failures import naming
 from selfalign.files import read_json, write_json
 from selfalign.pipeline import run_pipeline
 from selfalign.plan import plan
+from selfalign.preflight import preflight
 from selfalign.publish import check_login, publish
 from selfalign.report import log_tables, write_report
 from selfalign.run import Fellow, Look, NotMadeYet, Run, StageFunction, open_folder, run_folder, write_provenance
@@ -63,21 +66,34 @@ def _run(
             return folder, True
         begin()
         if there is None:
+            preflight(config, ())
             run_pipeline(config, Fellow(store, attempt))
             return folder, False
         open_folder(folder, config_yaml, anew=told_keys(folder) not in ({}, there.there))
-        with log_file(folder / "run.log"), config.track.open(folder, plain) as tracker:
+        with log_file(folder / "run.log"), ExitStack() as tracked:
+            preflight(config, there.there)
+            tracker = tracked.enter_context(config.track.open(folder, plain))
             print(plan_text(plan(config), there), flush=True)
             run = Run(folder, store, tracker, attempt)
-            try:
+            with accounted(run, config.seed):
                 run_pipeline(config, Shown(run))
-            finally:
-                write_provenance(run, config.seed)
             conclude(run, config, plain, models_of(run.artefacts), (write_report, write_card))
         if config.push:
             print(f"published {publish(folder, config.push_to, private=config.push_private)}", flush=True)
         write_json(folder / FINISHED, asked_besides(config))
     return folder, False
+
+
+@contextmanager
+def accounted(run: Run, seed: int) -> Iterator[None]:
+    """Writes down where a run's results come from, also those of one that fails."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # On a full disk what has failed first is what the user should read.
+            write_provenance(run, seed)
+        raise
+    write_provenance(run, seed)
 
 
 def is_finished(config: "ExperimentConfig", folder: Path, there: Look) -> bool:
@@ -87,14 +103,26 @@ def is_finished(config: "ExperimentConfig", folder: Path, there: Look) -> bool:
 
 def was_done(config: "ExperimentConfig", folder: Path) -> bool:
     """Whether a run, of whatever data, was done to its end as it is asked for now."""
-    return (folder / FINISHED).exists() and read_json(folder / FINISHED) == asked_besides(config)
+    return (folder / FINISHED).exists() and read_own(folder / FINISHED) == asked_besides(config)
 
 
 def told_keys(folder: Path) -> dict[str, str]:
     """{label: key} of the artefacts that a run's summary tells of; nothing where there is none."""
     if not (folder / "summary.json").exists():
         return {}
-    return {stage["label"]: stage["key"] for stage in read_json(folder / "summary.json")["stages"]}
+    return {stage["label"]: stage["key"] for stage in read_own(folder / "summary.json")["stages"]}
+
+
+def read_own(path: Path) -> Any:
+    """Reads a JSON file that a run has written about itself.
+
+    Raises:
+        SelfalignError: it is damaged.
+    """
+    try:
+        return read_json(path)
+    except ValueError as error:
+        raise SelfalignError(f"{path}: damaged; delete it, and the same command writes it again") from error
 
 
 def asked_besides(config: "ExperimentConfig") -> dict[str, Any]:
@@ -158,14 +186,27 @@ class log_file:
         self.path = path
 
     def __enter__(self) -> None:
-        self.handler = logging.FileHandler(self.path, encoding="utf-8")
+        self.handler = LogHandler(self.path, encoding="utf-8", errors="backslashreplace")
         self.handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logging.getLogger().addHandler(self.handler)
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is not None:
-            self.handler.handle(
-                logging.LogRecord("selfalign", logging.ERROR, "", 0, "stopped", None, (kind, error, trace))
-            )
+        with suppress(OSError):  # Of a full disk, the run has ended with it or is about to.
+            if error is not None:
+                self.handler.handle(
+                    logging.LogRecord("selfalign", logging.ERROR, "", 0, "stopped", None, (kind, error, trace))
+                )
         logging.getLogger().removeHandler(self.handler)
-        self.handler.close()
+        with suppress(OSError):
+            self.handler.close()
+
+
+class LogHandler(logging.FileHandler):
+    """A log that cannot be written ends the run with that reason, instead of a traceback for every message."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Raises what the system has refused."""
+        if not isinstance(sys.exception(), OSError):
+            return super().handleError(record)
+        with naming(Path(self.baseFilename)):
+            raise

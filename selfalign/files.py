@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from selfalign.errors import SelfalignError
+from selfalign.failures import naming
 
 
 def write_atomically(path: Path, chunks: Iterable[bytes]) -> None:
@@ -26,11 +27,12 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write to, which has its name once it is left without an error."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with naming(path):
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 

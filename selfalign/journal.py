@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from selfalign import processes
+from selfalign.failures import naming
 
 Task = tuple[str, int, Callable[[], Any]]
 """A batch's name, how far it moves the progress bar, and what makes its JSON result."""
@@ -59,7 +60,8 @@ class Journal:
 
     def keep(self, name: str, result: Any) -> None:
         """Writes down a result of this process; the others know of it from the next `share` on."""
-        with self._file(processes.rank()).open("ab") as file:
+        path = self._file(processes.rank())
+        with naming(path), path.open("ab") as file:
             place = (processes.rank(), file.tell())
             file.write(json.dumps({"batch": name, "result": result}).encode() + b"\n")
             file.flush()

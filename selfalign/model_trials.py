@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from selfalign.attention import enable_packing
 from selfalign.batches import Group, make_batch
 from selfalign.capabilities import Capabilities
-from selfalign.errors import SelfalignError, first_line
+from selfalign.errors import SelfalignError, reason_of
 from selfalign.generation import Sampling, TransformersGenerator
 from selfalign.logprobs import score_responses_only
 from selfalign.models import Policy
@@ -61,7 +61,7 @@ def writing_of(policy: Policy) -> str:
             if all(writes_rightly(trial, prompts, stop) for stop in (None, 2)):
                 return way
         except Exception as error:  # noqa: BLE001 - other people's code may fail in any way
-            logger.debug("writing in %s fails: %s", way, first_line(error))
+            logger.debug("writing in %s fails: %s", way, reason_of(error))
     raise SelfalignError(
         f"{type(policy.model).__name__} gives other probabilities when it writes than when it reads the whole text: "
         "what it writes could not be trusted"
@@ -161,7 +161,7 @@ class Scoring:
                 return "its attention cannot be exchanged, or is not all that mixes tokens"
             problem = self._difference(own)
         except Exception as error:  # noqa: BLE001 - other people's code may fail in any way
-            problem = first_line(error)
+            problem = reason_of(error)
         if problem:
             model.set_attn_implementation(implementation)
         return problem
@@ -198,7 +198,7 @@ def own_logps(model: "PreTrainedModel", groups: Sequence[Group]) -> Tensor:
             try:
                 logits = model(input_ids=ids, use_cache=False).logits[0, len(group.prompt) - 1 : -1]
             except Exception as error:
-                raise SelfalignError(f"{type(model).__name__} fails on a plain text: {first_line(error)}") from error
+                raise SelfalignError(f"{type(model).__name__} fails on a plain text: {reason_of(error)}") from error
             found.append(logits.float().log_softmax(-1).gather(1, ids[0, len(group.prompt) :, None]).squeeze(1))
     return torch.cat(found)
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import torch
 
 from selfalign.capabilities import Capabilities
-from selfalign.errors import SelfalignError, first_line
+from selfalign.errors import SelfalignError, reason_of
+from selfalign.failures import is_out_of_memory
 from selfalign.files import digest_file, digest_json, read_json, write_json
 from selfalign.quantization import check_quantization, keep_layers_differentiable, quantise_on_load
 
@@ -276,7 +277,6 @@ def load_checkpoint(folder: Path, dtype: str, *, trust_remote_code: bool = False
     Raises:
         SelfalignError: it is damaged, lacks weights or has too many, or needs a package that is not there.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
@@ -290,10 +290,13 @@ def load_checkpoint(folder: Path, dtype: str, *, trust_remote_code: bool = False
             **options,
         )
     except ImportError as error:
-        raise SelfalignError(f"{folder}: loading its weights needs another package: {first_line(error)}") from error
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        reason = first_line(error)
-        raise SelfalignError(f"{folder}: the model cannot be loaded ({reason}); its files may be damaged") from error
+        raise SelfalignError(f"{folder}: loading its weights needs another package: {reason_of(error)}") from error
+    except Exception as error:  # Over files of others transformers stumbles in every way, down to a bare Exception.
+        if is_out_of_memory(error):
+            raise
+        raise SelfalignError(
+            f"{folder}: the model cannot be loaded ({reason_of(error)}); its files may be damaged"
+        ) from error
     model, report = loaded
     wrong = sorted(report["missing_keys"]) + sorted(report["unexpected_keys"]) + sorted(report["mismatched_keys"])
     if wrong:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from selfalign.builtin import BUILDERS
 from selfalign.chat_template import template_of
-from selfalign.errors import SelfalignError, first_line
+from selfalign.errors import SelfalignError, reason_of
 from selfalign.files import digest_file, digest_json, read_json, read_text, write_json
 from selfalign.models import (
     DTYPES,
@@ -117,7 +117,7 @@ def merge_into_base(config: ModelConfig, folder: Path, key: str) -> Policy:
     try:
         merged = PeftModel.from_pretrained(model, folder).merge_and_unload()
     except (RuntimeError, ValueError, KeyError) as error:
-        raise SelfalignError(f"{key}: {folder} is an adapter that does not fit {home}: {first_line(error)}") from error
+        raise SelfalignError(f"{key}: {folder} is an adapter that does not fit {home}: {reason_of(error)}") from error
     own = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
     return Policy(merged, load_tokenizer(folder if own else home, config.trust_remote_code), "")
 
@@ -159,6 +159,27 @@ def files_of(config: ModelConfig) -> list[str]:
     return [*MODEL_FILES, "*.py"] if config.trust_remote_code else MODEL_FILES
 
 
+def find_local(config: ModelConfig, key: str) -> Path | None:
+    """The folder of a model that is on this machine already; None for one that is built, or still to be fetched.
+
+    Raises:
+        SelfalignError: there is no such folder, which is the setting `key`, or no such template.
+    """
+    try:
+        read_template(config) if config.chat_template else ""
+    except SelfalignError as error:
+        raise SelfalignError(f"model.chat_template: {error}") from error
+    if config.path in BUILDERS:
+        return None
+    hub = config.path.count("/") == 1 and not config.path.startswith(("/", ".", "~"))
+    if not hub or Path(config.path).is_dir():
+        return find_checkpoint(config, key)
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(config.path, "config.json", revision=config.revision)
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
 def find_checkpoint(config: ModelConfig, key: str = "model.path") -> Path:
     """The folder of a model, fetched from the hub where it is no folder here.
 
@@ -193,5 +214,5 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> "Tokenizer":
     """
     try:
         return open_tokenizer(folder, trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise SelfalignError(f"{folder}: no tokenizer can be loaded from it ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # Over files of others tokenizers stumbles in every way, down to a bare Exception.
+        raise SelfalignError(f"{folder}: no tokenizer can be loaded from it ({reason_of(error)})") from error

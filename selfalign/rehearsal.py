@@ -45,7 +45,7 @@ from selfalign.stages.pretrained import pretrained
 from selfalign.stages.reference import reference
 from selfalign.stages.respond import RespondConfig, respond
 from selfalign.stages.sft import group_demonstrations, sft
-from selfalign.stopwatch import Estimate, Measured, Stopwatch, fits, forget_peak_memory, measure, peak
+from selfalign.stopwatch import Estimate, Measured, Stopwatch, forget_peak_memory, measure, peak
 from selfalign.store import Artefact, Store, canonical
 from selfalign.tokenization import encode_prompt
 from selfalign.training import Optimization, Precision, Weights
@@ -95,8 +95,7 @@ class Rehearsal:
 
     def _pretrained(self, label: str, **inputs: Any) -> Artefact:
         forget_peak_memory()
-        with fits(label):
-            made = self._really_make(label, pretrained, inputs)
+        made = self._really_make(label, pretrained, inputs)
         self.estimates.append(Estimate(label=label, count=1, unit="model", each=made.seconds, peak=peak()))
         if label == "M0":
             files = PolicyFiles(made.path)

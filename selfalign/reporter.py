@@ -8,12 +8,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from selfalign.__main__ import one_line_errors
+from selfalign.__main__ import one_line_errors, set_streams
 from selfalign.errors import SelfalignError
 
 
 def main() -> None:
     """Runs the command line; exit code 0, 1 for what the user can mend, 2 for a wrong option, 130 for Ctrl-C."""
+    set_streams()
     options = parser().parse_args()
     with one_line_errors("interrupted; nothing was written"):
         print(f"report    {report(options.paths, options.out, options.metric)}")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from selfalign.errors import SelfalignError
+from selfalign.failures import naming
 from selfalign.files import digest_json, write_atomically, write_json
 from selfalign.models import PolicyFiles
 from selfalign.store import Artefact, Counts, Store, canonical
@@ -103,7 +104,8 @@ class Run:
             "stage": stage,
             **values,
         }
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        path = self.folder / "metrics.jsonl"
+        with naming(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(whole) + "\n")
         self.tracker.log(whole)
 
@@ -263,11 +265,13 @@ def code_state() -> dict[str, str]:
         return {"commit": "", "diff": ""}
     git = ["git", "-C", str(root)]
     try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        diff = subprocess.run([*git, "diff", "HEAD"], capture_output=True, text=True, check=True).stdout
+        commit, diff = (
+            subprocess.run([*git, *asked], capture_output=True, check=True).stdout.decode("utf-8", errors="replace")
+            for asked in (["rev-parse", "HEAD"], ["diff", "HEAD"])
+        )
     except (OSError, subprocess.CalledProcessError):
         return {"commit": "", "diff": ""}
-    return {"commit": commit, "diff": diff}
+    return {"commit": commit.strip(), "diff": diff}
 
 
 def iteration_of(label: str) -> int:

@@ -46,7 +46,7 @@ class ServerProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
+            encoding="utf-8",
             errors="replace",
             start_new_session=True,
             env={name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER)},

@@ -22,6 +22,7 @@ import torch
 from selfalign import processes
 from selfalign.endpoint import Client, Endpoint, RefusedError, Reply
 from selfalign.errors import SelfalignError
+from selfalign.failures import naming
 from selfalign.files import write_json
 from selfalign.generation import Completion, Request, Sampling, Transformers, check_dtype
 from selfalign.models import DTYPES, PolicyFiles, release_memory
@@ -174,7 +175,8 @@ class ServerGenerator:
     def _start(self, stack: ExitStack) -> tuple[Endpoint, bool]:
         """Starts the server until the stack closes: where it is, and whether it takes token ids."""
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="selfalign-", ignore_cleanup_errors=True)))
-        export(self._policy, folder, self._settings.dtype)
+        with naming(folder):
+            export(self._policy, folder, self._settings.dtype)
         port, began = _free_port(), time.monotonic()
         endpoint = self._settings.endpoint(f"http://{_host()}:{port}/v1", str(folder))
         values = {"{weights}": shlex.quote(str(folder)), "{port}": str(port), "{dtype}": self._settings.dtype}

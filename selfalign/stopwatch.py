@@ -13,14 +13,11 @@ from typing import Any
 import torch
 
 from selfalign import processes
-from selfalign.errors import SelfalignError
+from selfalign.failures import fits
 from selfalign.journal import Journal, Task
 from selfalign.models import default_device, release_memory
 from selfalign.store import Workspace
 from selfalign.trainer import peak_memory
-
-NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
-"""How torch says it where it raises no error of its own kind."""
 
 
 class Enough(Exception):
@@ -144,25 +141,6 @@ def measure(watch: Stopwatch, stage: Callable[[Workspace], Any]) -> Measured:
     )
 
 
-@contextmanager
-def fits(label: str) -> Iterator[None]:
-    """Whatever is done inside has to fit into memory.
-
-    Raises:
-        SelfalignError: it does not.
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in NO_MEMORY):
-            raise
-        raise SelfalignError(
-            f"{label} does not fit into memory ({peak() / 2**30:.1f} GiB held): lower batch_tokens or max_length "
-            "of train.sft and train.align, set their gradient_checkpointing=true, lower generate.batch_tokens, train "
-            "adapters (model.lora.rank=16), or keep the base in 4 bits (model.quantization=nf4)"
-        ) from error
-
-
 def peak() -> int:
     """The most memory since it was last forgotten, bytes."""
     return peak_memory(torch.device(default_device()))
@@ -176,4 +154,4 @@ def forget_peak_memory() -> None:
     else:
         with suppress(OSError, AttributeError):
             ctypes.CDLL("libc.so.6").malloc_trim(0)  # What was freed goes back to the system.
-            Path("/proc/self/clear_refs").write_text("5")
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")

@@ -11,7 +11,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from selfalign import processes
 from selfalign.errors import SelfalignError
+from selfalign.failures import fits, naming
 from selfalign.files import digest_folder, digest_json, read_json, write_json
 from selfalign.journal import Journal
 from selfalign.progress import progress_bar
@@ -53,7 +54,7 @@ class Artefact:
     def rows(self) -> list[dict[str, Any]]:
         """What the stage logged while it ran, a row a logging step."""
         log = self.path / LOG
-        return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
 
 
 Stage = TypeVar("Stage", bound=Callable[..., Counts])
@@ -92,11 +93,11 @@ class Workspace:
     def note_time(self) -> None:
         """Writes down how long that is, in case it is killed."""
         if processes.is_main():
-            (self.scratch / SECONDS).write_text(f"{self.seconds:.2f}")
+            (self.scratch / SECONDS).write_text(f"{self.seconds:.2f}", encoding="utf-8")
 
     def log(self, row: dict[str, Any]) -> None:
         """Appends a row to the stage's log and passes it on to the run's metrics at once."""
-        with (self.path / LOG).open("a", encoding="utf-8") as file:
+        with naming(self.path / LOG), (self.path / LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         self.note_time()
         self._on_row(row)
@@ -197,13 +198,17 @@ class Store:
         build: Callable[[Workspace], Counts],
         workspace: Workspace,
     ) -> None:
-        for leftover in folder.iterdir() if processes.is_main() else ():
-            if leftover.name not in (LOG, SCRATCH):
-                _remove(leftover)
+        _clear(folder)
         try:
-            counts = build(workspace)
-        finally:
-            workspace.note_time()
+            with naming(folder), fits(workspace.label):
+                counts = build(workspace)
+        except BaseException as error:
+            if isinstance(error, OSError):
+                _clear(folder)  # What is half written would go on filling a disk that is full.
+            with suppress(OSError):  # What has failed first is what the user should read.
+                workspace.note_time()
+            raise
+        workspace.note_time()
         processes.wait_for_all()
         if not processes.is_main():
             return
@@ -273,35 +278,36 @@ def open_artefact(folder: Path) -> Artefact:
     """A finished artefact, by its folder.
 
     Raises:
-        SelfalignError: a file its manifest lists is missing or has another size.
+        SelfalignError: the manifest is damaged, or a file it lists is missing or has another size.
     """
-    manifest = read_json(folder / MANIFEST)
-    for name, (_, size) in manifest["files"].items():
+    try:
+        manifest = read_json(folder / MANIFEST)
+        known = {name: manifest[name] for name in ("stage", "digest", "counts", "seconds")}
+        sizes = {name: size for name, (_, size) in manifest["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SelfalignError(f"{folder / MANIFEST}: damaged; delete {folder} to have it made again") from error
+    for name, size in sizes.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != size:
             raise SelfalignError(f"{path}: missing or not of its recorded size; delete {folder} to have it made again")
-    return Artefact(
-        stage=manifest["stage"],
-        key=folder.name,
-        path=folder,
-        digest=manifest["digest"],
-        counts=manifest["counts"],
-        seconds=manifest["seconds"],
-    )
+    return Artefact(key=folder.name, path=folder, **known)
 
 
-def _remove(path: Path) -> None:
-    """Deletes what a killed attempt left behind: a file, a link, or a folder."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+def _clear(folder: Path) -> None:
+    """Deletes what an attempt has left behind that the next one cannot use: files, links and folders."""
+    for path in folder.iterdir() if processes.is_main() else ():
+        if path.name in (LOG, SCRATCH):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _seconds_in(file: Path) -> float:
     """What was written down, if it was, whole."""
     try:
-        return float(file.read_text())
+        return float(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return 0.0
 

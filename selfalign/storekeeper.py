@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from selfalign.__main__ import one_line_errors
+from selfalign.__main__ import one_line_errors, set_streams
 from selfalign.differences import Comparison, read_stages
 from selfalign.errors import SelfalignError
 from selfalign.inventory import Inventory, Kept, remove, remove_locks, take_inventory, total_size
@@ -21,6 +21,7 @@ NAMED = 2
 
 def main() -> None:
     """Runs the command line; exit code 0, 1 for what the user can mend or a "no", 2 for bad usage, 130 for Ctrl-C."""
+    set_streams()
     options = _parser().parse_args()
     with one_line_errors("interrupted; what was removed by then is gone, the rest is whole"):
         with suppress(BrokenPipeError):

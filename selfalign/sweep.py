@@ -238,7 +238,7 @@ def run_job(
         if message is None:
             traceback.print_exc()
             message = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        tell(JobState.failed, error=message)
+        tell(JobState.failed, error="; ".join(message.splitlines()))
         return None
     tell(JobState.finished, there=there)
     return sign * model[metric] if metric in model else None

@@ -5,7 +5,7 @@ import netrc
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -17,6 +17,9 @@ from selfalign.files import digest_json
 
 logger = logging.getLogger(__name__)
 MODES = ("auto", "online", "offline")
+SAID = {"online": "online", "run": "online", "shared": "online", "offline": "offline", "dryrun": "offline"}
+SAID |= {"disabled": "disabled"}
+"""What WANDB_MODE may say, and what that comes to."""
 BY_ITERATION = ("eval", "judge", "judge_quality", "calibration", "preferences", "crossed", "held_out")
 """Metrics that a model has once: their axis is the iteration, that of all others W&B's step, which is the row's."""
 AMONG_EVALUATION = re.compile("answers|scores|ranked_scores|(.+_)?against_.+")
@@ -49,7 +52,8 @@ class Wandb:
     Attributes:
         project: the project runs go to.
         entity: user or team; empty takes the account's default.
-        mode: "online", "offline", or "auto": online when there is an API key, else offline.
+        mode: "online", "offline", or "auto": online when there is an API key, else offline. WANDB_MODE=disabled in the
+            environment, or WANDB_DISABLED=true, is as track=none, whatever stands here.
         group: what the run is one of; empty takes the environment's WANDB_RUN_GROUP, which a sweep sets to its name.
         tags: labels of the run, besides the classes of its loss and its judge.
     """
@@ -70,11 +74,39 @@ class Wandb:
 
         It is finished whatever happens, and marked as failed when an exception ends it. Its job type is the kind of
         data, by the name of the class.
+
+        Raises:
+            SelfalignError: W&B does not open it.
         """
+        if said_mode() == "disabled":
+            yield NoTracker("switched off by WANDB_MODE or WANDB_DISABLED")
+            return
+        import wandb
+
+        try:
+            run = self._begin(folder, config)
+        except (wandb.Error, ValueError) as error:  # ValueError: pydantic's, of what WANDB_… in the environment says
+            said = " ".join(str(error).split())[:300]
+            raise SelfalignError(
+                f"track: Weights & Biases opens no run ({said}); track=none does without, and track.mode=offline sends "
+                "nothing"
+            ) from error
+        try:
+            run.define_metric("iteration")
+            for prefix in (*BY_ITERATION, *config.get("benchmark", {})):
+                run.define_metric(f"{prefix}/*", step_metric="iteration")
+            yield WandbTracker(run)
+        except BaseException:
+            with suppress(OSError, wandb.Error):  # What has failed first is what the user should read.
+                run.finish(exit_code=1)
+            raise
+        run.finish()
+
+    def _begin(self, folder: Path, config: dict[str, Any]) -> Any:
         import wandb
 
         choices = config.get("choices", {})
-        run = wandb.init(
+        return wandb.init(
             project=self.project,
             entity=self.entity or None,
             name=folder.name,
@@ -89,15 +121,6 @@ class Wandb:
             reinit="finish_previous",
             settings=wandb.Settings(console="off", silent=True),
         )
-        try:
-            run.define_metric("iteration")
-            for prefix in (*BY_ITERATION, *config.get("benchmark", {})):
-                run.define_metric(f"{prefix}/*", step_metric="iteration")
-            yield WandbTracker(run)
-        except BaseException:
-            run.finish(exit_code=1)
-            raise
-        run.finish()
 
     def _mode(self) -> Any:
         if self.mode != "auto":
@@ -165,8 +188,11 @@ class NoTracking:
         yield NoTracker()
 
 
+@dataclass(frozen=True, slots=True)
 class NoTracker:
-    """Takes everything and keeps nothing."""
+    """Takes everything and keeps nothing; `reason` is why."""
+
+    reason: str = "track=none"
 
     def log(self, row: dict[str, Any]) -> None:
         """Nothing."""
@@ -183,7 +209,7 @@ class NoTracker:
     @property
     def place(self) -> str:
         """Nowhere."""
-        return "none (track=none)"
+        return f"none ({self.reason})"
 
 
 def place_of(label: str) -> str:
@@ -199,20 +225,34 @@ def place_of(label: str) -> str:
 
 def tracked_id(folder: Path) -> str:
     """The W&B id of a folder's run, the same whenever it goes on; that of the same settings elsewhere is another."""
-    lives = (folder / LIVES).read_text() if (folder / LIVES).exists() else ""
+    lives = (folder / LIVES).read_text(encoding="utf-8") if (folder / LIVES).exists() else ""
     place = digest_json([str(folder.resolve()), os.getuid(), lives])[:6]
     return f"{folder.name[-50:]}-{place}"
 
 
 def forget_tracked(folder: Path) -> None:
     """From now on the folder's run is another one, because its data are."""
-    with (folder / LIVES).open("a") as file:
+    with (folder / LIVES).open("a", encoding="utf-8") as file:
         file.write("another\n")
 
 
 def is_online() -> bool:
     """Whether W&B is to be reached: there is a key, and the environment does not say otherwise."""
-    return os.environ.get("WANDB_MODE", "online") == "online" and has_key()
+    return said_mode() == "online" and has_key()
+
+
+def said_mode() -> str:
+    """What the environment says of W&B: "online", "offline" or "disabled".
+
+    Raises:
+        SelfalignError: WANDB_MODE says something else, which wandb would stumble over.
+    """
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on"):
+        return "disabled"
+    said = os.environ.get("WANDB_MODE", "online")
+    if said not in SAID:
+        raise SelfalignError(f"WANDB_MODE must be one of {', '.join(SAID)}, or not set at all; got {said!r}")
+    return SAID[said]
 
 
 def has_key() -> bool:

@@ -1,6 +1,5 @@
 """transformers' Trainer, fed one optimiser step at a time."""
 
-import json
 import math
 import resource
 import shutil
@@ -270,12 +269,13 @@ def peak_memory(device: torch.device) -> int:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written to its end: the trainer state is what Trainer writes last."""
-    for path in sorted(folder.glob("checkpoint-*"), key=lambda p: -int(p.name.rsplit("-", 1)[1])):
+    found = [(int(path.name[11:]), path) for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()]
+    for step, path in sorted(found, reverse=True):
         try:
-            json.loads((path / STATE).read_text())
-        except (OSError, ValueError):
+            if TrainerState.load_from_json(str(path / STATE)).global_step == step:
+                return path
+        except (OSError, ValueError, TypeError):
             continue
-        return path
     return None
 
 

@@ -1,13 +1,14 @@
 """A W&B workspace that compares the runs of a project: `selfalign-workspace ENTITY/PROJECT`.
 
-It needs the extra `workspace`. Without an API key, or with WANDB_MODE=offline, it is built and checked, but not sent.
+It needs the extra `workspace`. Without an API key, or where WANDB_MODE says so, it is built and checked, but not sent.
 """
 
 import argparse
-import sys
 from typing import TYPE_CHECKING, Any
 
-from selfalign.tracking import is_online
+from selfalign.__main__ import one_line_errors, set_streams
+from selfalign.errors import SelfalignError
+from selfalign.tracking import has_key, is_online
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
@@ -88,23 +89,39 @@ def as_sent(workspace: "Workspace") -> dict[str, Any]:
 
 def main() -> None:
     """Builds the workspace of a project, and sends it as a new view where W&B can be reached."""
+    set_streams()
     parser = argparse.ArgumentParser(prog="selfalign-workspace", description="A W&B workspace that compares runs.")
     parser.add_argument("project", metavar="ENTITY/PROJECT", help="the project whose runs are compared")
     place = parser.parse_args().project
     entity, _, project = place.partition("/")
     if not entity or not project or "/" in project:
         parser.error(f"expected ENTITY/PROJECT, got {place!r}")
+    with one_line_errors("interrupted; look at the project whether the view is there"):
+        print(publish(entity, project))
+
+
+def publish(entity: str, project: str) -> str:
+    """Sends the workspace if W&B is to be reached; says where it is, or why it is not sent.
+
+    Raises:
+        SelfalignError: the extra is not installed, or W&B refuses.
+    """
     try:
         workspace = build(entity, project)
     except ModuleNotFoundError as error:
-        sys.exit(f"error: {error}; pip install 'selfalign[workspace]'")
+        raise SelfalignError(f"{error}; pip install 'selfalign[workspace]'") from error
     views = sum(len(section.panels) for section in workspace.sections)
     as_sent(workspace)
-    if is_online():
+    if not is_online():
+        missing = "unset WANDB_MODE and WANDB_DISABLED" if has_key() else "set WANDB_API_KEY"
+        return f"{views} panels for {entity}/{project}, built and valid; not sent: {missing} and give the command again"
+    import wandb
+
+    try:
         workspace.save()
-        print(f"{views} panels: {workspace.url}")
-    else:
-        print(f"{views} panels for {place}, built and valid; not sent: set WANDB_API_KEY and give the command again")
+    except wandb.Error as error:
+        raise SelfalignError(f"{entity}/{project}: Weights & Biases refuses the view ({error})") from error
+    return f"{views} panels: {workspace.url}"
 
 
 if __name__ == "__main__":

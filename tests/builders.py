@@ -2,6 +2,7 @@
 
 import functools
 import json
+import resource
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -243,6 +244,23 @@ def killed_after(batches: int, monkeypatch: Any) -> Iterator[list[int]]:
     with monkeypatch.context() as patch:
         patch.setattr(TransformersGenerator, "write", write)
         yield sizes
+
+
+# --- a machine that refuses --------------------------------------------------------------------------------------
+
+LIMIT = 20_000
+"""Bytes that a file may have inside of `file_limit`."""
+
+
+@contextmanager
+def file_limit(size: int = LIMIT) -> Iterator[None]:
+    """As `ulimit -f`: the system lets no file grow beyond so many bytes."""
+    before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
 
 
 # --- configurations and runs -------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ METHOD = {
     "plan",
     "rehearsal",
     "dry_run",
+    "preflight",
 }
 ABOVE_STAGES = METHOD | {
     "experiment",
@@ -39,6 +40,7 @@ ABOVE_STAGES = METHOD | {
     "__main__",
     "storekeeper",
     "reporter",
+    "workspace",
 }
 """Modules that may know of stages, from the method up to the command line."""
 
@@ -110,7 +112,17 @@ def test_stage_knows_core_modules_only(name: str) -> None:
 
 
 def test_imports_above_the_stages_point_one_way() -> None:
-    order = ["checkpoint_selection", "pipeline", "plan", "experiment", "sweep", "config", "multirun", "__main__"]
+    order = [
+        "checkpoint_selection",
+        "pipeline",
+        "plan",
+        "preflight",
+        "experiment",
+        "sweep",
+        "config",
+        "multirun",
+        "__main__",
+    ]
     for name in order:
         above = set(order[order.index(name) + 1 :])
         assert not own_imports(modules()[name], typing=False) & above, name
@@ -131,6 +143,24 @@ def test_stage_file_has_one_public_function_of_its_name() -> None:
             functions = [node.name for node in tree_of(path).body if isinstance(node, ast.FunctionDef)]
             assert name.removeprefix("stages.") in functions, name
             assert (ast.get_docstring(tree_of(path)) or "").split("\n")[0].count("→") == 1, name
+
+
+def opens_text(called: str, node: ast.Call) -> bool:
+    """Whether a call opens, reads or writes a text, or talks with a program in it."""
+    function = called.rpartition(".")[2]
+    if function == "open" and called != "os.open":
+        modes = [ast.unparse(argument).strip("'") for argument in node.args[int(called == "open") :][:1]]
+        return not modes or bool(re.fullmatch("[rwax+t]+", modes[0]))
+    talks = any(keyword.arg == "text" and ast.unparse(keyword.value) == "True" for keyword in node.keywords)
+    return talks or called in ("os.fdopen", "LogHandler") or bool(re.search(r"\.(read|write)_text$", called))
+
+
+@pytest.mark.parametrize("name", modules())
+def test_text_is_utf_8_whatever_the_locale(name: str) -> None:
+    for called, node in calls(modules()[name]):
+        if opens_text(called, node):
+            said = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            assert said.get("encoding") == "'utf-8'", f"{modules()[name]}:{node.lineno}"
 
 
 # --- safety ------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 import errno
+import io
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -9,9 +11,10 @@ from pathlib import Path
 from pkgutil import resolve_name
 
 import pytest
-from builders import ROOT, TINY_RUN, Said, write_tiny_data
+from builders import ROOT, TINY_RUN, Said, composed, write_tiny_data
+from hydra.errors import OverrideParseException
 
-from selfalign.__main__ import EXAMPLES, conf_folder, explain
+from selfalign.__main__ import EXAMPLES, conf_folder, explain, one_line_errors
 from selfalign.errors import SelfalignError
 
 # --- help --------------------------------------------------------------------------------------------------------
@@ -77,9 +80,65 @@ BAD = {
     "prompt without response": (["experiment=smoke", "judge.prompt=Grade!"], "judge.prompt"),
     "loss without its pair": (["experiment=smoke", "loss=positives"], "pair=positives"),
     "given pairs in two iterations": (["experiment=smoke", "data=pairs", "data.path=/no.jsonl"], "iterations"),
+    "sweep without -m": (["experiment=smoke", "seed=range(5)"], "requires --multirun"),
     "name that is no folder": (["experiment=smoke", "name=a/b"], "name"),
-    "syntax": (["experiment=smoke", "loss.beta=[1"], "loss.beta"),
+    "syntax": (["experiment=smoke", "loss.beta=[1"], "'loss.beta=\"[1\"'"),
 }
+
+
+QUOTED = {
+    "other letters": ("/m/李明", "'model.path=\"/m/李明\"'"),
+    "equals": ("/m/a=b", "'model.path=\"/m/a=b\"'"),
+    "brackets": ("/m/x (1)", "'model.path=\"/m/x (1)\"'"),
+    "hash": ("/m/#1", "'model.path=\"/m/#1\"'"),
+    "tilde": ("~/models", "'model.path=\"~/models\"'"),
+    "list": ("/m/[v2]", "'model.path=\"/m/[v2]\"'"),
+    "several": ("/m/a, b", "'model.path=\"/m/a, b\"'"),
+    "apostrophe": ("/m/it's", "'model.path=\"/m/it'\"'\"'s\"'"),
+    "quotation mark": ('/m/6" disk', '\'model.path="/m/6\\" disk"\''),
+    "quoted by half": ("'/m/it's'", "'model.path=\"/m/it'\"'\"'s\"'"),
+}
+
+
+@pytest.mark.parametrize("case", QUOTED)
+def test_value_that_hydra_cannot_read_is_answered_with_how_to_quote_it(call: Callable[..., Said], case: str) -> None:
+    value, word = QUOTED[case]
+    said = call("model=pretrained", f"model.path={value}")
+    assert said.code == 1
+    assert said.err.count("\n") == 1
+    assert said.err.startswith("error: ")
+    assert word in said.err
+    assert not any(internal in said.err for internal in ("Exception", "http", "Error"))
+    (override,) = shlex.split(word)
+    plain = value[1:-1] if value.startswith("'") else value
+    assert composed("model=pretrained", override)[0].model.path == plain
+
+
+def test_quoting_is_shown_for_the_command_that_was_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = OverrideParseException("model.path=/m/a=b", "mismatched input '=' expecting <EOF>")
+    for program, command in (("/bin/selfalign-evaluate", "selfalign-evaluate"), ("/x/__main__.py", "selfalign")):
+        monkeypatch.setattr(sys, "argv", [program])
+        assert (explain(error) or "").endswith(f": {command} 'model.path=\"/m/a=b\"'")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["loss"], "cannot read 'loss': expected key=value or group=option"),
+        (
+            ["seed=rang(5)"],
+            "cannot read 'seed=rang(5)': Unknown function 'rang' Available: bool,choice,float,glob,int,",
+        ),
+        (["loss=dpo,ipo"], "'loss=dpo,ipo' has several values: add -m for a sweep over them, write 'loss=[dpo,ipo]' "),
+        (["-m", "data.path=/ä,/b"], "cannot read 'data.path=/ä,/b': a text with other signs than letters, digits, "),
+    ],
+)
+def test_other_overrides_that_cannot_be_read_say_what_is_meant(
+    call: Callable[..., Said], overrides: list[str], said: str
+) -> None:
+    answer = call(*overrides)
+    assert answer.err.startswith(f"error: {said}")
+    assert answer.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -99,6 +158,13 @@ def test_bad_input_is_one_line_that_names_the_key(call: Callable[..., Said], cas
 def test_unknown_option_is_answered_with_those_there_are(call: Callable[..., Said]) -> None:
     said = call("experiment=smoke", "loss=ppo")
     assert all(option in said.err for option in ("dpo", "ipo", "sr_dpo", "sr_ipo", "positives"))
+
+
+def test_launcher_that_is_not_installed_is_answered_with_how_to_install_it(call: Callable[..., Said]) -> None:
+    said = call("-m", "experiment=smoke", "hydra/launcher=nosuch", "seed=1")
+    assert said.err.startswith("error: In 'hydra/config': Could not find 'hydra/launcher/nosuch' Available options in ")
+    assert said.err.endswith("; pip install 'selfalign[sweep]'\n")
+    assert "search path" not in said.err
 
 
 def test_error_of_a_sweep_sets_the_exit_code_though_other_jobs_ran(call: Callable[..., Said], tmp_path: Path) -> None:
@@ -180,7 +246,10 @@ def test_full_disk_is_one_line_and_what_was_made_is_kept(
         (OSError(errno.ENOSPC, "No space left on device", "/a/b"), "/a/b: No space left on device; "),
         (PermissionError(errno.EACCES, "Permission denied", "/a"), "/a: Permission denied; "),
         (OSError(errno.EROFS, "Read-only file system"), "Read-only file system; "),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "/a/b"), "/a/b: Disk quota exceeded; make room there"),
+        (OSError(errno.EFBIG, "File too large", "/a/b"), "/a/b: File too large; raise the limit"),
         (RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"), "No space left on"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "/a"), "/a: Is a directory; "),
         (SelfalignError("what to do"), "what to do"),
     ],
 )
@@ -285,3 +354,81 @@ def test_help_into_a_closed_pipe_is_no_error() -> None:
     )
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("stream", ["while it runs", "at its end"])
+def test_output_that_nobody_reads_any_more_is_one_line(tmp_path: Path, stream: str) -> None:
+    """As in `selfalign … | head`."""
+    lines = "print('x' * 100_000, flush=True)" if stream == "while it runs" else "print('x')"
+    program = f"""
+from selfalign.__main__ import one_line_errors
+with one_line_errors("interrupted"):
+    {lines}
+"""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-c", program], stdout=writing, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False
+    )
+    os.close(writing)
+    assert done.stderr == (
+        "error: nobody reads the output any more; what was finished is kept, the same command continues from it\n"
+    )
+    assert done.returncode == 1
+
+
+def test_pipe_to_another_program_is_not_taken_for_the_output(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit), one_line_errors("interrupted"):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+    assert capsys.readouterr().err.startswith("error: Broken pipe; ")
+
+
+# --- terminals that lack characters ------------------------------------------------------------------------------
+
+COMMANDS = {
+    "selfalign": ("selfalign.__main__:main", ["--help"], "M1 ? M2 ? M3"),
+    "selfalign-evaluate": ("selfalign.__main__:evaluate", ["/models/x", "name=李"], "selfalign-evaluate 'name=\"?\"'"),
+    "selfalign-report": ("selfalign.reporter:main", ["/runs/李"], "/runs/?: no run"),
+    "selfalign-store": ("selfalign.storekeeper:main", ["list", "--output", "/runs/李"], "/runs/?: no store"),
+    "selfalign-workspace": ("selfalign.workspace:main", ["李"], "ENTITY/PROJECT, got '?'"),
+}
+
+
+@pytest.mark.parametrize(("command", "encoding"), [*((name, "ascii") for name in COMMANDS), ("selfalign", "cp1252")])
+def test_character_that_the_terminal_lacks_is_shown_as_a_question_mark(
+    tmp_path: Path, command: str, encoding: str
+) -> None:
+    place, arguments, shown = COMMANDS[command]
+    module, _, function = place.partition(":")
+    program = f"import sys; from {module} import {function}; sys.argv = {[command, *arguments]!r}; {function}()"
+    said = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        check=False,
+        timeout=120,
+    )
+    text = (said.stdout + said.stderr).decode(encoding)
+    assert "Traceback" not in text
+    assert "bug" not in text
+    assert shown in text
+
+
+def test_run_works_where_the_terminal_is_ascii(
+    call: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tables and bars have other signs, and so may names of files."""
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding="ascii") for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+    rows = '{"prompt": "Is it 李?", "chosen": "ä", "rejected": "No."}\n'
+    (tmp_path / "pä.jsonl").write_text(rows, encoding="utf-8")
+    told = ["experiment=smoke", "data=pairs", "data.seeds.demonstrations=''", "data.seeds.ranked=''", "iterations=1"]
+    said = call(*told, "evaluate=none", 'data.path="pä.jsonl"', "output_dir=out")
+    out, err = (stream.buffer.getvalue().decode("ascii") for stream in streams)  # pyright: ignore
+    assert said.code == 0, err
+    assert "p?.jsonl" in out
+    assert "Traceback" not in err
+    (config,) = tmp_path.glob("out/smoke-*/config.yaml")
+    assert "path: pä.jsonl" in config.read_text(encoding="utf-8")

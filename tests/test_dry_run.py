@@ -23,6 +23,7 @@ from builders import (
     taught_policy,
     write_tiny_data,
 )
+from chat_server import chat_server
 from mutation import mutated
 from team import launch
 from test_architecture import modules
@@ -326,12 +327,14 @@ def test_time_is_that_of_all_batches_and_the_rest_and_costs_by_the_hour() -> Non
     assert re.search(r"^iteration_1/judgements +7 requests +– +– +–$", text, re.MULTILINE)
 
 
-def test_server_is_not_asked_and_its_tokens_are_billed(tmp_path: Path) -> None:
+def test_server_is_asked_once_and_its_tokens_are_billed(tmp_path: Path) -> None:
     told = [*TINY_RUN, *write_tiny_data(tmp_path / "data"), "evaluate=none", "iterations=1", "judge=external"]
     told += ["judge.samples=2", "judge.sampling.max_new_tokens=100", "train.sft.max_length=160"]
-    told += ["judge.endpoint.base_url=http://127.0.0.1:9/v1", "judge.endpoint.model=m", "train.align.max_length=160"]
+    told += ["judge.endpoint.key_variable=''", "judge.endpoint.model=m", "train.align.max_length=160"]
     told += ["judge.endpoint.completion_price=1e6", "data.seeds.evaluation_fine_tuning=none"]
     told = [override for override in told if not override.startswith("evaluate.")]
-    estimates = rehearsed(tmp_path / "free", *told)
+    with chat_server() as server:
+        estimates = rehearsed(tmp_path / "free", *told, f"judge.endpoint.base_url={server.url}")
+        assert len(server.bodies) == 1, "once before, to see whether it is there"
     asked = estimates["iteration_1/judgements"]
     assert (asked.count, asked.unit, asked.cost) == (3 * 3 * 2, "requests", 3 * 3 * 2 * 100)

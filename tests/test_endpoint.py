@@ -60,6 +60,34 @@ def test_missing_key_is_named_by_its_setting(monkeypatch: pytest.MonkeyPatch) ->
         endpoint.open("judge.endpoint")
 
 
+@pytest.mark.parametrize("secret", ["“sk-1”", "ключ", "sk-1 # mine", "sk-1\nsk-2"])
+def test_key_that_cannot_be_sent_is_named_by_its_setting_and_not_shown(
+    monkeypatch: pytest.MonkeyPatch, secret: str
+) -> None:
+    monkeypatch.setenv("JUDGE_KEY", secret)
+    endpoint = Endpoint(base_url="http://127.0.0.1:9/v1", model="m", key_variable="JUDGE_KEY")
+    with pytest.raises(SelfalignError, match=r"^judge\.endpoint\.key_variable: JUDGE_KEY holds") as caught:
+        endpoint.open("judge.endpoint")
+    assert secret not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("HTTPS_PROXY", "proxy:port"), ("ALL_PROXY", "nosuch://proxy"), ("SSL_CERT_FILE", "/nowhere/ca.pem")],
+)
+def test_proxy_or_certificate_that_is_none_is_one_line(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    endpoint = Endpoint(base_url="https://example.org/v1", model="m", key_variable="JUDGE_KEY")
+    with pytest.raises(SelfalignError, match=rf"^judge\.endpoint\.base_url: nothing can be asked .*{name}"):
+        endpoint.open("judge.endpoint")
+
+
+@pytest.mark.parametrize("url", ["http://[::1/v1", "http://host:port/v1", "http://aä..b/v1"])
+def test_address_that_is_none_is_refused(url: str) -> None:
+    with pytest.raises(SelfalignError, match=r"^judge\.endpoint\.base_url=.* is no address"):
+        Endpoint(base_url=url, model="m").check("judge.endpoint")
+
+
 PASSING = {
     "too_many_requests": Fault(429),
     "server_error": Fault(500),

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import BloomConfig
 
@@ -89,6 +90,52 @@ def test_truncated_weights_are_refused_with_the_folder_named(checkpoint: Path, d
     with pytest.raises(SelfalignError, match=r"checkpoint: the model cannot be loaded .* files may be damaged"):
         fetch_pretrained(ModelConfig(path=str(checkpoint)), destination)
     assert not (destination / "weights.json").exists()
+
+
+def settings_of(**changes: Any) -> Any:
+    """Changes the checkpoint's config.json."""
+
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text()) | changes
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return change
+
+
+STUMBLED_OVER = {
+    "tokenizer of an unknown kind": lambda folder: (folder / "tokenizer.json").write_text('{"model": {"type": "?"}}'),
+    "tokenizer's settings are a list": lambda folder: (folder / "tokenizer_config.json").write_text("[]"),
+    "config is a list": lambda folder: (folder / "config.json").write_text("[]"),
+    "heads do not divide": settings_of(num_attention_heads=7),
+    "width of the wrong type": settings_of(hidden_size="wide"),
+    "unknown activation": settings_of(hidden_act="nosuch"),
+    "unknown dtype": settings_of(dtype="nosuch"),
+    "quantised by a library that is missing": settings_of(quantization_config={"quant_method": "gptq", "bits": 4}),
+}
+
+
+@pytest.mark.parametrize("case", STUMBLED_OVER)
+def test_checkpoint_that_libraries_stumble_over_is_one_line_that_names_it(
+    checkpoint: Path, destination: Path, case: str
+) -> None:
+    """What they raise is of no common kind, tokenizers' own not even of any."""
+    STUMBLED_OVER[case](checkpoint)
+    with pytest.raises(
+        SelfalignError, match=rf"^{checkpoint}: (the model cannot|no tokenizer can) be loaded"
+    ) as caught:
+        fetch_pretrained(ModelConfig(path=str(checkpoint)), destination)
+    assert "\n" not in str(caught.value)
+
+
+def test_lack_of_memory_is_not_called_a_damaged_model(
+    checkpoint: Path, destination: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any, **settings: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        fetch_pretrained(ModelConfig(path=str(checkpoint)), destination)
 
 
 def test_weights_that_lack_a_layer_are_refused(checkpoint: Path, destination: Path) -> None:

@@ -1,15 +1,25 @@
 """What a killed training goes on from: every number of every optimiser's state, and the schedule."""
 
+import errno
+import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from builders import file_limit
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.optim.lr_scheduler import LambdaLR
 
 from selfalign import snapshot
+from selfalign.errors import SelfalignError
 from selfalign.optimizers import MasterWeights, build_optimizer
+from selfalign.processes import TOLD, AnotherEnded
 from selfalign.training import Optimization
 
 WIDTH = 96
@@ -65,3 +75,132 @@ def test_a_snapshot_holds_nothing_that_could_run_as_code_and_nothing_of_an_earli
     snapshot.save(tmp_path / "one", *Training("adamw", torch.float32).parts())
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert names == ["schedule.json", "shard-00001-model-00001-of-00001.safetensors"]
+
+
+# --- failures ----------------------------------------------------------------------------------------------------
+
+
+class RefusingWriter(HuggingFaceStorageWriter):
+    """Fails as it is told to, where torch writes; what is raised there comes back in torch's own exception."""
+
+    error: BaseException = OSError()
+
+    def write_data(self, *arguments: Any) -> Any:
+        raise self.error
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+@pytest.mark.parametrize("library", ["python", "rust"])
+def test_snapshot_that_cannot_be_written_is_a_system_error_that_names_it_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, library: str
+) -> None:
+    said = f"I/O error: {os.strerror(number)} (os error {number})"
+    error = OSError(number, os.strerror(number)) if library == "python" else SafetensorError(said)
+    monkeypatch.setattr(RefusingWriter, "error", error)
+    monkeypatch.setattr(snapshot, "HuggingFaceStorageWriter", RefusingWriter)
+    with pytest.raises(OSError) as caught:
+        snapshot.save(tmp_path / "one", *Training("adamw", torch.float32).parts())
+    assert (caught.value.errno, caught.value.filename) == (number, str(tmp_path / "one"))
+    assert not (tmp_path / "one").exists()
+
+
+def test_snapshot_beyond_the_limit_on_file_sizes_is_that_error(tmp_path: Path) -> None:
+    with file_limit(), pytest.raises(OSError) as caught:
+        snapshot.save(tmp_path / "one", *Training("adamw", torch.float32).parts())
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(tmp_path / "one"))
+    assert not (tmp_path / "one").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3), AnotherEnded(TOLD)])
+def test_what_ends_the_process_is_no_failure_of_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    """torch hands back whatever is raised while it writes, Ctrl-C included."""
+    monkeypatch.setattr(RefusingWriter, "error", error)
+    monkeypatch.setattr(snapshot, "HuggingFaceStorageWriter", RefusingWriter)
+    with pytest.raises(type(error)) as caught:
+        snapshot.save(tmp_path / "one", *Training("adamw", torch.float32).parts())
+    assert caught.value is error
+
+
+def truncate(folder: Path, shard: Path) -> None:
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def empty(folder: Path, shard: Path) -> None:
+    shard.write_bytes(b"")
+
+
+def spoil(folder: Path, shard: Path) -> None:
+    content = shard.read_bytes()
+    shard.write_bytes(content[:8] + b"\xff" * 40 + content[48:])
+
+
+def replace_by_a_folder(folder: Path, shard: Path) -> None:
+    shard.unlink()
+    shard.mkdir()
+
+
+def take_from_another_model(folder: Path, shard: Path) -> None:
+    save_file({"weights.weight": torch.zeros(3, 3)}, shard)
+
+
+def cut_in_three_and_lose_the_second(folder: Path, shard: Path) -> None:
+    """As three processes write it; what torch reads then is right in its first and last third."""
+    with safe_open(shard, framework="pt") as file:
+        whole = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
+    shard.unlink()
+    for number, rows in ((1, slice(0, 32)), (3, slice(64, 96))):
+        parts = {name: tensor[rows].clone() for name, tensor in whole.items() if tensor.dim()}
+        offsets = {name: {SAVED_OFFSETS_KEY: [rows.start, 0]} for name in parts}
+        if number == 1:
+            scalars = {name: tensor for name, tensor in whole.items() if not tensor.dim()}
+            parts, offsets = parts | scalars, offsets | {name: {SAVED_OFFSETS_KEY: []} for name in scalars}
+        told = {CUSTOM_METADATA_KEY: json.dumps(offsets), "format": "pt"}
+        save_file(parts, folder / f"shard-0000{number}-model-00001-of-00001.safetensors", metadata=told)
+
+
+def write_schedule(text: str) -> Any:
+    return lambda folder, shard: (folder / snapshot.SCHEDULE).write_text(text)
+
+
+DAMAGE = {
+    "shard cut": truncate,
+    "shard empty": empty,
+    "header overwritten": spoil,
+    "shard gone": lambda folder, shard: shard.unlink(),
+    "second of three shards gone": cut_in_three_and_lose_the_second,
+    "shard is a folder": replace_by_a_folder,
+    "shard of another model": take_from_another_model,
+    "schedule gone": lambda folder, shard: (folder / snapshot.SCHEDULE).unlink(),
+    "schedule cut": write_schedule('{"base_lrs": [0.01'),
+    "schedule of something else": write_schedule('{"a": 1}'),
+    "schedule is a list": write_schedule("[]"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_snapshot_is_one_line_that_says_which_folder_to_delete(tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "checkpoint-3"
+    snapshot.save(folder, *Training("adamw", torch.float32).go(range(3)).parts())
+    (shard,) = folder.glob("*.safetensors")
+    DAMAGE[damage](folder, shard)
+    with pytest.raises(SelfalignError) as caught:
+        snapshot.load(folder, *Training("adamw", torch.float32).parts())
+    said = str(caught.value)
+    assert said.startswith(f"{folder}: this checkpoint is damaged, or of something else (")
+    assert "; delete the folder, and the same command trains this model from its start" in said
+    assert "\n" not in said
+
+
+def test_snapshot_of_another_user_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "checkpoint-3"
+    snapshot.save(folder, *Training("adamw", torch.float32).parts())
+
+    class Locked(HuggingFaceStorageReader):
+        def read_metadata(self, *arguments: Any, **more: Any) -> Any:
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder / "shard"))
+
+    monkeypatch.setattr(snapshot, "HuggingFaceStorageReader", Locked)
+    with pytest.raises(PermissionError, match="Permission denied"):
+        snapshot.load(folder, *Training("adamw", torch.float32).parts())

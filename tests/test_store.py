@@ -242,6 +242,15 @@ def test_damaged_artefact_is_refused_with_what_to_delete(store: Store, damage: s
             attempt("stage", {"x": 1})
 
 
+@pytest.mark.parametrize("content", ["", '{"stage": "st', "[]", "{}", '{"stage": "stage", "files": {"a": 1}}'])
+def test_damaged_manifest_is_refused_with_what_to_delete(store: Store, content: str) -> None:
+    made = store.make("stage", {"x": 1}, writing("content"))
+    (made.path / "manifest.json").write_text(content)
+    for attempt in (store.find, lambda *a: store.make(*a, writing("content"))):
+        with pytest.raises(SelfalignError, match=rf"manifest\.json: damaged; delete {made.path} to have it made again"):
+            attempt("stage", {"x": 1})
+
+
 def test_artefact_that_is_removed_while_it_is_read_is_not_found(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     made = store.make("stage", {"x": 1}, writing("content"))
 

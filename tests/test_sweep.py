@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +123,9 @@ class Elsewhere:
         (folder / "site/sitecustomize.py").write_text(COUNTING)
         self.overrides = [*GIVEN, write_pairs(folder / "pairs.jsonl", 40), f"output_dir={self.output}"]
 
-    def start(self, *overrides: str, **environment: str) -> subprocess.Popen[str]:
-        """A sweep, in a process group of its own."""
+    def start(self, *overrides: str, file_size: int = 0, **environment: str) -> subprocess.Popen[str]:
+        """A sweep, in a process group of its own; no file may have more than `file_size` bytes, as by `ulimit -f`."""
+        limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (file_size, file_size)) if file_size else None
         known = {"PYTHONPATH": f"{self.folder / 'site'}:{ROOT}", "BUILDS": str(self.folder / "builds"), **environment}
         return subprocess.Popen(
             [sys.executable, "-c", START, "-m", *self.overrides, *overrides],
@@ -132,6 +135,7 @@ class Elsewhere:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
+            preexec_fn=limit,
         )
 
     def built(self) -> Counter[str]:
@@ -263,6 +267,28 @@ def test_search_goes_by_the_last_model_s_number_and_on_where_a_job_fails(elsewhe
     margins = [read_json(f / "summary.json")["models"][-1]["rewards/margins"] for f in run_folders(elsewhere.output)]
     (results,) = elsewhere.output.glob("sweeps/*/optimization_results.yaml")
     assert yaml.safe_load(results.read_text())["best_value"] == max(margins)
+
+
+def test_checkpoint_that_cannot_be_written_fails_its_job_with_that_reason_and_the_others_go_on(
+    elsewhere: Elsewhere,
+) -> None:
+    """Every job trains the same model; all its weights with their optimiser's state are too much, an adapter is not."""
+    said = end(elsewhere.start("model.lora.rank=0,1", "seed=41,42", "data.count=2", file_size=700_000))
+    assert said.code == 1
+    assert "Traceback" not in said.out + said.err
+    assert states(elsewhere.output) == ["failed", "failed", "finished", "finished"]
+    for job in jobs(elsewhere.output)[:2]:
+        place, _, reason = job["error"].partition(": ")
+        assert Path(place).match("out/store/align/*/scratch/checkpoints/checkpoint-2")
+        assert not Path(place).exists(), "what was half written is gone"
+        assert reason == (
+            "File too large; raise the limit on the size of a file (ulimit -f); what was finished is kept, the same "
+            "command continues from it"
+        )
+    last = said.err.splitlines()[-1]
+    assert last.startswith("error: 2 of 4 jobs failed; the same command tries again. job 1 (model.lora.rank=0 seed=41)")
+    assert last.endswith(jobs(elsewhere.output)[0]["error"])
+    assert "CheckpointException" in (run_folders(elsewhere.output)[0] / "run.log").read_text(encoding="utf-8")
 
 
 # --- failures, and the same command again ------------------------------------------------------------------------

@@ -85,11 +85,65 @@ def test_unreadable_netrc_is_no_key(no_key: pytest.MonkeyPatch, tmp_path: Path) 
     assert mode_of(Wandb(), no_key, tmp_path)["mode"] == "offline"
 
 
-@pytest.mark.parametrize("said", ["offline", "disabled", "dryrun"])
+@pytest.mark.parametrize("said", ["offline", "dryrun"])
 def test_environment_that_says_offline_wins_over_a_key(no_key: pytest.MonkeyPatch, tmp_path: Path, said: str) -> None:
     no_key.setenv("WANDB_API_KEY", "k" * 40)
     no_key.setenv("WANDB_MODE", said)
     assert mode_of(Wandb(), no_key, tmp_path)["mode"] == "offline"
+
+
+@pytest.mark.parametrize("said", ["online", "run", "shared"])
+def test_environment_that_says_online_takes_the_key(no_key: pytest.MonkeyPatch, tmp_path: Path, said: str) -> None:
+    no_key.setenv("WANDB_MODE", said)
+    assert mode_of(Wandb(), no_key, tmp_path)["mode"] == "offline"
+    no_key.setenv("WANDB_API_KEY", "k" * 40)
+    assert mode_of(Wandb(), no_key, tmp_path)["mode"] == "online"
+
+
+@pytest.mark.parametrize("mode", ["auto", "online", "offline"])
+@pytest.mark.parametrize(
+    ("name", "value"), [("WANDB_MODE", "disabled"), ("WANDB_DISABLED", "true"), ("WANDB_DISABLED", "1")]
+)
+def test_environment_that_says_disabled_tracks_nothing(
+    no_key: pytest.MonkeyPatch, tmp_path: Path, name: str, value: str, mode: str
+) -> None:
+    no_key.setenv("WANDB_API_KEY", "k" * 40)
+    no_key.setenv(name, value)
+    no_key.setitem(sys.modules, "wandb", None)  # It is not even imported.
+    with Wandb(mode=mode).open(tmp_path, {"loss": {"lam": 0.5}}) as tracker:
+        tracker.log({"step": 1, "label": "M1", "iteration": 0})
+        tracker.table("t", ["a"], iter([[1]]))
+        tracker.attach([tmp_path])
+        assert tracker.place == "none (switched off by WANDB_MODE or WANDB_DISABLED)"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", ["false", "0", ""])
+def test_disabled_false_switches_nothing_off(no_key: pytest.MonkeyPatch, tmp_path: Path, value: str) -> None:
+    no_key.setenv("WANDB_DISABLED", value)
+    assert mode_of(Wandb(), no_key, tmp_path)["mode"] == "offline"
+
+
+@pytest.mark.parametrize("value", ["OFFLINE", "off", "", "offline "])
+def test_unknown_mode_of_the_environment_is_refused_in_one_line(
+    no_key: pytest.MonkeyPatch, tmp_path: Path, value: str
+) -> None:
+    """wandb itself stumbles over it, whatever it is asked for."""
+    no_key.setenv("WANDB_MODE", value)
+    allowed = "online, run, shared, offline, dryrun, disabled"
+    for mode in ("auto", "offline"):
+        with pytest.raises(SelfalignError, match=f"^WANDB_MODE must be one of {allowed}, .*; got '{value}'$"):
+            mode_of(Wandb(mode=mode), no_key, tmp_path)
+
+
+def test_run_that_wandb_does_not_open_is_one_line(no_key: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    no_key.setenv("WANDB_INIT_TIMEOUT", "soon")
+    with pytest.raises(SelfalignError) as caught, Wandb(mode="offline").open(tmp_path, {}):
+        pass
+    said = str(caught.value)
+    assert said.startswith("track: Weights & Biases opens no run (")
+    assert "init_timeout" in said
+    assert "\n" not in said
 
 
 @pytest.mark.parametrize("mode", ["online", "offline"])

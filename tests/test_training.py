@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -431,12 +432,47 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_skipped(
     assert all(torch.equal(whole.weights[name], again.weights[name]) for name in whole.weights)
 
 
+def test_damaged_checkpoint_stops_the_training_and_names_the_folder_that_is_in_its_way(
+    tiny_policy: PolicyFiles, demonstrations: list[Group], tmp_path: Path
+) -> None:
+    objective = Likelihood("tokens")
+    whole = run(tmp_path / "whole", tiny_policy, demonstrations, optimization=settings())
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", tiny_policy, demonstrations, objective=Breaking(objective, kill_at=4))
+    folder = tmp_path / "killed" / "scratch" / "checkpoints" / "checkpoint-2"
+    (shard,) = folder.glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(SelfalignError, match=rf"^{folder}: this checkpoint is damaged.*; delete the folder, and"):
+        run(tmp_path / "killed", tiny_policy, demonstrations, objective=objective)
+    shutil.rmtree(folder)
+    again = run(tmp_path / "killed", tiny_policy, demonstrations, objective=objective)
+    assert all(torch.equal(whole.weights[name], again.weights[name]) for name in whole.weights)
+
+
 def test_the_newest_checkpoint_is_taken_by_number(tmp_path: Path) -> None:
     assert last_checkpoint(tmp_path / "none") is None
     for step in (2, 10, 9):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
-        (folder / "trainer_state.json").write_text("{}")
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+@pytest.mark.parametrize(
+    ("name", "state"),
+    [
+        ("checkpoint-20", "[]"),
+        ("checkpoint-20", "{}"),
+        ("checkpoint-20", '{"global_step": 10}'),
+        ("checkpoint-20", '{"global_step": 20, "foreign": 1}'),
+        ("checkpoint-best", '{"global_step": 20}'),
+        ("checkpoint-", '{"global_step": 20}'),
+    ],
+)
+def test_folder_of_something_else_is_no_checkpoint(tmp_path: Path, name: str, state: str) -> None:
+    for folder, text in (("checkpoint-10", '{"global_step": 10}'), (name, state)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "trainer_state.json").write_text(text)
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
 
 

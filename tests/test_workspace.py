@@ -1,4 +1,5 @@
 import json
+import re
 import sys
 
 import pytest
@@ -64,6 +65,18 @@ def test_without_a_key_it_is_built_and_not_sent(
     )
 
 
+def test_environment_that_keeps_it_from_being_sent_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setattr(sys, "argv", ["selfalign-workspace", "team/runs"])
+    main()
+    assert capsys.readouterr().out.endswith(
+        "; not sent: unset WANDB_MODE and WANDB_DISABLED and give the command again\n"
+    )
+
+
 @pytest.mark.parametrize("place", ["runs", "team/", "/runs", "a/b/c"])
 def test_project_without_its_entity_is_refused(
     place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -75,9 +88,12 @@ def test_project_without_its_entity_is_refused(
     assert f"expected ENTITY/PROJECT, got {place!r}" in capsys.readouterr().err
 
 
-def test_missing_extra_is_said_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_extra_is_said_with_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
     monkeypatch.setitem(sys.modules, "wandb_workspaces.reports.v2", None)
     monkeypatch.setattr(sys, "argv", ["selfalign-workspace", "team/runs"])
-    with pytest.raises(SystemExit, match=r"error: .*wandb_workspaces.*; pip install 'selfalign\[workspace\]'"):
+    with pytest.raises(SystemExit):
         main()
+    assert re.fullmatch(r"error: .*wandb_workspaces.*; pip install 'selfalign\[workspace\]'\n", capsys.readouterr().err)

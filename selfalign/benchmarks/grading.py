@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from selfalign.batches import share_prompt
 from selfalign.benchmarks.entrant import Entrant
@@ -161,14 +162,18 @@ class Grader:
         counts: Counts,
     ) -> list[Grade]:
         """What a server writes."""
-        requests = {
-            f"grade-{name}": {"messages": asked, "temperature": 0, "max_tokens": self.max_new_tokens}
-            for name, asked in prompts.items()
-        }
+        requests = {f"grade-{name}": self._request(asked) for name, asked in prompts.items()}
         with self.endpoint.open(f"{entrant.key}.judge.endpoint") as client:
             replies = list(client.complete_all(requests, journal, 1).values())
         counts |= self.endpoint.usage(replies)
         return [parse_rating(reply.text, reply.finish, answers[n]) for n, reply in zip(prompts, replies, strict=True)]
+
+    def probe(self) -> dict[str, Any]:
+        """A request to the server as any other, about one word."""
+        return self._request(self._ask_own(Task(id="probe", asked=["Greet me."], answers=["Hello."])))
+
+    def _request(self, asked: list[Message]) -> dict[str, Any]:
+        return {"messages": asked, "temperature": 0, "max_tokens": self.max_new_tokens}
 
     def _write(
         self,

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from selfalign.endpoint import Endpoint
 from selfalign.judges.attempts import Wish, Written, WrittenScore, first_wishes, write_judgements
 from selfalign.judges.bench import Bench, Judged, Subject
+from selfalign.records import Instruction, given_response
 from selfalign.replies import Reply
 
 
@@ -49,6 +50,11 @@ class ExternalScore(WrittenScore):
             model=self.endpoint.name,
         )
         return Judged(judgements=judgements, counts=self.endpoint.usage(replies))
+
+    def probe(self) -> dict[str, Any]:
+        """A request as any other, about one word."""
+        asked = Instruction(id="probe", text="Greet me.", source="given")
+        return self._request(Wish(Subject(asked, given_response("probe-1", asked.id, "Hello.", "probe")), 1, 1, 0))
 
     def _request(self, wish: Wish) -> dict[str, Any]:
         return {

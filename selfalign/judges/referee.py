@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from selfalign.batches import Group, share_prompt
 from selfalign.data import as_prompt
@@ -151,11 +151,9 @@ class Referee:
     def _ask(self, bench: Bench, showings: Sequence[Showing], counts: Counts) -> list[Reading]:
         """The verdicts a server writes."""
         requests = {
-            f"{showing.duel.id}{'-swapped' * showing.swapped}": {
-                "messages": self.ask(showing.duel.instruction.text, *showing.texts),
-                "temperature": 0,
-                "max_tokens": self.verdict_tokens,
-            }
+            f"{showing.duel.id}{'-swapped' * showing.swapped}": self._request(
+                showing.duel.instruction.text, *showing.texts
+            )
             for showing in showings
         }
         client = bench.client(self.endpoint, f"{self.key}.endpoint")
@@ -165,6 +163,14 @@ class Referee:
             parse_verdict(reply.text, reply.finish, showing.texts)
             for reply, showing in zip(replies, showings, strict=True)
         ]
+
+    def probe(self) -> dict[str, Any]:
+        """A request to the server as any other, about two words."""
+        return self._request("Greet me.", "Hello.", "Hi.")
+
+    def _request(self, instruction: str, first: str, second: str) -> dict[str, Any]:
+        asked = self.ask(instruction, first, second)
+        return {"messages": asked, "temperature": 0, "max_tokens": self.verdict_tokens}
 
 
 def verdict_tokens(tokenizer: "Tokenizer", key: str) -> list[int]:

@@ -9,6 +9,7 @@ from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
+from selfalign.errors import SelfalignError
 from selfalign.files import read_json
 from selfalign.records import (
     Comparison,
@@ -89,7 +90,18 @@ class Finished:
 
     @classmethod
     def load(cls, folder: Path) -> "Finished":
-        """Reads a run folder."""
+        """Reads a run folder.
+
+        Raises:
+            SelfalignError: its files are damaged.
+        """
+        try:
+            return cls._read(folder)
+        except (ValueError, KeyError) as error:
+            raise SelfalignError(f"{folder}: its files are damaged or of another selfalign ({error!r})") from error
+
+    @classmethod
+    def _read(cls, folder: Path) -> "Finished":
         summary = read_json(folder / "summary.json")
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return cls(

@@ -144,10 +144,7 @@ def _has_finished(folder: Path) -> bool:
 
 
 def _finished(folder: Path) -> Job:
-    try:
-        run = Finished.load(folder)
-    except (ValueError, KeyError) as error:
-        raise SelfalignError(f"{folder}: its files are damaged or of another selfalign ({error!r})") from error
+    run = Finished.load(folder)
     return Job(name=folder.name, folder=folder.resolve(), settings=flat(run.config), run=run)
 
 

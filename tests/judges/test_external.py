@@ -221,10 +221,10 @@ def everything_below(folder: Path) -> bytes:
 def test_whole_run_is_judged_by_a_faulty_server_and_the_key_is_nowhere(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The server fails in every way first, and repeats the key in its errors and in every text it writes."""
+    """Once it was found there, the server fails in every way, and repeats the key in its errors and in every text."""
     caplog.set_level(logging.DEBUG)
     faults = [
-        Fault(429, f"slow down, {KEY}".encode(), {"Retry-After": "1"}), Fault(500, KEY.encode()),
+        None, Fault(429, f"slow down, {KEY}".encode(), {"Retry-After": "1"}), Fault(500, KEY.encode()),
         Fault(body=f'{{"choices": "{KEY}'.encode()), Fault(body=b"{}"), Fault(hangs=True),
     ]  # fmt: skip
     overrides = [
@@ -239,8 +239,12 @@ def test_whole_run_is_judged_by_a_faulty_server_and_the_key_is_nowhere(
     with chat_server(says, faults) as server:
         folder = run(tmp_path / "outputs", *overrides, f"judge.endpoint.base_url={server.url}")
         asked = len(server.bodies)
-        assert run(tmp_path / "outputs", *overrides, f"judge.endpoint.base_url={server.url}") == folder
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("JUDGE_KEY")
+            assert run(tmp_path / "outputs", *overrides, f"judge.endpoint.base_url={server.url}") == folder
         assert len(server.bodies) == asked, "a finished run asked again"
+        until_then = capfd.readouterr()
+        assert "Everything was there already" in until_then.out
         refusal = Fault(401, f"no such key: {KEY}".encode())
         server.faults.append(refusal)
         with pytest.raises(SelfalignError, match=r"status 401: no such key: \[key\]"):
@@ -252,7 +256,8 @@ def test_whole_run_is_judged_by_a_faulty_server_and_the_key_is_nowhere(
     links = {(folder / f"artefacts/evaluation_M{n}/ranked_scores").resolve() for n in (1, 2)}
     assert len(links) == 1
     said = capfd.readouterr()
-    haystack = everything_below(tmp_path) + said.out.encode() + said.err.encode() + caplog.text.encode()
+    printed = until_then.out + until_then.err + said.out + said.err
+    haystack = everything_below(tmp_path) + printed.encode() + caplog.text.encode()
     assert b"[key]" in haystack
     assert b"JUDGE_KEY" in haystack
     assert KEY.encode() not in haystack

@@ -1,0 +1,102 @@
+"""What the machine refuses: files that cannot be written, memory that is not there; whichever library says so."""
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from selfalign.errors import SelfalignError
+
+KEPT = "what was finished is kept, the same command continues from it"
+
+ADVICE = {
+    errno.ENOSPC: "make room there (selfalign-store clean removes what no run uses), or set another output_dir",
+    errno.EDQUOT: "make room there (selfalign-store clean removes what no run uses), or have the quota raised",
+    errno.EFBIG: "raise the limit on the size of a file (ulimit -f)",
+    errno.EROFS: "set an output_dir that can be written",
+    errno.EIO: "the disk or its connection is failing",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+}
+"""What to do, by what the system said."""
+
+WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+"""Failures that are about a file, also where the error names none."""
+
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+"""How torch says it where it raises no error of its own kind."""
+
+SMALLER = (
+    "lower batch_tokens or max_length of train.sft and train.align, set their gradient_checkpointing=true, lower "
+    "generate.batch_tokens, train adapters (model.lora.rank=16), or keep the base in 4 bits (model.quantization=nf4)"
+)
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """What the system refused, if this is it: an OSError, or what libraries written in Rust make of one."""
+    if isinstance(error, OSError):
+        return error if error.errno is not None else None
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(told[1]), os.strerror(int(told[1]))) if told else None
+
+
+def explain_failure(error: BaseException) -> str | None:
+    """One line of what the machine has refused: the file, what the system said, what to do; None for anything else."""
+    refused = system_error(error)
+    if refused is not None:
+        return explain_system_error(refused)
+    if is_out_of_memory(error):  # Outside of a stage, which `fits` would name.
+        return f"there is no memory left ({' '.join(str(error).split())[:200] or type(error).__name__}); {KEPT}"
+    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+        broken = ascii(error.object[max(0, error.start - 40) : error.end + 20])
+        return f"{broken} is not UTF-8: rename the path or mend the text, or set LC_ALL=C.UTF-8"
+    return None
+
+
+def explain_system_error(error: OSError) -> str:
+    """One line: the file, what the system said, and what to do."""
+    place = f"{error.filename}: " if error.filename else ""
+    advice = f"{ADVICE[error.errno]}; " if error.errno in ADVICE else ""
+    return " ".join(f"{place}{error.strerror}; {advice}{KEPT}".split())
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Names the file or folder that is written inside, where the error names none, as Python's own on a full disk.
+
+    Raises:
+        OSError: in the place of another library's error too.
+    """
+    try:
+        yield
+    except Exception as error:
+        refused = system_error(error)
+        if refused is None or refused.errno not in WRITING:
+            raise
+        refused.filename = refused.filename or str(path)
+        if refused is error:
+            raise
+        raise refused from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU's or the machine's memory did not suffice."""
+    told = isinstance(error, RuntimeError) and any(sign in str(error) for sign in NO_MEMORY)
+    return told or isinstance(error, MemoryError)
+
+
+@contextmanager
+def fits(label: str) -> Iterator[None]:
+    """Whatever is done inside has to fit into memory.
+
+    Raises:
+        SelfalignError: it does not.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        said = " ".join(str(error).split())[:200] or "no memory left"
+        raise SelfalignError(f"{label} does not fit into memory ({said}): {SMALLER}") from error

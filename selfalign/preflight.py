@@ -1,0 +1,346 @@
+"""What can be known before anything is made: keys, servers, engines, models, files, disk and memory, all at once."""
+
+import importlib.util
+import logging
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from selfalign import processes
+from selfalign.benchmarks.entrant import judges_to_load
+from selfalign.containers import identify_data
+from selfalign.endpoint import Endpoint, RefusedError
+from selfalign.errors import SelfalignError
+from selfalign.footprint import Footprint, disk_lack, training_lack, writing_lack
+from selfalign.generation import Transformers
+from selfalign.given import Pairs, SelfRewarding
+from selfalign.judges.bench import asks_a_server, wants_model
+from selfalign.losses import Positives
+from selfalign.models import ModelConfig
+from selfalign.plan import plan
+from selfalign.pretrained import find_local
+from selfalign.serving import Server
+from selfalign.tracking import Wandb, has_key, said_mode
+from selfalign.training import Optimization
+from selfalign.vllm_engine import VLLM, share_gpus
+
+if TYPE_CHECKING:
+    from selfalign.config import ExperimentConfig
+
+logger = logging.getLogger(__name__)
+
+ANSWER_SECONDS = 30.0
+"""A server that does not answer is asked again for so long."""
+
+LONGEST_WAIT_SECONDS = 5.0
+"""Between two tries."""
+
+IMPORT_SECONDS = 180.0
+"""An engine may take so long to be imported."""
+
+TRAINED = re.compile(r"SFT|M[1-9]\d*")
+JUDGED = re.compile(r"(?!preferences/).+/(judgements|scores|ranked_scores)")
+COMPARED = re.compile(r".+/against_.+")
+WRITTEN = re.compile(r".+/(instructions|responses|answers)")
+"""Labels of the stages that train, judge, compare and write."""
+
+SHELL = {"exec", "env", "nice", "nohup", "cd", "export", "source", ".", "eval", "if", "for", "while", "set", "ulimit"}
+"""What a command may begin with that says nothing of the program behind it."""
+
+
+def preflight(config: "ExperimentConfig", made: Collection[str]) -> None:
+    """Checks what the stages that are still to be made will need; of several processes the main one does.
+
+    Args:
+        config: the experiment.
+        made: labels of the stages that are there; where all are, nothing is needed.
+
+    Raises:
+        SelfalignError: something is missing; the message has a line for each.
+    """
+    found = problems(config, made) if processes.is_main() else []
+    if lines := processes.broadcast(found):
+        raise SelfalignError("\n".join(lines))
+
+
+def problems(config: "ExperimentConfig", made: Collection[str]) -> list[str]:
+    """A line for everything that is missing."""
+    labels = [label for label, _ in plan(config) if label not in made]
+    checks: list[Callable[[ExperimentConfig, list[str]], list[str]]] = [
+        check_tracking,
+        check_packages,
+        check_data,
+        check_models,
+        check_room,
+        check_engine,
+        check_servers,
+    ]
+    found = [problem for check in checks for problem in check(config, labels)] if labels else []
+    return list(dict.fromkeys(found))
+
+
+def any_of(labels: list[str], *patterns: re.Pattern[str]) -> bool:
+    """Whether a stage of these kinds remains."""
+    return any(pattern.fullmatch(label) for pattern in patterns for label in labels)
+
+
+@contextmanager
+def noting(lines: list[str]) -> Iterator[None]:
+    """Adds what is refused inside to the lines, and goes on behind it."""
+    try:
+        yield
+    except SelfalignError as error:
+        lines.append(str(error))
+
+
+# --- servers -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A request as a stage will send it, about one word; `key` is the setting of whom it goes to."""
+
+    key: str
+    endpoint: Endpoint
+    request: dict[str, Any]
+
+    @property
+    def server(self) -> tuple[str, ...]:
+        """What a server is told apart by."""
+        endpoint = self.endpoint
+        return endpoint.base_url, endpoint.model, endpoint.key_variable, repr(endpoint.parameters)
+
+
+def questions(config: "ExperimentConfig", labels: list[str]) -> list[Question]:
+    """One for each who will be asked."""
+    asked: list[tuple[str, Any]] = []
+    if any_of(labels, JUDGED) or (config.train.choose.every_steps and any_of(labels, TRAINED)):
+        asked.append(("judge", config.judge))
+    if any_of(labels, COMPARED):
+        asked.append(("evaluate.head_to_head", config.evaluate.head_to_head))
+    if "preferences/scores" in labels:
+        asked.append(("evaluate.preferences.judge", config.evaluate.preferences.judge))
+    for name, benchmark in config.benchmark.items():
+        if any(label.endswith(f"/{name}") for label in labels):
+            asked.append((f"benchmark.{name}.judge", getattr(benchmark, "judge", None)))
+    servers = [(key, judge) for key, judge in asked if asks_a_server(judge)]
+    return [Question(f"{key}.endpoint", judge.endpoint, judge.probe()) for key, judge in servers]
+
+
+def check_servers(config: "ExperimentConfig", labels: list[str]) -> list[str]:
+    """Every server has its key, is there, knows the model, takes the parameters and has room for the rubric."""
+    servers: dict[tuple[str, ...], list[Question]] = {}
+    for question in questions(config, labels):
+        servers.setdefault(question.server, []).append(question)
+    # Of what one server will be asked, the longest.
+    answers = [ask_server(max(asked, key=lambda one: len(repr(one.request)))) for asked in servers.values()]
+    return [problem for problem in answers if problem]
+
+
+def ask_server(question: Question) -> str:
+    """What is wrong with a server, in one line; nothing where it answers."""
+    key, endpoint = question.key, question.endpoint
+    until, wait = time.monotonic() + ANSWER_SECONDS, endpoint.first_wait_seconds
+    try:
+        with endpoint.open(key) as client:
+            reply, trouble, asked = client.attempt(question.request)
+            for _ in range(endpoint.retries):
+                if reply is not None or time.monotonic() + max(wait, asked) > until:
+                    break
+                time.sleep(max(wait, asked))
+                reply, trouble, asked = client.attempt(question.request)
+                wait = min(2 * wait, LONGEST_WAIT_SECONDS)
+    except RefusedError as error:
+        return f"{key}: {error}{advice(question, error.status)}"
+    except SelfalignError as error:
+        return str(error)
+    if reply is not None:
+        return too_long(question) if reply.finish == "too_long" else ""
+    if "status 429" in trouble:
+        logger.warning("%s: %s is busy (%s); it will be asked again", key, endpoint.name, trouble)
+        return ""
+    return f"{key}: {endpoint.name} gives no usable answer ({trouble}); is the server there, at {key}.base_url?"
+
+
+def too_long(question: Question) -> str:
+    """A server whose model has too short a context."""
+    return (
+        f"{question.key}: {question.endpoint.name} refuses the rubric as too long, about a response of one word; take "
+        "a model with a longer context, a shorter prompt, or fewer tokens of an answer"
+    )
+
+
+def advice(question: Question, status: int) -> str:
+    """What to look at when a server refuses."""
+    key, variable = question.key, question.endpoint.key_variable
+    match status:
+        case 401 | 403:
+            return f"; look at the key in {variable}" if variable else f"; set {key}.key_variable, it wants a key"
+        case 404:
+            return f"; is {key}.model there, and does {key}.base_url end in front of /chat/completions?"
+        case 400 | 422:
+            return f"; {key}.parameters changes what is asked, and null leaves a parameter out"
+        case _:
+            return ""
+
+
+# --- engines and packages ----------------------------------------------------------------------------------------
+
+
+def check_engine(config: "ExperimentConfig", labels: list[str]) -> list[str]:
+    """What writes can be started."""
+    generate, lines = config.generate, list[str]()
+    if not any_of(labels, WRITTEN, JUDGED, COMPARED):
+        return lines
+    with noting(lines):
+        if isinstance(generate, VLLM):
+            lines += check_import(generate.python or sys.executable)
+            share_gpus(generate.replicas, generate.tensor_parallel_size)
+        if isinstance(generate, Server):
+            lines += check_command(generate.command)
+            with generate.endpoint("http://localhost/v1", "policy").open("generate"):
+                pass  # Its key is there.
+    return lines
+
+
+def check_import(python: str) -> list[str]:
+    """vLLM can be imported in its environment."""
+    try:
+        done = subprocess.run(
+            [python, "-P", "-c", "import vllm"], capture_output=True, timeout=IMPORT_SECONDS, check=False
+        )
+    except OSError as error:
+        return [f"generate.python: {python} cannot be run ({error.strerror})"]
+    except subprocess.TimeoutExpired:
+        logger.warning("generate=vllm: %s has not imported vLLM in %.0f s", python, IMPORT_SECONDS)
+        return []
+    if done.returncode == 0:
+        return []
+    said = [line.strip() for line in done.stderr.decode("utf-8", errors="replace").splitlines() if line.strip()]
+    return [
+        f"generate=vllm: {python} cannot import vLLM ({said[-1][:200] if said else 'it says nothing'}); set "
+        "generate.python to the interpreter of an environment that has it"
+    ]
+
+
+def check_command(command: str) -> list[str]:
+    """The program that a server's command begins with is there, as far as that can be told."""
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        return [f"generate.command cannot be read by a shell ({error}): {command}"]
+    program = next((word for word in words if not re.match(r"[A-Za-z_]\w*=", word)), "")
+    named = re.fullmatch(r"[\w./+@%:-]+", program) and program not in SHELL
+    return [f"generate.command: there is no program {program}"] if named and shutil.which(program) is None else []
+
+
+def check_packages(config: "ExperimentConfig", labels: list[str]) -> list[str]:
+    """The package is installed that 4-bit weights and the 8-bit optimiser need."""
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        return []
+    kind = config.model.quantization
+    lines = [f"model.quantization={kind} needs bitsandbytes: pip install 'selfalign[qlora]'"] if kind != "none" else []
+    small = [key for key, settings in trainings(config, labels) if settings.optimizer == "adamw_8bit"]
+    return lines + [f"{key}.optimizer=adamw_8bit needs bitsandbytes: pip install 'selfalign[8bit]'" for key in small]
+
+
+def check_tracking(config: "ExperimentConfig", labels: list[str]) -> list[str]:
+    """Weights & Biases has a key where it has to be reached, and its environment is in order."""
+    lines: list[str] = []
+    with noting(lines):
+        wanted = isinstance(config.track, Wandb) and said_mode() != "disabled" and config.track.mode == "online"
+        if wanted and not has_key():
+            lines.append(
+                "track.mode=online needs an API key of Weights & Biases: run `wandb login`, set WANDB_API_KEY, or take "
+                "track.mode=offline"
+            )
+    return lines
+
+
+# --- files and models --------------------------------------------------------------------------------------------
+
+
+def check_data(config: "ExperimentConfig", labels: list[str]) -> list[str]:
+    """Every file of data that is named is there."""
+    data, asked = config.data, config.evaluate
+    sources = {
+        "data.seeds.demonstrations": data.seeds.demonstrations,
+        "data.seeds.ranked": data.seeds.ranked,
+        "data.path": data.path if isinstance(data, Pairs) else "",
+        "data.instruct.source": data.instruct.source if isinstance(data, SelfRewarding) else "",
+        "evaluate.instructions": asked.instructions,
+        "evaluate.against": asked.against,
+        "evaluate.preferences.source": "" if asked.preferences.source == "ranked" else asked.preferences.source,
+        "train.choose.instructions": config.train.choose.instructions,
+    }
+    lines: list[str] = []
+    for key, source in sources.items():
+        with noting(lines):
+            if source:
+                identify_data(source, key)
+    for name, benchmark in config.benchmark.items():
+        with noting(lines):
+            benchmark.sources(f"benchmark.{name}")
+    return lines
+
+
+def check_models(config: "ExperimentConfig", labels: list[str]) -> list[str]:
+    """Every model that is named by a folder is there; those of a hub are looked for when they are fetched."""
+    lines: list[str] = []
+    for key, model in named_models(config).items():
+        with noting(lines):
+            find_local(model, key)
+    return lines
+
+
+def named_models(config: "ExperimentConfig") -> dict[str, ModelConfig]:
+    """{setting: model} of all that come from outside the run."""
+    data, asked = config.data, config.evaluate
+    judges = {"judge": config.judge, "evaluate.head_to_head": asked.head_to_head}
+    judges |= {"evaluate.preferences.judge": asked.preferences.judge}
+    paths = {f"{key}.model": judge.model for key, judge in judges.items() if wants_model(judge)}
+    paths |= {f"benchmark.{name}.judge.model": path for name, path in judges_to_load(config.benchmark).items()}
+    if isinstance(data, SelfRewarding) and data.instruct.fixed_writer:
+        paths["data.instruct.writer"] = data.instruct.writer
+    return {"model.path": config.model, **{key: ModelConfig(path=path) for key, path in paths.items()}}
+
+
+# --- disk and memory ---------------------------------------------------------------------------------------------
+
+
+def trainings(config: "ExperimentConfig", labels: list[str]) -> list[tuple[str, Optimization]]:
+    """(setting, how it trains) of those that remain."""
+    tuned, aligned = ("train.sft", config.train.sft), ("train.align", config.train.align)
+    later = tuned if isinstance(config.loss, Positives) else aligned
+    found = {key: settings for key, settings in ((tuned if x in ("SFT", "M1") else later) for x in trained(labels))}
+    return list(found.items())
+
+
+def trained(labels: list[str]) -> list[str]:
+    """The models that remain to be trained."""
+    return [label for label in labels if TRAINED.fullmatch(label)]
+
+
+def check_room(config: "ExperimentConfig", labels: list[str]) -> list[str]:
+    """Disk and memory hold what is to come, as far as M0's files tell how large it is."""
+    lines: list[str] = []
+    with noting(lines):
+        folder = find_local(config.model, "model.path")
+        size = Footprint.of(folder, config.model) if folder else None
+        if size is None:
+            return lines
+        if isinstance(config.generate, Transformers) and any_of(labels, WRITTEN):
+            lines += writing_lack(size, config.generate.dtype)
+        if optimizers := {key: settings.optimizer for key, settings in trainings(config, labels)}:
+            lines += training_lack(size, optimizers, config.train.layout)
+            output = Path(config.output_dir).absolute()
+            lines += disk_lack(size, len(trained(labels)), optimizers.values(), output)
+    return lines
