@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from selfalign import processes
 from selfalign.benchmarks.entrant import judges_to_load
+from selfalign.checkpoint_selection import CheckpointComparator
 from selfalign.containers import identify_data
 from selfalign.endpoint import Endpoint, RefusedError
 from selfalign.errors import SelfalignError
@@ -47,10 +48,11 @@ IMPORT_SECONDS = 180.0
 """An engine may take so long to be imported."""
 
 TRAINED = re.compile(r"SFT|M[1-9]\d*")
+ALIGNED = re.compile(r"M(?!1$)[1-9]\d*")
 JUDGED = re.compile(r"(?!preferences/).+/(judgements|scores|ranked_scores)")
 COMPARED = re.compile(r".+/against_.+")
 WRITTEN = re.compile(r".+/(instructions|responses|answers)")
-"""Labels of the stages that train, judge, compare and write."""
+"""Labels of the stages that train, align, judge, compare and write."""
 
 SHELL = {"exec", "env", "nice", "nohup", "cd", "export", "source", ".", "eval", "if", "for", "while", "set", "ulimit"}
 """What a command may begin with that says nothing of the program behind it."""
@@ -122,8 +124,11 @@ class Question:
 def questions(config: "ExperimentConfig", labels: list[str]) -> list[Question]:
     """One for each who will be asked."""
     asked: list[tuple[str, Any]] = []
-    if any_of(labels, JUDGED) or (config.train.choose.every_steps and any_of(labels, TRAINED)):
+    choose = config.train.choose
+    if any_of(labels, JUDGED):
         asked.append(("judge", config.judge))
+    if choose.every_steps and any_of(labels, ALIGNED):
+        asked.append((CheckpointComparator.key, choose.head_to_head))
     if any_of(labels, COMPARED):
         asked.append(("evaluate.head_to_head", config.evaluate.head_to_head))
     if "preferences/scores" in labels:
@@ -303,9 +308,10 @@ def check_models(config: "ExperimentConfig", labels: list[str]) -> list[str]:
 
 def named_models(config: "ExperimentConfig") -> dict[str, ModelConfig]:
     """{setting: model} of all that come from outside the run."""
-    data, asked = config.data, config.evaluate
+    data, asked, choose = config.data, config.evaluate, config.train.choose
     judges = {"judge": config.judge, "evaluate.head_to_head": asked.head_to_head}
     judges |= {"evaluate.preferences.judge": asked.preferences.judge}
+    judges |= {CheckpointComparator.key: choose.head_to_head} if choose.every_steps else {}
     paths = {f"{key}.model": judge.model for key, judge in judges.items() if wants_model(judge)}
     paths |= {f"benchmark.{name}.judge.model": path for name, path in judges_to_load(config.benchmark).items()}
     if isinstance(data, SelfRewarding) and data.instruct.fixed_writer:

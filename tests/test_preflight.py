@@ -1,13 +1,12 @@
 """What a run will lack is known before anything is made: with real servers, real files and real interpreters."""
 
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import ROOT, Said, composed, write_tiny_data
+from builders import ROOT, Said, composed
 from chat_server import ChatServer, Fault, chat_server
 from team import Team
 
@@ -40,11 +39,8 @@ def judged_by(server: ChatServer | str, *more: str) -> list[str]:
     return [*told, "data.seeds.evaluation_fine_tuning=none", *more]
 
 
-def test_run_that_lacks_nothing_is_quiet_and_quick() -> None:
-    config = composed("experiment=smoke")[0]
-    started = time.process_time()
-    assert problems(config, ()) == []
-    assert time.process_time() - started < 0.5
+def test_run_that_lacks_nothing_is_quiet() -> None:
+    assert found() == []
 
 
 def test_all_that_is_missing_is_said_at_once_and_nothing_is_made(
@@ -100,18 +96,21 @@ def test_key_is_not_needed_where_all_is_judged(monkeypatch: pytest.MonkeyPatch) 
     assert found(*told, made=tuple(labels[: until + 1])) == []
 
 
-def test_contest_of_checkpoints_needs_the_judge_as_long_as_a_model_is_to_be_trained(
+def test_comparison_of_checkpoints_needs_its_judge_as_long_as_a_model_is_to_be_aligned(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("JUDGE_KEY")
-    data = write_tiny_data(tmp_path)
-    asked = data[-1].partition("=")[2]
-    told = [*judged_by("http://127.0.0.1:9/v1"), *data, "evaluate=none", "data.seeds.ranked=''", "iterations=1"]
-    told = [override for override in told if not override.startswith("evaluate.")]
-    told += ["train.choose.every_steps=1", f"train.choose.instructions={asked}"]
+    (tmp_path / "asked.jsonl").write_text('{"instruction": "Name a bird."}\n', encoding="utf-8")
+    told = [
+        "iterations=1", "train.choose.every_steps=1", f"train.choose.instructions={tmp_path}/asked.jsonl",
+        *(f"train.choose.head_to_head.endpoint.{setting}" for setting in (
+            "model=judge-1", "base_url=http://127.0.0.1:9/v1", "key_variable=JUDGE_KEY",
+        )),
+    ]  # fmt: skip
     labels = [label for label, _ in plan(composed("experiment=smoke", *told)[0])]
-    assert len(found(*told, made=tuple(label for label in labels if label != "M2"))) == 1
-    assert found(*told, made=tuple(label for label in labels if label != "evaluation_M2/numbers")) == []
+    (line,) = found(*told, made=tuple(label for label in labels if label != "M2"))
+    assert line.startswith("train.choose.head_to_head.endpoint.key_variable: ")
+    assert found(*told, made=tuple(label for label in labels if label not in ("M1", "evaluation_M2/numbers"))) == []
 
 
 # --- servers -----------------------------------------------------------------------------------------------------
@@ -189,10 +188,15 @@ def test_judge_of_held_out_pairs_is_asked_too() -> None:
     assert line.startswith("evaluate.preferences.judge.endpoint.key_variable: the environment variable NOT_HERE")
 
 
-def test_server_that_is_down_is_asked_for_a_short_while_only() -> None:
-    started = time.monotonic()
-    (line,) = found(*judged_by("http://127.0.0.1:9/v1", "judge.endpoint.retries=50"))
-    assert time.monotonic() - started < 30
+def test_server_that_fails_is_asked_for_a_short_while_only() -> None:
+    with chat_server(faults=[Fault(503, b"loading")] * 1000) as server:
+        (line,) = found(*judged_by(server, "judge.endpoint.retries=999"))
+    assert 1 < len(server.bodies) < 1000
+    assert "status 503" in line
+
+
+def test_server_that_is_not_there_is_one_line() -> None:
+    (line,) = found(*judged_by("http://127.0.0.1:9/v1", "judge.endpoint.retries=1"))
     assert line == (
         "judge.endpoint: judge-1 at http://127.0.0.1:9/v1 gives no usable answer (ConnectError); is the server there, "
         "at judge.endpoint.base_url?"
