@@ -205,7 +205,10 @@ def encode_pairs(
         tally["pairs"] += 1
         yield PairExample(plain=plain, augmented=augmented, score_gap=score_gap(pair))
     if not tally["pairs"]:
-        raise SelfalignError(f"none of {tally['too_long']} pairs fits into train.align.max_length={limit} tokens")
+        behind = f", and behind loss.refinement.prompt into the model's context of {context}" if refinement else ""
+        raise SelfalignError(
+            f"none of {tally['too_long']} pairs fits into train.align.max_length={limit} tokens{behind}"
+        )
 
 
 def shorten_group(

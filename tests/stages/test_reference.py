@@ -73,7 +73,7 @@ def test_values_are_the_summed_log_probabilities_of_full_logits(
 ) -> None:
     counts, references = scored(tmp_path, tiny_policy, batch_tokens=batch_tokens)
     assert [record.id for record in references] == ["a", "b", "c"]
-    assert counts == {"pairs": 3, "prompts_cut": 0, "dropped": {"too_long": 0}}
+    assert counts == {"pairs": 3, "prompts_cut": 0, "prompts_cut_behind_p": 0, "dropped": {"too_long": 0}}
     for record in references:
         prompt, chosen, rejected = EXPECTED[record.id]
         assert record.chosen == pytest.approx(log_likelihood(tiny_policy, prompt, chosen), abs=1e-3)
@@ -101,18 +101,23 @@ def test_longer_pair_is_dropped_whole_and_counted(tmp_path: Path, tiny_policy: P
     long = preference("long", "Go on.", "and on " * 80, "no")
     counts, references = scored(tmp_path, tiny_policy, pairs=[PAIRS[0], long, PAIRS[1]], max_length=80)
     assert [record.id for record in references] == ["a", "b"]
-    assert counts == {"pairs": 2, "prompts_cut": 0, "dropped": {"too_long": 1}}
+    assert counts == {"pairs": 2, "prompts_cut": 0, "prompts_cut_behind_p": 0, "dropped": {"too_long": 1}}
 
 
-def test_pair_too_long_only_behind_the_augmented_prompt_is_dropped_too(
-    tmp_path: Path, tiny_policy: PolicyFiles
-) -> None:
-    """So that both passes hold the same pairs, and no response is ever cut."""
+def test_pairs_that_fit_are_scored_behind_p_however_long_it_is(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+    """So that losses with and without a second pass hold the same pairs; the model's context alone is a limit."""
     wordy = Refinement(prompt="Try hard, " * 20)
-    with pytest.raises(SelfalignError, match=r"none of 3 pairs fits into train\.align\.max_length=50"):
-        scored(tmp_path, tiny_policy, wordy, max_length=50)
-    counts, _ = scored(tmp_path / "plain", tiny_policy, None, max_length=50)
-    assert counts["dropped"] == {"too_long": 0}
+    counts, _ = scored(tmp_path, tiny_policy, wordy, max_length=50)
+    plain, _ = scored(tmp_path / "plain", tiny_policy, None, max_length=50)
+    assert counts == plain == {"pairs": 3, "prompts_cut": 0, "prompts_cut_behind_p": 0, "dropped": {"too_long": 0}}
+
+
+def test_p_that_leaves_no_room_in_the_context_is_named(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+    endless = Refinement(prompt="Try hard, " * 2000)
+    with pytest.raises(
+        SelfalignError, match=r"^none of 3 pairs .*=50 tokens, and behind loss\.refinement\.prompt into the model's"
+    ):
+        scored(tmp_path, tiny_policy, endless, max_length=50)
 
 
 def kill_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
