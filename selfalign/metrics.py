@@ -20,6 +20,11 @@ from selfalign.records import Judgement
 from selfalign.statistics import RunningMean, distinct, length_controlled, wilson
 
 METRICS = {
+    "parameters": "weights of M0",
+    "context": "the longest sequence M0 takes, in tokens",
+    "dropout": "whether M0 has dropout that can be set",
+    "chat_template": "whether M0's tokenizer has a chat template",
+    "system_turns": "whether that template takes system turns",
     "loss": "the optimised loss of the step, averaged over its pairs (or target tokens, or demonstrations)",
     "loss_per_token": "negative log-likelihood of a target token, nats",
     "learning_rate": "learning rate of the step",

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from selfalign.builtin import BUILDERS
 from selfalign.chat_template import template_of
@@ -131,10 +131,8 @@ def stored_quantisation(config: ModelConfig, folder: Path, key: str) -> str:
     from transformers import CONFIG_MAPPING, __version__
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    if not (folder / "config.json").exists():
-        raise SelfalignError(f"{key}: {folder} has no config.json, which says what architecture its weights are of")
-    settings = read_json(folder / "config.json")
-    kind, own_code = settings.get("model_type", ""), "AutoModelForCausalLM" in settings.get("auto_map", {})
+    settings = _read_settings(folder, key)
+    kind, own_code = settings.get("model_type", ""), "AutoModelForCausalLM" in (settings.get("auto_map") or {})
     if own_code and not config.trust_remote_code and kind not in CONFIG_MAPPING:
         raise SelfalignError(
             f"{key}: {folder} comes with the code of its architecture, {kind!r}: read that code, then set "
@@ -144,7 +142,25 @@ def stored_quantisation(config: ModelConfig, folder: Path, key: str) -> str:
         raise SelfalignError(f"{key}: {folder} is of an architecture, {kind!r}, that transformers {__version__} lacks")
     if settings.get("is_encoder_decoder") or not (own_code or kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         raise SelfalignError(f"{key}: {folder} is no causal language model ({kind}): it cannot continue a prompt")
-    return settings.get("quantization_config", {}).get("quant_method", "")
+    return (settings.get("quantization_config") or {}).get("quant_method", "")
+
+
+def _read_settings(folder: Path, key: str) -> dict[str, Any]:
+    """What a checkpoint's config.json says.
+
+    Raises:
+        SelfalignError: it has none, or one that is no JSON object.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        raise SelfalignError(f"{key}: {folder} has no config.json, which says what architecture its weights are of")
+    try:
+        settings = read_json(path)
+    except ValueError as error:
+        raise SelfalignError(f"{key}: {path} is no JSON ({error})") from error
+    if not isinstance(settings, dict):
+        raise SelfalignError(f"{key}: {path} is no JSON object, but a {type(settings).__name__}")
+    return settings
 
 
 def read_template(config: ModelConfig) -> str:

@@ -146,7 +146,7 @@ def split_pairs(pairs: Iterable[PreferencePair], count: int, known: Known) -> Sp
     held = _pick(table, count, taken)
     size, passed = len(table.own), int(taken.sum())
     if count >= size:
-        raise SelfalignError(f"train.held_out_pairs={count} of {size} pairs leaves none to train on")
+        raise SelfalignError(f"train.held_out_pairs={count} of {size} pairs leaves none to train on: lower it")
     if len(held) < count:
         raise SelfalignError(
             f"train.held_out_pairs={count}: of {size} pairs only {len(held)} share no prompt and no response with each "

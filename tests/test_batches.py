@@ -201,7 +201,7 @@ def test_losses_with_and_without_refinement_train_on_the_same_prompts_and_respon
     assert [example.plain for example in refined] == [example.plain for example in plain]
     assert counted == counted_too == {"pairs": 2, "cut": 1, "too_long": 1}
     longer = [len(example.augmented.prompt) - len(example.plain.prompt) for example in refined if example.augmented]
-    assert longer == [len(plain_ids(tiny_tokenizer, Refinement().text(tiny_tokenizer)))] * 2
+    assert longer == [len(plain_ids(tiny_tokenizer, Refinement().text(tiny_tokenizer).text))] * 2
 
 
 def test_score_gap_is_the_judges_difference_where_there_is_one(tiny_tokenizer: Any) -> None:

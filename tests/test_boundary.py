@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import json
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -107,13 +108,14 @@ ANSWERS = ["Rome is.", "the city", '"Rome" (Roma)', "- one\n- two", "1. Rome", "
 @pytest.fixture(scope="session")
 def mistral(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The tokenizer of Mistral 7B v0.1, which Zephyr has too: SentencePiece, a space in front marks a word."""
-    package = importlib.util.find_spec("mistral_common")
-    if package is None or not package.submodule_search_locations or importlib.util.find_spec("sentencepiece") is None:
-        pytest.skip("a real SentencePiece model needs sentencepiece, and mistral-common (pip install --no-deps)")
+    model = Path(sys.prefix) / "files/mistral_common/data/tokenizer.model.v1"
+    if not model.exists() or importlib.util.find_spec("sentencepiece") is None:
+        pytest.skip(
+            "a real SentencePiece model needs sentencepiece, and the files of mistral-common (see the Makefile)"
+        )
     from transformers import LlamaTokenizer
 
     folder = tmp_path_factory.mktemp("mistral")
-    model = Path(next(iter(package.submodule_search_locations))) / "data" / "tokenizer.model.v1"
     shutil.copy(model, folder / "tokenizer.model")
     return LlamaTokenizer.from_pretrained(folder)
 

@@ -24,11 +24,11 @@ ASKED = ["Say one thing about bees.", "Name a bird.", "Name a fish.", "How is te
 """The first is a demonstration's prompt."""
 
 
+@dataclass(frozen=True)
 class Recorder(NoTracker):
     """A tracker that keeps its rows."""
 
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = field(default_factory=list)
 
     def log(self, row: dict[str, Any]) -> None:
         self.rows.append(row)

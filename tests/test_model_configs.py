@@ -149,7 +149,15 @@ def test_architecture_packs_and_trains_its_adapter_by_sft_and_sr_dpo(name: str, 
     reference(out, augmentation=loss.refinement.augmentation(), **scored)
     references = records_artefact(out.path)
     out = workspace(tmp_path / "M2", rows)
-    more = {"loss": loss, "start": None, "held_out": 0, "selection": None, "optimization": settings, "weights": weights}
+    more = {
+        "loss": loss,
+        "start": None,
+        "held_out": 0,
+        "trained_on": [],
+        "selection": None,
+        "optimization": settings,
+        "weights": weights,
+    }
     align(out, policy=m1, base=m0, pairs=given, reference=references, **more)
 
     assert [row["step"] for row in rows] == [1, 2, 1, 2]

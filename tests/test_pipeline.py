@@ -190,7 +190,7 @@ def test_same_command_again_makes_nothing_and_says_so(
 def test_same_seed_in_another_folder_makes_the_same_bytes(study: Study, tmp_path: Path) -> None:
     other = run(tmp_path, *study.overrides)
     files = record_files(study.folder)
-    assert len(files) == 41
+    assert len(files) == 42
     assert record_files(other) == files
     assert other.name == study.folder.name
     weights = [read_json(folder / "provenance.json")["weights"] for folder in (study.folder, other)]
@@ -559,7 +559,8 @@ COUNTS = {
 }  # fmt: skip
 """How many records a stage read or wrote: what the names say."""
 ONLY_ELSEWHERE = {
-    "judge_quality/five_best", "refinement/correlation_with_margin", "held_out_pairs", "chosen_step",
+    "judge_quality/five_best", "refinement/correlation_with_margin", "held_out_pairs", "held_out_passed_over",
+    "chosen_step",
     "checkpoint_win_rate/N", "checkpoint_wins/N", "checkpoint_losses/N",
     "preferences/pairs", "preferences/scored", "preferences/margin_score_pearson", "preferences/delta_score_pearson",
     "preferences/margin_score_spearman", "preferences/delta_score_spearman",

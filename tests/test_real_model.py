@@ -129,6 +129,7 @@ def test_every_loss_trains_the_real_model_and_falls(run: Path, tmp_path: Path, n
         loss=loss,
         start=None,
         held_out=0,
+        trained_on=[],
         selection=None,
         optimization=settings,
         weights=weights(rank=8),

@@ -15,7 +15,7 @@ import pytest
 from selfalign.errors import SelfalignError
 from selfalign.files import digest_folder, read_json
 from selfalign.records import FinishReason
-from selfalign.store import Artefact, Store, Workspace, canonical, key_of, locked
+from selfalign.store import FORMAT, Artefact, Store, Workspace, canonical, key_of, locked
 
 
 class Killed(Exception):
@@ -122,7 +122,7 @@ def test_key_stays_with_what_does_not_change_the_result(change: dict[str, Any]) 
 def test_key_depends_on_the_stage_and_the_format(monkeypatch: pytest.MonkeyPatch) -> None:
     before = key_of("stage", BASE)
     assert key_of("other", BASE) != before
-    monkeypatch.setattr("selfalign.store.FORMAT", 2)
+    monkeypatch.setattr("selfalign.store.FORMAT", FORMAT + 1)
     assert key_of("stage", BASE) != before
 
 

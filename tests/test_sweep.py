@@ -334,9 +334,10 @@ def test_three_jobs_are_three_runs_of_wandb_though_the_middle_one_fails(
     call: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("WANDB_RUN_GROUP", raising=False)
-    paths = [tmp_path / name for name in ("a.jsonl", "missing.jsonl", "b.jsonl")]
+    paths = [tmp_path / name for name in ("a.jsonl", "broken.jsonl", "b.jsonl")]
     for path in (paths[0], paths[2]):
         write_pairs(path, chosen=f"Yes, {path.stem}.")
+    paths[1].write_text("no JSON\n", encoding="utf-8")
     told = [*GIVEN, "output_dir=out", "track=wandb", "track.mode=offline"]
     said = call("-m", *told, f"data.path={','.join(map(str, paths))}")
     assert said.code == 1

@@ -49,7 +49,7 @@ MUTANTS: dict[str, tuple[ModuleType, ModuleType, str, str, Check]] = {
         MT.test_files_are_in_fastchats_layout,
     ),
     "judge that may fail entirely": (
-        grading, benching, "or len(failed) == len(grades)", "and False",
+        grading, benching, "or failed == len(grades)", "and False",
         MT.test_policy_that_writes_no_rating_stops_with_what_it_wrote,
     ),
     "turn's prompt for every turn": (
@@ -75,11 +75,11 @@ MUTANTS: dict[str, tuple[ModuleType, ModuleType, str, str, Check]] = {
         test_alpaca_eval.test_files_are_in_alpaca_evals_layout,
     ),
     "first rating counts": (
-        rating, test_rating, "if len(said) != 1:", "if not said:",
+        rating, test_rating, "{float(one) for one in said} != {score} or", "",
         test_rating.test_rating_is_read_strictly_and_a_failure_is_no_number,
     ),
     "rating clipped": (
-        rating, test_rating, "score = said.pop()", "score = min(said.pop(), HIGH)",
+        rating, test_rating, "score = float(said[0])", "score = min(float(said[0]), HIGH)",
         test_rating.test_rating_is_read_strictly_and_a_failure_is_no_number,
     ),
     "any digits": (

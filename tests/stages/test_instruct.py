@@ -73,7 +73,7 @@ def test_tasks_shown_are_what_users_ask_and_neither_system_turns_nor_answers(
     given = [Demonstration(id=f"d{n}", prompt=prompt, response="x", source="ift") for n, prompt in enumerate(prompts)]
     script = scripted(tiny_policy)
     seeds = records_artefact(tmp_path / "given", demonstrations=given)
-    settings = config(seed_demonstrations=3, own_demonstrations=0, max_batches=1)
+    settings = config(seed_demonstrations=3, own_demonstrations=0, max_batches=2)
     with pytest.raises(SelfalignError, match=r"raise data\.instruct\.max_batches"):
         write(tmp_path, tiny_policy, settings, ScriptedWriter(script), seeds=seeds)
     for request in script.requests:
@@ -348,7 +348,7 @@ def test_prompt_is_in_the_writer_s_own_chat_template(tmp_path: Path, tiny_policy
     tokenizer.save_pretrained(other.path / "tokenizer")
     for policy, opening, closing in (
         (tiny_policy, "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\nTask 4:"),
-        (other, "[user] ", "<|endoftext|>[answer]Task 4:"),
+        (other, "[user] ", "<|endoftext|>[assistant] Task 4:"),
     ):
         generator = Transformers(dtype="float32").load(policy)
         script = scripted(policy, "Say why the sea is salty.")
