@@ -6,6 +6,7 @@ continues is the text it was trained behind, whatever the template's own generat
 
 import re
 from dataclasses import dataclass
+from datetime import date
 from functools import lru_cache
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, cast
@@ -22,8 +23,17 @@ ANSWER = "\ue000"
 
 QUESTION: list[Message] = [{"role": "user", "content": "question"}]
 
-FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
-"""Before a chat template that prints today's date, so that it gives the same prompts tomorrow."""
+PLAIN_ANSWER = 'It\'s <b>so</b> & "1" + {x}:\n\n  - Été\n\tReally.'
+"""An answer of which a template may change nothing, though it may write it without white space around it."""
+
+FOLLOW_UP = "\ue001"
+"""Stands for what the user says behind an answer."""
+
+FIXED_DATE = date(2024, 7, 26)
+"""Today, for a chat template that prints it, so that it gives the same prompts tomorrow."""
+
+DATE_PARTS = (*(f"%-{letter}" for letter in "dmyHIMSj"), *(f"%{letter}" for letter in "aAbBcdeFHIjmMpSTuUwxXyYZz"))
+"""What a template may ask of a date, as strftime has it."""
 
 BEGINNINGS = ("The", "so", "I'm", '"Yes', "(no", "- one", "# One", "`x`", "**One", "1", "¿Qué", "Été", "日本", "</b>")
 """How answers begin, to see where a tokenizer puts the boundary between a prompt and an answer."""
@@ -71,11 +81,14 @@ class AnswerShape:
             before it, and it is written (and trained) as the beginning of the answer.
         closing: text between the answer and the token that ends its turn, such as Llama 2's space.
         end: the token that ends the turn; None where the tokenizer has none.
+        next: the token that stands first behind an answer when the conversation goes on; None where there is none. It
+            is another one where a template ends no turn, or not the last: GLM-4's answers end as the user's turn opens.
     """
 
     margin: str = ""
     closing: str = ""
     end: int | None = None
+    next: int | None = None
 
 
 @lru_cache(maxsize=16)
@@ -85,12 +98,38 @@ def answer_shape(tokenizer: "Tokenizer") -> AnswerShape:
     if not tokenizer.chat_template:
         return AnswerShape(end=eos)
     before, behind = _render_around(tokenizer, QUESTION)
-    words = [word for word in control_words(tokenizer) if word in behind]
-    if not words:
-        return AnswerShape(margin=joined_space(tokenizer, before, BEGINNINGS), end=eos)
-    first = min(words, key=lambda word: (behind.index(word), -len(word)))
+    margin, follower = joined_space(tokenizer, before, BEGINNINGS), _id_of_first(tokenizer, _follow_up(tokenizer))
+    first = _first_control_word(tokenizer, behind)
+    if not first:
+        return AnswerShape(margin=margin, end=eos, next=follower)
     end = cast(int, tokenizer.convert_tokens_to_ids(first))
-    return AnswerShape(joined_space(tokenizer, before, BEGINNINGS), behind[: behind.index(first)], end)
+    return AnswerShape(margin, behind[: behind.index(first)], end, follower)
+
+
+def _first_control_word(tokenizer: "Tokenizer", text: str) -> str:
+    """The control token that a text spells first; "" where there is none."""
+    words = [word for word in control_words(tokenizer) if word in text]
+    return min(words, key=lambda word: (text.index(word), -len(word)), default="")
+
+
+def _id_of_first(tokenizer: "Tokenizer", text: str) -> int | None:
+    """The id of the control token that a text spells first."""
+    first = _first_control_word(tokenizer, text)
+    return cast(int, tokenizer.convert_tokens_to_ids(first)) if first else None
+
+
+def _follow_up(tokenizer: "Tokenizer") -> str:
+    """What the template writes between an answer and what the user says next; "" where it takes no second question."""
+    again: list[Message] = [
+        *QUESTION,
+        {"role": "assistant", "content": ANSWER},
+        {"role": "user", "content": FOLLOW_UP},
+    ]
+    try:
+        text = _apply(tokenizer, again, add_generation_prompt=False)
+    except SelfalignError:
+        return ""
+    return text.partition(ANSWER)[2].partition(FOLLOW_UP)[0]
 
 
 def joined_space(tokenizer: "Tokenizer", before: str, answers: tuple[str, ...]) -> str:
@@ -134,13 +173,25 @@ def unmarked_control_words(tokenizer: "Tokenizer") -> frozenset[str]:
 def rendered_ids(tokenizer: "Tokenizer", text: str) -> list[int]:
     """The ids of a text in which control tokens count as such, behind the BOS that the tokenizer asks for, once."""
     ids = text_ids(tokenizer, text)
-    opening = [token for token in text_ids(tokenizer, "", add_special_tokens=True) if token == tokenizer.bos_token_id]
+    # Around some text, because one token may be both BOS and EOS.
+    opening = [
+        token for token in text_ids(tokenizer, "x", add_special_tokens=True)[:1] if token == tokenizer.bos_token_id
+    ]
     return ids if not opening or ids[:1] == opening else [*opening, *ids]
 
 
 def text_ids(tokenizer: "Tokenizer", text: str, **options: bool) -> list[int]:
     """What the tokenizer makes of a text, without anything added unless asked for."""
     return cast(list[int], cast(Any, tokenizer)(text, **{"add_special_tokens": False, **options})["input_ids"])
+
+
+def altered_answer(tokenizer: "Tokenizer") -> str:
+    """What the template makes of `PLAIN_ANSWER` where it changes it, as one that escapes characters; else ""."""
+    before, behind = _render_around(tokenizer, QUESTION)
+    answered = [*QUESTION, {"role": "assistant", "content": PLAIN_ANSWER}]
+    text = _apply(tokenizer, answered, add_generation_prompt=False)
+    written = text.removeprefix(before).removesuffix(behind)
+    return "" if written == PLAIN_ANSWER else written
 
 
 def generation_prompt(tokenizer: "Tokenizer", messages: list[Message]) -> str:
@@ -163,7 +214,7 @@ def _apply(tokenizer: "Tokenizer", messages: list[Message], *, add_generation_pr
     from jinja2 import TemplateError
 
     template = template_of(tokenizer)
-    template = FIXED_DATE + template if "strftime_now" in template else template
+    template = _fixed_date() + template if "strftime_now" in template else template
     try:
         return str(
             tokenizer.apply_chat_template(
@@ -176,3 +227,9 @@ def _apply(tokenizer: "Tokenizer", messages: list[Message], *, add_generation_pr
             f"the chat template refuses turns of {roles}: {' '.join(str(error).split())}; "
             "model.chat_template=FILE gives another"
         ) from error
+
+
+def _fixed_date() -> str:
+    """A macro in place of transformers' `strftime_now`, in the form that the template asks for; it writes nothing."""
+    filters = "".join(f"|replace('{part}', '{FIXED_DATE.strftime(part)}')" for part in DATE_PARTS)
+    return f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro +%}}"

@@ -7,7 +7,7 @@ give the same texts however often a run is interrupted.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, Self, cast
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import msgspec
 import torch
@@ -276,8 +276,7 @@ class TransformersGenerator(InMemory):
 
         model, device = self.policy.model, self.policy.model.device
         longest, most = max(map(len, prompts)), sampling.max_new_tokens
-        pad = cast(int, self.tokenizer.pad_token_id)
-        ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=device)
+        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)  # Nobody sees the padding.
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * (len(p) + most) for p in prompts], device=device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         cache = roomy_cache(model.config, most)

@@ -20,7 +20,6 @@ from selfalign.records import Judgement
 from selfalign.statistics import RunningMean, distinct, length_controlled, wilson
 
 METRICS = {
-    "parameters": "weights of M0",
     "context": "the longest sequence M0 takes, in tokens",
     "dropout": "whether M0 has dropout that can be set",
     "chat_template": "whether M0's tokenizer has a chat template",

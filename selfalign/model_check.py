@@ -9,7 +9,16 @@ import torch
 from safetensors import safe_open
 
 from selfalign.capabilities import Capabilities
-from selfalign.chat_template import QUESTION, answer_shape, generation_prompt, render_prompt, unmarked_control_words
+from selfalign.chat_template import (
+    PLAIN_ANSWER,
+    QUESTION,
+    altered_answer,
+    answer_shape,
+    control_words,
+    generation_prompt,
+    render_prompt,
+    unmarked_control_words,
+)
 from selfalign.errors import SelfalignError
 from selfalign.model_trials import Scoring, check_gradient, dropout_applies, writing_of
 from selfalign.models import Policy, PolicyFiles, default_device
@@ -89,11 +98,18 @@ def count_parameters(files: PolicyFiles) -> int:
 
 
 def check_vocabulary(policy: Policy) -> None:
-    """Every token has a row of the embedding.
+    """Every token has a row of the embedding, and no control token is a character that texts are made of.
 
     Raises:
-        SelfalignError: one has none; reading it would crash, on a GPU without a word.
+        SelfalignError: one has none, so that reading it would crash, on a GPU without a word; or texts would be full of
+            control tokens.
     """
+    letters = [word for word in control_words(policy.tokenizer) if len(word) == 1 and word.isascii()]
+    if letters:
+        raise SelfalignError(
+            f"the tokenizer has the control token {letters[0]!r}, a single character: in a text it could not be told "
+            "from the character. Give it a tokenizer whose control tokens are words of their own"
+        )
     rows = cast(Any, policy.model.get_input_embeddings()).weight.shape[0]
     largest = max(policy.tokenizer.get_vocab().values())
     if largest >= rows:
@@ -111,13 +127,18 @@ def check_template(tokenizer: "Tokenizer") -> list[str]:
         Notes on what the template cannot do, and what is mended.
 
     Raises:
-        SelfalignError: it loses what the user asks or the assistant answers.
+        SelfalignError: it loses or changes what the user asks or the assistant answers.
     """
     notes: list[str] = []
     before = render_prompt(tokenizer, QUESTION)
     if QUESTION[0]["content"] not in before:
         raise SelfalignError(
-            "the chat template leaves out what the user asks; give another with model.chat_template=FILE"
+            "the chat template leaves out what the user asks, or changes it; give another with model.chat_template=FILE"
+        )
+    if altered := altered_answer(tokenizer):
+        raise SelfalignError(
+            f"the chat template changes what the assistant answers, {PLAIN_ANSWER!r} to {altered!r}: what is trained "
+            "would not be what a conversation shows; give another with model.chat_template=FILE"
         )
     shape, asked = answer_shape(tokenizer), generation_prompt(tokenizer, QUESTION)
     if asked not in (before, before[: len(before) - len(shape.margin)]):

@@ -41,7 +41,7 @@ class LoRA:
     Attributes:
         rank: 0 trains all weights.
         alpha: the adapter's output is scaled by alpha / rank.
-        targets: names of the layers to adapt, or "all-linear".
+        targets: names of the layers to adapt, with commas between them, or "all-linear".
     """
 
     rank: int = 0
@@ -53,6 +53,13 @@ class LoRA:
             raise SelfalignError(f"model.lora.rank must be 0 (all weights) or more, got {self.rank}")
         if self.alpha <= 0:
             raise SelfalignError(f"model.lora.alpha must be above 0, got {self.alpha}")
+        if not all(self.names):
+            raise SelfalignError(f"model.lora.targets must be names with commas between, got {self.targets!r}")
+
+    @property
+    def names(self) -> list[str]:
+        """The layers to adapt."""
+        return [name.strip() for name in self.targets.split(",")]
 
 
 @dataclass(kw_only=True, slots=True)

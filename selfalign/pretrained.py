@@ -1,8 +1,11 @@
 """M0 and other models from outside a run: found, identified by their files, and put into a policy's folder."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
 
 from selfalign.builtin import BUILDERS
 from selfalign.chat_template import template_of
@@ -12,16 +15,18 @@ from selfalign.models import (
     DTYPES,
     TRUSTED,
     ModelConfig,
-    Policy,
     PolicyFiles,
     digest_weights,
     link_folder,
     load_checkpoint,
     open_tokenizer,
 )
+from selfalign.tokenization import OWN_STOPS, own_stops
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
+
+logger = logging.getLogger(__name__)
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 """What a model is made of; pickled weights are not read."""
@@ -46,9 +51,7 @@ def fetch_pretrained(config: ModelConfig, destination: Path, key: str = "model.p
         model, tokenizer = BUILDERS[config.path]()
         model.to(DTYPES[config.dtype]).save_pretrained(weights)
     elif is_adapter(folder := find_checkpoint(config, key)):
-        merged = merge_into_base(config, folder, key)
-        merged.model.save_pretrained(weights)
-        tokenizer = merged.tokenizer
+        tokenizer = merge_into_base(config, folder, key, weights)
     else:
         quantisation = stored_quantisation(config, folder, key) or quantisation
         tokenizer = load_tokenizer(folder, config.trust_remote_code)
@@ -58,14 +61,26 @@ def fetch_pretrained(config: ModelConfig, destination: Path, key: str = "model.p
         tokenizer.chat_template = read_template(config)
     elif tokenizer.chat_template:
         tokenizer.chat_template = template_of(tokenizer)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    settle_tokenizer(tokenizer, weights)
     tokenizer.save_pretrained(destination / "tokenizer")
     quantised = {} if quantisation == "none" else {"quantization": quantisation}
     write_json(destination / "weights.json", digest_weights(weights) | quantised)
     if config.trust_remote_code:
         (destination / TRUSTED).touch()
     return PolicyFiles(destination)
+
+
+def settle_tokenizer(tokenizer: "Tokenizer", weights: Path) -> None:
+    """Gives a tokenizer what the run needs: padding, the same ids every time, and what its model ends a text at."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    rule: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if getattr(rule, "dropout", None):
+        logger.info("the tokenizer leaves out merges at random (dropout %g): switched off", rule.dropout)
+        rule.dropout = None
+    named = [read_json(file).get("eos_token_id") for file in weights.glob("generation_config.json")]
+    if stops := own_stops(tokenizer, next(iter(named), None)):
+        tokenizer.init_kwargs[OWN_STOPS] = stops
 
 
 def identify_source(config: ModelConfig, key: str = "model.path") -> str:
@@ -96,11 +111,12 @@ def base_of(config: ModelConfig, folder: Path) -> ModelConfig:
     return replace(config, path=path, revision=read_json(folder / ADAPTER_CONFIG).get("revision") or "main")
 
 
-def merge_into_base(config: ModelConfig, folder: Path, key: str) -> Policy:
-    """An adapter as part of the weights it belongs to, with its tokenizer, or its base's where it has none.
+def merge_into_base(config: ModelConfig, folder: Path, key: str, weights: Path) -> "Tokenizer":
+    """Writes an adapter as part of the weights it belongs to; returns its tokenizer, or its base's where it has none.
 
     Raises:
-        SelfalignError: the base is not there, is quantised or would round the adapter away, or the two do not fit.
+        SelfalignError: the base is not there, is quantised or would round the adapter away, the two do not fit, or what
+            is written gives other probabilities than the two side by side.
     """
     from peft import PeftModel
 
@@ -115,11 +131,25 @@ def merge_into_base(config: ModelConfig, folder: Path, key: str) -> Policy:
         raise SelfalignError(f"{key}: {folder} is an adapter; {reason}: set model.dtype=float32 with a plain base")
     model = load_checkpoint(home, "float32", trust_remote_code=config.trust_remote_code)
     try:
-        merged = PeftModel.from_pretrained(model, folder).merge_and_unload()
+        apart = PeftModel.from_pretrained(model, folder)
     except (RuntimeError, ValueError, KeyError) as error:
         raise SelfalignError(f"{key}: {folder} is an adapter that does not fit {home}: {reason_of(error)}") from error
+    before = few_logits(cast(torch.nn.Module, apart))
+    cast(Any, apart.merge_and_unload()).save_pretrained(weights)
+    written = load_checkpoint(weights, "float32", trust_remote_code=config.trust_remote_code)
+    if not torch.allclose(before, few_logits(written), rtol=1e-3, atol=1e-2):
+        raise SelfalignError(
+            f"{key}: {folder} is an adapter that changes when it is merged into {home}, as one of an embedding does "
+            "that is the output layer too: untie the two in the base, or leave the embedding to the base"
+        )
     own = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
-    return Policy(merged, load_tokenizer(folder if own else home, config.trust_remote_code), "")
+    return load_tokenizer(folder if own else home, config.trust_remote_code)
+
+
+@torch.no_grad()
+def few_logits(model: torch.nn.Module) -> torch.Tensor:
+    """What a model says to its first few tokens."""
+    return model.eval()(input_ids=torch.arange(8)[None], use_cache=False).logits
 
 
 def stored_quantisation(config: ModelConfig, folder: Path, key: str) -> str:

@@ -22,6 +22,9 @@ from selfalign.models import InMemory, Policy, autocast
 DROPOUT = ("dropout", "pdrop", "dropout_p")
 """How attributes end that are rates of dropout."""
 
+LAYER_DROP = "layerdrop"
+"""The share of whole layers that some architectures leave out in training; none is, whatever dropout is asked for."""
+
 NOISE = "jitter_noise"
 """How those end that are the size of a router's noise."""
 
@@ -50,6 +53,8 @@ def set_dropout(model: nn.Module, dropout: float) -> None:
             module.eval()
             module.train = MethodType(_stay, module)
         set_rates(module, dropout)
+        if hasattr(module, LAYER_DROP):
+            setattr(module, LAYER_DROP, 0.0)
         own = vars(module).get("config")
         if own is not None and not isinstance(module, PreTrainedModel) and rates_of(own):
             if id(own) not in configs:

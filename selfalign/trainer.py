@@ -290,7 +290,8 @@ def _arguments(optimization: Optimization, folder: Path, layout: Layout, steps: 
         per_device_train_batch_size=1,
         num_train_epochs=1,
         learning_rate=optimization.learning_rate,
-        warmup_steps=math.ceil(optimization.warmup_share * steps),
+        # The rate is 0 at the first of them, so they are never all there are.
+        warmup_steps=min(math.ceil(optimization.warmup_share * steps), steps - 1),
         max_grad_norm=optimization.max_gradient_norm,
         save_steps=optimization.checkpoint_steps,
         logging_steps=1,

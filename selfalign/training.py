@@ -3,15 +3,15 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from selfalign import processes
 from selfalign.batches import Batch, Group, make_batch
 from selfalign.choose import CheckpointSelector, ChooseConfig
-from selfalign.errors import SelfalignError
+from selfalign.errors import SelfalignError, reason_of
 from selfalign.layouts import Layout, collect, out_of_wrapper
 from selfalign.metrics import Sums
 from selfalign.models import DTYPES, LoRA, Policy, PolicyFiles, fastest_dtype
@@ -323,15 +323,51 @@ def prepare(loaded: Policy, files: PolicyFiles, weights: Weights, dropout: float
     if has_adapter and not weights.lora.rank:
         raise SelfalignError(f"{files.path} has an adapter, but model.lora.rank=0 asks to train all weights")
     if weights.lora.rank and not has_adapter:
-        from peft import LoraConfig, get_peft_model
-
-        targets = weights.lora.targets
-        adapter = LoraConfig(
-            r=weights.lora.rank,
-            lora_alpha=weights.lora.alpha,  # pyright: ignore[reportArgumentType]
-            lora_dropout=0.0,
-            target_modules=targets if targets == "all-linear" else targets.split(","),
-            task_type="CAUSAL_LM",
-        )
-        loaded.model = get_peft_model(loaded.model, adapter)  # pyright: ignore[reportAttributeAccessIssue]
+        loaded.model = add_adapter(loaded.model, weights.lora)
     make_scoring(loaded, dropout)
+
+
+def add_adapter(model: "PreTrainedModel", lora: LoRA) -> "PreTrainedModel":
+    """The model with a fresh adapter.
+
+    Raises:
+        SelfalignError: `lora.targets` names what it does not have or cannot adapt, or its embedding, where that is its
+            output layer too: merged, an adapter of the one would change the other as well.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    whole, embedding, head = lora.targets == "all-linear", model.get_input_embeddings(), model.get_output_embeddings()
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=0.0,
+        target_modules=lora.targets if whole else lora.names,
+        task_type="CAUSAL_LM",
+    )
+    names = ", ".join(linear_layers(model))
+
+    def refuse(problem: str) -> SelfalignError:
+        return SelfalignError(f"model.lora.targets={lora.targets}: {problem.rstrip('.')}; linear layers are {names}")
+
+    try:
+        adapted = cast(Any, get_peft_model(model, config))
+    except ValueError as error:
+        raise refuse(reason_of(error)) from error
+    reached = [f".{name}" for name in adapted.targeted_module_names]
+    unknown = [name for name in lora.names if not whole and not any(one.endswith(f".{name}") for one in reached)]
+    if unknown:
+        raise refuse(f"{type(model).__name__} has no layer {unknown[0]!r}")
+    if model.get_input_embeddings() is not embedding and getattr(head, "weight", None) is embedding.weight:
+        raise refuse("its embedding is its output layer too, which an adapter of the one would change when merged")
+    return adapted
+
+
+def linear_layers(model: "PreTrainedModel") -> list[str]:
+    """What the linear layers of a model are called, its output layer aside."""
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    named = [
+        name for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D) and layer is not head
+    ]
+    return sorted({name.rsplit(".", 1)[-1] for name in named})

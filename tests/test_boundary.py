@@ -381,6 +381,26 @@ def test_template_that_drops_the_question_is_refused(tiny_tokenizer: Any) -> Non
         check_template(tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [("|e", "&lt;b&gt;so"), ("|tojson", "\\\\n"), ("|lower", "<b>so</b> .* été"), ("|replace('\\n\\n', '\\n')", "Été")],
+    ids=["escaped", "quoted", "lower_case", "blank_lines_left_out"],
+)
+def test_template_that_changes_answers_is_refused_with_what_becomes_of_one(
+    tiny_tokenizer: Any, change: str, found: str
+) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = CHATML.replace("m['content']", f"m['content']{change}")
+    with pytest.raises(SelfalignError, match=rf"changes what the assistant answers, .* to .*{found}"):
+        check_template(tokenizer)
+
+
+def test_template_that_takes_the_white_space_around_an_answer_or_its_thinking_is_accepted(tiny_tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]|trim")
+    assert check_template(tokenizer) == []
+
+
 def test_positive_keeps_the_ids_it_was_written_as(tiny_tokenizer: Any) -> None:
     written = response("a-1", "Rome.")
     end = end_of_turn_id(tiny_tokenizer)

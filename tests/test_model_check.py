@@ -16,7 +16,7 @@ from selfalign.batches import Group, make_batch
 from selfalign.capabilities import Capabilities
 from selfalign.errors import SelfalignError
 from selfalign.generation import Request, Sampling, TransformersGenerator
-from selfalign.model_check import check_model
+from selfalign.model_check import check_model, check_vocabulary
 from selfalign.models import Policy, PolicyFiles
 from selfalign.scoring import Scorer, make_scoring, set_dropout
 
@@ -152,6 +152,22 @@ def test_dropout_is_what_is_asked_for_and_the_saved_config_is_the_models_own(
     )
 
 
+def test_no_layer_is_left_out_in_training(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 320, "hidden_size": 32, "ffn_dim": 48, "word_embed_proj_dim": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "max_position_embeddings": 256, "pad_token_id": None}
+    model = Architecture("OPTConfig", {**sizes, **heads, "dropout": 0.0, "layerdrop": 0.5}).build()
+    files = as_policy(model, tmp_path)
+    check_model(files, "float32")
+    policy = files.load("float32")
+    plain = plain_sums(policy, GROUPS)
+    make_scoring(policy)
+    policy.model.train()
+    batch = make_batch(policy.model, GROUPS)
+    for _ in range(8):
+        logps = policy.model(predict_at=batch.predict_at, targets=batch.targets, **batch.inputs)
+        torch.testing.assert_close(batch.sum_by_response(logps), plain, rtol=1e-4, atol=1e-4)
+
+
 def test_noise_that_cannot_be_switched_off_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = as_policy(ARCHITECTURES["Llama"].build(), tmp_path)
     rates = iter([0.0, 0.3, 0.3])  # The first is that of the gradient's check.
@@ -262,6 +278,16 @@ def test_token_without_a_row_in_the_embedding_is_named(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     with pytest.raises(SelfalignError, match=r"a token '<extra59>' with id 343, and .* only 320 rows"):
         check_model(files, "float32")
+
+
+@pytest.mark.parametrize("character", ["\n", "1"])
+def test_control_token_that_texts_are_made_of_is_refused(tmp_path: Path, character: str) -> None:
+    policy = as_policy(ARCHITECTURES["Llama"].build(), tmp_path).load("float32")
+    policy.tokenizer.eos_token = character
+    with pytest.raises(
+        SelfalignError, match=rf"the control token {character!r}, a single character".replace("\\", "\\\\")
+    ):
+        check_vocabulary(policy)
 
 
 def test_capabilities_go_on_to_what_is_trained_from_the_model(tmp_path: Path) -> None:

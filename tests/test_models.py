@@ -296,6 +296,7 @@ def test_trusted_code_is_part_of_what_identifies_its_model(remote_code: Path) ->
     ("kind", "options", "message"),
     [
         (LoRA, {"rank": -1}, r"model\.lora\.rank must be 0 .* or more, got -1"),
+        (LoRA, {"targets": "q_proj,"}, r"model\.lora\.targets must be names with commas between, got 'q_proj,'"),
         (LoRA, {"alpha": 0.0}, r"model\.lora\.alpha must be above 0, got 0"),
         (
             ModelConfig,

@@ -12,9 +12,11 @@ from builders import TINY_RUN, composed, logits_of, policy_artefact, record_file
 from test_boundary import NO_SYSTEM
 
 from selfalign.errors import SelfalignError
-from selfalign.models import LoRA, ModelConfig, PolicyFiles
+from selfalign.model_check import check_model
+from selfalign.models import LoRA, ModelConfig, PolicyFiles, open_tokenizer
 from selfalign.pretrained import fetch_pretrained, identify_source
 from selfalign.stages.pretrained import pretrained
+from selfalign.tokenization import stop_ids
 
 ASIDE = ["data.seeds.evaluation_fine_tuning=none", "data.seeds.ranked=''", "evaluate=none", "iterations=1"]
 GIVEN_PAIRS = [*(one for one in TINY_RUN if not one.startswith(("data.instruct", "data.respond"))), "data=pairs"]
@@ -46,13 +48,14 @@ def write_pairs(folder: Path, *, system: bool = False) -> str:
     return f"data.path={folder / 'pairs.jsonl'}"
 
 
-def adapter_of(mine: Path, folder: Path) -> tuple[Path, torch.Tensor]:
+def adapter_of(mine: Path, folder: Path, **options: Any) -> tuple[Path, torch.Tensor]:
     """A LoRA adapter on the model, in a folder of its own, and what the two say together."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(1)
-    settings = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    options = {"target_modules": "all-linear", **options}
+    settings = LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM", **options)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(mine), settings)
     model.peft_config["default"].base_model_name_or_path = str(mine)
     model.save_pretrained(folder)
@@ -73,6 +76,14 @@ def test_adapter_as_a_model_is_its_base_and_itself_together(mine: Path, tmp_path
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert not hasattr(policy.model, "peft_config")
     assert policy.tokenizer.chat_template
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning", "ignore:.*save_embedding_layers:UserWarning")
+def test_adapter_that_changes_when_it_is_merged_is_refused(mine: Path, tmp_path: Path) -> None:
+    folder, _ = adapter_of(mine, tmp_path / "adapter", target_modules=["embed_tokens"])
+    (tmp_path / "M0").mkdir()
+    with pytest.raises(SelfalignError, match="is an adapter that changes when it is merged into"):
+        fetch_pretrained(ModelConfig(path=str(folder)), tmp_path / "M0")
 
 
 def test_another_base_under_the_same_path_is_another_model(mine: Path, tmp_path: Path) -> None:
@@ -107,6 +118,45 @@ def test_adapter_whose_sum_cannot_be_made_is_refused_in_one_line(
     with pytest.raises(SelfalignError, match=said) as refused:
         fetch_pretrained(ModelConfig(path=str(folder), **settings), tmp_path / "M0")
     assert "\n" not in str(refused.value)
+
+
+# --- tokenizers and what stands beside them ----------------------------------------------------------------------
+
+
+def edit_json(path: Path, change: Any) -> None:
+    """Rewrites a file of settings."""
+    settings = json.loads(path.read_text())
+    change(settings)
+    path.write_text(json.dumps(settings))
+
+
+def test_text_ends_where_the_models_generation_config_ends_it(mine: Path, tmp_path: Path) -> None:
+    ends = {"eos_token_id": [0, 2, 77]}
+    edit_json(mine / "generation_config.json", lambda settings: settings.update(ends))
+    files = fetch_pretrained(ModelConfig(path=str(mine)), tmp_path)
+    tokenizer = files.load_tokenizer()
+    assert tokenizer.convert_ids_to_tokens([0, 2]) == ["<|endoftext|>", "<|im_end|>"]
+    assert stop_ids(tokenizer) == [0, 2]  # 77 is text
+    tokenizer.save_pretrained(tmp_path / "M1" / "tokenizer")
+    assert stop_ids(PolicyFiles(tmp_path / "M1").load_tokenizer()) == [0, 2]
+
+
+def test_tokenizer_that_leaves_out_merges_at_random_always_gives_the_same_ids(mine: Path, tmp_path: Path) -> None:
+    whole = open_tokenizer(mine)("What is interesting about the rivers?")["input_ids"]
+    edit_json(mine / "tokenizer.json", lambda settings: settings["model"].update(dropout=0.9))
+    assert open_tokenizer(mine)("What is interesting about the rivers?")["input_ids"] != whole
+    tokenizer = fetch_pretrained(ModelConfig(path=str(mine)), tmp_path).load_tokenizer()
+    assert [tokenizer("What is interesting about the rivers?")["input_ids"] for _ in range(5)] == [whole] * 5
+
+
+def test_model_whose_tokenizer_cannot_pad_writes_several_texts_at_a_time(mine: Path, tmp_path: Path) -> None:
+    def take_names(settings: dict[str, Any]) -> None:
+        del settings["pad_token"], settings["eos_token"]
+
+    edit_json(mine / "tokenizer_config.json", take_names)
+    files = fetch_pretrained(ModelConfig(path=str(mine)), tmp_path)
+    assert files.load_tokenizer().pad_token_id is None
+    assert check_model(files, "float32")["writes"] == "batches"
 
 
 # --- quantised files ---------------------------------------------------------------------------------------------

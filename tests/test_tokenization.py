@@ -16,6 +16,7 @@ from selfalign.tokenization import (
     encode_answers,
     encode_prompt,
     end_of_turn_id,
+    own_stops,
     plain_ids,
     spell,
     stop_ids,
@@ -178,6 +179,47 @@ def test_end_of_turn_is_found_even_if_the_tokenizer_gives_it_no_name() -> None:
     assert encode_answer(tokenizer, "It is so.", finished=True)[-1] == end
 
 
+OPENERS = "{% for m in messages %}<|end|>{{ m['role'] }}:{{ m['content'] }}{% endfor %}"
+LAST_LEFT_OPEN = (
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% if not loop.last %}<|end|>{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [OPENERS, LAST_LEFT_OPEN], ids=["ends_no_turn", "leaves_the_last_turn_open"])
+def test_what_stands_behind_an_answer_in_a_conversation_ends_it(template: str) -> None:
+    tokenizer = build_tokenizer(adds_bos=True, template=template)
+    follower, eos = tokenizer.convert_tokens_to_ids(["<|end|>", "</s>"])
+    assert end_of_turn_id(tokenizer) == eos
+    assert stop_ids(tokenizer) == sorted([follower, eos])
+    written = [*plain_ids(tokenizer, "It is so."), follower]
+    assert decode_response(tokenizer, written) == "It is so."
+
+
+def test_template_that_takes_one_question_only_ends_answers_as_it_does() -> None:
+    once = "{% if messages|length > 2 %}{{ raise_exception('one question') }}{% endif %}"
+    tokenizer = build_tokenizer(adds_bos=True, template=once + WITHOUT_BOS)
+    assert stop_ids(tokenizer) == sorted(tokenizer.convert_tokens_to_ids(["<|end|>", "</s>"]))
+
+
+def test_tokens_that_no_text_spells_are_taken_from_the_models_own_stops(tokenizer: Any) -> None:
+    hidden = tokenizer.convert_tokens_to_ids("<|hidden|>")
+    assert own_stops(tokenizer, [hidden, 70, 10**6]) == [hidden]
+    assert own_stops(tokenizer, hidden) == [hidden]
+    assert own_stops(tokenizer, None) == []
+
+
+@pytest.mark.parametrize(("added", "first"), [("</s> $A", ["</s>"]), ("</s> $A </s>", ["</s>"]), ("$A </s>", [])])
+def test_bos_that_is_eos_too_stands_before_a_text_where_the_tokenizer_puts_it_there(
+    added: str, first: list[str]
+) -> None:
+    tokenizer = build_tokenizer(adds_bos=False, template=None)
+    tokenizer.bos_token = "</s>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=added, special_tokens=[("</s>", 1)])
+    ids = encode_prompt(tokenizer, "Why so?")
+    assert tokenizer.convert_ids_to_tokens(ids[: len(first)]) == first
+    assert control_tokens(tokenizer, ids) == first
+
+
 def test_tokenizer_that_can_end_nothing_is_refused() -> None:
     bare = build_tokenizer(adds_bos=True, template=None)
     bare.eos_token = None
@@ -188,6 +230,21 @@ def test_tokenizer_that_can_end_nothing_is_refused() -> None:
 def test_template_that_asks_for_the_date_says_the_same_tomorrow() -> None:
     dated = build_tokenizer(adds_bos=True, template="{{ strftime_now('%d %b %Y') }}" + WITHOUT_BOS)
     assert dated.decode(encode_prompt(dated, QUESTION)).startswith("<s>26 Jul 2024[user]Why so?")
+
+
+@pytest.mark.parametrize(
+    ("asked", "written"),
+    [
+        ("'%Y-%m-%d'", "2024-07-26"),
+        ("'%B %d, %Y'", "July 26, 2024"),
+        ("'%A %-d/%-m %H:%M'", "Friday 26/7 00:00"),
+        ("'%d' ~ ' %b'", "26 Jul"),
+    ],
+)
+def test_date_is_written_in_the_form_that_the_template_asks_for(asked: str, written: str) -> None:
+    template = "\n{% set form = " + asked + " %}{{ strftime_now(form) }}" + WITHOUT_BOS
+    dated = build_tokenizer(adds_bos=True, template=template)
+    assert dated.decode(encode_prompt(dated, QUESTION)).startswith(f"<s>\n{written}[user]Why so?")
 
 
 def test_messages_without_a_chat_template_are_refused_with_what_to_do() -> None:

@@ -730,6 +730,13 @@ def test_every_schedule_warms_up_from_zero(
     assert warmed[:5] == pytest.approx([0, 0.0025, 0.005, 0.0075, 0.01], rel=1e-4)
 
 
+def test_only_step_is_no_warm_up(tiny_policy: PolicyFiles, demonstrations: list[Group], tmp_path: Path) -> None:
+    optimization = settings(**ONE_STEP | {"warmup_share": 0.1, "learning_rate": 0.01})
+    assert [
+        row["learning_rate"] for row in run(tmp_path, tiny_policy, demonstrations, optimization=optimization).rows
+    ] == [0.01]
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
 def test_both_optimisers_move_the_weights_their_own_way(
     tiny_policy: PolicyFiles, demonstrations: list[Group], tmp_path: Path, optimizer: str
@@ -778,6 +785,33 @@ def test_adapter_alone_is_trained_and_saved(
     assert all("lora_" in name for name in trained.weights)
     assert any(float(value.abs().max()) > 0 for name, value in trained.weights.items() if "lora_B" in name)
     assert (tmp_path / "weights").resolve() == (tiny_policy.path / "weights").resolve()
+
+
+def test_spaces_between_the_names_of_adapted_layers_are_not_part_of_them(
+    tiny_policy: PolicyFiles, demonstrations: list[Group], tmp_path: Path
+) -> None:
+    adapter = replace(ADAPTER, lora=LoRA(rank=4, targets="q_proj, k_proj"))
+    trained = run(tmp_path, tiny_policy, demonstrations, weights=adapter)
+    assert {name.split(".")[-3] for name in trained.weights} == {"q_proj", "k_proj"}
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        ("q_proj,w_proj", r"LlamaForCausalLM has no layer 'w_proj'"),
+        ("w_proj", r"Target modules .*'w_proj'.* not found"),
+        ("input_layernorm", r".*LlamaRMSNorm.* is not supported"),
+        ("embed_tokens,q_proj", r"its embedding is its output layer too"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning")
+def test_layers_that_cannot_be_adapted_are_refused_with_those_that_can(
+    tiny_policy: PolicyFiles, demonstrations: list[Group], tmp_path: Path, targets: str, said: str
+) -> None:
+    adapter = replace(ADAPTER, lora=LoRA(rank=4, targets=targets))
+    layers = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    with pytest.raises(SelfalignError, match=rf"model\.lora\.targets={targets}: {said}.*; linear layers are {layers}$"):
+        run(tmp_path, tiny_policy, demonstrations, weights=adapter)
 
 
 def test_policy_with_an_adapter_is_not_trained_without_one(
