@@ -1,7 +1,7 @@
 """Settings without effect, and counts and lengths out of their limits' reach: refused before anything is made.
 
-Each in one line, with what would do. Here the configuration alone is known. What only the data tell is checked where they are read (given.py), and what M0
-bounds once it is there (requirements.py).
+Each in one line, with what would do. Here the configuration alone is known. What only the data tell is checked where
+they are read (given.py), and what M0 bounds once it is there (requirements.py).
 """
 
 import math
@@ -65,8 +65,8 @@ def check_effects(config: "ExperimentConfig") -> None:
         changed = [f.name for f in fields(pair) if getattr(pair, f.name) != f.default]
         setting = f"pair.{changed[0]}={getattr(pair, changed[0])}" if changed else f"pair ({type(pair).__name__})"
         raise SelfalignError(
-            f"{setting} would have no effect: data=pairs takes the pairs of data.path as they are given, and rules choose "
-            "among responses that were judged; leave it out, or keep the pairs that are wanted in data.path"
+            f"{setting} would have no effect: data=pairs takes the pairs of data.path as they are given, and rules "
+            "choose among responses that were judged; leave it out, or keep the pairs that are wanted in data.path"
         )
     if isinstance(config.loss, Positives):
         unused = {
