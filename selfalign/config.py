@@ -20,6 +20,7 @@ from selfalign.benchmarks.mt_bench import MTBench
 from selfalign.checkpoint_selection import CheckpointComparator
 from selfalign.errors import SelfalignError
 from selfalign.feasibility import check_counts, check_effects
+from selfalign.files import path_of
 from selfalign.generation import Transformers
 from selfalign.given import Pairs, SelfRewarding
 from selfalign.losses import DPO, IPO, ODPO, Positives, SrDPO, SrIPO
@@ -93,6 +94,7 @@ class ExperimentConfig:
 
     def __post_init__(self) -> None:
         check_name(self.name)
+        self.output_dir = str(path_of(self.output_dir))
         if self.push or self.push_to:
             check_repository(self.push_to)
         if self.price_per_hour < 0:

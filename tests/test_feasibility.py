@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 from builders import TINY_RUN, Said, composed, policy_artefact, write_tiny_data
+from omegaconf import OmegaConf
 
 from selfalign.errors import SelfalignError
 from selfalign.models import PolicyFiles
+from selfalign.multirun import sweep_folder
 from selfalign.requirements import check_requirements
 from selfalign.stages.instruct import InstructConfig
 from selfalign.store import Artefact
@@ -168,6 +170,13 @@ def test_setting_without_effect_is_refused(name: str) -> None:
 def test_setting_that_is_no_finite_number_is_refused_by_its_path(override: str, path: str) -> None:
     with pytest.raises(SelfalignError, match=rf"^{re.escape(path)} must be a finite number, got (nan|inf)$"):
         composed(SMOKE, override)
+
+
+def test_output_below_the_home_folder_is_below_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    config, *_ = composed(SMOKE, 'output_dir="~/runs"')
+    assert config.output_dir == "/home/me/runs"
+    assert sweep_folder("~/runs", "smoke", OmegaConf.create([]), None).startswith("/home/me/runs/sweeps/smoke-")
 
 
 WITHIN_REACH = [
