@@ -4,6 +4,7 @@ Hydra composes `conf/` against them, `OmegaConf.to_object` turns the result into
 there on nothing knows of Hydra.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ from selfalign.benchmarks.lm_eval import LmEval
 from selfalign.benchmarks.mt_bench import MTBench
 from selfalign.checkpoint_selection import CheckpointComparator
 from selfalign.errors import SelfalignError
-from selfalign.feasibility import check_counts
+from selfalign.feasibility import check_counts, check_effects
+from selfalign.files import path_of
 from selfalign.generation import Transformers
 from selfalign.given import Pairs, SelfRewarding
 from selfalign.losses import DPO, IPO, ODPO, Positives, SrDPO, SrIPO
@@ -92,6 +94,7 @@ class ExperimentConfig:
 
     def __post_init__(self) -> None:
         check_name(self.name)
+        self.output_dir = str(path_of(self.output_dir))
         if self.push or self.push_to:
             check_repository(self.push_to)
         if self.price_per_hour < 0:
@@ -116,6 +119,7 @@ class ExperimentConfig:
         self._check_evaluation_fine_tuning()
         self._check_judge()
         self._check_benchmarks()
+        check_effects(self)
         check_counts(self)
 
     def _check_evaluation_fine_tuning(self) -> None:
@@ -198,6 +202,7 @@ def to_experiment(config: DictConfig) -> ExperimentConfig:
     check_keys(config, "")
     experiment = OmegaConf.to_object(config)
     assert isinstance(experiment, ExperimentConfig)
+    check_finite(OmegaConf.to_container(config, resolve=True), "")
     return experiment
 
 
@@ -225,6 +230,19 @@ def choices(experiment: ExperimentConfig) -> dict[str, str]:
     """{group: class} of the components whose class is a choice, so that runs can be told apart by it."""
     groups = [group for group, components in COMPONENTS.items() if len(components) > 1 and group != "benchmark"]
     return {group: type(getattr(experiment, group)).__name__ for group in groups}
+
+
+def check_finite(value: Any, path: str) -> None:
+    """Refuses infinite numbers and NaN, with which every comparison is false, wherever they stand.
+
+    Raises:
+        SelfalignError: such a number, with its path.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        raise SelfalignError(f"{path.strip('.')} must be a finite number, got {value}")
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, item in items:
+        check_finite(item, f"{path}{name}.")
 
 
 def check_keys(node: DictConfig, path: str) -> None:

@@ -7,13 +7,13 @@ wrote or that holds such files, or a hub id "owner/name", "owner/name:split", "o
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfalign.errors import SelfalignError
-from selfalign.files import digest_file, digest_folder, digest_json, read_lines
+from selfalign.files import digest_file, digest_folder, digest_json, path_of, read_lines
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -28,6 +28,7 @@ OTHER = {
 """What is told from JSON by its name; a name of any other kind is taken for JSON, with a row a line."""
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[^:/]+){0,2}")
+PART = re.compile(r"-(?P<part>\d+)-of-(?P<of>\d+)")
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 BATCH = 1024
 """Rows of a table that are held at once."""
@@ -81,12 +82,12 @@ def _places_of(source: str) -> list[Path] | None:
     """
     if source.startswith("shipped:"):
         return [_existing(SHIPPED / f"{source.removeprefix('shipped:')}.jsonl")]
-    path = Path(source).expanduser()
+    path = path_of(source)
     if path.is_dir():
         return _in_folder(path, "")
     folder, _, split = source.rpartition(":")
-    if folder and Path(folder).expanduser().is_dir():
-        return _in_folder(Path(folder).expanduser(), split)
+    if folder and path_of(folder).is_dir():
+        return _in_folder(path_of(folder), split)
     if path.suffix in OTHER and not path.name.endswith(READ):
         raise SelfalignError(
             f"{path}: {path.suffix} files are not read; write it as .jsonl or .parquet, for example with "
@@ -136,7 +137,23 @@ def _in_folder(folder: Path, split: str) -> list[Path]:
             f"{folder}: is a folder, and {'files of several kinds' if chosen else 'none of its files'} could be the "
             f"split {split or 'train'!r}; name one file, or {folder}:SPLIT (it holds {shown})"
         )
+    _check_parts(folder, chosen)
     return chosen
+
+
+def _check_parts(folder: Path, files: Sequence[Path]) -> None:
+    """Files named as parts, such as train-00000-of-00003, are all there.
+
+    Raises:
+        SelfalignError: one is missing, as after a download that was broken off.
+    """
+    told = [found for path in files if (found := PART.search(path.name))]
+    for size in {int(found["of"]) for found in told}:
+        there = {int(found["part"]) for found in told if int(found["of"]) == size}
+        if missing := sorted(set(range(size)) - there):
+            raise SelfalignError(
+                f"{folder}: of {size} parts {len(missing)} are missing, the first is number {missing[0]}"
+            )
 
 
 def _kind_of(path: Path) -> str:

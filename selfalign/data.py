@@ -5,9 +5,10 @@ kind of file, or in the schema of a published data set (published.py). What a ro
 names the file, the line and the field.
 """
 
+import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -15,9 +16,11 @@ from selfalign.containers import read_rows
 from selfalign.errors import SelfalignError
 from selfalign.preference_rows import read_pair
 from selfalign.published import DEMONSTRATIONS, PAIRS, RANKED, RatedPair, against_pair, schema_of
-from selfalign.records import Demonstration, Instruction, PreferencePair, RankedAnswers
-from selfalign.rows import UNREAD, Row, give_ids, is_blank, shown
+from selfalign.records import Demonstration, Instruction, PreferencePair, Prompt, RankedAnswers
+from selfalign.rows import READ, UNREAD, Row, give_ids, is_blank, shown
 from selfalign.turns import BESIDE, CONVERSATIONS, as_prompt, check_prompt, only_answer, read_task, read_turns, spoken
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Drops = Counter[str]
@@ -74,7 +77,9 @@ def read_demonstrations(source: str) -> tuple[list[Demonstration], Drops]:
     Raises:
         SelfalignError: a row is in none of the known formats.
     """
-    return _read(source, DEMONSTRATIONS, _demonstration)
+    found, drops = _read(source, DEMONSTRATIONS, _demonstration)
+    _check_answers(source, [(shown.prompt, (shown.response,)) for shown in found])
+    return found, drops
 
 
 def read_instructions(source: str, kind: str) -> tuple[list[Instruction], Drops]:
@@ -105,13 +110,19 @@ def read_outputs(source: str) -> tuple[list[OutputRow], Drops]:
 def read_ranked(source: str) -> tuple[list[RankedAnswers], Drops]:
     """Questions with answers in a human's order, and how many answers were dropped, by reason.
 
-    Where a worse ranked answer has the higher score, ranks and scores contradict each other, and all answers of the
+    Of answers with one text the first stays, as in published sets: nobody could tell which is better. Where a worse
+    ranked answer has the higher score, ranks and scores contradict each other, and all answers of the
     question are dropped.
 
     Raises:
         SelfalignError: a question has fewer than two answers, or two of the same rank.
     """
-    return _read(source, RANKED, _ranked)
+
+    def read(row: Row, drops: Drops) -> RankedAnswers | None:
+        question = _ranked(row, drops)
+        return question and _distinct(question, drops)
+
+    return _read(source, RANKED, read)
 
 
 def read_pairs(source: str) -> tuple[list[PreferencePair], Drops]:
@@ -129,7 +140,9 @@ def read_pairs(source: str) -> tuple[list[PreferencePair], Drops]:
             drops["scores_contradict"] += 1
         return question and best_against_worst(question, drops)
 
-    return _read(source, PAIRS, read)
+    found, drops = _read(source, PAIRS, read)
+    _check_answers(source, [(pair.prompt, (pair.chosen, pair.rejected)) for pair in found])
+    return found, drops
 
 
 def best_against_worst(question: RankedAnswers, drops: Drops) -> PreferencePair | None:
@@ -153,6 +166,37 @@ def best_against_worst(question: RankedAnswers, drops: Drops) -> PreferencePair 
     )
 
 
+def _distinct(question: RankedAnswers, drops: Drops) -> RankedAnswers | None:
+    """A question with each answer once; None, with its answers counted, where that leaves a single one."""
+    kept = [place for place, text in enumerate(question.texts) if question.texts.index(text) == place]
+    drops["duplicate"] += len(question.texts) - len(kept)
+    if len(kept) < 2:
+        drops["only_answer"] += len(kept)
+        return None
+    texts, ranks, notes = (
+        [of[place] for place in kept] for of in (question.texts, question.ranks, question.justifications)
+    )
+    scores = [question.scores[place] for place in kept] if question.scores else []
+    return replace(question, texts=texts, ranks=ranks, scores=scores, justifications=notes)
+
+
+def _check_answers(source: str, records: Sequence[tuple[Prompt, tuple[str, ...]]]) -> None:
+    """Stops where most answers begin with their prompts, as some sets keep them: the prompt would be taught as answer.
+
+    A single answer may well repeat its question.
+
+    Raises:
+        SelfalignError: more than half of several do.
+    """
+    asked = [(prompt if isinstance(prompt, str) else prompt[-1]["content"], answers) for prompt, answers in records]
+    count = sum(all(text.strip().startswith(said.strip()) for text in answers) for said, answers in asked)
+    if len(records) > 1 and 2 * count > len(records):
+        raise SelfalignError(
+            f"{source}: in {count} of {len(records)} rows the answer begins with its own prompt, which would be taught "
+            "as a part of it; give the answers alone"
+        )
+
+
 # --- sources -----------------------------------------------------------------------------------------------------
 
 
@@ -167,9 +211,12 @@ def _read(source: str, readers: Readers[Any], read: Callable[[Row, Drops], Any])
     found = (Row.of(where, raw) for where, raw in chain([first], rows))
     schema = schema_of(first[1]) if readers else None
     if schema is None:
-        drops: Drops = Counter()
-        made = ((row, record) for row in found if (record := read(row, drops)) is not None)
-        return give_ids(made, drops), drops
+        drops, names = Counter[str](), set[str]()
+        rows = (names.update(row.fields) or row for row in found)
+        records = give_ids(((row, record) for row in rows if (record := read(row, drops)) is not None), drops)
+        if passed_over := sorted(names - READ):
+            logger.info("%s: passed over the fields %s", source, ", ".join(passed_over))
+        return records, drops
     if schema not in readers:
         uses = {"demonstrations": DEMONSTRATIONS, "ranked answers": RANKED, "pairs": PAIRS}
         known = " and ".join(use for use, by_schema in uses.items() if schema in by_schema)
@@ -238,9 +285,9 @@ def _answer(row: Row, kind: str) -> str:
 
 
 def _demonstration(row: Row, drops: Drops) -> Demonstration | None:
-    for name in ("label", "kto_tag"):
-        if row.fields.get(name) is False:
-            row.refuse(f"{name}=false says that the answer is not wanted, and a demonstration is taught")
+    for name, unwanted in (("label", ("false",)), ("kto_tag", ("false", "0"))):
+        if str(row.fields.get(name)).strip().casefold() in unwanted:
+            row.refuse(f"{name}={unwanted[0]} says that the answer is not wanted, and a demonstration is taught")
     prompt = read_task(row)
     whole = next((name for name in CONVERSATIONS if isinstance(row.fields.get(name), list)), "")
     if whole and prompt and not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":

@@ -36,7 +36,10 @@ from selfalign.store import Counts
 logger = logging.getLogger(__name__)
 
 LONGEST_WAIT_SECONDS = 60.0
-"""Back-off stops doubling there; a server that asks for more is given it."""
+"""Back-off stops doubling there; a server that asks for more is given it, up to a day."""
+
+DAY_SECONDS = 86_400.0
+"""A server that asks for more is not waited for: some give a date as a number of seconds."""
 
 PROBE = "Say hello."
 """What every server answers that answers at all."""
@@ -181,21 +184,23 @@ class Client:
             RefusedError: the server refuses the request.
             PassingError: it gives no usable answer however often it is asked.
         """
-        trouble = PassingError("stopped")
+        trouble, tries = PassingError("stopped"), 0
         for attempt in range(self._endpoint.retries + 1):
-            if self._stop.is_set():
+            if self._stop.is_set() or trouble.wait_seconds > DAY_SECONDS:
                 break
+            tries += 1
             try:
                 return self._ask(request)
             except PassingError as error:
                 trouble = error
-            if attempt < self._endpoint.retries:
+            if attempt < self._endpoint.retries and trouble.wait_seconds <= DAY_SECONDS:
                 backoff = min(LONGEST_WAIT_SECONDS, self._endpoint.first_wait_seconds * 2**attempt)
                 wait = max(backoff, trouble.wait_seconds)
                 logger.info("%s: %s; trying again in %.1f s", self._url, trouble, wait)
                 pause(self._stop, wait)
+        longer = f" and asks to wait {trouble.wait_seconds:.0f} seconds" if trouble.wait_seconds > DAY_SECONDS else ""
         raise PassingError(
-            f"{self._url}: no usable answer in {self._endpoint.retries + 1} tries, at last: {trouble}; "
+            f"{self._url}: no usable answer in {tries} tries, at last: {trouble}{longer}; "
             "what was answered is kept, the same command continues",
             by_request=trouble.by_request,
             words=str(trouble),
@@ -315,6 +320,9 @@ class Client:
             answer = self._http.post(url, json=body)
         except httpx.RequestError as error:
             raise PassingError(type(error).__name__) from error
+        if elsewhere := answer.headers.get("Location") if 300 <= answer.status_code < 400 else None:
+            words = f"status {answer.status_code}: the server is at {self.clean(elsewhere)}; set base_url to that"
+            raise RefusedError(f"{url}: {words}", answer.status_code, words=words)
         try:
             reply = read_answer(answer.status_code, self.clean(unescape(answer.text)))
         except RefusedError as refused:
@@ -326,9 +334,15 @@ class Client:
         return replace(reply, text=self.clean(reply.text))
 
     def _look_at(self, reply: Reply, body: dict[str, Any]) -> None:
-        """Warns, once each, of a prompt that was not read whole and of an end that nobody knows."""
+        """Warns, once each, of a prompt not read whole, of an end that nobody knows and of another model's answer."""
         if reply.finish not in (*FINISHES, *REFUSALS):
             self._warn(reply.finish, f"a text ended for the reason {reply.finish!r}, which counts as its own end")
+        wanted = str(body.get("model", ""))
+        if not same_model(wanted, reply.model):
+            self._warn(
+                f"model {reply.model}",
+                f"asked for the model {wanted!r}, it says that {reply.model!r} answers; records name the one asked for",
+            )
         sent = fewest_tokens(body.get("messages", []))
         if 0 < reply.tokens_read < sent:
             self._warn(
@@ -347,6 +361,15 @@ class Client:
     def clean(self, text: str) -> str:
         """The text without the key."""
         return text.replace(self._secret, "[key]") if self._secret else text
+
+
+def same_model(asked: str, told: str) -> bool:
+    """Whether a server's name for what answers is the name asked for, with a maker, version or file ending or without.
+
+    Many servers answer with the model that they have, whatever they are asked for.
+    """
+    one, other = (re.sub(r"[\W_]+", "", name.rpartition("/")[2].casefold()) for name in (asked, told))
+    return one in other or other in one
 
 
 def pause(stop: threading.Event, seconds: float) -> None:

@@ -14,6 +14,7 @@ from selfalign.files import digest_json
 from selfalign.given import Given
 from selfalign.models import ModelConfig
 from selfalign.report import write_report
+from selfalign.report.finished import check_artefacts
 from selfalign.roles import Judging, Models, fixed_judges, load_model
 from selfalign.run import Fellow, Maker, Run, iteration_of, open_folder
 from selfalign.store import Artefact, Store, canonical, locked, open_artefact
@@ -177,5 +178,6 @@ def _artefacts(folder: Path) -> dict[str, Artefact]:
     if not (folder / "summary.json").is_file():
         raise SelfalignError(f"{folder}: this run is not finished; the command that began it continues it")
     labels = [stage["label"] for stage in read_own(folder / "summary.json")["stages"]]
+    check_artefacts(folder, labels)
     names = {"M0", *models_of(labels), *(label for label in labels if re.fullmatch(r"iteration_\d+/pairs", label))}
     return {name: open_artefact((folder / "artefacts" / name).resolve()) for name in labels if name in names}

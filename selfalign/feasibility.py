@@ -1,16 +1,17 @@
-"""Counts and lengths that their limits cannot reach, refused before anything is made: one line, and what would do.
+"""Settings without effect, and counts and lengths out of their limits' reach: refused before anything is made.
 
-Here the configuration alone is known. What only the data tell is checked where they are read (given.py), and what M0
-bounds once it is there (requirements.py).
+Each in one line, with what would do. Here the configuration alone is known. What only the data tell is checked where
+they are read (given.py), and what M0 bounds once it is there (requirements.py).
 """
 
 import math
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from selfalign.errors import SelfalignError
 from selfalign.given import Pairs, SelfRewarding
 from selfalign.losses import Positives
-from selfalign.pairing import BestVsK, PairRule
+from selfalign.pairing import BestVsK, BestWorst, PairRule
 from selfalign.stages.judge import Pairwise, SampledScore
 from selfalign.stages.pair import PositivesOnly
 from selfalign.stages.seeds import EvaluationFineTuning
@@ -51,6 +52,34 @@ def check_counts(config: "ExperimentConfig") -> None:
         _check_checkpoints(config.train, most * (config.iterations if data.accumulate else 1) - held_out)
     elif rule.minimum_examples > (most := data.instruct.count * data.respond.candidates):
         raise SelfalignError(f"pair.minimum_examples={rule.minimum_examples}, but {_sizes(data)} gives {most} at most")
+
+
+def check_effects(config: "ExperimentConfig") -> None:
+    """Refuses what is set and would do nothing: a run would say that it had been done.
+
+    Raises:
+        SelfalignError: such a setting.
+    """
+    pair, train = config.pair, config.train
+    if isinstance(config.data, Pairs) and pair != BestWorst():
+        changed = [f.name for f in fields(pair) if getattr(pair, f.name) != f.default]
+        setting = f"pair.{changed[0]}={getattr(pair, changed[0])}" if changed else f"pair ({type(pair).__name__})"
+        raise SelfalignError(
+            f"{setting} would have no effect: data=pairs takes the pairs of data.path as they are given, and rules "
+            "choose among responses that were judged; leave it out, or keep the pairs that are wanted in data.path"
+        )
+    if isinstance(config.loss, Positives):
+        unused = {
+            "train.held_out_pairs": (train.held_out_pairs, 0),
+            "train.choose.every_steps": (train.choose.every_steps, 0),
+            "train.reference": (train.reference, "previous"),
+        }
+        for key, (value, default) in unused.items():
+            if value != default:
+                raise SelfalignError(
+                    f"{key}={value} would have no effect: loss=positives fine-tunes by train.sft and aligns nothing; "
+                    f"set {key}={default}"
+                )
 
 
 def _sizes(data: SelfRewarding) -> str:

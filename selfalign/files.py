@@ -86,6 +86,18 @@ def _numbered(path: Path, file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
         raise SelfalignError(f"{path}: cannot be unpacked as gzip ({error})") from error
 
 
+def path_of(text: str) -> Path:
+    """A path as a user gives it; `~` is the home folder, `~name` that of another user.
+
+    Raises:
+        SelfalignError: there is no such folder.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise SelfalignError(f"{text}: there is no such home folder") from error
+
+
 def digest_text(text: str) -> str:
     """SHA-256 of a text, in hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()
@@ -132,6 +144,6 @@ def text_or_file(value: str, key: str) -> str:
     if not value.startswith("file:"):
         return value
     try:
-        return read_text(Path(value.removeprefix("file:")).expanduser())
+        return read_text(path_of(value.removeprefix("file:")))
     except SelfalignError as error:
         raise SelfalignError(f"{key}: {error}") from error

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from selfalign import processes
-from selfalign.files import digest_json
+from selfalign.files import digest_json, path_of
 from selfalign.run import check_name
 from selfalign.sweep import Prepared, Sweep, run_job
 
@@ -39,7 +39,7 @@ def sweep_folder(output_dir: str, name: str, overrides: ListConfig, space: DictC
     check_name(name)
     asked = sorted(override for override in as_given(overrides) if not override.startswith(NOT_THE_STUDY))
     digest = digest_json([asked, OmegaConf.to_container(space) if space else {}])[:8]
-    return str(Path(output_dir).absolute() / "sweeps" / f"{name}-{digest}")
+    return str(path_of(output_dir).absolute() / "sweeps" / f"{name}-{digest}")
 
 
 # On import, because that is what a job in another process does first. Computed once a sweep: from then on it travels

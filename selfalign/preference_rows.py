@@ -61,7 +61,7 @@ def _split(row: Row, chosen: str, rejected: str) -> tuple[Prompt, str, str]:
     """
     values = row.fields[chosen], row.fields[rejected]
     if all(isinstance(value, str) for value in values):
-        return read_task(row) or _refuse(row), *values
+        return read_task(row) or _refuse(row), row.text(chosen), row.text(rejected)
     if not all(isinstance(value, list | dict) for value in values):
         _refuse(row)
     own, other = read_turns(row, chosen), read_turns(row, rejected)

@@ -8,7 +8,7 @@ DeepSeek, DashScope, Zhipu, Moonshot, MiniMax, xAI, Groq, Together, watsonx and 
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from selfalign.errors import SelfalignError
@@ -75,7 +75,7 @@ class Reply:
 
     `finish` is "stop", "length" or what else the server said; one of `REFUSALS` where it would not fulfil the request,
     and then `text` is what it said of it, or what was written before its filter stepped in. `tokens_read` counts those
-    of the prompt with what came from a cache.
+    of the prompt with what came from a cache, `model` is what the server says has answered.
     """
 
     text: str
@@ -83,6 +83,7 @@ class Reply:
     prompt_tokens: int
     completion_tokens: int
     tokens_read: int = field(default=0, compare=False)
+    model: str = field(default="", compare=False)
 
 
 class RefusedError(SelfalignError):
@@ -138,13 +139,14 @@ def read_answer(status: int, said: str) -> Reply:
 
 
 def unescape(said: str) -> str:
-    """A body with its letters as they are where it is JSON that spells them as numbers."""
+    """A body with its letters as they are where it is JSON that spells them as numbers; half of one becomes U+FFFD."""
     if "\\u" not in said:
         return said
     try:
-        return json.dumps(json.loads(said), ensure_ascii=False)
+        spelled = json.dumps(json.loads(said), ensure_ascii=False)
     except ValueError:
         return said
+    return spelled.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def shorten(status: int, said: str) -> str:
@@ -163,7 +165,8 @@ def _read_success(said: str) -> Reply:
         if not answer["choices"]:
             filtered = "prompt_filter" in said or CONTENT.search(said)
             return Reply(words, "content_filter" if filtered else "refused", 0, 0)
-        return _read_choice(answer["choices"][0], answer.get("usage") or {}, words)
+        reply = _read_choice(answer["choices"][0], answer.get("usage") or {}, words)
+        return replace(reply, model=str(answer.get("model") or ""))
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise PassingError(f"no completion ({type(error).__name__}); {words}", by_request=True) from error
 
@@ -179,21 +182,31 @@ def _read_choice(choice: Any, usage: Any, words: str) -> Reply:
     finish = finish_of(choice.get("finish_reason"))
     if finish == "broken":
         raise PassingError(f"a text broken off ({choice['finish_reason']}); {words}", by_request=True)
-    read = int(usage.get("prompt_tokens") or usage.get("input_tokens") or 0)
+    usage = usage if isinstance(usage, dict) else {}
+    read = _count(usage.get("prompt_tokens") or usage.get("input_tokens"))
     return Reply(
         text=str(choice["text"] or "") if "text" in choice else _written(choice["message"]),
         finish=finish,
         prompt_tokens=read,
-        completion_tokens=int(usage.get("completion_tokens") or usage.get("output_tokens") or 0),
+        completion_tokens=_count(usage.get("completion_tokens") or usage.get("output_tokens")),
         tokens_read=read and read + _cached(usage),
     )
 
 
+def _count(told: Any) -> int:
+    """A number of tokens; 0 where the server gives what is none, which counts as not said."""
+    try:
+        return max(0, int(told or 0))
+    except (TypeError, ValueError, OverflowError):
+        return 0
+
+
 def _cached(usage: Any) -> int:
     """Prompt tokens that came from a cache. Most servers count them among those read, and they only stand out."""
-    told = [(usage.get("prompt_tokens_details") or {}).get("cached_tokens")]
+    details = usage.get("prompt_tokens_details")
+    told = [details.get("cached_tokens") if isinstance(details, dict) else None]
     told += [usage.get(name) for name in ("cache_read_input_tokens", "cache_creation_input_tokens")]
-    return sum(int(one or 0) for one in told)
+    return sum(map(_count, told))
 
 
 def finish_of(reason: Any) -> str:

@@ -35,18 +35,23 @@ def report(paths: Sequence[Path], out: Path | None = None, metric: str = "") -> 
     """Writes what was asked for and returns the page's path.
 
     Raises:
-        SelfalignError: a path holds no run, one run has not finished, or no job has the metric.
+        SelfalignError: a path holds no run, one run has not finished or lacks what it has made, or no job has the
+            metric.
     """
     # They import torch, which --help should not wait for.
     from selfalign.report import write_comparison, write_report
-    from selfalign.report.jobs import is_run
+    from selfalign.report.finished import Finished, check_artefacts
+    from selfalign.report.jobs import find_jobs, is_run
 
     if len(paths) > 1 or not is_run(paths[0]):
+        for run in (job.run for job in find_jobs(paths) if job.run):
+            check_artefacts(run.folder, run.stages)
         target = out or (paths[0] if len(paths) == 1 else Path())
         return write_comparison(paths, target, metric)
     if out or metric:
         raise SelfalignError(f"{paths[0]} is one run: --out and --metric are for a comparison")
     if not (paths[0] / "summary.json").is_file():
         raise SelfalignError(f"{paths[0]}: the run has not finished, so there is nothing to report")
+    check_artefacts(paths[0], Finished.load(paths[0]).stages)
     write_report(paths[0])
     return paths[0] / "report.html"

@@ -6,6 +6,7 @@ the task or of the answer.
 """
 
 import math
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
@@ -20,9 +21,21 @@ from selfalign.records import Demonstration, Instruction, PreferencePair, Ranked
 
 UNREAD = (
     "tools", "tool_calls", "functions", "function_call", "images", "image", "image_url", "videos", "video", "audios",
-    "audio", "documents", "reasoning_content", "thinking", "chat_template_kwargs",
+    "audio", "documents", "document", "article", "passage", "passages", "paragraph", "premise", "hypothesis", "choices",
+    "options", "inputs", "reasoning_content", "thinking", "chat_template_kwargs",
 )  # fmt: skip
 """Carry a part of the task or the answer that no record can hold: refused, in a row and in a turn, unless empty."""
+
+READ = {
+    "instruction", "question", "query", "input", "context", "system", "system_prompt", "system_message", "history",
+    "prompt", "messages", "conversations", "conversation", "response", "output", "completion", "answer", "chosen",
+    "rejected", "preferred_output", "non_preferred_output", "rejected_response", "chosen_score", "rejected_score",
+    "score_chosen", "score_rejected", "responses", "id", "category", "generator", "dataset", "label", "kto_tag",
+}  # fmt: skip
+"""Fields that are read, by one format or another."""
+
+TURNS = re.compile(r"\s*(?:array\()?\[\s*\{\s*['\"](?:role|content|from|value)['\"]\s*:")
+"""How a text begins that spells a list of turns, as JSON or as Python."""
 
 T = TypeVar("T")
 R = TypeVar("R", Demonstration, Instruction, PreferencePair, RankedAnswers)
@@ -48,7 +61,9 @@ class Row:
             SelfalignError: a field that cannot be read is filled.
         """
         row = cls(where, _without_gaps(raw))
-        row.refuse_filled(UNREAD, row.fields)
+        row.refuse_filled(UNREAD, row.fields, why="which no record here can hold; join it to the text or remove it")
+        alike = (name for name in row.fields if name not in READ and name.strip().casefold() in (*READ, *UNREAD))
+        row.refuse_filled(alike, row.fields, why="but fields are named in small letters, without spaces")
         return row
 
     def refuse(self, message: str) -> NoReturn:
@@ -82,9 +97,13 @@ class Row:
         Raises:
             SelfalignError: it is something else.
         """
-        value = self.fields.get(name) or ""
+        value = self.fields.get(name, "")
+        if value in ([], {}):
+            return ""
         if not isinstance(value, str):
             self.refuse(f"{name}: expected a text, got {shown(value)}")
+        if TURNS.match(value):
+            self.refuse(f"{name} is a text that spells a list of turns; give the list itself")
         return "" if is_blank(value) else value
 
     def one_text(self, names: Iterable[str]) -> str:

@@ -46,8 +46,8 @@ def as_text(prompt: Prompt) -> str:
 
 
 def texts_in(prompt: Prompt) -> set[str]:
-    """What is said in a prompt: each turn, or the text."""
-    return {prompt} if isinstance(prompt, str) else {message["content"] for message in prompt}
+    """What is said in a prompt: each turn, or the text; without the spaces around them, which tell nothing apart."""
+    return {text.strip() for text in ([prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt])}
 
 
 def instruction_of(prompt: Prompt) -> str:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -274,6 +275,17 @@ def test_folder_without_the_split_says_what_it_holds(
         identify_data(f"{tmp_path / 'set'}{split}", "data.path")
     with pytest.raises(SelfalignError, match=message):
         read_pairs(f"{tmp_path / 'set'}{split}")
+
+
+@pytest.mark.parametrize("there", [(0, 2), (1, 2), (2,)])
+def test_part_that_is_missing_is_named(tmp_path: Path, there: tuple[int, ...]) -> None:
+    """A download that was broken off must not be read as the whole."""
+    for number in there:
+        (tmp_path / f"train-0000{number}-of-00003.jsonl").write_text('{"instruction": "A", "response": "B"}\n')
+    first = min({0, 1, 2} - set(there))
+    message = f"{tmp_path}: of 3 parts {3 - len(there)} are missing, the first is number {first}"
+    with pytest.raises(SelfalignError, match=re.escape(message)):
+        read_demonstrations(str(tmp_path))
 
 
 def test_only_data_file_of_a_folder_is_taken_whatever_its_name(tmp_path: Path) -> None:

@@ -269,6 +269,19 @@ def test_ranked_answers_keep_ranks_scores_and_justifications(tmp_path: Path) -> 
     assert (second.texts, second.ranks, second.scores) == (["c", "d", "e"], [1, 2, 3], [])
 
 
+def test_answer_that_stands_twice_is_ranked_once_as_in_published_sets(tmp_path: Path) -> None:
+    twice = [answer("a", 1, score=5), answer("b", 2, score=3), answer("a", 3, score=1)]
+    source = write_rows(
+        tmp_path / "a.jsonl",
+        {"id": "q", "instruction": "Hi", "responses": twice},
+        {"id": "r", "instruction": "Ho", "responses": [answer("c", 1), answer("c", 2)]},
+    )
+    (question,), drops = read_ranked(source)
+    assert (question.texts, question.ranks, question.scores) == (["a", "b"], [1, 2], [5, 3])
+    assert question.justifications == ["", ""]
+    assert drops == {"duplicate": 2, "only_answer": 1}
+
+
 @pytest.mark.parametrize("ranks", [[1], [], [1, 1], [2, 1, 2]])
 def test_questions_without_an_order_are_refused_with_file_and_line(tmp_path: Path, ranks: list[int]) -> None:
     answers = [answer(str(i), rank) for i, rank in enumerate(ranks)]

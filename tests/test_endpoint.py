@@ -135,6 +135,36 @@ def test_retry_after_is_seconds_or_a_date() -> None:
     assert retry_after("soon") == retry_after("") == retry_after("-3") == 0.0
 
 
+def test_server_that_asks_to_wait_for_years_is_not_waited_for(waits: list[float]) -> None:
+    late = Fault(429, b"slow down", {"Retry-After": "1700000000"})
+    with chat_server(faults=[Fault(500), late]) as server, client(server) as chats:
+        with pytest.raises(SelfalignError, match="in 2 tries, at last: status 429: slow down and asks to wait 17"):
+            chats.complete(ASK)
+        assert len(server.bodies) == 2
+    assert waits == [1.0]
+
+
+def test_server_that_has_moved_is_named_by_its_new_address() -> None:
+    moved = Fault(308, headers={"Location": "https://new.example/v1/chat/completions"})
+    said = r"status 308: the server is at https://new\.example/v1/chat/completions; set base_url"
+    with chat_server(faults=[moved]) as server, client(server) as chats, pytest.raises(RefusedError, match=said):
+        chats.complete(ASK)
+
+
+@pytest.mark.parametrize(
+    ("told", "warned"),
+    [("judge-1", 0), ("owner/Judge-1.gguf", 0), ("judge-1-2026-01-01", 0), ("", 0), ("tiny-chat", 1)],
+)
+def test_answer_of_another_model_is_a_warning_once(told: str, warned: int, caplog: pytest.LogCaptureFixture) -> None:
+    body = json.dumps({"model": told, "choices": [{"message": {"content": "Score: 4"}}]}).encode()
+    with chat_server(lambda asked: body) as server, client(server) as chats:
+        chats.complete(ASK)
+        chats.complete(ASK)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == warned
+    assert all("asked for the model 'judge-1', it says that 'tiny-chat' answers" in one for one in warnings)
+
+
 def test_server_that_never_answers_ends_with_its_last_fault(waits: list[float]) -> None:
     with chat_server(faults=[Fault(500, b"oh no")] * 3) as server, client(server, retries=2) as chats:
         with pytest.raises(SelfalignError, match=r"no usable answer in 3 tries, at last: status 500: oh no; what was"):

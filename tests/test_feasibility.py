@@ -1,5 +1,6 @@
 """Counts and lengths out of their limits' reach are refused in one line, before anything is made or trained."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,9 +9,11 @@ from typing import Any
 
 import pytest
 from builders import TINY_RUN, Said, composed, policy_artefact, write_tiny_data
+from omegaconf import OmegaConf
 
 from selfalign.errors import SelfalignError
 from selfalign.models import PolicyFiles
+from selfalign.multirun import sweep_folder
 from selfalign.requirements import check_requirements
 from selfalign.stages.instruct import InstructConfig
 from selfalign.store import Artefact
@@ -118,7 +121,66 @@ def test_count_out_of_reach_is_refused_when_the_configuration_is_composed(case: 
     assert str(refused.value) == message
 
 
+NO_EFFECT = {
+    "a rule's bound for given pairs": (
+        f"{GIVEN_PAIRS} pair.minimum_margin=3",
+        "pair.minimum_margin=3.0 would have no effect: data=pairs takes the pairs of data.path as they are given",
+    ),
+    "length control of given pairs": (f"{GIVEN_PAIRS} pair.length_control=0.1", "pair.length_control=0.1 would"),
+    "another rule for given pairs": (f"{GIVEN_PAIRS} pair=all_ordered", "pair (AllOrdered) would have no effect"),
+    "a score for given positives": (
+        f"{GIVEN_PAIRS} loss=positives pair=positives pair.minimum_score=4.5",
+        "pair.minimum_score=4.5 would have no effect",
+    ),
+    "held-out pairs of no alignment": (
+        f"{GIVEN_PAIRS} loss=positives train.held_out_pairs=3",
+        "train.held_out_pairs=3 would have no effect: loss=positives fine-tunes by train.sft and aligns nothing; set "
+        "train.held_out_pairs=0",
+    ),
+    "checkpoints of no alignment": (
+        "loss=positives pair=positives train.choose.every_steps=1 train.choose.instructions=a.jsonl",
+        "train.choose.every_steps=1 would have no effect",
+    ),
+    "reference of no alignment": (
+        "loss=positives pair=positives train.reference=base",
+        "train.reference=base would have no effect",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_EFFECT)
+def test_setting_without_effect_is_refused(name: str) -> None:
+    overrides, message = NO_EFFECT[name]
+    with pytest.raises(SelfalignError) as caught:
+        composed(SMOKE, *overrides.split())
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "path"),
+    [
+        ("data.respond.sampling.temperature=nan", "data.respond.sampling.temperature"),
+        ("judge.alarm.entropy=nan", "judge.alarm.entropy"),
+        ("data.seeds.most_common_ratio=nan", "data.seeds.most_common_ratio"),
+        ("price_per_hour=inf", "price_per_hour"),
+        ("train.choose.sampling.temperature=-nan", "train.choose.sampling.temperature"),
+        ("evaluate.limits.kl_to_m1=inf", "evaluate.limits.kl_to_m1"),
+    ],
+)
+def test_setting_that_is_no_finite_number_is_refused_by_its_path(override: str, path: str) -> None:
+    with pytest.raises(SelfalignError, match=rf"^{re.escape(path)} must be a finite number, got (nan|inf)$"):
+        composed(SMOKE, override)
+
+
+def test_output_below_the_home_folder_is_below_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    config, *_ = composed(SMOKE, 'output_dir="~/runs"')
+    assert config.output_dir == "/home/me/runs"
+    assert sweep_folder("~/runs", "smoke", OmegaConf.create([]), None).startswith("/home/me/runs/sweeps/smoke-")
+
+
 WITHIN_REACH = [
+    f"{GIVEN_PAIRS} loss=positives",
     "data.instruct.count=800 data.instruct.prompts_per_batch=8",
     "data.instruct.seed_demonstrations=24",
     "pair=best_vs_k pair.k=3",

@@ -15,6 +15,7 @@ from selfalign.files import (
     digest_folder,
     digest_json,
     digest_text,
+    path_of,
     read_json,
     read_lines,
     read_text,
@@ -154,3 +155,11 @@ def test_seeds_differ_by_purpose_and_stay_the_same() -> None:
     assert derive_seed(1, "a") == seeds[0]
     # Written down, so that a change that would re-draw every published run is noticed.
     assert derive_seed(0, "order", 0) == int(digest_text(json.dumps(["0", "order", "0"]))[:16], 16) >> 1
+
+
+def test_home_folder_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert path_of("~/data") == tmp_path / "data"
+    assert path_of("data/~x") == Path("data/~x")
+    with pytest.raises(SelfalignError, match=r"^~nobody-of-this-name/data: there is no such home folder$"):
+        path_of("~nobody-of-this-name/data")

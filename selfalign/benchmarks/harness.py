@@ -28,7 +28,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 
 from selfalign.errors import SelfalignError
-from selfalign.files import write_atomically
+from selfalign.files import path_of, write_atomically
 from selfalign.journal import Journal
 from selfalign.models import Policy
 from selfalign.statistics import RESAMPLES
@@ -77,7 +77,7 @@ def load_tasks(settings: "LmEval", place: str) -> list[Loaded]:
     Raises:
         SelfalignError: there is no such task, its data cannot be had, it lacks the metric, or two share a task.
     """
-    folder = Path(settings.include_path).expanduser().resolve()
+    folder = path_of(settings.include_path).resolve()
     manager = _manager(str(folder) if settings.include_path else "", {task.name for task in settings.tasks})
     with chdir(folder):
         loaded = [_load(manager, task, place) for task in settings.tasks]

@@ -5,12 +5,11 @@ import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfalign.benchmarks.entrant import Entrant
 from selfalign.errors import SelfalignError
-from selfalign.files import digest_folder
+from selfalign.files import digest_folder, path_of
 from selfalign.statistics import Estimate
 from selfalign.store import Counts, Workspace
 
@@ -89,7 +88,7 @@ class LmEval:
             raise SelfalignError(f"{key}: lm-eval is not installed: pip install 'selfalign[lm-eval]'")
         found = {"lm-eval": importlib.metadata.version("lm_eval")}
         if self.include_path:
-            folder = Path(self.include_path).expanduser()
+            folder = path_of(self.include_path)
             if not folder.is_dir():
                 raise SelfalignError(f"{key}.include_path: no folder {self.include_path!r}")
             # Running a task's Python files leaves __pycache__ behind.

@@ -64,6 +64,20 @@ class Sample:
     candidates: list[Candidate]
 
 
+def check_artefacts(folder: Path, labels: Iterable[str]) -> None:
+    """What a finished run has made is where its links lead.
+
+    Raises:
+        SelfalignError: something is not, as in a folder that was copied without its store.
+    """
+    gone = [label for label in labels if not (folder / "artefacts" / label / "manifest.json").is_file()]
+    if gone:
+        raise SelfalignError(
+            f"{folder}: {len(gone)} of its artefacts, {gone[0]} first, are not where its links lead; a run folder is "
+            "copied and moved together with the store beside it"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Finished:
     """A finished run.

@@ -25,7 +25,7 @@ def questions(out: Workspace, *, source: str, count: int, content: str, seeds: A
         demonstrations = read_records(seeds.path / "demonstrations.jsonl", Demonstration)
     taught = {text for demonstration in demonstrations for text in texts_in(demonstration.prompt)}
     given, drops = read_instructions(source, "evaluation")
-    apart = [instruction for instruction in given if instruction.text not in taught]
+    apart = [instruction for instruction in given if instruction.text.strip() not in taught]
     if not apart:
         raise SelfalignError(f"{source}: all {len(given)} instructions are prompts of data.seeds.demonstrations")
     write_records(out.path / "instructions.jsonl", apart[: count or None])

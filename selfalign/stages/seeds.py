@@ -1,8 +1,9 @@
 """seeds: given data → demonstrations (IFT + EFT) and held-out ranked answers."""
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Protocol
 
@@ -21,6 +22,8 @@ from selfalign.records import (
 )
 from selfalign.store import Counts, Workspace
 from selfalign.turns import texts_in
+
+logger = logging.getLogger(__name__)
 
 
 class EvaluationFineTuning(StrEnum):
@@ -101,7 +104,8 @@ def seeds(out: Workspace, *, config: SeedsConfig, judge: JudgeFormat | Pairwise,
     """
     data = read_seeds(config)
     human = config.evaluation_fine_tuning == EvaluationFineTuning.human
-    eft = [d for q in data.taught for d in demonstrate_judging(q, judge)] if human else []
+    examples = on_scale(data, judge) if human else []
+    eft = [demonstration for question in examples for demonstration in demonstrate_judging(question, judge)]
     write_records(out.path / "demonstrations.jsonl", [*data.ift, *eft])
     judged = config.evaluation_fine_tuning != EvaluationFineTuning.none
     write_records(out.path / "taught.jsonl", data.taught if judged else [])
@@ -157,7 +161,7 @@ def read_seeds(config: SeedsConfig) -> SeedData:
         drops.update({f"ranked_{reason}": count for reason, count in unused.items()})
         _check_any("ranked", config.ranked, questions, unused)
     asked = {text for demonstration in ift for text in texts_in(demonstration.prompt)}
-    apart = [question for question in questions if question.instruction not in asked]
+    apart = [question for question in questions if question.instruction.strip() not in asked]
     drops["questions_in_demonstrations"] = len(questions) - len(apart)
     if questions and not apart:
         raise SelfalignError(
@@ -194,21 +198,39 @@ def write_questions(out: Workspace, questions: list[RankedAnswers]) -> None:
 def held_out_ids(questions: list[RankedAnswers], share: float) -> set[str]:
     """The questions set aside: those whose text has the smallest digests, so their file's order does not matter.
 
-    A text that occurs twice is on one side both times.
+    A text that occurs twice, spaces around it or not, is on one side both times.
     """
-    digests = {question.id: digest_text(question.instruction) for question in questions}
+    digests = {question.id: digest_text(question.instruction.strip()) for question in questions}
     order = sorted(set(digests.values()))
     chosen = set(order[: round(share * len(order))])
     return {name for name, digest in digests.items() if digest in chosen}
+
+
+def on_scale(data: SeedData, judge: JudgeFormat | Pairwise) -> list[RankedAnswers]:
+    """The questions that teach judging: without scores where these are not of the judge's scale.
+
+    Scores of one source have one scale. Where any lies outside the judge's, those within mean something else too: 4 of
+    10 is not 4 of 5.
+    """
+    given = [score for question in (*data.taught, *data.held_out) for score in question.scores]
+    if isinstance(judge, Pairwise) or not given or judge.low <= min(given) <= max(given) <= judge.high:
+        return data.taught
+    logger.warning(
+        "data.seeds.ranked has scores from %d to %d, not on the judge's scale from %d to %d: judging is taught by "
+        "the ranks alone, spread over that scale",
+        min(given),
+        max(given),
+        judge.low,
+        judge.high,
+    )
+    return [replace(question, scores=[]) for question in data.taught]
 
 
 def demonstrate_judging(question: RankedAnswers, judge: JudgeFormat | Pairwise) -> list[Demonstration]:
     """One EFT example an answer: the judge's prompt, and the judgement a human's score or rank asks for."""
     if isinstance(judge, Pairwise):
         return judge.demonstrate(question)
-    given = question.scores
-    fits = bool(given) and judge.low <= min(given) and max(given) <= judge.high
-    scores = given if fits else scores_from_ranks(question.ranks, judge.low, judge.high)
+    scores = question.scores or scores_from_ranks(question.ranks, judge.low, judge.high)
     return [
         Demonstration(
             id=f"eft-{question.id}-{index}",

@@ -353,7 +353,7 @@ def test_given_pairs_do_not_ask_what_is_held_out(tmp_path: Path) -> None:
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     parts = [
         records_artefact(tmp_path / name, instructions=[instruction("q", text)])
-        for name, text in (("questions", "Who?"), ("ranked", "Why?"))
+        for name, text in (("questions", "Who? \n"), ("ranked", " Why?"))
     ]
     counts = given_pairs(
         workspace(tmp_path / "out"), source=str(source), count=1, content="d", **NOTHING | {"held_out": parts}

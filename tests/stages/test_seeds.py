@@ -219,10 +219,10 @@ def test_taught_questions_are_there_for_the_baseline_to_judge(tmp_path: Path) ->
 
 
 MUTANTS = [
-    ("split by id", "digest_text(question.instruction) for", "digest_text(question.id) for"),
-    ("split by answers", "digest_text(question.instruction) for", "digest_text(str(question.texts)) for"),
+    ("split by id", "digest_text(question.instruction.strip()) for", "digest_text(question.id) for"),
+    ("split by answers", "digest_text(question.instruction.strip()) for", "digest_text(str(question.texts)) for"),
     ("held-out questions taught", "for question in apart if question.id not in held_out]", "for question in apart]"),
-    ("overlap kept", "if question.instruction not in asked]", "]"),
+    ("overlap kept", "if question.instruction.strip() not in asked]", "]"),
     ("overlap not counted", 'drops["questions_in_demonstrations"] = len(questions) - len(apart)', "pass"),
 ]
 
@@ -267,6 +267,50 @@ def test_judge_is_taught_its_own_format(tmp_path: Path) -> None:
     assert [d.prompt for d in alone] == [SCORE.ask("Why?", "Best."), SCORE.ask("Why?", "Worst.")]
     assert {(d.source, d.question) for d in alone} == {("eft", "q")}
     assert len({d.id for d in alone}) == 2
+
+
+def scored_rows(*scores: tuple[int, int]) -> list[dict]:
+    return [
+        {
+            "instruction": f"Question number {n}?",
+            "responses": [{"text": "Good.", "rank": 1, "score": best}, {"text": "Bad.", "rank": 2, "score": worst}],
+        }
+        for n, (best, worst) in enumerate(scores)
+    ]
+
+
+def taught_scores(out: Path) -> set[tuple[str, ...]]:
+    """The scores of each question that are taught."""
+    by_question: dict[str, list[str]] = {}
+    for shown in read_records(out / "demonstrations.jsonl", Demonstration):
+        if shown.source == "eft":
+            by_question.setdefault(shown.question, []).append(shown.response)
+    return set(map(tuple, by_question.values()))
+
+
+def test_scores_of_another_scale_are_no_scores_where_they_happen_to_fit(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """4 of 10 is not 4 of 5: one score beyond the judge's scale tells the scale of all."""
+    _, out = built(tmp_path, scored_rows((4, 2), (3, 1), (9, 6), (10, 2)), held_out_share=0.1)
+    assert taught_scores(out) == {("5", "0")}
+    assert "scores from 1 to 10, which is not the judge's scale from 0 to 5" in caplog.text
+
+
+def test_scores_of_the_judges_scale_are_taught_as_they_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _, out = built(tmp_path, scored_rows((4, 2), (3, 1), (5, 0), (4, 2)), held_out_share=0.1)
+    assert taught_scores(out) == {("4", "2"), ("3", "1"), ("5", "0")}
+    assert not caplog.text
+
+
+def test_spaces_around_a_question_make_no_other_question(tmp_path: Path) -> None:
+    rows = ranked_rows(6, 2)
+    rows[0]["instruction"] = "Task 1. "
+    rows[2]["instruction"] = rows[1]["instruction"] + "\n"
+    counts, out = built(tmp_path, rows, held_out_share=0.5)
+    assert counts["dropped"] == {"questions_in_demonstrations": 1}
+    held_out = {question.id for question in read_records(out / "ranked.jsonl", RankedAnswers)}
+    assert len(held_out & {"q1", "q2"}) in (0, 2)
 
 
 @pytest.mark.parametrize(
