@@ -57,6 +57,7 @@ METRICS = {
     "checkpoint_wins/N": "how many it won, in both orders",
     "checkpoint_losses/N": "how many it lost, in both orders; where these are too many, training stopped there",
     "prompts_cut": "pairs whose prompt lost its beginning to fit into train.align.max_length",
+    "prompts_cut_behind_p": "pairs whose prompt is shorter behind p, to fit into the model's context",
     "novelty": "1 minus an instruction's highest ROUGE-L F1 to a seed or one kept before it, mean over the new ones",
     "distinct_1": "different words among all words of an iteration's new instructions (Li et al. 2016, 1510.03055)",
     "distinct_2": "the same of pairs of adjoining words; both fall as the count grows, so compare equal counts",

@@ -271,7 +271,7 @@ def test_whole_run_takes_the_verdicts_of_a_judge_that_thinks_and_refuses_its_fir
     class Thinking(ChatServer):
         def _enter(self, body: dict[str, Any], key: str, path: str) -> Fault:
             answer, text = super()._enter(body, key, path), shown(body)
-            refused.extend([] if refused or "Greet me." in text else [text])  # The first behind the check.
+            refused.extend([] if refused or text == "Hello." else [text])  # That is the check beforehand.
             return Fault(400, b'{"error": {"message": "Content Exists Risk"}}') if text in refused else answer
 
     def verdict(text: str) -> int:
