@@ -55,16 +55,25 @@ def read_rows(source: str) -> Iterator[Placed]:
         raise SelfalignError(f"{source}: no rows")
 
 
-def identify_data(source: str, key: str) -> str:
-    """What a data source is keyed by: the digest of its files, or the name of a hub data set.
+def find_data(source: str, key: str) -> list[Path] | None:
+    """The files and saved folders that a data source is; None for a data set on the hub. Nothing of them is read.
 
     Raises:
         SelfalignError: there is no such source; the message names the setting, `key`.
     """
     try:
-        places = _places_of(source)
+        return _places_of(source)
     except SelfalignError as error:
         raise SelfalignError(f"{key}: {error}") from error
+
+
+def identify_data(source: str, key: str) -> str:
+    """What a data source is keyed by: the digest of its files, or the name of a hub data set.
+
+    Raises:
+        SelfalignError: as `find_data`.
+    """
+    places = find_data(source, key)
     if places is None:
         return source
     digests = [digest_json(digest_folder(place)) if place.is_dir() else digest_file(place) for place in places]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from selfalign.containers import identify_data
+from selfalign.containers import find_data, identify_data
 from selfalign.errors import SelfalignError
 from selfalign.run import Maker, StageFunction
 from selfalign.stages.evaluate import PreferenceTest
@@ -119,18 +119,8 @@ class Given:
 
     def _find_files(self) -> None:
         """Looks for every file that is read, so that a missing one is known before anything is made."""
-        data, asked = self.config.data, self.config.evaluate
-        sources = {
-            "evaluate.instructions": asked.instructions,
-            "evaluate.against": asked.against,
-            "evaluate.preferences.source": "" if asked.preferences.source == "ranked" else asked.preferences.source,
-            "train.choose.instructions": self.config.train.choose.instructions,
-            "data.path": data.path if isinstance(data, Pairs) else "",
-            "data.instruct.source": "" if isinstance(data, Pairs) else data.instruct.source,
-        }
-        for key, source in sources.items():
-            if source:
-                identify_data(source, key)
+        for key, source in data_sources(self.config).items():
+            find_data(source, key)
         self.benchmarks = {name: made.sources(f"benchmark.{name}") for name, made in self.config.benchmark.items()}
 
     @property
@@ -201,6 +191,22 @@ class Given:
                 f"data.instruct.seed_demonstrations={asked.seed_demonstrations}, but there are {there} IFT seeds: "
                 "lower it or give more data.seeds.demonstrations"
             )
+
+
+def data_sources(config: "ExperimentConfig") -> dict[str, str]:
+    """{setting: data source} of all data that a run is given."""
+    data, asked = config.data, config.evaluate
+    named = {
+        "data.seeds.demonstrations": data.seeds.demonstrations,
+        "data.seeds.ranked": data.seeds.ranked,
+        "data.path": data.path if isinstance(data, Pairs) else "",
+        "data.instruct.source": data.instruct.source if isinstance(data, SelfRewarding) else "",
+        "evaluate.instructions": asked.instructions,
+        "evaluate.against": asked.against,
+        "evaluate.preferences.source": "" if asked.preferences.source == "ranked" else asked.preferences.source,
+        "train.choose.instructions": config.train.choose.instructions,
+    }
+    return {key: source for key, source in named.items() if source}
 
 
 def _check_enough(key: str, wanted: int, there: int, what: str) -> None:

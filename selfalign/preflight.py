@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 from selfalign import processes
 from selfalign.benchmarks.entrant import judges_to_load
 from selfalign.checkpoint_selection import CheckpointComparator
-from selfalign.containers import identify_data
+from selfalign.containers import find_data
 from selfalign.endpoint import Endpoint, RefusedError
 from selfalign.errors import SelfalignError
 from selfalign.footprint import Footprint, disk_lack, training_lack, writing_lack
 from selfalign.generation import Transformers
-from selfalign.given import Pairs, SelfRewarding
+from selfalign.given import SelfRewarding, data_sources
 from selfalign.judges.bench import asks_a_server, wants_model
 from selfalign.losses import Positives
 from selfalign.models import ModelConfig
@@ -275,22 +275,10 @@ def check_tracking(config: "ExperimentConfig", labels: list[str]) -> list[str]:
 
 def check_data(config: "ExperimentConfig", labels: list[str]) -> list[str]:
     """Every file of data that is named is there."""
-    data, asked = config.data, config.evaluate
-    sources = {
-        "data.seeds.demonstrations": data.seeds.demonstrations,
-        "data.seeds.ranked": data.seeds.ranked,
-        "data.path": data.path if isinstance(data, Pairs) else "",
-        "data.instruct.source": data.instruct.source if isinstance(data, SelfRewarding) else "",
-        "evaluate.instructions": asked.instructions,
-        "evaluate.against": asked.against,
-        "evaluate.preferences.source": "" if asked.preferences.source == "ranked" else asked.preferences.source,
-        "train.choose.instructions": config.train.choose.instructions,
-    }
     lines: list[str] = []
-    for key, source in sources.items():
+    for key, source in data_sources(config).items():
         with noting(lines):
-            if source:
-                identify_data(source, key)
+            find_data(source, key)
     for name, benchmark in config.benchmark.items():
         with noting(lines):
             benchmark.sources(f"benchmark.{name}")
