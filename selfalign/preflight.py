@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from selfalign import processes
 from selfalign.benchmarks.entrant import judges_to_load
-from selfalign.checkpoint_selection import CheckpointComparator
 from selfalign.containers import find_data
 from selfalign.endpoint import Endpoint, RefusedError
 from selfalign.errors import SelfalignError
@@ -28,6 +27,7 @@ from selfalign.losses import Positives
 from selfalign.models import ModelConfig
 from selfalign.plan import plan
 from selfalign.pretrained import find_local
+from selfalign.roles import judges_of
 from selfalign.serving import Server
 from selfalign.tracking import Wandb, has_key, said_mode
 from selfalign.training import Optimization
@@ -123,16 +123,13 @@ class Question:
 
 def questions(config: "ExperimentConfig", labels: list[str]) -> list[Question]:
     """One for each who will be asked."""
-    asked: list[tuple[str, Any]] = []
-    choose = config.train.choose
-    if any_of(labels, JUDGED):
-        asked.append(("judge", config.judge))
-    if choose.every_steps and any_of(labels, ALIGNED):
-        asked.append((CheckpointComparator.key, choose.head_to_head))
-    if any_of(labels, COMPARED):
-        asked.append(("evaluate.head_to_head", config.evaluate.head_to_head))
-    if "preferences/scores" in labels:
-        asked.append(("evaluate.preferences.judge", config.evaluate.preferences.judge))
+    busy = {
+        "judge": any_of(labels, JUDGED),
+        "train.choose.head_to_head": any_of(labels, ALIGNED),
+        "evaluate.head_to_head": any_of(labels, COMPARED),
+        "evaluate.preferences.judge": "preferences/scores" in labels,
+    }
+    asked = [(key, judge) for key, judge in judges_of(config).items() if busy[key]]
     for name, benchmark in config.benchmark.items():
         if any(label.endswith(f"/{name}") for label in labels):
             asked.append((f"benchmark.{name}.judge", getattr(benchmark, "judge", None)))
@@ -296,11 +293,8 @@ def check_models(config: "ExperimentConfig", labels: list[str]) -> list[str]:
 
 def named_models(config: "ExperimentConfig") -> dict[str, ModelConfig]:
     """{setting: model} of all that come from outside the run."""
-    data, asked, choose = config.data, config.evaluate, config.train.choose
-    judges = {"judge": config.judge, "evaluate.head_to_head": asked.head_to_head}
-    judges |= {"evaluate.preferences.judge": asked.preferences.judge}
-    judges |= {CheckpointComparator.key: choose.head_to_head} if choose.every_steps else {}
-    paths = {f"{key}.model": judge.model for key, judge in judges.items() if wants_model(judge)}
+    data = config.data
+    paths = {f"{key}.model": judge.model for key, judge in judges_of(config).items() if wants_model(judge)}
     paths |= {f"benchmark.{name}.judge.model": path for name, path in judges_to_load(config.benchmark).items()}
     if isinstance(data, SelfRewarding) and data.instruct.fixed_writer:
         paths["data.instruct.writer"] = data.instruct.writer

@@ -14,6 +14,7 @@ from selfalign.longest import asks, writes
 from selfalign.losses import Positives
 from selfalign.models import PolicyFiles
 from selfalign.records import Demonstration, PreferencePair, Prompt, stream_records
+from selfalign.roles import judges_of
 from selfalign.stages.align import augmentation_of
 from selfalign.stages.seeds import EvaluationFineTuning
 from selfalign.store import Artefact
@@ -80,18 +81,11 @@ def _writing(config: "ExperimentConfig", base: Artefact, given: Given) -> Iterat
 
 def _prompts_of_judges(config: "ExperimentConfig", base: Artefact, given: Given) -> Iterator[str]:
     """The prompts of the run's own judges leave room for a response, and in examples of judging too."""
-    context, choose, seeds = base.counts["context"], config.train.choose, config.data.seeds
+    context, seeds = base.counts["context"], config.data.seeds
     tokenizer = PolicyFiles(base.path).load_tokenizer()
-    judges = {
-        "judge": config.judge,
-        "evaluate.head_to_head": config.evaluate.head_to_head,
-        "evaluate.preferences.judge": config.evaluate.preferences.judge,
-        "train.choose.head_to_head": choose.head_to_head if choose.every_steps else None,
-    }
-    own = {key: one for key, one in judges.items() if one and not asks_a_server(one) and one.model in OWN_MODELS}
     if not base.counts["chat_template"]:
         return
-    for key, judge in own.items():
+    for key, judge in _own_judges(config).items():
         asked, written = len(encode_prompt(tokenizer, asks(judge)("-", "-"))), writes(judge)
         if asked + written > context:
             yield (
@@ -166,15 +160,19 @@ def _prompts(given: Given) -> Iterator[tuple[str, Prompt]]:
 def _judges(config: "ExperimentConfig", base: Artefact, given: Given) -> Iterator[str]:
     """Whether the run's own models can give scores and verdicts as single tokens."""
     tokenizer = PolicyFiles(base.path).load_tokenizer()
-    own = ("self", "sft", "base")
     if not tokenizer.chat_template:
         return
     try:
-        if isinstance(config.judge, ExpectedScore) and config.judge.model in own:
-            score_tokens(tokenizer, config.judge.low, config.judge.high)
-        compared = config.train.choose.head_to_head if config.train.choose.every_steps else None
-        for judge in (config.judge, config.evaluate.head_to_head, compared):
-            if isinstance(judge, Referee) and judge.model in own and not judge.endpoint.base_url:
+        for judge in _own_judges(config).values():
+            if isinstance(judge, ExpectedScore):
+                score_tokens(tokenizer, judge.low, judge.high)
+            if isinstance(judge, Referee):
                 verdict_tokens(tokenizer, judge.key)
     except SelfalignError as error:
         yield str(error)
+
+
+def _own_judges(config: "ExperimentConfig") -> dict[str, Any]:
+    """{setting: judge} of those that are policies of the run."""
+    judges = judges_of(config)
+    return {key: one for key, one in judges.items() if not asks_a_server(one) and one.model in OWN_MODELS}

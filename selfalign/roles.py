@@ -61,6 +61,18 @@ def load_model(run: Maker, label: str, model: ModelConfig, key: str) -> Artefact
     return run.make(label, pretrained, model=model, source=identify_source(model, key))
 
 
+def judges_of(config: "ExperimentConfig") -> dict[str, Any]:
+    """{setting: judge} of all who score or compare in a run, those of its benchmarks aside."""
+    asked, choose = config.evaluate, config.train.choose
+    named = {
+        "judge": config.judge,
+        "evaluate.head_to_head": asked.head_to_head,
+        "evaluate.preferences.judge": asked.preferences.judge,
+        "train.choose.head_to_head": choose.head_to_head if choose.every_steps else None,
+    }
+    return {key: judge for key, judge in named.items() if judge is not None}
+
+
 def fixed_judges(config: "ExperimentConfig", run: Maker) -> dict[str, Any]:
     """The models that only judge, compare, score held-out pairs or examine in benchmarks, as fields of `Models`.
 
