@@ -50,7 +50,7 @@ IMPORT_SECONDS = 180.0
 TRAINED = re.compile(r"SFT|M[1-9]\d*")
 ALIGNED = re.compile(r"M(?!1$)[1-9]\d*")
 JUDGED = re.compile(r"(?!preferences/).+/(judgements|scores|ranked_scores)")
-COMPARED = re.compile(r".+/against_.+")
+COMPARED = re.compile(r".+/(.+_)?against_.+")
 WRITTEN = re.compile(r".+/(instructions|responses|answers)")
 """Labels of the stages that train, align, judge, compare and write."""
 
@@ -94,6 +94,17 @@ def any_of(labels: list[str], *patterns: re.Pattern[str]) -> bool:
     return any(pattern.fullmatch(label) for pattern in patterns for label in labels)
 
 
+def writes(config: "ExperimentConfig", labels: list[str]) -> bool:
+    """Whether a model of the run still has to write: in a stage of its own, in a benchmark, or at a checkpoint."""
+    checkpoints = bool(config.train.choose.every_steps) and any_of(labels, ALIGNED)
+    return any_of(labels, WRITTEN) or checkpoints or any(measured_by(name, labels) for name in config.benchmark)
+
+
+def measured_by(benchmark: str, labels: list[str]) -> bool:
+    """Whether a model remains to be put through this benchmark."""
+    return any(label.endswith(f"/{benchmark}") for label in labels)
+
+
 @contextmanager
 def noting(lines: list[str]) -> Iterator[None]:
     """Adds what is refused inside to the lines, and goes on behind it."""
@@ -131,7 +142,7 @@ def questions(config: "ExperimentConfig", labels: list[str]) -> list[Question]:
     }
     asked = [(key, judge) for key, judge in judges_of(config).items() if busy[key]]
     for name, benchmark in config.benchmark.items():
-        if any(label.endswith(f"/{name}") for label in labels):
+        if measured_by(name, labels):
             asked.append((f"benchmark.{name}.judge", getattr(benchmark, "judge", None)))
     servers = [(key, judge) for key, judge in asked if asks_a_server(judge)]
     return [Question(f"{key}.endpoint", judge.endpoint, judge.probe()) for key, judge in servers]
@@ -200,7 +211,7 @@ def advice(question: Question, status: int) -> str:
 def check_engine(config: "ExperimentConfig", labels: list[str]) -> list[str]:
     """What writes can be started."""
     generate, lines = config.generate, list[str]()
-    if not any_of(labels, WRITTEN, JUDGED, COMPARED):
+    if not (writes(config, labels) or any_of(labels, JUDGED, COMPARED)):
         return lines
     with noting(lines):
         if isinstance(generate, VLLM):
@@ -325,7 +336,7 @@ def check_room(config: "ExperimentConfig", labels: list[str]) -> list[str]:
         size = Footprint.of(folder, config.model) if folder else None
         if size is None:
             return lines
-        if isinstance(config.generate, Transformers) and any_of(labels, WRITTEN):
+        if isinstance(config.generate, Transformers) and writes(config, labels):
             lines += writing_lack(size, config.generate.dtype)
         if optimizers := {key: settings.optimizer for key, settings in trainings(config, labels)}:
             lines += training_lack(size, optimizers, config.train.layout)

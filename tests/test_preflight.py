@@ -241,6 +241,34 @@ def test_engine_is_not_needed_where_only_training_remains() -> None:
     assert found("generate=vllm", "generate.python=/no/python", made=made) == []
 
 
+def test_engine_is_needed_where_benchmarks_or_checkpoints_are_answered(tmp_path: Path) -> None:
+    (tmp_path / "asked.jsonl").write_text('{"instruction": "Name a bird."}\n', encoding="utf-8")
+    (tmp_path / "q.jsonl").write_text(
+        '{"question_id": 1, "category": "writing", "turns": ["Write."]}\n', encoding="utf-8"
+    )
+    benchmark = ["benchmark=[mt_bench]", f"benchmark.mt_bench.questions={tmp_path}/q.jsonl"]
+    benchmark += ["benchmark.mt_bench.references=''"]
+    checkpoints = ["train.choose.every_steps=1", f"train.choose.instructions={tmp_path}/asked.jsonl"]
+    for told, left in ((benchmark, "evaluation_M3/mt_bench"), (checkpoints, "M3")):
+        labels = [label for label, _ in plan(composed("experiment=smoke", *told)[0])]
+        assert left in labels
+        made = tuple(label for label in labels if label != left)
+        (line,) = found("generate=vllm", "generate.python=/no/python", *told, made=made)
+        assert line.startswith("generate.python: /no/python cannot be run")
+
+
+def test_judge_of_comparisons_on_a_benchmark_is_asked_too(tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text(
+        '{"question_id": 1, "category": "writing", "turns": ["Write."]}\n', encoding="utf-8"
+    )
+    told = ["benchmark=[mt_bench]", f"benchmark.mt_bench.questions={tmp_path}/q.jsonl", "evaluate.instructions=''"]
+    told += ["benchmark.mt_bench.references=''", "evaluate.compare_benchmarks=true"]
+    told += ["evaluate.head_to_head.endpoint.model=m", "evaluate.head_to_head.endpoint.key_variable=NOT_HERE"]
+    told += ["evaluate.head_to_head.endpoint.base_url=http://127.0.0.1:9/v1"]
+    (line,) = found(*told)
+    assert line.startswith("evaluate.head_to_head.endpoint.key_variable: the environment variable NOT_HERE")
+
+
 @pytest.mark.parametrize(
     ("command", "said"),
     [
