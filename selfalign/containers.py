@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selfalign.errors import SelfalignError
+from selfalign.errors import SelfalignError, one_line
 from selfalign.files import digest_file, digest_folder, digest_json, path_of, read_lines
 
 if TYPE_CHECKING:
@@ -288,8 +288,7 @@ def _unpack(value: Any, kind: "pa.DataType") -> Any:
 
 
 def _unreadable(source: str, error: Exception) -> SelfalignError:
-    reason = " ".join(str(error).split())
     return SelfalignError(
-        f"{source}: cannot be read as a data set ({reason[:300]}); check the name, file and network; a config of a hub "
-        "data set is named as owner/name:config:split"
+        f"{source}: cannot be read as a data set ({one_line(error)}); check the name, file and network; a config of a "
+        "hub data set is named as owner/name:config:split"
     )

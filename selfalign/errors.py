@@ -8,8 +8,13 @@ class SelfalignError(Exception):
     """
 
 
+def one_line(said: object, longest: int = 300) -> str:
+    """What somebody says, on one line of so many characters at most."""
+    return " ".join(str(said).split())[:longest]
+
+
 def reason_of(error: BaseException) -> str:
     """What an error of a library says, in a line of 300 characters at most; its kind too where that says more."""
-    said = " ".join(str(error).split())[:300]
+    said = one_line(error)
     plain = said and isinstance(error, ImportError | OSError | ValueError | RuntimeError)
     return said if plain else f"{type(error).__name__}: {said}"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from selfalign.errors import SelfalignError
+from selfalign.errors import SelfalignError, one_line
 
 KEPT = "what was finished is kept, the same command continues from it"
 
@@ -47,7 +47,7 @@ def explain_failure(error: BaseException) -> str | None:
     if refused is not None:
         return explain_system_error(refused)
     if is_out_of_memory(error):  # Outside of a stage, which `fits` would name.
-        return f"there is no memory left ({' '.join(str(error).split())[:200] or type(error).__name__}); {KEPT}"
+        return f"there is no memory left ({one_line(error, 200) or type(error).__name__}); {KEPT}"
     if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
         broken = ascii(error.object[max(0, error.start - 40) : error.end + 20])
         return f"{broken} is not UTF-8: rename the path or mend the text, or set LC_ALL=C.UTF-8"
@@ -98,5 +98,5 @@ def fits(label: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        said = " ".join(str(error).split())[:200] or "no memory left"
+        said = one_line(error, 200) or "no memory left"
         raise SelfalignError(f"{label} does not fit into memory ({said}): {SMALLER}") from error

@@ -6,7 +6,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from selfalign.card import base_on_hub, last_model, model_card
-from selfalign.errors import SelfalignError
+from selfalign.errors import SelfalignError, one_line
 from selfalign.files import read_json
 from selfalign.pretrained import MODEL_FILES, TRUSTED, PolicyFiles
 from selfalign.report.finished import Finished
@@ -105,8 +105,8 @@ def explain_refusal(error: Exception) -> str:
 
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
-        told = " ".join((error.server_message or "").split())[:200]
+        told = one_line(error.server_message or "", 200)
         return f"{REASONS.get(status, 'the hub refused')} ({status}{f': {told}' if told else ''})"
     if isinstance(error, ValueError):
-        return " ".join(str(error).split())[:200]
+        return one_line(error, 200)
     return f"the hub cannot be reached ({type(error).__name__})"

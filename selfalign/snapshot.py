@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from selfalign import processes
-from selfalign.errors import SelfalignError
+from selfalign.errors import SelfalignError, one_line
 from selfalign.failures import is_out_of_memory, naming, system_error
 from selfalign.files import read_json, write_json
 from selfalign.optimizers import MasterWeights
@@ -117,7 +117,7 @@ def _read(folder: Path, tensors: dict[str, Tensor], schedule: Any) -> dict[str, 
         raise refused from failure
     if is_out_of_memory(failure) or not isinstance(failure, Exception) or isinstance(failure, SelfalignError):
         raise failure
-    said = " ".join(f"{type(failure).__name__}: {failure}".split())[:200]
+    said = one_line(f"{type(failure).__name__}: {failure}", 200)
     raise SelfalignError(
         f"{folder}: this checkpoint is damaged, or of something else ({said}); delete the folder, and the same command "
         "trains this model from its start; all else that was finished is kept"

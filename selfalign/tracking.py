@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from selfalign.errors import SelfalignError
+from selfalign.errors import SelfalignError, one_line
 from selfalign.files import digest_json
 
 logger = logging.getLogger(__name__)
@@ -86,10 +86,9 @@ class Wandb:
         try:
             run = self._begin(folder, config)
         except (wandb.Error, ValueError) as error:  # ValueError: pydantic's, of what WANDB_… in the environment says
-            said = " ".join(str(error).split())[:300]
             raise SelfalignError(
-                f"track: Weights & Biases opens no run ({said}); track=none does without, and track.mode=offline sends "
-                "nothing"
+                f"track: Weights & Biases opens no run ({one_line(error)}); track=none does without, and "
+                "track.mode=offline sends nothing"
             ) from error
         try:
             run.define_metric("iteration")
