@@ -3,20 +3,22 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from selfalign import processes
 from selfalign.config import ExperimentConfig, compose_experiment
 from selfalign.errors import SelfalignError
 from selfalign.evaluation import Evaluation
-from selfalign.experiment import Shown, accounted, conclude, log_file, read_own
+from selfalign.experiment import Shown, conclude, log_file, read_own
+from selfalign.failures import at_the_end
 from selfalign.files import digest_json
 from selfalign.given import Given
 from selfalign.models import ModelConfig
 from selfalign.report import write_report
 from selfalign.report.finished import check_artefacts
 from selfalign.roles import Judging, Models, fixed_judges, load_model
-from selfalign.run import Fellow, Maker, Run, iteration_of, open_folder
+from selfalign.run import Fellow, Maker, Run, iteration_of, open_folder, write_provenance
 from selfalign.store import Artefact, Store, canonical, locked, open_artefact
 from selfalign.summary import models_of
 from selfalign.sweep import JOBS, JobState, Sweep, told
@@ -101,7 +103,7 @@ def evaluate_models(sources: list[str], overrides: list[str], conf: Path) -> Pat
         open_folder(folder, text)
         with log_file(folder / "run.log"), config.track.open(folder, plain) as tracker:
             run = Run(folder, store, tracker)
-            with accounted(run, config.seed):
+            with at_the_end(partial(write_provenance, run, config.seed)):
                 names = _measure(config, Shown(run), sources, runs, run.artefacts)
             conclude(run, config, {**plain, "overrides": overrides}, names, (write_report,), evaluated=sources)
     return folder

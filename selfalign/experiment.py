@@ -2,16 +2,17 @@
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfalign import processes
 from selfalign.card import write_card
 from selfalign.errors import SelfalignError
-from selfalign.failures import naming
+from selfalign.failures import at_the_end, naming
 from selfalign.files import read_json, write_json
 from selfalign.pipeline import run_pipeline
 from selfalign.plan import plan
@@ -75,25 +76,13 @@ def _run(
             tracker = tracked.enter_context(config.track.open(folder, plain))
             print(plan_text(plan(config), there), flush=True)
             run = Run(folder, store, tracker, attempt)
-            with accounted(run, config.seed):
+            with at_the_end(partial(write_provenance, run, config.seed)):
                 run_pipeline(config, Shown(run))
             conclude(run, config, plain, models_of(run.artefacts), (write_report, write_card))
         if config.push:
             print(f"published {publish(folder, config.push_to, private=config.push_private)}", flush=True)
         write_json(folder / FINISHED, asked_besides(config))
     return folder, False
-
-
-@contextmanager
-def accounted(run: Run, seed: int) -> Iterator[None]:
-    """Writes down where a run's results come from, also those of one that fails."""
-    try:
-        yield
-    except BaseException:
-        with suppress(OSError):  # On a full disk what has failed first is what the user should read.
-            write_provenance(run, seed)
-        raise
-    write_provenance(run, seed)
 
 
 def is_finished(config: "ExperimentConfig", folder: Path, there: Look) -> bool:

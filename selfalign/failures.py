@@ -3,8 +3,8 @@
 import errno
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from selfalign.errors import SelfalignError, one_line
@@ -78,6 +78,24 @@ def naming(path: Path) -> Iterator[None]:
         if refused is error:
             raise
         raise refused from error
+
+
+@contextmanager
+def at_the_end(act: Callable[[], object]) -> Iterator[None]:
+    """Does something behind the block however it ends; where that failed, what is then refused too is not told.
+
+    What has failed first is what the user should read.
+
+    Raises:
+        OSError: the block went well, and this is refused.
+    """
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            act()
+        raise
+    act()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -11,7 +11,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from selfalign import processes
 from selfalign.errors import SelfalignError
-from selfalign.failures import fits, naming
+from selfalign.failures import at_the_end, fits, naming
 from selfalign.files import digest_folder, digest_json, read_json, write_json
 from selfalign.journal import Journal
 from selfalign.progress import progress_bar
@@ -199,16 +199,13 @@ class Store:
         workspace: Workspace,
     ) -> None:
         _clear(folder)
-        try:
-            with naming(folder), fits(workspace.label):
-                counts = build(workspace)
-        except BaseException as error:
-            if isinstance(error, OSError):
+        with at_the_end(workspace.note_time):
+            try:
+                with naming(folder), fits(workspace.label):
+                    counts = build(workspace)
+            except OSError:
                 _clear(folder)  # What is half written would go on filling a disk that is full.
-            with suppress(OSError):  # What has failed first is what the user should read.
-                workspace.note_time()
-            raise
-        workspace.note_time()
+                raise
         processes.wait_for_all()
         if not processes.is_main():
             return
