@@ -1,6 +1,6 @@
 """The layouts of FastChat's llm_judge: questions, answers, reference answers, judge prompts (arXiv 2306.05685)."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,10 +83,6 @@ def locate(source: str, what: str, key: str) -> Path:
     return path
 
 
-def _rows(path: Path) -> Iterator[Row]:
-    return (Row.of(where, raw) for where, raw in read_rows(str(path)))
-
-
 def read_questions(path: Path, count: int = 0) -> list[Question]:
     """The questions of a file, or the first `count` of them.
 
@@ -94,7 +90,8 @@ def read_questions(path: Path, count: int = 0) -> list[Question]:
         SelfalignError: a line is no question, has no text, or repeats an id; file and line are named.
     """
     questions: dict[str, Question] = {}
-    for row in _rows(path):
+    for where, raw in read_rows(str(path)):
+        row = Row.of(where, raw)
         row.refuse_filled(BESIDE, row.fields, why="and a question has nothing but its turns")
         question = row.typed(Question)
         if not question.turns or any(map(is_blank, (*question.turns, question.category))):
@@ -112,7 +109,8 @@ def read_references(path: Path) -> dict[int | str, list[str]]:
         SelfalignError: a line is no answer, or repeats a question; file and line are named.
     """
     references: dict[int | str, list[str]] = {}
-    for row in _rows(path):
+    for where, raw in read_rows(str(path)):
+        row = Row(where, raw)  # Its `choices` are what it answers, and no part of a task.
         answer = row.typed(Answer)
         if answer.question_id in references or not answer.choices:
             trouble = "an answer without choices" if not answer.choices else "a second answer to the same question"
