@@ -112,7 +112,7 @@ class Given:
                 set_aside=aside,
                 trained_on=[self.seeds] if aside else [],
             )
-            self._check_pairs(data, self.pairs.counts["pairs"])
+            _check_enough("data.count", data.count, self.pairs.counts["pairs"], f"pairs of {data.path}")
         else:
             self.instructions = self._ask("instructions", "data.instruct.source", data.instruct.source, 0, None)
             self._check_instructions(data.instruct)
@@ -170,12 +170,6 @@ class Given:
             f"{key.rpartition('.')[0]}.count", count, made.counts["instructions"], f"instructions of {source}"
         )
         return made
-
-    def _check_pairs(self, data: Pairs, there: int) -> None:
-        """The data gave as many pairs as are wanted, and more than are set aside."""
-        _check_enough("data.count", data.count, there, f"pairs of {data.path}")
-        if (held_out := self.config.train.held_out_pairs) >= there:
-            raise SelfalignError(f"train.held_out_pairs={held_out} of {there} pairs leaves none to train on: lower it")
 
     def _check_instructions(self, asked: InstructConfig) -> None:
         """There are as many seeds as the writer is shown, or as many given instructions as all iterations take."""

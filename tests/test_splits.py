@@ -291,8 +291,8 @@ def test_nothing_that_was_taught_passes_nothing_over(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("count", "message"),
     [
-        (30, r"train\.held_out_pairs=30 of 30 pairs leaves none to train on$"),
-        (40, r"train\.held_out_pairs=40 of 30 pairs leaves none to train on$"),
+        (30, r"train\.held_out_pairs=30 of 30 pairs leaves none to train on: lower it$"),
+        (40, r"train\.held_out_pairs=40 of 30 pairs leaves none to train on: lower it$"),
         (
             5,
             r"train\.held_out_pairs=5: of 30 pairs only 3 share no prompt .* \(27 share one with that, as with SFT",

@@ -216,8 +216,8 @@ def on_scale(data: SeedData, judge: JudgeFormat | Pairwise) -> list[RankedAnswer
     if isinstance(judge, Pairwise) or not given or judge.low <= min(given) <= max(given) <= judge.high:
         return data.taught
     logger.warning(
-        "data.seeds.ranked has scores from %d to %d, not on the judge's scale from %d to %d: judging is taught by "
-        "the ranks alone, spread over that scale",
+        "data.seeds.ranked has scores from %d to %d, which is not the judge's scale from %d to %d: judging is "
+        "taught by the ranks alone, spread over that scale",
         min(given),
         max(given),
         judge.low,
