@@ -10,7 +10,7 @@ import torch
 from selfalign.builtin import BUILDERS
 from selfalign.chat_template import template_of
 from selfalign.errors import SelfalignError, reason_of
-from selfalign.files import digest_file, digest_json, read_json, read_text, write_json
+from selfalign.files import digest_file, digest_json, path_of, read_json, read_text, write_json
 from selfalign.models import (
     DTYPES,
     TRUSTED,
@@ -78,8 +78,8 @@ def settle_tokenizer(tokenizer: "Tokenizer", weights: Path) -> None:
     if getattr(rule, "dropout", None):
         logger.info("the tokenizer leaves out merges at random (dropout %g): switched off", rule.dropout)
         rule.dropout = None
-    named = [read_json(file).get("eos_token_id") for file in weights.glob("generation_config.json")]
-    if stops := own_stops(tokenizer, next(iter(named), None)):
+    own = weights / "generation_config.json"
+    if stops := own_stops(tokenizer, read_json(own).get("eos_token_id") if own.exists() else None):
         tokenizer.init_kwargs[OWN_STOPS] = stops
 
 
@@ -211,19 +211,24 @@ def find_local(config: ModelConfig, key: str) -> Path | None:
     Raises:
         SelfalignError: there is no such folder, which is the setting `key`, or no such template.
     """
-    try:
-        read_template(config) if config.chat_template else ""
-    except SelfalignError as error:
-        raise SelfalignError(f"model.chat_template: {error}") from error
+    if config.chat_template:
+        try:
+            read_template(config)
+        except SelfalignError as error:
+            raise SelfalignError(f"model.chat_template: {error}") from error
     if config.path in BUILDERS:
         return None
-    hub = config.path.count("/") == 1 and not config.path.startswith(("/", ".", "~"))
-    if not hub or Path(config.path).is_dir():
+    if not is_hub_id(config.path) or Path(config.path).is_dir():
         return find_checkpoint(config, key)
     from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache(config.path, "config.json", revision=config.revision)
     return Path(cached).parent if isinstance(cached, str) else None
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a model's path has the form owner/name; a folder here may have it too."""
+    return path.count("/") == 1 and not path.startswith(("/", ".", "~"))
 
 
 def find_checkpoint(config: ModelConfig, key: str = "model.path") -> Path:
@@ -232,12 +237,12 @@ def find_checkpoint(config: ModelConfig, key: str = "model.path") -> Path:
     Raises:
         SelfalignError: there is none; the message names the setting, `key`.
     """
-    folder = Path(config.path).expanduser()
+    folder = path_of(config.path)
     if folder.is_dir():
         if not any(folder.glob("*.safetensors")):
             raise SelfalignError(f"{key}: {folder} holds no .safetensors weights")
         return folder.resolve()
-    if config.path.startswith(("/", ".", "~")) or config.path.count("/") != 1:
+    if not is_hub_id(config.path):
         known = ", ".join(BUILDERS)
         raise SelfalignError(f"{key}: no folder {config.path!r}; give a folder, a hub id (owner/name), or {known}")
     from huggingface_hub import snapshot_download
