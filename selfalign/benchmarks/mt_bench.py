@@ -86,8 +86,9 @@ class MTBench:
     def sources(self, key: str) -> dict[str, str]:
         """Digests of the files, each of which is read once to see that it can be."""
         questions = locate(self.questions, "questions", f"{key}.questions")
-        check_count(key, self.count, len(read_questions(questions)), self.questions)
-        longest = max(len(question.turns) for question in read_questions(questions, self.count))
+        asked = read_questions(questions)
+        check_count(key, self.count, len(asked), self.questions)
+        longest = max(len(question.turns) for question in asked[: self.count or None])
         if self.judge.prompts and longest > 2:
             raise SelfalignError(f"{key}.judge.prompts has no prompt for turn {longest} of {questions}: set it to ''")
         digests = {"questions": digest_file(questions), **self.judge.sources(f"{key}.judge")}
