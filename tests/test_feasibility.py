@@ -172,11 +172,11 @@ def test_setting_that_is_no_finite_number_is_refused_by_its_path(override: str, 
         composed(SMOKE, override)
 
 
-def test_output_below_the_home_folder_is_below_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/me")
+def test_output_below_the_home_folder_is_below_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     config, *_ = composed(SMOKE, 'output_dir="~/runs"')
-    assert config.output_dir == "/home/me/runs"
-    assert sweep_folder("~/runs", "smoke", OmegaConf.create([]), None).startswith("/home/me/runs/sweeps/smoke-")
+    assert config.output_dir == str(tmp_path / "runs")
+    assert sweep_folder("~/runs", "smoke", OmegaConf.create([]), None).startswith(f"{tmp_path}/runs/sweeps/smoke-")
 
 
 WITHIN_REACH = [
