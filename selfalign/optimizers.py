@@ -11,6 +11,8 @@ from selfalign.training import Optimization
 
 Build = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
+EIGHT_BIT_NEEDS = "optimizer=adamw_8bit needs bitsandbytes: pip install 'selfalign[8bit]'"
+
 
 def build_optimizer(parameters: Iterable[nn.Parameter], optimization: Optimization) -> torch.optim.Optimizer:
     """The optimiser over the parameters that take gradients, on a float32 copy of those that are not float32.
@@ -34,7 +36,7 @@ def _builder(optimization: Optimization) -> Build:
     try:
         from bitsandbytes.optim.adamw import AdamW8bit
     except ImportError as error:
-        raise SelfalignError("optimizer=adamw_8bit needs bitsandbytes: pip install 'selfalign[8bit]'") from error
+        raise SelfalignError(EIGHT_BIT_NEEDS) from error
     return lambda parameters: AdamW8bit(parameters, lr=rate, weight_decay=decay)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selfalign import processes
+from selfalign import processes, quantization
 from selfalign.benchmarks.entrant import judges_to_load
 from selfalign.containers import find_data
 from selfalign.endpoint import Endpoint, RefusedError
@@ -25,6 +25,7 @@ from selfalign.given import SelfRewarding, data_sources
 from selfalign.judges.bench import asks_a_server, wants_model
 from selfalign.losses import Positives
 from selfalign.models import ModelConfig
+from selfalign.optimizers import EIGHT_BIT_NEEDS
 from selfalign.plan import plan
 from selfalign.pretrained import find_local
 from selfalign.roles import judges_of
@@ -259,10 +260,9 @@ def check_packages(config: "ExperimentConfig", labels: list[str]) -> list[str]:
     """The package is installed that 4-bit weights and the 8-bit optimiser need."""
     if importlib.util.find_spec("bitsandbytes") is not None:
         return []
-    kind = config.model.quantization
-    lines = [f"model.quantization={kind} needs bitsandbytes: pip install 'selfalign[qlora]'"] if kind != "none" else []
+    lines = [quantization.NEEDS] if config.model.quantization != "none" else []
     small = [key for key, settings in trainings(config, labels) if settings.optimizer == "adamw_8bit"]
-    return lines + [f"{key}.optimizer=adamw_8bit needs bitsandbytes: pip install 'selfalign[8bit]'" for key in small]
+    return lines + [f"{key}.{EIGHT_BIT_NEEDS}" for key in small]
 
 
 def check_tracking(config: "ExperimentConfig", labels: list[str]) -> list[str]:

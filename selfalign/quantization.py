@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 QUANTIZATIONS = ("none", "nf4")
 
+NEEDS = "model.quantization=nf4 needs bitsandbytes: pip install 'selfalign[qlora]'"
+
 
 def check_quantization(quantization: str, rank: int) -> None:
     """Quantised weights cannot be trained, so there must be an adapter.
@@ -56,7 +58,7 @@ def quantise_on_load(dtype: torch.dtype, device: str) -> dict[str, Any]:
         SelfalignError: bitsandbytes is not installed.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise SelfalignError("model.quantization=nf4 needs bitsandbytes: pip install 'selfalign[qlora]'")
+        raise SelfalignError(NEEDS)
     from transformers import BitsAndBytesConfig
 
     config = BitsAndBytesConfig(

@@ -39,15 +39,16 @@ def report(paths: Sequence[Path], out: Path | None = None, metric: str = "") -> 
             metric.
     """
     # They import torch, which --help should not wait for.
-    from selfalign.report import write_comparison, write_report
+    from selfalign.report import write_report
+    from selfalign.report.comparison import compare_jobs
     from selfalign.report.finished import Finished, check_artefacts
     from selfalign.report.jobs import find_jobs, is_run
 
     if len(paths) > 1 or not is_run(paths[0]):
-        for run in (job.run for job in find_jobs(paths) if job.run):
+        jobs = find_jobs(paths)
+        for run in (job.run for job in jobs if job.run):
             check_artefacts(run.folder, run.stages)
-        target = out or (paths[0] if len(paths) == 1 else Path())
-        return write_comparison(paths, target, metric)
+        return compare_jobs(jobs, out or (paths[0] if len(paths) == 1 else Path()), metric)
     if out or metric:
         raise SelfalignError(f"{paths[0]} is one run: --out and --metric are for a comparison")
     if not (paths[0] / "summary.json").is_file():

@@ -93,7 +93,11 @@ def write_comparison(folders: Sequence[Path], target: Path, metric: str = "") ->
     Raises:
         SelfalignError: a folder holds no run, or no finished job has the metric that was asked for.
     """
-    jobs = find_jobs(folders)
+    return compare_jobs(find_jobs(folders), target, metric)
+
+
+def compare_jobs(jobs: Sequence[Job], target: Path, metric: str = "") -> Path:
+    """As `write_comparison`, of jobs that have been found."""
     comparison = Comparison.of(jobs, metric or metric_of(jobs))
     if comparison.finished and not comparison.ranked and metric:
         known = sorted({key for job in comparison.finished for key, value in job.last.items() if is_number(value)})
