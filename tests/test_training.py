@@ -410,14 +410,18 @@ def test_resumed_training_drops_the_same_activations(
     assert whole.rows[0]["loss"] != other.rows[0]["loss"]
 
 
+def whole_and_killed(folder: Path, policy: PolicyFiles, examples: Sequence[Any]) -> tuple[Trained, Path]:
+    """A training, and the checkpoints of the same one in folder/killed, which broke off behind its second step."""
+    whole = run(folder / "whole", policy, examples)
+    with pytest.raises(Killed):
+        run(folder / "killed", policy, examples, objective=Breaking(Likelihood("tokens"), kill_at=4))
+    return whole, folder / "killed" / "scratch" / "checkpoints"
+
+
 def test_a_checkpoint_that_was_not_written_to_its_end_is_skipped(
     tiny_policy: PolicyFiles, demonstrations: list[Group], tmp_path: Path
 ) -> None:
-    objective = Likelihood("tokens")
-    whole = run(tmp_path / "whole", tiny_policy, demonstrations, optimization=settings())
-    with pytest.raises(Killed):
-        run(tmp_path / "killed", tiny_policy, demonstrations, objective=Breaking(objective, kill_at=4))
-    checkpoints = tmp_path / "killed" / "scratch" / "checkpoints"
+    whole, checkpoints = whole_and_killed(tmp_path, tiny_policy, demonstrations)
     good = checkpoints / "checkpoint-2"
     state = (good / "trainer_state.json").read_text()
     for step, text in ((3, None), (4, state[: len(state) // 2]), (5, "")):
@@ -428,24 +432,21 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_skipped(
         if text is not None:
             (half / "trainer_state.json").write_text(text)
     assert last_checkpoint(checkpoints) == good
-    again = run(tmp_path / "killed", tiny_policy, demonstrations, objective=objective)
+    again = run(tmp_path / "killed", tiny_policy, demonstrations)
     assert all(torch.equal(whole.weights[name], again.weights[name]) for name in whole.weights)
 
 
 def test_damaged_checkpoint_stops_the_training_and_names_the_folder_that_is_in_its_way(
     tiny_policy: PolicyFiles, demonstrations: list[Group], tmp_path: Path
 ) -> None:
-    objective = Likelihood("tokens")
-    whole = run(tmp_path / "whole", tiny_policy, demonstrations, optimization=settings())
-    with pytest.raises(Killed):
-        run(tmp_path / "killed", tiny_policy, demonstrations, objective=Breaking(objective, kill_at=4))
-    folder = tmp_path / "killed" / "scratch" / "checkpoints" / "checkpoint-2"
+    whole, checkpoints = whole_and_killed(tmp_path, tiny_policy, demonstrations)
+    folder = checkpoints / "checkpoint-2"
     (shard,) = folder.glob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(SelfalignError, match=rf"^{folder}: this checkpoint is damaged.*; delete the folder, and"):
-        run(tmp_path / "killed", tiny_policy, demonstrations, objective=objective)
+        run(tmp_path / "killed", tiny_policy, demonstrations)
     shutil.rmtree(folder)
-    again = run(tmp_path / "killed", tiny_policy, demonstrations, objective=objective)
+    again = run(tmp_path / "killed", tiny_policy, demonstrations)
     assert all(torch.equal(whole.weights[name], again.weights[name]) for name in whole.weights)
 
 
