@@ -17,17 +17,14 @@ from selfalign.errors import SelfalignError
 from selfalign.preference_rows import read_pair
 from selfalign.published import DEMONSTRATIONS, PAIRS, RANKED, RatedPair, against_pair, schema_of
 from selfalign.records import Demonstration, Instruction, PreferencePair, Prompt, RankedAnswers
-from selfalign.rows import READ, UNREAD, Row, give_ids, is_blank, shown
-from selfalign.turns import BESIDE, CONVERSATIONS, as_prompt, check_prompt, only_answer, read_task, read_turns, spoken
+from selfalign.rows import ANSWERS, BESIDE, CONVERSATIONS, READ, UNREAD, Row, give_ids, is_blank, shown
+from selfalign.turns import as_prompt, check_prompt, only_answer, read_task, read_turns, spoken
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Drops = Counter[str]
 Readers = dict[type, Callable[[Any], tuple[list[T], Drops]]]
-
-ANSWERS = ("response", "output", "completion", "answer")
-"""Fields with an answer."""
 
 WANTED = {
     "demonstrations": "instruction (or question, query, input; with input, context, system, history) and response (or "

@@ -5,11 +5,8 @@ from typing import NoReturn
 
 from selfalign.published import against_pair
 from selfalign.records import PreferencePair, Prompt
-from selfalign.rows import Row
+from selfalign.rows import SCORES, SIDES, Row
 from selfalign.turns import check_prompt, listed_turns, only_answer, read_task, read_turns, spoken
-
-SIDES = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"), ("response", "rejected_response"))
-"""Fields with the better and the worse answer: TRL's and most others', OpenAI's, ms-swift's."""
 
 WANTED = (
     "prompt, chosen and rejected as three texts, or as lists of messages in which chosen and rejected are one turn of "
@@ -30,7 +27,7 @@ def read_pair(row: Row, drops: Counter[str]) -> PreferencePair | None:
         _refuse(row)
     prompt, chosen, rejected = _split(row, *sides)
     check_prompt(row, prompt)
-    better, worse = row.number("chosen_score", "score_chosen"), row.number("rejected_score", "score_rejected")
+    better, worse = (row.number(*names) for names in SCORES)
     if reason := against_pair(chosen, rejected, better, worse):
         drops[reason] += 1
         return None

@@ -11,6 +11,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, NoReturn, TypeVar
 
 import msgspec
@@ -26,11 +27,34 @@ UNREAD = (
 )  # fmt: skip
 """Carry a part of the task or the answer that no record can hold: refused, in a row and in a turn, unless empty."""
 
+CONVERSATIONS = ("messages", "conversations", "conversation")
+"""Fields with a list of turns; so may be `prompt`."""
+
+INSTRUCTIONS = ("instruction", "question", "query")
+"""Fields with a text that the user says."""
+
+INPUTS = ("input", "context")
+"""Fields with what an instruction is about; it is said behind the instruction and a blank line, as Alpaca's and
+Dolly's own programs do. `input` alone is an instruction."""
+
+SYSTEM = ("system", "system_prompt", "system_message")
+"""Fields with a system turn."""
+
+BESIDE = (*INPUTS, *SYSTEM, "history")
+"""Fields with a part of a task that stands in others."""
+
+ANSWERS = ("response", "output", "completion", "answer")
+"""Fields with an answer."""
+
+SIDES = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"), ("response", "rejected_response"))
+"""Fields with the better and the worse answer: TRL's and most others', OpenAI's, ms-swift's."""
+
+SCORES = (("chosen_score", "score_chosen"), ("rejected_score", "score_rejected"))
+"""Fields with the score of the better and of the worse answer."""
+
 READ = {
-    "instruction", "question", "query", "input", "context", "system", "system_prompt", "system_message", "history",
-    "prompt", "messages", "conversations", "conversation", "response", "output", "completion", "answer", "chosen",
-    "rejected", "preferred_output", "non_preferred_output", "rejected_response", "chosen_score", "rejected_score",
-    "score_chosen", "score_rejected", "responses", "id", "category", "generator", "dataset", "label", "kto_tag",
+    "prompt", "responses", "id", "category", "generator", "dataset", "label", "kto_tag",
+    *CONVERSATIONS, *INSTRUCTIONS, *BESIDE, *ANSWERS, *chain.from_iterable((*SIDES, *SCORES)),
 }  # fmt: skip
 """Fields that are read, by one format or another."""
 

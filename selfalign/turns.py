@@ -5,29 +5,13 @@ from itertools import pairwise
 from typing import Any
 
 from selfalign.records import Message, Prompt
-from selfalign.rows import UNREAD, Row, is_blank, shown
+from selfalign.rows import BESIDE, CONVERSATIONS, INPUTS, INSTRUCTIONS, SYSTEM, UNREAD, Row, is_blank, shown
 
 ROLES = {
     "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
     "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
 }  # fmt: skip
 """Who speaks, by what data call it."""
-
-CONVERSATIONS = ("messages", "conversations", "conversation")
-"""Fields with a list of turns; so may be `prompt`."""
-
-INSTRUCTIONS = ("instruction", "question", "query")
-"""Fields with a text that the user says."""
-
-INPUTS = ("input", "context")
-"""Fields with what an instruction is about; it is said behind the instruction and a blank line, as Alpaca's and
-Dolly's own programs do. `input` alone is an instruction."""
-
-SYSTEM = ("system", "system_prompt", "system_message")
-"""Fields with a system turn."""
-
-BESIDE = (*INPUTS, *SYSTEM, "history")
-"""Fields with a part of a task that stands in others."""
 
 TEXT_PARTS = ("text", "input_text", "output_text")
 """Types of the parts of a message's content that are read; their texts follow each other without a space."""

