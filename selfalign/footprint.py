@@ -128,8 +128,8 @@ def _size(shape: list[int]) -> int:
 
 def adapter_size(linear: dict[str, list[int]], lora: LoRA) -> int:
     """How many weights an adapter has beside these."""
-    targets = None if lora.targets == "all-linear" else set(lora.targets.split(","))
-    adapted = [shape for name, shape in linear.items() if targets is None or name.split(".")[-2] in targets]
+    ends = ("",) if lora.targets == "all-linear" else tuple(f".{name}.weight" for name in lora.names)
+    adapted = [shape for name, shape in linear.items() if name.endswith(ends)]
     return sum(lora.rank * sum(shape) for shape in adapted)
 
 

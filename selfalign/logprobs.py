@@ -131,7 +131,7 @@ def score_responses_only(model: "PreTrainedModel") -> None:
     Asked for twice, it is done once.
 
     Raises:
-        SelfalignError: the output embedding is not a plain linear layer (an adapter sits on it, or it has a bias),
+        SelfalignError: the output embedding is not a plain linear layer, as one that has a bias,
             or the model makes its logits of the hidden states in a way that `logit_shape` does not know.
     """
     inner = model.get_base_model() if hasattr(model, "peft_config") else model  # pyright: ignore[reportCallIssue]
@@ -139,7 +139,7 @@ def score_responses_only(model: "PreTrainedModel") -> None:
     if type(head) is not nn.Linear or head.bias is not None:
         raise SelfalignError(
             f"{type(inner).__name__}: its output layer is a {type(head).__name__}, not a plain linear one without "
-            "bias; leave lm_head out of model.lora.targets, or choose another model"
+            "bias: choose another model"
         )
     if getattr(inner.forward, "__func__", None) is not _score:
         probe, training = _probe(inner), inner.training

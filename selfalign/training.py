@@ -331,8 +331,9 @@ def add_adapter(model: "PreTrainedModel", lora: LoRA) -> "PreTrainedModel":
     """The model with a fresh adapter.
 
     Raises:
-        SelfalignError: `lora.targets` names what it does not have or cannot adapt, or its embedding, where that is its
-            output layer too: merged, an adapter of the one would change the other as well.
+        SelfalignError: `lora.targets` names what it does not have or cannot adapt; its output layer, of which only the
+            responses' tokens are computed; or its embedding, where that is its output layer too: merged, an adapter
+            of the one would change the other as well.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -357,6 +358,8 @@ def add_adapter(model: "PreTrainedModel", lora: LoRA) -> "PreTrainedModel":
     unknown = [name for name in lora.names if not whole and not any(one.endswith(f".{name}") for one in reached)]
     if unknown:
         raise refuse(f"{type(model).__name__} has no layer {unknown[0]!r}")
+    if model.get_output_embeddings() is not head:
+        raise refuse("it names the output layer, which cannot have an adapter here: leave it out")
     if model.get_input_embeddings() is not embedding and getattr(head, "weight", None) is embedding.weight:
         raise refuse("its embedding is its output layer too, which an adapter of the one would change when merged")
     return adapted

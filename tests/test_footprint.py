@@ -42,7 +42,7 @@ def size_of(folder: Path, **settings: Any) -> Footprint:
 
 
 @pytest.mark.parametrize("rank", [0, 3])
-@pytest.mark.parametrize("targets", ["all-linear", "q_proj,down_proj"])
+@pytest.mark.parametrize("targets", ["all-linear", "q_proj,down_proj", "q_proj, self_attn.v_proj"])
 def test_weights_are_counted_as_torch_and_peft_count_them(tiny_policy: PolicyFiles, rank: int, targets: str) -> None:
     lora = LoRA(rank=rank, targets=targets)
     policy = tiny_policy.load("float32", device="cpu", trainable=True)
