@@ -17,7 +17,7 @@ from selfalign.errors import SelfalignError
 from selfalign.models import DTYPES, InMemory, PolicyFiles, fastest_dtype
 from selfalign.records import FinishReason, as_plain
 from selfalign.scoring import Scorer, ask_all, responses_in
-from selfalign.tokenization import decode_response, stop_ids
+from selfalign.tokenization import decode_response, silent_ids, stop_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -178,14 +178,19 @@ class TransformersGenerator(InMemory):
         batch_tokens: the most tokens that one batch holds in its cache.
         watch: is shown, at each step, which sequences are written and the logits of their next tokens.
         stops: the tokens that end a text.
+        silent: the ids that stand for no text, such as those that pad the embedding, and are never drawn.
     """
 
     batch_tokens: int
     watch: Callable[[Sequence[int], Tensor], None] = lambda sequences, logits: None
     stops: Tensor = field(init=False)
+    silent: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.stops = torch.tensor(stop_ids(self.policy.tokenizer), device=self.policy.model.device)
+        model, tokenizer = self.policy.model, self.policy.tokenizer
+        silent = silent_ids(tokenizer, model.config.get_text_config().vocab_size)
+        self.stops = torch.tensor(stop_ids(tokenizer), device=model.device)
+        self.silent = torch.tensor(silent, dtype=torch.long, device=model.device)
 
     def plan(self, lengths: Sequence[int], samples: int, max_new_tokens: int) -> list[list[int]]:
         """Puts prompts of like length together, within `batch_tokens`: indices, batch by batch.
@@ -241,6 +246,11 @@ class TransformersGenerator(InMemory):
             written |= self._decode_prompt(prompt, own, sampling)
         return [written[index] for index in range(len(seeds))]
 
+    def _draw(self, logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
+        """One token a row, each of which stands for text or ends it."""
+        heard = logits.index_fill(-1, self.silent, float("-inf")) if len(self.silent) else logits
+        return draw_tokens(heard, uniforms, sampling)
+
     def _decode_prompt(self, prompt: list[int], seeds: dict[int, int], sampling: Sampling) -> dict[int, list[int]]:
         """Sequences behind one prompt, by number, without padding; a row that has ended stays until all have.
 
@@ -258,7 +268,7 @@ class TransformersGenerator(InMemory):
             state = {name: output[name] for name in STATES if cached and output.get(name) is not None}
             logits = output.logits[:, -1]
             self.watch([*seeds], logits)
-            tokens = draw_tokens(logits, uniforms[:, step], sampling)
+            tokens = self._draw(logits, uniforms[:, step], sampling)
             for sequence, token in zip(seeds, tokens.tolist(), strict=True):
                 if sequence not in ended:
                     written[sequence].append(token)
@@ -297,7 +307,7 @@ class TransformersGenerator(InMemory):
         stops = set(self.stops.tolist())
         for step in range(most):
             self.watch(active, logits)
-            tokens = draw_tokens(logits, uniforms[:, step], sampling)
+            tokens = self._draw(logits, uniforms[:, step], sampling)
             drawn = tokens.tolist()
             for sequence, token in zip(active, drawn, strict=True):
                 written[sequence].append(token)

@@ -19,7 +19,7 @@ from selfalign.capabilities import Capabilities
 from selfalign.errors import SelfalignError, reason_of
 from selfalign.generation import Sampling, TransformersGenerator
 from selfalign.logprobs import score_responses_only
-from selfalign.models import Policy
+from selfalign.models import Policy, longest_sequence
 from selfalign.scoring import set_dropout, stays_in_inference
 from selfalign.tokenization import control_ids
 
@@ -345,5 +345,5 @@ def crossed_window(model: "PreTrainedModel", farthest: int) -> int:
     settings = model.config.get_text_config().to_dict()
     names = ("sliding_window", "attention_window_size", "attention_chunk_size", "window_size", "index_topk")
     windows = [int(settings.get(name) or 0) for name in names]
-    context = settings.get("max_position_embeddings") or farthest
-    return max((window for window in windows if 0 < window <= min(farthest, context - 32)), default=0)
+    farthest = min(farthest, longest_sequence(model.config) - 32)
+    return max((window for window in windows if 0 < window <= farthest), default=0)

@@ -31,6 +31,18 @@ TRUSTED = "trusted"
 UNBOUNDED = 1 << 30
 """Stands for the longest sequence of a model that names none."""
 
+CONTEXT_NAMES = (
+    "n_positions",
+    "n_ctx",
+    "max_seq_len",
+    "max_seq_length",
+    "max_sequence_length",
+    "max_target_positions",
+    "model_max_length",
+    "seq_length",
+)
+"""What configs call the longest sequence that do not call it max_position_embeddings."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -182,11 +194,17 @@ class PolicyFiles:
         return {"quantization": self.weights["quantization"]} if "quantization" in self.weights else {}
 
     @cached_property
-    def context(self) -> int:
-        """The longest sequence the policy takes, in tokens."""
+    def config(self) -> Any:
+        """What its config says of the language model."""
         from transformers import AutoConfig
 
-        return longest_sequence(AutoConfig.from_pretrained(self.path / "weights", trust_remote_code=self.trusted))
+        own = AutoConfig.from_pretrained(self.path / "weights", trust_remote_code=self.trusted)
+        return own.get_text_config()
+
+    @property
+    def context(self) -> int:
+        """The longest sequence the policy takes, in tokens."""
+        return longest_sequence(self.config)
 
     @property
     def trusted(self) -> bool:
@@ -251,7 +269,9 @@ def longest_sequence(config: Any) -> int:
     further on, what a text is worth would depend on the others in its batch (transformers has it so, padded too).
     """
     own = config.get_text_config()
-    longest = int(getattr(own, "max_position_embeddings", None) or UNBOUNDED)
+    named = [getattr(own, name, None) for name in CONTEXT_NAMES]
+    others = min((length for length in named if isinstance(length, int) and length > 0), default=UNBOUNDED)
+    longest = int(getattr(own, "max_position_embeddings", None) or others)
     rope = getattr(own, "rope_parameters", None) or getattr(own, "rope_scaling", None) or {}
     kinds = [part for part in (rope, *rope.values()) if isinstance(part, dict)]  # Some have one for each kind of layer.
     if any(part.get("rope_type") == "longrope" for part in kinds):
@@ -282,7 +302,8 @@ def load_checkpoint(folder: Path, dtype: str, *, trust_remote_code: bool = False
     """Loads a checkpoint, every weight of it.
 
     Raises:
-        SelfalignError: it is damaged, lacks weights or has too many, or needs a package that is not there.
+        SelfalignError: it is damaged, lacks weights or has too many, contradicts its config, or needs a package that
+            is not there.
     """
     from transformers import AutoModelForCausalLM
 
@@ -308,7 +329,25 @@ def load_checkpoint(folder: Path, dtype: str, *, trust_remote_code: bool = False
     wrong = sorted(report["missing_keys"]) + sorted(report["unexpected_keys"]) + sorted(report["mismatched_keys"])
     if wrong:
         raise SelfalignError(f"{folder}: weights and architecture differ, for example at {wrong[0]!r} ({len(wrong)})")
+    check_tied(model, folder)
     return model
+
+
+def check_tied(model: "PreTrainedModel", folder: Path) -> None:
+    """The output layer is the embedding where the config says so.
+
+    Raises:
+        SelfalignError: the files hold two. transformers loads both, and other programs, such as engines, the embedding
+            alone: they would run another model.
+    """
+    embedding, head = model.get_input_embeddings(), cast(Any, model.get_output_embeddings())
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False) and model._tied_weights_keys
+    if tied and head is not None and head.weight is not cast(Any, embedding).weight:
+        raise SelfalignError(
+            f"{folder}: config.json says that the output layer is the embedding (tie_word_embeddings), and the files "
+            'hold two that differ: write "tie_word_embeddings": false there if the output layer is its own, else take '
+            "it out of the files"
+        )
 
 
 def open_tokenizer(folder: Path, trust_remote_code: bool = False) -> "Tokenizer":

@@ -30,7 +30,7 @@ from selfalign.quantization import check_engine
 from selfalign.records import FinishReason
 from selfalign.scoring import Scorer
 from selfalign.server_process import ServerProcess
-from selfalign.tokenization import answer_text, encode_prompt, spell, stop_ids
+from selfalign.tokenization import answer_text, encode_prompt, silent_ids, spell, stop_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -241,6 +241,8 @@ def export(policy: PolicyFiles, folder: Path, dtype: str) -> None:
     # know a number that means "no top_k", but all know the whole vocabulary.
     whole = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": len(tokenizer), "repetition_penalty": 1.0}
     ids = {"eos_token_id": stop_ids(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    silent = silent_ids(tokenizer, policy.config.vocab_size)  # Others know no such rule; they answer with texts.
+    ids |= {"suppress_tokens": silent} if silent else {}
     write_json(folder / "generation_config.json", {**whole, **ids, "bos_token_id": tokenizer.bos_token_id})
 
 

@@ -32,6 +32,10 @@ ANCHORS = ("\n", "x", "1", ".")
 """Short texts; behind one of them a text is tokenised as in the middle of another."""
 
 
+RARE = "\U00012031"
+"""A letter that only vocabularies spell that can spell everything: a cuneiform sign."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
     """A response that goes behind a prompt.
@@ -153,6 +157,21 @@ def decode_behind(tokenizer: "Tokenizer", ids: list[int]) -> str:
 def control_ids(tokenizer: "Tokenizer") -> frozenset[int]:
     """The ids of the control tokens."""
     return frozenset(cast(int, tokenizer.convert_tokens_to_ids(word)) for word in control_words(tokenizer))
+
+
+def silent_ids(tokenizer: "Tokenizer", rows: int) -> list[int]:
+    """Of a model's first `rows` ids those that stand for no text: without a token, or for what has none."""
+    known = set(tokenizer.get_vocab().values()) - {unknown_id(tokenizer)}
+    # Several tokens of a tokenizer in Python may have one spelling, of which its vocabulary names the first.
+    first = 0 if tokenizer.is_fast else max(known) + 1
+    return [token for token in range(first, rows) if token not in known]
+
+
+@lru_cache(maxsize=16)
+def unknown_id(tokenizer: "Tokenizer") -> int | None:
+    """The token that stands for whatever the vocabulary cannot spell; None where it can spell everything."""
+    unknown = cast(int | None, tokenizer.unk_token_id)
+    return unknown if unknown in text_ids(tokenizer, RARE) else None
 
 
 def plain_ids(tokenizer: "Tokenizer", text: str) -> list[int]:

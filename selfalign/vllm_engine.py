@@ -20,7 +20,7 @@ from selfalign.generation import Completion, Request, Sampling, check_dtype
 from selfalign.models import UNBOUNDED, PolicyFiles, release_memory
 from selfalign.quantization import check_engine
 from selfalign.records import FinishReason
-from selfalign.tokenization import decode_response, stop_ids
+from selfalign.tokenization import decode_response, silent_ids, stop_ids
 from selfalign.workers import FAREWELL_SECONDS, Worker, stop
 
 if TYPE_CHECKING:
@@ -30,6 +30,9 @@ WORKER = Path(__file__).with_name("vllm_worker.py")
 
 PROMPT_TOKENS = 4096
 """On a CPU, at least so many tokens of prompts are computed at once."""
+
+NEVER = -1e9
+"""Added to its logit, this gives a token no probability."""
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The room for an adapter that vLLM can make."""
@@ -118,6 +121,7 @@ class Running:
     digest: str
     context: int
     batch_texts: int
+    silent: list[int]
     workers: list[Worker]
     counts: dict[str, Any]
 
@@ -142,11 +146,13 @@ class Running:
         except BaseException:
             stop(workers, 0)
             raise
+        tokenizer = policy.load_tokenizer()
         return cls(
-            tokenizer=policy.load_tokenizer(),
+            tokenizer=tokenizer,
             digest=policy.digest,
             context=config.context(policy),
             batch_texts=config.batch_texts,
+            silent=silent_ids(tokenizer, policy.config.vocab_size),
             workers=workers,
             counts={"vllm_version": versions[0]},
         )
@@ -184,6 +190,7 @@ class VLLMGenerator(Running):
             "top_p": sampling.top_p,
             "max_tokens": sampling.max_new_tokens,
             "stop_token_ids": stops,
+            "logit_bias": dict.fromkeys(self.silent, NEVER),
         }
         written = self.ask(requests, settings, "ids")
         return [[self._completion(ids, stops) for ids in completions] for completions in written]

@@ -114,6 +114,8 @@ class Engine:
 
     def answer(self, prompts: list[list[int]], seeds: list[list[int]], sampling: dict[str, Any]) -> dict[str, Any]:
         """Writes a completion for every seed of every prompt."""
+        # JSON makes texts of numbers that are keys.
+        sampling["logit_bias"] = {int(token): bias for token, bias in sampling.get("logit_bias", {}).items()} or None
         asked = [{"prompt_token_ids": prompt} for prompt, own in zip(prompts, seeds, strict=True) for _ in own]
         how = [
             self._sampling(seed=seed, detokenize=False, ignore_eos=True, **sampling) for own in seeds for seed in own

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES, LONGROPE, REFUSED, SIZES, Architecture, as_policy
-from builders import ROOT
+from builders import ROOT, logits_of
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from selfalign import model_trials
 from selfalign.batches import Group, make_batch
@@ -17,7 +19,7 @@ from selfalign.capabilities import Capabilities
 from selfalign.errors import SelfalignError
 from selfalign.generation import Request, Sampling, TransformersGenerator
 from selfalign.model_check import check_model, check_vocabulary
-from selfalign.models import Policy, PolicyFiles
+from selfalign.models import CONTEXT_NAMES, Policy, PolicyFiles, longest_sequence
 from selfalign.scoring import Scorer, make_scoring, set_dropout
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # Of other people's models.
@@ -29,13 +31,15 @@ def quiet() -> None:
 
 
 def greedy(policy: Policy, prompts: list[list[int]], count: int) -> list[list[int]]:
-    """What a loop without a cache writes."""
+    """What a loop without a cache writes, of tokens that the tokenizer has."""
+    known = len(policy.tokenizer)
     texts: list[list[int]] = []
     with torch.no_grad():
         for prompt in prompts:
             ids = list(prompt)
             for _ in range(count):
-                ids.append(int(policy.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+                logits = policy.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+                ids.append(int(logits[:known].argmax()))
             texts.append(ids[len(prompt) :])
     return texts
 
@@ -269,6 +273,56 @@ def test_a_short_text_beside_a_long_one_is_worth_something_else_beyond_that_leng
             return float(policy.model(predict_at=batch.predict_at, targets=batch.targets, **batch.inputs)[:3].sum())
 
     assert abs(value([short]) - value([short, long])) > 0.01
+
+
+@pytest.mark.parametrize("name", [*CONTEXT_NAMES, "max_position_embeddings"])
+def test_context_is_known_by_whatever_name_a_config_has_for_it(name: str) -> None:
+    settings = {**SIZES, "max_position_embeddings": None, name: 48}
+    assert longest_sequence(PretrainedConfig(**settings)) == 48
+
+
+def test_architecture_with_a_name_of_its_own_for_the_context_takes_no_longer_text(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 320, "d_model": 32, "n_layers": 2, "n_heads": 4, "expansion_ratio": 2, "max_seq_len": 48}
+    files = as_policy(Architecture("MptConfig", sizes).build(), tmp_path)
+    assert files.context == check_model(files, "float32")["context"] == 48
+    with pytest.raises(RuntimeError):
+        files.load("float32").model(input_ids=torch.arange(49)[None])
+
+
+@pytest.mark.parametrize("writes", ["batches", "prompts", "without_cache"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_ids_that_only_pad_the_embedding_are_never_written_and_scored_as_they_are(
+    writes: str, temperature: float, tmp_path: Path
+) -> None:
+    model = Architecture("LlamaConfig", {**SIZES, "tie_word_embeddings": False}).build()
+    known = len(as_policy(model, tmp_path).load_tokenizer())
+    with torch.no_grad():
+        model.lm_head.weight[known:] *= 20  # Without a rule, most that is drawn would be of these.
+    files = as_policy(model, tmp_path)
+    policy = replace(files.load("float32", device="cpu"), capabilities=Capabilities(writes=writes))
+    requests = [Request(prompt=prompt, seeds=[1, 2]) for prompt in (GROUPS[0].prompt, GROUPS[1].prompt)]
+    made = TransformersGenerator(policy, batch_tokens=1 << 20).write(
+        requests, Sampling(temperature=temperature, top_p=1.0, max_new_tokens=24)
+    )
+    drawn = {token for completions in made for completion in completions for token in completion.ids}
+    assert max(drawn) < known < SIZES["vocab_size"]
+    scored = torch.tensor(Scorer(files.load("float32", device="cpu"), 1 << 20).score(GROUPS)).flatten()
+    torch.testing.assert_close(scored, plain_sums(policy, GROUPS), rtol=1e-4, atol=2e-3)
+
+
+def test_output_layer_beside_an_embedding_that_is_said_to_be_it_is_refused(tmp_path: Path) -> None:
+    model = Architecture("LlamaConfig", {**SIZES, "tie_word_embeddings": True}).build()
+    files = as_policy(model, tmp_path)
+    [path] = (tmp_path / "weights").glob("*.safetensors")
+    weights = load_file(path)
+    own = weights["model.embed_tokens.weight"]
+    save_file({**weights, "lm_head.weight": own.clone()}, path, metadata={"format": "pt"})
+    assert logits_of(files.load("float32")).isfinite().all()  # Two that are the same are one.
+    save_file({**weights, "lm_head.weight": 2 * own}, path, metadata={"format": "pt"})
+    with pytest.raises(
+        SelfalignError, match=r"the output layer is the embedding \(tie_word_embeddings\), and the files"
+    ):
+        files.load("float32")
 
 
 def test_token_without_a_row_in_the_embedding_is_named(tmp_path: Path) -> None:

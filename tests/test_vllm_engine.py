@@ -118,6 +118,17 @@ def test_each_completion_is_that_of_its_prompt_and_seed(tiny_policy: PolicyFiles
     assert {made.tokens for group in together for made in group} == {6}
 
 
+def test_ids_that_only_pad_the_embedding_are_never_drawn(tiny_policy: PolicyFiles, report: Path) -> None:
+    short = tiny_policy.load_tokenizer()
+    with engine(report).load(tiny_policy) as generator:
+        assert generator.silent == []
+        generator.silent = list(range(100, len(short)))
+        long = Sampling(temperature=1.0, max_new_tokens=200)
+        stops = stop_ids(generator.tokenizer)
+        made = {token for group in generator.write(REQUESTS, long) for text in group for token in text.ids}
+    assert max(made - {*stops}) < 100
+
+
 def test_replicas_share_the_work_and_write_the_same(tiny_policy: PolicyFiles, report: Path) -> None:
     with engine(report).load(tiny_policy) as generator:
         one = generator.write(REQUESTS, WARM)

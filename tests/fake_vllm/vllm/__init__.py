@@ -11,6 +11,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,7 @@ class SamplingParams:
     top_p: float = 1.0
     stop_token_ids: list[int] = field(default_factory=list)
     logprob_token_ids: list[int] = field(default_factory=list)
+    logit_bias: dict[int, float] | None = None
 
 
 class LLM:
@@ -53,7 +55,8 @@ class LLM:
         return [self._write(prompt["prompt_token_ids"], how) for prompt, how in zip(prompts, sampling, strict=True)]
 
     def _write(self, prompt: list[int], how: SamplingParams) -> SimpleNamespace:
-        ids = drawn(prompt, how.seed if how.temperature else 0, how.max_tokens, how.stop_token_ids)
+        never = {token for token, bias in (how.logit_bias or {}).items() if bias < -1e6}
+        ids = drawn(prompt, how.seed if how.temperature else 0, how.max_tokens, how.stop_token_ids, never)
         logps = {token: SimpleNamespace(logprob=logp(prompt, token)) for token in how.logprob_token_ids}
         return SimpleNamespace(outputs=[SimpleNamespace(token_ids=ids, logprobs=[logps])])
 
@@ -64,10 +67,11 @@ class LLM:
             time.sleep(600)
 
 
-def drawn(prompt: list[int], seed: int, count: int, stops: list[int]) -> list[int]:
+def drawn(prompt: list[int], seed: int, count: int, stops: list[int], never: Container[int] = ()) -> list[int]:
     """The token ids of a completion; every other one ends with a stop."""
     draw = random.Random(json.dumps([prompt, seed]))
-    ids = [draw.choice(VOCABULARY) for _ in range(count)]
+    usable = [token for token in VOCABULARY if token not in never]
+    ids = [draw.choice(usable) for _ in range(count)]
     return [*ids[:-1], stops[-1]] if stops and draw.random() < 0.5 else ids
 
 
