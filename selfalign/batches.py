@@ -25,8 +25,10 @@ from selfalign.tokenization import (
     decode_behind,
     encode_answers,
     encode_prompt,
+    has_unknown,
     plain_ids,
     settle_boundary,
+    warn_of_unknown,
 )
 
 if TYPE_CHECKING:
@@ -177,8 +179,8 @@ def encode_pairs(
         pairs: in any number.
         refinement: p, or None where there is no second pass.
         limit: the longest x with a response, in tokens.
-        tally: counts `pairs`, how many of them are `cut`, of how many x is shorter behind p (`cut_behind_p`), and how
-            many are left out, a response alone being `too_long`.
+        tally: counts `pairs`, how many of them are `cut`, of how many x is shorter behind p (`cut_behind_p`), how many
+            have what is `unknown` to the tokenizer, and how many are left out, a response alone being `too_long`.
         context: the longest sequence the model takes.
 
     Raises:
@@ -203,7 +205,10 @@ def encode_pairs(
         if plain is not whole:
             tally["cut"] += 1
         tally["pairs"] += 1
+        if has_unknown(tokenizer, prompt, answers):
+            tally["unknown"] += 1
         yield PairExample(plain=plain, augmented=augmented, score_gap=score_gap(pair))
+    warn_of_unknown(tokenizer, tally["unknown"], tally["pairs"], "pairs")
     if not tally["pairs"]:
         behind = f", and behind loss.refinement.prompt into the model's context of {context}" if refinement else ""
         raise SelfalignError(

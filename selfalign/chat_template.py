@@ -65,11 +65,47 @@ def render_prompt(tokenizer: "Tokenizer", messages: list[Message]) -> str:
     Control tokens spelled out inside a message are broken up first, so that no text can end its own turn.
 
     Raises:
-        SelfalignError: there is no template, or it refuses these messages; its own words are in the message.
+        SelfalignError: there is no template, or it refuses these messages; its own words are in the message. Or a
+            control token in a message cannot be broken up.
     """
-    words = control_words(tokenizer)
-    safe = [{**message, "content": break_up(message["content"], words)} for message in messages]
+    safe = [{**message, "content": _without_control(tokenizer, message["content"])} for message in messages]
     return _render_around(tokenizer, safe)[0]
+
+
+def _without_control(tokenizer: "Tokenizer", text: str) -> str:
+    """The text with a space behind the first letter of every control token."""
+    text = break_up(text, control_words(tokenizer))
+    for start in reversed(spelled_at(tokenizer, text)):
+        text = f"{text[: start + 1]} {text[start + 1 :]}"
+    if left := spelled_at(tokenizer, text):
+        raise SelfalignError(
+            f"the tokenizer reads a control token in {text[left[0] :][:40]!r}, with a space in it too: take it out"
+        )
+    return text
+
+
+def spelled_at(tokenizer: "Tokenizer", text: str) -> list[int]:
+    """Where a text spells control tokens: as they are written, and as a normalizer lets the tokenizer read them."""
+    present = [word for word in control_words(tokenizer) if word in text]
+    found = {match.start() for match in re.finditer("|".join(map(re.escape, present)), text)} if present else set()
+    if normalizes_control_words(tokenizer):
+        read = cast(Any, tokenizer)(text, add_special_tokens=False, return_offsets_mapping=True)
+        control = {token for token in control_ids(tokenizer) if token != tokenizer.unk_token_id}
+        pairs = zip(read["input_ids"], read["offset_mapping"], strict=True)
+        spans = [span for token, span in pairs if token in control]
+        # White space that a control token takes to itself is none of its spelling.
+        found |= {end - len(text[start:end].lstrip()) for start, end in spans}
+    return sorted(found)
+
+
+@lru_cache(maxsize=16)
+def normalizes_control_words(tokenizer: "Tokenizer") -> bool:
+    """Whether the tokenizer looks for control tokens in what its normalizer has made of a text."""
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    added = tokenizer.added_tokens_decoder.values()
+    return normalizer is not None and any(
+        token.normalized and token.content in control_words(tokenizer) for token in added
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +192,12 @@ def control_words(tokenizer: "Tokenizer") -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=16)
+def control_ids(tokenizer: "Tokenizer") -> frozenset[int]:
+    """The ids of the control tokens."""
+    return frozenset(cast(int, tokenizer.convert_tokens_to_ids(word)) for word in control_words(tokenizer))
+
+
+@lru_cache(maxsize=16)
 def unmarked_control_words(tokenizer: "Tokenizer") -> frozenset[str]:
     """Added tokens that the template writes around turns although they are not marked as special."""
     if not tokenizer.chat_template:
@@ -188,10 +230,13 @@ def text_ids(tokenizer: "Tokenizer", text: str, **options: bool) -> list[int]:
 def altered_answer(tokenizer: "Tokenizer") -> str:
     """What the template makes of `PLAIN_ANSWER` where it changes it, as one that escapes characters; else ""."""
     before, behind = _render_around(tokenizer, QUESTION)
-    answered = [*QUESTION, {"role": "assistant", "content": PLAIN_ANSWER}]
-    text = _apply(tokenizer, answered, add_generation_prompt=False)
-    written = text.removeprefix(before).removesuffix(behind)
+    written = render_whole(tokenizer, QUESTION, PLAIN_ANSWER).removeprefix(before).removesuffix(behind)
     return "" if written == PLAIN_ANSWER else written
+
+
+def render_whole(tokenizer: "Tokenizer", messages: list[Message], answer: str) -> str:
+    """What the template makes of messages and the assistant's answer."""
+    return _apply(tokenizer, [*messages, {"role": "assistant", "content": answer}], add_generation_prompt=False)
 
 
 def generation_prompt(tokenizer: "Tokenizer", messages: list[Message]) -> str:

@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 from selfalign.capabilities import Capabilities
 from selfalign.chat_template import (
+    BEGINNINGS,
     PLAIN_ANSWER,
     QUESTION,
     altered_answer,
@@ -17,13 +18,25 @@ from selfalign.chat_template import (
     control_words,
     generation_prompt,
     render_prompt,
+    render_whole,
+    rendered_ids,
+    text_ids,
     unmarked_control_words,
 )
 from selfalign.errors import SelfalignError
 from selfalign.model_trials import Scoring, check_gradient, dropout_applies, writing_of
 from selfalign.models import Policy, PolicyFiles, default_device
 from selfalign.store import Counts
-from selfalign.tokenization import stop_ids
+from selfalign.tokenization import (
+    RARE,
+    Answer,
+    decode_response,
+    encode_answers,
+    encode_prompt,
+    stop_ids,
+    strips_answers,
+    unknown_id,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -50,6 +63,7 @@ def check_model(files: PolicyFiles, dtype: str) -> Counts:
     check_vocabulary(policy)
     templated = bool(policy.tokenizer.chat_template)
     notes = check_template(policy.tokenizer) if templated else ["no chat template"]
+    notes += notes_on_texts(policy.tokenizer)
     system_turns = templated and takes_system_turns(policy.tokenizer)
     notes += [] if system_turns or not templated else ["no system turns: the chat template does not take them"]
     found = Capabilities(writes=writing_of(policy), packs=False)
@@ -98,12 +112,17 @@ def count_parameters(files: PolicyFiles) -> int:
 
 
 def check_vocabulary(policy: Policy) -> None:
-    """Every token has a row of the embedding, and no control token is a character that texts are made of.
+    """Every token has a row of the embedding, and no text is read as control tokens.
 
     Raises:
-        SelfalignError: one has none, so that reading it would crash, on a GPU without a word; or texts would be full of
-            control tokens.
+        SelfalignError: one has none, so that reading it would crash, on a GPU without a word; or a control token is a
+            character that texts are made of, or what is read for characters that have no token.
     """
+    if unknown_id(policy.tokenizer) in stop_ids(policy.tokenizer):
+        raise SelfalignError(
+            f"the tokenizer reads {policy.tokenizer.unk_token!r}, which ends a text, for characters that it has no "
+            "token for: no text could be told from its end. Give it an unk_token or an eos_token of its own"
+        )
     letters = [word for word in control_words(policy.tokenizer) if len(word) == 1 and word.isascii()]
     if letters:
         raise SelfalignError(
@@ -151,6 +170,36 @@ def check_template(tokenizer: "Tokenizer") -> list[str]:
     if unmarked := unmarked_control_words(tokenizer):
         notes.append(f"control tokens that are not marked as special: {' '.join(sorted(unmarked))}")
     return notes
+
+
+def notes_on_texts(tokenizer: "Tokenizer") -> list[str]:
+    """What the tokenizer does not keep of texts: characters, cases, white space, the ids of a whole conversation."""
+    notes: list[str] = []
+    unknown = unknown_id(tokenizer)
+    if unknown is not None:
+        notes.append(f"the tokenizer cannot spell everything: it reads {tokenizer.unk_token} for what it cannot")
+    elif not text_ids(tokenizer, RARE):
+        notes.append("the tokenizer leaves out characters that it has no token for, without a trace")
+    if unknown is not None and tokenizer.chat_template and unknown in encode_prompt(tokenizer, QUESTION):
+        notes.append(f"what the chat template writes has {tokenizer.unk_token} in it, which may be a line break")
+    prompt = QUESTION if tokenizer.chat_template else QUESTION[0]["content"]
+    [ids] = encode_answers(tokenizer, prompt, [Answer(text=PLAIN_ANSWER)])
+    if (kept := decode_response(tokenizer, ids)) != PLAIN_ANSWER:
+        notes.append(f"the tokenizer keeps of {PLAIN_ANSWER!r} no more than {kept!r}")
+    if strips_answers(tokenizer):
+        notes.append("the end of a turn takes the white space before it to itself: no answer is trained to end in any")
+    if tokenizer.chat_template and (odd := [text for text in BEGINNINGS if not is_read_as_whole(tokenizer, text)]):
+        notes.append(
+            f"a prompt and an answer, as {odd[0]!r}, are not read as the tokens that the whole conversation is read as"
+        )
+    return notes
+
+
+def is_read_as_whole(tokenizer: "Tokenizer", answer: str) -> bool:
+    """Whether prompt and answer have the ids of the whole conversation."""
+    ids = [*encode_prompt(tokenizer, QUESTION), *encode_answers(tokenizer, QUESTION, [Answer(text=answer)])[0]]
+    whole = rendered_ids(tokenizer, render_whole(tokenizer, QUESTION, answer))
+    return whole[: len(ids)] == ids
 
 
 def takes_system_turns(tokenizer: "Tokenizer") -> bool:

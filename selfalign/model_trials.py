@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from selfalign.attention import enable_packing
 from selfalign.batches import Group, make_batch
 from selfalign.capabilities import Capabilities
+from selfalign.chat_template import control_ids
 from selfalign.errors import SelfalignError, reason_of
 from selfalign.generation import Sampling, TransformersGenerator
 from selfalign.logprobs import score_responses_only
 from selfalign.models import Policy, longest_sequence
 from selfalign.scoring import set_dropout, stays_in_inference
-from selfalign.tokenization import control_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

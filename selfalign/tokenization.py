@@ -4,8 +4,8 @@ prompt ids + response ids = the ids of what the chat template makes of the whole
 model wrote keeps the ids it was written as. A tokenizer would not always read its text as the same ids again.
 """
 
-import re
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, cast
 
 from selfalign.chat_template import (
     answer_shape,
-    control_words,
+    control_ids,
     joined_space,
     render_prompt,
     rendered_ids,
+    spelled_at,
     text_ids,
 )
 from selfalign.errors import SelfalignError
@@ -24,6 +25,8 @@ from selfalign.records import Message, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
+
+logger = logging.getLogger(__name__)
 
 OWN_STOPS = "stop_token_ids"
 """Under this name a tokenizer's settings keep the tokens that its model's generation_config.json ends a text at."""
@@ -85,9 +88,17 @@ def encode_answers(
         if answer.ids:
             return answer.ids
         text = margin + answer.text + closing * answer.finished
+        text = text.rstrip() if answer.finished and strips_answers(tokenizer) else text
         return [*_continued(tokenizer, before, ids, text), *([end_of_turn_id(tokenizer)] if answer.finished else [])]
 
     return [encode(answer) for answer in answers]
+
+
+@lru_cache(maxsize=16)
+def strips_answers(tokenizer: "Tokenizer") -> bool:
+    """Whether the token that ends a turn takes the white space before it to itself wherever a text spells it."""
+    end = tokenizer.added_tokens_decoder.get(end_of_turn_id(tokenizer))
+    return bool(end and end.lstrip)
 
 
 def settle_boundary(tokenizer: "Tokenizer", prompt: Prompt, answers: Sequence[Answer]) -> tuple[Prompt, list[Answer]]:
@@ -150,18 +161,19 @@ def decode_behind(tokenizer: "Tokenizer", ids: list[int]) -> str:
         str(tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False))
         for part in (anchor, [*anchor, *ids])
     )
-    return whole[len(before) :]
+    return whole[len(before) :].removeprefix(" " * reads_no_space(tokenizer))
 
 
 @lru_cache(maxsize=16)
-def control_ids(tokenizer: "Tokenizer") -> frozenset[int]:
-    """The ids of the control tokens."""
-    return frozenset(cast(int, tokenizer.convert_tokens_to_ids(word)) for word in control_words(tokenizer))
+def reads_no_space(tokenizer: "Tokenizer") -> bool:
+    """Whether white space is nothing but the end of a word, so that a decoder puts a space before every one."""
+    return text_ids(tokenizer, "x\nx") == text_ids(tokenizer, "x  x")
 
 
 def silent_ids(tokenizer: "Tokenizer", rows: int) -> list[int]:
     """Of a model's first `rows` ids those that stand for no text: without a token, or for what has none."""
-    known = set(tokenizer.get_vocab().values()) - {unknown_id(tokenizer)}
+    unknown = {unknown_id(tokenizer)}.difference(stop_ids(tokenizer))
+    known = set(tokenizer.get_vocab().values()) - unknown
     # Several tokens of a tokenizer in Python may have one spelling, of which its vocabulary names the first.
     first = 0 if tokenizer.is_fast else max(known) + 1
     return [token for token in range(first, rows) if token not in known]
@@ -172,6 +184,29 @@ def unknown_id(tokenizer: "Tokenizer") -> int | None:
     """The token that stands for whatever the vocabulary cannot spell; None where it can spell everything."""
     unknown = cast(int | None, tokenizer.unk_token_id)
     return unknown if unknown in text_ids(tokenizer, RARE) else None
+
+
+def has_unknown(tokenizer: "Tokenizer", prompt: Prompt, answers: Sequence[Answer] = ()) -> bool:
+    """Whether a prompt, or an answer of which only the text is known, has what the vocabulary cannot spell."""
+    unknown = unknown_id(tokenizer)
+    texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+    texts += [answer.text for answer in answers if not answer.ids]
+    return unknown is not None and any(unknown in text_ids(tokenizer, text) for text in texts)
+
+
+def warn_of_unknown(tokenizer: "Tokenizer", count: int, of: int, noun: str) -> None:
+    """Says how many of the data's texts the model does not see as they are."""
+    if count:
+        logger.warning(
+            "%d of %d %s (%.3g %%) have characters that the tokenizer has no token for: the model reads %s in their "
+            "place, and where they are trained on it learns to write that",
+            *(count, of, noun, 100 * count / of, tokenizer.unk_token),
+        )
+
+
+def unknown_counts(counts: Mapping[str, int]) -> dict[str, int]:
+    """The same for a stage's manifest."""
+    return {"with_unknown_tokens": counts["unknown"]} if counts.get("unknown") else {}
 
 
 def plain_ids(tokenizer: "Tokenizer", text: str) -> list[int]:
@@ -243,9 +278,5 @@ def _behind_anchor(tokenizer: "Tokenizer", text: str) -> list[int]:
 
 def _pieces(tokenizer: "Tokenizer", text: str) -> list[str]:
     """The text in pieces none of which spells a control token; at least one."""
-    present = [word for word in control_words(tokenizer) if word in text]
-    if not present:
-        return [text]
-    spelled = re.compile("|".join(map(re.escape, present)))
-    cuts = [0, *(match.start() + 1 for match in spelled.finditer(text)), len(text)]
+    cuts = [0, *(start + 1 for start in spelled_at(tokenizer, text)), len(text)]
     return [text[start:end] for start, end in pairwise(cuts)]

@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import re
 import shutil
 import sys
 from collections import Counter
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 from builders import policy_artefact, records_artefact, response, workspace
+from odd_tokenizers import by_bytes, by_pieces, by_word_pieces
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
@@ -21,7 +23,7 @@ from selfalign.chat_template import answer_shape, rendered_ids
 from selfalign.data import as_prompt
 from selfalign.errors import SelfalignError
 from selfalign.generation import Sampling, Transformers
-from selfalign.model_check import check_template
+from selfalign.model_check import check_template, check_vocabulary, notes_on_texts
 from selfalign.models import PolicyFiles
 from selfalign.pairing import BestWorst
 from selfalign.pretrained import TEMPLATES
@@ -37,14 +39,18 @@ from selfalign.records import (
 )
 from selfalign.stages.pair import pair
 from selfalign.stages.respond import RespondConfig, respond
-from selfalign.stages.sft import encode_demonstration
+from selfalign.stages.sft import encode_demonstration, group_demonstrations
 from selfalign.tokenization import (
     Answer,
     decode_response,
     encode_answers,
     encode_prompt,
     end_of_turn_id,
+    plain_ids,
+    silent_ids,
     stop_ids,
+    unknown_counts,
+    unknown_id,
 )
 
 CHATML = (
@@ -413,3 +419,118 @@ def test_records_without_ids_are_read_as_before(tmp_path: Path) -> None:
     write_records(tmp_path / "responses.jsonl", [response("a-1", "Rome.")])
     [one] = read_records(tmp_path / "responses.jsonl", Response)
     assert one.ids == []
+
+
+# --- tokenizers that lose something ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "spelling"),
+    [(normalizers.Lowercase(), "<|IM_END|>"), (normalizers.NFKC(), "＜|im_end|＞"), (normalizers.NFKC(), "<|im_end|>")],
+    ids=["lower_case", "wide", "as_it_is"],
+)
+@pytest.mark.parametrize("strips", [False, True])
+def test_no_spelling_that_a_normalizer_makes_a_control_token_of_is_one(
+    normalizer: Any, spelling: str, strips: bool
+) -> None:
+    tokenizer = by_bytes(normalizer, normalized=True, lstrip=strips, rstrip=strips)
+    end, text = tokenizer.eos_token_id, f"a  {spelling} b {spelling}{spelling}"
+    assert end in tokenizer(text)["input_ids"]
+    plain = encode_prompt(tokenizer, ASKED).count(end)
+    for prompt in ([{"role": "user", "content": text}], text):
+        assert encode_prompt(tokenizer, prompt).count(end) == plain * isinstance(prompt, list)
+        [ids] = encode_answers(tokenizer, prompt, [Answer(text=text)])
+        assert (ids[-1], ids.count(end)) == (end, 1)
+        assert decode_response(tokenizer, ids).startswith("a  <")
+    assert end not in plain_ids(tokenizer, text)
+
+
+def test_control_token_that_cannot_be_broken_up_is_refused() -> None:
+    tokenizer = by_bytes(normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(" ", "")]), normalized=True)
+    with pytest.raises(SelfalignError, match=r"reads a control token in '＜ \|im_end\|＞', with a space in it too"):
+        encode_prompt(tokenizer, [{"role": "user", "content": "a＜|im_end|＞"}])
+
+
+@pytest.mark.parametrize("make", [by_word_pieces, by_pieces])
+def test_answers_begin_without_the_space_that_a_decoder_puts_before_every_word(make: Any) -> None:
+    tokenizer = make()
+    for text in ("why so", "it is so"):
+        for prompt in (ASKED, DIALOGUE, "because"):
+            [ids] = encode_answers(tokenizer, prompt, [Answer(text=text)])
+            assert decode_response(tokenizer, ids).lstrip(" " * isinstance(prompt, str)) == text
+
+
+@pytest.mark.parametrize("conversation", [ASKED, DIALOGUE], ids=["one_turn", "dialogue"])
+@pytest.mark.parametrize("sides", [{"lstrip": True}, {"rstrip": True}, {"lstrip": True, "rstrip": True}], ids=str)
+def test_white_space_that_control_tokens_take_to_themselves_is_not_trained(
+    sides: dict[str, bool], conversation: list[dict[str, str]]
+) -> None:
+    tokenizer = by_bytes(**sides)
+    prompt = encode_prompt(tokenizer, conversation)
+    for text in ("Rome.", "two spaces  ", "line\n", "  both \n "):
+        [ids] = encode_answers(tokenizer, conversation, [Answer(text=text)])
+        assert [*prompt, *ids] == whole(tokenizer, conversation, text)[: len(prompt) + len(ids)]
+        [cut] = encode_answers(tokenizer, conversation, [Answer(text=text, finished=False)])
+        assert decode_response(tokenizer, cut) == text
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (by_bytes, []),
+        (lambda: by_bytes(normalizers.Lowercase()), [r"keeps of .*It.*Été.* no more than .*it.*été"]),
+        (lambda: by_bytes(lstrip=True), ["no answer is trained to end in any"]),
+        (by_word_pieces, [r"cannot spell everything: it reads \[UNK\]", "no more than"]),
+        (by_pieces, ["cannot spell everything: it reads <unk>", "the chat template writes has <unk> in it", "no more"]),
+    ],
+    ids=["nothing", "case", "white_space", "word_pieces", "pieces"],
+)
+def test_what_a_tokenizer_does_not_keep_is_said_when_its_model_is_fetched(make: Any, said: list[str]) -> None:
+    notes = notes_on_texts(make())
+    assert len(notes) == len(said)
+    for note, pattern in zip(notes, said, strict=True):
+        assert re.search(pattern, note)
+
+
+def test_characters_that_would_end_a_text_are_refused(tiny_policy: PolicyFiles) -> None:
+    policy = tiny_policy.load("float32")
+    policy.tokenizer = by_word_pieces()
+    check_vocabulary(policy)
+    policy.tokenizer = by_word_pieces()
+    policy.tokenizer.eos_token = "[UNK]"
+    with pytest.raises(
+        SelfalignError, match=r"reads '\[UNK\]', which ends a text, for characters that it has no token"
+    ):
+        check_vocabulary(policy)
+
+
+@pytest.mark.parametrize("make", [by_word_pieces, by_pieces])
+def test_texts_with_characters_that_have_no_token_are_counted_and_said(
+    make: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer, known = make(), "it is so"
+    texts = [(known, known, known), ("日本", known, known), (known, "日本", known), (known, known, "日本 日本")]
+    pairs = [
+        PreferencePair(id=str(n), prompt=as_prompt(prompt), chosen=chosen, rejected=rejected)
+        for n, (prompt, chosen, rejected) in enumerate(texts)
+    ]
+    tally = Counter[str]()
+    assert len(list(encode_pairs(tokenizer, pairs, None, 1000, tally))) == tally["pairs"] == 4
+    assert unknown_counts(tally) == {"with_unknown_tokens": 3}
+    assert "3 of 4 pairs (75 %) have characters that the tokenizer has no token for" in caplog.text
+    taught = [
+        Demonstration(id=str(n), prompt=as_prompt(prompt), response=response, source="ift")
+        for n, (prompt, response, _) in enumerate(texts)
+    ]
+    tally = Counter[str]()
+    list(group_demonstrations(tokenizer, taught, 1000, tally))
+    assert unknown_counts(tally) == {"with_unknown_tokens": 2}
+    assert "2 of 4 demonstrations (50 %) have characters" in caplog.text
+    assert f"the model reads {tokenizer.unk_token} in their place" in caplog.text
+    assert unknown_id(tokenizer) in silent_ids(tokenizer, len(tokenizer))
+
+
+def test_vocabulary_that_spells_everything_has_no_unknown_texts(smollm2_tokenizer: Any, mistral: Any) -> None:
+    for tokenizer in (smollm2_tokenizer, mistral):
+        assert unknown_id(tokenizer) is None
+        assert silent_ids(tokenizer, len(tokenizer)) == []

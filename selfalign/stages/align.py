@@ -34,6 +34,7 @@ from selfalign.scoring import make_scoring
 from selfalign.splits import hold_out
 from selfalign.store import Artefact, Counts, Workspace, together
 from selfalign.streams import chunks
+from selfalign.tokenization import unknown_counts
 from selfalign.training import Optimization, Outcome, Weights, forward, train
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ def align(
         "pairs": len(training),
         "prompts_cut": examples.counts.get("cut", 0),
         "prompts_cut_behind_p": examples.counts.get("cut_behind_p", 0),
+        **unknown_counts(examples.counts),
         "dropped": {"too_long": examples.counts.get("too_long", 0)}
         | ({"beside_held_out": split.beside} if split else {}),
         **averages(objective.measure(trained, training, optimization)),

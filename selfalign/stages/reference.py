@@ -10,6 +10,7 @@ from selfalign.refinement import Refinement
 from selfalign.scoring import Scorer
 from selfalign.store import Artefact, Counts, Workspace, together
 from selfalign.streams import chunks
+from selfalign.tokenization import unknown_counts
 from selfalign.training import Precision
 
 
@@ -45,6 +46,7 @@ def reference(
         "pairs": tally["pairs"],
         "prompts_cut": tally["cut"],
         "prompts_cut_behind_p": tally["cut_behind_p"],
+        **unknown_counts(tally),
         "dropped": {"too_long": tally["too_long"]},
     }
 

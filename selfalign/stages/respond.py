@@ -13,7 +13,7 @@ from selfalign.records import FinishReason, Instruction, Response, count_records
 from selfalign.statistics import RunningMean
 from selfalign.store import Artefact, Counts, Workspace, together
 from selfalign.streams import chunks
-from selfalign.tokenization import encode_prompt
+from selfalign.tokenization import encode_prompt, has_unknown, unknown_counts, warn_of_unknown
 
 
 @dataclass(kw_only=True, slots=True)
@@ -58,16 +58,18 @@ def respond(
         SelfalignError: no instruction fits into the context.
     """
     file = instructions.path / "instructions.jsonl"
-    tally, dropped = Tally(), 0
+    tally, dropped, unknown, fitted = Tally(), 0, 0, 0
 
     def written(generator: Generator, journal: Journal) -> Iterator[Response]:
-        nonlocal dropped
+        nonlocal dropped, unknown, fitted
         limit = generator.context - config.sampling.max_new_tokens
         for number, chunk in enumerate(chunks(stream_records(file, Instruction))):
             prompts = [encode_prompt(generator.tokenizer, as_prompt(record.text)) for record in chunk]
             fitting = [(record, prompt) for record, prompt in zip(chunk, prompts, strict=True) if len(prompt) <= limit]
             journal.advance(config.candidates * (len(chunk) - len(fitting)))
             dropped += len(chunk) - len(fitting)
+            fitted += len(fitting)
+            unknown += sum(has_unknown(generator.tokenizer, record.text) for record, _ in fitting)
             requests = [
                 Request(prompt=prompt, seeds=[derive_seed(seed, record.id, n) for n in range(config.candidates)])
                 for record, prompt in fitting
@@ -75,6 +77,7 @@ def respond(
             made = write_all(generator, requests, config.sampling, journal, str(number))
             for (record, _), completions in zip(fitting, made, strict=True):
                 yield from tally.watch(_responses(record, completions, generator.digest))
+        warn_of_unknown(generator.tokenizer, unknown, fitted, "instructions")
         if not tally.tokens.count:
             raise SelfalignError(
                 f"{out.label}: no instruction fits into the context of {generator.context} tokens with "
@@ -90,6 +93,7 @@ def respond(
         "mean_characters": tally.characters.value,
         "finished_share": tally.finished.value,
         "dropped": {"prompt_too_long": dropped},
+        **unknown_counts({"unknown": unknown}),
         **generator.counts,
     }
 

@@ -12,7 +12,15 @@ from selfalign.examples import store_examples
 from selfalign.models import PolicyFiles
 from selfalign.records import Demonstration, stream_records
 from selfalign.store import Artefact, Counts, Workspace, together
-from selfalign.tokenization import Answer, encode_answers, encode_prompt, settle_boundary
+from selfalign.tokenization import (
+    Answer,
+    encode_answers,
+    encode_prompt,
+    has_unknown,
+    settle_boundary,
+    unknown_counts,
+    warn_of_unknown,
+)
 from selfalign.training import Likelihood, Optimization, Weights, train
 
 if TYPE_CHECKING:
@@ -58,6 +66,7 @@ def sft(
     return {
         "demonstrations": examples.counts["demonstrations"],
         "tokens": examples.counts["tokens"],
+        **unknown_counts(examples.counts),
         "dropped": {"too_long": examples.counts.get("too_long", 0)},
     }
 
@@ -77,12 +86,16 @@ def group_demonstrations(
             fits = len(example) <= max_length
             tally["demonstrations" if fits else "too_long"] += 1
             if fits:
+                answer = Answer(text=record.prefill + record.response, ids=record.ids)
+                if has_unknown(tokenizer, record.prompt, [answer]):
+                    tally["unknown"] += 1
                 yield example
 
     for family in families(fitting()):
         group = share_prompt(family[0].record.id, [one.prompt for one in family], [one.response for one in family])
         tally["tokens"] += len(group)
         yield group
+    warn_of_unknown(tokenizer, tally["unknown"], tally["demonstrations"], "demonstrations")
     if not tally["demonstrations"]:
         raise SelfalignError(
             f"none of {tally['too_long']} demonstrations fits into train.sft.max_length={max_length} tokens"
