@@ -28,7 +28,7 @@ from selfalign.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 """Raised when artefacts of an older selfalign must not be reused."""
 
 LOG = "log.jsonl"
