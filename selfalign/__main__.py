@@ -6,9 +6,7 @@
 import io
 import logging
 import os
-import re
 import select
-import shlex
 import sys
 import traceback
 import warnings
@@ -132,59 +130,13 @@ def explain(error: BaseException) -> str | None:
 
     from selfalign.errors import SelfalignError
     from selfalign.failures import explain_failure
+    from selfalign.overrides import explain_override
 
     if isinstance(error, SelfalignError):
         return str(error)
     if isinstance(error, HydraException | OmegaConfBaseException):
-        said = " ".join(" ".join(str(e) for e in (error, error.__cause__) if e is not None).split())
-        said = said.partition(" Config search path: ")[0]
-        override = getattr(error, "override", None)  # Hydra knows it, but does not say it.
-        plugin = (
-            "; pip install 'selfalign[sweep]'" if re.search("Could not find 'hydra/(launcher|sweeper)/", said) else ""
-        )
-        return _explain_override(override, said) if override else _explain_ambiguous(said) or said + plugin
+        return explain_override(error, conf_folder())
     return explain_failure(error)
-
-
-def _explain_override(override: str, said: str) -> str:
-    """How an override that cannot be read is written; `said` is what Hydra says of it."""
-    if not re.match(r"[+~]*[A-Za-z_][\w.@:/$-]*=", override, re.ASCII):
-        return f"cannot read {override!r}: expected key=value or group=option"
-    function = re.search(r"while evaluating '.*?': (.*?)(?= See https?:|$)", said)
-    reason = f"{function[1]}; " if function else ""
-    each = "; in a sweep each of its values by itself" if "," in override else ""
-    return (
-        f"cannot read {override!r}: {reason}a text with other signs than letters, digits, spaces and /-\\+.$%*@:?| is "
-        f"quoted, and once more for the shell: {_command()} {quoted(override)}{each}"
-    )
-
-
-def _explain_ambiguous(said: str) -> str | None:
-    """What an override with commas can mean, if that is what Hydra asks about."""
-    found = re.match(r"Ambiguous value for argument '(.*)' 1\. To use it as a list", said)
-    if found is None:
-        return None
-    key, _, value = found[1].partition("=")
-    one_list = shlex.quote(f"{key}=[{value}]")
-    return (
-        f"{found[1]!r} has several values: add -m for a sweep over them, write {one_list} for a list, or "
-        f"{quoted(found[1])} for a text with commas"
-    )
-
-
-def quoted(override: str) -> str:
-    """An override whose value is one text, as Hydra reads it and as a shell passes it on."""
-    key, _, value = override.partition("=")
-    if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
-        value = value[1:-1]
-    escaped = re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), value)
-    return shlex.quote(f'{key}="{escaped}"')
-
-
-def _command() -> str:
-    """What the user calls, "selfalign" or "selfalign-evaluate"."""
-    name = Path(sys.argv[0]).name
-    return name if name.startswith("selfalign") else "selfalign"
 
 
 def _nobody_reads() -> str | None:
@@ -242,7 +194,7 @@ def _run_hydra() -> None:
     from omegaconf import DictConfig
 
     from selfalign.config import register
-    from selfalign.experiment import run_experiment
+    from selfalign.experiment import run_experiment, warn_of_idle_settings
     from selfalign.multirun import closed_in_the_end, run_sweep_job
 
     register()
@@ -262,6 +214,7 @@ def _run_hydra() -> None:
                 if prepared[0].dry_run:
                     from selfalign.dry_run import dry_run  # It imports transformers' Trainer, which takes seconds.
 
+                    warn_of_idle_settings(prepared[0], prepared[2])
                     dry_run(prepared[0])
                 else:
                     run_experiment(*prepared)

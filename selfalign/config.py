@@ -25,6 +25,7 @@ from selfalign.generation import Transformers
 from selfalign.given import Pairs, SelfRewarding
 from selfalign.losses import DPO, IPO, ODPO, Positives, SrDPO, SrIPO
 from selfalign.models import ModelConfig
+from selfalign.overrides import no_such
 from selfalign.pairing import AllOrdered, BestVsK, BestWorst, PairRule, RandomPair
 from selfalign.publish import check_repository
 from selfalign.quantization import check_engine
@@ -197,9 +198,11 @@ def to_experiment(config: DictConfig) -> ExperimentConfig:
     """The composed configuration as live objects.
 
     Raises:
-        SelfalignError: a key is unknown, or a value out of range.
+        SelfalignError: a key is unknown, a value out of range, or one that must be given is not.
     """
     check_keys(config, "")
+    if missing := sorted(OmegaConf.missing_keys(config)):
+        raise SelfalignError("\n".join(f"set {key}=…; it has no default" for key in missing))
     experiment = OmegaConf.to_object(config)
     assert isinstance(experiment, ExperimentConfig)
     check_finite(OmegaConf.to_container(config, resolve=True), "")
@@ -255,6 +258,6 @@ def check_keys(node: DictConfig, path: str) -> None:
     known = {f.name for f in fields(kind)} if is_dataclass(kind) else {str(name) for name in node}
     for name in node:
         if str(name) not in known:
-            raise SelfalignError(f"unknown key {path}{name}; {kind.__name__} has {', '.join(sorted(known))}")
+            raise SelfalignError(no_such(f"{path}{name}", known))
         if isinstance(node._get_node(name), DictConfig):
             check_keys(node[name], f"{path}{name}.")

@@ -9,7 +9,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, combinations
 from typing import Any, TypeVar
 
 from selfalign.containers import read_rows
@@ -18,7 +18,7 @@ from selfalign.preference_rows import read_pair
 from selfalign.published import DEMONSTRATIONS, PAIRS, RANKED, RatedPair, against_pair, schema_of
 from selfalign.records import Demonstration, Instruction, PreferencePair, Prompt, RankedAnswers
 from selfalign.rows import ANSWERS, BESIDE, CONVERSATIONS, READ, UNREAD, Row, give_ids, is_blank, shown
-from selfalign.turns import as_prompt, check_prompt, only_answer, read_task, read_turns, spoken
+from selfalign.turns import as_prompt, as_text, check_prompt, only_answer, read_task, read_turns, spoken
 
 logger = logging.getLogger(__name__)
 
@@ -108,8 +108,8 @@ def read_ranked(source: str) -> tuple[list[RankedAnswers], Drops]:
     """Questions with answers in a human's order, and how many answers were dropped, by reason.
 
     Of answers with one text the first stays, as in published sets: nobody could tell which is better. Where a worse
-    ranked answer has the higher score, ranks and scores contradict each other, and all answers of the
-    question are dropped.
+    ranked answer has the higher score, ranks and scores contradict each other, and where another row asks the same and
+    ranks two of the answers the other way round, the rows do: all answers of the question are dropped.
 
     Raises:
         SelfalignError: a question has fewer than two answers, or two of the same rank.
@@ -119,11 +119,17 @@ def read_ranked(source: str) -> tuple[list[RankedAnswers], Drops]:
         question = _ranked(row, drops)
         return question and _distinct(question, drops)
 
-    return _read(source, RANKED, read)
+    found, drops = _read(source, RANKED, read)
+    agreed = _agreed(found, lambda question: (question.instruction, _best_first(question)))
+    drops += Counter(order_contradicts=sum(len(q.texts) for q in found) - sum(len(q.texts) for q in agreed))
+    return agreed, drops
 
 
 def read_pairs(source: str) -> tuple[list[PreferencePair], Drops]:
     """Preference pairs, and how many rows were dropped, by reason; of ranked answers the best against the worst.
+
+    Where two pairs of one prompt have the same answers the other way round, nobody can tell which of them is right, and
+    both are dropped.
 
     Raises:
         SelfalignError: a row is in none of the known formats.
@@ -139,7 +145,9 @@ def read_pairs(source: str) -> tuple[list[PreferencePair], Drops]:
 
     found, drops = _read(source, PAIRS, read)
     _check_answers(source, [(pair.prompt, (pair.chosen, pair.rejected)) for pair in found])
-    return found, drops
+    agreed = _agreed(found, lambda pair: (as_text(pair.prompt), [pair.chosen, pair.rejected]))
+    drops += Counter(order_contradicts=len(found) - len(agreed))
+    return agreed, drops
 
 
 def best_against_worst(question: RankedAnswers, drops: Drops) -> PreferencePair | None:
@@ -175,6 +183,29 @@ def _distinct(question: RankedAnswers, drops: Drops) -> RankedAnswers | None:
     )
     scores = [question.scores[place] for place in kept] if question.scores else []
     return replace(question, texts=texts, ranks=ranks, scores=scores, justifications=notes)
+
+
+def _best_first(question: RankedAnswers) -> list[str]:
+    """A question's answers in their order."""
+    return [text for _, text in sorted(zip(question.ranks, question.texts, strict=True))]
+
+
+def _agreed(records: list[T], said: Callable[[T], tuple[str, list[str]]]) -> list[T]:
+    """The records without those that put two answers the other way round than another one of the same prompt.
+
+    Args:
+        records: pairs or ranked questions.
+        said: of a record its prompt, and its answers with the best first; spaces around them tell nothing apart.
+    """
+
+    def orders(record: T) -> Iterator[tuple[str, str, str]]:
+        asked, answers = said(record)
+        for better, worse in combinations((answer.strip() for answer in answers), 2):
+            if better != worse:
+                yield asked.strip(), better, worse
+
+    known = {order for record in records for order in orders(record)}
+    return [r for r in records if not any((asked, worse, better) in known for asked, better, worse in orders(r))]
 
 
 def _check_answers(source: str, records: Sequence[tuple[Prompt, tuple[str, ...]]]) -> None:

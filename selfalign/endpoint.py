@@ -83,8 +83,8 @@ class Endpoint:
         Raises:
             SelfalignError: one is missing or out of range.
         """
-        if not self.model:
-            raise SelfalignError(f"{key}.model must say what the server calls the model")
+        if missing := [name for name in ("base_url", "model") if not getattr(self, name)]:
+            raise SelfalignError("\n".join(f"set {key}.{name}=…; it has no default" for name in missing))
         if not re.fullmatch(r"https?://[^\s/@?#]+[^\s@?#]*", self.base_url):
             raise SelfalignError(
                 f"{key}.base_url must be http(s)://host/path without user, password or query (it is saved with the "

@@ -13,6 +13,7 @@ from selfalign import processes
 from selfalign.card import write_card
 from selfalign.errors import SelfalignError
 from selfalign.failures import at_the_end, naming
+from selfalign.feasibility import without_effect
 from selfalign.files import read_json, write_json
 from selfalign.pipeline import run_pipeline
 from selfalign.plan import plan
@@ -25,6 +26,8 @@ from selfalign.summary import closing_text, models_of, plan_text, summarise
 
 if TYPE_CHECKING:
     from selfalign.config import ExperimentConfig
+
+logger = logging.getLogger(__name__)
 
 FINISHED = "finished.json"
 """Written last, behind the pages, the tracker's end and the push: what was asked for besides the artefacts."""
@@ -72,6 +75,7 @@ def _run(
             return folder, False
         open_folder(folder, config_yaml, anew=told_keys(folder) not in ({}, there.there))
         with log_file(folder / "run.log"), ExitStack() as tracked:
+            warn_of_idle_settings(config, plain)
             preflight(config, there.there)
             tracker = tracked.enter_context(config.track.open(folder, plain))
             print(plan_text(plan(config), there), flush=True)
@@ -83,6 +87,12 @@ def _run(
             print(f"published {publish(folder, config.push_to, private=config.push_private)}", flush=True)
         write_json(folder / FINISHED, asked_besides(config))
     return folder, False
+
+
+def warn_of_idle_settings(config: "ExperimentConfig", plain: dict[str, Any]) -> None:
+    """Says what the command line sets that has no effect."""
+    for line in without_effect(config, plain.get("overrides", ())):
+        logger.warning(line)
 
 
 def is_finished(config: "ExperimentConfig", folder: Path, there: Look) -> bool:

@@ -5,13 +5,17 @@ they are read (given.py), and what M0 bounds once it is there (requirements.py).
 """
 
 import math
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from selfalign.errors import SelfalignError
 from selfalign.given import Pairs, SelfRewarding
-from selfalign.losses import Positives
+from selfalign.judges.bench import asks_a_server
+from selfalign.losses import Positives, SrDPO, SrIPO
 from selfalign.pairing import BestVsK, BestWorst, PairRule
+from selfalign.plan import trains_m1
 from selfalign.stages.judge import Pairwise, SampledScore
 from selfalign.stages.pair import PositivesOnly
 from selfalign.stages.seeds import EvaluationFineTuning
@@ -80,6 +84,80 @@ def check_effects(config: "ExperimentConfig") -> None:
                     f"{key}={value} would have no effect: loss=positives fine-tunes by train.sft and aligns nothing; "
                     f"set {key}={default}"
                 )
+
+
+def without_effect(config: "ExperimentConfig", overrides: Sequence[str]) -> list[str]:
+    """A line for each setting of the command line that does nothing beside the others.
+
+    What the files of an experiment set is none of it, and nothing is refused: a sweep over `loss` gives every job the
+    settings that one of them needs.
+    """
+    given = {match[1]: override for override in overrides if (match := re.match(r"\+*([\w.]+)=", override))}
+    idle = [(re.compile(rf"({key})(\..+)?"), why) for key, why in _idle(config)]
+    return [
+        f"{override} has no effect: {next(why for key, why in idle if key.fullmatch(name))}"
+        for name, override in given.items()
+        if any(key.fullmatch(name) for key, _ in idle)
+    ]
+
+
+def _idle(config: "ExperimentConfig") -> Iterator[tuple[str, str]]:
+    """(keys, as a regular expression; why what is set there or below has no effect)."""
+    data, train, asked = config.data, config.train, config.evaluate
+    if isinstance(config.loss, Positives):
+        read = "dtype|max_length|batch_tokens"  # For log-probabilities of held-out pairs.
+        unread = rf"train\.align(?!\.({read})$)" if asked.preferences.source else r"train\.align"
+        yield rf"{unread}|train\.reference_logps", "loss=positives fine-tunes by train.sft and aligns nothing"
+    elif not trains_m1(config):
+        yield r"train\.sft", "there are no demonstrations, so M1 is M0"
+    if not train.choose.every_steps:
+        yield r"train\.choose(?!\.(every_steps|instructions)$)", "train.choose.every_steps=0 compares no checkpoints"
+    if not config.model.lora.rank:
+        yield r"model\.lora(?!\.rank$)", "model.lora.rank=0 trains all weights"
+    if not asked.instructions:
+        answered = "count|sampling|judge" + "|head_to_head" * (asked.head_to_head is None)
+        yield rf"evaluate\.({answered})", "evaluate.instructions names none, so no model answers any"
+    if not asked.preferences.source:
+        yield r"evaluate\.preferences\.count", "evaluate.preferences.source names no pairs"
+    yield from _idle_data(config)
+    yield from _idle_beside(config)
+    if not config.push:
+        yield "push_to|push_private", "push=false sends nothing to a hub"
+    if not config.dry_run:
+        yield "price_per_hour", "only dry_run=true estimates what a run costs"
+    if isinstance(data, Pairs) and not (data.seeds.ranked or asked.instructions):
+        yield "judge", "pairs are given, and there are no answers or ranked questions to score"
+
+
+def _idle_data(config: "ExperimentConfig") -> Iterator[tuple[str, str]]:
+    """The same of what is given and written."""
+    data, seeds = config.data, config.data.seeds
+    if isinstance(data, SelfRewarding) and data.instruct.source:
+        writing = "prompt|sampling|seed_demonstrations|own_demonstrations|prompts_per_batch|max_batches"
+        yield rf"data\.instruct\.({writing})", "data.instruct.source gives the instructions, so none are written"
+    if not seeds.demonstrations:
+        yield r"data\.seeds\.max_demonstrations", "data.seeds.demonstrations names none"
+    if not seeds.ranked:
+        ranked = "max_questions|held_out_share|evaluation_fine_tuning|most_common_ratio"
+        yield rf"data\.seeds\.({ranked})", "data.seeds.ranked names no questions"
+    elif seeds.evaluation_fine_tuning != EvaluationFineTuning.baseline:
+        why = "only data.seeds.evaluation_fine_tuning=baseline balances the scores of EFT examples"
+        yield r"data\.seeds\.most_common_ratio", why
+
+
+def _idle_beside(config: "ExperimentConfig") -> Iterator[tuple[str, str]]:
+    """The same of what a choice of its own group leaves unread."""
+    loss, train, asked = config.loss, config.train, config.evaluate
+    referees = {"evaluate": asked.head_to_head, "train.choose": train.choose.head_to_head}
+    if isinstance(loss, SrDPO | SrIPO) and loss.refinement.augmentation() is None:
+        source = loss.refinement.source
+        yield r"loss\.refinement\.(prompt|place|scale)", f"loss.refinement.source={source} puts no prompt before x"
+    for key, referee in referees.items():
+        if referee is not None:
+            served = asks_a_server(referee)
+            unread = "model|batch_tokens|place_correction" if served else "verdict_tokens"
+            why = "a server compares" if served else "a policy's verdict is one token"
+            yield rf"{re.escape(key)}\.head_to_head\.({unread})", why
 
 
 def _sizes(data: SelfRewarding) -> str:

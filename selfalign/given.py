@@ -98,8 +98,6 @@ class Given:
             self.outputs = self.run.make(
                 "given_outputs", outputs, source=asked.against, content=content, instructions=self.questions
             )
-        if asked.preferences.source:
-            self.preferences = self._held_out_pairs(asked.preferences)
         if isinstance(data, Pairs):
             content, aside = identify_data(data.path, "data.path"), self.config.train.held_out_pairs
             self.pairs = self.run.make(
@@ -116,6 +114,8 @@ class Given:
         else:
             self.instructions = self._ask("instructions", "data.instruct.source", data.instruct.source, 0, None)
             self._check_instructions(data.instruct)
+        if asked.preferences.source:
+            self.preferences = self._held_out_pairs(asked.preferences)
 
     def _find_files(self) -> None:
         """Looks for every file that is read, so that a missing one is known before anything is made."""
@@ -128,6 +128,11 @@ class Given:
         """Artefacts with instructions that no training may see."""
         ranked = [self.seeds] if self.seeds.counts["questions_held_out"] else []
         return [*ranked, *(asked for asked in (self.questions, self.validation) if asked is not None)]
+
+    @property
+    def trained_on(self) -> list[Artefact]:
+        """Artefacts with what is given to be trained on."""
+        return [self.seeds] if self.pairs is None else [self.seeds, self.pairs]
 
     def ift(self) -> Artefact:
         """The demonstrations without EFT."""
@@ -149,7 +154,7 @@ class Given:
         else:
             raise SelfalignError(f"{key}=ranked: no question of data.seeds.ranked is held out")
         inputs = {"source": test.source, "count": test.count, "content": content, "ranked": ranked}
-        made = self.run.make("preferences/pairs", preference_test, **inputs)
+        made = self.run.make("preferences/pairs", preference_test, trained_on=self.trained_on, **inputs)
         _check_enough("evaluate.preferences.count", test.count, made.counts["pairs"], f"pairs of {test.source}")
         return made
 

@@ -51,7 +51,7 @@ class HeldOutPairs:
             f"{place}/preferences",
             preferences,
             pairs=pairs,
-            trained_on=[self.given.seeds, *([self.given.pairs] if self.given.pairs else models.own_pairs)],
+            trained_on=[*self.given.trained_on, *(models.own_pairs if self.given.pairs is None else ())],
             policy=policy,
             reference=origin,
             scores=self._scores(pairs, models),

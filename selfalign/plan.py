@@ -21,7 +21,7 @@ def plan(config: "ExperimentConfig") -> list[tuple[str, str]]:
     data, sft = config.data, config.train.sft
     stages = _given(config)
     stages += _baseline(config) if makes_baseline(config) else []
-    if _trains_m1(config):
+    if trains_m1(config):
         stages.append(("M1", f"SFT, epochs {sft.epochs}, batch {sft.batch_size}"))
     stages += _evaluation(config, "M1")
     for iteration in range(1, config.iterations + 1):
@@ -44,12 +44,12 @@ def _given(config: "ExperimentConfig") -> list[tuple[str, str]]:
         stages.append(("validation", f"{choose.count or 'all'} instructions of {choose.instructions}"))
     if asked.against:
         stages.append(("given_outputs", f"answers of {asked.against}"))
-    if (test := asked.preferences).source:
-        stages.append(("preferences/pairs", f"{test.count or 'all'} pairs of {test.source}"))
     if isinstance(data, Pairs):
         stages.append(("iteration_1/pairs", f"the first {data.count} of {data.path}" if data.count else data.path))
     elif data.instruct.source:
         stages.append(("instructions", f"all instructions of {data.instruct.source}"))
+    if (test := asked.preferences).source:
+        stages.append(("preferences/pairs", f"{test.count or 'all'} pairs of {test.source}"))
     stages.append(("M0", config.model.path))
     if isinstance(data, SelfRewarding) and data.instruct.fixed_writer:
         stages.append(("writer", data.instruct.writer))
@@ -62,7 +62,7 @@ def _given(config: "ExperimentConfig") -> list[tuple[str, str]]:
     return stages
 
 
-def _trains_m1(config: "ExperimentConfig") -> bool:
+def trains_m1(config: "ExperimentConfig") -> bool:
     """Whether there are demonstrations; without any M1 is M0."""
     seeds = config.data.seeds
     return bool(seeds.demonstrations or (seeds.ranked and seeds.evaluation_fine_tuning == EvaluationFineTuning.human))
@@ -133,7 +133,7 @@ def _alignment(config: "ExperimentConfig", iteration: int) -> list[tuple[str, st
     stages: list[tuple[str, str]] = []
     if train.reference_logps == "stored":
         stages.append((f"iteration_{iteration}/reference", f"log-probabilities of {train.reference}"))
-        at_first = iteration == 1 and (train.reference == "sft" or not _trains_m1(config))
+        at_first = iteration == 1 and (train.reference == "sft" or not trains_m1(config))
         if train.reference != "previous" and not at_first:
             stages.append((f"iteration_{iteration}/start", f"log-probabilities of M{iteration}, to tell its change"))
     return [*stages, (label, size)]
@@ -180,7 +180,7 @@ def _held_out_pairs(config: "ExperimentConfig", name: str) -> list[tuple[str, st
         return []
     first, scored = name == "M1", [(f"{place}/logps", "held-out pairs")]
     if first:
-        trained = scored if _trains_m1(config) else []
+        trained = scored if trains_m1(config) else []
         scored = [(f"{place}/reference_logps", "held-out pairs, by M0"), *trained]
     if first and test.judge is not None:
         scored.append(("preferences/scores", _judging(test.judge, test.count, 2) if test.count else "all pairs"))

@@ -80,6 +80,7 @@ def problems(config: "ExperimentConfig", made: Collection[str]) -> list[str]:
     checks: list[Callable[[ExperimentConfig, list[str]], list[str]]] = [
         check_tracking,
         check_packages,
+        check_layout,
         check_data,
         check_models,
         check_room,
@@ -263,6 +264,15 @@ def check_packages(config: "ExperimentConfig", labels: list[str]) -> list[str]:
     lines = [quantization.NEEDS] if config.model.quantization != "none" else []
     small = [key for key, settings in trainings(config, labels) if settings.optimizer == "adamw_8bit"]
     return lines + [f"{key}.{EIGHT_BIT_NEEDS}" for key in small]
+
+
+def check_layout(config: "ExperimentConfig", labels: list[str]) -> list[str]:
+    """There are as many processes as the layout of what is still to be trained needs."""
+    lines: list[str] = []
+    with noting(lines):
+        if trained(labels):
+            config.train.layout.check_possible()
+    return lines
 
 
 def check_tracking(config: "ExperimentConfig", labels: list[str]) -> list[str]:

@@ -5,6 +5,40 @@ from collections.abc import Sequence
 
 from selfalign.errors import SelfalignError
 
+BRACED = re.compile(r"\\[A-Za-z]+(?:\{[^{}]*\})+|(?<![\w^$])(\{+)( *)([A-Za-z_]\w*)( *)(\}+)")
+"""A name in braces, as a placeholder looks, unless a LaTeX command or a shell's `$` stands before it."""
+
+
+def check_template(template: str, key: str, needed: Sequence[str], optional: Sequence[str] = ()) -> None:
+    """Checks that a template has every placeholder it needs, and none that nothing is put in for.
+
+    Braces around anything but a name, such as those of JSON, and around a name with spaces beside it stay as they are.
+
+    Args:
+        template: the text.
+        key: the setting, or the file and the place in it.
+        needed: the placeholders it must have.
+        optional: those it may have.
+
+    Raises:
+        SelfalignError: with a line for every fault.
+    """
+    known = [*needed, *optional]
+    has = f"it has {', '.join(f'{{{name}}}' for name in known)}" if known else "it has none"
+    faults = [f"{key} lacks {{{name}}}" for name in needed if f"{{{name}}}" not in template]
+    for found in BRACED.finditer(template):
+        opening, before, name, after, closing = found.groups()
+        if name is None:
+            continue
+        if len(opening) > 1 and len(closing) > 1:
+            faults.append(f"{key}: {found[0]} is no placeholder, which stands in single braces; {has}")
+        elif not (before or after or name in known):
+            faults.append(
+                f"{key}: {{{name}}} is no placeholder; {has}. Braces that are meant have spaces inside, {{ {name} }}"
+            )
+    if faults:
+        raise SelfalignError("\n".join(dict.fromkeys(faults)))
+
 
 def fill(template: str, values: dict[str, str]) -> str:
     """Puts each value where `{name}` stands in the template, once and literally.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from selfalign.errors import SelfalignError
 from selfalign.files import derive_seed, text_or_file
+from selfalign.prompts import check_template
 from selfalign.records import Prompt
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class Refinement:
         self.prompt = text_or_file(self.prompt, "loss.refinement.prompt")
         if not self.prompt.strip():
             raise SelfalignError("loss.refinement.prompt is empty; p is what the refinement asks the policy")
+        check_template(self.prompt, "loss.refinement.prompt", (), ("scale",))
         if self.scale < 1:
             raise SelfalignError(f"loss.refinement.scale must be 1 or more, got {self.scale}")
         if self.scale != SCALE and "{scale}" not in self.prompt:

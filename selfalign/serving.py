@@ -26,6 +26,7 @@ from selfalign.failures import naming
 from selfalign.files import write_json
 from selfalign.generation import Completion, Request, Sampling, Transformers, check_dtype
 from selfalign.models import DTYPES, PolicyFiles, release_memory
+from selfalign.prompts import check_template
 from selfalign.quantization import check_engine
 from selfalign.records import FinishReason
 from selfalign.scoring import Scorer
@@ -74,9 +75,7 @@ class Server:
 
     def __post_init__(self) -> None:
         self.dtype = check_dtype(self.dtype)
-        for name in ("{weights}", "{port}"):
-            if name not in self.command:
-                raise SelfalignError(f"generate.command must have {name} where the server takes it")
+        check_template(self.command, "generate.command", ("weights", "port"), ("dtype",))
         if re.search(r"--api-key[ =]+(?![\"']?\$)", self.command):
             raise SelfalignError(
                 "generate.command is saved with the run: have it take the key from the environment, as --api-key $NAME "

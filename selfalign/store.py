@@ -22,13 +22,13 @@ from filelock import FileLock, Timeout
 from selfalign import processes
 from selfalign.errors import SelfalignError
 from selfalign.failures import at_the_end, fits, naming
-from selfalign.files import digest_folder, digest_json, read_json, write_json
+from selfalign.files import digest_folder, digest_json, read_json, write_atomically, write_json
 from selfalign.journal import Journal
 from selfalign.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 """Raised when artefacts of an older selfalign must not be reused."""
 
 LOG = "log.jsonl"
@@ -107,7 +107,7 @@ class Workspace:
         log = self.path / LOG
         lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
         rows = [row for row in map(_parse_or_none, lines) if row is not None and keep(row)]
-        log.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        write_atomically(log, [json.dumps(row).encode() + b"\n" for row in rows])
         for row in rows:
             self._on_row(row)
 

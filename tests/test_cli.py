@@ -155,14 +155,72 @@ def test_bad_input_is_one_line_that_names_the_key(call: Callable[..., Said], cas
         assert said.err == errors[0] + "\n"
 
 
-def test_unknown_option_is_answered_with_those_there_are(call: Callable[..., Said]) -> None:
-    said = call("experiment=smoke", "loss=ppo")
-    assert all(option in said.err for option in ("dpo", "ipo", "sr_dpo", "sr_ipo", "positives"))
+MISTAKEN = {
+    "key": ("loss.lamb=3", "no loss.lamb; did you mean loss.lam?"),
+    "key in depth": ("data.respond.sampling.topp=1", "no data.respond.sampling.topp; did you mean "
+                     "data.respond.sampling.top_p?"),
+    "key added": ("+loss.lamb=1", "no loss.lamb; did you mean loss.lam?"),
+    "key of another component": ("loss.samples=1", "no loss.samples; loss has beta, label_smoothing, lam, "),
+    "key without its path": ("beta=3", "no beta; did you mean loss.beta?"),
+    "key of two components": ("epochs=3", "no epochs; did you mean train.sft.epochs or train.align.epochs?"),
+    "group": ("judgee=additive", "no judgee; did you mean judge?"),
+    "key of no group": ("critic=large", "no critic; a configuration has benchmark, data, "),
+    "option": ("loss=dpoo", "no loss=dpoo; did you mean loss=dpo? There are: dpo, ipo, odpo, positives, sr_dpo, "
+               "sr_ipo"),
+    "option unlike any": ("pair=xyz", "no pair=xyz; there are: all_ordered, best_vs_k, best_worst, positives, random"),
+    "option of a list": ("benchmark=[mtbench]", "no benchmark=mtbench; did you mean benchmark=mt_bench? There are: "),
+    "option of a group elsewhere": ("judge@evaluate.preferences.judge=externa", "no judge=externa; did you mean "
+                                    "judge=external? There are: "),
+    "option in a folder": ("experiment=my/smoke", "no experiment=my/smoke; did you mean experiment=smoke? There are: "),
+    "value of another type": ("iterations=1.5", "cannot set iterations=1.5: Value '1.5' of type 'float' could not be "
+                              "converted to Integer"),
+    "value for a component": ("train.sft=fast", "cannot set train.sft=fast: Invalid type assigned: str is not a "
+                              "subclass of Optimization."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISTAKEN)
+def test_mistaken_override_is_answered_with_what_was_meant(call: Callable[..., Said], case: str) -> None:
+    override, message = MISTAKEN[case]
+    said = call(override)
+    assert said.err.startswith(f"error: {message}")
+    assert said.err.count("\n") == 1
+    assert not any(internal in said.err for internal in ("full_key", "object_type", "append to your", "Could not"))
+    assert said.code == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "keys"),
+    [
+        (["model=pretrained"], ["model.path"]),
+        (["model=pretrained", "data=pairs", "iterations=1"], ["data.path", "model.path"]),
+        (["generate=server"], ["generate.command"]),
+        (["benchmark=[alpaca_eval,lm_eval]"], ["benchmark.alpaca_eval.reference_outputs", "benchmark.lm_eval.tasks"]),
+        (["judge=external"], ["judge.endpoint.base_url", "judge.endpoint.model"]),
+        (["judge=external", "judge.endpoint.model=m"], ["judge.endpoint.base_url"]),
+    ],
+)
+def test_values_that_must_be_given_are_asked_for_all_at_once(
+    call: Callable[..., Said], overrides: list[str], keys: list[str]
+) -> None:
+    said = call(*overrides)
+    assert said.err.splitlines() == [f"error: set {key}=…; it has no default" for key in keys]
+    assert said.code == 1
+
+
+@pytest.mark.parametrize("key", ["evaluate.head_to_head", "train.choose.head_to_head", "benchmark.mt_bench.judge"])
+@pytest.mark.parametrize("setting", ["model=gpt", "key_variable=KEY", "prompt_price=3"])
+def test_endpoint_without_an_address_is_no_endpoint_that_is_passed_over(
+    call: Callable[..., Said], key: str, setting: str
+) -> None:
+    said = call("benchmark=[mt_bench]", f"{key}.endpoint.{setting}")
+    assert said.err.splitlines()[0] == f"error: set {key}.endpoint.base_url=…; it has no default"
+    assert said.code == 1
 
 
 def test_launcher_that_is_not_installed_is_answered_with_how_to_install_it(call: Callable[..., Said]) -> None:
     said = call("-m", "experiment=smoke", "hydra/launcher=nosuch", "seed=1")
-    assert said.err.startswith("error: In 'hydra/config': Could not find 'hydra/launcher/nosuch' Available options in ")
+    assert said.err.startswith("error: no hydra/launcher=nosuch; there are: basic, ")
     assert said.err.endswith("; pip install 'selfalign[sweep]'\n")
     assert "search path" not in said.err
 

@@ -11,6 +11,7 @@ from selfalign.containers import identify_data
 from selfalign.data import read_demonstrations, read_instructions, read_outputs, read_pairs, read_ranked
 from selfalign.errors import SelfalignError
 from selfalign.records import PreferencePair
+from selfalign.turns import as_text
 
 USER = {"role": "user", "content": "Name a colour."}
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -321,6 +322,44 @@ def test_ranks_that_the_scores_contradict_are_dropped_and_counted(tmp_path: Path
     assert (question.instruction, drops) == ("Ho", Counter(scores_contradict=3))
     (pair,), drops = read_pairs(source)
     assert (pair.chosen, pair.rejected, drops) == ("a", "c", Counter(scores_contradict=1))
+
+
+def test_pairs_that_contradict_each_other_are_dropped_and_counted(tmp_path: Path) -> None:
+    """Nobody can tell which of them is right; another prompt with the same answers says nothing against them."""
+    asked = [{"role": "user", "content": "Hi"}]
+    rows = [
+        {"prompt": asked, "chosen": "yes", "rejected": "no"},
+        {"prompt": asked, "chosen": "yes", "rejected": "maybe"},
+        {"instruction": "Hi ", "chosen": " no", "rejected": "yes"},
+        {"instruction": "Ho", "chosen": "no", "rejected": "yes"},
+        {"instruction": "Hu", "chosen": "yes", "rejected": "yes "},
+    ]
+    pairs, drops = read_pairs(write_rows(tmp_path / "a.jsonl", *rows))
+    assert [(as_text(pair.prompt), pair.chosen, pair.rejected) for pair in pairs] == [
+        ("Hi", "yes", "maybe"), ("Ho", "no", "yes"), ("Hu", "yes", "yes "),
+    ]  # fmt: skip
+    assert drops == Counter(order_contradicts=2)
+
+
+def test_published_pairs_that_contradict_each_other_are_dropped_and_counted(tmp_path: Path) -> None:
+    said = [f"\n\nHuman: Hi\n\nAssistant: {answer}" for answer in ("yes", "no", "maybe")]
+    sides = [(0, 1), (1, 0), (0, 2)]
+    rows = [{"chosen": said[chosen], "rejected": said[rejected]} for chosen, rejected in sides]
+    (pair,), drops = read_pairs(write_rows(tmp_path / "a.jsonl", *rows))
+    assert (pair.chosen, pair.rejected, drops) == ("yes", "maybe", Counter(order_contradicts=2))
+
+
+def test_ranked_questions_that_contradict_each_other_are_dropped_and_counted(tmp_path: Path) -> None:
+    ranks = [("Hi", "abc"), ("Hi", "db"), ("Hi", "cbe"), ("Ho", "cba")]
+    rows = [
+        {"instruction": asked, "responses": [answer(text, rank) for rank, text in enumerate(order, start=1)]}
+        for asked, order in ranks
+    ]
+    questions, drops = read_ranked(write_rows(tmp_path / "a.jsonl", *rows))
+    assert [(question.instruction, question.texts) for question in questions] == [
+        ("Hi", ["d", "b"]), ("Ho", ["c", "b", "a"]),
+    ]  # fmt: skip
+    assert drops == Counter(order_contradicts=6)
 
 
 def test_best_and_worst_answer_that_are_the_same_are_no_pair(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from builders import TINY_RUN, Said, composed, policy_artefact, write_tiny_data
 from omegaconf import OmegaConf
 
 from selfalign.errors import SelfalignError
+from selfalign.feasibility import without_effect
 from selfalign.models import PolicyFiles
 from selfalign.multirun import sweep_folder
 from selfalign.requirements import check_requirements
@@ -156,6 +157,94 @@ def test_setting_without_effect_is_refused(name: str) -> None:
     assert message in str(caught.value)
 
 
+POSITIVES = "loss=positives pair=positives"
+IDLE = {
+    "training of no alignment": (
+        f"{POSITIVES} train.align.max_length=99 train.align.epochs=2 train.reference_logps=live train.sft.epochs=2",
+        ["train.align.max_length=99", "train.align.epochs=2", "train.reference_logps=live"],
+        "loss=positives fine-tunes by train.sft and aligns nothing",
+    ),
+    "training of no alignment, by which held-out pairs are scored": (
+        f"{POSITIVES} train.align.max_length=99 train.align.epochs=2 evaluate.preferences.source=ranked",
+        ["train.align.epochs=2"], "loss=positives fine-tunes by train.sft and aligns nothing",
+    ),
+    "training without demonstrations": (
+        f"{GIVEN_PAIRS} data.seeds.demonstrations='' data.seeds.ranked='' train.sft.learning_rate=0.1",
+        ["train.sft.learning_rate=0.1"], "there are no demonstrations, so M1 is M0",
+    ),
+    "comparison of no checkpoints": (
+        "train.choose.level=0.1 train.choose.sampling.top_p=0.9 train.choose.every_steps=0",
+        ["train.choose.level=0.1", "train.choose.sampling.top_p=0.9"],
+        "train.choose.every_steps=0 compares no checkpoints",
+    ),
+    "adapter of no rank": (
+        "model.lora.rank=0 model.lora.alpha=3", ["model.lora.alpha=3"], "model.lora.rank=0 trains all weights",
+    ),
+    "answers to nothing": (
+        "evaluate.instructions='' evaluate.count=3 evaluate.head_to_head.model=base evaluate.matrix=false",
+        ["evaluate.count=3", "evaluate.head_to_head.model=base"],
+        "evaluate.instructions names none, so no model answers any",
+    ),
+    "pairs of nothing": (
+        "evaluate.preferences.count=3", ["evaluate.preferences.count=3"],
+        "evaluate.preferences.source names no pairs",
+    ),
+    "writer of given instructions": (
+        "data.instruct.source=a.jsonl data.instruct.max_rouge=0.5 data.instruct.sampling.temperature=1",
+        ["data.instruct.sampling.temperature=1"], "data.instruct.source gives the instructions, so none are written",
+    ),
+    "share of no questions": (
+        "data.seeds.ranked='' data.seeds.held_out_share=0.5", ["data.seeds.held_out_share=0.5"],
+        "data.seeds.ranked names no questions",
+    ),
+    "balance of human scores": (
+        "data.seeds.most_common_ratio=2", ["data.seeds.most_common_ratio=2"],
+        "only data.seeds.evaluation_fine_tuning=baseline balances the scores of EFT examples",
+    ),
+    "prompt of a refinement without one": (
+        "loss=sr_dpo loss.refinement.source=naive loss.refinement.prompt=Go", ["loss.refinement.prompt=Go"],
+        "loss.refinement.source=naive puts no prompt before x",
+    ),
+    "model beside a server": (
+        "evaluate.head_to_head.endpoint.base_url=http://h/v1 evaluate.head_to_head.endpoint.model=m "
+        "evaluate.head_to_head.model=base evaluate.head_to_head.verdict_tokens=9",
+        ["evaluate.head_to_head.model=base"], "a server compares",
+    ),
+    "tokens of a policy's verdict": (
+        "evaluate.head_to_head.verdict_tokens=9", ["evaluate.head_to_head.verdict_tokens=9"],
+        "a policy's verdict is one token",
+    ),
+    "repository of no push": ("push_to=owner/name", ["push_to=owner/name"], "push=false sends nothing to a hub"),
+    "price without an estimate": ("price_per_hour=2", ["price_per_hour=2"], "only dry_run=true estimates what a run "
+                                  "costs"),
+    "judge of nothing": (
+        f"{GIVEN_PAIRS} data.seeds.ranked='' evaluate=none judge=additive judge.samples=2",
+        ["judge=additive", "judge.samples=2"],
+        "pairs are given, and there are no answers or ranked questions to score",
+    ),
+    "nothing": ("train.align.epochs=2 model.lora.rank=2 model.lora.alpha=3 evaluate.count=3", [], ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", IDLE)
+def test_setting_of_the_command_line_that_does_nothing_is_told(case: str) -> None:
+    overrides, idle, why = IDLE[case]
+    given = overrides.replace("''", '""').split()
+    config = composed(SMOKE, *given)[0]
+    assert without_effect(config, [SMOKE, *given]) == [f"{override} has no effect: {why}" for override in idle]
+
+
+def test_setting_that_does_nothing_is_told_before_anything_is_made(call: Callable[..., Said], tmp_path: Path) -> None:
+    told = [*TINY_RUN, *write_tiny_data(tmp_path / "data"), "push_to=owner/name", "evaluate.instructions=/no.jsonl"]
+    said = call(*told, f"output_dir={tmp_path / 'out'}")
+    assert said.code == 1
+    assert [line for line in said.err.splitlines() if "push" in line] == [
+        "push_to=owner/name has no effect: push=false sends nothing to a hub"
+    ]
+    (log,) = (tmp_path / "out").glob("*/run.log")
+    assert "WARNING push_to=owner/name has no effect" in log.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("override", "path"),
     [
@@ -238,6 +327,11 @@ IN_DATA = {
     "held-out pairs to measure on": (
         ["evaluate.preferences.source=ranked", "evaluate.preferences.count=3"],
         "evaluate.preferences.count=3, but there are 1 usable pairs of ranked: ",
+    ),
+    "pairs to measure on that are trained on": (
+        ["data=pairs", "data.path={0}/ranked.jsonl", "iterations=1", "evaluate.preferences.source={0}/ranked.jsonl"],
+        "evaluate.preferences.source={}/ranked.jsonl: 4 of 4 pairs share a prompt or a response with what is trained "
+        "on, so none could be measured: give others",
     ),
     "given pairs": (
         ["data=pairs", "data.path={}/ranked.jsonl", "iterations=1", "data.count=9"],

@@ -1,5 +1,6 @@
 """What a run will lack is known before anything is made: with real servers, real files and real interpreters."""
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +64,14 @@ def test_all_that_is_missing_is_said_at_once_and_nothing_is_made(
     ]  # fmt: skip
     assert not (tmp_path / "outputs/store").exists()
     assert all("data.seeds.ranked: no/ranked.jsonl: no such file" not in line for line in said.out.splitlines())
+
+
+def test_layout_of_several_processes_is_missed_before_anything_is_made() -> None:
+    told = ["train.layout.kind=fsdp2"]
+    (line,) = found(*told)
+    assert line.startswith("train.layout.kind=fsdp2 needs several processes, and this is the only one: ")
+    trained = [label for label, _ in plan(composed("experiment=smoke")[0]) if re.fullmatch(r"M[1-9]\d*", label)]
+    assert found(*told, made=tuple(trained)) == []
 
 
 def test_reasons_are_in_the_log_of_the_run(tmp_path: Path) -> None:

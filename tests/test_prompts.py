@@ -1,9 +1,10 @@
 """Templates filled literally, by values that cannot close the section they stand in."""
 
 import pytest
+from builders import composed
 
 from selfalign.errors import SelfalignError
-from selfalign.prompts import fill
+from selfalign.prompts import check_template, fill
 
 
 def test_filling_puts_values_where_their_names_stand_and_nowhere_else() -> None:
@@ -46,3 +47,70 @@ def test_a_value_cannot_open_or_close_the_templates_sections(value: str, broken:
 def test_template_without_a_needed_placeholder_is_refused_by_name() -> None:
     with pytest.raises(SelfalignError, match=r"the prompt template lacks \{response\}"):
         fill("Rate {instruction} {respone}", {"instruction": "1", "response": "2"})
+
+
+RATED = "Rate {instruction} {response}. "
+HAS = "; it has {instruction}, {response}"
+
+
+@pytest.mark.parametrize(
+    ("more", "fault"),
+    [
+        ("{reference}", "{reference} is no placeholder" + HAS),
+        ("{instruction}{reference}", "{reference} is no placeholder" + HAS),
+        ("Say:{respone}.", "{respone} is no placeholder" + HAS),
+        ('{"answer": {reference}}', "{reference} is no placeholder" + HAS),
+        ("{{instruction}}", "{{instruction}} is no placeholder, which stands in single braces" + HAS),
+        ("{{ response }}", "{{ response }} is no placeholder, which stands in single braces" + HAS),
+        ("{{{instruction}}}", "{{{instruction}}} is no placeholder, which stands in single braces" + HAS),
+    ],
+)
+def test_braces_that_look_like_a_placeholder_and_are_none_are_refused(more: str, fault: str) -> None:
+    with pytest.raises(SelfalignError) as refused:
+        check_template(RATED + more, "judge.prompt", ("instruction", "response"))
+    assert str(refused.value).startswith(f"judge.prompt: {fault}")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        'Reply in JSON: {"score": 5, "why": {"text": "..."}}',
+        '{"asked": "{instruction}", "said": {response}}',
+        "{\n  score: 5\n}",
+        "{}", "{{}}", "{0}", "{a, b}", "{ reference }", "f({instruction})", "x^{n}", "a_{i}", "${HOME}",
+        "End with \\boxed{score} or \\frac{a}{b}.",
+    ],
+)  # fmt: skip
+def test_other_braces_are_text(more: str) -> None:
+    check_template(RATED + more, "judge.prompt", ("instruction", "response"))
+    filled = fill(RATED + more, {"instruction": "1", "response": "2"})
+    assert filled == "Rate 1 2. " + more.replace("{instruction}", "1").replace("{response}", "2")
+
+
+def test_every_fault_of_a_template_is_told_at_once() -> None:
+    with pytest.raises(SelfalignError) as refused:
+        check_template("Rate {respone} by {{instruction}}", "judge.prompt", ("instruction", "response"))
+    assert [line.partition(";")[0] for line in str(refused.value).splitlines()] == [
+        "judge.prompt lacks {response}",
+        "judge.prompt: {respone} is no placeholder",
+        "judge.prompt: {{instruction}} is no placeholder, which stands in single braces",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "has"),
+    [
+        ("judge.prompt", "{instruction}{response}", "{instruction}, {response}"),
+        ("evaluate.head_to_head.prompt", "{instruction}{first}{second}", "{instruction}, {first}, {second}"),
+        ("train.choose.head_to_head.prompt", "{instruction}{first}{second}", "{instruction}, {first}, {second}"),
+        ("benchmark.mt_bench.judge.prompt", "{references}{conversation}", "{references}, {conversation}"),
+        ("loss.refinement.prompt", "{scale}", "{scale}"),
+        ("data.instruct.prompt", "Go on.", "none"),
+    ],
+)
+def test_every_prompt_that_can_be_set_is_checked(key: str, text: str, has: str) -> None:
+    composed("experiment=smoke", "benchmark=[mt_bench]", f'{key}="{text}"')
+    with pytest.raises(SelfalignError) as refused:
+        composed("experiment=smoke", "benchmark=[mt_bench]", f'{key}="{text} {{topic}}"')
+    assert str(refused.value).startswith(f"{key}: {{topic}} is no placeholder; it has {has}. Braces that are meant")

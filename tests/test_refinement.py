@@ -121,8 +121,8 @@ def test_scale_of_the_paper_is_the_default() -> None:
 
 
 def test_braces_in_the_query_and_in_p_stay_as_they_are(tiny_tokenizer: Any) -> None:
-    p = Refinement(prompt="Use {x} up to {scale}: ", scale=7).text(tiny_tokenizer)
-    assert augment(p, "a {scale} {y} {}") == "Use {x} up to 7: a {scale} {y} {}"
+    p = Refinement(prompt="Use { x } up to {scale}: ", scale=7).text(tiny_tokenizer)
+    assert augment(p, "a {scale} {y} {}") == "Use { x } up to 7: a {scale} {y} {}"
 
 
 def test_p_can_stand_in_a_file(tiny_tokenizer: Any, tmp_path: Path) -> None:

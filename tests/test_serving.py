@@ -441,8 +441,12 @@ def test_other_machines_of_a_run_ask_the_main_one(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"command": "vllm serve {weights}"}, r"command must have \{port\}"),
-        ({"command": "vllm serve --port {port}"}, r"command must have \{weights\}"),
+        ({"command": "vllm serve {weights}"}, r"command lacks \{port\}"),
+        (
+            {"command": "vllm serve {weights} --port {port} --name {model}"},
+            r"command: \{model\} is no placeholder; it has \{weights",
+        ),
+        ({"command": "vllm serve --port {port}"}, r"command lacks \{weights\}"),
         ({"command": f"{IDLE} --api-key sk-0123"}, "command is saved with the run"),
         ({"command": f"{IDLE} --api-key=sk-0123"}, "command is saved with the run"),
         ({"dtype": "float8"}, "dtype"),

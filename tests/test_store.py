@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders import file_limit
 
 from selfalign.errors import SelfalignError
 from selfalign.files import digest_folder, read_json
@@ -324,6 +325,17 @@ def test_rewound_log_keeps_the_rows_before_and_drops_a_torn_line(tmp_path: Path)
         {"step": 2},
         {"step": 3},
     ]
+
+
+def test_log_that_cannot_be_rewound_keeps_its_rows(tmp_path: Path) -> None:
+    """Rows that were lost here would be missing from the curves, and nobody would be told."""
+    first = Workspace(tmp_path, "label", lambda row: None)
+    for step in range(1, 41):
+        first.log({"step": step})
+    before = (tmp_path / "log.jsonl").read_bytes()
+    with pytest.raises(OSError, match="File too large"), file_limit(100):
+        Workspace(tmp_path, "label", lambda row: None).rewind_log(lambda row: row["step"] <= 30)
+    assert (tmp_path / "log.jsonl").read_bytes() == before
 
 
 def _make_in_another_process(root: str, barrier: Any, results: Any) -> None:

@@ -11,6 +11,7 @@ from selfalign.benchmarks.entrant import packaged_file
 from selfalign.containers import read_rows
 from selfalign.errors import SelfalignError
 from selfalign.files import digest_text, path_of, write_atomically
+from selfalign.prompts import check_template
 from selfalign.records import read_typed_lines
 from selfalign.rows import BESIDE, Row, is_blank
 
@@ -22,8 +23,15 @@ FILES = {
     "references": "mt_bench/reference_answer/gpt-4.jsonl",
     "prompts": "judge_prompts.jsonl",
 }
-SINGLE = ("single-v1", "single-math-v1", "single-v1-multi-turn", "single-math-v1-multi-turn")
-"""The prompts that grade one answer: without and with references, of one turn and of two."""
+ONE_TURN = ("question", "answer")
+TWO_TURNS = ("question_1", "answer_1", "question_2", "answer_2")
+SINGLE = {
+    "single-v1": ONE_TURN,
+    "single-math-v1": (*ONE_TURN, "ref_answer_1"),
+    "single-v1-multi-turn": TWO_TURNS,
+    "single-math-v1-multi-turn": (*TWO_TURNS, "ref_answer_1", "ref_answer_2"),
+}
+"""The prompts that grade one answer, without and with references, of one turn and of two, with their placeholders."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,11 +130,14 @@ def read_prompts(path: Path) -> dict[str, JudgePrompt]:
     """The judge prompts of a file, by name.
 
     Raises:
-        SelfalignError: a line is no prompt, or one of those that grade single answers is missing.
+        SelfalignError: a line is no prompt, or one of those that grade single answers is missing or has other
+            placeholders.
     """
     prompts = {prompt.name: prompt for _, prompt in read_typed_lines(path, JudgePrompt)}
     if missing := [name for name in SINGLE if name not in prompts]:
         raise SelfalignError(f"{path}: has no prompt named {' or '.join(missing)}")
+    for name, placeholders in SINGLE.items():
+        check_template(prompts[name].prompt_template, f"{path}: prompt_template of {name}", placeholders)
     return prompts
 
 

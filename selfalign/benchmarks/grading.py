@@ -14,10 +14,10 @@ from selfalign.errors import SelfalignError
 from selfalign.files import digest_file, text_or_file
 from selfalign.generation import Reader, Request, Sampling, read_all, write_all
 from selfalign.journal import Journal
-from selfalign.judges.bench import check_batch_tokens, check_model, check_prompt, check_share
+from selfalign.judges.bench import check_batch_tokens, check_model, check_share
 from selfalign.judges.sampled import spell_out, why_ended
 from selfalign.judges.unread import Unread
-from selfalign.prompts import fill
+from selfalign.prompts import check_template, fill
 from selfalign.records import Message
 from selfalign.store import Counts
 from selfalign.tokenization import encode_prompt
@@ -71,7 +71,7 @@ class Grader:
     def check(self, key: str) -> None:
         """Checks every setting and reads the prompt's file; messages name settings as `key`.name."""
         self.prompt = text_or_file(self.prompt, f"{key}.prompt")
-        check_prompt(self.prompt, ("references", "conversation"), key)
+        check_template(self.prompt, f"{key}.prompt", ("references", "conversation"))
         check_model(self.model, key)
         check_share(self.max_failed_share, key)
         check_batch_tokens(self.batch_tokens, key)
@@ -79,7 +79,7 @@ class Grader:
             raise SelfalignError(f"{key}.reading must be written or expected, got {self.reading!r}")
         if self.max_new_tokens < 1:
             raise SelfalignError(f"{key}.max_new_tokens must be 1 or more, got {self.max_new_tokens}")
-        if self.endpoint.base_url:
+        if self.endpoint != Endpoint():
             self.endpoint.check(f"{key}.endpoint")
 
     def sources(self, key: str) -> dict[str, str]:

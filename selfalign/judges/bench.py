@@ -15,7 +15,7 @@ from selfalign.generation import Backend, Generator, Loaded, Reader
 from selfalign.journal import Journal
 from selfalign.metrics import Sums
 from selfalign.models import PolicyFiles
-from selfalign.prompts import fill
+from selfalign.prompts import check_template, fill
 from selfalign.records import (
     Comparison,
     Instruction,
@@ -78,7 +78,7 @@ class Rubric:
 
     def __post_init__(self) -> None:
         self.prompt = text_or_file(self.prompt, "judge.prompt")
-        check_prompt(self.prompt, ("instruction", "response"))
+        check_template(self.prompt, "judge.prompt", ("instruction", "response"))
         check_share(self.max_failed_share)
         check_scale(self.low, self.high)
 
@@ -275,13 +275,6 @@ def ties(subjects: Sequence[Subject], scores: Mapping[str, float]) -> list[bool]
         for family in by_instruction(subjects).values()
     ]
     return [len(set(family)) == 1 for family in families if len(family) > 1]
-
-
-def check_prompt(prompt: str, names: Sequence[str], key: str = "judge") -> None:
-    """The rubric must have a place for everything it is about."""
-    for name in names:
-        if f"{{{name}}}" not in prompt:
-            raise SelfalignError(f"{key}.prompt lacks {{{name}}}")
 
 
 def check_scale(low: int, high: int) -> None:

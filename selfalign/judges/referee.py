@@ -11,12 +11,12 @@ from selfalign.endpoint import Endpoint
 from selfalign.errors import SelfalignError
 from selfalign.files import text_or_file
 from selfalign.generation import read_all
-from selfalign.judges.bench import Bench, check_batch_tokens, check_model, check_prompt, check_share
+from selfalign.judges.bench import Bench, check_batch_tokens, check_model, check_share
 from selfalign.judges.comparison import Duel, Reading, Showing, bias_statistics, compare, parse_verdict, unread_text
 from selfalign.judges.expected import distribution, tokens_behind
 from selfalign.judges.unread import Unread
 from selfalign.metrics import win_statistics
-from selfalign.prompts import fill
+from selfalign.prompts import check_template, fill
 from selfalign.records import Comparison, JudgementStatus, Prompt, Response, Verdict
 from selfalign.store import Counts
 from selfalign.tokenization import encode_prompt
@@ -61,11 +61,11 @@ class Referee:
 
     def __post_init__(self) -> None:
         self.prompt = text_or_file(self.prompt, f"{self.key}.prompt")
-        check_prompt(self.prompt, ("instruction", "first", "second"), self.key)
+        check_template(self.prompt, f"{self.key}.prompt", ("instruction", "first", "second"))
         check_model(self.model, self.key)
         check_share(self.max_failed_share, self.key)
         check_batch_tokens(self.batch_tokens, self.key)
-        if self.endpoint.base_url:
+        if self.endpoint != Endpoint():
             self.endpoint.check(f"{self.key}.endpoint")
         if self.verdict_tokens < 1:
             raise SelfalignError(f"{self.key}.verdict_tokens must be 1 or more, got {self.verdict_tokens}")

@@ -14,6 +14,7 @@ from selfalign.generation import Backend, Completion, Generator, Request, Sampli
 from selfalign.metrics import instruction_statistics
 from selfalign.models import PolicyFiles
 from selfalign.overlap import Known
+from selfalign.prompts import check_template
 from selfalign.records import Demonstration, FinishReason, Instruction, read_records, write_records
 from selfalign.store import Artefact, Counts, Workspace, together
 from selfalign.tokenization import encode_prompt
@@ -74,6 +75,7 @@ class InstructConfig:
 
     def __post_init__(self) -> None:
         self.sampling.check("data.instruct.sampling")
+        check_template(self.prompt, "data.instruct.prompt", ())
         if self.fixed_writer and "/" not in self.writer and self.writer not in BUILDERS:
             raise SelfalignError(
                 f"data.instruct.writer must be {', '.join(OWN_WRITERS)}, a model's folder (./NAME), a hub id "

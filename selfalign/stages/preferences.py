@@ -1,5 +1,6 @@
 """preferences: held-out pairs + log-probabilities of a policy and its reference → margin, accuracy, Δ."""
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ from selfalign.splits import Known, texts_of
 from selfalign.statistics import bootstrap, bootstrap_correlation, bootstrap_mean
 from selfalign.store import Artefact, Counts, Workspace
 from selfalign.turns import as_text
+
+logger = logging.getLogger(__name__)
 
 
 def preferences(
@@ -57,8 +60,7 @@ def preferences(
         SelfalignError: no pair is left, or a log-probability is not a number.
     """
     given = read_records(pairs.path / "pairs.jsonl", PreferencePair)
-    known = Known.of(trained_on)
-    apart = [pair for pair in given if not known.shares(texts_of(pair.prompt, pair.chosen, pair.rejected))]
+    apart = _apart(given, Known.of(trained_on))
     own, other = (
         {record.id: record for record in read_records(artefact.path / "references.jsonl", PairReference)}
         for artefact in (policy, reference)
@@ -82,6 +84,11 @@ def preferences(
         "prompts_cut": policy.counts["prompts_cut"],
         "dropped": dropped,
     }
+
+
+def _apart(pairs: Sequence[PreferencePair], known: Known) -> list[PreferencePair]:
+    """The pairs that share no prompt and no response with what was trained on."""
+    return [pair for pair in pairs if not known.shares(texts_of(pair.prompt, pair.chosen, pair.rejected))]
 
 
 def measure_pairs(
@@ -162,7 +169,9 @@ def score_correlations(measured: Sequence[MeasuredPair]) -> dict[str, float]:
     return numbers
 
 
-def preference_test(out: Workspace, *, source: str, count: int, content: str, ranked: Artefact | None) -> Counts:
+def preference_test(
+    out: Workspace, *, source: str, count: int, content: str, ranked: Artefact | None, trained_on: list[Artefact]
+) -> Counts:
     """Given preference data as pairs to measure on, and as responses that a judge can score.
 
     Args:
@@ -173,9 +182,11 @@ def preference_test(out: Workspace, *, source: str, count: int, content: str, ra
             are counted, so that the pairs are independent of each other, as their intervals suppose.
         content: digest of the source.
         ranked: ranked.jsonl, whose answers are paired where the source names no data.
+        trained_on: artefacts with what is given to be trained on. Pairs that share a text with it stay, since what a
+            run writes itself may rule out others too, and `preferences` drops them all; but some must be left.
 
     Raises:
-        SelfalignError: there is no pair.
+        SelfalignError: there is no pair, or none that could be measured.
     """
     if ranked is None:
         found, drops = read_pairs(source)
@@ -189,6 +200,7 @@ def preference_test(out: Workspace, *, source: str, count: int, content: str, ra
     drops.update(same_instruction=len(found) - len(apart))
     if not pairs:
         raise SelfalignError(f"evaluate.preferences.source={source}: no usable pair (dropped: {dict(+drops)})")
+    _check_apart(source, pairs, Known.of(trained_on))
     write_records(out.path / "pairs.jsonl", pairs)
     asked = [Instruction(id=pair.id, text=as_text(pair.prompt), source="evaluation") for pair in pairs]
     write_records(out.path / "instructions.jsonl", asked)
@@ -199,3 +211,19 @@ def preference_test(out: Workspace, *, source: str, count: int, content: str, ra
     ]
     write_records(out.path / "responses.jsonl", answers)
     return {"pairs": len(pairs), "dropped": dict(sorted((+drops).items()))}
+
+
+def _check_apart(source: str, pairs: Sequence[PreferencePair], known: Known) -> None:
+    """Says how many pairs cannot be measured, because they share a prompt or a response with what is trained on.
+
+    Raises:
+        SelfalignError: none can.
+    """
+    taught = len(pairs) - len(_apart(pairs, known))
+    said = (
+        f"evaluate.preferences.source={source}: {taught} of {len(pairs)} pairs share a prompt or a response with what"
+    )
+    if taught == len(pairs):
+        raise SelfalignError(f"{said} is trained on, so none could be measured: give others")
+    if taught:
+        logger.warning("%s is trained on, and are not measured", said)

@@ -79,6 +79,25 @@ def test_prompts_are_read_by_name_and_all_four_must_be_there(tmp_path: Path) -> 
         read_prompts(write_rows(tmp_path / "few.jsonl", [p for p in PROMPTS if p["name"] != "single-math-v1"]))
 
 
+@pytest.mark.parametrize(
+    ("name", "template", "fault"),
+    [
+        ("single-v1", "Q {question} Say [[n]].", "lacks {answer}"),
+        ("single-v1", "Q {question} A {answer} R {reference}", ": {reference} is no placeholder; it has {question}, "),
+        ("single-math-v1", "Q {question} A {answer}", "lacks {ref_answer_1}"),
+        ("single-v1-multi-turn", "Q {question_1} A {answer_1} Q {question_2} A {answer_3} {answer_2}", ": {answer_3} "),
+    ],
+)
+def test_prompt_of_a_file_has_its_placeholders_and_no_others(
+    tmp_path: Path, name: str, template: str, fault: str
+) -> None:
+    changed = [p | {"prompt_template": template} if p["name"] == name else p for p in PROMPTS]
+    path = write_rows(tmp_path / "prompts.jsonl", changed)
+    with pytest.raises(SelfalignError) as refused:
+        read_prompts(path)
+    assert str(refused.value).startswith(f"{path}: prompt_template of {name}{' ' * fault.startswith('l')}{fault}")
+
+
 def test_missing_file_is_named_with_its_setting(tmp_path: Path) -> None:
     with pytest.raises(SelfalignError, match=r"^benchmark.b.questions: .*nowhere.jsonl: no such file$"):
         locate(str(tmp_path / "nowhere.jsonl"), "questions", "benchmark.b.questions")

@@ -251,7 +251,7 @@ def test_given_pairs_become_responses_that_a_judge_can_score(tmp_path: Path) -> 
     source = tmp_path / "test.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = workspace(tmp_path / "out")
-    counts = preference_test(out, source=str(source), count=2, content="c", ranked=None)
+    counts = preference_test(out, source=str(source), count=2, content="c", ranked=None, trained_on=[])
     assert counts == {"pairs": 2, "dropped": {}}
     asked = read_records(out.path / "instructions.jsonl", Instruction)
     answers = read_records(out.path / "responses.jsonl", Response)
@@ -276,17 +276,35 @@ def test_first_pair_of_an_instruction_is_taken_and_the_others_are_counted(tmp_pa
     ]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = workspace(tmp_path / "out")
-    counts = preference_test(out, source=str(tmp_path / "test.jsonl"), count=3, content="c", ranked=None)
+    given: dict[str, Any] = {"count": 3, "content": "c", "ranked": None, "trained_on": []}
+    counts = preference_test(out, source=str(tmp_path / "test.jsonl"), **given)
     assert counts == {"pairs": 3, "dropped": {"same_instruction": 2}}
     assert [pair.id for pair in read_records(out.path / "pairs.jsonl", PreferencePair)] == ["1", "2", "5"]
 
 
 def test_data_without_a_pair_names_the_setting(tmp_path: Path) -> None:
     (tmp_path / "same.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "b"}) + "\n")
+    given: dict[str, Any] = {"count": 0, "content": "c", "ranked": None, "trained_on": []}
     with pytest.raises(SelfalignError, match=r"evaluate\.preferences\.source.*identical"):
-        preference_test(
-            workspace(tmp_path / "out"), source=str(tmp_path / "same.jsonl"), count=0, content="c", ranked=None
-        )
+        preference_test(workspace(tmp_path / "out"), source=str(tmp_path / "same.jsonl"), **given)
+
+
+def test_pairs_that_are_trained_on_are_told_when_they_are_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    taught = [preference("t1", "Why?", "a", "b"), preference("t2", "How?", "c", "d")]
+    trained = records_artefact(tmp_path / "given", pairs=taught)
+    source = tmp_path / "test.jsonl"
+    rows = [{"prompt": f"{n}?", "chosen": f"right {n}", "rejected": text} for n, text in enumerate("db")]
+    given: dict[str, Any] = {"source": str(source), "count": 0, "content": "c", "ranked": None}
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(SelfalignError, match=r"test.jsonl: 2 of 2 pairs share a prompt or a response with what is tra"):
+        preference_test(workspace(tmp_path / "none"), **given, trained_on=[trained])
+    rows.append({"prompt": "Who?", "chosen": "right", "rejected": "wrong"})
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert not caplog.records
+    assert preference_test(workspace(tmp_path / "one"), **given, trained_on=[trained])["pairs"] == 3
+    assert "test.jsonl: 2 of 3 pairs share a prompt or a response with what is trained on" in caplog.text
 
 
 def test_ranked_questions_give_their_best_against_their_worst_with_the_humans_scores(tmp_path: Path) -> None:
@@ -296,7 +314,8 @@ def test_ranked_questions_give_their_best_against_their_worst_with_the_humans_sc
         RankedAnswers(id="r", instruction="How?", texts=["y", "x"], ranks=[7, 3], scores=[], justifications=["", ""]),
     ]  # fmt: skip
     out, ranked = workspace(tmp_path / "out"), records_artefact(tmp_path / "seeds", ranked=questions)
-    assert preference_test(out, source="ranked", count=0, content="", ranked=ranked) == {"pairs": 2, "dropped": {}}
+    counts = preference_test(out, source="ranked", count=0, content="", ranked=ranked, trained_on=[])
+    assert counts == {"pairs": 2, "dropped": {}}
     q, r = read_records(out.path / "pairs.jsonl", PreferencePair)
     assert (q.prompt, q.chosen, q.rejected) == ([{"role": "user", "content": "Why?"}], "a", "d")
     assert (q.chosen_score, q.rejected_score) == (5, 0)
