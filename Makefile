@@ -1,12 +1,13 @@
 # make demo   sets everything up, then runs SmolLM2-135M-Instruct → M1 → M2 → M3
-# make test   sets everything up, then runs lint, types and tests
+# make test   sets everything up, then runs lint, types and tests, and builds the docs
+# make docs   sets everything up, then builds docs/ into build/docs/index.html; a warning is an error
 # make vllm   vLLM for CPUs in an environment of its own, for generate=vllm and its tests
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 VLLM := .venv-vllm
 
-.PHONY: demo test setup vllm clean
+.PHONY: demo test docs setup vllm clean
 
 demo: setup
 	$(BIN)/selfalign experiment=demo
@@ -16,6 +17,10 @@ test: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist loadfile
+	$(MAKE) docs
+
+docs: setup
+	$(BIN)/sphinx-build -W --keep-going --quiet --builder html docs build/docs
 
 setup: $(INSTALLED)
 

@@ -42,7 +42,7 @@ class Pairs:
     """Preference pairs are given.
 
     Attributes:
-        path: a data source of preference pairs (conf/README.md lists the formats), or of ranked answers, whose best
+        path: a data source of preference pairs (docs/data.md lists the formats), or of ranked answers, whose best
             then stands against the worst.
         count: takes the first so many of them; 0 takes all.
         seeds: what M1 learns from before; without demonstrations M1 is M0, which should then be an SFT model.

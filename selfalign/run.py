@@ -70,7 +70,7 @@ class Run:
 
         Args:
             label: its name in this run, such as "M2" or "iteration_1/pairs"; also its link below artefacts/.
-            stage: the function that makes it, called as stage(out, **inputs).
+            stage: the function that makes it, called as `stage(out, **inputs)`.
             inputs: artefacts, settings and seeds; together they are its key.
         """
         name, keyed, seen = stage.__name__, keyed_inputs(inputs, self.attempt), 0

@@ -2,7 +2,6 @@
 
 import ast
 import re
-import subprocess
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -421,37 +420,3 @@ RANGES = [
 def test_value_out_of_range_is_refused_with_the_whole_path_of_its_key(overrides: str, key: str) -> None:
     with pytest.raises(SelfalignError, match=rf"(?<![\w.]){re.escape(key)}(?![\w.])"):
         composed("experiment=smoke", *overrides.split())
-
-
-# --- the README --------------------------------------------------------------------------------------------------
-
-
-def tracked() -> list[str]:
-    """Every file under version control, the new ones included."""
-    command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    return [name for name in listed if (ROOT / name).exists()]
-
-
-def readme_tree() -> list[str]:
-    """The paths in the README's ```tree block, one a line, each with its comment behind two or more spaces."""
-    block = re.search(
-        r"^```tree\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
-    )
-    assert block is not None, "README.md has no ```tree block"
-    lines = block[1].splitlines()
-    assert all(re.fullmatch(r"\S+ {2,}\S.*", line) for line in lines)
-    return [line.split()[0] for line in lines]
-
-
-@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no git checkout")
-def test_tree_of_the_readme_is_what_is_on_disk() -> None:
-    files = tracked()
-    folders = {f"{parent.as_posix()}/" for name in files for parent in Path(name).parents if parent.name}
-    modules_on_disk = {name for name in files if re.fullmatch(r"selfalign/.*\.py", name)}
-    top = {name for name in folders if name.count("/") == 1}
-    groups = {name for name in folders if re.fullmatch(r"conf/\w+/", name)}
-    listed = readme_tree()
-    assert len(listed) == len(set(listed))
-    assert sorted((modules_on_disk | top | groups) - set(listed)) == []
-    assert sorted(set(listed) - folders - set(files)) == []

@@ -100,9 +100,9 @@ def test_model_that_could_not_be_scored_is_refused_when_it_is_fetched(name: str,
         check_model(as_policy(REFUSED[name].build(), tmp_path), "float32")
 
 
-def test_readme_names_what_is_packed_padded_written_one_by_one_and_refused() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = text[text.index("**Architectures.**") :]
+def test_page_of_engines_names_what_is_packed_padded_written_one_by_one_and_refused() -> None:
+    text = (ROOT / "docs/engines.md").read_text(encoding="utf-8")
+    table = text[text.index("## Architectures") :]
     rows = {
         "packed": [name for name, one in ARCHITECTURES.items() if one.packs],
         "padded, several": [name for name, one in ARCHITECTURES.items() if not one.packs and one.writes == "batches"],

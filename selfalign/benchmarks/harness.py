@@ -128,7 +128,7 @@ def _load(manager: TaskManager, asked: "LmEvalTask", place: str) -> Loaded:
     return Loaded(asked.name, metric, leaves, groups)
 
 
-def find_metric(task: Task, group: Group | None, wanted: str, place: str) -> str:
+def find_metric(task: Task, group: "Group | None", wanted: str, place: str) -> str:
     """The metric of a task, or of the group it stands for, with its filter, as lm-eval's results call it.
 
     Raises:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, slots=True)
 class ExpectedScore(Rubric):
-    """The probability-weighted mean over the score tokens that may follow `Score: `, in one forward pass.
+    """The probability-weighted mean over the score tokens that may follow "Score: ", in one forward pass.
 
     `low` and `high` are single digits.
 
@@ -143,7 +143,7 @@ class ExpectedScore(Rubric):
 
 
 def score_tokens(tokenizer: "Tokenizer", low: int, high: int) -> list[int]:
-    """The token of each score behind `Score: `.
+    """The token of each score behind "Score: ".
 
     Raises:
         SelfalignError: this tokenizer does not write each score as one token there.

@@ -29,10 +29,10 @@ from selfalign.scoring import Scorer
 
 @dataclass(kw_only=True, slots=True)
 class ImplicitReward:
-    """β [log π(y|x) - log π_ref(y|x)] - α |y|, summed over the response's tokens; there is no rubric.
+    """`β [log π(y|x) - log π_ref(y|x)] - α |y|`, summed over the response's tokens; there is no rubric.
 
     arXiv 2406.09760 (DICE). π is the judging policy, π_ref the reference it was trained against: M0 for
-    M1, and for M_t what `train.reference` names, by default M_{t-1}. |y| counts tokens, the end of turn included.
+    M1, and for M_t what `train.reference` names, by default M_{t-1}. `|y|` counts tokens, the end of turn included.
     Weights are float32, because the reward is a small difference of large sums. α is chosen over all responses, so
     they are judged together and lie in memory all at once.
 
@@ -129,7 +129,9 @@ class ImplicitReward:
 
 
 def balancing_alpha(families: Sequence[Sequence[tuple[float, int]]]) -> float:
-    """The smallest |mean length of the best minus the worst response| over α ≥ 0, of (reward, tokens) by instruction.
+    """The α ≥ 0 at which the mean length of the best minus the worst response is nearest to 0.
+
+    `families` has (reward, tokens) of each response, by instruction.
 
     The difference never rises with α and changes only where two responses of an instruction swap places, so the
     intervals between these points are searched by bisection; 0, or the middle of the best one, is taken.
