@@ -148,8 +148,8 @@ OWN_FILES = {"experiment=mine": "experiment=smoke", "judge=my_rubric": "judge=ex
 @pytest.mark.parametrize("words", CONFIGURED, ids=" ".join)
 def test_command_composes(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for file in ("my_rubric.txt", "p.txt"):
-        (tmp_path / file).write_text("{instruction} {response} {scale}")
+    for file, text in (("my_rubric.txt", "{instruction} {response}"), ("p.txt", "{scale} is the best.")):
+        (tmp_path / file).write_text(text)
     for job in jobs_of(words):
         composed(*(OWN_FILES.get(override, override) for override in job))
 
