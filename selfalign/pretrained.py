@@ -115,8 +115,8 @@ def merge_into_base(config: ModelConfig, folder: Path, key: str, weights: Path) 
     """Writes an adapter as part of the weights it belongs to; returns its tokenizer, or its base's where it has none.
 
     Raises:
-        SelfalignError: the base is not there, is quantised or would round the adapter away, the two do not fit, or what
-            is written gives other probabilities than the two side by side.
+        SelfalignError: the base is not there, is quantised or would round the adapter away, the two do not fit or cannot
+            be merged, or what is written gives other probabilities than the two side by side.
     """
     from peft import PeftModel
 
@@ -132,10 +132,25 @@ def merge_into_base(config: ModelConfig, folder: Path, key: str, weights: Path) 
     model = load_checkpoint(home, "float32", trust_remote_code=config.trust_remote_code)
     try:
         apart = PeftModel.from_pretrained(model, folder)
+        report: Any = apart.load_adapter(folder, "default")  # Once more, for its report.
     except (RuntimeError, ValueError, KeyError) as error:
         raise SelfalignError(f"{key}: {folder} is an adapter that does not fit {home}: {reason_of(error)}") from error
+    if not hasattr(apart.base_model, "merge_and_unload"):
+        kind = apart.peft_config["default"].peft_type.value
+        raise SelfalignError(f"{key}: {folder} is an adapter of the kind {kind}, which cannot be merged into its base")
+    if wrong := sorted(report.unexpected_keys) + sorted(report.missing_keys):
+        raise SelfalignError(
+            f"{key}: {folder} is an adapter whose weights are not those of its layers in {home}, for example "
+            f"{wrong[0]!r} ({len(wrong)}): save it again from the model that it was trained in, without its wrappers"
+        )
     before = few_logits(cast(torch.nn.Module, apart))
-    cast(Any, apart.merge_and_unload()).save_pretrained(weights)
+    try:
+        merged: Any = apart.merge_and_unload()
+    except RuntimeError as error:
+        raise SelfalignError(
+            f"{key}: {folder} is an adapter that cannot be merged into {home}: {reason_of(error)}"
+        ) from error
+    merged.save_pretrained(weights)
     written = load_checkpoint(weights, "float32", trust_remote_code=config.trust_remote_code)
     if not torch.allclose(before, few_logits(written), rtol=1e-3, atol=1e-2):
         raise SelfalignError(

@@ -1,6 +1,7 @@
 """Models as other people have them: quantised files, adapters, odd tokenizers, code of their own, hybrids."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,38 @@ def test_adapter_that_changes_when_it_is_merged_is_refused(mine: Path, tmp_path:
     (tmp_path / "M0").mkdir()
     with pytest.raises(SelfalignError, match="is an adapter that changes when it is merged into"):
         fetch_pretrained(ModelConfig(path=str(folder)), tmp_path / "M0")
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("base_model.model.", "base_model.model._orig_mod."), ("model.layers.1", "model.language_model.layers.1")],
+    ids=["saved_compiled", "renamed_layers"],
+)
+def test_adapter_whose_weights_reach_no_layer_of_its_base_is_refused(
+    old: str, new: str, mine: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder, _ = adapter_of(mine, tmp_path / "adapter")
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file({name.replace(old, new): value for name, value in weights.items()}, folder / "adapter_model.safetensors")
+    (tmp_path / "M0").mkdir()
+    with pytest.raises(SelfalignError, match=rf"weights are not those of its layers .*{re.escape(new)}"):
+        fetch_pretrained(ModelConfig(path=str(folder)), tmp_path / "M0")
+
+
+def test_adapter_that_is_no_change_of_weights_is_refused_by_its_kind(mine: Path, tmp_path: Path) -> None:
+    from peft import PromptTuningConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(mine), settings)
+    model.peft_config["default"].base_model_name_or_path = str(mine)
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "M0").mkdir()
+    with pytest.raises(SelfalignError, match="is an adapter of the kind PROMPT_TUNING, which cannot be merged"):
+        fetch_pretrained(ModelConfig(path=str(tmp_path / "adapter")), tmp_path / "M0")
 
 
 def test_another_base_under_the_same_path_is_another_model(mine: Path, tmp_path: Path) -> None:
