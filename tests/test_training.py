@@ -768,6 +768,15 @@ def test_weight_decay_pulls_every_weight_towards_zero_on_top_of_the_step(
         torch.testing.assert_close(decayed.weights[name], expected, rtol=1e-6, atol=1e-7)
 
 
+def test_training_multiplies_in_the_dtype_asked_for_whatever_its_launcher_says(
+    tiny_policy: PolicyFiles, demonstrations: list[Group], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = run(tmp_path / "alone", tiny_policy, demonstrations)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    launched = run(tmp_path / "launched", tiny_policy, demonstrations)
+    assert without_speed(launched.rows) == without_speed(alone.rows)
+
+
 def test_gradients_are_clipped_to_the_norm_asked_for(
     tiny_policy: PolicyFiles, demonstrations: list[Group], tmp_path: Path, gradient_descent: None
 ) -> None:
