@@ -10,14 +10,18 @@ from safetensors import safe_open
 
 from selfalign.capabilities import Capabilities
 from selfalign.chat_template import (
-    PLAIN_ANSWER,
+    ASKED,
+    EARLIER,
+    PLAIN_TEXT,
     QUESTION,
+    RULE,
     altered_answer,
     answer_shape,
     control_words,
     generation_prompt,
     render_prompt,
     unmarked_control_words,
+    writes_all,
 )
 from selfalign.errors import SelfalignError
 from selfalign.model_trials import Scoring, check_gradient, dropout_applies, writing_of
@@ -29,6 +33,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 logger = logging.getLogger(__name__)
+
+UNUSED = (
+    *("bad_words_ids", "begin_suppress_tokens", "exponential_decay_length_penalty", "forced_bos_token_id"),
+    *("forced_eos_token_id", "min_length", "min_new_tokens", "min_p", "no_repeat_ngram_size", "repetition_penalty"),
+    *("sequence_bias", "suppress_tokens", "typical_p"),
+)
+"""What a model's generation_config.json may say about which tokens are drawn, and the run's sampling does not know."""
 
 
 def check_model(files: PolicyFiles, dtype: str) -> Counts:
@@ -50,15 +61,17 @@ def check_model(files: PolicyFiles, dtype: str) -> Counts:
     check_vocabulary(policy)
     templated = bool(policy.tokenizer.chat_template)
     notes = check_template(policy.tokenizer) if templated else ["no chat template"]
-    system_turns = templated and takes_system_turns(policy.tokenizer)
+    system_turns = templated and writes_all(policy.tokenizer, [RULE, *ASKED])
     notes += [] if system_turns or not templated else ["no system turns: the chat template does not take them"]
+    earlier_turns = templated and writes_all(policy.tokenizer, [*EARLIER, *ASKED])
+    notes += [] if earlier_turns or not templated else ["one question only: the chat template takes no earlier turns"]
     found = Capabilities(writes=writing_of(policy), packs=False)
     scoring = Scoring(policy)
     scoring.settle()
     check_gradient(scoring)
     found = replace(found, packs=scoring.packs, dropout=dropout_applies(scoring))
     found.save(files.path)
-    notes += scoring.notes + notes_on(found)
+    notes += scoring.notes + notes_on(found) + unused_settings(policy)
     for note in notes:
         logger.info("%s: %s", type(policy.model).__name__, note)
     return {
@@ -70,6 +83,7 @@ def check_model(files: PolicyFiles, dtype: str) -> Counts:
         "dropout": found.dropout,
         "chat_template": templated,
         "system_turns": system_turns,
+        "earlier_turns": earlier_turns,
         "stops_at": [str(policy.tokenizer.convert_ids_to_tokens(token)) for token in stop_ids(policy.tokenizer)],
         "notes": notes,
     }
@@ -131,14 +145,14 @@ def check_template(tokenizer: "Tokenizer") -> list[str]:
     """
     notes: list[str] = []
     before = render_prompt(tokenizer, QUESTION)
-    if QUESTION[0]["content"] not in before:
-        raise SelfalignError(
-            "the chat template leaves out what the user asks, or changes it; give another with model.chat_template=FILE"
-        )
     if altered := altered_answer(tokenizer):
         raise SelfalignError(
-            f"the chat template changes what the assistant answers, {PLAIN_ANSWER!r} to {altered!r}: what is trained "
+            f"the chat template changes what the assistant answers, {PLAIN_TEXT!r} to {altered!r}: what is trained "
             "would not be what a conversation shows; give another with model.chat_template=FILE"
+        )
+    if not writes_all(tokenizer, ASKED):
+        raise SelfalignError(
+            "the chat template leaves out what the user asks, or changes it; give another with model.chat_template=FILE"
         )
     shape, asked = answer_shape(tokenizer), generation_prompt(tokenizer, QUESTION)
     if asked not in (before, before[: len(before) - len(shape.margin)]):
@@ -153,14 +167,6 @@ def check_template(tokenizer: "Tokenizer") -> list[str]:
     return notes
 
 
-def takes_system_turns(tokenizer: "Tokenizer") -> bool:
-    """Whether the chat template writes what a system turn says."""
-    try:
-        return "rule" in render_prompt(tokenizer, [{"role": "system", "content": "rule"}, *QUESTION])
-    except SelfalignError:
-        return False
-
-
 def notes_on(found: Capabilities) -> list[str]:
     """What is done about what a model cannot do."""
     notes: list[str] = []
@@ -171,3 +177,10 @@ def notes_on(found: Capabilities) -> list[str]:
     if not found.dropout:
         notes.append("has no dropout that could be set")
     return notes
+
+
+def unused_settings(policy: Policy) -> list[str]:
+    """What the model's own settings ask of texts beyond the run's sampling: they are drawn without it."""
+    own = policy.model.generation_config
+    asked = [name for name in UNUSED if getattr(own, name, None) not in (None, 0, 1)]
+    return [f"{', '.join(asked)} in its generation_config.json: not applied to what is written here"] if asked else []

@@ -1,6 +1,6 @@
 """What a run asks of M0, held against what M0 was found to be able to do, before anything is trained."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from selfalign.benchmarks.alpaca_eval import AlpacaEval
@@ -139,14 +139,25 @@ def _conversations(config: "ExperimentConfig", base: Artefact, given: Given) -> 
                 f"{where} has conversations, and the model's tokenizer has no chat template: give one with "
                 "model.chat_template=FILE (a Jinja file), or take model.chat_template=shipped:dialogue"
             )
-    elif not base.counts["system_turns"]:
-        for name, prompt in _prompts(given):
-            if isinstance(prompt, list) and prompt[0]["role"] == "system":
-                yield (
-                    f"record {name} has a system turn, which the model's chat template does not take: leave it out, or "
-                    "give another template with model.chat_template=FILE"
-                )
-                return
+        return
+    if not base.counts["system_turns"]:
+        yield from _refused_turns(given, "a system turn", lambda roles: "system" in roles)
+    if not base.counts["earlier_turns"]:
+        yield from _refused_turns(given, "turns before its question", lambda roles: roles.count("user") > 1)
+        for name, benchmark in config.benchmark.items():
+            if isinstance(benchmark, MTBench):
+                yield f"benchmark.{name} asks twice, and the model's chat template takes no turns before a question"
+
+
+def _refused_turns(given: Given, what: str, found_in: Callable[[list[str]], bool]) -> Iterator[str]:
+    """The first record that has turns which the chat template does not take."""
+    for name, prompt in _prompts(given):
+        if isinstance(prompt, list) and found_in([turn["role"] for turn in prompt]):
+            yield (
+                f"record {name} has {what}, which the model's chat template does not take: leave it out, or "
+                "give another template with model.chat_template=FILE"
+            )
+            return
 
 
 def _prompts(given: Given) -> Iterator[tuple[str, Prompt]]:

@@ -372,12 +372,16 @@ def test_template_that_refuses_a_conversation_is_one_line_with_the_record(
     assert "model.chat_template=FILE" in str(refused.value)
 
 
-def test_template_that_drops_the_question_is_refused(tiny_tokenizer: Any) -> None:
+@pytest.mark.parametrize(
+    "written",
+    ["''", "m['content']|e", "m['content']|replace('\n', ' ')", "messages[0]['content'][:8]"],
+    ids=["left_out", "escaped", "on_one_line", "cut"],
+)
+def test_template_that_drops_or_changes_the_question_is_refused(tiny_tokenizer: Any, written: str) -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer)
-    tokenizer.chat_template = CHATML.replace(
-        "{{ m['content'] }}", "{% if m['role'] != 'user' %}{{ m['content'] }}{% endif %}"
-    )
-    with pytest.raises(SelfalignError, match="the chat template leaves out what the user asks"):
+    of_user = f"{{% if m['role'] == 'user' %}}{{{{ {written} }}}}{{% else %}}{{{{ m['content'] }}}}{{% endif %}}"
+    tokenizer.chat_template = CHATML.replace("{{ m['content'] }}", of_user)
+    with pytest.raises(SelfalignError, match="the chat template leaves out what the user asks, or changes it"):
         check_template(tokenizer)
 
 

@@ -330,7 +330,7 @@ BEYOND_CONTEXT = {
 @pytest.fixture
 def small(tiny_policy: PolicyFiles) -> Artefact:
     """The tiny policy as M0, found to take 512 tokens at most."""
-    can = {"context": 512, "chat_template": True, "system_turns": True, "dropout": True}
+    can = {"context": 512, "chat_template": True, "system_turns": True, "earlier_turns": True, "dropout": True}
     return replace(policy_artefact(tiny_policy), counts=can)
 
 
