@@ -210,6 +210,13 @@ def writes_all(tokenizer: "Tokenizer", messages: list[Message]) -> bool:
     return all(message["content"] in text for message in messages)
 
 
+def opened_thought(tokenizer: "Tokenizer") -> str:
+    """The tag of a thought that the template opens every answer with, be it empty; "" where there is none."""
+    before = _render_around(tokenizer, QUESTION)[0]
+    found = re.search(r"(<(\w+)>)\s*(</\2>)?\s*$", before)
+    return found[1] if found else ""
+
+
 def generation_prompt(tokenizer: "Tokenizer", messages: list[Message]) -> str:
     """The text that the template itself would have continued."""
     return _apply(tokenizer, messages, add_generation_prompt=True)

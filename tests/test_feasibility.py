@@ -145,6 +145,11 @@ NO_EFFECT = {
         "loss=positives pair=positives train.reference=base",
         "train.reference=base would have no effect",
     ),
+    "an adapter's layers without an adapter": (
+        "model.lora.targets=q_proj model.lora.alpha=64",
+        "model.lora.alpha=64.0 would have no effect: model.lora.rank=0 trains all weights; set a rank",
+    ),
+    "what an alignment averages over": ("train.align.average=examples", "train.align.average=examples would have no"),
 }
 
 

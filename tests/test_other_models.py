@@ -366,6 +366,20 @@ def test_turns_in_the_data_that_the_template_does_not_take_name_the_record(
     assert not list((tmp_path / "out" / "store").glob("sft/*"))
 
 
+@pytest.mark.parametrize("opened", ["<think>\n\n</think>\n\n", "<think>\n"], ids=["empty", "open"])
+def test_answers_that_think_are_refused_where_the_template_has_opened_a_thought(
+    opened: str, mine: Path, tmp_path: Path
+) -> None:
+    written = f"{{% if m['role'] == 'assistant' and loop.last %}}{opened}{{% endif %}}{{{{ m['content'] }}}}"
+    (mine / "chat_template.jinja").write_text(CHATML.replace("{{ m['content'] }}", written))
+    data = [*write_tiny_data(tmp_path / "data"), *ASIDE, write_pairs(tmp_path / "data")]
+    pairs = tmp_path / "data" / "pairs.jsonl"
+    pairs.write_text(pairs.read_text().replace("A good", "<think>A river.</think>A good"))
+    with pytest.raises(SelfalignError, match=r"record \w+ has an answer that begins with <think>, and the model's"):
+        run(tmp_path / "out", *GIVEN_PAIRS, *data, "model=pretrained", f"model.path={mine}")
+    assert not list((tmp_path / "out" / "store").glob("sft/*"))
+
+
 def test_dropout_that_the_model_lacks_is_refused_before_training(tmp_path: Path) -> None:
     files = as_policy(ARCHITECTURES["LFM2"].build(), tmp_path / "M0")
     folder = tmp_path / "mine"
