@@ -58,6 +58,7 @@ def check_model(files: PolicyFiles, dtype: str) -> Counts:
     checked_in, device = roomiest(files, dtype)
     policy = files.load(checked_in, device=device)
     policy.capabilities = Capabilities()
+    check_finite(policy)
     check_vocabulary(policy)
     templated = bool(policy.tokenizer.chat_template)
     notes = check_template(policy.tokenizer) if templated else ["no chat template"]
@@ -109,6 +110,17 @@ def count_parameters(files: PolicyFiles) -> int:
         with safe_open(path, "pt") as weights:
             total += sum(torch.Size(weights.get_slice(name).get_shape()).numel() for name in weights.keys())  # noqa: SIM118
     return total
+
+
+def check_finite(policy: Policy) -> None:
+    """Every weight is a number.
+
+    Raises:
+        SelfalignError: one is not, as in a checkpoint of a training that came apart.
+    """
+    for name, weight in policy.model.named_parameters():
+        if weight.is_floating_point() and weight.element_size() > 1 and not weight.isfinite().all():
+            raise SelfalignError(f"the model's weights {name!r} are not all finite: the checkpoint is of no use")
 
 
 def check_vocabulary(policy: Policy) -> None:

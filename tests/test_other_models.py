@@ -307,6 +307,17 @@ def test_weights_in_a_form_whose_library_is_missing_name_it(mine: Path, tmp_path
         fetch_pretrained(ModelConfig(path=str(mine)), tmp_path)
 
 
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_weight_that_is_not_finite_is_refused_by_its_name(value: str, mine: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(mine / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = float(value)
+    save_file(weights, mine / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SelfalignError, match=r"weights 'model\.layers\.1\.mlp\.up_proj\.weight' are not all finite"):
+        check_model(fetch_pretrained(ModelConfig(path=str(mine)), tmp_path), "float32")
+
+
 # --- what is asked of M0, before training ------------------------------------------------------------------------
 
 
