@@ -1,6 +1,7 @@
 """One short check of a model when it is fetched, before anything is paid for: what it can do, and what it cannot."""
 
 import logging
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -174,6 +175,8 @@ def check_template(tokenizer: "Tokenizer") -> list[str]:
             f"the chat template opens an answer with {before[start:]!r} in a conversation and with {asked[start:]!r} "
             "where it is asked for one: answers are written and trained behind the former"
         )
+    if spelled := [word for word in control_words(tokenizer) if re.fullmatch(r"[\w\s]+:?", word)]:
+        notes.append(f"control tokens that are words: {' '.join(sorted(spelled))}; in texts they are broken up")
     if unmarked := unmarked_control_words(tokenizer):
         notes.append(f"control tokens that are not marked as special: {' '.join(sorted(unmarked))}")
     return notes

@@ -337,6 +337,14 @@ def test_words_that_were_added_to_the_vocabulary_are_no_control_tokens(tiny_toke
     assert "the user is an assistant" in prompt
 
 
+def test_control_tokens_that_are_words_are_said_to_be_broken_up_in_texts(tiny_tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["Teacher:", "pupil"]})
+    assert check_template(tokenizer) == ["control tokens that are words: Teacher: pupil; in texts they are broken up"]
+    prompt = tokenizer.decode(encode_prompt(tokenizer, [{"role": "user", "content": "Teacher: ask the pupil."}]))
+    assert "T eacher: ask the p upil." in prompt
+
+
 def test_of_several_named_templates_the_default_is_taken(tiny_tokenizer: Any) -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = {"default": tiny_tokenizer.chat_template, "tool_use": "TOOLS"}
