@@ -23,8 +23,8 @@ ANSWER = "\ue000"
 
 QUESTION: list[Message] = [{"role": "user", "content": "question"}]
 
-PLAIN_ANSWER = 'It\'s <b>so</b> & "1" + {x}:\n\n  - Été\n\tReally.'
-"""An answer of which a template may change nothing, though it may write it without white space around it."""
+PLAIN_TEXT = 'It\'s <b>so</b> & "1" + {x}:\n\n  - Été\n\tReally.'
+"""A question or an answer of which a template may change nothing, but for white space around it."""
 
 FOLLOW_UP = "\ue001"
 """Stands for what the user says behind an answer."""
@@ -34,6 +34,13 @@ FIXED_DATE = date(2024, 7, 26)
 
 DATE_PARTS = (*(f"%-{letter}" for letter in "dmyHIMSj"), *(f"%{letter}" for letter in "aAbBcdeFHIjmMpSTuUwxXyYZz"))
 """What a template may ask of a date, as strftime has it."""
+
+ASKED: list[Message] = [{"role": "user", "content": PLAIN_TEXT}]
+
+EARLIER: list[Message] = [{"role": "user", "content": FOLLOW_UP}, {"role": "assistant", "content": "\ue002"}]
+"""Turns that stand before a question, in characters that no template writes by itself."""
+
+RULE: Message = {"role": "system", "content": "\ue003"}
 
 BEGINNINGS = ("The", "so", "I'm", '"Yes', "(no", "- one", "# One", "`x`", "**One", "1", "¿Qué", "Été", "日本", "</b>")
 """How answers begin, to see where a tokenizer puts the boundary between a prompt and an answer."""
@@ -228,10 +235,26 @@ def text_ids(tokenizer: "Tokenizer", text: str, **options: bool) -> list[int]:
 
 
 def altered_answer(tokenizer: "Tokenizer") -> str:
-    """What the template makes of `PLAIN_ANSWER` where it changes it, as one that escapes characters; else ""."""
+    """What the template makes of `PLAIN_TEXT` where it changes it, as one that escapes characters; else ""."""
     before, behind = _render_around(tokenizer, QUESTION)
-    written = render_whole(tokenizer, QUESTION, PLAIN_ANSWER).removeprefix(before).removesuffix(behind)
-    return "" if written == PLAIN_ANSWER else written
+    written = render_whole(tokenizer, QUESTION, PLAIN_TEXT).removeprefix(before).removesuffix(behind)
+    return "" if written == PLAIN_TEXT else written
+
+
+def writes_all(tokenizer: "Tokenizer", messages: list[Message]) -> bool:
+    """Whether the template takes these messages and writes what each of them says as it is."""
+    try:
+        text = _render_around(tokenizer, messages)[0]
+    except SelfalignError:
+        return False
+    return all(message["content"] in text for message in messages)
+
+
+def opened_thought(tokenizer: "Tokenizer") -> str:
+    """The tag of a thought that the template opens every answer with, be it empty; "" where there is none."""
+    before = _render_around(tokenizer, QUESTION)[0]
+    found = re.search(r"(<(\w+)>)\s*(</\2>)?\s*$", before)
+    return found[1] if found else ""
 
 
 def render_whole(tokenizer: "Tokenizer", messages: list[Message], answer: str) -> str:

@@ -72,6 +72,12 @@ def check_effects(config: "ExperimentConfig") -> None:
             f"{setting} would have no effect: data=pairs takes the pairs of data.path as they are given, and rules "
             "choose among responses that were judged; leave it out, or keep the pairs that are wanted in data.path"
         )
+    config.model.lora.check_use()
+    if train.align.average != "tokens":
+        raise SelfalignError(
+            f"train.align.average={train.align.average} would have no effect: an alignment's loss is averaged over its "
+            "pairs; set train.sft.average, or leave it out"
+        )
     if isinstance(config.loss, Positives):
         unused = {
             "train.held_out_pairs": (train.held_out_pairs, 0),

@@ -24,6 +24,7 @@ METRICS = {
     "dropout": "whether M0 has dropout that can be set",
     "chat_template": "whether M0's tokenizer has a chat template",
     "system_turns": "whether that template takes system turns",
+    "earlier_turns": "whether that template takes turns before the last question",
     "loss": "the optimised loss of the step, averaged over its pairs (or target tokens, or demonstrations)",
     "loss_per_token": "negative log-likelihood of a target token, nats",
     "learning_rate": "learning rate of the step",

@@ -1,6 +1,7 @@
 """One short check of a model when it is fetched, before anything is paid for: what it can do, and what it cannot."""
 
 import logging
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -10,9 +11,12 @@ from safetensors import safe_open
 
 from selfalign.capabilities import Capabilities
 from selfalign.chat_template import (
+    ASKED,
     BEGINNINGS,
-    PLAIN_ANSWER,
+    EARLIER,
+    PLAIN_TEXT,
     QUESTION,
+    RULE,
     altered_answer,
     answer_shape,
     control_words,
@@ -22,6 +26,7 @@ from selfalign.chat_template import (
     rendered_ids,
     text_ids,
     unmarked_control_words,
+    writes_all,
 )
 from selfalign.errors import SelfalignError
 from selfalign.model_trials import Scoring, check_gradient, dropout_applies, writing_of
@@ -43,6 +48,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+UNUSED = (
+    *("bad_words_ids", "begin_suppress_tokens", "exponential_decay_length_penalty", "forced_bos_token_id"),
+    *("forced_eos_token_id", "min_length", "min_new_tokens", "min_p", "no_repeat_ngram_size", "repetition_penalty"),
+    *("sequence_bias", "suppress_tokens", "typical_p"),
+)
+"""What a model's generation_config.json may say about which tokens are drawn, and the run's sampling does not know."""
+
 
 def check_model(files: PolicyFiles, dtype: str) -> Counts:
     """Tries a model, writes down what it can do beside its weights, and says what is done about what it cannot.
@@ -60,19 +72,22 @@ def check_model(files: PolicyFiles, dtype: str) -> Counts:
     checked_in, device = roomiest(files, dtype)
     policy = files.load(checked_in, device=device)
     policy.capabilities = Capabilities()
+    check_finite(policy)
     check_vocabulary(policy)
     templated = bool(policy.tokenizer.chat_template)
     notes = check_template(policy.tokenizer) if templated else ["no chat template"]
     notes += notes_on_texts(policy.tokenizer)
-    system_turns = templated and takes_system_turns(policy.tokenizer)
+    system_turns = templated and writes_all(policy.tokenizer, [RULE, *ASKED])
     notes += [] if system_turns or not templated else ["no system turns: the chat template does not take them"]
+    earlier_turns = templated and writes_all(policy.tokenizer, [*EARLIER, *ASKED])
+    notes += [] if earlier_turns or not templated else ["one question only: the chat template takes no earlier turns"]
     found = Capabilities(writes=writing_of(policy), packs=False)
     scoring = Scoring(policy)
     scoring.settle()
     check_gradient(scoring)
     found = replace(found, packs=scoring.packs, dropout=dropout_applies(scoring))
     found.save(files.path)
-    notes += scoring.notes + notes_on(found)
+    notes += scoring.notes + notes_on(found) + unused_settings(policy)
     for note in notes:
         logger.info("%s: %s", type(policy.model).__name__, note)
     return {
@@ -84,6 +99,7 @@ def check_model(files: PolicyFiles, dtype: str) -> Counts:
         "dropout": found.dropout,
         "chat_template": templated,
         "system_turns": system_turns,
+        "earlier_turns": earlier_turns,
         "stops_at": [str(policy.tokenizer.convert_ids_to_tokens(token)) for token in stop_ids(policy.tokenizer)],
         "notes": notes,
     }
@@ -109,6 +125,17 @@ def count_parameters(files: PolicyFiles) -> int:
         with safe_open(path, "pt") as weights:
             total += sum(torch.Size(weights.get_slice(name).get_shape()).numel() for name in weights.keys())  # noqa: SIM118
     return total
+
+
+def check_finite(policy: Policy) -> None:
+    """Every weight is a number.
+
+    Raises:
+        SelfalignError: one is not, as in a checkpoint of a training that came apart.
+    """
+    for name, weight in policy.model.named_parameters():
+        if weight.is_floating_point() and weight.element_size() > 1 and not weight.isfinite().all():
+            raise SelfalignError(f"the model's weights {name!r} are not all finite: the checkpoint is of no use")
 
 
 def check_vocabulary(policy: Policy) -> None:
@@ -150,14 +177,14 @@ def check_template(tokenizer: "Tokenizer") -> list[str]:
     """
     notes: list[str] = []
     before = render_prompt(tokenizer, QUESTION)
-    if QUESTION[0]["content"] not in before:
-        raise SelfalignError(
-            "the chat template leaves out what the user asks, or changes it; give another with model.chat_template=FILE"
-        )
     if altered := altered_answer(tokenizer):
         raise SelfalignError(
-            f"the chat template changes what the assistant answers, {PLAIN_ANSWER!r} to {altered!r}: what is trained "
+            f"the chat template changes what the assistant answers, {PLAIN_TEXT!r} to {altered!r}: what is trained "
             "would not be what a conversation shows; give another with model.chat_template=FILE"
+        )
+    if not writes_all(tokenizer, ASKED):
+        raise SelfalignError(
+            "the chat template leaves out what the user asks, or changes it; give another with model.chat_template=FILE"
         )
     shape, asked = answer_shape(tokenizer), generation_prompt(tokenizer, QUESTION)
     if asked not in (before, before[: len(before) - len(shape.margin)]):
@@ -167,6 +194,8 @@ def check_template(tokenizer: "Tokenizer") -> list[str]:
             f"the chat template opens an answer with {before[start:]!r} in a conversation and with {asked[start:]!r} "
             "where it is asked for one: answers are written and trained behind the former"
         )
+    if spelled := [word for word in control_words(tokenizer) if re.fullmatch(r"[\w\s]+:?", word)]:
+        notes.append(f"control tokens that are words: {' '.join(sorted(spelled))}; in texts they are broken up")
     if unmarked := unmarked_control_words(tokenizer):
         notes.append(f"control tokens that are not marked as special: {' '.join(sorted(unmarked))}")
     return notes
@@ -183,9 +212,9 @@ def notes_on_texts(tokenizer: "Tokenizer") -> list[str]:
     if unknown is not None and tokenizer.chat_template and unknown in encode_prompt(tokenizer, QUESTION):
         notes.append(f"what the chat template writes has {tokenizer.unk_token} in it, which may be a line break")
     prompt = QUESTION if tokenizer.chat_template else QUESTION[0]["content"]
-    [ids] = encode_answers(tokenizer, prompt, [Answer(text=PLAIN_ANSWER)])
-    if (kept := decode_response(tokenizer, ids)) != PLAIN_ANSWER:
-        notes.append(f"the tokenizer keeps of {PLAIN_ANSWER!r} no more than {kept!r}")
+    [ids] = encode_answers(tokenizer, prompt, [Answer(text=PLAIN_TEXT)])
+    if (kept := decode_response(tokenizer, ids)) != PLAIN_TEXT:
+        notes.append(f"the tokenizer keeps of {PLAIN_TEXT!r} no more than {kept!r}")
     if strips_answers(tokenizer):
         notes.append("the end of a turn takes the white space before it to itself: no answer is trained to end in any")
     if tokenizer.chat_template and (odd := [text for text in BEGINNINGS if not is_read_as_whole(tokenizer, text)]):
@@ -202,14 +231,6 @@ def is_read_as_whole(tokenizer: "Tokenizer", answer: str) -> bool:
     return whole[: len(ids)] == ids
 
 
-def takes_system_turns(tokenizer: "Tokenizer") -> bool:
-    """Whether the chat template writes what a system turn says."""
-    try:
-        return "rule" in render_prompt(tokenizer, [{"role": "system", "content": "rule"}, *QUESTION])
-    except SelfalignError:
-        return False
-
-
 def notes_on(found: Capabilities) -> list[str]:
     """What is done about what a model cannot do."""
     notes: list[str] = []
@@ -220,3 +241,10 @@ def notes_on(found: Capabilities) -> list[str]:
     if not found.dropout:
         notes.append("has no dropout that could be set")
     return notes
+
+
+def unused_settings(policy: Policy) -> list[str]:
+    """What the model's own settings ask of texts beyond the run's sampling: they are drawn without it."""
+    own = policy.model.generation_config
+    asked = [name for name in UNUSED if getattr(own, name, None) not in (None, 0, 1)]
+    return [f"{', '.join(asked)} in its generation_config.json: not applied to what is written here"] if asked else []

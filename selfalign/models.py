@@ -68,6 +68,19 @@ class LoRA:
         if not all(self.names):
             raise SelfalignError(f"model.lora.targets must be names with commas between, got {self.targets!r}")
 
+    def check_use(self) -> None:
+        """Refuses settings of an adapter where there is none.
+
+        Raises:
+            SelfalignError: all weights would be trained instead.
+        """
+        plain = LoRA()
+        for name in ("alpha", "targets"):
+            if not self.rank and (value := getattr(self, name)) != getattr(plain, name):
+                raise SelfalignError(
+                    f"model.lora.{name}={value} would have no effect: model.lora.rank=0 trains all weights; set a rank"
+                )
+
     @property
     def names(self) -> list[str]:
         """The layers to adapt."""

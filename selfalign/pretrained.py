@@ -78,9 +78,18 @@ def settle_tokenizer(tokenizer: "Tokenizer", weights: Path) -> None:
     if getattr(rule, "dropout", None):
         logger.info("the tokenizer leaves out merges at random (dropout %g): switched off", rule.dropout)
         rule.dropout = None
-    own = weights / "generation_config.json"
-    if stops := own_stops(tokenizer, read_json(own).get("eos_token_id") if own.exists() else None):
+    if getattr(tokenizer, "split_special_tokens", False):
+        logger.info("the tokenizer reads control tokens as text (split_special_tokens): switched off")
+        tokenizer.split_special_tokens = tokenizer.init_kwargs["split_special_tokens"] = False
+    if stops := own_stops(tokenizer, named_stops(weights)):
         tokenizer.init_kwargs[OWN_STOPS] = stops
+
+
+def named_stops(weights: Path) -> int | list[int] | None:
+    """What a model's files end a text at: its generation_config.json, or where there is none its config.json."""
+    own = weights / "generation_config.json"
+    settings = read_json(own if own.exists() else weights / "config.json")
+    return settings.get("eos_token_id", settings.get("text_config", {}).get("eos_token_id"))
 
 
 def identify_source(config: ModelConfig, key: str = "model.path") -> str:
@@ -115,8 +124,8 @@ def merge_into_base(config: ModelConfig, folder: Path, key: str, weights: Path) 
     """Writes an adapter as part of the weights it belongs to; returns its tokenizer, or its base's where it has none.
 
     Raises:
-        SelfalignError: the base is not there, is quantised or would round the adapter away, the two do not fit, or what
-            is written gives other probabilities than the two side by side.
+        SelfalignError: the base is not there, is quantised or would round the adapter away, the two do not fit or
+            cannot be merged, or what is written gives other probabilities than the two side by side.
     """
     from peft import PeftModel
 
@@ -132,10 +141,25 @@ def merge_into_base(config: ModelConfig, folder: Path, key: str, weights: Path) 
     model = load_checkpoint(home, "float32", trust_remote_code=config.trust_remote_code)
     try:
         apart = PeftModel.from_pretrained(model, folder)
+        report: Any = apart.load_adapter(folder, "default")  # Once more, for its report.
     except (RuntimeError, ValueError, KeyError) as error:
         raise SelfalignError(f"{key}: {folder} is an adapter that does not fit {home}: {reason_of(error)}") from error
+    if not hasattr(apart.base_model, "merge_and_unload"):
+        kind = read_json(folder / ADAPTER_CONFIG)["peft_type"]
+        raise SelfalignError(f"{key}: {folder} is an adapter of the kind {kind}, which cannot be merged into its base")
+    if wrong := sorted(report.unexpected_keys) + sorted(report.missing_keys):
+        raise SelfalignError(
+            f"{key}: {folder} is an adapter whose weights are not those of its layers in {home}, for example "
+            f"{wrong[0]!r} ({len(wrong)}): save it again from the model that it was trained in, without its wrappers"
+        )
     before = few_logits(cast(torch.nn.Module, apart))
-    cast(Any, apart.merge_and_unload()).save_pretrained(weights)
+    try:
+        merged: Any = apart.merge_and_unload()
+    except RuntimeError as error:
+        raise SelfalignError(
+            f"{key}: {folder} is an adapter that cannot be merged into {home}: {reason_of(error)}"
+        ) from error
+    merged.save_pretrained(weights)
     written = load_checkpoint(weights, "float32", trust_remote_code=config.trust_remote_code)
     if not torch.allclose(before, few_logits(written), rtol=1e-3, atol=1e-2):
         raise SelfalignError(

@@ -1,10 +1,11 @@
 """What a run asks of M0, held against what M0 was found to be able to do, before anything is trained."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from selfalign.benchmarks.alpaca_eval import AlpacaEval
 from selfalign.benchmarks.mt_bench import MTBench
+from selfalign.chat_template import opened_thought
 from selfalign.errors import SelfalignError
 from selfalign.given import Given, SelfRewarding
 from selfalign.judges.bench import OWN_MODELS, asks_a_server
@@ -35,7 +36,8 @@ def check_requirements(config: "ExperimentConfig", base: Artefact, given: Given)
     Raises:
         SelfalignError: with everything that stands against it, a line each.
     """
-    checks = (_lengths, _writing, _prompts_of_judges, _augmentation, _dropout, _quantisation, _conversations, _judges)
+    of_model = (_lengths, _writing, _prompts_of_judges, _augmentation, _dropout, _quantisation, _judges)
+    checks = (*of_model, _conversations, _thoughts)
     problems = [problem for check in checks for problem in check(config, base, given)]
     if problems:
         raise SelfalignError("\n".join(problems))
@@ -139,22 +141,53 @@ def _conversations(config: "ExperimentConfig", base: Artefact, given: Given) -> 
                 f"{where} has conversations, and the model's tokenizer has no chat template: give one with "
                 "model.chat_template=FILE (a Jinja file), or take model.chat_template=shipped:dialogue"
             )
-    elif not base.counts["system_turns"]:
-        for name, prompt in _prompts(given):
-            if isinstance(prompt, list) and prompt[0]["role"] == "system":
-                yield (
-                    f"record {name} has a system turn, which the model's chat template does not take: leave it out, or "
-                    "give another template with model.chat_template=FILE"
-                )
-                return
+        return
+    if not base.counts["system_turns"]:
+        yield from _refused_turns(given, "a system turn", lambda roles: "system" in roles)
+    if not base.counts["earlier_turns"]:
+        yield from _refused_turns(given, "turns before its question", lambda roles: roles.count("user") > 1)
+        for name, benchmark in config.benchmark.items():
+            if isinstance(benchmark, MTBench):
+                yield f"benchmark.{name} asks twice, and the model's chat template takes no turns before a question"
+
+
+def _refused_turns(given: Given, what: str, found_in: Callable[[list[str]], bool]) -> Iterator[str]:
+    """The first record that has turns which the chat template does not take."""
+    for name, prompt in _prompts(given):
+        if isinstance(prompt, list) and found_in([turn["role"] for turn in prompt]):
+            yield (
+                f"record {name} has {what}, which the model's chat template does not take: leave it out, or "
+                "give another template with model.chat_template=FILE"
+            )
+            return
+
+
+def _thoughts(config: "ExperimentConfig", base: Artefact, given: Given) -> Iterator[str]:
+    """No answer opens a thought again that the chat template has opened."""
+    if not base.counts["chat_template"]:
+        return
+    tag = opened_thought(PolicyFiles(base.path).load_tokenizer())
+    for record in _records(given) if tag else ():
+        texts = [record.response] if isinstance(record, Demonstration) else [record.chosen, record.rejected]
+        if isinstance(record.prompt, list) and any(text.lstrip().startswith(tag) for text in texts):
+            yield (
+                f"record {record.id} has an answer that begins with {tag}, and the model's chat template opens every "
+                f"answer with {tag} already: leave thoughts out, or give another template with model.chat_template=FILE"
+            )
+            return
 
 
 def _prompts(given: Given) -> Iterator[tuple[str, Prompt]]:
     """(id, prompt) of what is trained or measured on."""
+    return ((record.id, record.prompt) for record in _records(given))
+
+
+def _records(given: Given) -> Iterator[Demonstration | PreferencePair]:
+    """What is trained or measured on."""
     kinds = ((given.seeds, "demonstrations", Demonstration), (given.pairs, "pairs", PreferencePair))
     for artefact, name, kind in (*kinds, (given.preferences, "pairs", PreferencePair)):
         if artefact is not None and (file := artefact.path / f"{name}.jsonl").stat().st_size:
-            yield from ((record.id, record.prompt) for record in stream_records(file, kind))
+            yield from stream_records(file, kind)
 
 
 def _judges(config: "ExperimentConfig", base: Artefact, given: Given) -> Iterator[str]:

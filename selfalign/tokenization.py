@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 OWN_STOPS = "stop_token_ids"
-"""Under this name a tokenizer's settings keep the tokens that its model's generation_config.json ends a text at."""
+"""Under this name a tokenizer's settings keep the tokens that its model's own files end a text at."""
 
 ANCHORS = ("\n", "x", "1", ".")
 """Short texts; behind one of them a text is tokenised as in the middle of another."""
@@ -129,14 +129,14 @@ def end_of_turn_id(tokenizer: "Tokenizer") -> int:
 
 def stop_ids(tokenizer: "Tokenizer") -> list[int]:
     """The tokens generation stops at: EOS, the end of turn, what stands behind an answer in a conversation, and those
-    that the model's own generation_config.json names (see `own_stops`)."""
+    that the model's own files name (see `own_stops`)."""
     eos, named = cast(int | None, tokenizer.eos_token_id), tokenizer.init_kwargs.get(OWN_STOPS, [])
     known = {eos, end_of_turn_id(tokenizer), answer_shape(tokenizer).next, *named}
     return sorted(token for token in known if token is not None)
 
 
 def own_stops(tokenizer: "Tokenizer", named: int | Sequence[int] | None) -> list[int]:
-    """Of the tokens that a model's generation_config.json ends a text at, those that no text spells."""
+    """Of the tokens that a model's own files end a text at, those that no text spells."""
     listed = [named] if isinstance(named, int) else named or []
     return sorted(control_ids(tokenizer) & {*listed})
 

@@ -306,6 +306,8 @@ def _arguments(optimization: Optimization, folder: Path, layout: Layout, steps: 
     )
     # Of several GPUs a process takes one; Trainer would put the model into DataParallel.
     arguments._n_gpu = min(1, arguments.n_gpu)
+    # `compute_loss_context_manager` says what is multiplied in; what accelerate's own launcher says would go before it.
+    arguments.mixed_precision = "no"
     return arguments
 
 

@@ -1,5 +1,6 @@
 """The one trainer: sft and align give it examples and an objective; transformers' Trainer does the rest."""
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from selfalign.store import Workspace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 CHOICES = {
     "schedule": ("cosine", "linear", "constant"),
@@ -362,7 +365,22 @@ def add_adapter(model: "PreTrainedModel", lora: LoRA) -> "PreTrainedModel":
         raise refuse("it names the output layer, which cannot have an adapter here: leave it out")
     if model.get_input_embeddings() is not embedding and getattr(head, "weight", None) is embedding.weight:
         raise refuse("its embedding is its output layer too, which an adapter of the one would change when merged")
+    if whole and (left_out := layers_left_out(adapted)):
+        logger.warning("model.lora.targets=all-linear does not reach %s: they stay as they are", ", ".join(left_out))
     return adapted
+
+
+def layers_left_out(adapted: nn.Module) -> list[str]:
+    """What the weights of several layers in one are called, such as those of experts, that have no adapter."""
+    convolution = nn.modules.conv._ConvNd
+    found = {
+        f"{path.rsplit('.', 1)[-1]}.{name}"
+        for path, layer in adapted.named_modules()
+        if not isinstance(layer, convolution) and "base_layer" not in path and "lora_" not in path
+        for name, weight in layer.named_parameters(recurse=False)
+        if weight.dim() == 3
+    }
+    return sorted(found)
 
 
 def linear_layers(model: "PreTrainedModel") -> list[str]:

@@ -343,6 +343,14 @@ def test_words_that_were_added_to_the_vocabulary_are_no_control_tokens(tiny_toke
     assert "the user is an assistant" in prompt
 
 
+def test_control_tokens_that_are_words_are_said_to_be_broken_up_in_texts(tiny_tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["Teacher:", "pupil"]})
+    assert check_template(tokenizer) == ["control tokens that are words: Teacher: pupil; in texts they are broken up"]
+    prompt = tokenizer.decode(encode_prompt(tokenizer, [{"role": "user", "content": "Teacher: ask the pupil."}]))
+    assert "T eacher: ask the p upil." in prompt
+
+
 def test_of_several_named_templates_the_default_is_taken(tiny_tokenizer: Any) -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = {"default": tiny_tokenizer.chat_template, "tool_use": "TOOLS"}
@@ -378,12 +386,16 @@ def test_template_that_refuses_a_conversation_is_one_line_with_the_record(
     assert "model.chat_template=FILE" in str(refused.value)
 
 
-def test_template_that_drops_the_question_is_refused(tiny_tokenizer: Any) -> None:
+@pytest.mark.parametrize(
+    "written",
+    ["''", "m['content']|e", "m['content']|replace('\n', ' ')", "messages[0]['content'][:8]"],
+    ids=["left_out", "escaped", "on_one_line", "cut"],
+)
+def test_template_that_drops_or_changes_the_question_is_refused(tiny_tokenizer: Any, written: str) -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer)
-    tokenizer.chat_template = CHATML.replace(
-        "{{ m['content'] }}", "{% if m['role'] != 'user' %}{{ m['content'] }}{% endif %}"
-    )
-    with pytest.raises(SelfalignError, match="the chat template leaves out what the user asks"):
+    of_user = f"{{% if m['role'] == 'user' %}}{{{{ {written} }}}}{{% else %}}{{{{ m['content'] }}}}{{% endif %}}"
+    tokenizer.chat_template = CHATML.replace("{{ m['content'] }}", of_user)
+    with pytest.raises(SelfalignError, match="the chat template leaves out what the user asks, or changes it"):
         check_template(tokenizer)
 
 

@@ -146,6 +146,11 @@ NO_EFFECT = {
         "loss=positives pair=positives train.reference=base",
         "train.reference=base would have no effect",
     ),
+    "an adapter's layers without an adapter": (
+        "model.lora.targets=q_proj model.lora.alpha=64",
+        "model.lora.alpha=64.0 would have no effect: model.lora.rank=0 trains all weights; set a rank",
+    ),
+    "what an alignment averages over": ("train.align.average=examples", "train.align.average=examples would have no"),
 }
 
 
@@ -424,7 +429,7 @@ BEYOND_CONTEXT = {
 @pytest.fixture
 def small(tiny_policy: PolicyFiles) -> Artefact:
     """The tiny policy as M0, found to take 512 tokens at most."""
-    can = {"context": 512, "chat_template": True, "system_turns": True, "dropout": True}
+    can = {"context": 512, "chat_template": True, "system_turns": True, "earlier_turns": True, "dropout": True}
     return replace(policy_artefact(tiny_policy), counts=can)
 
 

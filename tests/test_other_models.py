@@ -1,7 +1,9 @@
 """Models as other people have them: quantised files, adapters, odd tokenizers, code of their own, hybrids."""
 
 import json
+import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +11,14 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, as_policy
 from builders import TINY_RUN, composed, logits_of, policy_artefact, record_files, run, workspace, write_tiny_data
-from test_boundary import NO_SYSTEM
+from test_boundary import CHATML, NO_SYSTEM
 
 from selfalign.errors import SelfalignError
 from selfalign.model_check import check_model
 from selfalign.models import LoRA, ModelConfig, PolicyFiles, open_tokenizer
 from selfalign.pretrained import fetch_pretrained, identify_source
 from selfalign.stages.pretrained import pretrained
-from selfalign.tokenization import stop_ids
+from selfalign.tokenization import encode_prompt, stop_ids
 
 ASIDE = ["data.seeds.evaluation_fine_tuning=none", "data.seeds.ranked=''", "evaluate=none", "iterations=1"]
 GIVEN_PAIRS = [*(one for one in TINY_RUN if not one.startswith(("data.instruct", "data.respond"))), "data=pairs"]
@@ -32,9 +34,8 @@ def mine(tiny_policy: PolicyFiles, tmp_path: Path) -> Path:
     return folder
 
 
-def write_pairs(folder: Path, *, system: bool = False) -> str:
-    """Preference pairs as a user has them; the override that names them."""
-    turns = [{"role": "system", "content": "Be brief."}] if system else []
+def write_pairs(folder: Path, turns: Sequence[dict[str, str]] = ()) -> str:
+    """Preference pairs as a user has them, with turns before each question; the override that names them."""
     rows = [
         {
             "prompt": [*turns, {"role": "user", "content": f"Name a {thing}."}],
@@ -84,6 +85,38 @@ def test_adapter_that_changes_when_it_is_merged_is_refused(mine: Path, tmp_path:
     (tmp_path / "M0").mkdir()
     with pytest.raises(SelfalignError, match="is an adapter that changes when it is merged into"):
         fetch_pretrained(ModelConfig(path=str(folder)), tmp_path / "M0")
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("base_model.model.", "base_model.model._orig_mod."), ("model.layers.1", "model.language_model.layers.1")],
+    ids=["saved_compiled", "renamed_layers"],
+)
+def test_adapter_whose_weights_reach_no_layer_of_its_base_is_refused(
+    old: str, new: str, mine: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder, _ = adapter_of(mine, tmp_path / "adapter")
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file({name.replace(old, new): value for name, value in weights.items()}, folder / "adapter_model.safetensors")
+    (tmp_path / "M0").mkdir()
+    with pytest.raises(SelfalignError, match=rf"weights are not those of its layers .*{re.escape(new)}"):
+        fetch_pretrained(ModelConfig(path=str(folder)), tmp_path / "M0")
+
+
+def test_adapter_that_is_no_change_of_weights_is_refused_by_its_kind(mine: Path, tmp_path: Path) -> None:
+    from peft import PromptTuningConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(mine), settings)
+    model.peft_config["default"].base_model_name_or_path = str(mine)
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "M0").mkdir()
+    with pytest.raises(SelfalignError, match="is an adapter of the kind PROMPT_TUNING, which cannot be merged"):
+        fetch_pretrained(ModelConfig(path=str(tmp_path / "adapter")), tmp_path / "M0")
 
 
 def test_another_base_under_the_same_path_is_another_model(mine: Path, tmp_path: Path) -> None:
@@ -139,6 +172,30 @@ def test_text_ends_where_the_models_generation_config_ends_it(mine: Path, tmp_pa
     assert stop_ids(tokenizer) == [0, 2]  # 77 is text
     tokenizer.save_pretrained(tmp_path / "M1" / "tokenizer")
     assert stop_ids(PolicyFiles(tmp_path / "M1").load_tokenizer()) == [0, 2]
+
+
+def test_text_ends_where_config_json_ends_it_if_there_is_nothing_else(mine: Path, tmp_path: Path) -> None:
+    (mine / "generation_config.json").unlink()
+    edit_json(mine / "config.json", lambda settings: settings.update(eos_token_id=[0, 2]))
+    assert stop_ids(fetch_pretrained(ModelConfig(path=str(mine)), tmp_path).load_tokenizer()) == [0, 2]
+
+
+def test_settings_of_the_model_that_change_what_is_drawn_are_said_not_to_be_applied(mine: Path, tmp_path: Path) -> None:
+    asked = {"repetition_penalty": 1.3, "suppress_tokens": [5], "no_repeat_ngram_size": 0, "typical_p": 1.0}
+    edit_json(mine / "generation_config.json", lambda settings: settings.update(asked))
+    [note] = check_model(fetch_pretrained(ModelConfig(path=str(mine)), tmp_path), "float32")["notes"]
+    assert (
+        note == "repetition_penalty, suppress_tokens in its generation_config.json: not applied to what is written here"
+    )
+
+
+def test_tokenizer_that_was_saved_to_split_control_tokens_reads_them_whole(
+    mine: Path, tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    edit_json(mine / "tokenizer_config.json", lambda settings: settings.update(split_special_tokens=True))
+    tokenizer = fetch_pretrained(ModelConfig(path=str(mine)), tmp_path).load_tokenizer()
+    asked = [{"role": "user", "content": "Hi."}]
+    assert encode_prompt(tokenizer, asked) == encode_prompt(tiny_tokenizer, asked)
 
 
 def test_tokenizer_that_leaves_out_merges_at_random_always_gives_the_same_ids(mine: Path, tmp_path: Path) -> None:
@@ -250,6 +307,17 @@ def test_weights_in_a_form_whose_library_is_missing_name_it(mine: Path, tmp_path
         fetch_pretrained(ModelConfig(path=str(mine)), tmp_path)
 
 
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_weight_that_is_not_finite_is_refused_by_its_name(value: str, mine: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(mine / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = float(value)
+    save_file(weights, mine / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SelfalignError, match=r"weights 'model\.layers\.1\.mlp\.up_proj\.weight' are not all finite"):
+        check_model(fetch_pretrained(ModelConfig(path=str(mine)), tmp_path), "float32")
+
+
 # --- what is asked of M0, before training ------------------------------------------------------------------------
 
 
@@ -279,11 +347,46 @@ def test_what_the_model_cannot_do_is_known_before_anything_is_trained(
     assert not list((tmp_path / "out" / "store").glob("sft/*"))
 
 
-def test_system_turn_in_the_data_that_the_template_refuses_names_the_record(mine: Path, tmp_path: Path) -> None:
-    template = mine / "chat_template.jinja"
-    template.write_text(NO_SYSTEM + template.read_text())
-    data = [*write_tiny_data(tmp_path / "data"), *ASIDE, write_pairs(tmp_path / "data", system=True)]
-    with pytest.raises(SelfalignError, match=r"record \w+ has a system turn, which .* does not take"):
+ONE_QUESTION = (
+    "<|im_start|>user\n{{ (messages|selectattr('role', 'equalto', 'user')|list)[-1]['content'] }}<|im_end|>\n"
+    "<|im_start|>assistant\n{% if messages[-1]['role'] == 'assistant' %}"
+    "{{ messages[-1]['content'] }}<|im_end|>\n{% endif %}"
+)
+"""A template of a model that was trained on single questions."""
+
+
+@pytest.mark.parametrize(
+    ("template", "turns", "said"),
+    [
+        (NO_SYSTEM + CHATML, [{"role": "system", "content": "Be brief."}], "a system turn"),
+        (ONE_QUESTION, [{"role": "system", "content": "Be brief."}], "a system turn"),
+        (CHATML.replace("m['content']", "messages[0]['content'] if m['role'] == 'user' else m['content']"),
+         [{"role": "system", "content": "Be brief."}], "a system turn"),
+        (ONE_QUESTION, [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}],
+         "turns before its question"),
+    ],
+    ids=["system_refused", "system_dropped", "system_in_place_of_the_question", "earlier_turns_dropped"],
+)  # fmt: skip
+def test_turns_in_the_data_that_the_template_does_not_take_name_the_record(
+    template: str, turns: list[dict[str, str]], said: str, mine: Path, tmp_path: Path
+) -> None:
+    (mine / "chat_template.jinja").write_text(template)
+    data = [*write_tiny_data(tmp_path / "data"), *ASIDE, write_pairs(tmp_path / "data", turns)]
+    with pytest.raises(SelfalignError, match=rf"record \w+ has {said}, which .* does not take"):
+        run(tmp_path / "out", *GIVEN_PAIRS, *data, "model=pretrained", f"model.path={mine}")
+    assert not list((tmp_path / "out" / "store").glob("sft/*"))
+
+
+@pytest.mark.parametrize("opened", ["<think>\n\n</think>\n\n", "<think>\n"], ids=["empty", "open"])
+def test_answers_that_think_are_refused_where_the_template_has_opened_a_thought(
+    opened: str, mine: Path, tmp_path: Path
+) -> None:
+    written = f"{{% if m['role'] == 'assistant' and loop.last %}}{opened}{{% endif %}}{{{{ m['content'] }}}}"
+    (mine / "chat_template.jinja").write_text(CHATML.replace("{{ m['content'] }}", written))
+    data = [*write_tiny_data(tmp_path / "data"), *ASIDE, write_pairs(tmp_path / "data")]
+    pairs = tmp_path / "data" / "pairs.jsonl"
+    pairs.write_text(pairs.read_text().replace("A good", "<think>A river.</think>A good"))
+    with pytest.raises(SelfalignError, match=r"record \w+ has an answer that begins with <think>, and the model's"):
         run(tmp_path / "out", *GIVEN_PAIRS, *data, "model=pretrained", f"model.path={mine}")
     assert not list((tmp_path / "out" / "store").glob("sft/*"))
 

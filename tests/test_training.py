@@ -15,6 +15,7 @@ from typing import Any
 import layout_jobs
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen2Config, TrainingArguments
@@ -33,7 +34,7 @@ from selfalign.stages.reference import reference
 from selfalign.store import Artefact, Workspace
 from selfalign.tokenization import Answer
 from selfalign.trainer import Steps, last_checkpoint
-from selfalign.training import Likelihood, Optimization, Outcome, TrainConfig, Weights, prepare, train
+from selfalign.training import Likelihood, Optimization, Outcome, TrainConfig, Weights, add_adapter, prepare, train
 
 FLOAT = Weights(dtype="float32", lora=LoRA(), seed=3)
 ADAPTER = replace(FLOAT, lora=LoRA(rank=4))
@@ -768,6 +769,15 @@ def test_weight_decay_pulls_every_weight_towards_zero_on_top_of_the_step(
         torch.testing.assert_close(decayed.weights[name], expected, rtol=1e-6, atol=1e-7)
 
 
+def test_training_multiplies_in_the_dtype_asked_for_whatever_its_launcher_says(
+    tiny_policy: PolicyFiles, demonstrations: list[Group], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = run(tmp_path / "alone", tiny_policy, demonstrations)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    launched = run(tmp_path / "launched", tiny_policy, demonstrations)
+    assert without_speed(launched.rows) == without_speed(alone.rows)
+
+
 def test_gradients_are_clipped_to_the_norm_asked_for(
     tiny_policy: PolicyFiles, demonstrations: list[Group], tmp_path: Path, gradient_descent: None
 ) -> None:
@@ -786,6 +796,14 @@ def test_adapter_alone_is_trained_and_saved(
     assert all("lora_" in name for name in trained.weights)
     assert any(float(value.abs().max()) > 0 for name, value in trained.weights.items() if "lora_B" in name)
     assert (tmp_path / "weights").resolve() == (tiny_policy.path / "weights").resolve()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # Of other people's models.
+@pytest.mark.parametrize(("name", "said"), [("Granite-MoE", "experts.down_proj, experts.gate_up_proj"), ("LFM2", "")])
+def test_experts_that_no_adapter_reaches_are_named(name: str, said: str, caplog: pytest.LogCaptureFixture) -> None:
+    add_adapter(ARCHITECTURES[name].build(), LoRA(rank=2))
+    told = [record.getMessage() for record in caplog.records if record.name.startswith("selfalign")]
+    assert told == ([f"model.lora.targets=all-linear does not reach {said}: they stay as they are"] if said else [])
 
 
 def test_spaces_between_the_names_of_adapted_layers_are_not_part_of_them(

@@ -38,6 +38,7 @@ def test_random_model_is_the_same_each_time_it_is_built(tmp_path: Path, tiny_pol
         "dropout": True,
         "chat_template": True,
         "system_turns": True,
+        "earlier_turns": True,
         "stops_at": ["<|im_end|>"],
         "notes": [],
     }
