@@ -9,7 +9,7 @@ import pytest
 
 from selfalign.data import read_demonstrations, read_instructions, read_outputs, read_pairs, read_ranked
 from selfalign.errors import SelfalignError
-from selfalign.turns import as_text, instruction_of, texts_in
+from selfalign.turns import as_text, compared, instruction_of, texts_in
 
 Row = dict[str, Any]
 
@@ -445,6 +445,12 @@ def test_ranked_answer_with_more_than_text_is_refused(tmp_path: Path) -> None:
 
 
 # --- prompts -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spelled", ["Café:\r\ntea", "Cafe\u0301:\ntea", "Café:\rtea ", "\u00a0Café:\ntea"])
+def test_text_is_compared_however_a_program_encodes_it(spelled: str) -> None:
+    assert compared(spelled) == "Café:\ntea"
+    assert texts_in(spelled) == texts_in([user(spelled)]) == {"Café:\ntea"}
 
 
 def test_prompt_in_words() -> None:

@@ -4,7 +4,7 @@ from selfalign.data import read_instructions
 from selfalign.errors import SelfalignError
 from selfalign.records import Demonstration, read_records, write_records
 from selfalign.store import Artefact, Counts, Workspace
-from selfalign.turns import texts_in
+from selfalign.turns import compared, texts_in
 
 
 def questions(out: Workspace, *, source: str, count: int, content: str, seeds: Artefact | None) -> Counts:
@@ -25,7 +25,7 @@ def questions(out: Workspace, *, source: str, count: int, content: str, seeds: A
         demonstrations = read_records(seeds.path / "demonstrations.jsonl", Demonstration)
     taught = {text for demonstration in demonstrations for text in texts_in(demonstration.prompt)}
     given, drops = read_instructions(source, "evaluation")
-    apart = [instruction for instruction in given if instruction.text.strip() not in taught]
+    apart = [instruction for instruction in given if compared(instruction.text) not in taught]
     if not apart:
         raise SelfalignError(f"{source}: all {len(given)} instructions are prompts of data.seeds.demonstrations")
     write_records(out.path / "instructions.jsonl", apart[: count or None])

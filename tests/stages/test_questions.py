@@ -45,6 +45,11 @@ def test_instruction_whose_answer_is_taught_measures_nothing_and_is_dropped(tmp_
     assert [record.id for record in kept] == ["q1", "q3"]
 
 
+def test_instruction_that_is_taught_in_another_encoding_is_dropped_too(tmp_path: Path) -> None:
+    kept = asked(tmp_path, 2, "Question\u00a00?", dropped=1)
+    assert [record.id for record in kept] == ["q1", "q2"]
+
+
 def test_instruction_that_is_taught_with_spaces_around_it_is_dropped_too(tmp_path: Path) -> None:
     kept = asked(tmp_path, 2, " Question 0?\n", "Question 2? ", dropped=2)
     assert [record.id for record in kept] == ["q1", "q3"]
