@@ -253,6 +253,31 @@ def test_fields_that_are_passed_over_are_named_once(tmp_path: Path, caplog: pyte
     assert caplog.messages == [f"{path}: passed over the fields source, weight"]
 
 
+@pytest.mark.parametrize("spelled", ["nan", "None", "<noinput>", "N/A"])
+def test_text_that_spells_an_absent_value_is_named_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, spelled: str
+) -> None:
+    caplog.set_level("INFO")
+    path = write(tmp_path, *(BASE | {"instruction": f"A{n}", "input": spelled if n else "B"} for n in range(3)))
+    read_demonstrations(path)
+    (message,) = caplog.messages
+    assert message.startswith(f"{path}: in 2 rows input is the text {spelled!r}")
+
+
+def test_rows_that_are_left_out_are_named_by_reason(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    path = write(tmp_path, BASE, BASE, BASE | {"response": " "})
+    read_demonstrations(path)
+    assert caplog.messages == [f"{path}: left out 1 duplicate, 1 empty_response"]
+
+
+def test_earlier_answers_that_are_not_taught_are_said_to_be(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    path = write(tmp_path, {"messages": [user("A"), say("B") | {"weight": 1}, user("C"), say("D")]}, BASE)
+    assert [taught.response for taught in read_demonstrations(path)[0]] == ["D", "C"]
+    assert caplog.messages == [f"{path}: in 1 of 2 rows only the last answer is taught, earlier ones are read"]
+
+
 @pytest.mark.parametrize(("repeating", "refused"), [(2, False), (3, True), (5, True)])
 def test_prompts_before_most_answers_are_refused(tmp_path: Path, repeating: int, refused: bool) -> None:
     """A set that keeps the prompt in front of each answer would teach to repeat it; a single answer may."""
