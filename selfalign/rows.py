@@ -5,6 +5,7 @@ a row says beside the fields that are read (source, category, model, …) is pas
 the task or of the answer.
 """
 
+import logging
 import math
 import re
 import unicodedata
@@ -19,6 +20,8 @@ import msgspec
 from selfalign.errors import SelfalignError
 from selfalign.files import digest_json
 from selfalign.records import Demonstration, Instruction, PreferencePair, RankedAnswers
+
+logger = logging.getLogger(__name__)
 
 UNREAD = (
     "tools", "tool_calls", "functions", "function_call", "images", "image", "image_url", "videos", "video", "audios",
@@ -211,16 +214,21 @@ def give_ids(read: Iterable[tuple[Row, R]], drops: Counter[str]) -> list[R]:
     """
     kept: dict[str, R] = {}
     places: dict[str, str] = {}
+    contents: set[str] = set()
     for row, record in read:
-        own = row.own_id()
-        named = replace(record, id=own or digest_json(msgspec.to_builtins(replace(record, id="")))[:16])
+        content = digest_json(msgspec.to_builtins(replace(record, id="")))[:16]
+        named = replace(record, id=row.own_id() or content)
         before = kept.setdefault(named.id, named)
         if before is named:
             places[named.id] = row.where
+            contents.add(content)
         elif before == named:
             drops["duplicate"] += 1
         else:
             row.refuse(f"the same id as {places[named.id]} ({named.id!r}), but other content; ids are unique")
+    if again := len(kept) - len(contents):
+        file = next(iter(places.values())).rpartition(":")[0]
+        logger.info("%s: %d rows say what another says under another id; they are kept", file, again)
     return list(kept.values())
 
 

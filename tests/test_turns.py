@@ -271,6 +271,15 @@ def test_rows_that_are_left_out_are_named_by_reason(tmp_path: Path, caplog: pyte
     assert caplog.messages == [f"{path}: left out 1 duplicate, 1 empty_response"]
 
 
+def test_rows_that_differ_in_their_ids_alone_are_said_to_be_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    path = write(tmp_path, *(BASE | {"id": n} for n in range(3)))
+    assert len(read_demonstrations(path)[0]) == 3
+    assert caplog.messages == [f"{path}: 2 rows say what another says under another id; they are kept"]
+
+
 def test_earlier_answers_that_are_not_taught_are_said_to_be(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     path = write(tmp_path, {"messages": [user("A"), say("B") | {"weight": 1}, user("C"), say("D")]}, BASE)
