@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from selfalign.errors import SelfalignError
 from selfalign.generation import Backend
+from selfalign.judges.attempts import WrittenScore
 from selfalign.judges.bench import (
     Bench,
     Judge,
@@ -196,7 +197,7 @@ class Tally:
 def _check_scale(label: str, judge: Judge, tally: Tally) -> None:
     """Warns where many scores lie beyond the scale: those in it are then the low ones of a longer scale."""
     beyond = tally.failed[JudgementStatus.OUT_OF_RANGE.value]
-    if not isinstance(judge, Pairwise | ImplicitReward) and beyond > OFTEN_BEYOND * tally.wanted:
+    if isinstance(judge, WrittenScore) and beyond > OFTEN_BEYOND * tally.wanted:
         logger.warning(
             "%s: %d of %d judgements lie beyond judge.low=%d and judge.high=%d and are left out, so that the other "
             "responses alone are compared; set them to the scale of the rubric",
