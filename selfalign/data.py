@@ -7,7 +7,7 @@ names the file, the line and the field.
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, combinations
 from typing import Any, TypeVar
@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 from selfalign.containers import read_rows
 from selfalign.errors import SelfalignError
 from selfalign.preference_rows import read_pair
-from selfalign.published import DEMONSTRATIONS, PAIRS, RANKED, RatedPair, against_pair, schema_of
+from selfalign.published import DEMONSTRATIONS, PAIRS, RANKED, RatedPair, TranscriptPair, against_pair, schema_of
 from selfalign.records import Demonstration, Instruction, PreferencePair, Prompt, RankedAnswers
-from selfalign.rows import ANSWERS, BESIDE, CONVERSATIONS, READ, UNREAD, Row, give_ids, is_blank, shown
+from selfalign.rows import ANSWERS, BESIDE, CONVERSATIONS, INSTRUCTIONS, READ, UNREAD, Row, give_ids, is_blank, shown
 from selfalign.turns import as_prompt, as_text, check_prompt, only_answer, read_task, read_turns, spoken
 
 logger = logging.getLogger(__name__)
@@ -76,6 +76,11 @@ def read_demonstrations(source: str) -> tuple[list[Demonstration], Drops]:
     """
     found, drops = _read(source, DEMONSTRATIONS, _demonstration)
     _check_answers(source, [(shown.prompt, (shown.response,)) for shown in found])
+    longer = sum(not isinstance(d.prompt, str) and any(t["role"] == "assistant" for t in d.prompt) for d in found)
+    if longer:
+        logger.info(
+            "%s: in %d of %d rows only the last answer is taught, earlier ones are read", source, longer, len(found)
+        )
     return found, drops
 
 
@@ -239,23 +244,49 @@ def _read(source: str, readers: Readers[Any], read: Callable[[Row, Drops], Any])
     found = (Row.of(where, raw) for where, raw in chain([first], rows))
     schema = schema_of(first[1]) if readers else None
     if schema is None:
-        drops, names = Counter[str](), set[str]()
-        rows = (names.update(row.fields) or row for row in found)
-        records = give_ids(((row, record) for row in rows if (record := read(row, drops)) is not None), drops)
-        if passed_over := sorted(names - READ):
-            logger.info("%s: passed over the fields %s", source, ", ".join(passed_over))
-        return records, drops
-    if schema not in readers:
+        records, drops = _read_own(source, found, read)
+    elif schema not in readers:
         uses = {"demonstrations": DEMONSTRATIONS, "ranked answers": RANKED, "pairs": PAIRS}
         known = " and ".join(use for use, by_schema in uses.items() if schema in by_schema)
         raise SelfalignError(f"{source}: rows like {schema.__name__} in published.py give {known} only")
-    return readers[schema](list(_of_schema(schema, found)))
+    else:
+        records, drops = readers[schema](list(_of_schema(schema, found)))
+    if +drops:
+        logger.info("%s: left out %s", source, ", ".join(f"{n} {reason}" for reason, n in sorted((+drops).items())))
+    return records, drops
+
+
+def _read_own(source: str, found: Iterable[Row], read: Callable[[Row, Drops], Any]) -> tuple[list[Any], Drops]:
+    """The records of rows in our own formats; says which fields are passed over, and which may be absent after all."""
+    drops, names, spelled = Counter[str](), set[str](), Counter[tuple[str, str]]()
+
+    def seen() -> Iterator[Row]:
+        for row in found:
+            names.update(row.fields)
+            spelled.update(row.spelled_gaps())
+            yield row
+
+    records = give_ids(((row, record) for row in seen() if (record := read(row, drops)) is not None), drops)
+    if passed_over := sorted(names - READ):
+        logger.info("%s: passed over the fields %s", source, ", ".join(passed_over))
+    for (name, text), rows in spelled.items():
+        logger.warning(
+            "%s: in %d rows %s is the text %r, as programs spell a value that is absent; it is taken as a text",
+            source,
+            rows,
+            name,
+            text,
+        )
+    return records, drops
 
 
 def _of_schema(schema: type, rows: Iterator[Row]) -> Iterator[Any]:
     """The rows of a published schema, which must not carry a task beside the fields that are read."""
     for row in rows:
-        row.refuse_filled(BESIDE, row.fields, why=f"which rows like {schema.__name__} in published.py do not have")
+        own = ("prompt", *INSTRUCTIONS) if schema is TranscriptPair else ()
+        own = ("prompt",) if schema is RatedPair and isinstance(row.fields.get("prompt"), list) else own
+        why = f"which rows like {schema.__name__} in published.py, as the first one, do not have"
+        row.refuse_filled((*BESIDE, *own), row.fields, why=why)
         turns = ("chosen", "rejected") if schema is RatedPair else ()
         read = {name: read_turns(row, name) for name in turns if name in row.fields}
         yield Row(row.where, row.fields | read).typed(schema)

@@ -44,6 +44,9 @@ DAY_SECONDS = 86_400.0
 PROBE = "Say hello."
 """What every server answers that answers at all."""
 
+SIZE = re.compile(r"(?<![a-z])(?:mini|nano|micro|tiny|small|lite|flash|turbo)(?![a-z])")
+"""What is another model in its maker's family of one name."""
+
 DIRECT = {"all://localhost": None, "all://127.0.0.1": None}
 """What is asked without a proxy, whatever the environment says of one."""
 
@@ -366,10 +369,13 @@ class Client:
 def same_model(asked: str, told: str) -> bool:
     """Whether a server's name for what answers is the name asked for, with a maker, version or file ending or without.
 
-    Many servers answer with the model that they have, whatever they are asked for.
+    Many servers answer with the model that they have, whatever they are asked for. What only one of the names says
+    must be no size: gpt-4o-mini is not gpt-4o.
     """
-    one, other = (re.sub(r"[\W_]+", "", name.rpartition("/")[2].casefold()) for name in (asked, told))
-    return one in other or other in one
+    one, other = (name.rpartition("/")[2].casefold() for name in (asked, told))
+    sizes = set(SIZE.findall(one)) ^ set(SIZE.findall(other)) if one and other else set()
+    one, other = (re.sub(r"[\W_]+", "", name) for name in (one, other))
+    return not sizes and (one in other or other in one)
 
 
 def pause(stop: threading.Event, seconds: float) -> None:

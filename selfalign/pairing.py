@@ -16,6 +16,7 @@ from rapidfuzz.distance import Indel
 
 from selfalign.errors import SelfalignError
 from selfalign.records import FinishReason, Response
+from selfalign.wording import pieces_of
 
 ROUNDING = 1e-9
 """Scores are means of floats; a band's end that is missed by less than this is reached."""
@@ -234,7 +235,7 @@ def against_pair(rule: PairRule, chosen: Candidate, rejected: Candidate) -> str 
         return "identical"
     if not one or not other:
         return "empty_response"
-    alike = Indel.normalized_similarity(one.casefold().split(), other.casefold().split())
+    alike = Indel.normalized_similarity(pieces_of(one), pieces_of(other))
     return "near_identical" if alike >= rule.max_similarity else None
 
 

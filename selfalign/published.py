@@ -86,7 +86,7 @@ def schema_of(row: dict[str, Any]) -> type | None:
         return RatedCompletions
     sides = [row.get("chosen"), row.get("rejected")]
     if {"score_chosen", "score_rejected"} <= row.keys() and all(isinstance(side, list) for side in sides):
-        return RatedPair
+        return None if isinstance(row.get("prompt"), list) else RatedPair
     if row.get("prompt") is None and all(isinstance(side, str) and SPEAKER.match(side) for side in sides):
         return TranscriptPair
     return None

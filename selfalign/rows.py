@@ -5,6 +5,7 @@ a row says beside the fields that are read (source, category, model, …) is pas
 the task or of the answer.
 """
 
+import logging
 import math
 import re
 import unicodedata
@@ -19,6 +20,8 @@ import msgspec
 from selfalign.errors import SelfalignError
 from selfalign.files import digest_json
 from selfalign.records import Demonstration, Instruction, PreferencePair, RankedAnswers
+
+logger = logging.getLogger(__name__)
 
 UNREAD = (
     "tools", "tool_calls", "functions", "function_call", "images", "image", "image_url", "videos", "video", "audios",
@@ -49,8 +52,17 @@ ANSWERS = ("response", "output", "completion", "answer")
 SIDES = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"), ("response", "rejected_response"))
 """Fields with the better and the worse answer: TRL's and most others', OpenAI's, ms-swift's."""
 
-SCORES = (("chosen_score", "score_chosen"), ("rejected_score", "score_rejected"))
+SCORES = tuple(
+    (f"{side}_score", f"score_{side}", f"{side}_rating", f"rating_{side}", f"{side}-rating", f"{side}-score")
+    for side in ("chosen", "rejected")
+)
 """Fields with the score of the better and of the worse answer."""
+
+TEXTS = ("prompt", *INSTRUCTIONS, *INPUTS, *SYSTEM, *ANSWERS, *chain.from_iterable(SIDES))
+"""Fields with a text."""
+
+SPELLED_GAPS = ("nan", "none", "null", "nil", "undefined", "n/a", "#n/a", "<na>", "nat", "<noinput>")
+"""How programs spell an absent text where they write a text all the same."""
 
 READ = {
     "prompt", "responses", "id", "category", "generator", "dataset", "label", "kto_tag",
@@ -130,6 +142,11 @@ class Row:
             self.refuse(f"{name} is a text that spells a list of turns; give the list itself")
         return "" if is_blank(value) else value
 
+    def spelled_gaps(self) -> list[tuple[str, str]]:
+        """(field, its text) where a text that is read may stand for an absent value."""
+        texts = {name: self.fields[name] for name in TEXTS if isinstance(self.fields.get(name), str)}
+        return [(name, text) for name, text in texts.items() if text.strip().casefold() in SPELLED_GAPS]
+
     def one_text(self, names: Iterable[str]) -> str:
         """The only text among fields for the same place; empty where all are.
 
@@ -142,15 +159,18 @@ class Row:
         return next(iter(texts.values()), "")
 
     def number(self, *names: str) -> float | None:
-        """The first of these fields that is there.
+        """The only number among fields for the same one; None where none is there.
 
         Raises:
-            SelfalignError: it is no number.
+            SelfalignError: one is no number, or two are different ones.
         """
-        value = next((self.fields[name] for name in names if name in self.fields), None)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            self.refuse(f"{names[0]}: expected a number, got {shown(value)}")
-        return value
+        found = {name: self.fields[name] for name in names if name in self.fields}
+        for name, value in found.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                self.refuse(f"{name}: expected a number, got {shown(value)}")
+        if len(set(found.values())) > 1:
+            self.refuse(f"{' and '.join(found)} are different numbers, and there is place for one; leave one")
+        return next(iter(found.values()), None)
 
     def own_id(self) -> str:
         """The row's `id` as a text; empty where it has none. Tables turn whole numbers with gaps into 3.0, which is 3.
@@ -194,16 +214,21 @@ def give_ids(read: Iterable[tuple[Row, R]], drops: Counter[str]) -> list[R]:
     """
     kept: dict[str, R] = {}
     places: dict[str, str] = {}
+    contents: set[str] = set()
     for row, record in read:
-        own = row.own_id()
-        named = replace(record, id=own or digest_json(msgspec.to_builtins(replace(record, id="")))[:16])
+        content = digest_json(msgspec.to_builtins(replace(record, id="")))[:16]
+        named = replace(record, id=row.own_id() or content)
         before = kept.setdefault(named.id, named)
         if before is named:
             places[named.id] = row.where
+            contents.add(content)
         elif before == named:
             drops["duplicate"] += 1
         else:
             row.refuse(f"the same id as {places[named.id]} ({named.id!r}), but other content; ids are unique")
+    if again := len(kept) - len(contents):
+        file = next(iter(places.values())).rpartition(":")[0]
+        logger.info("%s: %d rows say what another says under another id; they are kept", file, again)
     return list(kept.values())
 
 

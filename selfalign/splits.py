@@ -1,8 +1,8 @@
 """Which preference pairs are held out: such as share no text with anything that is trained on.
 
 Two pairs share a text when the prompt or a response of one stands in the other: as its prompt, as a response, or as the
-beginning or an earlier answer of the dialogue that is its prompt. Texts are compared without the spaces around them,
-and prompts without their system turn. Of every text a digest of eight bytes is kept, so a pair needs some hundred bytes
+beginning or an earlier answer of the dialogue that is its prompt. Texts are compared as `compared` has them, and
+prompts without their system turn. Of every text a digest of eight bytes is kept, so a pair needs some hundred bytes
 and not its texts.
 """
 
@@ -20,7 +20,7 @@ from selfalign.examples import StoredExamples
 from selfalign.files import digest_text
 from selfalign.records import Demonstration, HasId, PreferencePair, Prompt, RankedAnswers, stream_records
 from selfalign.store import Artefact
-from selfalign.turns import as_prompt, as_text
+from selfalign.turns import as_prompt, as_text, compared
 
 Digests = np.ndarray[Any, np.dtype[np.uint64]]
 Rows = np.ndarray[Any, np.dtype[np.int64]]
@@ -56,7 +56,7 @@ def texts_of(prompt: Prompt, *responses: str) -> Texts:
 
 
 def _digest(kind: str, text: str) -> int:
-    said = f"{kind}\0{text.strip()}".encode(errors="surrogatepass")
+    said = f"{kind}\0{compared(text)}".encode(errors="surrogatepass")
     return int.from_bytes(blake2b(said, digest_size=8).digest(), "big")
 
 

@@ -1,5 +1,6 @@
 """What a row asks, in the ways instruction and chat data are written: as a text, or as the turns of a conversation."""
 
+import unicodedata
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -29,9 +30,15 @@ def as_text(prompt: Prompt) -> str:
     return prompt[0]["content"] if len(prompt) == 1 else "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt)
 
 
+def compared(text: str) -> str:
+    """A text as it is compared with others: how its accents, line ends and spaces are encoded tells nothing apart."""
+    text = unicodedata.normalize("NFC", text.replace("\u00a0", " "))
+    return text.replace("\r\n", "\n").replace("\r", "\n").strip()
+
+
 def texts_in(prompt: Prompt) -> set[str]:
-    """What is said in a prompt: each turn, or the text; without the spaces around them, which tell nothing apart."""
-    return {text.strip() for text in ([prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt])}
+    """What is said in a prompt, as it is compared: each turn, or the text."""
+    return set(map(compared, [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]))
 
 
 def instruction_of(prompt: Prompt) -> str:

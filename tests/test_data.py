@@ -207,7 +207,10 @@ def test_id_that_is_neither_text_nor_whole_number_is_refused(tmp_path: Path, wro
 NAN, INF = float("nan"), float("inf")
 
 
-@pytest.mark.parametrize("names", [("chosen_score", "rejected_score"), ("score_chosen", "score_rejected")])
+SCORE_NAMES = ["{}_score", "score_{}", "{}_rating", "rating_{}", "{}-rating"]
+
+
+@pytest.mark.parametrize("names", [[name.format(side) for side in ("chosen", "rejected")] for name in SCORE_NAMES])
 @pytest.mark.parametrize(
     ("chosen", "rejected", "kept", "drops"),
     [
@@ -224,12 +227,20 @@ NAN, INF = float("nan"), float("inf")
     ],
 )
 def test_scores_decide_as_in_published_sets(
-    tmp_path: Path, names: tuple[str, str], chosen: Any, rejected: Any, kept: Any, drops: dict[str, int]
+    tmp_path: Path, names: list[str], chosen: Any, rejected: Any, kept: Any, drops: dict[str, int]
 ) -> None:
     row = STANDARD | dict(zip(names, (chosen, rejected), strict=True))
     pairs, counted = read_pairs(write_rows(tmp_path / "a.jsonl", row))
     assert [(pair.chosen_score, pair.rejected_score) for pair in pairs] == ([] if kept is None else [kept])
     assert +counted == Counter(drops)
+
+
+def test_two_scores_of_one_answer_are_refused_unless_they_are_equal(tmp_path: Path) -> None:
+    row = STANDARD | {"chosen_score": 4, "rejected_score": 1}
+    (same,), _ = read_pairs(write_rows(tmp_path / "a.jsonl", row | {"chosen_rating": 4.0}))
+    assert same.chosen_score == 4
+    with pytest.raises(SelfalignError, match=r"b\.jsonl:1: chosen_score and chosen_rating are different numbers"):
+        read_pairs(write_rows(tmp_path / "b.jsonl", row | {"chosen_rating": 0.5}))
 
 
 def test_reasons_against_a_pair_are_those_of_published_sets(tmp_path: Path) -> None:

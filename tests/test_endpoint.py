@@ -11,7 +11,7 @@ import pytest
 from builders import workspace
 from chat_server import ChatServer, Fault, chat, chat_server
 
-from selfalign.endpoint import Client, Endpoint, retry_after
+from selfalign.endpoint import Client, Endpoint, retry_after, same_model
 from selfalign.errors import SelfalignError
 from selfalign.journal import Journal
 from selfalign.replies import RefusedError, Reply
@@ -149,6 +149,22 @@ def test_server_that_has_moved_is_named_by_its_new_address() -> None:
     said = r"status 308: the server is at https://new\.example/v1/chat/completions; set base_url"
     with chat_server(faults=[moved]) as server, client(server) as chats, pytest.raises(RefusedError, match=said):
         chats.complete(ASK)
+
+
+@pytest.mark.parametrize(
+    ("asked", "told", "same"),
+    [
+        ("gpt-4o", "gpt-4o-2024-08-06", True),
+        ("gpt-4o", "gpt-4o-mini", False),
+        ("gpt-4o-mini", "gpt-4o", False),
+        ("openai/gpt-4o-mini", "gpt-4o-mini-2024-07-18", True),
+        ("gemini-2.5-flash", "gemini-2.5-flash-lite", False),
+        ("miniature", "miniature-1", True),
+        ("gpt-4o-mini", "", True),
+    ],
+)
+def test_model_of_another_size_is_another_model(asked: str, told: str, same: bool) -> None:
+    assert same_model(asked, told) is same
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,8 @@ def check_alike_texts_make_no_pair(module: ModuleType) -> None:
     assert dropped(whole, " ".join([*words[:-2], "x", "y"])) == {}
     assert dropped(whole, " ".join([*words[:-2], "x", "y"]), max_similarity=0.9) == {"near_identical": 1}
     assert dropped(whole, whole.upper() + "  ") == {"near_identical": 1}
+    characters = "".join(map(chr, range(0x4E00, 0x4E14)))
+    assert dropped(characters, characters[:-1] + "x") == {"near_identical": 1}
     assert dropped("Yes.", "No.") == {}
     # The letters are nearly the same, the words are not.
     assert dropped("It is 1,234,567 metres.", "It is 1,234,568 metres.") == {}
@@ -172,9 +174,9 @@ MUTANTS = [
     ("length control always on", "if rho is None or not pool:", "rho = rho or 0.0\n    if not pool:"),
     ("cut ones kept", "if rule.finished_only else judged", "if False else judged"),
     ("identical kept", "if one == other:", "if False:"),
-    ("letters compared instead of words", ".split(), other.casefold().split())", ", other.casefold())"),
+    ("letters compared instead of words", "pieces_of(one), pieces_of(other)", "one.casefold(), other.casefold()"),
     ("similarity has to be exceeded", "alike >= rule.max", "alike > rule.max"),
-    ("case makes words differ", "one.casefold().split(), other.casefold()", "one.split(), other"),
+    ("case makes words differ", "pieces_of(one), pieces_of(other)", "one.split(), other.split()"),
     ("random pair unordered", "if one.score >= other.score else (other, one)", ""),
     ("always the same draw", "Random(seed)", "Random(0)"),
     ("ties of two counted twice", "rank[one.response.id] > rank", "rank[one.response.id][:1] >= rank"),

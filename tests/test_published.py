@@ -325,6 +325,37 @@ def test_field_that_carries_a_task_beside_a_published_schema_is_refused(
         read(write(tmp_path / "a.jsonl", [row]))
 
 
+EXPLICIT: dict[str, Any] = {
+    "prompt": [{"role": "user", "content": "Name a colour."}],
+    "chosen": [{"role": "assistant", "content": "Red."}],
+    "rejected": [{"role": "assistant", "content": "Dog."}],
+    "score_chosen": 8.5,
+    "score_rejected": 5.0,
+}
+
+
+def test_scored_answers_behind_a_prompt_of_their_own_are_no_binarized_row(tmp_path: Path) -> None:
+    (made,), drops = read_pairs(write(tmp_path / "a.jsonl", [EXPLICIT]))
+    assert (made.prompt, made.chosen, made.chosen_score) == (EXPLICIT["prompt"], "Red.", 8.5)
+    assert not +drops
+
+
+@pytest.mark.parametrize(
+    ("first", "other"),
+    [
+        ({"chosen": f"{HH}a", "rejected": f"{HH}b"}, {"prompt": "Hi", "chosen": "a", "rejected": "b"}),
+        ({"chosen": f"{HH}a", "rejected": f"{HH}b"}, {"question": "Hi", "chosen": "a", "rejected": "b"}),
+        (rated("Red.", "Dog.", 8.5, 5.0), EXPLICIT),
+    ],
+    ids=["text behind a transcript", "question behind a transcript", "explicit prompt behind a conversation"],
+)
+def test_row_of_another_format_behind_published_ones_is_refused(
+    tmp_path: Path, first: dict[str, Any], other: dict[str, Any]
+) -> None:
+    with pytest.raises(SelfalignError, match=r"a\.jsonl:2: the field (prompt|question) is filled"):
+        read_pairs(write(tmp_path / "a.jsonl", [first, other]))
+
+
 @pytest.mark.parametrize(
     ("rows", "read", "message"),
     [

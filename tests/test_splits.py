@@ -382,7 +382,7 @@ MUTANTS = [
      {"kind": "recurring"}),
     ("recurring ones first", "np.lexsort((table.order, table.costs()))", "np.lexsort((table.order, -table.costs()))",
      test_response_that_stands_everywhere_ties_no_pairs_together, {}),
-    ("spaces told apart", "{text.strip()}", "{text}", BESIDE, {"name": "prompt_with_spaces_around"}),
+    ("spaces told apart", "{compared(text)}", "{text}", BESIDE, {"name": "prompt_with_spaces_around"}),
     ("system turns told apart", 'said = [turn for turn in prompt if turn["role"] != "system"]', "said = prompt",
      BESIDE, {"name": "prompt_behind_a_system_turn"}),
     ("prompts taken for responses", '{kind}\\0', "", APART, {"name": "response_as_prompt"}),

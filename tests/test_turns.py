@@ -9,7 +9,7 @@ import pytest
 
 from selfalign.data import read_demonstrations, read_instructions, read_outputs, read_pairs, read_ranked
 from selfalign.errors import SelfalignError
-from selfalign.turns import as_text, instruction_of, texts_in
+from selfalign.turns import as_text, compared, instruction_of, texts_in
 
 Row = dict[str, Any]
 
@@ -253,6 +253,40 @@ def test_fields_that_are_passed_over_are_named_once(tmp_path: Path, caplog: pyte
     assert caplog.messages == [f"{path}: passed over the fields source, weight"]
 
 
+@pytest.mark.parametrize("spelled", ["nan", "None", "<noinput>", "N/A"])
+def test_text_that_spells_an_absent_value_is_named_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, spelled: str
+) -> None:
+    caplog.set_level("INFO")
+    path = write(tmp_path, *(BASE | {"instruction": f"A{n}", "input": spelled if n else "B"} for n in range(3)))
+    read_demonstrations(path)
+    (message,) = caplog.messages
+    assert message.startswith(f"{path}: in 2 rows input is the text {spelled!r}")
+
+
+def test_rows_that_are_left_out_are_named_by_reason(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    path = write(tmp_path, BASE, BASE, BASE | {"response": " "})
+    read_demonstrations(path)
+    assert caplog.messages == [f"{path}: left out 1 duplicate, 1 empty_response"]
+
+
+def test_rows_that_differ_in_their_ids_alone_are_said_to_be_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    path = write(tmp_path, *(BASE | {"id": n} for n in range(3)))
+    assert len(read_demonstrations(path)[0]) == 3
+    assert caplog.messages == [f"{path}: 2 rows say what another says under another id; they are kept"]
+
+
+def test_earlier_answers_that_are_not_taught_are_said_to_be(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    path = write(tmp_path, {"messages": [user("A"), say("B") | {"weight": 1}, user("C"), say("D")]}, BASE)
+    assert [taught.response for taught in read_demonstrations(path)[0]] == ["D", "C"]
+    assert caplog.messages == [f"{path}: in 1 of 2 rows only the last answer is taught, earlier ones are read"]
+
+
 @pytest.mark.parametrize(("repeating", "refused"), [(2, False), (3, True), (5, True)])
 def test_prompts_before_most_answers_are_refused(tmp_path: Path, repeating: int, refused: bool) -> None:
     """A set that keeps the prompt in front of each answer would teach to repeat it; a single answer may."""
@@ -445,6 +479,12 @@ def test_ranked_answer_with_more_than_text_is_refused(tmp_path: Path) -> None:
 
 
 # --- prompts -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spelled", ["Café:\r\ntea", "Cafe\u0301:\ntea", "Café:\rtea ", "\u00a0Café:\ntea"])
+def test_text_is_compared_however_a_program_encodes_it(spelled: str) -> None:
+    assert compared(spelled) == "Café:\ntea"
+    assert texts_in(spelled) == texts_in([user(spelled)]) == {"Café:\ntea"}
 
 
 def test_prompt_in_words() -> None:

@@ -1,11 +1,40 @@
+import unicodedata
+
 import pytest
 
 from selfalign.data import read_demonstrations, read_instructions
+from selfalign.statistics import repeated
 from selfalign.wording import Language, is_fragment, words_of
 
 
 def test_words_are_compared_without_case_and_punctuation() -> None:
     assert words_of("Don't stop: “Ça va”, 3 times!") == ["don", "t", "stop", "ça", "va", "3", "times"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("请用三句话解释AI。", ["请", "用", "三", "句", "话", "解", "释", "ai"]),
+        ("コーヒー・です", ["コ", "ー", "ヒ", "ー", "で", "す"]),
+        ("ว่าทำ", ["ว่", "า", "ท", "ำ"]),
+        ("आकाश नीला क्यों", ["आकाश", "नीला", "क्यों"]),
+        ("اشْرَحْ لِمَاذَا", ["اشْرَحْ", "لِمَاذَا"]),
+        ("한국어 문장", ["한국어", "문장"]),
+    ],
+)
+def test_words_of_any_script_are_whole_and_a_script_without_spaces_has_one_a_character(
+    text: str, words: list[str]
+) -> None:
+    assert words_of(text) == words
+
+
+def test_words_are_the_same_however_accents_are_encoded() -> None:
+    text = "Giải thích tại sao"
+    assert words_of(unicodedata.normalize("NFD", text)) == words_of(text) == ["giải", "thích", "tại", "sao"]
+
+
+def test_answer_that_repeats_itself_is_seen_in_a_script_without_spaces() -> None:
+    assert repeated([words_of("我喜欢吃苹果" * 10)], 4) == pytest.approx(1 - 6 / 57)
 
 
 @pytest.mark.parametrize(
@@ -23,6 +52,7 @@ def test_words_are_compared_without_case_and_punctuation() -> None:
         "): say which one is older",
         "Translate this into Spanish:",
         "Name a bird, a fish,",
+        "请把下面的句子翻译成英语：",
         "Explain what a comet is (",
         "Task 3",
         "Task 3 Name a bird that cannot fly",

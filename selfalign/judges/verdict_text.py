@@ -13,6 +13,12 @@ from selfalign.thinking import answer_behind
 
 NUMBER = r"[0-9]+(?:\.[0-9]+)?"
 
+OUT_OF = r"\b(?:out of|von|sur|de|di|su|van|av|sobre|из)\b"
+"""What stands between a score and the highest one, in several languages."""
+
+POINTS = r"points?|marks?|punkte?n?|puntos?|pontos?|punti|punten|баллов|балла?|分|点|점"
+"""What stands behind a score, in several languages."""
+
 MARKUP = " \t*_`#"
 """What may surround a verdict on its line."""
 
@@ -43,22 +49,32 @@ TOTALS = (
     rf"(?<![\d./])(?P<total>{NUMBER})\s*(?:points?|marks?)?\s*(?:in total|in all|overall|altogether)\b",
     rf"\b(?:give|award|assign|deserve|merit|earn|rate)[sd]?\b[^\d\n]{{0,24}}(?P<total>{NUMBER})\s*(?:points?)?"
     r"(?:[.;!]\s|[\W_]*$)",
+    r"\b(?:lower|reduce|raise|increase|change|revise|correct|adjust|downgrade|upgrade|bring)\w*\b[^\d\n.]{0,32}"
+    rf"\b(?:to|as|at)\s+(?:an?\s+)?(?P<total>{NUMBER})\b",
+    r"\b(?:score|grade|rating|it|this|that)\s+(?:should|ought to|must)\s+(?:rather\s+)?be\s+(?:an?\s+)?"
+    rf"(?P<total>{NUMBER})\b",
 )
-"""How a line tells a total: "overall 4 points", "Total: 1 + 1 + 1 = 3", "3 points in total", "I give it a 4"."""
+"""How a line tells a total: "overall 4 points", "Total: 1 + 1 + 1 = 3", "3 points in total", "I give it a 4", "I would
+lower this to 3", "it should be a 3"."""
 
 STATEMENT = re.compile(
-    rf"[\W_]*(?:[^\d\n:：=]{{1,40}}[:：=][\W_]*)?(?P<total>{NUMBER})\s*(?:(?:/|out of)\s*{NUMBER})?"
-    r"\s*(?:points?|分)?[\W_]*"
+    rf"[\W_]*(?:(?:\\boxed{{)|[^\d\n:：=]{{1,40}}(?:[:：=]|是|为)[\W_]*)?(?P<total>{NUMBER})"
+    rf"(?:\s*(?:/|{OUT_OF})\s*{NUMBER})?\s*(?:{POINTS})?[\W_]*",
+    re.IGNORECASE,
 )
-"""A line that is a number, with a name or without, and nothing else."""
+"""A line that is a number, with a name, a highest number and a unit or without, and nothing else, in any language:
+"Gesamt: 4 von 5 Punkten", "总分：4分"."""
 
 CHOICE = re.compile(
-    r"[\W_]*(?:[^\n:：=]{1,40}[:：=][\W_]*)?(?:(?:assistant|response|answer|model|option)\s+)?(?-i:(?P<choice>[ABC]))[\W_]*",
+    r"[\W_]*(?:[^\n:：=]{1,40}[:：=][\W_]*)?(?:boxed\{)?(?:(?:assistant|response|answer|model|option)\s+)?(?-i:(?P<choice>[ABC]))[\W_]*",
     re.IGNORECASE,
 )
 """A line that is one of the letters, with a name or without, and nothing else."""
 
-BETTER = re.compile(r"\b(?P<choice>[ABC]) is (?:clearly |slightly |much )?(?:the )?(?:better|best|winner|superior)\b")
+BETTER = re.compile(
+    r"\b(?P<choice>[ABC]) (?:is (?:clearly |slightly |much )?(?:the )?(?:better|best|winner|superior)|wins"
+    r"|should (?:win|be chosen|be preferred))\b"
+)
 
 
 def own_lines(text: str, shown: Sequence[str] = ()) -> list[str] | None:
@@ -125,7 +141,7 @@ def find_bracketed(lines: Sequence[str], pattern: re.Pattern[str]) -> list[tuple
 
 def other_totals(lines: Sequence[str], score: float, high: float) -> bool:
     """Whether lines tell a total that is not the score: in words, of the highest score, or as the last line."""
-    scale = rf"(?<![\d./-])(?P<total>{NUMBER})\s*(?:/|out of)\s*{re.escape(f'{high:g}')}(?![\d/]|\.\d)"
+    scale = rf"(?<![\d./-])(?P<total>{NUMBER})\s*(?:/|{OUT_OF})\s*{re.escape(f'{high:g}')}(?![\d/]|\.\d)"
     ways = [re.compile(way, re.IGNORECASE) for way in (scale, *TOTALS)]
     told = [float(found["total"]) for line in lines for way in ways for found in way.finditer(line[-300:])]
     last = STATEMENT.fullmatch(lines[-1]) if lines else None

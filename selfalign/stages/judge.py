@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from selfalign.errors import SelfalignError
 from selfalign.generation import Backend
+from selfalign.judges.attempts import WrittenScore
 from selfalign.judges.bench import (
     Bench,
     Judge,
@@ -58,6 +59,9 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+OFTEN_BEYOND = 0.1
+"""A share of judgements beyond the scale that tells of a rubric with another one."""
 
 
 @together
@@ -119,6 +123,7 @@ def judge(
             raise SelfalignError(_failure(out.label, judge, tally))
         if tally.failed.total() == tally.wanted:
             logger.warning("%s", _failure(out.label, judge, tally))
+        _check_scale(out.label, judge, tally)
     compared = out.path / "comparisons.jsonl"
     return {
         "judgements": tally.judgements,
@@ -187,6 +192,21 @@ class Tally:
                 self.variances.add(score.variance)
         self.counts.update(judged.counts)
         self.means = add_sums(self.means, judged.means)
+
+
+def _check_scale(label: str, judge: Judge, tally: Tally) -> None:
+    """Warns where many scores lie beyond the scale: those in it are then the low ones of a longer scale."""
+    beyond = tally.failed[JudgementStatus.OUT_OF_RANGE.value]
+    if isinstance(judge, WrittenScore) and beyond > OFTEN_BEYOND * tally.wanted:
+        logger.warning(
+            "%s: %d of %d judgements lie beyond judge.low=%d and judge.high=%d and are left out, so that the other "
+            "responses alone are compared; set them to the scale of the rubric",
+            label,
+            beyond,
+            tally.wanted,
+            judge.low,
+            judge.high,
+        )
 
 
 def _constancy(label: str, judge: Judge, tally: Tally) -> dict[str, float]:

@@ -4,6 +4,7 @@ from selfalign.data import read_outputs
 from selfalign.errors import SelfalignError
 from selfalign.records import Instruction, given_response, read_records, write_records
 from selfalign.store import Artefact, Counts, Workspace
+from selfalign.turns import compared
 
 
 def outputs(out: Workspace, *, source: str, content: str, instructions: Artefact) -> Counts:
@@ -20,12 +21,9 @@ def outputs(out: Workspace, *, source: str, content: str, instructions: Artefact
     """
     asked = read_records(instructions.path / "instructions.jsonl", Instruction)
     rows, drops = read_outputs(source)
-    given = {row.instruction: row for row in reversed(rows)}
-    responses = [
-        given_response(f"{one.id}-1", one.id, given[one.text].output, given[one.text].generator)
-        for one in asked
-        if one.text in given
-    ]
+    given = {compared(row.instruction): row for row in reversed(rows)}
+    found = [(one, given[text]) for one in asked if (text := compared(one.text)) in given]
+    responses = [given_response(f"{one.id}-1", one.id, row.output, row.generator) for one, row in found]
     if not responses:
         raise SelfalignError(f"{source}: answers none of the {len(asked)} evaluation instructions, word for word")
     write_records(out.path / "responses.jsonl", responses)

@@ -24,7 +24,7 @@ from selfalign.splits import Known, split_pairs
 from selfalign.statistics import RunningMean, correlation
 from selfalign.store import Artefact, Counts, Workspace
 from selfalign.streams import follow
-from selfalign.turns import texts_in
+from selfalign.turns import compared, texts_in
 
 
 @dataclass(kw_only=True, slots=True)
@@ -211,7 +211,7 @@ def given_pairs(
     """
     given, drops = read_pairs(source)
     known = [record for part in held_out for record in read_records(part.path / "instructions.jsonl", Instruction)]
-    apart = _without_held_out(given, {record.text.strip() for record in known})
+    apart = _without_held_out(given, {compared(record.text) for record in known})
     pairs = apart[: count or None]
     drops.update(held_out=len(given) - len(apart), surplus=len(apart) - len(pairs))
     if not pairs:

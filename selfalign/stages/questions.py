@@ -4,11 +4,13 @@ from selfalign.data import read_instructions
 from selfalign.errors import SelfalignError
 from selfalign.records import Demonstration, read_records, write_records
 from selfalign.store import Artefact, Counts, Workspace
-from selfalign.turns import texts_in
+from selfalign.turns import compared, texts_in
 
 
 def questions(out: Workspace, *, source: str, count: int, content: str, seeds: Artefact | None) -> Counts:
     """Copies the first `count` instructions (0 takes all) that no demonstration answers into the store.
+
+    One that stands there again, under whatever id, is left out: it would count twice in every interval.
 
     Args:
         out: gets instructions.jsonl.
@@ -25,11 +27,12 @@ def questions(out: Workspace, *, source: str, count: int, content: str, seeds: A
         demonstrations = read_records(seeds.path / "demonstrations.jsonl", Demonstration)
     taught = {text for demonstration in demonstrations for text in texts_in(demonstration.prompt)}
     given, drops = read_instructions(source, "evaluation")
-    apart = [instruction for instruction in given if instruction.text.strip() not in taught]
+    apart = [instruction for instruction in given if compared(instruction.text) not in taught]
     if not apart:
         raise SelfalignError(f"{source}: all {len(given)} instructions are prompts of data.seeds.demonstrations")
-    write_records(out.path / "instructions.jsonl", apart[: count or None])
-    return {
-        "instructions": len(apart[: count or None]),
-        "dropped": {"in_demonstrations": len(given) - len(apart), **drops},
-    }
+    by_text = {compared(instruction.text): instruction for instruction in reversed(apart)}
+    once = [instruction for instruction in apart if by_text[compared(instruction.text)] is instruction]
+    drops["duplicate"] += len(apart) - len(once)
+    kept = once[: count or None]
+    write_records(out.path / "instructions.jsonl", kept)
+    return {"instructions": len(kept), "dropped": {"in_demonstrations": len(given) - len(apart), **(+drops)}}

@@ -21,7 +21,7 @@ from selfalign.records import (
     write_records,
 )
 from selfalign.store import Counts, Workspace
-from selfalign.turns import texts_in
+from selfalign.turns import compared, texts_in
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +161,7 @@ def read_seeds(config: SeedsConfig) -> SeedData:
         drops.update({f"ranked_{reason}": count for reason, count in unused.items()})
         _check_any("ranked", config.ranked, questions, unused)
     asked = {text for demonstration in ift for text in texts_in(demonstration.prompt)}
-    apart = [question for question in questions if question.instruction.strip() not in asked]
+    apart = [question for question in questions if compared(question.instruction) not in asked]
     drops["questions_in_demonstrations"] = len(questions) - len(apart)
     if questions and not apart:
         raise SelfalignError(
@@ -198,9 +198,9 @@ def write_questions(out: Workspace, questions: list[RankedAnswers]) -> None:
 def held_out_ids(questions: list[RankedAnswers], share: float) -> set[str]:
     """The questions set aside: those whose text has the smallest digests, so their file's order does not matter.
 
-    A text that occurs twice, spaces around it or not, is on one side both times.
+    A text that occurs twice, however it is encoded, is on one side both times.
     """
-    digests = {question.id: digest_text(question.instruction.strip()) for question in questions}
+    digests = {question.id: digest_text(compared(question.instruction)) for question in questions}
     order = sorted(set(digests.values()))
     chosen = set(order[: round(share * len(order))])
     return {name for name, digest in digests.items() if digest in chosen}

@@ -183,6 +183,19 @@ def test_budget_is_over_wanted_judgements_not_attempts(tmp_path: Path, tiny_poli
         run(tmp_path / "refused", 0.49)
 
 
+@pytest.mark.parametrize(("beyond", "warned"), [(2, True), (0, False)])
+def test_scale_that_is_not_the_rubric_s_is_a_warning_with_its_keys(
+    tmp_path: Path, tiny_policy: PolicyFiles, caplog: pytest.LogCaptureFixture, beyond: int, warned: bool
+) -> None:
+    """A rubric from 1 to 10 beside judge.high=5: of the scores 8, 9, 4 and 1 the best answers' would be lost."""
+    replies = [f"Score: {score}" for score in ([8, 9] if beyond else [5, 3])] + ["Score: 4", "Score: 1"]
+    script = Script(loaded(tiny_policy.path), [completion(text) for text in replies])
+    kind = SampledScore(prompt=RUBRIC, samples=1, retries=0)
+    judged(tmp_path / "out", kind, policy_artefact(tiny_policy), script, **given(tmp_path, ANSWERS[:4]))
+    said = "2 of 4 judgements lie beyond judge.low=0 and judge.high=5"
+    assert any(said in message for message in caplog.messages) is warned
+
+
 def test_judge_is_the_policy_with_its_adapter(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
     """M_t, not the base below its adapter: the score is that of the adapted model's own logits."""
     base, taught = policy_artefact(tiny_policy), demonstration("t", "Grade.", "Score: 5 of 5, no doubt.")

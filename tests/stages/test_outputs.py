@@ -30,6 +30,13 @@ def test_answers_are_found_by_the_text_of_the_instruction(tmp_path: Path, name: 
     assert (bees.text, bees.model, bees.finish_reason) == ("They dance.", "given", FinishReason.EOS)
 
 
+def test_answer_is_found_however_the_instruction_is_encoded(tmp_path: Path) -> None:
+    given = records_artefact(tmp_path / "asked", instructions=[instruction("cafe", "Café:\ntea?")])
+    path = tmp_path / "outputs.jsonl"
+    path.write_text(json.dumps({"instruction": "Cafe\u0301:\r\ntea?", "output": "Yes."}))
+    assert outputs(workspace(tmp_path / "out"), source=str(path), content="x", instructions=given)["responses"] == 1
+
+
 def test_broken_row_and_file_of_other_questions_are_named(tmp_path: Path) -> None:
     given = records_artefact(tmp_path / "asked", instructions=ASKED)
     path = tmp_path / "o.json"

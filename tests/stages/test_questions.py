@@ -45,6 +45,20 @@ def test_instruction_whose_answer_is_taught_measures_nothing_and_is_dropped(tmp_
     assert [record.id for record in kept] == ["q1", "q3"]
 
 
+def test_instruction_that_stands_there_again_under_another_id_counts_once(tmp_path: Path) -> None:
+    source = tmp_path / "asked.jsonl"
+    rows = [{"id": 1, "instruction": "Why?"}, {"id": 2, "instruction": " Why?"}, {"id": 3, "instruction": "How?"}]
+    source.write_text("\n".join(map(json.dumps, rows)))
+    counts = questions(workspace(tmp_path / "out"), source=str(source), count=0, content="d", seeds=None)
+    assert counts == {"instructions": 2, "dropped": {"in_demonstrations": 0, "duplicate": 1}}
+    assert [record.id for record in read_records(tmp_path / "out/instructions.jsonl", Instruction)] == ["1", "3"]
+
+
+def test_instruction_that_is_taught_in_another_encoding_is_dropped_too(tmp_path: Path) -> None:
+    kept = asked(tmp_path, 2, "Question\u00a00?", dropped=1)
+    assert [record.id for record in kept] == ["q1", "q2"]
+
+
 def test_instruction_that_is_taught_with_spaces_around_it_is_dropped_too(tmp_path: Path) -> None:
     kept = asked(tmp_path, 2, " Question 0?\n", "Question 2? ", dropped=2)
     assert [record.id for record in kept] == ["q1", "q3"]

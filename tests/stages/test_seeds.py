@@ -219,10 +219,10 @@ def test_taught_questions_are_there_for_the_baseline_to_judge(tmp_path: Path) ->
 
 
 MUTANTS = [
-    ("split by id", "digest_text(question.instruction.strip()) for", "digest_text(question.id) for"),
-    ("split by answers", "digest_text(question.instruction.strip()) for", "digest_text(str(question.texts)) for"),
+    ("split by id", "digest_text(compared(question.instruction)) for", "digest_text(question.id) for"),
+    ("split by answers", "digest_text(compared(question.instruction)) for", "digest_text(str(question.texts)) for"),
     ("held-out questions taught", "for question in apart if question.id not in held_out]", "for question in apart]"),
-    ("overlap kept", "if question.instruction.strip() not in asked]", "]"),
+    ("overlap kept", "if compared(question.instruction) not in asked]", "]"),
     ("overlap not counted", 'drops["questions_in_demonstrations"] = len(questions) - len(apart)', "pass"),
 ]
 
