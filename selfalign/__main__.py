@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from selfalign import processes
+from selfalign.core import distributed
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -77,7 +77,7 @@ def one_line_errors(interrupted: str) -> Iterator[None]:
         if message is None:
             traceback.print_exc()
             message = "this is a bug in selfalign; please report it with the traceback above"
-        where = "" if processes.is_main() else f" in process {processes.rank()}"
+        where = "" if distributed.is_main() else f" in process {distributed.rank()}"
         for line in message.splitlines():  # Where several things are missing, each has its own.
             print(f"error{where}: {line}", file=sys.stderr, flush=True)
         sys.exit(1)
@@ -94,7 +94,7 @@ def evaluate() -> None:
     with one_line_errors("interrupted; the same command continues where it stopped"):
         from selfalign.evaluator import evaluate_models
 
-        with processes.joined():
+        with distributed.joined():
             set_messages()
             evaluate_models(sources, [a for a in sys.argv[1:] if a not in sources], conf_folder())
 
@@ -128,8 +128,8 @@ def explain(error: BaseException) -> str | None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from selfalign.errors import SelfalignError
-    from selfalign.failures import explain_failure
+    from selfalign.core.errors import SelfalignError
+    from selfalign.core.failures import explain_failure
     from selfalign.overrides import explain_override
 
     if isinstance(error, SelfalignError):
@@ -141,7 +141,7 @@ def explain(error: BaseException) -> str | None:
 
 def _nobody_reads() -> str | None:
     """The end of a command whose output has lost its reader, as in `selfalign … | head`; None if it is another pipe."""
-    from selfalign.failures import KEPT
+    from selfalign.core.failures import KEPT
 
     output = select.poll()
     output.register(1, 0)
@@ -176,13 +176,15 @@ def set_messages() -> None:
     from transformers.utils.logging import disable_progress_bar
 
     set_streams()  # A launcher has its own.
-    logging.basicConfig(level=logging.INFO if processes.is_main() else logging.ERROR, format="%(message)s", force=True)
+    logging.basicConfig(
+        level=logging.INFO if distributed.is_main() else logging.ERROR, format="%(message)s", force=True
+    )
     noisy = ("httpx", "httpx2", "filelock", "transformers", "accelerate", "matplotlib", "hydra", "hydra_plugins")
     for name in noisy:
         logging.getLogger(name).setLevel(logging.WARNING)
     # peft 0.21 asks transformers 5.23 by an old name; nothing a user could mend.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-    if not processes.is_main():
+    if not distributed.is_main():
         warnings.simplefilter("ignore")
     disable_progress_bar()  # of transformers: there is one bar, and it is ours.
 
@@ -204,11 +206,11 @@ def _run_hydra() -> None:
     @hydra.main(config_path=str(conf_folder()), config_name="config", version_base="1.3")
     def job(config: DictConfig) -> float | None:
         if HydraConfig.get().mode is RunMode.MULTIRUN:
-            with processes.joined():
+            with distributed.joined():
                 set_messages()
                 return run_sweep_job(lambda: _prepare(config), explain)
         try:
-            with processes.joined():
+            with distributed.joined():
                 set_messages()
                 prepared = _prepare(config)
                 if prepared[0].dry_run:
@@ -233,7 +235,7 @@ def _prepare(config: "DictConfig") -> "Prepared":
     from hydra.types import RunMode
 
     from selfalign.config import describe
-    from selfalign.errors import SelfalignError
+    from selfalign.core.errors import SelfalignError
 
     experiment, text, described = describe(config)
     if experiment.dry_run and HydraConfig.get().mode is RunMode.MULTIRUN:

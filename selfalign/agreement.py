@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from selfalign.records import Judgement, RankedAnswers
+from selfalign.core.records import Judgement, RankedAnswers
 from selfalign.statistics import bootstrap_ratio, bootstrap_share, correlation, entropy
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

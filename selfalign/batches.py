@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from selfalign.attention import Layout, is_packing
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import FinishReason
 from selfalign.models import UNBOUNDED
-from selfalign.records import FinishReason
 from selfalign.refinement import augment
 from selfalign.tokenization import (
     Answer,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-    from selfalign.records import PreferencePair, Prompt, Response
+    from selfalign.core.records import PreferencePair, Prompt, Response
     from selfalign.refinement import Refinement
 
 S = TypeVar("S", bound=Sized)

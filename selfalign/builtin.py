@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from selfalign.errors import SelfalignError
-from selfalign.files import digest_file, read_text
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import digest_file, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from selfalign.files import read_json, write_json
+from selfalign.core.files import read_json, write_json
 
 FILE = "capabilities.json"
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selfalign.files import write_atomically
+from selfalign.core.files import write_atomically
 from selfalign.markdown import bullets, code, fenced, folded, table
 from selfalign.metrics import METRICS
 from selfalign.report.finished import Finished

@@ -11,9 +11,9 @@ from functools import lru_cache
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, cast
 
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import Message
 from selfalign.prompts import break_up
-from selfalign.records import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer

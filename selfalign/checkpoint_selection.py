@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from selfalign import processes
-from selfalign.files import read_json, write_json
+from selfalign.core import distributed
+from selfalign.core.files import read_json, write_json
 from selfalign.generation import Backend, Sampling
 from selfalign.judges.referee import Referee
 from selfalign.models import Policy, PolicyFiles
@@ -89,7 +89,7 @@ class CheckpointSelector:
         """
         if step % self.selection.every_steps and not last:
             return False
-        if not processes.broadcast(self._result(step).exists()):
+        if not distributed.broadcast(self._result(step).exists()):
             self._compare(policy, step)
         return self._loses(step)
 
@@ -132,16 +132,16 @@ class CheckpointSelector:
     def _compare(self, policy: Policy, step: int) -> None:
         """Has the policy answer, and its answers compared with those of the checkpoint chosen so far."""
         folder, selection, files = self._folder(step), self.selection, self.files(step)
-        if processes.is_main():
+        if distributed.is_main():
             files.path.mkdir(parents=True, exist_ok=True)
             files.save(policy, self.base)
-        processes.wait_for_all()
+        distributed.wait_for_all()
         label = f"{self.out.label} after {step} steps"
         shared = {"instructions": selection.instructions, "generate": selection.generate, "seed": selection.seed}
         config = RespondConfig(candidates=1, sampling=selection.sampling)
         answers = Workspace(folder / "answers", label, lambda row: None)
         respond(answers, config=config, policy=_artefact(files.path), **shared)
-        processes.wait_for_all()
+        distributed.wait_for_all()
         counts: Counts = {}
         if self.chosen is not None:
             counts = compare(
@@ -152,9 +152,9 @@ class CheckpointSelector:
                 opponent=_artefact(self._folder(self.chosen) / "answers"),
                 **shared,
             )
-        if processes.is_main():
+        if distributed.is_main():
             write_json(self._result(step), counts)
-        processes.wait_for_all()
+        distributed.wait_for_all()
 
 
 def loses(wins: int, losses: int, level: float) -> bool:

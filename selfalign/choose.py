@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
 from selfalign.generation import Sampling
 from selfalign.models import Policy, PolicyFiles
 from selfalign.store import Counts, Workspace

@@ -18,9 +18,9 @@ from selfalign.benchmarks.alpaca_eval import AlpacaEval
 from selfalign.benchmarks.lm_eval import LmEval
 from selfalign.benchmarks.mt_bench import MTBench
 from selfalign.checkpoint_selection import CheckpointComparator
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import path_of
 from selfalign.feasibility import check_counts, check_effects
-from selfalign.files import path_of
 from selfalign.generation import Transformers
 from selfalign.given import Pairs, SelfRewarding
 from selfalign.losses import DPO, IPO, ODPO, Positives, SrDPO, SrIPO

@@ -12,8 +12,8 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selfalign.errors import SelfalignError, one_line
-from selfalign.files import digest_file, digest_folder, digest_json, path_of, read_lines
+from selfalign.core.errors import SelfalignError, one_line
+from selfalign.core.files import digest_file, digest_folder, digest_json, path_of, read_lines
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -13,10 +13,10 @@ from itertools import chain, combinations
 from typing import Any, TypeVar
 
 from selfalign.containers import read_rows
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import Demonstration, Instruction, PreferencePair, Prompt, RankedAnswers
 from selfalign.preference_rows import read_pair
 from selfalign.published import DEMONSTRATIONS, PAIRS, RANKED, RatedPair, TranscriptPair, against_pair, schema_of
-from selfalign.records import Demonstration, Instruction, PreferencePair, Prompt, RankedAnswers
 from selfalign.rows import ANSWERS, BESIDE, CONVERSATIONS, INSTRUCTIONS, READ, UNREAD, Row, give_ids, is_blank, shown
 from selfalign.turns import as_prompt, as_text, check_prompt, only_answer, read_task, read_turns, spoken
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from selfalign.errors import SelfalignError
-from selfalign.files import read_json
-from selfalign.plain import printable
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import read_json
+from selfalign.core.formatting import printable
 from selfalign.store import MANIFEST
 
 SHOWN = 60

@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass
 
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
 from selfalign.store import Counts
 
 logger = logging.getLogger(__name__)

@@ -8,10 +8,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from selfalign import processes
+from selfalign.core import distributed
+from selfalign.core.formatting import duration, table
 from selfalign.generation import Transformers
 from selfalign.pipeline import run_pipeline
-from selfalign.plain import duration, table
 from selfalign.preflight import preflight
 from selfalign.rehearsal import Rehearsal
 from selfalign.stopwatch import Estimate
@@ -36,10 +36,10 @@ def dry_run(config: "ExperimentConfig") -> list[Estimate]:
     preflight(config, ())
     with _common_folder(Path(config.output_dir).absolute()) as folder:
         rehearsal = Rehearsal(config, folder)
-        with processes.others_there():
+        with distributed.others_there():
             run_pipeline(config, rehearsal)
-        processes.wait_for_all()
-    if processes.is_main():
+        distributed.wait_for_all()
+    if distributed.is_main():
         elsewhere = not isinstance(config.generate, Transformers)
         print(estimate_text(rehearsal.estimates, config.price_per_hour, elsewhere=elsewhere), flush=True)
     return rehearsal.estimates
@@ -48,12 +48,12 @@ def dry_run(config: "ExperimentConfig") -> list[Estimate]:
 @contextmanager
 def _common_folder(output: Path) -> Iterator[Path]:
     """A folder of all processes that is gone in the end; there, because the run will write its models there too."""
-    if not processes.is_main():
-        yield processes.broadcast(output)
+    if not distributed.is_main():
+        yield distributed.broadcast(output)
         return
     output.mkdir(parents=True, exist_ok=True)
     with _told_to_stop_as_an_exit(), TemporaryDirectory(prefix=".dry-run-", dir=output) as folder:
-        yield processes.broadcast(Path(folder))
+        yield distributed.broadcast(Path(folder))
 
 
 @contextmanager
@@ -82,7 +82,7 @@ def estimate_text(estimates: Sequence[Estimate], price_per_hour: float, *, elsew
     highest = max(estimates, key=lambda one: one.peak)
     lines = ["", *table(["stage", "work", "seconds each", "peak GiB", "time"], rows), ""]
     lines.append(f"time    at most {duration(seconds)}")
-    many = processes.count()
+    many = distributed.count()
     each = f" in each of {many} processes" if many > 1 else ""
     lines.append(f"memory  at most {highest.peak / 2**30:.2f} GiB{each}, in {highest.label}")
     if price_per_hour or servers:

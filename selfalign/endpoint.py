@@ -17,9 +17,9 @@ from typing import Any
 
 import httpx
 
-from selfalign import processes
+from selfalign.core import distributed
+from selfalign.core.errors import SelfalignError
 from selfalign.data import as_prompt
-from selfalign.errors import SelfalignError
 from selfalign.journal import Journal
 from selfalign.replies import (
     FINISHES,
@@ -221,7 +221,7 @@ class Client:
         """
         self._stop.clear()
         self._failure = None
-        missing = [name for name in requests if name not in journal and processes.is_main()]
+        missing = [name for name in requests if name not in journal and distributed.is_main()]
         journal.advance(size * (len(requests) - len(missing)))
         with ThreadPoolExecutor(self._endpoint.concurrency) as pool:
             futures = {pool.submit(self._answer, requests[name]): name for name in missing}

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from selfalign.files import derive_seed
+from selfalign.core.files import derive_seed
 from selfalign.given import Given
 from selfalign.held_out import HeldOutPairs
 from selfalign.judges.bench import asks_a_server

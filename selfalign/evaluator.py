@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from selfalign import processes
 from selfalign.config import ExperimentConfig, compose_experiment
-from selfalign.errors import SelfalignError
+from selfalign.core import distributed
+from selfalign.core.errors import SelfalignError
+from selfalign.core.failures import at_the_end
+from selfalign.core.files import digest_json
 from selfalign.evaluation import Evaluation
 from selfalign.experiment import Shown, conclude, log_file, read_own
-from selfalign.failures import at_the_end
-from selfalign.files import digest_json
 from selfalign.given import Given
 from selfalign.models import ModelConfig
 from selfalign.report import write_report
@@ -95,7 +95,7 @@ def evaluate_models(sources: list[str], overrides: list[str], conf: Path) -> Pat
     digests = {run.name: sorted(a.digest for a in run.made.values()) for found in runs.values() for run in found}
     identity = [canonical(config), digests]
     folder, store = output / f"evaluation-{digest_json([*identity, sources])[:8]}", Store(output / "store")
-    if not processes.is_main():
+    if not distributed.is_main():
         _measure(config, Fellow(store), sources, runs, {})
         return folder
     folder.mkdir(parents=True, exist_ok=True)

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_args, get_origin, g
 import msgspec
 import numpy as np
 
-from selfalign import processes
 from selfalign.batches import Group, PairExample
-from selfalign.errors import SelfalignError
-from selfalign.files import read_json, write_json
-from selfalign.records import HasId, PairReference, stream_records
-from selfalign.streams import chunks
+from selfalign.core import distributed
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import read_json, write_json
+from selfalign.core.jsonl import chunks
+from selfalign.core.records import HasId, PairReference, stream_records
 
 if TYPE_CHECKING:
     import datasets
@@ -82,12 +82,12 @@ def store_examples(folder: Path, kind: type[E], make: Callable[[Counter[str]], I
     import datasets
 
     table, tally = folder / "examples.arrow", folder / "counts.json"
-    if processes.is_main() and not tally.exists():  # It is written last.
+    if distributed.is_main() and not tally.exists():  # It is written last.
         folder.mkdir(parents=True, exist_ok=True)
         counted: Counter[str] = Counter()
         _write(table, kind, make(counted))
         write_json(tally, counted)
-    processes.wait_for_all()
+    distributed.wait_for_all()
     opened = datasets.Dataset.from_file(str(table))
     return StoredExamples(opened, kind, read_json(tally), range(len(opened)))
 

@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selfalign import processes
 from selfalign.card import write_card
-from selfalign.errors import SelfalignError
-from selfalign.failures import at_the_end, naming
+from selfalign.core import distributed
+from selfalign.core.errors import SelfalignError
+from selfalign.core.failures import at_the_end, naming
+from selfalign.core.files import read_json, write_json
 from selfalign.feasibility import without_effect
-from selfalign.files import read_json, write_json
 from selfalign.pipeline import run_pipeline
 from selfalign.plan import plan
 from selfalign.preflight import preflight
@@ -57,16 +57,16 @@ def _run(
     """The run folder, and whether everything was finished before and nothing was done."""
     output = Path(config.output_dir).absolute()
     store = Store(output / "store")
-    folder, attempt = processes.broadcast(run_folder(output, config.name, config, fresh=config.fresh))
-    if config.push and processes.is_main() and (again or not was_done(config, folder)):
+    folder, attempt = distributed.broadcast(run_folder(output, config.name, config, fresh=config.fresh))
+    if config.push and distributed.is_main() and (again or not was_done(config, folder)):
         check_login()
     with ExitStack() as stack:
-        if processes.is_main():
+        if distributed.is_main():
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(folder / ".lock", f"this configuration is already running in {folder}"))
-        there = look_ahead(config, store, attempt) if processes.is_main() else None
+        there = look_ahead(config, store, attempt) if distributed.is_main() else None
         left_alone = there is not None and not (again or config.fresh) and is_finished(config, folder, there)
-        if processes.broadcast(left_alone):
+        if distributed.broadcast(left_alone):
             return folder, True
         begin()
         if there is None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
 from selfalign.given import Pairs, SelfRewarding
 from selfalign.judges.bench import asks_a_server
 from selfalign.losses import Positives, SrDPO, SrIPO

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from selfalign import processes
+from selfalign.core import distributed
+from selfalign.core.formatting import amount, plural
 from selfalign.layouts import Layout
 from selfalign.models import LoRA, ModelConfig
-from selfalign.plain import amount, plural
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +162,7 @@ def free_space(folder: Path) -> int:
 
 def training_lack(size: Footprint, optimizers: dict[str, str], layout: Layout) -> list[str]:
     """What is wrong with the memory, if {setting: optimiser} train."""
-    among = processes.count() if layout.sharded else 1
+    among = distributed.count() if layout.sharded else 1
     capacity, where = memory()
     lines: list[str] = []
     for key, optimizer in optimizers.items():

@@ -13,9 +13,9 @@ import msgspec
 import torch
 from torch import Tensor
 
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import FinishReason, as_plain
 from selfalign.models import DTYPES, InMemory, PolicyFiles, fastest_dtype
-from selfalign.records import FinishReason, as_plain
 from selfalign.scoring import Scorer, ask_all, responses_in
 from selfalign.tokenization import decode_response, silent_ids, stop_ids
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from selfalign.containers import find_data, identify_data
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
 from selfalign.run import Maker, StageFunction
 from selfalign.stages.evaluate import PreferenceTest
 from selfalign.stages.instruct import InstructConfig

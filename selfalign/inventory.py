@@ -16,8 +16,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from selfalign.errors import SelfalignError
-from selfalign.files import read_json
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import read_json
 from selfalign.store import MANIFEST, lock_of
 
 LOCKED_AT_ONCE = 500

@@ -7,8 +7,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from selfalign import processes
-from selfalign.failures import naming
+from selfalign.core import distributed
+from selfalign.core.failures import naming
 
 Task = tuple[str, int, Callable[[], Any]]
 """A batch's name, how far it moves the progress bar, and what makes its JSON result."""
@@ -32,10 +32,10 @@ class Journal:
         self._folder = folder
         self._places: dict[str, tuple[int, int]] = {}
         self._news: dict[str, tuple[int, int]] = {}
-        if processes.is_main():
+        if distributed.is_main():
             for path in sorted(folder.glob("journal-*.jsonl")):
                 self._places |= read_places(path)
-        self._places = processes.broadcast(self._places)
+        self._places = distributed.broadcast(self._places)
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
@@ -47,10 +47,10 @@ class Journal:
         ahead than that takes: with one process a batch is asked for when the result before it has been taken.
         """
         waiting = iter(tasks)
-        many = processes.count()
+        many = distributed.count()
         while window := list(islice(waiting, 1 if many == 1 else WINDOW * many)):
             missing = [task for task in window if task[0] not in self]
-            for name, _, work in missing[processes.rank() :: many]:
+            for name, _, work in missing[distributed.rank() :: many]:
                 self.keep(name, work())
             if missing:
                 self.share()
@@ -60,9 +60,9 @@ class Journal:
 
     def keep(self, name: str, result: Any) -> None:
         """Writes down a result of this process; the others know of it from the next `share` on."""
-        path = self._file(processes.rank())
+        path = self._file(distributed.rank())
         with naming(path), path.open("ab") as file:
-            place = (processes.rank(), file.tell())
+            place = (distributed.rank(), file.tell())
             file.write(json.dumps({"batch": name, "result": result}).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
@@ -70,7 +70,7 @@ class Journal:
 
     def share(self) -> None:
         """Tells the other processes what this one has written down, and hears it from them; all come here."""
-        for news in processes.gather(self._news):
+        for news in distributed.gather(self._news):
             self._places |= news
         self._news = {}
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Generic
 import torch
 from torch import nn
 
-from selfalign import processes
 from selfalign.batches import S, split_by_tokens
-from selfalign.errors import SelfalignError
+from selfalign.core import distributed
+from selfalign.core.errors import SelfalignError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -54,7 +54,7 @@ class Layout:
         Raises:
             SelfalignError: with what to do.
         """
-        if self.sharded and processes.count() == 1:
+        if self.sharded and distributed.count() == 1:
             raise SelfalignError(
                 "train.layout.kind=fsdp2 needs several processes, and this is the only one: start it with "
                 "torchrun --nproc-per-node N -m selfalign, or set train.layout.kind=ddp"
@@ -84,12 +84,12 @@ class Layout:
             shared = all(isinstance(parameter, DTensor) for parameter in model.parameters())
             done = accelerator.distributed_type == DistributedType.FSDP and shared
         else:
-            alone = processes.count() == 1 and not isinstance(model, nn.DataParallel)
+            alone = distributed.count() == 1 and not isinstance(model, nn.DataParallel)
             done = isinstance(model, DistributedDataParallel) or alone
-        if not done or accelerator.num_processes != processes.count():
+        if not done or accelerator.num_processes != distributed.count():
             raise SelfalignError(
                 f"train.layout.kind={self.kind} did not take effect: accelerate runs {accelerator.distributed_type} on "
-                f"{accelerator.num_processes} processes of {processes.count()}, with a {type(model).__name__}"
+                f"{accelerator.num_processes} processes of {distributed.count()}, with a {type(model).__name__}"
             )
 
 
@@ -126,7 +126,7 @@ def deal(examples: Sequence[S], budget: int, rank: int, count: int) -> list[Pass
 
 def my_passes(examples: Sequence[S], budget: int) -> list[Pass[S]]:
     """The passes of this process, see `deal`."""
-    return deal(examples, budget, processes.rank(), processes.count())
+    return deal(examples, budget, distributed.rank(), distributed.count())
 
 
 def out_of_wrapper(model: Any) -> Any:

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from selfalign.batches import Batch, Group, make_batch
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

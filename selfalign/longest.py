@@ -5,15 +5,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import Demonstration, FinishReason, Instruction, PreferencePair, Prompt, Response
 from selfalign.data import as_prompt
-from selfalign.errors import SelfalignError
 from selfalign.generation import Transformers, TransformersGenerator
 from selfalign.judges.attempts import WrittenScore
 from selfalign.judges.bench import asks_a_server
 from selfalign.judges.expected import ExpectedScore
 from selfalign.judges.referee import Referee
 from selfalign.models import PolicyFiles
-from selfalign.records import Demonstration, FinishReason, Instruction, PreferencePair, Prompt, Response
 from selfalign.tokenization import encode_prompt, plain_ids
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
 from selfalign.refinement import Refinement, refinement
 
 Values = Float[Tensor, "pairs"]

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 
 from scipy import stats
 
-from selfalign.records import Judgement
+from selfalign.core.records import Judgement
 from selfalign.statistics import RunningMean, distinct, length_controlled, wilson
 
 METRICS = {

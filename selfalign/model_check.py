@@ -28,7 +28,7 @@ from selfalign.chat_template import (
     unmarked_control_words,
     writes_all,
 )
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
 from selfalign.model_trials import Scoring, check_gradient, dropout_applies, writing_of
 from selfalign.models import Policy, PolicyFiles, default_device
 from selfalign.store import Counts

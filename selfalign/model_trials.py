@@ -17,7 +17,7 @@ from selfalign.attention import enable_packing
 from selfalign.batches import Group, make_batch
 from selfalign.capabilities import Capabilities
 from selfalign.chat_template import control_ids
-from selfalign.errors import SelfalignError, reason_of
+from selfalign.core.errors import SelfalignError, reason_of
 from selfalign.generation import Sampling, TransformersGenerator
 from selfalign.logprobs import score_responses_only
 from selfalign.models import Policy, longest_sequence

@@ -16,8 +16,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from selfalign import processes
-from selfalign.files import digest_json, path_of
+from selfalign.core import distributed
+from selfalign.core.files import digest_json, path_of
 from selfalign.run import check_name
 from selfalign.sweep import Prepared, Sweep, run_job
 
@@ -58,7 +58,7 @@ class ListJobs(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Waits for the sweep's turn and lists its jobs, if the sweeper does not find them by search."""
-        if processes.are_named():
+        if distributed.are_named():
             # Hydra would take any other exception for a warning.
             sys.exit(NOT_HERE if os.environ.get("RANK", "0") == "0" else 1)
         # Hydra would warn of it, and stops with it right afterwards.

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
 from selfalign.training import Optimization
 
 Build = Callable[[list[nn.Parameter]], torch.optim.Optimizer]

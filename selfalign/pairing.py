@@ -14,8 +14,8 @@ from typing import Any, Self
 
 from rapidfuzz.distance import Indel
 
-from selfalign.errors import SelfalignError
-from selfalign.records import FinishReason, Response
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import FinishReason, Response
 from selfalign.wording import pieces_of
 
 ROUNDING = 1e-9

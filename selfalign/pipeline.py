@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from selfalign.checkpoint_selection import CheckpointSelection
+from selfalign.core.files import derive_seed
 from selfalign.evaluation import Evaluation
-from selfalign.files import derive_seed
 from selfalign.given import Given, SelfRewarding, makes_baseline
 from selfalign.judges.bench import asks_a_server
 from selfalign.losses import Positives

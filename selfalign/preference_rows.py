@@ -3,8 +3,8 @@
 from collections import Counter
 from typing import NoReturn
 
+from selfalign.core.records import PreferencePair, Prompt
 from selfalign.published import against_pair
-from selfalign.records import PreferencePair, Prompt
 from selfalign.rows import SCORES, SIDES, Row
 from selfalign.turns import check_prompt, listed_turns, only_answer, read_task, read_turns, spoken
 

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selfalign import processes, quantization
+from selfalign import quantization
 from selfalign.benchmarks.entrant import judges_to_load
 from selfalign.containers import find_data
+from selfalign.core import distributed
+from selfalign.core.errors import SelfalignError
 from selfalign.endpoint import Endpoint, RefusedError
-from selfalign.errors import SelfalignError
 from selfalign.footprint import Footprint, disk_lack, training_lack, writing_lack
 from selfalign.generation import Transformers
 from selfalign.given import SelfRewarding, data_sources
@@ -69,8 +70,8 @@ def preflight(config: "ExperimentConfig", made: Collection[str]) -> None:
     Raises:
         SelfalignError: something is missing; the message has a line for each.
     """
-    found = problems(config, made) if processes.is_main() else []
-    if lines := processes.broadcast(found):
+    found = problems(config, made) if distributed.is_main() else []
+    if lines := distributed.broadcast(found):
         raise SelfalignError("\n".join(lines))
 
 

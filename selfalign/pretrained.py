@@ -9,8 +9,8 @@ import torch
 
 from selfalign.builtin import BUILDERS
 from selfalign.chat_template import template_of
-from selfalign.errors import SelfalignError, reason_of
-from selfalign.files import digest_file, digest_json, path_of, read_json, read_text, write_json
+from selfalign.core.errors import SelfalignError, reason_of
+from selfalign.core.files import digest_file, digest_json, path_of, read_json, read_text, write_json
 from selfalign.models import (
     DTYPES,
     TRUSTED,

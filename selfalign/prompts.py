@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
 
 BRACED = re.compile(r"\\[A-Za-z]+(?:\{[^{}]*\})+|(?<![\w^$])(\{+)( *)([A-Za-z_]\w*)( *)(\}+)")
 """A name in braces, as a placeholder looks, unless a LaTeX command or a shell's `$` stands before it."""

@@ -6,8 +6,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from selfalign.card import base_on_hub, last_model, model_card
-from selfalign.errors import SelfalignError, one_line
-from selfalign.files import read_json
+from selfalign.core.errors import SelfalignError, one_line
+from selfalign.core.files import read_json
 from selfalign.pretrained import MODEL_FILES, TRUSTED, PolicyFiles
 from selfalign.report.finished import Finished
 

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from selfalign.files import digest_json
-from selfalign.records import Demonstration, Message, PreferencePair, RankedAnswers
+from selfalign.core.files import digest_json
+from selfalign.core.records import Demonstration, Message, PreferencePair, RankedAnswers
 from selfalign.rows import is_blank
 from selfalign.turns import as_prompt, fault_of
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

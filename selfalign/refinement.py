@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, cast
 from jaxtyping import Float
 from torch import Tensor
 
-from selfalign.errors import SelfalignError
-from selfalign.files import derive_seed, text_or_file
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import derive_seed, text_or_file
+from selfalign.core.records import Prompt
 from selfalign.prompts import check_template
-from selfalign.records import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer

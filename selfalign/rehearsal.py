@@ -11,20 +11,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selfalign import processes
 from selfalign.checkpoint_selection import CheckpointSelection
-from selfalign.data import as_prompt
-from selfalign.endpoint import Endpoint
-from selfalign.errors import SelfalignError
-from selfalign.files import digest_json
-from selfalign.given import SelfRewarding
-from selfalign.judges.bench import Subject, asks_a_server
-from selfalign.judges.referee import Referee
-from selfalign.longest import SHORTEST_PROMPT, Longest, asks, tireless, writes
-from selfalign.losses import PreferenceLoss
-from selfalign.models import PolicyFiles
-from selfalign.pairing import PairRule
-from selfalign.records import (
+from selfalign.core import distributed
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import digest_json
+from selfalign.core.records import (
     Demonstration,
     HasId,
     Instruction,
@@ -33,6 +24,15 @@ from selfalign.records import (
     read_records,
     write_records,
 )
+from selfalign.data import as_prompt
+from selfalign.endpoint import Endpoint
+from selfalign.given import SelfRewarding
+from selfalign.judges.bench import Subject, asks_a_server
+from selfalign.judges.referee import Referee
+from selfalign.longest import SHORTEST_PROMPT, Longest, asks, tireless, writes
+from selfalign.losses import PreferenceLoss
+from selfalign.models import PolicyFiles
+from selfalign.pairing import PairRule
 from selfalign.refinement import Refinement
 from selfalign.run import StageFunction
 from selfalign.stages.align import align
@@ -297,7 +297,7 @@ class Rehearsal:
 
     def _add_batches(self, label: str, measured: Measured, count: int) -> None:
         """These are dealt out among the processes."""
-        self._add(label, measured, math.ceil(count / processes.count()), "batches")
+        self._add(label, measured, math.ceil(count / distributed.count()), "batches")
 
     def _bill(self, label: str, judge: Any, requests: int, prompt: Prompt, written: int) -> None:
         """What a server's tokens cost, as this model's tokenizer counts them."""
@@ -310,11 +310,11 @@ class Rehearsal:
         """Records as a stage is given them."""
         self.written += 1
         folder = self.folder / f"given-{self.written}"
-        if processes.is_main():
+        if distributed.is_main():
             folder.mkdir()
             for name, records in files.items():
                 write_records(folder / f"{name}.jsonl", records)
-        processes.wait_for_all()
+        distributed.wait_for_all()
         return _stand_in("given", 0, ift=len(files.get("demonstrations", ())), path=folder)
 
     def _few(self, count: int, tokens: int, generate: Any) -> int:

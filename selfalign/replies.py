@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from selfalign.errors import SelfalignError
-from selfalign.records import Message
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import Message
 from selfalign.thinking import unanswered
 
 FINISHES = {

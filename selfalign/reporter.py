@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from selfalign.__main__ import one_line_errors, set_streams
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
 
 
 def main() -> None:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 from selfalign.benchmarks.alpaca_eval import AlpacaEval
 from selfalign.benchmarks.mt_bench import MTBench
 from selfalign.chat_template import opened_thought
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import Demonstration, PreferencePair, Prompt, stream_records
 from selfalign.given import Given, SelfRewarding
 from selfalign.judges.bench import OWN_MODELS, asks_a_server
 from selfalign.judges.expected import ExpectedScore, score_tokens
@@ -14,7 +15,6 @@ from selfalign.judges.referee import Referee, verdict_tokens
 from selfalign.longest import asks, writes
 from selfalign.losses import Positives
 from selfalign.models import PolicyFiles
-from selfalign.records import Demonstration, PreferencePair, Prompt, stream_records
 from selfalign.roles import judges_of
 from selfalign.stages.align import augmentation_of
 from selfalign.stages.seeds import EvaluationFineTuning

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from selfalign.benchmarks.entrant import judges_to_load
-from selfalign.files import derive_seed
+from selfalign.core.files import derive_seed
 from selfalign.judges.bench import OWN_MODELS, asks_a_server, wants_model
 from selfalign.models import ModelConfig
 from selfalign.pretrained import identify_source

@@ -17,9 +17,9 @@ from typing import Any, NoReturn, TypeVar
 
 import msgspec
 
-from selfalign.errors import SelfalignError
-from selfalign.files import digest_json
-from selfalign.records import Demonstration, Instruction, PreferencePair, RankedAnswers
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import digest_json
+from selfalign.core.records import Demonstration, Instruction, PreferencePair, RankedAnswers
 
 logger = logging.getLogger(__name__)
 

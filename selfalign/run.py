@@ -14,9 +14,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
-from selfalign.errors import SelfalignError
-from selfalign.failures import naming
-from selfalign.files import digest_json, write_atomically, write_json
+from selfalign.core.errors import SelfalignError
+from selfalign.core.failures import naming
+from selfalign.core.files import digest_json, write_atomically, write_json
 from selfalign.models import PolicyFiles
 from selfalign.store import Artefact, Counts, Store, canonical
 from selfalign.tracking import NoTracker, Tracker, forget_tracked

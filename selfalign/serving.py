@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from selfalign import processes
+from selfalign.core import distributed
+from selfalign.core.errors import SelfalignError
+from selfalign.core.failures import naming
+from selfalign.core.files import write_json
+from selfalign.core.records import FinishReason
 from selfalign.endpoint import Client, Endpoint, RefusedError, Reply
-from selfalign.errors import SelfalignError
-from selfalign.failures import naming
-from selfalign.files import write_json
 from selfalign.generation import Completion, Request, Sampling, Transformers, check_dtype
 from selfalign.models import DTYPES, PolicyFiles, release_memory
 from selfalign.prompts import check_template
 from selfalign.quantization import check_engine
-from selfalign.records import FinishReason
 from selfalign.scoring import Scorer
 from selfalign.server_process import ServerProcess
 from selfalign.tokenization import answer_text, encode_prompt, silent_ids, spell, stop_ids
@@ -120,10 +120,10 @@ class ServerGenerator:
 
     def __enter__(self) -> "ServerGenerator":
         release_memory()
-        processes.wait_for_all()  # All have let go of the memory that the server needs.
+        distributed.wait_for_all()  # All have let go of the memory that the server needs.
         with ExitStack() as stack:
-            started = self._start(stack) if processes.is_main() else None
-            endpoint, self._takes_ids = processes.broadcast(started)  # pyright: ignore[reportGeneralTypeIssues]
+            started = self._start(stack) if distributed.is_main() else None
+            endpoint, self._takes_ids = distributed.broadcast(started)  # pyright: ignore[reportGeneralTypeIssues]
             self._client = stack.enter_context(endpoint.open("generate"))
             self._open = stack.pop_all()
         return self
@@ -131,7 +131,7 @@ class ServerGenerator:
     def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
         with self._open:
             if kind is None:
-                processes.wait_for_all()  # Nobody asks it any more.
+                distributed.wait_for_all()  # Nobody asks it any more.
 
     def plan(self, lengths: Sequence[int], samples: int, max_new_tokens: int) -> list[list[int]]:
         """Batches of `batch_texts` texts, in the order of the prompts; the server makes its own out of them."""

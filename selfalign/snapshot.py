@@ -19,10 +19,10 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from selfalign import processes
-from selfalign.errors import SelfalignError, one_line
-from selfalign.failures import is_out_of_memory, naming, system_error
-from selfalign.files import read_json, write_json
+from selfalign.core import distributed
+from selfalign.core.errors import SelfalignError, one_line
+from selfalign.core.failures import is_out_of_memory, naming, system_error
+from selfalign.core.files import read_json, write_json
 from selfalign.optimizers import MasterWeights
 
 SCHEDULE = "schedule.json"
@@ -47,17 +47,17 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, sched
         with naming(folder):
             _save(folder, model, optimizer, schedule)
     except OSError:
-        if processes.is_main():
+        if distributed.is_main():
             shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
 def _save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
-    if processes.is_main():
+    if distributed.is_main():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         write_json(folder / SCHEDULE, schedule.state_dict())
-    processes.wait_for_all()
+    distributed.wait_for_all()
     tensors = {name: torch.as_tensor(value) for name, (_, _, value) in _places(model, optimizer).items()}
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:

@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import digest_text
+from selfalign.core.records import Demonstration, HasId, PreferencePair, Prompt, RankedAnswers, stream_records
 from selfalign.examples import StoredExamples
-from selfalign.files import digest_text
-from selfalign.records import Demonstration, HasId, PreferencePair, Prompt, RankedAnswers, stream_records
 from selfalign.store import Artefact
 from selfalign.turns import as_prompt, as_text, compared
 

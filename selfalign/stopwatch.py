@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from selfalign import processes
-from selfalign.failures import fits
+from selfalign.core import distributed
+from selfalign.core.failures import fits
 from selfalign.journal import Journal, Task
 from selfalign.models import default_device, release_memory
 from selfalign.store import Workspace
@@ -136,7 +136,7 @@ def measure(watch: Stopwatch, stage: Callable[[Workspace], Any]) -> Measured:
     return Measured(
         each=steps[-1] if steps else max(timed),
         around=max(0.0, seconds - sum(timed)),
-        peak=max(processes.gather(peak())),
+        peak=max(distributed.gather(peak())),
         batches=watch.total / size if size else len(timed),
     )
 

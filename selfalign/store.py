@@ -19,12 +19,12 @@ from typing import Any, TypeVar, cast
 
 from filelock import FileLock, Timeout
 
-from selfalign import processes
-from selfalign.errors import SelfalignError
-from selfalign.failures import at_the_end, fits, naming
-from selfalign.files import digest_folder, digest_json, read_json, write_atomically, write_json
+from selfalign.core import distributed
+from selfalign.core.errors import SelfalignError
+from selfalign.core.failures import at_the_end, fits, naming
+from selfalign.core.files import digest_folder, digest_json, read_json, write_atomically, write_json
+from selfalign.core.progress import progress_bar
 from selfalign.journal import Journal
-from selfalign.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +77,8 @@ class Workspace:
         self.label = label
         self.scratch = folder / SCRATCH
         self.path = folder
-        if not processes.is_main():
-            self.path = self.scratch / f"process_{processes.rank()}"
+        if not distributed.is_main():
+            self.path = self.scratch / f"process_{distributed.rank()}"
             shutil.rmtree(self.path, ignore_errors=True)
         self.path.mkdir(parents=True, exist_ok=True)
         self.scratch.mkdir(exist_ok=True)
@@ -92,7 +92,7 @@ class Workspace:
 
     def note_time(self) -> None:
         """Writes down how long that is, in case it is killed."""
-        if processes.is_main():
+        if distributed.is_main():
             (self.scratch / SECONDS).write_text(f"{self.seconds:.2f}", encoding="utf-8")
 
     def log(self, row: dict[str, Any]) -> None:
@@ -173,22 +173,22 @@ class Store:
             SelfalignError: the processes of the run ask for different ones.
         """
         folder, label = self.place(stage, inputs), label or stage
-        if len(set(processes.gather(folder.name))) > 1:
+        if len(set(distributed.gather(folder.name))) > 1:
             raise SelfalignError(f"{label}: the processes of this run read different data; do all see the same files?")
         with ExitStack() as stack:
-            if processes.is_main():
+            if distributed.is_main():
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(lock_of(folder), f"{label} is being made by another run"))
-            if processes.broadcast((folder / MANIFEST).exists()):
+            if distributed.broadcast((folder / MANIFEST).exists()):
                 shutil.rmtree(folder / SCRATCH, ignore_errors=True)
             elif together:
-                with processes.others_there():
+                with distributed.others_there():
                     self._build(folder, stage, inputs, build, Workspace(folder, label, on_row))
-            elif processes.is_main():
-                with processes.alone():
+            elif distributed.is_main():
+                with distributed.alone():
                     self._build(folder, stage, inputs, build, Workspace(folder, label, on_row))
-            made = open_artefact(folder) if processes.is_main() else None
-        return cast(Artefact, processes.broadcast(made))
+            made = open_artefact(folder) if distributed.is_main() else None
+        return cast(Artefact, distributed.broadcast(made))
 
     def _build(
         self,
@@ -206,8 +206,8 @@ class Store:
             except OSError:
                 _clear(folder)  # What is half written would go on filling a disk that is full.
                 raise
-        processes.wait_for_all()
-        if not processes.is_main():
+        distributed.wait_for_all()
+        if not distributed.is_main():
             return
         files = digest_folder(folder, without=(LOG, SCRATCH))
         write_json(
@@ -292,7 +292,7 @@ def open_artefact(folder: Path) -> Artefact:
 
 def _clear(folder: Path) -> None:
     """Deletes what an attempt has left behind that the next one cannot use: files, links and folders."""
-    for path in folder.iterdir() if processes.is_main() else ():
+    for path in folder.iterdir() if distributed.is_main() else ():
         if path.name in (LOG, SCRATCH):
             continue
         if path.is_dir() and not path.is_symlink():

@@ -10,10 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from selfalign.__main__ import one_line_errors, set_streams
+from selfalign.core.errors import SelfalignError
+from selfalign.core.formatting import age, amount, duration, plural, printable, table
 from selfalign.differences import Comparison, read_stages
-from selfalign.errors import SelfalignError
 from selfalign.inventory import Inventory, Kept, remove, remove_locks, take_inventory, total_size
-from selfalign.plain import age, amount, duration, plural, printable, table
 
 NAMED = 2
 """Runs, and labels, that a line of the list names before it counts the others."""

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from selfalign.plain import table
+from selfalign.core.formatting import table
 from selfalign.run import Look, Run, flat_numbers, iteration_of
 from selfalign.store import Artefact
 

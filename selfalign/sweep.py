@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from selfalign import processes
-from selfalign.errors import SelfalignError
+from selfalign.core import distributed
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import read_json, write_json
 from selfalign.experiment import finish_experiment, log_file
-from selfalign.files import read_json, write_json
 from selfalign.metrics import signed
 from selfalign.report.jobs import JOBS, read_jobs
 from selfalign.run import run_folder
@@ -210,7 +210,7 @@ def run_job(
     def begin() -> None:
         nonlocal begun
         begun = True
-        if processes.is_main():
+        if distributed.is_main():
             sweep.tell(number, overrides, state=JobState.running, there=False, error="")
 
     try:
@@ -218,10 +218,10 @@ def run_job(
             os.environ.setdefault("WANDB_RUN_GROUP", sweep.folder.name)
             config, text, plain = prepare()
             folder, _ = run_folder(Path(config.output_dir).absolute(), config.name, config, fresh=config.fresh)
-            if processes.is_main():
+            if distributed.is_main():
                 sweep.tell(number, overrides, folder=os.path.relpath(folder, sweep.folder))
             there = finish_experiment(config, text, plain, begin)
-            if not processes.is_main():
+            if not distributed.is_main():
                 return None
             model = read_json(folder / "summary.json")["models"][-1]
             metric, sign = signed(config.sweep_metric)
@@ -231,7 +231,7 @@ def run_job(
         if begun:
             tell(JobState.interrupted)
         raise
-    except processes.AnotherEnded:
+    except distributed.AnotherEnded:
         return None  # That one has written down why, or was killed and could not.
     except Exception as error:  # noqa: BLE001 - the other jobs go on, and the sweep ends with exit code 1
         message = explain(error)

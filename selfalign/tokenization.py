@@ -20,8 +20,8 @@ from selfalign.chat_template import (
     spelled_at,
     text_ids,
 )
-from selfalign.errors import SelfalignError
-from selfalign.records import Message, Prompt
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import Message, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer

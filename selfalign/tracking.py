@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from selfalign.errors import SelfalignError, one_line
-from selfalign.files import digest_json
+from selfalign.core.errors import SelfalignError, one_line
+from selfalign.core.files import digest_json
 
 logger = logging.getLogger(__name__)
 MODES = ("auto", "online", "offline")

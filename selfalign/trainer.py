@@ -17,15 +17,16 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerControl, TrainerState
 
-from selfalign import processes, snapshot
+from selfalign import snapshot
 from selfalign.choose import CheckpointSelector
-from selfalign.errors import SelfalignError
-from selfalign.files import derive_seed
+from selfalign.core import distributed
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import derive_seed
+from selfalign.core.progress import progress_bar
 from selfalign.layouts import Layout, Pass, keep_masters, my_passes
 from selfalign.metrics import Sums, add_sums, averages
 from selfalign.models import Policy, autocast, default_device
 from selfalign.optimizers import build_optimizer
-from selfalign.progress import progress_bar
 from selfalign.store import Workspace
 from selfalign.training import Example, Objective, Optimization, Outcome, Weights
 
@@ -102,7 +103,7 @@ class StepTrainer(Trainer):
 
     def run(self) -> int:
         """Trains from the start, or from the last whole checkpoint; returns the steps done."""
-        checkpoint = processes.broadcast(last_checkpoint(self.folder))
+        checkpoint = distributed.broadcast(last_checkpoint(self.folder))
         done = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
         self.out.rewind_log(lambda row: row["step"] <= done)
         if self.checkpoints is not None and self.checkpoints.resume(done):
@@ -136,7 +137,7 @@ class StepTrainer(Trainer):
         share = Share()
         for number, part in enumerate(passes, start=1):
             if self.optimization.dropout:
-                step, rank = self.state.global_step, processes.rank()
+                step, rank = self.state.global_step, distributed.rank()
                 torch.manual_seed(derive_seed(self.weights.seed, "dropout", step, rank, number))
             # DDP adds gradients up once a step; FSDP2 in every pass, or each process would keep them all.
             together = number == len(passes) or self.weights.layout.sharded
@@ -144,11 +145,11 @@ class StepTrainer(Trainer):
                 with self.compute_loss_context_manager():
                     outcome = self.objective(model, part.examples)
                 # Both layouts average gradients over the processes.
-                scale = 0.0 if part.repeated else processes.count() / weight
+                scale = 0.0 if part.repeated else distributed.count() / weight
                 self.accelerator.backward(outcome.loss * scale)
             share.add(part, outcome)
         share.peak_memory = peak_memory(self.args.device)
-        whole = reduce(Share.joined, processes.gather(share))
+        whole = reduce(Share.joined, distributed.gather(share))
         if whole.broken:
             ids = ", ".join(dict.fromkeys(whole.broken))
             raise SelfalignError(
@@ -165,7 +166,7 @@ class StepTrainer(Trainer):
         """Writes a snapshot, the trainer's own state last, and removes the older ones."""
         folder = self.folder / f"checkpoint-{self.state.global_step}"
         snapshot.save(folder, self.policy.model, self.plain_optimizer, self.lr_scheduler)
-        if processes.is_main():
+        if distributed.is_main():
             self.state.save_to_json(str(folder / STATE))
             for other in set(self.folder.glob("checkpoint-*")) - {folder}:
                 shutil.rmtree(other)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from selfalign import processes
 from selfalign.batches import Batch, Group, make_batch
 from selfalign.choose import CheckpointSelector, ChooseConfig
-from selfalign.errors import SelfalignError, reason_of
+from selfalign.core import distributed
+from selfalign.core.errors import SelfalignError, reason_of
 from selfalign.layouts import Layout, collect, out_of_wrapper
 from selfalign.metrics import Sums
 from selfalign.models import DTYPES, LoRA, Policy, PolicyFiles, fastest_dtype
@@ -295,7 +295,7 @@ def train(
     whole = loaded
     if weights.layout.sharded:
         whole = put_together(loaded, policy, weights)
-    if whole is not None and processes.is_main():
+    if whole is not None and distributed.is_main():
         PolicyFiles(out.path).save(whole, base)
     return loaded
 
@@ -303,7 +303,7 @@ def train(
 def put_together(shared: Policy, start: PolicyFiles, weights: "Weights") -> Policy | None:
     """The trained policy, of which each process has a share, whole in the main process; None in the others."""
     whole = None
-    if processes.is_main():
+    if distributed.is_main():
         whole = start.load(weights.dtype, device="cpu", trainable=True)
         prepare(whole, start, weights, 0.0)
     collect(shared.model, whole.model if whole else None)

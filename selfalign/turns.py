@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from selfalign.records import Message, Prompt
+from selfalign.core.records import Message, Prompt
 from selfalign.rows import BESIDE, CONVERSATIONS, INPUTS, INSTRUCTIONS, SYSTEM, UNREAD, Row, is_blank, shown
 
 ROLES = {

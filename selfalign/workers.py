@@ -16,7 +16,7 @@ from contextlib import suppress
 from tempfile import TemporaryFile
 from typing import IO, Any, cast
 
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
 
 logger = logging.getLogger(__name__)
 

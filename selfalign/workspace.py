@@ -7,7 +7,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from selfalign.__main__ import one_line_errors, set_streams
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
 from selfalign.tracking import has_key, is_online
 
 if TYPE_CHECKING:

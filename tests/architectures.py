@@ -9,7 +9,7 @@ import torch
 import transformers
 from test_tokenization import WITHOUT_BOS, build_tokenizer
 
-from selfalign.files import write_json
+from selfalign.core.files import write_json
 from selfalign.models import PolicyFiles, digest_weights
 
 WINDOW = 8

@@ -12,12 +12,8 @@ import torch
 
 from selfalign.__main__ import conf_folder
 from selfalign.config import ExperimentConfig, compose_experiment
-from selfalign.data import as_prompt
-from selfalign.experiment import run_experiment
-from selfalign.files import digest_folder, digest_json, write_json
-from selfalign.generation import Completion, Request, Sampling, Transformers, TransformersGenerator
-from selfalign.models import LoRA, Policy, PolicyFiles, digest_weights
-from selfalign.records import (
+from selfalign.core.files import digest_folder, digest_json, write_json
+from selfalign.core.records import (
     Demonstration,
     FinishReason,
     HasId,
@@ -29,6 +25,10 @@ from selfalign.records import (
     ResponseScore,
     write_records,
 )
+from selfalign.data import as_prompt
+from selfalign.experiment import run_experiment
+from selfalign.generation import Completion, Request, Sampling, Transformers, TransformersGenerator
+from selfalign.models import LoRA, Policy, PolicyFiles, digest_weights
 from selfalign.stages.sft import sft
 from selfalign.store import Artefact, Workspace
 from selfalign.training import Optimization, Weights

@@ -5,8 +5,8 @@ from typing import Any
 
 from builders import instruction, records_artefact, response, workspace
 
+from selfalign.core.records import Judgement, ResponseScore, read_records
 from selfalign.generation import Transformers
-from selfalign.records import Judgement, ResponseScore, read_records
 from selfalign.stages.judge import Judge, judge
 from selfalign.store import Artefact, Counts
 

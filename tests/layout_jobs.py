@@ -14,16 +14,16 @@ if __name__ == "__main__":
 
 from builders import preference
 
-from selfalign import processes
 from selfalign import trainer as trainer_module
 from selfalign.batches import Group, PairExample, encode_group, encode_pairs
-from selfalign.errors import SelfalignError
+from selfalign.core import distributed
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import PairReference
 from selfalign.examples import with_reference
 from selfalign.layouts import Layout
 from selfalign.losses import DPO, SrDPO
 from selfalign.metrics import averages
 from selfalign.models import LoRA, PolicyFiles
-from selfalign.records import PairReference
 from selfalign.refinement import Refinement
 from selfalign.stages.align import AdapterSwitchedOff, Preference, StoredReferences
 from selfalign.store import Workspace
@@ -78,7 +78,7 @@ class Stopping:
         self.steps += 1
         if self.steps == self.job.killed_after + 1 > 1:
             raise Killed
-        if self.job.breaks == "raise" and processes.rank() == 1:
+        if self.job.breaks == "raise" and distributed.rank() == 1:
             raise RuntimeError("this process is broken")
         return self.inner.arrange(examples)
 
@@ -158,7 +158,7 @@ def train_here(job: Job, policy: PolicyFiles) -> None:
     except Killed:
         pass
     except SelfalignError as error:
-        (folder / f"error-{processes.rank()}").write_text(str(error))
+        (folder / f"error-{distributed.rank()}").write_text(str(error))
 
 
 def shard_on_the_cpu() -> None:
@@ -180,12 +180,12 @@ def shard_on_the_cpu() -> None:
 def main(path: Path) -> None:
     """Does all jobs of a file, every process all of them."""
     given = json.loads(path.read_text())
-    processes.join()
+    distributed.join()
     if given["shard"]:
         shard_on_the_cpu()
     for fields in given["jobs"]:
         train_here(Job(**fields), PolicyFiles(Path(given["policy"])))
-    processes.leave()
+    distributed.leave()
 
 
 def as_file(path: Path, jobs: Sequence[Job], policy: PolicyFiles, *, shard: bool) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
 
 Check = Callable[..., None]
 

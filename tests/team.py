@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from builders import ROOT, Killed, Said
 
-from selfalign import processes
+from selfalign.core import distributed
 from selfalign.journal import Journal
 from selfalign.store import Workspace
 
@@ -27,13 +27,13 @@ class Team:
         self._all_here = threading.Barrier(count, timeout=5)
         self._all_read = threading.Barrier(count)
         self._values: list[Any] = [None] * count
-        monkeypatch.setattr(processes, "_here", self._me)
-        monkeypatch.setattr(processes, "gather", self._gather)
-        monkeypatch.setattr(processes, "broadcast", lambda value: self._gather(value)[0])
+        monkeypatch.setattr(distributed, "_here", self._me)
+        monkeypatch.setattr(distributed, "gather", self._gather)
+        monkeypatch.setattr(distributed, "broadcast", lambda value: self._gather(value)[0])
 
     def _gather(self, value: Any) -> list[Any]:
         """What all have brought, as if it had been sent from process to process."""
-        if processes.count() == 1:
+        if distributed.count() == 1:
             return [value]
         self._values[self._me.rank] = value
         self._all_here.wait()

@@ -9,8 +9,8 @@ from builders import judgement
 from scipy import stats
 
 from selfalign.agreement import Question, calibration, judge_quality, length_correlation
+from selfalign.core.records import RankedAnswers
 from selfalign.metrics import METRICS
-from selfalign.records import RankedAnswers
 from selfalign.statistics import wilson
 
 

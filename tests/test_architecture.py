@@ -13,7 +13,7 @@ from builders import ROOT, composed
 from omegaconf.errors import OmegaConfBaseException
 
 from selfalign.config import COMPONENTS, ExperimentConfig
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
 
 PACKAGE = ROOT / "selfalign"
 METHOD = {

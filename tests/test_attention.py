@@ -18,7 +18,7 @@ from selfalign.batches import (
     make_batch,
     share_prompt,
 )
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
 from selfalign.logprobs import score_responses_only
 
 VOCABULARY = 61

@@ -16,8 +16,8 @@ from selfalign.batches import (
     share_prompt,
     split_by_tokens,
 )
-from selfalign.errors import SelfalignError
-from selfalign.records import PreferencePair
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import PreferencePair
 from selfalign.refinement import Refinement
 from selfalign.tokenization import Answer, encode_prompt, plain_ids
 

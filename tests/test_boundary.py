@@ -20,14 +20,8 @@ from transformers import PreTrainedTokenizerFast
 from selfalign.batches import answer_of, encode_group, encode_pairs
 from selfalign.builtin import read_smollm2_tokenizer
 from selfalign.chat_template import answer_shape, rendered_ids
-from selfalign.data import as_prompt
-from selfalign.errors import SelfalignError
-from selfalign.generation import Sampling, Transformers
-from selfalign.model_check import check_template, check_vocabulary, notes_on_texts
-from selfalign.models import PolicyFiles
-from selfalign.pairing import BestWorst
-from selfalign.pretrained import TEMPLATES
-from selfalign.records import (
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import (
     Demonstration,
     FinishReason,
     Instruction,
@@ -37,6 +31,12 @@ from selfalign.records import (
     read_records,
     write_records,
 )
+from selfalign.data import as_prompt
+from selfalign.generation import Sampling, Transformers
+from selfalign.model_check import check_template, check_vocabulary, notes_on_texts
+from selfalign.models import PolicyFiles
+from selfalign.pairing import BestWorst
+from selfalign.pretrained import TEMPLATES
 from selfalign.stages.pair import pair
 from selfalign.stages.respond import RespondConfig, respond
 from selfalign.stages.sft import encode_demonstration, group_demonstrations

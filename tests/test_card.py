@@ -19,8 +19,8 @@ from test_pipeline import manifest, write_pairs
 from selfalign import card
 from selfalign.card import FORMULAS, model_card, write_card
 from selfalign.config import COMPONENTS, choices
+from selfalign.core.files import read_json
 from selfalign.experiment import run_experiment
-from selfalign.files import read_json
 from selfalign.models import PolicyFiles
 from selfalign.report.finished import Finished
 

@@ -26,13 +26,13 @@ from scipy import stats
 from selfalign import checkpoint_selection as module
 from selfalign.checkpoint_selection import CheckpointComparator, CheckpointSelection, CheckpointSelector, loses
 from selfalign.choose import ChooseConfig
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import read_json, write_json
+from selfalign.core.records import Response, read_records
 from selfalign.endpoint import Endpoint
-from selfalign.errors import SelfalignError
-from selfalign.files import read_json, write_json
 from selfalign.generation import Sampling, Transformers
 from selfalign.models import Policy, PolicyFiles
 from selfalign.plan import plan
-from selfalign.records import Response, read_records
 
 PROMPT = "{instruction}\n<first>\n{first}\n</first>\n<second>\n{second}\n</second>"
 ASKED = [instruction(name) for name in "abcdefghij"]

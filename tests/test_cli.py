@@ -15,7 +15,7 @@ from builders import ROOT, TINY_RUN, Said, composed, write_tiny_data
 from hydra.errors import OverrideParseException
 
 from selfalign.__main__ import EXAMPLES, conf_folder, explain, one_line_errors
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
 
 # --- help --------------------------------------------------------------------------------------------------------
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from selfalign.containers import identify_data
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import PreferencePair
 from selfalign.data import read_demonstrations, read_instructions, read_outputs, read_pairs, read_ranked
-from selfalign.errors import SelfalignError
-from selfalign.records import PreferencePair
 from selfalign.turns import as_text
 
 USER = {"role": "user", "content": "Name a colour."}

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from selfalign.core.errors import SelfalignError
 from selfalign.differences import ABSENT, Comparison, differences, read_stages
-from selfalign.errors import SelfalignError
 from selfalign.run import Run
 from selfalign.store import Artefact, Counts, Store, Workspace
 

@@ -5,8 +5,8 @@ import pytest
 from mutation import assert_caught
 
 from selfalign import drift
+from selfalign.core.errors import SelfalignError
 from selfalign.drift import Limits
-from selfalign.errors import SelfalignError
 from selfalign.metrics import METRICS
 
 BOUNDS = {name: metric for name, metric, _, _ in Limits().bounds()}

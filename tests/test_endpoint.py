@@ -11,8 +11,8 @@ import pytest
 from builders import workspace
 from chat_server import ChatServer, Fault, chat, chat_server
 
+from selfalign.core.errors import SelfalignError
 from selfalign.endpoint import Client, Endpoint, retry_after, same_model
-from selfalign.errors import SelfalignError
 from selfalign.journal import Journal
 from selfalign.replies import RefusedError, Reply
 

@@ -10,11 +10,11 @@ import pytest
 from builders import composed, metrics, run
 
 from selfalign.config import ExperimentConfig
+from selfalign.core.files import read_json
+from selfalign.core.records import Demonstration, Judgement, RankedAnswers, read_records
 from selfalign.experiment import look_ahead
-from selfalign.files import read_json
 from selfalign.metrics import METRICS
 from selfalign.plan import plan
-from selfalign.records import Demonstration, Judgement, RankedAnswers, read_records
 from selfalign.report.finished import Finished
 from selfalign.stages.judge import parse_score
 from selfalign.store import Store

@@ -10,9 +10,9 @@ import pytest
 from builders import TINY_RUN, run, write_tiny_data
 
 from selfalign.__main__ import conf_folder
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import read_json
 from selfalign.evaluator import evaluate_models
-from selfalign.files import read_json
 from selfalign.sweep import JobState, Sweep
 
 

@@ -12,9 +12,9 @@ import pytest
 from builders import ROOT, Killed
 
 from selfalign.batches import Group, PairExample
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import PairReference, write_records
 from selfalign.examples import follow_references, store_examples, with_reference
-from selfalign.records import PairReference, write_records
 from selfalign.trainer import Steps
 
 

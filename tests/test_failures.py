@@ -14,13 +14,13 @@ from builders import LIMIT, composed, file_limit, instruction
 from safetensors import SafetensorError
 
 from selfalign.__main__ import explain
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
+from selfalign.core.failures import KEPT, fits, is_out_of_memory, naming, system_error
+from selfalign.core.files import write_json
+from selfalign.core.records import write_records
 from selfalign.experiment import LogHandler, log_file, told_keys, was_done
-from selfalign.failures import KEPT, fits, is_out_of_memory, naming, system_error
-from selfalign.files import write_json
 from selfalign.journal import Journal
 from selfalign.models import PolicyFiles
-from selfalign.records import write_records
 from selfalign.reporter import report
 from selfalign.store import Store, Workspace
 

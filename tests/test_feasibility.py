@@ -11,7 +11,7 @@ import pytest
 from builders import TINY_RUN, Said, composed, policy_artefact, write_tiny_data
 from omegaconf import OmegaConf
 
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
 from selfalign.feasibility import without_effect
 from selfalign.models import PolicyFiles
 from selfalign.multirun import sweep_folder

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from selfalign.errors import SelfalignError
-from selfalign.files import (
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import (
     derive_seed,
     digest_file,
     digest_folder,

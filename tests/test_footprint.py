@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from selfalign import footprint, processes, snapshot
+from selfalign import footprint, snapshot
+from selfalign.core import distributed
 from selfalign.footprint import Footprint, disk_lack, free_space, main_memory, read_shapes, training_lack, writing_lack
 from selfalign.layouts import Layout
 from selfalign.models import LoRA, ModelConfig, PolicyFiles
@@ -181,7 +182,7 @@ def test_memory_has_to_hold_weights_and_state_and_should_hold_gradients(
 
 def test_shared_weights_are_divided_among_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(footprint, "memory", lambda: (80 * GB, "the GPU"))
-    monkeypatch.setattr(processes, "count", lambda: 4)
+    monkeypatch.setattr(distributed, "count", lambda: 4)
     assert len(training_lack(LARGE, {"train.align": "adamw"}, Layout())) == 1
     assert training_lack(LARGE, {"train.align": "adamw"}, Layout(kind="fsdp2")) == []
 

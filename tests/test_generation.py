@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import MistralConfig, MistralForCausalLM
 
 from selfalign import generation
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import FinishReason
 from selfalign.generation import (
     Completion,
     Request,
@@ -22,7 +23,6 @@ from selfalign.generation import (
     fill_gaps,
 )
 from selfalign.models import Policy, PolicyFiles
-from selfalign.records import FinishReason
 from selfalign.tokenization import decode_response, encode_prompt, end_of_turn_id
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=12)

@@ -11,12 +11,12 @@ import pytest
 from builders import TINY_RUN, artefact, composed, metrics, run, write_tiny_data
 
 from selfalign.config import ExperimentConfig, choices
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import read_json
+from selfalign.core.records import MeasuredPair, PreferencePair, read_records
 from selfalign.drift import Limits
-from selfalign.errors import SelfalignError
 from selfalign.experiment import run_experiment
-from selfalign.files import read_json
 from selfalign.plan import plan
-from selfalign.records import MeasuredPair, PreferencePair, read_records
 from selfalign.splits import Known, split_pairs
 from selfalign.tracking import NoTracker
 

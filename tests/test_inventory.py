@@ -16,7 +16,7 @@ from builders import Killed
 from mutation import assert_caught
 
 from selfalign import inventory
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
 from selfalign.inventory import State, remove, remove_locks, take_inventory, total_size
 from selfalign.run import Run
 from selfalign.store import Artefact, Counts, Store, Workspace, lock_of

@@ -13,7 +13,7 @@ from mutation import Check, assert_caught
 from team import Team
 
 from selfalign import journal as journal_module
-from selfalign import processes
+from selfalign.core import distributed
 from selfalign.journal import WINDOW, Journal, Task
 
 
@@ -23,7 +23,7 @@ def tasks(log: list[tuple[int, int]], count: int, kill_at: int | None = None) ->
     def work(number: int) -> list[int]:
         if number == kill_at:
             raise Killed
-        log.append((processes.rank(), number))
+        log.append((distributed.rank(), number))
         return [number * number]
 
     return ((str(n), 1, partial(work, n)) for n in range(count))

@@ -18,9 +18,10 @@ from layout_jobs import Job, as_file, moved, task, train_here
 from mutation import assert_caught
 from safetensors.torch import load_file
 
-from selfalign import layouts, processes
+from selfalign import layouts
 from selfalign import trainer as trainer_module
-from selfalign.errors import SelfalignError
+from selfalign.core import distributed
+from selfalign.core.errors import SelfalignError
 from selfalign.layouts import Layout, deal
 from selfalign.models import PolicyFiles
 from selfalign.trainer import StepTrainer
@@ -237,10 +238,10 @@ def average_gradients(
     settings = optimization(batch_size=size, batch_tokens=60)
     trainer = StepTrainer(loaded, examples, objective, settings, workspace(folder), weights())
     with monkeypatch.context() as patch:
-        patch.setattr(processes, "count", lambda: count)
-        patch.setattr(processes, "gather", lambda value: [value])
+        patch.setattr(distributed, "count", lambda: count)
+        patch.setattr(distributed, "gather", lambda value: [value])
         for rank in range(count):
-            patch.setattr(processes, "rank", lambda rank=rank: rank)
+            patch.setattr(distributed, "rank", lambda rank=rank: rank)
             trainer.training_step(loaded.model, examples)
     return {name: p.grad / count for name, p in loaded.model.named_parameters() if p.grad is not None}
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from selfalign import losses, refinement
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
 
 BETA, LAM = 0.2, 0.5
 SR = {"beta": BETA, "lam": LAM}

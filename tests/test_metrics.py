@@ -4,6 +4,7 @@ import pytest
 from builders import judgement
 from scipy import stats
 
+from selfalign.core.records import Judgement, JudgementStatus
 from selfalign.metrics import (
     METRICS,
     Sums,
@@ -19,7 +20,6 @@ from selfalign.metrics import (
     score_histogram,
     win_statistics,
 )
-from selfalign.records import Judgement, JudgementStatus
 from selfalign.statistics import length_controlled, wilson
 
 # --- shares and head to head -------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 from selfalign import model_trials
 from selfalign.batches import Group, make_batch
 from selfalign.capabilities import Capabilities
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
 from selfalign.generation import Request, Sampling, TransformersGenerator
 from selfalign.model_check import check_model, check_vocabulary
 from selfalign.models import CONTEXT_NAMES, Policy, PolicyFiles, longest_sequence

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import BloomConfig
 
 from selfalign import builtin
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
 from selfalign.models import LoRA, ModelConfig, Policy, PolicyFiles
 from selfalign.pretrained import fetch_pretrained, identify_source
 from selfalign.tokenization import encode_prompt, end_of_turn_id

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
 from selfalign.optimizers import MasterWeights, build_optimizer
 from selfalign.training import Optimization
 

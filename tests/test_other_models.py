@@ -13,7 +13,7 @@ from architectures import ARCHITECTURES, as_policy
 from builders import TINY_RUN, composed, logits_of, policy_artefact, record_files, run, workspace, write_tiny_data
 from test_boundary import CHATML, NO_SYSTEM
 
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
 from selfalign.model_check import check_model
 from selfalign.models import LoRA, ModelConfig, PolicyFiles, open_tokenizer
 from selfalign.pretrained import fetch_pretrained, identify_source

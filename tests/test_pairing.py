@@ -12,9 +12,9 @@ from builders import response
 from mutation import mutated
 
 from selfalign import pairing
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import FinishReason, Response
 from selfalign.pairing import AllOrdered, BestVsK, BestWorst, PairRule, RandomPair, pick_pairs
-from selfalign.records import FinishReason, Response
 
 RULES = ["BestWorst", "RandomPair", "AllOrdered", "BestVsK"]
 

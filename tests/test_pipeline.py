@@ -12,12 +12,9 @@ from typing import Any
 import pytest
 from builders import ROOT, TINY_RUN, composed, metrics, record_files, run, write_tiny_data
 
-from selfalign.errors import SelfalignError
-from selfalign.files import read_json
-from selfalign.metrics import METRICS
-from selfalign.models import PolicyFiles
-from selfalign.plan import plan
-from selfalign.records import (
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import read_json
+from selfalign.core.records import (
     Comparison,
     Demonstration,
     Instruction,
@@ -28,6 +25,9 @@ from selfalign.records import (
     ResponseScore,
     read_records,
 )
+from selfalign.metrics import METRICS
+from selfalign.models import PolicyFiles
+from selfalign.plan import plan
 from selfalign.store import Store, Workspace
 
 

@@ -1,4 +1,4 @@
-from selfalign.plain import age, amount, duration, plural, printable, table
+from selfalign.core.formatting import age, amount, duration, plural, printable, table
 
 
 def test_columns_are_aligned() -> None:

@@ -12,8 +12,8 @@ from chat_server import ChatServer, Fault, chat_server
 from team import Team
 
 from selfalign import preflight as preflight_module
-from selfalign import processes
-from selfalign.errors import SelfalignError
+from selfalign.core import distributed
+from selfalign.core.errors import SelfalignError
 from selfalign.experiment import run_experiment
 from selfalign.plan import plan
 from selfalign.preflight import preflight, problems
@@ -383,7 +383,7 @@ def test_all_processes_end_with_what_the_main_one_has_found(monkeypatch: pytest.
     asked: list[int] = []
 
     def counted(*arguments: Any) -> list[str]:
-        asked.append(processes.rank())
+        asked.append(distributed.rank())
         return problems(*arguments)
 
     monkeypatch.setattr(preflight_module, "problems", counted)

@@ -13,10 +13,10 @@ from builders import TINY_RUN, metrics, run, write_tiny_data
 from mutation import Check, assert_caught
 from team import Team, dying_in, launch
 
-from selfalign import processes
 from selfalign import store as store_module
-from selfalign.errors import SelfalignError
-from selfalign.files import digest_json
+from selfalign.core import distributed
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import digest_json
 from selfalign.multirun import ListJobs
 from selfalign.serving import _free_port
 from selfalign.store import Artefact, Store, Workspace
@@ -177,10 +177,10 @@ def test_two_processes_finish_what_one_began_in_one_folder_with_one_tracked_run(
 def write_shares(out: Workspace) -> dict[str, Any]:
     """A stage of five batches that says which process made which, and how many it was told there are."""
     with out.journal(5, "things") as journal:
-        made = list(journal.batches((str(n), 1, processes.rank) for n in range(5)))
+        made = list(journal.batches((str(n), 1, distributed.rank) for n in range(5)))
     (out.path / "made.txt").write_text("made")
     out.log({"step": 1})
-    return {"made": made, "count": processes.count()}
+    return {"made": made, "count": distributed.count()}
 
 
 def make_in_store(root: Path, rank: int, *, together: bool = True, **inputs: Any) -> Artefact:

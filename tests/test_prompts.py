@@ -3,7 +3,7 @@
 import pytest
 from builders import composed
 
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
 from selfalign.prompts import check_template, fill
 
 

@@ -12,8 +12,8 @@ from huggingface_hub import ModelCard, constants
 from mutation import Check, assert_caught
 
 from selfalign import publish as module
-from selfalign.errors import SelfalignError
-from selfalign.files import read_json
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import read_json
 from selfalign.models import PolicyFiles
 from selfalign.publish import check_login, check_repository, publish, repository_files
 from selfalign.report.finished import Finished

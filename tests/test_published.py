@@ -9,8 +9,9 @@ import pytest
 from mutation import mutated
 
 from selfalign import published
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import PreferencePair
 from selfalign.data import read_demonstrations, read_instructions, read_pairs, read_ranked
-from selfalign.errors import SelfalignError
 from selfalign.published import (
     Completion,
     RatedCompletions,
@@ -18,7 +19,6 @@ from selfalign.published import (
     rank_completions,
     transcript,
 )
-from selfalign.records import PreferencePair
 
 Rows = list[dict[str, Any]]
 

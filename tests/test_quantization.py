@@ -22,7 +22,7 @@ from mutation import mutated
 from torch import Tensor, nn
 
 from selfalign import models
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
 from selfalign.generation import Request, Sampling, Transformers
 from selfalign.model_check import check_model
 from selfalign.models import LoRA, ModelConfig, Policy, PolicyFiles

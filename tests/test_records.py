@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from selfalign.errors import SelfalignError
-from selfalign.records import (
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import (
     FinishReason,
     Instruction,
     Judgement,

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from selfalign.batches import encode_pairs
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import PreferencePair
 from selfalign.losses import PairLogps
-from selfalign.records import PreferencePair
 from selfalign.refinement import AUGMENTATION_PROMPT, Augmentation, Refinement, augment, refinement
 
 

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 from builders import records_artefact
 
-from selfalign.files import write_json
-from selfalign.metrics import METRICS
-from selfalign.records import (
+from selfalign.core.files import write_json
+from selfalign.core.records import (
     Demonstration,
     FinishReason,
     HasId,
@@ -22,6 +21,7 @@ from selfalign.records import (
     RankedAnswers,
     Response,
 )
+from selfalign.metrics import METRICS
 from selfalign.report import write_report
 from selfalign.report.charts import Series, draw_curves, draw_histogram, draw_models, moving_mean, spread, tick_labels
 from selfalign.report.finished import Candidate, Finished, best_first, read_samples, with_winner

@@ -19,8 +19,8 @@ from mutation import assert_caught
 from test_report import HOSTILE, Page
 
 from selfalign import reporter
-from selfalign.errors import SelfalignError
-from selfalign.files import read_json, write_json
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import read_json, write_json
 from selfalign.report import across, findings, jobs, write_comparison
 from selfalign.report.across import axes_of, over_settings
 from selfalign.report.charts import draw_heatmap

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from builders import ROOT, composed, policy_artefact
 
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
 from selfalign.models import PolicyFiles
 from selfalign.run import (
     Look,

@@ -32,15 +32,16 @@ from judging import ANSWERS, ASKED
 from mutation import assert_caught
 from transformers.utils.import_utils import is_serve_available
 
-from selfalign import processes, serving
+from selfalign import serving
+from selfalign.core import distributed
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import FinishReason, Response, read_records
 from selfalign.data import as_prompt
-from selfalign.errors import SelfalignError
 from selfalign.generation import Completion, Request, Sampling, Transformers
 from selfalign.journal import Journal
 from selfalign.judges.bench import Bench, Subject
 from selfalign.judges.external import ExternalScore
 from selfalign.models import PolicyFiles
-from selfalign.records import FinishReason, Response, read_records
 from selfalign.serving import Server, ServerGenerator, export
 from selfalign.stages.respond import RespondConfig, respond
 from selfalign.store import canonical
@@ -417,11 +418,11 @@ def test_other_processes_of_a_run_start_none_and_ask_the_main_ones(
     tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[Any] = []
-    monkeypatch.setattr(processes, "broadcast", lambda value: told.append(value) or value)
+    monkeypatch.setattr(distributed, "broadcast", lambda value: told.append(value) or value)
     requests = asking(tiny_policy, "Why?", "Where?")
     with served(tiny_policy, monkeypatch) as (generator, server):
-        monkeypatch.setattr(processes, "is_main", lambda: False)
-        monkeypatch.setattr(processes, "broadcast", lambda value: told[0])
+        monkeypatch.setattr(distributed, "is_main", lambda: False)
+        monkeypatch.setattr(distributed, "broadcast", lambda value: told[0])
         monkeypatch.setattr(serving, "ServerProcess", None)
         with Server(command=IDLE, dtype="float32").load(tiny_policy) as other:
             assert other.write(requests, WARM) == generator.write(requests, WARM)

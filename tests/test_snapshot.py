@@ -17,9 +17,9 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.optim.lr_scheduler import LambdaLR
 
 from selfalign import snapshot
-from selfalign.errors import SelfalignError
+from selfalign.core.distributed import TOLD, AnotherEnded
+from selfalign.core.errors import SelfalignError
 from selfalign.optimizers import MasterWeights, build_optimizer
-from selfalign.processes import TOLD, AnotherEnded
 from selfalign.training import Optimization
 
 WIDTH = 96

@@ -12,10 +12,10 @@ from mutation import assert_caught
 
 from selfalign import splits as module
 from selfalign.batches import Group, PairExample
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import FinishReason, PreferencePair, Prompt, RankedAnswers, Response, write_records
 from selfalign.examples import StoredExamples, store_examples
 from selfalign.pairing import AllOrdered, BestVsK, PairRule, pick_pairs
-from selfalign.records import FinishReason, PreferencePair, Prompt, RankedAnswers, Response, write_records
 from selfalign.splits import Known, Split, hold_out, split_pairs, texts_of
 from selfalign.store import Artefact
 from selfalign.turns import as_prompt

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from builders import file_limit
 
-from selfalign.errors import SelfalignError
-from selfalign.files import digest_folder, read_json
-from selfalign.records import FinishReason
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import digest_folder, read_json
+from selfalign.core.records import FinishReason
 from selfalign.store import FORMAT, Artefact, Store, Workspace, canonical, key_of, locked
 
 

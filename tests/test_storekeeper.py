@@ -16,7 +16,7 @@ import pytest
 from builders import ROOT, TINY_RUN, run, write_tiny_data
 
 from selfalign import inventory
-from selfalign.files import read_json
+from selfalign.core.files import read_json
 from selfalign.store import Store
 from selfalign.storekeeper import main
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from builders import instruction, response
 
-from selfalign.errors import SelfalignError
-from selfalign.records import Instruction, count_records, stream_records, write_records
-from selfalign.streams import chunks, follow
+from selfalign.core.errors import SelfalignError
+from selfalign.core.jsonl import chunks, follow
+from selfalign.core.records import Instruction, count_records, stream_records, write_records
 
 FILE = Path("responses.jsonl")
 

@@ -27,8 +27,8 @@ from test_tracking import Read
 
 from selfalign import experiment as experiment_module
 from selfalign import sweep as sweep_module
-from selfalign.errors import SelfalignError
-from selfalign.files import read_json
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import read_json
 from selfalign.multirun import BasicSweeper
 from selfalign.report.jobs import find_jobs
 from selfalign.sweep import Job, JobState, Sweep, run_job, told, undisturbed

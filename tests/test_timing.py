@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from mutation import assert_caught
 
-from selfalign.files import write_json
+from selfalign.core.files import write_json
 from selfalign.report import timing
 from selfalign.report.timing import training_times
 

@@ -9,7 +9,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from selfalign.batches import encode_group
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
 from selfalign.tokenization import (
     Answer,
     decode_response,

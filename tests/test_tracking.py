@@ -11,9 +11,9 @@ import wandb
 from builders import TINY_RUN, metrics, run, write_tiny_data
 
 from selfalign import tracking
-from selfalign.errors import SelfalignError
-from selfalign.files import read_json
-from selfalign.records import Instruction, PreferencePair, Response, ResponseScore, read_records
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import read_json
+from selfalign.core.records import Instruction, PreferencePair, Response, ResponseScore, read_records
 from selfalign.tracking import NoTracking, Wandb, WandbTracker, forget_tracked, has_key, place_of, tracked_id
 
 

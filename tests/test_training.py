@@ -22,11 +22,11 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaC
 
 from selfalign import trainer as trainer_module
 from selfalign.batches import Group, PairExample, encode_group, encode_pairs
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import PairReference, PreferencePair, read_records, write_records
 from selfalign.examples import with_reference
 from selfalign.losses import DPO, IPO, SrDPO
 from selfalign.models import LoRA, Policy, PolicyFiles
-from selfalign.records import PairReference, PreferencePair, read_records, write_records
 from selfalign.refinement import Refinement
 from selfalign.scoring import Scorer
 from selfalign.stages.align import Preference, StoredReferences

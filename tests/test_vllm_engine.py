@@ -32,11 +32,11 @@ from mutation import assert_caught
 
 from selfalign import vllm_engine
 from selfalign.batches import Group
-from selfalign.errors import SelfalignError
-from selfalign.files import write_json
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import write_json
+from selfalign.core.records import FinishReason
 from selfalign.generation import Request, Sampling
 from selfalign.models import PolicyFiles
-from selfalign.records import FinishReason
 from selfalign.stages.respond import RespondConfig, respond
 from selfalign.store import MANIFEST, Store
 from selfalign.tokenization import decode_response, stop_ids

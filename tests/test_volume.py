@@ -13,11 +13,11 @@ from mutation import mutated
 
 from selfalign import examples
 from selfalign.batches import Group, PairExample
+from selfalign.core.records import ResponseScore, write_records
 from selfalign.generation import Completion, Request, Sampling
 from selfalign.judges.sampled import SampledScore
 from selfalign.models import PolicyFiles
 from selfalign.pairing import BestWorst
-from selfalign.records import ResponseScore, write_records
 from selfalign.report import tables
 from selfalign.stages import judge, pair, respond
 from selfalign.store import Artefact
@@ -135,7 +135,7 @@ def test_memory_is_the_same_for_many_records_and_a_mutant_that_keeps_them_is_cau
     more = (MANY - FEW) * 2 * TEXT
     monkeypatch.setattr(SampledScore, "together", CHUNK // 2)
     monkeypatch.setattr(examples, "ROWS", CHUNK)
-    monkeypatch.setattr("selfalign.streams.chunks.__defaults__", (CHUNK,))
+    monkeypatch.setattr("selfalign.core.jsonl.chunks.__defaults__", (CHUNK,))
     assert growth(tmp_path / "own", part, module, tiny_policy) < 0.1 * more
     with mutated(module, old, new) as mutant:
         assert growth(tmp_path / "mutant", part, mutant, tiny_policy) > 0.5 * more

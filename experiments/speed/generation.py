@@ -25,12 +25,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 import yaml
 
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import FinishReason, Instruction, Response, write_records
 from selfalign.data import as_prompt
-from selfalign.errors import SelfalignError
 from selfalign.generation import Request, Sampling, Transformers, TransformersGenerator
 from selfalign.models import ModelConfig, PolicyFiles
 from selfalign.pretrained import fetch_pretrained
-from selfalign.records import FinishReason, Instruction, Response, write_records
 from selfalign.stages.judge import ExpectedScore, ImplicitReward, Pairwise, SampledScore, judge
 from selfalign.store import Artefact, Workspace
 from selfalign.tokenization import decode_response, encode_prompt

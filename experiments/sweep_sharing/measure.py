@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from selfalign.files import read_json
+from selfalign.core.files import read_json
 from selfalign.summary import table
 
 SWEPT = "loss.lam=0.1,0.3,0.5,1"

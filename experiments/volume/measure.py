@@ -22,12 +22,8 @@ from pathlib import Path
 from typing import cast
 
 from selfalign.batches import Group, PairExample, encode_pairs, pack, split_by_tokens
-from selfalign.examples import StoredExamples, follow_references, store_examples
-from selfalign.generation import Completion, Request, Sampling, Transformers, TransformersGenerator
-from selfalign.models import ModelConfig, PolicyFiles
-from selfalign.pairing import BestWorst
-from selfalign.pretrained import fetch_pretrained
-from selfalign.records import (
+from selfalign.core.jsonl import follow
+from selfalign.core.records import (
     FinishReason,
     Instruction,
     Judgement,
@@ -38,13 +34,17 @@ from selfalign.records import (
     stream_records,
     write_records,
 )
+from selfalign.examples import StoredExamples, follow_references, store_examples
+from selfalign.generation import Completion, Request, Sampling, Transformers, TransformersGenerator
+from selfalign.models import ModelConfig, PolicyFiles
+from selfalign.pairing import BestWorst
+from selfalign.pretrained import fetch_pretrained
 from selfalign.refinement import Refinement
 from selfalign.scoring import Scorer
 from selfalign.stages.pair import pair
 from selfalign.stages.reference import reference
 from selfalign.stages.respond import RespondConfig, respond
 from selfalign.store import Artefact, Workspace
-from selfalign.streams import follow
 from selfalign.trainer import Steps
 from selfalign.training import Precision
 

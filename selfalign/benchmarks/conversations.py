@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 
 from selfalign.benchmarks.entrant import Entrant
 from selfalign.benchmarks.fastchat import Question
-from selfalign.errors import SelfalignError
-from selfalign.files import derive_seed
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import derive_seed
+from selfalign.core.records import FinishReason, Instruction, Message, Response, given_response
 from selfalign.generation import Generator, Request, Sampling, write_all
 from selfalign.journal import Journal
-from selfalign.records import FinishReason, Instruction, Message, Response, given_response
 from selfalign.store import Workspace
 from selfalign.tokenization import encode_prompt
 

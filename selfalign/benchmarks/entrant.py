@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from selfalign.core.errors import SelfalignError
 from selfalign.endpoint import Endpoint
-from selfalign.errors import SelfalignError
 from selfalign.generation import Backend
 from selfalign.journal import Journal
 from selfalign.judges.bench import OWN_MODELS, Bench

@@ -9,10 +9,10 @@ import msgspec
 
 from selfalign.benchmarks.entrant import packaged_file
 from selfalign.containers import read_rows
-from selfalign.errors import SelfalignError
-from selfalign.files import digest_text, path_of, write_atomically
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import digest_text, path_of, write_atomically
+from selfalign.core.records import read_typed_lines
 from selfalign.prompts import check_template
-from selfalign.records import read_typed_lines
 from selfalign.rows import BESIDE, Row, is_blank
 
 PACKAGED = "packaged:mt_bench"

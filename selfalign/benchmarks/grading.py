@@ -8,17 +8,17 @@ from selfalign.batches import share_prompt
 from selfalign.benchmarks.entrant import Entrant
 from selfalign.benchmarks.fastchat import locate, read_prompts
 from selfalign.benchmarks.rating import OPENING, TOO_LONG, Grade, RatingTokens, expected_rating, parse_rating
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import digest_file, text_or_file
+from selfalign.core.records import Message
 from selfalign.data import as_prompt
 from selfalign.endpoint import Endpoint
-from selfalign.errors import SelfalignError
-from selfalign.files import digest_file, text_or_file
 from selfalign.generation import Reader, Request, Sampling, read_all, write_all
 from selfalign.journal import Journal
 from selfalign.judges.bench import check_batch_tokens, check_model, check_share
 from selfalign.judges.sampled import spell_out, why_ended
 from selfalign.judges.unread import Unread
 from selfalign.prompts import check_template, fill
-from selfalign.records import Message
 from selfalign.store import Counts
 from selfalign.tokenization import encode_prompt
 

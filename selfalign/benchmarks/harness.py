@@ -27,8 +27,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 
-from selfalign.errors import SelfalignError
-from selfalign.files import path_of, write_atomically
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import path_of, write_atomically
 from selfalign.journal import Journal
 from selfalign.models import Policy
 from selfalign.statistics import RESAMPLES

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from selfalign.benchmarks.entrant import Entrant
-from selfalign.errors import SelfalignError
-from selfalign.files import digest_folder, path_of
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import digest_folder, path_of
 from selfalign.statistics import Estimate
 from selfalign.store import Counts, Workspace
 

@@ -16,10 +16,10 @@ from selfalign.benchmarks.fastchat import (
     write_lines,
 )
 from selfalign.benchmarks.grading import Grade, Grader, Task
-from selfalign.errors import SelfalignError
-from selfalign.files import digest_file
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import digest_file
+from selfalign.core.records import write_records
 from selfalign.generation import Sampling
-from selfalign.records import write_records
 from selfalign.statistics import bootstrap_ratio
 from selfalign.store import Counts, Workspace
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import JudgementStatus
 from selfalign.judges.expected import distribution, tokens_behind
 from selfalign.judges.parsing import read_bracketed
 from selfalign.judges.verdict_text import other_totals
-from selfalign.records import JudgementStatus
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer

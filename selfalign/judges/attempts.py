@@ -4,12 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from selfalign.errors import SelfalignError
-from selfalign.files import derive_seed
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import derive_seed
+from selfalign.core.records import FinishReason, Judgement, JudgementStatus
 from selfalign.generation import Sampling
 from selfalign.judges.bench import Rubric, Subject
 from selfalign.judges.parsing import FAILURES, PREFIX, Parsed, parse_score
-from selfalign.records import FinishReason, Judgement, JudgementStatus
 
 Written = tuple[str, str]
 """A text and why it ended: "length" where it was cut, one of `FAILURES` where it is a server's refusal."""

@@ -7,16 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar, cast
 
-from selfalign.data import as_prompt
-from selfalign.endpoint import Client, Endpoint
-from selfalign.errors import SelfalignError
-from selfalign.files import text_or_file
-from selfalign.generation import Backend, Generator, Loaded, Reader
-from selfalign.journal import Journal
-from selfalign.metrics import Sums
-from selfalign.models import PolicyFiles
-from selfalign.prompts import check_template, fill
-from selfalign.records import (
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import text_or_file
+from selfalign.core.jsonl import CHUNK
+from selfalign.core.records import (
     Comparison,
     Instruction,
     Judgement,
@@ -25,8 +19,14 @@ from selfalign.records import (
     Response,
     ResponseScore,
 )
+from selfalign.data import as_prompt
+from selfalign.endpoint import Client, Endpoint
+from selfalign.generation import Backend, Generator, Loaded, Reader
+from selfalign.journal import Journal
+from selfalign.metrics import Sums
+from selfalign.models import PolicyFiles
+from selfalign.prompts import check_template, fill
 from selfalign.store import Counts
-from selfalign.streams import CHUNK
 
 OWN_MODELS = ("self", "sft", "base")
 """Names of the run's own models, for those who judge: M_t, M1 and M0."""

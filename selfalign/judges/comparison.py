@@ -5,9 +5,9 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from selfalign.core.records import Comparison, Instruction, JudgementStatus, Response, Verdict
 from selfalign.judges.parsing import read_bracketed
 from selfalign.judges.verdict_text import other_choices
-from selfalign.records import Comparison, Instruction, JudgementStatus, Response, Verdict
 from selfalign.statistics import RunningMean
 
 VERDICT = re.compile(r"\[\[([ABC])\]\]")

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from selfalign.batches import Group, share_prompt
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import Judgement, JudgementStatus
 from selfalign.data import as_prompt
-from selfalign.errors import SelfalignError
 from selfalign.generation import Request, Sampling, read_all, write_all
 from selfalign.judges.bench import (
     TOGETHER,
@@ -23,7 +24,6 @@ from selfalign.judges.bench import (
 )
 from selfalign.judges.parsing import PREFIX, before_score
 from selfalign.judges.sampled import spell_out
-from selfalign.records import Judgement, JudgementStatus
 from selfalign.thinking import thinks_on
 from selfalign.tokenization import encode_prompt, prompt_end
 

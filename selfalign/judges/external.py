@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from selfalign.core.records import Instruction, given_response
 from selfalign.endpoint import Endpoint
 from selfalign.judges.attempts import Wish, Written, WrittenScore, first_wishes, write_judgements
 from selfalign.judges.bench import Bench, Judged, Subject
-from selfalign.records import Instruction, given_response
 from selfalign.replies import Reply
 
 

@@ -8,8 +8,9 @@ from itertools import combinations, pairwise
 from typing import ClassVar
 
 from selfalign.batches import Group, answer_of, encode_group
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import Judgement, JudgementStatus
 from selfalign.data import as_prompt
-from selfalign.errors import SelfalignError
 from selfalign.journal import Journal
 from selfalign.judges.bench import (
     Alarm,
@@ -23,7 +24,6 @@ from selfalign.judges.bench import (
     too_long,
 )
 from selfalign.models import PolicyFiles
-from selfalign.records import Judgement, JudgementStatus
 from selfalign.scoring import Scorer
 
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from itertools import combinations, permutations
 from typing import ClassVar
 
-from selfalign.errors import SelfalignError
-from selfalign.files import derive_seed
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import derive_seed
+from selfalign.core.records import Comparison, Demonstration, Judgement, JudgementStatus, RankedAnswers, Verdict
 from selfalign.judges.bench import TOGETHER, Alarm, Bench, Judged, Subject, by_instruction, check_scale
 from selfalign.judges.comparison import Duel, expected_win_rates, win_shares
 from selfalign.judges.referee import OPENING, PREFERENCE, Referee
-from selfalign.records import Comparison, Demonstration, Judgement, JudgementStatus, RankedAnswers, Verdict
 
 
 @dataclass(kw_only=True, slots=True)

@@ -4,8 +4,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from selfalign.core.records import FinishReason, JudgementStatus
 from selfalign.judges.verdict_text import NUMBER, find_bracketed, other_totals, own_lines, own_places
-from selfalign.records import FinishReason, JudgementStatus
 from selfalign.thinking import answer_behind
 
 PREFIX = "Score: "

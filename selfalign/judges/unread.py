@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from selfalign.core.records import JudgementStatus
 from selfalign.judges.parsing import FAILURES
-from selfalign.records import JudgementStatus
 from selfalign.thinking import answer_behind
 
 SHOWN = 120

@@ -7,11 +7,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from selfalign.errors import SelfalignError
-from selfalign.files import write_atomically
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import write_atomically
+from selfalign.core.formatting import duration, plural
+from selfalign.core.records import Instruction
 from selfalign.metrics import METRICS
-from selfalign.plain import duration, plural
-from selfalign.records import Instruction
 from selfalign.report.across import curves, over_iterations, over_settings, which
 from selfalign.report.findings import caveats, named, opponents, verdict, what_differs
 from selfalign.report.finished import Candidate, Sample, read_answers, stream_there

@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from html import escape
 
-from selfalign.plain import duration, plural
+from selfalign.core.formatting import duration, plural
 from selfalign.report.jobs import FEW, Comparison, Job, as_text, costs, seconds_alone, shortened
 from selfalign.report.markup import Format, compact, fold, percent, strong
 from selfalign.report.measured import ANSWERS

@@ -9,9 +9,10 @@ from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
-from selfalign.errors import SelfalignError
-from selfalign.files import read_json
-from selfalign.records import (
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import read_json
+from selfalign.core.jsonl import follow
+from selfalign.core.records import (
     Comparison,
     Demonstration,
     FinishReason,
@@ -24,7 +25,6 @@ from selfalign.records import (
     stream_records,
 )
 from selfalign.statistics import bootstrap_mean, wilson
-from selfalign.streams import follow
 from selfalign.turns import as_text
 
 R = TypeVar(

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from selfalign.errors import SelfalignError
-from selfalign.files import read_json
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import read_json
 from selfalign.metrics import signed
 from selfalign.report.finished import Finished
 from selfalign.report.markup import is_number
@@ -160,7 +160,7 @@ def _last_error(log: Path) -> str:
     lines = log.read_text(encoding="utf-8").split("\n") if log.is_file() else []
     last = next((line for line in reversed(lines) if line.strip()), "")
     is_message = re.match(r"\d{4}-\d\d-\d\d .* [A-Z]+ ", last)
-    return "" if is_message else last.removeprefix("selfalign.errors.SelfalignError: ")
+    return "" if is_message else last.removeprefix("selfalign.core.errors.SelfalignError: ")
 
 
 def flat(config: Mapping[str, Any]) -> Row:

@@ -7,8 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from selfalign.plain import plural
-from selfalign.records import Judgement
+from selfalign.core.formatting import plural
+from selfalign.core.records import Judgement
 from selfalign.report.finished import Candidate, Sample
 
 Row = Mapping[str, Any]

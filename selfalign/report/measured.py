@@ -4,8 +4,8 @@ import re
 from array import array
 from html import escape
 
+from selfalign.core.records import Judgement
 from selfalign.metrics import METRICS, meaning_in_benchmark, score_histogram
-from selfalign.records import Judgement
 from selfalign.report.charts import draw_heatmap, draw_histogram
 from selfalign.report.finished import Finished
 from selfalign.report.markup import Column, Row, decimals, explained, figure, grid, is_number, note, percent, strong

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from selfalign.files import write_atomically
+from selfalign.core.files import write_atomically
+from selfalign.core.formatting import duration, plural
 from selfalign.metrics import METRICS
-from selfalign.plain import duration, plural
 from selfalign.report.charts import SMOOTHED, Series, draw_curves, draw_models, series_of, smoothing
 from selfalign.report.finished import Finished, read_head_to_head, read_samples
 from selfalign.report.markup import (

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from selfalign.records import Demonstration, Instruction, PreferencePair, Response
+from selfalign.core.jsonl import follow
+from selfalign.core.records import Demonstration, Instruction, PreferencePair, Response
 from selfalign.report.finished import as_text, read_head_to_head, stream_judged, stream_there
 from selfalign.run import Run
-from selfalign.streams import follow
 
 T = TypeVar("T")
 Rows = Iterator[tuple[Any, ...]]

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from selfalign.files import read_json, read_lines
+from selfalign.core.files import read_json, read_lines
+from selfalign.core.formatting import duration
 from selfalign.metrics import METRICS
-from selfalign.plain import duration
 from selfalign.report.finished import Finished
 from selfalign.report.markup import Column, decimals, explained, note
 from selfalign.report.prose import LOSSES

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from selfalign import processes
 from selfalign.batches import Group, PairExample, encode_pairs
 from selfalign.choose import CheckpointSelection
-from selfalign.errors import SelfalignError
+from selfalign.core import distributed
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import derive_seed
+from selfalign.core.jsonl import chunks
+from selfalign.core.records import PreferencePair, stream_records
 from selfalign.examples import follow_references, store_examples
-from selfalign.files import derive_seed
 from selfalign.layouts import my_passes, out_of_wrapper
 from selfalign.losses import ODPO, PairLogps, PreferenceLoss, SrDPO, SrIPO, rewards
 from selfalign.metrics import (
@@ -28,12 +30,10 @@ from selfalign.metrics import (
     reward_metrics,
 )
 from selfalign.models import Policy, PolicyFiles, autocast
-from selfalign.records import PreferencePair, stream_records
 from selfalign.refinement import Refinement
 from selfalign.scoring import make_scoring
 from selfalign.splits import hold_out
 from selfalign.store import Artefact, Counts, Workspace, together
-from selfalign.streams import chunks
 from selfalign.tokenization import unknown_counts
 from selfalign.training import Optimization, Outcome, Weights, forward, train
 
@@ -315,7 +315,7 @@ class Preference:
             if not part.repeated:
                 sums = add_sums(sums, self.reward_metrics(logps, reference, delta))
                 sums = add_sums(sums, self.drift(logps, reference, start))
-        return reduce(add_sums, processes.gather(sums))
+        return reduce(add_sums, distributed.gather(sums))
 
     def drift(self, policy: PairLogps, reference: PairLogps, start: PairLogps | None) -> Sums:
         """How far the policy has moved from M_t, and what is needed to correlate its rewards with length."""

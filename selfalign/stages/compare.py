@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import Instruction, Response, read_records, write_records
 from selfalign.generation import Backend
 from selfalign.judges.bench import Bench
 from selfalign.judges.comparison import Duel
 from selfalign.judges.referee import Referee
 from selfalign.models import PolicyFiles
-from selfalign.records import Instruction, Response, read_records, write_records
 from selfalign.store import Artefact, Counts, Workspace, together
 
 

@@ -1,9 +1,9 @@
 """divergence: answers + the policy that wrote them + M1 → how far it has moved from M1."""
 
 from selfalign.batches import Group, answer_of, encode_group
+from selfalign.core.records import Instruction, MovedAnswer, Response, read_records, write_records
 from selfalign.data import as_prompt
 from selfalign.models import PolicyFiles
-from selfalign.records import Instruction, MovedAnswer, Response, read_records, write_records
 from selfalign.scoring import Scorer
 from selfalign.store import Artefact, Counts, Workspace, together
 

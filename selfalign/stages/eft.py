@@ -4,10 +4,9 @@ from collections import Counter
 from itertools import pairwise
 from typing import Protocol
 
-from selfalign.errors import SelfalignError
-from selfalign.files import digest_text
-from selfalign.models import PolicyFiles
-from selfalign.records import (
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import digest_text
+from selfalign.core.records import (
     Demonstration,
     Judgement,
     Prompt,
@@ -15,6 +14,7 @@ from selfalign.records import (
     read_records,
     write_records,
 )
+from selfalign.models import PolicyFiles
 from selfalign.store import Artefact, Counts, Workspace
 
 

@@ -8,14 +8,14 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from selfalign.builtin import BUILDERS
-from selfalign.errors import SelfalignError
-from selfalign.files import derive_seed, digest_text
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import derive_seed, digest_text
+from selfalign.core.records import Demonstration, FinishReason, Instruction, read_records, write_records
 from selfalign.generation import Backend, Completion, Generator, Request, Sampling, write_all
 from selfalign.metrics import instruction_statistics
 from selfalign.models import PolicyFiles
 from selfalign.overlap import Known
 from selfalign.prompts import check_template
-from selfalign.records import Demonstration, FinishReason, Instruction, read_records, write_records
 from selfalign.store import Artefact, Counts, Workspace, together
 from selfalign.tokenization import encode_prompt
 from selfalign.turns import instruction_of

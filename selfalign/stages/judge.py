@@ -10,7 +10,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
+from selfalign.core.jsonl import chunks, follow
+from selfalign.core.records import (
+    Comparison,
+    Instruction,
+    Judgement,
+    JudgementStatus,
+    Response,
+    ResponseScore,
+    open_records,
+    stream_records,
+)
 from selfalign.generation import Backend
 from selfalign.judges.attempts import WrittenScore
 from selfalign.judges.bench import (
@@ -32,19 +43,8 @@ from selfalign.judges.sampled import SampledScore
 from selfalign.judges.unread import Unread
 from selfalign.metrics import Sums, add_sums, averages, judgement_statistics
 from selfalign.models import PolicyFiles
-from selfalign.records import (
-    Comparison,
-    Instruction,
-    Judgement,
-    JudgementStatus,
-    Response,
-    ResponseScore,
-    open_records,
-    stream_records,
-)
 from selfalign.statistics import RunningMean, entropy
 from selfalign.store import Artefact, Counts, Workspace, together
-from selfalign.streams import chunks, follow
 
 __all__ = [
     "ExpectedScore",

@@ -1,8 +1,8 @@
 """outputs: a file of another model's answers → responses to the evaluation instructions."""
 
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import Instruction, given_response, read_records, write_records
 from selfalign.data import read_outputs
-from selfalign.errors import SelfalignError
-from selfalign.records import Instruction, given_response, read_records, write_records
 from selfalign.store import Artefact, Counts, Workspace
 from selfalign.turns import compared
 

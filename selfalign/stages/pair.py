@@ -4,11 +4,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from selfalign.data import as_prompt, read_pairs
-from selfalign.errors import SelfalignError
-from selfalign.files import derive_seed, digest_text
-from selfalign.pairing import Candidate, PairRule, pick_pairs
-from selfalign.records import (
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import derive_seed, digest_text
+from selfalign.core.jsonl import follow
+from selfalign.core.records import (
     Demonstration,
     FinishReason,
     Instruction,
@@ -20,10 +19,11 @@ from selfalign.records import (
     stream_records,
     write_records,
 )
+from selfalign.data import as_prompt, read_pairs
+from selfalign.pairing import Candidate, PairRule, pick_pairs
 from selfalign.splits import Known, split_pairs
 from selfalign.statistics import RunningMean, correlation
 from selfalign.store import Artefact, Counts, Workspace
-from selfalign.streams import follow
 from selfalign.turns import compared, texts_in
 
 

@@ -8,11 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from selfalign.data import best_against_worst, read_pairs
-from selfalign.errors import SelfalignError
-from selfalign.losses import PairLogps, rewards
-from selfalign.metrics import averages, reward_intervals, reward_metrics
-from selfalign.records import (
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import (
     Instruction,
     MeasuredPair,
     PairReference,
@@ -23,6 +20,9 @@ from selfalign.records import (
     read_scores,
     write_records,
 )
+from selfalign.data import best_against_worst, read_pairs
+from selfalign.losses import PairLogps, rewards
+from selfalign.metrics import averages, reward_intervals, reward_metrics
 from selfalign.refinement import refinement
 from selfalign.splits import Known, texts_of
 from selfalign.statistics import bootstrap, bootstrap_correlation, bootstrap_mean

@@ -1,8 +1,8 @@
 """questions: given data → the evaluation instructions."""
 
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import Demonstration, read_records, write_records
 from selfalign.data import read_instructions
-from selfalign.errors import SelfalignError
-from selfalign.records import Demonstration, read_records, write_records
 from selfalign.store import Artefact, Counts, Workspace
 from selfalign.turns import compared, texts_in
 

@@ -3,16 +3,16 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import derive_seed
+from selfalign.core.jsonl import chunks
+from selfalign.core.records import FinishReason, Instruction, Response, count_records, stream_records, write_records
 from selfalign.data import as_prompt
-from selfalign.errors import SelfalignError
-from selfalign.files import derive_seed
 from selfalign.generation import Backend, Completion, Generator, Request, Sampling, write_all
 from selfalign.journal import Journal
 from selfalign.models import PolicyFiles
-from selfalign.records import FinishReason, Instruction, Response, count_records, stream_records, write_records
 from selfalign.statistics import RunningMean
 from selfalign.store import Artefact, Counts, Workspace, together
-from selfalign.streams import chunks
 from selfalign.tokenization import encode_prompt, has_unknown, unknown_counts, warn_of_unknown
 
 

@@ -7,11 +7,9 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Protocol
 
-from selfalign.data import read_demonstrations, read_ranked
-from selfalign.errors import SelfalignError
-from selfalign.files import digest_text
-from selfalign.judges.pairwise import Pairwise
-from selfalign.records import (
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import digest_text
+from selfalign.core.records import (
     Demonstration,
     Instruction,
     Prompt,
@@ -20,6 +18,8 @@ from selfalign.records import (
     given_response,
     write_records,
 )
+from selfalign.data import read_demonstrations, read_ranked
+from selfalign.judges.pairwise import Pairwise
 from selfalign.store import Counts, Workspace
 from selfalign.turns import compared, texts_in
 

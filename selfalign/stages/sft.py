@@ -7,10 +7,10 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from selfalign.batches import Group, of_record, share_prompt
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import Demonstration, stream_records
 from selfalign.examples import store_examples
 from selfalign.models import PolicyFiles
-from selfalign.records import Demonstration, stream_records
 from selfalign.store import Artefact, Counts, Workspace, together
 from selfalign.tokenization import (
     Answer,

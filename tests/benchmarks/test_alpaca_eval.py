@@ -10,10 +10,10 @@ from builders import Killed, Script, completion, killed_after, loaded, small_con
 from chat_server import ChatServer, chat, chat_server
 
 from selfalign.benchmarks.alpaca_eval import AlpacaEval, AlpacaReferee
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import read_json
 from selfalign.data import as_prompt
 from selfalign.endpoint import Endpoint
-from selfalign.errors import SelfalignError
-from selfalign.files import read_json
 from selfalign.generation import Sampling, Transformers
 from selfalign.models import PolicyFiles
 from selfalign.statistics import length_controlled, wilson

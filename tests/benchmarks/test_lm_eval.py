@@ -28,8 +28,8 @@ from mutation import Check, assert_caught
 from selfalign.benchmarks import lm_eval
 from selfalign.benchmarks.entrant import Entrant
 from selfalign.benchmarks.lm_eval import LmEval, LmEvalTask
-from selfalign.errors import SelfalignError
-from selfalign.files import digest_folder
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import digest_folder
 from selfalign.generation import Transformers
 from selfalign.metrics import METRICS
 from selfalign.models import PolicyFiles

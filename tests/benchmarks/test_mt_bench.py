@@ -33,9 +33,9 @@ from selfalign.benchmarks.conversations import converse
 from selfalign.benchmarks.entrant import Entrant
 from selfalign.benchmarks.fastchat import read_questions
 from selfalign.benchmarks.rating import OPENING
+from selfalign.core.errors import SelfalignError
 from selfalign.data import as_prompt
 from selfalign.endpoint import Endpoint
-from selfalign.errors import SelfalignError
 from selfalign.generation import Request, Sampling, Transformers
 from selfalign.models import PolicyFiles
 from selfalign.tokenization import encode_prompt

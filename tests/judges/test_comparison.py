@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 from builders import instruction, response
 
+from selfalign.core.records import Comparison, JudgementStatus, Verdict
 from selfalign.judges import comparison as module
 from selfalign.judges.comparison import (
     Duel,
@@ -21,7 +22,6 @@ from selfalign.judges.comparison import (
     settle,
     win_shares,
 )
-from selfalign.records import Comparison, JudgementStatus, Verdict
 
 A, B, TIE = Verdict.A, Verdict.B, Verdict.TIE
 OK = JudgementStatus.OK

@@ -15,12 +15,12 @@ from builders import (
 )
 from judging import ANSWERS, ASKED, given, judged
 
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import JudgementStatus
 from selfalign.judges.bench import Subject
 from selfalign.judges.expected import ExpectedScore, expected, score_tokens
 from selfalign.judges.parsing import before_score
 from selfalign.models import PolicyFiles
-from selfalign.records import JudgementStatus
 from selfalign.tokenization import encode_prompt
 
 # --- the stage ---------------------------------------------------------------------------------------------------

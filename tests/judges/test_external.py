@@ -11,12 +11,12 @@ from builders import RUBRIC, TINY_RUN, run, write_tiny_data
 from chat_server import ChatServer, Fault, chat, chat_server
 from judging import ANSWERS, given, judged, run_judge, scores
 
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import read_json
+from selfalign.core.records import Comparison, Judgement, JudgementStatus, Response, Verdict, read_records
 from selfalign.endpoint import Endpoint
-from selfalign.errors import SelfalignError
-from selfalign.files import read_json
 from selfalign.judges.external import ExternalScore
 from selfalign.judges.pairwise import Pairwise
-from selfalign.records import Comparison, Judgement, JudgementStatus, Response, Verdict, read_records
 from selfalign.store import canonical
 
 KEY = "sk-very-secret-0123456789"

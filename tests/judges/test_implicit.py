@@ -5,10 +5,10 @@ import torch
 from builders import loaded, nudged_policy, policy_artefact, response, small_context_policy
 from judging import ANSWERS, ASKED, given, judged, run_judge
 
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import FinishReason, JudgementStatus
 from selfalign.judges.implicit import ImplicitReward, balancing_alpha
 from selfalign.models import PolicyFiles
-from selfalign.records import FinishReason, JudgementStatus
 from selfalign.store import Artefact
 
 

@@ -7,13 +7,13 @@ import torch
 from builders import instruction, loaded, policy_artefact, response, small_context_policy
 from judging import ANSWERS, given, judged, run_judge
 
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import Comparison, JudgementStatus, RankedAnswers, Verdict, read_records
 from selfalign.judges.bench import Subject
 from selfalign.judges.comparison import Duel, Showing
 from selfalign.judges.pairwise import Pairwise
 from selfalign.judges.referee import OPENING, likeliest, place_preferences
 from selfalign.models import PolicyFiles
-from selfalign.records import Comparison, JudgementStatus, RankedAnswers, Verdict, read_records
 from selfalign.stages.seeds import demonstrate_judging
 from selfalign.tokenization import encode_prompt, plain_ids
 

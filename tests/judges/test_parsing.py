@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from selfalign.core.records import FinishReason, JudgementStatus
 from selfalign.judges import parsing
-from selfalign.records import FinishReason, JudgementStatus
 from selfalign.stages.judge import Parsed, parse_score
 
 OK, NONE = JudgementStatus.OK, JudgementStatus.NO_SCORE

@@ -10,14 +10,14 @@ import pytest
 from builders import RUBRIC, Killed, Script, completion, instruction, loaded, policy_artefact, response
 from judging import ANSWERS, given, judged, run_judge, scores
 
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import FinishReason, Judgement, JudgementStatus, read_records, read_scores
 from selfalign.generation import Completion, Sampling, TransformersGenerator
 from selfalign.judges import attempts, bench
 from selfalign.judges.bench import Subject
 from selfalign.judges.parsing import parse_score
 from selfalign.judges.sampled import SampledScore
 from selfalign.models import PolicyFiles
-from selfalign.records import FinishReason, Judgement, JudgementStatus, read_records, read_scores
 from selfalign.tokenization import decode_response
 
 OK, NONE = JudgementStatus.OK, JudgementStatus.NO_SCORE

@@ -27,12 +27,12 @@ from scipy import stats
 
 from selfalign.batches import PairExample, encode_pairs, make_batch
 from selfalign.checkpoint_selection import CheckpointSelection, CheckpointSelector
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import write_json
+from selfalign.core.records import PairReference, PreferencePair
 from selfalign.examples import with_reference
-from selfalign.files import write_json
 from selfalign.losses import DPO, IPO, ODPO, PreferenceLoss, SrDPO, SrIPO
 from selfalign.models import Policy, PolicyFiles
-from selfalign.records import PairReference, PreferencePair
 from selfalign.refinement import Refinement
 from selfalign.splits import Known, split_pairs
 from selfalign.stages import align as module

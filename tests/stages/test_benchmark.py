@@ -10,14 +10,14 @@ from builders import TINY_RUN, composed, metrics, policy_artefact, run, workspac
 
 from selfalign.__main__ import conf_folder
 from selfalign.benchmarks.entrant import Entrant
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import read_json
+from selfalign.core.records import Comparison, read_records
 from selfalign.evaluator import evaluate_models, plain_name
-from selfalign.files import read_json
 from selfalign.generation import Transformers
 from selfalign.metrics import METRICS, meaning_in_benchmark
 from selfalign.models import PolicyFiles
 from selfalign.plan import plan
-from selfalign.records import Comparison, read_records
 from selfalign.stages.benchmark import benchmark
 from selfalign.store import Counts, Workspace
 

@@ -9,11 +9,11 @@ from chat_server import chat, chat_server
 from judging import FP32
 from mutation import mutated
 
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import Comparison, read_records
 from selfalign.endpoint import Endpoint
-from selfalign.errors import SelfalignError
 from selfalign.judges import referee
 from selfalign.models import PolicyFiles
-from selfalign.records import Comparison, read_records
 from selfalign.stages import compare as module
 from selfalign.stages.compare import HeadToHead, compare
 from selfalign.statistics import wilson

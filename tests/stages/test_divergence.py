@@ -13,8 +13,8 @@ from builders import (
     workspace,
 )
 
+from selfalign.core.records import FinishReason, MovedAnswer, read_records
 from selfalign.models import PolicyFiles
-from selfalign.records import FinishReason, MovedAnswer, read_records
 from selfalign.stages.divergence import divergence
 
 ASKED = [instruction("bees", "What do bees do?"), instruction("tea", "How is tea made?")]

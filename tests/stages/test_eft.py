@@ -5,9 +5,9 @@ import pytest
 from builders import RUBRIC, demonstration, policy_artefact, records_artefact, workspace
 from mutation import mutated
 
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import Demonstration, Judgement, JudgementStatus, RankedAnswers, read_records
 from selfalign.models import PolicyFiles
-from selfalign.records import Demonstration, Judgement, JudgementStatus, RankedAnswers, read_records
 from selfalign.stages import eft as module
 from selfalign.stages.judge import SampledScore, parse_score
 

@@ -7,9 +7,9 @@ from scipy import stats
 
 from selfalign.benchmarks.lm_eval import LmEval
 from selfalign.benchmarks.mt_bench import MTBench
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import FinishReason, RankedAnswers
 from selfalign.drift import Limits
-from selfalign.errors import SelfalignError
-from selfalign.records import FinishReason, RankedAnswers
 from selfalign.stages.compare import HeadToHead
 from selfalign.stages.evaluate import Answered, EvaluateConfig, Judged, compares_on, evaluate, opponents
 from selfalign.statistics import length_controlled, wilson

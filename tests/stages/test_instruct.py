@@ -21,10 +21,10 @@ from builders import (
     workspace,
 )
 
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import Demonstration, Instruction, Prompt, read_records
 from selfalign.generation import Completion, Request, Sampling, Transformers
 from selfalign.models import PolicyFiles
-from selfalign.records import Demonstration, Instruction, Prompt, read_records
 from selfalign.stages.instruct import InstructConfig, Pool, given_instructions, instruct, split_tasks
 from selfalign.store import Artefact
 from selfalign.turns import as_prompt

@@ -21,13 +21,13 @@ from builders import (
 )
 from judging import ANSWERS, ASKED, FP32, given, judged, scores
 
-from selfalign.errors import SelfalignError
-from selfalign.files import read_json
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import read_json
+from selfalign.core.records import JudgementStatus, Verdict
 from selfalign.generation import Sampling
 from selfalign.judges.bench import Alarm
 from selfalign.judges.expected import score_tokens
 from selfalign.models import PolicyFiles
-from selfalign.records import JudgementStatus, Verdict
 from selfalign.stages.judge import ExpectedScore, SampledScore, judge, parse_score
 from selfalign.stages.sft import sft
 from selfalign.store import Store

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 from builders import instruction, records_artefact, workspace
 
-from selfalign.errors import SelfalignError
-from selfalign.records import FinishReason, Response, read_records
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import FinishReason, Response, read_records
 from selfalign.stages.outputs import outputs
 
 ROWS = [

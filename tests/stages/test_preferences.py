@@ -25,13 +25,8 @@ from builders import (
 from mutation import assert_caught
 from scipy import stats
 
-from selfalign.endpoint import Endpoint
-from selfalign.errors import SelfalignError
-from selfalign.judges.expected import ExpectedScore
-from selfalign.judges.external import ExternalScore
-from selfalign.metrics import METRICS
-from selfalign.models import PolicyFiles
-from selfalign.records import (
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import (
     Instruction,
     MeasuredPair,
     PairReference,
@@ -40,6 +35,11 @@ from selfalign.records import (
     Response,
     read_records,
 )
+from selfalign.endpoint import Endpoint
+from selfalign.judges.expected import ExpectedScore
+from selfalign.judges.external import ExternalScore
+from selfalign.metrics import METRICS
+from selfalign.models import PolicyFiles
 from selfalign.refinement import Augmentation, Refinement, augment
 from selfalign.stages import preferences as module
 from selfalign.stages.evaluate import PreferenceTest

@@ -5,7 +5,7 @@ import torch
 from builders import loaded, workspace
 from safetensors.torch import load_file, save_file
 
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
 from selfalign.models import ModelConfig, PolicyFiles
 from selfalign.pretrained import identify_source
 from selfalign.stages.pretrained import pretrained

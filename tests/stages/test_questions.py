@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from builders import demonstration, records_artefact, workspace
 
-from selfalign.errors import SelfalignError
-from selfalign.records import Demonstration, Instruction, Prompt, read_records
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import Demonstration, Instruction, Prompt, read_records
 from selfalign.stages.questions import questions
 from selfalign.store import Artefact
 from selfalign.turns import as_prompt

@@ -13,9 +13,9 @@ from builders import (
     workspace,
 )
 
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import PairReference, PreferencePair, read_records
 from selfalign.models import PolicyFiles
-from selfalign.records import PairReference, PreferencePair, read_records
 from selfalign.refinement import Refinement
 from selfalign.scoring import Scorer
 from selfalign.stages.reference import reference

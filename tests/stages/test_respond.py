@@ -13,10 +13,10 @@ from builders import (
     workspace,
 )
 
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import FinishReason, Instruction, Response, read_records
 from selfalign.generation import Sampling, Transformers
 from selfalign.models import PolicyFiles
-from selfalign.records import FinishReason, Instruction, Response, read_records
 from selfalign.stages.respond import RespondConfig, respond
 
 ASKED = [

@@ -7,10 +7,10 @@ import pytest
 from builders import RUBRIC, composed, workspace
 from mutation import mutated
 
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import Demonstration, Instruction, RankedAnswers, Response, read_records
 from selfalign.data import read_demonstrations, read_instructions, read_ranked
-from selfalign.errors import SelfalignError
 from selfalign.overlap import rouge_l
-from selfalign.records import Demonstration, Instruction, RankedAnswers, Response, read_records
 from selfalign.stages import seeds as seeds_module
 from selfalign.stages.judge import ExpectedScore, SampledScore, parse_score
 from selfalign.stages.seeds import (

@@ -8,8 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
-from selfalign.errors import SelfalignError
-from selfalign.records import HasId
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import HasId
 
 CHUNK = 4096
 """How many records a stage holds at a time. Batches are planned within such a chunk, so they depend on the records

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from selfalign.errors import SelfalignError
+from selfalign.core.errors import SelfalignError
 
 Value = TypeVar("Value")
 

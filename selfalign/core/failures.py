@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from selfalign.errors import SelfalignError, one_line
+from selfalign.core.errors import SelfalignError, one_line
 
 KEPT = "what was finished is kept, the same command continues from it"
 

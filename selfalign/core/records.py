@@ -16,8 +16,8 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 import numpy as np
 
-from selfalign.errors import SelfalignError
-from selfalign.files import atomic_file, read_lines
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import atomic_file, read_lines
 
 Message = dict[str, str]
 """One turn of a conversation: {"role": "system" | "user" | "assistant", "content": text}."""

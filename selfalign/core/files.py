@@ -12,8 +12,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from selfalign.errors import SelfalignError
-from selfalign.failures import naming
+from selfalign.core.errors import SelfalignError
+from selfalign.core.failures import naming
+
+PACKAGE = Path(__file__).resolve().parents[1]
+"""The folder of the package `selfalign`."""
 
 
 def write_atomically(path: Path, chunks: Iterable[bytes]) -> None:
