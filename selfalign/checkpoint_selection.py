@@ -17,7 +17,7 @@ from selfalign.models import Policy, PolicyFiles
 from selfalign.stages.compare import compare
 from selfalign.stages.respond import RespondConfig, respond
 from selfalign.statistics import sign_test
-from selfalign.store import Artefact, Counts, Workspace
+from selfalign.store.artifacts import Artefact, Counts, Workspace
 
 
 @dataclass(kw_only=True, slots=True)

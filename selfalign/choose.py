@@ -6,7 +6,7 @@ from typing import Any, Protocol
 from selfalign.core.errors import SelfalignError
 from selfalign.generation import Sampling
 from selfalign.models import Policy, PolicyFiles
-from selfalign.store import Counts, Workspace
+from selfalign.store.artifacts import Counts, Workspace
 
 
 @dataclass(kw_only=True, slots=True)

@@ -4,7 +4,7 @@ import logging
 from dataclasses import dataclass
 
 from selfalign.core.errors import SelfalignError
-from selfalign.store import Counts
+from selfalign.store.artifacts import Counts
 
 logger = logging.getLogger(__name__)
 

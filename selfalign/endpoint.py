@@ -20,7 +20,6 @@ import httpx
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.data import as_prompt
-from selfalign.journal import Journal
 from selfalign.replies import (
     FINISHES,
     REFUSALS,
@@ -31,7 +30,8 @@ from selfalign.replies import (
     read_answer,
     unescape,
 )
-from selfalign.store import Counts
+from selfalign.store.artifacts import Counts
+from selfalign.store.journal import Journal
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from selfalign.stages.divergence import divergence
 from selfalign.stages.evaluate import Answered, Judged, compares_on, evaluate, opponents
 from selfalign.stages.judge import Pairwise
 from selfalign.stages.respond import RespondConfig, respond
-from selfalign.store import Artefact
+from selfalign.store.artifacts import Artefact
 
 if TYPE_CHECKING:
     from selfalign.config import ExperimentConfig

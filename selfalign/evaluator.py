@@ -19,7 +19,7 @@ from selfalign.report import write_report
 from selfalign.report.finished import check_artefacts
 from selfalign.roles import Judging, Models, fixed_judges, load_model
 from selfalign.run import Fellow, Maker, Run, iteration_of, open_folder, write_provenance
-from selfalign.store import Artefact, Store, canonical, locked, open_artefact
+from selfalign.store.artifacts import Artefact, Store, canonical, locked, open_artefact
 from selfalign.summary import models_of
 from selfalign.sweep import JOBS, JobState, Sweep, told
 

@@ -21,7 +21,7 @@ from selfalign.preflight import preflight
 from selfalign.publish import check_login, publish
 from selfalign.report import log_tables, write_report
 from selfalign.run import Fellow, Look, NotMadeYet, Run, StageFunction, open_folder, run_folder, write_provenance
-from selfalign.store import Artefact, Store, locked
+from selfalign.store.artifacts import Artefact, Store, locked
 from selfalign.summary import closing_text, models_of, plan_text, summarise
 
 if TYPE_CHECKING:

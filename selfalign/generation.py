@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
     from selfalign.batches import Group
-    from selfalign.journal import Journal, Task
+    from selfalign.store.journal import Journal, Task
 
 STATES = ("past_key_values", "cache_params", "state")
 """What architectures call what they go on from."""

@@ -14,7 +14,7 @@ from selfalign.stages.preferences import preference_test
 from selfalign.stages.questions import questions
 from selfalign.stages.respond import RespondConfig
 from selfalign.stages.seeds import EvaluationFineTuning, SeedsConfig, seeds, taught_questions
-from selfalign.store import Artefact
+from selfalign.store.artifacts import Artefact
 
 if TYPE_CHECKING:
     from selfalign.config import ExperimentConfig

@@ -10,7 +10,7 @@ from selfalign.run import Maker
 from selfalign.stages.align import augmentation_of
 from selfalign.stages.preferences import preferences
 from selfalign.stages.reference import reference
-from selfalign.store import Artefact
+from selfalign.store.artifacts import Artefact
 
 if TYPE_CHECKING:
     from selfalign.config import ExperimentConfig

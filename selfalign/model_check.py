@@ -31,7 +31,7 @@ from selfalign.chat_template import (
 from selfalign.core.errors import SelfalignError
 from selfalign.model_trials import Scoring, check_gradient, dropout_applies, writing_of
 from selfalign.models import Policy, PolicyFiles, default_device
-from selfalign.store import Counts
+from selfalign.store.artifacts import Counts
 from selfalign.tokenization import (
     RARE,
     Answer,

@@ -26,7 +26,7 @@ from selfalign.stages.reference import reference
 from selfalign.stages.respond import respond
 from selfalign.stages.seeds import EvaluationFineTuning
 from selfalign.stages.sft import sft
-from selfalign.store import Artefact
+from selfalign.store.artifacts import Artefact
 from selfalign.training import Weights
 
 if TYPE_CHECKING:

@@ -46,7 +46,7 @@ from selfalign.stages.reference import reference
 from selfalign.stages.respond import RespondConfig, respond
 from selfalign.stages.sft import group_demonstrations, sft
 from selfalign.stopwatch import Estimate, Measured, Stopwatch, forget_peak_memory, measure, peak
-from selfalign.store import Artefact, Store, canonical
+from selfalign.store.artifacts import Artefact, Store, canonical
 from selfalign.tokenization import encode_prompt
 from selfalign.training import Optimization, Precision, Weights
 

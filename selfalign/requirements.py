@@ -18,7 +18,7 @@ from selfalign.models import PolicyFiles
 from selfalign.roles import judges_of
 from selfalign.stages.align import augmentation_of
 from selfalign.stages.seeds import EvaluationFineTuning
-from selfalign.store import Artefact
+from selfalign.store.artifacts import Artefact
 from selfalign.tokenization import encode_prompt, plain_ids
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from selfalign.pretrained import identify_source
 from selfalign.run import Maker
 from selfalign.stages.judge import ImplicitReward, Judge, judge
 from selfalign.stages.pretrained import pretrained
-from selfalign.store import Artefact
+from selfalign.store.artifacts import Artefact
 
 if TYPE_CHECKING:
     from selfalign.config import ExperimentConfig

@@ -15,9 +15,9 @@ from torch import nn
 
 from selfalign.attention import enable_packing
 from selfalign.batches import Batch, Group, make_batch, split_by_tokens
-from selfalign.journal import Journal
 from selfalign.logprobs import score_responses_only
 from selfalign.models import InMemory, Policy, autocast
+from selfalign.store.journal import Journal
 
 DROPOUT = ("dropout", "pdrop", "dropout_p")
 """How attributes end that are rates of dropout."""

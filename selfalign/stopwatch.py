@@ -14,9 +14,9 @@ import torch
 
 from selfalign.core import distributed
 from selfalign.core.failures import fits
-from selfalign.journal import Journal, Task
 from selfalign.models import default_device, release_memory
-from selfalign.store import Workspace
+from selfalign.store.artifacts import Workspace
+from selfalign.store.journal import Journal, Task
 from selfalign.trainer import peak_memory
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from selfalign.__main__ import one_line_errors, set_streams
 from selfalign.core.errors import SelfalignError
 from selfalign.core.formatting import age, amount, duration, plural, printable, table
-from selfalign.differences import Comparison, read_stages
-from selfalign.inventory import Inventory, Kept, remove, remove_locks, take_inventory, total_size
+from selfalign.store.inventory import Inventory, Kept, remove, remove_locks, take_inventory, total_size
+from selfalign.store.key_diff import Comparison, read_stages
 
 NAMED = 2
 """Runs, and labels, that a line of the list names before it counts the others."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from selfalign.core.formatting import table
 from selfalign.run import Look, Run, flat_numbers, iteration_of
-from selfalign.store import Artefact
+from selfalign.store.artifacts import Artefact
 
 COLUMNS = (
     ("model", "model"),

@@ -22,7 +22,7 @@ from selfalign.experiment import finish_experiment, log_file
 from selfalign.metrics import signed
 from selfalign.report.jobs import JOBS, read_jobs
 from selfalign.run import run_folder
-from selfalign.store import locked
+from selfalign.store.artifacts import locked
 from selfalign.summary import table
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from selfalign.layouts import Layout, Pass, keep_masters, my_passes
 from selfalign.metrics import Sums, add_sums, averages
 from selfalign.models import Policy, autocast, default_device
 from selfalign.optimizers import build_optimizer
-from selfalign.store import Workspace
+from selfalign.store.artifacts import Workspace
 from selfalign.training import Example, Objective, Optimization, Outcome, Weights
 
 STATE = "trainer_state.json"

@@ -17,7 +17,7 @@ from selfalign.layouts import Layout, collect, out_of_wrapper
 from selfalign.metrics import Sums
 from selfalign.models import DTYPES, LoRA, Policy, PolicyFiles, fastest_dtype
 from selfalign.scoring import make_scoring
-from selfalign.store import Workspace
+from selfalign.store.artifacts import Workspace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -12,7 +12,7 @@ from selfalign.benchmarks.grading import Grader
 from selfalign.benchmarks.mt_bench import MTBench
 from selfalign.generation import Transformers
 from selfalign.models import PolicyFiles
-from selfalign.store import Counts
+from selfalign.store.artifacts import Counts
 
 FP32 = Transformers(dtype="float32")
 GRADING = "Grade.\n{references}{conversation}\nEnd: Rating: [[n]]"

@@ -30,7 +30,7 @@ from selfalign.experiment import run_experiment
 from selfalign.generation import Completion, Request, Sampling, Transformers, TransformersGenerator
 from selfalign.models import LoRA, Policy, PolicyFiles, digest_weights
 from selfalign.stages.sft import sft
-from selfalign.store import Artefact, Workspace
+from selfalign.store.artifacts import Artefact, Workspace
 from selfalign.training import Optimization, Weights
 
 ROOT = Path(__file__).resolve().parents[1]

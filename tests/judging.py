@@ -8,7 +8,7 @@ from builders import instruction, records_artefact, response, workspace
 from selfalign.core.records import Judgement, ResponseScore, read_records
 from selfalign.generation import Transformers
 from selfalign.stages.judge import Judge, judge
-from selfalign.store import Artefact, Counts
+from selfalign.store.artifacts import Artefact, Counts
 
 FP32 = Transformers(dtype="float32")
 ASKED = [instruction("bees", "What do bees do all day?"), instruction("tea", "How is tea made?")]

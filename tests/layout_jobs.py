@@ -26,7 +26,7 @@ from selfalign.metrics import averages
 from selfalign.models import LoRA, PolicyFiles
 from selfalign.refinement import Refinement
 from selfalign.stages.align import AdapterSwitchedOff, Preference, StoredReferences
-from selfalign.store import Workspace
+from selfalign.store.artifacts import Workspace
 from selfalign.tokenization import Answer
 from selfalign.training import Likelihood, Optimization, Weights, train
 

@@ -14,8 +14,8 @@ import pytest
 from builders import ROOT, Killed, Said
 
 from selfalign.core import distributed
-from selfalign.journal import Journal
-from selfalign.store import Workspace
+from selfalign.store.artifacts import Workspace
+from selfalign.store.journal import Journal
 
 
 class Team:

@@ -281,7 +281,7 @@ def test_output_that_cannot_be_written_is_one_line(call: Callable[..., Said], tm
     assert "Traceback" not in said.err
 
 
-@pytest.mark.parametrize("where", ["selfalign.store.write_json", "selfalign.stages.seeds.write_records"])
+@pytest.mark.parametrize("where", ["selfalign.store.artifacts.write_json", "selfalign.stages.seeds.write_records"])
 def test_full_disk_is_one_line_and_what_was_made_is_kept(
     call: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from selfalign.core.errors import SelfalignError
-from selfalign.differences import ABSENT, Comparison, differences, read_stages
 from selfalign.run import Run
-from selfalign.store import Artefact, Counts, Store, Workspace
+from selfalign.store.artifacts import Artefact, Counts, Store, Workspace
+from selfalign.store.key_diff import ABSENT, Comparison, differences, read_stages
 
 
 def teach(out: Workspace, **inputs: Any) -> Counts:

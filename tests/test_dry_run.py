@@ -35,13 +35,13 @@ from selfalign.core.errors import SelfalignError
 from selfalign.data import as_prompt
 from selfalign.dry_run import dry_run, estimate_text
 from selfalign.generation import Request, Sampling, Transformers
-from selfalign.journal import Journal
 from selfalign.longest import SHORTEST_PROMPT, Longest, asks, tireless
 from selfalign.models import PolicyFiles
 from selfalign.refinement import Refinement
 from selfalign.rehearsal import Rehearsal
 from selfalign.stages.sft import group_demonstrations
 from selfalign.stopwatch import Estimate, Stopwatch, fits, measure
+from selfalign.store.journal import Journal
 from selfalign.tokenization import encode_prompt
 
 SHORT = ["train.sft.max_length=160", "train.align.max_length=160", 'judge.prompt="Grade {instruction} of {response}"']

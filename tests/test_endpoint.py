@@ -13,8 +13,8 @@ from chat_server import ChatServer, Fault, chat, chat_server
 
 from selfalign.core.errors import SelfalignError
 from selfalign.endpoint import Client, Endpoint, retry_after, same_model
-from selfalign.journal import Journal
 from selfalign.replies import RefusedError, Reply
+from selfalign.store.journal import Journal
 
 KEY = "sk-very-secret-0123456789"
 ASK = {"messages": [{"role": "user", "content": "hello"}]}

@@ -17,7 +17,7 @@ from selfalign.metrics import METRICS
 from selfalign.plan import plan
 from selfalign.report.finished import Finished
 from selfalign.stages.judge import parse_score
-from selfalign.store import Store
+from selfalign.store.artifacts import Store
 
 RUBRIC = "<instruction>{instruction}</instruction> <response>{response}</response> Score?"
 SUBJECTS = ["bees", "rivers", "clocks", "bread", "ships", "lamps", "cats", "hats"]

@@ -19,10 +19,10 @@ from selfalign.core.failures import KEPT, fits, is_out_of_memory, naming, system
 from selfalign.core.files import write_json
 from selfalign.core.records import write_records
 from selfalign.experiment import LogHandler, log_file, told_keys, was_done
-from selfalign.journal import Journal
 from selfalign.models import PolicyFiles
 from selfalign.reporter import report
-from selfalign.store import Store, Workspace
+from selfalign.store.artifacts import Store, Workspace
+from selfalign.store.journal import Journal
 
 
 def test_python_hears_of_a_file_limit_as_an_error_and_not_by_a_signal() -> None:

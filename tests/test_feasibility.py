@@ -17,7 +17,7 @@ from selfalign.models import PolicyFiles
 from selfalign.multirun import sweep_folder
 from selfalign.requirements import check_requirements
 from selfalign.stages.instruct import InstructConfig
-from selfalign.store import Artefact
+from selfalign.store.artifacts import Artefact
 
 SMOKE = "experiment=smoke"
 GIVEN_PAIRS = "data=pairs data.path=pairs.jsonl iterations=1"

@@ -15,11 +15,11 @@ import pytest
 from builders import Killed
 from mutation import assert_caught
 
-from selfalign import inventory
 from selfalign.core.errors import SelfalignError
-from selfalign.inventory import State, remove, remove_locks, take_inventory, total_size
 from selfalign.run import Run
-from selfalign.store import Artefact, Counts, Store, Workspace, lock_of
+from selfalign.store import inventory
+from selfalign.store.artifacts import Artefact, Counts, Store, Workspace, lock_of
+from selfalign.store.inventory import State, remove, remove_locks, take_inventory, total_size
 
 
 def policy(out: Workspace, *, text: str, base: Artefact | None = None) -> Counts:

@@ -12,9 +12,9 @@ from builders import Killed
 from mutation import Check, assert_caught
 from team import Team
 
-from selfalign import journal as journal_module
 from selfalign.core import distributed
-from selfalign.journal import WINDOW, Journal, Task
+from selfalign.store import journal as journal_module
+from selfalign.store.journal import WINDOW, Journal, Task
 
 
 def tasks(log: list[tuple[int, int]], count: int, kill_at: int | None = None) -> Iterator[Task]:

@@ -28,7 +28,7 @@ from selfalign.core.records import (
 from selfalign.metrics import METRICS
 from selfalign.models import PolicyFiles
 from selfalign.plan import plan
-from selfalign.store import Store, Workspace
+from selfalign.store.artifacts import Store, Workspace
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from builders import TINY_RUN, metrics, run, write_tiny_data
 from mutation import Check, assert_caught
 from team import Team, dying_in, launch
 
-from selfalign import store as store_module
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_json
 from selfalign.multirun import ListJobs
 from selfalign.serving import _free_port
-from selfalign.store import Artefact, Store, Workspace
+from selfalign.store import artifacts as store_module
+from selfalign.store.artifacts import Artefact, Store, Workspace
 
 ANSWERS_OF_M2 = "evaluation_M2/answers"
 SETTINGS = [*TINY_RUN, "iterations=1", "generate.batch_tokens=40"]

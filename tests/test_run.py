@@ -22,7 +22,7 @@ from selfalign.run import (
     run_folder,
     write_provenance,
 )
-from selfalign.store import Artefact, Counts, Store, Workspace
+from selfalign.store.artifacts import Artefact, Counts, Store, Workspace
 
 
 @dataclass

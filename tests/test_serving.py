@@ -38,13 +38,13 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.records import FinishReason, Response, read_records
 from selfalign.data import as_prompt
 from selfalign.generation import Completion, Request, Sampling, Transformers
-from selfalign.journal import Journal
 from selfalign.judges.bench import Bench, Subject
 from selfalign.judges.external import ExternalScore
 from selfalign.models import PolicyFiles
 from selfalign.serving import Server, ServerGenerator, export
 from selfalign.stages.respond import RespondConfig, respond
-from selfalign.store import canonical
+from selfalign.store.artifacts import canonical
+from selfalign.store.journal import Journal
 from selfalign.tokenization import encode_prompt
 from selfalign.training import prepare
 

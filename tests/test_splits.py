@@ -17,7 +17,7 @@ from selfalign.core.records import FinishReason, PreferencePair, Prompt, RankedA
 from selfalign.examples import StoredExamples, store_examples
 from selfalign.pairing import AllOrdered, BestVsK, PairRule, pick_pairs
 from selfalign.splits import Known, Split, hold_out, split_pairs, texts_of
-from selfalign.store import Artefact
+from selfalign.store.artifacts import Artefact
 from selfalign.turns import as_prompt
 
 

@@ -16,7 +16,7 @@ from builders import file_limit
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_folder, read_json
 from selfalign.core.records import FinishReason
-from selfalign.store import FORMAT, Artefact, Store, Workspace, canonical, key_of, locked
+from selfalign.store.artifacts import FORMAT, Artefact, Store, Workspace, canonical, key_of, locked
 
 
 class Killed(Exception):
@@ -123,7 +123,7 @@ def test_key_stays_with_what_does_not_change_the_result(change: dict[str, Any]) 
 def test_key_depends_on_the_stage_and_the_format(monkeypatch: pytest.MonkeyPatch) -> None:
     before = key_of("stage", BASE)
     assert key_of("other", BASE) != before
-    monkeypatch.setattr("selfalign.store.FORMAT", FORMAT + 1)
+    monkeypatch.setattr("selfalign.store.artifacts.FORMAT", FORMAT + 1)
     assert key_of("stage", BASE) != before
 
 
@@ -262,7 +262,7 @@ def test_artefact_that_is_removed_while_it_is_read_is_not_found(store: Store, mo
         return content
 
     with monkeypatch.context() as patch:
-        patch.setattr("selfalign.store.read_json", removed_behind)
+        patch.setattr("selfalign.store.artifacts.read_json", removed_behind)
         assert store.find("stage", {"x": 1}) is None
     assert store.make("stage", {"x": 1}, writing("content")).digest == made.digest
 
@@ -389,7 +389,7 @@ def test_waiting_for_a_lock_says_so_once_with_the_reason(tmp_path: Path, caplog:
 
 def test_seconds_are_those_of_every_attempt_however_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
-    monkeypatch.setattr("selfalign.store.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("selfalign.store.artifacts.time.monotonic", lambda: clock[0])
     store, place = Store(tmp_path), Store(tmp_path).place("stage", {})
 
     def killed(seconds: float, noting: Callable[[Workspace], object]) -> None:

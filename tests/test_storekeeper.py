@@ -15,9 +15,9 @@ from typing import NamedTuple
 import pytest
 from builders import ROOT, TINY_RUN, run, write_tiny_data
 
-from selfalign import inventory
 from selfalign.core.files import read_json
-from selfalign.store import Store
+from selfalign.store import inventory
+from selfalign.store.artifacts import Store
 from selfalign.storekeeper import main
 
 

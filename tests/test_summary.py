@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from selfalign.run import Look, Run
-from selfalign.store import Artefact, Store
+from selfalign.store.artifacts import Artefact, Store
 from selfalign.summary import COLUMNS, closing_text, models_of, plan_text, summarise, win_rate_matrix
 
 

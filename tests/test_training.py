@@ -31,7 +31,7 @@ from selfalign.refinement import Refinement
 from selfalign.scoring import Scorer
 from selfalign.stages.align import Preference, StoredReferences
 from selfalign.stages.reference import reference
-from selfalign.store import Artefact, Workspace
+from selfalign.store.artifacts import Artefact, Workspace
 from selfalign.tokenization import Answer
 from selfalign.trainer import Steps, last_checkpoint
 from selfalign.training import Likelihood, Optimization, Outcome, TrainConfig, Weights, add_adapter, prepare, train

@@ -38,7 +38,7 @@ from selfalign.core.records import FinishReason
 from selfalign.generation import Request, Sampling
 from selfalign.models import PolicyFiles
 from selfalign.stages.respond import RespondConfig, respond
-from selfalign.store import MANIFEST, Store
+from selfalign.store.artifacts import MANIFEST, Store
 from selfalign.tokenization import decode_response, stop_ids
 from selfalign.vllm_engine import VLLM, lora_arguments, share_gpus
 

@@ -20,7 +20,7 @@ from selfalign.models import PolicyFiles
 from selfalign.pairing import BestWorst
 from selfalign.report import tables
 from selfalign.stages import judge, pair, respond
-from selfalign.store import Artefact
+from selfalign.store.artifacts import Artefact
 from selfalign.trainer import Steps
 
 FEW, MANY = 40, 240

@@ -32,7 +32,7 @@ from selfalign.generation import Request, Sampling, Transformers, TransformersGe
 from selfalign.models import ModelConfig, PolicyFiles
 from selfalign.pretrained import fetch_pretrained
 from selfalign.stages.judge import ExpectedScore, ImplicitReward, Pairwise, SampledScore, judge
-from selfalign.store import Artefact, Workspace
+from selfalign.store.artifacts import Artefact, Workspace
 from selfalign.tokenization import decode_response, encode_prompt
 
 ROOT = Path(__file__).resolve().parents[2]

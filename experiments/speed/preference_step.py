@@ -107,7 +107,7 @@ def ours(job: argparse.Namespace, *, refined: bool, lora: bool) -> list[float]:
     from selfalign.losses import DPO, SrDPO
     from selfalign.models import LoRA, Policy, PolicyFiles
     from selfalign.stages.align import Preference, StoredReferences
-    from selfalign.store import Workspace
+    from selfalign.store.artifacts import Workspace
     from selfalign.trainer import StepTrainer
     from selfalign.training import Optimization, Weights, prepare
 

@@ -44,7 +44,7 @@ from selfalign.scoring import Scorer
 from selfalign.stages.pair import pair
 from selfalign.stages.reference import reference
 from selfalign.stages.respond import RespondConfig, respond
-from selfalign.store import Artefact, Workspace
+from selfalign.store.artifacts import Artefact, Workspace
 from selfalign.trainer import Steps
 from selfalign.training import Precision
 

@@ -15,7 +15,7 @@ from selfalign.data import OutputRow, read_outputs
 from selfalign.generation import Sampling
 from selfalign.judges.comparison import Duel
 from selfalign.judges.referee import Referee
-from selfalign.store import Counts, Workspace
+from selfalign.store.artifacts import Counts, Workspace
 
 Row = dict[str, Any]
 

@@ -9,8 +9,8 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed
 from selfalign.core.records import FinishReason, Instruction, Message, Response, given_response
 from selfalign.generation import Generator, Request, Sampling, write_all
-from selfalign.journal import Journal
-from selfalign.store import Workspace
+from selfalign.store.artifacts import Workspace
+from selfalign.store.journal import Journal
 from selfalign.tokenization import encode_prompt
 
 

@@ -10,10 +10,10 @@ from typing import Protocol
 from selfalign.core.errors import SelfalignError
 from selfalign.endpoint import Endpoint
 from selfalign.generation import Backend
-from selfalign.journal import Journal
 from selfalign.judges.bench import OWN_MODELS, Bench
 from selfalign.models import PolicyFiles
-from selfalign.store import Counts, Workspace
+from selfalign.store.artifacts import Counts, Workspace
+from selfalign.store.journal import Journal
 
 UNSAFE = re.compile(r"[^\w.-]+")
 """What names of files should not have."""

@@ -14,12 +14,12 @@ from selfalign.core.records import Message
 from selfalign.data import as_prompt
 from selfalign.endpoint import Endpoint
 from selfalign.generation import Reader, Request, Sampling, read_all, write_all
-from selfalign.journal import Journal
 from selfalign.judges.bench import check_batch_tokens, check_model, check_share
 from selfalign.judges.sampled import spell_out, why_ended
 from selfalign.judges.unread import Unread
 from selfalign.prompts import check_template, fill
-from selfalign.store import Counts
+from selfalign.store.artifacts import Counts
+from selfalign.store.journal import Journal
 from selfalign.tokenization import encode_prompt
 
 

@@ -29,9 +29,9 @@ from lm_eval.utils import handle_non_serializable
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import path_of, write_atomically
-from selfalign.journal import Journal
 from selfalign.models import Policy
 from selfalign.statistics import RESAMPLES
+from selfalign.store.journal import Journal
 
 if TYPE_CHECKING:
     from selfalign.benchmarks.lm_eval import LmEval, LmEvalTask

@@ -11,7 +11,7 @@ from selfalign.benchmarks.entrant import Entrant
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_folder, path_of
 from selfalign.statistics import Estimate
-from selfalign.store import Counts, Workspace
+from selfalign.store.artifacts import Counts, Workspace
 
 if TYPE_CHECKING:
     from selfalign.benchmarks.harness import Loaded, Results

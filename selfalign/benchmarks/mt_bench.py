@@ -21,7 +21,7 @@ from selfalign.core.files import digest_file
 from selfalign.core.records import write_records
 from selfalign.generation import Sampling
 from selfalign.statistics import bootstrap_ratio
-from selfalign.store import Counts, Workspace
+from selfalign.store.artifacts import Counts, Workspace
 
 OTHERWISE = 0.7
 """The temperature of categories that have none of their own."""

@@ -22,11 +22,11 @@ from selfalign.core.records import (
 from selfalign.data import as_prompt
 from selfalign.endpoint import Client, Endpoint
 from selfalign.generation import Backend, Generator, Loaded, Reader
-from selfalign.journal import Journal
 from selfalign.metrics import Sums
 from selfalign.models import PolicyFiles
 from selfalign.prompts import check_template, fill
-from selfalign.store import Counts
+from selfalign.store.artifacts import Counts
+from selfalign.store.journal import Journal
 
 OWN_MODELS = ("self", "sft", "base")
 """Names of the run's own models, for those who judge: M_t, M1 and M0."""

@@ -11,7 +11,6 @@ from selfalign.batches import Group, answer_of, encode_group
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Judgement, JudgementStatus
 from selfalign.data import as_prompt
-from selfalign.journal import Journal
 from selfalign.judges.bench import (
     Alarm,
     Bench,
@@ -25,6 +24,7 @@ from selfalign.judges.bench import (
 )
 from selfalign.models import PolicyFiles
 from selfalign.scoring import Scorer
+from selfalign.store.journal import Journal
 
 
 @dataclass(kw_only=True, slots=True)

@@ -18,7 +18,7 @@ from selfalign.judges.expected import distribution, tokens_behind
 from selfalign.judges.unread import Unread
 from selfalign.metrics import win_statistics
 from selfalign.prompts import check_template, fill
-from selfalign.store import Counts
+from selfalign.store.artifacts import Counts
 from selfalign.tokenization import encode_prompt
 
 if TYPE_CHECKING:

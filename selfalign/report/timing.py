@@ -13,7 +13,7 @@ from selfalign.report.finished import Finished
 from selfalign.report.markup import Column, decimals, explained, note
 from selfalign.report.prose import LOSSES
 from selfalign.run import iteration_of
-from selfalign.store import LOG, MANIFEST
+from selfalign.store.artifacts import LOG, MANIFEST
 
 Row = dict[str, Any]
 ANY = decimals(0)

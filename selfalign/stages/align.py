@@ -33,7 +33,7 @@ from selfalign.models import Policy, PolicyFiles, autocast
 from selfalign.refinement import Refinement
 from selfalign.scoring import make_scoring
 from selfalign.splits import hold_out
-from selfalign.store import Artefact, Counts, Workspace, together
+from selfalign.store.artifacts import Artefact, Counts, Workspace, together
 from selfalign.tokenization import unknown_counts
 from selfalign.training import Optimization, Outcome, Weights, forward, train
 

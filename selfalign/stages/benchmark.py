@@ -3,7 +3,7 @@
 from selfalign.benchmarks.entrant import Benchmark, Entrant
 from selfalign.generation import Backend
 from selfalign.models import PolicyFiles
-from selfalign.store import Artefact, Counts, Workspace, together
+from selfalign.store.artifacts import Artefact, Counts, Workspace, together
 
 
 @together

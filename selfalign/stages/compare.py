@@ -10,7 +10,7 @@ from selfalign.judges.bench import Bench
 from selfalign.judges.comparison import Duel
 from selfalign.judges.referee import Referee
 from selfalign.models import PolicyFiles
-from selfalign.store import Artefact, Counts, Workspace, together
+from selfalign.store.artifacts import Artefact, Counts, Workspace, together
 
 
 @dataclass(kw_only=True, slots=True)

@@ -5,7 +5,7 @@ from selfalign.core.records import Instruction, MovedAnswer, Response, read_reco
 from selfalign.data import as_prompt
 from selfalign.models import PolicyFiles
 from selfalign.scoring import Scorer
-from selfalign.store import Artefact, Counts, Workspace, together
+from selfalign.store.artifacts import Artefact, Counts, Workspace, together
 
 BATCH_TOKENS = 2048
 """The most tokens of a forward pass."""

@@ -15,7 +15,7 @@ from selfalign.core.records import (
     write_records,
 )
 from selfalign.models import PolicyFiles
-from selfalign.store import Artefact, Counts, Workspace
+from selfalign.store.artifacts import Artefact, Counts, Workspace
 
 
 class JudgeFormat(Protocol):

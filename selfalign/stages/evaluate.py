@@ -13,7 +13,7 @@ from selfalign.generation import Sampling
 from selfalign.judges.bench import asks_a_server
 from selfalign.metrics import outcomes_by_score, win_statistics
 from selfalign.statistics import correlation, distinct, repeated
-from selfalign.store import Artefact, Counts, Workspace
+from selfalign.store.artifacts import Artefact, Counts, Workspace
 from selfalign.wording import words_of
 
 

@@ -16,7 +16,7 @@ from selfalign.metrics import instruction_statistics
 from selfalign.models import PolicyFiles
 from selfalign.overlap import Known
 from selfalign.prompts import check_template
-from selfalign.store import Artefact, Counts, Workspace, together
+from selfalign.store.artifacts import Artefact, Counts, Workspace, together
 from selfalign.tokenization import encode_prompt
 from selfalign.turns import instruction_of
 from selfalign.wording import Language, is_fragment, words_of

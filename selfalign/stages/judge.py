@@ -44,7 +44,7 @@ from selfalign.judges.unread import Unread
 from selfalign.metrics import Sums, add_sums, averages, judgement_statistics
 from selfalign.models import PolicyFiles
 from selfalign.statistics import RunningMean, entropy
-from selfalign.store import Artefact, Counts, Workspace, together
+from selfalign.store.artifacts import Artefact, Counts, Workspace, together
 
 __all__ = [
     "ExpectedScore",

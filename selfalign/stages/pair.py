@@ -23,7 +23,7 @@ from selfalign.data import as_prompt, read_pairs
 from selfalign.pairing import Candidate, PairRule, pick_pairs
 from selfalign.splits import Known, split_pairs
 from selfalign.statistics import RunningMean, correlation
-from selfalign.store import Artefact, Counts, Workspace
+from selfalign.store.artifacts import Artefact, Counts, Workspace
 from selfalign.turns import compared, texts_in
 
 

@@ -26,7 +26,7 @@ from selfalign.metrics import averages, reward_intervals, reward_metrics
 from selfalign.refinement import refinement
 from selfalign.splits import Known, texts_of
 from selfalign.statistics import bootstrap, bootstrap_correlation, bootstrap_mean
-from selfalign.store import Artefact, Counts, Workspace
+from selfalign.store.artifacts import Artefact, Counts, Workspace
 from selfalign.turns import as_text
 
 logger = logging.getLogger(__name__)

@@ -3,7 +3,7 @@
 from selfalign.model_check import check_model
 from selfalign.models import ModelConfig
 from selfalign.pretrained import fetch_pretrained
-from selfalign.store import Counts, Workspace
+from selfalign.store.artifacts import Counts, Workspace
 
 
 def pretrained(out: Workspace, *, model: ModelConfig, source: str) -> Counts:

@@ -3,7 +3,7 @@
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Demonstration, read_records, write_records
 from selfalign.data import read_instructions
-from selfalign.store import Artefact, Counts, Workspace
+from selfalign.store.artifacts import Artefact, Counts, Workspace
 from selfalign.turns import compared, texts_in
 
 

@@ -5,11 +5,11 @@ from collections import Counter
 from selfalign.batches import PairExample, encode_pairs
 from selfalign.core.jsonl import chunks
 from selfalign.core.records import PairReference, PreferencePair, count_records, stream_records, write_records
-from selfalign.journal import Journal
 from selfalign.models import PolicyFiles
 from selfalign.refinement import Refinement
 from selfalign.scoring import Scorer
-from selfalign.store import Artefact, Counts, Workspace, together
+from selfalign.store.artifacts import Artefact, Counts, Workspace, together
+from selfalign.store.journal import Journal
 from selfalign.tokenization import unknown_counts
 from selfalign.training import Precision
 

@@ -20,7 +20,7 @@ from selfalign.core.records import (
 )
 from selfalign.data import read_demonstrations, read_ranked
 from selfalign.judges.pairwise import Pairwise
-from selfalign.store import Counts, Workspace
+from selfalign.store.artifacts import Counts, Workspace
 from selfalign.turns import compared, texts_in
 
 logger = logging.getLogger(__name__)

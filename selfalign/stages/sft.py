@@ -11,7 +11,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Demonstration, stream_records
 from selfalign.examples import store_examples
 from selfalign.models import PolicyFiles
-from selfalign.store import Artefact, Counts, Workspace, together
+from selfalign.store.artifacts import Artefact, Counts, Workspace, together
 from selfalign.tokenization import (
     Answer,
     encode_answers,

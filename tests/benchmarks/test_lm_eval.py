@@ -33,7 +33,7 @@ from selfalign.core.files import digest_folder
 from selfalign.generation import Transformers
 from selfalign.metrics import METRICS
 from selfalign.models import PolicyFiles
-from selfalign.store import Counts
+from selfalign.store.artifacts import Counts
 
 TASKS = Path(__file__).parent / "tasks"
 QUIZ = [json.loads(line) for line in (TASKS / "quiz.jsonl").read_text().splitlines()]

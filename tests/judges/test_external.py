@@ -17,7 +17,7 @@ from selfalign.core.records import Comparison, Judgement, JudgementStatus, Respo
 from selfalign.endpoint import Endpoint
 from selfalign.judges.external import ExternalScore
 from selfalign.judges.pairwise import Pairwise
-from selfalign.store import canonical
+from selfalign.store.artifacts import canonical
 
 KEY = "sk-very-secret-0123456789"
 OK, NONE = JudgementStatus.OK, JudgementStatus.NO_SCORE

@@ -9,7 +9,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.records import FinishReason, JudgementStatus
 from selfalign.judges.implicit import ImplicitReward, balancing_alpha
 from selfalign.models import PolicyFiles
-from selfalign.store import Artefact
+from selfalign.store.artifacts import Artefact
 
 
 @pytest.fixture(scope="module")

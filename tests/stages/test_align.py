@@ -48,7 +48,7 @@ from selfalign.stages.align import (
     refinement_of,
 )
 from selfalign.stages.reference import reference
-from selfalign.store import Artefact
+from selfalign.store.artifacts import Artefact
 from selfalign.training import Optimization, prepare
 
 PAIRS = [

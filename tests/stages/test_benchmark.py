@@ -19,7 +19,7 @@ from selfalign.metrics import METRICS, meaning_in_benchmark
 from selfalign.models import PolicyFiles
 from selfalign.plan import plan
 from selfalign.stages.benchmark import benchmark
-from selfalign.store import Counts, Workspace
+from selfalign.store.artifacts import Counts, Workspace
 
 
 @dataclass(kw_only=True, slots=True)

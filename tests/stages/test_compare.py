@@ -17,7 +17,7 @@ from selfalign.models import PolicyFiles
 from selfalign.stages import compare as module
 from selfalign.stages.compare import HeadToHead, compare
 from selfalign.statistics import wilson
-from selfalign.store import Artefact, Counts
+from selfalign.store.artifacts import Artefact, Counts
 
 PROMPT = "{instruction}\n<first>\n{first}\n</first>\n<second>\n{second}\n</second>"
 NAMES = [f"q{n}" for n in range(8)]

@@ -13,7 +13,7 @@ from selfalign.drift import Limits
 from selfalign.stages.compare import HeadToHead
 from selfalign.stages.evaluate import Answered, EvaluateConfig, Judged, compares_on, evaluate, opponents
 from selfalign.statistics import length_controlled, wilson
-from selfalign.store import Artefact, Counts
+from selfalign.store.artifacts import Artefact, Counts
 
 Scores = dict[str, list[float | None]]
 

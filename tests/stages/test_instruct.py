@@ -26,7 +26,7 @@ from selfalign.core.records import Demonstration, Instruction, Prompt, read_reco
 from selfalign.generation import Completion, Request, Sampling, Transformers
 from selfalign.models import PolicyFiles
 from selfalign.stages.instruct import InstructConfig, Pool, given_instructions, instruct, split_tasks
-from selfalign.store import Artefact
+from selfalign.store.artifacts import Artefact
 from selfalign.turns import as_prompt
 
 SEEDS = [

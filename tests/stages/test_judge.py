@@ -30,7 +30,7 @@ from selfalign.judges.expected import score_tokens
 from selfalign.models import PolicyFiles
 from selfalign.stages.judge import ExpectedScore, SampledScore, judge, parse_score
 from selfalign.stages.sft import sft
-from selfalign.store import Store
+from selfalign.store.artifacts import Store
 from selfalign.tokenization import encode_prompt
 
 OK = JudgementStatus.OK

@@ -46,7 +46,7 @@ from selfalign.stages.evaluate import PreferenceTest
 from selfalign.stages.preferences import preference_test, preferences
 from selfalign.stages.reference import reference
 from selfalign.statistics import wilson
-from selfalign.store import Artefact, Counts
+from selfalign.store.artifacts import Artefact, Counts
 
 # log-probabilities of (chosen, rejected) given x and given p⊕x; the reference's are all -10.
 OWN = {

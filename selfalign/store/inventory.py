@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
-from selfalign.store import MANIFEST, lock_of
+from selfalign.store.artifacts import MANIFEST, lock_of
 
 LOCKED_AT_ONCE = 500
 """Artefacts, while it is looked again whether a run uses them; processes may open about a thousand files."""

@@ -11,7 +11,7 @@ from typing import Any
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
 from selfalign.core.formatting import printable
-from selfalign.store import MANIFEST
+from selfalign.store.artifacts import MANIFEST
 
 SHOWN = 60
 """Characters of a value that are shown."""

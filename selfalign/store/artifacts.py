@@ -24,7 +24,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.failures import at_the_end, fits, naming
 from selfalign.core.files import digest_folder, digest_json, read_json, write_atomically, write_json
 from selfalign.core.progress import progress_bar
-from selfalign.journal import Journal
+from selfalign.store.journal import Journal
 
 logger = logging.getLogger(__name__)
 

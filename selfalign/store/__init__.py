@@ -1,0 +1,1 @@
+"""Artifacts keyed by content: made once, found again, never half there."""
