@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Message
-from selfalign.prompts import break_up
+from selfalign.data.prompts import break_up
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer

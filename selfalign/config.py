@@ -20,13 +20,13 @@ from selfalign.benchmarks.mt_bench import MTBench
 from selfalign.checkpoint_selection import CheckpointComparator
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import path_of
+from selfalign.data.pair_rules import AllOrdered, BestVsK, BestWorst, PairRule, RandomPair
 from selfalign.feasibility import check_counts, check_effects
 from selfalign.generation import Transformers
 from selfalign.given import Pairs, SelfRewarding
 from selfalign.losses import DPO, IPO, ODPO, Positives, SrDPO, SrIPO
 from selfalign.models import ModelConfig
 from selfalign.overrides import no_such
-from selfalign.pairing import AllOrdered, BestVsK, BestWorst, PairRule, RandomPair
 from selfalign.publish import check_repository
 from selfalign.quantization import check_engine
 from selfalign.run import check_name

@@ -19,7 +19,7 @@ import httpx
 
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
-from selfalign.data import as_prompt
+from selfalign.data.sources import as_prompt
 from selfalign.replies import (
     FINISHES,
     REFUSALS,

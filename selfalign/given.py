@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from selfalign.containers import find_data, identify_data
 from selfalign.core.errors import SelfalignError
+from selfalign.data.containers import find_data, identify_data
 from selfalign.run import Maker, StageFunction
 from selfalign.stages.evaluate import PreferenceTest
 from selfalign.stages.instruct import InstructConfig

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from selfalign import quantization
 from selfalign.benchmarks.entrant import judges_to_load
-from selfalign.containers import find_data
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
+from selfalign.data.containers import find_data
 from selfalign.endpoint import Endpoint, RefusedError
 from selfalign.footprint import Footprint, disk_lack, training_lack, writing_lack
 from selfalign.generation import Transformers

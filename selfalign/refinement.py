@@ -13,7 +13,7 @@ from torch import Tensor
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed, text_or_file
 from selfalign.core.records import Prompt
-from selfalign.prompts import check_template
+from selfalign.data.prompts import check_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer

@@ -24,7 +24,8 @@ from selfalign.core.records import (
     read_records,
     write_records,
 )
-from selfalign.data import as_prompt
+from selfalign.data.pair_rules import PairRule
+from selfalign.data.sources import as_prompt
 from selfalign.endpoint import Endpoint
 from selfalign.given import SelfRewarding
 from selfalign.judges.bench import Subject, asks_a_server
@@ -32,7 +33,6 @@ from selfalign.judges.referee import Referee
 from selfalign.longest import SHORTEST_PROMPT, Longest, asks, tireless, writes
 from selfalign.losses import PreferenceLoss
 from selfalign.models import PolicyFiles
-from selfalign.pairing import PairRule
 from selfalign.refinement import Refinement
 from selfalign.run import StageFunction
 from selfalign.stages.align import align

@@ -13,7 +13,7 @@ from typing import Any
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Message
-from selfalign.thinking import unanswered
+from selfalign.data.thinking import unanswered
 
 FINISHES = {
     "stop": "stop eos eos_token end end_turn end_of_turn stop_sequence stop_token stop_word complete completed normal "

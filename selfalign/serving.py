@@ -24,10 +24,10 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.failures import naming
 from selfalign.core.files import write_json
 from selfalign.core.records import FinishReason
+from selfalign.data.prompts import check_template
 from selfalign.endpoint import Client, Endpoint, RefusedError, Reply
 from selfalign.generation import Completion, Request, Sampling, Transformers, check_dtype
 from selfalign.models import DTYPES, PolicyFiles, release_memory
-from selfalign.prompts import check_template
 from selfalign.quantization import check_engine
 from selfalign.scoring import Scorer
 from selfalign.server_process import ServerProcess

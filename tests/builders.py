@@ -25,7 +25,7 @@ from selfalign.core.records import (
     ResponseScore,
     write_records,
 )
-from selfalign.data import as_prompt
+from selfalign.data.sources import as_prompt
 from selfalign.experiment import run_experiment
 from selfalign.generation import Completion, Request, Sampling, Transformers, TransformersGenerator
 from selfalign.models import LoRA, Policy, PolicyFiles, digest_weights

@@ -31,11 +31,11 @@ from selfalign.core.records import (
     read_records,
     write_records,
 )
-from selfalign.data import as_prompt
+from selfalign.data.pair_rules import BestWorst
+from selfalign.data.sources import as_prompt
 from selfalign.generation import Sampling, Transformers
 from selfalign.model_check import check_template, check_vocabulary, notes_on_texts
 from selfalign.models import PolicyFiles
-from selfalign.pairing import BestWorst
 from selfalign.pretrained import TEMPLATES
 from selfalign.stages.pair import pair
 from selfalign.stages.respond import RespondConfig, respond

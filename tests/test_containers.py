@@ -15,10 +15,10 @@ import pytest
 from builders import ROOT
 from data_hub import data_hub, parquet
 
-from selfalign.containers import identify_data, read_rows
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import PreferencePair
-from selfalign.data import read_demonstrations, read_instructions, read_outputs, read_pairs, read_ranked
+from selfalign.data.containers import identify_data, read_rows
+from selfalign.data.sources import read_demonstrations, read_instructions, read_outputs, read_pairs, read_ranked
 
 Rows = list[dict[str, Any]]
 NAN = float("nan")

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from selfalign.containers import identify_data
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import PreferencePair
-from selfalign.data import read_demonstrations, read_instructions, read_outputs, read_pairs, read_ranked
-from selfalign.turns import as_text
+from selfalign.data.containers import identify_data
+from selfalign.data.sources import read_demonstrations, read_instructions, read_outputs, read_pairs, read_ranked
+from selfalign.data.turns import as_text
 
 USER = {"role": "user", "content": "Name a colour."}
 SYSTEM = {"role": "system", "content": "Be brief."}

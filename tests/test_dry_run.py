@@ -32,7 +32,7 @@ from selfalign import dry_run as module
 from selfalign import rehearsal
 from selfalign.batches import encode_pairs
 from selfalign.core.errors import SelfalignError
-from selfalign.data import as_prompt
+from selfalign.data.sources import as_prompt
 from selfalign.dry_run import dry_run, estimate_text
 from selfalign.generation import Request, Sampling, Transformers
 from selfalign.longest import SHORTEST_PROMPT, Longest, asks, tireless

@@ -3,8 +3,8 @@ from fractions import Fraction
 
 import pytest
 
-from selfalign.overlap import Known, rouge_l
-from selfalign.wording import words_of
+from selfalign.data.rouge import Known, rouge_l
+from selfalign.data.text_filters import words_of
 
 
 def longest_common_subsequence(a: list[str], b: list[str]) -> int:

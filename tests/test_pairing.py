@@ -11,15 +11,15 @@ import pytest
 from builders import response
 from mutation import mutated
 
-from selfalign import pairing
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import FinishReason, Response
-from selfalign.pairing import AllOrdered, BestVsK, BestWorst, PairRule, RandomPair, pick_pairs
+from selfalign.data import pair_rules
+from selfalign.data.pair_rules import AllOrdered, BestVsK, BestWorst, PairRule, RandomPair, pick_pairs
 
 RULES = ["BestWorst", "RandomPair", "AllOrdered", "BestVsK"]
 
 
-def told(rule: Any, *given: tuple[float | None, int], cut: str = "", seed: int = 0, module: ModuleType = pairing):
+def told(rule: Any, *given: tuple[float | None, int], cut: str = "", seed: int = 0, module: ModuleType = pair_rules):
     """What a rule makes of responses a, b, c … given as (score, tokens): its pairs as "b>a", and its drops."""
     names = [chr(ord("a") + n) for n in range(len(given))]
     responses = [
@@ -146,7 +146,7 @@ CHECKS: list[Callable[[ModuleType], None]] = [value for name, value in list(glob
 
 @pytest.mark.parametrize("check", CHECKS, ids=[check.__name__[6:] for check in CHECKS])
 def test_rules(check: Callable[[ModuleType], None]) -> None:
-    check(pairing)
+    check(pair_rules)
 
 
 MUTANTS = [
@@ -185,7 +185,7 @@ MUTANTS = [
 
 
 def test_unchanged_copy_passes_every_check() -> None:
-    with mutated(pairing, "Random(seed)", "Random(seed)") as copy:
+    with mutated(pair_rules, "Random(seed)", "Random(seed)") as copy:
         for check in CHECKS:
             check(copy)
 
@@ -193,7 +193,7 @@ def test_unchanged_copy_passes_every_check() -> None:
 @pytest.mark.parametrize(("old", "new"), [m[1:] for m in MUTANTS], ids=[m[0] for m in MUTANTS])
 def test_broken_rule_is_noticed(old: str, new: str) -> None:
     failed: list[str] = []
-    with mutated(pairing, old, new) as copy:
+    with mutated(pair_rules, old, new) as copy:
         for check in CHECKS:
             try:
                 check(copy)
@@ -230,7 +230,9 @@ def test_kept_and_dropped_add_up_to_what_the_rule_was_to_give(
     for seed in range(150):
         draw = Random(seed)
         options = {"minimum_margin": draw.choice([0, 0.5]), "length_control": rho, "finished_only": finished_only}
-        rule: PairRule = getattr(pairing, name)(**options, **({"k": draw.randint(1, 5)} if name == "BestVsK" else {}))
+        rule: PairRule = getattr(pair_rules, name)(
+            **options, **({"k": draw.randint(1, 5)} if name == "BestVsK" else {})
+        )
         responses, scores = any_responses(draw)
         kept, drops = pick_pairs(rule, responses, scores, seed)
         assert len(kept) + sum(drops.values()) == rule.wanted(len(responses))

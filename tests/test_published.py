@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 from mutation import mutated
 
-from selfalign import published
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import PreferencePair
-from selfalign.data import read_demonstrations, read_instructions, read_pairs, read_ranked
-from selfalign.published import (
+from selfalign.data import schemas
+from selfalign.data.schemas import (
     Completion,
     RatedCompletions,
     TreeMessage,
     rank_completions,
     transcript,
 )
+from selfalign.data.sources import read_demonstrations, read_instructions, read_pairs, read_ranked
 
 Rows = list[dict[str, Any]]
 
@@ -450,7 +450,7 @@ MUTANTS = [
 
 
 def test_unchanged_copy_passes_every_check() -> None:
-    with mutated(published, MUTANTS[0][1], MUTANTS[0][1]) as copy:
+    with mutated(schemas, MUTANTS[0][1], MUTANTS[0][1]) as copy:
         for check in CHECKS:
             check(copy)
 
@@ -458,7 +458,7 @@ def test_unchanged_copy_passes_every_check() -> None:
 @pytest.mark.parametrize(("old", "new"), [m[1:] for m in MUTANTS], ids=[m[0] for m in MUTANTS])
 def test_mutant_is_caught(old: str, new: str) -> None:
     failures = []
-    with mutated(published, old, new) as copy:
+    with mutated(schemas, old, new) as copy:
         for check in CHECKS:
             try:
                 check(copy)

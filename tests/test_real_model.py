@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 
 from selfalign.__main__ import conf_folder
 from selfalign.config import register, to_experiment
-from selfalign.containers import SHIPPED
-from selfalign.data import as_prompt
+from selfalign.data.containers import SHIPPED
+from selfalign.data.sources import as_prompt
 from selfalign.experiment import run_experiment
 from selfalign.generation import Request, Sampling, Transformers
 from selfalign.losses import DPO, IPO, ODPO, PreferenceLoss, SrDPO, SrIPO

@@ -36,7 +36,7 @@ from selfalign import serving
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import FinishReason, Response, read_records
-from selfalign.data import as_prompt
+from selfalign.data.sources import as_prompt
 from selfalign.generation import Completion, Request, Sampling, Transformers
 from selfalign.judges.bench import Bench, Subject
 from selfalign.judges.external import ExternalScore

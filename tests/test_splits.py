@@ -14,11 +14,11 @@ from selfalign import splits as module
 from selfalign.batches import Group, PairExample
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import FinishReason, PreferencePair, Prompt, RankedAnswers, Response, write_records
+from selfalign.data.pair_rules import AllOrdered, BestVsK, PairRule, pick_pairs
+from selfalign.data.turns import as_prompt
 from selfalign.examples import StoredExamples, store_examples
-from selfalign.pairing import AllOrdered, BestVsK, PairRule, pick_pairs
 from selfalign.splits import Known, Split, hold_out, split_pairs, texts_of
 from selfalign.store.artifacts import Artefact
-from selfalign.turns import as_prompt
 
 
 def pair(name: str, prompt: Prompt, chosen: str, rejected: str) -> PreferencePair:

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from selfalign import thinking
-from selfalign.thinking import answer_behind, thinks_on, unanswered
+from selfalign.data import thinking
+from selfalign.data.thinking import answer_behind, thinks_on, unanswered
 
 ENDED = {
     "Qwen, DeepSeek, GLM": "<think>\nScore: 2\n</think>\n\nScore: 4",

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from selfalign.core.errors import SelfalignError
-from selfalign.data import read_demonstrations, read_instructions, read_outputs, read_pairs, read_ranked
-from selfalign.turns import as_text, compared, instruction_of, texts_in
+from selfalign.data.sources import read_demonstrations, read_instructions, read_outputs, read_pairs, read_ranked
+from selfalign.data.turns import as_text, compared, instruction_of, texts_in
 
 Row = dict[str, Any]
 

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 
 from selfalign.batches import Group, share_prompt
 from selfalign.core.files import write_json
-from selfalign.data import as_prompt
+from selfalign.data.sources import as_prompt
 from selfalign.generation import Request, Sampling
 from selfalign.judges.expected import score_tokens
 from selfalign.judges.parsing import PREFIX

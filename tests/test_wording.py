@@ -2,9 +2,9 @@ import unicodedata
 
 import pytest
 
-from selfalign.data import read_demonstrations, read_instructions
+from selfalign.data.sources import read_demonstrations, read_instructions
+from selfalign.data.text_filters import Language, is_fragment, words_of
 from selfalign.statistics import repeated
-from selfalign.wording import Language, is_fragment, words_of
 
 
 def test_words_are_compared_without_case_and_punctuation() -> None:

@@ -27,7 +27,7 @@ import yaml
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import FinishReason, Instruction, Response, write_records
-from selfalign.data import as_prompt
+from selfalign.data.sources import as_prompt
 from selfalign.generation import Request, Sampling, Transformers, TransformersGenerator
 from selfalign.models import ModelConfig, PolicyFiles
 from selfalign.pretrained import fetch_pretrained

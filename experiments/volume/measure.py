@@ -34,10 +34,10 @@ from selfalign.core.records import (
     stream_records,
     write_records,
 )
+from selfalign.data.pair_rules import BestWorst
 from selfalign.examples import StoredExamples, follow_references, store_examples
 from selfalign.generation import Completion, Request, Sampling, Transformers, TransformersGenerator
 from selfalign.models import ModelConfig, PolicyFiles
-from selfalign.pairing import BestWorst
 from selfalign.pretrained import fetch_pretrained
 from selfalign.refinement import Refinement
 from selfalign.scoring import Scorer

@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 from selfalign.benchmarks.conversations import Conversation, converse
 from selfalign.benchmarks.entrant import Entrant, check_count
 from selfalign.benchmarks.fastchat import Question
-from selfalign.containers import identify_data
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import write_json
 from selfalign.core.records import Comparison, Instruction, given_response
-from selfalign.data import OutputRow, read_outputs
+from selfalign.data.containers import identify_data
+from selfalign.data.sources import OutputRow, read_outputs
 from selfalign.generation import Sampling
 from selfalign.judges.comparison import Duel
 from selfalign.judges.referee import Referee

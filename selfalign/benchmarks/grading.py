@@ -11,13 +11,13 @@ from selfalign.benchmarks.rating import OPENING, TOO_LONG, Grade, RatingTokens, 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_file, text_or_file
 from selfalign.core.records import Message
-from selfalign.data import as_prompt
+from selfalign.data.prompts import check_template, fill
+from selfalign.data.sources import as_prompt
 from selfalign.endpoint import Endpoint
 from selfalign.generation import Reader, Request, Sampling, read_all, write_all
 from selfalign.judges.bench import check_batch_tokens, check_model, check_share
 from selfalign.judges.sampled import spell_out, why_ended
 from selfalign.judges.unread import Unread
-from selfalign.prompts import check_template, fill
 from selfalign.store.artifacts import Counts
 from selfalign.store.journal import Journal
 from selfalign.tokenization import encode_prompt

@@ -19,12 +19,12 @@ from selfalign.core.records import (
     Response,
     ResponseScore,
 )
-from selfalign.data import as_prompt
+from selfalign.data.prompts import check_template, fill
+from selfalign.data.sources import as_prompt
 from selfalign.endpoint import Client, Endpoint
 from selfalign.generation import Backend, Generator, Loaded, Reader
 from selfalign.metrics import Sums
 from selfalign.models import PolicyFiles
-from selfalign.prompts import check_template, fill
 from selfalign.store.artifacts import Counts
 from selfalign.store.journal import Journal
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 from selfalign.batches import Group, share_prompt
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Judgement, JudgementStatus
-from selfalign.data import as_prompt
+from selfalign.data.sources import as_prompt
+from selfalign.data.thinking import thinks_on
 from selfalign.generation import Request, Sampling, read_all, write_all
 from selfalign.judges.bench import (
     TOGETHER,
@@ -24,7 +25,6 @@ from selfalign.judges.bench import (
 )
 from selfalign.judges.parsing import PREFIX, before_score
 from selfalign.judges.sampled import spell_out
-from selfalign.thinking import thinks_on
 from selfalign.tokenization import encode_prompt, prompt_end
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import ClassVar
 from selfalign.batches import Group, answer_of, encode_group
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Judgement, JudgementStatus
-from selfalign.data import as_prompt
+from selfalign.data.sources import as_prompt
 from selfalign.judges.bench import (
     Alarm,
     Bench,

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from selfalign.core.records import FinishReason, JudgementStatus
+from selfalign.data.thinking import answer_behind
 from selfalign.judges.verdict_text import NUMBER, find_bracketed, other_totals, own_lines, own_places
-from selfalign.thinking import answer_behind
 
 PREFIX = "Score: "
 

@@ -9,7 +9,8 @@ from selfalign.batches import Group, share_prompt
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import text_or_file
 from selfalign.core.records import Comparison, JudgementStatus, Prompt, Response, Verdict
-from selfalign.data import as_prompt
+from selfalign.data.prompts import check_template, fill
+from selfalign.data.sources import as_prompt
 from selfalign.endpoint import Endpoint
 from selfalign.generation import read_all
 from selfalign.judges.bench import Bench, check_batch_tokens, check_model, check_share
@@ -17,7 +18,6 @@ from selfalign.judges.comparison import Duel, Reading, Showing, bias_statistics,
 from selfalign.judges.expected import distribution, tokens_behind
 from selfalign.judges.unread import Unread
 from selfalign.metrics import win_statistics
-from selfalign.prompts import check_template, fill
 from selfalign.store.artifacts import Counts
 from selfalign.tokenization import encode_prompt
 

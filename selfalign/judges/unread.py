@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from selfalign.core.records import JudgementStatus
+from selfalign.data.thinking import answer_behind
 from selfalign.judges.parsing import FAILURES
-from selfalign.thinking import answer_behind
 
 SHOWN = 120
 """Characters of a text in a message."""

@@ -9,7 +9,7 @@ import re
 import textwrap
 from collections.abc import Sequence
 
-from selfalign.thinking import answer_behind
+from selfalign.data.thinking import answer_behind
 
 NUMBER = r"[0-9]+(?:\.[0-9]+)?"
 

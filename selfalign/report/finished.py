@@ -24,8 +24,8 @@ from selfalign.core.records import (
     ResponseScore,
     stream_records,
 )
+from selfalign.data.turns import as_text
 from selfalign.statistics import bootstrap_mean, wilson
-from selfalign.turns import as_text
 
 R = TypeVar(
     "R", Comparison, Demonstration, Instruction, Judgement, PreferencePair, RankedAnswers, Response, ResponseScore

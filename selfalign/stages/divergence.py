@@ -2,7 +2,7 @@
 
 from selfalign.batches import Group, answer_of, encode_group
 from selfalign.core.records import Instruction, MovedAnswer, Response, read_records, write_records
-from selfalign.data import as_prompt
+from selfalign.data.sources import as_prompt
 from selfalign.models import PolicyFiles
 from selfalign.scoring import Scorer
 from selfalign.store.artifacts import Artefact, Counts, Workspace, together

@@ -8,13 +8,13 @@ from selfalign.agreement import Question, calibration, judge_quality
 from selfalign.benchmarks.mt_bench import MTBench
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import FinishReason, Judgement, RankedAnswers, Response, read_records, read_scores
+from selfalign.data.text_filters import words_of
 from selfalign.drift import Limits
 from selfalign.generation import Sampling
 from selfalign.judges.bench import asks_a_server
 from selfalign.metrics import outcomes_by_score, win_statistics
 from selfalign.statistics import correlation, distinct, repeated
 from selfalign.store.artifacts import Artefact, Counts, Workspace
-from selfalign.wording import words_of
 
 
 @dataclass(kw_only=True, slots=True)

@@ -11,15 +11,15 @@ from selfalign.builtin import BUILDERS
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed, digest_text
 from selfalign.core.records import Demonstration, FinishReason, Instruction, read_records, write_records
+from selfalign.data.prompts import check_template
+from selfalign.data.rouge import Known
+from selfalign.data.text_filters import Language, is_fragment, words_of
+from selfalign.data.turns import instruction_of
 from selfalign.generation import Backend, Completion, Generator, Request, Sampling, write_all
 from selfalign.metrics import instruction_statistics
 from selfalign.models import PolicyFiles
-from selfalign.overlap import Known
-from selfalign.prompts import check_template
 from selfalign.store.artifacts import Artefact, Counts, Workspace, together
 from selfalign.tokenization import encode_prompt
-from selfalign.turns import instruction_of
-from selfalign.wording import Language, is_fragment, words_of
 
 PROMPT = (
     "Here are tasks that people gave to an assistant. Add one new task on a subject that none of them has. "

@@ -2,9 +2,9 @@
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Instruction, given_response, read_records, write_records
-from selfalign.data import read_outputs
+from selfalign.data.sources import read_outputs
+from selfalign.data.turns import compared
 from selfalign.store.artifacts import Artefact, Counts, Workspace
-from selfalign.turns import compared
 
 
 def outputs(out: Workspace, *, source: str, content: str, instructions: Artefact) -> Counts:

@@ -19,12 +19,12 @@ from selfalign.core.records import (
     stream_records,
     write_records,
 )
-from selfalign.data import as_prompt, read_pairs
-from selfalign.pairing import Candidate, PairRule, pick_pairs
+from selfalign.data.pair_rules import Candidate, PairRule, pick_pairs
+from selfalign.data.sources import as_prompt, read_pairs
+from selfalign.data.turns import compared, texts_in
 from selfalign.splits import Known, split_pairs
 from selfalign.statistics import RunningMean, correlation
 from selfalign.store.artifacts import Artefact, Counts, Workspace
-from selfalign.turns import compared, texts_in
 
 
 @dataclass(kw_only=True, slots=True)

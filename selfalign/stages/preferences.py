@@ -20,14 +20,14 @@ from selfalign.core.records import (
     read_scores,
     write_records,
 )
-from selfalign.data import best_against_worst, read_pairs
+from selfalign.data.sources import best_against_worst, read_pairs
+from selfalign.data.turns import as_text
 from selfalign.losses import PairLogps, rewards
 from selfalign.metrics import averages, reward_intervals, reward_metrics
 from selfalign.refinement import refinement
 from selfalign.splits import Known, texts_of
 from selfalign.statistics import bootstrap, bootstrap_correlation, bootstrap_mean
 from selfalign.store.artifacts import Artefact, Counts, Workspace
-from selfalign.turns import as_text
 
 logger = logging.getLogger(__name__)
 

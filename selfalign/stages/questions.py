@@ -2,9 +2,9 @@
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Demonstration, read_records, write_records
-from selfalign.data import read_instructions
+from selfalign.data.sources import read_instructions
+from selfalign.data.turns import compared, texts_in
 from selfalign.store.artifacts import Artefact, Counts, Workspace
-from selfalign.turns import compared, texts_in
 
 
 def questions(out: Workspace, *, source: str, count: int, content: str, seeds: Artefact | None) -> Counts:

@@ -7,7 +7,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed
 from selfalign.core.jsonl import chunks
 from selfalign.core.records import FinishReason, Instruction, Response, count_records, stream_records, write_records
-from selfalign.data import as_prompt
+from selfalign.data.sources import as_prompt
 from selfalign.generation import Backend, Completion, Generator, Request, Sampling, write_all
 from selfalign.models import PolicyFiles
 from selfalign.statistics import RunningMean

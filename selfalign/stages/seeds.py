@@ -18,10 +18,10 @@ from selfalign.core.records import (
     given_response,
     write_records,
 )
-from selfalign.data import read_demonstrations, read_ranked
+from selfalign.data.sources import read_demonstrations, read_ranked
+from selfalign.data.turns import compared, texts_in
 from selfalign.judges.pairwise import Pairwise
 from selfalign.store.artifacts import Counts, Workspace
-from selfalign.turns import compared, texts_in
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from chat_server import ChatServer, chat, chat_server
 from selfalign.benchmarks.alpaca_eval import AlpacaEval, AlpacaReferee
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
-from selfalign.data import as_prompt
+from selfalign.data.sources import as_prompt
 from selfalign.endpoint import Endpoint
 from selfalign.generation import Sampling, Transformers
 from selfalign.models import PolicyFiles

@@ -34,7 +34,7 @@ from selfalign.benchmarks.entrant import Entrant
 from selfalign.benchmarks.fastchat import read_questions
 from selfalign.benchmarks.rating import OPENING
 from selfalign.core.errors import SelfalignError
-from selfalign.data import as_prompt
+from selfalign.data.sources import as_prompt
 from selfalign.endpoint import Endpoint
 from selfalign.generation import Request, Sampling, Transformers
 from selfalign.models import PolicyFiles

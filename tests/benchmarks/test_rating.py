@@ -5,7 +5,7 @@ from builders import loaded
 
 from selfalign.benchmarks.rating import HIGH, LOW, OPENING, RatingTokens, expected_rating, parse_rating
 from selfalign.core.records import JudgementStatus
-from selfalign.data import as_prompt
+from selfalign.data.sources import as_prompt
 from selfalign.models import PolicyFiles
 from selfalign.tokenization import encode_prompt
 

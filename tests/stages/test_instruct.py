@@ -23,11 +23,11 @@ from builders import (
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Demonstration, Instruction, Prompt, read_records
+from selfalign.data.turns import as_prompt
 from selfalign.generation import Completion, Request, Sampling, Transformers
 from selfalign.models import PolicyFiles
 from selfalign.stages.instruct import InstructConfig, Pool, given_instructions, instruct, split_tasks
 from selfalign.store.artifacts import Artefact
-from selfalign.turns import as_prompt
 
 SEEDS = [
     "Explain how bees find their way home.",

@@ -11,7 +11,7 @@ import test_wording
 from builders import completion
 from mutation import Check, assert_caught
 
-from selfalign import overlap, wording
+from selfalign.data import rouge, text_filters
 from selfalign.generation import Completion, Request, write_all
 from selfalign.stages import instruct
 
@@ -89,8 +89,8 @@ WORDING: list[tuple[str, str, str, Check]] = [
 ]
 MUTANTS = [
     *((instruct, tests, *mutant) for mutant in STAGE),
-    *((overlap, test_overlap, *mutant) for mutant in OVERLAP),
-    *((wording, test_wording, *mutant) for mutant in WORDING),
+    *((rouge, test_overlap, *mutant) for mutant in OVERLAP),
+    *((text_filters, test_wording, *mutant) for mutant in WORDING),
 ]
 
 

@@ -10,8 +10,8 @@ from mutation import assert_caught
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Demonstration, FinishReason, PreferencePair, Response, read_records
-from selfalign.data import as_prompt
-from selfalign.pairing import AllOrdered, BestVsK, BestWorst, PairRule, RandomPair
+from selfalign.data.pair_rules import AllOrdered, BestVsK, BestWorst, PairRule, RandomPair
+from selfalign.data.sources import as_prompt
 from selfalign.stages import pair as module
 from selfalign.stages.pair import PositivesOnly, gather_pairs, given_pairs, pair
 

@@ -7,9 +7,9 @@ from builders import demonstration, records_artefact, workspace
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Demonstration, Instruction, Prompt, read_records
+from selfalign.data.turns import as_prompt
 from selfalign.stages.questions import questions
 from selfalign.store.artifacts import Artefact
-from selfalign.turns import as_prompt
 
 ROWS = [{"id": f"q{n}", "instruction": f"Question {n}?", "category": "some"} for n in range(5)]
 

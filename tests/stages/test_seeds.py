@@ -9,8 +9,9 @@ from mutation import mutated
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Demonstration, Instruction, RankedAnswers, Response, read_records
-from selfalign.data import read_demonstrations, read_instructions, read_ranked
-from selfalign.overlap import rouge_l
+from selfalign.data.rouge import rouge_l
+from selfalign.data.sources import read_demonstrations, read_instructions, read_ranked
+from selfalign.data.text_filters import words_of
 from selfalign.stages import seeds as seeds_module
 from selfalign.stages.judge import ExpectedScore, SampledScore, parse_score
 from selfalign.stages.seeds import (
@@ -22,7 +23,6 @@ from selfalign.stages.seeds import (
     seeds,
     taught_questions,
 )
-from selfalign.wording import words_of
 
 SCORE = ExpectedScore(prompt=RUBRIC)
 RATIONALE = SampledScore(prompt=RUBRIC)

@@ -4,9 +4,9 @@ from collections import Counter
 from typing import NoReturn
 
 from selfalign.core.records import PreferencePair, Prompt
-from selfalign.published import against_pair
-from selfalign.rows import SCORES, SIDES, Row
-from selfalign.turns import check_prompt, listed_turns, only_answer, read_task, read_turns, spoken
+from selfalign.data.rows import SCORES, SIDES, Row
+from selfalign.data.schemas import against_pair
+from selfalign.data.turns import check_prompt, listed_turns, only_answer, read_task, read_turns, spoken
 
 WANTED = (
     "prompt, chosen and rejected as three texts, or as lists of messages in which chosen and rejected are one turn of "

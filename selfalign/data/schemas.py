@@ -14,8 +14,8 @@ import msgspec
 
 from selfalign.core.files import digest_json
 from selfalign.core.records import Demonstration, Message, PreferencePair, RankedAnswers
-from selfalign.rows import is_blank
-from selfalign.turns import as_prompt, fault_of
+from selfalign.data.rows import is_blank
+from selfalign.data.turns import as_prompt, fault_of
 
 LANGUAGE = "en"
 """Of the messages that are taken from Open Assistant, as in arXiv 2401.10020, section 3.1."""

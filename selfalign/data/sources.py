@@ -12,13 +12,24 @@ from dataclasses import dataclass, replace
 from itertools import chain, combinations
 from typing import Any, TypeVar
 
-from selfalign.containers import read_rows
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Demonstration, Instruction, PreferencePair, Prompt, RankedAnswers
-from selfalign.preference_rows import read_pair
-from selfalign.published import DEMONSTRATIONS, PAIRS, RANKED, RatedPair, TranscriptPair, against_pair, schema_of
-from selfalign.rows import ANSWERS, BESIDE, CONVERSATIONS, INSTRUCTIONS, READ, UNREAD, Row, give_ids, is_blank, shown
-from selfalign.turns import as_prompt, as_text, check_prompt, only_answer, read_task, read_turns, spoken
+from selfalign.data.containers import read_rows
+from selfalign.data.preference_rows import read_pair
+from selfalign.data.rows import (
+    ANSWERS,
+    BESIDE,
+    CONVERSATIONS,
+    INSTRUCTIONS,
+    READ,
+    UNREAD,
+    Row,
+    give_ids,
+    is_blank,
+    shown,
+)
+from selfalign.data.schemas import DEMONSTRATIONS, PAIRS, RANKED, RatedPair, TranscriptPair, against_pair, schema_of
+from selfalign.data.turns import as_prompt, as_text, check_prompt, only_answer, read_task, read_turns, spoken
 
 logger = logging.getLogger(__name__)
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfalign.core.errors import SelfalignError, one_line
-from selfalign.core.files import digest_file, digest_folder, digest_json, path_of, read_lines
+from selfalign.core.files import PACKAGE, digest_file, digest_folder, digest_json, path_of, read_lines
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SHIPPED = Path(__file__).parent / "seeds"
+SHIPPED = PACKAGE / "data" / "shipped"
 
 READ = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 OTHER = {

@@ -16,7 +16,7 @@ from rapidfuzz.distance import Indel
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import FinishReason, Response
-from selfalign.wording import pieces_of
+from selfalign.data.text_filters import pieces_of
 
 ROUNDING = 1e-9
 """Scores are means of floats; a band's end that is missed by less than this is reached."""

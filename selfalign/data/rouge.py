@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from rapidfuzz import process
 from rapidfuzz.distance import Indel, LCSseq
 
-from selfalign.wording import words_of
+from selfalign.data.text_filters import words_of
 
 
 def rouge_l(words: Sequence[str], other: Sequence[str]) -> float:

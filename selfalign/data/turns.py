@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 from selfalign.core.records import Message, Prompt
-from selfalign.rows import BESIDE, CONVERSATIONS, INPUTS, INSTRUCTIONS, SYSTEM, UNREAD, Row, is_blank, shown
+from selfalign.data.rows import BESIDE, CONVERSATIONS, INPUTS, INSTRUCTIONS, SYSTEM, UNREAD, Row, is_blank, shown
 
 ROLES = {
     "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",

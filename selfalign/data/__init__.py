@@ -1,0 +1,1 @@
+"""What people give: rows of their files as records, filters, pair rules, splits, prompts."""
