@@ -18,8 +18,8 @@ from torch import Tensor
 from selfalign.attention import Layout, is_packing
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import FinishReason
+from selfalign.losses.refinement import augment
 from selfalign.models import UNBOUNDED
-from selfalign.refinement import augment
 from selfalign.tokenization import (
     Answer,
     decode_behind,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
     from selfalign.core.records import PreferencePair, Prompt, Response
-    from selfalign.refinement import Refinement
+    from selfalign.losses.refinement import Refinement
 
 S = TypeVar("S", bound=Sized)
 

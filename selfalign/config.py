@@ -24,7 +24,7 @@ from selfalign.data.pair_rules import AllOrdered, BestVsK, BestWorst, PairRule, 
 from selfalign.feasibility import check_counts, check_effects
 from selfalign.generation import Transformers
 from selfalign.given import Pairs, SelfRewarding
-from selfalign.losses import DPO, IPO, ODPO, Positives, SrDPO, SrIPO
+from selfalign.losses.preference import DPO, IPO, ODPO, Positives, SrDPO, SrIPO
 from selfalign.models import ModelConfig
 from selfalign.overrides import no_such
 from selfalign.publish import check_repository

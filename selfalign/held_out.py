@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from selfalign.given import Given
-from selfalign.refinement import Refinement
+from selfalign.losses.refinement import Refinement
 from selfalign.roles import Judging, Models
 from selfalign.run import Maker
 from selfalign.stages.align import augmentation_of

@@ -7,7 +7,7 @@ from selfalign.data.pair_rules import PairRule
 from selfalign.given import Pairs, SelfRewarding, makes_baseline
 from selfalign.judges.attempts import WrittenScore
 from selfalign.judges.bench import asks_a_server, wants_model
-from selfalign.losses import Positives
+from selfalign.losses.preference import Positives
 from selfalign.stages.evaluate import compares_on, opponents
 from selfalign.stages.judge import Judge, Pairwise
 from selfalign.stages.seeds import EvaluationFineTuning

@@ -24,7 +24,7 @@ from selfalign.footprint import Footprint, disk_lack, training_lack, writing_lac
 from selfalign.generation import Transformers
 from selfalign.given import SelfRewarding, data_sources
 from selfalign.judges.bench import asks_a_server, wants_model
-from selfalign.losses import Positives
+from selfalign.losses.preference import Positives
 from selfalign.models import ModelConfig
 from selfalign.optimizers import EIGHT_BIT_NEEDS
 from selfalign.plan import plan

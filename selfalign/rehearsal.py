@@ -31,9 +31,9 @@ from selfalign.given import SelfRewarding
 from selfalign.judges.bench import Subject, asks_a_server
 from selfalign.judges.referee import Referee
 from selfalign.longest import SHORTEST_PROMPT, Longest, asks, tireless, writes
-from selfalign.losses import PreferenceLoss
+from selfalign.losses.preference import PreferenceLoss
+from selfalign.losses.refinement import Refinement
 from selfalign.models import PolicyFiles
-from selfalign.refinement import Refinement
 from selfalign.run import StageFunction
 from selfalign.stages.align import align
 from selfalign.stages.compare import compare

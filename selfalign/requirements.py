@@ -13,7 +13,7 @@ from selfalign.judges.bench import OWN_MODELS, asks_a_server
 from selfalign.judges.expected import ExpectedScore, score_tokens
 from selfalign.judges.referee import Referee, verdict_tokens
 from selfalign.longest import asks, writes
-from selfalign.losses import Positives
+from selfalign.losses.preference import Positives
 from selfalign.models import PolicyFiles
 from selfalign.roles import judges_of
 from selfalign.stages.align import augmentation_of

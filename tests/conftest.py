@@ -24,7 +24,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 from jaxtyping import install_import_hook
 
 # Shapes and dtypes are checked at run time here, and nowhere else. It has to stand before selfalign is imported.
-install_import_hook(["selfalign.losses", "selfalign.refinement", "selfalign.logprobs"], "beartype.beartype")
+install_import_hook(
+    ["selfalign.losses.preference", "selfalign.losses.refinement", "selfalign.logprobs"], "beartype.beartype"
+)
 
 import importlib.util
 import logging

@@ -21,10 +21,10 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.records import PairReference
 from selfalign.examples import with_reference
 from selfalign.layouts import Layout
-from selfalign.losses import DPO, SrDPO
+from selfalign.losses.preference import DPO, SrDPO
+from selfalign.losses.refinement import Refinement
 from selfalign.metrics import averages
 from selfalign.models import LoRA, PolicyFiles
-from selfalign.refinement import Refinement
 from selfalign.stages.align import AdapterSwitchedOff, Preference, StoredReferences
 from selfalign.store.artifacts import Workspace
 from selfalign.tokenization import Answer

@@ -18,7 +18,7 @@ from selfalign.batches import (
 )
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import PreferencePair
-from selfalign.refinement import Refinement
+from selfalign.losses.refinement import Refinement
 from selfalign.tokenization import Answer, encode_prompt, plain_ids
 
 

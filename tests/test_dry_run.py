@@ -36,8 +36,8 @@ from selfalign.data.sources import as_prompt
 from selfalign.dry_run import dry_run, estimate_text
 from selfalign.generation import Request, Sampling, Transformers
 from selfalign.longest import SHORTEST_PROMPT, Longest, asks, tireless
+from selfalign.losses.refinement import Refinement
 from selfalign.models import PolicyFiles
-from selfalign.refinement import Refinement
 from selfalign.rehearsal import Rehearsal
 from selfalign.stages.sft import group_demonstrations
 from selfalign.stopwatch import Estimate, Stopwatch, fits, measure

@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from selfalign import losses, refinement
 from selfalign.core.errors import SelfalignError
+from selfalign.losses import preference, refinement
 
 BETA, LAM = 0.2, 0.5
 SR = {"beta": BETA, "lam": LAM}
@@ -199,7 +199,7 @@ CHECKS: list[Check] = [
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
 def test_worked_by_hand(check: Check) -> None:
-    check(losses, refinement)
+    check(preference, refinement)
 
 
 # Independent formulations in float64: the log-ratio is grouped by model, not by response, σ is written out, and the
@@ -241,12 +241,12 @@ def sr_ipo_exact_64(policy: list[Tensor], reference: list[Tensor], delta: Tensor
 @pytest.mark.parametrize(
     ("loss", "independent"),
     [
-        (losses.DPO(beta=0.3), dpo_64),
-        (losses.IPO(beta=0.3), ipo_64),
-        (losses.IPO(beta=0.3, reduction="mean"), ipo_mean_64),
-        (losses.SrDPO(beta=0.3, lam=0.7), sr_dpo_64),
-        (losses.SrIPO(beta=0.3, lam=0.7), sr_ipo_64),
-        (losses.SrIPO(beta=0.3, lam=0.7, target="exact"), sr_ipo_exact_64),
+        (preference.DPO(beta=0.3), dpo_64),
+        (preference.IPO(beta=0.3), ipo_64),
+        (preference.IPO(beta=0.3, reduction="mean"), ipo_mean_64),
+        (preference.SrDPO(beta=0.3, lam=0.7), sr_dpo_64),
+        (preference.SrIPO(beta=0.3, lam=0.7), sr_ipo_64),
+        (preference.SrIPO(beta=0.3, lam=0.7, target="exact"), sr_ipo_exact_64),
     ],
     ids=["dpo", "ipo", "ipo_mean", "sr_dpo", "sr_ipo", "sr_ipo_exact"],
 )
@@ -263,8 +263,8 @@ def test_values_and_gradients_equal_an_independent_float64_formulation(loss: Any
 
     narrow = [t.float().requires_grad_() for t in draw[:2]]
     counts = {"chosen_tokens": tokens[0].float(), "rejected_tokens": tokens[1].float()}
-    policy = losses.PairLogps(chosen=narrow[0], rejected=narrow[1], **counts)
-    reference = losses.PairLogps(chosen=draw[2].float(), rejected=draw[3].float())
+    policy = preference.PairLogps(chosen=narrow[0], rejected=narrow[1], **counts)
+    reference = preference.PairLogps(chosen=draw[2].float(), rejected=draw[3].float())
     actual = loss(policy, reference, delta.float())
     actual.sum().backward()
 
@@ -278,18 +278,21 @@ def test_values_and_gradients_equal_an_independent_float64_formulation(loss: Any
 @pytest.mark.parametrize(
     ("refined", "plain"),
     [
-        (losses.SrDPO(beta=0.2, lam=0.0), losses.DPO(beta=0.2)),
-        (losses.SrIPO(beta=0.2, lam=0.0), losses.IPO(beta=0.2)),
-        (losses.SrIPO(beta=0.2, lam=0.0, target="exact"), losses.IPO(beta=0.2)),
-        (losses.SrIPO(beta=0.2, lam=0.0, reduction="mean"), losses.IPO(beta=0.2, reduction="mean")),
-        (losses.SrIPO(beta=0.2, lam=0.0, reduction="mean", target="exact"), losses.IPO(beta=0.2, reduction="mean")),
+        (preference.SrDPO(beta=0.2, lam=0.0), preference.DPO(beta=0.2)),
+        (preference.SrIPO(beta=0.2, lam=0.0), preference.IPO(beta=0.2)),
+        (preference.SrIPO(beta=0.2, lam=0.0, target="exact"), preference.IPO(beta=0.2)),
+        (preference.SrIPO(beta=0.2, lam=0.0, reduction="mean"), preference.IPO(beta=0.2, reduction="mean")),
+        (
+            preference.SrIPO(beta=0.2, lam=0.0, reduction="mean", target="exact"),
+            preference.IPO(beta=0.2, reduction="mean"),
+        ),
     ],
     ids=["sr_dpo", "sr_ipo", "sr_ipo_exact", "sr_ipo_mean", "sr_ipo_mean_exact"],
 )
 def test_lambda_zero_is_the_plain_loss_bit_for_bit_gradients_included(refined: Any, plain: Any) -> None:
     results = []
     for loss in (refined, plain):
-        policy, reference = case(losses)
+        policy, reference = case(preference)
         values = loss(policy, reference, torch.tensor([3.7, -91.3]))
         values.sum().backward()
         results.append((values.detach(), policy.chosen.grad, policy.rejected.grad))
@@ -298,65 +301,65 @@ def test_lambda_zero_is_the_plain_loss_bit_for_bit_gradients_included(refined: A
 
 
 REFINED = [
-    losses.SrDPO(),
-    losses.SrIPO(),
-    losses.SrIPO(target="exact"),
-    losses.SrIPO(reduction="mean"),
-    losses.SrIPO(reduction="mean", target="exact"),
+    preference.SrDPO(),
+    preference.SrIPO(),
+    preference.SrIPO(target="exact"),
+    preference.SrIPO(reduction="mean"),
+    preference.SrIPO(reduction="mean", target="exact"),
 ]
 
 
 @pytest.mark.parametrize("loss", REFINED, ids=repr)
 def test_permuted_refinement_changes_the_loss_of_each_pair_and_their_mean(loss: Any) -> None:
     delta = torch.tensor([0.4, -0.6])
-    values = loss(*case(losses), delta)
-    permuted = loss(*case(losses), delta.flip(0))
+    values = loss(*case(preference), delta)
+    permuted = loss(*case(preference), delta.flip(0))
     assert ((values - permuted).abs() > 1e-2).all()
     assert abs(float((values - permuted).mean().detach())) > 1e-3
 
 
-@pytest.mark.parametrize("loss", [losses.DPO(), losses.IPO(), losses.SrDPO(), losses.SrIPO()], ids=repr)
+@pytest.mark.parametrize("loss", [preference.DPO(), preference.IPO(), preference.SrDPO(), preference.SrIPO()], ids=repr)
 def test_swapping_chosen_and_rejected_with_the_refinement_negates_the_margin(loss: Any) -> None:
     """The loss of the swapped pair at Δ is the loss at -h and -Δ, which swapping the responses gives."""
-    policy, reference = case(losses)
-    swapped_policy = losses.PairLogps(chosen=policy.rejected, rejected=policy.chosen)
-    swapped_reference = losses.PairLogps(chosen=reference.rejected, rejected=reference.chosen)
-    h = losses.log_ratio_margin(policy, reference)
-    assert torch.equal(losses.log_ratio_margin(swapped_policy, swapped_reference), -h)
+    policy, reference = case(preference)
+    swapped_policy = preference.PairLogps(chosen=policy.rejected, rejected=policy.chosen)
+    swapped_reference = preference.PairLogps(chosen=reference.rejected, rejected=reference.chosen)
+    h = preference.log_ratio_margin(policy, reference)
+    assert torch.equal(preference.log_ratio_margin(swapped_policy, swapped_reference), -h)
 
     values = loss(policy, reference, delta := torch.tensor([0.4, -0.6]))
     swapped = loss(swapped_policy, swapped_reference, -delta)
-    if isinstance(loss, losses.DPO | losses.SrDPO):
+    if isinstance(loss, preference.DPO | preference.SrDPO):
         # -log σ(z) - (-log σ(-z)) = -z
-        z = loss.beta * h - (loss.lam * delta if isinstance(loss, losses.SrDPO) else 0.0)
+        z = loss.beta * h - (loss.lam * delta if isinstance(loss, preference.SrDPO) else 0.0)
         torch.testing.assert_close(values - swapped, -z)
     else:
         # (m - t)² - (-m - t)² = -4mt with t = 1/(2β)
-        m = h - (loss.lam * delta if isinstance(loss, losses.SrIPO) else 0.0)
+        m = h - (loss.lam * delta if isinstance(loss, preference.SrIPO) else 0.0)
         torch.testing.assert_close(values - swapped, -4 * m / (2 * loss.beta))
 
 
 @pytest.mark.parametrize("beta", [0.05, 0.1, 1.0])
 def test_a_policy_that_is_its_reference_starts_at_ln_2_and_at_one_over_four_beta_squared(beta: float) -> None:
-    same = losses.PairLogps(
+    same = preference.PairLogps(
         chosen=torch.tensor([-3.0, -400.0]),
         rejected=torch.tensor([-90.0, -1.5]),
         chosen_tokens=torch.tensor([1.0, 70.0]),
         rejected_tokens=torch.tensor([20.0, 2.0]),
     )
     zero = torch.zeros(2)
-    for loss in (losses.DPO(beta=beta), losses.SrDPO(beta=beta)):
+    for loss in (preference.DPO(beta=beta), preference.SrDPO(beta=beta)):
         expect(loss(same, same, zero), [math.log(2)] * 2)
     for loss in (
-        losses.IPO(beta=beta),
-        losses.IPO(beta=beta, reduction="mean"),
-        losses.SrIPO(beta=beta),
-        losses.SrIPO(beta=beta, target="exact"),
-        losses.SrIPO(beta=beta, reduction="mean"),
-        losses.SrIPO(beta=beta, reduction="mean", target="exact"),
+        preference.IPO(beta=beta),
+        preference.IPO(beta=beta, reduction="mean"),
+        preference.SrIPO(beta=beta),
+        preference.SrIPO(beta=beta, target="exact"),
+        preference.SrIPO(beta=beta, reduction="mean"),
+        preference.SrIPO(beta=beta, reduction="mean", target="exact"),
     ):
         expect(loss(same, same, zero), [1 / (4 * beta * beta)] * 2)
-        if isinstance(loss, losses.SrIPO):
+        if isinstance(loss, preference.SrIPO):
             assert loss.delta(same, same).tolist() == [0.0, 0.0]
 
 
@@ -367,11 +370,11 @@ def test_averaged_target_does_not_grow_with_length(target: str, expected: float)
     h = 0.1 and Δ = β · 0.1 = 0.01, both a token; the target is 1/(2β) + λΔ = 5 + 0.005, or with λ/β 5 + 0.05.
     """
     tokens = torch.tensor([100.0, 400.0])
-    moved = losses.PairLogps(
+    moved = preference.PairLogps(
         chosen=-2.95 * tokens, rejected=-3.05 * tokens, chosen_tokens=tokens, rejected_tokens=tokens
     )
-    start = losses.PairLogps(chosen=-3 * tokens, rejected=-3 * tokens)
-    loss = losses.SrIPO(beta=0.1, lam=0.5, reduction="mean", target=target)
+    start = preference.PairLogps(chosen=-3 * tokens, rejected=-3 * tokens)
+    loss = preference.SrIPO(beta=0.1, lam=0.5, reduction="mean", target=target)
     delta = loss.delta(moved, start)
     torch.testing.assert_close(delta, torch.tensor([0.01, 0.01]), rtol=0, atol=1e-6)
     torch.testing.assert_close(loss(moved, start, delta).sqrt() + 0.1, torch.full((2,), expected), rtol=0, atol=1e-5)
@@ -379,14 +382,14 @@ def test_averaged_target_does_not_grow_with_length(target: str, expected: float)
 
 @pytest.mark.parametrize("loss", REFINED, ids=repr)
 def test_swapping_chosen_and_rejected_negates_the_refinement_of_every_loss(loss: Any) -> None:
-    policy, reference = case(losses)
-    swapped = losses.PairLogps(
+    policy, reference = case(preference)
+    swapped = preference.PairLogps(
         chosen=policy.rejected,
         rejected=policy.chosen,
         chosen_tokens=policy.rejected_tokens,
         rejected_tokens=policy.chosen_tokens,
     )
-    other = losses.PairLogps(chosen=reference.rejected, rejected=reference.chosen)
+    other = preference.PairLogps(chosen=reference.rejected, rejected=reference.chosen)
     assert torch.equal(loss.delta(swapped, other), -loss.delta(policy, reference))
 
 
@@ -394,32 +397,32 @@ def test_a_larger_refinement_asks_for_a_larger_margin() -> None:
     """Sr-DPO: the pull σ(λΔ - βh) grows with Δ. Sr-IPO: the h of least loss, 1/(2β) + λΔ, grows with Δ."""
     pulls = []
     for delta in (-1.0, 0.0, 1.0):
-        policy, reference = case(losses)
-        losses.SrDPO(**SR)(policy, reference, torch.full((2,), delta)).sum().backward()
+        policy, reference = case(preference)
+        preference.SrDPO(**SR)(policy, reference, torch.full((2,), delta)).sum().backward()
         assert policy.chosen.grad is not None
         pulls.append(-policy.chosen.grad)
     assert bool((pulls[0] < pulls[1]).all())
     assert bool((pulls[1] < pulls[2]).all())
 
-    zero = losses.PairLogps(chosen=torch.zeros(1), rejected=torch.zeros(1))
+    zero = preference.PairLogps(chosen=torch.zeros(1), rejected=torch.zeros(1))
     for target, expected in (("printed", 2.5 + 0.5 * 0.8), ("exact", 2.5 + 2.5 * 0.8)):
         for reduction, tokens in (("sum", 1), ("mean", 7)):
             counts = {"chosen_tokens": torch.tensor([float(tokens)]), "rejected_tokens": torch.tensor([3.0])}
-            best = losses.PairLogps(chosen=torch.tensor([expected * tokens]), rejected=torch.zeros(1), **counts)
-            value = losses.SrIPO(target=target, reduction=reduction, **SR)(best, zero, torch.tensor([0.8]))
+            best = preference.PairLogps(chosen=torch.tensor([expected * tokens]), rejected=torch.zeros(1), **counts)
+            value = preference.SrIPO(target=target, reduction=reduction, **SR)(best, zero, torch.tensor([0.8]))
             assert float(value) == pytest.approx(0, abs=1e-10)
 
 
 def test_doubling_a_response_leaves_the_averaged_loss_and_changes_the_summed_one() -> None:
     def loss_of(reduction: str, factor: float) -> float:
-        policy = losses.PairLogps(
+        policy = preference.PairLogps(
             chosen=torch.tensor([-10.0 * factor]),
             rejected=torch.tensor([-12.0]),
             chosen_tokens=torch.tensor([2.0 * factor]),
             rejected_tokens=torch.tensor([4.0]),
         )
-        reference = losses.PairLogps(chosen=torch.tensor([-11.0 * factor]), rejected=torch.tensor([-11.5]))
-        return float(losses.IPO(beta=0.2, reduction=reduction)(policy, reference))
+        reference = preference.PairLogps(chosen=torch.tensor([-11.0 * factor]), rejected=torch.tensor([-11.5]))
+        return float(preference.IPO(beta=0.2, reduction=reduction)(policy, reference))
 
     assert loss_of("mean", 2.0) == pytest.approx(loss_of("mean", 1.0), rel=1e-6)
     # h = 2 + 0.5 instead of 1 + 0.5: (2.5 - 2.5)² = 0 instead of 1.
@@ -428,21 +431,21 @@ def test_doubling_a_response_leaves_the_averaged_loss_and_changes_the_summed_one
 
 
 def test_averaging_without_token_counts_is_an_error() -> None:
-    logps = losses.PairLogps(chosen=torch.zeros(1), rejected=torch.zeros(1))
+    logps = preference.PairLogps(chosen=torch.zeros(1), rejected=torch.zeros(1))
     with pytest.raises(ValueError, match="need chosen_tokens and rejected_tokens"):
-        losses.IPO(reduction="mean")(logps, logps)
+        preference.IPO(reduction="mean")(logps, logps)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "loss",
-    [losses.DPO(), losses.IPO(), losses.SrDPO(), losses.SrIPO(), losses.SrIPO(target="exact")],
+    [preference.DPO(), preference.IPO(), preference.SrDPO(), preference.SrIPO(), preference.SrIPO(target="exact")],
     ids=lambda loss: f"{type(loss).__name__}-{getattr(loss, 'target', '')}",
 )
 def test_extreme_log_probabilities_give_finite_losses_and_gradients(loss: Any, dtype: torch.dtype) -> None:
     extremes = torch.tensor([0.0, -1e-30, -1e6, -1e9], dtype=dtype)
-    policy = losses.PairLogps(chosen=extremes.clone().requires_grad_(), rejected=extremes.flip(0).requires_grad_())
-    reference = losses.PairLogps(chosen=extremes.flip(0), rejected=extremes)
+    policy = preference.PairLogps(chosen=extremes.clone().requires_grad_(), rejected=extremes.flip(0).requires_grad_())
+    reference = preference.PairLogps(chosen=extremes.flip(0), rejected=extremes)
     values = loss(policy, reference, torch.tensor([1e6, -1e6, 0.0, 1e-30], dtype=dtype))
     assert values.dtype == dtype
     assert torch.isfinite(values).all()
@@ -453,23 +456,23 @@ def test_extreme_log_probabilities_give_finite_losses_and_gradients(loss: Any, d
 
 
 def test_dpo_of_a_hopeless_pair_grows_linearly_and_of_a_won_pair_vanishes() -> None:
-    zero = losses.PairLogps(chosen=torch.zeros(2), rejected=torch.zeros(2))
-    policy = losses.PairLogps(chosen=torch.tensor([-1e6, 0.0]), rejected=torch.tensor([0.0, -1e6]))
-    expect(losses.DPO(beta=0.1)(policy, zero), [1e5, 0.0])
+    zero = preference.PairLogps(chosen=torch.zeros(2), rejected=torch.zeros(2))
+    policy = preference.PairLogps(chosen=torch.tensor([-1e6, 0.0]), rejected=torch.tensor([0.0, -1e6]))
+    expect(preference.DPO(beta=0.1)(policy, zero), [1e5, 0.0])
 
 
 @pytest.mark.parametrize("name", ["DPO", "IPO", "SrDPO", "SrIPO"])
 @pytest.mark.parametrize("beta", [0.0, -0.1, math.nan, math.inf])
 def test_beta_that_is_not_above_zero_is_refused_by_name(name: str, beta: float) -> None:
     with pytest.raises(SelfalignError, match=r"loss\.beta must be above 0 and finite, got"):
-        getattr(losses, name)(beta=beta)
+        getattr(preference, name)(beta=beta)
 
 
 @pytest.mark.parametrize("name", ["SrDPO", "SrIPO"])
 @pytest.mark.parametrize("lam", [-0.5, math.nan, math.inf])
 def test_lambda_below_zero_is_refused_by_name(name: str, lam: float) -> None:
     with pytest.raises(SelfalignError, match=r"loss\.lam must be 0 or more and finite, got"):
-        getattr(losses, name)(lam=lam)
+        getattr(preference, name)(lam=lam)
 
 
 @pytest.mark.parametrize(
@@ -482,22 +485,26 @@ def test_lambda_below_zero_is_refused_by_name(name: str, lam: float) -> None:
 )
 def test_unknown_words_are_refused_with_key_and_choices(name: str, options: dict[str, str], message: str) -> None:
     with pytest.raises(SelfalignError, match=message):
-        getattr(losses, name)(**options)
+        getattr(preference, name)(**options)
 
 
 @pytest.mark.parametrize("name", ["DPO", "IPO", "SrDPO", "SrIPO"])
 def test_losses_take_no_unknown_option(name: str) -> None:
     with pytest.raises(TypeError, match="betta"):
-        getattr(losses, name)(betta=0.1)
+        getattr(preference, name)(betta=0.1)
 
 
 def test_defaults_are_the_papers() -> None:
-    assert losses.DPO().beta == losses.SrDPO().beta == losses.IPO().beta == losses.SrIPO().beta == 0.1
-    assert (losses.SrIPO().reduction, losses.SrIPO().target, losses.IPO().reduction) == ("sum", "printed", "sum")
+    assert preference.DPO().beta == preference.SrDPO().beta == preference.IPO().beta == preference.SrIPO().beta == 0.1
+    assert (preference.SrIPO().reduction, preference.SrIPO().target, preference.IPO().reduction) == (
+        "sum",
+        "printed",
+        "sum",
+    )
 
 
 def test_detached_log_probabilities_keep_numbers_and_counts() -> None:
-    policy, _ = case(losses)
+    policy, _ = case(preference)
     detached = policy.detach()
     assert not detached.chosen.requires_grad
     assert not detached.rejected.requires_grad
@@ -509,15 +516,15 @@ def test_detached_log_probabilities_keep_numbers_and_counts() -> None:
 
 @pytest.mark.parametrize("name", ["DPO", "IPO", "SrDPO", "SrIPO", "ODPO"])
 def test_nll_term_adds_the_same_to_every_loss_and_zero_adds_nothing(name: str) -> None:
-    policy, reference = case(losses)
+    policy, reference = case(preference)
     delta = torch.tensor([0.4, -0.6])
-    plain = getattr(losses, name)()(policy, reference, delta)
-    weighted = getattr(losses, name)(nll_weight=0.3)(policy, reference, delta)
+    plain = getattr(preference, name)()(policy, reference, delta)
+    weighted = getattr(preference, name)(nll_weight=0.3)(policy, reference, delta)
     expect(weighted - plain, [1.5, 1.2])
     policy.chosen_tokens = None
-    assert torch.equal(getattr(losses, name)(nll_weight=0.0)(policy, reference, delta), plain)
+    assert torch.equal(getattr(preference, name)(nll_weight=0.0)(policy, reference, delta), plain)
     with pytest.raises(ValueError, match="need chosen_tokens"):
-        getattr(losses, name)(nll_weight=0.3)(policy, reference, delta)
+        getattr(preference, name)(nll_weight=0.3)(policy, reference, delta)
 
 
 @pytest.mark.parametrize(
@@ -532,10 +539,10 @@ def test_nll_term_adds_the_same_to_every_loss_and_zero_adds_nothing(name: str) -
 )
 def test_options_out_of_range_are_refused_by_name(name: str, options: dict[str, float], message: str) -> None:
     with pytest.raises(SelfalignError, match=f"^loss.{message}"):
-        getattr(losses, name)(**options)
+        getattr(preference, name)(**options)
 
 
 @pytest.mark.parametrize("name", ["IPO", "SrIPO", "ODPO"])
 def test_label_smoothing_is_unknown_to_losses_it_has_no_meaning_for(name: str) -> None:
     with pytest.raises(TypeError, match="label_smoothing"):
-        getattr(losses, name)(label_smoothing=0.1)
+        getattr(preference, name)(label_smoothing=0.1)

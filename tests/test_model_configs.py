@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from selfalign.attention import is_packing
-from selfalign.losses import SrDPO
+from selfalign.losses.preference import SrDPO
 from selfalign.models import ModelConfig, PolicyFiles
 from selfalign.pretrained import fetch_pretrained
 from selfalign.scoring import make_scoring

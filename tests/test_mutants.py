@@ -6,7 +6,7 @@ import pytest
 from mutation import mutated
 from test_losses import CHECKS
 
-from selfalign import losses, refinement
+from selfalign.losses import preference, refinement
 
 MARGIN = "(policy.chosen - reference.chosen) - (policy.rejected - reference.rejected)"
 DPO = "logits = self.beta * log_ratio_margin(policy, reference)\n"
@@ -111,7 +111,7 @@ REFINEMENT = [
     ("p without its scale", '.replace("{scale}", str(self.scale))', ""),
     ("p with the default scale", "str(self.scale)", "str(100)"),
 ]
-MUTANTS = [(losses, *mutant) for mutant in LOSSES] + [(refinement, *mutant) for mutant in REFINEMENT]
+MUTANTS = [(preference, *mutant) for mutant in LOSSES] + [(refinement, *mutant) for mutant in REFINEMENT]
 
 
 def caught(losses_module: ModuleType, refinement_module: ModuleType) -> list[str]:
@@ -127,10 +127,10 @@ def caught(losses_module: ModuleType, refinement_module: ModuleType) -> list[str
 
 def test_unchanged_copies_pass_every_check() -> None:
     """Otherwise the copying itself, not the mutation, could be what the checks catch."""
-    with mutated(losses, MARGIN, MARGIN) as copy:
+    with mutated(preference, MARGIN, MARGIN) as copy:
         assert caught(copy, refinement) == []
     with mutated(refinement, DELTA, DELTA) as copy:
-        assert caught(losses, copy) == []
+        assert caught(preference, copy) == []
 
 
 @pytest.mark.parametrize(
@@ -139,5 +139,5 @@ def test_unchanged_copies_pass_every_check() -> None:
 def test_mutant_is_caught(module: ModuleType, old: str, new: str) -> None:
     assert old != new
     with mutated(module, old, new) as copy:
-        failures = caught(copy, refinement) if module is losses else caught(losses, copy)
+        failures = caught(copy, refinement) if module is preference else caught(preference, copy)
     assert failures, "no hand-worked check noticed this mutation"

@@ -11,7 +11,7 @@ from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
 from selfalign.batches import Group
-from selfalign.losses import DPO, IPO, PairLogps, PreferenceLoss
+from selfalign.losses.preference import DPO, IPO, PairLogps, PreferenceLoss
 from selfalign.models import PolicyFiles
 from selfalign.scoring import make_scoring
 from selfalign.stages.align import frozen_logps

@@ -17,9 +17,9 @@ from selfalign.data.containers import SHIPPED
 from selfalign.data.sources import as_prompt
 from selfalign.experiment import run_experiment
 from selfalign.generation import Request, Sampling, Transformers
-from selfalign.losses import DPO, IPO, ODPO, PreferenceLoss, SrDPO, SrIPO
+from selfalign.losses.preference import DPO, IPO, ODPO, PreferenceLoss, SrDPO, SrIPO
+from selfalign.losses.refinement import Refinement
 from selfalign.models import PolicyFiles
-from selfalign.refinement import Refinement
 from selfalign.stages.align import align, augmentation_of
 from selfalign.stages.reference import reference
 from selfalign.tokenization import encode_prompt

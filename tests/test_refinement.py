@@ -11,8 +11,8 @@ import torch
 from selfalign.batches import encode_pairs
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import PreferencePair
-from selfalign.losses import PairLogps
-from selfalign.refinement import AUGMENTATION_PROMPT, Augmentation, Refinement, augment, refinement
+from selfalign.losses.preference import PairLogps
+from selfalign.losses.refinement import AUGMENTATION_PROMPT, Augmentation, Refinement, augment, refinement
 
 
 def logps(chosen: list[float], rejected: list[float]) -> PairLogps:

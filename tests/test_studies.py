@@ -22,7 +22,7 @@ from paper_values import OURS, PAPER, SIZES, TECHNICAL, WITHOUT_EFFECT, WRITTEN_
 from selfalign.__main__ import conf_folder
 from selfalign.config import ExperimentConfig, register
 from selfalign.core.errors import SelfalignError
-from selfalign.losses import DPO, IPO, SrDPO, SrIPO
+from selfalign.losses.preference import DPO, IPO, SrDPO, SrIPO
 from selfalign.plan import plan
 from selfalign.serving import Server
 from selfalign.stages.evaluate import compares_on, opponents

@@ -25,9 +25,9 @@ from selfalign.batches import Group, PairExample, encode_group, encode_pairs
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import PairReference, PreferencePair, read_records, write_records
 from selfalign.examples import with_reference
-from selfalign.losses import DPO, IPO, SrDPO
+from selfalign.losses.preference import DPO, IPO, SrDPO
+from selfalign.losses.refinement import Refinement
 from selfalign.models import LoRA, Policy, PolicyFiles
-from selfalign.refinement import Refinement
 from selfalign.scoring import Scorer
 from selfalign.stages.align import Preference, StoredReferences
 from selfalign.stages.reference import reference

@@ -104,7 +104,7 @@ def now() -> float:
 def ours(job: argparse.Namespace, *, refined: bool, lora: bool) -> list[float]:
     """DPO or Sr-DPO through selfalign's trainer, reference values stored."""
     from selfalign.batches import Group, PairExample
-    from selfalign.losses import DPO, SrDPO
+    from selfalign.losses.preference import DPO, SrDPO
     from selfalign.models import LoRA, Policy, PolicyFiles
     from selfalign.stages.align import Preference, StoredReferences
     from selfalign.store.artifacts import Workspace

@@ -37,9 +37,9 @@ from selfalign.core.records import (
 from selfalign.data.pair_rules import BestWorst
 from selfalign.examples import StoredExamples, follow_references, store_examples
 from selfalign.generation import Completion, Request, Sampling, Transformers, TransformersGenerator
+from selfalign.losses.refinement import Refinement
 from selfalign.models import ModelConfig, PolicyFiles
 from selfalign.pretrained import fetch_pretrained
-from selfalign.refinement import Refinement
 from selfalign.scoring import Scorer
 from selfalign.stages.pair import pair
 from selfalign.stages.reference import reference

@@ -19,7 +19,8 @@ from selfalign.core.jsonl import chunks
 from selfalign.core.records import PreferencePair, stream_records
 from selfalign.examples import follow_references, store_examples
 from selfalign.layouts import my_passes, out_of_wrapper
-from selfalign.losses import ODPO, PairLogps, PreferenceLoss, SrDPO, SrIPO, rewards
+from selfalign.losses.preference import ODPO, PairLogps, PreferenceLoss, SrDPO, SrIPO, rewards
+from selfalign.losses.refinement import Refinement
 from selfalign.metrics import (
     Sums,
     add_sums,
@@ -30,7 +31,6 @@ from selfalign.metrics import (
     reward_metrics,
 )
 from selfalign.models import Policy, PolicyFiles, autocast
-from selfalign.refinement import Refinement
 from selfalign.scoring import make_scoring
 from selfalign.splits import hold_out
 from selfalign.store.artifacts import Artefact, Counts, Workspace, together
@@ -66,7 +66,7 @@ def align(
         pairs: pairs.jsonl.
         reference: references.jsonl, the reference policy's log-probabilities of these pairs; or that policy itself,
             which is then asked at every step.
-        loss: one of `selfalign.losses`.
+        loss: one of `selfalign.losses.preference`.
         start: references.jsonl, M_t's own log-probabilities of these pairs; None where the reference is M_t itself,
             so that the first step has a known loss, which is checked, and where another policy is asked at every step.
         held_out: how many pairs are set aside, to be measured and not trained on; they share no text with others.
@@ -207,7 +207,7 @@ class Preference:
     """A preference loss over pairs, with the refinement pass where the loss asks for one.
 
     Attributes:
-        loss: one of `selfalign.losses`.
+        loss: one of `selfalign.losses.preference`.
         references: the reference policy's log-probabilities.
         starts_as_reference: whether the first step's values are known.
         dtype: what the policy multiplies in; it decides how far the first step may be off.

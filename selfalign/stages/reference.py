@@ -5,8 +5,8 @@ from collections import Counter
 from selfalign.batches import PairExample, encode_pairs
 from selfalign.core.jsonl import chunks
 from selfalign.core.records import PairReference, PreferencePair, count_records, stream_records, write_records
+from selfalign.losses.refinement import Refinement
 from selfalign.models import PolicyFiles
-from selfalign.refinement import Refinement
 from selfalign.scoring import Scorer
 from selfalign.store.artifacts import Artefact, Counts, Workspace, together
 from selfalign.store.journal import Journal

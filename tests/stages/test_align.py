@@ -31,9 +31,9 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.files import write_json
 from selfalign.core.records import PairReference, PreferencePair
 from selfalign.examples import with_reference
-from selfalign.losses import DPO, IPO, ODPO, PreferenceLoss, SrDPO, SrIPO
+from selfalign.losses.preference import DPO, IPO, ODPO, PreferenceLoss, SrDPO, SrIPO
+from selfalign.losses.refinement import Refinement
 from selfalign.models import Policy, PolicyFiles
-from selfalign.refinement import Refinement
 from selfalign.splits import Known, split_pairs
 from selfalign.stages import align as module
 from selfalign.stages.align import (

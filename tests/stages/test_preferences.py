@@ -38,9 +38,9 @@ from selfalign.core.records import (
 from selfalign.endpoint import Endpoint
 from selfalign.judges.expected import ExpectedScore
 from selfalign.judges.external import ExternalScore
+from selfalign.losses.refinement import Augmentation, Refinement, augment
 from selfalign.metrics import METRICS
 from selfalign.models import PolicyFiles
-from selfalign.refinement import Augmentation, Refinement, augment
 from selfalign.stages import preferences as module
 from selfalign.stages.evaluate import PreferenceTest
 from selfalign.stages.preferences import preference_test, preferences

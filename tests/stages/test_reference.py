@@ -15,8 +15,8 @@ from builders import (
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import PairReference, PreferencePair, read_records
+from selfalign.losses.refinement import Refinement
 from selfalign.models import PolicyFiles
-from selfalign.refinement import Refinement
 from selfalign.scoring import Scorer
 from selfalign.stages.reference import reference
 

@@ -18,7 +18,7 @@ from selfalign.data.prompts import check_template
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-    from selfalign.losses import PairLogps
+    from selfalign.losses.preference import PairLogps
 
 AUGMENTATION_PROMPT = (
     "Answer the query below. On a scale from 1 to {scale}, where {scale} is the best, "

@@ -4,7 +4,7 @@ Throughout, for a pair (y⁺, y⁻) of one prompt x,
 
     h = [log π(y⁺|x) - log π_ref(y⁺|x)] - [log π(y⁻|x) - log π_ref(y⁻|x)]        in nats, summed over tokens
 
-and Δ is the refinement of `selfalign.refinement`, without gradient.
+and Δ is the refinement of `selfalign.losses.refinement`, without gradient.
 """
 
 import math
@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from selfalign.core.errors import SelfalignError
-from selfalign.refinement import Refinement, refinement
+from selfalign.losses.refinement import Refinement, refinement
 
 Values = Float[Tensor, "pairs"]
 

@@ -1,0 +1,1 @@
+"""The equations: preference losses and the refinement function, pure and unreduced."""
