@@ -17,7 +17,7 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 import selfalign
-from selfalign.metrics import METRICS
+from selfalign.metrics.catalog import METRICS
 
 DOCS = Path(__file__).parent
 PACKAGE = Path(selfalign.__file__).parent

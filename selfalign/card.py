@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from selfalign.core.files import write_atomically
 from selfalign.markdown import bullets, code, fenced, folded, table
-from selfalign.metrics import METRICS
+from selfalign.metrics.catalog import METRICS
 from selfalign.report.finished import Finished
 from selfalign.report.markup import Column, is_number, plural, present, show
 from selfalign.report.measured import ANSWERS, JUDGING, OTHERS

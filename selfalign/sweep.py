@@ -19,7 +19,7 @@ from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json, write_json
 from selfalign.experiment import finish_experiment, log_file
-from selfalign.metrics import signed
+from selfalign.metrics.catalog import signed
 from selfalign.report.jobs import JOBS, read_jobs
 from selfalign.run import run_folder
 from selfalign.store.artifacts import locked

@@ -24,7 +24,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed
 from selfalign.core.progress import progress_bar
 from selfalign.layouts import Layout, Pass, keep_masters, my_passes
-from selfalign.metrics import Sums, add_sums, averages
+from selfalign.metrics.catalog import Sums, add_sums, averages
 from selfalign.models import Policy, autocast, default_device
 from selfalign.optimizers import build_optimizer
 from selfalign.store.artifacts import Workspace

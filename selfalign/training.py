@@ -14,7 +14,7 @@ from selfalign.choose import CheckpointSelector, ChooseConfig
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError, reason_of
 from selfalign.layouts import Layout, collect, out_of_wrapper
-from selfalign.metrics import Sums
+from selfalign.metrics.catalog import Sums
 from selfalign.models import DTYPES, LoRA, Policy, PolicyFiles, fastest_dtype
 from selfalign.scoring import make_scoring
 from selfalign.store.artifacts import Workspace

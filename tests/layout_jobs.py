@@ -23,7 +23,7 @@ from selfalign.examples import with_reference
 from selfalign.layouts import Layout
 from selfalign.losses.preference import DPO, SrDPO
 from selfalign.losses.refinement import Refinement
-from selfalign.metrics import averages
+from selfalign.metrics.catalog import averages
 from selfalign.models import LoRA, PolicyFiles
 from selfalign.stages.align import AdapterSwitchedOff, Preference, StoredReferences
 from selfalign.store.artifacts import Workspace

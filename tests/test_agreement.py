@@ -8,10 +8,10 @@ import pytest
 from builders import judgement
 from scipy import stats
 
-from selfalign.agreement import Question, calibration, judge_quality, length_correlation
 from selfalign.core.records import RankedAnswers
-from selfalign.metrics import METRICS
-from selfalign.statistics import wilson
+from selfalign.metrics.catalog import METRICS
+from selfalign.metrics.intervals import wilson
+from selfalign.metrics.judge_quality import Question, calibration, judge_quality, length_correlation
 
 
 def measure(*cases: tuple[tuple[int, ...], tuple[float, ...]], top: float = 5) -> dict[str, float]:

@@ -4,10 +4,10 @@ import sys
 import pytest
 from mutation import assert_caught
 
-from selfalign import drift
 from selfalign.core.errors import SelfalignError
-from selfalign.drift import Limits
-from selfalign.metrics import METRICS
+from selfalign.metrics import limits
+from selfalign.metrics.catalog import METRICS
+from selfalign.metrics.limits import Limits
 
 BOUNDS = {name: metric for name, metric, _, _ in Limits().bounds()}
 
@@ -86,4 +86,4 @@ def test_mutant_is_caught(
 ) -> None:
     given = {"monkeypatch": monkeypatch, "caplog": caplog, "name": "chosen_change"}
     check = test_a_fall_beyond_its_bound_is_told_and_a_rise_is_not
-    assert_caught(drift, sys.modules[__name__], old, new, check, given)
+    assert_caught(limits, sys.modules[__name__], old, new, check, given)

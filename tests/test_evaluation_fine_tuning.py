@@ -13,7 +13,7 @@ from selfalign.config import ExperimentConfig
 from selfalign.core.files import read_json
 from selfalign.core.records import Demonstration, Judgement, RankedAnswers, read_records
 from selfalign.experiment import look_ahead
-from selfalign.metrics import METRICS
+from selfalign.metrics.catalog import METRICS
 from selfalign.plan import plan
 from selfalign.report.finished import Finished
 from selfalign.stages.judge import parse_score

@@ -14,8 +14,8 @@ from selfalign.config import ExperimentConfig, choices
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
 from selfalign.core.records import MeasuredPair, PreferencePair, read_records
-from selfalign.drift import Limits
 from selfalign.experiment import run_experiment
+from selfalign.metrics.limits import Limits
 from selfalign.plan import plan
 from selfalign.splits import Known, split_pairs
 from selfalign.tracking import NoTracker

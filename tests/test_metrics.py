@@ -5,7 +5,7 @@ from builders import judgement
 from scipy import stats
 
 from selfalign.core.records import Judgement, JudgementStatus
-from selfalign.metrics import (
+from selfalign.metrics.catalog import (
     METRICS,
     Sums,
     add_sums,
@@ -20,7 +20,7 @@ from selfalign.metrics import (
     score_histogram,
     win_statistics,
 )
-from selfalign.statistics import length_controlled, wilson
+from selfalign.metrics.intervals import length_controlled, wilson
 
 # --- shares and head to head -------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from selfalign.core.records import (
     ResponseScore,
     read_records,
 )
-from selfalign.metrics import METRICS
+from selfalign.metrics.catalog import METRICS
 from selfalign.models import PolicyFiles
 from selfalign.plan import plan
 from selfalign.store.artifacts import Store, Workspace

@@ -21,7 +21,7 @@ from selfalign.core.records import (
     RankedAnswers,
     Response,
 )
-from selfalign.metrics import METRICS
+from selfalign.metrics.catalog import METRICS
 from selfalign.report import write_report
 from selfalign.report.charts import Series, draw_curves, draw_histogram, draw_models, moving_mean, spread, tick_labels
 from selfalign.report.finished import Candidate, Finished, best_first, read_samples, with_winner

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import optimize, special, stats
 
-from selfalign.statistics import (
+from selfalign.metrics.intervals import (
     RIDGE,
     Estimate,
     bootstrap,

@@ -4,7 +4,7 @@ import pytest
 
 from selfalign.data.sources import read_demonstrations, read_instructions
 from selfalign.data.text_filters import Language, is_fragment, words_of
-from selfalign.statistics import repeated
+from selfalign.metrics.intervals import repeated
 
 
 def test_words_are_compared_without_case_and_punctuation() -> None:

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from selfalign import workspace
-from selfalign.metrics import METRICS
+from selfalign.metrics.catalog import METRICS
 from selfalign.tracking import BY_ITERATION
 from selfalign.workspace import as_sent, build, main
 

@@ -32,8 +32,8 @@ class AlpacaReferee(Referee):
 class AlpacaEval:
     """Each instruction's answer is compared with the reference output in both orders; disagreement is a tie.
 
-    `win_rate` counts a tie half. `win_rate_length_controlled` is that of `selfalign.statistics`; alpaca_eval's own
-    also knows how difficult each instruction is, and is computed from the files that are written here.
+    `win_rate` counts a tie half. `win_rate_length_controlled` is that of `selfalign.metrics.intervals`; alpaca_eval's
+    own also knows how difficult each instruction is, and is computed from the files that are written here.
     Differs from alpaca_eval, which shows one order, drawn at random, and weights by the judge's probabilities.
 
     Attributes:

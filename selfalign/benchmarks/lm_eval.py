@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from selfalign.benchmarks.entrant import Entrant
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_folder, path_of
-from selfalign.statistics import Estimate
+from selfalign.metrics.intervals import Estimate
 from selfalign.store.artifacts import Counts, Workspace
 
 if TYPE_CHECKING:

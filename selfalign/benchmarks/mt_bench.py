@@ -20,7 +20,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_file
 from selfalign.core.records import write_records
 from selfalign.generation import Sampling
-from selfalign.statistics import bootstrap_ratio
+from selfalign.metrics.intervals import bootstrap_ratio
 from selfalign.store.artifacts import Counts, Workspace
 
 OTHERWISE = 0.7

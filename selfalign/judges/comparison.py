@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from selfalign.core.records import Comparison, Instruction, JudgementStatus, Response, Verdict
 from selfalign.judges.parsing import read_bracketed
 from selfalign.judges.verdict_text import other_choices
-from selfalign.statistics import RunningMean
+from selfalign.metrics.intervals import RunningMean
 
 VERDICT = re.compile(r"\[\[([ABC])\]\]")
 

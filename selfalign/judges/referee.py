@@ -17,7 +17,7 @@ from selfalign.judges.bench import Bench, check_batch_tokens, check_model, check
 from selfalign.judges.comparison import Duel, Reading, Showing, bias_statistics, compare, parse_verdict, unread_text
 from selfalign.judges.expected import distribution, tokens_behind
 from selfalign.judges.unread import Unread
-from selfalign.metrics import win_statistics
+from selfalign.metrics.catalog import win_statistics
 from selfalign.store.artifacts import Counts
 from selfalign.tokenization import encode_prompt
 

@@ -11,7 +11,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.files import write_atomically
 from selfalign.core.formatting import duration, plural
 from selfalign.core.records import Instruction
-from selfalign.metrics import METRICS
+from selfalign.metrics.catalog import METRICS
 from selfalign.report.across import curves, over_iterations, over_settings, which
 from selfalign.report.findings import caveats, named, opponents, verdict, what_differs
 from selfalign.report.finished import Candidate, Sample, read_answers, stream_there

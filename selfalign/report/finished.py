@@ -25,7 +25,7 @@ from selfalign.core.records import (
     stream_records,
 )
 from selfalign.data.turns import as_text
-from selfalign.statistics import bootstrap_mean, wilson
+from selfalign.metrics.intervals import bootstrap_mean, wilson
 
 R = TypeVar(
     "R", Comparison, Demonstration, Instruction, Judgement, PreferencePair, RankedAnswers, Response, ResponseScore

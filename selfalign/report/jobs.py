@@ -12,7 +12,7 @@ import yaml
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
-from selfalign.metrics import signed
+from selfalign.metrics.catalog import signed
 from selfalign.report.finished import Finished
 from selfalign.report.markup import is_number
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from selfalign.core.files import write_atomically
 from selfalign.core.formatting import duration, plural
-from selfalign.metrics import METRICS
+from selfalign.metrics.catalog import METRICS
 from selfalign.report.charts import SMOOTHED, Series, draw_curves, draw_models, series_of, smoothing
 from selfalign.report.finished import Finished, read_head_to_head, read_samples
 from selfalign.report.markup import (

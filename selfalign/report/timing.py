@@ -8,7 +8,7 @@ from typing import Any
 
 from selfalign.core.files import read_json, read_lines
 from selfalign.core.formatting import duration
-from selfalign.metrics import METRICS
+from selfalign.metrics.catalog import METRICS
 from selfalign.report.finished import Finished
 from selfalign.report.markup import Column, decimals, explained, note
 from selfalign.report.prose import LOSSES

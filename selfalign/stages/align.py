@@ -21,7 +21,7 @@ from selfalign.examples import follow_references, store_examples
 from selfalign.layouts import my_passes, out_of_wrapper
 from selfalign.losses.preference import ODPO, PairLogps, PreferenceLoss, SrDPO, SrIPO, rewards
 from selfalign.losses.refinement import Refinement
-from selfalign.metrics import (
+from selfalign.metrics.catalog import (
     Sums,
     add_sums,
     averages,

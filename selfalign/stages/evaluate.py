@@ -4,16 +4,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from selfalign.agreement import Question, calibration, judge_quality
 from selfalign.benchmarks.mt_bench import MTBench
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import FinishReason, Judgement, RankedAnswers, Response, read_records, read_scores
 from selfalign.data.text_filters import words_of
-from selfalign.drift import Limits
 from selfalign.generation import Sampling
 from selfalign.judges.bench import asks_a_server
-from selfalign.metrics import outcomes_by_score, win_statistics
-from selfalign.statistics import correlation, distinct, repeated
+from selfalign.metrics.catalog import outcomes_by_score, win_statistics
+from selfalign.metrics.intervals import correlation, distinct, repeated
+from selfalign.metrics.judge_quality import Question, calibration, judge_quality
+from selfalign.metrics.limits import Limits
 from selfalign.store.artifacts import Artefact, Counts, Workspace
 
 

@@ -16,7 +16,7 @@ from selfalign.data.rouge import Known
 from selfalign.data.text_filters import Language, is_fragment, words_of
 from selfalign.data.turns import instruction_of
 from selfalign.generation import Backend, Completion, Generator, Request, Sampling, write_all
-from selfalign.metrics import instruction_statistics
+from selfalign.metrics.catalog import instruction_statistics
 from selfalign.models import PolicyFiles
 from selfalign.store.artifacts import Artefact, Counts, Workspace, together
 from selfalign.tokenization import encode_prompt

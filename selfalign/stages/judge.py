@@ -41,9 +41,9 @@ from selfalign.judges.pairwise import Pairwise
 from selfalign.judges.parsing import Parsed, parse_score
 from selfalign.judges.sampled import SampledScore
 from selfalign.judges.unread import Unread
-from selfalign.metrics import Sums, add_sums, averages, judgement_statistics
+from selfalign.metrics.catalog import Sums, add_sums, averages, judgement_statistics
+from selfalign.metrics.intervals import RunningMean, entropy
 from selfalign.models import PolicyFiles
-from selfalign.statistics import RunningMean, entropy
 from selfalign.store.artifacts import Artefact, Counts, Workspace, together
 
 __all__ = [

@@ -22,8 +22,8 @@ from selfalign.core.records import (
 from selfalign.data.pair_rules import Candidate, PairRule, pick_pairs
 from selfalign.data.sources import as_prompt, read_pairs
 from selfalign.data.turns import compared, texts_in
+from selfalign.metrics.intervals import RunningMean, correlation
 from selfalign.splits import Known, split_pairs
-from selfalign.statistics import RunningMean, correlation
 from selfalign.store.artifacts import Artefact, Counts, Workspace
 
 

@@ -24,9 +24,9 @@ from selfalign.data.sources import best_against_worst, read_pairs
 from selfalign.data.turns import as_text
 from selfalign.losses.preference import PairLogps, rewards
 from selfalign.losses.refinement import refinement
-from selfalign.metrics import averages, reward_intervals, reward_metrics
+from selfalign.metrics.catalog import averages, reward_intervals, reward_metrics
+from selfalign.metrics.intervals import bootstrap, bootstrap_correlation, bootstrap_mean
 from selfalign.splits import Known, texts_of
-from selfalign.statistics import bootstrap, bootstrap_correlation, bootstrap_mean
 from selfalign.store.artifacts import Artefact, Counts, Workspace
 
 logger = logging.getLogger(__name__)

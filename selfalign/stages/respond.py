@@ -9,8 +9,8 @@ from selfalign.core.jsonl import chunks
 from selfalign.core.records import FinishReason, Instruction, Response, count_records, stream_records, write_records
 from selfalign.data.sources import as_prompt
 from selfalign.generation import Backend, Completion, Generator, Request, Sampling, write_all
+from selfalign.metrics.intervals import RunningMean
 from selfalign.models import PolicyFiles
-from selfalign.statistics import RunningMean
 from selfalign.store.artifacts import Artefact, Counts, Workspace, together
 from selfalign.store.journal import Journal
 from selfalign.tokenization import encode_prompt, has_unknown, unknown_counts, warn_of_unknown

@@ -15,8 +15,8 @@ from selfalign.core.files import read_json
 from selfalign.data.sources import as_prompt
 from selfalign.endpoint import Endpoint
 from selfalign.generation import Sampling, Transformers
+from selfalign.metrics.intervals import length_controlled, wilson
 from selfalign.models import PolicyFiles
-from selfalign.statistics import length_controlled, wilson
 from selfalign.tokenization import encode_prompt
 
 PROMPT = (

@@ -31,7 +31,7 @@ from selfalign.benchmarks.lm_eval import LmEval, LmEvalTask
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_folder
 from selfalign.generation import Transformers
-from selfalign.metrics import METRICS
+from selfalign.metrics.catalog import METRICS
 from selfalign.models import PolicyFiles
 from selfalign.store.artifacts import Counts
 

@@ -15,7 +15,7 @@ from selfalign.core.files import read_json
 from selfalign.core.records import Comparison, read_records
 from selfalign.evaluator import evaluate_models, plain_name
 from selfalign.generation import Transformers
-from selfalign.metrics import METRICS, meaning_in_benchmark
+from selfalign.metrics.catalog import METRICS, meaning_in_benchmark
 from selfalign.models import PolicyFiles
 from selfalign.plan import plan
 from selfalign.stages.benchmark import benchmark

@@ -13,10 +13,10 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Comparison, read_records
 from selfalign.endpoint import Endpoint
 from selfalign.judges import referee
+from selfalign.metrics.intervals import wilson
 from selfalign.models import PolicyFiles
 from selfalign.stages import compare as module
 from selfalign.stages.compare import HeadToHead, compare
-from selfalign.statistics import wilson
 from selfalign.store.artifacts import Artefact, Counts
 
 PROMPT = "{instruction}\n<first>\n{first}\n</first>\n<second>\n{second}\n</second>"

@@ -9,10 +9,10 @@ from selfalign.benchmarks.lm_eval import LmEval
 from selfalign.benchmarks.mt_bench import MTBench
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import FinishReason, RankedAnswers
-from selfalign.drift import Limits
+from selfalign.metrics.intervals import length_controlled, wilson
+from selfalign.metrics.limits import Limits
 from selfalign.stages.compare import HeadToHead
 from selfalign.stages.evaluate import Answered, EvaluateConfig, Judged, compares_on, evaluate, opponents
-from selfalign.statistics import length_controlled, wilson
 from selfalign.store.artifacts import Artefact, Counts
 
 Scores = dict[str, list[float | None]]

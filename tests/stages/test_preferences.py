@@ -39,13 +39,13 @@ from selfalign.endpoint import Endpoint
 from selfalign.judges.expected import ExpectedScore
 from selfalign.judges.external import ExternalScore
 from selfalign.losses.refinement import Augmentation, Refinement, augment
-from selfalign.metrics import METRICS
+from selfalign.metrics.catalog import METRICS
+from selfalign.metrics.intervals import wilson
 from selfalign.models import PolicyFiles
 from selfalign.stages import preferences as module
 from selfalign.stages.evaluate import PreferenceTest
 from selfalign.stages.preferences import preference_test, preferences
 from selfalign.stages.reference import reference
-from selfalign.statistics import wilson
 from selfalign.store.artifacts import Artefact, Counts
 
 # log-probabilities of (chosen, rejected) given x and given p⊕x; the reference's are all -10.

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from scipy import stats
 
 from selfalign.core.records import Judgement
-from selfalign.statistics import RunningMean, distinct, length_controlled, wilson
+from selfalign.metrics.intervals import RunningMean, distinct, length_controlled, wilson
 
 METRICS = {
     "context": "the longest sequence M0 takes, in tokens",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from selfalign.core.records import Judgement, RankedAnswers
-from selfalign.statistics import bootstrap_ratio, bootstrap_share, correlation, entropy
+from selfalign.metrics.intervals import bootstrap_ratio, bootstrap_share, correlation, entropy
 
 
 @dataclass(frozen=True, slots=True)
