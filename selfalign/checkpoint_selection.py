@@ -14,7 +14,7 @@ from selfalign.core.files import read_json, write_json
 from selfalign.generation import Backend, Sampling
 from selfalign.judges.referee import Referee
 from selfalign.metrics.intervals import sign_test
-from selfalign.models import Policy, PolicyFiles
+from selfalign.models.checkpoint import Policy, PolicyFiles
 from selfalign.stages.compare import compare
 from selfalign.stages.respond import RespondConfig, respond
 from selfalign.store.artifacts import Artefact, Counts, Workspace

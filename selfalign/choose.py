@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 from selfalign.core.errors import SelfalignError
 from selfalign.generation import Sampling
-from selfalign.models import Policy, PolicyFiles
+from selfalign.models.checkpoint import Policy, PolicyFiles
 from selfalign.store.artifacts import Counts, Workspace
 
 

@@ -25,10 +25,10 @@ from selfalign.feasibility import check_counts, check_effects
 from selfalign.generation import Transformers
 from selfalign.given import Pairs, SelfRewarding
 from selfalign.losses.preference import DPO, IPO, ODPO, Positives, SrDPO, SrIPO
-from selfalign.models import ModelConfig
+from selfalign.models.checkpoint import ModelConfig
+from selfalign.models.quantization import check_engine
 from selfalign.overrides import no_such
 from selfalign.publish import check_repository
-from selfalign.quantization import check_engine
 from selfalign.run import check_name
 from selfalign.serving import Server
 from selfalign.stages.compare import HeadToHead

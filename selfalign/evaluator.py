@@ -14,7 +14,7 @@ from selfalign.core.files import digest_json
 from selfalign.evaluation import Evaluation
 from selfalign.experiment import Shown, conclude, log_file, read_own
 from selfalign.given import Given
-from selfalign.models import ModelConfig
+from selfalign.models.checkpoint import ModelConfig
 from selfalign.report import write_report
 from selfalign.report.finished import check_artefacts
 from selfalign.roles import Judging, Models, fixed_judges, load_model

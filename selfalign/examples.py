@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_args, get_origin, g
 import msgspec
 import numpy as np
 
-from selfalign.batches import Group, PairExample
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json, write_json
 from selfalign.core.jsonl import chunks
 from selfalign.core.records import HasId, PairReference, stream_records
+from selfalign.models.batches import Group, PairExample
 
 if TYPE_CHECKING:
     import datasets

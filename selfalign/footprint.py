@@ -18,7 +18,7 @@ import torch
 from selfalign.core import distributed
 from selfalign.core.formatting import amount, plural
 from selfalign.layouts import Layout
-from selfalign.models import LoRA, ModelConfig
+from selfalign.models.checkpoint import LoRA, ModelConfig
 
 logger = logging.getLogger(__name__)
 

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import FinishReason, as_plain
-from selfalign.models import DTYPES, InMemory, PolicyFiles, fastest_dtype
-from selfalign.scoring import Scorer, ask_all, responses_in
-from selfalign.tokenization import decode_response, silent_ids, stop_ids
+from selfalign.models.checkpoint import DTYPES, InMemory, PolicyFiles, fastest_dtype
+from selfalign.models.scorer import Scorer, ask_all, responses_in
+from selfalign.models.tokenizer import decode_response, silent_ids, stop_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-    from selfalign.batches import Group
+    from selfalign.models.batches import Group
     from selfalign.store.journal import Journal, Task
 
 STATES = ("past_key_values", "cache_params", "state")

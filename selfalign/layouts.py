@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Generic
 import torch
 from torch import nn
 
-from selfalign.batches import S, split_by_tokens
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
+from selfalign.models.batches import S, split_by_tokens
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

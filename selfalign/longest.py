@@ -13,8 +13,8 @@ from selfalign.judges.attempts import WrittenScore
 from selfalign.judges.bench import asks_a_server
 from selfalign.judges.expected import ExpectedScore
 from selfalign.judges.referee import Referee
-from selfalign.models import PolicyFiles
-from selfalign.tokenization import encode_prompt, plain_ids
+from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.tokenizer import encode_prompt, plain_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer

@@ -9,8 +9,10 @@ import psutil
 import torch
 from safetensors import safe_open
 
-from selfalign.capabilities import Capabilities
-from selfalign.chat_template import (
+from selfalign.core.errors import SelfalignError
+from selfalign.model_trials import Scoring, check_gradient, dropout_applies, writing_of
+from selfalign.models.capabilities import Capabilities
+from selfalign.models.chat_template import (
     ASKED,
     BEGINNINGS,
     EARLIER,
@@ -28,11 +30,8 @@ from selfalign.chat_template import (
     unmarked_control_words,
     writes_all,
 )
-from selfalign.core.errors import SelfalignError
-from selfalign.model_trials import Scoring, check_gradient, dropout_applies, writing_of
-from selfalign.models import Policy, PolicyFiles, default_device
-from selfalign.store.artifacts import Counts
-from selfalign.tokenization import (
+from selfalign.models.checkpoint import Policy, PolicyFiles, default_device
+from selfalign.models.tokenizer import (
     RARE,
     Answer,
     decode_response,
@@ -42,6 +41,7 @@ from selfalign.tokenization import (
     strips_answers,
     unknown_id,
 )
+from selfalign.store.artifacts import Counts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from selfalign.attention import enable_packing
-from selfalign.batches import Group, make_batch
-from selfalign.capabilities import Capabilities
-from selfalign.chat_template import control_ids
 from selfalign.core.errors import SelfalignError, reason_of
 from selfalign.generation import Sampling, TransformersGenerator
-from selfalign.logprobs import score_responses_only
-from selfalign.models import Policy, longest_sequence
-from selfalign.scoring import set_dropout, stays_in_inference
+from selfalign.models.batches import Group, make_batch
+from selfalign.models.capabilities import Capabilities
+from selfalign.models.chat_template import control_ids
+from selfalign.models.checkpoint import Policy, longest_sequence
+from selfalign.models.logprobs import score_responses_only
+from selfalign.models.packed_attention import enable_packing
+from selfalign.models.scorer import set_dropout, stays_in_inference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,7 +14,7 @@ from selfalign.evaluation import Evaluation
 from selfalign.given import Given, SelfRewarding, makes_baseline
 from selfalign.judges.bench import asks_a_server
 from selfalign.losses.preference import Positives
-from selfalign.models import ModelConfig
+from selfalign.models.checkpoint import ModelConfig
 from selfalign.requirements import check_requirements
 from selfalign.roles import Judging, Models, checkpoint_judge, fixed_judges, load_model
 from selfalign.run import Maker

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selfalign import quantization
 from selfalign.benchmarks.entrant import judges_to_load
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
@@ -25,10 +24,11 @@ from selfalign.generation import Transformers
 from selfalign.given import SelfRewarding, data_sources
 from selfalign.judges.bench import asks_a_server, wants_model
 from selfalign.losses.preference import Positives
-from selfalign.models import ModelConfig
+from selfalign.models import quantization
+from selfalign.models.checkpoint import ModelConfig
+from selfalign.models.pretrained import find_local
 from selfalign.optimizers import EIGHT_BIT_NEEDS
 from selfalign.plan import plan
-from selfalign.pretrained import find_local
 from selfalign.roles import judges_of
 from selfalign.serving import Server
 from selfalign.tracking import Wandb, has_key, said_mode

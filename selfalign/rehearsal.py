@@ -33,7 +33,8 @@ from selfalign.judges.referee import Referee
 from selfalign.longest import SHORTEST_PROMPT, Longest, asks, tireless, writes
 from selfalign.losses.preference import PreferenceLoss
 from selfalign.losses.refinement import Refinement
-from selfalign.models import PolicyFiles
+from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.tokenizer import encode_prompt
 from selfalign.run import StageFunction
 from selfalign.stages.align import align
 from selfalign.stages.compare import compare
@@ -47,7 +48,6 @@ from selfalign.stages.respond import RespondConfig, respond
 from selfalign.stages.sft import group_demonstrations, sft
 from selfalign.stopwatch import Estimate, Measured, Stopwatch, forget_peak_memory, measure, peak
 from selfalign.store.artifacts import Artefact, Store, canonical
-from selfalign.tokenization import encode_prompt
 from selfalign.training import Optimization, Precision, Weights
 
 if TYPE_CHECKING:

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 from selfalign.benchmarks.alpaca_eval import AlpacaEval
 from selfalign.benchmarks.mt_bench import MTBench
-from selfalign.chat_template import opened_thought
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Demonstration, PreferencePair, Prompt, stream_records
 from selfalign.given import Given, SelfRewarding
@@ -14,12 +13,13 @@ from selfalign.judges.expected import ExpectedScore, score_tokens
 from selfalign.judges.referee import Referee, verdict_tokens
 from selfalign.longest import asks, writes
 from selfalign.losses.preference import Positives
-from selfalign.models import PolicyFiles
+from selfalign.models.chat_template import opened_thought
+from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.tokenizer import encode_prompt, plain_ids
 from selfalign.roles import judges_of
 from selfalign.stages.align import augmentation_of
 from selfalign.stages.seeds import EvaluationFineTuning
 from selfalign.store.artifacts import Artefact
-from selfalign.tokenization import encode_prompt, plain_ids
 
 if TYPE_CHECKING:
     from selfalign.config import ExperimentConfig

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 from selfalign.benchmarks.entrant import judges_to_load
 from selfalign.core.files import derive_seed
 from selfalign.judges.bench import OWN_MODELS, asks_a_server, wants_model
-from selfalign.models import ModelConfig
-from selfalign.pretrained import identify_source
+from selfalign.models.checkpoint import ModelConfig
+from selfalign.models.pretrained import identify_source
 from selfalign.run import Maker
 from selfalign.stages.judge import ImplicitReward, Judge, judge
 from selfalign.stages.pretrained import pretrained

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from selfalign.core.errors import SelfalignError
 from selfalign.core.failures import naming
 from selfalign.core.files import digest_json, write_atomically, write_json
-from selfalign.models import PolicyFiles
+from selfalign.models.checkpoint import PolicyFiles
 from selfalign.store.artifacts import Artefact, Counts, Store, canonical
 from selfalign.tracking import NoTracker, Tracker, forget_tracked
 

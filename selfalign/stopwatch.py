@@ -14,7 +14,7 @@ import torch
 
 from selfalign.core import distributed
 from selfalign.core.failures import fits
-from selfalign.models import default_device, release_memory
+from selfalign.models.checkpoint import default_device, release_memory
 from selfalign.store.artifacts import Workspace
 from selfalign.store.journal import Journal, Task
 from selfalign.trainer import peak_memory

@@ -25,7 +25,7 @@ from selfalign.core.files import derive_seed
 from selfalign.core.progress import progress_bar
 from selfalign.layouts import Layout, Pass, keep_masters, my_passes
 from selfalign.metrics.catalog import Sums, add_sums, averages
-from selfalign.models import Policy, autocast, default_device
+from selfalign.models.checkpoint import Policy, autocast, default_device
 from selfalign.optimizers import build_optimizer
 from selfalign.store.artifacts import Workspace
 from selfalign.training import Example, Objective, Optimization, Outcome, Weights

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from selfalign.batches import Batch, Group, make_batch
 from selfalign.choose import CheckpointSelector, ChooseConfig
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError, reason_of
 from selfalign.layouts import Layout, collect, out_of_wrapper
 from selfalign.metrics.catalog import Sums
-from selfalign.models import DTYPES, LoRA, Policy, PolicyFiles, fastest_dtype
-from selfalign.scoring import make_scoring
+from selfalign.models.batches import Batch, Group, make_batch
+from selfalign.models.checkpoint import DTYPES, LoRA, Policy, PolicyFiles, fastest_dtype
+from selfalign.models.scorer import make_scoring
 from selfalign.store.artifacts import Workspace
 
 if TYPE_CHECKING:

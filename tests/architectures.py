@@ -10,7 +10,7 @@ import transformers
 from test_tokenization import WITHOUT_BOS, build_tokenizer
 
 from selfalign.core.files import write_json
-from selfalign.models import PolicyFiles, digest_weights
+from selfalign.models.checkpoint import PolicyFiles, digest_weights
 
 WINDOW = 8
 SIZES: dict[str, Any] = {

@@ -11,7 +11,7 @@ from selfalign.benchmarks.entrant import Benchmark, Entrant
 from selfalign.benchmarks.grading import Grader
 from selfalign.benchmarks.mt_bench import MTBench
 from selfalign.generation import Transformers
-from selfalign.models import PolicyFiles
+from selfalign.models.checkpoint import PolicyFiles
 from selfalign.store.artifacts import Counts
 
 FP32 = Transformers(dtype="float32")

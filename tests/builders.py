@@ -28,7 +28,7 @@ from selfalign.core.records import (
 from selfalign.data.sources import as_prompt
 from selfalign.experiment import run_experiment
 from selfalign.generation import Completion, Request, Sampling, Transformers, TransformersGenerator
-from selfalign.models import LoRA, Policy, PolicyFiles, digest_weights
+from selfalign.models.checkpoint import LoRA, Policy, PolicyFiles, digest_weights
 from selfalign.stages.sft import sft
 from selfalign.store.artifacts import Artefact, Workspace
 from selfalign.training import Optimization, Weights

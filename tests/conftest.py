@@ -25,7 +25,7 @@ from jaxtyping import install_import_hook
 
 # Shapes and dtypes are checked at run time here, and nowhere else. It has to stand before selfalign is imported.
 install_import_hook(
-    ["selfalign.losses.preference", "selfalign.losses.refinement", "selfalign.logprobs"], "beartype.beartype"
+    ["selfalign.losses.preference", "selfalign.losses.refinement", "selfalign.models.logprobs"], "beartype.beartype"
 )
 
 import importlib.util
@@ -40,8 +40,8 @@ from builders import Said
 from hydra.core.global_hydra import GlobalHydra
 
 from selfalign.__main__ import main
-from selfalign.models import ModelConfig, PolicyFiles
-from selfalign.pretrained import fetch_pretrained
+from selfalign.models.checkpoint import ModelConfig, PolicyFiles
+from selfalign.models.pretrained import fetch_pretrained
 
 # Other libraries' own deprecations, which no code of ours can mend.
 NOT_OURS = (

@@ -15,7 +15,6 @@ if __name__ == "__main__":
 from builders import preference
 
 from selfalign import trainer as trainer_module
-from selfalign.batches import Group, PairExample, encode_group, encode_pairs
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import PairReference
@@ -24,10 +23,11 @@ from selfalign.layouts import Layout
 from selfalign.losses.preference import DPO, SrDPO
 from selfalign.losses.refinement import Refinement
 from selfalign.metrics.catalog import averages
-from selfalign.models import LoRA, PolicyFiles
+from selfalign.models.batches import Group, PairExample, encode_group, encode_pairs
+from selfalign.models.checkpoint import LoRA, PolicyFiles
+from selfalign.models.tokenizer import Answer
 from selfalign.stages.align import AdapterSwitchedOff, Preference, StoredReferences
 from selfalign.store.artifacts import Workspace
-from selfalign.tokenization import Answer
 from selfalign.training import Likelihood, Optimization, Weights, train
 
 ANSWERS = [

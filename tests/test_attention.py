@@ -11,15 +11,15 @@ import transformers
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from selfalign import attention
-from selfalign.attention import Layout, enable_packing, is_packing
-from selfalign.batches import (
+from selfalign.core.errors import SelfalignError
+from selfalign.models import packed_attention
+from selfalign.models.batches import (
     Group,
     make_batch,
     share_prompt,
 )
-from selfalign.core.errors import SelfalignError
-from selfalign.logprobs import score_responses_only
+from selfalign.models.logprobs import score_responses_only
+from selfalign.models.packed_attention import Layout, enable_packing, is_packing
 
 VOCABULARY = 61
 SIZES: dict[str, Any] = {
@@ -218,7 +218,7 @@ def test_architecture_without_switchable_attention_is_padded_and_right(caplog: p
     config = transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)
     model = build(config)
     expected = plain_logps(model, groups())
-    with caplog.at_level("INFO", logger="selfalign.attention"):
+    with caplog.at_level("INFO", logger="selfalign.models.packed_attention"):
         assert not enable_packing(model)
     assert "BloomForCausalLM cannot be packed; batches are padded instead" in caplog.text
     score_responses_only(model)
@@ -300,13 +300,15 @@ def test_attention_over_the_whole_row_is_that_of_each_group(
     monkeypatch: pytest.MonkeyPatch, window: int | None
 ) -> None:
     # Uncompiled: the compiled kernel, and gradients, are for the GPU.
-    monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention)
+    monkeypatch.setattr(packed_attention, "_compiled_flex", lambda: flex_attention)
     layout = Layout(LAYOUT)
     tensors = [torch.randn(1, heads, sum(layout.lengths), 16) for heads in (4, 2, 2)]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # That it is not compiled.
-        found = attention.whole_row(*tensors, layout, 0.3, window)
-    torch.testing.assert_close(found, attention.group_by_group(*tensors, layout, 0.3, window), rtol=1e-5, atol=1e-5)
+        found = packed_attention.whole_row(*tensors, layout, 0.3, window)
+    torch.testing.assert_close(
+        found, packed_attention.group_by_group(*tensors, layout, 0.3, window), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_flex_attention_that_fails_or_is_wrong_is_not_used(
@@ -316,13 +318,13 @@ def test_flex_attention_that_fails_or_is_wrong_is_not_used(
         raise RuntimeError("no compiler\nlong story")
 
     def wrong(*args: Any) -> Tensor:
-        return attention.group_by_group(*args) * 1.1
+        return packed_attention.group_by_group(*args) * 1.1
 
     found = []
-    with caplog.at_level("INFO", logger="selfalign.attention"):
-        for other in (fails, wrong, attention.group_by_group):
-            monkeypatch.setattr(attention, "whole_row", other)
-            found.append(attention.flex_works.__wrapped__(torch.device("cpu")))
+    with caplog.at_level("INFO", logger="selfalign.models.packed_attention"):
+        for other in (fails, wrong, packed_attention.group_by_group):
+            monkeypatch.setattr(packed_attention, "whole_row", other)
+            found.append(packed_attention.flex_works.__wrapped__(torch.device("cpu")))
     assert found == [False, False, True]
     assert [record.levelname for record in caplog.records] == ["INFO", "INFO"]
     assert "(RuntimeError: no compiler); attention goes group by group" in caplog.records[0].message
@@ -340,6 +342,6 @@ def test_packed_batches_equal_plain_passes_on_a_gpu(models: Any) -> None:
     batch = make_batch(model, groups()).to(model.device)
     sums = batch.sum_by_response(model(predict_at=batch.predict_at, targets=batch.targets, **batch.inputs))
     torch.testing.assert_close(sums.cpu(), expected, rtol=1e-3, atol=1e-3)
-    assert attention.flex_works(model.device)
+    assert packed_attention.flex_works(model.device)
     sums.sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)

@@ -6,7 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from selfalign.batches import (
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import PreferencePair
+from selfalign.losses.refinement import Refinement
+from selfalign.models.batches import (
     Group,
     PairExample,
     encode_group,
@@ -16,10 +19,7 @@ from selfalign.batches import (
     share_prompt,
     split_by_tokens,
 )
-from selfalign.core.errors import SelfalignError
-from selfalign.core.records import PreferencePair
-from selfalign.losses.refinement import Refinement
-from selfalign.tokenization import Answer, encode_prompt, plain_ids
+from selfalign.models.tokenizer import Answer, encode_prompt, plain_ids
 
 
 @pytest.mark.parametrize(

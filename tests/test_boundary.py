@@ -17,9 +17,6 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
-from selfalign.batches import answer_of, encode_group, encode_pairs
-from selfalign.builtin import read_smollm2_tokenizer
-from selfalign.chat_template import answer_shape, rendered_ids
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import (
     Demonstration,
@@ -35,12 +32,12 @@ from selfalign.data.pair_rules import BestWorst
 from selfalign.data.sources import as_prompt
 from selfalign.generation import Sampling, Transformers
 from selfalign.model_check import check_template, check_vocabulary, notes_on_texts
-from selfalign.models import PolicyFiles
-from selfalign.pretrained import TEMPLATES
-from selfalign.stages.pair import pair
-from selfalign.stages.respond import RespondConfig, respond
-from selfalign.stages.sft import encode_demonstration, group_demonstrations
-from selfalign.tokenization import (
+from selfalign.models.batches import answer_of, encode_group, encode_pairs
+from selfalign.models.builtin import read_smollm2_tokenizer
+from selfalign.models.chat_template import answer_shape, rendered_ids
+from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.pretrained import TEMPLATES
+from selfalign.models.tokenizer import (
     Answer,
     decode_response,
     encode_answers,
@@ -52,6 +49,9 @@ from selfalign.tokenization import (
     unknown_counts,
     unknown_id,
 )
+from selfalign.stages.pair import pair
+from selfalign.stages.respond import RespondConfig, respond
+from selfalign.stages.sft import encode_demonstration, group_demonstrations
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -21,7 +21,7 @@ from selfalign.card import FORMULAS, model_card, write_card
 from selfalign.config import COMPONENTS, choices
 from selfalign.core.files import read_json
 from selfalign.experiment import run_experiment
-from selfalign.models import PolicyFiles
+from selfalign.models.checkpoint import PolicyFiles
 from selfalign.report.finished import Finished
 
 SECTIONS = ["Use", "Method", "Data", "Results", "Limits", "Lineage", "Reproduction"]

@@ -31,7 +31,7 @@ from selfalign.core.files import read_json, write_json
 from selfalign.core.records import Response, read_records
 from selfalign.endpoint import Endpoint
 from selfalign.generation import Sampling, Transformers
-from selfalign.models import Policy, PolicyFiles
+from selfalign.models.checkpoint import Policy, PolicyFiles
 from selfalign.plan import plan
 
 PROMPT = "{instruction}\n<first>\n{first}\n</first>\n<second>\n{second}\n</second>"

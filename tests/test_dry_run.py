@@ -30,19 +30,19 @@ from test_architecture import modules
 
 from selfalign import dry_run as module
 from selfalign import rehearsal
-from selfalign.batches import encode_pairs
 from selfalign.core.errors import SelfalignError
 from selfalign.data.sources import as_prompt
 from selfalign.dry_run import dry_run, estimate_text
 from selfalign.generation import Request, Sampling, Transformers
 from selfalign.longest import SHORTEST_PROMPT, Longest, asks, tireless
 from selfalign.losses.refinement import Refinement
-from selfalign.models import PolicyFiles
+from selfalign.models.batches import encode_pairs
+from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.tokenizer import encode_prompt
 from selfalign.rehearsal import Rehearsal
 from selfalign.stages.sft import group_demonstrations
 from selfalign.stopwatch import Estimate, Stopwatch, fits, measure
 from selfalign.store.journal import Journal
-from selfalign.tokenization import encode_prompt
 
 SHORT = ["train.sft.max_length=160", "train.align.max_length=160", 'judge.prompt="Grade {instruction} of {response}"']
 """So that the longest sequence is short; its rubric leaves room for a response."""

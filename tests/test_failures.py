@@ -19,7 +19,7 @@ from selfalign.core.failures import KEPT, fits, is_out_of_memory, naming, system
 from selfalign.core.files import write_json
 from selfalign.core.records import write_records
 from selfalign.experiment import LogHandler, log_file, told_keys, was_done
-from selfalign.models import PolicyFiles
+from selfalign.models.checkpoint import PolicyFiles
 from selfalign.reporter import report
 from selfalign.store.artifacts import Store, Workspace
 from selfalign.store.journal import Journal

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from selfalign.core.errors import SelfalignError
 from selfalign.feasibility import without_effect
-from selfalign.models import PolicyFiles
+from selfalign.models.checkpoint import PolicyFiles
 from selfalign.multirun import sweep_folder
 from selfalign.requirements import check_requirements
 from selfalign.stages.instruct import InstructConfig

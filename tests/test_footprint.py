@@ -14,7 +14,7 @@ from selfalign import footprint, snapshot
 from selfalign.core import distributed
 from selfalign.footprint import Footprint, disk_lack, free_space, main_memory, read_shapes, training_lack, writing_lack
 from selfalign.layouts import Layout
-from selfalign.models import LoRA, ModelConfig, PolicyFiles
+from selfalign.models.checkpoint import LoRA, ModelConfig, PolicyFiles
 from selfalign.optimizers import build_optimizer
 from selfalign.training import Optimization, Weights, prepare
 

@@ -22,8 +22,8 @@ from selfalign.generation import (
     draw_uniforms,
     fill_gaps,
 )
-from selfalign.models import Policy, PolicyFiles
-from selfalign.tokenization import decode_response, encode_prompt, end_of_turn_id
+from selfalign.models.checkpoint import Policy, PolicyFiles
+from selfalign.models.tokenizer import decode_response, encode_prompt, end_of_turn_id
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=12)
 WARM = Sampling(temperature=1.0, top_p=0.9, max_new_tokens=12)

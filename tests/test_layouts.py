@@ -23,7 +23,7 @@ from selfalign import trainer as trainer_module
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.layouts import Layout, deal
-from selfalign.models import PolicyFiles
+from selfalign.models.checkpoint import PolicyFiles
 from selfalign.trainer import StepTrainer
 from selfalign.training import Optimization, TrainConfig, prepare
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
-from selfalign import logprobs
 from selfalign.core.errors import SelfalignError
-from selfalign.logprobs import logit_shape, score_responses_only, selected_logps
+from selfalign.models import logprobs
+from selfalign.models.logprobs import logit_shape, score_responses_only, selected_logps
 
 ROWS, HIDDEN, VOCABULARY = 11, 8, 37
 

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from selfalign import model_trials
-from selfalign.batches import Group, make_batch
-from selfalign.capabilities import Capabilities
 from selfalign.core.errors import SelfalignError
 from selfalign.generation import Request, Sampling, TransformersGenerator
 from selfalign.model_check import check_model, check_vocabulary
-from selfalign.models import CONTEXT_NAMES, Policy, PolicyFiles, longest_sequence
-from selfalign.scoring import Scorer, make_scoring, set_dropout
+from selfalign.models.batches import Group, make_batch
+from selfalign.models.capabilities import Capabilities
+from selfalign.models.checkpoint import CONTEXT_NAMES, Policy, PolicyFiles, longest_sequence
+from selfalign.models.scorer import Scorer, make_scoring, set_dropout
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # Of other people's models.
 

@@ -30,15 +30,15 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from selfalign.attention import is_packing
 from selfalign.losses.preference import SrDPO
-from selfalign.models import ModelConfig, PolicyFiles
-from selfalign.pretrained import fetch_pretrained
-from selfalign.scoring import make_scoring
+from selfalign.models.checkpoint import ModelConfig, PolicyFiles
+from selfalign.models.packed_attention import is_packing
+from selfalign.models.pretrained import fetch_pretrained
+from selfalign.models.scorer import make_scoring
+from selfalign.models.tokenizer import Answer, encode_answers, encode_prompt, end_of_turn_id
 from selfalign.stages.align import align
 from selfalign.stages.reference import reference
 from selfalign.stages.sft import sft
-from selfalign.tokenization import Answer, encode_answers, encode_prompt, end_of_turn_id
 from selfalign.training import Weights
 
 BUILT_IN = {"tiny", "smollm2_135m", "pretrained"}

@@ -15,11 +15,11 @@ import transformers
 from torch import Tensor, nn
 from transformers import BloomConfig
 
-from selfalign import builtin
 from selfalign.core.errors import SelfalignError
-from selfalign.models import LoRA, ModelConfig, Policy, PolicyFiles
-from selfalign.pretrained import fetch_pretrained, identify_source
-from selfalign.tokenization import encode_prompt, end_of_turn_id
+from selfalign.models import builtin
+from selfalign.models.checkpoint import LoRA, ModelConfig, Policy, PolicyFiles
+from selfalign.models.pretrained import fetch_pretrained, identify_source
+from selfalign.models.tokenizer import encode_prompt, end_of_turn_id
 
 IDS = torch.tensor([[5, 77, 300, 41, 8, 9]])
 

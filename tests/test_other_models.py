@@ -15,10 +15,10 @@ from test_boundary import CHATML, NO_SYSTEM
 
 from selfalign.core.errors import SelfalignError
 from selfalign.model_check import check_model
-from selfalign.models import LoRA, ModelConfig, PolicyFiles, open_tokenizer
-from selfalign.pretrained import fetch_pretrained, identify_source
+from selfalign.models.checkpoint import LoRA, ModelConfig, PolicyFiles, open_tokenizer
+from selfalign.models.pretrained import fetch_pretrained, identify_source
+from selfalign.models.tokenizer import encode_prompt, stop_ids
 from selfalign.stages.pretrained import pretrained
-from selfalign.tokenization import encode_prompt, stop_ids
 
 ASIDE = ["data.seeds.evaluation_fine_tuning=none", "data.seeds.ranked=''", "evaluate=none", "iterations=1"]
 GIVEN_PAIRS = [*(one for one in TINY_RUN if not one.startswith(("data.instruct", "data.respond"))), "data=pairs"]

@@ -10,10 +10,10 @@ from datasets import Dataset
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
-from selfalign.batches import Group
 from selfalign.losses.preference import DPO, IPO, PairLogps, PreferenceLoss
-from selfalign.models import PolicyFiles
-from selfalign.scoring import make_scoring
+from selfalign.models.batches import Group
+from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.scorer import make_scoring
 from selfalign.stages.align import frozen_logps
 
 PAIRS = [

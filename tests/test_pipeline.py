@@ -26,7 +26,7 @@ from selfalign.core.records import (
     read_records,
 )
 from selfalign.metrics.catalog import METRICS
-from selfalign.models import PolicyFiles
+from selfalign.models.checkpoint import PolicyFiles
 from selfalign.plan import plan
 from selfalign.store.artifacts import Store, Workspace
 

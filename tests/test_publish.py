@@ -14,7 +14,7 @@ from mutation import Check, assert_caught
 from selfalign import publish as module
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
-from selfalign.models import PolicyFiles
+from selfalign.models.checkpoint import PolicyFiles
 from selfalign.publish import check_login, check_repository, publish, repository_files
 from selfalign.report.finished import Finished
 from selfalign.run import run_folder

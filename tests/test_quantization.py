@@ -21,13 +21,13 @@ from builders import (
 from mutation import mutated
 from torch import Tensor, nn
 
-from selfalign import models
 from selfalign.core.errors import SelfalignError
 from selfalign.generation import Request, Sampling, Transformers
 from selfalign.model_check import check_model
-from selfalign.models import LoRA, ModelConfig, Policy, PolicyFiles
-from selfalign.pretrained import fetch_pretrained
-from selfalign.quantization import quantise_on_load
+from selfalign.models import checkpoint
+from selfalign.models.checkpoint import LoRA, ModelConfig, Policy, PolicyFiles
+from selfalign.models.pretrained import fetch_pretrained
+from selfalign.models.quantization import quantise_on_load
 from selfalign.serving import export
 from selfalign.stages.sft import sft
 from selfalign.training import Weights
@@ -86,7 +86,7 @@ def test_quantisation_is_part_of_what_identifies_a_policy_and_those_trained_from
     assert trained.quantization == {"quantization": "nf4"}
     unquantised = {name: digest for name, digest in trained.weights.items() if name != "quantization"}
     assert unquantised["base"] == quantised.digest
-    assert trained.digest != models.digest_json(unquantised)
+    assert trained.digest != checkpoint.digest_json(unquantised)
 
 
 def test_adapter_stays_beside_its_quantised_base_and_scores_as_it_was_trained(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_gradients_are_those_of_the_dequantised_weights_after_an_inference_too(q
 def test_other_ways_to_load_a_quantised_policy_are_caught(
     old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with mutated(models, old, new) as copy:
+    with mutated(checkpoint, old, new) as copy:
         for name in ("load", "save"):
             monkeypatch.setattr(PolicyFiles, name, getattr(copy.PolicyFiles, name))
         with pytest.raises((AssertionError, UserWarning)):  # peft warns of merging, which is an error here
@@ -212,6 +212,6 @@ def test_layers_that_were_repacked_for_inference_are_noticed_when_the_model_is_f
     if not bitsandbytes.functional.has_avx512bf16():
         pytest.skip("bitsandbytes repacks layers only on a CPU with AVX-512 BF16")
     assert check_model(quantised, "float32")["scores"] == "packed"
-    monkeypatch.setattr(models, "keep_layers_differentiable", lambda model: None)
+    monkeypatch.setattr(checkpoint, "keep_layers_differentiable", lambda model: None)
     with pytest.raises(SelfalignError, match=r"the gradient before model\.layers\.0\.self_attn\.\w_proj is lost"):
         check_model(quantised, "float32")

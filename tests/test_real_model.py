@@ -19,10 +19,10 @@ from selfalign.experiment import run_experiment
 from selfalign.generation import Request, Sampling, Transformers
 from selfalign.losses.preference import DPO, IPO, ODPO, PreferenceLoss, SrDPO, SrIPO
 from selfalign.losses.refinement import Refinement
-from selfalign.models import PolicyFiles
+from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.tokenizer import encode_prompt
 from selfalign.stages.align import align, augmentation_of
 from selfalign.stages.reference import reference
-from selfalign.tokenization import encode_prompt
 
 pytestmark = [
     pytest.mark.real_model,

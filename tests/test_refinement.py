@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from selfalign.batches import encode_pairs
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import PreferencePair
 from selfalign.losses.preference import PairLogps
 from selfalign.losses.refinement import AUGMENTATION_PROMPT, Augmentation, Refinement, augment, refinement
+from selfalign.models.batches import encode_pairs
 
 
 def logps(chosen: list[float], rejected: list[float]) -> PairLogps:

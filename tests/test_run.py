@@ -8,7 +8,7 @@ import pytest
 from builders import ROOT, composed, policy_artefact
 
 from selfalign.core.errors import SelfalignError
-from selfalign.models import PolicyFiles
+from selfalign.models.checkpoint import PolicyFiles
 from selfalign.run import (
     Look,
     NotMadeYet,

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from selfalign.batches import Group
-from selfalign.models import PolicyFiles
-from selfalign.scoring import Scorer, with_next_token
+from selfalign.models.batches import Group
+from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.scorer import Scorer, with_next_token
 
 ALTERNATIVES = [20, 21, 25, 1000]
 
@@ -87,7 +87,7 @@ def test_the_placeholder_token_does_not_matter(scorer: Scorer, monkeypatch: pyte
             id=group.id, prompt=group.prompt, responses=[[*r[:-1], 500] for r in padded.responses], given=padded.given
         )
 
-    monkeypatch.setattr("selfalign.scoring.with_next_token", other)
+    monkeypatch.setattr("selfalign.models.scorer.with_next_token", other)
     assert scorer.choose(groups(), ALTERNATIVES) == before
 
 

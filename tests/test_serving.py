@@ -40,12 +40,12 @@ from selfalign.data.sources import as_prompt
 from selfalign.generation import Completion, Request, Sampling, Transformers
 from selfalign.judges.bench import Bench, Subject
 from selfalign.judges.external import ExternalScore
-from selfalign.models import PolicyFiles
+from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.tokenizer import encode_prompt
 from selfalign.serving import Server, ServerGenerator, export
 from selfalign.stages.respond import RespondConfig, respond
 from selfalign.store.artifacts import canonical
 from selfalign.store.journal import Journal
-from selfalign.tokenization import encode_prompt
 from selfalign.training import prepare
 
 KEY = "sk-very-secret-0123456789"

@@ -8,9 +8,9 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from selfalign.batches import encode_group
 from selfalign.core.errors import SelfalignError
-from selfalign.tokenization import (
+from selfalign.models.batches import encode_group
+from selfalign.models.tokenizer import (
     Answer,
     decode_response,
     encode_answers,

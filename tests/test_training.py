@@ -21,18 +21,18 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen2Config, TrainingArguments
 
 from selfalign import trainer as trainer_module
-from selfalign.batches import Group, PairExample, encode_group, encode_pairs
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import PairReference, PreferencePair, read_records, write_records
 from selfalign.examples import with_reference
 from selfalign.losses.preference import DPO, IPO, SrDPO
 from selfalign.losses.refinement import Refinement
-from selfalign.models import LoRA, Policy, PolicyFiles
-from selfalign.scoring import Scorer
+from selfalign.models.batches import Group, PairExample, encode_group, encode_pairs
+from selfalign.models.checkpoint import LoRA, Policy, PolicyFiles
+from selfalign.models.scorer import Scorer
+from selfalign.models.tokenizer import Answer
 from selfalign.stages.align import Preference, StoredReferences
 from selfalign.stages.reference import reference
 from selfalign.store.artifacts import Artefact, Workspace
-from selfalign.tokenization import Answer
 from selfalign.trainer import Steps, last_checkpoint
 from selfalign.training import Likelihood, Optimization, Outcome, TrainConfig, Weights, add_adapter, prepare, train
 

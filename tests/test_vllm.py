@@ -15,17 +15,17 @@ from builders import demonstration, policy_artefact, records_artefact, weights, 
 from builders import optimization as quick
 from transformers import LlamaForCausalLM
 
-from selfalign.batches import Group, share_prompt
 from selfalign.core.files import write_json
 from selfalign.data.sources import as_prompt
 from selfalign.generation import Request, Sampling
 from selfalign.judges.expected import score_tokens
 from selfalign.judges.parsing import PREFIX
-from selfalign.models import ModelConfig, Policy, PolicyFiles, digest_weights
-from selfalign.pretrained import fetch_pretrained
-from selfalign.scoring import Scorer
+from selfalign.models.batches import Group, share_prompt
+from selfalign.models.checkpoint import ModelConfig, Policy, PolicyFiles, digest_weights
+from selfalign.models.pretrained import fetch_pretrained
+from selfalign.models.scorer import Scorer
+from selfalign.models.tokenizer import encode_prompt, stop_ids
 from selfalign.stages.sft import sft
-from selfalign.tokenization import encode_prompt, stop_ids
 from selfalign.vllm_engine import VLLM, VLLMGenerator, VLLMReader
 
 PYTHON = os.environ.get("SELFALIGN_VLLM_PYTHON", "")

@@ -31,15 +31,15 @@ from builders import (
 from mutation import assert_caught
 
 from selfalign import vllm_engine
-from selfalign.batches import Group
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import write_json
 from selfalign.core.records import FinishReason
 from selfalign.generation import Request, Sampling
-from selfalign.models import PolicyFiles
+from selfalign.models.batches import Group
+from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.tokenizer import decode_response, stop_ids
 from selfalign.stages.respond import RespondConfig, respond
 from selfalign.store.artifacts import MANIFEST, Store
-from selfalign.tokenization import decode_response, stop_ids
 from selfalign.vllm_engine import VLLM, lora_arguments, share_gpus
 
 FAKE = ROOT / "tests" / "fake_vllm"

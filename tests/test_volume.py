@@ -12,12 +12,12 @@ from builders import RUBRIC, Script, completion, instruction, judgement, loaded,
 from mutation import mutated
 
 from selfalign import examples
-from selfalign.batches import Group, PairExample
 from selfalign.core.records import ResponseScore, write_records
 from selfalign.data.pair_rules import BestWorst
 from selfalign.generation import Completion, Request, Sampling
 from selfalign.judges.sampled import SampledScore
-from selfalign.models import PolicyFiles
+from selfalign.models.batches import Group, PairExample
+from selfalign.models.checkpoint import PolicyFiles
 from selfalign.report import tables
 from selfalign.stages import judge, pair, respond
 from selfalign.store.artifacts import Artefact

@@ -29,11 +29,11 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.records import FinishReason, Instruction, Response, write_records
 from selfalign.data.sources import as_prompt
 from selfalign.generation import Request, Sampling, Transformers, TransformersGenerator
-from selfalign.models import ModelConfig, PolicyFiles
-from selfalign.pretrained import fetch_pretrained
+from selfalign.models.checkpoint import ModelConfig, PolicyFiles
+from selfalign.models.pretrained import fetch_pretrained
+from selfalign.models.tokenizer import decode_response, encode_prompt
 from selfalign.stages.judge import ExpectedScore, ImplicitReward, Pairwise, SampledScore, judge
 from selfalign.store.artifacts import Artefact, Workspace
-from selfalign.tokenization import decode_response, encode_prompt
 
 ROOT = Path(__file__).resolve().parents[2]
 Texts = list[tuple[str, int]]

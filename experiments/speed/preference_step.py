@@ -103,9 +103,9 @@ def now() -> float:
 
 def ours(job: argparse.Namespace, *, refined: bool, lora: bool) -> list[float]:
     """DPO or Sr-DPO through selfalign's trainer, reference values stored."""
-    from selfalign.batches import Group, PairExample
     from selfalign.losses.preference import DPO, SrDPO
-    from selfalign.models import LoRA, Policy, PolicyFiles
+    from selfalign.models.batches import Group, PairExample
+    from selfalign.models.checkpoint import LoRA, Policy, PolicyFiles
     from selfalign.stages.align import Preference, StoredReferences
     from selfalign.store.artifacts import Workspace
     from selfalign.trainer import StepTrainer
@@ -254,7 +254,7 @@ RATIOS = [
 
 def tokenizer() -> Any:
     """Any tokenizer with a padding token; the pairs are token ids already."""
-    from selfalign.builtin import BUILDERS
+    from selfalign.models.builtin import BUILDERS
 
     return BUILDERS["random:tiny"]()[1]
 

@@ -21,7 +21,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
-from selfalign.batches import Group, PairExample, encode_pairs, pack, split_by_tokens
 from selfalign.core.jsonl import follow
 from selfalign.core.records import (
     FinishReason,
@@ -38,9 +37,10 @@ from selfalign.data.pair_rules import BestWorst
 from selfalign.examples import StoredExamples, follow_references, store_examples
 from selfalign.generation import Completion, Request, Sampling, Transformers, TransformersGenerator
 from selfalign.losses.refinement import Refinement
-from selfalign.models import ModelConfig, PolicyFiles
-from selfalign.pretrained import fetch_pretrained
-from selfalign.scoring import Scorer
+from selfalign.models.batches import Group, PairExample, encode_pairs, pack, split_by_tokens
+from selfalign.models.checkpoint import ModelConfig, PolicyFiles
+from selfalign.models.pretrained import fetch_pretrained
+from selfalign.models.scorer import Scorer
 from selfalign.stages.pair import pair
 from selfalign.stages.reference import reference
 from selfalign.stages.respond import RespondConfig, respond

@@ -11,7 +11,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.endpoint import Endpoint
 from selfalign.generation import Backend
 from selfalign.judges.bench import OWN_MODELS, Bench
-from selfalign.models import PolicyFiles
+from selfalign.models.checkpoint import PolicyFiles
 from selfalign.store.artifacts import Counts, Workspace
 from selfalign.store.journal import Journal
 

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from selfalign.batches import share_prompt
 from selfalign.benchmarks.entrant import Entrant
 from selfalign.benchmarks.fastchat import locate, read_prompts
 from selfalign.benchmarks.rating import OPENING, TOO_LONG, Grade, RatingTokens, expected_rating, parse_rating
@@ -18,9 +17,10 @@ from selfalign.generation import Reader, Request, Sampling, read_all, write_all
 from selfalign.judges.bench import check_batch_tokens, check_model, check_share
 from selfalign.judges.sampled import spell_out, why_ended
 from selfalign.judges.unread import Unread
+from selfalign.models.batches import share_prompt
+from selfalign.models.tokenizer import encode_prompt
 from selfalign.store.artifacts import Counts
 from selfalign.store.journal import Journal
-from selfalign.tokenization import encode_prompt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

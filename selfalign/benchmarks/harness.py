@@ -30,7 +30,7 @@ from lm_eval.utils import handle_non_serializable
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import path_of, write_atomically
 from selfalign.metrics.intervals import RESAMPLES
-from selfalign.models import Policy
+from selfalign.models.checkpoint import Policy
 from selfalign.store.journal import Journal
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from selfalign.data.sources import as_prompt
 from selfalign.endpoint import Client, Endpoint
 from selfalign.generation import Backend, Generator, Loaded, Reader
 from selfalign.metrics.catalog import Sums
-from selfalign.models import PolicyFiles
+from selfalign.models.checkpoint import PolicyFiles
 from selfalign.store.artifacts import Counts
 from selfalign.store.journal import Journal
 

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from selfalign.batches import Group, share_prompt
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Judgement, JudgementStatus
 from selfalign.data.sources import as_prompt
@@ -25,7 +24,8 @@ from selfalign.judges.bench import (
 )
 from selfalign.judges.parsing import PREFIX, before_score
 from selfalign.judges.sampled import spell_out
-from selfalign.tokenization import encode_prompt, prompt_end
+from selfalign.models.batches import Group, share_prompt
+from selfalign.models.tokenizer import encode_prompt, prompt_end
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 from typing import ClassVar
 
-from selfalign.batches import Group, answer_of, encode_group
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Judgement, JudgementStatus
 from selfalign.data.sources import as_prompt
@@ -22,8 +21,9 @@ from selfalign.judges.bench import (
     check_share,
     too_long,
 )
-from selfalign.models import PolicyFiles
-from selfalign.scoring import Scorer
+from selfalign.models.batches import Group, answer_of, encode_group
+from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.scorer import Scorer
 from selfalign.store.journal import Journal
 
 

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from selfalign.batches import Group, share_prompt
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import text_or_file
 from selfalign.core.records import Comparison, JudgementStatus, Prompt, Response, Verdict
@@ -18,8 +17,9 @@ from selfalign.judges.comparison import Duel, Reading, Showing, bias_statistics,
 from selfalign.judges.expected import distribution, tokens_behind
 from selfalign.judges.unread import Unread
 from selfalign.metrics.catalog import win_statistics
+from selfalign.models.batches import Group, share_prompt
+from selfalign.models.tokenizer import encode_prompt
 from selfalign.store.artifacts import Counts
-from selfalign.tokenization import encode_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer

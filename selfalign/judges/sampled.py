@@ -9,8 +9,8 @@ from selfalign.data.thinking import marks_thinking, thinks_on
 from selfalign.generation import Completion, Generator, Request, write_all
 from selfalign.judges.attempts import Wish, Written, WrittenScore, first_wishes, write_judgements
 from selfalign.judges.bench import Bench, Judged, Subject, check_model, too_long
+from selfalign.models.tokenizer import encode_prompt, prompt_end
 from selfalign.store.journal import Journal
-from selfalign.tokenization import encode_prompt, prompt_end
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from selfalign.batches import Group, PairExample, encode_pairs
 from selfalign.choose import CheckpointSelection
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
@@ -30,11 +29,12 @@ from selfalign.metrics.catalog import (
     reward_intervals,
     reward_metrics,
 )
-from selfalign.models import Policy, PolicyFiles, autocast
-from selfalign.scoring import make_scoring
+from selfalign.models.batches import Group, PairExample, encode_pairs
+from selfalign.models.checkpoint import Policy, PolicyFiles, autocast
+from selfalign.models.scorer import make_scoring
+from selfalign.models.tokenizer import unknown_counts
 from selfalign.splits import hold_out
 from selfalign.store.artifacts import Artefact, Counts, Workspace, together
-from selfalign.tokenization import unknown_counts
 from selfalign.training import Optimization, Outcome, Weights, forward, train
 
 if TYPE_CHECKING:

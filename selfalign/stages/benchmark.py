@@ -2,7 +2,7 @@
 
 from selfalign.benchmarks.entrant import Benchmark, Entrant
 from selfalign.generation import Backend
-from selfalign.models import PolicyFiles
+from selfalign.models.checkpoint import PolicyFiles
 from selfalign.store.artifacts import Artefact, Counts, Workspace, together
 
 

@@ -9,7 +9,7 @@ from selfalign.generation import Backend
 from selfalign.judges.bench import Bench
 from selfalign.judges.comparison import Duel
 from selfalign.judges.referee import Referee
-from selfalign.models import PolicyFiles
+from selfalign.models.checkpoint import PolicyFiles
 from selfalign.store.artifacts import Artefact, Counts, Workspace, together
 
 

@@ -1,10 +1,10 @@
 """divergence: answers + the policy that wrote them + M1 → how far it has moved from M1."""
 
-from selfalign.batches import Group, answer_of, encode_group
 from selfalign.core.records import Instruction, MovedAnswer, Response, read_records, write_records
 from selfalign.data.sources import as_prompt
-from selfalign.models import PolicyFiles
-from selfalign.scoring import Scorer
+from selfalign.models.batches import Group, answer_of, encode_group
+from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.scorer import Scorer
 from selfalign.store.artifacts import Artefact, Counts, Workspace, together
 
 BATCH_TOKENS = 2048

@@ -14,7 +14,7 @@ from selfalign.core.records import (
     read_records,
     write_records,
 )
-from selfalign.models import PolicyFiles
+from selfalign.models.checkpoint import PolicyFiles
 from selfalign.store.artifacts import Artefact, Counts, Workspace
 
 

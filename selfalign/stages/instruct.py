@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
-from selfalign.builtin import BUILDERS
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed, digest_text
 from selfalign.core.records import Demonstration, FinishReason, Instruction, read_records, write_records
@@ -17,9 +16,10 @@ from selfalign.data.text_filters import Language, is_fragment, words_of
 from selfalign.data.turns import instruction_of
 from selfalign.generation import Backend, Completion, Generator, Request, Sampling, write_all
 from selfalign.metrics.catalog import instruction_statistics
-from selfalign.models import PolicyFiles
+from selfalign.models.builtin import BUILDERS
+from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.tokenizer import encode_prompt
 from selfalign.store.artifacts import Artefact, Counts, Workspace, together
-from selfalign.tokenization import encode_prompt
 
 PROMPT = (
     "Here are tasks that people gave to an assistant. Add one new task on a subject that none of them has. "

@@ -43,7 +43,7 @@ from selfalign.judges.sampled import SampledScore
 from selfalign.judges.unread import Unread
 from selfalign.metrics.catalog import Sums, add_sums, averages, judgement_statistics
 from selfalign.metrics.intervals import RunningMean, entropy
-from selfalign.models import PolicyFiles
+from selfalign.models.checkpoint import PolicyFiles
 from selfalign.store.artifacts import Artefact, Counts, Workspace, together
 
 __all__ = [

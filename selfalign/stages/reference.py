@@ -2,15 +2,15 @@
 
 from collections import Counter
 
-from selfalign.batches import PairExample, encode_pairs
 from selfalign.core.jsonl import chunks
 from selfalign.core.records import PairReference, PreferencePair, count_records, stream_records, write_records
 from selfalign.losses.refinement import Refinement
-from selfalign.models import PolicyFiles
-from selfalign.scoring import Scorer
+from selfalign.models.batches import PairExample, encode_pairs
+from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.scorer import Scorer
+from selfalign.models.tokenizer import unknown_counts
 from selfalign.store.artifacts import Artefact, Counts, Workspace, together
 from selfalign.store.journal import Journal
-from selfalign.tokenization import unknown_counts
 from selfalign.training import Precision
 
 

@@ -10,10 +10,10 @@ from selfalign.core.records import FinishReason, Instruction, Response, count_re
 from selfalign.data.sources import as_prompt
 from selfalign.generation import Backend, Completion, Generator, Request, Sampling, write_all
 from selfalign.metrics.intervals import RunningMean
-from selfalign.models import PolicyFiles
+from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.tokenizer import encode_prompt, has_unknown, unknown_counts, warn_of_unknown
 from selfalign.store.artifacts import Artefact, Counts, Workspace, together
 from selfalign.store.journal import Journal
-from selfalign.tokenization import encode_prompt, has_unknown, unknown_counts, warn_of_unknown
 
 
 @dataclass(kw_only=True, slots=True)

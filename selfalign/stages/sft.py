@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from selfalign.batches import Group, of_record, share_prompt
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Demonstration, stream_records
 from selfalign.examples import store_examples
-from selfalign.models import PolicyFiles
-from selfalign.store.artifacts import Artefact, Counts, Workspace, together
-from selfalign.tokenization import (
+from selfalign.models.batches import Group, of_record, share_prompt
+from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.tokenizer import (
     Answer,
     encode_answers,
     encode_prompt,
@@ -21,6 +20,7 @@ from selfalign.tokenization import (
     unknown_counts,
     warn_of_unknown,
 )
+from selfalign.store.artifacts import Artefact, Counts, Workspace, together
 from selfalign.training import Likelihood, Optimization, Weights, train
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from selfalign.data.sources import as_prompt
 from selfalign.endpoint import Endpoint
 from selfalign.generation import Sampling, Transformers
 from selfalign.metrics.intervals import length_controlled, wilson
-from selfalign.models import PolicyFiles
-from selfalign.tokenization import encode_prompt
+from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.tokenizer import encode_prompt
 
 PROMPT = (
     "Which?\n<instruction>\n{instruction}\n</instruction>\n<first>\n{first}\n</first>\n<second>\n{second}\n</second>"

@@ -32,7 +32,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_folder
 from selfalign.generation import Transformers
 from selfalign.metrics.catalog import METRICS
-from selfalign.models import PolicyFiles
+from selfalign.models.checkpoint import PolicyFiles
 from selfalign.store.artifacts import Counts
 
 TASKS = Path(__file__).parent / "tasks"

@@ -37,8 +37,8 @@ from selfalign.core.errors import SelfalignError
 from selfalign.data.sources import as_prompt
 from selfalign.endpoint import Endpoint
 from selfalign.generation import Request, Sampling, Transformers
-from selfalign.models import PolicyFiles
-from selfalign.tokenization import encode_prompt
+from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.tokenizer import encode_prompt
 
 RATINGS = {
     (1, 1): 4, (1, 2): 6, (2, 1): 10, (2, 2): None, (3, 1): 2, (3, 2): 2, (4, 1): 8, (4, 2): 9, (5, 1): 1, (5, 2): 5,

@@ -6,8 +6,8 @@ from builders import loaded
 from selfalign.benchmarks.rating import HIGH, LOW, OPENING, RatingTokens, expected_rating, parse_rating
 from selfalign.core.records import JudgementStatus
 from selfalign.data.sources import as_prompt
-from selfalign.models import PolicyFiles
-from selfalign.tokenization import encode_prompt
+from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.tokenizer import encode_prompt
 
 SAID = {
     "Good.\nRating: [[7]]": 7.0,

@@ -20,8 +20,8 @@ from selfalign.core.records import JudgementStatus
 from selfalign.judges.bench import Subject
 from selfalign.judges.expected import ExpectedScore, expected, score_tokens
 from selfalign.judges.parsing import before_score
-from selfalign.models import PolicyFiles
-from selfalign.tokenization import encode_prompt
+from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.tokenizer import encode_prompt
 
 # --- the stage ---------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from judging import ANSWERS, ASKED, given, judged, run_judge
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import FinishReason, JudgementStatus
 from selfalign.judges.implicit import ImplicitReward, balancing_alpha
-from selfalign.models import PolicyFiles
+from selfalign.models.checkpoint import PolicyFiles
 from selfalign.store.artifacts import Artefact
 
 

@@ -13,9 +13,9 @@ from selfalign.judges.bench import Subject
 from selfalign.judges.comparison import Duel, Showing
 from selfalign.judges.pairwise import Pairwise
 from selfalign.judges.referee import OPENING, likeliest, place_preferences
-from selfalign.models import PolicyFiles
+from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.tokenizer import encode_prompt, plain_ids
 from selfalign.stages.seeds import demonstrate_judging
-from selfalign.tokenization import encode_prompt, plain_ids
 
 QUESTION = (
     "Compare.\n<instruction>\n{instruction}\n</instruction>\n<first>\n{first}\n</first>\n"

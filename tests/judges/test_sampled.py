@@ -17,8 +17,8 @@ from selfalign.judges import attempts, bench
 from selfalign.judges.bench import Subject
 from selfalign.judges.parsing import parse_score
 from selfalign.judges.sampled import SampledScore
-from selfalign.models import PolicyFiles
-from selfalign.tokenization import decode_response
+from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.tokenizer import decode_response
 
 OK, NONE = JudgementStatus.OK, JudgementStatus.NO_SCORE
 RANGE, AMBIGUOUS, CUT = JudgementStatus.OUT_OF_RANGE, JudgementStatus.AMBIGUOUS, JudgementStatus.TRUNCATED

@@ -25,7 +25,6 @@ from mutation import assert_caught
 from safetensors.torch import load_file
 from scipy import stats
 
-from selfalign.batches import PairExample, encode_pairs, make_batch
 from selfalign.checkpoint_selection import CheckpointSelection, CheckpointSelector
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import write_json
@@ -33,7 +32,8 @@ from selfalign.core.records import PairReference, PreferencePair
 from selfalign.examples import with_reference
 from selfalign.losses.preference import DPO, IPO, ODPO, PreferenceLoss, SrDPO, SrIPO
 from selfalign.losses.refinement import Refinement
-from selfalign.models import Policy, PolicyFiles
+from selfalign.models.batches import PairExample, encode_pairs, make_batch
+from selfalign.models.checkpoint import Policy, PolicyFiles
 from selfalign.splits import Known, split_pairs
 from selfalign.stages import align as module
 from selfalign.stages.align import (

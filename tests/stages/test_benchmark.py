@@ -16,7 +16,7 @@ from selfalign.core.records import Comparison, read_records
 from selfalign.evaluator import evaluate_models, plain_name
 from selfalign.generation import Transformers
 from selfalign.metrics.catalog import METRICS, meaning_in_benchmark
-from selfalign.models import PolicyFiles
+from selfalign.models.checkpoint import PolicyFiles
 from selfalign.plan import plan
 from selfalign.stages.benchmark import benchmark
 from selfalign.store.artifacts import Counts, Workspace

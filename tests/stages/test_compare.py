@@ -14,7 +14,7 @@ from selfalign.core.records import Comparison, read_records
 from selfalign.endpoint import Endpoint
 from selfalign.judges import referee
 from selfalign.metrics.intervals import wilson
-from selfalign.models import PolicyFiles
+from selfalign.models.checkpoint import PolicyFiles
 from selfalign.stages import compare as module
 from selfalign.stages.compare import HeadToHead, compare
 from selfalign.store.artifacts import Artefact, Counts

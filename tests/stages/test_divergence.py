@@ -14,7 +14,7 @@ from builders import (
 )
 
 from selfalign.core.records import FinishReason, MovedAnswer, read_records
-from selfalign.models import PolicyFiles
+from selfalign.models.checkpoint import PolicyFiles
 from selfalign.stages.divergence import divergence
 
 ASKED = [instruction("bees", "What do bees do?"), instruction("tea", "How is tea made?")]

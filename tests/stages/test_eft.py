@@ -7,7 +7,7 @@ from mutation import mutated
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Demonstration, Judgement, JudgementStatus, RankedAnswers, read_records
-from selfalign.models import PolicyFiles
+from selfalign.models.checkpoint import PolicyFiles
 from selfalign.stages import eft as module
 from selfalign.stages.judge import SampledScore, parse_score
 

@@ -27,11 +27,11 @@ from selfalign.core.records import JudgementStatus, Verdict
 from selfalign.generation import Sampling
 from selfalign.judges.bench import Alarm
 from selfalign.judges.expected import score_tokens
-from selfalign.models import PolicyFiles
+from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.tokenizer import encode_prompt
 from selfalign.stages.judge import ExpectedScore, SampledScore, judge, parse_score
 from selfalign.stages.sft import sft
 from selfalign.store.artifacts import Store
-from selfalign.tokenization import encode_prompt
 
 OK = JudgementStatus.OK
 

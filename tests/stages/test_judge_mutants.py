@@ -14,7 +14,7 @@ from mutation import Check, assert_caught
 
 from selfalign import generation
 from selfalign.judges import bench, expected, sampled
-from selfalign.models import PolicyFiles
+from selfalign.models.checkpoint import PolicyFiles
 from selfalign.stages import judge, respond
 
 TIED = partial(judge_tests.test_alarm_is_by_its_thresholds, alarm={"tied_share": 0.5}, constant=1.0)

@@ -41,7 +41,7 @@ from selfalign.judges.external import ExternalScore
 from selfalign.losses.refinement import Augmentation, Refinement, augment
 from selfalign.metrics.catalog import METRICS
 from selfalign.metrics.intervals import wilson
-from selfalign.models import PolicyFiles
+from selfalign.models.checkpoint import PolicyFiles
 from selfalign.stages import preferences as module
 from selfalign.stages.evaluate import PreferenceTest
 from selfalign.stages.preferences import preference_test, preferences

@@ -6,8 +6,8 @@ from builders import loaded, workspace
 from safetensors.torch import load_file, save_file
 
 from selfalign.core.errors import SelfalignError
-from selfalign.models import ModelConfig, PolicyFiles
-from selfalign.pretrained import identify_source
+from selfalign.models.checkpoint import ModelConfig, PolicyFiles
+from selfalign.models.pretrained import identify_source
 from selfalign.stages.pretrained import pretrained
 
 

@@ -16,8 +16,8 @@ from builders import (
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import PairReference, PreferencePair, read_records
 from selfalign.losses.refinement import Refinement
-from selfalign.models import PolicyFiles
-from selfalign.scoring import Scorer
+from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.scorer import Scorer
 from selfalign.stages.reference import reference
 
 PAIRS = [

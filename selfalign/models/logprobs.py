@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from selfalign.batches import Batch, Group, make_batch
 from selfalign.core.errors import SelfalignError
+from selfalign.models.batches import Batch, Group, make_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

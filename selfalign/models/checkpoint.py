@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 
-from selfalign.capabilities import Capabilities
 from selfalign.core.errors import SelfalignError, reason_of
 from selfalign.core.failures import is_out_of_memory
 from selfalign.core.files import digest_file, digest_json, read_json, write_json
-from selfalign.quantization import check_quantization, keep_layers_differentiable, quantise_on_load
+from selfalign.models.capabilities import Capabilities
+from selfalign.models.quantization import check_quantization, keep_layers_differentiable, quantise_on_load
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

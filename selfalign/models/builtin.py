@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from selfalign.core.errors import SelfalignError
-from selfalign.core.files import digest_file, read_text
+from selfalign.core.files import PACKAGE, digest_file, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -103,7 +103,7 @@ def _train_tiny_tokenizer() -> "Tokenizer":
     raw.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     raw.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    seeds = sorted((Path(__file__).parent / "data" / "shipped").glob("*.jsonl"))
+    seeds = sorted((PACKAGE / "data" / "shipped").glob("*.jsonl"))
     lines = [line for path in seeds for line in read_text(path).splitlines()]
     trainer = trainers.BpeTrainer(
         vocab_size=1024, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False

@@ -1,6 +1,6 @@
 """Reading instead of writing: how likely a policy finds given responses, or given next tokens.
 
-Prompts are shared and packed (`selfalign.batches`), so a prompt is computed once for all that follows it.
+Prompts are shared and packed (`selfalign.models.batches`), so a prompt is computed once for all that follows it.
 """
 
 import copy
@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from selfalign.attention import enable_packing
-from selfalign.batches import Batch, Group, make_batch, split_by_tokens
-from selfalign.logprobs import score_responses_only
-from selfalign.models import InMemory, Policy, autocast
+from selfalign.models.batches import Batch, Group, make_batch, split_by_tokens
+from selfalign.models.checkpoint import InMemory, Policy, autocast
+from selfalign.models.logprobs import score_responses_only
+from selfalign.models.packed_attention import enable_packing
 from selfalign.store.journal import Journal
 
 DROPOUT = ("dropout", "pdrop", "dropout_p")

@@ -11,7 +11,9 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, cast
 
-from selfalign.chat_template import (
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import Message, Prompt
+from selfalign.models.chat_template import (
     answer_shape,
     control_ids,
     joined_space,
@@ -20,8 +22,6 @@ from selfalign.chat_template import (
     spelled_at,
     text_ids,
 )
-from selfalign.core.errors import SelfalignError
-from selfalign.core.records import Message, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer

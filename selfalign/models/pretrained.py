@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from selfalign.builtin import BUILDERS
-from selfalign.chat_template import template_of
 from selfalign.core.errors import SelfalignError, reason_of
-from selfalign.core.files import digest_file, digest_json, path_of, read_json, read_text, write_json
-from selfalign.models import (
+from selfalign.core.files import PACKAGE, digest_file, digest_json, path_of, read_json, read_text, write_json
+from selfalign.models.builtin import BUILDERS
+from selfalign.models.chat_template import template_of
+from selfalign.models.checkpoint import (
     DTYPES,
     TRUSTED,
     ModelConfig,
@@ -21,7 +21,7 @@ from selfalign.models import (
     load_checkpoint,
     open_tokenizer,
 )
-from selfalign.tokenization import OWN_STOPS, own_stops
+from selfalign.models.tokenizer import OWN_STOPS, own_stops
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -34,7 +34,7 @@ MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 ADAPTER_CONFIG = "adapter_config.json"
 """What peft writes beside an adapter's weights."""
 
-TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATES = PACKAGE / "models" / "templates"
 
 
 def fetch_pretrained(config: ModelConfig, destination: Path, key: str = "model.path") -> PolicyFiles:

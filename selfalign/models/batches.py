@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from selfalign.attention import Layout, is_packing
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import FinishReason
 from selfalign.losses.refinement import augment
-from selfalign.models import UNBOUNDED
-from selfalign.tokenization import (
+from selfalign.models.checkpoint import UNBOUNDED
+from selfalign.models.packed_attention import Layout, is_packing
+from selfalign.models.tokenizer import (
     Answer,
     decode_behind,
     encode_answers,

@@ -1,0 +1,1 @@
+"""Policies: fetched, checked, kept, tokenised for, and read for log-probabilities."""
