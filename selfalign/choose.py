@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from selfalign.core.errors import SelfalignError
-from selfalign.generation import Sampling
+from selfalign.engines.protocol import Sampling
 from selfalign.models.checkpoint import Policy, PolicyFiles
 from selfalign.store.artifacts import Counts, Workspace
 

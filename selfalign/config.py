@@ -21,8 +21,10 @@ from selfalign.checkpoint_selection import CheckpointComparator
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import path_of
 from selfalign.data.pair_rules import AllOrdered, BestVsK, BestWorst, PairRule, RandomPair
+from selfalign.engines.protocol import Transformers
+from selfalign.engines.server import Server
+from selfalign.engines.vllm_engine import VLLM
 from selfalign.feasibility import check_counts, check_effects
-from selfalign.generation import Transformers
 from selfalign.given import Pairs, SelfRewarding
 from selfalign.losses.preference import DPO, IPO, ODPO, Positives, SrDPO, SrIPO
 from selfalign.models.checkpoint import ModelConfig
@@ -30,7 +32,6 @@ from selfalign.models.quantization import check_engine
 from selfalign.overrides import no_such
 from selfalign.publish import check_repository
 from selfalign.run import check_name
-from selfalign.serving import Server
 from selfalign.stages.compare import HeadToHead
 from selfalign.stages.evaluate import EvaluateConfig
 from selfalign.stages.judge import ExpectedScore, ExternalScore, ImplicitReward, Pairwise, SampledScore
@@ -38,7 +39,6 @@ from selfalign.stages.pair import PositivesOnly
 from selfalign.stages.seeds import EvaluationFineTuning
 from selfalign.tracking import NoTracking, Wandb
 from selfalign.training import TrainConfig
-from selfalign.vllm_engine import VLLM
 
 
 @dataclass(kw_only=True, slots=True)

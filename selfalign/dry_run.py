@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from selfalign.core import distributed
 from selfalign.core.formatting import duration, table
-from selfalign.generation import Transformers
+from selfalign.engines.protocol import Transformers
 from selfalign.pipeline import run_pipeline
 from selfalign.preflight import preflight
 from selfalign.rehearsal import Rehearsal

@@ -18,9 +18,11 @@ from selfalign.benchmarks.entrant import judges_to_load
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.data.containers import find_data
-from selfalign.endpoint import Endpoint, RefusedError
+from selfalign.engines.openai_client import Endpoint, RefusedError
+from selfalign.engines.protocol import Transformers
+from selfalign.engines.server import Server
+from selfalign.engines.vllm_engine import VLLM, share_gpus
 from selfalign.footprint import Footprint, disk_lack, training_lack, writing_lack
-from selfalign.generation import Transformers
 from selfalign.given import SelfRewarding, data_sources
 from selfalign.judges.bench import asks_a_server, wants_model
 from selfalign.losses.preference import Positives
@@ -30,10 +32,8 @@ from selfalign.models.pretrained import find_local
 from selfalign.optimizers import EIGHT_BIT_NEEDS
 from selfalign.plan import plan
 from selfalign.roles import judges_of
-from selfalign.serving import Server
 from selfalign.tracking import Wandb, has_key, said_mode
 from selfalign.training import Optimization
-from selfalign.vllm_engine import VLLM, share_gpus
 
 if TYPE_CHECKING:
     from selfalign.config import ExperimentConfig

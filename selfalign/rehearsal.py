@@ -26,7 +26,7 @@ from selfalign.core.records import (
 )
 from selfalign.data.pair_rules import PairRule
 from selfalign.data.sources import as_prompt
-from selfalign.endpoint import Endpoint
+from selfalign.engines.openai_client import Endpoint
 from selfalign.given import SelfRewarding
 from selfalign.judges.bench import Subject, asks_a_server
 from selfalign.judges.referee import Referee

@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import Gemma2Config, LlamaConfig, MistralConfig
 from transformers.cache_utils import DynamicLayer
 
-from selfalign import cache
-from selfalign.cache import RoomyLayer, roomy_cache
-from selfalign.generation import fill_gaps
+from selfalign.engines import kv_cache
+from selfalign.engines.kv_cache import RoomyLayer, roomy_cache
+from selfalign.engines.protocol import fill_gaps
 
 HEADS, DIMENSIONS = 2, 4
 
@@ -66,7 +66,7 @@ def test_holds_what_the_layer_of_transformers_holds(room: int) -> None:
 )
 def test_broken_layer_is_noticed(old: str, new: str) -> None:
     failed = 0
-    with mutated(cache, old, new) as copy:
+    with mutated(kv_cache, old, new) as copy:
         for seed in range(20):
             try:
                 check_like_dynamic_layer(copy.RoomyLayer(3), seed)

@@ -29,8 +29,8 @@ from selfalign.choose import ChooseConfig
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json, write_json
 from selfalign.core.records import Response, read_records
-from selfalign.endpoint import Endpoint
-from selfalign.generation import Sampling, Transformers
+from selfalign.engines.openai_client import Endpoint
+from selfalign.engines.protocol import Sampling, Transformers
 from selfalign.models.checkpoint import Policy, PolicyFiles
 from selfalign.plan import plan
 

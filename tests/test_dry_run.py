@@ -33,7 +33,7 @@ from selfalign import rehearsal
 from selfalign.core.errors import SelfalignError
 from selfalign.data.sources import as_prompt
 from selfalign.dry_run import dry_run, estimate_text
-from selfalign.generation import Request, Sampling, Transformers
+from selfalign.engines.protocol import Request, Sampling, Transformers
 from selfalign.longest import SHORTEST_PROMPT, Longest, asks, tireless
 from selfalign.losses.refinement import Refinement
 from selfalign.models.batches import encode_pairs

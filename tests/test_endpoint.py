@@ -12,8 +12,8 @@ from builders import workspace
 from chat_server import ChatServer, Fault, chat, chat_server
 
 from selfalign.core.errors import SelfalignError
-from selfalign.endpoint import Client, Endpoint, retry_after, same_model
-from selfalign.replies import RefusedError, Reply
+from selfalign.engines.openai_client import Client, Endpoint, retry_after, same_model
+from selfalign.engines.replies import RefusedError, Reply
 from selfalign.store.journal import Journal
 
 KEY = "sk-very-secret-0123456789"
@@ -30,7 +30,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """How long the client would have waited; it does not."""
     found: list[float] = []
-    monkeypatch.setattr("selfalign.endpoint.pause", lambda stop, seconds: found.append(seconds))
+    monkeypatch.setattr("selfalign.engines.openai_client.pause", lambda stop, seconds: found.append(seconds))
     return found
 
 

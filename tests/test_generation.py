@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import MistralConfig, MistralForCausalLM
 
-from selfalign import generation
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import FinishReason
-from selfalign.generation import (
+from selfalign.engines import protocol
+from selfalign.engines.protocol import (
     Completion,
     Request,
     Sampling,
@@ -237,7 +237,7 @@ def nucleus(logits: Tensor, sampling: Sampling) -> dict[int, float]:
 def test_evenly_spread_uniforms_draw_the_nucleus_in_its_proportions(
     monkeypatch: pytest.MonkeyPatch, candidates: int, temperature: float, top_p: float
 ) -> None:
-    monkeypatch.setattr(generation, "NUCLEUS_CANDIDATES", candidates)
+    monkeypatch.setattr(protocol, "NUCLEUS_CANDIDATES", candidates)
     sampling = Sampling(temperature=temperature, top_p=top_p)
     count = 4000
     uniforms = (torch.arange(count) + 0.5) / count
@@ -286,7 +286,7 @@ def test_greedy_takes_the_most_likely_token_whatever_the_uniform() -> None:
 
 
 def test_whole_vocabulary_is_sorted_for_the_rows_that_need_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generation, "NUCLEUS_CANDIDATES", 3)
+    monkeypatch.setattr(protocol, "NUCLEUS_CANDIDATES", 3)
     sorted_rows: list[int] = []
     original = Tensor.sort
 
@@ -315,7 +315,7 @@ def test_a_token_without_probability_is_never_drawn() -> None:
 def test_rows_are_drawn_independently_even_if_one_of_them_needs_the_whole_vocabulary(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(generation, "NUCLEUS_CANDIDATES", 2)
+    monkeypatch.setattr(protocol, "NUCLEUS_CANDIDATES", 2)
     sampling = Sampling(temperature=1.0, top_p=0.9)
     flat = torch.randn(30, generator=torch.Generator().manual_seed(1)) * 0.1
     peaked = torch.randn(30, generator=torch.Generator().manual_seed(2))

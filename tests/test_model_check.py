@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from selfalign import model_trials
 from selfalign.core.errors import SelfalignError
-from selfalign.generation import Request, Sampling, TransformersGenerator
-from selfalign.model_check import check_model, check_vocabulary
+from selfalign.engines import model_trials
+from selfalign.engines.model_check import check_model, check_vocabulary
+from selfalign.engines.protocol import Request, Sampling, TransformersGenerator
 from selfalign.models.batches import Group, make_batch
 from selfalign.models.capabilities import Capabilities
 from selfalign.models.checkpoint import CONTEXT_NAMES, Policy, PolicyFiles, longest_sequence

@@ -14,7 +14,7 @@ from builders import TINY_RUN, composed, logits_of, policy_artefact, record_file
 from test_boundary import CHATML, NO_SYSTEM
 
 from selfalign.core.errors import SelfalignError
-from selfalign.model_check import check_model
+from selfalign.engines.model_check import check_model
 from selfalign.models.checkpoint import LoRA, ModelConfig, PolicyFiles, open_tokenizer
 from selfalign.models.pretrained import fetch_pretrained, identify_source
 from selfalign.models.tokenizer import encode_prompt, stop_ids

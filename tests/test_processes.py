@@ -16,8 +16,8 @@ from team import Team, dying_in, launch
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_json
+from selfalign.engines.server import _free_port
 from selfalign.multirun import ListJobs
-from selfalign.serving import _free_port
 from selfalign.store import artifacts as store_module
 from selfalign.store.artifacts import Artefact, Store, Workspace
 
@@ -95,7 +95,7 @@ def test_killed_process_ends_the_others_and_one_process_goes_on(
     assert "another process of this run has ended; see its message" in ended
     assert "the same command continues" in ended
     written: list[int] = []
-    from selfalign.generation import TransformersGenerator
+    from selfalign.engines.protocol import TransformersGenerator
 
     write = TransformersGenerator.write
     monkeypatch.setattr(TransformersGenerator, "write", lambda *call: written.append(1) or write(*call))

@@ -22,16 +22,16 @@ from mutation import mutated
 from torch import Tensor, nn
 
 from selfalign.core.errors import SelfalignError
-from selfalign.generation import Request, Sampling, Transformers
-from selfalign.model_check import check_model
+from selfalign.engines.model_check import check_model
+from selfalign.engines.protocol import Request, Sampling, Transformers
+from selfalign.engines.server import export
+from selfalign.engines.vllm_engine import VLLM
 from selfalign.models import checkpoint
 from selfalign.models.checkpoint import LoRA, ModelConfig, Policy, PolicyFiles
 from selfalign.models.pretrained import fetch_pretrained
 from selfalign.models.quantization import quantise_on_load
-from selfalign.serving import export
 from selfalign.stages.sft import sft
 from selfalign.training import Weights
-from selfalign.vllm_engine import VLLM
 
 bitsandbytes: ModuleType = pytest.importorskip("bitsandbytes", reason="needs the extra qlora")
 

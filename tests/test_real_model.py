@@ -15,8 +15,8 @@ from selfalign.__main__ import conf_folder
 from selfalign.config import register, to_experiment
 from selfalign.data.containers import SHIPPED
 from selfalign.data.sources import as_prompt
+from selfalign.engines.protocol import Request, Sampling, Transformers
 from selfalign.experiment import run_experiment
-from selfalign.generation import Request, Sampling, Transformers
 from selfalign.losses.preference import DPO, IPO, ODPO, PreferenceLoss, SrDPO, SrIPO
 from selfalign.losses.refinement import Refinement
 from selfalign.models.checkpoint import PolicyFiles

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from selfalign.replies import PassingError, RefusedError, Reply, fewest_tokens, finish_of, read_answer, unescape
+from selfalign.engines.replies import PassingError, RefusedError, Reply, fewest_tokens, finish_of, read_answer, unescape
 
 SPELLINGS = {
     "stop": [

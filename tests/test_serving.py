@@ -32,17 +32,17 @@ from judging import ANSWERS, ASKED
 from mutation import assert_caught
 from transformers.utils.import_utils import is_serve_available
 
-from selfalign import serving
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import FinishReason, Response, read_records
 from selfalign.data.sources import as_prompt
-from selfalign.generation import Completion, Request, Sampling, Transformers
+from selfalign.engines import server
+from selfalign.engines.protocol import Completion, Request, Sampling, Transformers
+from selfalign.engines.server import Server, ServerGenerator, export
 from selfalign.judges.bench import Bench, Subject
 from selfalign.judges.external import ExternalScore
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.tokenizer import encode_prompt
-from selfalign.serving import Server, ServerGenerator, export
 from selfalign.stages.respond import RespondConfig, respond
 from selfalign.store.artifacts import canonical
 from selfalign.store.journal import Journal
@@ -57,8 +57,8 @@ WARM = Sampling(temperature=0.7, top_p=0.9, max_new_tokens=8)
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WRITER_KEY", KEY)
-    monkeypatch.setattr("selfalign.endpoint.pause", lambda stop, seconds: None)
-    monkeypatch.setattr(serving, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr("selfalign.engines.openai_client.pause", lambda stop, seconds: None)
+    monkeypatch.setattr(server, "POLL_SECONDS", 0.01)
 
 
 def counted(body: dict[str, Any]) -> bytes:
@@ -337,7 +337,7 @@ def test_nothing_is_left_of_a_server(
 def test_server_that_does_not_want_to_end_is_killed(
     tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("selfalign.server_process.GRACE_SECONDS", 0.3)
+    monkeypatch.setattr("selfalign.engines.server_process.GRACE_SECONDS", 0.3)
     with served(tiny_policy, monkeypatch, command="trap '' TERM; " + noting(tmp_path)):
         shell, child, _ = noted(tmp_path)
     assert gone(shell)
@@ -346,7 +346,7 @@ def test_server_that_does_not_want_to_end_is_killed(
 
 def test_server_ends_with_a_run_that_is_killed(tmp_path: Path) -> None:
     script = (
-        "import sys, time; from pathlib import Path; from selfalign.server_process import ServerProcess\n"
+        "import sys, time; from pathlib import Path; from selfalign.engines.server_process import ServerProcess\n"
         "server = ServerProcess(sys.argv[1], Path(sys.argv[2]), str); time.sleep(600)"
     )
     (weights := tmp_path / "weights").mkdir()
@@ -423,20 +423,20 @@ def test_other_processes_of_a_run_start_none_and_ask_the_main_ones(
     with served(tiny_policy, monkeypatch) as (generator, server):
         monkeypatch.setattr(distributed, "is_main", lambda: False)
         monkeypatch.setattr(distributed, "broadcast", lambda value: told[0])
-        monkeypatch.setattr(serving, "ServerProcess", None)
+        monkeypatch.setattr(server, "ServerProcess", None)
         with Server(command=IDLE, dtype="float32").load(tiny_policy) as other:
             assert other.write(requests, WARM) == generator.write(requests, WARM)
         assert len(server.bodies) == 4
 
 
 def test_other_machines_of_a_run_ask_the_main_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert serving._host() == "localhost"
+    assert server._host() == "localhost"
     monkeypatch.setenv("MASTER_ADDR", "node-0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert serving._host() == "localhost"
+    assert server._host() == "localhost"
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert serving._host() == "node-0"
+    assert server._host() == "node-0"
 
 
 @pytest.mark.parametrize(
@@ -499,7 +499,7 @@ def answered(
 ) -> ChatServer:
     """The server that the stage has asked; the first request of all is the one that it is met with."""
     with chat_server(counted, faults) as server:
-        monkeypatch.setattr(serving, "_free_port", lambda: port_of(server))
+        monkeypatch.setattr(server, "_free_port", lambda: port_of(server))
         answer(policy, folder, generate)
     return server
 
@@ -537,7 +537,7 @@ def test_whole_run_is_written_by_a_faulty_server_and_the_key_is_nowhere(
         "generate.command='echo $WRITER_KEY; : {weights} {port}; exec sleep 600'",
     ]  # fmt: skip
     with chat_server(says, faults) as server:
-        monkeypatch.setattr(serving, "_free_port", lambda: port_of(server))
+        monkeypatch.setattr(server, "_free_port", lambda: port_of(server))
         folder = run(tmp_path / "outputs", *overrides)
         asked = len(server.bodies)
         assert run(tmp_path / "outputs", *overrides) == folder
@@ -593,7 +593,7 @@ MUTANTS = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_caught(name: str, given: dict[str, Any]) -> None:
     old, new, check = MUTANTS[name]
-    assert_caught(serving, sys.modules[__name__], old, new, check, {**given, "name": "other_tokenizer", "fails": False})
+    assert_caught(server, sys.modules[__name__], old, new, check, {**given, "name": "other_tokenizer", "fails": False})
 
 
 # --- a real server -------------------------------------------------------------------------------------------------

@@ -22,9 +22,9 @@ from paper_values import OURS, PAPER, SIZES, TECHNICAL, WITHOUT_EFFECT, WRITTEN_
 from selfalign.__main__ import conf_folder
 from selfalign.config import ExperimentConfig, register
 from selfalign.core.errors import SelfalignError
+from selfalign.engines.server import Server
 from selfalign.losses.preference import DPO, IPO, SrDPO, SrIPO
 from selfalign.plan import plan
-from selfalign.serving import Server
 from selfalign.stages.evaluate import compares_on, opponents
 from selfalign.stages.judge import ExpectedScore, SampledScore
 from selfalign.stages.seeds import EvaluationFineTuning

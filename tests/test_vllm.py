@@ -17,7 +17,8 @@ from transformers import LlamaForCausalLM
 
 from selfalign.core.files import write_json
 from selfalign.data.sources import as_prompt
-from selfalign.generation import Request, Sampling
+from selfalign.engines.protocol import Request, Sampling
+from selfalign.engines.vllm_engine import VLLM, VLLMGenerator, VLLMReader
 from selfalign.judges.expected import score_tokens
 from selfalign.judges.parsing import PREFIX
 from selfalign.models.batches import Group, share_prompt
@@ -26,7 +27,6 @@ from selfalign.models.pretrained import fetch_pretrained
 from selfalign.models.scorer import Scorer
 from selfalign.models.tokenizer import encode_prompt, stop_ids
 from selfalign.stages.sft import sft
-from selfalign.vllm_engine import VLLM, VLLMGenerator, VLLMReader
 
 PYTHON = os.environ.get("SELFALIGN_VLLM_PYTHON", "")
 pytestmark = pytest.mark.skipif(

@@ -30,17 +30,17 @@ from builders import (
 )
 from mutation import assert_caught
 
-from selfalign import vllm_engine
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import write_json
 from selfalign.core.records import FinishReason
-from selfalign.generation import Request, Sampling
+from selfalign.engines import vllm_engine
+from selfalign.engines.protocol import Request, Sampling
+from selfalign.engines.vllm_engine import VLLM, lora_arguments, share_gpus
 from selfalign.models.batches import Group
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.tokenizer import decode_response, stop_ids
 from selfalign.stages.respond import RespondConfig, respond
 from selfalign.store.artifacts import MANIFEST, Store
-from selfalign.vllm_engine import VLLM, lora_arguments, share_gpus
 
 FAKE = ROOT / "tests" / "fake_vllm"
 drawn, logp = itemgetter("drawn", "logp")(runpy.run_path(str(FAKE / "vllm" / "__init__.py")))
@@ -202,7 +202,7 @@ def test_engine_is_gone_when_the_run_is_killed(report: Path, hangs_at: int) -> N
     settings = {"gpus": "", "adapter": "", "arguments": {"report": str(report), "hangs_at": hangs_at}}
     question = {"prompts": [[5]], "seeds": [[1]], "sampling": {"temperature": 1.0, "max_tokens": 4}}
     code = (
-        "import sys, time\nfrom selfalign.workers import Worker\n"
+        "import sys, time\nfrom selfalign.engines.worker_process import Worker\n"
         f"worker = Worker('engine', [sys.executable, '-P', {str(vllm_engine.WORKER)!r}])\n"
         f"worker.send({settings})\nworker.receive()\nworker.send({question})\nworker.receive()\n"
         "print('idle', flush=True)\ntime.sleep(600)\n"

@@ -14,7 +14,7 @@ from mutation import mutated
 from selfalign import examples
 from selfalign.core.records import ResponseScore, write_records
 from selfalign.data.pair_rules import BestWorst
-from selfalign.generation import Completion, Request, Sampling
+from selfalign.engines.protocol import Completion, Request, Sampling
 from selfalign.judges.sampled import SampledScore
 from selfalign.models.batches import Group, PairExample
 from selfalign.models.checkpoint import PolicyFiles

@@ -12,7 +12,7 @@ from selfalign.core.files import write_json
 from selfalign.core.records import Comparison, Instruction, given_response
 from selfalign.data.containers import identify_data
 from selfalign.data.sources import OutputRow, read_outputs
-from selfalign.generation import Sampling
+from selfalign.engines.protocol import Sampling
 from selfalign.judges.comparison import Duel
 from selfalign.judges.referee import Referee
 from selfalign.store.artifacts import Counts, Workspace

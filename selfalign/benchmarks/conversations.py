@@ -8,7 +8,7 @@ from selfalign.benchmarks.fastchat import Question
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed
 from selfalign.core.records import FinishReason, Instruction, Message, Response, given_response
-from selfalign.generation import Generator, Request, Sampling, write_all
+from selfalign.engines.protocol import Generator, Request, Sampling, write_all
 from selfalign.models.tokenizer import encode_prompt
 from selfalign.store.artifacts import Workspace
 from selfalign.store.journal import Journal

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Protocol
 
 from selfalign.core.errors import SelfalignError
-from selfalign.endpoint import Endpoint
-from selfalign.generation import Backend
+from selfalign.engines.openai_client import Endpoint
+from selfalign.engines.protocol import Backend
 from selfalign.judges.bench import OWN_MODELS, Bench
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.store.artifacts import Counts, Workspace

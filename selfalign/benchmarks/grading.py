@@ -12,8 +12,8 @@ from selfalign.core.files import digest_file, text_or_file
 from selfalign.core.records import Message
 from selfalign.data.prompts import check_template, fill
 from selfalign.data.sources import as_prompt
-from selfalign.endpoint import Endpoint
-from selfalign.generation import Reader, Request, Sampling, read_all, write_all
+from selfalign.engines.openai_client import Endpoint
+from selfalign.engines.protocol import Reader, Request, Sampling, read_all, write_all
 from selfalign.judges.bench import check_batch_tokens, check_model, check_share
 from selfalign.judges.sampled import spell_out, why_ended
 from selfalign.judges.unread import Unread

@@ -19,7 +19,7 @@ from selfalign.benchmarks.grading import Grade, Grader, Task
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_file
 from selfalign.core.records import write_records
-from selfalign.generation import Sampling
+from selfalign.engines.protocol import Sampling
 from selfalign.metrics.intervals import bootstrap_ratio
 from selfalign.store.artifacts import Counts, Workspace
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed
 from selfalign.core.records import FinishReason, Judgement, JudgementStatus
-from selfalign.generation import Sampling
+from selfalign.engines.protocol import Sampling
 from selfalign.judges.bench import Rubric, Subject
 from selfalign.judges.parsing import FAILURES, PREFIX, Parsed, parse_score
 

@@ -21,8 +21,8 @@ from selfalign.core.records import (
 )
 from selfalign.data.prompts import check_template, fill
 from selfalign.data.sources import as_prompt
-from selfalign.endpoint import Client, Endpoint
-from selfalign.generation import Backend, Generator, Loaded, Reader
+from selfalign.engines.openai_client import Client, Endpoint
+from selfalign.engines.protocol import Backend, Generator, Loaded, Reader
 from selfalign.metrics.catalog import Sums
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.store.artifacts import Counts

@@ -9,7 +9,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Judgement, JudgementStatus
 from selfalign.data.sources import as_prompt
 from selfalign.data.thinking import thinks_on
-from selfalign.generation import Request, Sampling, read_all, write_all
+from selfalign.engines.protocol import Request, Sampling, read_all, write_all
 from selfalign.judges.bench import (
     TOGETHER,
     Bench,

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from selfalign.core.records import Instruction, given_response
-from selfalign.endpoint import Endpoint
+from selfalign.engines.openai_client import Endpoint
+from selfalign.engines.replies import Reply
 from selfalign.judges.attempts import Wish, Written, WrittenScore, first_wishes, write_judgements
 from selfalign.judges.bench import Bench, Judged, Subject
-from selfalign.replies import Reply
 
 
 @dataclass(kw_only=True, slots=True)

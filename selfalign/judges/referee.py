@@ -10,8 +10,8 @@ from selfalign.core.files import text_or_file
 from selfalign.core.records import Comparison, JudgementStatus, Prompt, Response, Verdict
 from selfalign.data.prompts import check_template, fill
 from selfalign.data.sources import as_prompt
-from selfalign.endpoint import Endpoint
-from selfalign.generation import read_all
+from selfalign.engines.openai_client import Endpoint
+from selfalign.engines.protocol import read_all
 from selfalign.judges.bench import Bench, check_batch_tokens, check_model, check_share
 from selfalign.judges.comparison import Duel, Reading, Showing, bias_statistics, compare, parse_verdict, unread_text
 from selfalign.judges.expected import distribution, tokens_behind

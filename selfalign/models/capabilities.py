@@ -10,7 +10,7 @@ FILE = "capabilities.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Capabilities:
-    """How a model can be run, found out by `selfalign.model_check`.
+    """How a model can be run, found out by `selfalign.engines.model_check`.
 
     Attributes:
         packs: whether it scores packed rows as it scores each text alone; else batches are padded.

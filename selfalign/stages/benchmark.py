@@ -1,7 +1,7 @@
 """benchmark: a policy + a published benchmark → its answers, judgements and numbers."""
 
 from selfalign.benchmarks.entrant import Benchmark, Entrant
-from selfalign.generation import Backend
+from selfalign.engines.protocol import Backend
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.store.artifacts import Artefact, Counts, Workspace, together
 

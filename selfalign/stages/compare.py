@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Instruction, Response, read_records, write_records
-from selfalign.generation import Backend
+from selfalign.engines.protocol import Backend
 from selfalign.judges.bench import Bench
 from selfalign.judges.comparison import Duel
 from selfalign.judges.referee import Referee

@@ -22,7 +22,7 @@ from selfalign.core.records import (
     open_records,
     stream_records,
 )
-from selfalign.generation import Backend
+from selfalign.engines.protocol import Backend
 from selfalign.judges.attempts import WrittenScore
 from selfalign.judges.bench import (
     Bench,

@@ -8,7 +8,7 @@ from selfalign.core.files import derive_seed
 from selfalign.core.jsonl import chunks
 from selfalign.core.records import FinishReason, Instruction, Response, count_records, stream_records, write_records
 from selfalign.data.sources import as_prompt
-from selfalign.generation import Backend, Completion, Generator, Request, Sampling, write_all
+from selfalign.engines.protocol import Backend, Completion, Generator, Request, Sampling, write_all
 from selfalign.metrics.intervals import RunningMean
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.tokenizer import encode_prompt, has_unknown, unknown_counts, warn_of_unknown

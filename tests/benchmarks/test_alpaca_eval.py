@@ -13,8 +13,8 @@ from selfalign.benchmarks.alpaca_eval import AlpacaEval, AlpacaReferee
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
 from selfalign.data.sources import as_prompt
-from selfalign.endpoint import Endpoint
-from selfalign.generation import Sampling, Transformers
+from selfalign.engines.openai_client import Endpoint
+from selfalign.engines.protocol import Sampling, Transformers
 from selfalign.metrics.intervals import length_controlled, wilson
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.tokenizer import encode_prompt

@@ -30,7 +30,7 @@ from selfalign.benchmarks.entrant import Entrant
 from selfalign.benchmarks.lm_eval import LmEval, LmEvalTask
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_folder
-from selfalign.generation import Transformers
+from selfalign.engines.protocol import Transformers
 from selfalign.metrics.catalog import METRICS
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.store.artifacts import Counts

@@ -35,8 +35,8 @@ from selfalign.benchmarks.fastchat import read_questions
 from selfalign.benchmarks.rating import OPENING
 from selfalign.core.errors import SelfalignError
 from selfalign.data.sources import as_prompt
-from selfalign.endpoint import Endpoint
-from selfalign.generation import Request, Sampling, Transformers
+from selfalign.engines.openai_client import Endpoint
+from selfalign.engines.protocol import Request, Sampling, Transformers
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.tokenizer import encode_prompt
 

@@ -14,7 +14,7 @@ from judging import ANSWERS, given, judged, run_judge, scores
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
 from selfalign.core.records import Comparison, Judgement, JudgementStatus, Response, Verdict, read_records
-from selfalign.endpoint import Endpoint
+from selfalign.engines.openai_client import Endpoint
 from selfalign.judges.external import ExternalScore
 from selfalign.judges.pairwise import Pairwise
 from selfalign.store.artifacts import canonical
@@ -27,7 +27,7 @@ OK, NONE = JudgementStatus.OK, JudgementStatus.NO_SCORE
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("JUDGE_KEY", KEY)
-    monkeypatch.setattr("selfalign.endpoint.pause", lambda stop, seconds: None)
+    monkeypatch.setattr("selfalign.engines.openai_client.pause", lambda stop, seconds: None)
 
 
 def at(server: ChatServer, **settings: Any) -> Endpoint:

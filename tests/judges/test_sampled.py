@@ -12,7 +12,7 @@ from judging import ANSWERS, given, judged, run_judge, scores
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import FinishReason, Judgement, JudgementStatus, read_records, read_scores
-from selfalign.generation import Completion, Sampling, TransformersGenerator
+from selfalign.engines.protocol import Completion, Sampling, TransformersGenerator
 from selfalign.judges import attempts, bench
 from selfalign.judges.bench import Subject
 from selfalign.judges.parsing import parse_score

@@ -13,8 +13,8 @@ from selfalign.benchmarks.entrant import Entrant
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
 from selfalign.core.records import Comparison, read_records
+from selfalign.engines.protocol import Transformers
 from selfalign.evaluator import evaluate_models, plain_name
-from selfalign.generation import Transformers
 from selfalign.metrics.catalog import METRICS, meaning_in_benchmark
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.plan import plan

@@ -11,7 +11,7 @@ from mutation import mutated
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Comparison, read_records
-from selfalign.endpoint import Endpoint
+from selfalign.engines.openai_client import Endpoint
 from selfalign.judges import referee
 from selfalign.metrics.intervals import wilson
 from selfalign.models.checkpoint import PolicyFiles

@@ -12,7 +12,7 @@ from builders import completion
 from mutation import Check, assert_caught
 
 from selfalign.data import rouge, text_filters
-from selfalign.generation import Completion, Request, write_all
+from selfalign.engines.protocol import Completion, Request, write_all
 from selfalign.stages import instruct
 
 LEDGER = tests.test_every_written_text_is_kept_or_counted_as_dropped

@@ -24,7 +24,7 @@ from judging import ANSWERS, ASKED, FP32, given, judged, scores
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
 from selfalign.core.records import JudgementStatus, Verdict
-from selfalign.generation import Sampling
+from selfalign.engines.protocol import Sampling
 from selfalign.judges.bench import Alarm
 from selfalign.judges.expected import score_tokens
 from selfalign.models.checkpoint import PolicyFiles

@@ -35,7 +35,7 @@ from selfalign.core.records import (
     Response,
     read_records,
 )
-from selfalign.endpoint import Endpoint
+from selfalign.engines.openai_client import Endpoint
 from selfalign.judges.expected import ExpectedScore
 from selfalign.judges.external import ExternalScore
 from selfalign.losses.refinement import Augmentation, Refinement, augment

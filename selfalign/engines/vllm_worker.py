@@ -1,4 +1,4 @@
-"""The other end of `selfalign.vllm_engine`: vLLM in a process, and maybe a Python environment, of its own.
+"""The other end of `selfalign.engines.vllm_engine`: vLLM in a process, and maybe a Python environment, of its own.
 
 Run as a script; it imports nothing of selfalign, and vLLM with all that belongs to it only once its pipes are safe.
 The first line it reads is {"gpus", "adapter": its folder, or "", "arguments": of vllm.LLM}, answered with {"version"}

@@ -282,7 +282,7 @@ class TransformersGenerator(InMemory):
         self, prompts: Sequence[list[int]], owners: Sequence[int], seeds: Sequence[int], sampling: Sampling
     ) -> list[list[int]]:
         """Sequences behind several prompts in one batch, whose rows go when they have ended."""
-        from selfalign.cache import roomy_cache
+        from selfalign.engines.kv_cache import roomy_cache
 
         model, device = self.policy.model, self.policy.model.device
         longest, most = max(map(len, prompts)), sampling.max_new_tokens

@@ -20,7 +20,7 @@ import httpx
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.data.sources import as_prompt
-from selfalign.replies import (
+from selfalign.engines.replies import (
     FINISHES,
     REFUSALS,
     PassingError,

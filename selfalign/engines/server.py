@@ -25,13 +25,13 @@ from selfalign.core.failures import naming
 from selfalign.core.files import write_json
 from selfalign.core.records import FinishReason
 from selfalign.data.prompts import check_template
-from selfalign.endpoint import Client, Endpoint, RefusedError, Reply
-from selfalign.generation import Completion, Request, Sampling, Transformers, check_dtype
+from selfalign.engines.openai_client import Client, Endpoint, RefusedError, Reply
+from selfalign.engines.protocol import Completion, Request, Sampling, Transformers, check_dtype
+from selfalign.engines.server_process import ServerProcess
 from selfalign.models.checkpoint import DTYPES, PolicyFiles, release_memory
 from selfalign.models.quantization import check_engine
 from selfalign.models.scorer import Scorer
 from selfalign.models.tokenizer import answer_text, encode_prompt, silent_ids, spell, stop_ids
-from selfalign.server_process import ServerProcess
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer

@@ -16,12 +16,12 @@ import torch
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
 from selfalign.core.records import FinishReason
-from selfalign.generation import Completion, Request, Sampling, check_dtype
+from selfalign.engines.protocol import Completion, Request, Sampling, check_dtype
+from selfalign.engines.worker_process import FAREWELL_SECONDS, Worker, stop
 from selfalign.models.batches import Group
 from selfalign.models.checkpoint import UNBOUNDED, PolicyFiles, release_memory
 from selfalign.models.quantization import check_engine
 from selfalign.models.tokenizer import decode_response, silent_ids, stop_ids
-from selfalign.workers import FAREWELL_SECONDS, Worker, stop
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from selfalign.core.errors import SelfalignError
-from selfalign.model_trials import Scoring, check_gradient, dropout_applies, writing_of
+from selfalign.engines.model_trials import Scoring, check_gradient, dropout_applies, writing_of
 from selfalign.models.capabilities import Capabilities
 from selfalign.models.chat_template import (
     ASKED,
