@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from selfalign.core.files import write_atomically
 from selfalign.markdown import bullets, code, fenced, folded, table
 from selfalign.metrics.catalog import METRICS
-from selfalign.report.finished import Finished
 from selfalign.report.markup import Column, is_number, plural, present, show
 from selfalign.report.measured import ANSWERS, JUDGING, OTHERS
 from selfalign.report.page import ITERATIONS, MODELS, code_state, trained_on
 from selfalign.report.prose import LOSSES, WHO, judges_of_answers, verdict, warnings, what_was_run
-from selfalign.summary import drops_text
+from selfalign.runs.reader import Finished
+from selfalign.runs.summary import drops_text
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData

@@ -31,7 +31,7 @@ from selfalign.models.checkpoint import ModelConfig
 from selfalign.models.quantization import check_engine
 from selfalign.overrides import no_such
 from selfalign.publish import check_repository
-from selfalign.run import check_name
+from selfalign.runs.runner import check_name
 from selfalign.stages.compare import HeadToHead
 from selfalign.stages.evaluate import EvaluateConfig
 from selfalign.stages.judge import ExpectedScore, ExternalScore, ImplicitReward, Pairwise, SampledScore

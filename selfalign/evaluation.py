@@ -8,7 +8,7 @@ from selfalign.given import Given
 from selfalign.held_out import HeldOutPairs
 from selfalign.judges.bench import asks_a_server
 from selfalign.roles import Judging, Models
-from selfalign.run import Maker
+from selfalign.runs.runner import Maker
 from selfalign.stages.benchmark import benchmark
 from selfalign.stages.compare import compare
 from selfalign.stages.divergence import divergence

@@ -16,11 +16,11 @@ from selfalign.experiment import Shown, conclude, log_file, read_own
 from selfalign.given import Given
 from selfalign.models.checkpoint import ModelConfig
 from selfalign.report import write_report
-from selfalign.report.finished import check_artefacts
 from selfalign.roles import Judging, Models, fixed_judges, load_model
-from selfalign.run import Fellow, Maker, Run, iteration_of, open_folder, write_provenance
+from selfalign.runs.reader import check_artefacts
+from selfalign.runs.runner import Fellow, Maker, Run, iteration_of, open_folder, write_provenance
+from selfalign.runs.summary import models_of
 from selfalign.store.artifacts import Artefact, Store, canonical, locked, open_artefact
-from selfalign.summary import models_of
 from selfalign.sweep import JOBS, JobState, Sweep, told
 
 LONGEST_NAME = 60

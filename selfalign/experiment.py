@@ -20,9 +20,18 @@ from selfalign.plan import plan
 from selfalign.preflight import preflight
 from selfalign.publish import check_login, publish
 from selfalign.report import log_tables, write_report
-from selfalign.run import Fellow, Look, NotMadeYet, Run, StageFunction, open_folder, run_folder, write_provenance
+from selfalign.runs.runner import (
+    Fellow,
+    Look,
+    NotMadeYet,
+    Run,
+    StageFunction,
+    open_folder,
+    run_folder,
+    write_provenance,
+)
+from selfalign.runs.summary import closing_text, models_of, plan_text, summarise
 from selfalign.store.artifacts import Artefact, Store, locked
-from selfalign.summary import closing_text, models_of, plan_text, summarise
 
 if TYPE_CHECKING:
     from selfalign.config import ExperimentConfig

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from selfalign.core.errors import SelfalignError
 from selfalign.data.containers import find_data, identify_data
-from selfalign.run import Maker, StageFunction
+from selfalign.runs.runner import Maker, StageFunction
 from selfalign.stages.evaluate import PreferenceTest
 from selfalign.stages.instruct import InstructConfig
 from selfalign.stages.outputs import outputs

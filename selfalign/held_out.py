@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from selfalign.given import Given
 from selfalign.losses.refinement import Refinement
 from selfalign.roles import Judging, Models
-from selfalign.run import Maker
+from selfalign.runs.runner import Maker
 from selfalign.stages.align import augmentation_of
 from selfalign.stages.preferences import preferences
 from selfalign.stages.reference import reference

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from selfalign.core import distributed
 from selfalign.core.files import digest_json, path_of
-from selfalign.run import check_name
+from selfalign.runs.runner import check_name
 from selfalign.sweep import Prepared, Sweep, run_job
 
 NOT_HERE = (

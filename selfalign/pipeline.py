@@ -17,7 +17,7 @@ from selfalign.losses.preference import Positives
 from selfalign.models.checkpoint import ModelConfig
 from selfalign.requirements import check_requirements
 from selfalign.roles import Judging, Models, checkpoint_judge, fixed_judges, load_model
-from selfalign.run import Maker
+from selfalign.runs.runner import Maker
 from selfalign.stages.align import align, augmentation_of
 from selfalign.stages.eft import eft
 from selfalign.stages.instruct import given_instructions, instruct

@@ -35,7 +35,7 @@ from selfalign.losses.preference import PreferenceLoss
 from selfalign.losses.refinement import Refinement
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.tokenizer import encode_prompt
-from selfalign.run import StageFunction
+from selfalign.runs.runner import StageFunction
 from selfalign.stages.align import align
 from selfalign.stages.compare import compare
 from selfalign.stages.divergence import divergence

@@ -41,8 +41,8 @@ def report(paths: Sequence[Path], out: Path | None = None, metric: str = "") -> 
     # They import torch, which --help should not wait for.
     from selfalign.report import write_report
     from selfalign.report.comparison import compare_jobs
-    from selfalign.report.finished import Finished, check_artefacts
     from selfalign.report.jobs import find_jobs, is_run
+    from selfalign.runs.reader import Finished, check_artefacts
 
     if len(paths) > 1 or not is_run(paths[0]):
         jobs = find_jobs(paths)

@@ -8,7 +8,7 @@ from selfalign.core.files import derive_seed
 from selfalign.judges.bench import OWN_MODELS, asks_a_server, wants_model
 from selfalign.models.checkpoint import ModelConfig
 from selfalign.models.pretrained import identify_source
-from selfalign.run import Maker
+from selfalign.runs.runner import Maker
 from selfalign.stages.judge import ImplicitReward, Judge, judge
 from selfalign.stages.pretrained import pretrained
 from selfalign.store.artifacts import Artefact

@@ -21,9 +21,9 @@ from selfalign.core.files import read_json, write_json
 from selfalign.experiment import finish_experiment, log_file
 from selfalign.metrics.catalog import signed
 from selfalign.report.jobs import JOBS, read_jobs
-from selfalign.run import run_folder
+from selfalign.runs.runner import run_folder
+from selfalign.runs.summary import table
 from selfalign.store.artifacts import locked
-from selfalign.summary import table
 
 if TYPE_CHECKING:
     from selfalign.config import ExperimentConfig

@@ -22,7 +22,7 @@ from selfalign.config import COMPONENTS, choices
 from selfalign.core.files import read_json
 from selfalign.experiment import run_experiment
 from selfalign.models.checkpoint import PolicyFiles
-from selfalign.report.finished import Finished
+from selfalign.runs.reader import Finished
 
 SECTIONS = ["Use", "Method", "Data", "Results", "Limits", "Lineage", "Reproduction"]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

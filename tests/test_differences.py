@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from selfalign.core.errors import SelfalignError
-from selfalign.run import Run
+from selfalign.runs.runner import Run
 from selfalign.store.artifacts import Artefact, Counts, Store, Workspace
 from selfalign.store.key_diff import ABSENT, Comparison, differences, read_stages
 

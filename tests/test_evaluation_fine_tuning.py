@@ -15,7 +15,7 @@ from selfalign.core.records import Demonstration, Judgement, RankedAnswers, read
 from selfalign.experiment import look_ahead
 from selfalign.metrics.catalog import METRICS
 from selfalign.plan import plan
-from selfalign.report.finished import Finished
+from selfalign.runs.reader import Finished
 from selfalign.stages.judge import parse_score
 from selfalign.store.artifacts import Store
 

@@ -16,7 +16,7 @@ from builders import Killed
 from mutation import assert_caught
 
 from selfalign.core.errors import SelfalignError
-from selfalign.run import Run
+from selfalign.runs.runner import Run
 from selfalign.store import inventory
 from selfalign.store.artifacts import Artefact, Counts, Store, Workspace, lock_of
 from selfalign.store.inventory import State, remove, remove_locks, take_inventory, total_size

@@ -16,8 +16,8 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.publish import check_login, check_repository, publish, repository_files
-from selfalign.report.finished import Finished
-from selfalign.run import run_folder
+from selfalign.runs.reader import Finished
+from selfalign.runs.runner import run_folder
 
 TINY = [*TINY_RUN, "iterations=1", "evaluate=none", "data.seeds.ranked=''", "data.seeds.evaluation_fine_tuning=none"]
 CHECKPOINT = {"config.json", "generation_config.json", "model.safetensors"}

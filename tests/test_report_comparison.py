@@ -26,9 +26,9 @@ from selfalign.report.across import axes_of, over_settings
 from selfalign.report.charts import draw_heatmap
 from selfalign.report.comparison import job_rows
 from selfalign.report.findings import best, opponents
-from selfalign.report.finished import Finished
 from selfalign.report.jobs import Comparison, Job, as_text, costs, differing, find_jobs, flat, metric_of, seconds_own
 from selfalign.report.markup import percent
+from selfalign.runs.reader import Finished
 
 COLUMNS = {
     "reward margin": "rewards/margins",

@@ -9,7 +9,7 @@ from builders import ROOT, composed, policy_artefact
 
 from selfalign.core.errors import SelfalignError
 from selfalign.models.checkpoint import PolicyFiles
-from selfalign.run import (
+from selfalign.runs.runner import (
     Look,
     NotMadeYet,
     Run,

@@ -3,9 +3,9 @@ from typing import Any
 
 import pytest
 
-from selfalign.run import Look, Run
+from selfalign.runs.runner import Look, Run
+from selfalign.runs.summary import COLUMNS, closing_text, models_of, plan_text, summarise, win_rate_matrix
 from selfalign.store.artifacts import Artefact, Store
-from selfalign.summary import COLUMNS, closing_text, models_of, plan_text, summarise, win_rate_matrix
 
 
 def made(stage: str, seconds: float = 1.0, **counts: Any) -> Artefact:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from selfalign.core.files import read_json
-from selfalign.summary import table
+from selfalign.runs.summary import table
 
 SWEPT = "loss.lam=0.1,0.3,0.5,1"
 

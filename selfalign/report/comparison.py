@@ -14,7 +14,6 @@ from selfalign.core.records import Instruction
 from selfalign.metrics.catalog import METRICS
 from selfalign.report.across import curves, over_iterations, over_settings, which
 from selfalign.report.findings import caveats, named, opponents, verdict, what_differs
-from selfalign.report.finished import Candidate, Sample, read_answers, stream_there
 from selfalign.report.jobs import (
     FEW,
     Comparison,
@@ -43,6 +42,7 @@ from selfalign.report.markup import (
 )
 from selfalign.report.measured import matrix
 from selfalign.report.page import MODELS, SHOWN, purpose, trained_on
+from selfalign.runs.reader import Candidate, Sample, read_answers, stream_there
 
 Row = dict[str, Any]
 

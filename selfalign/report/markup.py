@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 
 from selfalign.core.formatting import plural
 from selfalign.core.records import Judgement
-from selfalign.report.finished import Candidate, Sample
+from selfalign.runs.reader import Candidate, Sample
 
 Row = Mapping[str, Any]
 Format = Callable[[float], str]

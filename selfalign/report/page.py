@@ -12,7 +12,6 @@ from selfalign.core.files import write_atomically
 from selfalign.core.formatting import duration, plural
 from selfalign.metrics.catalog import METRICS
 from selfalign.report.charts import SMOOTHED, Series, draw_curves, draw_models, series_of, smoothing
-from selfalign.report.finished import Finished, read_head_to_head, read_samples
 from selfalign.report.markup import (
     NOTHING,
     Column,
@@ -45,7 +44,8 @@ from selfalign.report.measured import (
 )
 from selfalign.report.prose import verdict, warnings, what_was_run
 from selfalign.report.timing import times_table
-from selfalign.run import iteration_of
+from selfalign.runs.reader import Finished, read_head_to_head, read_samples
+from selfalign.runs.runner import iteration_of
 
 Row = dict[str, Any]
 

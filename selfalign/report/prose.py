@@ -3,8 +3,8 @@
 from html import escape
 from typing import Any
 
-from selfalign.report.finished import Finished
 from selfalign.report.markup import compact, is_number, percent, strong
+from selfalign.runs.reader import Finished
 
 LOSSES = {"SrDPO": "Sr-DPO", "SrIPO": "Sr-IPO"}
 SCORES = {"Pairwise": "wins of comparisons", "ImplicitReward": "implicit reward"}

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from selfalign.core.jsonl import follow
 from selfalign.core.records import Demonstration, Instruction, PreferencePair, Response
-from selfalign.report.finished import as_text, read_head_to_head, stream_judged, stream_there
-from selfalign.run import Run
+from selfalign.runs.reader import as_text, read_head_to_head, stream_judged, stream_there
+from selfalign.runs.runner import Run
 
 T = TypeVar("T")
 Rows = Iterator[tuple[Any, ...]]

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from selfalign.core.formatting import table
-from selfalign.run import Look, Run, flat_numbers, iteration_of
+from selfalign.runs.runner import Look, Run, flat_numbers, iteration_of
 from selfalign.store.artifacts import Artefact
 
 COLUMNS = (

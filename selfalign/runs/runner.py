@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.failures import naming
-from selfalign.core.files import digest_json, write_atomically, write_json
+from selfalign.core.files import PACKAGE, digest_json, write_atomically, write_json
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.store.artifacts import Artefact, Counts, Store, canonical
 from selfalign.tracking import NoTracker, Tracker, forget_tracked
@@ -260,7 +260,7 @@ def write_provenance(run: Run, seed: int) -> None:
 
 def code_state() -> dict[str, str]:
     """Commit and uncommitted changes of the checkout this package runs from; empty when it is installed."""
-    root = Path(__file__).parents[1]
+    root = PACKAGE.parent
     if not (root / ".git").exists():
         return {"commit": "", "diff": ""}
     git = ["git", "-C", str(root)]
