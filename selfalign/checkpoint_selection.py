@@ -12,7 +12,7 @@ from typing import ClassVar
 from selfalign.core import distributed
 from selfalign.core.files import read_json, write_json
 from selfalign.engines.protocol import Backend, Sampling
-from selfalign.judges.referee import Referee
+from selfalign.judges.comparator import Referee
 from selfalign.metrics.intervals import sign_test
 from selfalign.models.checkpoint import Policy, PolicyFiles
 from selfalign.stages.compare import compare

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from selfalign.core.files import derive_seed
 from selfalign.given import Given
 from selfalign.held_out import HeldOutPairs
-from selfalign.judges.bench import asks_a_server
+from selfalign.judges.protocol import asks_a_server
 from selfalign.roles import Judging, Models
 from selfalign.runs.runner import Maker
 from selfalign.stages.benchmark import benchmark

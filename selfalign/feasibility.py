@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from selfalign.core.errors import SelfalignError
 from selfalign.data.pair_rules import BestVsK, BestWorst, PairRule
 from selfalign.given import Pairs, SelfRewarding
-from selfalign.judges.bench import asks_a_server
+from selfalign.judges.protocol import asks_a_server
 from selfalign.losses.preference import Positives, SrDPO, SrIPO
 from selfalign.plan import trains_m1
 from selfalign.stages.judge import Pairwise, SampledScore

@@ -9,10 +9,10 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Demonstration, FinishReason, Instruction, PreferencePair, Prompt, Response
 from selfalign.data.sources import as_prompt
 from selfalign.engines.protocol import Transformers, TransformersGenerator
-from selfalign.judges.attempts import WrittenScore
-from selfalign.judges.bench import asks_a_server
+from selfalign.judges.comparator import Referee
 from selfalign.judges.expected import ExpectedScore
-from selfalign.judges.referee import Referee
+from selfalign.judges.protocol import asks_a_server
+from selfalign.judges.written import WrittenScore
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.tokenizer import encode_prompt, plain_ids
 

@@ -12,7 +12,7 @@ from selfalign.checkpoint_selection import CheckpointSelection
 from selfalign.core.files import derive_seed
 from selfalign.evaluation import Evaluation
 from selfalign.given import Given, SelfRewarding, makes_baseline
-from selfalign.judges.bench import asks_a_server
+from selfalign.judges.protocol import asks_a_server
 from selfalign.losses.preference import Positives
 from selfalign.models.checkpoint import ModelConfig
 from selfalign.requirements import check_requirements

@@ -24,7 +24,7 @@ from selfalign.engines.server import Server
 from selfalign.engines.vllm_engine import VLLM, share_gpus
 from selfalign.footprint import Footprint, disk_lack, training_lack, writing_lack
 from selfalign.given import SelfRewarding, data_sources
-from selfalign.judges.bench import asks_a_server, wants_model
+from selfalign.judges.protocol import asks_a_server, wants_model
 from selfalign.losses.preference import Positives
 from selfalign.models import quantization
 from selfalign.models.checkpoint import ModelConfig

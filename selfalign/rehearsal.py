@@ -28,8 +28,8 @@ from selfalign.data.pair_rules import PairRule
 from selfalign.data.sources import as_prompt
 from selfalign.engines.openai_client import Endpoint
 from selfalign.given import SelfRewarding
-from selfalign.judges.bench import Subject, asks_a_server
-from selfalign.judges.referee import Referee
+from selfalign.judges.comparator import Referee
+from selfalign.judges.protocol import Subject, asks_a_server
 from selfalign.longest import SHORTEST_PROMPT, Longest, asks, tireless, writes
 from selfalign.losses.preference import PreferenceLoss
 from selfalign.losses.refinement import Refinement

@@ -8,9 +8,9 @@ from selfalign.benchmarks.mt_bench import MTBench
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Demonstration, PreferencePair, Prompt, stream_records
 from selfalign.given import Given, SelfRewarding
-from selfalign.judges.bench import OWN_MODELS, asks_a_server
+from selfalign.judges.comparator import Referee, verdict_tokens
 from selfalign.judges.expected import ExpectedScore, score_tokens
-from selfalign.judges.referee import Referee, verdict_tokens
+from selfalign.judges.protocol import OWN_MODELS, asks_a_server
 from selfalign.longest import asks, writes
 from selfalign.losses.preference import Positives
 from selfalign.models.chat_template import opened_thought

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from selfalign.benchmarks.entrant import judges_to_load
 from selfalign.core.files import derive_seed
-from selfalign.judges.bench import OWN_MODELS, asks_a_server, wants_model
+from selfalign.judges.protocol import OWN_MODELS, asks_a_server, wants_model
 from selfalign.models.checkpoint import ModelConfig
 from selfalign.models.pretrained import identify_source
 from selfalign.runs.runner import Maker

@@ -39,8 +39,8 @@ from selfalign.data.sources import as_prompt
 from selfalign.engines import server
 from selfalign.engines.protocol import Completion, Request, Sampling, Transformers
 from selfalign.engines.server import Server, ServerGenerator, export
-from selfalign.judges.bench import Bench, Subject
 from selfalign.judges.external import ExternalScore
+from selfalign.judges.protocol import Bench, Subject
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.tokenizer import encode_prompt
 from selfalign.stages.respond import RespondConfig, respond

@@ -13,8 +13,8 @@ from selfalign.core.records import Comparison, Instruction, given_response
 from selfalign.data.containers import identify_data
 from selfalign.data.sources import OutputRow, read_outputs
 from selfalign.engines.protocol import Sampling
-from selfalign.judges.comparison import Duel
-from selfalign.judges.referee import Referee
+from selfalign.judges.comparator import Referee
+from selfalign.judges.comparisons import Duel
 from selfalign.store.artifacts import Counts, Workspace
 
 Row = dict[str, Any]

@@ -10,7 +10,7 @@ from typing import Protocol
 from selfalign.core.errors import SelfalignError
 from selfalign.engines.openai_client import Endpoint
 from selfalign.engines.protocol import Backend
-from selfalign.judges.bench import OWN_MODELS, Bench
+from selfalign.judges.protocol import OWN_MODELS, Bench
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.store.artifacts import Counts, Workspace
 from selfalign.store.journal import Journal

@@ -14,7 +14,7 @@ from selfalign.data.prompts import check_template, fill
 from selfalign.data.sources import as_prompt
 from selfalign.engines.openai_client import Endpoint
 from selfalign.engines.protocol import Reader, Request, Sampling, read_all, write_all
-from selfalign.judges.bench import check_batch_tokens, check_model, check_share
+from selfalign.judges.protocol import check_batch_tokens, check_model, check_share
 from selfalign.judges.sampled import spell_out, why_ended
 from selfalign.judges.unread import Unread
 from selfalign.models.batches import share_prompt

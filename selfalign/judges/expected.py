@@ -10,7 +10,8 @@ from selfalign.core.records import Judgement, JudgementStatus
 from selfalign.data.sources import as_prompt
 from selfalign.data.thinking import thinks_on
 from selfalign.engines.protocol import Request, Sampling, read_all, write_all
-from selfalign.judges.bench import (
+from selfalign.judges.parsing import PREFIX, before_score
+from selfalign.judges.protocol import (
     TOGETHER,
     Bench,
     Judged,
@@ -22,7 +23,6 @@ from selfalign.judges.bench import (
     too_long,
     unjudged,
 )
-from selfalign.judges.parsing import PREFIX, before_score
 from selfalign.judges.sampled import spell_out
 from selfalign.models.batches import Group, share_prompt
 from selfalign.models.tokenizer import encode_prompt, prompt_end

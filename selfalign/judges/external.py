@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 from selfalign.core.records import Instruction, given_response
 from selfalign.engines.openai_client import Endpoint
 from selfalign.engines.replies import Reply
-from selfalign.judges.attempts import Wish, Written, WrittenScore, first_wishes, write_judgements
-from selfalign.judges.bench import Bench, Judged, Subject
+from selfalign.judges.protocol import Bench, Judged, Subject
+from selfalign.judges.written import Wish, Written, WrittenScore, first_wishes, write_judgements
 
 
 @dataclass(kw_only=True, slots=True)

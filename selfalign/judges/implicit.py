@@ -10,7 +10,7 @@ from typing import ClassVar
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Judgement, JudgementStatus
 from selfalign.data.sources import as_prompt
-from selfalign.judges.bench import (
+from selfalign.judges.protocol import (
     Alarm,
     Bench,
     Judged,

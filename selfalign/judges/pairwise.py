@@ -10,9 +10,9 @@ from typing import ClassVar
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed
 from selfalign.core.records import Comparison, Demonstration, Judgement, JudgementStatus, RankedAnswers, Verdict
-from selfalign.judges.bench import TOGETHER, Alarm, Bench, Judged, Subject, by_instruction, check_scale
-from selfalign.judges.comparison import Duel, expected_win_rates, win_shares
-from selfalign.judges.referee import OPENING, PREFERENCE, Referee
+from selfalign.judges.comparator import OPENING, PREFERENCE, Referee
+from selfalign.judges.comparisons import Duel, expected_win_rates, win_shares
+from selfalign.judges.protocol import TOGETHER, Alarm, Bench, Judged, Subject, by_instruction, check_scale
 
 
 @dataclass(kw_only=True, slots=True)

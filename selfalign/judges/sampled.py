@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from selfalign.core.records import FinishReason
 from selfalign.data.thinking import marks_thinking, thinks_on
 from selfalign.engines.protocol import Completion, Generator, Request, write_all
-from selfalign.judges.attempts import Wish, Written, WrittenScore, first_wishes, write_judgements
-from selfalign.judges.bench import Bench, Judged, Subject, check_model, too_long
+from selfalign.judges.protocol import Bench, Judged, Subject, check_model, too_long
+from selfalign.judges.written import Wish, Written, WrittenScore, first_wishes, write_judgements
 from selfalign.models.tokenizer import encode_prompt, prompt_end
 from selfalign.store.journal import Journal
 

@@ -6,9 +6,9 @@ from typing import ClassVar
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Instruction, Response, read_records, write_records
 from selfalign.engines.protocol import Backend
-from selfalign.judges.bench import Bench
-from selfalign.judges.comparison import Duel
-from selfalign.judges.referee import Referee
+from selfalign.judges.comparator import Referee
+from selfalign.judges.comparisons import Duel
+from selfalign.judges.protocol import Bench
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.store.artifacts import Artefact, Counts, Workspace, together
 

@@ -9,7 +9,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.records import FinishReason, Judgement, RankedAnswers, Response, read_records, read_scores
 from selfalign.data.text_filters import words_of
 from selfalign.engines.protocol import Sampling
-from selfalign.judges.bench import asks_a_server
+from selfalign.judges.protocol import asks_a_server
 from selfalign.metrics.catalog import outcomes_by_score, win_statistics
 from selfalign.metrics.intervals import correlation, distinct, repeated
 from selfalign.metrics.judge_quality import Question, calibration, judge_quality

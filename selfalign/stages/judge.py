@@ -23,8 +23,13 @@ from selfalign.core.records import (
     stream_records,
 )
 from selfalign.engines.protocol import Backend
-from selfalign.judges.attempts import WrittenScore
-from selfalign.judges.bench import (
+from selfalign.judges.comparisons import bias_statistics, unread_text
+from selfalign.judges.expected import ExpectedScore
+from selfalign.judges.external import ExternalScore
+from selfalign.judges.implicit import ImplicitReward
+from selfalign.judges.pairwise import Pairwise
+from selfalign.judges.parsing import Parsed, parse_score
+from selfalign.judges.protocol import (
     Bench,
     Judge,
     Judged,
@@ -33,14 +38,9 @@ from selfalign.judges.bench import (
     last_attempts,
     ties,
 )
-from selfalign.judges.comparison import bias_statistics, unread_text
-from selfalign.judges.expected import ExpectedScore
-from selfalign.judges.external import ExternalScore
-from selfalign.judges.implicit import ImplicitReward
-from selfalign.judges.pairwise import Pairwise
-from selfalign.judges.parsing import Parsed, parse_score
 from selfalign.judges.sampled import SampledScore
 from selfalign.judges.unread import Unread
+from selfalign.judges.written import WrittenScore
 from selfalign.metrics.catalog import Sums, add_sums, averages, judgement_statistics
 from selfalign.metrics.intervals import RunningMean, entropy
 from selfalign.models.checkpoint import PolicyFiles

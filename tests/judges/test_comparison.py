@@ -10,8 +10,8 @@ import pytest
 from builders import instruction, response
 
 from selfalign.core.records import Comparison, JudgementStatus, Verdict
-from selfalign.judges import comparison as module
-from selfalign.judges.comparison import (
+from selfalign.judges import comparisons as module
+from selfalign.judges.comparisons import (
     Duel,
     Reading,
     Showing,

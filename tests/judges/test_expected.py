@@ -17,9 +17,9 @@ from judging import ANSWERS, ASKED, given, judged
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import JudgementStatus
-from selfalign.judges.bench import Subject
 from selfalign.judges.expected import ExpectedScore, expected, score_tokens
 from selfalign.judges.parsing import before_score
+from selfalign.judges.protocol import Subject
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.tokenizer import encode_prompt
 

@@ -9,10 +9,10 @@ from judging import ANSWERS, given, judged, run_judge
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Comparison, JudgementStatus, RankedAnswers, Verdict, read_records
-from selfalign.judges.bench import Subject
-from selfalign.judges.comparison import Duel, Showing
+from selfalign.judges.comparator import OPENING, likeliest, place_preferences
+from selfalign.judges.comparisons import Duel, Showing
 from selfalign.judges.pairwise import Pairwise
-from selfalign.judges.referee import OPENING, likeliest, place_preferences
+from selfalign.judges.protocol import Subject
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.tokenizer import encode_prompt, plain_ids
 from selfalign.stages.seeds import demonstrate_judging

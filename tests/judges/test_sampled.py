@@ -13,9 +13,9 @@ from judging import ANSWERS, given, judged, run_judge, scores
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import FinishReason, Judgement, JudgementStatus, read_records, read_scores
 from selfalign.engines.protocol import Completion, Sampling, TransformersGenerator
-from selfalign.judges import attempts, bench
-from selfalign.judges.bench import Subject
+from selfalign.judges import protocol, written
 from selfalign.judges.parsing import parse_score
+from selfalign.judges.protocol import Subject
 from selfalign.judges.sampled import SampledScore
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.tokenizer import decode_response
@@ -284,17 +284,17 @@ def test_impossible_number_of_judgements_is_refused_with_its_key(settings: dict,
 
 
 MUTANTS = [
-    ("failed attempts count as 0", bench, "if judgement.score is not None:\n            valid",
+    ("failed attempts count as 0", protocol, "if judgement.score is not None:\n            valid",
      "if True:\n            valid", "judgement.score)", "judgement.score or 0.0)"),
-    ("mean over all, not the valid ones", bench, "math.fsum(scores) / len(scores) if", "math.fsum(scores) / 3 if"),
-    ("variance over n", bench, "squares / (len(scores) - 1) if", "squares / len(scores) if"),
-    ("minimum ignored", bench, "score=mean if len(scores) >= minimum_valid else", "score=mean if scores else"),
-    ("minimum exclusive", bench, ">= minimum_valid", "> minimum_valid"),
-    ("the same stream again", attempts, "wish.sample - 1, attempt)", "wish.sample - 1)"),
-    ("retries of what was read", attempts, "(JudgementStatus.OK, *FAILURES.values())", "(*FAILURES.values(),)"),
-    ("one retry too many", attempts, "wish.attempt <= retries", "wish.attempt <= retries + 1"),
-    ("samples share a stream", attempts, "derive_seed(seed, s.response.id, n - 1)", "derive_seed(seed, s.response.id)"),
-    ("responses share a stream", attempts, "derive_seed(seed, s.response.id, n - 1)", "derive_seed(seed, n - 1)"),
+    ("mean over all, not the valid ones", protocol, "math.fsum(scores) / len(scores) if", "math.fsum(scores) / 3 if"),
+    ("variance over n", protocol, "squares / (len(scores) - 1) if", "squares / len(scores) if"),
+    ("minimum ignored", protocol, "score=mean if len(scores) >= minimum_valid else", "score=mean if scores else"),
+    ("minimum exclusive", protocol, ">= minimum_valid", "> minimum_valid"),
+    ("the same stream again", written, "wish.sample - 1, attempt)", "wish.sample - 1)"),
+    ("retries of what was read", written, "(JudgementStatus.OK, *FAILURES.values())", "(*FAILURES.values(),)"),
+    ("one retry too many", written, "wish.attempt <= retries", "wish.attempt <= retries + 1"),
+    ("samples share a stream", written, "derive_seed(seed, s.response.id, n - 1)", "derive_seed(seed, s.response.id)"),
+    ("responses share a stream", written, "derive_seed(seed, s.response.id, n - 1)", "derive_seed(seed, n - 1)"),
 ]  # fmt: skip
 
 
@@ -309,21 +309,21 @@ def test_broken_averaging_or_retrying_is_caught(
     broken = ModuleType("broken")
     monkeypatch.setitem(sys.modules, "broken", broken)
     exec(compile(source, "broken", "exec"), broken.__dict__)
-    good = worked_case(bench, attempts)
+    good = worked_case(protocol, written)
     assert good == EXPECTED
-    assert worked_case(broken if module is bench else bench, broken if module is attempts else attempts) != EXPECTED
+    assert worked_case(broken if module is protocol else protocol, broken if module is written else written) != EXPECTED
 
 
 def worked_case(bench: Any, attempts: Any) -> list[Any]:
     """Two responses, three samples each, one retry: (score, valid, variance) of each, and the streams' number."""
     subjects = [Subject(instruction("q"), response(f"q-{n}")) for n in (1, 2)]
     says = iter(["Score: 5", "no", "Score: 2", "no", "Score: 4", "no", "no", "no", "Score: 1", "no", "no"])
-    wishes = attempts.first_wishes(subjects, 3, 7)
-    made = attempts.write_judgements(
+    wishes = written.first_wishes(subjects, 3, 7)
+    made = written.write_judgements(
         wishes, lambda asked: [(next(says, "no"), "eos") for _ in asked], low=0, high=5, retries=1, seed=7, model="m"
     )
-    found = [(s.score, s.valid, s.variance) for s in bench.average(subjects, made, 3)]
-    found += [(s.score, s.valid, s.variance) for s in bench.average(subjects, made, 2)]
+    found = [(s.score, s.valid, s.variance) for s in protocol.average(subjects, made, 3)]
+    found += [(s.score, s.valid, s.variance) for s in protocol.average(subjects, made, 2)]
     return [*found, len(made), len({j.seed for j in made})]
 
 

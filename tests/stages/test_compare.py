@@ -12,7 +12,7 @@ from mutation import mutated
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Comparison, read_records
 from selfalign.engines.openai_client import Endpoint
-from selfalign.judges import referee
+from selfalign.judges import comparator
 from selfalign.metrics.intervals import wilson
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.stages import compare as module
@@ -170,8 +170,8 @@ def test_mutant_is_caught(tmp_path: Path, old: str, new: str) -> None:
 )
 def test_mutant_of_the_referee_is_caught(tmp_path: Path, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = compared(tmp_path / "right", MINE, {**THEIRS, "q7": "Well"}, silent_on_well)
-    with mutated(referee, old, new) as copy:
-        monkeypatch.setattr(referee.Referee, "decide", copy.Referee.decide)
+    with mutated(comparator, old, new) as copy:
+        monkeypatch.setattr(comparator.Referee, "decide", copy.Referee.decide)
         try:
             broken = compared(tmp_path / "broken", MINE, {**THEIRS, "q7": "Well"}, silent_on_well)
         except (TypeError, ValueError):

@@ -25,8 +25,8 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
 from selfalign.core.records import JudgementStatus, Verdict
 from selfalign.engines.protocol import Sampling
-from selfalign.judges.bench import Alarm
 from selfalign.judges.expected import score_tokens
+from selfalign.judges.protocol import Alarm
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.tokenizer import encode_prompt
 from selfalign.stages.judge import ExpectedScore, SampledScore, judge, parse_score

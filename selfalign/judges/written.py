@@ -8,8 +8,8 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed
 from selfalign.core.records import FinishReason, Judgement, JudgementStatus
 from selfalign.engines.protocol import Sampling
-from selfalign.judges.bench import Rubric, Subject
 from selfalign.judges.parsing import FAILURES, PREFIX, Parsed, parse_score
+from selfalign.judges.protocol import Rubric, Subject
 
 Written = tuple[str, str]
 """A text and why it ended: "length" where it was cut, one of `FAILURES` where it is a server's refusal."""

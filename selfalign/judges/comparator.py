@@ -12,9 +12,9 @@ from selfalign.data.prompts import check_template, fill
 from selfalign.data.sources import as_prompt
 from selfalign.engines.openai_client import Endpoint
 from selfalign.engines.protocol import read_all
-from selfalign.judges.bench import Bench, check_batch_tokens, check_model, check_share
-from selfalign.judges.comparison import Duel, Reading, Showing, bias_statistics, compare, parse_verdict, unread_text
+from selfalign.judges.comparisons import Duel, Reading, Showing, bias_statistics, compare, parse_verdict, unread_text
 from selfalign.judges.expected import distribution, tokens_behind
+from selfalign.judges.protocol import Bench, check_batch_tokens, check_model, check_share
 from selfalign.judges.unread import Unread
 from selfalign.metrics.catalog import win_statistics
 from selfalign.models.batches import Group, share_prompt
