@@ -19,7 +19,7 @@ from selfalign.plan import trains_m1
 from selfalign.stages.judge import Pairwise, SampledScore
 from selfalign.stages.pair import PositivesOnly
 from selfalign.stages.seeds import EvaluationFineTuning
-from selfalign.training import TrainConfig
+from selfalign.training.train import TrainConfig
 
 if TYPE_CHECKING:
     from selfalign.config import ExperimentConfig

@@ -17,8 +17,8 @@ import torch
 
 from selfalign.core import distributed
 from selfalign.core.formatting import amount, plural
-from selfalign.layouts import Layout
 from selfalign.models.checkpoint import LoRA, ModelConfig
+from selfalign.training.parallelism import Layout
 
 logger = logging.getLogger(__name__)
 

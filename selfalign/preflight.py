@@ -29,11 +29,11 @@ from selfalign.losses.preference import Positives
 from selfalign.models import quantization
 from selfalign.models.checkpoint import ModelConfig
 from selfalign.models.pretrained import find_local
-from selfalign.optimizers import EIGHT_BIT_NEEDS
 from selfalign.plan import plan
 from selfalign.roles import judges_of
 from selfalign.tracking import Wandb, has_key, said_mode
-from selfalign.training import Optimization
+from selfalign.training.optimizers import EIGHT_BIT_NEEDS
+from selfalign.training.train import Optimization
 
 if TYPE_CHECKING:
     from selfalign.config import ExperimentConfig

@@ -48,7 +48,7 @@ from selfalign.stages.respond import RespondConfig, respond
 from selfalign.stages.sft import group_demonstrations, sft
 from selfalign.stopwatch import Estimate, Measured, Stopwatch, forget_peak_memory, measure, peak
 from selfalign.store.artifacts import Artefact, Store, canonical
-from selfalign.training import Optimization, Precision, Weights
+from selfalign.training.train import Optimization, Precision, Weights
 
 if TYPE_CHECKING:
     from selfalign.config import ExperimentConfig

@@ -17,7 +17,7 @@ from selfalign.core.failures import fits
 from selfalign.models.checkpoint import default_device, release_memory
 from selfalign.store.artifacts import Workspace
 from selfalign.store.journal import Journal, Task
-from selfalign.trainer import peak_memory
+from selfalign.training.trainer import peak_memory
 
 
 class Enough(Exception):

@@ -14,12 +14,9 @@ if __name__ == "__main__":
 
 from builders import preference
 
-from selfalign import trainer as trainer_module
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import PairReference
-from selfalign.examples import with_reference
-from selfalign.layouts import Layout
 from selfalign.losses.preference import DPO, SrDPO
 from selfalign.losses.refinement import Refinement
 from selfalign.metrics.catalog import averages
@@ -28,7 +25,10 @@ from selfalign.models.checkpoint import LoRA, PolicyFiles
 from selfalign.models.tokenizer import Answer
 from selfalign.stages.align import AdapterSwitchedOff, Preference, StoredReferences
 from selfalign.store.artifacts import Workspace
-from selfalign.training import Likelihood, Optimization, Weights, train
+from selfalign.training import trainer as trainer_module
+from selfalign.training.dataset import with_reference
+from selfalign.training.parallelism import Layout
+from selfalign.training.train import Likelihood, Optimization, Weights, train
 
 ANSWERS = [
     "Red.",

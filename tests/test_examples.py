@@ -13,9 +13,9 @@ from builders import ROOT, Killed
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import PairReference, write_records
-from selfalign.examples import follow_references, store_examples, with_reference
 from selfalign.models.batches import Group, PairExample
-from selfalign.trainer import Steps
+from selfalign.training.dataset import follow_references, store_examples, with_reference
+from selfalign.training.trainer import Steps
 
 
 def group(name: str, **more: list[float]) -> Group:
@@ -122,7 +122,9 @@ def test_nothing_is_written_outside_of_the_folder(tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
     script = (
-        "from pathlib import Path; from selfalign.models.batches import Group; from selfalign.examples import store_examples\n"
+        "from pathlib import Path\n"
+        "from selfalign.models.batches import Group\n"
+        "from selfalign.training.dataset import store_examples\n"
         "some = [Group(id='a', prompt=[1], responses=[[2]], given=[0])]\n"
         f"assert list(store_examples(Path({str(tmp_path / 'there')!r}), Group, lambda tally: some)) == some"
     )

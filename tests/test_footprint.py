@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from selfalign import footprint, snapshot
+from selfalign import footprint
 from selfalign.core import distributed
 from selfalign.footprint import Footprint, disk_lack, free_space, main_memory, read_shapes, training_lack, writing_lack
-from selfalign.layouts import Layout
 from selfalign.models.checkpoint import LoRA, ModelConfig, PolicyFiles
-from selfalign.optimizers import build_optimizer
-from selfalign.training import Optimization, Weights, prepare
+from selfalign.training import resume_state
+from selfalign.training.optimizers import build_optimizer
+from selfalign.training.parallelism import Layout
+from selfalign.training.train import Optimization, Weights, prepare
 
 GB = 10**9
 LARGE = Footprint(parameters=7 * GB, trained=7 * GB, in_layers=6 * GB, width=2, adapter=False, quantised=False)
@@ -67,7 +68,7 @@ def test_checkpoint_takes_what_it_is_said_to_take(
     for parameter in policy.model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     built.step()
-    snapshot.save(tmp_path / "one", policy.model, built, LambdaLR(built, lambda step: 1.0))
+    resume_state.save(tmp_path / "one", policy.model, built, LambdaLR(built, lambda step: 1.0))
     said = size_of(tiny_policy.path / "weights", dtype=dtype, lora=lora).checkpoint(optimizer)
     assert said <= tensor_bytes(tmp_path / "one") == pytest.approx(said, rel=0.001)
 

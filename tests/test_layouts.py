@@ -18,14 +18,14 @@ from layout_jobs import Job, as_file, moved, task, train_here
 from mutation import assert_caught
 from safetensors.torch import load_file
 
-from selfalign import layouts
-from selfalign import trainer as trainer_module
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
-from selfalign.layouts import Layout, deal
 from selfalign.models.checkpoint import PolicyFiles
-from selfalign.trainer import StepTrainer
-from selfalign.training import Optimization, TrainConfig, prepare
+from selfalign.training import parallelism
+from selfalign.training import trainer as trainer_module
+from selfalign.training.parallelism import Layout, deal
+from selfalign.training.train import Optimization, TrainConfig, prepare
+from selfalign.training.trainer import StepTrainer
 
 KINDS = [
     *(Job(f"{kind}-{rank}", kind=kind, rank=rank) for kind in ("sft", "sr_dpo") for rank in (0, 4)),
@@ -268,12 +268,12 @@ MUTANTS: list[tuple[Any, str, str, Callable[..., None]]] = [
     (trainer_module, SCALE, SCALE.replace("processes.count()", "1"), check_gradients),
     (trainer_module, SCALE, "processes.count() / weight", check_gradients),
     (trainer_module, SCALE, SCALE.replace("/ weight", "/ len(passes)"), check_gradients),
-    (layouts, MISSING, "missing = 0", check_shares),
-    (layouts, "(load + len(example), process)", "(load + 1, process)", check_shares),
-    (layouts, "heapq.heapreplace(loads, (load + len(example), process))", "pass", check_shares),
-    (layouts, "for share in shares]", "for share in shares[:1] * count]", check_shares),
-    (layouts, "split_by_tokens(sorted(share, key=len), budget)", "[share] if share else []", check_shares),
-    (layouts, "], repeated=True)", "])", check_shares),
+    (parallelism, MISSING, "missing = 0", check_shares),
+    (parallelism, "(load + len(example), process)", "(load + 1, process)", check_shares),
+    (parallelism, "heapq.heapreplace(loads, (load + len(example), process))", "pass", check_shares),
+    (parallelism, "for share in shares]", "for share in shares[:1] * count]", check_shares),
+    (parallelism, "split_by_tokens(sorted(share, key=len), budget)", "[share] if share else []", check_shares),
+    (parallelism, "], repeated=True)", "])", check_shares),
 ]
 
 

@@ -239,7 +239,7 @@ def test_fresh_run_of_a_new_configuration_takes_nothing_from_earlier_ones(study:
 KILLER = """
 import os, random, signal, sys, time
 from pathlib import Path
-import builders, selfalign.trainer
+import builders, selfalign.training.trainer
 
 output, *overrides = sys.argv[1:]
 draw, killed = random.Random(int(overrides.pop(0))), 0

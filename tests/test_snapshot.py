@@ -16,11 +16,11 @@ from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OF
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.optim.lr_scheduler import LambdaLR
 
-from selfalign import snapshot
 from selfalign.core.distributed import TOLD, AnotherEnded
 from selfalign.core.errors import SelfalignError
-from selfalign.optimizers import MasterWeights, build_optimizer
-from selfalign.training import Optimization
+from selfalign.training import resume_state
+from selfalign.training.optimizers import MasterWeights, build_optimizer
+from selfalign.training.train import Optimization
 
 WIDTH = 96
 """Wide enough for the 8-bit optimiser to keep 8 bits."""
@@ -56,9 +56,9 @@ class Training:
 @pytest.mark.parametrize("name", ["adamw", "rmsprop", "adamw_8bit"])
 def test_training_goes_on_bit_for_bit(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     whole = Training(name, dtype).go(range(6))
-    snapshot.save(tmp_path / "three", *Training(name, dtype).go(range(3)).parts())
+    resume_state.save(tmp_path / "three", *Training(name, dtype).go(range(3)).parts())
     again = Training(name, dtype)
-    snapshot.load(tmp_path / "three", *again.parts())
+    resume_state.load(tmp_path / "three", *again.parts())
     again.go(range(3, 6))
     assert torch.equal(again.model.weight, whole.model.weight)
     assert torch.equal(again.model.bias, whole.model.bias)
@@ -72,7 +72,7 @@ def test_a_snapshot_holds_nothing_that_could_run_as_code_and_nothing_of_an_earli
     (tmp_path / "one").mkdir()
     stale = tmp_path / "one" / "shard-00002-model-00001-of-00001.safetensors"
     stale.write_bytes(b"of a process that is no more")
-    snapshot.save(tmp_path / "one", *Training("adamw", torch.float32).parts())
+    resume_state.save(tmp_path / "one", *Training("adamw", torch.float32).parts())
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert names == ["schedule.json", "shard-00001-model-00001-of-00001.safetensors"]
 
@@ -97,16 +97,16 @@ def test_snapshot_that_cannot_be_written_is_a_system_error_that_names_it_and_lea
     said = f"I/O error: {os.strerror(number)} (os error {number})"
     error = OSError(number, os.strerror(number)) if library == "python" else SafetensorError(said)
     monkeypatch.setattr(RefusingWriter, "error", error)
-    monkeypatch.setattr(snapshot, "HuggingFaceStorageWriter", RefusingWriter)
+    monkeypatch.setattr(resume_state, "HuggingFaceStorageWriter", RefusingWriter)
     with pytest.raises(OSError) as caught:
-        snapshot.save(tmp_path / "one", *Training("adamw", torch.float32).parts())
+        resume_state.save(tmp_path / "one", *Training("adamw", torch.float32).parts())
     assert (caught.value.errno, caught.value.filename) == (number, str(tmp_path / "one"))
     assert not (tmp_path / "one").exists()
 
 
 def test_snapshot_beyond_the_limit_on_file_sizes_is_that_error(tmp_path: Path) -> None:
     with file_limit(), pytest.raises(OSError) as caught:
-        snapshot.save(tmp_path / "one", *Training("adamw", torch.float32).parts())
+        resume_state.save(tmp_path / "one", *Training("adamw", torch.float32).parts())
     assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(tmp_path / "one"))
     assert not (tmp_path / "one").exists()
 
@@ -117,9 +117,9 @@ def test_what_ends_the_process_is_no_failure_of_the_checkpoint(
 ) -> None:
     """torch hands back whatever is raised while it writes, Ctrl-C included."""
     monkeypatch.setattr(RefusingWriter, "error", error)
-    monkeypatch.setattr(snapshot, "HuggingFaceStorageWriter", RefusingWriter)
+    monkeypatch.setattr(resume_state, "HuggingFaceStorageWriter", RefusingWriter)
     with pytest.raises(type(error)) as caught:
-        snapshot.save(tmp_path / "one", *Training("adamw", torch.float32).parts())
+        resume_state.save(tmp_path / "one", *Training("adamw", torch.float32).parts())
     assert caught.value is error
 
 
@@ -161,7 +161,7 @@ def cut_in_three_and_lose_the_second(folder: Path, shard: Path) -> None:
 
 
 def write_schedule(text: str) -> Any:
-    return lambda folder, shard: (folder / snapshot.SCHEDULE).write_text(text)
+    return lambda folder, shard: (folder / resume_state.SCHEDULE).write_text(text)
 
 
 DAMAGE = {
@@ -172,7 +172,7 @@ DAMAGE = {
     "second of three shards gone": cut_in_three_and_lose_the_second,
     "shard is a folder": replace_by_a_folder,
     "shard of another model": take_from_another_model,
-    "schedule gone": lambda folder, shard: (folder / snapshot.SCHEDULE).unlink(),
+    "schedule gone": lambda folder, shard: (folder / resume_state.SCHEDULE).unlink(),
     "schedule cut": write_schedule('{"base_lrs": [0.01'),
     "schedule of something else": write_schedule('{"a": 1}'),
     "schedule is a list": write_schedule("[]"),
@@ -182,11 +182,11 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_snapshot_is_one_line_that_says_which_folder_to_delete(tmp_path: Path, damage: str) -> None:
     folder = tmp_path / "checkpoint-3"
-    snapshot.save(folder, *Training("adamw", torch.float32).go(range(3)).parts())
+    resume_state.save(folder, *Training("adamw", torch.float32).go(range(3)).parts())
     (shard,) = folder.glob("*.safetensors")
     DAMAGE[damage](folder, shard)
     with pytest.raises(SelfalignError) as caught:
-        snapshot.load(folder, *Training("adamw", torch.float32).parts())
+        resume_state.load(folder, *Training("adamw", torch.float32).parts())
     said = str(caught.value)
     assert said.startswith(f"{folder}: this checkpoint is damaged, or of something else (")
     assert "; delete the folder, and the same command trains this model from its start" in said
@@ -195,12 +195,12 @@ def test_damaged_snapshot_is_one_line_that_says_which_folder_to_delete(tmp_path:
 
 def test_snapshot_of_another_user_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "checkpoint-3"
-    snapshot.save(folder, *Training("adamw", torch.float32).parts())
+    resume_state.save(folder, *Training("adamw", torch.float32).parts())
 
     class Locked(HuggingFaceStorageReader):
         def read_metadata(self, *arguments: Any, **more: Any) -> Any:
             raise PermissionError(errno.EACCES, "Permission denied", str(folder / "shard"))
 
-    monkeypatch.setattr(snapshot, "HuggingFaceStorageReader", Locked)
+    monkeypatch.setattr(resume_state, "HuggingFaceStorageReader", Locked)
     with pytest.raises(PermissionError, match="Permission denied"):
-        snapshot.load(folder, *Training("adamw", torch.float32).parts())
+        resume_state.load(folder, *Training("adamw", torch.float32).parts())

@@ -10,15 +10,15 @@ import pytest
 from builders import artefact, demonstration, preference, records_artefact
 from mutation import assert_caught
 
-from selfalign import splits as module
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import FinishReason, PreferencePair, Prompt, RankedAnswers, Response, write_records
 from selfalign.data.pair_rules import AllOrdered, BestVsK, PairRule, pick_pairs
 from selfalign.data.turns import as_prompt
-from selfalign.examples import StoredExamples, store_examples
 from selfalign.models.batches import Group, PairExample
-from selfalign.splits import Known, Split, hold_out, split_pairs, texts_of
 from selfalign.store.artifacts import Artefact
+from selfalign.training import splits as module
+from selfalign.training.dataset import StoredExamples, store_examples
+from selfalign.training.splits import Known, Split, hold_out, split_pairs, texts_of
 
 
 def pair(name: str, prompt: Prompt, chosen: str, rejected: str) -> PreferencePair:

@@ -20,10 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen2Config, TrainingArguments
 
-from selfalign import trainer as trainer_module
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import PairReference, PreferencePair, read_records, write_records
-from selfalign.examples import with_reference
 from selfalign.losses.preference import DPO, IPO, SrDPO
 from selfalign.losses.refinement import Refinement
 from selfalign.models.batches import Group, PairExample, encode_group, encode_pairs
@@ -33,8 +31,19 @@ from selfalign.models.tokenizer import Answer
 from selfalign.stages.align import Preference, StoredReferences
 from selfalign.stages.reference import reference
 from selfalign.store.artifacts import Artefact, Workspace
-from selfalign.trainer import Steps, last_checkpoint
-from selfalign.training import Likelihood, Optimization, Outcome, TrainConfig, Weights, add_adapter, prepare, train
+from selfalign.training import trainer as trainer_module
+from selfalign.training.dataset import with_reference
+from selfalign.training.train import (
+    Likelihood,
+    Optimization,
+    Outcome,
+    TrainConfig,
+    Weights,
+    add_adapter,
+    prepare,
+    train,
+)
+from selfalign.training.trainer import Steps, last_checkpoint
 
 FLOAT = Weights(dtype="float32", lora=LoRA(), seed=3)
 ADAPTER = replace(FLOAT, lora=LoRA(rank=4))

@@ -11,7 +11,6 @@ import pytest
 from builders import RUBRIC, Script, completion, instruction, judgement, loaded, policy_artefact, response, workspace
 from mutation import mutated
 
-from selfalign import examples
 from selfalign.core.records import ResponseScore, write_records
 from selfalign.data.pair_rules import BestWorst
 from selfalign.engines.protocol import Completion, Request, Sampling
@@ -21,7 +20,8 @@ from selfalign.models.checkpoint import PolicyFiles
 from selfalign.report import tables
 from selfalign.stages import judge, pair, respond
 from selfalign.store.artifacts import Artefact
-from selfalign.trainer import Steps
+from selfalign.training import dataset
+from selfalign.training.trainer import Steps
 
 FEW, MANY = 40, 240
 """Instructions, each with two responses."""
@@ -102,7 +102,7 @@ PARTS: list[tuple[ModuleType, Part, str, str]] = [
     (respond, make_responses, "written(generator, journal))", "list(written(generator, journal)))"),
     (judge, make_judgements, "for subjects in batches():", "for subjects in list(batches()):"),
     (pair, make_pairs, "follow(asked, judged,", "follow(asked, list(judged),"),
-    (examples, train, "chunks(examples, ROWS)", "chunks(list(examples), ROWS)"),
+    (dataset, train, "chunks(examples, ROWS)", "chunks(list(examples), ROWS)"),
     (tables, read_tables, "follow(asked, responses,", "follow(asked, list(responses),"),
 ]
 """(module, what it does, and a mutant: old text and new, which keeps everything)."""
@@ -134,7 +134,7 @@ def test_memory_is_the_same_for_many_records_and_a_mutant_that_keeps_them_is_cau
 ) -> None:
     more = (MANY - FEW) * 2 * TEXT
     monkeypatch.setattr(SampledScore, "together", CHUNK // 2)
-    monkeypatch.setattr(examples, "ROWS", CHUNK)
+    monkeypatch.setattr(dataset, "ROWS", CHUNK)
     monkeypatch.setattr("selfalign.core.jsonl.chunks.__defaults__", (CHUNK,))
     assert growth(tmp_path / "own", part, module, tiny_policy) < 0.1 * more
     with mutated(module, old, new) as mutant:

@@ -108,8 +108,8 @@ def ours(job: argparse.Namespace, *, refined: bool, lora: bool) -> list[float]:
     from selfalign.models.checkpoint import LoRA, Policy, PolicyFiles
     from selfalign.stages.align import Preference, StoredReferences
     from selfalign.store.artifacts import Workspace
-    from selfalign.trainer import StepTrainer
-    from selfalign.training import Optimization, Weights, prepare
+    from selfalign.training.train import Optimization, Weights, prepare
+    from selfalign.training.trainer import StepTrainer
 
     model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
     model.to(job.device)
@@ -264,7 +264,7 @@ def tokenizer() -> Any:
 
 def work(job: argparse.Namespace) -> dict[str, Any]:
     """One variant's turn, in this process."""
-    from selfalign.trainer import peak_memory
+    from selfalign.training.trainer import peak_memory
 
     seconds = VARIANTS[job.worker](job)
     return {"seconds": seconds, "peak_gb": peak_memory(torch.device(job.device)) / 2**30}

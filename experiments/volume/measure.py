@@ -35,7 +35,6 @@ from selfalign.core.records import (
 )
 from selfalign.data.pair_rules import BestWorst
 from selfalign.engines.protocol import Completion, Request, Sampling, Transformers, TransformersGenerator
-from selfalign.examples import StoredExamples, follow_references, store_examples
 from selfalign.losses.refinement import Refinement
 from selfalign.models.batches import Group, PairExample, encode_pairs, pack, split_by_tokens
 from selfalign.models.checkpoint import ModelConfig, PolicyFiles
@@ -45,8 +44,9 @@ from selfalign.stages.pair import pair
 from selfalign.stages.reference import reference
 from selfalign.stages.respond import RespondConfig, respond
 from selfalign.store.artifacts import Artefact, Workspace
-from selfalign.trainer import Steps
-from selfalign.training import Precision
+from selfalign.training.dataset import StoredExamples, follow_references, store_examples
+from selfalign.training.train import Precision
+from selfalign.training.trainer import Steps
 
 CANDIDATES, SAMPLES, WORDS = 4, 3, 30
 """Responses to an instruction, judgements of a response, and words of a text, on average."""

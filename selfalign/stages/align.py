@@ -10,14 +10,11 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from selfalign.choose import CheckpointSelection
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed
 from selfalign.core.jsonl import chunks
 from selfalign.core.records import PreferencePair, stream_records
-from selfalign.examples import follow_references, store_examples
-from selfalign.layouts import my_passes, out_of_wrapper
 from selfalign.losses.preference import ODPO, PairLogps, PreferenceLoss, SrDPO, SrIPO, rewards
 from selfalign.losses.refinement import Refinement
 from selfalign.metrics.catalog import (
@@ -33,9 +30,12 @@ from selfalign.models.batches import Group, PairExample, encode_pairs
 from selfalign.models.checkpoint import Policy, PolicyFiles, autocast
 from selfalign.models.scorer import make_scoring
 from selfalign.models.tokenizer import unknown_counts
-from selfalign.splits import hold_out
 from selfalign.store.artifacts import Artefact, Counts, Workspace, together
-from selfalign.training import Optimization, Outcome, Weights, forward, train
+from selfalign.training.checkpoint_choice import CheckpointSelection
+from selfalign.training.dataset import follow_references, store_examples
+from selfalign.training.parallelism import my_passes, out_of_wrapper
+from selfalign.training.splits import hold_out
+from selfalign.training.train import Optimization, Outcome, Weights, forward, train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -23,8 +23,8 @@ from selfalign.data.pair_rules import Candidate, PairRule, pick_pairs
 from selfalign.data.sources import as_prompt, read_pairs
 from selfalign.data.turns import compared, texts_in
 from selfalign.metrics.intervals import RunningMean, correlation
-from selfalign.splits import Known, split_pairs
 from selfalign.store.artifacts import Artefact, Counts, Workspace
+from selfalign.training.splits import Known, split_pairs
 
 
 @dataclass(kw_only=True, slots=True)

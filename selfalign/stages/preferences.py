@@ -26,8 +26,8 @@ from selfalign.losses.preference import PairLogps, rewards
 from selfalign.losses.refinement import refinement
 from selfalign.metrics.catalog import averages, reward_intervals, reward_metrics
 from selfalign.metrics.intervals import bootstrap, bootstrap_correlation, bootstrap_mean
-from selfalign.splits import Known, texts_of
 from selfalign.store.artifacts import Artefact, Counts, Workspace
+from selfalign.training.splits import Known, texts_of
 
 logger = logging.getLogger(__name__)
 

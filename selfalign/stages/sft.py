@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Demonstration, stream_records
-from selfalign.examples import store_examples
 from selfalign.models.batches import Group, of_record, share_prompt
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.tokenizer import (
@@ -21,7 +20,8 @@ from selfalign.models.tokenizer import (
     warn_of_unknown,
 )
 from selfalign.store.artifacts import Artefact, Counts, Workspace, together
-from selfalign.training import Likelihood, Optimization, Weights, train
+from selfalign.training.dataset import store_examples
+from selfalign.training.train import Likelihood, Optimization, Weights, train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer

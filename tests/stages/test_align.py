@@ -29,12 +29,10 @@ from selfalign.checkpoint_selection import CheckpointSelection, CheckpointSelect
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import write_json
 from selfalign.core.records import PairReference, PreferencePair
-from selfalign.examples import with_reference
 from selfalign.losses.preference import DPO, IPO, ODPO, PreferenceLoss, SrDPO, SrIPO
 from selfalign.losses.refinement import Refinement
 from selfalign.models.batches import PairExample, encode_pairs, make_batch
 from selfalign.models.checkpoint import Policy, PolicyFiles
-from selfalign.splits import Known, split_pairs
 from selfalign.stages import align as module
 from selfalign.stages.align import (
     AdapterSwitchedOff,
@@ -49,7 +47,9 @@ from selfalign.stages.align import (
 )
 from selfalign.stages.reference import reference
 from selfalign.store.artifacts import Artefact
-from selfalign.training import Optimization, prepare
+from selfalign.training.dataset import with_reference
+from selfalign.training.splits import Known, split_pairs
+from selfalign.training.train import Optimization, prepare
 
 PAIRS = [
     preference("a", "Name a bird.", "A wren.", "A stone, I think."),

@@ -23,7 +23,7 @@ from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError, one_line
 from selfalign.core.failures import is_out_of_memory, naming, system_error
 from selfalign.core.files import read_json, write_json
-from selfalign.optimizers import MasterWeights
+from selfalign.training.optimizers import MasterWeights
 
 SCHEDULE = "schedule.json"
 

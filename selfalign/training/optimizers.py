@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from selfalign.core.errors import SelfalignError
-from selfalign.training import Optimization
+from selfalign.training.train import Optimization
 
 Build = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 

@@ -19,8 +19,8 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_text
 from selfalign.core.records import Demonstration, HasId, PreferencePair, Prompt, RankedAnswers, stream_records
 from selfalign.data.turns import as_prompt, as_text, compared
-from selfalign.examples import StoredExamples
 from selfalign.store.artifacts import Artefact
+from selfalign.training.dataset import StoredExamples
 
 Digests = np.ndarray[Any, np.dtype[np.uint64]]
 Rows = np.ndarray[Any, np.dtype[np.int64]]

@@ -17,18 +17,18 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerControl, TrainerState
 
-from selfalign import snapshot
-from selfalign.choose import CheckpointSelector
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed
 from selfalign.core.progress import progress_bar
-from selfalign.layouts import Layout, Pass, keep_masters, my_passes
 from selfalign.metrics.catalog import Sums, add_sums, averages
 from selfalign.models.checkpoint import Policy, autocast, default_device
-from selfalign.optimizers import build_optimizer
 from selfalign.store.artifacts import Workspace
-from selfalign.training import Example, Objective, Optimization, Outcome, Weights
+from selfalign.training import resume_state
+from selfalign.training.checkpoint_choice import CheckpointSelector
+from selfalign.training.optimizers import build_optimizer
+from selfalign.training.parallelism import Layout, Pass, keep_masters, my_passes
+from selfalign.training.train import Example, Objective, Optimization, Outcome, Weights
 
 STATE = "trainer_state.json"
 """Trainer's own state; it is written last, so a checkpoint is whole when it can be read."""
@@ -165,7 +165,7 @@ class StepTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Writes a snapshot, the trainer's own state last, and removes the older ones."""
         folder = self.folder / f"checkpoint-{self.state.global_step}"
-        snapshot.save(folder, self.policy.model, self.plain_optimizer, self.lr_scheduler)
+        resume_state.save(folder, self.policy.model, self.plain_optimizer, self.lr_scheduler)
         if distributed.is_main():
             self.state.save_to_json(str(folder / STATE))
             for other in set(self.folder.glob("checkpoint-*")) - {folder}:
@@ -177,7 +177,7 @@ class StepTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Takes the whole snapshot back."""
         if checkpoint:
-            snapshot.load(Path(checkpoint), self.policy.model, self.plain_optimizer, self.lr_scheduler)
+            resume_state.load(Path(checkpoint), self.policy.model, self.plain_optimizer, self.lr_scheduler)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Passes each step's numbers on; what Trainer adds at the end of training is left out."""

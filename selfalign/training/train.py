@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from selfalign.choose import CheckpointSelector, ChooseConfig
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError, reason_of
-from selfalign.layouts import Layout, collect, out_of_wrapper
 from selfalign.metrics.catalog import Sums
 from selfalign.models.batches import Batch, Group, make_batch
 from selfalign.models.checkpoint import DTYPES, LoRA, Policy, PolicyFiles, fastest_dtype
 from selfalign.models.scorer import make_scoring
 from selfalign.store.artifacts import Workspace
+from selfalign.training.checkpoint_choice import CheckpointSelector, ChooseConfig
+from selfalign.training.parallelism import Layout, collect, out_of_wrapper
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -273,7 +273,7 @@ def train(
         SelfalignError: the loss is not finite (the record ids are named), or the first step is not what it must be.
     """
     # Importing transformers' Trainer takes seconds, which no one who only composes a config should wait for.
-    from selfalign.trainer import StepTrainer
+    from selfalign.training.trainer import StepTrainer
 
     weights.layout.check_possible()
     torch.manual_seed(weights.seed)

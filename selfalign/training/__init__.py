@@ -1,0 +1,1 @@
+"""Training: objective, optimiser, parallelism, resumption."""
