@@ -37,7 +37,7 @@ from selfalign.stages.evaluate import EvaluateConfig
 from selfalign.stages.judge import ExpectedScore, ExternalScore, ImplicitReward, Pairwise, SampledScore
 from selfalign.stages.pair import PositivesOnly
 from selfalign.stages.seeds import EvaluationFineTuning
-from selfalign.tracking import NoTracking, Wandb
+from selfalign.tracking.wandb import NoTracking, Wandb
 from selfalign.training.train import TrainConfig
 
 

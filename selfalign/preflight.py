@@ -31,7 +31,7 @@ from selfalign.models.checkpoint import ModelConfig
 from selfalign.models.pretrained import find_local
 from selfalign.plan import plan
 from selfalign.roles import judges_of
-from selfalign.tracking import Wandb, has_key, said_mode
+from selfalign.tracking.wandb import Wandb, has_key, said_mode
 from selfalign.training.optimizers import EIGHT_BIT_NEEDS
 from selfalign.training.train import Optimization
 

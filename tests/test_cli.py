@@ -448,7 +448,7 @@ COMMANDS = {
     "selfalign-evaluate": ("selfalign.__main__:evaluate", ["/models/x", "name=李"], "selfalign-evaluate 'name=\"?\"'"),
     "selfalign-report": ("selfalign.reporter:main", ["/runs/李"], "/runs/?: no run"),
     "selfalign-store": ("selfalign.storekeeper:main", ["list", "--output", "/runs/李"], "/runs/?: no store"),
-    "selfalign-workspace": ("selfalign.workspace:main", ["李"], "ENTITY/PROJECT, got '?'"),
+    "selfalign-workspace": ("selfalign.tracking.wandb_workspace:main", ["李"], "ENTITY/PROJECT, got '?'"),
 }
 
 

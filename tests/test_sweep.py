@@ -32,7 +32,7 @@ from selfalign.core.files import read_json
 from selfalign.multirun import BasicSweeper
 from selfalign.report.jobs import find_jobs
 from selfalign.sweep import Job, JobState, Sweep, run_job, told, undisturbed
-from selfalign.tracking import tracked_id
+from selfalign.tracking.wandb import tracked_id
 
 LOOP = [*TINY_RUN, "iterations=1", "train.sft.epochs=1"]
 """The whole loop, once around."""

@@ -10,11 +10,11 @@ import pytest
 import wandb
 from builders import TINY_RUN, metrics, run, write_tiny_data
 
-from selfalign import tracking
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
 from selfalign.core.records import Instruction, PreferencePair, Response, ResponseScore, read_records
-from selfalign.tracking import NoTracking, Wandb, WandbTracker, forget_tracked, has_key, place_of, tracked_id
+from selfalign.tracking import wandb as tracking
+from selfalign.tracking.wandb import NoTracking, Wandb, WandbTracker, forget_tracked, has_key, place_of, tracked_id
 
 
 @pytest.fixture

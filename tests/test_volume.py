@@ -17,9 +17,9 @@ from selfalign.engines.protocol import Completion, Request, Sampling
 from selfalign.judges.sampled import SampledScore
 from selfalign.models.batches import Group, PairExample
 from selfalign.models.checkpoint import PolicyFiles
-from selfalign.report import tables
 from selfalign.stages import judge, pair, respond
 from selfalign.store.artifacts import Artefact
+from selfalign.tracking import tables
 from selfalign.training import dataset
 from selfalign.training.trainer import Steps
 

@@ -4,10 +4,10 @@ import sys
 
 import pytest
 
-from selfalign import workspace
 from selfalign.metrics.catalog import METRICS
-from selfalign.tracking import BY_ITERATION
-from selfalign.workspace import as_sent, build, main
+from selfalign.tracking import wandb_workspace
+from selfalign.tracking.wandb import BY_ITERATION
+from selfalign.tracking.wandb_workspace import as_sent, build, main
 
 
 @pytest.fixture(scope="module")
@@ -23,13 +23,13 @@ def panels(sent: dict, section: str) -> dict[str, dict]:
 
 
 def test_workspace_is_of_its_project(sent: dict) -> None:
-    assert (sent["entity"], sent["project"], sent["displayName"]) == ("team", "runs", workspace.NAME)
+    assert (sent["entity"], sent["project"], sent["displayName"]) == ("team", "runs", wandb_workspace.NAME)
 
 
 def test_numbers_of_the_last_model_stand_over_lambda(sent: dict) -> None:
     found = panels(sent, "Over λ")
     assert {(p["xAxis"], p["yAxis"]) for p in found.values()} == {
-        ("config:loss.value.lam", f"summary:{name}") for name in workspace.OVER_LAMBDA.values()
+        ("config:loss.value.lam", f"summary:{name}") for name in wandb_workspace.OVER_LAMBDA.values()
     }
     assert found["Win rate against M1 over λ"]["yAxis"] == "summary:eval/win_rate"
 
@@ -45,12 +45,12 @@ def test_margin_and_accuracy_are_curves_over_steps_by_lambda(sent: dict) -> None
 def test_judge_quality_and_win_rate_stand_over_iterations(sent: dict) -> None:
     found = panels(sent, "By iteration")
     assert {p["xAxis"] for p in found.values()} == {"iteration"}
-    assert [p["metrics"] for p in found.values()] == [[name] for name in workspace.BY_ITERATION.values()]
-    assert {name.split("/")[0] for name in workspace.BY_ITERATION.values()} <= set(BY_ITERATION)
+    assert [p["metrics"] for p in found.values()] == [[name] for name in wandb_workspace.BY_ITERATION.values()]
+    assert {name.split("/")[0] for name in wandb_workspace.BY_ITERATION.values()} <= set(BY_ITERATION)
 
 
 def test_every_panel_shows_a_metric_that_is_logged() -> None:
-    shown = {**workspace.OVER_LAMBDA, **workspace.CURVES, **workspace.BY_ITERATION}.values()
+    shown = {**wandb_workspace.OVER_LAMBDA, **wandb_workspace.CURVES, **wandb_workspace.BY_ITERATION}.values()
     assert {name.removeprefix("held_out/").removeprefix("preferences/") for name in shown} <= METRICS.keys()
 
 

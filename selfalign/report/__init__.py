@@ -2,6 +2,6 @@
 
 from selfalign.report.comparison import write_comparison
 from selfalign.report.page import write_report
-from selfalign.report.tables import log_tables
+from selfalign.tracking.tables import log_tables
 
 __all__ = ["log_tables", "write_comparison", "write_report"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from selfalign.__main__ import one_line_errors, set_streams
 from selfalign.core.errors import SelfalignError
-from selfalign.tracking import has_key, is_online
+from selfalign.tracking.wandb import has_key, is_online
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace

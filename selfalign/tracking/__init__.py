@@ -1,0 +1,1 @@
+"""Weights & Biases: metrics, tables, workspaces."""
