@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selfalign.card import write_card
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.failures import at_the_end, naming
@@ -20,6 +19,7 @@ from selfalign.plan import plan
 from selfalign.preflight import preflight
 from selfalign.publish import check_login, publish
 from selfalign.report import log_tables, write_report
+from selfalign.report.model_card import write_card
 from selfalign.runs.runner import (
     Fellow,
     Look,

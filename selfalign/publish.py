@@ -5,10 +5,10 @@ import re
 from fnmatch import fnmatch
 from pathlib import Path
 
-from selfalign.card import base_on_hub, last_model, model_card
 from selfalign.core.errors import SelfalignError, one_line
 from selfalign.core.files import read_json
 from selfalign.models.pretrained import MODEL_FILES, TRUSTED, PolicyFiles
+from selfalign.report.model_card import base_on_hub, last_model, model_card
 from selfalign.runs.reader import Finished
 
 ADAPTER_CONFIG = "adapter_config.json"

@@ -40,7 +40,7 @@ def report(paths: Sequence[Path], out: Path | None = None, metric: str = "") -> 
     """
     # They import torch, which --help should not wait for.
     from selfalign.report import write_report
-    from selfalign.report.comparison import compare_jobs
+    from selfalign.report.comparison_page import compare_jobs
     from selfalign.report.jobs import find_jobs, is_run
     from selfalign.runs.reader import Finished, check_artefacts
 

@@ -121,7 +121,7 @@ class Sweep:
         Raises:
             SelfalignError: a job has failed.
         """
-        from selfalign.report.comparison import write_comparison
+        from selfalign.report.comparison_page import write_comparison
 
         self._settle(JobState.failed, error="its process was killed")
         jobs = self.jobs()

@@ -16,12 +16,12 @@ from markdown_it import MarkdownIt
 from mutation import Check, assert_caught
 from test_pipeline import manifest, write_pairs
 
-from selfalign import card
-from selfalign.card import FORMULAS, model_card, write_card
 from selfalign.config import COMPONENTS, choices
 from selfalign.core.files import read_json
 from selfalign.experiment import run_experiment
 from selfalign.models.checkpoint import PolicyFiles
+from selfalign.report import model_card as card
+from selfalign.report.model_card import FORMULAS, model_card, write_card
 from selfalign.runs.reader import Finished
 
 SECTIONS = ["Use", "Method", "Data", "Results", "Limits", "Lineage", "Reproduction"]

@@ -4,8 +4,8 @@ import pytest
 from markdown_it import MarkdownIt
 from mutation import assert_caught
 
-from selfalign import markdown
-from selfalign.markdown import bullets, code, fenced, folded, table
+from selfalign.report import markdown
+from selfalign.report.markdown import bullets, code, fenced, folded, table
 
 HOSTILE = [
     "plain",

@@ -24,8 +24,8 @@ from selfalign.core.records import (
 from selfalign.metrics.catalog import METRICS
 from selfalign.report import write_report
 from selfalign.report.charts import Series, draw_curves, draw_histogram, draw_models, moving_mean, spread, tick_labels
-from selfalign.report.markup import decimals, percent, telling_apart
-from selfalign.report.prose import verdict, warnings, what_was_run
+from selfalign.report.html import decimals, percent, telling_apart
+from selfalign.report.sentences import verdict, warnings, what_was_run
 from selfalign.runs.reader import Candidate, Finished, best_first, read_samples, with_winner
 
 HOSTILE = "</p><script>alert('x')</script><img src=http://evil.example/x.png> & \"quoted\""

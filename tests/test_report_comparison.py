@@ -21,13 +21,13 @@ from test_report import HOSTILE, Page
 from selfalign import reporter
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json, write_json
-from selfalign.report import across, findings, jobs, write_comparison
-from selfalign.report.across import axes_of, over_settings
+from selfalign.report import comparison_charts, comparison_sentences, jobs, write_comparison
 from selfalign.report.charts import draw_heatmap
-from selfalign.report.comparison import job_rows
-from selfalign.report.findings import best, opponents
+from selfalign.report.comparison_charts import axes_of, over_settings
+from selfalign.report.comparison_page import job_rows
+from selfalign.report.comparison_sentences import best, opponents
+from selfalign.report.html import percent
 from selfalign.report.jobs import Comparison, Job, as_text, costs, differing, find_jobs, flat, metric_of, seconds_own
-from selfalign.report.markup import percent
 from selfalign.runs.reader import Finished
 
 COLUMNS = {
@@ -637,7 +637,7 @@ MUTANTS: dict[Callable[..., None], list[tuple[Any, str, str]]] = {
         (jobs, REACHES, "False"),
         (jobs, REACHES, "True"),
         (jobs, REACHES, "self._ends(job)[1] > low"),
-        (findings, "if rivals := comparison.rivals():", "if rivals := []:"),
+        (comparison_sentences, "if rivals := comparison.rivals():", "if rivals := []:"),
     ],
     test_lowest_is_the_best_where_it_is_asked_for: [
         (jobs, "reverse=not self.lowest", "reverse=True"),
@@ -645,17 +645,17 @@ MUTANTS: dict[Callable[..., None], list[tuple[Any, str, str]]] = {
     ],
     test_what_is_no_number_never_wins: [(jobs, "if is_number(job.last.get(self", "if (job.last.get(self")],
     test_value_without_interval_claims_nothing: [(jobs, "else (-math.inf, math.inf)", "else (0.0, 0.0)")],
-    test_opponents_are_common_or_said_not_to_be: [(findings, "if len(answered) > 1:", "if not answered:")],
+    test_opponents_are_common_or_said_not_to_be: [(comparison_sentences, "if len(answered) > 1:", "if not answered:")],
     test_jobs_are_ordered_by_number_of_the_sweep_or_by_settings: [
         (jobs, 'return 0, value, ""', "return 0, 0.0, str(value)"),
         (jobs, "key=lambda job: (job.number, [", "key=lambda job: (0, ["),
     ],
     test_keys_differ_by_value_and_not_by_spelling: [(jobs, '.removesuffix(".0")', ""), (jobs, OF_THOSE, OF_ALL)],
     test_charts_are_over_what_varies_alone: [
-        (across, 'if key != "seed"] or axes', "] or axes"),
-        (across, NO_SWITCH, ""),
-        (across, "if len(comparison.keys) > FEW:", "if False:"),
-        (across, "_sizes(comparison.finished, key)) > 1", "_sizes(comparison.jobs, key)) > 1"),
+        (comparison_charts, 'if key != "seed"] or axes', "] or axes"),
+        (comparison_charts, NO_SWITCH, ""),
+        (comparison_charts, "if len(comparison.keys) > FEW:", "if False:"),
+        (comparison_charts, "_sizes(comparison.finished, key)) > 1", "_sizes(comparison.jobs, key)) > 1"),
     ],
     test_only_what_the_sweep_calls_finished_has_numbers: [
         (jobs, "if done and _has_finished(folder) else", "if _has_finished(folder) else"),

@@ -13,7 +13,7 @@ from html import escape
 from itertools import pairwise, product
 from typing import TYPE_CHECKING, Any
 
-from selfalign.report.markup import is_number
+from selfalign.report.html import is_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

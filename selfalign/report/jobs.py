@@ -13,7 +13,7 @@ import yaml
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
 from selfalign.metrics.catalog import signed
-from selfalign.report.markup import is_number
+from selfalign.report.html import is_number
 from selfalign.runs.reader import Finished
 
 Row = dict[str, Any]

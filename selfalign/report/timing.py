@@ -9,8 +9,8 @@ from typing import Any
 from selfalign.core.files import read_json, read_lines
 from selfalign.core.formatting import duration
 from selfalign.metrics.catalog import METRICS
-from selfalign.report.markup import Column, decimals, explained, note
-from selfalign.report.prose import LOSSES
+from selfalign.report.html import Column, decimals, explained, note
+from selfalign.report.sentences import LOSSES
 from selfalign.runs.reader import Finished
 from selfalign.runs.runner import iteration_of
 from selfalign.store.artifacts import LOG, MANIFEST

@@ -12,21 +12,9 @@ from selfalign.core.files import write_atomically
 from selfalign.core.formatting import duration, plural
 from selfalign.core.records import Instruction
 from selfalign.metrics.catalog import METRICS
-from selfalign.report.across import curves, over_iterations, over_settings, which
-from selfalign.report.findings import caveats, named, opponents, verdict, what_differs
-from selfalign.report.jobs import (
-    FEW,
-    Comparison,
-    Job,
-    as_text,
-    costs,
-    find_jobs,
-    metric_of,
-    seconds_alone,
-    seconds_own,
-    shortened,
-)
-from selfalign.report.markup import (
+from selfalign.report.comparison_charts import curves, over_iterations, over_settings, which
+from selfalign.report.comparison_sentences import caveats, named, opponents, verdict, what_differs
+from selfalign.report.html import (
     Column,
     bars,
     card,
@@ -40,8 +28,20 @@ from selfalign.report.markup import (
     note,
     percent,
 )
-from selfalign.report.measured import matrix
-from selfalign.report.page import MODELS, SHOWN, purpose, trained_on
+from selfalign.report.jobs import (
+    FEW,
+    Comparison,
+    Job,
+    as_text,
+    costs,
+    find_jobs,
+    metric_of,
+    seconds_alone,
+    seconds_own,
+    shortened,
+)
+from selfalign.report.run_page import MODELS, SHOWN, purpose, trained_on
+from selfalign.report.tables import matrix
 from selfalign.runs.reader import Candidate, Sample, read_answers, stream_there
 
 Row = dict[str, Any]

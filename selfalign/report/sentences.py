@@ -3,7 +3,7 @@
 from html import escape
 from typing import Any
 
-from selfalign.report.markup import compact, is_number, percent, strong
+from selfalign.report.html import compact, is_number, percent, strong
 from selfalign.runs.reader import Finished
 
 LOSSES = {"SrDPO": "Sr-DPO", "SrIPO": "Sr-IPO"}

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfalign.core.files import write_atomically
-from selfalign.markdown import bullets, code, fenced, folded, table
 from selfalign.metrics.catalog import METRICS
-from selfalign.report.markup import Column, is_number, plural, present, show
-from selfalign.report.measured import ANSWERS, JUDGING, OTHERS
-from selfalign.report.page import ITERATIONS, MODELS, code_state, trained_on
-from selfalign.report.prose import LOSSES, WHO, judges_of_answers, verdict, warnings, what_was_run
+from selfalign.report.html import Column, is_number, plural, present, show
+from selfalign.report.markdown import bullets, code, fenced, folded, table
+from selfalign.report.run_page import ITERATIONS, MODELS, code_state, trained_on
+from selfalign.report.sentences import LOSSES, WHO, judges_of_answers, verdict, warnings, what_was_run
+from selfalign.report.tables import ANSWERS, JUDGING, OTHERS
 from selfalign.runs.reader import Finished
 from selfalign.runs.summary import drops_text
 

@@ -12,7 +12,7 @@ from selfalign.core.files import write_atomically
 from selfalign.core.formatting import duration, plural
 from selfalign.metrics.catalog import METRICS
 from selfalign.report.charts import SMOOTHED, Series, draw_curves, draw_models, series_of, smoothing
-from selfalign.report.markup import (
+from selfalign.report.html import (
     NOTHING,
     Column,
     bars,
@@ -31,7 +31,8 @@ from selfalign.report.markup import (
     preformatted,
     table,
 )
-from selfalign.report.measured import (
+from selfalign.report.sentences import verdict, warnings, what_was_run
+from selfalign.report.tables import (
     answers_table,
     benchmark_tables,
     comparisons_table,
@@ -42,7 +43,6 @@ from selfalign.report.measured import (
     preferences_table,
     ranked_histograms,
 )
-from selfalign.report.prose import verdict, warnings, what_was_run
 from selfalign.report.timing import times_table
 from selfalign.runs.reader import Finished, read_head_to_head, read_samples
 from selfalign.runs.runner import iteration_of

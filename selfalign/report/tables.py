@@ -7,7 +7,7 @@ from html import escape
 from selfalign.core.records import Judgement
 from selfalign.metrics.catalog import METRICS, meaning_in_benchmark, score_histogram
 from selfalign.report.charts import draw_heatmap, draw_histogram
-from selfalign.report.markup import Column, Row, decimals, explained, figure, grid, is_number, note, percent, strong
+from selfalign.report.html import Column, Row, decimals, explained, figure, grid, is_number, note, percent, strong
 from selfalign.runs.reader import Finished
 
 MODEL = Column("model", "whose numbers these are", "model", decimals(0))

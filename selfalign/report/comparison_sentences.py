@@ -5,11 +5,11 @@ from collections import Counter
 from html import escape
 
 from selfalign.core.formatting import duration, plural
+from selfalign.report.html import Format, compact, fold, percent, strong
 from selfalign.report.jobs import FEW, Comparison, Job, as_text, costs, seconds_alone, shortened
-from selfalign.report.markup import Format, compact, fold, percent, strong
-from selfalign.report.measured import ANSWERS
-from selfalign.report.page import MODELS
-from selfalign.report.prose import warnings
+from selfalign.report.run_page import MODELS
+from selfalign.report.sentences import warnings
+from selfalign.report.tables import ANSWERS
 
 FORMS: dict[str, Format] = {column.key: column.form for column in (*ANSWERS, *MODELS)}
 NAMES = {"eval/win_rate": "win rate against M1", "eval/win_rate_length_controlled": "win rate at equal length"}

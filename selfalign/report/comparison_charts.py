@@ -6,8 +6,8 @@ from operator import itemgetter
 from typing import Any
 
 from selfalign.report.charts import SMOOTHED, Series, draw_curves, draw_models, series_of, smoothing
+from selfalign.report.html import Format, compact, decimals, figure, grid, is_number, note, percent
 from selfalign.report.jobs import FEW, LEADING, Comparison, Job, as_text, shortened
-from selfalign.report.markup import Format, compact, decimals, figure, grid, is_number, note, percent
 
 Row = dict[str, Any]
 
