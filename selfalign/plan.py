@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from selfalign.benchmarks.entrant import judges_to_load
+from selfalign.benchmarks.protocol import judges_to_load
 from selfalign.data.pair_rules import PairRule
 from selfalign.given import Pairs, SelfRewarding, makes_baseline
 from selfalign.judges.protocol import asks_a_server, wants_model

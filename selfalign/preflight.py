@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selfalign.benchmarks.entrant import judges_to_load
+from selfalign.benchmarks.protocol import judges_to_load
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.data.containers import find_data

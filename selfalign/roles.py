@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from selfalign.benchmarks.entrant import judges_to_load
+from selfalign.benchmarks.protocol import judges_to_load
 from selfalign.core.files import derive_seed
 from selfalign.judges.protocol import OWN_MODELS, asks_a_server, wants_model
 from selfalign.models.checkpoint import ModelConfig

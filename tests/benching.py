@@ -7,9 +7,9 @@ from typing import Any
 
 from builders import workspace
 
-from selfalign.benchmarks.entrant import Benchmark, Entrant
 from selfalign.benchmarks.grading import Grader
 from selfalign.benchmarks.mt_bench import MTBench
+from selfalign.benchmarks.protocol import Benchmark, Entrant
 from selfalign.engines.protocol import Transformers
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.store.artifacts import Counts

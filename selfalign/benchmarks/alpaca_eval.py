@@ -4,9 +4,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from selfalign.benchmarks.conversations import Conversation, converse
-from selfalign.benchmarks.entrant import Entrant, check_count
 from selfalign.benchmarks.fastchat import Question
+from selfalign.benchmarks.multi_turn import Conversation, converse
+from selfalign.benchmarks.protocol import Entrant, check_count
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import write_json
 from selfalign.core.records import Comparison, Instruction, given_response

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from selfalign.benchmarks.entrant import packaged_file
+from selfalign.benchmarks.protocol import packaged_file
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_text, path_of, write_atomically
 from selfalign.core.records import read_typed_lines

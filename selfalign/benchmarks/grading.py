@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from selfalign.benchmarks.entrant import Entrant
 from selfalign.benchmarks.fastchat import locate, read_prompts
+from selfalign.benchmarks.protocol import Entrant
 from selfalign.benchmarks.rating import OPENING, TOO_LONG, Grade, RatingTokens, expected_rating, parse_rating
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_file, text_or_file

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from selfalign.benchmarks.entrant import Entrant
+from selfalign.benchmarks.protocol import Entrant
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_folder, path_of
 from selfalign.metrics.intervals import Estimate
 from selfalign.store.artifacts import Counts, Workspace
 
 if TYPE_CHECKING:
-    from selfalign.benchmarks.harness import Loaded, Results
+    from selfalign.benchmarks.lm_eval_adapter import Loaded, Results
 
 NORMAL_95 = 1.96
 """Standard errors from a mean to either end of its 95 % interval."""
@@ -97,7 +97,7 @@ class LmEval:
 
     def measure(self, entrant: Entrant, out: Workspace) -> Counts:
         """Writes lm-eval's results.json and, as lm-eval logs them, samples_TASK.jsonl."""
-        from selfalign.benchmarks.harness import evaluate, load_tasks, write_results
+        from selfalign.benchmarks.lm_eval_adapter import evaluate, load_tasks, write_results
 
         loaded = load_tasks(self, entrant.key)
         policy = entrant.policy.load(entrant.generate.dtype)

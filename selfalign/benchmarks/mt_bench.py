@@ -4,8 +4,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from selfalign.benchmarks.conversations import Conversation, as_records, converse
-from selfalign.benchmarks.entrant import Entrant, check_count
 from selfalign.benchmarks.fastchat import (
     PACKAGED,
     Question,
@@ -16,6 +14,8 @@ from selfalign.benchmarks.fastchat import (
     write_lines,
 )
 from selfalign.benchmarks.grading import Grade, Grader, Task
+from selfalign.benchmarks.multi_turn import Conversation, as_records, converse
+from selfalign.benchmarks.protocol import Entrant, check_count
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_file
 from selfalign.core.records import write_records

@@ -1,6 +1,6 @@
 """benchmark: a policy + a published benchmark → its answers, judgements and numbers."""
 
-from selfalign.benchmarks.entrant import Benchmark, Entrant
+from selfalign.benchmarks.protocol import Benchmark, Entrant
 from selfalign.engines.protocol import Backend
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.store.artifacts import Artefact, Counts, Workspace, together

@@ -10,7 +10,7 @@ import test_mt_bench
 import test_rating
 from mutation import Check, assert_caught
 
-from selfalign.benchmarks import alpaca_eval, conversations, grading, mt_bench, rating
+from selfalign.benchmarks import alpaca_eval, grading, mt_bench, multi_turn, rating
 from selfalign.benchmarks.rating import Grade
 
 MT = test_mt_bench
@@ -126,9 +126,9 @@ def test_mutant_is_caught(name: str, fixtures: dict[str, Any]) -> None:
 def test_conversation_without_its_own_answers_is_caught(fixtures: dict[str, Any]) -> None:
     old, new = '{"role": "assistant", "content": answer}', '{"role": "assistant", "content": ""}'
     check = MT.test_second_turn_is_asked_behind_the_models_own_first_answer
-    assert_caught(conversations, mt_bench, old, new, check, fixtures)
+    assert_caught(multi_turn, mt_bench, old, new, check, fixtures)
 
 
 def test_seed_that_every_turn_shares_is_caught(fixtures: dict[str, Any]) -> None:
     old, new = "derive_seed(seed, talk.question.question_id, turn)", "derive_seed(seed, talk.question.question_id)"
-    assert_caught(conversations, mt_bench, old, new, MT.test_request_of_each_turn_has_a_seed_of_its_own, fixtures)
+    assert_caught(multi_turn, mt_bench, old, new, MT.test_request_of_each_turn_has_a_seed_of_its_own, fixtures)

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 from benching import PROMPTS, QUESTIONS, REFERENCES, write_rows
 
-from selfalign.benchmarks.entrant import packaged_file
 from selfalign.benchmarks.fastchat import (
     INSTALL,
     PACKAGED,
@@ -16,6 +15,7 @@ from selfalign.benchmarks.fastchat import (
     read_questions,
     read_references,
 )
+from selfalign.benchmarks.protocol import packaged_file
 from selfalign.core.errors import SelfalignError
 
 PACKAGE = pytest.mark.skipif(

@@ -26,8 +26,8 @@ from builders import (
 from mutation import Check, assert_caught
 
 from selfalign.benchmarks import lm_eval
-from selfalign.benchmarks.entrant import Entrant
 from selfalign.benchmarks.lm_eval import LmEval, LmEvalTask
+from selfalign.benchmarks.protocol import Entrant
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_folder
 from selfalign.engines.protocol import Transformers
@@ -335,9 +335,9 @@ HARNESS_MUTANTS: list[tuple[str, str, str, Check]] = [
     ("what", "old", "new", "check"), HARNESS_MUTANTS, ids=[mutant[0] for mutant in HARNESS_MUTANTS]
 )
 def test_broken_harness_is_noticed(what: str, old: str, new: str, check: Check, given: dict[str, Any]) -> None:
-    from selfalign.benchmarks import harness
+    from selfalign.benchmarks import lm_eval_adapter
 
-    assert_caught(harness, harness, old, new, check, given)
+    assert_caught(lm_eval_adapter, lm_eval_adapter, old, new, check, given)
 
 
 SETTINGS_MUTANTS: list[tuple[str, str, str, Check]] = [

@@ -29,9 +29,9 @@ from builders import (
 )
 from chat_server import ChatServer, chat, chat_server
 
-from selfalign.benchmarks.conversations import converse
-from selfalign.benchmarks.entrant import Entrant
 from selfalign.benchmarks.fastchat import read_questions
+from selfalign.benchmarks.multi_turn import converse
+from selfalign.benchmarks.protocol import Entrant
 from selfalign.benchmarks.rating import OPENING
 from selfalign.core.errors import SelfalignError
 from selfalign.data.sources import as_prompt

