@@ -128,9 +128,9 @@ def explain(error: BaseException) -> str | None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    from selfalign.config.overrides import explain_override
     from selfalign.core.errors import SelfalignError
     from selfalign.core.failures import explain_failure
-    from selfalign.overrides import explain_override
 
     if isinstance(error, SelfalignError):
         return str(error)
@@ -195,7 +195,7 @@ def _run_hydra() -> None:
     from hydra.types import RunMode
     from omegaconf import DictConfig
 
-    from selfalign.config import register
+    from selfalign.config.experiment import register
     from selfalign.experiment import run_experiment, warn_of_idle_settings
     from selfalign.multirun import closed_in_the_end, run_sweep_job
 
@@ -234,7 +234,7 @@ def _prepare(config: "DictConfig") -> "Prepared":
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from selfalign.config import describe
+    from selfalign.config.experiment import describe
     from selfalign.core.errors import SelfalignError
 
     experiment, text, described = describe(config)

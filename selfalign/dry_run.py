@@ -17,7 +17,7 @@ from selfalign.rehearsal import Rehearsal
 from selfalign.stopwatch import Estimate
 
 if TYPE_CHECKING:
-    from selfalign.config import ExperimentConfig
+    from selfalign.config.experiment import ExperimentConfig
 
 BOUND = (
     "An upper bound: every prompt with its response fills max_length, every text max_new_tokens, and new instructions\n"

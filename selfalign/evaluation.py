@@ -18,7 +18,7 @@ from selfalign.stages.respond import RespondConfig, respond
 from selfalign.store.artifacts import Artefact
 
 if TYPE_CHECKING:
-    from selfalign.config import ExperimentConfig
+    from selfalign.config.experiment import ExperimentConfig
 
 
 @dataclass(slots=True)

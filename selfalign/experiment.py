@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from selfalign.config.feasibility import without_effect
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.failures import at_the_end, naming
 from selfalign.core.files import read_json, write_json
-from selfalign.feasibility import without_effect
 from selfalign.pipeline import run_pipeline
 from selfalign.plan import plan
 from selfalign.preflight import preflight
@@ -34,7 +34,7 @@ from selfalign.runs.summary import closing_text, models_of, plan_text, summarise
 from selfalign.store.artifacts import Artefact, Store, locked
 
 if TYPE_CHECKING:
-    from selfalign.config import ExperimentConfig
+    from selfalign.config.experiment import ExperimentConfig
 
 logger = logging.getLogger(__name__)
 

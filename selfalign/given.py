@@ -17,7 +17,7 @@ from selfalign.stages.seeds import EvaluationFineTuning, SeedsConfig, seeds, tau
 from selfalign.store.artifacts import Artefact
 
 if TYPE_CHECKING:
-    from selfalign.config import ExperimentConfig
+    from selfalign.config.experiment import ExperimentConfig
 
 
 @dataclass(kw_only=True, slots=True)

@@ -13,7 +13,7 @@ from selfalign.stages.reference import reference
 from selfalign.store.artifacts import Artefact
 
 if TYPE_CHECKING:
-    from selfalign.config import ExperimentConfig
+    from selfalign.config.experiment import ExperimentConfig
 
 BETA = 0.1
 """β of the rewards where the loss has none."""

@@ -30,7 +30,7 @@ from selfalign.store.artifacts import Artefact
 from selfalign.training.train import Weights
 
 if TYPE_CHECKING:
-    from selfalign.config import ExperimentConfig
+    from selfalign.config.experiment import ExperimentConfig
 
 
 def run_pipeline(config: "ExperimentConfig", run: Maker) -> None:

@@ -13,7 +13,7 @@ from selfalign.stages.judge import Judge, Pairwise
 from selfalign.stages.seeds import EvaluationFineTuning
 
 if TYPE_CHECKING:
-    from selfalign.config import ExperimentConfig
+    from selfalign.config.experiment import ExperimentConfig
 
 
 def plan(config: "ExperimentConfig") -> list[tuple[str, str]]:

@@ -36,7 +36,7 @@ from selfalign.training.optimizers import EIGHT_BIT_NEEDS
 from selfalign.training.train import Optimization
 
 if TYPE_CHECKING:
-    from selfalign.config import ExperimentConfig
+    from selfalign.config.experiment import ExperimentConfig
 
 logger = logging.getLogger(__name__)
 

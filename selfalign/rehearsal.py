@@ -51,7 +51,7 @@ from selfalign.store.artifacts import Artefact, Store, canonical
 from selfalign.training.train import Optimization, Precision, Weights
 
 if TYPE_CHECKING:
-    from selfalign.config import ExperimentConfig
+    from selfalign.config.experiment import ExperimentConfig
 
 GIVEN = {
     "seeds", "taught_questions", "questions", "outputs", "given_pairs", "given_instructions", "preference_test",

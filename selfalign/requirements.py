@@ -22,7 +22,7 @@ from selfalign.stages.seeds import EvaluationFineTuning
 from selfalign.store.artifacts import Artefact
 
 if TYPE_CHECKING:
-    from selfalign.config import ExperimentConfig
+    from selfalign.config.experiment import ExperimentConfig
 
 
 def check_requirements(config: "ExperimentConfig", base: Artefact, given: Given) -> None:

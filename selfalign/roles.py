@@ -14,7 +14,7 @@ from selfalign.stages.pretrained import pretrained
 from selfalign.store.artifacts import Artefact
 
 if TYPE_CHECKING:
-    from selfalign.config import ExperimentConfig
+    from selfalign.config.experiment import ExperimentConfig
 
 
 @dataclass(slots=True)

@@ -26,7 +26,7 @@ from selfalign.runs.summary import table
 from selfalign.store.artifacts import locked
 
 if TYPE_CHECKING:
-    from selfalign.config import ExperimentConfig
+    from selfalign.config.experiment import ExperimentConfig
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import pytest
 from builders import ROOT, composed
 from omegaconf.errors import OmegaConfBaseException
 
-from selfalign.config import COMPONENTS, ExperimentConfig
+from selfalign.config.experiment import COMPONENTS, ExperimentConfig
 from selfalign.core.errors import SelfalignError
 
 PACKAGE = ROOT / "selfalign"

@@ -16,7 +16,7 @@ from markdown_it import MarkdownIt
 from mutation import Check, assert_caught
 from test_pipeline import manifest, write_pairs
 
-from selfalign.config import COMPONENTS, choices
+from selfalign.config.experiment import COMPONENTS, choices
 from selfalign.core.files import read_json
 from selfalign.experiment import run_experiment
 from selfalign.models.checkpoint import PolicyFiles

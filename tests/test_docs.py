@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from selfalign.__main__ import conf_folder
-from selfalign.config import register, to_experiment
+from selfalign.config.experiment import register, to_experiment
 from selfalign.metrics.catalog import METRICS
 from selfalign.reporter import main as report_main
 from selfalign.storekeeper import main as store_main

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from builders import composed, metrics, run
 
-from selfalign.config import ExperimentConfig
+from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.files import read_json
 from selfalign.core.records import Demonstration, Judgement, RankedAnswers, read_records
 from selfalign.experiment import look_ahead

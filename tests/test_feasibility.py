@@ -11,8 +11,8 @@ import pytest
 from builders import TINY_RUN, Said, composed, policy_artefact, write_tiny_data
 from omegaconf import OmegaConf
 
+from selfalign.config.feasibility import without_effect
 from selfalign.core.errors import SelfalignError
-from selfalign.feasibility import without_effect
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.multirun import sweep_folder
 from selfalign.requirements import check_requirements

@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from selfalign.__main__ import conf_folder
-from selfalign.config import register, to_experiment
+from selfalign.config.experiment import register, to_experiment
 from selfalign.data.containers import SHIPPED
 from selfalign.data.sources import as_prompt
 from selfalign.engines.protocol import Request, Sampling, Transformers

@@ -22,7 +22,7 @@ from selfalign.stages.seeds import EvaluationFineTuning
 from selfalign.training.train import TrainConfig
 
 if TYPE_CHECKING:
-    from selfalign.config import ExperimentConfig
+    from selfalign.config.experiment import ExperimentConfig
 
 
 def check_counts(config: "ExperimentConfig") -> None:

@@ -18,18 +18,18 @@ from selfalign.benchmarks.alpaca_eval import AlpacaEval
 from selfalign.benchmarks.lm_eval import LmEval
 from selfalign.benchmarks.mt_bench import MTBench
 from selfalign.checkpoint_selection import CheckpointComparator
+from selfalign.config.feasibility import check_counts, check_effects
+from selfalign.config.overrides import no_such
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import path_of
 from selfalign.data.pair_rules import AllOrdered, BestVsK, BestWorst, PairRule, RandomPair
 from selfalign.engines.protocol import Transformers
 from selfalign.engines.server import Server
 from selfalign.engines.vllm_engine import VLLM
-from selfalign.feasibility import check_counts, check_effects
 from selfalign.given import Pairs, SelfRewarding
 from selfalign.losses.preference import DPO, IPO, ODPO, Positives, SrDPO, SrIPO
 from selfalign.models.checkpoint import ModelConfig
 from selfalign.models.quantization import check_engine
-from selfalign.overrides import no_such
 from selfalign.publish import check_repository
 from selfalign.runs.runner import check_name
 from selfalign.stages.compare import HeadToHead
