@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from selfalign.core import distributed
 from selfalign.core.formatting import duration, table
 from selfalign.engines.protocol import Transformers
-from selfalign.pipeline import run_pipeline
+from selfalign.pipeline.loop import run_pipeline
 from selfalign.preflight import preflight
 from selfalign.rehearsal import Rehearsal
 from selfalign.stopwatch import Estimate

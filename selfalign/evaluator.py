@@ -11,12 +11,12 @@ from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.failures import at_the_end
 from selfalign.core.files import digest_json
-from selfalign.evaluation import Evaluation
 from selfalign.experiment import Shown, conclude, log_file, read_own
-from selfalign.given import Given
 from selfalign.models.checkpoint import ModelConfig
+from selfalign.pipeline.evaluation import Evaluation
+from selfalign.pipeline.inputs import Given
+from selfalign.pipeline.models import Judging, Models, fixed_judges, load_model
 from selfalign.report import write_report
-from selfalign.roles import Judging, Models, fixed_judges, load_model
 from selfalign.runs.reader import check_artefacts
 from selfalign.runs.runner import Fellow, Maker, Run, iteration_of, open_folder, write_provenance
 from selfalign.runs.summary import models_of

@@ -14,8 +14,8 @@ from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.failures import at_the_end, naming
 from selfalign.core.files import read_json, write_json
-from selfalign.pipeline import run_pipeline
-from selfalign.plan import plan
+from selfalign.pipeline.loop import run_pipeline
+from selfalign.pipeline.plan import plan
 from selfalign.preflight import preflight
 from selfalign.publish import check_login, publish
 from selfalign.report import log_tables, write_report

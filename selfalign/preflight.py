@@ -23,14 +23,14 @@ from selfalign.engines.protocol import Transformers
 from selfalign.engines.server import Server
 from selfalign.engines.vllm_engine import VLLM, share_gpus
 from selfalign.footprint import Footprint, disk_lack, training_lack, writing_lack
-from selfalign.given import SelfRewarding, data_sources
 from selfalign.judges.protocol import asks_a_server, wants_model
 from selfalign.losses.preference import Positives
 from selfalign.models import quantization
 from selfalign.models.checkpoint import ModelConfig
 from selfalign.models.pretrained import find_local
-from selfalign.plan import plan
-from selfalign.roles import judges_of
+from selfalign.pipeline.inputs import SelfRewarding, data_sources
+from selfalign.pipeline.models import judges_of
+from selfalign.pipeline.plan import plan
 from selfalign.tracking.wandb import Wandb, has_key, said_mode
 from selfalign.training.optimizers import EIGHT_BIT_NEEDS
 from selfalign.training.train import Optimization

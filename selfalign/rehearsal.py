@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selfalign.checkpoint_selection import CheckpointSelection
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_json
@@ -27,7 +26,6 @@ from selfalign.core.records import (
 from selfalign.data.pair_rules import PairRule
 from selfalign.data.sources import as_prompt
 from selfalign.engines.openai_client import Endpoint
-from selfalign.given import SelfRewarding
 from selfalign.judges.comparator import Referee
 from selfalign.judges.protocol import Subject, asks_a_server
 from selfalign.longest import SHORTEST_PROMPT, Longest, asks, tireless, writes
@@ -35,6 +33,8 @@ from selfalign.losses.preference import PreferenceLoss
 from selfalign.losses.refinement import Refinement
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.tokenizer import encode_prompt
+from selfalign.pipeline.checkpoint_selection import CheckpointSelection
+from selfalign.pipeline.inputs import SelfRewarding
 from selfalign.runs.runner import StageFunction
 from selfalign.stages.align import align
 from selfalign.stages.compare import compare

@@ -23,15 +23,15 @@ from chat_server import chat, chat_server
 from mutation import mutated
 from scipy import stats
 
-from selfalign import checkpoint_selection as module
-from selfalign.checkpoint_selection import CheckpointComparator, CheckpointSelection, CheckpointSelector, loses
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json, write_json
 from selfalign.core.records import Response, read_records
 from selfalign.engines.openai_client import Endpoint
 from selfalign.engines.protocol import Sampling, Transformers
 from selfalign.models.checkpoint import Policy, PolicyFiles
-from selfalign.plan import plan
+from selfalign.pipeline import checkpoint_selection as module
+from selfalign.pipeline.checkpoint_selection import CheckpointComparator, CheckpointSelection, CheckpointSelector, loses
+from selfalign.pipeline.plan import plan
 from selfalign.training.checkpoint_choice import ChooseConfig
 
 PROMPT = "{instruction}\n<first>\n{first}\n</first>\n<second>\n{second}\n</second>"

@@ -14,7 +14,7 @@ from selfalign.core.files import read_json
 from selfalign.core.records import Demonstration, Judgement, RankedAnswers, read_records
 from selfalign.experiment import look_ahead
 from selfalign.metrics.catalog import METRICS
-from selfalign.plan import plan
+from selfalign.pipeline.plan import plan
 from selfalign.runs.reader import Finished
 from selfalign.stages.judge import parse_score
 from selfalign.store.artifacts import Store

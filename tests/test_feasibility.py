@@ -15,7 +15,7 @@ from selfalign.config.feasibility import without_effect
 from selfalign.core.errors import SelfalignError
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.multirun import sweep_folder
-from selfalign.requirements import check_requirements
+from selfalign.pipeline.requirements import check_requirements
 from selfalign.stages.instruct import InstructConfig
 from selfalign.store.artifacts import Artefact
 

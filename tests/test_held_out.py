@@ -16,7 +16,7 @@ from selfalign.core.files import read_json
 from selfalign.core.records import MeasuredPair, PreferencePair, read_records
 from selfalign.experiment import run_experiment
 from selfalign.metrics.limits import Limits
-from selfalign.plan import plan
+from selfalign.pipeline.plan import plan
 from selfalign.tracking.wandb import NoTracker
 from selfalign.training.splits import Known, split_pairs
 

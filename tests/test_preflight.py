@@ -15,7 +15,7 @@ from selfalign import preflight as preflight_module
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.experiment import run_experiment
-from selfalign.plan import plan
+from selfalign.pipeline.plan import plan
 from selfalign.preflight import preflight, problems
 
 KEY = "sk-very-secret-0123456789"

@@ -24,7 +24,7 @@ from selfalign.config.experiment import ExperimentConfig, register
 from selfalign.core.errors import SelfalignError
 from selfalign.engines.server import Server
 from selfalign.losses.preference import DPO, IPO, SrDPO, SrIPO
-from selfalign.plan import plan
+from selfalign.pipeline.plan import plan
 from selfalign.stages.evaluate import compares_on, opponents
 from selfalign.stages.judge import ExpectedScore, SampledScore
 from selfalign.stages.seeds import EvaluationFineTuning

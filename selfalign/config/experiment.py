@@ -17,7 +17,6 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from selfalign.benchmarks.alpaca_eval import AlpacaEval
 from selfalign.benchmarks.lm_eval import LmEval
 from selfalign.benchmarks.mt_bench import MTBench
-from selfalign.checkpoint_selection import CheckpointComparator
 from selfalign.config.feasibility import check_counts, check_effects
 from selfalign.config.overrides import no_such
 from selfalign.core.errors import SelfalignError
@@ -26,10 +25,11 @@ from selfalign.data.pair_rules import AllOrdered, BestVsK, BestWorst, PairRule, 
 from selfalign.engines.protocol import Transformers
 from selfalign.engines.server import Server
 from selfalign.engines.vllm_engine import VLLM
-from selfalign.given import Pairs, SelfRewarding
 from selfalign.losses.preference import DPO, IPO, ODPO, Positives, SrDPO, SrIPO
 from selfalign.models.checkpoint import ModelConfig
 from selfalign.models.quantization import check_engine
+from selfalign.pipeline.checkpoint_selection import CheckpointComparator
+from selfalign.pipeline.inputs import Pairs, SelfRewarding
 from selfalign.publish import check_repository
 from selfalign.runs.runner import check_name
 from selfalign.stages.compare import HeadToHead

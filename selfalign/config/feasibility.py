@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from selfalign.core.errors import SelfalignError
 from selfalign.data.pair_rules import BestVsK, BestWorst, PairRule
-from selfalign.given import Pairs, SelfRewarding
 from selfalign.judges.protocol import asks_a_server
 from selfalign.losses.preference import Positives, SrDPO, SrIPO
-from selfalign.plan import trains_m1
+from selfalign.pipeline.inputs import Pairs, SelfRewarding
+from selfalign.pipeline.plan import trains_m1
 from selfalign.stages.judge import Pairwise, SampledScore
 from selfalign.stages.pair import PositivesOnly
 from selfalign.stages.seeds import EvaluationFineTuning

@@ -50,7 +50,7 @@ class ChooseConfig:
 
 
 class CheckpointSelection(Protocol):
-    """What decides between the checkpoints of a training: `selfalign.checkpoint_selection`."""
+    """What decides between the checkpoints of a training: `selfalign.pipeline.checkpoint_selection`."""
 
     def open(self, out: Workspace, base: PolicyFiles) -> "CheckpointSelector": ...
 

@@ -25,7 +25,6 @@ from mutation import assert_caught
 from safetensors.torch import load_file
 from scipy import stats
 
-from selfalign.checkpoint_selection import CheckpointSelection, CheckpointSelector
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import write_json
 from selfalign.core.records import PairReference, PreferencePair
@@ -33,6 +32,7 @@ from selfalign.losses.preference import DPO, IPO, ODPO, PreferenceLoss, SrDPO, S
 from selfalign.losses.refinement import Refinement
 from selfalign.models.batches import PairExample, encode_pairs, make_batch
 from selfalign.models.checkpoint import Policy, PolicyFiles
+from selfalign.pipeline.checkpoint_selection import CheckpointSelection, CheckpointSelector
 from selfalign.stages import align as module
 from selfalign.stages.align import (
     AdapterSwitchedOff,

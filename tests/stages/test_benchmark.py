@@ -17,7 +17,7 @@ from selfalign.engines.protocol import Transformers
 from selfalign.evaluator import evaluate_models, plain_name
 from selfalign.metrics.catalog import METRICS, meaning_in_benchmark
 from selfalign.models.checkpoint import PolicyFiles
-from selfalign.plan import plan
+from selfalign.pipeline.plan import plan
 from selfalign.stages.benchmark import benchmark
 from selfalign.store.artifacts import Counts, Workspace
 

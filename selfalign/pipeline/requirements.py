@@ -7,7 +7,6 @@ from selfalign.benchmarks.alpaca_eval import AlpacaEval
 from selfalign.benchmarks.mt_bench import MTBench
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Demonstration, PreferencePair, Prompt, stream_records
-from selfalign.given import Given, SelfRewarding
 from selfalign.judges.comparator import Referee, verdict_tokens
 from selfalign.judges.expected import ExpectedScore, score_tokens
 from selfalign.judges.protocol import OWN_MODELS, asks_a_server
@@ -16,7 +15,8 @@ from selfalign.losses.preference import Positives
 from selfalign.models.chat_template import opened_thought
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.tokenizer import encode_prompt, plain_ids
-from selfalign.roles import judges_of
+from selfalign.pipeline.inputs import Given, SelfRewarding
+from selfalign.pipeline.models import judges_of
 from selfalign.stages.align import augmentation_of
 from selfalign.stages.seeds import EvaluationFineTuning
 from selfalign.store.artifacts import Artefact

@@ -8,15 +8,15 @@ judges its own answers, the best is paired with the worst, and the model is alig
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from selfalign.checkpoint_selection import CheckpointSelection
 from selfalign.core.files import derive_seed
-from selfalign.evaluation import Evaluation
-from selfalign.given import Given, SelfRewarding, makes_baseline
 from selfalign.judges.protocol import asks_a_server
 from selfalign.losses.preference import Positives
 from selfalign.models.checkpoint import ModelConfig
-from selfalign.requirements import check_requirements
-from selfalign.roles import Judging, Models, checkpoint_judge, fixed_judges, load_model
+from selfalign.pipeline.checkpoint_selection import CheckpointSelection
+from selfalign.pipeline.evaluation import Evaluation
+from selfalign.pipeline.inputs import Given, SelfRewarding, makes_baseline
+from selfalign.pipeline.models import Judging, Models, checkpoint_judge, fixed_judges, load_model
+from selfalign.pipeline.requirements import check_requirements
 from selfalign.runs.runner import Maker
 from selfalign.stages.align import align, augmentation_of
 from selfalign.stages.eft import eft

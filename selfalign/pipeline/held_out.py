@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from selfalign.given import Given
 from selfalign.losses.refinement import Refinement
-from selfalign.roles import Judging, Models
+from selfalign.pipeline.inputs import Given
+from selfalign.pipeline.models import Judging, Models
 from selfalign.runs.runner import Maker
 from selfalign.stages.align import augmentation_of
 from selfalign.stages.preferences import preferences

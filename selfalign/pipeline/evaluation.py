@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from selfalign.core.files import derive_seed
-from selfalign.given import Given
-from selfalign.held_out import HeldOutPairs
 from selfalign.judges.protocol import asks_a_server
-from selfalign.roles import Judging, Models
+from selfalign.pipeline.held_out import HeldOutPairs
+from selfalign.pipeline.inputs import Given
+from selfalign.pipeline.models import Judging, Models
 from selfalign.runs.runner import Maker
 from selfalign.stages.benchmark import benchmark
 from selfalign.stages.compare import compare

@@ -4,10 +4,10 @@ from typing import TYPE_CHECKING, Any
 
 from selfalign.benchmarks.protocol import judges_to_load
 from selfalign.data.pair_rules import PairRule
-from selfalign.given import Pairs, SelfRewarding, makes_baseline
 from selfalign.judges.protocol import asks_a_server, wants_model
 from selfalign.judges.written import WrittenScore
 from selfalign.losses.preference import Positives
+from selfalign.pipeline.inputs import Pairs, SelfRewarding, makes_baseline
 from selfalign.stages.evaluate import compares_on, opponents
 from selfalign.stages.judge import Judge, Pairwise
 from selfalign.stages.seeds import EvaluationFineTuning

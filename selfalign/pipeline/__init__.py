@@ -1,0 +1,1 @@
+"""The method: `loop.py` is read first."""
