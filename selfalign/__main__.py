@@ -20,7 +20,7 @@ from selfalign.core import distributed
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from selfalign.sweep import Prepared
+    from selfalign.launch.sweep import Prepared
 
 EXAMPLES = (
     ("selfalign experiment=smoke", "the whole loop on a tiny random model, under a minute"),
@@ -92,7 +92,7 @@ def evaluate() -> None:
         sys.exit(0 if {"-h", "--help"} & set(sources) else 2)
     set_environment()
     with one_line_errors("interrupted; the same command continues where it stopped"):
-        from selfalign.evaluator import evaluate_models
+        from selfalign.launch.evaluate import evaluate_models
 
         with distributed.joined():
             set_messages()
@@ -196,8 +196,8 @@ def _run_hydra() -> None:
     from omegaconf import DictConfig
 
     from selfalign.config.experiment import register
-    from selfalign.experiment import run_experiment, warn_of_idle_settings
-    from selfalign.multirun import closed_in_the_end, run_sweep_job
+    from selfalign.launch.experiment import run_experiment, warn_of_idle_settings
+    from selfalign.launch.hydra_sweep import closed_in_the_end, run_sweep_job
 
     register()
 
@@ -214,7 +214,9 @@ def _run_hydra() -> None:
                 set_messages()
                 prepared = _prepare(config)
                 if prepared[0].dry_run:
-                    from selfalign.dry_run import dry_run  # It imports transformers' Trainer, which takes seconds.
+                    from selfalign.launch.dry_run import (
+                        dry_run,  # It imports transformers' Trainer, which takes seconds.
+                    )
 
                     warn_of_idle_settings(prepared[0], prepared[2])
                     dry_run(prepared[0])

@@ -27,7 +27,7 @@ from selfalign.core.records import (
 )
 from selfalign.data.sources import as_prompt
 from selfalign.engines.protocol import Completion, Request, Sampling, Transformers, TransformersGenerator
-from selfalign.experiment import run_experiment
+from selfalign.launch.experiment import run_experiment
 from selfalign.models.checkpoint import LoRA, Policy, PolicyFiles, digest_weights
 from selfalign.stages.sft import sft
 from selfalign.store.artifacts import Artefact, Workspace

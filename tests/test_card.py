@@ -18,7 +18,7 @@ from test_pipeline import manifest, write_pairs
 
 from selfalign.config.experiment import COMPONENTS, choices
 from selfalign.core.files import read_json
-from selfalign.experiment import run_experiment
+from selfalign.launch.experiment import run_experiment
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.report import model_card as card
 from selfalign.report.model_card import FORMULAS, model_card, write_card

@@ -248,7 +248,7 @@ def test_bug_is_shown_with_its_traceback_and_said_to_be_one(
     def broken(*arguments: object) -> None:
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr("selfalign.experiment.run_experiment", broken)
+    monkeypatch.setattr("selfalign.launch.experiment.run_experiment", broken)
     said = call("experiment=smoke")
     assert said.code == 1
     assert "Traceback" in said.err

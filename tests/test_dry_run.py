@@ -28,20 +28,20 @@ from mutation import mutated
 from team import launch
 from test_architecture import modules
 
-from selfalign import dry_run as module
-from selfalign import rehearsal
 from selfalign.core.errors import SelfalignError
 from selfalign.data.sources import as_prompt
-from selfalign.dry_run import dry_run, estimate_text
 from selfalign.engines.protocol import Request, Sampling, Transformers
-from selfalign.longest import SHORTEST_PROMPT, Longest, asks, tireless
+from selfalign.launch import dry_run as module
+from selfalign.launch import dry_run_stages
+from selfalign.launch.dry_run import dry_run, estimate_text
+from selfalign.launch.dry_run_stages import Rehearsal
+from selfalign.launch.profiler import Estimate, Stopwatch, fits, measure
+from selfalign.launch.worst_case import SHORTEST_PROMPT, Longest, asks, tireless
 from selfalign.losses.refinement import Refinement
 from selfalign.models.batches import encode_pairs
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.tokenizer import encode_prompt
-from selfalign.rehearsal import Rehearsal
 from selfalign.stages.sft import group_demonstrations
-from selfalign.stopwatch import Estimate, Stopwatch, fits, measure
 from selfalign.store.journal import Journal
 
 SHORT = ["train.sft.max_length=160", "train.align.max_length=160", 'judge.prompt="Grade {instruction} of {response}"']
@@ -139,7 +139,7 @@ def test_checkpoints_answer_once_each_and_all_but_the_first_are_compared(tmp_pat
     ids=["held-out pairs counted", "epochs of alignment forgotten", "epochs of SFT forgotten"],
 )
 def test_wrong_counts_of_steps_are_caught(old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with mutated(rehearsal, old, new) as copy:
+    with mutated(dry_run_stages, old, new) as copy:
         monkeypatch.setattr(module, "Rehearsal", copy.Rehearsal)
         estimates = rehearsed(tmp_path / "rehearsed", *on_given_pairs(tmp_path / "data"))
         assert {label: estimates[label].count for label in STEPS} != STEPS
@@ -215,8 +215,8 @@ def test_every_stage_is_given_rehearsed_or_stands_for_nothing() -> None:
         "taught_questions",
     }
     rules = {name.removeprefix("_") for name, _ in inspect.getmembers(Rehearsal, inspect.isfunction)}
-    assert functions - rehearsal.GIVEN <= rules
-    assert not rules & rehearsal.GIVEN
+    assert functions - dry_run_stages.GIVEN <= rules
+    assert not rules & dry_run_stages.GIVEN
 
 
 # --- records ------------------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from builders import TINY_RUN, run, write_tiny_data
 from selfalign.__main__ import conf_folder
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
-from selfalign.evaluator import evaluate_models
-from selfalign.sweep import JobState, Sweep
+from selfalign.launch.evaluate import evaluate_models
+from selfalign.launch.sweep import JobState, Sweep
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 
 from selfalign.config.feasibility import without_effect
 from selfalign.core.errors import SelfalignError
+from selfalign.launch.hydra_sweep import sweep_folder
 from selfalign.models.checkpoint import PolicyFiles
-from selfalign.multirun import sweep_folder
 from selfalign.pipeline.requirements import check_requirements
 from selfalign.stages.instruct import InstructConfig
 from selfalign.store.artifacts import Artefact

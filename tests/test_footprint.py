@@ -10,9 +10,17 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from selfalign import footprint
 from selfalign.core import distributed
-from selfalign.footprint import Footprint, disk_lack, free_space, main_memory, read_shapes, training_lack, writing_lack
+from selfalign.launch import footprint
+from selfalign.launch.footprint import (
+    Footprint,
+    disk_lack,
+    free_space,
+    main_memory,
+    read_shapes,
+    training_lack,
+    writing_lack,
+)
 from selfalign.models.checkpoint import LoRA, ModelConfig, PolicyFiles
 from selfalign.training import resume_state
 from selfalign.training.optimizers import build_optimizer

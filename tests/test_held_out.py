@@ -14,7 +14,7 @@ from selfalign.config.experiment import ExperimentConfig, choices
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
 from selfalign.core.records import MeasuredPair, PreferencePair, read_records
-from selfalign.experiment import run_experiment
+from selfalign.launch.experiment import run_experiment
 from selfalign.metrics.limits import Limits
 from selfalign.pipeline.plan import plan
 from selfalign.tracking.wandb import NoTracker

@@ -11,12 +11,12 @@ from builders import ROOT, Said, composed
 from chat_server import ChatServer, Fault, chat_server
 from team import Team
 
-from selfalign import preflight as preflight_module
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
-from selfalign.experiment import run_experiment
+from selfalign.launch import preflight as preflight_module
+from selfalign.launch.experiment import run_experiment
+from selfalign.launch.preflight import preflight, problems
 from selfalign.pipeline.plan import plan
-from selfalign.preflight import preflight, problems
 
 KEY = "sk-very-secret-0123456789"
 

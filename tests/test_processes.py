@@ -17,7 +17,7 @@ from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_json
 from selfalign.engines.server import _free_port
-from selfalign.multirun import ListJobs
+from selfalign.launch.hydra_sweep import ListJobs
 from selfalign.store import artifacts as store_module
 from selfalign.store.artifacts import Artefact, Store, Workspace
 

@@ -16,7 +16,7 @@ from selfalign.config.experiment import register, to_experiment
 from selfalign.data.containers import SHIPPED
 from selfalign.data.sources import as_prompt
 from selfalign.engines.protocol import Request, Sampling, Transformers
-from selfalign.experiment import run_experiment
+from selfalign.launch.experiment import run_experiment
 from selfalign.losses.preference import DPO, IPO, ODPO, PreferenceLoss, SrDPO, SrIPO
 from selfalign.losses.refinement import Refinement
 from selfalign.models.checkpoint import PolicyFiles

@@ -25,13 +25,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from mutation import Check, assert_caught
 from test_tracking import Read
 
-from selfalign import experiment as experiment_module
-from selfalign import sweep as sweep_module
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
-from selfalign.multirun import BasicSweeper
+from selfalign.launch import experiment as experiment_module
+from selfalign.launch import sweep as sweep_module
+from selfalign.launch.hydra_sweep import BasicSweeper
+from selfalign.launch.sweep import Job, JobState, Sweep, run_job, told, undisturbed
 from selfalign.report.jobs import find_jobs
-from selfalign.sweep import Job, JobState, Sweep, run_job, told, undisturbed
 from selfalign.tracking.wandb import tracked_id
 
 LOOP = [*TINY_RUN, "iterations=1", "train.sft.epochs=1"]

@@ -25,12 +25,12 @@ from selfalign.data.pair_rules import AllOrdered, BestVsK, BestWorst, PairRule, 
 from selfalign.engines.protocol import Transformers
 from selfalign.engines.server import Server
 from selfalign.engines.vllm_engine import VLLM
+from selfalign.launch.push_to_hub import check_repository
 from selfalign.losses.preference import DPO, IPO, ODPO, Positives, SrDPO, SrIPO
 from selfalign.models.checkpoint import ModelConfig
 from selfalign.models.quantization import check_engine
 from selfalign.pipeline.checkpoint_selection import CheckpointComparator
 from selfalign.pipeline.inputs import Pairs, SelfRewarding
-from selfalign.publish import check_repository
 from selfalign.runs.runner import check_name
 from selfalign.stages.compare import HeadToHead
 from selfalign.stages.evaluate import EvaluateConfig

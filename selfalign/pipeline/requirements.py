@@ -10,7 +10,7 @@ from selfalign.core.records import Demonstration, PreferencePair, Prompt, stream
 from selfalign.judges.comparator import Referee, verdict_tokens
 from selfalign.judges.expected import ExpectedScore, score_tokens
 from selfalign.judges.protocol import OWN_MODELS, asks_a_server
-from selfalign.longest import asks, writes
+from selfalign.launch.worst_case import asks, writes
 from selfalign.losses.preference import Positives
 from selfalign.models.chat_template import opened_thought
 from selfalign.models.checkpoint import PolicyFiles

@@ -18,8 +18,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from selfalign.core import distributed
 from selfalign.core.files import digest_json, path_of
+from selfalign.launch.sweep import Prepared, Sweep, run_job
 from selfalign.runs.runner import check_name
-from selfalign.sweep import Prepared, Sweep, run_job
 
 NOT_HERE = (
     "error: a sweep starts the processes of its jobs itself: leave out torchrun, and set hydra/launcher=submitit_local "

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from selfalign.core import distributed
 from selfalign.core.formatting import duration, table
 from selfalign.engines.protocol import Transformers
+from selfalign.launch.dry_run_stages import Rehearsal
+from selfalign.launch.preflight import preflight
+from selfalign.launch.profiler import Estimate
 from selfalign.pipeline.loop import run_pipeline
-from selfalign.preflight import preflight
-from selfalign.rehearsal import Rehearsal
-from selfalign.stopwatch import Estimate
 
 if TYPE_CHECKING:
     from selfalign.config.experiment import ExperimentConfig

@@ -28,7 +28,8 @@ from selfalign.data.sources import as_prompt
 from selfalign.engines.openai_client import Endpoint
 from selfalign.judges.comparator import Referee
 from selfalign.judges.protocol import Subject, asks_a_server
-from selfalign.longest import SHORTEST_PROMPT, Longest, asks, tireless, writes
+from selfalign.launch.profiler import Estimate, Measured, Stopwatch, forget_peak_memory, measure, peak
+from selfalign.launch.worst_case import SHORTEST_PROMPT, Longest, asks, tireless, writes
 from selfalign.losses.preference import PreferenceLoss
 from selfalign.losses.refinement import Refinement
 from selfalign.models.checkpoint import PolicyFiles
@@ -46,7 +47,6 @@ from selfalign.stages.pretrained import pretrained
 from selfalign.stages.reference import reference
 from selfalign.stages.respond import RespondConfig, respond
 from selfalign.stages.sft import group_demonstrations, sft
-from selfalign.stopwatch import Estimate, Measured, Stopwatch, forget_peak_memory, measure, peak
 from selfalign.store.artifacts import Artefact, Store, canonical
 from selfalign.training.train import Optimization, Precision, Weights
 

@@ -18,7 +18,7 @@ import torch
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json, write_json
-from selfalign.experiment import finish_experiment, log_file
+from selfalign.launch.experiment import finish_experiment, log_file
 from selfalign.metrics.catalog import signed
 from selfalign.report.jobs import JOBS, read_jobs
 from selfalign.runs.runner import run_folder

@@ -22,8 +22,8 @@ from selfalign.engines.openai_client import Endpoint, RefusedError
 from selfalign.engines.protocol import Transformers
 from selfalign.engines.server import Server
 from selfalign.engines.vllm_engine import VLLM, share_gpus
-from selfalign.footprint import Footprint, disk_lack, training_lack, writing_lack
 from selfalign.judges.protocol import asks_a_server, wants_model
+from selfalign.launch.footprint import Footprint, disk_lack, training_lack, writing_lack
 from selfalign.losses.preference import Positives
 from selfalign.models import quantization
 from selfalign.models.checkpoint import ModelConfig

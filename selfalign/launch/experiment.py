@@ -14,10 +14,10 @@ from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.failures import at_the_end, naming
 from selfalign.core.files import read_json, write_json
+from selfalign.launch.preflight import preflight
+from selfalign.launch.push_to_hub import check_login, publish
 from selfalign.pipeline.loop import run_pipeline
 from selfalign.pipeline.plan import plan
-from selfalign.preflight import preflight
-from selfalign.publish import check_login, publish
 from selfalign.report import log_tables, write_report
 from selfalign.report.model_card import write_card
 from selfalign.runs.runner import (

@@ -11,7 +11,8 @@ from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.failures import at_the_end
 from selfalign.core.files import digest_json
-from selfalign.experiment import Shown, conclude, log_file, read_own
+from selfalign.launch.experiment import Shown, conclude, log_file, read_own
+from selfalign.launch.sweep import JOBS, JobState, Sweep, told
 from selfalign.models.checkpoint import ModelConfig
 from selfalign.pipeline.evaluation import Evaluation
 from selfalign.pipeline.inputs import Given
@@ -21,7 +22,6 @@ from selfalign.runs.reader import check_artefacts
 from selfalign.runs.runner import Fellow, Maker, Run, iteration_of, open_folder, write_provenance
 from selfalign.runs.summary import models_of
 from selfalign.store.artifacts import Artefact, Store, canonical, locked, open_artefact
-from selfalign.sweep import JOBS, JobState, Sweep, told
 
 LONGEST_NAME = 60
 """Letters that a job's overrides may have to name its models."""

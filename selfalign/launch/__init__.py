@@ -1,0 +1,1 @@
+"""Runs started, rehearsed, swept, continued, pushed."""
