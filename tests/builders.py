@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from selfalign.__main__ import conf_folder
+from selfalign.cli.main import conf_folder
 from selfalign.config.experiment import ExperimentConfig, compose_experiment
 from selfalign.core.files import digest_folder, digest_json, write_json
 from selfalign.core.records import (

@@ -39,7 +39,7 @@ import pytest
 from builders import Said
 from hydra.core.global_hydra import GlobalHydra
 
-from selfalign.__main__ import main
+from selfalign.cli.main import main
 from selfalign.models.checkpoint import ModelConfig, PolicyFiles
 from selfalign.models.pretrained import fetch_pretrained
 

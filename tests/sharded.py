@@ -2,7 +2,7 @@
 
 from layout_jobs import shard_on_the_cpu
 
-from selfalign.__main__ import main
+from selfalign.cli.main import main
 
 if __name__ == "__main__":
     shard_on_the_cpu()

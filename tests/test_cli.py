@@ -14,7 +14,7 @@ import pytest
 from builders import ROOT, TINY_RUN, Said, composed, write_tiny_data
 from hydra.errors import OverrideParseException
 
-from selfalign.__main__ import EXAMPLES, conf_folder, explain, one_line_errors
+from selfalign.cli.main import EXAMPLES, conf_folder, explain, one_line_errors
 from selfalign.core.errors import SelfalignError
 
 # --- help --------------------------------------------------------------------------------------------------------
@@ -398,8 +398,8 @@ def test_interrupted_run_is_continued_by_two_at_once_one_after_the_other(tmp_pat
 
 def test_commands_are_installed_under_their_names() -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    assert scripts["selfalign"] == "selfalign.__main__:main"
-    assert scripts["selfalign-report"] == "selfalign.reporter:main"
+    assert scripts["selfalign"] == "selfalign.cli.main:main"
+    assert scripts["selfalign-report"] == "selfalign.cli.report:main"
     assert all(callable(resolve_name(place)) for place in scripts.values())
 
 
@@ -444,10 +444,10 @@ def test_pipe_to_another_program_is_not_taken_for_the_output(capsys: pytest.Capt
 # --- terminals that lack characters ------------------------------------------------------------------------------
 
 COMMANDS = {
-    "selfalign": ("selfalign.__main__:main", ["--help"], "M1 ? M2 ? M3"),
-    "selfalign-evaluate": ("selfalign.__main__:evaluate", ["/models/x", "name=李"], "selfalign-evaluate 'name=\"?\"'"),
-    "selfalign-report": ("selfalign.reporter:main", ["/runs/李"], "/runs/?: no run"),
-    "selfalign-store": ("selfalign.storekeeper:main", ["list", "--output", "/runs/李"], "/runs/?: no store"),
+    "selfalign": ("selfalign.cli.main:main", ["--help"], "M1 ? M2 ? M3"),
+    "selfalign-evaluate": ("selfalign.cli.main:evaluate", ["/models/x", "name=李"], "selfalign-evaluate 'name=\"?\"'"),
+    "selfalign-report": ("selfalign.cli.report:main", ["/runs/李"], "/runs/?: no run"),
+    "selfalign-store": ("selfalign.cli.store:main", ["list", "--output", "/runs/李"], "/runs/?: no store"),
     "selfalign-workspace": ("selfalign.tracking.wandb_workspace:main", ["李"], "ENTITY/PROJECT, got '?'"),
 }
 

@@ -13,11 +13,11 @@ from builders import ROOT, composed
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from selfalign.__main__ import conf_folder
+from selfalign.cli.main import conf_folder
+from selfalign.cli.report import main as report_main
+from selfalign.cli.store import main as store_main
 from selfalign.config.experiment import register, to_experiment
 from selfalign.metrics.catalog import METRICS
-from selfalign.reporter import main as report_main
-from selfalign.storekeeper import main as store_main
 
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from builders import TINY_RUN, run, write_tiny_data
 
-from selfalign.__main__ import conf_folder
+from selfalign.cli.main import conf_folder
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
 from selfalign.launch.evaluate import evaluate_models
@@ -116,7 +116,7 @@ def test_what_cannot_be_measured_is_named(finished: Path, tmp_path: Path, broken
 
 def test_command_says_how_it_is_used_and_fails_in_one_line(tmp_path: Path) -> None:
     def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-        code = "from selfalign.__main__ import evaluate; evaluate()"
+        code = "from selfalign.cli.main import evaluate; evaluate()"
         return subprocess.run(
             [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=tmp_path, check=False
         )

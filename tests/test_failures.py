@@ -13,14 +13,14 @@ import torch
 from builders import LIMIT, composed, file_limit, instruction
 from safetensors import SafetensorError
 
-from selfalign.__main__ import explain
+from selfalign.cli.main import explain
+from selfalign.cli.report import report
 from selfalign.core.errors import SelfalignError
 from selfalign.core.failures import KEPT, fits, is_out_of_memory, naming, system_error
 from selfalign.core.files import write_json
 from selfalign.core.records import write_records
 from selfalign.launch.experiment import LogHandler, log_file, told_keys, was_done
 from selfalign.models.checkpoint import PolicyFiles
-from selfalign.reporter import report
 from selfalign.store.artifacts import Store, Workspace
 from selfalign.store.journal import Journal
 

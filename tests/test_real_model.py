@@ -11,7 +11,7 @@ from builders import optimization, policy_artefact, preference, records_artefact
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from selfalign.__main__ import conf_folder
+from selfalign.cli.main import conf_folder
 from selfalign.config.experiment import register, to_experiment
 from selfalign.data.containers import SHIPPED
 from selfalign.data.sources import as_prompt

@@ -18,7 +18,7 @@ from builders import TINY_RUN, run, write_tiny_data
 from mutation import assert_caught
 from test_report import HOSTILE, Page
 
-from selfalign import reporter
+from selfalign.cli import report
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json, write_json
 from selfalign.report import comparison_charts, comparison_sentences, jobs, write_comparison
@@ -407,7 +407,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         monkeypatch.setattr(sys, "argv", ["selfalign-report", *map(str, arguments)])
         code = 0
         try:
-            reporter.main()
+            report.main()
         except SystemExit as stop:
             code = int(stop.code or 0)
         said = capsys.readouterr()

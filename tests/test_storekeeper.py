@@ -15,10 +15,10 @@ from typing import NamedTuple
 import pytest
 from builders import ROOT, TINY_RUN, run, write_tiny_data
 
+from selfalign.cli.store import main
 from selfalign.core.files import read_json
 from selfalign.store import inventory
 from selfalign.store.artifacts import Store
-from selfalign.storekeeper import main
 
 
 class Said(NamedTuple):
@@ -105,7 +105,7 @@ def test_list_shows_every_artefact_with_its_runs_largest_first(study: Study, cal
 
 
 def test_list_needs_no_torch_and_ends_quietly_in_front_of_head(study: Study) -> None:
-    code = "import sys; from selfalign.storekeeper import main; sys.argv = ['x', 'list', '--output', sys.argv[1]]\n"
+    code = "import sys; from selfalign.cli.store import main; sys.argv = ['x', 'list', '--output', sys.argv[1]]\n"
     code += "try: main()\nexcept SystemExit: assert not {'torch', 'numpy', 'hydra'} & sys.modules.keys()"
     command = [sys.executable, "-c", code, str(study.output)]
     said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
@@ -258,7 +258,7 @@ def test_interrupted_question_removes_nothing(left: Path, call: Call, monkeypatc
 def test_clean_asks_at_a_real_terminal(left: Path) -> None:
     ours, theirs = pty.openpty()
     os.write(ours, b"y\n")
-    code = "from selfalign.storekeeper import main; main()"
+    code = "from selfalign.cli.store import main; main()"
     command = [sys.executable, "-c", code, "clean", "--output", str(left)]
     said = subprocess.run(command, stdin=theirs, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
     os.close(ours)

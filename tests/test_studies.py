@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 from paper_values import OURS, PAPER, SIZES, TECHNICAL, WITHOUT_EFFECT, WRITTEN_OUT, YOURS
 
-from selfalign.__main__ import conf_folder
+from selfalign.cli.main import conf_folder
 from selfalign.config.experiment import ExperimentConfig, register
 from selfalign.core.errors import SelfalignError
 from selfalign.engines.server import Server

@@ -108,7 +108,7 @@ if "DIES_BEHIND" in os.environ:
 """Python imports this when it starts: what any process of a sweep makes is written down; it may die behind a job."""
 
 START = (
-    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import selfalign.__main__ as m; m.main()"
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import selfalign.cli.main as m; m.main()"
 )
 """The command line; what runs in the background of a shell would ignore Ctrl-C."""
 

@@ -6,7 +6,7 @@ It needs the extra `workspace`. Without an API key, or where WANDB_MODE says so,
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from selfalign.__main__ import one_line_errors, set_streams
+from selfalign.cli.main import one_line_errors, set_streams
 from selfalign.core.errors import SelfalignError
 from selfalign.tracking.wandb import has_key, is_online
 

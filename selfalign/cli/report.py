@@ -8,7 +8,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from selfalign.__main__ import one_line_errors, set_streams
+from selfalign.cli.main import one_line_errors, set_streams
 from selfalign.core.errors import SelfalignError
 
 
