@@ -25,7 +25,13 @@ from jaxtyping import install_import_hook
 
 # Shapes and dtypes are checked at run time here, and nowhere else. It has to stand before selfalign is imported.
 install_import_hook(
-    ["selfalign.losses.preference", "selfalign.losses.refinement", "selfalign.models.logprobs"], "beartype.beartype"
+    [
+        "selfalign.losses.logps",
+        "selfalign.losses.preference",
+        "selfalign.losses.refinement",
+        "selfalign.models.logprobs",
+    ],
+    "beartype.beartype",
 )
 
 import importlib.util

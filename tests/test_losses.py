@@ -19,6 +19,7 @@ from torch import Tensor
 
 from selfalign.core.errors import SelfalignError
 from selfalign.losses import preference, refinement
+from selfalign.losses.logps import PairLogps
 
 BETA, LAM = 0.2, 0.5
 SR = {"beta": BETA, "lam": LAM}
@@ -263,8 +264,8 @@ def test_values_and_gradients_equal_an_independent_float64_formulation(loss: Any
 
     narrow = [t.float().requires_grad_() for t in draw[:2]]
     counts = {"chosen_tokens": tokens[0].float(), "rejected_tokens": tokens[1].float()}
-    policy = preference.PairLogps(chosen=narrow[0], rejected=narrow[1], **counts)
-    reference = preference.PairLogps(chosen=draw[2].float(), rejected=draw[3].float())
+    policy = PairLogps(chosen=narrow[0], rejected=narrow[1], **counts)
+    reference = PairLogps(chosen=draw[2].float(), rejected=draw[3].float())
     actual = loss(policy, reference, delta.float())
     actual.sum().backward()
 
@@ -322,8 +323,8 @@ def test_permuted_refinement_changes_the_loss_of_each_pair_and_their_mean(loss: 
 def test_swapping_chosen_and_rejected_with_the_refinement_negates_the_margin(loss: Any) -> None:
     """The loss of the swapped pair at Δ is the loss at -h and -Δ, which swapping the responses gives."""
     policy, reference = case(preference)
-    swapped_policy = preference.PairLogps(chosen=policy.rejected, rejected=policy.chosen)
-    swapped_reference = preference.PairLogps(chosen=reference.rejected, rejected=reference.chosen)
+    swapped_policy = PairLogps(chosen=policy.rejected, rejected=policy.chosen)
+    swapped_reference = PairLogps(chosen=reference.rejected, rejected=reference.chosen)
     h = preference.log_ratio_margin(policy, reference)
     assert torch.equal(preference.log_ratio_margin(swapped_policy, swapped_reference), -h)
 
@@ -341,7 +342,7 @@ def test_swapping_chosen_and_rejected_with_the_refinement_negates_the_margin(los
 
 @pytest.mark.parametrize("beta", [0.05, 0.1, 1.0])
 def test_a_policy_that_is_its_reference_starts_at_ln_2_and_at_one_over_four_beta_squared(beta: float) -> None:
-    same = preference.PairLogps(
+    same = PairLogps(
         chosen=torch.tensor([-3.0, -400.0]),
         rejected=torch.tensor([-90.0, -1.5]),
         chosen_tokens=torch.tensor([1.0, 70.0]),
@@ -370,10 +371,8 @@ def test_averaged_target_does_not_grow_with_length(target: str, expected: float)
     h = 0.1 and Δ = β · 0.1 = 0.01, both a token; the target is 1/(2β) + λΔ = 5 + 0.005, or with λ/β 5 + 0.05.
     """
     tokens = torch.tensor([100.0, 400.0])
-    moved = preference.PairLogps(
-        chosen=-2.95 * tokens, rejected=-3.05 * tokens, chosen_tokens=tokens, rejected_tokens=tokens
-    )
-    start = preference.PairLogps(chosen=-3 * tokens, rejected=-3 * tokens)
+    moved = PairLogps(chosen=-2.95 * tokens, rejected=-3.05 * tokens, chosen_tokens=tokens, rejected_tokens=tokens)
+    start = PairLogps(chosen=-3 * tokens, rejected=-3 * tokens)
     loss = preference.SrIPO(beta=0.1, lam=0.5, reduction="mean", target=target)
     delta = loss.delta(moved, start)
     torch.testing.assert_close(delta, torch.tensor([0.01, 0.01]), rtol=0, atol=1e-6)
@@ -383,13 +382,13 @@ def test_averaged_target_does_not_grow_with_length(target: str, expected: float)
 @pytest.mark.parametrize("loss", REFINED, ids=repr)
 def test_swapping_chosen_and_rejected_negates_the_refinement_of_every_loss(loss: Any) -> None:
     policy, reference = case(preference)
-    swapped = preference.PairLogps(
+    swapped = PairLogps(
         chosen=policy.rejected,
         rejected=policy.chosen,
         chosen_tokens=policy.rejected_tokens,
         rejected_tokens=policy.chosen_tokens,
     )
-    other = preference.PairLogps(chosen=reference.rejected, rejected=reference.chosen)
+    other = PairLogps(chosen=reference.rejected, rejected=reference.chosen)
     assert torch.equal(loss.delta(swapped, other), -loss.delta(policy, reference))
 
 
@@ -404,24 +403,24 @@ def test_a_larger_refinement_asks_for_a_larger_margin() -> None:
     assert bool((pulls[0] < pulls[1]).all())
     assert bool((pulls[1] < pulls[2]).all())
 
-    zero = preference.PairLogps(chosen=torch.zeros(1), rejected=torch.zeros(1))
+    zero = PairLogps(chosen=torch.zeros(1), rejected=torch.zeros(1))
     for target, expected in (("printed", 2.5 + 0.5 * 0.8), ("exact", 2.5 + 2.5 * 0.8)):
         for reduction, tokens in (("sum", 1), ("mean", 7)):
             counts = {"chosen_tokens": torch.tensor([float(tokens)]), "rejected_tokens": torch.tensor([3.0])}
-            best = preference.PairLogps(chosen=torch.tensor([expected * tokens]), rejected=torch.zeros(1), **counts)
+            best = PairLogps(chosen=torch.tensor([expected * tokens]), rejected=torch.zeros(1), **counts)
             value = preference.SrIPO(target=target, reduction=reduction, **SR)(best, zero, torch.tensor([0.8]))
             assert float(value) == pytest.approx(0, abs=1e-10)
 
 
 def test_doubling_a_response_leaves_the_averaged_loss_and_changes_the_summed_one() -> None:
     def loss_of(reduction: str, factor: float) -> float:
-        policy = preference.PairLogps(
+        policy = PairLogps(
             chosen=torch.tensor([-10.0 * factor]),
             rejected=torch.tensor([-12.0]),
             chosen_tokens=torch.tensor([2.0 * factor]),
             rejected_tokens=torch.tensor([4.0]),
         )
-        reference = preference.PairLogps(chosen=torch.tensor([-11.0 * factor]), rejected=torch.tensor([-11.5]))
+        reference = PairLogps(chosen=torch.tensor([-11.0 * factor]), rejected=torch.tensor([-11.5]))
         return float(preference.IPO(beta=0.2, reduction=reduction)(policy, reference))
 
     assert loss_of("mean", 2.0) == pytest.approx(loss_of("mean", 1.0), rel=1e-6)
@@ -431,7 +430,7 @@ def test_doubling_a_response_leaves_the_averaged_loss_and_changes_the_summed_one
 
 
 def test_averaging_without_token_counts_is_an_error() -> None:
-    logps = preference.PairLogps(chosen=torch.zeros(1), rejected=torch.zeros(1))
+    logps = PairLogps(chosen=torch.zeros(1), rejected=torch.zeros(1))
     with pytest.raises(ValueError, match="need chosen_tokens and rejected_tokens"):
         preference.IPO(reduction="mean")(logps, logps)
 
@@ -444,8 +443,8 @@ def test_averaging_without_token_counts_is_an_error() -> None:
 )
 def test_extreme_log_probabilities_give_finite_losses_and_gradients(loss: Any, dtype: torch.dtype) -> None:
     extremes = torch.tensor([0.0, -1e-30, -1e6, -1e9], dtype=dtype)
-    policy = preference.PairLogps(chosen=extremes.clone().requires_grad_(), rejected=extremes.flip(0).requires_grad_())
-    reference = preference.PairLogps(chosen=extremes.flip(0), rejected=extremes)
+    policy = PairLogps(chosen=extremes.clone().requires_grad_(), rejected=extremes.flip(0).requires_grad_())
+    reference = PairLogps(chosen=extremes.flip(0), rejected=extremes)
     values = loss(policy, reference, torch.tensor([1e6, -1e6, 0.0, 1e-30], dtype=dtype))
     assert values.dtype == dtype
     assert torch.isfinite(values).all()
@@ -456,8 +455,8 @@ def test_extreme_log_probabilities_give_finite_losses_and_gradients(loss: Any, d
 
 
 def test_dpo_of_a_hopeless_pair_grows_linearly_and_of_a_won_pair_vanishes() -> None:
-    zero = preference.PairLogps(chosen=torch.zeros(2), rejected=torch.zeros(2))
-    policy = preference.PairLogps(chosen=torch.tensor([-1e6, 0.0]), rejected=torch.tensor([0.0, -1e6]))
+    zero = PairLogps(chosen=torch.zeros(2), rejected=torch.zeros(2))
+    policy = PairLogps(chosen=torch.tensor([-1e6, 0.0]), rejected=torch.tensor([0.0, -1e6]))
     expect(preference.DPO(beta=0.1)(policy, zero), [1e5, 0.0])
 
 

@@ -10,7 +10,8 @@ from datasets import Dataset
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
-from selfalign.losses.preference import DPO, IPO, PairLogps, PreferenceLoss
+from selfalign.losses.logps import PairLogps
+from selfalign.losses.preference import DPO, IPO, PreferenceLoss
 from selfalign.models.batches import Group
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.scorer import make_scoring

@@ -10,7 +10,7 @@ import torch
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import PreferencePair
-from selfalign.losses.preference import PairLogps
+from selfalign.losses.logps import PairLogps
 from selfalign.losses.refinement import AUGMENTATION_PROMPT, Augmentation, Refinement, augment, refinement
 from selfalign.models.batches import encode_pairs
 

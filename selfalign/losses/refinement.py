@@ -7,18 +7,14 @@ import random
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from jaxtyping import Float
-from torch import Tensor
-
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed, text_or_file
 from selfalign.core.records import Prompt
 from selfalign.data.prompts import check_template
+from selfalign.losses.logps import PairLogps, Values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
-
-    from selfalign.losses.preference import PairLogps
 
 AUGMENTATION_PROMPT = (
     "Answer the query below. On a scale from 1 to {scale}, where {scale} is the best, "
@@ -114,7 +110,7 @@ def random_words(tokenizer: "Tokenizer", text: str) -> str:
     return " ".join(chosen) + end
 
 
-def refinement(policy_p: "PairLogps", reference_p: "PairLogps", beta: float) -> Float[Tensor, "pairs"]:
+def refinement(policy_p: PairLogps, reference_p: PairLogps, beta: float) -> Values:
     """Δ_π(y⁻, y⁺; x) = β{[log π(y⁺|p⊕x) - log π_ref(y⁺|p⊕x)] - [log π(y⁻|p⊕x) - log π_ref(y⁻|p⊕x)]} (eq. 11).
 
     Given the log-probabilities without p instead, it is Δ_naive = β h (eq. 10).

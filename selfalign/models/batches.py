@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from selfalign.core.errors import SelfalignError
-from selfalign.core.records import FinishReason
-from selfalign.losses.refinement import augment
+from selfalign.core.records import FinishReason, PreferencePair, Prompt, Response
+from selfalign.losses.refinement import Refinement, augment
 from selfalign.models.checkpoint import UNBOUNDED
 from selfalign.models.packed_attention import Layout, is_packing
 from selfalign.models.tokenizer import (
@@ -34,9 +34,6 @@ from selfalign.models.tokenizer import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers import PreTrainedTokenizerBase as Tokenizer
-
-    from selfalign.core.records import PreferencePair, Prompt, Response
-    from selfalign.losses.refinement import Refinement
 
 S = TypeVar("S", bound=Sized)
 

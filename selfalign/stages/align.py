@@ -15,7 +15,8 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed
 from selfalign.core.jsonl import chunks
 from selfalign.core.records import PreferencePair, stream_records
-from selfalign.losses.preference import ODPO, PairLogps, PreferenceLoss, SrDPO, SrIPO, rewards
+from selfalign.losses.logps import PairLogps
+from selfalign.losses.preference import ODPO, PreferenceLoss, SrDPO, SrIPO, rewards
 from selfalign.losses.refinement import Refinement
 from selfalign.metrics.catalog import (
     Sums,

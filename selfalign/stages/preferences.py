@@ -22,7 +22,8 @@ from selfalign.core.records import (
 )
 from selfalign.data.sources import best_against_worst, read_pairs
 from selfalign.data.turns import as_text
-from selfalign.losses.preference import PairLogps, rewards
+from selfalign.losses.logps import PairLogps
+from selfalign.losses.preference import rewards
 from selfalign.losses.refinement import refinement
 from selfalign.metrics.catalog import averages, reward_intervals, reward_metrics
 from selfalign.metrics.intervals import bootstrap, bootstrap_correlation, bootstrap_mean
