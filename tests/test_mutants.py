@@ -1,4 +1,4 @@
-"""Losses broken on purpose: every mutant of `losses.py` and `refinement.py` must be caught by a hand-worked check."""
+"""Losses broken on purpose: every mutant of `selfalign.losses` must be caught by a hand-worked check."""
 
 from types import ModuleType
 
@@ -6,7 +6,7 @@ import pytest
 from mutation import mutated
 from test_losses import CHECKS
 
-from selfalign.losses import preference, refinement
+from selfalign.losses import logps, preference, refinement
 
 MARGIN = "(policy.chosen - reference.chosen) - (policy.rejected - reference.rejected)"
 DPO = "logits = self.beta * log_ratio_margin(policy, reference)\n"
@@ -90,9 +90,11 @@ LOSSES = [
     ("sr-dpo with Δ without β", SR_DPO_DELTA, SR_DPO_DELTA.replace("self.beta", "1.0")),
     ("sum and mean swapped", 'if reduction == "sum"', 'if reduction == "mean"'),
     ("reference left as a sum", AVERAGED, "return policy.per_token(), reference"),
-    ("rejected response averaged over the chosen one's tokens", REJECTED, REJECTED.replace("rejected_t", "chosen_t")),
     ("token counts of the reference swapped", TOKENS, TOKENS.replace("policy.chosen", "policy.rejected")),
     ("missing Δ taken as nothing", MISSING, MISSING + "        return __import__('torch').zeros(2)\n"),
+]
+LOGPS = [
+    ("rejected response averaged over the chosen one's tokens", REJECTED, REJECTED.replace("rejected_t", "chosen_t")),
 ]
 REFINEMENT = [
     ("Δ without β", DELTA, DELTA.replace("beta * ", "")),
@@ -111,7 +113,8 @@ REFINEMENT = [
     ("p without its scale", '.replace("{scale}", str(self.scale))', ""),
     ("p with the default scale", "str(self.scale)", "str(100)"),
 ]
-MUTANTS = [(preference, *mutant) for mutant in LOSSES] + [(refinement, *mutant) for mutant in REFINEMENT]
+HOMES = {logps: LOGPS, preference: LOSSES, refinement: REFINEMENT}
+MUTANTS = [(home, *mutant) for home, mutants in HOMES.items() for mutant in mutants]
 
 
 def caught(losses_module: ModuleType, refinement_module: ModuleType) -> list[str]:
@@ -136,8 +139,11 @@ def test_unchanged_copies_pass_every_check() -> None:
 @pytest.mark.parametrize(
     ("module", "old", "new"), [(m, old, new) for m, _, old, new in MUTANTS], ids=[mutant[1] for mutant in MUTANTS]
 )
-def test_mutant_is_caught(module: ModuleType, old: str, new: str) -> None:
+def test_mutant_is_caught(module: ModuleType, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert old != new
     with mutated(module, old, new) as copy:
-        failures = caught(copy, refinement) if module is preference else caught(preference, copy)
+        if module is logps:
+            monkeypatch.setattr(logps.PairLogps, "per_token", copy.PairLogps.per_token)
+            vars(copy)["PairLogps"] = logps.PairLogps  # Other modules check for this class.
+        failures = caught(copy if module is preference else preference, copy if module is refinement else refinement)
     assert failures, "no hand-worked check noticed this mutation"
