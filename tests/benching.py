@@ -10,7 +10,7 @@ from builders import workspace
 from selfalign.benchmarks.grading import Grader
 from selfalign.benchmarks.mt_bench import MTBench
 from selfalign.benchmarks.protocol import Benchmark, Entrant
-from selfalign.engines.protocol import Transformers
+from selfalign.engines.transformers import Transformers
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.store.artifacts import Counts
 

@@ -26,7 +26,8 @@ from selfalign.core.records import (
     write_records,
 )
 from selfalign.data.sources import as_prompt
-from selfalign.engines.protocol import Completion, Request, Sampling, Transformers, TransformersGenerator
+from selfalign.engines.protocol import Completion, Request, Sampling
+from selfalign.engines.transformers import Transformers, TransformersGenerator
 from selfalign.launch.experiment import run_experiment
 from selfalign.models.checkpoint import LoRA, Policy, PolicyFiles, digest_weights
 from selfalign.stages.sft import sft

@@ -6,7 +6,7 @@ from typing import Any
 from builders import instruction, records_artefact, response, workspace
 
 from selfalign.core.records import Judgement, ResponseScore, read_records
-from selfalign.engines.protocol import Transformers
+from selfalign.engines.transformers import Transformers
 from selfalign.stages.judge import Judge, judge
 from selfalign.store.artifacts import Artefact, Counts
 

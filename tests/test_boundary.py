@@ -31,7 +31,8 @@ from selfalign.core.records import (
 from selfalign.data.pair_rules import BestWorst
 from selfalign.data.sources import as_prompt
 from selfalign.engines.model_check import check_template, check_vocabulary, notes_on_texts
-from selfalign.engines.protocol import Sampling, Transformers
+from selfalign.engines.protocol import Sampling
+from selfalign.engines.transformers import Transformers
 from selfalign.models.batches import answer_of, encode_group, encode_pairs
 from selfalign.models.builtin import read_smollm2_tokenizer
 from selfalign.models.chat_template import answer_shape, rendered_ids

@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 
 from selfalign.engines import kv_cache
 from selfalign.engines.kv_cache import RoomyLayer, roomy_cache
-from selfalign.engines.protocol import fill_gaps
+from selfalign.engines.transformers import fill_gaps
 
 HEADS, DIMENSIONS = 2, 4
 

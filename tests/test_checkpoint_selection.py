@@ -27,7 +27,8 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json, write_json
 from selfalign.core.records import Response, read_records
 from selfalign.engines.openai_client import Endpoint
-from selfalign.engines.protocol import Sampling, Transformers
+from selfalign.engines.protocol import Sampling
+from selfalign.engines.transformers import Transformers
 from selfalign.models.checkpoint import Policy, PolicyFiles
 from selfalign.pipeline import checkpoint_selection as module
 from selfalign.pipeline.checkpoint_selection import CheckpointComparator, CheckpointSelection, CheckpointSelector, loses

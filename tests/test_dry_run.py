@@ -30,7 +30,8 @@ from test_architecture import modules
 
 from selfalign.core.errors import SelfalignError
 from selfalign.data.sources import as_prompt
-from selfalign.engines.protocol import Request, Sampling, Transformers
+from selfalign.engines.protocol import Request, Sampling
+from selfalign.engines.transformers import Transformers
 from selfalign.launch import dry_run as module
 from selfalign.launch import dry_run_stages
 from selfalign.launch.dry_run import dry_run, estimate_text

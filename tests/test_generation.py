@@ -11,17 +11,9 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import FinishReason
-from selfalign.engines import protocol
-from selfalign.engines.protocol import (
-    Completion,
-    Request,
-    Sampling,
-    Transformers,
-    TransformersGenerator,
-    draw_tokens,
-    draw_uniforms,
-    fill_gaps,
-)
+from selfalign.engines import transformers
+from selfalign.engines.protocol import Completion, Request, Sampling
+from selfalign.engines.transformers import Transformers, TransformersGenerator, draw_tokens, draw_uniforms, fill_gaps
 from selfalign.models.checkpoint import Policy, PolicyFiles
 from selfalign.models.tokenizer import decode_response, encode_prompt, end_of_turn_id
 
@@ -237,7 +229,7 @@ def nucleus(logits: Tensor, sampling: Sampling) -> dict[int, float]:
 def test_evenly_spread_uniforms_draw_the_nucleus_in_its_proportions(
     monkeypatch: pytest.MonkeyPatch, candidates: int, temperature: float, top_p: float
 ) -> None:
-    monkeypatch.setattr(protocol, "NUCLEUS_CANDIDATES", candidates)
+    monkeypatch.setattr(transformers, "NUCLEUS_CANDIDATES", candidates)
     sampling = Sampling(temperature=temperature, top_p=top_p)
     count = 4000
     uniforms = (torch.arange(count) + 0.5) / count
@@ -286,7 +278,7 @@ def test_greedy_takes_the_most_likely_token_whatever_the_uniform() -> None:
 
 
 def test_whole_vocabulary_is_sorted_for_the_rows_that_need_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "NUCLEUS_CANDIDATES", 3)
+    monkeypatch.setattr(transformers, "NUCLEUS_CANDIDATES", 3)
     sorted_rows: list[int] = []
     original = Tensor.sort
 
@@ -315,7 +307,7 @@ def test_a_token_without_probability_is_never_drawn() -> None:
 def test_rows_are_drawn_independently_even_if_one_of_them_needs_the_whole_vocabulary(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(protocol, "NUCLEUS_CANDIDATES", 2)
+    monkeypatch.setattr(transformers, "NUCLEUS_CANDIDATES", 2)
     sampling = Sampling(temperature=1.0, top_p=0.9)
     flat = torch.randn(30, generator=torch.Generator().manual_seed(1)) * 0.1
     peaked = torch.randn(30, generator=torch.Generator().manual_seed(2))

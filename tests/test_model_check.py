@@ -16,7 +16,8 @@ from transformers import PretrainedConfig
 from selfalign.core.errors import SelfalignError
 from selfalign.engines import model_trials
 from selfalign.engines.model_check import check_model, check_vocabulary
-from selfalign.engines.protocol import Request, Sampling, TransformersGenerator
+from selfalign.engines.protocol import Request, Sampling
+from selfalign.engines.transformers import TransformersGenerator
 from selfalign.models.batches import Group, make_batch
 from selfalign.models.capabilities import Capabilities
 from selfalign.models.checkpoint import CONTEXT_NAMES, Policy, PolicyFiles, longest_sequence

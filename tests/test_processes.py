@@ -95,7 +95,7 @@ def test_killed_process_ends_the_others_and_one_process_goes_on(
     assert "another process of this run has ended; see its message" in ended
     assert "the same command continues" in ended
     written: list[int] = []
-    from selfalign.engines.protocol import TransformersGenerator
+    from selfalign.engines.transformers import TransformersGenerator
 
     write = TransformersGenerator.write
     monkeypatch.setattr(TransformersGenerator, "write", lambda *call: written.append(1) or write(*call))

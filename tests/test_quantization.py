@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from selfalign.core.errors import SelfalignError
 from selfalign.engines.model_check import check_model
-from selfalign.engines.protocol import Request, Sampling, Transformers
+from selfalign.engines.protocol import Request, Sampling
 from selfalign.engines.server import export
+from selfalign.engines.transformers import Transformers
 from selfalign.engines.vllm_engine import VLLM
 from selfalign.models import checkpoint
 from selfalign.models.checkpoint import LoRA, ModelConfig, Policy, PolicyFiles

@@ -15,7 +15,8 @@ from selfalign.cli.main import conf_folder
 from selfalign.config.experiment import register, to_experiment
 from selfalign.data.containers import SHIPPED
 from selfalign.data.sources import as_prompt
-from selfalign.engines.protocol import Request, Sampling, Transformers
+from selfalign.engines.protocol import Request, Sampling
+from selfalign.engines.transformers import Transformers
 from selfalign.launch.experiment import run_experiment
 from selfalign.losses.preference import DPO, IPO, ODPO, PreferenceLoss, SrDPO, SrIPO
 from selfalign.losses.refinement import Refinement

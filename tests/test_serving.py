@@ -37,8 +37,9 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.records import FinishReason, Response, read_records
 from selfalign.data.sources import as_prompt
 from selfalign.engines import server
-from selfalign.engines.protocol import Completion, Request, Sampling, Transformers
+from selfalign.engines.protocol import Completion, Request, Sampling
 from selfalign.engines.server import Server, ServerGenerator, export
+from selfalign.engines.transformers import Transformers
 from selfalign.judges.external import ExternalScore
 from selfalign.judges.protocol import Bench, Subject
 from selfalign.models.checkpoint import PolicyFiles

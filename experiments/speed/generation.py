@@ -28,7 +28,8 @@ import yaml
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import FinishReason, Instruction, Response, write_records
 from selfalign.data.sources import as_prompt
-from selfalign.engines.protocol import Request, Sampling, Transformers, TransformersGenerator
+from selfalign.engines.protocol import Request, Sampling
+from selfalign.engines.transformers import Transformers, TransformersGenerator
 from selfalign.models.checkpoint import ModelConfig, PolicyFiles
 from selfalign.models.pretrained import fetch_pretrained
 from selfalign.models.tokenizer import decode_response, encode_prompt

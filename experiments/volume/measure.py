@@ -34,7 +34,8 @@ from selfalign.core.records import (
     write_records,
 )
 from selfalign.data.pair_rules import BestWorst
-from selfalign.engines.protocol import Completion, Request, Sampling, Transformers, TransformersGenerator
+from selfalign.engines.protocol import Completion, Request, Sampling
+from selfalign.engines.transformers import Transformers, TransformersGenerator
 from selfalign.losses.refinement import Refinement
 from selfalign.models.batches import Group, PairExample, encode_pairs, pack, split_by_tokens
 from selfalign.models.checkpoint import ModelConfig, PolicyFiles

@@ -22,8 +22,8 @@ from selfalign.config.overrides import no_such
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import path_of
 from selfalign.data.pair_rules import AllOrdered, BestVsK, BestWorst, PairRule, RandomPair
-from selfalign.engines.protocol import Transformers
 from selfalign.engines.server import Server
+from selfalign.engines.transformers import Transformers
 from selfalign.engines.vllm_engine import VLLM
 from selfalign.launch.push_to_hub import check_repository
 from selfalign.losses.preference import DPO, IPO, ODPO, Positives, SrDPO, SrIPO

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from selfalign.core.errors import SelfalignError, reason_of
-from selfalign.engines.protocol import Sampling, TransformersGenerator
+from selfalign.engines.protocol import Sampling
+from selfalign.engines.transformers import TransformersGenerator
 from selfalign.models.batches import Group, make_batch
 from selfalign.models.capabilities import Capabilities
 from selfalign.models.chat_template import control_ids

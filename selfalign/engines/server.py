@@ -26,8 +26,9 @@ from selfalign.core.files import write_json
 from selfalign.core.records import FinishReason
 from selfalign.data.prompts import check_template
 from selfalign.engines.openai_client import Client, Endpoint, RefusedError, Reply
-from selfalign.engines.protocol import Completion, Request, Sampling, Transformers, check_dtype
+from selfalign.engines.protocol import Completion, Request, Sampling, check_dtype
 from selfalign.engines.server_process import ServerProcess
+from selfalign.engines.transformers import Transformers
 from selfalign.models.checkpoint import DTYPES, PolicyFiles, release_memory
 from selfalign.models.quantization import check_engine
 from selfalign.models.scorer import Scorer

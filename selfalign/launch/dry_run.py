@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from selfalign.core import distributed
 from selfalign.core.formatting import duration, table
-from selfalign.engines.protocol import Transformers
+from selfalign.engines.transformers import Transformers
 from selfalign.launch.dry_run_stages import Rehearsal
 from selfalign.launch.preflight import preflight
 from selfalign.launch.profiler import Estimate

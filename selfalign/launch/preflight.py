@@ -19,8 +19,8 @@ from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.data.containers import find_data
 from selfalign.engines.openai_client import Endpoint, RefusedError
-from selfalign.engines.protocol import Transformers
 from selfalign.engines.server import Server
+from selfalign.engines.transformers import Transformers
 from selfalign.engines.vllm_engine import VLLM, share_gpus
 from selfalign.judges.protocol import asks_a_server, wants_model
 from selfalign.launch.footprint import Footprint, disk_lack, training_lack, writing_lack

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Demonstration, FinishReason, Instruction, PreferencePair, Prompt, Response
 from selfalign.data.sources import as_prompt
-from selfalign.engines.protocol import Transformers, TransformersGenerator
+from selfalign.engines.transformers import Transformers, TransformersGenerator
 from selfalign.judges.comparator import Referee
 from selfalign.judges.expected import ExpectedScore
 from selfalign.judges.protocol import asks_a_server

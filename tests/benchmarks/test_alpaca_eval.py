@@ -14,7 +14,8 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
 from selfalign.data.sources import as_prompt
 from selfalign.engines.openai_client import Endpoint
-from selfalign.engines.protocol import Sampling, Transformers
+from selfalign.engines.protocol import Sampling
+from selfalign.engines.transformers import Transformers
 from selfalign.metrics.intervals import length_controlled, wilson
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.tokenizer import encode_prompt

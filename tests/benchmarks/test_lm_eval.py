@@ -30,7 +30,7 @@ from selfalign.benchmarks.lm_eval import LmEval, LmEvalTask
 from selfalign.benchmarks.protocol import Entrant
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_folder
-from selfalign.engines.protocol import Transformers
+from selfalign.engines.transformers import Transformers
 from selfalign.metrics.catalog import METRICS
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.store.artifacts import Counts

@@ -36,7 +36,8 @@ from selfalign.benchmarks.rating import OPENING
 from selfalign.core.errors import SelfalignError
 from selfalign.data.sources import as_prompt
 from selfalign.engines.openai_client import Endpoint
-from selfalign.engines.protocol import Request, Sampling, Transformers
+from selfalign.engines.protocol import Request, Sampling
+from selfalign.engines.transformers import Transformers
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.tokenizer import encode_prompt
 

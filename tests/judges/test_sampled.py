@@ -12,7 +12,8 @@ from judging import ANSWERS, given, judged, run_judge, scores
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import FinishReason, Judgement, JudgementStatus, read_records, read_scores
-from selfalign.engines.protocol import Completion, Sampling, TransformersGenerator
+from selfalign.engines.protocol import Completion, Sampling
+from selfalign.engines.transformers import TransformersGenerator
 from selfalign.judges import protocol, written
 from selfalign.judges.parsing import parse_score
 from selfalign.judges.protocol import Subject

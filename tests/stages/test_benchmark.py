@@ -13,7 +13,7 @@ from selfalign.cli.main import conf_folder
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
 from selfalign.core.records import Comparison, read_records
-from selfalign.engines.protocol import Transformers
+from selfalign.engines.transformers import Transformers
 from selfalign.launch.evaluate import evaluate_models, plain_name
 from selfalign.metrics.catalog import METRICS, meaning_in_benchmark
 from selfalign.models.checkpoint import PolicyFiles

@@ -24,7 +24,8 @@ from builders import (
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Demonstration, Instruction, Prompt, read_records
 from selfalign.data.turns import as_prompt
-from selfalign.engines.protocol import Completion, Request, Sampling, Transformers
+from selfalign.engines.protocol import Completion, Request, Sampling
+from selfalign.engines.transformers import Transformers
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.stages.instruct import InstructConfig, Pool, given_instructions, instruct, split_tasks
 from selfalign.store.artifacts import Artefact

@@ -12,7 +12,7 @@ import test_respond as respond_tests
 from builders import RUBRIC
 from mutation import Check, assert_caught
 
-from selfalign.engines import protocol as engines
+from selfalign.engines import transformers
 from selfalign.judges import expected, protocol, sampled
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.stages import judge, respond
@@ -47,7 +47,7 @@ MUTANTS: list[tuple[str, ModuleType, ModuleType, str, str, Check]] = [
     ("D2 12: one seed for all", respond, respond_tests, "derive_seed(seed, record.id, n)", "seed", APART),
     ("D2 12: candidates share a seed", respond, respond_tests, "derive_seed(seed, record.id, n)",
      "derive_seed(seed, record.id)", APART),
-    ("D3 4: the prompt stands in the response", engines, respond_tests,
+    ("D3 4: the prompt stands in the response", transformers, respond_tests,
      "written: list[list[int]] = [[] for _ in seeds]",
      "written = [list(prompts[owner]) for owner in owners]", REASONS),
     ("D3 6: the last instruction is lost", respond, respond_tests, "zip(fitting, made, strict=True)",

@@ -15,7 +15,8 @@ from builders import (
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import FinishReason, Instruction, Response, read_records
-from selfalign.engines.protocol import Sampling, Transformers
+from selfalign.engines.protocol import Sampling
+from selfalign.engines.transformers import Transformers
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.stages.respond import RespondConfig, respond
 

@@ -1,0 +1,244 @@
+"""The engine in this process: transformers' models, a loop of our own, each sequence with its own random stream.
+
+Batches are planned from the records alone, so the same records give the same texts however often a run is
+interrupted.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from selfalign.core.errors import SelfalignError
+from selfalign.core.records import FinishReason
+from selfalign.engines.protocol import Completion, Request, Sampling, check_dtype
+from selfalign.models.checkpoint import InMemory, PolicyFiles
+from selfalign.models.scorer import Scorer
+from selfalign.models.tokenizer import decode_response, silent_ids, stop_ids
+
+STATES = ("past_key_values", "cache_params", "state")
+"""What architectures call what they go on from."""
+
+NUCLEUS_CANDIDATES = 256
+"""Top-p first looks at this many tokens; the whole vocabulary is sorted only for rows where they do not suffice."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Transformers:
+    """Generation in this process with transformers.
+
+    A text depends on its record, its seed and the weights. The batch it is written in enters through the rounding of
+    matrix products alone, which differs with a batch's shape and between devices: where two tokens are as good as
+    equally likely, or a draw falls between two, another batch_tokens or dtype can give another text.
+
+    Attributes:
+        batch_tokens: the most tokens, prompts and responses together, that one batch holds in its cache.
+        dtype: of the weights while generating: "float32", "bfloat16", or "auto" for the faster one here.
+    """
+
+    batch_tokens: int = 16384
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.batch_tokens < 1:
+            raise SelfalignError(f"generate.batch_tokens must be 1 or more, got {self.batch_tokens}")
+        self.dtype = check_dtype(self.dtype)
+
+    def load(self, policy: PolicyFiles) -> "TransformersGenerator":
+        """Loads a policy for writing."""
+        return TransformersGenerator(policy.load(self.dtype), self.batch_tokens)
+
+    def load_reader(self, policy: PolicyFiles, batch_tokens: int) -> Scorer:
+        """Loads a policy for reading."""
+        return Scorer(policy.load(self.dtype), batch_tokens)
+
+
+@dataclass(slots=True)
+class TransformersGenerator(InMemory):
+    """A policy writing through transformers' models and caches.
+
+    Attributes:
+        batch_tokens: the most tokens that one batch holds in its cache.
+        watch: is shown, at each step, which sequences are written and the logits of their next tokens.
+        stops: the tokens that end a text.
+        silent: the ids that stand for no text, such as those that pad the embedding, and are never drawn.
+    """
+
+    batch_tokens: int
+    watch: Callable[[Sequence[int], Tensor], None] = lambda sequences, logits: None
+    stops: Tensor = field(init=False)
+    silent: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        model, tokenizer = self.policy.model, self.policy.tokenizer
+        silent = silent_ids(tokenizer, model.config.get_text_config().vocab_size)
+        self.stops = torch.tensor(stop_ids(tokenizer), device=model.device)
+        self.silent = torch.tensor(silent, dtype=torch.long, device=model.device)
+
+    def plan(self, lengths: Sequence[int], samples: int, max_new_tokens: int) -> list[list[int]]:
+        """Puts prompts of like length together, within `batch_tokens`: indices, batch by batch.
+
+        Each stands alone where the model cannot write several at a time.
+        """
+        if self.policy.capabilities.writes != "batches":
+            return [[index] for index in range(len(lengths))]
+        batches: list[list[int]] = []
+        for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+            width = lengths[batches[-1][0]] if batches else 0
+            cached = (len(batches[-1]) + 1) * samples * (width + max_new_tokens) if batches else 0
+            if not batches or cached > self.batch_tokens:
+                batches.append([])
+            batches[-1].append(index)
+        return batches
+
+    @torch.inference_mode()
+    def write(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+        """Writes every request's completions in one batch; each prompt is computed once.
+
+        A completion depends on its request's seed and, through rounding and the order of equally likely tokens
+        alone, on the batch it stands in.
+        """
+        owners = [index for index, request in enumerate(requests) for _ in request.seeds]
+        seeds = [seed for request in requests for seed in request.seeds]
+        written = self.decode([request.prompt for request in requests], owners, seeds, sampling)
+        completions: list[list[Completion]] = [[] for _ in requests]
+        stops = set(self.stops.tolist())
+        for owner, ids in zip(owners, written, strict=True):
+            ended = bool(ids) and ids[-1] in stops
+            reason = FinishReason.EOS if ended else FinishReason.LENGTH
+            text = decode_response(self.tokenizer, ids)
+            completions[owner].append(Completion(text=text, finish_reason=reason, tokens=len(ids), ids=ids))
+        return completions
+
+    def decode(
+        self, prompts: Sequence[list[int]], owners: Sequence[int], seeds: Sequence[int], sampling: Sampling
+    ) -> list[list[int]]:
+        """The generated ids of each sequence, its stop token included.
+
+        Args:
+            prompts: token ids.
+            owners: of each sequence, which prompt it continues.
+            seeds: of each sequence, what draws it.
+            sampling: how it is drawn.
+        """
+        if self.policy.capabilities.writes == "batches":
+            return self._decode_together(prompts, owners, seeds, sampling)
+        written: dict[int, list[int]] = {}
+        for number, prompt in enumerate(prompts):
+            own = {index: seeds[index] for index, owner in enumerate(owners) if owner == number}
+            written |= self._decode_prompt(prompt, own, sampling)
+        return [written[index] for index in range(len(seeds))]
+
+    def _draw(self, logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
+        """One token a row, each of which stands for text or ends it."""
+        heard = logits.index_fill(-1, self.silent, float("-inf")) if len(self.silent) else logits
+        return draw_tokens(heard, uniforms, sampling)
+
+    def _decode_prompt(self, prompt: list[int], seeds: dict[int, int], sampling: Sampling) -> dict[int, list[int]]:
+        """Sequences behind one prompt, by number, without padding; a row that has ended stays until all have.
+
+        The model goes on from whatever it has given back, in the form that is its own, or where that is not exact, from
+        the whole text.
+        """
+        model, device = self.policy.model, self.policy.model.device
+        cached = self.policy.capabilities.writes != "without_cache"
+        uniforms, stops = draw_uniforms([*seeds.values()], sampling).to(device), set(self.stops.tolist())
+        written: dict[int, list[int]] = {sequence: [] for sequence in seeds}
+        ended: set[int] = set()
+        ids, state = torch.tensor([prompt] * len(seeds), device=device), {}
+        for step in range(sampling.max_new_tokens):
+            output = model(input_ids=ids, use_cache=cached, **state)
+            state = {name: output[name] for name in STATES if cached and output.get(name) is not None}
+            logits = output.logits[:, -1]
+            self.watch([*seeds], logits)
+            tokens = self._draw(logits, uniforms[:, step], sampling)
+            for sequence, token in zip(seeds, tokens.tolist(), strict=True):
+                if sequence not in ended:
+                    written[sequence].append(token)
+                    ended |= {sequence} if token in stops else set()
+            if len(ended) == len(seeds):
+                break
+            ids = tokens[:, None] if cached else torch.cat((ids, tokens[:, None]), dim=1)
+        return written
+
+    def _decode_together(
+        self, prompts: Sequence[list[int]], owners: Sequence[int], seeds: Sequence[int], sampling: Sampling
+    ) -> list[list[int]]:
+        """Sequences behind several prompts in one batch, whose rows go when they have ended."""
+        from selfalign.engines.kv_cache import roomy_cache
+
+        model, device = self.policy.model, self.policy.model.device
+        longest, most = max(map(len, prompts)), sampling.max_new_tokens
+        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)  # Nobody sees the padding.
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * (len(p) + most) for p in prompts], device=device)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        cache = roomy_cache(model.config, most)
+
+        def logits_behind(ids: Tensor, end: int) -> Tensor:
+            """Of the next token, where these `ids` are the last before column `end`."""
+            at = positions[:, end - ids.shape[1] : end]
+            arguments = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+            return model(input_ids=ids, attention_mask=mask[:, :end], position_ids=at, **arguments).logits[:, -1]
+
+        logits = logits_behind(ids, longest)
+        rows = torch.tensor(owners, device=device)
+        cache.batch_select_indices(rows)
+        mask, positions, logits = mask[rows], positions[rows], logits[rows]
+        uniforms = draw_uniforms(seeds, sampling).to(device)
+        written: list[list[int]] = [[] for _ in seeds]
+        active = list(range(len(seeds)))
+        stops = set(self.stops.tolist())
+        for step in range(most):
+            self.watch(active, logits)
+            tokens = self._draw(logits, uniforms[:, step], sampling)
+            drawn = tokens.tolist()
+            for sequence, token in zip(active, drawn, strict=True):
+                written[sequence].append(token)
+            order = fill_gaps([token in stops for token in drawn])
+            if step + 1 == most or not order:
+                break
+            if len(order) < len(drawn):
+                active = [active[row] for row in order]
+                rows = torch.tensor(order, device=device)
+                cache.batch_select_indices(rows)
+                mask, positions, uniforms, tokens = mask[rows], positions[rows], uniforms[rows], tokens[rows]
+            logits = logits_behind(tokens[:, None], longest + step + 1)
+        return written
+
+
+def fill_gaps(ended: Sequence[bool]) -> list[int]:
+    """The rows that go on, those at the end in the places of those that ended: as few rows move as possible."""
+    count = sum(not end for end in ended)
+    later = [row for row in range(count, len(ended)) if not ended[row]]
+    return [later.pop() if ended[row] else row for row in range(count)]
+
+
+def draw_uniforms(seeds: Sequence[int], sampling: Sampling) -> Tensor:
+    """The random numbers of each sequence, a step each: (sequences, max_new_tokens), from its seed alone."""
+    streams = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.stack([torch.rand(sampling.max_new_tokens, generator=stream) for stream in streams])
+
+
+def draw_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
+    """One token a row: (rows, vocabulary) and (rows,) → (rows,), by inverse CDF within the nucleus."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    shares = (logits.float() / sampling.temperature).softmax(-1)
+    if sampling.top_p == 1:
+        return _invert(shares, uniforms, 1.0)
+    likely, tokens = shares.topk(min(NUCLEUS_CANDIDATES, shares.shape[-1]))
+    drawn = tokens.gather(1, _invert(likely, uniforms, sampling.top_p)[:, None]).squeeze(1)
+    wide = (likely.sum(-1) < sampling.top_p).nonzero().squeeze(1)
+    if len(wide):
+        likely, tokens = shares[wide].sort(descending=True)
+        drawn[wide] = tokens.gather(1, _invert(likely, uniforms[wide], sampling.top_p)[:, None]).squeeze(1)
+    return drawn
+
+
+def _invert(shares: Tensor, uniforms: Tensor, top_p: float) -> Tensor:
+    """Which column each uniform falls on, among the first ones that together have at least `top_p`."""
+    cumulative = shares.cumsum(-1)
+    ends = (cumulative < top_p).sum(-1, keepdim=True).clamp(max=cumulative.shape[-1] - 1)
+    mass = cumulative.gather(1, ends)
+    return torch.searchsorted(cumulative, uniforms[:, None] * mass, right=True).minimum(ends).squeeze(1)
