@@ -32,7 +32,7 @@ from selfalign.launch.experiment import run_experiment
 from selfalign.models.checkpoint import LoRA, Policy, PolicyFiles, digest_weights
 from selfalign.stages.sft import sft
 from selfalign.store.artifacts import Artefact, Workspace
-from selfalign.training.train import Optimization, Weights
+from selfalign.training.config import Optimization, Weights
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -26,9 +26,11 @@ from selfalign.models.tokenizer import Answer
 from selfalign.stages.align import AdapterSwitchedOff, Preference, StoredReferences
 from selfalign.store.artifacts import Workspace
 from selfalign.training import trainer as trainer_module
+from selfalign.training.config import Optimization, Weights
 from selfalign.training.dataset import with_reference
+from selfalign.training.objective import Likelihood
 from selfalign.training.parallelism import Layout
-from selfalign.training.train import Likelihood, Optimization, Weights, train
+from selfalign.training.train import train
 
 ANSWERS = [
     "Red.",

@@ -33,7 +33,7 @@ from selfalign.models.checkpoint import Policy, PolicyFiles
 from selfalign.pipeline import checkpoint_selection as module
 from selfalign.pipeline.checkpoint_selection import CheckpointComparator, CheckpointSelection, CheckpointSelector, loses
 from selfalign.pipeline.plan import plan
-from selfalign.training.checkpoint_choice import ChooseConfig
+from selfalign.training.config import ChooseConfig
 
 PROMPT = "{instruction}\n<first>\n{first}\n</first>\n<second>\n{second}\n</second>"
 ASKED = [instruction(name) for name in "abcdefghij"]

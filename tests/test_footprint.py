@@ -23,9 +23,10 @@ from selfalign.launch.footprint import (
 )
 from selfalign.models.checkpoint import LoRA, ModelConfig, PolicyFiles
 from selfalign.training import resume_state
+from selfalign.training.config import Optimization, Weights
 from selfalign.training.optimizers import build_optimizer
 from selfalign.training.parallelism import Layout
-from selfalign.training.train import Optimization, Weights, prepare
+from selfalign.training.prepare import prepare
 
 GB = 10**9
 LARGE = Footprint(parameters=7 * GB, trained=7 * GB, in_layers=6 * GB, width=2, adapter=False, quantised=False)

@@ -23,8 +23,9 @@ from selfalign.core.errors import SelfalignError
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.training import parallelism
 from selfalign.training import trainer as trainer_module
+from selfalign.training.config import Optimization, TrainConfig
 from selfalign.training.parallelism import Layout, deal
-from selfalign.training.train import Optimization, TrainConfig, prepare
+from selfalign.training.prepare import prepare
 from selfalign.training.trainer import StepTrainer
 
 KINDS = [

@@ -39,7 +39,7 @@ from selfalign.models.tokenizer import Answer, encode_answers, encode_prompt, en
 from selfalign.stages.align import align
 from selfalign.stages.reference import reference
 from selfalign.stages.sft import sft
-from selfalign.training.train import Weights
+from selfalign.training.config import Weights
 
 BUILT_IN = {"tiny", "smollm2_135m", "pretrained"}
 MODELS = sorted({path.stem for path in (ROOT / "conf/model").glob("*.yaml")} - BUILT_IN)

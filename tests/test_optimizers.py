@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from selfalign.core.errors import SelfalignError
+from selfalign.training.config import Optimization
 from selfalign.training.optimizers import MasterWeights, build_optimizer
-from selfalign.training.train import Optimization
 
 
 def optimization(**options: Any) -> Optimization:

@@ -238,7 +238,8 @@ def test_files_in_four_bits_are_never_merged_into_and_say_so_in_the_identity(min
     files = PolicyFiles(out.path)
     assert files.quantization == {"quantization": "bitsandbytes"}
     assert counts["scores"] == "packed"
-    from selfalign.training.train import Weights, prepare
+    from selfalign.training.config import Weights
+    from selfalign.training.prepare import prepare
 
     trained = files.load("float32", trainable=True)
     prepare(trained, files, Weights(dtype="float32", lora=LoRA(rank=4), seed=0), 0.0)

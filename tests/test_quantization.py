@@ -32,7 +32,7 @@ from selfalign.models.checkpoint import LoRA, ModelConfig, Policy, PolicyFiles
 from selfalign.models.pretrained import fetch_pretrained
 from selfalign.models.quantization import quantise_on_load
 from selfalign.stages.sft import sft
-from selfalign.training.train import Weights
+from selfalign.training.config import Weights
 
 bitsandbytes: ModuleType = pytest.importorskip("bitsandbytes", reason="needs the extra qlora")
 

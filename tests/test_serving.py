@@ -47,7 +47,7 @@ from selfalign.models.tokenizer import encode_prompt
 from selfalign.stages.respond import RespondConfig, respond
 from selfalign.store.artifacts import canonical
 from selfalign.store.journal import Journal
-from selfalign.training.train import prepare
+from selfalign.training.prepare import prepare
 
 KEY = "sk-very-secret-0123456789"
 IDLE = "echo started {weights} {port}; exec sleep 600"

@@ -19,8 +19,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from selfalign.core.distributed import TOLD, AnotherEnded
 from selfalign.core.errors import SelfalignError
 from selfalign.training import resume_state
+from selfalign.training.config import Optimization
 from selfalign.training.optimizers import MasterWeights, build_optimizer
-from selfalign.training.train import Optimization
 
 WIDTH = 96
 """Wide enough for the 8-bit optimiser to keep 8 bits."""

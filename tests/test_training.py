@@ -32,17 +32,11 @@ from selfalign.stages.align import Preference, StoredReferences
 from selfalign.stages.reference import reference
 from selfalign.store.artifacts import Artefact, Workspace
 from selfalign.training import trainer as trainer_module
+from selfalign.training.config import Optimization, TrainConfig, Weights
 from selfalign.training.dataset import with_reference
-from selfalign.training.train import (
-    Likelihood,
-    Optimization,
-    Outcome,
-    TrainConfig,
-    Weights,
-    add_adapter,
-    prepare,
-    train,
-)
+from selfalign.training.objective import Likelihood, Outcome
+from selfalign.training.prepare import add_adapter, prepare
+from selfalign.training.train import train
 from selfalign.training.trainer import Steps, last_checkpoint
 
 FLOAT = Weights(dtype="float32", lora=LoRA(), seed=3)

@@ -108,7 +108,8 @@ def ours(job: argparse.Namespace, *, refined: bool, lora: bool) -> list[float]:
     from selfalign.models.checkpoint import LoRA, Policy, PolicyFiles
     from selfalign.stages.align import Preference, StoredReferences
     from selfalign.store.artifacts import Workspace
-    from selfalign.training.train import Optimization, Weights, prepare
+    from selfalign.training.config import Optimization, Weights
+    from selfalign.training.prepare import prepare
     from selfalign.training.trainer import StepTrainer
 
     model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)

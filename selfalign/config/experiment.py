@@ -38,7 +38,7 @@ from selfalign.stages.judge import ExpectedScore, ExternalScore, ImplicitReward,
 from selfalign.stages.pair import PositivesOnly
 from selfalign.stages.seeds import EvaluationFineTuning
 from selfalign.tracking.wandb import NoTracking, Wandb
-from selfalign.training.train import TrainConfig
+from selfalign.training.config import TrainConfig
 
 
 @dataclass(kw_only=True, slots=True)

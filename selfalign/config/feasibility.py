@@ -19,7 +19,7 @@ from selfalign.pipeline.plan import trains_m1
 from selfalign.stages.judge import Pairwise, SampledScore
 from selfalign.stages.pair import PositivesOnly
 from selfalign.stages.seeds import EvaluationFineTuning
-from selfalign.training.train import TrainConfig
+from selfalign.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from selfalign.config.experiment import ExperimentConfig

@@ -48,7 +48,7 @@ from selfalign.stages.reference import reference
 from selfalign.stages.respond import RespondConfig, respond
 from selfalign.stages.sft import group_demonstrations, sft
 from selfalign.store.artifacts import Artefact, Store, canonical
-from selfalign.training.train import Optimization, Precision, Weights
+from selfalign.training.config import Optimization, Precision, Weights
 
 if TYPE_CHECKING:
     from selfalign.config.experiment import ExperimentConfig

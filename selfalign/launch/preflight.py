@@ -32,8 +32,8 @@ from selfalign.pipeline.inputs import SelfRewarding, data_sources
 from selfalign.pipeline.models import judges_of
 from selfalign.pipeline.plan import plan
 from selfalign.tracking.wandb import Wandb, has_key, said_mode
+from selfalign.training.config import Optimization
 from selfalign.training.optimizers import EIGHT_BIT_NEEDS
-from selfalign.training.train import Optimization
 
 if TYPE_CHECKING:
     from selfalign.config.experiment import ExperimentConfig

@@ -27,7 +27,7 @@ from selfalign.stages.respond import respond
 from selfalign.stages.seeds import EvaluationFineTuning
 from selfalign.stages.sft import sft
 from selfalign.store.artifacts import Artefact
-from selfalign.training.train import Weights
+from selfalign.training.config import Weights
 
 if TYPE_CHECKING:
     from selfalign.config.experiment import ExperimentConfig

@@ -33,10 +33,12 @@ from selfalign.models.scorer import make_scoring
 from selfalign.models.tokenizer import unknown_counts
 from selfalign.store.artifacts import Artefact, Counts, Workspace, together
 from selfalign.training.checkpoint_choice import CheckpointSelection
+from selfalign.training.config import Optimization, Weights
 from selfalign.training.dataset import follow_references, store_examples
+from selfalign.training.objective import Outcome, forward
 from selfalign.training.parallelism import my_passes, out_of_wrapper
 from selfalign.training.splits import hold_out
-from selfalign.training.train import Optimization, Outcome, Weights, forward, train
+from selfalign.training.train import train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

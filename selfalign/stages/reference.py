@@ -11,7 +11,7 @@ from selfalign.models.scorer import Scorer
 from selfalign.models.tokenizer import unknown_counts
 from selfalign.store.artifacts import Artefact, Counts, Workspace, together
 from selfalign.store.journal import Journal
-from selfalign.training.train import Precision
+from selfalign.training.config import Precision
 
 
 @together

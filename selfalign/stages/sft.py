@@ -20,8 +20,10 @@ from selfalign.models.tokenizer import (
     warn_of_unknown,
 )
 from selfalign.store.artifacts import Artefact, Counts, Workspace, together
+from selfalign.training.config import Optimization, Weights
 from selfalign.training.dataset import store_examples
-from selfalign.training.train import Likelihood, Optimization, Weights, train
+from selfalign.training.objective import Likelihood
+from selfalign.training.train import train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer

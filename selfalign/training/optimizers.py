@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from selfalign.core.errors import SelfalignError
-from selfalign.training.train import Optimization
+from selfalign.training.config import Optimization
 
 Build = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 

@@ -26,9 +26,10 @@ from selfalign.models.checkpoint import Policy, autocast, default_device
 from selfalign.store.artifacts import Workspace
 from selfalign.training import resume_state
 from selfalign.training.checkpoint_choice import CheckpointSelector
+from selfalign.training.config import Optimization, Weights
+from selfalign.training.objective import Example, Objective, Outcome
 from selfalign.training.optimizers import build_optimizer
 from selfalign.training.parallelism import Layout, Pass, keep_masters, my_passes
-from selfalign.training.train import Example, Objective, Optimization, Outcome, Weights
 
 STATE = "trainer_state.json"
 """Trainer's own state; it is written last, so a checkpoint is whole when it can be read."""

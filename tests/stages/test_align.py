@@ -47,9 +47,10 @@ from selfalign.stages.align import (
 )
 from selfalign.stages.reference import reference
 from selfalign.store.artifacts import Artefact
+from selfalign.training.config import Optimization
 from selfalign.training.dataset import with_reference
+from selfalign.training.prepare import prepare
 from selfalign.training.splits import Known, split_pairs
-from selfalign.training.train import Optimization, prepare
 
 PAIRS = [
     preference("a", "Name a bird.", "A wren.", "A stone, I think."),

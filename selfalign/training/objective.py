@@ -1,0 +1,91 @@
+"""What is minimised: an example, an objective over a step's examples, and SFT's likelihood."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+
+from selfalign.metrics.catalog import Sums
+from selfalign.models.batches import Batch, Group, make_batch
+from selfalign.training.parallelism import out_of_wrapper
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Example(Protocol):
+    """One record to train on: its tokens, and what else the objective wants to know."""
+
+    @property
+    def id(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+
+class Objective(Protocol):
+    """What is minimised: a sum over a step's examples, as `arrange` leaves them, divided by their weight."""
+
+    def arrange(self, examples: Sequence[Any]) -> Sequence[Any]: ...
+
+    def weight(self, examples: Sequence[Any]) -> float: ...
+
+    def __call__(self, model: "PreTrainedModel", examples: Sequence[Any]) -> "Outcome": ...
+
+    def check_first_step(self, distance: float, loss_distance: float) -> None: ...
+
+
+@dataclass(slots=True)
+class Outcome:
+    """A forward pass: the loss summed over its examples, and metrics as (weighted sum, weight).
+
+    `distance` is the largest value, either sign, of what must be 0 at the first step; `loss_distance` how far a loss
+    is from its value there, as a share of it.
+    """
+
+    loss: Tensor
+    metrics: Sums
+    distance: float = 0.0
+    loss_distance: float = 0.0
+
+
+@dataclass(slots=True)
+class Likelihood:
+    """SFT: the negative log-likelihood of the responses, averaged over target tokens or over examples.
+
+    Attributes:
+        average: "tokens" or "examples".
+    """
+
+    average: str
+
+    def arrange(self, examples: Sequence[Group]) -> Sequence[Group]:
+        """As they are."""
+        return examples
+
+    def weight(self, examples: Sequence[Group]) -> float:
+        """How many tokens, or examples, the step's loss is averaged over."""
+        if self.average == "examples":
+            return float(sum(len(group.responses) for group in examples))
+        return float(sum(sum(group.scored()) for group in examples))
+
+    def __call__(self, model: "PreTrainedModel", examples: Sequence[Group]) -> Outcome:
+        batch, (logps, hits) = forward(model, examples, hits=True)
+        losses = -batch.sum_by_response(logps)
+        total, right, tokens = float(losses.sum().detach()), float(hits.sum()), float(batch.tokens.sum())
+        if self.average == "examples":
+            losses = losses / batch.tokens
+        return Outcome(losses.sum(), {"loss_per_token": (total, tokens), "token_accuracy": (right, tokens)})
+
+    def check_first_step(self, distance: float, loss_distance: float) -> None:
+        """SFT has no known starting value."""
+
+
+def forward(model: "PreTrainedModel", groups: Sequence[Group], **options: bool) -> tuple[Batch, Any]:
+    """The groups as a batch, and log p of its targets (nats), shape (response tokens,).
+
+    With `hits`, these are two: also which targets were the likeliest. The model may be in DDP's wrapper.
+    """
+    own = out_of_wrapper(model)
+    batch = make_batch(own, groups).to(own.device)
+    return batch, model(predict_at=batch.predict_at, targets=batch.targets, **batch.inputs, **options)

@@ -1,0 +1,90 @@
+"""A policy made ready for training: its adapter, dropout, and log-probabilities in its forward pass."""
+
+import logging
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import nn
+
+from selfalign.core.errors import SelfalignError, reason_of
+from selfalign.models.checkpoint import LoRA, Policy, PolicyFiles
+from selfalign.models.scorer import make_scoring
+from selfalign.training.config import Weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+
+def prepare(loaded: Policy, files: PolicyFiles, weights: Weights, dropout: float) -> None:
+    """Adds an adapter if one is asked for and not there, sets dropout, and makes the model score."""
+    has_adapter = hasattr(loaded.model, "peft_config")
+    if has_adapter and not weights.lora.rank:
+        raise SelfalignError(f"{files.path} has an adapter, but model.lora.rank=0 asks to train all weights")
+    if weights.lora.rank and not has_adapter:
+        loaded.model = add_adapter(loaded.model, weights.lora)
+    make_scoring(loaded, dropout)
+
+
+def add_adapter(model: "PreTrainedModel", lora: LoRA) -> "PreTrainedModel":
+    """The model with a fresh adapter.
+
+    Raises:
+        SelfalignError: `lora.targets` names what it does not have or cannot adapt; its output layer, of which only the
+            responses' tokens are computed; or its embedding, where that is its output layer too: merged, an adapter
+            of the one would change the other as well.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    whole, embedding, head = lora.targets == "all-linear", model.get_input_embeddings(), model.get_output_embeddings()
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=0.0,
+        target_modules=lora.targets if whole else lora.names,
+        task_type="CAUSAL_LM",
+    )
+    names = ", ".join(linear_layers(model))
+
+    def refuse(problem: str) -> SelfalignError:
+        return SelfalignError(f"model.lora.targets={lora.targets}: {problem.rstrip('.')}; linear layers are {names}")
+
+    try:
+        adapted = cast(Any, get_peft_model(model, config))
+    except ValueError as error:
+        raise refuse(reason_of(error)) from error
+    reached = [f".{name}" for name in adapted.targeted_module_names]
+    unknown = [name for name in lora.names if not whole and not any(one.endswith(f".{name}") for one in reached)]
+    if unknown:
+        raise refuse(f"{type(model).__name__} has no layer {unknown[0]!r}")
+    if model.get_output_embeddings() is not head:
+        raise refuse("it names the output layer, which cannot have an adapter here: leave it out")
+    if model.get_input_embeddings() is not embedding and getattr(head, "weight", None) is embedding.weight:
+        raise refuse("its embedding is its output layer too, which an adapter of the one would change when merged")
+    if whole and (left_out := layers_left_out(adapted)):
+        logger.warning("model.lora.targets=all-linear does not reach %s: they stay as they are", ", ".join(left_out))
+    return adapted
+
+
+def linear_layers(model: "PreTrainedModel") -> list[str]:
+    """What the linear layers of a model are called, its output layer aside."""
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    named = [
+        name for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D) and layer is not head
+    ]
+    return sorted({name.rsplit(".", 1)[-1] for name in named})
+
+
+def layers_left_out(adapted: nn.Module) -> list[str]:
+    """What the weights of several layers in one are called, such as those of experts, that have no adapter."""
+    convolution = nn.modules.conv._ConvNd
+    found = {
+        f"{path.rsplit('.', 1)[-1]}.{name}"
+        for path, layer in adapted.named_modules()
+        if not isinstance(layer, convolution) and "base_layer" not in path and "lora_" not in path
+        for name, weight in layer.named_parameters(recurse=False)
+        if weight.dim() == 3
+    }
+    return sorted(found)
