@@ -17,7 +17,7 @@ from selfalign.core.records import MeasuredPair, PreferencePair, read_records
 from selfalign.launch.experiment import run_experiment
 from selfalign.metrics.limits import Limits
 from selfalign.pipeline.plan import plan
-from selfalign.tracking.wandb import NoTracker
+from selfalign.runs.tracker import NoTracker
 from selfalign.training.splits import Known, split_pairs
 
 ASKED = ["Say one thing about bees.", "Name a bird.", "Name a fish.", "How is tea made?", "Why is the sky blue?"]

@@ -32,7 +32,7 @@ from selfalign.launch import sweep as sweep_module
 from selfalign.launch.hydra_sweep import BasicSweeper
 from selfalign.launch.sweep import Job, JobState, Sweep, run_job, told, undisturbed
 from selfalign.report.jobs import find_jobs
-from selfalign.tracking.wandb import tracked_id
+from selfalign.runs.tracker import tracked_id
 
 LOOP = [*TINY_RUN, "iterations=1", "train.sft.epochs=1"]
 """The whole loop, once around."""

@@ -13,8 +13,9 @@ from builders import TINY_RUN, metrics, run, write_tiny_data
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
 from selfalign.core.records import Instruction, PreferencePair, Response, ResponseScore, read_records
+from selfalign.runs.tracker import forget_tracked, tracked_id
 from selfalign.tracking import wandb as tracking
-from selfalign.tracking.wandb import NoTracking, Wandb, WandbTracker, forget_tracked, has_key, place_of, tracked_id
+from selfalign.tracking.wandb import NoTracking, Wandb, WandbTracker, has_key, place_of
 
 
 @pytest.fixture

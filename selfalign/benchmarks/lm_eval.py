@@ -5,59 +5,22 @@ import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from selfalign.benchmarks.lm_eval_settings import LmEvalSettings, Loaded, Results
 from selfalign.benchmarks.protocol import Entrant
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_folder, path_of
 from selfalign.metrics.intervals import Estimate
 from selfalign.store.artifacts import Counts, Workspace
 
-if TYPE_CHECKING:
-    from selfalign.benchmarks.lm_eval_adapter import Loaded, Results
-
 NORMAL_95 = 1.96
 """Standard errors from a mean to either end of its 95 % interval."""
 
 
 @dataclass(kw_only=True, slots=True)
-class LmEvalTask:
-    """A task or a group of tasks, and what is read off it.
-
-    Attributes:
-        name: lm-eval's, or that of a task in `include_path`.
-        metric: lm-eval's, such as "acc_norm"; with its filter, "exact_match,strict-match", where there are several.
-        num_fewshot: solved examples in the prompt; null takes as many as the task says.
-    """
-
-    name: str
-    metric: str
-    num_fewshot: int | None = None
-
-
-@dataclass(kw_only=True, slots=True)
-class LmEval:
-    """What lm-eval measures.
-
-    Attributes:
-        tasks: in the order they are made.
-        include_path: a folder with tasks of your own (lm-eval's YAML) and their data; a relative path in `data_files`
-            counts from this folder. Python files that a task names there are run.
-        limit: the first so many documents of every task; 0 takes all.
-        average: also the mean over the tasks, as leaderboards have it.
-        apply_chat_template: prompts go through the chat template, examples as turns of their own; lm-eval's published
-            numbers are without.
-        batch_size: sequences that the model reads at once.
-        seed: draws the examples in the prompts; lm-eval's own, so that its numbers compare.
-    """
-
-    tasks: list[LmEvalTask]
-    include_path: str = ""
-    limit: int = 0
-    average: bool = False
-    apply_chat_template: bool = False
-    batch_size: int = 8
-    seed: int = 1234
+class LmEval(LmEvalSettings):
+    """Tasks of lm-eval as a benchmark."""
 
     @property
     def judge_model(self) -> str:
@@ -109,7 +72,7 @@ class LmEval:
         }
 
 
-def describe(loaded: "Sequence[Loaded]", results: "Results", prompts_cut: dict[str, int], *, average: bool) -> Counts:
+def describe(loaded: Sequence[Loaded], results: Results, prompts_cut: dict[str, int], *, average: bool) -> Counts:
     """Every task's number with its interval, over how many documents, and how many prompts were cut.
 
     Raises:
@@ -129,7 +92,7 @@ def describe(loaded: "Sequence[Loaded]", results: "Results", prompts_cut: dict[s
     return counts
 
 
-def estimate(results: "Results", task: str, metric: str) -> Estimate:
+def estimate(results: Results, task: str, metric: str) -> Estimate:
     """A task's number ± 1.96 of lm-eval's standard errors; the ends are NaN where lm-eval has none.
 
     Raises:

@@ -10,11 +10,10 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import chdir
-from dataclasses import dataclass
 from functools import cache, partial
 from itertools import chain, groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,47 +26,20 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 
+from selfalign.benchmarks.lm_eval_settings import LmEvalSettings, LmEvalTask, Loaded, Results
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import path_of, write_atomically
 from selfalign.metrics.intervals import RESAMPLES
 from selfalign.models.checkpoint import Policy
 from selfalign.store.journal import Journal
 
-if TYPE_CHECKING:
-    from selfalign.benchmarks.lm_eval import LmEval, LmEvalTask
-
 logger = logging.getLogger(__name__)
 
 # It warns of every prompt that is cut, which is counted here, and that the model is not a name.
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
-Results = dict[str, Any]
-"""What lm-eval returns."""
 
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """A task with its data, or a group of tasks.
-
-    Attributes:
-        name: lm-eval's.
-        metric: what is read off, with its filter: "acc,none".
-        leaves: the tasks below it by name; the task itself, if it is one.
-        groups: the groups among them, by name.
-    """
-
-    name: str
-    metric: str
-    leaves: dict[str, Task]
-    groups: dict[str, Group]
-
-    def documents(self, limit: int) -> int:
-        """How many documents are asked."""
-        counts = [len(leaf.eval_docs) for leaf in self.leaves.values()]
-        return sum(min(limit, count) if limit else count for count in counts)
-
-
-def load_tasks(settings: "LmEval", place: str) -> list[Loaded]:
+def load_tasks(settings: LmEvalSettings, place: str) -> list[Loaded]:
     """Tasks with their data, so that what is missing is known before the model is asked anything.
 
     Args:
@@ -102,7 +74,7 @@ def _manager_of_all(folder: str) -> TaskManager:
     return TaskManager(include_path=folder or None)
 
 
-def _load(manager: TaskManager, asked: "LmEvalTask", place: str) -> Loaded:
+def _load(manager: TaskManager, asked: LmEvalTask, place: str) -> Loaded:
     if asked.name not in manager.all_tasks:
         near = difflib.get_close_matches(asked.name, manager.all_tasks, 3)
         hint = f"did you mean {', '.join(near)}?" if near else "tasks of your own lie in include_path"
@@ -146,7 +118,7 @@ def find_metric(task: Task, group: "Group | None", wanted: str, place: str) -> s
 
 
 def evaluate(
-    settings: "LmEval", loaded: Sequence[Loaded], policy: Policy, journal: Journal
+    settings: LmEvalSettings, loaded: Sequence[Loaded], policy: Policy, journal: Journal
 ) -> tuple[Results, Counter[str]]:
     """lm-eval's results, and {task: prompts that lost their beginning}."""
     random.seed(settings.seed)

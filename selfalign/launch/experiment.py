@@ -18,7 +18,7 @@ from selfalign.launch.preflight import preflight
 from selfalign.launch.push_to_hub import check_login, publish
 from selfalign.pipeline.loop import run_pipeline
 from selfalign.pipeline.plan import plan
-from selfalign.report import log_tables, write_report
+from selfalign.report import write_report
 from selfalign.report.model_card import write_card
 from selfalign.runs.runner import (
     Fellow,
@@ -32,6 +32,7 @@ from selfalign.runs.runner import (
 )
 from selfalign.runs.summary import closing_text, models_of, plan_text, summarise
 from selfalign.store.artifacts import Artefact, Store, locked
+from selfalign.tracking.tables import log_tables
 
 if TYPE_CHECKING:
     from selfalign.config.experiment import ExperimentConfig

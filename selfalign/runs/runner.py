@@ -18,8 +18,8 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.failures import naming
 from selfalign.core.files import PACKAGE, digest_json, write_atomically, write_json
 from selfalign.models.checkpoint import PolicyFiles
+from selfalign.runs.tracker import NoTracker, Tracker, forget_tracked
 from selfalign.store.artifacts import Artefact, Counts, Store, canonical
-from selfalign.tracking.wandb import NoTracker, Tracker, forget_tracked
 
 logger = logging.getLogger(__name__)
 

@@ -9,11 +9,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
 from selfalign.core.errors import SelfalignError, one_line
-from selfalign.core.files import digest_json
+from selfalign.runs.tracker import NoTracker, Tracker, tracked_id
 
 logger = logging.getLogger(__name__)
 MODES = ("auto", "online", "offline")
@@ -24,25 +24,8 @@ BY_ITERATION = ("eval", "judge", "judge_quality", "calibration", "preferences", 
 """Metrics that a model has once: their axis is the iteration, that of all others W&B's step, which is the row's."""
 AMONG_EVALUATION = re.compile("answers|scores|ranked_scores|(.+_)?against_.+")
 """Parts of an evaluation whose metrics have the same names as an iteration's, or as one another's."""
-LIVES = "tracked_anew.txt"
-"""In a run folder: a line for each time that its data have become others, so that W&B has a new run for them."""
 MOST_ROWS = 1000
 """Of a table; what is beyond them lies in the run folder."""
-
-
-class Tracker(Protocol):
-    """Receives the rows of metrics.jsonl as they are written, tables of records, and what a run comes to."""
-
-    def log(self, row: dict[str, Any]) -> None: ...
-
-    def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None: ...
-
-    def summarise(self, values: dict[str, Any]) -> None: ...
-
-    def attach(self, files: Sequence[Path]) -> None: ...
-
-    @property
-    def place(self) -> str: ...
 
 
 @dataclass(kw_only=True, slots=True)
@@ -187,30 +170,6 @@ class NoTracking:
         yield NoTracker()
 
 
-@dataclass(frozen=True, slots=True)
-class NoTracker:
-    """Takes everything and keeps nothing; `reason` is why."""
-
-    reason: str = "track=none"
-
-    def log(self, row: dict[str, Any]) -> None:
-        """Nothing."""
-
-    def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        """Nothing; the rows are not even read."""
-
-    def summarise(self, values: dict[str, Any]) -> None:
-        """Nothing."""
-
-    def attach(self, files: Sequence[Path]) -> None:
-        """Nothing."""
-
-    @property
-    def place(self) -> str:
-        """Nowhere."""
-        return f"none ({self.reason})"
-
-
 def place_of(label: str) -> str:
     """What sets metrics apart from those of the same name that another part of the same iteration has.
 
@@ -220,19 +179,6 @@ def place_of(label: str) -> str:
     if place in ("SFT", "evaluation_SFT"):
         return "SFT/"
     return f"evaluation/{part}/" if AMONG_EVALUATION.fullmatch(part) else ""
-
-
-def tracked_id(folder: Path) -> str:
-    """The W&B id of a folder's run, the same whenever it goes on; that of the same settings elsewhere is another."""
-    lives = (folder / LIVES).read_text(encoding="utf-8") if (folder / LIVES).exists() else ""
-    place = digest_json([str(folder.resolve()), os.getuid(), lives])[:6]
-    return f"{folder.name[-50:]}-{place}"
-
-
-def forget_tracked(folder: Path) -> None:
-    """From now on the folder's run is another one, because its data are."""
-    with (folder / LIVES).open("a", encoding="utf-8") as file:
-        file.write("another\n")
 
 
 def is_online() -> bool:

@@ -26,7 +26,8 @@ from builders import (
 from mutation import Check, assert_caught
 
 from selfalign.benchmarks import lm_eval
-from selfalign.benchmarks.lm_eval import LmEval, LmEvalTask
+from selfalign.benchmarks.lm_eval import LmEval
+from selfalign.benchmarks.lm_eval_settings import LmEvalTask
 from selfalign.benchmarks.protocol import Entrant
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_folder
