@@ -16,7 +16,10 @@ Check = Callable[..., None]
 
 @contextmanager
 def mutated(module: ModuleType, old: str, new: str) -> Iterator[ModuleType]:
-    """The module with one text replaced, executed anew under another name."""
+    """The module with one text replaced, executed anew under another name.
+
+    Inside the block its functions take the place of the original's wherever selfalign has imported them.
+    """
     source = inspect.getsource(module)
     assert source.count(old) == 1, f"the mutant's text occurs {source.count(old)} times in {module.__name__}: {old!r}"
     copy = ModuleType("mutant")
@@ -25,9 +28,22 @@ def mutated(module: ModuleType, old: str, new: str) -> Iterator[ModuleType]:
     sys.modules["mutant"] = copy
     try:
         exec(compile(source.replace(old, new), "mutant", "exec"), copy.__dict__)
-        yield copy
+        with pytest.MonkeyPatch.context() as patch:
+            for name, other in list(sys.modules.items()):
+                if name.startswith("selfalign.") and other is not module:
+                    for function in functions_of(module) & vars(other).keys():
+                        if vars(other)[function] is vars(module)[function]:
+                            patch.setattr(other, function, vars(copy)[function])
+            yield copy
     finally:
         del sys.modules["mutant"]
+
+
+def functions_of(module: ModuleType) -> set[str]:
+    """The functions that a module defines."""
+    return {
+        name for name, value in inspect.getmembers(module, inspect.isfunction) if value.__module__ == module.__name__
+    }
 
 
 def assert_caught(

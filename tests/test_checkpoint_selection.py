@@ -30,9 +30,9 @@ from selfalign.engines.openai_client import Endpoint
 from selfalign.engines.protocol import Sampling
 from selfalign.engines.transformers import Transformers
 from selfalign.models.checkpoint import Policy, PolicyFiles
-from selfalign.pipeline import checkpoint_selection as module
-from selfalign.pipeline.checkpoint_selection import CheckpointComparator, CheckpointSelection, CheckpointSelector, loses
 from selfalign.pipeline.plan import plan
+from selfalign.training import checkpoint_selection as module
+from selfalign.training.checkpoint_selection import CheckpointComparator, CheckpointSelection, CheckpointSelector, loses
 from selfalign.training.config import ChooseConfig
 
 PROMPT = "{instruction}\n<first>\n{first}\n</first>\n<second>\n{second}\n</second>"
@@ -266,7 +266,7 @@ def test_checkpoints_are_compared_pairwise_in_both_orders_and_the_loser_is_not_t
             raise Killed
 
         with monkeypatch.context() as patch:
-            patch.setattr(module, "compare", killed)
+            patch.setattr(module, "compare_answers", killed)
             with pytest.raises(Killed):
                 selector.visit(other, 4, last=False)
         again = CheckpointSelector(out, selection, tiny_policy)

@@ -37,11 +37,12 @@ from selfalign.launch import dry_run_stages
 from selfalign.launch.dry_run import dry_run, estimate_text
 from selfalign.launch.dry_run_stages import Rehearsal
 from selfalign.launch.profiler import Estimate, Stopwatch, fits, measure
-from selfalign.launch.worst_case import SHORTEST_PROMPT, Longest, asks, tireless
+from selfalign.launch.worst_case import SHORTEST_PROMPT, Longest, tireless
 from selfalign.losses.refinement import Refinement
 from selfalign.models.batches import encode_pairs
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.tokenizer import encode_prompt
+from selfalign.pipeline.requirements import asks
 from selfalign.stages.sft import group_demonstrations
 from selfalign.store.journal import Journal
 

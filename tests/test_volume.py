@@ -13,11 +13,13 @@ from mutation import mutated
 
 from selfalign.core.records import ResponseScore, write_records
 from selfalign.data.pair_rules import BestWorst
+from selfalign.engines import responses
 from selfalign.engines.protocol import Completion, Request, Sampling
 from selfalign.judges.sampled import SampledScore
 from selfalign.models.batches import Group, PairExample
 from selfalign.models.checkpoint import PolicyFiles
-from selfalign.stages import judge, pair, respond
+from selfalign.stages import judge, pair
+from selfalign.stages.respond import RespondConfig, respond
 from selfalign.store.artifacts import Artefact
 from selfalign.tracking import tables
 from selfalign.training import dataset
@@ -56,11 +58,11 @@ def given(folder: Path, count: int) -> Artefact:
 
 
 def make_responses(folder: Path, count: int, module: ModuleType, policy: PolicyFiles) -> None:
-    config = module.RespondConfig(candidates=2)
+    config = RespondConfig(candidates=2)
     script: Any = Forgetful(loaded(policy.path), [], per_batch=5)
     made = given(folder / "given", count)
     artefact = policy_artefact(policy)
-    module.respond(workspace(folder), config=config, policy=artefact, instructions=made, generate=script, seed=0)
+    respond(workspace(folder), config=config, policy=artefact, instructions=made, generate=script, seed=0)
 
 
 def make_judgements(folder: Path, count: int, module: ModuleType, policy: PolicyFiles) -> None:
@@ -99,7 +101,7 @@ def read_tables(folder: Path, count: int, module: ModuleType, policy: PolicyFile
 
 
 PARTS: list[tuple[ModuleType, Part, str, str]] = [
-    (respond, make_responses, "written(generator, journal))", "list(written(generator, journal)))"),
+    (responses, make_responses, "written(generator, journal))", "list(written(generator, journal)))"),
     (judge, make_judgements, "for subjects in batches():", "for subjects in list(batches()):"),
     (pair, make_pairs, "follow(asked, judged,", "follow(asked, list(judged),"),
     (dataset, train, "chunks(examples, ROWS)", "chunks(list(examples), ROWS)"),

@@ -29,7 +29,6 @@ from selfalign.launch.push_to_hub import check_repository
 from selfalign.losses.preference import DPO, IPO, ODPO, Positives, SrDPO, SrIPO
 from selfalign.models.checkpoint import ModelConfig
 from selfalign.models.quantization import check_engine
-from selfalign.pipeline.checkpoint_selection import CheckpointComparator
 from selfalign.pipeline.inputs import Pairs, SelfRewarding
 from selfalign.runs.runner import check_name
 from selfalign.stages.compare import HeadToHead
@@ -38,6 +37,7 @@ from selfalign.stages.judge import ExpectedScore, ExternalScore, ImplicitReward,
 from selfalign.stages.pair import PositivesOnly
 from selfalign.stages.seeds import EvaluationFineTuning
 from selfalign.tracking.wandb import NoTracking, Wandb
+from selfalign.training.checkpoint_selection import CheckpointComparator
 from selfalign.training.config import TrainConfig
 
 

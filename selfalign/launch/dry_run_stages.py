@@ -29,13 +29,13 @@ from selfalign.engines.openai_client import Endpoint
 from selfalign.judges.comparator import Referee
 from selfalign.judges.protocol import Subject, asks_a_server
 from selfalign.launch.profiler import Estimate, Measured, Stopwatch, forget_peak_memory, measure, peak
-from selfalign.launch.worst_case import SHORTEST_PROMPT, Longest, asks, tireless, writes
+from selfalign.launch.worst_case import SHORTEST_PROMPT, Longest, tireless
 from selfalign.losses.preference import PreferenceLoss
 from selfalign.losses.refinement import Refinement
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.tokenizer import encode_prompt
-from selfalign.pipeline.checkpoint_selection import CheckpointSelection
 from selfalign.pipeline.inputs import SelfRewarding
+from selfalign.pipeline.requirements import asks, writes
 from selfalign.runs.runner import StageFunction
 from selfalign.stages.align import align
 from selfalign.stages.compare import compare
@@ -48,6 +48,7 @@ from selfalign.stages.reference import reference
 from selfalign.stages.respond import RespondConfig, respond
 from selfalign.stages.sft import group_demonstrations, sft
 from selfalign.store.artifacts import Artefact, Store, canonical
+from selfalign.training.checkpoint_selection import CheckpointSelection
 from selfalign.training.config import Optimization, Precision, Weights
 
 if TYPE_CHECKING:

@@ -9,10 +9,6 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Demonstration, FinishReason, Instruction, PreferencePair, Prompt, Response
 from selfalign.data.sources import as_prompt
 from selfalign.engines.transformers import Transformers, TransformersGenerator
-from selfalign.judges.comparator import Referee
-from selfalign.judges.expected import ExpectedScore
-from selfalign.judges.protocol import asks_a_server
-from selfalign.judges.written import WrittenScore
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.tokenizer import encode_prompt, plain_ids
 
@@ -109,26 +105,6 @@ class Longest:
             for n in range(count)
             for part in range(family)
         ]
-
-
-def asks(judge: Any) -> Callable[..., Prompt]:
-    """What a judge is asked about an instruction and a response, in its form; two responses are alike."""
-    if isinstance(judge, Referee):
-        return lambda instruction, response: judge.ask(instruction, response, response)
-    return getattr(judge, "ask", lambda instruction, response: as_prompt(instruction + response))
-
-
-def writes(judge: Any) -> int:
-    """The most tokens of a judgement."""
-    match judge:
-        case WrittenScore():
-            return judge.sampling.max_new_tokens
-        case ExpectedScore():
-            return judge.rationale_tokens
-        case Referee() if asks_a_server(judge):
-            return judge.verdict_tokens
-        case _:
-            return 0
 
 
 class Tireless(Transformers):

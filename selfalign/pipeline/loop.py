@@ -12,7 +12,6 @@ from selfalign.core.files import derive_seed
 from selfalign.judges.protocol import asks_a_server
 from selfalign.losses.preference import Positives
 from selfalign.models.checkpoint import ModelConfig
-from selfalign.pipeline.checkpoint_selection import CheckpointSelection
 from selfalign.pipeline.evaluation import Evaluation
 from selfalign.pipeline.inputs import Given, SelfRewarding, makes_baseline
 from selfalign.pipeline.models import Judging, Models, checkpoint_judge, fixed_judges, load_model
@@ -27,6 +26,7 @@ from selfalign.stages.respond import respond
 from selfalign.stages.seeds import EvaluationFineTuning
 from selfalign.stages.sft import sft
 from selfalign.store.artifacts import Artefact
+from selfalign.training.checkpoint_selection import CheckpointSelection
 from selfalign.training.config import Weights
 
 if TYPE_CHECKING:

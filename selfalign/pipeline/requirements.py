@@ -7,10 +7,11 @@ from selfalign.benchmarks.alpaca_eval import AlpacaEval
 from selfalign.benchmarks.mt_bench import MTBench
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Demonstration, PreferencePair, Prompt, stream_records
+from selfalign.data.sources import as_prompt
 from selfalign.judges.comparator import Referee, verdict_tokens
 from selfalign.judges.expected import ExpectedScore, score_tokens
 from selfalign.judges.protocol import OWN_MODELS, asks_a_server
-from selfalign.launch.worst_case import asks, writes
+from selfalign.judges.written import WrittenScore
 from selfalign.losses.preference import Positives
 from selfalign.models.chat_template import opened_thought
 from selfalign.models.checkpoint import PolicyFiles
@@ -209,3 +210,23 @@ def _own_judges(config: "ExperimentConfig") -> dict[str, Any]:
     """{setting: judge} of those that are policies of the run."""
     judges = judges_of(config)
     return {key: one for key, one in judges.items() if not asks_a_server(one) and one.model in OWN_MODELS}
+
+
+def asks(judge: Any) -> Callable[..., Prompt]:
+    """What a judge is asked about an instruction and a response, in its form; two responses are alike."""
+    if isinstance(judge, Referee):
+        return lambda instruction, response: judge.ask(instruction, response, response)
+    return getattr(judge, "ask", lambda instruction, response: as_prompt(instruction + response))
+
+
+def writes(judge: Any) -> int:
+    """The most tokens of a judgement."""
+    match judge:
+        case WrittenScore():
+            return judge.sampling.max_new_tokens
+        case ExpectedScore():
+            return judge.rationale_tokens
+        case Referee() if asks_a_server(judge):
+            return judge.verdict_tokens
+        case _:
+            return 0

@@ -32,7 +32,7 @@ from selfalign.models.checkpoint import Policy, PolicyFiles, autocast
 from selfalign.models.scorer import make_scoring
 from selfalign.models.tokenizer import unknown_counts
 from selfalign.store.artifacts import Artefact, Counts, Workspace, together
-from selfalign.training.checkpoint_choice import CheckpointSelection
+from selfalign.training.checkpoint_selection import CheckpointSelection
 from selfalign.training.config import Optimization, Weights
 from selfalign.training.dataset import follow_references, store_examples
 from selfalign.training.objective import Outcome, forward

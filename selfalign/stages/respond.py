@@ -1,19 +1,12 @@
 """respond: instructions + a policy → N candidate responses each."""
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from selfalign.core.errors import SelfalignError
-from selfalign.core.files import derive_seed
-from selfalign.core.jsonl import chunks
-from selfalign.core.records import FinishReason, Instruction, Response, count_records, stream_records, write_records
-from selfalign.data.sources import as_prompt
-from selfalign.engines.protocol import Backend, Completion, Generator, Request, Sampling, write_all
-from selfalign.metrics.intervals import RunningMean
+from selfalign.engines.protocol import Backend, Sampling
+from selfalign.engines.responses import generate_responses
 from selfalign.models.checkpoint import PolicyFiles
-from selfalign.models.tokenizer import encode_prompt, has_unknown, unknown_counts, warn_of_unknown
 from selfalign.store.artifacts import Artefact, Counts, Workspace, together
-from selfalign.store.journal import Journal
 
 
 @dataclass(kw_only=True, slots=True)
@@ -57,72 +50,12 @@ def respond(
     Raises:
         SelfalignError: no instruction fits into the context.
     """
-    file = instructions.path / "instructions.jsonl"
-    tally, dropped, unknown, fitted = Tally(), 0, 0, 0
-
-    def written(generator: Generator, journal: Journal) -> Iterator[Response]:
-        nonlocal dropped, unknown, fitted
-        limit = generator.context - config.sampling.max_new_tokens
-        for number, chunk in enumerate(chunks(stream_records(file, Instruction))):
-            prompts = [encode_prompt(generator.tokenizer, as_prompt(record.text)) for record in chunk]
-            fitting = [(record, prompt) for record, prompt in zip(chunk, prompts, strict=True) if len(prompt) <= limit]
-            journal.advance(config.candidates * (len(chunk) - len(fitting)))
-            dropped += len(chunk) - len(fitting)
-            fitted += len(fitting)
-            unknown += sum(has_unknown(generator.tokenizer, record.text) for record, _ in fitting)
-            requests = [
-                Request(prompt=prompt, seeds=[derive_seed(seed, record.id, n) for n in range(config.candidates)])
-                for record, prompt in fitting
-            ]
-            made = write_all(generator, requests, config.sampling, journal, str(number))
-            for (record, _), completions in zip(fitting, made, strict=True):
-                yield from tally.watch(_responses(record, completions, generator.digest))
-        warn_of_unknown(generator.tokenizer, unknown, fitted, "instructions")
-        if not tally.tokens.count:
-            raise SelfalignError(
-                f"{out.label}: no instruction fits into the context of {generator.context} tokens with "
-                f"max_new_tokens={config.sampling.max_new_tokens}"
-            )
-
-    units = count_records(file) * config.candidates
-    with generate.load(PolicyFiles(policy.path)) as generator, out.journal(units, "responses") as journal:
-        write_records(out.path / "responses.jsonl", written(generator, journal))
-    return {
-        "responses": tally.tokens.count,
-        "mean_tokens": tally.tokens.value,
-        "mean_characters": tally.characters.value,
-        "finished_share": tally.finished.value,
-        "dropped": {"prompt_too_long": dropped},
-        **unknown_counts({"unknown": unknown}),
-        **generator.counts,
-    }
-
-
-@dataclass(slots=True)
-class Tally:
-    """What is counted while responses come by: their lengths, and which ended by themselves."""
-
-    tokens: RunningMean = field(default_factory=RunningMean)
-    characters: RunningMean = field(default_factory=RunningMean)
-    finished: RunningMean = field(default_factory=RunningMean)
-
-    def watch(self, responses: Iterable[Response]) -> Iterator[Response]:
-        """The same responses, counted."""
-        for response in responses:
-            self.tokens.add(response.tokens)
-            self.characters.add(len(response.text))
-            self.finished.add(response.finish_reason is FinishReason.EOS)
-            yield response
-
-
-def _responses(record: Instruction, completions: list[Completion], model: str) -> Iterator[Response]:
-    for number, completion in enumerate(completions, start=1):
-        yield Response(
-            id=f"{record.id}-{number}",
-            instruction_id=record.id,
-            text=completion.text,
-            finish_reason=completion.finish_reason,
-            tokens=completion.tokens,
-            model=model,
-            ids=completion.ids,
-        )
+    return generate_responses(
+        out,
+        candidates=config.candidates,
+        sampling=config.sampling,
+        policy=PolicyFiles(policy.path),
+        instructions=instructions.path / "instructions.jsonl",
+        generate=generate,
+        seed=seed,
+    )

@@ -8,7 +8,7 @@ from selfalign.core import distributed
 from selfalign.models.checkpoint import Policy, PolicyFiles
 from selfalign.models.scorer import make_scoring
 from selfalign.store.artifacts import Workspace
-from selfalign.training.checkpoint_choice import CheckpointSelector
+from selfalign.training.checkpoint_selection import CheckpointSelector
 from selfalign.training.config import Optimization, Weights
 from selfalign.training.objective import Example, Objective
 from selfalign.training.parallelism import collect

@@ -25,7 +25,7 @@ from selfalign.metrics.catalog import Sums, add_sums, averages
 from selfalign.models.checkpoint import Policy, autocast, default_device
 from selfalign.store.artifacts import Workspace
 from selfalign.training import resume_state
-from selfalign.training.checkpoint_choice import CheckpointSelector
+from selfalign.training.checkpoint_selection import CheckpointSelector
 from selfalign.training.config import Optimization, Weights
 from selfalign.training.objective import Example, Objective, Outcome
 from selfalign.training.optimizers import build_optimizer

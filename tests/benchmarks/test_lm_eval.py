@@ -298,8 +298,8 @@ def test_lm_eval_is_imported_when_it_measures_and_not_before() -> None:
     for path in (ROOT / "selfalign").rglob("*.py"):
         for node in ast.parse(path.read_text()).body:
             text = ast.unparse(node) if isinstance(node, ast.Import | ast.ImportFrom) else ""
-            assert path.name == "harness.py" or not text.startswith(("from lm_eval", "import lm_eval")), path
-            assert "benchmarks.harness" not in text, path
+            assert path.name == "lm_eval_adapter.py" or not text.startswith(("from lm_eval", "import lm_eval")), path
+            assert "lm_eval_adapter" not in text, path
 
 
 # --- broken on purpose -------------------------------------------------------------------------------------------

@@ -32,7 +32,6 @@ from selfalign.losses.preference import DPO, IPO, ODPO, PreferenceLoss, SrDPO, S
 from selfalign.losses.refinement import Refinement
 from selfalign.models.batches import PairExample, encode_pairs, make_batch
 from selfalign.models.checkpoint import Policy, PolicyFiles
-from selfalign.pipeline.checkpoint_selection import CheckpointSelection, CheckpointSelector
 from selfalign.stages import align as module
 from selfalign.stages.align import (
     AdapterSwitchedOff,
@@ -47,6 +46,7 @@ from selfalign.stages.align import (
 )
 from selfalign.stages.reference import reference
 from selfalign.store.artifacts import Artefact
+from selfalign.training.checkpoint_selection import CheckpointSelection, CheckpointSelector
 from selfalign.training.config import Optimization
 from selfalign.training.dataset import with_reference
 from selfalign.training.prepare import prepare

@@ -12,10 +12,9 @@ from mutation import mutated
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Comparison, read_records
 from selfalign.engines.openai_client import Endpoint
-from selfalign.judges import comparator
+from selfalign.judges import comparator, head_to_head
 from selfalign.metrics.intervals import wilson
 from selfalign.models.checkpoint import PolicyFiles
-from selfalign.stages import compare as module
 from selfalign.stages.compare import HeadToHead, compare
 from selfalign.store.artifacts import Artefact, Counts
 
@@ -155,9 +154,9 @@ def test_writing_longer_alone_wins_one_half_at_equal_length(tmp_path: Path) -> N
 )
 def test_mutant_is_caught(tmp_path: Path, old: str, new: str) -> None:
     expected = compared(tmp_path / "right", MINE, {**THEIRS, "q7": "Well"}, silent_on_well)
-    with mutated(module, old, new) as copy:
+    with mutated(head_to_head, old, new):
         try:
-            broken = compared(tmp_path / "broken", MINE, {**THEIRS, "q7": "Well"}, silent_on_well, copy.compare)
+            broken = compared(tmp_path / "broken", MINE, {**THEIRS, "q7": "Well"}, silent_on_well)
         except (TypeError, ValueError):
             return
     assert broken != expected

@@ -12,10 +12,10 @@ import test_respond as respond_tests
 from builders import RUBRIC
 from mutation import Check, assert_caught
 
-from selfalign.engines import transformers
+from selfalign.engines import responses, transformers
 from selfalign.judges import expected, protocol, sampled
 from selfalign.models.checkpoint import PolicyFiles
-from selfalign.stages import judge, respond
+from selfalign.stages import judge
 
 TIED = partial(judge_tests.test_alarm_is_by_its_thresholds, alarm={"tied_share": 0.5}, constant=1.0)
 LOW = partial(judge_tests.test_alarm_is_by_its_thresholds, alarm={"tied_share": 1.0, "entropy": 1.06}, constant=1.0)
@@ -44,15 +44,15 @@ MUTANTS: list[tuple[str, ModuleType, ModuleType, str, str, Check]] = [
      "rationales.get(subject.response.id, \"\"), \"\")", judge_tests.test_judge_is_the_policy_with_its_adapter),
     ("D2 11: the policy is the base below its adapter", judge, judging, "policy=PolicyFiles(policy.path) if policy",
      "policy=base_below(PolicyFiles(policy.path)) if policy", judge_tests.test_judge_is_the_policy_with_its_adapter),
-    ("D2 12: one seed for all", respond, respond_tests, "derive_seed(seed, record.id, n)", "seed", APART),
-    ("D2 12: candidates share a seed", respond, respond_tests, "derive_seed(seed, record.id, n)",
+    ("D2 12: one seed for all", responses, respond_tests, "derive_seed(seed, record.id, n)", "seed", APART),
+    ("D2 12: candidates share a seed", responses, respond_tests, "derive_seed(seed, record.id, n)",
      "derive_seed(seed, record.id)", APART),
     ("D3 4: the prompt stands in the response", transformers, respond_tests,
      "written: list[list[int]] = [[] for _ in seeds]",
      "written = [list(prompts[owner]) for owner in owners]", REASONS),
-    ("D3 6: the last instruction is lost", respond, respond_tests, "zip(fitting, made, strict=True)",
+    ("D3 6: the last instruction is lost", responses, respond_tests, "zip(fitting, made, strict=True)",
      "zip(fitting[:-1], made)", ALL),
-    ("D3 6: what was written is written again", respond, respond_tests,
+    ("D3 6: what was written is written again", responses, respond_tests,
      "_responses(record, completions, generator.digest))",
      "2 * [*_responses(record, completions, generator.digest)])", ALL),
 ]  # fmt: skip

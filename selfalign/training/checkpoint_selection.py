@@ -12,11 +12,11 @@ from typing import ClassVar
 from selfalign.core import distributed
 from selfalign.core.files import read_json, write_json
 from selfalign.engines.protocol import Backend, Sampling
+from selfalign.engines.responses import generate_responses
 from selfalign.judges.comparator import Referee
+from selfalign.judges.head_to_head import compare_answers
 from selfalign.metrics.intervals import sign_test
 from selfalign.models.checkpoint import Policy, PolicyFiles
-from selfalign.stages.compare import compare
-from selfalign.stages.respond import RespondConfig, respond
 from selfalign.store.artifacts import Artefact, Counts, Workspace
 
 
@@ -137,20 +137,28 @@ class CheckpointSelector:
             files.save(policy, self.base)
         distributed.wait_for_all()
         label = f"{self.out.label} after {step} steps"
-        shared = {"instructions": selection.instructions, "generate": selection.generate, "seed": selection.seed}
-        config = RespondConfig(candidates=1, sampling=selection.sampling)
-        answers = Workspace(folder / "answers", label, lambda row: None)
-        respond(answers, config=config, policy=_artefact(files.path), **shared)
+        instructions = selection.instructions.path / "instructions.jsonl"
+        generate_responses(
+            Workspace(folder / "answers", label, lambda row: None),
+            candidates=1,
+            sampling=selection.sampling,
+            policy=files,
+            instructions=instructions,
+            generate=selection.generate,
+            seed=selection.seed,
+        )
         distributed.wait_for_all()
         counts: Counts = {}
         if self.chosen is not None:
-            counts = compare(
+            counts = compare_answers(
                 Workspace(folder / "compared", label, lambda row: None),
                 judge=selection.comparator,
-                policy=selection.compared_by,
-                answers=_artefact(folder / "answers"),
-                opponent=_artefact(self._folder(self.chosen) / "answers"),
-                **shared,
+                policy=PolicyFiles(selection.compared_by.path) if selection.compared_by else None,
+                instructions=instructions,
+                answers=folder / "answers" / "responses.jsonl",
+                opponent=self._folder(self.chosen) / "answers" / "responses.jsonl",
+                generate=selection.generate,
+                seed=selection.seed,
             )
         if distributed.is_main():
             write_json(self._result(step), counts)
@@ -163,7 +171,3 @@ def loses(wins: int, losses: int, level: float) -> bool:
     Were training to stop at a win rate below one half, it would nearly always stop among equally good checkpoints.
     """
     return sign_test(wins, losses) < level
-
-
-def _artefact(path: Path) -> Artefact:
-    return Artefact(stage="checkpoint", key="", path=path, digest="", counts={}, seconds=0.0)
