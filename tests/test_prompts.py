@@ -4,7 +4,7 @@ import pytest
 from builders import composed
 
 from selfalign.core.errors import SelfalignError
-from selfalign.data.prompts import check_template, fill
+from selfalign.core.placeholders import check_template, fill
 
 
 def test_filling_puts_values_where_their_names_stand_and_nowhere_else() -> None:

@@ -9,8 +9,8 @@ from selfalign.benchmarks.protocol import Entrant
 from selfalign.benchmarks.rating import OPENING, TOO_LONG, Grade, RatingTokens, expected_rating, parse_rating
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_file, text_or_file
+from selfalign.core.placeholders import check_template, fill
 from selfalign.core.records import Message
-from selfalign.data.prompts import check_template, fill
 from selfalign.data.sources import as_prompt
 from selfalign.engines.openai_client import Endpoint
 from selfalign.engines.protocol import Reader, Request, Sampling, read_all, write_all

@@ -23,8 +23,8 @@ from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.failures import naming
 from selfalign.core.files import write_json
+from selfalign.core.placeholders import check_template
 from selfalign.core.records import FinishReason
-from selfalign.data.prompts import check_template
 from selfalign.engines.openai_client import Client, Endpoint, RefusedError, Reply
 from selfalign.engines.protocol import Completion, Request, Sampling, check_dtype
 from selfalign.engines.server_process import ServerProcess

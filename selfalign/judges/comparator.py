@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import text_or_file
+from selfalign.core.placeholders import check_template, fill
 from selfalign.core.records import Comparison, JudgementStatus, Prompt, Response, Verdict
-from selfalign.data.prompts import check_template, fill
 from selfalign.data.sources import as_prompt
 from selfalign.engines.openai_client import Endpoint
 from selfalign.engines.protocol import read_all

@@ -10,6 +10,7 @@ from typing import Any, Protocol, Self, TypeVar, cast
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import text_or_file
 from selfalign.core.jsonl import CHUNK
+from selfalign.core.placeholders import check_template, fill
 from selfalign.core.records import (
     Comparison,
     Instruction,
@@ -19,7 +20,6 @@ from selfalign.core.records import (
     Response,
     ResponseScore,
 )
-from selfalign.data.prompts import check_template, fill
 from selfalign.data.sources import as_prompt
 from selfalign.engines.openai_client import Client, Endpoint
 from selfalign.engines.protocol import Backend, Generator, Loaded, Reader

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed, text_or_file
+from selfalign.core.placeholders import check_template
 from selfalign.core.records import Prompt
-from selfalign.data.prompts import check_template
 from selfalign.losses.logps import PairLogps, Values
 
 if TYPE_CHECKING:

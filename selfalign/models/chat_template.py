@@ -12,8 +12,8 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any, cast
 
 from selfalign.core.errors import SelfalignError
+from selfalign.core.placeholders import break_up
 from selfalign.core.records import Message
-from selfalign.data.prompts import break_up
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
