@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from selfalign.cli.main import conf_folder
-from selfalign.config.experiment import ExperimentConfig, compose_experiment
+from selfalign.cli.environment import conf_folder
+from selfalign.config.experiment import ExperimentConfig
+from selfalign.config.hydra import compose_experiment
 from selfalign.core.files import digest_folder, digest_json, write_json
 from selfalign.core.records import (
     Demonstration,

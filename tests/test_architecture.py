@@ -12,7 +12,8 @@ import pytest
 from builders import ROOT, composed
 from omegaconf.errors import OmegaConfBaseException
 
-from selfalign.config.experiment import COMPONENTS, ExperimentConfig
+from selfalign.config.components import COMPONENTS
+from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.errors import SelfalignError
 
 PACKAGE = ROOT / "selfalign"

@@ -16,7 +16,8 @@ from markdown_it import MarkdownIt
 from mutation import Check, assert_caught
 from test_pipeline import manifest, write_pairs
 
-from selfalign.config.experiment import COMPONENTS, choices
+from selfalign.config.components import COMPONENTS
+from selfalign.config.hydra import choices
 from selfalign.core.files import read_json
 from selfalign.launch.experiment import run_experiment
 from selfalign.models.checkpoint import PolicyFiles

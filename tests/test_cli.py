@@ -14,7 +14,9 @@ import pytest
 from builders import ROOT, TINY_RUN, Said, composed, write_tiny_data
 from hydra.errors import OverrideParseException
 
-from selfalign.cli.main import EXAMPLES, conf_folder, explain, one_line_errors
+from selfalign.cli.environment import conf_folder
+from selfalign.cli.errors import explain, one_line_errors
+from selfalign.cli.main import EXAMPLES
 from selfalign.core.errors import SelfalignError
 
 # --- help --------------------------------------------------------------------------------------------------------
@@ -445,10 +447,14 @@ def test_pipe_to_another_program_is_not_taken_for_the_output(capsys: pytest.Capt
 
 COMMANDS = {
     "selfalign": ("selfalign.cli.main:main", ["--help"], "M1 ? M2 ? M3"),
-    "selfalign-evaluate": ("selfalign.cli.main:evaluate", ["/models/x", "name=李"], "selfalign-evaluate 'name=\"?\"'"),
+    "selfalign-evaluate": (
+        "selfalign.cli.evaluate:evaluate",
+        ["/models/x", "name=李"],
+        "selfalign-evaluate 'name=\"?\"'",
+    ),
     "selfalign-report": ("selfalign.cli.report:main", ["/runs/李"], "/runs/?: no run"),
     "selfalign-store": ("selfalign.cli.store:main", ["list", "--output", "/runs/李"], "/runs/?: no store"),
-    "selfalign-workspace": ("selfalign.tracking.wandb_workspace:main", ["李"], "ENTITY/PROJECT, got '?'"),
+    "selfalign-workspace": ("selfalign.cli.workspace:main", ["李"], "ENTITY/PROJECT, got '?'"),
 }
 
 

@@ -13,10 +13,10 @@ from builders import ROOT, composed
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from selfalign.cli.main import conf_folder
+from selfalign.cli.environment import conf_folder
 from selfalign.cli.report import main as report_main
 from selfalign.cli.store import main as store_main
-from selfalign.config.experiment import register, to_experiment
+from selfalign.config.hydra import register, to_experiment
 from selfalign.metrics.catalog import METRICS
 
 README = ROOT / "README.md"

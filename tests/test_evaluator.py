@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from builders import TINY_RUN, run, write_tiny_data
 
-from selfalign.cli.main import conf_folder
+from selfalign.cli.environment import conf_folder
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
 from selfalign.launch.evaluate import evaluate_models

@@ -13,7 +13,7 @@ import torch
 from builders import LIMIT, composed, file_limit, instruction
 from safetensors import SafetensorError
 
-from selfalign.cli.main import explain
+from selfalign.cli.errors import explain
 from selfalign.cli.report import report
 from selfalign.core.errors import SelfalignError
 from selfalign.core.failures import KEPT, fits, is_out_of_memory, naming, system_error

@@ -11,7 +11,7 @@ import pytest
 from builders import TINY_RUN, Said, composed, policy_artefact, write_tiny_data
 from omegaconf import OmegaConf
 
-from selfalign.config.feasibility import without_effect
+from selfalign.config.checks import without_effect
 from selfalign.core.errors import SelfalignError
 from selfalign.launch.hydra_sweep import sweep_folder
 from selfalign.models.checkpoint import PolicyFiles

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from builders import TINY_RUN, artefact, composed, metrics, run, write_tiny_data
 
-from selfalign.config.experiment import ExperimentConfig, choices
+from selfalign.config.experiment import ExperimentConfig
+from selfalign.config.hydra import choices
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
 from selfalign.core.records import MeasuredPair, PreferencePair, read_records

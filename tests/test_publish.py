@@ -11,10 +11,11 @@ from hub_server import TOKEN, Hub, hub_server
 from huggingface_hub import ModelCard, constants
 from mutation import Check, assert_caught
 
+from selfalign.config.checks import check_repository
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
 from selfalign.launch import push_to_hub as module
-from selfalign.launch.push_to_hub import check_login, check_repository, publish, repository_files
+from selfalign.launch.push_to_hub import check_login, publish, repository_files
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.runs.reader import Finished
 from selfalign.runs.runner import run_folder

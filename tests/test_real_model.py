@@ -11,8 +11,8 @@ from builders import optimization, policy_artefact, preference, records_artefact
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from selfalign.cli.main import conf_folder
-from selfalign.config.experiment import register, to_experiment
+from selfalign.cli.environment import conf_folder
+from selfalign.config.hydra import register, to_experiment
 from selfalign.data.containers import SHIPPED
 from selfalign.data.sources import as_prompt
 from selfalign.engines.protocol import Request, Sampling

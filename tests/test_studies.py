@@ -19,8 +19,9 @@ from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 from paper_values import OURS, PAPER, SIZES, TECHNICAL, WITHOUT_EFFECT, WRITTEN_OUT, YOURS
 
-from selfalign.cli.main import conf_folder
-from selfalign.config.experiment import ExperimentConfig, register
+from selfalign.cli.environment import conf_folder
+from selfalign.config.experiment import ExperimentConfig
+from selfalign.config.hydra import register
 from selfalign.core.errors import SelfalignError
 from selfalign.engines.server import Server
 from selfalign.losses.preference import DPO, IPO, SrDPO, SrIPO

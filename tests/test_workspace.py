@@ -4,10 +4,11 @@ import sys
 
 import pytest
 
+from selfalign.cli.workspace import main
 from selfalign.metrics.catalog import METRICS
 from selfalign.tracking import wandb_workspace
 from selfalign.tracking.wandb import BY_ITERATION
-from selfalign.tracking.wandb_workspace import as_sent, build, main
+from selfalign.tracking.wandb_workspace import as_sent, build
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from selfalign.cli.main import one_line_errors, set_streams
+from selfalign.cli.environment import set_streams
+from selfalign.cli.errors import one_line_errors
 from selfalign.core.errors import SelfalignError
 
 

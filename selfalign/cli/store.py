@@ -9,7 +9,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from selfalign.cli.main import one_line_errors, set_streams
+from selfalign.cli.environment import set_streams
+from selfalign.cli.errors import one_line_errors
 from selfalign.core.errors import SelfalignError
 from selfalign.core.formatting import age, amount, duration, plural, printable, table
 from selfalign.store.inventory import Inventory, Kept, remove, remove_locks, take_inventory, total_size

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
+from selfalign.config.experiment import ExperimentConfig
 from selfalign.core import distributed
 from selfalign.core.formatting import duration, table
 from selfalign.engines.transformers import Transformers
@@ -16,9 +16,6 @@ from selfalign.launch.preflight import preflight
 from selfalign.launch.profiler import Estimate
 from selfalign.pipeline.loop import run_pipeline
 
-if TYPE_CHECKING:
-    from selfalign.config.experiment import ExperimentConfig
-
 BOUND = (
     "An upper bound: every prompt with its response fills max_length, every text max_new_tokens, and new instructions\n"
     "take all their batches. Not in it: judgements that are tried again, and benchmarks."
@@ -26,7 +23,7 @@ BOUND = (
 ELSEWHERE = "The engine of generate=vllm or generate=server ends texts where it likes; its memory is not in it either."
 
 
-def dry_run(config: "ExperimentConfig") -> list[Estimate]:
+def dry_run(config: ExperimentConfig) -> list[Estimate]:
     """Rehearses a run, in as many processes as it will have, and says what it needs; nothing of it stays.
 
     Raises:

@@ -9,8 +9,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from selfalign.config.data import SelfRewarding
+from selfalign.config.experiment import ExperimentConfig
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_json
@@ -34,7 +36,6 @@ from selfalign.losses.preference import PreferenceLoss
 from selfalign.losses.refinement import Refinement
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.tokenizer import encode_prompt
-from selfalign.pipeline.inputs import SelfRewarding
 from selfalign.pipeline.requirements import asks, writes
 from selfalign.runs.runner import StageFunction
 from selfalign.stages.align import align
@@ -50,9 +51,6 @@ from selfalign.stages.sft import group_demonstrations, sft
 from selfalign.store.artifacts import Artefact, Store, canonical
 from selfalign.training.checkpoint_selection import CheckpointSelection
 from selfalign.training.config import Optimization, Precision, Weights
-
-if TYPE_CHECKING:
-    from selfalign.config.experiment import ExperimentConfig
 
 GIVEN = {
     "seeds", "taught_questions", "questions", "outputs", "given_pairs", "given_instructions", "preference_test",
@@ -75,7 +73,7 @@ class Rehearsal:
         written: how many times records were written for a stage.
     """
 
-    config: "ExperimentConfig"
+    config: ExperimentConfig
     folder: Path
     estimates: list[Estimate] = field(default_factory=list)
     measured: dict[str, tuple[Measured, Path]] = field(default_factory=dict)

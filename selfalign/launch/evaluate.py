@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from selfalign.config.experiment import ExperimentConfig, compose_experiment
+from selfalign.config.experiment import ExperimentConfig
+from selfalign.config.hydra import compose_experiment
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.failures import at_the_end

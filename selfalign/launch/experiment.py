@@ -7,9 +7,10 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from selfalign.config.feasibility import without_effect
+from selfalign.config.checks import without_effect
+from selfalign.config.experiment import ExperimentConfig
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.failures import at_the_end, naming
@@ -34,16 +35,13 @@ from selfalign.runs.summary import closing_text, models_of, plan_text, summarise
 from selfalign.store.artifacts import Artefact, Store, locked
 from selfalign.tracking.tables import log_tables
 
-if TYPE_CHECKING:
-    from selfalign.config.experiment import ExperimentConfig
-
 logger = logging.getLogger(__name__)
 
 FINISHED = "finished.json"
 """Written last, behind the pages, the tracker's end and the push: what was asked for besides the artefacts."""
 
 
-def run_experiment(config: "ExperimentConfig", config_yaml: str, plain: dict[str, Any]) -> Path:
+def run_experiment(config: ExperimentConfig, config_yaml: str, plain: dict[str, Any]) -> Path:
     """Runs or continues an experiment and returns its folder, which of several processes the main one keeps.
 
     Args:
@@ -55,14 +53,14 @@ def run_experiment(config: "ExperimentConfig", config_yaml: str, plain: dict[str
 
 
 def finish_experiment(
-    config: "ExperimentConfig", config_yaml: str, plain: dict[str, Any], begin: Callable[[], None]
+    config: ExperimentConfig, config_yaml: str, plain: dict[str, Any], begin: Callable[[], None]
 ) -> bool:
     """The same, but one that has finished is left as it is; whether it had. `begin` is called where there is work."""
     return _run(config, config_yaml, plain, begin, again=False)[1]
 
 
 def _run(
-    config: "ExperimentConfig", config_yaml: str, plain: dict[str, Any], begin: Callable[[], None], *, again: bool
+    config: ExperimentConfig, config_yaml: str, plain: dict[str, Any], begin: Callable[[], None], *, again: bool
 ) -> tuple[Path, bool]:
     """The run folder, and whether everything was finished before and nothing was done."""
     output = Path(config.output_dir).absolute()
@@ -99,18 +97,18 @@ def _run(
     return folder, False
 
 
-def warn_of_idle_settings(config: "ExperimentConfig", plain: dict[str, Any]) -> None:
+def warn_of_idle_settings(config: ExperimentConfig, plain: dict[str, Any]) -> None:
     """Says what the command line sets that has no effect."""
     for line in without_effect(config, plain.get("overrides", ())):
         logger.warning(line)
 
 
-def is_finished(config: "ExperimentConfig", folder: Path, there: Look) -> bool:
+def is_finished(config: ExperimentConfig, folder: Path, there: Look) -> bool:
     """Whether a run was done to its end as it is asked for now, and tells of the artefacts that are there."""
     return was_done(config, folder) and (folder / "report.html").exists() and told_keys(folder) == there.there
 
 
-def was_done(config: "ExperimentConfig", folder: Path) -> bool:
+def was_done(config: ExperimentConfig, folder: Path) -> bool:
     """Whether a run, of whatever data, was done to its end as it is asked for now."""
     return (folder / FINISHED).exists() and read_own(folder / FINISHED) == asked_besides(config)
 
@@ -134,7 +132,7 @@ def read_own(path: Path) -> Any:
         raise SelfalignError(f"{path}: damaged; delete it, and the same command writes it again") from error
 
 
-def asked_besides(config: "ExperimentConfig") -> dict[str, Any]:
+def asked_besides(config: ExperimentConfig) -> dict[str, Any]:
     """What is asked of a run besides its artefacts."""
     push = [config.push_to, config.push_private] if config.push else []
     return {"track": repr(config.track), "push": push, "sweep_metric": config.sweep_metric}
@@ -142,7 +140,7 @@ def asked_besides(config: "ExperimentConfig") -> dict[str, Any]:
 
 def conclude(
     run: Run,
-    config: "ExperimentConfig",
+    config: ExperimentConfig,
     plain: dict[str, Any],
     models: Sequence[str],
     pages: Sequence[Callable[[Path], None]],
@@ -167,7 +165,7 @@ def conclude(
     print(closing_text(summary, run), flush=True)
 
 
-def look_ahead(config: "ExperimentConfig", store: Store, attempt: str) -> Look:
+def look_ahead(config: ExperimentConfig, store: Store, attempt: str) -> Look:
     """What is there already, up to the first stage that has to be made, or that fails; so it will again, in the run."""
     look = Look(store, attempt)
     with suppress(NotMadeYet, SelfalignError, OSError):

@@ -12,9 +12,11 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from selfalign.benchmarks.protocol import judges_to_load
+from selfalign.config.data import SelfRewarding
+from selfalign.config.experiment import ExperimentConfig
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.data.containers import find_data
@@ -28,15 +30,12 @@ from selfalign.losses.preference import Positives
 from selfalign.models import quantization
 from selfalign.models.checkpoint import ModelConfig
 from selfalign.models.pretrained import find_local
-from selfalign.pipeline.inputs import SelfRewarding, data_sources
+from selfalign.pipeline.inputs import data_sources
 from selfalign.pipeline.models import judges_of
 from selfalign.pipeline.plan import plan
 from selfalign.tracking.wandb import Wandb, has_key, said_mode
 from selfalign.training.config import Optimization
 from selfalign.training.optimizers import EIGHT_BIT_NEEDS
-
-if TYPE_CHECKING:
-    from selfalign.config.experiment import ExperimentConfig
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +59,7 @@ SHELL = {"exec", "env", "nice", "nohup", "cd", "export", "source", ".", "eval", 
 """What a command may begin with that says nothing of the program behind it."""
 
 
-def preflight(config: "ExperimentConfig", made: Collection[str]) -> None:
+def preflight(config: ExperimentConfig, made: Collection[str]) -> None:
     """Checks what the stages that are still to be made will need; of several processes the main one does.
 
     Args:
@@ -75,7 +74,7 @@ def preflight(config: "ExperimentConfig", made: Collection[str]) -> None:
         raise SelfalignError("\n".join(lines))
 
 
-def problems(config: "ExperimentConfig", made: Collection[str]) -> list[str]:
+def problems(config: ExperimentConfig, made: Collection[str]) -> list[str]:
     """A line for everything that is missing."""
     labels = [label for label, _ in plan(config) if label not in made]
     checks: list[Callable[[ExperimentConfig, list[str]], list[str]]] = [
@@ -97,7 +96,7 @@ def any_of(labels: list[str], *patterns: re.Pattern[str]) -> bool:
     return any(pattern.fullmatch(label) for pattern in patterns for label in labels)
 
 
-def writes(config: "ExperimentConfig", labels: list[str]) -> bool:
+def writes(config: ExperimentConfig, labels: list[str]) -> bool:
     """Whether a model of the run still has to write: in a stage of its own, in a benchmark, or at a checkpoint."""
     checkpoints = bool(config.train.choose.every_steps) and any_of(labels, ALIGNED)
     return any_of(labels, WRITTEN) or checkpoints or any(measured_by(name, labels) for name in config.benchmark)
@@ -135,7 +134,7 @@ class Question:
         return endpoint.base_url, endpoint.model, endpoint.key_variable, repr(endpoint.parameters)
 
 
-def questions(config: "ExperimentConfig", labels: list[str]) -> list[Question]:
+def questions(config: ExperimentConfig, labels: list[str]) -> list[Question]:
     """One for each who will be asked."""
     busy = {
         "judge": any_of(labels, JUDGED),
@@ -151,7 +150,7 @@ def questions(config: "ExperimentConfig", labels: list[str]) -> list[Question]:
     return [Question(f"{key}.endpoint", judge.endpoint, judge.probe()) for key, judge in servers]
 
 
-def check_servers(config: "ExperimentConfig", labels: list[str]) -> list[str]:
+def check_servers(config: ExperimentConfig, labels: list[str]) -> list[str]:
     """Every server has its key, is there, knows the model, takes the parameters and has room for the rubric."""
     servers: dict[tuple[str, ...], list[Question]] = {}
     for question in questions(config, labels):
@@ -211,7 +210,7 @@ def advice(question: Question, status: int) -> str:
 # --- engines and packages ----------------------------------------------------------------------------------------
 
 
-def check_engine(config: "ExperimentConfig", labels: list[str]) -> list[str]:
+def check_engine(config: ExperimentConfig, labels: list[str]) -> list[str]:
     """What writes can be started."""
     generate, lines = config.generate, list[str]()
     if not (writes(config, labels) or any_of(labels, JUDGED, COMPARED)):
@@ -258,7 +257,7 @@ def check_command(command: str) -> list[str]:
     return [f"generate.command: there is no program {program}"] if named and shutil.which(program) is None else []
 
 
-def check_packages(config: "ExperimentConfig", labels: list[str]) -> list[str]:
+def check_packages(config: ExperimentConfig, labels: list[str]) -> list[str]:
     """The package is installed that 4-bit weights and the 8-bit optimiser need."""
     if importlib.util.find_spec("bitsandbytes") is not None:
         return []
@@ -267,7 +266,7 @@ def check_packages(config: "ExperimentConfig", labels: list[str]) -> list[str]:
     return lines + [f"{key}.{EIGHT_BIT_NEEDS}" for key in small]
 
 
-def check_layout(config: "ExperimentConfig", labels: list[str]) -> list[str]:
+def check_layout(config: ExperimentConfig, labels: list[str]) -> list[str]:
     """There are as many processes as the layout of what is still to be trained needs."""
     lines: list[str] = []
     with noting(lines):
@@ -276,7 +275,7 @@ def check_layout(config: "ExperimentConfig", labels: list[str]) -> list[str]:
     return lines
 
 
-def check_tracking(config: "ExperimentConfig", labels: list[str]) -> list[str]:
+def check_tracking(config: ExperimentConfig, labels: list[str]) -> list[str]:
     """Weights & Biases has a key where it has to be reached, and its environment is in order."""
     lines: list[str] = []
     with noting(lines):
@@ -292,7 +291,7 @@ def check_tracking(config: "ExperimentConfig", labels: list[str]) -> list[str]:
 # --- files and models --------------------------------------------------------------------------------------------
 
 
-def check_data(config: "ExperimentConfig", labels: list[str]) -> list[str]:
+def check_data(config: ExperimentConfig, labels: list[str]) -> list[str]:
     """Every file of data that is named is there."""
     lines: list[str] = []
     for key, source in data_sources(config).items():
@@ -304,7 +303,7 @@ def check_data(config: "ExperimentConfig", labels: list[str]) -> list[str]:
     return lines
 
 
-def check_models(config: "ExperimentConfig", labels: list[str]) -> list[str]:
+def check_models(config: ExperimentConfig, labels: list[str]) -> list[str]:
     """Every model that is named by a folder is there; those of a hub are looked for when they are fetched."""
     lines: list[str] = []
     for key, model in named_models(config).items():
@@ -313,7 +312,7 @@ def check_models(config: "ExperimentConfig", labels: list[str]) -> list[str]:
     return lines
 
 
-def named_models(config: "ExperimentConfig") -> dict[str, ModelConfig]:
+def named_models(config: ExperimentConfig) -> dict[str, ModelConfig]:
     """{setting: model} of all that come from outside the run."""
     data = config.data
     paths = {f"{key}.model": judge.model for key, judge in judges_of(config).items() if wants_model(judge)}
@@ -326,7 +325,7 @@ def named_models(config: "ExperimentConfig") -> dict[str, ModelConfig]:
 # --- disk and memory ---------------------------------------------------------------------------------------------
 
 
-def trainings(config: "ExperimentConfig", labels: list[str]) -> list[tuple[str, Optimization]]:
+def trainings(config: ExperimentConfig, labels: list[str]) -> list[tuple[str, Optimization]]:
     """(setting, how it trains) of those that remain."""
     tuned, aligned = ("train.sft", config.train.sft), ("train.align", config.train.align)
     later = tuned if isinstance(config.loss, Positives) else aligned
@@ -339,7 +338,7 @@ def trained(labels: list[str]) -> list[str]:
     return [label for label in labels if TRAINED.fullmatch(label)]
 
 
-def check_room(config: "ExperimentConfig", labels: list[str]) -> list[str]:
+def check_room(config: ExperimentConfig, labels: list[str]) -> list[str]:
     """Disk and memory hold what is to come, as far as M0's files tell how large it is."""
     lines: list[str] = []
     with noting(lines):

@@ -1,7 +1,6 @@
 """A finished run's last policy on a model hub, sent with the user's own login, of which nothing is kept."""
 
 import json
-import re
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -21,16 +20,6 @@ REASONS = {
     403: "the login may not write there",
     404: "there is no such place",
 }
-
-
-def check_repository(name: str) -> None:
-    """A repository has an owner and a name.
-
-    Raises:
-        SelfalignError: this is not one.
-    """
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name, re.ASCII):
-        raise SelfalignError(f"push=true needs push_to=owner/name, the repository on the hub; got push_to={name!r}")
 
 
 def check_login() -> None:

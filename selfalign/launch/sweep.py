@@ -10,11 +10,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
+from selfalign.config.experiment import ExperimentConfig
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json, write_json
@@ -24,9 +25,6 @@ from selfalign.report.jobs import JOBS, read_jobs
 from selfalign.runs.runner import run_folder
 from selfalign.runs.summary import table
 from selfalign.store.artifacts import locked
-
-if TYPE_CHECKING:
-    from selfalign.config.experiment import ExperimentConfig
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +171,7 @@ def seconds(job: Job) -> str:
     return "–" if job.seconds is None else f"{job.seconds:.0f}"
 
 
-Prepared = tuple["ExperimentConfig", str, dict[str, Any]]
+Prepared = tuple[ExperimentConfig, str, dict[str, Any]]
 """An experiment, its resolved configuration as text, and as plain dictionaries."""
 
 

@@ -1,8 +1,8 @@
 """How the models of a run are measured: what they answer, how they judge, and how far they have moved."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.files import derive_seed
 from selfalign.judges.protocol import asks_a_server
 from selfalign.pipeline.held_out import HeldOutPairs
@@ -16,9 +16,6 @@ from selfalign.stages.evaluate import Answered, Judged, compares_on, evaluate, o
 from selfalign.stages.judge import Pairwise
 from selfalign.stages.respond import RespondConfig, respond
 from selfalign.store.artifacts import Artefact
-
-if TYPE_CHECKING:
-    from selfalign.config.experiment import ExperimentConfig
 
 
 @dataclass(slots=True)
@@ -34,7 +31,7 @@ class Evaluation:
         conversed: {benchmark: {model: its answers}}, of those whose questions models are compared on.
     """
 
-    config: "ExperimentConfig"
+    config: ExperimentConfig
     run: Maker
     given: Given
     judging: Judging

@@ -1,8 +1,8 @@
 """How a run's models are measured on preference pairs that none of them was trained on."""
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
+from selfalign.config.experiment import ExperimentConfig
 from selfalign.losses.refinement import Refinement
 from selfalign.pipeline.inputs import Given
 from selfalign.pipeline.models import Judging, Models
@@ -11,9 +11,6 @@ from selfalign.stages.align import augmentation_of
 from selfalign.stages.preferences import preferences
 from selfalign.stages.reference import reference
 from selfalign.store.artifacts import Artefact
-
-if TYPE_CHECKING:
-    from selfalign.config.experiment import ExperimentConfig
 
 BETA = 0.1
 """β of the rewards where the loss has none."""
@@ -33,7 +30,7 @@ class HeldOutPairs:
         judged: the judge's scores of all responses, once they are there.
     """
 
-    config: "ExperimentConfig"
+    config: ExperimentConfig
     run: Maker
     given: Given
     scored: dict[str, Artefact] = field(default_factory=dict)

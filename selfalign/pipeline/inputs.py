@@ -1,8 +1,10 @@
 """What a run is given: its data as artefacts, before any model is trained."""
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from selfalign.config.data import Pairs, SelfRewarding
+from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.errors import SelfalignError
 from selfalign.data.containers import find_data, identify_data
 from selfalign.runs.runner import Maker, StageFunction
@@ -12,49 +14,8 @@ from selfalign.stages.outputs import outputs
 from selfalign.stages.pair import given_pairs
 from selfalign.stages.preferences import preference_test
 from selfalign.stages.questions import questions
-from selfalign.stages.respond import RespondConfig
-from selfalign.stages.seeds import EvaluationFineTuning, SeedsConfig, seeds, taught_questions
+from selfalign.stages.seeds import EvaluationFineTuning, seeds, taught_questions
 from selfalign.store.artifacts import Artefact
-
-if TYPE_CHECKING:
-    from selfalign.config.experiment import ExperimentConfig
-
-
-@dataclass(kw_only=True, slots=True)
-class SelfRewarding:
-    """Preference pairs come from the model itself.
-
-    Attributes:
-        seeds: what M1 learns from.
-        instruct: how new instructions are written.
-        respond: how candidates are written.
-        accumulate: aligns each iteration on the pairs of all iterations so far, instead of on its own alone.
-    """
-
-    seeds: SeedsConfig = field(default_factory=SeedsConfig)
-    instruct: InstructConfig = field(default_factory=InstructConfig)
-    respond: RespondConfig = field(default_factory=RespondConfig)
-    accumulate: bool = False
-
-
-@dataclass(kw_only=True, slots=True)
-class Pairs:
-    """Preference pairs are given.
-
-    Attributes:
-        path: a data source of preference pairs (docs/data.md lists the formats), or of ranked answers, whose best
-            then stands against the worst.
-        count: takes the first so many of them; 0 takes all.
-        seeds: what M1 learns from before; without demonstrations M1 is M0, which should then be an SFT model.
-    """
-
-    path: str
-    count: int = 0
-    seeds: SeedsConfig = field(default_factory=SeedsConfig)
-
-    def __post_init__(self) -> None:
-        if self.count < 0:
-            raise SelfalignError(f"data.count must be 0 or more, got {self.count}")
 
 
 @dataclass(slots=True)
@@ -74,7 +35,7 @@ class Given:
         benchmarks: {benchmark: digests of the files it reads}.
     """
 
-    config: "ExperimentConfig"
+    config: ExperimentConfig
     run: Maker
     benchmarks: dict[str, dict[str, str]] = field(init=False)
     seeds: Artefact = field(init=False)
@@ -192,7 +153,7 @@ class Given:
             )
 
 
-def data_sources(config: "ExperimentConfig") -> dict[str, str]:
+def data_sources(config: ExperimentConfig) -> dict[str, str]:
     """{setting: data source} of all data that a run is given."""
     data, asked = config.data, config.evaluate
     named = {
@@ -216,7 +177,7 @@ def _check_enough(key: str, wanted: int, there: int, what: str) -> None:
         )
 
 
-def makes_baseline(config: "ExperimentConfig") -> bool:
+def makes_baseline(config: ExperimentConfig) -> bool:
     """Whether there is an SFT baseline beside M1: it writes EFT, or its judging is to be compared with M1's."""
     how = config.data.seeds.evaluation_fine_tuning
     return how == EvaluationFineTuning.baseline or (config.evaluate.baseline and how == EvaluationFineTuning.human)

@@ -6,14 +6,15 @@ judges its own answers, the best is paired with the worst, and the model is alig
 """
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
+from selfalign.config.data import SelfRewarding
+from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.files import derive_seed
 from selfalign.judges.protocol import asks_a_server
 from selfalign.losses.preference import Positives
 from selfalign.models.checkpoint import ModelConfig
 from selfalign.pipeline.evaluation import Evaluation
-from selfalign.pipeline.inputs import Given, SelfRewarding, makes_baseline
+from selfalign.pipeline.inputs import Given, makes_baseline
 from selfalign.pipeline.models import Judging, Models, checkpoint_judge, fixed_judges, load_model
 from selfalign.pipeline.requirements import check_requirements
 from selfalign.runs.runner import Maker
@@ -29,11 +30,8 @@ from selfalign.store.artifacts import Artefact
 from selfalign.training.checkpoint_selection import CheckpointSelection
 from selfalign.training.config import Weights
 
-if TYPE_CHECKING:
-    from selfalign.config.experiment import ExperimentConfig
 
-
-def run_pipeline(config: "ExperimentConfig", run: Maker) -> None:
+def run_pipeline(config: ExperimentConfig, run: Maker) -> None:
     """M0 → M1 → … → M_{iterations+1}, each measured."""
     method = Method(config, run, Given(config, run))
     models = method.models()
@@ -50,7 +48,7 @@ def run_pipeline(config: "ExperimentConfig", run: Maker) -> None:
 class Method:
     """The steps, each with the settings and the seed that belong to it, and what they have made so far."""
 
-    config: "ExperimentConfig"
+    config: ExperimentConfig
     run: Maker
     given: Given
     instructions: list[Artefact] = field(default_factory=list)

@@ -1,9 +1,10 @@
 """Who plays which part in a run: the models, and which of them judges."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from selfalign.benchmarks.protocol import judges_to_load
+from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.files import derive_seed
 from selfalign.judges.protocol import OWN_MODELS, asks_a_server, wants_model
 from selfalign.models.checkpoint import ModelConfig
@@ -12,9 +13,6 @@ from selfalign.runs.runner import Maker
 from selfalign.stages.judge import ImplicitReward, Judge, judge
 from selfalign.stages.pretrained import pretrained
 from selfalign.store.artifacts import Artefact
-
-if TYPE_CHECKING:
-    from selfalign.config.experiment import ExperimentConfig
 
 
 @dataclass(slots=True)
@@ -61,7 +59,7 @@ def load_model(run: Maker, label: str, model: ModelConfig, key: str) -> Artefact
     return run.make(label, pretrained, model=model, source=identify_source(model, key))
 
 
-def judges_of(config: "ExperimentConfig") -> dict[str, Any]:
+def judges_of(config: ExperimentConfig) -> dict[str, Any]:
     """{setting: judge} of all who score or compare in a run, those of its benchmarks aside."""
     asked, choose = config.evaluate, config.train.choose
     named = {
@@ -73,7 +71,7 @@ def judges_of(config: "ExperimentConfig") -> dict[str, Any]:
     return {key: judge for key, judge in named.items() if judge is not None}
 
 
-def fixed_judges(config: "ExperimentConfig", run: Maker) -> dict[str, Any]:
+def fixed_judges(config: ExperimentConfig, run: Maker) -> dict[str, Any]:
     """The models that only judge, compare, score held-out pairs or examine in benchmarks, as fields of `Models`.
 
     None, or none of a benchmark, where it is one of the run's own.
@@ -90,20 +88,20 @@ def fixed_judges(config: "ExperimentConfig", run: Maker) -> dict[str, Any]:
     }
 
 
-def checkpoint_judge(config: "ExperimentConfig", run: Maker) -> Artefact | None:
+def checkpoint_judge(config: ExperimentConfig, run: Maker) -> Artefact | None:
     """Loads the model that only compares checkpoints of an alignment, where there is one."""
     choose = config.train.choose
     judge = choose.head_to_head if choose.every_steps else None
     return _fixed_judge(config, run, "checkpoint_judge", judge, "train.choose.head_to_head")
 
 
-def _fixed_judge(config: "ExperimentConfig", run: Maker, label: str, judge: Any, key: str) -> Artefact | None:
+def _fixed_judge(config: ExperimentConfig, run: Maker, label: str, judge: Any, key: str) -> Artefact | None:
     if not wants_model(judge):
         return None
     return _outside(config, run, label, judge.model, key)
 
 
-def _outside(config: "ExperimentConfig", run: Maker, label: str, path: str, key: str) -> Artefact:
+def _outside(config: ExperimentConfig, run: Maker, label: str, path: str, key: str) -> Artefact:
     return load_model(run, label, ModelConfig(path=path, dtype=config.model.dtype), f"{key}.model")
 
 
@@ -117,7 +115,7 @@ class Judging:
         how: the judge.
     """
 
-    config: "ExperimentConfig"
+    config: ExperimentConfig
     run: Maker
     how: Judge
 

@@ -1,27 +1,26 @@
 """The stages of a run and their sizes, known before anything is made."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from selfalign.benchmarks.protocol import judges_to_load
+from selfalign.config.data import Pairs, SelfRewarding
+from selfalign.config.experiment import ExperimentConfig
 from selfalign.data.pair_rules import PairRule
 from selfalign.judges.protocol import asks_a_server, wants_model
 from selfalign.judges.written import WrittenScore
 from selfalign.losses.preference import Positives
-from selfalign.pipeline.inputs import Pairs, SelfRewarding, makes_baseline
+from selfalign.pipeline.inputs import makes_baseline
 from selfalign.stages.evaluate import compares_on, opponents
 from selfalign.stages.judge import Judge, Pairwise
 from selfalign.stages.seeds import EvaluationFineTuning
 
-if TYPE_CHECKING:
-    from selfalign.config.experiment import ExperimentConfig
 
-
-def plan(config: "ExperimentConfig") -> list[tuple[str, str]]:
+def plan(config: ExperimentConfig) -> list[tuple[str, str]]:
     """(label, size) of every stage in the order the pipeline makes them."""
     data, sft = config.data, config.train.sft
     stages = _given(config)
     stages += _baseline(config) if makes_baseline(config) else []
-    if trains_m1(config):
+    if config.trains_m1:
         stages.append(("M1", f"SFT, epochs {sft.epochs}, batch {sft.batch_size}"))
     stages += _evaluation(config, "M1")
     for iteration in range(1, config.iterations + 1):
@@ -34,7 +33,7 @@ def plan(config: "ExperimentConfig") -> list[tuple[str, str]]:
     return stages
 
 
-def _given(config: "ExperimentConfig") -> list[tuple[str, str]]:
+def _given(config: ExperimentConfig) -> list[tuple[str, str]]:
     """Data, and models that are not trained."""
     data, asked = config.data, config.evaluate
     stages = [("seeds", f"{data.seeds.demonstrations} {data.seeds.ranked}".strip())]
@@ -62,13 +61,7 @@ def _given(config: "ExperimentConfig") -> list[tuple[str, str]]:
     return stages
 
 
-def trains_m1(config: "ExperimentConfig") -> bool:
-    """Whether there are demonstrations; without any M1 is M0."""
-    seeds = config.data.seeds
-    return bool(seeds.demonstrations or (seeds.ranked and seeds.evaluation_fine_tuning == EvaluationFineTuning.human))
-
-
-def _baseline(config: "ExperimentConfig") -> list[tuple[str, str]]:
+def _baseline(config: ExperimentConfig) -> list[tuple[str, str]]:
     """The SFT baseline, what is measured of it, and what it writes."""
     sft = config.train.sft
     stages = [
@@ -86,7 +79,7 @@ def _baseline(config: "ExperimentConfig") -> list[tuple[str, str]]:
     ]
 
 
-def _own_pairs(config: "ExperimentConfig", place: str) -> list[tuple[str, str]]:
+def _own_pairs(config: ExperimentConfig, place: str) -> list[tuple[str, str]]:
     data, asked = config.data, config.data.instruct
     written = f"the next of {asked.source}" if asked.source else f"written by {asked.writer}"
     if not asked.source:
@@ -100,7 +93,7 @@ def _own_pairs(config: "ExperimentConfig", place: str) -> list[tuple[str, str]]:
     ]
 
 
-def _most_pairs(config: "ExperimentConfig") -> str:
+def _most_pairs(config: ExperimentConfig) -> str:
     """How many pairs, or positives, an iteration makes at most."""
     rule, written = config.pair, config.data.respond.candidates
     return f"up to {config.data.instruct.count * (rule.wanted(written) if isinstance(rule, PairRule) else written)}"
@@ -121,7 +114,7 @@ def _name_of(judge: Any) -> str:
     return judge.endpoint.model if asks_a_server(judge) else judge.model
 
 
-def _alignment(config: "ExperimentConfig", iteration: int) -> list[tuple[str, str]]:
+def _alignment(config: ExperimentConfig, iteration: int) -> list[tuple[str, str]]:
     label, train = f"M{iteration + 1}", config.train
     if isinstance(config.loss, Positives):
         fine_tuning = (label, f"SFT on positives, epochs {train.sft.epochs}")
@@ -133,13 +126,13 @@ def _alignment(config: "ExperimentConfig", iteration: int) -> list[tuple[str, st
     stages: list[tuple[str, str]] = []
     if train.reference_logps == "stored":
         stages.append((f"iteration_{iteration}/reference", f"log-probabilities of {train.reference}"))
-        at_first = iteration == 1 and (train.reference == "sft" or not trains_m1(config))
+        at_first = iteration == 1 and (train.reference == "sft" or not config.trains_m1)
         if train.reference != "previous" and not at_first:
             stages.append((f"iteration_{iteration}/start", f"log-probabilities of M{iteration}, to tell its change"))
     return [*stages, (label, size)]
 
 
-def _evaluation(config: "ExperimentConfig", name: str) -> list[tuple[str, str]]:
+def _evaluation(config: ExperimentConfig, name: str) -> list[tuple[str, str]]:
     place, settings = f"evaluation_{name}", config.evaluate
     stages: list[tuple[str, str]] = []
     before = [f"M{number}" for number in range(1, int(name[1:]))]
@@ -161,7 +154,7 @@ def _evaluation(config: "ExperimentConfig", name: str) -> list[tuple[str, str]]:
     return [*stages, (f"{place}/numbers", ""), *_benchmarks(config, name, before)]
 
 
-def _benchmarks(config: "ExperimentConfig", name: str, before: list[str]) -> list[tuple[str, str]]:
+def _benchmarks(config: ExperimentConfig, name: str, before: list[str]) -> list[tuple[str, str]]:
     """Every benchmark, and behind it the comparisons on its questions."""
     place, settings = f"evaluation_{name}", config.evaluate
     stages: list[tuple[str, str]] = []
@@ -173,14 +166,14 @@ def _benchmarks(config: "ExperimentConfig", name: str, before: list[str]) -> lis
     return stages
 
 
-def _held_out_pairs(config: "ExperimentConfig", name: str) -> list[tuple[str, str]]:
+def _held_out_pairs(config: ExperimentConfig, name: str) -> list[tuple[str, str]]:
     """What measuring a model's rewards takes; every policy scores the pairs once."""
     place, test = f"evaluation_{name}", config.evaluate.preferences
     if not test.source:
         return []
     first, scored = name == "M1", [(f"{place}/logps", "held-out pairs")]
     if first:
-        trained = scored if trains_m1(config) else []
+        trained = scored if config.trains_m1 else []
         scored = [(f"{place}/reference_logps", "held-out pairs, by M0"), *trained]
     if first and test.judge is not None:
         scored.append(("preferences/scores", _judging(test.judge, test.count, 2) if test.count else "all pairs"))

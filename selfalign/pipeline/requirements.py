@@ -1,10 +1,12 @@
 """What a run asks of M0, held against what M0 was found to be able to do, before anything is trained."""
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from selfalign.benchmarks.alpaca_eval import AlpacaEval
 from selfalign.benchmarks.mt_bench import MTBench
+from selfalign.config.data import SelfRewarding
+from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Demonstration, PreferencePair, Prompt, stream_records
 from selfalign.data.sources import as_prompt
@@ -16,17 +18,14 @@ from selfalign.losses.preference import Positives
 from selfalign.models.chat_template import opened_thought
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.tokenizer import encode_prompt, plain_ids
-from selfalign.pipeline.inputs import Given, SelfRewarding
+from selfalign.pipeline.inputs import Given
 from selfalign.pipeline.models import judges_of
 from selfalign.stages.align import augmentation_of
 from selfalign.stages.seeds import EvaluationFineTuning
 from selfalign.store.artifacts import Artefact
 
-if TYPE_CHECKING:
-    from selfalign.config.experiment import ExperimentConfig
 
-
-def check_requirements(config: "ExperimentConfig", base: Artefact, given: Given) -> None:
+def check_requirements(config: ExperimentConfig, base: Artefact, given: Given) -> None:
     """Refuses a run that M0 cannot be taken through.
 
     Args:
@@ -44,14 +43,14 @@ def check_requirements(config: "ExperimentConfig", base: Artefact, given: Given)
         raise SelfalignError("\n".join(problems))
 
 
-def _lengths(config: "ExperimentConfig", base: Artefact, given: Given) -> Iterator[str]:
+def _lengths(config: ExperimentConfig, base: Artefact, given: Given) -> Iterator[str]:
     context = base.counts["context"]
     for key, length in _used_lengths(config, given).items():
         if length > context:
             yield f"{key}.max_length={length} is above the model's context of {context} tokens: set it to that or less"
 
 
-def _used_lengths(config: "ExperimentConfig", given: Given) -> dict[str, int]:
+def _used_lengths(config: ExperimentConfig, given: Given) -> dict[str, int]:
     """{setting: longest sequence} of the trainings there are."""
     positives = isinstance(config.loss, Positives)
     taught = given.seeds.counts["ift"] + given.seeds.counts["eft"] or positives
@@ -59,7 +58,7 @@ def _used_lengths(config: "ExperimentConfig", given: Given) -> dict[str, int]:
     return {f"train.{name}": getattr(config.train, name).max_length for name, is_used in used.items() if is_used}
 
 
-def _writing(config: "ExperimentConfig", base: Artefact, given: Given) -> Iterator[str]:
+def _writing(config: ExperimentConfig, base: Artefact, given: Given) -> Iterator[str]:
     """What the run's own models write leaves a prompt some room."""
     context, data, choose = base.counts["context"], config.data, config.train.choose
     writers: dict[str, Any] = {}
@@ -82,7 +81,7 @@ def _writing(config: "ExperimentConfig", base: Artefact, given: Given) -> Iterat
             yield f"{key}={tokens} leaves no token of the model's context of {context} for a prompt: lower it"
 
 
-def _prompts_of_judges(config: "ExperimentConfig", base: Artefact, given: Given) -> Iterator[str]:
+def _prompts_of_judges(config: ExperimentConfig, base: Artefact, given: Given) -> Iterator[str]:
     """The prompts of the run's own judges leave room for a response, and in examples of judging too."""
     context, seeds = base.counts["context"], config.data.seeds
     tokenizer = PolicyFiles(base.path).load_tokenizer()
@@ -103,7 +102,7 @@ def _prompts_of_judges(config: "ExperimentConfig", base: Artefact, given: Given)
             )
 
 
-def _augmentation(config: "ExperimentConfig", base: Artefact, given: Given) -> Iterator[str]:
+def _augmentation(config: ExperimentConfig, base: Artefact, given: Given) -> Iterator[str]:
     """p leaves room for x and a response."""
     p = None if isinstance(config.loss, Positives) else augmentation_of(config.loss)
     if p is None:
@@ -116,13 +115,13 @@ def _augmentation(config: "ExperimentConfig", base: Artefact, given: Given) -> I
         )
 
 
-def _dropout(config: "ExperimentConfig", base: Artefact, given: Given) -> Iterator[str]:
+def _dropout(config: ExperimentConfig, base: Artefact, given: Given) -> Iterator[str]:
     for key, optimization in (("train.sft", config.train.sft), ("train.align", config.train.align)):
         if optimization.dropout and not base.counts["dropout"]:
             yield f"{key}.dropout={optimization.dropout}: this model has no dropout that could be set: set it to 0"
 
 
-def _quantisation(config: "ExperimentConfig", base: Artefact, given: Given) -> Iterator[str]:
+def _quantisation(config: ExperimentConfig, base: Artefact, given: Given) -> Iterator[str]:
     stored = PolicyFiles(base.path).quantization
     if stored and not config.model.lora.rank:
         yield (
@@ -131,7 +130,7 @@ def _quantisation(config: "ExperimentConfig", base: Artefact, given: Given) -> I
         )
 
 
-def _conversations(config: "ExperimentConfig", base: Artefact, given: Given) -> Iterator[str]:
+def _conversations(config: ExperimentConfig, base: Artefact, given: Given) -> Iterator[str]:
     """Whether the chat template takes what the data have."""
     if not base.counts["chat_template"]:
         asked = isinstance(config.data, SelfRewarding) or given.questions or config.benchmark
@@ -163,7 +162,7 @@ def _refused_turns(given: Given, what: str, found_in: Callable[[list[str]], bool
             return
 
 
-def _thoughts(config: "ExperimentConfig", base: Artefact, given: Given) -> Iterator[str]:
+def _thoughts(config: ExperimentConfig, base: Artefact, given: Given) -> Iterator[str]:
     """No answer opens a thought again that the chat template has opened."""
     if not base.counts["chat_template"]:
         return
@@ -191,7 +190,7 @@ def _records(given: Given) -> Iterator[Demonstration | PreferencePair]:
             yield from stream_records(file, kind)
 
 
-def _judges(config: "ExperimentConfig", base: Artefact, given: Given) -> Iterator[str]:
+def _judges(config: ExperimentConfig, base: Artefact, given: Given) -> Iterator[str]:
     """Whether the run's own models can give scores and verdicts as single tokens."""
     tokenizer = PolicyFiles(base.path).load_tokenizer()
     if not tokenizer.chat_template:
@@ -206,7 +205,7 @@ def _judges(config: "ExperimentConfig", base: Artefact, given: Given) -> Iterato
         yield str(error)
 
 
-def _own_judges(config: "ExperimentConfig") -> dict[str, Any]:
+def _own_judges(config: ExperimentConfig) -> dict[str, Any]:
     """{setting: judge} of those that are policies of the run."""
     judges = judges_of(config)
     return {key: one for key, one in judges.items() if not asks_a_server(one) and one.model in OWN_MODELS}

@@ -3,10 +3,8 @@
 It needs the extra `workspace`. Without an API key, or where WANDB_MODE says so, it is built and checked, but not sent.
 """
 
-import argparse
 from typing import TYPE_CHECKING, Any
 
-from selfalign.cli.main import one_line_errors, set_streams
 from selfalign.core.errors import SelfalignError
 from selfalign.tracking.wandb import has_key, is_online
 
@@ -87,19 +85,6 @@ def as_sent(workspace: "Workspace") -> dict[str, Any]:
     return workspace._to_model().model_dump(by_alias=True, mode="json")
 
 
-def main() -> None:
-    """Builds the workspace of a project, and sends it as a new view where W&B can be reached."""
-    set_streams()
-    parser = argparse.ArgumentParser(prog="selfalign-workspace", description="A W&B workspace that compares runs.")
-    parser.add_argument("project", metavar="ENTITY/PROJECT", help="the project whose runs are compared")
-    place = parser.parse_args().project
-    entity, _, project = place.partition("/")
-    if not entity or not project or "/" in project:
-        parser.error(f"expected ENTITY/PROJECT, got {place!r}")
-    with one_line_errors("interrupted; look at the project whether the view is there"):
-        print(publish(entity, project))
-
-
 def publish(entity: str, project: str) -> str:
     """Sends the workspace if W&B is to be reached; says where it is, or why it is not sent.
 
@@ -122,7 +107,3 @@ def publish(entity: str, project: str) -> str:
     except wandb.Error as error:
         raise SelfalignError(f"{entity}/{project}: Weights & Biases refuses the view ({error})") from error
     return f"{views} panels: {workspace.url}"
-
-
-if __name__ == "__main__":
-    main()

@@ -9,7 +9,7 @@ from benching import QUESTIONS, REFERENCES, write_rows
 from builders import TINY_RUN, composed, metrics, policy_artefact, run, workspace, write_tiny_data
 
 from selfalign.benchmarks.protocol import Entrant
-from selfalign.cli.main import conf_folder
+from selfalign.cli.environment import conf_folder
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
 from selfalign.core.records import Comparison, read_records

@@ -8,24 +8,90 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING
 
+from selfalign.config.components import COMPONENTS
+from selfalign.config.data import Pairs, SelfRewarding
+from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.errors import SelfalignError
 from selfalign.data.pair_rules import BestVsK, BestWorst, PairRule
 from selfalign.judges.protocol import asks_a_server
 from selfalign.losses.preference import Positives, SrDPO, SrIPO
-from selfalign.pipeline.inputs import Pairs, SelfRewarding
-from selfalign.pipeline.plan import trains_m1
-from selfalign.stages.judge import Pairwise, SampledScore
+from selfalign.models.quantization import check_engine
+from selfalign.runs.runner import check_name
+from selfalign.stages.judge import ImplicitReward, Pairwise, SampledScore
 from selfalign.stages.pair import PositivesOnly
 from selfalign.stages.seeds import EvaluationFineTuning
 from selfalign.training.config import TrainConfig
 
-if TYPE_CHECKING:
-    from selfalign.config.experiment import ExperimentConfig
+
+def check_experiment(config: ExperimentConfig) -> None:
+    """Checks what settings mean beside one another.
+
+    Raises:
+    SelfalignError: some cannot be used together, have no effect, or are out of reach; the keys are named.
+    """
+    check_name(config.name)
+    if config.push or config.push_to:
+        check_repository(config.push_to)
+    if config.price_per_hour < 0:
+        raise SelfalignError(f"price_per_hour must be 0 or more, got {config.price_per_hour}")
+    if config.iterations < 1:
+        raise SelfalignError(f"iterations must be 1 or more, got {config.iterations}")
+    if config.model.quantization != "none" and config.train.layout.sharded:
+        raise SelfalignError("train.layout.kind=fsdp2 cannot share out weights in 4 bits: set model.quantization=none")
+    check_engine(config.model.quantization, type(config.generate).__name__.lower())
+    if isinstance(config.data, Pairs) and config.iterations != 1:
+        raise SelfalignError(f"iterations={config.iterations}, but data=pairs gives one set of pairs: set iterations=1")
+    if isinstance(config.pair, PairRule):
+        config.pair.check_iterations(config.iterations)
+    if isinstance(config.data, SelfRewarding) and isinstance(config.loss, Positives) != isinstance(
+        config.pair, PositivesOnly
+    ):
+        raise SelfalignError("loss=positives and pair=positives go together: one of them alone has no meaning")
+    _check_evaluation_fine_tuning(config)
+    _check_judge(config)
+    _check_benchmarks(config)
+    check_effects(config)
+    check_counts(config)
 
 
-def check_counts(config: "ExperimentConfig") -> None:
+def _check_evaluation_fine_tuning(config: ExperimentConfig) -> None:
+    """What its examples need is there."""
+    seeds = config.data.seeds
+    if config.evaluate.baseline and not (seeds.demonstrations and seeds.ranked):
+        raise SelfalignError(
+            "evaluate.baseline=true needs data.seeds.demonstrations to train the SFT baseline, and "
+            "data.seeds.ranked to measure it"
+        )
+    if seeds.evaluation_fine_tuning == EvaluationFineTuning.baseline and not isinstance(config.judge, SampledScore):
+        raise SelfalignError(
+            "data.seeds.evaluation_fine_tuning=baseline needs a judge that writes justifications: choose "
+            "judge=additive or judge=multiple_choice"
+        )
+
+
+def _check_benchmarks(config: ExperimentConfig) -> None:
+    """Every one is a component, with a name that can be part of a label, and has settings that make sense."""
+    for name, benchmark in config.benchmark.items():
+        if type(benchmark) not in COMPONENTS["benchmark"].values():
+            raise SelfalignError(f"unknown key benchmark.{name}: choose benchmarks with benchmark=[NAME,...]")
+        check_name(name)
+        benchmark.check(f"benchmark.{name}")
+
+
+def _check_judge(config: ExperimentConfig) -> None:
+    """What a judge cannot do is refused before anything is made."""
+    seeds = config.data.seeds
+    if isinstance(config.judge, ImplicitReward):
+        if seeds.ranked and seeds.evaluation_fine_tuning == EvaluationFineTuning.human:
+            raise SelfalignError(
+                "judge=implicit writes no judgements that could be taught: set data.seeds.evaluation_fine_tuning=none"
+            )
+        if config.evaluate.instructions and config.evaluate.judge == "base":
+            raise SelfalignError("evaluate.judge=base has no reference, which judge=implicit needs: set sft")
+
+
+def check_counts(config: ExperimentConfig) -> None:
     """Checks what is known before any data are read.
 
     Raises:
@@ -58,7 +124,7 @@ def check_counts(config: "ExperimentConfig") -> None:
         raise SelfalignError(f"pair.minimum_examples={rule.minimum_examples}, but {_sizes(data)} gives {most} at most")
 
 
-def check_effects(config: "ExperimentConfig") -> None:
+def check_effects(config: ExperimentConfig) -> None:
     """Refuses what is set and would do nothing: a run would say that it had been done.
 
     Raises:
@@ -92,7 +158,7 @@ def check_effects(config: "ExperimentConfig") -> None:
                 )
 
 
-def without_effect(config: "ExperimentConfig", overrides: Sequence[str]) -> list[str]:
+def without_effect(config: ExperimentConfig, overrides: Sequence[str]) -> list[str]:
     """A line for each setting of the command line that does nothing beside the others.
 
     What the files of an experiment set is none of it, and nothing is refused: a sweep over `loss` gives every job the
@@ -107,14 +173,14 @@ def without_effect(config: "ExperimentConfig", overrides: Sequence[str]) -> list
     ]
 
 
-def _idle(config: "ExperimentConfig") -> Iterator[tuple[str, str]]:
+def _idle(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
     """(keys, as a regular expression; why what is set there or below has no effect)."""
     data, train, asked = config.data, config.train, config.evaluate
     if isinstance(config.loss, Positives):
         read = "dtype|max_length|batch_tokens"  # For log-probabilities of held-out pairs.
         unread = rf"train\.align(?!\.({read})$)" if asked.preferences.source else r"train\.align"
         yield rf"{unread}|train\.reference_logps", "loss=positives fine-tunes by train.sft and aligns nothing"
-    elif not trains_m1(config):
+    elif not config.trains_m1:
         yield r"train\.sft", "there are no demonstrations, so M1 is M0"
     if not train.choose.every_steps:
         yield r"train\.choose(?!\.(every_steps|instructions)$)", "train.choose.every_steps=0 compares no checkpoints"
@@ -135,7 +201,7 @@ def _idle(config: "ExperimentConfig") -> Iterator[tuple[str, str]]:
         yield "judge", "pairs are given, and there are no answers or ranked questions to score"
 
 
-def _idle_data(config: "ExperimentConfig") -> Iterator[tuple[str, str]]:
+def _idle_data(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
     """The same of what is given and written."""
     data, seeds = config.data, config.data.seeds
     if isinstance(data, SelfRewarding) and data.instruct.source:
@@ -151,7 +217,7 @@ def _idle_data(config: "ExperimentConfig") -> Iterator[tuple[str, str]]:
         yield r"data\.seeds\.most_common_ratio", why
 
 
-def _idle_beside(config: "ExperimentConfig") -> Iterator[tuple[str, str]]:
+def _idle_beside(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
     """The same of what a choice of its own group leaves unread."""
     loss, train, asked = config.loss, config.train, config.evaluate
     referees = {"evaluate": asked.head_to_head, "train.choose": train.choose.head_to_head}
@@ -197,7 +263,7 @@ def _check_seeds(data: SelfRewarding) -> None:
         )
 
 
-def _check_candidates(config: "ExperimentConfig", data: SelfRewarding) -> None:
+def _check_candidates(config: ExperimentConfig, data: SelfRewarding) -> None:
     """Pairs, and comparisons, are made of two responses to one instruction."""
     candidates, rule = data.respond.candidates, config.pair
     needed = rule.k + 1 if isinstance(rule, BestVsK) else 2 if isinstance(rule, PairRule) else 1
@@ -211,7 +277,7 @@ def _check_candidates(config: "ExperimentConfig", data: SelfRewarding) -> None:
         )
 
 
-def _check_scores(config: "ExperimentConfig") -> None:
+def _check_scores(config: ExperimentConfig) -> None:
     """A judge's scale bounds what its scores can reach and by how much they can differ."""
     rule, judge = config.pair, config.judge
     low, high = getattr(judge, "low", None), getattr(judge, "high", None)
@@ -226,7 +292,7 @@ def _check_scores(config: "ExperimentConfig") -> None:
         )
 
 
-def _check_training_lengths(config: "ExperimentConfig", data: SelfRewarding) -> None:
+def _check_training_lengths(config: ExperimentConfig, data: SelfRewarding) -> None:
     """What is written to be trained on, a prompt before it, must fit into the longest sequence."""
     positives = isinstance(config.loss, Positives)
     stage = "train.sft" if positives else "train.align"
@@ -240,3 +306,13 @@ def _check_training_lengths(config: "ExperimentConfig", data: SelfRewarding) -> 
                 f"{key}.max_new_tokens={tokens} leaves no token of {of}.max_length={longest} for a prompt, so the "
                 "longest texts are never trained on: lower the one or raise the other"
             )
+
+
+def check_repository(name: str) -> None:
+    """A repository has an owner and a name.
+
+    Raises:
+        SelfalignError: this is not one.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name, re.ASCII):
+        raise SelfalignError(f"push=true needs push_to=owner/name, the repository on the hub; got push_to={name!r}")

@@ -1,0 +1,38 @@
+"""`selfalign-evaluate`: finished runs and other models measured without training."""
+
+import sys
+from pathlib import Path
+
+from selfalign.cli.environment import conf_folder, set_environment, set_messages, set_streams
+from selfalign.cli.errors import one_line_errors
+from selfalign.core import distributed
+
+EVALUATE = """selfalign-evaluate: measures the models of finished runs, and any others, without training
+
+usage: selfalign-evaluate RUN_OR_MODEL [RUN_OR_MODEL ...] [group=option ...] [key=value ...]
+
+A run folder stands for its models M1, M2, ... and the SFT baseline, a sweep folder for M1 and the last model of every
+finished job, a model folder or hub id for itself. Settings are those the first run was started with, and what is given
+here on top. Each model is compared with the first one and the one before it; evaluate.matrix=true compares all.
+
+examples:
+  selfalign-evaluate outputs/demo-1a2b3c4d evaluate.matrix=true
+  selfalign-evaluate outputs/sweeps/demo-5e6f7a8b evaluate.matrix=true
+  selfalign-evaluate outputs/demo-1a2b3c4d /models/other evaluate.count=100 evaluate.against=outputs.json
+  selfalign-evaluate /models/one /models/other track=none evaluate.head_to_head.model=/models/judge"""
+
+
+def evaluate() -> None:
+    """Runs `selfalign-evaluate`; exit codes as of `main`, 2 for nothing to evaluate."""
+    set_streams()
+    sources = [argument for argument in sys.argv[1:] if "=" not in argument or Path(argument).exists()]
+    if not sources or any(source.startswith("-") for source in sources):
+        print(EVALUATE, file=sys.stderr)
+        sys.exit(0 if {"-h", "--help"} & set(sources) else 2)
+    set_environment()
+    with one_line_errors("interrupted; the same command continues where it stopped"):
+        from selfalign.launch.evaluate import evaluate_models
+
+        with distributed.joined():
+            set_messages()
+            evaluate_models(sources, [a for a in sys.argv[1:] if a not in sources], conf_folder())

@@ -1,0 +1,45 @@
+"""Where demonstrations and preference pairs come from: the settings of `data`."""
+
+from dataclasses import dataclass, field
+
+from selfalign.core.errors import SelfalignError
+from selfalign.stages.instruct import InstructConfig
+from selfalign.stages.respond import RespondConfig
+from selfalign.stages.seeds import SeedsConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class SelfRewarding:
+    """Preference pairs come from the model itself.
+
+    Attributes:
+        seeds: what M1 learns from.
+        instruct: how new instructions are written.
+        respond: how candidates are written.
+        accumulate: aligns each iteration on the pairs of all iterations so far, instead of on its own alone.
+    """
+
+    seeds: SeedsConfig = field(default_factory=SeedsConfig)
+    instruct: InstructConfig = field(default_factory=InstructConfig)
+    respond: RespondConfig = field(default_factory=RespondConfig)
+    accumulate: bool = False
+
+
+@dataclass(kw_only=True, slots=True)
+class Pairs:
+    """Preference pairs are given.
+
+    Attributes:
+        path: a data source of preference pairs (docs/data.md lists the formats), or of ranked answers, whose best
+            then stands against the worst.
+        count: takes the first so many of them; 0 takes all.
+        seeds: what M1 learns from before; without demonstrations M1 is M0, which should then be an SFT model.
+    """
+
+    path: str
+    count: int = 0
+    seeds: SeedsConfig = field(default_factory=SeedsConfig)
+
+    def __post_init__(self) -> None:
+        if self.count < 0:
+            raise SelfalignError(f"data.count must be 0 or more, got {self.count}")
