@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -17,32 +18,8 @@ from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.errors import SelfalignError
 
 PACKAGE = ROOT / "selfalign"
-METHOD = {
-    "checkpoint_selection",
-    "feasibility",
-    "given",
-    "roles",
-    "requirements",
-    "held_out",
-    "evaluation",
-    "pipeline",
-    "plan",
-    "rehearsal",
-    "dry_run",
-    "preflight",
-}
-ABOVE_STAGES = METHOD | {
-    "experiment",
-    "evaluator",
-    "sweep",
-    "config",
-    "multirun",
-    "__main__",
-    "storekeeper",
-    "reporter",
-    "workspace",
-}
-"""Modules that may know of stages, from the method up to the command line."""
+HYDRA = {"config.hydra", "config.overrides", "launch.hydra_sweep", "cli.main"}
+"""Modules that may know of Hydra."""
 
 
 @cache
@@ -59,19 +36,10 @@ def modules() -> dict[str, Path]:
     }
 
 
-def imports_of(path: Path, *, typing: bool = True) -> set[str]:
-    """Every module a file imports, at its top or inside a function; without `typing` not those for type checkers."""
-    hidden = [
-        node
-        for block in ast.walk(tree_of(path))
-        if isinstance(block, ast.If) and isinstance(block.test, ast.Name) and block.test.id == "TYPE_CHECKING"
-        for statement in block.body
-        for node in ast.walk(statement)
-    ]
+def imports_of(path: Path) -> set[str]:
+    """Every module a file imports, at its top, inside a function or for type checkers alone."""
     found: set[str] = set()
     for node in ast.walk(tree_of(path)):
-        if not typing and node in hidden:
-            continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -80,52 +48,54 @@ def imports_of(path: Path, *, typing: bool = True) -> set[str]:
     return found
 
 
-def own_imports(path: Path, *, typing: bool = True) -> set[str]:
+def own_imports(path: Path) -> set[str]:
     """Those of selfalign's own modules, by their name below it."""
-    names = {
-        name.removeprefix("selfalign.") for name in imports_of(path, typing=typing) if name.startswith("selfalign.")
-    }
-    return names & modules().keys() | {name for name in names if name == "stages"}
+    names = {name.removeprefix("selfalign.") for name in imports_of(path) if name.startswith("selfalign.")}
+    return names & modules().keys()
+
+
+def floors() -> dict[str, int]:
+    """{package: its floor}, as docs/architecture.md has them, from the ground up."""
+    block = re.search(r"^```floors\n(.*?)^```$", (ROOT / "docs/architecture.md").read_text("utf-8"), re.M | re.S)
+    assert block is not None
+    return {package: floor for floor, line in enumerate(block[1].splitlines()) for package in line.split()}
 
 
 # --- imports -----------------------------------------------------------------------------------------------------
 
 
-def test_there_are_modules_to_check() -> None:
-    names = modules()
-    assert {"pipeline", "losses", "stages.align", "config", "__main__"} <= names.keys()
-    assert len([name for name in names if name.startswith("stages.")]) == 17
-    assert own_imports(names["pipeline"]) >= {"stages.align", "losses", "config"}
-    assert "config" not in own_imports(names["pipeline"], typing=False)
+def test_every_module_lies_in_a_package_that_has_a_floor() -> None:
+    flat = [name for name in modules() if "." not in name and name != "__main__"]
+    assert flat == []
+    assert {name.split(".")[0] for name in modules()} - {"__main__"} == floors().keys()
+    assert max(floors().values()) < 11
 
 
-@pytest.mark.parametrize("name", [n for n in modules() if not n.startswith("stages.") and n not in ABOVE_STAGES])
-def test_core_module_knows_no_stage_and_nothing_above(name: str) -> None:
-    known = own_imports(modules()[name])
-    assert not {other for other in known if other.startswith("stages")} | known & ABOVE_STAGES
+@pytest.mark.parametrize("name", [name for name in modules() if name != "__main__"])
+def test_module_imports_from_its_own_package_and_from_floors_below(name: str) -> None:
+    package = name.split(".")[0]
+    for other in own_imports(modules()[name]):
+        below = other.split(".")[0]
+        assert below == package or floors()[below] < floors()[package], f"{name} imports {other}"
 
 
-@pytest.mark.parametrize("name", [n for n in modules() if n.startswith("stages.")])
-def test_stage_knows_core_modules_only(name: str) -> None:
-    known = own_imports(modules()[name])
-    assert not {other for other in known if other.startswith("stages")} | known & ABOVE_STAGES
+def test_no_modules_import_one_another_in_a_circle() -> None:
+    TopologicalSorter({name: own_imports(path) for name, path in modules().items()}).prepare()
 
 
-def test_imports_above_the_stages_point_one_way() -> None:
-    order = [
-        "checkpoint_selection",
-        "pipeline",
-        "plan",
-        "preflight",
-        "experiment",
-        "sweep",
-        "config",
-        "multirun",
-        "__main__",
-    ]
-    for name in order:
-        above = set(order[order.index(name) + 1 :])
-        assert not own_imports(modules()[name], typing=False) & above, name
+def test_stages_meet_in_records_alone() -> None:
+    stages = {name: path for name, path in modules().items() if name.startswith("stages.")}
+    assert len(stages) >= 17
+    for name, path in stages.items():
+        known = {other.split(".")[0] for other in own_imports(path)}
+        assert not known & {"stages", "runs", "tracking", "report"}, name
+
+
+def test_a_module_that_only_type_checkers_see_is_none_of_ours() -> None:
+    for name, path in modules().items():
+        for block in ast.walk(tree_of(path)):
+            if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING":
+                assert "selfalign" not in ast.unparse(block), name
 
 
 def test_hydra_is_known_in_four_files_only() -> None:
@@ -134,7 +104,7 @@ def test_hydra_is_known_in_four_files_only() -> None:
         for name, path in modules().items()
         if any(re.match(r"(hydra|omegaconf)\b", imported) for imported in imports_of(path))
     }
-    assert users == {"config", "multirun", "overrides", "__main__"}
+    assert users == HYDRA
 
 
 def test_stage_file_has_one_public_function_of_its_name() -> None:
