@@ -19,7 +19,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.records import PairReference
 from selfalign.losses.preference import DPO, SrDPO
 from selfalign.losses.refinement import Refinement
-from selfalign.metrics.catalog import averages
+from selfalign.metrics.accumulate import averages
 from selfalign.models.batches import Group, PairExample, encode_group, encode_pairs
 from selfalign.models.checkpoint import LoRA, PolicyFiles
 from selfalign.models.tokenizer import Answer

@@ -5,22 +5,17 @@ from builders import judgement
 from scipy import stats
 
 from selfalign.core.records import Judgement, JudgementStatus
-from selfalign.metrics.catalog import (
-    METRICS,
-    Sums,
-    add_sums,
-    averages,
+from selfalign.metrics.accumulate import Sums, add_sums, averages
+from selfalign.metrics.catalog import METRICS
+from selfalign.metrics.intervals import length_controlled, wilson
+from selfalign.metrics.rewards import length_moments, logp_changes, reward_intervals, reward_metrics
+from selfalign.metrics.summaries import (
     instruction_statistics,
     judgement_statistics,
-    length_moments,
-    logp_changes,
     outcomes_by_score,
-    reward_intervals,
-    reward_metrics,
     score_histogram,
     win_statistics,
 )
-from selfalign.metrics.intervals import length_controlled, wilson
 
 # --- shares and head to head -------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from selfalign.judges.comparisons import Duel, Reading, Showing, bias_statistics
 from selfalign.judges.expected import distribution, tokens_behind
 from selfalign.judges.protocol import Bench, check_batch_tokens, check_model, check_share
 from selfalign.judges.unread import Unread
-from selfalign.metrics.catalog import win_statistics
+from selfalign.metrics.summaries import win_statistics
 from selfalign.models.batches import Group, share_prompt
 from selfalign.models.tokenizer import encode_prompt
 from selfalign.store.artifacts import Counts

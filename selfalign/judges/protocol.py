@@ -23,7 +23,7 @@ from selfalign.core.records import (
 from selfalign.data.sources import as_prompt
 from selfalign.engines.openai_client import Client, Endpoint
 from selfalign.engines.protocol import Backend, Generator, Loaded, Reader
-from selfalign.metrics.catalog import Sums
+from selfalign.metrics.accumulate import Sums
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.store.artifacts import Counts
 from selfalign.store.journal import Journal

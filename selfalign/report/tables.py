@@ -5,7 +5,8 @@ from array import array
 from html import escape
 
 from selfalign.core.records import Judgement
-from selfalign.metrics.catalog import METRICS, meaning_in_benchmark, score_histogram
+from selfalign.metrics.catalog import METRICS, meaning_in_benchmark
+from selfalign.metrics.summaries import score_histogram
 from selfalign.report.charts import draw_heatmap, draw_histogram
 from selfalign.report.html import Column, Row, decimals, explained, figure, grid, is_number, note, percent, strong
 from selfalign.runs.reader import Finished

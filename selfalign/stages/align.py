@@ -18,15 +18,8 @@ from selfalign.core.records import PreferencePair, stream_records
 from selfalign.losses.logps import PairLogps
 from selfalign.losses.preference import ODPO, PreferenceLoss, SrDPO, SrIPO, rewards
 from selfalign.losses.refinement import Refinement
-from selfalign.metrics.catalog import (
-    Sums,
-    add_sums,
-    averages,
-    length_moments,
-    logp_changes,
-    reward_intervals,
-    reward_metrics,
-)
+from selfalign.metrics.accumulate import Sums, add_sums, averages
+from selfalign.metrics.rewards import length_moments, logp_changes, reward_intervals, reward_metrics
 from selfalign.models.batches import Group, PairExample, encode_pairs
 from selfalign.models.checkpoint import Policy, PolicyFiles, autocast
 from selfalign.models.scorer import make_scoring

@@ -10,10 +10,10 @@ from selfalign.core.records import FinishReason, Judgement, RankedAnswers, Respo
 from selfalign.data.text_filters import words_of
 from selfalign.engines.protocol import Sampling
 from selfalign.judges.protocol import asks_a_server
-from selfalign.metrics.catalog import outcomes_by_score, win_statistics
 from selfalign.metrics.intervals import correlation, distinct, repeated
 from selfalign.metrics.judge_quality import Question, calibration, judge_quality
 from selfalign.metrics.limits import Limits
+from selfalign.metrics.summaries import outcomes_by_score, win_statistics
 from selfalign.store.artifacts import Artefact, Counts, Workspace
 
 

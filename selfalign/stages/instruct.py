@@ -15,7 +15,7 @@ from selfalign.data.rouge import Known
 from selfalign.data.text_filters import Language, is_fragment, words_of
 from selfalign.data.turns import instruction_of
 from selfalign.engines.protocol import Backend, Completion, Generator, Request, Sampling, write_all
-from selfalign.metrics.catalog import instruction_statistics
+from selfalign.metrics.summaries import instruction_statistics
 from selfalign.models.builtin import BUILDERS
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.tokenizer import encode_prompt

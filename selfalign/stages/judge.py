@@ -41,8 +41,9 @@ from selfalign.judges.protocol import (
 from selfalign.judges.sampled import SampledScore
 from selfalign.judges.unread import Unread
 from selfalign.judges.written import WrittenScore
-from selfalign.metrics.catalog import Sums, add_sums, averages, judgement_statistics
+from selfalign.metrics.accumulate import Sums, add_sums, averages
 from selfalign.metrics.intervals import RunningMean, entropy
+from selfalign.metrics.summaries import judgement_statistics
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.store.artifacts import Artefact, Counts, Workspace, together
 

@@ -25,8 +25,9 @@ from selfalign.data.turns import as_text
 from selfalign.losses.logps import PairLogps
 from selfalign.losses.preference import rewards
 from selfalign.losses.refinement import refinement
-from selfalign.metrics.catalog import averages, reward_intervals, reward_metrics
+from selfalign.metrics.accumulate import averages
 from selfalign.metrics.intervals import bootstrap, bootstrap_correlation, bootstrap_mean
+from selfalign.metrics.rewards import reward_intervals, reward_metrics
 from selfalign.store.artifacts import Artefact, Counts, Workspace
 from selfalign.training.splits import Known, texts_of
 

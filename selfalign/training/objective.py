@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-from selfalign.metrics.catalog import Sums
+from selfalign.metrics.accumulate import Sums
 from selfalign.models.batches import Batch, Group, make_batch
 from selfalign.training.parallelism import out_of_wrapper
 

@@ -21,7 +21,7 @@ from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed
 from selfalign.core.progress import progress_bar
-from selfalign.metrics.catalog import Sums, add_sums, averages
+from selfalign.metrics.accumulate import Sums, add_sums, averages
 from selfalign.models.checkpoint import Policy, autocast, default_device
 from selfalign.store.artifacts import Workspace
 from selfalign.training import resume_state
