@@ -17,8 +17,8 @@ from selfalign.core.files import read_json
 from selfalign.launch import push_to_hub as module
 from selfalign.launch.push_to_hub import check_login, publish, repository_files
 from selfalign.models.checkpoint import PolicyFiles
+from selfalign.runs.folder import run_folder
 from selfalign.runs.reader import Finished
-from selfalign.runs.runner import run_folder
 
 TINY = [*TINY_RUN, "iterations=1", "evaluate=none", "data.seeds.ranked=''", "data.seeds.evaluation_fine_tuning=none"]
 CHECKPOINT = {"config.json", "generation_config.json", "model.safetensors"}

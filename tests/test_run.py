@@ -9,19 +9,10 @@ from builders import ROOT, composed, policy_artefact
 
 from selfalign.core.errors import SelfalignError
 from selfalign.models.checkpoint import PolicyFiles
-from selfalign.runs.runner import (
-    Look,
-    NotMadeYet,
-    Run,
-    StageFunction,
-    check_name,
-    code_state,
-    flat_numbers,
-    iteration_of,
-    open_folder,
-    run_folder,
-    write_provenance,
-)
+from selfalign.runs.folder import check_name, open_folder, run_folder
+from selfalign.runs.labels import iteration_of
+from selfalign.runs.provenance import code_state, write_provenance
+from selfalign.runs.runner import Look, NotMadeYet, Run, StageFunction, flat_numbers
 from selfalign.store.artifacts import Artefact, Counts, Store, Workspace
 
 

@@ -17,7 +17,7 @@ from selfalign.data.pair_rules import BestVsK, BestWorst, PairRule
 from selfalign.judges.protocol import asks_a_server
 from selfalign.losses.preference import Positives, SrDPO, SrIPO
 from selfalign.models.quantization import check_engine
-from selfalign.runs.runner import check_name
+from selfalign.runs.folder import check_name
 from selfalign.stages.judge import ImplicitReward, Pairwise, SampledScore
 from selfalign.stages.pair import PositivesOnly
 from selfalign.stages.seeds import EvaluationFineTuning

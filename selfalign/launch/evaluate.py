@@ -19,8 +19,11 @@ from selfalign.pipeline.evaluation import Evaluation
 from selfalign.pipeline.inputs import Given
 from selfalign.pipeline.models import Judging, Models, fixed_judges, load_model
 from selfalign.report import write_report
+from selfalign.runs.folder import open_folder
+from selfalign.runs.labels import iteration_of
+from selfalign.runs.provenance import write_provenance
 from selfalign.runs.reader import check_artefacts
-from selfalign.runs.runner import Fellow, Maker, Run, iteration_of, open_folder, write_provenance
+from selfalign.runs.runner import Fellow, Maker, Run
 from selfalign.runs.summary import models_of
 from selfalign.store.artifacts import Artefact, Store, canonical, locked, open_artefact
 

@@ -21,16 +21,9 @@ from selfalign.pipeline.loop import run_pipeline
 from selfalign.pipeline.plan import plan
 from selfalign.report import write_report
 from selfalign.report.model_card import write_card
-from selfalign.runs.runner import (
-    Fellow,
-    Look,
-    NotMadeYet,
-    Run,
-    StageFunction,
-    open_folder,
-    run_folder,
-    write_provenance,
-)
+from selfalign.runs.folder import open_folder, run_folder
+from selfalign.runs.provenance import write_provenance
+from selfalign.runs.runner import Fellow, Look, NotMadeYet, Run, StageFunction
 from selfalign.runs.summary import closing_text, models_of, plan_text, summarise
 from selfalign.store.artifacts import Artefact, Store, locked
 from selfalign.tracking.tables import log_tables

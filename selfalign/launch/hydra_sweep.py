@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from selfalign.core import distributed
 from selfalign.core.files import digest_json, path_of
 from selfalign.launch.sweep import Prepared, Sweep, run_job
-from selfalign.runs.runner import check_name
+from selfalign.runs.folder import check_name
 
 NOT_HERE = (
     "error: a sweep starts the processes of its jobs itself: leave out torchrun, and set hydra/launcher=submitit_local "

@@ -22,7 +22,7 @@ from selfalign.core.files import read_json, write_json
 from selfalign.launch.experiment import finish_experiment, log_file
 from selfalign.metrics.catalog import signed
 from selfalign.report.jobs import JOBS, read_jobs
-from selfalign.runs.runner import run_folder
+from selfalign.runs.folder import run_folder
 from selfalign.runs.summary import table
 from selfalign.store.artifacts import locked
 

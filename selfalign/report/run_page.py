@@ -44,8 +44,8 @@ from selfalign.report.tables import (
     ranked_histograms,
 )
 from selfalign.report.timing import times_table
+from selfalign.runs.labels import iteration_of
 from selfalign.runs.reader import Finished, read_head_to_head, read_samples
-from selfalign.runs.runner import iteration_of
 
 Row = dict[str, Any]
 

@@ -11,8 +11,8 @@ from selfalign.core.formatting import duration
 from selfalign.metrics.catalog import METRICS
 from selfalign.report.html import Column, decimals, explained, note
 from selfalign.report.sentences import LOSSES
+from selfalign.runs.labels import iteration_of
 from selfalign.runs.reader import Finished
-from selfalign.runs.runner import iteration_of
 from selfalign.store.artifacts import LOG, MANIFEST
 
 Row = dict[str, Any]

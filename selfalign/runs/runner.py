@@ -1,39 +1,20 @@
 """One run: its folder, what it has made, and where that came from."""
 
-import importlib.metadata
 import json
 import logging
 import os
-import platform
-import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
-from selfalign.core.errors import SelfalignError
 from selfalign.core.failures import naming
-from selfalign.core.files import PACKAGE, digest_json, write_atomically, write_json
-from selfalign.models.checkpoint import PolicyFiles
-from selfalign.runs.tracker import NoTracker, Tracker, forget_tracked
-from selfalign.store.artifacts import Artefact, Counts, Store, canonical
+from selfalign.runs.labels import iteration_of
+from selfalign.runs.tracker import NoTracker, Tracker
+from selfalign.store.artifacts import Artefact, Counts, Store
 
 logger = logging.getLogger(__name__)
 
-PACKAGES = (
-    "selfalign",
-    "torch",
-    "transformers",
-    "accelerate",
-    "peft",
-    "datasets",
-    "hydra-core",
-    "omegaconf",
-    "wandb",
-)
 
 StageFunction = Callable[..., Counts]
 
@@ -189,98 +170,6 @@ class Look:
 def keyed_inputs(inputs: dict[str, Any], attempt: str) -> dict[str, Any]:
     """A stage's inputs, with the name of a run that must not find what others made."""
     return inputs | ({"attempt": attempt} if attempt else {})
-
-
-def run_folder(output: Path, name: str, config: Any, *, fresh: bool) -> tuple[Path, str]:
-    """The folder of a configuration, and the name under which it keeps its artefacts to itself, if it does.
-
-    The same settings have the same folder, so the same command continues it; `fresh` takes the next free number
-    and shares nothing with other runs.
-    """
-    folder = output / f"{name}-{digest_json(canonical(config))[:8]}"
-    if not fresh:
-        return folder, ""
-    numbered = (folder.with_name(f"{folder.name}-{number}") for number in count(1))
-    folder = next(path for path in numbered if not path.exists())
-    return folder, folder.name
-
-
-def check_name(name: str) -> None:
-    """A name becomes part of a folder's name.
-
-    Raises:
-        SelfalignError: it has other characters than letters, digits, `.`, `_`, `-`.
-    """
-    if not re.fullmatch(r"[\w][\w.-]{0,79}", name):
-        raise SelfalignError(f"name must be 1 to 80 letters, digits, '.', '_' or '-', got {name!r}")
-
-
-def open_folder(folder: Path, config_yaml: str, *, anew: bool = False) -> None:
-    """Prepares a run folder: the resolved configuration, and metrics that are written anew from the artefacts.
-
-    Args:
-        folder: made if it is not there.
-        config_yaml: the resolved configuration.
-        anew: whether what it tells of is no longer what the run is made of, because the data are others: then it goes.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    if anew:
-        for page in ("summary.json", "report.html", "model_card.md"):
-            (folder / page).unlink(missing_ok=True)
-        forget_tracked(folder)
-    write_atomically(folder / "config.yaml", [config_yaml.encode()])
-    write_atomically(folder / "metrics.jsonl", [])
-
-
-def write_provenance(run: Run, seed: int) -> None:
-    """Writes what the results came from: code, packages, machine, seed and the digests of all weights."""
-    policies = {
-        k: PolicyFiles(a.path).digest
-        for k, a in run.artefacts.items()
-        if re.fullmatch(r"M\d+|SFT|writer|judge|referee", k)
-    }
-    write_json(
-        run.folder / "provenance.json",
-        {
-            **code_state(),
-            "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-            "python": platform.python_version(),
-            "machine": {
-                "system": platform.platform(),
-                "processor": platform.processor(),
-                "cores": os.cpu_count(),
-            },
-            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-            "seed": seed,
-            "weights": policies,
-            "artefacts": {label: f"{a.stage}/{a.key}" for label, a in run.artefacts.items()},
-        },
-    )
-
-
-def code_state() -> dict[str, str]:
-    """Commit and uncommitted changes of the checkout this package runs from; empty when it is installed."""
-    root = PACKAGE.parent
-    if not (root / ".git").exists():
-        return {"commit": "", "diff": ""}
-    git = ["git", "-C", str(root)]
-    try:
-        commit, diff = (
-            subprocess.run([*git, *asked], capture_output=True, check=True).stdout.decode("utf-8", errors="replace")
-            for asked in (["rev-parse", "HEAD"], ["diff", "HEAD"])
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return {"commit": "", "diff": ""}
-    return {"commit": commit.strip(), "diff": diff}
-
-
-def iteration_of(label: str) -> int:
-    """The iteration a label belongs to: M1 and what comes before it is 0, M2 and its making 1, …"""
-    model = re.match(r"(?:evaluation_)?M(\d+)", label)
-    if model:
-        return max(0, int(model[1]) - 1)
-    iteration = re.match(r"iteration_(\d+)", label)
-    return int(iteration[1]) if iteration else 0
 
 
 def flat_numbers(counts: Counts) -> dict[str, float]:

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from selfalign.core.formatting import table
-from selfalign.runs.runner import Look, Run, flat_numbers, iteration_of
+from selfalign.runs.labels import iteration_of
+from selfalign.runs.runner import Look, Run, flat_numbers
 from selfalign.store.artifacts import Artefact
 
 COLUMNS = (

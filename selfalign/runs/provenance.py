@@ -1,0 +1,67 @@
+"""What a run's results came from: code, packages, machine, weights."""
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from selfalign.core.files import PACKAGE, write_json
+from selfalign.models.checkpoint import PolicyFiles
+from selfalign.runs.runner import Run
+
+PACKAGES = (
+    "selfalign",
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "datasets",
+    "hydra-core",
+    "omegaconf",
+    "wandb",
+)
+
+
+def write_provenance(run: Run, seed: int) -> None:
+    """Writes what the results came from: code, packages, machine, seed and the digests of all weights."""
+    policies = {
+        k: PolicyFiles(a.path).digest
+        for k, a in run.artefacts.items()
+        if re.fullmatch(r"M\d+|SFT|writer|judge|referee", k)
+    }
+    write_json(
+        run.folder / "provenance.json",
+        {
+            **code_state(),
+            "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "python": platform.python_version(),
+            "machine": {
+                "system": platform.platform(),
+                "processor": platform.processor(),
+                "cores": os.cpu_count(),
+            },
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "seed": seed,
+            "weights": policies,
+            "artefacts": {label: f"{a.stage}/{a.key}" for label, a in run.artefacts.items()},
+        },
+    )
+
+
+def code_state() -> dict[str, str]:
+    """Commit and uncommitted changes of the checkout this package runs from; empty when it is installed."""
+    root = PACKAGE.parent
+    if not (root / ".git").exists():
+        return {"commit": "", "diff": ""}
+    git = ["git", "-C", str(root)]
+    try:
+        commit, diff = (
+            subprocess.run([*git, *asked], capture_output=True, check=True).stdout.decode("utf-8", errors="replace")
+            for asked in (["rev-parse", "HEAD"], ["diff", "HEAD"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": "", "diff": ""}
+    return {"commit": commit.strip(), "diff": diff}
