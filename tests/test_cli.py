@@ -340,8 +340,8 @@ def test_message_of_several_lines_is_said_in_one(call: Callable[..., Said], tmp_
 COMPANY = """
 import os, signal, sys, time
 from pathlib import Path
-import selfalign.config, selfalign.experiment, selfalign.trainer
-from selfalign.__main__ import main
+import selfalign.config.hydra, selfalign.launch.experiment, selfalign.training.trainer
+from selfalign.cli.main import main
 
 # What runs in the background of a shell ignores Ctrl-C, and so would its children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -421,7 +421,7 @@ def test_output_that_nobody_reads_any_more_is_one_line(tmp_path: Path, stream: s
     """As in `selfalign … | head`."""
     lines = "print('x' * 100_000, flush=True)" if stream == "while it runs" else "print('x')"
     program = f"""
-from selfalign.__main__ import one_line_errors
+from selfalign.cli.errors import one_line_errors
 with one_line_errors("interrupted"):
     {lines}
 """

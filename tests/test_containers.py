@@ -351,8 +351,8 @@ configs:
 """
 READ_ALL = """
 import json, sys
-from selfalign.data import read_pairs
-from selfalign.errors import SelfalignError
+from selfalign.data.sources import read_pairs
+from selfalign.core.errors import SelfalignError
 for source in sys.argv[1:]:
     try:
         pairs, drops = read_pairs(source)

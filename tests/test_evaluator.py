@@ -13,7 +13,8 @@ from selfalign.cli.environment import conf_folder
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
 from selfalign.launch.evaluate import evaluate_models
-from selfalign.launch.sweep import JobState, Sweep
+from selfalign.launch.sweep import Sweep
+from selfalign.runs.sweep_jobs import JobState
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +117,7 @@ def test_what_cannot_be_measured_is_named(finished: Path, tmp_path: Path, broken
 
 def test_command_says_how_it_is_used_and_fails_in_one_line(tmp_path: Path) -> None:
     def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-        code = "from selfalign.cli.main import evaluate; evaluate()"
+        code = "from selfalign.cli.evaluate import evaluate; evaluate()"
         return subprocess.run(
             [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=tmp_path, check=False
         )

@@ -114,7 +114,7 @@ def test_process_killed_while_it_trains_ends_the_others_which_say_so(tmp_path: P
 HANGS = """
 import sys, time
 import torch.distributed as dist
-from selfalign import processes
+from selfalign.core import distributed as processes
 processes.GRACE_SECONDS = 0.5
 with processes.joined():
     if processes.rank() == 1:

@@ -30,8 +30,9 @@ from selfalign.core.files import read_json
 from selfalign.launch import experiment as experiment_module
 from selfalign.launch import sweep as sweep_module
 from selfalign.launch.hydra_sweep import BasicSweeper
-from selfalign.launch.sweep import Job, JobState, Sweep, run_job, told, undisturbed
+from selfalign.launch.sweep import Sweep, run_job, undisturbed
 from selfalign.report.jobs import find_jobs
+from selfalign.runs.sweep_jobs import Job, JobState, told
 from selfalign.runs.tracker import tracked_id
 
 LOOP = [*TINY_RUN, "iterations=1", "train.sft.epochs=1"]
@@ -81,20 +82,21 @@ def written(output: Path) -> dict[Path, int]:
 
 COUNTING = """
 import os
-from selfalign import store
+from selfalign.store import artifacts
 
-build = store.Store._build
+build = artifacts.Store._build
 
 def counted(self, folder, *rest):
     build(self, folder, *rest)
     with open(os.environ["BUILDS"], "a") as file:
         file.write(f"{folder}\\n")
 
-store.Store._build = counted
+artifacts.Store._build = counted
 
 if "DIES_BEHIND" in os.environ:
     import signal
-    from selfalign.sweep import JobState, Sweep
+    from selfalign.launch.sweep import Sweep
+    from selfalign.runs.sweep_jobs import JobState
 
     tell = Sweep.tell
 

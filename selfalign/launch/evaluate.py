@@ -13,7 +13,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.failures import at_the_end
 from selfalign.core.files import digest_json
 from selfalign.launch.experiment import Shown, conclude, log_file, read_own
-from selfalign.launch.sweep import JOBS, JobState, Sweep, told
+from selfalign.launch.sweep import JOBS, Sweep
 from selfalign.models.checkpoint import ModelConfig
 from selfalign.pipeline.evaluation import Evaluation
 from selfalign.pipeline.inputs import Given
@@ -25,6 +25,7 @@ from selfalign.runs.provenance import write_provenance
 from selfalign.runs.reader import check_artefacts
 from selfalign.runs.runner import Fellow, Maker, Run
 from selfalign.runs.summary import models_of
+from selfalign.runs.sweep_jobs import JobState, told
 from selfalign.store.artifacts import Artefact, Store, canonical, locked, open_artefact
 
 LONGEST_NAME = 60

@@ -11,18 +11,13 @@ from typing import Any
 import yaml
 
 from selfalign.core.errors import SelfalignError
-from selfalign.core.files import read_json
 from selfalign.metrics.catalog import signed
 from selfalign.report.html import is_number
 from selfalign.runs.reader import Finished
+from selfalign.runs.sweep_jobs import JOBS, read_jobs
 
 Row = dict[str, Any]
 
-JOBS = "jobs.json"
-"""A sweep's file: a list of jobs."""
-
-OF_JOB = ("number", "overrides", "state", "folder", "error")
-"""What it says of each, and more."""
 
 FINISHED = "finished"
 
@@ -98,18 +93,6 @@ def _jobs_at(path: Path) -> list[Job]:
         raise SelfalignError(f"{path}: no run, no sweep and no folder of runs")
     found = map(_of_folder, folders)
     return [job for job in found if not (job.run and "evaluated" in job.run.summary and job.folder != path.resolve())]
-
-
-def read_jobs(file: Path) -> list[Row]:
-    """The lines of a sweep's file.
-
-    Raises:
-        SelfalignError: it is damaged.
-    """
-    try:
-        return [{**entry, **{name: entry[name] for name in OF_JOB}} for entry in read_json(file)]
-    except (ValueError, KeyError, TypeError) as error:
-        raise SelfalignError(f"{file}: not the jobs of a sweep ({error!r})") from error
 
 
 def _of_sweep(path: Path, entry: Row, common: set[str]) -> Job:
