@@ -30,7 +30,8 @@ from selfalign.data.sources import as_prompt
 from selfalign.engines.protocol import Completion, Request, Sampling
 from selfalign.engines.transformers import Transformers, TransformersGenerator
 from selfalign.launch.experiment import run_experiment
-from selfalign.models.checkpoint import LoRA, Policy, PolicyFiles, digest_weights
+from selfalign.models.checkpoint import Policy, PolicyFiles, digest_weights
+from selfalign.models.config import LoRA
 from selfalign.stages.sft import sft
 from selfalign.store.artifacts import Artefact, Workspace
 from selfalign.training.config import Optimization, Weights

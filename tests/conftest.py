@@ -46,7 +46,8 @@ from builders import Said
 from hydra.core.global_hydra import GlobalHydra
 
 from selfalign.cli.main import main
-from selfalign.models.checkpoint import ModelConfig, PolicyFiles
+from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.config import ModelConfig
 from selfalign.models.pretrained import fetch_pretrained
 
 # Other libraries' own deprecations, which no code of ours can mend.

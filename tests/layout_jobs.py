@@ -21,7 +21,8 @@ from selfalign.losses.preference import DPO, SrDPO
 from selfalign.losses.refinement import Refinement
 from selfalign.metrics.accumulate import averages
 from selfalign.models.batches import Group, PairExample, encode_group, encode_pairs
-from selfalign.models.checkpoint import LoRA, PolicyFiles
+from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.config import LoRA
 from selfalign.models.tokenizer import Answer
 from selfalign.stages.align import AdapterSwitchedOff, Preference, StoredReferences
 from selfalign.store.artifacts import Workspace

@@ -21,7 +21,8 @@ from selfalign.launch.footprint import (
     training_lack,
     writing_lack,
 )
-from selfalign.models.checkpoint import LoRA, ModelConfig, PolicyFiles
+from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.config import LoRA, ModelConfig
 from selfalign.training import resume_state
 from selfalign.training.config import Optimization, Weights
 from selfalign.training.optimizers import build_optimizer

@@ -31,7 +31,8 @@ from transformers import (
 )
 
 from selfalign.losses.preference import SrDPO
-from selfalign.models.checkpoint import ModelConfig, PolicyFiles
+from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.config import ModelConfig
 from selfalign.models.packed_attention import is_packing
 from selfalign.models.pretrained import fetch_pretrained
 from selfalign.models.scorer import make_scoring

@@ -17,7 +17,8 @@ from transformers import BloomConfig
 
 from selfalign.core.errors import SelfalignError
 from selfalign.models import builtin
-from selfalign.models.checkpoint import LoRA, ModelConfig, Policy, PolicyFiles
+from selfalign.models.checkpoint import Policy, PolicyFiles
+from selfalign.models.config import LoRA, ModelConfig
 from selfalign.models.pretrained import fetch_pretrained, identify_source
 from selfalign.models.tokenizer import encode_prompt, end_of_turn_id
 

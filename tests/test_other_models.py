@@ -15,7 +15,8 @@ from test_boundary import CHATML, NO_SYSTEM
 
 from selfalign.core.errors import SelfalignError
 from selfalign.engines.model_check import check_model
-from selfalign.models.checkpoint import LoRA, ModelConfig, PolicyFiles, open_tokenizer
+from selfalign.models.checkpoint import PolicyFiles, open_tokenizer
+from selfalign.models.config import LoRA, ModelConfig
 from selfalign.models.pretrained import fetch_pretrained, identify_source
 from selfalign.models.tokenizer import encode_prompt, stop_ids
 from selfalign.stages.pretrained import pretrained

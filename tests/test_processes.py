@@ -114,10 +114,10 @@ def test_process_killed_while_it_trains_ends_the_others_which_say_so(tmp_path: P
 HANGS = """
 import sys, time
 import torch.distributed as dist
-from selfalign.core import distributed as processes
-processes.GRACE_SECONDS = 0.5
-with processes.joined():
-    if processes.rank() == 1:
+from selfalign.core import distributed
+distributed.GRACE_SECONDS = 0.5
+with distributed.joined():
+    if distributed.rank() == 1:
         print("here", flush=True)
         time.sleep(60)
     dist.barrier()

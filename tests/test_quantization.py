@@ -28,7 +28,8 @@ from selfalign.engines.server import export
 from selfalign.engines.transformers import Transformers
 from selfalign.engines.vllm_engine import VLLM
 from selfalign.models import checkpoint
-from selfalign.models.checkpoint import LoRA, ModelConfig, Policy, PolicyFiles
+from selfalign.models.checkpoint import Policy, PolicyFiles
+from selfalign.models.config import LoRA, ModelConfig
 from selfalign.models.pretrained import fetch_pretrained
 from selfalign.models.quantization import quantise_on_load
 from selfalign.stages.sft import sft

@@ -25,7 +25,8 @@ from selfalign.core.records import PairReference, PreferencePair, read_records, 
 from selfalign.losses.preference import DPO, IPO, SrDPO
 from selfalign.losses.refinement import Refinement
 from selfalign.models.batches import Group, PairExample, encode_group, encode_pairs
-from selfalign.models.checkpoint import LoRA, Policy, PolicyFiles
+from selfalign.models.checkpoint import Policy, PolicyFiles
+from selfalign.models.config import LoRA
 from selfalign.models.scorer import Scorer
 from selfalign.models.tokenizer import Answer
 from selfalign.stages.align import Preference, StoredReferences

@@ -22,7 +22,8 @@ from selfalign.engines.vllm_engine import VLLM, VLLMGenerator, VLLMReader
 from selfalign.judges.expected import score_tokens
 from selfalign.judges.parsing import PREFIX
 from selfalign.models.batches import Group, share_prompt
-from selfalign.models.checkpoint import ModelConfig, Policy, PolicyFiles, digest_weights
+from selfalign.models.checkpoint import Policy, PolicyFiles, digest_weights
+from selfalign.models.config import ModelConfig
 from selfalign.models.pretrained import fetch_pretrained
 from selfalign.models.scorer import Scorer
 from selfalign.models.tokenizer import encode_prompt, stop_ids

@@ -9,7 +9,7 @@ from selfalign.engines.server import Server
 from selfalign.engines.transformers import Transformers
 from selfalign.engines.vllm_engine import VLLM
 from selfalign.losses.preference import DPO, IPO, ODPO, Positives, SrDPO, SrIPO
-from selfalign.models.checkpoint import ModelConfig
+from selfalign.models.config import ModelConfig
 from selfalign.stages.compare import HeadToHead
 from selfalign.stages.evaluate import EvaluateConfig
 from selfalign.stages.judge import ExpectedScore, ExternalScore, ImplicitReward, Pairwise, SampledScore

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from selfalign.core.files import path_of
-from selfalign.models.checkpoint import ModelConfig
+from selfalign.models.config import ModelConfig
 from selfalign.stages.evaluate import EvaluateConfig
 from selfalign.stages.seeds import EvaluationFineTuning
 from selfalign.training.config import TrainConfig

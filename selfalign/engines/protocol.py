@@ -10,7 +10,8 @@ import msgspec
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import FinishReason, as_plain
 from selfalign.models.batches import Group
-from selfalign.models.checkpoint import DTYPES, PolicyFiles, fastest_dtype
+from selfalign.models.checkpoint import PolicyFiles, fastest_dtype
+from selfalign.models.config import DTYPES
 from selfalign.models.scorer import ask_all, responses_in
 from selfalign.store.journal import Journal, Task
 

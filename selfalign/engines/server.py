@@ -29,7 +29,8 @@ from selfalign.engines.openai_client import Client, Endpoint, RefusedError, Repl
 from selfalign.engines.protocol import Completion, Request, Sampling, check_dtype
 from selfalign.engines.server_process import ServerProcess
 from selfalign.engines.transformers import Transformers
-from selfalign.models.checkpoint import DTYPES, PolicyFiles, release_memory
+from selfalign.models.checkpoint import PolicyFiles, release_memory
+from selfalign.models.config import DTYPES
 from selfalign.models.quantization import check_engine
 from selfalign.models.scorer import Scorer
 from selfalign.models.tokenizer import answer_text, encode_prompt, silent_ids, spell, stop_ids

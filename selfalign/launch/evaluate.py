@@ -14,7 +14,7 @@ from selfalign.core.failures import at_the_end
 from selfalign.core.files import digest_json
 from selfalign.launch.experiment import Shown, conclude, log_file, read_own
 from selfalign.launch.sweep import JOBS, Sweep
-from selfalign.models.checkpoint import ModelConfig
+from selfalign.models.config import ModelConfig
 from selfalign.pipeline.evaluation import Evaluation
 from selfalign.pipeline.inputs import Given
 from selfalign.pipeline.models import Judging, Models, fixed_judges, load_model

@@ -17,7 +17,7 @@ import torch
 
 from selfalign.core import distributed
 from selfalign.core.formatting import amount, plural
-from selfalign.models.checkpoint import LoRA, ModelConfig
+from selfalign.models.config import LoRA, ModelConfig
 from selfalign.training.parallelism import Layout
 
 logger = logging.getLogger(__name__)

@@ -28,7 +28,7 @@ from selfalign.judges.protocol import asks_a_server, wants_model
 from selfalign.launch.footprint import Footprint, disk_lack, training_lack, writing_lack
 from selfalign.losses.preference import Positives
 from selfalign.models import quantization
-from selfalign.models.checkpoint import ModelConfig
+from selfalign.models.config import ModelConfig
 from selfalign.models.pretrained import find_local
 from selfalign.pipeline.inputs import data_sources
 from selfalign.pipeline.models import judges_of

@@ -12,15 +12,14 @@ from selfalign.core.files import PACKAGE, digest_file, digest_json, path_of, rea
 from selfalign.models.builtin import BUILDERS
 from selfalign.models.chat_template import template_of
 from selfalign.models.checkpoint import (
-    DTYPES,
     TRUSTED,
-    ModelConfig,
     PolicyFiles,
     digest_weights,
     link_folder,
     load_checkpoint,
     open_tokenizer,
 )
+from selfalign.models.config import DTYPES, ModelConfig
 from selfalign.models.tokenizer import OWN_STOPS, own_stops
 
 if TYPE_CHECKING:

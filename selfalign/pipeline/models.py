@@ -7,7 +7,7 @@ from selfalign.benchmarks.protocol import judges_to_load
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.files import derive_seed
 from selfalign.judges.protocol import OWN_MODELS, asks_a_server, wants_model
-from selfalign.models.checkpoint import ModelConfig
+from selfalign.models.config import ModelConfig
 from selfalign.models.pretrained import identify_source
 from selfalign.runs.runner import Maker
 from selfalign.stages.judge import ImplicitReward, Judge, judge

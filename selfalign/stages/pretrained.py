@@ -1,7 +1,7 @@
 """pretrained: model config → M0, checked."""
 
 from selfalign.engines.model_check import check_model
-from selfalign.models.checkpoint import ModelConfig
+from selfalign.models.config import ModelConfig
 from selfalign.models.pretrained import fetch_pretrained
 from selfalign.store.artifacts import Counts, Workspace
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from selfalign.core.errors import SelfalignError
 from selfalign.engines.protocol import Sampling
-from selfalign.models.checkpoint import DTYPES, LoRA, fastest_dtype
+from selfalign.models.checkpoint import fastest_dtype
+from selfalign.models.config import DTYPES, LoRA
 from selfalign.training.parallelism import Layout
 
 CHOICES = {

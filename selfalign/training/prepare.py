@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 
 from selfalign.core.errors import SelfalignError, reason_of
-from selfalign.models.checkpoint import LoRA, Policy, PolicyFiles
+from selfalign.models.checkpoint import Policy, PolicyFiles
+from selfalign.models.config import LoRA
 from selfalign.models.scorer import make_scoring
 from selfalign.training.config import Weights
 

@@ -6,7 +6,8 @@ from builders import loaded, workspace
 from safetensors.torch import load_file, save_file
 
 from selfalign.core.errors import SelfalignError
-from selfalign.models.checkpoint import ModelConfig, PolicyFiles
+from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.config import ModelConfig
 from selfalign.models.pretrained import identify_source
 from selfalign.stages.pretrained import pretrained
 

@@ -21,7 +21,8 @@ from test_tokenization import WITH_BOS, WITHOUT_BOS, build_tokenizer
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import write_json
 from selfalign.core.records import Demonstration, RankedAnswers
-from selfalign.models.checkpoint import ModelConfig, PolicyFiles, digest_weights
+from selfalign.models.checkpoint import PolicyFiles, digest_weights
+from selfalign.models.config import ModelConfig
 from selfalign.stages import sft as sft_module
 from selfalign.stages.judge import ExpectedScore
 from selfalign.stages.pretrained import pretrained

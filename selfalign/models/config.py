@@ -1,0 +1,82 @@
+"""M0 as a configuration asks for it: where it lies, its dtype, adapter, template and quantisation."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from selfalign.core.errors import SelfalignError
+from selfalign.models.quantization import check_quantization
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(kw_only=True, slots=True)
+class LoRA:
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) through peft, instead of training all weights.
+
+    Attributes:
+        rank: 0 trains all weights.
+        alpha: the adapter's output is scaled by alpha / rank.
+        targets: names of the layers to adapt, with commas between them, or "all-linear".
+    """
+
+    rank: int = 0
+    alpha: float = 32.0
+    targets: str = "all-linear"
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise SelfalignError(f"model.lora.rank must be 0 (all weights) or more, got {self.rank}")
+        if self.alpha <= 0:
+            raise SelfalignError(f"model.lora.alpha must be above 0, got {self.alpha}")
+        if not all(self.names):
+            raise SelfalignError(f"model.lora.targets must be names with commas between, got {self.targets!r}")
+
+    def check_use(self) -> None:
+        """Refuses settings of an adapter where there is none.
+
+        Raises:
+            SelfalignError: all weights would be trained instead.
+        """
+        plain = LoRA()
+        for name in ("alpha", "targets"):
+            if not self.rank and (value := getattr(self, name)) != getattr(plain, name):
+                raise SelfalignError(
+                    f"model.lora.{name}={value} would have no effect: model.lora.rank=0 trains all weights; set a rank"
+                )
+
+    @property
+    def names(self) -> list[str]:
+        """The layers to adapt."""
+        return [name.strip() for name in self.targets.split(",")]
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """Where M0, the pretrained model, comes from, and which of its weights are trained.
+
+    Attributes:
+        path: a folder, a hub id, "packaged:smollm2-135m-instruct", or "random:tiny" (built in code).
+        revision: branch, tag or commit of a hub id.
+        chat_template: for a tokenizer that has none, a Jinja file, or "shipped:dialogue" (Human and Assistant take
+            turns); empty keeps the tokenizer's own.
+        dtype: of the stored and trained weights, "float32" or "bfloat16"; quantised layers multiply in it.
+        quantization: "nf4" keeps the linear layers in 4 bits, their constants quantised too (QLoRA, arXiv 2305.14314),
+            wherever the policy is loaded: it trains, scores and writes with the adapter beside the quantised base, and
+            neither is ever merged. Needs lora.rank and the extra `qlora`. "none" keeps them as they are.
+        trust_remote_code: runs Python code that comes with the model; leave it off unless you have read that code.
+        lora: adapters to train instead of all weights.
+    """
+
+    path: str
+    revision: str = "main"
+    chat_template: str = ""
+    dtype: str = "float32"
+    quantization: str = "none"
+    trust_remote_code: bool = False
+    lora: LoRA = field(default_factory=LoRA)
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise SelfalignError(f"model.dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
+        check_quantization(self.quantization, self.lora.rank)
