@@ -14,17 +14,16 @@ from selfalign.cli.environment import conf_folder
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.config.hydra import compose_experiment
 from selfalign.core.files import digest_folder, digest_json, write_json
+from selfalign.core.jsonl import HasId, write_records
 from selfalign.core.records import (
     Demonstration,
     FinishReason,
-    HasId,
     Instruction,
     Judgement,
     JudgementStatus,
     PreferencePair,
     Response,
     ResponseScore,
-    write_records,
 )
 from selfalign.data.sources import as_prompt
 from selfalign.engines.protocol import Completion, Request, Sampling

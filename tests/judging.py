@@ -5,7 +5,8 @@ from typing import Any
 
 from builders import instruction, records_artefact, response, workspace
 
-from selfalign.core.records import Judgement, ResponseScore, read_records
+from selfalign.core.jsonl import read_records
+from selfalign.core.records import Judgement, ResponseScore
 from selfalign.engines.transformers import Transformers
 from selfalign.stages.judge import Judge, judge
 from selfalign.store.artifacts import Artefact, Counts

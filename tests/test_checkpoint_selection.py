@@ -25,7 +25,8 @@ from scipy import stats
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json, write_json
-from selfalign.core.records import Response, read_records
+from selfalign.core.jsonl import read_records
+from selfalign.core.records import Response
 from selfalign.engines.openai_client import Endpoint
 from selfalign.engines.protocol import Sampling
 from selfalign.engines.transformers import Transformers

@@ -11,7 +11,8 @@ from builders import composed, metrics, run
 
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.files import read_json
-from selfalign.core.records import Demonstration, Judgement, RankedAnswers, read_records
+from selfalign.core.jsonl import read_records
+from selfalign.core.records import Demonstration, Judgement, RankedAnswers
 from selfalign.launch.experiment import look_ahead
 from selfalign.metrics.catalog import METRICS
 from selfalign.pipeline.plan import plan

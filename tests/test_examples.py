@@ -12,7 +12,8 @@ import pytest
 from builders import ROOT, Killed
 
 from selfalign.core.errors import SelfalignError
-from selfalign.core.records import PairReference, write_records
+from selfalign.core.jsonl import write_records
+from selfalign.core.records import PairReference
 from selfalign.models.batches import Group, PairExample
 from selfalign.training.dataset import follow_references, store_examples, with_reference
 from selfalign.training.trainer import Steps

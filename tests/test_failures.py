@@ -18,7 +18,7 @@ from selfalign.cli.report import report
 from selfalign.core.errors import SelfalignError
 from selfalign.core.failures import KEPT, fits, is_out_of_memory, naming, system_error
 from selfalign.core.files import write_json
-from selfalign.core.records import write_records
+from selfalign.core.jsonl import write_records
 from selfalign.launch.experiment import LogHandler, log_file, told_keys, was_done
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.store.artifacts import Store, Workspace

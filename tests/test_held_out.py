@@ -14,7 +14,8 @@ from selfalign.config.experiment import ExperimentConfig
 from selfalign.config.hydra import choices
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
-from selfalign.core.records import MeasuredPair, PreferencePair, read_records
+from selfalign.core.jsonl import read_records
+from selfalign.core.records import MeasuredPair, PreferencePair
 from selfalign.launch.experiment import run_experiment
 from selfalign.metrics.limits import Limits
 from selfalign.pipeline.plan import plan

@@ -14,6 +14,7 @@ from builders import ROOT, TINY_RUN, composed, metrics, record_files, run, write
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
+from selfalign.core.jsonl import read_records
 from selfalign.core.records import (
     Comparison,
     Demonstration,
@@ -23,7 +24,6 @@ from selfalign.core.records import (
     PreferencePair,
     Response,
     ResponseScore,
-    read_records,
 )
 from selfalign.metrics.catalog import METRICS
 from selfalign.models.checkpoint import PolicyFiles

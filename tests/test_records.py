@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from selfalign.core.errors import SelfalignError
+from selfalign.core.jsonl import as_plain, read_records, read_typed_lines, write_records
 from selfalign.core.records import (
     FinishReason,
     Instruction,
@@ -16,10 +17,6 @@ from selfalign.core.records import (
     PairReference,
     PreferencePair,
     Response,
-    as_plain,
-    read_records,
-    read_typed_lines,
-    write_records,
 )
 
 JUDGEMENT: dict[str, Any] = {"id": "j", "response_id": "r", "text": "Score: 4", "model": "m"}

@@ -10,10 +10,10 @@ import pytest
 from builders import records_artefact
 
 from selfalign.core.files import write_json
+from selfalign.core.jsonl import HasId
 from selfalign.core.records import (
     Demonstration,
     FinishReason,
-    HasId,
     Instruction,
     Judgement,
     JudgementStatus,

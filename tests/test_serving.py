@@ -34,7 +34,8 @@ from transformers.utils.import_utils import is_serve_available
 
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
-from selfalign.core.records import FinishReason, Response, read_records
+from selfalign.core.jsonl import read_records
+from selfalign.core.records import FinishReason, Response
 from selfalign.data.sources import as_prompt
 from selfalign.engines import server
 from selfalign.engines.protocol import Completion, Request, Sampling

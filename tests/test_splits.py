@@ -11,7 +11,8 @@ from builders import artefact, demonstration, preference, records_artefact
 from mutation import assert_caught
 
 from selfalign.core.errors import SelfalignError
-from selfalign.core.records import FinishReason, PreferencePair, Prompt, RankedAnswers, Response, write_records
+from selfalign.core.jsonl import write_records
+from selfalign.core.records import FinishReason, PreferencePair, Prompt, RankedAnswers, Response
 from selfalign.data.pair_rules import AllOrdered, BestVsK, PairRule, pick_pairs
 from selfalign.data.turns import as_prompt
 from selfalign.models.batches import Group, PairExample

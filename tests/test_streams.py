@@ -6,8 +6,8 @@ import pytest
 from builders import instruction, response
 
 from selfalign.core.errors import SelfalignError
-from selfalign.core.jsonl import chunks, follow
-from selfalign.core.records import Instruction, count_records, stream_records, write_records
+from selfalign.core.jsonl import chunks, count_records, follow, stream_records, write_records
+from selfalign.core.records import Instruction
 
 FILE = Path("responses.jsonl")
 

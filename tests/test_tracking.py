@@ -12,7 +12,8 @@ from builders import TINY_RUN, metrics, run, write_tiny_data
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
-from selfalign.core.records import Instruction, PreferencePair, Response, ResponseScore, read_records
+from selfalign.core.jsonl import read_records
+from selfalign.core.records import Instruction, PreferencePair, Response, ResponseScore
 from selfalign.runs.tracker import forget_tracked, tracked_id
 from selfalign.tracking import wandb as tracking
 from selfalign.tracking.wandb import NoTracking, Wandb, WandbTracker, has_key, place_of

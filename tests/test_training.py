@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen2Config, TrainingArguments
 
 from selfalign.core.errors import SelfalignError
-from selfalign.core.records import PairReference, PreferencePair, read_records, write_records
+from selfalign.core.jsonl import read_records, write_records
+from selfalign.core.records import PairReference, PreferencePair
 from selfalign.losses.preference import DPO, IPO, SrDPO
 from selfalign.losses.refinement import Refinement
 from selfalign.models.batches import Group, PairExample, encode_group, encode_pairs

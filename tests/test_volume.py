@@ -11,7 +11,8 @@ import pytest
 from builders import RUBRIC, Script, completion, instruction, judgement, loaded, policy_artefact, response, workspace
 from mutation import mutated
 
-from selfalign.core.records import ResponseScore, write_records
+from selfalign.core.jsonl import write_records
+from selfalign.core.records import ResponseScore
 from selfalign.data.pair_rules import BestWorst
 from selfalign.engines import responses
 from selfalign.engines.protocol import Completion, Request, Sampling

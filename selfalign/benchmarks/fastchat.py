@@ -10,8 +10,8 @@ import msgspec
 from selfalign.benchmarks.protocol import packaged_file
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_text, path_of, write_atomically
+from selfalign.core.jsonl import read_typed_lines
 from selfalign.core.placeholders import check_template
-from selfalign.core.records import read_typed_lines
 from selfalign.data.containers import read_rows
 from selfalign.data.rows import BESIDE, Row, is_blank
 

@@ -18,7 +18,7 @@ from selfalign.benchmarks.multi_turn import Conversation, as_records, converse
 from selfalign.benchmarks.protocol import Entrant, check_count
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_file
-from selfalign.core.records import write_records
+from selfalign.core.jsonl import write_records
 from selfalign.engines.protocol import Sampling
 from selfalign.metrics.intervals import bootstrap_ratio
 from selfalign.store.artifacts import Counts, Workspace

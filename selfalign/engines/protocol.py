@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import msgspec
 
 from selfalign.core.errors import SelfalignError
-from selfalign.core.records import FinishReason, as_plain
+from selfalign.core.jsonl import as_plain
+from selfalign.core.records import FinishReason
 from selfalign.models.batches import Group
 from selfalign.models.checkpoint import PolicyFiles, fastest_dtype
 from selfalign.models.config import DTYPES

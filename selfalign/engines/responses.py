@@ -6,8 +6,8 @@ from pathlib import Path
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed
-from selfalign.core.jsonl import chunks
-from selfalign.core.records import FinishReason, Instruction, Response, count_records, stream_records, write_records
+from selfalign.core.jsonl import chunks, count_records, stream_records, write_records
+from selfalign.core.records import FinishReason, Instruction, Response
 from selfalign.data.sources import as_prompt
 from selfalign.engines.protocol import Backend, Completion, Generator, Request, Sampling, write_all
 from selfalign.metrics.intervals import RunningMean

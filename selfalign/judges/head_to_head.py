@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from selfalign.core.errors import SelfalignError
-from selfalign.core.records import Instruction, Response, read_records, write_records
+from selfalign.core.jsonl import read_records, write_records
+from selfalign.core.records import Instruction, Response
 from selfalign.engines.protocol import Backend
 from selfalign.judges.comparator import Referee
 from selfalign.judges.comparisons import Duel

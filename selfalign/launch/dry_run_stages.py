@@ -16,15 +16,8 @@ from selfalign.config.experiment import ExperimentConfig
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_json
-from selfalign.core.records import (
-    Demonstration,
-    HasId,
-    Instruction,
-    PreferencePair,
-    Prompt,
-    read_records,
-    write_records,
-)
+from selfalign.core.jsonl import HasId, read_records, write_records
+from selfalign.core.records import Demonstration, Instruction, PreferencePair, Prompt
 from selfalign.data.pair_rules import PairRule
 from selfalign.data.sources import as_prompt
 from selfalign.engines.openai_client import Endpoint

@@ -8,7 +8,8 @@ from selfalign.benchmarks.mt_bench import MTBench
 from selfalign.config.data import SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.errors import SelfalignError
-from selfalign.core.records import Demonstration, PreferencePair, Prompt, stream_records
+from selfalign.core.jsonl import stream_records
+from selfalign.core.records import Demonstration, PreferencePair, Prompt
 from selfalign.data.sources import as_prompt
 from selfalign.judges.comparator import Referee, verdict_tokens
 from selfalign.judges.expected import ExpectedScore, score_tokens

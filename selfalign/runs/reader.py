@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
-from selfalign.core.jsonl import follow
+from selfalign.core.jsonl import follow, stream_records
 from selfalign.core.records import (
     Comparison,
     Demonstration,
@@ -22,7 +22,6 @@ from selfalign.core.records import (
     RankedAnswers,
     Response,
     ResponseScore,
-    stream_records,
 )
 from selfalign.data.turns import as_text
 from selfalign.metrics.intervals import bootstrap_mean, wilson

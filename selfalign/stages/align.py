@@ -13,8 +13,8 @@ import torch
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed
-from selfalign.core.jsonl import chunks
-from selfalign.core.records import PreferencePair, stream_records
+from selfalign.core.jsonl import chunks, stream_records
+from selfalign.core.records import PreferencePair
 from selfalign.losses.logps import PairLogps
 from selfalign.losses.preference import ODPO, PreferenceLoss, SrDPO, SrIPO, rewards
 from selfalign.losses.refinement import Refinement

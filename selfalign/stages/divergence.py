@@ -1,6 +1,7 @@
 """divergence: answers + the policy that wrote them + M1 → how far it has moved from M1."""
 
-from selfalign.core.records import Instruction, MovedAnswer, Response, read_records, write_records
+from selfalign.core.jsonl import read_records, write_records
+from selfalign.core.records import Instruction, MovedAnswer, Response
 from selfalign.data.sources import as_prompt
 from selfalign.models.batches import Group, answer_of, encode_group
 from selfalign.models.checkpoint import PolicyFiles

@@ -6,14 +6,8 @@ from typing import Protocol
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_text
-from selfalign.core.records import (
-    Demonstration,
-    Judgement,
-    Prompt,
-    RankedAnswers,
-    read_records,
-    write_records,
-)
+from selfalign.core.jsonl import read_records, write_records
+from selfalign.core.records import Demonstration, Judgement, Prompt, RankedAnswers
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.store.artifacts import Artefact, Counts, Workspace
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from selfalign.benchmarks.mt_bench import MTBench
 from selfalign.core.errors import SelfalignError
-from selfalign.core.records import FinishReason, Judgement, RankedAnswers, Response, read_records, read_scores
+from selfalign.core.jsonl import read_records, read_scores
+from selfalign.core.records import FinishReason, Judgement, RankedAnswers, Response
 from selfalign.data.text_filters import words_of
 from selfalign.engines.protocol import Sampling
 from selfalign.judges.protocol import asks_a_server

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed, digest_text
+from selfalign.core.jsonl import read_records, write_records
 from selfalign.core.placeholders import check_template
-from selfalign.core.records import Demonstration, FinishReason, Instruction, read_records, write_records
+from selfalign.core.records import Demonstration, FinishReason, Instruction
 from selfalign.data.rouge import Known
 from selfalign.data.text_filters import Language, is_fragment, words_of
 from selfalign.data.turns import instruction_of

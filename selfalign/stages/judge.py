@@ -11,17 +11,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from selfalign.core.errors import SelfalignError
-from selfalign.core.jsonl import chunks, follow
-from selfalign.core.records import (
-    Comparison,
-    Instruction,
-    Judgement,
-    JudgementStatus,
-    Response,
-    ResponseScore,
-    open_records,
-    stream_records,
-)
+from selfalign.core.jsonl import chunks, follow, open_records, stream_records
+from selfalign.core.records import Comparison, Instruction, Judgement, JudgementStatus, Response, ResponseScore
 from selfalign.engines.protocol import Backend
 from selfalign.judges.comparisons import bias_statistics, unread_text
 from selfalign.judges.expected import ExpectedScore

@@ -1,7 +1,8 @@
 """outputs: a file of another model's answers → responses to the evaluation instructions."""
 
 from selfalign.core.errors import SelfalignError
-from selfalign.core.records import Instruction, given_response, read_records, write_records
+from selfalign.core.jsonl import read_records, write_records
+from selfalign.core.records import Instruction, given_response
 from selfalign.data.sources import read_outputs
 from selfalign.data.turns import compared
 from selfalign.store.artifacts import Artefact, Counts, Workspace

@@ -6,19 +6,8 @@ from dataclasses import dataclass, field
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed, digest_text
-from selfalign.core.jsonl import follow
-from selfalign.core.records import (
-    Demonstration,
-    FinishReason,
-    Instruction,
-    PreferencePair,
-    Response,
-    ResponseScore,
-    count_records,
-    read_records,
-    stream_records,
-    write_records,
-)
+from selfalign.core.jsonl import count_records, follow, read_records, stream_records, write_records
+from selfalign.core.records import Demonstration, FinishReason, Instruction, PreferencePair, Response, ResponseScore
 from selfalign.data.pair_rules import Candidate, PairRule, pick_pairs
 from selfalign.data.sources import as_prompt, read_pairs
 from selfalign.data.turns import compared, texts_in

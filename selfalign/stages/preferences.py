@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from selfalign.core.errors import SelfalignError
+from selfalign.core.jsonl import read_records, read_scores, write_records
 from selfalign.core.records import (
     Instruction,
     MeasuredPair,
@@ -16,9 +17,6 @@ from selfalign.core.records import (
     PreferencePair,
     RankedAnswers,
     given_response,
-    read_records,
-    read_scores,
-    write_records,
 )
 from selfalign.data.sources import best_against_worst, read_pairs
 from selfalign.data.turns import as_text

@@ -1,7 +1,8 @@
 """questions: given data → the evaluation instructions."""
 
 from selfalign.core.errors import SelfalignError
-from selfalign.core.records import Demonstration, read_records, write_records
+from selfalign.core.jsonl import read_records, write_records
+from selfalign.core.records import Demonstration
 from selfalign.data.sources import read_instructions
 from selfalign.data.turns import compared, texts_in
 from selfalign.store.artifacts import Artefact, Counts, Workspace

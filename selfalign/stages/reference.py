@@ -2,8 +2,8 @@
 
 from collections import Counter
 
-from selfalign.core.jsonl import chunks
-from selfalign.core.records import PairReference, PreferencePair, count_records, stream_records, write_records
+from selfalign.core.jsonl import chunks, count_records, stream_records, write_records
+from selfalign.core.records import PairReference, PreferencePair
 from selfalign.losses.refinement import Refinement
 from selfalign.models.batches import PairExample, encode_pairs
 from selfalign.models.checkpoint import PolicyFiles

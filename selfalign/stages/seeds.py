@@ -9,15 +9,8 @@ from typing import Protocol
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_text
-from selfalign.core.records import (
-    Demonstration,
-    Instruction,
-    Prompt,
-    RankedAnswers,
-    Response,
-    given_response,
-    write_records,
-)
+from selfalign.core.jsonl import write_records
+from selfalign.core.records import Demonstration, Instruction, Prompt, RankedAnswers, Response, given_response
 from selfalign.data.sources import read_demonstrations, read_ranked
 from selfalign.data.turns import compared, texts_in
 from selfalign.judges.pairwise import Pairwise

@@ -7,7 +7,8 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from selfalign.core.errors import SelfalignError
-from selfalign.core.records import Demonstration, stream_records
+from selfalign.core.jsonl import stream_records
+from selfalign.core.records import Demonstration
 from selfalign.models.batches import Group, of_record, share_prompt
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.tokenizer import (

@@ -17,8 +17,8 @@ import numpy as np
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json, write_json
-from selfalign.core.jsonl import chunks
-from selfalign.core.records import HasId, PairReference, stream_records
+from selfalign.core.jsonl import HasId, chunks, stream_records
+from selfalign.core.records import PairReference
 from selfalign.models.batches import Group, PairExample
 
 if TYPE_CHECKING:

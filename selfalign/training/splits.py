@@ -17,7 +17,8 @@ import numpy as np
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_text
-from selfalign.core.records import Demonstration, HasId, PreferencePair, Prompt, RankedAnswers, stream_records
+from selfalign.core.jsonl import HasId, stream_records
+from selfalign.core.records import Demonstration, PreferencePair, Prompt, RankedAnswers
 from selfalign.data.turns import as_prompt, as_text, compared
 from selfalign.store.artifacts import Artefact
 from selfalign.training.dataset import StoredExamples

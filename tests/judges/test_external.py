@@ -13,7 +13,8 @@ from judging import ANSWERS, given, judged, run_judge, scores
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
-from selfalign.core.records import Comparison, Judgement, JudgementStatus, Response, Verdict, read_records
+from selfalign.core.jsonl import read_records
+from selfalign.core.records import Comparison, Judgement, JudgementStatus, Response, Verdict
 from selfalign.engines.openai_client import Endpoint
 from selfalign.judges.external import ExternalScore
 from selfalign.judges.pairwise import Pairwise

@@ -8,7 +8,8 @@ from builders import instruction, loaded, policy_artefact, response, small_conte
 from judging import ANSWERS, given, judged, run_judge
 
 from selfalign.core.errors import SelfalignError
-from selfalign.core.records import Comparison, JudgementStatus, RankedAnswers, Verdict, read_records
+from selfalign.core.jsonl import read_records
+from selfalign.core.records import Comparison, JudgementStatus, RankedAnswers, Verdict
 from selfalign.judges.comparator import OPENING, likeliest, place_preferences
 from selfalign.judges.comparisons import Duel, Showing
 from selfalign.judges.pairwise import Pairwise

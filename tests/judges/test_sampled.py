@@ -11,7 +11,8 @@ from builders import RUBRIC, Killed, Script, completion, instruction, loaded, po
 from judging import ANSWERS, given, judged, run_judge, scores
 
 from selfalign.core.errors import SelfalignError
-from selfalign.core.records import FinishReason, Judgement, JudgementStatus, read_records, read_scores
+from selfalign.core.jsonl import read_records, read_scores
+from selfalign.core.records import FinishReason, Judgement, JudgementStatus
 from selfalign.engines.protocol import Completion, Sampling
 from selfalign.engines.transformers import TransformersGenerator
 from selfalign.judges import protocol, written

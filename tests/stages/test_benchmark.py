@@ -12,7 +12,8 @@ from selfalign.benchmarks.protocol import Entrant
 from selfalign.cli.environment import conf_folder
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
-from selfalign.core.records import Comparison, read_records
+from selfalign.core.jsonl import read_records
+from selfalign.core.records import Comparison
 from selfalign.engines.transformers import Transformers
 from selfalign.launch.evaluate import evaluate_models, plain_name
 from selfalign.metrics.catalog import METRICS, meaning_in_benchmark

@@ -10,7 +10,8 @@ from judging import FP32
 from mutation import mutated
 
 from selfalign.core.errors import SelfalignError
-from selfalign.core.records import Comparison, read_records
+from selfalign.core.jsonl import read_records
+from selfalign.core.records import Comparison
 from selfalign.engines.openai_client import Endpoint
 from selfalign.judges import comparator, head_to_head
 from selfalign.metrics.intervals import wilson

@@ -13,7 +13,8 @@ from builders import (
     workspace,
 )
 
-from selfalign.core.records import FinishReason, MovedAnswer, read_records
+from selfalign.core.jsonl import read_records
+from selfalign.core.records import FinishReason, MovedAnswer
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.stages.divergence import divergence
 

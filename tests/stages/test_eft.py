@@ -6,7 +6,8 @@ from builders import RUBRIC, demonstration, policy_artefact, records_artefact, w
 from mutation import mutated
 
 from selfalign.core.errors import SelfalignError
-from selfalign.core.records import Demonstration, Judgement, JudgementStatus, RankedAnswers, read_records
+from selfalign.core.jsonl import read_records
+from selfalign.core.records import Demonstration, Judgement, JudgementStatus, RankedAnswers
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.stages import eft as module
 from selfalign.stages.judge import SampledScore, parse_score

@@ -22,7 +22,8 @@ from builders import (
 )
 
 from selfalign.core.errors import SelfalignError
-from selfalign.core.records import Demonstration, Instruction, Prompt, read_records
+from selfalign.core.jsonl import read_records
+from selfalign.core.records import Demonstration, Instruction, Prompt
 from selfalign.data.turns import as_prompt
 from selfalign.engines.protocol import Completion, Request, Sampling
 from selfalign.engines.transformers import Transformers

@@ -5,7 +5,8 @@ import pytest
 from builders import instruction, records_artefact, workspace
 
 from selfalign.core.errors import SelfalignError
-from selfalign.core.records import FinishReason, Response, read_records
+from selfalign.core.jsonl import read_records
+from selfalign.core.records import FinishReason, Response
 from selfalign.stages.outputs import outputs
 
 ROWS = [

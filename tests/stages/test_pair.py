@@ -9,7 +9,8 @@ from builders import artefact, demonstration, instruction, judgement, records_ar
 from mutation import assert_caught
 
 from selfalign.core.errors import SelfalignError
-from selfalign.core.records import Demonstration, FinishReason, PreferencePair, Response, read_records
+from selfalign.core.jsonl import read_records
+from selfalign.core.records import Demonstration, FinishReason, PreferencePair, Response
 from selfalign.data.pair_rules import AllOrdered, BestVsK, BestWorst, PairRule, RandomPair
 from selfalign.data.sources import as_prompt
 from selfalign.stages import pair as module

@@ -26,15 +26,8 @@ from mutation import assert_caught
 from scipy import stats
 
 from selfalign.core.errors import SelfalignError
-from selfalign.core.records import (
-    Instruction,
-    MeasuredPair,
-    PairReference,
-    PreferencePair,
-    RankedAnswers,
-    Response,
-    read_records,
-)
+from selfalign.core.jsonl import read_records
+from selfalign.core.records import Instruction, MeasuredPair, PairReference, PreferencePair, RankedAnswers, Response
 from selfalign.engines.openai_client import Endpoint
 from selfalign.judges.expected import ExpectedScore
 from selfalign.judges.external import ExternalScore

@@ -6,7 +6,8 @@ import pytest
 from builders import demonstration, records_artefact, workspace
 
 from selfalign.core.errors import SelfalignError
-from selfalign.core.records import Demonstration, Instruction, Prompt, read_records
+from selfalign.core.jsonl import read_records
+from selfalign.core.records import Demonstration, Instruction, Prompt
 from selfalign.data.turns import as_prompt
 from selfalign.stages.questions import questions
 from selfalign.store.artifacts import Artefact

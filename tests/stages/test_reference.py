@@ -14,7 +14,8 @@ from builders import (
 )
 
 from selfalign.core.errors import SelfalignError
-from selfalign.core.records import PairReference, PreferencePair, read_records
+from selfalign.core.jsonl import read_records
+from selfalign.core.records import PairReference, PreferencePair
 from selfalign.losses.refinement import Refinement
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.scorer import Scorer

@@ -14,7 +14,8 @@ from builders import (
 )
 
 from selfalign.core.errors import SelfalignError
-from selfalign.core.records import FinishReason, Instruction, Response, read_records
+from selfalign.core.jsonl import read_records
+from selfalign.core.records import FinishReason, Instruction, Response
 from selfalign.engines.protocol import Sampling
 from selfalign.engines.transformers import Transformers
 from selfalign.models.checkpoint import PolicyFiles

@@ -8,7 +8,8 @@ from builders import RUBRIC, composed, workspace
 from mutation import mutated
 
 from selfalign.core.errors import SelfalignError
-from selfalign.core.records import Demonstration, Instruction, RankedAnswers, Response, read_records
+from selfalign.core.jsonl import read_records
+from selfalign.core.records import Demonstration, Instruction, RankedAnswers, Response
 from selfalign.data.rouge import rouge_l
 from selfalign.data.sources import read_demonstrations, read_instructions, read_ranked
 from selfalign.data.text_filters import words_of
