@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from selfalign.batches import score_gap
 from selfalign.benchmarks.alpaca_eval import AlpacaEval
 from selfalign.benchmarks.mt_bench import MTBench
 from selfalign.chat_template import opened_thought
@@ -12,11 +13,11 @@ from selfalign.judges.bench import OWN_MODELS, asks_a_server
 from selfalign.judges.expected import ExpectedScore, score_tokens
 from selfalign.judges.referee import Referee, verdict_tokens
 from selfalign.longest import asks, writes
-from selfalign.losses import Positives
+from selfalign.losses import ODPO, Positives
 from selfalign.models import PolicyFiles
 from selfalign.records import Demonstration, PreferencePair, Prompt, stream_records
 from selfalign.roles import judges_of
-from selfalign.stages.align import augmentation_of
+from selfalign.stages.align import augmentation_of, lacks_score_gaps
 from selfalign.stages.seeds import EvaluationFineTuning
 from selfalign.store import Artefact
 from selfalign.tokenization import encode_prompt, plain_ids
@@ -37,7 +38,7 @@ def check_requirements(config: "ExperimentConfig", base: Artefact, given: Given)
         SelfalignError: with everything that stands against it, a line each.
     """
     of_model = (_lengths, _writing, _prompts_of_judges, _augmentation, _dropout, _quantisation, _judges)
-    checks = (*of_model, _conversations, _thoughts)
+    checks = (*of_model, _conversations, _thoughts, _scores)
     problems = [problem for check in checks for problem in check(config, base, given)]
     if problems:
         raise SelfalignError("\n".join(problems))
@@ -175,6 +176,15 @@ def _thoughts(config: "ExperimentConfig", base: Artefact, given: Given) -> Itera
                 f"answer with {tag} already: leave thoughts out, or give another template with model.chat_template=FILE"
             )
             return
+
+
+def _scores(config: "ExperimentConfig", base: Artefact, given: Given) -> Iterator[str]:
+    """Given pairs have the scores whose difference the loss takes."""
+    if not isinstance(config.loss, ODPO) or given.pairs is None:
+        return
+    pairs = stream_records(given.pairs.path / "pairs.jsonl", PreferencePair)
+    if wrong := [pair.id for pair in pairs if not (score_gap(pair) or 0) > 0]:
+        yield lacks_score_gaps(wrong)
 
 
 def _prompts(given: Given) -> Iterator[tuple[str, Prompt]]:
