@@ -336,10 +336,15 @@ def test_weight_that_is_not_finite_is_refused_by_its_name(value: str, mine: Path
             [],
             "the run has conversations, and .* no chat template",
         ),
+        (
+            lambda mine: None,
+            ["loss=odpo"],
+            "loss=odpo needs chosen_score above rejected_score in every pair; 4 have not, like ",
+        ),
     ],
-    ids=["too_long", "no_template"],
+    ids=["too_long", "no_template", "no_scores"],
 )
-def test_what_the_model_cannot_do_is_known_before_anything_is_trained(
+def test_what_cannot_be_trained_with_model_or_data_is_known_before_anything_is_trained(
     spoil: Any, told: list[str], said: str, mine: Path, tmp_path: Path
 ) -> None:
     spoil(mine)

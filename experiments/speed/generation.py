@@ -26,11 +26,13 @@ import torch
 import yaml
 
 from selfalign.core.errors import SelfalignError
-from selfalign.core.records import FinishReason, Instruction, Response, write_records
+from selfalign.core.jsonl import write_records
+from selfalign.core.records import FinishReason, Instruction, Response
 from selfalign.data.sources import as_prompt
 from selfalign.engines.protocol import Request, Sampling
 from selfalign.engines.transformers import Transformers, TransformersGenerator
-from selfalign.models.checkpoint import ModelConfig, PolicyFiles
+from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.config import ModelConfig
 from selfalign.models.pretrained import fetch_pretrained
 from selfalign.models.tokenizer import decode_response, encode_prompt
 from selfalign.stages.judge import ExpectedScore, ImplicitReward, Pairwise, SampledScore, judge

@@ -105,7 +105,8 @@ def ours(job: argparse.Namespace, *, refined: bool, lora: bool) -> list[float]:
     """DPO or Sr-DPO through selfalign's trainer, reference values stored."""
     from selfalign.losses.preference import DPO, SrDPO
     from selfalign.models.batches import Group, PairExample
-    from selfalign.models.checkpoint import LoRA, Policy, PolicyFiles
+    from selfalign.models.checkpoint import Policy, PolicyFiles
+    from selfalign.models.config import LoRA
     from selfalign.stages.align import Preference, StoredReferences
     from selfalign.store.artifacts import Workspace
     from selfalign.training.config import Optimization, Weights

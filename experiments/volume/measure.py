@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
-from selfalign.core.jsonl import follow
+from selfalign.core.jsonl import follow, stream_records, write_records
 from selfalign.core.records import (
     FinishReason,
     Instruction,
@@ -30,15 +30,14 @@ from selfalign.core.records import (
     PreferencePair,
     Response,
     ResponseScore,
-    stream_records,
-    write_records,
 )
 from selfalign.data.pair_rules import BestWorst
 from selfalign.engines.protocol import Completion, Request, Sampling
 from selfalign.engines.transformers import Transformers, TransformersGenerator
 from selfalign.losses.refinement import Refinement
 from selfalign.models.batches import Group, PairExample, encode_pairs, pack, split_by_tokens
-from selfalign.models.checkpoint import ModelConfig, PolicyFiles
+from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.config import ModelConfig
 from selfalign.models.pretrained import fetch_pretrained
 from selfalign.models.scorer import Scorer
 from selfalign.stages.pair import pair

@@ -15,13 +15,14 @@ from selfalign.judges.comparator import Referee, verdict_tokens
 from selfalign.judges.expected import ExpectedScore, score_tokens
 from selfalign.judges.protocol import OWN_MODELS, asks_a_server
 from selfalign.judges.written import WrittenScore
-from selfalign.losses.preference import Positives
+from selfalign.losses.preference import ODPO, Positives
+from selfalign.models.batches import score_gap
 from selfalign.models.chat_template import opened_thought
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.tokenizer import encode_prompt, plain_ids
 from selfalign.pipeline.inputs import Given
 from selfalign.pipeline.models import judges_of
-from selfalign.stages.align import augmentation_of
+from selfalign.stages.align import augmentation_of, lacks_score_gaps
 from selfalign.stages.seeds import EvaluationFineTuning
 from selfalign.store.artifacts import Artefact
 
@@ -38,7 +39,7 @@ def check_requirements(config: ExperimentConfig, base: Artefact, given: Given) -
         SelfalignError: with everything that stands against it, a line each.
     """
     of_model = (_lengths, _writing, _prompts_of_judges, _augmentation, _dropout, _quantisation, _judges)
-    checks = (*of_model, _conversations, _thoughts)
+    checks = (*of_model, _conversations, _thoughts, _scores)
     problems = [problem for check in checks for problem in check(config, base, given)]
     if problems:
         raise SelfalignError("\n".join(problems))
@@ -176,6 +177,15 @@ def _thoughts(config: ExperimentConfig, base: Artefact, given: Given) -> Iterato
                 f"answer with {tag} already: leave thoughts out, or give another template with model.chat_template=FILE"
             )
             return
+
+
+def _scores(config: ExperimentConfig, base: Artefact, given: Given) -> Iterator[str]:
+    """Given pairs have the scores whose difference the loss takes."""
+    if not isinstance(config.loss, ODPO) or given.pairs is None:
+        return
+    pairs = stream_records(given.pairs.path / "pairs.jsonl", PreferencePair)
+    if wrong := [pair.id for pair in pairs if not (score_gap(pair) or 0) > 0]:
+        yield lacks_score_gaps(wrong)
 
 
 def _prompts(given: Given) -> Iterator[tuple[str, Prompt]]:

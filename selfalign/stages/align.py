@@ -385,6 +385,9 @@ def check_score_gaps(loss: PreferenceLoss, examples: Iterable[PairExample]) -> I
             wrong.append(example.id)
         yield example
     if wrong:
-        raise SelfalignError(
-            f"loss=odpo needs chosen_score above rejected_score in every pair; {len(wrong)} have not, like {wrong[0]}"
-        )
+        raise SelfalignError(lacks_score_gaps(wrong))
+
+
+def lacks_score_gaps(pairs: Sequence[str]) -> str:
+    """Says which pairs ODPO cannot be trained on."""
+    return f"loss=odpo needs chosen_score above rejected_score in every pair; {len(pairs)} have not, like {pairs[0]}"
