@@ -17,7 +17,7 @@ from selfalign.errors import SelfalignError
 from selfalign.examples import follow_references, store_examples
 from selfalign.files import derive_seed
 from selfalign.layouts import my_passes, out_of_wrapper
-from selfalign.losses import ODPO, PairLogps, PreferenceLoss, SrDPO, SrIPO, rewards
+from selfalign.losses import ODPO, PairLogps, Positives, PreferenceLoss, SrDPO, SrIPO, rewards
 from selfalign.metrics import (
     Sums,
     add_sums,
@@ -366,12 +366,12 @@ def frozen_logps(model: "PreTrainedModel", groups: Sequence[Group]) -> PairLogps
         model.train(training)
 
 
-def refinement_of(loss: PreferenceLoss) -> Refinement | None:
+def refinement_of(loss: PreferenceLoss | Positives) -> Refinement | None:
     """The refinement a loss asks for, or None."""
     return loss.refinement if isinstance(loss, SrDPO | SrIPO) else None
 
 
-def augmentation_of(loss: PreferenceLoss) -> Refinement | None:
+def augmentation_of(loss: PreferenceLoss | Positives) -> Refinement | None:
     """What a loss's second pass depends on; None where it has no second pass."""
     source = refinement_of(loss)
     return source.augmentation() if source else None
