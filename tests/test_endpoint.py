@@ -256,6 +256,17 @@ def test_key_a_server_repeats_is_taken_out_of_the_text() -> None:
         assert chats.complete(ASK).text == "Your key is [key]. Score: 3"
 
 
+@pytest.mark.parametrize("word", ["0", "3", "token", "EMPTY"])
+def test_word_in_place_of_a_key_is_left_in_the_answers(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+    """Servers that need no key are given one all the same, and it may be a digit of the score or a part of a name."""
+    said = f"{word} is what I say.\nScore: 3"
+    monkeypatch.setenv("JUDGE_KEY", word)
+    with chat_server(lambda body: chat(said)) as server, client(server) as chats:
+        reply = chats.complete(ASK)
+    assert server.keys == [f"Bearer {word}"]
+    assert (reply.text, reply.prompt_tokens) == (said, 10)
+
+
 def test_requests_under_way_are_limited_and_answers_keep_their_names(tmp_path: Path) -> None:
     requests = {f"r{n}": {"messages": [{"role": "user", "content": str(n)}]} for n in range(12)}
     said = lambda body: chat(f"Score: {body['messages'][0]['content']}")  # noqa: E731

@@ -127,3 +127,24 @@ def test_command_says_how_it_is_used_and_fails_in_one_line(tmp_path: Path) -> No
     told = command("nowhere", "experiment=smoke")
     assert told.returncode == 1
     assert told.stderr.strip().splitlines()[-1].startswith("error: the model to evaluate")
+
+
+def test_each_run_is_measured_by_its_own_loss_and_reference_and_against_its_own_training(
+    finished: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those of the first run are another β, another reference, and pairs that the second was trained on."""
+    settings = read_json(finished / "summary.json")["config"]["overrides"]
+    asked = ["evaluate.preferences.source=ranked", "evaluate.instructions=''"]
+    own = ["loss.beta=0.3", "train.reference=sft", "loss.refinement.scale=10", "judge.high=6", "name=own"]
+    given = ["iterations=2", "data.seeds.max_demonstrations=4", "seed=3"]
+    other = run(finished.parent, *settings, *own, *given, *asked)
+    with caplog.at_level("WARNING"):
+        folder = evaluate_models([str(finished), str(other)], asked, conf_folder())
+    assert f"the runs differ in data.seeds, judge: all are measured with {finished.name}'s" in caplog.text
+    for name in ("M1", "M2", "M3"):
+        alone = read_json(other / f"artefacts/evaluation_{name}/preferences/manifest.json")
+        beside = read_json(folder / f"artefacts/evaluation_{other.name}.{name}/preferences/manifest.json")
+        for key in ("beta", "policy", "reference"):
+            assert beside["inputs"][key] == alone["inputs"][key], (name, key)
+        taught = [known["digest"] for known in alone["inputs"]["trained_on"]]
+        assert {*taught} <= {known["digest"] for known in beside["inputs"]["trained_on"]}

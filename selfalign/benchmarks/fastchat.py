@@ -109,20 +109,20 @@ def read_questions(path: Path, count: int = 0) -> list[Question]:
     return list(questions.values())[: count or None]
 
 
-def read_references(path: Path) -> dict[int | str, list[str]]:
-    """{question id: a right answer to each turn}.
+def read_references(path: Path) -> dict[str, list[str]]:
+    """{question id, as a text: a right answer to each turn}.
 
     Raises:
         SelfalignError: a line is no answer, or repeats a question; file and line are named.
     """
-    references: dict[int | str, list[str]] = {}
+    references: dict[str, list[str]] = {}
     for where, raw in read_rows(str(path)):
         row = Row(where, raw)  # Its `choices` are what it answers, and no part of a task.
         answer = row.typed(Answer)
-        if answer.question_id in references or not answer.choices:
+        if str(answer.question_id) in references or not answer.choices:
             trouble = "an answer without choices" if not answer.choices else "a second answer to the same question"
             row.refuse(f"question_id {answer.question_id!r}: {trouble}")
-        references[answer.question_id] = answer.choices[0].turns
+        references[str(answer.question_id)] = answer.choices[0].turns
     return references
 
 

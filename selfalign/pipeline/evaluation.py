@@ -1,10 +1,12 @@
 """How the models of a run are measured: what they answer, how they judge, and how far they have moved."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.files import derive_seed
 from selfalign.judges.protocol import asks_a_server
+from selfalign.losses.preference import Positives, PreferenceLoss
 from selfalign.pipeline.held_out import HeldOutPairs
 from selfalign.pipeline.inputs import Given
 from selfalign.pipeline.models import Judging, Models
@@ -42,8 +44,24 @@ class Evaluation:
     def __post_init__(self) -> None:
         self.held_out = HeldOutPairs(self.config, self.run, self.given)
 
-    def measure(self, name: str, models: Models, *, judging_only: bool = False) -> None:
-        """Measures the newest model: its answers against those of the models before, and its judging, or that alone."""
+    def measure(
+        self,
+        name: str,
+        models: Models,
+        *,
+        judging_only: bool = False,
+        loss: "PreferenceLoss | Positives | None" = None,
+        taught: Sequence[Artefact] = (),
+    ) -> None:
+        """Measures the newest model: its answers against those of the models before, and its judging, or that alone.
+
+        Args:
+            name: of the model.
+            models: of its run so far.
+            judging_only: measures its judging alone.
+            loss: of its run, where that is another than the experiment's.
+            taught: what its run was trained on besides what is given here and the pairs it made.
+        """
         place, asked = f"evaluation_{name}", None if judging_only else self.given.questions
         judged, moved, compared = None, None, {}
         if asked is not None:
@@ -51,7 +69,7 @@ class Evaluation:
             judged = answers, self._score(place, models, asked, answers)
             compared = self._compare(place, models, asked, answers)
             moved = self._distance(place, models, asked, answers)
-        self.held_out.measure(name, models)
+        self.held_out.measure(name, models, loss or self.config.loss, taught)
         self.run.make(
             f"{place}/numbers",
             evaluate,

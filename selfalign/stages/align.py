@@ -16,7 +16,7 @@ from selfalign.core.files import derive_seed
 from selfalign.core.jsonl import chunks, stream_records
 from selfalign.core.records import PreferencePair
 from selfalign.losses.logps import PairLogps
-from selfalign.losses.preference import ODPO, PreferenceLoss, SrDPO, SrIPO, rewards
+from selfalign.losses.preference import ODPO, Positives, PreferenceLoss, SrDPO, SrIPO, rewards
 from selfalign.losses.refinement import Refinement
 from selfalign.metrics.accumulate import Sums, add_sums, averages
 from selfalign.metrics.rewards import length_moments, logp_changes, reward_intervals, reward_metrics
@@ -362,12 +362,12 @@ def frozen_logps(model: "PreTrainedModel", groups: Sequence[Group]) -> PairLogps
         model.train(training)
 
 
-def refinement_of(loss: PreferenceLoss) -> Refinement | None:
+def refinement_of(loss: PreferenceLoss | Positives) -> Refinement | None:
     """The refinement a loss asks for, or None."""
     return loss.refinement if isinstance(loss, SrDPO | SrIPO) else None
 
 
-def augmentation_of(loss: PreferenceLoss) -> Refinement | None:
+def augmentation_of(loss: PreferenceLoss | Positives) -> Refinement | None:
     """What a loss's second pass depends on; None where it has no second pass."""
     source = refinement_of(loss)
     return source.augmentation() if source else None

@@ -111,7 +111,7 @@ def judge(
             made = (in_order(subjects, judged.judgements), scores, judged.comparisons)
             for name, records in zip(names, made, strict=False):
                 write[name](records)
-        if tally.failed.total() > judge.max_failed_share * tally.wanted:
+        if any(failed > judge.max_failed_share * wanted for failed, wanted in tally.shares):
             raise SelfalignError(_failure(out.label, judge, tally))
         if tally.failed.total() == tally.wanted:
             logger.warning("%s", _failure(out.label, judge, tally))
@@ -121,7 +121,7 @@ def judge(
         "judgements": tally.judgements,
         "retries": tally.judgements - tally.wanted,
         "unjudged_responses": tally.unjudged,
-        "dropped": dict(sorted(tally.failed.items())),
+        "dropped": dict(sorted((tally.failed + Counter(unread_comparison=tally.undecided)).items())),
         **judgement_statistics(stream_records(out.path / "judgements.jsonl", Judgement)),
         **_constancy(out.label, judge, tally),
         **tally.counts,
@@ -145,6 +145,8 @@ class Tally:
         judgements: all attempts.
         wanted: the judgements that count, the last attempt of each.
         failed: those of them without a score, by reason.
+        compared: comparisons they come from, where responses are compared.
+        undecided: those of them without a verdict.
         unread: what the judge wrote in these, or in the comparisons they come from.
         unjudged: responses without a score.
         scores: how many responses have each score, to three digits.
@@ -157,6 +159,8 @@ class Tally:
     judgements: int = 0
     wanted: int = 0
     failed: Counter[str] = field(default_factory=Counter)
+    compared: int = 0
+    undecided: int = 0
     unread: Unread = field(default_factory=Unread)
     unjudged: int = 0
     scores: Counter[float] = field(default_factory=Counter)
@@ -173,6 +177,8 @@ class Tally:
         self.wanted += len(counted)
         self.failed.update(judgement.status.value for judgement in failed)
         compared = [(one.status, unread_text(one)) for one in judged.comparisons if one.outcome is None]
+        self.compared += len(judged.comparisons)
+        self.undecided += len(compared)
         self.unread.add(compared or [(judgement.status, judgement.text) for judgement in failed])
         known = {score.id: score.score for score in scores if score.score is not None}
         self.unjudged += len(scores) - len(known)
@@ -184,6 +190,11 @@ class Tally:
                 self.variances.add(score.variance)
         self.counts.update(judged.counts)
         self.means = add_sums(self.means, judged.means)
+
+    @property
+    def shares(self) -> list[tuple[int, int]]:
+        """(failed, wanted) of judgements, and of comparisons, a few of which give a response its score already."""
+        return [(self.failed.total(), self.wanted), (self.undecided, self.compared)]
 
 
 def _check_scale(label: str, judge: Judge, tally: Tally) -> None:
@@ -222,8 +233,10 @@ def _constancy(label: str, judge: Judge, tally: Tally) -> dict[str, float]:
 
 
 def _failure(label: str, judge: Judge, tally: Tally) -> str:
+    undecided = f", {tally.undecided} of {tally.compared} comparisons no verdict" if tally.compared else ""
     return (
-        f"{label}: {tally.failed.total()} of {tally.wanted} judgements carry no score ({dict(tally.failed)}); "
+        f"{label}: {tally.failed.total()} of {tally.wanted} judgements carry no score ({dict(tally.failed)})"
+        f"{undecided}; "
         f"{tally.unread.describe(judge.token_setting)}Try judge=expected_score, a model that can follow the rubric, or "
         "a larger judge.max_failed_share"
     )

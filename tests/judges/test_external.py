@@ -213,6 +213,20 @@ def test_pairwise_verdicts_are_read_from_what_a_server_writes(tmp_path: Path) ->
     }  # fmt: skip
     assert judgements["bees-2"].status is JudgementStatus.AMBIGUOUS
     assert counts["judge/requests"] == 8
+    assert counts["dropped"] == {"ambiguous": 1, "unread_comparison": 2}
+
+
+def test_comparisons_without_a_verdict_count_although_every_response_has_a_score(tmp_path: Path) -> None:
+    prompt = "{instruction}\n{first}\n{second}"
+
+    def decides_all_but_one(body: dict[str, Any]) -> bytes:
+        asked = body["messages"][0]["content"]
+        return chat("Hm." if "They fly" in asked and "Nothing." in asked else "[[A]]")
+
+    with chat_server(decides_all_but_one) as server:
+        kind = Pairwise(prompt=prompt, endpoint=at(server), max_failed_share=0.2)
+        with pytest.raises(SelfalignError, match=r"0 of 5 judgements .*, 1 of 4 comparisons no verdict"):
+            judged(tmp_path, kind, None)
 
 
 def everything_below(folder: Path) -> bytes:

@@ -120,7 +120,7 @@ def test_pair_that_does_not_fit_is_counted_and_never_cut(tmp_path: Path, tiny_po
     long = response("tea-3", "Pour it slowly and wait. " * 40)
     inputs = given(tmp_path, [*ANSWERS, long])
     counts, judgements = judged(tmp_path, KIND, policy_artefact(small), **inputs)
-    assert counts["dropped"] == {"prompt_too_long": 1}
+    assert counts["dropped"] == {"prompt_too_long": 1, "unread_comparison": 2}
     assert judgements["tea-3"].status is JudgementStatus.PROMPT_TOO_LONG
     assert judgements["tea-1"].status is JudgementStatus.OK
     assert {c.status for c in comparisons(tmp_path) if "tea-3" in (c.first_id, c.second_id)} == {
