@@ -182,9 +182,6 @@ IDLE = {
         ["train.choose.level=0.1", "train.choose.sampling.top_p=0.9"],
         "train.choose.every_steps=0 compares no checkpoints",
     ),
-    "adapter of no rank": (
-        "model.lora.rank=0 model.lora.alpha=3", ["model.lora.alpha=3"], "model.lora.rank=0 trains all weights",
-    ),
     "answers to nothing": (
         "evaluate.instructions='' evaluate.count=3 evaluate.head_to_head.model=base evaluate.matrix=false",
         ["evaluate.count=3", "evaluate.head_to_head.model=base"],

@@ -184,8 +184,6 @@ def _idle(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
         yield r"train\.sft", "there are no demonstrations, so M1 is M0"
     if not train.choose.every_steps:
         yield r"train\.choose(?!\.(every_steps|instructions)$)", "train.choose.every_steps=0 compares no checkpoints"
-    if not config.model.lora.rank:
-        yield r"model\.lora(?!\.rank$)", "model.lora.rank=0 trains all weights"
     if not asked.instructions:
         answered = "count|sampling|judge" + "|head_to_head" * (asked.head_to_head is None)
         yield rf"evaluate\.({answered})", "evaluate.instructions names none, so no model answers any"
