@@ -158,11 +158,11 @@ TORN_TWICE = test_torn_line_does_not_swallow_the_batch_written_behind_it
 READ = """            for path in sorted(folder.glob("journal-*.jsonl")):
                 self._places |= read_places(path)
 """
-AGREED = f"        if processes.is_main():\n{READ}        self._places = processes.broadcast(self._places)\n"
+AGREED = f"        if distributed.is_main():\n{READ}        self._places = distributed.broadcast(self._places)\n"
 # (what, old text, new text, the test that notices)
 MUTANTS: list[tuple[str, str, str, Check]] = [
-    ("everybody makes everything", "missing[processes.rank() :: many]", "missing", ALL),
-    ("shares in blocks", "missing[processes.rank() :: many]", "missing[processes.rank() * WINDOW :][:WINDOW]", FEW),
+    ("everybody makes everything", "missing[distributed.rank() :: many]", "missing", ALL),
+    ("shares in blocks", "missing[distributed.rank() :: many]", "missing[distributed.rank() * WINDOW :][:WINDOW]", FEW),
     ("what has been made is not told", "                self.share()\n", "                pass\n", ALL),
     ("the others' files are not read", 'glob("journal-*.jsonl")', 'glob("journal-0.jsonl")', OUTLIVE),
     ("everybody sees for himself what is there", AGREED, "        if True:\n" + READ, LATE),

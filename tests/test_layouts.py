@@ -263,11 +263,11 @@ def test_the_average_of_all_gradients_is_that_of_one_process(
     check_gradients(monkeypatch, tiny_policy, tmp_path)
 
 
-SCALE = "0.0 if part.repeated else processes.count() / weight"
+SCALE = "0.0 if part.repeated else distributed.count() / weight"
 MISSING = "missing = max(map(len, runs)) - len(runs[rank])"
 MUTANTS: list[tuple[Any, str, str, Callable[..., None]]] = [
-    (trainer_module, SCALE, SCALE.replace("processes.count()", "1"), check_gradients),
-    (trainer_module, SCALE, "processes.count() / weight", check_gradients),
+    (trainer_module, SCALE, SCALE.replace("distributed.count()", "1"), check_gradients),
+    (trainer_module, SCALE, "distributed.count() / weight", check_gradients),
     (trainer_module, SCALE, SCALE.replace("/ weight", "/ len(passes)"), check_gradients),
     (parallelism, MISSING, "missing = 0", check_shares),
     (parallelism, "(load + len(example), process)", "(load + 1, process)", check_shares),

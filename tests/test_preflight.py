@@ -173,9 +173,10 @@ def test_one_server_is_asked_once_the_longest_of_what_it_will_be_asked() -> None
     with chat_server() as server:
         told = [f"evaluate.head_to_head.{setting}" for setting in (*compared, f"endpoint.base_url={server.url}")]
         rubric = "x" * 5000 + " {instruction} {response}"
+        longer = "x" * 5000 + " {instruction} {first} {second}"
         assert found(*judged_by(server, *told, f"judge.prompt='{rubric}'")) == []
         assert [body["max_tokens"] for body in server.bodies] != [9]
-        assert found(*judged_by(server, *told, f"evaluate.head_to_head.prompt='{rubric} {{first}} {{second}}'")) == []
+        assert found(*judged_by(server, *told, f"evaluate.head_to_head.prompt='{longer}'")) == []
         assert [body["max_tokens"] for body in server.bodies[1:]] == [9]
 
 

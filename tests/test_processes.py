@@ -226,12 +226,12 @@ ALONE = test_any_other_stage_is_left_to_the_main_process
 # (what, old text, new text, the test that notices)
 MUTANTS: list[tuple[str, str, str, Check]] = [
     ("everybody writes into the artefact", 'self.scratch / f"process_', 'folder / f"process_', TOGETHER),
-    ("what one made is not given to the others", "cast(Artefact, processes.broadcast(made))", "cast(Artefact, made)",
+    ("what one made is not given to the others", "cast(Artefact, distributed.broadcast(made))", "cast(Artefact, made)",
      TOGETHER),
-    ("every process writes the manifest", "        if not processes.is_main():\n            return\n", "", TOGETHER),
+    ("every process writes the manifest", "        if not distributed.is_main():\n            return\n", "", TOGETHER),
     ("every stage is made by all", "elif together:", "elif True:", ALONE),
-    ("the main process waits for the others alone", "with processes.alone():", "if True:", ALONE),
-    ("different data go unnoticed", "if len(set(processes.gather(folder.name))) > 1:", "if False:",
+    ("the main process waits for the others alone", "with distributed.alone():", "if True:", ALONE),
+    ("different data go unnoticed", "if len(set(distributed.gather(folder.name))) > 1:", "if False:",
      test_processes_that_read_different_data_are_stopped),
 ]  # fmt: skip
 

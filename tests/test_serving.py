@@ -37,7 +37,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import read_records
 from selfalign.core.records import FinishReason, Response
 from selfalign.data.sources import as_prompt
-from selfalign.engines import server
+from selfalign.engines import server as engine
 from selfalign.engines.protocol import Completion, Request, Sampling
 from selfalign.engines.server import Server, ServerGenerator, export
 from selfalign.engines.transformers import Transformers
@@ -60,7 +60,7 @@ WARM = Sampling(temperature=0.7, top_p=0.9, max_new_tokens=8)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WRITER_KEY", KEY)
     monkeypatch.setattr("selfalign.engines.openai_client.pause", lambda stop, seconds: None)
-    monkeypatch.setattr(server, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(engine, "POLL_SECONDS", 0.01)
 
 
 def counted(body: dict[str, Any]) -> bytes:
@@ -425,20 +425,20 @@ def test_other_processes_of_a_run_start_none_and_ask_the_main_ones(
     with served(tiny_policy, monkeypatch) as (generator, server):
         monkeypatch.setattr(distributed, "is_main", lambda: False)
         monkeypatch.setattr(distributed, "broadcast", lambda value: told[0])
-        monkeypatch.setattr(server, "ServerProcess", None)
+        monkeypatch.setattr(engine, "ServerProcess", None)
         with Server(command=IDLE, dtype="float32").load(tiny_policy) as other:
             assert other.write(requests, WARM) == generator.write(requests, WARM)
         assert len(server.bodies) == 4
 
 
 def test_other_machines_of_a_run_ask_the_main_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert server._host() == "localhost"
+    assert engine._host() == "localhost"
     monkeypatch.setenv("MASTER_ADDR", "node-0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert server._host() == "localhost"
+    assert engine._host() == "localhost"
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert server._host() == "node-0"
+    assert engine._host() == "node-0"
 
 
 @pytest.mark.parametrize(
@@ -501,7 +501,7 @@ def answered(
 ) -> ChatServer:
     """The server that the stage has asked; the first request of all is the one that it is met with."""
     with chat_server(counted, faults) as server:
-        monkeypatch.setattr(server, "_free_port", lambda: port_of(server))
+        monkeypatch.setattr(engine, "_free_port", lambda: port_of(server))
         answer(policy, folder, generate)
     return server
 
@@ -539,7 +539,7 @@ def test_whole_run_is_written_by_a_faulty_server_and_the_key_is_nowhere(
         "generate.command='echo $WRITER_KEY; : {weights} {port}; exec sleep 600'",
     ]  # fmt: skip
     with chat_server(says, faults) as server:
-        monkeypatch.setattr(server, "_free_port", lambda: port_of(server))
+        monkeypatch.setattr(engine, "_free_port", lambda: port_of(server))
         folder = run(tmp_path / "outputs", *overrides)
         asked = len(server.bodies)
         assert run(tmp_path / "outputs", *overrides) == folder
@@ -595,7 +595,7 @@ MUTANTS = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_caught(name: str, given: dict[str, Any]) -> None:
     old, new, check = MUTANTS[name]
-    assert_caught(server, sys.modules[__name__], old, new, check, {**given, "name": "other_tokenizer", "fails": False})
+    assert_caught(engine, sys.modules[__name__], old, new, check, {**given, "name": "other_tokenizer", "fails": False})
 
 
 # --- a real server -------------------------------------------------------------------------------------------------
