@@ -39,6 +39,12 @@ def mutated(module: ModuleType, old: str, new: str) -> Iterator[ModuleType]:
         del sys.modules["mutant"]
 
 
+def home_of(text: str, *modules: ModuleType) -> ModuleType:
+    """The module among these in which a mutant's text stands."""
+    [home] = [module for module in modules if text in inspect.getsource(module)]
+    return home
+
+
 def functions_of(module: ModuleType) -> set[str]:
     """The functions that a module defines."""
     return {

@@ -22,7 +22,7 @@ import torch
 import yaml
 from builders import ROOT, TINY_RUN, Said, composed, record_files, run, write_tiny_data
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from mutation import Check, assert_caught
+from mutation import Check, assert_caught, home_of
 from test_tracking import Read
 
 from selfalign.core.errors import SelfalignError
@@ -32,6 +32,7 @@ from selfalign.launch import sweep as sweep_module
 from selfalign.launch.hydra_sweep import BasicSweeper
 from selfalign.launch.sweep import Sweep, run_job, undisturbed
 from selfalign.report.jobs import find_jobs
+from selfalign.runs import sweep_jobs
 from selfalign.runs.sweep_jobs import Job, JobState, told
 from selfalign.runs.tracker import tracked_id
 
@@ -686,7 +687,7 @@ def cleaned_up() -> Iterator[None]:
 @pytest.mark.usefixtures("cleaned_up")
 @pytest.mark.parametrize(("old", "new", "check"), MUTANTS)
 def test_broken_account_of_a_sweep_is_noticed(old: str, new: str, check: Check, given: dict[str, Any]) -> None:
-    assert_caught(sweep_module, sys.modules[__name__], old, new, check, given)
+    assert_caught(home_of(old, sweep_module, sweep_jobs), sys.modules[__name__], old, new, check, given)
 
 
 # --- sweeps that compose -----------------------------------------------------------------------------------------
