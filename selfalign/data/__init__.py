@@ -1,1 +1,1 @@
-"""What people give: rows of their files as records, filters, pair rules, splits, prompts."""
+"""What people give: rows of their files as records, text filters and pair rules."""

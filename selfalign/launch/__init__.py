@@ -1,1 +1,1 @@
-"""Runs started, rehearsed, swept, continued, pushed."""
+"""A run started, rehearsed, swept, continued, measured, pushed to a hub."""

@@ -1,1 +1,1 @@
-"""What is measured: names, intervals, judge quality, limits."""
+"""What is measured: names and meanings, sums, intervals, judge quality, limits."""

@@ -1,1 +1,1 @@
-"""Training: objective, optimiser, parallelism, resumption."""
+"""Training: settings, objective, optimizers, parallelism, resumption, splits, checkpoint selection."""
