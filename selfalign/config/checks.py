@@ -166,11 +166,8 @@ def without_effect(config: ExperimentConfig, overrides: Sequence[str]) -> list[s
     """
     given = {match[1]: override for override in overrides if (match := re.match(r"\+*([\w.]+)=", override))}
     idle = [(re.compile(rf"({key})(\..+)?"), why) for key, why in _idle(config)]
-    return [
-        f"{override} has no effect: {next(why for key, why in idle if key.fullmatch(name))}"
-        for name, override in given.items()
-        if any(key.fullmatch(name) for key, _ in idle)
-    ]
+    reasons = ((override, [why for key, why in idle if key.fullmatch(name)]) for name, override in given.items())
+    return [f"{override} has no effect: {whys[0]}" for override, whys in reasons if whys]
 
 
 def _idle(config: ExperimentConfig) -> Iterator[tuple[str, str]]:

@@ -82,9 +82,10 @@ def render_prompt(tokenizer: "Tokenizer", messages: list[Message]) -> str:
 def _without_control(tokenizer: "Tokenizer", text: str) -> str:
     """The text with a space behind the first letter of every control token."""
     text = break_up(text, control_words(tokenizer))
-    for start in reversed(spelled_at(tokenizer, text)):
+    spelled = spelled_at(tokenizer, text)
+    for start in reversed(spelled):
         text = f"{text[: start + 1]} {text[start + 1 :]}"
-    if left := spelled_at(tokenizer, text):
+    if spelled and (left := spelled_at(tokenizer, text)):
         raise SelfalignError(
             f"the tokenizer reads a control token in {text[left[0] :][:40]!r}, with a space in it too: take it out"
         )

@@ -2,7 +2,7 @@
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import read_records, write_records
-from selfalign.core.records import Demonstration
+from selfalign.core.records import Demonstration, Instruction
 from selfalign.data.sources import read_instructions
 from selfalign.data.turns import compared, texts_in
 from selfalign.store.artifacts import Artefact, Counts, Workspace
@@ -31,9 +31,10 @@ def questions(out: Workspace, *, source: str, count: int, content: str, seeds: A
     apart = [instruction for instruction in given if compared(instruction.text) not in taught]
     if not apart:
         raise SelfalignError(f"{source}: all {len(given)} instructions are prompts of data.seeds.demonstrations")
-    by_text = {compared(instruction.text): instruction for instruction in reversed(apart)}
-    once = [instruction for instruction in apart if by_text[compared(instruction.text)] is instruction]
+    once: dict[str, Instruction] = {}
+    for instruction in apart:
+        once.setdefault(compared(instruction.text), instruction)
     drops["duplicate"] += len(apart) - len(once)
-    kept = once[: count or None]
+    kept = [*once.values()][: count or None]
     write_records(out.path / "instructions.jsonl", kept)
     return {"instructions": len(kept), "dropped": {"in_demonstrations": len(given) - len(apart), **(+drops)}}

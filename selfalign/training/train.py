@@ -23,7 +23,7 @@ def train(
     examples: Sequence[Example],
     objective: Objective,
     optimization: Optimization,
-    weights: "Weights",
+    weights: Weights,
     checkpoints: CheckpointSelector | None = None,
 ) -> Policy:
     """Trains a policy and writes it into the workspace; goes on from the last checkpoint if there is one.
@@ -72,7 +72,7 @@ def train(
     return loaded
 
 
-def put_together(shared: Policy, start: PolicyFiles, weights: "Weights") -> Policy | None:
+def put_together(shared: Policy, start: PolicyFiles, weights: Weights) -> Policy | None:
     """The trained policy, of which each process has a share, whole in the main process; None in the others."""
     whole = None
     if distributed.is_main():
