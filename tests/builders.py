@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import resource
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -44,6 +45,12 @@ RUBRIC = (
 
 
 # --- artefacts ---------------------------------------------------------------------------------------------------
+
+
+def floors() -> list[list[str]]:
+    """The packages of each floor, as docs/architecture.md has them, from the ground up."""
+    [block] = re.findall(r"^```floors\n(.*?)^```$", (ROOT / "docs/architecture.md").read_text("utf-8"), re.M | re.S)
+    return [line.split() for line in block.splitlines()]
 
 
 def artefact(folder: Path, stage: str = "given", counts: dict[str, Any] | None = None) -> Artefact:

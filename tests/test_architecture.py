@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
-from builders import ROOT, composed
+from builders import ROOT, composed, floors
 from omegaconf.errors import OmegaConfBaseException
 
 from selfalign.config.components import COMPONENTS
@@ -54,11 +54,8 @@ def own_imports(path: Path) -> set[str]:
     return names & modules().keys()
 
 
-def floors() -> dict[str, int]:
-    """{package: its floor}, as docs/architecture.md has them, from the ground up."""
-    block = re.search(r"^```floors\n(.*?)^```$", (ROOT / "docs/architecture.md").read_text("utf-8"), re.M | re.S)
-    assert block is not None
-    return {package: floor for floor, line in enumerate(block[1].splitlines()) for package in line.split()}
+FLOORS = {package: floor for floor, packages in enumerate(floors()) for package in packages}
+"""{package: its floor}, from the ground up."""
 
 
 # --- imports -----------------------------------------------------------------------------------------------------
@@ -67,8 +64,8 @@ def floors() -> dict[str, int]:
 def test_every_module_lies_in_a_package_that_has_a_floor() -> None:
     flat = [name for name in modules() if "." not in name and name != "__main__"]
     assert flat == []
-    assert {name.split(".")[0] for name in modules()} - {"__main__"} == floors().keys()
-    assert max(floors().values()) < 11
+    assert {name.split(".")[0] for name in modules()} - {"__main__"} == FLOORS.keys()
+    assert max(FLOORS.values()) < 11
 
 
 @pytest.mark.parametrize("name", [name for name in modules() if name != "__main__"])
@@ -76,7 +73,7 @@ def test_module_imports_from_its_own_package_and_from_floors_below(name: str) ->
     package = name.split(".")[0]
     for other in own_imports(modules()[name]):
         below = other.split(".")[0]
-        assert below == package or floors()[below] < floors()[package], f"{name} imports {other}"
+        assert below == package or FLOORS[below] < FLOORS[package], f"{name} imports {other}"
 
 
 def test_no_modules_import_one_another_in_a_circle() -> None:

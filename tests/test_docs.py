@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from builders import ROOT, composed
+from builders import ROOT, composed, floors
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -238,12 +238,6 @@ def package_map(page: Path) -> list[str]:
     """The first column of a page's package map."""
     table = text_of(page).partition("## Package map")[2].partition("\n## ")[0]
     return re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE)
-
-
-def floors() -> list[list[str]]:
-    """The packages of each floor, from the ground up."""
-    [block] = blocks_of(ROOT / "docs/architecture.md", "floors")
-    return [line.split() for line in block.splitlines()]
 
 
 def test_package_maps_and_floors_name_the_same_packages_once() -> None:
