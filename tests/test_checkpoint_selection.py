@@ -31,7 +31,7 @@ from selfalign.engines.openai_client import Endpoint
 from selfalign.engines.protocol import Sampling
 from selfalign.engines.transformers import Transformers
 from selfalign.models.checkpoint import Policy, PolicyFiles
-from selfalign.pipeline.plan import plan
+from selfalign.pipeline.loop import plan
 from selfalign.training import checkpoint_selection as module
 from selfalign.training.checkpoint_selection import CheckpointComparator, CheckpointSelection, CheckpointSelector, loses
 from selfalign.training.config import ChooseConfig

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from shutil import copy
 from typing import Any
 
 import pytest
@@ -42,9 +43,12 @@ from selfalign.losses.refinement import Refinement
 from selfalign.models.batches import encode_pairs
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.tokenizer import encode_prompt
+from selfalign.pipeline import loop
 from selfalign.pipeline.requirements import asks
 from selfalign.stages.sft import group_demonstrations
+from selfalign.store.artifacts import Artefact, Counts, Workspace
 from selfalign.store.journal import Journal
+from selfalign.store.stage import stage
 
 SHORT = ["train.sft.max_length=160", "train.align.max_length=160", 'judge.prompt="Grade {instruction} of {response}"']
 """So that the longest sequence is short; its rubric leaves room for a response."""
@@ -134,7 +138,7 @@ def test_checkpoints_answer_once_each_and_all_but_the_first_are_compared(tmp_pat
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ('"pairs.jsonl") - held_out', '"pairs.jsonl")'),
+        ('"pairs") - held_out', '"pairs")'),
         ("optimization.epochs * an_epoch, ", "an_epoch, "),
         ("steps = optimization.epochs * ", "steps = "),
     ],
@@ -327,6 +331,35 @@ def test_time_is_that_of_all_batches_and_the_rest_and_costs_by_the_hour() -> Non
     assert "memory  at most 1.50 GiB, in M1" in text
     assert "cost    at most 3.25: the machine 2.00, servers 1.25" in text
     assert re.search(r"^iteration_1/judgements +7 requests +– +– +–$", text, re.MULTILINE)
+
+
+def test_stages_that_nobody_knows_are_planned_rehearsed_and_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def thin_pairs(out: Workspace, *, pairs: Artefact) -> Counts:
+        copy(pairs.path / "pairs.jsonl", out.path)
+        return {"thinned": pairs.counts["pairs"]}
+
+    @stage(together=True)
+    def weigh_pairs(out: Workspace, *, pairs: Artefact) -> Counts:
+        return {"weighed": pairs.counts["thinned"]}
+
+    align = loop.Method.align
+
+    def thin_and_align(self: loop.Method, iteration: int, models: Any, pairs: Artefact) -> Artefact:
+        thinned = self.run.make(f"iteration_{iteration}/thinned", thin_pairs, pairs=pairs)
+        self.run.make(f"iteration_{iteration}/weighed", weigh_pairs, pairs=thinned)
+        return align(self, iteration, models, thinned)
+
+    monkeypatch.setattr(loop.Method, "align", thin_and_align)
+    told = on_given_pairs(tmp_path / "data")
+    assert {"iteration_1/thinned", "iteration_1/weighed"} < dict(loop.plan(composed(*told)[0])).keys()
+    estimates = rehearsed(tmp_path / "rehearsed", *told)
+    assert {label: estimates[label].count for label in STEPS} == STEPS
+    assert {"iteration_1/thinned", "iteration_1/weighed"}.isdisjoint(estimates)
+    assert "\nNot measured: iteration_1/weighed\n" in capsys.readouterr().out
+    rows = metrics(run(tmp_path / "run", *told))
+    assert [row.get("thinned", row.get("weighed")) for row in rows if row["stage"].endswith("_pairs")][-2:] == [3, 3]
 
 
 def test_server_is_asked_once_and_its_tokens_are_billed(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from selfalign.core.jsonl import read_records
 from selfalign.core.records import Demonstration, Judgement, RankedAnswers
 from selfalign.launch.experiment import look_ahead
 from selfalign.metrics.catalog import METRICS
-from selfalign.pipeline.plan import plan
+from selfalign.pipeline.loop import plan
 from selfalign.runs.reader import Finished
 from selfalign.stages.judge import parse_score
 from selfalign.store.artifacts import Store

@@ -18,7 +18,7 @@ from selfalign.core.jsonl import read_records
 from selfalign.core.records import MeasuredPair, PreferencePair
 from selfalign.launch.experiment import run_experiment
 from selfalign.metrics.limits import Limits
-from selfalign.pipeline.plan import plan
+from selfalign.pipeline.loop import plan
 from selfalign.runs.tracker import NoTracker
 from selfalign.training.splits import Known, split_pairs
 

@@ -27,7 +27,7 @@ from selfalign.core.records import (
 )
 from selfalign.metrics.catalog import METRICS
 from selfalign.models.checkpoint import PolicyFiles
-from selfalign.pipeline.plan import plan
+from selfalign.pipeline.loop import plan
 from selfalign.store.artifacts import Store, Workspace
 
 

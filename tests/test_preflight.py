@@ -16,7 +16,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.launch import preflight as preflight_module
 from selfalign.launch.experiment import run_experiment
 from selfalign.launch.preflight import preflight, problems
-from selfalign.pipeline.plan import plan
+from selfalign.pipeline.loop import plan
 
 KEY = "sk-very-secret-0123456789"
 

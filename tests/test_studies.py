@@ -25,7 +25,7 @@ from selfalign.config.hydra import register
 from selfalign.core.errors import SelfalignError
 from selfalign.engines.server import Server
 from selfalign.losses.preference import DPO, IPO, SrDPO, SrIPO
-from selfalign.pipeline.plan import plan
+from selfalign.pipeline.loop import plan
 from selfalign.stages.evaluate import compares_on, opponents
 from selfalign.stages.judge import ExpectedScore, SampledScore
 from selfalign.stages.seeds import EvaluationFineTuning

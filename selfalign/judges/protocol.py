@@ -25,7 +25,7 @@ from selfalign.engines.openai_client import Client, Endpoint
 from selfalign.engines.protocol import Backend, Generator, Loaded, Reader
 from selfalign.metrics.accumulate import Sums
 from selfalign.models.checkpoint import PolicyFiles
-from selfalign.store.artifacts import Counts
+from selfalign.store.artifacts import Artefact, Counts
 from selfalign.store.journal import Journal
 
 OWN_MODELS = ("self", "sft", "base")
@@ -213,6 +213,11 @@ class Judge(Protocol):
 def asks_a_server(judge: object) -> bool:
     """Whether the judge is no policy of this run but answers behind an endpoint."""
     return bool(getattr(judge, "endpoint", Endpoint()).base_url)
+
+
+def who_judges(judge: Any, policy: Artefact | None) -> str:
+    """Return the name of who judges, for the plan: a server's model, or a policy by its label."""
+    return policy.key if policy is not None and not asks_a_server(judge) else judge.endpoint.model
 
 
 def wants_model(judge: Any) -> bool:

@@ -18,7 +18,7 @@ from selfalign.pipeline.loop import run_pipeline
 
 BOUND = (
     "An upper bound: every prompt with its response fills max_length, every text max_new_tokens, and new instructions\n"
-    "take all their batches. Not in it: judgements that are tried again, and benchmarks."
+    "take all their batches. Not in it: judgements that are tried again."
 )
 ELSEWHERE = "The engine of generate=vllm or generate=server ends texts where it likes; its memory is not in it either."
 
@@ -39,6 +39,8 @@ def dry_run(config: ExperimentConfig) -> list[Estimate]:
     if distributed.is_main():
         elsewhere = not isinstance(config.generate, Transformers)
         print(estimate_text(rehearsal.estimates, config.price_per_hour, elsewhere=elsewhere), flush=True)
+        if rehearsal.unmeasured:
+            print(f"Not measured: {', '.join(rehearsal.unmeasured)}", flush=True)
     return rehearsal.estimates
 
 

@@ -18,7 +18,6 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_json
 from selfalign.core.jsonl import HasId, read_records, write_records
 from selfalign.core.records import Demonstration, Instruction, PreferencePair, Prompt
-from selfalign.data.pair_rules import PairRule
 from selfalign.data.sources import as_prompt
 from selfalign.engines.openai_client import Endpoint
 from selfalign.judges.comparator import Referee
@@ -30,7 +29,6 @@ from selfalign.losses.refinement import Refinement
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.tokenizer import encode_prompt
 from selfalign.pipeline.requirements import asks, writes
-from selfalign.runs.runner import StageFunction
 from selfalign.stages.align import align
 from selfalign.stages.compare import compare
 from selfalign.stages.divergence import divergence
@@ -42,13 +40,9 @@ from selfalign.stages.reference import reference
 from selfalign.stages.respond import RespondConfig, respond
 from selfalign.stages.sft import group_demonstrations, sft
 from selfalign.store.artifacts import Artefact, Store, canonical
+from selfalign.store.stage import PlannedArtefact, StageFunction, declared, plan_stage, records_in
 from selfalign.training.checkpoint_selection import CheckpointSelection
 from selfalign.training.config import Optimization, Precision, Weights
-
-GIVEN = {
-    "seeds", "taught_questions", "questions", "outputs", "given_pairs", "given_instructions", "preference_test",
-}  # fmt: skip
-"""Stages that read data and need no model: they are run as they are."""
 
 FILLS_A_BATCH = 1 << 14
 """Tokens of the records that stages are given where nothing says how many a batch takes."""
@@ -56,12 +50,13 @@ FILLS_A_BATCH = 1 << 14
 
 @dataclass(slots=True)
 class Rehearsal:
-    """Takes the place of a run: a `Maker` that measures instead of making.
+    """Takes the place of a run: measures a stage where it knows how, and else plans it.
 
     Attributes:
         config: the experiment.
         folder: for what is made on the way.
         estimates: what was found out, stage by stage.
+        unmeasured: labels of the stages with a model that it knows no way to measure.
         measured: what it rests on, by what the measurement depends on; a stage that comes again is not run again.
         written: how many times records were written for a stage.
     """
@@ -69,15 +64,37 @@ class Rehearsal:
     config: ExperimentConfig
     folder: Path
     estimates: list[Estimate] = field(default_factory=list)
+    unmeasured: list[str] = field(default_factory=list)
     measured: dict[str, tuple[Measured, Path]] = field(default_factory=dict)
     written: int = 0
     longest: Longest = field(init=False)
 
     def make(self, label: str, stage: StageFunction, **inputs: Any) -> Artefact:
-        """What stands for the artefact: the real one of what is given, else one that says how many records it has."""
-        if stage.__name__ in GIVEN:
+        """The artefact itself of what is given, else what stands for it."""
+        if declared(stage).given:
             return self._really_make(label, stage, inputs)
-        return getattr(self, f"_{stage.__name__}")(label, **inputs)
+        if stage is pretrained:
+            return self._load(label, inputs)
+        planned, _ = plan_stage(label, stage, inputs)
+        if estimate := self._estimators.get(stage):
+            return replace(planned, **(estimate(label, **inputs) or {}))
+        if declared(stage).together:
+            self.unmeasured.append(label)
+        return planned
+
+    @property
+    def _estimators(self) -> dict[StageFunction, Callable[..., dict[str, Any] | None]]:
+        """{stage: what measures it}; returns where the artefact lies, if others read more of it than its counts."""
+        return {
+            sft: self._sft,
+            align: self._align,
+            instruct: self._instruct,
+            respond: self._respond,
+            judge_stage: self._judge,
+            compare: self._compare,
+            divergence: self._divergence,
+            reference: self._reference,
+        }
 
     def _really_make(self, label: str, stage: StageFunction, inputs: dict[str, Any]) -> Artefact:
         store = Store(self.folder / "store")
@@ -85,7 +102,7 @@ class Rehearsal:
 
     # --- models ------------------------------------------------------------------------------------------------------
 
-    def _pretrained(self, label: str, **inputs: Any) -> Artefact:
+    def _load(self, label: str, inputs: dict[str, Any]) -> Artefact:
         forget_peak_memory()
         made = self._really_make(label, pretrained, inputs)
         self.estimates.append(Estimate(label=label, count=1, unit="model", each=made.seconds, peak=peak()))
@@ -96,10 +113,10 @@ class Rehearsal:
 
     def _sft(
         self, label: str, *, demonstrations: Artefact, optimization: Optimization, weights: Weights, **models: Artefact
-    ) -> Artefact:
+    ) -> dict[str, Any]:
         longest = replace(self.longest, max_length=optimization.max_length)
-        tokens, family, count = optimization.max_length, 1, demonstrations.counts.get(RECORDS, 0)
-        if not count:
+        tokens, family, count = optimization.max_length, 1, records_in(demonstrations, "demonstrations")
+        if not isinstance(demonstrations, PlannedArtefact):
             records = read_records(demonstrations.path / "demonstrations.jsonl", Demonstration)
             groups = list(group_demonstrations(longest.tokenizer, records, optimization.max_length, Counter()))
             family = max(len(group.responses) for group in groups)
@@ -110,7 +127,7 @@ class Rehearsal:
         measured, folder = self._measure(label, sft, [tokens, family, size], **models, **given)
         steps = optimization.epochs * math.ceil(count / optimization.batch_size)
         self._add(label, measured, steps, "steps")
-        return _policy(label, folder)
+        return _policy(folder)
 
     def _align(
         self,
@@ -122,8 +139,8 @@ class Rehearsal:
         selection: CheckpointSelection | None,
         optimization: Optimization,
         **others: Any,
-    ) -> Artefact:
-        count = records_of(pairs, "pairs.jsonl") - held_out
+    ) -> dict[str, Any]:
+        count = records_in(pairs, "pairs") - held_out
         if count < 1:
             raise SelfalignError(f"train.held_out_pairs={held_out} of {count + held_out} pairs leaves none to train on")
         size = min(optimization.batch_size, count)
@@ -137,16 +154,17 @@ class Rehearsal:
         self._add(label, measured, optimization.epochs * an_epoch, "steps")
         if selection is not None:
             self._selection(label, selection, math.ceil(optimization.epochs * an_epoch / selection.every_steps), folder)
-        return _policy(label, folder)
+        return _policy(folder)
 
     def _selection(self, label: str, selection: CheckpointSelection, checkpoints: int, policy: Path) -> None:
         """The answers of every checkpoint, and the comparison of each with the one before it."""
         shared = {"instructions": selection.instructions, "generate": selection.generate, "seed": selection.seed}
         config, before = RespondConfig(candidates=1, sampling=selection.sampling), len(self.estimates)
-        answers = self._respond(f"{label}/validation", config=config, policy=_policy(label, policy), **shared)
+        answering = {"config": config, "policy": _trained(label, policy), **shared}
+        answers = self.make(f"{label}/validation", respond, **answering)
         who = {"judge": selection.comparator, "policy": selection.compared_by}
         if checkpoints > 1:
-            self._compare(f"{label}/validation_compared", answers=answers, **who, **shared)
+            self.make(f"{label}/validation_compared", compare, answers=answers, **who, **shared)
         times = (checkpoints, checkpoints - 1)
         for place, (one, count) in enumerate(zip(self.estimates[before:], times, strict=False), start=before):
             more = {"count": count * one.count, "around": count * one.around, "cost": count * one.cost}
@@ -154,9 +172,7 @@ class Rehearsal:
 
     # --- what is written and judged ----------------------------------------------------------------------------------
 
-    def _instruct(
-        self, label: str, *, config: InstructConfig, generate: Any, policy: Artefact, **others: Any
-    ) -> Artefact:
+    def _instruct(self, label: str, *, config: InstructConfig, generate: Any, policy: Artefact, **others: Any) -> None:
         shown = config.seed_demonstrations + config.own_demonstrations
 
         def ask(*texts: str) -> Prompt:
@@ -171,31 +187,29 @@ class Rehearsal:
         given |= {"generate": tireless(generate), "policy": policy, "seed": others["seed"]}
         measured, _ = self._measure(label, instruct, [], **given)
         self._add_batches(label, measured, config.most_batches)
-        return _stand_in(label, config.count)
 
     def _respond(
         self, label: str, *, config: RespondConfig, instructions: Artefact, generate: Any, **others: Any
-    ) -> Artefact:
-        count, written = records_of(instructions, "instructions.jsonl"), config.sampling.max_new_tokens
+    ) -> None:
+        count, written = records_in(instructions, "instructions"), config.sampling.max_new_tokens
         tokens = config.candidates * (self.longest.prompt_tokens(written) + written)
         few = self._few(count, tokens, generate)
         asked = self._write(instructions=self.longest.instructions(few, written))
         given = {"config": config, "instructions": asked, "generate": tireless(generate), **others}
         measured, _ = self._measure(label, respond, [few], **given)
         self._add_batches(label, measured, measured.batches_of(count / few))
-        return _stand_in(label, count * config.candidates, tokens=written)
 
     def _judge(
         self, label: str, *, judge: Judge, instructions: Artefact, responses: Artefact, generate: Any, **others: Any
-    ) -> Artefact:
-        count, answers = records_of(instructions, "instructions.jsonl"), records_of(responses, "responses.jsonl")
+    ) -> None:
+        count, answers = records_in(instructions, "instructions"), records_in(responses, "responses")
         each, written = math.ceil(answers / count), writes(judge)
         wanted = judge.wanted(self._subjects(1, each, ["", ""]))
         ask = asks(judge)
         texts = self._texts(ask, responses, written, server=asks_a_server(judge))
         if asks_a_server(judge):
             self._bill(label, judge, wanted * count, ask(*texts), written)
-            return _stand_in(label, answers)
+            return
         few = self._few(count, each * (self.longest.count("".join(texts)) + written), generate)
         subjects = self._subjects(few, each, texts)
         asked = list({subject.instruction.id: subject.instruction for subject in subjects}.values())
@@ -203,18 +217,18 @@ class Rehearsal:
         shared = {"instructions": given, "responses": given, "generate": tireless(generate), "judge": judge}
         measured, _ = self._measure(label, judge_stage, [few, each], **shared, **others)
         self._add_batches(label, measured, measured.batches_of(count / few))
-        return _stand_in(label, answers)
 
     def _compare(
         self, label: str, *, judge: Referee, instructions: Artefact, answers: Artefact, generate: Any, **others: Any
-    ) -> Artefact:
-        count, ask = records_of(instructions, "instructions.jsonl"), asks(judge)
-        if not count:  # On the questions of a benchmark, which is not rehearsed.
-            return _stand_in(label, 0)
+    ) -> None:
+        count, ask = records_in(instructions, "instructions"), asks(judge)
+        if not count:  # On the questions of a benchmark, which is not measured either.
+            self.unmeasured.append(label)
+            return
         texts = self._texts(ask, answers, 0, server=asks_a_server(judge))
         if asks_a_server(judge):
             self._bill(label, judge, 2 * count, ask(*texts), judge.verdict_tokens)
-            return _stand_in(label, count)
+            return
         few = self._few(count, 2 * self.longest.count("".join(texts)), generate)
         subjects = self._subjects(few, 1, texts)
         asked = self._write(instructions=[s.instruction for s in subjects], responses=[s.response for s in subjects])
@@ -222,10 +236,9 @@ class Rehearsal:
         given |= {"policy": others["policy"], "seed": others["seed"]}
         measured, _ = self._measure(label, compare, [few], **given)
         self._add_batches(label, measured, measured.batches_of(count / few))
-        return _stand_in(label, count)
 
-    def _divergence(self, label: str, *, answers: Artefact, **others: Any) -> Artefact:
-        count, written = records_of(answers, "responses.jsonl"), self._written(answers)
+    def _divergence(self, label: str, *, answers: Artefact, **others: Any) -> None:
+        count, written = records_in(answers, "responses"), self._written(answers)
         few = self._few(count, self.longest.prompt_tokens(written) + written, None)
         texts = [self.longest.words(self.longest.prompt_tokens(written)), self.longest.words(written)]
         subjects = self._subjects(few, 1, texts)
@@ -233,40 +246,16 @@ class Rehearsal:
         models = {name: others[name] for name in ("policy", "origin")}
         measured, _ = self._measure(label, divergence, [few], instructions=given, answers=given, **models)
         self._add_batches(label, measured, measured.batches_of(count / few))
-        return _stand_in(label, count)
-
-    # --- pairs -------------------------------------------------------------------------------------------------------
-
-    def _pair(self, label: str, *, rule: Any, instructions: Artefact, responses: Artefact, **others: Any) -> Artefact:
-        count, answers = records_of(instructions, "instructions.jsonl"), records_of(responses, "responses.jsonl")
-        each = math.ceil(answers / count)
-        return _stand_in(label, count * rule.wanted(each) if isinstance(rule, PairRule) else answers)
-
-    def _gather_pairs(self, label: str, *, parts: list[Artefact]) -> Artefact:
-        return _stand_in(label, sum(records_of(part, "demonstrations.jsonl") for part in parts))
-
-    def _eft(self, label: str, *, seeds: Artefact, questions: Artefact, **others: Any) -> Artefact:
-        taught = records_of(questions, "responses.jsonl")
-        return _stand_in(label, records_of(seeds, "demonstrations.jsonl") + taught)
 
     def _reference(
         self, label: str, *, policy: Artefact, pairs: Artefact, augmentation: Refinement | None, precision: Precision
-    ) -> Artefact:
-        count, few = records_of(pairs, "pairs.jsonl"), 2 * self.config.train.align.batch_size
+    ) -> dict[str, Any]:
+        count, few = records_in(pairs, "pairs"), 2 * self.config.train.align.batch_size
         given = {"policy": policy, "augmentation": augmentation, "precision": precision}
         given["pairs"] = self._write(pairs=self._pairs(few))
         measured, folder = self._measure(label, reference, [policy.digest], first_alone=False, **given)
         self._add_batches(label, measured, measured.batches_of(count / few))
-        return replace(_stand_in(label, count), path=folder)
-
-    def _evaluate(self, label: str, **inputs: Any) -> Artefact:
-        return _stand_in(label, 0)
-
-    def _preferences(self, label: str, **inputs: Any) -> Artefact:
-        return _stand_in(label, 0)
-
-    def _benchmark(self, label: str, **inputs: Any) -> Artefact:
-        return _stand_in(label, 0)
+        return {"path": folder}
 
     # --- how ---------------------------------------------------------------------------------------------------------
 
@@ -307,7 +296,8 @@ class Rehearsal:
             for name, records in files.items():
                 write_records(folder / f"{name}.jsonl", records)
         distributed.wait_for_all()
-        return _stand_in("given", 0, ift=len(files.get("demonstrations", ())), path=folder)
+        counts = {"ift": len(files.get("demonstrations", ()))}
+        return Artefact("given", key="given", path=folder, digest="given", counts=counts, seconds=0.0)
 
     def _few(self, count: int, tokens: int, generate: Any) -> int:
         """How many records of so many tokens surely fill a batch, where there are as many."""
@@ -320,7 +310,7 @@ class Rehearsal:
         candidates = (
             data.respond.sampling.max_new_tokens if isinstance(data, SelfRewarding) else self.longest.max_length
         )
-        return min(responses.counts.get("tokens", candidates), self.longest.context - SHORTEST_PROMPT)
+        return min(responses.counts.get("tokens_each", candidates), self.longest.context - SHORTEST_PROMPT)
 
     def _pairs(self, count: int) -> list[PreferencePair]:
         data = self.config.data
@@ -339,21 +329,10 @@ class Rehearsal:
         return [Subject(one, response) for one in asked for response in self.longest.responses(one, each, texts[1])]
 
 
-RECORDS = "rehearsed"
-"""What the number of records is called among the counts of an artefact that stands for one of the run."""
+def _policy(folder: Path) -> dict[str, Any]:
+    """Where a trained policy lies, and its digest."""
+    return {"path": folder, "digest": PolicyFiles(folder).digest}
 
 
-def records_of(artefact: Artefact, file: str) -> int:
-    """How many records the run's artefact has, or will have at most."""
-    if RECORDS in artefact.counts:
-        return artefact.counts[RECORDS]
-    return len((artefact.path / file).read_text(encoding="utf-8").splitlines())
-
-
-def _stand_in(label: str, records: int, *, path: Path = Path("/nowhere"), **counts: int) -> Artefact:
-    numbers = {RECORDS: records, **counts}
-    return Artefact(stage="rehearsed", key=label, path=path, digest=label, counts=numbers, seconds=0.0)
-
-
-def _policy(label: str, folder: Path) -> Artefact:
-    return replace(_stand_in(label, 1, path=folder), digest=PolicyFiles(folder).digest)
+def _trained(label: str, folder: Path) -> Artefact:
+    return replace(PlannedArtefact("align", label, folder, digest=label, counts={}, seconds=0.0), **_policy(folder))

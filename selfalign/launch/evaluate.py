@@ -19,7 +19,7 @@ from selfalign.launch.sweep import JOBS, Sweep
 from selfalign.losses.preference import Positives, PreferenceLoss
 from selfalign.models.config import ModelConfig
 from selfalign.pipeline.evaluation import Evaluation
-from selfalign.pipeline.inputs import Given
+from selfalign.pipeline.inputs import Given, find_files
 from selfalign.pipeline.models import Judging, Models, fixed_judges, load_model
 from selfalign.report import write_report
 from selfalign.runs.folder import open_folder
@@ -211,6 +211,7 @@ def _measure(
     made = next((found.made for several in runs.values() for found in several), {})
     base, sft = made.get("M0", first), made.get("M1", made.get("M0", first))
     models = Models(base, sft, first, base, None, **fixed_judges(config, run))
+    find_files(config)
     evaluation = Evaluation(config, run, Given(config, run), Judging(config, run, config.judge))
     for contestant in contestants:
         known[contestant.name] = contestant.policy

@@ -17,15 +17,15 @@ from selfalign.core.failures import at_the_end, naming
 from selfalign.core.files import read_json, write_json
 from selfalign.launch.preflight import preflight
 from selfalign.launch.push_to_hub import check_login, publish
-from selfalign.pipeline.loop import run_pipeline
-from selfalign.pipeline.plan import plan
+from selfalign.pipeline.loop import plan, run_pipeline
 from selfalign.report import write_report
 from selfalign.report.model_card import write_card
 from selfalign.runs.folder import open_folder, run_folder
 from selfalign.runs.provenance import write_provenance
-from selfalign.runs.runner import Fellow, Look, NotMadeYet, Run, StageFunction
+from selfalign.runs.runner import Fellow, Look, NotMadeYet, Run
 from selfalign.runs.summary import closing_text, models_of, plan_text, summarise
 from selfalign.store.artifacts import Artefact, Store, locked
+from selfalign.store.stage import StageFunction
 from selfalign.tracking.tables import log_tables
 
 logger = logging.getLogger(__name__)

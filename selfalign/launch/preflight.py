@@ -31,8 +31,8 @@ from selfalign.models import quantization
 from selfalign.models.config import ModelConfig
 from selfalign.models.pretrained import find_local
 from selfalign.pipeline.inputs import data_sources
+from selfalign.pipeline.loop import plan
 from selfalign.pipeline.models import judges_of
-from selfalign.pipeline.plan import plan
 from selfalign.tracking.wandb import Wandb, has_key, said_mode
 from selfalign.training.config import Optimization
 from selfalign.training.optimizers import EIGHT_BIT_NEEDS

@@ -1,13 +1,14 @@
 """What a run is given: its data as artefacts, before any model is trained."""
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from selfalign.config.data import Pairs, SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.errors import SelfalignError
 from selfalign.data.containers import find_data, identify_data
-from selfalign.runs.runner import Maker, StageFunction
+from selfalign.runs.runner import Maker
 from selfalign.stages.evaluate import PreferenceTest
 from selfalign.stages.instruct import InstructConfig
 from selfalign.stages.outputs import outputs
@@ -15,7 +16,8 @@ from selfalign.stages.pair import given_pairs
 from selfalign.stages.preferences import preference_test
 from selfalign.stages.questions import questions
 from selfalign.stages.seeds import EvaluationFineTuning, seeds, taught_questions
-from selfalign.store.artifacts import Artefact
+from selfalign.store.artifacts import Artefact, Content
+from selfalign.store.stage import StageFunction
 
 
 @dataclass(slots=True)
@@ -32,12 +34,12 @@ class Given:
         preferences: preference pairs to measure on, where there are any.
         pairs: preference pairs, where they are given.
         instructions: all new instructions, where they are read instead of written.
-        benchmarks: {benchmark: digests of the files it reads}.
+        benchmarks: {benchmark: the files it reads}.
     """
 
     config: ExperimentConfig
     run: Maker
-    benchmarks: dict[str, dict[str, str]] = field(init=False)
+    benchmarks: dict[str, Content] = field(init=False)
     seeds: Artefact = field(init=False)
     questions: Artefact | None = field(init=False)
     outputs: Artefact | None = None
@@ -48,19 +50,21 @@ class Given:
 
     def __post_init__(self) -> None:
         data, asked, choose = self.config.data, self.config.evaluate, self.config.train.choose
-        self._find_files()
+        self.benchmarks = {
+            name: Content(partial(made.sources, f"benchmark.{name}")) for name, made in self.config.benchmark.items()
+        }
         self.seeds = self._make_seeds("seeds", seeds, data.seeds.evaluation_fine_tuning, judge=self.config.judge)
         self.questions = self._ask("questions", "evaluate.instructions", asked.instructions, asked.count, self.seeds)
         self.validation = self._ask(
             "validation", "train.choose.instructions", choose.instructions, choose.count, self.seeds
         )
         if asked.against:
-            content = identify_data(asked.against, "evaluate.against")
+            content = content_of(asked.against, "evaluate.against")
             self.outputs = self.run.make(
                 "given_outputs", outputs, source=asked.against, content=content, instructions=self.questions
             )
         if isinstance(data, Pairs):
-            content, aside = identify_data(data.path, "data.path"), self.config.train.held_out_pairs
+            content, aside = content_of(data.path, "data.path"), self.config.train.held_out_pairs
             self.pairs = self.run.make(
                 "iteration_1/pairs",
                 given_pairs,
@@ -77,12 +81,6 @@ class Given:
             self._check_instructions(data.instruct)
         if asked.preferences.source:
             self.preferences = self._held_out_pairs(asked.preferences)
-
-    def _find_files(self) -> None:
-        """Looks for every file that is read, so that a missing one is known before anything is made."""
-        for key, source in data_sources(self.config).items():
-            find_data(source, key)
-        self.benchmarks = {name: made.sources(f"benchmark.{name}") for name, made in self.config.benchmark.items()}
 
     @property
     def held_out(self) -> list[Artefact]:
@@ -107,9 +105,10 @@ class Given:
         return self._make_seeds("eft/questions", taught_questions, how)
 
     def _held_out_pairs(self, test: PreferenceTest) -> Artefact:
-        content, ranked, key = "", None, "evaluate.preferences.source"
+        content: Content | str = ""
+        ranked, key = None, "evaluate.preferences.source"
         if test.source != "ranked":
-            content = identify_data(test.source, key)
+            content = content_of(test.source, key)
         elif self.seeds.counts["questions_held_out"]:
             ranked = self.seeds
         else:
@@ -122,7 +121,7 @@ class Given:
     def _make_seeds(self, label: str, stage: StageFunction, how: EvaluationFineTuning, **more: Any) -> Artefact:
         given = self.config.data.seeds
         sources = {"data.seeds.demonstrations": given.demonstrations, "data.seeds.ranked": given.ranked}
-        contents = [identify_data(source, key) for key, source in sources.items() if source]
+        contents = [content_of(source, key) for key, source in sources.items() if source]
         settings = replace(given, evaluation_fine_tuning=how)
         return self.run.make(label, stage, config=settings, contents=contents, **more)
 
@@ -130,7 +129,7 @@ class Given:
         """Instructions of a data source; those whose answer is taught are left out."""
         if not source:
             return None
-        content = identify_data(source, key)
+        content = content_of(source, key)
         made = self.run.make(label, questions, source=source, count=count, content=content, seeds=taught)
         _check_enough(
             f"{key.rpartition('.')[0]}.count", count, made.counts["instructions"], f"instructions of {source}"
@@ -151,6 +150,23 @@ class Given:
                 f"data.instruct.seed_demonstrations={asked.seed_demonstrations}, but there are {there} IFT seeds: "
                 "lower it or give more data.seeds.demonstrations"
             )
+
+
+def content_of(source: str, key: str) -> Content:
+    """What a data source holds; `key` is the setting that names it."""
+    return Content(partial(identify_data, source, key))
+
+
+def find_files(config: ExperimentConfig) -> None:
+    """Looks for every file that is read, so that a missing one is known before anything is made.
+
+    Raises:
+        SelfalignError: one is missing, or cannot be read; the setting is named.
+    """
+    for key, source in data_sources(config).items():
+        find_data(source, key)
+    for name, benchmark in config.benchmark.items():
+        benchmark.sources(f"benchmark.{name}")
 
 
 def data_sources(config: ExperimentConfig) -> dict[str, str]:

@@ -17,6 +17,7 @@ from selfalign.pipeline.evaluation import Evaluation
 from selfalign.pipeline.inputs import Given, makes_baseline
 from selfalign.pipeline.models import Judging, Models, checkpoint_judge, fixed_judges, load_model
 from selfalign.pipeline.requirements import check_requirements
+from selfalign.runs.planner import Planner
 from selfalign.runs.runner import Maker
 from selfalign.stages.align import align, augmentation_of
 from selfalign.stages.eft import eft
@@ -42,6 +43,13 @@ def run_pipeline(config: ExperimentConfig, run: Maker) -> None:
         pairs = method.pairs(iteration, models)
         models.newest, models.reference = method.align(iteration, models, pairs), method.reference(models)
         method.evaluation.measure(f"M{iteration + 1}", models)
+
+
+def plan(config: ExperimentConfig) -> list[tuple[str, str]]:
+    """Return (label, size) of every stage of a run, in order; nothing is read or made."""
+    planner = Planner()
+    run_pipeline(config, planner)
+    return planner.stages
 
 
 @dataclass(slots=True)

@@ -1,6 +1,7 @@
 """Who plays which part in a run: the models, and which of them judges."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from selfalign.benchmarks.protocol import judges_to_load
@@ -12,7 +13,7 @@ from selfalign.models.pretrained import identify_source
 from selfalign.runs.runner import Maker
 from selfalign.stages.judge import ImplicitReward, Judge, judge
 from selfalign.stages.pretrained import pretrained
-from selfalign.store.artifacts import Artefact
+from selfalign.store.artifacts import Artefact, Content
 
 
 @dataclass(slots=True)
@@ -56,7 +57,7 @@ class Models:
 
 def load_model(run: Maker, label: str, model: ModelConfig, key: str) -> Artefact:
     """A model from outside the run; `key` is the setting that names it."""
-    return run.make(label, pretrained, model=model, source=identify_source(model, key))
+    return run.make(label, pretrained, model=model, source=Content(partial(identify_source, model, key)))
 
 
 def judges_of(config: ExperimentConfig) -> dict[str, Any]:

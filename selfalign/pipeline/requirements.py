@@ -25,6 +25,7 @@ from selfalign.pipeline.models import judges_of
 from selfalign.stages.align import augmentation_of, lacks_score_gaps
 from selfalign.stages.seeds import EvaluationFineTuning
 from selfalign.store.artifacts import Artefact
+from selfalign.store.stage import PlannedArtefact
 
 
 def check_requirements(config: ExperimentConfig, base: Artefact, given: Given) -> None:
@@ -38,6 +39,8 @@ def check_requirements(config: ExperimentConfig, base: Artefact, given: Given) -
     Raises:
         SelfalignError: with everything that stands against it, a line each.
     """
+    if isinstance(base, PlannedArtefact):
+        return  # Of a plan: nothing has been read yet.
     of_model = (_lengths, _writing, _prompts_of_judges, _augmentation, _dropout, _quantisation, _judges)
     checks = (*of_model, _conversations, _thoughts, _scores)
     problems = [problem for check in checks for problem in check(config, base, given)]

@@ -12,11 +12,9 @@ from selfalign.core.failures import naming
 from selfalign.runs.labels import iteration_of
 from selfalign.runs.tracker import NoTracker, Tracker
 from selfalign.store.artifacts import Artefact, Counts, Store
+from selfalign.store.stage import StageFunction, declared
 
 logger = logging.getLogger(__name__)
-
-
-StageFunction = Callable[..., Counts]
 
 
 class Maker(Protocol):
@@ -132,7 +130,7 @@ def make(
         lambda out: stage(out, **inputs),
         label=label,
         on_row=on_row,
-        together=getattr(stage, "together", False),
+        together=declared(stage).together,
     )
 
 

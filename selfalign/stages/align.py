@@ -24,7 +24,8 @@ from selfalign.models.batches import Group, PairExample, encode_pairs
 from selfalign.models.checkpoint import Policy, PolicyFiles, autocast
 from selfalign.models.scorer import make_scoring
 from selfalign.models.tokenizer import unknown_counts
-from selfalign.store.artifacts import Artefact, Counts, Workspace, together
+from selfalign.store.artifacts import Artefact, Counts, Workspace
+from selfalign.store.stage import Size, amount, records_in, stage
 from selfalign.training.checkpoint_selection import CheckpointSelection
 from selfalign.training.config import Optimization, Weights
 from selfalign.training.dataset import follow_references, store_examples
@@ -37,7 +38,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@together
+def size(*, pairs: Artefact, loss: PreferenceLoss, optimization: Optimization, **others: object) -> Size:
+    """Its loss, epochs and batches."""
+    text = f"{type(loss).__name__} on {amount(records_in(pairs, 'pairs'))} pairs"
+    return Size(f"{text}, epochs {optimization.epochs}, batch {optimization.batch_size}", {})
+
+
+@stage(size=size, together=True)
 def align(
     out: Workspace,
     *,

@@ -3,16 +3,22 @@
 from selfalign.benchmarks.protocol import Benchmark, Entrant
 from selfalign.engines.protocol import Backend
 from selfalign.models.checkpoint import PolicyFiles
-from selfalign.store.artifacts import Artefact, Counts, Workspace, together
+from selfalign.store.artifacts import Artefact, Content, Counts, Workspace
+from selfalign.store.stage import Size, stage
 
 
-@together
+def size(*, benchmark: Benchmark, **others: object) -> Size:
+    """As the benchmark says."""
+    return Size(benchmark.size, {})
+
+
+@stage(size=size, together=True)
 def benchmark(
     out: Workspace,
     *,
     name: str,
     benchmark: Benchmark,
-    contents: dict[str, str],
+    contents: Content | dict[str, str],
     model: str,
     policy: Artefact,
     judge: Artefact | None,
@@ -25,7 +31,7 @@ def benchmark(
         out: gets what the benchmark writes, in the layouts that its own tools read.
         name: of the benchmark in the configuration.
         benchmark: what is measured, and how.
-        contents: digests of the files that the benchmark reads.
+        contents: of the files that the benchmark reads.
         model: its label in the run.
         policy: its files.
         judge: the policy that judges its answers, if one does.

@@ -6,8 +6,10 @@ from typing import ClassVar
 from selfalign.engines.protocol import Backend
 from selfalign.judges.comparator import Referee
 from selfalign.judges.head_to_head import compare_answers
+from selfalign.judges.protocol import who_judges
 from selfalign.models.checkpoint import PolicyFiles
-from selfalign.store.artifacts import Artefact, Counts, Workspace, together
+from selfalign.store.artifacts import Artefact, Counts, Workspace
+from selfalign.store.stage import Size, amount, records_in, stage
 
 
 @dataclass(kw_only=True, slots=True)
@@ -18,7 +20,13 @@ class HeadToHead(Referee):
     key: ClassVar[str] = "evaluate.head_to_head"
 
 
-@together
+def size(*, judge: Referee, policy: Artefact | None, answers: Artefact, **others: object) -> Size:
+    """Every answer, twice."""
+    count = records_in(answers, "responses")
+    return Size(f"{amount(count) if count else 'every turn'} in both orders, judged by {who_judges(judge, policy)}", {})
+
+
+@stage(size=size, together=True)
 def compare(
     out: Workspace,
     *,

@@ -6,13 +6,19 @@ from selfalign.data.sources import as_prompt
 from selfalign.models.batches import Group, answer_of, encode_group
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.scorer import Scorer
-from selfalign.store.artifacts import Artefact, Counts, Workspace, together
+from selfalign.store.artifacts import Artefact, Counts, Workspace
+from selfalign.store.stage import Size, amount, records_in, stage
 
 BATCH_TOKENS = 2048
 """The most tokens of a forward pass."""
 
 
-@together
+def size(*, answers: Artefact, **others: object) -> Size:
+    """Every answer."""
+    return Size(f"log-probabilities of {amount(records_in(answers, 'responses'))} answers under M1", {})
+
+
+@stage(size=size, together=True)
 def divergence(
     out: Workspace,
     *,

@@ -10,6 +10,7 @@ from selfalign.core.jsonl import read_records, write_records
 from selfalign.core.records import Demonstration, Judgement, Prompt, RankedAnswers
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.store.artifacts import Artefact, Counts, Workspace
+from selfalign.store.stage import Size, records_in, stage
 
 
 class JudgeFormat(Protocol):
@@ -27,6 +28,13 @@ Target = tuple[float, Demonstration]
 """An EFT example with the score it teaches."""
 
 
+def size(*, seeds: Artefact, questions: Artefact, **others: object) -> Size:
+    """IFT, and an example for every answer that was judged."""
+    most = records_in(seeds, "demonstrations") + records_in(questions, "responses")
+    return Size("IFT + judgements in the humans' order", {"demonstrations": most})
+
+
+@stage(size=size)
 def eft(
     out: Workspace,
     *,

@@ -20,7 +20,8 @@ from selfalign.metrics.summaries import instruction_statistics
 from selfalign.models.builtin import BUILDERS
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.tokenizer import encode_prompt
-from selfalign.store.artifacts import Artefact, Counts, Workspace, together
+from selfalign.store.artifacts import Artefact, Counts, Workspace
+from selfalign.store.stage import Size, stage
 
 PROMPT = (
     "Here are tasks that people gave to an assistant. Add one new task on a subject that none of them has. "
@@ -205,7 +206,12 @@ class Pool:
         return "copy_of_kept" if words in self._known else ""
 
 
-@together
+def size(*, config: InstructConfig, **others: object) -> Size:
+    """As many as are asked for."""
+    return Size(f"{config.count} instructions", {"instructions": config.count})
+
+
+@stage(size=size, together=True)
 def instruct(
     out: Workspace,
     *,
@@ -261,6 +267,7 @@ def instruct(
     return {"written": written, "batches": batch, **pool.counts(), **generator.counts}
 
 
+@stage(size=size, given=True)
 def given_instructions(
     out: Workspace,
     *,

@@ -5,6 +5,7 @@ a budget, and what they say is brought into one form. `parse_score` is how writt
 """
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -28,6 +29,7 @@ from selfalign.judges.protocol import (
     average,
     last_attempts,
     ties,
+    who_judges,
 )
 from selfalign.judges.sampled import SampledScore
 from selfalign.judges.unread import Unread
@@ -36,7 +38,8 @@ from selfalign.metrics.accumulate import Sums, add_sums, averages
 from selfalign.metrics.intervals import RunningMean, entropy
 from selfalign.metrics.summaries import judgement_statistics
 from selfalign.models.checkpoint import PolicyFiles
-from selfalign.store.artifacts import Artefact, Counts, Workspace, together
+from selfalign.store.artifacts import Artefact, Counts, Workspace
+from selfalign.store.stage import MANY, Size, amount, records_in, stage
 
 __all__ = [
     "ExpectedScore",
@@ -56,7 +59,19 @@ OFTEN_BEYOND = 0.1
 """A share of judgements beyond the scale that tells of a rubric with another one."""
 
 
-@together
+def size(
+    *, judge: Judge, policy: Artefact | None, instructions: Artefact, responses: Artefact, **others: object
+) -> Size:
+    """How many judgements or comparisons, and who makes them."""
+    count, answers = records_in(instructions, "instructions"), records_in(responses, "responses")
+    text = f"{amount(answers)} responses" + (f" × {judge.samples}" if isinstance(judge, WrittenScore) else "")
+    if isinstance(judge, Pairwise):
+        compared = count * judge.pairs_of(math.ceil(answers / count)) if math.isfinite(answers) else MANY
+        text = f"{amount(compared)} comparisons × 2 orders"
+    return Size(f"{text} by {type(judge).__name__}, {who_judges(judge, policy)}", {"scores": answers})
+
+
+@stage(size=size, together=True)
 def judge(
     out: Workspace,
     *,

@@ -5,16 +5,23 @@ from selfalign.core.jsonl import read_records, write_records
 from selfalign.core.records import Instruction, given_response
 from selfalign.data.sources import read_outputs
 from selfalign.data.turns import compared
-from selfalign.store.artifacts import Artefact, Counts, Workspace
+from selfalign.store.artifacts import Artefact, Content, Counts, Workspace
+from selfalign.store.stage import Size, records_in, stage
 
 
-def outputs(out: Workspace, *, source: str, content: str, instructions: Artefact) -> Counts:
+def size(*, source: str, instructions: Artefact, **others: object) -> Size:
+    """One answer an instruction."""
+    return Size(f"answers of {source}", {"responses": records_in(instructions, "instructions")})
+
+
+@stage(size=size, given=True)
+def outputs(out: Workspace, *, source: str, content: Content | str, instructions: Artefact) -> Counts:
     """Finds the given answer to each instruction, by the instruction's text; a second one is left out and counted.
 
     Args:
         out: gets responses.jsonl.
         source: a data source of answers.
-        content: digest of the source.
+        content: of the source.
         instructions: instructions.jsonl.
 
     Raises:

@@ -1,5 +1,6 @@
 """pair: responses + judgements → preference pairs, or positives."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -12,7 +13,8 @@ from selfalign.data.pair_rules import Candidate, PairRule, pick_pairs
 from selfalign.data.sources import as_prompt, read_pairs
 from selfalign.data.turns import compared, texts_in
 from selfalign.metrics.intervals import RunningMean, correlation
-from selfalign.store.artifacts import Artefact, Counts, Workspace
+from selfalign.store.artifacts import Artefact, Content, Counts, Workspace
+from selfalign.store.stage import MANY, Size, amount, records_in, stage
 from selfalign.training.splits import Known, split_pairs
 
 
@@ -33,6 +35,15 @@ class PositivesOnly:
             raise SelfalignError(f"pair.minimum_examples must be 1 or more, got {self.minimum_examples}")
 
 
+def size(*, rule: PairRule | PositivesOnly, instructions: Artefact, responses: Artefact, **others: object) -> Size:
+    """As many as the rule picks where nothing is dropped."""
+    count, answers = records_in(instructions, "instructions"), records_in(responses, "responses")
+    positives = isinstance(rule, PositivesOnly)
+    most = answers if positives else count * rule.wanted(math.ceil(answers / count))
+    return Size(f"up to {most}", {"demonstrations" if positives else "pairs": most})
+
+
+@stage(size=size)
 def pair(
     out: Workspace,
     *,
@@ -174,12 +185,18 @@ def _pair_of(instruction: Instruction, chosen: Candidate, rejected: Candidate) -
     )
 
 
+def size_of_given(*, source: str, count: int, **others: object) -> Size:
+    """The first ones, or all."""
+    return Size(f"the first {count} of {source}" if count else source, {"pairs": count or MANY})
+
+
+@stage(size=size_of_given, given=True)
 def given_pairs(
     out: Workspace,
     *,
     source: str,
     count: int,
-    content: str,
+    content: Content | str,
     held_out: list[Artefact],
     set_aside: int,
     trained_on: list[Artefact],
@@ -190,7 +207,7 @@ def given_pairs(
         out: gets pairs.jsonl and demonstrations.jsonl.
         source: a data source of preference pairs, or of ranked answers.
         count: takes the first so many; 0 takes all.
-        content: digest of the source.
+        content: of the source.
         held_out: instructions.jsonl of what no training may see; pairs that ask one of these are dropped.
         set_aside: how many pairs will be measured instead of trained on.
         trained_on: artefacts with what M1 learns from, with which those may share no text.
@@ -218,6 +235,14 @@ def _without_held_out(pairs: list[PreferencePair], held_out: set[str]) -> list[P
     return [pair for pair in pairs if texts_in(pair.prompt).isdisjoint(held_out)]
 
 
+def size_of_gathered(*, parts: list[Artefact]) -> Size:
+    """All of the parts."""
+    found = {name: sum(records_in(part, name) for part in parts) for name in ("pairs", "demonstrations")}
+    name, most = ("pairs", found["pairs"]) if found["pairs"] else ("demonstrations", found["demonstrations"])
+    return Size(f"{amount(most)} of {len(parts)} parts", {name: most})
+
+
+@stage(size=size_of_gathered)
 def gather_pairs(out: Workspace, *, parts: list[Artefact]) -> Counts:
     """What several iterations made, together, the earliest first.
 

@@ -26,12 +26,19 @@ from selfalign.losses.refinement import refinement
 from selfalign.metrics.accumulate import averages
 from selfalign.metrics.intervals import bootstrap, bootstrap_correlation, bootstrap_mean
 from selfalign.metrics.rewards import reward_intervals, reward_metrics
-from selfalign.store.artifacts import Artefact, Counts, Workspace
+from selfalign.store.artifacts import Artefact, Content, Counts, Workspace
+from selfalign.store.stage import MANY, Size, amount, records_in, stage
 from selfalign.training.splits import Known, texts_of
 
 logger = logging.getLogger(__name__)
 
 
+def size(*, pairs: Artefact, **others: object) -> Size:
+    """Every pair."""
+    return Size(f"margin, accuracy and Δ of {amount(records_in(pairs, 'pairs'))} pairs", {})
+
+
+@stage(size=size)
 def preferences(
     out: Workspace,
     *,
@@ -169,8 +176,21 @@ def score_correlations(measured: Sequence[MeasuredPair]) -> dict[str, float]:
     return numbers
 
 
+def size_of_test(*, source: str, count: int, **others: object) -> Size:
+    """The first pairs, or all, with two responses each."""
+    most = count or MANY
+    return Size(f"{count or 'all'} pairs of {source}", {"pairs": most, "instructions": most, "responses": 2 * most})
+
+
+@stage(size=size_of_test, given=True)
 def preference_test(
-    out: Workspace, *, source: str, count: int, content: str, ranked: Artefact | None, trained_on: list[Artefact]
+    out: Workspace,
+    *,
+    source: str,
+    count: int,
+    content: Content | str,
+    ranked: Artefact | None,
+    trained_on: list[Artefact],
 ) -> Counts:
     """Given preference data as pairs to measure on, and as responses that a judge can score.
 
@@ -180,7 +200,7 @@ def preference_test(
         source: a data source of preference pairs.
         count: the first so many; 0 takes all. Of several pairs with one instruction the first is taken and the others
             are counted, so that the pairs are independent of each other, as their intervals suppose.
-        content: digest of the source.
+        content: of the source.
         ranked: ranked.jsonl, whose answers are paired where the source names no data.
         trained_on: artefacts with what is given to be trained on. Pairs that share a text with it stay, since what a
             run writes itself may rule out others too, and `preferences` drops them all; but some must be left.

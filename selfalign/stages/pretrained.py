@@ -3,16 +3,23 @@
 from selfalign.engines.model_check import check_model
 from selfalign.models.config import ModelConfig
 from selfalign.models.pretrained import fetch_pretrained
-from selfalign.store.artifacts import Counts, Workspace
+from selfalign.store.artifacts import Content, Counts, Workspace
+from selfalign.store.stage import Size, stage
 
 
-def pretrained(out: Workspace, *, model: ModelConfig, source: str) -> Counts:
+def size(*, model: ModelConfig, **others: object) -> Size:
+    """A model from outside."""
+    return Size(model.path, {})
+
+
+@stage(size=size)
+def pretrained(out: Workspace, *, model: ModelConfig, source: Content | str) -> Counts:
     """Fetches, converts or builds M0, and checks what it can do.
 
     Args:
         out: gets `weights/`, `tokenizer/`, `weights.json` and `capabilities.json`.
         model: where M0 comes from.
-        source: digest of the files it comes from; another content under the same path is another M0.
+        source: what the files hold that it comes from; another content under the same path is another M0.
 
     Raises:
         SelfalignError: there is no such model, or it cannot be aligned.

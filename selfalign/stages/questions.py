@@ -5,10 +5,17 @@ from selfalign.core.jsonl import read_records, write_records
 from selfalign.core.records import Demonstration, Instruction
 from selfalign.data.sources import read_instructions
 from selfalign.data.turns import compared, texts_in
-from selfalign.store.artifacts import Artefact, Counts, Workspace
+from selfalign.store.artifacts import Artefact, Content, Counts, Workspace
+from selfalign.store.stage import MANY, Size, stage
 
 
-def questions(out: Workspace, *, source: str, count: int, content: str, seeds: Artefact | None) -> Counts:
+def size(*, source: str, count: int, **others: object) -> Size:
+    """The first ones, or all."""
+    return Size(f"{count or 'all'} instructions of {source}", {"instructions": count or MANY})
+
+
+@stage(size=size, given=True)
+def questions(out: Workspace, *, source: str, count: int, content: Content | str, seeds: Artefact | None) -> Counts:
     """Copies the first `count` instructions (0 takes all) that no demonstration answers into the store.
 
     One that stands there again, under whatever id, is left out: it would count twice in every interval.
@@ -17,7 +24,7 @@ def questions(out: Workspace, *, source: str, count: int, content: str, seeds: A
         out: gets instructions.jsonl.
         source: a data source.
         count: how many.
-        content: digest of the source.
+        content: of the source.
         seeds: demonstrations.jsonl, whose prompts a model learns the answers to; None looks at none.
 
     Raises:

@@ -9,12 +9,19 @@ from selfalign.models.batches import PairExample, encode_pairs
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.scorer import Scorer
 from selfalign.models.tokenizer import unknown_counts
-from selfalign.store.artifacts import Artefact, Counts, Workspace, together
+from selfalign.store.artifacts import Artefact, Counts, Workspace
 from selfalign.store.journal import Journal
+from selfalign.store.stage import Size, amount, records_in, stage
 from selfalign.training.config import Precision
 
 
-@together
+def size(*, pairs: Artefact, augmentation: Refinement | None, **others: object) -> Size:
+    """Every pair."""
+    count = records_in(pairs, "pairs")
+    return Size(f"log-probabilities of {amount(count)} pairs given x{' and p⊕x' * (augmentation is not None)}", {})
+
+
+@stage(size=size, together=True)
 def reference(
     out: Workspace,
     *,

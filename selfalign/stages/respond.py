@@ -6,7 +6,8 @@ from selfalign.core.errors import SelfalignError
 from selfalign.engines.protocol import Backend, Sampling
 from selfalign.engines.responses import generate_responses
 from selfalign.models.checkpoint import PolicyFiles
-from selfalign.store.artifacts import Artefact, Counts, Workspace, together
+from selfalign.store.artifacts import Artefact, Counts, Workspace
+from selfalign.store.stage import Size, amount, records_in, stage
 
 
 @dataclass(kw_only=True, slots=True)
@@ -27,7 +28,15 @@ class RespondConfig:
             raise SelfalignError(f"data.respond.candidates must be 1 or more, got {self.candidates}")
 
 
-@together
+def size(*, config: RespondConfig, instructions: Artefact, **others: object) -> Size:
+    """As many responses as are asked for, each as long as it may be."""
+    count = records_in(instructions, "instructions")
+    text = f"{amount(count)} instructions, {config.candidates} responses each"
+    counts = {"responses": count * config.candidates, "tokens_each": config.sampling.max_new_tokens}
+    return Size(text, counts)
+
+
+@stage(size=size, together=True)
 def respond(
     out: Workspace,
     *,

@@ -14,7 +14,8 @@ from selfalign.core.records import Demonstration, Instruction, Prompt, RankedAns
 from selfalign.data.sources import read_demonstrations, read_ranked
 from selfalign.data.turns import compared, texts_in
 from selfalign.judges.pairwise import Pairwise
-from selfalign.store.artifacts import Counts, Workspace
+from selfalign.store.artifacts import Content, Counts, Workspace
+from selfalign.store.stage import MANY, Size, stage
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,20 @@ class JudgeFormat(Protocol):
     def high(self) -> int: ...
 
 
-def seeds(out: Workspace, *, config: SeedsConfig, judge: JudgeFormat | Pairwise, contents: list[str]) -> Counts:
+def size(*, config: SeedsConfig, **others: object) -> Size:
+    """As many as the data have, which is not known before they are read."""
+    human = config.evaluation_fine_tuning == EvaluationFineTuning.human
+    ift, ranked = MANY if config.demonstrations else 0, MANY if config.ranked else 0
+    eft = ranked if human else 0
+    counts = {"ift": ift, "eft": eft, "demonstrations": ift + eft}
+    held_out = {"questions_held_out": ranked, "instructions": ranked, "responses": ranked}
+    return Size(f"{config.demonstrations} {config.ranked}".strip(), counts | held_out)
+
+
+@stage(size=size, given=True)
+def seeds(
+    out: Workspace, *, config: SeedsConfig, judge: JudgeFormat | Pairwise, contents: Sequence[Content | str]
+) -> Counts:
     """Builds the SFT examples and sets ranked questions aside.
 
     Args:
@@ -93,7 +107,7 @@ def seeds(out: Workspace, *, config: SeedsConfig, judge: JudgeFormat | Pairwise,
             the judgements; and, of the held-out questions, ranked.jsonl, instructions.jsonl and responses.jsonl.
         config: which data, and how it is split.
         judge: its prompt is what EFT examples are written in.
-        contents: digests of the data sources.
+        contents: of the data sources.
     """
     data = read_seeds(config)
     human = config.evaluation_fine_tuning == EvaluationFineTuning.human
@@ -112,13 +126,19 @@ def seeds(out: Workspace, *, config: SeedsConfig, judge: JudgeFormat | Pairwise,
     }
 
 
-def taught_questions(out: Workspace, *, config: SeedsConfig, contents: list[str]) -> Counts:
+def size_of_taught(**others: object) -> Size:
+    """As many as the data have."""
+    return Size("ranked questions to teach judging with", {"instructions": MANY, "responses": MANY})
+
+
+@stage(size=size_of_taught, given=True)
+def taught_questions(out: Workspace, *, config: SeedsConfig, contents: Sequence[Content | str]) -> Counts:
     """The ranked questions that are not held out, with their answers, for the SFT baseline to judge.
 
     Args:
         out: gets ranked.jsonl, instructions.jsonl and responses.jsonl.
         config: which data, and how it is split.
-        contents: digests of the data sources.
+        contents: of the data sources.
     """
     taught = read_seeds(config).taught
     write_questions(out, taught)

@@ -20,7 +20,8 @@ from selfalign.models.tokenizer import (
     unknown_counts,
     warn_of_unknown,
 )
-from selfalign.store.artifacts import Artefact, Counts, Workspace, together
+from selfalign.store.artifacts import Artefact, Counts, Workspace
+from selfalign.store.stage import Size, amount, records_in, stage
 from selfalign.training.config import Optimization, Weights
 from selfalign.training.dataset import store_examples
 from selfalign.training.objective import Likelihood
@@ -30,7 +31,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
-@together
+def size(*, demonstrations: Artefact, optimization: Optimization, **others: object) -> Size:
+    """Its epochs and batches."""
+    count = amount(records_in(demonstrations, "demonstrations"))
+    return Size(f"SFT on {count} demonstrations, epochs {optimization.epochs}, batch {optimization.batch_size}", {})
+
+
+@stage(size=size, together=True)
 def sft(
     out: Workspace,
     *,

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from filelock import FileLock, Timeout
 
@@ -57,13 +58,16 @@ class Artefact:
         return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
 
 
-Stage = TypeVar("Stage", bound=Callable[..., Counts])
+@dataclass(frozen=True)
+class Content:
+    """What data or weights outside the store hold; looked at when a stage that reads them is looked for."""
 
+    identify: Callable[[], Any]
 
-def together(stage: Stage) -> Stage:
-    """Marks a stage that all processes of a run make together; any other is left to the main one."""
-    stage.__dict__["together"] = True
-    return stage
+    @cached_property
+    def digest(self) -> Any:
+        """Digests, as plain JSON."""
+        return self.identify()
 
 
 class Workspace:
@@ -242,6 +246,8 @@ def canonical(value: Any) -> Any:
     """
     if isinstance(value, Artefact):
         return {"artefact": value.stage, "digest": value.digest}
+    if isinstance(value, Content):
+        return value.digest
     if isinstance(value, Enum):
         return value.value
     if is_dataclass(value) and not isinstance(value, type):

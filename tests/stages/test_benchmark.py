@@ -18,7 +18,7 @@ from selfalign.engines.transformers import Transformers
 from selfalign.launch.evaluate import evaluate_models, plain_name
 from selfalign.metrics.catalog import METRICS, meaning_in_benchmark
 from selfalign.models.checkpoint import PolicyFiles
-from selfalign.pipeline.plan import plan
+from selfalign.pipeline.loop import plan
 from selfalign.stages.benchmark import benchmark
 from selfalign.store.artifacts import Counts, Workspace
 

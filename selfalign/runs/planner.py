@@ -1,0 +1,24 @@
+"""A runner that makes nothing: it walks the pipeline and notes every stage with its size."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from selfalign.store.artifacts import Artefact
+from selfalign.store.stage import StageFunction, plan_stage
+
+
+@dataclass(slots=True)
+class Planner:
+    """Answers every stage with what stands for its artefact; reads and makes nothing.
+
+    Attributes:
+        stages: (label, size) of every stage, in the order the pipeline asks for them.
+    """
+
+    stages: list[tuple[str, str]] = field(default_factory=list)
+
+    def make(self, label: str, stage: StageFunction, **inputs: Any) -> Artefact:
+        """Return what stands for the artefact."""
+        planned, size = plan_stage(label, stage, inputs)
+        self.stages.append((label, size))
+        return planned
