@@ -81,12 +81,8 @@ def _size_of_inputs(inputs: dict[str, Any]) -> Size:
     lists = [value if isinstance(value, list) else [value] for value in inputs.values()]
     counts: Counts = {}
     for artefact in (value for values in lists for value in values if isinstance(value, Artefact)):
-        names = (
-            artefact.counts
-            if isinstance(artefact, PlannedArtefact)
-            else [f.stem for f in artefact.path.glob("*.jsonl")]
-        )
-        for name in names:
+        planned = isinstance(artefact, PlannedArtefact)
+        for name in artefact.counts if planned else [file.stem for file in artefact.path.glob("*.jsonl")]:
             counts[name] = max(counts.get(name, 0), records_in(artefact, name))
     return Size("", counts)
 
@@ -101,4 +97,4 @@ def records_in(artefact: Artefact, name: str) -> int:
 
 def amount(count: float) -> str:
     """Return a number of records in words."""
-    return "all" if math.isinf(count) else f"{count:g}" if count < 1e6 else str(int(count))
+    return "all" if math.isinf(count) else str(int(count))
