@@ -23,7 +23,10 @@ class HeadToHead(Referee):
 def size(*, judge: Referee, policy: Artefact | None, answers: Artefact, **others: object) -> Size:
     """Every answer, twice."""
     count = records_in(answers, "responses")
-    return Size(f"{amount(count) if count else 'every turn'} in both orders, judged by {who_judges(judge, policy)}", {})
+    return Size(
+        f"{f'{amount(count)} answers' if count else 'every turn'} in both orders, judged by {who_judges(judge, policy)}",
+        {},
+    )
 
 
 @stage(size=size, together=True)

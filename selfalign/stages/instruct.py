@@ -206,9 +206,9 @@ class Pool:
         return "copy_of_kept" if words in self._known else ""
 
 
-def size(*, config: InstructConfig, **others: object) -> Size:
+def size(*, config: InstructConfig, policy: Artefact, **others: object) -> Size:
     """As many as are asked for."""
-    return Size(f"{config.count} instructions", {"instructions": config.count})
+    return Size(f"{config.count} instructions, written by {policy.key}", {"instructions": config.count})
 
 
 @stage(size=size, together=True)
@@ -267,7 +267,12 @@ def instruct(
     return {"written": written, "batches": batch, **pool.counts(), **generator.counts}
 
 
-@stage(size=size, given=True)
+def size_of_given(*, config: InstructConfig, **others: object) -> Size:
+    """As many as are asked for."""
+    return Size(f"the next {config.count} of {config.source}", {"instructions": config.count})
+
+
+@stage(size=size_of_given, given=True)
 def given_instructions(
     out: Workspace,
     *,

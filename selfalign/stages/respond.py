@@ -31,7 +31,7 @@ class RespondConfig:
 def size(*, config: RespondConfig, instructions: Artefact, **others: object) -> Size:
     """As many responses as are asked for, each as long as it may be."""
     count = records_in(instructions, "instructions")
-    text = f"{amount(count)} instructions, {config.candidates} responses each"
+    text = f"{amount(count)} instructions, {config.candidates} response{'s' * (config.candidates > 1)} each"
     counts = {"responses": count * config.candidates, "tokens_each": config.sampling.max_new_tokens}
     return Size(text, counts)
 
