@@ -23,10 +23,8 @@ class HeadToHead(Referee):
 def size(*, judge: Referee, policy: Artefact | None, answers: Artefact, **others: object) -> Size:
     """Every answer, twice."""
     count = records_in(answers, "responses")
-    return Size(
-        f"{f'{amount(count)} answers' if count else 'every turn'} in both orders, judged by {who_judges(judge, policy)}",
-        {},
-    )
+    what = f"{amount(count)} answers" if count else "every turn"
+    return Size(f"{what} in both orders, judged by {who_judges(judge, policy)}", {})
 
 
 @stage(size=size, together=True)
