@@ -1,5 +1,6 @@
 """dry_run=true: it covers what the run then does, with as many steps, at the greatest length, and leaves nothing."""
 
+import importlib
 import inspect
 import json
 import math
@@ -45,10 +46,11 @@ from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.tokenizer import encode_prompt
 from selfalign.pipeline import loop
 from selfalign.pipeline.requirements import asks
+from selfalign.stages.benchmark import benchmark
 from selfalign.stages.sft import group_demonstrations
 from selfalign.store.artifacts import Artefact, Counts, Workspace
 from selfalign.store.journal import Journal
-from selfalign.store.stage import stage
+from selfalign.store.stage import declared, stage
 
 SHORT = ["train.sft.max_length=160", "train.align.max_length=160", 'judge.prompt="Grade {instruction} of {response}"']
 """So that the longest sequence is short; its rubric leaves room for a response."""
@@ -212,17 +214,13 @@ def test_sweep_is_not_rehearsed(call: Callable[..., Said]) -> None:
     assert "dry_run=true rehearses one run, not a sweep: set hydra.mode=RUN" in said.err
 
 
-def test_every_stage_is_given_rehearsed_or_stands_for_nothing() -> None:
-    functions = {name.removeprefix("stages.") for name in modules() if name.startswith("stages.")} | {
-        "given_pairs",
-        "given_instructions",
-        "gather_pairs",
-        "preference_test",
-        "taught_questions",
-    }
-    rules = {name.removeprefix("_") for name, _ in inspect.getmembers(Rehearsal, inspect.isfunction)}
-    assert functions - dry_run_stages.GIVEN <= rules
-    assert not rules & dry_run_stages.GIVEN
+def test_stages_with_a_model_declare_their_sizes_and_are_measured_but_for_benchmarks(tmp_path: Path) -> None:
+    names = [name for name in modules() if name.startswith("stages.")]
+    members = [vars(importlib.import_module(f"selfalign.{name}")).values() for name in names]
+    with_models = {one for several in members for one in several if inspect.isfunction(one) and declared(one).together}
+    assert len(with_models) == 9
+    assert all(declared(one).size for one in with_models)
+    assert with_models - Rehearsal(composed()[0], tmp_path)._estimators.keys() == {benchmark}
 
 
 # --- records ------------------------------------------------------------------------------------------------------
