@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from selfalign.core.errors import SelfalignError
+from selfalign.runs.labels import Label
 from selfalign.runs.runner import Run
 from selfalign.store.artifacts import Artefact, Counts, Store, Workspace
 from selfalign.store.key_diff import ABSENT, Comparison, differences, read_stages
@@ -32,12 +33,16 @@ def run_of(output: Path, name: str) -> Run:
 def study(output: Path, name: str, rate: float = 0.1, lam: float = 0.5, reference: str = "M2") -> Run:
     """M0 → M1 → M2 → M3 with a measurement of each of the last two."""
     run = run_of(output, name)
-    made = {"M0": run.make("M0", settle, model="m")}
-    made["M1"] = run.make("M1", teach, policy=made["M0"], settings={"class": "Settings", "rate": rate}, seed=1)
+    made = {"M0": run.make(Label.parse("M0"), settle, model="m")}
+    made["M1"] = run.make(
+        Label.parse("M1"), teach, policy=made["M0"], settings={"class": "Settings", "rate": rate}, seed=1
+    )
     for label, before in (("M2", "M1"), ("M3", "M2")):
         reference_of = {"reference": made[reference]} if label == "M3" else {}
-        made[label] = run.make(label, teach, policy=made[before], loss={"class": "SrDPO", "lam": lam}, **reference_of)
-        run.make(f"evaluation_{label}/numbers", settle, policy=made[label])
+        made[label] = run.make(
+            Label.parse(label), teach, policy=made[before], loss={"class": "SrDPO", "lam": lam}, **reference_of
+        )
+        run.make(Label.parse(f"evaluation_{label}/numbers"), settle, policy=made[label])
     return run
 
 
@@ -85,8 +90,8 @@ def test_label_is_explained_by_what_it_depends_on(tmp_path: Path) -> None:
 def test_setting_told_of_another_stage_is_told_again_where_only_a_later_one_is_asked_for(tmp_path: Path) -> None:
     runs = [run_of(tmp_path, name) for name in "ab"]
     for run, count in zip(runs, (3, 4), strict=True):
-        run.make("evaluation_M1/answers", settle, count=count, model=1)
-        run.make("evaluation_M2/answers", settle, count=count, model=2)
+        run.make(Label.parse("evaluation_M1/answers"), settle, count=count, model=1)
+        run.make(Label.parse("evaluation_M2/answers"), settle, count=count, model=2)
     comparison = compared(*runs)
     assert told(comparison) == {"evaluation_M1/answers": ["count: 3 → 4"], "evaluation_M2/answers": []}
     assert told(comparison, "evaluation_M2/answers") == {"evaluation_M2/answers": ["count: 3 → 4"]}
@@ -101,7 +106,7 @@ def test_input_from_another_stage_of_the_run_is_a_cause(tmp_path: Path) -> None:
 def test_other_settings_with_the_same_result_have_no_consequences(tmp_path: Path) -> None:
     runs = [run_of(tmp_path, name) for name in "ab"]
     for run, model in zip(runs, "mn", strict=True):
-        run.make("M1", teach, policy=run.make("M0", settle, model=model))
+        run.make(Label.parse("M1"), teach, policy=run.make(Label.parse("M0"), settle, model=model))
     comparison = compared(*runs)
     assert (told(comparison), comparison.same) == ({"M0": ['model: "m" → "n"']}, ["M1"])
 
@@ -109,15 +114,15 @@ def test_other_settings_with_the_same_result_have_no_consequences(tmp_path: Path
 def test_seeds_have_one_cause(tmp_path: Path) -> None:
     runs = [run_of(tmp_path, name) for name in "ab"]
     for run, seed in zip(runs, (10, 20), strict=True):
-        run.make("M1", teach, weights={"class": "Weights", "seed": seed + 1})
-        run.make("M2", teach, weights={"class": "Weights", "seed": seed + 2})
+        run.make(Label.parse("M1"), teach, weights={"class": "Weights", "seed": seed + 1})
+        run.make(Label.parse("M2"), teach, weights={"class": "Weights", "seed": seed + 2})
     assert told(compared(*runs)) == {"M1": ["weights.seed: 11 → 21"], "M2": []}
 
 
 def test_other_stage_and_inputs_that_one_run_lacks_are_named(tmp_path: Path) -> None:
     one, other = (run_of(tmp_path, name) for name in "ab")
-    one.make("M2", teach, lam=0.5)
-    other.make("M2", settle, selection={"class": "CheckpointSelection", "judge": "self"})
+    one.make(Label.parse("M2"), teach, lam=0.5)
+    other.make(Label.parse("M2"), settle, selection={"class": "CheckpointSelection", "judge": "self"})
     assert told(compared(one, other)) == {
         "M2": [
             'stage: "teach" → "settle"',
@@ -185,7 +190,7 @@ def test_every_difference_of_the_key_is_found(tmp_path: Path) -> None:
     values = [0, 0.0, -0.0, False, None, "", "0", [], {}, [0], [0.0], [{}], {"a": 0}, [None], "\u2028", [[0]], [[0.0]]]
     runs = [run_of(tmp_path, str(n)) for n in range(len(values))]
     for run, value in zip(runs, values, strict=True):
-        run.make("M1", settle, value=value)
+        run.make(Label.parse("M1"), settle, value=value)
     stages = [read_stages(run.folder) for run in runs]
     for one in stages:
         for other in stages:

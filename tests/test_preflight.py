@@ -17,6 +17,7 @@ from selfalign.launch import preflight as preflight_module
 from selfalign.launch.experiment import run_experiment
 from selfalign.launch.preflight import preflight, problems
 from selfalign.pipeline.plan import plan
+from selfalign.runs.labels import Label
 
 KEY = "sk-very-secret-0123456789"
 
@@ -29,7 +30,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def found(*overrides: str, made: tuple[str, ...] = ()) -> list[str]:
-    return problems(composed("experiment=smoke", *overrides)[0], made)
+    return problems(composed("experiment=smoke", *overrides)[0], [Label.parse(label) for label in made])
 
 
 def judged_by(server: ChatServer | str, *more: str) -> list[str]:

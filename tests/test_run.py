@@ -10,7 +10,7 @@ from builders import ROOT, composed, policy_artefact
 from selfalign.core.errors import SelfalignError
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.runs.folder import check_name, open_folder, run_folder
-from selfalign.runs.labels import iteration_of
+from selfalign.runs.labels import Label
 from selfalign.runs.provenance import code_state, write_provenance
 from selfalign.runs.runner import Look, NotMadeYet, Run, StageFunction, flat_numbers
 from selfalign.store.artifacts import Artefact, Counts, Store, Workspace
@@ -66,22 +66,22 @@ def rows_of(run: Run) -> list[dict[str, Any]]:
 
 
 def test_stage_is_made_once_and_found_again(run: Run, tmp_path: Path) -> None:
-    made = run.make("seeds", write, text="four")
+    made = run.make(Label.parse("seeds"), write, text="four")
     assert (made.stage, made.counts["length"], run.reused) == ("write", 4, set())
     again = Run(run.folder, run.store, Rows())
-    found = again.make("seeds", refusing("write"), text="four")
-    assert (found, again.reused) == (made, {"seeds"})
-    assert again.make("other", write, text="five!").key != made.key
+    found = again.make(Label.parse("seeds"), refusing("write"), text="four")
+    assert (found, again.reused) == (made, {Label.input("seeds")})
+    assert again.make(Label.parse("other"), write, text="five!").key != made.key
 
 
 def test_artefact_is_linked_under_its_label(run: Run) -> None:
-    made = run.make("iteration_1/pairs", write, text="four")
+    made = run.make(Label.parse("iteration_1/pairs"), write, text="four")
     link = run.folder / "artefacts/iteration_1/pairs"
     assert link.is_symlink()
     assert link.resolve() == made.path.resolve()
     assert (link / "text.txt").read_text() == "four"
     assert not link.readlink().is_absolute()
-    other = run.make("iteration_1/pairs", write, text="another")
+    other = run.make(Label.parse("iteration_1/pairs"), write, text="another")
     assert link.resolve() == other.path.resolve()
 
 
@@ -96,19 +96,19 @@ def test_artefact_is_linked_before_it_is_looked_for(run: Run, monkeypatch: pytes
 
     monkeypatch.setattr(Store, "find", find)
     for text in ("four", "four", "another"):
-        run.make("iteration_1/pairs", write, text=text)
+        run.make(Label.parse("iteration_1/pairs"), write, text=text)
 
 
 def test_link_that_is_right_is_never_gone(run: Run) -> None:
-    run.make("seeds", write, text="four")
+    run.make(Label.parse("seeds"), write, text="four")
     before = (run.folder / "artefacts/seeds").lstat()
-    run.make("seeds", write, text="four")
+    run.make(Label.parse("seeds"), write, text="four")
     assert (run.folder / "artefacts/seeds").lstat() == before
 
 
 def test_rows_say_what_they_belong_to(run: Run) -> None:
-    run.make("seeds", write, text="four")
-    run.make("M2", teach, steps=2)
+    run.make(Label.parse("seeds"), write, text="four")
+    run.make(Label.parse("M2"), teach, steps=2)
     rows = rows_of(run)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     seconds = [row.pop(key) for row, key in ((rows[0], "write/seconds"), (rows[3], "teach/seconds"))]
@@ -130,17 +130,17 @@ def test_rows_say_what_they_belong_to(run: Run) -> None:
 
 
 def test_tracker_receives_every_row(run: Run) -> None:
-    run.make("M2", teach, steps=2)
+    run.make(Label.parse("M2"), teach, steps=2)
     assert isinstance(run.tracker, Rows)
     assert run.tracker.logged == rows_of(run)
 
 
 def test_rows_of_a_found_artefact_are_those_of_the_making(run: Run) -> None:
-    run.make("M2", teach, steps=3)
+    run.make(Label.parse("M2"), teach, steps=3)
     first = rows_of(run)
     open_folder(run.folder, "name: x\n")
     again = Run(run.folder, run.store, Rows())
-    again.make("M2", teach, steps=3)
+    again.make(Label.parse("M2"), teach, steps=3)
     assert rows_of(again) == first
 
 
@@ -155,28 +155,28 @@ def test_rows_logged_before_a_kill_are_in_the_metrics_once(run: Run) -> None:
         return {}
 
     with pytest.raises(KeyboardInterrupt):
-        run.make("M2", teach, steps=3)
+        run.make(Label.parse("M2"), teach, steps=3)
     open_folder(run.folder, "name: x\n")
-    Run(run.folder, run.store, Rows()).make("M2", teach, steps=3)
+    Run(run.folder, run.store, Rows()).make(Label.parse("M2"), teach, steps=3)
     assert [row["teach/step"] for row in rows_of(run) if "teach/step" in row] == [1, 2, 3]
 
 
 def test_attempt_is_part_of_every_key(run: Run) -> None:
-    first = run.make("seeds", write, text="four")
+    first = run.make(Label.parse("seeds"), write, text="four")
     fresh = Run(run.folder, run.store, Rows(), attempt="n-1")
-    second = fresh.make("seeds", write, text="four")
+    second = fresh.make(Label.parse("seeds"), write, text="four")
     assert first.key != second.key
     assert fresh.reused == set()
     assert first.digest == second.digest
 
 
 def test_look_finds_what_is_there_and_makes_nothing(run: Run) -> None:
-    run.make("seeds", write, text="four")
+    run.make(Label.parse("seeds"), write, text="four")
     look = Look(run.store)
-    assert look.make("seeds", refusing("write"), text="four").counts["length"] == 4
+    assert look.make(Label.parse("seeds"), refusing("write"), text="four").counts["length"] == 4
     with pytest.raises(NotMadeYet, match="M1"):
-        look.make("M1", refusing("sft"), text="x")
-    assert list(look.there) == ["seeds"]
+        look.make(Label.parse("M1"), refusing("sft"), text="x")
+    assert list(look.there) == [Label.input("seeds")]
     assert not (run.store.root / "sft").exists()
 
 
@@ -232,7 +232,7 @@ def test_name_that_is_no_folder_name_is_refused(name: str) -> None:
      ("M2", 1), ("evaluation_M2/numbers", 1), ("iteration_12/responses", 12), ("M13", 12)],
 )  # fmt: skip
 def test_iteration_of_a_label(label: str, iteration: int) -> None:
-    assert iteration_of(label) == iteration
+    assert Label.parse(label).iteration_number == iteration
 
 
 def test_numbers_of_counts_are_flat() -> None:
@@ -253,8 +253,8 @@ def test_provenance_leads_back_to_code_versions_seed_and_weights(
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "secret-of-the-user")
     monkeypatch.setattr("sys.argv", ["/somewhere/selfalign", "experiment=smoke", "seed=7"])
-    pairs = run.make("iteration_1/pairs", write, text="four")
-    run.artefacts["M1"] = policy_artefact(tiny_policy)
+    pairs = run.make(Label.parse("iteration_1/pairs"), write, text="four")
+    run.artefacts[Label.model("M1")] = policy_artefact(tiny_policy)
     write_provenance(run, 7)
     text = (run.folder / "provenance.json").read_text()
     content = json.loads(text)

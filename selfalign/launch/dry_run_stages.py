@@ -30,6 +30,7 @@ from selfalign.losses.refinement import Refinement
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.tokenizer import encode_prompt
 from selfalign.pipeline.requirements import asks, writes
+from selfalign.runs.labels import Label
 from selfalign.runs.runner import StageFunction
 from selfalign.stages.align import align
 from selfalign.stages.compare import compare
@@ -73,11 +74,11 @@ class Rehearsal:
     written: int = 0
     longest: Longest = field(init=False)
 
-    def make(self, label: str, stage: StageFunction, **inputs: Any) -> Artefact:
+    def make(self, label: Label, stage: StageFunction, **inputs: Any) -> Artefact:
         """What stands for the artefact: the real one of what is given, else one that says how many records it has."""
         if stage.__name__ in GIVEN:
-            return self._really_make(label, stage, inputs)
-        return getattr(self, f"_{stage.__name__}")(label, **inputs)
+            return self._really_make(str(label), stage, inputs)
+        return getattr(self, f"_{stage.__name__}")(str(label), **inputs)
 
     def _really_make(self, label: str, stage: StageFunction, inputs: dict[str, Any]) -> Artefact:
         store = Store(self.folder / "store")

@@ -22,6 +22,7 @@ from selfalign.pipeline.plan import plan
 from selfalign.report import write_report
 from selfalign.report.model_card import write_card
 from selfalign.runs.folder import open_folder, run_folder
+from selfalign.runs.labels import Label
 from selfalign.runs.provenance import write_provenance
 from selfalign.runs.runner import Fellow, Look, NotMadeYet, Run, StageFunction
 from selfalign.runs.summary import closing_text, models_of, plan_text, summarise
@@ -106,11 +107,11 @@ def was_done(config: ExperimentConfig, folder: Path) -> bool:
     return (folder / FINISHED).exists() and read_own(folder / FINISHED) == asked_besides(config)
 
 
-def told_keys(folder: Path) -> dict[str, str]:
+def told_keys(folder: Path) -> dict[Label, str]:
     """{label: key} of the artefacts that a run's summary tells of; nothing where there is none."""
     if not (folder / "summary.json").exists():
         return {}
-    return {stage["label"]: stage["key"] for stage in read_own(folder / "summary.json")["stages"]}
+    return {Label.parse(stage["label"]): stage["key"] for stage in read_own(folder / "summary.json")["stages"]}
 
 
 def read_own(path: Path) -> Any:
@@ -172,7 +173,7 @@ class Shown:
 
     run: Run
 
-    def make(self, label: str, stage: StageFunction, **inputs: Any) -> Artefact:
+    def make(self, label: Label, stage: StageFunction, **inputs: Any) -> Artefact:
         """The artefact, made by the run."""
         artefact = self.run.make(label, stage, **inputs)
         log_tables(self.run, label)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from selfalign.core.failures import naming
-from selfalign.runs.labels import iteration_of
+from selfalign.runs.labels import Label
 from selfalign.runs.tracker import NoTracker, Tracker
 from selfalign.store.artifacts import Artefact, Counts, Store
 
@@ -22,7 +22,7 @@ StageFunction = Callable[..., Counts]
 class Maker(Protocol):
     """What the pipeline asks for: the artefact of a stage, whether found or made."""
 
-    def make(self, label: str, stage: StageFunction, **inputs: Any) -> Artefact: ...
+    def make(self, label: Label, stage: StageFunction, **inputs: Any) -> Artefact: ...
 
 
 @dataclass(slots=True)
@@ -42,15 +42,15 @@ class Run:
     store: Store
     tracker: Tracker = field(default_factory=NoTracker)
     attempt: str = ""
-    artefacts: dict[str, Artefact] = field(default_factory=dict)
-    reused: set[str] = field(default_factory=set)
+    artefacts: dict[Label, Artefact] = field(default_factory=dict)
+    reused: set[Label] = field(default_factory=set)
     step: int = 0
 
-    def make(self, label: str, stage: StageFunction, **inputs: Any) -> Artefact:
+    def make(self, label: Label, stage: StageFunction, **inputs: Any) -> Artefact:
         """The artefact of a stage: found in the store, or made now.
 
         Args:
-            label: its name in this run, such as "M2" or "iteration_1/pairs"; also its link below artefacts/.
+            label: its name in this run; also its link below artefacts/.
             stage: the function that makes it, called as `stage(out, **inputs)`.
             inputs: artefacts, settings and seeds; together they are its key.
         """
@@ -73,15 +73,15 @@ class Run:
         self._log(label, name, {**flat_numbers(artefact.counts), "seconds": artefact.seconds}, training=False)
         return artefact
 
-    def _log(self, label: str, stage: str, row: dict[str, Any], *, training: bool) -> None:
+    def _log(self, label: Label, stage: str, row: dict[str, Any], *, training: bool) -> None:
         values = {f"{stage}/{name}" if name == "seconds" else name: value for name, value in row.items()}
         if training:
             values[f"{stage}/step"] = values.pop("step")
         self.step += 1
         whole = {
             "step": self.step,
-            "iteration": iteration_of(label),
-            "label": label,
+            "iteration": label.iteration_number,
+            "label": str(label),
             "stage": stage,
             **values,
         }
@@ -90,9 +90,9 @@ class Run:
             file.write(json.dumps(whole) + "\n")
         self.tracker.log(whole)
 
-    def _link(self, label: str, place: Path) -> None:
+    def _link(self, label: Label, place: Path) -> None:
         """Says, before it is looked for, that this run uses an artefact: what is linked is not cleaned away."""
-        link = self.folder / "artefacts" / label
+        link = label.link_in(self.folder)
         link.parent.mkdir(parents=True, exist_ok=True)
         target = os.path.relpath(place, link.parent)
         if not link.is_symlink() or link.readlink() != Path(target):
@@ -112,7 +112,7 @@ class Fellow:
     store: Store
     attempt: str = ""
 
-    def make(self, label: str, stage: StageFunction, **inputs: Any) -> Artefact:
+    def make(self, label: Label, stage: StageFunction, **inputs: Any) -> Artefact:
         """The artefact of a stage, made together with the main process or waited for."""
         return make(self.store, self.attempt, label, stage, inputs)
 
@@ -120,7 +120,7 @@ class Fellow:
 def make(
     store: Store,
     attempt: str,
-    label: str,
+    label: Label,
     stage: StageFunction,
     inputs: dict[str, Any],
     on_row: Callable[[dict[str, Any]], None] = lambda row: None,
@@ -130,7 +130,7 @@ def make(
         stage.__name__,
         keyed_inputs(inputs, attempt),
         lambda out: stage(out, **inputs),
-        label=label,
+        label=str(label),
         on_row=on_row,
         together=getattr(stage, "together", False),
     )
@@ -152,9 +152,9 @@ class Look:
 
     store: Store
     attempt: str = ""
-    there: dict[str, str] = field(default_factory=dict)
+    there: dict[Label, str] = field(default_factory=dict)
 
-    def make(self, label: str, stage: StageFunction, **inputs: Any) -> Artefact:
+    def make(self, label: Label, stage: StageFunction, **inputs: Any) -> Artefact:
         """The artefact, if it is in the store.
 
         Raises:
@@ -162,7 +162,7 @@ class Look:
         """
         artefact = self.store.find(stage.__name__, keyed_inputs(inputs, self.attempt))
         if artefact is None:
-            raise NotMadeYet(label)
+            raise NotMadeYet(str(label))
         self.there[label] = artefact.key
         return artefact
 
