@@ -17,7 +17,8 @@ from mutation import assert_caught
 
 from selfalign.core.errors import SelfalignError
 from selfalign.runs.labels import Label
-from selfalign.runs.runner import Run
+from selfalign.runs.ledger import Ledger
+from selfalign.runs.runner import Runner
 from selfalign.store import inventory
 from selfalign.store.artifacts import Artefact, Counts, Store, Workspace, lock_of
 from selfalign.store.inventory import State, remove, remove_locks, take_inventory, total_size
@@ -34,9 +35,9 @@ def policy(out: Workspace, *, text: str, base: Artefact | None = None) -> Counts
     return {}
 
 
-def run_of(output: Path, name: str = "a") -> Run:
+def run_of(output: Path, name: str = "a") -> Runner:
     (output / name).mkdir(parents=True, exist_ok=True)
-    return Run(output / name, Store(output / "store"))
+    return Runner(Store(output / "store"), ledger=Ledger(output / name))
 
 
 def lora_run(output: Path, name: str = "a", text: str = "adapter") -> tuple[Artefact, Artefact]:

@@ -11,8 +11,9 @@ from selfalign.core.errors import SelfalignError
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.runs.folder import check_name, open_folder, run_folder
 from selfalign.runs.labels import Label
+from selfalign.runs.ledger import Ledger, flat_numbers
 from selfalign.runs.provenance import code_state, write_provenance
-from selfalign.runs.runner import Look, NotMadeYet, Run, StageFunction, flat_numbers
+from selfalign.runs.runner import Look, NotMadeYet, Runner, StageFunction
 from selfalign.store.artifacts import Artefact, Counts, Store, Workspace
 
 
@@ -56,27 +57,36 @@ def refusing(name: str) -> StageFunction:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
+def run(tmp_path: Path) -> Runner:
     open_folder(tmp_path / "run", "name: x\n")
-    return Run(tmp_path / "run", Store(tmp_path / "store"), Rows())
+    return Runner(Store(tmp_path / "store"), ledger=Ledger(tmp_path / "run", tracker=Rows()))
 
 
-def rows_of(run: Run) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+def account(run: Runner) -> Ledger:
+    assert run.ledger is not None
+    return run.ledger
 
 
-def test_stage_is_made_once_and_found_again(run: Run, tmp_path: Path) -> None:
+def once_more(run: Runner, namespace: str = "") -> Runner:
+    return Runner(run.store, namespace, Ledger(account(run).folder, tracker=Rows()))
+
+
+def rows_of(run: Runner) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (account(run).folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_stage_is_made_once_and_found_again(run: Runner, tmp_path: Path) -> None:
     made = run.make(Label.parse("seeds"), write, text="four")
-    assert (made.stage, made.counts["length"], run.reused) == ("write", 4, set())
-    again = Run(run.folder, run.store, Rows())
+    assert (made.stage, made.counts["length"], account(run).reused) == ("write", 4, set())
+    again = once_more(run)
     found = again.make(Label.parse("seeds"), refusing("write"), text="four")
-    assert (found, again.reused) == (made, {Label.input("seeds")})
+    assert (found, account(again).reused) == (made, {Label.input("seeds")})
     assert again.make(Label.parse("other"), write, text="five!").key != made.key
 
 
-def test_artefact_is_linked_under_its_label(run: Run) -> None:
+def test_artefact_is_linked_under_its_label(run: Runner) -> None:
     made = run.make(Label.parse("iteration_1/pairs"), write, text="four")
-    link = run.folder / "artefacts/iteration_1/pairs"
+    link = account(run).folder / "artefacts/iteration_1/pairs"
     assert link.is_symlink()
     assert link.resolve() == made.path.resolve()
     assert (link / "text.txt").read_text() == "four"
@@ -85,9 +95,9 @@ def test_artefact_is_linked_under_its_label(run: Run) -> None:
     assert link.resolve() == other.path.resolve()
 
 
-def test_artefact_is_linked_before_it_is_looked_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_artefact_is_linked_before_it_is_looked_for(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between finding it and linking it, it could be cleaned away as unused."""
-    link, original = run.folder / "artefacts/iteration_1/pairs", Store.find
+    link, original = account(run).folder / "artefacts/iteration_1/pairs", Store.find
 
     def find(store: Store, stage: str, inputs: dict[str, Any]) -> Artefact | None:
         assert link.is_symlink()
@@ -99,14 +109,14 @@ def test_artefact_is_linked_before_it_is_looked_for(run: Run, monkeypatch: pytes
         run.make(Label.parse("iteration_1/pairs"), write, text=text)
 
 
-def test_link_that_is_right_is_never_gone(run: Run) -> None:
+def test_link_that_is_right_is_never_gone(run: Runner) -> None:
     run.make(Label.parse("seeds"), write, text="four")
-    before = (run.folder / "artefacts/seeds").lstat()
+    before = (account(run).folder / "artefacts/seeds").lstat()
     run.make(Label.parse("seeds"), write, text="four")
-    assert (run.folder / "artefacts/seeds").lstat() == before
+    assert (account(run).folder / "artefacts/seeds").lstat() == before
 
 
-def test_rows_say_what_they_belong_to(run: Run) -> None:
+def test_rows_say_what_they_belong_to(run: Runner) -> None:
     run.make(Label.parse("seeds"), write, text="four")
     run.make(Label.parse("M2"), teach, steps=2)
     rows = rows_of(run)
@@ -129,22 +139,22 @@ def test_rows_say_what_they_belong_to(run: Run) -> None:
     ]
 
 
-def test_tracker_receives_every_row(run: Run) -> None:
+def test_tracker_receives_every_row(run: Runner) -> None:
     run.make(Label.parse("M2"), teach, steps=2)
-    assert isinstance(run.tracker, Rows)
-    assert run.tracker.logged == rows_of(run)
+    assert isinstance(account(run).tracker, Rows)
+    assert account(run).tracker.logged == rows_of(run)
 
 
-def test_rows_of_a_found_artefact_are_those_of_the_making(run: Run) -> None:
+def test_rows_of_a_found_artefact_are_those_of_the_making(run: Runner) -> None:
     run.make(Label.parse("M2"), teach, steps=3)
     first = rows_of(run)
-    open_folder(run.folder, "name: x\n")
-    again = Run(run.folder, run.store, Rows())
+    open_folder(account(run).folder, "name: x\n")
+    again = once_more(run)
     again.make(Label.parse("M2"), teach, steps=3)
     assert rows_of(again) == first
 
 
-def test_rows_logged_before_a_kill_are_in_the_metrics_once(run: Run) -> None:
+def test_rows_logged_before_a_kill_are_in_the_metrics_once(run: Runner) -> None:
     def teach(out: Workspace, *, steps: int) -> Counts:
         out.rewind_log(lambda row: row["step"] <= 1)
         done = len((out.path / "log.jsonl").read_text().splitlines())
@@ -156,21 +166,21 @@ def test_rows_logged_before_a_kill_are_in_the_metrics_once(run: Run) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         run.make(Label.parse("M2"), teach, steps=3)
-    open_folder(run.folder, "name: x\n")
-    Run(run.folder, run.store, Rows()).make(Label.parse("M2"), teach, steps=3)
+    open_folder(account(run).folder, "name: x\n")
+    once_more(run).make(Label.parse("M2"), teach, steps=3)
     assert [row["teach/step"] for row in rows_of(run) if "teach/step" in row] == [1, 2, 3]
 
 
-def test_attempt_is_part_of_every_key(run: Run) -> None:
+def test_attempt_is_part_of_every_key(run: Runner) -> None:
     first = run.make(Label.parse("seeds"), write, text="four")
-    fresh = Run(run.folder, run.store, Rows(), attempt="n-1")
+    fresh = once_more(run, "n-1")
     second = fresh.make(Label.parse("seeds"), write, text="four")
     assert first.key != second.key
-    assert fresh.reused == set()
+    assert account(fresh).reused == set()
     assert first.digest == second.digest
 
 
-def test_look_finds_what_is_there_and_makes_nothing(run: Run) -> None:
+def test_look_finds_what_is_there_and_makes_nothing(run: Runner) -> None:
     run.make(Label.parse("seeds"), write, text="four")
     look = Look(run.store)
     assert look.make(Label.parse("seeds"), refusing("write"), text="four").counts["length"] == 4
@@ -249,14 +259,14 @@ def test_opening_a_folder_keeps_the_configuration_and_empties_the_metrics(tmp_pa
 
 
 def test_provenance_leads_back_to_code_versions_seed_and_weights(
-    run: Run, tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch
+    run: Runner, tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "secret-of-the-user")
     monkeypatch.setattr("sys.argv", ["/somewhere/selfalign", "experiment=smoke", "seed=7"])
     pairs = run.make(Label.parse("iteration_1/pairs"), write, text="four")
-    run.artefacts[Label.model("M1")] = policy_artefact(tiny_policy)
-    write_provenance(run, 7)
-    text = (run.folder / "provenance.json").read_text()
+    account(run).artefacts[Label.model("M1")] = policy_artefact(tiny_policy)
+    write_provenance(account(run), 7)
+    text = (account(run).folder / "provenance.json").read_text()
     content = json.loads(text)
     assert content["seed"] == 7
     assert content["command"] == ["selfalign", "experiment=smoke", "seed=7"]

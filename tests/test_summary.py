@@ -4,7 +4,8 @@ from typing import Any
 import pytest
 
 from selfalign.runs.labels import Label
-from selfalign.runs.runner import Look, Run
+from selfalign.runs.ledger import Ledger
+from selfalign.runs.runner import Look
 from selfalign.runs.summary import COLUMNS, closing_text, models_of, plan_text, summarise, win_rate_matrix
 from selfalign.store.artifacts import Artefact, Store
 
@@ -118,12 +119,12 @@ def test_stages_are_listed_in_the_order_they_were_made() -> None:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
-    return Run(tmp_path / "run", Store(tmp_path / "store"), artefacts=dict(ARTEFACTS))
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(tmp_path / "run", artefacts=dict(ARTEFACTS))
 
 
-def test_closing_table_has_a_line_a_model_and_says_where_everything_lies(run: Run) -> None:
-    text = closing_text(summarise(ARTEFACTS, models_of(ARTEFACTS)), run)
+def test_closing_table_has_a_line_a_model_and_says_where_everything_lies(ledger: Ledger) -> None:
+    text = closing_text(summarise(ARTEFACTS, models_of(ARTEFACTS)), ledger)
     lines = text.splitlines()
     without = {"judge pairwise", "held-out accuracy"}
     assert {heading for heading, _ in COLUMNS if heading not in lines[1]} == without
@@ -138,15 +139,15 @@ def test_closing_table_has_a_line_a_model_and_says_where_everything_lies(run: Ru
     assert "dropped in iteration_1/pairs: 1 tie" in lines
     assert "too_short" not in text
     assert "too short" not in text
-    assert str(run.folder / "report.html") in text
-    assert run.tracker.place in text
+    assert str(ledger.folder / "report.html") in text
+    assert ledger.tracker.place in text
 
 
-def test_closing_text_says_so_only_when_nothing_had_to_be_made(run: Run) -> None:
+def test_closing_text_says_so_only_when_nothing_had_to_be_made(ledger: Ledger) -> None:
     said = "Everything was there already; nothing had to be made."
-    assert said not in closing_text(summarise(ARTEFACTS, models_of(ARTEFACTS)), run)
-    run.reused = set(ARTEFACTS)
-    assert said in closing_text(summarise(ARTEFACTS, models_of(ARTEFACTS)), run)
+    assert said not in closing_text(summarise(ARTEFACTS, models_of(ARTEFACTS)), ledger)
+    ledger.reused = set(ARTEFACTS)
+    assert said in closing_text(summarise(ARTEFACTS, models_of(ARTEFACTS)), ledger)
 
 
 def test_plan_shows_each_stage_its_size_and_whether_it_is_there(tmp_path: Path) -> None:

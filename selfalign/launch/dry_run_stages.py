@@ -303,11 +303,13 @@ class Rehearsal:
         """Records as a stage is given them."""
         self.written += 1
         folder = self.folder / f"given-{self.written}"
-        if distributed.is_main():
+
+        def write() -> None:
             folder.mkdir()
             for name, records in files.items():
                 write_records(folder / f"{name}.jsonl", records)
-        distributed.wait_for_all()
+
+        distributed.on_main(write)
         return _stand_in("given", 0, ift=len(files.get("demonstrations", ())), path=folder)
 
     def _few(self, count: int, tokens: int, generate: Any) -> int:

@@ -10,11 +10,10 @@ from typing import Any
 
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.config.hydra import compose_experiment
-from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.failures import at_the_end
 from selfalign.core.files import digest_json
-from selfalign.launch.experiment import Shown, conclude, log_file, read_own
+from selfalign.launch.experiment import conclude, log_file, read_own
 from selfalign.launch.sweep import JOBS, Sweep
 from selfalign.losses.preference import Positives, PreferenceLoss
 from selfalign.models.config import ModelConfig
@@ -24,12 +23,14 @@ from selfalign.pipeline.models import Judging, Models, fixed_judges, load_model
 from selfalign.report import write_report
 from selfalign.runs.folder import open_folder
 from selfalign.runs.labels import BASELINE, Kind, Label
+from selfalign.runs.ledger import open_ledger
 from selfalign.runs.provenance import write_provenance
 from selfalign.runs.reader import check_artefacts
-from selfalign.runs.runner import Fellow, Maker, Run
+from selfalign.runs.runner import Maker, Runner
 from selfalign.runs.summary import models_of
 from selfalign.runs.sweep_jobs import JobState, told
 from selfalign.store.artifacts import Artefact, Store, canonical, locked, open_artefact
+from selfalign.tracking.tables import log_tables
 
 logger = logging.getLogger(__name__)
 
@@ -131,19 +132,20 @@ def evaluate_models(sources: list[str], overrides: list[str], conf: Path) -> Pat
     trained = _as_trained(every, config, overrides, conf)
     digests = {run.name: sorted(a.digest for a in run.made.values()) for run in every}
     identity = [canonical(config), digests]
-    folder, store = output / f"evaluation-{digest_json([*identity, sources])[:8]}", Store(output / "store")
-    if not distributed.is_main():
-        _measure(config, Fellow(store), sources, runs, trained, {})
+    folder = output / f"evaluation-{digest_json([*identity, sources])[:8]}"
+    ledger = open_ledger(folder, log_tables)
+    runner = Runner(Store(output / "store"), ledger=ledger)
+    if ledger is None:
+        _measure(config, runner, sources, runs, trained, {})
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / ".lock", f"this evaluation is already running in {folder}"):
         open_folder(folder, text)
-        with log_file(folder / "run.log"), config.track.open(folder, plain) as tracker:
+        with log_file(folder / "run.log"), config.track.open(folder, plain) as ledger.tracker:
             _tell_differences(every)
-            run = Run(folder, store, tracker)
-            with at_the_end(partial(write_provenance, run, config.seed)):
-                names = _measure(config, Shown(run), sources, runs, trained, run.artefacts)
-            conclude(run, config, {**plain, "overrides": overrides}, names, (write_report,), evaluated=sources)
+            with at_the_end(partial(write_provenance, ledger, config.seed)):
+                names = _measure(config, runner, sources, runs, trained, ledger.artefacts)
+            conclude(ledger, config, {**plain, "overrides": overrides}, names, (write_report,), evaluated=sources)
     return folder
 
 

@@ -63,8 +63,7 @@ def preflight(config: ExperimentConfig, made: Collection[Label]) -> None:
     Raises:
         SelfalignError: something is missing; the message has a line for each.
     """
-    found = problems(config, made) if distributed.is_main() else []
-    if lines := distributed.broadcast(found):
+    if lines := distributed.on_main(lambda: problems(config, made)):
         raise SelfalignError("\n".join(lines))
 
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from selfalign.core.formatting import table
 from selfalign.runs.labels import Label
-from selfalign.runs.runner import Look, Run, flat_numbers
+from selfalign.runs.ledger import Ledger, flat_numbers
+from selfalign.runs.runner import Look
 from selfalign.store.artifacts import Artefact
 
 COLUMNS = (
@@ -78,7 +79,7 @@ def _benchmarked(parts: Iterable[Artefact]) -> dict[str, float]:
     return {name: value for one in counts for name, value in flat_numbers(one).items() if name[:8] != "dropped/"}
 
 
-def closing_text(summary: dict[str, Any], run: Run) -> str:
+def closing_text(summary: dict[str, Any], ledger: Ledger) -> str:
     """What the terminal shows at the end: the table, the drops, and where everything lies."""
     models = summary["models"]
     columns = [(heading, key) for heading, key in COLUMNS if any(row.get(key) is not None for row in models)]
@@ -88,11 +89,11 @@ def closing_text(summary: dict[str, Any], run: Run) -> str:
         lines.append(f"dropped in {label}: {drops_text(reasons)}")
     lines += [
         "",
-        f"report    {run.folder / 'report.html'}",
-        f"run       {run.folder}",
-        f"W&B       {run.tracker.place}",
+        f"report    {ledger.folder / 'report.html'}",
+        f"run       {ledger.folder}",
+        f"W&B       {ledger.tracker.place}",
     ]
-    if len(run.reused) == len(run.artefacts):
+    if len(ledger.reused) == len(ledger.artefacts):
         lines.append("Everything was there already; nothing had to be made.")
     return "\n".join(lines)
 

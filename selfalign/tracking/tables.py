@@ -7,8 +7,8 @@ from typing import Any, NamedTuple, TypeVar
 from selfalign.core.jsonl import follow
 from selfalign.core.records import Demonstration, Instruction, PreferencePair, Response
 from selfalign.runs.labels import Kind, Label
+from selfalign.runs.ledger import Ledger
 from selfalign.runs.reader import as_text, read_head_to_head, stream_judged, stream_there
-from selfalign.runs.runner import Run
 
 T = TypeVar("T")
 Rows = Iterator[tuple[Any, ...]]
@@ -22,12 +22,12 @@ class Table(NamedTuple):
     rows: Callable[[Path, Label], Rows]
 
 
-def log_tables(run: Run, label: Label) -> None:
+def log_tables(ledger: Ledger, label: Label) -> None:
     """Sends an artefact's records to the tracker: those of an iteration, or a model's answers beside M1's."""
     of_run = label.kind is Kind.ITERATION or (label.kind is Kind.EVALUATION and label.model_number)
     if of_run and label.part in TABLES:
         name, columns, rows = TABLES[label.part]
-        run.tracker.table(f"tables/{name}", columns, rows(run.folder, label))
+        ledger.tracker.table(f"tables/{name}", columns, rows(ledger.folder, label))
 
 
 def instructions(folder: Path, label: Label) -> Rows:
