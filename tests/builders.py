@@ -32,6 +32,7 @@ from selfalign.engines.transformers import Transformers, TransformersGenerator
 from selfalign.launch.experiment import run_experiment
 from selfalign.models.checkpoint import Policy, PolicyFiles, digest_weights
 from selfalign.models.config import LoRA
+from selfalign.pipeline.loop import plan
 from selfalign.stages.sft import sft
 from selfalign.store.artifacts import Artefact, Workspace
 from selfalign.training.config import Optimization, Weights
@@ -281,6 +282,11 @@ class Said(NamedTuple):
     code: int
     out: str
     err: str
+
+
+def planned(config: ExperimentConfig) -> list[str]:
+    """The labels of a run's stages, in their order."""
+    return [str(label) for label, _ in plan(config)]
 
 
 def composed(*overrides: str) -> tuple[ExperimentConfig, str, dict[str, Any]]:

@@ -388,3 +388,12 @@ RANGES = [
 def test_value_out_of_range_is_refused_with_the_whole_path_of_its_key(overrides: str, key: str) -> None:
     with pytest.raises(SelfalignError, match=rf"(?<![\w.]){re.escape(key)}(?![\w.])"):
         composed("experiment=smoke", *overrides.split())
+
+
+# --- processes -----------------------------------------------------------------------------------------------------
+
+
+def test_few_modules_decide_who_writes() -> None:
+    """Whoever else has something done by one process says `distributed.on_main`, which has the others wait."""
+    asking = {name for name, path in modules().items() if "is_main" in path.read_text(encoding="utf-8")}
+    assert asking == {"core.distributed", "store.artifacts", "runs.ledger", "training.train", "cli.environment"}

@@ -23,6 +23,7 @@ from selfalign.launch.experiment import run_experiment
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.report import model_card as card
 from selfalign.report.model_card import FORMULAS, model_card, write_card
+from selfalign.runs.labels import Label
 from selfalign.runs.reader import Finished
 
 SECTIONS = ["Use", "Method", "Data", "Results", "Limits", "Lineage", "Reproduction"]
@@ -134,13 +135,13 @@ def test_licence_that_is_not_stated_stays_unset(adapter: Path, tiny_policy: Poli
 
 def test_data_sets_of_the_hub_are_named_and_files_are_not(full: Path) -> None:
     run = Finished.load(full)
-    inputs = run.inputs("seeds")
+    inputs = run.inputs(Label.input("seeds"))
     hub = {**inputs, "contents": ["owner/set:train", inputs["contents"][1]]}
     hub["config"] = {**inputs["config"], "demonstrations": "owner/set:train"}
 
     class OnHub(Finished):
-        def inputs(self, label: str) -> dict[str, Any]:
-            return hub if label == "seeds" else run.inputs(label)
+        def inputs(self, label: Label) -> dict[str, Any]:
+            return hub if label == Label.input("seeds") else run.inputs(label)
 
     found = ModelCard(model_card(OnHub.load(full)))
     assert found.data.datasets == ["owner/set"]
@@ -324,7 +325,7 @@ MUTANTS = [
     ("made-up licence", "(stated or {}).get(key)", '"mit"', KIND),
     ("all from one base", 'name_of(inputs.get("policy"))', 'name_of(inputs.get("base"))', LINEAGE),
     ("no pairs", 'inputs.get("pairs") or inputs.get("demonstrations")', 'inputs.get("demonstrations")', LINEAGE),
-    ("stored reference", 'if run.stages.get(reference) == "reference":', "if False:", LINEAGE),
+    ("stored reference", 'if reference and run.stages.get(reference) == "reference":', "if False:", LINEAGE),
     ("formula as printed", 'formula.replace("λ", "(λ/β)")', "formula", METHOD),
     ("file as hub data", "if self.content == self.name else", "if self.content else", DATA),
     ("too sure", "98 / math.sqrt(row['eval/answers'])", "98 / row['eval/answers']", LIMITS),

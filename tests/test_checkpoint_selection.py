@@ -13,6 +13,7 @@ from builders import (
     composed,
     instruction,
     nudged_policy,
+    planned,
     policy_artefact,
     records_artefact,
     workspace,
@@ -31,7 +32,6 @@ from selfalign.engines.openai_client import Endpoint
 from selfalign.engines.protocol import Sampling
 from selfalign.engines.transformers import Transformers
 from selfalign.models.checkpoint import Policy, PolicyFiles
-from selfalign.pipeline.loop import plan
 from selfalign.training import checkpoint_selection as module
 from selfalign.training.checkpoint_selection import CheckpointComparator, CheckpointSelection, CheckpointSelector, loses
 from selfalign.training.config import ChooseConfig
@@ -288,7 +288,7 @@ def test_model_that_only_compares_checkpoints_is_loaded_and_in_the_plan(tmp_path
     told += ["train.choose.sampling.max_new_tokens=4", "train.choose.head_to_head.model=random:tiny"]
     folder = run_experiment(tmp_path / "out", *told)
     stages = {stage["label"]: stage["counts"] for stage in read_json(folder / "summary.json")["stages"]}
-    assert [label for label, _ in plan(composed(*told)[0])] == list(stages)
+    assert planned(composed(*told)[0]) == list(stages)
     assert "checkpoint_judge" in stages
     steps = {int(name.rpartition("/")[2]) for name in stages["M2"] if name.startswith("checkpoint_win_rate/")}
     assert steps == {2, 3}, "three pairs, one a step: the first checkpoint has nothing to be compared with"

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from selfalign.core.errors import SelfalignError
-from selfalign.runs.runner import Run
+from selfalign.runs.labels import Label
+from selfalign.runs.ledger import Ledger
+from selfalign.runs.runner import Runner
 from selfalign.store.artifacts import Artefact, Counts, Store, Workspace
 from selfalign.store.key_diff import ABSENT, Comparison, differences, read_stages
 
@@ -24,25 +26,34 @@ def settle(out: Workspace, **inputs: Any) -> Counts:
     return {}
 
 
-def run_of(output: Path, name: str) -> Run:
+def run_of(output: Path, name: str) -> Runner:
     (output / name).mkdir(parents=True, exist_ok=True)
-    return Run(output / name, Store(output / "store"))
+    return Runner(Store(output / "store"), ledger=Ledger(output / name))
 
 
-def study(output: Path, name: str, rate: float = 0.1, lam: float = 0.5, reference: str = "M2") -> Run:
+def account(run: Runner) -> Ledger:
+    assert run.ledger is not None
+    return run.ledger
+
+
+def study(output: Path, name: str, rate: float = 0.1, lam: float = 0.5, reference: str = "M2") -> Runner:
     """M0 → M1 → M2 → M3 with a measurement of each of the last two."""
     run = run_of(output, name)
-    made = {"M0": run.make("M0", settle, model="m")}
-    made["M1"] = run.make("M1", teach, policy=made["M0"], settings={"class": "Settings", "rate": rate}, seed=1)
+    made = {"M0": run.make(Label.parse("M0"), settle, model="m")}
+    made["M1"] = run.make(
+        Label.parse("M1"), teach, policy=made["M0"], settings={"class": "Settings", "rate": rate}, seed=1
+    )
     for label, before in (("M2", "M1"), ("M3", "M2")):
         reference_of = {"reference": made[reference]} if label == "M3" else {}
-        made[label] = run.make(label, teach, policy=made[before], loss={"class": "SrDPO", "lam": lam}, **reference_of)
-        run.make(f"evaluation_{label}/numbers", settle, policy=made[label])
+        made[label] = run.make(
+            Label.parse(label), teach, policy=made[before], loss={"class": "SrDPO", "lam": lam}, **reference_of
+        )
+        run.make(Label.parse(f"evaluation_{label}/numbers"), settle, policy=made[label])
     return run
 
 
-def compared(one: Run, other: Run) -> Comparison:
-    return Comparison(read_stages(one.folder), read_stages(other.folder))
+def compared(one: Runner, other: Runner) -> Comparison:
+    return Comparison(read_stages(account(one).folder), read_stages(account(other).folder))
 
 
 def told(comparison: Comparison, label: str = "") -> dict[str, list[str]]:
@@ -85,8 +96,8 @@ def test_label_is_explained_by_what_it_depends_on(tmp_path: Path) -> None:
 def test_setting_told_of_another_stage_is_told_again_where_only_a_later_one_is_asked_for(tmp_path: Path) -> None:
     runs = [run_of(tmp_path, name) for name in "ab"]
     for run, count in zip(runs, (3, 4), strict=True):
-        run.make("evaluation_M1/answers", settle, count=count, model=1)
-        run.make("evaluation_M2/answers", settle, count=count, model=2)
+        run.make(Label.parse("evaluation_M1/answers"), settle, count=count, model=1)
+        run.make(Label.parse("evaluation_M2/answers"), settle, count=count, model=2)
     comparison = compared(*runs)
     assert told(comparison) == {"evaluation_M1/answers": ["count: 3 → 4"], "evaluation_M2/answers": []}
     assert told(comparison, "evaluation_M2/answers") == {"evaluation_M2/answers": ["count: 3 → 4"]}
@@ -101,7 +112,7 @@ def test_input_from_another_stage_of_the_run_is_a_cause(tmp_path: Path) -> None:
 def test_other_settings_with_the_same_result_have_no_consequences(tmp_path: Path) -> None:
     runs = [run_of(tmp_path, name) for name in "ab"]
     for run, model in zip(runs, "mn", strict=True):
-        run.make("M1", teach, policy=run.make("M0", settle, model=model))
+        run.make(Label.parse("M1"), teach, policy=run.make(Label.parse("M0"), settle, model=model))
     comparison = compared(*runs)
     assert (told(comparison), comparison.same) == ({"M0": ['model: "m" → "n"']}, ["M1"])
 
@@ -109,15 +120,15 @@ def test_other_settings_with_the_same_result_have_no_consequences(tmp_path: Path
 def test_seeds_have_one_cause(tmp_path: Path) -> None:
     runs = [run_of(tmp_path, name) for name in "ab"]
     for run, seed in zip(runs, (10, 20), strict=True):
-        run.make("M1", teach, weights={"class": "Weights", "seed": seed + 1})
-        run.make("M2", teach, weights={"class": "Weights", "seed": seed + 2})
+        run.make(Label.parse("M1"), teach, weights={"class": "Weights", "seed": seed + 1})
+        run.make(Label.parse("M2"), teach, weights={"class": "Weights", "seed": seed + 2})
     assert told(compared(*runs)) == {"M1": ["weights.seed: 11 → 21"], "M2": []}
 
 
 def test_other_stage_and_inputs_that_one_run_lacks_are_named(tmp_path: Path) -> None:
     one, other = (run_of(tmp_path, name) for name in "ab")
-    one.make("M2", teach, lam=0.5)
-    other.make("M2", settle, selection={"class": "CheckpointSelection", "judge": "self"})
+    one.make(Label.parse("M2"), teach, lam=0.5)
+    other.make(Label.parse("M2"), settle, selection={"class": "CheckpointSelection", "judge": "self"})
     assert told(compared(one, other)) == {
         "M2": [
             'stage: "teach" → "settle"',
@@ -129,9 +140,9 @@ def test_other_stage_and_inputs_that_one_run_lacks_are_named(tmp_path: Path) -> 
 
 def test_labels_of_one_run_only_and_unfinished_ones(tmp_path: Path) -> None:
     one, other = study(tmp_path, "a"), study(tmp_path, "b", lam=0.3)
-    (other.folder / "artefacts" / "M3" / "manifest.json").unlink()
-    (other.folder / "artefacts" / "evaluation_M3" / "numbers").unlink()
-    (other.folder / "artefacts" / "gone").symlink_to("../../store/teach/gone")
+    (account(other).folder / "artefacts" / "M3" / "manifest.json").unlink()
+    (account(other).folder / "artefacts" / "evaluation_M3" / "numbers").unlink()
+    (account(other).folder / "artefacts" / "gone").symlink_to("../../store/teach/gone")
     comparison = compared(one, other)
     assert comparison.unknown == ["M3"]
     assert comparison.first.keys() - comparison.second.keys() == {"evaluation_M3/numbers"}
@@ -141,23 +152,23 @@ def test_labels_of_one_run_only_and_unfinished_ones(tmp_path: Path) -> None:
 def test_labels_come_in_the_order_they_were_made_in_a_killed_run_too(tmp_path: Path) -> None:
     run = study(tmp_path, "a")
     order = ["M0", "M1", "M2", "evaluation_M2/numbers", "M3", "evaluation_M3/numbers"]
-    assert list(read_stages(run.folder)) == order
-    log = run.folder / "metrics.jsonl"
+    assert list(read_stages(account(run).folder)) == order
+    log = account(run).folder / "metrics.jsonl"
     log.write_text(log.read_text()[:-90])
-    assert list(read_stages(run.folder)) == order
+    assert list(read_stages(account(run).folder)) == order
     log.unlink()
-    assert list(read_stages(run.folder)) == sorted(order)
+    assert list(read_stages(account(run).folder)) == sorted(order)
 
 
 def test_what_is_no_run_and_damage_are_errors_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(SelfalignError, match="no run's folder"):
         read_stages(tmp_path)
     run = study(tmp_path, "a")
-    manifest = run.folder / "artefacts" / "M1" / "manifest.json"
+    manifest = account(run).folder / "artefacts" / "M1" / "manifest.json"
     for content in ("{", "[]", "{}", '{"stage": 1, "format": 1, "digest": "x", "inputs": 3}'):
         manifest.write_text(content)
         with pytest.raises(SelfalignError, match=r"manifest\.json: damaged; delete .*teach/\w{20} to have"):
-            read_stages(run.folder)
+            read_stages(account(run).folder)
 
 
 @pytest.mark.parametrize(
@@ -185,8 +196,8 @@ def test_every_difference_of_the_key_is_found(tmp_path: Path) -> None:
     values = [0, 0.0, -0.0, False, None, "", "0", [], {}, [0], [0.0], [{}], {"a": 0}, [None], "\u2028", [[0]], [[0.0]]]
     runs = [run_of(tmp_path, str(n)) for n in range(len(values))]
     for run, value in zip(runs, values, strict=True):
-        run.make("M1", settle, value=value)
-    stages = [read_stages(run.folder) for run in runs]
+        run.make(Label.parse("M1"), settle, value=value)
+    stages = [read_stages(account(run).folder) for run in runs]
     for one in stages:
         for other in stages:
             causes = told(Comparison(one, other))

@@ -21,6 +21,7 @@ from builders import (
     Said,
     composed,
     metrics,
+    planned,
     run,
     taught_policy,
     write_tiny_data,
@@ -46,6 +47,7 @@ from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.tokenizer import encode_prompt
 from selfalign.pipeline import loop
 from selfalign.pipeline.requirements import asks
+from selfalign.runs.labels import Label
 from selfalign.stages.benchmark import benchmark
 from selfalign.stages.sft import group_demonstrations
 from selfalign.store.artifacts import Artefact, Counts, Workspace
@@ -345,13 +347,13 @@ def test_stages_that_nobody_knows_are_planned_rehearsed_and_run(
     align = loop.Method.align
 
     def thin_and_align(self: loop.Method, iteration: int, models: Any, pairs: Artefact) -> Artefact:
-        thinned = self.run.make(f"iteration_{iteration}/thinned", thin_pairs, pairs=pairs)
-        self.run.make(f"iteration_{iteration}/weighed", weigh_pairs, pairs=thinned)
+        thinned = self.run.make(Label.iteration(iteration, "thinned"), thin_pairs, pairs=pairs)
+        self.run.make(Label.iteration(iteration, "weighed"), weigh_pairs, pairs=thinned)
         return align(self, iteration, models, thinned)
 
     monkeypatch.setattr(loop.Method, "align", thin_and_align)
     told = on_given_pairs(tmp_path / "data")
-    assert {"iteration_1/thinned", "iteration_1/weighed"} < dict(loop.plan(composed(*told)[0])).keys()
+    assert {"iteration_1/thinned", "iteration_1/weighed"} < set(planned(composed(*told)[0]))
     estimates = rehearsed(tmp_path / "rehearsed", *told)
     assert {label: estimates[label].count for label in STEPS} == STEPS
     assert {"iteration_1/thinned", "iteration_1/weighed"}.isdisjoint(estimates)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import composed, metrics, run
+from builders import composed, metrics, planned, run
 
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.files import read_json
@@ -15,7 +15,6 @@ from selfalign.core.jsonl import read_records
 from selfalign.core.records import Demonstration, Judgement, RankedAnswers
 from selfalign.launch.experiment import look_ahead
 from selfalign.metrics.catalog import METRICS
-from selfalign.pipeline.loop import plan
 from selfalign.runs.reader import Finished
 from selfalign.stages.judge import parse_score
 from selfalign.store.artifacts import Store
@@ -107,7 +106,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 def test_planned_stages_are_those_that_are_made_in_their_order(written: Study, given: Study) -> None:
     for study in (written, given):
-        assert [label for label, _ in plan(study.config)] == study.labels
+        assert planned(study.config) == study.labels
     assert [label for label in written.labels if label.startswith(("SFT", "eft/", "M"))] == [
         "M0", "SFT", "eft/questions", "eft/judgements", "eft/demonstrations", "M1", "M2",
     ]  # fmt: skip
@@ -197,7 +196,7 @@ def test_everything_is_found_again_until_a_file_says_something_else(written: Stu
     """Files are known by their content: another ranking under the same name is another experiment."""
     path = Path(written.config.data.seeds.ranked)
     store, before = Store(written.folder.parent / "store"), path.read_text(encoding="utf-8")
-    assert list(look_ahead(written.config, store, "").there) == written.labels
+    assert [str(label) for label in look_ahead(written.config, store, "").there] == written.labels
     try:
         path.write_text(before.replace("The oldest", "The newest"), encoding="utf-8")
         assert not look_ahead(written.config, store, "").there
@@ -207,4 +206,4 @@ def test_everything_is_found_again_until_a_file_says_something_else(written: Stu
 
 def test_without_eft_m1_is_the_baseline_and_no_other_is_made(written: Study) -> None:
     config, *_ = composed(*written.overrides, "data.seeds.evaluation_fine_tuning=none", "evaluate.baseline=true")
-    assert [label for label, _ in plan(config) if label in ("ift", "SFT", "M1")] == ["M1"]
+    assert [label for label in planned(config) if label in ("ift", "SFT", "M1")] == ["M1"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import TINY_RUN, artefact, composed, metrics, run, write_tiny_data
+from builders import TINY_RUN, artefact, composed, metrics, planned, run, write_tiny_data
 
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.config.hydra import choices
@@ -18,7 +18,6 @@ from selfalign.core.jsonl import read_records
 from selfalign.core.records import MeasuredPair, PreferencePair
 from selfalign.launch.experiment import run_experiment
 from selfalign.metrics.limits import Limits
-from selfalign.pipeline.loop import plan
 from selfalign.runs.tracker import NoTracker
 from selfalign.training.splits import Known, split_pairs
 
@@ -107,7 +106,7 @@ def measured(study: Study, model: str) -> list[MeasuredPair]:
 
 def test_planned_stages_are_those_that_are_made_in_their_order(study: Study) -> None:
     made = [stage["label"] for stage in read_json(study.folder / "summary.json")["stages"]]
-    assert [label for label, _ in plan(study.config)] == made
+    assert planned(study.config) == made
     assert len([label for label in made if "logps" in label]) == 4  # M0 … M3, each once
     assert made.count("preferences/scores") == 1
 

@@ -16,7 +16,9 @@ from builders import Killed
 from mutation import assert_caught
 
 from selfalign.core.errors import SelfalignError
-from selfalign.runs.runner import Run
+from selfalign.runs.labels import Label
+from selfalign.runs.ledger import Ledger
+from selfalign.runs.runner import Runner
 from selfalign.store import inventory
 from selfalign.store.artifacts import Artefact, Counts, Store, Workspace, lock_of
 from selfalign.store.inventory import State, remove, remove_locks, take_inventory, total_size
@@ -33,16 +35,16 @@ def policy(out: Workspace, *, text: str, base: Artefact | None = None) -> Counts
     return {}
 
 
-def run_of(output: Path, name: str = "a") -> Run:
+def run_of(output: Path, name: str = "a") -> Runner:
     (output / name).mkdir(parents=True, exist_ok=True)
-    return Run(output / name, Store(output / "store"))
+    return Runner(Store(output / "store"), ledger=Ledger(output / name))
 
 
 def lora_run(output: Path, name: str = "a", text: str = "adapter") -> tuple[Artefact, Artefact]:
     """A run with a base of its own name and an adapter of it."""
     run = run_of(output, name)
-    base = run.make("M0", policy, text=f"base of {name}")
-    return base, run.make("M1", policy, text=text, base=base)
+    base = run.make(Label.parse("M0"), policy, text=f"base of {name}")
+    return base, run.make(Label.parse("M1"), policy, text=text, base=base)
 
 
 def names(kept: Any) -> set[str]:
@@ -71,8 +73,8 @@ def held_elsewhere(folder: Path) -> Iterator[None]:
 def test_artefacts_of_runs_are_used_and_those_of_a_deleted_run_are_not(tmp_path: Path) -> None:
     base, adapter = lora_run(tmp_path)
     again = run_of(tmp_path, "sweeps/b")
-    again.make("M0", policy, text="base of a")
-    other = again.make("M1", policy, text="other")
+    again.make(Label.parse("M0"), policy, text="base of a")
+    other = again.make(Label.parse("M1"), policy, text="other")
     found = take_inventory(tmp_path)
     uses = {name: {(use.run, use.label) for use in uses} for name, uses in found.uses.items()}
     assert uses == {
@@ -132,7 +134,7 @@ def test_killed_run_keeps_what_it_will_continue(tmp_path: Path) -> None:
 
     run = run_of(tmp_path)
     with pytest.raises(Killed):
-        run.make("M1", stage)
+        run.make(Label.parse("M1"), stage)
     (kept,) = take_inventory(tmp_path).kept.values()
     size = len("{}\n") + len("0.00")  # and the seconds it has taken so far
     assert (kept.state, kept.seconds, total_size([kept])) == (State.UNFINISHED, None, size)
@@ -285,7 +287,7 @@ def test_run_that_started_after_the_question_keeps_its_artefacts(tmp_path: Path)
     unused = take_inventory(tmp_path).unused([])
     assert len(unused) == 4
     again = run_of(tmp_path, "again")
-    again.make("M1", policy, text="adapter", base=base)
+    again.make(Label.parse("M1"), policy, text="adapter", base=base)
     assert names(remove(tmp_path, unused)) == names(unused) - {base.key, adapter.key}
     assert (adapter.path / "weights" / "model.safetensors").exists()
 

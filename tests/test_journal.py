@@ -155,17 +155,14 @@ OUTLIVE = test_results_of_all_processes_outlive_a_kill_and_go_on_with_another_nu
 LATE = test_processes_agree_what_is_there_before_one_of_them_writes
 TORN = partial(test_torn_end_is_dropped, torn=b'{"batch": "2", "result": [4]}')
 TORN_TWICE = test_torn_line_does_not_swallow_the_batch_written_behind_it
-READ = """            for path in sorted(folder.glob("journal-*.jsonl")):
-                self._places |= read_places(path)
-"""
-AGREED = f"        if distributed.is_main():\n{READ}        self._places = distributed.broadcast(self._places)\n"
 # (what, old text, new text, the test that notices)
 MUTANTS: list[tuple[str, str, str, Check]] = [
     ("everybody makes everything", "missing[distributed.rank() :: many]", "missing", ALL),
     ("shares in blocks", "missing[distributed.rank() :: many]", "missing[distributed.rank() * WINDOW :][:WINDOW]", FEW),
     ("what has been made is not told", "                self.share()\n", "                pass\n", ALL),
     ("the others' files are not read", 'glob("journal-*.jsonl")', 'glob("journal-0.jsonl")', OUTLIVE),
-    ("everybody sees for himself what is there", AGREED, "        if True:\n" + READ, LATE),
+    ("everybody sees for himself what is there", "distributed.on_main(lambda: read_all_places(folder))",
+     "read_all_places(folder)", LATE),
     ("torn lines stay", "os.truncate(path, whole)", "", TORN_TWICE),
     ("a line without its end counts", ' if line.endswith(b"\\n") else None', "", TORN),
     ("batches are asked for ahead", "1 if many == 1 else WINDOW * many", "WINDOW * many",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import ROOT, TINY_RUN, composed, metrics, record_files, run, write_tiny_data
+from builders import ROOT, TINY_RUN, composed, metrics, planned, record_files, run, write_tiny_data
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
@@ -27,7 +27,6 @@ from selfalign.core.records import (
 )
 from selfalign.metrics.catalog import METRICS
 from selfalign.models.checkpoint import PolicyFiles
-from selfalign.pipeline.loop import plan
 from selfalign.store.artifacts import Store, Workspace
 
 
@@ -328,7 +327,7 @@ def test_planned_stages_are_those_that_are_made_in_their_order(study: Study, way
     ]
     folder = run(study.output, *overrides, *WAYS[way])
     config, *_ = composed(*overrides, *WAYS[way])
-    assert [label for label, _ in plan(config)] == labels(folder)
+    assert planned(config) == labels(folder)
     check = globals().get(f"check_{way}")
     if check is not None:
         check(folder)
@@ -460,7 +459,7 @@ def test_fixed_model_writes_what_it_would_as_one_of_the_run_s_own(study: Study, 
     overrides = [f"data.instruct.writer={own}/weights", "iterations=2", "name=fixed"]
     folder = study.run(*overrides)
     config, *_ = composed(*study.overrides, *overrides)
-    assert [label for label, _ in plan(config)] == labels(folder)
+    assert planned(config) == labels(folder)
     assert built[:2] == ["writer", "iteration_1/instructions"]
     for place in ("iteration_1/instructions", "iteration_2/instructions"):
         assert manifest(folder, place)["inputs"]["policy"]["digest"] == manifest(folder, "writer")["digest"]
@@ -490,7 +489,7 @@ def test_given_instructions_are_taken_iteration_by_iteration(study: Study, tmp_p
     overrides = [f"data.instruct.source={source}", "data.instruct.keywords=[]", "name=listed"]
     folder = study.run(*overrides)
     config, *_ = composed(*study.overrides, *overrides)
-    assert [label for label, _ in plan(config)] == labels(folder)
+    assert planned(config) == labels(folder)
     taken = [
         [i.text for i in records(folder, f"iteration_{iteration}/instructions", "instructions", Instruction)]
         for iteration in (1, 2)
@@ -527,7 +526,7 @@ def test_given_pairs_are_aligned_on_after_the_same_m1(study: Study, built: list[
     overrides += ["data=pairs", f"data.path={write_pairs(tmp_path / 'pairs.jsonl')}", "iterations=1", "loss=ipo"]
     folder = run(study.output, *overrides)
     config, *_ = composed(*overrides)
-    assert [label for label, _ in plan(config)] == labels(folder)
+    assert planned(config) == labels(folder)
     # The seeds are the same, so M1 and its evaluation are those of the other run.
     assert not {label for label in built if label.startswith(("M1", "evaluation_M1"))}
     assert {"iteration_1/pairs", "iteration_1/reference", "M2", "evaluation_M2/numbers"} <= set(built)
@@ -545,7 +544,7 @@ def test_given_pairs_without_seeds_align_m0_itself(study: Study, tmp_path: Path)
     ]  # fmt: skip
     folder = run(study.output, *overrides)
     config, *_ = composed(*overrides)
-    assert [label for label, _ in plan(config)] == labels(folder)
+    assert planned(config) == labels(folder)
     assert manifest(folder, "M2")["inputs"]["policy"]["digest"] == manifest(folder, "M0")["digest"]
     assert "M1" not in labels(folder)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import ROOT, Said, composed
+from builders import ROOT, Said, composed, planned
 from chat_server import ChatServer, Fault, chat_server
 from team import Team
 
@@ -16,7 +16,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.launch import preflight as preflight_module
 from selfalign.launch.experiment import run_experiment
 from selfalign.launch.preflight import preflight, problems
-from selfalign.pipeline.loop import plan
+from selfalign.runs.labels import Label
 
 KEY = "sk-very-secret-0123456789"
 
@@ -29,7 +29,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def found(*overrides: str, made: tuple[str, ...] = ()) -> list[str]:
-    return problems(composed("experiment=smoke", *overrides)[0], made)
+    return problems(composed("experiment=smoke", *overrides)[0], [Label.parse(label) for label in made])
 
 
 def judged_by(server: ChatServer | str, *more: str) -> list[str]:
@@ -70,7 +70,7 @@ def test_layout_of_several_processes_is_missed_before_anything_is_made() -> None
     told = ["train.layout.kind=fsdp2"]
     (line,) = found(*told)
     assert line.startswith("train.layout.kind=fsdp2 needs several processes, and this is the only one: ")
-    trained = [label for label, _ in plan(composed("experiment=smoke")[0]) if re.fullmatch(r"M[1-9]\d*", label)]
+    trained = [label for label in planned(composed("experiment=smoke")[0]) if re.fullmatch(r"M[1-9]\d*", label)]
     assert found(*told, made=tuple(trained)) == []
 
 
@@ -91,7 +91,7 @@ def test_reasons_are_in_the_log_of_the_run(tmp_path: Path) -> None:
 def test_nothing_is_needed_where_all_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("JUDGE_KEY")
     told = judged_by("http://127.0.0.1:9/v1")
-    labels = tuple(label for label, _ in plan(composed("experiment=smoke", *told)[0]))
+    labels = tuple(planned(composed("experiment=smoke", *told)[0]))
     assert found(*told, made=labels) == []
     assert len(found(*told)) == 1
 
@@ -99,7 +99,7 @@ def test_nothing_is_needed_where_all_is_made(monkeypatch: pytest.MonkeyPatch) ->
 def test_key_is_not_needed_where_all_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("JUDGE_KEY")
     told = [*judged_by("http://127.0.0.1:9/v1"), "evaluate=none", "data.seeds.ranked=''", "iterations=1"]
-    labels = [label for label, _ in plan(composed("experiment=smoke", *told)[0])]
+    labels = planned(composed("experiment=smoke", *told)[0])
     until = labels.index("iteration_1/judgements")
     assert len(found(*told, made=tuple(labels[:until]))) == 1
     assert found(*told, made=tuple(labels[: until + 1])) == []
@@ -116,7 +116,7 @@ def test_comparison_of_checkpoints_needs_its_judge_as_long_as_a_model_is_to_be_a
             "model=judge-1", "base_url=http://127.0.0.1:9/v1", "key_variable=JUDGE_KEY",
         )),
     ]  # fmt: skip
-    labels = [label for label, _ in plan(composed("experiment=smoke", *told)[0])]
+    labels = planned(composed("experiment=smoke", *told)[0])
     (line,) = found(*told, made=tuple(label for label in labels if label != "M2"))
     assert line.startswith("train.choose.head_to_head.endpoint.key_variable: ")
     assert found(*told, made=tuple(label for label in labels if label not in ("M1", "evaluation_M2/numbers"))) == []
@@ -246,7 +246,7 @@ def test_engine_that_can_be_imported_is_enough(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_engine_is_not_needed_where_only_training_remains() -> None:
-    labels = [label for label, _ in plan(composed("experiment=smoke")[0])]
+    labels = planned(composed("experiment=smoke")[0])
     made = tuple(label for label in labels if label not in ("M3", "evaluation_M3/numbers"))
     assert found("generate=vllm", "generate.python=/no/python", made=made) == []
 
@@ -260,7 +260,7 @@ def test_engine_is_needed_where_benchmarks_or_checkpoints_are_answered(tmp_path:
     benchmark += ["benchmark.mt_bench.references=''"]
     checkpoints = ["train.choose.every_steps=1", f"train.choose.instructions={tmp_path}/asked.jsonl"]
     for told, left in ((benchmark, "evaluation_M3/mt_bench"), (checkpoints, "M3")):
-        labels = [label for label, _ in plan(composed("experiment=smoke", *told)[0])]
+        labels = planned(composed("experiment=smoke", *told)[0])
         assert left in labels
         made = tuple(label for label in labels if label != left)
         (line,) = found("generate=vllm", "generate.python=/no/python", *told, made=made)
@@ -310,7 +310,7 @@ def test_packages_of_quantisation_and_small_optimisers_are_looked_for(monkeypatc
         "model.quantization=nf4 needs bitsandbytes: pip install 'selfalign[qlora]'",
         "train.sft.optimizer=adamw_8bit needs bitsandbytes: pip install 'selfalign[8bit]'",
     ]
-    labels = [label for label, _ in plan(composed("experiment=smoke")[0])]
+    labels = planned(composed("experiment=smoke")[0])
     assert found("train.sft.optimizer=adamw_8bit", made=tuple(label for label in labels if label != "M2")) == []
 
 

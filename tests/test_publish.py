@@ -228,7 +228,7 @@ PICKLES = test_neither_pickles_nor_code_are_sent_unless_the_code_is_trusted
 STALE = test_push_removes_the_weights_of_an_earlier_one_and_leaves_other_files
 MUTANTS = [
     ("every file", "else MODEL_FILES", 'else ["*"]', PICKLES),
-    ("the first model", 'run.folder / "artefacts" / last_model(run)', 'run.folder / "artefacts" / "M1"', SENT),
+    ("the first model", "last_model(run).link_in(run.folder)", 'run.folder / "artefacts" / "M1"', SENT),
     ("always public", "private=private, exist_ok", "private=False, exist_ok", SENT),
     ("no card", '{**files, "README.md": model_card(run, repository).encode()}', "files", SENT),
     ("the run folder's card", "model_card(run, repository)", "model_card(run)", SENT),

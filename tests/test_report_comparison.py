@@ -28,6 +28,7 @@ from selfalign.report.comparison_page import job_rows
 from selfalign.report.comparison_sentences import best, opponents
 from selfalign.report.html import percent
 from selfalign.report.jobs import Comparison, Job, as_text, costs, differing, find_jobs, flat, metric_of, seconds_own
+from selfalign.runs.labels import Label
 from selfalign.runs.reader import Finished
 
 COLUMNS = {
@@ -321,7 +322,7 @@ def test_own_time_is_of_what_no_other_job_needed(sweep: Sweep) -> None:
 def test_same_artefact_in_two_stores_was_made_twice(sweep: Sweep, tmp_path: Path) -> None:
     other = shutil.copytree(sweep.output, tmp_path / "outputs", symlinks=True)
     found = find_jobs([sweep.finished[0], other / sweep.finished[1].name])
-    assert len(Comparison.of(found, "eval/win_rate").by_key("M1")) == 1
+    assert len(Comparison.of(found, "eval/win_rate").by_key(Label.model("M1"))) == 1
     assert costs(found, lambda label, stage: stage)["sft"].reused == 0
 
 
@@ -624,7 +625,7 @@ def test_heat_map_writes_every_share_and_nothing_that_is_none() -> None:
 
 # --- broken on purpose -------------------------------------------------------------------------------------------
 
-BY_PLACE = 'return (job.run.folder / "artefacts" / label).resolve()'
+BY_PLACE = "return label.link_in(job.run.folder).resolve()"
 BY_KEY = 'return Path(next(stage["key"] for stage in _stages(job) if stage["label"] == label))'
 OF_THOSE = "for job in jobs if key in job.settings}"
 OF_ALL = 'for job in jobs for _ in [job.settings.setdefault(key, "")]}'

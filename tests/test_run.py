@@ -10,9 +10,10 @@ from builders import ROOT, composed, policy_artefact
 from selfalign.core.errors import SelfalignError
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.runs.folder import check_name, open_folder, run_folder
-from selfalign.runs.labels import iteration_of
+from selfalign.runs.labels import Label
+from selfalign.runs.ledger import Ledger, flat_numbers
 from selfalign.runs.provenance import code_state, write_provenance
-from selfalign.runs.runner import Look, NotMadeYet, Run, StageFunction, flat_numbers
+from selfalign.runs.runner import Look, NotMadeYet, Runner, StageFunction
 from selfalign.store.artifacts import Artefact, Counts, Store, Workspace
 
 
@@ -56,38 +57,47 @@ def refusing(name: str) -> StageFunction:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
+def run(tmp_path: Path) -> Runner:
     open_folder(tmp_path / "run", "name: x\n")
-    return Run(tmp_path / "run", Store(tmp_path / "store"), Rows())
+    return Runner(Store(tmp_path / "store"), ledger=Ledger(tmp_path / "run", tracker=Rows()))
 
 
-def rows_of(run: Run) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+def account(run: Runner) -> Ledger:
+    assert run.ledger is not None
+    return run.ledger
 
 
-def test_stage_is_made_once_and_found_again(run: Run, tmp_path: Path) -> None:
-    made = run.make("seeds", write, text="four")
-    assert (made.stage, made.counts["length"], run.reused) == ("write", 4, set())
-    again = Run(run.folder, run.store, Rows())
-    found = again.make("seeds", refusing("write"), text="four")
-    assert (found, again.reused) == (made, {"seeds"})
-    assert again.make("other", write, text="five!").key != made.key
+def once_more(run: Runner, namespace: str = "") -> Runner:
+    return Runner(run.store, namespace, Ledger(account(run).folder, tracker=Rows()))
 
 
-def test_artefact_is_linked_under_its_label(run: Run) -> None:
-    made = run.make("iteration_1/pairs", write, text="four")
-    link = run.folder / "artefacts/iteration_1/pairs"
+def rows_of(run: Runner) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (account(run).folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_stage_is_made_once_and_found_again(run: Runner, tmp_path: Path) -> None:
+    made = run.make(Label.parse("seeds"), write, text="four")
+    assert (made.stage, made.counts["length"], account(run).reused) == ("write", 4, set())
+    again = once_more(run)
+    found = again.make(Label.parse("seeds"), refusing("write"), text="four")
+    assert (found, account(again).reused) == (made, {Label.input("seeds")})
+    assert again.make(Label.parse("other"), write, text="five!").key != made.key
+
+
+def test_artefact_is_linked_under_its_label(run: Runner) -> None:
+    made = run.make(Label.parse("iteration_1/pairs"), write, text="four")
+    link = account(run).folder / "artefacts/iteration_1/pairs"
     assert link.is_symlink()
     assert link.resolve() == made.path.resolve()
     assert (link / "text.txt").read_text() == "four"
     assert not link.readlink().is_absolute()
-    other = run.make("iteration_1/pairs", write, text="another")
+    other = run.make(Label.parse("iteration_1/pairs"), write, text="another")
     assert link.resolve() == other.path.resolve()
 
 
-def test_artefact_is_linked_before_it_is_looked_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_artefact_is_linked_before_it_is_looked_for(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between finding it and linking it, it could be cleaned away as unused."""
-    link, original = run.folder / "artefacts/iteration_1/pairs", Store.find
+    link, original = account(run).folder / "artefacts/iteration_1/pairs", Store.find
 
     def find(store: Store, stage: str, inputs: dict[str, Any]) -> Artefact | None:
         assert link.is_symlink()
@@ -96,19 +106,19 @@ def test_artefact_is_linked_before_it_is_looked_for(run: Run, monkeypatch: pytes
 
     monkeypatch.setattr(Store, "find", find)
     for text in ("four", "four", "another"):
-        run.make("iteration_1/pairs", write, text=text)
+        run.make(Label.parse("iteration_1/pairs"), write, text=text)
 
 
-def test_link_that_is_right_is_never_gone(run: Run) -> None:
-    run.make("seeds", write, text="four")
-    before = (run.folder / "artefacts/seeds").lstat()
-    run.make("seeds", write, text="four")
-    assert (run.folder / "artefacts/seeds").lstat() == before
+def test_link_that_is_right_is_never_gone(run: Runner) -> None:
+    run.make(Label.parse("seeds"), write, text="four")
+    before = (account(run).folder / "artefacts/seeds").lstat()
+    run.make(Label.parse("seeds"), write, text="four")
+    assert (account(run).folder / "artefacts/seeds").lstat() == before
 
 
-def test_rows_say_what_they_belong_to(run: Run) -> None:
-    run.make("seeds", write, text="four")
-    run.make("M2", teach, steps=2)
+def test_rows_say_what_they_belong_to(run: Runner) -> None:
+    run.make(Label.parse("seeds"), write, text="four")
+    run.make(Label.parse("M2"), teach, steps=2)
     rows = rows_of(run)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     seconds = [row.pop(key) for row, key in ((rows[0], "write/seconds"), (rows[3], "teach/seconds"))]
@@ -129,22 +139,22 @@ def test_rows_say_what_they_belong_to(run: Run) -> None:
     ]
 
 
-def test_tracker_receives_every_row(run: Run) -> None:
-    run.make("M2", teach, steps=2)
-    assert isinstance(run.tracker, Rows)
-    assert run.tracker.logged == rows_of(run)
+def test_tracker_receives_every_row(run: Runner) -> None:
+    run.make(Label.parse("M2"), teach, steps=2)
+    assert isinstance(account(run).tracker, Rows)
+    assert account(run).tracker.logged == rows_of(run)
 
 
-def test_rows_of_a_found_artefact_are_those_of_the_making(run: Run) -> None:
-    run.make("M2", teach, steps=3)
+def test_rows_of_a_found_artefact_are_those_of_the_making(run: Runner) -> None:
+    run.make(Label.parse("M2"), teach, steps=3)
     first = rows_of(run)
-    open_folder(run.folder, "name: x\n")
-    again = Run(run.folder, run.store, Rows())
-    again.make("M2", teach, steps=3)
+    open_folder(account(run).folder, "name: x\n")
+    again = once_more(run)
+    again.make(Label.parse("M2"), teach, steps=3)
     assert rows_of(again) == first
 
 
-def test_rows_logged_before_a_kill_are_in_the_metrics_once(run: Run) -> None:
+def test_rows_logged_before_a_kill_are_in_the_metrics_once(run: Runner) -> None:
     def teach(out: Workspace, *, steps: int) -> Counts:
         out.rewind_log(lambda row: row["step"] <= 1)
         done = len((out.path / "log.jsonl").read_text().splitlines())
@@ -155,28 +165,28 @@ def test_rows_logged_before_a_kill_are_in_the_metrics_once(run: Run) -> None:
         return {}
 
     with pytest.raises(KeyboardInterrupt):
-        run.make("M2", teach, steps=3)
-    open_folder(run.folder, "name: x\n")
-    Run(run.folder, run.store, Rows()).make("M2", teach, steps=3)
+        run.make(Label.parse("M2"), teach, steps=3)
+    open_folder(account(run).folder, "name: x\n")
+    once_more(run).make(Label.parse("M2"), teach, steps=3)
     assert [row["teach/step"] for row in rows_of(run) if "teach/step" in row] == [1, 2, 3]
 
 
-def test_attempt_is_part_of_every_key(run: Run) -> None:
-    first = run.make("seeds", write, text="four")
-    fresh = Run(run.folder, run.store, Rows(), attempt="n-1")
-    second = fresh.make("seeds", write, text="four")
+def test_attempt_is_part_of_every_key(run: Runner) -> None:
+    first = run.make(Label.parse("seeds"), write, text="four")
+    fresh = once_more(run, "n-1")
+    second = fresh.make(Label.parse("seeds"), write, text="four")
     assert first.key != second.key
-    assert fresh.reused == set()
+    assert account(fresh).reused == set()
     assert first.digest == second.digest
 
 
-def test_look_finds_what_is_there_and_makes_nothing(run: Run) -> None:
-    run.make("seeds", write, text="four")
+def test_look_finds_what_is_there_and_makes_nothing(run: Runner) -> None:
+    run.make(Label.parse("seeds"), write, text="four")
     look = Look(run.store)
-    assert look.make("seeds", refusing("write"), text="four").counts["length"] == 4
+    assert look.make(Label.parse("seeds"), refusing("write"), text="four").counts["length"] == 4
     with pytest.raises(NotMadeYet, match="M1"):
-        look.make("M1", refusing("sft"), text="x")
-    assert list(look.there) == ["seeds"]
+        look.make(Label.parse("M1"), refusing("sft"), text="x")
+    assert list(look.there) == [Label.input("seeds")]
     assert not (run.store.root / "sft").exists()
 
 
@@ -232,7 +242,7 @@ def test_name_that_is_no_folder_name_is_refused(name: str) -> None:
      ("M2", 1), ("evaluation_M2/numbers", 1), ("iteration_12/responses", 12), ("M13", 12)],
 )  # fmt: skip
 def test_iteration_of_a_label(label: str, iteration: int) -> None:
-    assert iteration_of(label) == iteration
+    assert Label.parse(label).iteration_number == iteration
 
 
 def test_numbers_of_counts_are_flat() -> None:
@@ -249,14 +259,14 @@ def test_opening_a_folder_keeps_the_configuration_and_empties_the_metrics(tmp_pa
 
 
 def test_provenance_leads_back_to_code_versions_seed_and_weights(
-    run: Run, tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch
+    run: Runner, tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "secret-of-the-user")
     monkeypatch.setattr("sys.argv", ["/somewhere/selfalign", "experiment=smoke", "seed=7"])
-    pairs = run.make("iteration_1/pairs", write, text="four")
-    run.artefacts["M1"] = policy_artefact(tiny_policy)
-    write_provenance(run, 7)
-    text = (run.folder / "provenance.json").read_text()
+    pairs = run.make(Label.parse("iteration_1/pairs"), write, text="four")
+    account(run).artefacts[Label.model("M1")] = policy_artefact(tiny_policy)
+    write_provenance(account(run), 7)
+    text = (account(run).folder / "provenance.json").read_text()
     content = json.loads(text)
     assert content["seed"] == 7
     assert content["command"] == ["selfalign", "experiment=smoke", "seed=7"]

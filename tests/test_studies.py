@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from builders import ROOT, composed
+from builders import ROOT, composed, planned
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -25,7 +25,6 @@ from selfalign.config.hydra import register
 from selfalign.core.errors import SelfalignError
 from selfalign.engines.server import Server
 from selfalign.losses.preference import DPO, IPO, SrDPO, SrIPO
-from selfalign.pipeline.loop import plan
 from selfalign.stages.evaluate import compares_on, opponents
 from selfalign.stages.judge import ExpectedScore, SampledScore
 from selfalign.stages.seeds import EvaluationFineTuning
@@ -261,7 +260,7 @@ def test_small_version_is_its_study_on_smollm2(name: str) -> None:
     swept = space_of(name)
     assert swept.keys() == space_of(large).keys()
     assert swept == space_of(large) or large == "quality_aware_tuples"
-    labels = [label for label, _ in plan(study(name, *jobs_of(name)[0]))]
+    labels = planned(study(name, *jobs_of(name)[0]))
     assert labels[0] == "seeds"
     assert f"M{config.iterations + 1}" in labels
 
@@ -315,7 +314,7 @@ def test_command_for_70b_leaves_nothing_that_loads_a_whole_model_but_the_server(
     assert isinstance(config.generate, Server)
     assert isinstance(config.judge, SampledScore), "judges that read probabilities load the model"
     loading = ("reference", "start", "divergence", "logps", "mt_bench")
-    assert not [label for label, _ in plan(config) if label.endswith(loading)]
+    assert not [label for label in planned(config) if label.endswith(loading)]
 
 
 def test_study_says_which_files_it_needs_before_anything_is_made() -> None:

@@ -3,7 +3,9 @@ from typing import Any
 
 import pytest
 
-from selfalign.runs.runner import Look, Run
+from selfalign.runs.labels import Label
+from selfalign.runs.ledger import Ledger
+from selfalign.runs.runner import Look
 from selfalign.runs.summary import COLUMNS, closing_text, models_of, plan_text, summarise, win_rate_matrix
 from selfalign.store.artifacts import Artefact, Store
 
@@ -12,25 +14,38 @@ def made(stage: str, seconds: float = 1.0, **counts: Any) -> Artefact:
     return Artefact(stage=stage, key=f"key-{stage}", path=Path("/nowhere"), digest="d", counts=counts, seconds=seconds)
 
 
-ARTEFACTS = {
-    "M0": made("pretrained", 9.0, parameters=7),
-    "seeds": made("seeds", 5.0, ift=3),
-    "M1": made("sft", 2.0, demonstrations=8, dropped={"too_long": 0}),
-    "questions": made("questions", 3.0, instructions=2),
-    "evaluation_M1/answers": made("respond", 0.5, responses=2, dropped={"prompt_too_long": 0}),
-    "evaluation_M1/numbers": made("evaluate", 0.25, **{"eval/mean_characters": 99.6, "judge_quality/spearman": -0.5}),
-    "iteration_1/instructions": made("instruct", 4.0, kept=2, dropped={"copy": 3, "too_short": 0}),
-    "iteration_1/pairs": made("pair", 0.125, pairs=2, dropped={"tie": 1}),
-    "M2": made(
-        "align", 10.0, **{"pairs": 2, "rewards/margins": 0.25, "rewards/accuracies": 0.75}, dropped={"too_long": 0}
-    ),
-    "evaluation_M2/numbers": made(
-        "evaluate",
-        0.5,
-        **{"eval/win_rate": 0.625, "eval/win_rate_low": 0.4, "eval/win_rate_high": 0.81, "eval/mean_characters": 120.2},
-    ),
-    "M3": made("align", 20.0, pairs=1),
-}
+def labelled(artefacts: dict[str, Artefact]) -> dict[Label, Artefact]:
+    return {Label.parse(text): artefact for text, artefact in artefacts.items()}
+
+
+ARTEFACTS = labelled(
+    {
+        "M0": made("pretrained", 9.0, parameters=7),
+        "seeds": made("seeds", 5.0, ift=3),
+        "M1": made("sft", 2.0, demonstrations=8, dropped={"too_long": 0}),
+        "questions": made("questions", 3.0, instructions=2),
+        "evaluation_M1/answers": made("respond", 0.5, responses=2, dropped={"prompt_too_long": 0}),
+        "evaluation_M1/numbers": made(
+            "evaluate", 0.25, **{"eval/mean_characters": 99.6, "judge_quality/spearman": -0.5}
+        ),
+        "iteration_1/instructions": made("instruct", 4.0, kept=2, dropped={"copy": 3, "too_short": 0}),
+        "iteration_1/pairs": made("pair", 0.125, pairs=2, dropped={"tie": 1}),
+        "M2": made(
+            "align", 10.0, **{"pairs": 2, "rewards/margins": 0.25, "rewards/accuracies": 0.75}, dropped={"too_long": 0}
+        ),
+        "evaluation_M2/numbers": made(
+            "evaluate",
+            0.5,
+            **{
+                "eval/win_rate": 0.625,
+                "eval/win_rate_low": 0.4,
+                "eval/win_rate_high": 0.81,
+                "eval/mean_characters": 120.2,
+            },
+        ),
+        "M3": made("align", 20.0, pairs=1),
+    }
+)
 
 
 def test_every_model_has_a_row_with_its_training_and_its_evaluation() -> None:
@@ -51,29 +66,33 @@ def test_seconds_of_a_model_are_those_of_its_pairs_training_and_evaluation() -> 
 
 
 def test_rows_of_tenth_and_first_model_do_not_mix() -> None:
-    artefacts = {
-        "M1": made("sft", 1.0),
-        "M2": made("align", 128.0),
-        "M10": made("align", 2.0),
-        "M11": made("align", 4.0),
-        "iteration_1/pairs": made("pair", 8.0),
-        "iteration_10/pairs": made("pair", 16.0),
-        "evaluation_M1/numbers": made("evaluate", 32.0),
-        "evaluation_M10/numbers": made("evaluate", 64.0),
-    }
+    artefacts = labelled(
+        {
+            "M1": made("sft", 1.0),
+            "M2": made("align", 128.0),
+            "M10": made("align", 2.0),
+            "M11": made("align", 4.0),
+            "iteration_1/pairs": made("pair", 8.0),
+            "iteration_10/pairs": made("pair", 16.0),
+            "evaluation_M1/numbers": made("evaluate", 32.0),
+            "evaluation_M10/numbers": made("evaluate", 64.0),
+        }
+    )
     seconds = {row["model"]: row["seconds"] for row in summarise(artefacts, models_of(artefacts))["models"]}
     assert seconds == {"M1": 33.0, "M2": 136.0, "M10": 66.0, "M11": 20.0}
 
 
 def test_sft_baseline_has_the_first_row_and_the_data_it_writes_is_m1s() -> None:
-    artefacts = {
-        "ift": made("seeds", 0.5),
-        "M0": made("pretrained", 9.0),
-        "SFT": made("sft", 2.0, demonstrations=4),
-        "evaluation_SFT/numbers": made("evaluate", 1.0, **{"judge_quality/spearman": 0.25}),
-        "eft/judgements": made("judge", 4.0),
-        "M1": made("sft", 8.0, demonstrations=6),
-    }
+    artefacts = labelled(
+        {
+            "ift": made("seeds", 0.5),
+            "M0": made("pretrained", 9.0),
+            "SFT": made("sft", 2.0, demonstrations=4),
+            "evaluation_SFT/numbers": made("evaluate", 1.0, **{"judge_quality/spearman": 0.25}),
+            "eft/judgements": made("judge", 4.0),
+            "M1": made("sft", 8.0, demonstrations=6),
+        }
+    )
     sft, m1 = summarise(artefacts, models_of(artefacts))["models"]
     assert (sft["model"], sft["demonstrations"], sft["judge_quality/spearman"]) == ("SFT", 4, 0.25)
     assert (m1["model"], m1["demonstrations"]) == ("M1", 6)
@@ -89,7 +108,7 @@ def test_drops_are_those_stages_that_dropped_something() -> None:
 
 def test_stages_are_listed_in_the_order_they_were_made() -> None:
     stages = summarise(ARTEFACTS, models_of(ARTEFACTS))["stages"]
-    assert [stage["label"] for stage in stages] == list(ARTEFACTS)
+    assert [stage["label"] for stage in stages] == list(map(str, ARTEFACTS))
     assert stages[2] == {
         "label": "M1",
         "stage": "sft",
@@ -100,12 +119,12 @@ def test_stages_are_listed_in_the_order_they_were_made() -> None:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
-    return Run(tmp_path / "run", Store(tmp_path / "store"), artefacts=dict(ARTEFACTS))
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(tmp_path / "run", artefacts=dict(ARTEFACTS))
 
 
-def test_closing_table_has_a_line_a_model_and_says_where_everything_lies(run: Run) -> None:
-    text = closing_text(summarise(ARTEFACTS, models_of(ARTEFACTS)), run)
+def test_closing_table_has_a_line_a_model_and_says_where_everything_lies(ledger: Ledger) -> None:
+    text = closing_text(summarise(ARTEFACTS, models_of(ARTEFACTS)), ledger)
     lines = text.splitlines()
     without = {"judge pairwise", "held-out accuracy"}
     assert {heading for heading, _ in COLUMNS if heading not in lines[1]} == without
@@ -120,20 +139,21 @@ def test_closing_table_has_a_line_a_model_and_says_where_everything_lies(run: Ru
     assert "dropped in iteration_1/pairs: 1 tie" in lines
     assert "too_short" not in text
     assert "too short" not in text
-    assert str(run.folder / "report.html") in text
-    assert run.tracker.place in text
+    assert str(ledger.folder / "report.html") in text
+    assert ledger.tracker.place in text
 
 
-def test_closing_text_says_so_only_when_nothing_had_to_be_made(run: Run) -> None:
+def test_closing_text_says_so_only_when_nothing_had_to_be_made(ledger: Ledger) -> None:
     said = "Everything was there already; nothing had to be made."
-    assert said not in closing_text(summarise(ARTEFACTS, models_of(ARTEFACTS)), run)
-    run.reused = set(ARTEFACTS)
-    assert said in closing_text(summarise(ARTEFACTS, models_of(ARTEFACTS)), run)
+    assert said not in closing_text(summarise(ARTEFACTS, models_of(ARTEFACTS)), ledger)
+    ledger.reused = set(ARTEFACTS)
+    assert said in closing_text(summarise(ARTEFACTS, models_of(ARTEFACTS)), ledger)
 
 
 def test_plan_shows_each_stage_its_size_and_whether_it_is_there(tmp_path: Path) -> None:
-    look = Look(Store(tmp_path), there=["M0", "M1"])
-    lines = plan_text([("M0", "random:tiny"), ("M1", "SFT"), ("iteration_1/pairs", "up to 2")], look).splitlines()
+    m0, m1, pairs = Label.model("M0"), Label.model("M1"), Label.iteration(1, "pairs")
+    look = Look(Store(tmp_path), there={m0: "0", m1: "1"})
+    lines = plan_text([(m0, "random:tiny"), (m1, "SFT"), (pairs, "up to 2")], look).splitlines()
     assert [line.split()[0] for line in lines[3:6]] == ["M0", "M1", "iteration_1/pairs"]
     assert [line.endswith("there") for line in lines[3:6]] == [True, True, False]
     assert lines[5].split() == ["iteration_1/pairs", "up", "to", "2", "to", "do"]
@@ -141,7 +161,7 @@ def test_plan_shows_each_stage_its_size_and_whether_it_is_there(tmp_path: Path) 
 
 def test_win_rate_matrix_has_both_directions_and_nothing_where_none_were_compared() -> None:
     compared = {
-        f"evaluation_{model}/against_{other}": made("compare", win_rate=rate)
+        Label.comparison(model, other): made("compare", win_rate=rate)
         for model, other, rate in (("M2", "M1", 0.7), ("M3", "M2", 0.6), ("M3", "given", 0.1))
     }
     matrix = win_rate_matrix(["M1", "M2", "M3"], compared)

@@ -65,7 +65,7 @@ def test_training_whose_log_has_no_times_has_no_row(tmp_path: Path) -> None:
         ('math.fsum(row["tokens_per_second"] * row["step_seconds"] for', 'math.fsum(row["tokens_per_second"] for'),
         ('seconds = math.fsum(row["step_seconds"] for row in steps)', 'seconds = manifest["seconds"]'),
         ('max(row["peak_memory_gb"] for row in steps)', 'steps[0]["peak_memory_gb"]'),
-        ("(iteration_of(label), ", "(label, "),
+        ("(label.iteration_number, label.owner", "(str(label), label.owner"),
     ],
     ids=["tokens not weighed", "whole stage as training", "memory of the first step", "M10 before M2"],
 )

@@ -14,9 +14,10 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
 from selfalign.core.jsonl import read_records
 from selfalign.core.records import Instruction, PreferencePair, Response, ResponseScore
+from selfalign.runs.labels import Label
 from selfalign.runs.tracker import forget_tracked, tracked_id
 from selfalign.tracking import wandb as tracking
-from selfalign.tracking.wandb import NoTracking, Wandb, WandbTracker, has_key, place_of
+from selfalign.tracking.wandb import NoTracking, Wandb, WandbTracker, has_key
 
 
 @pytest.fixture
@@ -178,7 +179,7 @@ def test_no_tracking_takes_everything_and_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("label", "place"),
+    ("label", "prefix"),
     [
         ("M1", ""),
         ("iteration_2/judgements", ""),
@@ -191,8 +192,8 @@ def test_no_tracking_takes_everything_and_says_so(tmp_path: Path) -> None:
         ("SFT", "SFT/"),
     ],
 )
-def test_parts_of_one_iteration_are_told_apart(label: str, place: str) -> None:
-    assert place_of(label) == place
+def test_parts_of_one_iteration_are_told_apart(label: str, prefix: str) -> None:
+    assert Label.parse(label).metric_prefix == prefix
 
 
 # --- what W&B's own reader finds -----------------------------------------------------------------------------------
@@ -294,10 +295,10 @@ def test_every_number_of_the_run_is_in_the_history_at_its_step(tracked: Path, re
     rows = metrics(tracked)
     assert len(rows) > 40
     for row in rows:
-        values, place = read.history[row["step"]], place_of(row["label"])
+        values, prefix = read.history[row["step"]], Label.parse(row["label"]).metric_prefix
         for name, value in row.items():
             if not isinstance(value, str):
-                key = name if name in ("step", "iteration") else place + name
+                key = name if name in ("step", "iteration") else prefix + name
                 assert values[key] == pytest.approx(value), (row["label"], name)
 
 

@@ -29,7 +29,7 @@ def one_line_errors(interrupted: str) -> Iterator[None]:
         if message is None:
             traceback.print_exc()
             message = "this is a bug in selfalign; please report it with the traceback above"
-        where = "" if distributed.is_main() else f" in process {distributed.rank()}"
+        where = f" in process {rank}" if (rank := distributed.rank()) else ""
         for line in message.splitlines():  # Where several things are missing, each has its own.
             print(f"error{where}: {line}", file=sys.stderr, flush=True)
         sys.exit(1)

@@ -8,11 +8,11 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from selfalign.core.errors import SelfalignError
 
@@ -160,6 +160,15 @@ def count() -> int:
 def is_main() -> bool:
     """Whether this process keeps the run's folder."""
     return rank() == 0
+
+
+def on_main(work: Callable[[], Value]) -> Value:
+    """Have the main process do some work, and return its result in every process, once it is done.
+
+    Raises:
+        AnotherEnded: a process is gone.
+    """
+    return broadcast(work() if is_main() else cast(Value, None))
 
 
 def wait_for_all() -> None:

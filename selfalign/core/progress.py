@@ -5,15 +5,13 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
-from selfalign.core import distributed
-
 
 @contextmanager
-def progress_bar(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Yields a function that moves the bar forward by so many units; of several processes, the main one shows it."""
+def progress_bar(label: str, total: int, unit: str, *, shown: bool) -> Iterator[Callable[[int], None]]:
+    """Yields a function that moves the bar forward by so many units; nothing is seen of one that is not shown."""
     bar_format = "{desc} {bar:24} {n_fmt}/{total_fmt} {unit} · {elapsed} · {remaining} left"
-    shown = {"bar_format": bar_format, "mininterval": 0.5, "disable": not distributed.is_main()}
-    with tqdm(total=total, desc=f"{label:<24}", unit=unit, **shown) as bar:
+    how = {"bar_format": bar_format, "mininterval": 0.5, "disable": not shown}
+    with tqdm(total=total, desc=f"{label:<24}", unit=unit, **how) as bar:
 
         def advance(amount: int) -> None:
             bar.update(amount)

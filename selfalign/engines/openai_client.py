@@ -224,7 +224,12 @@ class Client:
         """
         self._stop.clear()
         self._failure = None
-        missing = [name for name in requests if name not in journal and distributed.is_main()]
+        distributed.on_main(lambda: self._complete_missing(requests, journal, size))
+        journal.share()
+        return {name: Reply(*journal.take(name)) for name in requests}
+
+    def _complete_missing(self, requests: dict[str, dict[str, Any]], journal: Journal, size: int) -> None:
+        missing = [name for name in requests if name not in journal]
         journal.advance(size * (len(requests) - len(missing)))
         with ThreadPoolExecutor(self._endpoint.concurrency) as pool:
             futures = {pool.submit(self._answer, requests[name]): name for name in missing}
@@ -244,8 +249,6 @@ class Client:
                     done = name not in journal and not future.cancelled() and future.exception() is None
                     if done and (answer := future.result()) is not None:
                         journal.keep(name, answer)
-        journal.share()
-        return {name: Reply(*journal.take(name)) for name in requests}
 
     def complete_each(self, requests: Sequence[dict[str, Any]]) -> list[Reply]:
         """The answers to these requests, several at once; where one fails, the others are not waited for."""

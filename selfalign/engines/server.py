@@ -124,8 +124,7 @@ class ServerGenerator:
         release_memory()
         distributed.wait_for_all()  # All have let go of the memory that the server needs.
         with ExitStack() as stack:
-            started = self._start(stack) if distributed.is_main() else None
-            endpoint, self._takes_ids = distributed.broadcast(started)  # pyright: ignore[reportGeneralTypeIssues]
+            endpoint, self._takes_ids = distributed.on_main(lambda: self._start(stack))
             self._client = stack.enter_context(endpoint.open("generate"))
             self._open = stack.pop_all()
         return self

@@ -3,7 +3,7 @@
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -36,23 +36,25 @@ def dry_run(config: ExperimentConfig) -> list[Estimate]:
         with distributed.others_there():
             run_pipeline(config, rehearsal)
         distributed.wait_for_all()
-    if distributed.is_main():
-        elsewhere = not isinstance(config.generate, Transformers)
-        print(estimate_text(rehearsal.estimates, config.price_per_hour, elsewhere=elsewhere), flush=True)
-        if rehearsal.unmeasured:
-            print(f"Not measured: {', '.join(rehearsal.unmeasured)}", flush=True)
+    elsewhere = not isinstance(config.generate, Transformers)
+    text = estimate_text(rehearsal.estimates, config.price_per_hour, elsewhere=elsewhere)
+    if rehearsal.unmeasured:
+        text += f"\nNot measured: {', '.join(rehearsal.unmeasured)}"
+    distributed.on_main(lambda: print(text, flush=True))
     return rehearsal.estimates
 
 
 @contextmanager
 def _common_folder(output: Path) -> Iterator[Path]:
     """A folder of all processes that is gone in the end; there, because the run will write its models there too."""
-    if not distributed.is_main():
-        yield distributed.broadcast(output)
-        return
-    output.mkdir(parents=True, exist_ok=True)
-    with _told_to_stop_as_an_exit(), TemporaryDirectory(prefix=".dry-run-", dir=output) as folder:
-        yield distributed.broadcast(Path(folder))
+    with ExitStack() as stack:
+
+        def begin() -> Path:
+            output.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_told_to_stop_as_an_exit())
+            return Path(stack.enter_context(TemporaryDirectory(prefix=".dry-run-", dir=output)))
+
+        yield distributed.on_main(begin)
 
 
 @contextmanager

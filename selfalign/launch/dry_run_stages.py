@@ -29,6 +29,7 @@ from selfalign.losses.refinement import Refinement
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.tokenizer import encode_prompt
 from selfalign.pipeline.requirements import asks, writes
+from selfalign.runs.labels import Label
 from selfalign.stages.align import align
 from selfalign.stages.compare import compare
 from selfalign.stages.divergence import divergence
@@ -69,8 +70,11 @@ class Rehearsal:
     written: int = 0
     longest: Longest = field(init=False)
 
-    def make(self, label: str, stage: StageFunction, **inputs: Any) -> Artefact:
+    def make(self, label: Label, stage: StageFunction, **inputs: Any) -> Artefact:
         """The artefact itself of what is given, else what stands for it."""
+        return self._make(str(label), stage, inputs)
+
+    def _make(self, label: str, stage: StageFunction, inputs: dict[str, Any]) -> Artefact:
         if declared(stage).given:
             return self._really_make(label, stage, inputs)
         if stage is pretrained:
@@ -161,10 +165,10 @@ class Rehearsal:
         shared = {"instructions": selection.instructions, "generate": selection.generate, "seed": selection.seed}
         config, before = RespondConfig(candidates=1, sampling=selection.sampling), len(self.estimates)
         answering = {"config": config, "policy": _trained(label, policy), **shared}
-        answers = self.make(f"{label}/validation", respond, **answering)
+        answers = self._make(f"{label}/validation", respond, answering)
         who = {"judge": selection.comparator, "policy": selection.compared_by}
         if checkpoints > 1:
-            self.make(f"{label}/validation_compared", compare, answers=answers, **who, **shared)
+            self._make(f"{label}/validation_compared", compare, {"answers": answers, **who, **shared})
         times = (checkpoints, checkpoints - 1)
         for place, (one, count) in enumerate(zip(self.estimates[before:], times, strict=False), start=before):
             more = {"count": count * one.count, "around": count * one.around, "cost": count * one.cost}
@@ -291,11 +295,13 @@ class Rehearsal:
         """Records as a stage is given them."""
         self.written += 1
         folder = self.folder / f"given-{self.written}"
-        if distributed.is_main():
+
+        def write() -> None:
             folder.mkdir()
             for name, records in files.items():
                 write_records(folder / f"{name}.jsonl", records)
-        distributed.wait_for_all()
+
+        distributed.on_main(write)
         counts = {"ift": len(files.get("demonstrations", ()))}
         return Artefact("given", key="given", path=folder, digest="given", counts=counts, seconds=0.0)
 

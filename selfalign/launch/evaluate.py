@@ -10,11 +10,10 @@ from typing import Any
 
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.config.hydra import compose_experiment
-from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.failures import at_the_end
 from selfalign.core.files import digest_json
-from selfalign.launch.experiment import Shown, conclude, log_file, read_own
+from selfalign.launch.experiment import conclude, log_file, read_own
 from selfalign.launch.sweep import JOBS, Sweep
 from selfalign.losses.preference import Positives, PreferenceLoss
 from selfalign.models.config import ModelConfig
@@ -23,13 +22,15 @@ from selfalign.pipeline.inputs import Given, find_files
 from selfalign.pipeline.models import Judging, Models, fixed_judges, load_model
 from selfalign.report import write_report
 from selfalign.runs.folder import open_folder
-from selfalign.runs.labels import iteration_of
+from selfalign.runs.labels import BASELINE, Kind, Label
+from selfalign.runs.ledger import open_ledger
 from selfalign.runs.provenance import write_provenance
 from selfalign.runs.reader import check_artefacts
-from selfalign.runs.runner import Fellow, Maker, Run
+from selfalign.runs.runner import Maker, Runner
 from selfalign.runs.summary import models_of
 from selfalign.runs.sweep_jobs import JobState, told
 from selfalign.store.artifacts import Artefact, Store, canonical, locked, open_artefact
+from selfalign.tracking.tables import log_tables
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class FinishedRun:
 
     name: str
     folder: Path
-    made: dict[str, Artefact]
+    made: dict[Label, Artefact]
     settings: dict[str, Any]
     job: bool = False
     shares_first: bool = False
@@ -91,21 +92,23 @@ class FinishedRun:
         loss, reference = config.loss, config.train.reference
         if isinstance(loss, Positives):
             reference = "base" if loss.start == "base" else "previous"
-        known = {"loss": loss, "taught": [self.made["seeds"]] if "seeds" in self.made else []}
-        base, prefix = self.made["M0"], f"{self.name}." if named else ""
-        sft = self.made.get("M1", base)
+        seeds = self.made.get(Label.input("seeds"))
+        known = {"loss": loss, "taught": [seeds] if seeds else []}
+        base, prefix = self.made[Label.model("M0")], f"{self.name}." if named else ""
+        sft = self.made.get(Label.model("M1"), base)
         found = [Contestant("M1" if self.shares_first else f"{prefix}M1", sft, base, **known)]
         previous = sft
-        for name in models_of(self.made):
-            if name not in ("M1", "SFT"):
-                until = [f"iteration_{n}/pairs" for n in range(1, iteration_of(name) + 1)]
-                pairs = [self.made[label] for label in until if label in self.made]
+        for label in map(Label.model, models_of(self.made)):
+            if label.is_aligned:
+                until = [Label.iteration(n, "pairs") for n in range(1, label.iteration_number + 1)]
+                pairs = [self.made[one] for one in until if one in self.made]
                 against = {"base": base, "sft": sft}.get(reference, previous)
-                found.append(Contestant(f"{prefix}{name}", self.made[name], against, pairs, **known))
-                previous = self.made[name]
+                found.append(Contestant(f"{prefix}{label}", self.made[label], against, pairs, **known))
+                previous = self.made[label]
         if self.job:
             return [found[0], *found[1:][-1:]]
-        return [*found, *([Contestant(f"{prefix}SFT", self.made["SFT"], base)] if "SFT" in self.made else [])]
+        baseline = self.made.get(Label.model(BASELINE))
+        return [*found, *([Contestant(f"{prefix}{BASELINE}", baseline, base)] if baseline else [])]
 
 
 def evaluate_models(sources: list[str], overrides: list[str], conf: Path) -> Path:
@@ -129,19 +132,20 @@ def evaluate_models(sources: list[str], overrides: list[str], conf: Path) -> Pat
     trained = _as_trained(every, config, overrides, conf)
     digests = {run.name: sorted(a.digest for a in run.made.values()) for run in every}
     identity = [canonical(config), digests]
-    folder, store = output / f"evaluation-{digest_json([*identity, sources])[:8]}", Store(output / "store")
-    if not distributed.is_main():
-        _measure(config, Fellow(store), sources, runs, trained, {})
+    folder = output / f"evaluation-{digest_json([*identity, sources])[:8]}"
+    ledger = open_ledger(folder, log_tables)
+    runner = Runner(Store(output / "store"), ledger=ledger)
+    if ledger is None:
+        _measure(config, runner, sources, runs, trained, {})
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / ".lock", f"this evaluation is already running in {folder}"):
         open_folder(folder, text)
-        with log_file(folder / "run.log"), config.track.open(folder, plain) as tracker:
+        with log_file(folder / "run.log"), config.track.open(folder, plain) as ledger.tracker:
             _tell_differences(every)
-            run = Run(folder, store, tracker)
-            with at_the_end(partial(write_provenance, run, config.seed)):
-                names = _measure(config, Shown(run), sources, runs, trained, run.artefacts)
-            conclude(run, config, {**plain, "overrides": overrides}, names, (write_report,), evaluated=sources)
+            with at_the_end(partial(write_provenance, ledger, config.seed)):
+                names = _measure(config, runner, sources, runs, trained, ledger.artefacts)
+            conclude(ledger, config, {**plain, "overrides": overrides}, names, (write_report,), evaluated=sources)
     return folder
 
 
@@ -187,7 +191,7 @@ def _measure(
     sources: list[str],
     runs: dict[str, list[FinishedRun]],
     trained: dict[str, ExperimentConfig],
-    known: dict[str, Artefact],
+    known: dict[Label, Artefact],
 ) -> list[str]:
     """Measures all models and returns their names, by which they are `known` from then on.
 
@@ -204,17 +208,17 @@ def _measure(
         if source not in runs:
             name = plain_name(Path(source).name)
             model = ModelConfig(path=source, dtype=config.model.dtype)
-            contestants.append(Contestant(name, load_model(run, name, model, "the model to evaluate")))
+            contestants.append(Contestant(name, load_model(run, Label.parse(name), model, "the model to evaluate")))
     if len({contestant.name for contestant in contestants}) < len(contestants):
         raise SelfalignError(f"two of the models have one name: {', '.join(c.name for c in contestants)}")
     first = contestants[0].policy
     made = next((found.made for several in runs.values() for found in several), {})
-    base, sft = made.get("M0", first), made.get("M1", made.get("M0", first))
+    base, sft = made.get(Label.model("M0"), first), made.get(Label.model("M1"), made.get(Label.model("M0"), first))
     models = Models(base, sft, first, base, None, **fixed_judges(config, run))
     find_files(config)
     evaluation = Evaluation(config, run, Given(config, run), Judging(config, run, config.judge))
     for contestant in contestants:
-        known[contestant.name] = contestant.policy
+        known[Label.parse(contestant.name)] = contestant.policy
         models.newest, models.reference = contestant.policy, contestant.reference or base
         models.own_pairs = list(contestant.pairs)
         evaluation.measure(contestant.name, models, loss=contestant.loss, taught=contestant.taught)
@@ -241,7 +245,8 @@ def _runs_at(path: Path) -> list[FinishedRun]:
         names = [f"job_{job.number}" for job in finished]
     folders = [path / (job.folder or "") for job in finished]
     made = [_artefacts(folder) for folder in folders]
-    shared = len({one["M1"].digest if "M1" in one else "" for one in made}) == 1
+    m1 = Label.model("M1")
+    shared = len({one[m1].digest if m1 in one else "" for one in made}) == 1
     found = zip(names, folders, made, map(_settings, folders), strict=True)
     return [FinishedRun(*of_job, job=True, shares_first=shared) for of_job in found]
 
@@ -256,16 +261,12 @@ def _settings(folder: Path) -> dict[str, Any]:
     return read_own(folder / "summary.json")["config"]
 
 
-def _artefacts(folder: Path) -> dict[str, Artefact]:
+def _artefacts(folder: Path) -> dict[Label, Artefact]:
     """The models of a finished run, and what they were trained on."""
     if not (folder / "summary.json").is_file():
         raise SelfalignError(f"{folder}: this run is not finished; the command that began it continues it")
-    labels = [stage["label"] for stage in read_own(folder / "summary.json")["stages"]]
+    labels = [Label.parse(stage["label"]) for stage in read_own(folder / "summary.json")["stages"]]
     check_artefacts(folder, labels)
-    names = {
-        "M0",
-        "seeds",
-        *models_of(labels),
-        *(label for label in labels if re.fullmatch(r"iteration_\d+/pairs", label)),
-    }
-    return {name: open_artefact((folder / "artefacts" / name).resolve()) for name in labels if name in names}
+    wanted = {Label.model("M0"), Label.input("seeds"), *map(Label.model, models_of(labels))}
+    wanted |= {label for label in labels if label.kind is Kind.ITERATION and label.part == "pairs"}
+    return {label: open_artefact(label.link_in(folder).resolve()) for label in labels if label in wanted}

@@ -4,7 +4,6 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,12 @@ from selfalign.pipeline.loop import plan, run_pipeline
 from selfalign.report import write_report
 from selfalign.report.model_card import write_card
 from selfalign.runs.folder import open_folder, run_folder
+from selfalign.runs.labels import Label
+from selfalign.runs.ledger import Ledger, open_ledger
 from selfalign.runs.provenance import write_provenance
-from selfalign.runs.runner import Fellow, Look, NotMadeYet, Run
+from selfalign.runs.runner import Look, NotMadeYet, Runner
 from selfalign.runs.summary import closing_text, models_of, plan_text, summarise
-from selfalign.store.artifacts import Artefact, Store, locked
-from selfalign.store.stage import StageFunction
+from selfalign.store.artifacts import Store, locked
 from selfalign.tracking.tables import log_tables
 
 logger = logging.getLogger(__name__)
@@ -47,43 +47,49 @@ def run_experiment(config: ExperimentConfig, config_yaml: str, plain: dict[str, 
 
 def finish_experiment(
     config: ExperimentConfig, config_yaml: str, plain: dict[str, Any], begin: Callable[[], None]
-) -> bool:
-    """The same, but one that has finished is left as it is; whether it had. `begin` is called where there is work."""
+) -> bool | None:
+    """The same, but one that has finished is left as it is; whether it had. `begin` is called where there is work.
+
+    None in a process that keeps no account of the run.
+    """
     return _run(config, config_yaml, plain, begin, again=False)[1]
 
 
 def _run(
     config: ExperimentConfig, config_yaml: str, plain: dict[str, Any], begin: Callable[[], None], *, again: bool
-) -> tuple[Path, bool]:
-    """The run folder, and whether everything was finished before and nothing was done."""
+) -> tuple[Path, bool | None]:
+    """The run folder, and whether everything was finished before; None in a process that keeps no account."""
     output = Path(config.output_dir).absolute()
     store = Store(output / "store")
-    folder, attempt = distributed.broadcast(run_folder(output, config.name, config, fresh=config.fresh))
-    if config.push and distributed.is_main() and (again or not was_done(config, folder)):
-        check_login()
+    folder, namespace = distributed.on_main(lambda: run_folder(output, config.name, config, fresh=config.fresh))
+    ledger = open_ledger(folder, log_tables)
+    runner = Runner(store, namespace, ledger)
     with ExitStack() as stack:
-        if distributed.is_main():
+
+        def claim() -> Look:
+            if config.push and (again or not was_done(config, folder)):
+                check_login()
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(folder / ".lock", f"this configuration is already running in {folder}"))
-        there = look_ahead(config, store, attempt) if distributed.is_main() else None
-        left_alone = there is not None and not (again or config.fresh) and is_finished(config, folder, there)
-        if distributed.broadcast(left_alone):
-            return folder, True
+            return look_ahead(config, store, namespace)
+
+        there = distributed.on_main(claim)
+        if distributed.on_main(lambda: not (again or config.fresh) and is_finished(config, folder, there)):
+            return folder, None if ledger is None else True
         begin()
-        if there is None:
-            preflight(config, ())
-            run_pipeline(config, Fellow(store, attempt))
-            return folder, False
+        if ledger is None:
+            preflight(config, there.there)
+            run_pipeline(config, runner)
+            return folder, None
         open_folder(folder, config_yaml, anew=told_keys(folder) not in ({}, there.there))
         with log_file(folder / "run.log"), ExitStack() as tracked:
             warn_of_idle_settings(config, plain)
             preflight(config, there.there)
-            tracker = tracked.enter_context(config.track.open(folder, plain))
+            ledger.tracker = tracked.enter_context(config.track.open(folder, plain))
             print(plan_text(plan(config), there), flush=True)
-            run = Run(folder, store, tracker, attempt)
-            with at_the_end(partial(write_provenance, run, config.seed)):
-                run_pipeline(config, Shown(run))
-            conclude(run, config, plain, models_of(run.artefacts), (write_report, write_card))
+            with at_the_end(partial(write_provenance, ledger, config.seed)):
+                run_pipeline(config, runner)
+            conclude(ledger, config, plain, models_of(ledger.artefacts), (write_report, write_card))
         if config.push:
             print(f"published {publish(folder, config.push_to, private=config.push_private)}", flush=True)
         write_json(folder / FINISHED, asked_besides(config))
@@ -106,11 +112,11 @@ def was_done(config: ExperimentConfig, folder: Path) -> bool:
     return (folder / FINISHED).exists() and read_own(folder / FINISHED) == asked_besides(config)
 
 
-def told_keys(folder: Path) -> dict[str, str]:
+def told_keys(folder: Path) -> dict[Label, str]:
     """{label: key} of the artefacts that a run's summary tells of; nothing where there is none."""
     if not (folder / "summary.json").exists():
         return {}
-    return {stage["label"]: stage["key"] for stage in read_own(folder / "summary.json")["stages"]}
+    return {Label.parse(stage["label"]): stage["key"] for stage in read_own(folder / "summary.json")["stages"]}
 
 
 def read_own(path: Path) -> Any:
@@ -132,7 +138,7 @@ def asked_besides(config: ExperimentConfig) -> dict[str, Any]:
 
 
 def conclude(
-    run: Run,
+    ledger: Ledger,
     config: ExperimentConfig,
     plain: dict[str, Any],
     models: Sequence[str],
@@ -142,41 +148,28 @@ def conclude(
     """Writes what a run comes down to, and says it.
 
     Args:
-        run: everything is made.
+        ledger: everything is made.
         config: the experiment.
         plain: the same as plain dictionaries.
         models: whose numbers there are, in their order.
         pages: write what is to be read, each from the run folder.
         more: goes into the summary.
     """
-    summary = {"name": config.name, "seed": config.seed, "config": plain, **more, **summarise(run.artefacts, models)}
-    write_json(run.folder / "summary.json", summary)
-    run.tracker.summarise({k: v for k, v in summary["models"][-1].items() if not isinstance(v, str)})
+    summary = {"name": config.name, "seed": config.seed, "config": plain, **more, **summarise(ledger.artefacts, models)}
+    write_json(ledger.folder / "summary.json", summary)
+    ledger.tracker.summarise({k: v for k, v in summary["models"][-1].items() if not isinstance(v, str)})
     for write in pages:
-        write(run.folder)
-    run.tracker.attach([run.folder / "report.html", run.folder / "model_card.md"])
-    print(closing_text(summary, run), flush=True)
+        write(ledger.folder)
+    ledger.tracker.attach([ledger.folder / "report.html", ledger.folder / "model_card.md"])
+    print(closing_text(summary, ledger), flush=True)
 
 
-def look_ahead(config: ExperimentConfig, store: Store, attempt: str) -> Look:
+def look_ahead(config: ExperimentConfig, store: Store, namespace: str) -> Look:
     """What is there already, up to the first stage that has to be made, or that fails; so it will again, in the run."""
-    look = Look(store, attempt)
+    look = Look(store, namespace)
     with suppress(NotMadeYet, SelfalignError, OSError):
         run_pipeline(config, look)
     return look
-
-
-@dataclass(frozen=True, slots=True)
-class Shown:
-    """Makes a run's artefacts, and sends their records to its tracker."""
-
-    run: Run
-
-    def make(self, label: str, stage: StageFunction, **inputs: Any) -> Artefact:
-        """The artefact, made by the run."""
-        artefact = self.run.make(label, stage, **inputs)
-        log_tables(self.run, label)
-        return artefact
 
 
 class log_file:

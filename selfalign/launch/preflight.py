@@ -33,6 +33,7 @@ from selfalign.models.pretrained import find_local
 from selfalign.pipeline.inputs import data_sources
 from selfalign.pipeline.loop import plan
 from selfalign.pipeline.models import judges_of
+from selfalign.runs.labels import Kind, Label
 from selfalign.tracking.wandb import Wandb, has_key, said_mode
 from selfalign.training.config import Optimization
 from selfalign.training.optimizers import EIGHT_BIT_NEEDS
@@ -48,18 +49,11 @@ LONGEST_WAIT_SECONDS = 5.0
 IMPORT_SECONDS = 180.0
 """An engine may take so long to be imported."""
 
-TRAINED = re.compile(r"SFT|M[1-9]\d*")
-ALIGNED = re.compile(r"M(?!1$)[1-9]\d*")
-JUDGED = re.compile(r"(?!preferences/).+/(judgements|scores|ranked_scores)")
-COMPARED = re.compile(r".+/(.+_)?against_.+")
-WRITTEN = re.compile(r".+/(instructions|responses|answers)")
-"""Labels of the stages that train, align, judge, compare and write."""
-
 SHELL = {"exec", "env", "nice", "nohup", "cd", "export", "source", ".", "eval", "if", "for", "while", "set", "ulimit"}
 """What a command may begin with that says nothing of the program behind it."""
 
 
-def preflight(config: ExperimentConfig, made: Collection[str]) -> None:
+def preflight(config: ExperimentConfig, made: Collection[Label]) -> None:
     """Checks what the stages that are still to be made will need; of several processes the main one does.
 
     Args:
@@ -69,15 +63,14 @@ def preflight(config: ExperimentConfig, made: Collection[str]) -> None:
     Raises:
         SelfalignError: something is missing; the message has a line for each.
     """
-    found = problems(config, made) if distributed.is_main() else []
-    if lines := distributed.broadcast(found):
+    if lines := distributed.on_main(lambda: problems(config, made)):
         raise SelfalignError("\n".join(lines))
 
 
-def problems(config: ExperimentConfig, made: Collection[str]) -> list[str]:
+def problems(config: ExperimentConfig, made: Collection[Label]) -> list[str]:
     """A line for everything that is missing."""
     labels = [label for label, _ in plan(config) if label not in made]
-    checks: list[Callable[[ExperimentConfig, list[str]], list[str]]] = [
+    checks: list[Callable[[ExperimentConfig, list[Label]], list[str]]] = [
         check_tracking,
         check_packages,
         check_layout,
@@ -91,20 +84,16 @@ def problems(config: ExperimentConfig, made: Collection[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def any_of(labels: list[str], *patterns: re.Pattern[str]) -> bool:
-    """Whether a stage of these kinds remains."""
-    return any(pattern.fullmatch(label) for pattern in patterns for label in labels)
-
-
-def writes(config: ExperimentConfig, labels: list[str]) -> bool:
+def writes(config: ExperimentConfig, labels: list[Label]) -> bool:
     """Whether a model of the run still has to write: in a stage of its own, in a benchmark, or at a checkpoint."""
-    checkpoints = bool(config.train.choose.every_steps) and any_of(labels, ALIGNED)
-    return any_of(labels, WRITTEN) or checkpoints or any(measured_by(name, labels) for name in config.benchmark)
+    checkpoints = bool(config.train.choose.every_steps) and any(label.is_aligned for label in labels)
+    written = any(label.is_written for label in labels)
+    return written or checkpoints or any(measured_by(name, labels) for name in config.benchmark)
 
 
-def measured_by(benchmark: str, labels: list[str]) -> bool:
+def measured_by(benchmark: str, labels: list[Label]) -> bool:
     """Whether a model remains to be put through this benchmark."""
-    return any(label.endswith(f"/{benchmark}") for label in labels)
+    return any(label.kind is Kind.EVALUATION and label.part == benchmark for label in labels)
 
 
 @contextmanager
@@ -134,13 +123,13 @@ class Question:
         return endpoint.base_url, endpoint.model, endpoint.key_variable, repr(endpoint.parameters)
 
 
-def questions(config: ExperimentConfig, labels: list[str]) -> list[Question]:
+def questions(config: ExperimentConfig, labels: list[Label]) -> list[Question]:
     """One for each who will be asked."""
     busy = {
-        "judge": any_of(labels, JUDGED),
-        "train.choose.head_to_head": any_of(labels, ALIGNED),
-        "evaluate.head_to_head": any_of(labels, COMPARED),
-        "evaluate.preferences.judge": "preferences/scores" in labels,
+        "judge": any(label.is_judged for label in labels),
+        "train.choose.head_to_head": any(label.is_aligned for label in labels),
+        "evaluate.head_to_head": any(label.opponent for label in labels),
+        "evaluate.preferences.judge": Label.input("preferences", "scores") in labels,
     }
     asked = [(key, judge) for key, judge in judges_of(config).items() if busy[key]]
     for name, benchmark in config.benchmark.items():
@@ -150,7 +139,7 @@ def questions(config: ExperimentConfig, labels: list[str]) -> list[Question]:
     return [Question(f"{key}.endpoint", judge.endpoint, judge.probe()) for key, judge in servers]
 
 
-def check_servers(config: ExperimentConfig, labels: list[str]) -> list[str]:
+def check_servers(config: ExperimentConfig, labels: list[Label]) -> list[str]:
     """Every server has its key, is there, knows the model, takes the parameters and has room for the rubric."""
     servers: dict[tuple[str, ...], list[Question]] = {}
     for question in questions(config, labels):
@@ -210,10 +199,10 @@ def advice(question: Question, status: int) -> str:
 # --- engines and packages ----------------------------------------------------------------------------------------
 
 
-def check_engine(config: ExperimentConfig, labels: list[str]) -> list[str]:
+def check_engine(config: ExperimentConfig, labels: list[Label]) -> list[str]:
     """What writes can be started."""
     generate, lines = config.generate, list[str]()
-    if not (writes(config, labels) or any_of(labels, JUDGED, COMPARED)):
+    if not (writes(config, labels) or any(label.is_judged or label.opponent for label in labels)):
         return lines
     with noting(lines):
         if isinstance(generate, VLLM):
@@ -257,7 +246,7 @@ def check_command(command: str) -> list[str]:
     return [f"generate.command: there is no program {program}"] if named and shutil.which(program) is None else []
 
 
-def check_packages(config: ExperimentConfig, labels: list[str]) -> list[str]:
+def check_packages(config: ExperimentConfig, labels: list[Label]) -> list[str]:
     """The package is installed that 4-bit weights and the 8-bit optimiser need."""
     if importlib.util.find_spec("bitsandbytes") is not None:
         return []
@@ -266,7 +255,7 @@ def check_packages(config: ExperimentConfig, labels: list[str]) -> list[str]:
     return lines + [f"{key}.{EIGHT_BIT_NEEDS}" for key in small]
 
 
-def check_layout(config: ExperimentConfig, labels: list[str]) -> list[str]:
+def check_layout(config: ExperimentConfig, labels: list[Label]) -> list[str]:
     """There are as many processes as the layout of what is still to be trained needs."""
     lines: list[str] = []
     with noting(lines):
@@ -275,7 +264,7 @@ def check_layout(config: ExperimentConfig, labels: list[str]) -> list[str]:
     return lines
 
 
-def check_tracking(config: ExperimentConfig, labels: list[str]) -> list[str]:
+def check_tracking(config: ExperimentConfig, labels: list[Label]) -> list[str]:
     """Weights & Biases has a key where it has to be reached, and its environment is in order."""
     lines: list[str] = []
     with noting(lines):
@@ -291,7 +280,7 @@ def check_tracking(config: ExperimentConfig, labels: list[str]) -> list[str]:
 # --- files and models --------------------------------------------------------------------------------------------
 
 
-def check_data(config: ExperimentConfig, labels: list[str]) -> list[str]:
+def check_data(config: ExperimentConfig, labels: list[Label]) -> list[str]:
     """Every file of data that is named is there."""
     lines: list[str] = []
     for key, source in data_sources(config).items():
@@ -303,7 +292,7 @@ def check_data(config: ExperimentConfig, labels: list[str]) -> list[str]:
     return lines
 
 
-def check_models(config: ExperimentConfig, labels: list[str]) -> list[str]:
+def check_models(config: ExperimentConfig, labels: list[Label]) -> list[str]:
     """Every model that is named by a folder is there; those of a hub are looked for when they are fetched."""
     lines: list[str] = []
     for key, model in named_models(config).items():
@@ -325,20 +314,20 @@ def named_models(config: ExperimentConfig) -> dict[str, ModelConfig]:
 # --- disk and memory ---------------------------------------------------------------------------------------------
 
 
-def trainings(config: ExperimentConfig, labels: list[str]) -> list[tuple[str, Optimization]]:
+def trainings(config: ExperimentConfig, labels: list[Label]) -> list[tuple[str, Optimization]]:
     """(setting, how it trains) of those that remain."""
     tuned, aligned = ("train.sft", config.train.sft), ("train.align", config.train.align)
     later = tuned if isinstance(config.loss, Positives) else aligned
-    found = {key: settings for key, settings in ((tuned if x in ("SFT", "M1") else later) for x in trained(labels))}
+    found = {key: settings for key, settings in ((later if label.is_aligned else tuned) for label in trained(labels))}
     return list(found.items())
 
 
-def trained(labels: list[str]) -> list[str]:
+def trained(labels: list[Label]) -> list[Label]:
     """The models that remain to be trained."""
-    return [label for label in labels if TRAINED.fullmatch(label)]
+    return [label for label in labels if label.is_trained]
 
 
-def check_room(config: ExperimentConfig, labels: list[str]) -> list[str]:
+def check_room(config: ExperimentConfig, labels: list[Label]) -> list[str]:
     """Disk and memory hold what is to come, as far as M0's files tell how large it is."""
     lines: list[str] = []
     with noting(lines):

@@ -72,7 +72,7 @@ def publish(folder: Path, repository: str, *, private: bool) -> str:
 
 def repository_files(run: Finished, repository: str) -> dict[str, str | bytes]:
     """{name in the repository: a file's path, or content}: weights or adapter, tokenizer, and the card."""
-    policy = PolicyFiles(run.folder / "artefacts" / last_model(run))
+    policy = PolicyFiles(last_model(run).link_in(run.folder))
     part = "adapter" if (policy.path / "adapter").exists() else "weights"
     patterns = [*MODEL_FILES, "*.py"] if (policy.path / TRUSTED).exists() else MODEL_FILES
     files: dict[str, str | bytes] = {

@@ -146,18 +146,17 @@ def run_job(
     def begin() -> None:
         nonlocal begun
         begun = True
-        if distributed.is_main():
-            sweep.tell(number, overrides, state=JobState.running, there=False, error="")
+        distributed.on_main(lambda: sweep.tell(number, overrides, state=JobState.running, there=False, error=""))
 
     try:
         with undisturbed(), log_file(sweep.folder / f"job_{number}.log"):
             os.environ.setdefault("WANDB_RUN_GROUP", sweep.folder.name)
             config, text, plain = prepare()
             folder, _ = run_folder(Path(config.output_dir).absolute(), config.name, config, fresh=config.fresh)
-            if distributed.is_main():
-                sweep.tell(number, overrides, folder=os.path.relpath(folder, sweep.folder))
+            place = os.path.relpath(folder, sweep.folder)
+            distributed.on_main(lambda: sweep.tell(number, overrides, folder=place))
             there = finish_experiment(config, text, plain, begin)
-            if not distributed.is_main():
+            if there is None:
                 return None
             model = read_json(folder / "summary.json")["models"][-1]
             metric, sign = signed(config.sweep_metric)

@@ -10,6 +10,7 @@ from selfalign.losses.preference import Positives, PreferenceLoss
 from selfalign.pipeline.held_out import HeldOutPairs
 from selfalign.pipeline.inputs import Given
 from selfalign.pipeline.models import Judging, Models
+from selfalign.runs.labels import Label
 from selfalign.runs.runner import Maker
 from selfalign.stages.benchmark import benchmark
 from selfalign.stages.compare import compare
@@ -62,23 +63,23 @@ class Evaluation:
             loss: of its run, where that is another than the experiment's.
             taught: what its run was trained on besides what is given here and the pairs it made.
         """
-        place, asked = f"evaluation_{name}", None if judging_only else self.given.questions
+        label, asked = Label.evaluation(name, "numbers"), None if judging_only else self.given.questions
         judged, moved, compared = None, None, {}
         if asked is not None:
-            answers = self._answer(place, models, asked)
-            judged = answers, self._score(place, models, asked, answers)
-            compared = self._compare(place, models, asked, answers)
-            moved = self._distance(place, models, asked, answers)
+            answers = self._answer(label, models, asked)
+            judged = answers, self._score(label, models, asked, answers)
+            compared = self._compare(label, models, asked, answers)
+            moved = self._distance(label, models, asked, answers)
         self.held_out.measure(name, models, loss or self.config.loss, taught)
         self.run.make(
-            f"{place}/numbers",
+            label,
             evaluate,
             judged=judged,
             baseline=next(iter(self.answered.values()), None),
             compared=compared,
             moved=moved,
             trained=[models.newest, *models.own_pairs[-1:]],
-            ranked=self._judge_ranked(place, models),
+            ranked=self._judge_ranked(label, models),
             top=getattr(self.config.judge, "high", None),
             limits=self.config.evaluate.limits,
         )
@@ -87,9 +88,9 @@ class Evaluation:
         if not judging_only:
             self._benchmark(name, models)
 
-    def _answer(self, place: str, models: Models, asked: Artefact) -> Artefact:
+    def _answer(self, label: Label, models: Models, asked: Artefact) -> Artefact:
         return self.run.make(
-            f"{place}/answers",
+            label.sibling("answers"),
             respond,
             config=RespondConfig(candidates=1, sampling=self.config.evaluate.sampling),
             policy=models.newest,
@@ -98,13 +99,13 @@ class Evaluation:
             seed=self._seed(),
         )
 
-    def _score(self, place: str, models: Models, asked: Artefact, answers: Artefact) -> Artefact | None:
+    def _score(self, label: Label, models: Models, asked: Artefact, answers: Artefact) -> Artefact | None:
         """What one judge, the same for all models, gives each answer; a pairwise judge cannot score a single one."""
         if isinstance(self.config.judge, Pairwise):
             return None
-        return self.judging.judge(f"{place}/scores", self.config.evaluate.judge, models, asked, answers)
+        return self.judging.judge(label.sibling("scores"), self.config.evaluate.judge, models, asked, answers)
 
-    def _compare(self, place: str, models: Models, asked: Artefact, answers: Artefact) -> dict[str, Artefact]:
+    def _compare(self, label: Label, models: Models, asked: Artefact, answers: Artefact) -> dict[str, Artefact]:
         """Head to head with the models before, and with given outputs: what each is called among the numbers."""
         judge = self.config.evaluate.head_to_head
         if judge is None:
@@ -114,7 +115,8 @@ class Evaluation:
             others["given"] = self.given.outputs
         names = opponents(self.config.evaluate, list(self.answered)) + ["given"] * (self.given.outputs is not None)
         compared = {
-            name: self._head_to_head(f"{place}/against_{name}", models, asked, answers, others[name]) for name in names
+            name: self._head_to_head(Label.comparison(label.owner, name), models, asked, answers, others[name])
+            for name in names
         }
         endings = {
             "": next(iter(self.answered), ""),
@@ -124,7 +126,7 @@ class Evaluation:
         return {ending: compared[name] for ending, name in endings.items() if name in compared}
 
     def _head_to_head(
-        self, label: str, models: Models, asked: Artefact, answers: Artefact, opponent: Artefact
+        self, label: Label, models: Models, asked: Artefact, answers: Artefact, opponent: Artefact
     ) -> Artefact:
         """Compares answers of the newest model with another's."""
         judge = self.config.evaluate.head_to_head
@@ -140,39 +142,38 @@ class Evaluation:
             seed=self._seed(),
         )
 
-    def _distance(self, place: str, models: Models, asked: Artefact, answers: Artefact) -> Artefact | None:
+    def _distance(self, label: Label, models: Models, asked: Artefact, answers: Artefact) -> Artefact | None:
         if not self.answered:
             return None
         policies = {"policy": models.newest, "origin": models.sft}
-        return self.run.make(f"{place}/divergence", divergence, **policies, instructions=asked, answers=answers)
+        return self.run.make(label.sibling("divergence"), divergence, **policies, instructions=asked, answers=answers)
 
-    def _judge_ranked(self, place: str, models: Models) -> Judged | None:
+    def _judge_ranked(self, label: Label, models: Models) -> Judged | None:
         """The held-out ranked answers, judged by the newest model."""
         seeds = self.given.seeds
         if not seeds.counts["questions_held_out"]:
             return None
-        return seeds, self.judging.judge(f"{place}/ranked_scores", "self", models, seeds, seeds, "ranked_scores")
+        return seeds, self.judging.judge(label.sibling("ranked_scores"), "self", models, seeds, seeds, "ranked_scores")
 
     def _benchmark(self, name: str, models: Models) -> None:
         """Puts the newest model through every benchmark, and compares it there with models before."""
-        for label, settings in self.config.benchmark.items():
+        for title, settings in self.config.benchmark.items():
             made = self.run.make(
-                f"evaluation_{name}/{label}",
+                Label.evaluation(name, title),
                 benchmark,
-                name=label,
+                name=title,
                 benchmark=settings,
-                contents=self.given.benchmarks[label],
+                contents=self.given.benchmarks[title],
                 model=name,
                 policy=models.newest,
-                judge=models.own_or(settings.judge_model, models.examiners.get(label)),
+                judge=models.own_or(settings.judge_model, models.examiners.get(title)),
                 generate=self.config.generate,
-                seed=derive_seed(self.config.seed, "benchmark", label),
+                seed=derive_seed(self.config.seed, "benchmark", title),
             )
             if compares_on(self.config.evaluate, settings):
-                before = self.conversed.setdefault(label, {})
+                before = self.conversed.setdefault(title, {})
                 for other in opponents(self.config.evaluate, list(before)):
-                    place = f"evaluation_{name}/{label}_against_{other}"
-                    self._head_to_head(place, models, made, made, before[other])
+                    self._head_to_head(Label.comparison(name, other, title), models, made, made, before[other])
                 before[name] = made
 
     def _seed(self) -> int:

@@ -9,6 +9,7 @@ from selfalign.losses.preference import Positives, PreferenceLoss
 from selfalign.losses.refinement import Refinement
 from selfalign.pipeline.inputs import Given
 from selfalign.pipeline.models import Judging, Models
+from selfalign.runs.labels import BASELINE, Label
 from selfalign.runs.runner import Maker
 from selfalign.stages.align import augmentation_of
 from selfalign.stages.preferences import preferences
@@ -49,14 +50,13 @@ class HeldOutPairs:
             taught: what that run was trained on besides what is given here and the pairs it made.
         """
         pairs = self.given.preferences
-        if pairs is None or name == "SFT":
+        if pairs is None or name == BASELINE:
             return
-        place = f"evaluation_{name}"
-        origin = self._logps(f"{place}/reference_logps", pairs, models.reference, loss)
-        policy = self._logps(f"{place}/logps", pairs, models.newest, loss)
+        origin = self._logps(Label.evaluation(name, "reference_logps"), pairs, models.reference, loss)
+        policy = self._logps(Label.evaluation(name, "logps"), pairs, models.newest, loss)
         known = [*self.given.trained_on, *taught, *models.own_pairs]
         self.run.make(
-            f"{place}/preferences",
+            Label.evaluation(name, "preferences"),
             preferences,
             pairs=pairs,
             trained_on=list({artefact.digest: artefact for artefact in known}.values()),
@@ -66,7 +66,7 @@ class HeldOutPairs:
             beta=getattr(loss, "beta", BETA),
         )
 
-    def _logps(self, label: str, pairs: Artefact, policy: Artefact, loss: PreferenceLoss | Positives) -> Artefact:
+    def _logps(self, label: Label, pairs: Artefact, policy: Artefact, loss: PreferenceLoss | Positives) -> Artefact:
         """A policy's log-probabilities of the pairs, given x and p⊕x: the loss's p, or the usual one."""
         augmentation = augmentation_of(loss) or Refinement()
         key = policy.digest, digest_json(canonical(augmentation))
@@ -86,5 +86,5 @@ class HeldOutPairs:
         if self.judged is None and judge is not None:
             judging = Judging(self.config, self.run, judge)
             sitting = replace(models, judge=models.pair_judge)
-            self.judged = judging.judge("preferences/scores", judge.model, sitting, pairs, pairs)
+            self.judged = judging.judge(Label.input("preferences", "scores"), judge.model, sitting, pairs, pairs)
         return self.judged

@@ -8,6 +8,7 @@ from selfalign.config.data import Pairs, SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.errors import SelfalignError
 from selfalign.data.containers import find_data, identify_data
+from selfalign.runs.labels import Label
 from selfalign.runs.runner import Maker
 from selfalign.stages.evaluate import PreferenceTest
 from selfalign.stages.instruct import InstructConfig
@@ -53,7 +54,9 @@ class Given:
         self.benchmarks = {
             name: Content(partial(made.sources, f"benchmark.{name}")) for name, made in self.config.benchmark.items()
         }
-        self.seeds = self._make_seeds("seeds", seeds, data.seeds.evaluation_fine_tuning, judge=self.config.judge)
+        self.seeds = self._make_seeds(
+            Label.input("seeds"), seeds, data.seeds.evaluation_fine_tuning, judge=self.config.judge
+        )
         self.questions = self._ask("questions", "evaluate.instructions", asked.instructions, asked.count, self.seeds)
         self.validation = self._ask(
             "validation", "train.choose.instructions", choose.instructions, choose.count, self.seeds
@@ -61,12 +64,16 @@ class Given:
         if asked.against:
             content = content_of(asked.against, "evaluate.against")
             self.outputs = self.run.make(
-                "given_outputs", outputs, source=asked.against, content=content, instructions=self.questions
+                Label.input("given_outputs"),
+                outputs,
+                source=asked.against,
+                content=content,
+                instructions=self.questions,
             )
         if isinstance(data, Pairs):
             content, aside = content_of(data.path, "data.path"), self.config.train.held_out_pairs
             self.pairs = self.run.make(
-                "iteration_1/pairs",
+                Label.iteration(1, "pairs"),
                 given_pairs,
                 source=data.path,
                 count=data.count,
@@ -97,12 +104,12 @@ class Given:
         """The demonstrations without EFT."""
         if self.config.data.seeds.evaluation_fine_tuning != EvaluationFineTuning.human:
             return self.seeds
-        return self._make_seeds("ift", seeds, EvaluationFineTuning.none, judge=self.config.judge)
+        return self._make_seeds(Label.input("ift"), seeds, EvaluationFineTuning.none, judge=self.config.judge)
 
     def taught_questions(self) -> Artefact:
         """The ranked questions that evaluation fine-tuning may use, with their answers."""
         how = self.config.data.seeds.evaluation_fine_tuning
-        return self._make_seeds("eft/questions", taught_questions, how)
+        return self._make_seeds(Label.input("eft", "questions"), taught_questions, how)
 
     def _held_out_pairs(self, test: PreferenceTest) -> Artefact:
         content: Content | str = ""
@@ -114,23 +121,24 @@ class Given:
         else:
             raise SelfalignError(f"{key}=ranked: no question of data.seeds.ranked is held out")
         inputs = {"source": test.source, "count": test.count, "content": content, "ranked": ranked}
-        made = self.run.make("preferences/pairs", preference_test, trained_on=self.trained_on, **inputs)
+        label = Label.input("preferences", "pairs")
+        made = self.run.make(label, preference_test, trained_on=self.trained_on, **inputs)
         _check_enough("evaluate.preferences.count", test.count, made.counts["pairs"], f"pairs of {test.source}")
         return made
 
-    def _make_seeds(self, label: str, stage: StageFunction, how: EvaluationFineTuning, **more: Any) -> Artefact:
+    def _make_seeds(self, label: Label, stage: StageFunction, how: EvaluationFineTuning, **more: Any) -> Artefact:
         given = self.config.data.seeds
         sources = {"data.seeds.demonstrations": given.demonstrations, "data.seeds.ranked": given.ranked}
         contents = [content_of(source, key) for key, source in sources.items() if source]
         settings = replace(given, evaluation_fine_tuning=how)
         return self.run.make(label, stage, config=settings, contents=contents, **more)
 
-    def _ask(self, label: str, key: str, source: str, count: int, taught: Artefact | None) -> Artefact | None:
+    def _ask(self, name: str, key: str, source: str, count: int, taught: Artefact | None) -> Artefact | None:
         """Instructions of a data source; those whose answer is taught are left out."""
         if not source:
             return None
         content = content_of(source, key)
-        made = self.run.make(label, questions, source=source, count=count, content=content, seeds=taught)
+        made = self.run.make(Label.input(name), questions, source=source, count=count, content=content, seeds=taught)
         _check_enough(
             f"{key.rpartition('.')[0]}.count", count, made.counts["instructions"], f"instructions of {source}"
         )

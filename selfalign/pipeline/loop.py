@@ -17,6 +17,7 @@ from selfalign.pipeline.evaluation import Evaluation
 from selfalign.pipeline.inputs import Given, makes_baseline
 from selfalign.pipeline.models import Judging, Models, checkpoint_judge, fixed_judges, load_model
 from selfalign.pipeline.requirements import check_requirements
+from selfalign.runs.labels import BASELINE, Label, model_after
 from selfalign.runs.planner import Planner
 from selfalign.runs.runner import Maker
 from selfalign.stages.align import align, augmentation_of
@@ -42,10 +43,10 @@ def run_pipeline(config: ExperimentConfig, run: Maker) -> None:
     for iteration in range(1, config.iterations + 1):
         pairs = method.pairs(iteration, models)
         models.newest, models.reference = method.align(iteration, models, pairs), method.reference(models)
-        method.evaluation.measure(f"M{iteration + 1}", models)
+        method.evaluation.measure(model_after(iteration), models)
 
 
-def plan(config: ExperimentConfig) -> list[tuple[str, str]]:
+def plan(config: ExperimentConfig) -> list[tuple[Label, str]]:
     """Return (label, size) of every stage of a run, in order; nothing is read or made."""
     planner = Planner()
     run_pipeline(config, planner)
@@ -71,7 +72,7 @@ class Method:
 
     def models(self) -> Models:
         """M0, and models that only write or judge."""
-        base = load_model(self.run, "M0", self.config.model, "model.path")
+        base = load_model(self.run, Label.model("M0"), self.config.model, "model.path")
         check_requirements(self.config, base, self.given)
         writer, judges = self._fixed_writer(), fixed_judges(self.config, self.run)
         judges["checkpoint_judge"] = checkpoint_judge(self.config, self.run)
@@ -81,35 +82,35 @@ class Method:
         """IFT + EFT, the latter as humans give it, or as the SFT baseline writes it and the humans' ranks confirm."""
         if not makes_baseline(self.config):
             return self.given.seeds
-        baseline = replace(models, newest=self.supervise("SFT", models, self.given.ift()))
-        self.evaluation.measure("SFT", baseline, judging_only=True)
+        baseline = replace(models, newest=self.supervise(BASELINE, models, self.given.ift()))
+        self.evaluation.measure(BASELINE, baseline, judging_only=True)
         seeds = self.config.data.seeds
         if seeds.evaluation_fine_tuning == EvaluationFineTuning.human:
             return self.given.seeds
         asked = self.given.taught_questions()
         return self.run.make(
-            "eft/demonstrations",
+            Label.input("eft", "demonstrations"),
             eft,
             judge=self.config.judge,
             policy=baseline.newest,
             seeds=self.given.seeds,
             questions=asked,
-            judgements=self.judging.judge("eft/judgements", "self", baseline, asked, asked),
+            judgements=self.judging.judge(Label.input("eft", "judgements"), "self", baseline, asked, asked),
             most_common_ratio=seeds.most_common_ratio,
         )
 
-    def supervise(self, label: str, models: Models, demonstrations: Artefact) -> Artefact:
+    def supervise(self, name: str, models: Models, demonstrations: Artefact) -> Artefact:
         """SFT of the newest model; without demonstrations it stays as it is."""
         if not demonstrations.counts.get("ift", 1) + demonstrations.counts.get("eft", 0):
             return models.newest
         return self.run.make(
-            label,
+            Label.model(name),
             sft,
             policy=models.newest,
             base=models.base,
             demonstrations=demonstrations,
             optimization=self.config.train.sft,
-            weights=self._weights(label),
+            weights=self._weights(name),
         )
 
     def pairs(self, iteration: int, models: Models) -> Artefact:
@@ -120,7 +121,7 @@ class Method:
         self.own_pairs.append(self._pair(iteration, models))
         if iteration == 1 or not self.config.data.accumulate:
             return self.own_pairs[-1]
-        return self.run.make(f"iteration_{iteration}/all_pairs", gather_pairs, parts=list(self.own_pairs))
+        return self.run.make(Label.iteration(iteration, "all_pairs"), gather_pairs, parts=list(self.own_pairs))
 
     def reference(self, models: Models) -> Artefact:
         """The policy that alignment is measured against, or that further fine-tuning starts from."""
@@ -130,7 +131,7 @@ class Method:
 
     def _instruct(self, iteration: int, models: Models) -> Artefact:
         """New instructions, written or read, that differ from all that are known."""
-        label, config = f"iteration_{iteration}/instructions", self.config.data.instruct
+        label, config = Label.iteration(iteration, "instructions"), self.config.data.instruct
         earlier, held_out = list(self.instructions), self.given.held_out
         known = {"config": config, "seeds": self.given.seeds, "earlier": earlier, "held_out": held_out}
         if self.given.instructions is not None:
@@ -146,46 +147,49 @@ class Method:
 
     def _pair(self, iteration: int, models: Models) -> Artefact:
         """Pairs from the newest model's answers to the newest instructions, judged."""
-        data, rule, place = self.config.data, self.config.pair, f"iteration_{iteration}"
-        instructions = self.instructions[-1]
+        data, rule, instructions = self.config.data, self.config.pair, self.instructions[-1]
+        answers, judged, label = (Label.iteration(iteration, part) for part in ("responses", "judgements", "pairs"))
         responses = self.run.make(
-            f"{place}/responses",
+            answers,
             respond,
             config=data.respond,
             policy=models.newest,
             instructions=instructions,
             generate=self.config.generate,
-            seed=self._seed(f"{place}/responses"),
+            seed=self._seed(answers),
         )
         who = self.config.judge.model
-        judgements = self.judging.judge(f"{place}/judgements", who, models, instructions, responses)
+        judgements = self.judging.judge(judged, who, models, instructions, responses)
         return self.run.make(
-            f"{place}/pairs",
+            label,
             pair,
             rule=rule if isinstance(rule, PositivesOnly) else rule.at(iteration),
             instructions=instructions,
             responses=responses,
             judgements=judgements,
-            seed=self._seed(f"{place}/pairs"),
+            seed=self._seed(label),
         )
 
     def align(self, iteration: int, models: Models, pairs: Artefact) -> Artefact:
         """The newest model, aligned on the pairs against the reference policy."""
-        label, loss, train = f"M{iteration + 1}", self.config.loss, self.config.train
+        name, loss, train = model_after(iteration), self.config.loss, self.config.train
         policy = references = self.reference(models)
-        place, start = f"iteration_{iteration}", None
+        start = None
         if isinstance(loss, Positives):
             if loss.start == "base":
-                pairs = self.run.make(f"{place}/demonstrations", gather_pairs, parts=[self.taught, pairs])
-            return self.supervise(label, replace(models, newest=policy), pairs)
+                label = Label.iteration(iteration, "demonstrations")
+                pairs = self.run.make(label, gather_pairs, parts=[self.taught, pairs])
+            return self.supervise(name, replace(models, newest=policy), pairs)
         scored = {"pairs": pairs, "precision": train.align.precision(self.config.model.dtype)}
         if train.reference_logps == "stored":
             p = augmentation_of(loss)
-            references = self.run.make(f"{place}/reference", reference, policy=policy, augmentation=p, **scored)
+            label = Label.iteration(iteration, "reference")
+            references = self.run.make(label, reference, policy=policy, augmentation=p, **scored)
             if policy.digest != models.newest.digest:
-                start = self.run.make(f"{place}/start", reference, policy=models.newest, augmentation=None, **scored)
+                label = label.sibling("start")
+                start = self.run.make(label, reference, policy=models.newest, augmentation=None, **scored)
         return self.run.make(
-            label,
+            Label.model(name),
             align,
             policy=models.newest,
             base=models.base,
@@ -195,12 +199,12 @@ class Method:
             start=start,
             held_out=train.held_out_pairs,
             trained_on=[self.given.seeds, *self.own_pairs[:-1]] if train.held_out_pairs else [],
-            selection=self._selection(label, models),
+            selection=self._selection(name, models),
             optimization=train.align,
-            weights=self._weights(label),
+            weights=self._weights(name),
         )
 
-    def _selection(self, label: str, models: Models) -> CheckpointSelection | None:
+    def _selection(self, name: str, models: Models) -> CheckpointSelection | None:
         """How checkpoints of an alignment are compared, if they are."""
         if self.given.validation is None:
             return None
@@ -214,7 +218,7 @@ class Method:
             compared_by=None if asks_a_server(judge) else models.own_or(judge.model, models.checkpoint_judge),
             generate=self.config.generate,
             sampling=settings.sampling,
-            seed=self._seed(f"{label}/validation"),
+            seed=self._seed(f"{name}/validation"),
         )
 
     def _fixed_writer(self) -> Artefact | None:
@@ -222,11 +226,11 @@ class Method:
         if not isinstance(data, SelfRewarding) or not data.instruct.fixed_writer:
             return None
         model = ModelConfig(path=data.instruct.writer, dtype=self.config.model.dtype)
-        return load_model(self.run, "writer", model, "data.instruct.writer")
+        return load_model(self.run, Label.input("writer"), model, "data.instruct.writer")
 
-    def _weights(self, label: str) -> Weights:
+    def _weights(self, name: str) -> Weights:
         model, layout = self.config.model, self.config.train.layout
-        return Weights(dtype=model.dtype, lora=model.lora, seed=self._seed(label), layout=layout)
+        return Weights(dtype=model.dtype, lora=model.lora, seed=self._seed(name), layout=layout)
 
-    def _seed(self, purpose: str) -> int:
-        return derive_seed(self.config.seed, purpose)
+    def _seed(self, purpose: Label | str) -> int:
+        return derive_seed(self.config.seed, str(purpose))

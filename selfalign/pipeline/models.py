@@ -10,6 +10,7 @@ from selfalign.core.files import derive_seed
 from selfalign.judges.protocol import OWN_MODELS, asks_a_server, wants_model
 from selfalign.models.config import ModelConfig
 from selfalign.models.pretrained import identify_source
+from selfalign.runs.labels import Label
 from selfalign.runs.runner import Maker
 from selfalign.stages.judge import ImplicitReward, Judge, judge
 from selfalign.stages.pretrained import pretrained
@@ -55,7 +56,7 @@ class Models:
         return self.named(name) if name in OWN_MODELS else fixed
 
 
-def load_model(run: Maker, label: str, model: ModelConfig, key: str) -> Artefact:
+def load_model(run: Maker, label: Label, model: ModelConfig, key: str) -> Artefact:
     """A model from outside the run; `key` is the setting that names it."""
     return run.make(label, pretrained, model=model, source=Content(partial(identify_source, model, key)))
 
@@ -79,11 +80,15 @@ def fixed_judges(config: ExperimentConfig, run: Maker) -> dict[str, Any]:
     """
     test, loaded = config.evaluate.preferences, judges_to_load(config.benchmark)
     return {
-        "judge": _fixed_judge(config, run, "judge", config.judge, "judge"),
-        "referee": _fixed_judge(config, run, "referee", config.evaluate.head_to_head, "evaluate.head_to_head"),
-        "pair_judge": _fixed_judge(config, run, "preferences/judge", test.judge, "evaluate.preferences.judge"),
+        "judge": _fixed_judge(config, run, Label.input("judge"), config.judge, "judge"),
+        "referee": _fixed_judge(
+            config, run, Label.input("referee"), config.evaluate.head_to_head, "evaluate.head_to_head"
+        ),
+        "pair_judge": _fixed_judge(
+            config, run, Label.input("preferences", "judge"), test.judge, "evaluate.preferences.judge"
+        ),
         "examiners": {
-            name: _outside(config, run, f"judges/{name}", path, f"benchmark.{name}.judge")
+            name: _outside(config, run, Label.input("judges", name), path, f"benchmark.{name}.judge")
             for name, path in loaded.items()
         },
     }
@@ -93,16 +98,16 @@ def checkpoint_judge(config: ExperimentConfig, run: Maker) -> Artefact | None:
     """Loads the model that only compares checkpoints of an alignment, where there is one."""
     choose = config.train.choose
     judge = choose.head_to_head if choose.every_steps else None
-    return _fixed_judge(config, run, "checkpoint_judge", judge, "train.choose.head_to_head")
+    return _fixed_judge(config, run, Label.input("checkpoint_judge"), judge, "train.choose.head_to_head")
 
 
-def _fixed_judge(config: ExperimentConfig, run: Maker, label: str, judge: Any, key: str) -> Artefact | None:
+def _fixed_judge(config: ExperimentConfig, run: Maker, label: Label, judge: Any, key: str) -> Artefact | None:
     if not wants_model(judge):
         return None
     return _outside(config, run, label, judge.model, key)
 
 
-def _outside(config: ExperimentConfig, run: Maker, label: str, path: str, key: str) -> Artefact:
+def _outside(config: ExperimentConfig, run: Maker, label: Label, path: str, key: str) -> Artefact:
     return load_model(run, label, ModelConfig(path=path, dtype=config.model.dtype), f"{key}.model")
 
 
@@ -121,7 +126,7 @@ class Judging:
     how: Judge
 
     def judge(
-        self, label: str, who: str, models: Models, instructions: Artefact, responses: Artefact, purpose: str = ""
+        self, label: Label, who: str, models: Models, instructions: Artefact, responses: Artefact, purpose: str = ""
     ) -> Artefact:
         """Judges responses.
 
@@ -143,7 +148,7 @@ class Judging:
             instructions=instructions,
             responses=responses,
             generate=self.config.generate,
-            seed=derive_seed(self.config.seed, purpose or label),
+            seed=derive_seed(self.config.seed, purpose or str(label)),
         )
 
     def sitting(self, who: str, models: Models) -> tuple[Artefact | None, Artefact | None]:

@@ -42,6 +42,7 @@ from selfalign.report.jobs import (
 )
 from selfalign.report.run_page import MODELS, SHOWN, purpose, trained_on
 from selfalign.report.tables import matrix
+from selfalign.runs.labels import Label
 from selfalign.runs.reader import Candidate, Sample, read_answers, stream_there
 
 Row = dict[str, Any]
@@ -186,7 +187,7 @@ def matrices(comparison: Comparison) -> str:
 def answers(comparison: Comparison) -> str:
     """What M1 and the last models of the leading jobs answered to the same instructions."""
     writers: dict[str, tuple[Job, str]] = {}
-    groups = comparison.by_key("evaluation_M1/answers").values()
+    groups = comparison.by_key(Label.evaluation("M1", "answers")).values()
     for jobs in groups:
         if {job.number for job in jobs} & {job.number for job in comparison.leading}:
             of = f" of job {', '.join(str(job.number) for job in jobs)}" if len(groups) > 1 else ""
@@ -203,9 +204,9 @@ def answers(comparison: Comparison) -> str:
 def answers_of(job: Job, model: str) -> dict[str, Candidate]:
     """{evaluation instruction: a model's answer}."""
     assert job.run is not None
-    place, folder = f"evaluation_{model}", job.run.folder
-    found = read_answers(folder, place)
-    asked = stream_there(folder, "questions", Instruction)
+    folder = job.run.folder
+    found = read_answers(folder, model)
+    asked = stream_there(folder, Label.input("questions"), Instruction)
     return {instruction.text: found[instruction.id] for instruction in asked if instruction.id in found}
 
 

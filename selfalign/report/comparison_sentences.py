@@ -10,6 +10,7 @@ from selfalign.report.jobs import FEW, Comparison, Job, as_text, costs, seconds_
 from selfalign.report.run_page import MODELS
 from selfalign.report.sentences import warnings
 from selfalign.report.tables import ANSWERS
+from selfalign.runs.labels import Label
 
 FORMS: dict[str, Format] = {column.key: column.form for column in (*ANSWERS, *MODELS)}
 NAMES = {"eval/win_rate": "win rate against M1", "eval/win_rate_length_controlled": "win rate at equal length"}
@@ -92,7 +93,7 @@ def cost(comparison: Comparison) -> str:
 
 def opponents(comparison: Comparison) -> str:
     """What the win rates of the jobs are against, and whether that is the same for all."""
-    answered = comparison.by_key("evaluation_M1/answers")
+    answered = comparison.by_key(Label.evaluation("M1", "answers"))
     if not answered:
         return "Each job's last model."
     said = "Each job's last model. Win rates are of its answers against M1's"
@@ -106,7 +107,7 @@ def opponents(comparison: Comparison) -> str:
 def caveats(comparison: Comparison) -> str:
     """What makes the numbers of different jobs less comparable than they look."""
     said: list[str] = []
-    if len(comparison.by_key("evaluation_M1/answers")) > 1:
+    if len(comparison.by_key(Label.evaluation("M1", "answers"))) > 1:
         said.append(opponents(comparison))
     if len({len(job.models) for job in comparison.finished}) > 1:
         said.append("The jobs made different numbers of models; of each, the last one stands for it.")

@@ -13,6 +13,7 @@ import yaml
 from selfalign.core.errors import SelfalignError
 from selfalign.metrics.catalog import signed
 from selfalign.report.html import is_number
+from selfalign.runs.labels import Label
 from selfalign.runs.reader import Finished
 from selfalign.runs.sweep_jobs import JOBS, read_jobs
 
@@ -271,12 +272,12 @@ class Comparison:
         short = len(self.keys) == 1 and len(set(texts)) == len(texts) and all(len(text) <= MARK for text in texts)
         return as_text(job.settings.get(self.keys[0], "")) if short else f"{job.number}"
 
-    def by_key(self, label: str) -> dict[str, list[Job]]:
+    def by_key(self, label: Label) -> dict[str, list[Job]]:
         """{key: finished jobs} of an artefact; a key stands for the same content, wherever it lies."""
         found: dict[str, list[Job]] = {}
         for job in self.finished:
             for stage in _stages(job):
-                if stage["label"] == label:
+                if stage["label"] == str(label):
                     found.setdefault(stage["key"], []).append(job)
         return found
 
@@ -309,7 +310,7 @@ class Cost:
         return Cost(self.made + other.made, self.reused + other.reused)
 
 
-def costs(jobs: Sequence[Job], purpose: Callable[[str, str], str]) -> dict[str, Cost]:
+def costs(jobs: Sequence[Job], purpose: Callable[[Label, str], str]) -> dict[str, Cost]:
     """What was spent and what sharing saved, by purpose.
 
     Args:
@@ -320,7 +321,8 @@ def costs(jobs: Sequence[Job], purpose: Callable[[str, str], str]) -> dict[str, 
     spent: dict[str, Cost] = {}
     for job in jobs:
         for stage in _stages(job):
-            place, name = artefact(job, stage["label"]), purpose(stage["label"], stage["stage"])
+            label = Label.parse(stage["label"])
+            place, name = artefact(job, label), purpose(label, stage["stage"])
             cost = Cost(reused=stage["seconds"]) if place in seen else Cost(made=stage["seconds"])
             spent[name] = spent.get(name, Cost()) + cost
             seen.add(place)
@@ -334,11 +336,11 @@ def seconds_alone(job: Job) -> float:
 
 def seconds_own(job: Job, jobs: Sequence[Job]) -> float:
     """What a job took that none of the others needed too."""
-    others = {artefact(other, s["label"]) for other in jobs if other is not job for s in _stages(other)}
-    return math.fsum(s["seconds"] for s in _stages(job) if artefact(job, s["label"]) not in others)
+    others = {artefact(other, Label.parse(s["label"])) for other in jobs if other is not job for s in _stages(other)}
+    return math.fsum(s["seconds"] for s in _stages(job) if artefact(job, Label.parse(s["label"])) not in others)
 
 
-def artefact(job: Job, label: str) -> Path:
+def artefact(job: Job, label: Label) -> Path:
     """Where an artefact of a finished job really lies."""
     assert job.run is not None
-    return (job.run.folder / "artefacts" / label).resolve()
+    return label.link_in(job.run.folder).resolve()

@@ -13,6 +13,7 @@ from selfalign.report.markdown import bullets, code, fenced, folded, table
 from selfalign.report.run_page import ITERATIONS, MODELS, code_state, trained_on
 from selfalign.report.sentences import LOSSES, WHO, judges_of_answers, verdict, warnings, what_was_run
 from selfalign.report.tables import ANSWERS, JUDGING, OTHERS
+from selfalign.runs.labels import Label
 from selfalign.runs.reader import Finished
 from selfalign.runs.summary import drops_text
 
@@ -40,11 +41,11 @@ RESULTS = (
 """What stands in the metadata too, by the name in summary.json."""
 
 SOURCES = {
-    "iteration_1/pairs": "preference pairs",
-    "instructions": "new instructions",
-    "questions": "evaluation instructions",
-    "given_outputs": "answers to compare with",
-    "validation": "validation instructions",
+    Label.iteration(1, "pairs"): "preference pairs",
+    Label.input("instructions"): "new instructions",
+    Label.input("questions"): "evaluation instructions",
+    Label.input("given_outputs"): "answers to compare with",
+    Label.input("validation"): "validation instructions",
 }
 """Artefacts that are read from one data source."""
 
@@ -99,9 +100,9 @@ def title_of(run: Finished) -> str:
     return f"{run.summary['name']} {last_model(run)}"
 
 
-def last_model(run: Finished) -> str:
+def last_model(run: Finished) -> Label:
     """The label of the run's last policy, which the card is about."""
-    return run.models[-1]["model"]
+    return Label.parse(run.models[-1]["model"])
 
 
 def base_on_hub(run: Finished) -> tuple[str, str]:
@@ -219,7 +220,7 @@ def method(run: Finished) -> str:
         facts.append(f"Reference policy π_ref: {WHO[config['train']['reference']]}")
     judge = next((run.inputs(name)["judge"] for name, stage in run.stages.items() if stage == "judge"), None)
     facts.append(f"Judge: {settings(judge)}" if judge else "Judge: none, nothing was judged")
-    if rule := run.inputs(f"iteration_{config['iterations']}/pairs").get("rule"):
+    if rule := run.inputs(Label.iteration(config["iterations"], "pairs")).get("rule"):
         facts.append(f"Pair rule: {settings(rule)}")
     for name, part in (("Fine-tuning (SFT)", "sft"), ("Alignment", "align")):
         if part in run.stages.values():
@@ -244,7 +245,7 @@ def flat(component: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, An
 
 def sources(run: Finished) -> list[Source]:
     """The run's given data, with what identifies it."""
-    seeds = run.inputs("seeds")
+    seeds = run.inputs(Label.input("seeds"))
     purposes = {"demonstrations": "demonstrations", "ranked": "ranked answers"}
     named = [(said, seeds["config"][key]) for key, said in purposes.items() if seeds.get("config", {}).get(key)]
     found = [
@@ -265,7 +266,7 @@ def data(run: Finished) -> str:
     for source in sources(run):
         what = "hub data set" if source.hub_id else f"SHA-256 {code(source.content)}"
         lines.append(f"{source.purpose.capitalize()}: {code(source.name)}, {what}")
-    if held_out := run.counts.get("seeds", {}).get("questions_held_out"):
+    if held_out := run.counts.get(Label.input("seeds"), {}).get("questions_held_out"):
         lines.append(f"Held out to measure judging: {plural(held_out, 'ranked question')}")
     lines += [f"Dropped in {label}: {drops_text(reasons)}" for label, reasons in run.summary["drops"].items()]
     made = by_column(ITERATIONS, run.iteration_rows())
@@ -316,21 +317,22 @@ def limits(run: Finished) -> str:
 
 def lineage(run: Finished) -> str:
     """Which weights were made from which, by digest."""
-    made = {run.manifest(label).get("digest", label): label for label in reversed(run.stages)}
+    made = {run.manifest(label).get("digest"): label for label in reversed(run.stages)}
 
-    def name_of(artefact: Mapping[str, Any] | None) -> str:
-        return made.get(artefact["digest"], "–") if artefact else "–"
+    def label_of(artefact: Mapping[str, Any] | None) -> Label | None:
+        return made.get(artefact["digest"]) if artefact else None
 
     rows = [["model", "weights, SHA-256", "made by", "from", "reference", "trained on", "its content, SHA-256"]]
-    for label, digest in run.provenance["weights"].items():
-        inputs = run.inputs(label)
+    for name, digest in run.provenance["weights"].items():
+        inputs = run.inputs(Label.parse(name))
         taught = inputs.get("pairs") or inputs.get("demonstrations")
-        reference = name_of(inputs.get("reference"))
-        if run.stages.get(reference) == "reference":  # its log-probabilities, stored
-            reference = name_of(run.inputs(reference).get("policy"))
-        stage = code(run.provenance["artefacts"][label])
+        reference = label_of(inputs.get("reference"))
+        if reference and run.stages.get(reference) == "reference":  # its log-probabilities, stored
+            reference = label_of(run.inputs(reference).get("policy"))
+        stage = code(run.provenance["artefacts"][name])
         content = code(taught["digest"]) if taught else "–"
-        rows.append([label, code(digest), stage, name_of(inputs.get("policy")), reference, name_of(taught), content])
+        sources = [str(label or "–") for label in (label_of(inputs.get("policy")), reference, label_of(taught))]
+        rows.append([name, code(digest), stage, *sources, content])
     said = "A model's digest is that of its weight files' digests; `made by` names a stage and its key in the store."
     return f"{table(rows)}\n\n{said}"
 

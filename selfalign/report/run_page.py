@@ -44,7 +44,7 @@ from selfalign.report.tables import (
     ranked_histograms,
 )
 from selfalign.report.timing import times_table
-from selfalign.runs.labels import iteration_of
+from selfalign.runs.labels import BASELINE, Kind, Label, model_after
 from selfalign.runs.reader import Finished, read_head_to_head, read_samples
 
 Row = dict[str, Any]
@@ -268,8 +268,8 @@ def _of_models(run: Finished, key: str, name: str = "", colour: int = 0) -> Seri
 
 
 def _of_candidates(run: Finished, part: str, key: str, deviation: str = "", name: str = "") -> Series:
-    counted = [run.counts.get(f"iteration_{row['iteration'] + 1}/{part}", {}) for row in run.models]
-    wrote = [row["model"] != "SFT" for row in run.models]
+    counted = [run.counts.get(Label.iteration(row["iteration"] + 1, part), {}) for row in run.models]
+    wrote = [row["model"] != BASELINE for row in run.models]
     there = [(x, counts) for x, counts in enumerate(counted) if wrote[x] and is_number(counts.get(key))]
     points = [(x, counts[key]) for x, counts in there]
     spreads = [counts.get(deviation, 0.0) for _, counts in there]
@@ -289,8 +289,8 @@ def training_charts(run: Finished) -> str:
     figures: list[str] = []
     for title, caption, stage, key, reference in curves:
         series = [
-            Series(name=label, points=points, colour=-1 if label == "SFT" else iteration_of(label))
-            for label, points in run.curves(stage, key).items()
+            Series(name=name, points=points, colour=-1 if name == BASELINE else Label.model(name).iteration_number)
+            for name, points in run.curves(stage, key).items()
         ]
         if not series:
             continue
@@ -329,13 +329,14 @@ def head_to_head(run: Finished) -> str:
 def drops(run: Finished) -> str:
     """What was left out on the way: a row a reason, a column a model."""
     rows: dict[str, Row] = {}
-    for label, reasons in run.summary["drops"].items():
+    for text, reasons in run.summary["drops"].items():
+        label = Label.parse(text)
         for reason, count in reasons.items():
             name = f"{purpose(label)}: {reason.replace('_', ' ')}"
             row = rows.setdefault(name, {"reason": name})
-            model = f"M{iteration_of(label) + 1}"
+            model = model_after(label.iteration_number)
             row[model] = row.get(model, 0) + count
-    names = {f"M{iteration_of(label) + 1}": None for label in run.counts}
+    names = {model_after(label.iteration_number): None for label in run.counts}
     columns = [Column(name, f"dropped on the way to {name} and in measuring it", name, ANY) for name in names]
     there = [row for row in rows.values() if any(row.get(name) for name in names)]
     return table("dropped", [Column("dropped", "stage and reason", "reason", ANY), *columns], there) if there else ""
@@ -345,18 +346,17 @@ def times(run: Finished) -> str:
     """Where the time went, by purpose."""
     seconds: dict[str, float] = {}
     for stage in run.summary["stages"]:
-        name = purpose(stage["label"], stage["stage"])
+        name = purpose(Label.parse(stage["label"]), stage["stage"])
         seconds[name] = seconds.get(name, 0.0) + stage["seconds"]
     total = duration(math.fsum(seconds.values()))
     said = note(f"{total} in all. What was reused counts with the time it took when it was made.")
     return said + bars([(name, [value], duration(value)) for name, value in seconds.items() if value >= 0.05])
 
 
-def purpose(label: str, stage: str = "training") -> str:
+def purpose(label: Label, stage: str = "training") -> str:
     """What a stage is for, from its label; a label that names a model says nothing, so there the stage tells."""
-    place, _, part = label.partition("/")
-    name = part or (stage if place.startswith(("M", "SFT")) else place)
-    return PURPOSES.get(label) or PURPOSES.get(name) or PURPOSES.get(stage, name)
+    name = label.part or (stage if label.kind is Kind.MODEL else label.owner)
+    return PURPOSES.get(str(label)) or PURPOSES.get(name) or PURPOSES.get(stage, name)
 
 
 def provenance(run: Finished) -> str:

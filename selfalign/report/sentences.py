@@ -4,6 +4,7 @@ from html import escape
 from typing import Any
 
 from selfalign.report.html import compact, is_number, percent, strong
+from selfalign.runs.labels import Kind, Label
 from selfalign.runs.reader import Finished
 
 LOSSES = {"SrDPO": "Sr-DPO", "SrIPO": "Sr-IPO"}
@@ -16,7 +17,7 @@ def what_was_run(run: Finished) -> str:
     said = [_model_sentence(run), _data_sentence(run), _loss_sentence(run)]
     if evaluated := run.summary.get("evaluated"):
         said = [f"Models of {strong(', '.join(evaluated))} were measured; nothing was trained."]
-    if questions := run.counts.get("questions", {}).get("instructions"):
+    if questions := run.counts.get(Label.input("questions"), {}).get("instructions"):
         judged = "".join(f", {how} by {escape(who)}" for how, who in judges_of_answers(run))
         said.append(f"Every model answered {questions} held-out instructions{judged}.")
     return " ".join([*said, f"Seed {strong(run.summary['seed'])}."])
@@ -34,21 +35,21 @@ def judges_of_answers(run: Finished) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     if settings["instructions"] and (referee := settings.get("head_to_head")):
         found.append(("compared head to head", judge_name(referee)))
-    if any(label.startswith("evaluation_") and label.endswith("/scores") for label in run.stages):
+    if any(label.kind is Kind.EVALUATION and label.part == "scores" for label in run.stages):
         found.append(("scored", judge_name({**judge, "model": settings["judge"]})))
     return found
 
 
 def _model_sentence(run: Finished) -> str:
-    model, seeds = run.config["model"], run.counts.get("seeds", {})
-    rank, parameters = model["lora"]["rank"], run.counts.get("M0", {}).get("parameters")
+    model, seeds = run.config["model"], run.counts.get(Label.input("seeds"), {})
+    rank, parameters = model["lora"]["rank"], run.counts.get(Label.model("M0"), {}).get("parameters")
     size = f"{parameters / 1e6:.3g} M parameters, " if parameters else ""
     trained = f"LoRA of rank {rank}" if rank else "all weights trained"
     start = f"M0 is {strong(model['path'])} ({size}{trained})"
-    if "M1" not in run.counts:
+    if Label.model("M1") not in run.counts:
         return f"{start}, which serves as M1."
     judging = f" and {seeds['eft']} of judging" if seeds.get("eft") else ""
-    if written := run.counts.get("eft/demonstrations", {}).get("eft"):
+    if written := run.counts.get(Label.input("eft", "demonstrations"), {}).get("eft"):
         judging = f" and {written} of judging that the SFT baseline wrote"
     return f"{start}; fine-tuning on {seeds.get('ift', 0)} demonstrations of following instructions{judging} made M1."
 
@@ -78,10 +79,10 @@ def _data_sentence(run: Finished) -> str:
 
 
 def _loss_sentence(run: Finished) -> str:
-    labels = [row["model"] for row in run.models if row["iteration"]]
+    labels = [Label.model(row["model"]) for row in run.models if row["iteration"]]
     if not labels:
         return ""
-    models, loss = strong(", ".join(labels)), run.config["loss"]
+    models, loss = strong(", ".join(map(str, labels))), run.config["loss"]
     if run.stages[labels[0]] == "sft":
         return f"Fine-tuning on the good responses alone ({strong('positives')}) made {models}."
     settings = [f"β = {loss['beta']:g}"] + ([f"λ = {loss['lam']:g}"] if "lam" in loss else [])
@@ -93,7 +94,7 @@ def _loss_sentence(run: Finished) -> str:
 
 def warnings(run: Finished) -> str:
     """Judges whose scores hardly tell responses apart, and models that crossed a bound."""
-    constant = [label for label, counts in run.counts.items() if counts.get("judge/constant")]
+    constant = [str(label) for label, counts in run.counts.items() if counts.get("judge/constant")]
     crossed = [
         f"{row['model']}: {key.removeprefix('crossed/').replace('_', ' ')} {compact(value)}"
         for row in run.models

@@ -9,6 +9,7 @@ from selfalign.metrics.catalog import METRICS, meaning_in_benchmark
 from selfalign.metrics.summaries import score_histogram
 from selfalign.report.charts import draw_heatmap, draw_histogram
 from selfalign.report.html import Column, Row, decimals, explained, figure, grid, is_number, note, percent, strong
+from selfalign.runs.labels import Label
 from selfalign.runs.reader import Finished
 
 MODEL = Column("model", "whose numbers these are", "model", decimals(0))
@@ -107,9 +108,6 @@ OTHERS = (
         )
     ),
 )
-
-COMPARED = re.compile(r"evaluation_(?P<model>[^/]+)/(?:(?P<benchmark>.+)_)?against_(?P<opponent>[^/]+)")
-"""The labels of comparisons."""
 
 COMPARISONS = (
     Column("model", "whose wins these are", "model", decimals(0)),
@@ -225,29 +223,30 @@ def comparisons_table(run: Finished) -> str:
     """Wins, ties and losses of comparisons that the models' own numbers do not tell: on benchmarks, and of a matrix."""
     rows: list[Row] = []
     for stage in run.summary["stages"]:
-        found = COMPARED.fullmatch(stage["label"]) if stage["stage"] == "compare" else None
-        if found and (found["benchmark"] or run.config["evaluate"]["matrix"]):
+        label = Label.parse(stage["label"])
+        if stage["stage"] == "compare" and (label.benchmark or run.config["evaluate"]["matrix"]):
             counts = stage["counts"]
             judged = counts["wins"] + counts["ties"] + counts["losses"]
             shares = {name: counts[name] / judged for name in ("wins", "ties", "losses")}
-            asked = f"{found['benchmark']}, every turn" if found["benchmark"] else "evaluation instructions"
-            rows.append({**counts, **shares, **found.groupdict(), "asked": asked, "judged": judged})
+            asked = f"{label.benchmark}, every turn" if label.benchmark else "evaluation instructions"
+            who = {"model": label.model_name, "opponent": label.opponent}
+            rows.append({**counts, **shares, **who, "asked": asked, "judged": judged})
     return explained("head to head", COMPARISONS, rows) if rows else ""
 
 
 def histograms(run: Finished) -> str:
     """How often each score was given to candidates, iteration by iteration."""
-    labels = {f"Scores, iteration {n}": f"iteration_{n}/judgements" for n in run.iterations}
+    labels = {f"Scores, iteration {n}": Label.iteration(n, "judgements") for n in run.iterations}
     return _histograms(run, labels, "judgements of candidates")
 
 
 def ranked_histograms(run: Finished) -> str:
     """How often each score was given to the answers that humans ranked, model by model."""
-    labels = {f"Scores by {row['model']}": f"evaluation_{row['model']}/ranked_scores" for row in run.models}
+    labels = {f"Scores by {row['model']}": Label.evaluation(row["model"], "ranked_scores") for row in run.models}
     return _histograms(run, labels, "judgements of held-out ranked answers")
 
 
-def _histograms(run: Finished, labels: dict[str, str], what: str) -> str:
+def _histograms(run: Finished, labels: dict[str, Label], what: str) -> str:
     """With one scale of heights; whole scores have a bar each, others four a point."""
     scale = run.config["judge"]
     if "low" not in scale:

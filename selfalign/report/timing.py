@@ -11,7 +11,7 @@ from selfalign.core.formatting import duration
 from selfalign.metrics.catalog import METRICS
 from selfalign.report.html import Column, decimals, explained, note
 from selfalign.report.sentences import LOSSES
-from selfalign.runs.labels import iteration_of
+from selfalign.runs.labels import BASELINE, Label
 from selfalign.runs.reader import Finished
 from selfalign.store.artifacts import LOG, MANIFEST
 
@@ -44,25 +44,25 @@ def training_times(folders: Sequence[Path]) -> list[Row]:
 
 
 def _of_run(folder: Path) -> list[Row]:
-    labels = [path.parent.name for path in (folder / "artefacts").glob(f"*/{MANIFEST}")]
-    labels.sort(key=lambda label: (iteration_of(label), label != "SFT"))
+    labels = [Label.parse(path.parent.name) for path in (folder / "artefacts").glob(f"*/{MANIFEST}")]
+    labels.sort(key=lambda label: (label.iteration_number, label.owner != BASELINE))
     return [row for label in labels if (row := _of_model(folder, label))]
 
 
-def _of_model(folder: Path, label: str) -> Row:
+def _of_model(folder: Path, label: Label) -> Row:
     """One training; empty for an artefact that is none, or whose steps have no times."""
-    place = folder / "artefacts" / label
+    place = label.link_in(folder)
     manifest, log = read_json(place / MANIFEST), place / LOG
     steps = [json.loads(line) for _, line in read_lines(log)] if log.is_file() else []
     if manifest.get("stage") not in ("align", "sft") or not steps or any("step_seconds" not in row for row in steps):
         return {}
     loss = manifest["inputs"].get("loss", {})
-    stored = folder / f"artefacts/iteration_{iteration_of(label)}/reference" / MANIFEST
+    stored = Label.iteration(label.iteration_number, "reference").link_in(folder) / MANIFEST
     seconds = math.fsum(row["step_seconds"] for row in steps)
     tokens = math.fsum(row["tokens_per_second"] * row["step_seconds"] for row in steps)
     row = {
         "run": folder.name,
-        "model": label,
+        "model": str(label),
         "loss": LOSSES.get(name, name) if (name := loss.get("class")) else "fine-tuning",
         "lam": loss.get("lam"),
         "beta": loss.get("beta"),

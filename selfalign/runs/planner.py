@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from selfalign.runs.labels import Label
 from selfalign.store.artifacts import Artefact
 from selfalign.store.stage import StageFunction, plan_stage
 
@@ -15,10 +16,10 @@ class Planner:
         stages: (label, size) of every stage, in the order the pipeline asks for them.
     """
 
-    stages: list[tuple[str, str]] = field(default_factory=list)
+    stages: list[tuple[Label, str]] = field(default_factory=list)
 
-    def make(self, label: str, stage: StageFunction, **inputs: Any) -> Artefact:
+    def make(self, label: Label, stage: StageFunction, **inputs: Any) -> Artefact:
         """Return what stands for the artefact."""
-        planned, size = plan_stage(label, stage, inputs)
+        planned, size = plan_stage(str(label), stage, inputs)
         self.stages.append((label, size))
         return planned

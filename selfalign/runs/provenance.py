@@ -3,14 +3,14 @@
 import importlib.metadata
 import os
 import platform
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 from selfalign.core.files import PACKAGE, write_json
 from selfalign.models.checkpoint import PolicyFiles
-from selfalign.runs.runner import Run
+from selfalign.runs.labels import Kind, Label
+from selfalign.runs.ledger import Ledger
 
 PACKAGES = (
     "selfalign",
@@ -25,15 +25,19 @@ PACKAGES = (
 )
 
 
-def write_provenance(run: Run, seed: int) -> None:
+FIXED = {Label.input("writer"), Label.input("judge"), Label.input("referee")}
+"""Models from outside whose weights are told, besides the run's own."""
+
+
+def write_provenance(ledger: Ledger, seed: int) -> None:
     """Writes what the results came from: code, packages, machine, seed and the digests of all weights."""
     policies = {
-        k: PolicyFiles(a.path).digest
-        for k, a in run.artefacts.items()
-        if re.fullmatch(r"M\d+|SFT|writer|judge|referee", k)
+        str(label): PolicyFiles(artefact.path).digest
+        for label, artefact in ledger.artefacts.items()
+        if label.kind is Kind.MODEL or label in FIXED
     }
     write_json(
-        run.folder / "provenance.json",
+        ledger.folder / "provenance.json",
         {
             **code_state(),
             "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
@@ -46,7 +50,7 @@ def write_provenance(run: Run, seed: int) -> None:
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "seed": seed,
             "weights": policies,
-            "artefacts": {label: f"{a.stage}/{a.key}" for label, a in run.artefacts.items()},
+            "artefacts": {str(label): f"{a.stage}/{a.key}" for label, a in ledger.artefacts.items()},
         },
     )
 

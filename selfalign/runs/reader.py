@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, takewhile
@@ -25,6 +24,7 @@ from selfalign.core.records import (
 )
 from selfalign.data.turns import as_text
 from selfalign.metrics.intervals import bootstrap_mean, wilson
+from selfalign.runs.labels import Kind, Label
 
 R = TypeVar(
     "R", Comparison, Demonstration, Instruction, Judgement, PreferencePair, RankedAnswers, Response, ResponseScore
@@ -63,13 +63,13 @@ class Sample:
     candidates: list[Candidate]
 
 
-def check_artefacts(folder: Path, labels: Iterable[str]) -> None:
+def check_artefacts(folder: Path, labels: Iterable[Label]) -> None:
     """What a finished run has made is where its links lead.
 
     Raises:
         SelfalignError: something is not, as in a folder that was copied without its store.
     """
-    gone = [label for label in labels if not (folder / "artefacts" / label / "manifest.json").is_file()]
+    gone = [label for label in labels if not (label.link_in(folder) / "manifest.json").is_file()]
     if gone:
         raise SelfalignError(
             f"{folder}: {len(gone)} of its artefacts, {gone[0]} first, are not where its links lead; a run folder is "
@@ -96,8 +96,8 @@ class Finished:
     summary: Row
     provenance: Row
     config: Row
-    stages: dict[str, str]
-    counts: dict[str, Row]
+    stages: dict[Label, str]
+    counts: dict[Label, Row]
     rows: list[Row]
     models: list[Row]
 
@@ -122,8 +122,8 @@ class Finished:
             summary=summary,
             provenance=read_json(folder / "provenance.json"),
             config=summary["config"],
-            stages={stage["label"]: stage["stage"] for stage in summary["stages"]},
-            counts={stage["label"]: stage["counts"] for stage in summary["stages"]},
+            stages={Label.parse(stage["label"]): stage["stage"] for stage in summary["stages"]},
+            counts={Label.parse(stage["label"]): stage["counts"] for stage in summary["stages"]},
             rows=[json.loads(line) for line in lines],
             models=[{**intervals(folder, row["model"]), **row} for row in summary["models"]],
         )
@@ -132,27 +132,27 @@ class Finished:
     def judge(self) -> str:
         """The class of the judge, empty where nothing was judged."""
         judged = (label for label, stage in self.stages.items() if stage == "judge")
-        return self.setting(next(judged, ""), "judge")
+        return next((self.setting(label, "judge") for label in judged), "")
 
     @property
     def iterations(self) -> list[int]:
         """Iterations that made data to train on."""
         return iterations_of(self.counts)
 
-    def records(self, label: str, kind: type[R]) -> Iterator[R]:
+    def records(self, label: Label, kind: type[R]) -> Iterator[R]:
         """The records of one artefact, one at a time; none where there is no such file."""
         return stream_there(self.folder, label, kind)
 
-    def setting(self, label: str, name: str) -> str:
+    def setting(self, label: Label, name: str) -> str:
         """The class of one of a stage's settings, such as its loss, which the configuration does not name."""
         return self.inputs(label).get(name, {}).get("class", "")
 
-    def manifest(self, label: str) -> Row:
+    def manifest(self, label: Label) -> Row:
         """What an artefact's manifest says; nothing where there is none."""
-        path = self.folder / "artefacts" / label / "manifest.json"
+        path = label.link_in(self.folder) / "manifest.json"
         return read_json(path) if path.is_file() else {}
 
-    def inputs(self, label: str) -> Row:
+    def inputs(self, label: Label) -> Row:
         """What an artefact was made from: settings, seeds, and other artefacts by their digests."""
         return self.manifest(label).get("inputs", {})
 
@@ -161,7 +161,7 @@ class Finished:
         parts = ("instructions", "responses", "judgements", "pairs")
         return [
             {"iteration": n}
-            | {f"{part}/{k}": v for part in parts for k, v in self.counts.get(f"iteration_{n}/{part}", {}).items()}
+            | {f"{part}/{k}": v for part in parts for k, v in self.counts.get(Label.iteration(n, part), {}).items()}
             for n in self.iterations
         ]
 
@@ -174,17 +174,17 @@ class Finished:
         return curves
 
 
-def iterations_of(labels: Iterable[str]) -> list[int]:
+def iterations_of(labels: Iterable[Label]) -> list[int]:
     """The iterations that made pairs or positives, in order."""
-    return sorted(int(found[1]) for label in labels if (found := re.fullmatch(r"iteration_(\d+)/pairs", label)))
+    return sorted(label.iteration_number for label in labels if label.kind is Kind.ITERATION and label.part == "pairs")
 
 
-def stream_there(folder: Path, label: str, kind: type[R]) -> Iterator[R]:
+def stream_there(folder: Path, label: Label, kind: type[R]) -> Iterator[R]:
     """The records of one kind in an artefact of a run, one at a time; none where there is no such file or it is empty.
 
     Whoever needs only the first ones reads no further.
     """
-    path = folder / "artefacts" / label / FILES[kind]
+    path = label.link_in(folder) / FILES[kind]
     return stream_records(path, kind) if path.is_file() and path.stat().st_size else iter(())
 
 
@@ -193,14 +193,14 @@ def read_samples(folder: Path, iteration: int, count: int) -> list[Sample]:
 
     What belongs to the first instructions stands at the beginning of every file, which is not read to its end.
     """
-    place = f"iteration_{iteration}"
-    pairs = stream_there(folder, f"{place}/pairs", PreferencePair)
-    asked = list(islice(stream_there(folder, f"{place}/instructions", Instruction), count))
+    label = Label.iteration(iteration, "pairs")
+    pairs = stream_there(folder, label, PreferencePair)
+    asked = list(islice(stream_there(folder, label.sibling("instructions"), Instruction), count))
     if not asked:
         return [Sample(as_text(pair.prompt), given_candidates(pair)) for pair in islice(pairs, count)]
     ids = {one.id for one in asked}
-    judged = list(takewhile(lambda one: one.response.instruction_id in ids, stream_judged(folder, place)))
-    role = roles(folder, place, takewhile(lambda pair: pair.instruction_id in ids, pairs), judged)
+    judged = list(takewhile(lambda one: one.response.instruction_id in ids, stream_judged(folder, label)))
+    role = roles(folder, label, takewhile(lambda pair: pair.instruction_id in ids, pairs), judged)
     candidates: dict[str, list[Candidate]] = {one.id: [] for one in asked}
     for one in judged:
         candidates[one.response.instruction_id].append(one.candidate(role.get(one.response.id, "")))
@@ -222,13 +222,13 @@ class Judged:
 
 
 def stream_judged(
-    folder: Path, place: str, responses: str = "responses", judgements: str = "judgements"
+    folder: Path, label: Label, responses: str = "responses", judgements: str = "judgements"
 ) -> Iterator[Judged]:
-    """The responses below a place such as "iteration_1", one at a time, with what a judge said of them."""
-    answers, said = f"{place}/{responses}", f"{place}/{judgements}"
+    """The responses beside an artefact, one at a time, with what a judge said of them."""
+    answers, said = label.sibling(responses), label.sibling(judgements)
 
     def joined(kind: type[S], owner: Callable[[S], str]) -> Iterator[tuple[Response, list[S]]]:
-        file = folder / "artefacts" / said / FILES[kind]
+        file = said.link_in(folder) / FILES[kind]
         return follow(stream_there(folder, answers, Response), stream_there(folder, said, kind), owner, file)
 
     every = zip(joined(Judgement, lambda one: one.response_id), joined(ResponseScore, lambda one: one.id), strict=True)
@@ -240,26 +240,26 @@ def stream_judged(
 
 def read_head_to_head(folder: Path, first: str, last: str) -> list[Sample]:
     """Evaluation instructions with the answers of two models, in that order, and which won."""
-    answers = [read_answers(folder, f"evaluation_{name}") for name in (first, last)]
-    compared = stream_there(folder, f"evaluation_{last}/against_{first}", Comparison)
+    answers = [read_answers(folder, name) for name in (first, last)]
+    compared = stream_there(folder, Label.comparison(last, first), Comparison)
     outcomes = {one.instruction_id: one.outcome for one in compared} or None
     return [
         Sample(asked.text, with_winner([of_model[asked.id] for of_model in answers], asked.id, outcomes))
-        for asked in stream_there(folder, "questions", Instruction)
+        for asked in stream_there(folder, Label.input("questions"), Instruction)
         if all(asked.id in of_model for of_model in answers)
     ]
 
 
-def read_answers(folder: Path, place: str) -> dict[str, Candidate]:
-    """{instruction id: a model's first answer} of an evaluation."""
-    judged = list(stream_judged(folder, place, "answers", "scores"))
+def read_answers(folder: Path, model: str) -> dict[str, Candidate]:
+    """{instruction id: a model's first answer} of its evaluation."""
+    judged = list(stream_judged(folder, Label.evaluation(model, "answers"), "answers", "scores"))
     return {one.response.instruction_id: one.candidate() for one in reversed(judged)}
 
 
-def roles(folder: Path, place: str, pairs: Iterable[PreferencePair], judged: Sequence[Judged]) -> dict[str, str]:
-    """{response id: what became of it}, of the first responses of an iteration."""
+def roles(folder: Path, label: Label, pairs: Iterable[PreferencePair], judged: Sequence[Judged]) -> dict[str, str]:
+    """{response id: what became of it}, of the first responses of an iteration, by its pairs or positives."""
     ids = {one.response.id for one in judged}
-    positives = takewhile(lambda one: one.id in ids, stream_there(folder, f"{place}/pairs", Demonstration))
+    positives = takewhile(lambda one: one.id in ids, stream_there(folder, label, Demonstration))
     kept = {positive.id: "positive" for positive in positives}
     return kept | {name: role for p in pairs for name, role in ((p.chosen_id, "chosen"), (p.rejected_id, "rejected"))}
 
@@ -295,7 +295,7 @@ def with_winner(
 
 def intervals(folder: Path, model: str) -> dict[str, float]:
     """95 % intervals of how long a model's answers are and how many end by themselves."""
-    answers = list(stream_there(folder, f"evaluation_{model}/answers", Response))
+    answers = list(stream_there(folder, Label.evaluation(model, "answers"), Response))
     if not answers:
         return {}
     finished = wilson(sum(answer.finish_reason is FinishReason.EOS for answer in answers), len(answers))

@@ -11,7 +11,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from functools import cached_property
@@ -115,10 +115,14 @@ class Workspace:
         for row in rows:
             self._on_row(row)
 
+    def progress(self, total: int, unit: str) -> AbstractContextManager[Callable[[int], None]]:
+        """A progress bar with `total` units, which the main process shows."""
+        return progress_bar(self.label, total, unit, shown=distributed.is_main())
+
     @contextmanager
     def journal(self, total: int, unit: str) -> Iterator[Journal]:
         """Work in numbered batches that outlives a kill; shows a progress bar with `total` units."""
-        with progress_bar(self.label, total, unit) as advance:
+        with self.progress(total, unit) as advance:
 
             def done(size: int) -> None:
                 advance(size)

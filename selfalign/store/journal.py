@@ -30,12 +30,8 @@ class Journal:
     def __init__(self, folder: Path, advance: Callable[[int], None]) -> None:
         self.advance = advance
         self._folder = folder
-        self._places: dict[str, tuple[int, int]] = {}
+        self._places = distributed.on_main(lambda: read_all_places(folder))
         self._news: dict[str, tuple[int, int]] = {}
-        if distributed.is_main():
-            for path in sorted(folder.glob("journal-*.jsonl")):
-                self._places |= read_places(path)
-        self._places = distributed.broadcast(self._places)
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
@@ -89,6 +85,14 @@ class Journal:
 
     def _file(self, rank: int) -> Path:
         return self._folder / f"journal-{rank}.jsonl"
+
+
+def read_all_places(folder: Path) -> dict[str, tuple[int, int]]:
+    """{batch: (whose file, where in it)} of the journals of all processes."""
+    places: dict[str, tuple[int, int]] = {}
+    for path in sorted(folder.glob("journal-*.jsonl")):
+        places |= read_places(path)
+    return places
 
 
 def read_places(path: Path) -> dict[str, tuple[int, int]]:

@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from selfalign.core.errors import SelfalignError, one_line
+from selfalign.runs.labels import Label
 from selfalign.runs.tracker import NoTracker, Tracker, tracked_id
 
 logger = logging.getLogger(__name__)
@@ -22,8 +23,6 @@ SAID |= {"disabled": "disabled"}
 """What WANDB_MODE may say, and what that comes to."""
 BY_ITERATION = ("eval", "judge", "judge_quality", "calibration", "preferences", "crossed", "held_out")
 """Metrics that a model has once: their axis is the iteration, that of all others W&B's step, which is the row's."""
-AMONG_EVALUATION = re.compile("answers|scores|ranked_scores|(.+_)?against_.+")
-"""Parts of an evaluation whose metrics have the same names as an iteration's, or as one another's."""
 MOST_ROWS = 1000
 """Of a table; what is beyond them lies in the run folder."""
 
@@ -124,9 +123,9 @@ class WandbTracker:
 
     def log(self, row: dict[str, Any]) -> None:
         """The numbers of one row, at its own step."""
-        self.step, place = row["step"], place_of(row["label"])
+        self.step, prefix = row["step"], Label.parse(row["label"]).metric_prefix
         axes = {name: row[name] for name in ("step", "iteration")}
-        numbers = {place + name: v for name, v in row.items() if name not in axes and not isinstance(v, str)}
+        numbers = {prefix + name: v for name, v in row.items() if name not in axes and not isinstance(v, str)}
         self.run.log(axes | numbers, step=self.step)
 
     def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -168,17 +167,6 @@ class NoTracking:
     def open(self, folder: Path, config: dict[str, Any]) -> Iterator[Tracker]:
         """A tracker that does nothing."""
         yield NoTracker()
-
-
-def place_of(label: str) -> str:
-    """What sets metrics apart from those of the same name that another part of the same iteration has.
-
-    The SFT baseline is of M1's iteration, and a model's evaluation of the one that made it.
-    """
-    place, _, part = label.partition("/")
-    if place in ("SFT", "evaluation_SFT"):
-        return "SFT/"
-    return f"evaluation/{part}/" if AMONG_EVALUATION.fullmatch(part) else ""
 
 
 def is_online() -> bool:

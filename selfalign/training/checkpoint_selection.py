@@ -132,10 +132,12 @@ class CheckpointSelector:
     def _compare(self, policy: Policy, step: int) -> None:
         """Has the policy answer, and its answers compared with those of the checkpoint chosen so far."""
         folder, selection, files = self._folder(step), self.selection, self.files(step)
-        if distributed.is_main():
+
+        def save() -> None:
             files.path.mkdir(parents=True, exist_ok=True)
             files.save(policy, self.base)
-        distributed.wait_for_all()
+
+        distributed.on_main(save)
         label = f"{self.out.label} after {step} steps"
         instructions = selection.instructions.path / "instructions.jsonl"
         generate_responses(
@@ -160,9 +162,7 @@ class CheckpointSelector:
                 generate=selection.generate,
                 seed=selection.seed,
             )
-        if distributed.is_main():
-            write_json(self._result(step), counts)
-        distributed.wait_for_all()
+        distributed.on_main(lambda: write_json(self._result(step), counts))
 
 
 def loses(wins: int, losses: int, level: float) -> bool:

@@ -82,12 +82,15 @@ def store_examples(folder: Path, kind: type[E], make: Callable[[Counter[str]], I
     import datasets
 
     table, tally = folder / "examples.arrow", folder / "counts.json"
-    if distributed.is_main() and not tally.exists():  # It is written last.
-        folder.mkdir(parents=True, exist_ok=True)
-        counted: Counter[str] = Counter()
-        _write(table, kind, make(counted))
-        write_json(tally, counted)
-    distributed.wait_for_all()
+
+    def store() -> None:
+        if not tally.exists():  # It is written last.
+            folder.mkdir(parents=True, exist_ok=True)
+            counted: Counter[str] = Counter()
+            _write(table, kind, make(counted))
+            write_json(tally, counted)
+
+    distributed.on_main(store)
     opened = datasets.Dataset.from_file(str(table))
     return StoredExamples(opened, kind, read_json(tally), range(len(opened)))
 

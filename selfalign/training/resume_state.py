@@ -47,17 +47,17 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, sched
         with naming(folder):
             _save(folder, model, optimizer, schedule)
     except OSError:
-        if distributed.is_main():
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
 def _save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
-    if distributed.is_main():
+    def begin() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         write_json(folder / SCHEDULE, schedule.state_dict())
-    distributed.wait_for_all()
+
+    distributed.on_main(begin)
     tensors = {name: torch.as_tensor(value) for name, (_, _, value) in _places(model, optimizer).items()}
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:

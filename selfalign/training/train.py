@@ -1,6 +1,7 @@
 """`train`: a policy, examples and an objective → the trained policy; transformers' Trainer does the rest."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 
@@ -67,8 +68,7 @@ def train(
     whole = loaded
     if weights.layout.sharded:
         whole = put_together(loaded, policy, weights)
-    if whole is not None and distributed.is_main():
-        PolicyFiles(out.path).save(whole, base)
+    distributed.on_main(lambda: PolicyFiles(out.path).save(cast(Policy, whole), base))
     return loaded
 
 

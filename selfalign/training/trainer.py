@@ -20,7 +20,6 @@ from transformers.trainer_callback import PrinterCallback, TrainerControl, Train
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed
-from selfalign.core.progress import progress_bar
 from selfalign.metrics.accumulate import Sums, add_sums, averages
 from selfalign.models.checkpoint import Policy, autocast, default_device
 from selfalign.store.artifacts import Workspace
@@ -110,7 +109,7 @@ class StepTrainer(Trainer):
         if self.checkpoints is not None and self.checkpoints.resume(done):
             return done
         with ExitStack() as stack:
-            self.advance = stack.enter_context(progress_bar(self.out.label, len(self.steps), "steps"))
+            self.advance = stack.enter_context(self.out.progress(len(self.steps), "steps"))
             self.advance(done)
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         return self.state.global_step
@@ -167,10 +166,12 @@ class StepTrainer(Trainer):
         """Writes a snapshot, the trainer's own state last, and removes the older ones."""
         folder = self.folder / f"checkpoint-{self.state.global_step}"
         resume_state.save(folder, self.policy.model, self.plain_optimizer, self.lr_scheduler)
-        if distributed.is_main():
-            self.state.save_to_json(str(folder / STATE))
-            for other in set(self.folder.glob("checkpoint-*")) - {folder}:
-                shutil.rmtree(other)
+        distributed.on_main(lambda: self._keep_only(folder))
+
+    def _keep_only(self, folder: Path) -> None:
+        self.state.save_to_json(str(folder / STATE))
+        for other in set(self.folder.glob("checkpoint-*")) - {folder}:
+            shutil.rmtree(other)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Left to `_load_optimizer_and_scheduler`, which comes when the model is laid out."""

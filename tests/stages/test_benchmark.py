@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from benching import QUESTIONS, REFERENCES, write_rows
-from builders import TINY_RUN, composed, metrics, policy_artefact, run, workspace, write_tiny_data
+from builders import TINY_RUN, composed, metrics, planned, policy_artefact, run, workspace, write_tiny_data
 
 from selfalign.benchmarks.protocol import Entrant
 from selfalign.cli.environment import conf_folder
@@ -86,7 +86,7 @@ def labels(folder: Path) -> list[str]:
 
 def test_every_model_is_measured_and_the_plan_says_so(benched: tuple[Path, list[str]]) -> None:
     folder, overrides = benched
-    planned = dict(plan(composed(*overrides)[0]))
+    planned = {str(label): size for label, size in plan(composed(*overrides)[0])}
     assert list(planned) == labels(folder)
     assert {"evaluation_M1/mt_bench", "evaluation_M2/mt_bench"} <= planned.keys()
     assert planned["evaluation_M1/mt_bench"].startswith("2 questions of ")
@@ -198,7 +198,7 @@ def test_judge_of_its_own_is_loaded_once_and_named_in_the_plan(tmp_path: Path) -
     overrides = settings(tmp_path, "benchmark.mt_bench.judge.model=random:tiny", "benchmark.mt_bench.count=1")
     folder = run(tmp_path / "outputs", *overrides)
     assert labels(folder).count("judges/mt_bench") == 1
-    assert [label for label, _ in plan(composed(*overrides)[0])] == labels(folder)
+    assert planned(composed(*overrides)[0]) == labels(folder)
     judged = [path.name for path in folder.glob("artefacts/evaluation_M*/mt_bench/model_judgment/*")]
     assert len(judged) == 2
     assert len(set(judged)) == 1
