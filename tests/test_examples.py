@@ -15,7 +15,8 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import write_records
 from selfalign.core.records import PairReference
 from selfalign.models.batches import Group, PairExample
-from selfalign.training.dataset import follow_references, store_examples, with_reference
+from selfalign.training.dataset import store_examples
+from selfalign.training.reference import follow_references, with_reference
 from selfalign.training.trainer import Steps
 
 

@@ -107,10 +107,11 @@ def ours(job: argparse.Namespace, *, refined: bool, lora: bool) -> list[float]:
     from selfalign.models.batches import Group, PairExample
     from selfalign.models.checkpoint import Policy, PolicyFiles
     from selfalign.models.config import LoRA
-    from selfalign.stages.align import Preference, StoredReferences
     from selfalign.store.artifacts import Workspace
     from selfalign.training.config import Optimization, Weights
+    from selfalign.training.preference import Preference
     from selfalign.training.prepare import prepare
+    from selfalign.training.reference import StoredReferences
     from selfalign.training.trainer import StepTrainer
 
     model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)

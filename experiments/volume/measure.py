@@ -45,7 +45,8 @@ from selfalign.stages.reference import reference
 from selfalign.stages.respond import RespondConfig, respond
 from selfalign.store.artifacts import Artefact, Workspace
 from selfalign.training.config import Precision
-from selfalign.training.dataset import StoredExamples, follow_references, store_examples
+from selfalign.training.dataset import StoredExamples, store_examples
+from selfalign.training.reference import follow_references
 from selfalign.training.trainer import Steps
 
 CANDIDATES, SAMPLES, WORDS = 4, 3, 30

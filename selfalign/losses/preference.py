@@ -9,7 +9,7 @@ and Δ is the refinement of `selfalign.losses.refinement`, without gradient.
 
 import math
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch.nn.functional as F
 
@@ -18,6 +18,7 @@ from selfalign.losses.logps import PairLogps, Values
 from selfalign.losses.refinement import Refinement, refinement
 
 
+@runtime_checkable
 class PreferenceLoss(Protocol):
     """What the trainer asks of a loss: policy, reference and Δ, each over (pairs,), to losses (pairs,)."""
 
@@ -209,6 +210,17 @@ class Positives:
     def __post_init__(self) -> None:
         if self.start not in ("newest", "base"):
             raise SelfalignError(f"loss.start must be newest or base; got {self.start!r}")
+
+
+def refinement_of(loss: PreferenceLoss | Positives) -> Refinement | None:
+    """The refinement a loss asks for, or None."""
+    return loss.refinement if isinstance(loss, SrDPO | SrIPO) else None
+
+
+def augmentation_of(loss: PreferenceLoss | Positives) -> Refinement | None:
+    """What a loss's second pass depends on; None where it has no second pass."""
+    source = refinement_of(loss)
+    return source.augmentation() if source else None
 
 
 def logistic(logits: Values, label_smoothing: float) -> Values:

@@ -5,12 +5,11 @@ from dataclasses import dataclass, field, replace
 
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.files import digest_json
-from selfalign.losses.preference import Positives, PreferenceLoss
+from selfalign.losses.preference import Positives, PreferenceLoss, augmentation_of
 from selfalign.losses.refinement import Refinement
 from selfalign.pipeline.inputs import Given
 from selfalign.pipeline.models import Judging, Models
 from selfalign.runs.runner import Maker
-from selfalign.stages.align import augmentation_of
 from selfalign.stages.preferences import preferences
 from selfalign.stages.reference import reference
 from selfalign.store.artifacts import Artefact, canonical

@@ -11,14 +11,14 @@ from selfalign.config.data import SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.files import derive_seed
 from selfalign.judges.protocol import asks_a_server
-from selfalign.losses.preference import Positives
+from selfalign.losses.preference import Positives, augmentation_of
 from selfalign.models.config import ModelConfig
 from selfalign.pipeline.evaluation import Evaluation
 from selfalign.pipeline.inputs import Given, makes_baseline
 from selfalign.pipeline.models import Judging, Models, checkpoint_judge, fixed_judges, load_model
 from selfalign.pipeline.requirements import check_requirements
 from selfalign.runs.runner import Maker
-from selfalign.stages.align import align, augmentation_of
+from selfalign.stages.align import align
 from selfalign.stages.eft import eft
 from selfalign.stages.instruct import given_instructions, instruct
 from selfalign.stages.pair import PositivesOnly, gather_pairs, pair

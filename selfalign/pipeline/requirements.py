@@ -15,16 +15,16 @@ from selfalign.judges.comparator import Referee, verdict_tokens
 from selfalign.judges.expected import ExpectedScore, score_tokens
 from selfalign.judges.protocol import OWN_MODELS, asks_a_server
 from selfalign.judges.written import WrittenScore
-from selfalign.losses.preference import ODPO, Positives
+from selfalign.losses.preference import ODPO, Positives, augmentation_of
 from selfalign.models.batches import score_gap
 from selfalign.models.chat_template import opened_thought
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.tokenizer import encode_prompt, plain_ids
 from selfalign.pipeline.inputs import Given
 from selfalign.pipeline.models import judges_of
-from selfalign.stages.align import augmentation_of, lacks_score_gaps
 from selfalign.stages.seeds import EvaluationFineTuning
 from selfalign.store.artifacts import Artefact
+from selfalign.training.preference import lacks_score_gaps
 
 
 def check_requirements(config: ExperimentConfig, base: Artefact, given: Given) -> None:

@@ -15,11 +15,8 @@ import msgspec
 import numpy as np
 
 from selfalign.core import distributed
-from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json, write_json
-from selfalign.core.jsonl import HasId, chunks, stream_records
-from selfalign.core.records import PairReference
-from selfalign.models.batches import Group, PairExample
+from selfalign.core.jsonl import HasId, chunks
 
 if TYPE_CHECKING:
     import datasets
@@ -113,33 +110,3 @@ def arrow_type(kind: Any) -> "pa.DataType":
         return pa.list_(arrow_type(*get_args(kind)))
     options = [option for option in get_args(kind) if option is not NoneType]
     return arrow_type(*options) if options else {str: pa.string(), int: pa.int32(), float: pa.float64()}[kind]
-
-
-def follow_references(examples: Iterable[PairExample], file: Path, role: str) -> Iterator[PairExample]:
-    """Pairs with their stored log-probabilities, which stand in the same order.
-
-    Args:
-        examples: the pairs.
-        file: references.jsonl; it may have pairs besides these.
-        role: whose they are, "reference" or "start".
-
-    Raises:
-        SelfalignError: a pair has none.
-    """
-    stored = stream_records(file, PairReference)
-    for example in examples:
-        found = next((record for record in stored if record.id == example.id), None)
-        if found is None:
-            raise SelfalignError(f"{file}: no reference for pair {example.id}, or not in the order of the pairs")
-        yield with_reference(example, found, role)
-
-
-def with_reference(example: PairExample, record: PairReference, role: str) -> PairExample:
-    """A pair with what a policy, by its role, makes of its responses."""
-
-    def known(group: Group, *values: float | None) -> Group:
-        return replace(group, **{role: [] if None in values else list(values)})
-
-    plain = known(example.plain, record.chosen, record.rejected)
-    behind_p = example.augmented and known(example.augmented, record.augmented_chosen, record.augmented_rejected)
-    return replace(example, plain=plain, augmented=behind_p)

@@ -28,28 +28,26 @@ from scipy import stats
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import write_json
 from selfalign.core.records import PairReference, PreferencePair
-from selfalign.losses.preference import DPO, IPO, ODPO, PreferenceLoss, SrDPO, SrIPO
+from selfalign.losses.preference import DPO, IPO, ODPO, PreferenceLoss, SrDPO, SrIPO, augmentation_of, refinement_of
 from selfalign.losses.refinement import Refinement
 from selfalign.models.batches import PairExample, encode_pairs, make_batch
 from selfalign.models.checkpoint import Policy, PolicyFiles
-from selfalign.stages import align as module
-from selfalign.stages.align import (
-    AdapterSwitchedOff,
-    Preference,
-    SecondModel,
-    StoredReferences,
-    align,
-    augmentation_of,
-    open_references,
-    pair_logps,
-    refinement_of,
-)
+from selfalign.stages.align import align
 from selfalign.stages.reference import reference
 from selfalign.store.artifacts import Artefact
+from selfalign.training import preference as module
 from selfalign.training.checkpoint_selection import CheckpointSelection, CheckpointSelector
 from selfalign.training.config import Optimization
-from selfalign.training.dataset import with_reference
+from selfalign.training.objective import pair_logps
+from selfalign.training.preference import Preference
 from selfalign.training.prepare import prepare
+from selfalign.training.reference import (
+    AdapterSwitchedOff,
+    SecondModel,
+    StoredReferences,
+    open_references,
+    with_reference,
+)
 from selfalign.training.splits import Known, split_pairs
 
 PAIRS = [
