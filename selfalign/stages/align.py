@@ -1,5 +1,7 @@
 """align: M_t + preference pairs → M_{t+1}."""
 
+from collections import Counter
+
 from selfalign.losses.preference import PreferenceLoss
 from selfalign.metrics.accumulate import averages
 from selfalign.metrics.rewards import reward_intervals
@@ -50,18 +52,14 @@ def align(
         weights: which weights are trained.
     """
     objective = open_objective(loss, policy, base, reference, start, optimization, weights)
-    examples = store_examples(
-        out.scratch / "examples",
-        PairExample,
-        lambda tally: encode_preferences(
-            PolicyFiles(policy.path), pairs, reference, start, loss, optimization.max_length, tally
-        ),
-    )
+    files, tally = PolicyFiles(policy.path), Counter[str]()
+    encoded = encode_preferences(files, pairs, reference, start, loss, optimization.max_length, tally)
+    examples = store_examples(out.scratch / "examples", PairExample, encoded, tally)
     training, held, split = hold_out(examples, pairs.path / "pairs.jsonl", held_out, trained_on)
     checkpoints = selection.open(out, PolicyFiles(base.path)) if selection else None
     trained = train(
         out,
-        policy=PolicyFiles(policy.path),
+        policy=files,
         base=PolicyFiles(base.path),
         examples=training,
         objective=objective,

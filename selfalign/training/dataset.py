@@ -5,7 +5,7 @@ depend on: the records, the tokenizer, the lengths and the reference values.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType
@@ -68,25 +68,25 @@ class StoredExamples(Sequence[E], Generic[E]):
         return replace(self, rows=np.asarray(self.rows)[np.asarray(places, dtype=np.int64)])
 
 
-def store_examples(folder: Path, kind: type[E], make: Callable[[Counter[str]], Iterable[E]]) -> StoredExamples[E]:
-    """Examples on disk: found there, or made and written.
+def store_examples(folder: Path, kind: type[E], examples: Iterable[E], tally: Counter[str]) -> StoredExamples[E]:
+    """Writes examples to disk, one by one, and maps them; those that are there already are mapped as they are.
 
     Args:
         folder: of a stage's scratch.
         kind: a dataclass of texts, numbers, lists of them, and such dataclasses.
-        make: the examples, one by one; it counts into the given tally what it keeps and drops.
+        examples: left unread where they are there.
+        tally: what they count while they are read, kept with them.
     """
     import datasets
 
-    table, tally = folder / "examples.arrow", folder / "counts.json"
-    if distributed.is_main() and not tally.exists():  # It is written last.
+    table, counts = folder / "examples.arrow", folder / "counts.json"
+    if distributed.is_main() and not counts.exists():  # It is written last.
         folder.mkdir(parents=True, exist_ok=True)
-        counted: Counter[str] = Counter()
-        _write(table, kind, make(counted))
-        write_json(tally, counted)
+        _write(table, kind, examples)
+        write_json(counts, tally)
     distributed.wait_for_all()
     opened = datasets.Dataset.from_file(str(table))
-    return StoredExamples(opened, kind, read_json(tally), range(len(opened)))
+    return StoredExamples(opened, kind, read_json(counts), range(len(opened)))
 
 
 def _write(path: Path, kind: type[E], examples: Iterable[E]) -> None:
