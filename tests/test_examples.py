@@ -20,8 +20,8 @@ from selfalign.training.reference import follow_references, with_reference
 from selfalign.training.trainer import Steps
 
 
-def group(name: str, **more: list[float]) -> Group:
-    return Group(id=name, prompt=[5, 400_000_0], responses=[[7], [8, 9, 10]], given=[0, 1], **more)
+def group(name: str) -> Group:
+    return Group(id=name, prompt=[5, 400_000_0], responses=[[7], [8, 9, 10]], given=[0, 1])
 
 
 def pair(name: str, *, refined: bool = True, gap: float | None = None) -> PairExample:
@@ -44,9 +44,9 @@ def test_examples_come_back_as_they_were(tmp_path: Path) -> None:
     stored = store_examples(tmp_path, PairExample, examples, Counter())
     assert list(stored) == examples
     assert (stored[2], stored[-3], list(stored[1:])) == (examples[2], examples[0], examples[1:])
-    assert stored[2].plain.reference == [third, third - 1]
-    assert stored[2].augmented is not None
-    assert stored[2].augmented.start == [-3.0, -4.0]
+    assert stored[2].reference == [third, third - 1]
+    assert stored[2].augmented_reference == [third - 2, third - 3]
+    assert stored[2].start == [-1.0, -2.0]
     with pytest.raises(IndexError):
         stored[3]
     groups = [group("a"), replace(group("b"), prompt=[])]
@@ -117,9 +117,8 @@ def test_references_are_joined_in_the_order_of_the_pairs(tmp_path: Path) -> None
     file = tmp_path / "references.jsonl"
     write_records(file, [reference("a", -1.0), reference("long", -9.0), reference("b", -2.0)])
     joined = list(follow_references([pair("a"), pair("b", refined=False)], file, "reference"))
-    assert [example.plain.reference for example in joined] == [[-1.0, -2.0], [-2.0, -3.0]]
-    assert joined[0].augmented is not None
-    assert joined[0].augmented.reference == [-3.0, -4.0]
+    assert [example.reference for example in joined] == [[-1.0, -2.0], [-2.0, -3.0]]
+    assert joined[0].augmented_reference == [-3.0, -4.0]
     assert joined[1].augmented is None
     for names in (("b", "a"), ("a", "c")):
         with pytest.raises(SelfalignError, match=rf"references\.jsonl: no reference for pair {names[1]}, or not"):

@@ -54,7 +54,7 @@ def align(
     objective = open_objective(loss, policy, base, reference, start, optimization, weights)
     files, tally = PolicyFiles(policy.path), Counter[str]()
     encoded = encode_preferences(files, pairs, reference, start, loss, optimization.max_length, tally)
-    examples = store_examples(out.scratch / "examples", PairExample, encoded, tally)
+    examples = store_examples(out.scratch / "pairs", PairExample, encoded, tally)
     training, held, split = hold_out(examples, pairs.path / "pairs.jsonl", held_out, trained_on)
     checkpoints = selection.open(out, PolicyFiles(base.path)) if selection else None
     trained = train(

@@ -33,7 +33,7 @@ from selfalign.store.artifacts import Artefact
 from selfalign.training.config import Optimization, Weights
 from selfalign.training.objective import Outcome, frozen_logps, pair_logps
 from selfalign.training.parallelism import my_passes, out_of_wrapper
-from selfalign.training.reference import References, StoredReferences, follow_references, open_references
+from selfalign.training.reference import References, StoredReferences, follow_references, groups_of, open_references
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -127,16 +127,18 @@ class Preference:
         shuffled = list(examples)
         random.Random(derive_seed("shuffled", *(example.id for example in examples))).shuffle(shuffled)
         others = [*shuffled[1:], *shuffled[:1]]
-        return [replace(one, augmented=other.augmented) for one, other in zip(shuffled, others, strict=True)]
+        return [
+            replace(one, augmented=other.augmented, augmented_reference=other.augmented_reference)
+            for one, other in zip(shuffled, others, strict=True)
+        ]
 
     def weight(self, examples: Sequence[PairExample]) -> float:
         """The loss is averaged over pairs."""
         return float(len(examples))
 
     def __call__(self, model: "PreTrainedModel", examples: Sequence[PairExample]) -> Outcome:
-        groups = [example.plain for example in examples]
         own = out_of_wrapper(model)
-        policy, reference = pair_logps(model, groups), self.references(own, groups)
+        policy, reference = pair_logps(model, groups_of(examples)), self.references(own, examples)
         delta = self.refine(own, examples, policy, reference)
         losses = self.loss(policy, reference, delta)
         start = self.loss(reference, reference, delta)
@@ -172,8 +174,8 @@ class Preference:
             return torch.full_like(reference.chosen, source.constant)
         if source.source == "naive":
             return self.loss.delta(policy, reference)
-        groups = [example.augmented for example in examples if example.augmented is not None]
-        return self.loss.delta(frozen_logps(model, groups), self.references(model, groups, augmented=True))
+        policy_p = frozen_logps(model, groups_of(examples, augmented=True))
+        return self.loss.delta(policy_p, self.references(model, examples, augmented=True))
 
     def check_first_step(self, distance: float, loss_distance: float) -> None:
         """Stops the run if the policy does not start as the reference, where every reward and every Δ is 0.
@@ -207,10 +209,10 @@ class Preference:
         policy.model.eval()
         for part in (part for chunk in chunks(examples) for part in my_passes(chunk, optimization.batch_tokens)):
             with autocast(policy.model.device, optimization.dtype):
-                groups = [example.plain for example in part.examples]
-                logps, reference = pair_logps(policy.model, groups), self.references(policy.model, groups)
+                logps = pair_logps(policy.model, groups_of(part.examples))
+                reference = self.references(policy.model, part.examples)
                 delta = self.refine(policy.model, part.examples, logps, reference)
-                start = self.start(policy.model, groups) if self.start else None
+                start = self.start(policy.model, part.examples) if self.start else None
             if not part.repeated:
                 sums = add_sums(sums, self.reward_metrics(logps, reference, delta))
                 sums = add_sums(sums, self.drift(logps, reference, start))

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 class References(Protocol):
     """The reference policy's log-probabilities of pairs, given x or (`augmented`) p⊕x, without gradient."""
 
-    def __call__(self, model: "PreTrainedModel", groups: Sequence[Group], *, augmented: bool = False) -> PairLogps: ...
+    def __call__(
+        self, model: "PreTrainedModel", examples: Sequence[PairExample], *, augmented: bool = False
+    ) -> PairLogps: ...
 
 
 @dataclass(slots=True)
@@ -39,16 +41,20 @@ class StoredReferences:
 
     role: str = "reference"
 
-    def __call__(self, model: "PreTrainedModel", groups: Sequence[Group], *, augmented: bool = False) -> PairLogps:
+    def __call__(
+        self, model: "PreTrainedModel", examples: Sequence[PairExample], *, augmented: bool = False
+    ) -> PairLogps:
         """Reads them off.
 
         Raises:
             ValueError: a value is missing or not a number.
         """
-        values = [getattr(group, self.role) or [math.nan] * 2 for group in groups]
+        column = f"augmented_{self.role}" if augmented else self.role
+        values = [getattr(example, column) or [math.nan] * 2 for example in examples]
         table = torch.tensor(values, device=model.device)
         if not bool(torch.isfinite(table).all()):
             raise ValueError("a stored reference log-probability is missing or not finite")
+        groups = groups_of(examples, augmented=augmented)
         tokens = torch.tensor([group.scored() for group in groups], device=model.device).float()
         return PairLogps(
             chosen=table[:, 0], rejected=table[:, 1], chosen_tokens=tokens[:, 0], rejected_tokens=tokens[:, 1]
@@ -61,19 +67,30 @@ class SecondModel:
 
     reference: "PreTrainedModel"
 
-    def __call__(self, model: "PreTrainedModel", groups: Sequence[Group], *, augmented: bool = False) -> PairLogps:
+    def __call__(
+        self, model: "PreTrainedModel", examples: Sequence[PairExample], *, augmented: bool = False
+    ) -> PairLogps:
         """Computes them."""
-        return frozen_logps(self.reference, groups)
+        return frozen_logps(self.reference, groups_of(examples, augmented=augmented))
 
 
 @dataclass(slots=True)
 class AdapterSwitchedOff:
     """Computed at every step by the trained policy without its adapter: the base it belongs to."""
 
-    def __call__(self, model: "PreTrainedModel", groups: Sequence[Group], *, augmented: bool = False) -> PairLogps:
+    def __call__(
+        self, model: "PreTrainedModel", examples: Sequence[PairExample], *, augmented: bool = False
+    ) -> PairLogps:
         """Computes them."""
         with model.disable_adapter():  # pyright: ignore[reportCallIssue, reportGeneralTypeIssues]
-            return frozen_logps(model, groups)
+            return frozen_logps(model, groups_of(examples, augmented=augmented))
+
+
+def groups_of(examples: Sequence[PairExample], *, augmented: bool = False) -> list[Group]:
+    """Each pair's responses behind x, or (`augmented`) behind p⊕x."""
+    if augmented:
+        return [example.augmented for example in examples if example.augmented is not None]
+    return [example.plain for example in examples]
 
 
 def open_references(reference: Artefact, base: Artefact, weights: Weights) -> References:
@@ -108,10 +125,9 @@ def follow_references(examples: Iterable[PairExample], file: Path, role: str) ->
 
 def with_reference(example: PairExample, record: PairReference, role: str) -> PairExample:
     """A pair with what a policy, by its role, makes of its responses."""
-
-    def known(group: Group, *values: float | None) -> Group:
-        return replace(group, **{role: [] if None in values else list(values)})
-
-    plain = known(example.plain, record.chosen, record.rejected)
-    behind_p = example.augmented and known(example.augmented, record.augmented_chosen, record.augmented_rejected)
-    return replace(example, plain=plain, augmented=behind_p)
+    plain = [record.chosen, record.rejected]
+    if role == "start":
+        return replace(example, start=plain)
+    chosen_p, rejected_p = record.augmented_chosen, record.augmented_rejected
+    behind_p = [] if chosen_p is None or rejected_p is None else [chosen_p, rejected_p]
+    return replace(example, reference=plain, augmented_reference=behind_p)

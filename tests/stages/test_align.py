@@ -155,7 +155,7 @@ def test_rewards_are_correlated_with_length_over_both_responses(tmp_path: Path, 
     assert counts["rewards/length_correlation"] == pytest.approx(stats.pearsonr(rewards, tokens).statistic, abs=1e-3)
 
 
-START = "start = self.start(policy.model, groups) if self.start else None"
+START = "start = self.start(policy.model, part.examples) if self.start else None"
 CHANGES = partial(test_changes_are_from_the_start_of_the_alignment_whatever_the_reference_is, older=True)
 
 
@@ -419,9 +419,9 @@ def test_sources_without_a_second_pass_ask_the_model_once(tiny_policy: PolicyFil
 
 def test_shuffling_gives_every_pair_of_a_step_the_second_pass_of_another(tiny_policy: PolicyFiles) -> None:
     objective, model, examples = objective_on(tiny_policy, SrDPO(refinement=Refinement(source="shuffled")))
-    known = [example.augmented.reference for example in examples]
+    known = [example.augmented_reference for example in examples]
     examples = [
-        replace(example, augmented=replace(example.augmented, reference=[chosen - n, rejected]))
+        replace(example, augmented_reference=[chosen - n, rejected])
         for n, (example, (chosen, rejected)) in enumerate(zip(examples, known, strict=True))
     ]
     arranged = objective.arrange(examples)
