@@ -16,7 +16,7 @@ from selfalign.core.failures import at_the_end
 from selfalign.core.files import digest_json
 from selfalign.launch.experiment import Shown, conclude, log_file, read_own
 from selfalign.launch.sweep import JOBS, Sweep
-from selfalign.losses.preference import Positives, PreferenceLoss
+from selfalign.losses.preference import Loss
 from selfalign.models.config import ModelConfig
 from selfalign.pipeline.evaluation import Evaluation
 from selfalign.pipeline.inputs import Given
@@ -57,7 +57,7 @@ class Contestant:
     policy: Artefact
     reference: Artefact | None = None
     pairs: Sequence[Artefact] = ()
-    loss: PreferenceLoss | Positives | None = None
+    loss: Loss | None = None
     taught: Sequence[Artefact] = ()
 
 
@@ -89,7 +89,7 @@ class FinishedRun:
             named: whether it stands beside others.
         """
         loss, reference = config.loss, config.train.reference
-        if isinstance(loss, Positives):
+        if not loss.pairwise:
             reference = "base" if loss.start == "base" else "previous"
         known = {"loss": loss, "taught": [self.made["seeds"]] if "seeds" in self.made else []}
         base, prefix = self.made["M0"], f"{self.name}." if named else ""

@@ -4,12 +4,14 @@ Throughout, for a pair (y⁺, y⁻) of one prompt x,
 
     h = [log π(y⁺|x) - log π_ref(y⁺|x)] - [log π(y⁻|x) - log π_ref(y⁻|x)]        in nats, summed over tokens
 
-and Δ is the refinement of `selfalign.losses.refinement`, without gradient.
+and Δ is the refinement of `selfalign.losses.refinement`, without gradient. A loss declares with `offset` which values
+besides these it takes.
 """
 
 import math
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from enum import StrEnum
+from typing import Protocol, TypeGuard, runtime_checkable
 
 import torch.nn.functional as F
 
@@ -18,14 +20,64 @@ from selfalign.losses.logps import PairLogps, Values
 from selfalign.losses.refinement import Refinement, refinement
 
 
+class Offset(StrEnum):
+    """The values that offset a loss, one a pair, besides the log-probabilities given x.
+
+    `refinement` is Δ; `score_gap` is s⁺ - s⁻, the difference of the judge's mean scores, above 0.
+    """
+
+    none = "none"
+    refinement = "refinement"
+    score_gap = "score_gap"
+
+
 @runtime_checkable
-class PreferenceLoss(Protocol):
-    """What the trainer asks of a loss: policy, reference and Δ, each over (pairs,), to losses (pairs,)."""
+class Loss(Protocol):
+    """What every choice of `loss` declares.
+
+    Attributes:
+        title: its name in reports and model cards.
+        formula: its value for a pair, as plain text.
+        pairwise: whether it compares the two responses of a pair; else chosen responses are fine-tuned on.
+        offset: what it is called with besides the log-probabilities.
+    """
+
+    @property
+    def title(self) -> str: ...
+
+    @property
+    def formula(self) -> str: ...
+
+    @property
+    def pairwise(self) -> bool: ...
+
+    @property
+    def offset(self) -> Offset: ...
+
+
+@runtime_checkable
+class PreferenceLoss(Loss, Protocol):
+    """A pairwise loss: policy, reference and, where `offset` names one, the offset, to losses; each (pairs,)."""
 
     @property
     def beta(self) -> float: ...
 
-    def __call__(self, policy: PairLogps, reference: PairLogps, refinement: Values | None = None) -> Values: ...
+    def __call__(self, policy: PairLogps, reference: PairLogps, offset: Values | None = None, /) -> Values: ...
+
+
+@runtime_checkable
+class RefinedLoss(PreferenceLoss, Protocol):
+    """A preference loss with the offset Δ."""
+
+    @property
+    def refinement(self) -> Refinement: ...
+
+    def delta(self, policy_p: PairLogps, reference_p: PairLogps) -> Values: ...
+
+
+def is_refined(loss: Loss) -> TypeGuard[RefinedLoss]:
+    """Tells whether a loss is offset by Δ."""
+    return loss.offset is Offset.refinement
 
 
 def log_ratio_margin(policy: PairLogps, reference: PairLogps) -> Values:
@@ -48,6 +100,11 @@ class DPO:
         nll_weight: weight of the chosen response's negative log-likelihood a token, added to the loss.
     """
 
+    title = "DPO"
+    formula = "−log σ(β h)"
+    pairwise = True
+    offset = Offset.none
+
     beta: float = 0.1
     label_smoothing: float = 0.0
     nll_weight: float = 0.0
@@ -57,9 +114,9 @@ class DPO:
         check_label_smoothing(self.label_smoothing)
         check_nll_weight(self.nll_weight)
 
-    def __call__(self, policy: PairLogps, reference: PairLogps, refinement: Values | None = None) -> Values:
-        logits = self.beta * log_ratio_margin(policy, reference)
-        return logistic(logits, self.label_smoothing) + weighted_nll(policy, self.nll_weight)
+    def __call__(self, policy: PairLogps, reference: PairLogps, offset: Values | None = None) -> Values:
+        losses = logistic(policy, reference, self.beta, 0.0, self.label_smoothing)
+        return losses + weighted_nll(policy, self.nll_weight)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -73,6 +130,11 @@ class IPO:
         nll_weight: weight of the chosen response's negative log-likelihood a token, added to the loss.
     """
 
+    title = "IPO"
+    formula = "(h − 1/(2β))²"
+    pairwise = True
+    offset = Offset.none
+
     beta: float = 0.1
     reduction: str = "sum"
     nll_weight: float = 0.0
@@ -82,7 +144,7 @@ class IPO:
         check_choice("loss.reduction", self.reduction, ("sum", "mean"))
         check_nll_weight(self.nll_weight)
 
-    def __call__(self, policy: PairLogps, reference: PairLogps, refinement: Values | None = None) -> Values:
+    def __call__(self, policy: PairLogps, reference: PairLogps, offset: Values | None = None) -> Values:
         h = log_ratio_margin(*reduced(policy, reference, self.reduction))
         return (h - 1 / (2 * self.beta)).square() + weighted_nll(policy, self.nll_weight)
 
@@ -102,6 +164,11 @@ class SrDPO:
         nll_weight: weight of the chosen response's negative log-likelihood a token, added to the loss.
     """
 
+    title = "Sr-DPO"
+    formula = "−log σ(β h − λ ⊥Δ)"
+    pairwise = True
+    offset = Offset.refinement
+
     beta: float = 0.1
     lam: float = 0.5
     refinement: Refinement = field(default_factory=Refinement)
@@ -120,8 +187,8 @@ class SrDPO:
 
     def __call__(self, policy: PairLogps, reference: PairLogps, refinement: Values | None = None) -> Values:
         offset = self.lam * required(refinement).detach()
-        logits = self.beta * log_ratio_margin(policy, reference) - offset
-        return logistic(logits, self.label_smoothing) + weighted_nll(policy, self.nll_weight)
+        losses = logistic(policy, reference, self.beta, offset, self.label_smoothing)
+        return losses + weighted_nll(policy, self.nll_weight)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -141,6 +208,10 @@ class SrIPO:
         nll_weight: weight of the chosen response's negative log-likelihood a token, added to the loss.
     """
 
+    title = "Sr-IPO"
+    pairwise = True
+    offset = Offset.refinement
+
     beta: float = 0.1
     lam: float = 0.5
     reduction: str = "sum"
@@ -154,6 +225,11 @@ class SrIPO:
         check_choice("loss.reduction", self.reduction, ("sum", "mean"))
         check_choice("loss.target", self.target, ("printed", "exact"))
         check_nll_weight(self.nll_weight)
+
+    @property
+    def formula(self) -> str:
+        """Its value for a pair, with the weight that `target` gives Δ."""
+        return "(h − (λ/β) ⊥Δ − 1/(2β))²" if self.target == "exact" else "(h − λ ⊥Δ − 1/(2β))²"
 
     def delta(self, policy_p: PairLogps, reference_p: PairLogps) -> Values:
         """Δ of each pair, reduced as h is; the arguments are given p⊕x, or x for Δ_naive."""
@@ -170,13 +246,18 @@ class SrIPO:
 class ODPO:
     """DPO with an offset from the judge: -log σ(β h - α log(s⁺ - s⁻)). Amini et al. 2024, arXiv 2402.10571.
 
-    Called with Δ = log(s⁺ - s⁻), where s are the judge's mean scores of the two responses; it is Sr-DPO with this Δ.
+    s are the judge's mean scores of the two responses. Sr-DPO is ODPO with the offset λ ⊥[Δ].
 
     Attributes:
         beta: strength of the pull towards the reference, per nat.
         alpha: α, the weight of the offset; 0 is DPO.
         nll_weight: weight of the chosen response's negative log-likelihood a token, added to the loss.
     """
+
+    title = "ODPO"
+    formula = "−log σ(β h − α log(s⁺ − s⁻))"
+    pairwise = True
+    offset = Offset.score_gap
 
     beta: float = 0.1
     alpha: float = 1.0
@@ -188,10 +269,9 @@ class ODPO:
             raise SelfalignError(f"loss.alpha must be 0 or more and finite, got {self.alpha}")
         check_nll_weight(self.nll_weight)
 
-    def __call__(self, policy: PairLogps, reference: PairLogps, refinement: Values | None = None) -> Values:
-        offset = self.alpha * required(refinement).detach()
-        logits = self.beta * log_ratio_margin(policy, reference) - offset
-        return logistic(logits, 0.0) + weighted_nll(policy, self.nll_weight)
+    def __call__(self, policy: PairLogps, reference: PairLogps, score_gap: Values | None = None) -> Values:
+        offset = self.alpha * required(score_gap).log()
+        return logistic(policy, reference, self.beta, offset) + weighted_nll(policy, self.nll_weight)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -205,6 +285,11 @@ class Positives:
         start: "newest" trains the newest model on them; "base", as the paper, M0 on M1's demonstrations and them.
     """
 
+    title = "Positives"
+    formula = "−log π(y⁺|x) a token, no rejected responses"
+    pairwise = False
+    offset = Offset.none
+
     start: str = "newest"
 
     def __post_init__(self) -> None:
@@ -212,22 +297,26 @@ class Positives:
             raise SelfalignError(f"loss.start must be newest or base; got {self.start!r}")
 
 
-def refinement_of(loss: PreferenceLoss | Positives) -> Refinement | None:
+def refinement_of(loss: Loss) -> Refinement | None:
     """The refinement a loss asks for, or None."""
-    return loss.refinement if isinstance(loss, SrDPO | SrIPO) else None
+    return loss.refinement if is_refined(loss) else None
 
 
-def augmentation_of(loss: PreferenceLoss | Positives) -> Refinement | None:
+def augmentation_of(loss: Loss) -> Refinement | None:
     """What a loss's second pass depends on; None where it has no second pass."""
     source = refinement_of(loss)
     return source.augmentation() if source else None
 
 
-def logistic(logits: Values, label_smoothing: float) -> Values:
-    """-log σ(z), or with smoothing ε its mean over right and wrong labels: -(1-ε) log σ(z) - ε log σ(-z).
+def logistic(
+    policy: PairLogps, reference: PairLogps, beta: float, offset: Values | float, label_smoothing: float = 0.0
+) -> Values:
+    """-log σ(z), z = β h - offset: DPO without an offset, Sr-DPO and ODPO each with its own.
 
-    Mitchell 2023, "A note on DPO with noisy preferences & relationship to IPO".
+    With smoothing ε it is the mean over right and wrong labels, -(1-ε) log σ(z) - ε log σ(-z): Mitchell 2023, "A note
+    on DPO with noisy preferences & relationship to IPO".
     """
+    logits = beta * log_ratio_margin(policy, reference) - offset
     if not label_smoothing:
         return -F.logsigmoid(logits)
     return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
@@ -251,11 +340,11 @@ def reduced(policy: PairLogps, reference: PairLogps, reduction: str) -> tuple[Pa
     return policy.per_token(), averaged.per_token()
 
 
-def required(refinement: Values | None) -> Values:
-    """Δ, which the Sr losses cannot do without."""
-    if refinement is None:
-        raise ValueError("Sr-DPO, Sr-IPO and ODPO need the refinement Δ, shape (pairs,)")
-    return refinement
+def required(offset: Values | None) -> Values:
+    """The offset that a loss declares, which it cannot do without."""
+    if offset is None:
+        raise ValueError("Sr-DPO and Sr-IPO need the refinement Δ, ODPO the score gap, shape (pairs,)")
+    return offset
 
 
 def check_beta(beta: float) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.files import digest_json
-from selfalign.losses.preference import Positives, PreferenceLoss, augmentation_of
+from selfalign.losses.preference import Loss, augmentation_of
 from selfalign.losses.refinement import Refinement
 from selfalign.pipeline.inputs import Given
 from selfalign.pipeline.models import Judging, Models
@@ -38,7 +38,7 @@ class HeldOutPairs:
     scored: dict[tuple[str, str], Artefact] = field(default_factory=dict)
     judged: Artefact | None = None
 
-    def measure(self, name: str, models: Models, loss: PreferenceLoss | Positives, taught: Sequence[Artefact]) -> None:
+    def measure(self, name: str, models: Models, loss: Loss, taught: Sequence[Artefact]) -> None:
         """Measures the newest model, where there are pairs; the SFT baseline is left out.
 
         Args:
@@ -65,7 +65,7 @@ class HeldOutPairs:
             beta=getattr(loss, "beta", BETA),
         )
 
-    def _logps(self, label: str, pairs: Artefact, policy: Artefact, loss: PreferenceLoss | Positives) -> Artefact:
+    def _logps(self, label: str, pairs: Artefact, policy: Artefact, loss: Loss) -> Artefact:
         """A policy's log-probabilities of the pairs, given x and p⊕x: the loss's p, or the usual one."""
         augmentation = augmentation_of(loss) or Refinement()
         key = policy.digest, digest_json(canonical(augmentation))

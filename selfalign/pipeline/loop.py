@@ -11,7 +11,7 @@ from selfalign.config.data import SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.files import derive_seed
 from selfalign.judges.protocol import asks_a_server
-from selfalign.losses.preference import Positives, augmentation_of
+from selfalign.losses.preference import augmentation_of
 from selfalign.models.config import ModelConfig
 from selfalign.pipeline.evaluation import Evaluation
 from selfalign.pipeline.inputs import Given, makes_baseline
@@ -116,7 +116,7 @@ class Method:
 
     def reference(self, models: Models) -> Artefact:
         """The policy that alignment is measured against, or that further fine-tuning starts from."""
-        if isinstance(loss := self.config.loss, Positives):
+        if not (loss := self.config.loss).pairwise:
             return models.base if loss.start == "base" else models.newest
         return models.named(self.config.train.reference)
 
@@ -166,7 +166,7 @@ class Method:
         label, loss, train = f"M{iteration + 1}", self.config.loss, self.config.train
         policy = references = self.reference(models)
         place, start = f"iteration_{iteration}", None
-        if isinstance(loss, Positives):
+        if not loss.pairwise:
             if loss.start == "base":
                 pairs = self.run.make(f"{place}/demonstrations", gather_pairs, parts=[self.taught, pairs])
             return self.supervise(label, replace(models, newest=policy), pairs)

@@ -8,7 +8,6 @@ from selfalign.config.experiment import ExperimentConfig
 from selfalign.data.pair_rules import PairRule
 from selfalign.judges.protocol import asks_a_server, wants_model
 from selfalign.judges.written import WrittenScore
-from selfalign.losses.preference import Positives
 from selfalign.pipeline.inputs import makes_baseline
 from selfalign.stages.evaluate import compares_on, opponents
 from selfalign.stages.judge import Judge, Pairwise
@@ -116,7 +115,7 @@ def _name_of(judge: Any) -> str:
 
 def _alignment(config: ExperimentConfig, iteration: int) -> list[tuple[str, str]]:
     label, train = f"M{iteration + 1}", config.train
-    if isinstance(config.loss, Positives):
+    if not config.loss.pairwise:
         fine_tuning = (label, f"SFT on positives, epochs {train.sft.epochs}")
         if config.loss.start == "newest":
             return [fine_tuning]

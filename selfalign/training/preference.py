@@ -17,11 +17,11 @@ from selfalign.core.jsonl import chunks, stream_records
 from selfalign.core.records import PreferencePair
 from selfalign.losses.logps import PairLogps
 from selfalign.losses.preference import (
-    ODPO,
+    Loss,
+    Offset,
     PreferenceLoss,
-    SrDPO,
-    SrIPO,
     augmentation_of,
+    is_refined,
     refinement_of,
     rewards,
 )
@@ -139,16 +139,16 @@ class Preference:
     def __call__(self, model: "PreTrainedModel", examples: Sequence[PairExample]) -> Outcome:
         own = out_of_wrapper(model)
         policy, reference = pair_logps(model, groups_of(examples)), self.references(own, examples)
-        delta = self.refine(own, examples, policy, reference)
-        losses = self.loss(policy, reference, delta)
-        start = self.loss(reference, reference, delta)
+        offset = self.offset(own, examples, policy, reference)
+        losses = self.loss(policy, reference, offset)
+        start = self.loss(reference, reference, offset)
         policy = policy.detach()
         zeros = [*rewards(self.loss.beta, policy, reference)]
-        if delta is not None and augmentation_of(self.loss):
-            zeros.append(delta)
+        if offset is not None and augmentation_of(self.loss):
+            zeros.append(offset)
         count = float(len(examples))
         metrics = {
-            **self.reward_metrics(policy, reference, delta),
+            **self.reward_metrics(policy, reference, offset),
             "logps/chosen": (float(policy.chosen.sum()), count),
             "logps/rejected": (float(policy.rejected.sum()), count),
             "loss": (float(losses.detach().sum()), count),
@@ -160,14 +160,13 @@ class Preference:
             loss_distance=float(((losses.detach() - start).abs() / start.abs().clamp(min=1e-3)).max()),
         )
 
-    def refine(
+    def offset(
         self, model: "PreTrainedModel", examples: Sequence[PairExample], policy: PairLogps, reference: PairLogps
     ) -> torch.Tensor | None:
-        """Δ of each pair under the current policy, without gradient; None where the loss has none."""
-        if isinstance(self.loss, ODPO):
-            gaps = [example.score_gap or math.nan for example in examples]
-            return torch.tensor(gaps, device=model.device).log()
-        if not isinstance(self.loss, SrDPO | SrIPO):
+        """What the loss declares as its offset: Δ under the current policy, or the score gap; without gradient."""
+        if self.loss.offset is Offset.score_gap:
+            return torch.tensor([example.score_gap or math.nan for example in examples], device=model.device)
+        if not is_refined(self.loss):
             return None
         source = self.loss.refinement
         if source.source == "constant":
@@ -211,10 +210,10 @@ class Preference:
             with autocast(policy.model.device, optimization.dtype):
                 logps = pair_logps(policy.model, groups_of(part.examples))
                 reference = self.references(policy.model, part.examples)
-                delta = self.refine(policy.model, part.examples, logps, reference)
+                offset = self.offset(policy.model, part.examples, logps, reference)
                 start = self.start(policy.model, part.examples) if self.start else None
             if not part.repeated:
-                sums = add_sums(sums, self.reward_metrics(logps, reference, delta))
+                sums = add_sums(sums, self.reward_metrics(logps, reference, offset))
                 sums = add_sums(sums, self.drift(logps, reference, start))
         return reduce(add_sums, distributed.gather(sums))
 
@@ -233,7 +232,7 @@ class Preference:
             **moments,
         }
 
-    def reward_metrics(self, policy: PairLogps, reference: PairLogps, delta: torch.Tensor | None) -> Sums:
+    def reward_metrics(self, policy: PairLogps, reference: PairLogps, offset: torch.Tensor | None) -> Sums:
         """The reward metrics of these pairs; Δ is among them where it comes from the policy."""
         source = refinement_of(self.loss)
         chosen, rejected = rewards(self.loss.beta, policy, reference)
@@ -242,27 +241,30 @@ class Preference:
         return reward_metrics(
             chosen.tolist(),
             rejected.tolist(),
-            None if delta is None or source is None or source.source == "constant" else delta.tolist(),
+            None if offset is None or source is None or source.source == "constant" else offset.tolist(),
             chosen_tokens=policy.chosen_tokens.tolist(),
             rejected_tokens=policy.rejected_tokens.tolist(),
         )
 
 
 def check_score_gaps(loss: PreferenceLoss, examples: Iterable[PairExample]) -> Iterator[PairExample]:
-    """The same pairs; ODPO takes the logarithm of their scores' difference.
+    """Passes pairs on, and looks whether they have the score gap that the loss declares.
 
     Raises:
         SelfalignError: behind the last pair, one has no scores, or its chosen response's is not the higher one.
     """
     wrong: list[str] = []
     for example in examples:
-        if isinstance(loss, ODPO) and not (example.score_gap or 0) > 0:
+        if loss.offset is Offset.score_gap and not (example.score_gap or 0) > 0:
             wrong.append(example.id)
         yield example
     if wrong:
-        raise SelfalignError(lacks_score_gaps(wrong))
+        raise SelfalignError(lacks_score_gaps(loss, wrong))
 
 
-def lacks_score_gaps(pairs: Sequence[str]) -> str:
-    """Says which pairs ODPO cannot be trained on."""
-    return f"loss=odpo needs chosen_score above rejected_score in every pair; {len(pairs)} have not, like {pairs[0]}"
+def lacks_score_gaps(loss: Loss, pairs: Sequence[str]) -> str:
+    """Says which pairs a loss with a score gap cannot be trained on."""
+    return (
+        f"the loss {loss.title} needs chosen_score above rejected_score in every pair; {len(pairs)} have not, like "
+        f"{pairs[0]}"
+    )

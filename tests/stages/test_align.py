@@ -436,7 +436,7 @@ def test_shuffling_gives_every_pair_of_a_step_the_second_pass_of_another(tiny_po
 
     def deltas(some: list[PairExample]) -> list[float]:
         policy = pair_logps(model, [example.plain for example in some])
-        return objective.refine(model, some, policy, policy).tolist()
+        return objective.offset(model, some, policy, policy).tolist()
 
     by_pair = dict(zip((e.id for e in examples), deltas(examples), strict=True))
     assert len({round(value, 3) for value in by_pair.values()}) == 4
@@ -457,7 +457,7 @@ def test_odpo_trains_on_scored_pairs_and_refuses_others(tmp_path: Path, tiny_pol
     _, _, rows = aligned(tmp_path / "scored", tiny_policy, ODPO(beta=0.2), pairs=scored)
     assert rows[-1]["loss"] < rows[0]["loss"]
     with pytest.raises(
-        SelfalignError, match=r"loss=odpo needs chosen_score above rejected_score .*; 4 have not, like a"
+        SelfalignError, match=r"the loss ODPO needs chosen_score above rejected_score .*; 4 have not, like a"
     ):
         aligned(tmp_path / "none", tiny_policy, ODPO())
     tied = [*scored[1:], replace(scored[0], rejected_score=4.0)]
