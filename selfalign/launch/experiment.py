@@ -17,6 +17,7 @@ from selfalign.core.failures import at_the_end, naming
 from selfalign.core.files import read_json, write_json
 from selfalign.launch.preflight import preflight
 from selfalign.launch.push_to_hub import check_login, publish
+from selfalign.losses.preference import Loss
 from selfalign.pipeline.loop import run_pipeline
 from selfalign.pipeline.plan import plan
 from selfalign.report import write_report
@@ -149,13 +150,19 @@ def conclude(
         pages: write what is to be read, each from the run folder.
         more: goes into the summary.
     """
-    summary = {"name": config.name, "seed": config.seed, "config": plain, **more, **summarise(run.artefacts, models)}
+    told = {"name": config.name, "seed": config.seed, "loss": stated(config.loss), "config": plain}
+    summary = {**told, **more, **summarise(run.artefacts, models)}
     write_json(run.folder / "summary.json", summary)
     run.tracker.summarise({k: v for k, v in summary["models"][-1].items() if not isinstance(v, str)})
     for write in pages:
         write(run.folder)
     run.tracker.attach([run.folder / "report.html", run.folder / "model_card.md"])
     print(closing_text(summary, run), flush=True)
+
+
+def stated(loss: Loss) -> dict[str, str]:
+    """What a loss says of itself, for those who read the run without its code."""
+    return {"title": loss.title, "formula": loss.formula}
 
 
 def look_ahead(config: ExperimentConfig, store: Store, attempt: str) -> Look:

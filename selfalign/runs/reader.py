@@ -84,6 +84,7 @@ class Finished:
     Attributes:
         folder: the run folder.
         summary: its summary.json.
+        loss: title and formula of the loss it was configured with.
         provenance: its provenance.json.
         config: the resolved configuration.
         stages: {label: stage}.
@@ -94,6 +95,7 @@ class Finished:
 
     folder: Path
     summary: Row
+    loss: Row
     provenance: Row
     config: Row
     stages: dict[str, str]
@@ -120,6 +122,7 @@ class Finished:
         return cls(
             folder=folder,
             summary=summary,
+            loss=summary["loss"],
             provenance=read_json(folder / "provenance.json"),
             config=summary["config"],
             stages={stage["label"]: stage["stage"] for stage in summary["stages"]},
