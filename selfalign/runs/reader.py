@@ -135,7 +135,7 @@ class Finished:
     def judge(self) -> str:
         """The class of the judge, empty where nothing was judged."""
         judged = (label for label, stage in self.stages.items() if stage == "judge")
-        return self.setting(next(judged, ""), "judge")
+        return self.inputs(next(judged, "")).get("judge", {}).get("class", "")
 
     @property
     def iterations(self) -> list[int]:
@@ -145,10 +145,6 @@ class Finished:
     def records(self, label: str, kind: type[R]) -> Iterator[R]:
         """The records of one artefact, one at a time; none where there is no such file."""
         return stream_there(self.folder, label, kind)
-
-    def setting(self, label: str, name: str) -> str:
-        """The class of one of a stage's settings, such as its loss, which the configuration does not name."""
-        return self.inputs(label).get(name, {}).get("class", "")
 
     def manifest(self, label: str) -> Row:
         """What an artefact's manifest says; nothing where there is none."""

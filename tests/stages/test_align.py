@@ -2,7 +2,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +28,19 @@ from scipy import stats
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import write_json
 from selfalign.core.records import PairReference, PreferencePair
-from selfalign.losses.preference import DPO, IPO, ODPO, PreferenceLoss, SrDPO, SrIPO, augmentation_of, refinement_of
+from selfalign.losses.logps import PairLogps
+from selfalign.losses.preference import (
+    DPO,
+    IPO,
+    ODPO,
+    Offset,
+    PreferenceLoss,
+    SrDPO,
+    SrIPO,
+    augmentation_of,
+    log_ratio_margin,
+    refinement_of,
+)
 from selfalign.losses.refinement import Refinement
 from selfalign.models.batches import PairExample, encode_pairs, make_batch
 from selfalign.models.checkpoint import Policy, PolicyFiles
@@ -450,6 +462,31 @@ def test_odpo_takes_the_logarithm_of_the_judges_score_difference(tiny_policy: Po
     outcome = objective(model, scored)
     assert float(outcome.loss.detach()) == pytest.approx(total, rel=1e-4)
     assert "refinement/mean" not in outcome.metrics
+
+
+@dataclass
+class Margin:
+    """-log σ(β h - (s⁺ - s⁻)), a loss that selfalign does not have."""
+
+    title = "Margin"
+    formula = "−log σ(β h − (s⁺ − s⁻))"
+    pairwise = True
+    offset = Offset.score_gap
+
+    beta: float = 0.2
+
+    def __call__(self, policy: PairLogps, reference: PairLogps, score_gap: torch.Tensor | None = None) -> torch.Tensor:
+        assert score_gap is not None
+        return -torch.nn.functional.logsigmoid(self.beta * log_ratio_margin(policy, reference) - score_gap)
+
+
+def test_loss_of_a_stranger_gets_what_it_declares(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+    objective, model, examples = objective_on(tiny_policy, Margin())
+    scored = [replace(example, score_gap=gap) for example, gap in zip(examples, (1.0, 2.0, 3.0, 0.5), strict=True)]
+    total = sum(math.log(1 + math.exp(0.4 + gap)) for gap in (1.0, 2.0, 3.0, 0.5))
+    assert float(objective(model, scored).loss.detach()) == pytest.approx(total, rel=1e-4)
+    with pytest.raises(SelfalignError, match="the loss Margin needs chosen_score above rejected_score"):
+        aligned(tmp_path, tiny_policy, Margin())
 
 
 def test_odpo_trains_on_scored_pairs_and_refuses_others(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
