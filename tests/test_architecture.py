@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from selfalign.config.components import COMPONENTS
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.errors import SelfalignError
-from selfalign.losses.preference import Loss, Offset, PreferenceLoss, RefinedLoss
+from selfalign.losses.protocol import Loss, Offset, PreferenceLoss, RefinedLoss
 
 PACKAGE = ROOT / "selfalign"
 HYDRA = {"config.hydra", "config.overrides", "launch.hydra_sweep", "cli.main"}

@@ -11,7 +11,8 @@ from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
 from selfalign.losses.logps import PairLogps
-from selfalign.losses.preference import DPO, IPO, PreferenceLoss
+from selfalign.losses.preference import DPO, IPO
+from selfalign.losses.protocol import PreferenceLoss
 from selfalign.models.batches import Group
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.scorer import make_scoring

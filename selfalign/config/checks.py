@@ -15,7 +15,7 @@ from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.errors import SelfalignError
 from selfalign.data.pair_rules import BestVsK, BestWorst, PairRule
 from selfalign.judges.protocol import asks_a_server
-from selfalign.losses.preference import refinement_of
+from selfalign.losses.protocol import refinement_of
 from selfalign.models.quantization import check_engine
 from selfalign.runs.folder import check_name
 from selfalign.stages.judge import ImplicitReward, Pairwise, SampledScore

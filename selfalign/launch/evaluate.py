@@ -16,7 +16,7 @@ from selfalign.core.failures import at_the_end
 from selfalign.core.files import digest_json
 from selfalign.launch.experiment import Shown, conclude, log_file, read_own
 from selfalign.launch.sweep import JOBS, Sweep
-from selfalign.losses.preference import Loss
+from selfalign.losses.protocol import Loss
 from selfalign.models.config import ModelConfig
 from selfalign.pipeline.evaluation import Evaluation
 from selfalign.pipeline.inputs import Given

@@ -17,7 +17,7 @@ from selfalign.core.failures import at_the_end, naming
 from selfalign.core.files import read_json, write_json
 from selfalign.launch.preflight import preflight
 from selfalign.launch.push_to_hub import check_login, publish
-from selfalign.losses.preference import Loss
+from selfalign.losses.protocol import Loss
 from selfalign.pipeline.loop import run_pipeline
 from selfalign.pipeline.plan import plan
 from selfalign.report import write_report

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.files import derive_seed
 from selfalign.judges.protocol import asks_a_server
-from selfalign.losses.preference import Loss
+from selfalign.losses.protocol import Loss
 from selfalign.pipeline.held_out import HeldOutPairs
 from selfalign.pipeline.inputs import Given
 from selfalign.pipeline.models import Judging, Models

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.files import digest_json
-from selfalign.losses.preference import Loss, augmentation_of
+from selfalign.losses.protocol import Loss, augmentation_of
 from selfalign.losses.refinement import Refinement
 from selfalign.pipeline.inputs import Given
 from selfalign.pipeline.models import Judging, Models

@@ -11,7 +11,7 @@ from selfalign.config.data import SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.files import derive_seed
 from selfalign.judges.protocol import asks_a_server
-from selfalign.losses.preference import augmentation_of
+from selfalign.losses.protocol import augmentation_of
 from selfalign.models.config import ModelConfig
 from selfalign.pipeline.evaluation import Evaluation
 from selfalign.pipeline.inputs import Given, makes_baseline

@@ -15,7 +15,7 @@ from selfalign.judges.comparator import Referee, verdict_tokens
 from selfalign.judges.expected import ExpectedScore, score_tokens
 from selfalign.judges.protocol import OWN_MODELS, asks_a_server
 from selfalign.judges.written import WrittenScore
-from selfalign.losses.preference import Offset, augmentation_of
+from selfalign.losses.protocol import Offset, augmentation_of
 from selfalign.models.batches import score_gap
 from selfalign.models.chat_template import opened_thought
 from selfalign.models.checkpoint import PolicyFiles

@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from selfalign.losses.preference import PreferenceLoss
+from selfalign.losses.protocol import PreferenceLoss
 from selfalign.metrics.accumulate import averages
 from selfalign.metrics.rewards import reward_intervals
 from selfalign.models.batches import PairExample

@@ -16,15 +16,8 @@ from selfalign.core.files import derive_seed
 from selfalign.core.jsonl import chunks, stream_records
 from selfalign.core.records import PreferencePair
 from selfalign.losses.logps import PairLogps
-from selfalign.losses.preference import (
-    Loss,
-    Offset,
-    PreferenceLoss,
-    augmentation_of,
-    is_refined,
-    refinement_of,
-    rewards,
-)
+from selfalign.losses.preference import rewards
+from selfalign.losses.protocol import Loss, Offset, PreferenceLoss, augmentation_of, is_refined, refinement_of
 from selfalign.metrics.accumulate import Sums, add_sums
 from selfalign.metrics.rewards import length_moments, logp_changes, reward_metrics
 from selfalign.models.batches import PairExample, encode_pairs

@@ -29,18 +29,8 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.files import write_json
 from selfalign.core.records import PairReference, PreferencePair
 from selfalign.losses.logps import PairLogps
-from selfalign.losses.preference import (
-    DPO,
-    IPO,
-    ODPO,
-    Offset,
-    PreferenceLoss,
-    SrDPO,
-    SrIPO,
-    augmentation_of,
-    log_ratio_margin,
-    refinement_of,
-)
+from selfalign.losses.preference import DPO, IPO, ODPO, SrDPO, SrIPO, log_ratio_margin
+from selfalign.losses.protocol import Offset, PreferenceLoss, augmentation_of, refinement_of
 from selfalign.losses.refinement import Refinement
 from selfalign.models.batches import PairExample, encode_pairs, make_batch
 from selfalign.models.checkpoint import Policy, PolicyFiles
