@@ -24,13 +24,13 @@ from selfalign.models.batches import Group, PairExample, encode_group, encode_pa
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.config import LoRA
 from selfalign.models.tokenizer import Answer
-from selfalign.stages.align import AdapterSwitchedOff, Preference, StoredReferences
 from selfalign.store.artifacts import Workspace
 from selfalign.training import trainer as trainer_module
 from selfalign.training.config import Optimization, Weights
-from selfalign.training.dataset import with_reference
 from selfalign.training.objective import Likelihood
 from selfalign.training.parallelism import Layout
+from selfalign.training.preference import Preference
+from selfalign.training.reference import AdapterSwitchedOff, StoredReferences, with_reference
 from selfalign.training.train import train
 
 ANSWERS = [

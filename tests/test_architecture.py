@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from selfalign.config.components import COMPONENTS
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.errors import SelfalignError
+from selfalign.losses.protocol import Loss, Offset, PreferenceLoss, RefinedLoss
 
 PACKAGE = ROOT / "selfalign"
 HYDRA = {"config.hydra", "config.overrides", "launch.hydra_sweep", "cli.main"}
@@ -128,6 +129,44 @@ def test_text_is_utf_8_whatever_the_locale(name: str) -> None:
         if opens_text(called, node):
             said = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
             assert said.get("encoding") == "'utf-8'", f"{modules()[name]}:{node.lineno}"
+
+
+# --- losses ------------------------------------------------------------------------------------------------------
+
+
+LOSSES = COMPONENTS["loss"]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss_declares_what_others_ask_of_it(name: str) -> None:
+    loss = LOSSES[name]()
+    assert isinstance(loss, Loss)
+    assert loss.title
+    assert loss.formula
+    assert isinstance(loss.offset, Offset)
+    assert loss.pairwise == isinstance(loss, PreferenceLoss)
+    assert (loss.offset is Offset.refinement) == isinstance(loss, RefinedLoss)
+
+
+def test_titles_of_losses_differ() -> None:
+    assert len({kind().title for kind in LOSSES.values()}) == len(LOSSES)
+
+
+def test_no_module_asks_for_the_class_of_a_loss() -> None:
+    """Only losses know which there are, and the list of what can be chosen; others ask what a loss declares."""
+    kinds = {kind.__name__ for kind in LOSSES.values()}
+    for name, path in modules().items():
+        if not name.startswith(("losses.", "config.components")):
+            nodes = list(ast.walk(tree_of(path)))
+            assert not {node.id for node in nodes if isinstance(node, ast.Name)} & kinds, name
+            assert not {node.value for node in nodes if isinstance(node, ast.Constant)} & kinds, name
+
+
+def test_alignment_takes_its_objective_from_the_library() -> None:
+    """The stage loads, encodes, trains and measures; what is minimised is `training.preference`'s."""
+    stage = tree_of(modules()["stages.align"])
+    assert [node.name for node in stage.body if isinstance(node, ast.FunctionDef | ast.ClassDef)] == ["align"]
+    assert "training.preference" in own_imports(modules()["stages.align"])
 
 
 # --- safety ------------------------------------------------------------------------------------------------------

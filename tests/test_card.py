@@ -16,13 +16,12 @@ from markdown_it import MarkdownIt
 from mutation import Check, assert_caught
 from test_pipeline import manifest, write_pairs
 
-from selfalign.config.components import COMPONENTS
 from selfalign.config.hydra import choices
 from selfalign.core.files import read_json
 from selfalign.launch.experiment import run_experiment
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.report import model_card as card
-from selfalign.report.model_card import FORMULAS, model_card, write_card
+from selfalign.report.model_card import model_card, write_card
 from selfalign.runs.labels import Label
 from selfalign.runs.reader import Finished
 
@@ -212,10 +211,6 @@ def test_method_tells_loss_reference_judge_and_iterations(full: Path, adapter: P
     assert "Sr-IPO, `(h − (λ/β) ⊥Δ − 1/(2β))²`" in said
     assert "Judge: none" in said
     assert "Pair rule" not in said
-
-
-def test_every_loss_has_its_formula() -> None:
-    assert FORMULAS.keys() == {kind.__name__ for kind in COMPONENTS["loss"].values()}
 
 
 def test_data_are_identified_and_what_was_dropped_is_counted(full: Path, adapter: Path) -> None:

@@ -15,12 +15,13 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import write_records
 from selfalign.core.records import PairReference
 from selfalign.models.batches import Group, PairExample
-from selfalign.training.dataset import follow_references, store_examples, with_reference
+from selfalign.training.dataset import StoredExamples, store_examples
+from selfalign.training.reference import follow_references, with_reference
 from selfalign.training.trainer import Steps
 
 
-def group(name: str, **more: list[float]) -> Group:
-    return Group(id=name, prompt=[5, 400_000_0], responses=[[7], [8, 9, 10]], given=[0, 1], **more)
+def group(name: str) -> Group:
+    return Group(id=name, prompt=[5, 400_000_0], responses=[[7], [8, 9, 10]], given=[0, 1])
 
 
 def pair(name: str, *, refined: bool = True, gap: float | None = None) -> PairExample:
@@ -40,16 +41,16 @@ def test_examples_come_back_as_they_were(tmp_path: Path) -> None:
         pair("gap", gap=0.1),
         with_reference(with_reference(pair("both"), reference("both", third), "reference"), reference("both"), "start"),
     ]
-    stored = store_examples(tmp_path, PairExample, lambda tally: examples)
+    stored = store_examples(tmp_path, PairExample, examples, Counter())
     assert list(stored) == examples
     assert (stored[2], stored[-3], list(stored[1:])) == (examples[2], examples[0], examples[1:])
-    assert stored[2].plain.reference == [third, third - 1]
-    assert stored[2].augmented is not None
-    assert stored[2].augmented.start == [-3.0, -4.0]
+    assert stored[2].reference == [third, third - 1]
+    assert stored[2].augmented_reference == [third - 2, third - 3]
+    assert stored[2].start == [-1.0, -2.0]
     with pytest.raises(IndexError):
         stored[3]
     groups = [group("a"), replace(group("b"), prompt=[])]
-    assert list(store_examples(tmp_path / "sft", Group, lambda tally: groups)) == groups
+    assert list(store_examples(tmp_path / "sft", Group, groups, Counter())) == groups
 
 
 def counting(tally: Counter[str]) -> Iterator[PairExample]:
@@ -59,33 +60,39 @@ def counting(tally: Counter[str]) -> Iterator[PairExample]:
     tally["too_long"] += 3
 
 
-def test_what_was_written_is_found_again_with_its_counts(tmp_path: Path) -> None:
-    def unwanted(tally: Counter[str]) -> Iterator[PairExample]:
-        raise AssertionError("made a second time")
+def counted(folder: Path) -> StoredExamples[PairExample]:
+    tally = Counter[str]()
+    return store_examples(folder, PairExample, counting(tally), tally)
 
-    first = store_examples(tmp_path, PairExample, counting)
-    again = store_examples(tmp_path, PairExample, unwanted)
+
+def test_what_was_written_is_found_again_with_its_counts(tmp_path: Path) -> None:
+    def unwanted() -> Iterator[PairExample]:
+        raise AssertionError("made a second time")
+        yield
+
+    first = counted(tmp_path)
+    again = store_examples(tmp_path, PairExample, unwanted(), Counter())
     assert first.counts == again.counts == {"pairs": 600, "too_long": 3}
     assert len(again) == 600
     assert again[599] == first[599] == pair("p599")
 
 
 def test_table_of_a_killed_writing_is_written_again(tmp_path: Path) -> None:
-    def dying(tally: Counter[str]) -> Iterator[PairExample]:
-        for number, example in enumerate(counting(tally)):
+    def dying() -> Iterator[PairExample]:
+        for number, example in enumerate(counting(Counter())):
             if number == 400:
                 raise Killed
             yield example
 
     with pytest.raises(Killed):
-        store_examples(tmp_path, PairExample, dying)
+        store_examples(tmp_path, PairExample, dying(), Counter())
     assert (tmp_path / "examples.arrow").stat().st_size > 0
-    stored = store_examples(tmp_path, PairExample, counting)
+    stored = counted(tmp_path)
     assert (len(stored), stored.counts["pairs"]) == (600, 600)
 
 
 def test_some_examples_are_taken_by_their_places(tmp_path: Path) -> None:
-    stored = store_examples(tmp_path, PairExample, counting)
+    stored = counted(tmp_path)
     assert list(stored.ids()) == [f"p{number}" for number in range(600)]
     some = stored.take(range(7, 600, 10))
     assert [example.id for example in some] == list(some.ids()) == [f"p{n}" for n in range(600) if n % 10 == 7]
@@ -95,7 +102,7 @@ def test_some_examples_are_taken_by_their_places(tmp_path: Path) -> None:
 
 
 def test_steps_take_stored_examples_as_they_take_a_list(tmp_path: Path) -> None:
-    stored = store_examples(tmp_path, PairExample, counting)
+    stored = counted(tmp_path)
     mapped, listed = (Steps(examples, 7, 3, 5) for examples in (stored, list(stored)))
     assert len(mapped) == len(listed) == 3 * 86
     assert [mapped[step] for step in (0, 85, 86, 257)] == [listed[step] for step in (0, 85, 86, 257)]
@@ -110,9 +117,8 @@ def test_references_are_joined_in_the_order_of_the_pairs(tmp_path: Path) -> None
     file = tmp_path / "references.jsonl"
     write_records(file, [reference("a", -1.0), reference("long", -9.0), reference("b", -2.0)])
     joined = list(follow_references([pair("a"), pair("b", refined=False)], file, "reference"))
-    assert [example.plain.reference for example in joined] == [[-1.0, -2.0], [-2.0, -3.0]]
-    assert joined[0].augmented is not None
-    assert joined[0].augmented.reference == [-3.0, -4.0]
+    assert [example.reference for example in joined] == [[-1.0, -2.0], [-2.0, -3.0]]
+    assert joined[0].augmented_reference == [-3.0, -4.0]
     assert joined[1].augmented is None
     for names in (("b", "a"), ("a", "c")):
         with pytest.raises(SelfalignError, match=rf"references\.jsonl: no reference for pair {names[1]}, or not"):
@@ -124,10 +130,11 @@ def test_nothing_is_written_outside_of_the_folder(tmp_path: Path) -> None:
     home.mkdir()
     script = (
         "from pathlib import Path\n"
+        "from collections import Counter\n"
         "from selfalign.models.batches import Group\n"
         "from selfalign.training.dataset import store_examples\n"
         "some = [Group(id='a', prompt=[1], responses=[[2]], given=[0])]\n"
-        f"assert list(store_examples(Path({str(tmp_path / 'there')!r}), Group, lambda tally: some)) == some"
+        f"assert list(store_examples(Path({str(tmp_path / 'there')!r}), Group, some, Counter())) == some"
     )
     given = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XDG_"))}
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=given | {"HOME": str(home)}, check=True)

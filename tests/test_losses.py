@@ -107,11 +107,11 @@ def check_sr_ipo_mean(module: Any, _: Any) -> None:
 
 
 def check_odpo(module: Any, _: Any) -> None:
-    # As Sr-DPO with α for λ and log(s⁺ - s⁻) for Δ.
-    delta = torch.tensor([0.4, -0.6])
+    # As Sr-DPO with α for λ and log(s⁺ - s⁻) for Δ: s⁺ - s⁻ is e^0.4 and e^-0.6.
+    gaps = torch.tensor([1.4918247, 0.5488116])
     gradient = [0.0950042, 0.1049958]
     loss = module.ODPO(beta=BETA, alpha=LAM)
-    check_loss(module, loss, [0.6443967, 0.7443967], [-g for g in gradient], gradient, delta)
+    check_loss(module, loss, [0.6443967, 0.7443967], [-g for g in gradient], gradient, gaps)
 
 
 def check_label_smoothing(module: Any, _: Any) -> None:
@@ -516,7 +516,7 @@ def test_detached_log_probabilities_keep_numbers_and_counts() -> None:
 @pytest.mark.parametrize("name", ["DPO", "IPO", "SrDPO", "SrIPO", "ODPO"])
 def test_nll_term_adds_the_same_to_every_loss_and_zero_adds_nothing(name: str) -> None:
     policy, reference = case(preference)
-    delta = torch.tensor([0.4, -0.6])
+    delta = torch.tensor([0.4, 0.6])
     plain = getattr(preference, name)()(policy, reference, delta)
     weighted = getattr(preference, name)(nll_weight=0.3)(policy, reference, delta)
     expect(weighted - plain, [1.5, 1.2])

@@ -9,15 +9,17 @@ from test_losses import CHECKS
 from selfalign.losses import logps, preference, refinement
 
 MARGIN = "(policy.chosen - reference.chosen) - (policy.rejected - reference.rejected)"
-DPO = "logits = self.beta * log_ratio_margin(policy, reference)\n"
+LOGITS = "logits = beta * log_ratio_margin(policy, reference) - offset\n"
+DPO = "losses = logistic(policy, reference, self.beta, 0.0, self.label_smoothing)"
 IPO = "return (h - 1 / (2 * self.beta)).square()"
 SR_DPO_OFFSET = "offset = self.lam * required(refinement).detach()\n"
-SR_DPO = SR_DPO_OFFSET + "        logits = self.beta * log_ratio_margin(policy, reference) - offset\n"
+SR_DPO = "losses = logistic(policy, reference, self.beta, offset, self.label_smoothing)"
 SR_IPO_TARGET = "target = weight * required(refinement).detach() + 1 / (2 * self.beta)"
 SR_IPO = "return (h - target).square()"
 SR_DPO_DELTA = "return refinement(policy_p, reference_p, self.beta)"
 SR_IPO_DELTA = "return refinement(*reduced(policy_p, reference_p, self.reduction), self.beta)"
-ODPO = SR_DPO.replace("self.lam", "self.alpha")
+ODPO_OFFSET = "offset = self.alpha * required(score_gap).log()\n"
+ODPO = "return logistic(policy, reference, self.beta, offset)"
 LOGISTIC = "return -F.logsigmoid(logits)\n"
 SMOOTHED = "-(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)"
 NLL = "return -weight * policy.per_token().chosen"
@@ -29,7 +31,7 @@ EXACT = "weight = self.lam / self.beta if"
 AVERAGED = "return policy.per_token(), averaged.per_token()"
 REJECTED = "rejected=self.rejected / self.rejected_tokens"
 TOKENS = "chosen_tokens=policy.chosen_tokens"
-MISSING = "    if refinement is None:\n"
+MISSING = "    if offset is None:\n"
 CHOSEN_P = "policy_p.chosen - reference_p.chosen"
 REJECTED_P = "policy_p.rejected - reference_p.rejected"
 
@@ -40,10 +42,16 @@ LOSSES = [
     ("margin with rewards added", MARGIN, MARGIN.replace(") - (", ") + (")),
     ("margin with the reference added", MARGIN, MARGIN.replace("chosen - ref", "chosen + ref")),
     ("margin in log base 2", MARGIN, f"({MARGIN}) / 0.6931472"),
-    ("dpo without β", DPO, DPO.replace("self.beta * ", "")),
+    ("logits without β", LOGITS, LOGITS.replace("beta * ", "")),
+    ("logits with the margin's sign flipped", LOGITS, LOGITS.replace("beta", "-beta")),
+    ("logits averaged over the batch", LOGITS, LOGITS.rstrip() + "\n    logits = logits.mean().expand(2)\n"),
+    ("logits without gradient", LOGITS, LOGITS.replace("margin(policy,", "margin(policy.detach(),")),
+    ("logits with the offset added", LOGITS, LOGITS.replace("- offset", "+ offset")),
+    ("logits with the offset under β", LOGITS, LOGITS.replace("- offset", "- beta * offset")),
+    ("dpo without β", DPO, DPO.replace("self.beta", "1.0")),
     ("dpo with the margin's sign flipped", DPO, DPO.replace("self.beta", "-self.beta")),
-    ("dpo averaged over the batch", DPO, DPO.rstrip() + ".mean().expand(2)\n"),
-    ("dpo without gradient", DPO, DPO.replace("margin(policy,", "margin(policy.detach(),")),
+    ("dpo with an offset", DPO, DPO.replace("0.0", "0.1")),
+    ("dpo without smoothing", DPO, DPO.replace(", self.label_smoothing", "")),
     ("logistic losses with their sign flipped", LOGISTIC, LOGISTIC.replace("-F", "F")),
     ("logistic losses with sigmoid for logsigmoid", LOGISTIC, LOGISTIC.replace("logsigmoid", "sigmoid")),
     ("smoothing with right and wrong swapped", SMOOTHED, SMOOTHED.replace("(logits)", "(-logits)")),
@@ -53,20 +61,22 @@ LOSSES = [
     ("nll of the rejected response", NLL, NLL.replace("chosen", "rejected")),
     ("nll not averaged over tokens", NLL, NLL.replace(".per_token()", "")),
     ("nll without its weight", NLL, NLL.replace("-weight *", "-")),
-    ("odpo with the offset added", ODPO, ODPO.replace("- offset", "+ offset")),
-    ("odpo without α", ODPO, ODPO.replace("self.alpha * ", "")),
-    ("odpo with the offset under β", ODPO, ODPO.replace("- offset", "- self.beta * offset")),
+    ("odpo with the offset added", ODPO, ODPO.replace("offset", "-offset")),
+    ("odpo without α", ODPO_OFFSET, ODPO_OFFSET.replace("self.alpha * ", "")),
+    ("odpo without the logarithm", ODPO_OFFSET, ODPO_OFFSET.replace(".log()", "")),
+    ("odpo with the offset under β", ODPO, ODPO.replace("offset", "self.beta * offset")),
     ("ipo with 1/β as target", IPO, IPO.replace("(2 * self.beta)", "self.beta")),
     ("ipo with β/2 as target", IPO, IPO.replace("1 / (2 * self.beta)", "self.beta / 2")),
     ("ipo with a negative target", IPO, IPO.replace("h - 1", "h + 1")),
     ("ipo without the square", IPO, IPO.replace("square", "abs")),
     ("ipo with a factor of one half", IPO, IPO + " / 2"),
     ("ipo on β h", IPO, IPO.replace("(h", "(self.beta * h")),
-    ("sr-dpo with the offset added", SR_DPO, SR_DPO.replace("- offset", "+ offset")),
-    ("sr-dpo without the offset", SR_DPO, SR_DPO.replace(" - offset", "")),
-    ("sr-dpo with the offset under β", SR_DPO, SR_DPO.replace("- offset", "- self.beta * offset")),
-    ("sr-dpo with λ on the margin", SR_DPO, SR_DPO.replace("self.beta * ", "self.lam * self.beta * ")),
-    ("sr-dpo with Δ averaged", SR_DPO, SR_DPO.replace("- offset", "- offset.mean()")),
+    ("sr-dpo with the offset added", SR_DPO, SR_DPO.replace("offset", "-offset")),
+    ("sr-dpo without the offset", SR_DPO, SR_DPO.replace("offset", "0.0")),
+    ("sr-dpo with the offset under β", SR_DPO, SR_DPO.replace("offset", "self.beta * offset")),
+    ("sr-dpo with λ on the margin", SR_DPO, SR_DPO.replace("self.beta", "self.lam * self.beta")),
+    ("sr-dpo with Δ averaged", SR_DPO, SR_DPO.replace("offset", "offset.mean()")),
+    ("sr-dpo without smoothing", SR_DPO, SR_DPO.replace(", self.label_smoothing", "")),
     ("sr-dpo with a gradient through Δ", SR_DPO_OFFSET, SR_DPO_OFFSET.replace(".detach()", "")),
     ("sr-dpo without λ", SR_DPO_OFFSET, SR_DPO_OFFSET.replace("self.lam * ", "")),
     ("sr-ipo with Δ taken off the target", SR_IPO_TARGET, SR_IPO_TARGET.replace("weight", "-weight")),
@@ -75,7 +85,7 @@ LOSSES = [
     ("sr-ipo with Δ averaged", SR_IPO_TARGET, SR_IPO_TARGET.replace(".detach()", ".detach().mean()")),
     ("sr-ipo with the target added", SR_IPO, SR_IPO.replace("h - target", "h + target")),
     ("sr-ipo with λ on the margin", SR_IPO, SR_IPO.replace("(h", "(self.lam * h")),
-    ("sr-ipo with printed and exact swapped", 'if self.target == "exact"', 'if self.target == "printed"'),
+    ("sr-ipo with printed and exact swapped", f'{EXACT} self.target == "exact"', f'{EXACT} self.target == "printed"'),
     ("sr-ipo with λβ for λ/β", EXACT, EXACT.replace("/", "*")),
     ("sr-ipo with λ/(2β) for λ/β", EXACT, EXACT.replace("self.beta", "self.beta / 2")),
     ("sr-ipo with Δ always summed", SR_IPO_DELTA, SR_DPO_DELTA),

@@ -11,11 +11,12 @@ from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
 from selfalign.losses.logps import PairLogps
-from selfalign.losses.preference import DPO, IPO, PreferenceLoss
+from selfalign.losses.preference import DPO, IPO
+from selfalign.losses.protocol import PreferenceLoss
 from selfalign.models.batches import Group
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.scorer import make_scoring
-from selfalign.stages.align import frozen_logps
+from selfalign.training.objective import frozen_logps
 
 PAIRS = [
     {"prompt": "Name a bird. ", "chosen": "A wren.", "rejected": "A stone, I think, or a bird of stone."},

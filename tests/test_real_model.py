@@ -18,11 +18,12 @@ from selfalign.data.sources import as_prompt
 from selfalign.engines.protocol import Request, Sampling
 from selfalign.engines.transformers import Transformers
 from selfalign.launch.experiment import run_experiment
-from selfalign.losses.preference import DPO, IPO, ODPO, PreferenceLoss, SrDPO, SrIPO
+from selfalign.losses.preference import DPO, IPO, ODPO, SrDPO, SrIPO
+from selfalign.losses.protocol import PreferenceLoss, augmentation_of
 from selfalign.losses.refinement import Refinement
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.tokenizer import encode_prompt
-from selfalign.stages.align import align, augmentation_of
+from selfalign.stages.align import align
 from selfalign.stages.reference import reference
 
 pytestmark = [

@@ -119,7 +119,8 @@ class Fabricated:
         self.stage(f"{place}/pairs", "pair", {"positives" if positives else "pairs": 6}, **kept)
 
     def finish(self) -> Path:
-        summary = {"name": self.config["name"], "seed": 3, "config": self.config, "models": self.models}
+        loss = {"title": "Sr-DPO", "formula": "−log σ(β h − λ ⊥Δ)"}
+        summary = {"name": self.config["name"], "seed": 3, "loss": loss, "config": self.config, "models": self.models}
         write_json(self.folder / "summary.json", {**summary, "drops": self.drops, "stages": self.stages})
         (self.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         (self.folder / "config.yaml").write_text(f"name: made-up\nprompt: {HOSTILE}\n")

@@ -475,6 +475,7 @@ def job(name: str, rate: float | None, low: float | None = None, high: float | N
     finished = Finished(
         folder=Path("/nowhere") / name,
         summary={"models": models, "stages": []},
+        loss={},
         provenance={"commit": "", "diff": ""},
         config={},
         stages={},

@@ -2,6 +2,7 @@
 
 import random
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -319,7 +320,7 @@ def test_pairs_that_all_share_a_response_cannot_be_held_out() -> None:
 
 def stored(folder: Path, pairs: Sequence[PreferencePair]) -> StoredExamples[PairExample]:
     made = [PairExample(plain=Group(id=one.id, prompt=[1], responses=[[1], [2]], given=[0, 0])) for one in pairs]
-    return store_examples(folder, PairExample, lambda tally: made)
+    return store_examples(folder, PairExample, made, Counter())
 
 
 def test_examples_are_split_by_the_texts_of_their_pairs_and_long_ones_do_not_count(tmp_path: Path) -> None:

@@ -11,6 +11,12 @@ from selfalign.report import timing
 from selfalign.report.timing import training_times
 
 
+def finished(folder: Path, loss: str) -> None:
+    """A run's summary, as far as it tells the loss."""
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "summary.json", {"loss": {"title": loss}})
+
+
 def trained(folder: Path, label: str, stage: str, rows: list[dict[str, Any]], **manifest: Any) -> None:
     """An artefact of a run with what its stage logged."""
     place = folder / "artefacts" / label
@@ -28,6 +34,8 @@ LOSS = {"class": "SrDPO", "beta": 0.1, "lam": 0.3, "refinement": {"class": "Refi
 
 
 def test_times_are_worked_by_hand(tmp_path: Path) -> None:
+    finished(tmp_path / "one", "Sr-DPO")
+    finished(tmp_path / "two", "IPO")
     trained(tmp_path / "one", "M1", "sft", STEPS[:1], counts={"demonstrations": 4})
     trained(tmp_path / "one", "iteration_1/reference", "reference", [], seconds=7.5)
     trained(tmp_path / "one", "M2", "align", STEPS, inputs={"loss": LOSS}, counts={"pairs": 6})
@@ -52,6 +60,7 @@ def test_times_are_worked_by_hand(tmp_path: Path) -> None:
 
 
 def test_training_whose_log_has_no_times_has_no_row(tmp_path: Path) -> None:
+    finished(tmp_path, "Sr-DPO")
     trained(tmp_path, "M0", "pretrained", [])
     trained(tmp_path, "M1", "sft", [])
     trained(tmp_path, "M2", "align", [STEPS[0], {"step": 2, "tokens_per_second": 5.0}], inputs={"loss": LOSS})

@@ -30,14 +30,14 @@ from selfalign.models.checkpoint import Policy, PolicyFiles
 from selfalign.models.config import LoRA
 from selfalign.models.scorer import Scorer
 from selfalign.models.tokenizer import Answer
-from selfalign.stages.align import Preference, StoredReferences
 from selfalign.stages.reference import reference
 from selfalign.store.artifacts import Artefact, Workspace
 from selfalign.training import trainer as trainer_module
 from selfalign.training.config import Optimization, TrainConfig, Weights
-from selfalign.training.dataset import with_reference
 from selfalign.training.objective import Likelihood, Outcome
+from selfalign.training.preference import Preference
 from selfalign.training.prepare import add_adapter, prepare
+from selfalign.training.reference import StoredReferences, with_reference
 from selfalign.training.train import train
 from selfalign.training.trainer import Steps, last_checkpoint
 

@@ -2,6 +2,7 @@
 
 import gc
 import tracemalloc
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -83,12 +84,12 @@ def make_pairs(folder: Path, count: int, module: ModuleType, policy: PolicyFiles
 def train(folder: Path, count: int, module: ModuleType, policy: PolicyFiles) -> None:
     """Writes the table of examples, and fetches every step of two epochs."""
 
-    def tokens(tally: object) -> Iterator[PairExample]:
+    def tokens() -> Iterator[PairExample]:
         for number in range(count):
             responses = [list(range(1000, 1500)), list(range(2000, 2500))]
             yield PairExample(plain=Group(id=f"p{number}", prompt=[1], responses=responses, given=[0, 0]))
 
-    stored = module.store_examples(folder, PairExample, tokens)
+    stored = module.store_examples(folder, PairExample, tokens(), Counter())
     assert sum(len(step) for step in Steps(stored, 8, 2, 0)) == 2 * count
 
 

@@ -107,10 +107,11 @@ def ours(job: argparse.Namespace, *, refined: bool, lora: bool) -> list[float]:
     from selfalign.models.batches import Group, PairExample
     from selfalign.models.checkpoint import Policy, PolicyFiles
     from selfalign.models.config import LoRA
-    from selfalign.stages.align import Preference, StoredReferences
     from selfalign.store.artifacts import Workspace
     from selfalign.training.config import Optimization, Weights
+    from selfalign.training.preference import Preference
     from selfalign.training.prepare import prepare
+    from selfalign.training.reference import StoredReferences
     from selfalign.training.trainer import StepTrainer
 
     model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
@@ -123,15 +124,18 @@ def ours(job: argparse.Namespace, *, refined: bool, lora: bool) -> list[float]:
     nats = math.log(model.config.vocab_size)
 
     def group(name: str, prompt: list[int], row: dict[str, list[int]]) -> Group:
-        responses = [row["chosen_ids"], row["rejected_ids"]]
-        reference = [-nats * len(response) for response in responses]
-        return Group(id=name, prompt=prompt, responses=responses, given=[0, 0], reference=reference)
+        return Group(id=name, prompt=prompt, responses=[row["chosen_ids"], row["rejected_ids"]], given=[0, 0])
+
+    def logps(row: dict[str, list[int]]) -> list[float]:
+        return [-nats * len(row["chosen_ids"]), -nats * len(row["rejected_ids"])]
 
     rows = draw_pairs(job.data, model.config.vocab_size, 0)
     examples = [
         PairExample(
             plain=group(str(n), row["prompt_ids"], row),
             augmented=group(str(n), row["p_ids"] + row["prompt_ids"], row) if refined else None,
+            reference=logps(row),
+            augmented_reference=logps(row) if refined else [],
         )
         for n, row in enumerate(rows)
     ]

@@ -45,7 +45,8 @@ from selfalign.stages.reference import reference
 from selfalign.stages.respond import RespondConfig, respond
 from selfalign.store.artifacts import Artefact, Workspace
 from selfalign.training.config import Precision
-from selfalign.training.dataset import StoredExamples, follow_references, store_examples
+from selfalign.training.dataset import StoredExamples, store_examples
+from selfalign.training.reference import follow_references
 from selfalign.training.trainer import Steps
 
 CANDIDATES, SAMPLES, WORDS = 4, 3, 30
@@ -183,14 +184,11 @@ PARTS: dict[str, Callable[[Path, int], None]] = {
 
 def stored(folder: Path) -> StoredExamples[PairExample]:
     """The pairs as the stage `align` stores and finds them."""
-
-    def encoded(tally: Counter[str]) -> Iterator[PairExample]:
-        records = stream_records(folder / "pairs.jsonl", PreferencePair)
-        tokenizer = PolicyFiles(folder.parent / "policy").load_tokenizer()
-        examples = encode_pairs(tokenizer, records, Refinement(), LIMIT, tally)
-        return follow_references(examples, folder / "references.jsonl", "reference")
-
-    return store_examples(folder / "table", PairExample, encoded)
+    records, tally = stream_records(folder / "pairs.jsonl", PreferencePair), Counter[str]()
+    tokenizer = PolicyFiles(folder.parent / "policy").load_tokenizer()
+    encoded = encode_pairs(tokenizer, records, Refinement(), LIMIT, tally)
+    examples = follow_references(encoded, folder / "references.jsonl", "reference")
+    return store_examples(folder / "table", PairExample, examples, tally)
 
 
 def artefact(folder: Path) -> Artefact:

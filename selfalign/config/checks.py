@@ -15,7 +15,7 @@ from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.errors import SelfalignError
 from selfalign.data.pair_rules import BestVsK, BestWorst, PairRule
 from selfalign.judges.protocol import asks_a_server
-from selfalign.losses.preference import Positives, SrDPO, SrIPO
+from selfalign.losses.protocol import refinement_of
 from selfalign.models.quantization import check_engine
 from selfalign.runs.folder import check_name
 from selfalign.stages.judge import ImplicitReward, Pairwise, SampledScore
@@ -44,9 +44,7 @@ def check_experiment(config: ExperimentConfig) -> None:
         raise SelfalignError(f"iterations={config.iterations}, but data=pairs gives one set of pairs: set iterations=1")
     if isinstance(config.pair, PairRule):
         config.pair.check_iterations(config.iterations)
-    if isinstance(config.data, SelfRewarding) and isinstance(config.loss, Positives) != isinstance(
-        config.pair, PositivesOnly
-    ):
+    if isinstance(config.data, SelfRewarding) and config.loss.pairwise == isinstance(config.pair, PositivesOnly):
         raise SelfalignError("loss=positives and pair=positives go together: one of them alone has no meaning")
     _check_evaluation_fine_tuning(config)
     _check_judge(config)
@@ -144,7 +142,7 @@ def check_effects(config: ExperimentConfig) -> None:
             f"train.align.average={train.align.average} would have no effect: an alignment's loss is averaged over its "
             "pairs; set train.sft.average, or leave it out"
         )
-    if isinstance(config.loss, Positives):
+    if not config.loss.pairwise:
         unused = {
             "train.held_out_pairs": (train.held_out_pairs, 0),
             "train.choose.every_steps": (train.choose.every_steps, 0),
@@ -173,7 +171,7 @@ def without_effect(config: ExperimentConfig, overrides: Sequence[str]) -> list[s
 def _idle(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
     """(keys, as a regular expression; why what is set there or below has no effect)."""
     data, train, asked = config.data, config.train, config.evaluate
-    if isinstance(config.loss, Positives):
+    if not config.loss.pairwise:
         read = "dtype|max_length|batch_tokens"  # For log-probabilities of held-out pairs.
         unread = rf"train\.align(?!\.({read})$)" if asked.preferences.source else r"train\.align"
         yield rf"{unread}|train\.reference_logps", "loss=positives fine-tunes by train.sft and aligns nothing"
@@ -214,11 +212,11 @@ def _idle_data(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
 
 def _idle_beside(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
     """The same of what a choice of its own group leaves unread."""
-    loss, train, asked = config.loss, config.train, config.evaluate
+    refinement, train, asked = refinement_of(config.loss), config.train, config.evaluate
     referees = {"evaluate": asked.head_to_head, "train.choose": train.choose.head_to_head}
-    if isinstance(loss, SrDPO | SrIPO) and loss.refinement.augmentation() is None:
-        source = loss.refinement.source
-        yield r"loss\.refinement\.(prompt|place|scale)", f"loss.refinement.source={source} puts no prompt before x"
+    if refinement is not None and refinement.augmentation() is None:
+        why = f"loss.refinement.source={refinement.source} puts no prompt before x"
+        yield r"loss\.refinement\.(prompt|place|scale)", why
     for key, referee in referees.items():
         if referee is not None:
             served = asks_a_server(referee)
@@ -289,9 +287,9 @@ def _check_scores(config: ExperimentConfig) -> None:
 
 def _check_training_lengths(config: ExperimentConfig, data: SelfRewarding) -> None:
     """What is written to be trained on, a prompt before it, must fit into the longest sequence."""
-    positives = isinstance(config.loss, Positives)
-    stage = "train.sft" if positives else "train.align"
-    limit = (config.train.sft if positives else config.train.align).max_length
+    pairwise = config.loss.pairwise
+    stage = "train.align" if pairwise else "train.sft"
+    limit = (config.train.align if pairwise else config.train.sft).max_length
     written = {"data.respond.sampling": (data.respond.sampling.max_new_tokens, stage, limit)}
     if data.seeds.evaluation_fine_tuning == EvaluationFineTuning.baseline and isinstance(config.judge, SampledScore):
         written["judge.sampling"] = (config.judge.sampling.max_new_tokens, "train.sft", config.train.sft.max_length)

@@ -24,7 +24,7 @@ from selfalign.judges.comparator import Referee
 from selfalign.judges.protocol import Subject, asks_a_server
 from selfalign.launch.profiler import Estimate, Measured, Stopwatch, forget_peak_memory, measure, peak
 from selfalign.launch.worst_case import SHORTEST_PROMPT, Longest, tireless
-from selfalign.losses.preference import PreferenceLoss
+from selfalign.losses.protocol import PreferenceLoss
 from selfalign.losses.refinement import Refinement
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.tokenizer import encode_prompt

@@ -15,7 +15,7 @@ from selfalign.core.failures import at_the_end
 from selfalign.core.files import digest_json
 from selfalign.launch.experiment import conclude, log_file, read_own
 from selfalign.launch.sweep import JOBS, Sweep
-from selfalign.losses.preference import Positives, PreferenceLoss
+from selfalign.losses.protocol import Loss
 from selfalign.models.config import ModelConfig
 from selfalign.pipeline.evaluation import Evaluation
 from selfalign.pipeline.inputs import Given, find_files
@@ -58,7 +58,7 @@ class Contestant:
     policy: Artefact
     reference: Artefact | None = None
     pairs: Sequence[Artefact] = ()
-    loss: PreferenceLoss | Positives | None = None
+    loss: Loss | None = None
     taught: Sequence[Artefact] = ()
 
 
@@ -90,7 +90,7 @@ class FinishedRun:
             named: whether it stands beside others.
         """
         loss, reference = config.loss, config.train.reference
-        if isinstance(loss, Positives):
+        if not loss.pairwise:
             reference = "base" if loss.start == "base" else "previous"
         seeds = self.made.get(Label.input("seeds"))
         known = {"loss": loss, "taught": [seeds] if seeds else []}

@@ -16,6 +16,7 @@ from selfalign.core.failures import at_the_end, naming
 from selfalign.core.files import read_json, write_json
 from selfalign.launch.preflight import preflight
 from selfalign.launch.push_to_hub import check_login, publish
+from selfalign.losses.protocol import Loss
 from selfalign.pipeline.loop import plan, run_pipeline
 from selfalign.report import write_report
 from selfalign.report.model_card import write_card
@@ -155,13 +156,19 @@ def conclude(
         pages: write what is to be read, each from the run folder.
         more: goes into the summary.
     """
-    summary = {"name": config.name, "seed": config.seed, "config": plain, **more, **summarise(ledger.artefacts, models)}
+    told = {"name": config.name, "seed": config.seed, "loss": stated(config.loss), "config": plain}
+    summary = {**told, **more, **summarise(ledger.artefacts, models)}
     write_json(ledger.folder / "summary.json", summary)
     ledger.tracker.summarise({k: v for k, v in summary["models"][-1].items() if not isinstance(v, str)})
     for write in pages:
         write(ledger.folder)
     ledger.tracker.attach([ledger.folder / "report.html", ledger.folder / "model_card.md"])
     print(closing_text(summary, ledger), flush=True)
+
+
+def stated(loss: Loss) -> dict[str, str]:
+    """What a loss says of itself, for those who read the run without its code."""
+    return {"title": loss.title, "formula": loss.formula}
 
 
 def look_ahead(config: ExperimentConfig, store: Store, namespace: str) -> Look:

@@ -26,7 +26,6 @@ from selfalign.engines.transformers import Transformers
 from selfalign.engines.vllm_engine import VLLM, share_gpus
 from selfalign.judges.protocol import asks_a_server, wants_model
 from selfalign.launch.footprint import Footprint, disk_lack, training_lack, writing_lack
-from selfalign.losses.preference import Positives
 from selfalign.models import quantization
 from selfalign.models.config import ModelConfig
 from selfalign.models.pretrained import find_local
@@ -317,7 +316,7 @@ def named_models(config: ExperimentConfig) -> dict[str, ModelConfig]:
 def trainings(config: ExperimentConfig, labels: list[Label]) -> list[tuple[str, Optimization]]:
     """(setting, how it trains) of those that remain."""
     tuned, aligned = ("train.sft", config.train.sft), ("train.align", config.train.align)
-    later = tuned if isinstance(config.loss, Positives) else aligned
+    later = aligned if config.loss.pairwise else tuned
     found = {key: settings for key, settings in ((later if label.is_aligned else tuned) for label in trained(labels))}
     return list(found.items())
 

@@ -4,27 +4,19 @@ Throughout, for a pair (y⁺, y⁻) of one prompt x,
 
     h = [log π(y⁺|x) - log π_ref(y⁺|x)] - [log π(y⁻|x) - log π_ref(y⁻|x)]        in nats, summed over tokens
 
-and Δ is the refinement of `selfalign.losses.refinement`, without gradient.
+and Δ is the refinement of `selfalign.losses.refinement`, without gradient. A loss declares with `offset` which values
+besides these it takes.
 """
 
 import math
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch.nn.functional as F
 
 from selfalign.core.errors import SelfalignError
 from selfalign.losses.logps import PairLogps, Values
+from selfalign.losses.protocol import Offset
 from selfalign.losses.refinement import Refinement, refinement
-
-
-class PreferenceLoss(Protocol):
-    """What the trainer asks of a loss: policy, reference and Δ, each over (pairs,), to losses (pairs,)."""
-
-    @property
-    def beta(self) -> float: ...
-
-    def __call__(self, policy: PairLogps, reference: PairLogps, refinement: Values | None = None) -> Values: ...
 
 
 def log_ratio_margin(policy: PairLogps, reference: PairLogps) -> Values:
@@ -47,6 +39,11 @@ class DPO:
         nll_weight: weight of the chosen response's negative log-likelihood a token, added to the loss.
     """
 
+    title = "DPO"
+    formula = "−log σ(β h)"
+    pairwise = True
+    offset = Offset.none
+
     beta: float = 0.1
     label_smoothing: float = 0.0
     nll_weight: float = 0.0
@@ -56,9 +53,9 @@ class DPO:
         check_label_smoothing(self.label_smoothing)
         check_nll_weight(self.nll_weight)
 
-    def __call__(self, policy: PairLogps, reference: PairLogps, refinement: Values | None = None) -> Values:
-        logits = self.beta * log_ratio_margin(policy, reference)
-        return logistic(logits, self.label_smoothing) + weighted_nll(policy, self.nll_weight)
+    def __call__(self, policy: PairLogps, reference: PairLogps, offset: Values | None = None) -> Values:
+        losses = logistic(policy, reference, self.beta, 0.0, self.label_smoothing)
+        return losses + weighted_nll(policy, self.nll_weight)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -72,6 +69,11 @@ class IPO:
         nll_weight: weight of the chosen response's negative log-likelihood a token, added to the loss.
     """
 
+    title = "IPO"
+    formula = "(h − 1/(2β))²"
+    pairwise = True
+    offset = Offset.none
+
     beta: float = 0.1
     reduction: str = "sum"
     nll_weight: float = 0.0
@@ -81,7 +83,7 @@ class IPO:
         check_choice("loss.reduction", self.reduction, ("sum", "mean"))
         check_nll_weight(self.nll_weight)
 
-    def __call__(self, policy: PairLogps, reference: PairLogps, refinement: Values | None = None) -> Values:
+    def __call__(self, policy: PairLogps, reference: PairLogps, offset: Values | None = None) -> Values:
         h = log_ratio_margin(*reduced(policy, reference, self.reduction))
         return (h - 1 / (2 * self.beta)).square() + weighted_nll(policy, self.nll_weight)
 
@@ -101,6 +103,11 @@ class SrDPO:
         nll_weight: weight of the chosen response's negative log-likelihood a token, added to the loss.
     """
 
+    title = "Sr-DPO"
+    formula = "−log σ(β h − λ ⊥Δ)"
+    pairwise = True
+    offset = Offset.refinement
+
     beta: float = 0.1
     lam: float = 0.5
     refinement: Refinement = field(default_factory=Refinement)
@@ -119,8 +126,8 @@ class SrDPO:
 
     def __call__(self, policy: PairLogps, reference: PairLogps, refinement: Values | None = None) -> Values:
         offset = self.lam * required(refinement).detach()
-        logits = self.beta * log_ratio_margin(policy, reference) - offset
-        return logistic(logits, self.label_smoothing) + weighted_nll(policy, self.nll_weight)
+        losses = logistic(policy, reference, self.beta, offset, self.label_smoothing)
+        return losses + weighted_nll(policy, self.nll_weight)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -140,6 +147,10 @@ class SrIPO:
         nll_weight: weight of the chosen response's negative log-likelihood a token, added to the loss.
     """
 
+    title = "Sr-IPO"
+    pairwise = True
+    offset = Offset.refinement
+
     beta: float = 0.1
     lam: float = 0.5
     reduction: str = "sum"
@@ -153,6 +164,11 @@ class SrIPO:
         check_choice("loss.reduction", self.reduction, ("sum", "mean"))
         check_choice("loss.target", self.target, ("printed", "exact"))
         check_nll_weight(self.nll_weight)
+
+    @property
+    def formula(self) -> str:
+        """Its value for a pair, with the weight that `target` gives Δ."""
+        return "(h − (λ/β) ⊥Δ − 1/(2β))²" if self.target == "exact" else "(h − λ ⊥Δ − 1/(2β))²"
 
     def delta(self, policy_p: PairLogps, reference_p: PairLogps) -> Values:
         """Δ of each pair, reduced as h is; the arguments are given p⊕x, or x for Δ_naive."""
@@ -169,13 +185,18 @@ class SrIPO:
 class ODPO:
     """DPO with an offset from the judge: -log σ(β h - α log(s⁺ - s⁻)). Amini et al. 2024, arXiv 2402.10571.
 
-    Called with Δ = log(s⁺ - s⁻), where s are the judge's mean scores of the two responses; it is Sr-DPO with this Δ.
+    s are the judge's mean scores of the two responses. Sr-DPO is ODPO with the offset λ ⊥[Δ].
 
     Attributes:
         beta: strength of the pull towards the reference, per nat.
         alpha: α, the weight of the offset; 0 is DPO.
         nll_weight: weight of the chosen response's negative log-likelihood a token, added to the loss.
     """
+
+    title = "ODPO"
+    formula = "−log σ(β h − α log(s⁺ − s⁻))"
+    pairwise = True
+    offset = Offset.score_gap
 
     beta: float = 0.1
     alpha: float = 1.0
@@ -187,10 +208,9 @@ class ODPO:
             raise SelfalignError(f"loss.alpha must be 0 or more and finite, got {self.alpha}")
         check_nll_weight(self.nll_weight)
 
-    def __call__(self, policy: PairLogps, reference: PairLogps, refinement: Values | None = None) -> Values:
-        offset = self.alpha * required(refinement).detach()
-        logits = self.beta * log_ratio_margin(policy, reference) - offset
-        return logistic(logits, 0.0) + weighted_nll(policy, self.nll_weight)
+    def __call__(self, policy: PairLogps, reference: PairLogps, score_gap: Values | None = None) -> Values:
+        offset = self.alpha * required(score_gap).log()
+        return logistic(policy, reference, self.beta, offset) + weighted_nll(policy, self.nll_weight)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -204,6 +224,11 @@ class Positives:
         start: "newest" trains the newest model on them; "base", as the paper, M0 on M1's demonstrations and them.
     """
 
+    title = "Positives"
+    formula = "−log π(y⁺|x) a token, no rejected responses"
+    pairwise = False
+    offset = Offset.none
+
     start: str = "newest"
 
     def __post_init__(self) -> None:
@@ -211,11 +236,15 @@ class Positives:
             raise SelfalignError(f"loss.start must be newest or base; got {self.start!r}")
 
 
-def logistic(logits: Values, label_smoothing: float) -> Values:
-    """-log σ(z), or with smoothing ε its mean over right and wrong labels: -(1-ε) log σ(z) - ε log σ(-z).
+def logistic(
+    policy: PairLogps, reference: PairLogps, beta: float, offset: Values | float, label_smoothing: float = 0.0
+) -> Values:
+    """-log σ(z), z = β h - offset: DPO without an offset, Sr-DPO and ODPO each with its own.
 
-    Mitchell 2023, "A note on DPO with noisy preferences & relationship to IPO".
+    With smoothing ε it is the mean over right and wrong labels, -(1-ε) log σ(z) - ε log σ(-z): Mitchell 2023, "A note
+    on DPO with noisy preferences & relationship to IPO".
     """
+    logits = beta * log_ratio_margin(policy, reference) - offset
     if not label_smoothing:
         return -F.logsigmoid(logits)
     return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
@@ -239,11 +268,11 @@ def reduced(policy: PairLogps, reference: PairLogps, reduction: str) -> tuple[Pa
     return policy.per_token(), averaged.per_token()
 
 
-def required(refinement: Values | None) -> Values:
-    """Δ, which the Sr losses cannot do without."""
-    if refinement is None:
-        raise ValueError("Sr-DPO, Sr-IPO and ODPO need the refinement Δ, shape (pairs,)")
-    return refinement
+def required(offset: Values | None) -> Values:
+    """The offset that a loss declares, which it cannot do without."""
+    if offset is None:
+        raise ValueError("Sr-DPO and Sr-IPO need the refinement Δ, ODPO the score gap, shape (pairs,)")
+    return offset
 
 
 def check_beta(beta: float) -> None:

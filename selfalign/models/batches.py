@@ -43,16 +43,13 @@ class Group:
     """Token ids of a prompt and of what follows it; `id` is the record's.
 
     The first `given[i]` tokens of response i are read but not scored: the rest of its own prompt, where several
-    prompts share only their beginning. `reference` and `start` are the responses' summed log-probabilities (nats)
-    under the reference policy and under M_t, where these were computed before.
+    prompts share only their beginning.
     """
 
     id: str
     prompt: list[int]
     responses: list[list[int]]
     given: list[int]
-    reference: list[float] = field(default_factory=list)
-    start: list[float] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.prompt) + sum(map(len, self.responses))
@@ -135,14 +132,24 @@ def share_prompt(record_id: str, prompts: Sequence[list[int]], responses: Sequen
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairExample:
-    """A preference pair as tokens: its responses behind x and, where the loss refines, behind p⊕x.
+    """A preference pair as tokens, with what is stored of it.
 
-    `score_gap` is the judge's mean score of the chosen response minus that of the rejected one, where it is known.
+    Attributes:
+        plain: its responses behind x.
+        augmented: the same behind p⊕x, where the loss refines.
+        score_gap: the judge's mean score of the chosen response minus that of the rejected one, where it is known.
+        reference: log-probabilities of both responses given x under the reference policy, summed over tokens, in nats;
+            empty where they are not stored, as the next two.
+        augmented_reference: the same given p⊕x.
+        start: log-probabilities given x under M_t.
     """
 
     plain: Group
     augmented: Group | None = None
     score_gap: float | None = None
+    reference: list[float] = field(default_factory=list)
+    augmented_reference: list[float] = field(default_factory=list)
+    start: list[float] = field(default_factory=list)
 
     @property
     def id(self) -> str:

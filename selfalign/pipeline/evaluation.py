@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.files import derive_seed
 from selfalign.judges.protocol import asks_a_server
-from selfalign.losses.preference import Positives, PreferenceLoss
+from selfalign.losses.protocol import Loss
 from selfalign.pipeline.held_out import HeldOutPairs
 from selfalign.pipeline.inputs import Given
 from selfalign.pipeline.models import Judging, Models
@@ -51,7 +51,7 @@ class Evaluation:
         models: Models,
         *,
         judging_only: bool = False,
-        loss: "PreferenceLoss | Positives | None" = None,
+        loss: Loss | None = None,
         taught: Sequence[Artefact] = (),
     ) -> None:
         """Measures the newest model: its answers against those of the models before, and its judging, or that alone.

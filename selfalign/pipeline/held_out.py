@@ -5,13 +5,12 @@ from dataclasses import dataclass, field, replace
 
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.files import digest_json
-from selfalign.losses.preference import Positives, PreferenceLoss
+from selfalign.losses.protocol import Loss, augmentation_of
 from selfalign.losses.refinement import Refinement
 from selfalign.pipeline.inputs import Given
 from selfalign.pipeline.models import Judging, Models
 from selfalign.runs.labels import BASELINE, Label
 from selfalign.runs.runner import Maker
-from selfalign.stages.align import augmentation_of
 from selfalign.stages.preferences import preferences
 from selfalign.stages.reference import reference
 from selfalign.store.artifacts import Artefact, canonical
@@ -40,7 +39,7 @@ class HeldOutPairs:
     scored: dict[tuple[str, str], Artefact] = field(default_factory=dict)
     judged: Artefact | None = None
 
-    def measure(self, name: str, models: Models, loss: PreferenceLoss | Positives, taught: Sequence[Artefact]) -> None:
+    def measure(self, name: str, models: Models, loss: Loss, taught: Sequence[Artefact]) -> None:
         """Measures the newest model, where there are pairs; the SFT baseline is left out.
 
         Args:
@@ -66,7 +65,7 @@ class HeldOutPairs:
             beta=getattr(loss, "beta", BETA),
         )
 
-    def _logps(self, label: Label, pairs: Artefact, policy: Artefact, loss: PreferenceLoss | Positives) -> Artefact:
+    def _logps(self, label: Label, pairs: Artefact, policy: Artefact, loss: Loss) -> Artefact:
         """A policy's log-probabilities of the pairs, given x and p⊕x: the loss's p, or the usual one."""
         augmentation = augmentation_of(loss) or Refinement()
         key = policy.digest, digest_json(canonical(augmentation))

@@ -11,7 +11,7 @@ from selfalign.config.data import SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.files import derive_seed
 from selfalign.judges.protocol import asks_a_server
-from selfalign.losses.preference import Positives
+from selfalign.losses.protocol import augmentation_of
 from selfalign.models.config import ModelConfig
 from selfalign.pipeline.evaluation import Evaluation
 from selfalign.pipeline.inputs import Given, makes_baseline
@@ -20,7 +20,7 @@ from selfalign.pipeline.requirements import check_requirements
 from selfalign.runs.labels import BASELINE, Label, model_after
 from selfalign.runs.planner import Planner
 from selfalign.runs.runner import Maker
-from selfalign.stages.align import align, augmentation_of
+from selfalign.stages.align import align
 from selfalign.stages.eft import eft
 from selfalign.stages.instruct import given_instructions, instruct
 from selfalign.stages.pair import PositivesOnly, gather_pairs, pair
@@ -125,7 +125,7 @@ class Method:
 
     def reference(self, models: Models) -> Artefact:
         """The policy that alignment is measured against, or that further fine-tuning starts from."""
-        if isinstance(loss := self.config.loss, Positives):
+        if not (loss := self.config.loss).pairwise:
             return models.base if loss.start == "base" else models.newest
         return models.named(self.config.train.reference)
 
@@ -175,7 +175,7 @@ class Method:
         name, loss, train = model_after(iteration), self.config.loss, self.config.train
         policy = references = self.reference(models)
         start = None
-        if isinstance(loss, Positives):
+        if not loss.pairwise:
             if loss.start == "base":
                 label = Label.iteration(iteration, "demonstrations")
                 pairs = self.run.make(label, gather_pairs, parts=[self.taught, pairs])

@@ -15,17 +15,17 @@ from selfalign.judges.comparator import Referee, verdict_tokens
 from selfalign.judges.expected import ExpectedScore, score_tokens
 from selfalign.judges.protocol import OWN_MODELS, asks_a_server
 from selfalign.judges.written import WrittenScore
-from selfalign.losses.preference import ODPO, Positives
+from selfalign.losses.protocol import Offset, augmentation_of
 from selfalign.models.batches import score_gap
 from selfalign.models.chat_template import opened_thought
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.tokenizer import encode_prompt, plain_ids
 from selfalign.pipeline.inputs import Given
 from selfalign.pipeline.models import judges_of
-from selfalign.stages.align import augmentation_of, lacks_score_gaps
 from selfalign.stages.seeds import EvaluationFineTuning
 from selfalign.store.artifacts import Artefact
 from selfalign.store.stage import PlannedArtefact
+from selfalign.training.preference import lacks_score_gaps
 
 
 def check_requirements(config: ExperimentConfig, base: Artefact, given: Given) -> None:
@@ -57,9 +57,9 @@ def _lengths(config: ExperimentConfig, base: Artefact, given: Given) -> Iterator
 
 def _used_lengths(config: ExperimentConfig, given: Given) -> dict[str, int]:
     """{setting: longest sequence} of the trainings there are."""
-    positives = isinstance(config.loss, Positives)
-    taught = given.seeds.counts["ift"] + given.seeds.counts["eft"] or positives
-    used = {"sft": taught, "align": not positives}
+    pairwise = config.loss.pairwise
+    taught = given.seeds.counts["ift"] + given.seeds.counts["eft"] or not pairwise
+    used = {"sft": taught, "align": pairwise}
     return {f"train.{name}": getattr(config.train, name).max_length for name, is_used in used.items() if is_used}
 
 
@@ -109,7 +109,7 @@ def _prompts_of_judges(config: ExperimentConfig, base: Artefact, given: Given) -
 
 def _augmentation(config: ExperimentConfig, base: Artefact, given: Given) -> Iterator[str]:
     """p leaves room for x and a response."""
-    p = None if isinstance(config.loss, Positives) else augmentation_of(config.loss)
+    p = augmentation_of(config.loss)
     if p is None:
         return
     tokenizer, context = PolicyFiles(base.path).load_tokenizer(), base.counts["context"]
@@ -184,11 +184,11 @@ def _thoughts(config: ExperimentConfig, base: Artefact, given: Given) -> Iterato
 
 def _scores(config: ExperimentConfig, base: Artefact, given: Given) -> Iterator[str]:
     """Given pairs have the scores whose difference the loss takes."""
-    if not isinstance(config.loss, ODPO) or given.pairs is None:
+    if config.loss.offset is not Offset.score_gap or given.pairs is None:
         return
     pairs = stream_records(given.pairs.path / "pairs.jsonl", PreferencePair)
     if wrong := [pair.id for pair in pairs if not (score_gap(pair) or 0) > 0]:
-        yield lacks_score_gaps(wrong)
+        yield lacks_score_gaps(config.loss, wrong)
 
 
 def _prompts(given: Given) -> Iterator[tuple[str, Prompt]]:

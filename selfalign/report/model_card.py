@@ -11,7 +11,7 @@ from selfalign.metrics.catalog import METRICS
 from selfalign.report.html import Column, is_number, plural, present, show
 from selfalign.report.markdown import bullets, code, fenced, folded, table
 from selfalign.report.run_page import ITERATIONS, MODELS, code_state, trained_on
-from selfalign.report.sentences import LOSSES, WHO, judges_of_answers, verdict, warnings, what_was_run
+from selfalign.report.sentences import WHO, judges_of_answers, verdict, warnings, what_was_run
 from selfalign.report.tables import ANSWERS, JUDGING, OTHERS
 from selfalign.runs.labels import Label
 from selfalign.runs.reader import Finished
@@ -19,16 +19,6 @@ from selfalign.runs.summary import drops_text
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
-
-FORMULAS = {
-    "DPO": "−log σ(β h)",
-    "IPO": "(h − 1/(2β))²",
-    "SrDPO": "−log σ(β h − λ ⊥Δ)",
-    "SrIPO": "(h − λ ⊥Δ − 1/(2β))²",
-    "ODPO": "−log σ(β h − α log(s⁺ − s⁻))",
-    "Positives": "−log π(y⁺|x) a token, no rejected responses",
-}
-"""What a loss is for a pair, by its class."""
 
 RESULTS = (
     "eval/win_rate",
@@ -133,14 +123,13 @@ def metadata(run: Finished) -> "ModelCardData":
     from huggingface_hub import ModelCardData
 
     lora, measured = run.config["model"]["lora"]["rank"], eval_results(run)
-    loss = run.setting(last_model(run), "loss") or "positives"
     hub_data = [source.hub_id for source in sources(run) if source.hub_id and "evaluation" not in source.purpose]
     return ModelCardData(
         base_model=base_on_hub(run)[0] or None,
         datasets=list(dict.fromkeys(hub_data)) or None,
         library_name="peft" if lora else "transformers",
         pipeline_tag="text-generation",
-        tags=["selfalign", LOSSES.get(loss, loss).lower(), *(["lora"] if lora else [])],
+        tags=["selfalign", run.loss["title"].lower(), *(["lora"] if lora else [])],
         model_name=title_of(run) if measured else None,
         eval_results=measured or None,
         **stated_licence(run),
@@ -207,12 +196,9 @@ def method(run: Finished) -> str:
     config, label = run.config, last_model(run)
     given = "given pairs" if "path" in config["data"] else "the model's own pairs (arXiv 2401.10020)"
     facts = [f"Method: {given}, {plural(config['iterations'], 'iteration')}"]
-    loss = run.inputs(label).get("loss", {"class": "Positives"})
-    formula = FORMULAS.get(loss["class"], "")
-    if loss.get("target") == "exact":
-        formula = formula.replace("λ", "(λ/β)")
-    facts.append(f"Loss of a pair: {LOSSES.get(loss['class'], loss['class'])}, {code(formula)}; {settings(loss)}")
-    if "h" in formula:
+    loss = run.inputs(label).get("loss", {"class": config["choices"]["loss"]})
+    facts.append(f"Loss of a pair: {run.loss['title']}, {code(run.loss['formula'])}; {settings(loss)}")
+    if "h" in run.loss["formula"]:
         facts.append(
             "There, h = [log π(y⁺|x) − log π_ref(y⁺|x)] − [log π(y⁻|x) − log π_ref(y⁻|x)], in nats over response "
             "tokens; ⊥ stops the gradient"

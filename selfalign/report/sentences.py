@@ -7,7 +7,6 @@ from selfalign.report.html import compact, is_number, percent, strong
 from selfalign.runs.labels import Kind, Label
 from selfalign.runs.reader import Finished
 
-LOSSES = {"SrDPO": "Sr-DPO", "SrIPO": "Sr-IPO"}
 SCORES = {"Pairwise": "wins of comparisons", "ImplicitReward": "implicit reward"}
 WHO = {"self": "the newest model itself", "previous": "the model before it", "sft": "M1", "base": "M0"}
 
@@ -87,9 +86,8 @@ def _loss_sentence(run: Finished) -> str:
         return f"Fine-tuning on the good responses alone ({strong('positives')}) made {models}."
     settings = [f"β = {loss['beta']:g}"] + ([f"λ = {loss['lam']:g}"] if "lam" in loss else [])
     settings += [f"{key} {escape(str(loss[key]))}" for key in ("reduction", "target") if key in loss]
-    name = run.setting(labels[0], "loss") or "Alignment"
     against = WHO[run.config["train"]["reference"]]
-    return f"{strong(LOSSES.get(name, name))} ({', '.join(settings)}; reference: {against}) made {models}."
+    return f"{strong(run.loss['title'])} ({', '.join(settings)}; reference: {against}) made {models}."
 
 
 def warnings(run: Finished) -> str:

@@ -10,7 +10,6 @@ from selfalign.core.files import read_json, read_lines
 from selfalign.core.formatting import duration
 from selfalign.metrics.catalog import METRICS
 from selfalign.report.html import Column, decimals, explained, note
-from selfalign.report.sentences import LOSSES
 from selfalign.runs.labels import BASELINE, Label
 from selfalign.runs.reader import Finished
 from selfalign.store.artifacts import LOG, MANIFEST
@@ -33,7 +32,7 @@ TIMES = (
 
 
 def training_times(folders: Sequence[Path]) -> list[Row]:
-    """What every training of these runs took, a row a model, run by run.
+    """What every training of these finished runs took, a row a model, run by run.
 
     A row has `run` (the folder's name), `model`, `loss`, `lam` and `beta` (where the loss has them), `pairs` (of an
     alignment), `steps`, `seconds` (of the steps alone), `seconds_per_step`, `tokens_per_second`, `peak_memory_gb` and
@@ -46,11 +45,12 @@ def training_times(folders: Sequence[Path]) -> list[Row]:
 def _of_run(folder: Path) -> list[Row]:
     labels = [Label.parse(path.parent.name) for path in (folder / "artefacts").glob(f"*/{MANIFEST}")]
     labels.sort(key=lambda label: (label.iteration_number, label.owner != BASELINE))
-    return [row for label in labels if (row := _of_model(folder, label))]
+    title = read_json(folder / "summary.json")["loss"]["title"]
+    return [row for label in labels if (row := _of_model(folder, label, title))]
 
 
-def _of_model(folder: Path, label: Label) -> Row:
-    """One training; empty for an artefact that is none, or whose steps have no times."""
+def _of_model(folder: Path, label: Label, title: str) -> Row:
+    """One training, with the title of an alignment's loss; empty where it is none, or its steps have no times."""
     place = label.link_in(folder)
     manifest, log = read_json(place / MANIFEST), place / LOG
     steps = [json.loads(line) for _, line in read_lines(log)] if log.is_file() else []
@@ -63,7 +63,7 @@ def _of_model(folder: Path, label: Label) -> Row:
     row = {
         "run": folder.name,
         "model": str(label),
-        "loss": LOSSES.get(name, name) if (name := loss.get("class")) else "fine-tuning",
+        "loss": title if loss else "fine-tuning",
         "lam": loss.get("lam"),
         "beta": loss.get("beta"),
         "pairs": manifest["counts"].get("pairs"),

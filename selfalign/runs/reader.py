@@ -84,6 +84,7 @@ class Finished:
     Attributes:
         folder: the run folder.
         summary: its summary.json.
+        loss: title and formula of the loss it was configured with.
         provenance: its provenance.json.
         config: the resolved configuration.
         stages: {label: stage}.
@@ -94,6 +95,7 @@ class Finished:
 
     folder: Path
     summary: Row
+    loss: Row
     provenance: Row
     config: Row
     stages: dict[Label, str]
@@ -120,6 +122,7 @@ class Finished:
         return cls(
             folder=folder,
             summary=summary,
+            loss=summary["loss"],
             provenance=read_json(folder / "provenance.json"),
             config=summary["config"],
             stages={Label.parse(stage["label"]): stage["stage"] for stage in summary["stages"]},
@@ -131,8 +134,8 @@ class Finished:
     @property
     def judge(self) -> str:
         """The class of the judge, empty where nothing was judged."""
-        judged = (label for label, stage in self.stages.items() if stage == "judge")
-        return next((self.setting(label, "judge") for label in judged), "")
+        label = next((label for label, stage in self.stages.items() if stage == "judge"), None)
+        return self.inputs(label).get("judge", {}).get("class", "") if label else ""
 
     @property
     def iterations(self) -> list[int]:
@@ -142,10 +145,6 @@ class Finished:
     def records(self, label: Label, kind: type[R]) -> Iterator[R]:
         """The records of one artefact, one at a time; none where there is no such file."""
         return stream_there(self.folder, label, kind)
-
-    def setting(self, label: Label, name: str) -> str:
-        """The class of one of a stage's settings, such as its loss, which the configuration does not name."""
-        return self.inputs(label).get(name, {}).get("class", "")
 
     def manifest(self, label: Label) -> Row:
         """What an artefact's manifest says; nothing where there is none."""

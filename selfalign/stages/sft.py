@@ -57,13 +57,10 @@ def sft(
         optimization: rates, sizes and lengths.
         weights: which weights are trained.
     """
-
-    def encode(tally: Counter[str]) -> Iterator[Group]:
-        records = stream_records(demonstrations.path / "demonstrations.jsonl", Demonstration)
-        tokenizer = PolicyFiles(policy.path).load_tokenizer()
-        yield from group_demonstrations(tokenizer, records, optimization.max_length, tally)
-
-    examples = store_examples(out.scratch / "examples", Group, encode)
+    records, tally = stream_records(demonstrations.path / "demonstrations.jsonl", Demonstration), Counter[str]()
+    tokenizer = PolicyFiles(policy.path).load_tokenizer()
+    groups = group_demonstrations(tokenizer, records, optimization.max_length, tally)
+    examples = store_examples(out.scratch / "examples", Group, groups, tally)
     train(
         out,
         policy=PolicyFiles(policy.path),

@@ -5,7 +5,7 @@ depend on: the records, the tokenizer, the lengths and the reference values.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType
@@ -15,11 +15,8 @@ import msgspec
 import numpy as np
 
 from selfalign.core import distributed
-from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json, write_json
-from selfalign.core.jsonl import HasId, chunks, stream_records
-from selfalign.core.records import PairReference
-from selfalign.models.batches import Group, PairExample
+from selfalign.core.jsonl import HasId, chunks
 
 if TYPE_CHECKING:
     import datasets
@@ -71,28 +68,28 @@ class StoredExamples(Sequence[E], Generic[E]):
         return replace(self, rows=np.asarray(self.rows)[np.asarray(places, dtype=np.int64)])
 
 
-def store_examples(folder: Path, kind: type[E], make: Callable[[Counter[str]], Iterable[E]]) -> StoredExamples[E]:
-    """Examples on disk: found there, or made and written.
+def store_examples(folder: Path, kind: type[E], examples: Iterable[E], tally: Counter[str]) -> StoredExamples[E]:
+    """Writes examples to disk, one by one, and maps them; those that are there already are mapped as they are.
 
     Args:
         folder: of a stage's scratch.
         kind: a dataclass of texts, numbers, lists of them, and such dataclasses.
-        make: the examples, one by one; it counts into the given tally what it keeps and drops.
+        examples: left unread where they are there.
+        tally: what they count while they are read, kept with them.
     """
     import datasets
 
-    table, tally = folder / "examples.arrow", folder / "counts.json"
+    table, counts = folder / "examples.arrow", folder / "counts.json"
 
     def store() -> None:
-        if not tally.exists():  # It is written last.
+        if not counts.exists():  # It is written last.
             folder.mkdir(parents=True, exist_ok=True)
-            counted: Counter[str] = Counter()
-            _write(table, kind, make(counted))
-            write_json(tally, counted)
+            _write(table, kind, examples)
+            write_json(counts, tally)
 
     distributed.on_main(store)
     opened = datasets.Dataset.from_file(str(table))
-    return StoredExamples(opened, kind, read_json(tally), range(len(opened)))
+    return StoredExamples(opened, kind, read_json(counts), range(len(opened)))
 
 
 def _write(path: Path, kind: type[E], examples: Iterable[E]) -> None:
@@ -116,33 +113,3 @@ def arrow_type(kind: Any) -> "pa.DataType":
         return pa.list_(arrow_type(*get_args(kind)))
     options = [option for option in get_args(kind) if option is not NoneType]
     return arrow_type(*options) if options else {str: pa.string(), int: pa.int32(), float: pa.float64()}[kind]
-
-
-def follow_references(examples: Iterable[PairExample], file: Path, role: str) -> Iterator[PairExample]:
-    """Pairs with their stored log-probabilities, which stand in the same order.
-
-    Args:
-        examples: the pairs.
-        file: references.jsonl; it may have pairs besides these.
-        role: whose they are, "reference" or "start".
-
-    Raises:
-        SelfalignError: a pair has none.
-    """
-    stored = stream_records(file, PairReference)
-    for example in examples:
-        found = next((record for record in stored if record.id == example.id), None)
-        if found is None:
-            raise SelfalignError(f"{file}: no reference for pair {example.id}, or not in the order of the pairs")
-        yield with_reference(example, found, role)
-
-
-def with_reference(example: PairExample, record: PairReference, role: str) -> PairExample:
-    """A pair with what a policy, by its role, makes of its responses."""
-
-    def known(group: Group, *values: float | None) -> Group:
-        return replace(group, **{role: [] if None in values else list(values)})
-
-    plain = known(example.plain, record.chosen, record.rejected)
-    behind_p = example.augmented and known(example.augmented, record.augmented_chosen, record.augmented_rejected)
-    return replace(example, plain=plain, augmented=behind_p)

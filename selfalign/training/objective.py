@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor
 
+from selfalign.losses.logps import PairLogps
 from selfalign.metrics.accumulate import Sums
 from selfalign.models.batches import Batch, Group, make_batch
 from selfalign.training.parallelism import out_of_wrapper
@@ -89,3 +91,22 @@ def forward(model: "PreTrainedModel", groups: Sequence[Group], **options: bool) 
     own = out_of_wrapper(model)
     batch = make_batch(own, groups).to(own.device)
     return batch, model(predict_at=batch.predict_at, targets=batch.targets, **batch.inputs, **options)
+
+
+def pair_logps(model: "PreTrainedModel", groups: Sequence[Group]) -> PairLogps:
+    """Summed log-probabilities of both responses of each pair."""
+    batch, logps = forward(model, groups)
+    sums = batch.sum_by_response(logps).view(-1, 2)
+    tokens = batch.tokens.view(-1, 2)
+    return PairLogps(chosen=sums[:, 0], rejected=sums[:, 1], chosen_tokens=tokens[:, 0], rejected_tokens=tokens[:, 1])
+
+
+@torch.no_grad()
+def frozen_logps(model: "PreTrainedModel", groups: Sequence[Group]) -> PairLogps:
+    """The same without gradient and dropout."""
+    training = model.training
+    model.eval()
+    try:
+        return pair_logps(model, groups)
+    finally:
+        model.train(training)

@@ -2,7 +2,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -28,28 +28,28 @@ from scipy import stats
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import write_json
 from selfalign.core.records import PairReference, PreferencePair
-from selfalign.losses.preference import DPO, IPO, ODPO, PreferenceLoss, SrDPO, SrIPO
+from selfalign.losses.logps import PairLogps
+from selfalign.losses.preference import DPO, IPO, ODPO, SrDPO, SrIPO, log_ratio_margin
+from selfalign.losses.protocol import Offset, PreferenceLoss, augmentation_of, refinement_of
 from selfalign.losses.refinement import Refinement
 from selfalign.models.batches import PairExample, encode_pairs, make_batch
 from selfalign.models.checkpoint import Policy, PolicyFiles
-from selfalign.stages import align as module
-from selfalign.stages.align import (
-    AdapterSwitchedOff,
-    Preference,
-    SecondModel,
-    StoredReferences,
-    align,
-    augmentation_of,
-    open_references,
-    pair_logps,
-    refinement_of,
-)
+from selfalign.stages.align import align
 from selfalign.stages.reference import reference
 from selfalign.store.artifacts import Artefact
+from selfalign.training import preference as module
 from selfalign.training.checkpoint_selection import CheckpointSelection, CheckpointSelector
 from selfalign.training.config import Optimization
-from selfalign.training.dataset import with_reference
+from selfalign.training.objective import pair_logps
+from selfalign.training.preference import Preference
 from selfalign.training.prepare import prepare
+from selfalign.training.reference import (
+    AdapterSwitchedOff,
+    SecondModel,
+    StoredReferences,
+    open_references,
+    with_reference,
+)
 from selfalign.training.splits import Known, split_pairs
 
 PAIRS = [
@@ -157,7 +157,7 @@ def test_rewards_are_correlated_with_length_over_both_responses(tmp_path: Path, 
     assert counts["rewards/length_correlation"] == pytest.approx(stats.pearsonr(rewards, tokens).statistic, abs=1e-3)
 
 
-START = "start = self.start(policy.model, groups) if self.start else None"
+START = "start = self.start(policy.model, part.examples) if self.start else None"
 CHANGES = partial(test_changes_are_from_the_start_of_the_alignment_whatever_the_reference_is, older=True)
 
 
@@ -421,9 +421,9 @@ def test_sources_without_a_second_pass_ask_the_model_once(tiny_policy: PolicyFil
 
 def test_shuffling_gives_every_pair_of_a_step_the_second_pass_of_another(tiny_policy: PolicyFiles) -> None:
     objective, model, examples = objective_on(tiny_policy, SrDPO(refinement=Refinement(source="shuffled")))
-    known = [example.augmented.reference for example in examples]
+    known = [example.augmented_reference for example in examples]
     examples = [
-        replace(example, augmented=replace(example.augmented, reference=[chosen - n, rejected]))
+        replace(example, augmented_reference=[chosen - n, rejected])
         for n, (example, (chosen, rejected)) in enumerate(zip(examples, known, strict=True))
     ]
     arranged = objective.arrange(examples)
@@ -438,7 +438,7 @@ def test_shuffling_gives_every_pair_of_a_step_the_second_pass_of_another(tiny_po
 
     def deltas(some: list[PairExample]) -> list[float]:
         policy = pair_logps(model, [example.plain for example in some])
-        return objective.refine(model, some, policy, policy).tolist()
+        return objective.offset(model, some, policy, policy).tolist()
 
     by_pair = dict(zip((e.id for e in examples), deltas(examples), strict=True))
     assert len({round(value, 3) for value in by_pair.values()}) == 4
@@ -454,12 +454,37 @@ def test_odpo_takes_the_logarithm_of_the_judges_score_difference(tiny_policy: Po
     assert "refinement/mean" not in outcome.metrics
 
 
+@dataclass
+class Margin:
+    """-log σ(β h - (s⁺ - s⁻)), a loss that selfalign does not have."""
+
+    title = "Margin"
+    formula = "−log σ(β h − (s⁺ − s⁻))"
+    pairwise = True
+    offset = Offset.score_gap
+
+    beta: float = 0.2
+
+    def __call__(self, policy: PairLogps, reference: PairLogps, score_gap: torch.Tensor | None = None) -> torch.Tensor:
+        assert score_gap is not None
+        return -torch.nn.functional.logsigmoid(self.beta * log_ratio_margin(policy, reference) - score_gap)
+
+
+def test_loss_of_a_stranger_gets_what_it_declares(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+    objective, model, examples = objective_on(tiny_policy, Margin())
+    scored = [replace(example, score_gap=gap) for example, gap in zip(examples, (1.0, 2.0, 3.0, 0.5), strict=True)]
+    total = sum(math.log(1 + math.exp(0.4 + gap)) for gap in (1.0, 2.0, 3.0, 0.5))
+    assert float(objective(model, scored).loss.detach()) == pytest.approx(total, rel=1e-4)
+    with pytest.raises(SelfalignError, match="the loss Margin needs chosen_score above rejected_score"):
+        aligned(tmp_path, tiny_policy, Margin())
+
+
 def test_odpo_trains_on_scored_pairs_and_refuses_others(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
     scored = [replace(pair, chosen_score=4.0, rejected_score=3.0 - n / 2) for n, pair in enumerate(PAIRS)]
     _, _, rows = aligned(tmp_path / "scored", tiny_policy, ODPO(beta=0.2), pairs=scored)
     assert rows[-1]["loss"] < rows[0]["loss"]
     with pytest.raises(
-        SelfalignError, match=r"loss=odpo needs chosen_score above rejected_score .*; 4 have not, like a"
+        SelfalignError, match=r"the loss ODPO needs chosen_score above rejected_score .*; 4 have not, like a"
     ):
         aligned(tmp_path / "none", tiny_policy, ODPO())
     tied = [*scored[1:], replace(scored[0], rejected_score=4.0)]

@@ -1,0 +1,263 @@
+"""The preference objective: a preference loss over pairs, with the refinement pass where the loss asks for one."""
+
+import math
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import TYPE_CHECKING
+
+import torch
+
+from selfalign.core import distributed
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import derive_seed
+from selfalign.core.jsonl import chunks, stream_records
+from selfalign.core.records import PreferencePair
+from selfalign.losses.logps import PairLogps
+from selfalign.losses.preference import rewards
+from selfalign.losses.protocol import Loss, Offset, PreferenceLoss, augmentation_of, is_refined, refinement_of
+from selfalign.metrics.accumulate import Sums, add_sums
+from selfalign.metrics.rewards import length_moments, logp_changes, reward_metrics
+from selfalign.models.batches import PairExample, encode_pairs
+from selfalign.models.checkpoint import Policy, PolicyFiles, autocast
+from selfalign.store.artifacts import Artefact
+from selfalign.training.config import Optimization, Weights
+from selfalign.training.objective import Outcome, frozen_logps, pair_logps
+from selfalign.training.parallelism import my_passes, out_of_wrapper
+from selfalign.training.reference import References, StoredReferences, follow_references, groups_of, open_references
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def open_objective(
+    loss: PreferenceLoss,
+    policy: Artefact,
+    base: Artefact,
+    reference: Artefact,
+    start: Artefact | None,
+    optimization: Optimization,
+    weights: Weights,
+) -> "Preference":
+    """Makes the objective of an alignment, its references ready to be asked.
+
+    Args:
+        loss: one of `selfalign.losses.preference`.
+        policy: M_t, where training starts.
+        base: M0, which an adapter belongs to.
+        reference: stored log-probabilities of the reference policy, or that policy itself.
+        start: stored log-probabilities of M_t, where the reference is another policy.
+        optimization: rates, sizes and lengths.
+        weights: which weights are trained.
+    """
+    references = open_references(reference, base, weights)
+    is_reference = start is None and (isinstance(references, StoredReferences) or reference.digest == policy.digest)
+    return Preference(
+        loss,
+        references,
+        starts_as_reference=is_reference and not optimization.dropout,
+        dtype="bfloat16" if "bfloat16" in (optimization.dtype, weights.dtype) else "float32",
+        start=StoredReferences("start") if start else references if is_reference else None,
+    )
+
+
+def encode_preferences(
+    policy: PolicyFiles,
+    pairs: Artefact,
+    reference: Artefact,
+    start: Artefact | None,
+    loss: PreferenceLoss,
+    limit: int,
+    tally: Counter[str],
+) -> Iterator[PairExample]:
+    """Tokenises pairs one by one, and joins them with the log-probabilities that are stored of them.
+
+    Args:
+        policy: whose tokenizer and context they are for.
+        pairs: pairs.jsonl.
+        reference: references.jsonl, or the reference policy, of which nothing is stored.
+        start: references.jsonl of M_t, or None.
+        loss: says what a pair needs.
+        limit: the longest prompt with a response, in tokens.
+        tally: counts as `encode_pairs` does.
+
+    Raises:
+        SelfalignError: no pair fits, one has no stored log-probabilities, or not the score gap that the loss takes.
+    """
+    records = stream_records(pairs.path / "pairs.jsonl", PreferencePair)
+    examples = encode_pairs(policy.load_tokenizer(), records, augmentation_of(loss), limit, tally, policy.context)
+    for role, artefact in (("reference", reference), ("start", start)):
+        if artefact is not None and (file := artefact.path / "references.jsonl").exists():
+            examples = follow_references(examples, file, role)
+    yield from check_score_gaps(loss, examples)
+
+
+@dataclass(slots=True)
+class Preference:
+    """A preference loss over pairs, with the refinement pass where the loss asks for one.
+
+    Attributes:
+        loss: one of `selfalign.losses.preference`.
+        references: the reference policy's log-probabilities.
+        starts_as_reference: whether the first step's values are known.
+        dtype: what the policy multiplies in; it decides how far the first step may be off.
+        start: M_t's log-probabilities, from which changes are measured; None where they are not known.
+    """
+
+    loss: PreferenceLoss
+    references: References
+    starts_as_reference: bool
+    dtype: str
+    start: References | None = None
+
+    def arrange(self, examples: Sequence[PairExample]) -> list[PairExample]:
+        """A step's pairs; where the refinement is shuffled, each with the p⊕x pass of another one."""
+        source = refinement_of(self.loss)
+        if source is None or source.source != "shuffled":
+            return list(examples)
+        shuffled = list(examples)
+        random.Random(derive_seed("shuffled", *(example.id for example in examples))).shuffle(shuffled)
+        others = [*shuffled[1:], *shuffled[:1]]
+        return [
+            replace(one, augmented=other.augmented, augmented_reference=other.augmented_reference)
+            for one, other in zip(shuffled, others, strict=True)
+        ]
+
+    def weight(self, examples: Sequence[PairExample]) -> float:
+        """The loss is averaged over pairs."""
+        return float(len(examples))
+
+    def __call__(self, model: "PreTrainedModel", examples: Sequence[PairExample]) -> Outcome:
+        own = out_of_wrapper(model)
+        policy, reference = pair_logps(model, groups_of(examples)), self.references(own, examples)
+        offset = self.offset(own, examples, policy, reference)
+        losses = self.loss(policy, reference, offset)
+        start = self.loss(reference, reference, offset)
+        policy = policy.detach()
+        zeros = [*rewards(self.loss.beta, policy, reference)]
+        if offset is not None and augmentation_of(self.loss):
+            zeros.append(offset)
+        count = float(len(examples))
+        metrics = {
+            **self.reward_metrics(policy, reference, offset),
+            "logps/chosen": (float(policy.chosen.sum()), count),
+            "logps/rejected": (float(policy.rejected.sum()), count),
+            "loss": (float(losses.detach().sum()), count),
+        }
+        return Outcome(
+            losses.sum(),
+            metrics,
+            distance=max(float(values.abs().max()) for values in zeros),
+            loss_distance=float(((losses.detach() - start).abs() / start.abs().clamp(min=1e-3)).max()),
+        )
+
+    def offset(
+        self, model: "PreTrainedModel", examples: Sequence[PairExample], policy: PairLogps, reference: PairLogps
+    ) -> torch.Tensor | None:
+        """What the loss declares as its offset: Δ under the current policy, or the score gap; without gradient."""
+        if self.loss.offset is Offset.score_gap:
+            return torch.tensor([example.score_gap or math.nan for example in examples], device=model.device)
+        if not is_refined(self.loss):
+            return None
+        source = self.loss.refinement
+        if source.source == "constant":
+            return torch.full_like(reference.chosen, source.constant)
+        if source.source == "naive":
+            return self.loss.delta(policy, reference)
+        policy_p = frozen_logps(model, groups_of(examples, augmented=True))
+        return self.loss.delta(policy_p, self.references(model, examples, augmented=True))
+
+    def check_first_step(self, distance: float, loss_distance: float) -> None:
+        """Stops the run if the policy does not start as the reference, where every reward and every Δ is 0.
+
+        Args:
+            distance: the largest of them, either sign.
+            loss_distance: how far the worst pair's loss is from its value there, as a share of that value
+                (ln 2 for DPO and Sr-DPO, 1/(4β²) for IPO and Sr-IPO).
+
+        Raises:
+            SelfalignError: one is too far off, with the likely causes.
+        """
+        if not self.starts_as_reference:
+            return
+        coarse = self.dtype == "bfloat16"
+        if distance > self.loss.beta * (1.0 if coarse else 1e-2) or loss_distance > (0.5 if coarse else 0.05):
+            raise SelfalignError(
+                "the policy does not start as its reference: at the first step a reward or refinement is "
+                f"{distance:.3g} away from 0, and the loss {loss_distance:.1%} from its known value. Likely causes: "
+                "dropout is active, policy and reference were loaded in different dtypes, or the stored reference "
+                "belongs to other weights or token ids"
+            )
+
+    @torch.no_grad()
+    def measure(self, policy: Policy, examples: Sequence[PairExample], optimization: Optimization) -> Sums:
+        """The reward metrics of a trained policy over pairs, and how far it has moved, as sums and weights.
+
+        Every process measures its share of the pairs, and has the sums over all.
+        """
+        sums: Sums = {}
+        policy.model.eval()
+        for part in (part for chunk in chunks(examples) for part in my_passes(chunk, optimization.batch_tokens)):
+            with autocast(policy.model.device, optimization.dtype):
+                logps = pair_logps(policy.model, groups_of(part.examples))
+                reference = self.references(policy.model, part.examples)
+                offset = self.offset(policy.model, part.examples, logps, reference)
+                start = self.start(policy.model, part.examples) if self.start else None
+            if not part.repeated:
+                sums = add_sums(sums, self.reward_metrics(logps, reference, offset))
+                sums = add_sums(sums, self.drift(logps, reference, start))
+        return reduce(add_sums, distributed.gather(sums))
+
+    def drift(self, policy: PairLogps, reference: PairLogps, start: PairLogps | None) -> Sums:
+        """How far the policy has moved from M_t, and what is needed to correlate its rewards with length."""
+        assert policy.chosen_tokens is not None
+        assert policy.rejected_tokens is not None
+        tokens = [*policy.chosen_tokens.tolist(), *policy.rejected_tokens.tolist()]
+        chosen, rejected = rewards(self.loss.beta, policy, reference)
+        moments = length_moments([*chosen.tolist(), *rejected.tolist()], tokens)
+        if start is None:
+            return moments
+        return {
+            **logp_changes("chosen", (policy.chosen - start.chosen).tolist(), policy.chosen_tokens.tolist()),
+            **logp_changes("rejected", (policy.rejected - start.rejected).tolist(), policy.rejected_tokens.tolist()),
+            **moments,
+        }
+
+    def reward_metrics(self, policy: PairLogps, reference: PairLogps, offset: torch.Tensor | None) -> Sums:
+        """The reward metrics of these pairs; Δ is among them where it comes from the policy."""
+        source = refinement_of(self.loss)
+        chosen, rejected = rewards(self.loss.beta, policy, reference)
+        assert policy.chosen_tokens is not None
+        assert policy.rejected_tokens is not None
+        return reward_metrics(
+            chosen.tolist(),
+            rejected.tolist(),
+            None if offset is None or source is None or source.source == "constant" else offset.tolist(),
+            chosen_tokens=policy.chosen_tokens.tolist(),
+            rejected_tokens=policy.rejected_tokens.tolist(),
+        )
+
+
+def check_score_gaps(loss: PreferenceLoss, examples: Iterable[PairExample]) -> Iterator[PairExample]:
+    """Passes pairs on, and looks whether they have the score gap that the loss declares.
+
+    Raises:
+        SelfalignError: behind the last pair, one has no scores, or its chosen response's is not the higher one.
+    """
+    wrong: list[str] = []
+    for example in examples:
+        if loss.offset is Offset.score_gap and not (example.score_gap or 0) > 0:
+            wrong.append(example.id)
+        yield example
+    if wrong:
+        raise SelfalignError(lacks_score_gaps(loss, wrong))
+
+
+def lacks_score_gaps(loss: Loss, pairs: Sequence[str]) -> str:
+    """Says which pairs a loss with a score gap cannot be trained on."""
+    return (
+        f"the loss {loss.title} needs chosen_score above rejected_score in every pair; {len(pairs)} have not, like "
+        f"{pairs[0]}"
+    )

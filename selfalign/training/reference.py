@@ -1,0 +1,133 @@
+"""The reference policy's log-probabilities of pairs: stored with them, or computed at every step."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from selfalign.core.errors import SelfalignError
+from selfalign.core.jsonl import stream_records
+from selfalign.core.records import PairReference
+from selfalign.losses.logps import PairLogps
+from selfalign.models.batches import Group, PairExample
+from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.scorer import make_scoring
+from selfalign.store.artifacts import Artefact
+from selfalign.training.config import Weights
+from selfalign.training.objective import frozen_logps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class References(Protocol):
+    """The reference policy's log-probabilities of pairs, given x or (`augmented`) p⊕x, without gradient."""
+
+    def __call__(
+        self, model: "PreTrainedModel", examples: Sequence[PairExample], *, augmented: bool = False
+    ) -> PairLogps: ...
+
+
+@dataclass(slots=True)
+class StoredReferences:
+    """Computed before training; they stand with the pairs.
+
+    Attributes:
+        role: whose they are, "reference" or "start".
+    """
+
+    role: str = "reference"
+
+    def __call__(
+        self, model: "PreTrainedModel", examples: Sequence[PairExample], *, augmented: bool = False
+    ) -> PairLogps:
+        """Reads them off.
+
+        Raises:
+            ValueError: a value is missing or not a number.
+        """
+        column = f"augmented_{self.role}" if augmented else self.role
+        values = [getattr(example, column) or [math.nan] * 2 for example in examples]
+        table = torch.tensor(values, device=model.device)
+        if not bool(torch.isfinite(table).all()):
+            raise ValueError("a stored reference log-probability is missing or not finite")
+        groups = groups_of(examples, augmented=augmented)
+        tokens = torch.tensor([group.scored() for group in groups], device=model.device).float()
+        return PairLogps(
+            chosen=table[:, 0], rejected=table[:, 1], chosen_tokens=tokens[:, 0], rejected_tokens=tokens[:, 1]
+        )
+
+
+@dataclass(slots=True)
+class SecondModel:
+    """Computed at every step by the reference policy, in memory beside the policy that is trained."""
+
+    reference: "PreTrainedModel"
+
+    def __call__(
+        self, model: "PreTrainedModel", examples: Sequence[PairExample], *, augmented: bool = False
+    ) -> PairLogps:
+        """Computes them."""
+        return frozen_logps(self.reference, groups_of(examples, augmented=augmented))
+
+
+@dataclass(slots=True)
+class AdapterSwitchedOff:
+    """Computed at every step by the trained policy without its adapter: the base it belongs to."""
+
+    def __call__(
+        self, model: "PreTrainedModel", examples: Sequence[PairExample], *, augmented: bool = False
+    ) -> PairLogps:
+        """Computes them."""
+        with model.disable_adapter():  # pyright: ignore[reportCallIssue, reportGeneralTypeIssues]
+            return frozen_logps(model, groups_of(examples, augmented=augmented))
+
+
+def groups_of(examples: Sequence[PairExample], *, augmented: bool = False) -> list[Group]:
+    """Each pair's responses behind x, or (`augmented`) behind p⊕x."""
+    if augmented:
+        return [example.augmented for example in examples if example.augmented is not None]
+    return [example.plain for example in examples]
+
+
+def open_references(reference: Artefact, base: Artefact, weights: Weights) -> References:
+    """The reference values an artefact holds, or its policy ready to be asked for them."""
+    if (reference.path / "references.jsonl").exists():
+        return StoredReferences()
+    if weights.lora.rank and reference.digest == base.digest:
+        return AdapterSwitchedOff()
+    loaded = PolicyFiles(reference.path).load(weights.dtype, apart=True)
+    make_scoring(loaded)
+    return SecondModel(loaded.model)
+
+
+def follow_references(examples: Iterable[PairExample], file: Path, role: str) -> Iterator[PairExample]:
+    """Pairs with their stored log-probabilities, which stand in the same order.
+
+    Args:
+        examples: the pairs.
+        file: references.jsonl; it may have pairs besides these.
+        role: whose they are, "reference" or "start".
+
+    Raises:
+        SelfalignError: a pair has none.
+    """
+    stored = stream_records(file, PairReference)
+    for example in examples:
+        found = next((record for record in stored if record.id == example.id), None)
+        if found is None:
+            raise SelfalignError(f"{file}: no reference for pair {example.id}, or not in the order of the pairs")
+        yield with_reference(example, found, role)
+
+
+def with_reference(example: PairExample, record: PairReference, role: str) -> PairExample:
+    """A pair with what a policy, by its role, makes of its responses."""
+    plain = [record.chosen, record.rejected]
+    if role == "start":
+        return replace(example, start=plain)
+    chosen_p, rejected_p = record.augmented_chosen, record.augmented_rejected
+    behind_p = [] if chosen_p is None or rejected_p is None else [chosen_p, rejected_p]
+    return replace(example, reference=plain, augmented_reference=behind_p)
