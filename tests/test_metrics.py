@@ -1,11 +1,12 @@
 import math
 
+import numpy as np
 import pytest
 from builders import judgement
 from scipy import stats
 
 from selfalign.core.records import Judgement, JudgementStatus
-from selfalign.metrics.accumulate import Sums, add_sums, averages
+from selfalign.metrics.accumulate import Correlation, Deviation, Mean, Moments, Sums, add_sums, averages
 from selfalign.metrics.catalog import METRICS
 from selfalign.metrics.intervals import length_controlled, wilson
 from selfalign.metrics.rewards import length_moments, logp_changes, reward_intervals, reward_metrics
@@ -145,9 +146,31 @@ def test_metrics_of_unequal_batches_add_up_as_of_one() -> None:
     first, second = (rewards_of(chosen[a:b], rejected[a:b], deltas[a:b]) for a, b in ((0, 1), (1, 5)))
     together = add_sums(add_sums({}, first), second)
     assert together.keys() == whole.keys()
-    for name, (total, weight) in whole.items():
-        assert together[name] == (pytest.approx(total), weight)
     assert averages(together) == pytest.approx(averages(whole))
+    assert {sums.weight for sums in together.values() if isinstance(sums, Mean)} == {5.0}
+
+
+def test_moments_of_parts_add_up_to_those_of_the_whole() -> None:
+    x, y = [0.5, -1.25, 2.0, 8.0, 0.0], [3.0, -1.0, 0.25, 0.5, 7.0]
+    for whole, first, second in (
+        (Moments.of(x), Moments.of(x[:2]), Moments.of(x[2:])),
+        (Deviation(Moments.of(x)), Deviation(Moments.of(x[:1])), Deviation(Moments.of(x[1:]))),
+        (Correlation.between(x, y), Correlation.between(x[:4], y[:4]), Correlation.between(x[4:], y[4:])),
+        (Mean(9.25, 5.0), Mean(1.25, 2.0), Mean(8.0, 3.0)),
+    ):
+        assert first + second == second + first == whole
+
+
+def test_moments_come_to_mean_deviation_and_correlation() -> None:
+    x, y = [0.5, -1.25, 2.0, 8.0, 0.0], [3.0, -1.0, 0.25, 0.5, 7.0]
+    assert Moments.of(x).value == pytest.approx(np.mean(x))
+    assert Deviation(Moments.of(x)).value == pytest.approx(np.std(x))
+    assert Correlation.between(x, y).value == pytest.approx(stats.pearsonr(x, y).statistic)
+
+
+def test_number_of_no_unit_is_left_out() -> None:
+    empty = {"a": Mean(0.0, 0.0), "b": Moments.of([]), "c": Deviation(Moments.of([])), "d": Correlation.between([], [])}
+    assert averages(empty) == {}
 
 
 def test_reward_intervals_by_hand() -> None:
@@ -205,7 +228,7 @@ def test_constant_rewards_or_lengths_have_no_correlation_rather_than_one_of_roun
 
 def test_every_reward_metric_is_explained() -> None:
     assert averages(rewards_of([1.0, 0.0], [0.0, 0.5], [0.5, 0.1])).keys() <= METRICS.keys()
-    assert all(text and text == text.strip() for text in METRICS.values())
+    assert all(m.meaning and m.meaning == m.meaning.strip() for m in METRICS.values())
 
 
 # --- instructions ------------------------------------------------------------------------------------------------

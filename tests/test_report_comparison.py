@@ -35,9 +35,9 @@ COLUMNS = {
     "reward accuracy": "rewards/accuracies",
     "win rate vs\u00a0M1": "eval/win_rate",
     "win rate at equal length": "eval/win_rate_length_controlled",
-    "judge: pairwise accuracy": "judge_quality/pairwise_accuracy",
-    "judge: Spearman's\u00a0ρ": "judge_quality/spearman",
-    "answer length, characters": "eval/mean_characters",
+    "judge accuracy": "judge_quality/pairwise_accuracy",
+    "judge\u00a0ρ": "judge_quality/spearman",
+    "answer characters": "eval/mean_characters",
     "answers finished": "eval/finished_share",
 }
 """Headings of the table of jobs, and the keys in summary.json."""

@@ -18,7 +18,8 @@ from selfalign.core.records import PreferencePair
 from selfalign.losses.logps import PairLogps
 from selfalign.losses.preference import ODPO, Positives, PreferenceLoss, SrDPO, SrIPO, rewards
 from selfalign.losses.refinement import Refinement
-from selfalign.metrics.accumulate import Sums, add_sums, averages
+from selfalign.metrics import catalog
+from selfalign.metrics.accumulate import Mean, Sums, add_sums, averages
 from selfalign.metrics.rewards import length_moments, logp_changes, reward_intervals, reward_metrics
 from selfalign.models.batches import Group, PairExample, encode_pairs
 from selfalign.models.checkpoint import Policy, PolicyFiles, autocast
@@ -98,9 +99,9 @@ def align(
         checkpoints=checkpoints,
     )
     counts: Counts = {
-        "pairs": len(training),
-        "prompts_cut": examples.counts.get("cut", 0),
-        "prompts_cut_behind_p": examples.counts.get("cut_behind_p", 0),
+        catalog.PAIRS.name: len(training),
+        catalog.PROMPTS_CUT.name: examples.counts.get("cut", 0),
+        catalog.PROMPTS_CUT_BEHIND_P.name: examples.counts.get("cut_behind_p", 0),
         **unknown_counts(examples.counts),
         "dropped": {"too_long": examples.counts.get("too_long", 0)}
         | ({"beside_held_out": split.beside} if split else {}),
@@ -111,8 +112,8 @@ def align(
     if split is not None:
         measured = objective.measure(trained, held, optimization)
         numbers = averages(measured) | reward_intervals(measured)
-        counts |= {"held_out_pairs": len(held), "held_out_passed_over": split.passed_over}
-        counts |= {f"held_out/{name}": value for name, value in numbers.items()}
+        counts |= {catalog.HELD_OUT_PAIRS.name: len(held), catalog.HELD_OUT_PASSED_OVER.name: split.passed_over}
+        counts |= {f"{catalog.HELD_OUT}{name}": value for name, value in numbers.items()}
     return counts
 
 
@@ -244,9 +245,9 @@ class Preference:
         count = float(len(examples))
         metrics = {
             **self.reward_metrics(policy, reference, delta),
-            "logps/chosen": (float(policy.chosen.sum()), count),
-            "logps/rejected": (float(policy.rejected.sum()), count),
-            "loss": (float(losses.detach().sum()), count),
+            catalog.LOGPS_CHOSEN.name: Mean(float(policy.chosen.sum()), count),
+            catalog.LOGPS_REJECTED.name: Mean(float(policy.rejected.sum()), count),
+            catalog.LOSS.name: Mean(float(losses.detach().sum()), count),
         }
         return Outcome(
             losses.sum(),

@@ -22,6 +22,7 @@ from builders import (
     records_artefact,
     workspace,
 )
+from declared import declaration
 from mutation import assert_caught
 from scipy import stats
 
@@ -32,7 +33,6 @@ from selfalign.engines.openai_client import Endpoint
 from selfalign.judges.expected import ExpectedScore
 from selfalign.judges.external import ExternalScore
 from selfalign.losses.refinement import Augmentation, Refinement, augment
-from selfalign.metrics.catalog import METRICS
 from selfalign.metrics.intervals import wilson
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.stages import preferences as module
@@ -222,8 +222,7 @@ def test_log_probability_that_is_no_number_stops_instead_of_being_averaged(tmp_p
 
 def test_every_number_is_explained(tmp_path: Path) -> None:
     counts, _ = measured(tmp_path)
-    names = {name.removesuffix("_low").removesuffix("_high") for name in counts} - {"dropped"}
-    assert {name for name in names if name not in METRICS and name.removeprefix("preferences/") not in METRICS} == set()
+    assert all(map(declaration, counts.keys() - {"dropped"}))
 
 
 # --- what it is given --------------------------------------------------------------------------------------------
