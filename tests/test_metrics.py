@@ -1,11 +1,15 @@
+import ast
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from builders import judgement
+from declared import declaration
 from scipy import stats
 
 from selfalign.core.records import Judgement, JudgementStatus
+from selfalign.metrics import catalog
 from selfalign.metrics.accumulate import Correlation, Deviation, Mean, Moments, Sums, add_sums, averages
 from selfalign.metrics.catalog import METRICS
 from selfalign.metrics.intervals import length_controlled, wilson
@@ -17,6 +21,7 @@ from selfalign.metrics.summaries import (
     score_histogram,
     win_statistics,
 )
+from selfalign.report.html import Column
 
 # --- shares and head to head -------------------------------------------------------------------------------------
 
@@ -224,6 +229,68 @@ def test_constant_rewards_or_lengths_have_no_correlation_rather_than_one_of_roun
     rewards: list[float], tokens: list[float]
 ) -> None:
     assert averages(length_moments(rewards, tokens)) == {}
+
+
+def test_names_are_written_once() -> None:
+    """The declaration is the only place, so that a name that is mistyped elsewhere is an error; labels may be alike."""
+    labels = {"preferences/pairs"}
+    grouped = {name for name in METRICS if "/" in name} - labels
+    package = Path(catalog.__file__).parents[1]
+    found = {
+        (file.name, node.value)
+        for file in package.rglob("*.py")
+        if file.name != "catalog.py"
+        for node in ast.walk(ast.parse(file.read_text("utf-8")))
+        if isinstance(node, ast.Constant) and node.value in grouped
+    }
+    assert found == set()
+
+
+def test_no_two_constants_declare_one_name() -> None:
+    constants = [value for value in vars(catalog).values() if isinstance(value, catalog.Metric)]
+    assert len(constants) == len(METRICS)
+
+
+def test_every_unit_can_be_written() -> None:
+    assert all(Column.of(metric).form(0.25) for metric in METRICS.values())
+
+
+def test_variants_say_over_what_and_against_whom() -> None:
+    held_out = catalog.over(catalog.HELD_OUT, catalog.REWARDS_ACCURACIES)
+    assert (held_out.name, held_out.heading) == ("held_out/rewards/accuracies", "held-out reward accuracy")
+    assert (catalog.REWARDS_ACCURACIES.axis, held_out.axis) == ("step", "iteration")
+    given = catalog.against("_vs_given", catalog.JUDGE_POSITION_BIAS)
+    assert (given.name, given.heading) == ("eval/position_bias_vs_given", "position bias vs\u00a0given outputs")
+    assert given.better == "lower"
+
+
+@pytest.mark.parametrize(
+    ("name", "declared"),
+    [
+        ("score", catalog.BENCHMARK_SCORE),
+        ("turn_2", catalog.BENCHMARK_TURN),
+        ("writing", catalog.BENCHMARK_CATEGORY),
+        ("win_rate", catalog.WIN_RATE),
+        ("judge/position_bias", catalog.JUDGE_POSITION_BIAS),
+        ("arc_easy/acc", catalog.BENCHMARK_TASK_METRIC),
+        ("arc_easy/documents", catalog.BENCHMARK_TASK_DOCUMENTS),
+    ],
+)
+def test_benchmarks_numbers_are_told_apart(name: str, declared: catalog.Metric) -> None:
+    assert catalog.of_benchmark(name) is declared
+
+
+def test_family_is_filled_and_found_again() -> None:
+    third = catalog.CALIBRATION_SCORE_OF_RANK.of(rank=3)
+    assert (third.name, third.heading) == ("calibration/score_of_rank/3", "score of rank 3")
+    assert catalog.CALIBRATION_SCORE_OF_RANK.matches(third.name)
+    assert not catalog.CALIBRATION_SCORE_OF_RANK.matches("calibration/score_of_rank/3/4")
+
+
+@pytest.mark.parametrize("name", ["rewards/margin", "eval/win_rate_vs_m1", "held_out/accuracies", "novelty_mean"])
+def test_name_that_is_not_declared_is_found_out(name: str) -> None:
+    with pytest.raises(LookupError):
+        declaration(name)
 
 
 def test_every_reward_metric_is_explained() -> None:
