@@ -164,9 +164,13 @@ def score_correlations(measured: Sequence[MeasuredPair]) -> dict[str, float]:
         return {}
     margins, deltas, differences = map(list, zip(*scored, strict=True))
     numbers: dict[str, float] = {}
-    for name, values in (("margin", margins), ("delta", deltas)):
-        for kind in ("pearson", "spearman"):
-            numbers |= bootstrap_correlation(values, differences, kind).named(f"{name}_score_{kind}")
+    for metric, values, kind in (
+        (catalog.PREFERENCES_MARGIN_SCORE_PEARSON, margins, "pearson"),
+        (catalog.PREFERENCES_MARGIN_SCORE_SPEARMAN, margins, "spearman"),
+        (catalog.PREFERENCES_DELTA_SCORE_PEARSON, deltas, "pearson"),
+        (catalog.PREFERENCES_DELTA_SCORE_SPEARMAN, deltas, "spearman"),
+    ):
+        numbers |= bootstrap_correlation(values, differences, kind).named(metric.last)
     return numbers
 
 
