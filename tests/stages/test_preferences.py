@@ -333,7 +333,7 @@ MUTANTS = [
     ("missing score as 0", "None if chosen is None or rejected is None else chosen - rejected",
      "(chosen or 0) - (rejected or 0)", SCIPY),
     ("score of rejected minus chosen", "else chosen - rejected for", "else rejected - chosen for", SCIPY),
-    ("correlations swapped", '("margin", margins), ("delta", deltas)', '("delta", margins), ("margin", deltas)', SCIPY),
+    ("correlations swapped", 'MARGIN_SCORE_PEARSON, margins', 'MARGIN_SCORE_PEARSON, deltas', SCIPY),
     ("nothing dropped", "if not known.shares(texts_of(pair.prompt, pair.chosen, pair.rejected))", "", DROPPED),
     ("responses not looked at", "texts_of(pair.prompt, pair.chosen, pair.rejected)", "texts_of(pair.prompt)", ANSWERED),
     ("several pairs an instruction", "if by_prompt[texts_of(pair.prompt).own[0]] is pair]", "]", FIRST),
