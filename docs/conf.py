@@ -71,13 +71,13 @@ def write_api_pages(app: Sphinx) -> None:
 
 
 class Metrics(SphinxDirective):
-    """The table of all metrics: name, meaning."""
+    """The table of all metrics."""
 
     def run(self) -> list[nodes.Node]:
         lines = [
-            "| metric | meaning |",
-            "|---|---|",
-            *(f"| `{name}` | {_cell(text)} |" for name, text in METRICS.items()),
+            "| metric | meaning | unit | axis | better |",
+            "|---|---|---|---|---|",
+            *(f"| `{m.name}` | {_cell(m.meaning)} | {m.unit} | {m.axis} | {m.arrow} |" for m in METRICS.values()),
         ]
         return self.parse_text_to_nodes("\n".join(lines))
 

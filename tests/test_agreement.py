@@ -6,10 +6,10 @@ from itertools import permutations
 
 import pytest
 from builders import judgement
+from declared import declaration
 from scipy import stats
 
 from selfalign.core.records import RankedAnswers
-from selfalign.metrics.catalog import METRICS
 from selfalign.metrics.intervals import wilson
 from selfalign.metrics.judge_quality import Question, calibration, judge_quality, length_correlation
 
@@ -18,7 +18,7 @@ def measure(*cases: tuple[tuple[int, ...], tuple[float, ...]], top: float = 5) -
     """Judge quality over (ranks, scores), without the prefix of the names."""
     measured = judge_quality([Question(*case) for case in cases], top)
     assert all(math.isfinite(value) for value in measured.values())
-    assert {name.removesuffix("_low").removesuffix("_high") for name in measured} <= METRICS.keys()
+    assert all(map(declaration, measured))
     return {name.removeprefix("judge_quality/"): value for name, value in measured.items()}
 
 

@@ -164,7 +164,7 @@ def test_table_of_results_holds_the_summary_s_numbers(full: Path) -> None:
     cells = {name: values for name, *values, _ in rows}
     for name, key in (
         ("win rate vs\u00a0M1", "eval/win_rate"),
-        ("judge: pairwise accuracy", "judge_quality/pairwise_accuracy"),
+        ("judge accuracy", "judge_quality/pairwise_accuracy"),
     ):
         for cell, row in zip(cells[name], models, strict=True):
             numbers = [row[f"{key}{end}"] for end in ("", "_low", "_high") if f"{key}{end}" in row]
@@ -323,7 +323,7 @@ MUTANTS = [
     ("stored reference", 'if reference and run.stages.get(reference) == "reference":', "if False:", LINEAGE),
     ("formula as printed", 'formula.replace("λ", "(λ/β)")', "formula", METHOD),
     ("file as hub data", "if self.content == self.name else", "if self.content else", DATA),
-    ("too sure", "98 / math.sqrt(row['eval/answers'])", "98 / row['eval/answers']", LIMITS),
+    ("too sure", "98 / math.sqrt(answers)", "98 / answers", LIMITS),
     ("silent drift", "{html(warnings(run))}", "", LIMITS),
     ("base for adapter", "model = PeftModel.from_pretrained(base, {place('adapter')})", "model = base", LOADING),
     ("one model's row", '**row, "trained_on"', '**run.models[-1], "trained_on"', RESULTS),

@@ -224,7 +224,7 @@ def test_options_in_the_configuration_are_those_of_each_group() -> None:
 
 
 def test_every_number_of_the_catalogue_has_a_meaning_that_fits_into_a_table() -> None:
-    assert all(text and not re.search(r"[|\n]", text) for text in METRICS.values())
+    assert all(m.meaning and not re.search(r"[|\n]", m.meaning) for m in METRICS.values())
 
 
 # --- the packages ------------------------------------------------------------------------------------------------

@@ -77,7 +77,7 @@ def test_impossible_bound_is_refused_with_its_key(name: str, bound: float) -> No
         ("side * value <= side * bound", "value <= bound"),
         ("side * value <= side * bound", "side * value < side * bound"),
         ("if self.stop:", "if False:"),
-        ('"logps/chosen_change_per_token"', '"logps/chosen_change"'),
+        ("LOGPS_CHOSEN_CHANGE_PER_TOKEN", "LOGPS_CHOSEN_CHANGE"),
     ],
     ids=["a rise crosses", "every bound is the highest", "the bound itself crosses", "never stops", "nats a pair"],
 )

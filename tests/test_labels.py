@@ -4,72 +4,27 @@ import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from builders import ROOT, composed
+from builders import ROOT, composed, planned
 from test_studies import STUDIES, study
 
-from selfalign.config.experiment import ExperimentConfig
-from selfalign.pipeline import inputs, loop, models
-from selfalign.pipeline.loop import run_pipeline
+from selfalign.pipeline.loop import plan
 from selfalign.runs.labels import Kind, Label
-from selfalign.runs.runner import StageFunction
-from selfalign.store.artifacts import Artefact
 
 LABELS = ROOT / "selfalign/runs/labels.py"
-PLAN = ROOT / "selfalign/pipeline/plan.py"
-"""Gives way to a runner over the pipeline, which writes no label."""
 
 
-class Plenty(dict[str, int]):
-    """Counts of which there is always enough."""
-
-    def __missing__(self, name: str) -> int:
-        return 10**9
-
-
-class Recorder:
-    """A `Maker` that makes nothing and keeps the labels it is asked for."""
-
-    def __init__(self) -> None:
-        self.labels: list[Label] = []
-
-    def make(self, label: Label, stage: StageFunction, **inputs: Any) -> Artefact:
-        self.labels.append(label)
-        known = {"key": str(label), "digest": str(label), "path": Path("/nowhere"), "seconds": 0.0}
-        return Artefact(stage=stage.__name__, counts=Plenty(), **known)
-
-
-@pytest.fixture
-def nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inputs, "identify_data", lambda source, key: source)
-    monkeypatch.setattr(models, "identify_source", lambda model, key: key)
-    monkeypatch.setattr(loop, "check_requirements", lambda config, base, given: None)
-    monkeypatch.setattr(
-        inputs.Given, "_find_files", lambda given: setattr(given, "benchmarks", dict.fromkeys(given.config.benchmark))
-    )
-
-
-def labels_of(config: ExperimentConfig) -> list[Label]:
-    """What a full run of an experiment makes."""
-    recorder = Recorder()
-    run_pipeline(config, recorder)
-    return recorder.labels
-
-
-@pytest.mark.usefixtures("nothing_is_read")
 @pytest.mark.parametrize("experiment", STUDIES)
 def test_every_label_of_a_run_is_read_back_as_it_was_written(experiment: str) -> None:
-    labels = labels_of(study(experiment))
+    labels = [label for label, _ in plan(study(experiment))]
     assert len(set(map(str, labels))) == len(labels) > 5
     assert [Label.parse(str(label)) for label in labels] == labels
 
 
-@pytest.mark.usefixtures("nothing_is_read")
 def test_labels_are_spelled_as_links_and_metrics_have_them() -> None:
     more = ("iterations=2", "benchmark=[mt_bench]", "evaluate.matrix=true", "evaluate.compare_benchmarks=true")
-    texts = set(map(str, labels_of(composed("experiment=smoke", *more)[0])))
+    texts = set(planned(composed("experiment=smoke", *more)[0]))
     assert {"seeds", "questions", "M0", "M1", "M3", "iteration_1/pairs", "iteration_2/judgements"} <= texts
     assert {"evaluation_M3/numbers", "evaluation_M3/against_M2", "evaluation_M3/mt_bench_against_M1"} <= texts
 
@@ -169,4 +124,4 @@ def spelling(path: Path) -> list[str]:
 
 def test_no_other_module_writes_or_parses_labels() -> None:
     found = {path: places for path in (ROOT / "selfalign").rglob("*.py") if (places := spelling(path))}
-    assert found.keys() - {PLAN} == {LABELS}
+    assert found.keys() == {LABELS}

@@ -1,11 +1,16 @@
+import ast
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 from builders import judgement
+from declared import declaration
 from scipy import stats
 
 from selfalign.core.records import Judgement, JudgementStatus
-from selfalign.metrics.accumulate import Sums, add_sums, averages
+from selfalign.metrics import catalog
+from selfalign.metrics.accumulate import Correlation, Deviation, Mean, Moments, Sums, add_sums, averages
 from selfalign.metrics.catalog import METRICS
 from selfalign.metrics.intervals import length_controlled, wilson
 from selfalign.metrics.rewards import length_moments, logp_changes, reward_intervals, reward_metrics
@@ -16,6 +21,7 @@ from selfalign.metrics.summaries import (
     score_histogram,
     win_statistics,
 )
+from selfalign.report.html import Column
 
 # --- shares and head to head -------------------------------------------------------------------------------------
 
@@ -145,9 +151,31 @@ def test_metrics_of_unequal_batches_add_up_as_of_one() -> None:
     first, second = (rewards_of(chosen[a:b], rejected[a:b], deltas[a:b]) for a, b in ((0, 1), (1, 5)))
     together = add_sums(add_sums({}, first), second)
     assert together.keys() == whole.keys()
-    for name, (total, weight) in whole.items():
-        assert together[name] == (pytest.approx(total), weight)
     assert averages(together) == pytest.approx(averages(whole))
+    assert {sums.weight for sums in together.values() if isinstance(sums, Mean)} == {5.0}
+
+
+def test_moments_of_parts_add_up_to_those_of_the_whole() -> None:
+    x, y = [0.5, -1.25, 2.0, 8.0, 0.0], [3.0, -1.0, 0.25, 0.5, 7.0]
+    for whole, first, second in (
+        (Moments.of(x), Moments.of(x[:2]), Moments.of(x[2:])),
+        (Deviation(Moments.of(x)), Deviation(Moments.of(x[:1])), Deviation(Moments.of(x[1:]))),
+        (Correlation.between(x, y), Correlation.between(x[:4], y[:4]), Correlation.between(x[4:], y[4:])),
+        (Mean(9.25, 5.0), Mean(1.25, 2.0), Mean(8.0, 3.0)),
+    ):
+        assert first + second == second + first == whole
+
+
+def test_moments_come_to_mean_deviation_and_correlation() -> None:
+    x, y = [0.5, -1.25, 2.0, 8.0, 0.0], [3.0, -1.0, 0.25, 0.5, 7.0]
+    assert Moments.of(x).value == pytest.approx(np.mean(x))
+    assert Deviation(Moments.of(x)).value == pytest.approx(np.std(x))
+    assert Correlation.between(x, y).value == pytest.approx(stats.pearsonr(x, y).statistic)
+
+
+def test_number_of_no_unit_is_left_out() -> None:
+    empty = {"a": Mean(0.0, 0.0), "b": Moments.of([]), "c": Deviation(Moments.of([])), "d": Correlation.between([], [])}
+    assert averages(empty) == {}
 
 
 def test_reward_intervals_by_hand() -> None:
@@ -203,9 +231,71 @@ def test_constant_rewards_or_lengths_have_no_correlation_rather_than_one_of_roun
     assert averages(length_moments(rewards, tokens)) == {}
 
 
+def test_names_are_written_once() -> None:
+    """The declaration is the only place, so that a name that is mistyped elsewhere is an error; labels may be alike."""
+    labels = {"preferences/pairs"}
+    grouped = {name for name in METRICS if "/" in name} - labels
+    package = Path(catalog.__file__).parents[1]
+    found = {
+        (file.name, node.value)
+        for file in package.rglob("*.py")
+        if file.name != "catalog.py"
+        for node in ast.walk(ast.parse(file.read_text("utf-8")))
+        if isinstance(node, ast.Constant) and node.value in grouped
+    }
+    assert found == set()
+
+
+def test_no_two_constants_declare_one_name() -> None:
+    constants = [value for value in vars(catalog).values() if isinstance(value, catalog.Metric)]
+    assert len(constants) == len(METRICS)
+
+
+def test_every_unit_can_be_written() -> None:
+    assert all(Column.of(metric).form(0.25) for metric in METRICS.values())
+
+
+def test_variants_say_over_what_and_against_whom() -> None:
+    held_out = catalog.over(catalog.HELD_OUT, catalog.REWARDS_ACCURACIES)
+    assert (held_out.name, held_out.heading) == ("held_out/rewards/accuracies", "held-out reward accuracy")
+    assert (catalog.REWARDS_ACCURACIES.axis, held_out.axis) == ("step", "iteration")
+    given = catalog.against("_vs_given", catalog.JUDGE_POSITION_BIAS)
+    assert (given.name, given.heading) == ("eval/position_bias_vs_given", "position bias vs\u00a0given outputs")
+    assert given.better == "lower"
+
+
+@pytest.mark.parametrize(
+    ("name", "declared"),
+    [
+        ("score", catalog.BENCHMARK_SCORE),
+        ("turn_2", catalog.BENCHMARK_TURN),
+        ("writing", catalog.BENCHMARK_CATEGORY),
+        ("win_rate", catalog.WIN_RATE),
+        ("judge/position_bias", catalog.JUDGE_POSITION_BIAS),
+        ("arc_easy/acc", catalog.BENCHMARK_TASK_METRIC),
+        ("arc_easy/documents", catalog.BENCHMARK_TASK_DOCUMENTS),
+    ],
+)
+def test_benchmarks_numbers_are_told_apart(name: str, declared: catalog.Metric) -> None:
+    assert catalog.of_benchmark(name) is declared
+
+
+def test_family_is_filled_and_found_again() -> None:
+    third = catalog.CALIBRATION_SCORE_OF_RANK.of(rank=3)
+    assert (third.name, third.heading) == ("calibration/score_of_rank/3", "score of rank 3")
+    assert catalog.CALIBRATION_SCORE_OF_RANK.matches(third.name)
+    assert not catalog.CALIBRATION_SCORE_OF_RANK.matches("calibration/score_of_rank/3/4")
+
+
+@pytest.mark.parametrize("name", ["rewards/margin", "eval/win_rate_vs_m1", "held_out/accuracies", "novelty_mean"])
+def test_name_that_is_not_declared_is_found_out(name: str) -> None:
+    with pytest.raises(LookupError):
+        declaration(name)
+
+
 def test_every_reward_metric_is_explained() -> None:
     assert averages(rewards_of([1.0, 0.0], [0.0, 0.5], [0.5, 0.1])).keys() <= METRICS.keys()
-    assert all(text and text == text.strip() for text in METRICS.values())
+    assert all(m.meaning and m.meaning == m.meaning.strip() for m in METRICS.values())
 
 
 # --- instructions ------------------------------------------------------------------------------------------------

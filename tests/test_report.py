@@ -290,7 +290,7 @@ def test_headings_are_explained(friendly_page: str) -> None:
     assert all(meanings)
     assert len(headings) == friendly_page.count('<th scope="col"')
     for key in ("eval/win_rate", "rewards/margins", "judge_quality/pairwise_accuracy"):
-        assert METRICS[key] in meanings
+        assert METRICS[key].meaning in meanings
 
 
 def test_whole_run_has_every_section(friendly_page: str) -> None:

@@ -36,9 +36,9 @@ COLUMNS = {
     "reward accuracy": "rewards/accuracies",
     "win rate vs\u00a0M1": "eval/win_rate",
     "win rate at equal length": "eval/win_rate_length_controlled",
-    "judge: pairwise accuracy": "judge_quality/pairwise_accuracy",
-    "judge: Spearman's\u00a0ρ": "judge_quality/spearman",
-    "answer length, characters": "eval/mean_characters",
+    "judge accuracy": "judge_quality/pairwise_accuracy",
+    "judge\u00a0ρ": "judge_quality/spearman",
+    "answer characters": "eval/mean_characters",
     "answers finished": "eval/finished_share",
 }
 """Headings of the table of jobs, and the keys in summary.json."""
@@ -447,7 +447,7 @@ def test_comparison_lies_in_the_folder_or_where_it_is_wanted(
     assert call(sweep.output, "--out", "there", "--metric", "rewards/margins")[0] == 0
     written = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("comparison.*")}
     assert written == {f"{place}comparison.{kind}" for place in ("", "there/") for kind in ("csv", "html")}
-    assert "has the highest rewards/margins" in Page((tmp_path / "there/comparison.html").read_text()).text
+    assert "has the highest reward margin" in Page((tmp_path / "there/comparison.html").read_text()).text
 
 
 def test_wrong_place_or_metric_is_one_line(call: Callable[..., Any], sweep: Sweep, tmp_path: Path) -> None:
@@ -499,7 +499,7 @@ def test_jobs_say_themselves_what_the_best_has_the_highest_of() -> None:
 
 def test_best_is_sure_only_without_overlap() -> None:
     a, b = job("a", 0.4, 0.3, 0.5, lam=1), job("b", 0.7, 0.55, 0.8, lam=2)
-    assert said_of(a, b).startswith("Job 2 (lam = 2) has the highest win rate against M1, 70\u00a0%")
+    assert said_of(a, b).startswith("Job 2 (lam = 2) has the highest win rate vs\u00a0M1, 70\u00a0%")
     assert "No other job's interval reaches it" in said_of(a, b)
     wide, touching = job("a", 0.4, 0.3, 0.6, lam=1), job("a", 0.4, 0.3, 0.55, lam=1)
     for rival in (wide, touching):
@@ -512,7 +512,7 @@ def test_best_is_sure_only_without_overlap() -> None:
 
 def test_jobs_with_the_same_highest_value_are_all_named() -> None:
     a, b, c = job("a", 0.7, 0.6, 0.8, lam=1), job("b", 0.7, 0.5, 0.8, lam=2), job("c", 0.2, 0.1, 0.3, lam=3)
-    assert said_of(a, b).startswith("All have the same highest win rate against M1, 70")
+    assert said_of(a, b).startswith("All have the same highest win rate vs\u00a0M1, 70")
     assert said_of(a, b, c).startswith("Jobs 1, 2 have the same highest")
     assert [row["class"] for row in job_rows(Comparison.of([a, b, c], METRIC))] == ["best", "best", ""]
 

@@ -71,9 +71,9 @@ def test_training_whose_log_has_no_times_has_no_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ('math.fsum(row["tokens_per_second"] * row["step_seconds"] for', 'math.fsum(row["tokens_per_second"] for'),
-        ('seconds = math.fsum(row["step_seconds"] for row in steps)', 'seconds = manifest["seconds"]'),
-        ('max(row["peak_memory_gb"] for row in steps)', 'steps[0]["peak_memory_gb"]'),
+        ("math.fsum(rate * time for", "math.fsum(rate for"),
+        ("seconds = math.fsum(times)", 'seconds = manifest["seconds"]'),
+        ("max(row[catalog.PEAK_MEMORY_GB.name] for row in steps)", "steps[0][catalog.PEAK_MEMORY_GB.name]"),
         ("(label.iteration_number, label.owner", "(str(label), label.owner"),
     ],
     ids=["tokens not weighed", "whole stage as training", "memory of the first step", "M10 before M2"],

@@ -3,6 +3,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
 from selfalign.core.jsonl import read_records
 from selfalign.core.records import Instruction, PreferencePair, Response, ResponseScore
+from selfalign.metrics.catalog import METRICS
 from selfalign.runs.labels import Label
 from selfalign.runs.tracker import forget_tracked, tracked_id
 from selfalign.tracking import wandb as tracking
@@ -287,8 +289,17 @@ def test_second_run_of_a_folder_continues_the_first_and_is_as_whole(tracked: Pat
 
 
 def test_iterations_are_an_axis_of_their_own(read: Read) -> None:
-    axes = {m["glob_name"]: m["step_metric"] for m in read.of_type("metric") if "glob_name" in m}
-    assert axes == {f"{name}/*": "iteration" for name in tracking.BY_ITERATION}
+    axes = {m.get("glob_name") or m["name"]: m["step_metric"] for m in read.of_type("metric") if "step_metric" in m}
+    assert axes == dict.fromkeys(tracking.by_iteration([]), "iteration")
+
+
+def test_axes_are_those_of_the_declarations() -> None:
+    patterns = tracking.by_iteration(["mt_bench"])
+    for name, metric in METRICS.items():
+        if not name.startswith("{"):
+            matched = any(fnmatchcase(name, pattern) for pattern in patterns)
+            assert matched == (metric.axis == "iteration"), name
+    assert {"eval/*", "held_out/*", "preferences/*", "mt_bench/*", "novelty", "logps/chosen_change"} <= set(patterns)
 
 
 def test_every_number_of_the_run_is_in_the_history_at_its_step(tracked: Path, read: Read) -> None:

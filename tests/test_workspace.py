@@ -5,9 +5,7 @@ import sys
 import pytest
 
 from selfalign.cli.workspace import main
-from selfalign.metrics.catalog import METRICS
 from selfalign.tracking import wandb_workspace
-from selfalign.tracking.wandb import BY_ITERATION
 from selfalign.tracking.wandb_workspace import as_sent, build
 
 
@@ -30,9 +28,9 @@ def test_workspace_is_of_its_project(sent: dict) -> None:
 def test_numbers_of_the_last_model_stand_over_lambda(sent: dict) -> None:
     found = panels(sent, "Over λ")
     assert {(p["xAxis"], p["yAxis"]) for p in found.values()} == {
-        ("config:loss.value.lam", f"summary:{name}") for name in wandb_workspace.OVER_LAMBDA.values()
+        ("config:loss.value.lam", f"summary:{metric.name}") for metric in wandb_workspace.OVER_LAMBDA
     }
-    assert found["Win rate against M1 over λ"]["yAxis"] == "summary:eval/win_rate"
+    assert found["Win rate vs M1 over λ"]["yAxis"] == "summary:eval/win_rate"
 
 
 def test_margin_and_accuracy_are_curves_over_steps_by_lambda(sent: dict) -> None:
@@ -40,19 +38,23 @@ def test_margin_and_accuracy_are_curves_over_steps_by_lambda(sent: dict) -> None
     assert {p["groupBy"] for p in found.values()} == {"loss.value.lam"}
     assert {p["xAxis"] for p in found.values()} == {"_step"}
     assert found["Reward margin by λ"]["metrics"] == ["rewards/margins"]
-    assert found["Accuracy by λ"]["metrics"] == ["rewards/accuracies"]
+    assert found["Reward accuracy by λ"]["metrics"] == ["rewards/accuracies"]
 
 
 def test_judge_quality_and_win_rate_stand_over_iterations(sent: dict) -> None:
     found = panels(sent, "By iteration")
     assert {p["xAxis"] for p in found.values()} == {"iteration"}
-    assert [p["metrics"] for p in found.values()] == [[name] for name in wandb_workspace.BY_ITERATION.values()]
-    assert {name.split("/")[0] for name in wandb_workspace.BY_ITERATION.values()} <= set(BY_ITERATION)
+    assert [p["metrics"] for p in found.values()] == [[metric.name] for metric in wandb_workspace.BY_ITERATION]
 
 
-def test_every_panel_shows_a_metric_that_is_logged() -> None:
-    shown = {**wandb_workspace.OVER_LAMBDA, **wandb_workspace.CURVES, **wandb_workspace.BY_ITERATION}.values()
-    assert {name.removeprefix("held_out/").removeprefix("preferences/") for name in shown} <= METRICS.keys()
+def test_curves_are_logged_at_every_step_and_what_stands_over_iterations_once_in_each() -> None:
+    assert {metric.axis for metric in wandb_workspace.CURVES} == {"step"}
+    assert {metric.axis for metric in wandb_workspace.BY_ITERATION} == {"iteration"}
+
+
+def test_panels_of_one_section_have_titles_of_their_own(sent: dict) -> None:
+    assert [len(panels(sent, name)) for name in ("Over λ", "Training by λ", "By iteration")] == [6, 5, 7]
+    assert "Held-out reward accuracy over λ" in panels(sent, "Over λ")
 
 
 def test_without_a_key_it_is_built_and_not_sent(

@@ -15,6 +15,7 @@ from selfalign.data.sources import OutputRow, read_outputs
 from selfalign.engines.protocol import Sampling
 from selfalign.judges.comparator import Referee
 from selfalign.judges.comparisons import Duel
+from selfalign.metrics import catalog
 from selfalign.store.artifacts import Counts, Workspace
 
 Row = dict[str, Any]
@@ -92,7 +93,7 @@ class AlpacaEval:
         write_json(folder.parent / "model_outputs.json", outputs)
         write_json(folder / "annotations.json", [annotation(*made, model, annotator, said) for made, said in judged])
         return counts | {
-            "finished_share": sum(talk.finished[0] for _, talk in answered) / len(answered),
+            catalog.BENCHMARK_FINISHED_SHARE.own: sum(talk.finished[0] for _, talk in answered) / len(answered),
             "dropped": {"unanswered": len(references) - len(answered), **counts["dropped"], **drops},
         }
 

@@ -11,11 +11,15 @@ from selfalign.benchmarks.lm_eval_settings import LmEvalSettings, Loaded, Result
 from selfalign.benchmarks.protocol import Entrant
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_folder, path_of
+from selfalign.metrics import catalog
 from selfalign.metrics.intervals import Estimate
 from selfalign.store.artifacts import Counts, Workspace
 
 NORMAL_95 = 1.96
 """Standard errors from a mean to either end of its 95 % interval."""
+
+OF_TASK = (catalog.BENCHMARK_TASK_METRIC, catalog.BENCHMARK_TASK_DOCUMENTS, catalog.BENCHMARK_TASK_PROMPTS_CUT)
+"""What is measured of a task."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -81,14 +85,16 @@ def describe(loaded: Sequence[Loaded], results: Results, prompts_cut: dict[str, 
     counts: Counts = {}
     found = [estimate(results, task.name, task.metric) for task in loaded]
     for task, number in zip(loaded, found, strict=True):
-        counts |= named(number, f"{task.name}/{task.metric.partition(',')[0]}")
-        counts[f"{task.name}/documents"] = sum(results["n-samples"][leaf]["effective"] for leaf in task.leaves)
-        counts[f"{task.name}/prompts_cut"] = sum(prompts_cut.get(leaf, 0) for leaf in task.leaves)
+        parts = {"task": task.name, "metric": task.metric.partition(",")[0]}
+        measured, asked, cut = (metric.of(**parts).own for metric in OF_TASK)
+        counts |= named(number, measured)
+        counts[asked] = sum(results["n-samples"][leaf]["effective"] for leaf in task.leaves)
+        counts[cut] = sum(prompts_cut.get(leaf, 0) for leaf in task.leaves)
         counts[f"{task.name}/version"] = str(results["versions"][task.name])
     if average:
         mean = math.fsum(number.value for number in found) / len(found)
         error = math.sqrt(math.fsum((number.high - number.value) ** 2 for number in found)) / len(found)
-        counts |= named(Estimate(mean, mean - error, mean + error), "average")
+        counts |= named(Estimate(mean, mean - error, mean + error), catalog.BENCHMARK_AVERAGE.own)
     return counts
 
 

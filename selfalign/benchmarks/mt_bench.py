@@ -22,6 +22,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_file
 from selfalign.core.jsonl import write_records
 from selfalign.engines.protocol import Sampling
+from selfalign.metrics import catalog
 from selfalign.metrics.intervals import bootstrap_ratio
 from selfalign.store.artifacts import Counts, Workspace
 
@@ -135,8 +136,8 @@ class MTBench:
         dropped = Counter(grade.status.value for grade in grades if grade.score is None)
         unanswered = sum(len(question.turns) for question in questions) - len(tasks)
         return {
-            "questions": len(questions),
-            "referenced": sum(bool(task.references) for task in tasks),
+            catalog.BENCHMARK_QUESTIONS.own: len(questions),
+            catalog.BENCHMARK_REFERENCED.own: sum(bool(task.references) for task in tasks),
             **mean_grades([(question, turn, grade) for (question, turn), grade in zip(places, grades, strict=True)]),
             **describe(talks),
             **counts,
@@ -205,7 +206,11 @@ def mean_grades(graded: Sequence[tuple[Question, int, Grade]]) -> Counts:
     parts: dict[str, dict[int | str, list[float]]] = {}
     for question, turn, grade in graded:
         if grade.score is not None:
-            for name in ("score", f"turn_{turn}", question.category):
+            for name in (
+                catalog.BENCHMARK_SCORE.own,
+                catalog.BENCHMARK_TURN.of(turn=turn).own,
+                catalog.BENCHMARK_CATEGORY.of(category=question.category).own,
+            ):
                 parts.setdefault(name, {}).setdefault(question.question_id, []).append(grade.score)
     counts: Counts = {}
     for name, by_question in parts.items():
@@ -218,6 +223,6 @@ def describe(talks: Sequence[Conversation]) -> Counts:
     answers = [answer for talk in talks for answer in talk.answers]
     finished = [ended for talk in talks for ended in talk.finished]
     return {
-        "mean_characters": sum(map(len, answers)) / len(answers),
-        "finished_share": sum(finished) / len(finished),
+        catalog.BENCHMARK_MEAN_CHARACTERS.own: sum(map(len, answers)) / len(answers),
+        catalog.BENCHMARK_FINISHED_SHARE.own: sum(finished) / len(finished),
     }

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from selfalign.core.files import path_of
+from selfalign.metrics import catalog
 from selfalign.models.config import ModelConfig
 from selfalign.stages.evaluate import EvaluateConfig
 from selfalign.stages.seeds import EvaluationFineTuning
@@ -48,7 +49,7 @@ class ExperimentConfig:
     iterations: int = 2
     output_dir: str = field(default="outputs", metadata={"keyed": False})
     fresh: bool = field(default=False, metadata={"keyed": False})
-    sweep_metric: str = field(default="eval/win_rate", metadata={"keyed": False})
+    sweep_metric: str = field(default=catalog.EVAL_WIN_RATE.name, metadata={"keyed": False})
     model: ModelConfig = MISSING
     data: Any = MISSING
     generate: Any = MISSING

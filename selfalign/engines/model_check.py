@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from selfalign.core.errors import SelfalignError
 from selfalign.engines.model_trials import Scoring, check_gradient, dropout_applies, writing_of
+from selfalign.metrics import catalog
 from selfalign.models.capabilities import Capabilities
 from selfalign.models.chat_template import (
     ASKED,
@@ -91,15 +92,15 @@ def check_model(files: PolicyFiles, dtype: str) -> Counts:
     for note in notes:
         logger.info("%s: %s", type(policy.model).__name__, note)
     return {
-        "parameters": policy.model.num_parameters(),
-        "context": policy.context,
+        catalog.PARAMETERS.name: policy.model.num_parameters(),
+        catalog.CONTEXT.name: policy.context,
         "checked_in": checked_in,
         "scores": "packed" if found.packs else "padded",
         "writes": found.writes,
-        "dropout": found.dropout,
-        "chat_template": templated,
-        "system_turns": system_turns,
-        "earlier_turns": earlier_turns,
+        catalog.DROPOUT.name: found.dropout,
+        catalog.CHAT_TEMPLATE.name: templated,
+        catalog.SYSTEM_TURNS.name: system_turns,
+        catalog.EARLIER_TURNS.name: earlier_turns,
         "stops_at": [str(policy.tokenizer.convert_ids_to_tokens(token)) for token in stop_ids(policy.tokenizer)],
         "notes": notes,
     }

@@ -30,6 +30,7 @@ from selfalign.engines.replies import (
     read_answer,
     unescape,
 )
+from selfalign.metrics import catalog
 from selfalign.store.artifacts import Counts
 from selfalign.store.journal import Journal
 
@@ -149,11 +150,11 @@ class Endpoint:
         prompt = sum(reply.prompt_tokens for reply in replies)
         completion = sum(reply.completion_tokens for reply in replies)
         return {
-            "judge/requests": len(replies),
-            "judge/requests_without_usage": sum(not reply.prompt_tokens for reply in replies),
-            "judge/prompt_tokens": prompt,
-            "judge/completion_tokens": completion,
-            "judge/cost": (prompt * self.prompt_price + completion * self.completion_price) / 1e6,
+            catalog.JUDGE_REQUESTS.name: len(replies),
+            catalog.JUDGE_REQUESTS_WITHOUT_USAGE.name: sum(not reply.prompt_tokens for reply in replies),
+            catalog.JUDGE_PROMPT_TOKENS.name: prompt,
+            catalog.JUDGE_COMPLETION_TOKENS.name: completion,
+            catalog.JUDGE_COST.name: (prompt * self.prompt_price + completion * self.completion_price) / 1e6,
         }
 
 

@@ -10,6 +10,7 @@ from selfalign.core.jsonl import chunks, count_records, stream_records, write_re
 from selfalign.core.records import FinishReason, Instruction, Response
 from selfalign.data.sources import as_prompt
 from selfalign.engines.protocol import Backend, Completion, Generator, Request, Sampling, write_all
+from selfalign.metrics import catalog
 from selfalign.metrics.intervals import RunningMean
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.tokenizer import encode_prompt, has_unknown, unknown_counts, warn_of_unknown
@@ -71,10 +72,10 @@ def generate_responses(
     with generate.load(policy) as generator, out.journal(units, "responses") as journal:
         write_records(out.path / "responses.jsonl", written(generator, journal))
     return {
-        "responses": tally.tokens.count,
-        "mean_tokens": tally.tokens.value,
-        "mean_characters": tally.characters.value,
-        "finished_share": tally.finished.value,
+        catalog.RESPONSES.name: tally.tokens.count,
+        catalog.MEAN_TOKENS.name: tally.tokens.value,
+        catalog.MEAN_CHARACTERS.name: tally.characters.value,
+        catalog.FINISHED_SHARE.name: tally.finished.value,
         "dropped": {"prompt_too_long": dropped},
         **unknown_counts({"unknown": unknown}),
         **generator.counts,

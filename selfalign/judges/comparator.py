@@ -16,6 +16,7 @@ from selfalign.judges.comparisons import Duel, Reading, Showing, bias_statistics
 from selfalign.judges.expected import distribution, tokens_behind
 from selfalign.judges.protocol import Bench, check_batch_tokens, check_model, check_share
 from selfalign.judges.unread import Unread
+from selfalign.metrics import catalog
 from selfalign.metrics.summaries import win_statistics
 from selfalign.models.batches import Group, share_prompt
 from selfalign.models.tokenizer import encode_prompt
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
 OPENING = "[["
 """What every answer begins with; the verdict is the next token."""
-
-PREFERENCE = "judge/place_preference"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -107,11 +106,11 @@ class Referee:
         longer = [float(len(duel.first.text) - len(duel.second.text)) for duel in duels]
         known = [(c.outcome, length) for c, length in zip(comparisons, longer, strict=True) if c.outcome is not None]
         return comparisons, {
-            "comparisons": len(duels),
+            catalog.COMPARISONS.name: len(duels),
             "dropped": dict(sorted(failed.items())),
             **win_statistics([outcome for outcome, _ in known], [length for _, length in known]),
-            "mean_characters": mean_length([duel.first for duel in duels]),
-            "mean_characters_opponent": mean_length([duel.second for duel in duels]),
+            catalog.MEAN_CHARACTERS.name: mean_length([duel.first for duel in duels]),
+            catalog.MEAN_CHARACTERS_OPPONENT.name: mean_length([duel.second for duel in duels]),
             **bias_statistics(comparisons),
             **counts,
         }
@@ -140,7 +139,7 @@ class Referee:
         for group, rows in zip(groups, read_all(reader, groups, tokens, bench.journal, "verdicts"), strict=True):
             read |= dict(zip(prompts[group.id], rows, strict=True))
         preferences = place_preferences(showings, read)
-        counts[PREFERENCE] = math.fsum(preferences) / max(1, len(preferences))
+        counts[catalog.JUDGE_PLACE_PREFERENCE.name] = math.fsum(preferences) / max(1, len(preferences))
         refused = Reading(JudgementStatus.PROMPT_TOO_LONG, None, "")
         taken_off = preferences if self.place_correction else [0.0] * len(preferences)
         return [

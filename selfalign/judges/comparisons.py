@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from selfalign.core.records import Comparison, Instruction, JudgementStatus, Response, Verdict
 from selfalign.judges.parsing import read_bracketed
 from selfalign.judges.verdict_text import other_choices
+from selfalign.metrics import catalog
 from selfalign.metrics.intervals import RunningMean
 
 VERDICT = re.compile(r"\[\[([ABC])\]\]")
@@ -105,7 +106,7 @@ def bias_statistics(comparisons: Iterable[Comparison]) -> dict[str, float]:
             tied.add(comparison.outcome == 0.5)
     if biased.value is None or tied.value is None:
         return {}
-    return {"judge/position_bias": biased.value, "judge/tied_comparisons": tied.value}
+    return {catalog.JUDGE_POSITION_BIAS.name: biased.value, catalog.JUDGE_TIED_COMPARISONS.name: tied.value}
 
 
 def win_shares(outcomes: Sequence[tuple[str, str, float]]) -> dict[str, float]:

@@ -21,6 +21,8 @@ from selfalign.judges.protocol import (
     check_share,
     too_long,
 )
+from selfalign.metrics import catalog
+from selfalign.metrics.accumulate import Mean
 from selfalign.models.batches import Group, answer_of, encode_group
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.scorer import Scorer
@@ -101,7 +103,7 @@ class ImplicitReward:
             else too_long(subject, policy.digest)
             for subject in subjects
         ]
-        return Judged(judgements=judgements, means={"judge/alpha": (alpha, 1.0)})
+        return Judged(judgements=judgements, means={catalog.JUDGE_ALPHA.name: Mean(alpha, 1.0)})
 
     def _score(
         self, journal: Journal, who: str, files: PolicyFiles, families: dict[str, list[Subject]]

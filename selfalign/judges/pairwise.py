@@ -10,9 +10,11 @@ from typing import ClassVar
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed
 from selfalign.core.records import Comparison, Demonstration, Judgement, JudgementStatus, RankedAnswers, Verdict
-from selfalign.judges.comparator import OPENING, PREFERENCE, Referee
+from selfalign.judges.comparator import OPENING, Referee
 from selfalign.judges.comparisons import Duel, expected_win_rates, win_shares
 from selfalign.judges.protocol import TOGETHER, Alarm, Bench, Judged, Subject, by_instruction, check_scale
+from selfalign.metrics import catalog
+from selfalign.metrics.accumulate import Mean, Sums
 
 
 @dataclass(kw_only=True, slots=True)
@@ -73,9 +75,9 @@ class Pairwise(Referee):
         judgements: list[Judgement] = []
         for name, family in families.items():
             judgements += self._judgements(family, by_family[name], self.name(bench))
-        counts["comparisons"] = len(comparisons)
-        preference = counts.pop(PREFERENCE, None)
-        means = {} if preference is None else {PREFERENCE: (preference * len(duels), float(len(duels)))}
+        counts[catalog.COMPARISONS.name] = len(comparisons)
+        preference = counts.pop(place := catalog.JUDGE_PLACE_PREFERENCE.name, None)
+        means: Sums = {} if preference is None else {place: Mean(preference * len(duels), float(len(duels)))}
         return Judged(judgements=judgements, comparisons=comparisons, counts=counts, means=means)
 
     def pairs_of(self, responses: int) -> int:

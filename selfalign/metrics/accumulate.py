@@ -1,45 +1,110 @@
-"""Metrics as weighted sums that processes and batches add up, and the averages they come to."""
+"""Metrics that add up: parts of a step, or of the data, to exactly what one large part would have."""
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Self
 
-Sums = dict[str, tuple[float, float]]
-"""{metric: (weighted sum, weight)}: what unequal batches add up to the same averages as one large one."""
 
-LENGTH_MOMENTS = "rewards/length_moments/"
-"""Begins the names of five means: reward, tokens, both squared, and their product, in this order."""
+class Statistic(ABC):
+    """A number over units, kept as sums over them."""
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def value(self) -> float | None:
+        """The number; None where it is not defined."""
+
+    def __add__(self, other: Self) -> Self:
+        """Over the units of both."""
+        names = [field.name for field in fields(self)]  # pyright: ignore[reportArgumentType]
+        return type(self)(*(getattr(self, name) + getattr(other, name) for name in names))
+
+
+@dataclass(frozen=True, slots=True)
+class Mean(Statistic):
+    """A mean: the weighted sum of a quantity, and the weight."""
+
+    total: float
+    weight: float
+
+    @property
+    def value(self) -> float | None:
+        return self.total / self.weight if self.weight else None
+
+
+@dataclass(frozen=True, slots=True)
+class Moments(Statistic):
+    """First and second moments of a quantity: how many units, Σx and Σx². Its value is the mean."""
+
+    count: float
+    total: float
+    squares: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Self:
+        """Of one value a unit."""
+        return cls(float(len(values)), math.fsum(values), math.fsum(value * value for value in values))
+
+    @property
+    def value(self) -> float | None:
+        return self.total / self.count if self.count else None
+
+    @property
+    def variance(self) -> float:
+        """With n in the denominator; there is at least one unit."""
+        return self.mean_square - (self.total / self.count) ** 2
+
+    @property
+    def mean_square(self) -> float:
+        """The mean of x²."""
+        return self.squares / self.count
+
+
+@dataclass(frozen=True, slots=True)
+class Deviation(Statistic):
+    """A standard deviation, with n in the denominator."""
+
+    of: Moments
+
+    @property
+    def value(self) -> float | None:
+        return math.sqrt(max(0.0, self.of.variance)) if self.of.count else None
+
+
+@dataclass(frozen=True, slots=True)
+class Correlation(Statistic):
+    """Pearson's correlation of two quantities; not defined where one of them is constant."""
+
+    x: Moments
+    y: Moments
+    products: float
+
+    @classmethod
+    def between(cls, x: Sequence[float], y: Sequence[float]) -> Self:
+        """Of one pair of values a unit."""
+        return cls(Moments.of(x), Moments.of(y), math.fsum(a * b for a, b in zip(x, y, strict=True)))
+
+    @property
+    def value(self) -> float | None:
+        x, y = self.x, self.y
+        if not x.count or any(of.variance <= 1e-12 * of.mean_square for of in (x, y)):
+            return None
+        covariance = self.products / x.count - (x.total / x.count) * (y.total / y.count)
+        return min(1.0, max(-1.0, covariance / math.sqrt(x.variance * y.variance)))
+
+
+Sums = dict[str, Statistic]
+"""{metric: its sums}."""
 
 
 def add_sums(metrics: Sums, others: Sums) -> Sums:
     """Both together."""
-    names = [*metrics, *(name for name in others if name not in metrics)]
-    pairs = {name: (metrics.get(name, (0.0, 0.0)), others.get(name, (0.0, 0.0))) for name in names}
-    return {name: (a[0] + b[0], a[1] + b[1]) for name, (a, b) in pairs.items()}
+    return metrics | {name: metrics[name] + other if name in metrics else other for name, other in others.items()}
 
 
 def averages(metrics: Sums) -> dict[str, float]:
-    """Weighted sums as averages; a metric without weight is left out instead of being NaN.
-
-    The second moments of Δ and the margin become Δ's standard deviation and their Pearson correlation, which is
-    left out where one of them is constant; likewise those of reward and length.
-    """
-    values = {name: total / weight for name, (total, weight) in metrics.items() if weight}
-    square_margin = values.pop("rewards/mean_square_margin", 0.0)
-    if "refinement/mean_square" in values:
-        delta, margin = values["refinement/mean"], values["rewards/margins"]
-        square, product = values.pop("refinement/mean_square"), values.pop("refinement/mean_product")
-        values["refinement/std"] = math.sqrt(max(0.0, square - delta**2))
-        correlation = _pearson(delta, margin, square, square_margin, product)
-        if correlation is not None:
-            values["refinement/correlation_with_margin"] = correlation
-    moments = [values.pop(name) for name in list(values) if name.startswith(LENGTH_MOMENTS)]
-    if moments and (correlation := _pearson(*moments)) is not None:
-        values["rewards/length_correlation"] = correlation
-    return values
-
-
-def _pearson(x: float, y: float, square_x: float, square_y: float, product: float) -> float | None:
-    """Pearson's correlation from means, mean squares and mean product; None where one side is constant."""
-    variance_x, variance_y = square_x - x**2, square_y - y**2
-    if variance_x <= 1e-12 * square_x or variance_y <= 1e-12 * square_y:
-        return None
-    return min(1.0, max(-1.0, (product - x * y) / math.sqrt(variance_x * variance_y)))
+    """The numbers that sums come to; one that is not defined is left out instead of being NaN."""
+    return {name: value for name, sums in metrics.items() if (value := sums.value) is not None}

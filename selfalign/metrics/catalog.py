@@ -1,149 +1,393 @@
-"""What is measured: the name and the meaning of every number.
+"""Every number that selfalign writes, declared once: name, meaning, unit, axis, better direction.
 
-Names of training metrics are TRL's where TRL has them. Every row of `metrics.jsonl` has `step` (one count over the
-whole run), `stage`, `iteration` and the values; `METRICS` says what each value means. `held_out/NAME` is NAME over the
-pairs that were set aside, `preferences/NAME` over those of `evaluate.preferences` (there Δ is summed over tokens
-whatever `loss.reduction` is, so that losses compare), `NAME_low` and `NAME_high` are the ends of its 95 % interval.
-`eval/` numbers of head-to-head comparisons are against M1; with `_vs_previous` against M_{t-1}, with `_vs_given`
-against the outputs of `evaluate.against`.
-BENCHMARK stands for the name of a benchmark, such as mt_bench, whose judge counts what is `judge/…` elsewhere.
+Names of training metrics are TRL's where TRL has them. Producers write the `name` of a constant; the report, the model
+card, Weights & Biases and docs/metrics.md take the rest from it. A part in braces stands for what a run puts there.
 """
 
 import re
-
-METRICS = {
-    "context": "the longest sequence M0 takes, in tokens",
-    "dropout": "whether M0 has dropout that can be set",
-    "chat_template": "whether M0's tokenizer has a chat template",
-    "system_turns": "whether that template takes system turns",
-    "earlier_turns": "whether that template takes turns before the last question",
-    "loss": "the optimised loss of the step, averaged over its pairs (or target tokens, or demonstrations)",
-    "loss_per_token": "negative log-likelihood of a target token, nats",
-    "learning_rate": "learning rate of the step",
-    "grad_norm": "norm of the gradient before clipping",
-    "rewards/chosen": "mean β[log π - log π_ref] of the chosen responses",
-    "rewards/rejected": "mean β[log π - log π_ref] of the rejected responses",
-    "rewards/margins": "mean reward of the chosen minus that of the rejected responses",
-    "rewards/margins_per_token": "the same with each reward divided by its response's tokens",
-    "rewards/accuracies": "share of pairs whose chosen response has the larger reward; a tie counts as not",
-    "rewards/ties": "share of pairs with equal rewards",
-    "rewards/accuracies_augmented": "share of pairs with Δ > 0, that is accuracy under p⊕x; Δ = 0 counts as not",
-    "rewards/ties_augmented": "share of pairs with Δ = 0",
-    "refinement/mean": "mean of Δ over the pairs, in units of reward; of reward a token with loss.reduction=mean",
-    "refinement/std": "standard deviation of Δ over the pairs of a step, in the same units",
-    "refinement/correlation_with_margin": "Pearson's, of Δ and summed reward margin over the pairs of a step",
-    "logps/chosen": "mean summed log-probability of the chosen responses, nats",
-    "logps/rejected": "mean summed log-probability of the rejected responses, nats",
-    "logps/chosen_change": "log π of the chosen responses trained on, after alignment minus before, mean nats a pair",
-    "logps/chosen_change_per_token": "the same a token: all their nats over all their tokens",
-    "logps/rejected_change": "log π of the rejected responses trained on, after alignment minus before, nats a pair",
-    "logps/rejected_change_per_token": "the same a token: all their nats over all their tokens",
-    "rewards/length_correlation": "Pearson's, of implicit reward and tokens over both responses of the training pairs",
-    "tokens_per_second": "tokens trained on a second; those of a second pass (p⊕x) count too",
-    "step_seconds": "wall time of an optimiser step; checkpoints and their comparison are left out",
-    "peak_memory_gb": "the most memory so far of any process, GiB: of its GPU, or resident where there is none",
-    "token_accuracy": "share of target tokens that were the most likely ones",
-    "held_out_pairs": "preference pairs set aside, which share no prompt and no response with others",
-    "held_out_passed_over": "pairs that could not be, for they share one with SFT data or pairs trained on before",
-    "chosen_step": "optimiser step whose policy was taken, where checkpoints are compared",
-    "checkpoint_win_rate/N": "validation instructions that the checkpoint after N steps won against the one before it",
-    "checkpoint_wins/N": "how many it won, in both orders",
-    "checkpoint_losses/N": "how many it lost, in both orders; where these are too many, training stopped there",
-    "prompts_cut": "pairs whose prompt lost its beginning to fit into train.align.max_length",
-    "prompts_cut_behind_p": "pairs whose prompt is shorter behind p, to fit into the model's context",
-    "novelty": "1 minus an instruction's highest ROUGE-L F1 to a seed or one kept before it, mean over the new ones",
-    "distinct_1": "different words among all words of an iteration's new instructions (Li et al. 2016, 1510.03055)",
-    "distinct_2": "the same of pairs of adjoining words; both fall as the count grows, so compare equal counts",
-    "mean_words": "mean length of the new instructions, words",
-    "mean_tokens": "mean length of the responses, tokens",
-    "mean_characters": "mean length of the responses, characters",
-    "finished_share": "share of responses that end by themselves",
-    "pairs": "preference pairs trained on",
-    "candidate_pairs": "pairs the rule would make of all responses: those kept and those dropped, by reason",
-    "mean_score_margin": "mean difference of the judge's scores in a pair",
-    "mean_length_difference": "mean length of chosen minus rejected responses, tokens",
-    "score_length_correlation": "Spearman's, of the candidates' score and tokens, mean over instructions",
-    "judge/mean_score": "mean score of the candidates",
-    "judge/std_score": "standard deviation of the scores",
-    "judge/entropy": "mean entropy of the judge's score distribution, nats",
-    "judge/variance": "mean variance of a response's judgements, where it has several valid ones",
-    "judge/score_entropy": "entropy of the responses' scores, nats: 0 where all are the same",
-    "judge/tied_share": "share of instructions with several responses whose scores are all equal",
-    "judge/constant": "1 where the judge says nearly the same of everything (`judge.alarm`), else 0",
-    "judge/position_bias": "share of comparisons in which, even so, the same place won in both orders",
-    "judge/place_preference": "by how many nats a pairwise judge prefers the first place",
-    "judge/tied_comparisons": "share of comparisons that are ties, disagreeing orders included",
-    "judge/alpha": "what the implicit reward loses for each token of the response",
-    "judge/requests": "judgements an external judge was asked for",
-    "judge/requests_without_usage": "those whose answer told no token counts",
-    "judge/prompt_tokens": "tokens an external judge read",
-    "judge/completion_tokens": "tokens an external judge wrote",
-    "judge/cost": "what these tokens cost, by the prices of `judge.endpoint`",
-    "wins": "of one comparison of two models: instructions won in both orders",
-    "ties": "instructions with a tie, or with orders that disagree",
-    "losses": "instructions lost in both orders",
-    "win_rate": "share of instructions won head to head, a tie counts half",
-    "win_rate_length_controlled": "win rate to expect at equal length: a logistic model of length and outcome",
-    "mean_characters_opponent": "mean length of the opponent's answers, characters",
-    "eval/win_rate": "share of evaluation instructions won head to head against M1, a tie counts half",
-    "eval/win_rate_length_controlled": "win rate to expect at equal length: a logistic model of length and outcome",
-    "eval/wins": "instructions won head to head, in both orders",
-    "eval/ties": "instructions with a tie, or with orders that disagree",
-    "eval/losses": "instructions lost in both orders",
-    "eval/position_bias": "share of comparisons in which the same place won in both orders",
-    "eval/score_win_rate": "share of instructions whose answer scores above M1's, a tie counts half",
-    "eval/score_win_rate_length_controlled": "the same to expect at equal length",
-    "eval/length_growth": "mean length of the answers as a multiple of M1's",
-    "eval/distinct_2": "different pairs of adjoining words (characters, where a script has no spaces) of the answers",
-    "eval/repeated_4": "share of runs of four words (or such characters) that stood before in the same answer",
-    "eval/kl_to_m1": "log π - log π_M1 of the model's own answers, nats an answer: an estimate of KL(π ‖ M1)",
-    "eval/kl_to_m1_per_token": "the same a token",
-    "eval/answers": "evaluation instructions answered",
-    "eval/mean_score": "mean score of the answers, by the evaluation's judge",
-    "eval/mean_characters": "mean length of the answers, characters",
-    "eval/finished_share": "share of answers that end by themselves",
-    "eval/score_length_correlation": "Spearman's, of score and length in characters over the answers",
-    "preferences/pairs": "pairs of `evaluate.preferences` measured",
-    "preferences/scored": "those of them whose responses both have a score",
-    "preferences/margin_score_pearson": "Pearson's correlation of margin and score difference, over the scored pairs",
-    "preferences/margin_score_spearman": "Spearman's of the same",
-    "preferences/delta_score_pearson": "Pearson's correlation of Δ and score difference, over the scored pairs",
-    "preferences/delta_score_spearman": "Spearman's of the same",
-    "crossed/BOUND": "a number beyond `evaluate.limits.BOUND`, there only where it is crossed",
-    "judge_quality/pairwise_accuracy": "share of answer pairs ordered as the humans did, a tie counts as not",
-    "judge_quality/five_best": "how often an answer at the top of the scale is the humans' best",
-    "judge_quality/exact_match": "share of questions whose whole order is the humans'",
-    "judge_quality/spearman": "Spearman's ρ with the human order, mean over questions",
-    "judge_quality/kendall": "Kendall's τ-b with the human order, mean over questions",
-    "judge_quality/questions": "questions measured",
-    "judge_quality/unjudged": "questions left out because an answer carries no score",
-    "judge_quality/undefined": "questions left out of the two correlations because all scores are equal",
-    "calibration/parsed": "share of judgements that carry a score",
-    "calibration/spread": "entropy of how often each whole score was given, nats; 0 for a constant judge",
-    "calibration/ties": "share of answer pairs of a question with equal scores",
-    "calibration/position_bias": "share of comparisons where the same place won in both orders, of a pairwise judge",
-    "calibration/self_consistency": "share of pairs of judgements of one answer that give the same score",
-    "calibration/length_correlation": "Spearman's, of score and length in characters, mean over questions",
-    "calibration/score_of_rank/N": "mean score of the answers that humans ranked N-th",
-    "BENCHMARK/questions": "questions of a benchmark that were asked",
-    "BENCHMARK/score": "mean grade of its answers, 1 to 10, by its judge",
-    "BENCHMARK/turn_N": "the same of the answers to the N-th turns",
-    "BENCHMARK/CATEGORY": "the same of the answers to a category's questions, all turns together",
-    "BENCHMARK/referenced": "answers that were graded beside reference answers",
-    "BENCHMARK/mean_characters": "mean length of the answers, characters",
-    "BENCHMARK/finished_share": "share of the answers that end by themselves",
-    "BENCHMARK/TASK/METRIC": "lm-eval's number of a task, its interval ± 1.96 standard errors",
-    "BENCHMARK/TASK/documents": "documents of the task that were asked",
-    "BENCHMARK/TASK/prompts_cut": "requests whose prompt lost its beginning to fit into the context",
-    "BENCHMARK/average": "mean of the tasks' numbers, its interval as of independent tasks",
-    "seconds": "wall time of the stage when it ran",
-}
+from dataclasses import dataclass, replace
+from typing import Literal
 
 
-def meaning_in_benchmark(metric: str) -> str:
-    """What METRICS says of a benchmark's metric, given its name behind the benchmark's."""
-    common = re.sub(r"_\d+$", "_N", metric)
-    return METRICS.get(f"BENCHMARK/{common}") or METRICS.get(metric) or METRICS["BENCHMARK/CATEGORY"]
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """What there is to know of a number.
+
+    Attributes:
+        name: its key in metrics.jsonl and summary.json; `{part}` stands for any text without a slash.
+        meaning: what it measures, for a cell of a table.
+        unit: "share", "ratio", "count", "flag" (0 or 1), "nats", …; the report writes a number by its unit.
+        axis: "step" where every optimiser step logs it, "iteration" where a model or its data has it once.
+        better: which direction is better; empty where neither is.
+        title: the heading of a column or panel; if empty, the last part of the name.
+    """
+
+    name: str
+    meaning: str
+    unit: str
+    axis: Literal["step", "iteration"] = "iteration"
+    better: Literal["higher", "lower", ""] = ""
+    title: str = ""
+
+    @property
+    def heading(self) -> str:
+        """The title, or the last part of the name as words."""
+        return self.title or self.last.replace("_", " ")
+
+    @property
+    def panel(self) -> str:
+        """The heading as the title of a chart."""
+        return self.heading[0].upper() + self.heading[1:].replace("\u00a0", " ")
+
+    @property
+    def arrow(self) -> str:
+        """The better direction."""
+        return {"higher": "↑", "lower": "↓", "": ""}[self.better]
+
+    @property
+    def last(self) -> str:
+        """The last part of the name."""
+        return self.name.rpartition("/")[2]
+
+    @property
+    def own(self) -> str:
+        """A benchmark's metric as the benchmark names it; the stage puts the benchmark's name before it."""
+        return self.name.removeprefix(BENCHMARK)
+
+    def of(self, **parts: object) -> "Metric":
+        """Put these values in the place of `{part}`."""
+        name, title = self.name, self.title
+        for part, value in parts.items():
+            name, title = (text.replace(f"{{{part}}}", str(value)) for text in (name, title))
+        return replace(self, name=name, title=title)
+
+    def matches(self, name: str) -> bool:
+        """Whether a run could write this name for it."""
+        return re.fullmatch(re.sub(r"\\{\w+\\}", "[^/]+", re.escape(self.name)), name) is not None
+
+
+BENCHMARK = "{benchmark}/"
+"""Begins the names of what only benchmarks measure."""
+
+# fmt: off
+# M0 and the seed data
+PARAMETERS = Metric("parameters", "weights of the model, an adapter's not counted", "count")
+CONTEXT = Metric("context", "the longest sequence M0 takes, in tokens", "tokens")
+DROPOUT = Metric("dropout", "whether M0 has dropout that can be set", "flag")
+CHAT_TEMPLATE = Metric("chat_template", "whether M0's tokenizer has a chat template", "flag")
+SYSTEM_TURNS = Metric("system_turns", "whether that template takes system turns", "flag")
+EARLIER_TURNS = Metric("earlier_turns", "whether that template takes turns before the last question", "flag")
+IFT = Metric("ift", "demonstrations of following instructions", "count")
+EFT = Metric("eft", "demonstrations of judging", "count")
+QUESTIONS_TAUGHT = Metric("questions_taught", "ranked questions that judging is taught with", "count")
+QUESTIONS_HELD_OUT = Metric("questions_held_out", "ranked questions that are held out, to measure judging", "count")
+JUDGEMENTS_SCORED = Metric("judgements_scored", "judgements that the SFT baseline wrote with a score", "count")
+QUESTIONS_AGREEING = Metric("questions_agreeing", "ranked questions with a judgement in the humans' order", "count")
+
+# Training, step by step
+LOSS = Metric("loss", "the optimised loss of the step, averaged over its pairs (or target tokens, or demonstrations)",
+    "", axis="step", better="lower")
+LOSS_PER_TOKEN = Metric("loss_per_token", "negative log-likelihood of a target token, nats",
+    "nats", axis="step", better="lower")
+LEARNING_RATE = Metric("learning_rate", "learning rate of the step", "", axis="step")
+GRAD_NORM = Metric("grad_norm", "norm of the gradient before clipping", "", axis="step")
+REWARDS_CHOSEN = Metric("rewards/chosen", "mean β[log π - log π_ref] of the chosen responses", "reward", axis="step")
+REWARDS_REJECTED = Metric("rewards/rejected", "mean β[log π - log π_ref] of the rejected responses",
+    "reward", axis="step")
+REWARDS_MARGINS = Metric("rewards/margins", "mean reward of the chosen minus that of the rejected responses",
+    "reward", axis="step", better="higher", title="reward margin")
+REWARDS_MARGINS_PER_TOKEN = Metric("rewards/margins_per_token",
+    "the same with each reward divided by its response's tokens", "reward/token", axis="step", better="higher")
+REWARDS_ACCURACIES = Metric("rewards/accuracies",
+    "share of pairs whose chosen response has the larger reward; a tie counts as not",
+    "share", axis="step", better="higher", title="reward accuracy")
+REWARDS_TIES = Metric("rewards/ties", "share of pairs with equal rewards", "share", axis="step", title="reward ties")
+REWARDS_ACCURACIES_AUGMENTED = Metric("rewards/accuracies_augmented",
+    "share of pairs with Δ > 0, that is accuracy under p⊕x; Δ = 0 counts as not",
+    "share", axis="step", better="higher", title="reward accuracy under p⊕x")
+REWARDS_TIES_AUGMENTED = Metric("rewards/ties_augmented", "share of pairs with Δ = 0", "share", axis="step")
+REFINEMENT_MEAN = Metric("refinement/mean",
+    "mean of Δ over the pairs, in units of reward; of reward a token with loss.reduction=mean",
+    "reward", axis="step", title="mean\u00a0Δ")
+REFINEMENT_STD = Metric("refinement/std", "standard deviation of Δ over the pairs of a step, in the same units",
+    "reward", axis="step", title="std of\u00a0Δ")
+REFINEMENT_CORRELATION_WITH_MARGIN = Metric("refinement/correlation_with_margin",
+    "Pearson's, of Δ and summed reward margin over the pairs of a step", "correlation", axis="step")
+LOGPS_CHOSEN = Metric("logps/chosen", "mean summed log-probability of the chosen responses, nats", "nats", axis="step")
+LOGPS_REJECTED = Metric("logps/rejected", "mean summed log-probability of the rejected responses, nats",
+    "nats", axis="step")
+TOKENS_PER_SECOND = Metric("tokens_per_second", "tokens trained on a second; those of a second pass (p⊕x) count too",
+    "tokens/s", axis="step", better="higher", title="tokens/s")
+STEP_SECONDS = Metric("step_seconds", "wall time of an optimiser step; checkpoints and their comparison are left out",
+    "s", axis="step", better="lower")
+PEAK_MEMORY_GB = Metric("peak_memory_gb",
+    "the most memory so far of any process, GiB: of its GPU, or resident where there is none",
+    "GiB", axis="step", better="lower", title="memory, GiB")
+TOKEN_ACCURACY = Metric("token_accuracy", "share of target tokens that were the most likely ones",
+    "share", axis="step", better="higher")
+STEP = Metric("{stage}/step", "optimiser step of a training", "count", axis="step")
+
+# Training, once a model
+DEMONSTRATIONS = Metric("demonstrations", "demonstrations trained on", "count")
+TOKENS = Metric("tokens", "target tokens of these demonstrations", "tokens")
+PAIRS = Metric("pairs", "preference pairs trained on", "count")
+LOGPS_CHOSEN_CHANGE = Metric("logps/chosen_change",
+    "log π of the chosen responses trained on, after alignment minus before, mean nats a pair",
+    "nats", title="log\u00a0π of chosen, change")
+LOGPS_CHOSEN_CHANGE_PER_TOKEN = Metric("logps/chosen_change_per_token",
+    "the same a token: all their nats over all their tokens",
+    "nats/token", title="log\u00a0π of chosen, change a token")
+LOGPS_REJECTED_CHANGE = Metric("logps/rejected_change",
+    "log π of the rejected responses trained on, after alignment minus before, nats a pair",
+    "nats", title="log\u00a0π of rejected, change")
+LOGPS_REJECTED_CHANGE_PER_TOKEN = Metric("logps/rejected_change_per_token",
+    "the same a token: all their nats over all their tokens",
+    "nats/token", title="log\u00a0π of rejected, change a token")
+REWARDS_LENGTH_CORRELATION = Metric("rewards/length_correlation",
+    "Pearson's, of implicit reward and tokens over both responses of the training pairs",
+    "correlation", title="reward and length")
+HELD_OUT_PAIRS = Metric("held_out_pairs",
+    "preference pairs set aside, which share no prompt and no response with others", "count")
+HELD_OUT_PASSED_OVER = Metric("held_out_passed_over",
+    "pairs that could not be, for they share one with SFT data or pairs trained on before", "count")
+CHOSEN_STEP = Metric("chosen_step", "optimiser step whose policy was taken, where checkpoints are compared", "count")
+CHECKPOINT_WIN_RATE = Metric("checkpoint_win_rate/{step}",
+    "validation instructions that the checkpoint after this step won against the one before it",
+    "share", better="higher")
+CHECKPOINT_WINS = Metric("checkpoint_wins/{step}", "how many it won, in both orders", "count", better="higher")
+CHECKPOINT_LOSSES = Metric("checkpoint_losses/{step}",
+    "how many it lost, in both orders; where these are too many, training stopped there", "count", better="lower")
+PROMPTS_CUT = Metric("prompts_cut", "pairs whose prompt lost its beginning to fit into train.align.max_length", "count")
+PROMPTS_CUT_BEHIND_P = Metric("prompts_cut_behind_p",
+    "pairs whose prompt is shorter behind p, to fit into the model's context", "count")
+WITH_UNKNOWN_TOKENS = Metric("with_unknown_tokens",
+    "texts with a token that the tokenizer does not know; there only where there are some", "count")
+
+# Instructions, responses and pairs
+INSTRUCTIONS = Metric("instructions", "instructions that are asked", "count")
+QUESTIONS = Metric("questions", "ranked questions that are asked", "count")
+WRITTEN = Metric("written", "instructions written, or read from a source", "count", title="instructions written")
+KEPT = Metric("kept", "new instructions that passed the filters", "count", title="instructions kept")
+BATCHES = Metric("batches", "prompts that instructions were written to", "count")
+NOVELTY = Metric("novelty",
+    "1 minus an instruction's highest ROUGE-L F1 to a seed or one kept before it, mean over the new ones",
+    "ratio", better="higher")
+DISTINCT_1 = Metric("distinct_1",
+    "different words among all words of an iteration's new instructions (Li et al. 2016, 1510.03055)",
+    "ratio", better="higher", title="distinct words")
+DISTINCT_2 = Metric("distinct_2",
+    "the same of pairs of adjoining words; both fall as the count grows, so compare equal counts",
+    "ratio", better="higher", title="distinct pairs of words")
+MEAN_WORDS = Metric("mean_words", "mean length of the new instructions, words", "words")
+RESPONSES = Metric("responses", "responses to all instructions", "count")
+MEAN_TOKENS = Metric("mean_tokens", "mean length of the responses, tokens", "tokens")
+MEAN_CHARACTERS = Metric("mean_characters", "mean length of the responses, characters", "characters")
+FINISHED_SHARE = Metric("finished_share", "share of responses that end by themselves",
+    "share", better="higher", title="finished")
+CANDIDATE_PAIRS = Metric("candidate_pairs",
+    "pairs the rule would make of all responses: those kept and those dropped, by reason", "count")
+MEAN_SCORE_MARGIN = Metric("mean_score_margin", "mean difference of the judge's scores in a pair",
+    "score", title="score margin")
+MEAN_LENGTH_DIFFERENCE = Metric("mean_length_difference", "mean length of chosen minus rejected responses, tokens",
+    "tokens", title="chosen longer by")
+SCORE_LENGTH_CORRELATION = Metric("score_length_correlation",
+    "Spearman's, of the candidates' score and tokens, mean over instructions",
+    "correlation", title="candidates: score and length")
+POSITIVES = Metric("positives", "responses good enough to train on", "count")
+
+# Judging
+JUDGEMENTS = Metric("judgements", "judgements made, further attempts included", "count")
+RETRIES = Metric("retries", "further attempts, where a judgement carried no score", "count")
+UNJUDGED_RESPONSES = Metric("unjudged_responses", "responses without a score", "count")
+COMPARISONS = Metric("comparisons", "comparisons of two responses, both orders together", "count")
+JUDGE_MEAN_SCORE = Metric("judge/mean_score", "mean score of the candidates", "score", title="mean score")
+JUDGE_STD_SCORE = Metric("judge/std_score", "standard deviation of the scores", "score", title="std of scores")
+JUDGE_ENTROPY = Metric("judge/entropy", "mean entropy of the judge's score distribution, nats", "nats")
+JUDGE_VARIANCE = Metric("judge/variance", "mean variance of a response's judgements, where it has several valid ones",
+    "score²")
+JUDGE_SCORE_ENTROPY = Metric("judge/score_entropy", "entropy of the responses' scores, nats: 0 where all are the same",
+    "nats")
+JUDGE_TIED_SHARE = Metric("judge/tied_share", "share of instructions with several responses whose scores are all equal",
+    "share", better="lower", title="tied")
+JUDGE_CONSTANT = Metric("judge/constant",
+    "1 where the judge says nearly the same of everything (`judge.alarm`), else 0", "flag", better="lower")
+JUDGE_POSITION_BIAS = Metric("judge/position_bias",
+    "share of comparisons in which, even so, the same place won in both orders",
+    "share", better="lower", title="position bias")
+JUDGE_PLACE_PREFERENCE = Metric("judge/place_preference", "by how many nats a pairwise judge prefers the first place",
+    "nats")
+JUDGE_TIED_COMPARISONS = Metric("judge/tied_comparisons",
+    "share of comparisons that are ties, disagreeing orders included", "share")
+JUDGE_ALPHA = Metric("judge/alpha", "what the implicit reward loses for each token of the response", "reward/token")
+JUDGE_REQUESTS = Metric("judge/requests", "judgements an external judge was asked for", "count")
+JUDGE_REQUESTS_WITHOUT_USAGE = Metric("judge/requests_without_usage", "those whose answer told no token counts",
+    "count")
+JUDGE_PROMPT_TOKENS = Metric("judge/prompt_tokens", "tokens an external judge read", "tokens")
+JUDGE_COMPLETION_TOKENS = Metric("judge/completion_tokens", "tokens an external judge wrote", "tokens")
+JUDGE_COST = Metric("judge/cost", "what these tokens cost, by the prices of `judge.endpoint`",
+    "currency", better="lower")
+
+# One comparison of two models
+WINS = Metric("wins", "of one comparison of two models: instructions won in both orders", "count", better="higher")
+TIES = Metric("ties", "instructions with a tie, or with orders that disagree", "count")
+LOSSES = Metric("losses", "instructions lost in both orders", "count", better="lower")
+WIN_RATE = Metric("win_rate", "share of instructions won head to head, a tie counts half", "share", better="higher")
+WIN_RATE_LENGTH_CONTROLLED = Metric("win_rate_length_controlled",
+    "win rate to expect at equal length: a logistic model of length and outcome",
+    "share", better="higher", title="win rate at equal length")
+MEAN_CHARACTERS_OPPONENT = Metric("mean_characters_opponent", "mean length of the opponent's answers, characters",
+    "characters")
+
+# Evaluation of a model
+EVAL_WIN_RATE = Metric("eval/win_rate",
+    "share of evaluation instructions won head to head against M1, a tie counts half",
+    "share", better="higher", title="win rate vs\u00a0M1")
+EVAL_WIN_RATE_LENGTH_CONTROLLED = Metric("eval/win_rate_length_controlled",
+    "win rate to expect at equal length: a logistic model of length and outcome",
+    "share", better="higher", title="win rate at equal length")
+EVAL_WINS = Metric("eval/wins", "instructions won head to head, in both orders", "count", better="higher")
+EVAL_TIES = Metric("eval/ties", "instructions with a tie, or with orders that disagree", "count")
+EVAL_LOSSES = Metric("eval/losses", "instructions lost in both orders", "count", better="lower")
+EVAL_POSITION_BIAS = Metric("eval/position_bias", "share of comparisons in which the same place won in both orders",
+    "share", better="lower")
+EVAL_SCORE_WIN_RATE = Metric("eval/score_win_rate",
+    "share of instructions whose answer scores above M1's, a tie counts half",
+    "share", better="higher", title="win rate by score")
+EVAL_SCORE_WIN_RATE_LENGTH_CONTROLLED = Metric("eval/score_win_rate_length_controlled",
+    "the same to expect at equal length", "share", better="higher")
+EVAL_LENGTH_GROWTH = Metric("eval/length_growth", "mean length of the answers as a multiple of M1's",
+    "ratio", title="answer length × M1's")
+EVAL_DISTINCT_2 = Metric("eval/distinct_2",
+    "different pairs of adjoining words (characters, where a script has no spaces) of the answers",
+    "ratio", better="higher", title="distinct-2")
+EVAL_REPEATED_4 = Metric("eval/repeated_4",
+    "share of runs of four words (or such characters) that stood before in the same answer",
+    "share", better="lower", title="repeated 4-grams")
+EVAL_KL_TO_M1 = Metric("eval/kl_to_m1",
+    "log π - log π_M1 of the model's own answers, nats an answer: an estimate of KL(π ‖ M1)",
+    "nats", title="KL to M1, nats")
+EVAL_KL_TO_M1_PER_TOKEN = Metric("eval/kl_to_m1_per_token", "the same a token", "nats/token")
+EVAL_ANSWERS = Metric("eval/answers", "evaluation instructions answered", "count")
+EVAL_MEAN_SCORE = Metric("eval/mean_score", "mean score of the answers, by the evaluation's judge",
+    "score", better="higher")
+EVAL_MEAN_CHARACTERS = Metric("eval/mean_characters", "mean length of the answers, characters",
+    "characters", title="answer characters")
+EVAL_FINISHED_SHARE = Metric("eval/finished_share", "share of answers that end by themselves",
+    "share", better="higher", title="answers finished")
+EVAL_SCORE_LENGTH_CORRELATION = Metric("eval/score_length_correlation",
+    "Spearman's, of score and length in characters over the answers", "correlation", title="answers: score and length")
+PREFERENCES_PAIRS = Metric("preferences/pairs", "pairs of `evaluate.preferences` measured", "count")
+PREFERENCES_SCORED = Metric("preferences/scored", "those of them whose responses both have a score",
+    "count", title="scored pairs")
+PREFERENCES_MARGIN_SCORE_PEARSON = Metric("preferences/margin_score_pearson",
+    "Pearson's correlation of margin and score difference, over the scored pairs",
+    "correlation", better="higher", title="margin and score, Pearson")
+PREFERENCES_MARGIN_SCORE_SPEARMAN = Metric("preferences/margin_score_spearman", "Spearman's of the same",
+    "correlation", better="higher", title="margin and score, Spearman")
+PREFERENCES_DELTA_SCORE_PEARSON = Metric("preferences/delta_score_pearson",
+    "Pearson's correlation of Δ and score difference, over the scored pairs",
+    "correlation", better="higher", title="Δ and score, Pearson")
+PREFERENCES_DELTA_SCORE_SPEARMAN = Metric("preferences/delta_score_spearman", "Spearman's of the same",
+    "correlation", better="higher", title="Δ and score, Spearman")
+CROSSED = Metric("crossed/{bound}", "the number beyond this bound of `evaluate.limits`; there only where it is crossed",
+    "")
+
+# How well a model judges
+JUDGE_QUALITY_PAIRWISE_ACCURACY = Metric("judge_quality/pairwise_accuracy",
+    "share of answer pairs ordered as the humans did, a tie counts as not",
+    "share", better="higher", title="judge accuracy")
+JUDGE_QUALITY_FIVE_BEST = Metric("judge_quality/five_best",
+    "how often an answer at the top of the scale is the humans' best", "share", better="higher", title="judge 5-best")
+JUDGE_QUALITY_EXACT_MATCH = Metric("judge_quality/exact_match", "share of questions whose whole order is the humans'",
+    "share", better="higher", title="judge exact match")
+JUDGE_QUALITY_SPEARMAN = Metric("judge_quality/spearman", "Spearman's ρ with the human order, mean over questions",
+    "correlation", better="higher", title="judge\u00a0ρ")
+JUDGE_QUALITY_KENDALL = Metric("judge_quality/kendall", "Kendall's τ-b with the human order, mean over questions",
+    "correlation", better="higher", title="judge\u00a0τ")
+JUDGE_QUALITY_QUESTIONS = Metric("judge_quality/questions", "questions measured", "count", title="judged questions")
+JUDGE_QUALITY_UNJUDGED = Metric("judge_quality/unjudged", "questions left out because an answer carries no score",
+    "count", title="unjudged questions")
+JUDGE_QUALITY_UNDEFINED = Metric("judge_quality/undefined",
+    "questions left out of the two correlations because all scores are equal", "count", title="constant questions")
+CALIBRATION_PARSED = Metric("calibration/parsed", "share of judgements that carry a score", "share", better="higher")
+CALIBRATION_SPREAD = Metric("calibration/spread",
+    "entropy of how often each whole score was given, nats; 0 for a constant judge", "nats", title="spread, nats")
+CALIBRATION_TIES = Metric("calibration/ties", "share of answer pairs of a question with equal scores", "share")
+CALIBRATION_POSITION_BIAS = Metric("calibration/position_bias",
+    "share of comparisons where the same place won in both orders, of a pairwise judge", "share", better="lower")
+CALIBRATION_SELF_CONSISTENCY = Metric("calibration/self_consistency",
+    "share of pairs of judgements of one answer that give the same score",
+    "share", better="higher", title="self-consistency")
+CALIBRATION_LENGTH_CORRELATION = Metric("calibration/length_correlation",
+    "Spearman's, of score and length in characters, mean over questions", "correlation", title="score and length")
+CALIBRATION_SCORE_OF_RANK = Metric("calibration/score_of_rank/{rank}",
+    "mean score of the answers that humans ranked at this place", "score", title="score of rank {rank}")
+
+# Benchmarks
+BENCHMARK_QUESTIONS = Metric("{benchmark}/questions", "questions of a benchmark that were asked", "count")
+BENCHMARK_SCORE = Metric("{benchmark}/score", "mean grade of its answers, 1 to 10, by its judge",
+    "score", better="higher")
+BENCHMARK_TURN = Metric("{benchmark}/turn_{turn}", "mean grade of the answers to the turns of this number",
+    "score", better="higher")
+BENCHMARK_REFERENCED = Metric("{benchmark}/referenced", "answers that were graded beside reference answers", "count")
+BENCHMARK_MEAN_CHARACTERS = Metric("{benchmark}/mean_characters", "mean length of the answers, characters",
+    "characters")
+BENCHMARK_FINISHED_SHARE = Metric("{benchmark}/finished_share", "share of the answers that end by themselves",
+    "share", better="higher")
+BENCHMARK_AVERAGE = Metric("{benchmark}/average", "mean of the tasks' numbers, its interval as of independent tasks",
+    "", better="higher")
+BENCHMARK_TASK_DOCUMENTS = Metric("{benchmark}/{task}/documents", "documents of the task that were asked", "count")
+BENCHMARK_TASK_PROMPTS_CUT = Metric("{benchmark}/{task}/prompts_cut",
+    "requests whose prompt lost its beginning to fit into the context", "count")
+BENCHMARK_TASK_METRIC = Metric("{benchmark}/{task}/{metric}",
+    "lm-eval's number of a task, its interval ± 1.96 standard errors", "")
+BENCHMARK_CATEGORY = Metric("{benchmark}/{category}",
+    "mean grade of the answers to the questions of this category, all turns together", "score", better="higher")
+
+# Every stage
+DROPPED = Metric("dropped/{reason}", "records that a stage left out for this reason", "count")
+STAGE_SECONDS = Metric("{stage}/seconds", "wall time of the stage when it ran", "s")
+SECONDS = Metric("seconds", "wall time of making a model, its training data included, and of measuring it",
+    "s", better="lower", title="time")
+# fmt: on
+
+METRICS = {metric.name: metric for metric in tuple(globals().values()) if isinstance(metric, Metric)}
+"""Every declaration by its name."""
+
+COMPARED = (WINS, TIES, LOSSES, WIN_RATE, WIN_RATE_LENGTH_CONTROLLED, JUDGE_POSITION_BIAS)
+"""What of a head-to-head comparison is among a model's numbers: `eval/<last part>`, against M1."""
+
+HELD_OUT, PREFERENCES = "held_out/", "preferences/"
+"""Begin the name of a metric over the pairs set aside, and over those of `evaluate.preferences`."""
+
+PAIRS_OF = {HELD_OUT: ("held-out", "pairs set aside"), PREFERENCES: ("test", "pairs of `evaluate.preferences`")}
+OPPONENTS = {"_vs_previous": ("model before", "the model before it"), "_vs_given": ("given outputs", "given outputs")}
+"""What ends the names of comparisons with another model than M1, and what it says."""
+
+
+def over(pairs: str, metric: Metric) -> Metric:
+    """Return a metric as measured over other pairs than those trained on: `HELD_OUT` or `PREFERENCES`."""
+    title, whose = PAIRS_OF[pairs]
+    meaning = f"{metric.meaning}; over the {whose}"
+    title = f"{title} {metric.heading}"
+    return replace(metric, name=pairs + metric.name, title=title, meaning=meaning, axis="iteration")
+
+
+def against(opponent: str, metric: Metric) -> Metric:
+    """Return one of `COMPARED` as measured against one of `OPPONENTS`."""
+    title, whom = OPPONENTS[opponent]
+    title, meaning = f"{metric.heading} vs\u00a0{title}", f"{metric.meaning}; against {whom}"
+    return replace(metric, name=f"eval/{metric.last}{opponent}", title=title, meaning=meaning)
+
+
+def of_benchmark(name: str) -> Metric:
+    """Return what is declared of a benchmark's metric, given its name behind the benchmark's.
+
+    What is declared of no benchmark may be declared of something else; the rest are a task's numbers or a category's.
+    """
+    families = [metric for metric in METRICS.values() if metric.name.startswith(BENCHMARK)]
+    known = METRICS.get(BENCHMARK + name) or METRICS.get(name)
+    return known or next((metric for metric in families if metric.matches(BENCHMARK + name)), BENCHMARK_CATEGORY)
 
 
 def signed(name: str) -> tuple[str, int]:

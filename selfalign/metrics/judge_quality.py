@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from selfalign.core.records import Judgement, RankedAnswers
+from selfalign.metrics import catalog
 from selfalign.metrics.intervals import bootstrap_ratio, bootstrap_share, correlation, entropy
 
 
@@ -44,18 +45,21 @@ def judge_quality(questions: Sequence[Question], top: float | None) -> dict[str,
     """
     agreement = [question.agreement() for question in questions]
     exact = [(int(agreeing == pairs), 1) for agreeing, pairs in agreement]
-    measured: dict[str, float] = {"judge_quality/questions": len(questions)}
-    for name, parts in (
-        ("pairwise_accuracy", agreement),
-        ("exact_match", exact),
-        ("five_best", [question.tops(math.inf if top is None else top) for question in questions]),
+    measured: dict[str, float] = {catalog.JUDGE_QUALITY_QUESTIONS.name: len(questions)}
+    for metric, parts in (
+        (catalog.JUDGE_QUALITY_PAIRWISE_ACCURACY, agreement),
+        (catalog.JUDGE_QUALITY_EXACT_MATCH, exact),
+        (catalog.JUDGE_QUALITY_FIVE_BEST, [question.tops(math.inf if top is None else top) for question in questions]),
     ):
-        measured |= bootstrap_share(parts).known(f"judge_quality/{name}")
-    for kind in ("spearman", "kendall"):
+        measured |= bootstrap_share(parts).known(metric.name)
+    for metric, kind in (
+        (catalog.JUDGE_QUALITY_SPEARMAN, "spearman"),
+        (catalog.JUDGE_QUALITY_KENDALL, "kendall"),
+    ):
         values = [question.correlation(kind) for question in questions]
-        measured["judge_quality/undefined"] = values.count(None)
+        measured[catalog.JUDGE_QUALITY_UNDEFINED.name] = values.count(None)
         defined = [(value or 0.0, value is not None) for value in values]
-        measured |= bootstrap_ratio(defined).known(f"judge_quality/{kind}")
+        measured |= bootstrap_ratio(defined).known(metric.name)
     return measured
 
 
@@ -71,8 +75,6 @@ def calibration(judgements: Sequence[Judgement], ranked: Sequence[RankedAnswers]
         if judgement.score is not None:
             of_answer.setdefault(judgement.response_id, []).append(judgement.score)
     means = {answer: math.fsum(scores) / len(scores) for answer, scores in of_answer.items()}
-    shares: dict[str, float | None] = {"parsed": _share([judgement.score is not None for judgement in judgements])}
-    shares["spread"] = entropy(list(means.values()), digits=0) if means else None
     ties: list[bool] = []
     families: list[list[tuple[float, float]]] = []
     of_rank: dict[int, list[float]] = {}
@@ -85,10 +87,16 @@ def calibration(judgements: Sequence[Judgement], ranked: Sequence[RankedAnswers]
             if answer in means:
                 of_rank.setdefault(sorted(question.ranks).index(rank) + 1, []).append(means[answer])
     alike = [one == other for scores in of_answer.values() for one, other in combinations(scores, 2)]
-    shares["ties"], shares["self_consistency"] = _share(ties), _share(alike)
-    shares["length_correlation"] = length_correlation(families)
-    shares |= {f"score_of_rank/{rank}": _share(scores) for rank, scores in sorted(of_rank.items())}
-    return {f"calibration/{name}": value for name, value in shares.items() if value is not None}
+    found = {
+        catalog.CALIBRATION_PARSED.name: _share([judgement.score is not None for judgement in judgements]),
+        catalog.CALIBRATION_SPREAD.name: entropy(list(means.values()), digits=0) if means else None,
+        catalog.CALIBRATION_TIES.name: _share(ties),
+        catalog.CALIBRATION_SELF_CONSISTENCY.name: _share(alike),
+        catalog.CALIBRATION_LENGTH_CORRELATION.name: length_correlation(families),
+    }
+    for rank, scores in sorted(of_rank.items()):
+        found[catalog.CALIBRATION_SCORE_OF_RANK.of(rank=rank).name] = _share(scores)
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def length_correlation(families: Iterable[Sequence[tuple[float, float]]]) -> float | None:

@@ -4,6 +4,7 @@ import logging
 from dataclasses import dataclass
 
 from selfalign.core.errors import SelfalignError
+from selfalign.metrics import catalog
 from selfalign.store.artifacts import Counts
 
 logger = logging.getLogger(__name__)
@@ -55,16 +56,16 @@ class Limits:
     def bounds(self) -> list[tuple[str, str, float | None, int]]:
         """(setting, metric, bound, 1 for the highest value allowed and -1 for the lowest)."""
         return [
-            ("length_growth", "eval/length_growth", self.length_growth, 1),
-            ("finished_share", "eval/finished_share", self.finished_share, -1),
-            ("distinct_2", "eval/distinct_2", self.distinct_2, -1),
-            ("repeated_4", "eval/repeated_4", self.repeated_4, 1),
-            ("kl_to_m1", "eval/kl_to_m1", self.kl_to_m1, 1),
-            ("chosen_change", "logps/chosen_change_per_token", self.chosen_change, -1),
-            ("rejected_change", "logps/rejected_change_per_token", self.rejected_change, -1),
-            ("candidate_length", "score_length_correlation", self.candidate_length, 1),
-            ("answer_length", "eval/score_length_correlation", self.answer_length, 1),
-            ("reward_length", "rewards/length_correlation", self.reward_length, 1),
+            ("length_growth", catalog.EVAL_LENGTH_GROWTH.name, self.length_growth, 1),
+            ("finished_share", catalog.EVAL_FINISHED_SHARE.name, self.finished_share, -1),
+            ("distinct_2", catalog.EVAL_DISTINCT_2.name, self.distinct_2, -1),
+            ("repeated_4", catalog.EVAL_REPEATED_4.name, self.repeated_4, 1),
+            ("kl_to_m1", catalog.EVAL_KL_TO_M1.name, self.kl_to_m1, 1),
+            ("chosen_change", catalog.LOGPS_CHOSEN_CHANGE_PER_TOKEN.name, self.chosen_change, -1),
+            ("rejected_change", catalog.LOGPS_REJECTED_CHANGE_PER_TOKEN.name, self.rejected_change, -1),
+            ("candidate_length", catalog.SCORE_LENGTH_CORRELATION.name, self.candidate_length, 1),
+            ("answer_length", catalog.EVAL_SCORE_LENGTH_CORRELATION.name, self.answer_length, 1),
+            ("reward_length", catalog.REWARDS_LENGTH_CORRELATION.name, self.reward_length, 1),
         ]
 
     def among(self, *counts: Counts) -> dict[str, float]:

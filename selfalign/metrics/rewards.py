@@ -5,8 +5,15 @@ from collections.abc import Sequence
 
 from scipy import stats
 
-from selfalign.metrics.accumulate import LENGTH_MOMENTS, Sums
+from selfalign.metrics import catalog
+from selfalign.metrics.accumulate import Correlation, Deviation, Mean, Moments, Sums
 from selfalign.metrics.intervals import wilson
+
+CHANGES = {
+    "chosen": (catalog.LOGPS_CHOSEN_CHANGE, catalog.LOGPS_CHOSEN_CHANGE_PER_TOKEN),
+    "rejected": (catalog.LOGPS_REJECTED_CHANGE, catalog.LOGPS_REJECTED_CHANGE_PER_TOKEN),
+}
+"""A response's part in its pair → what its change of log π is called, in nats and in nats a token."""
 
 
 def reward_metrics(
@@ -28,24 +35,24 @@ def reward_metrics(
     """
     total = float(len(chosen))
     margins = [a - b for a, b in zip(chosen, rejected, strict=True)]
-    metrics = {
-        "rewards/chosen": (math.fsum(chosen), total),
-        "rewards/rejected": (math.fsum(rejected), total),
-        "rewards/margins": (math.fsum(margins), total),
-        "rewards/mean_square_margin": (math.fsum(margin * margin for margin in margins), total),
-        "rewards/accuracies": (float(sum(margin > 0 for margin in margins)), total),
-        "rewards/ties": (float(sum(margin == 0 for margin in margins)), total),
+    metrics: Sums = {
+        catalog.REWARDS_CHOSEN.name: Mean(math.fsum(chosen), total),
+        catalog.REWARDS_REJECTED.name: Mean(math.fsum(rejected), total),
+        catalog.REWARDS_MARGINS.name: Moments.of(margins),
+        catalog.REWARDS_ACCURACIES.name: Mean(float(sum(margin > 0 for margin in margins)), total),
+        catalog.REWARDS_TIES.name: Mean(float(sum(margin == 0 for margin in margins)), total),
     }
     if chosen_tokens:
         lengths = zip(chosen, rejected, chosen_tokens, rejected_tokens, strict=True)
-        metrics["rewards/margins_per_token"] = (math.fsum(a / n - b / m for a, b, n, m in lengths), total)
+        per_token = math.fsum(a / n - b / m for a, b, n, m in lengths)
+        metrics[catalog.REWARDS_MARGINS_PER_TOKEN.name] = Mean(per_token, total)
     if refinements is not None:
         metrics |= {
-            "refinement/mean": (math.fsum(refinements), total),
-            "refinement/mean_square": (math.fsum(delta * delta for delta in refinements), total),
-            "refinement/mean_product": (math.fsum(d * m for d, m in zip(refinements, margins, strict=True)), total),
-            "rewards/accuracies_augmented": (float(sum(delta > 0 for delta in refinements)), total),
-            "rewards/ties_augmented": (float(sum(delta == 0 for delta in refinements)), total),
+            catalog.REFINEMENT_MEAN.name: Mean(math.fsum(refinements), total),
+            catalog.REFINEMENT_STD.name: Deviation(Moments.of(refinements)),
+            catalog.REFINEMENT_CORRELATION_WITH_MARGIN.name: Correlation.between(refinements, margins),
+            catalog.REWARDS_ACCURACIES_AUGMENTED.name: Mean(float(sum(delta > 0 for delta in refinements)), total),
+            catalog.REWARDS_TIES_AUGMENTED.name: Mean(float(sum(delta == 0 for delta in refinements)), total),
         }
     return metrics
 
@@ -58,24 +65,14 @@ def logp_changes(name: str, changes: Sequence[float], tokens: Sequence[float]) -
         changes: of each response, nats summed over its tokens.
         tokens: how many these are.
     """
+    nats, nats_per_token = CHANGES[name]
     total = math.fsum(changes)
-    return {
-        f"logps/{name}_change": (total, float(len(changes))),
-        f"logps/{name}_change_per_token": (total, math.fsum(tokens)),
-    }
+    return {nats.name: Mean(total, float(len(changes))), nats_per_token.name: Mean(total, math.fsum(tokens))}
 
 
 def length_moments(rewards: Sequence[float], tokens: Sequence[float]) -> Sums:
-    """What `averages` makes `rewards/length_correlation` of: moments of the responses' rewards and lengths."""
-    count = float(len(rewards))
-    parts = {
-        "reward": rewards,
-        "tokens": tokens,
-        "square_reward": [reward * reward for reward in rewards],
-        "square_tokens": [length * length for length in tokens],
-        "product": [reward * length for reward, length in zip(rewards, tokens, strict=True)],
-    }
-    return {f"{LENGTH_MOMENTS}{part}": (math.fsum(values), count) for part, values in parts.items()}
+    """How much the responses' rewards go with their lengths."""
+    return {catalog.REWARDS_LENGTH_CORRELATION.name: Correlation.between(rewards, tokens)}
 
 
 def reward_intervals(metrics: Sums) -> dict[str, float]:
@@ -84,15 +81,14 @@ def reward_intervals(metrics: Sums) -> dict[str, float]:
     Both take the pairs as independent of each other, as those are that are held out: one of each instruction.
     """
     intervals: dict[str, float] = {}
-    for name in ("rewards/accuracies", "rewards/accuracies_augmented"):
-        total, weight = metrics.get(name, (0.0, 0.0))
-        if weight:
-            share = wilson(total, int(weight))
+    for name in (catalog.REWARDS_ACCURACIES.name, catalog.REWARDS_ACCURACIES_AUGMENTED.name):
+        right = metrics.get(name)
+        if isinstance(right, Mean) and right.weight:
+            share = wilson(right.total, int(right.weight))
             intervals |= {f"{name}_low": share.low, f"{name}_high": share.high}
-    total, pairs = metrics["rewards/margins"]
-    if pairs > 1:
-        mean = total / pairs
-        variance = max(0.0, metrics["rewards/mean_square_margin"][0] / pairs - mean**2) * pairs / (pairs - 1)
+    margins = metrics[name := catalog.REWARDS_MARGINS.name]
+    if isinstance(margins, Moments) and (pairs := margins.count) > 1:
+        mean, variance = margins.total / pairs, max(0.0, margins.variance) * pairs / (pairs - 1)
         half = float(stats.t.ppf(0.975, pairs - 1)) * math.sqrt(variance / pairs)
-        intervals |= {"rewards/margins_low": mean - half, "rewards/margins_high": mean + half}
+        intervals |= {f"{name}_low": mean - half, f"{name}_high": mean + half}
     return intervals

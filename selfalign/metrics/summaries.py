@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from selfalign.core.records import Judgement
+from selfalign.metrics import catalog
 from selfalign.metrics.intervals import RunningMean, distinct, length_controlled, wilson
 
 
@@ -15,11 +16,11 @@ def instruction_statistics(texts: Sequence[Sequence[str]], highest: Sequence[flo
         texts: their words; there is at least one instruction.
         highest: the highest ROUGE-L F1 of each to anything known before it.
     """
-    varied = {f"distinct_{size}": distinct(texts, size) for size in (1, 2)}
+    varied = {catalog.DISTINCT_1.name: distinct(texts, 1), catalog.DISTINCT_2.name: distinct(texts, 2)}
     return {
-        "novelty": 1 - math.fsum(highest) / len(highest),
+        catalog.NOVELTY.name: 1 - math.fsum(highest) / len(highest),
         **{name: value for name, value in varied.items() if value is not None},
-        "mean_words": sum(map(len, texts)) / len(texts),
+        catalog.MEAN_WORDS.name: sum(map(len, texts)) / len(texts),
     }
 
 
@@ -33,8 +34,8 @@ def judgement_statistics(judgements: Iterable[Judgement]) -> dict[str, float]:
             entropies.add(judgement.entropy)
     if scores.value is None:
         return {}
-    statistics = {"judge/mean_score": scores.value, "judge/std_score": scores.deviation}
-    return statistics | ({} if entropies.value is None else {"judge/entropy": entropies.value})
+    statistics = {catalog.JUDGE_MEAN_SCORE.name: scores.value, catalog.JUDGE_STD_SCORE.name: scores.deviation}
+    return statistics | ({} if entropies.value is None else {catalog.JUDGE_ENTROPY.name: entropies.value})
 
 
 def outcomes_by_score(scores: dict[str, float], others: dict[str, float]) -> dict[str, float]:
@@ -51,12 +52,14 @@ def win_statistics(outcomes: Sequence[float], longer: Sequence[float]) -> dict[s
         longer: characters of the answer minus those of the opponent's.
     """
     counts: dict[str, float] = {
-        name: outcomes.count(value) for name, value in (("wins", 1.0), ("ties", 0.5), ("losses", 0.0))
+        catalog.WINS.name: outcomes.count(1.0),
+        catalog.TIES.name: outcomes.count(0.5),
+        catalog.LOSSES.name: outcomes.count(0.0),
     }
     if not outcomes:
         return counts
-    equal = length_controlled(outcomes, longer).known("win_rate_length_controlled")
-    return counts | wilson(math.fsum(outcomes), len(outcomes)).named("win_rate") | equal
+    equal = length_controlled(outcomes, longer).known(catalog.WIN_RATE_LENGTH_CONTROLLED.name)
+    return counts | wilson(math.fsum(outcomes), len(outcomes)).named(catalog.WIN_RATE.name) | equal
 
 
 def score_histogram(scores: Sequence[float], low: int, high: int, parts: int = 1) -> list[int]:

@@ -5,37 +5,30 @@ from html import escape
 from operator import itemgetter
 from typing import Any
 
+from selfalign.metrics import catalog
+from selfalign.metrics.catalog import Metric
 from selfalign.report.charts import SMOOTHED, Series, draw_curves, draw_models, series_of, smoothing
-from selfalign.report.html import Format, compact, decimals, figure, grid, is_number, note, percent
+from selfalign.report.html import CHART_FORMS, figure, grid, is_number, note
 from selfalign.report.jobs import FEW, LEADING, Comparison, Job, as_text, shortened
 
 Row = dict[str, Any]
 
 BAR = "bar: 95 % interval"
-MEASURED: tuple[tuple[str, str, str, Format, float | None], ...] = (
-    ("Win rate against M1", f"{BAR}; dashed: as good as M1", "eval/win_rate", percent, 0.5),
-    ("Win rate at equal length", f"{BAR}; dashed: as good as M1", "eval/win_rate_length_controlled", percent, 0.5),
-    ("Held-out accuracy", f"pairs set aside with a margin above 0; {BAR}", "held_out/rewards/accuracies", percent, 0.5),
-    ("Test accuracy", f"test pairs with a margin above 0; {BAR}", "preferences/rewards/accuracies", percent, 0.5),
-    ("Reward accuracy", "pairs trained on with a margin above 0", "rewards/accuracies", percent, 0.5),
-    ("Reward margin", "chosen minus rejected, pairs trained on", "rewards/margins", compact, 0.0),
-    (
-        "Judge: pairwise accuracy",
-        f"answer pairs ordered as humans did; {BAR}; dashed: chance",
-        "judge_quality/pairwise_accuracy",
-        percent,
-        0.5,
-    ),
-    ("Judge: Spearman's ρ", f"with the human order; {BAR}; dashed: chance", "judge_quality/spearman", decimals(2), 0.0),
-    ("Length", f"mean characters of the evaluation answers; {BAR}", "eval/mean_characters", decimals(0), None),
+MEASURED = (
+    (catalog.EVAL_WIN_RATE, f"{BAR}; dashed: as good as M1", 0.5),
+    (catalog.EVAL_WIN_RATE_LENGTH_CONTROLLED, f"{BAR}; dashed: as good as M1", 0.5),
+    (catalog.over(catalog.HELD_OUT, catalog.REWARDS_ACCURACIES), f"pairs set aside with a margin above 0; {BAR}", 0.5),
+    (catalog.over(catalog.PREFERENCES, catalog.REWARDS_ACCURACIES), f"test pairs with a margin above 0; {BAR}", 0.5),
+    (catalog.REWARDS_ACCURACIES, "pairs trained on with a margin above 0", 0.5),
+    (catalog.REWARDS_MARGINS, "chosen minus rejected, pairs trained on", 0.0),
+    (catalog.JUDGE_QUALITY_PAIRWISE_ACCURACY, f"answer pairs ordered as humans did; {BAR}; dashed: chance", 0.5),
+    (catalog.JUDGE_QUALITY_SPEARMAN, f"with the human order; {BAR}; dashed: chance", 0.0),
+    (catalog.EVAL_MEAN_CHARACTERS, f"mean over the evaluation answers; {BAR}", None),
 )
-"""Title, caption, key of a model's row, how it is written, and a reference line."""
+"""Number of a model's row, caption, and a reference line."""
 
-CURVES: tuple[tuple[str, str, Format, float], ...] = (
-    ("Reward margin", "rewards/margins", compact, 0.0),
-    ("Reward accuracy", "rewards/accuracies", percent, 0.5),
-)
-
+CURVES = ((catalog.REWARDS_MARGINS, 0.0), (catalog.REWARDS_ACCURACIES, 0.5))
+"""What is drawn step by step, and a reference line."""
 
 Points = Sequence[tuple[int, Row]]
 """A place on the x axis and the row of a model whose number stands there."""
@@ -109,18 +102,19 @@ def curves(comparison: Comparison) -> str:
     return who(comparison) + grid(drawn) if any(drawn) else ""
 
 
-def _curve(comparison: Comparison, model: str, title: str, key: str, form: Format, reference: float) -> str:
+def _curve(comparison: Comparison, model: str, metric: Metric, reference: float) -> str:
     series = [
         Series(name=comparison.mark(job), points=points, colour=colour)
         for colour, job in enumerate(comparison.leading)
-        if job.run and (points := job.run.curves("align", key).get(model))
+        if job.run and (points := job.run.curves("align", metric.name).get(model))
     ]
     if not series:
         return ""
     longest = max(len(one.points) for one in series)
     mean = f"; strong line: moving mean over {smoothing(longest)} steps" if longest >= SMOOTHED else ""
-    name = f"{title}, {model}"
-    return figure(name, f"mean over the pairs of a step{mean}", draw_curves(series, name, form, reference=reference))
+    name = f"{metric.panel}, {model}"
+    drawn = draw_curves(series, name, CHART_FORMS[metric.unit], reference=reference)
+    return figure(name, f"mean over the pairs of a step{mean}", drawn)
 
 
 def which(comparison: Comparison) -> str:
@@ -142,11 +136,13 @@ def who(comparison: Comparison) -> str:
 def _charts(names: Sequence[str], lines: Mapping[str, Points], *, joined: bool = True) -> str:
     """Every number that is there, drawn over these names; lines by their name."""
     figures: list[str] = []
-    for title, caption, key, form, reference in MEASURED:
+    for metric, caption, reference in MEASURED:
         series = [
-            series_of(points, key, name, colour, joined=joined) for colour, (name, points) in enumerate(lines.items())
+            series_of(points, metric.name, name, colour, joined=joined)
+            for colour, (name, points) in enumerate(lines.items())
         ]
         if any(one.points for one in series):
-            drawn = draw_models(names, series, title, form, reference=reference)
+            title = metric.panel
+            drawn = draw_models(names, series, title, CHART_FORMS[metric.unit], reference=reference)
             figures.append(figure(title, caption, drawn, list(lines) if len(lines) > 1 else []))
     return grid(figures)

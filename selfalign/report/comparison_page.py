@@ -11,7 +11,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.files import write_atomically
 from selfalign.core.formatting import duration, plural
 from selfalign.core.records import Instruction
-from selfalign.metrics.catalog import METRICS
+from selfalign.metrics import catalog
 from selfalign.report.comparison_charts import curves, over_iterations, over_settings, which
 from selfalign.report.comparison_sentences import caveats, named, opponents, verdict, what_differs
 from selfalign.report.html import (
@@ -26,7 +26,6 @@ from selfalign.report.html import (
     grid,
     is_number,
     note,
-    percent,
 )
 from selfalign.report.jobs import (
     FEW,
@@ -57,20 +56,12 @@ LAST = Column("last model", "whose numbers stand in this row", "model", ANY)
 OF_MODEL = {
     column.key: column
     for column in (
-        *(column for column in MODELS if column.key not in ("model", "seconds")),
-        Column(
-            "win rate at equal length",
-            METRICS["eval/win_rate_length_controlled"],
-            "eval/win_rate_length_controlled",
-            percent,
-        ),
+        *(column for column in MODELS if column.key not in ("model", catalog.SECONDS.name)),
+        Column.of(catalog.EVAL_WIN_RATE_LENGTH_CONTROLLED),
         *(
-            Column(f"{title} {what}", f"{METRICS[f'rewards/{name}']}; {pairs}", f"{place}/rewards/{name}", form)
-            for title, place, pairs in (
-                ("held-out", "held_out", "pairs set aside"),
-                ("test", "preferences", "pairs of evaluate.preferences"),
-            )
-            for what, name, form in (("margin", "margins", decimals(3)), ("accuracy", "accuracies", percent))
+            Column.of(catalog.over(pairs, metric))
+            for pairs in (catalog.HELD_OUT, catalog.PREFERENCES)
+            for metric in (catalog.REWARDS_MARGINS, catalog.REWARDS_ACCURACIES)
         ),
     )
 }

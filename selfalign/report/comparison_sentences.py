@@ -5,6 +5,7 @@ from collections import Counter
 from html import escape
 
 from selfalign.core.formatting import duration, plural
+from selfalign.metrics.catalog import METRICS
 from selfalign.report.html import Format, compact, fold, percent, strong
 from selfalign.report.jobs import FEW, Comparison, Job, as_text, costs, seconds_alone, shortened
 from selfalign.report.run_page import MODELS
@@ -13,7 +14,6 @@ from selfalign.report.tables import ANSWERS
 from selfalign.runs.labels import Label
 
 FORMS: dict[str, Format] = {column.key: column.form for column in (*ANSWERS, *MODELS)}
-NAMES = {"eval/win_rate": "win rate against M1", "eval/win_rate_length_controlled": "win rate at equal length"}
 
 LUCK = "The best of several owes some of its lead to luck; another seed would tell how much."
 LISTED = 8
@@ -50,7 +50,7 @@ def verdict(comparison: Comparison) -> str:
 def best(comparison: Comparison) -> str:
     """The job with the best value of the metric, and how sure that is."""
     metric, ranked = comparison.metric, comparison.ranked
-    name = NAMES.get(metric, metric)
+    name = METRICS[metric].heading if metric in METRICS else metric
     if not ranked:
         return f"No job has {strong(name)}, so none is called the best."
     first, form = ranked[0], FORMS.get(metric, compact)

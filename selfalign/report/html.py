@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, Self, TypeGuard
 
-from selfalign.core.formatting import plural
+from selfalign.core.formatting import duration, plural
 from selfalign.core.records import Judgement
+from selfalign.metrics.catalog import Metric
 from selfalign.runs.reader import Candidate, Sample
 
 Row = Mapping[str, Any]
@@ -22,16 +23,37 @@ MARKS = {"chosen": "✓ chosen", "rejected": "✕ rejected", "positive": "✓ ke
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column of a table: its heading and what that means, the key in a row, and how a number is written."""
+    """A column of a table.
+
+    Attributes:
+        heading: its title.
+        meaning: what that means.
+        key: of its values in a row.
+        form: how a number is written.
+        better: an arrow in the better direction, if there is one.
+    """
 
     heading: str
     meaning: str
     key: str
     form: Format
+    better: str = ""
+
+    @classmethod
+    def of(cls, metric: Metric, place: str = "") -> Self:
+        """A metric's column.
+
+        Args:
+            metric: what is declared of it.
+            place: stands before its name in the row, as "preferences" or, in what several stages counted, the stage.
+        """
+        key = f"{place}/{metric.name}" if place else metric.name
+        return cls(metric.heading, metric.meaning, key, FORMS[metric.unit], metric.arrow)
 
     def head(self) -> str:
         """The heading, explained to those who point at it."""
-        return f'<th scope="col" title="{escape(self.meaning)}"><span>{escape(self.heading)}</span></th>'
+        better = f' data-better="{self.better}"' if self.better else ""
+        return f'<th scope="col" title="{escape(self.meaning)}"{better}><span>{escape(self.heading)}</span></th>'
 
     def cell(self, row: Row) -> str:
         """The value, and its interval in small letters."""
@@ -75,6 +97,21 @@ def decimals(digits: int) -> Format:
 def compact(value: float) -> str:
     """A number with the three digits that count."""
     return f"{value:.3g}".replace("-", "\u2212")
+
+
+FORMS: Mapping[str, Format] = {
+    "share": percent,
+    **dict.fromkeys(("count", "flag", "tokens", "characters", "words", "tokens/s"), decimals(0)),
+    **dict.fromkeys(("ratio", "correlation", "nats", "GiB", "currency"), decimals(2)),
+    **dict.fromkeys(("reward", "score", "score²"), decimals(3)),
+    **dict.fromkeys(("reward/token", "nats/token"), decimals(4)),
+    "s": duration,
+    "": compact,
+}
+"""How a number is written in a table, by its metric's unit."""
+
+CHART_FORMS: Mapping[str, Format] = {**FORMS, **dict.fromkeys(("reward", "nats", "nats/token"), compact)}
+"""The same at an axis, which may span little."""
 
 
 def document(name: str, kind: str, opening: str, parts: Mapping[str, str], script: str = "") -> str:

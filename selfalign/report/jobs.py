@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from selfalign.core.errors import SelfalignError
+from selfalign.metrics import catalog
 from selfalign.metrics.catalog import signed
 from selfalign.report.html import is_number
 from selfalign.runs.labels import Label
@@ -179,7 +180,7 @@ def differing(jobs: Sequence[Job]) -> list[str]:
 def metric_of(jobs: Sequence[Job]) -> str:
     """The number that the jobs' own configuration goes by: `sweep_metric` of the first that has one."""
     named = (job.settings["sweep_metric"] for job in jobs if "sweep_metric" in job.settings)
-    return next(named, "eval/win_rate")
+    return next(named, catalog.EVAL_WIN_RATE.name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfalign.core.files import write_atomically
-from selfalign.metrics.catalog import METRICS
+from selfalign.metrics import catalog
 from selfalign.report.html import Column, is_number, plural, present, show
 from selfalign.report.markdown import bullets, code, fenced, folded, table
 from selfalign.report.run_page import ITERATIONS, MODELS, code_state, trained_on
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
 
 RESULTS = (
-    "eval/win_rate",
-    "eval/win_rate_length_controlled",
-    "eval/score_win_rate",
-    "judge_quality/pairwise_accuracy",
-    "judge_quality/spearman",
-    "judge_quality/kendall",
+    catalog.EVAL_WIN_RATE,
+    catalog.EVAL_WIN_RATE_LENGTH_CONTROLLED,
+    catalog.EVAL_SCORE_WIN_RATE,
+    catalog.JUDGE_QUALITY_PAIRWISE_ACCURACY,
+    catalog.JUDGE_QUALITY_SPEARMAN,
+    catalog.JUDGE_QUALITY_KENDALL,
 )
-"""What stands in the metadata too, by the name in summary.json."""
+"""What stands in the metadata too."""
 
 SOURCES = {
     Label.iteration(1, "pairs"): "preference pairs",
@@ -142,7 +142,8 @@ def eval_results(run: Finished) -> "list[EvalResult]":
 
     row, places = run.models[-1], {source.purpose: source for source in sources(run)}
     found: list[EvalResult] = []
-    for key in RESULTS:
+    for metric in RESULTS:
+        key = metric.name
         place = places.get("evaluation instructions" if key.startswith("eval/") else "ranked answers")
         if place is None or not is_number(row.get(key)):
             continue
@@ -155,7 +156,7 @@ def eval_results(run: Finished) -> "list[EvalResult]":
                 dataset_config=place.purpose,  # one file may serve both, and must not become one entry
                 dataset_split="held out",
                 metric_type=key,
-                metric_name=METRICS[key],
+                metric_name=metric.meaning,
                 metric_value=row[key],
                 metric_args={"confidence": 0.95, **ends} if ends else None,
             )
@@ -252,7 +253,7 @@ def data(run: Finished) -> str:
     for source in sources(run):
         what = "hub data set" if source.hub_id else f"SHA-256 {code(source.content)}"
         lines.append(f"{source.purpose.capitalize()}: {code(source.name)}, {what}")
-    if held_out := run.counts.get(Label.input("seeds"), {}).get("questions_held_out"):
+    if held_out := run.counts.get(Label.input("seeds"), {}).get(catalog.QUESTIONS_HELD_OUT.name):
         lines.append(f"Held out to measure judging: {plural(held_out, 'ranked question')}")
     lines += [f"Dropped in {label}: {drops_text(reasons)}" for label, reasons in run.summary["drops"].items()]
     made = by_column(ITERATIONS, run.iteration_rows())
@@ -270,12 +271,10 @@ def by_column(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> s
 
 def results(run: Finished) -> str:
     """What was measured of every model, with intervals."""
-    judging = (Column(f"judge: {c.heading}", c.meaning, c.key, c.form) for c in JUDGING)
-    columns = {column.key: column for column in (*judging, *OTHERS, *ANSWERS, *MODELS)}
-    order = dict.fromkeys(column.key for column in (*MODELS, *ANSWERS, *OTHERS, *JUDGING))
+    columns = {column.key: column for column in (*MODELS, *ANSWERS[1:], *OTHERS[1:], *JUDGING[1:])}
     rows = [{**row, "trained_on": trained_on(row)} for row in run.models]
     said = "In brackets: 95 % intervals over instructions, questions or pairs, not over seeds."
-    return f"{html(verdict(run))}\n\n{by_column([columns[key] for key in order], rows)}\n\n{said}".strip()
+    return f"{html(verdict(run))}\n\n{by_column(list(columns.values()), rows)}\n\n{said}".strip()
 
 
 def limits(run: Finished) -> str:
@@ -283,19 +282,20 @@ def limits(run: Finished) -> str:
     row, config = run.models[-1], run.config
     lines = [f"One run with one seed ({code(run.summary['seed'])}): another seed may come out otherwise."]
     if judged := judges_of_answers(run):
+        answers = row[catalog.EVAL_ANSWERS.name]
         own = any(who in WHO.values() for _, who in judged)
         said = " and ".join(f"{how} by {who if who in WHO.values() else code(who)}" for how, who in judged)
         lines.append(
             f"Answers were {said}, not by people{', and that is a model of this run' if own else ''}. A share of "
-            f"{plural(row['eval/answers'], 'instruction')} is uncertain by up to "
-            f"±{math.ceil(98 / math.sqrt(row['eval/answers']))} percentage points."
+            f"{plural(answers, 'instruction')} is uncertain by up to "
+            f"±{math.ceil(98 / math.sqrt(answers))} percentage points."
         )
     else:
         lines.append("No answers were compared, so nothing here says whether the last model is better than M1.")
     if config["judge"].get("model") == "self" and "path" not in config["data"]:
         lines.append("Each model was judge of its own training data: what its judge overrates, training strengthens.")
-    if row.get("judge_quality/questions"):
-        asked = plural(row["judge_quality/questions"], "question")
+    if questions := row.get(catalog.JUDGE_QUALITY_QUESTIONS.name):
+        asked = plural(questions, "question")
         lines.append(f"How well it judges was measured on {asked} with ranked answers.")
     lines.append("Safety was not evaluated.")
     return f"{bullets(lines)}\n\n{html(warnings(run))}".strip()

@@ -10,9 +10,11 @@ from typing import Any
 
 from selfalign.core.files import write_atomically
 from selfalign.core.formatting import duration, plural
-from selfalign.metrics.catalog import METRICS
+from selfalign.metrics import catalog
+from selfalign.metrics.catalog import Metric
 from selfalign.report.charts import SMOOTHED, Series, draw_curves, draw_models, series_of, smoothing
 from selfalign.report.html import (
+    CHART_FORMS,
     NOTHING,
     Column,
     bars,
@@ -126,43 +128,36 @@ MODELS = (
         ANY,
     ),
     Column("trained on", "preference pairs, or demonstrations for fine-tuning", "trained_on", ANY),
-    *(
-        Column(heading, METRICS[key], key, form)
-        for heading, key, form in (
-            ("reward margin", "rewards/margins", decimals(3)),
-            ("reward accuracy", "rewards/accuracies", percent),
-            ("win rate vs\u00a0M1", "eval/win_rate", percent),
-            ("judge: pairwise accuracy", "judge_quality/pairwise_accuracy", percent),
-            ("judge: Spearman's\u00a0ρ", "judge_quality/spearman", decimals(2)),
-            ("answer length, characters", "eval/mean_characters", decimals(0)),
-            ("answers finished", "eval/finished_share", percent),
-        )
-    ),
-    Column(
-        "time", "wall time of making the model, its training data included, and of measuring it", "seconds", duration
+    *map(
+        Column.of,
+        (
+            catalog.REWARDS_MARGINS,
+            catalog.REWARDS_ACCURACIES,
+            catalog.EVAL_WIN_RATE,
+            catalog.JUDGE_QUALITY_PAIRWISE_ACCURACY,
+            catalog.JUDGE_QUALITY_SPEARMAN,
+            catalog.EVAL_MEAN_CHARACTERS,
+            catalog.EVAL_FINISHED_SHARE,
+            catalog.SECONDS,
+        ),
     ),
 )
 """The headline table."""
 
 ITERATIONS = (
     Column("iteration", "in which the data was made", "iteration", ANY),
-    Column("instructions", "new instructions that passed the filters", "instructions/kept", ANY),
-    Column("of written", "instructions written, or read, for that", "instructions/written", ANY),
-    Column("novelty", METRICS["novelty"], "instructions/novelty", decimals(2)),
-    Column("distinct pairs of words", METRICS["distinct_2"], "instructions/distinct_2", decimals(2)),
-    Column("candidates", "responses to them", "responses/responses", ANY),
-    Column("finished", "share of candidates that end by themselves", "responses/finished_share", percent),
-    Column("mean score", METRICS["judge/mean_score"], "judgements/judge/mean_score", decimals(2)),
-    Column("tied", METRICS["judge/tied_share"], "judgements/judge/tied_share", percent),
-    Column("std of scores", METRICS["judge/std_score"], "judgements/judge/std_score", decimals(3)),
-    Column("pairs", "preference pairs to train on", "pairs/pairs", ANY),
-    Column("positives", "responses good enough to train on", "pairs/positives", ANY),
-    Column("score margin", "chosen minus rejected, mean over pairs", "pairs/mean_score_margin", decimals(3)),
-    Column(
-        "chosen longer by",
-        "tokens, mean over pairs; a judge that favours length shows here",
-        "pairs/mean_length_difference",
-        ANY,
+    *(
+        Column.of(metric, stage)
+        for stage, metrics in (
+            ("instructions", (catalog.KEPT, catalog.WRITTEN, catalog.NOVELTY, catalog.DISTINCT_2)),
+            ("responses", (catalog.RESPONSES, catalog.FINISHED_SHARE)),
+            ("judgements", (catalog.JUDGE_MEAN_SCORE, catalog.JUDGE_TIED_SHARE, catalog.JUDGE_STD_SCORE)),
+            (
+                "pairs",
+                (catalog.PAIRS, catalog.POSITIVES, catalog.MEAN_SCORE_MARGIN, catalog.MEAN_LENGTH_DIFFERENCE),
+            ),
+        )
+        for metric in metrics
     ),
 )
 """What each iteration made, by stage and the name in its counts."""
@@ -180,30 +175,37 @@ def models_table(run: Finished) -> str:
 
 def trained_on(row: Row) -> str:
     """How many pairs or demonstrations made a model."""
-    if "pairs" in row:
-        return plural(row["pairs"], "pair")
-    return plural(row["demonstrations"], "demonstration") if "demonstrations" in row else NOTHING
+    for metric, noun in ((catalog.PAIRS, "pair"), (catalog.DEMONSTRATIONS, "demonstration")):
+        if metric.name in row:
+            return plural(row[metric.name], noun)
+    return NOTHING
 
 
 def model_charts(run: Finished) -> str:
     """Charts with a point a model; an iteration's candidates stand at the model that wrote them."""
     bar = "bar: 95 % interval"
-    answers = _of_models(run, "eval/mean_characters", "evaluation answers")
-    candidates = _of_candidates(run, "responses", "mean_characters", name="candidates")
-    scores = _of_candidates(run, "judgements", "judge/mean_score", "judge/std_score")
+    answers = _of_models(run, catalog.EVAL_MEAN_CHARACTERS, "evaluation answers")
+    candidates = _of_candidates(run, "responses", catalog.MEAN_CHARACTERS, name="candidates")
+    scores = _of_candidates(run, "judgements", catalog.JUDGE_MEAN_SCORE, catalog.JUDGE_STD_SCORE)
     charts = (
-        ("Win rate against M1", f"{bar}; dashed: as good as M1", [_of_models(run, "eval/win_rate")], percent, 0.5),
+        (
+            "Win rate against M1",
+            f"{bar}; dashed: as good as M1",
+            [_of_models(run, catalog.EVAL_WIN_RATE)],
+            percent,
+            0.5,
+        ),
         (
             "Judge: pairwise accuracy",
             f"answer pairs ordered as humans did; {bar}; dashed: chance",
-            [_of_models(run, "judge_quality/pairwise_accuracy")],
+            [_of_models(run, catalog.JUDGE_QUALITY_PAIRWISE_ACCURACY)],
             percent,
             0.5,
         ),
         (
             "Judge: Spearman's ρ",
             f"with the human order; {bar}; dashed: chance",
-            [_of_models(run, "judge_quality/spearman")],
+            [_of_models(run, catalog.JUDGE_QUALITY_SPEARMAN)],
             decimals(2),
             0.0,
         ),
@@ -217,7 +219,7 @@ def model_charts(run: Finished) -> str:
         (
             "Answers finished",
             f"share that end by themselves; {bar}",
-            [_of_models(run, "eval/finished_share")],
+            [_of_models(run, catalog.EVAL_FINISHED_SHARE)],
             percent,
             None,
         ),
@@ -226,8 +228,8 @@ def model_charts(run: Finished) -> str:
             "Held-out pairs: accuracy",
             f"share with the chosen response's reward above; {bar}; dashed: chance",
             [
-                _of_models(run, "preferences/rewards/accuracies", "given x"),
-                _of_models(run, "preferences/rewards/accuracies_augmented", "given p⊕x", colour=1),
+                _of_held_out(run, catalog.REWARDS_ACCURACIES, "given x"),
+                _of_held_out(run, catalog.REWARDS_ACCURACIES_AUGMENTED, "given p⊕x", colour=1),
             ],
             percent,
             0.5,
@@ -235,7 +237,7 @@ def model_charts(run: Finished) -> str:
         (
             "Held-out pairs: margin",
             f"mean reward of chosen minus rejected; {bar}",
-            [_of_models(run, "preferences/rewards/margins")],
+            [_of_held_out(run, catalog.REWARDS_MARGINS)],
             compact,
             0.0,
         ),
@@ -243,8 +245,8 @@ def model_charts(run: Finished) -> str:
             "Change of log π",
             "after alignment minus before, nats a token of the training pairs",
             [
-                _of_models(run, "logps/chosen_change_per_token", "chosen"),
-                _of_models(run, "logps/rejected_change_per_token", "rejected", colour=1),
+                _of_models(run, catalog.LOGPS_CHOSEN_CHANGE_PER_TOKEN, "chosen"),
+                _of_models(run, catalog.LOGPS_REJECTED_CHANGE_PER_TOKEN, "rejected", colour=1),
             ],
             compact,
             0.0,
@@ -263,16 +265,20 @@ def named(series: Sequence[Series]) -> list[str]:
     return [one.name for one in series if one.points] if len(series) > 1 else []
 
 
-def _of_models(run: Finished, key: str, name: str = "", colour: int = 0) -> Series:
-    return series_of(enumerate(run.models), key, name, colour)
+def _of_models(run: Finished, metric: Metric, name: str = "", colour: int = 0) -> Series:
+    return series_of(enumerate(run.models), metric.name, name, colour)
 
 
-def _of_candidates(run: Finished, part: str, key: str, deviation: str = "", name: str = "") -> Series:
+def _of_held_out(run: Finished, metric: Metric, name: str = "", colour: int = 0) -> Series:
+    return _of_models(run, catalog.over(catalog.PREFERENCES, metric), name, colour)
+
+
+def _of_candidates(run: Finished, part: str, metric: Metric, deviation: Metric | None = None, name: str = "") -> Series:
     counted = [run.counts.get(Label.iteration(row["iteration"] + 1, part), {}) for row in run.models]
     wrote = [row["model"] != BASELINE for row in run.models]
-    there = [(x, counts) for x, counts in enumerate(counted) if wrote[x] and is_number(counts.get(key))]
-    points = [(x, counts[key]) for x, counts in there]
-    spreads = [counts.get(deviation, 0.0) for _, counts in there]
+    there = [(x, counts) for x, counts in enumerate(counted) if wrote[x] and is_number(counts.get(metric.name))]
+    points = [(x, counts[metric.name]) for x, counts in there]
+    spreads = [counts.get(deviation.name, 0.0) if deviation else 0.0 for _, counts in there]
     intervals = [(y - spread, y + spread) for (_, y), spread in zip(points, spreads, strict=True)]
     return Series(name=name, points=points, intervals=intervals, colour=1 if name else 0)
 
@@ -280,24 +286,30 @@ def _of_candidates(run: Finished, part: str, key: str, deviation: str = "", name
 def training_charts(run: Finished) -> str:
     """Training curves, a line a model."""
     curves = (
-        ("SFT loss", "negative log-likelihood of a target token, nats", "sft", "loss_per_token", None),
-        ("Alignment loss", "mean over the pairs of a step", "align", "loss", None),
-        ("Reward margin", "chosen minus rejected, mean over the pairs of a step", "align", "rewards/margins", 0.0),
-        ("Reward accuracy", "share of a step's pairs with a margin above 0", "align", "rewards/accuracies", 0.5),
-        ("Refinement Δ", "mean over the pairs of a step", "align", "refinement/mean", 0.0),
+        ("SFT loss", "negative log-likelihood of a target token, nats", "sft", catalog.LOSS_PER_TOKEN, None),
+        ("Alignment loss", "mean over the pairs of a step", "align", catalog.LOSS, None),
+        (
+            "Reward margin",
+            "chosen minus rejected, mean over the pairs of a step",
+            "align",
+            catalog.REWARDS_MARGINS,
+            0.0,
+        ),
+        ("Reward accuracy", "share of a step's pairs with a margin above 0", "align", catalog.REWARDS_ACCURACIES, 0.5),
+        ("Refinement Δ", "mean over the pairs of a step", "align", catalog.REFINEMENT_MEAN, 0.0),
     )
     figures: list[str] = []
-    for title, caption, stage, key, reference in curves:
+    for title, caption, stage, metric, reference in curves:
         series = [
             Series(name=name, points=points, colour=-1 if name == BASELINE else Label.model(name).iteration_number)
-            for name, points in run.curves(stage, key).items()
+            for name, points in run.curves(stage, metric.name).items()
         ]
         if not series:
             continue
         longest = max(len(one.points) for one in series)
         mean = f"; strong line: moving mean over {smoothing(longest)} steps" if longest >= SMOOTHED else ""
-        form = percent if key == "rewards/accuracies" else compact
-        figures.append(figure(title, caption + mean, draw_curves(series, title, form, reference=reference)))
+        drawn = draw_curves(series, title, CHART_FORMS[metric.unit], reference=reference)
+        figures.append(figure(title, caption + mean, drawn))
     return grid(figures)
 
 

@@ -3,6 +3,7 @@
 from html import escape
 from typing import Any
 
+from selfalign.metrics import catalog
 from selfalign.report.html import compact, is_number, percent, strong
 from selfalign.runs.labels import Kind, Label
 from selfalign.runs.reader import Finished
@@ -16,7 +17,7 @@ def what_was_run(run: Finished) -> str:
     said = [_model_sentence(run), _data_sentence(run), _loss_sentence(run)]
     if evaluated := run.summary.get("evaluated"):
         said = [f"Models of {strong(', '.join(evaluated))} were measured; nothing was trained."]
-    if questions := run.counts.get(Label.input("questions"), {}).get("instructions"):
+    if questions := run.counts.get(Label.input("questions"), {}).get(catalog.INSTRUCTIONS.name):
         judged = "".join(f", {how} by {escape(who)}" for how, who in judges_of_answers(run))
         said.append(f"Every model answered {questions} held-out instructions{judged}.")
     return " ".join([*said, f"Seed {strong(run.summary['seed'])}."])
@@ -41,16 +42,18 @@ def judges_of_answers(run: Finished) -> list[tuple[str, str]]:
 
 def _model_sentence(run: Finished) -> str:
     model, seeds = run.config["model"], run.counts.get(Label.input("seeds"), {})
-    rank, parameters = model["lora"]["rank"], run.counts.get(Label.model("M0"), {}).get("parameters")
+    rank = model["lora"]["rank"]
+    parameters = run.counts.get(Label.model("M0"), {}).get(catalog.PARAMETERS.name)
     size = f"{parameters / 1e6:.3g} M parameters, " if parameters else ""
     trained = f"LoRA of rank {rank}" if rank else "all weights trained"
     start = f"M0 is {strong(model['path'])} ({size}{trained})"
     if Label.model("M1") not in run.counts:
         return f"{start}, which serves as M1."
-    judging = f" and {seeds['eft']} of judging" if seeds.get("eft") else ""
-    if written := run.counts.get(Label.input("eft", "demonstrations"), {}).get("eft"):
+    judging = f" and {taught} of judging" if (taught := seeds.get(catalog.EFT.name)) else ""
+    if written := run.counts.get(Label.input("eft", "demonstrations"), {}).get(catalog.EFT.name):
         judging = f" and {written} of judging that the SFT baseline wrote"
-    return f"{start}; fine-tuning on {seeds.get('ift', 0)} demonstrations of following instructions{judging} made M1."
+    following = f"{seeds.get(catalog.IFT.name, 0)} demonstrations of following instructions"
+    return f"{start}; fine-tuning on {following}{judging} made M1."
 
 
 def _data_sentence(run: Finished) -> str:
@@ -92,12 +95,12 @@ def _loss_sentence(run: Finished) -> str:
 
 def warnings(run: Finished) -> str:
     """Judges whose scores hardly tell responses apart, and models that crossed a bound."""
-    constant = [str(label) for label, counts in run.counts.items() if counts.get("judge/constant")]
+    constant = [str(label) for label, counts in run.counts.items() if counts.get(catalog.JUDGE_CONSTANT.name)]
     crossed = [
-        f"{row['model']}: {key.removeprefix('crossed/').replace('_', ' ')} {compact(value)}"
+        f"{row['model']}: {key.rpartition('/')[2].replace('_', ' ')} {compact(value)}"
         for row in run.models
         for key, value in row.items()
-        if key.startswith("crossed/")
+        if catalog.CROSSED.matches(key)
     ]
     said = ""
     if constant:
@@ -116,11 +119,11 @@ def warnings(run: Finished) -> str:
 def verdict(run: Finished) -> str:
     """What the last win rate says, and what it does not say."""
     row = run.models[-1] if run.models else {}
-    if not is_number(row.get("eval/win_rate")):
+    if not is_number(row.get(catalog.EVAL_WIN_RATE.name)):
         return ""
-    rate, low, high = (row[f"eval/win_rate{end}"] for end in ("", "_low", "_high"))
+    rate, low, high = (row[f"{catalog.EVAL_WIN_RATE.name}{end}"] for end in ("", "_low", "_high"))
     first = escape(run.models[0]["model"]) if "evaluated" in run.summary else "M1"
-    compared = sum(int(row[f"eval/{outcome}"]) for outcome in ("wins", "ties", "losses"))
+    compared = sum(int(row[outcome.name]) for outcome in (catalog.EVAL_WINS, catalog.EVAL_TIES, catalog.EVAL_LOSSES))
     said = "It includes 50\u00a0%, so this run does not tell the two apart."
     if low > 0.5 or high < 0.5:
         side, preferred = ("above", "the last model's") if low > 0.5 else ("below", f"{first}'s")

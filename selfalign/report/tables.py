@@ -2,10 +2,11 @@
 
 import re
 from array import array
+from dataclasses import replace
 from html import escape
 
 from selfalign.core.records import Judgement
-from selfalign.metrics.catalog import METRICS, meaning_in_benchmark
+from selfalign.metrics import catalog
 from selfalign.metrics.summaries import score_histogram
 from selfalign.report.charts import draw_heatmap, draw_histogram
 from selfalign.report.html import Column, Row, decimals, explained, figure, grid, is_number, note, percent, strong
@@ -16,149 +17,130 @@ MODEL = Column("model", "whose numbers these are", "model", decimals(0))
 
 ANSWERS = (
     MODEL,
-    *(
-        Column(heading, METRICS[key], key, form)
-        for heading, key, form in (
-            ("win rate vs\u00a0M1", "eval/win_rate", percent),
-            ("at equal length", "eval/win_rate_length_controlled", percent),
-            ("wins", "eval/wins", decimals(0)),
-            ("ties", "eval/ties", decimals(0)),
-            ("losses", "eval/losses", decimals(0)),
-            ("position bias", "eval/position_bias", percent),
-            ("win rate by score", "eval/score_win_rate", percent),
-            ("characters", "eval/mean_characters", decimals(0)),
-            ("× M1's", "eval/length_growth", decimals(2)),
-            ("finished", "eval/finished_share", percent),
-            ("distinct-2", "eval/distinct_2", decimals(2)),
-            ("repeated 4-grams", "eval/repeated_4", percent),
-            ("KL to M1, nats", "eval/kl_to_m1", decimals(2)),
-        )
+    *map(
+        Column.of,
+        (
+            catalog.EVAL_WIN_RATE,
+            catalog.EVAL_WIN_RATE_LENGTH_CONTROLLED,
+            catalog.EVAL_WINS,
+            catalog.EVAL_TIES,
+            catalog.EVAL_LOSSES,
+            catalog.EVAL_POSITION_BIAS,
+            catalog.EVAL_SCORE_WIN_RATE,
+            catalog.EVAL_MEAN_CHARACTERS,
+            catalog.EVAL_LENGTH_GROWTH,
+            catalog.EVAL_FINISHED_SHARE,
+            catalog.EVAL_DISTINCT_2,
+            catalog.EVAL_REPEATED_4,
+            catalog.EVAL_KL_TO_M1,
+        ),
     ),
+)
+
+REWARDS = (
+    catalog.REWARDS_MARGINS,
+    catalog.REWARDS_ACCURACIES,
+    catalog.REWARDS_TIES,
+    catalog.REWARDS_ACCURACIES_AUGMENTED,
+    catalog.REFINEMENT_MEAN,
+    catalog.REFINEMENT_STD,
 )
 
 PREFERENCES = (
     MODEL,
-    *(
-        Column(heading, METRICS.get(key) or METRICS[key.removeprefix("preferences/")], key, form)
-        for heading, key, form in (
-            ("pairs", "preferences/pairs", decimals(0)),
-            ("margin", "preferences/rewards/margins", decimals(3)),
-            ("accuracy", "preferences/rewards/accuracies", percent),
-            ("ties", "preferences/rewards/ties", percent),
-            ("augmented accuracy", "preferences/rewards/accuracies_augmented", percent),
-            ("mean\u00a0Δ", "preferences/refinement/mean", decimals(3)),
-            ("std of\u00a0Δ", "preferences/refinement/std", decimals(3)),
-            ("scored pairs", "preferences/scored", decimals(0)),
-            ("margin and score, Pearson", "preferences/margin_score_pearson", decimals(2)),
-            ("margin and score, Spearman", "preferences/margin_score_spearman", decimals(2)),
-            ("Δ and score, Pearson", "preferences/delta_score_pearson", decimals(2)),
-            ("Δ and score, Spearman", "preferences/delta_score_spearman", decimals(2)),
-        )
+    Column.of(catalog.PREFERENCES_PAIRS),
+    *(Column.of(metric, "preferences") for metric in REWARDS),
+    *map(
+        Column.of,
+        (
+            catalog.PREFERENCES_SCORED,
+            catalog.PREFERENCES_MARGIN_SCORE_PEARSON,
+            catalog.PREFERENCES_MARGIN_SCORE_SPEARMAN,
+            catalog.PREFERENCES_DELTA_SCORE_PEARSON,
+            catalog.PREFERENCES_DELTA_SCORE_SPEARMAN,
+        ),
     ),
 )
 
 DRIFT = (
     MODEL,
-    *(
-        Column(heading, METRICS[key], key, form)
-        for heading, key, form in (
-            ("log\u00a0π of chosen, change", "logps/chosen_change", decimals(2)),
-            ("a token", "logps/chosen_change_per_token", decimals(4)),
-            ("of rejected, change", "logps/rejected_change", decimals(2)),
-            ("of rejected, a token", "logps/rejected_change_per_token", decimals(4)),
-            ("candidates: score and length", "score_length_correlation", decimals(2)),
-            ("answers: score and length", "eval/score_length_correlation", decimals(2)),
-            ("reward and length", "rewards/length_correlation", decimals(2)),
-        )
+    *map(
+        Column.of,
+        (
+            catalog.LOGPS_CHOSEN_CHANGE,
+            catalog.LOGPS_CHOSEN_CHANGE_PER_TOKEN,
+            catalog.LOGPS_REJECTED_CHANGE,
+            catalog.LOGPS_REJECTED_CHANGE_PER_TOKEN,
+            catalog.SCORE_LENGTH_CORRELATION,
+            catalog.EVAL_SCORE_LENGTH_CORRELATION,
+            catalog.REWARDS_LENGTH_CORRELATION,
+        ),
     ),
 )
 
 JUDGING = (
     MODEL,
-    *(
-        Column(heading, METRICS[f"judge_quality/{key}"], f"judge_quality/{key}", form)
-        for heading, key, form in (
-            ("questions", "questions", decimals(0)),
-            ("pairwise accuracy", "pairwise_accuracy", percent),
-            ("5-best", "five_best", percent),
-            ("exact match", "exact_match", percent),
-            ("Spearman's\u00a0ρ", "spearman", decimals(2)),
-            ("Kendall's\u00a0τ", "kendall", decimals(2)),
-            ("constant", "undefined", decimals(0)),
-            ("unjudged", "unjudged", decimals(0)),
-        )
+    *map(
+        Column.of,
+        (
+            catalog.JUDGE_QUALITY_QUESTIONS,
+            catalog.JUDGE_QUALITY_PAIRWISE_ACCURACY,
+            catalog.JUDGE_QUALITY_FIVE_BEST,
+            catalog.JUDGE_QUALITY_EXACT_MATCH,
+            catalog.JUDGE_QUALITY_SPEARMAN,
+            catalog.JUDGE_QUALITY_KENDALL,
+            catalog.JUDGE_QUALITY_UNDEFINED,
+            catalog.JUDGE_QUALITY_UNJUDGED,
+        ),
     ),
 )
 
 OTHERS = (
     MODEL,
-    *(
-        Column(heading, f"{METRICS[f'eval/{key}']}, against {whom}", f"eval/{key}_vs_{other}", form)
-        for other, short, whom in (
-            ("previous", "model before", "the model before it"),
-            ("given", "given outputs", "the given outputs"),
-        )
-        for heading, key, form in (
-            (f"win rate vs\u00a0{short}", "win_rate", percent),
-            ("at equal length", "win_rate_length_controlled", percent),
-            ("wins", "wins", decimals(0)),
-            ("ties", "ties", decimals(0)),
-            ("losses", "losses", decimals(0)),
-            ("position bias", "position_bias", percent),
-        )
-    ),
+    *(Column.of(catalog.against(opponent, metric)) for opponent in catalog.OPPONENTS for metric in catalog.COMPARED),
 )
 
 COMPARISONS = (
     Column("model", "whose wins these are", "model", decimals(0)),
     Column("opponent", "against whom", "opponent", decimals(0)),
     Column("asked", "what both have answered", "asked", decimals(0)),
-    *(
-        Column(heading, METRICS.get(key, "comparisons with a verdict"), key, form)
-        for heading, key, form in (
-            ("judged", "judged", decimals(0)),
-            ("won", "wins", percent),
-            ("tied", "ties", percent),
-            ("lost", "losses", percent),
-            ("win rate", "win_rate", percent),
-            ("at equal length", "win_rate_length_controlled", percent),
-        )
-    ),
+    Column("judged", "comparisons with a verdict", "judged", decimals(0)),
+    Column("won", catalog.WINS.meaning, "won", percent),
+    Column("tied", catalog.TIES.meaning, "tied", percent),
+    Column("lost", catalog.LOSSES.meaning, "lost", percent),
+    Column.of(catalog.WIN_RATE),
+    Column.of(catalog.WIN_RATE_LENGTH_CONTROLLED),
 )
 
 CALIBRATION = (
     MODEL,
-    *(
-        Column(heading, METRICS[f"calibration/{key}"], f"calibration/{key}", form)
-        for heading, key, form in (
-            ("parsed", "parsed", percent),
-            ("spread, nats", "spread", decimals(2)),
-            ("ties", "ties", percent),
-            ("position bias", "position_bias", percent),
-            ("self-consistency", "self_consistency", percent),
-            ("score and length", "length_correlation", decimals(2)),
-        )
-    ),
-    *(
-        Column(f"score of rank {rank}", f"mean score of the answers that humans ranked {rank}.", key, decimals(2))
-        for rank in range(1, 6)
-        for key in (f"calibration/score_of_rank/{rank}",)
+    *map(
+        Column.of,
+        (
+            catalog.CALIBRATION_PARSED,
+            catalog.CALIBRATION_SPREAD,
+            catalog.CALIBRATION_TIES,
+            catalog.CALIBRATION_POSITION_BIAS,
+            catalog.CALIBRATION_SELF_CONSISTENCY,
+            catalog.CALIBRATION_LENGTH_CORRELATION,
+            *(catalog.CALIBRATION_SCORE_OF_RANK.of(rank=rank) for rank in range(1, 6)),
+        ),
     ),
 )
 
 
 def answers_table(run: Finished) -> str:
     """Win rates and drift of each model's answers."""
-    if not any("eval/answers" in row for row in run.models):
+    if not any(catalog.EVAL_ANSWERS.name in row for row in run.models):
         return ""
-    others = [row for row in run.models if "eval/win_rate_vs_previous" in row or "eval/win_rate_vs_given" in row]
+    others = [row for row in run.models if any(column.key in row for column in OTHERS[1:])]
     more = explained("other opponents", OTHERS, others) if others else ""
     return explained("answers", ANSWERS, run.models) + more
 
 
 def preferences_table(run: Finished) -> str:
     """Rewards of each model on the held-out pairs."""
-    if not any("preferences/pairs" in row for row in run.models):
+    if not any(catalog.PREFERENCES_PAIRS.name in row for row in run.models):
         return ""
     said = note(
         "Each model against its own reference. In brackets: 95 % intervals over pairs, Wilson's for shares, Student's "
@@ -175,7 +157,7 @@ def drift_table(run: Finished) -> str:
 
 def judging_table(run: Finished) -> str:
     """Judge quality and calibration of each model on the held-out ranked answers."""
-    if not any(row.get("judge_quality/questions") for row in run.models):
+    if not any(row.get(catalog.JUDGE_QUALITY_QUESTIONS.name) for row in run.models):
         return ""
     return explained("judging", JUDGING, run.models) + explained("calibration", CALIBRATION, run.models)
 
@@ -189,7 +171,7 @@ def _benchmark_table(run: Finished, name: str, set_up: Row) -> str:
     keys = dict.fromkeys(key for row in run.models for key in row if key.startswith(f"{name}/"))
     metrics = [key.removeprefix(f"{name}/") for key in keys if not re.search("_(low|high)$", key)]
     columns = [
-        Column(metric.replace("_", " "), meaning_in_benchmark(metric), f"{name}/{metric}", measured)
+        Column.of(replace(catalog.of_benchmark(metric), name=f"{name}/{metric}", title=metric.replace("_", " ")))
         for metric in metrics
     ]
     table = explained(name, [MODEL, *columns], run.models, judged_by(set_up.get("judge", {})))
@@ -203,11 +185,6 @@ def judged_by(judge: Row) -> str:
     server = judge["endpoint"]["model"]
     how = ", by its expected rating" if judge.get("reading") == "expected" and not server else ""
     return note(f"Judged by {strong(server or judge['model'])}{how}.")
-
-
-def measured(value: float) -> str:
-    """A count as it is, all else with two decimals."""
-    return decimals(0 if isinstance(value, int) else 2)(value)
 
 
 def matrix(run: Finished, title: str) -> str:
@@ -226,8 +203,9 @@ def comparisons_table(run: Finished) -> str:
         label = Label.parse(stage["label"])
         if stage["stage"] == "compare" and (label.benchmark or run.config["evaluate"]["matrix"]):
             counts = stage["counts"]
-            judged = counts["wins"] + counts["ties"] + counts["losses"]
-            shares = {name: counts[name] / judged for name in ("wins", "ties", "losses")}
+            named = {"won": catalog.WINS, "tied": catalog.TIES, "lost": catalog.LOSSES}
+            judged = sum(counts[metric.name] for metric in named.values())
+            shares = {name: counts[metric.name] / judged for name, metric in named.items()}
             asked = f"{label.benchmark}, every turn" if label.benchmark else "evaluation instructions"
             who = {"model": label.model_name, "opponent": label.opponent}
             rows.append({**counts, **shares, **who, "asked": asked, "judged": judged})

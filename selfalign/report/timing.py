@@ -8,7 +8,7 @@ from typing import Any
 
 from selfalign.core.files import read_json, read_lines
 from selfalign.core.formatting import duration
-from selfalign.metrics.catalog import METRICS
+from selfalign.metrics import catalog
 from selfalign.report.html import Column, decimals, explained, note
 from selfalign.runs.labels import BASELINE, Label
 from selfalign.runs.reader import Finished
@@ -21,13 +21,13 @@ TIMES = (
     Column("model", "what was trained; SFT is the baseline without examples of judging", "model", ANY),
     Column("loss", "fine-tuning is SFT on demonstrations, or on positives", "loss", ANY),
     Column("λ", "weight of the refinement", "lam", decimals(2)),
-    Column("pairs", METRICS["pairs"], "pairs", ANY),
+    Column.of(catalog.PAIRS),
     Column("steps", "optimiser steps", "steps", ANY),
     Column("training", "the steps alone: no loading, saving, reference or evaluation", "seconds", duration),
     Column("a step", "mean wall time of a step", "seconds_per_step", duration),
-    Column("tokens/s", METRICS["tokens_per_second"], "tokens_per_second", ANY),
+    Column.of(catalog.TOKENS_PER_SECOND),
     Column("reference", "storing the reference's log-probabilities before training", "reference_seconds", duration),
-    Column("memory, GiB", METRICS["peak_memory_gb"], "peak_memory_gb", decimals(2)),
+    Column.of(catalog.PEAK_MEMORY_GB),
 )
 
 
@@ -54,24 +54,26 @@ def _of_model(folder: Path, label: Label, title: str) -> Row:
     place = label.link_in(folder)
     manifest, log = read_json(place / MANIFEST), place / LOG
     steps = [json.loads(line) for _, line in read_lines(log)] if log.is_file() else []
-    if manifest.get("stage") not in ("align", "sft") or not steps or any("step_seconds" not in row for row in steps):
+    times = [row.get(catalog.STEP_SECONDS.name) for row in steps]
+    if manifest.get("stage") not in ("align", "sft") or not steps or None in times:
         return {}
     loss = manifest["inputs"].get("loss", {})
     stored = Label.iteration(label.iteration_number, "reference").link_in(folder) / MANIFEST
-    seconds = math.fsum(row["step_seconds"] for row in steps)
-    tokens = math.fsum(row["tokens_per_second"] * row["step_seconds"] for row in steps)
+    rates = [row[catalog.TOKENS_PER_SECOND.name] for row in steps]
+    seconds = math.fsum(times)
+    tokens = math.fsum(rate * time for rate, time in zip(rates, times, strict=True))
     row = {
         "run": folder.name,
         "model": str(label),
         "loss": title if loss else "fine-tuning",
         "lam": loss.get("lam"),
         "beta": loss.get("beta"),
-        "pairs": manifest["counts"].get("pairs"),
+        catalog.PAIRS.name: manifest["counts"].get(catalog.PAIRS.name),
         "steps": len(steps),
         "seconds": seconds,
         "seconds_per_step": seconds / len(steps),
-        "tokens_per_second": tokens / seconds,
-        "peak_memory_gb": max(row["peak_memory_gb"] for row in steps),
+        catalog.TOKENS_PER_SECOND.name: tokens / seconds,
+        catalog.PEAK_MEMORY_GB.name: max(row[catalog.PEAK_MEMORY_GB.name] for row in steps),
         "reference_seconds": read_json(stored)["seconds"] if loss and stored.is_file() else None,
     }
     return {name: value for name, value in row.items() if value is not None}

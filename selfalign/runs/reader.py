@@ -23,6 +23,7 @@ from selfalign.core.records import (
     ResponseScore,
 )
 from selfalign.data.turns import as_text
+from selfalign.metrics import catalog
 from selfalign.metrics.intervals import bootstrap_mean, wilson
 from selfalign.runs.labels import Kind, Label
 
@@ -299,4 +300,4 @@ def intervals(folder: Path, model: str) -> dict[str, float]:
         return {}
     finished = wilson(sum(answer.finish_reason is FinishReason.EOS for answer in answers), len(answers))
     length = bootstrap_mean([float(len(answer.text)) for answer in answers])
-    return length.named("eval/mean_characters") | finished.named("eval/finished_share")
+    return length.named(catalog.EVAL_MEAN_CHARACTERS.name) | finished.named(catalog.EVAL_FINISHED_SHARE.name)

@@ -3,25 +3,29 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from selfalign.core.formatting import table
+from selfalign.core.formatting import duration, table
+from selfalign.metrics import catalog
+from selfalign.metrics.catalog import Metric
 from selfalign.runs.labels import Label
 from selfalign.runs.ledger import Ledger, flat_numbers
 from selfalign.runs.runner import Look
 from selfalign.store.artifacts import Artefact
 
 COLUMNS = (
-    ("model", "model"),
-    ("pairs", "pairs"),
-    ("margin", "rewards/margins"),
-    ("accuracy", "rewards/accuracies"),
-    ("win rate vs M1", "eval/win_rate"),
-    ("held-out accuracy", "preferences/rewards/accuracies"),
-    ("judge pairwise", "judge_quality/pairwise_accuracy"),
-    ("judge ρ", "judge_quality/spearman"),
-    ("characters", "eval/mean_characters"),
-    ("seconds", "seconds"),
+    catalog.PAIRS,
+    catalog.REWARDS_MARGINS,
+    catalog.REWARDS_ACCURACIES,
+    catalog.EVAL_WIN_RATE,
+    catalog.over(catalog.PREFERENCES, catalog.REWARDS_ACCURACIES),
+    catalog.JUDGE_QUALITY_PAIRWISE_ACCURACY,
+    catalog.JUDGE_QUALITY_SPEARMAN,
+    catalog.EVAL_MEAN_CHARACTERS,
+    catalog.SECONDS,
 )
-"""The closing table: heading, and the key in summary.json; what no model has is left out."""
+"""The closing table, behind the model; what no model has is left out."""
+
+FORMATS = {"share": ".1%", "count": "d", "characters": ".0f"}
+"""How it writes numbers, by their unit; the rest with three decimals."""
 
 
 def models_of(artefacts: Iterable[Label]) -> list[str]:
@@ -52,8 +56,8 @@ def win_rate_matrix(models: Sequence[str], artefacts: dict[Label, Artefact]) -> 
     rates: dict[tuple[str, str], float] = {}
     for label, artefact in artefacts.items():
         if label.opponent and not label.benchmark:
-            rates[label.owner, label.opponent] = artefact.counts["win_rate"]
-            rates[label.opponent, label.owner] = 1 - artefact.counts["win_rate"]
+            rates[label.owner, label.opponent] = artefact.counts[catalog.WIN_RATE.name]
+            rates[label.opponent, label.owner] = 1 - artefact.counts[catalog.WIN_RATE.name]
     return {"models": list(models), "rates": [[rates.get((row, column)) for column in models] for row in models]}
 
 
@@ -67,24 +71,30 @@ def _model_row(model: str, artefacts: dict[Label, Artefact]) -> dict[str, Any]:
         "iteration": label.iteration_number,
         **(flat_numbers(artefacts[label].counts) if label in artefacts else {}),
         **(flat_numbers(numbers.counts) if numbers else {}),
-        **({k: v for k, v in flat_numbers(rewards.counts).items() if k.startswith("preferences/")} if rewards else {}),
+        **(_rewards(rewards) if rewards else {}),
         **_benchmarked(parts),
-        "seconds": round(sum(artefact.seconds for artefact in parts), 1),
+        catalog.SECONDS.name: round(sum(artefact.seconds for artefact in parts), 1),
     }
+
+
+def _rewards(part: Artefact) -> dict[str, float]:
+    """What was measured on the pairs of `evaluate.preferences`."""
+    return {name: value for name, value in flat_numbers(part.counts).items() if name.startswith(catalog.PREFERENCES)}
 
 
 def _benchmarked(parts: Iterable[Artefact]) -> dict[str, float]:
     """What benchmarks measured; drops stand elsewhere, by stage."""
     counts = [part.counts for part in parts if part.stage == "benchmark"]
-    return {name: value for one in counts for name, value in flat_numbers(one).items() if name[:8] != "dropped/"}
+    numbers = [number for one in counts for number in flat_numbers(one).items()]
+    return {name: value for name, value in numbers if not catalog.DROPPED.matches(name)}
 
 
 def closing_text(summary: dict[str, Any], ledger: Ledger) -> str:
     """What the terminal shows at the end: the table, the drops, and where everything lies."""
     models = summary["models"]
-    columns = [(heading, key) for heading, key in COLUMNS if any(row.get(key) is not None for row in models)]
-    rows = [[_cell(row, key) for _, key in columns] for row in models]
-    lines = ["", *table([heading for heading, _ in columns], rows), ""]
+    columns = [metric for metric in COLUMNS if any(row.get(metric.name) is not None for row in models)]
+    rows = [[row["model"], *(_cell(row, metric) for metric in columns)] for row in models]
+    lines = ["", *table(["model", *(metric.heading for metric in columns)], rows), ""]
     for label, reasons in summary["drops"].items():
         lines.append(f"dropped in {label}: {drops_text(reasons)}")
     lines += [
@@ -109,14 +119,11 @@ def plan_text(stages: Sequence[tuple[Label, str]], look: Look) -> str:
     return "\n".join(["", *table(["stage", "size", "state"], rows), ""])
 
 
-def _cell(row: dict[str, Any], key: str) -> str:
-    value = row.get(key)
+def _cell(row: dict[str, Any], metric: Metric) -> str:
+    value = row.get(metric.name)
     if value is None:
         return "–"
-    if key == "eval/win_rate":
-        return f"{value:.1%} [{row['eval/win_rate_low']:.0%}, {row['eval/win_rate_high']:.0%}]"
-    if key in ("rewards/accuracies", "preferences/rewards/accuracies", "judge_quality/pairwise_accuracy"):
-        return f"{value:.1%}"
-    if isinstance(value, float):
-        return f"{value:.0f}" if key in ("seconds", "eval/mean_characters") else f"{value:.3f}"
-    return str(value)
+    if metric is catalog.EVAL_WIN_RATE:
+        low, high = (row[f"{metric.name}{end}"] for end in ("_low", "_high"))
+        return f"{value:.1%} [{low:.0%}, {high:.0%}]"
+    return duration(value) if metric.unit == "s" else format(value, FORMATS.get(metric.unit, ".3f"))

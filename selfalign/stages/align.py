@@ -3,6 +3,7 @@
 from collections import Counter
 
 from selfalign.losses.protocol import PreferenceLoss
+from selfalign.metrics import catalog
 from selfalign.metrics.accumulate import averages
 from selfalign.metrics.rewards import reward_intervals
 from selfalign.models.batches import PairExample
@@ -75,9 +76,9 @@ def align(
         checkpoints=checkpoints,
     )
     counts: Counts = {
-        "pairs": len(training),
-        "prompts_cut": examples.counts.get("cut", 0),
-        "prompts_cut_behind_p": examples.counts.get("cut_behind_p", 0),
+        catalog.PAIRS.name: len(training),
+        catalog.PROMPTS_CUT.name: examples.counts.get("cut", 0),
+        catalog.PROMPTS_CUT_BEHIND_P.name: examples.counts.get("cut_behind_p", 0),
         **unknown_counts(examples.counts),
         "dropped": {"too_long": examples.counts.get("too_long", 0)}
         | ({"beside_held_out": split.beside} if split else {}),
@@ -88,6 +89,6 @@ def align(
     if split is not None:
         measured = objective.measure(trained, held, optimization)
         numbers = averages(measured) | reward_intervals(measured)
-        counts |= {"held_out_pairs": len(held), "held_out_passed_over": split.passed_over}
-        counts |= {f"held_out/{name}": value for name, value in numbers.items()}
+        counts |= {catalog.HELD_OUT_PAIRS.name: len(held), catalog.HELD_OUT_PASSED_OVER.name: split.passed_over}
+        counts |= {f"{catalog.HELD_OUT}{name}": value for name, value in numbers.items()}
     return counts

@@ -3,6 +3,7 @@
 from selfalign.core.jsonl import read_records, write_records
 from selfalign.core.records import Instruction, MovedAnswer, Response
 from selfalign.data.sources import as_prompt
+from selfalign.metrics import catalog
 from selfalign.models.batches import Group, answer_of, encode_group
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.scorer import Scorer
@@ -60,4 +61,4 @@ def divergence(
     if not moved:
         return {}
     nats, tokens = sum(one.policy - one.origin for one in moved), sum(one.tokens for one in moved)
-    return {"eval/kl_to_m1": nats / len(moved), "eval/kl_to_m1_per_token": nats / tokens}
+    return {catalog.EVAL_KL_TO_M1.name: nats / len(moved), catalog.EVAL_KL_TO_M1_PER_TOKEN.name: nats / tokens}

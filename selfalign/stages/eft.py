@@ -8,6 +8,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_text
 from selfalign.core.jsonl import read_records, write_records
 from selfalign.core.records import Demonstration, Judgement, Prompt, RankedAnswers
+from selfalign.metrics import catalog
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.store.artifacts import Artefact, Counts, Workspace
 from selfalign.store.stage import Size, records_in, stage
@@ -80,12 +81,12 @@ def eft(
     ift = read_records(seeds.path / "demonstrations.jsonl", Demonstration)
     write_records(out.path / "demonstrations.jsonl", [*ift, *(example for _, example in kept)])
     return {
-        "ift": len(ift),
-        "eft": len(kept),
-        "judgements": len(written),
-        "judgements_scored": sum(judgement.score is not None for judgement in written),
-        "questions": len(ranked),
-        "questions_agreeing": sum(bool(draw) for draw in taught),
+        catalog.IFT.name: len(ift),
+        catalog.EFT.name: len(kept),
+        catalog.JUDGEMENTS.name: len(written),
+        catalog.JUDGEMENTS_SCORED.name: sum(judgement.score is not None for judgement in written),
+        catalog.QUESTIONS.name: len(ranked),
+        catalog.QUESTIONS_AGREEING.name: sum(bool(draw) for draw in taught),
         "dropped": dict(sorted((+drops).items())),
     }
 

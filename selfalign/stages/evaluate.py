@@ -11,6 +11,7 @@ from selfalign.core.records import FinishReason, Judgement, RankedAnswers, Respo
 from selfalign.data.text_filters import words_of
 from selfalign.engines.protocol import Sampling
 from selfalign.judges.protocol import asks_a_server
+from selfalign.metrics import catalog
 from selfalign.metrics.intervals import correlation, distinct, repeated
 from selfalign.metrics.judge_quality import Question, calibration, judge_quality
 from selfalign.metrics.limits import Limits
@@ -122,9 +123,6 @@ Judged = tuple[Artefact, Artefact]
 Answered = tuple[Artefact, Artefact | None]
 """Responses and their judgements, where they are scored."""
 
-OF_COMPARISONS = ("wins", "ties", "losses", "win_rate", "win_rate_length_controlled", "position_bias")
-"""What of a head-to-head comparison is among a model's numbers."""
-
 
 def evaluate(
     out: Workspace,
@@ -197,19 +195,19 @@ def describe_answers(answers: Answers) -> Counts:
     """Length, ending, variety and mean score of a model's answers."""
     responses, values = answers.responses, answers.scores or {}
     described = {
-        "eval/answers": len(responses),
-        "eval/mean_characters": mean([len(response.text) for response in responses]),
-        "eval/finished_share": mean([response.finish_reason is FinishReason.EOS for response in responses]),
+        catalog.EVAL_ANSWERS.name: len(responses),
+        catalog.EVAL_MEAN_CHARACTERS.name: mean([len(response.text) for response in responses]),
+        catalog.EVAL_FINISHED_SHARE.name: mean([response.finish_reason is FinishReason.EOS for response in responses]),
     }
     words = [words_of(response.text) for response in responses]
     lengths = [len(response.text) for response in responses if response.instruction_id in values]
     varied = {
-        "eval/distinct_2": distinct(words, 2),
-        "eval/repeated_4": repeated(words, 4),
-        "eval/score_length_correlation": correlation(list(values.values()), lengths, "spearman"),
+        catalog.EVAL_DISTINCT_2.name: distinct(words, 2),
+        catalog.EVAL_REPEATED_4.name: repeated(words, 4),
+        catalog.EVAL_SCORE_LENGTH_CORRELATION.name: correlation(list(values.values()), lengths, "spearman"),
     }
     described |= {name: value for name, value in varied.items() if value is not None}
-    return described | ({"eval/mean_score": mean(list(values.values()))} if values else {})
+    return described | ({catalog.EVAL_MEAN_SCORE.name: mean(list(values.values()))} if values else {})
 
 
 def compare_answers(answers: Answers, baseline: Answers) -> Counts:
@@ -217,7 +215,7 @@ def compare_answers(answers: Answers, baseline: Answers) -> Counts:
     lengths, other_lengths = answers.lengths, baseline.lengths
     numbers: Counts = {}
     if written := sum(other_lengths.values()):
-        numbers["eval/length_growth"] = mean(list(lengths.values())) / (written / len(other_lengths))
+        numbers[catalog.EVAL_LENGTH_GROWTH.name] = mean(list(lengths.values())) / (written / len(other_lengths))
     if answers.scores is None or baseline.scores is None:
         return numbers
     outcomes = outcomes_by_score(answers.scores, baseline.scores)
@@ -227,12 +225,11 @@ def compare_answers(answers: Answers, baseline: Answers) -> Counts:
 
 def name_comparison(counts: Counts, ending: str) -> Counts:
     """A head-to-head comparison's numbers as `eval/` metrics: `eval/win_rate_vs_previous_low`, for example."""
-    known = {name.removeprefix("judge/"): value for name, value in counts.items()}
     return {
-        f"eval/{name}{ending}{end}": known[f"{name}{end}"]
-        for name in OF_COMPARISONS
+        f"eval/{metric.last}{ending}{end}": counts[f"{metric.name}{end}"]
+        for metric in catalog.COMPARED
         for end in ("", "_low", "_high")
-        if f"{name}{end}" in known
+        if f"{metric.name}{end}" in counts
     }
 
 
@@ -247,9 +244,12 @@ def measure_judge(ranked: Artefact, judgements: Artefact, top: int | None) -> Co
         known = [value for value in values if value is not None]
         if len(known) == len(values):
             whole.append(Question(question.ranks, known))
-    counts: Counts = {"judge_quality/questions": len(whole), "judge_quality/unjudged": len(questions) - len(whole)}
-    if "judge/position_bias" in judgements.counts:
-        counts["calibration/position_bias"] = judgements.counts["judge/position_bias"]
+    counts: Counts = {
+        catalog.JUDGE_QUALITY_QUESTIONS.name: len(whole),
+        catalog.JUDGE_QUALITY_UNJUDGED.name: len(questions) - len(whole),
+    }
+    if catalog.JUDGE_POSITION_BIAS.name in judgements.counts:
+        counts[catalog.CALIBRATION_POSITION_BIAS.name] = judgements.counts[catalog.JUDGE_POSITION_BIAS.name]
     return counts | (judge_quality(whole, top) if whole else {}) | calibration(judged, questions)
 
 

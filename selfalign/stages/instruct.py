@@ -16,6 +16,7 @@ from selfalign.data.rouge import Known
 from selfalign.data.text_filters import Language, is_fragment, words_of
 from selfalign.data.turns import instruction_of
 from selfalign.engines.protocol import Backend, Completion, Generator, Request, Sampling, write_all
+from selfalign.metrics import catalog
 from selfalign.metrics.summaries import instruction_statistics
 from selfalign.models.builtin import BUILDERS
 from selfalign.models.checkpoint import PolicyFiles
@@ -176,7 +177,7 @@ class Pool:
     def counts(self) -> Counts:
         """The ledger, and what the kept ones are like."""
         return {
-            "kept": len(self.kept),
+            catalog.KEPT.name: len(self.kept),
             "dropped": dict(sorted((+self.dropped).items())),
             **instruction_statistics([words_of(text) for text in self.kept], self.highest),
         }
@@ -264,7 +265,7 @@ def instruct(
     # By the text alone: what is drawn for a record must not depend on how the writer's weights were rounded.
     records = [Instruction(id=digest_text(text)[:16], text=text, source="self") for text in pool.kept]
     write_records(out.path / "instructions.jsonl", records)
-    return {"written": written, "batches": batch, **pool.counts(), **generator.counts}
+    return {catalog.WRITTEN.name: written, catalog.BATCHES.name: batch, **pool.counts(), **generator.counts}
 
 
 def size_of_given(*, config: InstructConfig, **others: object) -> Size:
@@ -314,7 +315,7 @@ def given_instructions(
             "data.instruct.count or loosen the filters"
         )
     write_records(out.path / "instructions.jsonl", kept)
-    return {"written": written, **pool.counts()}
+    return {catalog.WRITTEN.name: written, **pool.counts()}
 
 
 def split_tasks(completion: Completion) -> tuple[list[str], int]:

@@ -34,6 +34,7 @@ from selfalign.judges.protocol import (
 from selfalign.judges.sampled import SampledScore
 from selfalign.judges.unread import Unread
 from selfalign.judges.written import WrittenScore
+from selfalign.metrics import catalog
 from selfalign.metrics.accumulate import Sums, add_sums, averages
 from selfalign.metrics.intervals import RunningMean, entropy
 from selfalign.metrics.summaries import judgement_statistics
@@ -133,9 +134,9 @@ def judge(
         _check_scale(out.label, judge, tally)
     compared = out.path / "comparisons.jsonl"
     return {
-        "judgements": tally.judgements,
-        "retries": tally.judgements - tally.wanted,
-        "unjudged_responses": tally.unjudged,
+        catalog.JUDGEMENTS.name: tally.judgements,
+        catalog.RETRIES.name: tally.judgements - tally.wanted,
+        catalog.UNJUDGED_RESPONSES.name: tally.unjudged,
         "dropped": dict(sorted((tally.failed + Counter(unread_comparison=tally.undecided)).items())),
         **judgement_statistics(stream_records(out.path / "judgements.jsonl", Judgement)),
         **_constancy(out.label, judge, tally),
@@ -243,8 +244,13 @@ def _constancy(label: str, judge: Judge, tally: Tally) -> dict[str, float]:
             ties,
             nats,
         )
-    found = {"score_entropy": nats, "constant": float(constant), "tied_share": tied, "variance": variance}
-    return {f"judge/{name}": value for name, value in found.items() if value is not None}
+    found = {
+        catalog.JUDGE_SCORE_ENTROPY.name: nats,
+        catalog.JUDGE_CONSTANT.name: float(constant),
+        catalog.JUDGE_TIED_SHARE.name: tied,
+        catalog.JUDGE_VARIANCE.name: variance,
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _failure(label: str, judge: Judge, tally: Tally) -> str:

@@ -5,6 +5,7 @@ from selfalign.core.jsonl import read_records, write_records
 from selfalign.core.records import Instruction, given_response
 from selfalign.data.sources import read_outputs
 from selfalign.data.turns import compared
+from selfalign.metrics import catalog
 from selfalign.store.artifacts import Artefact, Content, Counts, Workspace
 from selfalign.store.stage import Size, records_in, stage
 
@@ -36,4 +37,4 @@ def outputs(out: Workspace, *, source: str, content: Content | str, instructions
         raise SelfalignError(f"{source}: answers none of the {len(asked)} evaluation instructions, word for word")
     write_records(out.path / "responses.jsonl", responses)
     drops.update(unanswered=len(asked) - len(responses), second_answer=len(rows) - len(given))
-    return {"responses": len(responses), "dropped": dict(sorted((+drops).items()))}
+    return {catalog.RESPONSES.name: len(responses), "dropped": dict(sorted((+drops).items()))}

@@ -12,6 +12,7 @@ from selfalign.core.records import Demonstration, FinishReason, Instruction, Pre
 from selfalign.data.pair_rules import Candidate, PairRule, pick_pairs
 from selfalign.data.sources import as_prompt, read_pairs
 from selfalign.data.turns import compared, texts_in
+from selfalign.metrics import catalog
 from selfalign.metrics.intervals import RunningMean, correlation
 from selfalign.store.artifacts import Artefact, Content, Counts, Workspace
 from selfalign.store.stage import MANY, Size, amount, records_in, stage
@@ -73,7 +74,7 @@ def pair(
     else:
         counts = _keep_pairs(out, rule, tally.watch(families), tally, seed)
     biased = tally.length_correlation.value
-    return counts | ({} if biased is None else {"score_length_correlation": biased})
+    return counts | ({} if biased is None else {catalog.SCORE_LENGTH_CORRELATION.name: biased})
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,11 +158,11 @@ def _keep_pairs(out: Workspace, rule: PairRule, families: Iterable[Family], tall
 
     write_records(out.path / "pairs.jsonl", made())
     return {
-        "pairs": tally.margin.count,
-        "candidate_pairs": tally.wanted,
-        "mean_score_margin": tally.margin.value,
-        "mean_length_difference": tally.longer.value,
-        "unjudged_responses": tally.unjudged,
+        catalog.PAIRS.name: tally.margin.count,
+        catalog.CANDIDATE_PAIRS.name: tally.wanted,
+        catalog.MEAN_SCORE_MARGIN.name: tally.margin.value,
+        catalog.MEAN_LENGTH_DIFFERENCE.name: tally.longer.value,
+        catalog.UNJUDGED_RESPONSES.name: tally.unjudged,
         "dropped": dict(sorted(tally.drops.items())),
     }
 
@@ -227,7 +228,7 @@ def given_pairs(
     write_records(out.path / "pairs.jsonl", pairs)
     chosen = [Demonstration(id=p.id, prompt=p.prompt, response=p.chosen, source="positive") for p in pairs]
     write_records(out.path / "demonstrations.jsonl", chosen)
-    return {"pairs": len(pairs), "dropped": dict(sorted((+drops).items()))}
+    return {catalog.PAIRS.name: len(pairs), "dropped": dict(sorted((+drops).items()))}
 
 
 def _without_held_out(pairs: list[PreferencePair], held_out: set[str]) -> list[PreferencePair]:
@@ -254,7 +255,8 @@ def gather_pairs(out: Workspace, *, parts: list[Artefact]) -> Counts:
     name = "pairs" if (parts[0].path / "pairs.jsonl").exists() else "demonstrations"
     gathered = (record for part in parts for record in stream_records(part.path / f"{name}.jsonl", names[name]))
     write_records(out.path / f"{name}.jsonl", gathered)
-    return {"pairs" if name == "pairs" else "positives": count_records(out.path / f"{name}.jsonl")}
+    metric = catalog.PAIRS if name == "pairs" else catalog.POSITIVES
+    return {metric.name: count_records(out.path / f"{name}.jsonl")}
 
 
 def _keep_positives(out: Workspace, rule: PositivesOnly, families: Iterable[Family], tally: Tally) -> Counts:
@@ -285,7 +287,7 @@ def _keep_positives(out: Workspace, rule: PositivesOnly, families: Iterable[Fami
             )
 
     write_records(out.path / "demonstrations.jsonl", made())
-    return {"positives": kept, "dropped": dict(sorted(tally.drops.items()))}
+    return {catalog.POSITIVES.name: kept, "dropped": dict(sorted(tally.drops.items()))}
 
 
 def _against_positive(response: Response, score: float | None, rule: PositivesOnly) -> str | None:

@@ -23,6 +23,7 @@ from selfalign.data.turns import as_text
 from selfalign.losses.logps import PairLogps
 from selfalign.losses.preference import rewards
 from selfalign.losses.refinement import refinement
+from selfalign.metrics import catalog
 from selfalign.metrics.accumulate import averages
 from selfalign.metrics.intervals import bootstrap, bootstrap_correlation, bootstrap_mean
 from selfalign.metrics.rewards import reward_intervals, reward_metrics
@@ -85,10 +86,10 @@ def preferences(
     write_records(out.path / "preferences.jsonl", measured)
     numbers = {**reward_numbers(measured, beta), **score_correlations(measured)}
     return {
-        "preferences/pairs": len(measured),
-        "preferences/scored": sum(pair.score_difference is not None for pair in measured),
-        **{f"preferences/{name}": value for name, value in numbers.items() if math.isfinite(value)},
-        "prompts_cut": policy.counts["prompts_cut"],
+        catalog.PREFERENCES_PAIRS.name: len(measured),
+        catalog.PREFERENCES_SCORED.name: sum(pair.score_difference is not None for pair in measured),
+        **{f"{catalog.PREFERENCES}{name}": value for name, value in numbers.items() if math.isfinite(value)},
+        catalog.PROMPTS_CUT.name: policy.counts[catalog.PROMPTS_CUT.name],
         "dropped": dropped,
     }
 
@@ -158,8 +159,8 @@ def reward_numbers(measured: Sequence[MeasuredPair], beta: float) -> dict[str, f
     return {
         **averages(sums),
         **reward_intervals(sums),
-        **bootstrap_mean(deltas).named("refinement/mean"),
-        **bootstrap(lambda units: float(spread[units].std()), len(deltas)).named("refinement/std"),
+        **bootstrap_mean(deltas).named(catalog.REFINEMENT_MEAN.name),
+        **bootstrap(lambda units: float(spread[units].std()), len(deltas)).named(catalog.REFINEMENT_STD.name),
     }
 
 
@@ -170,9 +171,13 @@ def score_correlations(measured: Sequence[MeasuredPair]) -> dict[str, float]:
         return {}
     margins, deltas, differences = map(list, zip(*scored, strict=True))
     numbers: dict[str, float] = {}
-    for name, values in (("margin", margins), ("delta", deltas)):
-        for kind in ("pearson", "spearman"):
-            numbers |= bootstrap_correlation(values, differences, kind).named(f"{name}_score_{kind}")
+    for metric, values, kind in (
+        (catalog.PREFERENCES_MARGIN_SCORE_PEARSON, margins, "pearson"),
+        (catalog.PREFERENCES_MARGIN_SCORE_SPEARMAN, margins, "spearman"),
+        (catalog.PREFERENCES_DELTA_SCORE_PEARSON, deltas, "pearson"),
+        (catalog.PREFERENCES_DELTA_SCORE_SPEARMAN, deltas, "spearman"),
+    ):
+        numbers |= bootstrap_correlation(values, differences, kind).named(metric.last)
     return numbers
 
 
@@ -230,7 +235,7 @@ def preference_test(
         for which, text in (("chosen", pair.chosen), ("rejected", pair.rejected))
     ]
     write_records(out.path / "responses.jsonl", answers)
-    return {"pairs": len(pairs), "dropped": dict(sorted((+drops).items()))}
+    return {catalog.PAIRS.name: len(pairs), "dropped": dict(sorted((+drops).items()))}
 
 
 def _check_apart(source: str, pairs: Sequence[PreferencePair], known: Known) -> None:

@@ -5,6 +5,7 @@ from selfalign.core.jsonl import read_records, write_records
 from selfalign.core.records import Demonstration, Instruction
 from selfalign.data.sources import read_instructions
 from selfalign.data.turns import compared, texts_in
+from selfalign.metrics import catalog
 from selfalign.store.artifacts import Artefact, Content, Counts, Workspace
 from selfalign.store.stage import MANY, Size, stage
 
@@ -44,4 +45,4 @@ def questions(out: Workspace, *, source: str, count: int, content: Content | str
     drops["duplicate"] += len(apart) - len(once)
     kept = [*once.values()][: count or None]
     write_records(out.path / "instructions.jsonl", kept)
-    return {"instructions": len(kept), "dropped": {"in_demonstrations": len(given) - len(apart), **(+drops)}}
+    return {catalog.INSTRUCTIONS.name: len(kept), "dropped": {"in_demonstrations": len(given) - len(apart), **(+drops)}}

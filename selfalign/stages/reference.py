@@ -5,6 +5,7 @@ from collections import Counter
 from selfalign.core.jsonl import chunks, count_records, stream_records, write_records
 from selfalign.core.records import PairReference, PreferencePair
 from selfalign.losses.refinement import Refinement
+from selfalign.metrics import catalog
 from selfalign.models.batches import PairExample, encode_pairs
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.scorer import Scorer
@@ -50,9 +51,9 @@ def reference(
         write_records(out.path / "references.jsonl", references)
         journal.advance(responses * tally["too_long"])
     return {
-        "pairs": tally["pairs"],
-        "prompts_cut": tally["cut"],
-        "prompts_cut_behind_p": tally["cut_behind_p"],
+        catalog.PAIRS.name: tally["pairs"],
+        catalog.PROMPTS_CUT.name: tally["cut"],
+        catalog.PROMPTS_CUT_BEHIND_P.name: tally["cut_behind_p"],
         **unknown_counts(tally),
         "dropped": {"too_long": tally["too_long"]},
     }

@@ -14,6 +14,7 @@ from selfalign.core.records import Demonstration, Instruction, Prompt, RankedAns
 from selfalign.data.sources import read_demonstrations, read_ranked
 from selfalign.data.turns import compared, texts_in
 from selfalign.judges.pairwise import Pairwise
+from selfalign.metrics import catalog
 from selfalign.store.artifacts import Content, Counts, Workspace
 from selfalign.store.stage import MANY, Size, stage
 
@@ -118,10 +119,10 @@ def seeds(
     write_records(out.path / "taught.jsonl", data.taught if judged else [])
     write_questions(out, data.held_out)
     return {
-        "ift": len(data.ift),
-        "eft": len(eft),
-        "questions_taught": len(data.taught),
-        "questions_held_out": len(data.held_out),
+        catalog.IFT.name: len(data.ift),
+        catalog.EFT.name: len(eft),
+        catalog.QUESTIONS_TAUGHT.name: len(data.taught),
+        catalog.QUESTIONS_HELD_OUT.name: len(data.held_out),
         "dropped": dict(sorted((+data.drops).items())),
     }
 
@@ -142,7 +143,10 @@ def taught_questions(out: Workspace, *, config: SeedsConfig, contents: Sequence[
     """
     taught = read_seeds(config).taught
     write_questions(out, taught)
-    return {"questions": len(taught), "responses": sum(len(question.texts) for question in taught)}
+    return {
+        catalog.QUESTIONS.name: len(taught),
+        catalog.RESPONSES.name: sum(len(question.texts) for question in taught),
+    }
 
 
 @dataclass(frozen=True, slots=True)

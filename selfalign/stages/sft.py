@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import stream_records
 from selfalign.core.records import Demonstration
+from selfalign.metrics import catalog
 from selfalign.models.batches import Group, of_record, share_prompt
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.tokenizer import (
@@ -71,8 +72,8 @@ def sft(
         weights=weights,
     )
     return {
-        "demonstrations": examples.counts["demonstrations"],
-        "tokens": examples.counts["tokens"],
+        catalog.DEMONSTRATIONS.name: examples.counts["demonstrations"],
+        catalog.TOKENS.name: examples.counts["tokens"],
         **unknown_counts(examples.counts),
         "dropped": {"too_long": examples.counts.get("too_long", 0)},
     }

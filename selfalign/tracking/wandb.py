@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from selfalign.core.errors import SelfalignError, one_line
+from selfalign.metrics.catalog import METRICS, PAIRS_OF
 from selfalign.runs.labels import Label
 from selfalign.runs.tracker import NoTracker, Tracker, tracked_id
 
@@ -21,8 +22,6 @@ MODES = ("auto", "online", "offline")
 SAID = {"online": "online", "run": "online", "shared": "online", "offline": "offline", "dryrun": "offline"}
 SAID |= {"disabled": "disabled"}
 """What WANDB_MODE may say, and what that comes to."""
-BY_ITERATION = ("eval", "judge", "judge_quality", "calibration", "preferences", "crossed", "held_out")
-"""Metrics that a model has once: their axis is the iteration, that of all others W&B's step, which is the row's."""
 MOST_ROWS = 1000
 """Of a table; what is beyond them lies in the run folder."""
 
@@ -74,8 +73,8 @@ class Wandb:
             ) from error
         try:
             run.define_metric("iteration")
-            for prefix in (*BY_ITERATION, *config.get("benchmark", {})):
-                run.define_metric(f"{prefix}/*", step_metric="iteration")
+            for name in by_iteration(config.get("benchmark", {})):
+                run.define_metric(name, step_metric="iteration")
             yield WandbTracker(run)
         except BaseException:
             with suppress(OSError, wandb.Error):  # What has failed first is what the user should read.
@@ -167,6 +166,23 @@ class NoTracking:
     def open(self, folder: Path, config: dict[str, Any]) -> Iterator[Tracker]:
         """A tracker that does nothing."""
         yield NoTracker()
+
+
+def by_iteration(benchmarks: Iterable[str]) -> list[str]:
+    """Return what a model or its data has once: single metrics, and groups as `group/*`.
+
+    Their axis is the iteration, that of all others W&B's step, which is the row's.
+    """
+    by_step = {group_of(metric.name) for metric in METRICS.values() if metric.axis == "step"}
+    once = [name for name, metric in METRICS.items() if metric.axis == "iteration" and not name.startswith("{")]
+    single = [name for name in once if "/" not in name or group_of(name) in by_step]
+    groups = [*(group_of(name) for name in once if name not in single), *map(group_of, PAIRS_OF), *benchmarks]
+    return [*single, *(f"{group}/*" for group in dict.fromkeys(groups))]
+
+
+def group_of(name: str) -> str:
+    """Return what stands before the first slash of a metric's name."""
+    return name.partition("/")[0]
 
 
 def is_online() -> bool:

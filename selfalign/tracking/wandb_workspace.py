@@ -6,6 +6,7 @@ It needs the extra `workspace`. Without an API key, or where WANDB_MODE says so,
 from typing import TYPE_CHECKING, Any
 
 from selfalign.core.errors import SelfalignError
+from selfalign.metrics import catalog
 from selfalign.tracking.wandb import has_key, is_online
 
 if TYPE_CHECKING:
@@ -16,35 +17,35 @@ LAMBDA = "loss.lam"
 BESIDE = ("choices.value.loss", "loss.value.lam", "loss.value.beta", "choices.value.judge", "seed.value")
 """Settings in the table of runs; W&B keeps each top key's value under `value`."""
 
-OVER_LAMBDA = {
-    "Win rate against M1": "eval/win_rate",
-    "Win rate at equal length": "eval/win_rate_length_controlled",
-    "Reward margin": "rewards/margins",
-    "Accuracy": "rewards/accuracies",
-    "Accuracy on held-out pairs": "held_out/rewards/accuracies",
-    "Accuracy on test pairs": "preferences/rewards/accuracies",
-}
-"""Title → number of the last model, a point a run."""
+OVER_LAMBDA = (
+    catalog.EVAL_WIN_RATE,
+    catalog.EVAL_WIN_RATE_LENGTH_CONTROLLED,
+    catalog.REWARDS_MARGINS,
+    catalog.REWARDS_ACCURACIES,
+    catalog.over(catalog.HELD_OUT, catalog.REWARDS_ACCURACIES),
+    catalog.over(catalog.PREFERENCES, catalog.REWARDS_ACCURACIES),
+)
+"""Numbers of the last model, a point a run."""
 
-CURVES = {
-    "Reward margin": "rewards/margins",
-    "Accuracy": "rewards/accuracies",
-    "Accuracy under p⊕x": "rewards/accuracies_augmented",
-    "Δ": "refinement/mean",
-    "Loss": "loss",
-}
-"""Title → what training logs, a line a λ."""
+CURVES = (
+    catalog.REWARDS_MARGINS,
+    catalog.REWARDS_ACCURACIES,
+    catalog.REWARDS_ACCURACIES_AUGMENTED,
+    catalog.REFINEMENT_MEAN,
+    catalog.LOSS,
+)
+"""What training logs, a line a λ."""
 
-BY_ITERATION = {
-    "Win rate against M1": "eval/win_rate",
-    "Characters of an answer": "eval/mean_characters",
-    "Judge's pairwise accuracy": "judge_quality/pairwise_accuracy",
-    "Judge's exact match": "judge_quality/exact_match",
-    "Judge's Spearman ρ": "judge_quality/spearman",
-    "Judge's Kendall τ": "judge_quality/kendall",
-    "Mean score of the candidates": "judge/mean_score",
-}
-"""Title → what each model has once, a line a run."""
+BY_ITERATION = (
+    catalog.EVAL_WIN_RATE,
+    catalog.EVAL_MEAN_CHARACTERS,
+    catalog.JUDGE_QUALITY_PAIRWISE_ACCURACY,
+    catalog.JUDGE_QUALITY_EXACT_MATCH,
+    catalog.JUDGE_QUALITY_SPEARMAN,
+    catalog.JUDGE_QUALITY_KENDALL,
+    catalog.JUDGE_MEAN_SCORE,
+)
+"""What each model has once, a line a run."""
 
 
 def build(entity: str, project: str) -> "Workspace":
@@ -55,16 +56,18 @@ def build(entity: str, project: str) -> "Workspace":
     by_lambda = panels.Config(LAMBDA)
     sections: dict[str, list[Any]] = {
         "Over λ": [
-            panels.ScatterPlot(title=f"{title} over λ", x=by_lambda, y=panels.SummaryMetric(name))
-            for title, name in OVER_LAMBDA.items()
+            panels.ScatterPlot(title=f"{metric.panel} over λ", x=by_lambda, y=panels.SummaryMetric(metric.name))
+            for metric in OVER_LAMBDA
         ],
         "Training by λ": [
-            panels.LinePlot(title=f"{title} by λ", x="Step", y=[name], groupby=by_lambda, groupby_aggfunc="mean")
-            for title, name in CURVES.items()
+            panels.LinePlot(
+                title=f"{metric.panel} by λ", x="Step", y=[metric.name], groupby=by_lambda, groupby_aggfunc="mean"
+            )
+            for metric in CURVES
         ],
         "By iteration": [
-            panels.LinePlot(title=f"{title} by iteration", x="iteration", y=[name])
-            for title, name in BY_ITERATION.items()
+            panels.LinePlot(title=f"{metric.panel} by iteration", x=metric.axis, y=[metric.name])
+            for metric in BY_ITERATION
         ],
         "Settings that differ": [panels.RunComparer(diff_only=True)],
     }
@@ -74,8 +77,8 @@ def build(entity: str, project: str) -> "Workspace":
         name=NAME,
         sections=[workspaces.Section(name=name, panels=made, is_open=True) for name, made in sections.items()],
         runset_settings=workspaces.RunsetSettings(
-            order=[workspaces.Ordering(workspaces.Summary("eval/win_rate"), ascending=False)],
-            pinned_columns=["run:group", *(f"config:{key}" for key in BESIDE), "summary:eval/win_rate"],
+            order=[workspaces.Ordering(workspaces.Summary(catalog.EVAL_WIN_RATE.name), ascending=False)],
+            pinned_columns=["run:group", *(f"config:{key}" for key in BESIDE), f"summary:{catalog.EVAL_WIN_RATE.name}"],
         ),
     )
 

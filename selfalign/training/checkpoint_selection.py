@@ -15,9 +15,17 @@ from selfalign.engines.protocol import Backend, Sampling
 from selfalign.engines.responses import generate_responses
 from selfalign.judges.comparator import Referee
 from selfalign.judges.head_to_head import compare_answers
+from selfalign.metrics import catalog
 from selfalign.metrics.intervals import sign_test
 from selfalign.models.checkpoint import Policy, PolicyFiles
 from selfalign.store.artifacts import Artefact, Counts, Workspace
+
+COMPARED = (
+    (catalog.CHECKPOINT_WIN_RATE, catalog.WIN_RATE),
+    (catalog.CHECKPOINT_WINS, catalog.WINS),
+    (catalog.CHECKPOINT_LOSSES, catalog.LOSSES),
+)
+"""What is told of each checkpoint, and what it is in the comparison with the one before."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -108,17 +116,17 @@ class CheckpointSelector:
 
     def counts(self) -> Counts:
         """Returns the step whose policy is taken, and how each checkpoint did against the one before."""
-        return {"chosen_step": self.chosen or 0} | {
-            f"checkpoint_{name}/{step}": counts[name]
+        return {catalog.CHOSEN_STEP.name: self.chosen or 0} | {
+            of_checkpoint.of(step=step).name: counts[metric.name]
             for step, counts in self.compared.items()
-            for name in ("win_rate", "wins", "losses")
+            for of_checkpoint, metric in COMPARED
         }
 
     def _loses(self, step: int) -> bool:
         """Reads how a checkpoint did; unless it lost it is chosen."""
         if counts := read_json(self._result(step)):
             self.compared[step] = counts
-            if loses(counts["wins"], counts["losses"], self.selection.level):
+            if loses(counts[catalog.WINS.name], counts[catalog.LOSSES.name], self.selection.level):
                 return True
         self.chosen = step
         return False

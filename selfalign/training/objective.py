@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from selfalign.losses.logps import PairLogps
-from selfalign.metrics.accumulate import Sums
+from selfalign.metrics import catalog
+from selfalign.metrics.accumulate import Mean, Sums
 from selfalign.models.batches import Batch, Group, make_batch
 from selfalign.training.parallelism import out_of_wrapper
 
@@ -77,7 +78,11 @@ class Likelihood:
         total, right, tokens = float(losses.sum().detach()), float(hits.sum()), float(batch.tokens.sum())
         if self.average == "examples":
             losses = losses / batch.tokens
-        return Outcome(losses.sum(), {"loss_per_token": (total, tokens), "token_accuracy": (right, tokens)})
+        metrics: Sums = {
+            catalog.LOSS_PER_TOKEN.name: Mean(total, tokens),
+            catalog.TOKEN_ACCURACY.name: Mean(right, tokens),
+        }
+        return Outcome(losses.sum(), metrics)
 
     def check_first_step(self, distance: float, loss_distance: float) -> None:
         """SFT has no known starting value."""

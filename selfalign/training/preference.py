@@ -18,7 +18,8 @@ from selfalign.core.records import PreferencePair
 from selfalign.losses.logps import PairLogps
 from selfalign.losses.preference import rewards
 from selfalign.losses.protocol import Loss, Offset, PreferenceLoss, augmentation_of, is_refined, refinement_of
-from selfalign.metrics.accumulate import Sums, add_sums
+from selfalign.metrics import catalog
+from selfalign.metrics.accumulate import Mean, Sums, add_sums
 from selfalign.metrics.rewards import length_moments, logp_changes, reward_metrics
 from selfalign.models.batches import PairExample, encode_pairs
 from selfalign.models.checkpoint import Policy, PolicyFiles, autocast
@@ -142,9 +143,9 @@ class Preference:
         count = float(len(examples))
         metrics = {
             **self.reward_metrics(policy, reference, offset),
-            "logps/chosen": (float(policy.chosen.sum()), count),
-            "logps/rejected": (float(policy.rejected.sum()), count),
-            "loss": (float(losses.detach().sum()), count),
+            catalog.LOGPS_CHOSEN.name: Mean(float(policy.chosen.sum()), count),
+            catalog.LOGPS_REJECTED.name: Mean(float(policy.rejected.sum()), count),
+            catalog.LOSS.name: Mean(float(losses.detach().sum()), count),
         }
         return Outcome(
             losses.sum(),

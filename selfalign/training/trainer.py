@@ -20,6 +20,7 @@ from transformers.trainer_callback import PrinterCallback, TrainerControl, Train
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed
+from selfalign.metrics import catalog
 from selfalign.metrics.accumulate import Sums, add_sums, averages
 from selfalign.models.checkpoint import Policy, autocast, default_device
 from selfalign.store.artifacts import Workspace
@@ -156,7 +157,7 @@ class StepTrainer(Trainer):
                 f"{self.out.label}: the loss is not finite at step {self.state.global_step + 1} (records {ids}); "
                 "lower the learning rate or look at these records. The last checkpoint is kept"
             )
-        self.step_metrics = averages(whole.metrics) | {"peak_memory_gb": whole.peak_memory / 2**30}
+        self.step_metrics = averages(whole.metrics) | {catalog.PEAK_MEMORY_GB.name: whole.peak_memory / 2**30}
         self.step_tokens = sum(map(len, examples))
         if self.state.global_step == 0:
             self.objective.check_first_step(whole.distance, whole.loss_distance)
@@ -186,9 +187,9 @@ class StepTrainer(Trainer):
         if "loss" in logs:
             row = {
                 "step": self.state.global_step,
-                "loss": logs["loss"],
-                "learning_rate": logs["learning_rate"],
-                "grad_norm": logs["grad_norm"],
+                catalog.LOSS.name: logs["loss"],
+                catalog.LEARNING_RATE.name: logs["learning_rate"],
+                catalog.GRAD_NORM.name: logs["grad_norm"],
                 **self.step_metrics,
             }
             self.out.log({name: float(f"{value:.6g}") for name, value in row.items()} | {"step": row["step"]})
@@ -252,8 +253,8 @@ class _AroundStep(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         seconds = time.monotonic() - self.started
         self.trainer.step_metrics |= {
-            "step_seconds": seconds,
-            "tokens_per_second": self.trainer.step_tokens / seconds,
+            catalog.STEP_SECONDS.name: seconds,
+            catalog.TOKENS_PER_SECOND.name: self.trainer.step_tokens / seconds,
         }
         self.trainer.advance(1)
         checkpoints, step = self.trainer.checkpoints, state.global_step

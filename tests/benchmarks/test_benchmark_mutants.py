@@ -41,7 +41,7 @@ MUTANTS: dict[str, tuple[ModuleType, ModuleType, str, str, Check]] = {
         MT.test_temperature_is_the_categorys,
     ),
     "score under the wrong name": (
-        mt_bench, benching, 'f"turn_{turn}"', '"turn_1"',
+        mt_bench, benching, ".of(turn=turn)", ".of(turn=1)",
         MT.test_scores_are_means_of_the_ratings_and_a_failure_is_none,
     ),
     "failure written as -1": (

@@ -32,7 +32,7 @@ from selfalign.benchmarks.protocol import Entrant
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_folder
 from selfalign.engines.transformers import Transformers
-from selfalign.metrics.catalog import METRICS
+from selfalign.metrics.catalog import of_benchmark
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.store.artifacts import Counts
 
@@ -233,9 +233,10 @@ def test_run_measures_every_model_and_finds_it_there_the_next_time(tmp_path: Pat
     folder = run(tmp_path / "out", *command)
     rows = {row["label"]: row for row in metrics(folder) if "lm_eval/quiz/acc" in row}
     assert rows.keys() == {"evaluation_M1/lm_eval", "evaluation_M2/lm_eval"}
-    names = {name for row in rows.values() for name in row if name.startswith("lm_eval/")}
-    explained = {name.replace("lm_eval/quiz", "BENCHMARK/TASK").replace("/acc", "/METRIC") for name in names}
-    assert {name.removesuffix("_low").removesuffix("_high") for name in explained} <= METRICS.keys()
+    names = {name.removeprefix("lm_eval/") for row in rows.values() for name in row if name.startswith("lm_eval/")}
+    assert {of_benchmark(name).name for name in names} == {
+        "{benchmark}/{task}/{metric}", "{benchmark}/{task}/documents", "{benchmark}/{task}/prompts_cut",
+    }  # fmt: skip
     assert (folder / "artefacts/evaluation_M2/lm_eval/results.json").exists()
     made = {path for path in (tmp_path / "out/store/benchmark").iterdir() if path.is_dir()}
     run(tmp_path / "out", *command)

@@ -32,6 +32,7 @@ from selfalign.losses.logps import PairLogps
 from selfalign.losses.preference import DPO, IPO, ODPO, SrDPO, SrIPO, log_ratio_margin
 from selfalign.losses.protocol import Offset, PreferenceLoss, augmentation_of, refinement_of
 from selfalign.losses.refinement import Refinement
+from selfalign.metrics.accumulate import Mean
 from selfalign.models.batches import PairExample, encode_pairs, make_batch
 from selfalign.models.checkpoint import Policy, PolicyFiles
 from selfalign.stages.align import align
@@ -346,15 +347,13 @@ def test_objective_equals_the_equation_worked_by_hand(
     objective, model, examples = objective_on(tiny_policy, loss)
     outcome = objective(model, examples)
     assert float(outcome.loss.detach()) / objective.weight(examples) == pytest.approx(expected, rel=1e-4)
-    total, weight = outcome.metrics["rewards/margins"]
-    assert total / weight == pytest.approx(0.2 * -2, rel=1e-4)
-    assert outcome.metrics["rewards/accuracies"] == (0.0, 4.0)
-    assert outcome.metrics["logps/chosen"][0] == pytest.approx(
-        sum(direct_logps(tiny_policy, pair)[0] for pair in PAIRS), rel=1e-4
+    assert outcome.metrics["rewards/margins"].value == pytest.approx(0.2 * -2, rel=1e-4)
+    assert outcome.metrics["rewards/accuracies"] == Mean(0.0, 4.0)
+    assert outcome.metrics["logps/chosen"].value == pytest.approx(
+        sum(direct_logps(tiny_policy, pair)[0] for pair in PAIRS) / 4, rel=1e-4
     )
     if refinement_of(loss):
-        total, weight = outcome.metrics["refinement/mean"]
-        assert total / weight == pytest.approx(-0.4, rel=1e-3)
+        assert outcome.metrics["refinement/mean"].value == pytest.approx(-0.4, rel=1e-3)
 
 
 @pytest.mark.parametrize("source", ["prompted", "naive"])
@@ -370,9 +369,9 @@ def test_averaged_sr_ipo_averages_both_passes(tiny_policy: PolicyFiles, source: 
     expected = [(h - weight * 0.2 * h - 2.5) ** 2 for h in margins]
     assert len(set(margins)) > 1
     assert float(outcome.loss.detach()) == pytest.approx(sum(expected), rel=1e-4)
-    assert outcome.metrics["refinement/mean"] == (pytest.approx(0.2 * sum(margins), rel=1e-3), 4.0)
+    assert outcome.metrics["refinement/mean"] == Mean(pytest.approx(0.2 * sum(margins), rel=1e-3), 4.0)
     # Rewards are of whole responses, whatever the loss does.
-    assert outcome.metrics["rewards/margins"] == (pytest.approx(4 * 0.2 * -2, rel=1e-4), 4.0)
+    assert outcome.metrics["rewards/margins"].value == pytest.approx(0.2 * -2, rel=1e-4)
 
 
 def test_refinement_is_recomputed_under_the_current_policy_and_takes_no_gradient(tiny_policy: PolicyFiles) -> None:

@@ -16,7 +16,7 @@ from selfalign.core.jsonl import read_records
 from selfalign.core.records import Comparison
 from selfalign.engines.transformers import Transformers
 from selfalign.launch.evaluate import evaluate_models, plain_name
-from selfalign.metrics.catalog import METRICS, meaning_in_benchmark
+from selfalign.metrics import catalog
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.pipeline.loop import plan
 from selfalign.stages.benchmark import benchmark
@@ -140,7 +140,7 @@ def test_numbers_stand_in_summary_metrics_and_report(benched: tuple[Path, list[s
     assert "benchmark/seconds" in logged["evaluation_M2/mt_bench"]
     html = (folder / "report.html").read_text()
     assert "<h3>mt_bench</h3>" in html
-    assert METRICS["BENCHMARK/turn_N"] in html
+    assert catalog.BENCHMARK_TURN.meaning in html
     assert "Judged by <b>sft</b>, by its expected rating." in html
 
 
@@ -149,7 +149,7 @@ def test_every_number_of_a_benchmark_is_explained(benched: tuple[Path, list[str]
     names = {name for row in metrics(folder) for name in row if name.startswith("mt_bench/")}
     ends = ("_low", "_high")
     metric_names = {name.removeprefix("mt_bench/") for name in names if not name.endswith(ends)}
-    by_category = {name for name in metric_names if meaning_in_benchmark(name) == METRICS["BENCHMARK/CATEGORY"]}
+    by_category = {name for name in metric_names if catalog.of_benchmark(name) is catalog.BENCHMARK_CATEGORY}
     assert by_category == {"writing", "math"}
 
 

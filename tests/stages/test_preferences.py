@@ -22,6 +22,7 @@ from builders import (
     records_artefact,
     workspace,
 )
+from declared import declaration
 from mutation import assert_caught
 from scipy import stats
 
@@ -32,7 +33,6 @@ from selfalign.engines.openai_client import Endpoint
 from selfalign.judges.expected import ExpectedScore
 from selfalign.judges.external import ExternalScore
 from selfalign.losses.refinement import Augmentation, Refinement, augment
-from selfalign.metrics.catalog import METRICS
 from selfalign.metrics.intervals import wilson
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.stages import preferences as module
@@ -222,8 +222,7 @@ def test_log_probability_that_is_no_number_stops_instead_of_being_averaged(tmp_p
 
 def test_every_number_is_explained(tmp_path: Path) -> None:
     counts, _ = measured(tmp_path)
-    names = {name.removesuffix("_low").removesuffix("_high") for name in counts} - {"dropped"}
-    assert {name for name in names if name not in METRICS and name.removeprefix("preferences/") not in METRICS} == set()
+    assert all(map(declaration, counts.keys() - {"dropped"}))
 
 
 # --- what it is given --------------------------------------------------------------------------------------------
@@ -334,7 +333,7 @@ MUTANTS = [
     ("missing score as 0", "None if chosen is None or rejected is None else chosen - rejected",
      "(chosen or 0) - (rejected or 0)", SCIPY),
     ("score of rejected minus chosen", "else chosen - rejected for", "else rejected - chosen for", SCIPY),
-    ("correlations swapped", '("margin", margins), ("delta", deltas)', '("delta", margins), ("margin", deltas)', SCIPY),
+    ("correlations swapped", 'MARGIN_SCORE_PEARSON, margins', 'MARGIN_SCORE_PEARSON, deltas', SCIPY),
     ("nothing dropped", "if not known.shares(texts_of(pair.prompt, pair.chosen, pair.rejected))", "", DROPPED),
     ("responses not looked at", "texts_of(pair.prompt, pair.chosen, pair.rejected)", "texts_of(pair.prompt)", ANSWERED),
     ("several pairs an instruction", "if by_prompt[texts_of(pair.prompt).own[0]] is pair]", "]", FIRST),
