@@ -7,9 +7,9 @@ they are read (given.py), and what M0 bounds once it is there (requirements.py).
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 
-from selfalign.config.components import COMPONENTS
+from selfalign.config.components import check_components
 from selfalign.config.data import Pairs, SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.errors import SelfalignError
@@ -30,6 +30,7 @@ def check_experiment(config: ExperimentConfig) -> None:
     Raises:
     SelfalignError: some cannot be used together, have no effect, or are out of reach; the keys are named.
     """
+    check_components(config)
     check_name(config.name)
     if config.push or config.push_to:
         check_repository(config.push_to)
@@ -71,9 +72,9 @@ def _check_evaluation_fine_tuning(config: ExperimentConfig) -> None:
 
 
 def _check_benchmarks(config: ExperimentConfig) -> None:
-    """Every one is a component, with a name that can be part of a label, and has settings that make sense."""
+    """Every one is chosen as an option, with a name that can be part of a label, and has settings that make sense."""
     for name, benchmark in config.benchmark.items():
-        if type(benchmark) not in COMPONENTS["benchmark"].values():
+        if not is_dataclass(benchmark):
             raise SelfalignError(f"unknown key benchmark.{name}: choose benchmarks with benchmark=[NAME,...]")
         check_name(name)
         benchmark.check(f"benchmark.{name}")

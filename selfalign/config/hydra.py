@@ -7,23 +7,79 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
+from hydra.core.object_type import ObjectType
+from hydra.core.plugins import Plugins
+from hydra.plugins.config_source import ConfigResult, ConfigSource
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from selfalign.config.checks import check_experiment
 from selfalign.config.components import COMPONENTS
 from selfalign.config.experiment import ExperimentConfig
+from selfalign.config.extensions import import_component, installed_folders
 from selfalign.config.overrides import no_such
 from selfalign.core.errors import SelfalignError
 
+SCHEMA = "schema/"
+"""What begins the name of a class in an option's defaults."""
+
+
+class Classes(ConfigSource):
+    """What options name as `/schema/MODULE.CLASS`: the dataclass, by which Hydra checks every key and type."""
+
+    @staticmethod
+    def scheme() -> str:
+        """What begins its place in the search path."""
+        return "class"
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        """The settings of a class, with their types and defaults.
+
+        Raises:
+            SelfalignError: there is no such class, or a setting has a type that none can have.
+        """
+        name = config_path.removeprefix(SCHEMA)
+        try:
+            config = OmegaConf.structured(import_component(name))
+        except OmegaConfBaseException as error:
+            raise SelfalignError(f"{name}: {str(error).splitlines()[0]}") from error
+        return ConfigResult(self.provider, self.full_path(), config, {"package": None})
+
+    def is_config(self, config_path: str) -> bool:
+        """Whether this names a class."""
+        return config_path.startswith(SCHEMA)
+
+    def is_group(self, config_path: str) -> bool:
+        """Never: classes are no options to choose from."""
+        return False
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        """Nothing."""
+        return []
+
+    def available(self) -> bool:
+        """Always."""
+        return True
+
+
+class SearchPath(SearchPathPlugin):
+    """Where options are looked for besides `conf/`: in what installed packages bring."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Adds their folders, and the classes."""
+        for distribution, folder in installed_folders():
+            search_path.append(distribution, f"file://{folder}")
+        search_path.append("classes", f"{Classes.scheme()}://")
+
 
 def register() -> None:
-    """Makes the components known to Hydra, so that it checks every key and type."""
-    store = ConfigStore.instance()
-    store.store(name="experiment_schema", node=ExperimentConfig)
-    for group, components in COMPONENTS.items():
-        for name, component in components.items():
-            store.store(group=f"schema/{group}", name=name, node=component)
+    """Makes the settings known to Hydra, and the options and classes that others bring."""
+    ConfigStore.instance().store(name="experiment_schema", node=ExperimentConfig)
+    for plugin in (Classes, SearchPath):
+        Plugins.instance().register(plugin)
 
 
 def to_experiment(config: DictConfig) -> ExperimentConfig:
@@ -63,9 +119,8 @@ def compose_experiment(folder: Path, overrides: Sequence[str]) -> tuple[Experime
 
 
 def choices(experiment: ExperimentConfig) -> dict[str, str]:
-    """{group: class} of the components whose class is a choice, so that runs can be told apart by it."""
-    groups = [group for group, components in COMPONENTS.items() if len(components) > 1 and group != "benchmark"]
-    return {group: type(getattr(experiment, group)).__name__ for group in groups}
+    """{group: class} of the components, so that runs can be told apart by it."""
+    return {group: type(getattr(experiment, group)).__name__ for group in COMPONENTS}
 
 
 def check_finite(value: Any, path: str) -> None:
