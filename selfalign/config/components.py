@@ -35,7 +35,9 @@ def check_components(config: ExperimentConfig) -> None:
     """
     for key, component, kinds in _chosen(config):
         if not is_dataclass(component):
-            raise SelfalignError(f"{key}: its option names no class; its defaults begin with /schema/MODULE.CLASS@_here_")
+            raise SelfalignError(
+                f"{key}: its option names no class; its defaults begin with /schema/MODULE.CLASS@_here_"
+            )
         faults = [fault_of(component, kind) for kind in kinds]
         if all(faults):
             raise SelfalignError(f"{key}: {name_of(type(component))} {faults[0]}")

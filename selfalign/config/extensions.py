@@ -1,4 +1,4 @@
-"""What users bring from outside: the folders of options that installed packages name, and the classes that options name.
+"""What users bring from outside: folders of options that installed packages name, and classes that options name.
 
 A class is imported because a file of a configuration names it, and only then. What a package's folder holds is read
 without importing the package, so that one that is broken harms those alone who choose its options.
@@ -7,7 +7,6 @@ without importing the package, so that one that is broken harms those alone who 
 import importlib
 import importlib.util
 import logging
-import os
 import sys
 from dataclasses import is_dataclass
 from difflib import get_close_matches
@@ -18,6 +17,7 @@ from types import ModuleType
 
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError, one_line
+from selfalign.store.source_code import source_code
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +74,7 @@ def import_component(name: str) -> type:
         raise SelfalignError(f"{name} is a frozen dataclass, whose settings cannot be set: leave out frozen=True")
     if left := sorted(getattr(found, "__abstractmethods__", ())):
         raise SelfalignError(f"{name} leaves undefined what its base asks for: {', '.join(left)}")
+    source_code(found)
     return found
 
 
@@ -84,7 +85,11 @@ def _import(place: str) -> ModuleType:
         SelfalignError: there is no such module, or it fails.
     """
     package = place.partition(".")[0]
-    if package.isidentifier() and importlib.util.find_spec(package) is None and (here := os.getcwd()) not in sys.path:
+    if (
+        package.isidentifier()
+        and importlib.util.find_spec(package) is None
+        and (here := str(Path.cwd())) not in sys.path
+    ):
         sys.path.append(here)
         importlib.invalidate_caches()
     try:
@@ -93,7 +98,7 @@ def _import(place: str) -> ModuleType:
         if error.name is None or not f"{place}.".startswith(f"{error.name}."):
             raise SelfalignError(f"cannot import {place}: {one_line(error)}") from error
         raise SelfalignError(
-            f"no module {error.name}; it is looked for among installed packages, on PYTHONPATH and in {os.getcwd()}"
+            f"no module {error.name}; it is looked for among installed packages, on PYTHONPATH and in {Path.cwd()}"
         ) from error
     except Exception as error:
         raise SelfalignError(f"cannot import {place}: {type(error).__name__}: {one_line(error)}") from error

@@ -20,7 +20,7 @@ from selfalign.config.checks import check_experiment
 from selfalign.config.components import COMPONENTS
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.config.extensions import import_component, installed_folders
-from selfalign.config.overrides import no_such
+from selfalign.config.overrides import as_list, no_such
 from selfalign.core.errors import SelfalignError
 
 SCHEMA = "schema/"
@@ -111,11 +111,14 @@ def describe(config: DictConfig) -> tuple[ExperimentConfig, str, dict[str, Any]]
     return experiment, OmegaConf.to_yaml(config, resolve=True), described
 
 
-def compose_experiment(folder: Path, overrides: Sequence[str]) -> tuple[ExperimentConfig, str, dict[str, Any]]:
-    """What the command line makes of these overrides, described; `folder` is `conf/`."""
+def compose_experiment(
+    folder: Path, overrides: Sequence[str], config_dir: Path | None = None
+) -> tuple[ExperimentConfig, str, dict[str, Any]]:
+    """What the command line makes of these overrides, described; `folder` is `conf/`, `config_dir` the user's own."""
     register()
+    more = [] if config_dir is None else [f"hydra.searchpath={as_list([f'file://{config_dir.absolute()}'])}"]
     with initialize_config_dir(str(folder), version_base="1.3"):
-        return describe(compose("config", overrides=list(overrides)))
+        return describe(compose("config", overrides=[*overrides, *more]))
 
 
 def choices(experiment: ExperimentConfig) -> dict[str, str]:

@@ -8,9 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from selfalign.core.files import PACKAGE, write_json
+from selfalign.core.files import PACKAGE, read_json, write_json
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.runs.runner import Run
+from selfalign.store.artifacts import MANIFEST
+from selfalign.store.source_code import packages_in, version_of
 
 PACKAGES = (
     "selfalign",
@@ -36,7 +38,7 @@ def write_provenance(run: Run, seed: int) -> None:
         run.folder / "provenance.json",
         {
             **code_state(),
-            "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "packages": {name: importlib.metadata.version(name) for name in PACKAGES} | packages_of_components(run),
             "python": platform.python_version(),
             "machine": {
                 "system": platform.platform(),
@@ -49,6 +51,13 @@ def write_provenance(run: Run, seed: int) -> None:
             "artefacts": {label: f"{a.stage}/{a.key}" for label, a in run.artefacts.items()},
         },
     )
+
+
+def packages_of_components(run: Run) -> dict[str, str]:
+    """{package: version and digest of its code} of the components that are not selfalign's own."""
+    manifests = (read_json(artefact.path / MANIFEST) for artefact in run.artefacts.values())
+    found = packages_in([manifest["inputs"] for manifest in manifests])
+    return {name: f"{version_of(name)} (source code {digest})".strip() for name, digest in sorted(found.items())}
 
 
 def code_state() -> dict[str, str]:

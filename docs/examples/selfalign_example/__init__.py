@@ -1,0 +1,1 @@
+"""A loss, a judge and a pair rule for selfalign."""
