@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 
-from selfalign.config.components import check_components
+from selfalign.config.components import check_components, fault_of
 from selfalign.config.data import Pairs, SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.errors import SelfalignError
@@ -20,7 +20,7 @@ from selfalign.models.quantization import check_engine
 from selfalign.runs.folder import check_name
 from selfalign.stages.judge import ImplicitReward, Pairwise, SampledScore
 from selfalign.stages.pair import PositivesOnly
-from selfalign.stages.seeds import EvaluationFineTuning
+from selfalign.stages.seeds import EvaluationFineTuning, JudgeFormat
 from selfalign.training.config import TrainConfig
 
 
@@ -82,14 +82,18 @@ def _check_benchmarks(config: ExperimentConfig) -> None:
 
 def _check_judge(config: ExperimentConfig) -> None:
     """What a judge cannot do is refused before anything is made."""
-    seeds = config.data.seeds
-    if isinstance(config.judge, ImplicitReward):
-        if seeds.ranked and seeds.evaluation_fine_tuning == EvaluationFineTuning.human:
-            raise SelfalignError(
-                "judge=implicit writes no judgements that could be taught: set data.seeds.evaluation_fine_tuning=none"
-            )
-        if config.evaluate.instructions and config.evaluate.judge == "base":
-            raise SelfalignError("evaluate.judge=base has no reference, which judge=implicit needs: set sft")
+    seeds, judge = config.data.seeds, config.judge
+    teaches = seeds.ranked and seeds.evaluation_fine_tuning == EvaluationFineTuning.human
+    if teaches and not isinstance(judge, Pairwise) and fault_of(judge, JudgeFormat):
+        raise SelfalignError(
+            f"the judge {type(judge).__name__} writes no judgements that could be taught: set "
+            "data.seeds.evaluation_fine_tuning=none"
+        )
+    if isinstance(judge, ImplicitReward) and config.evaluate.instructions and config.evaluate.judge == "base":
+        raise SelfalignError("evaluate.judge=base has no reference, which judge=implicit needs: set sft")
+    for end in ("low", "high"):
+        if not isinstance(value := getattr(judge, end, 0), int):
+            raise SelfalignError(f"judge.{end} must be a whole number, got {value!r}")
 
 
 def check_counts(config: ExperimentConfig) -> None:
