@@ -1,21 +1,26 @@
 """The rules of the house that no linter knows: who imports whom, and that names on paper are names on disk."""
 
 import ast
+import importlib
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from functools import cache
 from graphlib import TopologicalSorter
+from inspect import isabstract
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
-from builders import ROOT, composed, floors
+from builders import ROOT, components, composed, floors
 from omegaconf.errors import OmegaConfBaseException
 
-from selfalign.config.components import COMPONENTS
+from selfalign.config.components import COMPONENTS as ASKED
+from selfalign.config.components import fault_of
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.errors import SelfalignError
+from selfalign.launch.worst_case import Tireless
 
 PACKAGE = ROOT / "selfalign"
 HYDRA = {"config.hydra", "config.overrides", "launch.hydra_sweep", "cli.main"}
@@ -158,6 +163,7 @@ def test_remote_code_is_off_unless_asked_for() -> None:
 
 # --- configuration -----------------------------------------------------------------------------------------------
 
+COMPONENTS = components()
 OPTIONS = sorted(
     path.relative_to(ROOT / "conf").with_suffix("").as_posix() for path in (ROOT / "conf").glob("*/*.yaml")
 )
@@ -221,8 +227,8 @@ def test_option_composes_to_live_objects(option: str) -> None:
     group, _, name = option.partition("/")
     config, text, plain = composed(f"{group}={name}", *NEEDED.get(option, []))
     assert isinstance(config, ExperimentConfig)
-    for member, components in COMPONENTS.items():
-        assert chosen_of(config, member) <= set(components.values())
+    for member, classes in COMPONENTS.items():
+        assert chosen_of(config, member) <= classes
     assert plain.keys() - {"choices"} == {field.name for field in fields(ExperimentConfig)}
     assert "???" not in text
     if group in COMPONENTS:
@@ -230,18 +236,21 @@ def test_option_composes_to_live_objects(option: str) -> None:
 
 
 def test_every_component_is_an_option() -> None:
-    referred = {
-        match
-        for option in OPTIONS
-        for match in re.findall(r"/schema/(\w+/\w+)@", (ROOT / "conf" / f"{option}.yaml").read_text())
-    }
-    assert referred == {f"{group}/{name}" for group, components in COMPONENTS.items() for name in components}
+    """No class lies there unchosen that is what a group asks for; of trackers that is only that they open."""
+    there: set[type] = set()
+    for name in modules().keys() - {"__main__"}:
+        with suppress(ModuleNotFoundError):  # of programs that are optional
+            found = vars(importlib.import_module(f"selfalign.{name}")).values()
+            there |= {kind for kind in found if isinstance(kind, type) and is_dataclass(kind) and not isabstract(kind)}
+    for group, asked in ((group, asked) for group, asked in ASKED.items() if group != "track"):
+        fitting = {kind for kind in there if any(not fault_of(object.__new__(kind), one) for one in asked)}
+        assert fitting - {Tireless} == COMPONENTS[group], group
 
 
 def config_classes() -> set[type]:
     """Every dataclass of the configuration's tree."""
     found: set[type] = set()
-    waiting: list[Any] = [ExperimentConfig, *(c for components in COMPONENTS.values() for c in components.values())]
+    waiting: list[Any] = [ExperimentConfig, *(kind for classes in COMPONENTS.values() for kind in classes)]
     while waiting:
         kind = waiting.pop()
         waiting += get_args(kind)

@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from builders import TINY_RUN, composed, run, write_tiny_data
+from builders import TINY_RUN, components, composed, run, write_tiny_data
 from huggingface_hub import ModelCard, constants
 from markdown_it import MarkdownIt
 from mutation import Check, assert_caught
 from test_pipeline import manifest, write_pairs
 
-from selfalign.config.components import COMPONENTS
 from selfalign.config.hydra import choices
 from selfalign.core.files import read_json
 from selfalign.launch.experiment import run_experiment
@@ -214,7 +213,7 @@ def test_method_tells_loss_reference_judge_and_iterations(full: Path, adapter: P
 
 
 def test_every_loss_has_its_formula() -> None:
-    assert FORMULAS.keys() == {kind.__name__ for kind in COMPONENTS["loss"].values()}
+    assert FORMULAS.keys() == {kind.__name__ for kind in components()["loss"]}
 
 
 def test_data_are_identified_and_what_was_dropped_is_counted(full: Path, adapter: Path) -> None:

@@ -10,6 +10,7 @@ from selfalign.config.data import Pairs, SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.errors import SelfalignError
 from selfalign.data.pair_rules import PairRule
+from selfalign.data.schemas import Schema
 from selfalign.engines.protocol import Backend
 from selfalign.judges.protocol import Judge
 from selfalign.losses.preference import Positives, PreferenceLoss
@@ -49,6 +50,8 @@ def _chosen(config: ExperimentConfig) -> Iterator[tuple[str, Any, tuple[type, ..
         yield group, getattr(config, group), kinds
     if (judge := config.evaluate.preferences.judge) is not None:
         yield "evaluate.preferences.judge", judge, COMPONENTS["judge"]
+    if (schema := config.data.schema) is not None:
+        yield "data.schema", schema, (Schema,)
     for name, benchmark in config.benchmark.items():
         if is_dataclass(benchmark):
             yield f"benchmark.{name}", benchmark, (Benchmark,)

@@ -7,6 +7,7 @@ from selfalign.config.data import Pairs, SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.errors import SelfalignError
 from selfalign.data.containers import find_data, identify_data
+from selfalign.data.schemas import Schema
 from selfalign.runs.runner import Maker, StageFunction
 from selfalign.stages.evaluate import PreferenceTest
 from selfalign.stages.instruct import InstructConfig
@@ -70,13 +71,20 @@ class Given:
                 held_out=self.held_out,
                 set_aside=aside,
                 trained_on=[self.seeds] if aside else [],
+                **self._schema,
             )
             _check_enough("data.count", data.count, self.pairs.counts["pairs"], f"pairs of {data.path}")
         else:
-            self.instructions = self._ask("instructions", "data.instruct.source", data.instruct.source, 0, None)
+            source, schema = data.instruct.source, self._schema
+            self.instructions = self._ask("instructions", "data.instruct.source", source, 0, None, **schema)
             self._check_instructions(data.instruct)
         if asked.preferences.source:
             self.preferences = self._held_out_pairs(asked.preferences)
+
+    @property
+    def _schema(self) -> dict[str, Schema]:
+        """How the user describes the rows of `data`; nothing where they are in a format that is known."""
+        return {"schema": schema} if (schema := self.config.data.schema) is not None else {}
 
     def _find_files(self) -> None:
         """Looks for every file that is read, so that a missing one is known before anything is made."""
@@ -124,14 +132,16 @@ class Given:
         sources = {"data.seeds.demonstrations": given.demonstrations, "data.seeds.ranked": given.ranked}
         contents = [identify_data(source, key) for key, source in sources.items() if source]
         settings = replace(given, evaluation_fine_tuning=how)
-        return self.run.make(label, stage, config=settings, contents=contents, **more)
+        return self.run.make(label, stage, config=settings, contents=contents, **self._schema, **more)
 
-    def _ask(self, label: str, key: str, source: str, count: int, taught: Artefact | None) -> Artefact | None:
+    def _ask(
+        self, label: str, key: str, source: str, count: int, taught: Artefact | None, **schema: Schema
+    ) -> Artefact | None:
         """Instructions of a data source; those whose answer is taught are left out."""
         if not source:
             return None
         content = identify_data(source, key)
-        made = self.run.make(label, questions, source=source, count=count, content=content, seeds=taught)
+        made = self.run.make(label, questions, source=source, count=count, content=content, seeds=taught, **schema)
         _check_enough(
             f"{key.rpartition('.')[0]}.count", count, made.counts["instructions"], f"instructions of {source}"
         )

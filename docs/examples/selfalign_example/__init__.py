@@ -1,1 +1,1 @@
-"""A loss, a judge and a pair rule for selfalign."""
+"""A loss, a judge, a pair rule and a data schema for selfalign."""
