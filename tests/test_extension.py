@@ -36,17 +36,17 @@ PACKAGE = "selfalign_example"
 @pytest.fixture(autouse=True)
 def _nothing_stays_imported() -> Iterator[None]:
     """Packages of one test are another's elsewhere."""
-    path, known = list(sys.path), set(sys.modules)
+    path = list(sys.path)
     forget()
     yield
     sys.path[:] = path
-    for name in set(sys.modules) - known:
-        if not getattr(sys.modules[name], "__file__", None) or "pytest-of" in str(sys.modules[name].__file__):
-            del sys.modules[name]
     forget()
 
 
 def forget() -> None:
+    for name in list(sys.modules):
+        if name.partition(".")[0] in (PACKAGE, "mine", "theirs", "made_up"):
+            del sys.modules[name]
     for cached in (extensions.installed_folders, code.source_code, code._digest):
         cached.cache_clear()
 
@@ -208,6 +208,25 @@ def test_options_of_an_installed_package_are_listed(
     assert PACKAGE not in sys.modules, "a package is imported because an option of it is chosen"
 
 
+def test_option_whose_name_is_taken_is_said(
+    tmp_path: Path, call: Callable[..., Said], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = installed(tmp_path / "site")
+    shutil.copy(conf_folder() / "loss/ipo.yaml", site / PACKAGE / "conf/loss/dpo.yaml")
+    monkeypatch.syspath_prepend(str(site))
+    (tmp_path / "own/loss").mkdir(parents=True)
+    shutil.copy(conf_folder() / "loss/ipo.yaml", tmp_path / "own/loss/robust_dpo.yaml")
+    said = call("experiment=smoke", "--config-dir", "own")
+    assert said.err == (
+        "error: --config-dir own: there is a loss/robust_dpo already, which would be used: give yours another "
+        "name\n"
+    )
+    assert call("experiment=smoke", "--config-dir", "nowhere").err == "error: --config-dir nowhere: no such folder\n"
+    caplog.clear()
+    assert call("experiment=smoke", "loss=dpo", "--cfg", "job").code == 0
+    assert caplog.messages == ["selfalign-example: its options loss/dpo are not used: their names are taken"]
+
+
 def test_options_of_an_own_folder_are_listed(call: Callable[..., Said]) -> None:
     conf = str(EXAMPLES / PACKAGE / "conf")
     assert "robust_dpo" in call("--help", "--config-dir", conf).out
@@ -296,7 +315,6 @@ def test_other_groups_are_held_to_what_they_ask_for(tmp_path: Path, monkeypatch:
         "track": r"lacks open, which selfalign.runs.tracker.Tracking asks for$",
     }.items():
         forget()
-        sys.modules.pop("mine", None)
         with pytest.raises(SelfalignError, match=rf"^{group}: mine.Mine {said}"):
             compose_own(tmp_path, monkeypatch, LOSS + CALL, {f"{group}/mine": "mine.Mine"}, f"{group}=mine")
 
@@ -336,7 +354,6 @@ def test_judge_without_a_form_of_answers_is_not_taught(tmp_path: Path, monkeypat
 
 def key_with(folder: Path, monkeypatch: pytest.MonkeyPatch, module: str) -> Any:
     forget()
-    sys.modules.pop("mine", None)
     return canonical(compose_own(folder, monkeypatch, module, {"loss/mine": "mine.Mine"}, "loss=mine").loss)
 
 

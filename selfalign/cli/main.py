@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from selfalign.cli.environment import conf_folder, set_environment, set_messages, set_streams, take_config_dir
 from selfalign.cli.errors import explain, one_line_errors
-from selfalign.config.extensions import installed_folders
+from selfalign.config.extensions import check_options, installed_folders
 from selfalign.core import distributed
 
 if TYPE_CHECKING:
@@ -43,7 +43,9 @@ def main() -> None:
 
 def help_text() -> str:
     """Usage, groups with their options, and examples."""
-    options = _options([conf_folder(), *(folder for _, folder in installed_folders()), *_own_folder()])
+    options = _options(
+        [conf_folder(), *(folder for _, folder in installed_folders()), *filter(Path.is_dir, _own_folders())]
+    )
     width = max(map(len, options))
     lines = ["selfalign: iterative self-rewarding alignment of language models", ""]
     lines += ["usage: selfalign [-m] [group=option ...] [key=value ...]", "", "groups and their options:"]
@@ -57,10 +59,10 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
-def _own_folder() -> list[Path]:
+def _own_folders() -> list[Path]:
     """What --config-dir names."""
     folder, _ = take_config_dir(sys.argv[1:])
-    return [folder] if folder and folder.is_dir() else []
+    return [folder] if folder else []
 
 
 def _options(folders: Iterable[Path]) -> dict[str, set[str]]:
@@ -82,6 +84,8 @@ def _run_hydra() -> None:
     from selfalign.launch.hydra_sweep import closed_in_the_end, run_sweep_job
 
     register()
+    for folder in _own_folders():
+        check_options(folder, conf_folder())
 
     errors: list[Exception] = []
 

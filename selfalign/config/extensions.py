@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import logging
 import sys
+from collections.abc import Iterable
 from dataclasses import is_dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -50,6 +51,31 @@ def _folder_at(place: str) -> Path | None:
     found = importlib.util.find_spec(package) if package.isidentifier() else None
     folders = [Path(root, *below) for root in (found.submodule_search_locations or () if found else ())]
     return next((folder for folder in folders if folder.is_dir()), None)
+
+
+def taken(folder: Path, others: Iterable[Path]) -> list[str]:
+    """The options of a folder that one of the others has too, as `group/option`; those of the others are used."""
+    names = sorted(path.relative_to(folder) for path in folder.rglob("*.yaml"))
+    places = list(others)
+    return [name.with_suffix("").as_posix() for name in names if any((place / name).is_file() for place in places)]
+
+
+def check_options(folder: Path, conf: Path) -> None:
+    """Checks that a user's folder is one, and that all its options can be chosen.
+
+    Args:
+        folder: what `--config-dir` names.
+        conf: `conf/`.
+
+    Raises:
+        SelfalignError: there is no such folder, or an option has a name that is taken.
+    """
+    if not folder.is_dir():
+        raise SelfalignError(f"--config-dir {folder}: no such folder")
+    if names := taken(folder, [conf, *(place for _, place in installed_folders())]):
+        raise SelfalignError(
+            f"--config-dir {folder}: there is a {names[0]} already, which would be used: give yours another name"
+        )
 
 
 def import_component(name: str) -> type:

@@ -1,5 +1,6 @@
 """Hydra's side of the configuration: components registered, a composed configuration made into live objects."""
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
@@ -19,9 +20,14 @@ from omegaconf.errors import OmegaConfBaseException
 from selfalign.config.checks import check_experiment
 from selfalign.config.components import COMPONENTS
 from selfalign.config.experiment import ExperimentConfig
-from selfalign.config.extensions import import_component, installed_folders
+from selfalign.config.extensions import check_options, import_component, installed_folders, taken
 from selfalign.config.overrides import as_list, no_such
 from selfalign.core.errors import SelfalignError
+
+logger = logging.getLogger(__name__)
+
+FILES = "file://"
+"""What begins a folder of the search path."""
 
 SCHEMA = "schema/"
 """What begins the name of a class in an option's defaults."""
@@ -70,8 +76,12 @@ class SearchPath(SearchPathPlugin):
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Adds their folders, and the classes."""
+        before = [Path(place.path.removeprefix(FILES)) for place in search_path.get_path() if place.provider == "main"]
         for distribution, folder in installed_folders():
-            search_path.append(distribution, f"file://{folder}")
+            if names := taken(folder, before):
+                logger.warning("%s: its options %s are not used: their names are taken", distribution, ", ".join(names))
+            search_path.append(distribution, f"{FILES}{folder}")
+            before.append(folder)
         search_path.append("classes", f"{Classes.scheme()}://")
 
 
@@ -116,7 +126,10 @@ def compose_experiment(
 ) -> tuple[ExperimentConfig, str, dict[str, Any]]:
     """What the command line makes of these overrides, described; `folder` is `conf/`, `config_dir` the user's own."""
     register()
-    more = [] if config_dir is None else [f"hydra.searchpath={as_list([f'file://{config_dir.absolute()}'])}"]
+    more: list[str] = []
+    if config_dir is not None:
+        check_options(config_dir, folder)
+        more = [f"hydra.searchpath={as_list([f'{FILES}{config_dir.absolute()}'])}"]
     with initialize_config_dir(str(folder), version_base="1.3"):
         return describe(compose("config", overrides=[*overrides, *more]))
 
