@@ -218,8 +218,7 @@ def test_option_whose_name_is_taken_is_said(
     shutil.copy(conf_folder() / "loss/ipo.yaml", tmp_path / "own/loss/robust_dpo.yaml")
     said = call("experiment=smoke", "--config-dir", "own")
     assert said.err == (
-        "error: --config-dir own: there is a loss/robust_dpo already, which would be used: give yours another "
-        "name\n"
+        "error: --config-dir own: there is a loss/robust_dpo already, which would be used: give yours another name\n"
     )
     assert call("experiment=smoke", "--config-dir", "nowhere").err == "error: --config-dir nowhere: no such folder\n"
     caplog.clear()
