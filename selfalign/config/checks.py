@@ -7,7 +7,7 @@ they are read (given.py), and what M0 bounds once it is there (requirements.py).
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 
 from selfalign.config.components import check_components, fault_of
 from selfalign.config.data import Pairs, SelfRewarding
@@ -74,7 +74,7 @@ def _check_evaluation_fine_tuning(config: ExperimentConfig) -> None:
 def _check_benchmarks(config: ExperimentConfig) -> None:
     """Every one is chosen as an option, with a name that can be part of a label, and has settings that make sense."""
     for name, benchmark in config.benchmark.items():
-        if not is_dataclass(benchmark):
+        if not hasattr(benchmark, "check"):
             raise SelfalignError(f"unknown key benchmark.{name}: choose benchmarks with benchmark=[NAME,...]")
         check_name(name)
         benchmark.check(f"benchmark.{name}")

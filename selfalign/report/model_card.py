@@ -210,8 +210,8 @@ def method(run: Finished) -> str:
     formula = FORMULAS.get(loss["class"], "")
     if loss.get("target") == "exact":
         formula = formula.replace("λ", "(λ/β)")
-    name = LOSSES.get(loss["class"], loss["class"]) + (f", {code(formula)}" if formula else "")
-    facts.append(f"Loss of a pair: {name}; {settings(loss)}")
+    said = f", {code(formula)}" if formula else ""
+    facts.append(f"Loss of a pair: {LOSSES.get(loss['class'], loss['class'])}{said}; {settings(loss)}")
     if "h" in formula:
         facts.append(
             "There, h = [log π(y⁺|x) − log π_ref(y⁺|x)] − [log π(y⁻|x) − log π_ref(y⁻|x)], in nats over response "
