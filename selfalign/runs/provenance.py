@@ -55,8 +55,8 @@ def write_provenance(run: Run, seed: int) -> None:
 
 def packages_of_components(run: Run) -> dict[str, str]:
     """{package: version and digest of its code} of the components that are not selfalign's own."""
-    manifests = (read_json(artefact.path / MANIFEST) for artefact in run.artefacts.values())
-    found = packages_in([manifest["inputs"] for manifest in manifests])
+    manifests = [artefact.path / MANIFEST for artefact in run.artefacts.values()]
+    found = packages_in([read_json(manifest)["inputs"] for manifest in manifests if manifest.is_file()])
     return {name: f"{version_of(name)} (source code {digest})".strip() for name, digest in sorted(found.items())}
 
 
