@@ -13,6 +13,7 @@ import torch
 
 from selfalign.cli.environment import conf_folder
 from selfalign.config.experiment import ExperimentConfig
+from selfalign.config.extensions import import_component
 from selfalign.config.hydra import compose_experiment
 from selfalign.core.files import digest_folder, digest_json, write_json
 from selfalign.core.jsonl import HasId, write_records
@@ -52,6 +53,15 @@ def floors() -> list[list[str]]:
     """The packages of each floor, as docs/architecture.md has them, from the ground up."""
     [block] = re.findall(r"^```floors\n(.*?)^```$", (ROOT / "docs/architecture.md").read_text("utf-8"), re.M | re.S)
     return [line.split() for line in block.splitlines()]
+
+
+def components() -> dict[str, set[type]]:
+    """{group: the classes that its options name}."""
+    found: dict[str, set[type]] = {}
+    for option in (ROOT / "conf").glob("*/*.yaml"):
+        names = re.findall(r"^  - /schema/(.+)@", option.read_text("utf-8"), re.M)
+        found.setdefault(option.parent.name, set()).update(map(import_component, names))
+    return {group: classes for group, classes in found.items() if classes}
 
 
 def artefact(folder: Path, stage: str = "given", counts: dict[str, Any] | None = None) -> Artefact:

@@ -269,7 +269,7 @@ WRITTEN_OUT = (
 
 TECHNICAL = (
     *words("name seed output_dir fresh sweep_metric dry_run price_per_hour push push_to push_private"),
-    *words("track.* generate.* choices.generate choices.train choices.evaluate choices.track train.layout.*"),
+    *words("track.* generate.* choices.generate choices.track data.schema train.layout.*"),
     *words("model.revision model.quantization model.trust_remote_code model.lora.alpha model.lora.targets"),
     *words("*.batch_tokens *.batch_size *.checkpoint_steps *.gradient_checkpointing train.*.dtype *.endpoint.*"),
     *words("train.reference_logps judge.alarm.* evaluate.limits.* benchmark.*.include_path benchmark.*.limit"),

@@ -1,21 +1,26 @@
 """The rules of the house that no linter knows: who imports whom, and that names on paper are names on disk."""
 
 import ast
+import importlib
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from functools import cache
 from graphlib import TopologicalSorter
+from inspect import isabstract
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
-from builders import ROOT, composed, floors
+from builders import ROOT, components, composed, floors
 from omegaconf.errors import OmegaConfBaseException
 
-from selfalign.config.components import COMPONENTS
+from selfalign.config.components import COMPONENTS as ASKED
+from selfalign.config.components import fault_of
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.errors import SelfalignError
+from selfalign.launch.worst_case import Tireless
 from selfalign.losses.protocol import Loss, Offset, PreferenceLoss, RefinedLoss
 
 PACKAGE = ROOT / "selfalign"
@@ -134,12 +139,12 @@ def test_text_is_utf_8_whatever_the_locale(name: str) -> None:
 # --- losses ------------------------------------------------------------------------------------------------------
 
 
-LOSSES = COMPONENTS["loss"]
+LOSSES = sorted(components()["loss"], key=lambda kind: kind.__name__)
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_loss_declares_what_others_ask_of_it(name: str) -> None:
-    loss = LOSSES[name]()
+@pytest.mark.parametrize("kind", LOSSES)
+def test_loss_declares_what_others_ask_of_it(kind: type) -> None:
+    loss = kind()
     assert isinstance(loss, Loss)
     assert loss.title
     assert loss.formula
@@ -149,14 +154,14 @@ def test_loss_declares_what_others_ask_of_it(name: str) -> None:
 
 
 def test_titles_of_losses_differ() -> None:
-    assert len({kind().title for kind in LOSSES.values()}) == len(LOSSES)
+    assert len({kind().title for kind in LOSSES}) == len(LOSSES)
 
 
 def test_no_module_asks_for_the_class_of_a_loss() -> None:
-    """Only losses know which there are, and the list of what can be chosen; others ask what a loss declares."""
-    kinds = {kind.__name__ for kind in LOSSES.values()}
+    """Only losses know which there are; others ask what a loss declares."""
+    kinds = {kind.__name__ for kind in LOSSES}
     for name, path in modules().items():
-        if not name.startswith(("losses.", "config.components")):
+        if not name.startswith("losses."):
             nodes = list(ast.walk(tree_of(path)))
             assert not {node.id for node in nodes if isinstance(node, ast.Name)} & kinds, name
             assert not {node.value for node in nodes if isinstance(node, ast.Constant)} & kinds, name
@@ -197,6 +202,7 @@ def test_remote_code_is_off_unless_asked_for() -> None:
 
 # --- configuration -----------------------------------------------------------------------------------------------
 
+COMPONENTS = components()
 OPTIONS = sorted(
     path.relative_to(ROOT / "conf").with_suffix("").as_posix() for path in (ROOT / "conf").glob("*/*.yaml")
 )
@@ -260,8 +266,8 @@ def test_option_composes_to_live_objects(option: str) -> None:
     group, _, name = option.partition("/")
     config, text, plain = composed(f"{group}={name}", *NEEDED.get(option, []))
     assert isinstance(config, ExperimentConfig)
-    for member, components in COMPONENTS.items():
-        assert chosen_of(config, member) <= set(components.values())
+    for member, classes in COMPONENTS.items():
+        assert chosen_of(config, member) <= classes
     assert plain.keys() - {"choices"} == {field.name for field in fields(ExperimentConfig)}
     assert "???" not in text
     if group in COMPONENTS:
@@ -269,18 +275,21 @@ def test_option_composes_to_live_objects(option: str) -> None:
 
 
 def test_every_component_is_an_option() -> None:
-    referred = {
-        match
-        for option in OPTIONS
-        for match in re.findall(r"/schema/(\w+/\w+)@", (ROOT / "conf" / f"{option}.yaml").read_text())
-    }
-    assert referred == {f"{group}/{name}" for group, components in COMPONENTS.items() for name in components}
+    """No class lies there unchosen that is what a group asks for; of trackers that is only that they open."""
+    there: set[type] = set()
+    for name in modules().keys() - {"__main__"}:
+        with suppress(ModuleNotFoundError):  # of programs that are optional
+            found = vars(importlib.import_module(f"selfalign.{name}")).values()
+            there |= {kind for kind in found if isinstance(kind, type) and is_dataclass(kind) and not isabstract(kind)}
+    for group, asked in ((group, asked) for group, asked in ASKED.items() if group != "track"):
+        fitting = {kind for kind in there if any(not fault_of(object.__new__(kind), one) for one in asked)}
+        assert fitting - {Tireless} == COMPONENTS[group], group
 
 
 def config_classes() -> set[type]:
     """Every dataclass of the configuration's tree."""
     found: set[type] = set()
-    waiting: list[Any] = [ExperimentConfig, *(c for components in COMPONENTS.values() for c in components.values())]
+    waiting: list[Any] = [ExperimentConfig, *(kind for classes in COMPONENTS.values() for kind in classes)]
     while waiting:
         kind = waiting.pop()
         waiting += get_args(kind)

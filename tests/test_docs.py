@@ -16,10 +16,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from selfalign.cli.environment import conf_folder
 from selfalign.cli.report import main as report_main
 from selfalign.cli.store import main as store_main
-from selfalign.config.hydra import register, to_experiment
+from selfalign.config.hydra import compose_experiment, register, to_experiment
 from selfalign.metrics.catalog import METRICS
 
 README = ROOT / "README.md"
+EXAMPLES = ROOT / "docs/examples"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "AGENTS.md", ROOT / "conf/README.md", *DOCS]
 COMMANDS = {"selfalign-report": report_main, "selfalign-store": store_main}
@@ -144,10 +145,11 @@ OWN_FILES = {"experiment=mine": "experiment=smoke", "judge=my_rubric": "judge=ex
 @pytest.mark.parametrize("words", CONFIGURED, ids=" ".join)
 def test_command_composes(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
     for file, text in (("my_rubric.txt", "{instruction} {response}"), ("p.txt", "{scale} is the best.")):
         (tmp_path / file).write_text(text)
     for job in jobs_of(words):
-        composed(*(OWN_FILES.get(override, override) for override in job))
+        compose_experiment(conf_folder(), [OWN_FILES.get(one, one) for one in job], EXAMPLES / "selfalign_example/conf")
 
 
 @pytest.mark.parametrize("words", EVALUATIONS, ids=" ".join)

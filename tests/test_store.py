@@ -17,6 +17,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_folder, read_json
 from selfalign.core.records import FinishReason
 from selfalign.store.artifacts import FORMAT, Artefact, Store, Workspace, canonical, key_of, locked
+from selfalign.store.source_code import SOURCE, source_code
 
 
 class Killed(Exception):
@@ -130,7 +131,10 @@ def test_key_depends_on_the_stage_and_the_format(monkeypatch: pytest.MonkeyPatch
 def test_nested_settings_are_canonical_json() -> None:
     value = canonical({"a": [Settings(), {"b": artefact("x")}], 3: FinishReason.EOS})
     assert value == {
-        "a": [{"class": "Settings", "rate": 0.1, "name": "a"}, {"b": {"artefact": "s", "digest": "x"}}],
+        "a": [
+            {"class": "Settings", SOURCE: source_code(Settings), "rate": 0.1, "name": "a"},
+            {"b": {"artefact": "s", "digest": "x"}},
+        ],
         "3": "eos",
     }
     assert json.loads(json.dumps(value)) == value

@@ -1,10 +1,12 @@
 """What is set before torch is imported, where `conf/` lies, and what is logged."""
 
+import argparse
 import io
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from selfalign.core import distributed
@@ -15,6 +17,14 @@ def conf_folder() -> Path:
     """`conf/` of the checkout, or the copy that travels in the wheel."""
     checkout = PACKAGE.parent / "conf"
     return checkout if (checkout / "config.yaml").exists() else PACKAGE / "conf"
+
+
+def take_config_dir(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The folder that `--config-dir` names among the arguments, as Hydra takes it, and the other arguments."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", "-cd", type=Path)
+    known, others = parser.parse_known_args(arguments)
+    return known.config_dir, others
 
 
 def set_environment() -> None:

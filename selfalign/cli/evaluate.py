@@ -3,17 +3,18 @@
 import sys
 from pathlib import Path
 
-from selfalign.cli.environment import conf_folder, set_environment, set_messages, set_streams
+from selfalign.cli.environment import conf_folder, set_environment, set_messages, set_streams, take_config_dir
 from selfalign.cli.errors import one_line_errors
 from selfalign.core import distributed
 
 EVALUATE = """selfalign-evaluate: measures the models of finished runs, and any others, without training
 
-usage: selfalign-evaluate RUN_OR_MODEL [RUN_OR_MODEL ...] [group=option ...] [key=value ...]
+usage: selfalign-evaluate [--config-dir DIR] RUN_OR_MODEL [RUN_OR_MODEL ...] [group=option ...] [key=value ...]
 
 A run folder stands for its models M1, M2, ... and the SFT baseline, a sweep folder for M1 and the last model of every
 finished job, a model folder or hub id for itself. Settings are those the first run was started with, and what is given
-here on top. Each model is compared with the first one and the one before it; evaluate.matrix=true compares all.
+here on top; a run that was started with --config-dir needs it here too. Each model is compared with the first one and
+the one before it; evaluate.matrix=true compares all.
 
 examples:
   selfalign-evaluate outputs/demo-1a2b3c4d evaluate.matrix=true
@@ -25,7 +26,8 @@ examples:
 def evaluate() -> None:
     """Runs `selfalign-evaluate`; exit codes as of `main`, 2 for nothing to evaluate."""
     set_streams()
-    sources = [argument for argument in sys.argv[1:] if "=" not in argument or Path(argument).exists()]
+    config_dir, arguments = take_config_dir(sys.argv[1:])
+    sources = [argument for argument in arguments if "=" not in argument or Path(argument).exists()]
     if not sources or any(source.startswith("-") for source in sources):
         print(EVALUATE, file=sys.stderr)
         sys.exit(0 if {"-h", "--help"} & set(sources) else 2)
@@ -35,4 +37,4 @@ def evaluate() -> None:
 
         with distributed.joined():
             set_messages()
-            evaluate_models(sources, [a for a in sys.argv[1:] if a not in sources], conf_folder())
+            evaluate_models(sources, [a for a in arguments if a not in sources], conf_folder(), config_dir)

@@ -5,11 +5,14 @@
 
 import os
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selfalign.cli.environment import conf_folder, set_environment, set_messages, set_streams
+from selfalign.cli.environment import conf_folder, set_environment, set_messages, set_streams, take_config_dir
 from selfalign.cli.errors import explain, one_line_errors
+from selfalign.config.extensions import check_options, installed_folders
 from selfalign.core import distributed
 
 if TYPE_CHECKING:
@@ -40,12 +43,13 @@ def main() -> None:
 
 def help_text() -> str:
     """Usage, groups with their options, and examples."""
-    folder = conf_folder()
-    groups = [path for path in sorted(folder.iterdir()) if path.is_dir()]
-    width = max(len(path.name) for path in groups)
+    options = _options(
+        [conf_folder(), *(folder for _, folder in installed_folders()), *filter(Path.is_dir, _own_folders())]
+    )
+    width = max(map(len, options))
     lines = ["selfalign: iterative self-rewarding alignment of language models", ""]
     lines += ["usage: selfalign [-m] [group=option ...] [key=value ...]", "", "groups and their options:"]
-    lines += [f"  {p.name:<{width}}  {' '.join(sorted(o.stem for o in p.glob('*.yaml')))}" for p in groups]
+    lines += [f"  {group:<{width}}  {' '.join(sorted(names))}" for group, names in sorted(options.items())]
     lines += ["", "examples:"]
     lines += [f"  {command}\n      {meaning}" for command, meaning in EXAMPLES]
     lines += ["", "also: --cfg job shows the composed configuration, --info where it comes from,"]
@@ -53,6 +57,20 @@ def help_text() -> str:
     lines += ["      selfalign-report PATH... compares runs, or writes a run's report again."]
     lines += ['      Bash completion: eval "$(selfalign -sc install=bash)"']
     return "\n".join(lines)
+
+
+def _own_folders() -> list[Path]:
+    """What --config-dir names."""
+    folder, _ = take_config_dir(sys.argv[1:])
+    return [folder] if folder else []
+
+
+def _options(folders: Iterable[Path]) -> dict[str, set[str]]:
+    """{group: names of its options}."""
+    found: dict[str, set[str]] = {}
+    for path in (path for folder in folders for path in folder.glob("*/*.yaml")):
+        found.setdefault(path.parent.name, set()).add(path.stem)
+    return found
 
 
 def _run_hydra() -> None:
@@ -66,6 +84,8 @@ def _run_hydra() -> None:
     from selfalign.launch.hydra_sweep import closed_in_the_end, run_sweep_job
 
     register()
+    for folder in _own_folders():
+        check_options(folder, conf_folder())
 
     errors: list[Exception] = []
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 
-from selfalign.config.components import COMPONENTS
+from selfalign.config.components import check_components, fault_of
 from selfalign.config.data import Pairs, SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.errors import SelfalignError
@@ -20,7 +20,7 @@ from selfalign.models.quantization import check_engine
 from selfalign.runs.folder import check_name
 from selfalign.stages.judge import ImplicitReward, Pairwise, SampledScore
 from selfalign.stages.pair import PositivesOnly
-from selfalign.stages.seeds import EvaluationFineTuning
+from selfalign.stages.seeds import EvaluationFineTuning, JudgeFormat
 from selfalign.training.config import TrainConfig
 
 
@@ -30,6 +30,7 @@ def check_experiment(config: ExperimentConfig) -> None:
     Raises:
     SelfalignError: some cannot be used together, have no effect, or are out of reach; the keys are named.
     """
+    check_components(config)
     check_name(config.name)
     if config.push or config.push_to:
         check_repository(config.push_to)
@@ -69,9 +70,9 @@ def _check_evaluation_fine_tuning(config: ExperimentConfig) -> None:
 
 
 def _check_benchmarks(config: ExperimentConfig) -> None:
-    """Every one is a component, with a name that can be part of a label, and has settings that make sense."""
+    """Every one is chosen as an option, with a name that can be part of a label, and has settings that make sense."""
     for name, benchmark in config.benchmark.items():
-        if type(benchmark) not in COMPONENTS["benchmark"].values():
+        if not hasattr(benchmark, "check"):
             raise SelfalignError(f"unknown key benchmark.{name}: choose benchmarks with benchmark=[NAME,...]")
         check_name(name)
         benchmark.check(f"benchmark.{name}")
@@ -79,14 +80,18 @@ def _check_benchmarks(config: ExperimentConfig) -> None:
 
 def _check_judge(config: ExperimentConfig) -> None:
     """What a judge cannot do is refused before anything is made."""
-    seeds = config.data.seeds
-    if isinstance(config.judge, ImplicitReward):
-        if seeds.ranked and seeds.evaluation_fine_tuning == EvaluationFineTuning.human:
-            raise SelfalignError(
-                "judge=implicit writes no judgements that could be taught: set data.seeds.evaluation_fine_tuning=none"
-            )
-        if config.evaluate.instructions and config.evaluate.judge == "base":
-            raise SelfalignError("evaluate.judge=base has no reference, which judge=implicit needs: set sft")
+    seeds, judge = config.data.seeds, config.judge
+    teaches = seeds.ranked and seeds.evaluation_fine_tuning == EvaluationFineTuning.human
+    if teaches and not isinstance(judge, Pairwise) and fault_of(judge, JudgeFormat):
+        raise SelfalignError(
+            f"the judge {type(judge).__name__} writes no judgements that could be taught: set "
+            "data.seeds.evaluation_fine_tuning=none"
+        )
+    if isinstance(judge, ImplicitReward) and config.evaluate.instructions and config.evaluate.judge == "base":
+        raise SelfalignError("evaluate.judge=base has no reference, which judge=implicit needs: set sft")
+    for end in ("low", "high"):
+        if not isinstance(value := getattr(judge, end, 0), int):
+            raise SelfalignError(f"judge.{end} must be a whole number, got {value!r}")
 
 
 def check_counts(config: ExperimentConfig) -> None:

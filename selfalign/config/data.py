@@ -1,6 +1,7 @@
 """Where demonstrations and preference pairs come from: the settings of `data`."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from selfalign.core.errors import SelfalignError
 from selfalign.stages.instruct import InstructConfig
@@ -17,12 +18,14 @@ class SelfRewarding:
         instruct: how new instructions are written.
         respond: how candidates are written.
         accumulate: aligns each iteration on the pairs of all iterations so far, instead of on its own alone.
+        schema: says rows of the sources of `data` in a format that is known, where they are in one of the user's own.
     """
 
     seeds: SeedsConfig = field(default_factory=SeedsConfig)
     instruct: InstructConfig = field(default_factory=InstructConfig)
     respond: RespondConfig = field(default_factory=RespondConfig)
     accumulate: bool = False
+    schema: Any = None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -34,11 +37,13 @@ class Pairs:
             then stands against the worst.
         count: takes the first so many of them; 0 takes all.
         seeds: what M1 learns from before; without demonstrations M1 is M0, which should then be an SFT model.
+        schema: says rows of the sources of `data` in a format that is known, where they are in one of the user's own.
     """
 
     path: str
     count: int = 0
     seeds: SeedsConfig = field(default_factory=SeedsConfig)
+    schema: Any = None
 
     def __post_init__(self) -> None:
         if self.count < 0:

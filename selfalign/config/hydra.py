@@ -1,5 +1,6 @@
 """Hydra's side of the configuration: components registered, a composed configuration made into live objects."""
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
@@ -7,23 +8,88 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
+from hydra.core.object_type import ObjectType
+from hydra.core.plugins import Plugins
+from hydra.plugins.config_source import ConfigResult, ConfigSource
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from selfalign.config.checks import check_experiment
 from selfalign.config.components import COMPONENTS
 from selfalign.config.experiment import ExperimentConfig
-from selfalign.config.overrides import no_such
+from selfalign.config.extensions import check_options, import_component, installed_folders, taken
+from selfalign.config.overrides import as_list, no_such
 from selfalign.core.errors import SelfalignError
+
+logger = logging.getLogger(__name__)
+
+FILES = "file://"
+"""What begins a folder of the search path."""
+
+SCHEMA = "schema/"
+"""What begins the name of a class in an option's defaults."""
+
+
+class Classes(ConfigSource):
+    """What options name as `/schema/MODULE.CLASS`: the dataclass, by which Hydra checks every key and type."""
+
+    @staticmethod
+    def scheme() -> str:
+        """What begins its place in the search path."""
+        return "class"
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        """The settings of a class, with their types and defaults.
+
+        Raises:
+            SelfalignError: there is no such class, or a setting has a type that none can have.
+        """
+        name = config_path.removeprefix(SCHEMA)
+        try:
+            config = OmegaConf.structured(import_component(name))
+        except OmegaConfBaseException as error:
+            raise SelfalignError(f"{name}: {str(error).splitlines()[0]}") from error
+        return ConfigResult(self.provider, self.full_path(), config, {"package": None})
+
+    def is_config(self, config_path: str) -> bool:
+        """Whether this names a class."""
+        return config_path.startswith(SCHEMA)
+
+    def is_group(self, config_path: str) -> bool:
+        """Never: classes are no options to choose from."""
+        return False
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        """Nothing."""
+        return []
+
+    def available(self) -> bool:
+        """Always."""
+        return True
+
+
+class SearchPath(SearchPathPlugin):
+    """Where options are looked for besides `conf/`: in what installed packages bring."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Adds their folders, and the classes."""
+        before = [Path(place.path.removeprefix(FILES)) for place in search_path.get_path() if place.provider == "main"]
+        for distribution, folder in installed_folders():
+            if names := taken(folder, before):
+                logger.warning("%s: its options %s are not used: their names are taken", distribution, ", ".join(names))
+            search_path.append(distribution, f"{FILES}{folder}")
+            before.append(folder)
+        search_path.append("classes", f"{Classes.scheme()}://")
 
 
 def register() -> None:
-    """Makes the components known to Hydra, so that it checks every key and type."""
-    store = ConfigStore.instance()
-    store.store(name="experiment_schema", node=ExperimentConfig)
-    for group, components in COMPONENTS.items():
-        for name, component in components.items():
-            store.store(group=f"schema/{group}", name=name, node=component)
+    """Makes the settings known to Hydra, and the options and classes that others bring."""
+    ConfigStore.instance().store(name="experiment_schema", node=ExperimentConfig)
+    for plugin in (Classes, SearchPath):
+        Plugins.instance().register(plugin)
 
 
 def to_experiment(config: DictConfig) -> ExperimentConfig:
@@ -55,17 +121,22 @@ def describe(config: DictConfig) -> tuple[ExperimentConfig, str, dict[str, Any]]
     return experiment, OmegaConf.to_yaml(config, resolve=True), described
 
 
-def compose_experiment(folder: Path, overrides: Sequence[str]) -> tuple[ExperimentConfig, str, dict[str, Any]]:
-    """What the command line makes of these overrides, described; `folder` is `conf/`."""
+def compose_experiment(
+    folder: Path, overrides: Sequence[str], config_dir: Path | None = None
+) -> tuple[ExperimentConfig, str, dict[str, Any]]:
+    """What the command line makes of these overrides, described; `folder` is `conf/`, `config_dir` the user's own."""
     register()
+    more: list[str] = []
+    if config_dir is not None:
+        check_options(config_dir, folder)
+        more = [f"hydra.searchpath={as_list([f'{FILES}{config_dir.absolute()}'])}"]
     with initialize_config_dir(str(folder), version_base="1.3"):
-        return describe(compose("config", overrides=list(overrides)))
+        return describe(compose("config", overrides=[*overrides, *more]))
 
 
 def choices(experiment: ExperimentConfig) -> dict[str, str]:
-    """{group: class} of the components whose class is a choice, so that runs can be told apart by it."""
-    groups = [group for group, components in COMPONENTS.items() if len(components) > 1 and group != "benchmark"]
-    return {group: type(getattr(experiment, group)).__name__ for group in groups}
+    """{group: class} of the components, so that runs can be told apart by it."""
+    return {group: type(getattr(experiment, group)).__name__ for group in COMPONENTS}
 
 
 def check_finite(value: Any, path: str) -> None:

@@ -7,14 +7,20 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from selfalign.core.errors import SelfalignError
 
 Refusal = HydraException | OmegaConfBaseException
 
 MOST_PLACES = 3
 """A key that stands in more places says nothing of which one was meant."""
+
+PLACES = ("name", "output_dir", "push_to")
+"""Settings without a dot in their keys whose values are texts; all others of them choose options."""
 
 
 def explain_override(error: Refusal, folder: Path) -> str:
@@ -107,8 +113,33 @@ def quoted(override: str) -> str:
     key, _, value = override.partition("=")
     if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
         value = value[1:-1]
-    escaped = re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), value)
-    return shlex.quote(f'{key}="{escaped}"')
+    return shlex.quote(f"{key}={_in_quotes(value)}")
+
+
+def as_list(texts: Iterable[str]) -> str:
+    """Texts as Hydra reads a list of them."""
+    return f"[{','.join(_in_quotes(text) for text in texts)}]"
+
+
+def _in_quotes(text: str) -> str:
+    """A text in quotes, as Hydra reads it."""
+    escaped = re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), text)
+    return f'"{escaped}"'
+
+
+def check_recorded(overrides: Iterable[str], place: Path) -> None:
+    """Checks that the overrides of a run folder choose among the options that are there, and bring no code of theirs.
+
+    Raises:
+        SelfalignError: one names a folder of options, or a class.
+    """
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        key = override.key_or_group.lstrip("/")
+        is_choice = ("." not in key or "/" in key or override.package is not None) and key not in PLACES
+        if re.match(r"(hydra|schema)\b", key) or (is_choice and ".." in str(override.value())):
+            raise SelfalignError(
+                f"{place}: its setting {override.input_line!r} could bring code of its own, which is not run"
+            )
 
 
 def _command() -> str:

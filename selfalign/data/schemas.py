@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
@@ -76,6 +76,15 @@ class RatedCompletions:
 
     instruction: str
     completions: list[Completion]
+
+
+class Schema(Protocol):
+    """A form of rows that a user describes: it says them in one of our own formats, and returns others as they are.
+
+    None for a row that is of no use; it is counted as `schema`.
+    """
+
+    def read(self, row: dict[str, Any]) -> dict[str, Any] | None: ...
 
 
 def schema_of(row: dict[str, Any]) -> type | None:

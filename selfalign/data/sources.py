@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from itertools import chain, combinations
 from typing import Any, TypeVar
 
-from selfalign.core.errors import SelfalignError
+from selfalign.core.errors import SelfalignError, reason_of
 from selfalign.core.records import Demonstration, Instruction, PreferencePair, Prompt, RankedAnswers
-from selfalign.data.containers import read_rows
+from selfalign.data.containers import Placed, read_rows
 from selfalign.data.preference_rows import read_pair
 from selfalign.data.rows import (
     ANSWERS,
@@ -28,7 +28,16 @@ from selfalign.data.rows import (
     is_blank,
     shown,
 )
-from selfalign.data.schemas import DEMONSTRATIONS, PAIRS, RANKED, RatedPair, TranscriptPair, against_pair, schema_of
+from selfalign.data.schemas import (
+    DEMONSTRATIONS,
+    PAIRS,
+    RANKED,
+    RatedPair,
+    Schema,
+    TranscriptPair,
+    against_pair,
+    schema_of,
+)
 from selfalign.data.turns import as_prompt, as_text, check_prompt, only_answer, read_task, read_turns, spoken
 
 logger = logging.getLogger(__name__)
@@ -75,7 +84,7 @@ class AnswersRow:
     responses: list[AnswerRow]
 
 
-def read_demonstrations(source: str) -> tuple[list[Demonstration], Drops]:
+def read_demonstrations(source: str, schema: Schema | None = None) -> tuple[list[Demonstration], Drops]:
     """Prompts with good answers, and how many rows were dropped, by reason.
 
     Of a conversation its last turn is taught, the assistant's; all before it is the prompt. An earlier turn of the
@@ -85,7 +94,7 @@ def read_demonstrations(source: str) -> tuple[list[Demonstration], Drops]:
     Raises:
         SelfalignError: a row is in none of the known formats.
     """
-    found, drops = _read(source, DEMONSTRATIONS, _demonstration)
+    found, drops = _read(source, DEMONSTRATIONS, _demonstration, schema)
     _check_answers(source, [(shown.prompt, (shown.response,)) for shown in found])
     longer = sum(not isinstance(d.prompt, str) and any(t["role"] == "assistant" for t in d.prompt) for d in found)
     if longer:
@@ -95,13 +104,13 @@ def read_demonstrations(source: str) -> tuple[list[Demonstration], Drops]:
     return found, drops
 
 
-def read_instructions(source: str, kind: str) -> tuple[list[Instruction], Drops]:
+def read_instructions(source: str, kind: str, schema: Schema | None = None) -> tuple[list[Instruction], Drops]:
     """Instructions without answers, and how many rows were dropped, by reason."""
 
     def read(row: Row, drops: Drops) -> Instruction:
         return Instruction(id="", text=_instruction(row, "instructions"), source=kind, category=row.text("category"))
 
-    return _read(source, {}, read)
+    return _read(source, {}, read, schema)
 
 
 def read_outputs(source: str) -> tuple[list[OutputRow], Drops]:
@@ -120,7 +129,7 @@ def read_outputs(source: str) -> tuple[list[OutputRow], Drops]:
     return list(found.values()), drops
 
 
-def read_ranked(source: str) -> tuple[list[RankedAnswers], Drops]:
+def read_ranked(source: str, schema: Schema | None = None) -> tuple[list[RankedAnswers], Drops]:
     """Questions with answers in a human's order, and how many answers were dropped, by reason.
 
     Of answers with one text the first stays, as in published sets: nobody could tell which is better. Where a worse
@@ -135,13 +144,13 @@ def read_ranked(source: str) -> tuple[list[RankedAnswers], Drops]:
         question = _ranked(row, drops)
         return question and _distinct(question, drops)
 
-    found, drops = _read(source, RANKED, read)
+    found, drops = _read(source, RANKED, read, schema)
     agreed = _agreed(found, lambda question: (question.instruction, _best_first(question)))
     drops += Counter(order_contradicts=sum(len(q.texts) for q in found) - sum(len(q.texts) for q in agreed))
     return agreed, drops
 
 
-def read_pairs(source: str) -> tuple[list[PreferencePair], Drops]:
+def read_pairs(source: str, schema: Schema | None = None) -> tuple[list[PreferencePair], Drops]:
     """Preference pairs, and how many rows were dropped, by reason; of ranked answers the best against the worst.
 
     Where two pairs of one prompt have the same answers the other way round, nobody can tell which of them is right, and
@@ -159,7 +168,7 @@ def read_pairs(source: str) -> tuple[list[PreferencePair], Drops]:
             drops["scores_contradict"] += 1
         return question and best_against_worst(question, drops)
 
-    found, drops = _read(source, PAIRS, read)
+    found, drops = _read(source, PAIRS, read, schema)
     _check_answers(source, [(pair.prompt, (pair.chosen, pair.rejected)) for pair in found])
     agreed = _agreed(found, lambda pair: (as_text(pair.prompt), [pair.chosen, pair.rejected]))
     drops += Counter(order_contradicts=len(found) - len(agreed))
@@ -244,14 +253,21 @@ def _check_answers(source: str, records: Sequence[tuple[Prompt, tuple[str, ...]]
 # --- sources -----------------------------------------------------------------------------------------------------
 
 
-def _read(source: str, readers: Readers[Any], read: Callable[[Row, Drops], Any]) -> tuple[list[Any], Drops]:
+def _read(
+    source: str, readers: Readers[Any], read: Callable[[Row, Drops], Any], described: Schema | None
+) -> tuple[list[Any], Drops]:
     """The records of a source in a published schema, or in our own formats; its first row tells which.
+
+    Rows in a form that the user has described are read as that says them.
 
     Raises:
         SelfalignError: the schema is known, but it is of other use.
     """
-    rows = read_rows(source)
-    first = next(rows)
+    useless: Drops = Counter()
+    rows = read_rows(source) if described is None else _in_our_format(read_rows(source), described, useless)
+    first = next(rows, None)
+    if first is None:
+        return [], useless
     found = (Row.of(where, raw) for where, raw in chain([first], rows))
     schema = schema_of(first[1]) if readers else None
     if schema is None:
@@ -262,9 +278,29 @@ def _read(source: str, readers: Readers[Any], read: Callable[[Row, Drops], Any])
         raise SelfalignError(f"{source}: rows like {schema.__name__} in published.py give {known} only")
     else:
         records, drops = readers[schema](list(_of_schema(schema, found)))
+    drops += useless
     if +drops:
         logger.info("%s: left out %s", source, ", ".join(f"{n} {reason}" for reason, n in sorted((+drops).items())))
     return records, drops
+
+
+def _in_our_format(rows: Iterable[Placed], schema: Schema, drops: Drops) -> Iterator[Placed]:
+    """Rows as a schema says them.
+
+    Raises:
+        SelfalignError: it cannot read one, or says something else than a row.
+    """
+    for where, raw in rows:
+        try:
+            row = schema.read(raw)
+        except Exception as error:
+            raise SelfalignError(f"{where}: {type(schema).__name__}: {reason_of(error)}") from error
+        if row is None:
+            drops["schema"] += 1
+        elif isinstance(row, dict):
+            yield where, row
+        else:
+            raise SelfalignError(f"{where}: {type(schema).__name__} must give a dictionary, got {type(row).__name__}")
 
 
 def _read_own(source: str, found: Iterable[Row], read: Callable[[Row, Drops], Any]) -> tuple[list[Any], Drops]:

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.config.hydra import compose_experiment
+from selfalign.config.overrides import check_recorded
 from selfalign.core.errors import SelfalignError
 from selfalign.core.failures import at_the_end
 from selfalign.core.files import digest_json
@@ -111,7 +112,7 @@ class FinishedRun:
         return [*found, *([Contestant(f"{prefix}{BASELINE}", baseline, base)] if baseline else [])]
 
 
-def evaluate_models(sources: list[str], overrides: list[str], conf: Path) -> Path:
+def evaluate_models(sources: list[str], overrides: list[str], conf: Path, config_dir: Path | None = None) -> Path:
     """Measures models as a run measures its own, each against the first and the one before it; returns the folder.
 
     Args:
@@ -119,17 +120,19 @@ def evaluate_models(sources: list[str], overrides: list[str], conf: Path) -> Pat
             jobs M1 and the last model are taken; or model folders and hub ids.
         overrides: settings, on top of those the first run was started with.
         conf: the folder of the configuration.
+        config_dir: a folder of options that are the user's own.
 
     Raises:
         SelfalignError: nothing to measure, or a run is not finished.
     """
     runs = {source: found for source in sources if (found := _runs_at(Path(source)))}
     every = [run for found in runs.values() for run in found]
-    config, text, plain = _compose(conf, every[0].settings if every else {}, overrides)
+    compose = partial(_compose, overrides=overrides, conf=conf, config_dir=config_dir)
+    config, text, plain = compose(every[0] if every else None)
     if config.dry_run:
         raise SelfalignError("dry_run=true rehearses a run, and selfalign-evaluate trains none: leave it away")
     output = Path(config.output_dir).absolute()
-    trained = _as_trained(every, config, overrides, conf)
+    trained = _as_trained(every, config, compose)
     digests = {run.name: sorted(a.digest for a in run.made.values()) for run in every}
     identity = [canonical(config), digests]
     folder = output / f"evaluation-{digest_json([*identity, sources])[:8]}"
@@ -150,10 +153,13 @@ def evaluate_models(sources: list[str], overrides: list[str], conf: Path) -> Pat
 
 
 def _compose(
-    conf: Path, settings: dict[str, Any], overrides: list[str]
+    run: FinishedRun | None, overrides: list[str], conf: Path, config_dir: Path | None
 ) -> tuple[ExperimentConfig, str, dict[str, Any]]:
     """The settings of a run with others on top."""
-    return compose_experiment(conf, [*settings.get("overrides", []), *overrides])
+    recorded = run.settings.get("overrides", []) if run else []
+    if run:
+        check_recorded(recorded, run.folder)
+    return compose_experiment(conf, [*recorded, *overrides], config_dir)
 
 
 def _training_of(run: FinishedRun) -> str:
@@ -163,13 +169,15 @@ def _training_of(run: FinishedRun) -> str:
 
 
 def _as_trained(
-    runs: Sequence[FinishedRun], first: ExperimentConfig, overrides: list[str], conf: Path
+    runs: Sequence[FinishedRun],
+    first: ExperimentConfig,
+    compose: Callable[[FinishedRun], tuple[ExperimentConfig, Any, Any]],
 ) -> dict[str, ExperimentConfig]:
     """How each run was trained, by `_training_of` it; the first as `first` says."""
     known = {_training_of(run): first for run in runs[:1]}
     for run in runs[1:]:
         if _training_of(run) not in known:
-            known[_training_of(run)] = _compose(conf, run.settings, overrides)[0]
+            known[_training_of(run)] = compose(run)[0]
     return known
 
 

@@ -78,7 +78,7 @@ class Measured:
         each: seconds of its slowest batch; of a training the last step, when all is warmed up.
         around: seconds of all the rest, such as loading the model.
         peak: the most memory of a process, bytes.
-        batches: how many batches these records would have been.
+        batches: how many batches these records would have been; a stage that journals none is one.
     """
 
     each: float
@@ -131,7 +131,7 @@ def measure(watch: Stopwatch, stage: Callable[[Workspace], Any]) -> Measured:
         stage(watch)
     seconds = time.monotonic() - started
     steps = [float(row["step_seconds"]) for row in watch.rows if "step_seconds" in row]
-    timed = steps or [spent for _, spent in watch.batches]
+    timed = steps or [spent for _, spent in watch.batches] or [seconds]
     size = watch.batches[0][0] if watch.batches else 0
     return Measured(
         each=steps[-1] if steps else max(timed),

@@ -53,6 +53,14 @@ class PreferenceLoss(Loss, Protocol):
 
 
 @runtime_checkable
+class FineTuningLoss(Loss, Protocol):
+    """No pairwise loss: good responses are fine-tuned on, from the "newest" model or from the "base"."""
+
+    @property
+    def start(self) -> str: ...
+
+
+@runtime_checkable
 class RefinedLoss(PreferenceLoss, Protocol):
     """A preference loss with the offset Δ."""
 

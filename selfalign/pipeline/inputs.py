@@ -8,6 +8,7 @@ from selfalign.config.data import Pairs, SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.errors import SelfalignError
 from selfalign.data.containers import find_data, identify_data
+from selfalign.data.schemas import Schema
 from selfalign.runs.labels import Label
 from selfalign.runs.runner import Maker
 from selfalign.stages.evaluate import PreferenceTest
@@ -81,13 +82,20 @@ class Given:
                 held_out=self.held_out,
                 set_aside=aside,
                 trained_on=[self.seeds] if aside else [],
+                **self._schema,
             )
             _check_enough("data.count", data.count, self.pairs.counts["pairs"], f"pairs of {data.path}")
         else:
-            self.instructions = self._ask("instructions", "data.instruct.source", data.instruct.source, 0, None)
+            source, schema = data.instruct.source, self._schema
+            self.instructions = self._ask("instructions", "data.instruct.source", source, 0, None, **schema)
             self._check_instructions(data.instruct)
         if asked.preferences.source:
             self.preferences = self._held_out_pairs(asked.preferences)
+
+    @property
+    def _schema(self) -> dict[str, Schema]:
+        """How the user describes the rows of `data`; nothing where they are in a format that is known."""
+        return {"schema": schema} if (schema := self.config.data.schema) is not None else {}
 
     @property
     def held_out(self) -> list[Artefact]:
@@ -131,14 +139,16 @@ class Given:
         sources = {"data.seeds.demonstrations": given.demonstrations, "data.seeds.ranked": given.ranked}
         contents = [content_of(source, key) for key, source in sources.items() if source]
         settings = replace(given, evaluation_fine_tuning=how)
-        return self.run.make(label, stage, config=settings, contents=contents, **more)
+        return self.run.make(label, stage, config=settings, contents=contents, **self._schema, **more)
 
-    def _ask(self, name: str, key: str, source: str, count: int, taught: Artefact | None) -> Artefact | None:
+    def _ask(
+        self, name: str, key: str, source: str, count: int, taught: Artefact | None, **schema: Schema
+    ) -> Artefact | None:
         """Instructions of a data source; those whose answer is taught are left out."""
         if not source:
             return None
-        content = content_of(source, key)
-        made = self.run.make(Label.input(name), questions, source=source, count=count, content=content, seeds=taught)
+        inputs = {"source": source, "count": count, "content": content_of(source, key), "seeds": taught, **schema}
+        made = self.run.make(Label.input(name), questions, **inputs)
         _check_enough(
             f"{key.rpartition('.')[0]}.count", count, made.counts["instructions"], f"instructions of {source}"
         )

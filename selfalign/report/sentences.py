@@ -8,7 +8,7 @@ from selfalign.report.html import compact, is_number, percent, strong
 from selfalign.runs.labels import Kind, Label
 from selfalign.runs.reader import Finished
 
-SCORES = {"Pairwise": "wins of comparisons", "ImplicitReward": "implicit reward"}
+SCORES = {"Pairwise": "wins of comparisons", "ImplicitReward": "implicit reward", "ExpectedScore": "expected score"}
 WHO = {"self": "the newest model itself", "previous": "the model before it", "sft": "M1", "base": "M0"}
 
 
@@ -23,9 +23,9 @@ def what_was_run(run: Finished) -> str:
     return " ".join([*said, f"Seed {strong(run.summary['seed'])}."])
 
 
-def judge_name(judge: dict[str, Any]) -> str:
-    """Who judges, a server's model before one of the run; a text."""
-    who: str = judge.get("endpoint", {}).get("model") or judge["model"]
+def judge_name(judge: dict[str, Any], kind: str = "") -> str:
+    """Who judges, a server's model before one of the run, and where no setting names one, its class; a text."""
+    who: str = judge.get("endpoint", {}).get("model") or judge.get("model") or kind
     return WHO.get(who, who)
 
 
@@ -36,7 +36,8 @@ def judges_of_answers(run: Finished) -> list[tuple[str, str]]:
     if settings["instructions"] and (referee := settings.get("head_to_head")):
         found.append(("compared head to head", judge_name(referee)))
     if any(label.kind is Kind.EVALUATION and label.part == "scores" for label in run.stages):
-        found.append(("scored", judge_name({**judge, "model": settings["judge"]})))
+        named = {**judge, "model": settings["judge"]} if "model" in judge else judge
+        found.append(("scored", judge_name(named, run.judge)))
     return found
 
 
@@ -61,14 +62,13 @@ def _data_sentence(run: Finished) -> str:
     if "path" in data:
         return f"Preference pairs were given: {strong(data['path'])}."
     samples, scale = judge.get("samples"), f", {judge['low']} to {judge['high']}" if "low" in judge else ""
-    score = f"mean of {samples} written judgements" if samples else SCORES.get(run.judge, "expected score")
-    kept = (
-        f"responses with {pair['minimum_score']:g} or more were kept"
-        if "minimum_score" in pair
-        else "the best was paired with the worst"
-    )
+    score = f"mean of {samples} written judgements" if samples else SCORES.get(run.judge, "score")
+    rule = run.config.get("choices", {}).get("pair", "BestWorst")
+    kept = "the best was paired with the worst" if rule == "BestWorst" else f"{rule} made the pairs"
+    if "minimum_score" in pair:
+        kept = f"responses with {pair['minimum_score']:g} or more were kept"
     instruct, times = data["instruct"], run.config["iterations"]
-    who = judge_name(judge)
+    who = judge_name(judge, run.judge)
     judged = "it judged itself" if who == WHO["self"] else f"{escape(who)} judged"
     asked, answered = f"{instruct['count']} instructions", f"{data['respond']['candidates']} candidates"
     wrote = f"the newest model wrote {asked} and"
@@ -87,7 +87,7 @@ def _loss_sentence(run: Finished) -> str:
     models, loss = strong(", ".join(map(str, labels))), run.config["loss"]
     if run.stages[labels[0]] == "sft":
         return f"Fine-tuning on the good responses alone ({strong('positives')}) made {models}."
-    settings = [f"β = {loss['beta']:g}"] + ([f"λ = {loss['lam']:g}"] if "lam" in loss else [])
+    settings = [f"{sign} = {loss[key]:g}" for key, sign in (("beta", "β"), ("lam", "λ")) if key in loss]
     settings += [f"{key} {escape(str(loss[key]))}" for key in ("reduction", "target") if key in loss]
     against = WHO[run.config["train"]["reference"]]
     return f"{strong(run.loss['title'])} ({', '.join(settings)}; reference: {against}) made {models}."

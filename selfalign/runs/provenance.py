@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from selfalign.core.files import PACKAGE, write_json
+from selfalign.core.files import PACKAGE, read_json, write_json
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.runs.labels import Kind, Label
 from selfalign.runs.ledger import Ledger
+from selfalign.store.artifacts import MANIFEST
+from selfalign.store.source_code import packages_in, version_of
 
 PACKAGES = (
     "selfalign",
@@ -40,7 +42,7 @@ def write_provenance(ledger: Ledger, seed: int) -> None:
         ledger.folder / "provenance.json",
         {
             **code_state(),
-            "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "packages": {name: importlib.metadata.version(name) for name in PACKAGES} | packages_of_components(ledger),
             "python": platform.python_version(),
             "machine": {
                 "system": platform.platform(),
@@ -53,6 +55,13 @@ def write_provenance(ledger: Ledger, seed: int) -> None:
             "artefacts": {str(label): f"{a.stage}/{a.key}" for label, a in ledger.artefacts.items()},
         },
     )
+
+
+def packages_of_components(ledger: Ledger) -> dict[str, str]:
+    """{package: version and digest of its code} of the components that are not selfalign's own."""
+    manifests = [artefact.path / MANIFEST for artefact in ledger.artefacts.values()]
+    found = packages_in([read_json(manifest)["inputs"] for manifest in manifests if manifest.is_file()])
+    return {name: f"{version_of(name)} (source code {digest})".strip() for name, digest in sorted(found.items())}
 
 
 def code_state() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +23,12 @@ class Tracker(Protocol):
 
     @property
     def place(self) -> str: ...
+
+
+class Tracking(Protocol):
+    """A component of `track`: opens the tracker of a run folder, given the configuration as plain dictionaries."""
+
+    def open(self, folder: Path, config: dict[str, Any]) -> AbstractContextManager[Tracker]: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from selfalign.core.files import derive_seed, digest_text
 from selfalign.core.jsonl import count_records, follow, read_records, stream_records, write_records
 from selfalign.core.records import Demonstration, FinishReason, Instruction, PreferencePair, Response, ResponseScore
 from selfalign.data.pair_rules import Candidate, PairRule, pick_pairs
+from selfalign.data.schemas import Schema
 from selfalign.data.sources import as_prompt, read_pairs
 from selfalign.data.turns import compared, texts_in
 from selfalign.metrics import catalog
@@ -201,6 +202,7 @@ def given_pairs(
     held_out: list[Artefact],
     set_aside: int,
     trained_on: list[Artefact],
+    schema: Schema | None = None,
 ) -> Counts:
     """Given preference data as pairs, and its chosen responses as demonstrations.
 
@@ -212,11 +214,12 @@ def given_pairs(
         held_out: instructions.jsonl of what no training may see; pairs that ask one of these are dropped.
         set_aside: how many pairs will be measured instead of trained on.
         trained_on: artefacts with what M1 learns from, with which those may share no text.
+        schema: says the source's rows in a format that is known, where the user describes one.
 
     Raises:
         SelfalignError: no pair is left, or not so many can be set aside, which is noticed before anything is trained.
     """
-    given, drops = read_pairs(source)
+    given, drops = read_pairs(source, schema)
     known = [record for part in held_out for record in read_records(part.path / "instructions.jsonl", Instruction)]
     apart = _without_held_out(given, {compared(record.text) for record in known})
     pairs = apart[: count or None]

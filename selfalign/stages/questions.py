@@ -3,6 +3,7 @@
 from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import read_records, write_records
 from selfalign.core.records import Demonstration, Instruction
+from selfalign.data.schemas import Schema
 from selfalign.data.sources import read_instructions
 from selfalign.data.turns import compared, texts_in
 from selfalign.metrics import catalog
@@ -16,7 +17,15 @@ def size(*, source: str, count: int, **others: object) -> Size:
 
 
 @stage(size=size, given=True)
-def questions(out: Workspace, *, source: str, count: int, content: Content | str, seeds: Artefact | None) -> Counts:
+def questions(
+    out: Workspace,
+    *,
+    source: str,
+    count: int,
+    content: Content | str,
+    seeds: Artefact | None,
+    schema: Schema | None = None,
+) -> Counts:
     """Copies the first `count` instructions (0 takes all) that no demonstration answers into the store.
 
     One that stands there again, under whatever id, is left out: it would count twice in every interval.
@@ -27,6 +36,7 @@ def questions(out: Workspace, *, source: str, count: int, content: Content | str
         count: how many.
         content: of the source.
         seeds: demonstrations.jsonl, whose prompts a model learns the answers to; None looks at none.
+        schema: says the source's rows in a format that is known, where the user describes one.
 
     Raises:
         SelfalignError: no instruction is left.
@@ -35,7 +45,7 @@ def questions(out: Workspace, *, source: str, count: int, content: Content | str
     if seeds is not None and seeds.counts["ift"]:
         demonstrations = read_records(seeds.path / "demonstrations.jsonl", Demonstration)
     taught = {text for demonstration in demonstrations for text in texts_in(demonstration.prompt)}
-    given, drops = read_instructions(source, "evaluation")
+    given, drops = read_instructions(source, "evaluation", schema)
     apart = [instruction for instruction in given if compared(instruction.text) not in taught]
     if not apart:
         raise SelfalignError(f"{source}: all {len(given)} instructions are prompts of data.seeds.demonstrations")

@@ -11,6 +11,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_text
 from selfalign.core.jsonl import write_records
 from selfalign.core.records import Demonstration, Instruction, Prompt, RankedAnswers, Response, given_response
+from selfalign.data.schemas import Schema
 from selfalign.data.sources import read_demonstrations, read_ranked
 from selfalign.data.turns import compared, texts_in
 from selfalign.judges.pairwise import Pairwise
@@ -99,7 +100,12 @@ def size(*, config: SeedsConfig, **others: object) -> Size:
 
 @stage(size=size, given=True)
 def seeds(
-    out: Workspace, *, config: SeedsConfig, judge: JudgeFormat | Pairwise, contents: Sequence[Content | str]
+    out: Workspace,
+    *,
+    config: SeedsConfig,
+    judge: JudgeFormat | Pairwise,
+    contents: Sequence[Content | str],
+    schema: Schema | None = None,
 ) -> Counts:
     """Builds the SFT examples and sets ranked questions aside.
 
@@ -109,8 +115,9 @@ def seeds(
         config: which data, and how it is split.
         judge: its prompt is what EFT examples are written in.
         contents: of the data sources.
+        schema: says their rows in a format that is known, where the user describes one.
     """
-    data = read_seeds(config)
+    data = read_seeds(config, schema)
     human = config.evaluation_fine_tuning == EvaluationFineTuning.human
     examples = on_scale(data, judge) if human else []
     eft = [demonstration for question in examples for demonstration in demonstrate_judging(question, judge)]
@@ -133,15 +140,18 @@ def size_of_taught(**others: object) -> Size:
 
 
 @stage(size=size_of_taught, given=True)
-def taught_questions(out: Workspace, *, config: SeedsConfig, contents: Sequence[Content | str]) -> Counts:
+def taught_questions(
+    out: Workspace, *, config: SeedsConfig, contents: Sequence[Content | str], schema: Schema | None = None
+) -> Counts:
     """The ranked questions that are not held out, with their answers, for the SFT baseline to judge.
 
     Args:
         out: gets ranked.jsonl, instructions.jsonl and responses.jsonl.
         config: which data, and how it is split.
         contents: of the data sources.
+        schema: as of `seeds`.
     """
-    taught = read_seeds(config).taught
+    taught = read_seeds(config, schema).taught
     write_questions(out, taught)
     return {
         catalog.QUESTIONS.name: len(taught),
@@ -159,7 +169,7 @@ class SeedData:
     drops: Counter[str]
 
 
-def read_seeds(config: SeedsConfig) -> SeedData:
+def read_seeds(config: SeedsConfig, schema: Schema | None = None) -> SeedData:
     """Reads both sources; a ranked question that is also an IFT prompt is dropped, so that no text has two uses.
 
     Raises:
@@ -169,12 +179,12 @@ def read_seeds(config: SeedsConfig) -> SeedData:
     ift: list[Demonstration] = []
     questions: list[RankedAnswers] = []
     if config.demonstrations:
-        ift, unused = read_demonstrations(config.demonstrations)
+        ift, unused = read_demonstrations(config.demonstrations, schema)
         ift = ift[: config.max_demonstrations or None]
         drops.update({f"demonstrations_{reason}": count for reason, count in unused.items()})
         _check_any("demonstrations", config.demonstrations, ift, unused)
     if config.ranked:
-        questions, unused = read_ranked(config.ranked)
+        questions, unused = read_ranked(config.ranked, schema)
         drops.update({f"ranked_{reason}": count for reason, count in unused.items()})
         _check_any("ranked", config.ranked, questions, unused)
     asked = {text for demonstration in ift for text in texts_in(demonstration.prompt)}

@@ -26,6 +26,7 @@ from selfalign.core.failures import at_the_end, fits, naming
 from selfalign.core.files import digest_folder, digest_json, read_json, write_atomically, write_json
 from selfalign.core.progress import progress_bar
 from selfalign.store.journal import Journal
+from selfalign.store.source_code import SOURCE, source_code
 
 logger = logging.getLogger(__name__)
 
@@ -246,6 +247,7 @@ def key_of(stage: str, inputs: dict[str, Any]) -> str:
 def canonical(value: Any) -> Any:
     """Inputs as plain JSON for the key: an artefact counts as its content, a dataclass as its class and fields.
 
+    A class that is not selfalign's own counts with the code of its package, by which a changed one is another.
     A field with metadata {"keyed": False} changes how fast something is made but not what, and is left out.
     """
     if isinstance(value, Artefact):
@@ -256,7 +258,8 @@ def canonical(value: Any) -> Any:
         return value.value
     if is_dataclass(value) and not isinstance(value, type):
         keyed = [f.name for f in fields(value) if f.metadata.get("keyed", True)]
-        return {"class": type(value).__name__, **{name: canonical(getattr(value, name)) for name in keyed}}
+        code = {SOURCE: found} if (found := source_code(type(value))) else {}
+        return {"class": type(value).__name__, **code, **{name: canonical(getattr(value, name)) for name in keyed}}
     if isinstance(value, dict):
         return {str(key): canonical(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

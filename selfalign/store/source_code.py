@@ -1,0 +1,67 @@
+"""The code a component is made of, where that is not selfalign's own: part of the key of what it makes."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES, SOURCE_SUFFIXES
+from importlib.metadata import packages_distributions, version
+from pathlib import Path
+from typing import Any
+
+from selfalign.core.errors import SelfalignError
+from selfalign.core.files import digest_file, digest_json
+
+KNOWN = {"selfalign", *sys.stdlib_module_names}
+"""Packages whose code is told by other means: a store's FORMAT, and the version of Python."""
+
+SOURCE = "source code"
+"""Stands among a component's settings in a key; no setting can have this name."""
+
+
+@cache
+def source_code(kind: type) -> dict[str, str]:
+    """{package: digest of its code} of a class and its bases; nothing of selfalign's own classes.
+
+    Computed once a process, so that a file that is edited during a run does not change the keys of what follows.
+
+    Raises:
+        SelfalignError: a package has no files that can be read.
+    """
+    packages = {base.__module__.partition(".")[0] for base in kind.__mro__} - KNOWN
+    return {package: _digest(package) for package in sorted(packages)}
+
+
+@cache
+def _digest(package: str) -> str:
+    """16 hexadecimal digits over every module of a package, whichever of them a class needs."""
+    files = dict(sorted(_modules(package)))
+    if not files:
+        raise SelfalignError(f"{package}: no source files, so that what it makes could not be told from what others do")
+    return digest_json({name: digest_file(path) for name, path in files.items()})[:16]
+
+
+def _modules(package: str) -> Iterator[tuple[str, Path]]:
+    """(name below the package, file) of each."""
+    module = sys.modules[package]
+    if not hasattr(module, "__path__"):
+        file = Path(getattr(module, "__file__", None) or "")
+        yield from [(file.name, file)] if file.is_file() else []
+    for root in map(Path, getattr(module, "__path__", ())):
+        for path in root.rglob("*"):
+            if path.name.endswith((*SOURCE_SUFFIXES, *EXTENSION_SUFFIXES)) and path.is_file():
+                yield path.relative_to(root).as_posix(), path
+
+
+def packages_in(inputs: Any) -> dict[str, str]:
+    """{package: digest of its code} of all components among the inputs of an artefact, as its manifest has them."""
+    found: dict[str, str] = {}
+    items = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, list) else ()
+    for item in items:
+        found |= packages_in(item)
+    return found | (inputs.get(SOURCE, {}) if isinstance(inputs, Mapping) else {})
+
+
+def version_of(package: str) -> str:
+    """The version of the distribution that a package is of; empty where it was not installed."""
+    distributions = packages_distributions().get(package)
+    return version(distributions[0]) if distributions else ""
