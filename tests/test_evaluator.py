@@ -1,5 +1,6 @@
 """`selfalign-evaluate` on real tiny runs and models."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,9 @@ from builders import TINY_RUN, run, write_tiny_data
 from selfalign.cli.environment import conf_folder
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
+from selfalign.core.jsonl import read_records
+from selfalign.core.records import Instruction, PreferencePair
+from selfalign.data.turns import as_text
 from selfalign.launch.evaluate import evaluate_models
 from selfalign.launch.sweep import Sweep
 from selfalign.runs.sweep_jobs import JobState
@@ -54,6 +58,18 @@ def test_finished_run_is_measured_on_held_out_pairs_afterwards(finished: Path) -
     seen = {name: [one["artefact"] for one in given["trained_on"]] for name, given in inputs.items()}
     assert seen == {"M1": ["seeds"], "M2": ["seeds", "pair"]}
     assert inputs["M2"]["reference"] == inputs["M1"]["policy"]
+
+
+def test_instruction_that_a_measured_run_was_trained_on_is_dropped_and_counted(finished: Path, tmp_path: Path) -> None:
+    pairs = read_records((finished / "artefacts/iteration_1/pairs/pairs.jsonl").resolve(), PreferencePair)
+    texts = [as_text(pairs[0].prompt), "Which of the two moons of Mars is the larger one?"]
+    source = tmp_path / "asked.jsonl"
+    source.write_text("".join(json.dumps({"instruction": text}) + "\n" for text in texts), encoding="utf-8")
+    folder = evaluate_models([str(finished)], [f"evaluate.instructions={source}", "evaluate.count=1"], conf_folder())
+    asked = read_records(folder / "artefacts/questions/instructions.jsonl", Instruction)
+    assert [instruction.text for instruction in asked] == texts[1:]
+    counts = read_json(folder / "artefacts/questions/manifest.json")["counts"]
+    assert counts == {"instructions": 1, "dropped": {"in_demonstrations": 0, "trained_on": 1}}
 
 
 def test_model_folder_is_compared_with_a_run(finished: Path, tmp_path: Path) -> None:

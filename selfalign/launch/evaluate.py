@@ -211,7 +211,9 @@ def _measure(
     made = next((found.made for several in runs.values() for found in several), {})
     base, sft = made.get("M0", first), made.get("M1", made.get("M0", first))
     models = Models(base, sft, first, base, None, **fixed_judges(config, run))
-    evaluation = Evaluation(config, run, Given(config, run), Judging(config, run, config.judge))
+    learnt = {artefact.digest: artefact for c in contestants for artefact in (*c.taught, *c.pairs)}
+    given = Given(config, run, [*learnt.values()])
+    evaluation = Evaluation(config, run, given, Judging(config, run, config.judge))
     for contestant in contestants:
         known[contestant.name] = contestant.policy
         models.newest, models.reference = contestant.policy, contestant.reference or base

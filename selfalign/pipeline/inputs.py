@@ -1,5 +1,6 @@
 """What a run is given: its data as artefacts, before any model is trained."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from selfalign.stages.instruct import InstructConfig
 from selfalign.stages.outputs import outputs
 from selfalign.stages.pair import given_pairs
 from selfalign.stages.preferences import preference_test
-from selfalign.stages.questions import questions
+from selfalign.stages.questions import questions, teaching
 from selfalign.stages.seeds import EvaluationFineTuning, seeds, taught_questions
 from selfalign.store.artifacts import Artefact
 
@@ -25,6 +26,7 @@ class Given:
     Attributes:
         config: the experiment.
         run: makes artefacts.
+        learnt: what the models to measure were trained on, where they are of other runs.
         seeds: demonstrations and held-out ranked answers.
         questions: the evaluation instructions.
         outputs: another model's answers to the evaluation instructions, where they are given.
@@ -37,6 +39,7 @@ class Given:
 
     config: ExperimentConfig
     run: Maker
+    learnt: list[Artefact] = field(default_factory=list)
     benchmarks: dict[str, dict[str, str]] = field(init=False)
     seeds: Artefact = field(init=False)
     questions: Artefact | None = field(init=False)
@@ -50,7 +53,9 @@ class Given:
         data, asked, choose = self.config.data, self.config.evaluate, self.config.train.choose
         self._find_files()
         self.seeds = self._make_seeds("seeds", seeds, data.seeds.evaluation_fine_tuning, judge=self.config.judge)
-        self.questions = self._ask("questions", "evaluate.instructions", asked.instructions, asked.count, self.seeds)
+        self.questions = self._ask(
+            "questions", "evaluate.instructions", asked.instructions, asked.count, self.seeds, self.learnt
+        )
         self.validation = self._ask(
             "validation", "train.choose.instructions", choose.instructions, choose.count, self.seeds
         )
@@ -126,12 +131,22 @@ class Given:
         settings = replace(given, evaluation_fine_tuning=how)
         return self.run.make(label, stage, config=settings, contents=contents, **more)
 
-    def _ask(self, label: str, key: str, source: str, count: int, taught: Artefact | None) -> Artefact | None:
-        """Instructions of a data source; those whose answer is taught are left out."""
+    def _ask(
+        self,
+        label: str,
+        key: str,
+        source: str,
+        count: int,
+        taught: Artefact | None,
+        learnt: Sequence[Artefact] = (),
+    ) -> Artefact | None:
+        """Instructions of a data source; those whose answer is taught, or learnt before, are left out."""
         if not source:
             return None
         content = identify_data(source, key)
-        made = self.run.make(label, questions, source=source, count=count, content=content, seeds=taught)
+        others = [artefact for artefact in learnt if artefact.digest != self.seeds.digest]
+        more = {"trained_on": found} if (found := teaching(others, source)) else {}
+        made = self.run.make(label, questions, source=source, count=count, content=content, seeds=taught, **more)
         _check_enough(
             f"{key.rpartition('.')[0]}.count", count, made.counts["instructions"], f"instructions of {source}"
         )
