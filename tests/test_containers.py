@@ -304,6 +304,9 @@ def test_split_that_was_written_twice_is_not_read_as_one(tmp_path: Path, names: 
 
 
 def test_table_with_a_column_twice_is_refused(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
     columns = [pyarrow.array([text]) for text in ("Why?", "So.", "Not so.")]
     table = pyarrow.Table.from_arrays(columns, names=["instruction", "response", "response"])
     pyarrow.parquet.write_table(table, tmp_path / "twice.parquet")
