@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,21 @@ def test_models_without_a_run_are_judged_by_the_first(finished: Path) -> None:
     [row] = models(folder).values()
     assert row["eval/answers"] == 3
     assert "eval/win_rate" not in row
+
+
+def test_page_says_what_stands_for_m1(finished: Path, tmp_path: Path) -> None:
+    settings = [o for o in read_json(finished / "summary.json")["config"]["overrides"] if not o.startswith("data.")]
+
+    def said(*sources: str, more: Sequence[str] = ()) -> str:
+        return (evaluate_models([*sources], [*more], conf_folder()) / "report.html").read_text(encoding="utf-8")
+
+    assert "M1 stands for <b>random-tiny</b>" in said("random:tiny", more=[*settings, "data=self_rewarding_smoke"])
+    other = tmp_path / "other"
+    shutil.copytree((finished / "artefacts/M2/weights").resolve(), other)
+    shutil.copytree((finished / "artefacts/M2/tokenizer").resolve(), other, dirs_exist_ok=True)
+    assert "compared with M1 is compared with <b>other</b>" in said(str(other), str(finished))
+    assert f"M1 stands for <b>{finished.name}.M1</b>" in said(str(finished), str(other))
+    assert "M1 stands for" not in said(str(finished))
 
 
 @pytest.mark.parametrize("broken", ["unfinished", "nothing", "twice"])

@@ -94,7 +94,8 @@ def closing_text(summary: dict[str, Any], run: Run) -> str:
     models = summary["models"]
     columns = [(heading, key) for heading, key in COLUMNS if any(row.get(key) is not None for row in models)]
     rows = [[_cell(row, key) for _, key in columns] for row in models]
-    lines = ["", *table([heading for heading, _ in columns], rows), ""]
+    first = models[0]["model"] if "evaluated" in summary else "M1"
+    lines = ["", *table([heading.replace("M1", first) for heading, _ in columns], rows), ""]
     for label, reasons in summary["drops"].items():
         lines.append(f"dropped in {label}: {drops_text(reasons)}")
     lines += [
