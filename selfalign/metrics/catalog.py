@@ -78,7 +78,7 @@ METRICS = {
     "judge/requests_without_usage": "those whose answer told no token counts",
     "judge/prompt_tokens": "tokens an external judge read",
     "judge/completion_tokens": "tokens an external judge wrote",
-    "judge/cost": "what these tokens cost, by the prices of `judge.endpoint`",
+    "judge/cost": "what these tokens cost, by the prices that `judge.endpoint` had when they were judged",
     "wins": "of one comparison of two models: instructions won in both orders",
     "ties": "instructions with a tie, or with orders that disagree",
     "losses": "instructions lost in both orders",
