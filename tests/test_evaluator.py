@@ -125,12 +125,30 @@ def test_page_says_what_stands_for_m1(finished: Path, tmp_path: Path) -> None:
         return (evaluate_models([*sources], [*more], conf_folder()) / "report.html").read_text(encoding="utf-8")
 
     assert "M1 stands for <b>random-tiny</b>" in said("random:tiny", more=[*settings, "data=self_rewarding_smoke"])
-    other = tmp_path / "other"
-    shutil.copytree((finished / "artefacts/M2/weights").resolve(), other)
-    shutil.copytree((finished / "artefacts/M2/tokenizer").resolve(), other, dirs_exist_ok=True)
-    assert "compared with M1 is compared with <b>other</b>" in said(str(other), str(finished))
-    assert f"M1 stands for <b>{finished.name}.M1</b>" in said(str(finished), str(other))
+    other = weights_of_m2(finished, tmp_path / "other")
+    assert "compared with M1 is compared with <b>other</b>" in said(other, str(finished))
+    assert f"M1 stands for <b>{finished.name}.M1</b>" in said(str(finished), other)
     assert "M1 stands for" not in said(str(finished))
+
+
+def weights_of_m2(finished: Path, folder: Path) -> str:
+    """A run's M2 as a folder of this name."""
+    for part in ("weights", "tokenizer"):
+        shutil.copytree((finished / "artefacts/M2" / part).resolve(), folder, dirs_exist_ok=True)
+    return str(folder)
+
+
+def test_model_may_be_called_as_the_sft_baseline_but_not_as_given_outputs(finished: Path, tmp_path: Path) -> None:
+    sources = [str(finished), weights_of_m2(finished, tmp_path / "SFT")]
+    folder = evaluate_models(sources, ["evaluate.preferences.source=ranked"], conf_folder())
+    assert all(row["preferences/pairs"] == 1 for row in models(folder).values())
+    outputs = tmp_path / "outputs.json"
+    asked = read_records(finished / "artefacts/questions/instructions.jsonl", Instruction)
+    outputs.write_text(json.dumps([{"instruction": one.text, "output": "So."} for one in asked]), encoding="utf-8")
+    with pytest.raises(SelfalignError, match=r"a model is called given, as the outputs of evaluate.against are"):
+        evaluate_models(
+            [str(finished), weights_of_m2(finished, tmp_path / "given")], [f"evaluate.against={outputs}"], conf_folder()
+        )
 
 
 @pytest.mark.parametrize("broken", ["unfinished", "nothing", "twice"])

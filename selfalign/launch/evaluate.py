@@ -18,7 +18,7 @@ from selfalign.launch.experiment import Shown, conclude, log_file, read_own
 from selfalign.launch.sweep import JOBS, Sweep
 from selfalign.losses.preference import Positives, PreferenceLoss
 from selfalign.models.config import ModelConfig
-from selfalign.pipeline.evaluation import Evaluation
+from selfalign.pipeline.evaluation import GIVEN, Evaluation
 from selfalign.pipeline.inputs import Given
 from selfalign.pipeline.models import Judging, Models, fixed_judges, load_model
 from selfalign.report import write_report
@@ -205,8 +205,11 @@ def _measure(
             name = plain_name(Path(source).name)
             model = ModelConfig(path=source, dtype=config.model.dtype)
             contestants.append(Contestant(name, load_model(run, name, model, "the model to evaluate")))
-    if len({contestant.name for contestant in contestants}) < len(contestants):
-        raise SelfalignError(f"two of the models have one name: {', '.join(c.name for c in contestants)}")
+    names = [contestant.name for contestant in contestants]
+    if len(set(names)) < len(names):
+        raise SelfalignError(f"two of the models have one name: {', '.join(names)}")
+    if config.evaluate.against and GIVEN in names:
+        raise SelfalignError(f"a model is called {GIVEN}, as the outputs of evaluate.against are: rename its folder")
     first = contestants[0].policy
     made = next((found.made for several in runs.values() for found in several), {})
     base, sft = made.get("M0", first), made.get("M1", made.get("M0", first))
@@ -219,7 +222,7 @@ def _measure(
         models.newest, models.reference = contestant.policy, contestant.reference or base
         models.own_pairs = list(contestant.pairs)
         evaluation.measure(contestant.name, models, loss=contestant.loss, taught=contestant.taught)
-    return [contestant.name for contestant in contestants]
+    return names
 
 
 def _runs_at(path: Path) -> list[FinishedRun]:

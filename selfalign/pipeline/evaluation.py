@@ -19,6 +19,9 @@ from selfalign.stages.judge import Pairwise
 from selfalign.stages.respond import RespondConfig, respond
 from selfalign.store.artifacts import Artefact
 
+GIVEN = "given"
+"""What another model is called whose outputs are given."""
+
 
 @dataclass(slots=True)
 class Evaluation:
@@ -69,7 +72,8 @@ class Evaluation:
             judged = answers, self._score(place, models, asked, answers)
             compared = self._compare(place, models, asked, answers)
             moved = self._distance(place, models, asked, answers)
-        self.held_out.measure(name, models, loss or self.config.loss, taught)
+        if not judging_only:
+            self.held_out.measure(name, models, loss or self.config.loss, taught)
         self.run.make(
             f"{place}/numbers",
             evaluate,
@@ -111,15 +115,15 @@ class Evaluation:
             return {}
         others = {name: opponent for name, (opponent, _) in self.answered.items()}
         if self.given.outputs is not None:
-            others["given"] = self.given.outputs
-        names = opponents(self.config.evaluate, list(self.answered)) + ["given"] * (self.given.outputs is not None)
+            others[GIVEN] = self.given.outputs
+        names = opponents(self.config.evaluate, list(self.answered)) + [GIVEN] * (self.given.outputs is not None)
         compared = {
             name: self._head_to_head(f"{place}/against_{name}", models, asked, answers, others[name]) for name in names
         }
         endings = {
             "": next(iter(self.answered), ""),
             "_vs_previous": next(reversed(self.answered), ""),
-            "_vs_given": "given",
+            "_vs_given": GIVEN,
         }
         return {ending: compared[name] for ending, name in endings.items() if name in compared}
 

@@ -40,7 +40,7 @@ class HeldOutPairs:
     judged: Artefact | None = None
 
     def measure(self, name: str, models: Models, loss: PreferenceLoss | Positives, taught: Sequence[Artefact]) -> None:
-        """Measures the newest model, where there are pairs; the SFT baseline is left out.
+        """Measures the newest model, where there are pairs.
 
         Args:
             name: of the model.
@@ -49,7 +49,7 @@ class HeldOutPairs:
             taught: what that run was trained on besides what is given here and the pairs it made.
         """
         pairs = self.given.preferences
-        if pairs is None or name == "SFT":
+        if pairs is None:
             return
         place = f"evaluation_{name}"
         origin = self._logps(f"{place}/reference_logps", pairs, models.reference, loss)
