@@ -288,6 +288,32 @@ def test_part_that_is_missing_is_named(tmp_path: Path, there: tuple[int, ...]) -
         read_demonstrations(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train-00000-of-00001", "train-00000-of-00002", "train-00001-of-00002"],
+        ["train-00000-of-00001-0a", "train-00000-of-00001-0b"],
+        ["train-00000-of-00001", "train"],
+    ],
+)
+def test_split_that_was_written_twice_is_not_read_as_one(tmp_path: Path, names: list[str]) -> None:
+    for name in names:
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"instruction": name, "response": "a"}))
+    with pytest.raises(SelfalignError, match=rf"holds parts of several wholes \(.*{names[0]}.jsonl, {names[1]}.jsonl"):
+        identify_data(str(tmp_path), "data.path")
+
+
+def test_table_with_a_column_twice_is_refused(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = [pyarrow.array([text]) for text in ("Why?", "So.", "Not so.")]
+    table = pyarrow.Table.from_arrays(columns, names=["instruction", "response", "response"])
+    pyarrow.parquet.write_table(table, tmp_path / "twice.parquet")
+    with pytest.raises(SelfalignError, match=r"twice.parquet: the column 'response' stands twice"):
+        read_demonstrations(str(tmp_path / "twice.parquet"))
+
+
 def test_only_data_file_of_a_folder_is_taken_whatever_its_name(tmp_path: Path) -> None:
     write_jsonl(tmp_path, [PAIR])
     (tmp_path / "README.md").write_text("# A set")

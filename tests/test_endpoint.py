@@ -13,7 +13,7 @@ from chat_server import ChatServer, Fault, chat, chat_server
 
 from selfalign.core.errors import SelfalignError
 from selfalign.engines.openai_client import Client, Endpoint, retry_after, same_model
-from selfalign.engines.replies import RefusedError, Reply
+from selfalign.engines.replies import PassingError, RefusedError, Reply
 from selfalign.store.journal import Journal
 
 KEY = "sk-very-secret-0123456789"
@@ -80,6 +80,18 @@ def test_proxy_or_certificate_that_is_none_is_one_line(monkeypatch: pytest.Monke
     endpoint = Endpoint(base_url="https://example.org/v1", model="m", key_variable="JUDGE_KEY")
     with pytest.raises(SelfalignError, match=rf"^judge\.endpoint\.base_url: nothing can be asked .*{name}"):
         endpoint.open("judge.endpoint")
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]", "0.0.0.0"])
+def test_this_machine_is_asked_without_a_proxy(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    for name in ("NO_PROXY", "no_proxy", "http_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with chat_server() as proxy:
+        monkeypatch.setenv("HTTP_PROXY", proxy.url.removesuffix("/v1"))
+        endpoint = Endpoint(base_url=f"http://{host}:9/v1", model="m", key_variable="", retries=0)
+        with endpoint.open("judge.endpoint") as opened, pytest.raises(PassingError, match="ConnectError"):
+            opened.complete({"messages": []})
+        assert not proxy.bodies
 
 
 @pytest.mark.parametrize("url", ["http://[::1/v1", "http://host:port/v1", "http://aä..b/v1"])

@@ -1,8 +1,10 @@
 """`selfalign-evaluate` on real tiny runs and models."""
 
+import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,9 @@ from builders import TINY_RUN, run, write_tiny_data
 from selfalign.cli.environment import conf_folder
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
+from selfalign.core.jsonl import read_records
+from selfalign.core.records import Instruction, PreferencePair
+from selfalign.data.turns import as_text
 from selfalign.launch.evaluate import evaluate_models
 from selfalign.launch.sweep import Sweep
 from selfalign.runs.sweep_jobs import JobState
@@ -54,6 +59,18 @@ def test_finished_run_is_measured_on_held_out_pairs_afterwards(finished: Path) -
     seen = {name: [one["artefact"] for one in given["trained_on"]] for name, given in inputs.items()}
     assert seen == {"M1": ["seeds"], "M2": ["seeds", "pair"]}
     assert inputs["M2"]["reference"] == inputs["M1"]["policy"]
+
+
+def test_instruction_that_a_measured_run_was_trained_on_is_dropped_and_counted(finished: Path, tmp_path: Path) -> None:
+    pairs = read_records((finished / "artefacts/iteration_1/pairs/pairs.jsonl").resolve(), PreferencePair)
+    texts = [as_text(pairs[0].prompt), "Which of the two moons of Mars is the larger one?"]
+    source = tmp_path / "asked.jsonl"
+    source.write_text("".join(json.dumps({"instruction": text}) + "\n" for text in texts), encoding="utf-8")
+    folder = evaluate_models([str(finished)], [f"evaluate.instructions={source}", "evaluate.count=1"], conf_folder())
+    asked = read_records(folder / "artefacts/questions/instructions.jsonl", Instruction)
+    assert [instruction.text for instruction in asked] == texts[1:]
+    counts = read_json(folder / "artefacts/questions/manifest.json")["counts"]
+    assert counts == {"instructions": 1, "dropped": {"in_demonstrations": 0, "trained_on": 1}}
 
 
 def test_model_folder_is_compared_with_a_run(finished: Path, tmp_path: Path) -> None:
@@ -99,6 +116,39 @@ def test_models_without_a_run_are_judged_by_the_first(finished: Path) -> None:
     [row] = models(folder).values()
     assert row["eval/answers"] == 3
     assert "eval/win_rate" not in row
+
+
+def test_page_says_what_stands_for_m1(finished: Path, tmp_path: Path) -> None:
+    settings = [o for o in read_json(finished / "summary.json")["config"]["overrides"] if not o.startswith("data.")]
+
+    def said(*sources: str, more: Sequence[str] = ()) -> str:
+        return (evaluate_models([*sources], [*more], conf_folder()) / "report.html").read_text(encoding="utf-8")
+
+    assert "M1 stands for <b>random-tiny</b>" in said("random:tiny", more=[*settings, "data=self_rewarding_smoke"])
+    other = weights_of_m2(finished, tmp_path / "other")
+    assert "compared with M1 is compared with <b>other</b>" in said(other, str(finished))
+    assert f"M1 stands for <b>{finished.name}.M1</b>" in said(str(finished), other)
+    assert "M1 stands for" not in said(str(finished))
+
+
+def weights_of_m2(finished: Path, folder: Path) -> str:
+    """A run's M2 as a folder of this name."""
+    for part in ("weights", "tokenizer"):
+        shutil.copytree((finished / "artefacts/M2" / part).resolve(), folder, dirs_exist_ok=True)
+    return str(folder)
+
+
+def test_model_may_be_called_as_the_sft_baseline_but_not_as_given_outputs(finished: Path, tmp_path: Path) -> None:
+    sources = [str(finished), weights_of_m2(finished, tmp_path / "SFT")]
+    folder = evaluate_models(sources, ["evaluate.preferences.source=ranked"], conf_folder())
+    assert all(row["preferences/pairs"] == 1 for row in models(folder).values())
+    outputs = tmp_path / "outputs.json"
+    asked = read_records(finished / "artefacts/questions/instructions.jsonl", Instruction)
+    outputs.write_text(json.dumps([{"instruction": one.text, "output": "So."} for one in asked]), encoding="utf-8")
+    with pytest.raises(SelfalignError, match=r"a model is called given, as the outputs of evaluate.against are"):
+        evaluate_models(
+            [str(finished), weights_of_m2(finished, tmp_path / "given")], [f"evaluate.against={outputs}"], conf_folder()
+        )
 
 
 @pytest.mark.parametrize("broken", ["unfinished", "nothing", "twice"])

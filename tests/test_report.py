@@ -495,6 +495,7 @@ def test_constant_judge_is_a_warning_at_the_top(tmp_path: Path) -> None:
     ("judge", "kind", "said"),
     [
         ({"model": "sft", "low": 0, "high": 5, "pairs": 0}, "Pairwise", "M1 judged (wins of comparisons, 0 to 5)"),
+        ({"model": "sft", "low": 0, "high": 5, "scores": "elo"}, "Pairwise", "M1 judged (Elo by comparisons, 0 to 5)"),
         ({"model": "self", "beta": 0.1}, "ImplicitReward", "which it judged itself (implicit reward)"),
         (
             {"endpoint": {"model": "big<model>"}, "low": 0, "high": 5, "samples": 3},
@@ -516,6 +517,22 @@ def test_paragraph_says_who_judged_and_how(tmp_path: Path, judge: dict[str, Any]
     folder = run.finish()
     assert said in re.sub(r"<.*?>", "", what_was_run(Finished.load(folder)))
     write_report(folder)
+
+
+@pytest.mark.parametrize(
+    ("pair", "kind", "said"),
+    [
+        ({}, "BestWorst", "the best was paired with the worst"),
+        ({}, "RandomPair", "two drawn at random were paired, the higher score chosen"),
+        ({}, "AllOrdered", "every two of different score were paired"),
+        ({"k": 3}, "BestVsK", "the best was paired with each of the k worst (k = 3)"),
+    ],
+)
+def test_paragraph_says_which_responses_were_paired(tmp_path: Path, pair: dict[str, Any], kind: str, said: str) -> None:
+    run = begin(tmp_path / "run", pair=pair)
+    run.stage("iteration_1/pairs", "pair", {})
+    write_json(tmp_path / "run/artefacts/iteration_1/pairs/manifest.json", {"inputs": {"rule": {"class": kind}}})
+    assert f"{said}. " in re.sub(r"<.*?>", "", what_was_run(Finished.load(run.finish())))
 
 
 # --- what the numbers come from ----------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from builders import TINY_RUN, run, write_tiny_data
 from mutation import assert_caught
-from test_report import HOSTILE, Page
+from test_report import HOSTILE, Page, begin
 
 from selfalign.cli import report
 from selfalign.core.errors import SelfalignError
@@ -25,7 +25,7 @@ from selfalign.report import comparison_charts, comparison_sentences, jobs, writ
 from selfalign.report.charts import draw_heatmap
 from selfalign.report.comparison_charts import axes_of, over_settings
 from selfalign.report.comparison_page import job_rows
-from selfalign.report.comparison_sentences import best, opponents
+from selfalign.report.comparison_sentences import best, caveats, changed_sources, opponents
 from selfalign.report.html import percent
 from selfalign.report.jobs import Comparison, Job, as_text, costs, differing, find_jobs, flat, metric_of, seconds_own
 from selfalign.runs.labels import Label
@@ -327,6 +327,32 @@ def test_same_artefact_in_two_stores_was_made_twice(sweep: Sweep, tmp_path: Path
 
 
 # --- other places ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pairs", "ranked", "changed"),
+    [
+        (("pairs.jsonl", "a"), "r", []),
+        (("pairs.jsonl", "b"), "r", ["data.path=pairs.jsonl"]),
+        (("other.jsonl", "b"), "r", []),
+        (("pairs.jsonl", "a"), "s", ["data.seeds.ranked=ranked.jsonl"]),
+    ],
+    ids=["the same", "changed", "another file", "changed seeds"],
+)
+def test_data_that_changed_under_one_name_are_told(
+    tmp_path: Path, pairs: tuple[str, str], ranked: str, changed: list[str]
+) -> None:
+    for name, (source, content), seeds in (("one", ("pairs.jsonl", "a"), "r"), ("two", pairs, ranked)):
+        made = begin(tmp_path / name)
+        made.stage("iteration_1/pairs", "given_pairs", {})
+        place = made.folder / "artefacts"
+        given = {"config": {"demonstrations": "", "ranked": "ranked.jsonl"}, "contents": [seeds]}
+        write_json(place / "seeds/manifest.json", {"inputs": given})
+        write_json(place / "iteration_1/pairs/manifest.json", {"inputs": {"source": source, "content": content}})
+        made.finish()
+    comparison = Comparison.of(find_jobs([tmp_path]), "eval/win_rate")
+    assert changed_sources(comparison) == changed
+    assert ("What the same setting names was not the same" in caveats(comparison)) == bool(changed)
 
 
 def test_runs_of_different_length_are_compared_by_their_last_models(sweep: Sweep, tmp_path: Path) -> None:

@@ -146,6 +146,10 @@ def test_server_that_takes_texts_alone_is_sent_texts(tiny_policy: PolicyFiles, m
 WRONG = {
     "other_tokenizer": (lambda body: continuation("Fine.", len(body["prompt"]) + 1), "says it read"),
     "no_usage": (lambda body: b'{"choices": [{"text": "Fine.", "finish_reason": "stop"}]}', "read 0 tokens"),
+    "unknown_length": (
+        lambda body: continuation("Fine.", len(body["prompt"])).replace(b"completion_tokens", b"written"),
+        "does not say how many tokens it wrote",
+    ),
     "unknown_end": (lambda body: continuation("", len(body["prompt"]), "repetition"), "for the reason 'repetition'"),
     "filtered": (lambda body: continuation("", len(body["prompt"]), "SAFETY"), "for the reason 'content_filter'"),
 }

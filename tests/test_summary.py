@@ -143,6 +143,12 @@ def test_closing_table_has_a_line_a_model_and_says_where_everything_lies(ledger:
     assert ledger.tracker.place in text
 
 
+def test_closing_text_of_an_evaluation_names_the_model_the_others_are_compared_with(ledger: Ledger) -> None:
+    summary = summarise(ARTEFACTS, ["M2", "M3"])
+    assert "win rate vs\u00a0M1" in closing_text(summary, ledger)
+    assert "win rate vs\u00a0M2" in closing_text(summary | {"evaluated": ["outputs/one"]}, ledger)
+
+
 def test_closing_text_says_so_only_when_nothing_had_to_be_made(ledger: Ledger) -> None:
     said = "Everything was there already; nothing had to be made."
     assert said not in closing_text(summarise(ARTEFACTS, models_of(ARTEFACTS)), ledger)

@@ -70,7 +70,7 @@ class AlpacaEval:
     def sources(self, key: str) -> dict[str, str]:
         """The digest of the reference outputs, which are read once to see that they can be."""
         digest = identify_data(self.reference_outputs, f"{key}.reference_outputs")
-        check_count(key, self.count, len(self._references()), self.reference_outputs)
+        check_count(key, self.count, len(self._references()[0]), self.reference_outputs)
         return {"reference_outputs": digest}
 
     def measure(self, entrant: Entrant, out: Workspace) -> Counts:

@@ -1,5 +1,6 @@
 """The layouts of FastChat's llm_judge: questions, answers, reference answers, judge prompts (arXiv 2306.05685)."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,9 @@ FILES = {
     "prompts": "judge_prompts.jsonl",
 }
 ONE_TURN = ("question", "answer")
+NUMBERS = re.compile(r"score|turn_\d+|questions|referenced|mean_characters|finished_share|dropped|.*_(low|high)")
+"""Names that a benchmark's other numbers have; a category of one of these could not be told from them."""
+
 TWO_TURNS = ("question_1", "answer_1", "question_2", "answer_2")
 SINGLE = {
     "single-v1": ONE_TURN,
@@ -103,6 +107,8 @@ def read_questions(path: Path, count: int = 0) -> list[Question]:
         question = row.typed(Question)
         if not question.turns or any(map(is_blank, (*question.turns, question.category))):
             row.refuse("expected a category and turns, each a text; one is empty")
+        if NUMBERS.fullmatch(question.category):
+            row.refuse(f"the category {question.category!r} is what another number is called; give it another name")
         if str(question.question_id) in questions:
             row.refuse(f"the question_id {question.question_id!r} occurs twice")
         questions[str(question.question_id)] = question

@@ -7,6 +7,7 @@ wrote or that holds such files, or a hub id "owner/name", "owner/name:split", "o
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -151,18 +152,24 @@ def _in_folder(folder: Path, split: str) -> list[Path]:
 
 
 def _check_parts(folder: Path, files: Sequence[Path]) -> None:
-    """Files named as parts, such as train-00000-of-00003, are all there.
+    """Files named as parts, such as train-00000-of-00003, are the parts of one whole, and all of them.
 
     Raises:
-        SelfalignError: one is missing, as after a download that was broken off.
+        SelfalignError: one is missing, as after a download that was broken off, or there are those of several, as
+            where a split was written twice.
     """
-    told = [found for path in files if (found := PART.search(path.name))]
-    for size in {int(found["of"]) for found in told}:
-        there = {int(found["part"]) for found in told if int(found["of"]) == size}
-        if missing := sorted(set(range(size)) - there):
-            raise SelfalignError(
-                f"{folder}: of {size} parts {len(missing)} are missing, the first is number {missing[0]}"
-            )
+    told = [PART.search(path.name) for path in files]
+    parts = [int(found["part"]) for found in told if found]
+    sizes = {int(found["of"]) if found else 0 for found in told}
+    if len(sizes) > 1 or len(set(parts)) < len(parts):
+        names = ", ".join(path.name for path in files[:8])
+        raise SelfalignError(
+            f"{folder}: holds parts of several wholes ({names}); leave the files of one, or name a file"
+        )
+    if missing := sorted(set(range(max(sizes))) - set(parts)):
+        raise SelfalignError(
+            f"{folder}: of {max(sizes)} parts {len(missing)} are missing, the first is number {missing[0]}"
+        )
 
 
 def _kind_of(path: Path) -> str:
@@ -229,7 +236,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            rows = (row for batch in file.iter_batches(BATCH) for row in _plain_rows(batch))
+            rows = (row for batch in file.iter_batches(BATCH) for row in _plain_rows(str(path), batch))
             yield from ((f"{path} row {index}", row) for index, row in enumerate(rows))
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(str(path), error) from error
@@ -262,12 +269,18 @@ def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
 
 def _dataset_rows(source: str, dataset: Any) -> Iterator[tuple[str, Any]]:
     """The rows as they lie in the table, so that no picture or sound is unpacked on the way."""
-    rows = (row for table in dataset.with_format("arrow").iter(BATCH) for row in _plain_rows(table))
+    rows = (row for table in dataset.with_format("arrow").iter(BATCH) for row in _plain_rows(source, table))
     yield from ((f"{source} row {index}", row) for index, row in enumerate(rows))
 
 
-def _plain_rows(table: "pa.Table | pa.RecordBatch") -> Iterable[dict[str, Any]]:
-    """Rows as dictionaries, lists, texts and numbers; values that are stored as JSON texts are unpacked."""
+def _plain_rows(source: str, table: "pa.Table | pa.RecordBatch") -> Iterable[dict[str, Any]]:
+    """Rows as dictionaries, lists, texts and numbers; values that are stored as JSON texts are unpacked.
+
+    Raises:
+        SelfalignError: two columns have one name.
+    """
+    if twice := [name for name, count in Counter(table.schema.names).items() if count > 1]:
+        raise SelfalignError(f"{source}: the column {twice[0]!r} stands twice in the table")
     packed = [field for field in table.schema if "arrow.json" in str(field.type)]
     rows = table.to_pylist()
     for row in rows:

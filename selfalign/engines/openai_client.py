@@ -51,7 +51,7 @@ SIZE = re.compile(r"(?<![a-z])(?:mini|nano|micro|tiny|small|lite|flash|turbo)(?!
 SHORTEST_KEY = 8
 """Letters of a key that is a secret; what stands in for one is shorter, and occurs in answers."""
 
-DIRECT = {"all://localhost": None, "all://127.0.0.1": None}
+DIRECT = dict.fromkeys(f"all://{host}" for host in ("localhost", "127.0.0.1", "[::1]", "0.0.0.0"))
 """What is asked without a proxy, whatever the environment says of one."""
 
 

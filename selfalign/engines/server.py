@@ -250,7 +250,8 @@ def _completion(tokenizer: "Tokenizer", reply: Reply, prompt: list[int]) -> Comp
     """A reply as a completion; its tokens are not known, only its text.
 
     Raises:
-        SelfalignError: the prompt was refused or read as other tokens, or the text ended for a reason unknown here.
+        SelfalignError: the prompt was refused or read as other tokens, the text ended for a reason unknown here, or
+            nothing is said of how many tokens it has.
     """
     if reply.finish == "too_long":
         raise SelfalignError(
@@ -263,6 +264,8 @@ def _completion(tokenizer: "Tokenizer", reply: Reply, prompt: list[int]) -> Comp
         )
     if reply.finish not in FINISH:
         raise SelfalignError(f"generate.command: the server ended a text for the reason {reply.finish!r}")
+    if reply.text and not reply.completion_tokens:
+        raise SelfalignError("generate.command: the server does not say how many tokens it wrote (completion_tokens)")
     reason = FINISH[reply.finish]
     text = answer_text(tokenizer, reply.text, finished=reason is FinishReason.EOS)
     return Completion(text=text, finish_reason=reason, tokens=reply.completion_tokens)

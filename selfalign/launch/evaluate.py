@@ -18,7 +18,7 @@ from selfalign.launch.experiment import conclude, log_file, read_own
 from selfalign.launch.sweep import JOBS, Sweep
 from selfalign.losses.protocol import Loss
 from selfalign.models.config import ModelConfig
-from selfalign.pipeline.evaluation import Evaluation
+from selfalign.pipeline.evaluation import GIVEN, Evaluation
 from selfalign.pipeline.inputs import Given, find_files
 from selfalign.pipeline.models import Judging, Models, fixed_judges, load_model
 from selfalign.report import write_report
@@ -217,20 +217,25 @@ def _measure(
             name = plain_name(Path(source).name)
             model = ModelConfig(path=source, dtype=config.model.dtype)
             contestants.append(Contestant(name, load_model(run, Label.parse(name), model, "the model to evaluate")))
-    if len({contestant.name for contestant in contestants}) < len(contestants):
-        raise SelfalignError(f"two of the models have one name: {', '.join(c.name for c in contestants)}")
+    names = [contestant.name for contestant in contestants]
+    if len(set(names)) < len(names):
+        raise SelfalignError(f"two of the models have one name: {', '.join(names)}")
+    if config.evaluate.against and GIVEN in names:
+        raise SelfalignError(f"a model is called {GIVEN}, as the outputs of evaluate.against are: rename its folder")
     first = contestants[0].policy
     made = next((found.made for several in runs.values() for found in several), {})
     base, sft = made.get(Label.model("M0"), first), made.get(Label.model("M1"), made.get(Label.model("M0"), first))
     models = Models(base, sft, first, base, None, **fixed_judges(config, run))
     find_files(config)
-    evaluation = Evaluation(config, run, Given(config, run), Judging(config, run, config.judge))
+    learnt = {artefact.digest: artefact for c in contestants for artefact in (*c.taught, *c.pairs)}
+    given = Given(config, run, [*learnt.values()])
+    evaluation = Evaluation(config, run, given, Judging(config, run, config.judge))
     for contestant in contestants:
         known[Label.parse(contestant.name)] = contestant.policy
         models.newest, models.reference = contestant.policy, contestant.reference or base
         models.own_pairs = list(contestant.pairs)
         evaluation.measure(contestant.name, models, loss=contestant.loss, taught=contestant.taught)
-    return [contestant.name for contestant in contestants]
+    return names
 
 
 def _runs_at(path: Path) -> list[FinishedRun]:

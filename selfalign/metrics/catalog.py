@@ -224,7 +224,8 @@ JUDGE_REQUESTS_WITHOUT_USAGE = Metric("judge/requests_without_usage", "those who
     "count")
 JUDGE_PROMPT_TOKENS = Metric("judge/prompt_tokens", "tokens an external judge read", "tokens")
 JUDGE_COMPLETION_TOKENS = Metric("judge/completion_tokens", "tokens an external judge wrote", "tokens")
-JUDGE_COST = Metric("judge/cost", "what these tokens cost, by the prices of `judge.endpoint`",
+JUDGE_COST = Metric("judge/cost",
+    "what these tokens cost, by the prices that `judge.endpoint` had when they were judged",
     "currency", better="lower")
 
 # One comparison of two models

@@ -20,6 +20,9 @@ from selfalign.stages.judge import Pairwise
 from selfalign.stages.respond import RespondConfig, respond
 from selfalign.store.artifacts import Artefact
 
+GIVEN = "given"
+"""What another model is called whose outputs are given."""
+
 
 @dataclass(slots=True)
 class Evaluation:
@@ -70,7 +73,8 @@ class Evaluation:
             judged = answers, self._score(label, models, asked, answers)
             compared = self._compare(label, models, asked, answers)
             moved = self._distance(label, models, asked, answers)
-        self.held_out.measure(name, models, loss or self.config.loss, taught)
+        if not judging_only:
+            self.held_out.measure(name, models, loss or self.config.loss, taught)
         self.run.make(
             label,
             evaluate,
@@ -112,8 +116,8 @@ class Evaluation:
             return {}
         others = {name: opponent for name, (opponent, _) in self.answered.items()}
         if self.given.outputs is not None:
-            others["given"] = self.given.outputs
-        names = opponents(self.config.evaluate, list(self.answered)) + ["given"] * (self.given.outputs is not None)
+            others[GIVEN] = self.given.outputs
+        names = opponents(self.config.evaluate, list(self.answered)) + [GIVEN] * (self.given.outputs is not None)
         compared = {
             name: self._head_to_head(Label.comparison(label.owner, name), models, asked, answers, others[name])
             for name in names
@@ -121,7 +125,7 @@ class Evaluation:
         endings = {
             "": next(iter(self.answered), ""),
             "_vs_previous": next(reversed(self.answered), ""),
-            "_vs_given": "given",
+            "_vs_given": GIVEN,
         }
         return {ending: compared[name] for ending, name in endings.items() if name in compared}
 

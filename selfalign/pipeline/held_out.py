@@ -9,7 +9,7 @@ from selfalign.losses.protocol import Loss, augmentation_of
 from selfalign.losses.refinement import Refinement
 from selfalign.pipeline.inputs import Given
 from selfalign.pipeline.models import Judging, Models
-from selfalign.runs.labels import BASELINE, Label
+from selfalign.runs.labels import Label
 from selfalign.runs.runner import Maker
 from selfalign.stages.preferences import preferences
 from selfalign.stages.reference import reference
@@ -40,7 +40,7 @@ class HeldOutPairs:
     judged: Artefact | None = None
 
     def measure(self, name: str, models: Models, loss: Loss, taught: Sequence[Artefact]) -> None:
-        """Measures the newest model, where there are pairs; the SFT baseline is left out.
+        """Measures the newest model, where there are pairs.
 
         Args:
             name: of the model.
@@ -49,7 +49,7 @@ class HeldOutPairs:
             taught: what that run was trained on besides what is given here and the pairs it made.
         """
         pairs = self.given.preferences
-        if pairs is None or name == BASELINE:
+        if pairs is None:
             return
         origin = self._logps(Label.evaluation(name, "reference_logps"), pairs, models.reference, loss)
         policy = self._logps(Label.evaluation(name, "logps"), pairs, models.newest, loss)

@@ -1,5 +1,6 @@
 """What a run is given: its data as artefacts, before any model is trained."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ from selfalign.stages.instruct import InstructConfig
 from selfalign.stages.outputs import outputs
 from selfalign.stages.pair import given_pairs
 from selfalign.stages.preferences import preference_test
-from selfalign.stages.questions import questions
+from selfalign.stages.questions import questions, teaching
 from selfalign.stages.seeds import EvaluationFineTuning, seeds, taught_questions
 from selfalign.store.artifacts import Artefact, Content
 from selfalign.store.stage import StageFunction
@@ -29,6 +30,7 @@ class Given:
     Attributes:
         config: the experiment.
         run: makes artefacts.
+        learnt: what the models to measure were trained on, where they are of other runs.
         seeds: demonstrations and held-out ranked answers.
         questions: the evaluation instructions.
         outputs: another model's answers to the evaluation instructions, where they are given.
@@ -41,6 +43,7 @@ class Given:
 
     config: ExperimentConfig
     run: Maker
+    learnt: list[Artefact] = field(default_factory=list)
     benchmarks: dict[str, Content] = field(init=False)
     seeds: Artefact = field(init=False)
     questions: Artefact | None = field(init=False)
@@ -58,7 +61,9 @@ class Given:
         self.seeds = self._make_seeds(
             Label.input("seeds"), seeds, data.seeds.evaluation_fine_tuning, judge=self.config.judge
         )
-        self.questions = self._ask("questions", "evaluate.instructions", asked.instructions, asked.count, self.seeds)
+        self.questions = self._ask(
+            "questions", "evaluate.instructions", asked.instructions, asked.count, self.seeds, self.learnt
+        )
         self.validation = self._ask(
             "validation", "train.choose.instructions", choose.instructions, choose.count, self.seeds
         )
@@ -86,8 +91,8 @@ class Given:
             )
             _check_enough("data.count", data.count, self.pairs.counts["pairs"], f"pairs of {data.path}")
         else:
-            source, schema = data.instruct.source, self._schema
-            self.instructions = self._ask("instructions", "data.instruct.source", source, 0, None, **schema)
+            source, schema = data.instruct.source, data.schema
+            self.instructions = self._ask("instructions", "data.instruct.source", source, 0, None, schema=schema)
             self._check_instructions(data.instruct)
         if asked.preferences.source:
             self.preferences = self._held_out_pairs(asked.preferences)
@@ -142,12 +147,24 @@ class Given:
         return self.run.make(label, stage, config=settings, contents=contents, **self._schema, **more)
 
     def _ask(
-        self, name: str, key: str, source: str, count: int, taught: Artefact | None, **schema: Schema
+        self,
+        name: str,
+        key: str,
+        source: str,
+        count: int,
+        taught: Artefact | None,
+        learnt: Sequence[Artefact] = (),
+        schema: Schema | None = None,
     ) -> Artefact | None:
-        """Instructions of a data source; those whose answer is taught are left out."""
+        """Instructions of a data source; those whose answer is taught, or learnt before, are left out."""
         if not source:
             return None
-        inputs = {"source": source, "count": count, "content": content_of(source, key), "seeds": taught, **schema}
+        inputs: dict[str, Any] = {"source": source, "count": count, "content": content_of(source, key), "seeds": taught}
+        if schema is not None:
+            inputs["schema"] = schema
+        others = [artefact for artefact in learnt if artefact.digest != self.seeds.digest]
+        if found := teaching(others, source):
+            inputs["trained_on"] = found
         made = self.run.make(Label.input(name), questions, **inputs)
         _check_enough(
             f"{key.rpartition('.')[0]}.count", count, made.counts["instructions"], f"instructions of {source}"

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from html import escape
 
 from selfalign.core.formatting import duration, plural
@@ -12,10 +13,21 @@ from selfalign.report.run_page import MODELS
 from selfalign.report.sentences import warnings
 from selfalign.report.tables import ANSWERS
 from selfalign.runs.labels import Label
+from selfalign.runs.reader import Finished
 
 FORMS: dict[str, Format] = {column.key: column.form for column in (*ANSWERS, *MODELS)}
 
 LUCK = "The best of several owes some of its lead to luck; another seed would tell how much."
+SOURCES = {
+    Label.input("questions"): "evaluate.instructions",
+    Label.input("given_outputs"): "evaluate.against",
+    Label.input("validation"): "train.choose.instructions",
+    Label.input("instructions"): "data.instruct.source",
+    Label.iteration(1, "pairs"): "data.path",
+    Label.input("preferences", "pairs"): "evaluate.preferences.source",
+}
+"""The settings that name what these artefacts are read from."""
+
 LISTED = 8
 """So many values of a setting are listed."""
 
@@ -104,6 +116,29 @@ def opponents(comparison: Comparison) -> str:
     return f"{said}: all jobs share that M1 and its answers."
 
 
+def changed_sources(comparison: Comparison) -> list[str]:
+    """The settings whose data or model had another content in another job, though they name the same there."""
+    found: dict[tuple[str, str], set[str]] = {}
+    for run in comparison.runs:
+        for setting, source, content in contents(run):
+            found.setdefault((setting, source), set()).add(content)
+    return [f"{setting}={source}" for (setting, source), several in found.items() if len(several) > 1]
+
+
+def contents(run: Finished) -> Iterator[tuple[str, str, str]]:
+    """Yields (setting, what it names, digest of that) of the data and the model that a run was given."""
+    if weights := run.provenance.get("weights", {}).get("M0"):
+        yield "model.path", run.config["model"]["path"], weights
+    seeds = run.inputs(Label.input("seeds"))
+    sources = [(name, seeds["config"][name]) for name in ("demonstrations", "ranked")] if "config" in seeds else []
+    named = [(f"data.seeds.{name}", source) for name, source in sources if source]
+    for (setting, source), content in zip(named, seeds.get("contents", ()), strict=False):
+        yield setting, source, content
+    for label, setting in SOURCES.items():
+        if "content" in (inputs := run.inputs(label)):
+            yield setting, inputs["source"], inputs["content"]
+
+
 def caveats(comparison: Comparison) -> str:
     """What makes the numbers of different jobs less comparable than they look."""
     said: list[str] = []
@@ -113,6 +148,8 @@ def caveats(comparison: Comparison) -> str:
         said.append("The jobs made different numbers of models; of each, the last one stands for it.")
     if len({run.provenance["commit"] + run.provenance["diff"] for run in comparison.runs}) > 1:
         said.append("The jobs ran on different states of the code.")
+    if changed := changed_sources(comparison):
+        said.append(f"What the same setting names was not the same in all jobs: {', '.join(changed)}.")
     html = "".join(f'<p class="note">{escape(text)}</p>\n' for text in said)
     told = {job.number: warnings(job.run) for job in comparison.finished if job.run}
     bodies = [f"<h3>Job {number}</h3>\n{body}" for number, body in told.items() if body]

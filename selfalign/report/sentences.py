@@ -9,6 +9,12 @@ from selfalign.runs.labels import Kind, Label
 from selfalign.runs.reader import Finished
 
 SCORES = {"Pairwise": "wins of comparisons", "ImplicitReward": "implicit reward", "ExpectedScore": "expected score"}
+RULES = {
+    "BestWorst": "the best was paired with the worst",
+    "RandomPair": "two drawn at random were paired, the higher score chosen",
+    "AllOrdered": "every two of different score were paired",
+    "BestVsK": "the best was paired with each of the k worst",
+}
 WHO = {"self": "the newest model itself", "previous": "the model before it", "sft": "M1", "base": "M0"}
 
 
@@ -16,11 +22,21 @@ def what_was_run(run: Finished) -> str:
     """The experiment in a paragraph: model, data, judge, pair rule, loss, evaluation, seed."""
     said = [_model_sentence(run), _data_sentence(run), _loss_sentence(run)]
     if evaluated := run.summary.get("evaluated"):
-        said = [f"Models of {strong(', '.join(evaluated))} were measured; nothing was trained."]
+        said = [f"Models of {strong(', '.join(evaluated))} were measured; nothing was trained.", *_stand_in(run)]
     if questions := run.counts.get(Label.input("questions"), {}).get(catalog.INSTRUCTIONS.name):
         judged = "".join(f", {how} by {escape(who)}" for how, who in judges_of_answers(run))
         said.append(f"Every model answered {questions} held-out instructions{judged}.")
     return " ".join([*said, f"Seed {strong(run.summary['seed'])}."])
+
+
+def _stand_in(run: Finished) -> list[str]:
+    """What is called M1 where models were measured of which the first is another; the judge may be a later run's M1."""
+    first, *others = (row["model"] for row in run.models)
+    if first == "M1":
+        return []
+    if not first.endswith(".M1") and any(name.rpartition(".")[2] == "M1" for name in others):
+        return [f"What is compared with M1 is compared with {strong(first)}, the first of them."]
+    return [f"M1 stands for {strong(first)}, the first of them."]
 
 
 def judge_name(judge: dict[str, Any], kind: str = "") -> str:
@@ -63,8 +79,10 @@ def _data_sentence(run: Finished) -> str:
         return f"Preference pairs were given: {strong(data['path'])}."
     samples, scale = judge.get("samples"), f", {judge['low']} to {judge['high']}" if "low" in judge else ""
     score = f"mean of {samples} written judgements" if samples else SCORES.get(run.judge, "score")
+    score = "Elo by comparisons" if judge.get("scores") == "elo" else score
     rule = run.config.get("choices", {}).get("pair", "BestWorst")
-    kept = "the best was paired with the worst" if rule == "BestWorst" else f"{rule} made the pairs"
+    kept = RULES.get(rule, f"{rule} made the pairs")
+    kept += f" (k = {pair['k']})" if "k" in pair else ""
     if "minimum_score" in pair:
         kept = f"responses with {pair['minimum_score']:g} or more were kept"
     instruct, times = data["instruct"], run.config["iterations"]

@@ -94,7 +94,8 @@ def closing_text(summary: dict[str, Any], ledger: Ledger) -> str:
     models = summary["models"]
     columns = [metric for metric in COLUMNS if any(row.get(metric.name) is not None for row in models)]
     rows = [[row["model"], *(_cell(row, metric) for metric in columns)] for row in models]
-    lines = ["", *table(["model", *(metric.heading for metric in columns)], rows), ""]
+    first = models[0]["model"] if "evaluated" in summary else "M1"
+    lines = ["", *table(["model", *(metric.heading.replace("M1", first) for metric in columns)], rows), ""]
     for label, reasons in summary["drops"].items():
         lines.append(f"dropped in {label}: {drops_text(reasons)}")
     lines += [

@@ -1,5 +1,7 @@
 """questions: given data → the evaluation instructions."""
 
+from collections.abc import Sequence
+
 from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import read_records, write_records
 from selfalign.core.records import Demonstration, Instruction
@@ -9,6 +11,7 @@ from selfalign.data.turns import compared, texts_in
 from selfalign.metrics import catalog
 from selfalign.store.artifacts import Artefact, Content, Counts, Workspace
 from selfalign.store.stage import MANY, Size, stage
+from selfalign.training.splits import prompts_of
 
 
 def size(*, source: str, count: int, **others: object) -> Size:
@@ -24,6 +27,7 @@ def questions(
     count: int,
     content: Content | str,
     seeds: Artefact | None,
+    trained_on: Sequence[Artefact] = (),
     schema: Schema | None = None,
 ) -> Counts:
     """Copies the first `count` instructions (0 takes all) that no demonstration answers into the store.
@@ -36,6 +40,7 @@ def questions(
         count: how many.
         content: of the source.
         seeds: demonstrations.jsonl, whose prompts a model learns the answers to; None looks at none.
+        trained_on: what else the models were trained on, demonstrations.jsonl or pairs.jsonl.
         schema: says the source's rows in a format that is known, where the user describes one.
 
     Raises:
@@ -47,12 +52,23 @@ def questions(
     taught = {text for demonstration in demonstrations for text in texts_in(demonstration.prompt)}
     given, drops = read_instructions(source, "evaluation", schema)
     apart = [instruction for instruction in given if compared(instruction.text) not in taught]
-    if not apart:
-        raise SelfalignError(f"{source}: all {len(given)} instructions are prompts of data.seeds.demonstrations")
+    trained = {text for artefact in trained_on for text in prompts_of(artefact)}
+    untaught = [instruction for instruction in apart if compared(instruction.text) not in trained]
+    if not untaught:
+        where = " or of what the models were trained on" if trained_on else ""
+        raise SelfalignError(f"{source}: all {len(given)} instructions are prompts of data.seeds.demonstrations{where}")
     once: dict[str, Instruction] = {}
-    for instruction in apart:
+    for instruction in untaught:
         once.setdefault(compared(instruction.text), instruction)
-    drops["duplicate"] += len(apart) - len(once)
+    drops.update(duplicate=len(untaught) - len(once), trained_on=len(apart) - len(untaught))
     kept = [*once.values()][: count or None]
     write_records(out.path / "instructions.jsonl", kept)
     return {catalog.INSTRUCTIONS.name: len(kept), "dropped": {"in_demonstrations": len(given) - len(apart), **(+drops)}}
+
+
+def teaching(artefacts: Sequence[Artefact], source: str) -> list[Artefact]:
+    """Those of what models were trained on that ask an instruction of this data source."""
+    if not artefacts:
+        return []
+    asked = {compared(instruction.text) for instruction in read_instructions(source, "evaluation")[0]}
+    return [artefact for artefact in artefacts if any(text in asked for text in prompts_of(artefact))]

@@ -19,7 +19,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_text
 from selfalign.core.jsonl import HasId, stream_records
 from selfalign.core.records import Demonstration, PreferencePair, Prompt, RankedAnswers
-from selfalign.data.turns import as_prompt, as_text, compared
+from selfalign.data.turns import as_prompt, as_text, compared, texts_in
 from selfalign.store.artifacts import Artefact
 from selfalign.training.dataset import StoredExamples
 
@@ -103,6 +103,13 @@ def _stream_texts(folder: Path) -> Iterator[Texts]:
         yield texts_of(shown.prompt, shown.response)
     for pair in _stream(folder / "pairs.jsonl", PreferencePair):
         yield texts_of(pair.prompt, pair.chosen, pair.rejected)
+
+
+def prompts_of(artefact: Artefact) -> Iterator[str]:
+    """Yields what is said in the prompts of its demonstrations and pairs, as it is compared."""
+    for name, kind in (("demonstrations", Demonstration), ("pairs", PreferencePair)):
+        for record in _stream(artefact.path / f"{name}.jsonl", kind):
+            yield from texts_in(record.prompt)
 
 
 def _stream(path: Path, kind: type[E]) -> Iterator[E]:

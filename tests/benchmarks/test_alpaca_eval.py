@@ -1,5 +1,6 @@
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,15 @@ def test_killed_benchmark_continues_and_loses_no_finished_batch(
     )
     assert whole == killed
     assert len(whole) == 2
+
+
+def test_count_is_held_against_the_instructions_that_there_are(tmp_path: Path) -> None:
+    made = replace(alpaca_eval(tmp_path), count=4)
+    assert made.sources("benchmark.alpaca_eval").keys() == {"reference_outputs"}
+    with pytest.raises(SelfalignError, match=r"benchmark.alpaca_eval.count=5, but .* has 4"):
+        replace(made, count=5).sources("benchmark.alpaca_eval")
+    with pytest.raises(SelfalignError, match=r"benchmark.alpaca_eval.count=2, but .* has 1"):
+        replace(alpaca_eval(tmp_path, REFERENCES[:1]), count=2).sources("benchmark.alpaca_eval")
 
 
 def test_bad_reference_outputs_are_named_with_their_row(tmp_path: Path) -> None:

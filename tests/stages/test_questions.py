@@ -3,7 +3,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from builders import demonstration, records_artefact, workspace
+from builders import demonstration, preference, records_artefact, workspace
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import read_records
@@ -63,6 +63,18 @@ def test_instruction_that_is_taught_in_another_encoding_is_dropped_too(tmp_path:
 def test_instruction_that_is_taught_with_spaces_around_it_is_dropped_too(tmp_path: Path) -> None:
     kept = asked(tmp_path, 2, " Question 0?\n", "Question 2? ", dropped=2)
     assert [record.id for record in kept] == ["q1", "q3"]
+
+
+def test_instruction_that_a_model_was_trained_on_otherwise_is_dropped_and_counted_apart(tmp_path: Path) -> None:
+    source = tmp_path / "asked.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    asked_for = preference("p", "Question 3? ", "Yes.", "No.")
+    trained_on = [records_artefact(tmp_path / "pairs", pairs=[asked_for]), seeds(tmp_path, "Question 1?")]
+    counts = questions(
+        workspace(tmp_path / "out"), source=str(source), count=2, content="d", seeds=None, trained_on=trained_on
+    )
+    assert counts == {"instructions": 2, "dropped": {"in_demonstrations": 0, "trained_on": 2}}
+    assert [record.id for record in read_records(tmp_path / "out/instructions.jsonl", Instruction)] == ["q0", "q2"]
 
 
 def test_instructions_that_are_all_taught_are_refused(tmp_path: Path) -> None:
