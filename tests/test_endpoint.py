@@ -12,9 +12,12 @@ from builders import workspace
 from chat_server import ChatServer, Fault, chat, chat_server
 
 from selfalign.core.errors import SelfalignError
+from selfalign.core.records import FinishReason
 from selfalign.engines.openai_client import Client, Endpoint, retry_after, same_model
-from selfalign.engines.replies import RefusedError, Reply
+from selfalign.engines.replies import PassingError, RefusedError, Reply
 from selfalign.store.journal import Journal
+
+EOS, TOO_LONG, REFUSED = FinishReason.EOS, FinishReason.PROMPT_TOO_LONG, FinishReason.REFUSED
 
 KEY = "sk-very-secret-0123456789"
 ASK = {"messages": [{"role": "user", "content": "hello"}]}
@@ -40,7 +43,7 @@ def client(server: ChatServer, **settings: Any) -> Client:
 
 def test_answer_comes_with_its_tokens_and_the_key_goes_in_the_header_only() -> None:
     with chat_server() as server, client(server) as chats:
-        assert chats.complete(ASK) == Reply("Fine.\nScore: 4", "stop", 10, 3)
+        assert chats.complete(ASK) == Reply("Fine.\nScore: 4", EOS, 10, 3)
     assert server.bodies == [{"model": "judge-1", **ASK}]
     assert server.keys == [f"Bearer {KEY}"]
 
@@ -224,13 +227,15 @@ def test_refusal_stops_at_once_and_tells_the_server_s_reason_without_the_key(sta
 )
 def test_prompt_the_server_finds_too_long_is_no_error(fault: Fault) -> None:
     with chat_server(faults=[fault]) as server, client(server) as chats:
-        assert chats.complete(ASK).finish == "too_long"
+        assert chats.complete(ASK).finish_reason is FinishReason.PROMPT_TOO_LONG
 
 
 @pytest.mark.parametrize("said", [b"content_filter", b"content_policy_violation", b"our content management policy"])
 def test_prompt_whose_content_the_server_refuses_is_no_error(said: bytes) -> None:
     with chat_server(faults=[Fault(400, b'{"error": "' + said + b'"}')]) as server, client(server) as chats:
-        assert chats.complete(ASK) == Reply(f'status 400: {{"error": "{said.decode()}"}}', "content_filter", 0, 0)
+        assert chats.complete(ASK) == Reply(
+            f'status 400: {{"error": "{said.decode()}"}}', FinishReason.CONTENT_FILTER, 0, 0
+        )
 
 
 def test_parameters_are_added_replaced_and_left_out() -> None:
@@ -248,7 +253,7 @@ def test_parameters_are_added_replaced_and_left_out() -> None:
 def test_content_that_is_null_is_an_empty_text() -> None:
     body = b'{"choices": [{"message": {"content": null}, "finish_reason": "content_filter"}], "usage": null}'
     with chat_server(faults=[Fault(body=body)]) as server, client(server) as chats:
-        assert chats.complete(ASK) == Reply("", "content_filter", 0, 0)
+        assert chats.complete(ASK) == Reply("", FinishReason.CONTENT_FILTER, 0, 0)
 
 
 def test_key_a_server_repeats_is_taken_out_of_the_text() -> None:
@@ -306,7 +311,7 @@ def test_refusal_ends_the_waiting_of_the_others(tmp_path: Path) -> None:
 
     out = workspace(tmp_path)
     with chat_server(says) as server, client(server, retries=1, first_wait_seconds=3600) as chats:
-        original = chats._ask
+        original = chats.attempt
 
         def refused(body: dict[str, Any]) -> Any:
             if body["n"] == 1:
@@ -314,7 +319,7 @@ def test_refusal_ends_the_waiting_of_the_others(tmp_path: Path) -> None:
                 raise RefusedError("status 401", 401)
             return original(body)
 
-        chats._ask = refused
+        chats.attempt = refused
         with pytest.raises(SelfalignError, match="status 401"):
             chats.complete_all({"a": {"n": 0}, "b": {"n": 1}}, Journal(out.scratch, lambda size: None), 1)
         assert [body["n"] for body in server.bodies].count(0) == 1
@@ -356,8 +361,8 @@ class Picky(ChatServer):
         self.stop()
 
 
-def finishes(answers: dict[str, Reply]) -> list[str]:
-    return [reply.finish for reply in answers.values()]
+def finishes(answers: dict[str, Reply]) -> list[FinishReason]:
+    return [reply.finish_reason for reply in answers.values()]
 
 
 @pytest.mark.parametrize("concurrency", [1, 8])
@@ -368,7 +373,7 @@ def test_failure_of_one_record_is_an_answer_wherever_it_comes(
 ) -> None:
     with Picky({bad: fault}) as server, client(server, concurrency=concurrency, retries=2) as chats:
         answers = chats.complete_all(asked(6), Journal(workspace(tmp_path).scratch, lambda size: None), 1)
-    assert finishes(answers) == ["refused" if n == bad else "stop" for n in range(6)]
+    assert finishes(answers) == [REFUSED if n == bad else EOS for n in range(6)]
     assert answers[f"r{bad}"].text == f"status {fault.status}: {fault.body.decode()}"
     assert len(waits) == (2 if fault is BROKEN else 0)
     numbers = [number(body) for body in server.bodies]
@@ -383,15 +388,25 @@ def test_failed_record_is_not_asked_for_again_by_the_same_command(tmp_path: Path
         chats.complete_all(asked(6), Journal(out.scratch, lambda size: None), 1)
     with Picky({4: ODD}) as server, client(server, concurrency=1) as chats, out.journal(6, "judgements") as journal:
         answers = chats.complete_all(asked(6), journal, 1)
-    assert finishes(answers) == ["stop", "refused", "stop", "stop", "refused", "stop"]
+    assert finishes(answers) == [EOS, REFUSED, EOS, EOS, REFUSED, EOS]
     assert [number(body) for body in server.bodies] == [3, 4, None, 5]
 
 
 def test_prompt_that_is_too_long_is_believed_once_anything_was_answered(tmp_path: Path) -> None:
     with Picky({0: Fault(413), 3: Fault(413), 4: ODD}) as server, client(server, concurrency=1) as chats:
         answers = chats.complete_all(asked(5), Journal(workspace(tmp_path).scratch, lambda size: None), 1)
-    assert finishes(answers) == ["too_long", "stop", "stop", "too_long", "refused"]
+    assert finishes(answers) == [TOO_LONG, EOS, EOS, TOO_LONG, REFUSED]
     assert [number(body) for body in server.bodies] == [0, None, 1, 2, 3, 4, None]
+
+
+def test_outcome_is_readable_in_the_journal_and_an_enum_behind_it(tmp_path: Path) -> None:
+    out = workspace(tmp_path)
+    with Picky({1: Fault(413), 2: ODD}) as server, client(server, concurrency=1) as chats:
+        answers = chats.complete_all(asked(3), Journal(out.scratch, lambda size: None), 1)
+    lines = (out.scratch / "journal-0.jsonl").read_text(encoding="utf-8").splitlines()
+    written = [json.loads(line)["result"]["finish_reason"] for line in lines]
+    assert written == ["eos", "prompt_too_long", "refused"]
+    assert all(isinstance(reason, FinishReason) for reason in finishes(answers))
 
 
 FOR_ALL = {
@@ -469,23 +484,25 @@ def test_server_that_reads_all_or_does_not_say_is_no_warning(told: dict, caplog:
 
 def test_end_that_nobody_knows_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     with chat_server(lambda body: chat("Score: 4", "Repetition")) as server, client(server) as chats:
-        assert chats.complete(ASK).finish == chats.complete(ASK).finish == "repetition"
+        assert chats.complete(ASK).finish_reason is chats.complete(ASK).finish_reason is FinishReason.UNKNOWN
     [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert warning == f"{server.url}: a text ended for the reason 'repetition', which counts as its own end"
 
 
 def test_attempt_tells_trouble_and_raises_refusals() -> None:
     with chat_server(faults=[Fault(503, b"Loading", {"Retry-After": "3"}), ODD]) as server, client(server) as chats:
-        assert chats.attempt(ASK) == (None, "status 503: Loading", 3.0)
+        with pytest.raises(PassingError, match="status 503: Loading") as passing:
+            chats.attempt(ASK)
+        assert passing.value.wait_seconds == 3.0
         with pytest.raises(RefusedError, match=r"/chat/completions: status 400: .*I do not like") as refused:
             chats.attempt(ASK)
         assert (refused.value.status, refused.value.by_request) == (400, True)
-        assert chats.attempt(ASK) == (Reply("Fine.\nScore: 4", "stop", 10, 3), "", 0.0)
+        assert chats.attempt(ASK) == Reply("Fine.\nScore: 4", EOS, 10, 3)
 
 
 def test_cost_is_by_the_million() -> None:
     endpoint = Endpoint(base_url="http://x/v1", model="m", prompt_price=2.0, completion_price=10.0)
-    usage = endpoint.usage([Reply("", "stop", 1_000_000, 200_000), Reply("", "stop", 500_000, 0), Reply("", "x", 0, 0)])
+    usage = endpoint.usage([Reply("", EOS, 1_000_000, 200_000), Reply("", EOS, 500_000, 0), Reply("", TOO_LONG, 0, 0)])
     assert usage == {
         "judge/requests": 3,
         "judge/requests_without_usage": 1,

@@ -566,7 +566,7 @@ MUTANTS = {
         '"seed": seed % 2**31, ', "", test_token_ids_and_seeds_are_sent_and_completions_come_back_in_order,
     ),
     "a cut text has ended": (
-        '"length": FinishReason.LENGTH', '"length": FinishReason.EOS', test_text_that_was_cut_says_so,
+        "finish_reason=reply.finish_reason", "finish_reason=FinishReason.EOS", test_text_that_was_cut_says_so,
     ),
     "no count of what was read": (
         "if reply.prompt_tokens != len(prompt):", "if False:", test_answer_that_cannot_be_the_policys_is_an_error,

@@ -23,9 +23,8 @@ class LmEval(LmEvalSettings):
     """Tasks of lm-eval as a benchmark."""
 
     @property
-    def judge_model(self) -> str:
+    def judge_model(self) -> None:
         """Nobody judges."""
-        return ""
 
     @property
     def size(self) -> str:

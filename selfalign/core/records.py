@@ -16,10 +16,24 @@ Prompt = str | list[Message]
 
 
 class FinishReason(StrEnum):
-    """Why a response ended: at an end-of-turn token, or cut at `max_new_tokens`."""
+    """Why a text ended, or why there is none.
+
+    `eos`: at an end-of-turn token. `length`: cut at `max_new_tokens`. `unknown`: at its own end, for a reason that only
+    the server which wrote it knows. The others are refusals: a server did not fulfil the request, because the prompt
+    does not fit, for its content, or for any other reason. The text is then the server's message.
+    """
 
     EOS = "eos"
     LENGTH = "length"
+    UNKNOWN = "unknown"
+    PROMPT_TOO_LONG = "prompt_too_long"
+    CONTENT_FILTER = "content_filter"
+    REFUSED = "refused"
+
+    @property
+    def is_refusal(self) -> bool:
+        """Whether the request was not fulfilled."""
+        return self in (FinishReason.PROMPT_TOO_LONG, FinishReason.CONTENT_FILTER, FinishReason.REFUSED)
 
 
 class JudgementStatus(StrEnum):
@@ -97,6 +111,10 @@ class Response:
     tokens: int
     model: str
     ids: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.finish_reason not in (FinishReason.EOS, FinishReason.LENGTH):
+            raise ValueError(f"response {self.id}: finish_reason {self.finish_reason}; a response is eos or length")
 
 
 def given_response(name: str, instruction: str, text: str, model: str) -> Response:

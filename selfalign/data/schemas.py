@@ -217,7 +217,7 @@ def rank_completions(rows: Sequence[RatedCompletions]) -> tuple[list[RankedAnswe
         for completion in row.completions:
             scores = (completion.overall_score, completion.fine_grained_score)
             known = tuple(score for score in scores if score is not None and not math.isnan(score))
-            reason = "no_score" if len(known) < 2 else "empty_response" if is_blank(completion.response) else ""
+            reason = "no_score" if len(known) < 2 else "empty_response" if is_blank(completion.response) else None
             if reason:
                 drops[reason] += 1
             else:

@@ -197,13 +197,12 @@ def check_prompt(row: Row, prompt: Prompt) -> None:
     Raises:
         SelfalignError: its turns are not such.
     """
-    fault = "" if isinstance(prompt, str) else fault_of(prompt)
-    if fault:
+    if not isinstance(prompt, str) and (fault := fault_of(prompt)):
         row.refuse(f"the prompt is no conversation: {fault}")
 
 
-def fault_of(turns: Sequence[Message]) -> str:
-    """What keeps turns from being a conversation so far; nothing where they are one.
+def fault_of(turns: Sequence[Message]) -> str | None:
+    """Return what keeps turns from being a conversation so far, or None where they are one.
 
     A system turn may stand first; user and assistant follow each other in turn. The last turn may be the assistant's:
     the response then continues it.
@@ -217,4 +216,4 @@ def fault_of(turns: Sequence[Message]) -> str:
     if twice := [first for first, second in pairwise(roles) if first == second]:
         return f"two turns of the {twice[0]}'s follow each other"
     empty = [index for index, turn in enumerate(turns) if is_blank(turn["content"])]
-    return f"turn {empty[0] + 1} is empty" if empty else ""
+    return f"turn {empty[0] + 1} is empty" if empty else None

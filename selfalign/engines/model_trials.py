@@ -153,8 +153,11 @@ class Scoring:
                 f"({problem}): no log-probability of it could be trusted"
             )
 
-    def _packing_problem(self, own: Tensor) -> str:
-        """Why packed rows are not scored as each text alone, with the model as it was; nothing where they are."""
+    def _packing_problem(self, own: Tensor) -> str | None:
+        """Return why packed rows are not scored as each text alone, or None where they are.
+
+        Where they are not, the model keeps the attention it had.
+        """
         model = self.policy.model
         implementation = str(model.config._attn_implementation)
         try:
@@ -168,11 +171,11 @@ class Scoring:
         return problem
 
     @torch.no_grad()
-    def _difference(self, own: Tensor) -> str:
-        """How far off the scores are, where that is more than rounding; nothing where it is not."""
+    def _difference(self, own: Tensor) -> str | None:
+        """Return how far off the scores are, or None where that is no more than rounding."""
         score_responses_only(self.policy.model)
         worst = float((self.logps(self.groups) - own).abs().max())
-        return "" if worst <= TOLERANCE[self.policy.model.dtype] else f"a token's log-probability is {worst:.2g} off"
+        return None if worst <= TOLERANCE[self.policy.model.dtype] else f"a token's log-probability is {worst:.2g} off"
 
     def logps(self, groups: Sequence[Group]) -> Tensor:
         """log p of all responses' tokens, shape (response tokens,)."""
@@ -261,18 +264,18 @@ class Nudge:
         """The same for what a module is fed."""
         return self.add(inputs[0]), *inputs[1:]
 
-    def problem(self, scoring: Scoring, slope: Tensor | None) -> str:
-        """What is wrong with a gradient, if anything is."""
+    def problem(self, scoring: Scoring, slope: Tensor | None) -> str | None:
+        """Return what is wrong with a gradient, or None."""
         exact = scoring.policy.model.dtype == torch.float32
         if slope is None or not float(slope.norm()):
             noise = torch.randn(self.value.shape, generator=torch.Generator().manual_seed(0)).to(self.value)
-            return "is lost" if abs(self._change(scoring, noise, 1.0)) > (1e-2 if exact else 1.0) else ""
+            return "is lost" if abs(self._change(scoring, noise, 1.0)) > (1e-2 if exact else 1.0) else None
         size = float(slope.norm())
         steps, share, slack = (STEP_SIZES, 0.1, 2e-3) if exact else (STEP_SIZES[:1], 0.5, 0.5)
         expected = [2 * step * self.scale * size * slope.numel() ** 0.5 for step in steps]
         changes = [self._change(scoring, slope, step) for step in steps]
         right = any(abs(c - e) <= share * e + slack for c, e in zip(changes, expected, strict=True))
-        return "" if right else f"says {expected[-1]:.2g} where log-probabilities change by {changes[-1]:.2g}"
+        return None if right else f"says {expected[-1]:.2g} where log-probabilities change by {changes[-1]:.2g}"
 
     @torch.no_grad()
     def _change(self, scoring: Scoring, direction: Tensor, step: float) -> float:

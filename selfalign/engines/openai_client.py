@@ -10,19 +10,20 @@ import re
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx
+import msgspec
 
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
+from selfalign.core.jsonl import as_plain
+from selfalign.core.records import FinishReason
 from selfalign.data.sources import as_prompt
 from selfalign.engines.replies import (
-    FINISHES,
-    REFUSALS,
     PassingError,
     RefusedError,
     Reply,
@@ -196,7 +197,7 @@ class Client:
                 break
             tries += 1
             try:
-                return self._ask(request)
+                return self.attempt(request)
             except PassingError as error:
                 trouble = error
             if attempt < self._endpoint.retries and trouble.wait_seconds <= DAY_SECONDS:
@@ -245,7 +246,7 @@ class Client:
                     if done and (answer := future.result()) is not None:
                         journal.keep(name, answer)
         journal.share()
-        return {name: Reply(*journal.take(name)) for name in requests}
+        return {name: msgspec.convert(journal.take(name), Reply) for name in requests}
 
     def complete_each(self, requests: Sequence[dict[str, Any]]) -> list[Reply]:
         """The answers to these requests, several at once; where one fails, the others are not waited for."""
@@ -262,12 +263,12 @@ class Client:
             pool.shutdown(wait=False, cancel_futures=True)
         return [future.result() for future in futures]
 
-    def _answer(self, request: dict[str, Any]) -> tuple[Any, ...] | None:
+    def _answer(self, request: dict[str, Any]) -> Any:
         """The answer to one of many requests, as the journal keeps it; none once another one has failed for all."""
         if self._stop.is_set():
             return None
         try:
-            return astuple(self._settle(request))
+            return as_plain(self._settle(request))
         except SelfalignError as error:
             with self._lock:
                 self._failure = self._failure or error
@@ -290,8 +291,8 @@ class Client:
         except (RefusedError, PassingError) as error:
             if not error.by_request or not self._serves(request):
                 raise
-            return Reply(error.words, "refused", 0, 0)
-        if reply.finish not in REFUSALS:
+            return Reply(error.words, FinishReason.REFUSED, 0, 0)
+        if not reply.finish_reason.is_refusal:
             self._served.set()
         elif not self._served.is_set() and not self._serves(request):
             raise RefusedError(f"{self._url}: every request is refused, a short one too: {reply.text}", 400)
@@ -305,20 +306,15 @@ class Client:
             reply = self.complete({**request, "messages": as_prompt(PROBE)})
         except (RefusedError, PassingError):
             return False
-        return reply.finish not in REFUSALS
+        return not reply.finish_reason.is_refusal
 
-    def attempt(self, request: dict[str, Any]) -> tuple[Reply | None, str, float]:
-        """Sends a request once: the reply, or what went wrong and how many seconds the server asks to wait.
+    def attempt(self, request: dict[str, Any]) -> Reply:
+        """Send a request once.
 
         Raises:
-            RefusedError: asking again is of no use.
+            RefusedError: the server would refuse the request again.
+            PassingError: the same request may succeed later.
         """
-        try:
-            return self._ask(request), "", 0.0
-        except PassingError as error:
-            return None, str(error), error.wait_seconds
-
-    def _ask(self, request: dict[str, Any]) -> Reply:
         body = {"model": self._endpoint.model, **request, **self._endpoint.parameters}
         body = {name: value for name, value in body.items() if value is not None}
         url = f"{self._url}/{'completions' if 'prompt' in body else 'chat/completions'}"
@@ -341,8 +337,9 @@ class Client:
 
     def _look_at(self, reply: Reply, body: dict[str, Any]) -> None:
         """Warns, once each, of a prompt not read whole, of an end that nobody knows and of another model's answer."""
-        if reply.finish not in (*FINISHES, *REFUSALS):
-            self._warn(reply.finish, f"a text ended for the reason {reply.finish!r}, which counts as its own end")
+        if reply.finish_reason is FinishReason.UNKNOWN:
+            stated = reply.stated_reason
+            self._warn(stated, f"a text ended for the reason {stated!r}, which counts as its own end")
         wanted = str(body.get("model", ""))
         if not same_model(wanted, reply.model):
             self._warn(

@@ -12,26 +12,25 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from selfalign.core.errors import SelfalignError
-from selfalign.core.records import Message
+from selfalign.core.records import FinishReason, Message
 from selfalign.data.thinking import unanswered
 
 FINISHES = {
-    "stop": "stop eos eos_token end end_turn end_of_turn stop_sequence stop_token stop_word complete completed normal "
-    "finished tool_calls tool_use function_call",
-    "length": "length max_tokens max_output_tokens max_new_tokens max_length max_output token_limit model_length "
-    "model_context_window_exceeded context_length_exceeded error_limit incomplete truncated",
-    "content_filter": "content_filter content_filtered content_policy content_policy_violation filtered safety blocked "
-    "image_safety sensitive output_sensitive refusal recitation blocklist prohibited_content spii guardrail_intervened "
-    "error_toxic moderation",
-    "broken": "error abort aborted cancel cancelled canceled user_cancel timeout time_limit network_error server_error "
-    "insufficient_system_resource not_finished",
+    FinishReason.EOS: "stop eos eos_token end end_turn end_of_turn stop_sequence stop_token stop_word complete "
+    "completed normal finished tool_calls tool_use function_call",
+    FinishReason.LENGTH: "length max_tokens max_output_tokens max_new_tokens max_length max_output token_limit "
+    "model_length model_context_window_exceeded context_length_exceeded error_limit incomplete truncated",
+    FinishReason.CONTENT_FILTER: "content_filter content_filtered content_policy content_policy_violation filtered "
+    "safety blocked image_safety sensitive output_sensitive refusal recitation blocklist prohibited_content spii "
+    "guardrail_intervened error_toxic moderation",
 }
-"""How servers spell why a text ended; one that is broken off is no answer."""
+"""How servers spell why a text ended."""
 
-SPELLED = {spelling: finish for finish, spellings in FINISHES.items() for spelling in spellings.split()}
+SPELLED = {spelling: reason for reason, spellings in FINISHES.items() for spelling in spellings.split()}
 
-REFUSALS = ("too_long", "content_filter", "refused")
-"""How a request finished that the server would not fulfil: for its length, its content, or any other reason."""
+BROKEN_OFF = {"error", "abort", "aborted", "cancel", "cancelled", "canceled", "user_cancel", "timeout", "time_limit"}
+BROKEN_OFF |= {"network_error", "server_error", "insufficient_system_resource", "not_finished"}
+"""How servers spell that a text was broken off, which is no answer."""
 
 FOR_ALL = (401, 402, 403, 404, 405, 407, 410)
 """What a server says to every request alike: the key, the account, the address."""
@@ -73,15 +72,21 @@ LONGEST_WORDS = 300
 class Reply:
     """An answer of the server.
 
-    `finish` is "stop", "length" or what else the server said; one of `REFUSALS` where it would not fulfil the request,
-    and then `text` is what it said of it, or what was written before its filter stepped in. `tokens_read` counts those
-    of the prompt with what came from a cache, `model` is what the server says has answered.
+    Attributes:
+        text: the completion; of a refusal the server's message, or what was written before its filter stepped in.
+        finish_reason: why the text ended, or why the server did not fulfil the request.
+        prompt_tokens: tokens of the prompt, 0 where the server gives no number.
+        completion_tokens: tokens of the completion, 0 where the server gives no number.
+        stated_reason: the server's own word for why the text ended.
+        tokens_read: tokens of the prompt, those from a cache included.
+        model: the server's name for the model that answered.
     """
 
     text: str
-    finish: str
+    finish_reason: FinishReason
     prompt_tokens: int
     completion_tokens: int
+    stated_reason: str = field(default="", compare=False)
     tokens_read: int = field(default=0, compare=False)
     model: str = field(default="", compare=False)
 
@@ -126,15 +131,15 @@ def read_answer(status: int, said: str) -> Reply:
     if status in (400, 403, 429) and (NO_CREDIT.search(said) or (QUOTA.search(said) and not PASSES.search(said))):
         raise RefusedError(words, status)
     if status == 429 and "request too large" in said.lower():
-        return Reply(words, "too_long", 0, 0)
+        return Reply(words, FinishReason.PROMPT_TOO_LONG, 0, 0)
     if status in (408, 425, 429):
         raise PassingError(words)
     if status == 413 or (status in (400, 422, 500) and TOO_LONG.search(said)):
-        return Reply(words, "too_long", 0, 0)
+        return Reply(words, FinishReason.PROMPT_TOO_LONG, 0, 0)
     if status >= 500:
         raise PassingError(words, by_request=True)
     if status >= 400 and status not in {*FOR_ALL} - {403} and CONTENT.search(said):
-        return Reply(words, "content_filter", 0, 0)
+        return Reply(words, FinishReason.CONTENT_FILTER, 0, 0)
     raise RefusedError(words, status, by_request=status >= 400 and status not in FOR_ALL)
 
 
@@ -164,7 +169,7 @@ def _read_success(said: str) -> Reply:
             return read_answer(status, said)
         if not answer["choices"]:
             filtered = "prompt_filter" in said or CONTENT.search(said)
-            return Reply(words, "content_filter" if filtered else "refused", 0, 0)
+            return Reply(words, FinishReason.CONTENT_FILTER if filtered else FinishReason.REFUSED, 0, 0)
         reply = _read_choice(answer["choices"][0], answer.get("usage") or {}, words)
         return replace(reply, model=str(answer.get("model") or ""))
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
@@ -179,16 +184,17 @@ def _status_inside(answer: Any) -> int | None:
 
 
 def _read_choice(choice: Any, usage: Any, words: str) -> Reply:
-    finish = finish_of(choice.get("finish_reason"))
-    if finish == "broken":
+    stated = stated_reason(choice.get("finish_reason"))
+    if spelling(stated) in BROKEN_OFF:
         raise PassingError(f"a text broken off ({choice['finish_reason']}); {words}", by_request=True)
     usage = usage if isinstance(usage, dict) else {}
     read = _count(usage.get("prompt_tokens") or usage.get("input_tokens"))
     return Reply(
         text=str(choice["text"] or "") if "text" in choice else _written(choice["message"]),
-        finish=finish,
+        finish_reason=SPELLED.get(spelling(stated), FinishReason.UNKNOWN),
         prompt_tokens=read,
         completion_tokens=_count(usage.get("completion_tokens") or usage.get("output_tokens")),
+        stated_reason=stated,
         tokens_read=read and read + _cached(usage),
     )
 
@@ -209,12 +215,15 @@ def _cached(usage: Any) -> int:
     return sum(map(_count, told))
 
 
-def finish_of(reason: Any) -> str:
-    """Why a text ended: a key of `FINISHES`, or what the server says where nobody knows it; nothing said is a stop."""
+def stated_reason(reason: Any) -> str:
+    """Return the server's word for why a text ended, in lower case. A server that says nothing means "stop"."""
     reason = reason.get("type") if isinstance(reason, dict) else reason
-    said = str(reason or "stop").strip().lower()
-    plain = re.sub(r"[\s-]+", "_", said.partition(":")[0]).removeprefix("finish_reason_")
-    return SPELLED.get(plain, said)
+    return str(reason or "stop").strip().lower()
+
+
+def spelling(stated: str) -> str:
+    """Return a stated reason as the tables of spellings have it."""
+    return re.sub(r"[\s-]+", "_", stated.partition(":")[0]).removeprefix("finish_reason_")
 
 
 def _written(message: Mapping[str, Any]) -> str:

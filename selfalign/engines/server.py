@@ -25,8 +25,9 @@ from selfalign.core.failures import naming
 from selfalign.core.files import write_json
 from selfalign.core.placeholders import check_template
 from selfalign.core.records import FinishReason
-from selfalign.engines.openai_client import Client, Endpoint, RefusedError, Reply
+from selfalign.engines.openai_client import Client, Endpoint
 from selfalign.engines.protocol import Completion, Request, Sampling, check_dtype
+from selfalign.engines.replies import PassingError, RefusedError, Reply
 from selfalign.engines.server_process import ServerProcess
 from selfalign.engines.transformers import Transformers
 from selfalign.models.checkpoint import PolicyFiles, release_memory
@@ -39,9 +40,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 logger = logging.getLogger(__name__)
-
-FINISH = {"stop": FinishReason.EOS, "length": FinishReason.LENGTH}
-"""Why a text ended, as servers say it; any other reason is a failure."""
 
 POLL_SECONDS = 0.5
 """Between two questions to a server that is still starting."""
@@ -202,12 +200,14 @@ class ServerGenerator:
         ask, until = {"max_tokens": 1, "temperature": 0}, time.monotonic() + self._settings.start_seconds
         while True:
             try:
-                reply, trouble, _ = client.attempt({"prompt": prompt, **ask})
+                client.attempt({"prompt": prompt, **ask})
             except RefusedError as error:
                 if error.status not in (400, 422):
                     raise
                 return False
-            if reply is not None:
+            except PassingError as error:
+                trouble = error
+            else:
                 return True
             if server.ended:
                 raise SelfalignError(f"generate.command: the server has ended; it said: {server.last_words()}")
@@ -253,7 +253,7 @@ def _completion(tokenizer: "Tokenizer", reply: Reply, prompt: list[int]) -> Comp
     Raises:
         SelfalignError: the prompt was refused or read as other tokens, or the text ended for a reason unknown here.
     """
-    if reply.finish == "too_long":
+    if reply.finish_reason is FinishReason.PROMPT_TOO_LONG:
         raise SelfalignError(
             f"generate.command: the server refuses a prompt of {len(prompt)} tokens and its answer as too long; "
             "start it with the whole context of the model"
@@ -262,11 +262,10 @@ def _completion(tokenizer: "Tokenizer", reply: Reply, prompt: list[int]) -> Comp
         raise SelfalignError(
             f"generate.command: the server says it read {reply.prompt_tokens} tokens where {len(prompt)} were sent"
         )
-    if reply.finish not in FINISH:
-        raise SelfalignError(f"generate.command: the server ended a text for the reason {reply.finish!r}")
-    reason = FINISH[reply.finish]
-    text = answer_text(tokenizer, reply.text, finished=reason is FinishReason.EOS)
-    return Completion(text=text, finish_reason=reason, tokens=reply.completion_tokens)
+    if reply.finish_reason not in (FinishReason.EOS, FinishReason.LENGTH):
+        raise SelfalignError(f"generate.command: the server ended a text for the reason {reply.stated_reason!r}")
+    text = answer_text(tokenizer, reply.text, finished=reply.finish_reason is FinishReason.EOS)
+    return Completion(text=text, finish_reason=reply.finish_reason, tokens=reply.completion_tokens)
 
 
 def _free_port() -> int:

@@ -160,7 +160,7 @@ class Referee:
         replies = list(client.complete_all(requests, bench.journal, 1).values())
         counts |= self.endpoint.usage(replies)
         return [
-            parse_verdict(reply.text, reply.finish, showing.texts)
+            parse_verdict(reply.text, reply.finish_reason, showing.texts)
             for reply, showing in zip(replies, showings, strict=True)
         ]
 

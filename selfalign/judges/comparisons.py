@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from selfalign.core.records import Comparison, Instruction, JudgementStatus, Response, Verdict
+from selfalign.core.records import Comparison, FinishReason, Instruction, JudgementStatus, Response, Verdict
 from selfalign.judges.parsing import read_bracketed
 from selfalign.judges.verdict_text import other_choices
 from selfalign.metrics.intervals import RunningMean
@@ -71,18 +71,18 @@ def settle(forward: Verdict, backward: Verdict) -> float:
     return there if there == back else 0.5
 
 
-def parse_verdict(text: str, finish: str = "stop", shown: Sequence[str] = ()) -> Reading:
+def parse_verdict(text: str, finish_reason: FinishReason = FinishReason.EOS, shown: Sequence[str] = ()) -> Reading:
     """Reads `[[A]]`, `[[B]]` or `[[C]]` (a tie) from the judge's own lines of newly generated text.
 
     Two different ones are ambiguous, wherever they stand, and so is one that another letter follows as what is chosen;
-    none is no verdict, for which `finish`, why the text ended, may give the reason.
+    none is no verdict, for which `finish_reason` may give the reason.
 
     Args:
         text: what the judge wrote.
-        finish: why it ended.
+        finish_reason: why it ended.
         shown: the responses; their own words are no verdict.
     """
-    found = read_bracketed(text, VERDICT, finish, shown)
+    found = read_bracketed(text, VERDICT, finish_reason, shown)
     if isinstance(found, JudgementStatus):
         return Reading(found, None, text)
     said, behind = found

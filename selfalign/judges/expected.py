@@ -84,14 +84,15 @@ class ExpectedScore(Rubric):
         The responses to one instruction share the rubric and the instruction, which are computed once for all. A judge
         that never stopped thinking has not justified anything, and is not asked for a score.
         """
-        rationales, judgements = self._justify(bench, subjects) if self.rationale_tokens else ({}, [])
+        rationales, judgements = dict.fromkeys((subject.response.id for subject in subjects), ""), list[Judgement]()
+        if self.rationale_tokens:
+            rationales, judgements = self._justify(bench, subjects)
         reader = bench.reader(self.batch_tokens)
         digits = score_tokens(reader.tokenizer, self.low, self.high)
-        failed = {judgement.response_id for judgement in judgements}
         groups: list[Group] = []
         members: dict[str, list[Subject]] = {}
-        for name, family in by_instruction([s for s in subjects if s.response.id not in failed]).items():
-            prompts = [self._prompt(reader.tokenizer, s, rationales.get(s.response.id, "")) for s in family]
+        for name, family in by_instruction([s for s in subjects if s.response.id in rationales]).items():
+            prompts = [self._prompt(reader.tokenizer, s, rationales[s.response.id]) for s in family]
             fits = [len(prompt) < reader.context for prompt in prompts]
             judgements += [too_long(s, reader.digest) for s, fit in zip(family, fits, strict=True) if not fit]
             members[name] = [s for s, fit in zip(family, fits, strict=True) if fit]
@@ -100,7 +101,7 @@ class ExpectedScore(Rubric):
                 groups.append(share_prompt(name, fitting, [[] for _ in fitting]))
         for group, rows in zip(groups, read_all(reader, groups, digits, bench.journal, "scores"), strict=True):
             judgements += [
-                expected(subject, row, self.low, rationales.get(subject.response.id, ""), reader.digest)
+                expected(subject, row, self.low, rationales[subject.response.id], reader.digest)
                 for subject, row in zip(members[group.id], rows, strict=True)
             ]
         return Judged(judgements=judgements)
@@ -108,8 +109,6 @@ class ExpectedScore(Rubric):
     def _prompt(self, tokenizer: "Tokenizer", subject: Subject, rationale: str) -> list[int]:
         """The ids up to where the score stands; a justification is text, whatever control tokens it spells."""
         asked = self.ask(subject.instruction.text, subject.response.text)
-        if not self.rationale_tokens:
-            return encode_prompt(tokenizer, asked, PREFIX)
         return encode_prompt(tokenizer, asked, f"{rationale}\n{PREFIX}".lstrip())
 
     def _justify(self, bench: Bench, subjects: Sequence[Subject]) -> tuple[dict[str, str], list[Judgement]]:
@@ -131,11 +130,12 @@ class ExpectedScore(Rubric):
         failed: list[Judgement] = []
         for subject in subjects:
             name = subject.response.id
-            text = made.get(name, "")
-            said = None if thinks_on(prompt_end(generator.tokenizer, prompts[name]), text) else before_score(text)
             if name not in made:
                 failed.append(too_long(subject, generator.digest))
-            elif said is None:
+                continue
+            text = made[name]
+            said = None if thinks_on(prompt_end(generator.tokenizer, prompts[name]), text) else before_score(text)
+            if said is None:
                 failed.append(unjudged(subject, generator.digest, JudgementStatus.TRUNCATED, text))
             else:
                 rationales[name] = said

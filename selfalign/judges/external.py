@@ -8,7 +8,7 @@ from selfalign.core.records import Instruction, given_response
 from selfalign.engines.openai_client import Endpoint
 from selfalign.engines.replies import Reply
 from selfalign.judges.protocol import Bench, Judged, Subject
-from selfalign.judges.written import Wish, Written, WrittenScore, first_wishes, write_judgements
+from selfalign.judges.written import JudgeText, Wish, WrittenScore, first_wishes, write_judgements
 
 
 @dataclass(kw_only=True, slots=True)
@@ -33,11 +33,11 @@ class ExternalScore(WrittenScore):
         """Asks for `samples` judgements of each response, and counts requests, tokens and cost."""
         replies: list[Reply] = []
 
-        def write(wishes: Sequence[Wish]) -> list[Written]:
+        def write(wishes: Sequence[Wish]) -> list[JudgeText]:
             requests = {wish.name: self._request(wish) for wish in wishes}
             answered = client.complete_all(requests, bench.journal, int(wishes[0].attempt == 1))
             replies.extend(answered.values())
-            return [(reply.text, reply.finish) for reply in answered.values()]
+            return [JudgeText(reply.text, reply.finish_reason) for reply in answered.values()]
 
         client = bench.client(self.endpoint, "judge.endpoint")
         judgements = write_judgements(

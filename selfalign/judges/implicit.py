@@ -53,7 +53,7 @@ class ImplicitReward:
     max_failed_share: float = 0.5
     alarm: Alarm = field(default_factory=Alarm)
     minimum_valid: ClassVar[int] = 1
-    token_setting: ClassVar[str] = ""
+    token_setting: ClassVar[None] = None
     together: ClassVar[int] = sys.maxsize
 
     def __post_init__(self) -> None:

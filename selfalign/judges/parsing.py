@@ -10,12 +10,12 @@ from selfalign.judges.verdict_text import NUMBER, find_bracketed, other_totals, 
 
 PREFIX = "Score: "
 
-FAILURES = {
-    "too_long": JudgementStatus.PROMPT_TOO_LONG,
-    "content_filter": JudgementStatus.CONTENT_FILTER,
-    "refused": JudgementStatus.REFUSED,
+REFUSALS = {
+    FinishReason.PROMPT_TOO_LONG: JudgementStatus.PROMPT_TOO_LONG,
+    FinishReason.CONTENT_FILTER: JudgementStatus.CONTENT_FILTER,
+    FinishReason.REFUSED: JudgementStatus.REFUSED,
 }
-"""What became of a request whose text no judge has written, or not to its end, by how it finished."""
+"""The status of a judgement whose request was refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +48,13 @@ def parse_score(
         response: what was judged; its own words are no verdict.
 
     Returns:
-        ok with the score; no_score (truncated if the text was cut, or the thinking never ended); ambiguous if two
-        different scores stand there, if another total follows, or if equal scores may be points of criteria that add
-        up to another one; out_of_range if it is not between `low` and `high`. A score is never clipped.
+        The status of the refusal where the request was refused. Else ok with the score; no_score (truncated if the
+        text was cut, or the thinking never ended); ambiguous if two different scores stand there, if another total
+        follows, or if equal scores may be points of criteria that add up to another one; out_of_range if it is not
+        between `low` and `high`. A score is never clipped.
     """
+    if finish_reason in REFUSALS:
+        return Parsed(REFUSALS[finish_reason])
     lines = own_lines(text, [response])
     if lines is None:
         return Parsed(JudgementStatus.TRUNCATED)
@@ -84,7 +87,7 @@ def join_headings(lines: Sequence[str]) -> list[str]:
 
 
 def read_bracketed(
-    text: str, pattern: re.Pattern[str], finish: str, shown: Sequence[str]
+    text: str, pattern: re.Pattern[str], finish_reason: FinishReason, shown: Sequence[str]
 ) -> tuple[list[str], list[str]] | JudgementStatus:
     """What stands in the double brackets of a judge's own lines, and these lines from the first brackets on, without.
 
@@ -93,17 +96,20 @@ def read_bracketed(
     Args:
         text: what the judge wrote.
         pattern: the brackets; its group is what stands in them.
-        finish: why the text ended.
+        finish_reason: why the text ended.
         shown: what was judged; its own words are no verdict.
 
     Returns:
         The status of the text where there are none.
     """
-    lines = None if finish in FAILURES else own_lines(text, shown)
+    if finish_reason in REFUSALS:
+        return REFUSALS[finish_reason]
+    lines = own_lines(text, shown)
     if lines is None:
-        return FAILURES.get(finish, JudgementStatus.TRUNCATED)
+        return JudgementStatus.TRUNCATED
     found = find_bracketed(lines, pattern)
-    if finish == "length" and not (found and found[0][0] == 0 and NAME.fullmatch(lines[0].partition("[[")[0])):
+    cut = finish_reason is FinishReason.LENGTH
+    if cut and not (found and found[0][0] == 0 and NAME.fullmatch(lines[0].partition("[[")[0])):
         return JudgementStatus.TRUNCATED
     if not found:
         return JudgementStatus.NO_SCORE

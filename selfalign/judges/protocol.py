@@ -187,7 +187,7 @@ class Judge(Protocol):
     A judgement that was wanted and failed, all its attempts included, counts once against `max_failed_share`; a
     response with fewer than `minimum_valid` valid judgements is unjudged. Of a million instructions `together` are
     judged at a time, each with all its responses. `token_setting` is the setting at which what the judge writes is cut,
-    empty where it writes nothing.
+    None where it writes nothing.
     """
 
     max_failed_share: float
@@ -203,7 +203,7 @@ class Judge(Protocol):
     def minimum_valid(self) -> int: ...
 
     @property
-    def token_setting(self) -> str: ...
+    def token_setting(self) -> str | None: ...
 
     def wanted(self, subjects: Sequence[Subject]) -> int: ...
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from selfalign.core.records import JudgementStatus
 from selfalign.data.thinking import answer_behind
-from selfalign.judges.parsing import FAILURES
+from selfalign.judges.parsing import REFUSALS
 
 SHOWN = 120
 """Characters of a text in a message."""
@@ -36,16 +36,16 @@ class Unread:
             if len(self.examples) < EXAMPLES and (shown := excerpt(status, text)) not in self.examples:
                 self.examples.append(shown)
 
-    def describe(self, setting: str) -> str:
-        """What the judge wrote, and which setting to raise where it was cut."""
+    def describe(self, setting: str | None) -> str:
+        """Say what the judge wrote, and which setting to raise where it was cut; None where nothing cuts it."""
         said = f"the judge wrote for example {'; '.join(self.examples)}. "
         cut = self.reasons[JudgementStatus.TRUNCATED.value]
         still = f", {self.thinking} of them while the judge was still thinking" if self.thinking else ""
-        return f"{said}Raise {setting}, at which {cut} of its texts were cut{still}. " if cut else said
+        return f"{said}Raise {setting}, at which {cut} of its texts were cut{still}. " if cut and setting else said
 
 
 def excerpt(status: JudgementStatus, text: str) -> str:
     """The end of what a judge wrote, where its verdict should stand; or how the server's words of a refusal begin."""
     if len(text) <= SHOWN:
         return repr(text)
-    return repr(f"{text[:SHOWN]}…" if status in FAILURES.values() else f"…{text[-SHOWN:]}")
+    return repr(f"{text[:SHOWN]}…" if status in REFUSALS.values() else f"…{text[-SHOWN:]}")

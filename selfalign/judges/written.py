@@ -8,11 +8,16 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed
 from selfalign.core.records import FinishReason, Judgement, JudgementStatus
 from selfalign.engines.protocol import Sampling
-from selfalign.judges.parsing import FAILURES, PREFIX, Parsed, parse_score
+from selfalign.judges.parsing import PREFIX, REFUSALS, parse_score
 from selfalign.judges.protocol import Rubric, Subject
 
-Written = tuple[str, str]
-"""A text and why it ended: "length" where it was cut, one of `FAILURES` where it is a server's refusal."""
+
+@dataclass(frozen=True, slots=True)
+class JudgeText:
+    """What a judge wrote, or a server's message where it refused the request, and why it ended."""
+
+    text: str
+    finish_reason: FinishReason
 
 
 @dataclass(kw_only=True, slots=True)
@@ -78,7 +83,7 @@ def first_wishes(subjects: Sequence[Subject], samples: int, seed: int) -> list[W
 
 def write_judgements(
     wishes: Sequence[Wish],
-    write: Callable[[Sequence[Wish]], list[Written]],
+    write: Callable[[Sequence[Wish]], list[JudgeText]],
     *,
     low: int,
     high: int,
@@ -102,7 +107,7 @@ def write_judgements(
     """
     judgements: list[Judgement] = []
     while wishes:
-        made = [_read(w, text, low, high, model) for w, text in zip(wishes, write(wishes), strict=True)]
+        made = [_read(w, one, low, high, model) for w, one in zip(wishes, write(wishes), strict=True)]
         judgements += made
         wishes = [
             _again(wish, seed)
@@ -113,7 +118,7 @@ def write_judgements(
 
 
 def _may_get_better(judgement: Judgement) -> bool:
-    return judgement.status not in (JudgementStatus.OK, *FAILURES.values())
+    return judgement.status not in (JudgementStatus.OK, *REFUSALS.values())
 
 
 def _again(wish: Wish, seed: int) -> Wish:
@@ -126,19 +131,14 @@ def _again(wish: Wish, seed: int) -> Wish:
     )
 
 
-def _read(wish: Wish, written: Written, low: int, high: int, model: str) -> Judgement:
-    text, finish = written
-    if finish in FAILURES:
-        parsed = Parsed(FAILURES[finish])
-    else:
-        reason = FinishReason.LENGTH if finish == "length" else FinishReason.EOS
-        parsed = parse_score(text, low, high, reason, wish.subject.response.text)
+def _read(wish: Wish, written: JudgeText, low: int, high: int, model: str) -> Judgement:
+    parsed = parse_score(written.text, low, high, written.finish_reason, wish.subject.response.text)
     return Judgement(
         id=wish.name,
         response_id=wish.subject.response.id,
         status=parsed.status,
         score=parsed.score,
-        text=text,
+        text=written.text,
         model=model,
         sample=wish.sample,
         attempt=wish.attempt,

@@ -216,7 +216,7 @@ def flex_works(device: torch.device) -> bool:
             gradients = torch.autograd.grad(output.square().sum(), (query, key, value))
             results.append([output.detach(), *gradients])
         worst = max(float((one - other).abs().max()) for one, other in zip(*results, strict=True))
-        problem = f"it is {worst:.1e} off" if not worst < 2e-2 else ""
+        problem = f"it is {worst:.1e} off" if not worst < 2e-2 else None
     except Exception as error:  # noqa: BLE001 - a compiler may fail in any way
         problem = f"{type(error).__name__}: {error}".splitlines()[0]
     if problem:

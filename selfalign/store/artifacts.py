@@ -28,7 +28,7 @@ from selfalign.store.journal import Journal
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 3
+FORMAT = 4
 """Raised when artefacts of an older selfalign must not be reused."""
 
 LOG = "log.jsonl"

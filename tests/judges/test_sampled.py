@@ -293,7 +293,7 @@ MUTANTS = [
     ("minimum ignored", protocol, "score=mean if len(scores) >= minimum_valid else", "score=mean if scores else"),
     ("minimum exclusive", protocol, ">= minimum_valid", "> minimum_valid"),
     ("the same stream again", written, "wish.sample - 1, attempt)", "wish.sample - 1)"),
-    ("retries of what was read", written, "(JudgementStatus.OK, *FAILURES.values())", "(*FAILURES.values(),)"),
+    ("retries of what was read", written, "(JudgementStatus.OK, *REFUSALS.values())", "(*REFUSALS.values(),)"),
     ("one retry too many", written, "wish.attempt <= retries", "wish.attempt <= retries + 1"),
     ("samples share a stream", written, "derive_seed(seed, s.response.id, n - 1)", "derive_seed(seed, s.response.id)"),
     ("responses share a stream", written, "derive_seed(seed, s.response.id, n - 1)", "derive_seed(seed, n - 1)"),
