@@ -12,6 +12,7 @@ from selfalign.benchmarks.protocol import Entrant
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_folder, path_of
 from selfalign.metrics.intervals import Estimate
+from selfalign.models.checkpoint import resolve_dtype
 from selfalign.store.artifacts import Counts, Workspace
 
 NORMAL_95 = 1.96
@@ -62,7 +63,7 @@ class LmEval(LmEvalSettings):
         from selfalign.benchmarks.lm_eval_adapter import evaluate, load_tasks, write_results
 
         loaded = load_tasks(self, entrant.key)
-        policy = entrant.policy.load(entrant.generate.dtype)
+        policy = entrant.policy.load(resolve_dtype(entrant.generate.dtype))
         with out.journal(sum(task.documents(self.limit) for task in loaded), "documents") as journal:
             results, prompts_cut = evaluate(self, loaded, policy, journal)
         write_results(out.path, results)

@@ -11,7 +11,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import as_plain
 from selfalign.core.records import FinishReason
 from selfalign.models.batches import Group
-from selfalign.models.checkpoint import PolicyFiles, fastest_dtype
+from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.config import DTYPES
 from selfalign.models.scorer import ask_all, responses_in
 from selfalign.store.journal import Journal, Task
@@ -116,16 +116,14 @@ class Backend(Protocol):
     def load_reader(self, policy: PolicyFiles, batch_tokens: int) -> Reader: ...
 
 
-def check_dtype(dtype: str) -> str:
-    """The precision that `generate.dtype` names.
+def check_dtype(dtype: str) -> None:
+    """Check `generate.dtype`.
 
     Raises:
-        SelfalignError: there is none of that name.
+        SelfalignError: it is neither "auto" nor a dtype.
     """
-    dtype = fastest_dtype() if dtype == "auto" else dtype
-    if dtype not in DTYPES:
+    if dtype not in ("auto", *DTYPES):
         raise SelfalignError(f"generate.dtype must be auto or one of {', '.join(DTYPES)}; got {dtype!r}")
-    return dtype
 
 
 def write_all(

@@ -30,7 +30,7 @@ from selfalign.engines.protocol import Completion, Request, Sampling, check_dtyp
 from selfalign.engines.replies import PassingError, RefusedError, Reply
 from selfalign.engines.server_process import ServerProcess
 from selfalign.engines.transformers import Transformers
-from selfalign.models.checkpoint import PolicyFiles, release_memory
+from selfalign.models.checkpoint import PolicyFiles, release_memory, resolve_dtype
 from selfalign.models.config import DTYPES
 from selfalign.models.quantization import check_engine
 from selfalign.models.scorer import Scorer
@@ -74,7 +74,7 @@ class Server:
     start_seconds: float = field(default=1800.0, metadata={"keyed": False})
 
     def __post_init__(self) -> None:
-        self.dtype = check_dtype(self.dtype)
+        check_dtype(self.dtype)
         check_template(self.command, "generate.command", ("weights", "port"), ("dtype",))
         if re.search(r"--api-key[ =]+(?![\"']?\$)", self.command):
             raise SelfalignError(
@@ -174,11 +174,12 @@ class ServerGenerator:
     def _start(self, stack: ExitStack) -> tuple[Endpoint, bool]:
         """Starts the server until the stack closes: where it is, and whether it takes token ids."""
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="selfalign-", ignore_cleanup_errors=True)))
+        dtype = resolve_dtype(self._settings.dtype)
         with naming(folder):
-            export(self._policy, folder, self._settings.dtype)
+            export(self._policy, folder, dtype)
         port, began = _free_port(), time.monotonic()
         endpoint = self._settings.endpoint(f"http://{_host()}:{port}/v1", str(folder))
-        values = {"{weights}": shlex.quote(str(folder)), "{port}": str(port), "{dtype}": self._settings.dtype}
+        values = {"{weights}": shlex.quote(str(folder)), "{port}": str(port), "{dtype}": dtype}
         command = self._settings.command
         for name, value in values.items():
             command = command.replace(name, value)

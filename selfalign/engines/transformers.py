@@ -13,7 +13,7 @@ from torch import Tensor
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import FinishReason
 from selfalign.engines.protocol import Completion, Request, Sampling, check_dtype
-from selfalign.models.checkpoint import InMemory, PolicyFiles
+from selfalign.models.checkpoint import InMemory, PolicyFiles, resolve_dtype
 from selfalign.models.scorer import Scorer
 from selfalign.models.tokenizer import decode_response, silent_ids, stop_ids
 
@@ -43,15 +43,15 @@ class Transformers:
     def __post_init__(self) -> None:
         if self.batch_tokens < 1:
             raise SelfalignError(f"generate.batch_tokens must be 1 or more, got {self.batch_tokens}")
-        self.dtype = check_dtype(self.dtype)
+        check_dtype(self.dtype)
 
     def load(self, policy: PolicyFiles) -> "TransformersGenerator":
         """Loads a policy for writing."""
-        return TransformersGenerator(policy.load(self.dtype), self.batch_tokens)
+        return TransformersGenerator(policy.load(resolve_dtype(self.dtype)), self.batch_tokens)
 
     def load_reader(self, policy: PolicyFiles, batch_tokens: int) -> Scorer:
         """Loads a policy for reading."""
-        return Scorer(policy.load(self.dtype), batch_tokens)
+        return Scorer(policy.load(resolve_dtype(self.dtype)), batch_tokens)
 
 
 @dataclass(slots=True)

@@ -19,7 +19,7 @@ from selfalign.core.records import FinishReason
 from selfalign.engines.protocol import Completion, Request, Sampling, check_dtype
 from selfalign.engines.worker_process import FAREWELL_SECONDS, Worker, stop
 from selfalign.models.batches import Group
-from selfalign.models.checkpoint import UNBOUNDED, PolicyFiles, release_memory
+from selfalign.models.checkpoint import UNBOUNDED, PolicyFiles, release_memory, resolve_dtype
 from selfalign.models.quantization import check_engine
 from selfalign.models.tokenizer import decode_response, silent_ids, stop_ids
 
@@ -68,7 +68,7 @@ class VLLM:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.dtype = check_dtype(self.dtype)
+        check_dtype(self.dtype)
         for name in ("tensor_parallel_size", "replicas", "batch_texts"):
             if getattr(self, name) < 1:
                 raise SelfalignError(f"generate.{name} must be 1 or more, got {getattr(self, name)}")
@@ -97,7 +97,7 @@ class VLLM:
             "model": str((policy.path / "weights").resolve()),
             "skip_tokenizer_init": True,
             "trust_remote_code": policy.trusted,
-            "dtype": self.dtype,
+            "dtype": resolve_dtype(self.dtype),
             "tensor_parallel_size": self.tensor_parallel_size,
             "gpu_memory_utilization": self.gpu_memory_utilization,
             "max_model_len": context if context < UNBOUNDED else None,

@@ -14,10 +14,11 @@ from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.failures import at_the_end
 from selfalign.core.files import digest_json
-from selfalign.launch.experiment import Shown, conclude, log_file, read_own
+from selfalign.launch.experiment import Shown, conclude, log_file, read_own, tell_resolved
 from selfalign.launch.sweep import JOBS, Sweep
 from selfalign.losses.preference import Positives, PreferenceLoss
 from selfalign.models.config import ModelConfig
+from selfalign.pipeline.dtypes import auto_dtypes, resolve_dtypes
 from selfalign.pipeline.evaluation import Evaluation
 from selfalign.pipeline.inputs import Given
 from selfalign.pipeline.models import Judging, Models, fixed_judges, load_model
@@ -139,6 +140,7 @@ def evaluate_models(sources: list[str], overrides: list[str], conf: Path) -> Pat
         with log_file(folder / "run.log"), config.track.open(folder, plain) as tracker:
             _tell_differences(every)
             run = Run(folder, store, tracker)
+            tell_resolved(folder, auto_dtypes(config))
             with at_the_end(partial(write_provenance, run, config.seed)):
                 names = _measure(config, Shown(run), sources, runs, trained, run.artefacts)
             conclude(run, config, {**plain, "overrides": overrides}, names, (write_report,), evaluated=sources)
@@ -194,6 +196,7 @@ def _measure(
     Each run's rewards are by its own loss and reference, as `trained` says. The first run's M0 and M1 judge where
     `base` and `sft` are asked to; without a run, the first model does.
     """
+    config = resolve_dtypes(config)
     contestants: list[Contestant] = []
     for source in sources:
         for found in runs.get(source, []):

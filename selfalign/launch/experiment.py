@@ -17,6 +17,7 @@ from selfalign.core.failures import at_the_end, naming
 from selfalign.core.files import read_json, write_json
 from selfalign.launch.preflight import preflight
 from selfalign.launch.push_to_hub import check_login, publish
+from selfalign.pipeline.dtypes import auto_dtypes
 from selfalign.pipeline.loop import run_pipeline
 from selfalign.pipeline.plan import plan
 from selfalign.report import write_report
@@ -32,6 +33,10 @@ logger = logging.getLogger(__name__)
 
 FINISHED = "finished.json"
 """Written last, behind the pages, the tracker's end and the push: what was asked for besides the artefacts."""
+
+
+RESOLVED = "resolved.json"
+"""What the settings that are auto meant on the machine that last worked at a run."""
 
 
 def run_experiment(config: ExperimentConfig, config_yaml: str, plain: dict[str, Any]) -> Path:
@@ -77,6 +82,7 @@ def _run(
         open_folder(folder, config_yaml, anew=told_keys(folder) not in ({}, there.there))
         with log_file(folder / "run.log"), ExitStack() as tracked:
             warn_of_idle_settings(config, plain)
+            tell_resolved(folder, auto_dtypes(config))
             preflight(config, there.there)
             tracker = tracked.enter_context(config.track.open(folder, plain))
             print(plan_text(plan(config), there), flush=True)
@@ -94,6 +100,28 @@ def warn_of_idle_settings(config: ExperimentConfig, plain: dict[str, Any]) -> No
     """Says what the command line sets that has no effect."""
     for line in without_effect(config, plain.get("overrides", ())):
         logger.warning(line)
+
+
+def tell_resolved(folder: Path, resolved: dict[str, str]) -> None:
+    """Keep what settings that are auto mean on this machine, and warn where they meant something else before.
+
+    Args:
+        folder: of the run.
+        resolved: {setting: its value on this machine}.
+
+    Raises:
+        SelfalignError: what was kept is damaged.
+    """
+    path = folder / RESOLVED
+    before = read_own(path) if path.exists() else {}
+    for key, value in resolved.items():
+        if (earlier := before.get(key, value)) != value:
+            logger.warning(
+                "%s=auto was %s on the machine that this run was on before, and is %s on this one: all that depends on "
+                "it is made anew. Set %s=%s to reuse what was made there",
+                *(key, earlier, value, key, earlier),
+            )
+    write_json(path, resolved)
 
 
 def is_finished(config: ExperimentConfig, folder: Path, there: Look) -> bool:

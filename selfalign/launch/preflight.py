@@ -30,6 +30,7 @@ from selfalign.judges.protocol import asks_a_server, wants_model
 from selfalign.launch.footprint import Footprint, disk_lack, training_lack, writing_lack
 from selfalign.losses.preference import Positives
 from selfalign.models import quantization
+from selfalign.models.checkpoint import resolve_dtype
 from selfalign.models.config import ModelConfig
 from selfalign.models.pretrained import find_local
 from selfalign.pipeline.inputs import data_sources
@@ -362,7 +363,7 @@ def check_room(config: ExperimentConfig, labels: list[str]) -> list[str]:
         if size is None:
             return lines
         if isinstance(config.generate, Transformers) and writes(config, labels):
-            lines += writing_lack(size, config.generate.dtype)
+            lines += writing_lack(size, resolve_dtype(config.generate.dtype))
         if optimizers := {key: settings.optimizer for key, settings in trainings(config, labels)}:
             lines += training_lack(size, optimizers, config.train.layout)
             output = Path(config.output_dir).absolute()

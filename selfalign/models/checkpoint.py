@@ -226,6 +226,11 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def resolve_dtype(dtype: str) -> str:
+    """Return the dtype that "auto" means on this machine, and any other unchanged."""
+    return fastest_dtype() if dtype == "auto" else dtype
+
+
 def fastest_dtype() -> str:
     """bfloat16 where the hardware multiplies it faster than float32 (GPU, CPU with AMX), else float32."""
     fast = torch.cuda.is_available() or torch.cpu.get_capabilities().get("amx_tile", False)

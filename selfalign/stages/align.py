@@ -83,7 +83,7 @@ def align(
         loss,
         references,
         starts_as_reference=is_reference and not optimization.dropout,
-        dtype="bfloat16" if "bfloat16" in (optimization.dtype, weights.dtype) else "float32",
+        dtype="bfloat16" if "bfloat16" in (optimization.compute_dtype, weights.dtype) else "float32",
         start=StoredReferences("start") if start else references if is_reference else None,
     )
     checkpoints = selection.open(out, PolicyFiles(base.path)) if selection else None
@@ -303,7 +303,7 @@ class Preference:
         sums: Sums = {}
         policy.model.eval()
         for part in (part for chunk in chunks(examples) for part in my_passes(chunk, optimization.batch_tokens)):
-            with autocast(policy.model.device, optimization.dtype):
+            with autocast(policy.model.device, optimization.compute_dtype):
                 groups = [example.plain for example in part.examples]
                 logps, reference = pair_logps(policy.model, groups), self.references(policy.model, groups)
                 delta = self.refine(policy.model, part.examples, logps, reference)
