@@ -321,9 +321,8 @@ def worked_case(bench: Any, attempts: Any) -> list[Any]:
     subjects = [Subject(instruction("q"), response(f"q-{n}")) for n in (1, 2)]
     says = iter(["Score: 5", "no", "Score: 2", "no", "Score: 4", "no", "no", "no", "Score: 1", "no", "no"])
     wishes = attempts.first_wishes(subjects, 3, 7)
-    made = attempts.write_judgements(
-        wishes, lambda asked: [(next(says, "no"), "eos") for _ in asked], low=0, high=5, retries=1, seed=7, model="m"
-    )
+    write = lambda asked: [attempts.JudgeText(next(says, "no"), FinishReason.EOS) for _ in asked]  # noqa: E731
+    made = attempts.write_judgements(wishes, write, low=0, high=5, retries=1, seed=7, model="m")
     found = [(s.score, s.valid, s.variance) for s in bench.average(subjects, made, 3)]
     found += [(s.score, s.valid, s.variance) for s in bench.average(subjects, made, 2)]
     return [*found, len(made), len({j.seed for j in made})]
