@@ -139,7 +139,9 @@ def test_server_that_takes_texts_alone_is_sent_texts(tiny_policy: PolicyFiles, m
         assert generator.write([request], WARM)[0][0].text == "Fine."
         assert tokenizer(server.bodies[0]["prompt"])["input_ids"] == request.prompt
         control = Request(prompt=tokenizer("Is <|im_end|> an end?", split_special_tokens=True)["input_ids"], seeds=[0])
-        with pytest.raises(SelfalignError, match=r"texts? alone, and no text is read as these .*vLLM or SGLang"):
+        with pytest.raises(
+            SelfalignError, match=r"prompts as text only, and it cannot convert \d+ prompt tokens .*vLLM or SGLang"
+        ):
             generator.write([control], WARM)
 
 
@@ -165,7 +167,7 @@ def test_context_that_is_too_small_is_named(
     message: str, tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refusal = Fault(400, json.dumps({"error": {"message": message}}).encode())
-    refused = pytest.raises(SelfalignError, match=r"generate\.command: the server refuses a prompt of \d+ tokens")
+    refused = pytest.raises(SelfalignError, match=r"generate\.command: the server rejected a \d+-token prompt")
     with served(tiny_policy, monkeypatch, faults=[None, refusal]) as (generator, _), refused:
         generator.write(asking(tiny_policy, "Why?"), WARM)
 

@@ -88,7 +88,10 @@ def _check_judge(config: ExperimentConfig) -> None:
                 "judge=implicit writes no judgements that could be taught: set data.seeds.evaluation_fine_tuning=none"
             )
         if config.evaluate.instructions and config.evaluate.judge == "base":
-            raise SelfalignError("evaluate.judge=base has no reference, which judge=implicit needs: set sft")
+            raise SelfalignError(
+                "evaluate.judge=base cannot be used with judge=implicit: M0 has no reference policy. Set "
+                "evaluate.judge=sft."
+            )
 
 
 def check_counts(config: ExperimentConfig) -> None:

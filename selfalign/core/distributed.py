@@ -74,8 +74,8 @@ def join() -> None:
         here, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if here >= gpus:
             raise SelfalignError(
-                f"there are more processes on this machine than GPUs that each of them sees, {gpus}: start {gpus}, or "
-                "let all of them see all GPUs (SLURM: gpus_per_node instead of gpus_per_task)"
+                f"process {here} of this machine has no GPU of its own: each process sees {gpus}. Start {gpus} "
+                "processes, or let every process see all GPUs (SLURM: gpus_per_node instead of gpus_per_task)."
             )
         torch.cuda.set_device(here)
     if not dist.is_initialized():

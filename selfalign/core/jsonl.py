@@ -65,8 +65,8 @@ def follow(
         yield leader, own
     if follower is not None:
         raise SelfalignError(
-            f"{file}: what belongs to {owner(follower)!r} is out of order, or {owner(follower)!r} is missing; files of "
-            "one run are joined in the order of their records"
+            f"{file}: record for {owner(follower)!r} is missing or out of order. Records must be in the same order as "
+            "the instructions."
         )
 
 

@@ -167,8 +167,8 @@ class ServerGenerator:
             return spell(self.tokenizer, ids)
         except SelfalignError as error:
             raise SelfalignError(
-                f"generate.command: the server takes prompts as text alone, and {error}; take one that takes token "
-                "ids, such as vLLM or SGLang, or generate=transformers"
+                f"generate.command: the server takes prompts as text only, and it {error}. Use a server that takes "
+                "token ids, such as vLLM or SGLang, or set generate=transformers."
             ) from error
 
     def _start(self, stack: ExitStack) -> tuple[Endpoint, bool]:
@@ -256,8 +256,8 @@ def _completion(tokenizer: "Tokenizer", reply: Reply, prompt: list[int]) -> Comp
     """
     if reply.finish_reason is FinishReason.PROMPT_TOO_LONG:
         raise SelfalignError(
-            f"generate.command: the server refuses a prompt of {len(prompt)} tokens and its answer as too long; "
-            "start it with the whole context of the model"
+            f"generate.command: the server rejected a {len(prompt)}-token prompt: its context limit is too small. "
+            "Start it with the model's full context length (e.g. --max-model-len)."
         )
     if reply.prompt_tokens != len(prompt):
         raise SelfalignError(

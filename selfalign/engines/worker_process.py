@@ -73,7 +73,7 @@ class Worker:
         try:
             return json.loads(line)
         except ValueError as error:
-            raise SelfalignError(f"{self._name} answers what is no JSON: {line[:200]!r}") from error
+            raise SelfalignError(f"{self._name} sent a line that is not JSON: {line[:200]!r}") from error
 
     def dismiss(self) -> None:
         """Ends its input."""

@@ -181,7 +181,9 @@ def verdict_tokens(tokenizer: "Tokenizer", key: str) -> list[int]:
     """
     tokens = tokens_behind(tokenizer, OPENING, list(Verdict))
     if tokens is None:
-        raise SelfalignError(f"{key}: this model's tokenizer does not write a verdict as one token; set another")
+        raise SelfalignError(
+            f"{key}.model: its tokenizer encodes A, B or C as several tokens. Choose another judge model."
+        )
     return tokens
 
 

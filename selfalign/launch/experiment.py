@@ -40,7 +40,7 @@ RESOLVED = "resolved.json"
 
 
 def run_experiment(config: ExperimentConfig, config_yaml: str, plain: dict[str, Any]) -> Path:
-    """Runs or continues an experiment and returns its folder, which of several processes the main one keeps.
+    """Run or resume an experiment and return its run folder. Only rank 0 writes to the folder.
 
     Args:
         config: the experiment.
@@ -53,14 +53,18 @@ def run_experiment(config: ExperimentConfig, config_yaml: str, plain: dict[str, 
 def finish_experiment(
     config: ExperimentConfig, config_yaml: str, plain: dict[str, Any], begin: Callable[[], None]
 ) -> bool:
-    """The same, but one that has finished is left as it is; whether it had. `begin` is called where there is work."""
+    """Like `run_experiment`, but skip a completed run. `begin` is called before any work starts.
+
+    Returns:
+        Whether the run was skipped.
+    """
     return _run(config, config_yaml, plain, begin, again=False)[1]
 
 
 def _run(
     config: ExperimentConfig, config_yaml: str, plain: dict[str, Any], begin: Callable[[], None], *, again: bool
 ) -> tuple[Path, bool]:
-    """The run folder, and whether everything was finished before and nothing was done."""
+    """Return the run folder, and whether the run was complete before, so that nothing was done."""
     output = Path(config.output_dir).absolute()
     store = Store(output / "store")
     folder, attempt = distributed.broadcast(run_folder(output, config.name, config, fresh=config.fresh))
@@ -97,7 +101,7 @@ def _run(
 
 
 def warn_of_idle_settings(config: ExperimentConfig, plain: dict[str, Any]) -> None:
-    """Says what the command line sets that has no effect."""
+    """Warn of settings on the command line that have no effect."""
     for line in without_effect(config, plain.get("overrides", ())):
         logger.warning(line)
 
@@ -125,17 +129,17 @@ def tell_resolved(folder: Path, resolved: dict[str, str]) -> None:
 
 
 def is_finished(config: ExperimentConfig, folder: Path, there: Look) -> bool:
-    """Whether a run was done to its end as it is asked for now, and tells of the artefacts that are there."""
+    """Whether the run completed with the requested options and its summary lists exactly the stored artifacts."""
     return was_done(config, folder) and (folder / "report.html").exists() and told_keys(folder) == there.there
 
 
 def was_done(config: ExperimentConfig, folder: Path) -> bool:
-    """Whether a run, of whatever data, was done to its end as it is asked for now."""
+    """Whether the run completed with the requested options, on whatever data."""
     return (folder / FINISHED).exists() and read_own(folder / FINISHED) == asked_besides(config)
 
 
 def told_keys(folder: Path) -> dict[str, str]:
-    """{label: key} of the artefacts that a run's summary tells of; nothing where there is none."""
+    """Return {label: key} of the artifacts that a run's summary lists, empty without a summary."""
     if not (folder / "summary.json").exists():
         return {}
     return {stage["label"]: stage["key"] for stage in read_own(folder / "summary.json")["stages"]}
@@ -154,7 +158,7 @@ def read_own(path: Path) -> Any:
 
 
 def asked_besides(config: ExperimentConfig) -> dict[str, Any]:
-    """What is asked of a run besides its artefacts."""
+    """Return what is asked of a run besides its artifacts."""
     push = [config.push_to, config.push_private] if config.push else []
     return {"track": repr(config.track), "push": push, "sweep_metric": config.sweep_metric}
 
@@ -187,7 +191,10 @@ def conclude(
 
 
 def look_ahead(config: ExperimentConfig, store: Store, attempt: str) -> Look:
-    """What is there already, up to the first stage that has to be made, or that fails; so it will again, in the run."""
+    """Walk the pipeline without running anything and collect finished artifacts, up to the first missing one.
+
+    Errors are ignored here; the run itself will raise them.
+    """
     look = Look(store, attempt)
     with suppress(NotMadeYet, SelfalignError, OSError):
         run_pipeline(config, look)

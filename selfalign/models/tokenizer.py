@@ -224,7 +224,10 @@ def spell(tokenizer: "Tokenizer", ids: list[int]) -> str:
     if bos and text_ids(tokenizer, "", add_special_tokens=True)[:1] == [tokenizer.bos_token_id]:
         text = text.removeprefix(bos)
     if text_ids(tokenizer, text, add_special_tokens=True) != ids:
-        raise SelfalignError(f"no text is read as these {len(ids)} tokens again, which begin with {text[:40]!r}")
+        raise SelfalignError(
+            f"cannot convert {len(ids)} prompt tokens to a text that tokenizes back to the same ids (starts with "
+            f"{text[:40]!r})"
+        )
     return text
 
 

@@ -109,7 +109,9 @@ class Inventory:
         return found
 
     def unused(self, busy: Iterable[str]) -> list[Kept]:
-        """What neither a run nor an artefact that stays needs; a policy stands before the base it links to.
+        """Return the artifacts that no run and no kept artifact refers to.
+
+        Adapters come before the base they link to, so they are deleted first.
 
         Args:
             busy: artefacts that stay because a process works on them.

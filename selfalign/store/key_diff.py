@@ -91,7 +91,10 @@ class Comparison:
                 self.own[label].append(difference)
 
     def causes(self, shown: Collection[str]) -> dict[str, list[Difference]]:
-        """{label with two keys: what differs by itself, but for what was told of a label before}; of those shown."""
+        """For each shown stage with two keys, return the inputs that differ in this stage itself.
+
+        Those already listed for an earlier stage are left out.
+        """
         told: set[str] = set()
         found: dict[str, list[Difference]] = {}
         for label in [label for label in self.own if label in shown]:

@@ -171,7 +171,7 @@ class NoTracking:
 
 
 def place_of(label: str) -> str:
-    """What sets metrics apart from those of the same name that another part of the same iteration has.
+    """Return the prefix that keeps metrics of the same name apart when several stages of one iteration log them.
 
     The SFT baseline is of M1's iteration, and a model's evaluation of the one that made it.
     """

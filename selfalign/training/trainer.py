@@ -199,7 +199,8 @@ class StepTrainer(Trainer):
 
 @dataclass(slots=True)
 class Share:
-    """What one process has seen of a step, or after `joined` several; fields as in `Outcome`.
+    """Loss and metric totals of one optimizer step on one rank, or merged over ranks by `joined`; fields as in
+    `Outcome`.
 
     `broken` are the ids of records in passes whose loss is not finite.
     """
