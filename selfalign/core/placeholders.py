@@ -1,4 +1,4 @@
-"""Texts put into prompts: literally, and such that none can close the section it stands in."""
+"""Texts put into prompts, literally, so that none can close the section it stands in."""
 
 import re
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ BRACED = re.compile(r"\\[A-Za-z]+(?:\{[^{}]*\})+|(?<![\w^$])(\{+)( *)([A-Za-z_]\
 
 
 def check_template(template: str, key: str, needed: Sequence[str], optional: Sequence[str] = ()) -> None:
-    """Checks that a template has every placeholder it needs, and none that nothing is put in for.
+    """Check that a template has every placeholder it needs and no unknown one.
 
     Braces around anything but a name, such as those of JSON, and around a name with spaces beside it stay as they are.
 
@@ -41,7 +41,7 @@ def check_template(template: str, key: str, needed: Sequence[str], optional: Seq
 
 
 def fill(template: str, values: dict[str, str]) -> str:
-    """Puts each value where `{name}` stands in the template, once and literally.
+    """Replace each `{name}` in the template by its value, once and literally.
 
     Braces inside a value stay as they are. A value that spells one of the template's own tags (`<response>`,
     `</response>`, …) has it broken up, so that no text can close the section it stands in.
@@ -58,7 +58,7 @@ def fill(template: str, values: dict[str, str]) -> str:
 
 
 def break_up(text: str, words: Sequence[str]) -> str:
-    """Breaks up each of the words in a text with a space behind its first letter, whatever their case."""
+    """Put a space after the first letter of each of the words wherever a text has them, whatever their case."""
     present = [word for word in words if word.casefold() in text.casefold()]
     if not present:
         return text

@@ -10,7 +10,7 @@ from selfalign.core import distributed
 
 @contextmanager
 def progress_bar(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Yields a function that moves the bar forward by so many units; of several processes, the main one shows it."""
+    """Yield a function that moves the bar forward by so many units. Only the main process shows the bar."""
     bar_format = "{desc} {bar:24} {n_fmt}/{total_fmt} {unit} · {elapsed} · {remaining} left"
     shown = {"bar_format": bar_format, "mininterval": 0.5, "disable": not distributed.is_main()}
     with tqdm(total=total, desc=f"{label:<24}", unit=unit, **shown) as bar:
