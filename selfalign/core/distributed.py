@@ -2,7 +2,6 @@
 
 All processes walk through the same pipeline. Rank 0, the main process, keeps the run folder. A run of one process needs
 none of this: every function then returns at once, and torch is not imported.
-
 """
 
 import os

@@ -1,4 +1,4 @@
-"""A judge behind an OpenAI-compatible endpoint, asked as `SampledScore` asks a policy."""
+"""A judge behind an OpenAI-compatible endpoint, with the prompts of `SampledScore`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,11 +15,11 @@ from selfalign.judges.written import JudgeText, Wish, WrittenScore, first_wishes
 class ExternalScore(WrittenScore):
     """An external model writes the judgements.
 
-    Every answer is kept as soon as it is there: a killed run asks again only for the requests that were under way.
-    Prices and the ways of asking (key, concurrency, patience) can be changed without judging again.
+    Every answer is saved when it arrives, so a resumed run repeats only the requests that were under way. Prices and
+    connection settings (key, concurrency, timeouts) can be changed without judging again.
 
     Attributes:
-        endpoint: where the judge is.
+        endpoint: the server of the judge.
     """
 
     endpoint: Endpoint = field(default_factory=Endpoint)
@@ -30,7 +30,7 @@ class ExternalScore(WrittenScore):
         self.endpoint.check("judge.endpoint")
 
     def judge(self, bench: Bench, subjects: Sequence[Subject]) -> Judged:
-        """Asks for `samples` judgements of each response, and counts requests, tokens and cost."""
+        """Ask for `samples` judgements of each response, and count requests, tokens and cost."""
         replies: list[Reply] = []
 
         def write(wishes: Sequence[Wish]) -> list[JudgeText]:
@@ -52,7 +52,7 @@ class ExternalScore(WrittenScore):
         return Judged(judgements=judgements, counts=self.endpoint.usage(replies))
 
     def probe(self) -> dict[str, Any]:
-        """A request as any other, about one word."""
+        """Return a request like any other, about one word."""
         asked = Instruction(id="probe", text="Greet me.", source="given")
         return self._request(Wish(Subject(asked, given_response("probe-1", asked.id, "Hello.", "probe")), 1, 1, 0))
 

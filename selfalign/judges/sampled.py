@@ -1,4 +1,4 @@
-"""The judge of arXiv 2401.10020: a written justification and a last line `Score: n`, several times."""
+"""The judge of arXiv 2401.10020: several judgements, each a justification and a last line `Score: n`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class SampledScore(WrittenScore):
         check_model(self.model)
 
     def judge(self, bench: Bench, subjects: Sequence[Subject]) -> Judged:
-        """Writes and reads `samples` judgements of each response."""
+        """Write and read `samples` judgements of each response."""
         generator = bench.writer()
         limit = generator.context - self.sampling.max_new_tokens
         prompts: dict[str, list[int]] = {}
@@ -58,7 +58,7 @@ class SampledScore(WrittenScore):
     def _write(
         self, generator: Generator, journal: Journal, prompts: dict[str, list[int]], wishes: Sequence[Wish]
     ) -> list[JudgeText]:
-        """The texts of one round, in journalled batches; wishes about one response share its prompt."""
+        """Return the texts of one round, in journalled batches. Judgements of one response share its prompt."""
         by_response: dict[str, list[Wish]] = {}
         for wish in wishes:
             by_response.setdefault(wish.subject.response.id, []).append(wish)
@@ -77,7 +77,7 @@ class SampledScore(WrittenScore):
 
 
 def spell_out(tokenizer: "Tokenizer", made: Completion) -> str:
-    """What was written, with the marks of thinking also where these are control tokens, which a text is without."""
+    """Return the text of a completion, with the marks of thinking also where these are control tokens."""
     whole = str(tokenizer.decode(made.ids[: -1 if made.finish_reason is FinishReason.EOS else None]))
     return whole if marks_thinking(whole) and not marks_thinking(made.text) else made.text
 
