@@ -388,7 +388,7 @@ def test_template_that_drops_or_changes_the_question_is_refused(tiny_tokenizer: 
     tokenizer = copy.deepcopy(tiny_tokenizer)
     of_user = f"{{% if m['role'] == 'user' %}}{{{{ {written} }}}}{{% else %}}{{{{ m['content'] }}}}{{% endif %}}"
     tokenizer.chat_template = CHATML.replace("{{ m['content'] }}", of_user)
-    with pytest.raises(SelfalignError, match="the chat template leaves out what the user asks, or changes it"):
+    with pytest.raises(SelfalignError, match="the chat template leaves out or changes the user's question"):
         check_template(tokenizer)
 
 
@@ -402,7 +402,7 @@ def test_template_that_changes_answers_is_refused_with_what_becomes_of_one(
 ) -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = CHATML.replace("m['content']", f"m['content']{change}")
-    with pytest.raises(SelfalignError, match=rf"changes what the assistant answers, .* to .*{found}"):
+    with pytest.raises(SelfalignError, match=rf"changes the assistant's answer .* to .*{found}"):
         check_template(tokenizer)
 
 
@@ -503,9 +503,7 @@ def test_characters_that_would_end_a_text_are_refused(tiny_policy: PolicyFiles) 
     check_vocabulary(policy)
     policy.tokenizer = by_word_pieces()
     policy.tokenizer.eos_token = "[UNK]"
-    with pytest.raises(
-        SelfalignError, match=r"reads '\[UNK\]', which ends a text, for characters that it has no token"
-    ):
+    with pytest.raises(SelfalignError, match=r"replaces unknown characters by '\[UNK\]', which also ends a text"):
         check_vocabulary(policy)
 
 

@@ -87,7 +87,7 @@ def test_proxy_or_certificate_that_is_none_is_one_line(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("url", ["http://[::1/v1", "http://host:port/v1", "http://aä..b/v1"])
 def test_address_that_is_none_is_refused(url: str) -> None:
-    with pytest.raises(SelfalignError, match=r"^judge\.endpoint\.base_url=.* is no address"):
+    with pytest.raises(SelfalignError, match=r"^judge\.endpoint\.base_url=.* is not a valid address"):
         Endpoint(base_url=url, model="m").check("judge.endpoint")
 
 
@@ -141,7 +141,7 @@ def test_retry_after_is_seconds_or_a_date() -> None:
 def test_server_that_asks_to_wait_for_years_is_not_waited_for(waits: list[float]) -> None:
     late = Fault(429, b"slow down", {"Retry-After": "1700000000"})
     with chat_server(faults=[Fault(500), late]) as server, client(server) as chats:
-        with pytest.raises(SelfalignError, match="in 2 tries, at last: status 429: slow down and asks to wait 17"):
+        with pytest.raises(SelfalignError, match="in 2 tries, at last: status 429: slow down; it asks to wait 17"):
             chats.complete(ASK)
         assert len(server.bodies) == 2
     assert waits == [1.0]
@@ -149,7 +149,7 @@ def test_server_that_asks_to_wait_for_years_is_not_waited_for(waits: list[float]
 
 def test_server_that_has_moved_is_named_by_its_new_address() -> None:
     moved = Fault(308, headers={"Location": "https://new.example/v1/chat/completions"})
-    said = r"status 308: the server is at https://new\.example/v1/chat/completions; set base_url"
+    said = r"status 308: the server has moved to https://new\.example/v1/chat/completions; set base_url"
     with chat_server(faults=[moved]) as server, client(server) as chats, pytest.raises(RefusedError, match=said):
         chats.complete(ASK)
 
@@ -181,7 +181,7 @@ def test_answer_of_another_model_is_a_warning_once(told: str, warned: int, caplo
         chats.complete(ASK)
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == warned
-    assert all("asked for the model 'judge-1', it says that 'tiny-chat' answers" in one for one in warnings)
+    assert all("asked for the model 'judge-1', the server says 'tiny-chat' answers" in one for one in warnings)
 
 
 def test_server_that_never_answers_ends_with_its_last_fault(waits: list[float]) -> None:
@@ -416,10 +416,10 @@ FOR_ALL = {
     "parameter": (Fault(400, b"top_p is not supported"), r"status 400: top_p is not supported", 2),
     "window": (
         Fault(400, b"max_tokens=4096 is above the context length"),
-        "every request is refused, a short one too: status 400: max_tokens=4096",
+        "the server refuses every request, a short one too: status 400: max_tokens=4096",
         2,
     ),
-    "nothing": (Fault(body=b'{"choices": []}'), "every request is refused, a short one too: status 200", 2),
+    "nothing": (Fault(body=b'{"choices": []}'), "the server refuses every request, a short one too: status 200", 2),
     "outage": (Fault(503, b"going down"), r"in 2 tries, at last: status 503: going down", 4),
 }
 
@@ -463,7 +463,7 @@ def test_prompt_that_the_server_has_cut_is_a_warning_once_with_numbers(
     with chat_server(says) as server, client(server) as chats:
         chats.complete_all(asked(6), Journal(workspace(tmp_path).scratch, lambda size: None), 1)
     [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert "a prompt was read as 59 tokens, though its words make at least 60" in warning
+    assert "the server read 59 tokens of a prompt whose words make at least 60" in warning
 
 
 @pytest.mark.parametrize(
@@ -486,7 +486,7 @@ def test_end_that_nobody_knows_is_told_once(caplog: pytest.LogCaptureFixture) ->
     with chat_server(lambda body: chat("Score: 4", "Repetition")) as server, client(server) as chats:
         assert chats.complete(ASK).finish_reason is chats.complete(ASK).finish_reason is FinishReason.UNKNOWN
     [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert warning == f"{server.url}: a text ended for the reason 'repetition', which counts as its own end"
+    assert warning == f"{server.url}: a text ended for the unknown reason 'repetition', which counts as finished"
 
 
 def test_attempt_tells_trouble_and_raises_refusals() -> None:

@@ -146,8 +146,11 @@ def test_server_that_takes_texts_alone_is_sent_texts(tiny_policy: PolicyFiles, m
 
 
 WRONG = {
-    "other_tokenizer": (lambda body: continuation("Fine.", len(body["prompt"]) + 1), "says it read"),
-    "no_usage": (lambda body: b'{"choices": [{"text": "Fine.", "finish_reason": "stop"}]}', "read 0 tokens"),
+    "other_tokenizer": (lambda body: continuation("Fine.", len(body["prompt"]) + 1), "the server reports"),
+    "no_usage": (
+        lambda body: b'{"choices": [{"text": "Fine.", "finish_reason": "stop"}]}',
+        "the server reports 0 prompt tokens",
+    ),
     "unknown_end": (lambda body: continuation("", len(body["prompt"]), "repetition"), "for the reason 'repetition'"),
     "filtered": (lambda body: continuation("", len(body["prompt"]), "SAFETY"), "for the reason 'content_filter'"),
 }
@@ -370,7 +373,7 @@ def test_server_ends_with_a_run_that_is_killed(tmp_path: Path) -> None:
 def test_server_that_does_not_start_tells_why_without_the_key(tiny_policy: PolicyFiles) -> None:
     command = f"echo loading; echo 'no memory, {KEY}' >&2; exit 3 # {{weights}} {{port}}"
     generator = Server(command=command, key_variable="WRITER_KEY").load(tiny_policy)
-    with pytest.raises(SelfalignError, match=r"has ended; it said: loading / no memory, \[key\]$"), generator:
+    with pytest.raises(SelfalignError, match=r"has ended; its output: loading / no memory, \[key\]$"), generator:
         pass
 
 
@@ -384,7 +387,7 @@ def test_server_that_refuses_the_key_is_not_taken_for_another_kind(
 
 def test_server_that_takes_too_long_to_start_is_stopped(tiny_policy: PolicyFiles, tmp_path: Path) -> None:
     generator = Server(command="echo loading; " + noting(tmp_path), start_seconds=0.5).load(tiny_policy)
-    message = r"no answer in generate\.start_seconds=0\.5 \(ConnectError\); the server said: loading"
+    message = r"no answer in generate\.start_seconds=0\.5 \(ConnectError\); the server's output: loading"
     with pytest.raises(SelfalignError, match=message), generator:
         pass
     assert gone(noted(tmp_path)[0])
@@ -401,7 +404,7 @@ def test_server_that_ends_while_it_is_asked_tells_why(
         until = time.monotonic() + 30
         while not server.ended and time.monotonic() < until:
             time.sleep(0.02)
-        with pytest.raises(SelfalignError, match=r"status 500.*the server had ended and said: out of memory"):
+        with pytest.raises(SelfalignError, match=r"status 500.*the server has ended; its output: out of memory"):
             generator.write(asking(tiny_policy, "Why?"), WARM)
 
 

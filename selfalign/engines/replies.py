@@ -1,6 +1,6 @@
-"""What an OpenAI-compatible server answered: a text, a trouble that may pass, or a refusal, and of whom.
+"""Replies of an OpenAI-compatible server: a text, an error that may pass, or a refusal.
 
-Servers agree on little more than the names of the fields. Spellings and wordings that are known here come from vLLM,
+Servers agree on little more than the names of the fields. The spellings and wordings known here come from vLLM,
 SGLang, llama.cpp, TGI, Ollama, LM Studio, TensorRT-LLM, OpenAI and Azure, Anthropic, Gemini, Bedrock, Cohere, Mistral,
 DeepSeek, DashScope, Zhipu, Moonshot, MiniMax, xAI, Groq, Together, watsonx and OpenRouter.
 """
@@ -70,7 +70,7 @@ LONGEST_WORDS = 300
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An answer of the server.
+    """A reply of the server.
 
     Attributes:
         text: the completion; of a refusal the server's message, or what was written before its filter stepped in.
@@ -92,9 +92,9 @@ class Reply:
 
 
 class RefusedError(SelfalignError):
-    """A request that the server will not fulfil, however often it is asked; `status` is HTTP's.
+    """A request that the server will refuse again. `status` is HTTP's.
 
-    `by_request`: it may fulfil another one. `words` are the server's own, without the address.
+    `by_request`: another request may succeed. `words` is the server's message without the address.
     """
 
     def __init__(self, message: str, status: int, by_request: bool = False, words: str = "") -> None:
@@ -105,10 +105,10 @@ class RefusedError(SelfalignError):
 
 
 class PassingError(SelfalignError):
-    """A trouble that may have passed when the request is sent again.
+    """An error that may have passed when the request is sent again.
 
-    `by_request`: it may be this one that the server cannot deal with. `words` are the server's own, without the
-    address. `wait_seconds` is how long it asks to wait.
+    `by_request`: the error may be due to this request. `words` is the server's message without the address.
+    `wait_seconds` is how long the server asks to wait.
     """
 
     def __init__(self, message: str, by_request: bool = False, words: str = "") -> None:
@@ -119,11 +119,11 @@ class PassingError(SelfalignError):
 
 
 def read_answer(status: int, said: str) -> Reply:
-    """An answer by its HTTP status and body, from which secrets have been taken.
+    """Return the reply in an HTTP status and body. Secrets have been taken out of the body before.
 
     Raises:
-        RefusedError: asking again is of no use.
-        PassingError: asking again may be.
+        RefusedError: the server would refuse the request again.
+        PassingError: the same request may succeed later.
     """
     words = shorten(status, said)
     if status == 200:
@@ -144,7 +144,7 @@ def read_answer(status: int, said: str) -> Reply:
 
 
 def unescape(said: str) -> str:
-    """A body with its letters as they are where it is JSON that spells them as numbers; half of one becomes U+FFFD."""
+    """Return a JSON body with its \\u escapes as characters. Half of a surrogate pair becomes U+FFFD."""
     if "\\u" not in said:
         return said
     try:
@@ -155,13 +155,13 @@ def unescape(said: str) -> str:
 
 
 def shorten(status: int, said: str) -> str:
-    """What the server said, on one line that is not too long."""
+    """Return the server's message on one line of limited length."""
     line = " ".join(said.split())
     return f"status {status}: {line[:LONGEST_WORDS]}{'…' * (len(line) > LONGEST_WORDS)}"
 
 
 def _read_success(said: str) -> Reply:
-    """The reply in the body of an answer with status 200, which may still be a failure."""
+    """Return the reply in a body with status 200, which may still be a failure."""
     words = shorten(200, said)
     try:
         answer = json.loads(said)
@@ -177,7 +177,7 @@ def _read_success(said: str) -> Reply:
 
 
 def _status_inside(answer: Any) -> int | None:
-    """The HTTP status that an answer without a text gives as its error's code, as gateways do."""
+    """Return the HTTP status that a body without a text gives as its error code, as gateways do."""
     error = None if answer.get("choices") else answer.get("error")
     code = str(error.get("code")) if isinstance(error, dict) else ""
     return int(code) if re.fullmatch("[45][0-9]{2}", code) else None
@@ -186,7 +186,7 @@ def _status_inside(answer: Any) -> int | None:
 def _read_choice(choice: Any, usage: Any, words: str) -> Reply:
     stated = stated_reason(choice.get("finish_reason"))
     if spelling(stated) in BROKEN_OFF:
-        raise PassingError(f"a text broken off ({choice['finish_reason']}); {words}", by_request=True)
+        raise PassingError(f"the text was broken off ({choice['finish_reason']}); {words}", by_request=True)
     usage = usage if isinstance(usage, dict) else {}
     read = _count(usage.get("prompt_tokens") or usage.get("input_tokens"))
     return Reply(
@@ -200,7 +200,7 @@ def _read_choice(choice: Any, usage: Any, words: str) -> Reply:
 
 
 def _count(told: Any) -> int:
-    """A number of tokens; 0 where the server gives what is none, which counts as not said."""
+    """Return a number of tokens; 0 where the server gives none that can be read."""
     try:
         return max(0, int(told or 0))
     except (TypeError, ValueError, OverflowError):
@@ -208,7 +208,7 @@ def _count(told: Any) -> int:
 
 
 def _cached(usage: Any) -> int:
-    """Prompt tokens that came from a cache. Most servers count them among those read, and they only stand out."""
+    """Return the prompt tokens that came from a cache. Most servers count them among those read as well."""
     details = usage.get("prompt_tokens_details")
     told = [details.get("cached_tokens") if isinstance(details, dict) else None]
     told += [usage.get(name) for name in ("cache_read_input_tokens", "cache_creation_input_tokens")]
@@ -227,7 +227,7 @@ def spelling(stated: str) -> str:
 
 
 def _written(message: Mapping[str, Any]) -> str:
-    """The text of a message; where there is none but thinking, that, as a text whose thinking has no end."""
+    """Return the text of a message. If there is only thinking, return that, as a text whose thinking has no end."""
     parts = message.get("content")
     parts = [parts] if isinstance(parts, dict) else parts or []
     if isinstance(parts, str):
@@ -246,7 +246,7 @@ def _text_of(part: Mapping[str, Any]) -> str:
 
 
 def _flat(thinking: Any) -> str:
-    """The text in thinking that is a text, a part with one, or a list of such."""
+    """Return the text in thinking that is a text, a part with a text, or a list of such."""
     if isinstance(thinking, dict):
         return _flat(thinking.get("text"))
     if isinstance(thinking, list):
@@ -255,11 +255,10 @@ def _flat(thinking: Any) -> str:
 
 
 def fewest_tokens(messages: Sequence[Message]) -> int:
-    """How many tokens a prompt has at least, whatever the tokenizer: three quarters of its words.
+    """Return a lower bound of a prompt's tokens with any tokenizer: three quarters of its words.
 
-    Tokenizers begin a new token at every space but for a few that put words together, and save a third with that.
-    Chinese and Japanese, which have no spaces, are counted as four characters a token; the largest vocabularies come
-    to two.
+    Tokenizers begin a new token at every space, but for a few that join words and save a third with that. Chinese and
+    Japanese, which have no spaces, count as four characters a token; the largest vocabularies come to two.
     """
     text = " ".join(message["content"] for message in messages)
     return int(0.75 * len(text.split()) + len(re.findall("[\u3040-\u30ff\u3400-\u9fff]", text)) / 4)

@@ -1,7 +1,7 @@
-"""Writing through an OpenAI-compatible server that is started with the policy's weights: vLLM, SGLang, transformers.
+"""Generation through an OpenAI-compatible server that is started with the policy's weights: vLLM, SGLang, transformers.
 
-Prompts are sent as the token ids they are trained as, to `/v1/completions`. No chat template of the server's comes
-between, and every reply has to say that it read as many tokens as were sent.
+Prompts are sent to `/v1/completions` as token ids, the same as in training, so the server applies no chat template.
+Every reply has to report that it read as many tokens as were sent.
 """
 
 import logging
@@ -49,19 +49,19 @@ POLL_SECONDS = 0.5
 class Server:
     """Generation by a server that each stage starts with its policy's weights and stops when it is done.
 
-    A server that somebody else keeps is none: nothing would tell whether it has M_t's weights.
+    A server that somebody else runs cannot be used: nothing would tell whether it has M_t's weights.
 
     Attributes:
-        command: starts the server, in a shell and in the foreground, with {weights} for the folder of the policy and
-            {port} for where it listens on this machine; {dtype} may stand in it too.
-        dtype: of the weights that {dtype} stands for, in which adapters are merged, and of judges that read
-            probabilities, which they do here with transformers: "float32", "bfloat16", or "auto" for the faster one.
-        batch_texts: the most completions that are asked for before any of them is kept. A kill loses at most these.
-        key_variable: the environment variable that holds the key, where the command starts a server that asks for one.
-        concurrency: requests under way at once.
+        command: shell command that starts the server in the foreground. {weights} is replaced by the policy's folder,
+            {port} by the port to listen on, and {dtype} by the dtype.
+        dtype: of the weights, of merged adapters, and of judges that read probabilities, which run here with
+            transformers: "float32", "bfloat16", or "auto" for the faster one on this machine.
+        batch_texts: the most completions that are requested before any is saved. A kill loses at most these.
+        key_variable: the environment variable that holds the key, if the server asks for one.
+        concurrency: the most requests at once.
         timeout_seconds: a request that takes longer is sent again.
         retries: how often a request is sent again after a timeout, a broken answer, status 429 or 5xx.
-        start_seconds: the server has so long to load the weights and answer.
+        start_seconds: the most seconds until the server has loaded the weights and answers.
     """
 
     command: str
@@ -78,8 +78,8 @@ class Server:
         check_template(self.command, "generate.command", ("weights", "port"), ("dtype",))
         if re.search(r"--api-key[ =]+(?![\"']?\$)", self.command):
             raise SelfalignError(
-                "generate.command is saved with the run: have it take the key from the environment, as --api-key $NAME "
-                "with generate.key_variable=NAME"
+                "generate.command contains a key, and it is saved with the run. Take the key from the environment: "
+                "write --api-key $NAME and set generate.key_variable=NAME."
             )
         for name in ("batch_texts", "start_seconds"):
             if getattr(self, name) <= 0:
@@ -87,15 +87,15 @@ class Server:
         self.endpoint("http://localhost", "policy").check("generate")
 
     def load(self, policy: PolicyFiles) -> "ServerGenerator":
-        """The policy behind a server, which runs while the generator is entered."""
+        """Return the policy behind a server, which runs while the generator is entered."""
         return ServerGenerator(self, policy)
 
     def load_reader(self, policy: PolicyFiles, batch_tokens: int) -> Scorer:
-        """The policy in this process, because servers differ in which probabilities they tell, if any."""
+        """Return the policy in this process, because servers differ in the probabilities they report, if any."""
         return Transformers(dtype=self.dtype).load_reader(policy, batch_tokens)
 
     def endpoint(self, base_url: str, model: str) -> Endpoint:
-        """Where a server is asked, and how."""
+        """Return the address of the server, with the settings of requests."""
         return Endpoint(
             base_url=base_url,
             model=model,
@@ -107,7 +107,7 @@ class Server:
 
 
 class ServerGenerator:
-    """A policy that writes through a server. Of several processes the main one starts it, and all ask it."""
+    """A policy that writes through a server. The main process starts it, and all processes use it."""
 
     def __init__(self, settings: Server, policy: PolicyFiles) -> None:
         self._settings = settings
@@ -134,15 +134,15 @@ class ServerGenerator:
                 distributed.wait_for_all()  # Nobody asks it any more.
 
     def plan(self, lengths: Sequence[int], samples: int, max_new_tokens: int) -> list[list[int]]:
-        """Batches of `batch_texts` texts, in the order of the prompts; the server makes its own out of them."""
+        """Return batches of `batch_texts` texts, in the order of the prompts. The server batches them again itself."""
         size = max(1, self._settings.batch_texts // samples)
         return [list(range(start, min(start + size, len(lengths)))) for start in range(0, len(lengths), size)]
 
     def write(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
-        """Has every completion written, several at once; a server that keeps to seeds writes the same text again.
+        """Write every completion, several at once. A server that respects seeds writes the same text again.
 
         Raises:
-            SelfalignError: the server gives no usable answer, or has read something else than the prompt.
+            SelfalignError: the server gives no usable answer, or has read other tokens than the prompt.
         """
         how = {"temperature": sampling.temperature, "top_p": sampling.top_p, "max_tokens": sampling.max_new_tokens}
         bodies = [
@@ -154,7 +154,9 @@ class ServerGenerator:
             replies = iter(self._client.complete_each(bodies))
         except SelfalignError as error:
             if self._server is not None and self._server.ended:
-                raise SelfalignError(f"{error}; the server had ended and said: {self._server.last_words()}") from error
+                raise SelfalignError(
+                    f"{error}; the server has ended; its output: {self._server.last_words()}"
+                ) from error
             raise
         return [
             [_completion(self.tokenizer, next(replies), request.prompt) for _ in request.seeds] for request in requests
@@ -172,7 +174,7 @@ class ServerGenerator:
             ) from error
 
     def _start(self, stack: ExitStack) -> tuple[Endpoint, bool]:
-        """Starts the server until the stack closes: where it is, and whether it takes token ids."""
+        """Start the server until the stack closes. Return its address, and whether it takes token ids."""
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="selfalign-", ignore_cleanup_errors=True)))
         dtype = resolve_dtype(self._settings.dtype)
         with naming(folder):
@@ -192,7 +194,7 @@ class ServerGenerator:
         return endpoint, takes_ids
 
     def _meet(self, client: Client, server: ServerProcess) -> bool:
-        """Waits for the server's first answer; returns whether it takes token ids, else it takes texts.
+        """Wait for the server's first reply. Return whether it takes token ids; else it takes texts.
 
         Raises:
             SelfalignError: it has ended, refuses, or does not answer in time.
@@ -211,21 +213,21 @@ class ServerGenerator:
             else:
                 return True
             if server.ended:
-                raise SelfalignError(f"generate.command: the server has ended; it said: {server.last_words()}")
+                raise SelfalignError(f"generate.command: the server has ended; its output: {server.last_words()}")
             if time.monotonic() > until:
                 raise SelfalignError(
                     f"generate.command: no answer in generate.start_seconds={self._settings.start_seconds:g} "
-                    f"({trouble}); the server said: {server.last_words()}"
+                    f"({trouble}); the server's output: {server.last_words()}"
                 )
             time.sleep(POLL_SECONDS)
 
 
 def export(policy: PolicyFiles, folder: Path, dtype: str) -> None:
-    """Writes a policy as servers load it: one checkpoint with its tokenizer, which stops where the run's texts stop.
+    """Write a policy as servers load it: one checkpoint with its tokenizer, which stops where the run's texts stop.
 
     Args:
-        policy: its weights are linked; an adapter is merged into them in float32 and both are written.
-        folder: where to.
+        policy: weights without an adapter are linked; an adapter is merged into them in float32.
+        folder: the folder to write to.
         dtype: of merged weights, which are rounded once.
     """
     check_engine(policy.quantization.get("quantization", "none"), "server")
@@ -249,7 +251,7 @@ def export(policy: PolicyFiles, folder: Path, dtype: str) -> None:
 
 
 def _completion(tokenizer: "Tokenizer", reply: Reply, prompt: list[int]) -> Completion:
-    """A reply as a completion; its tokens are not known, only its text.
+    """Return a reply as a completion. Only its text is known, not its tokens.
 
     Raises:
         SelfalignError: the prompt was refused or read as other tokens, or the text ended for a reason unknown here.
@@ -261,10 +263,14 @@ def _completion(tokenizer: "Tokenizer", reply: Reply, prompt: list[int]) -> Comp
         )
     if reply.prompt_tokens != len(prompt):
         raise SelfalignError(
-            f"generate.command: the server says it read {reply.prompt_tokens} tokens where {len(prompt)} were sent"
+            f"generate.command: the server reports {reply.prompt_tokens} prompt tokens, but {len(prompt)} were sent. "
+            "Use a server that takes prompts as they are."
         )
     if reply.finish_reason not in (FinishReason.EOS, FinishReason.LENGTH):
-        raise SelfalignError(f"generate.command: the server ended a text for the reason {reply.stated_reason!r}")
+        raise SelfalignError(
+            f"generate.command: the server ended a text for the reason {reply.stated_reason!r}; only stop and length "
+            "are known. Use another server."
+        )
     text = answer_text(tokenizer, reply.text, finished=reply.finish_reason is FinishReason.EOS)
     return Completion(text=text, finish_reason=reply.finish_reason, tokens=reply.completion_tokens)
 
@@ -276,6 +282,6 @@ def _free_port() -> int:
 
 
 def _host() -> str:
-    """Where all processes of the run reach the main one's machine."""
+    """Return the host name by which all processes of the run reach the main process."""
     one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
     return "localhost" if one_machine else os.environ["MASTER_ADDR"]

@@ -71,9 +71,7 @@ class ExpectedScore(Rubric):
         return "" if self.rationale_tokens else PREFIX
 
     def answer(self, score: int, justification: str) -> str:
-        """Return the text behind the opening, for evaluation fine-tuning: the score, and a justification if it writes
-        one.
-        """
+        """Return the text behind the opening, for evaluation fine-tuning: the score, after a justification if any."""
         return f"{justification}\n{PREFIX}{score}".lstrip() if self.rationale_tokens else str(score)
 
     def wanted(self, subjects: Sequence[Subject]) -> int:
