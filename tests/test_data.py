@@ -121,7 +121,9 @@ def test_row_in_no_known_format_is_refused_with_file_and_line(tmp_path: Path, ro
 )
 def test_text_prompt_that_the_conversations_do_not_repeat_is_refused(tmp_path: Path, row: dict[str, Any]) -> None:
     source = write_rows(tmp_path / "a.jsonl", row)
-    with pytest.raises(SelfalignError, match=r"a\.jsonl:1: prompt is a text, but no user turn of chosen and rejected"):
+    with pytest.raises(
+        SelfalignError, match=r"a\.jsonl:1: prompt is a text that is not a user turn of chosen and rejected"
+    ):
         read_pairs(source)
 
 
@@ -130,8 +132,11 @@ def test_text_prompt_that_the_conversations_do_not_repeat_is_refused(tmp_path: P
     [
         ([SYSTEM], "there is no turn of the user's"),
         ([say("x")], "there is no turn of the user's"),
-        ([{"role": "user"}], r"prompt\[0\]: a turn's content is a text, .*; got None"),
-        ([{"content": "x"}], r"prompt\[0\]: a turn is an object with role and content, .*; got the fields content"),
+        ([{"role": "user"}], r"prompt\[0\]: a turn's content must be a text, .*; got None"),
+        (
+            [{"content": "x"}],
+            r"prompt\[0\]: a turn must be an object with role and content, .*; got the fields content",
+        ),
     ],
     ids=["system_alone", "assistant_alone", "no_content", "no_role"],
 )
@@ -320,7 +325,7 @@ def test_ranks_and_scores_of_a_table_are_whole_numbers(
 @pytest.mark.parametrize(("rank", "score"), [(1.5, 4), (1, 3.5)])
 def test_rank_between_two_is_refused(tmp_path: Path, rank: float, score: float) -> None:
     answers = [answer("a", rank, score=score), answer("b", 2, score=1)]
-    with pytest.raises(SelfalignError, match=r"a\.jsonl:1: ranks and scores are whole numbers, got ranks "):
+    with pytest.raises(SelfalignError, match=r"a\.jsonl:1: ranks and scores must be whole numbers, got ranks "):
         read_ranked(write_rows(tmp_path / "a.jsonl", {"instruction": "Hi", "responses": answers}))
 
 
@@ -441,7 +446,7 @@ def test_empty_texts_are_refused_with_file_and_line(tmp_path: Path, read: Any, r
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"instruction": "Hi"}\n{"instruction": "Ho"', r"a\.jsonl:2: no valid JSON: .*\(character 21\)"),
+        ('{"instruction": "Hi"}\n{"instruction": "Ho"', r"a\.jsonl:2: not valid JSON: .*\(character 21\)"),
         (
             '{"instruction": "Hi"}\n{"instuction": "Ho"}',
             r"a\.jsonl:2: expected instruction .*found instuction \('Ho'\)",
@@ -519,7 +524,7 @@ def test_hub_id_offline_is_refused_with_what_to_check(
 @pytest.mark.parametrize("source", ["ift", "/nowhere/data", "./nowhere", "a/b/c"])
 def test_source_of_no_known_kind_is_refused_with_the_kinds(source: str) -> None:
     with pytest.raises(
-        SelfalignError, match=r"is no data: give shipped:NAME, a \.jsonl or \.parquet file, or a hub id"
+        SelfalignError, match=r"is not a data source: give shipped:NAME, a \.jsonl or \.parquet file, or a hub id"
     ):
         read_instructions(source, "evaluation")
 

@@ -1,7 +1,7 @@
-"""Where a model's thinking ends in what it wrote, and its answer begins.
+"""The end of a model's thinking in its text, behind which its answer begins.
 
-Servers that know a model's format cut the thinking off; others, and models that write in this process, leave it in the
-text between markers of the model's own, of which the first is often part of the prompt.
+Servers that know a model's format cut the thinking off. Others, and models that write in this process, leave it in the
+text between the model's own markers, of which the first is often part of the prompt.
 """
 
 import re
@@ -36,10 +36,10 @@ FINAL = "assistantfinal"
 
 
 def answer_behind(text: str) -> str | None:
-    """What stands behind the last end of a text's thinking; all of it where there is none.
+    """Return the text behind the last end of thinking; the whole text if there is none.
 
     Returns:
-        The end of the text, or None where thinking begins in it that does not end.
+        The end of the text, or None if thinking begins in the text and does not end.
     """
     start = max((found.end() for found in CLOSING.finditer(text)), default=0)
     if HARMONY.match(text):
@@ -54,11 +54,11 @@ def marks_thinking(text: str) -> bool:
 
 
 def thinks_on(prompt: str, text: str) -> bool:
-    """Whether a text never ends the thinking that its prompt, of which the end suffices, has begun."""
+    """Whether a text never ends the thinking that its prompt has begun. The end of the prompt suffices."""
     begun = [found.end() for found in OPENING.finditer(prompt)]
     return bool(begun) and not prompt[begun[-1] :].strip() and not CLOSING.search(text)
 
 
 def unanswered(thinking: str) -> str:
-    """Thinking without an answer, as a text that `answer_behind` knows for it."""
+    """Return thinking without an answer as a text that `answer_behind` recognises as such."""
     return f"<think>\n{CLOSING.sub(' ', thinking)}"

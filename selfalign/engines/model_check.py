@@ -177,7 +177,7 @@ def check_template(tokenizer: "Tokenizer") -> list[str]:
     """
     notes: list[str] = []
     before = render_prompt(tokenizer, QUESTION)
-    if altered := altered_answer(tokenizer):
+    if (altered := altered_answer(tokenizer)) is not None:
         raise SelfalignError(
             f"the chat template changes the assistant's answer {PLAIN_TEXT!r} to {altered!r}, so training would differ "
             "from conversations. Give another template with model.chat_template=FILE."

@@ -267,9 +267,10 @@ def _completion(tokenizer: "Tokenizer", reply: Reply, prompt: list[int]) -> Comp
             "Use a server that takes prompts as they are."
         )
     if reply.finish_reason not in (FinishReason.EOS, FinishReason.LENGTH):
+        reason = reply.stated_reason if reply.finish_reason is FinishReason.UNKNOWN else reply.finish_reason.value
         raise SelfalignError(
-            f"generate.command: the server ended a text for the reason {reply.stated_reason!r}; only stop and length "
-            "are known. Use another server."
+            f"generate.command: the server ended a text for the reason {reason!r}. Only stop and length are known: use "
+            "another server."
         )
     text = answer_text(tokenizer, reply.text, finished=reply.finish_reason is FinishReason.EOS)
     return Completion(text=text, finish_reason=reply.finish_reason, tokens=reply.completion_tokens)
