@@ -19,15 +19,15 @@ from selfalign.core.errors import SelfalignError
 Value = TypeVar("Value")
 
 PATIENCE = timedelta(days=7)
-"""How long a process waits for another; a dead one is noticed at once, by its closed connection and by torchrun."""
+"""The longest wait for another process. A dead one is noticed at once, by its closed connection and by torchrun."""
 
 GRACE_SECONDS = 10.0
-"""So long a process has to end by itself when it is told to, before it is ended; torchrun kills after 30."""
+"""Seconds that a process has to end by itself when it is told to, before it is killed; torchrun kills after 30."""
 
 TOLD = "told to stop (SIGTERM): "
 
 LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
-"""Signs of a lost connection in errors that have no kind of their own."""
+"""Signs of a lost connection in errors that have no type of their own."""
 
 
 @dataclass(slots=True)

@@ -19,13 +19,13 @@ ADVICE = {
     errno.EIO: "the disk or its connection is failing",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
 }
-"""What to do, by what the system said."""
+"""Advice by the system's error number."""
 
 WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-"""Failures that are about a file, also where the error names none."""
+"""Errors that are about a file, even if they name none."""
 
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
-"""How torch says it where it raises no error of its own kind."""
+"""torch's wording where it raises no error of its own type."""
 
 SMALLER = (
     "lower batch_tokens or max_length of train.sft and train.align, set their gradient_checkpointing=true, lower "

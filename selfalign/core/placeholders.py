@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from selfalign.core.errors import SelfalignError
 
 BRACED = re.compile(r"\\[A-Za-z]+(?:\{[^{}]*\})+|(?<![\w^$])(\{+)( *)([A-Za-z_]\w*)( *)(\}+)")
-"""A name in braces, as a placeholder looks, unless a LaTeX command or a shell's `$` stands before it."""
+"""A name in braces, which is a placeholder unless a LaTeX command or a shell's `$` stands before it."""
 
 
 def check_template(template: str, key: str, needed: Sequence[str], optional: Sequence[str] = ()) -> None:

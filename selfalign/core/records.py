@@ -12,7 +12,7 @@ Message = dict[str, str]
 """One turn of a conversation: {"role": "system" | "user" | "assistant", "content": text}."""
 
 Prompt = str | list[Message]
-"""What the model is fed: messages for the chat template, or a text to be taken as it stands."""
+"""Input of the model: messages for the chat template, or a text that is taken as it stands."""
 
 
 class FinishReason(StrEnum):

@@ -25,16 +25,16 @@ OTHER = {
     ".csv", ".tsv", ".xlsx", ".xls", ".arrow", ".feather", ".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".pkl",
     ".db", ".sqlite", ".h5", ".npz",
 }  # fmt: skip
-"""What is told from JSON by its name; a name of any other kind is taken for JSON, with a row a line."""
+"""Formats told by the file's name. Any other name is read as JSON, one row a line."""
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[^:/]+){0,2}")
 PART = re.compile(r"-(?P<part>\d+)-of-(?P<of>\d+)")
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 BATCH = 1024
-"""Rows of a table that are held at once."""
+"""Rows of a table held at a time."""
 
 Placed = tuple[str, dict[str, Any]]
-"""Where a row stands, for messages, and the row."""
+"""The place of a row, for messages, and the row."""
 
 
 def read_rows(source: str) -> Iterator[Placed]:

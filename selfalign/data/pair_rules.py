@@ -19,7 +19,7 @@ from selfalign.core.records import FinishReason, Response
 from selfalign.data.text_filters import pieces_of
 
 ROUNDING = 1e-9
-"""Scores are means of floats; a band's end that is missed by less than this is reached."""
+"""Tolerance at the ends of a score band, because scores are means of floats."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ UNREAD = (
     "audio", "documents", "document", "article", "passage", "passages", "paragraph", "premise", "hypothesis", "choices",
     "options", "inputs", "reasoning_content", "thinking", "chat_template_kwargs",
 )  # fmt: skip
-"""Carry a part of the task or the answer that no record can hold: refused, in a row and in a turn, unless empty."""
+"""Fields with a part of the task or the answer that no record can hold: refused in rows and turns, unless empty."""
 
 CONVERSATIONS = ("messages", "conversations", "conversation")
 """Fields with a list of turns; so may be `prompt`."""
@@ -36,8 +36,8 @@ INSTRUCTIONS = ("instruction", "question", "query")
 """Fields with a text that the user says."""
 
 INPUTS = ("input", "context")
-"""Fields with what an instruction is about; it is said behind the instruction and a blank line, as Alpaca's and
-Dolly's own programs do. `input` alone is an instruction."""
+"""Fields with the input of an instruction, which follows the instruction after a blank line, as in Alpaca's and
+Dolly's own programs. `input` alone is an instruction."""
 
 SYSTEM = ("system", "system_prompt", "system_message")
 """Fields with a system turn."""
@@ -61,7 +61,7 @@ TEXTS = ("prompt", *INSTRUCTIONS, *INPUTS, *SYSTEM, *ANSWERS, *chain.from_iterab
 """Fields with a text."""
 
 SPELLED_GAPS = ("nan", "none", "null", "nil", "undefined", "n/a", "#n/a", "<na>", "nat", "<noinput>")
-"""How programs spell an absent text where they write a text all the same."""
+"""How programs spell an absent text."""
 
 READ = {
     "prompt", "responses", "id", "category", "generator", "dataset", "label", "kto_tag",
@@ -70,7 +70,7 @@ READ = {
 """Fields that are read, by one format or another."""
 
 TURNS = re.compile(r"\s*(?:array\()?\[\s*\{\s*['\"](?:role|content|from|value)['\"]\s*:")
-"""How a text begins that spells a list of turns, as JSON or as Python."""
+"""Beginning of a text that spells a list of turns, as JSON or as Python."""
 
 T = TypeVar("T")
 R = TypeVar("R", Demonstration, Instruction, PreferencePair, RankedAnswers)

@@ -18,7 +18,7 @@ from selfalign.data.rows import is_blank
 from selfalign.data.turns import as_prompt, fault_of
 
 LANGUAGE = "en"
-"""Of the messages that are taken from Open Assistant, as in arXiv 2401.10020, section 3.1."""
+"""Language of the messages taken from Open Assistant, as in arXiv 2401.10020, section 3.1."""
 
 SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 """Begins a turn of an HH-RLHF transcript."""
@@ -253,7 +253,7 @@ PAIRS: dict[type, Callable[[Any], tuple[list[PreferencePair], Drops]]] = {
     TranscriptPair: pairs_of_transcripts,
     RatedPair: rated_pairs,
 }
-"""Schema → what it is read as. Both counts and drops are of answers, or of pairs."""
+"""{schema: its reader}. Counts and drops are of answers, or of pairs."""
 
 
 def _ranked(

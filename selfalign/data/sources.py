@@ -44,7 +44,7 @@ WANTED = {
     "ranked answers": "instruction and responses, a list of text and rank",
     "outputs": "instruction and output",
 }
-"""What a row must have, by what is read."""
+"""Fields that a row must have, by kind of record."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 MARKER = re.compile(r"(?:[-*+•‣◦–—]|\(?\d{1,3}[.)]|\(?[A-Za-z]\))(?:\s|$)")
-"""How an item of a list begins: "- ", "2. ", "b) "."""
+"""Beginning of a list item: "- ", "2. ", "b) "."""
 
 RESIDUE = re.compile(r"^\W*Task(?:\s+\d+\b|\W*$)", re.MULTILINE)
-"""A line that announces the next task, left over where a completion was not split there."""
+"""A line that announces the next task, left over if a completion was not split there."""
 
 SCRIPT_SHARE = 0.02
 """A script belongs to a language when this share of the letters in its texts is written in it."""
@@ -28,7 +28,7 @@ UNSPACED = (
 """Scripts without spaces between words, where each character is one: Thai, Lao, Burmese, Khmer, Japanese, Chinese."""
 
 MARKS = "".join(c for c in map(chr, range(0x300, 0x20000)) if unicodedata.category(c).startswith("M")) + "\u200c\u200d"
-"""What belongs to the letter before it: accents, vowel signs, joiners."""
+"""Characters that belong to the letter before them: accents, vowel signs, joiners."""
 
 UNLIKE_LATIN = re.compile(f"[{UNSPACED}{MARKS}]")
 SIMPLE_WORD = re.compile(r"\w+")

@@ -7,7 +7,7 @@ text between the model's own markers, of which the first is often part of the pr
 import re
 
 TAG = r"[\w:.-]{0,24}(?:think(?:ing)?|thoughts?|reasoning|scratchpad)[\w:.-]{0,24}"
-"""How tags of thinking are called: think, thinking, seed:think, mm:think, think:opensource, thought, reasoning, …"""
+"""Names of thinking tags: think, thinking, seed:think, mm:think, think:opensource, thought, reasoning, …"""
 
 OPENING = re.compile(
     rf"^[ \t]*(?i:<{TAG}>)"
@@ -16,7 +16,7 @@ OPENING = re.compile(
     r"|^Here (?:is|are) my (?:thought process|reasoning steps):",
     re.MULTILINE,
 )
-"""Begins thinking. A tag does so at the beginning of a line alone; within one it is spoken of."""
+"""Begins thinking. A tag does so only at the beginning of a line; inside a line it is quoted."""
 
 CLOSING = re.compile(
     rf"(?<![`\"'“])(?i:</{TAG}>)(?![`\"'”])"
@@ -29,10 +29,10 @@ CLOSING = re.compile(
 """Ends thinking."""
 
 HARMONY = re.compile(r"\s*analysis(?=[A-Z\"'])")
-"""How gpt-oss' thinking begins where its control tokens were taken out of the text."""
+"""Beginning of gpt-oss's thinking in a text without control tokens."""
 
 FINAL = "assistantfinal"
-"""How its answer begins there."""
+"""Beginning of gpt-oss's answer in such a text."""
 
 
 def answer_behind(text: str) -> str | None:

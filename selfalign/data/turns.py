@@ -12,10 +12,10 @@ ROLES = {
     "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
     "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
 }  # fmt: skip
-"""Who speaks, by what data call it."""
+"""{speaker's name in data: role}."""
 
 TEXT_PARTS = ("text", "input_text", "output_text")
-"""Types of the parts of a message's content that are read; their texts follow each other without a space."""
+"""Types of content parts that are read; their texts are joined without a space."""
 
 
 def as_prompt(instruction: str) -> list[Message]:

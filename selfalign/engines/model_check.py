@@ -53,7 +53,7 @@ UNUSED = (
     *("forced_eos_token_id", "min_length", "min_new_tokens", "min_p", "no_repeat_ngram_size", "repetition_penalty"),
     *("sequence_bias", "suppress_tokens", "typical_p"),
 )
-"""What a model's generation_config.json may say about which tokens are drawn, and the run's sampling does not know."""
+"""Settings of generation_config.json about sampling that the run's sampling does not have."""
 
 
 def check_model(files: PolicyFiles, dtype: str) -> Counts:

@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FARTHEST_WINDOW = 4352
-"""Windows up to so many tokens are crossed by the texts that are scored; most are 128 to 4,096."""
+"""Scored texts cross windows up to this many tokens; most windows have 128 to 4,096."""
 
 FARTHEST_WRITTEN = 1100
-"""Those up to so many by the texts that are written."""
+"""Written texts cross windows up to this many tokens."""
 
 STEPS = 6
 """Tokens that are written."""
@@ -42,10 +42,10 @@ TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.5}
 """How far a token's log-probability (nats) may be from the model's own, by the dtype of the check."""
 
 STEP_SIZES = (1e-1, 1e-2, 1e-3)
-"""How far what a layer is fed is moved, as a share of its size, to see whether the gradient tells what that changes."""
+"""How far a layer's input is moved, as a share of its size, to compare the effect with the gradient."""
 
 LINEAR_LAYERS = 8
-"""So many are looked at: those of a decoder layer."""
+"""Number of linear layers that are tested: those of a decoder layer."""
 
 
 def writing_of(policy: Policy) -> str:

@@ -37,22 +37,22 @@ from selfalign.store.journal import Journal
 logger = logging.getLogger(__name__)
 
 LONGEST_WAIT_SECONDS = 60.0
-"""Back-off stops doubling there; a server that asks for more is given it, up to a day."""
+"""Longest back-off. A server that asks for a longer wait gets it, up to a day."""
 
 DAY_SECONDS = 86_400.0
-"""A server that asks for more is not waited for: some give a date as a number of seconds."""
+"""Longest wait that a server can ask for: some give a date as a number of seconds."""
 
 PROBE = "Say hello."
-"""What every server answers that answers at all."""
+"""A request that every working server answers."""
 
 SIZE = re.compile(r"(?<![a-z])(?:mini|nano|micro|tiny|small|lite|flash|turbo)(?![a-z])")
-"""What is another model in its maker's family of one name."""
+"""Words for sizes, which tell apart models of one family."""
 
 SHORTEST_KEY = 8
-"""Letters of a key that is a secret; what stands in for one is shorter, and occurs in answers."""
+"""Shortest key that counts as a secret. Placeholders are shorter, and occur in answers."""
 
 DIRECT = {"all://localhost": None, "all://127.0.0.1": None}
-"""What is asked without a proxy, whatever the environment says of one."""
+"""Addresses that are reached without a proxy, whatever the environment says."""
 
 
 @dataclass(kw_only=True, slots=True)

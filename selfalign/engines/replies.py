@@ -33,7 +33,7 @@ BROKEN_OFF |= {"network_error", "server_error", "insufficient_system_resource", 
 """How servers spell that a text was broken off, which is no answer."""
 
 FOR_ALL = (401, 402, 403, 404, 405, 407, 410)
-"""What a server says to every request alike: the key, the account, the address."""
+"""Statuses that concern every request: the key, the account, the address."""
 
 TOO_LONG = re.compile(
     r"context[_ -]?(?:length|window|size|limit)|exceed_context"
@@ -52,18 +52,18 @@ CONTENT = re.compile(
     r"|requires moderation|high[_ ]risk|违规|敏感|不安全",
     re.IGNORECASE,
 )
-"""How they say that they do not like what it says."""
+"""How servers say that a prompt's content is not allowed."""
 
 NO_CREDIT = re.compile(
     r"insufficient[_ ](?:quota|balance|credit|funds)|credit balance|billing[_ ](?:hard|not|limit)|payment required"
     r"|arrearage|overdue|account (?:is )?(?:deactivated|suspended)|余额不足|欠费",
     re.IGNORECASE,
 )
-"""How they say that nothing more is paid for."""
+"""How servers say that there is no credit left."""
 
 QUOTA = re.compile(r"exceeded your current quota", re.IGNORECASE)
 PASSES = re.compile(r"retry|per[_ ]?minute|RESOURCE_EXHAUSTED", re.IGNORECASE)
-"""A quota that is full again in a minute says so."""
+"""How servers say that a quota is full again soon."""
 
 LONGEST_WORDS = 300
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
-"""Between two questions to a server that is still starting."""
+"""Seconds between two requests to a server that is starting."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import IO, cast
 
 LAUNCHER = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_")
-"""What torchrun tells the processes of a run; a server that read it would wait for the others to join it."""
+"""Environment variables of torchrun; a server that reads them would wait for other processes to join."""
 
 GRACE_SECONDS = 20.0
-"""A server that is told to end has so long before it is killed."""
+"""Seconds that a server has to end before it is killed."""
 
 KEEPER = f"""
 trap : TERM PIPE

@@ -17,10 +17,10 @@ from selfalign.models.scorer import Scorer
 from selfalign.models.tokenizer import decode_response, silent_ids, stop_ids
 
 STATES = ("past_key_values", "cache_params", "state")
-"""What architectures call what they go on from."""
+"""Names of the state that architectures continue from."""
 
 NUCLEUS_CANDIDATES = 256
-"""Top-p first looks at this many tokens; the whole vocabulary is sorted only for rows where they do not suffice."""
+"""Tokens that top-p looks at first; the whole vocabulary is sorted only for rows where these do not suffice."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -35,7 +35,7 @@ NEVER = -1e9
 """Added to its logit, this gives a token no probability."""
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""The room for an adapter that vLLM can make."""
+"""Adapter ranks that vLLM can make room for."""
 
 
 @dataclass(kw_only=True, slots=True)

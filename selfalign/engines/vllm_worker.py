@@ -16,10 +16,10 @@ from queue import SimpleQueue
 from typing import IO, Any
 
 GRACE_SECONDS = 5.0
-"""How long an idle worker may take to end by itself when its input has; a busy one is killed then."""
+"""Seconds that an idle worker has to end after its input has ended; a busy one is killed then."""
 
 RUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""How torchrun describes the processes of a run, which this is none of."""
+"""Environment variables of torchrun, which do not concern this process."""
 
 
 def main() -> None:

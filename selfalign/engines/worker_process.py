@@ -21,13 +21,13 @@ from selfalign.core.errors import SelfalignError
 logger = logging.getLogger(__name__)
 
 FAREWELL_SECONDS = 30.0
-"""How long a worker that has nothing to do may take to end by itself."""
+"""Seconds that an idle worker has to end by itself."""
 
 RAISED = re.compile(r"[\w.]+(Error|Exception)\b")
-"""How the end of a traceback begins; it may have more lines."""
+"""Beginning of the last part of a traceback, which may have more lines."""
 
 SHOWN_LINES = 40
-"""Of what a worker said before it failed, so many lines go to the log, and the last exception into the error."""
+"""Lines of a failed worker's output that go to the log; its last exception goes into the error."""
 
 
 class Worker:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 OPENING = "[["
-"""What every answer begins with; the verdict is the next token."""
+"""Beginning of every answer; the verdict is the next token."""
 
 PREFERENCE = "judge/place_preference"
 

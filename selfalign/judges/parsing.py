@@ -146,7 +146,7 @@ def _is_scale(line: str, low: float, high: float) -> bool:
 
 
 NAME = re.compile(r"[\W_]*(?:(?:(?:my|the|final|overall)\s+)*(?:rating|verdict|score|answer)[\W_]*)?", re.IGNORECASE)
-"""What may stand before brackets that begin a text."""
+"""Words allowed before brackets that begin a text."""
 
 TOTAL_SCORE = re.compile(r"[\s*_#`\-]*(?:final|total|overall)\s", re.IGNORECASE)
 
@@ -156,7 +156,7 @@ SCORE_WORD = re.compile(
     r"[\s*_`]*[:=]",
     re.IGNORECASE,
 )
-"""A line that begins to give a score, with its scale or without."""
+"""Beginning of a line with a score, with or without its scale."""
 
 SCORE_START = re.compile(SCORE_WORD.pattern + rf"[\s*_`<\[({{$\\]*(?:boxed{{)?(?P<score>[+-]?{NUMBER})", re.IGNORECASE)
 """A line that begins with a score, whatever follows."""

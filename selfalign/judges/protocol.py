@@ -29,11 +29,11 @@ from selfalign.store.artifacts import Counts
 from selfalign.store.journal import Journal
 
 OWN_MODELS = ("self", "sft", "base")
-"""Names of the run's own models, for those who judge: M_t, M1 and M0."""
+"""Names of the run's own models as judges: M_t, M1 and M0."""
 
 
 TOGETHER = CHUNK // 4
-"""Instructions that are judged at a time; with four candidates each, as many responses as a stage holds of anything."""
+"""Instructions judged at a time; with four candidates each, as many responses as a stage holds records."""
 
 L = TypeVar("L", bound=Loaded)
 

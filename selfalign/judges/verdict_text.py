@@ -14,16 +14,16 @@ from selfalign.data.thinking import answer_behind
 NUMBER = r"[0-9]+(?:\.[0-9]+)?"
 
 OUT_OF = r"\b(?:out of|von|sur|de|di|su|van|av|sobre|из)\b"
-"""What stands between a score and the highest one, in several languages."""
+"""Words between a score and the highest score, in several languages."""
 
 POINTS = r"points?|marks?|punkte?n?|puntos?|pontos?|punti|punten|баллов|балла?|分|点|점"
-"""What stands behind a score, in several languages."""
+"""Units after a score, in several languages."""
 
 MARKUP = " \t*_`#"
-"""What may surround a verdict on its line."""
+"""Markup around a verdict on its line."""
 
 QUOTED = re.compile(r" {0,3}>|\t| {1,3}\t| {4}")
-"""How a quoted line begins, or one that is indented as code."""
+"""Beginning of a quoted line, or of a line indented as code."""
 
 FENCE = re.compile(r" {0,3}(`{3,}|~{3,})[^`]*")
 
@@ -31,7 +31,7 @@ CONTROL = re.compile(r"(?:<\|[^|<>\n]{1,40}\|>|</s>|\[END FINAL RESPONSE\])\Z")
 """A control token at the end of a text, where some servers leave it."""
 
 EXAMPLE = re.compile(r"(?:\be\.g\.|\b(?:for example|for instance|such as)\b)[^.!?\n]{0,24}\Z", re.IGNORECASE)
-"""What stands before an example on its line."""
+"""Words before an example on its line."""
 
 ANNOUNCEMENT = re.compile(r"(?:\be\.g\.|\b(?:for instance|such as|examples?)\b)[^.!?\n]{0,24}[:：]\Z", re.IGNORECASE)
 """The end of a line before an example."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-"""Of the tiny model, in the order of their ids."""
+"""Control tokens of the tiny model, in the order of their ids."""
 
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -126,4 +126,4 @@ BUILDERS: "dict[str, Callable[[], tuple[Any, Any]]]" = {
     "packaged:smollm2-135m-instruct": _convert_smollm2,
     "random:tiny": _build_tiny,
 }
-"""What makes each model and its tokenizer, by what `model.path` calls it."""
+"""{name in `model.path`: function that builds the model and its tokenizer}."""

@@ -24,16 +24,16 @@ ANSWER = "\ue000"
 QUESTION: list[Message] = [{"role": "user", "content": "question"}]
 
 PLAIN_TEXT = 'It\'s <b>so</b> & "1" + {x}:\n\n  - Été\n\tReally.'
-"""A question or an answer of which a template may change nothing, but for white space around it."""
+"""A question or answer that a template may not change, except for white space around it."""
 
 FOLLOW_UP = "\ue001"
-"""Stands for what the user says behind an answer."""
+"""Stands for the user's turn after an answer."""
 
 FIXED_DATE = date(2024, 7, 26)
 """Today, for a chat template that prints it, so that it gives the same prompts tomorrow."""
 
 DATE_PARTS = (*(f"%-{letter}" for letter in "dmyHIMSj"), *(f"%{letter}" for letter in "aAbBcdeFHIjmMpSTuUwxXyYZz"))
-"""What a template may ask of a date, as strftime has it."""
+"""Parts of a date that a template may ask for, in strftime's notation."""
 
 ASKED: list[Message] = [{"role": "user", "content": PLAIN_TEXT}]
 
@@ -43,7 +43,7 @@ EARLIER: list[Message] = [{"role": "user", "content": FOLLOW_UP}, {"role": "assi
 RULE: Message = {"role": "system", "content": "\ue003"}
 
 BEGINNINGS = ("The", "so", "I'm", '"Yes', "(no", "- one", "# One", "`x`", "**One", "1", "¿Qué", "Été", "日本", "</b>")
-"""How answers begin, to see where a tokenizer puts the boundary between a prompt and an answer."""
+"""Beginnings of answers, to find where a tokenizer puts the boundary between a prompt and an answer."""
 
 
 def template_of(tokenizer: "Tokenizer") -> str:

@@ -42,7 +42,7 @@ CONTEXT_NAMES = (
     "model_max_length",
     "seq_length",
 )
-"""What configs call the longest sequence that do not call it max_position_embeddings."""
+"""Names of the longest sequence in configs without max_position_embeddings."""
 
 
 @dataclass(slots=True)

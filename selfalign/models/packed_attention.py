@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 PACKED_ATTENTION = "selfalign_packed"
 
 WITHOUT_EFFECT = ("position_ids", "cache_position", "use_cache", "is_causal", "output_attentions")
-"""Keywords of an attention that packing may ignore: what they say is in the layout, or is about the outputs."""
+"""Keywords of an attention that packing may ignore: the layout has their content, or they are about outputs."""
 
 
 class Layout:

@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-"""What a model is made of; pickled weights are not read."""
+"""Files of a model; pickled weights are not read."""
 
 ADAPTER_CONFIG = "adapter_config.json"
-"""What peft writes beside an adapter's weights."""
+"""peft's configuration beside an adapter's weights."""
 
 TEMPLATES = PACKAGE / "models" / "templates"
 

@@ -20,13 +20,13 @@ from selfalign.models.packed_attention import enable_packing
 from selfalign.store.journal import Journal
 
 DROPOUT = ("dropout", "pdrop", "dropout_p")
-"""How attributes end that are rates of dropout."""
+"""Endings of attributes that are dropout rates."""
 
 LAYER_DROP = "layerdrop"
-"""The share of whole layers that some architectures leave out in training; none is, whatever dropout is asked for."""
+"""The rate of layer dropout in some architectures; it is always 0 here."""
 
 NOISE = "jitter_noise"
-"""How those end that are the size of a router's noise."""
+"""Endings of attributes that are the size of a router's noise."""
 
 
 def make_scoring(policy: Policy, dropout: float = 0.0) -> None:

@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 OWN_STOPS = "stop_token_ids"
-"""Under this name a tokenizer's settings keep the tokens that its model's own files end a text at."""
+"""Name of the model's own stop tokens in a tokenizer's settings."""
 
 ANCHORS = ("\n", "x", "1", ".")
-"""Short texts; behind one of them a text is tokenised as in the middle of another."""
+"""Short texts: behind one of them a text is tokenised as in the middle of another."""
 
 
 RARE = "\U00012031"
-"""A letter that only vocabularies spell that can spell everything: a cuneiform sign."""
+"""A letter, a cuneiform sign, that only complete vocabularies can spell."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

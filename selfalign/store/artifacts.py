@@ -37,7 +37,7 @@ SECONDS = "seconds"
 MANIFEST = "manifest.json"
 
 Counts = dict[str, Any]
-"""What a stage kept and dropped, by reason, and what it measured: JSON numbers, texts, lists of them."""
+"""Counts of a stage, drops by reason, and measurements: JSON numbers, texts, lists of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +174,9 @@ class Store:
         """
         folder, label = self.place(stage, inputs), label or stage
         if len(set(distributed.gather(folder.name))) > 1:
-            raise SelfalignError(f"{label}: the processes of this run read different data; do all see the same files?")
+            raise SelfalignError(
+                f"{label}: the processes of this run read different data. Check that all see the same files."
+            )
         with ExitStack() as stack:
             if distributed.is_main():
                 folder.parent.mkdir(parents=True, exist_ok=True)

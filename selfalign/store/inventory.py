@@ -21,7 +21,7 @@ from selfalign.core.files import read_json
 from selfalign.store.artifacts import MANIFEST, lock_of
 
 LOCKED_AT_ONCE = 500
-"""Artefacts, while it is looked again whether a run uses them; processes may open about a thousand files."""
+"""Artifacts checked at a time for new uses; a process may open about a thousand files."""
 
 
 class State(StrEnum):

@@ -11,10 +11,10 @@ from selfalign.core import distributed
 from selfalign.core.failures import naming
 
 Task = tuple[str, int, Callable[[], Any]]
-"""A batch's name, how far it moves the progress bar, and what makes its JSON result."""
+"""A batch's name, how far it moves the progress bar, and the function that makes its JSON result."""
 
 WINDOW = 8
-"""Batches a process has from one exchange with the others to the next, so that long and short ones even out."""
+"""Batches of a process between two exchanges with the others, so that long and short ones even out."""
 
 
 class Journal:

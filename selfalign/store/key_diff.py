@@ -17,7 +17,7 @@ SHOWN = 60
 """Characters of a value that are shown."""
 
 ABSENT = object()
-"""In the place of an input that only the other run has."""
+"""Stands for an input that only the other run has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Made:
 
 
 RunStages = dict[str, Made]
-"""{label: what it stands for}, in the order the pipeline makes them."""
+"""{label: its artifact}, in the order in which the pipeline makes them."""
 
 
 @dataclass(frozen=True, slots=True)
