@@ -24,17 +24,17 @@ def check_template(template: str, key: str, needed: Sequence[str], optional: Seq
         SelfalignError: with a line for every fault.
     """
     known = [*needed, *optional]
-    has = f"it has {', '.join(f'{{{name}}}' for name in known)}" if known else "it has none"
+    allowed = f"allowed: {', '.join(f'{{{name}}}' for name in known) or 'none'}"
     faults = [f"{key} lacks {{{name}}}" for name in needed if f"{{{name}}}" not in template]
     for found in BRACED.finditer(template):
         opening, before, name, after, closing = found.groups()
         if name is None:
             continue
         if len(opening) > 1 and len(closing) > 1:
-            faults.append(f"{key}: {found[0]} is no placeholder, which stands in single braces; {has}")
+            faults.append(f"{key}: placeholders stand in single braces, got {found[0]}; {allowed}")
         elif not (before or after or name in known):
             faults.append(
-                f"{key}: {{{name}}} is no placeholder; {has}. Braces that are meant have spaces inside, {{ {name} }}"
+                f"{key}: unknown placeholder {{{name}}}; {allowed}. Literal braces have spaces inside: {{ {name} }}"
             )
     if faults:
         raise SelfalignError("\n".join(dict.fromkeys(faults)))
