@@ -187,7 +187,7 @@ def test_rows_that_differ_only_in_what_is_read_are_both_kept(tmp_path: Path) -> 
 )
 def test_different_rows_of_one_id_are_refused_with_both_places(tmp_path: Path, rows: tuple[Any, Any]) -> None:
     source = write_rows(tmp_path / "a.jsonl", *rows)
-    with pytest.raises(SelfalignError, match=r"a\.jsonl:2: the same id as .*a\.jsonl:1 \('\w'\), but other content"):
+    with pytest.raises(SelfalignError, match=r"a\.jsonl:2: has the id of .*a\.jsonl:1 \('\w'\), but other content"):
         read_pairs(source)
 
 
@@ -244,7 +244,7 @@ def test_two_scores_of_one_answer_are_refused_unless_they_are_equal(tmp_path: Pa
     row = STANDARD | {"chosen_score": 4, "rejected_score": 1}
     (same,), _ = read_pairs(write_rows(tmp_path / "a.jsonl", row | {"chosen_rating": 4.0}))
     assert same.chosen_score == 4
-    with pytest.raises(SelfalignError, match=r"b\.jsonl:1: chosen_score and chosen_rating are different numbers"):
+    with pytest.raises(SelfalignError, match=r"b\.jsonl:1: chosen_score and chosen_rating have different numbers"):
         read_pairs(write_rows(tmp_path / "b.jsonl", row | {"chosen_rating": 0.5}))
 
 
@@ -439,7 +439,9 @@ def test_unknown_shipped_name_is_refused() -> None:
     ids=["instruction", "bare_instruction", "ranked_instruction", "ranked_answer"],
 )
 def test_empty_texts_are_refused_with_file_and_line(tmp_path: Path, read: Any, row: dict[str, Any]) -> None:
-    with pytest.raises(SelfalignError, match=r"a\.jsonl:1: (instruction: )?expected a text, got an empty one"):
+    with pytest.raises(
+        SelfalignError, match=r"a\.jsonl:1: (instruction: expected a text|responses: expected texts), got an empty one"
+    ):
         read(write_rows(tmp_path / "a.jsonl", row))
 
 
@@ -487,7 +489,7 @@ def test_empty_or_broken_parquet_file_is_refused(tmp_path: Path) -> None:
     import pyarrow.parquet
 
     pyarrow.parquet.write_table(pyarrow.parquet.read_table(empty).slice(0, 0), empty)
-    with pytest.raises(SelfalignError, match=r"a\.parquet: (no rows|cannot be read as a data set)"):
+    with pytest.raises(SelfalignError, match=r"a\.parquet(: cannot be read as a data set| has no rows)"):
         read_pairs(empty)
     (tmp_path / "b.parquet").write_bytes(b"PAR1 and then nothing")
     with pytest.raises(SelfalignError, match=r"b\.parquet: cannot be read as a data set"):

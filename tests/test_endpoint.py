@@ -81,7 +81,9 @@ def test_key_that_cannot_be_sent_is_named_by_its_setting_and_not_shown(
 def test_proxy_or_certificate_that_is_none_is_one_line(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)
     endpoint = Endpoint(base_url="https://example.org/v1", model="m", key_variable="JUDGE_KEY")
-    with pytest.raises(SelfalignError, match=rf"^judge\.endpoint\.base_url: nothing can be asked .*{name}"):
+    with pytest.raises(
+        SelfalignError, match=rf"^judge\.endpoint\.base_url: the proxy or certificate settings .*{name}"
+    ):
         endpoint.open("judge.endpoint")
 
 
@@ -186,7 +188,9 @@ def test_answer_of_another_model_is_a_warning_once(told: str, warned: int, caplo
 
 def test_server_that_never_answers_ends_with_its_last_fault(waits: list[float]) -> None:
     with chat_server(faults=[Fault(500, b"oh no")] * 3) as server, client(server, retries=2) as chats:
-        with pytest.raises(SelfalignError, match=r"no usable answer in 3 tries, at last: status 500: oh no; what was"):
+        with pytest.raises(
+            SelfalignError, match=r"no usable answer in 3 tries, at last: status 500: oh no\. Finished answers are kept"
+        ):
             chats.complete(ASK)
         assert len(server.bodies) == 3
     assert waits == [1.0, 2.0]

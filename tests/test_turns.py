@@ -219,9 +219,9 @@ REFUSED: dict[str, tuple[Row, str]] = {
     "answers_of_two": ({"instruction": "A", "output": ["C", "D"]}, r"output\[0\]: a turn must be an object"),
     "unwanted_answer": (
         {"prompt": "A", "completion": "C", "label": False},
-        "label=false says that the answer is not w",
+        "label=false marks an unwanted answer",
     ),
-    "unwanted_conversation": ({"messages": TURNS, "kto_tag": False}, "kto_tag=false says that the answer is not want"),
+    "unwanted_conversation": ({"messages": TURNS, "kto_tag": False}, "kto_tag=false marks an unwanted answer"),
     "turn_not_to_train": (
         {"messages": [user("A"), {**say("C"), "weight": 0}]},
         r"messages\[1\]\.weight=0: the last turn",
