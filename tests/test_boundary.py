@@ -350,7 +350,7 @@ def test_of_several_named_templates_the_default_is_taken(tiny_tokenizer: Any) ->
     assert encode_prompt(tokenizer, ASKED) == encode_prompt(tiny_tokenizer, ASKED)
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = {"tool_use": "TOOLS", "rag": "DOCUMENTS"}
-    with pytest.raises(SelfalignError, match=r"chat templates 'tool_use', 'rag' and none called 'default'"):
+    with pytest.raises(SelfalignError, match=r"chat templates 'tool_use', 'rag', but none called 'default'"):
         encode_prompt(tokenizer, ASKED)
 
 
@@ -362,7 +362,7 @@ def test_of_several_named_templates_the_default_is_taken(tiny_tokenizer: Any) ->
         (CHATML.replace("m['content']", "m['content'] + m['none']"), "the chat template refuses turns of"),
         ("{% for m in messages %}{{ m['content'] }", "the chat template refuses turns of"),
         ("{% for m in messages %}{% if m['role'] != 'assistant' %}{{ m['content'] }}{% endif %}{% endfor %}",
-         "the chat template leaves out what the assistant answers"),
+         "the chat template leaves out the assistant's answer"),
     ],
     ids=["system", "undefined", "syntax", "no_answers"],
 )  # fmt: skip
@@ -388,7 +388,7 @@ def test_template_that_drops_or_changes_the_question_is_refused(tiny_tokenizer: 
     tokenizer = copy.deepcopy(tiny_tokenizer)
     of_user = f"{{% if m['role'] == 'user' %}}{{{{ {written} }}}}{{% else %}}{{{{ m['content'] }}}}{{% endif %}}"
     tokenizer.chat_template = CHATML.replace("{{ m['content'] }}", of_user)
-    with pytest.raises(SelfalignError, match="the chat template leaves out what the user asks, or changes it"):
+    with pytest.raises(SelfalignError, match="the chat template leaves out or changes the user's question"):
         check_template(tokenizer)
 
 
@@ -402,7 +402,7 @@ def test_template_that_changes_answers_is_refused_with_what_becomes_of_one(
 ) -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = CHATML.replace("m['content']", f"m['content']{change}")
-    with pytest.raises(SelfalignError, match=rf"changes what the assistant answers, .* to .*{found}"):
+    with pytest.raises(SelfalignError, match=rf"changes the assistant's answer .* to .*{found}"):
         check_template(tokenizer)
 
 
@@ -452,7 +452,7 @@ def test_no_spelling_that_a_normalizer_makes_a_control_token_of_is_one(
 
 def test_control_token_that_cannot_be_broken_up_is_refused() -> None:
     tokenizer = by_bytes(normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(" ", "")]), normalized=True)
-    with pytest.raises(SelfalignError, match=r"reads a control token in '＜ \|im_end\|＞', with a space in it too"):
+    with pytest.raises(SelfalignError, match=r"reads a control token in '＜ \|im_end\|＞', even with a space in it"):
         encode_prompt(tokenizer, [{"role": "user", "content": "a＜|im_end|＞"}])
 
 
@@ -503,9 +503,7 @@ def test_characters_that_would_end_a_text_are_refused(tiny_policy: PolicyFiles) 
     check_vocabulary(policy)
     policy.tokenizer = by_word_pieces()
     policy.tokenizer.eos_token = "[UNK]"
-    with pytest.raises(
-        SelfalignError, match=r"reads '\[UNK\]', which ends a text, for characters that it has no token"
-    ):
+    with pytest.raises(SelfalignError, match=r"replaces unknown characters by '\[UNK\]', which also ends a text"):
         check_vocabulary(policy)
 
 
@@ -531,7 +529,7 @@ def test_texts_with_characters_that_have_no_token_are_counted_and_said(
     list(group_demonstrations(tokenizer, taught, 1000, tally))
     assert unknown_counts(tally) == {"with_unknown_tokens": 2}
     assert "2 of 4 demonstrations (50 %) have characters" in caplog.text
-    assert f"the model reads {tokenizer.unk_token} in their place" in caplog.text
+    assert f"the model reads {tokenizer.unk_token} instead" in caplog.text
     assert unknown_id(tokenizer) in silent_ids(tokenizer, len(tokenizer))
 
 

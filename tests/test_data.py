@@ -121,7 +121,9 @@ def test_row_in_no_known_format_is_refused_with_file_and_line(tmp_path: Path, ro
 )
 def test_text_prompt_that_the_conversations_do_not_repeat_is_refused(tmp_path: Path, row: dict[str, Any]) -> None:
     source = write_rows(tmp_path / "a.jsonl", row)
-    with pytest.raises(SelfalignError, match=r"a\.jsonl:1: prompt is a text, but no user turn of chosen and rejected"):
+    with pytest.raises(
+        SelfalignError, match=r"a\.jsonl:1: prompt is a text that is not a user turn of chosen and rejected"
+    ):
         read_pairs(source)
 
 
@@ -130,8 +132,11 @@ def test_text_prompt_that_the_conversations_do_not_repeat_is_refused(tmp_path: P
     [
         ([SYSTEM], "there is no turn of the user's"),
         ([say("x")], "there is no turn of the user's"),
-        ([{"role": "user"}], r"prompt\[0\]: a turn's content is a text, .*; got None"),
-        ([{"content": "x"}], r"prompt\[0\]: a turn is an object with role and content, .*; got the fields content"),
+        ([{"role": "user"}], r"prompt\[0\]: a turn's content must be a text, .*; got None"),
+        (
+            [{"content": "x"}],
+            r"prompt\[0\]: a turn must be an object with role and content, .*; got the fields content",
+        ),
     ],
     ids=["system_alone", "assistant_alone", "no_content", "no_role"],
 )
@@ -182,7 +187,7 @@ def test_rows_that_differ_only_in_what_is_read_are_both_kept(tmp_path: Path) -> 
 )
 def test_different_rows_of_one_id_are_refused_with_both_places(tmp_path: Path, rows: tuple[Any, Any]) -> None:
     source = write_rows(tmp_path / "a.jsonl", *rows)
-    with pytest.raises(SelfalignError, match=r"a\.jsonl:2: the same id as .*a\.jsonl:1 \('\w'\), but other content"):
+    with pytest.raises(SelfalignError, match=r"a\.jsonl:2: has the id of .*a\.jsonl:1 \('\w'\), but other content"):
         read_pairs(source)
 
 
@@ -239,7 +244,7 @@ def test_two_scores_of_one_answer_are_refused_unless_they_are_equal(tmp_path: Pa
     row = STANDARD | {"chosen_score": 4, "rejected_score": 1}
     (same,), _ = read_pairs(write_rows(tmp_path / "a.jsonl", row | {"chosen_rating": 4.0}))
     assert same.chosen_score == 4
-    with pytest.raises(SelfalignError, match=r"b\.jsonl:1: chosen_score and chosen_rating are different numbers"):
+    with pytest.raises(SelfalignError, match=r"b\.jsonl:1: chosen_score and chosen_rating have different numbers"):
         read_pairs(write_rows(tmp_path / "b.jsonl", row | {"chosen_rating": 0.5}))
 
 
@@ -320,7 +325,7 @@ def test_ranks_and_scores_of_a_table_are_whole_numbers(
 @pytest.mark.parametrize(("rank", "score"), [(1.5, 4), (1, 3.5)])
 def test_rank_between_two_is_refused(tmp_path: Path, rank: float, score: float) -> None:
     answers = [answer("a", rank, score=score), answer("b", 2, score=1)]
-    with pytest.raises(SelfalignError, match=r"a\.jsonl:1: ranks and scores are whole numbers, got ranks "):
+    with pytest.raises(SelfalignError, match=r"a\.jsonl:1: ranks and scores must be whole numbers, got ranks "):
         read_ranked(write_rows(tmp_path / "a.jsonl", {"instruction": "Hi", "responses": answers}))
 
 
@@ -434,14 +439,16 @@ def test_unknown_shipped_name_is_refused() -> None:
     ids=["instruction", "bare_instruction", "ranked_instruction", "ranked_answer"],
 )
 def test_empty_texts_are_refused_with_file_and_line(tmp_path: Path, read: Any, row: dict[str, Any]) -> None:
-    with pytest.raises(SelfalignError, match=r"a\.jsonl:1: (instruction: )?expected a text, got an empty one"):
+    with pytest.raises(
+        SelfalignError, match=r"a\.jsonl:1: (instruction: expected a text|responses: expected texts), got an empty one"
+    ):
         read(write_rows(tmp_path / "a.jsonl", row))
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"instruction": "Hi"}\n{"instruction": "Ho"', r"a\.jsonl:2: no valid JSON: .*\(character 21\)"),
+        ('{"instruction": "Hi"}\n{"instruction": "Ho"', r"a\.jsonl:2: not valid JSON: .*\(character 21\)"),
         (
             '{"instruction": "Hi"}\n{"instuction": "Ho"}',
             r"a\.jsonl:2: expected instruction .*found instuction \('Ho'\)",
@@ -482,7 +489,7 @@ def test_empty_or_broken_parquet_file_is_refused(tmp_path: Path) -> None:
     import pyarrow.parquet
 
     pyarrow.parquet.write_table(pyarrow.parquet.read_table(empty).slice(0, 0), empty)
-    with pytest.raises(SelfalignError, match=r"a\.parquet: (no rows|cannot be read as a data set)"):
+    with pytest.raises(SelfalignError, match=r"a\.parquet(: cannot be read as a data set| has no rows)"):
         read_pairs(empty)
     (tmp_path / "b.parquet").write_bytes(b"PAR1 and then nothing")
     with pytest.raises(SelfalignError, match=r"b\.parquet: cannot be read as a data set"):
@@ -519,7 +526,7 @@ def test_hub_id_offline_is_refused_with_what_to_check(
 @pytest.mark.parametrize("source", ["ift", "/nowhere/data", "./nowhere", "a/b/c"])
 def test_source_of_no_known_kind_is_refused_with_the_kinds(source: str) -> None:
     with pytest.raises(
-        SelfalignError, match=r"is no data: give shipped:NAME, a \.jsonl or \.parquet file, or a hub id"
+        SelfalignError, match=r"is not a data source: give shipped:NAME, a \.jsonl or \.parquet file, or a hub id"
     ):
         read_instructions(source, "evaluation")
 

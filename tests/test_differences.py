@@ -161,7 +161,7 @@ def test_labels_come_in_the_order_they_were_made_in_a_killed_run_too(tmp_path: P
 
 
 def test_what_is_no_run_and_damage_are_errors_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(SelfalignError, match="no run's folder"):
+    with pytest.raises(SelfalignError, match="not a run folder"):
         read_stages(tmp_path)
     run = study(tmp_path, "a")
     manifest = account(run).folder / "artefacts" / "M1" / "manifest.json"

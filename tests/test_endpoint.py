@@ -12,9 +12,12 @@ from builders import workspace
 from chat_server import ChatServer, Fault, chat, chat_server
 
 from selfalign.core.errors import SelfalignError
+from selfalign.core.records import FinishReason
 from selfalign.engines.openai_client import Client, Endpoint, retry_after, same_model
 from selfalign.engines.replies import PassingError, RefusedError, Reply
 from selfalign.store.journal import Journal
+
+EOS, TOO_LONG, REFUSED = FinishReason.EOS, FinishReason.PROMPT_TOO_LONG, FinishReason.REFUSED
 
 KEY = "sk-very-secret-0123456789"
 ASK = {"messages": [{"role": "user", "content": "hello"}]}
@@ -40,7 +43,7 @@ def client(server: ChatServer, **settings: Any) -> Client:
 
 def test_answer_comes_with_its_tokens_and_the_key_goes_in_the_header_only() -> None:
     with chat_server() as server, client(server) as chats:
-        assert chats.complete(ASK) == Reply("Fine.\nScore: 4", "stop", 10, 3)
+        assert chats.complete(ASK) == Reply("Fine.\nScore: 4", EOS, 10, 3)
     assert server.bodies == [{"model": "judge-1", **ASK}]
     assert server.keys == [f"Bearer {KEY}"]
 
@@ -78,7 +81,9 @@ def test_key_that_cannot_be_sent_is_named_by_its_setting_and_not_shown(
 def test_proxy_or_certificate_that_is_none_is_one_line(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)
     endpoint = Endpoint(base_url="https://example.org/v1", model="m", key_variable="JUDGE_KEY")
-    with pytest.raises(SelfalignError, match=rf"^judge\.endpoint\.base_url: nothing can be asked .*{name}"):
+    with pytest.raises(
+        SelfalignError, match=rf"^judge\.endpoint\.base_url: the proxy or certificate settings .*{name}"
+    ):
         endpoint.open("judge.endpoint")
 
 
@@ -96,7 +101,7 @@ def test_this_machine_is_asked_without_a_proxy(monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.mark.parametrize("url", ["http://[::1/v1", "http://host:port/v1", "http://aä..b/v1"])
 def test_address_that_is_none_is_refused(url: str) -> None:
-    with pytest.raises(SelfalignError, match=r"^judge\.endpoint\.base_url=.* is no address"):
+    with pytest.raises(SelfalignError, match=r"^judge\.endpoint\.base_url=.* is not a valid address"):
         Endpoint(base_url=url, model="m").check("judge.endpoint")
 
 
@@ -150,7 +155,7 @@ def test_retry_after_is_seconds_or_a_date() -> None:
 def test_server_that_asks_to_wait_for_years_is_not_waited_for(waits: list[float]) -> None:
     late = Fault(429, b"slow down", {"Retry-After": "1700000000"})
     with chat_server(faults=[Fault(500), late]) as server, client(server) as chats:
-        with pytest.raises(SelfalignError, match="in 2 tries, at last: status 429: slow down and asks to wait 17"):
+        with pytest.raises(SelfalignError, match="in 2 tries, at last: status 429: slow down; it asks to wait 17"):
             chats.complete(ASK)
         assert len(server.bodies) == 2
     assert waits == [1.0]
@@ -158,7 +163,7 @@ def test_server_that_asks_to_wait_for_years_is_not_waited_for(waits: list[float]
 
 def test_server_that_has_moved_is_named_by_its_new_address() -> None:
     moved = Fault(308, headers={"Location": "https://new.example/v1/chat/completions"})
-    said = r"status 308: the server is at https://new\.example/v1/chat/completions; set base_url"
+    said = r"status 308: the server has moved to https://new\.example/v1/chat/completions; set base_url"
     with chat_server(faults=[moved]) as server, client(server) as chats, pytest.raises(RefusedError, match=said):
         chats.complete(ASK)
 
@@ -190,12 +195,14 @@ def test_answer_of_another_model_is_a_warning_once(told: str, warned: int, caplo
         chats.complete(ASK)
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == warned
-    assert all("asked for the model 'judge-1', it says that 'tiny-chat' answers" in one for one in warnings)
+    assert all("asked for the model 'judge-1', the server says 'tiny-chat' answers" in one for one in warnings)
 
 
 def test_server_that_never_answers_ends_with_its_last_fault(waits: list[float]) -> None:
     with chat_server(faults=[Fault(500, b"oh no")] * 3) as server, client(server, retries=2) as chats:
-        with pytest.raises(SelfalignError, match=r"no usable answer in 3 tries, at last: status 500: oh no; what was"):
+        with pytest.raises(
+            SelfalignError, match=r"no usable answer in 3 tries, at last: status 500: oh no\. Finished answers are kept"
+        ):
             chats.complete(ASK)
         assert len(server.bodies) == 3
     assert waits == [1.0, 2.0]
@@ -236,13 +243,15 @@ def test_refusal_stops_at_once_and_tells_the_server_s_reason_without_the_key(sta
 )
 def test_prompt_the_server_finds_too_long_is_no_error(fault: Fault) -> None:
     with chat_server(faults=[fault]) as server, client(server) as chats:
-        assert chats.complete(ASK).finish == "too_long"
+        assert chats.complete(ASK).finish_reason is FinishReason.PROMPT_TOO_LONG
 
 
 @pytest.mark.parametrize("said", [b"content_filter", b"content_policy_violation", b"our content management policy"])
 def test_prompt_whose_content_the_server_refuses_is_no_error(said: bytes) -> None:
     with chat_server(faults=[Fault(400, b'{"error": "' + said + b'"}')]) as server, client(server) as chats:
-        assert chats.complete(ASK) == Reply(f'status 400: {{"error": "{said.decode()}"}}', "content_filter", 0, 0)
+        assert chats.complete(ASK) == Reply(
+            f'status 400: {{"error": "{said.decode()}"}}', FinishReason.CONTENT_FILTER, 0, 0
+        )
 
 
 def test_parameters_are_added_replaced_and_left_out() -> None:
@@ -260,7 +269,7 @@ def test_parameters_are_added_replaced_and_left_out() -> None:
 def test_content_that_is_null_is_an_empty_text() -> None:
     body = b'{"choices": [{"message": {"content": null}, "finish_reason": "content_filter"}], "usage": null}'
     with chat_server(faults=[Fault(body=body)]) as server, client(server) as chats:
-        assert chats.complete(ASK) == Reply("", "content_filter", 0, 0)
+        assert chats.complete(ASK) == Reply("", FinishReason.CONTENT_FILTER, 0, 0)
 
 
 def test_key_a_server_repeats_is_taken_out_of_the_text() -> None:
@@ -318,7 +327,7 @@ def test_refusal_ends_the_waiting_of_the_others(tmp_path: Path) -> None:
 
     out = workspace(tmp_path)
     with chat_server(says) as server, client(server, retries=1, first_wait_seconds=3600) as chats:
-        original = chats._ask
+        original = chats.attempt
 
         def refused(body: dict[str, Any]) -> Any:
             if body["n"] == 1:
@@ -326,7 +335,7 @@ def test_refusal_ends_the_waiting_of_the_others(tmp_path: Path) -> None:
                 raise RefusedError("status 401", 401)
             return original(body)
 
-        chats._ask = refused
+        chats.attempt = refused
         with pytest.raises(SelfalignError, match="status 401"):
             chats.complete_all({"a": {"n": 0}, "b": {"n": 1}}, Journal(out.scratch, lambda size: None), 1)
         assert [body["n"] for body in server.bodies].count(0) == 1
@@ -368,8 +377,8 @@ class Picky(ChatServer):
         self.stop()
 
 
-def finishes(answers: dict[str, Reply]) -> list[str]:
-    return [reply.finish for reply in answers.values()]
+def finishes(answers: dict[str, Reply]) -> list[FinishReason]:
+    return [reply.finish_reason for reply in answers.values()]
 
 
 @pytest.mark.parametrize("concurrency", [1, 8])
@@ -380,7 +389,7 @@ def test_failure_of_one_record_is_an_answer_wherever_it_comes(
 ) -> None:
     with Picky({bad: fault}) as server, client(server, concurrency=concurrency, retries=2) as chats:
         answers = chats.complete_all(asked(6), Journal(workspace(tmp_path).scratch, lambda size: None), 1)
-    assert finishes(answers) == ["refused" if n == bad else "stop" for n in range(6)]
+    assert finishes(answers) == [REFUSED if n == bad else EOS for n in range(6)]
     assert answers[f"r{bad}"].text == f"status {fault.status}: {fault.body.decode()}"
     assert len(waits) == (2 if fault is BROKEN else 0)
     numbers = [number(body) for body in server.bodies]
@@ -395,15 +404,25 @@ def test_failed_record_is_not_asked_for_again_by_the_same_command(tmp_path: Path
         chats.complete_all(asked(6), Journal(out.scratch, lambda size: None), 1)
     with Picky({4: ODD}) as server, client(server, concurrency=1) as chats, out.journal(6, "judgements") as journal:
         answers = chats.complete_all(asked(6), journal, 1)
-    assert finishes(answers) == ["stop", "refused", "stop", "stop", "refused", "stop"]
+    assert finishes(answers) == [EOS, REFUSED, EOS, EOS, REFUSED, EOS]
     assert [number(body) for body in server.bodies] == [3, 4, None, 5]
 
 
 def test_prompt_that_is_too_long_is_believed_once_anything_was_answered(tmp_path: Path) -> None:
     with Picky({0: Fault(413), 3: Fault(413), 4: ODD}) as server, client(server, concurrency=1) as chats:
         answers = chats.complete_all(asked(5), Journal(workspace(tmp_path).scratch, lambda size: None), 1)
-    assert finishes(answers) == ["too_long", "stop", "stop", "too_long", "refused"]
+    assert finishes(answers) == [TOO_LONG, EOS, EOS, TOO_LONG, REFUSED]
     assert [number(body) for body in server.bodies] == [0, None, 1, 2, 3, 4, None]
+
+
+def test_outcome_is_readable_in_the_journal_and_an_enum_behind_it(tmp_path: Path) -> None:
+    out = workspace(tmp_path)
+    with Picky({1: Fault(413), 2: ODD}) as server, client(server, concurrency=1) as chats:
+        answers = chats.complete_all(asked(3), Journal(out.scratch, lambda size: None), 1)
+    lines = (out.scratch / "journal-0.jsonl").read_text(encoding="utf-8").splitlines()
+    written = [json.loads(line)["result"]["finish_reason"] for line in lines]
+    assert written == ["eos", "prompt_too_long", "refused"]
+    assert all(isinstance(reason, FinishReason) for reason in finishes(answers))
 
 
 FOR_ALL = {
@@ -413,10 +432,10 @@ FOR_ALL = {
     "parameter": (Fault(400, b"top_p is not supported"), r"status 400: top_p is not supported", 2),
     "window": (
         Fault(400, b"max_tokens=4096 is above the context length"),
-        "every request is refused, a short one too: status 400: max_tokens=4096",
+        "the server refuses every request, a short one too: status 400: max_tokens=4096",
         2,
     ),
-    "nothing": (Fault(body=b'{"choices": []}'), "every request is refused, a short one too: status 200", 2),
+    "nothing": (Fault(body=b'{"choices": []}'), "the server refuses every request, a short one too: status 200", 2),
     "outage": (Fault(503, b"going down"), r"in 2 tries, at last: status 503: going down", 4),
 }
 
@@ -460,7 +479,7 @@ def test_prompt_that_the_server_has_cut_is_a_warning_once_with_numbers(
     with chat_server(says) as server, client(server) as chats:
         chats.complete_all(asked(6), Journal(workspace(tmp_path).scratch, lambda size: None), 1)
     [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert "a prompt was read as 59 tokens, though its words make at least 60" in warning
+    assert "the server read 59 tokens of a prompt whose words make at least 60" in warning
 
 
 @pytest.mark.parametrize(
@@ -481,23 +500,25 @@ def test_server_that_reads_all_or_does_not_say_is_no_warning(told: dict, caplog:
 
 def test_end_that_nobody_knows_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     with chat_server(lambda body: chat("Score: 4", "Repetition")) as server, client(server) as chats:
-        assert chats.complete(ASK).finish == chats.complete(ASK).finish == "repetition"
+        assert chats.complete(ASK).finish_reason is chats.complete(ASK).finish_reason is FinishReason.UNKNOWN
     [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert warning == f"{server.url}: a text ended for the reason 'repetition', which counts as its own end"
+    assert warning == f"{server.url}: a text ended for the unknown reason 'repetition', which counts as finished"
 
 
 def test_attempt_tells_trouble_and_raises_refusals() -> None:
     with chat_server(faults=[Fault(503, b"Loading", {"Retry-After": "3"}), ODD]) as server, client(server) as chats:
-        assert chats.attempt(ASK) == (None, "status 503: Loading", 3.0)
+        with pytest.raises(PassingError, match="status 503: Loading") as passing:
+            chats.attempt(ASK)
+        assert passing.value.wait_seconds == 3.0
         with pytest.raises(RefusedError, match=r"/chat/completions: status 400: .*I do not like") as refused:
             chats.attempt(ASK)
         assert (refused.value.status, refused.value.by_request) == (400, True)
-        assert chats.attempt(ASK) == (Reply("Fine.\nScore: 4", "stop", 10, 3), "", 0.0)
+        assert chats.attempt(ASK) == Reply("Fine.\nScore: 4", EOS, 10, 3)
 
 
 def test_cost_is_by_the_million() -> None:
     endpoint = Endpoint(base_url="http://x/v1", model="m", prompt_price=2.0, completion_price=10.0)
-    usage = endpoint.usage([Reply("", "stop", 1_000_000, 200_000), Reply("", "stop", 500_000, 0), Reply("", "x", 0, 0)])
+    usage = endpoint.usage([Reply("", EOS, 1_000_000, 200_000), Reply("", EOS, 500_000, 0), Reply("", TOO_LONG, 0, 0)])
     assert usage == {
         "judge/requests": 3,
         "judge/requests_without_usage": 1,

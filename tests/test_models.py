@@ -165,7 +165,7 @@ def test_hub_id_offline_is_refused_with_what_to_do(
     destination: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(SelfalignError, match=r"'someone/some-model' is no folder here .* give its folder"):
+    with pytest.raises(SelfalignError, match=r"'someone/some-model' is not a folder, and could .* give its folder"):
         fetch_pretrained(ModelConfig(path="someone/some-model"), destination)
 
 

@@ -211,7 +211,7 @@ def any_responses(draw: Random) -> tuple[list[Response], dict[str, float]]:
         replace(
             response(f"i-{n}", draw.choice(["", "Yes.", "No.", "A b c.", "a B c.", f"Text {n}."])),
             tokens=draw.randint(1, 5),
-            finish_reason=draw.choice(list(FinishReason)),
+            finish_reason=draw.choice([FinishReason.EOS, FinishReason.LENGTH]),
         )
         for n in range(draw.randint(0, 6))
     ]

@@ -50,19 +50,19 @@ def test_template_without_a_needed_placeholder_is_refused_by_name() -> None:
 
 
 RATED = "Rate {instruction} {response}. "
-HAS = "; it has {instruction}, {response}"
+HAS = "; allowed: {instruction}, {response}"
 
 
 @pytest.mark.parametrize(
     ("more", "fault"),
     [
-        ("{reference}", "{reference} is no placeholder" + HAS),
-        ("{instruction}{reference}", "{reference} is no placeholder" + HAS),
-        ("Say:{respone}.", "{respone} is no placeholder" + HAS),
-        ('{"answer": {reference}}', "{reference} is no placeholder" + HAS),
-        ("{{instruction}}", "{{instruction}} is no placeholder, which stands in single braces" + HAS),
-        ("{{ response }}", "{{ response }} is no placeholder, which stands in single braces" + HAS),
-        ("{{{instruction}}}", "{{{instruction}}} is no placeholder, which stands in single braces" + HAS),
+        ("{reference}", "unknown placeholder {reference}" + HAS),
+        ("{instruction}{reference}", "unknown placeholder {reference}" + HAS),
+        ("Say:{respone}.", "unknown placeholder {respone}" + HAS),
+        ('{"answer": {reference}}', "unknown placeholder {reference}" + HAS),
+        ("{{instruction}}", "placeholders stand in single braces, got {{instruction}}" + HAS),
+        ("{{ response }}", "placeholders stand in single braces, got {{ response }}" + HAS),
+        ("{{{instruction}}}", "placeholders stand in single braces, got {{{instruction}}}" + HAS),
     ],
 )
 def test_braces_that_look_like_a_placeholder_and_are_none_are_refused(more: str, fault: str) -> None:
@@ -93,8 +93,8 @@ def test_every_fault_of_a_template_is_told_at_once() -> None:
         check_template("Rate {respone} by {{instruction}}", "judge.prompt", ("instruction", "response"))
     assert [line.partition(";")[0] for line in str(refused.value).splitlines()] == [
         "judge.prompt lacks {response}",
-        "judge.prompt: {respone} is no placeholder",
-        "judge.prompt: {{instruction}} is no placeholder, which stands in single braces",
+        "judge.prompt: unknown placeholder {respone}",
+        "judge.prompt: placeholders stand in single braces, got {{instruction}}",
     ]
 
 
@@ -113,4 +113,4 @@ def test_every_prompt_that_can_be_set_is_checked(key: str, text: str, has: str) 
     composed("experiment=smoke", "benchmark=[mt_bench]", f'{key}="{text}"')
     with pytest.raises(SelfalignError) as refused:
         composed("experiment=smoke", "benchmark=[mt_bench]", f'{key}="{text} {{topic}}"')
-    assert str(refused.value).startswith(f"{key}: {{topic}} is no placeholder; it has {has}. Braces that are meant")
+    assert str(refused.value).startswith(f"{key}: unknown placeholder {{topic}}; allowed: {has}. Literal braces have")

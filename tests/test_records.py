@@ -121,6 +121,13 @@ def test_unknown_status_and_finish_reason_are_refused(tmp_path: Path) -> None:
         read_records(write_lines(tmp_path / "b.jsonl", json.dumps(response)), Response)
 
 
+@pytest.mark.parametrize("reason", ["unknown", "prompt_too_long", "content_filter", "refused"])
+def test_refusal_is_no_response(tmp_path: Path, reason: str) -> None:
+    response = {"id": "a", "instruction_id": "i", "text": "x", "finish_reason": reason, "tokens": 3, "model": "m"}
+    with pytest.raises(SelfalignError, match=rf"b\.jsonl:1: response a: finish_reason {reason}; .* eos or length"):
+        read_records(write_lines(tmp_path / "b.jsonl", json.dumps(response)), Response)
+
+
 def test_a_score_that_is_not_a_number_does_not_come_back_as_one(tmp_path: Path) -> None:
     """JSON has no NaN: it is written as null, which no score and no log-probability may be."""
     write_records(tmp_path / "a.jsonl", [PairReference(id="a", chosen=float("nan"), rejected=-1.0)])

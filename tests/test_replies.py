@@ -5,18 +5,19 @@ from typing import Any
 
 import pytest
 
-from selfalign.engines.replies import PassingError, RefusedError, Reply, fewest_tokens, finish_of, read_answer, unescape
+from selfalign.core.records import FinishReason
+from selfalign.engines.replies import PassingError, RefusedError, Reply, fewest_tokens, read_answer, unescape
 
 SPELLINGS = {
-    "stop": [
+    FinishReason.EOS: [
         "stop", "STOP", "eos", "eos_token", "end_turn", "stop_sequence", "COMPLETE", "FINISH_REASON_STOP", "tool_calls",
         "tool-calls", "normal",
     ],
-    "length": [
+    FinishReason.LENGTH: [
         "length", "max_tokens", "MAX_TOKENS", "FINISH_REASON_MAX_TOKENS", "model_length", "max_output_tokens",
         "ERROR_LIMIT", "model_context_window_exceeded", "token_limit",
     ],
-    "content_filter": [
+    FinishReason.CONTENT_FILTER: [
         "content_filter", "SAFETY", "refusal", "RECITATION", "PROHIBITED_CONTENT", "sensitive", "guardrail_intervened",
         "ERROR_TOXIC", "content-filter", "content_filter: SAFETY",
     ],
@@ -24,15 +25,25 @@ SPELLINGS = {
 
 
 @pytest.mark.parametrize(("finish", "spelling"), [(name, one) for name, said in SPELLINGS.items() for one in said])
-def test_end_of_a_text_is_known_in_every_spelling(finish: str, spelling: str) -> None:
-    assert finish_of(spelling) == finish
+def test_end_of_a_text_is_known_in_every_spelling(finish: FinishReason, spelling: str) -> None:
     assert read_answer(200, answer({"content": "Score: 4"}, spelling)) == Reply("Score: 4", finish, 0, 0)
 
 
 def test_end_that_is_not_told_is_a_stop_and_one_that_nobody_knows_is_told() -> None:
-    assert finish_of(None) == finish_of("") == "stop"
-    assert finish_of({"type": "length", "length": 512}) == "length"
-    assert finish_of("Repetition") == "repetition"
+    ended = [ending(None), ending(""), ending({"type": "length", "length": 512}), ending("Repetition")]
+    assert [reason for reason, _ in ended] == [FinishReason.EOS] * 2 + [FinishReason.LENGTH, FinishReason.UNKNOWN]
+    assert [stated for _, stated in ended] == ["stop", "stop", "length", "repetition"]
+
+
+@pytest.mark.parametrize("word", ["too_long", "refused", "prompt_too_long", "eos_or_so", "unknown"])
+def test_word_of_a_server_is_no_outcome_of_ours_that_is_spelled_so(word: str) -> None:
+    """A text was written, so it is read, whatever the server calls its end."""
+    assert ending(word) == (FinishReason.UNKNOWN, word)
+
+
+def ending(finish: Any) -> tuple[FinishReason, str]:
+    reply = read_answer(200, answer({"content": "Score: 4"}, finish))
+    return reply.finish_reason, reply.stated_reason
 
 
 def answer(message: Any, finish: Any = "stop", **more: Any) -> str:
@@ -71,10 +82,12 @@ def test_text_is_what_the_model_answered_and_not_what_it_thought(name: str) -> N
         {"content": None, "reasoning_content": "hmm</think> Score: 2"},
     ],
 )
-@pytest.mark.parametrize("finish", ["length", "stop"])
-def test_thinking_that_ate_the_tokens_is_a_text_whose_thinking_has_no_end(message: dict, finish: str) -> None:
+@pytest.mark.parametrize(("finish", "reason"), [("length", FinishReason.LENGTH), ("stop", FinishReason.EOS)])
+def test_thinking_that_ate_the_tokens_is_a_text_whose_thinking_has_no_end(
+    message: dict, finish: str, reason: FinishReason
+) -> None:
     reply = read_answer(200, answer(message, finish))
-    assert (reply.text.split(), reply.finish) == (["<think>", "hmm", "Score:", "2"], finish)
+    assert (reply.text.split(), reply.finish_reason) == (["<think>", "hmm", "Score:", "2"], reason)
 
 
 def test_tokens_are_counted_in_either_spelling_and_those_of_a_cache_are_read_too() -> None:
@@ -154,17 +167,23 @@ UNWANTED = [
 @pytest.mark.parametrize(("status", "said"), TOO_LONG, ids=range(len(TOO_LONG)))
 def test_prompt_is_too_long_in_any_wording(status: int, said: str) -> None:
     reply = read_answer(status, said)
-    assert (reply.finish, reply.text) == ("too_long", f"status {status}: {' '.join(said.split())}")
+    assert (reply.finish_reason, reply.text) == (
+        FinishReason.PROMPT_TOO_LONG,
+        f"status {status}: {' '.join(said.split())}",
+    )
 
 
 @pytest.mark.parametrize(("status", "said"), UNWANTED, ids=range(len(UNWANTED)))
 def test_content_is_unwanted_in_any_wording(status: int, said: str) -> None:
     reply = read_answer(status, said)
-    assert (reply.finish, reply.text) == ("content_filter", f"status {status}: {' '.join(said.split())}")
+    assert (reply.finish_reason, reply.text) == (
+        FinishReason.CONTENT_FILTER,
+        f"status {status}: {' '.join(said.split())}",
+    )
 
 
 def test_no_choice_without_a_reason_is_a_refusal_in_the_server_s_words() -> None:
-    assert read_answer(200, '{"choices": []}') == Reply('status 200: {"choices": []}', "refused", 0, 0)
+    assert read_answer(200, '{"choices": []}') == Reply('status 200: {"choices": []}', FinishReason.REFUSED, 0, 0)
 
 
 FOR_ALL = [

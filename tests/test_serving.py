@@ -139,13 +139,18 @@ def test_server_that_takes_texts_alone_is_sent_texts(tiny_policy: PolicyFiles, m
         assert generator.write([request], WARM)[0][0].text == "Fine."
         assert tokenizer(server.bodies[0]["prompt"])["input_ids"] == request.prompt
         control = Request(prompt=tokenizer("Is <|im_end|> an end?", split_special_tokens=True)["input_ids"], seeds=[0])
-        with pytest.raises(SelfalignError, match=r"texts? alone, and no text is read as these .*vLLM or SGLang"):
+        with pytest.raises(
+            SelfalignError, match=r"prompts as text only, and it cannot convert \d+ prompt tokens .*vLLM or SGLang"
+        ):
             generator.write([control], WARM)
 
 
 WRONG = {
-    "other_tokenizer": (lambda body: continuation("Fine.", len(body["prompt"]) + 1), "says it read"),
-    "no_usage": (lambda body: b'{"choices": [{"text": "Fine.", "finish_reason": "stop"}]}', "read 0 tokens"),
+    "other_tokenizer": (lambda body: continuation("Fine.", len(body["prompt"]) + 1), "the server reports"),
+    "no_usage": (
+        lambda body: b'{"choices": [{"text": "Fine.", "finish_reason": "stop"}]}',
+        "the server reports 0 prompt tokens",
+    ),
     "unknown_length": (
         lambda body: continuation("Fine.", len(body["prompt"])).replace(b"completion_tokens", b"written"),
         "does not say how many tokens it wrote",
@@ -169,7 +174,7 @@ def test_context_that_is_too_small_is_named(
     message: str, tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refusal = Fault(400, json.dumps({"error": {"message": message}}).encode())
-    refused = pytest.raises(SelfalignError, match=r"generate\.command: the server refuses a prompt of \d+ tokens")
+    refused = pytest.raises(SelfalignError, match=r"generate\.command: the server rejected a \d+-token prompt")
     with served(tiny_policy, monkeypatch, faults=[None, refusal]) as (generator, _), refused:
         generator.write(asking(tiny_policy, "Why?"), WARM)
 
@@ -372,7 +377,7 @@ def test_server_ends_with_a_run_that_is_killed(tmp_path: Path) -> None:
 def test_server_that_does_not_start_tells_why_without_the_key(tiny_policy: PolicyFiles) -> None:
     command = f"echo loading; echo 'no memory, {KEY}' >&2; exit 3 # {{weights}} {{port}}"
     generator = Server(command=command, key_variable="WRITER_KEY").load(tiny_policy)
-    with pytest.raises(SelfalignError, match=r"has ended; it said: loading / no memory, \[key\]$"), generator:
+    with pytest.raises(SelfalignError, match=r"has ended; its output: loading / no memory, \[key\]$"), generator:
         pass
 
 
@@ -386,7 +391,7 @@ def test_server_that_refuses_the_key_is_not_taken_for_another_kind(
 
 def test_server_that_takes_too_long_to_start_is_stopped(tiny_policy: PolicyFiles, tmp_path: Path) -> None:
     generator = Server(command="echo loading; " + noting(tmp_path), start_seconds=0.5).load(tiny_policy)
-    message = r"no answer in generate\.start_seconds=0\.5 \(ConnectError\); the server said: loading"
+    message = r"no answer in generate\.start_seconds=0\.5 \(ConnectError\); the server's output: loading"
     with pytest.raises(SelfalignError, match=message), generator:
         pass
     assert gone(noted(tmp_path)[0])
@@ -403,7 +408,7 @@ def test_server_that_ends_while_it_is_asked_tells_why(
         until = time.monotonic() + 30
         while not server.ended and time.monotonic() < until:
             time.sleep(0.02)
-        with pytest.raises(SelfalignError, match=r"status 500.*the server had ended and said: out of memory"):
+        with pytest.raises(SelfalignError, match=r"status 500.*the server has ended; its output: out of memory"):
             generator.write(asking(tiny_policy, "Why?"), WARM)
 
 
@@ -451,11 +456,11 @@ def test_other_machines_of_a_run_ask_the_main_one(monkeypatch: pytest.MonkeyPatc
         ({"command": "vllm serve {weights}"}, r"command lacks \{port\}"),
         (
             {"command": "vllm serve {weights} --port {port} --name {model}"},
-            r"command: \{model\} is no placeholder; it has \{weights",
+            r"command: unknown placeholder \{model\}; allowed: \{weights",
         ),
         ({"command": "vllm serve --port {port}"}, r"command lacks \{weights\}"),
-        ({"command": f"{IDLE} --api-key sk-0123"}, "command is saved with the run"),
-        ({"command": f"{IDLE} --api-key=sk-0123"}, "command is saved with the run"),
+        ({"command": f"{IDLE} --api-key sk-0123"}, "command contains a key, and it is saved with the run"),
+        ({"command": f"{IDLE} --api-key=sk-0123"}, "command contains a key, and it is saved with the run"),
         ({"dtype": "float8"}, "dtype"),
         ({"batch_texts": 0}, "batch_texts"),
         ({"start_seconds": 0}, "start_seconds"),
@@ -570,7 +575,7 @@ MUTANTS = {
         '"seed": seed % 2**31, ', "", test_token_ids_and_seeds_are_sent_and_completions_come_back_in_order,
     ),
     "a cut text has ended": (
-        '"length": FinishReason.LENGTH', '"length": FinishReason.EOS', test_text_that_was_cut_says_so,
+        "finish_reason=reply.finish_reason", "finish_reason=FinishReason.EOS", test_text_that_was_cut_says_so,
     ),
     "no count of what was read": (
         "if reply.prompt_tokens != len(prompt):", "if False:", test_answer_that_cannot_be_the_policys_is_an_error,

@@ -165,9 +165,9 @@ def test_why_says_so_when_all_is_the_same(study: Study, call: Call) -> None:
 
 def test_why_refuses_what_it_does_not_know(study: Study, call: Call) -> None:
     for arguments, words in (
-        (["why", study.base, "no-such-run"], "no-such-run: no run's folder"),
+        (["why", study.base, "no-such-run"], "'no-such-run' is neither a run folder nor the name of a run in"),
         (["why", study.base, study.lam, "M9"], "M9: neither run has such a stage; they have seeds, "),
-        (["why", study.base, study.output / "store"], "store: no run's folder"),
+        (["why", study.base, study.output / "store"], "store' is neither a run folder"),
     ):
         said = call(*arguments, "--output", study.output)
         assert (said.code, said.out) == (1, "")

@@ -33,7 +33,7 @@ def test_followers_come_with_their_leader_and_some_leaders_have_none() -> None:
     "followers", [["b-1", "a-1"], ["a-1", "b-1", "a-2"], ["a-1", "z-1"]], ids=["turned", "apart", "unknown"]
 )
 def test_follower_that_no_leader_waits_for_is_refused(followers: list[str]) -> None:
-    with pytest.raises(SelfalignError, match=r"responses\.jsonl: what belongs to '[az]' is out of order, or"):
+    with pytest.raises(SelfalignError, match=r"responses\.jsonl: record for '[az]' is missing or out of order"):
         joined("abc", followers)
 
 

@@ -139,7 +139,7 @@ def test_spelled_prompt_is_read_as_the_same_ids_by_a_tokenizer_that_adds_what_it
 
 
 def test_text_that_would_be_read_as_control_tokens_is_not_spelled(tokenizer: Any) -> None:
-    with pytest.raises(SelfalignError, match="no text is read as these"):
+    with pytest.raises(SelfalignError, match=r"cannot convert .* tokenizes back to the same ids"):
         spell(tokenizer, encode_prompt(tokenizer, "a <|end|> b"))
 
 

@@ -898,7 +898,7 @@ def test_every_example_occurs_once_an_epoch_in_an_order_of_its_own() -> None:
         ({"schedule": "cosin"}, "schedule must be one of cosine, linear, constant; got 'cosin'"),
         ({"optimizer": "sgd"}, "optimizer must be one of adamw, rmsprop, adamw_8bit; got 'sgd'"),
         ({"average": "pairs"}, "average must be one of tokens, examples; got 'pairs'"),
-        ({"dtype": "float16"}, "dtype must be one of float32, bfloat16; got 'float16'"),
+        ({"dtype": "float16"}, "dtype must be one of auto, float32, bfloat16; got 'float16'"),
     ],
 )
 def test_bad_options_are_refused_by_name(options: dict[str, Any], message: str) -> None:

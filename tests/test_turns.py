@@ -121,10 +121,10 @@ REFUSED: dict[str, tuple[Row, str]] = {
     "answer_of_a_truth": ({"instruction": "A", "response": False}, "response: expected a text, got False"),
     "answer_that_spells_turns": (
         {"instruction": "A", "response": json.dumps([say("C")])},
-        "response is a text that spells a list of turns; give the list itself",
+        "response is a text that spells a list of turns: give the list itself",
     ),
     "turns_as_python": ({"messages": str(TURNS)}, "messages is a text that spells a list of turns"),
-    "unwanted_answer_as_text": (BASE | {"kto_tag": "False"}, "kto_tag=false says that the answer is not wanted"),
+    "unwanted_answer_as_text": (BASE | {"kto_tag": "False"}, "kto_tag=false marks an unwanted answer"),
     "tool_calls": (
         {"messages": [user("A"), {**say(None), "tool_calls": [{"type": "function"}]}]},
         r"the field messages\[1\]\.tool_calls is filled",
@@ -143,7 +143,7 @@ REFUSED: dict[str, tuple[Row, str]] = {
     ),
     "tool_turn": (
         {"messages": [user("A"), {"role": "tool", "content": "3"}, say("C")]},
-        r"messages\[1\]: a turn's role is system, user \(or human\) or assistant \(or gpt\); got 'tool'",
+        r"messages\[1\]: a turn's role must be system, user \(or human\) or assistant \(or gpt\); got 'tool'",
     ),
     "observation": (
         {"conversations": [human("A"), {"from": "observation", "value": "3"}, gpt("C")]},
@@ -152,12 +152,15 @@ REFUSED: dict[str, tuple[Row, str]] = {
     "role_of_no_text": ({"messages": [{"role": ["user"], "content": "A"}, say("C")]}, r"messages\[0\]: a turn's role"),
     "turn_of_other_fields": (
         {"conversation": [{"human": "A", "assistant": "C"}]},
-        r"conversation\[0\]: a turn is an object with role and content, .*; got the fields human, assistant",
+        r"conversation\[0\]: a turn must be an object with role and content, .*; got the fields human, assistant",
     ),
-    "turn_that_is_a_text": ({"messages": ["A", "C"]}, r"messages\[0\]: a turn is an object .*; got 'A'"),
-    "turn_that_is_null": ({"messages": [None, say("C")]}, r"messages\[0\]: a turn is an object .*; got None"),
-    "turn_without_content": ({"messages": [user(None), say("C")]}, r"messages\[0\]: a turn's content is a text"),
-    "number_as_content": ({"messages": [user(4), say("C")]}, r"messages\[0\]: a turn's content is a text.*; got 4"),
+    "turn_that_is_a_text": ({"messages": ["A", "C"]}, r"messages\[0\]: a turn must be an object .*; got 'A'"),
+    "turn_that_is_null": ({"messages": [None, say("C")]}, r"messages\[0\]: a turn must be an object .*; got None"),
+    "turn_without_content": ({"messages": [user(None), say("C")]}, r"messages\[0\]: a turn's content must be a text"),
+    "number_as_content": (
+        {"messages": [user(4), say("C")]},
+        r"messages\[0\]: a turn's content must be a text.*; got 4",
+    ),
     "two_user_turns": (
         {"messages": [user("A"), user("B"), say("C")]},
         "the prompt is no conversation: two turns of the user's follow each other",
@@ -175,15 +178,15 @@ REFUSED: dict[str, tuple[Row, str]] = {
     "user_last": ({"messages": [user("A"), say("C"), user("B")]}, r"expected .*; found messages \(a list of 3\)"),
     "no_turn": ({"messages": []}, r"expected .*; found messages \(a list of 0\)"),
     "turns_as_text": ({"messages": json.dumps(TURNS)}, "messages is a text that spells a list of turns"),
-    "other_prompt": ({"messages": TURNS, "prompt": "B"}, "prompt is a text, but no user turn of messages"),
-    "other_answer": ({"messages": TURNS, "response": "D"}, "response is another answer than the last turn of messages"),
+    "other_prompt": ({"messages": TURNS, "prompt": "B"}, "prompt is a text that is not a user turn of messages"),
+    "other_answer": ({"messages": TURNS, "response": "D"}, "response differs from the last turn of messages"),
     "other_system": (
         {"messages": [system("S"), *TURNS], "system": "T"},
         "the system turn is another one than the row's system field",
     ),
     "two_conversations": (
         {"messages": TURNS, "conversations": [human("B"), gpt("C")]},
-        "messages and conversations are different conversations; leave one",
+        "messages and conversations are different conversations; keep one",
     ),
     "input_beside_turns": ({"messages": TURNS, "input": "B"}, "the field input is filled .*no place beside messages"),
     "history_beside_turns": (
@@ -202,8 +205,8 @@ REFUSED: dict[str, tuple[Row, str]] = {
     ),
     "text_and_turns": ({"prompt": "A", "completion": [say("C")]}, "prompt is a text and the answer a list of turns"),
     "text_and_turn": ({"prompt": "A", "response": say("C")}, "prompt is a text and the answer a list of turns"),
-    "two_instructions": (BASE | {"question": "B"}, "instruction and question say different things"),
-    "two_inputs": (BASE | {"input": "B", "context": "D"}, "input and context say different things"),
+    "two_instructions": (BASE | {"question": "B"}, "instruction and question have different texts"),
+    "two_inputs": (BASE | {"input": "B", "context": "D"}, "input and context have different texts"),
     "two_answers": (BASE | {"output": "D"}, "response and output are different answers"),
     "context_alone": ({"context": "B", "response": "C"}, "the field context is filled .*but there is no instruction"),
     "system_alone": ({"system": "S", "response": "C"}, "the field system is filled .*but there is no instruction"),
@@ -213,12 +216,12 @@ REFUSED: dict[str, tuple[Row, str]] = {
         r"history: expected a list of \[question, answer\], got 'a ",
     ),
     "history_of_three": (BASE | {"history": [["q", "r", "s"]]}, r"history\[0\] is a list of 3"),
-    "answers_of_two": ({"instruction": "A", "output": ["C", "D"]}, r"output\[0\]: a turn is an object"),
+    "answers_of_two": ({"instruction": "A", "output": ["C", "D"]}, r"output\[0\]: a turn must be an object"),
     "unwanted_answer": (
         {"prompt": "A", "completion": "C", "label": False},
-        "label=false says that the answer is not w",
+        "label=false marks an unwanted answer",
     ),
-    "unwanted_conversation": ({"messages": TURNS, "kto_tag": False}, "kto_tag=false says that the answer is not want"),
+    "unwanted_conversation": ({"messages": TURNS, "kto_tag": False}, "kto_tag=false marks an unwanted answer"),
     "turn_not_to_train": (
         {"messages": [user("A"), {**say("C"), "weight": 0}]},
         r"messages\[1\]\.weight=0: the last turn",
@@ -250,7 +253,7 @@ def test_fields_that_are_passed_over_are_named_once(tmp_path: Path, caplog: pyte
     rows = [BASE | {"instruction": f"A{n}", "weight": 0, "source": "s"} for n in range(3)]
     path = write(tmp_path, *rows)
     read_demonstrations(path)
-    assert caplog.messages == [f"{path}: passed over the fields source, weight"]
+    assert caplog.messages == [f"{path}: ignored the fields source, weight"]
 
 
 @pytest.mark.parametrize("spelled", ["nan", "None", "<noinput>", "N/A"])
@@ -277,7 +280,7 @@ def test_rows_that_differ_in_their_ids_alone_are_said_to_be_kept(
     caplog.set_level("INFO")
     path = write(tmp_path, *(BASE | {"id": n} for n in range(3)))
     assert len(read_demonstrations(path)[0]) == 3
-    assert caplog.messages == [f"{path}: 2 rows say what another says under another id; they are kept"]
+    assert caplog.messages == [f"{path}: 2 rows repeat another row under another id; they are kept"]
 
 
 def test_earlier_answers_that_are_not_taught_are_said_to_be(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -385,7 +388,7 @@ def test_pair_is_read_with_all_that_carries_its_task(tmp_path: Path, name: str) 
 REFUSED_PAIRS: dict[str, tuple[Row, str]] = {
     "conversation_as_text": (
         {"prompt": "A", "chosen": json.dumps(TURNS), "rejected": json.dumps(TURNS[:1])},
-        "chosen is a text that spells a list of turns; give the list itself",
+        "chosen is a text that spells a list of turns: give the list itself",
     ),
     "tools": ({"prompt": "A", "tools": [{"type": "function"}], **SIDES}, r"the field tools is filled \(a list of 1\)"),
     "openai_tools": (
@@ -395,7 +398,7 @@ REFUSED_PAIRS: dict[str, tuple[Row, str]] = {
     "system_beside_a_text": ({"system": "S", "prompt": "A", **SIDES}, "the field system is filled"),
     "input_beside_a_text": ({"input": "B", "prompt": "A", **SIDES}, "the field input is filled"),
     "context_beside_turns": ({"context": "B", **WHOLE}, "the field context is filled .*beside chosen and rejected"),
-    "other_question": ({"question": "B", **WHOLE}, "question is a text, but no user turn of chosen and rejected"),
+    "other_question": ({"question": "B", **WHOLE}, "question is a text that is not a user turn of chosen and rejected"),
     "other_prompt_turns": ({"prompt": [user("B")], **WHOLE}, "expected .*; found chosen of user, assistant"),
     "system_in_one_place": (
         {"prompt": [user("A")], **{k: [system("S"), *v] for k, v in WHOLE.items()}},
@@ -435,12 +438,12 @@ ONE_TEXT: dict[str, tuple[Row, str]] = {
     "conversation_of_one_turn": ({"messages": [user([{"type": "text", "text": "A"}]), say("C")]}, "A"),
 }
 NO_ONE_TEXT: dict[str, tuple[Row, str]] = {
-    "system": ({"instruction": "A", "system": "S"}, "have one turn of the user's, .*; got system, user"),
+    "system": ({"instruction": "A", "system": "S"}, "must be one user turn, .*; got system, user"),
     "history": (
         {"instruction": "A", "history": [["q", "r"]]},
-        "have one turn of the user's.*; got user, assistant, user",
+        "must be one user turn.*; got user, assistant, user",
     ),
-    "turns": ({"messages": [user("A"), say("B"), user("C")]}, "have one turn of the user's"),
+    "turns": ({"messages": [user("A"), say("B"), user("C")]}, "must be one user turn"),
     "tools": ({"instruction": "A", "tools": [1]}, "the field tools is filled"),
     "nothing": ({"turns": ["A"]}, r"expected instruction .*; found turns \(a list of 1\)"),
 }

@@ -51,9 +51,9 @@ class AlpacaEval:
     sampling: Sampling = field(default_factory=Sampling)
 
     @property
-    def judge_model(self) -> str:
-        """The policy that compares; none where a server does."""
-        return "" if self.judge.endpoint.base_url else self.judge.model
+    def judge_model(self) -> str | None:
+        """The policy that compares; None where a server does."""
+        return None if self.judge.endpoint.base_url else self.judge.model
 
     @property
     def size(self) -> str:

@@ -15,7 +15,7 @@ from selfalign.data.sources import as_prompt
 from selfalign.engines.openai_client import Endpoint
 from selfalign.engines.protocol import Reader, Request, Sampling, read_all, write_all
 from selfalign.judges.protocol import check_batch_tokens, check_model, check_share
-from selfalign.judges.sampled import spell_out, why_ended
+from selfalign.judges.sampled import judge_text
 from selfalign.judges.unread import Unread
 from selfalign.models.batches import share_prompt
 from selfalign.models.tokenizer import encode_prompt
@@ -91,9 +91,9 @@ class Grader:
         return {"prompts": digest_file(path)}
 
     @property
-    def policy(self) -> str:
-        """The policy that grades; none where a server does."""
-        return "" if self.endpoint.base_url else self.model
+    def policy(self) -> str | None:
+        """The policy that grades; None where a server does."""
+        return None if self.endpoint.base_url else self.model
 
     def ask(self, tasks: Sequence[Task], key: str) -> list[tuple[str, list[Message]]]:
         """For each task what the prompt is called, and the prompt; messages name settings as `key`.name."""
@@ -166,7 +166,9 @@ class Grader:
         with self.endpoint.open(f"{entrant.key}.judge.endpoint") as client:
             replies = list(client.complete_all(requests, journal, 1).values())
         counts |= self.endpoint.usage(replies)
-        return [parse_rating(reply.text, reply.finish, answers[n]) for n, reply in zip(prompts, replies, strict=True)]
+        return [
+            parse_rating(reply.text, reply.finish_reason, answers[n]) for n, reply in zip(prompts, replies, strict=True)
+        ]
 
     def probe(self) -> dict[str, Any]:
         """A request to the server as any other, about one word."""
@@ -193,10 +195,10 @@ class Grader:
             requests = [Request(prompt=ids, seeds=[0]) for ids in fitting.values()]
             written = write_all(generator, requests, greedy, journal, "grades")
         counts |= bench.counts
-        grades = {
-            name: parse_rating(spell_out(tokenizer, made), why_ended(tokenizer, ids, made), answers[name])
-            for (name, ids), [made] in zip(fitting.items(), written, strict=True)
+        texts = {
+            name: judge_text(tokenizer, ids, made) for (name, ids), [made] in zip(fitting.items(), written, strict=True)
         }
+        grades = {name: parse_rating(one.text, one.finish_reason, answers[name]) for name, one in texts.items()}
         return [grades.get(name, TOO_LONG) for name in prompts]
 
     def _expect(

@@ -13,6 +13,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_folder, path_of
 from selfalign.metrics import catalog
 from selfalign.metrics.intervals import Estimate
+from selfalign.models.checkpoint import resolve_dtype
 from selfalign.store.artifacts import Counts, Workspace
 
 NORMAL_95 = 1.96
@@ -27,9 +28,8 @@ class LmEval(LmEvalSettings):
     """Tasks of lm-eval as a benchmark."""
 
     @property
-    def judge_model(self) -> str:
+    def judge_model(self) -> None:
         """Nobody judges."""
-        return ""
 
     @property
     def size(self) -> str:
@@ -67,7 +67,7 @@ class LmEval(LmEvalSettings):
         from selfalign.benchmarks.lm_eval_adapter import evaluate, load_tasks, write_results
 
         loaded = load_tasks(self, entrant.key)
-        policy = entrant.policy.load(entrant.generate.dtype)
+        policy = entrant.policy.load(resolve_dtype(entrant.generate.dtype))
         with out.journal(sum(task.documents(self.limit) for task in loaded), "documents") as journal:
             results, prompts_cut = evaluate(self, loaded, policy, journal)
         write_results(out.path, results)

@@ -65,8 +65,8 @@ class MTBench:
     judge: Grader = field(default_factory=Grader)
 
     @property
-    def judge_model(self) -> str:
-        """The policy that grades; none where a server does."""
+    def judge_model(self) -> str | None:
+        """The policy that grades; None where a server does."""
         return self.judge.policy
 
     @property

@@ -60,11 +60,11 @@ class Benchmark(Protocol):
     """A published measurement of one model, configured as `conf/benchmark/NAME.yaml` under `benchmark.NAME`.
 
     `judge_model` names who judges: one of the run's own models ("self", "sft", "base"), a model source as
-    `model.path` takes, or "" where no policy does. `size` is for the plan and reads no file.
+    `model.path` takes, or None where no policy does. `size` is for the plan and reads no file.
     """
 
     @property
-    def judge_model(self) -> str: ...
+    def judge_model(self) -> str | None: ...
 
     @property
     def size(self) -> str: ...
@@ -93,7 +93,7 @@ class Benchmark(Protocol):
 def judges_to_load(benchmarks: Mapping[str, Benchmark]) -> dict[str, str]:
     """{benchmark: the model that judges there}, of those whose judge is none of the run's own models."""
     asked = {name: benchmark.judge_model for name, benchmark in benchmarks.items()}
-    return {name: model for name, model in asked.items() if model not in ("", *OWN_MODELS)}
+    return {name: model for name, model in asked.items() if model is not None and model not in OWN_MODELS}
 
 
 def check_count(key: str, wanted: int, there: int, source: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from selfalign.core.errors import SelfalignError
-from selfalign.core.records import JudgementStatus
+from selfalign.core.records import FinishReason, JudgementStatus
 from selfalign.judges.expected import distribution, tokens_behind
 from selfalign.judges.parsing import read_bracketed
 from selfalign.judges.verdict_text import other_totals
@@ -79,18 +79,18 @@ def expected_rating(shares: Sequence[float]) -> Grade:
     return Grade(JudgementStatus.OK, mean, f"{OPENING}{mean:.2f}]]")
 
 
-def parse_rating(text: str, finish: str = "stop", shown: Sequence[str] = ()) -> Grade:
+def parse_rating(text: str, finish_reason: FinishReason = FinishReason.EOS, shown: Sequence[str] = ()) -> Grade:
     """Reads `[[n]]`, 1 to 10, from the judge's own lines of newly generated text; nothing is clipped.
 
-    Two different ones are ambiguous, and so is one that another total follows; none is no score, for which `finish`,
-    why the text ended, may give the reason.
+    Two different ones are ambiguous, and so is one that another total follows; none is no score, for which
+    `finish_reason` may give the reason.
 
     Args:
         text: what the judge wrote.
-        finish: why it ended.
+        finish_reason: why it ended.
         shown: the answers; their own words are no rating.
     """
-    found = read_bracketed(text, RATING, finish, shown)
+    found = read_bracketed(text, RATING, finish_reason, shown)
     if isinstance(found, JudgementStatus):
         return Grade(found, None, text)
     said, behind = found

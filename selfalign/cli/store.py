@@ -163,7 +163,7 @@ def _run_folder(name: str, output: Path) -> Path:
     places = [Path(name), output / name]
     found = [place for place in places if (place / "artefacts").is_dir()]
     if not found:
-        raise SelfalignError(f"{name}: no run's folder, nor the name of one in {output}")
+        raise SelfalignError(f"{name!r} is neither a run folder nor the name of a run in {output}")
     return found[0]
 
 

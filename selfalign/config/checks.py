@@ -88,7 +88,10 @@ def _check_judge(config: ExperimentConfig) -> None:
             "data.seeds.evaluation_fine_tuning=none"
         )
     if isinstance(judge, ImplicitReward) and config.evaluate.instructions and config.evaluate.judge == "base":
-        raise SelfalignError("evaluate.judge=base has no reference, which judge=implicit needs: set sft")
+        raise SelfalignError(
+            "evaluate.judge=base cannot be used with judge=implicit: M0 has no reference policy. Set "
+            "evaluate.judge=sft."
+        )
     for end in ("low", "high"):
         if not isinstance(value := getattr(judge, end, 0), int):
             raise SelfalignError(f"judge.{end} must be a whole number, got {value!r}")

@@ -1,1 +1,1 @@
-"""The ground floor: errors, files, records and the processes of a run; it knows nothing of models."""
+"""The ground floor: errors, files, records and the processes of a run. It knows nothing of models."""

@@ -1,7 +1,7 @@
-"""The processes of one run, as torchrun starts them: which one this is, and what they tell each other.
+"""The processes of one run, as torchrun starts them: rank, count, and collective calls.
 
-All walk through the same pipeline; the first, the main one, keeps the run's folder. A run of one process needs none
-of this: every function then answers at once, and torch is not imported.
+All processes walk through the same pipeline. Rank 0, the main process, keeps the run folder. A run of one process needs
+none of this: every function then returns at once, and torch is not imported.
 """
 
 import os
@@ -19,20 +19,20 @@ from selfalign.core.errors import SelfalignError
 Value = TypeVar("Value")
 
 PATIENCE = timedelta(days=7)
-"""How long a process waits for another; a dead one is noticed at once, by its closed connection and by torchrun."""
+"""The longest wait for another process. A dead one is noticed at once, by its closed connection and by torchrun."""
 
 GRACE_SECONDS = 10.0
-"""So long a process has to end by itself when it is told to, before it is ended; torchrun kills after 30."""
+"""Seconds that a process has to end by itself when it is told to, before it is killed; torchrun kills after 30."""
 
 TOLD = "told to stop (SIGTERM): "
 
 LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
-"""Signs of a lost connection in errors that have no kind of their own."""
+"""Signs of a lost connection in errors that have no type of their own."""
 
 
 @dataclass(slots=True)
 class Place:
-    """Where this process stands among how many."""
+    """Rank of this process, and the number of processes."""
 
     rank: int = 0
     count: int = 1
@@ -43,7 +43,7 @@ _heard = threading.Event()
 
 
 class AnotherEnded(SelfalignError):
-    """A process cannot go on because another one of the same run is gone."""
+    """This process cannot go on, because another process of the same run has ended."""
 
     def __init__(self, sign: str = "") -> None:
         super().__init__(
@@ -58,7 +58,7 @@ def are_named() -> bool:
 
 
 def join() -> None:
-    """Meets the other processes, where the environment names them (RANK, WORLD_SIZE, …), and takes a GPU of its own.
+    """Join the process group that the environment names (RANK, WORLD_SIZE, …), and take a GPU of its own.
 
     Raises:
         SelfalignError: there are more processes here than GPUs.
@@ -74,8 +74,8 @@ def join() -> None:
         here, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if here >= gpus:
             raise SelfalignError(
-                f"there are more processes on this machine than GPUs that each of them sees, {gpus}: start {gpus}, or "
-                "let all of them see all GPUs (SLURM: gpus_per_node instead of gpus_per_task)"
+                f"process {here} of this machine has no GPU of its own: each process sees {gpus}. Start {gpus} "
+                "processes, or let every process see all GPUs (SLURM: gpus_per_node instead of gpus_per_task)."
             )
         torch.cuda.set_device(here)
     if not dist.is_initialized():
@@ -87,7 +87,7 @@ def join() -> None:
 
 
 def leave() -> None:
-    """Parts from the other processes."""
+    """Leave the process group."""
     if _here.count > 1:
         import torch.distributed as dist
 
@@ -100,27 +100,27 @@ def leave() -> None:
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Among the other processes, if there are any. One that fails leaves them by its end, which they notice."""
+    """Join the process group for the block, if there is one. A process that fails exits, which the others notice."""
     join()
     yield
     leave()
 
 
 def _take_names_from_submitit() -> None:
-    """Names the tasks of a submitit job as torchrun would."""
+    """Name the tasks of a submitit job as torchrun would."""
     from submitit.helpers import TorchDistributedEnvironment  # pyright: ignore[reportMissingImports]
 
     TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
 
 
 def _stop(number: int, frame: Any) -> None:
-    """What torchrun tells the processes that are left when one has failed."""
+    """End this process, as torchrun asks of those that are left when one has failed."""
     _heard.set()
     raise AnotherEnded(TOLD)
 
 
 def _end_if_it_hangs() -> None:
-    """Ends this process some time after SIGTERM if `_stop` is not called: it waits for a GPU, or deep in a library."""
+    """Kill this process some time after SIGTERM unless `_stop` is called: it waits for a GPU, or deep in a library."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
@@ -138,7 +138,7 @@ def _end_if_it_hangs() -> None:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """What the main process does here it does without the others, as in a run of one process."""
+    """Run the block on the main process without the others, as in a run of one process."""
     rank, count = _here.rank, _here.count
     _here.rank, _here.count = 0, 1
     try:
@@ -148,17 +148,17 @@ def alone() -> Iterator[None]:
 
 
 def rank() -> int:
-    """Which process this is, from 0."""
+    """Return the rank of this process, from 0."""
     return _here.rank
 
 
 def count() -> int:
-    """How many processes the run has."""
+    """Return the number of processes of the run."""
     return _here.count
 
 
 def is_main() -> bool:
-    """Whether this process keeps the run's folder."""
+    """Whether this process keeps the run folder."""
     return rank() == 0
 
 
@@ -172,12 +172,12 @@ def on_main(work: Callable[[], Value]) -> Value:
 
 
 def wait_for_all() -> None:
-    """Returns when every process has come here."""
+    """Wait until every process has called this."""
     gather(None)
 
 
 def gather(value: Value) -> list[Value]:
-    """The values of all processes, in the order of their ranks.
+    """Return the values of all processes in the order of their ranks.
 
     Raises:
         AnotherEnded: a process is gone.
@@ -193,7 +193,7 @@ def gather(value: Value) -> list[Value]:
 
 
 def broadcast(value: Value) -> Value:
-    """The main process's value.
+    """Return the main process's value.
 
     Raises:
         AnotherEnded: a process is gone.
@@ -210,7 +210,7 @@ def broadcast(value: Value) -> Value:
 
 @contextmanager
 def others_there() -> Iterator[None]:
-    """Says what it means when a connection to another process breaks off inside.
+    """Turn a broken connection to another process inside the block into an error that says so.
 
     Raises:
         AnotherEnded: in the place of what gloo or NCCL raise.

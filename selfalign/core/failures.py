@@ -1,4 +1,4 @@
-"""What the machine refuses: files that cannot be written, memory that is not there; whichever library says so."""
+"""Failures of the machine, such as a full disk or too little memory, whichever library reports them."""
 
 import errno
 import os
@@ -19,13 +19,13 @@ ADVICE = {
     errno.EIO: "the disk or its connection is failing",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
 }
-"""What to do, by what the system said."""
+"""Advice by the system's error number."""
 
 WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-"""Failures that are about a file, also where the error names none."""
+"""Errors that are about a file, even if they name none."""
 
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
-"""How torch says it where it raises no error of its own kind."""
+"""torch's wording where it raises no error of its own type."""
 
 SMALLER = (
     "lower batch_tokens or max_length of train.sft and train.align, set their gradient_checkpointing=true, lower "
@@ -34,7 +34,7 @@ SMALLER = (
 
 
 def system_error(error: BaseException) -> OSError | None:
-    """What the system refused, if this is it: an OSError, or what libraries written in Rust make of one."""
+    """Return the OSError behind an error, also where a library written in Rust raised it; None for any other error."""
     if isinstance(error, OSError):
         return error if error.errno is not None else None
     told = re.search(r"\(os error (\d+)\)", str(error))
@@ -42,7 +42,7 @@ def system_error(error: BaseException) -> OSError | None:
 
 
 def explain_failure(error: BaseException) -> str | None:
-    """One line of what the machine has refused: the file, what the system said, what to do; None for anything else."""
+    """Return a failure of the machine in one line: the file, the system's words, what to do. None for other errors."""
     refused = system_error(error)
     if refused is not None:
         return explain_system_error(refused)
@@ -55,7 +55,7 @@ def explain_failure(error: BaseException) -> str | None:
 
 
 def explain_system_error(error: OSError) -> str:
-    """One line: the file, what the system said, and what to do."""
+    """Return one line: the file, the system's words, and what to do."""
     place = f"{error.filename}: " if error.filename else ""
     advice = f"{ADVICE[error.errno]}; " if error.errno in ADVICE else ""
     return " ".join(f"{place}{error.strerror}; {advice}{KEPT}".split())
@@ -63,7 +63,7 @@ def explain_system_error(error: OSError) -> str:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Names the file or folder that is written inside, where the error names none, as Python's own on a full disk.
+    """Name the file or folder that the block writes in errors that name none, such as Python's own on a full disk.
 
     Raises:
         OSError: in the place of another library's error too.
@@ -82,9 +82,9 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def at_the_end(act: Callable[[], object]) -> Iterator[None]:
-    """Does something behind the block however it ends; where that failed, what is then refused too is not told.
+    """Call a function after the block, however the block ends.
 
-    What has failed first is what the user should read.
+    If the block failed, an OSError of the function is dropped: the user should read what failed first.
 
     Raises:
         OSError: the block went well, and this is refused.
@@ -99,14 +99,14 @@ def at_the_end(act: Callable[[], object]) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU's or the machine's memory did not suffice."""
+    """Whether an error means that memory of the GPU or the machine did not suffice."""
     told = isinstance(error, RuntimeError) and any(sign in str(error) for sign in NO_MEMORY)
     return told or isinstance(error, MemoryError)
 
 
 @contextmanager
 def fits(label: str) -> Iterator[None]:
-    """Whatever is done inside has to fit into memory.
+    """Turn an out-of-memory error inside the block into one that says what to lower.
 
     Raises:
         SelfalignError: it does not.

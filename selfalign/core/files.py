@@ -1,4 +1,4 @@
-"""Files: whole or not at all, and digests of what is in them."""
+"""Files that are written whole or not at all, and digests of their content."""
 
 import gzip
 import hashlib
@@ -20,14 +20,14 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def write_atomically(path: Path, chunks: Iterable[bytes]) -> None:
-    """Writes a file beside its name and renames it there, so that no reader ever sees half of it."""
+    """Write a file beside its name and rename it, so that no reader ever sees half of it."""
     with atomic_file(path) as file:
         file.writelines(chunks)
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, which has its name once it is left without an error."""
+    """Open a file to write to. It gets its name when the block ends without an error."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with naming(path):
@@ -41,18 +41,18 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON that a person can read and `diff` can compare."""
+    """Write JSON that a person can read and `diff` can compare."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomically(path, [text.encode()])
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file of ours."""
+    """Read a JSON file that selfalign wrote."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_text(path: Path) -> str:
-    """Reads a text file the user named.
+    """Read a text file that the user named.
 
     Raises:
         SelfalignError: the file is missing or not UTF-8.
@@ -61,9 +61,9 @@ def read_text(path: Path) -> str:
 
 
 def read_lines(path: Path, *, skip_blank: bool = True) -> Iterator[tuple[int, str]]:
-    """Yields (number from 1, line) of a UTF-8 text file, without the byte order mark that some editors put first.
+    """Yield (number from 1, line) of a UTF-8 text file, without the byte order mark that some editors put first.
 
-    A name that ends in ".gz" is that of a compressed file.
+    A file whose name ends in ".gz" is decompressed.
 
     Raises:
         SelfalignError: the file is missing, not UTF-8 (the line is named), or not compressed as its name says.
@@ -82,7 +82,7 @@ def read_lines(path: Path, *, skip_blank: bool = True) -> Iterator[tuple[int, st
 
 
 def _numbered(path: Path, file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Yields the lines of a file, compressed or not, with their numbers."""
+    """Yield the lines of a file, compressed or not, with their numbers."""
     try:
         yield from enumerate(file, start=1)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -90,7 +90,7 @@ def _numbered(path: Path, file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
 
 
 def path_of(text: str) -> Path:
-    """A path as a user gives it; `~` is the home folder, `~name` that of another user.
+    """Return a path as a user writes it, with `~` as the home folder and `~name` as that of another user.
 
     Raises:
         SelfalignError: there is no such folder.
@@ -102,17 +102,17 @@ def path_of(text: str) -> Path:
 
 
 def digest_text(text: str) -> str:
-    """SHA-256 of a text, in hexadecimal."""
+    """Return the SHA-256 of a text, in hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def digest_json(value: Any) -> str:
-    """SHA-256 of a JSON value, the same for equal values whatever the order of their keys."""
+    """Return the SHA-256 of a JSON value, the same for equal values whatever the order of their keys."""
     return digest_text(json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False))
 
 
 def digest_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal; weights are large, so a file is read again only if it changed."""
+    """Return the SHA-256 of a file's bytes, in hexadecimal. A file is read again only if it changed."""
     state = path.stat()
     # A file as young as its clock's tick could change again without showing it.
     settled = time.time_ns() - state.st_mtime_ns > 2_000_000_000
@@ -121,25 +121,25 @@ def digest_file(path: Path) -> str:
 
 
 def digest_folder(folder: Path, without: tuple[str, ...] = ()) -> dict[str, str]:
-    """{path below the folder: SHA-256} of its files in the order of their names; `without` names top entries."""
+    """Return {path below the folder: SHA-256} of its files, sorted by name, without the top entries in `without`."""
     files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return {name.as_posix(): digest_file(folder / name) for name in files if name.parts[0] not in without}
 
 
 @cache
 def _digest_once(path: Path, size: int, mtime_ns: int) -> str:
-    """The digest of a file in this state."""
+    """Return the digest of a file in this state."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def derive_seed(*parts: object) -> int:
-    """A seed for one purpose: 63 bits of the digest of its parts, so no two purposes share random numbers."""
+    """Derive a seed for one purpose: 63 bits of the digest of its parts, so no two purposes share random numbers."""
     return int(digest_json([str(part) for part in parts])[:16], 16) >> 1
 
 
 def text_or_file(value: str, key: str) -> str:
-    """A setting that is a text, or "file:PATH" for the text of a file.
+    """Return a setting that is a text, or the text of a file for "file:PATH".
 
     Raises:
         SelfalignError: there is no such file; the message names the setting, `key`.

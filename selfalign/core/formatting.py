@@ -4,7 +4,7 @@ UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
 def table(headings: list[str], rows: list[list[str]]) -> list[str]:
-    """Aligned columns."""
+    """Return rows as lines with aligned columns."""
     widths = [max(len(row[i]) for row in [headings, *rows]) for i in range(len(headings))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [headings, *rows]]
     return [
@@ -15,12 +15,12 @@ def table(headings: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def plural(count: int, noun: str) -> str:
-    """A count with its noun."""
+    """Return a count with its noun."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:
-    """A time to read."""
+    """Return a time in words."""
     if seconds < 59.95:
         return f"{seconds:.1f}\u00a0s"
     minutes, rest = divmod(round(seconds), 60)
@@ -29,7 +29,7 @@ def duration(seconds: float) -> str:
 
 
 def age(seconds: float) -> str:
-    """How long ago something was, in its largest unit."""
+    """Return how long ago something was, in its largest unit."""
     for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
         if seconds >= size:
             return plural(int(seconds / size), unit)
@@ -37,7 +37,7 @@ def age(seconds: float) -> str:
 
 
 def amount(size: int) -> str:
-    """Bytes with the three digits that count, in powers of 1000."""
+    """Return a number of bytes with three significant digits, in powers of 1000."""
     value, unit = float(size), 0
     while value >= 999.5 and unit < len(UNITS) - 1:
         value, unit = value / 1000, unit + 1
@@ -45,5 +45,5 @@ def amount(size: int) -> str:
 
 
 def printable(name: str) -> str:
-    """A file's name as one that a terminal can show: no line breaks, control characters or broken Unicode."""
+    """Return a file's name as a terminal can show it: no line breaks, control characters or broken Unicode."""
     return name if name.isprintable() else ascii(name)

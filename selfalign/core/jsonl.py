@@ -1,4 +1,4 @@
-"""Records as lines of JSON: written whole, read one at a time, several files side by side in constant memory.
+"""Records as lines of JSON: written atomically, read one at a time, joined in constant memory.
 
 The stages write their records in the order of the instructions, so files are joined by walking through them together.
 """
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 def chunks(records: Iterable[T], size: int = CHUNK) -> Iterator[list[T]]:
-    """The records in lists of this size, the last one shorter."""
+    """Yield the records in lists of this size, the last one shorter."""
     remaining = iter(records)
     while chunk := list(islice(remaining, size)):
         yield chunk
@@ -44,16 +44,16 @@ def chunks(records: Iterable[T], size: int = CHUNK) -> Iterator[list[T]]:
 def follow(
     leaders: Iterable[L], followers: Iterable[T], owner: Callable[[T], str], file: Path
 ) -> Iterator[tuple[L, list[T]]]:
-    """Each leader with the followers that belong to it, none or several; both come in the same order.
+    """Join two sorted streams: yield each leader with the followers that belong to it, none or several.
 
     Args:
         leaders: records, one at a time.
-        followers: what belongs to them.
-        owner: the id of the leader a follower belongs to.
-        file: where the followers were read, for the message.
+        followers: records that each belong to a leader, in the order of the leaders.
+        owner: returns the id of the leader that a follower belongs to.
+        file: the file of the followers, for the message.
 
     Raises:
-        SelfalignError: behind the last leader, a follower is left: its leader is missing or was passed before.
+        SelfalignError: a follower is left after the last leader: its leader is missing or came before.
     """
     remaining = iter(followers)
     follower = next(remaining, None)
@@ -65,26 +65,26 @@ def follow(
         yield leader, own
     if follower is not None:
         raise SelfalignError(
-            f"{file}: what belongs to {owner(follower)!r} is out of order, or {owner(follower)!r} is missing; files of "
-            "one run are joined in the order of their records"
+            f"{file}: record for {owner(follower)!r} is missing or out of order. Records must be in the same order as "
+            "the instructions."
         )
 
 
 def write_records(path: Path, records: Iterable[HasId]) -> None:
-    """Writes one record a line, atomically: the file is there whole or not at all."""
+    """Write one record a line, atomically: the file is there whole or not at all."""
     with open_records(path) as write:
         write(records)
 
 
 @contextmanager
 def open_records(path: Path) -> Iterator[Callable[[Iterable[HasId]], None]]:
-    """What writes records into a file, as they come; the file is there once all are."""
+    """Open a file for records and yield the function that writes one. The file appears once the block ends."""
     with atomic_file(path) as file:
         yield lambda records: file.writelines(msgspec.json.encode(record) + b"\n" for record in records)
 
 
 def read_records(path: Path, kind: type[R]) -> list[R]:
-    """The records of one file, all at once: for files that are small by nature, such as evaluation sets.
+    """Return all records of one file, for files that are small by nature, such as evaluation sets.
 
     Raises:
         SelfalignError: as `stream_records`.
@@ -93,9 +93,9 @@ def read_records(path: Path, kind: type[R]) -> list[R]:
 
 
 def stream_records(path: Path, kind: type[R]) -> Iterator[R]:
-    """Yields the records of one file, holding one at a time.
+    """Yield the records of one file, holding one at a time.
 
-    Of those before it eight bytes each are kept, a hash of the id, to find an id that occurs twice.
+    A hash of each id (8 bytes) is kept, to find an id that occurs twice.
 
     Raises:
         SelfalignError: a line is broken or lacks a field (file and line are named), or, behind the last record, an
@@ -112,7 +112,7 @@ def stream_records(path: Path, kind: type[R]) -> Iterator[R]:
 
 
 def _refuse_duplicates(path: Path, kind: type[HasId], hashes: set[int]) -> None:
-    """Reads the file again for an id that occurs twice, among those with these hashes; two ids may share one."""
+    """Read the file again for an id that occurs twice, among those with these hashes. Two ids may share a hash."""
     seen: set[str] = set()
     for number, record in read_typed_lines(path, kind):
         if hash(record.id) in hashes:
@@ -122,18 +122,18 @@ def _refuse_duplicates(path: Path, kind: type[HasId], hashes: set[int]) -> None:
 
 
 def count_records(path: Path) -> int:
-    """How many records a file has."""
+    """Return the number of records in a file."""
     return sum(1 for _ in read_lines(path))
 
 
 def read_scores(folder: Path) -> dict[str, float]:
-    """{response id: score} of a judged artefact; an unjudged response is not in it."""
+    """Return {response id: score} of a judged artifact, without the unjudged responses."""
     scores = read_records(folder / "scores.jsonl", ResponseScore)
     return {record.id: record.score for record in scores if record.score is not None}
 
 
 def read_typed_lines(path: Path, kind: type[T]) -> Iterator[tuple[int, T]]:
-    """Yields (line number, object) for every line of a JSONL file that is not blank.
+    """Yield (line number, object) for every line of a JSONL file that is not blank.
 
     Raises:
         SelfalignError: the file is missing, empty or not UTF-8, or a line is not what `kind` says.
@@ -151,5 +151,5 @@ def read_typed_lines(path: Path, kind: type[T]) -> Iterator[tuple[int, T]]:
 
 
 def as_plain(record: Any) -> Any:
-    """A record as JSON-ready dictionaries, lists and numbers."""
+    """Return a record as JSON-ready dictionaries, lists and numbers."""
     return msgspec.to_builtins(record)

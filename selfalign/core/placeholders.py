@@ -1,4 +1,4 @@
-"""Texts put into prompts: literally, and such that none can close the section it stands in."""
+"""Texts put into prompts, literally, so that none can close the section it stands in."""
 
 import re
 from collections.abc import Sequence
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from selfalign.core.errors import SelfalignError
 
 BRACED = re.compile(r"\\[A-Za-z]+(?:\{[^{}]*\})+|(?<![\w^$])(\{+)( *)([A-Za-z_]\w*)( *)(\}+)")
-"""A name in braces, as a placeholder looks, unless a LaTeX command or a shell's `$` stands before it."""
+"""A name in braces, which is a placeholder unless a LaTeX command or a shell's `$` stands before it."""
 
 
 def check_template(template: str, key: str, needed: Sequence[str], optional: Sequence[str] = ()) -> None:
-    """Checks that a template has every placeholder it needs, and none that nothing is put in for.
+    """Check that a template has every placeholder it needs and no unknown one.
 
     Braces around anything but a name, such as those of JSON, and around a name with spaces beside it stay as they are.
 
@@ -24,24 +24,24 @@ def check_template(template: str, key: str, needed: Sequence[str], optional: Seq
         SelfalignError: with a line for every fault.
     """
     known = [*needed, *optional]
-    has = f"it has {', '.join(f'{{{name}}}' for name in known)}" if known else "it has none"
+    allowed = f"allowed: {', '.join(f'{{{name}}}' for name in known) or 'none'}"
     faults = [f"{key} lacks {{{name}}}" for name in needed if f"{{{name}}}" not in template]
     for found in BRACED.finditer(template):
         opening, before, name, after, closing = found.groups()
         if name is None:
             continue
         if len(opening) > 1 and len(closing) > 1:
-            faults.append(f"{key}: {found[0]} is no placeholder, which stands in single braces; {has}")
+            faults.append(f"{key}: placeholders stand in single braces, got {found[0]}; {allowed}")
         elif not (before or after or name in known):
             faults.append(
-                f"{key}: {{{name}}} is no placeholder; {has}. Braces that are meant have spaces inside, {{ {name} }}"
+                f"{key}: unknown placeholder {{{name}}}; {allowed}. Literal braces have spaces inside: {{ {name} }}"
             )
     if faults:
         raise SelfalignError("\n".join(dict.fromkeys(faults)))
 
 
 def fill(template: str, values: dict[str, str]) -> str:
-    """Puts each value where `{name}` stands in the template, once and literally.
+    """Replace each `{name}` in the template by its value, once and literally.
 
     Braces inside a value stay as they are. A value that spells one of the template's own tags (`<response>`,
     `</response>`, …) has it broken up, so that no text can close the section it stands in.
@@ -58,7 +58,7 @@ def fill(template: str, values: dict[str, str]) -> str:
 
 
 def break_up(text: str, words: Sequence[str]) -> str:
-    """Breaks up each of the words in a text with a space behind its first letter, whatever their case."""
+    """Put a space after the first letter of each of the words wherever a text has them, whatever their case."""
     present = [word for word in words if word.casefold() in text.casefold()]
     if not present:
         return text

@@ -1,4 +1,4 @@
-"""What the stages exchange: one dataclass a record, one JSON object a line.
+"""The records that stages exchange: one dataclass a record, one JSON object a line.
 
 Every record has an `id` that names it for good, and says which model wrote it (`model`, the digest of that
 policy's weights), so that a later stage can check what it is given. The fields are the documented schema of the
@@ -12,21 +12,36 @@ Message = dict[str, str]
 """One turn of a conversation: {"role": "system" | "user" | "assistant", "content": text}."""
 
 Prompt = str | list[Message]
-"""What the model is fed: messages for the chat template, or a text to be taken as it stands."""
+"""Input of the model: messages for the chat template, or a text that is taken as it stands."""
 
 
 class FinishReason(StrEnum):
-    """Why a response ended: at an end-of-turn token, or cut at `max_new_tokens`."""
+    """Why a text ended, or why there is none.
+
+    `eos`: at an end-of-turn token. `length`: cut at `max_new_tokens`. `unknown`: at its own end, for a reason that only
+    the server which wrote it knows. The others are refusals: a server did not fulfil the request, because the prompt
+    does not fit, for its content, or for any other reason. The text is then the server's message.
+    """
 
     EOS = "eos"
     LENGTH = "length"
+    UNKNOWN = "unknown"
+    PROMPT_TOO_LONG = "prompt_too_long"
+    CONTENT_FILTER = "content_filter"
+    REFUSED = "refused"
+
+    @property
+    def is_refusal(self) -> bool:
+        """Whether the request was not fulfilled."""
+        return self in (FinishReason.PROMPT_TOO_LONG, FinishReason.CONTENT_FILTER, FinishReason.REFUSED)
 
 
 class JudgementStatus(StrEnum):
-    """What came of one judgement; only `ok` carries a score.
+    """Outcome of one judgement. Only `ok` carries a score.
 
-    `truncated`: cut before its verdict, maybe while the judge was still thinking. `prompt_too_long`, `content_filter`
-    and `refused` (for any other reason) are a server's refusals of one request, whose words stand in the text.
+    `truncated`: the text was cut before its verdict, maybe while the judge was still thinking. `prompt_too_long`,
+    `content_filter` and `refused` (for any other reason): the judge could not be asked. Where a server refused, its
+    message is the text.
     """
 
     OK = "ok"
@@ -41,7 +56,7 @@ class JudgementStatus(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Demonstration:
-    """A prompt and the response SFT teaches.
+    """A prompt and the response that SFT teaches.
 
     `source` is "ift", "eft", or "positive" (a response judged good). `prefill` is how the answer begins where that is
     given instead of learnt. Demonstrations of one `question` have prompts that begin alike, so they are trained side by
@@ -69,7 +84,8 @@ class Instruction:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankedAnswers:
-    """An instruction with answers in a human's order; `ranks[i]` belongs to `texts[i]`, 1 is best, no ties.
+    """An instruction with answers in a human's order. `ranks[i]` belongs to `texts[i]`; 1 is best, and there are no
+    ties.
 
     `scores` and `justifications` are what a human judge gave; empty where only the order is known.
     """
@@ -84,7 +100,7 @@ class RankedAnswers:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Response:
-    """One answer to an instruction; `model` is "human" for given answers.
+    """One answer to an instruction. `model` is "human" for given answers.
 
     `tokens` counts the generated tokens, and `ids` are these, the end of turn included: what a policy is trained on is
     what was written. They are empty where only a text came back.
@@ -98,9 +114,13 @@ class Response:
     model: str
     ids: list[int] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        if self.finish_reason not in (FinishReason.EOS, FinishReason.LENGTH):
+            raise ValueError(f"response {self.id}: finish_reason {self.finish_reason}; a response is eos or length")
+
 
 def given_response(name: str, instruction: str, text: str, model: str) -> Response:
-    """An answer that was read and not written here; it counts as finished, for nothing tells how it ended."""
+    """Return an answer that was read from data. It counts as finished, because nothing tells how it ended."""
     return Response(
         id=name, instruction_id=instruction, text=text, finish_reason=FinishReason.EOS, tokens=0, model=model
     )
@@ -108,7 +128,7 @@ def given_response(name: str, instruction: str, text: str, model: str) -> Respon
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Judgement:
-    """What a judge said of one response, once.
+    """One judgement of one response.
 
     `score` is a number on the judge's scale exactly when `status` is ok. `entropy` (nats) is that of the score
     distribution where the judge has one. `model` is the digest of the policy that judged, or the endpoint's name of
@@ -134,7 +154,7 @@ class Judgement:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResponseScore:
-    """What all judgements of a response come to; `id` is the response's.
+    """The mean over all judgements of a response. `id` is the response's.
 
     `score` is the mean of the `valid` ones, None where these are fewer than the judge wants; `variance` is theirs
     (n-1 in the denominator), None for fewer than two.
@@ -147,7 +167,7 @@ class ResponseScore:
 
 
 class Verdict(StrEnum):
-    """What a judge says of two responses in one order: the one it was shown first (A), the second (B), or neither."""
+    """A judge's verdict on two responses in one order: the first shown is better (A), the second (B), or neither."""
 
     A = "A"
     B = "B"
@@ -216,7 +236,7 @@ class PairReference:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeasuredPair:
-    """What a policy and its reference make of a pair that neither was trained on.
+    """Log-ratios, margin and Δ of a pair that neither the policy nor its reference was trained on.
 
     `chosen`, `rejected` and `augmented_*` are log π(y) - log π_ref(y), nats summed over the response's tokens, given x
     and given p⊕x. `margin` is β(chosen - rejected), `delta` Δ, the same given p⊕x. `score_difference` is a judge's
@@ -235,7 +255,7 @@ class MeasuredPair:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MovedAnswer:
-    """An answer's summed log-probability (nats) under the policy that wrote it and under M1; `id` is the response's."""
+    """The summed log-probability of an answer under the policy that wrote it and under M1. `id` is the response's."""
 
     id: str
     policy: float

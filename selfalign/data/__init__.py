@@ -1,1 +1,1 @@
-"""What people give: rows of their files as records, text filters and pair rules."""
+"""Data that people give: rows of their files as records, text filters and pair rules."""

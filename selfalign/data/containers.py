@@ -1,7 +1,7 @@
-"""Where given data lie: files, folders and data sets on the hub, each read as rows with the place where they stand.
+"""Sources of given data: files, folders and data sets on the hub, each read as rows with their place.
 
 A source is "shipped:NAME" (the seed data in this package), a file of JSON (a row a line, a list of rows, or one row; it
-may be packed by gzip) or parquet, a folder ("FOLDER:SPLIT", split "train" unless said) that `datasets.save_to_disk`
+may be packed by gzip) or parquet, a folder ("FOLDER:SPLIT", split "train" by default) that `datasets.save_to_disk`
 wrote or that holds such files, or a hub id "owner/name", "owner/name:split", "owner/name:config:split".
 """
 
@@ -26,20 +26,20 @@ OTHER = {
     ".csv", ".tsv", ".xlsx", ".xls", ".arrow", ".feather", ".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".pkl",
     ".db", ".sqlite", ".h5", ".npz",
 }  # fmt: skip
-"""What is told from JSON by its name; a name of any other kind is taken for JSON, with a row a line."""
+"""Formats told by the file's name. Any other name is read as JSON, one row a line."""
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[^:/]+){0,2}")
 PART = re.compile(r"-(?P<part>\d+)-of-(?P<of>\d+)")
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 BATCH = 1024
-"""Rows of a table that are held at once."""
+"""Rows of a table held at a time."""
 
 Placed = tuple[str, dict[str, Any]]
-"""Where a row stands, for messages, and the row."""
+"""The place of a row, for messages, and the row."""
 
 
 def read_rows(source: str) -> Iterator[Placed]:
-    """Yields a source's rows, each with its place: "file:line", or "file row N" counted from 0 in tables and lists.
+    """Yield a source's rows, each with its place: "file:line", or "file row N" counted from 0 in tables and lists.
 
     Raises:
         SelfalignError: there is no such source, it cannot be read, or it has no row.
@@ -50,14 +50,14 @@ def read_rows(source: str) -> Iterator[Placed]:
     for where, row in rows:
         empty = False
         if not isinstance(row, dict):
-            raise SelfalignError(f"{where}: a row is an object with named fields; got {type(row).__name__}")
+            raise SelfalignError(f"{where}: a row must be an object with named fields, got {type(row).__name__}")
         yield where, row
     if empty:
-        raise SelfalignError(f"{source}: no rows")
+        raise SelfalignError(f"{source} has no rows")
 
 
 def find_data(source: str, key: str) -> list[Path] | None:
-    """The files and saved folders that a data source is; None for a data set on the hub. Nothing of them is read.
+    """Return the files and saved folders of a data source, unread; None for a data set on the hub.
 
     Raises:
         SelfalignError: there is no such source; the message names the setting, `key`.
@@ -69,7 +69,7 @@ def find_data(source: str, key: str) -> list[Path] | None:
 
 
 def identify_data(source: str, key: str) -> str:
-    """What a data source is keyed by: the digest of its files, or the name of a hub data set.
+    """Return the key of a data source: the digest of its files, or the name of a hub data set.
 
     Raises:
         SelfalignError: as `find_data`.
@@ -85,7 +85,7 @@ def identify_data(source: str, key: str) -> str:
 
 
 def _places_of(source: str) -> list[Path] | None:
-    """The files and saved folders that hold a source's rows, in their order; None for a hub id.
+    """Return the files and saved folders with a source's rows, in their order; None for a hub id.
 
     Raises:
         SelfalignError: there is nothing that could be read.
@@ -100,7 +100,7 @@ def _places_of(source: str) -> list[Path] | None:
         return _in_folder(path_of(folder), split)
     if path.suffix in OTHER and not path.name.endswith(READ):
         raise SelfalignError(
-            f"{path}: {path.suffix} files are not read; write it as .jsonl or .parquet, for example with "
+            f"{path}: {path.suffix} files cannot be read; save it as .jsonl or .parquet, for example with "
             "datasets.load_dataset(...).to_parquet(...)"
         )
     if path.name.endswith(READ) or path.exists():
@@ -108,8 +108,8 @@ def _places_of(source: str) -> list[Path] | None:
     if HUB_ID.fullmatch(source) and not source.startswith("."):
         return None
     raise SelfalignError(
-        f"{source!r} is no data: give shipped:NAME, a .jsonl or .parquet file, or a hub id owner/name (with :split or "
-        ":config:split behind it), or a folder"
+        f"{source!r} is not a data source: give shipped:NAME, a .jsonl or .parquet file, or a hub id owner/name (with "
+        ":split or :config:split behind it), or a folder"
     )
 
 
@@ -120,20 +120,20 @@ def _existing(path: Path) -> Path:
 
 
 def _in_folder(folder: Path, split: str) -> list[Path]:
-    """What holds the rows of a folder's split: one that `datasets` saved, or files whose names begin with the split.
+    """Return the files of a folder's split: saved by `datasets`, or with names that begin with the split.
 
     Raises:
-        SelfalignError: there is none, or it is not said which of several.
+        SelfalignError: there is no such split, or there are several and the source names none.
     """
     if (folder / "state.json").is_file():
         if split:
-            raise SelfalignError(f"{folder}: is one saved data set, without splits; leave out :{split}")
+            raise SelfalignError(f"{folder} is one saved data set, without splits: remove :{split}")
         return [folder]
     if (folder / "dataset_dict.json").is_file():
         saved = sorted(path.parent.name for path in folder.glob("*/state.json"))
         name = split or (saved[0] if len(saved) == 1 else "train")
         if name not in saved:
-            raise SelfalignError(f"{folder}: has no split {name!r}; choose with {folder}:SPLIT among {saved}")
+            raise SelfalignError(f"{folder} has no split {name!r}: set {folder}:SPLIT to one of {saved}")
         return [folder / name]
     files = [path for place in (folder, folder / "data") for path in sorted(place.glob("*")) if _kind_of(path)]
     part = re.compile(rf"{re.escape(split or 'train')}(-\d+(-of-\d+)?(-[0-9a-f]+)?)?\.[a-z.]+")
@@ -144,15 +144,15 @@ def _in_folder(folder: Path, split: str) -> list[Path]:
         names = [path.relative_to(folder).as_posix() for path in files or sorted(folder.iterdir())]
         shown = ", ".join([*names[:8], *(["…"] if len(names) > 8 else [])]) or "nothing"
         raise SelfalignError(
-            f"{folder}: is a folder, and {'files of several kinds' if chosen else 'none of its files'} could be the "
-            f"split {split or 'train'!r}; name one file, or {folder}:SPLIT (it holds {shown})"
+            f"{folder}: {'files of several kinds' if chosen else 'none of its files'} could be the split "
+            f"{split or 'train'!r}. Name one file, or {folder}:SPLIT (the folder holds {shown})."
         )
     _check_parts(folder, chosen)
     return chosen
 
 
 def _check_parts(folder: Path, files: Sequence[Path]) -> None:
-    """Files named as parts, such as train-00000-of-00003, are the parts of one whole, and all of them.
+    """Check that files named as parts, such as train-00000-of-00003, are the parts of one whole, and all of them.
 
     Raises:
         SelfalignError: one is missing, as after a download that was broken off, or there are those of several, as
@@ -168,12 +168,12 @@ def _check_parts(folder: Path, files: Sequence[Path]) -> None:
         )
     if missing := sorted(set(range(max(sizes))) - set(parts)):
         raise SelfalignError(
-            f"{folder}: of {max(sizes)} parts {len(missing)} are missing, the first is number {missing[0]}"
+            f"{folder}: {len(missing)} of {max(sizes)} parts are missing, the first is number {missing[0]}"
         )
 
 
 def _kind_of(path: Path) -> str:
-    """How a data file's name ends; nothing for another file."""
+    """Return the ending of a data file's name; "" for another file."""
     return next((end for end in READ if path.name.endswith(end)), "") if path.is_file() else ""
 
 
@@ -187,7 +187,7 @@ def _rows_at(place: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Rows of a text: a list, a single object over several lines, or one a line; its beginning tells which."""
+    """Yield the rows of a text, which begins as a list, as a single object over several lines, or as one row a line."""
     lines = read_lines(path)
     number, first = next(lines, (0, ""))
     if not number:
@@ -203,10 +203,10 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _decode(text: str, where: str) -> Any:
-    """A JSON value; NaN and Infinity, which are no JSON but are written by many programs, become null.
+    """Return a JSON value, with null for NaN and Infinity, which are not JSON but are written by many programs.
 
     Raises:
-        SelfalignError: the text is no JSON, an object has a key twice, or a character is half of one.
+        SelfalignError: the text is not JSON, an object has a key twice, or a character is half of a surrogate pair.
     """
     try:
         value = json.loads(text.lstrip("\ufeff"), object_pairs_hook=_object, parse_constant=lambda name: None)
@@ -214,11 +214,11 @@ def _decode(text: str, where: str) -> Any:
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise SelfalignError(f"{where}: no valid JSON: {error.msg} ({line}character {error.colno})") from error
+        raise SelfalignError(f"{where}: not valid JSON: {error.msg} ({line}character {error.colno})") from error
     except UnicodeEncodeError as error:
-        raise SelfalignError(f"{where}: no valid JSON: a \\ud… escape is half of a character") from error
+        raise SelfalignError(f"{where}: not valid JSON: a \\ud… escape is half of a character") from error
     except (ValueError, RecursionError) as error:
-        raise SelfalignError(f"{where}: no valid JSON: {error}") from error
+        raise SelfalignError(f"{where}: not valid JSON: {error}") from error
     return value
 
 
@@ -226,7 +226,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the field {next(name for name in names if names.count(name) > 1)!r} stands twice in a row")
+        raise ValueError(f"the field {next(name for name in names if names.count(name) > 1)!r} occurs twice in a row")
     return made
 
 
@@ -268,13 +268,13 @@ def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
 
 
 def _dataset_rows(source: str, dataset: Any) -> Iterator[tuple[str, Any]]:
-    """The rows as they lie in the table, so that no picture or sound is unpacked on the way."""
+    """Yield the rows as they lie in the table, so that no picture or sound is decoded."""
     rows = (row for table in dataset.with_format("arrow").iter(BATCH) for row in _plain_rows(source, table))
     yield from ((f"{source} row {index}", row) for index, row in enumerate(rows))
 
 
 def _plain_rows(source: str, table: "pa.Table | pa.RecordBatch") -> Iterable[dict[str, Any]]:
-    """Rows as dictionaries, lists, texts and numbers; values that are stored as JSON texts are unpacked.
+    """Yield rows as dictionaries, lists, texts and numbers. Values that are stored as JSON texts are decoded.
 
     Raises:
         SelfalignError: two columns have one name.

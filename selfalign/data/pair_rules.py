@@ -1,7 +1,7 @@
-"""Which judged responses to one instruction become preference pairs.
+"""Rules that make preference pairs from the judged responses to one instruction.
 
-A rule picks pairs from two orders of the responses, the best first and the worst first; what is picked must then
-differ enough, in score and in words. Everything a rule would have given and that is not kept is counted by reason.
+A rule picks pairs from two orders of the responses: the best first, and the worst first. A picked pair must then differ
+enough, in score and in words. Every pair that a rule would have given and that is dropped is counted by reason.
 """
 
 import math
@@ -19,7 +19,7 @@ from selfalign.core.records import FinishReason, Response
 from selfalign.data.text_filters import pieces_of
 
 ROUNDING = 1e-9
-"""Scores are means of floats; a band's end that is missed by less than this is reached."""
+"""Tolerance at the ends of a score band, because scores are means of floats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class PairRule(ABC):
             raise SelfalignError(f"pair.minimum_pairs must be 1 or more, got {self.minimum_pairs}")
 
     def check_iterations(self, iterations: int) -> None:
-        """Checks that every iteration has its ρ.
+        """Check that every iteration has its ρ.
 
         Raises:
             SelfalignError: there is a list of another length.
@@ -85,49 +85,49 @@ class PairRule(ABC):
             )
 
     def at(self, iteration: int) -> Self:
-        """The rule of one iteration, counted from 1."""
+        """Return the rule of one iteration, counted from 1."""
         if not isinstance(self.length_control, list):
             return self
         return replace(self, length_control=self.length_control[iteration - 1])
 
     @abstractmethod
     def wanted(self, responses: int) -> int:
-        """How many pairs so many responses to an instruction are to give: the unit in which drops are counted."""
+        """Return how many pairs so many responses should give: the unit in which drops are counted."""
 
     @abstractmethod
     def pick(self, best: Sequence[Candidate], worst: Sequence[Candidate], draw: Random) -> Picked:
-        """Pairs of a response from `best`, the best first, and another from `worst`, the worst first."""
+        """Return pairs of a response from `best`, the best first, and one from `worst`, the worst first."""
 
 
 @dataclass(kw_only=True, slots=True)
 class BestWorst(PairRule):
-    """The response with the highest mean score against the one with the lowest: one pair an instruction.
+    """Pair the response of the highest mean score with that of the lowest: one pair an instruction.
 
     arXiv 2401.10020, section 2.2.
     """
 
     def wanted(self, responses: int) -> int:
-        """One."""
+        """Return 1, whatever the number of responses."""
         return 1
 
     def pick(self, best: Sequence[Candidate], worst: Sequence[Candidate], draw: Random) -> Picked:
-        """The first of each."""
+        """Pair the best response with the worst."""
         return _first_against(best, worst, 1)
 
 
 @dataclass(kw_only=True, slots=True)
 class RandomPair(PairRule):
-    """Two responses drawn by seed, the one with the higher score chosen: one pair an instruction.
+    """Pair two responses drawn by seed; the one with the higher score is chosen. One pair an instruction.
 
     With length control one is drawn from the scores that a chosen response may have, and one from the others.
     """
 
     def wanted(self, responses: int) -> int:
-        """One."""
+        """Return 1, whatever the number of responses."""
         return 1
 
     def pick(self, best: Sequence[Candidate], worst: Sequence[Candidate], draw: Random) -> Picked:
-        """One drawn from each."""
+        """Pair one response drawn from each order."""
         possible = [(one, other) for one in best for other in worst if one is not other]
         if not possible:
             return []
@@ -137,24 +137,24 @@ class RandomPair(PairRule):
 
 @dataclass(kw_only=True, slots=True)
 class AllOrdered(PairRule):
-    """Every two responses of different score, so n responses give up to n(n-1)/2 pairs.
+    """Pair each two responses of different score, so n responses give up to n(n-1)/2 pairs.
 
     With length control only those whose scores a chosen, and a rejected, response may have.
     """
 
     def wanted(self, responses: int) -> int:
-        """Every two."""
+        """Return the number of all pairs."""
         return math.comb(responses, 2)
 
     def pick(self, best: Sequence[Candidate], worst: Sequence[Candidate], draw: Random) -> Picked:
-        """Every two, once."""
+        """Pair each two responses, once."""
         rank = {c.response.id: (c.score, -place) for place, c in enumerate([*best, *worst])}
         return [(one, other) for one in best for other in worst if rank[one.response.id] > rank[other.response.id]]
 
 
 @dataclass(kw_only=True, slots=True)
 class BestVsK(PairRule):
-    """The response with the highest mean score against the k that score lowest: k pairs an instruction.
+    """Pair the response of the highest mean score with the k that score lowest: k pairs an instruction.
 
     Attributes:
         k: how many it is paired with.
@@ -168,24 +168,24 @@ class BestVsK(PairRule):
             raise SelfalignError(f"pair.k must be 1 or more, got {self.k}")
 
     def wanted(self, responses: int) -> int:
-        """The k that are asked for."""
+        """Return k, whatever the number of responses."""
         return self.k
 
     def pick(self, best: Sequence[Candidate], worst: Sequence[Candidate], draw: Random) -> Picked:
-        """The first of the best against the first k others of the worst."""
+        """Pair the best response with the first k others of the worst."""
         return _first_against(best, worst, self.k)
 
 
 def pick_pairs(
     rule: PairRule, responses: Sequence[Response], scores: dict[str, float], seed: int
 ) -> tuple[Picked, Counter[str]]:
-    """The pairs of one instruction, and how many of those it was to give are dropped, by reason.
+    """Return the pairs of one instruction, and how many of the wanted pairs are dropped, by reason.
 
     Args:
-        rule: which pairs are made; its length control is that of one iteration.
-        responses: to the instruction.
-        scores: {response id: mean score}; a response without a score takes no part.
-        seed: draws, where the rule draws.
+        rule: the rule of one iteration (see `PairRule.at`).
+        responses: the responses to the instruction.
+        scores: {response id: mean score}; a response without a score is left out.
+        seed: of rules that draw.
     """
     judged = [Candidate(response, scores[response.id]) for response in responses if response.id in scores]
     usable = [c for c in judged if c.response.finish_reason is FinishReason.EOS] if rule.finished_only else judged
@@ -211,7 +211,7 @@ def pick_pairs(
 
 
 def ordered(pool: Sequence[Candidate], rho: float | None) -> tuple[list[Candidate], list[Candidate]]:
-    """(those that may be chosen, the best first; those that may be rejected, the worst first)."""
+    """Return (responses that may be chosen, best first; responses that may be rejected, worst first)."""
     best = sorted(pool, key=lambda c: -c.score)
     worst = sorted(pool, key=lambda c: c.score)
     if rho is None or not pool:
@@ -224,7 +224,7 @@ def ordered(pool: Sequence[Candidate], rho: float | None) -> tuple[list[Candidat
 
 
 def against_pair(rule: PairRule, chosen: Candidate, rejected: Candidate) -> str | None:
-    """Why two responses make no pair, or None."""
+    """Return why two responses make no pair, or None."""
     margin = chosen.score - rejected.score
     if margin < 0:
         return "length_control"  # A large ρ can pick a shorter response that is not the better one.
@@ -240,7 +240,7 @@ def against_pair(rule: PairRule, chosen: Candidate, rejected: Candidate) -> str 
 
 
 def _first_against(best: Sequence[Candidate], worst: Sequence[Candidate], count: int) -> Picked:
-    """The first of the best with the first others of the worst."""
+    """Pair the first of the best with the first others of the worst."""
     return [(best[0], other) for other in worst if other is not best[0]][:count] if best else []
 
 

@@ -1,4 +1,4 @@
-"""Preference pairs as rows have them: two answers as texts, as turns behind a prompt, or as whole conversations."""
+"""Preference pairs from rows: two answers as texts, as turns after a prompt, or as whole conversations."""
 
 from collections import Counter
 from typing import NoReturn
@@ -16,7 +16,7 @@ WANTED = (
 
 
 def read_pair(row: Row, drops: Counter[str]) -> PreferencePair | None:
-    """The pair of a row, its `id` empty; None, with the reason counted, where it holds no preference.
+    """Return the pair of a row, with an empty `id`; None if it holds no preference, which is counted by reason.
 
     Raises:
         SelfalignError: the row is in no known format.
@@ -37,7 +37,7 @@ def read_pair(row: Row, drops: Counter[str]) -> PreferencePair | None:
 
 
 def _flat(row: Row) -> Row:
-    """The row with fields of its own for what others keep inside of one.
+    """Return the row with the fields that other formats nest inside of one field.
 
     OpenAI's prompt is `input.messages`. ms-swift's chosen answer is the last of `messages`, beside `rejected_response`.
     """
@@ -51,7 +51,7 @@ def _flat(row: Row) -> Row:
 
 
 def _split(row: Row, chosen: str, rejected: str) -> tuple[Prompt, str, str]:
-    """What a row asks, and the texts of the two fields with its answers.
+    """Return the task of a row, and the two answers as texts.
 
     Raises:
         SelfalignError: these are neither two texts nor two lists of turns, or no two answers to one prompt.
@@ -81,6 +81,6 @@ def _refuse(row: Row, found: str = "") -> NoReturn:
 
 
 def _alike(own: list[dict[str, str]], other: list[dict[str, str]]) -> int:
-    """How many turns two conversations begin with alike; the last of the shorter one is an answer."""
+    """Return the number of common turns at the beginning of two conversations, without the last of the shorter one."""
     pairs = enumerate(zip(own, other, strict=False))
     return next((index for index, (one, two) in pairs if one != two), min(len(own), len(other)) - 1)

@@ -1,8 +1,7 @@
-"""A row of given data: its fields without gaps, its id, and the refusal of what must not be passed over.
+"""A row of given data: its fields without gaps, its id, and the refusal of fields that must not be ignored.
 
-A field is absent where it is missing, null, NaN or infinite; a text without a visible character counts as empty. What
-a row says beside the fields that are read (source, category, model, …) is passed over, but not what carries a part of
-the task or of the answer.
+A field is absent if it is missing, null, NaN or infinite. A text without a visible character counts as empty. Other
+fields of a row (source, category, model, …) are ignored, but not those that carry a part of the task or the answer.
 """
 
 import logging
@@ -28,7 +27,7 @@ UNREAD = (
     "audio", "documents", "document", "article", "passage", "passages", "paragraph", "premise", "hypothesis", "choices",
     "options", "inputs", "reasoning_content", "thinking", "chat_template_kwargs",
 )  # fmt: skip
-"""Carry a part of the task or the answer that no record can hold: refused, in a row and in a turn, unless empty."""
+"""Fields with a part of the task or the answer that no record can hold: refused in rows and turns, unless empty."""
 
 CONVERSATIONS = ("messages", "conversations", "conversation")
 """Fields with a list of turns; so may be `prompt`."""
@@ -37,8 +36,8 @@ INSTRUCTIONS = ("instruction", "question", "query")
 """Fields with a text that the user says."""
 
 INPUTS = ("input", "context")
-"""Fields with what an instruction is about; it is said behind the instruction and a blank line, as Alpaca's and
-Dolly's own programs do. `input` alone is an instruction."""
+"""Fields with the input of an instruction, which follows the instruction after a blank line, as in Alpaca's and
+Dolly's own programs. `input` alone is an instruction."""
 
 SYSTEM = ("system", "system_prompt", "system_message")
 """Fields with a system turn."""
@@ -62,7 +61,7 @@ TEXTS = ("prompt", *INSTRUCTIONS, *INPUTS, *SYSTEM, *ANSWERS, *chain.from_iterab
 """Fields with a text."""
 
 SPELLED_GAPS = ("nan", "none", "null", "nil", "undefined", "n/a", "#n/a", "<na>", "nat", "<noinput>")
-"""How programs spell an absent text where they write a text all the same."""
+"""How programs spell an absent text."""
 
 READ = {
     "prompt", "responses", "id", "category", "generator", "dataset", "label", "kto_tag",
@@ -71,7 +70,7 @@ READ = {
 """Fields that are read, by one format or another."""
 
 TURNS = re.compile(r"\s*(?:array\()?\[\s*\{\s*['\"](?:role|content|from|value)['\"]\s*:")
-"""How a text begins that spells a list of turns, as JSON or as Python."""
+"""Beginning of a text that spells a list of turns, as JSON or as Python."""
 
 T = TypeVar("T")
 R = TypeVar("R", Demonstration, Instruction, PreferencePair, RankedAnswers)
@@ -79,7 +78,7 @@ R = TypeVar("R", Demonstration, Instruction, PreferencePair, RankedAnswers)
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row, and where it stands.
+    """A row and its place.
 
     Attributes:
         where: file and line, for messages.
@@ -91,7 +90,7 @@ class Row:
 
     @classmethod
     def of(cls, where: str, raw: dict[str, Any]) -> "Row":
-        """The row of a file or table.
+        """Return the row of a file or table.
 
         Raises:
             SelfalignError: a field that cannot be read is filled.
@@ -103,7 +102,7 @@ class Row:
         return row
 
     def refuse(self, message: str) -> NoReturn:
-        """Stops, naming the row.
+        """Raise an error that names the row.
 
         Raises:
             SelfalignError: always.
@@ -111,13 +110,13 @@ class Row:
         raise SelfalignError(f"{self.where}: {message}")
 
     def refuse_filled(self, names: Iterable[str], fields: dict[str, Any], place: str = "", why: str = "") -> None:
-        """Stops where one of these fields says something.
+        """Raise an error if one of these fields is filled.
 
         Args:
-            names: the fields.
-            fields: of the row, or of an object in it.
-            place: where that object stands in the row.
-            why: what to do instead.
+            names: names of the fields.
+            fields: fields of the row, or of an object in it.
+            place: the place of that object in the row.
+            why: what to do instead, for the message.
 
         Raises:
             SelfalignError: one is filled.
@@ -128,7 +127,7 @@ class Row:
                 self.refuse(f"the field {place}{name} is filled ({shown(fields[name])}), {why}")
 
     def text(self, name: str) -> str:
-        """A field that is a text; empty where it is absent, blank or a list of nothing.
+        """Return a text field; "" if it is absent, blank or an empty list.
 
         Raises:
             SelfalignError: it is something else.
@@ -139,27 +138,27 @@ class Row:
         if not isinstance(value, str):
             self.refuse(f"{name}: expected a text, got {shown(value)}")
         if TURNS.match(value):
-            self.refuse(f"{name} is a text that spells a list of turns; give the list itself")
+            self.refuse(f"{name} is a text that spells a list of turns: give the list itself")
         return "" if is_blank(value) else value
 
     def spelled_gaps(self) -> list[tuple[str, str]]:
-        """(field, its text) where a text that is read may stand for an absent value."""
+        """Yield (field, its text) of texts that may stand for an absent value."""
         texts = {name: self.fields[name] for name in TEXTS if isinstance(self.fields.get(name), str)}
         return [(name, text) for name, text in texts.items() if text.strip().casefold() in SPELLED_GAPS]
 
     def one_text(self, names: Iterable[str]) -> str:
-        """The only text among fields for the same place; empty where all are.
+        """Return the only text among fields with the same meaning; "" if all are empty.
 
         Raises:
             SelfalignError: two of them say different things.
         """
         texts = {name: text for name in names if (text := self.text(name))}
         if len(set(texts.values())) > 1:
-            self.refuse(f"{' and '.join(texts)} say different things, and there is place for one; leave one")
+            self.refuse(f"{' and '.join(texts)} have different texts, but only one can be used; keep one")
         return next(iter(texts.values()), "")
 
     def number(self, *names: str) -> float | None:
-        """The only number among fields for the same one; None where none is there.
+        """Return the only number among fields with the same meaning; None if there is none.
 
         Raises:
             SelfalignError: one is no number, or two are different ones.
@@ -169,11 +168,11 @@ class Row:
             if isinstance(value, bool) or not isinstance(value, int | float):
                 self.refuse(f"{name}: expected a number, got {shown(value)}")
         if len(set(found.values())) > 1:
-            self.refuse(f"{' and '.join(found)} are different numbers, and there is place for one; leave one")
+            self.refuse(f"{' and '.join(found)} have different numbers, but only one can be used; keep one")
         return next(iter(found.values()), None)
 
     def own_id(self) -> str:
-        """The row's `id` as a text; empty where it has none. Tables turn whole numbers with gaps into 3.0, which is 3.
+        """Return the row's `id` as a text; "" if it has none. Tables turn whole numbers with gaps into 3.0, which is 3.
 
         Raises:
             SelfalignError: it is neither a text nor a whole number.
@@ -186,7 +185,7 @@ class Row:
         return "" if is_blank(str(value)) else str(value)
 
     def typed(self, kind: type[T]) -> T:
-        """The row as a dataclass.
+        """Return the row as a dataclass.
 
         Raises:
             SelfalignError: a field is missing or of another type.
@@ -197,17 +196,16 @@ class Row:
             raise SelfalignError(f"{self.where}: {error}") from error
 
     def found(self) -> str:
-        """What the row has, to say with what is wanted."""
+        """List the fields of the row, for messages."""
         return ", ".join(f"{name} ({shown(value)})" for name, value in self.fields.items()) or "no field"
 
 
 def give_ids(read: Iterable[tuple[Row, R]], drops: Counter[str]) -> list[R]:
-    """The records with their ids: the row's own, or the digest of what the record says; equal rows are one.
+    """Return the records with their ids: the row's own, or the digest of the record's content. Equal rows are one.
 
-    A row that says the same under the same id was copied, often by a program, and in a set on a hub nobody can mend
-    it: the first stays, the others are counted as `duplicate`. Two that say different things under one id of their
-    own are no copies: whichever were dropped, something would be lost, and what is made of them could not be told
-    apart. Those are refused.
+    A row with the id and the content of another was copied, often by a program, and in a set on a hub nobody can mend
+    it: the first stays, the others are counted as `duplicate`. Two rows with one id of their own and different content
+    are no copies: if one were dropped, something would be lost, and results could not be told apart. They are refused.
 
     Raises:
         SelfalignError: such two; both places are named.
@@ -225,20 +223,20 @@ def give_ids(read: Iterable[tuple[Row, R]], drops: Counter[str]) -> list[R]:
         elif before == named:
             drops["duplicate"] += 1
         else:
-            row.refuse(f"the same id as {places[named.id]} ({named.id!r}), but other content; ids are unique")
+            row.refuse(f"has the id of {places[named.id]} ({named.id!r}), but other content; ids must be unique")
     if again := len(kept) - len(contents):
         file = next(iter(places.values())).rpartition(":")[0]
-        logger.info("%s: %d rows say what another says under another id; they are kept", file, again)
+        logger.info("%s: %d rows repeat another row under another id; they are kept", file, again)
     return list(kept.values())
 
 
 def is_blank(text: str) -> bool:
-    """Whether a text has no visible character: nothing but spaces, and marks of no width such as U+200B."""
+    """Whether a text has no visible character: only spaces, and characters of no width such as U+200B."""
     return not text.strip() or all(c.isspace() or unicodedata.category(c) in ("Cf", "Cc") for c in text)
 
 
 def shown(value: Any) -> str:
-    """What kind of value it is; a short one itself."""
+    """Return the type of a value; a short value itself."""
     if isinstance(value, str):
         return repr(value) if len(value) < 30 else "a text"
     if isinstance(value, bool | int | float) or value is None:
@@ -248,7 +246,7 @@ def shown(value: Any) -> str:
 
 
 def _is_filled(value: Any) -> bool:
-    """Whether a field says something; lists and objects of nothing do not, nor do texts that spell them."""
+    """Whether a field is filled. Lists and objects of empty values are not, nor are texts that spell them."""
     if isinstance(value, dict):
         return any(map(_is_filled, value.values()))
     if isinstance(value, list):
@@ -259,7 +257,7 @@ def _is_filled(value: Any) -> bool:
 
 
 def _without_gaps(value: Any) -> Any:
-    """A value without the fields that are null or no number, which a table puts where a field is missing."""
+    """Return a value without the fields that are null or NaN, which tables put where a field is missing."""
     if isinstance(value, dict):
         return {name: _without_gaps(item) for name, item in value.items() if not _is_gap(item)}
     return [_without_gaps(item) for item in value] if isinstance(value, list) else value

@@ -1,6 +1,6 @@
-"""Published data sets, row by row in the schemas they come in: Open Assistant, HH-RLHF, UltraFeedback.
+"""Published data sets in their own schemas: Open Assistant, HH-RLHF, UltraFeedback.
 
-A row that is of no use is left out and counted by its reason, since who reads a published set cannot mend it.
+An unusable row is left out and counted by reason, because readers of a published set cannot mend it.
 """
 
 import math
@@ -18,7 +18,7 @@ from selfalign.data.rows import is_blank
 from selfalign.data.turns import as_prompt, fault_of
 
 LANGUAGE = "en"
-"""Of the messages that are taken from Open Assistant, as in arXiv 2401.10020, section 3.1."""
+"""Language of the messages taken from Open Assistant, as in arXiv 2401.10020, section 3.1."""
 
 SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 """Begins a turn of an HH-RLHF transcript."""
@@ -88,7 +88,7 @@ class Schema(Protocol):
 
 
 def schema_of(row: dict[str, Any]) -> type | None:
-    """The published schema a row is in, told by its fields; None for our own formats."""
+    """Return the published schema of a row, told by its fields; None for selfalign's own formats."""
     if {"message_id", "role", "text", "lang"} <= row.keys():
         return TreeMessage
     if {"instruction", "completions"} <= row.keys():
@@ -105,7 +105,7 @@ def schema_of(row: dict[str, Any]) -> type | None:
 
 
 def best_of_tree(rows: Sequence[TreeMessage]) -> tuple[list[Demonstration], Drops]:
-    """English first-turn questions with the answer humans ranked best, as arXiv 2401.10020 takes them for IFT."""
+    """Return English first-turn questions with the best-ranked answer, the IFT data of arXiv 2401.10020."""
     drops: Drops = Counter()
     best: list[Demonstration] = []
     for question, answer in first_turns(rows, drops):
@@ -117,7 +117,7 @@ def best_of_tree(rows: Sequence[TreeMessage]) -> tuple[list[Demonstration], Drop
 
 
 def rank_tree(rows: Sequence[TreeMessage]) -> tuple[list[RankedAnswers], Drops]:
-    """English first-turn questions with their answers in the humans' order."""
+    """Return English first-turn questions with their answers in the humans' order."""
     drops: Drops = Counter()
     families: dict[str, list[tuple[TreeMessage, TreeMessage]]] = {}
     for question, answer in first_turns(rows, drops):
@@ -130,7 +130,7 @@ def rank_tree(rows: Sequence[TreeMessage]) -> tuple[list[RankedAnswers], Drops]:
 
 
 def first_turns(rows: Sequence[TreeMessage], drops: Drops) -> Iterator[tuple[TreeMessage, TreeMessage]]:
-    """Yields (question, ranked answer to it); every other answer is counted."""
+    """Yield (question, ranked answer to it). Every other answer is counted."""
     messages = {row.message_id: row for row in rows}
     drops["duplicate"] += sum(row.role == "assistant" for row in rows)
     for answer in messages.values():
@@ -165,7 +165,7 @@ def _against_turn(question: TreeMessage | None, answer: TreeMessage) -> str | No
 
 
 def transcript(text: str) -> list[Message] | None:
-    """A transcript as messages, the last of them the assistant's; None where the speakers do not take turns."""
+    """Return a transcript as messages, the last of them the assistant's; None if the speakers do not take turns."""
     opening, *parts = SPEAKER.split(text.strip())
     speakers, texts = parts[::2], [part.strip() for part in parts[1::2]]
     turns = len(speakers) // 2
@@ -178,7 +178,7 @@ def transcript(text: str) -> list[Message] | None:
 
 
 def pairs_of_transcripts(rows: Sequence[TranscriptPair]) -> tuple[list[PreferencePair], Drops]:
-    """Pairs with the dialogue so far as their prompt."""
+    """Return pairs with the dialogue so far as their prompt."""
     drops: Drops = Counter()
     pairs: list[PreferencePair] = []
     for row in rows:
@@ -191,7 +191,7 @@ def pairs_of_transcripts(rows: Sequence[TranscriptPair]) -> tuple[list[Preferenc
 
 
 def chosen_of_transcripts(rows: Sequence[TranscriptPair]) -> tuple[list[Demonstration], Drops]:
-    """The chosen responses, with the dialogue so far as their prompt (the SFT data of arXiv 2405.21040)."""
+    """Return the chosen responses, with the dialogue so far as prompt (the SFT data of arXiv 2405.21040)."""
     drops: Drops = Counter()
     read = [transcript(row.chosen) for row in rows]
     drops["no_dialogue"] = read.count(None)
@@ -202,22 +202,22 @@ def chosen_of_transcripts(rows: Sequence[TranscriptPair]) -> tuple[list[Demonstr
 
 
 def rated_pairs(rows: Sequence[RatedPair]) -> tuple[list[PreferencePair], Drops]:
-    """Pairs with the critic's scores; where those do not favour the chosen response, there is no preference."""
+    """Return pairs with the critic's scores. If these do not favour the chosen response, there is no preference."""
     drops: Drops = Counter()
     read = [_pair(row.chosen, row.rejected, (row.score_chosen, row.score_rejected), drops) for row in rows]
     return _unique([pair for pair in read if pair is not None], drops), drops
 
 
 def chosen_of_rated(rows: Sequence[RatedPair]) -> tuple[list[Demonstration], Drops]:
-    """The chosen responses."""
+    """Return the chosen responses."""
     drops: Drops = Counter()
     return _last_turns([row.chosen for row in rows], drops), drops
 
 
 def rank_completions(rows: Sequence[RatedCompletions]) -> tuple[list[RankedAnswers], Drops]:
-    """Tasks with their answers by overall score; the mean rating by aspect decides between equal ones.
+    """Return tasks with their answers by overall score; ties are broken by the mean rating by aspect.
 
-    Of answers that are equal in both, the first stays and the others are counted as ties.
+    If answers are equal in both, the first stays and the others are counted as ties.
     """
     drops: Drops = Counter()
     ranked: list[RankedAnswers] = []
@@ -226,7 +226,7 @@ def rank_completions(rows: Sequence[RatedCompletions]) -> tuple[list[RankedAnswe
         for completion in row.completions:
             scores = (completion.overall_score, completion.fine_grained_score)
             known = tuple(score for score in scores if score is not None and not math.isnan(score))
-            reason = "no_score" if len(known) < 2 else "empty_response" if is_blank(completion.response) else ""
+            reason = "no_score" if len(known) < 2 else "empty_response" if is_blank(completion.response) else None
             if reason:
                 drops[reason] += 1
             else:
@@ -240,7 +240,7 @@ def rank_completions(rows: Sequence[RatedCompletions]) -> tuple[list[RankedAnswe
 
 
 def best_completions(rows: Sequence[RatedCompletions]) -> tuple[list[Demonstration], Drops]:
-    """Tasks with their best answer."""
+    """Return tasks with their best answer."""
     ranked, drops = rank_completions(rows)
     drops["lower_rank"] += sum(len(question.texts) - 1 for question in ranked)
     return [_demonstration(as_prompt(q.instruction), q.texts[q.ranks.index(1)], q.id) for q in ranked], drops
@@ -262,13 +262,13 @@ PAIRS: dict[type, Callable[[Any], tuple[list[PreferencePair], Drops]]] = {
     TranscriptPair: pairs_of_transcripts,
     RatedPair: rated_pairs,
 }
-"""Schema → what it is read as. Both counts and drops are of answers, or of pairs."""
+"""{schema: its reader}. Counts and drops are of answers, or of pairs."""
 
 
 def _ranked(
     name: str, instruction: str, answers: Iterable[tuple[str, tuple[float, ...]]], drops: Drops
 ) -> RankedAnswers | None:
-    """A question with strictly ordered answers (a larger quality is better), or None with its answers counted."""
+    """Return a question with strictly ordered answers (a larger quality is better), or None, its answers counted."""
     texts: dict[str, tuple[float, ...]] = {}
     for text, quality in answers:
         if text in texts or quality in texts.values():
@@ -290,7 +290,7 @@ def _ranked(
 
 
 def against_pair(chosen: str, rejected: str, better: float | None = None, worse: float | None = None) -> str | None:
-    """Why two answers are no preference, or None; the scores are theirs, where both have one."""
+    """Return why two answers are no preference, or None. The scores are theirs, if both have one."""
     if better is not None and worse is not None and better <= worse:
         return "tie" if better == worse else "scores_contradict"
     if is_blank(chosen) or is_blank(rejected):
@@ -301,7 +301,7 @@ def against_pair(chosen: str, rejected: str, better: float | None = None, worse:
 def _pair(
     chosen: list[Message], rejected: list[Message], scores: tuple[float | None, float | None], drops: Drops
 ) -> PreferencePair | None:
-    """The pair of two conversations that differ in their last turn only, or None with the reason counted."""
+    """Return the pair of two conversations that differ only in their last turn, or None with the reason counted."""
     if not _is_dialogue(chosen) or not _is_dialogue(rejected):
         reason = "no_dialogue"
     elif chosen[:-1] != rejected[:-1]:
@@ -323,7 +323,7 @@ def _pair(
 
 
 def _last_turns(conversations: Sequence[list[Message]], drops: Drops) -> list[Demonstration]:
-    """The last turn of each conversation as the response to what stands before it."""
+    """Return the last turn of each conversation as the response to the turns before it."""
     found: list[Demonstration] = []
     for messages in conversations:
         if not _is_dialogue(messages):
@@ -350,7 +350,7 @@ def _demonstration(prompt: list[Message], response: str, name: str) -> Demonstra
 
 
 def _unique(records: list[R], drops: Drops) -> list[R]:
-    """The first record of each id; the others are counted."""
+    """Return the first record of each id. The others are counted."""
     kept = {record.id: record for record in reversed(records)}
     drops["duplicate"] += len(records) - len(kept)
     return [record for record in records if kept.pop(record.id, None) is not None]

@@ -1,8 +1,8 @@
-"""Reading what the user gives: demonstrations, ranked answers, instructions, preference pairs, others' outputs.
+"""Given data as records: demonstrations, ranked answers, instructions, preference pairs, others' outputs.
 
-A source is what `containers` reads. Rows are in one of the formats below, told by their fields and the same in every
-kind of file, or in the schema of a published data set (published.py). What a row asks is read by `turns`. A message
-names the file, the line and the field.
+`containers` reads a source. Its rows are in one of the formats below, told by their fields and the same in every kind
+of file, or in the schema of a published data set (`schemas`). `turns` reads the task of a row. Messages name the file,
+the line and the field.
 """
 
 import logging
@@ -53,12 +53,12 @@ WANTED = {
     "ranked answers": "instruction and responses, a list of text and rank",
     "outputs": "instruction and output",
 }
-"""What a row must have, by what is read."""
+"""Fields that a row must have, by kind of record."""
 
 
 @dataclass(frozen=True, slots=True)
 class OutputRow:
-    """Another model's answer, as alpaca_eval keeps it, and where it stands; what else a row holds is passed over."""
+    """Another model's answer, in the format of alpaca_eval, and its place. Other fields of a row are ignored."""
 
     where: str
     instruction: str
@@ -69,7 +69,7 @@ class OutputRow:
 
 @dataclass(kw_only=True, slots=True)
 class AnswerRow:
-    """One of several answers to a question; rank 1 is best. `score` and `justification` are a human judge's."""
+    """One of several answers to a question. Rank 1 is best. `score` and `justification` are a human judge's."""
 
     text: str
     rank: float
@@ -85,11 +85,11 @@ class AnswersRow:
 
 
 def read_demonstrations(source: str, schema: Schema | None = None) -> tuple[list[Demonstration], Drops]:
-    """Prompts with good answers, and how many rows were dropped, by reason.
+    """Return prompts with good answers, and the number of dropped rows, by reason.
 
-    Of a conversation its last turn is taught, the assistant's; all before it is the prompt. An earlier turn of the
-    assistant's is therefore read and not taught, as in published transcripts: to teach it too, give the conversation
-    up to there as a row of its own.
+    Of a conversation, the last turn, the assistant's, is taught; the turns before it are the prompt. So earlier turns
+    of the assistant are read and not taught, as in published transcripts. To teach one, give the conversation up to it
+    as a row of its own.
 
     Raises:
         SelfalignError: a row is in none of the known formats.
@@ -105,7 +105,7 @@ def read_demonstrations(source: str, schema: Schema | None = None) -> tuple[list
 
 
 def read_instructions(source: str, kind: str, schema: Schema | None = None) -> tuple[list[Instruction], Drops]:
-    """Instructions without answers, and how many rows were dropped, by reason."""
+    """Return instructions without answers, and the number of dropped rows, by reason."""
 
     def read(row: Row, drops: Drops) -> Instruction:
         return Instruction(id="", text=_instruction(row, "instructions"), source=kind, category=row.text("category"))
@@ -114,9 +114,9 @@ def read_instructions(source: str, kind: str, schema: Schema | None = None) -> t
 
 
 def read_outputs(source: str) -> tuple[list[OutputRow], Drops]:
-    """Another model's answers to instructions, and how many rows were dropped because they repeat another.
+    """Return another model's answers to instructions, and the number of rows dropped as repetitions.
 
-    An answer may be empty: that is what the other model had to say.
+    An answer may be empty: that is the other model's answer.
     """
     found: dict[tuple[str, ...], OutputRow] = {}
     drops: Drops = Counter()
@@ -130,11 +130,11 @@ def read_outputs(source: str) -> tuple[list[OutputRow], Drops]:
 
 
 def read_ranked(source: str, schema: Schema | None = None) -> tuple[list[RankedAnswers], Drops]:
-    """Questions with answers in a human's order, and how many answers were dropped, by reason.
+    """Return questions with answers in a human's order, and the number of dropped answers, by reason.
 
-    Of answers with one text the first stays, as in published sets: nobody could tell which is better. Where a worse
-    ranked answer has the higher score, ranks and scores contradict each other, and where another row asks the same and
-    ranks two of the answers the other way round, the rows do: all answers of the question are dropped.
+    Of answers with the same text the first stays, as in published sets: nobody can tell which is better. All answers of
+    a question are dropped if a worse ranked answer has the higher score, or if another row asks the same and ranks two
+    of the answers the other way round.
 
     Raises:
         SelfalignError: a question has fewer than two answers, or two of the same rank.
@@ -151,10 +151,10 @@ def read_ranked(source: str, schema: Schema | None = None) -> tuple[list[RankedA
 
 
 def read_pairs(source: str, schema: Schema | None = None) -> tuple[list[PreferencePair], Drops]:
-    """Preference pairs, and how many rows were dropped, by reason; of ranked answers the best against the worst.
+    """Return preference pairs, and the number of dropped rows, by reason; of ranked answers the best and the worst.
 
-    Where two pairs of one prompt have the same answers the other way round, nobody can tell which of them is right, and
-    both are dropped.
+    If two pairs of one prompt have the same answers the other way round, nobody can tell which is right, and both are
+    dropped.
 
     Raises:
         SelfalignError: a row is in none of the known formats.
@@ -176,10 +176,10 @@ def read_pairs(source: str, schema: Schema | None = None) -> tuple[list[Preferen
 
 
 def best_against_worst(question: RankedAnswers, drops: Drops) -> PreferencePair | None:
-    """Of a ranked question the best answer and the worst, so that pairs do not depend on each other.
+    """Return the best and the worst answer of a ranked question, so that pairs do not depend on each other.
 
-    The ranks tell which is better, also where the humans' scores are equal. Where both say the same there is no pair,
-    which is counted.
+    The ranks decide, also if the humans' scores are equal. If both have the same text there is no pair, which is
+    counted.
     """
     best, worst = (question.ranks.index(end(question.ranks)) for end in (min, max))
     if reason := against_pair(question.texts[best], question.texts[worst]):
@@ -197,7 +197,7 @@ def best_against_worst(question: RankedAnswers, drops: Drops) -> PreferencePair 
 
 
 def _distinct(question: RankedAnswers, drops: Drops) -> RankedAnswers | None:
-    """A question with each answer once; None, with its answers counted, where that leaves a single one."""
+    """Return a question with each answer once; None, with its answers counted, if only one is left."""
     kept = [place for place, text in enumerate(question.texts) if question.texts.index(text) == place]
     drops["duplicate"] += len(question.texts) - len(kept)
     if len(kept) < 2:
@@ -211,16 +211,16 @@ def _distinct(question: RankedAnswers, drops: Drops) -> RankedAnswers | None:
 
 
 def _best_first(question: RankedAnswers) -> list[str]:
-    """A question's answers in their order."""
+    """Return a question's answers, the best first."""
     return [text for _, text in sorted(zip(question.ranks, question.texts, strict=True))]
 
 
 def _agreed(records: list[T], said: Callable[[T], tuple[str, list[str]]]) -> list[T]:
-    """The records without those that put two answers the other way round than another one of the same prompt.
+    """Return the records whose order of two answers no other record of the same prompt contradicts.
 
     Args:
         records: pairs or ranked questions.
-        said: of a record its prompt, and its answers with the best first; spaces around them tell nothing apart.
+        said: returns a record's prompt, and its answers with the best first; surrounding spaces do not count.
     """
 
     def orders(record: T) -> Iterator[tuple[str, str, str]]:
@@ -234,19 +234,19 @@ def _agreed(records: list[T], said: Callable[[T], tuple[str, list[str]]]) -> lis
 
 
 def _check_answers(source: str, records: Sequence[tuple[Prompt, tuple[str, ...]]]) -> None:
-    """Stops where most answers begin with their prompts, as some sets keep them: the prompt would be taught as answer.
+    """Raise an error if most answers begin with their prompts, as in some sets: the prompt would be taught.
 
     A single answer may well repeat its question.
 
     Raises:
-        SelfalignError: more than half of several do.
+        SelfalignError: more than half of the answers do, of several.
     """
     asked = [(prompt if isinstance(prompt, str) else prompt[-1]["content"], answers) for prompt, answers in records]
     count = sum(all(text.strip().startswith(said.strip()) for text in answers) for said, answers in asked)
     if len(records) > 1 and 2 * count > len(records):
         raise SelfalignError(
             f"{source}: in {count} of {len(records)} rows the answer begins with its own prompt, which would be taught "
-            "as a part of it; give the answers alone"
+            "as a part of it. Give the answers alone."
         )
 
 
@@ -256,12 +256,12 @@ def _check_answers(source: str, records: Sequence[tuple[Prompt, tuple[str, ...]]
 def _read(
     source: str, readers: Readers[Any], read: Callable[[Row, Drops], Any], described: Schema | None
 ) -> tuple[list[Any], Drops]:
-    """The records of a source in a published schema, or in our own formats; its first row tells which.
+    """Return the records of a source in a published schema, or in selfalign's formats. The first row decides.
 
     Rows in a form that the user has described are read as that says them.
 
     Raises:
-        SelfalignError: the schema is known, but it is of other use.
+        SelfalignError: the schema is known, but does not give such records.
     """
     useless: Drops = Counter()
     rows = read_rows(source) if described is None else _in_our_format(read_rows(source), described, useless)
@@ -275,7 +275,7 @@ def _read(
     elif schema not in readers:
         uses = {"demonstrations": DEMONSTRATIONS, "ranked answers": RANKED, "pairs": PAIRS}
         known = " and ".join(use for use, by_schema in uses.items() if schema in by_schema)
-        raise SelfalignError(f"{source}: rows like {schema.__name__} in published.py give {known} only")
+        raise SelfalignError(f"{source}: rows in the schema {schema.__name__} can be read as {known} only")
     else:
         records, drops = readers[schema](list(_of_schema(schema, found)))
     drops += useless
@@ -304,7 +304,7 @@ def _in_our_format(rows: Iterable[Placed], schema: Schema, drops: Drops) -> Iter
 
 
 def _read_own(source: str, found: Iterable[Row], read: Callable[[Row, Drops], Any]) -> tuple[list[Any], Drops]:
-    """The records of rows in our own formats; says which fields are passed over, and which may be absent after all."""
+    """Return the records of rows in selfalign's formats. Log ignored fields and texts that may mean a missing value."""
     drops, names, spelled = Counter[str](), set[str](), Counter[tuple[str, str]]()
 
     def seen() -> Iterator[Row]:
@@ -315,10 +315,10 @@ def _read_own(source: str, found: Iterable[Row], read: Callable[[Row, Drops], An
 
     records = give_ids(((row, record) for row in seen() if (record := read(row, drops)) is not None), drops)
     if passed_over := sorted(names - READ):
-        logger.info("%s: passed over the fields %s", source, ", ".join(passed_over))
+        logger.info("%s: ignored the fields %s", source, ", ".join(passed_over))
     for (name, text), rows in spelled.items():
         logger.warning(
-            "%s: in %d rows %s is the text %r, as programs spell a value that is absent; it is taken as a text",
+            "%s: in %d rows %s is the text %r, which may stand for an absent value; it is taken as a text",
             source,
             rows,
             name,
@@ -328,7 +328,7 @@ def _read_own(source: str, found: Iterable[Row], read: Callable[[Row, Drops], An
 
 
 def _of_schema(schema: type, rows: Iterator[Row]) -> Iterator[Any]:
-    """The rows of a published schema, which must not carry a task beside the fields that are read."""
+    """Return the rows of a published schema. They must not carry a part of the task in other fields."""
     for row in rows:
         own = ("prompt", *INSTRUCTIONS) if schema is TranscriptPair else ()
         own = ("prompt",) if schema is RatedPair and isinstance(row.fields.get("prompt"), list) else own
@@ -347,7 +347,7 @@ def _lacks(row: Row, kind: str) -> str:
 
 
 def _instruction(row: Row, kind: str) -> str:
-    """What a row asks, as one text.
+    """Return the task of a row as one text.
 
     Raises:
         SelfalignError: it asks nothing, or a conversation.
@@ -360,12 +360,12 @@ def _instruction(row: Row, kind: str) -> str:
     if not task:
         row.refuse(_lacks(row, kind))
     if len(task) > 1 or task[0]["role"] != "user" or is_blank(task[0]["content"]):
-        row.refuse(f"{kind} have one turn of the user's, without a system turn or history; got {spoken(task)}")
+        row.refuse(f"{kind} must be one user turn, without a system turn or history; got {spoken(task)}")
     return task[0]["content"]
 
 
 def _answers(row: Row) -> dict[str, str]:
-    """The row's answers by field: texts, or lists with one turn of the assistant's; a blank one is empty."""
+    """Return the row's answers by field: texts, or lists with one turn of the assistant's. A blank answer is ""."""
     found: dict[str, str] = {}
     for name in ANSWERS:
         if isinstance(row.fields.get(name), list | dict):
@@ -376,7 +376,7 @@ def _answers(row: Row) -> dict[str, str]:
 
 
 def _answer(row: Row, kind: str) -> str:
-    """The row's only answer; empty where it is blank.
+    """Return the row's only answer; "" if it is blank.
 
     Raises:
         SelfalignError: it has none, or several that differ.
@@ -386,14 +386,14 @@ def _answer(row: Row, kind: str) -> str:
         row.refuse(_lacks(row, kind))
     said = {text for text in answers.values() if text}
     if len(said) > 1:
-        row.refuse(f"{' and '.join(answers)} are different answers; leave one")
+        row.refuse(f"{' and '.join(answers)} are different answers; keep one")
     return said.pop() if said else ""
 
 
 def _demonstration(row: Row, drops: Drops) -> Demonstration | None:
     for name, unwanted in (("label", ("false",)), ("kto_tag", ("false", "0"))):
         if str(row.fields.get(name)).strip().casefold() in unwanted:
-            row.refuse(f"{name}={unwanted[0]} says that the answer is not wanted, and a demonstration is taught")
+            row.refuse(f"{name}={unwanted[0]} marks an unwanted answer, but a demonstration is taught; remove the row")
     prompt = read_task(row)
     whole = next((name for name in CONVERSATIONS if isinstance(row.fields.get(name), list)), "")
     if whole and prompt and not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
@@ -413,7 +413,7 @@ def _demonstration(row: Row, drops: Drops) -> Demonstration | None:
 
 
 def _check_last(row: Row, name: str, response: str) -> None:
-    """Stops where a conversation's last turn is not what should be taught."""
+    """Raise an error if a conversation's last turn is not one to be taught."""
     last = row.fields[name][-1]
     for mark in ("weight", "train", "loss"):
         if mark in last and not last[mark]:
@@ -422,7 +422,7 @@ def _check_last(row: Row, name: str, response: str) -> None:
             )
     for other, text in _answers(row).items():
         if text and text != response:
-            row.refuse(f"{other} is another answer than the last turn of {name}; leave one")
+            row.refuse(f"{other} differs from the last turn of {name}; keep one")
 
 
 def _ranked(row: Row, drops: Drops) -> RankedAnswers | None:
@@ -435,11 +435,11 @@ def _ranked(row: Row, drops: Drops) -> RankedAnswers | None:
     if len(ranks) < 2 or len(set(ranks)) < len(ranks):
         row.refuse(f"expected two or more responses of different rank, got ranks {ranks}")
     if not all(number.is_integer() for number in map(float, (*ranks, *scores))):
-        row.refuse(f"ranks and scores are whole numbers, got ranks {ranks} and scores {scores}")
+        row.refuse(f"ranks and scores must be whole numbers, got ranks {ranks} and scores {scores}")
     if len(scores) not in (0, len(ranks)):
-        row.refuse("either every response has a score, or none")
+        row.refuse("some responses have a score and others have none: give all scores, or none")
     if any(is_blank(answer.text) for answer in answers):
-        row.refuse("expected a text, got an empty one, in responses")
+        row.refuse("responses: expected texts, got an empty one")
     by_rank = [score for _, score in sorted(zip(ranks, scores, strict=False))]
     if by_rank != sorted(by_rank, reverse=True):
         drops["scores_contradict"] += len(answers)

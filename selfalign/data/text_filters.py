@@ -1,4 +1,4 @@
-"""What a text looks like on its own: its words, whether it is a whole, and in which language it is written."""
+"""Properties of a text on its own: its words, whether it is complete, and its language."""
 
 import re
 import unicodedata
@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 MARKER = re.compile(r"(?:[-*+•‣◦–—]|\(?\d{1,3}[.)]|\(?[A-Za-z]\))(?:\s|$)")
-"""How an item of a list begins: "- ", "2. ", "b) "."""
+"""Beginning of a list item: "- ", "2. ", "b) "."""
 
 RESIDUE = re.compile(r"^\W*Task(?:\s+\d+\b|\W*$)", re.MULTILINE)
-"""A line that announces the next task, left over where a completion was not split there."""
+"""A line that announces the next task, left over if a completion was not split there."""
 
 SCRIPT_SHARE = 0.02
 """A script belongs to a language when this share of the letters in its texts is written in it."""
@@ -28,7 +28,7 @@ UNSPACED = (
 """Scripts without spaces between words, where each character is one: Thai, Lao, Burmese, Khmer, Japanese, Chinese."""
 
 MARKS = "".join(c for c in map(chr, range(0x300, 0x20000)) if unicodedata.category(c).startswith("M")) + "\u200c\u200d"
-"""What belongs to the letter before it: accents, vowel signs, joiners."""
+"""Characters that belong to the letter before them: accents, vowel signs, joiners."""
 
 UNLIKE_LATIN = re.compile(f"[{UNSPACED}{MARKS}]")
 SIMPLE_WORD = re.compile(r"\w+")
@@ -37,14 +37,14 @@ PIECE = re.compile(rf"[{UNSPACED}][{MARKS}]*|[^\s{UNSPACED}]+")
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text in lower case, without punctuation; the same however its accents are encoded."""
+    """Return the words of a text in lower case, without punctuation, and the same however its accents are encoded."""
     text = unicodedata.normalize("NFC", text).lower()
     # Ten times as fast, and the same where there is neither.
     return (WORD if UNLIKE_LATIN.search(text) else SIMPLE_WORD).findall(text)
 
 
 def pieces_of(text: str) -> list[str]:
-    """What stands between spaces in a text, whatever its case; each character where a script has no spaces."""
+    """Return the parts of a text between spaces, in lower case; each character in scripts without spaces."""
     return PIECE.findall(unicodedata.normalize("NFC", text).casefold())
 
 
@@ -80,7 +80,7 @@ class Language:
 
     @classmethod
     def of(cls, texts: Sequence[str]) -> "Language":
-        """Learns it: the scripts, and the `COMMON_WORDS` words that stand in most of the texts.
+        """Learn the language: the scripts, and the `COMMON_WORDS` words that occur in most of the texts.
 
         The words count only where there are `TEXTS_TO_LEARN` texts and nine in ten of them have one.
         """
@@ -103,10 +103,10 @@ class Language:
 
 
 def _telling(text: str) -> list[str]:
-    """The words that tell a language: single characters of a script without spaces do not."""
+    """Return the words that tell a language: single characters of a script without spaces do not."""
     return [word for word in words_of(text) if not re.match(f"[{UNSPACED}]", word)]
 
 
 def scripts_of(characters: Iterable[str]) -> Counter[str]:
-    """How many letters there are of each script, by the first word of their Unicode names: LATIN, CYRILLIC, CJK."""
+    """Return the number of letters of each script, by the first word of their Unicode names: LATIN, CYRILLIC, CJK."""
     return Counter(unicodedata.name(c, "UNNAMED").split()[0] for c in characters if c.isalpha())

@@ -1,13 +1,13 @@
-"""Where a model's thinking ends in what it wrote, and its answer begins.
+"""The end of a model's thinking in its text, behind which its answer begins.
 
-Servers that know a model's format cut the thinking off; others, and models that write in this process, leave it in the
-text between markers of the model's own, of which the first is often part of the prompt.
+Servers that know a model's format cut the thinking off. Others, and models that write in this process, leave it in the
+text between the model's own markers, of which the first is often part of the prompt.
 """
 
 import re
 
 TAG = r"[\w:.-]{0,24}(?:think(?:ing)?|thoughts?|reasoning|scratchpad)[\w:.-]{0,24}"
-"""How tags of thinking are called: think, thinking, seed:think, mm:think, think:opensource, thought, reasoning, …"""
+"""Names of thinking tags: think, thinking, seed:think, mm:think, think:opensource, thought, reasoning, …"""
 
 OPENING = re.compile(
     rf"^[ \t]*(?i:<{TAG}>)"
@@ -16,7 +16,7 @@ OPENING = re.compile(
     r"|^Here (?:is|are) my (?:thought process|reasoning steps):",
     re.MULTILINE,
 )
-"""Begins thinking. A tag does so at the beginning of a line alone; within one it is spoken of."""
+"""Begins thinking. A tag does so only at the beginning of a line; inside a line it is quoted."""
 
 CLOSING = re.compile(
     rf"(?<![`\"'“])(?i:</{TAG}>)(?![`\"'”])"
@@ -29,17 +29,17 @@ CLOSING = re.compile(
 """Ends thinking."""
 
 HARMONY = re.compile(r"\s*analysis(?=[A-Z\"'])")
-"""How gpt-oss' thinking begins where its control tokens were taken out of the text."""
+"""Beginning of gpt-oss's thinking in a text without control tokens."""
 
 FINAL = "assistantfinal"
-"""How its answer begins there."""
+"""Beginning of gpt-oss's answer in such a text."""
 
 
 def answer_behind(text: str) -> str | None:
-    """What stands behind the last end of a text's thinking; all of it where there is none.
+    """Return the text behind the last end of thinking; the whole text if there is none.
 
     Returns:
-        The end of the text, or None where thinking begins in it that does not end.
+        The end of the text, or None if thinking begins in the text and does not end.
     """
     start = max((found.end() for found in CLOSING.finditer(text)), default=0)
     if HARMONY.match(text):
@@ -54,11 +54,11 @@ def marks_thinking(text: str) -> bool:
 
 
 def thinks_on(prompt: str, text: str) -> bool:
-    """Whether a text never ends the thinking that its prompt, of which the end suffices, has begun."""
+    """Whether a text never ends the thinking that its prompt has begun. The end of the prompt suffices."""
     begun = [found.end() for found in OPENING.finditer(prompt)]
     return bool(begun) and not prompt[begun[-1] :].strip() and not CLOSING.search(text)
 
 
 def unanswered(thinking: str) -> str:
-    """Thinking without an answer, as a text that `answer_behind` knows for it."""
+    """Return thinking without an answer as a text that `answer_behind` recognises as such."""
     return f"<think>\n{CLOSING.sub(' ', thinking)}"

@@ -1,4 +1,4 @@
-"""What a row asks, in the ways instruction and chat data are written: as a text, or as the turns of a conversation."""
+"""The task of a row, in the ways of instruction and chat data: as a text, or as the turns of a conversation."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -12,48 +12,48 @@ ROLES = {
     "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
     "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
 }  # fmt: skip
-"""Who speaks, by what data call it."""
+"""{speaker's name in data: role}."""
 
 TEXT_PARTS = ("text", "input_text", "output_text")
-"""Types of the parts of a message's content that are read; their texts follow each other without a space."""
+"""Types of content parts that are read; their texts are joined without a space."""
 
 
 def as_prompt(instruction: str) -> list[Message]:
-    """An instruction as a conversation of one user turn."""
+    """Return an instruction as a conversation of one user turn."""
     return [{"role": "user", "content": instruction}]
 
 
 def as_text(prompt: Prompt) -> str:
-    """A prompt to read: its only message, or its turns with their roles."""
+    """Return a prompt to read: its only message, or its turns with their roles."""
     if isinstance(prompt, str):
         return prompt
     return prompt[0]["content"] if len(prompt) == 1 else "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt)
 
 
 def compared(text: str) -> str:
-    """A text as it is compared with others: how its accents, line ends and spaces are encoded tells nothing apart."""
+    """Return a text in the form in which texts are compared: encodings of accents, line ends and spaces are unified."""
     text = unicodedata.normalize("NFC", text.replace("\u00a0", " "))
     return text.replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
 def texts_in(prompt: Prompt) -> set[str]:
-    """What is said in a prompt, as it is compared: each turn, or the text."""
+    """Return the texts of a prompt in the form in which they are compared: each turn, or the text."""
     return set(map(compared, [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]))
 
 
 def instruction_of(prompt: Prompt) -> str:
-    """The instruction a prompt begins with, which can be understood alone: the user's first turn, or the text."""
+    """Return the instruction that a prompt begins with: the first user turn, or the text."""
     if isinstance(prompt, str):
         return prompt
     return next(message["content"] for message in prompt if message["role"] == "user")
 
 
 def read_task(row: Row, begun: tuple[str, list[Message]] | None = None) -> Prompt:
-    """What a row asks; no turn where it asks nothing.
+    """Return the task of a row; no turn if it has none.
 
-    A text in `prompt` stays as it stands (TRL's standard format), so nothing can be joined to it. An instruction
-    becomes a user turn, with what it is about behind it, the turns of `history` before it, and before all `system`.
-    Turns are kept as they are, with the row's system turn first; a text beside them must be one the user says there.
+    A text in `prompt` stays as it is (TRL's standard format), so nothing can be joined to it. An instruction becomes a
+    user turn, with its input after it, the turns of `history` before it, and `system` before all. Turns are kept as
+    they are, with the row's system turn first; a text beside them must be one of their user turns.
 
     Args:
         row: the row.
@@ -70,7 +70,7 @@ def read_task(row: Row, begun: tuple[str, list[Message]] | None = None) -> Promp
         for other in ("prompt", *INSTRUCTIONS):
             text = row.fields.get(other)
             if isinstance(text, str) and not is_blank(text) and text not in said:
-                row.refuse(f"{other} is a text, but no user turn of {name}")
+                row.refuse(f"{other} is a text that is not a user turn of {name}")
         return _with_system(row, turns, system)
     if row.text("prompt"):
         row.refuse_filled(
@@ -94,7 +94,7 @@ def read_task(row: Row, begun: tuple[str, list[Message]] | None = None) -> Promp
 
 
 def listed_turns(row: Row) -> tuple[str, list[Message]] | None:
-    """The field with a list of turns, and these; None where there is none.
+    """Return the field with a list of turns, and the turns; None if there is no such field.
 
     Raises:
         SelfalignError: two fields have different ones, or one has a text instead.
@@ -106,12 +106,12 @@ def listed_turns(row: Row) -> tuple[str, list[Message]] | None:
             row.refuse(f"{name}: expected a list of turns, got a text")
     found = {name: read_turns(row, name) for name in names}
     if any(turns != found[names[0]] for turns in found.values()):
-        row.refuse(f"{' and '.join(names)} are different conversations; leave one")
+        row.refuse(f"{' and '.join(names)} are different conversations; keep one")
     return (names[0], found[names[0]]) if names else None
 
 
 def read_turns(row: Row, name: str) -> list[Message]:
-    """The turns in a field: messages with role and content, or from and value; a system turn that is blank is none.
+    """Return the turns in a field: messages with role and content, or from and value. A blank system turn is dropped.
 
     Raises:
         SelfalignError: one is no turn, of an unknown role, or has anything but text in it.
@@ -125,17 +125,17 @@ def read_turns(row: Row, name: str) -> list[Message]:
 def _read_turn(row: Row, place: str, item: Any) -> Message:
     if not isinstance(item, dict) or not {"role", "from"} & item.keys():
         found = f"the fields {', '.join(item)}" if isinstance(item, dict) else shown(item)
-        row.refuse(f"{place}: a turn is an object with role and content, or from and value; got {found}")
+        row.refuse(f"{place}: a turn must be an object with role and content, or from and value; got {found}")
     row.refuse_filled((*UNREAD, "reasoning"), item, f"{place}.")
     who = item.get("role", item.get("from"))
     role = ROLES.get(who) if isinstance(who, str) else None
     if role is None:
-        row.refuse(f"{place}: a turn's role is system, user (or human) or assistant (or gpt); got {shown(who)}")
+        row.refuse(f"{place}: a turn's role must be system, user (or human) or assistant (or gpt); got {shown(who)}")
     content = item.get("content", item.get("value"))
     if isinstance(content, list):
         content = "".join(_read_part(row, f"{place}.content[{n}]", part) for n, part in enumerate(content))
     if not isinstance(content, str):
-        row.refuse(f"{place}: a turn's content is a text, or a list of parts with text; got {shown(content)}")
+        row.refuse(f"{place}: a turn's content must be a text, or a list of parts with text; got {shown(content)}")
     return {"role": role, "content": content}
 
 
@@ -149,7 +149,7 @@ def _read_part(row: Row, place: str, part: Any) -> str:
 
 
 def _past_turns(row: Row) -> list[Message]:
-    """The turns of `history`, a list of [question, answer]."""
+    """Return the turns of `history`, a list of [question, answer]."""
     past = row.fields.get("history") or []
     wanted = "history: expected a list of [question, answer]"
     if not isinstance(past, list):
@@ -163,23 +163,23 @@ def _past_turns(row: Row) -> list[Message]:
 
 
 def spoken(turns: Sequence[Message]) -> str:
-    """Who speaks, turn by turn, for messages."""
+    """Return the roles turn by turn, for messages."""
     return ", ".join(turn["role"] for turn in turns) or "no turn"
 
 
 def only_answer(row: Row, name: str, turns: Sequence[Message]) -> str:
-    """The text of an answer that is given as turns.
+    """Return the text of an answer that is given as turns.
 
     Raises:
         SelfalignError: these are not one turn of the assistant's.
     """
     if len(turns) != 1 or turns[0]["role"] != "assistant":
-        row.refuse(f"{name}: expected one turn of the assistant's behind the prompt, got {spoken(turns)}")
+        row.refuse(f"{name}: expected one assistant turn after the prompt, got {spoken(turns)}")
     return turns[0]["content"]
 
 
 def _with_system(row: Row, turns: list[Message], system: str) -> list[Message]:
-    """The turns behind the row's system turn, which may be the first of them already.
+    """Return the turns after the row's system turn, which may be the first of them already.
 
     Raises:
         SelfalignError: they begin with another one.
@@ -192,18 +192,17 @@ def _with_system(row: Row, turns: list[Message], system: str) -> list[Message]:
 
 
 def check_prompt(row: Row, prompt: Prompt) -> None:
-    """Stops at a prompt that is no conversation so far.
+    """Raise an error if a prompt is not a conversation so far.
 
     Raises:
-        SelfalignError: its turns are not such.
+        SelfalignError: its turns are none.
     """
-    fault = "" if isinstance(prompt, str) else fault_of(prompt)
-    if fault:
+    if not isinstance(prompt, str) and (fault := fault_of(prompt)):
         row.refuse(f"the prompt is no conversation: {fault}")
 
 
-def fault_of(turns: Sequence[Message]) -> str:
-    """What keeps turns from being a conversation so far; nothing where they are one.
+def fault_of(turns: Sequence[Message]) -> str | None:
+    """Return what keeps turns from being a conversation so far, or None where they are one.
 
     A system turn may stand first; user and assistant follow each other in turn. The last turn may be the assistant's:
     the response then continues it.
@@ -217,4 +216,4 @@ def fault_of(turns: Sequence[Message]) -> str:
     if twice := [first for first, second in pairwise(roles) if first == second]:
         return f"two turns of the {twice[0]}'s follow each other"
     empty = [index for index, turn in enumerate(turns) if is_blank(turn["content"])]
-    return f"turn {empty[0] + 1} is empty" if empty else ""
+    return f"turn {empty[0] + 1} is empty" if empty else None

@@ -1,1 +1,1 @@
-"""Who writes text: the transformers loop, vLLM, servers, and the protocol they share."""
+"""Engines that generate text: transformers in this process, vLLM, servers, and the protocol they share."""

@@ -1,4 +1,4 @@
-"""A key-value cache that has room for what will be written, instead of being copied for every token."""
+"""A key-value cache with room for the text to come, so that it is not copied for every token."""
 
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,7 @@ class RoomyLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Adds tokens and returns all."""
+        """Append the keys and values of new tokens, and return all."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = key_states, value_states
@@ -41,7 +41,7 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps these rows, in this order; of no more rows than before, only those that move are copied."""
+        """Keep these rows, in this order. If there are no more rows than before, only those that move are copied."""
         if self._buffers is None or len(indices) > len(self._buffers[0]):
             super().batch_select_indices(indices)
             self._buffers = None
@@ -56,7 +56,7 @@ class RoomyLayer(DynamicLayer):
 
 
 def roomy_cache(config: "PreTrainedConfig", room: int) -> DynamicCache:
-    """A cache for a model; layers of another kind than plain attention keep the form transformers gives them."""
+    """Return a cache for a model. Layers other than plain attention keep the cache that transformers gives them."""
     cache = DynamicCache(config=config)
     cache.layers = [RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache

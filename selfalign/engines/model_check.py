@@ -1,4 +1,4 @@
-"""One short check of a model when it is fetched, before anything is paid for: what it can do, and what it cannot."""
+"""A short check of a model when it is fetched, before anything is paid for: what it can do, and what it cannot."""
 
 import logging
 import re
@@ -54,11 +54,11 @@ UNUSED = (
     *("forced_eos_token_id", "min_length", "min_new_tokens", "min_p", "no_repeat_ngram_size", "repetition_penalty"),
     *("sequence_bias", "suppress_tokens", "typical_p"),
 )
-"""What a model's generation_config.json may say about which tokens are drawn, and the run's sampling does not know."""
+"""Settings of generation_config.json about sampling that the run's sampling does not have."""
 
 
 def check_model(files: PolicyFiles, dtype: str) -> Counts:
-    """Tries a model, writes down what it can do beside its weights, and says what is done about what it cannot.
+    """Check a model, save its capabilities beside its weights, and note what is done about those it lacks.
 
     Args:
         files: the fetched model; gets capabilities.json.
@@ -107,7 +107,7 @@ def check_model(files: PolicyFiles, dtype: str) -> Counts:
 
 
 def roomiest(files: PolicyFiles, dtype: str) -> tuple[str, str]:
-    """(dtype, device) of the check: float32 where there is memory for it, on the accelerator where it fits there."""
+    """Return (dtype, device) of the check: float32 if there is memory for it, on the accelerator if it fits there."""
     if files.quantization:
         return dtype, default_device()
     needed = {"float32": 6 * count_parameters(files), "bfloat16": 3 * count_parameters(files)}
@@ -120,7 +120,7 @@ def roomiest(files: PolicyFiles, dtype: str) -> tuple[str, str]:
 
 
 def count_parameters(files: PolicyFiles) -> int:
-    """How many numbers the weight files hold, read from their headers."""
+    """Return the number of values in the weight files, read from their headers."""
     total = 0
     for path in sorted((files.path / "weights").glob("*.safetensors")):
         with safe_open(path, "pt") as weights:
@@ -129,46 +129,46 @@ def count_parameters(files: PolicyFiles) -> int:
 
 
 def check_finite(policy: Policy) -> None:
-    """Every weight is a number.
+    """Check that every weight is finite.
 
     Raises:
-        SelfalignError: one is not, as in a checkpoint of a training that came apart.
+        SelfalignError: a weight is not finite, as in a checkpoint of a training that diverged.
     """
     for name, weight in policy.model.named_parameters():
         if weight.is_floating_point() and weight.element_size() > 1 and not weight.isfinite().all():
-            raise SelfalignError(f"the model's weights {name!r} are not all finite: the checkpoint is of no use")
+            raise SelfalignError(f"the model's weights {name!r} are not all finite. Use another checkpoint.")
 
 
 def check_vocabulary(policy: Policy) -> None:
-    """Every token has a row of the embedding, and no text is read as control tokens.
+    """Check that every token has a row of the embedding, and that no text is read as control tokens.
 
     Raises:
-        SelfalignError: one has none, so that reading it would crash, on a GPU without a word; or a control token is a
-            character that texts are made of, or what is read for characters that have no token.
+        SelfalignError: a token has no row, so that reading it would crash, on a GPU without a message; or a control
+            token is a single character, or stands for characters that have no token.
     """
     if unknown_id(policy.tokenizer) in stop_ids(policy.tokenizer):
         raise SelfalignError(
-            f"the tokenizer reads {policy.tokenizer.unk_token!r}, which ends a text, for characters that it has no "
-            "token for: no text could be told from its end. Give it an unk_token or an eos_token of its own"
+            f"the tokenizer replaces unknown characters by {policy.tokenizer.unk_token!r}, which also ends a text, so "
+            "an unknown character would end it. Give the tokenizer an unk_token or an eos_token of its own."
         )
     letters = [word for word in control_words(policy.tokenizer) if len(word) == 1 and word.isascii()]
     if letters:
         raise SelfalignError(
-            f"the tokenizer has the control token {letters[0]!r}, a single character: in a text it could not be told "
-            "from the character. Give it a tokenizer whose control tokens are words of their own"
+            f"the tokenizer's control token {letters[0]!r} is a single character, so texts that contain it would be "
+            "misread. Use a tokenizer whose control tokens are longer."
         )
     rows = cast(Any, policy.model.get_input_embeddings()).weight.shape[0]
     largest = max(policy.tokenizer.get_vocab().values())
     if largest >= rows:
         word = policy.tokenizer.convert_ids_to_tokens(largest)
         raise SelfalignError(
-            f"the tokenizer has a token {word!r} with id {largest}, and the model's embedding only {rows} rows: resize "
-            "the embedding (model.resize_token_embeddings in transformers), or take the tokenizer that belongs to it"
+            f"the tokenizer's token {word!r} has id {largest}, but the model's embedding has only {rows} rows. Resize "
+            "the embedding (model.resize_token_embeddings in transformers), or use the model's own tokenizer."
         )
 
 
 def check_template(tokenizer: "Tokenizer") -> list[str]:
-    """Renders a few conversations with the chat template.
+    """Render a few conversations with the chat template.
 
     Returns:
         Notes on what the template cannot do, and what is mended.
@@ -178,14 +178,14 @@ def check_template(tokenizer: "Tokenizer") -> list[str]:
     """
     notes: list[str] = []
     before = render_prompt(tokenizer, QUESTION)
-    if altered := altered_answer(tokenizer):
+    if (altered := altered_answer(tokenizer)) is not None:
         raise SelfalignError(
-            f"the chat template changes what the assistant answers, {PLAIN_TEXT!r} to {altered!r}: what is trained "
-            "would not be what a conversation shows; give another with model.chat_template=FILE"
+            f"the chat template changes the assistant's answer {PLAIN_TEXT!r} to {altered!r}, so training would differ "
+            "from conversations. Give another template with model.chat_template=FILE."
         )
     if not writes_all(tokenizer, ASKED):
         raise SelfalignError(
-            "the chat template leaves out what the user asks, or changes it; give another with model.chat_template=FILE"
+            "the chat template leaves out or changes the user's question. Give another with model.chat_template=FILE."
         )
     shape, asked = answer_shape(tokenizer), generation_prompt(tokenizer, QUESTION)
     if asked not in (before, before[: len(before) - len(shape.margin)]):
@@ -203,7 +203,7 @@ def check_template(tokenizer: "Tokenizer") -> list[str]:
 
 
 def notes_on_texts(tokenizer: "Tokenizer") -> list[str]:
-    """What the tokenizer does not keep of texts: characters, cases, white space, the ids of a whole conversation."""
+    """Return notes on what the tokenizer loses: characters, case, white space, the ids of a whole conversation."""
     notes: list[str] = []
     unknown = unknown_id(tokenizer)
     if unknown is not None:
@@ -233,7 +233,7 @@ def is_read_as_whole(tokenizer: "Tokenizer", answer: str) -> bool:
 
 
 def notes_on(found: Capabilities) -> list[str]:
-    """What is done about what a model cannot do."""
+    """Return notes on what is done about missing capabilities."""
     notes: list[str] = []
     if found.writes == "prompts":
         notes.append("its cache cannot drop rows: it writes the answers to one prompt at a time")
@@ -245,7 +245,7 @@ def notes_on(found: Capabilities) -> list[str]:
 
 
 def unused_settings(policy: Policy) -> list[str]:
-    """What the model's own settings ask of texts beyond the run's sampling: they are drawn without it."""
+    """Return notes on generation settings of the model that the run's sampling ignores."""
     own = policy.model.generation_config
     asked = [name for name in UNUSED if getattr(own, name, None) not in (None, 0, 1)]
     return [f"{', '.join(asked)} in its generation_config.json: not applied to what is written here"] if asked else []

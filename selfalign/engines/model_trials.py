@@ -1,7 +1,7 @@
-"""What selfalign does with a model, tried on a few tokens and held against the model's own plain forward pass.
+"""Trials of a model: packing, writing with a cache, training, and dropout, compared with plain forward passes.
 
-Packing texts, writing with a cache, training through it, switching dropout: architectures differ in all of these in
-ways that no list keeps up with. What differs from the plain pass gets another way that does not, or is refused.
+Architectures differ in all of these in ways that no list keeps up with. If something differs from the plain pass, a
+way that does not is used instead, or the model is refused.
 """
 
 import logging
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FARTHEST_WINDOW = 4352
-"""Windows up to so many tokens are crossed by the texts that are scored; most are 128 to 4,096."""
+"""Scored texts cross windows up to this many tokens; most windows have 128 to 4,096."""
 
 FARTHEST_WRITTEN = 1100
-"""Those up to so many by the texts that are written."""
+"""Written texts cross windows up to this many tokens."""
 
 STEPS = 6
 """Tokens that are written."""
@@ -42,14 +42,14 @@ TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.5}
 """How far a token's log-probability (nats) may be from the model's own, by the dtype of the check."""
 
 STEP_SIZES = (1e-1, 1e-2, 1e-3)
-"""How far what a layer is fed is moved, as a share of its size, to see whether the gradient tells what that changes."""
+"""How far a layer's input is moved, as a share of its size, to compare the effect with the gradient."""
 
 LINEAR_LAYERS = 8
-"""So many are looked at: those of a decoder layer."""
+"""Number of linear layers that are tested: those of a decoder layer."""
 
 
 def writing_of(policy: Policy) -> str:
-    """How the model can write: the first way that draws tokens from what forward passes without a cache give.
+    """Return the first way to write whose logits are those of forward passes without a cache.
 
     Raises:
         SelfalignError: none does.
@@ -64,14 +64,14 @@ def writing_of(policy: Policy) -> str:
         except Exception as error:  # noqa: BLE001 - other people's code may fail in any way
             logger.debug("writing in %s fails: %s", way, reason_of(error))
     raise SelfalignError(
-        f"{type(policy.model).__name__} gives other probabilities when it writes than when it reads the whole text: "
-        "what it writes could not be trusted"
+        f"{type(policy.model).__name__} gives other probabilities when it writes than when it reads the whole text, so "
+        "its texts cannot be trusted. Use another model."
     )
 
 
 @torch.inference_mode()
 def writes_rightly(policy: Policy, prompts: Sequence[list[int]], stop_after: int | None) -> bool:
-    """Whether the logits of every token of a few texts are, but for rounding, those without a cache.
+    """Whether a way to write gives the logits of passes without a cache for every token, but for rounding.
 
     Args:
         policy: who writes.
@@ -99,7 +99,7 @@ def writes_rightly(policy: Policy, prompts: Sequence[list[int]], stop_after: int
 
 
 def without_cache(model: "PreTrainedModel", prompt: list[int], written: list[int], seen: Sequence[Tensor]) -> bool:
-    """Whether a pass over the whole text, which needs no cache, gives the logits that its tokens were drawn from."""
+    """Whether passes over the whole text, which need no cache, give the logits that the tokens were drawn from."""
     ids = torch.tensor([[*prompt, *written]], device=model.device)
     own = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
     distance = (own.float().log_softmax(-1) - torch.stack(list(seen[: len(own)])).float().log_softmax(-1)).abs()
@@ -136,10 +136,10 @@ class Scoring:
         ]
 
     def settle(self) -> None:
-        """Packs if that is right, else pads if that is.
+        """Choose packed rows if their scores are right, else padded rows if theirs are.
 
         Raises:
-            SelfalignError: neither is.
+            SelfalignError: neither scores are right.
         """
         own = own_logps(self.policy.model, self.groups)
         problem = self._packing_problem(own)
@@ -149,12 +149,15 @@ class Scoring:
         self.notes.append(f"cannot be packed ({problem}); batches are padded instead")
         if problem := self._difference(own):
             raise SelfalignError(
-                f"{type(self.policy.model).__name__} scores a text differently when others stand beside it, padded too "
-                f"({problem}): no log-probability of it could be trusted"
+                f"{type(self.policy.model).__name__} scores a text differently in a batch, padded too ({problem}): its "
+                "log-probabilities cannot be trusted. Use another model."
             )
 
-    def _packing_problem(self, own: Tensor) -> str:
-        """Why packed rows are not scored as each text alone, with the model as it was; nothing where they are."""
+    def _packing_problem(self, own: Tensor) -> str | None:
+        """Return why packed rows are not scored as each text alone, or None where they are.
+
+        Where they are not, the model keeps the attention it had.
+        """
         model = self.policy.model
         implementation = str(model.config._attn_implementation)
         try:
@@ -168,29 +171,29 @@ class Scoring:
         return problem
 
     @torch.no_grad()
-    def _difference(self, own: Tensor) -> str:
-        """How far off the scores are, where that is more than rounding; nothing where it is not."""
+    def _difference(self, own: Tensor) -> str | None:
+        """Return how far off the scores are, or None where that is no more than rounding."""
         score_responses_only(self.policy.model)
         worst = float((self.logps(self.groups) - own).abs().max())
-        return "" if worst <= TOLERANCE[self.policy.model.dtype] else f"a token's log-probability is {worst:.2g} off"
+        return None if worst <= TOLERANCE[self.policy.model.dtype] else f"a token's log-probability is {worst:.2g} off"
 
     def logps(self, groups: Sequence[Group]) -> Tensor:
-        """log p of all responses' tokens, shape (response tokens,)."""
+        """Return log p of all responses' tokens, shape (response tokens,)."""
         model = self.policy.model
         batch = make_batch(model, groups).to(model.device)
         return model(predict_at=batch.predict_at, targets=batch.targets, **batch.inputs)
 
     def short(self) -> Tensor:
-        """The same of the short texts alone, which a backward pass has memory for."""
+        """Return log p of the short texts alone, which a backward pass has memory for."""
         return self.logps(self.groups[1:])
 
 
 @torch.no_grad()
 def own_logps(model: "PreTrainedModel", groups: Sequence[Group]) -> Tensor:
-    """log p of the responses' tokens, by a plain forward pass for each.
+    """Return log p of the responses' tokens, by a plain forward pass for each.
 
     Raises:
-        SelfalignError: that fails.
+        SelfalignError: the forward pass fails.
     """
     found: list[Tensor] = []
     for group in groups:
@@ -205,13 +208,13 @@ def own_logps(model: "PreTrainedModel", groups: Sequence[Group]) -> Tensor:
 
 
 def check_gradient(scoring: Scoring) -> None:
-    """The gradient of what a layer is fed tells what moving it changes, after an inference too.
+    """Check the gradient of a layer's input against the effect of moving that input, also after an inference pass.
 
-    It is looked at behind the embedding, and before the first linear layers: there no residual connection leads
-    around a layer that computes but lets no gradient back.
+    The places are behind the embedding and before the first linear layers: there no residual connection leads around a
+    layer that computes but lets no gradient back.
 
     Raises:
-        SelfalignError: a gradient is lost, or is another.
+        SelfalignError: a gradient is lost or wrong.
     """
     model = scoring.policy.model
     with nudged(model) as nudges:
@@ -224,14 +227,15 @@ def check_gradient(scoring: Scoring) -> None:
         for nudge, slope in zip(used, slopes, strict=True):
             if problem := nudge.problem(scoring, slope):
                 raise SelfalignError(
-                    f"{type(model).__name__}: the gradient {nudge.place} {problem}: its training would go astray"
+                    f"{type(model).__name__}: the gradient {nudge.place} {problem}, so training would be wrong. Use "
+                    "another model."
                 )
         model.eval()
 
 
 @dataclass(slots=True)
 class Nudge:
-    """Something added to what passes at one place of a model.
+    """A tensor added to the activations at one place of a model.
 
     Attributes:
         place: where, for a message.
@@ -246,7 +250,7 @@ class Nudge:
     passes: int = 0
 
     def add(self, passing: Tensor) -> Tensor:
-        """What passes, with the value added."""
+        """Return the activations with the value added."""
         self.passes += 1
         if self.passes == 1:
             self.scale = float(passing.detach().float().square().mean().sqrt())
@@ -254,29 +258,29 @@ class Nudge:
         return passing + self.value if self.value.shape == passing.shape else passing
 
     def after(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        """The same for what a module gives."""
+        """Add the value to a module's output."""
         return self.add(output)
 
     def before(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The same for what a module is fed."""
+        """Add the value to a module's input."""
         return self.add(inputs[0]), *inputs[1:]
 
-    def problem(self, scoring: Scoring, slope: Tensor | None) -> str:
-        """What is wrong with a gradient, if anything is."""
+    def problem(self, scoring: Scoring, slope: Tensor | None) -> str | None:
+        """Return what is wrong with a gradient, or None."""
         exact = scoring.policy.model.dtype == torch.float32
         if slope is None or not float(slope.norm()):
             noise = torch.randn(self.value.shape, generator=torch.Generator().manual_seed(0)).to(self.value)
-            return "is lost" if abs(self._change(scoring, noise, 1.0)) > (1e-2 if exact else 1.0) else ""
+            return "is lost" if abs(self._change(scoring, noise, 1.0)) > (1e-2 if exact else 1.0) else None
         size = float(slope.norm())
         steps, share, slack = (STEP_SIZES, 0.1, 2e-3) if exact else (STEP_SIZES[:1], 0.5, 0.5)
         expected = [2 * step * self.scale * size * slope.numel() ** 0.5 for step in steps]
         changes = [self._change(scoring, slope, step) for step in steps]
         right = any(abs(c - e) <= share * e + slack for c, e in zip(changes, expected, strict=True))
-        return "" if right else f"says {expected[-1]:.2g} where log-probabilities change by {changes[-1]:.2g}"
+        return None if right else f"says {expected[-1]:.2g} where log-probabilities change by {changes[-1]:.2g}"
 
     @torch.no_grad()
     def _change(self, scoring: Scoring, direction: Tensor, step: float) -> float:
-        """How much more the texts are worth ahead in this direction than behind."""
+        """Return by how much more the texts are worth when the value moves forward in this direction than backward."""
         far = step * self.scale * direction.numel() ** 0.5 / float(direction.norm())
         before, values = self.value, []
         for sign in (1.0, -1.0):
@@ -288,7 +292,7 @@ class Nudge:
 
 @contextmanager
 def nudged(model: "PreTrainedModel") -> Iterator[list[Nudge]]:
-    """Adds something behind the embedding and before the first linear layers."""
+    """Add tensors behind the embedding and before the first linear layers."""
     behind = Nudge("behind the embedding")
     embedding: nn.Module = model.get_input_embeddings()
     hooks = [embedding.register_forward_hook(behind.after)]
@@ -310,10 +314,10 @@ def nudged(model: "PreTrainedModel") -> Iterator[list[Nudge]]:
 
 
 def dropout_applies(scoring: Scoring) -> bool:
-    """Whether dropout does something where it is asked for.
+    """Whether dropout has an effect if it is asked for.
 
     Raises:
-        SelfalignError: it does where it is not.
+        SelfalignError: dropout is applied although it is set to 0.
     """
     model = scoring.policy.model
     model.train()
@@ -326,14 +330,14 @@ def dropout_applies(scoring: Scoring) -> bool:
     model.eval()
     if found[0.0]:
         raise SelfalignError(
-            f"{type(model).__name__} drops activations in training whatever is asked for: a policy would not start as "
-            "its reference does"
+            f"{type(model).__name__} applies dropout in training even if it is set to 0, so a policy would not start "
+            "as its reference. Use another model."
         )
     return found[0.5]
 
 
 def draw_tokens(policy: Policy, count: int, seed: int) -> list[int]:
-    """Tokens that are no control tokens, drawn by seed."""
+    """Draw tokens that are not control tokens, by seed."""
     control = control_ids(policy.tokenizer)
     rows = cast(Any, policy.model.get_input_embeddings()).weight.shape[0]
     usable = [token for token in range(min(rows, len(policy.tokenizer))) if token not in control]
@@ -342,7 +346,7 @@ def draw_tokens(policy: Policy, count: int, seed: int) -> list[int]:
 
 
 def crossed_window(model: "PreTrainedModel", farthest: int) -> int:
-    """The longest stretch that a layer sees by its config, if texts can be so long here; else 0."""
+    """Return the longest window that a layer sees by its config, if texts can be so long here, else 0."""
     settings = model.config.get_text_config().to_dict()
     names = ("sliding_window", "attention_window_size", "attention_chunk_size", "window_size", "index_topk")
     windows = [int(settings.get(name) or 0) for name in names]

@@ -1,6 +1,6 @@
-"""Completions of an OpenAI-compatible server, with patience for what goes wrong on the way.
+"""Completions from an OpenAI-compatible server, with retries of passing errors.
 
-The key is read from the environment when a request is sent. It is in no setting, and it is taken out of every text
+The key is read from the environment when a client is opened. It is in no setting, and it is taken out of every text
 that comes back, so that a server which repeats it cannot bring it into a file.
 """
 
@@ -10,19 +10,20 @@ import re
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx
+import msgspec
 
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
+from selfalign.core.jsonl import as_plain
+from selfalign.core.records import FinishReason
 from selfalign.data.sources import as_prompt
 from selfalign.engines.replies import (
-    FINISHES,
-    REFUSALS,
     PassingError,
     RefusedError,
     Reply,
@@ -37,27 +38,27 @@ from selfalign.store.journal import Journal
 logger = logging.getLogger(__name__)
 
 LONGEST_WAIT_SECONDS = 60.0
-"""Back-off stops doubling there; a server that asks for more is given it, up to a day."""
+"""Longest back-off. A server that asks for a longer wait gets it, up to a day."""
 
 DAY_SECONDS = 86_400.0
-"""A server that asks for more is not waited for: some give a date as a number of seconds."""
+"""Longest wait that a server can ask for: some give a date as a number of seconds."""
 
 PROBE = "Say hello."
-"""What every server answers that answers at all."""
+"""A request that every working server answers."""
 
 SIZE = re.compile(r"(?<![a-z])(?:mini|nano|micro|tiny|small|lite|flash|turbo)(?![a-z])")
-"""What is another model in its maker's family of one name."""
+"""Words for sizes, which tell apart models of one family."""
 
 SHORTEST_KEY = 8
-"""Letters of a key that is a secret; what stands in for one is shorter, and occurs in answers."""
+"""Shortest key that counts as a secret. Placeholders are shorter, and occur in answers."""
 
 DIRECT = dict.fromkeys(f"all://{host}" for host in ("localhost", "127.0.0.1", "[::1]", "0.0.0.0"))
-"""What is asked without a proxy, whatever the environment says of one."""
+"""Addresses that are reached without a proxy, whatever the environment says."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Endpoint:
-    """Where completions come from.
+    """Address of a server, and how it is asked.
 
     Attributes:
         base_url: up to and without "/chat/completions" or "/completions", such as "https://api.openai.com/v1".
@@ -85,7 +86,7 @@ class Endpoint:
     completion_price: float = field(default=0.0, metadata={"keyed": False})
 
     def check(self, key: str) -> None:
-        """Checks every setting; messages name it as `key`.name.
+        """Check every setting. Messages name it as `key`.name.
 
         Raises:
             SelfalignError: one is missing or out of range.
@@ -94,13 +95,13 @@ class Endpoint:
             raise SelfalignError("\n".join(f"set {key}.{name}=…; it has no default" for name in missing))
         if not re.fullmatch(r"https?://[^\s/@?#]+[^\s@?#]*", self.base_url):
             raise SelfalignError(
-                f"{key}.base_url must be http(s)://host/path without user, password or query (it is saved with the "
-                "run; a key belongs into the environment)"
+                f"{key}.base_url must be http(s)://host/path without user, password or query: it is saved with the "
+                "run. Put a key into the environment."
             )
         try:
             httpx.URL(self.base_url)
         except httpx.InvalidURL as error:
-            raise SelfalignError(f"{key}.base_url={self.base_url} is no address ({error})") from error
+            raise SelfalignError(f"{key}.base_url={self.base_url} is not a valid address ({error})") from error
         if taken := {"model", "messages", "prompt", "stream", "n"} & self.parameters.keys():
             raise SelfalignError(f"{key}.parameters cannot set {', '.join(sorted(taken))}")
         for name in ("concurrency", "timeout_seconds"):
@@ -111,11 +112,11 @@ class Endpoint:
                 raise SelfalignError(f"{key}.{name} must be 0 or more, got {getattr(self, name)}")
         if not re.fullmatch(r"[A-Za-z_]\w*|", self.key_variable):
             raise SelfalignError(
-                f"{key}.key_variable must be the name of an environment variable, which holds the key; not the key"
+                f"{key}.key_variable must be the name of the environment variable that holds the key, not the key"
             )
 
     def open(self, key: str) -> "Client":
-        """A client of the server.
+        """Return a client of the server.
 
         Raises:
             SelfalignError: the environment lacks the key, or has one that cannot be sent (the setting is named as
@@ -124,29 +125,29 @@ class Endpoint:
         secret = os.environ.get(self.key_variable, "").strip() if self.key_variable else ""
         if self.key_variable and not secret:
             raise SelfalignError(
-                f"{key}.key_variable: the environment variable {self.key_variable} is not set; set it to the key, "
-                f"or {key}.key_variable='' where the server needs none"
+                f"{key}.key_variable: the environment variable {self.key_variable} is not set. Set it to the key, or "
+                f"set {key}.key_variable='' if the server needs no key."
             )
         if not re.fullmatch("[!-~]*", secret):
             raise SelfalignError(
-                f"{key}.key_variable: {self.key_variable} holds characters that no key has, maybe quotation marks; "
-                "set it to the key alone"
+                f"{key}.key_variable: {self.key_variable} holds characters that no key has, maybe quotation marks. "
+                "Set it to the key alone."
             )
         try:
             return Client(self, secret)
         except (httpx.InvalidURL, ImportError, ValueError, OSError) as error:
             raise SelfalignError(
-                f"{key}.base_url: nothing can be asked as the environment stands ({error}); look at HTTP_PROXY, "
-                "HTTPS_PROXY, ALL_PROXY and SSL_CERT_FILE"
+                f"{key}.base_url: the proxy or certificate settings of the environment are invalid ({error}). Check "
+                "HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and SSL_CERT_FILE."
             ) from error
 
     @property
     def name(self) -> str:
-        """Who answers, as records say it."""
+        """The name of the model and server in records."""
         return f"{self.model} at {self.base_url}"
 
     def usage(self, replies: "Sequence[Reply]") -> Counts:
-        """How many requests and tokens the answers took, and what these cost."""
+        """Return the number of requests and tokens of the replies, and their cost."""
         prompt = sum(reply.prompt_tokens for reply in replies)
         completion = sum(reply.completion_tokens for reply in replies)
         return {
@@ -159,7 +160,7 @@ class Endpoint:
 
 
 class Client:
-    """Sends requests; several threads may share it."""
+    """A connection to a server, which several threads may share."""
 
     def __init__(self, endpoint: Endpoint, secret: str) -> None:
         self._endpoint = endpoint
@@ -181,7 +182,7 @@ class Client:
         self._http.close()
 
     def complete(self, request: dict[str, Any]) -> Reply:
-        """The answer to one request, sent again as often as the endpoint's settings allow.
+        """Return the reply to one request, which is sent again as often as the endpoint's settings allow.
 
         Args:
             request: the body, without the model's name. With a "prompt" the model continues that, a text or token
@@ -197,7 +198,7 @@ class Client:
                 break
             tries += 1
             try:
-                return self._ask(request)
+                return self.attempt(request)
             except PassingError as error:
                 trouble = error
             if attempt < self._endpoint.retries and trouble.wait_seconds <= DAY_SECONDS:
@@ -205,18 +206,18 @@ class Client:
                 wait = max(backoff, trouble.wait_seconds)
                 logger.info("%s: %s; trying again in %.1f s", self._url, trouble, wait)
                 pause(self._stop, wait)
-        longer = f" and asks to wait {trouble.wait_seconds:.0f} seconds" if trouble.wait_seconds > DAY_SECONDS else ""
+        longer = f"; it asks to wait {trouble.wait_seconds:.0f} seconds" if trouble.wait_seconds > DAY_SECONDS else ""
         raise PassingError(
-            f"{self._url}: no usable answer in {tries} tries, at last: {trouble}{longer}; "
-            "what was answered is kept, the same command continues",
+            f"{self._url}: no usable answer in {tries} tries, at last: {trouble}{longer}. Finished answers are kept: "
+            "the same command continues.",
             by_request=trouble.by_request,
             words=str(trouble),
         )
 
     def complete_all(self, requests: dict[str, dict[str, Any]], journal: Journal, size: int) -> dict[str, Reply]:
-        """{name: answer} of many requests, several at once; each is journalled when it comes, in whatever order.
+        """Return {name: reply} of many requests, several at once. Each reply is journalled when it arrives.
 
-        Of several processes only the main one asks, because `concurrency` is about the server and not about them.
+        Only the main process asks, because `concurrency` is a limit of the server.
 
         Args:
             requests: {name in the journal: body}; a name is asked for once.
@@ -227,7 +228,7 @@ class Client:
         self._failure = None
         distributed.on_main(lambda: self._complete_missing(requests, journal, size))
         journal.share()
-        return {name: Reply(*journal.take(name)) for name in requests}
+        return {name: msgspec.convert(journal.take(name), Reply) for name in requests}
 
     def _complete_missing(self, requests: dict[str, dict[str, Any]], journal: Journal, size: int) -> None:
         missing = [name for name in requests if name not in journal]
@@ -252,7 +253,7 @@ class Client:
                         journal.keep(name, answer)
 
     def complete_each(self, requests: Sequence[dict[str, Any]]) -> list[Reply]:
-        """The answers to these requests, several at once; where one fails, the others are not waited for."""
+        """Return the replies to these requests, several at once. If one fails, the others are not waited for."""
         self._stop.clear()
         pool = ThreadPoolExecutor(self._endpoint.concurrency)
         try:
@@ -266,12 +267,12 @@ class Client:
             pool.shutdown(wait=False, cancel_futures=True)
         return [future.result() for future in futures]
 
-    def _answer(self, request: dict[str, Any]) -> tuple[Any, ...] | None:
-        """The answer to one of many requests, as the journal keeps it; none once another one has failed for all."""
+    def _answer(self, request: dict[str, Any]) -> Any:
+        """Return one of many replies, as the journal keeps it; None once another request has failed for all."""
         if self._stop.is_set():
             return None
         try:
-            return astuple(self._settle(request))
+            return as_plain(self._settle(request))
         except SelfalignError as error:
             with self._lock:
                 self._failure = self._failure or error
@@ -279,11 +280,11 @@ class Client:
             raise
 
     def _settle(self, request: dict[str, Any]) -> Reply:
-        """The answer to one of many requests; what the server refuses of it alone is an answer too.
+        """Return the reply to one of many requests, which may be a refusal of this request alone.
 
-        Whether that is so, a short request tells which has the same parameters: also where the first request of all
-        is refused, where a run goes on that was killed, and where a server refuses everything from some time on. It is
-        not asked where a prompt is too long or its content unwanted once the server has answered any.
+        To tell whether a refusal is of this request alone, a short request with the same parameters is sent: also where
+        the first request of all is refused, where a killed run continues, and where a server refuses everything from
+        some time on. It is not sent for a prompt that is too long or filtered once the server has answered any request.
 
         Raises:
             RefusedError: the server refuses every request.
@@ -294,11 +295,11 @@ class Client:
         except (RefusedError, PassingError) as error:
             if not error.by_request or not self._serves(request):
                 raise
-            return Reply(error.words, "refused", 0, 0)
-        if reply.finish not in REFUSALS:
+            return Reply(error.words, FinishReason.REFUSED, 0, 0)
+        if not reply.finish_reason.is_refusal:
             self._served.set()
         elif not self._served.is_set() and not self._serves(request):
-            raise RefusedError(f"{self._url}: every request is refused, a short one too: {reply.text}", 400)
+            raise RefusedError(f"{self._url}: the server refuses every request, a short one too: {reply.text}", 400)
         return reply
 
     def _serves(self, request: dict[str, Any]) -> bool:
@@ -309,20 +310,15 @@ class Client:
             reply = self.complete({**request, "messages": as_prompt(PROBE)})
         except (RefusedError, PassingError):
             return False
-        return reply.finish not in REFUSALS
+        return not reply.finish_reason.is_refusal
 
-    def attempt(self, request: dict[str, Any]) -> tuple[Reply | None, str, float]:
-        """Sends a request once: the reply, or what went wrong and how many seconds the server asks to wait.
+    def attempt(self, request: dict[str, Any]) -> Reply:
+        """Send a request once.
 
         Raises:
-            RefusedError: asking again is of no use.
+            RefusedError: the server would refuse the request again.
+            PassingError: the same request may succeed later.
         """
-        try:
-            return self._ask(request), "", 0.0
-        except PassingError as error:
-            return None, str(error), error.wait_seconds
-
-    def _ask(self, request: dict[str, Any]) -> Reply:
         body = {"model": self._endpoint.model, **request, **self._endpoint.parameters}
         body = {name: value for name, value in body.items() if value is not None}
         url = f"{self._url}/{'completions' if 'prompt' in body else 'chat/completions'}"
@@ -331,7 +327,9 @@ class Client:
         except httpx.RequestError as error:
             raise PassingError(type(error).__name__) from error
         if elsewhere := answer.headers.get("Location") if 300 <= answer.status_code < 400 else None:
-            words = f"status {answer.status_code}: the server is at {self.clean(elsewhere)}; set base_url to that"
+            words = (
+                f"status {answer.status_code}: the server has moved to {self.clean(elsewhere)}; set base_url to that"
+            )
             raise RefusedError(f"{url}: {words}", answer.status_code, words=words)
         try:
             reply = read_answer(answer.status_code, self.clean(unescape(answer.text)))
@@ -344,22 +342,23 @@ class Client:
         return replace(reply, text=self.clean(reply.text))
 
     def _look_at(self, reply: Reply, body: dict[str, Any]) -> None:
-        """Warns, once each, of a prompt not read whole, of an end that nobody knows and of another model's answer."""
-        if reply.finish not in (*FINISHES, *REFUSALS):
-            self._warn(reply.finish, f"a text ended for the reason {reply.finish!r}, which counts as its own end")
+        """Warn, once each, of a prompt not read whole, an unknown finish reason, and a reply of another model."""
+        if reply.finish_reason is FinishReason.UNKNOWN:
+            stated = reply.stated_reason
+            self._warn(stated, f"a text ended for the unknown reason {stated!r}, which counts as finished")
         wanted = str(body.get("model", ""))
         if not same_model(wanted, reply.model):
             self._warn(
                 f"model {reply.model}",
-                f"asked for the model {wanted!r}, it says that {reply.model!r} answers; records name the one asked for",
+                f"asked for the model {wanted!r}, the server says {reply.model!r} answers; records name {wanted!r}",
             )
         sent = fewest_tokens(body.get("messages", []))
         if 0 < reply.tokens_read < sent:
             self._warn(
                 "cut",
-                f"a prompt was read as {reply.tokens_read} tokens, though its words make at least {sent}: the server "
-                "seems to cut prompts to its window, and then does not judge what it was asked. Give it a longer one "
-                "(Ollama: OLLAMA_CONTEXT_LENGTH)",
+                f"the server read {reply.tokens_read} tokens of a prompt whose words make at least {sent}: it seems to "
+                "cut prompts to its context, and so judges something else. Raise its context length (Ollama: "
+                "OLLAMA_CONTEXT_LENGTH).",
             )
 
     def _warn(self, name: str, message: str) -> None:
@@ -369,15 +368,15 @@ class Client:
             logger.warning("%s: %s", self._url, message)
 
     def clean(self, text: str) -> str:
-        """The text without the key, where that is one: "0" or "EMPTY" for a server that needs none is no secret."""
+        """Return the text without the key. Placeholders such as "0" or "EMPTY" are no secret and stay."""
         return text.replace(self._secret, "[key]") if len(self._secret) >= SHORTEST_KEY else text
 
 
 def same_model(asked: str, told: str) -> bool:
-    """Whether a server's name for what answers is the name asked for, with a maker, version or file ending or without.
+    """Whether two names are of one model, but for a maker, version or file ending.
 
-    Many servers answer with the model that they have, whatever they are asked for. What only one of the names says
-    must be no size: gpt-4o-mini is not gpt-4o.
+    Many servers answer with the model that they have, whatever they are asked for. A word that only one of the names
+    has must not be a size: gpt-4o-mini is not gpt-4o.
     """
     one, other = (name.rpartition("/")[2].casefold() for name in (asked, told))
     sizes = set(SIZE.findall(one)) ^ set(SIZE.findall(other)) if one and other else set()
@@ -386,12 +385,12 @@ def same_model(asked: str, told: str) -> bool:
 
 
 def pause(stop: threading.Event, seconds: float) -> None:
-    """Waits, until it is told to stop."""
+    """Wait, or return at once when told to stop."""
     stop.wait(seconds)
 
 
 def retry_after(value: str) -> float:
-    """Seconds to wait by a Retry-After header: a number of them, or a date; 0 where it says neither."""
+    """Return the seconds to wait by a Retry-After header, which is a number or a date; 0 for anything else."""
     if re.fullmatch(r"\s*\d+(\.\d+)?\s*", value):
         return float(value)
     try:

@@ -1,4 +1,4 @@
-"""What engines share: requests, completions, and the protocols of those who write and read."""
+"""The protocol of engines: requests, completions, and policies that write or score."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import as_plain
 from selfalign.core.records import FinishReason
 from selfalign.models.batches import Group
-from selfalign.models.checkpoint import PolicyFiles, fastest_dtype
+from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.config import DTYPES
 from selfalign.models.scorer import ask_all, responses_in
 from selfalign.store.journal import Journal, Task
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, slots=True)
 class Sampling:
-    """How tokens are drawn.
+    """How tokens are sampled.
 
     Attributes:
         temperature: 0 takes the most likely token.
-        top_p: only the smallest set of tokens with at least this probability is drawn from (Holtzman et al. 2019).
-        max_new_tokens: a response is cut there.
+        top_p: tokens are sampled from the smallest set with at least this probability (Holtzman et al. 2019).
+        max_new_tokens: the length at which a response is cut.
     """
 
     temperature: float = 0.7
@@ -35,7 +35,7 @@ class Sampling:
     max_new_tokens: int = 512
 
     def check(self, key: str) -> None:
-        """Checks every range; messages name the setting as `key`.name.
+        """Check every range. Messages name the setting as `key`.name.
 
         Raises:
             SelfalignError: a value is out of range.
@@ -50,7 +50,7 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """A prompt and one seed for each completion that is wanted of it."""
+    """A prompt, and one seed for each wanted completion."""
 
     prompt: list[int]
     seeds: list[int]
@@ -58,7 +58,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Completion:
-    """What was written: text without control tokens, why it ended, and its ids, where they are known."""
+    """A generated text without control tokens, why it ended, and its ids, if they are known."""
 
     text: str
     finish_reason: FinishReason
@@ -67,9 +67,9 @@ class Completion:
 
 
 class Loaded(Protocol):
-    """A policy that is ready for work, until the `with` block around it ends: its memory is then another one's to take.
+    """A policy that is loaded until the `with` block around it ends, which frees its memory.
 
-    `counts` is what a stage's manifest should say of the engine, such as its version.
+    `counts` are the engine's entries for a stage's manifest, such as its version.
     """
 
     @property
@@ -98,7 +98,7 @@ class Generator(Loaded, Protocol):
 
 
 class Reader(Loaded, Protocol):
-    """A loaded policy that tells how likely it finds given next tokens; see `Scorer`, which does so in this process."""
+    """A loaded policy that scores given next tokens. `Scorer` does so in this process."""
 
     def plan(self, groups: Sequence[Group]) -> list[list[Group]]: ...
 
@@ -106,7 +106,7 @@ class Reader(Loaded, Protocol):
 
 
 class Backend(Protocol):
-    """What runs policies, a component of `generate`; `batch_tokens` is a judge's, for those that take its size."""
+    """An engine, the component `generate`. Engines that plan batches by tokens take the judge's `batch_tokens`."""
 
     @property
     def dtype(self) -> str: ...
@@ -116,29 +116,27 @@ class Backend(Protocol):
     def load_reader(self, policy: PolicyFiles, batch_tokens: int) -> Reader: ...
 
 
-def check_dtype(dtype: str) -> str:
-    """The precision that `generate.dtype` names.
+def check_dtype(dtype: str) -> None:
+    """Check `generate.dtype`.
 
     Raises:
-        SelfalignError: there is none of that name.
+        SelfalignError: it is neither "auto" nor a dtype.
     """
-    dtype = fastest_dtype() if dtype == "auto" else dtype
-    if dtype not in DTYPES:
+    if dtype not in ("auto", *DTYPES):
         raise SelfalignError(f"generate.dtype must be auto or one of {', '.join(DTYPES)}; got {dtype!r}")
-    return dtype
 
 
 def write_all(
     generator: Generator, requests: Sequence[Request], sampling: Sampling, journal: Journal, name: str, size: int = 1
 ) -> list[list[Completion]]:
-    """The completions of each request, in journalled batches.
+    """Return the completions of each request, written in journalled batches.
 
     Args:
-        generator: who writes.
-        requests: their prompts fit into the context, completions included.
-        sampling: how.
+        generator: the policy that writes.
+        requests: prompts that fit into the context together with their completions.
+        sampling: how tokens are sampled.
         journal: keeps finished batches.
-        name: what these begin with there.
+        name: prefix of the batches' names in the journal.
         size: how far a completion moves the progress bar.
     """
     lengths = [len(request.prompt) for request in requests]
@@ -164,14 +162,14 @@ def read_all(
     name: str,
     size: Callable[[Group], int] = responses_in,
 ) -> Iterator[list[list[float]]]:
-    """log p (nats) of each alternative as the token after each response of every group, in journalled batches.
+    """Yield log p (nats) of each alternative as the token after each response of every group, in journalled batches.
 
     Args:
-        reader: whose probabilities they are.
-        groups: any number of them.
-        alternatives: tokens.
+        reader: the policy that scores.
+        groups: prompts with their responses.
+        alternatives: token ids.
         journal: keeps finished batches.
-        name: what these begin with there.
+        name: prefix of the batches' names in the journal.
         size: how far a group moves the progress bar.
     """
     return ask_all(partial(reader.choose, alternatives=alternatives), reader.plan(groups), journal, name, size)

@@ -1,6 +1,6 @@
-"""What an OpenAI-compatible server answered: a text, a trouble that may pass, or a refusal, and of whom.
+"""Replies of an OpenAI-compatible server: a text, an error that may pass, or a refusal.
 
-Servers agree on little more than the names of the fields. Spellings and wordings that are known here come from vLLM,
+Servers agree on little more than the names of the fields. The spellings and wordings known here come from vLLM,
 SGLang, llama.cpp, TGI, Ollama, LM Studio, TensorRT-LLM, OpenAI and Azure, Anthropic, Gemini, Bedrock, Cohere, Mistral,
 DeepSeek, DashScope, Zhipu, Moonshot, MiniMax, xAI, Groq, Together, watsonx and OpenRouter.
 """
@@ -12,29 +12,28 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from selfalign.core.errors import SelfalignError
-from selfalign.core.records import Message
+from selfalign.core.records import FinishReason, Message
 from selfalign.data.thinking import unanswered
 
 FINISHES = {
-    "stop": "stop eos eos_token end end_turn end_of_turn stop_sequence stop_token stop_word complete completed normal "
-    "finished tool_calls tool_use function_call",
-    "length": "length max_tokens max_output_tokens max_new_tokens max_length max_output token_limit model_length "
-    "model_context_window_exceeded context_length_exceeded error_limit incomplete truncated",
-    "content_filter": "content_filter content_filtered content_policy content_policy_violation filtered safety blocked "
-    "image_safety sensitive output_sensitive refusal recitation blocklist prohibited_content spii guardrail_intervened "
-    "error_toxic moderation",
-    "broken": "error abort aborted cancel cancelled canceled user_cancel timeout time_limit network_error server_error "
-    "insufficient_system_resource not_finished",
+    FinishReason.EOS: "stop eos eos_token end end_turn end_of_turn stop_sequence stop_token stop_word complete "
+    "completed normal finished tool_calls tool_use function_call",
+    FinishReason.LENGTH: "length max_tokens max_output_tokens max_new_tokens max_length max_output token_limit "
+    "model_length model_context_window_exceeded context_length_exceeded error_limit incomplete truncated",
+    FinishReason.CONTENT_FILTER: "content_filter content_filtered content_policy content_policy_violation filtered "
+    "safety blocked image_safety sensitive output_sensitive refusal recitation blocklist prohibited_content spii "
+    "guardrail_intervened error_toxic moderation",
 }
-"""How servers spell why a text ended; one that is broken off is no answer."""
+"""How servers spell why a text ended."""
 
-SPELLED = {spelling: finish for finish, spellings in FINISHES.items() for spelling in spellings.split()}
+SPELLED = {spelling: reason for reason, spellings in FINISHES.items() for spelling in spellings.split()}
 
-REFUSALS = ("too_long", "content_filter", "refused")
-"""How a request finished that the server would not fulfil: for its length, its content, or any other reason."""
+BROKEN_OFF = {"error", "abort", "aborted", "cancel", "cancelled", "canceled", "user_cancel", "timeout", "time_limit"}
+BROKEN_OFF |= {"network_error", "server_error", "insufficient_system_resource", "not_finished"}
+"""How servers spell that a text was broken off, which is no answer."""
 
 FOR_ALL = (401, 402, 403, 404, 405, 407, 410)
-"""What a server says to every request alike: the key, the account, the address."""
+"""Statuses that concern every request: the key, the account, the address."""
 
 TOO_LONG = re.compile(
     r"context[_ -]?(?:length|window|size|limit)|exceed_context"
@@ -53,43 +52,49 @@ CONTENT = re.compile(
     r"|requires moderation|high[_ ]risk|违规|敏感|不安全",
     re.IGNORECASE,
 )
-"""How they say that they do not like what it says."""
+"""How servers say that a prompt's content is not allowed."""
 
 NO_CREDIT = re.compile(
     r"insufficient[_ ](?:quota|balance|credit|funds)|credit balance|billing[_ ](?:hard|not|limit)|payment required"
     r"|arrearage|overdue|account (?:is )?(?:deactivated|suspended)|余额不足|欠费",
     re.IGNORECASE,
 )
-"""How they say that nothing more is paid for."""
+"""How servers say that there is no credit left."""
 
 QUOTA = re.compile(r"exceeded your current quota", re.IGNORECASE)
 PASSES = re.compile(r"retry|per[_ ]?minute|RESOURCE_EXHAUSTED", re.IGNORECASE)
-"""A quota that is full again in a minute says so."""
+"""How servers say that a quota is full again soon."""
 
 LONGEST_WORDS = 300
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An answer of the server.
+    """A reply of the server.
 
-    `finish` is "stop", "length" or what else the server said; one of `REFUSALS` where it would not fulfil the request,
-    and then `text` is what it said of it, or what was written before its filter stepped in. `tokens_read` counts those
-    of the prompt with what came from a cache, `model` is what the server says has answered.
+    Attributes:
+        text: the completion; of a refusal the server's message, or what was written before its filter stepped in.
+        finish_reason: why the text ended, or why the server did not fulfil the request.
+        prompt_tokens: tokens of the prompt, 0 where the server gives no number.
+        completion_tokens: tokens of the completion, 0 where the server gives no number.
+        stated_reason: the server's own word for why the text ended.
+        tokens_read: tokens of the prompt, those from a cache included.
+        model: the server's name for the model that answered.
     """
 
     text: str
-    finish: str
+    finish_reason: FinishReason
     prompt_tokens: int
     completion_tokens: int
+    stated_reason: str = field(default="", compare=False)
     tokens_read: int = field(default=0, compare=False)
     model: str = field(default="", compare=False)
 
 
 class RefusedError(SelfalignError):
-    """A request that the server will not fulfil, however often it is asked; `status` is HTTP's.
+    """A request that the server will refuse again. `status` is HTTP's.
 
-    `by_request`: it may fulfil another one. `words` are the server's own, without the address.
+    `by_request`: another request may succeed. `words` is the server's message without the address.
     """
 
     def __init__(self, message: str, status: int, by_request: bool = False, words: str = "") -> None:
@@ -100,10 +105,10 @@ class RefusedError(SelfalignError):
 
 
 class PassingError(SelfalignError):
-    """A trouble that may have passed when the request is sent again.
+    """An error that may have passed when the request is sent again.
 
-    `by_request`: it may be this one that the server cannot deal with. `words` are the server's own, without the
-    address. `wait_seconds` is how long it asks to wait.
+    `by_request`: the error may be due to this request. `words` is the server's message without the address.
+    `wait_seconds` is how long the server asks to wait.
     """
 
     def __init__(self, message: str, by_request: bool = False, words: str = "") -> None:
@@ -114,11 +119,11 @@ class PassingError(SelfalignError):
 
 
 def read_answer(status: int, said: str) -> Reply:
-    """An answer by its HTTP status and body, from which secrets have been taken.
+    """Return the reply in an HTTP status and body. Secrets have been taken out of the body before.
 
     Raises:
-        RefusedError: asking again is of no use.
-        PassingError: asking again may be.
+        RefusedError: the server would refuse the request again.
+        PassingError: the same request may succeed later.
     """
     words = shorten(status, said)
     if status == 200:
@@ -126,20 +131,20 @@ def read_answer(status: int, said: str) -> Reply:
     if status in (400, 403, 429) and (NO_CREDIT.search(said) or (QUOTA.search(said) and not PASSES.search(said))):
         raise RefusedError(words, status)
     if status == 429 and "request too large" in said.lower():
-        return Reply(words, "too_long", 0, 0)
+        return Reply(words, FinishReason.PROMPT_TOO_LONG, 0, 0)
     if status in (408, 425, 429):
         raise PassingError(words)
     if status == 413 or (status in (400, 422, 500) and TOO_LONG.search(said)):
-        return Reply(words, "too_long", 0, 0)
+        return Reply(words, FinishReason.PROMPT_TOO_LONG, 0, 0)
     if status >= 500:
         raise PassingError(words, by_request=True)
     if status >= 400 and status not in {*FOR_ALL} - {403} and CONTENT.search(said):
-        return Reply(words, "content_filter", 0, 0)
+        return Reply(words, FinishReason.CONTENT_FILTER, 0, 0)
     raise RefusedError(words, status, by_request=status >= 400 and status not in FOR_ALL)
 
 
 def unescape(said: str) -> str:
-    """A body with its letters as they are where it is JSON that spells them as numbers; half of one becomes U+FFFD."""
+    """Return a JSON body with its \\u escapes as characters. Half of a surrogate pair becomes U+FFFD."""
     if "\\u" not in said:
         return said
     try:
@@ -150,13 +155,13 @@ def unescape(said: str) -> str:
 
 
 def shorten(status: int, said: str) -> str:
-    """What the server said, on one line that is not too long."""
+    """Return the server's message on one line of limited length."""
     line = " ".join(said.split())
     return f"status {status}: {line[:LONGEST_WORDS]}{'…' * (len(line) > LONGEST_WORDS)}"
 
 
 def _read_success(said: str) -> Reply:
-    """The reply in the body of an answer with status 200, which may still be a failure."""
+    """Return the reply in a body with status 200, which may still be a failure."""
     words = shorten(200, said)
     try:
         answer = json.loads(said)
@@ -164,7 +169,7 @@ def _read_success(said: str) -> Reply:
             return read_answer(status, said)
         if not answer["choices"]:
             filtered = "prompt_filter" in said or CONTENT.search(said)
-            return Reply(words, "content_filter" if filtered else "refused", 0, 0)
+            return Reply(words, FinishReason.CONTENT_FILTER if filtered else FinishReason.REFUSED, 0, 0)
         reply = _read_choice(answer["choices"][0], answer.get("usage") or {}, words)
         return replace(reply, model=str(answer.get("model") or ""))
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
@@ -172,29 +177,30 @@ def _read_success(said: str) -> Reply:
 
 
 def _status_inside(answer: Any) -> int | None:
-    """The HTTP status that an answer without a text gives as its error's code, as gateways do."""
+    """Return the HTTP status that a body without a text gives as its error code, as gateways do."""
     error = None if answer.get("choices") else answer.get("error")
     code = str(error.get("code")) if isinstance(error, dict) else ""
     return int(code) if re.fullmatch("[45][0-9]{2}", code) else None
 
 
 def _read_choice(choice: Any, usage: Any, words: str) -> Reply:
-    finish = finish_of(choice.get("finish_reason"))
-    if finish == "broken":
-        raise PassingError(f"a text broken off ({choice['finish_reason']}); {words}", by_request=True)
+    stated = stated_reason(choice.get("finish_reason"))
+    if spelling(stated) in BROKEN_OFF:
+        raise PassingError(f"the text was broken off ({choice['finish_reason']}); {words}", by_request=True)
     usage = usage if isinstance(usage, dict) else {}
     read = _count(usage.get("prompt_tokens") or usage.get("input_tokens"))
     return Reply(
         text=str(choice["text"] or "") if "text" in choice else _written(choice["message"]),
-        finish=finish,
+        finish_reason=SPELLED.get(spelling(stated), FinishReason.UNKNOWN),
         prompt_tokens=read,
         completion_tokens=_count(usage.get("completion_tokens") or usage.get("output_tokens")),
+        stated_reason=stated,
         tokens_read=read and read + _cached(usage),
     )
 
 
 def _count(told: Any) -> int:
-    """A number of tokens; 0 where the server gives what is none, which counts as not said."""
+    """Return a number of tokens; 0 where the server gives none that can be read."""
     try:
         return max(0, int(told or 0))
     except (TypeError, ValueError, OverflowError):
@@ -202,23 +208,26 @@ def _count(told: Any) -> int:
 
 
 def _cached(usage: Any) -> int:
-    """Prompt tokens that came from a cache. Most servers count them among those read, and they only stand out."""
+    """Return the prompt tokens that came from a cache. Most servers count them among those read as well."""
     details = usage.get("prompt_tokens_details")
     told = [details.get("cached_tokens") if isinstance(details, dict) else None]
     told += [usage.get(name) for name in ("cache_read_input_tokens", "cache_creation_input_tokens")]
     return sum(map(_count, told))
 
 
-def finish_of(reason: Any) -> str:
-    """Why a text ended: a key of `FINISHES`, or what the server says where nobody knows it; nothing said is a stop."""
+def stated_reason(reason: Any) -> str:
+    """Return the server's word for why a text ended, in lower case. A server that says nothing means "stop"."""
     reason = reason.get("type") if isinstance(reason, dict) else reason
-    said = str(reason or "stop").strip().lower()
-    plain = re.sub(r"[\s-]+", "_", said.partition(":")[0]).removeprefix("finish_reason_")
-    return SPELLED.get(plain, said)
+    return str(reason or "stop").strip().lower()
+
+
+def spelling(stated: str) -> str:
+    """Return a stated reason as the tables of spellings have it."""
+    return re.sub(r"[\s-]+", "_", stated.partition(":")[0]).removeprefix("finish_reason_")
 
 
 def _written(message: Mapping[str, Any]) -> str:
-    """The text of a message; where there is none but thinking, that, as a text whose thinking has no end."""
+    """Return the text of a message. If there is only thinking, return that, as a text whose thinking has no end."""
     parts = message.get("content")
     parts = [parts] if isinstance(parts, dict) else parts or []
     if isinstance(parts, str):
@@ -237,7 +246,7 @@ def _text_of(part: Mapping[str, Any]) -> str:
 
 
 def _flat(thinking: Any) -> str:
-    """The text in thinking that is a text, a part with one, or a list of such."""
+    """Return the text in thinking that is a text, a part with a text, or a list of such."""
     if isinstance(thinking, dict):
         return _flat(thinking.get("text"))
     if isinstance(thinking, list):
@@ -246,11 +255,10 @@ def _flat(thinking: Any) -> str:
 
 
 def fewest_tokens(messages: Sequence[Message]) -> int:
-    """How many tokens a prompt has at least, whatever the tokenizer: three quarters of its words.
+    """Return a lower bound of a prompt's tokens with any tokenizer: three quarters of its words.
 
-    Tokenizers begin a new token at every space but for a few that put words together, and save a third with that.
-    Chinese and Japanese, which have no spaces, are counted as four characters a token; the largest vocabularies come
-    to two.
+    Tokenizers begin a new token at every space, but for a few that join words and save a third with that. Chinese and
+    Japanese, which have no spaces, count as four characters a token; the largest vocabularies come to two.
     """
     text = " ".join(message["content"] for message in messages)
     return int(0.75 * len(text.split()) + len(re.findall("[\u3040-\u30ff\u3400-\u9fff]", text)) / 4)

@@ -1,4 +1,4 @@
-"""Instructions answered by a policy, a chunk at a time: what `respond` and checkpoint selection share."""
+"""Responses of a policy to instructions, for the stage `respond` and for checkpoint selection."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -28,16 +28,16 @@ def generate_responses(
     generate: Backend,
     seed: int,
 ) -> Counts:
-    """Answers every instruction `candidates` times; each response has a random stream of its own.
+    """Answer every instruction `candidates` times. Each response has a random stream of its own.
 
     Args:
         out: gets responses.jsonl.
         candidates: responses to each instruction.
-        sampling: how they are drawn.
-        policy: who answers.
-        instructions: an instructions.jsonl.
-        generate: the backend.
-        seed: draws the tokens, together with the instruction's id and the candidate's number.
+        sampling: how they are sampled.
+        policy: the policy that answers.
+        instructions: path of an instructions.jsonl.
+        generate: the engine.
+        seed: combined with the instruction's id and the candidate's number, it seeds the sampling of each response.
 
     Raises:
         SelfalignError: no instruction fits into the context.
@@ -65,7 +65,7 @@ def generate_responses(
         if not tally.tokens.count:
             raise SelfalignError(
                 f"{out.label}: no instruction fits into the context of {generator.context} tokens with "
-                f"max_new_tokens={sampling.max_new_tokens}"
+                f"max_new_tokens={sampling.max_new_tokens}. Lower max_new_tokens, or give shorter instructions."
             )
 
     units = count_records(instructions) * candidates
@@ -84,14 +84,14 @@ def generate_responses(
 
 @dataclass(slots=True)
 class Tally:
-    """What is counted while responses come by: their lengths, and which ended by themselves."""
+    """Running counts of responses: their lengths, and the share that ended by themselves."""
 
     tokens: RunningMean = field(default_factory=RunningMean)
     characters: RunningMean = field(default_factory=RunningMean)
     finished: RunningMean = field(default_factory=RunningMean)
 
     def watch(self, responses: Iterable[Response]) -> Iterator[Response]:
-        """The same responses, counted."""
+        """Yield the same responses and count them."""
         for response in responses:
             self.tokens.add(response.tokens)
             self.characters.add(len(response.text))

@@ -1,7 +1,7 @@
-"""Writing through an OpenAI-compatible server that is started with the policy's weights: vLLM, SGLang, transformers.
+"""Generation through an OpenAI-compatible server that is started with the policy's weights: vLLM, SGLang, transformers.
 
-Prompts are sent as the token ids they are trained as, to `/v1/completions`. No chat template of the server's comes
-between, and every reply has to say that it read as many tokens as were sent.
+Prompts are sent to `/v1/completions` as token ids, the same as in training, so the server applies no chat template.
+Every reply has to report that it read as many tokens as were sent.
 """
 
 import logging
@@ -25,11 +25,12 @@ from selfalign.core.failures import naming
 from selfalign.core.files import write_json
 from selfalign.core.placeholders import check_template
 from selfalign.core.records import FinishReason
-from selfalign.engines.openai_client import Client, Endpoint, RefusedError, Reply
+from selfalign.engines.openai_client import Client, Endpoint
 from selfalign.engines.protocol import Completion, Request, Sampling, check_dtype
+from selfalign.engines.replies import PassingError, RefusedError, Reply
 from selfalign.engines.server_process import ServerProcess
 from selfalign.engines.transformers import Transformers
-from selfalign.models.checkpoint import PolicyFiles, release_memory
+from selfalign.models.checkpoint import PolicyFiles, release_memory, resolve_dtype
 from selfalign.models.config import DTYPES
 from selfalign.models.quantization import check_engine
 from selfalign.models.scorer import Scorer
@@ -40,30 +41,27 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FINISH = {"stop": FinishReason.EOS, "length": FinishReason.LENGTH}
-"""Why a text ended, as servers say it; any other reason is a failure."""
-
 POLL_SECONDS = 0.5
-"""Between two questions to a server that is still starting."""
+"""Seconds between two requests to a server that is starting."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Server:
     """Generation by a server that each stage starts with its policy's weights and stops when it is done.
 
-    A server that somebody else keeps is none: nothing would tell whether it has M_t's weights.
+    A server that somebody else runs cannot be used: nothing would tell whether it has M_t's weights.
 
     Attributes:
-        command: starts the server, in a shell and in the foreground, with {weights} for the folder of the policy and
-            {port} for where it listens on this machine; {dtype} may stand in it too.
-        dtype: of the weights that {dtype} stands for, in which adapters are merged, and of judges that read
-            probabilities, which they do here with transformers: "float32", "bfloat16", or "auto" for the faster one.
-        batch_texts: the most completions that are asked for before any of them is kept. A kill loses at most these.
-        key_variable: the environment variable that holds the key, where the command starts a server that asks for one.
-        concurrency: requests under way at once.
+        command: shell command that starts the server in the foreground. {weights} is replaced by the policy's folder,
+            {port} by the port to listen on, and {dtype} by the dtype.
+        dtype: of the weights, of merged adapters, and of judges that read probabilities, which run here with
+            transformers: "float32", "bfloat16", or "auto" for the faster one on this machine.
+        batch_texts: the most completions that are requested before any is saved. A kill loses at most these.
+        key_variable: the environment variable that holds the key, if the server asks for one.
+        concurrency: the most requests at once.
         timeout_seconds: a request that takes longer is sent again.
         retries: how often a request is sent again after a timeout, a broken answer, status 429 or 5xx.
-        start_seconds: the server has so long to load the weights and answer.
+        start_seconds: the most seconds until the server has loaded the weights and answers.
     """
 
     command: str
@@ -76,12 +74,12 @@ class Server:
     start_seconds: float = field(default=1800.0, metadata={"keyed": False})
 
     def __post_init__(self) -> None:
-        self.dtype = check_dtype(self.dtype)
+        check_dtype(self.dtype)
         check_template(self.command, "generate.command", ("weights", "port"), ("dtype",))
         if re.search(r"--api-key[ =]+(?![\"']?\$)", self.command):
             raise SelfalignError(
-                "generate.command is saved with the run: have it take the key from the environment, as --api-key $NAME "
-                "with generate.key_variable=NAME"
+                "generate.command contains a key, and it is saved with the run. Take the key from the environment: "
+                "write --api-key $NAME and set generate.key_variable=NAME."
             )
         for name in ("batch_texts", "start_seconds"):
             if getattr(self, name) <= 0:
@@ -89,15 +87,15 @@ class Server:
         self.endpoint("http://localhost", "policy").check("generate")
 
     def load(self, policy: PolicyFiles) -> "ServerGenerator":
-        """The policy behind a server, which runs while the generator is entered."""
+        """Return the policy behind a server, which runs while the generator is entered."""
         return ServerGenerator(self, policy)
 
     def load_reader(self, policy: PolicyFiles, batch_tokens: int) -> Scorer:
-        """The policy in this process, because servers differ in which probabilities they tell, if any."""
+        """Return the policy in this process, because servers differ in the probabilities they report, if any."""
         return Transformers(dtype=self.dtype).load_reader(policy, batch_tokens)
 
     def endpoint(self, base_url: str, model: str) -> Endpoint:
-        """Where a server is asked, and how."""
+        """Return the address of the server, with the settings of requests."""
         return Endpoint(
             base_url=base_url,
             model=model,
@@ -109,7 +107,7 @@ class Server:
 
 
 class ServerGenerator:
-    """A policy that writes through a server. Of several processes the main one starts it, and all ask it."""
+    """A policy that writes through a server. The main process starts it, and all processes use it."""
 
     def __init__(self, settings: Server, policy: PolicyFiles) -> None:
         self._settings = settings
@@ -135,15 +133,15 @@ class ServerGenerator:
                 distributed.wait_for_all()  # Nobody asks it any more.
 
     def plan(self, lengths: Sequence[int], samples: int, max_new_tokens: int) -> list[list[int]]:
-        """Batches of `batch_texts` texts, in the order of the prompts; the server makes its own out of them."""
+        """Return batches of `batch_texts` texts, in the order of the prompts. The server batches them again itself."""
         size = max(1, self._settings.batch_texts // samples)
         return [list(range(start, min(start + size, len(lengths)))) for start in range(0, len(lengths), size)]
 
     def write(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
-        """Has every completion written, several at once; a server that keeps to seeds writes the same text again.
+        """Write every completion, several at once. A server that respects seeds writes the same text again.
 
         Raises:
-            SelfalignError: the server gives no usable answer, or has read something else than the prompt.
+            SelfalignError: the server gives no usable answer, or has read other tokens than the prompt.
         """
         how = {"temperature": sampling.temperature, "top_p": sampling.top_p, "max_tokens": sampling.max_new_tokens}
         bodies = [
@@ -155,7 +153,9 @@ class ServerGenerator:
             replies = iter(self._client.complete_each(bodies))
         except SelfalignError as error:
             if self._server is not None and self._server.ended:
-                raise SelfalignError(f"{error}; the server had ended and said: {self._server.last_words()}") from error
+                raise SelfalignError(
+                    f"{error}; the server has ended; its output: {self._server.last_words()}"
+                ) from error
             raise
         return [
             [_completion(self.tokenizer, next(replies), request.prompt) for _ in request.seeds] for request in requests
@@ -168,18 +168,19 @@ class ServerGenerator:
             return spell(self.tokenizer, ids)
         except SelfalignError as error:
             raise SelfalignError(
-                f"generate.command: the server takes prompts as text alone, and {error}; take one that takes token "
-                "ids, such as vLLM or SGLang, or generate=transformers"
+                f"generate.command: the server takes prompts as text only, and it {error}. Use a server that takes "
+                "token ids, such as vLLM or SGLang, or set generate=transformers."
             ) from error
 
     def _start(self, stack: ExitStack) -> tuple[Endpoint, bool]:
-        """Starts the server until the stack closes: where it is, and whether it takes token ids."""
+        """Start the server until the stack closes. Return its address, and whether it takes token ids."""
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="selfalign-", ignore_cleanup_errors=True)))
+        dtype = resolve_dtype(self._settings.dtype)
         with naming(folder):
-            export(self._policy, folder, self._settings.dtype)
+            export(self._policy, folder, dtype)
         port, began = _free_port(), time.monotonic()
         endpoint = self._settings.endpoint(f"http://{_host()}:{port}/v1", str(folder))
-        values = {"{weights}": shlex.quote(str(folder)), "{port}": str(port), "{dtype}": self._settings.dtype}
+        values = {"{weights}": shlex.quote(str(folder)), "{port}": str(port), "{dtype}": dtype}
         command = self._settings.command
         for name, value in values.items():
             command = command.replace(name, value)
@@ -192,7 +193,7 @@ class ServerGenerator:
         return endpoint, takes_ids
 
     def _meet(self, client: Client, server: ServerProcess) -> bool:
-        """Waits for the server's first answer; returns whether it takes token ids, else it takes texts.
+        """Wait for the server's first reply. Return whether it takes token ids; else it takes texts.
 
         Raises:
             SelfalignError: it has ended, refuses, or does not answer in time.
@@ -201,29 +202,31 @@ class ServerGenerator:
         ask, until = {"max_tokens": 1, "temperature": 0}, time.monotonic() + self._settings.start_seconds
         while True:
             try:
-                reply, trouble, _ = client.attempt({"prompt": prompt, **ask})
+                client.attempt({"prompt": prompt, **ask})
             except RefusedError as error:
                 if error.status not in (400, 422):
                     raise
                 return False
-            if reply is not None:
+            except PassingError as error:
+                trouble = error
+            else:
                 return True
             if server.ended:
-                raise SelfalignError(f"generate.command: the server has ended; it said: {server.last_words()}")
+                raise SelfalignError(f"generate.command: the server has ended; its output: {server.last_words()}")
             if time.monotonic() > until:
                 raise SelfalignError(
                     f"generate.command: no answer in generate.start_seconds={self._settings.start_seconds:g} "
-                    f"({trouble}); the server said: {server.last_words()}"
+                    f"({trouble}); the server's output: {server.last_words()}"
                 )
             time.sleep(POLL_SECONDS)
 
 
 def export(policy: PolicyFiles, folder: Path, dtype: str) -> None:
-    """Writes a policy as servers load it: one checkpoint with its tokenizer, which stops where the run's texts stop.
+    """Write a policy as servers load it: one checkpoint with its tokenizer, which stops where the run's texts stop.
 
     Args:
-        policy: its weights are linked; an adapter is merged into them in float32 and both are written.
-        folder: where to.
+        policy: weights without an adapter are linked; an adapter is merged into them in float32.
+        folder: the folder to write to.
         dtype: of merged weights, which are rounded once.
     """
     check_engine(policy.quantization.get("quantization", "none"), "server")
@@ -247,28 +250,32 @@ def export(policy: PolicyFiles, folder: Path, dtype: str) -> None:
 
 
 def _completion(tokenizer: "Tokenizer", reply: Reply, prompt: list[int]) -> Completion:
-    """A reply as a completion; its tokens are not known, only its text.
+    """Return a reply as a completion. Only its text is known, not its tokens.
 
     Raises:
         SelfalignError: the prompt was refused or read as other tokens, the text ended for a reason unknown here, or
             nothing is said of how many tokens it has.
     """
-    if reply.finish == "too_long":
+    if reply.finish_reason is FinishReason.PROMPT_TOO_LONG:
         raise SelfalignError(
-            f"generate.command: the server refuses a prompt of {len(prompt)} tokens and its answer as too long; "
-            "start it with the whole context of the model"
+            f"generate.command: the server rejected a {len(prompt)}-token prompt: its context limit is too small. "
+            "Start it with the model's full context length (e.g. --max-model-len)."
         )
     if reply.prompt_tokens != len(prompt):
         raise SelfalignError(
-            f"generate.command: the server says it read {reply.prompt_tokens} tokens where {len(prompt)} were sent"
+            f"generate.command: the server reports {reply.prompt_tokens} prompt tokens, but {len(prompt)} were sent. "
+            "Use a server that takes prompts as they are."
         )
-    if reply.finish not in FINISH:
-        raise SelfalignError(f"generate.command: the server ended a text for the reason {reply.finish!r}")
+    if reply.finish_reason not in (FinishReason.EOS, FinishReason.LENGTH):
+        reason = reply.stated_reason if reply.finish_reason is FinishReason.UNKNOWN else reply.finish_reason.value
+        raise SelfalignError(
+            f"generate.command: the server ended a text for the reason {reason!r}. Only stop and length are known: use "
+            "another server."
+        )
     if reply.text and not reply.completion_tokens:
         raise SelfalignError("generate.command: the server does not say how many tokens it wrote (completion_tokens)")
-    reason = FINISH[reply.finish]
-    text = answer_text(tokenizer, reply.text, finished=reason is FinishReason.EOS)
-    return Completion(text=text, finish_reason=reason, tokens=reply.completion_tokens)
+    text = answer_text(tokenizer, reply.text, finished=reply.finish_reason is FinishReason.EOS)
+    return Completion(text=text, finish_reason=reply.finish_reason, tokens=reply.completion_tokens)
 
 
 def _free_port() -> int:
@@ -278,6 +285,6 @@ def _free_port() -> int:
 
 
 def _host() -> str:
-    """Where all processes of the run reach the main one's machine."""
+    """Return the host name by which all processes of the run reach the main process."""
     one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
     return "localhost" if one_machine else os.environ["MASTER_ADDR"]

@@ -1,4 +1,4 @@
-"""A server of another program, for as long as it is needed."""
+"""A server program that runs for as long as it is needed."""
 
 import os
 import subprocess
@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import IO, cast
 
 LAUNCHER = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_")
-"""What torchrun tells the processes of a run; a server that read it would wait for the others to join it."""
+"""Environment variables of torchrun; a server that reads them would wait for other processes to join."""
 
 GRACE_SECONDS = 20.0
-"""A server that is told to end has so long before it is killed."""
+"""Seconds that a server has to end before it is killed."""
 
 KEEPER = f"""
 trap : TERM PIPE
@@ -30,12 +30,12 @@ exit $code
 
 
 class ServerProcess:
-    """A shell command in a process group of its own, which ends with `stop`, or with this process, however that ends.
+    """A shell command in a process group of its own. It ends with `stop`, or with this process, however that ends.
 
     Args:
-        command: what starts the server; it stays in the foreground.
-        folder: what it reads; it is removed with it.
-        clean: takes secrets out of what it prints.
+        command: shell command that starts the server and stays in the foreground.
+        folder: the folder that the server reads; it is removed with the server.
+        clean: takes secrets out of the server's output.
     """
 
     def __init__(self, command: str, folder: Path, clean: Callable[[str], str]) -> None:
@@ -55,7 +55,7 @@ class ServerProcess:
         self._reader.start()
 
     def stop(self) -> None:
-        """Ends it with everything it has started, and returns when that is done."""
+        """End the server with everything it has started, and return when that is done."""
         with suppress(BrokenPipeError):
             cast(IO[str], self._process.stdin).close()
         self._reader.join(GRACE_SECONDS)
@@ -67,17 +67,17 @@ class ServerProcess:
 
     @property
     def ended(self) -> bool:
-        """Whether it has ended by itself."""
+        """Whether the server has ended by itself."""
         return self._process.poll() is not None
 
     def last_words(self) -> str:
-        """The end of what it printed, as one line."""
+        """Return the end of the server's output, as one line."""
         if self.ended:
             self._reader.join(1)
         return " / ".join(self._said) or "nothing"
 
     def _read(self) -> None:
-        """Takes its output off it, so that it never waits for us, and keeps the last lines."""
+        """Read the server's output, so that it never waits for us, and keep the last lines."""
         for line in cast(IO[str], self._process.stdout):
             if text := " ".join(self._clean(line).split()):
                 self._said.append(text[:200])

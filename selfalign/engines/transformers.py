@@ -1,7 +1,6 @@
-"""The engine in this process: transformers' models, a loop of our own, each sequence with its own random stream.
+"""The engine in this process: transformers' models with a decoding loop of our own, one random stream a sequence.
 
-Batches are planned from the records alone, so the same records give the same texts however often a run is
-interrupted.
+Batches are planned from the records alone, so the same records give the same texts however often a run is interrupted.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,28 +12,28 @@ from torch import Tensor
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import FinishReason
 from selfalign.engines.protocol import Completion, Request, Sampling, check_dtype
-from selfalign.models.checkpoint import InMemory, PolicyFiles
+from selfalign.models.checkpoint import InMemory, PolicyFiles, resolve_dtype
 from selfalign.models.scorer import Scorer
 from selfalign.models.tokenizer import decode_response, silent_ids, stop_ids
 
 STATES = ("past_key_values", "cache_params", "state")
-"""What architectures call what they go on from."""
+"""Names of the state that architectures continue from."""
 
 NUCLEUS_CANDIDATES = 256
-"""Top-p first looks at this many tokens; the whole vocabulary is sorted only for rows where they do not suffice."""
+"""Tokens that top-p looks at first; the whole vocabulary is sorted only for rows where these do not suffice."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Transformers:
     """Generation in this process with transformers.
 
-    A text depends on its record, its seed and the weights. The batch it is written in enters through the rounding of
-    matrix products alone, which differs with a batch's shape and between devices: where two tokens are as good as
+    A text depends on its record, its seed and the weights. The batch it is written in has an effect only through the
+    rounding of matrix products, which differs with a batch's shape and between devices. So if two tokens are almost
     equally likely, or a draw falls between two, another batch_tokens or dtype can give another text.
 
     Attributes:
         batch_tokens: the most tokens, prompts and responses together, that one batch holds in its cache.
-        dtype: of the weights while generating: "float32", "bfloat16", or "auto" for the faster one here.
+        dtype: of the weights while generating: "float32", "bfloat16", or "auto" for the faster one on this machine.
     """
 
     batch_tokens: int = 16384
@@ -43,24 +42,24 @@ class Transformers:
     def __post_init__(self) -> None:
         if self.batch_tokens < 1:
             raise SelfalignError(f"generate.batch_tokens must be 1 or more, got {self.batch_tokens}")
-        self.dtype = check_dtype(self.dtype)
+        check_dtype(self.dtype)
 
     def load(self, policy: PolicyFiles) -> "TransformersGenerator":
-        """Loads a policy for writing."""
-        return TransformersGenerator(policy.load(self.dtype), self.batch_tokens)
+        """Load a policy to write."""
+        return TransformersGenerator(policy.load(resolve_dtype(self.dtype)), self.batch_tokens)
 
     def load_reader(self, policy: PolicyFiles, batch_tokens: int) -> Scorer:
-        """Loads a policy for reading."""
-        return Scorer(policy.load(self.dtype), batch_tokens)
+        """Load a policy to score next tokens."""
+        return Scorer(policy.load(resolve_dtype(self.dtype)), batch_tokens)
 
 
 @dataclass(slots=True)
 class TransformersGenerator(InMemory):
-    """A policy writing through transformers' models and caches.
+    """A policy that writes through transformers' models and caches.
 
     Attributes:
         batch_tokens: the most tokens that one batch holds in its cache.
-        watch: is shown, at each step, which sequences are written and the logits of their next tokens.
+        watch: called at each step with the sequences being written and the logits of their next tokens.
         stops: the tokens that end a text.
         silent: the ids that stand for no text, such as those that pad the embedding, and are never drawn.
     """
@@ -77,9 +76,9 @@ class TransformersGenerator(InMemory):
         self.silent = torch.tensor(silent, dtype=torch.long, device=model.device)
 
     def plan(self, lengths: Sequence[int], samples: int, max_new_tokens: int) -> list[list[int]]:
-        """Puts prompts of like length together, within `batch_tokens`: indices, batch by batch.
+        """Put prompts of similar length together, within `batch_tokens`: indices, batch by batch.
 
-        Each stands alone where the model cannot write several at a time.
+        Each prompt is a batch of its own if the model cannot write several at a time.
         """
         if self.policy.capabilities.writes != "batches":
             return [[index] for index in range(len(lengths))]
@@ -94,10 +93,10 @@ class TransformersGenerator(InMemory):
 
     @torch.inference_mode()
     def write(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
-        """Writes every request's completions in one batch; each prompt is computed once.
+        """Write every request's completions in one batch. Each prompt is computed once.
 
-        A completion depends on its request's seed and, through rounding and the order of equally likely tokens
-        alone, on the batch it stands in.
+        A completion depends on its request's seed. The batch it is in has an effect only through rounding, and through
+        the order of equally likely tokens.
         """
         owners = [index for index, request in enumerate(requests) for _ in request.seeds]
         seeds = [seed for request in requests for seed in request.seeds]
@@ -114,13 +113,13 @@ class TransformersGenerator(InMemory):
     def decode(
         self, prompts: Sequence[list[int]], owners: Sequence[int], seeds: Sequence[int], sampling: Sampling
     ) -> list[list[int]]:
-        """The generated ids of each sequence, its stop token included.
+        """Return the generated ids of each sequence, its stop token included.
 
         Args:
             prompts: token ids.
-            owners: of each sequence, which prompt it continues.
-            seeds: of each sequence, what draws it.
-            sampling: how it is drawn.
+            owners: for each sequence, the index of its prompt.
+            seeds: for each sequence, its sampling seed.
+            sampling: how tokens are sampled.
         """
         if self.policy.capabilities.writes == "batches":
             return self._decode_together(prompts, owners, seeds, sampling)
@@ -131,14 +130,14 @@ class TransformersGenerator(InMemory):
         return [written[index] for index in range(len(seeds))]
 
     def _draw(self, logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
-        """One token a row, each of which stands for text or ends it."""
+        """Draw one token a row. Each token stands for text or ends it."""
         heard = logits.index_fill(-1, self.silent, float("-inf")) if len(self.silent) else logits
         return draw_tokens(heard, uniforms, sampling)
 
     def _decode_prompt(self, prompt: list[int], seeds: dict[int, int], sampling: Sampling) -> dict[int, list[int]]:
-        """Sequences behind one prompt, by number, without padding; a row that has ended stays until all have.
+        """Write several sequences after one prompt, without padding. A row that has ended stays until all have.
 
-        The model goes on from whatever it has given back, in the form that is its own, or where that is not exact, from
+        The model continues from the state that it returned, in its own form. If that is not exact, it continues from
         the whole text.
         """
         model, device = self.policy.model, self.policy.model.device
@@ -165,7 +164,7 @@ class TransformersGenerator(InMemory):
     def _decode_together(
         self, prompts: Sequence[list[int]], owners: Sequence[int], seeds: Sequence[int], sampling: Sampling
     ) -> list[list[int]]:
-        """Sequences behind several prompts in one batch, whose rows go when they have ended."""
+        """Write sequences after several prompts in one batch. Rows that have ended are dropped."""
         from selfalign.engines.kv_cache import roomy_cache
 
         model, device = self.policy.model, self.policy.model.device
@@ -176,7 +175,7 @@ class TransformersGenerator(InMemory):
         cache = roomy_cache(model.config, most)
 
         def logits_behind(ids: Tensor, end: int) -> Tensor:
-            """Of the next token, where these `ids` are the last before column `end`."""
+            """Return the logits of the next token, where these `ids` are the last before column `end`."""
             at = positions[:, end - ids.shape[1] : end]
             arguments = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
             return model(input_ids=ids, attention_mask=mask[:, :end], position_ids=at, **arguments).logits[:, -1]
@@ -208,20 +207,20 @@ class TransformersGenerator(InMemory):
 
 
 def fill_gaps(ended: Sequence[bool]) -> list[int]:
-    """The rows that go on, those at the end in the places of those that ended: as few rows move as possible."""
+    """Return the rows that go on, with the last ones moved into the gaps, so that as few rows move as possible."""
     count = sum(not end for end in ended)
     later = [row for row in range(count, len(ended)) if not ended[row]]
     return [later.pop() if ended[row] else row for row in range(count)]
 
 
 def draw_uniforms(seeds: Sequence[int], sampling: Sampling) -> Tensor:
-    """The random numbers of each sequence, a step each: (sequences, max_new_tokens), from its seed alone."""
+    """Return the uniform numbers of each sequence, one a step: (sequences, max_new_tokens), from its seed alone."""
     streams = [torch.Generator().manual_seed(seed) for seed in seeds]
     return torch.stack([torch.rand(sampling.max_new_tokens, generator=stream) for stream in streams])
 
 
 def draw_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
-    """One token a row: (rows, vocabulary) and (rows,) → (rows,), by inverse CDF within the nucleus."""
+    """Draw one token a row: (rows, vocabulary) and (rows,) → (rows,), by inverse CDF within the nucleus."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
     shares = (logits.float() / sampling.temperature).softmax(-1)
@@ -237,7 +236,7 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
 
 
 def _invert(shares: Tensor, uniforms: Tensor, top_p: float) -> Tensor:
-    """Which column each uniform falls on, among the first ones that together have at least `top_p`."""
+    """Return the column that each uniform falls on, among the first ones that together have at least `top_p`."""
     cumulative = shares.cumsum(-1)
     ends = (cumulative < top_p).sum(-1, keepdim=True).clamp(max=cumulative.shape[-1] - 1)
     mass = cumulative.gather(1, ends)

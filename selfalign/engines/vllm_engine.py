@@ -1,7 +1,7 @@
-"""generate=vllm: vLLM (Kwon et al. 2023, arXiv 2309.06180) writes and reads, in processes of its own.
+"""generate=vllm: vLLM (Kwon et al. 2023, arXiv 2309.06180) writes and scores, in processes of its own.
 
 A stage starts them with the policy's weights and stops them when it is done, so that their memory is free before
-anything is trained. They need nothing of selfalign's Python environment, and may have their own.
+training. They need nothing of selfalign's Python environment, and may have their own.
 """
 
 import os
@@ -19,7 +19,7 @@ from selfalign.core.records import FinishReason
 from selfalign.engines.protocol import Completion, Request, Sampling, check_dtype
 from selfalign.engines.worker_process import FAREWELL_SECONDS, Worker, stop
 from selfalign.models.batches import Group
-from selfalign.models.checkpoint import UNBOUNDED, PolicyFiles, release_memory
+from selfalign.models.checkpoint import UNBOUNDED, PolicyFiles, release_memory, resolve_dtype
 from selfalign.models.quantization import check_engine
 from selfalign.models.tokenizer import decode_response, silent_ids, stop_ids
 
@@ -35,26 +35,26 @@ NEVER = -1e9
 """Added to its logit, this gives a token no probability."""
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""The room for an adapter that vLLM can make."""
+"""Adapter ranks that vLLM can make room for."""
 
 
 @dataclass(kw_only=True, slots=True)
 class VLLM:
     """Generation by vLLM, in processes of its own.
 
-    A text depends on its record, its seed and the weights; what else is written at the time enters through the
-    rounding of matrix products alone. Random draws are vLLM's, so sampled texts are others than those of another
-    engine. Judges that read log-probabilities read vLLM's.
+    A text depends on its record, its seed and the weights. Other texts of the batch have an effect only through the
+    rounding of matrix products. Random draws are vLLM's, so sampled texts differ from those of another engine. Judges
+    that read log-probabilities read vLLM's.
 
     Attributes:
         python: the interpreter of the environment that has vLLM; empty for this one.
-        dtype: of the weights while generating: "float32", "bfloat16", or "auto" for the faster one here.
+        dtype: of the weights while generating: "float32", "bfloat16", or "auto" for the faster one on this machine.
         tensor_parallel_size: GPUs that share one copy of the weights.
         replicas: copies of the weights, each in a process of its own; the texts of a batch are dealt out among them.
         gpu_memory_utilization: the share of each GPU's memory that vLLM takes; on a CPU, of the main memory.
         max_model_len: the longest sequence in tokens, prompt and response together; 0 takes the model's own.
-        batch_texts: the most completions that are asked for at once; vLLM chooses how many of them it writes side by
-            side. A kill loses at most these.
+        batch_texts: the most completions that are requested at once; vLLM chooses how many of them it writes in
+            parallel. A kill loses at most these.
         options: other arguments of vllm.LLM, such as enforce_eager or kv_cache_dtype.
     """
 
@@ -68,7 +68,7 @@ class VLLM:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.dtype = check_dtype(self.dtype)
+        check_dtype(self.dtype)
         for name in ("tensor_parallel_size", "replicas", "batch_texts"):
             if getattr(self, name) < 1:
                 raise SelfalignError(f"generate.{name} must be 1 or more, got {getattr(self, name)}")
@@ -80,15 +80,15 @@ class VLLM:
             raise SelfalignError(f"generate.max_model_len must be 0 or more, got {self.max_model_len}")
 
     def load(self, policy: PolicyFiles) -> "VLLMGenerator":
-        """Starts engines that write."""
+        """Start engines that write."""
         return VLLMGenerator.start(self, policy)
 
     def load_reader(self, policy: PolicyFiles, batch_tokens: int) -> "VLLMReader":
-        """Starts engines that read; their batches are vLLM's, whatever the judge's `batch_tokens`."""
+        """Start engines that score. Their batches are vLLM's, whatever the judge's `batch_tokens`."""
         return VLLMReader.start(self, policy)
 
     def arguments(self, policy: PolicyFiles) -> dict[str, Any]:
-        """Of vllm.LLM. Prompts and completions are token ids, so vLLM needs no tokenizer."""
+        """Return the arguments of vllm.LLM. Prompts and completions are token ids, so vLLM needs no tokenizer."""
         check_engine(policy.quantization.get("quantization", "none"), "vllm")
         context = self.context(policy)
         # On a CPU, vLLM 0.32 cannot compute a prompt in parts and draw from a stream of its own behind it.
@@ -97,7 +97,7 @@ class VLLM:
             "model": str((policy.path / "weights").resolve()),
             "skip_tokenizer_init": True,
             "trust_remote_code": policy.trusted,
-            "dtype": self.dtype,
+            "dtype": resolve_dtype(self.dtype),
             "tensor_parallel_size": self.tensor_parallel_size,
             "gpu_memory_utilization": self.gpu_memory_utilization,
             "max_model_len": context if context < UNBOUNDED else None,
@@ -109,13 +109,13 @@ class VLLM:
         }
 
     def context(self, policy: PolicyFiles) -> int:
-        """The longest sequence that is asked for."""
+        """Return the longest sequence that is requested."""
         return min(self.max_model_len or policy.context, policy.context)
 
 
 @dataclass(slots=True)
 class Running:
-    """Engines that run one policy, until the `with` block that they are used in ends."""
+    """Engines that run one policy, until the `with` block around them ends."""
 
     tokenizer: "Tokenizer"
     digest: str
@@ -127,7 +127,7 @@ class Running:
 
     @classmethod
     def start(cls, config: VLLM, policy: PolicyFiles) -> Self:
-        """Starts an engine for each replica, and returns when all have loaded the weights.
+        """Start an engine for each replica, and return when all have loaded the weights.
 
         Raises:
             SelfalignError: there are too few GPUs, or vLLM cannot run the model.
@@ -164,7 +164,7 @@ class Running:
         stop(self.workers, FAREWELL_SECONDS if kind is None else 0)
 
     def ask(self, requests: Sequence[Request], sampling: dict[str, Any], answer: str) -> list[list[Any]]:
-        """What the engines answer on every completion of each request; requests are dealt out among them."""
+        """Return the engines' answers for every completion of each request. Requests are dealt out among them."""
         shares = [requests[first :: len(self.workers)] for first in range(len(self.workers))]
         for worker, share in zip(self.workers, shares, strict=True):
             prompts, seeds = [request.prompt for request in share], [request.seeds for request in share]
@@ -178,12 +178,12 @@ class VLLMGenerator(Running):
     """A policy that writes."""
 
     def plan(self, lengths: Sequence[int], samples: int, max_new_tokens: int) -> list[list[int]]:
-        """The prompts in their order, within `batch_texts`: indices, batch by batch."""
+        """Return the prompts in their order, within `batch_texts`: indices, batch by batch."""
         size = max(1, self.batch_texts // samples)
         return [list(range(start, min(start + size, len(lengths)))) for start in range(0, len(lengths), size)]
 
     def write(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
-        """Writes every request's completions, each from its own seed."""
+        """Write every request's completions, each from its own seed."""
         stops = stop_ids(self.tokenizer)
         settings = {
             "temperature": sampling.temperature,
@@ -202,10 +202,10 @@ class VLLMGenerator(Running):
 
 @dataclass(slots=True)
 class VLLMReader(Running):
-    """A policy that tells how likely it finds given next tokens."""
+    """A policy that scores given next tokens."""
 
     def plan(self, groups: Sequence[Group]) -> list[list[Group]]:
-        """The groups in their order, in batches of at most `batch_texts` responses."""
+        """Return the groups in their order, in batches of at most `batch_texts` responses."""
         batches: list[list[Group]] = []
         room = 0
         for group in groups:
@@ -217,7 +217,7 @@ class VLLMReader(Running):
         return batches
 
     def choose(self, groups: Sequence[Group], alternatives: Sequence[int]) -> list[list[list[float]]]:
-        """log p (nats) of each alternative as the token after each response, for every group."""
+        """Return log p (nats) of each alternative as the token after each response, for every group."""
         requests = [
             Request(prompt=[*group.prompt, *response], seeds=[0]) for group in groups for response in group.responses
         ]
@@ -227,9 +227,9 @@ class VLLMReader(Running):
 
 
 def share_gpus(replicas: int, each: int) -> list[str]:
-    """The GPUs of every replica, as CUDA_VISIBLE_DEVICES has them; "" on a machine without.
+    """Return the GPUs of every replica, as CUDA_VISIBLE_DEVICES lists them; "" on a machine without GPUs.
 
-    Where a run has several processes on one machine, each has its own GPUs.
+    If a run has several processes on one machine, each has its own GPUs.
 
     Raises:
         SelfalignError: there are too few.
@@ -242,16 +242,16 @@ def share_gpus(replicas: int, each: int) -> list[str]:
     if len(own) < replicas * each:
         raise SelfalignError(
             f"generate.replicas={replicas} × generate.tensor_parallel_size={each} need {replicas * each} GPUs for "
-            f"each process of the run, but only {len(names)} are visible"
+            f"each process of the run, but only {len(names)} are visible. Lower one of them."
         )
     return [",".join(own[start : start + each]) for start in range(0, len(own), each)]
 
 
 def lora_arguments(adapter: Path) -> dict[str, Any]:
-    """What vllm.LLM has to know of an adapter: how much room it takes.
+    """Return the arguments of vllm.LLM for an adapter: how much room it takes.
 
     Raises:
-        SelfalignError: it takes more than vLLM has.
+        SelfalignError: the adapter's rank is above the highest that vLLM takes.
     """
     rank = read_json(adapter / "adapter_config.json")["r"]
     if rank > LORA_RANKS[-1]:

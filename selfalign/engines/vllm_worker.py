@@ -16,14 +16,14 @@ from queue import SimpleQueue
 from typing import IO, Any
 
 GRACE_SECONDS = 5.0
-"""How long an idle worker may take to end by itself when its input has; a busy one is killed then."""
+"""Seconds that an idle worker has to end after its input has ended; a busy one is killed then."""
 
 RUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""How torchrun describes the processes of a run, which this is none of."""
+"""Environment variables of torchrun, which do not concern this process."""
 
 
 def main() -> None:
-    """Answers until nobody asks any more."""
+    """Answer questions until nobody asks any more."""
     incoming, outgoing = take_pipes()
     over = threading.Event()
     atexit.register(end_all, over)  # Registered first, it runs last, when vLLM has tidied up.
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def answer_all(questions: "SimpleQueue[str]", outgoing: IO[str]) -> None:
-    """Loads the model, and answers questions up to the empty one."""
+    """Load the model, and answer questions up to the empty one."""
     engine = Engine(json.loads(questions.get()))
     answer: dict[str, Any] = {"version": engine.version}
     while True:
@@ -47,9 +47,9 @@ def answer_all(questions: "SimpleQueue[str]", outgoing: IO[str]) -> None:
 
 
 def take_pipes() -> tuple[IO[str], IO[str]]:
-    """Standard input and output for us alone: what others print goes to standard error, and they read nothing.
+    """Take standard input and output for this program alone: what libraries print goes to standard error.
 
-    No process that is started from here inherits the pipes, so that they close with this one.
+    No process that is started from here inherits the pipes, so they close with this one.
     """
     incoming, outgoing = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8")
     nothing = os.open(os.devnull, os.O_RDONLY)
@@ -59,7 +59,7 @@ def take_pipes() -> tuple[IO[str], IO[str]]:
 
 
 def read_ahead(incoming: IO[str], over: threading.Event) -> "SimpleQueue[str]":
-    """The lines as they come, then an empty one; it is over then, and this process has a while to end by itself."""
+    """Yield the lines as they come, then an empty one. After that, this process has a while to end by itself."""
     lines: SimpleQueue[str] = SimpleQueue()
 
     def read() -> None:
@@ -75,16 +75,16 @@ def read_ahead(incoming: IO[str], over: threading.Event) -> "SimpleQueue[str]":
 
 
 def end_all(over: threading.Event) -> None:
-    """Kills this process and all that it has started, if it is over; else that is left to who asks."""
+    """Kill this process and all that it has started once its input has ended; else the caller does so."""
     if over.is_set():
         os.killpg(0, signal.SIGKILL)
 
 
 def settle_environment(gpus: str) -> None:
-    """What vLLM reads when it is imported.
+    """Set the environment variables that vLLM reads when it is imported.
 
     Args:
-        gpus: the ones to use, as CUDA_VISIBLE_DEVICES has them; empty where there are none.
+        gpus: the GPUs to use, as CUDA_VISIBLE_DEVICES lists them; empty where there are none.
     """
     for name in list(os.environ):
         if name in RUN or name.startswith("TORCHELASTIC_"):
@@ -113,7 +113,7 @@ class Engine:
         self._model = vllm.LLM(**settings["arguments"])
 
     def answer(self, prompts: list[list[int]], seeds: list[list[int]], sampling: dict[str, Any]) -> dict[str, Any]:
-        """Writes a completion for every seed of every prompt."""
+        """Write a completion for every seed of every prompt."""
         # JSON makes texts of numbers that are keys.
         sampling["logit_bias"] = {int(token): bias for token, bias in sampling.get("logit_bias", {}).items()} or None
         asked = [{"prompt_token_ids": prompt} for prompt, own in zip(prompts, seeds, strict=True) for _ in own]

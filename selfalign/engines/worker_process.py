@@ -1,8 +1,8 @@
-"""A program that works for a stage: started, asked over pipes, and gone when the stage is done.
+"""A worker program of a stage: started, asked over pipes, and gone when the stage is done.
 
-It reads a line of JSON for each question from its standard input and answers each with a line on its standard output;
-what it has to say besides goes to its standard error. When its input ends, it has to end, too: then none is left
-behind, however this process dies.
+It reads a line of JSON for each question from its standard input, and answers each with a line on its standard output.
+Its log goes to its standard error. It has to end when its input ends, so that none is left behind, however this process
+dies.
 """
 
 import json
@@ -21,17 +21,17 @@ from selfalign.core.errors import SelfalignError
 logger = logging.getLogger(__name__)
 
 FAREWELL_SECONDS = 30.0
-"""How long a worker that has nothing to do may take to end by itself."""
+"""Seconds that an idle worker has to end by itself."""
 
 RAISED = re.compile(r"[\w.]+(Error|Exception)\b")
-"""How the end of a traceback begins; it may have more lines."""
+"""Beginning of the last part of a traceback, which may have more lines."""
 
 SHOWN_LINES = 40
-"""Of what a worker said before it failed, so many lines go to the log, and the last exception into the error."""
+"""Lines of a failed worker's output that go to the log; its last exception goes into the error."""
 
 
 class Worker:
-    """One such program, with all processes that it starts."""
+    """A worker program, with all processes that it starts."""
 
     def __init__(self, name: str, command: Sequence[str]) -> None:
         self._name = name
@@ -49,7 +49,7 @@ class Worker:
             raise SelfalignError(f"{name}: {command[0]} cannot be run ({error.strerror})") from error
 
     def send(self, question: Any) -> None:
-        """Asks; several workers can be asked before one is heard.
+        """Send a question. Several workers can be asked before one answers.
 
         Raises:
             SelfalignError: it has ended.
@@ -62,10 +62,10 @@ class Worker:
             raise self._failure() from error
 
     def receive(self) -> Any:
-        """The answer to the first question that has none yet.
+        """Return the answer to the oldest question without one.
 
         Raises:
-            SelfalignError: it has ended, and the message has the last of what it said; or it answers something else.
+            SelfalignError: it has ended (the message has the end of its output), or its answer is not JSON.
         """
         line = cast(IO[bytes], self._process.stdout).readline()
         if not line.endswith(b"\n"):
@@ -73,15 +73,15 @@ class Worker:
         try:
             return json.loads(line)
         except ValueError as error:
-            raise SelfalignError(f"{self._name} answers what is no JSON: {line[:200]!r}") from error
+            raise SelfalignError(f"{self._name} sent a line that is not JSON: {line[:200]!r}") from error
 
     def dismiss(self) -> None:
-        """Ends its input."""
+        """Close the worker's input, which tells it to end."""
         with suppress(BrokenPipeError):
             cast(IO[bytes], self._process.stdin).close()
 
     def bury(self, seconds: float) -> None:
-        """Returns when it and all that it started are gone; what is left of them after so many seconds is killed."""
+        """Wait until the worker and all that it started are gone. What is left after `seconds` is killed."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(seconds)
         with suppress(ProcessLookupError):
@@ -91,7 +91,7 @@ class Worker:
         self._messages.close()
 
     def _failure(self) -> SelfalignError:
-        """Why it has ended, as far as it said so."""
+        """Return an error with the reason why the worker has ended, as far as it printed one."""
         code = self._process.wait()
         self._messages.seek(0)
         said = self._messages.read().decode(errors="replace").split("\n")
@@ -103,7 +103,7 @@ class Worker:
 
 
 def stop(workers: Sequence[Worker], seconds: float) -> None:
-    """Ends all of them; those that are still there after so many seconds are killed."""
+    """End all workers. Those that are still there after so many seconds are killed."""
     for worker in workers:
         worker.dismiss()
     for worker in workers:

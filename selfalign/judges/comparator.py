@@ -1,4 +1,4 @@
-"""Who compares two responses: a policy by its probabilities, or a server by what it writes."""
+"""Comparing two responses: by the probabilities of a policy, or by what a server writes."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -26,27 +26,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 OPENING = "[["
-"""What every answer begins with; the verdict is the next token."""
+"""Beginning of every answer; the verdict is the next token."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Referee:
-    """Compares two responses to one instruction, both ways round.
+    """Compare two responses to one instruction in both orders.
 
-    The verdict is the likeliest of the tokens A, B and C (a tie) behind `[[`, in one forward pass an order: a small
-    model always has one, a large one puts its judgement there too, and nothing has to be parsed or drawn. A comparison
-    whose two orders disagree is a tie, as in the head-to-head evaluation of arXiv 2401.10020.
+    The verdict is the likeliest of the tokens A, B and C (a tie) behind `[[`, in one forward pass for each order. So
+    even a small model gives a verdict, and nothing has to be parsed or sampled. If the two orders disagree, the
+    comparison is a tie, as in the head-to-head evaluation of arXiv 2401.10020.
     An endpoint gives no probabilities: it writes greedily, and `[[A]]`, `[[B]]` or `[[C]]` is read from its text.
 
     Attributes:
         prompt: the question, a text or "file:PATH", with {instruction}, {first} and {second} where they belong.
         model: who judges: "self" (M_t), "sft" (M1), "base" (M0), or another model: a folder or hub id.
-        endpoint: asks a server instead of `model`, where it has a base_url.
-        verdict_tokens: the most tokens such a server writes.
-        place_correction: takes off how much the judge prefers the first place, as other comparisons show it
-            (`place_preferences`). Without it a small model, which mostly names one place whatever stands there, ties.
+        endpoint: a server that judges instead of `model`, if it has a base_url.
+        verdict_tokens: the most tokens that the server writes.
+        place_correction: subtracts the judge's preference for the first position, estimated from other comparisons
+            (`place_preferences`). Without it a small model, which mostly prefers one position, gives ties.
         batch_tokens: the most tokens of a forward pass.
-        max_failed_share: the run stops when more than this share of what is judged gets no verdict.
+        max_failed_share: the run stops when more than this share of the comparisons has no verdict.
     """
 
     prompt: str
@@ -70,25 +70,25 @@ class Referee:
             raise SelfalignError(f"{self.key}.verdict_tokens must be 1 or more, got {self.verdict_tokens}")
 
     def ask(self, instruction: str, first: str, second: str) -> Prompt:
-        """The judge's prompt about two responses in this order."""
+        """Return the judge's prompt about two responses in this order."""
         return as_prompt(fill(self.prompt, {"instruction": instruction, "first": first, "second": second}))
 
     def compare(self, bench: Bench, duels: Sequence[Duel]) -> tuple[list[Comparison], Counts]:
-        """Compares each two responses in both orders; also what was counted on the way."""
+        """Compare each pair of responses in both orders. Return the comparisons and the judge's counts."""
         counts: Counts = {}
         read = self._ask if self.endpoint.base_url else self._read
         return compare(duels, lambda showings: read(bench, showings, counts), self.name(bench)), counts
 
     def decide(self, bench: Bench, duels: Sequence[Duel], label: str) -> tuple[list[Comparison], Counts]:
-        """Compares as `compare` does, where every first response is one model's and every second another's.
+        """Compare the responses of one model with those of another, and count who wins.
 
         Args:
-            bench: what the judge works with.
-            duels: one an instruction.
-            label: what messages call the contest.
+            bench: the context of the judge.
+            duels: one pair for each instruction; the first response is always the same model's.
+            label: name of the comparison in messages.
 
         Returns:
-            The comparisons, and how often the first model won, lengths, the judge's bias, and what was dropped.
+            The comparisons; and how often the first model won, lengths, the judge's bias, and drops by reason.
 
         Raises:
             SelfalignError: too many comparisons have no verdict.
@@ -100,7 +100,7 @@ class Referee:
         if failed.total() > self.max_failed_share * len(duels) or failed.total() == len(duels):
             raise SelfalignError(
                 f"{label}: {failed.total()} of {len(duels)} comparisons have no verdict ({dict(failed)}); "
-                f"{unread.describe(self.token_setting)}Choose another judge in {self.key}, or a larger "
+                f"{unread.describe(self.token_setting)}Choose another judge in {self.key}, or raise "
                 f"{self.key}.max_failed_share"
             )
         longer = [float(len(duel.first.text) - len(duel.second.text)) for duel in duels]
@@ -117,15 +117,15 @@ class Referee:
 
     @property
     def token_setting(self) -> str:
-        """The setting at which a server's verdict is cut."""
+        """The setting that limits the length of a server's verdict."""
         return f"{self.key}.verdict_tokens"
 
     def name(self, bench: Bench) -> str:
-        """Who judges, as records say it."""
+        """Return the name of the judge in records."""
         return self.endpoint.name if self.endpoint.base_url else bench.judging_policy().digest
 
     def _read(self, bench: Bench, showings: Sequence[Showing], counts: Counts) -> list[Reading]:
-        """The likeliest verdict on each showing; those of one instruction share its beginning."""
+        """Return the likeliest verdict on each ordered pair. Those of one instruction share their beginning."""
         reader = bench.reader(self.batch_tokens)
         tokens = verdict_tokens(reader.tokenizer, self.key)
         prompts: dict[str, dict[int, list[int]]] = {}
@@ -148,7 +148,7 @@ class Referee:
         ]
 
     def _ask(self, bench: Bench, showings: Sequence[Showing], counts: Counts) -> list[Reading]:
-        """The verdicts a server writes."""
+        """Return the verdicts that a server writes."""
         requests = {
             f"{showing.duel.id}{'-swapped' * showing.swapped}": self._request(
                 showing.duel.instruction.text, *showing.texts
@@ -159,12 +159,12 @@ class Referee:
         replies = list(client.complete_all(requests, bench.journal, 1).values())
         counts |= self.endpoint.usage(replies)
         return [
-            parse_verdict(reply.text, reply.finish, showing.texts)
+            parse_verdict(reply.text, reply.finish_reason, showing.texts)
             for reply, showing in zip(replies, showings, strict=True)
         ]
 
     def probe(self) -> dict[str, Any]:
-        """A request to the server as any other, about two words."""
+        """Return a request like any other, about two words."""
         return self._request("Greet me.", "Hello.", "Hi.")
 
     def _request(self, instruction: str, first: str, second: str) -> dict[str, Any]:
@@ -173,32 +173,34 @@ class Referee:
 
 
 def verdict_tokens(tokenizer: "Tokenizer", key: str) -> list[int]:
-    """The token of each verdict behind `[[`.
+    """Return the token of each verdict behind `[[`.
 
     Raises:
-        SelfalignError: this tokenizer does not write each verdict as one token there; the setting is named as `key`.
+        SelfalignError: the tokenizer encodes a verdict as several tokens; the message names `key`.model.
     """
     tokens = tokens_behind(tokenizer, OPENING, list(Verdict))
     if tokens is None:
-        raise SelfalignError(f"{key}: this model's tokenizer does not write a verdict as one token; set another")
+        raise SelfalignError(
+            f"{key}.model: its tokenizer encodes A, B or C as several tokens. Choose another judge model."
+        )
     return tokens
 
 
 def mean_length(responses: Sequence[Response]) -> float:
-    """In characters."""
+    """Return the mean length in characters."""
     return sum(len(response.text) for response in responses) / len(responses)
 
 
 def place_preferences(showings: Sequence[Showing], logps: Mapping[int, Sequence[float]]) -> list[float]:
-    """By how many nats the first place is preferred, for each two showings of a duel.
+    """Return how much the judge prefers the first position, in nats, for each pair of responses.
 
-    The mean of log p(A) - log p(B) over both orders of a duel is that preference and nothing of the responses'. A duel
-    is not corrected by its own, which would leave its orders nothing to disagree about, but by the mean over the other
-    duels of its instruction, or where there are none, over those of all instructions.
+    The mean of log p(A) - log p(B) over both orders of a pair is that preference: what the responses differ in cancels
+    out. A pair is not corrected by its own preference, which would leave its orders nothing to disagree about, but by
+    the mean over the other pairs of its instruction. Where there are none, the mean over all instructions is taken.
 
     Args:
-        showings: two a duel, one behind the other.
-        logps: log p of A, B and a tie, by the index of the showing; a duel without both is left out of the means.
+        showings: both orders of each pair, one after the other.
+        logps: log p of A, B and a tie, by the index in `showings`; a pair without both is left out of the means.
     """
     gaps = {index: logps[index][0] - logps[index][1] for index in logps}
     duels = range(len(showings) // 2)
@@ -214,7 +216,7 @@ def place_preferences(showings: Sequence[Showing], logps: Mapping[int, Sequence[
 
 
 def likeliest(logps: Sequence[float], preference: float = 0.0) -> Reading:
-    """The verdict with the highest probability once a preference (nats) of A over B is taken off; a tie if equal."""
+    """Return the likeliest verdict after taking a preference (nats) for A over B off. Equal verdicts are a tie."""
     a, b, tie = logps
     shares = distribution([a - preference / 2, b + preference / 2, tie])
     best = [verdict for verdict, share in zip(Verdict, shares, strict=True) if share == max(shares)]

@@ -1,11 +1,11 @@
-"""Two responses compared in both orders, and what many comparisons say of each response."""
+"""Responses compared in both orders, and scores from many comparisons."""
 
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from selfalign.core.records import Comparison, Instruction, JudgementStatus, Response, Verdict
+from selfalign.core.records import Comparison, FinishReason, Instruction, JudgementStatus, Response, Verdict
 from selfalign.judges.parsing import read_bracketed
 from selfalign.judges.verdict_text import other_choices
 from selfalign.metrics import catalog
@@ -24,27 +24,27 @@ class Duel:
 
     @property
     def id(self) -> str:
-        """Of its comparison."""
+        """The id of the comparison."""
         return f"{self.first.id}:{self.second.id}"
 
 
 @dataclass(frozen=True, slots=True)
 class Showing:
-    """A duel in one of its two orders."""
+    """A pair of responses in one presentation order."""
 
     duel: Duel
     swapped: bool
 
     @property
     def texts(self) -> tuple[str, str]:
-        """What is shown first, and what second."""
+        """The text shown first, and the text shown second."""
         first, second = self.duel.first.text, self.duel.second.text
         return (second, first) if self.swapped else (first, second)
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a judge said of a showing: a verdict exactly when `status` is ok."""
+    """A judge's verdict on one order. There is a verdict exactly when `status` is ok."""
 
     status: JudgementStatus
     verdict: Verdict | None
@@ -54,36 +54,36 @@ class Reading:
 def compare(
     duels: Sequence[Duel], read: Callable[[Sequence[Showing]], Sequence[Reading]], model: str
 ) -> list[Comparison]:
-    """Compares each two responses in both orders; the judge is asked about all showings at once.
+    """Compare each pair of responses in both orders. The judge is asked about all orders at once.
 
     Args:
-        duels: who against whom.
-        read: the judge's verdicts on so many showings, in their order.
-        model: who judges.
+        duels: the pairs.
+        read: returns the judge's verdict on each ordered pair, in their order.
+        model: name of the judge in records.
     """
     readings = iter(read([Showing(duel, swapped) for duel in duels for swapped in (False, True)]))
     return [_settled(duel, next(readings), next(readings), model) for duel in duels]
 
 
 def settle(forward: Verdict, backward: Verdict) -> float:
-    """The outcome for the response that `forward` showed first: 1 won, 0 lost, ½ where the orders do not agree."""
+    """Return the outcome for the response that `forward` showed first: 1 won, 0 lost, ½ if the orders disagree."""
     value = {Verdict.A: 1.0, Verdict.TIE: 0.5, Verdict.B: 0.0}
     there, back = value[forward], 1 - value[backward]
     return there if there == back else 0.5
 
 
-def parse_verdict(text: str, finish: str = "stop", shown: Sequence[str] = ()) -> Reading:
-    """Reads `[[A]]`, `[[B]]` or `[[C]]` (a tie) from the judge's own lines of newly generated text.
+def parse_verdict(text: str, finish_reason: FinishReason = FinishReason.EOS, shown: Sequence[str] = ()) -> Reading:
+    """Read `[[A]]`, `[[B]]` or `[[C]]` (a tie) from the judge's own lines of newly generated text.
 
-    Two different ones are ambiguous, wherever they stand, and so is one that another letter follows as what is chosen;
-    none is no verdict, for which `finish`, why the text ended, may give the reason.
+    Two different verdicts are ambiguous, wherever they stand, and so is a verdict after which another letter is chosen.
+    A text without a verdict has a status that says why, for which `finish_reason` counts too.
 
     Args:
         text: what the judge wrote.
-        finish: why it ended.
+        finish_reason: why it ended.
         shown: the responses; their own words are no verdict.
     """
-    found = read_bracketed(text, VERDICT, finish, shown)
+    found = read_bracketed(text, VERDICT, finish_reason, shown)
     if isinstance(found, JudgementStatus):
         return Reading(found, None, text)
     said, behind = found
@@ -93,12 +93,12 @@ def parse_verdict(text: str, finish: str = "stop", shown: Sequence[str] = ()) ->
 
 
 def unread_text(comparison: Comparison) -> str:
-    """What the judge wrote where its verdict could not be read."""
+    """Return the judge's text whose verdict could not be read."""
     return comparison.texts[0 if comparison.forward is None else 1]
 
 
 def bias_statistics(comparisons: Iterable[Comparison]) -> dict[str, float]:
-    """Shares of the valid comparisons in which the same place won in both orders, and which are ties."""
+    """Return the shares of valid comparisons in which one position won both orders, and of ties."""
     biased, tied = RunningMean(), RunningMean()
     for comparison in comparisons:
         if comparison.outcome is not None:
@@ -110,7 +110,7 @@ def bias_statistics(comparisons: Iterable[Comparison]) -> dict[str, float]:
 
 
 def win_shares(outcomes: Sequence[tuple[str, str, float]]) -> dict[str, float]:
-    """{response: its wins, a tie counting half, as a share of its comparisons}, given (first, second, outcome)."""
+    """Return {response: the share of its comparisons that it won}, a tie counting half."""
     won: dict[str, list[float]] = {}
     for first, second, outcome in outcomes:
         won.setdefault(first, []).append(outcome)
@@ -119,12 +119,12 @@ def win_shares(outcomes: Sequence[tuple[str, str, float]]) -> dict[str, float]:
 
 
 def expected_win_rates(outcomes: Sequence[tuple[str, str, float]], rounds: int = 200) -> dict[str, float]:
-    """{response: the share of games it should win against an average opponent}, by Bradley and Terry's model.
+    """Return {response: its expected win rate against an average opponent} by Bradley and Terry's model.
 
-    Response i of strength w_i beats j with probability w_i / (w_i + w_j), which is Elo's model; the strengths are
-    those of highest posterior probability when everybody also ties once with an opponent of strength 1, found by
+    Response i of strength w_i beats j with probability w_i / (w_i + w_j), which is Elo's model. The strengths have the
+    highest posterior probability when every response also ties once with an opponent of strength 1. They are found by
     minorisation-maximisation (Hunter 2004): w_i ← (wins_i + ½) / (Σ_j n_ij / (w_i + w_j) + 1 / (w_i + 1)). The result
-    is w_i / (w_i + 1), which tells responses apart that had opponents of unlike strength.
+    is w_i / (w_i + 1). It tells responses apart whose opponents were of unequal strength.
 
     Args:
         outcomes: (first, second, outcome of the first) of every comparison.

@@ -1,4 +1,4 @@
-"""The mean of the judge's score distribution, read in one forward pass."""
+"""Scores as the mean of the judge's score distribution, read in one forward pass."""
 
 import math
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ class ExpectedScore(Rubric):
 
     Attributes:
         model: who judges: "self" (M_t, the paper), "sft" (M1), "base" (M0), or another model: a folder or hub id.
-        rationale_tokens: the judge first writes a greedy justification of at most so many tokens; 0 for none.
+        rationale_tokens: the most tokens of a greedy justification that the judge writes first; 0 for none.
         batch_tokens: the most tokens of a forward pass.
     """
 
@@ -62,36 +62,37 @@ class ExpectedScore(Rubric):
 
     @property
     def together(self) -> int:
-        """More at a time where the policy is loaded twice for them: to write, and to be read."""
+        """The number of instructions judged at a time; larger if the policy is loaded twice, to write and to score."""
         return (16 if self.rationale_tokens else 1) * TOGETHER
 
     @property
     def opening(self) -> str:
-        """How every answer begins; a judge that justifies itself first begins freely."""
+        """The beginning of every judgement; empty for a judge that writes a justification first."""
         return "" if self.rationale_tokens else PREFIX
 
     def answer(self, score: int, justification: str) -> str:
-        """What follows the opening, for evaluation fine-tuning: the score, behind a justification if it writes one."""
+        """Return the text behind the opening, for evaluation fine-tuning: the score, after a justification if any."""
         return f"{justification}\n{PREFIX}{score}".lstrip() if self.rationale_tokens else str(score)
 
     def wanted(self, subjects: Sequence[Subject]) -> int:
-        """How many judgements there should be; justifications count too."""
+        """Return the number of wanted judgements; justifications count too."""
         return len(subjects) * (2 if self.rationale_tokens else 1)
 
     def judge(self, bench: Bench, subjects: Sequence[Subject]) -> Judged:
-        """One judgement a response: the mean of the judge's score distribution.
+        """Judge each response once, by the mean of the judge's score distribution.
 
-        The responses to one instruction share the rubric and the instruction, which are computed once for all. A judge
-        that never stopped thinking has not justified anything, and is not asked for a score.
+        The prompts for one instruction share the rubric and the instruction, which are computed once. A judge that
+        never stopped thinking has given no justification, so it is not asked for a score.
         """
-        rationales, judgements = self._justify(bench, subjects) if self.rationale_tokens else ({}, [])
+        rationales, judgements = dict.fromkeys((subject.response.id for subject in subjects), ""), list[Judgement]()
+        if self.rationale_tokens:
+            rationales, judgements = self._justify(bench, subjects)
         reader = bench.reader(self.batch_tokens)
         digits = score_tokens(reader.tokenizer, self.low, self.high)
-        failed = {judgement.response_id for judgement in judgements}
         groups: list[Group] = []
         members: dict[str, list[Subject]] = {}
-        for name, family in by_instruction([s for s in subjects if s.response.id not in failed]).items():
-            prompts = [self._prompt(reader.tokenizer, s, rationales.get(s.response.id, "")) for s in family]
+        for name, family in by_instruction([s for s in subjects if s.response.id in rationales]).items():
+            prompts = [self._prompt(reader.tokenizer, s, rationales[s.response.id]) for s in family]
             fits = [len(prompt) < reader.context for prompt in prompts]
             judgements += [too_long(s, reader.digest) for s, fit in zip(family, fits, strict=True) if not fit]
             members[name] = [s for s, fit in zip(family, fits, strict=True) if fit]
@@ -100,22 +101,21 @@ class ExpectedScore(Rubric):
                 groups.append(share_prompt(name, fitting, [[] for _ in fitting]))
         for group, rows in zip(groups, read_all(reader, groups, digits, bench.journal, "scores"), strict=True):
             judgements += [
-                expected(subject, row, self.low, rationales.get(subject.response.id, ""), reader.digest)
+                expected(subject, row, self.low, rationales[subject.response.id], reader.digest)
                 for subject, row in zip(members[group.id], rows, strict=True)
             ]
         return Judged(judgements=judgements)
 
     def _prompt(self, tokenizer: "Tokenizer", subject: Subject, rationale: str) -> list[int]:
-        """The ids up to where the score stands; a justification is text, whatever control tokens it spells."""
+        """Return the ids up to the score. A justification is text, whatever control tokens it spells."""
         asked = self.ask(subject.instruction.text, subject.response.text)
-        if not self.rationale_tokens:
-            return encode_prompt(tokenizer, asked, PREFIX)
         return encode_prompt(tokenizer, asked, f"{rationale}\n{PREFIX}".lstrip())
 
     def _justify(self, bench: Bench, subjects: Sequence[Subject]) -> tuple[dict[str, str], list[Judgement]]:
-        """{response id: its greedy justification, thinking included and without a score}, and what has none.
+        """Return ({response id: greedy justification}, the failed judgements).
 
-        None has what leaves no room for it, or was thought about to the last token.
+        A justification includes the judge's thinking and stops before a score. It fails if the prompt leaves no room
+        for it, or if the judge was still thinking at the last token.
         """
         generator = bench.writer()
         sampling = Sampling(temperature=0, max_new_tokens=self.rationale_tokens)
@@ -131,11 +131,12 @@ class ExpectedScore(Rubric):
         failed: list[Judgement] = []
         for subject in subjects:
             name = subject.response.id
-            text = made.get(name, "")
-            said = None if thinks_on(prompt_end(generator.tokenizer, prompts[name]), text) else before_score(text)
             if name not in made:
                 failed.append(too_long(subject, generator.digest))
-            elif said is None:
+                continue
+            text = made[name]
+            said = None if thinks_on(prompt_end(generator.tokenizer, prompts[name]), text) else before_score(text)
+            if said is None:
                 failed.append(unjudged(subject, generator.digest, JudgementStatus.TRUNCATED, text))
             else:
                 rationales[name] = said
@@ -143,19 +144,19 @@ class ExpectedScore(Rubric):
 
 
 def score_tokens(tokenizer: "Tokenizer", low: int, high: int) -> list[int]:
-    """The token of each score behind "Score: ".
+    """Return the token of each score behind "Score: ".
 
     Raises:
-        SelfalignError: this tokenizer does not write each score as one token there.
+        SelfalignError: the tokenizer encodes a score as several tokens.
     """
     tokens = tokens_behind(tokenizer, PREFIX, [str(score) for score in range(low, high + 1)])
     if tokens is None:
-        raise SelfalignError("this model's tokenizer does not write a score as one token; choose judge=additive")
+        raise SelfalignError("judge.model: its tokenizer encodes a score as several tokens. Set judge=additive.")
     return tokens
 
 
 def tokens_behind(tokenizer: "Tokenizer", opening: str, alternatives: Sequence[str]) -> list[int] | None:
-    """The token of each alternative behind the beginning of an answer; None where one is not a token of its own."""
+    """Return the token of each alternative behind the opening of an answer; None if one is not a single token."""
     prompt = as_prompt("x")
     prefix = encode_prompt(tokenizer, prompt, opening)
     encoded = [encode_prompt(tokenizer, prompt, opening + alternative) for alternative in alternatives]
@@ -165,14 +166,14 @@ def tokens_behind(tokenizer: "Tokenizer", opening: str, alternatives: Sequence[s
 
 
 def distribution(logps: Sequence[float]) -> list[float]:
-    """Log-probabilities of alternatives as shares of what they have together."""
+    """Normalise the log-probabilities of the alternatives to probabilities that sum to 1."""
     highest = max(logps)
     weights = [math.exp(logp - highest) for logp in logps]
     return [weight / sum(weights) for weight in weights]
 
 
 def expected(subject: Subject, logps: Sequence[float], low: int, rationale: str, model: str) -> Judgement:
-    """Mean and entropy of the distribution over the scores from `low` up, given each one's log-probability."""
+    """Return the judgement with mean and entropy of the distribution over the scores from `low` up."""
     shares = distribution(logps)
     score = math.fsum(share * value for value, share in enumerate(shares, start=low))
     return Judgement(

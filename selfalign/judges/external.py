@@ -1,4 +1,4 @@
-"""A judge behind an OpenAI-compatible endpoint, asked as `SampledScore` asks a policy."""
+"""A judge behind an OpenAI-compatible endpoint, with the prompts of `SampledScore`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,18 +8,18 @@ from selfalign.core.records import Instruction, given_response
 from selfalign.engines.openai_client import Endpoint
 from selfalign.engines.replies import Reply
 from selfalign.judges.protocol import Bench, Judged, Subject
-from selfalign.judges.written import Wish, Written, WrittenScore, first_wishes, write_judgements
+from selfalign.judges.written import JudgeText, Wish, WrittenScore, first_wishes, write_judgements
 
 
 @dataclass(kw_only=True, slots=True)
 class ExternalScore(WrittenScore):
     """An external model writes the judgements.
 
-    Every answer is kept as soon as it is there: a killed run asks again only for the requests that were under way.
-    Prices and the ways of asking (key, concurrency, patience) can be changed without judging again.
+    Every answer is saved when it arrives, so a resumed run repeats only the requests that were under way. Prices and
+    connection settings (key, concurrency, timeouts) can be changed without judging again.
 
     Attributes:
-        endpoint: where the judge is.
+        endpoint: the server of the judge.
     """
 
     endpoint: Endpoint = field(default_factory=Endpoint)
@@ -30,14 +30,14 @@ class ExternalScore(WrittenScore):
         self.endpoint.check("judge.endpoint")
 
     def judge(self, bench: Bench, subjects: Sequence[Subject]) -> Judged:
-        """Asks for `samples` judgements of each response, and counts requests, tokens and cost."""
+        """Ask for `samples` judgements of each response, and count requests, tokens and cost."""
         replies: list[Reply] = []
 
-        def write(wishes: Sequence[Wish]) -> list[Written]:
+        def write(wishes: Sequence[Wish]) -> list[JudgeText]:
             requests = {wish.name: self._request(wish) for wish in wishes}
             answered = client.complete_all(requests, bench.journal, int(wishes[0].attempt == 1))
             replies.extend(answered.values())
-            return [(reply.text, reply.finish) for reply in answered.values()]
+            return [JudgeText(reply.text, reply.finish_reason) for reply in answered.values()]
 
         client = bench.client(self.endpoint, "judge.endpoint")
         judgements = write_judgements(
@@ -52,7 +52,7 @@ class ExternalScore(WrittenScore):
         return Judged(judgements=judgements, counts=self.endpoint.usage(replies))
 
     def probe(self) -> dict[str, Any]:
-        """A request as any other, about one word."""
+        """Return a request like any other, about one word."""
         asked = Instruction(id="probe", text="Greet me.", source="given")
         return self._request(Wish(Subject(asked, given_response("probe-1", asked.id, "Hello.", "probe")), 1, 1, 0))
 

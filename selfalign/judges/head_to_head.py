@@ -1,4 +1,4 @@
-"""Two models' answers to the same instructions compared: what the head-to-head stage and checkpoint selection share."""
+"""Two models' answers compared, for the head-to-head stage and for checkpoint selection."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def compare_answers(
     generate: Backend,
     seed: int,
 ) -> Counts:
-    """Compares two models' first answers to each instruction in both orders.
+    """Compare two models' first answers to each instruction in both orders.
 
     Args:
         out: gets comparisons.jsonl; `first` is the model, `second` its opponent, whose ids are each its own.
@@ -43,7 +43,7 @@ def compare_answers(
     mine, theirs = ({r.instruction_id: r for r in reversed(read_records(a, Response))} for a in (answers, opponent))
     duels = [Duel(one, mine[one.id], theirs[one.id]) for one in asked if one.id in mine and one.id in theirs]
     if not duels:
-        raise SelfalignError(f"{out.label}: the two models have answered no instruction in common")
+        raise SelfalignError(f"{out.label}: there is no instruction that both models answered")
     with out.journal(2 * len(duels), "verdicts") as journal:
         bench = Bench(
             journal=journal,

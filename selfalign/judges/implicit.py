@@ -1,4 +1,4 @@
-"""The reward that a policy's training implies: how much likelier it finds a response than its reference does."""
+"""The reward that a policy's training implies: its log-ratio to its reference policy."""
 
 import sys
 from bisect import bisect_left
@@ -31,7 +31,7 @@ from selfalign.store.journal import Journal
 
 @dataclass(kw_only=True, slots=True)
 class ImplicitReward:
-    """`β [log π(y|x) - log π_ref(y|x)] - α |y|`, summed over the response's tokens; there is no rubric.
+    """`β [log π(y|x) - log π_ref(y|x)] - α |y|`, summed over the response's tokens. There is no rubric.
 
     arXiv 2406.09760 (DICE). π is the judging policy, π_ref the reference it was trained against: M0 for
     M1, and for M_t what `train.reference` names, by default M_{t-1}. `|y|` counts tokens, the end of turn included.
@@ -55,7 +55,7 @@ class ImplicitReward:
     max_failed_share: float = 0.5
     alarm: Alarm = field(default_factory=Alarm)
     minimum_valid: ClassVar[int] = 1
-    token_setting: ClassVar[str] = ""
+    token_setting: ClassVar[None] = None
     together: ClassVar[int] = sys.maxsize
 
     def __post_init__(self) -> None:
@@ -63,8 +63,8 @@ class ImplicitReward:
         check_share(self.max_failed_share)
         if self.model not in ("self", "sft"):
             raise SelfalignError(
-                f"judge.model={self.model}: the implicit reward compares a policy with the one it was trained from, "
-                "which this one lacks; set judge.model=self or sft"
+                f"judge.model={self.model} has no reference policy, which judge=implicit needs. Set judge.model=self "
+                "or judge.model=sft."
             )
         if self.beta <= 0:
             raise SelfalignError(f"judge.beta must be above 0, got {self.beta}")
@@ -73,11 +73,11 @@ class ImplicitReward:
         check_batch_tokens(self.batch_tokens)
 
     def wanted(self, subjects: Sequence[Subject]) -> int:
-        """How often a response is scored: by the policy and by its reference."""
+        """Return the number of scores: each response is scored by the policy and by its reference."""
         return 2 * len(subjects)
 
     def judge(self, bench: Bench, subjects: Sequence[Subject]) -> Judged:
-        """One judgement a response: its implicit reward.
+        """Judge each response once, by its implicit reward.
 
         Raises:
             SelfalignError: there is no reference, or it is the policy itself.
@@ -85,8 +85,8 @@ class ImplicitReward:
         policy, reference = bench.judging_policy(), bench.reference
         if reference is None or reference.digest == policy.digest:
             raise SelfalignError(
-                "judge=implicit: the judging policy has no reference, or is the same model as its reference, so that "
-                "every reward is 0; it takes a policy that was trained (data.seeds, or a later iteration)"
+                "judge=implicit: the judging policy has no reference policy or equals it, so every reward would be 0. "
+                "It needs a policy that was trained: set data.seeds, or judge in a later iteration."
             )
         families = by_instruction(subjects)
         own, lengths = self._score(bench.journal, "policy", policy, families)
@@ -108,7 +108,7 @@ class ImplicitReward:
     def _score(
         self, journal: Journal, who: str, files: PolicyFiles, families: dict[str, list[Subject]]
     ) -> tuple[dict[str, float], dict[str, int]]:
-        """{response id: summed log-probability} under one policy, of those that fit, and {response id: tokens}."""
+        """Return ({response id: summed log-probability} under one policy, of those that fit, {response id: tokens})."""
         policy = files.load("float32")
         groups: list[Group] = []
         members: dict[str, list[str]] = {}
@@ -131,7 +131,7 @@ class ImplicitReward:
 
 
 def balancing_alpha(families: Sequence[Sequence[tuple[float, int]]]) -> float:
-    """The α ≥ 0 at which the mean length of the best minus the worst response is nearest to 0.
+    """Return the α ≥ 0 at which the best response is on average as long as the worst one, or nearly.
 
     `families` has (reward, tokens) of each response, by instruction.
 
@@ -157,7 +157,7 @@ def balancing_alpha(families: Sequence[Sequence[tuple[float, int]]]) -> float:
 
 
 def _longer(families: Sequence[Sequence[tuple[float, int]]], alpha: float) -> float:
-    """By how many tokens the best responses are longer than the worst, on average."""
+    """Return the mean number of tokens by which the best response is longer than the worst."""
 
     def net(response: tuple[float, int]) -> float:
         return response[0] - alpha * response[1]

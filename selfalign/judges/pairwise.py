@@ -1,4 +1,4 @@
-"""Candidates compared two by two in both orders; what they win becomes their score."""
+"""Candidates compared two by two in both orders; their win rates are their scores."""
 
 import random
 from collections import Counter
@@ -19,7 +19,7 @@ from selfalign.metrics.accumulate import Mean, Sums
 
 @dataclass(kw_only=True, slots=True)
 class Pairwise(Referee):
-    """Each response is compared with others to the same instruction, both ways round; its wins are its score.
+    """Compare each response with others to the same instruction, in both orders; its wins are its score.
 
     Attributes:
         pairs: comparisons of each instruction, drawn so that every response has a turn; 0 takes all.
@@ -47,7 +47,7 @@ class Pairwise(Referee):
             raise SelfalignError(f"judge.scores must be wins or elo; got {self.scores!r}")
 
     def demonstrate(self, question: RankedAnswers) -> list[Demonstration]:
-        """Evaluation fine-tuning: every two ranked answers in both orders, so that no place is right more often."""
+        """Return EFT demonstrations: each two ranked answers in both orders, so that A is right as often as B."""
         return [
             Demonstration(
                 id=f"eft-{question.id}-{one + 1}-{other + 1}",
@@ -61,11 +61,11 @@ class Pairwise(Referee):
         ]
 
     def wanted(self, subjects: Sequence[Subject]) -> int:
-        """How many verdicts there should be."""
+        """Return the number of wanted verdicts."""
         return 2 * sum(self.pairs_of(len(family)) for family in by_instruction(subjects).values())
 
     def judge(self, bench: Bench, subjects: Sequence[Subject]) -> Judged:
-        """One judgement a response, from its comparisons."""
+        """Judge each response once, by its comparisons."""
         families = by_instruction(subjects)
         duels = [duel for family in families.values() for duel in self._draw(family, bench.seed)]
         comparisons, counts = self.compare(bench, duels)
@@ -81,12 +81,12 @@ class Pairwise(Referee):
         return Judged(judgements=judgements, comparisons=comparisons, counts=counts, means=means)
 
     def pairs_of(self, responses: int) -> int:
-        """How many comparisons an instruction with so many responses has."""
+        """Return the number of comparisons of an instruction with so many responses."""
         every = responses * (responses - 1) // 2
         return min(self.pairs or every, every)
 
     def _draw(self, family: Sequence[Subject], seed: int) -> list[Duel]:
-        """The comparisons of one instruction: all, or so many that take turns among its responses."""
+        """Return the comparisons of one instruction: all, or a sample in which every response takes part."""
         rest = [Duel(one.instruction, one.response, other.response) for one, other in combinations(family, 2)]
         if len(rest) <= (count := self.pairs_of(len(family))):
             return rest
@@ -101,7 +101,7 @@ class Pairwise(Referee):
         return drawn
 
     def _judgements(self, family: Sequence[Subject], comparisons: list[Comparison], model: str) -> list[Judgement]:
-        """What the comparisons of one instruction say of each of its responses."""
+        """Return a judgement of each response from the comparisons of its instruction."""
         outcomes = [(c.first_id, c.second_id, c.outcome) for c in comparisons if c.outcome is not None]
         shares = win_shares(outcomes) if self.scores == "wins" else expected_win_rates(outcomes)
         judgements: list[Judgement] = []
@@ -123,7 +123,7 @@ class Pairwise(Referee):
 
 
 def describe(name: str, comparisons: Sequence[Comparison]) -> str:
-    """A response's comparisons in a line."""
+    """Return a response's comparisons in one line."""
     outcomes = Counter(c.outcome if c.outcome is None or c.first_id == name else 1 - c.outcome for c in comparisons)
     unread = f", {outcomes[None]} unread" if outcomes[None] else ""
     return f"won {outcomes[1.0]}, tied {outcomes[0.5]}, lost {outcomes[0.0]} of {len(comparisons)} comparisons{unread}"

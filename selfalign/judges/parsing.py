@@ -1,4 +1,4 @@
-"""Reading a score from what a judge wrote."""
+"""Scores read from a judge's text."""
 
 import re
 from collections.abc import Sequence
@@ -10,17 +10,17 @@ from selfalign.judges.verdict_text import NUMBER, find_bracketed, other_totals, 
 
 PREFIX = "Score: "
 
-FAILURES = {
-    "too_long": JudgementStatus.PROMPT_TOO_LONG,
-    "content_filter": JudgementStatus.CONTENT_FILTER,
-    "refused": JudgementStatus.REFUSED,
+REFUSALS = {
+    FinishReason.PROMPT_TOO_LONG: JudgementStatus.PROMPT_TOO_LONG,
+    FinishReason.CONTENT_FILTER: JudgementStatus.CONTENT_FILTER,
+    FinishReason.REFUSED: JudgementStatus.REFUSED,
 }
-"""What became of a request whose text no judge has written, or not to its end, by how it finished."""
+"""The status of a judgement whose request was refused."""
 
 
 @dataclass(frozen=True, slots=True)
 class Parsed:
-    """What a judgement's text says: `score` is a number exactly when `status` is ok."""
+    """Outcome of reading a judgement's text: `score` is a number exactly when `status` is ok."""
 
     status: JudgementStatus
     score: float | None = None
@@ -29,29 +29,32 @@ class Parsed:
 def parse_score(
     text: str, low: float, high: float, finish_reason: FinishReason = FinishReason.EOS, response: str = ""
 ) -> Parsed:
-    """Reads the score from newly generated judgement text.
+    """Read the score from newly generated judgement text.
 
     A score stands behind the word "Score" and a colon at the beginning of one of the judge's own lines
-    (`selfalign.judges.verdict_text`) or on the next, whatever markup surrounds it, and nothing but its scale follows
-    it there: `Score (0-5): 4` and `4/5` count as 4 where 5 is the highest score. The last one counts. What could be
-    read wrongly is not read: another word for the score (`Total: 4`, `评分:4`, `Note : 4/5`), JSON, `\\boxed{4}`, and
-    `Score: 4 - reason`, which begins like `Score: 4 - 5`.
+    (`selfalign.judges.verdict_text`), or on the next line. Markup may surround it, and only its scale may follow:
+    `Score (0-5): 4` and `4/5` count as 4 if 5 is the highest score. The last score counts. What could be misread is not
+    read: another word for the score (`Total: 4`, `评分:4`, `Note : 4/5`), JSON, `\\boxed{4}`, and `Score: 4 - reason`,
+    which begins like `Score: 4 - 5`.
 
-    In a text that was cut, a score counts only at its beginning: elsewhere it may be one of several criteria's, or of
-    thinking that began in the prompt.
+    In a text that was cut, a score counts only at its beginning. Elsewhere it may belong to one of several criteria, or
+    to thinking that began in the prompt.
 
     Args:
         text: what the judge wrote.
         low: the lowest score.
         high: the highest.
         finish_reason: why the text ended.
-        response: what was judged; its own words are no verdict.
+        response: the judged response; a line that repeats it is not the judge's own.
 
     Returns:
-        ok with the score; no_score (truncated if the text was cut, or the thinking never ended); ambiguous if two
-        different scores stand there, if another total follows, or if equal scores may be points of criteria that add
-        up to another one; out_of_range if it is not between `low` and `high`. A score is never clipped.
+        ok with the score; the status of the refusal if the request was refused; truncated if the text was cut or the
+        thinking never ended; no_score if there is none; ambiguous if two scores differ, if another total follows, or
+        if equal scores may be points of criteria that add up to another score; out_of_range if the score is not
+        between `low` and `high`. A score is never clipped.
     """
+    if finish_reason in REFUSALS:
+        return Parsed(REFUSALS[finish_reason])
     lines = own_lines(text, [response])
     if lines is None:
         return Parsed(JudgementStatus.TRUNCATED)
@@ -73,7 +76,7 @@ def parse_score(
 
 
 def join_headings(lines: Sequence[str]) -> list[str]:
-    """The lines, but a number alone behind a line that is only `Score:` stands on that line."""
+    """Join a line that is only `Score:` with a number alone on the next line."""
     joined: list[str] = []
     for line in lines:
         if joined and HEADING.fullmatch(joined[-1]) and ALONE.fullmatch(line):
@@ -84,26 +87,29 @@ def join_headings(lines: Sequence[str]) -> list[str]:
 
 
 def read_bracketed(
-    text: str, pattern: re.Pattern[str], finish: str, shown: Sequence[str]
+    text: str, pattern: re.Pattern[str], finish_reason: FinishReason, shown: Sequence[str]
 ) -> tuple[list[str], list[str]] | JudgementStatus:
-    """What stands in the double brackets of a judge's own lines, and these lines from the first brackets on, without.
+    """Return the contents of `[[…]]` in a judge's own lines, and the lines from the first one on without them.
 
-    In a text that was cut they count only at its beginning, as a score does.
+    In a text that was cut, brackets count only at its beginning, as a score does.
 
     Args:
         text: what the judge wrote.
-        pattern: the brackets; its group is what stands in them.
-        finish: why the text ended.
-        shown: what was judged; its own words are no verdict.
+        pattern: the brackets, with a group for their content.
+        finish_reason: why the text ended.
+        shown: the judged texts; a line that repeats one is not the judge's own.
 
     Returns:
-        The status of the text where there are none.
+        The status of the text instead, if there are no brackets.
     """
-    lines = None if finish in FAILURES else own_lines(text, shown)
+    if finish_reason in REFUSALS:
+        return REFUSALS[finish_reason]
+    lines = own_lines(text, shown)
     if lines is None:
-        return FAILURES.get(finish, JudgementStatus.TRUNCATED)
+        return JudgementStatus.TRUNCATED
     found = find_bracketed(lines, pattern)
-    if finish == "length" and not (found and found[0][0] == 0 and NAME.fullmatch(lines[0].partition("[[")[0])):
+    cut = finish_reason is FinishReason.LENGTH
+    if cut and not (found and found[0][0] == 0 and NAME.fullmatch(lines[0].partition("[[")[0])):
         return JudgementStatus.TRUNCATED
     if not found:
         return JudgementStatus.NO_SCORE
@@ -111,7 +117,7 @@ def read_bracketed(
 
 
 def before_score(text: str) -> str | None:
-    """A written judgement up to the first line behind its thinking that begins with a score; None if it thinks on."""
+    """Return a judgement up to the first line after its thinking that begins with a score; None if it thinks on."""
     answer = answer_behind(text)
     if answer is None:
         return None
@@ -122,7 +128,7 @@ def before_score(text: str) -> str | None:
 
 
 def _is_contradicted(lines: Sequence[str], score: float, high: float) -> bool:
-    """Whether lines hold another score than this one, or what may be meant as another."""
+    """Whether lines hold another score, or something that may be meant as another score."""
     begun = {index: float(match["score"]) for index, line in enumerate(lines) if (match := SCORE_START.match(line))}
     if set(begun.values()) != {score}:
         return True
@@ -134,13 +140,13 @@ def _is_contradicted(lines: Sequence[str], score: float, high: float) -> bool:
 
 
 def _is_scale(line: str, low: float, high: float) -> bool:
-    """Whether a line shows the form of a score, all of the scale in its place: `Score: 0-5`."""
+    """Whether a line only shows the form of a score, with the scale in its place: `Score: 0-5`."""
     shown = None if SCORE_LINE.fullmatch(line) else SCALE_LINE.match(line)
     return shown is not None and (float(shown["first"]), float(shown["last"])) == (low, high)
 
 
 NAME = re.compile(r"[\W_]*(?:(?:(?:my|the|final|overall)\s+)*(?:rating|verdict|score|answer)[\W_]*)?", re.IGNORECASE)
-"""What may stand before brackets that begin a text."""
+"""Words allowed before brackets that begin a text."""
 
 TOTAL_SCORE = re.compile(r"[\s*_#`\-]*(?:final|total|overall)\s", re.IGNORECASE)
 
@@ -150,7 +156,7 @@ SCORE_WORD = re.compile(
     r"[\s*_`]*[:=]",
     re.IGNORECASE,
 )
-"""A line that begins to give a score, with its scale or without."""
+"""Beginning of a line with a score, with or without its scale."""
 
 SCORE_START = re.compile(SCORE_WORD.pattern + rf"[\s*_`<\[({{$\\]*(?:boxed{{)?(?P<score>[+-]?{NUMBER})", re.IGNORECASE)
 """A line that begins with a score, whatever follows."""

@@ -1,4 +1,4 @@
-"""What all judges share: what they are given, what they return, and what their settings must satisfy."""
+"""The protocol of all judges: their inputs, their outputs, and checks of their settings."""
 
 import math
 import re
@@ -29,18 +29,19 @@ from selfalign.store.artifacts import Artefact, Counts
 from selfalign.store.journal import Journal
 
 OWN_MODELS = ("self", "sft", "base")
-"""Names of the run's own models, for those who judge: M_t, M1 and M0."""
+"""Names of the run's own models as judges: M_t, M1 and M0."""
 
 
 TOGETHER = CHUNK // 4
-"""Instructions that are judged at a time; with four candidates each, as many responses as a stage holds of anything."""
+"""Instructions judged at a time; with four candidates each, as many responses as a stage holds records."""
 
 L = TypeVar("L", bound=Loaded)
 
 
 @dataclass(kw_only=True, slots=True)
 class Alarm:
-    """When a judge says nearly the same of everything, so that its scores teach nothing (a warning, not an error).
+    """Bounds below which a judge's scores are nearly constant and teach nothing. Crossing one is a warning, not an
+    error.
 
     Attributes:
         tied_share: warns when at least this share of the instructions has equal scores for all its responses.
@@ -59,15 +60,15 @@ class Alarm:
 
 @dataclass(kw_only=True, slots=True)
 class Rubric:
-    """What judges share that are asked for a score of one response.
+    """Settings of judges that give a score to one response.
 
     Attributes:
-        prompt: the rubric, a text or "file:PATH", with {instruction} and {response} where they belong.
+        prompt: the rubric, a text or "file:PATH", with the placeholders {instruction} and {response}.
         low: the lowest score of the rubric.
         high: the highest.
-        max_failed_share: the run stops when more than this share of the wanted judgements, each with all its retries,
-            carries no score.
-        alarm: when the judge says nearly the same of everything.
+        max_failed_share: the run stops when more than this share of the wanted judgements has no score after all
+            retries.
+        alarm: when scores count as nearly constant.
     """
 
     prompt: str
@@ -84,11 +85,11 @@ class Rubric:
 
     @property
     def together(self) -> int:
-        """How many instructions are judged at a time."""
+        """The number of instructions judged at a time."""
         return TOGETHER
 
     def ask(self, instruction: str, response: str) -> Prompt:
-        """The judge's prompt about one response."""
+        """Return the judge's prompt about one response."""
         return as_prompt(fill(self.prompt, {"instruction": instruction, "response": response}))
 
 
@@ -102,15 +103,15 @@ class Subject:
 
 @dataclass(kw_only=True, slots=True)
 class Bench:
-    """What a judge works with; a policy loaded for one call is there for the next, until the `with` block ends.
+    """Run-time context of a judge. A loaded policy is cached between calls and released when the context exits.
 
     Attributes:
         journal: keeps finished batches through a kill.
-        policy: who judges; None where the judge is no policy of this run.
-        reference: what the judging policy was trained from, for judges that compare the two.
-        generate: the backend that writes.
-        seed: draws whatever is drawn.
-        counts: what the engine says of itself.
+        policy: the policy that judges; None for a judge behind an endpoint.
+        reference: the reference policy of the judging policy, for judges that compare the two.
+        generate: the engine.
+        seed: of everything that is sampled.
+        counts: the engine's own counts, such as its version.
     """
 
     journal: Journal
@@ -132,20 +133,20 @@ class Bench:
             self._client.__exit__()
 
     def writer(self) -> Generator:
-        """The judging policy, writing."""
+        """Return the judging policy, loaded to write."""
         return self._only("writer", lambda: self.generate.load(self.judging_policy()))
 
     def reader(self, batch_tokens: int) -> Reader:
-        """The judging policy, asked for probabilities in batches of so many tokens."""
+        """Return the judging policy, loaded to score next tokens in batches of at most `batch_tokens`."""
         return self._only("reader", lambda: self.generate.load_reader(self.judging_policy(), batch_tokens))
 
     def client(self, endpoint: Endpoint, key: str) -> Client:
-        """The client of the judge's server; messages name its settings as `key`.name."""
+        """Return the client of the judge's server. Messages name its settings as `key`.name."""
         self._client = self._client or endpoint.open(key)
         return self._client
 
     def _only(self, role: str, load: Callable[[], L]) -> L:
-        """What is loaded; it goes before another is, for the weights should not lie in memory twice."""
+        """Return the loaded policy. Another one is released first, so that the weights are in memory once."""
         if self._role != role:
             self._release()
             self._loaded, self._role = load().__enter__(), role
@@ -158,21 +159,21 @@ class Bench:
             loaded.__exit__(None, None, None)
 
     def judging_policy(self) -> PolicyFiles:
-        """Who judges.
+        """Return the policy that judges.
 
         Raises:
             SelfalignError: nobody was given.
         """
         if self.policy is None:
-            raise SelfalignError("this judge is a policy, but none was given")
+            raise SelfalignError("the judge needs a policy, but none was given")
         return self.policy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Judged:
-    """What a judge found: its judgements, and the comparisons they come from where there are any.
+    """Judgements, and the comparisons they come from, if there are any.
 
-    Of what it counts by itself, `counts` are added up over all it was given one after the other, `means` are averaged.
+    A judge is called several times. Its `counts` are summed over the calls, its `means` are averaged.
     """
 
     judgements: list[Judgement]
@@ -184,10 +185,10 @@ class Judged:
 class Judge(Protocol):
     """A way to score responses.
 
-    A judgement that was wanted and failed, all its attempts included, counts once against `max_failed_share`; a
-    response with fewer than `minimum_valid` valid judgements is unjudged. Of a million instructions `together` are
-    judged at a time, each with all its responses. `token_setting` is the setting at which what the judge writes is cut,
-    empty where it writes nothing.
+    A wanted judgement that fails with all its attempts counts once against `max_failed_share`. A response with fewer
+    than `minimum_valid` valid judgements is unjudged. `together` is the number of instructions judged at a time, each
+    with all its responses. `token_setting` names the setting that limits the length of the judge's texts; it is None
+    for a judge that writes nothing.
     """
 
     max_failed_share: float
@@ -203,7 +204,7 @@ class Judge(Protocol):
     def minimum_valid(self) -> int: ...
 
     @property
-    def token_setting(self) -> str: ...
+    def token_setting(self) -> str | None: ...
 
     def wanted(self, subjects: Sequence[Subject]) -> int: ...
 
@@ -211,7 +212,7 @@ class Judge(Protocol):
 
 
 def asks_a_server(judge: object) -> bool:
-    """Whether the judge is no policy of this run but answers behind an endpoint."""
+    """Whether the judge is behind an endpoint, and not a policy of this run."""
     return bool(getattr(judge, "endpoint", Endpoint()).base_url)
 
 
@@ -221,12 +222,12 @@ def who_judges(judge: Any, policy: Artefact | None) -> str:
 
 
 def wants_model(judge: Any) -> bool:
-    """Whether a model has to be loaded that only judges; there may be no judge at all."""
+    """Whether a model has to be loaded that only judges. There may be no judge at all."""
     return judge is not None and not asks_a_server(judge) and judge.model not in OWN_MODELS
 
 
 def by_instruction(subjects: Sequence[Subject]) -> dict[str, list[Subject]]:
-    """{instruction id: its subjects}, in their order."""
+    """Return {instruction id: its responses}, in their order."""
     families: dict[str, list[Subject]] = {}
     for subject in subjects:
         families.setdefault(subject.instruction.id, []).append(subject)
@@ -234,7 +235,7 @@ def by_instruction(subjects: Sequence[Subject]) -> dict[str, list[Subject]]:
 
 
 def average(subjects: Sequence[Subject], judgements: Sequence[Judgement], minimum_valid: int) -> list[ResponseScore]:
-    """Every response's mean over its valid judgements, their number and their variance (n-1 in the denominator).
+    """Return every response's mean over its valid judgements, their number and variance (n-1 in the denominator).
 
     A response with fewer than `minimum_valid` valid judgements has no score.
     """
@@ -257,24 +258,24 @@ def _summary(response: str, scores: list[float], minimum_valid: int) -> Response
 
 
 def last_attempts(judgements: Sequence[Judgement]) -> list[Judgement]:
-    """Of each wanted judgement the attempt that counts: the last one made."""
+    """Return the last attempt at each wanted judgement, which is the one that counts."""
     last = {(judgement.response_id, judgement.sample): judgement for judgement in judgements}
     return list(last.values())
 
 
 def too_long(subject: Subject, model: str) -> Judgement:
-    """The judgement of a response whose prompt does not fit into the judge's context; nothing is cut to make it fit."""
+    """Return the judgement of a response whose prompt exceeds the judge's context. Prompts are never cut to fit."""
     return unjudged(subject, model, JudgementStatus.PROMPT_TOO_LONG, "")
 
 
 def unjudged(subject: Subject, model: str, status: JudgementStatus, text: str) -> Judgement:
-    """The one judgement of a response that carries no score."""
+    """Return the one judgement, without a score, of a response."""
     name = subject.response.id
     return Judgement(id=f"{name}-1", response_id=name, status=status, score=None, text=text, model=model)
 
 
 def ties(subjects: Sequence[Subject], scores: Mapping[str, float]) -> list[bool]:
-    """Of each instruction with two judged responses or more, whether their scores are all equal."""
+    """For each instruction with two judged responses or more, return whether all scores are equal."""
     families = [
         [scores[s.response.id] for s in family if s.response.id in scores]
         for family in by_instruction(subjects).values()
@@ -283,13 +284,13 @@ def ties(subjects: Sequence[Subject], scores: Mapping[str, float]) -> list[bool]
 
 
 def check_scale(low: int, high: int) -> None:
-    """A scale has two ends."""
+    """Check that `low` is below `high`."""
     if low >= high:
         raise SelfalignError(f"judge.low must be below judge.high, got {low} and {high}")
 
 
 def check_model(model: str, key: str = "judge") -> None:
-    """Somebody must judge: one of the run's own models, or what looks like a model source."""
+    """Check that the judge is one of the run's own models, or looks like a model source."""
     if model not in OWN_MODELS and not re.search("[/:~]", model) and not Path(model or "/nowhere").is_dir():
         raise SelfalignError(
             f"{key}.model must be {', '.join(OWN_MODELS)}, or a folder, hub id or packaged model as model.path takes; "
@@ -298,12 +299,12 @@ def check_model(model: str, key: str = "judge") -> None:
 
 
 def check_share(max_failed_share: float, key: str = "judge") -> None:
-    """How much of the judging may fail."""
+    """Check that the share lies between 0 and 1."""
     if not 0 <= max_failed_share <= 1:
         raise SelfalignError(f"{key}.max_failed_share must lie between 0 and 1, got {max_failed_share}")
 
 
 def check_batch_tokens(batch_tokens: int, key: str = "judge") -> None:
-    """A forward pass has a size."""
+    """Check that the batch size is positive."""
     if batch_tokens < 1:
         raise SelfalignError(f"{key}.batch_tokens must be 1 or more, got {batch_tokens}")

@@ -1,4 +1,4 @@
-"""The judge of arXiv 2401.10020: a written justification and a last line `Score: n`, several times."""
+"""The judge of arXiv 2401.10020: several judgements, each a justification and a last line `Score: n`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from selfalign.core.records import FinishReason
 from selfalign.data.thinking import marks_thinking, thinks_on
 from selfalign.engines.protocol import Completion, Generator, Request, write_all
 from selfalign.judges.protocol import Bench, Judged, Subject, check_model, too_long
-from selfalign.judges.written import Wish, Written, WrittenScore, first_wishes, write_judgements
+from selfalign.judges.written import JudgeText, Wish, WrittenScore, first_wishes, write_judgements
 from selfalign.models.tokenizer import encode_prompt, prompt_end
 from selfalign.store.journal import Journal
 
@@ -31,7 +31,7 @@ class SampledScore(WrittenScore):
         check_model(self.model)
 
     def judge(self, bench: Bench, subjects: Sequence[Subject]) -> Judged:
-        """Writes and reads `samples` judgements of each response."""
+        """Write and read `samples` judgements of each response."""
         generator = bench.writer()
         limit = generator.context - self.sampling.max_new_tokens
         prompts: dict[str, list[int]] = {}
@@ -57,8 +57,8 @@ class SampledScore(WrittenScore):
 
     def _write(
         self, generator: Generator, journal: Journal, prompts: dict[str, list[int]], wishes: Sequence[Wish]
-    ) -> list[Written]:
-        """The texts of one round, in journalled batches; wishes about one response share its prompt."""
+    ) -> list[JudgeText]:
+        """Return the texts of one round, in journalled batches. Judgements of one response share its prompt."""
         by_response: dict[str, list[Wish]] = {}
         for wish in wishes:
             by_response.setdefault(wish.subject.response.id, []).append(wish)
@@ -69,7 +69,7 @@ class SampledScore(WrittenScore):
         name, attempt = wishes[0].name, wishes[0].attempt
         written = write_all(generator, requests, self.sampling, journal, name, int(attempt == 1))
         texts = {
-            wish.name: (spell_out(generator.tokenizer, made), why_ended(generator.tokenizer, request.prompt, made))
+            wish.name: judge_text(generator.tokenizer, request.prompt, made)
             for request, mine, completions in zip(requests, by_response.values(), written, strict=True)
             for wish, made in zip(mine, completions, strict=True)
         }
@@ -77,12 +77,13 @@ class SampledScore(WrittenScore):
 
 
 def spell_out(tokenizer: "Tokenizer", made: Completion) -> str:
-    """What was written, with the marks of thinking also where these are control tokens, which a text is without."""
+    """Return the text of a completion, with the marks of thinking also where these are control tokens."""
     whole = str(tokenizer.decode(made.ids[: -1 if made.finish_reason is FinishReason.EOS else None]))
     return whole if marks_thinking(whole) and not marks_thinking(made.text) else made.text
 
 
-def why_ended(tokenizer: "Tokenizer", prompt: list[int], made: Completion) -> str:
-    """Why a judgement ended; one that thinks to its end, as its prompt begins, is cut whatever ended it."""
-    thinks = thinks_on(prompt_end(tokenizer, prompt), spell_out(tokenizer, made))
-    return FinishReason.LENGTH.value if thinks else made.finish_reason.value
+def judge_text(tokenizer: "Tokenizer", prompt: list[int], made: Completion) -> JudgeText:
+    """Return what a policy wrote about a prompt. A text that is still thinking at its end counts as cut."""
+    text = spell_out(tokenizer, made)
+    thinks = thinks_on(prompt_end(tokenizer, prompt), text)
+    return JudgeText(text, FinishReason.LENGTH if thinks else made.finish_reason)

@@ -1,8 +1,8 @@
-"""What of a judge's text is its verdict's: the one place where that is decided for scores, ratings and verdicts.
+"""Which lines of a judge's text may hold its verdict, decided here alone for scores, ratings and verdicts.
 
-Whatever stands before the end of the judge's thinking is dropped. Of the rest, a line is not the judge's own where it
-is quoted (`>`), indented as code, in a fence, says again what the judged response says, or follows one that announces
-an example. A verdict that something behind it contradicts is none.
+Everything before the end of the judge's thinking is dropped. Of the rest, a line is not the judge's own if it is quoted
+(`>`), indented as code or in a fence, if it repeats the judged response, or if the line before announces an example. A
+verdict that a later line contradicts does not count.
 """
 
 import re
@@ -14,16 +14,16 @@ from selfalign.data.thinking import answer_behind
 NUMBER = r"[0-9]+(?:\.[0-9]+)?"
 
 OUT_OF = r"\b(?:out of|von|sur|de|di|su|van|av|sobre|из)\b"
-"""What stands between a score and the highest one, in several languages."""
+"""Words between a score and the highest score, in several languages."""
 
 POINTS = r"points?|marks?|punkte?n?|puntos?|pontos?|punti|punten|баллов|балла?|分|点|점"
-"""What stands behind a score, in several languages."""
+"""Units after a score, in several languages."""
 
 MARKUP = " \t*_`#"
-"""What may surround a verdict on its line."""
+"""Markup around a verdict on its line."""
 
 QUOTED = re.compile(r" {0,3}>|\t| {1,3}\t| {4}")
-"""How a quoted line begins, or one that is indented as code."""
+"""Beginning of a quoted line, or of a line indented as code."""
 
 FENCE = re.compile(r" {0,3}(`{3,}|~{3,})[^`]*")
 
@@ -31,7 +31,7 @@ CONTROL = re.compile(r"(?:<\|[^|<>\n]{1,40}\|>|</s>|\[END FINAL RESPONSE\])\Z")
 """A control token at the end of a text, where some servers leave it."""
 
 EXAMPLE = re.compile(r"(?:\be\.g\.|\b(?:for example|for instance|such as)\b)[^.!?\n]{0,24}\Z", re.IGNORECASE)
-"""What stands before an example on its line."""
+"""Words before an example on its line."""
 
 ANNOUNCEMENT = re.compile(r"(?:\be\.g\.|\b(?:for instance|such as|examples?)\b)[^.!?\n]{0,24}[:：]\Z", re.IGNORECASE)
 """The end of a line before an example."""
@@ -78,14 +78,14 @@ BETTER = re.compile(
 
 
 def own_lines(text: str, shown: Sequence[str] = ()) -> list[str] | None:
-    """The lines of a judge's text from which its verdict may be read, without blank ones.
+    """Return the lines of a judge's text that may hold its verdict, without blank lines.
 
     Args:
         text: what the judge wrote.
-        shown: what was judged, such as the response.
+        shown: the judged texts, such as the response.
 
     Returns:
-        None where the judge began to think and never ended.
+        None if the judge began to think and never ended.
     """
     answer = answer_behind(text)
     if answer is None:
@@ -98,7 +98,7 @@ def own_lines(text: str, shown: Sequence[str] = ()) -> list[str] | None:
 
 
 def own_places(lines: Sequence[str], shown: Sequence[str] = ()) -> list[bool]:
-    """Of each line behind the thinking, whether it is the judge's own."""
+    """For each line after the thinking, return whether it is the judge's own."""
     said = [plain(text) for text in shown]
     own: list[bool] = []
     fence, before = "", ""
@@ -115,7 +115,7 @@ def own_places(lines: Sequence[str], shown: Sequence[str] = ()) -> list[bool]:
 
 
 def repeats(line: str, said: Sequence[str]) -> bool:
-    """Whether a line says again what stands in one of the texts, which are `plain`; markup does not count."""
+    """Whether a line repeats a part of one of the texts, which are `plain`. Markup does not count."""
     words = plain(line)
     if len(words) < SHORTEST_REPETITION or not any(words in text for text in said):
         return False
@@ -124,12 +124,12 @@ def repeats(line: str, said: Sequence[str]) -> bool:
 
 
 def plain(text: str) -> str:
-    """A text without markup, in small letters, on one line."""
+    """Return a text without markup, in lower case, on one line."""
     return re.sub(r"[\s*_`#>|~]+", " ", text.casefold()).strip(" .,:;!?\"'“”")
 
 
 def find_bracketed(lines: Sequence[str], pattern: re.Pattern[str]) -> list[tuple[int, str]]:
-    """(line, what stands in the brackets) of every `[[…]]` that is neither in quotation marks nor an example."""
+    """Return (line, content) of every `[[…]]` that is neither in quotation marks nor an example."""
     found: list[tuple[int, str]] = []
     for index, line in enumerate(lines):
         bare = QUOTATION.sub(" ", line.strip(MARKUP))
@@ -140,7 +140,7 @@ def find_bracketed(lines: Sequence[str], pattern: re.Pattern[str]) -> list[tuple
 
 
 def other_totals(lines: Sequence[str], score: float, high: float) -> bool:
-    """Whether lines tell a total that is not the score: in words, of the highest score, or as the last line."""
+    """Whether lines state a total other than the score: in words, out of the highest score, or as the last line."""
     scale = rf"(?<![\d./-])(?P<total>{NUMBER})\s*(?:/|{OUT_OF})\s*{re.escape(f'{high:g}')}(?![\d/]|\.\d)"
     ways = [re.compile(way, re.IGNORECASE) for way in (scale, *TOTALS)]
     told = [float(found["total"]) for line in lines for way in ways for found in way.finditer(line[-300:])]
@@ -149,7 +149,7 @@ def other_totals(lines: Sequence[str], score: float, high: float) -> bool:
 
 
 def other_choices(lines: Sequence[str], choice: str) -> bool:
-    """Whether lines name another of the letters A, B and C than this one as what is chosen."""
+    """Whether lines choose another of the letters A, B and C."""
     whole = [found["choice"] for line in lines if (found := CHOICE.fullmatch(line))]
     spoken = [found["choice"] for line in lines for found in BETTER.finditer(line)]
     return bool({*whole, *spoken} - {choice})

@@ -1,4 +1,4 @@
-"""Judgements that are written: several of each response, and another try where one cannot be read."""
+"""Written judgements: several of each response, with retries of those that cannot be read."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -8,23 +8,28 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed
 from selfalign.core.records import FinishReason, Judgement, JudgementStatus
 from selfalign.engines.protocol import Sampling
-from selfalign.judges.parsing import FAILURES, PREFIX, Parsed, parse_score
+from selfalign.judges.parsing import PREFIX, REFUSALS, parse_score
 from selfalign.judges.protocol import Rubric, Subject
 
-Written = tuple[str, str]
-"""A text and why it ended: "length" where it was cut, one of `FAILURES` where it is a server's refusal."""
+
+@dataclass(frozen=True, slots=True)
+class JudgeText:
+    """A judge's text and why it ended. If a server refused the request, the text is the server's message."""
+
+    text: str
+    finish_reason: FinishReason
 
 
 @dataclass(kw_only=True, slots=True)
 class WrittenScore(Rubric):
-    """What judges share that write a justification and a last line `Score: n`; several judgements are averaged.
+    """Settings of judges that write a justification and a last line `Score: n`. Several judgements are averaged.
 
     Attributes:
-        samples: judgements of each response; the mean of the valid ones counts.
-        retries: how often a judgement without a score is written again, each time with another random stream; a
-            policy that judges greedily (sampling.temperature=0) would only repeat itself and is not asked again.
+        samples: judgements of each response; the score is the mean of the valid ones.
+        retries: how often a judgement without a score is written again, each time with another random stream. A
+            policy that judges greedily (sampling.temperature=0) is not asked again: it would repeat itself.
         minimum_valid: a response with fewer valid judgements is unjudged.
-        sampling: how judgements are drawn.
+        sampling: how judgements are sampled.
     """
 
     samples: int = 3
@@ -47,17 +52,17 @@ class WrittenScore(Rubric):
         self.sampling.check("judge.sampling")
 
     def answer(self, score: int, justification: str) -> str:
-        """What a judgement with this score looks like, for evaluation fine-tuning."""
+        """Return a judgement with this score, for evaluation fine-tuning."""
         return f"{justification}\n{PREFIX}{score}".lstrip()
 
     def wanted(self, subjects: Sequence[Subject]) -> int:
-        """How many judgements there should be."""
+        """Return the number of wanted judgements."""
         return len(subjects) * self.samples
 
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """A judgement that is wanted: which one of its subject's, which try at it, and what draws it."""
+    """A request for one judgement: response, sample index, attempt number and sampling seed."""
 
     subject: Subject
     sample: int
@@ -72,13 +77,13 @@ class Wish:
 
 
 def first_wishes(subjects: Sequence[Subject], samples: int, seed: int) -> list[Wish]:
-    """`samples` judgements of every subject."""
+    """Return the first requests: `samples` judgements of every response."""
     return [Wish(s, n, 1, derive_seed(seed, s.response.id, n - 1)) for s in subjects for n in range(1, samples + 1)]
 
 
 def write_judgements(
     wishes: Sequence[Wish],
-    write: Callable[[Sequence[Wish]], list[Written]],
+    write: Callable[[Sequence[Wish]], list[JudgeText]],
     *,
     low: int,
     high: int,
@@ -86,23 +91,23 @@ def write_judgements(
     seed: int,
     model: str,
 ) -> list[Judgement]:
-    """Has judgements written and read; those without a score are tried again, each time with a new random stream.
+    """Write and read judgements. Those without a score are tried again, each time with a new random stream.
 
     Args:
-        wishes: the first tries.
-        write: the texts for so many wishes.
+        wishes: the first requests.
+        write: returns a text for each request.
         low: the lowest score.
-        high: the highest.
+        high: the highest score.
         retries: how often a judgement is tried again.
-        seed: what the wishes' seeds were derived from.
-        model: who writes.
+        seed: the seed that those of the requests are derived from.
+        model: name of the judge in records.
 
     Returns:
-        Every attempt, the failed ones included.
+        Every attempt, failed ones included.
     """
     judgements: list[Judgement] = []
     while wishes:
-        made = [_read(w, text, low, high, model) for w, text in zip(wishes, write(wishes), strict=True)]
+        made = [_read(w, one, low, high, model) for w, one in zip(wishes, write(wishes), strict=True)]
         judgements += made
         wishes = [
             _again(wish, seed)
@@ -113,7 +118,7 @@ def write_judgements(
 
 
 def _may_get_better(judgement: Judgement) -> bool:
-    return judgement.status not in (JudgementStatus.OK, *FAILURES.values())
+    return judgement.status not in (JudgementStatus.OK, *REFUSALS.values())
 
 
 def _again(wish: Wish, seed: int) -> Wish:
@@ -126,19 +131,14 @@ def _again(wish: Wish, seed: int) -> Wish:
     )
 
 
-def _read(wish: Wish, written: Written, low: int, high: int, model: str) -> Judgement:
-    text, finish = written
-    if finish in FAILURES:
-        parsed = Parsed(FAILURES[finish])
-    else:
-        reason = FinishReason.LENGTH if finish == "length" else FinishReason.EOS
-        parsed = parse_score(text, low, high, reason, wish.subject.response.text)
+def _read(wish: Wish, written: JudgeText, low: int, high: int, model: str) -> Judgement:
+    parsed = parse_score(written.text, low, high, written.finish_reason, wish.subject.response.text)
     return Judgement(
         id=wish.name,
         response_id=wish.subject.response.id,
         status=parsed.status,
         score=parsed.score,
-        text=text,
+        text=written.text,
         model=model,
         sample=wish.sample,
         attempt=wish.attempt,

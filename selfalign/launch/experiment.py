@@ -17,6 +17,7 @@ from selfalign.core.files import read_json, write_json
 from selfalign.launch.preflight import preflight
 from selfalign.launch.push_to_hub import check_login, publish
 from selfalign.losses.protocol import Loss
+from selfalign.pipeline.dtypes import auto_dtypes
 from selfalign.pipeline.loop import plan, run_pipeline
 from selfalign.report import write_report
 from selfalign.report.model_card import write_card
@@ -35,8 +36,12 @@ FINISHED = "finished.json"
 """Written last, behind the pages, the tracker's end and the push: what was asked for besides the artefacts."""
 
 
+RESOLVED = "resolved.json"
+"""What the settings that are auto meant on the machine that last worked at a run."""
+
+
 def run_experiment(config: ExperimentConfig, config_yaml: str, plain: dict[str, Any]) -> Path:
-    """Runs or continues an experiment and returns its folder, which of several processes the main one keeps.
+    """Run or resume an experiment and return its run folder. Only rank 0 writes to the folder.
 
     Args:
         config: the experiment.
@@ -49,9 +54,10 @@ def run_experiment(config: ExperimentConfig, config_yaml: str, plain: dict[str, 
 def finish_experiment(
     config: ExperimentConfig, config_yaml: str, plain: dict[str, Any], begin: Callable[[], None]
 ) -> bool | None:
-    """The same, but one that has finished is left as it is; whether it had. `begin` is called where there is work.
+    """Like `run_experiment`, but skip a completed run. `begin` is called before any work starts.
 
-    None in a process that keeps no account of the run.
+    Returns:
+        Whether the run was skipped; None in a process that keeps no account of the run.
     """
     return _run(config, config_yaml, plain, begin, again=False)[1]
 
@@ -59,7 +65,7 @@ def finish_experiment(
 def _run(
     config: ExperimentConfig, config_yaml: str, plain: dict[str, Any], begin: Callable[[], None], *, again: bool
 ) -> tuple[Path, bool | None]:
-    """The run folder, and whether everything was finished before; None in a process that keeps no account."""
+    """Return the run folder, and whether the run was complete before; None in a process that keeps no account."""
     output = Path(config.output_dir).absolute()
     store = Store(output / "store")
     folder, namespace = distributed.on_main(lambda: run_folder(output, config.name, config, fresh=config.fresh))
@@ -85,6 +91,7 @@ def _run(
         open_folder(folder, config_yaml, anew=told_keys(folder) not in ({}, there.there))
         with log_file(folder / "run.log"), ExitStack() as tracked:
             warn_of_idle_settings(config, plain)
+            tell_resolved(folder, auto_dtypes(config))
             preflight(config, there.there)
             ledger.tracker = tracked.enter_context(config.track.open(folder, plain))
             print(plan_text(plan(config), there), flush=True)
@@ -98,23 +105,45 @@ def _run(
 
 
 def warn_of_idle_settings(config: ExperimentConfig, plain: dict[str, Any]) -> None:
-    """Says what the command line sets that has no effect."""
+    """Warn of settings on the command line that have no effect."""
     for line in without_effect(config, plain.get("overrides", ())):
         logger.warning(line)
 
 
+def tell_resolved(folder: Path, resolved: dict[str, str]) -> None:
+    """Keep what settings that are auto mean on this machine, and warn where they meant something else before.
+
+    Args:
+        folder: of the run.
+        resolved: {setting: its value on this machine}.
+
+    Raises:
+        SelfalignError: what was kept is damaged.
+    """
+    path = folder / RESOLVED
+    before = read_own(path) if path.exists() else {}
+    for key, value in resolved.items():
+        if (earlier := before.get(key, value)) != value:
+            logger.warning(
+                "%s=auto was %s on the machine that this run was on before, and is %s on this one: all that depends on "
+                "it is made anew. Set %s=%s to reuse what was made there",
+                *(key, earlier, value, key, earlier),
+            )
+    write_json(path, resolved)
+
+
 def is_finished(config: ExperimentConfig, folder: Path, there: Look) -> bool:
-    """Whether a run was done to its end as it is asked for now, and tells of the artefacts that are there."""
+    """Whether the run completed with the requested options and its summary lists exactly the stored artifacts."""
     return was_done(config, folder) and (folder / "report.html").exists() and told_keys(folder) == there.there
 
 
 def was_done(config: ExperimentConfig, folder: Path) -> bool:
-    """Whether a run, of whatever data, was done to its end as it is asked for now."""
+    """Whether the run completed with the requested options, on whatever data."""
     return (folder / FINISHED).exists() and read_own(folder / FINISHED) == asked_besides(config)
 
 
 def told_keys(folder: Path) -> dict[Label, str]:
-    """{label: key} of the artefacts that a run's summary tells of; nothing where there is none."""
+    """Return {label: key} of the artefacts that a run's summary lists, empty without a summary."""
     if not (folder / "summary.json").exists():
         return {}
     return {Label.parse(stage["label"]): stage["key"] for stage in read_own(folder / "summary.json")["stages"]}
@@ -133,7 +162,7 @@ def read_own(path: Path) -> Any:
 
 
 def asked_besides(config: ExperimentConfig) -> dict[str, Any]:
-    """What is asked of a run besides its artefacts."""
+    """Return what is asked of a run besides its artifacts."""
     push = [config.push_to, config.push_private] if config.push else []
     return {"track": repr(config.track), "push": push, "sweep_metric": config.sweep_metric}
 
@@ -172,7 +201,10 @@ def stated(loss: Loss) -> dict[str, str]:
 
 
 def look_ahead(config: ExperimentConfig, store: Store, namespace: str) -> Look:
-    """What is there already, up to the first stage that has to be made, or that fails; so it will again, in the run."""
+    """Walk the pipeline without running anything and collect finished artefacts, up to the first missing one.
+
+    Errors are ignored here; the run itself will raise them.
+    """
     look = Look(store, namespace)
     with suppress(NotMadeYet, SelfalignError, OSError):
         run_pipeline(config, look)

@@ -74,7 +74,7 @@ class ListJobs(Callback):
 
 @contextmanager
 def closed_in_the_end() -> Iterator[None]:
-    """Accounts for the jobs of a sweep that is opened inside, whatever becomes of it.
+    """Finish the sweep opened inside the block, even after an error: record job states, write the comparison.
 
     Raises:
         SelfalignError: a job has failed; it stands in the place of what a sweeper may stumble over because of that.

@@ -19,14 +19,17 @@ from selfalign.config.data import SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
+from selfalign.core.records import FinishReason
 from selfalign.data.containers import find_data
-from selfalign.engines.openai_client import Endpoint, RefusedError
+from selfalign.engines.openai_client import Endpoint
+from selfalign.engines.replies import PassingError, RefusedError, Reply
 from selfalign.engines.server import Server
 from selfalign.engines.transformers import Transformers
 from selfalign.engines.vllm_engine import VLLM, share_gpus
 from selfalign.judges.protocol import asks_a_server, wants_model
 from selfalign.launch.footprint import Footprint, disk_lack, training_lack, writing_lack
 from selfalign.models import quantization
+from selfalign.models.checkpoint import resolve_dtype
 from selfalign.models.config import ModelConfig
 from selfalign.models.pretrained import find_local
 from selfalign.pipeline.inputs import data_sources
@@ -145,32 +148,45 @@ def check_servers(config: ExperimentConfig, labels: list[Label]) -> list[str]:
         servers.setdefault(question.server, []).append(question)
     # Of what one server will be asked, the longest.
     answers = [ask_server(max(asked, key=lambda one: len(repr(one.request)))) for asked in servers.values()]
-    return [problem for problem in answers if problem]
+    return [problem for problem in answers if problem is not None]
 
 
-def ask_server(question: Question) -> str:
-    """What is wrong with a server, in one line; nothing where it answers."""
+def ask_server(question: Question) -> str | None:
+    """Return what is wrong with a server, in one line, or None where it answers."""
     key, endpoint = question.key, question.endpoint
-    until, wait = time.monotonic() + ANSWER_SECONDS, endpoint.first_wait_seconds
     try:
-        with endpoint.open(key) as client:
-            reply, trouble, asked = client.attempt(question.request)
-            for _ in range(endpoint.retries):
-                if reply is not None or time.monotonic() + max(wait, asked) > until:
-                    break
-                time.sleep(max(wait, asked))
-                reply, trouble, asked = client.attempt(question.request)
-                wait = min(2 * wait, LONGEST_WAIT_SECONDS)
+        reply = first_reply(question)
     except RefusedError as error:
         return f"{key}: {error}{advice(question, error.status)}"
+    except PassingError as error:
+        if "status 429" not in str(error):
+            return f"{key}: {endpoint.name} gives no usable answer ({error}); is the server there, at {key}.base_url?"
+        logger.warning("%s: %s is busy (%s); it will be asked again", key, endpoint.name, error)
+        return None
     except SelfalignError as error:
         return str(error)
-    if reply is not None:
-        return too_long(question) if reply.finish == "too_long" else ""
-    if "status 429" in trouble:
-        logger.warning("%s: %s is busy (%s); it will be asked again", key, endpoint.name, trouble)
-        return ""
-    return f"{key}: {endpoint.name} gives no usable answer ({trouble}); is the server there, at {key}.base_url?"
+    return too_long(question) if reply.finish_reason is FinishReason.PROMPT_TOO_LONG else None
+
+
+def first_reply(question: Question) -> Reply:
+    """Ask a server, again after a trouble that may pass, for `ANSWER_SECONDS` at most.
+
+    Raises:
+        SelfalignError: the environment has no key, the server refuses the request, or it gives no answer in time.
+    """
+    endpoint = question.endpoint
+    until, wait = time.monotonic() + ANSWER_SECONDS, endpoint.first_wait_seconds
+    with endpoint.open(question.key) as client:
+        for _ in range(endpoint.retries):
+            try:
+                return client.attempt(question.request)
+            except PassingError as error:
+                pause = max(wait, error.wait_seconds)
+                if time.monotonic() + pause > until:
+                    raise
+            time.sleep(pause)
+            wait = min(2 * wait, LONGEST_WAIT_SECONDS)
+        return client.attempt(question.request)
 
 
 def too_long(question: Question) -> str:
@@ -335,7 +351,7 @@ def check_room(config: ExperimentConfig, labels: list[Label]) -> list[str]:
         if size is None:
             return lines
         if isinstance(config.generate, Transformers) and writes(config, labels):
-            lines += writing_lack(size, config.generate.dtype)
+            lines += writing_lack(size, resolve_dtype(config.generate.dtype))
         if optimizers := {key: settings.optimizer for key, settings in trainings(config, labels)}:
             lines += training_lack(size, optimizers, config.train.layout)
             output = Path(config.output_dir).absolute()

@@ -46,7 +46,9 @@ class Longest:
         return len(plain_ids(self.tokenizer, text))
 
     def fitting(self, ask: Callable[..., Prompt], tokens: list[int], limit: int) -> list[str]:
-        """Texts of so many tokens each that `ask` makes a prompt of; all shorter alike where it would be too long.
+        """Return dummy texts of the given lengths in tokens.
+
+        They are shortened by a common factor until the prompt built by `ask` fits into `limit`.
 
         Raises:
             SelfalignError: the prompt is too long even without them.

@@ -62,8 +62,8 @@ class Refinement:
             raise SelfalignError("loss.refinement.scale has no meaning: loss.refinement.prompt has no {scale}")
         if bool(self.constant) != (self.source == "constant"):
             raise SelfalignError(
-                f"loss.refinement.constant={self.constant} with loss.refinement.source={self.source}: "
-                "the constant is given, other than 0, where the source is constant, and only there"
+                "loss.refinement.constant must be non-zero if and only if loss.refinement.source=constant (got "
+                f"constant={self.constant:g}, source={self.source})."
             )
 
     def augmentation(self) -> "Refinement | None":

@@ -1,1 +1,1 @@
-"""Policies: fetched, checked, kept, tokenised for, and read for log-probabilities."""
+"""Policies: fetched, checked, stored, tokenised for, and scored."""

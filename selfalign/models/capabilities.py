@@ -1,4 +1,4 @@
-"""What a model was found to be able to do when it was fetched; kept beside its weights, and beside those made of it."""
+"""What a model can do, found out when it is fetched and saved beside its weights and those trained from it."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,11 +24,11 @@ class Capabilities:
     dropout: bool = True
 
     def save(self, folder: Path) -> None:
-        """Writes them into a policy's folder."""
+        """Write the capabilities into a policy's folder."""
         write_json(folder / FILE, asdict(self))
 
     @classmethod
     def load(cls, folder: Path) -> "Capabilities":
-        """Those of a policy's folder; all of them where nothing was found out."""
+        """Read the capabilities of a policy's folder; all of them if none were found out."""
         file = folder / FILE
         return cls(**read_json(file)) if file.exists() else cls()

@@ -1,7 +1,7 @@
-"""What a tokenizer's chat template makes of a conversation, and how it writes an assistant's turn.
+"""Rendering of conversations by a tokenizer's chat template, and the form of an assistant's turn.
 
-A prompt is what the template writes before an answer when it renders the whole conversation. So the text that a model
-continues is the text it was trained behind, whatever the template's own generation prompt says.
+A prompt is what the template writes before an answer when it renders the whole conversation. So a model continues the
+text that it was trained behind, whatever the template's own generation prompt is.
 """
 
 import re
@@ -24,16 +24,16 @@ ANSWER = "\ue000"
 QUESTION: list[Message] = [{"role": "user", "content": "question"}]
 
 PLAIN_TEXT = 'It\'s <b>so</b> & "1" + {x}:\n\n  - Été\n\tReally.'
-"""A question or an answer of which a template may change nothing, but for white space around it."""
+"""A question or answer that a template may not change, except for white space around it."""
 
 FOLLOW_UP = "\ue001"
-"""Stands for what the user says behind an answer."""
+"""Stands for the user's turn after an answer."""
 
 FIXED_DATE = date(2024, 7, 26)
 """Today, for a chat template that prints it, so that it gives the same prompts tomorrow."""
 
 DATE_PARTS = (*(f"%-{letter}" for letter in "dmyHIMSj"), *(f"%{letter}" for letter in "aAbBcdeFHIjmMpSTuUwxXyYZz"))
-"""What a template may ask of a date, as strftime has it."""
+"""Parts of a date that a template may ask for, in strftime's notation."""
 
 ASKED: list[Message] = [{"role": "user", "content": PLAIN_TEXT}]
 
@@ -43,19 +43,19 @@ EARLIER: list[Message] = [{"role": "user", "content": FOLLOW_UP}, {"role": "assi
 RULE: Message = {"role": "system", "content": "\ue003"}
 
 BEGINNINGS = ("The", "so", "I'm", '"Yes', "(no", "- one", "# One", "`x`", "**One", "1", "¿Qué", "Été", "日本", "</b>")
-"""How answers begin, to see where a tokenizer puts the boundary between a prompt and an answer."""
+"""Beginnings of answers, to find where a tokenizer puts the boundary between a prompt and an answer."""
 
 
 def template_of(tokenizer: "Tokenizer") -> str:
-    """The chat template; of several named ones the default.
+    """Return the chat template; of several named ones the default.
 
     Raises:
-        SelfalignError: there is none.
+        SelfalignError: the tokenizer has no chat template, or none called default.
     """
     templates = tokenizer.chat_template
     if isinstance(templates, dict) and "default" not in templates:
         raise SelfalignError(
-            f"the model's tokenizer has the chat templates {', '.join(map(repr, templates))} and none called "
+            f"the model's tokenizer has the chat templates {', '.join(map(repr, templates))}, but none called "
             "'default': give one with model.chat_template=FILE"
         )
     if not templates:
@@ -67,33 +67,34 @@ def template_of(tokenizer: "Tokenizer") -> str:
 
 
 def render_prompt(tokenizer: "Tokenizer", messages: list[Message]) -> str:
-    """The text up to where the assistant answers these messages.
+    """Return the text up to the assistant's answer to these messages.
 
     Control tokens spelled out inside a message are broken up first, so that no text can end its own turn.
 
     Raises:
-        SelfalignError: there is no template, or it refuses these messages; its own words are in the message. Or a
-            control token in a message cannot be broken up.
+        SelfalignError: there is no template, or it refuses these messages (its own message is quoted), or a control
+            token in a message cannot be broken up.
     """
     safe = [{**message, "content": _without_control(tokenizer, message["content"])} for message in messages]
     return _render_around(tokenizer, safe)[0]
 
 
 def _without_control(tokenizer: "Tokenizer", text: str) -> str:
-    """The text with a space behind the first letter of every control token."""
+    """Return the text with a space after the first letter of every control token."""
     text = break_up(text, control_words(tokenizer))
     spelled = spelled_at(tokenizer, text)
     for start in reversed(spelled):
         text = f"{text[: start + 1]} {text[start + 1 :]}"
     if spelled and (left := spelled_at(tokenizer, text)):
         raise SelfalignError(
-            f"the tokenizer reads a control token in {text[left[0] :][:40]!r}, with a space in it too: take it out"
+            f"the tokenizer reads a control token in {text[left[0] :][:40]!r}, even with a space in it. Remove it from "
+            "the text."
         )
     return text
 
 
 def spelled_at(tokenizer: "Tokenizer", text: str) -> list[int]:
-    """Where a text spells control tokens: as they are written, and as a normalizer lets the tokenizer read them."""
+    """Return the positions where a text spells control tokens, as written or after the tokenizer's normalizer."""
     present = [word for word in control_words(tokenizer) if word in text]
     found = {match.start() for match in re.finditer("|".join(map(re.escape, present)), text)} if present else set()
     if normalizes_control_words(tokenizer):
@@ -108,7 +109,7 @@ def spelled_at(tokenizer: "Tokenizer", text: str) -> list[int]:
 
 @lru_cache(maxsize=16)
 def normalizes_control_words(tokenizer: "Tokenizer") -> bool:
-    """Whether the tokenizer looks for control tokens in what its normalizer has made of a text."""
+    """Whether the tokenizer looks for control tokens after its normalizer has changed the text."""
     normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
     added = tokenizer.added_tokens_decoder.values()
     return normalizer is not None and any(
@@ -118,7 +119,7 @@ def normalizes_control_words(tokenizer: "Tokenizer") -> bool:
 
 @dataclass(frozen=True, slots=True)
 class AnswerShape:
-    """What stands around an answer's text in the ids of a conversation.
+    """Tokens and text around an answer in the ids of a conversation.
 
     Attributes:
         margin: white space at the end of the prompt that a tokenizer joins to the answer's first word. The prompt ends
@@ -137,7 +138,7 @@ class AnswerShape:
 
 @lru_cache(maxsize=16)
 def answer_shape(tokenizer: "Tokenizer") -> AnswerShape:
-    """How answers are written; without a chat template, as plain text with EOS behind it."""
+    """Return the form of answers; without a chat template, plain text with EOS behind it."""
     eos = cast(int | None, tokenizer.eos_token_id)
     if not tokenizer.chat_template:
         return AnswerShape(end=eos)
@@ -151,19 +152,19 @@ def answer_shape(tokenizer: "Tokenizer") -> AnswerShape:
 
 
 def _first_control_word(tokenizer: "Tokenizer", text: str) -> str:
-    """The control token that a text spells first; "" where there is none."""
+    """Return the first control token that a text spells; "" where there is none."""
     words = [word for word in control_words(tokenizer) if word in text]
     return min(words, key=lambda word: (text.index(word), -len(word)), default="")
 
 
 def _id_of_first(tokenizer: "Tokenizer", text: str) -> int | None:
-    """The id of the control token that a text spells first."""
+    """Return the id of the first control token that a text spells."""
     first = _first_control_word(tokenizer, text)
     return cast(int, tokenizer.convert_tokens_to_ids(first)) if first else None
 
 
 def _follow_up(tokenizer: "Tokenizer") -> str:
-    """What the template writes between an answer and what the user says next; "" where it takes no second question."""
+    """Return the text between an answer and the next question; "" if the template takes no second question."""
     again: list[Message] = [
         *QUESTION,
         {"role": "assistant", "content": ANSWER},
@@ -177,9 +178,10 @@ def _follow_up(tokenizer: "Tokenizer") -> str:
 
 
 def joined_space(tokenizer: "Tokenizer", before: str, answers: tuple[str, ...]) -> str:
-    """The least white space at the end of a text without which the text's ids begin those of the text with an answer.
+    """Return the white space at the end of a text that the tokenizer joins to an answer's first word.
 
-    Of several answers as many as possible are to be so.
+    It is the shortest one without which the text's ids begin the ids of text and answer, for as many answers as
+    possible.
     """
     longest = len(before) - len(before.rstrip())
     wholes = [rendered_ids(tokenizer, before + answer) for answer in answers]
@@ -193,7 +195,7 @@ def joined_space(tokenizer: "Tokenizer", before: str, answers: tuple[str, ...]) 
 
 @lru_cache(maxsize=16)
 def control_words(tokenizer: "Tokenizer") -> tuple[str, ...]:
-    """The control tokens, the longest first: those marked as special, and those that mark turns in the template."""
+    """Return the control tokens, the longest first: those marked as special, and the template's turn markers."""
     added = tokenizer.added_tokens_decoder.values()
     special = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
     return tuple(sorted(special | unmarked_control_words(tokenizer), key=lambda word: (-len(word), word)))
@@ -201,13 +203,13 @@ def control_words(tokenizer: "Tokenizer") -> tuple[str, ...]:
 
 @lru_cache(maxsize=16)
 def control_ids(tokenizer: "Tokenizer") -> frozenset[int]:
-    """The ids of the control tokens."""
+    """Return the ids of the control tokens."""
     return frozenset(cast(int, tokenizer.convert_tokens_to_ids(word)) for word in control_words(tokenizer))
 
 
 @lru_cache(maxsize=16)
 def unmarked_control_words(tokenizer: "Tokenizer") -> frozenset[str]:
-    """Added tokens that the template writes around turns although they are not marked as special."""
+    """Return added tokens that the template writes around turns although they are not marked as special."""
     if not tokenizer.chat_template:
         return frozenset()
     before, behind = _render_around(tokenizer, QUESTION)
@@ -221,7 +223,7 @@ def unmarked_control_words(tokenizer: "Tokenizer") -> frozenset[str]:
 
 
 def rendered_ids(tokenizer: "Tokenizer", text: str) -> list[int]:
-    """The ids of a text in which control tokens count as such, behind the BOS that the tokenizer asks for, once."""
+    """Return the ids of a text whose control tokens count as such, after the BOS that the tokenizer asks for, once."""
     ids = text_ids(tokenizer, text)
     # Around some text, because one token may be both BOS and EOS.
     opening = [
@@ -231,19 +233,19 @@ def rendered_ids(tokenizer: "Tokenizer", text: str) -> list[int]:
 
 
 def text_ids(tokenizer: "Tokenizer", text: str, **options: bool) -> list[int]:
-    """What the tokenizer makes of a text, without anything added unless asked for."""
+    """Return the tokenizer's ids of a text, without anything added unless asked for."""
     return cast(list[int], cast(Any, tokenizer)(text, **{"add_special_tokens": False, **options})["input_ids"])
 
 
-def altered_answer(tokenizer: "Tokenizer") -> str:
-    """What the template makes of `PLAIN_TEXT` where it changes it, as one that escapes characters; else ""."""
+def altered_answer(tokenizer: "Tokenizer") -> str | None:
+    """Return `PLAIN_TEXT` as the template writes it if that differs, as when it escapes characters, or None."""
     before, behind = _render_around(tokenizer, QUESTION)
     written = render_whole(tokenizer, QUESTION, PLAIN_TEXT).removeprefix(before).removesuffix(behind)
-    return "" if written == PLAIN_TEXT else written
+    return None if written == PLAIN_TEXT else written
 
 
 def writes_all(tokenizer: "Tokenizer", messages: list[Message]) -> bool:
-    """Whether the template takes these messages and writes what each of them says as it is."""
+    """Whether the template takes these messages and writes the text of each unchanged."""
     try:
         text = _render_around(tokenizer, messages)[0]
     except SelfalignError:
@@ -252,29 +254,29 @@ def writes_all(tokenizer: "Tokenizer", messages: list[Message]) -> bool:
 
 
 def opened_thought(tokenizer: "Tokenizer") -> str:
-    """The tag of a thought that the template opens every answer with, be it empty; "" where there is none."""
+    """Return the tag of a thought that the template opens every answer with, even an empty one; "" without one."""
     before = _render_around(tokenizer, QUESTION)[0]
     found = re.search(r"(<(\w+)>)\s*(</\2>)?\s*$", before)
     return found[1] if found else ""
 
 
 def render_whole(tokenizer: "Tokenizer", messages: list[Message], answer: str) -> str:
-    """What the template makes of messages and the assistant's answer."""
+    """Return messages and the assistant's answer as the template renders them."""
     return _apply(tokenizer, [*messages, {"role": "assistant", "content": answer}], add_generation_prompt=False)
 
 
 def generation_prompt(tokenizer: "Tokenizer", messages: list[Message]) -> str:
-    """The text that the template itself would have continued."""
+    """Return the text that the template itself would have the model continue."""
     return _apply(tokenizer, messages, add_generation_prompt=True)
 
 
 def _render_around(tokenizer: "Tokenizer", messages: list[Message]) -> tuple[str, str]:
-    """What the template writes before and behind the assistant's answer to these messages."""
+    """Return the text before and after the assistant's answer to these messages."""
     answered = [*messages, {"role": "assistant", "content": ANSWER}]
     before, mark, behind = _apply(tokenizer, answered, add_generation_prompt=False).rpartition(ANSWER)
     if not mark:
         raise SelfalignError(
-            "the chat template leaves out what the assistant answers; give another with model.chat_template=FILE"
+            "the chat template leaves out the assistant's answer. Give another with model.chat_template=FILE."
         )
     return before, behind
 
@@ -293,12 +295,12 @@ def _apply(tokenizer: "Tokenizer", messages: list[Message], *, add_generation_pr
     except (TemplateError, TypeError, KeyError) as error:
         roles = ", ".join(message["role"] for message in messages)
         raise SelfalignError(
-            f"the chat template refuses turns of {roles}: {' '.join(str(error).split())}; "
-            "model.chat_template=FILE gives another"
+            f"the chat template refuses turns of {roles}: {' '.join(str(error).split())}. Give another with "
+            "model.chat_template=FILE."
         ) from error
 
 
 def _fixed_date() -> str:
-    """A macro in place of transformers' `strftime_now`, in the form that the template asks for; it writes nothing."""
+    """Return a macro that replaces transformers' `strftime_now`, so that every date is `FIXED_DATE`."""
     filters = "".join(f"|replace('{part}', '{FIXED_DATE.strftime(part)}')" for part in DATE_PARTS)
     return f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro +%}}"

@@ -1,8 +1,8 @@
-"""Policies on disk and in memory: fetch, save, load, identify.
+"""Policies on disk and in memory: load, save, identify.
 
-A policy artefact holds `weights/` (a transformers checkpoint, or a link to one), `tokenizer/` and, for LoRA,
-`adapter/`. `weights.json` is what identifies the policy: the digests of the weight files, and how they are quantised
-when they are loaded. An empty file `trusted` is there when the user allowed code that comes with the model to run.
+A policy artifact holds `weights/` (a transformers checkpoint, or a link to one), `tokenizer/` and, for LoRA,
+`adapter/`. `weights.json` identifies the policy: the digests of the weight files, and how they are quantised when they
+are loaded. An empty file `trusted` is there if the user allowed code that comes with the model to run.
 """
 
 import gc
@@ -42,12 +42,12 @@ CONTEXT_NAMES = (
     "model_max_length",
     "seq_length",
 )
-"""What configs call the longest sequence that do not call it max_position_embeddings."""
+"""Names of the longest sequence in configs without max_position_embeddings."""
 
 
 @dataclass(slots=True)
 class Policy:
-    """A loaded model with its tokenizer, its identity (the digest of its weights), and how it can be run."""
+    """A loaded model with its tokenizer, its identity (the digest of its weights), and its capabilities."""
 
     model: "PreTrainedModel"
     tokenizer: "Tokenizer"
@@ -62,7 +62,7 @@ class Policy:
 
 @dataclass(slots=True)
 class InMemory:
-    """A policy in this process's memory, until the `with` block that it is used in ends."""
+    """A policy in this process's memory, until the `with` block around it ends."""
 
     policy: Policy
 
@@ -83,7 +83,7 @@ class InMemory:
 
     @property
     def counts(self) -> dict[str, Any]:
-        """Nothing: the versions of what works in this process are the run's."""
+        """Empty: the versions of the packages in this process are the run's."""
         return {}
 
     def __enter__(self) -> Self:
@@ -94,9 +94,9 @@ class InMemory:
 
 
 def release_memory() -> None:
-    """Gives back what nobody uses any more, models in cycles of references and torch's own cache.
+    """Free unused memory: models in reference cycles, and torch's cache.
 
-    What is loaded next, or another process, should not have to share the memory with it.
+    What is loaded next, or another process, then has the memory to itself.
     """
     gc.collect()
     if torch.cuda.is_available():
@@ -104,17 +104,17 @@ def release_memory() -> None:
 
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:
-    """Multiplications in `dtype` while the weights keep theirs; nothing changes where that is "float32", or "".
+    """Multiply in `dtype` inside the block, while the weights keep theirs; no effect for "float32" or "".
 
-    On whatever weights, because it also says what is computed in float32: training and scoring differ otherwise. It
-    does without its cache, which would keep all weights in `dtype`.
+    It is used on weights of any dtype, because it also decides what is computed in float32, and training and scoring
+    should not differ. Its cache is off, because it would keep all weights in `dtype`.
     """
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16", cache_enabled=False)
 
 
 @dataclass(frozen=True)
 class PolicyFiles:
-    """A policy as it lies in an artefact's folder."""
+    """A policy in the folder of an artifact."""
 
     path: Path
 
@@ -130,12 +130,12 @@ class PolicyFiles:
 
     @property
     def quantization(self) -> dict[str, str]:
-        """How the base is quantised when it is loaded, as it stands in weights.json; empty where it is not."""
+        """How the base is quantised when it is loaded, as in weights.json; empty if it is not."""
         return {"quantization": self.weights["quantization"]} if "quantization" in self.weights else {}
 
     @cached_property
     def config(self) -> Any:
-        """What its config says of the language model."""
+        """The model config of the language model."""
         from transformers import AutoConfig
 
         own = AutoConfig.from_pretrained(self.path / "weights", trust_remote_code=self.trusted)
@@ -152,20 +152,20 @@ class PolicyFiles:
         return (self.path / TRUSTED).exists()
 
     def load_tokenizer(self) -> "Tokenizer":
-        """Loads the tokenizer, with the chat template the run uses."""
+        """Load the tokenizer, with the chat template of the run."""
         return open_tokenizer(self.path / "tokenizer")
 
     def load(self, dtype: str, *, device: str = "", trainable: bool = False, apart: bool = False) -> Policy:
-        """Loads the policy.
+        """Load the policy.
 
-        An adapter becomes part of float32 weights, which is exact but for rounding. Beside weights in bfloat16 or 4
-        bits it stays apart, as it was trained: rounding would take most of it away.
+        An adapter is merged into float32 weights, which is exact but for rounding. With weights in bfloat16 or 4 bits
+        it stays apart, as it was trained: rounding would lose most of it.
 
         Args:
             dtype: of the weights.
-            device: where they go; empty for the fastest.
-            trainable: the adapter, if there is one, takes gradients.
-            apart: it stays apart in any case, for what is multiplied in bfloat16.
+            device: of the weights; empty for the fastest.
+            trainable: whether the adapter, if there is one, takes gradients.
+            apart: whether the adapter stays apart in any case, because multiplications are in bfloat16.
         """
         release_memory()  # The model and the optimiser of the training before are in cycles.
         device = device or default_device()
@@ -185,7 +185,7 @@ class PolicyFiles:
         return Policy(cast("PreTrainedModel", model), tokenizer, self.digest, capabilities)
 
     def save(self, policy: Policy, base: "PolicyFiles") -> None:
-        """Writes a trained policy: all its weights, or its adapter and a link to the base it belongs to."""
+        """Write a trained policy: all its weights, or its adapter and a link to its base."""
         policy.tokenizer.save_pretrained(self.path / "tokenizer")
         if hasattr(policy.model, "peft_config"):
             policy.model.save_pretrained(self.path / "adapter")
@@ -203,10 +203,10 @@ class PolicyFiles:
 
 
 def longest_sequence(config: Any) -> int:
-    """The longest sequence a model takes, in tokens, by its config.
+    """Return the longest sequence that a model takes, in tokens, by its config.
 
-    Where rotary embeddings beyond some length depend on the longest position of a pass, that length is the limit:
-    further on, what a text is worth would depend on the others in its batch (transformers has it so, padded too).
+    If rotary embeddings beyond some length depend on the longest position of a pass, that length is the limit: beyond
+    it, the score of a text would depend on the other texts in its batch (transformers does so, padded too).
     """
     own = config.get_text_config()
     named = [getattr(own, name, None) for name in CONTEXT_NAMES]
@@ -222,24 +222,29 @@ def longest_sequence(config: Any) -> int:
 
 
 def default_device() -> str:
-    """The accelerator if there is one, else the CPU."""
+    """Return the accelerator if there is one, else the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def resolve_dtype(dtype: str) -> str:
+    """Return the dtype that "auto" means on this machine, and any other unchanged."""
+    return fastest_dtype() if dtype == "auto" else dtype
+
+
 def fastest_dtype() -> str:
-    """bfloat16 where the hardware multiplies it faster than float32 (GPU, CPU with AMX), else float32."""
+    """Return bfloat16 if the hardware multiplies it faster than float32 (GPU, CPU with AMX), else float32."""
     fast = torch.cuda.is_available() or torch.cpu.get_capabilities().get("amx_tile", False)
     return "bfloat16" if fast else "float32"
 
 
 def digest_weights(folder: Path) -> dict[str, str]:
-    """{file: SHA-256} of a checkpoint's weights and its model config."""
+    """Return {file: SHA-256} of a checkpoint's weights and its model config."""
     files = sorted({*folder.glob("*.safetensors"), *folder.glob("*config.json")})
     return {path.name: digest_file(path) for path in files}
 
 
 def load_checkpoint(folder: Path, dtype: str, *, trust_remote_code: bool = False, **options: Any) -> "PreTrainedModel":
-    """Loads a checkpoint, every weight of it.
+    """Load a checkpoint, every weight of it.
 
     Raises:
         SelfalignError: it is damaged, lacks weights or has too many, contradicts its config, or needs a package that
@@ -274,7 +279,7 @@ def load_checkpoint(folder: Path, dtype: str, *, trust_remote_code: bool = False
 
 
 def check_tied(model: "PreTrainedModel", folder: Path) -> None:
-    """The output layer is the embedding where the config says so.
+    """Check that the output layer is the embedding if the config says so.
 
     Raises:
         SelfalignError: the files hold two. transformers loads both, and other programs, such as engines, the embedding
@@ -285,14 +290,17 @@ def check_tied(model: "PreTrainedModel", folder: Path) -> None:
     if tied and head is not None and head.weight is not cast(Any, embedding).weight:
         raise SelfalignError(
             f"{folder}: config.json says that the output layer is the embedding (tie_word_embeddings), and the files "
-            'hold two that differ: write "tie_word_embeddings": false there if the output layer is its own, else take '
-            "it out of the files"
+            'hold two that differ: set "tie_word_embeddings": false there if the output layer is its own, else remove '
+            "the output layer from the files"
         )
 
 
 def open_tokenizer(folder: Path, trust_remote_code: bool = False) -> "Tokenizer":
-    """Loads a folder's tokenizer, always by its own files: `tekken.json` beside them would be read instead of them
-    where mistral-common is installed, and the same model would have another template there."""
+    """Load a folder's tokenizer, always by its own files.
+
+    If mistral-common is installed, a `tekken.json` beside them would be read instead, and the same model would have
+    another chat template.
+    """
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(
@@ -301,7 +309,7 @@ def open_tokenizer(folder: Path, trust_remote_code: bool = False) -> "Tokenizer"
 
 
 def _settle_adapter_config(path: Path) -> None:
-    """Makes peft's file the same wherever and whenever it is written: a relative base, lists in order."""
+    """Make peft's file the same wherever and whenever it is written: a relative base, sorted lists."""
     config = read_json(path)
     config["base_model_name_or_path"] = "../weights"
     config["target_modules"] = sorted(config["target_modules"])
@@ -309,6 +317,6 @@ def _settle_adapter_config(path: Path) -> None:
 
 
 def link_folder(link: Path, target: Path) -> None:
-    """Puts a link to a folder, in place of one that is there."""
+    """Link to a folder, and replace a link or folder that is there."""
     link.unlink(missing_ok=True)
     link.symlink_to(target.resolve(), target_is_directory=True)

@@ -1,4 +1,4 @@
-"""M0 as a configuration asks for it: where it lies, its dtype, adapter, template and quantisation."""
+"""The configuration of M0: source, dtype, adapter, chat template and quantisation."""
 
 from dataclasses import dataclass, field
 
@@ -33,7 +33,7 @@ class LoRA:
             raise SelfalignError(f"model.lora.targets must be names with commas between, got {self.targets!r}")
 
     def check_use(self) -> None:
-        """Refuses settings of an adapter where there is none.
+        """Refuse settings of an adapter if there is none.
 
         Raises:
             SelfalignError: all weights would be trained instead.
@@ -47,13 +47,13 @@ class LoRA:
 
     @property
     def names(self) -> list[str]:
-        """The layers to adapt."""
+        """The names of the layers to adapt."""
         return [name.strip() for name in self.targets.split(",")]
 
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
-    """Where M0, the pretrained model, comes from, and which of its weights are trained.
+    """Source of M0, the pretrained model, and which of its weights are trained.
 
     Attributes:
         path: a folder, a hub id, "packaged:smollm2-135m-instruct", or "random:tiny" (built in code).

@@ -28,7 +28,7 @@ KEPT_ELEMENTS = 1 << 27
 class SelectedLogProbability(torch.autograd.Function):
     """log softmax(hidden @ weightᵀ)[target], row by row in tiles, with its own backward.
 
-    The second output, without gradient, tells whether the target was the likeliest token.
+    The second output, without gradient, is whether the target was the likeliest token.
     """
 
     @staticmethod
@@ -74,7 +74,7 @@ class SelectedLogProbability(torch.autograd.Function):
 def _score_tile(
     hidden: Tensor, embedding: Tensor, targets: Tensor, scale: float, softcap: float, differentiated: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """log p(target), whether it was the likeliest, and d log p(target) / d logits but for `scale`."""
+    """Return log p(target), whether it was the likeliest, and d log p(target) / d logits but for `scale`."""
     logits = (hidden @ embedding.T).float()
     if scale != 1.0:
         logits *= scale
@@ -107,7 +107,7 @@ def selected_logps(
     scale: float = 1.0,
     softcap: float = 0.0,
 ) -> tuple[Float[Tensor, "tokens"], Bool[Tensor, "tokens"]]:
-    """log p(target) in nats, float32, for each hidden state, and whether the target was the likeliest token.
+    """Return log p(target) in nats, float32, for each hidden state, and whether the target was the likeliest.
 
     Args:
         hidden: the decoder's last hidden states at the positions that predict a response token.
@@ -122,17 +122,16 @@ def selected_logps(
 
 
 def score_responses_only(model: "PreTrainedModel") -> None:
-    """Makes the model's forward return log-probabilities of given tokens instead of logits.
+    """Make the model's forward return log-probabilities of given tokens instead of logits.
 
-    Afterwards `model(input_ids=…, position_ids=…, predict_at=…, targets=…)` gives log p(targets), shape
-    (targets,), where `predict_at` are positions in the flattened batch; with `hits=True` also whether each target
-    was the likeliest token. Called through the model's own forward,
-    this holds under DDP, FSDP and peft. It is for models that only ever train or score; load another to generate.
-    Asked for twice, it is done once.
+    Afterwards `model(input_ids=…, position_ids=…, predict_at=…, targets=…)` returns log p(targets), shape (targets,),
+    where `predict_at` are positions in the flattened batch. With `hits=True` it also returns whether each target was
+    the likeliest token. Because it goes through the model's own forward, it works under DDP, FSDP and peft. The model
+    can then only train or score; load another to generate. A second call has no effect.
 
     Raises:
-        SelfalignError: the output embedding is not a plain linear layer, as one that has a bias,
-            or the model makes its logits of the hidden states in a way that `logit_shape` does not know.
+        SelfalignError: the output layer is not a plain linear layer (for example, it has a bias), or the model computes
+            its logits in a way that `logit_shape` does not know.
     """
     inner = model.get_base_model() if hasattr(model, "peft_config") else model  # pyright: ignore[reportCallIssue]
     head = inner.get_output_embeddings()
@@ -150,11 +149,13 @@ def score_responses_only(model: "PreTrainedModel") -> None:
         inner.train(training)
         # The tolerance is a bfloat16 model's rounding of its capped logits.
         if not torch.allclose(own, ours, rtol=0, atol=1e-3 if inner.dtype == torch.float32 else 0.25):
-            raise SelfalignError(f"{type(inner).__name__} shapes its logits in a way that is not supported here")
+            raise SelfalignError(
+                f"{type(inner).__name__} computes its logits in an unsupported way. Choose another model."
+            )
 
 
 def _probe(model: "PreTrainedModel") -> Batch:
-    """A few tokens to score both ways."""
+    """Return a few tokens to score both ways."""
     tokens = [token % cast(nn.Linear, model.get_output_embeddings()).out_features for token in range(8)]
     return make_batch(model, [Group(id="probe", prompt=tokens[:1], responses=[tokens[1:]], given=[0])]).to(model.device)
 
@@ -176,7 +177,7 @@ def _score(
 
 
 def decoder_of(model: "PreTrainedModel") -> nn.Module:
-    """What makes the hidden states that the output layer takes; some architectures name themselves here."""
+    """Return the module whose hidden states the output layer takes; some architectures name themselves here."""
     named = (model.get_decoder(), model.base_model, getattr(model, "model", None))
     return next(part for part in named if part is not None and part is not model)
 
@@ -188,7 +189,7 @@ def _select(self: nn.Linear, hidden: Tensor, targets: Tensor, scale: float, soft
 
 
 def logit_shape(config: Any) -> tuple[float, float]:
-    """(scale, softcap) of an architecture's logits: Cohere multiplies, Granite divides, Gemma caps."""
+    """Return (scale, softcap) of an architecture's logits: Cohere multiplies, Granite divides, Gemma caps."""
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
     return scale, float(cap or 0.0)

@@ -19,18 +19,18 @@ logger = logging.getLogger(__name__)
 PACKED_ATTENTION = "selfalign_packed"
 
 WITHOUT_EFFECT = ("position_ids", "cache_position", "use_cache", "is_causal", "output_attentions")
-"""Keywords of an attention that packing may ignore: what they say is in the layout, or is about the outputs."""
+"""Keywords of an attention that packing may ignore: the layout has their content, or they are about outputs."""
 
 
 class Layout:
-    """Who sees whom in a packed row: a token sees its prompt and its own response, up to itself.
+    """Which tokens see which in a packed row: a token sees its prompt and its own response, up to itself.
 
-    Made once for a batch and used by every layer. The *trunk* of a group, its prompt (and its response if it has but
-    one), is seen causally; only the responses behind it need a mask.
+    A layout is made once for a batch and used by every layer. The *trunk* of a group, its prompt (and its response if
+    it has only one), is seen causally; only the responses after it need a mask.
     """
 
     def __init__(self, groups: Sequence[tuple[int, Sequence[int]]]) -> None:
-        """Takes each group's prompt length and the lengths of its responses."""
+        """Take each group's prompt length and the lengths of its responses."""
         self.lengths = [prompt + sum(responses) for prompt, responses in groups]
         self.trunks = [prompt + sum(responses) * (len(responses) == 1) for prompt, responses in groups]
         self._group = torch.arange(len(groups)).repeat_interleave(torch.tensor(self.lengths))
@@ -44,7 +44,7 @@ class Layout:
         self._block_masks: dict[int | None, Any] = {}
 
     def to(self, device: torch.device) -> "Layout":
-        """Moves it, in place."""
+        """Move the layout to a device, in place."""
         self._group, self._segment = self._group.to(device), self._segment.to(device)
         self._position = self._position.to(device)
         return self
@@ -57,10 +57,10 @@ class Layout:
         return seen & (distance < window) if window else seen
 
     def masks(self, window: int | None) -> list[tuple[Tensor | None, Tensor]]:
-        """Of every group, two masks that are true where the row's token sees the column's.
+        """Return two masks of every group that are true where the row's token sees the column's.
 
-        The first is the trunk's, (trunk, trunk), or None where it is plainly causal; the second that of the tokens
-        behind it, (tokens - trunk, tokens).
+        The first is the trunk's, (trunk, trunk), or None where it is plainly causal. The second is that of the tokens
+        after it, (tokens - trunk, tokens).
 
         Args:
             window: how far back a token sees, in positions; None sees all.
@@ -77,7 +77,7 @@ class Layout:
         return self._masks[window]
 
     def block_mask(self, window: int | None) -> Any:
-        """The same for FlexAttention, over the whole row."""
+        """Return the mask of the whole row for FlexAttention."""
         from torch.nn.attention.flex_attention import create_block_mask
 
         if window not in self._block_masks:
@@ -94,7 +94,7 @@ class Layout:
 
 
 def enable_packing(model: "PreTrainedModel") -> bool:
-    """Switches the model to packed attention; False, with one log line, where its architecture has none to switch."""
+    """Switch the model to packed attention. Return False, with one log line, if its architecture cannot."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     if not _mixes_tokens_by_attention_alone(model):
@@ -107,7 +107,7 @@ def enable_packing(model: "PreTrainedModel") -> bool:
 
 
 def _mixes_tokens_by_attention_alone(model: "PreTrainedModel") -> bool:
-    """Whether no token sees another except through an attention that can be exchanged.
+    """Whether a token sees another only through an attention that can be exchanged.
 
     A convolution or a recurrence would carry one response over into the next.
     """
@@ -137,7 +137,7 @@ def packed_attention(
     sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one packed row: group by group, or on a GPU in one FlexAttention over the whole row.
+    """Attend within one packed row: group by group, or on a GPU in one FlexAttention over the whole row.
 
     Args:
         module: the attention layer.
@@ -159,7 +159,9 @@ def packed_attention(
     """
     for name, other in others.items():
         if other is not None and other is not False and name not in WITHOUT_EFFECT:
-            raise SelfalignError(f"{type(module).__name__} uses {name!r} in its attention, which packing lacks")
+            raise SelfalignError(
+                f"{type(module).__name__} uses {name!r} in its attention, which packing does not support"
+            )
     dropout = dropout if module.training else 0.0
     if not dropout and query.is_cuda and flex_works(query.device):
         output = whole_row(query, key, value, layout, scaling, sliding_window)
@@ -177,7 +179,7 @@ def group_by_group(
     window: int | None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention of each group's trunk, and of what stands behind it; arguments as of `packed_attention`."""
+    """Attend within each group's trunk, then from the tokens after it; arguments as of `packed_attention`."""
     options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
     groups = zip(*(tensor.split(layout.lengths, dim=2) for tensor in (query, key, value)), strict=True)
     outputs: list[Tensor] = []
@@ -194,16 +196,16 @@ def group_by_group(
 def whole_row(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float | None, window: int | None
 ) -> Tensor:
-    """FlexAttention under the layout's block mask; arguments as of `packed_attention`."""
+    """Attend by FlexAttention with the layout's block mask; arguments as of `packed_attention`."""
     grouped = key.shape[1] != query.shape[1]
     return _compiled_flex()(query, key, value, block_mask=layout.block_mask(window), scale=scaling, enable_gqa=grouped)
 
 
 @cache
 def flex_works(device: torch.device) -> bool:
-    """Whether FlexAttention compiles for this device, and gives values and gradients as group by group.
+    """Whether FlexAttention compiles for this device and gives the values and gradients of `group_by_group`.
 
-    It is tried once on a small row; where it fails, one log line says why, and attention goes group by group.
+    It is tried once on a small row. If it fails, one log line says why, and attention goes group by group.
     """
     layout = Layout([(70, [40, 30]), (5, [9])]).to(device)
     draw = torch.Generator().manual_seed(0)
@@ -216,7 +218,7 @@ def flex_works(device: torch.device) -> bool:
             gradients = torch.autograd.grad(output.square().sum(), (query, key, value))
             results.append([output.detach(), *gradients])
         worst = max(float((one - other).abs().max()) for one, other in zip(*results, strict=True))
-        problem = f"it is {worst:.1e} off" if not worst < 2e-2 else ""
+        problem = f"it is {worst:.1e} off" if not worst < 2e-2 else None
     except Exception as error:  # noqa: BLE001 - a compiler may fail in any way
         problem = f"{type(error).__name__}: {error}".splitlines()[0]
     if problem:

@@ -1,4 +1,4 @@
-"""M0 and other models from outside a run: found, identified by their files, and put into a policy's folder."""
+"""M0 and other models from outside a run: found, identified by their files, and written into a policy's folder."""
 
 import logging
 from dataclasses import replace
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-"""What a model is made of; pickled weights are not read."""
+"""Files of a model; pickled weights are not read."""
 
 ADAPTER_CONFIG = "adapter_config.json"
-"""What peft writes beside an adapter's weights."""
+"""peft's configuration beside an adapter's weights."""
 
 TEMPLATES = PACKAGE / "models" / "templates"
 
 
 def fetch_pretrained(config: ModelConfig, destination: Path, key: str = "model.path") -> PolicyFiles:
-    """Puts a model into a folder as `weights/` and `tokenizer/`.
+    """Write a model into a folder as `weights/` and `tokenizer/`.
 
     An adapter is merged into its base, and the sum is the model.
 
@@ -70,7 +70,7 @@ def fetch_pretrained(config: ModelConfig, destination: Path, key: str = "model.p
 
 
 def settle_tokenizer(tokenizer: "Tokenizer", weights: Path) -> None:
-    """Gives a tokenizer what the run needs: padding, the same ids every time, and what its model ends a text at."""
+    """Set up a tokenizer for the run: padding, deterministic ids, and the model's stop tokens."""
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     rule: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
@@ -85,14 +85,14 @@ def settle_tokenizer(tokenizer: "Tokenizer", weights: Path) -> None:
 
 
 def named_stops(weights: Path) -> int | list[int] | None:
-    """What a model's files end a text at: its generation_config.json, or where there is none its config.json."""
+    """Return the stop tokens of a model's generation_config.json, or if there is none of its config.json."""
     own = weights / "generation_config.json"
     settings = read_json(own if own.exists() else weights / "config.json")
     return settings.get("eos_token_id", settings.get("text_config", {}).get("eos_token_id"))
 
 
 def identify_source(config: ModelConfig, key: str = "model.path") -> str:
-    """What the model's artefact is keyed by: the digest of the files it comes from, an adapter's base among them.
+    """Return the key of a model's source: the digest of its files, an adapter's base among them.
 
     Raises:
         SelfalignError: there is no such model; the message names the setting, `key`.
@@ -112,7 +112,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def base_of(config: ModelConfig, folder: Path) -> ModelConfig:
-    """The model an adapter belongs to, by what its configuration says; a relative path is looked for beside it too."""
+    """Return the base model that an adapter's configuration names. A relative path is looked for beside it too."""
     name = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or ""
     beside = folder / name
     path = str(beside.resolve()) if name and beside.is_dir() else name
@@ -120,7 +120,7 @@ def base_of(config: ModelConfig, folder: Path) -> ModelConfig:
 
 
 def merge_into_base(config: ModelConfig, folder: Path, key: str, weights: Path) -> "Tokenizer":
-    """Writes an adapter as part of the weights it belongs to; returns its tokenizer, or its base's where it has none.
+    """Write an adapter merged into its base. Return the adapter's tokenizer, or its base's if it has none.
 
     Raises:
         SelfalignError: the base is not there, is quantised or would round the adapter away, the two do not fit or
@@ -145,11 +145,11 @@ def merge_into_base(config: ModelConfig, folder: Path, key: str, weights: Path) 
         raise SelfalignError(f"{key}: {folder} is an adapter that does not fit {home}: {reason_of(error)}") from error
     if not hasattr(apart.base_model, "merge_and_unload"):
         kind = read_json(folder / ADAPTER_CONFIG)["peft_type"]
-        raise SelfalignError(f"{key}: {folder} is an adapter of the kind {kind}, which cannot be merged into its base")
+        raise SelfalignError(f"{key}: {folder} is an adapter of type {kind}, which cannot be merged into its base")
     if wrong := sorted(report.unexpected_keys) + sorted(report.missing_keys):
         raise SelfalignError(
-            f"{key}: {folder} is an adapter whose weights are not those of its layers in {home}, for example "
-            f"{wrong[0]!r} ({len(wrong)}): save it again from the model that it was trained in, without its wrappers"
+            f"{key}: {folder} is an adapter whose weights do not match the layers of {home}, for example {wrong[0]!r} "
+            f"({len(wrong)}). Save it again from the model that it was trained in, without wrappers."
         )
     before = few_logits(cast(torch.nn.Module, apart))
     try:
@@ -162,8 +162,8 @@ def merge_into_base(config: ModelConfig, folder: Path, key: str, weights: Path) 
     written = load_checkpoint(weights, "float32", trust_remote_code=config.trust_remote_code)
     if not torch.allclose(before, few_logits(written), rtol=1e-3, atol=1e-2):
         raise SelfalignError(
-            f"{key}: {folder} is an adapter that changes when it is merged into {home}, as one of an embedding does "
-            "that is the output layer too: untie the two in the base, or leave the embedding to the base"
+            f"{key}: {folder} is an adapter that changes when it is merged into {home}, as an adapter of an embedding "
+            "does that is the output layer too. Untie the two in the base, or leave the embedding out of the adapter."
         )
     own = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
     return load_tokenizer(folder if own else home, config.trust_remote_code)
@@ -171,12 +171,12 @@ def merge_into_base(config: ModelConfig, folder: Path, key: str, weights: Path) 
 
 @torch.no_grad()
 def few_logits(model: torch.nn.Module) -> torch.Tensor:
-    """What a model says to its first few tokens."""
+    """Return a model's logits for its first few tokens."""
     return model.eval()(input_ids=torch.arange(8)[None], use_cache=False).logits
 
 
 def stored_quantisation(config: ModelConfig, folder: Path, key: str) -> str:
-    """How a checkpoint's weights are quantised in its files, "" where they are not.
+    """Return how a checkpoint's weights are quantised in its files, "" if they are not.
 
     Raises:
         SelfalignError: it is no causal language model, or its architecture is not known here.
@@ -192,17 +192,17 @@ def stored_quantisation(config: ModelConfig, folder: Path, key: str) -> str:
             "model.trust_remote_code=true"
         )
     if not own_code and kind not in CONFIG_MAPPING:
-        raise SelfalignError(f"{key}: {folder} is of an architecture, {kind!r}, that transformers {__version__} lacks")
+        raise SelfalignError(f"{key}: transformers {__version__} does not know the architecture {kind!r} of {folder}")
     if settings.get("is_encoder_decoder") or not (own_code or kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        raise SelfalignError(f"{key}: {folder} is no causal language model ({kind}): it cannot continue a prompt")
+        raise SelfalignError(f"{key}: {folder} is not a causal language model ({kind}), so it cannot continue a prompt")
     return (settings.get("quantization_config") or {}).get("quant_method", "")
 
 
 def _read_settings(folder: Path, key: str) -> dict[str, Any]:
-    """What a checkpoint's config.json says.
+    """Return a checkpoint's config.json.
 
     Raises:
-        SelfalignError: it has none, or one that is no JSON object.
+        SelfalignError: it has none, or one that is not a JSON object.
     """
     path = folder / "config.json"
     if not path.exists():
@@ -210,26 +210,26 @@ def _read_settings(folder: Path, key: str) -> dict[str, Any]:
     try:
         settings = read_json(path)
     except ValueError as error:
-        raise SelfalignError(f"{key}: {path} is no JSON ({error})") from error
+        raise SelfalignError(f"{key}: {path} is not valid JSON ({error})") from error
     if not isinstance(settings, dict):
-        raise SelfalignError(f"{key}: {path} is no JSON object, but a {type(settings).__name__}")
+        raise SelfalignError(f"{key}: {path} must hold a JSON object, got a {type(settings).__name__}")
     return settings
 
 
 def read_template(config: ModelConfig) -> str:
-    """The chat template that is given in place of the tokenizer's own."""
+    """Return the chat template that replaces the tokenizer's own."""
     name = config.chat_template.removeprefix("shipped:")
     shipped = name != config.chat_template
     return read_text(TEMPLATES / f"{name}.jinja" if shipped else Path(name))
 
 
 def files_of(config: ModelConfig) -> list[str]:
-    """What a model is made of; its code belongs to it where the user trusts it."""
+    """Return the files of a model. Its code belongs to it if the user trusts it."""
     return [*MODEL_FILES, "*.py"] if config.trust_remote_code else MODEL_FILES
 
 
 def find_local(config: ModelConfig, key: str) -> Path | None:
-    """The folder of a model that is on this machine already; None for one that is built, or still to be fetched.
+    """Return the folder of a model that is on this machine; None for one to be built or fetched.
 
     Raises:
         SelfalignError: there is no such folder, which is the setting `key`, or no such template.
@@ -250,15 +250,15 @@ def find_local(config: ModelConfig, key: str) -> Path | None:
 
 
 def is_hub_id(path: str) -> bool:
-    """Whether a model's path has the form owner/name; a folder here may have it too."""
+    """Whether a model's path has the form owner/name. A folder may have it too."""
     return path.count("/") == 1 and not path.startswith(("/", ".", "~"))
 
 
 def find_checkpoint(config: ModelConfig, key: str = "model.path") -> Path:
-    """The folder of a model, fetched from the hub where it is no folder here.
+    """Return the folder of a model, fetched from the hub unless it is a folder on this machine.
 
     Raises:
-        SelfalignError: there is none; the message names the setting, `key`.
+        SelfalignError: the model cannot be found or fetched; the message names the setting, `key`.
     """
     folder = path_of(config.path)
     if folder.is_dir():
@@ -275,13 +275,13 @@ def find_checkpoint(config: ModelConfig, key: str = "model.path") -> Path:
         return Path(snapshot_download(config.path, revision=config.revision, allow_patterns=files_of(config)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise SelfalignError(
-            f"{key}: {config.path!r} is no folder here and could not be fetched from the hub "
-            f"({type(error).__name__}); check the name and the network, or download it and give its folder"
+            f"{key}: {config.path!r} is not a folder, and could not be fetched from the hub ({type(error).__name__}). "
+            "Check the name and the network, or download it and give its folder."
         ) from error
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool) -> "Tokenizer":
-    """The tokenizer of a model's folder.
+    """Load the tokenizer of a model's folder.
 
     Raises:
         SelfalignError: it has none that can be read.

@@ -1,8 +1,8 @@
-"""Base weights in 4 bits, for adapters to be trained beside them: QLoRA (Dettmers et al. 2023, arXiv 2305.14314).
+"""Base weights in 4 bits, with adapters trained beside them: QLoRA (Dettmers et al. 2023, arXiv 2305.14314).
 
-What is stored stays as it was; the linear layers, all but the output layer, are quantised while they are loaded. The
-policy is the quantised base with the adapter beside it, wherever it trains, scores or writes: merging the two would
-round the adapter away, and merging with the unquantised base would make another policy than the one that was trained.
+The stored weights stay as they were; the linear layers, except the output layer, are quantised while they are loaded.
+The policy is the quantised base with the adapter beside it, wherever it trains, scores or writes. Merging the two would
+round the adapter away, and merging with the unquantised base would give another policy than the trained one.
 """
 
 import importlib.util
@@ -21,22 +21,22 @@ NEEDS = "model.quantization=nf4 needs bitsandbytes: pip install 'selfalign[qlora
 
 
 def check_quantization(quantization: str, rank: int) -> None:
-    """Quantised weights cannot be trained, so there must be an adapter.
+    """Check that quantised weights have an adapter, because they cannot be trained themselves.
 
     Raises:
-        SelfalignError: there is none, or this way to quantise is not known.
+        SelfalignError: there is no adapter, or the quantisation is unknown.
     """
     if quantization not in QUANTIZATIONS:
         raise SelfalignError(f"model.quantization must be one of {', '.join(QUANTIZATIONS)}; got {quantization!r}")
     if quantization != "none" and not rank:
         raise SelfalignError(
-            f"model.quantization={quantization} leaves the weights as they are, and model.lora.rank=0 asks to train "
-            "them: set model.lora.rank, such as 16"
+            f"model.quantization={quantization} freezes the weights, but model.lora.rank=0 trains them. Set "
+            "model.lora.rank, for example to 16."
         )
 
 
 def check_engine(quantization: str, engine: str) -> None:
-    """Other engines would run the unquantised base beside the adapter, which is not the policy that was trained.
+    """Check that the engine can run 4-bit weights. Others would run the unquantised base, which is another policy.
 
     Raises:
         SelfalignError: weights in 4 bits are to be run by `generate=<engine>`.
@@ -48,11 +48,11 @@ def check_engine(quantization: str, engine: str) -> None:
 
 
 def quantise_on_load(dtype: torch.dtype, device: str) -> dict[str, Any]:
-    """What makes transformers quantise a checkpoint to NF4 while it loads it.
+    """Return the argument that makes transformers quantise a checkpoint to NF4 while it loads it.
 
     Args:
-        dtype: what the quantised layers multiply in.
-        device: where they are quantised, and stay.
+        dtype: of the multiplications in quantised layers.
+        device: of the quantised layers.
 
     Raises:
         SelfalignError: bitsandbytes is not installed.
@@ -73,11 +73,11 @@ def quantise_on_load(dtype: torch.dtype, device: str) -> dict[str, Any]:
 
 
 def keep_layers_differentiable(model: "PreTrainedModel") -> None:
-    """Keeps bitsandbytes from repacking 4-bit layers for inference, on CPUs that multiply bfloat16 by AVX-512.
+    """Keep bitsandbytes from repacking 4-bit layers for inference, on CPUs that multiply bfloat16 by AVX-512.
 
-    bitsandbytes 0.50 does so in the first pass without gradients and never undoes it. The kernel that takes repacked
-    layers has no backward, so whatever lies before one trains on no gradient at all, and its values are other ones
-    than those the policy was trained with.
+    bitsandbytes 0.50 does so in the first pass without gradients and never undoes it. The kernel for repacked layers
+    has no backward, so everything before such a layer trains on no gradient at all, and its values differ from those
+    that the policy was trained with.
     """
     from bitsandbytes.nn.modules import Linear4bit
 

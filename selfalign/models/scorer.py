@@ -1,4 +1,4 @@
-"""Reading instead of writing: how likely a policy finds given responses, or given next tokens.
+"""Log-probabilities of given responses, or of given next tokens, under a policy.
 
 Prompts are shared and packed (`selfalign.models.batches`), so a prompt is computed once for all that follows it.
 """
@@ -20,17 +20,17 @@ from selfalign.models.packed_attention import enable_packing
 from selfalign.store.journal import Journal
 
 DROPOUT = ("dropout", "pdrop", "dropout_p")
-"""How attributes end that are rates of dropout."""
+"""Endings of attributes that are dropout rates."""
 
 LAYER_DROP = "layerdrop"
-"""The share of whole layers that some architectures leave out in training; none is, whatever dropout is asked for."""
+"""The rate of layer dropout in some architectures; it is always 0 here."""
 
 NOISE = "jitter_noise"
-"""How those end that are the size of a router's noise."""
+"""Endings of attributes that are the size of a router's noise."""
 
 
 def make_scoring(policy: Policy, dropout: float = 0.0) -> None:
-    """Makes a policy's model return log-probabilities of given tokens, packed where that is right, and sets dropout."""
+    """Make a policy's model return log-probabilities of given tokens, packed if it can, and set its dropout."""
     if policy.capabilities.packs:
         enable_packing(policy.model)
     score_responses_only(policy.model)
@@ -38,10 +38,10 @@ def make_scoring(policy: Policy, dropout: float = 0.0) -> None:
 
 
 def set_dropout(model: nn.Module, dropout: float) -> None:
-    """Sets every dropout: layers, the rates that attention passes on, and those that layers read from their config.
+    """Set every dropout: layers, the rates of attention, and those that layers read from their config.
 
-    The latter get a config of their own, because the model's is saved with it. Routers that add noise in training, as
-    some mixtures of experts do, route as in inference: their noise cannot be told from a dropout.
+    Such layers get a config of their own, because the model's is saved with it. Routers that add noise in training, as
+    in some mixtures of experts, route as in inference: their noise cannot be told from a dropout.
     """
     from transformers import PreTrainedModel
 
@@ -64,29 +64,29 @@ def set_dropout(model: nn.Module, dropout: float) -> None:
 
 
 def set_rates(owner: Any, dropout: float) -> None:
-    """Sets the attributes that are rates of dropout."""
+    """Set the attributes that are dropout rates."""
     for name in rates_of(owner):
         setattr(owner, name, dropout)
 
 
 def rates_of(owner: Any) -> list[str]:
-    """The attributes that are rates of dropout; a config may have 0 for 0.0."""
+    """Return the attributes that are dropout rates. A config may have 0 for 0.0."""
     numbers = (name for name, value in vars(owner).items() if type(value) in (int, float))
     return [name for name in numbers if name.endswith(DROPOUT)]
 
 
 def stays_in_inference(module: nn.Module) -> bool:
-    """Whether a module adds noise in training, so that it is kept from training."""
+    """Whether a module adds noise in training, so that it is kept in inference mode."""
     return any(name.endswith(NOISE) for name in vars(module))
 
 
 def _stay(self: nn.Module, mode: bool = True) -> nn.Module:
-    """In place of a module's `train`, for one that stays in inference."""
+    """Replace `train` of a module that stays in inference mode."""
     return self
 
 
 def responses_in(group: Group) -> int:
-    """How many there are."""
+    """Return the number of responses in a group."""
     return len(group.responses)
 
 
@@ -97,7 +97,7 @@ class Scorer(InMemory):
     Attributes:
         policy: its model serves for nothing else afterwards.
         batch_tokens: the most tokens of a batch.
-        autocast: "bfloat16" to multiply in it while the weights keep their dtype; empty for the weights' own.
+        autocast: "bfloat16" to multiply in it while the weights keep their dtype; empty for the dtype of the weights.
     """
 
     batch_tokens: int
@@ -108,17 +108,17 @@ class Scorer(InMemory):
         make_scoring(self.policy)
 
     def plan(self, groups: Sequence[Group]) -> list[list[Group]]:
-        """The groups, in their order, in batches of at most `batch_tokens`."""
+        """Return the groups, in their order, in batches of at most `batch_tokens`."""
         return list(split_by_tokens(groups, self.batch_tokens))
 
     def score(self, groups: Sequence[Group]) -> list[list[float]]:
-        """Summed log-probabilities (nats) of each group's responses."""
+        """Return the summed log-probabilities (nats) of each group's responses."""
         batch = make_batch(self.policy.model, groups)
         sums = iter(batch.sum_by_response(self._logps(batch)).tolist())
         return [[next(sums) for _ in group.responses] for group in groups]
 
     def choose(self, groups: Sequence[Group], alternatives: Sequence[int]) -> list[list[list[float]]]:
-        """log p (nats) of each alternative as the token after each response, for every group."""
+        """Return log p (nats) of each alternative as the token after each response, for every group."""
         batch = make_batch(self.policy.model, [with_next_token(group) for group in groups])
         ends = batch.tokens.long().cumsum(0) - 1
         batch.predict_at = batch.predict_at[ends].repeat_interleave(len(alternatives))
@@ -129,7 +129,7 @@ class Scorer(InMemory):
     def score_all(
         self, groups: Sequence[Group], journal: Journal, name: str, size: Callable[[Group], int] = responses_in
     ) -> Iterator[list[float]]:
-        """What `score` says of each group, in journalled batches.
+        """Yield the scores of each group, in journalled batches.
 
         Args:
             groups: any number of them.
@@ -154,7 +154,7 @@ def ask_all(
     name: str,
     size: Callable[[Group], int],
 ) -> Iterator[Any]:
-    """What a loaded policy says of each group, in journalled batches."""
+    """Yield a loaded policy's answer to each group, in journalled batches."""
     # Named by what is in them, because `batch_tokens` may be another when a killed stage is resumed.
     tasks = ((f"{name}-{batch[0].id}-{len(batch)}", sum(map(size, batch)), partial(ask, batch)) for batch in batches)
     for rows in journal.batches(tasks):
@@ -162,6 +162,6 @@ def ask_all(
 
 
 def with_next_token(group: Group) -> Group:
-    """The group with a placeholder behind each response: the token whose alternatives are asked for."""
+    """Return the group with a placeholder after each response: the token whose alternatives are scored."""
     responses = [[*response, 0] for response in group.responses]
     return Group(id=group.id, prompt=group.prompt, responses=responses, given=[len(r) - 1 for r in responses])

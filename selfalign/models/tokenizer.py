@@ -1,7 +1,7 @@
-"""Text to token ids: prompts, and the responses behind them, as the ids of the whole conversation have them.
+"""Text to token ids: prompts and responses, so that both together have the ids of the whole conversation.
 
-prompt ids + response ids = the ids of what the chat template makes of the whole conversation, and a response that the
-model wrote keeps the ids it was written as. A tokenizer would not always read its text as the same ids again.
+prompt ids + response ids = the ids of the whole conversation as the chat template renders it. A response that a model
+wrote keeps the ids it was written as, because a tokenizer would not always read its text as the same ids again.
 """
 
 import logging
@@ -29,19 +29,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 OWN_STOPS = "stop_token_ids"
-"""Under this name a tokenizer's settings keep the tokens that its model's own files end a text at."""
+"""Name of the model's own stop tokens in a tokenizer's settings."""
 
 ANCHORS = ("\n", "x", "1", ".")
-"""Short texts; behind one of them a text is tokenised as in the middle of another."""
+"""Short texts: behind one of them a text is tokenised as in the middle of another."""
 
 
 RARE = "\U00012031"
-"""A letter that only vocabularies spell that can spell everything: a cuneiform sign."""
+"""A letter, a cuneiform sign, that only complete vocabularies can spell."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """A response that goes behind a prompt.
+    """A response to be put behind a prompt.
 
     Attributes:
         text: what it says.
@@ -55,11 +55,11 @@ class Answer:
 
 
 def encode_prompt(tokenizer: "Tokenizer", prompt: Prompt, prefill: str = "") -> list[int]:
-    """The ids the model continues from.
+    """Return the ids that the model continues from.
 
-    Messages go through the chat template up to where the assistant answers. Behind them stands `prefill`, the
-    beginning of the answer; where the last message is the assistant's, that one is continued. A plain text is taken as
-    it stands. There is one BOS where the tokenizer or the template wants one.
+    Messages go through the chat template up to the assistant's answer. Then follows `prefill`, the beginning of the
+    answer; if the last message is the assistant's, that one is continued. A plain text is taken as it stands. There is
+    one BOS if the tokenizer or the template wants one.
 
     Raises:
         SelfalignError: messages are given, and the tokenizer has no chat template, or it refuses them.
@@ -68,17 +68,17 @@ def encode_prompt(tokenizer: "Tokenizer", prompt: Prompt, prefill: str = "") -> 
 
 
 def prompt_end(tokenizer: "Tokenizer", ids: list[int]) -> str:
-    """The end of an encoded prompt as a text, control tokens included, from which the model continues."""
+    """Return the end of an encoded prompt as a text, control tokens included, from which the model continues."""
     return str(tokenizer.decode(ids[-16:]))
 
 
 def encode_answers(
     tokenizer: "Tokenizer", prompt: Prompt, answers: Sequence[Answer], prefill: str = ""
 ) -> list[list[int]]:
-    """The ids of each answer behind a prompt (with the beginning of the answer that is given).
+    """Return the ids of each answer behind a prompt (and behind the prefill).
 
-    An answer that was written by the model has the ids it was written as. The others are tokenised together with the
-    prompt, of whose ids none changes.
+    An answer that the model wrote keeps the ids it was written as. The others are tokenised together with the prompt,
+    whose ids do not change.
     """
     before, ids, margin = _context(tokenizer, prompt, prefill)
     shape = answer_shape(tokenizer)
@@ -96,16 +96,16 @@ def encode_answers(
 
 @lru_cache(maxsize=16)
 def strips_answers(tokenizer: "Tokenizer") -> bool:
-    """Whether the token that ends a turn takes the white space before it to itself wherever a text spells it."""
+    """Whether the token that ends a turn absorbs the white space before it wherever a text spells it."""
     end = tokenizer.added_tokens_decoder.get(end_of_turn_id(tokenizer))
     return bool(end and end.lstrip)
 
 
 def settle_boundary(tokenizer: "Tokenizer", prompt: Prompt, answers: Sequence[Answer]) -> tuple[Prompt, list[Answer]]:
-    """A plain text and its answers, with white space between the two where the tokenizer wants it.
+    """Return a plain text and its answers, with white space between the two where the tokenizer wants it.
 
-    "2 + 2 = " and "4" become "2 + 2 =" and " 4" where these are the words of the whole. Messages stay as they are:
-    their template decides.
+    "2 + 2 = " and "4" become "2 + 2 =" and " 4" if these are the words of the whole. Messages stay as they are: their
+    template decides.
     """
     if not isinstance(prompt, str) or not prompt[-1:].isspace():
         return prompt, list(answers)
@@ -114,9 +114,9 @@ def settle_boundary(tokenizer: "Tokenizer", prompt: Prompt, answers: Sequence[An
 
 
 def end_of_turn_id(tokenizer: "Tokenizer") -> int:
-    """The token that ends an assistant turn: the first control token the chat template puts behind one.
+    """Return the token that ends an assistant turn: the first control token that the chat template puts after one.
 
-    Without a chat template, or where that template puts none, it is the tokenizer's EOS.
+    Without a chat template, or if that template puts none, it is the tokenizer's EOS.
 
     Raises:
         SelfalignError: the tokenizer has neither.
@@ -128,34 +128,37 @@ def end_of_turn_id(tokenizer: "Tokenizer") -> int:
 
 
 def stop_ids(tokenizer: "Tokenizer") -> list[int]:
-    """The tokens generation stops at: EOS, the end of turn, what stands behind an answer in a conversation, and those
-    that the model's own files name (see `own_stops`)."""
+    """Return the tokens that end generation.
+
+    These are EOS, the end of turn, the token after an answer in a conversation, and those that the model's own files
+    name (see `own_stops`).
+    """
     eos, named = cast(int | None, tokenizer.eos_token_id), tokenizer.init_kwargs.get(OWN_STOPS, [])
     known = {eos, end_of_turn_id(tokenizer), answer_shape(tokenizer).next, *named}
     return sorted(token for token in known if token is not None)
 
 
 def own_stops(tokenizer: "Tokenizer", named: int | Sequence[int] | None) -> list[int]:
-    """Of the tokens that a model's own files end a text at, those that no text spells."""
+    """Return the stop tokens in a model's own files that no text spells."""
     listed = [named] if isinstance(named, int) else named or []
     return sorted(control_ids(tokenizer) & {*listed})
 
 
 def decode_response(tokenizer: "Tokenizer", ids: list[int]) -> str:
-    """The text of generated ids, without control tokens."""
+    """Return the text of generated ids, without control tokens."""
     control = control_ids(tokenizer)
     written = decode_behind(tokenizer, [token for token in ids if token not in control])
     return answer_text(tokenizer, written, finished=bool(ids) and ids[-1] in stop_ids(tokenizer))
 
 
 def answer_text(tokenizer: "Tokenizer", written: str, *, finished: bool) -> str:
-    """An answer without the white space that the template puts around it; its own stays."""
+    """Return an answer without the white space that the template puts around it; its own stays."""
     shape = answer_shape(tokenizer)
     return written.removeprefix(shape.margin).removesuffix(shape.closing * finished)
 
 
 def decode_behind(tokenizer: "Tokenizer", ids: list[int]) -> str:
-    """The text of ids that stand behind others, with the space that some tokenizers leave out at the beginning."""
+    """Return the text of ids that follow others, with the space that some tokenizers leave out at the beginning."""
     anchor = text_ids(tokenizer, ANCHORS[1])
     before, whole = (
         str(tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False))
@@ -166,12 +169,12 @@ def decode_behind(tokenizer: "Tokenizer", ids: list[int]) -> str:
 
 @lru_cache(maxsize=16)
 def reads_no_space(tokenizer: "Tokenizer") -> bool:
-    """Whether white space is nothing but the end of a word, so that a decoder puts a space before every one."""
+    """Whether white space is only the end of a word, so that a decoder puts a space before every word."""
     return text_ids(tokenizer, "x\nx") == text_ids(tokenizer, "x  x")
 
 
 def silent_ids(tokenizer: "Tokenizer", rows: int) -> list[int]:
-    """Of a model's first `rows` ids those that stand for no text: without a token, or for what has none."""
+    """Return those of a model's first `rows` ids that stand for no text: ids without a token, or without a text."""
     unknown = {unknown_id(tokenizer)}.difference(stop_ids(tokenizer))
     known = set(tokenizer.get_vocab().values()) - unknown
     # Several tokens of a tokenizer in Python may have one spelling, of which its vocabulary names the first.
@@ -181,13 +184,13 @@ def silent_ids(tokenizer: "Tokenizer", rows: int) -> list[int]:
 
 @lru_cache(maxsize=16)
 def unknown_id(tokenizer: "Tokenizer") -> int | None:
-    """The token that stands for whatever the vocabulary cannot spell; None where it can spell everything."""
+    """Return the token for whatever the vocabulary cannot spell; None if it can spell everything."""
     unknown = cast(int | None, tokenizer.unk_token_id)
     return unknown if unknown in text_ids(tokenizer, RARE) else None
 
 
 def has_unknown(tokenizer: "Tokenizer", prompt: Prompt, answers: Sequence[Answer] = ()) -> bool:
-    """Whether a prompt, or an answer of which only the text is known, has what the vocabulary cannot spell."""
+    """Whether a prompt, or an answer of which only the text is known, has characters that the vocabulary lacks."""
     unknown = unknown_id(tokenizer)
     texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
     texts += [answer.text for answer in answers if not answer.ids]
@@ -195,41 +198,45 @@ def has_unknown(tokenizer: "Tokenizer", prompt: Prompt, answers: Sequence[Answer
 
 
 def warn_of_unknown(tokenizer: "Tokenizer", count: int, of: int, noun: str) -> None:
-    """Says how many of the data's texts the model does not see as they are."""
+    """Warn of the number of texts that the model does not see as they are."""
     if count:
         logger.warning(
-            "%d of %d %s (%.3g %%) have characters that the tokenizer has no token for: the model reads %s in their "
-            "place, and where they are trained on it learns to write that",
+            "%d of %d %s (%.3g %%) have characters that the tokenizer has no token for: the model reads %s instead, "
+            "and learns to write it where it is trained on them",
             *(count, of, noun, 100 * count / of, tokenizer.unk_token),
         )
 
 
 def unknown_counts(counts: Mapping[str, int]) -> dict[str, int]:
-    """The same for a stage's manifest."""
+    """Return that number for a stage's manifest."""
     return {"with_unknown_tokens": counts["unknown"]} if counts.get("unknown") else {}
 
 
 def plain_ids(tokenizer: "Tokenizer", text: str) -> list[int]:
-    """The ids of a text in the middle of another; a control token that it spells is text."""
+    """Return the ids of a text in the middle of another. A control token that it spells is text."""
     return [token for piece in _pieces(tokenizer, text) for token in _behind_anchor(tokenizer, piece)]
 
 
 def spell(tokenizer: "Tokenizer", ids: list[int]) -> str:
-    """The text that the tokenizer reads as these ids, for programs that take texts only; BOS is left to them.
+    """Return the text that the tokenizer reads as these ids, for programs that take only texts; they add BOS
+    themselves.
 
     Raises:
-        SelfalignError: there is none.
+        SelfalignError: no text has these ids.
     """
     text, bos = str(tokenizer.decode(ids)), str(tokenizer.bos_token or "")
     if bos and text_ids(tokenizer, "", add_special_tokens=True)[:1] == [tokenizer.bos_token_id]:
         text = text.removeprefix(bos)
     if text_ids(tokenizer, text, add_special_tokens=True) != ids:
-        raise SelfalignError(f"no text is read as these {len(ids)} tokens again, which begin with {text[:40]!r}")
+        raise SelfalignError(
+            f"cannot convert {len(ids)} prompt tokens to a text that tokenizes back to the same ids (starts with "
+            f"{text[:40]!r})"
+        )
     return text
 
 
 def _context(tokenizer: "Tokenizer", prompt: Prompt, prefill: str) -> tuple[str, list[int], str]:
-    """A prompt's text and ids, and white space that is to be written before an answer."""
+    """Return a prompt's text and ids, and the white space to write before an answer."""
     if isinstance(prompt, str):
         first, *rest = _pieces(tokenizer, prompt)
         ids = rendered_ids(tokenizer, first)
@@ -247,17 +254,17 @@ def _context(tokenizer: "Tokenizer", prompt: Prompt, prefill: str) -> tuple[str,
 
 
 def _begun_answer(messages: list[Message]) -> tuple[list[Message], str]:
-    """The messages that are answered, and the beginning of the answer, where the last message is the assistant's."""
+    """Return the messages to answer, and the beginning of the answer if the last message is the assistant's."""
     if messages[-1:] and messages[-1]["role"] == "assistant":
         return messages[:-1], messages[-1]["content"]
     return messages, ""
 
 
 def _continued(tokenizer: "Tokenizer", before: str, ids: list[int], text: str) -> list[int]:
-    """The ids of a text behind another, whose ids stay as they are; a control token that it spells is text.
+    """Return the ids of a text behind another, whose ids stay as they are. A control token that it spells is text.
 
-    They are those of both texts together where these begin with the first one's. Else, as for an answer that begins
-    with more white space than the prompt ends with, the text is tokenised apart.
+    They come from the ids of both texts together if these begin with the ids of the first. Else, as for an answer that
+    begins with more white space than the prompt ends with, the text is tokenised alone.
     """
     first, *rest = _pieces(tokenizer, text)
     whole = rendered_ids(tokenizer, before + first)
@@ -266,7 +273,7 @@ def _continued(tokenizer: "Tokenizer", before: str, ids: list[int], text: str) -
 
 
 def _behind_anchor(tokenizer: "Tokenizer", text: str) -> list[int]:
-    """The ids of a text as in the middle of another: without the space that some tokenizers put before a first word."""
+    """Return the ids of a text as in the middle of another, without the space that some tokenizers put first."""
     if not text:
         return []
     for anchor in ANCHORS:
@@ -277,6 +284,6 @@ def _behind_anchor(tokenizer: "Tokenizer", text: str) -> list[int]:
 
 
 def _pieces(tokenizer: "Tokenizer", text: str) -> list[str]:
-    """The text in pieces none of which spells a control token; at least one."""
+    """Return the text in pieces none of which spells a control token; at least one."""
     cuts = [0, *(start + 1 for start in spelled_at(tokenizer, text)), len(text)]
     return [text[start:end] for start, end in pairwise(cuts)]

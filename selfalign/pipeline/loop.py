@@ -13,6 +13,7 @@ from selfalign.core.files import derive_seed
 from selfalign.judges.protocol import asks_a_server
 from selfalign.losses.protocol import augmentation_of
 from selfalign.models.config import ModelConfig
+from selfalign.pipeline.dtypes import resolve_dtypes
 from selfalign.pipeline.evaluation import Evaluation
 from selfalign.pipeline.inputs import Given, makes_baseline
 from selfalign.pipeline.models import Judging, Models, checkpoint_judge, fixed_judges, load_model
@@ -35,6 +36,7 @@ from selfalign.training.config import Weights
 
 def run_pipeline(config: ExperimentConfig, run: Maker) -> None:
     """M0 → M1 → … → M_{iterations+1}, each measured."""
+    config = resolve_dtypes(config)
     method = Method(config, run, Given(config, run))
     models = method.models()
     method.taught = method.demonstrations(models)

@@ -51,9 +51,9 @@ class Models:
         """The model a setting names: base is M0, sft is M1, self and previous are the newest."""
         return {"base": self.base, "sft": self.sft}.get(name, self.newest)
 
-    def own_or(self, name: str, fixed: Artefact | None) -> Artefact | None:
+    def own_or(self, name: str | None, fixed: Artefact | None) -> Artefact | None:
         """The run's own model of this name, or where it is none of them, the one that was loaded for it."""
-        return self.named(name) if name in OWN_MODELS else fixed
+        return self.named(name) if name is not None and name in OWN_MODELS else fixed
 
 
 def load_model(run: Maker, label: Label, model: ModelConfig, key: str) -> Artefact:

@@ -12,10 +12,10 @@ from selfalign.store.artifacts import canonical
 
 
 def run_folder(output: Path, name: str, config: Any, *, fresh: bool) -> tuple[Path, str]:
-    """The folder of a configuration, and the name under which it keeps its artefacts to itself, if it does.
+    """Return (run folder, artifact namespace).
 
-    The same settings have the same folder, so the same command continues it; `fresh` takes the next free number
-    and shares nothing with other runs.
+    The same settings have the same folder, so the same command continues it. With `fresh`, the folder takes the next
+    free number and the namespace is its name, so that nothing is shared with other runs. Else the namespace is empty.
     """
     folder = output / f"{name}-{digest_json(canonical(config))[:8]}"
     if not fresh:

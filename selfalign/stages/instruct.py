@@ -182,8 +182,8 @@ class Pool:
             **instruction_statistics([words_of(text) for text in self.kept], self.highest),
         }
 
-    def _flaw(self, text: str, words: list[str]) -> str:
-        """What is wrong with a text itself, or ""."""
+    def _flaw(self, text: str, words: list[str]) -> str | None:
+        """Return what is wrong with a text itself, or None."""
         if not words:
             return "empty"
         if is_fragment(text):
@@ -194,17 +194,17 @@ class Pool:
             return "too_long"
         if any({word, word.removesuffix("s")} & set(self.config.keywords) for word in words):
             return "keyword"
-        return "language" if self._language.differs(text) else ""
+        return "language" if self._language.differs(text) else None
 
-    def _copied(self, words: list[str], shown: Collection[str]) -> str:
-        """What a text copies, or whether it comes near to a held-out instruction, or ""."""
+    def _copied(self, words: list[str], shown: Collection[str]) -> str | None:
+        """Return what a text copies, or "held_out" where it comes near to a held-out instruction, or None."""
         if self._known_held_out.highest(words) >= self.config.max_rouge:
             return "held_out"
         if words in map(words_of, shown):
             return "copy_of_demonstration"
         if words in self._known_seeds:
             return "copy_of_seed"
-        return "copy_of_kept" if words in self._known else ""
+        return "copy_of_kept" if words in self._known else None
 
 
 def size(*, config: InstructConfig, policy: Artefact, **others: object) -> Size:

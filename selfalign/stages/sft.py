@@ -134,7 +134,10 @@ def encode_demonstration(tokenizer: "Tokenizer", record: Demonstration) -> Encod
         prompt, [answer] = settle_boundary(tokenizer, record.prompt, [answer])
         ids = encode_prompt(tokenizer, prompt, record.prefill)
         if record.prefill and encode_prompt(tokenizer, prompt, record.prefill + record.response)[: len(ids)] != ids:
-            raise SelfalignError(f"this tokenizer writes the end of {record.prefill!r} and what follows as one token")
+            raise SelfalignError(
+                f"the tokenizer merges the prefill {record.prefill!r} with the next character, so the target has no "
+                "own first token. Use another prefill or model."
+            )
         [response] = encode_answers(tokenizer, prompt, [answer], record.prefill)
     return Encoded(record, ids, response)
 

@@ -30,7 +30,7 @@ from selfalign.store.source_code import SOURCE, source_code
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 3
+FORMAT = 4
 """Raised when artefacts of an older selfalign must not be reused."""
 
 LOG = "log.jsonl"
@@ -39,12 +39,12 @@ SECONDS = "seconds"
 MANIFEST = "manifest.json"
 
 Counts = dict[str, Any]
-"""What a stage kept and dropped, by reason, and what it measured: JSON numbers, texts, lists of them."""
+"""Counts of a stage, drops by reason, and measurements: JSON numbers, texts, lists of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Artefact:
-    """A finished folder of the store. `digest` is that of its files' content."""
+    """A finished folder of the store. `digest` is the digest of its files' content."""
 
     stage: str
     key: str
@@ -54,7 +54,7 @@ class Artefact:
     seconds: float
 
     def rows(self) -> list[dict[str, Any]]:
-        """What the stage logged while it ran, a row a logging step."""
+        """Return the rows that the stage logged while it ran, one for each logging step."""
         log = self.path / LOG
         return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
 
@@ -72,10 +72,10 @@ class Content:
 
 
 class Workspace:
-    """The folder a stage writes to, with a scratch place that is gone when the stage is done.
+    """The folder a stage writes to, with a scratch folder that is removed when the stage is done.
 
-    Of several processes the main one writes to the folder itself. What the others write, though it is the same, is
-    thrown away; the scratch place is common to all.
+    The main process writes to the folder itself. The other processes write the same files to folders of their own,
+    which are thrown away. The scratch folder is common to all.
     """
 
     def __init__(self, folder: Path, label: str, on_row: Callable[[dict[str, Any]], None]) -> None:
@@ -92,23 +92,23 @@ class Workspace:
 
     @property
     def seconds(self) -> float:
-        """How long the stage has been worked at, before it was killed too."""
+        """How long the stage has been worked on, earlier killed attempts included."""
         return self._before + time.monotonic() - self._started
 
     def note_time(self) -> None:
-        """Writes down how long that is, in case it is killed."""
+        """Save that time, in case the stage is killed."""
         if distributed.is_main():
             (self.scratch / SECONDS).write_text(f"{self.seconds:.2f}", encoding="utf-8")
 
     def log(self, row: dict[str, Any]) -> None:
-        """Appends a row to the stage's log and passes it on to the run's metrics at once."""
+        """Append a row to the stage's log and pass it on to the run's metrics at once."""
         with naming(self.path / LOG), (self.path / LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         self.note_time()
         self._on_row(row)
 
     def rewind_log(self, keep: Callable[[dict[str, Any]], bool]) -> None:
-        """Drops the rows a resumed stage will log again, and passes the kept ones on."""
+        """Drop the rows that a resumed stage will log again, and pass the kept ones on."""
         log = self.path / LOG
         lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
         rows = [row for row in map(_parse_or_none, lines) if row is not None and keep(row)]
@@ -122,7 +122,7 @@ class Workspace:
 
     @contextmanager
     def journal(self, total: int, unit: str) -> Iterator[Journal]:
-        """Work in numbered batches that outlives a kill; shows a progress bar with `total` units."""
+        """Open the journal of finished batches, which survives a kill, and show a progress bar with `total` units."""
         with self.progress(total, unit) as advance:
 
             def done(size: int) -> None:
@@ -139,11 +139,11 @@ class Store:
         self.root = root
 
     def place(self, stage: str, inputs: dict[str, Any]) -> Path:
-        """Where the artefact for these inputs lies, or will lie."""
+        """Return the folder of the artifact for these inputs, whether it is there or not."""
         return self.root / stage / key_of(stage, inputs)
 
     def find(self, stage: str, inputs: dict[str, Any]) -> Artefact | None:
-        """The finished artefact for these inputs, or None.
+        """Return the finished artifact for these inputs, or None.
 
         Raises:
             SelfalignError: the manifest is there but a file it lists is missing or has another size.
@@ -166,9 +166,9 @@ class Store:
         on_row: Callable[[dict[str, Any]], None] = lambda row: None,
         together: bool = False,
     ) -> Artefact:
-        """Finds the artefact or builds it; two runs that need it at once build it once.
+        """Find the artifact or build it. Two runs that need it at once build it once.
 
-        All processes of a run come here with the same inputs, and leave with the same artefact.
+        All processes of a run call this with the same inputs, and get the same artifact.
 
         Args:
             stage: the stage's name.
@@ -183,7 +183,9 @@ class Store:
         """
         folder, label = self.place(stage, inputs), label or stage
         if len(set(distributed.gather(folder.name))) > 1:
-            raise SelfalignError(f"{label}: the processes of this run read different data; do all see the same files?")
+            raise SelfalignError(
+                f"{label}: the processes of this run read different data. Check that all see the same files."
+            )
         with ExitStack() as stack:
             if distributed.is_main():
                 folder.parent.mkdir(parents=True, exist_ok=True)
@@ -235,20 +237,20 @@ class Store:
 
 
 def lock_of(folder: Path) -> Path:
-    """The lock of an artefact, beside its folder."""
+    """Return the lock of an artifact, beside its folder."""
     return folder.with_name(f"{folder.name}.lock")
 
 
 def key_of(stage: str, inputs: dict[str, Any]) -> str:
-    """The key of an artefact: 20 hexadecimal digits over all its result depends on."""
+    """Return the key of an artifact: 20 hexadecimal digits over all that its result depends on."""
     return digest_json([FORMAT, stage, canonical(inputs)])[:20]
 
 
 def canonical(value: Any) -> Any:
-    """Inputs as plain JSON for the key: an artefact counts as its content, a dataclass as its class and fields.
+    """Return inputs as plain JSON for the key. An artifact counts as its content, a dataclass as its class and fields.
 
     A class that is not selfalign's own counts with the code of its package, by which a changed one is another.
-    A field with metadata {"keyed": False} changes how fast something is made but not what, and is left out.
+    A field with metadata {"keyed": False} is left out: it changes how fast something is made, but not the result.
     """
     if isinstance(value, Artefact):
         return {"artefact": value.stage, "digest": value.digest}
@@ -271,7 +273,7 @@ def canonical(value: Any) -> Any:
 
 @contextmanager
 def locked(path: Path, reason: str) -> Iterator[None]:
-    """Holds a file lock; says once, with the reason, when it has to wait. A killed holder's lock is free."""
+    """Hold a file lock. If it has to wait, say so once, with the reason. The lock of a killed process is free."""
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0.5)
@@ -285,7 +287,7 @@ def locked(path: Path, reason: str) -> Iterator[None]:
 
 
 def open_artefact(folder: Path) -> Artefact:
-    """A finished artefact, by its folder.
+    """Return the finished artifact in a folder.
 
     Raises:
         SelfalignError: the manifest is damaged, or a file it lists is missing or has another size.
@@ -304,7 +306,7 @@ def open_artefact(folder: Path) -> Artefact:
 
 
 def _clear(folder: Path) -> None:
-    """Deletes what an attempt has left behind that the next one cannot use: files, links and folders."""
+    """Delete what an attempt has left behind and the next one cannot use: files, links and folders."""
     for path in folder.iterdir() if distributed.is_main() else ():
         if path.name in (LOG, SCRATCH):
             continue
@@ -315,7 +317,7 @@ def _clear(folder: Path) -> None:
 
 
 def _seconds_in(file: Path) -> float:
-    """What was written down, if it was, whole."""
+    """Return the saved seconds, or 0 where the file is missing or torn."""
     try:
         return float(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

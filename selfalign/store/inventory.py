@@ -1,4 +1,4 @@
-"""What lies in a store, who uses it, and how what nobody uses is removed.
+"""Artifacts in a store: which runs use them, and removal of those that nobody uses.
 
 An artefact is in use when a link below the output folder leads into it: those of runs below `<run>/artefacts/`, and
 any other; or when a used artefact's own links do, as those of a LoRA policy lead to the weights of its base.
@@ -21,11 +21,11 @@ from selfalign.core.files import read_json
 from selfalign.store.artifacts import MANIFEST, lock_of
 
 LOCKED_AT_ONCE = 500
-"""Artefacts, while it is looked again whether a run uses them; processes may open about a thousand files."""
+"""Artifacts checked at a time for new uses; a process may open about a thousand files."""
 
 
 class State(StrEnum):
-    """Whether an artefact can be used."""
+    """Whether an artifact can be used."""
 
     DONE = "done"
     UNFINISHED = "unfinished"
@@ -35,7 +35,7 @@ class State(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """An artefact's folder, finished or not.
+    """The folder of an artifact, finished or not.
 
     Attributes:
         stage: that made it.
@@ -65,7 +65,7 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """A link of a run, which leads into an artefact."""
+    """A link of a run that leads into an artifact."""
 
     run: str
     label: str
@@ -73,7 +73,7 @@ class Use:
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """What lies in a store.
+    """The content of a store.
 
     Attributes:
         kept: {name: artefact}.
@@ -90,7 +90,7 @@ class Inventory:
     locks: list[Path]
 
     def reached(self, roots: Iterable[str]) -> set[str]:
-        """These artefacts and those that their links lead into, directly or through others."""
+        """Return these artifacts and those that their links lead into, directly or through others."""
         found: set[str] = set()
         waiting = list(roots)
         while waiting:
@@ -101,7 +101,7 @@ class Inventory:
         return found
 
     def users(self) -> dict[str, list[str]]:
-        """{artefact: the others whose links lead into it}."""
+        """Return {artifact: the others whose links lead into it}."""
         found: dict[str, list[str]] = {}
         for kept in self.kept.values():
             for name in kept.links:
@@ -109,7 +109,9 @@ class Inventory:
         return found
 
     def unused(self, busy: Iterable[str]) -> list[Kept]:
-        """What neither a run nor an artefact that stays needs; a policy stands before the base it links to.
+        """Return the artifacts that no run and no kept artifact refers to.
+
+        Adapters come before the base they link to, so they are deleted first.
 
         Args:
             busy: artefacts that stay because a process works on them.
@@ -120,12 +122,12 @@ class Inventory:
 
     @property
     def in_work(self) -> set[str]:
-        """The artefacts that are being made."""
+        """The artifacts that are being made."""
         return {kept.name for kept in self.kept.values() if kept.state is State.IN_WORK}
 
 
 def take_inventory(output: Path) -> Inventory:
-    """Looks at the store of an output folder; writes nothing.
+    """Scan the store of an output folder. Writes nothing.
 
     Raises:
         SelfalignError: there is no store.
@@ -134,7 +136,7 @@ def take_inventory(output: Path) -> Inventory:
     output = Path(os.path.realpath(output))
     root = Path(os.path.realpath(output / "store"))
     if not root.is_dir():
-        raise SelfalignError(f"{output}: no store in this folder; name the folder of the runs with --output")
+        raise SelfalignError(f"{output}: no store in this folder; give the output folder of the runs with --output")
     names, foreign, locks = _entries(root)
     uses: dict[str, list[Use]] = {}
     broken: list[str] = []
@@ -151,7 +153,7 @@ def take_inventory(output: Path) -> Inventory:
 
 
 def total_size(kept: Iterable[Kept]) -> int:
-    """Bytes of some artefacts together."""
+    """Return the bytes of some artifacts together."""
     files: dict[tuple[int, int], int] = {}
     for one in kept:
         files |= one.files
@@ -159,7 +161,7 @@ def total_size(kept: Iterable[Kept]) -> int:
 
 
 def remove(output: Path, candidates: Sequence[Kept]) -> list[Kept]:
-    """Removes artefacts and returns those that are gone.
+    """Remove artifacts and return those that are gone.
 
     Each is locked, and then it is looked again whether a run that started meanwhile uses it. Manifests go first: a
     kill in between leaves unfinished artefacts, which count as not made.
@@ -188,7 +190,7 @@ def remove(output: Path, candidates: Sequence[Kept]) -> list[Kept]:
 
 
 def remove_locks(locks: Iterable[Path]) -> int:
-    """Removes locks that nobody holds and that belong to no artefact; returns how many."""
+    """Remove locks that nobody holds and that belong to no artifact. Return how many."""
     gone = 0
     for lock in locks:
         with ExitStack() as stack:
@@ -199,7 +201,7 @@ def remove_locks(locks: Iterable[Path]) -> int:
 
 
 def _lock_now(stack: ExitStack, path: Path) -> bool:
-    """Takes a lock until the stack is closed, unless another process holds it, or only another user may take it."""
+    """Take a lock until the stack is closed, unless another process holds it or only another user may take it."""
     lock = FileLock(path)
     try:
         lock.acquire(blocking=False)
@@ -210,12 +212,12 @@ def _lock_now(stack: ExitStack, path: Path) -> bool:
 
 
 def _made_for(lock: Path) -> bool:
-    """Whether the artefact of a lock is there."""
+    """Whether the artifact of a lock is there."""
     return lock.with_suffix("").exists()
 
 
 def _entries(root: Path) -> tuple[dict[str, str], list[str], list[Path]]:
-    """{real path: name} of artefacts' folders, names of what is foreign, locks. A stage may link to another disk."""
+    """Return ({real path: name} of artifacts, foreign names, locks). A stage's folder may be a link to another disk."""
     names: dict[str, str] = {}
     foreign: list[str] = []
     locks: list[Path] = []
@@ -235,7 +237,7 @@ def _entries(root: Path) -> tuple[dict[str, str], list[str], list[Path]]:
 
 
 def _inspect(folder: str, names: dict[str, str]) -> Kept | None:
-    """An artefact as it lies there; None where another process has just removed it."""
+    """Read the state of an artifact; None where another process has just removed it."""
     path, (stage, _, key) = Path(folder), names[folder].partition("/")
     files: dict[tuple[int, int], int] = {}
     links: set[str] = set()
@@ -256,7 +258,7 @@ def _inspect(folder: str, names: dict[str, str]) -> Kept | None:
 
 
 def _state(path: Path) -> tuple[State, float | None]:
-    """Whether an artefact can be used, and the seconds it took."""
+    """Return whether an artifact can be used, and the seconds it took."""
     try:
         seconds = float(read_json(path / MANIFEST)["seconds"])
         return (State.DONE, seconds) if math.isfinite(seconds) else (State.DAMAGED, None)
@@ -269,12 +271,12 @@ def _state(path: Path) -> tuple[State, float | None]:
 
 
 def _links(folder: Path, without: tuple[str, ...]) -> Iterator[str]:
-    """Every link below a folder."""
+    """Yield every link below a folder."""
     return (entry.path for entry in _walk(folder, without) if entry.is_symlink())
 
 
 def _walk(folder: Path, without: tuple[str, ...] = ()) -> Iterator[os.DirEntry[str]]:
-    """Everything below a folder that is no folder itself; links are not followed, what vanishes is left out."""
+    """Yield everything below a folder that is not a folder. Links are not followed; what vanishes is left out."""
     waiting = [str(folder)]
     while waiting:
         with suppress(FileNotFoundError), os.scandir(waiting.pop()) as entries:
@@ -286,7 +288,7 @@ def _walk(folder: Path, without: tuple[str, ...] = ()) -> Iterator[os.DirEntry[s
 
 
 def _owner(link: str, names: dict[str, str]) -> str:
-    """The artefact that a link leads into; empty where there is none, or the link has vanished."""
+    """Return the name of the artifact that a link leads into; "" where there is none, or the link has vanished."""
     try:
         path = os.path.realpath(link)
     except FileNotFoundError:

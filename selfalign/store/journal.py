@@ -1,4 +1,4 @@
-"""Work in named batches that outlives a kill, shared among the processes of a run."""
+"""Work in named batches that survives a kill, shared among the processes of a run."""
 
 import json
 import os
@@ -11,17 +11,17 @@ from selfalign.core import distributed
 from selfalign.core.failures import naming
 
 Task = tuple[str, int, Callable[[], Any]]
-"""A batch's name, how far it moves the progress bar, and what makes its JSON result."""
+"""A batch's name, how far it moves the progress bar, and the function that makes its JSON result."""
 
 WINDOW = 8
-"""Batches a process has from one exchange with the others to the next, so that long and short ones even out."""
+"""Batches of a process between two exchanges with the others, so that long and short ones even out."""
 
 
 class Journal:
-    """The results of a stage, batch by batch: what a killed run had finished is read back, not made again.
+    """The results of a stage, batch by batch. A resumed stage reads back the batches that a killed one had finished.
 
-    Every process writes to a file of its own, `journal-<rank>.jsonl`, and all read all of them, so a run goes on with
-    another number of processes too. Results lie on the disk, and only where they lie there is kept in memory.
+    Every process writes to a file of its own, `journal-<rank>.jsonl`, and all read all files, so a run can continue
+    with another number of processes. Results lie on disk; only their positions are kept in memory.
 
     Attributes:
         advance: moves the progress bar.
@@ -37,10 +37,10 @@ class Journal:
         return name in self._places
 
     def batches(self, tasks: Iterable[Task]) -> Iterator[Any]:
-        """The results of all batches in their order, each read back where it is there, else made and written down.
+        """Yield the results of all batches in their order. A batch that is missing is made and saved.
 
-        Batches are dealt out among the processes, which must all ask for the same ones. `tasks` is read no further
-        ahead than that takes: with one process a batch is asked for when the result before it has been taken.
+        Batches are dealt out among the processes, which must all ask for the same ones. `tasks` is read only as far
+        ahead as that needs: with one process, a batch is asked for when the result before it has been taken.
         """
         waiting = iter(tasks)
         many = distributed.count()
@@ -55,7 +55,7 @@ class Journal:
                 yield self.read(name)
 
     def keep(self, name: str, result: Any) -> None:
-        """Writes down a result of this process; the others know of it from the next `share` on."""
+        """Save a result of this process. The others see it after the next `share`."""
         path = self._file(distributed.rank())
         with naming(path), path.open("ab") as file:
             place = (distributed.rank(), file.tell())
@@ -65,20 +65,20 @@ class Journal:
         self._places[name] = self._news[name] = place
 
     def share(self) -> None:
-        """Tells the other processes what this one has written down, and hears it from them; all come here."""
+        """Exchange the positions of new results with the other processes. All processes must call this."""
         for news in distributed.gather(self._news):
             self._places |= news
         self._news = {}
 
     def read(self, name: str) -> Any:
-        """The result of a batch that is there: JSON, whoever made it and whenever, so a tuple is a list now."""
+        """Return the result of a saved batch as JSON, so a tuple comes back as a list."""
         rank, start = self._places[name]
         with self._file(rank).open("rb") as file:
             file.seek(start)
             return json.loads(file.readline())["result"]
 
     def take(self, name: str) -> Any:
-        """The same of a batch that nobody will ask for again; where it lies is forgotten."""
+        """Return the result of a batch that is not needed again, and forget its position."""
         result = self.read(name)
         del self._places[name]
         return result
@@ -96,7 +96,7 @@ def read_all_places(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def read_places(path: Path) -> dict[str, tuple[int, int]]:
-    """{batch: (whose file, where in it)} of a journal's file, whose torn end, if it has one, is cut off."""
+    """Return {batch: (rank, position)} of a journal file. A torn end is cut off."""
     rank, whole = int(path.stem.removeprefix("journal-")), 0
     places: dict[str, tuple[int, int]] = {}
     with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Why the same stage of two runs has two keys: the inputs that differ, followed back to where they come from."""
+"""Why one stage has two keys in two runs: the inputs that differ, followed back to their origin."""
 
 import json
 import os
@@ -17,12 +17,12 @@ SHOWN = 60
 """Characters of a value that are shown."""
 
 ABSENT = object()
-"""In the place of an input that only the other run has."""
+"""Stands for an input that only the other run has."""
 
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What a label of a run stands for: an artefact's stage and key, and its digest and inputs once it is finished."""
+    """The artifact of a label in a run: stage and key, and digest and inputs once it is finished."""
 
     stage: str
     key: str
@@ -31,12 +31,12 @@ class Made:
 
 
 RunStages = dict[str, Made]
-"""{label: what it stands for}, in the order the pipeline makes them."""
+"""{label: its artifact}, in the order in which the pipeline makes them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """An input with another value in each run, by its path below the stage's inputs."""
+    """An input that differs between two runs, by its path below the stage's inputs."""
 
     path: str
     first: Any
@@ -44,7 +44,7 @@ class Difference:
 
     @property
     def cause(self) -> str:
-        """Equal for what one setting does to several stages; every seed is derived from the run's."""
+        """Equal for the effects of one setting on several stages. Every seed is derived from the run's."""
         return self.path if self.is_seed else repr((self.path, self.first, self.second))
 
     @property
@@ -54,7 +54,7 @@ class Difference:
 
 @dataclass(slots=True)
 class Comparison:
-    """Two runs, stage by stage.
+    """Two runs compared stage by stage.
 
     Attributes:
         first: one run.
@@ -91,7 +91,10 @@ class Comparison:
                 self.own[label].append(difference)
 
     def causes(self, shown: Collection[str]) -> dict[str, list[Difference]]:
-        """{label with two keys: what differs by itself, but for what was told of a label before}; of those shown."""
+        """For each shown stage with two keys, return the inputs that differ in this stage itself.
+
+        Those already listed for an earlier stage are left out.
+        """
         told: set[str] = set()
         found: dict[str, list[Difference]] = {}
         for label in [label for label in self.own if label in shown]:
@@ -100,7 +103,7 @@ class Comparison:
         return found
 
     def behind(self, label: str) -> set[str]:
-        """A label and those whose differing results it depends on."""
+        """Return a label and those whose differing results it depends on."""
         found: set[str] = set()
         waiting = [label]
         while waiting:
@@ -111,14 +114,14 @@ class Comparison:
         return found
 
     def value(self, difference: Difference) -> str:
-        """`first → second`; long texts are cut around the place where they differ."""
+        """Return `first → second`. Long texts are cut around the first difference."""
         one, other = _said(difference.first, self.first), _said(difference.second, self.second)
         same = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
         return f"{_cut(one, same)} → {_cut(other, same)}"
 
 
 def read_stages(folder: Path) -> RunStages:
-    """What the labels of a run stand for, whether it is finished, killed or still running.
+    """Return the artifact of every label of a run, whether the run is finished, killed or still running.
 
     Raises:
         SelfalignError: the folder is not that of a run, or a manifest is damaged.
@@ -127,7 +130,7 @@ def read_stages(folder: Path) -> RunStages:
     paths = [Path(parent, name) for parent, folders, files in os.walk(place) for name in folders + files]
     links = {path.relative_to(place).as_posix(): path for path in paths if path.is_symlink()}
     if not links:
-        raise SelfalignError(f"{folder}: no run's folder; a run has links below artefacts/")
+        raise SelfalignError(f"{folder}: not a run folder: it has no links below artefacts/")
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     # Links know no order, and a killed run has no summary.
     logged = [label for label in re.findall(r'"label": "([^"]*)"', text) if label in links]
@@ -148,7 +151,7 @@ def _read_made(link: Path) -> Made:
 
 
 def differences(first: Any, second: Any, path: str = "") -> Iterator[Difference]:
-    """Where two values of canonical JSON differ, a number's type included, as it is part of the key."""
+    """Yield where two values of canonical JSON differ. A number's type counts, because it is part of the key."""
     if _is_settings(first) and _is_settings(second):
         for name in dict.fromkeys([*first, *second]):
             below = f"{path}.{name}" if path else name
@@ -174,7 +177,7 @@ def _is_nested(value: Any) -> bool:
 
 
 def _labels_of(value: Any, stages: RunStages) -> set[str]:
-    """The labels whose artefact an input is; empty where it is none."""
+    """Return the labels whose artifact an input is; empty for any other input."""
     if not _is_artefact(value):
         return set()
     return {name for name, made in stages.items() if (made.stage, made.digest) == (value["artefact"], value["digest"])}
@@ -193,7 +196,7 @@ def _said(value: Any, stages: RunStages) -> str:
 
 
 def _cut(text: str, same: int) -> str:
-    """The part of a text around the first character that differs."""
+    """Return the part of a text around the first character that differs."""
     start = max(0, min(same - SHOWN // 3, len(text) - SHOWN))
     end = start + SHOWN
     return f"{'…' if start else ''}{text[start:end]}{'…' if end < len(text) else ''}"

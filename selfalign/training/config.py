@@ -6,7 +6,7 @@ from typing import Any
 
 from selfalign.core.errors import SelfalignError
 from selfalign.engines.protocol import Sampling
-from selfalign.models.checkpoint import fastest_dtype
+from selfalign.models.checkpoint import resolve_dtype
 from selfalign.models.config import DTYPES, LoRA
 from selfalign.training.parallelism import Layout
 
@@ -14,7 +14,7 @@ CHOICES = {
     "schedule": ("cosine", "linear", "constant"),
     "optimizer": ("adamw", "rmsprop", "adamw_8bit"),
     "average": ("tokens", "examples"),
-    "dtype": tuple(DTYPES),
+    "dtype": ("auto", *DTYPES),
 }
 
 
@@ -60,9 +60,10 @@ class Optimization:
     gradient_checkpointing: bool = field(default=False, metadata={"keyed": False})
     checkpoint_steps: int = field(default=100, metadata={"keyed": False})
 
-    def __post_init__(self) -> None:
-        if self.dtype == "auto":
-            self.dtype = fastest_dtype()
+    @property
+    def compute_dtype(self) -> str:
+        """The dtype to multiply in, "auto" resolved for this machine."""
+        return resolve_dtype(self.dtype)
 
     def check(self, key: str) -> None:
         """Checks every range; messages name the setting as `key`.name.
@@ -97,7 +98,7 @@ class Optimization:
 
     def precision(self, dtype: str) -> "Precision":
         """What a log-probability depends on besides weights and text."""
-        autocast = "bfloat16" if self.dtype == "bfloat16" else ""
+        autocast = "bfloat16" if self.compute_dtype == "bfloat16" else ""
         return Precision(dtype=dtype, autocast=autocast, max_length=self.max_length, batch_tokens=self.batch_tokens)
 
 

@@ -59,7 +59,7 @@ def open_objective(
         loss,
         references,
         starts_as_reference=is_reference and not optimization.dropout,
-        dtype="bfloat16" if "bfloat16" in (optimization.dtype, weights.dtype) else "float32",
+        dtype="bfloat16" if "bfloat16" in (optimization.compute_dtype, weights.dtype) else "float32",
         start=StoredReferences("start") if start else references if is_reference else None,
     )
 
@@ -201,7 +201,7 @@ class Preference:
         sums: Sums = {}
         policy.model.eval()
         for part in (part for chunk in chunks(examples) for part in my_passes(chunk, optimization.batch_tokens)):
-            with autocast(policy.model.device, optimization.dtype):
+            with autocast(policy.model.device, optimization.compute_dtype):
                 logps = pair_logps(policy.model, groups_of(part.examples))
                 reference = self.references(policy.model, part.examples)
                 offset = self.offset(policy.model, part.examples, logps, reference)

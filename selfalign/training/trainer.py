@@ -127,7 +127,7 @@ class StepTrainer(Trainer):
 
     def compute_loss_context_manager(self) -> Any:
         """Multiplications in the dtype asked for."""
-        return autocast(self.args.device, self.optimization.dtype)
+        return autocast(self.args.device, self.optimization.compute_dtype)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward over this process's share of an optimiser step; returns the loss of the whole."""
@@ -201,7 +201,8 @@ class StepTrainer(Trainer):
 
 @dataclass(slots=True)
 class Share:
-    """What one process has seen of a step, or after `joined` several; fields as in `Outcome`.
+    """Loss and metric totals of one optimizer step on one rank, or merged over ranks by `joined`; fields as in
+    `Outcome`.
 
     `broken` are the ids of records in passes whose loss is not finite.
     """

@@ -85,9 +85,17 @@ def test_prompts_are_read_by_name_and_all_four_must_be_there(tmp_path: Path) -> 
     ("name", "template", "fault"),
     [
         ("single-v1", "Q {question} Say [[n]].", "lacks {answer}"),
-        ("single-v1", "Q {question} A {answer} R {reference}", ": {reference} is no placeholder; it has {question}, "),
+        (
+            "single-v1",
+            "Q {question} A {answer} R {reference}",
+            ": unknown placeholder {reference}; allowed: {question}, ",
+        ),
         ("single-math-v1", "Q {question} A {answer}", "lacks {ref_answer_1}"),
-        ("single-v1-multi-turn", "Q {question_1} A {answer_1} Q {question_2} A {answer_3} {answer_2}", ": {answer_3} "),
+        (
+            "single-v1-multi-turn",
+            "Q {question_1} A {answer_1} Q {question_2} A {answer_3} {answer_2}",
+            ": unknown placeholder {answer_3}",
+        ),
     ],
 )
 def test_prompt_of_a_file_has_its_placeholders_and_no_others(

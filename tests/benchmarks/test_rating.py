@@ -4,7 +4,7 @@ import pytest
 from builders import loaded
 
 from selfalign.benchmarks.rating import HIGH, LOW, OPENING, RatingTokens, expected_rating, parse_rating
-from selfalign.core.records import JudgementStatus
+from selfalign.core.records import FinishReason, JudgementStatus
 from selfalign.data.sources import as_prompt
 from selfalign.models.checkpoint import PolicyFiles
 from selfalign.models.tokenizer import encode_prompt
@@ -47,11 +47,11 @@ def test_rating_is_read_strictly_and_a_failure_is_no_number(text: str) -> None:
 
 
 def test_missing_rating_has_the_reason_why_the_text_ended() -> None:
-    assert parse_rating("It is", "length").status is JudgementStatus.TRUNCATED
-    assert parse_rating("", "too_long").status is JudgementStatus.PROMPT_TOO_LONG
-    assert parse_rating("[[6]] because", "length").score == 6
-    assert parse_rating("It may be a [[6]], but", "length").status is JudgementStatus.TRUNCATED
-    assert parse_rating("status 400: [[6]]", "refused").status is JudgementStatus.REFUSED
+    assert parse_rating("It is", FinishReason.LENGTH).status is JudgementStatus.TRUNCATED
+    assert parse_rating("", FinishReason.PROMPT_TOO_LONG).status is JudgementStatus.PROMPT_TOO_LONG
+    assert parse_rating("[[6]] because", FinishReason.LENGTH).score == 6
+    assert parse_rating("It may be a [[6]], but", FinishReason.LENGTH).status is JudgementStatus.TRUNCATED
+    assert parse_rating("status 400: [[6]]", FinishReason.REFUSED).status is JudgementStatus.REFUSED
 
 
 def test_rating_that_an_answer_gives_itself_is_none() -> None:

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 from builders import instruction, response
 
-from selfalign.core.records import Comparison, JudgementStatus, Verdict
+from selfalign.core.records import Comparison, FinishReason, JudgementStatus, Verdict
 from selfalign.judges import comparisons as module
 from selfalign.judges.comparisons import (
     Duel,
@@ -88,7 +88,7 @@ MUTANTS = [
     ("disagreement is a loss", "if there == back else 0.5", "if there == back else 0.0"),
     ("both verdicts present are the first", "len(set(said)) > 1 or", ""),
     ("the verdict behind is passed over", " or other_choices(behind, said[0])", ""),
-    ("the responses' own words are read", "VERDICT, finish, shown)", "VERDICT, finish, ())"),
+    ("the responses' own words are read", "VERDICT, finish_reason, shown)", "VERDICT, finish_reason, ())"),
     ("the same order asked twice", "(second, first) if self.swapped", "(first, second) if self.swapped"),
 ]  # fmt: skip
 
@@ -149,22 +149,22 @@ def test_written_verdict(text: str, status: JudgementStatus, verdict: Verdict | 
 @pytest.mark.parametrize(
     ("finish", "status"),
     [
-        ("content_filter", JudgementStatus.CONTENT_FILTER),
-        ("refused", JudgementStatus.REFUSED),
-        ("too_long", JudgementStatus.PROMPT_TOO_LONG),
+        (FinishReason.CONTENT_FILTER, JudgementStatus.CONTENT_FILTER),
+        (FinishReason.REFUSED, JudgementStatus.REFUSED),
+        (FinishReason.PROMPT_TOO_LONG, JudgementStatus.PROMPT_TOO_LONG),
     ],
 )
-def test_words_of_a_server_that_refuses_are_no_verdict(finish: str, status: JudgementStatus) -> None:
+def test_words_of_a_server_that_refuses_are_no_verdict(finish: FinishReason, status: JudgementStatus) -> None:
     assert parse_verdict("status 400: [[A]] is not allowed", finish) == Reading(
         status, None, "status 400: [[A]] is not allowed"
     )
 
 
 def test_verdict_in_the_middle_of_a_text_that_was_cut_may_not_be_the_last() -> None:
-    assert parse_verdict("[[A]] because", "length").verdict is A
-    assert parse_verdict("**Final verdict:** [[A]], because", "length").verdict is A
-    assert parse_verdict("I would say [[A]], but", "length").status is JudgementStatus.TRUNCATED
-    assert parse_verdict("Well.\n[[A]], but", "length").status is JudgementStatus.TRUNCATED
+    assert parse_verdict("[[A]] because", FinishReason.LENGTH).verdict is A
+    assert parse_verdict("**Final verdict:** [[A]], because", FinishReason.LENGTH).verdict is A
+    assert parse_verdict("I would say [[A]], but", FinishReason.LENGTH).status is JudgementStatus.TRUNCATED
+    assert parse_verdict("Well.\n[[A]], but", FinishReason.LENGTH).status is JudgementStatus.TRUNCATED
 
 
 def test_verdict_that_a_response_gives_itself_is_none() -> None:

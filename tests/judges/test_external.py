@@ -319,4 +319,4 @@ def test_whole_run_takes_the_verdicts_of_a_judge_that_thinks_and_refuses_its_fir
     made = read_records(place / "judgements/judgements.jsonl", Judgement)
     assert {one.response_id for one in made} == set(texts)
     assert [one.score for one in made] == [verdict(texts[one.response_id]) for one in made]
-    assert "a prompt was read as 10 tokens" in (folder / "run.log").read_text()
+    assert "the server read 10 tokens of a prompt" in (folder / "run.log").read_text()

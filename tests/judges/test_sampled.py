@@ -293,7 +293,7 @@ MUTANTS = [
     ("minimum ignored", protocol, "score=mean if len(scores) >= minimum_valid else", "score=mean if scores else"),
     ("minimum exclusive", protocol, ">= minimum_valid", "> minimum_valid"),
     ("the same stream again", written, "wish.sample - 1, attempt)", "wish.sample - 1)"),
-    ("retries of what was read", written, "(JudgementStatus.OK, *FAILURES.values())", "(*FAILURES.values(),)"),
+    ("retries of what was read", written, "(JudgementStatus.OK, *REFUSALS.values())", "(*REFUSALS.values(),)"),
     ("one retry too many", written, "wish.attempt <= retries", "wish.attempt <= retries + 1"),
     ("samples share a stream", written, "derive_seed(seed, s.response.id, n - 1)", "derive_seed(seed, s.response.id)"),
     ("responses share a stream", written, "derive_seed(seed, s.response.id, n - 1)", "derive_seed(seed, n - 1)"),
@@ -321,9 +321,8 @@ def worked_case(bench: Any, attempts: Any) -> list[Any]:
     subjects = [Subject(instruction("q"), response(f"q-{n}")) for n in (1, 2)]
     says = iter(["Score: 5", "no", "Score: 2", "no", "Score: 4", "no", "no", "no", "Score: 1", "no", "no"])
     wishes = attempts.first_wishes(subjects, 3, 7)
-    made = attempts.write_judgements(
-        wishes, lambda asked: [(next(says, "no"), "eos") for _ in asked], low=0, high=5, retries=1, seed=7, model="m"
-    )
+    write = lambda asked: [attempts.JudgeText(next(says, "no"), FinishReason.EOS) for _ in asked]  # noqa: E731
+    made = attempts.write_judgements(wishes, write, low=0, high=5, retries=1, seed=7, model="m")
     found = [(s.score, s.valid, s.variance) for s in bench.average(subjects, made, 3)]
     found += [(s.score, s.valid, s.variance) for s in bench.average(subjects, made, 2)]
     return [*found, len(made), len({j.seed for j in made})]

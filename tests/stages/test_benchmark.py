@@ -27,7 +27,7 @@ from selfalign.store.artifacts import Counts, Workspace
 class Counting:
     """A benchmark that says what it was given."""
 
-    judge_model: str = ""
+    judge_model: str | None = None
     size: str = "a line"
 
     def check(self, key: str) -> None:

@@ -104,7 +104,7 @@ def test_unreadable_verdicts_are_dropped_and_neither_won_nor_lost(tmp_path: Path
 
 
 def test_nothing_in_common_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SelfalignError, match="no instruction in common"):
+    with pytest.raises(SelfalignError, match="there is no instruction that both models answered"):
         compared(tmp_path, {"q0": "a"}, {"q1": "b"}, longer_wins)
 
 

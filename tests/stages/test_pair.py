@@ -264,7 +264,7 @@ def test_files_in_another_order_are_refused_and_not_joined_by_chance(tmp_path: P
     file = tmp_path / f"given/{name}.jsonl"
     file.write_text("".join(reversed(file.read_text().splitlines(keepends=True))))
     place = artefact(tmp_path / "given")
-    with pytest.raises(SelfalignError, match=r"(responses|scores)\.jsonl: what belongs to '[ab](-[12])?' is out"):
+    with pytest.raises(SelfalignError, match=r"(responses|scores)\.jsonl: record for '[ab](-[12])?' is missing or out"):
         pair(
             workspace(tmp_path / "again"),
             rule=BestWorst(),

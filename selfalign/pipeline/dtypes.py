@@ -1,0 +1,26 @@
+"""dtype=auto, which stays in the configuration and is resolved for this machine where stages get their inputs."""
+
+from dataclasses import replace
+from typing import Any
+
+from selfalign.config.experiment import ExperimentConfig
+from selfalign.models.checkpoint import resolve_dtype
+
+
+def resolve_dtypes(config: ExperimentConfig) -> ExperimentConfig:
+    """Return the configuration with every dtype=auto resolved, because the dtype changes results and so the keys."""
+    train = replace(config.train, sft=_resolved(config.train.sft), align=_resolved(config.train.align))
+    return replace(config, generate=_resolved(config.generate), train=train)
+
+
+def auto_dtypes(config: ExperimentConfig) -> dict[str, str]:
+    """Return {setting: dtype on this machine} of all that are auto."""
+    train = config.train
+    settings = {"generate": config.generate, "train.sft": train.sft, "train.align": train.align}
+    return {
+        f"{key}.dtype": resolve_dtype("auto") for key, one in settings.items() if getattr(one, "dtype", "") == "auto"
+    }
+
+
+def _resolved(settings: Any) -> Any:
+    return replace(settings, dtype=resolve_dtype("auto")) if getattr(settings, "dtype", "") == "auto" else settings

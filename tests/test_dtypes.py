@@ -1,0 +1,105 @@
+"""dtype=auto is another on another machine: the folder of a run is the same, the keys of what it makes are not."""
+
+import json
+from pathlib import Path
+
+import pytest
+from builders import composed, run
+
+from selfalign.core.files import read_json
+from selfalign.launch.experiment import RESOLVED
+from selfalign.pipeline.dtypes import auto_dtypes, resolve_dtypes
+from selfalign.runs.folder import run_folder
+from selfalign.store.artifacts import key_of
+
+
+def machine(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    """From now on this is a machine whose faster dtype is this one."""
+    monkeypatch.setattr("selfalign.models.checkpoint.fastest_dtype", lambda: dtype)
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        ["generate=transformers"],
+        ["generate=vllm"],
+        ["generate=server", "generate.command='serve {weights} --port {port} --dtype {dtype}'"],
+    ],
+    ids=["transformers", "vllm", "server"],
+)
+def test_folder_is_the_same_on_every_machine_and_the_keys_are_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, engine: list[str]
+) -> None:
+    folders, keys, texts = set(), set(), set()
+    for dtype in ("float32", "bfloat16"):
+        machine(monkeypatch, dtype)
+        config, text, _ = composed("model=tiny", "generate.dtype=auto", *engine)
+        here = resolve_dtypes(config)
+        folders.add(run_folder(tmp_path, config.name, config, fresh=False))
+        texts.add(text)
+        inputs = (here.generate, here.train.sft, here.train.align, here.train.align.precision("float32"))
+        keys |= {key_of("stage", {"settings": settings}) for settings in inputs}
+        assert {here.generate.dtype, here.train.sft.dtype, here.train.align.dtype} == {dtype}
+        assert set(auto_dtypes(config).values()) == {dtype}
+        assert auto_dtypes(here) == {}
+    assert (len(folders), len(texts), len(keys)) == (1, 1, 2 * 4)
+
+
+def test_dtype_that_is_set_is_the_same_on_every_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, "bfloat16")
+    told = ["generate.dtype=float32", "train.sft.dtype=float32", "train.align.dtype=float32"]
+    config, *_ = composed("model=tiny", *told)
+    assert resolve_dtypes(config) == config
+    assert auto_dtypes(config) == {}
+
+
+def test_run_goes_on_in_its_folder_on_another_machine_and_makes_anew_what_depends_on_the_dtype(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pairs = [{"id": f"p{n}", "prompt": f"Name {n} birds.", "chosen": "Wrens.", "rejected": "Stones."} for n in range(3)]
+    (tmp_path / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in pairs), encoding="utf-8")
+    overrides = [
+        "model=tiny", "track=none", "evaluate=none", "iterations=1", "data=pairs", f"data.path={tmp_path}/pairs.jsonl",
+        "data.seeds.demonstrations=''", "data.seeds.ranked=''",
+    ]  # fmt: skip
+
+    def keys_after(dtype: str) -> dict[str, str]:
+        machine(monkeypatch, dtype)
+        caplog.clear()
+        folder = run(tmp_path / "outputs", *overrides)
+        assert read_json(folder / RESOLVED) == {
+            f"{key}.dtype": dtype for key in ("generate", "train.sft", "train.align")
+        }
+        inputs = [read_json(path)["inputs"] for path in sorted((tmp_path / "outputs/store").glob("*/*/manifest.json"))]
+        assert "auto" not in json.dumps(inputs).split('"')
+        assert "dtype: auto" in (folder / "config.yaml").read_text(encoding="utf-8")
+        return {stage["label"]: stage["key"] for stage in read_json(folder / "summary.json")["stages"]}
+
+    class KilledError(BaseException):
+        """The machine goes down."""
+
+    def align(*_: object, **__: object) -> None:
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("selfalign.pipeline.loop.align", align)
+        with pytest.raises(KilledError):
+            keys_after("float32")
+    assert "generate.dtype=auto" not in caplog.text
+    there = keys_after("bfloat16")
+    for key in ("generate", "train.sft", "train.align"):
+        assert f"{key}.dtype=auto was float32 on the machine that this run was on before, and is bfloat16 on this" in (
+            caplog.text
+        )
+    assert "Set train.align.dtype=float32 to reuse" in caplog.text
+    here = keys_after("float32")
+    assert "train.align.dtype=auto was bfloat16" in caplog.text
+    assert [path.name for path in (tmp_path / "outputs").glob("selfalign-*")] == [folder_name(tmp_path, overrides)]
+    same = {label for label, key in here.items() if there[label] == key}
+    assert {"M0", "seeds", "iteration_1/pairs"} <= same
+    assert {"iteration_1/reference", "M2"} <= set(here) - same
+
+
+def folder_name(tmp_path: Path, overrides: list[str]) -> str:
+    config, *_ = composed(*overrides)
+    return run_folder(tmp_path, config.name, config, fresh=False)[0].name
