@@ -219,7 +219,7 @@ def test_sweep_is_not_rehearsed(call: Callable[..., Said]) -> None:
 def test_stages_with_a_model_declare_their_sizes_and_are_measured_but_for_benchmarks(tmp_path: Path) -> None:
     names = [name for name in modules() if name.startswith("stages.")]
     members = [vars(importlib.import_module(f"selfalign.{name}")).values() for name in names]
-    with_models = {one for several in members for one in several if inspect.isfunction(one) and declared(one).together}
+    with_models = {one for several in members for one in several if inspect.isfunction(one) and declared(one).all_ranks}
     assert len(with_models) == 9
     assert all(declared(one).size for one in with_models)
     assert with_models - Rehearsal(composed()[0], tmp_path)._estimators.keys() == {benchmark}
@@ -340,7 +340,7 @@ def test_stages_that_nobody_knows_are_planned_rehearsed_and_run(
         copy(pairs.path / "pairs.jsonl", out.path)
         return {"thinned": pairs.counts["pairs"]}
 
-    @stage(together=True)
+    @stage(all_ranks=True)
     def weigh_pairs(out: Workspace, *, pairs: Artefact) -> Counts:
         return {"weighed": pairs.counts["thinned"]}
 

@@ -82,7 +82,7 @@ class Rehearsal:
         planned, _ = plan_stage(label, stage, inputs)
         if estimate := self._estimators.get(stage):
             return replace(planned, **(estimate(label, **inputs) or {}))
-        if declared(stage).together:
+        if declared(stage).all_ranks:
             self.unmeasured.append(label)
         return planned
 

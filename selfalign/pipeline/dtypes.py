@@ -15,12 +15,13 @@ def resolve_dtypes(config: ExperimentConfig) -> ExperimentConfig:
 
 def auto_dtypes(config: ExperimentConfig) -> dict[str, str]:
     """Return {setting: dtype on this machine} of all that are auto."""
-    train = config.train
-    settings = {"generate": config.generate, "train.sft": train.sft, "train.align": train.align}
-    return {
-        f"{key}.dtype": resolve_dtype("auto") for key, one in settings.items() if getattr(one, "dtype", "") == "auto"
-    }
+    settings = {"generate": config.generate, "train.sft": config.train.sft, "train.align": config.train.align}
+    return {f"{key}.dtype": resolve_dtype("auto") for key, one in settings.items() if _is_auto(one)}
 
 
 def _resolved(settings: Any) -> Any:
-    return replace(settings, dtype=resolve_dtype("auto")) if getattr(settings, "dtype", "") == "auto" else settings
+    return replace(settings, dtype=resolve_dtype("auto")) if _is_auto(settings) else settings
+
+
+def _is_auto(settings: Any) -> bool:
+    return getattr(settings, "dtype", "") == "auto"

@@ -42,16 +42,22 @@ class Runner:
             inputs: artefacts, settings and seeds; together they are its key.
         """
         name, keyed, ledger = stage.__name__, keyed_inputs(inputs, self.namespace), self.ledger
-        make = partial(self.store.make, name, keyed, lambda out: stage(out, **inputs), label=str(label))
-        together = declared(stage).together
+        make = partial(
+            self.store.make,
+            name,
+            keyed,
+            lambda out: stage(out, **inputs),
+            label=str(label),
+            all_ranks=declared(stage).all_ranks,
+        )
         if ledger is None:
-            return make(together=together)
+            return make()
         ledger.link(label, self.store.place(name, keyed))
         if self.store.find(name, keyed) is None:
             logger.info("%s: %s", label, name)
         else:
             ledger.reused.add(label)
-        artefact = make(together=together, on_row=partial(ledger.log, label, name))
+        artefact = make(on_row=partial(ledger.log, label, name))
         ledger.enter(label, artefact)
         return artefact
 

@@ -25,7 +25,7 @@ def size(*, pairs: Artefact, loss: PreferenceLoss, optimization: Optimization, *
     return Size(f"{text}, epochs {optimization.epochs}, batch {optimization.batch_size}", {})
 
 
-@stage(size=size, together=True)
+@stage(size=size, all_ranks=True)
 def align(
     out: Workspace,
     *,

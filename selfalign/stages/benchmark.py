@@ -12,7 +12,7 @@ def size(*, benchmark: Benchmark, **others: object) -> Size:
     return Size(benchmark.size, {})
 
 
-@stage(size=size, together=True)
+@stage(size=size, all_ranks=True)
 def benchmark(
     out: Workspace,
     *,

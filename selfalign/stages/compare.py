@@ -27,7 +27,7 @@ def size(*, judge: Referee, policy: Artefact | None, answers: Artefact, **others
     return Size(f"{what} in both orders, judged by {who_judges(judge, policy)}", {})
 
 
-@stage(size=size, together=True)
+@stage(size=size, all_ranks=True)
 def compare(
     out: Workspace,
     *,

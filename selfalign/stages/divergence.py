@@ -19,7 +19,7 @@ def size(*, answers: Artefact, **others: object) -> Size:
     return Size(f"log-probabilities of {amount(records_in(answers, 'responses'))} answers under M1", {})
 
 
-@stage(size=size, together=True)
+@stage(size=size, all_ranks=True)
 def divergence(
     out: Workspace,
     *,

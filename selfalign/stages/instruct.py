@@ -212,7 +212,7 @@ def size(*, config: InstructConfig, policy: Artefact, **others: object) -> Size:
     return Size(f"{config.count} instructions, written by {policy.key}", {"instructions": config.count})
 
 
-@stage(size=size, together=True)
+@stage(size=size, all_ranks=True)
 def instruct(
     out: Workspace,
     *,

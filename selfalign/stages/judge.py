@@ -72,7 +72,7 @@ def size(
     return Size(f"{text} by {type(judge).__name__}, {who_judges(judge, policy)}", {"scores": answers})
 
 
-@stage(size=size, together=True)
+@stage(size=size, all_ranks=True)
 def judge(
     out: Workspace,
     *,

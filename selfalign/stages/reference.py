@@ -22,7 +22,7 @@ def size(*, pairs: Artefact, augmentation: Refinement | None, **others: object) 
     return Size(f"log-probabilities of {amount(count)} pairs given x{' and p⊕x' * (augmentation is not None)}", {})
 
 
-@stage(size=size, together=True)
+@stage(size=size, all_ranks=True)
 def reference(
     out: Workspace,
     *,

@@ -36,7 +36,7 @@ def size(*, config: RespondConfig, instructions: Artefact, **others: object) -> 
     return Size(text, counts)
 
 
-@stage(size=size, together=True)
+@stage(size=size, all_ranks=True)
 def respond(
     out: Workspace,
     *,

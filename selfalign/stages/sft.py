@@ -38,7 +38,7 @@ def size(*, demonstrations: Artefact, optimization: Optimization, **others: obje
     return Size(f"SFT on {count} demonstrations, epochs {optimization.epochs}, batch {optimization.batch_size}", {})
 
 
-@stage(size=size, together=True)
+@stage(size=size, all_ranks=True)
 def sft(
     out: Workspace,
     *,

@@ -164,7 +164,7 @@ class Store:
         *,
         label: str = "",
         on_row: Callable[[dict[str, Any]], None] = lambda row: None,
-        together: bool = False,
+        all_ranks: bool = False,
     ) -> Artefact:
         """Find the artifact or build it. Two runs that need it at once build it once.
 
@@ -176,7 +176,7 @@ class Store:
             build: writes the files into the workspace and returns the counts.
             label: what the progress bar calls the work.
             on_row: receives each row the stage logs, those of an earlier, killed attempt included.
-            together: whether all processes of a run build it, or the main one without the others.
+            all_ranks: whether all processes of a run build it, or the main one without the others.
 
         Raises:
             SelfalignError: the processes of the run ask for different ones.
@@ -192,7 +192,7 @@ class Store:
                 stack.enter_context(locked(lock_of(folder), f"{label} is being made by another run"))
             if distributed.broadcast((folder / MANIFEST).exists()):
                 shutil.rmtree(folder / SCRATCH, ignore_errors=True)
-            elif together:
+            elif all_ranks:
                 with distributed.others_there():
                     self._build(folder, stage, inputs, build, Workspace(folder, label, on_row))
             elif distributed.is_main():

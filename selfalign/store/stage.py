@@ -37,21 +37,21 @@ class Declaration:
     Attributes:
         size: called with the stage's inputs; where there is none, as many records are expected as the inputs have.
         given: whether it reads what the user gives, without a model.
-        together: whether all processes of a run make it together; any other is left to the main one.
+        all_ranks: whether all processes of a run make it together; any other is left to the main one.
     """
 
     size: Callable[..., Size] | None = None
     given: bool = False
-    together: bool = False
+    all_ranks: bool = False
 
 
 def stage(
-    *, size: Callable[..., Size] | None = None, given: bool = False, together: bool = False
+    *, size: Callable[..., Size] | None = None, given: bool = False, all_ranks: bool = False
 ) -> Callable[[Function], Function]:
     """Declares a function to be a stage; one that needs to declare nothing is a stage without it."""
 
     def declare(function: Function) -> Function:
-        function.__dict__["declared"] = Declaration(size, given, together)
+        function.__dict__["declared"] = Declaration(size, given, all_ranks)
         return function
 
     return declare
