@@ -183,8 +183,8 @@ def write_shares(out: Workspace) -> dict[str, Any]:
     return {"made": made, "count": distributed.count()}
 
 
-def make_in_store(root: Path, rank: int, *, together: bool = True, **inputs: Any) -> Artefact:
-    return Store(root).make("stage", inputs, write_shares, together=together)
+def make_in_store(root: Path, rank: int, *, all_ranks: bool = True, **inputs: Any) -> Artefact:
+    return Store(root).make("stage", inputs, write_shares, all_ranks=all_ranks)
 
 
 def test_stage_made_together_is_one_artefact_of_the_main_process(
@@ -197,13 +197,13 @@ def test_stage_made_together_is_one_artefact_of_the_main_process(
     assert len(first.rows()) == 1
     monkeypatch.undo()
     assert first == make_in_store(tmp_path, 0)
-    alone = Store(tmp_path / "alone").make("stage", {}, lambda out: write_shares(out), together=True)
+    alone = Store(tmp_path / "alone").make("stage", {}, lambda out: write_shares(out), all_ranks=True)
     assert alone.digest == first.digest
 
 
 def test_any_other_stage_is_left_to_the_main_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model is fetched once, and not by each of eight processes."""
-    first, *others = Team(3, monkeypatch).run(lambda rank: make_in_store(tmp_path, rank, together=False))
+    first, *others = Team(3, monkeypatch).run(lambda rank: make_in_store(tmp_path, rank, all_ranks=False))
     assert others == [first] * 2
     assert first.counts == {"made": [0] * 5, "count": 1}
 
