@@ -170,7 +170,7 @@ def test_no_module_asks_for_the_class_of_a_loss() -> None:
 def test_alignment_takes_its_objective_from_the_library() -> None:
     """The stage loads, encodes, trains and measures; what is minimised is `training.preference`'s."""
     stage = tree_of(modules()["stages.align"])
-    assert [node.name for node in stage.body if isinstance(node, ast.FunctionDef | ast.ClassDef)] == ["align"]
+    assert [node.name for node in stage.body if isinstance(node, ast.FunctionDef | ast.ClassDef)] == ["size", "align"]
     assert "training.preference" in own_imports(modules()["stages.align"])
 
 

@@ -1,6 +1,7 @@
 """Components from outside: a user's folder and an installed package bring a loss, a judge, a pair rule, a schema."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -204,6 +205,9 @@ def test_options_of_an_installed_package_are_listed(
     said = call("experiment=smoke", "loss=robust_dop")
     assert said.err.startswith("error: no loss=robust_dop; did you mean loss=robust_dpo? There are: dpo, ipo, ")
     assert "robust_dpo" in call("--help").out
+    monkeypatch.setattr(
+        logging.getLogger("hydra._internal.hydra"), "disabled", False
+    )  # As an earlier test may leave it.
     assert "selfalign-example" in call("experiment=smoke", "--info", "searchpath").out
     assert PACKAGE not in sys.modules, "a package is imported because an option of it is chosen"
 

@@ -359,10 +359,18 @@ def test_row_of_another_format_behind_published_ones_is_refused(
 @pytest.mark.parametrize(
     ("rows", "read", "message"),
     [
-        (TREES, read_pairs, r"a\.jsonl: rows like TreeMessage .* give demonstrations and ranked answers only"),
-        (RATED, read_ranked, r"a\.jsonl: rows like RatedPair .* give demonstrations and pairs only"),
-        (RATED_COMPLETIONS, read_pairs, r"RatedCompletions .* give demonstrations and ranked answers only"),
-        ([{"chosen": f"{HH}a", "rejected": f"{HH}b"}], read_ranked, r"TranscriptPair .* give demonstrations and pairs"),
+        (
+            TREES,
+            read_pairs,
+            r"a\.jsonl: rows in the schema TreeMessage can be read as demonstrations and ranked answers only",
+        ),
+        (RATED, read_ranked, r"a\.jsonl: rows in the schema RatedPair can be read as demonstrations and pairs only"),
+        (RATED_COMPLETIONS, read_pairs, "RatedCompletions can be read as demonstrations and ranked answers only"),
+        (
+            [{"chosen": f"{HH}a", "rejected": f"{HH}b"}],
+            read_ranked,
+            "TranscriptPair can be read as demonstrations and pairs only",
+        ),
     ],
 )
 def test_schema_that_is_of_other_use_is_refused_with_what_it_is_for(

@@ -184,7 +184,7 @@ def test_missing_package_is_named_with_what_to_install(quantised: PolicyFiles, m
 
 
 def test_full_training_of_quantised_weights_is_refused() -> None:
-    with pytest.raises(SelfalignError, match=r"model\.quantization=nf4 .* set model\.lora\.rank"):
+    with pytest.raises(SelfalignError, match=r"model\.quantization=nf4 freezes the weights, .* Set model\.lora\.rank"):
         ModelConfig(path="random:tiny", quantization="nf4")
 
 

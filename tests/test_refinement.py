@@ -151,8 +151,8 @@ def test_random_prompt_is_of_the_same_length_and_says_something_else(tiny_tokeni
             "source must be one of prompted, naive, shuffled, constant, random_prompt; got 'prompt'",
         ),
         ({"place": "first_turn"}, "place must be one of dialogue, last_turn; got 'first_turn'"),
-        ({"source": "constant"}, r"only if loss\.refinement\.source=constant \(got constant=0, source=constant\)"),
-        ({"constant": 0.5}, r"only if loss\.refinement\.source=constant \(got constant=0\.5, source=prompted\)"),
+        ({"source": "constant"}, "only if loss.refinement.source=constant (got constant=0, source=constant)"),
+        ({"constant": 0.5}, "only if loss.refinement.source=constant (got constant=0.5, source=prompted)"),
         ({"prompt": "Do well.", "scale": 10}, "scale has no meaning: loss.refinement.prompt has no {scale}"),
     ],
 )

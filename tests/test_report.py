@@ -529,9 +529,8 @@ def test_paragraph_says_who_judged_and_how(tmp_path: Path, judge: dict[str, Any]
     ],
 )
 def test_paragraph_says_which_responses_were_paired(tmp_path: Path, pair: dict[str, Any], kind: str, said: str) -> None:
-    run = begin(tmp_path / "run", pair=pair)
+    run = begin(tmp_path / "run", pair=pair, choices={"pair": kind})
     run.stage("iteration_1/pairs", "pair", {})
-    write_json(tmp_path / "run/artefacts/iteration_1/pairs/manifest.json", {"inputs": {"rule": {"class": kind}}})
     assert f"{said}. " in re.sub(r"<.*?>", "", what_was_run(Finished.load(run.finish())))
 
 

@@ -20,6 +20,7 @@ from selfalign.engines.protocol import Completion, Request, Sampling
 from selfalign.judges.sampled import SampledScore
 from selfalign.models.batches import Group, PairExample
 from selfalign.models.checkpoint import PolicyFiles
+from selfalign.runs.labels import Label
 from selfalign.stages import judge, pair
 from selfalign.stages.respond import RespondConfig, respond
 from selfalign.store.artifacts import Artefact
@@ -98,8 +99,8 @@ def read_tables(folder: Path, count: int, module: ModuleType, policy: PolicyFile
     given(place / "instructions", count)
     for name in ("responses", "judgements"):
         (place / name).symlink_to("instructions")
-    for table in (module.candidates, module.scores):
-        assert sum(1 for _ in table(folder, "iteration_1")) == 2 * count
+    for name, table in (("responses", module.candidates), ("judgements", module.scores)):
+        assert sum(1 for _ in table(folder, Label.iteration(1, name))) == 2 * count
 
 
 PARTS: list[tuple[ModuleType, Part, str, str]] = [

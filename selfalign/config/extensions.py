@@ -16,7 +16,6 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 
-from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError, one_line
 from selfalign.store.source_code import source_code
 
@@ -34,7 +33,7 @@ def installed_folders() -> tuple[tuple[str, Path], ...]:
         distribution, folder = point.dist.name if point.dist else point.name, _folder_at(point.value)
         if folder is not None:
             found.append((distribution, folder))
-        elif distributed.is_main():
+        else:
             logger.warning(
                 "%s: its entry point %s = %s in %s names no folder of an installed package; its options are left out",
                 distribution,

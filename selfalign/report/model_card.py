@@ -197,7 +197,7 @@ def method(run: Finished) -> str:
     config, label = run.config, last_model(run)
     given = "given pairs" if "path" in config["data"] else "the model's own pairs (arXiv 2401.10020)"
     facts = [f"Method: {given}, {plural(config['iterations'], 'iteration')}"]
-    loss = run.inputs(label).get("loss", {"class": config["choices"]["loss"]})
+    loss = run.inputs(label).get("loss") or {"class": config["choices"]["loss"]}
     facts.append(f"Loss of a pair: {run.loss['title']}, {code(run.loss['formula'])}; {settings(loss)}")
     if "h" in run.loss["formula"]:
         facts.append(

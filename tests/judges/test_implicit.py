@@ -130,7 +130,7 @@ def test_response_that_does_not_fit_is_counted_and_never_cut(
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"model": "base"}, r"judge\.model=base: the implicit reward compares"),
+        ({"model": "base"}, r"judge\.model=base has no reference policy, which judge=implicit needs"),
         ({"model": "/models/other"}, r"judge\.model=/models/other"),
         ({"beta": 0.0}, r"judge\.beta"),
         ({"alpha": -1.0}, r"judge\.alpha"),

@@ -91,7 +91,7 @@ def test_every_model_is_measured_and_the_plan_says_so(benched: tuple[Path, list[
     assert {"evaluation_M1/mt_bench", "evaluation_M2/mt_bench"} <= planned.keys()
     assert planned["evaluation_M1/mt_bench"].startswith("2 questions of ")
     assert "evaluation_SFT/mt_bench" not in planned
-    assert planned["evaluation_M2/mt_bench_against_M1"] == "every turn in both orders, judged by sft"
+    assert planned["evaluation_M2/mt_bench_against_M1"] == "every turn in both orders, judged by M1"
     assert "evaluation_M1/mt_bench_against_M1" not in planned
 
 
