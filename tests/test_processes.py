@@ -229,7 +229,7 @@ MUTANTS: list[tuple[str, str, str, Check]] = [
     ("what one made is not given to the others", "cast(Artefact, distributed.broadcast(made))", "cast(Artefact, made)",
      TOGETHER),
     ("every process writes the manifest", "        if not distributed.is_main():\n            return\n", "", TOGETHER),
-    ("every stage is made by all", "elif together:", "elif True:", ALONE),
+    ("every stage is made by all", "elif all_ranks:", "elif True:", ALONE),
     ("the main process waits for the others alone", "with distributed.alone():", "if True:", ALONE),
     ("different data go unnoticed", "if len(set(distributed.gather(folder.name))) > 1:", "if False:",
      test_processes_that_read_different_data_are_stopped),
