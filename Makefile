@@ -1,7 +1,7 @@
 # make demo   sets everything up, then runs SmolLM2-135M-Instruct → M1 → M2 → M3
 # make test   sets everything up, then runs lint, types and tests, and builds the docs
 # make docs   sets everything up, then builds docs/ into build/docs/index.html; a warning is an error
-# make vllm   vLLM for CPUs in an environment of its own, for generate=vllm and its tests
+# make vllm   vLLM for CPUs in an environment of its own, for engine=vllm and its tests
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed

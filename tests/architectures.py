@@ -10,7 +10,7 @@ import transformers
 from test_tokenization import WITHOUT_BOS, build_tokenizer
 
 from selfalign.core.files import write_json
-from selfalign.models.checkpoint import PolicyFiles, digest_weights
+from selfalign.models.checkpoint import PolicyCheckpoint, digest_weights
 
 WINDOW = 8
 SIZES: dict[str, Any] = {
@@ -160,12 +160,12 @@ REFUSED = {
 """Those that cannot be used: padding changes their scores, or their output layer has a bias."""
 
 
-def as_policy(model: Any, folder: Path, template: str | None = WITHOUT_BOS) -> PolicyFiles:
+def as_policy(model: Any, folder: Path, template: str | None = WITHOUT_BOS) -> PolicyCheckpoint:
     """A model as a fetched policy, with a byte-level tokenizer."""
     model.save_pretrained(folder / "weights")
     build_tokenizer(adds_bos=False, template=template).save_pretrained(folder / "tokenizer")
     write_json(folder / "weights.json", digest_weights(folder / "weights"))
-    return PolicyFiles(folder)
+    return PolicyCheckpoint(folder)
 
 
 Builder = Callable[[], Any]

@@ -9,9 +9,9 @@ from builders import workspace
 
 from selfalign.benchmarks.grading import Grader
 from selfalign.benchmarks.mt_bench import MTBench
-from selfalign.benchmarks.protocol import Benchmark, Entrant
+from selfalign.benchmarks.protocol import Benchmark, BenchmarkContext
 from selfalign.engines.transformers import Transformers
-from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.store.artifacts import Counts
 
 FP32 = Transformers(dtype="float32")
@@ -63,10 +63,14 @@ def mt_bench(folder: Path, *, questions: Sequence[Any] = QUESTIONS, references: 
 
 
 def measure(
-    folder: Path, benchmark: Benchmark, policy: PolicyFiles, judge: PolicyFiles | None = None, generate: Any = FP32
+    folder: Path,
+    benchmark: Benchmark,
+    policy: PolicyCheckpoint,
+    judge: PolicyCheckpoint | None = None,
+    engine: Any = FP32,
 ) -> Counts:
     """Measures one model into `folder`/out."""
     benchmark.check("benchmark.tried")
     benchmark.sources("benchmark.tried")
-    entrant = Entrant(key="benchmark.tried", label="M2", policy=policy, judge=judge, generate=generate, seed=7)
-    return benchmark.measure(entrant, workspace(folder / "out"))
+    context = BenchmarkContext(key="benchmark.tried", label="M2", policy=policy, judge=judge, engine=engine, seed=7)
+    return benchmark.measure(context, workspace(folder / "out"))

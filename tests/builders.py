@@ -1,4 +1,4 @@
-"""What tests of stages and of whole runs stand on: finished artefacts, workspaces, composed configurations."""
+"""What tests of stages and of whole runs stand on: finished artifacts, workspaces, composed configurations."""
 
 import functools
 import json
@@ -31,12 +31,12 @@ from selfalign.data.sources import as_prompt
 from selfalign.engines.protocol import Completion, Request, Sampling
 from selfalign.engines.transformers import Transformers, TransformersGenerator
 from selfalign.launch.experiment import run_experiment
-from selfalign.models.checkpoint import Policy, PolicyFiles, digest_weights
+from selfalign.models.checkpoint import Policy, PolicyCheckpoint, digest_weights
 from selfalign.models.config import LoRA
 from selfalign.pipeline.loop import plan
 from selfalign.stages.sft import sft
-from selfalign.store.artifacts import Artefact, Workspace
-from selfalign.training.config import Optimization, Weights
+from selfalign.store.artifacts import Artifact, StageOutput
+from selfalign.training.config import Optimization, TrainableWeights
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,7 +46,7 @@ RUBRIC = (
 """A judge's prompt that is short enough for a tiny model to be quick."""
 
 
-# --- artefacts ---------------------------------------------------------------------------------------------------
+# --- artifacts ---------------------------------------------------------------------------------------------------
 
 
 def floors() -> list[list[str]]:
@@ -64,28 +64,28 @@ def components() -> dict[str, set[type]]:
     return {group: classes for group, classes in found.items() if classes}
 
 
-def artefact(folder: Path, stage: str = "given", counts: dict[str, Any] | None = None) -> Artefact:
-    """A folder as a finished artefact."""
+def artifact(folder: Path, stage: str = "given", counts: dict[str, Any] | None = None) -> Artifact:
+    """A folder as a finished artifact."""
     digest = digest_json(digest_folder(folder))
-    return Artefact(stage=stage, key=folder.name, path=folder, digest=digest, counts=counts or {}, seconds=0.0)
+    return Artifact(stage=stage, key=folder.name, path=folder, digest=digest, counts=counts or {}, seconds=0.0)
 
 
-def records_artefact(folder: Path, **files: Sequence[HasId]) -> Artefact:
-    """A finished artefact that holds `<name>.jsonl` for every keyword, and beside judgements their scores."""
+def records_artifact(folder: Path, **files: Sequence[HasId]) -> Artifact:
+    """A finished artifact that holds `<name>.jsonl` for every keyword, and beside judgements their scores."""
     folder.mkdir(parents=True, exist_ok=True)
     if "judgements" in files and "scores" not in files:
         files["scores"] = mean_scores(files["judgements"])
     for name, records in files.items():
         write_records(folder / f"{name}.jsonl", records)
-    return artefact(folder)
+    return artifact(folder)
 
 
-def policy_artefact(files: PolicyFiles) -> Artefact:
-    """A policy's folder as a finished artefact."""
-    return Artefact(stage="pretrained", key="tiny", path=files.path, digest=files.digest, counts={}, seconds=0.0)
+def policy_artifact(files: PolicyCheckpoint) -> Artifact:
+    """A policy's folder as a finished artifact."""
+    return Artifact(stage="load_model", key="tiny", path=files.path, digest=files.digest, counts={}, seconds=0.0)
 
 
-def nudged_policy(files: PolicyFiles, folder: Path, size: float = 0.02) -> PolicyFiles:
+def nudged_policy(files: PolicyCheckpoint, folder: Path, size: float = 0.02) -> PolicyCheckpoint:
     """The same architecture with other weights: every parameter moved by noise of this size."""
     policy = files.load("float32")
     noise = torch.Generator().manual_seed(1)
@@ -95,34 +95,34 @@ def nudged_policy(files: PolicyFiles, folder: Path, size: float = 0.02) -> Polic
     policy.model.save_pretrained(folder / "weights")
     policy.tokenizer.save_pretrained(folder / "tokenizer")
     write_json(folder / "weights.json", digest_weights(folder / "weights"))
-    return PolicyFiles(folder)
+    return PolicyCheckpoint(folder)
 
 
-def small_context_policy(files: PolicyFiles, folder: Path, context: int) -> PolicyFiles:
+def small_context_policy(files: PolicyCheckpoint, folder: Path, context: int) -> PolicyCheckpoint:
     """The same weights, said to take sequences of at most `context` tokens."""
     policy = files.load("float32")
     policy.model.config.max_position_embeddings = context
     policy.model.save_pretrained(folder / "weights")
     policy.tokenizer.save_pretrained(folder / "tokenizer")
     write_json(folder / "weights.json", digest_weights(folder / "weights"))
-    return PolicyFiles(folder)
+    return PolicyCheckpoint(folder)
 
 
-def taught_policy(files: PolicyFiles, folder: Path, epochs: int = 4) -> PolicyFiles:
+def taught_policy(files: PolicyCheckpoint, folder: Path, epochs: int = 4) -> PolicyCheckpoint:
     """The policy after a few steps of SFT on short answers, so that it ends its turns by itself."""
     subjects = ["bees", "rivers", "clocks", "bread", "stars", "trains", "songs", "boats"]
     taught = [demonstration(f"t{n}", f"Say one thing about {s}.", f"Old {s} are good.") for n, s in enumerate(subjects)]
-    given, policy = records_artefact(folder / "given", demonstrations=taught), policy_artefact(files)
+    given, policy = records_artifact(folder / "given", demonstrations=taught), policy_artifact(files)
     settings = optimization(learning_rate=1e-2, epochs=epochs, batch_size=4)
     out = workspace(folder / "taught")
     sft(out, policy=policy, base=policy, demonstrations=given, optimization=settings, weights=weights())
-    return PolicyFiles(out.path)
+    return PolicyCheckpoint(out.path)
 
 
 @functools.cache
 def loaded(path: Path) -> Policy:
     """A policy for reading logits from, loaded once."""
-    return PolicyFiles(path).load("float32", device="cpu")
+    return PolicyCheckpoint(path).load("float32", device="cpu")
 
 
 def logits_of(policy: Policy) -> torch.Tensor:
@@ -131,9 +131,9 @@ def logits_of(policy: Policy) -> torch.Tensor:
         return policy.model(input_ids=torch.tensor([[5, 77, 300, 41, 8, 9]])).logits
 
 
-def workspace(folder: Path, rows: list[dict[str, Any]] | None = None) -> Workspace:
+def workspace(folder: Path, rows: list[dict[str, Any]] | None = None) -> StageOutput:
     """A place for a stage to write to; its rows go to the list."""
-    return Workspace(folder, "stage", (lambda row: None) if rows is None else rows.append)
+    return StageOutput(folder, "stage", (lambda row: None) if rows is None else rows.append)
 
 
 # --- records -----------------------------------------------------------------------------------------------------
@@ -182,8 +182,8 @@ def optimization(**changes: Any) -> Optimization:
     return Optimization(**{**settings, **changes})
 
 
-def weights(seed: int = 0, rank: int = 0) -> Weights:
-    return Weights(dtype="float32", lora=LoRA(rank=rank), seed=seed)
+def weights(seed: int = 0, rank: int = 0) -> TrainableWeights:
+    return TrainableWeights(dtype="float32", lora=LoRA(rank=rank), seed=seed)
 
 
 # --- a generator that says what it is told -----------------------------------------------------------------------
@@ -211,7 +211,7 @@ class Script:
     def __exit__(self, *_: object) -> None:
         """Others may still use it."""
 
-    def load(self, files: PolicyFiles) -> "Script":
+    def load(self, files: PolicyCheckpoint) -> "Script":
         """Stands in for the backend and for the generator it loads."""
         return self
 
@@ -219,7 +219,7 @@ class Script:
         """Batches of `per_batch`, in the order of the records."""
         return [list(range(len(lengths)))[i : i + self.per_batch] for i in range(0, len(lengths), self.per_batch)]
 
-    def write(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
         """The next replies; when they run out, empty ones."""
         if not self.batches_left:
             raise Killed
@@ -234,9 +234,9 @@ class ScriptedWriter:
 
     def __init__(self, script: Script) -> None:
         real = Transformers(dtype="float32")
-        self.script, self.dtype, self.load_reader = script, real.dtype, real.load_reader
+        self.script, self.dtype, self.load_scorer = script, real.dtype, real.load_scorer
 
-    def load(self, files: PolicyFiles) -> Script:
+    def load(self, files: PolicyCheckpoint) -> Script:
         return self.script
 
 
@@ -252,17 +252,19 @@ class Killed(BaseException):
 @contextmanager
 def killed_after(batches: int, monkeypatch: Any) -> Iterator[list[int]]:
     """Generation raises once so many batches are written; yields the sizes of all batches that were asked for."""
-    original = TransformersGenerator.write
+    original = TransformersGenerator.generate
     sizes: list[int] = []
 
-    def write(self: TransformersGenerator, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+    def generate(
+        self: TransformersGenerator, requests: Sequence[Request], sampling: Sampling
+    ) -> list[list[Completion]]:
         if len(sizes) >= batches:
             raise Killed
         sizes.append(len(requests))
         return original(self, requests, sampling)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TransformersGenerator, "write", write)
+        patch.setattr(TransformersGenerator, "generate", generate)
         yield sizes
 
 
@@ -336,8 +338,8 @@ def write_tiny_data(folder: Path) -> list[str]:
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     return [
-        f"data.seeds.demonstrations={folder / 'ift.jsonl'}",
-        f"data.seeds.ranked={folder / 'ranked.jsonl'}",
+        f"data.seed_data.demonstrations={folder / 'ift.jsonl'}",
+        f"data.seed_data.ranked={folder / 'ranked.jsonl'}",
         f"evaluate.instructions={folder / 'asked.jsonl'}",
         "evaluate.count=0",
     ]
@@ -346,8 +348,8 @@ def write_tiny_data(folder: Path) -> list[str]:
 TINY_RUN = [
     "experiment=smoke",
     "name=tiny",
-    "generate.dtype=float32",
-    "generate.batch_tokens=120",
+    "engine.dtype=float32",
+    "engine.max_batch_tokens=120",
     "train.sft.dtype=float32",
     "train.sft.learning_rate=0.01",
     "train.sft.epochs=3",
@@ -370,7 +372,7 @@ def record_files(folder: Path) -> dict[str, bytes]:
     """{path: bytes} of every record and weight file of a run, through its links."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
-        for link in sorted((folder / "artefacts").rglob("*"))
+        for link in sorted((folder / "artifacts").rglob("*"))
         if link.is_symlink()
         for path in sorted(
             [*link.glob("*.jsonl"), *link.glob("weights/*.safetensors"), *link.glob("adapter/*.safetensors")]

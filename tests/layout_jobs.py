@@ -20,15 +20,15 @@ from selfalign.core.records import PairReference
 from selfalign.losses.preference import DPO, SrDPO
 from selfalign.losses.refinement import Refinement
 from selfalign.metrics.accumulate import averages
-from selfalign.models.batches import Group, PairExample, encode_group, encode_pairs
-from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.batches import PairExample, SharedPrompt, encode_group, encode_pairs
+from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.config import LoRA
 from selfalign.models.tokenizer import Answer
-from selfalign.store.artifacts import Workspace
+from selfalign.store.artifacts import StageOutput
 from selfalign.training import trainer as trainer_module
-from selfalign.training.config import Optimization, Weights
+from selfalign.training.config import Optimization, TrainableWeights
 from selfalign.training.objective import Likelihood
-from selfalign.training.parallelism import Layout
+from selfalign.training.parallelism import Parallelism
 from selfalign.training.preference import Preference
 from selfalign.training.reference import AdapterSwitchedOff, StoredReferences, with_reference
 from selfalign.training.train import train
@@ -98,7 +98,7 @@ class Stopping:
         self.inner.check_first_step(distance, loss_distance)
 
 
-def demonstrations(tokenizer: Any) -> list[Group]:
+def demonstrations(tokenizer: Any) -> list[SharedPrompt]:
     return [
         encode_group(tokenizer, f"d{i}", [{"role": "user", "content": f"Question {i}?"}], [Answer(text=answer)])
         for i, answer in enumerate(ANSWERS)
@@ -136,14 +136,16 @@ def task(kind: str, tokenizer: Any) -> tuple[Sequence[Any], Any]:
     return examples, Preference(loss, StoredReferences(), starts_as_reference=False, dtype="float32")
 
 
-def train_here(job: Job, policy: PolicyFiles) -> None:
+def train_here(job: Job, policy: PolicyCheckpoint) -> None:
     """Does a training in this process and the others there are; its measures go into measured.json."""
     folder = Path(job.folder)
-    out = Workspace(folder, "M1", lambda row: None)
-    settings = {"learning_rate": 1e-3, "batch_size": 8, "batch_tokens": 60, "dtype": "float32"}
+    out = StageOutput(folder, "M1", lambda row: None)
+    settings = {"learning_rate": 1e-3, "batch_size": 8, "microbatch_tokens": 60, "dtype": "float32"}
     settings["checkpoint_steps"] = 1 if job.killed_after else 100
     optimization = Optimization(**settings | {"epochs": job.epochs} | dict(job.options))
-    weights = Weights(dtype=job.dtype, lora=LoRA(rank=job.rank), seed=3, layout=Layout(kind=job.layout))
+    weights = TrainableWeights(
+        dtype=job.dtype, lora=LoRA(rank=job.rank), seed=3, parallelism=Parallelism(strategy=job.layout)
+    )
     examples, objective = task(job.kind, policy.load_tokenizer())
     try:
         trained = train(
@@ -187,11 +189,11 @@ def main(path: Path) -> None:
     if given["shard"]:
         shard_on_the_cpu()
     for fields in given["jobs"]:
-        train_here(Job(**fields), PolicyFiles(Path(given["policy"])))
+        train_here(Job(**fields), PolicyCheckpoint(Path(given["policy"])))
     distributed.leave()
 
 
-def as_file(path: Path, jobs: Sequence[Job], policy: PolicyFiles, *, shard: bool) -> Path:
+def as_file(path: Path, jobs: Sequence[Job], policy: PolicyCheckpoint, *, shard: bool) -> Path:
     """The jobs as `main` reads them."""
     path.write_text(json.dumps({"jobs": [asdict(job) for job in jobs], "policy": str(policy.path), "shard": shard}))
     return path

@@ -43,22 +43,22 @@ LOOP: Table = {
     "iterations": 2,
     "model.path": "meta-llama/Llama-2-70b-hf",
     "model.lora.rank": 0,
-    "train.reference": "previous",
+    "train.reference_policy": "previous",
     "choices.data": "SelfRewarding",
     # Section 3.1.1, seed training data: 3,200 of Open Assistant; EFT that the SFT baseline writes, thinned.
-    "data.seeds.demonstrations": "OpenAssistant/oasst1",
-    "data.seeds.ranked": "OpenAssistant/oasst1",
-    "data.seeds.max_demonstrations": 3200,
-    "data.seeds.evaluation_fine_tuning": "baseline",
+    "data.seed_data.demonstrations": "OpenAssistant/oasst1",
+    "data.seed_data.ranked": "OpenAssistant/oasst1",
+    "data.seed_data.max_demonstrations": 3200,
+    "data.seed_data.eft_source": "baseline",
     # Section 2.2 and 3.1.1: eight-shot by a fixed chat model, T .6, p .9, ROUGE-L .7; pairs of one iteration each.
-    "data.instruct.writer": "meta-llama/Llama-2-70b-chat-hf",
+    "data.instruct.model": "meta-llama/Llama-2-70b-chat-hf",
     "data.instruct.source": "",
-    "data.instruct.seed_demonstrations": 6,
-    "data.instruct.own_demonstrations": 2,
-    "data.instruct.max_rouge": 0.7,
+    "data.instruct.seed_examples": 6,
+    "data.instruct.generated_examples": 2,
+    "data.instruct.max_rouge_l": 0.7,
     "data.instruct.sampling.temperature": 0.6,
     "data.instruct.sampling.top_p": 0.9,
-    "data.accumulate": False,
+    "data.accumulate_pairs": False,
     # N = 4 candidates, T .7, p .9.
     "data.respond.candidates": 4,
     "data.respond.sampling.temperature": 0.7,
@@ -66,9 +66,9 @@ LOOP: Table = {
     # The same model judges, additive five points (figure 2), three samples drawn the same way.
     "choices.judge": "SampledScore",
     "judge.model": "self",
-    "judge.low": 0,
-    "judge.high": 5,
-    "judge.samples": 3,
+    "judge.min_score": 0,
+    "judge.max_score": 5,
+    "judge.num_samples": 3,
     "judge.sampling.temperature": 0.7,
     "judge.sampling.top_p": 0.9,
     **{f"train.sft.{name}": value for name, value in SFT.items()},
@@ -95,14 +95,14 @@ BY_DPO: Table = {
     "pair.minimum_margin": 0,
     "pair.length_control": None,
     **{f"train.align.{name}": value for name, value in ALIGN.items()},
-    "train.choose.every_steps": 200,
-    "train.choose.count": 253,
+    "train.checkpoint_selection.interval_steps": 200,
+    "train.checkpoint_selection.count": 253,
 }
 
 BY_POSITIVES: Table = {
     # Section 3.2, "positives only": perfect fives, M0 trained anew on all examples.
     "choices.loss": "Positives",
-    "loss.start": "base",
+    "loss.init": "base",
     "choices.pair": "PositivesOnly",
     "pair.minimum_score": 5,
 }
@@ -115,14 +115,14 @@ QUALITY_AWARE: Table = {
     "model.lora.rank": 0,
     "choices.data": "Pairs",
     "data.count": 0,
-    "data.seeds.max_demonstrations": 0,
-    "train.reference": "previous",
+    "data.seed_data.max_demonstrations": 0,
+    "train.reference_policy": "previous",
     "train.align.learning_rate": 5e-7,
     "train.align.optimizer": "rmsprop",
     "train.align.batch_size": 64,
     "train.align.max_length": 512,
     "train.align.epochs": 1,
-    "train.choose.every_steps": 0,
+    "train.checkpoint_selection.interval_steps": 0,
     # λ of {.1, .3, .5, 1}; .5 wins most with Sr-DPO (figure). Δ is eq. 11, p before x.
     "choices.loss": "SrDPO",
     "loss.beta": 0.1,
@@ -139,12 +139,12 @@ SET_UP_A: Table = QUALITY_AWARE | {
     # on 50 held-out tuples: of the training set they would be what M1 is taught.
     "model.path": "EleutherAI/pythia-2.8b",
     "data.path": "Anthropic/hh-rlhf",
-    "data.seeds.demonstrations": "Anthropic/hh-rlhf",
-    "data.seeds.ranked": "",
+    "data.seed_data.demonstrations": "Anthropic/hh-rlhf",
+    "data.seed_data.ranked": "",
     "evaluate.instructions": "",
     "evaluate.compare_benchmarks": True,
-    "train.held_out_pairs": 0,
-    "evaluate.preferences.count": 50,
+    "train.validation_pairs": 0,
+    "evaluate.preference_pairs.count": 50,
     **MT_BENCH,
     "benchmark.vicuna_bench.references": "",
     "benchmark.vicuna_bench.count": 0,
@@ -157,11 +157,11 @@ LEADERBOARD = [
 ]  # fmt: skip
 SET_UP_B: Table = QUALITY_AWARE | {
     # zephyr-7b-sft-full on UltraFeedback; the Open LLM Leaderboard and its average. λ is chosen on 50 held-out tuples.
-    "train.held_out_pairs": 50,
+    "train.validation_pairs": 50,
     "model.path": "alignment-handbook/zephyr-7b-sft-full",
     "data.path": "HuggingFaceH4/ultrafeedback_binarized:train_prefs",
-    "data.seeds.demonstrations": "",
-    "data.seeds.ranked": "",
+    "data.seed_data.demonstrations": "",
+    "data.seed_data.ranked": "",
     "evaluate.instructions": "",
     "benchmark.open_llm_leaderboard.average": True,
     **{
@@ -176,9 +176,9 @@ SET_UP_B: Table = QUALITY_AWARE | {
 PAPER: dict[str, Table] = {
     "self_rewarding": LOOP | BY_DPO,
     # Table 2 of 2401.10020: either prompt on the SFT baseline.
-    "self_rewarding_judge_prompt": LOOP | BY_DPO | {"evaluate.baseline": True},
+    "self_rewarding_judge_prompt": LOOP | BY_DPO | {"evaluate.sft_baseline": True},
     # Section 3.2: M1 is the SFT baseline.
-    "self_rewarding_no_eft": LOOP | BY_DPO | {"data.seeds.evaluation_fine_tuning": "none"},
+    "self_rewarding_no_eft": LOOP | BY_DPO | {"data.seed_data.eft_source": "none"},
     "self_rewarding_positives": LOOP | BY_POSITIVES,
     "quality_aware_hh": SET_UP_A,
     "quality_aware_ultrafeedback": SET_UP_B,
@@ -192,7 +192,7 @@ PAPER: dict[str, Table] = {
 
 YOURS = {
     "evaluate.instructions": "asked.jsonl",
-    "train.choose.instructions": "validation.jsonl",
+    "train.checkpoint_selection.instructions": "validation.jsonl",
     "benchmark.alpaca_eval.reference_outputs": "outputs.json",
     "benchmark.vicuna_bench.questions": "question.jsonl",
 }
@@ -200,45 +200,46 @@ YOURS = {
 
 OURS = {
     "model": ("chat_template", "dtype"),
-    "data.seeds": ("max_questions", "held_out_share", "most_common_ratio"),
+    "data.seed_data": ("max_ranked", "held_out_share", "max_score_imbalance"),
     "data.instruct": (
         "count", "prompts_per_batch", "min_words", "max_words", "keywords", "max_batches", "prompt",
         "sampling.max_new_tokens",
     ),
     "data.respond": ("sampling.max_new_tokens",),
-    "judge": ("prompt", "max_failed_share", "retries", "minimum_valid", "sampling.max_new_tokens"),
+    "judge": ("prompt", "max_failure_rate", "retries", "min_valid_samples", "sampling.max_new_tokens"),
     "pair": ("finished_only", "max_similarity", "minimum_pairs", "minimum_examples"),
     "loss.refinement": ("prompt", "constant"),
     "train.sft": (
-        "learning_rate", "final_learning_rate", "schedule", "warmup_share", "optimizer", "weight_decay",
-        "max_gradient_norm", "epochs", "batch_size", "max_length", "average", "dropout",
+        "learning_rate", "final_learning_rate", "schedule", "warmup_ratio", "optimizer", "weight_decay",
+        "max_grad_norm", "epochs", "batch_size", "max_length", "loss_reduction", "dropout",
     ),
     "train.align": (
-        "final_learning_rate", "schedule", "warmup_share", "optimizer", "weight_decay", "max_gradient_norm", "epochs",
-        "max_length", "average", "dropout",
+        "final_learning_rate", "schedule", "warmup_ratio", "optimizer", "weight_decay", "max_grad_norm", "epochs",
+        "max_length", "loss_reduction", "dropout",
     ),
-    "train": ("held_out_pairs",),
-    "train.choose": (
-        "level", "head_to_head.prompt", "head_to_head.model", "head_to_head.place_correction",
-        "head_to_head.verdict_tokens", "head_to_head.max_failed_share", "sampling.temperature", "sampling.top_p",
-        "sampling.max_new_tokens", "every_steps", "count",
+    "train": ("validation_pairs",),
+    "train.checkpoint_selection": (
+        "level", "head_to_head.prompt", "head_to_head.model", "head_to_head.debias_position",
+        "head_to_head.verdict_tokens", "head_to_head.max_failure_rate", "sampling.temperature", "sampling.top_p",
+        "sampling.max_new_tokens", "interval_steps", "count",
     ),
     "evaluate": (
-        "judge", "head_to_head.prompt", "head_to_head.model", "head_to_head.place_correction", "head_to_head",
-        "head_to_head.verdict_tokens", "head_to_head.max_failed_share", "matrix", "compare_benchmarks", "against",
-        "baseline", "sampling.temperature", "sampling.top_p", "sampling.max_new_tokens", "preferences.source",
-        "preferences.count", "preferences.judge", "count",
+        "judge", "head_to_head.prompt", "head_to_head.model", "head_to_head.debias_position", "head_to_head",
+        "head_to_head.verdict_tokens", "head_to_head.max_failure_rate", "round_robin", "compare_benchmarks",
+        "reference_outputs",
+        "sft_baseline", "sampling.temperature", "sampling.top_p", "sampling.max_new_tokens", "preference_pairs.source",
+        "preference_pairs.count", "preference_pairs.judge", "count",
     ),
     "benchmark.mt_bench": (
-        "max_new_tokens", "judge.prompt", "judge.prompts", "judge.model", "judge.reading", "judge.max_new_tokens",
-        "judge.max_failed_share",
+        "max_new_tokens", "judge.prompt", "judge.prompts", "judge.model", "judge.method", "judge.max_new_tokens",
+        "judge.max_failure_rate",
     ),
     "benchmark.vicuna_bench": (
-        "max_new_tokens", "judge.prompt", "judge.prompts", "judge.model", "judge.reading", "judge.max_new_tokens",
-        "judge.max_failed_share",
+        "max_new_tokens", "judge.prompt", "judge.prompts", "judge.model", "judge.method", "judge.max_new_tokens",
+        "judge.max_failure_rate",
     ),
     "benchmark.alpaca_eval": (
-        "judge.prompt", "judge.model", "judge.place_correction", "judge.verdict_tokens", "judge.max_failed_share",
+        "judge.prompt", "judge.model", "judge.debias_position", "judge.verdict_tokens", "judge.max_failure_rate",
         "sampling.temperature", "sampling.top_p", "sampling.max_new_tokens",
     ),
     "benchmark.nlp_sets": (
@@ -252,42 +253,46 @@ OURS = {
 WRITTEN_OUT = (
     *words("data.instruct.count data.instruct.min_words data.instruct.max_words data.instruct.keywords"),
     *words("data.instruct.prompts_per_batch data.instruct.max_batches data.instruct.sampling.max_new_tokens"),
-    *words("data.respond.sampling.max_new_tokens data.seeds.held_out_share data.seeds.most_common_ratio"),
-    *words("judge.retries judge.minimum_valid judge.max_failed_share judge.sampling.max_new_tokens"),
-    *words("pair.max_similarity pair.finished_only pair.minimum_pairs train.held_out_pairs train.choose.level"),
+    *words("data.respond.sampling.max_new_tokens data.seed_data.held_out_share data.seed_data.max_score_imbalance"),
+    *words("judge.retries judge.min_valid_samples judge.max_failure_rate judge.sampling.max_new_tokens"),
+    *words("pair.max_similarity pair.finished_only pair.minimum_pairs train.validation_pairs "
+    "train.checkpoint_selection.level"),
     *(f"train.{stage}.{name}" for stage in ("sft", "align") for name in (
-        "warmup_share", "optimizer", "weight_decay", "max_gradient_norm", "epochs", "max_length",
+        "warmup_ratio", "optimizer", "weight_decay", "max_grad_norm", "epochs", "max_length",
     )),
-    "train.sft.average",
-    *words("train.choose.head_to_head.model evaluate.head_to_head.model evaluate.judge"),
-    *(f"{key}.sampling.{name}" for key in ("train.choose", "evaluate") for name in (
+    "train.sft.loss_reduction",
+    *words("train.checkpoint_selection.head_to_head.model evaluate.head_to_head.model evaluate.judge"),
+    *(f"{key}.sampling.{name}" for key in ("train.checkpoint_selection", "evaluate") for name in (
         "temperature", "top_p", "max_new_tokens",
     )),
-    *words("benchmark.mt_bench.judge.model benchmark.mt_bench.judge.reading benchmark.alpaca_eval.judge.model"),
+    *words("benchmark.mt_bench.judge.model benchmark.mt_bench.judge.method benchmark.alpaca_eval.judge.model"),
 )  # fmt: skip
 """Defaults of ours that a study of 2401.10020 rests on: they stand in its files, marked."""
 
 TECHNICAL = (
-    *words("name seed output_dir fresh sweep_metric dry_run price_per_hour push push_to push_private"),
-    *words("track.* generate.* choices.generate choices.track data.schema train.layout.*"),
+    *words("name seed output_dir fresh sweep_metric dry_run price_per_hour hub.*"),
+    *words("tracker.* engine.* choices.engine choices.tracker data.schema train.parallelism.*"),
     *words("model.revision model.quantization model.trust_remote_code model.lora.alpha model.lora.targets"),
-    *words("*.batch_tokens *.batch_size *.checkpoint_steps *.gradient_checkpointing train.*.dtype *.endpoint.*"),
-    *words("train.reference_logps judge.alarm.* evaluate.limits.* benchmark.*.include_path benchmark.*.limit"),
+    *words(
+        "*.max_batch_tokens *.microbatch_tokens *.batch_size *.checkpoint_steps *.gradient_checkpointing "
+        "train.*.dtype *.endpoint.*"
+    ),
+    *words("train.reference_logprobs judge.degeneracy.* evaluate.bounds.* benchmark.*.include_path benchmark.*.limit"),
 )
 """Where and how fast it runs, what is only warned of, and where it is logged; `*` stands for anything."""
 
 WITHOUT_EFFECT = {
-    "data.path": ("judge.*", "pair.*", "choices.judge", "choices.pair", "data.seeds.evaluation_fine_tuning"),
-    "loss.start": ("train.align.*", "train.choose.*"),
+    "data.path": ("judge.*", "pair.*", "choices.judge", "choices.pair", "data.seed_data.eft_source"),
+    "loss.init": ("train.align.*", "train.checkpoint_selection.*"),
 }
-"""What a study with given pairs (it has `data.path`), or without alignment (it has `loss.start`), does not use."""
+"""What a study with given pairs (it has `data.path`), or without alignment (it has `loss.init`), does not use."""
 
 SIZES = (
-    *words("name sweep_metric generate.* model.* data.* judge.* choices.judge choices.data evaluate.* benchmark*"),
+    *words("name sweep_metric engine.* model.* data.* judge.* choices.judge choices.data evaluate.* benchmark*"),
     *(f"train.*.{name}" for name in (
-        "learning_rate", "final_learning_rate", "schedule", "warmup_share", "optimizer", "epochs", "batch_size",
-        "average", "dropout", "max_length", "checkpoint_steps", "gradient_checkpointing",
+        "learning_rate", "final_learning_rate", "schedule", "warmup_ratio", "optimizer", "epochs", "batch_size",
+        "loss_reduction", "dropout", "max_length", "checkpoint_steps", "gradient_checkpointing",
     )),
-    *words("train.choose.* train.held_out_pairs pair.minimum_score"),
+    *words("train.checkpoint_selection.* train.validation_pairs pair.minimum_score"),
 )  # fmt: skip
 """What a small version changes of its study: model, data, sizes, rates, who judges and what is measured."""

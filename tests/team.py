@@ -14,7 +14,7 @@ import pytest
 from builders import ROOT, Killed, Said
 
 from selfalign.core import distributed
-from selfalign.store.artifacts import Workspace
+from selfalign.store.artifacts import StageOutput
 from selfalign.store.journal import Journal
 
 
@@ -63,10 +63,10 @@ class Team:
 
 def die_in(label: str, death: Callable[[], None], patch: Callable[[Any, str, Any], None]) -> None:
     """Lets this process die as soon as it has finished a batch of its own, or a step, in the stage of this label."""
-    begin, keep, log = Workspace.__init__, Journal.keep, Workspace.log
+    begin, keep, log = StageOutput.__init__, Journal.keep, StageOutput.log
     now: list[str] = []
 
-    def begun(self: Workspace, folder: Path, label: str, *rest: Any) -> None:
+    def begun(self: StageOutput, folder: Path, label: str, *rest: Any) -> None:
         now.append(label)
         begin(self, folder, label, *rest)
 
@@ -75,13 +75,13 @@ def die_in(label: str, death: Callable[[], None], patch: Callable[[Any, str, Any
         if now[-1] == label:
             death()
 
-    def logged(self: Workspace, row: dict[str, Any]) -> None:
+    def logged(self: StageOutput, row: dict[str, Any]) -> None:
         log(self, row)
         if self.label == label:
             death()
 
-    patch(Workspace, "__init__", begun)
-    patch(Workspace, "log", logged)
+    patch(StageOutput, "__init__", begun)
+    patch(StageOutput, "log", logged)
     patch(Journal, "keep", kept)
 
 

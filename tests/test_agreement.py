@@ -11,12 +11,12 @@ from scipy import stats
 
 from selfalign.core.records import RankedAnswers
 from selfalign.metrics.intervals import wilson
-from selfalign.metrics.judge_quality import Question, calibration, judge_quality, length_correlation
+from selfalign.metrics.judge_quality import RankedQuestion, calibration, judge_quality, length_correlation
 
 
 def measure(*cases: tuple[tuple[int, ...], tuple[float, ...]], top: float = 5) -> dict[str, float]:
     """Judge quality over (ranks, scores), without the prefix of the names."""
-    measured = judge_quality([Question(*case) for case in cases], top)
+    measured = judge_quality([RankedQuestion(*case) for case in cases], top)
     assert all(math.isfinite(value) for value in measured.values())
     assert all(map(declaration, measured))
     return {name.removeprefix("judge_quality/"): value for name, value in measured.items()}
@@ -33,7 +33,7 @@ def test_perfect_judge() -> None:
         "undefined": 0,
         "pairwise_accuracy": 1.0,
         "exact_match": 1.0,
-        "five_best": 1.0,
+        "top_score_precision": 1.0,
         "spearman": pytest.approx(1.0),
         "kendall": pytest.approx(1.0),
     }
@@ -41,7 +41,7 @@ def test_perfect_judge() -> None:
 
 def test_judge_that_turns_every_order_round() -> None:
     measured = quality(((1, 2, 3), (1, 3, 5)))
-    assert (measured["pairwise_accuracy"], measured["exact_match"], measured["five_best"]) == (0, 0, 0)
+    assert (measured["pairwise_accuracy"], measured["exact_match"], measured["top_score_precision"]) == (0, 0, 0)
     assert (measured["spearman"], measured["kendall"]) == (pytest.approx(-1.0), pytest.approx(-1.0))
 
 
@@ -51,7 +51,7 @@ def test_mixed_case_worked_by_hand() -> None:
     measured = quality(((1, 2, 3, 4), (4, 5, 2, 2)), ((2, 1, 3), (3, 5, 1)))
     assert measured["pairwise_accuracy"] == 7 / 9
     assert measured["exact_match"] == 1 / 2
-    assert measured["five_best"] == 1 / 2
+    assert measured["top_score_precision"] == 1 / 2
     # q1: ρ is Pearson's of 4 3 2 1 with the scores' ranks 3 4 1.5 1.5; from their mean 2.5:
     # (1.5·0.5 + 0.5·1.5 + 0.5·1 + 1.5·1) / √(5 · 4.5).
     pearson = 3.5 / math.sqrt(5.0 * 4.5)
@@ -92,12 +92,12 @@ def test_one_question_is_enough() -> None:
 
 @pytest.mark.parametrize(("score", "counted"), [(4.49, False), (4.5, True), (5.0, True)])
 def test_five_best_takes_scores_that_round_to_the_top(score: float, counted: bool) -> None:
-    assert ("five_best" in quality(((1, 2), (score, 1)))) == counted
+    assert ("top_score_precision" in quality(((1, 2), (score, 1)))) == counted
 
 
 def test_five_best_counts_every_answer_at_the_top() -> None:
-    assert quality(((1, 2, 3), (5, 5, 5)))["five_best"] == pytest.approx(1 / 3)
-    assert quality(((1, 2, 3), (3, 3, 1)), top=3)["five_best"] == 1 / 2
+    assert quality(((1, 2, 3), (5, 5, 5)))["top_score_precision"] == pytest.approx(1 / 3)
+    assert quality(((1, 2, 3), (3, 3, 1)), top=3)["top_score_precision"] == 1 / 2
 
 
 def test_correlations_agree_with_scipy_question_by_question() -> None:
@@ -155,7 +155,7 @@ def test_judge_that_is_always_right_or_wrong_is_no_more_certain_than_its_questio
     order: list[float], share: float
 ) -> None:
     """Every draw of a bootstrap over 12 such questions is the same; Wilson's interval of 12 of 12 is [.757, 1]."""
-    numbers = judge_quality([Question([1, 2, 3], order)] * 12, None)
+    numbers = judge_quality([RankedQuestion([1, 2, 3], order)] * 12, None)
     same = wilson(12 * share, 12)
     for name in ("pairwise_accuracy", "exact_match"):
         found = [numbers[f"judge_quality/{name}{end}"] for end in ("", "_low", "_high")]
@@ -174,7 +174,7 @@ def test_calibration_worked_by_hand() -> None:
     assert measured == {
         "parsed": pytest.approx(8 / 9),
         # Means 13/3, 2, 2, 2, 2: one four and four twos.
-        "spread": pytest.approx(-(0.2 * math.log(0.2) + 0.8 * math.log(0.8))),
+        "score_entropy": pytest.approx(-(0.2 * math.log(0.2) + 0.8 * math.log(0.8))),
         # a: 1-2 no, 1-3 no, 2-3 yes; b: yes.
         "ties": pytest.approx(2 / 4),
         # 5-4 no, 5-4 no, 4-4 yes; 2-2 yes.
@@ -191,7 +191,7 @@ def test_calibration_worked_by_hand() -> None:
 def test_constant_judge_has_no_spread_and_ties_everywhere() -> None:
     questions = [answered("a", 1, 2), answered("b", 2, 1)]
     measured = calibration([judgement(f"{name}-{n}", 5) for name in "ab" for n in (1, 2)], questions)
-    assert measured["calibration/spread"] == 0
+    assert measured["calibration/score_entropy"] == 0
     assert measured["calibration/ties"] == 1
     assert "calibration/length_correlation" not in measured
     assert "calibration/self_consistency" not in measured

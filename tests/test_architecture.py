@@ -20,7 +20,7 @@ from selfalign.config.components import COMPONENTS as ASKED
 from selfalign.config.components import fault_of
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.errors import SelfalignError
-from selfalign.launch.worst_case import Tireless
+from selfalign.launch.worst_case import MaxLengthTransformers
 from selfalign.losses.protocol import Loss, Offset, PreferenceLoss, RefinedLoss
 
 PACKAGE = ROOT / "selfalign"
@@ -208,7 +208,7 @@ OPTIONS = sorted(
 )
 UNPUBLISHED = [
     "evaluate.instructions=a.jsonl",
-    "train.choose.instructions=b.jsonl",
+    "train.checkpoint_selection.instructions=b.jsonl",
     "benchmark.alpaca_eval.reference_outputs=o.json",
 ]
 VICUNA = ["benchmark.vicuna_bench.questions=q.jsonl"]
@@ -217,29 +217,29 @@ NEEDED = {
     "data/pairs": ["data.path=/nowhere.jsonl", "iterations=1"],
     "data/hh_rlhf": ["iterations=1"],
     "data/ultrafeedback": ["iterations=1"],
-    "setting/llama2_70b": UNPUBLISHED,
-    "setting/pythia_hh": VICUNA,
+    "preset/llama2_70b": UNPUBLISHED,
+    "preset/pythia_hh": VICUNA,
     "train/quality_aware": ["data.respond.sampling.max_new_tokens=256"],
     "loss/positives": ["pair=positives"],
     "pair/positives": ["loss=positives"],
-    "judge/implicit": ["data.seeds.evaluation_fine_tuning=none"],
+    "judge/implicit": ["data.seed_data.eft_source=none"],
     "benchmark/alpaca_eval": ["benchmark.alpaca_eval.reference_outputs=outputs.json"],
     "benchmark/vicuna_bench": ["benchmark.vicuna_bench.questions=question.jsonl"],
     "benchmark/lm_eval": ["benchmark.lm_eval.tasks=[{name: quiz, metric: acc}]"],
-    "generate/server": ["generate.command='serve {weights} --port {port}'"],
+    "engine/server": ["engine.command='serve {weights} --port {port}'"],
     "judge/external": ["judge.endpoint.base_url=http://nowhere/v1", "judge.endpoint.model=m"],
 }
 NEEDED |= {
-    option: NEEDED["setting/llama2_70b"] for option in OPTIONS if re.match(r"experiment/self_(?!.*small)", option)
+    option: NEEDED["preset/llama2_70b"] for option in OPTIONS if re.match(r"experiment/self_(?!.*small)", option)
 }
 NEEDED |= {option: VICUNA for option in OPTIONS if re.match(r"experiment/quality_(?!.*(small|ultrafeedback))", option)}
-NEEDED["experiment/self_rewarding_positives"] = [one for one in UNPUBLISHED if "choose" not in one]
+NEEDED["experiment/self_rewarding_positives"] = [one for one in UNPUBLISHED if "checkpoint_selection" not in one]
 """What an option cannot do without."""
 
 
 def test_every_group_has_its_options() -> None:
     groups = {
-        group: [o for o in OPTIONS if o.startswith(f"{group}/")] for group in (*COMPONENTS, "setting", "experiment")
+        group: [o for o in OPTIONS if o.startswith(f"{group}/")] for group in (*COMPONENTS, "preset", "experiment")
     }
     assert all(groups.values())
     assert sum(map(len, groups.values())) == len(OPTIONS) >= 21
@@ -281,9 +281,9 @@ def test_every_component_is_an_option() -> None:
         with suppress(ModuleNotFoundError):  # of programs that are optional
             found = vars(importlib.import_module(f"selfalign.{name}")).values()
             there |= {kind for kind in found if isinstance(kind, type) and is_dataclass(kind) and not isabstract(kind)}
-    for group, asked in ((group, asked) for group, asked in ASKED.items() if group != "track"):
+    for group, asked in ((group, asked) for group, asked in ASKED.items() if group != "tracker"):
         fitting = {kind for kind in there if any(not fault_of(object.__new__(kind), one) for one in asked)}
-        assert fitting - {Tireless} == COMPONENTS[group], group
+        assert fitting - {MaxLengthTransformers} == COMPONENTS[group], group
 
 
 def config_classes() -> set[type]:
@@ -337,64 +337,65 @@ RANGES = [
     ("loss.lam=-0.1", "loss.lam"),
     ("loss.refinement.scale=0", "loss.refinement.scale"),
     ("loss=ipo loss.reduction=max", "loss.reduction"),
-    ("loss=sr_ipo loss.target=none", "loss.target"),
+    ("loss=sr_ipo loss.lambda_scale=none", "loss.lambda_scale"),
     ("iterations=0", "iterations"),
     ("price_per_hour=-1", "price_per_hour"),
     ("name=a/b", "name"),
     ("model.dtype=float64", "model.dtype"),
     ("model.quantization=int8 model.lora.rank=4", "model.quantization"),
     ("model.quantization=nf4", "model.lora.rank"),
-    ("model.quantization=nf4 model.lora.rank=4 train.layout.kind=fsdp2", "model.quantization"),
+    ("model.quantization=nf4 model.lora.rank=4 train.parallelism.strategy=fsdp2", "model.quantization"),
     ("model.lora.rank=-1", "model.lora.rank"),
     ("model.lora.alpha=0", "model.lora.alpha"),
-    ("data.seeds.held_out_share=1", "data.seeds.held_out_share"),
-    ("data.seeds.most_common_ratio=0.5", "data.seeds.most_common_ratio"),
-    ("data.seeds.evaluation_fine_tuning=baseline", "data.seeds.evaluation_fine_tuning"),
-    ("judge=additive data.seeds.evaluation_fine_tuning=baseline data.seeds.ranked=''", "data.seeds.ranked"),
-    ("evaluate.baseline=true data.seeds.ranked=''", "evaluate.baseline"),
+    ("data.seed_data.held_out_share=1", "data.seed_data.held_out_share"),
+    ("data.seed_data.max_score_imbalance=0.5", "data.seed_data.max_score_imbalance"),
+    ("data.seed_data.eft_source=baseline", "data.seed_data.eft_source"),
+    ("judge=additive data.seed_data.eft_source=baseline data.seed_data.ranked=''", "data.seed_data.ranked"),
+    ("evaluate.sft_baseline=true data.seed_data.ranked=''", "evaluate.sft_baseline"),
     ("data.instruct.count=0", "data.instruct.count"),
-    ("data.instruct.writer=gpt", "data.instruct.writer"),
-    ("data.instruct.writer=sft data.instruct.source=shipped:ranked", "data.instruct.source"),
+    ("data.instruct.model=gpt", "data.instruct.model"),
+    ("data.instruct.model=sft data.instruct.source=shipped:ranked", "data.instruct.source"),
     ("data.instruct.sampling.top_p=2", "data.instruct.sampling.top_p"),
     ("data.respond.candidates=0", "data.respond.candidates"),
     ("data.respond.sampling.temperature=-1", "data.respond.sampling.temperature"),
     ("evaluate.sampling.max_new_tokens=0", "evaluate.sampling.max_new_tokens"),
     ("evaluate.judge=self", "evaluate.judge"),
-    ("evaluate.limits.chosen_change=0.5", "evaluate.limits.chosen_change"),
-    ("evaluate.preferences.count=-1", "evaluate.preferences.count"),
-    ("judge@evaluate.preferences.judge=expected_score", "evaluate.preferences.judge"),
+    ("evaluate.bounds.min_chosen_logp_change=0.5", "evaluate.bounds.min_chosen_logp_change"),
+    ("evaluate.preference_pairs.count=-1", "evaluate.preference_pairs.count"),
+    ("judge@evaluate.preference_pairs.judge=expected_score", "evaluate.preference_pairs.judge"),
     (
-        "judge@evaluate.preferences.judge=expected_score evaluate.preferences.source=a.jsonl",
-        "evaluate.preferences.judge.model",
+        "judge@evaluate.preference_pairs.judge=expected_score evaluate.preference_pairs.source=a.jsonl",
+        "evaluate.preference_pairs.judge.model",
     ),
-    ("generate.batch_tokens=0", "generate.batch_tokens"),
-    ("generate=vllm generate.dtype=float16", "generate.dtype"),
-    ("generate=vllm generate.replicas=0", "generate.replicas"),
-    ("generate=vllm generate.gpu_memory_utilization=2", "generate.gpu_memory_utilization"),
-    ("generate=vllm generate.max_model_len=-1", "generate.max_model_len"),
-    ("judge.high=10", "judge.high"),
-    ("judge.batch_tokens=0", "judge.batch_tokens"),
-    ("judge=additive judge.samples=0", "judge.samples"),
-    ("judge=additive judge.minimum_valid=4", "judge.minimum_valid"),
+    ("engine.max_batch_tokens=0", "engine.max_batch_tokens"),
+    ("engine=vllm engine.dtype=float16", "engine.dtype"),
+    ("engine=vllm engine.replicas=0", "engine.replicas"),
+    ("engine=vllm engine.gpu_memory_utilization=2", "engine.gpu_memory_utilization"),
+    ("engine=vllm engine.max_model_len=-1", "engine.max_model_len"),
+    ("judge.max_score=10", "judge.max_score"),
+    ("judge.max_batch_tokens=0", "judge.max_batch_tokens"),
+    ("judge=additive judge.num_samples=0", "judge.num_samples"),
+    ("judge=additive judge.min_valid_samples=4", "judge.min_valid_samples"),
     ("judge=additive judge.model=gpt", "judge.model"),
     ("judge.rationale_tokens=-1", "judge.rationale_tokens"),
-    ("judge.alarm.tied_share=2", "judge.alarm.tied_share"),
+    ("judge.degeneracy.max_tie_rate=2", "judge.degeneracy.max_tie_rate"),
     ("judge=pairwise judge.scores=points", "judge.scores"),
     ("evaluate.head_to_head.model=gpt", "evaluate.head_to_head.model"),
     ("evaluate.head_to_head.verdict_tokens=0", "evaluate.head_to_head.verdict_tokens"),
-    ("evaluate=none evaluate.matrix=true", "evaluate.matrix"),
-    ("train.choose.level=0.5", "train.choose.level"),
-    ("train.choose.head_to_head.model=gpt", "train.choose.head_to_head.model"),
-    ("train.layout.kind=fsdp", "train.layout.kind"),
-    ("train.layout.reshard_after_forward=false", "train.layout.reshard_after_forward"),
-    ("train.layout.kind=fsdp2 train.align.optimizer=adamw_8bit", "train.layout.kind"),
+    ("evaluate=none evaluate.round_robin=true", "evaluate.round_robin"),
+    ("train.checkpoint_selection.level=0.5", "train.checkpoint_selection.level"),
+    ("train.checkpoint_selection.head_to_head.model=gpt", "train.checkpoint_selection.head_to_head.model"),
+    ("train.parallelism.strategy=fsdp", "train.parallelism.strategy"),
+    ("train.parallelism.reshard_after_forward=false", "train.parallelism.reshard_after_forward"),
+    ("train.parallelism.strategy=fsdp2 train.align.optimizer=adamw_8bit", "train.parallelism.strategy"),
     (
-        "train.layout.kind=fsdp2 train.choose.every_steps=2 train.choose.instructions=a.jsonl",
-        "train.choose.every_steps",
+        "train.parallelism.strategy=fsdp2 train.checkpoint_selection.interval_steps=2 "
+        "train.checkpoint_selection.instructions=a.jsonl",
+        "train.checkpoint_selection.interval_steps",
     ),
-    ("judge=implicit", "data.seeds.evaluation_fine_tuning"),
-    ("judge=implicit data.seeds.evaluation_fine_tuning=none judge.model=base", "judge.model"),
-    ("judge=implicit data.seeds.evaluation_fine_tuning=none evaluate.judge=base", "evaluate.judge"),
+    ("judge=implicit", "data.seed_data.eft_source"),
+    ("judge=implicit data.seed_data.eft_source=none judge.model=base", "judge.model"),
+    ("judge=implicit data.seed_data.eft_source=none evaluate.judge=base", "evaluate.judge"),
     ("judge=external judge.endpoint.model=m judge.endpoint.base_url=nowhere", "judge.endpoint.base_url"),
     ("judge=additive judge.sampling.top_p=0", "judge.sampling.top_p"),
     ("pair.minimum_pairs=0", "pair.minimum_pairs"),
@@ -402,17 +403,17 @@ RANGES = [
     ("pair=all_ordered pair.length_control=[0.1]", "pair.length_control"),
     ("pair=best_vs_k pair.k=0", "pair.k"),
     ("pair.max_similarity=0", "pair.max_similarity"),
-    ("train.reference=next", "train.reference"),
+    ("train.reference_policy=next", "train.reference_policy"),
     ("train.sft.epochs=0", "train.sft.epochs"),
     ("train.align.learning_rate=0", "train.align.learning_rate"),
     ("train.align.weight_decay=-1", "train.align.weight_decay"),
     ("benchmark=[mt_bench] benchmark.mt_bench.count=-1", "benchmark.mt_bench.count"),
     ("benchmark=[mt_bench] benchmark.mt_bench.max_new_tokens=0", "benchmark.mt_bench.max_new_tokens"),
     ("benchmark=[mt_bench] benchmark.mt_bench.temperatures.math=-1", "benchmark.mt_bench.temperatures.math"),
-    ("benchmark=[mt_bench] benchmark.mt_bench.judge.reading=aloud", "benchmark.mt_bench.judge.reading"),
+    ("benchmark=[mt_bench] benchmark.mt_bench.judge.method=aloud", "benchmark.mt_bench.judge.method"),
     ("benchmark=[mt_bench] benchmark.mt_bench.judge.model=gpt", "benchmark.mt_bench.judge.model"),
     ("benchmark=[mt_bench] benchmark.mt_bench.judge.prompt=x", "benchmark.mt_bench.judge.prompt"),
-    ("benchmark=[mt_bench] benchmark.mt_bench.judge.max_failed_share=2", "benchmark.mt_bench.judge.max_failed_share"),
+    ("benchmark=[mt_bench] benchmark.mt_bench.judge.max_failure_rate=2", "benchmark.mt_bench.judge.max_failure_rate"),
     ("benchmark=[mt_bench] benchmark.mt_bench.judge.endpoint.base_url=x", "benchmark.mt_bench.judge.endpoint.model"),
     (
         "benchmark=[alpaca_eval] benchmark.alpaca_eval.reference_outputs=o benchmark.alpaca_eval.sampling.top_p=2",
@@ -427,8 +428,8 @@ RANGES = [
         "benchmark.vicuna_bench.count",
     ),
     ("benchmark=[vicuna_bench]", "benchmark.vicuna_bench.questions"),
-    ("track=wandb track.mode=maybe", "track.mode"),
-    ("push=true", "push_to"),
+    ("tracker=wandb tracker.mode=maybe", "tracker.mode"),
+    ("hub.push=true", "hub.repo_id"),
 ]
 
 

@@ -14,12 +14,12 @@ from torch.nn.attention.flex_attention import flex_attention
 from selfalign.core.errors import SelfalignError
 from selfalign.models import packed_attention
 from selfalign.models.batches import (
-    Group,
+    SharedPrompt,
     make_batch,
     share_prompt,
 )
 from selfalign.models.logprobs import score_responses_only
-from selfalign.models.packed_attention import Layout, enable_packing, is_packing
+from selfalign.models.packed_attention import PackedLayout, enable_packing, is_packing
 
 VOCABULARY = 61
 SIZES: dict[str, Any] = {
@@ -87,21 +87,21 @@ def draw(count: int, seed: int) -> list[int]:
     return torch.randint(1, VOCABULARY, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def groups() -> list[Group]:
+def groups() -> list[SharedPrompt]:
     """A pair, an SFT example, a pair with one response of a single token, and responses with given tokens."""
     return [
-        Group(id="pair", prompt=draw(9, 1), responses=[draw(7, 2), draw(12, 3)], given=[0, 0]),
-        Group(id="single", prompt=draw(3, 4), responses=[draw(8, 5)], given=[0]),
-        Group(id="short", prompt=draw(6, 6), responses=[draw(1, 7), draw(4, 8)], given=[0, 0]),
-        Group(id="given", prompt=draw(5, 9), responses=[draw(6, 10), draw(9, 11)], given=[2, 8]),
+        SharedPrompt(id="pair", prompt=draw(9, 1), responses=[draw(7, 2), draw(12, 3)], num_context_tokens=[0, 0]),
+        SharedPrompt(id="single", prompt=draw(3, 4), responses=[draw(8, 5)], num_context_tokens=[0]),
+        SharedPrompt(id="short", prompt=draw(6, 6), responses=[draw(1, 7), draw(4, 8)], num_context_tokens=[0, 0]),
+        SharedPrompt(id="given", prompt=draw(5, 9), responses=[draw(6, 10), draw(9, 11)], num_context_tokens=[2, 8]),
     ]
 
 
-def plain_logps(model: Any, some: Sequence[Group]) -> Tensor:
+def plain_logps(model: Any, some: Sequence[SharedPrompt]) -> Tensor:
     """Summed log-probabilities by one forward pass over full logits for each response."""
     sums = []
     for group in some:
-        for response, given in zip(group.responses, group.given, strict=True):
+        for response, given in zip(group.responses, group.num_context_tokens, strict=True):
             ids = torch.tensor([[*group.prompt, *response]])
             logps = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
             scored = logps.gather(1, ids[0, 1:, None])[len(group.prompt) + given - 1 :]
@@ -110,9 +110,9 @@ def plain_logps(model: Any, some: Sequence[Group]) -> Tensor:
     return torch.stack(sums)
 
 
-def batch_logps(model: Any, some: Sequence[Group]) -> Tensor:
+def batch_logps(model: Any, some: Sequence[SharedPrompt]) -> Tensor:
     batch = make_batch(model, some)
-    return batch.sum_by_response(model(predict_at=batch.predict_at, targets=batch.targets, **batch.inputs))
+    return batch.sum_by_response(model(logit_positions=batch.logit_positions, targets=batch.targets, **batch.inputs))
 
 
 def gradients(model: Any, sums: Tensor) -> dict[str, Tensor]:
@@ -245,7 +245,9 @@ def test_a_response_does_not_depend_on_what_else_is_in_the_batch(scorer: Any) ->
 def test_a_response_does_not_see_its_neighbour_within_the_group(scorer: Any) -> None:
     pair = groups()[0]
     before = batch_logps(scorer, [pair]).tolist()
-    other = Group(id="pair", prompt=pair.prompt, responses=[draw(4, 50), pair.responses[1]], given=[0, 0])
+    other = SharedPrompt(
+        id="pair", prompt=pair.prompt, responses=[draw(4, 50), pair.responses[1]], num_context_tokens=[0, 0]
+    )
     after = batch_logps(scorer, [other]).tolist()
     assert after[1] == pytest.approx(before[1], abs=1e-5)
     assert abs(after[0] - before[0]) > 0.1
@@ -255,7 +257,9 @@ def test_a_response_does_not_see_its_neighbour_within_the_group(scorer: Any) -> 
 def test_changing_the_first_prompt_token_changes_every_response(scorer: Any) -> None:
     for group in groups():
         changed = [group.prompt[0] % (VOCABULARY - 1) + 1, *group.prompt[1:]]
-        other = Group(id=group.id, prompt=changed, responses=group.responses, given=group.given)
+        other = SharedPrompt(
+            id=group.id, prompt=changed, responses=group.responses, num_context_tokens=group.num_context_tokens
+        )
         difference = batch_logps(scorer, [group]) - batch_logps(scorer, [other])
         assert float(difference.abs().min()) > 1e-4
 
@@ -266,12 +270,12 @@ def test_sharing_the_beginning_of_prompts_equals_separate_prompts(scorer: Any) -
     responses = [draw(4, 23), draw(1, 24), draw(6, 25)]
     shared = share_prompt("q", prompts, responses)
     assert shared.prompt == draw(6, 20)
-    assert shared.given == [3, 5, 5]
+    assert shared.num_context_tokens == [3, 5, 5]
     assert [[*shared.prompt, *tail] for tail in shared.responses] == [
         [*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)
     ]
     separate = [
-        Group(id=str(i), prompt=prompt, responses=[response], given=[0])
+        SharedPrompt(id=str(i), prompt=prompt, responses=[response], num_context_tokens=[0])
         for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
     ]
     torch.testing.assert_close(
@@ -283,7 +287,7 @@ def test_prompts_with_nothing_in_common_are_scored_right(scorer: Any) -> None:
     prompts, responses = [[5, 6, 7], [9, 6, 7]], [draw(4, 30), draw(2, 31)]
     shared = share_prompt("q", prompts, responses)
     separate = [
-        Group(id=str(i), prompt=prompt, responses=[response], given=[0])
+        SharedPrompt(id=str(i), prompt=prompt, responses=[response], num_context_tokens=[0])
         for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
     ]
     with torch.no_grad():
@@ -301,7 +305,7 @@ def test_attention_over_the_whole_row_is_that_of_each_group(
 ) -> None:
     # Uncompiled: the compiled kernel, and gradients, are for the GPU.
     monkeypatch.setattr(packed_attention, "_compiled_flex", lambda: flex_attention)
-    layout = Layout(LAYOUT)
+    layout = PackedLayout(LAYOUT)
     tensors = [torch.randn(1, heads, sum(layout.lengths), 16) for heads in (4, 2, 2)]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # That it is not compiled.
@@ -340,7 +344,7 @@ def test_packed_batches_equal_plain_passes_on_a_gpu(models: Any) -> None:
     enable_packing(model)
     score_responses_only(model)
     batch = make_batch(model, groups()).to(model.device)
-    sums = batch.sum_by_response(model(predict_at=batch.predict_at, targets=batch.targets, **batch.inputs))
+    sums = batch.sum_by_response(model(logit_positions=batch.logit_positions, targets=batch.targets, **batch.inputs))
     torch.testing.assert_close(sums.cpu(), expected, rtol=1e-3, atol=1e-3)
     assert packed_attention.flex_works(model.device)
     sums.sum().backward()

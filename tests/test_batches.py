@@ -10,8 +10,8 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.records import PreferencePair
 from selfalign.losses.refinement import Refinement
 from selfalign.models.batches import (
-    Group,
     PairExample,
+    SharedPrompt,
     encode_group,
     encode_pairs,
     pack,
@@ -33,31 +33,31 @@ from selfalign.models.tokenizer import Answer, encode_prompt, plain_ids
 )
 def test_the_longest_common_beginning_is_shared(prompts: list[list[int]], shared: list[int], given: list[int]) -> None:
     group = share_prompt("q", prompts, [[40 + i] for i in range(len(prompts))])
-    assert (group.prompt, group.given) == (shared, given)
+    assert (group.prompt, group.num_context_tokens) == (shared, given)
 
 
 def test_packed_row_worked_by_hand() -> None:
     some = [
-        Group(id="a", prompt=[1, 2], responses=[[3, 4], [5]], given=[0, 0]),
-        Group(id="b", prompt=[6], responses=[[7, 8, 9]], given=[1]),
+        SharedPrompt(id="a", prompt=[1, 2], responses=[[3, 4], [5]], num_context_tokens=[0, 0]),
+        SharedPrompt(id="b", prompt=[6], responses=[[7, 8, 9]], num_context_tokens=[1]),
     ]
     batch = pack(some)
     assert batch.inputs["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9]]
     assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 2, 0, 1, 2, 3]]
     layout = batch.inputs["layout"]
-    (trunk, behind), (single, nothing) = layout.masks(None)
-    assert layout.trunks == [2, 4]
-    assert trunk is None
+    (prefix, behind), (single, nothing) = layout.masks(None)
+    assert layout.prefixes == [2, 4]
+    assert prefix is None
     assert single is None
     assert behind.int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
     assert nothing.shape == (0, 4)
     # Tokens 4 and 5 stand one behind the other in the row, but two and one position behind the prompt's first token.
-    (trunk, behind), (single, _) = layout.masks(2)
-    assert trunk is None
+    (prefix, behind), (single, _) = layout.masks(2)
+    assert prefix is None
     assert behind.int().tolist() == [[0, 1, 1, 0, 0], [0, 0, 1, 1, 0], [0, 1, 0, 0, 1]]
     assert single.int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
     # Token 3 is predicted by 2, 4 by 3, 5 again by 2; 7 is given; 8 is predicted by 7 and 9 by 8.
-    assert batch.predict_at.tolist() == [1, 2, 1, 6, 7]
+    assert batch.logit_positions.tolist() == [1, 2, 1, 6, 7]
     assert batch.targets.tolist() == [3, 4, 5, 8, 9]
     assert batch.owner.tolist() == [0, 0, 1, 2, 2]
     assert batch.tokens.tolist() == [2.0, 1.0, 2.0]
@@ -66,13 +66,13 @@ def test_packed_row_worked_by_hand() -> None:
 
 def test_padded_rows_worked_by_hand() -> None:
     some = [
-        Group(id="a", prompt=[1, 2], responses=[[3, 4], [5]], given=[0, 0]),
-        Group(id="b", prompt=[6], responses=[[7, 8, 9]], given=[1]),
+        SharedPrompt(id="a", prompt=[1, 2], responses=[[3, 4], [5]], num_context_tokens=[0, 0]),
+        SharedPrompt(id="b", prompt=[6], responses=[[7, 8, 9]], num_context_tokens=[1]),
     ]
     batch = pad(some)
     assert batch.inputs["input_ids"].tolist() == [[1, 2, 3, 4], [1, 2, 5, 0], [6, 7, 8, 9]]
     assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1]]
-    assert batch.predict_at.tolist() == [1, 2, 5, 9, 10]
+    assert batch.logit_positions.tolist() == [1, 2, 5, 9, 10]
     assert batch.targets.tolist() == [3, 4, 5, 8, 9]
     assert batch.owner.tolist() == [0, 0, 1, 2, 2]
     assert batch.tokens.tolist() == [2.0, 1.0, 2.0]
@@ -90,7 +90,10 @@ def test_padded_rows_worked_by_hand() -> None:
     ],
 )
 def test_groups_are_cut_into_runs_within_the_budget(sizes: list[int], budget: int, runs: list[list[int]]) -> None:
-    some = [Group(id=str(i), prompt=[1], responses=[[2] * (n - 1)], given=[0]) for i, n in enumerate(sizes)]
+    some = [
+        SharedPrompt(id=str(i), prompt=[1], responses=[[2] * (n - 1)], num_context_tokens=[0])
+        for i, n in enumerate(sizes)
+    ]
     cut = list(split_by_tokens(some, budget))
     assert [[len(group) for group in run] for run in cut] == runs
     assert [group for run in cut for group in run] == some
@@ -124,7 +127,7 @@ def test_both_passes_score_the_same_response_tokens_behind_x_and_behind_p_with_x
         assert example.augmented.prompt == encode_prompt(
             tiny_tokenizer, [{"role": "user", "content": "Do well: Name a colour."}]
         )
-        assert example.plain.given == example.augmented.given == [0, 0]
+        assert example.plain.num_context_tokens == example.augmented.num_context_tokens == [0, 0]
         assert len(example) == len(example.plain) + len(example.augmented)
     texts = [tiny_tokenizer.decode(ids) for example in examples for ids in example.plain.responses]
     assert texts == ["Red, of course.<|im_end|>", "I cannot say.<|im_end|>", "Blue<|im_end|>", "Green!"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import policy_artefact, records_artefact, response, workspace
+from builders import policy_artifact, records_artifact, response, workspace
 from odd_tokenizers import by_bytes, by_pieces, by_word_pieces
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import normalizers
@@ -28,7 +28,7 @@ from selfalign.engines.transformers import Transformers
 from selfalign.models.batches import answer_of, encode_group, encode_pairs
 from selfalign.models.builtin import read_smollm2_tokenizer
 from selfalign.models.chat_template import answer_shape, rendered_ids
-from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.pretrained import TEMPLATES
 from selfalign.models.tokenizer import (
     Answer,
@@ -272,22 +272,24 @@ def test_shipped_dialogue_is_the_form_of_hh_rlhf(smollm2_tokenizer: Any) -> None
     assert answer_shape(tokenizer).margin == " "
 
 
-def test_candidates_are_trained_on_as_the_ids_they_were_written_as(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_candidates_are_trained_on_as_the_ids_they_were_written_as(
+    tmp_path: Path, tiny_policy: PolicyCheckpoint
+) -> None:
     asked = [Instruction(id=f"i{n}", text=f"Tell me {n} things.", source="self") for n in range(3)]
-    instructions = records_artefact(tmp_path / "asked", instructions=asked)
+    instructions = records_artifact(tmp_path / "asked", instructions=asked)
     config = RespondConfig(candidates=4, sampling=Sampling(temperature=1.0, top_p=1.0, max_new_tokens=12))
     out = workspace(tmp_path / "responses")
-    made = {"policy": policy_artefact(tiny_policy), "instructions": instructions, "seed": 0}
-    respond(out, config=config, generate=Transformers(dtype="float32"), **made)
+    made = {"policy": policy_artifact(tiny_policy), "instructions": instructions, "seed": 0}
+    respond(out, config=config, engine=Transformers(dtype="float32"), **made)
     written = read_records(out.path / "responses.jsonl", Response)
     tokenizer = tiny_policy.load_tokenizer()
     assert all(len(one.ids) == one.tokens and decode_response(tokenizer, one.ids) == one.text for one in written)
     again = [encode_answers(tokenizer, as_prompt("x"), [Answer(text=one.text, finished=False)])[0] for one in written]
     assert any(ids != one.ids for ids, one in zip(again, written, strict=True)), "no text shows the difference"
 
-    responses = records_artefact(out.path)
+    responses = records_artifact(out.path)
     scores = [ResponseScore(id=one.id, score=float(n % 4), valid=1, variance=None) for n, one in enumerate(written)]
-    judgements = records_artefact(tmp_path / "judged", scores=scores)
+    judgements = records_artifact(tmp_path / "judged", scores=scores)
     out = workspace(tmp_path / "pairs")
     pair(out, rule=BestWorst(), instructions=instructions, responses=responses, judgements=judgements, seed=0)
     pairs = read_records(out.path / "pairs.jsonl", PreferencePair)
@@ -497,7 +499,7 @@ def test_what_a_tokenizer_does_not_keep_is_said_when_its_model_is_fetched(make: 
         assert re.search(pattern, note)
 
 
-def test_characters_that_would_end_a_text_are_refused(tiny_policy: PolicyFiles) -> None:
+def test_characters_that_would_end_a_text_are_refused(tiny_policy: PolicyCheckpoint) -> None:
     policy = tiny_policy.load("float32")
     policy.tokenizer = by_word_pieces()
     check_vocabulary(policy)

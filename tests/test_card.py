@@ -19,13 +19,13 @@ from test_pipeline import manifest, write_pairs
 from selfalign.config.hydra import choices
 from selfalign.core.files import read_json
 from selfalign.launch.experiment import run_experiment
-from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.report import model_card as card
 from selfalign.report.model_card import model_card, write_card
 from selfalign.runs.labels import Label
 from selfalign.runs.reader import Finished
 
-SECTIONS = ["Use", "Method", "Data", "Results", "Limits", "Lineage", "Reproduction"]
+SECTIONS = ["Use", "Method", "Data", "Results", "MetricBounds", "Lineage", "Reproduction"]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 HOSTILE = (
     "`x` ``y`` |\n\n# Injected\n<img src=x onerror=alert(1)> [a](http://evil.example) **b** ```\n</details>\n---\n"
@@ -36,25 +36,30 @@ HOSTILE = (
 def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two iterations of the loop with all weights trained; the answers cross a bound."""
     root = tmp_path_factory.mktemp("full")
-    return run(root / "outputs", *TINY_RUN, *write_tiny_data(root / "data"), "evaluate.limits.length_growth=0")
+    return run(root / "outputs", *TINY_RUN, *write_tiny_data(root / "data"), "evaluate.bounds.max_length_growth=0")
 
 
 @pytest.fixture(scope="module")
-def adapter(tmp_path_factory: pytest.TempPathFactory, tiny_policy: PolicyFiles) -> Iterator[Path]:
+def adapter(tmp_path_factory: pytest.TempPathFactory, tiny_policy: PolicyCheckpoint) -> Iterator[Path]:
     """An adapter, aligned on given pairs, for a model of the hub that states its licence; nothing is evaluated."""
     root = tmp_path_factory.mktemp("adapter")
     with on_hub(tiny_policy, "license: apache-2.0\nlanguage: en"):
         yield run(
             root / "outputs",
-            *("model=pretrained", "model.path=maker/tiny", "model.lora.rank=2", "track=none", "name=bare"),
+            *("model=pretrained", "model.path=maker/tiny", "model.lora.rank=2", "tracker=none", "name=bare"),
             *("data=pairs", f"data.path={write_pairs(root / 'pairs.jsonl')}", "iterations=1", "evaluate=none"),
-            *("data.seeds.demonstrations=''", "data.seeds.ranked=''", "loss=sr_ipo", "loss.target=exact"),
-            *("train.align.dtype=float32", "generate.dtype=float32", "train.align.learning_rate=0.1"),
+            *(
+                "data.seed_data.demonstrations=''",
+                "data.seed_data.ranked=''",
+                "loss=sr_ipo",
+                "loss.lambda_scale=derived",
+            ),
+            *("train.align.dtype=float32", "engine.dtype=float32", "train.align.learning_rate=0.1"),
         )
 
 
 @contextmanager
-def on_hub(policy: PolicyFiles, front_matter: str) -> Iterator[None]:
+def on_hub(policy: PolicyCheckpoint, front_matter: str) -> Iterator[None]:
     """The policy in the hub's cache, as maker/tiny."""
     place = Path(constants.HF_HUB_CACHE) / "models--maker--tiny"
     snapshot = place / "snapshots" / COMMIT
@@ -117,12 +122,14 @@ def test_metadata_say_what_kind_of_model_it_is(full: Path, adapter: Path) -> Non
 
 def test_run_without_evaluation_has_no_results_in_its_metadata(adapter: Path) -> None:
     assert "model-index" not in written(adapter).data.to_dict()
-    assert "No answers were compared" in section(written(adapter).text, "Limits")
+    assert "No answers were compared" in section(written(adapter).text, "MetricBounds")
 
 
 @pytest.mark.parametrize("front_matter", ["tags: [a]", "license: [a, b]", "- a list", "a: b: c", "license: {x: 1}"])
-def test_licence_that_is_not_stated_stays_unset(adapter: Path, tiny_policy: PolicyFiles, front_matter: str) -> None:
-    readme = (adapter / "artefacts/M0/weights/README.md").resolve()
+def test_licence_that_is_not_stated_stays_unset(
+    adapter: Path, tiny_policy: PolicyCheckpoint, front_matter: str
+) -> None:
+    readme = (adapter / "artifacts/M0/weights/README.md").resolve()
     before = readme.read_text()
     readme.write_text(f"---\n{front_matter}\n---\n")
     try:
@@ -180,7 +187,7 @@ def test_lineage_leads_from_m0_to_the_last_model_by_digests(full: Path) -> None:
     told = read_json(full / "provenance.json")
     lines = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
     assert {name: line["weights, SHA-256"] for name, line in lines.items()} == told["weights"]
-    assert {name: line["made by"] for name, line in lines.items()} == {n: told["artefacts"][n] for n in told["weights"]}
+    assert {name: line["made by"] for name, line in lines.items()} == {n: told["artifacts"][n] for n in told["weights"]}
     assert [(name, line["from"], line["reference"], line["trained on"]) for name, line in lines.items()] == [
         ("M0", "–", "–", "–"),
         ("M1", "M0", "–", "seeds"),
@@ -235,12 +242,12 @@ def test_data_are_identified_and_what_was_dropped_is_counted(full: Path, adapter
 
 
 def test_limits_tell_what_the_numbers_do_not_show(full: Path) -> None:
-    said = section(written(full).text, "Limits")
+    said = section(written(full).text, "MetricBounds")
     assert "compared head to head by M1 and scored by M1, not by people, and that is a model of this run" in said
     assert "A share of 3 instructions is uncertain by up to ±57 percentage points" in said
     assert "judge of its own training data" in said
     assert "Warning: numbers beyond their bounds" in said
-    growth = read_json(full / "summary.json")["models"][-1]["crossed/length_growth"]
+    growth = read_json(full / "summary.json")["models"][-1]["bound_violated/max_length_growth"]
     assert f"M3: length growth {growth:.3g}" in said
 
 
@@ -249,7 +256,7 @@ def test_server_that_judged_is_named_and_its_name_stays_text(full: Path) -> None
     run.config["evaluate"]["head_to_head"] = None
     run.config["judge"]["endpoint"] = {"base_url": "http://there/v1", "model": "*big* <model>"}
     text = ModelCard(model_card(run)).text
-    assert "Answers were scored by `*big* <model>`, not by people. A share" in section(text, "Limits")
+    assert "Answers were scored by `*big* <model>`, not by people. A share" in section(text, "MetricBounds")
     assert ", scored by *big* &lt;model&gt;. Seed" in section(text, "Method")
 
 
@@ -269,7 +276,7 @@ def test_said_code_loads_the_model(kind: str, request: pytest.FixtureRequest, mo
     assert found is not None
     names: dict[str, Any] = {}
     exec(found[1], names)
-    policy = PolicyFiles(folder / "artefacts" / ("M3" if kind == "full" else "M2")).load("float32", device="cpu")
+    policy = PolicyCheckpoint(folder / "artifacts" / ("M3" if kind == "full" else "M2")).load("float32", device="cpu")
     ids = names["tokenizer"]("Tell me about bees.", return_tensors="pt").input_ids
     with torch.no_grad():
         expected, logits = policy.model(ids).logits, names["model"].eval()(ids).logits
@@ -284,7 +291,7 @@ def test_what_a_user_wrote_stays_text(
     (root / "ift.jsonl").rename(root / "a`b``c |\n\n# Injected <img src=x onerror=1> *d* [e](f).jsonl")
     config, text, plain = composed(*TINY_RUN, *data, f"output_dir={full.parent}", "name='λ_x'")
     named = str(next(root.glob("a*")))
-    config.data.seeds.demonstrations = plain["data"]["seeds"]["demonstrations"] = named
+    config.data.seed_data.demonstrations = plain["data"]["seed_data"]["demonstrations"] = named
     monkeypatch.setattr("sys.argv", ["selfalign", HOSTILE])
     plain["model"]["path"] = HOSTILE
     folder = run_experiment(config, text + HOSTILE, {**plain, "choices": choices(config)})
@@ -325,7 +332,12 @@ MUTANTS = [
         LINEAGE,
     ),
     ("no pairs", 'inputs.get("pairs") or inputs.get("demonstrations")', 'inputs.get("demonstrations")', LINEAGE),
-    ("stored reference", 'if reference and run.stages.get(reference) == "reference":', "if False:", LINEAGE),
+    (
+        "stored reference",
+        'if reference_logprobs and run.stages.get(reference_logprobs) == "reference_logprobs":',
+        "if False:",
+        LINEAGE,
+    ),
     ("file as hub data", "if self.content == self.name else", "if self.content else", DATA),
     ("too sure", "98 / math.sqrt(answers)", "98 / answers", LIMITS),
     ("silent drift", "{html(warnings(run))}", "", LIMITS),

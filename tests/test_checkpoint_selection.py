@@ -14,8 +14,8 @@ from builders import (
     instruction,
     nudged_policy,
     planned,
-    policy_artefact,
-    records_artefact,
+    policy_artifact,
+    records_artifact,
     workspace,
     write_tiny_data,
 )
@@ -31,10 +31,15 @@ from selfalign.core.records import Response
 from selfalign.engines.openai_client import Endpoint
 from selfalign.engines.protocol import Sampling
 from selfalign.engines.transformers import Transformers
-from selfalign.models.checkpoint import Policy, PolicyFiles
+from selfalign.models.checkpoint import Policy, PolicyCheckpoint
 from selfalign.training import checkpoint_selection as module
-from selfalign.training.checkpoint_selection import CheckpointComparator, CheckpointSelection, CheckpointSelector, loses
-from selfalign.training.config import ChooseConfig
+from selfalign.training.checkpoint_selection import (
+    CheckpointComparator,
+    CheckpointSelection,
+    CheckpointSelector,
+    is_worse,
+)
+from selfalign.training.config import CheckpointSelectionConfig
 
 PROMPT = "{instruction}\n<first>\n{first}\n</first>\n<second>\n{second}\n</second>"
 ASKED = [instruction(name) for name in "abcdefghij"]
@@ -42,16 +47,16 @@ COUNT = 253
 """Validation instructions of arXiv 2401.10020."""
 
 
-def selection_of(policy: PolicyFiles, folder: Path, **comparator: Any) -> CheckpointSelection:
+def selection_of(policy: PolicyCheckpoint, folder: Path, **comparator: Any) -> CheckpointSelection:
     """Compares every second step, by a policy or, where an endpoint is given, by a server."""
     judge = CheckpointComparator(prompt=PROMPT, **comparator)
     return CheckpointSelection(
-        every_steps=2,
-        level=ChooseConfig().level,
-        instructions=records_artefact(folder / "asked", instructions=ASKED),
+        interval_steps=2,
+        level=CheckpointSelectionConfig().level,
+        instructions=records_artifact(folder / "asked", instructions=ASKED),
         comparator=judge,
-        compared_by=None if judge.endpoint.base_url else policy_artefact(policy),
-        generate=Transformers(dtype="float32"),
+        compared_by=None if judge.endpoint.base_url else policy_artifact(policy),
+        engine=Transformers(dtype="float32"),
         sampling=Sampling(temperature=0, max_new_tokens=6),
         seed=0,
     )
@@ -88,7 +93,7 @@ def run(selector: CheckpointSelector, start: int = 0, end: int = 7) -> list[int]
     """Where a training of seven steps stops early, between these two."""
     nobody: Any = None
     for step in range(start + 1, end + 1):
-        if selector.visit(nobody, step, last=step == 7):
+        if selector.on_checkpoint(nobody, step, last=step == 7):
             return [step]
     return []
 
@@ -110,7 +115,7 @@ BETTER, EQUAL, A_LITTLE_WORSE, WORSE = (90, 60), (76, 77), (70, 84), (50, 104)
     ids=["always_better", "worse_once", "equals_go_on", "chance_goes_on", "worse_at_once", "only_the_last_is_worse"],
 )
 def test_training_stops_when_a_checkpoint_loses_and_the_last_that_did_not_is_taken(
-    tiny_policy: PolicyFiles,
+    tiny_policy: PolicyCheckpoint,
     tmp_path: Path,
     scripted: Outcomes,
     by_step: dict[int, tuple[int, int]],
@@ -127,7 +132,7 @@ def test_training_stops_when_a_checkpoint_loses_and_the_last_that_did_not_is_tak
 
 @pytest.mark.parametrize("done", [1, 3, 4, 6])
 def test_killed_selection_continues_to_the_same_choice(
-    tiny_policy: PolicyFiles, tmp_path: Path, scripted: Outcomes, done: int
+    tiny_policy: PolicyCheckpoint, tmp_path: Path, scripted: Outcomes, done: int
 ) -> None:
     scripted.by_step = {4: BETTER, 6: WORSE, 7: BETTER}
     out = workspace(tmp_path / "M2")
@@ -159,10 +164,10 @@ def check_sign_test(rule: Any) -> None:
 
 
 def test_checkpoint_loses_by_a_one_sided_sign_test() -> None:
-    check_sign_test(loses)
+    check_sign_test(is_worse)
     for wins, losses in ((70, 84), (50, 104), (60, 95)):
         found = stats.binomtest(wins, wins + losses, alternative="less").pvalue
-        assert loses(wins, losses, 0.005) == (found < 0.005)
+        assert is_worse(wins, losses, 0.005) == (found < 0.005)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +181,7 @@ def test_checkpoint_loses_by_a_one_sided_sign_test() -> None:
 )
 def test_other_stopping_rules_are_caught(old: str, new: str) -> None:
     with mutated(module, old, new) as copy, pytest.raises(AssertionError):
-        check_sign_test(copy.loses)
+        check_sign_test(copy.is_worse)
 
 
 def share_stopped(draw: np.random.Generator, noise: float, threshold: float, worse: float = 0.0) -> tuple[float, float]:
@@ -193,8 +198,8 @@ def share_stopped(draw: np.random.Generator, noise: float, threshold: float, wor
     signs = [np.where(np.abs(seen) < threshold, 0, np.sign(seen)) for seen in orders]
     outcomes = np.where(signs[0] == signs[1], signs[0], 0)
     wins, losses = (outcomes > 0).sum(2), (outcomes < 0).sum(2)
-    level = ChooseConfig().level
-    stopped = [any(loses(w, x, level) for w, x in zip(*row, strict=True)) for row in zip(wins, losses, strict=True)]
+    level = CheckpointSelectionConfig().level
+    stopped = [any(is_worse(w, x, level) for w, x in zip(*row, strict=True)) for row in zip(wins, losses, strict=True)]
     return sum(stopped) / runs, float((outcomes == 0).mean())
 
 
@@ -213,7 +218,10 @@ def test_clearly_worse_checkpoints_stop_a_run() -> None:
     draw = np.random.default_rng(1)
     for shares, least in (([0.20, 0.39, 0.41], 0.94), ([0.117, 0.328, 0.555], 1.0)):
         outcomes = draw.multinomial(COUNT, shares, size=2000)
-        assert np.mean([loses(wins, losses, ChooseConfig().level) for wins, _, losses in outcomes]) >= least
+        assert (
+            np.mean([is_worse(wins, losses, CheckpointSelectionConfig().level) for wins, _, losses in outcomes])
+            >= least
+        )
     # Half a standard deviation worse each time: 23 % won, 39 % lost; a run of eight goes on to its end hardly ever.
     assert share_stopped(np.random.default_rng(0), 2.0, 0.0, worse=0.5)[0] > 0.999
 
@@ -221,13 +229,13 @@ def test_clearly_worse_checkpoints_stop_a_run() -> None:
 # --- real answers, really compared ---------------------------------------------------------------------------------
 
 
-def test_equal_checkpoints_answer_alike_and_tie(tiny_policy: PolicyFiles, tmp_path: Path) -> None:
+def test_equal_checkpoints_answer_alike_and_tie(tiny_policy: PolicyCheckpoint, tmp_path: Path) -> None:
     out = workspace(tmp_path / "M2")
     selector = CheckpointSelector(out, selection_of(tiny_policy, tmp_path), tiny_policy)
     policy: Policy = tiny_policy.load("float32", trainable=True)
-    assert not selector.visit(policy, 1, last=False)
-    assert not selector.visit(policy, 2, last=False)
-    assert not selector.visit(policy, 4, last=False)
+    assert not selector.on_checkpoint(policy, 1, last=False)
+    assert not selector.on_checkpoint(policy, 2, last=False)
+    assert not selector.on_checkpoint(policy, 4, last=False)
     answers = [answers_of(out, step) for step in (2, 4)]
     assert answers[0] == answers[1]
     assert len(answers[0]) == len(ASKED)
@@ -243,7 +251,7 @@ def answers_of(out: Any, step: int) -> list[str]:
 
 
 def test_checkpoints_are_compared_pairwise_in_both_orders_and_the_loser_is_not_taken(
-    tiny_policy: PolicyFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_policy: PolicyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server prefers the first checkpoint's answers wherever they stand; killed as it compares, the run goes on."""
     out, asked = workspace(tmp_path / "M2"), []
@@ -257,10 +265,10 @@ def test_checkpoints_are_compared_pairwise_in_both_orders_and_the_loser_is_not_t
         return chat("[[A]]" if first[1] in answers_of(out, 2) else "[[B]]")
 
     with chat_server(reply) as server:
-        endpoint = Endpoint(base_url=server.url, model="m", key_variable="", concurrency=2)
+        endpoint = Endpoint(base_url=server.url, model="m", api_key_env="", concurrency=2)
         selection = selection_of(tiny_policy, tmp_path, endpoint=endpoint)
         selector = CheckpointSelector(out, selection, tiny_policy)
-        assert not selector.visit(tiny_policy.load("float32", trainable=True), 2, last=False)
+        assert not selector.on_checkpoint(tiny_policy.load("float32", trainable=True), 2, last=False)
         assert asked == [], "the first checkpoint has nothing to be compared with"
 
         def killed(*_: Any, **__: Any) -> None:
@@ -269,10 +277,10 @@ def test_checkpoints_are_compared_pairwise_in_both_orders_and_the_loser_is_not_t
         with monkeypatch.context() as patch:
             patch.setattr(module, "compare_answers", killed)
             with pytest.raises(Killed):
-                selector.visit(other, 4, last=False)
+                selector.on_checkpoint(other, 4, last=False)
         again = CheckpointSelector(out, selection, tiny_policy)
         assert not again.resume(3)
-        assert again.visit(other, 4, last=False)
+        assert again.on_checkpoint(other, 4, last=False)
         assert not set(answers_of(out, 2)) & set(answers_of(out, 4))
     assert len(asked) == 2 * len(ASKED)
     assert again.counts() == {
@@ -284,8 +292,14 @@ def test_model_that_only_compares_checkpoints_is_loaded_and_in_the_plan(tmp_path
     of_others = ("data.instruct", "data.respond", "evaluate.")
     data = [one for one in [*TINY_RUN, *write_tiny_data(tmp_path)] if not one.startswith(of_others)]
     told = [*data, "data=pairs", f"data.path={tmp_path}/ranked.jsonl", "iterations=1", "evaluate=none"]
-    told += [f"train.choose.instructions={tmp_path}/asked.jsonl", "train.choose.every_steps=1"]
-    told += ["train.choose.sampling.max_new_tokens=4", "train.choose.head_to_head.model=random:tiny"]
+    told += [
+        f"train.checkpoint_selection.instructions={tmp_path}/asked.jsonl",
+        "train.checkpoint_selection.interval_steps=1",
+    ]
+    told += [
+        "train.checkpoint_selection.sampling.max_new_tokens=4",
+        "train.checkpoint_selection.head_to_head.model=random:tiny",
+    ]
     folder = run_experiment(tmp_path / "out", *told)
     stages = {stage["label"]: stage["counts"] for stage in read_json(folder / "summary.json")["stages"]}
     assert planned(composed(*told)[0]) == list(stages)
@@ -298,13 +312,13 @@ def test_model_that_only_compares_checkpoints_is_loaded_and_in_the_plan(tmp_path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"every_steps": 5}, "every_steps and train.choose.instructions are given together"),
-        ({"instructions": "a.jsonl"}, "every_steps and train.choose.instructions are given together"),
-        ({"every_steps": -1, "instructions": "a.jsonl"}, "must be 0 or more"),
-        ({"every_steps": 5, "instructions": "a.jsonl"}, "needs train.choose.head_to_head"),
+        ({"interval_steps": 5}, "interval_steps and train.checkpoint_selection.instructions are given together"),
+        ({"instructions": "a.jsonl"}, "interval_steps and train.checkpoint_selection.instructions are given together"),
+        ({"interval_steps": -1, "instructions": "a.jsonl"}, "must be 0 or more"),
+        ({"interval_steps": 5, "instructions": "a.jsonl"}, "needs train.checkpoint_selection.head_to_head"),
         ({"level": 0.5}, "level must be above 0 and below 0.5, got 0.5"),
     ],
 )
 def test_settings_without_meaning_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(SelfalignError, match=message):
-        ChooseConfig(**options)
+        CheckpointSelectionConfig(**options)

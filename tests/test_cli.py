@@ -15,7 +15,7 @@ from builders import ROOT, TINY_RUN, Said, composed, write_tiny_data
 from hydra.errors import OverrideParseException
 
 from selfalign.cli.environment import conf_folder
-from selfalign.cli.errors import explain, one_line_errors
+from selfalign.cli.errors import explain, report_errors
 from selfalign.cli.main import EXAMPLES
 from selfalign.core.errors import SelfalignError
 
@@ -74,8 +74,8 @@ BAD = {
     "missing value": (["experiment=smoke", "model=pretrained"], "model.path"),
     "missing model folder": (["experiment=smoke", "model=pretrained", "model.path=/nowhere/at/all"], "model.path"),
     "missing demonstrations": (
-        ["experiment=smoke", "data.seeds.demonstrations=/no.jsonl"],
-        "data.seeds.demonstrations",
+        ["experiment=smoke", "data.seed_data.demonstrations=/no.jsonl"],
+        "data.seed_data.demonstrations",
     ),
     "missing questions": (["experiment=smoke", "evaluate.instructions=/no.jsonl"], "evaluate.instructions"),
     "missing pairs": (["experiment=smoke", "data=pairs", "data.path=/no.jsonl", "iterations=1"], "data.path"),
@@ -171,7 +171,7 @@ MISTAKEN = {
                "sr_ipo"),
     "option unlike any": ("pair=xyz", "no pair=xyz; there are: all_ordered, best_vs_k, best_worst, positives, random"),
     "option of a list": ("benchmark=[mtbench]", "no benchmark=mtbench; did you mean benchmark=mt_bench? There are: "),
-    "option of a group elsewhere": ("judge@evaluate.preferences.judge=externa", "no judge=externa; did you mean "
+    "option of a group elsewhere": ("judge@evaluate.preference_pairs.judge=externa", "no judge=externa; did you mean "
                                     "judge=external? There are: "),
     "option in a folder": ("experiment=my/smoke", "no experiment=my/smoke; did you mean experiment=smoke? There are: "),
     "value of another type": ("iterations=1.5", "cannot set iterations=1.5: Value '1.5' of type 'float' could not be "
@@ -196,7 +196,7 @@ def test_mistaken_override_is_answered_with_what_was_meant(call: Callable[..., S
     [
         (["model=pretrained"], ["model.path"]),
         (["model=pretrained", "data=pairs", "iterations=1"], ["data.path", "model.path"]),
-        (["generate=server"], ["generate.command"]),
+        (["engine=server"], ["engine.command"]),
         (["benchmark=[alpaca_eval,lm_eval]"], ["benchmark.alpaca_eval.reference_outputs", "benchmark.lm_eval.tasks"]),
         (["judge=external"], ["judge.endpoint.base_url", "judge.endpoint.model"]),
         (["judge=external", "judge.endpoint.model=m"], ["judge.endpoint.base_url"]),
@@ -210,8 +210,10 @@ def test_values_that_must_be_given_are_asked_for_all_at_once(
     assert said.code == 1
 
 
-@pytest.mark.parametrize("key", ["evaluate.head_to_head", "train.choose.head_to_head", "benchmark.mt_bench.judge"])
-@pytest.mark.parametrize("setting", ["model=gpt", "key_variable=KEY", "prompt_price=3"])
+@pytest.mark.parametrize(
+    "key", ["evaluate.head_to_head", "train.checkpoint_selection.head_to_head", "benchmark.mt_bench.judge"]
+)
+@pytest.mark.parametrize("setting", ["model=gpt", "api_key_env=KEY", "prompt_price=3"])
 def test_endpoint_without_an_address_is_no_endpoint_that_is_passed_over(
     call: Callable[..., Said], key: str, setting: str
 ) -> None:
@@ -283,7 +285,7 @@ def test_output_that_cannot_be_written_is_one_line(call: Callable[..., Said], tm
     assert "Traceback" not in said.err
 
 
-@pytest.mark.parametrize("where", ["selfalign.store.artifacts.write_json", "selfalign.stages.seeds.write_records"])
+@pytest.mark.parametrize("where", ["selfalign.store.artifacts.write_json", "selfalign.stages.seed_data.write_records"])
 def test_full_disk_is_one_line_and_what_was_made_is_kept(
     call: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
@@ -329,7 +331,7 @@ def test_message_of_several_lines_is_said_in_one(call: Callable[..., Said], tmp_
     """JSON and YAML libraries answer in several lines."""
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"instruction": "a", "response": "b"}\n{"instruction": "c"\n')
-    said = call("experiment=smoke", f"data.seeds.demonstrations={broken}", f"output_dir={tmp_path / 'out'}")
+    said = call("experiment=smoke", f"data.seed_data.demonstrations={broken}", f"output_dir={tmp_path / 'out'}")
     assert said.code == 1
     assert f"{broken}:2" in said.err.splitlines()[-1]
     assert said.err.splitlines()[-1].startswith("error: ")
@@ -421,8 +423,8 @@ def test_output_that_nobody_reads_any_more_is_one_line(tmp_path: Path, stream: s
     """As in `selfalign … | head`."""
     lines = "print('x' * 100_000, flush=True)" if stream == "while it runs" else "print('x')"
     program = f"""
-from selfalign.cli.errors import one_line_errors
-with one_line_errors("interrupted"):
+from selfalign.cli.errors import report_errors
+with report_errors("interrupted"):
     {lines}
 """
     reading, writing = os.pipe()
@@ -438,7 +440,7 @@ with one_line_errors("interrupted"):
 
 
 def test_pipe_to_another_program_is_not_taken_for_the_output(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit), one_line_errors("interrupted"):
+    with pytest.raises(SystemExit), report_errors("interrupted"):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
     assert capsys.readouterr().err.startswith("error: Broken pipe; ")
 
@@ -488,7 +490,13 @@ def test_run_works_where_the_terminal_is_ascii(
     monkeypatch.setattr(sys, "stderr", streams[1])
     rows = '{"prompt": "Is it 李?", "chosen": "ä", "rejected": "No."}\n'
     (tmp_path / "pä.jsonl").write_text(rows, encoding="utf-8")
-    told = ["experiment=smoke", "data=pairs", "data.seeds.demonstrations=''", "data.seeds.ranked=''", "iterations=1"]
+    told = [
+        "experiment=smoke",
+        "data=pairs",
+        "data.seed_data.demonstrations=''",
+        "data.seed_data.ranked=''",
+        "iterations=1",
+    ]
     said = call(*told, "evaluate=none", 'data.path="pä.jsonl"', "output_dir=out")
     out, err = (stream.buffer.getvalue().decode("ascii") for stream in streams)  # pyright: ignore
     assert said.code == 0, err

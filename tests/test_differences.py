@@ -10,17 +10,17 @@ from selfalign.core.errors import SelfalignError
 from selfalign.runs.labels import Label
 from selfalign.runs.ledger import Ledger
 from selfalign.runs.runner import Runner
-from selfalign.store.artifacts import Artefact, Counts, Store, Workspace
-from selfalign.store.key_diff import ABSENT, Comparison, differences, read_stages
+from selfalign.store.artifacts import Artifact, Counts, StageOutput, Store
+from selfalign.store.key_diff import ABSENT, KeyDiff, differences, read_stages
 
 
-def teach(out: Workspace, **inputs: Any) -> Counts:
+def teach(out: StageOutput, **inputs: Any) -> Counts:
     """A stage whose result depends on all its inputs."""
-    (out.path / "result").write_text(repr({k: v.digest if isinstance(v, Artefact) else v for k, v in inputs.items()}))
+    (out.path / "result").write_text(repr({k: v.digest if isinstance(v, Artifact) else v for k, v in inputs.items()}))
     return {}
 
 
-def settle(out: Workspace, **inputs: Any) -> Counts:
+def settle(out: StageOutput, **inputs: Any) -> Counts:
     """A stage whose result is always the same."""
     (out.path / "result").write_text("the same")
     return {}
@@ -52,11 +52,11 @@ def study(output: Path, name: str, rate: float = 0.1, lam: float = 0.5, referenc
     return run
 
 
-def compared(one: Runner, other: Runner) -> Comparison:
-    return Comparison(read_stages(account(one).folder), read_stages(account(other).folder))
+def compared(one: Runner, other: Runner) -> KeyDiff:
+    return KeyDiff(read_stages(account(one).folder), read_stages(account(other).folder))
 
 
-def told(comparison: Comparison, label: str = "") -> dict[str, list[str]]:
+def told(comparison: KeyDiff, label: str = "") -> dict[str, list[str]]:
     """What is said of every label that differs."""
     shown = comparison.behind(label) if label else {*comparison.first, *comparison.second}
     causes = comparison.causes(shown)
@@ -140,9 +140,9 @@ def test_other_stage_and_inputs_that_one_run_lacks_are_named(tmp_path: Path) -> 
 
 def test_labels_of_one_run_only_and_unfinished_ones(tmp_path: Path) -> None:
     one, other = study(tmp_path, "a"), study(tmp_path, "b", lam=0.3)
-    (account(other).folder / "artefacts" / "M3" / "manifest.json").unlink()
-    (account(other).folder / "artefacts" / "evaluation_M3" / "numbers").unlink()
-    (account(other).folder / "artefacts" / "gone").symlink_to("../../store/teach/gone")
+    (account(other).folder / "artifacts" / "M3" / "manifest.json").unlink()
+    (account(other).folder / "artifacts" / "evaluation_M3" / "numbers").unlink()
+    (account(other).folder / "artifacts" / "gone").symlink_to("../../store/teach/gone")
     comparison = compared(one, other)
     assert comparison.unknown == ["M3"]
     assert comparison.first.keys() - comparison.second.keys() == {"evaluation_M3/numbers"}
@@ -164,7 +164,7 @@ def test_what_is_no_run_and_damage_are_errors_in_one_line(tmp_path: Path) -> Non
     with pytest.raises(SelfalignError, match="not a run folder"):
         read_stages(tmp_path)
     run = study(tmp_path, "a")
-    manifest = account(run).folder / "artefacts" / "M1" / "manifest.json"
+    manifest = account(run).folder / "artifacts" / "M1" / "manifest.json"
     for content in ("{", "[]", "{}", '{"stage": 1, "format": 1, "digest": "x", "inputs": 3}'):
         manifest.write_text(content)
         with pytest.raises(SelfalignError, match=r"manifest\.json: damaged; delete .*teach/\w{20} to have"):
@@ -200,14 +200,14 @@ def test_every_difference_of_the_key_is_found(tmp_path: Path) -> None:
     stages = [read_stages(account(run).folder) for run in runs]
     for one in stages:
         for other in stages:
-            causes = told(Comparison(one, other))
+            causes = told(KeyDiff(one, other))
             assert causes != {"M1": []}
             assert (causes == {}) is (one["M1"].key == other["M1"].key)
 
 
 def test_long_texts_are_cut_around_the_first_difference() -> None:
     text = "Grade the response. " * 50
-    comparison = Comparison({}, {})
+    comparison = KeyDiff({}, {})
     for place in (0, 500, len(text) - 1):
         other = text[:place] + "#" + text[place + 1 :]
         (difference,) = differences({"prompt": text}, {"prompt": other})

@@ -5,30 +5,30 @@ import pytest
 from mutation import assert_caught
 
 from selfalign.core.errors import SelfalignError
-from selfalign.metrics import limits
+from selfalign.metrics import bounds
+from selfalign.metrics.bounds import MetricBounds
 from selfalign.metrics.catalog import METRICS
-from selfalign.metrics.limits import Limits
 
-BOUNDS = {name: metric for name, metric, _, _ in Limits().bounds()}
+BOUNDS = {name: metric for name, metric, _, _ in MetricBounds().bounds()}
 
 
 @pytest.mark.parametrize(
     ("name", "within", "beyond"),
     [
-        ("length_growth", 1.5, 1.6),
-        ("repeated_4", 1.5, 1.6),
-        ("kl_to_m1", 1.5, 1.6),
-        ("finished_share", 1.5, 1.4),
-        ("distinct_2", 1.5, 1.4),
-        ("candidate_length", 1.5, 1.6),
-        ("answer_length", 1.5, 1.6),
-        ("reward_length", 1.5, 1.6),
+        ("max_length_growth", 1.5, 1.6),
+        ("max_repetition_4", 1.5, 1.6),
+        ("max_kl_to_m1", 1.5, 1.6),
+        ("min_finished_share", 1.5, 1.4),
+        ("min_distinct_2", 1.5, 1.4),
+        ("max_score_length_correlation", 1.5, 1.6),
+        ("max_answer_score_length_correlation", 1.5, 1.6),
+        ("max_reward_length_correlation", 1.5, 1.6),
     ],
 )
 def test_a_bound_itself_is_allowed_and_what_is_beyond_is_told(
     caplog: pytest.LogCaptureFixture, name: str, within: float, beyond: float
 ) -> None:
-    limits, metric = Limits(**{name: 1.5}), BOUNDS[name]
+    limits, metric = MetricBounds(**{name: 1.5}), BOUNDS[name]
     assert limits.check("M2", {metric: within}) == {}
     assert not caplog.records
     assert limits.check("M2", {metric: beyond}) == {name: beyond}
@@ -36,26 +36,26 @@ def test_a_bound_itself_is_allowed_and_what_is_beyond_is_told(
     assert f"M2: {metric} is {beyond}" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["chosen_change", "rejected_change"])
+@pytest.mark.parametrize("name", ["min_chosen_logp_change", "min_rejected_logp_change"])
 def test_a_fall_beyond_its_bound_is_told_and_a_rise_is_not(caplog: pytest.LogCaptureFixture, name: str) -> None:
-    limits, metric = Limits(**{name: -0.5}), BOUNDS[name]
+    limits, metric = MetricBounds(**{name: -0.5}), BOUNDS[name]
     assert [limits.check("M2", {metric: change}) for change in (-0.5, 0.0, 3.0)] == [{}, {}, {}]
     assert not caplog.records
     assert limits.check("M2", {metric: -0.75}) == {name: -0.75}
-    assert f"M2: {metric} is -0.75, below evaluate.limits.{name}=-0.5" in caplog.text
-    with pytest.raises(SelfalignError, match=rf"{name}=-0\.5, and evaluate\.limits\.stop=true"):
-        Limits(**{name: -0.5}, stop=True).check("M2", {metric: -0.75})
+    assert f"M2: {metric} is -0.75, below evaluate.bounds.{name}=-0.5" in caplog.text
+    with pytest.raises(SelfalignError, match=rf"{name}=-0\.5, and evaluate\.bounds\.stop=true"):
+        MetricBounds(**{name: -0.5}, stop=True).check("M2", {metric: -0.75})
 
 
 def test_what_bounds_are_set_for_is_picked_from_several_counts() -> None:
     counts = [{"logps/chosen_change_per_token": -0.1, "pairs": 3}, {"score_length_correlation": 0.5, "dropped": {}}]
-    assert Limits().among(*counts) == {"logps/chosen_change_per_token": -0.1, "score_length_correlation": 0.5}
+    assert MetricBounds().among(*counts) == {"logps/chosen_change_per_token": -0.1, "score_length_correlation": 0.5}
 
 
 def test_no_bound_and_no_number_cross_nothing() -> None:
-    none = Limits(**dict.fromkeys(BOUNDS))
+    none = MetricBounds(**dict.fromkeys(BOUNDS))
     assert none.check("M2", dict.fromkeys(BOUNDS.values(), 1e9)) == {}
-    assert Limits().check("M2", {}) == {}
+    assert MetricBounds().check("M2", {}) == {}
 
 
 def test_bounds_are_of_documented_metrics() -> None:
@@ -66,14 +66,14 @@ def test_bounds_are_of_documented_metrics() -> None:
 @pytest.mark.parametrize("bound", [-0.1, float("nan")])
 def test_impossible_bound_is_refused_with_its_key(name: str, bound: float) -> None:
     side, bound = ("less", -bound) if name.endswith("_change") else ("more", bound)
-    with pytest.raises(SelfalignError, match=rf"evaluate\.limits\.{name} must be 0 or {side}"):
-        Limits(**{name: bound})
+    with pytest.raises(SelfalignError, match=rf"evaluate\.bounds\.{name} must be 0 or {side}"):
+        MetricBounds(**{name: bound})
 
 
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("self.chosen_change, -1)", "self.chosen_change, 1)"),
+        ("self.min_chosen_logp_change, -1)", "self.min_chosen_logp_change, 1)"),
         ("side * value <= side * bound", "value <= bound"),
         ("side * value <= side * bound", "side * value < side * bound"),
         ("if self.stop:", "if False:"),
@@ -84,6 +84,6 @@ def test_impossible_bound_is_refused_with_its_key(name: str, bound: float) -> No
 def test_mutant_is_caught(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, old: str, new: str
 ) -> None:
-    given = {"monkeypatch": monkeypatch, "caplog": caplog, "name": "chosen_change"}
+    given = {"monkeypatch": monkeypatch, "caplog": caplog, "name": "min_chosen_logp_change"}
     check = test_a_fall_beyond_its_bound_is_told_and_a_rise_is_not
-    assert_caught(limits, sys.modules[__name__], old, new, check, given)
+    assert_caught(bounds, sys.modules[__name__], old, new, check, given)

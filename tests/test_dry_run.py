@@ -38,30 +38,40 @@ from selfalign.engines.transformers import Transformers
 from selfalign.launch import dry_run as module
 from selfalign.launch import dry_run_stages
 from selfalign.launch.dry_run import dry_run, estimate_text
-from selfalign.launch.dry_run_stages import Rehearsal
-from selfalign.launch.profiler import Estimate, Stopwatch, fits, measure
-from selfalign.launch.worst_case import SHORTEST_PROMPT, Longest, tireless
+from selfalign.launch.dry_run_stages import StageEstimator
+from selfalign.launch.profiler import ProfilingOutput, StageEstimate, fits, measure
+from selfalign.launch.worst_case import SHORTEST_PROMPT, WorstCaseRecords, max_length_generation
 from selfalign.losses.refinement import Refinement
 from selfalign.models.batches import encode_pairs
-from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.tokenizer import encode_prompt
 from selfalign.pipeline import loop
 from selfalign.pipeline.requirements import asks
 from selfalign.runs.labels import Label
 from selfalign.stages.benchmark import benchmark
 from selfalign.stages.sft import group_demonstrations
-from selfalign.store.artifacts import Artefact, Counts, Workspace
+from selfalign.store.artifacts import Artifact, Counts, StageOutput
 from selfalign.store.journal import Journal
 from selfalign.store.stage import declared, stage
 
 SHORT = ["train.sft.max_length=160", "train.align.max_length=160", 'judge.prompt="Grade {instruction} of {response}"']
 """So that the longest sequence is short; its rubric leaves room for a response."""
 
-BY_MODELS = {"pretrained", "sft", "align", "instruct", "respond", "judge", "compare", "reference", "divergence"}
+BY_MODELS = {
+    "load_model",
+    "sft",
+    "align",
+    "instruct",
+    "respond",
+    "judge",
+    "head_to_head",
+    "reference_logprobs",
+    "kl_divergence",
+}
 """Stages that a model takes part in."""
 
 
-def rehearsed(output: Path, *overrides: str) -> dict[str, Estimate]:
+def rehearsed(output: Path, *overrides: str) -> dict[str, StageEstimate]:
     """The estimates of a run, by stage."""
     return {one.label: one for one in dry_run(composed(*overrides, f"output_dir={output}")[0])}
 
@@ -99,11 +109,11 @@ def test_every_stage_with_a_model_is_estimated_and_takes_as_many_batches_or_step
     assert steps["M1"] == estimates["M1"].count > 4
     assert 0 < steps["M2"] <= estimates["M2"].count == 3
     for label in made - {"M0", "M1", "M2", "M3", "iteration_1/instructions", "iteration_2/instructions"}:
-        assert 0 < batches[(folder / "artefacts" / label).resolve()] <= estimates[label].count, label
+        assert 0 < batches[(folder / "artifacts" / label).resolve()] <= estimates[label].count, label
     assert all(one.seconds > 0 and one.peak > 1 << 20 for one in estimates.values())
 
 
-GIVEN_PAIRS = ["data=pairs", "iterations=1", "train.held_out_pairs=1", "train.align.epochs=2", "evaluate=none"]
+GIVEN_PAIRS = ["data=pairs", "iterations=1", "train.validation_pairs=1", "train.align.epochs=2", "evaluate=none"]
 STEPS = {"M1": 9, "M2": 4}
 """Three epochs of 8 IFT and 3 EFT groups, 4 a step; two epochs of 3 pairs but for the one held out, 1 a step."""
 
@@ -127,10 +137,11 @@ def test_steps_of_an_alignment_on_given_pairs_are_those_of_the_run(tmp_path: Pat
 def test_checkpoints_answer_once_each_and_all_but_the_first_are_compared(tmp_path: Path) -> None:
     """Of two epochs of two steps, one in two is looked at: two checkpoints, one comparison."""
     told = on_given_pairs(tmp_path / "data")
-    asked = f"train.choose.instructions={tmp_path / 'data' / 'asked.jsonl'}"
-    told += [asked, "train.choose.sampling.max_new_tokens=8", "train.align.batch_size=1"]
+    asked = f"train.checkpoint_selection.instructions={tmp_path / 'data' / 'asked.jsonl'}"
+    told += [asked, "train.checkpoint_selection.sampling.max_new_tokens=8", "train.align.batch_size=1"]
     estimates = {
-        every: rehearsed(tmp_path / str(every), *told, f"train.choose.every_steps={every}") for every in (2, 1, 9)
+        every: rehearsed(tmp_path / str(every), *told, f"train.checkpoint_selection.interval_steps={every}")
+        for every in (2, 1, 9)
     }
     answered = {every: found["M2/validation"].count for every, found in estimates.items()}
     assert answered == {2: 2 * answered[9], 1: 4 * answered[9], 9: answered[9]}
@@ -150,13 +161,13 @@ def test_checkpoints_answer_once_each_and_all_but_the_first_are_compared(tmp_pat
 )
 def test_wrong_counts_of_steps_are_caught(old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with mutated(dry_run_stages, old, new) as copy:
-        monkeypatch.setattr(module, "Rehearsal", copy.Rehearsal)
+        monkeypatch.setattr(module, "StageEstimator", copy.StageEstimator)
         estimates = rehearsed(tmp_path / "rehearsed", *on_given_pairs(tmp_path / "data"))
         assert {label: estimates[label].count for label in STEPS} != STEPS
 
 
 def test_command_line_prints_every_stage_and_leaves_nothing(call: Callable[..., Said], tmp_path: Path) -> None:
-    told = [*TINY_RUN, *SHORT, *write_tiny_data(tmp_path / "data"), "iterations=1", "track=wandb"]
+    told = [*TINY_RUN, *SHORT, *write_tiny_data(tmp_path / "data"), "iterations=1", "tracker=wandb"]
     said = call(*told, "dry_run=true", "price_per_hour=3600")
     assert said.code == 0, said.err
     for label in ("M0", "M1", "M2", "iteration_1/responses", "iteration_1/judgements", "iteration_1/reference"):
@@ -169,10 +180,10 @@ def test_command_line_prints_every_stage_and_leaves_nothing(call: Callable[..., 
 
 
 def test_several_processes_rehearse_a_run_of_as_many_in_its_layout(call: Callable[..., Said], tmp_path: Path) -> None:
-    told = [*TINY_RUN, *SHORT, *write_tiny_data(tmp_path / "data"), "iterations=1", "generate.batch_tokens=40"]
+    told = [*TINY_RUN, *SHORT, *write_tiny_data(tmp_path / "data"), "iterations=1", "engine.max_batch_tokens=40"]
     told += [f"output_dir={tmp_path / 'outputs'}", "dry_run=true"]
     alone = call(*told)
-    said = launch(tmp_path, "torchrun", *told, "train.layout.kind=fsdp2", module="sharded")
+    said = launch(tmp_path, "torchrun", *told, "train.parallelism.strategy=fsdp2", module="sharded")
     assert said.code == 0, said.err
     assert re.search(r"^memory +at most [\d.]+ GiB in each of 2 processes, in ", said.out, re.MULTILINE)
     assert said.out.count("An upper bound") == 1
@@ -222,18 +233,18 @@ def test_stages_with_a_model_declare_their_sizes_and_are_measured_but_for_benchm
     with_models = {one for several in members for one in several if inspect.isfunction(one) and declared(one).all_ranks}
     assert len(with_models) == 9
     assert all(declared(one).size for one in with_models)
-    assert with_models - Rehearsal(composed()[0], tmp_path)._estimators.keys() == {benchmark}
+    assert with_models - StageEstimator(composed()[0], tmp_path)._estimators.keys() == {benchmark}
 
 
 # --- records ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def longest(tiny_tokenizer: Any) -> Longest:
-    return Longest(tiny_tokenizer, context=2048, max_length=400)
+def longest(tiny_tokenizer: Any) -> WorstCaseRecords:
+    return WorstCaseRecords(tiny_tokenizer, context=2048, max_length=400)
 
 
-def test_pairs_fill_the_longest_sequence_and_none_is_cut_or_dropped(longest: Longest) -> None:
+def test_pairs_fill_the_longest_sequence_and_none_is_cut_or_dropped(longest: WorstCaseRecords) -> None:
     for p in (None, Refinement()):
         for written in (50, 1000):
             tally: Counter[str] = Counter()
@@ -246,14 +257,14 @@ def test_pairs_fill_the_longest_sequence_and_none_is_cut_or_dropped(longest: Lon
 
 
 @pytest.mark.parametrize(("tokens", "family"), [(400, 1), (400, 4), (1200, 4)])
-def test_demonstrations_fill_the_longest_group(longest: Longest, tokens: int, family: int) -> None:
+def test_demonstrations_fill_the_longest_group(longest: WorstCaseRecords, tokens: int, family: int) -> None:
     records = longest.demonstrations(3, tokens, family)
     groups = list(group_demonstrations(longest.tokenizer, records, longest.max_length, Counter()))
     assert [len(group.responses) for group in groups] == [family] * 3
     assert all(0.9 * tokens <= len(group) <= tokens for group in groups)
 
 
-def test_instructions_leave_room_for_the_answer(longest: Longest) -> None:
+def test_instructions_leave_room_for_the_answer(longest: WorstCaseRecords) -> None:
     lengths = [
         len(encode_prompt(longest.tokenizer, as_prompt(longest.instructions(1, written)[0].text)))
         for written in (100, 390)
@@ -262,7 +273,7 @@ def test_instructions_leave_room_for_the_answer(longest: Longest) -> None:
     assert lengths[1] <= SHORTEST_PROMPT
 
 
-def test_question_about_texts_that_do_not_fit_is_asked_about_shorter_ones(longest: Longest) -> None:
+def test_question_about_texts_that_do_not_fit_is_asked_about_shorter_ones(longest: WorstCaseRecords) -> None:
     judge = composed("experiment=smoke", "judge=expected_score")[0].judge
     rubric = len(encode_prompt(longest.tokenizer, judge.ask("", "")))
     texts = longest.fitting(asks(judge), [1000, 1000], rubric + 300)
@@ -271,12 +282,12 @@ def test_question_about_texts_that_do_not_fit_is_asked_about_shorter_ones(longes
         longest.fitting(asks(judge), [1000, 1000], 20)
 
 
-def test_texts_are_written_to_their_last_token(tiny_policy: PolicyFiles, tmp_path: Path) -> None:
+def test_texts_are_written_to_their_last_token(tiny_policy: PolicyCheckpoint, tmp_path: Path) -> None:
     taught, backend = taught_policy(tiny_policy, tmp_path), Transformers(dtype="float32")
     prompt = encode_prompt(taught.load_tokenizer(), as_prompt("Say one thing about bees."))
     lengths = [
-        generate.load(taught).write([Request(prompt=prompt, seeds=[1])], Sampling(max_new_tokens=48))[0][0].tokens
-        for generate in (backend, tireless(backend))
+        engine.load(taught).generate([Request(prompt=prompt, seeds=[1])], Sampling(max_new_tokens=48))[0][0].tokens
+        for engine in (backend, max_length_generation(backend))
     ]
     assert lengths[0] < lengths[1] == 48
 
@@ -292,10 +303,10 @@ def test_a_stage_ends_behind_its_first_batch_and_says_how_many_there_would_be(tm
             for _ in journal.batches((name, 4, lambda name=name: done.append(name)) for name in "abc"):
                 pass
 
-    one = measure(Stopwatch(tmp_path / "one", "M1", first_alone=True), stage)
+    one = measure(ProfilingOutput(tmp_path / "one", "M1", first_alone=True), stage)
     assert done == ["a"]
     assert [one.batches_of(share) for share in (0.4, 1, 4, 4.01)] == [1, 3, 10, 11]
-    whole = measure(Stopwatch(tmp_path / "whole", "M1", first_alone=False), stage)
+    whole = measure(ProfilingOutput(tmp_path / "whole", "M1", first_alone=False), stage)
     assert done == ["a", "a", "b", "c"]
     assert whole.batches == 2.5
 
@@ -308,7 +319,7 @@ def test_memory_of_a_stage_is_its_own(tmp_path: Path) -> None:
             with out.journal(1, "records") as journal:
                 list(journal.batches([("a", 1, lambda: float(torch.ones(int(gigabytes * (1 << 28))).sum()))]))
 
-        return measure(Stopwatch(tmp_path / str(gigabytes), "M1", first_alone=True), stage).peak
+        return measure(ProfilingOutput(tmp_path / str(gigabytes), "M1", first_alone=True), stage).peak
 
     first, second = holds(0.5), holds(0.1)
     assert 0.3 * (1 << 30) < first - second < 0.5 * (1 << 30)
@@ -323,9 +334,9 @@ def test_what_does_not_fit_is_said_in_one_line_with_what_to_set() -> None:
 
 
 def test_time_is_that_of_all_batches_and_the_rest_and_costs_by_the_hour() -> None:
-    one = Estimate(label="M1", count=10, unit="steps", each=350, around=100, peak=3 << 29)
+    one = StageEstimate(label="M1", count=10, unit="steps", each=350, around=100, peak=3 << 29)
     assert one.seconds == 3600
-    billed = Estimate(label="iteration_1/judgements", count=7, unit="requests", cost=1.25)
+    billed = StageEstimate(label="iteration_1/judgements", count=7, unit="requests", cost=1.25)
     text = estimate_text([one, billed], price_per_hour=2)
     assert "time    at most 1\u00a0h 0\u00a0min" in text
     assert "memory  at most 1.50 GiB, in M1" in text
@@ -336,17 +347,17 @@ def test_time_is_that_of_all_batches_and_the_rest_and_costs_by_the_hour() -> Non
 def test_stages_that_nobody_knows_are_planned_rehearsed_and_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def thin_pairs(out: Workspace, *, pairs: Artefact) -> Counts:
+    def thin_pairs(out: StageOutput, *, pairs: Artifact) -> Counts:
         copy(pairs.path / "pairs.jsonl", out.path)
         return {"thinned": pairs.counts["pairs"]}
 
     @stage(all_ranks=True)
-    def weigh_pairs(out: Workspace, *, pairs: Artefact) -> Counts:
+    def weigh_pairs(out: StageOutput, *, pairs: Artifact) -> Counts:
         return {"weighed": pairs.counts["thinned"]}
 
     align = loop.Method.align
 
-    def thin_and_align(self: loop.Method, iteration: int, models: Any, pairs: Artefact) -> Artefact:
+    def thin_and_align(self: loop.Method, iteration: int, models: Any, pairs: Artifact) -> Artifact:
         thinned = self.run.make(Label.iteration(iteration, "thinned"), thin_pairs, pairs=pairs)
         self.run.make(Label.iteration(iteration, "weighed"), weigh_pairs, pairs=thinned)
         return align(self, iteration, models, thinned)
@@ -364,9 +375,9 @@ def test_stages_that_nobody_knows_are_planned_rehearsed_and_run(
 
 def test_server_is_asked_once_and_its_tokens_are_billed(tmp_path: Path) -> None:
     told = [*TINY_RUN, *write_tiny_data(tmp_path / "data"), "evaluate=none", "iterations=1", "judge=external"]
-    told += ["judge.samples=2", "judge.sampling.max_new_tokens=100", "train.sft.max_length=160"]
-    told += ["judge.endpoint.key_variable=''", "judge.endpoint.model=m", "train.align.max_length=160"]
-    told += ["judge.endpoint.completion_price=1e6", "data.seeds.evaluation_fine_tuning=none"]
+    told += ["judge.num_samples=2", "judge.sampling.max_new_tokens=100", "train.sft.max_length=160"]
+    told += ["judge.endpoint.api_key_env=''", "judge.endpoint.model=m", "train.align.max_length=160"]
+    told += ["judge.endpoint.completion_price=1e6", "data.seed_data.eft_source=none"]
     told = [override for override in told if not override.startswith("evaluate.")]
     with chat_server() as server:
         estimates = rehearsed(tmp_path / "free", *told, f"judge.endpoint.base_url={server.url}")

@@ -21,9 +21,9 @@ def machine(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
 @pytest.mark.parametrize(
     "engine",
     [
-        ["generate=transformers"],
-        ["generate=vllm"],
-        ["generate=server", "generate.command='serve {weights} --port {port} --dtype {dtype}'"],
+        ["engine=transformers"],
+        ["engine=vllm"],
+        ["engine=server", "engine.command='serve {weights} --port {port} --dtype {dtype}'"],
     ],
     ids=["transformers", "vllm", "server"],
 )
@@ -33,13 +33,13 @@ def test_folder_is_the_same_on_every_machine_and_the_keys_are_not(
     folders, keys, texts = set(), set(), set()
     for dtype in ("float32", "bfloat16"):
         machine(monkeypatch, dtype)
-        config, text, _ = composed("model=tiny", "generate.dtype=auto", *engine)
+        config, text, _ = composed("model=tiny", "engine.dtype=auto", *engine)
         here = resolve_dtypes(config)
         folders.add(run_folder(tmp_path, config.name, config, fresh=False))
         texts.add(text)
-        inputs = (here.generate, here.train.sft, here.train.align, here.train.align.precision("float32"))
+        inputs = (here.generate, here.train.sft, here.train.align, here.train.align.logprob_settings("float32"))
         keys |= {key_of("stage", {"settings": settings}) for settings in inputs}
-        assert {here.generate.dtype, here.train.sft.dtype, here.train.align.dtype} == {dtype}
+        assert {here.engine.dtype, here.train.sft.dtype, here.train.align.dtype} == {dtype}
         assert set(auto_dtypes(config).values()) == {dtype}
         assert auto_dtypes(here) == {}
     assert (len(folders), len(texts), len(keys)) == (1, 1, 2 * 4)
@@ -47,7 +47,7 @@ def test_folder_is_the_same_on_every_machine_and_the_keys_are_not(
 
 def test_dtype_that_is_set_is_the_same_on_every_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, "bfloat16")
-    told = ["generate.dtype=float32", "train.sft.dtype=float32", "train.align.dtype=float32"]
+    told = ["engine.dtype=float32", "train.sft.dtype=float32", "train.align.dtype=float32"]
     config, *_ = composed("model=tiny", *told)
     assert resolve_dtypes(config) == config
     assert auto_dtypes(config) == {}
@@ -59,17 +59,16 @@ def test_run_goes_on_in_its_folder_on_another_machine_and_makes_anew_what_depend
     pairs = [{"id": f"p{n}", "prompt": f"Name {n} birds.", "chosen": "Wrens.", "rejected": "Stones."} for n in range(3)]
     (tmp_path / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in pairs), encoding="utf-8")
     overrides = [
-        "model=tiny", "track=none", "evaluate=none", "iterations=1", "data=pairs", f"data.path={tmp_path}/pairs.jsonl",
-        "data.seeds.demonstrations=''", "data.seeds.ranked=''",
+        "model=tiny", "tracker=none", "evaluate=none", "iterations=1", "data=pairs",
+        f"data.path={tmp_path}/pairs.jsonl",
+        "data.seed_data.demonstrations=''", "data.seed_data.ranked=''",
     ]  # fmt: skip
 
     def keys_after(dtype: str) -> dict[str, str]:
         machine(monkeypatch, dtype)
         caplog.clear()
         folder = run(tmp_path / "outputs", *overrides)
-        assert read_json(folder / RESOLVED) == {
-            f"{key}.dtype": dtype for key in ("generate", "train.sft", "train.align")
-        }
+        assert read_json(folder / RESOLVED) == {f"{key}.dtype": dtype for key in ("engine", "train.sft", "train.align")}
         inputs = [read_json(path)["inputs"] for path in sorted((tmp_path / "outputs/store").glob("*/*/manifest.json"))]
         assert "auto" not in json.dumps(inputs).split('"')
         assert "dtype: auto" in (folder / "config.yaml").read_text(encoding="utf-8")
@@ -85,9 +84,9 @@ def test_run_goes_on_in_its_folder_on_another_machine_and_makes_anew_what_depend
         patch.setattr("selfalign.pipeline.loop.align", align)
         with pytest.raises(KilledError):
             keys_after("float32")
-    assert "generate.dtype=auto" not in caplog.text
+    assert "engine.dtype=auto" not in caplog.text
     there = keys_after("bfloat16")
-    for key in ("generate", "train.sft", "train.align"):
+    for key in ("engine", "train.sft", "train.align"):
         assert f"{key}.dtype=auto was float32 on the machine that this run was on before, and is bfloat16 on this" in (
             caplog.text
         )

@@ -38,7 +38,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def client(server: ChatServer, **settings: Any) -> Client:
-    return Endpoint(base_url=server.url, model="judge-1", key_variable="JUDGE_KEY", **settings).open("judge.endpoint")
+    return Endpoint(base_url=server.url, model="judge-1", api_key_env="JUDGE_KEY", **settings).open("judge.endpoint")
 
 
 def test_answer_comes_with_its_tokens_and_the_key_goes_in_the_header_only() -> None:
@@ -50,7 +50,7 @@ def test_answer_comes_with_its_tokens_and_the_key_goes_in_the_header_only() -> N
 
 def test_no_key_is_sent_where_none_is_needed() -> None:
     with chat_server() as server:
-        endpoint = Endpoint(base_url=server.url, model="m", key_variable="")
+        endpoint = Endpoint(base_url=server.url, model="m", api_key_env="")
         with endpoint.open("judge.endpoint") as chats:
             chats.complete(ASK)
     assert server.keys == [""]
@@ -58,8 +58,8 @@ def test_no_key_is_sent_where_none_is_needed() -> None:
 
 def test_missing_key_is_named_by_its_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("JUDGE_KEY")
-    endpoint = Endpoint(base_url="http://127.0.0.1:9/v1", model="m", key_variable="JUDGE_KEY")
-    with pytest.raises(SelfalignError, match=r"judge\.endpoint\.key_variable: .*JUDGE_KEY is not set"):
+    endpoint = Endpoint(base_url="http://127.0.0.1:9/v1", model="m", api_key_env="JUDGE_KEY")
+    with pytest.raises(SelfalignError, match=r"judge\.endpoint\.api_key_env: .*JUDGE_KEY is not set"):
         endpoint.open("judge.endpoint")
 
 
@@ -68,8 +68,8 @@ def test_key_that_cannot_be_sent_is_named_by_its_setting_and_not_shown(
     monkeypatch: pytest.MonkeyPatch, secret: str
 ) -> None:
     monkeypatch.setenv("JUDGE_KEY", secret)
-    endpoint = Endpoint(base_url="http://127.0.0.1:9/v1", model="m", key_variable="JUDGE_KEY")
-    with pytest.raises(SelfalignError, match=r"^judge\.endpoint\.key_variable: JUDGE_KEY holds") as caught:
+    endpoint = Endpoint(base_url="http://127.0.0.1:9/v1", model="m", api_key_env="JUDGE_KEY")
+    with pytest.raises(SelfalignError, match=r"^judge\.endpoint\.api_key_env: JUDGE_KEY holds") as caught:
         endpoint.open("judge.endpoint")
     assert secret not in str(caught.value)
 
@@ -80,7 +80,7 @@ def test_key_that_cannot_be_sent_is_named_by_its_setting_and_not_shown(
 )
 def test_proxy_or_certificate_that_is_none_is_one_line(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)
-    endpoint = Endpoint(base_url="https://example.org/v1", model="m", key_variable="JUDGE_KEY")
+    endpoint = Endpoint(base_url="https://example.org/v1", model="m", api_key_env="JUDGE_KEY")
     with pytest.raises(
         SelfalignError, match=rf"^judge\.endpoint\.base_url: the proxy or certificate settings .*{name}"
     ):
@@ -93,7 +93,7 @@ def test_this_machine_is_asked_without_a_proxy(monkeypatch: pytest.MonkeyPatch, 
         monkeypatch.delenv(name, raising=False)
     with chat_server() as proxy:
         monkeypatch.setenv("HTTP_PROXY", proxy.url.removesuffix("/v1"))
-        endpoint = Endpoint(base_url=f"http://{host}:9/v1", model="m", key_variable="", retries=0)
+        endpoint = Endpoint(base_url=f"http://{host}:9/v1", model="m", api_key_env="", retries=0)
         with endpoint.open("judge.endpoint") as opened, pytest.raises(PassingError, match="ConnectError"):
             opened.complete({"messages": []})
         assert not proxy.bodies
@@ -326,7 +326,7 @@ def test_refusal_ends_the_waiting_of_the_others(tmp_path: Path) -> None:
         return b"broken"
 
     out = workspace(tmp_path)
-    with chat_server(says) as server, client(server, retries=1, first_wait_seconds=3600) as chats:
+    with chat_server(says) as server, client(server, retries=1, backoff_seconds=3600) as chats:
         original = chats.attempt
 
         def refused(body: dict[str, Any]) -> Any:
@@ -539,10 +539,10 @@ def test_cost_is_by_the_million() -> None:
         ({"concurrency": 0}, "concurrency"),
         ({"timeout_seconds": 0}, "timeout_seconds"),
         ({"retries": -1}, "retries"),
-        ({"first_wait_seconds": -1}, "first_wait_seconds"),
+        ({"backoff_seconds": -1}, "backoff_seconds"),
         ({"prompt_price": -1}, "prompt_price"),
         ({"completion_price": -1}, "completion_price"),
-        ({"key_variable": "sk-0123"}, "key_variable"),
+        ({"api_key_env": "sk-0123"}, "api_key_env"),
     ],
 )
 def test_impossible_setting_is_refused_with_its_key_and_no_secret(settings: dict, named: str) -> None:

@@ -51,34 +51,34 @@ def test_models_of_a_run_are_measured_as_the_run_measured_them(finished: Path) -
 
 
 def test_finished_run_is_measured_on_held_out_pairs_afterwards(finished: Path) -> None:
-    folder = evaluate_models([str(finished)], ["evaluate.preferences.source=ranked"], conf_folder())
+    folder = evaluate_models([str(finished)], ["evaluate.preference_pairs.source=ranked"], conf_folder())
     assert [row["preferences/pairs"] for row in models(folder).values()] == [1, 1]
     inputs = {
-        n: read_json(folder / f"artefacts/evaluation_{n}/preferences/manifest.json")["inputs"] for n in ("M1", "M2")
+        n: read_json(folder / f"artifacts/evaluation_{n}/preferences/manifest.json")["inputs"] for n in ("M1", "M2")
     }
-    seen = {name: [one["artefact"] for one in given["trained_on"]] for name, given in inputs.items()}
+    seen = {name: [one["artifact"] for one in given["trained_on"]] for name, given in inputs.items()}
     assert seen == {"M1": ["seeds"], "M2": ["seeds", "pair"]}
     assert inputs["M2"]["reference"] == inputs["M1"]["policy"]
 
 
 def test_instruction_that_a_measured_run_was_trained_on_is_dropped_and_counted(finished: Path, tmp_path: Path) -> None:
-    pairs = read_records((finished / "artefacts/iteration_1/pairs/pairs.jsonl").resolve(), PreferencePair)
+    pairs = read_records((finished / "artifacts/iteration_1/pairs/pairs.jsonl").resolve(), PreferencePair)
     texts = [as_text(pairs[0].prompt), "Which of the two moons of Mars is the larger one?"]
     source = tmp_path / "asked.jsonl"
     source.write_text("".join(json.dumps({"instruction": text}) + "\n" for text in texts), encoding="utf-8")
     folder = evaluate_models([str(finished)], [f"evaluate.instructions={source}", "evaluate.count=1"], conf_folder())
-    asked = read_records(folder / "artefacts/questions/instructions.jsonl", Instruction)
+    asked = read_records(folder / "artifacts/questions/instructions.jsonl", Instruction)
     assert [instruction.text for instruction in asked] == texts[1:]
-    counts = read_json(folder / "artefacts/questions/manifest.json")["counts"]
+    counts = read_json(folder / "artifacts/questions/manifest.json")["counts"]
     assert counts == {"instructions": 1, "dropped": {"in_demonstrations": 0, "trained_on": 1}}
 
 
 def test_model_folder_is_compared_with_a_run(finished: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
-    shutil.copytree((finished / "artefacts/M2/weights").resolve(), other)
-    tokenizer = (finished / "artefacts/M2/tokenizer").resolve()
+    shutil.copytree((finished / "artifacts/M2/weights").resolve(), other)
+    tokenizer = (finished / "artifacts/M2/tokenizer").resolve()
     shutil.copytree(tokenizer, other, dirs_exist_ok=True)
-    folder = evaluate_models([str(finished), str(other)], ["evaluate.matrix=true"], conf_folder())
+    folder = evaluate_models([str(finished), str(other)], ["evaluate.round_robin=true"], conf_folder())
     summary = read_json(folder / "summary.json")
     names = [f"{finished.name}.M1", f"{finished.name}.M2", "other"]
     assert [row["model"] for row in summary["models"]] == names
@@ -96,10 +96,10 @@ def test_sweep_stands_for_the_first_and_the_last_models_of_its_jobs(finished: Pa
     sweep = Sweep(folder)
     sweep.open([["loss.beta=0.1"], ["loss.beta=0.3"], ["loss.beta=-1"]])
     for number, made in enumerate((finished, other), start=1):
-        sweep.tell(number, [], state=JobState.finished, folder=f"../../{made.name}")
-    sweep.tell(3, [], state=JobState.failed)
+        sweep.update_job(number, [], state=JobState.finished, folder=f"../../{made.name}")
+    sweep.update_job(3, [], state=JobState.failed)
     sweep.held.close()
-    summary = read_json(evaluate_models([str(folder)], ["evaluate.matrix=true"], conf_folder()) / "summary.json")
+    summary = read_json(evaluate_models([str(folder)], ["evaluate.round_robin=true"], conf_folder()) / "summary.json")
     names = ["M1", "loss.beta-0.1.M2", "loss.beta-0.3.M2"]
     assert [row["model"] for row in summary["models"]] == names == summary["win_rate_matrix"]["models"]
     of_its_own = models(finished)["M2"]["eval/win_rate"]
@@ -134,20 +134,24 @@ def test_page_says_what_stands_for_m1(finished: Path, tmp_path: Path) -> None:
 def weights_of_m2(finished: Path, folder: Path) -> str:
     """A run's M2 as a folder of this name."""
     for part in ("weights", "tokenizer"):
-        shutil.copytree((finished / "artefacts/M2" / part).resolve(), folder, dirs_exist_ok=True)
+        shutil.copytree((finished / "artifacts/M2" / part).resolve(), folder, dirs_exist_ok=True)
     return str(folder)
 
 
 def test_model_may_be_called_as_the_sft_baseline_but_not_as_given_outputs(finished: Path, tmp_path: Path) -> None:
     sources = [str(finished), weights_of_m2(finished, tmp_path / "SFT")]
-    folder = evaluate_models(sources, ["evaluate.preferences.source=ranked"], conf_folder())
+    folder = evaluate_models(sources, ["evaluate.preference_pairs.source=ranked"], conf_folder())
     assert all(row["preferences/pairs"] == 1 for row in models(folder).values())
     outputs = tmp_path / "outputs.json"
-    asked = read_records(finished / "artefacts/questions/instructions.jsonl", Instruction)
+    asked = read_records(finished / "artifacts/questions/instructions.jsonl", Instruction)
     outputs.write_text(json.dumps([{"instruction": one.text, "output": "So."} for one in asked]), encoding="utf-8")
-    with pytest.raises(SelfalignError, match=r"a model is called given, as the outputs of evaluate.against are"):
+    with pytest.raises(
+        SelfalignError, match=r"a model is called given, as the outputs of evaluate.reference_outputs are"
+    ):
         evaluate_models(
-            [str(finished), weights_of_m2(finished, tmp_path / "given")], [f"evaluate.against={outputs}"], conf_folder()
+            [str(finished), weights_of_m2(finished, tmp_path / "given")],
+            [f"evaluate.reference_outputs={outputs}"],
+            conf_folder(),
         )
 
 
@@ -184,16 +188,16 @@ def test_each_run_is_measured_by_its_own_loss_and_reference_and_against_its_own_
 ) -> None:
     """Those of the first run are another β, another reference, and pairs that the second was trained on."""
     settings = read_json(finished / "summary.json")["config"]["overrides"]
-    asked = ["evaluate.preferences.source=ranked", "evaluate.instructions=''"]
-    own = ["loss.beta=0.3", "train.reference=sft", "loss.refinement.scale=10", "judge.high=6", "name=own"]
-    given = ["iterations=2", "data.seeds.max_demonstrations=4", "seed=3"]
+    asked = ["evaluate.preference_pairs.source=ranked", "evaluate.instructions=''"]
+    own = ["loss.beta=0.3", "train.reference_policy=sft", "loss.refinement.scale=10", "judge.max_score=6", "name=own"]
+    given = ["iterations=2", "data.seed_data.max_demonstrations=4", "seed=3"]
     other = run(finished.parent, *settings, *own, *given, *asked)
     with caplog.at_level("WARNING"):
         folder = evaluate_models([str(finished), str(other)], asked, conf_folder())
-    assert f"the runs differ in data.seeds, judge: all are measured with {finished.name}'s" in caplog.text
+    assert f"the runs differ in data.seed_data, judge: all are measured with {finished.name}'s" in caplog.text
     for name in ("M1", "M2", "M3"):
-        alone = read_json(other / f"artefacts/evaluation_{name}/preferences/manifest.json")
-        beside = read_json(folder / f"artefacts/evaluation_{other.name}.{name}/preferences/manifest.json")
+        alone = read_json(other / f"artifacts/evaluation_{name}/preferences/manifest.json")
+        beside = read_json(folder / f"artifacts/evaluation_{other.name}.{name}/preferences/manifest.json")
         for key in ("beta", "policy", "reference"):
             assert beside["inputs"][key] == alone["inputs"][key], (name, key)
         taught = [known["digest"] for known in alone["inputs"]["trained_on"]]

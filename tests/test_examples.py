@@ -14,14 +14,14 @@ from builders import ROOT, Killed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import write_records
 from selfalign.core.records import PairReference
-from selfalign.models.batches import Group, PairExample
+from selfalign.models.batches import PairExample, SharedPrompt
 from selfalign.training.dataset import StoredExamples, store_examples
 from selfalign.training.reference import follow_references, with_reference
-from selfalign.training.trainer import Steps
+from selfalign.training.trainer import StepDataset
 
 
-def group(name: str) -> Group:
-    return Group(id=name, prompt=[5, 400_000_0], responses=[[7], [8, 9, 10]], given=[0, 1])
+def group(name: str) -> SharedPrompt:
+    return SharedPrompt(id=name, prompt=[5, 400_000_0], responses=[[7], [8, 9, 10]], num_context_tokens=[0, 1])
 
 
 def pair(name: str, *, refined: bool = True, gap: float | None = None) -> PairExample:
@@ -50,7 +50,7 @@ def test_examples_come_back_as_they_were(tmp_path: Path) -> None:
     with pytest.raises(IndexError):
         stored[3]
     groups = [group("a"), replace(group("b"), prompt=[])]
-    assert list(store_examples(tmp_path / "sft", Group, groups, Counter())) == groups
+    assert list(store_examples(tmp_path / "sft", SharedPrompt, groups, Counter())) == groups
 
 
 def counting(tally: Counter[str]) -> Iterator[PairExample]:
@@ -103,7 +103,7 @@ def test_some_examples_are_taken_by_their_places(tmp_path: Path) -> None:
 
 def test_steps_take_stored_examples_as_they_take_a_list(tmp_path: Path) -> None:
     stored = counted(tmp_path)
-    mapped, listed = (Steps(examples, 7, 3, 5) for examples in (stored, list(stored)))
+    mapped, listed = (StepDataset(examples, 7, 3, 5) for examples in (stored, list(stored)))
     assert len(mapped) == len(listed) == 3 * 86
     assert [mapped[step] for step in (0, 85, 86, 257)] == [listed[step] for step in (0, 85, 86, 257)]
     assert [len(step) for step in listed] == [*[7] * 85, 5] * 3

@@ -28,7 +28,7 @@ from selfalign.launch.evaluate import evaluate_models
 from selfalign.losses.logps import PairLogps
 from selfalign.losses.preference import DPO
 from selfalign.store import source_code as code
-from selfalign.store.artifacts import canonical
+from selfalign.store.artifacts import to_key_json
 
 EXAMPLES = ROOT / "docs/examples"
 PACKAGE = "selfalign_example"
@@ -79,7 +79,7 @@ def jobs(output: Path) -> list[Path]:
 
 
 def made(folder: Path, label: str, kind: Any, file: str) -> list[Any]:
-    return read_records(folder / "artefacts" / label / file, kind)
+    return read_records(folder / "artifacts" / label / file, kind)
 
 
 # --- both ways, to the end ---------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ def test_own_loss_trains_what_the_built_in_trains_where_the_two_are_equal(swept:
     own, built_in = jobs(swept / "outputs")
     weights = [read_json(job / "provenance.json")["weights"]["M2"] for job in (own, built_in)]
     assert weights[0] == weights[1]
-    stages = [read_json(job / "provenance.json")["artefacts"]["M2"] for job in (own, built_in)]
+    stages = [read_json(job / "provenance.json")["artifacts"]["M2"] for job in (own, built_in)]
     assert stages[0] != stages[1], "found under the key of another loss"
 
 
@@ -134,7 +134,7 @@ def test_report_card_and_provenance_name_what_came_from_outside(swept: Path) -> 
     packages = [read_json(job / "provenance.json")["packages"][PACKAGE] for job in (own, built_in)]
     assert packages[0] == packages[1]
     assert packages[0] in report
-    [digest] = read_json(own / "artefacts/M2/manifest.json")["inputs"]["loss"]["source code"].values()
+    [digest] = read_json(own / "artifacts/M2/manifest.json")["inputs"]["loss"]["source code"].values()
     assert packages[0] == f"(source code {digest})"
 
 
@@ -158,7 +158,7 @@ def test_run_with_own_components_is_rehearsed(
     monkeypatch.chdir(swept)
     [_, ranked, *_] = write_tiny_data(swept / "data")
     (swept / "votes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in VOTES))
-    asked = ["data=votes", "data.path=votes.jsonl", "data.seeds.demonstrations=''", ranked, "iterations=1"]
+    asked = ["data=votes", "data.path=votes.jsonl", "data.seed_data.demonstrations=''", ranked, "iterations=1"]
     unused = ["pair=best_worst", "evaluate=none"]
     config, _, _ = compose_experiment(conf_folder(), ["experiment=example", *asked, *unused], swept / PACKAGE / "conf")
     dry_run(config)
@@ -180,7 +180,7 @@ def test_installed_package_is_there_without_any_option(tmp_path: Path) -> None:
     (cwd / "votes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in VOTES))
     said = outside(
         cwd, "experiment=smoke", "name=tiny", "data=votes", "data.path=votes.jsonl", "iterations=1", "evaluate=none",
-        "data.seeds.demonstrations=''", "data.seeds.ranked=''", "loss=robust_dpo", "loss.epsilon=0.2",
+        "data.seed_data.demonstrations=''", "data.seed_data.ranked=''", "loss=robust_dpo", "loss.epsilon=0.2",
         "train.align.dtype=float32", path=str(site),
     )  # fmt: skip
     assert said.returncode == 0, said.stderr
@@ -189,8 +189,8 @@ def test_installed_package_is_there_without_any_option(tmp_path: Path) -> None:
     assert [(p.chosen, p.rejected) for p in pairs] == [
         ("An oak.", "A fish."), ("A carp.", "An oak."), ("Flint.", "Butter."),
     ]  # fmt: skip
-    assert read_json(folder / "artefacts/iteration_1/pairs/manifest.json")["counts"]["dropped"] == {"schema": 1}
-    told = read_json(folder / "artefacts/M2/manifest.json")["inputs"]["loss"]
+    assert read_json(folder / "artifacts/iteration_1/pairs/manifest.json")["counts"]["dropped"] == {"schema": 1}
+    told = read_json(folder / "artifacts/M2/manifest.json")["inputs"]["loss"]
     assert (told["class"], told["epsilon"]) == ("RobustDPO", 0.2)
     assert read_json(folder / "provenance.json")["packages"][PACKAGE].startswith("0.1.0 (source code ")
 
@@ -317,9 +317,9 @@ def test_other_groups_are_held_to_what_they_ask_for(tmp_path: Path, monkeypatch:
     for group, said in {
         "pair": r"must be a selfalign.data.pair_rules.PairRule$",
         "data": r"must be a selfalign.config.data.SelfRewarding$",
-        "judge": r"lacks max_failed_share, alarm, .* which selfalign.judges.protocol.Judge asks for$",
-        "generate": r"lacks dtype, load, load_reader, which selfalign.engines.protocol.Backend asks for$",
-        "track": r"lacks open, which selfalign.runs.tracker.Tracking asks for$",
+        "judge": r"lacks max_failure_rate, alarm, .* which selfalign.judges.protocol.Judge asks for$",
+        "engine": r"lacks dtype, load, load_scorer, which selfalign.engines.protocol.Backend asks for$",
+        "tracker": r"lacks open, which selfalign.runs.tracker.Tracking asks for$",
     }.items():
         forget()
         with pytest.raises(SelfalignError, match=rf"^{group}: mine.Mine {said}"):
@@ -351,7 +351,7 @@ def test_judge_without_a_form_of_answers_is_not_taught(tmp_path: Path, monkeypat
     monkeypatch.syspath_prepend(str(EXAMPLES))
     with pytest.raises(SelfalignError, match=r"^the judge Brevity writes no judgements that could be taught: set data"):
         compose_own(tmp_path, monkeypatch, "", {"judge/mine": f"{PACKAGE}.judges.Brevity"}, "judge=mine")
-    half = ["judge=mine", "data.seeds.evaluation_fine_tuning=none", "judge.words_per_point=0"]
+    half = ["judge=mine", "data.seed_data.eft_source=none", "judge.words_per_point=0"]
     with pytest.raises(SelfalignError, match=r"^judge\.words_per_point must be above 0, got 0"):
         compose_own(tmp_path, monkeypatch, "", {"judge/mine": f"{PACKAGE}.judges.Brevity"}, *half)
 
@@ -361,7 +361,7 @@ def test_judge_without_a_form_of_answers_is_not_taught(tmp_path: Path, monkeypat
 
 def key_with(folder: Path, monkeypatch: pytest.MonkeyPatch, module: str) -> Any:
     forget()
-    return canonical(compose_own(folder, monkeypatch, module, {"loss/mine": "mine.Mine"}, "loss=mine").loss)
+    return to_key_json(compose_own(folder, monkeypatch, module, {"loss/mine": "mine.Mine"}, "loss=mine").loss)
 
 
 def test_changed_code_is_another_key_and_the_same_elsewhere_is_not(
@@ -397,13 +397,13 @@ def test_every_module_of_the_package_counts_and_those_of_bases(tmp_path: Path, m
 
 def test_code_is_read_once_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = compose_own(tmp_path, monkeypatch, LOSS + CALL, {"loss/mine": "mine.Mine"}, "loss=mine").loss
-    key = canonical(before)
+    key = to_key_json(before)
     (tmp_path / "mine.py").write_text("edited while the run goes on\n")
-    assert canonical(before) == key
+    assert to_key_json(before) == key
 
 
 def test_own_classes_of_selfalign_have_no_source_code_in_their_keys() -> None:
-    assert canonical(DPO()) == {"class": "DPO", "beta": 0.1, "label_smoothing": 0.0, "nll_weight": 0.0}
+    assert to_key_json(DPO()) == {"class": "DPO", "beta": 0.1, "label_smoothing": 0.0, "nll_weight": 0.0}
 
 
 def test_class_without_a_file_is_refused() -> None:
@@ -421,7 +421,7 @@ def test_class_without_a_file_is_refused() -> None:
     [
         "hydra.searchpath=[file:///tmp]", "+hydra.x=1", "+schema=mine.Mine", "++schema@loss=mine.Mine",
         "loss=../../mine",
-        "judge@evaluate.preferences.judge=../mine", "+texts/more=../../mine", "benchmark=[mt_bench,../mine]",
+        "judge@evaluate.preference_pairs.judge=../mine", "+texts/more=../../mine", "benchmark=[mt_bench,../mine]",
     ],
 )  # fmt: skip
 def test_recorded_setting_that_could_bring_code_is_refused(override: str) -> None:

@@ -19,9 +19,9 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.failures import KEPT, fits, is_out_of_memory, naming, system_error
 from selfalign.core.files import write_json
 from selfalign.core.jsonl import write_records
-from selfalign.launch.experiment import LogHandler, log_file, told_keys, was_done
-from selfalign.models.checkpoint import PolicyFiles
-from selfalign.store.artifacts import Store, Workspace
+from selfalign.launch.experiment import LogHandler, log_file, reported_keys, was_done
+from selfalign.models.checkpoint import PolicyCheckpoint
+from selfalign.store.artifacts import StageOutput, Store
 from selfalign.store.journal import Journal
 
 
@@ -30,10 +30,10 @@ def test_python_hears_of_a_file_limit_as_an_error_and_not_by_a_signal() -> None:
 
 
 def log_row(folder: Path) -> None:
-    Workspace(folder, "M1", lambda row: None).log({"step": 1, "text": "x" * LIMIT})
+    StageOutput(folder, "M1", lambda row: None).log({"step": 1, "text": "x" * LIMIT})
 
 
-WRITERS: dict[str, tuple[Callable[[Path, PolicyFiles], Any], str]] = {
+WRITERS: dict[str, tuple[Callable[[Path, PolicyCheckpoint], Any], str]] = {
     "json": (lambda folder, policy: write_json(folder / "a.json", "x" * LIMIT), "a.json"),
     "records": (lambda folder, policy: write_records(folder / "a.jsonl", [instruction("i", "x" * LIMIT)]), "a.jsonl"),
     "journal": (lambda folder, policy: Journal(folder, lambda n: None).keep("b", "x" * LIMIT), "journal-0.jsonl"),
@@ -45,13 +45,15 @@ WRITERS: dict[str, tuple[Callable[[Path, PolicyFiles], Any], str]] = {
 }
 
 
-def save(out: Workspace, policy: PolicyFiles) -> dict[str, Any]:
-    PolicyFiles(out.path).save(policy.load("float32"), policy)
+def save(out: StageOutput, policy: PolicyCheckpoint) -> dict[str, Any]:
+    PolicyCheckpoint(out.path).save(policy.load("float32"), policy)
     return {}
 
 
 @pytest.mark.parametrize("what", WRITERS)
-def test_file_that_may_not_grow_is_named_with_what_to_do(tmp_path: Path, tiny_policy: PolicyFiles, what: str) -> None:
+def test_file_that_may_not_grow_is_named_with_what_to_do(
+    tmp_path: Path, tiny_policy: PolicyCheckpoint, what: str
+) -> None:
     write, name = WRITERS[what]
     with file_limit(), pytest.raises(OSError) as caught:
         write(tmp_path, tiny_policy)
@@ -62,7 +64,7 @@ def test_file_that_may_not_grow_is_named_with_what_to_do(tmp_path: Path, tiny_po
     assert said.endswith(f": File too large; raise the limit on the size of a file (ulimit -f); {KEPT}")
 
 
-def test_half_written_weights_do_not_go_on_filling_the_disk(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_half_written_weights_do_not_go_on_filling_the_disk(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     with file_limit(), pytest.raises(OSError):
         Store(tmp_path).make("sft", {}, lambda out: save(out, tiny_policy))
     (folder,) = (path for path in tmp_path.glob("sft/*") if path.is_dir())
@@ -136,7 +138,7 @@ def test_message_that_is_wrong_itself_stops_no_run(tmp_path: Path, monkeypatch: 
 
 
 def test_reason_of_a_failing_stage_is_not_lost_to_its_clock(tmp_path: Path) -> None:
-    def build(out: Workspace) -> dict[str, Any]:
+    def build(out: StageOutput) -> dict[str, Any]:
         (out.scratch / "seconds").mkdir()  # So that the time cannot be written down.
         raise SelfalignError("the first reason")
 
@@ -148,11 +150,11 @@ def test_reason_of_a_failing_stage_is_not_lost_to_its_clock(tmp_path: Path) -> N
 
 
 def test_stage_that_needs_too_much_memory_is_named_with_what_to_lower(tmp_path: Path) -> None:
-    def build(out: Workspace) -> dict[str, Any]:
+    def build(out: StageOutput) -> dict[str, Any]:
         torch.empty(1 << 50)
         return {}
 
-    with pytest.raises(SelfalignError, match=r"^M2 does not fit into memory \(.*allocate.*\): lower batch_tokens"):
+    with pytest.raises(SelfalignError, match=r"^M2 does not fit into memory \(.*allocate.*\): lower max_batch_tokens"):
         Store(tmp_path).make("sft", {}, build, label="M2")
 
 
@@ -190,7 +192,7 @@ def test_path_that_is_no_utf_8_is_said_to_be_none() -> None:
 # --- what a run has written about itself -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "read"), [("finished.json", None), ("summary.json", told_keys)])
+@pytest.mark.parametrize(("name", "read"), [("finished.json", None), ("summary.json", reported_keys)])
 def test_damaged_file_of_a_run_is_named_with_what_to_delete(tmp_path: Path, name: str, read: Any) -> None:
     (tmp_path / name).write_text('{"tra')
     said = rf"^{tmp_path}/{name}: damaged; delete it, and the same command writes it again$"

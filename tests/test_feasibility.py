@@ -8,16 +8,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from builders import TINY_RUN, Said, composed, policy_artefact, write_tiny_data
+from builders import TINY_RUN, Said, composed, policy_artifact, write_tiny_data
 from omegaconf import OmegaConf
 
 from selfalign.config.checks import without_effect
 from selfalign.core.errors import SelfalignError
 from selfalign.launch.hydra_sweep import sweep_folder
-from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.pipeline.requirements import check_requirements
 from selfalign.stages.instruct import InstructConfig
-from selfalign.store.artifacts import Artefact
+from selfalign.store.artifacts import Artifact
 
 SMOKE = "experiment=smoke"
 GIVEN_PAIRS = "data=pairs data.path=pairs.jsonl iterations=1"
@@ -30,13 +30,13 @@ OUT_OF_REACH = {
         "tasks at most: set max_batches to 0, which allows enough, or above 113, since not every task is kept",
     ),
     "more seeds shown than taken": (
-        "data.instruct.seed_demonstrations=25",
-        "data.instruct.seed_demonstrations=25, but data.seeds.max_demonstrations=24 leaves fewer: lower the one "
+        "data.instruct.seed_examples=25",
+        "data.instruct.seed_examples=25, but data.seed_data.max_demonstrations=24 leaves fewer: lower the one "
         "or raise the other",
     ),
     "no seeds at all": (
-        "data.seeds.demonstrations='' data.seeds.max_demonstrations=0",
-        "data.instruct shows its writer seeds, and data.seeds.demonstrations names none: give some, or the "
+        "data.seed_data.demonstrations='' data.seed_data.max_demonstrations=0",
+        "data.instruct shows its writer seeds, and data.seed_data.demonstrations names none: give some, or the "
         "instructions themselves with data.instruct.source",
     ),
     "a single candidate": (
@@ -65,35 +65,39 @@ OUT_OF_REACH = {
     ),
     "a perfect score above the scale": (
         "pair=positives loss=positives pair.minimum_score=6",
-        "pair.minimum_score=6.0 is above judge.high=5: lower it",
+        "pair.minimum_score=6.0 is above judge.max_score=5: lower it",
     ),
     "a margin as wide as the scale": (
         "pair.minimum_margin=5",
-        "pair.minimum_margin=5.0, but scores from judge.low=0 to judge.high=5 differ by 5 at most: lower it",
+        "pair.minimum_margin=5.0, but scores from judge.min_score=0 to judge.max_score=5 differ by 5 at most: lower it",
     ),
     "fewer samples than valid ones": (
-        "judge=additive judge.samples=2 judge.minimum_valid=3",
-        "judge.minimum_valid must lie between 1 and judge.samples=2, got 3",
+        "judge=additive judge.num_samples=2 judge.min_valid_samples=3",
+        "judge.min_valid_samples must lie between 1 and judge.num_samples=2, got 3",
     ),
     "all own pairs held out": (
-        "train.held_out_pairs=6",
-        f"train.held_out_pairs=6, but {LOOP} gives 6 pairs an iteration at most, which leaves none to train on: lower "
+        "train.validation_pairs=6",
+        f"train.validation_pairs=6, but {LOOP} gives 6 pairs an iteration at most, which leaves none to train on: "
+        f"lower "
         "it or raise data.instruct.count",
     ),
     "all given pairs held out": (
-        f"{GIVEN_PAIRS} data.count=50 train.held_out_pairs=50",
-        "train.held_out_pairs=50 of data.count=50 pairs leaves none to train on: lower it below 50, or raise "
+        f"{GIVEN_PAIRS} data.count=50 train.validation_pairs=50",
+        "train.validation_pairs=50 of data.count=50 pairs leaves none to train on: lower it below 50, or raise "
         "data.count",
     ),
     "checkpoints that are never compared": (
-        "train.choose.every_steps=3 train.choose.instructions=a.jsonl",
-        "train.choose.every_steps=3, but an alignment takes 3 steps at most, so no two checkpoints would be compared: "
+        "train.checkpoint_selection.interval_steps=3 train.checkpoint_selection.instructions=a.jsonl",
+        "train.checkpoint_selection.interval_steps=3, but an alignment takes 3 steps at most, so no two checkpoints "
+        "would be compared: "
         "lower it, or set it to 0",
     ),
     "checkpoints of given pairs that are never compared": (
-        f"{GIVEN_PAIRS} data.count=20 train.held_out_pairs=4 train.align.epochs=2 train.choose.every_steps=16 "
-        "train.choose.instructions=a.jsonl",
-        "train.choose.every_steps=16, but an alignment takes 16 steps at most, so no two checkpoints would be compared"
+        f"{GIVEN_PAIRS} data.count=20 train.validation_pairs=4 train.align.epochs=2 "
+        f"train.checkpoint_selection.interval_steps=16 "
+        "train.checkpoint_selection.instructions=a.jsonl",
+        "train.checkpoint_selection.interval_steps=16, but an alignment takes 16 steps at most, so no two "
+        "checkpoints would be compared"
         ": lower it, or set it to 0",
     ),
     "responses that are never trained on": (
@@ -107,7 +111,7 @@ OUT_OF_REACH = {
         "longest texts are never trained on: lower the one or raise the other",
     ),
     "justifications that are never taught": (
-        "judge=additive data.seeds.evaluation_fine_tuning=baseline train.sft.max_length=512",
+        "judge=additive data.seed_data.eft_source=baseline train.sft.max_length=512",
         "judge.sampling.max_new_tokens=512 leaves no token of train.sft.max_length=512 for a prompt, so the longest "
         "texts are never trained on: lower the one or raise the other",
     ),
@@ -134,23 +138,27 @@ NO_EFFECT = {
         "pair.minimum_score=4.5 would have no effect",
     ),
     "held-out pairs of no alignment": (
-        f"{GIVEN_PAIRS} loss=positives train.held_out_pairs=3",
-        "train.held_out_pairs=3 would have no effect: loss=positives fine-tunes by train.sft and aligns nothing; set "
-        "train.held_out_pairs=0",
+        f"{GIVEN_PAIRS} loss=positives train.validation_pairs=3",
+        "train.validation_pairs=3 would have no effect: loss=positives fine-tunes by train.sft and aligns nothing; set "
+        "train.validation_pairs=0",
     ),
     "checkpoints of no alignment": (
-        "loss=positives pair=positives train.choose.every_steps=1 train.choose.instructions=a.jsonl",
-        "train.choose.every_steps=1 would have no effect",
+        "loss=positives pair=positives train.checkpoint_selection.interval_steps=1 "
+        "train.checkpoint_selection.instructions=a.jsonl",
+        "train.checkpoint_selection.interval_steps=1 would have no effect",
     ),
     "reference of no alignment": (
-        "loss=positives pair=positives train.reference=base",
-        "train.reference=base would have no effect",
+        "loss=positives pair=positives train.reference_policy=base",
+        "train.reference_policy=base would have no effect",
     ),
     "an adapter's layers without an adapter": (
         "model.lora.targets=q_proj model.lora.alpha=64",
         "model.lora.alpha=64.0 would have no effect: model.lora.rank=0 trains all weights; set a rank",
     ),
-    "what an alignment averages over": ("train.align.average=examples", "train.align.average=examples would have no"),
+    "what an alignment averages over": (
+        "train.align.loss_reduction=examples",
+        "train.align.loss_reduction=examples would have no",
+    ),
 }
 
 
@@ -165,43 +173,45 @@ def test_setting_without_effect_is_refused(name: str) -> None:
 POSITIVES = "loss=positives pair=positives"
 IDLE = {
     "training of no alignment": (
-        f"{POSITIVES} train.align.max_length=99 train.align.epochs=2 train.reference_logps=live train.sft.epochs=2",
-        ["train.align.max_length=99", "train.align.epochs=2", "train.reference_logps=live"],
+        f"{POSITIVES} train.align.max_length=99 train.align.epochs=2 train.reference_logprobs=online "
+        f"train.sft.epochs=2",
+        ["train.align.max_length=99", "train.align.epochs=2", "train.reference_logprobs=online"],
         "loss=positives fine-tunes by train.sft and aligns nothing",
     ),
     "training of no alignment, by which held-out pairs are scored": (
-        f"{POSITIVES} train.align.max_length=99 train.align.epochs=2 evaluate.preferences.source=ranked",
+        f"{POSITIVES} train.align.max_length=99 train.align.epochs=2 evaluate.preference_pairs.source=ranked",
         ["train.align.epochs=2"], "loss=positives fine-tunes by train.sft and aligns nothing",
     ),
     "training without demonstrations": (
-        f"{GIVEN_PAIRS} data.seeds.demonstrations='' data.seeds.ranked='' train.sft.learning_rate=0.1",
+        f"{GIVEN_PAIRS} data.seed_data.demonstrations='' data.seed_data.ranked='' train.sft.learning_rate=0.1",
         ["train.sft.learning_rate=0.1"], "there are no demonstrations, so M1 is M0",
     ),
     "comparison of no checkpoints": (
-        "train.choose.level=0.1 train.choose.sampling.top_p=0.9 train.choose.every_steps=0",
-        ["train.choose.level=0.1", "train.choose.sampling.top_p=0.9"],
-        "train.choose.every_steps=0 compares no checkpoints",
+        "train.checkpoint_selection.level=0.1 train.checkpoint_selection.sampling.top_p=0.9 "
+        "train.checkpoint_selection.interval_steps=0",
+        ["train.checkpoint_selection.level=0.1", "train.checkpoint_selection.sampling.top_p=0.9"],
+        "train.checkpoint_selection.interval_steps=0 compares no checkpoints",
     ),
     "answers to nothing": (
-        "evaluate.instructions='' evaluate.count=3 evaluate.head_to_head.model=base evaluate.matrix=false",
+        "evaluate.instructions='' evaluate.count=3 evaluate.head_to_head.model=base evaluate.round_robin=false",
         ["evaluate.count=3", "evaluate.head_to_head.model=base"],
         "evaluate.instructions names none, so no model answers any",
     ),
     "pairs of nothing": (
-        "evaluate.preferences.count=3", ["evaluate.preferences.count=3"],
-        "evaluate.preferences.source names no pairs",
+        "evaluate.preference_pairs.count=3", ["evaluate.preference_pairs.count=3"],
+        "evaluate.preference_pairs.source names no pairs",
     ),
     "writer of given instructions": (
-        "data.instruct.source=a.jsonl data.instruct.max_rouge=0.5 data.instruct.sampling.temperature=1",
+        "data.instruct.source=a.jsonl data.instruct.max_rouge_l=0.5 data.instruct.sampling.temperature=1",
         ["data.instruct.sampling.temperature=1"], "data.instruct.source gives the instructions, so none are written",
     ),
     "share of no questions": (
-        "data.seeds.ranked='' data.seeds.held_out_share=0.5", ["data.seeds.held_out_share=0.5"],
-        "data.seeds.ranked names no questions",
+        "data.seed_data.ranked='' data.seed_data.held_out_share=0.5", ["data.seed_data.held_out_share=0.5"],
+        "data.seed_data.ranked names no questions",
     ),
     "balance of human scores": (
-        "data.seeds.most_common_ratio=2", ["data.seeds.most_common_ratio=2"],
-        "only data.seeds.evaluation_fine_tuning=baseline balances the scores of EFT examples",
+        "data.seed_data.max_score_imbalance=2", ["data.seed_data.max_score_imbalance=2"],
+        "only data.seed_data.eft_source=baseline balances the scores of EFT examples",
     ),
     "prompt of a refinement without one": (
         "loss=sr_dpo loss.refinement.source=naive loss.refinement.prompt=Go", ["loss.refinement.prompt=Go"],
@@ -216,12 +226,13 @@ IDLE = {
         "evaluate.head_to_head.verdict_tokens=9", ["evaluate.head_to_head.verdict_tokens=9"],
         "a policy's verdict is one token",
     ),
-    "repository of no push": ("push_to=owner/name", ["push_to=owner/name"], "push=false sends nothing to a hub"),
+    "repository of no push": ("hub.repo_id=owner/name", ["hub.repo_id=owner/name"],
+    "hub.push=false sends nothing to a hub"),
     "price without an estimate": ("price_per_hour=2", ["price_per_hour=2"], "only dry_run=true estimates what a run "
                                   "costs"),
     "judge of nothing": (
-        f"{GIVEN_PAIRS} data.seeds.ranked='' evaluate=none judge=additive judge.samples=2",
-        ["judge=additive", "judge.samples=2"],
+        f"{GIVEN_PAIRS} data.seed_data.ranked='' evaluate=none judge=additive judge.num_samples=2",
+        ["judge=additive", "judge.num_samples=2"],
         "pairs are given, and there are no answers or ranked questions to score",
     ),
     "nothing": ("train.align.epochs=2 model.lora.rank=2 model.lora.alpha=3 evaluate.count=3", [], ""),
@@ -237,25 +248,25 @@ def test_setting_of_the_command_line_that_does_nothing_is_told(case: str) -> Non
 
 
 def test_setting_that_does_nothing_is_told_before_anything_is_made(call: Callable[..., Said], tmp_path: Path) -> None:
-    told = [*TINY_RUN, *write_tiny_data(tmp_path / "data"), "push_to=owner/name", "evaluate.instructions=/no.jsonl"]
+    told = [*TINY_RUN, *write_tiny_data(tmp_path / "data"), "hub.repo_id=owner/name", "evaluate.instructions=/no.jsonl"]
     said = call(*told, f"output_dir={tmp_path / 'out'}")
     assert said.code == 1
     assert [line for line in said.err.splitlines() if "push" in line] == [
-        "push_to=owner/name has no effect: push=false sends nothing to a hub"
+        "hub.repo_id=owner/name has no effect: hub.push=false sends nothing to a hub"
     ]
     (log,) = (tmp_path / "out").glob("*/run.log")
-    assert "WARNING push_to=owner/name has no effect" in log.read_text(encoding="utf-8")
+    assert "WARNING hub.repo_id=owner/name has no effect" in log.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
     ("override", "path"),
     [
         ("data.respond.sampling.temperature=nan", "data.respond.sampling.temperature"),
-        ("judge.alarm.entropy=nan", "judge.alarm.entropy"),
-        ("data.seeds.most_common_ratio=nan", "data.seeds.most_common_ratio"),
+        ("judge.degeneracy.min_entropy=nan", "judge.degeneracy.min_entropy"),
+        ("data.seed_data.max_score_imbalance=nan", "data.seed_data.max_score_imbalance"),
         ("price_per_hour=inf", "price_per_hour"),
-        ("train.choose.sampling.temperature=-nan", "train.choose.sampling.temperature"),
-        ("evaluate.limits.kl_to_m1=inf", "evaluate.limits.kl_to_m1"),
+        ("train.checkpoint_selection.sampling.temperature=-nan", "train.checkpoint_selection.sampling.temperature"),
+        ("evaluate.bounds.max_kl_to_m1=inf", "evaluate.bounds.max_kl_to_m1"),
     ],
 )
 def test_setting_that_is_no_finite_number_is_refused_by_its_path(override: str, path: str) -> None:
@@ -273,23 +284,24 @@ def test_output_below_the_home_folder_is_below_the_home_folder(tmp_path: Path, m
 WITHIN_REACH = [
     f"{GIVEN_PAIRS} loss=positives",
     "data.instruct.count=800 data.instruct.prompts_per_batch=8",
-    "data.instruct.seed_demonstrations=24",
+    "data.instruct.seed_examples=24",
     "pair=best_vs_k pair.k=3",
     "pair.minimum_pairs=6",
     "pair=all_ordered pair.minimum_pairs=36",
     "pair=positives loss=positives data.respond.candidates=1",
     "pair=positives loss=positives pair.minimum_score=5 pair.minimum_examples=24",
     "pair.minimum_margin=4.9",
-    "train.held_out_pairs=5",
-    f"{GIVEN_PAIRS} data.count=51 train.held_out_pairs=50",
-    f"{GIVEN_PAIRS} train.held_out_pairs=50",
-    "train.choose.every_steps=2 train.choose.instructions=a.jsonl",
-    "data.accumulate=true train.choose.every_steps=5 train.choose.instructions=a.jsonl",
-    f"{GIVEN_PAIRS} train.choose.every_steps=200 train.choose.instructions=a.jsonl",
+    "train.validation_pairs=5",
+    f"{GIVEN_PAIRS} data.count=51 train.validation_pairs=50",
+    f"{GIVEN_PAIRS} train.validation_pairs=50",
+    "train.checkpoint_selection.interval_steps=2 train.checkpoint_selection.instructions=a.jsonl",
+    "data.accumulate_pairs=true train.checkpoint_selection.interval_steps=5 "
+    "train.checkpoint_selection.instructions=a.jsonl",
+    f"{GIVEN_PAIRS} train.checkpoint_selection.interval_steps=200 train.checkpoint_selection.instructions=a.jsonl",
     "data.respond.sampling.max_new_tokens=511 train.align.max_length=512",
-    "data.instruct.source=tasks.jsonl data.instruct.count=900 data.seeds.demonstrations= "
-    "data.seeds.max_demonstrations=0",
-    "judge=implicit data.seeds.evaluation_fine_tuning=none pair.minimum_margin=7",
+    "data.instruct.source=tasks.jsonl data.instruct.count=900 data.seed_data.demonstrations= "
+    "data.seed_data.max_demonstrations=0",
+    "judge=implicit data.seed_data.eft_source=none pair.minimum_margin=7",
 ]
 
 
@@ -311,7 +323,7 @@ def test_a_setting_that_says_only_a_count_allows_four_prompts_each(count: int, p
 
 def test_the_paper_s_study_can_be_reached(tmp_path: Path) -> None:
     """8,000 instructions an iteration, which 100 batches of 32 prompts never gave."""
-    asked = ["evaluate.instructions=a.jsonl", "train.choose.instructions=b.jsonl"]
+    asked = ["evaluate.instructions=a.jsonl", "train.checkpoint_selection.instructions=b.jsonl"]
     sizes = composed("experiment=self_rewarding", *asked, "benchmark=[]")[0].data.instruct
     assert (sizes.count, sizes.prompts_per_batch, sizes.most_batches) == (8000, 32, 1000)
 
@@ -323,16 +335,19 @@ IN_DATA = {
         ["evaluate.count=4"], "evaluate.count=4, but there are 3 usable instructions of {}/asked.jsonl: ",
     ),
     "validation instructions": (
-        ["train.choose.instructions={}/asked.jsonl", "train.choose.every_steps=1", "train.choose.count=5"],
-        "train.choose.count=5, but there are 3 usable instructions of {}/asked.jsonl: ",
+        ["train.checkpoint_selection.instructions={}/asked.jsonl", "train.checkpoint_selection.interval_steps=1",
+        "train.checkpoint_selection.count=5"],
+        "train.checkpoint_selection.count=5, but there are 3 usable instructions of {}/asked.jsonl: ",
     ),
     "held-out pairs to measure on": (
-        ["evaluate.preferences.source=ranked", "evaluate.preferences.count=3"],
-        "evaluate.preferences.count=3, but there are 1 usable pairs of ranked: ",
+        ["evaluate.preference_pairs.source=ranked", "evaluate.preference_pairs.count=3"],
+        "evaluate.preference_pairs.count=3, but there are 1 usable pairs of ranked: ",
     ),
     "pairs to measure on that are trained on": (
-        ["data=pairs", "data.path={0}/ranked.jsonl", "iterations=1", "evaluate.preferences.source={0}/ranked.jsonl"],
-        "evaluate.preferences.source={}/ranked.jsonl: 4 of 4 pairs share a prompt or a response with what is trained "
+        ["data=pairs", "data.path={0}/ranked.jsonl", "iterations=1",
+        "evaluate.preference_pairs.source={0}/ranked.jsonl"],
+        "evaluate.preference_pairs.source={}/ranked.jsonl: 4 of 4 pairs share a prompt or a response with what is "
+        "trained "
         "on, so none could be measured: give others",
     ),
     "given pairs": (
@@ -340,8 +355,8 @@ IN_DATA = {
         "data.count=9, but there are 3 usable pairs of {}/ranked.jsonl: ",
     ),
     "given pairs held out": (
-        ["data=pairs", "data.path={}/ranked.jsonl", "iterations=1", "train.held_out_pairs=3"],
-        "train.held_out_pairs=3 of 3 pairs leaves none to train on: lower it",
+        ["data=pairs", "data.path={}/ranked.jsonl", "iterations=1", "train.validation_pairs=3"],
+        "train.validation_pairs=3 of 3 pairs leaves none to train on: lower it",
     ),
     "given instructions of all iterations": (
         ["data.instruct.source={}/asked.jsonl", "data.instruct.count=2"],
@@ -349,9 +364,9 @@ IN_DATA = {
         "data.instruct.source={}/asked.jsonl has 3: lower it or give more",
     ),
     "seeds that are shown": (
-        ["data.instruct.seed_demonstrations=9"],
-        "data.instruct.seed_demonstrations=9, but there are 8 IFT seeds: lower it or give more "
-        "data.seeds.demonstrations",
+        ["data.instruct.seed_examples=9"],
+        "data.instruct.seed_examples=9, but there are 8 IFT seeds: lower it or give more "
+        "data.seed_data.demonstrations",
     ),
 }  # fmt: skip
 
@@ -373,11 +388,22 @@ def test_count_that_the_data_do_not_reach_is_refused_before_a_model_is_fetched(
 
 
 @pytest.mark.parametrize(
-    "key", ["evaluate.instructions", "train.choose.instructions", "data.instruct.source", "evaluate.preferences.source"]
+    "key",
+    [
+        "evaluate.instructions",
+        "train.checkpoint_selection.instructions",
+        "data.instruct.source",
+        "evaluate.preference_pairs.source",
+    ],
 )
 def test_missing_file_is_named_before_any_data_are_read(call: Callable[..., Said], tmp_path: Path, key: str) -> None:
-    told = [*TINY_RUN, *write_tiny_data(tmp_path / "data"), "train.choose.every_steps=1", "output_dir=out"]
-    told += [f"train.choose.instructions={tmp_path}/data/asked.jsonl", f"{key}=nowhere.jsonl"]
+    told = [
+        *TINY_RUN,
+        *write_tiny_data(tmp_path / "data"),
+        "train.checkpoint_selection.interval_steps=1",
+        "output_dir=out",
+    ]
+    told += [f"train.checkpoint_selection.instructions={tmp_path}/data/asked.jsonl", f"{key}=nowhere.jsonl"]
     said = call(*told)
     assert said.code == 1
     assert said.err.splitlines()[-1] == f"error: {key}: nowhere.jsonl: no such file"
@@ -424,16 +450,16 @@ BEYOND_CONTEXT = {
 
 
 @pytest.fixture
-def small(tiny_policy: PolicyFiles) -> Artefact:
+def small(tiny_policy: PolicyCheckpoint) -> Artifact:
     """The tiny policy as M0, found to take 512 tokens at most."""
     can = {"context": 512, "chat_template": True, "system_turns": True, "earlier_turns": True, "dropout": True}
-    return replace(policy_artefact(tiny_policy), counts=can)
+    return replace(policy_artifact(tiny_policy), counts=can)
 
 
-def check(small: Artefact, *overrides: str) -> None:
+def check(small: Artifact, *overrides: str) -> None:
     """Holds a composed run against what M0 can do."""
     config = composed(SMOKE, *SHORT, *overrides)[0]
-    taught = int(bool(config.data.seeds.demonstrations))
+    taught = int(bool(config.data.seed_data.demonstrations))
     given: Any = SimpleNamespace(seeds=replace(small, counts={"ift": taught, "eft": 0}))
     check_requirements(config, small, given)
 
@@ -442,7 +468,7 @@ SHORT = ["train.sft.max_length=512", "train.align.max_length=512"]
 
 
 @pytest.mark.parametrize("case", BEYOND_CONTEXT)
-def test_length_out_of_reach_of_the_model_is_refused(small: Artefact, case: str) -> None:
+def test_length_out_of_reach_of_the_model_is_refused(small: Artifact, case: str) -> None:
     overrides, message = BEYOND_CONTEXT[case]
     with pytest.raises(SelfalignError) as refused:
         check(small, *overrides.split())
@@ -458,11 +484,11 @@ def test_length_out_of_reach_of_the_model_is_refused(small: Artefact, case: str)
         "judge=external judge.endpoint.base_url=http://nowhere/v1 judge.endpoint.model=m "
         "judge.sampling.max_new_tokens=900",
         "loss=dpo train.align.max_length=60",
-        "train.sft.max_length=60 data.seeds.evaluation_fine_tuning=none",
-        f"{GIVEN_PAIRS} data.seeds.demonstrations= data.seeds.ranked= train.sft.max_length=2048",
+        "train.sft.max_length=60 data.seed_data.eft_source=none",
+        f"{GIVEN_PAIRS} data.seed_data.demonstrations= data.seed_data.ranked= train.sft.max_length=2048",
     ],
 )
-def test_length_that_bounds_nothing_or_is_within_reach_passes(small: Artefact, overrides: str) -> None:
+def test_length_that_bounds_nothing_or_is_within_reach_passes(small: Artifact, overrides: str) -> None:
     check(small, *overrides.split())
 
 

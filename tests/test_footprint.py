@@ -21,12 +21,12 @@ from selfalign.launch.footprint import (
     training_lack,
     writing_lack,
 )
-from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.config import LoRA, ModelConfig
 from selfalign.training import resume_state
-from selfalign.training.config import Optimization, Weights
+from selfalign.training.config import Optimization, TrainableWeights
 from selfalign.training.optimizers import build_optimizer
-from selfalign.training.parallelism import Layout
+from selfalign.training.parallelism import Parallelism
 from selfalign.training.prepare import prepare
 
 GB = 10**9
@@ -55,11 +55,13 @@ def size_of(folder: Path, **settings: Any) -> Footprint:
 
 @pytest.mark.parametrize("rank", [0, 3])
 @pytest.mark.parametrize("targets", ["all-linear", "q_proj,down_proj", "q_proj, self_attn.v_proj"])
-def test_weights_are_counted_as_torch_and_peft_count_them(tiny_policy: PolicyFiles, rank: int, targets: str) -> None:
+def test_weights_are_counted_as_torch_and_peft_count_them(
+    tiny_policy: PolicyCheckpoint, rank: int, targets: str
+) -> None:
     lora = LoRA(rank=rank, targets=targets)
     policy = tiny_policy.load("float32", device="cpu", trainable=True)
     total = policy.model.num_parameters()
-    prepare(policy, tiny_policy, Weights(dtype="float32", lora=lora, seed=0), 0.0)
+    prepare(policy, tiny_policy, TrainableWeights(dtype="float32", lora=lora, seed=0), 0.0)
     trained = sum(weight.numel() for weight in policy.model.parameters() if weight.requires_grad)
     size = size_of(tiny_policy.path / "weights", lora=lora)
     assert (size.parameters, size.trained) == (total, trained if rank else total)
@@ -69,11 +71,11 @@ def test_weights_are_counted_as_torch_and_peft_count_them(tiny_policy: PolicyFil
 @pytest.mark.parametrize("rank", [0, 8])
 @pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
 def test_checkpoint_takes_what_it_is_said_to_take(
-    tiny_policy: PolicyFiles, tmp_path: Path, dtype: str, rank: int, optimizer: str
+    tiny_policy: PolicyCheckpoint, tmp_path: Path, dtype: str, rank: int, optimizer: str
 ) -> None:
     lora = LoRA(rank=rank)
     policy = tiny_policy.load(dtype, device="cpu", trainable=True)
-    prepare(policy, tiny_policy, Weights(dtype=dtype, lora=lora, seed=0), 0.0)
+    prepare(policy, tiny_policy, TrainableWeights(dtype=dtype, lora=lora, seed=0), 0.0)
     built = build_optimizer(policy.model.parameters(), Optimization(learning_rate=0.1, optimizer=optimizer))
     for parameter in policy.model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
@@ -85,12 +87,12 @@ def test_checkpoint_takes_what_it_is_said_to_take(
 
 @pytest.mark.parametrize(("dtype", "rank"), [("float32", 0), ("bfloat16", 0), ("float32", 4), ("bfloat16", 4)])
 def test_model_takes_on_disk_what_it_is_said_to_take(
-    tiny_policy: PolicyFiles, tmp_path: Path, dtype: str, rank: int
+    tiny_policy: PolicyCheckpoint, tmp_path: Path, dtype: str, rank: int
 ) -> None:
     lora = LoRA(rank=rank)
     policy = tiny_policy.load(dtype, device="cpu", trainable=True)
-    prepare(policy, tiny_policy, Weights(dtype=dtype, lora=lora, seed=0), 0.0)
-    PolicyFiles(tmp_path).save(policy, tiny_policy)
+    prepare(policy, tiny_policy, TrainableWeights(dtype=dtype, lora=lora, seed=0), 0.0)
+    PolicyCheckpoint(tmp_path).save(policy, tiny_policy)
     part = tmp_path / ("adapter" if rank else "weights")
     assert tensor_bytes(part) == size_of(tiny_policy.path / "weights", dtype=dtype, lora=lora).model
 
@@ -106,7 +108,7 @@ def test_numbers_of_a_large_model_by_hand() -> None:
     assert SMALL.model == 4 * GB // 100
 
 
-def test_checkpoint_in_several_files_is_counted_once(tiny_policy: PolicyFiles, tmp_path: Path) -> None:
+def test_checkpoint_in_several_files_is_counted_once(tiny_policy: PolicyCheckpoint, tmp_path: Path) -> None:
     """Beside the files of the index some repositories keep the same weights in another layout."""
     policy = tiny_policy.load("float32", device="cpu")
     policy.model.save_pretrained(tmp_path, max_shard_size="200KB")
@@ -139,7 +141,7 @@ def test_what_cannot_be_read_is_left_to_who_loads_it(tmp_path: Path, content: by
     assert Footprint.of(tmp_path / "nothing", config(tmp_path)) is None
 
 
-def test_weights_that_are_stored_in_4_bits_are_not_counted(tiny_policy: PolicyFiles, tmp_path: Path) -> None:
+def test_weights_that_are_stored_in_4_bits_are_not_counted(tiny_policy: PolicyCheckpoint, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny_policy.path / "weights", folder)
     told = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "bitsandbytes"}}
@@ -180,7 +182,7 @@ def test_memory_has_to_hold_weights_and_state_and_should_hold_gradients(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capacity: int, lacks: bool, warns: bool
 ) -> None:
     monkeypatch.setattr(footprint, "memory", lambda: (capacity, "the GPU"))
-    lines = training_lack(LARGE, {"train.sft": "adamw"}, Layout())
+    lines = training_lack(LARGE, {"train.sft": "adamw"}, Parallelism())
     assert (bool(lines), bool(caplog.records)) == (lacks, warns)
     if lacks:
         assert lines[0].startswith(
@@ -194,14 +196,14 @@ def test_memory_has_to_hold_weights_and_state_and_should_hold_gradients(
 def test_shared_weights_are_divided_among_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(footprint, "memory", lambda: (80 * GB, "the GPU"))
     monkeypatch.setattr(distributed, "count", lambda: 4)
-    assert len(training_lack(LARGE, {"train.align": "adamw"}, Layout())) == 1
-    assert training_lack(LARGE, {"train.align": "adamw"}, Layout(kind="fsdp2")) == []
+    assert len(training_lack(LARGE, {"train.align": "adamw"}, Parallelism())) == 1
+    assert training_lack(LARGE, {"train.align": "adamw"}, Parallelism(strategy="fsdp2")) == []
 
 
 def test_weights_that_do_not_fit_cannot_write(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(footprint, "memory", lambda: (24 * GB, "the GPU"))
     (line,) = writing_lack(LARGE, "float32")
-    assert line.startswith("generate.dtype=float32: the weights take 28 GB, and the GPU has 24 GB")
+    assert line.startswith("engine.dtype=float32: the weights take 28 GB, and the GPU has 24 GB")
     assert writing_lack(LARGE, "bfloat16") == writing_lack(SMALL, "float32") == []
 
 

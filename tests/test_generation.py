@@ -1,4 +1,4 @@
-"""Writing: parity with transformers' generate, random streams, stopping, and the drawing of tokens."""
+"""Writing: parity with transformers' engine, random streams, stopping, and the drawing of tokens."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -14,7 +14,7 @@ from selfalign.core.records import FinishReason
 from selfalign.engines import transformers
 from selfalign.engines.protocol import Completion, Request, Sampling
 from selfalign.engines.transformers import Transformers, TransformersGenerator, draw_tokens, draw_uniforms, fill_gaps
-from selfalign.models.checkpoint import Policy, PolicyFiles
+from selfalign.models.checkpoint import Policy, PolicyCheckpoint
 from selfalign.models.tokenizer import decode_response, encode_prompt, end_of_turn_id
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=12)
@@ -32,14 +32,14 @@ def varied(policy: Policy) -> Policy:
 
 
 @pytest.fixture(scope="module")
-def generator(tiny_policy: PolicyFiles) -> TransformersGenerator:
-    loaded = Transformers(batch_tokens=4096, dtype="float32").load(tiny_policy)
+def generator(tiny_policy: PolicyCheckpoint) -> TransformersGenerator:
+    loaded = Transformers(max_batch_tokens=4096, dtype="float32").load(tiny_policy)
     varied(loaded.policy)
     return loaded
 
 
 @pytest.fixture(scope="module")
-def windowed(tiny_policy: PolicyFiles) -> TransformersGenerator:
+def windowed(tiny_policy: PolicyCheckpoint) -> TransformersGenerator:
     """A model that sees no further back than eight tokens, less than any prompt."""
     loaded = tiny_policy.load("float32")
     config = {name: getattr(loaded.model.config, name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
@@ -66,7 +66,7 @@ def prompts(tiny_tokenizer: Any) -> list[list[int]]:
 
 def stopping_at(generator: TransformersGenerator, token: int) -> TransformersGenerator:
     """The generator with another stop token, since a random model hardly ever ends a turn."""
-    other = TransformersGenerator(generator.policy, generator.batch_tokens)
+    other = TransformersGenerator(generator.policy, generator.max_batch_tokens)
     other.stops = torch.tensor([token])
     return other
 
@@ -100,7 +100,7 @@ def test_greedy_texts_equal_transformers_generate_with_and_without_a_stop(
     stopping = stopping_at(generator, stop)
     lengths = set()
     for writer, stops in ((generator, [2]), (stopping, [stop])):
-        written = writer.write([Request(prompt=prompt, seeds=[0]) for prompt in prompts], GREEDY)
+        written = writer.generate([Request(prompt=prompt, seeds=[0]) for prompt in prompts], GREEDY)
         for prompt, (completion,) in zip(prompts, written, strict=True):
             ids = generated_by_transformers(generator.policy, prompt, stops)
             assert completion.text == decode_response(generator.tokenizer, ids)
@@ -115,11 +115,11 @@ def test_stopping_gives_the_reason_and_cuts_behind_the_stop_token(
     free = generated_by_transformers(generator.policy, prompts[0], [2])
     stop = next(token for token in free[2:] if free.index(token) >= 2)
     at = free.index(stop)
-    written = stopping_at(generator, stop).write([Request(prompt=prompts[0], seeds=[0])], GREEDY)[0][0]
+    written = stopping_at(generator, stop).generate([Request(prompt=prompts[0], seeds=[0])], GREEDY)[0][0]
     assert written.finish_reason is FinishReason.EOS
     assert written.tokens == at + 1
     assert written.text == decode_response(generator.tokenizer, free[: at + 1])
-    whole = generator.write([Request(prompt=prompts[0], seeds=[0])], GREEDY)[0][0]
+    whole = generator.generate([Request(prompt=prompts[0], seeds=[0])], GREEDY)[0][0]
     assert whole.finish_reason is FinishReason.LENGTH
     assert whole.tokens == GREEDY.max_new_tokens
 
@@ -130,7 +130,7 @@ def test_a_stop_token_in_the_last_place_still_counts_as_ended(
     free = generated_by_transformers(generator.policy, prompts[0], [2])
     at = next(i for i in range(2, len(free)) if free.index(free[i]) == i)
     sampling = Sampling(temperature=0.0, max_new_tokens=at + 1)
-    (ended,) = stopping_at(generator, free[at]).write([Request(prompt=prompts[0], seeds=[0])], sampling)[0]
+    (ended,) = stopping_at(generator, free[at]).generate([Request(prompt=prompts[0], seeds=[0])], sampling)[0]
     assert (ended.finish_reason, ended.tokens) == (FinishReason.EOS, at + 1)
 
 
@@ -140,7 +140,7 @@ def test_models_own_end_of_turn_stops_it(generator: TransformersGenerator, promp
     head = generator.policy.model.get_output_embeddings()
     hook = head.register_forward_hook(lambda module, args, out: out.index_fill(-1, torch.tensor([end]), 1e4))
     try:
-        (completion,) = generator.write([Request(prompt=prompts[0], seeds=[3])], WARM)[0]
+        (completion,) = generator.generate([Request(prompt=prompts[0], seeds=[3])], WARM)[0]
     finally:
         hook.remove()
     assert completion == Completion(text="", finish_reason=FinishReason.EOS, tokens=1, ids=[end])
@@ -151,7 +151,7 @@ def test_no_more_than_max_new_tokens_are_written(
     generator: TransformersGenerator, prompts: list[list[int]], count: int
 ) -> None:
     sampling = Sampling(temperature=1.0, max_new_tokens=count)
-    for group in generator.write([Request(prompt=prompt, seeds=[1, 2]) for prompt in prompts], sampling):
+    for group in generator.generate([Request(prompt=prompt, seeds=[1, 2]) for prompt in prompts], sampling):
         assert [completion.tokens for completion in group] == [count, count]
 
 
@@ -159,11 +159,11 @@ def test_a_completion_is_the_same_alone_in_a_batch_and_in_another_order(
     generator: TransformersGenerator, prompts: list[list[int]]
 ) -> None:
     requests = [Request(prompt=prompt, seeds=[10 + i, 20 + i]) for i, prompt in enumerate(prompts)]
-    together = texts(generator.write(requests, WARM))
-    alone = [texts(generator.write([request], WARM))[0] for request in requests]
-    backwards = texts(generator.write(requests[::-1], WARM))[::-1]
+    together = texts(generator.generate(requests, WARM))
+    alone = [texts(generator.generate([request], WARM))[0] for request in requests]
+    backwards = texts(generator.generate(requests[::-1], WARM))[::-1]
     single = [
-        [texts(generator.write([Request(prompt=r.prompt, seeds=[seed])], WARM))[0][0] for seed in r.seeds]
+        [texts(generator.generate([Request(prompt=r.prompt, seeds=[seed])], WARM))[0][0] for seed in r.seeds]
         for r in requests
     ]
     assert together == alone == backwards == single
@@ -173,33 +173,33 @@ def test_members_that_end_do_not_disturb_those_that_go_on(
     generator: TransformersGenerator, prompts: list[list[int]]
 ) -> None:
     requests = [Request(prompt=prompt, seeds=list(range(4, 8))) for prompt in prompts]
-    free = generator.write(requests, WARM)
+    free = generator.generate(requests, WARM)
     ids = generator.tokenizer(free[1][2].text, add_special_tokens=False)["input_ids"]
     stopping = stopping_at(generator, ids[len(ids) // 2])
-    together = stopping.write(requests, WARM)
+    together = stopping.generate(requests, WARM)
     reasons = {completion.finish_reason for group in together for completion in group}
     assert reasons == {FinishReason.EOS, FinishReason.LENGTH}
     for request, group in zip(requests, together, strict=True):
         for seed, completion in zip(request.seeds, group, strict=True):
-            assert stopping.write([Request(prompt=request.prompt, seeds=[seed])], WARM) == [[completion]]
+            assert stopping.generate([Request(prompt=request.prompt, seeds=[seed])], WARM) == [[completion]]
 
 
 def test_seeds_decide_the_text(generator: TransformersGenerator, prompts: list[list[int]]) -> None:
-    (first,) = generator.write([Request(prompt=prompts[0], seeds=[1, 2, 1])], WARM)
+    (first,) = generator.generate([Request(prompt=prompts[0], seeds=[1, 2, 1])], WARM)
     assert first[0] == first[2]
     assert first[0].text != first[1].text
-    assert generator.write([Request(prompt=prompts[0], seeds=[1, 2, 1])], WARM) == [first]
+    assert generator.generate([Request(prompt=prompts[0], seeds=[1, 2, 1])], WARM) == [first]
     torch.manual_seed(99)
     torch.rand(7)
-    assert generator.write([Request(prompt=prompts[0], seeds=[1, 2, 1])], WARM) == [first]
+    assert generator.generate([Request(prompt=prompts[0], seeds=[1, 2, 1])], WARM) == [first]
 
 
 def test_a_shorter_limit_writes_the_beginning_of_the_same_text(
     generator: TransformersGenerator, prompts: list[list[int]]
 ) -> None:
     request = [Request(prompt=prompts[1], seeds=[5])]
-    long = generator.write(request, WARM)[0][0].text
-    short = generator.write(request, Sampling(temperature=1.0, top_p=0.9, max_new_tokens=4))[0][0].text
+    long = generator.generate(request, WARM)[0][0].text
+    short = generator.generate(request, Sampling(temperature=1.0, top_p=0.9, max_new_tokens=4))[0][0].text
     assert short
     assert long.startswith(short.rstrip("�"))
 
@@ -359,7 +359,9 @@ def test_plan_depends_on_the_lengths_alone_and_breaks_ties_by_order(generator: T
     assert small.plan([], 1, 11) == []
 
 
-def test_what_the_generator_tells_of_its_policy(generator: TransformersGenerator, tiny_policy: PolicyFiles) -> None:
+def test_what_the_generator_tells_of_its_policy(
+    generator: TransformersGenerator, tiny_policy: PolicyCheckpoint
+) -> None:
     assert generator.digest == tiny_policy.digest
     assert generator.context == 2048
     assert generator.tokenizer is generator.policy.tokenizer
@@ -368,11 +370,11 @@ def test_what_the_generator_tells_of_its_policy(generator: TransformersGenerator
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        (Transformers, {"batch_tokens": 0}, r"generate\.batch_tokens must be 1 or more, got 0"),
+        (Transformers, {"max_batch_tokens": 0}, r"engine\.max_batch_tokens must be 1 or more, got 0"),
         (
             Transformers,
             {"dtype": "float16"},
-            r"generate\.dtype must be auto or one of float32, bfloat16; got 'float16'",
+            r"engine\.dtype must be auto or one of float32, bfloat16; got 'float16'",
         ),
     ],
 )
@@ -401,6 +403,6 @@ def test_sampling_at_the_ends_of_its_ranges_is_accepted(options: dict[str, Any])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_weights_are_loaded_in_the_dtype_asked_for(tiny_policy: PolicyFiles, dtype: str) -> None:
+def test_weights_are_loaded_in_the_dtype_asked_for(tiny_policy: PolicyCheckpoint, dtype: str) -> None:
     loaded = Transformers(dtype=dtype).load(tiny_policy)
     assert loaded.policy.model.dtype == getattr(torch, dtype)

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import TINY_RUN, artefact, composed, metrics, planned, run, write_tiny_data
+from builders import TINY_RUN, artifact, composed, metrics, planned, run, write_tiny_data
 
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.config.hydra import choices
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
 from selfalign.core.jsonl import read_records
-from selfalign.core.records import MeasuredPair, PreferencePair
+from selfalign.core.records import PairMargin, PreferencePair
 from selfalign.launch.experiment import run_experiment
-from selfalign.metrics.limits import Limits
+from selfalign.metrics.bounds import MetricBounds
 from selfalign.runs.tracker import NoTracker
-from selfalign.training.splits import Known, split_pairs
+from selfalign.training.splits import KnownTexts, split_pairs
 
 ASKED = ["Say one thing about bees.", "Name a bird.", "Name a fish.", "How is tea made?", "Why is the sky blue?"]
 """The first is a demonstration's prompt."""
@@ -37,7 +37,7 @@ class Recorder(NoTracker):
 
 @dataclass
 class Recording:
-    """A choice of `track` that hands out one recorder."""
+    """A choice of `tracker` that hands out one recorder."""
 
     tracker: Recorder = field(default_factory=Recorder)
 
@@ -60,9 +60,9 @@ class Study:
 
 def recorded(output: Path, *overrides: str) -> tuple[ExperimentConfig, Path, Recorder]:
     config, text, plain = composed(*overrides, f"output_dir={output}")
-    config.track = Recording()
-    folder = run_experiment(config, text, {**plain, "choices": choices(config) | {"track": "Recording"}})
-    return config, folder, config.track.tracker
+    config.tracker = Recording()
+    folder = run_experiment(config, text, {**plain, "choices": choices(config) | {"tracker": "Recording"}})
+    return config, folder, config.tracker.tracker
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +77,15 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     overrides = (
         *TINY_RUN,
         *write_tiny_data(root / "data"),
-        f"evaluate.preferences.source={root / 'pairs.jsonl'}",
-        "judge@evaluate.preferences.judge=expected_score",
-        "evaluate.preferences.judge.model=sft",
-        *(f"evaluate.limits.{name}={0 if name == 'rejected_change' else 'null'}" for name, *_ in Limits().bounds()),
+        f"evaluate.preference_pairs.source={root / 'pairs.jsonl'}",
+        "judge@evaluate.preference_pairs.judge=expected_score",
+        "evaluate.preference_pairs.judge.model=sft",
+        *(
+            f"evaluate.bounds.{name}={0 if name == 'rejected_change' else 'null'}"
+            for name, *_ in MetricBounds().bounds()
+        ),
         "train.align.learning_rate=0.01",
-        "data.seeds.evaluation_fine_tuning=human",
+        "data.seed_data.eft_source=human",
     )
     config, folder, tracker = recorded(root / "outputs", *overrides)
     return Study(root / "outputs", overrides, config, folder, tracker.rows, (folder / "run.log").read_text())
@@ -93,15 +96,15 @@ def answer(text: str) -> list[dict[str, str]]:
 
 
 def counts(study: Study, label: str) -> dict[str, Any]:
-    return read_json(study.folder / "artefacts" / label / "manifest.json")["counts"]
+    return read_json(study.folder / "artifacts" / label / "manifest.json")["counts"]
 
 
 def inputs(study: Study, label: str) -> dict[str, Any]:
-    return read_json(study.folder / "artefacts" / label / "manifest.json")["inputs"]
+    return read_json(study.folder / "artifacts" / label / "manifest.json")["inputs"]
 
 
-def measured(study: Study, model: str) -> list[MeasuredPair]:
-    return read_records(study.folder / f"artefacts/evaluation_{model}/preferences/preferences.jsonl", MeasuredPair)
+def measured(study: Study, model: str) -> list[PairMargin]:
+    return read_records(study.folder / f"artifacts/evaluation_{model}/preferences/preferences.jsonl", PairMargin)
 
 
 def test_planned_stages_are_those_that_are_made_in_their_order(study: Study) -> None:
@@ -114,10 +117,10 @@ def test_planned_stages_are_those_that_are_made_in_their_order(study: Study) -> 
 def test_every_model_is_measured_against_its_own_reference(study: Study) -> None:
     digest = {name: inputs(study, f"evaluation_{name}/logps")["policy"]["digest"] for name in ("M1", "M2", "M3")}
     made = read_json(study.folder / "summary.json")["stages"]
-    assert {name: read_json(study.folder / f"artefacts/{name}/manifest.json")["digest"] for name in digest} == digest
-    scored = {label: read_json(study.folder / f"artefacts/{label}/manifest.json")["digest"] for label in
+    assert {name: read_json(study.folder / f"artifacts/{name}/manifest.json")["digest"] for name in digest} == digest
+    scored = {label: read_json(study.folder / f"artifacts/{label}/manifest.json")["digest"] for label in
               [stage["label"] for stage in made] if "logps" in label}  # fmt: skip
-    references = {"M1": "evaluation_M1/reference_logps", "M2": "evaluation_M1/logps", "M3": "evaluation_M2/logps"}
+    references = {"M1": "evaluation_M1/reference_logprobs", "M2": "evaluation_M1/logps", "M3": "evaluation_M2/logps"}
     for name, label in references.items():
         place = inputs(study, f"evaluation_{name}/preferences")
         assert place["policy"]["digest"] == scored[f"evaluation_{name}/logps"]
@@ -137,7 +140,7 @@ def test_judge_scores_the_pairs_once_for_all_models(study: Study) -> None:
     differences = [[pair.score_difference for pair in measured(study, name)] for name in ("M1", "M2", "M3")]
     assert differences[0] == differences[1] == differences[2]
     assert None not in differences[0]
-    m1 = read_json(study.folder / "artefacts/M1/manifest.json")["digest"]
+    m1 = read_json(study.folder / "artifacts/M1/manifest.json")["digest"]
     assert inputs(study, "preferences/scores")["policy"]["digest"] == m1
 
 
@@ -159,11 +162,13 @@ def test_numbers_reach_summary_metrics_tracker_and_report(study: Study) -> None:
 def test_crossed_bound_is_a_warning_in_log_report_and_tracker(study: Study) -> None:
     change = counts(study, "M2")["logps/rejected_change_per_token"]
     assert change < 0
-    assert counts(study, "evaluation_M2/numbers")["crossed"]["rejected_change"] == change
+    assert counts(study, "evaluation_M2/numbers")["bound_violated"]["min_rejected_logp_change"] == change
     said = "evaluation_M2/numbers: logps/rejected_change_per_token is "
-    assert f"WARNING {said}{change:.3g}, below evaluate.limits.rejected_change=0" in study.warned
-    assert {"crossed/rejected_change": change}.items() <= next(
-        row.items() for row in study.tracked if "crossed/rejected_change" in row and row["iteration"] == 1
+    assert f"WARNING {said}{change:.3g}, below evaluate.bounds.min_rejected_logp_change=0" in study.warned
+    assert {"bound_violated/min_rejected_logp_change": change}.items() <= next(
+        row.items()
+        for row in study.tracked
+        if "bound_violated/min_rejected_logp_change" in row and row["iteration"] == 1
     )
     page = (study.folder / "report.html").read_text()
     warning = page.split("Warning: numbers beyond their bounds")[1].split("</p>")[0]
@@ -172,27 +177,33 @@ def test_crossed_bound_is_a_warning_in_log_report_and_tracker(study: Study) -> N
 
 def test_crossed_bound_ends_the_run_where_that_is_asked_for(study: Study) -> None:
     with pytest.raises(SelfalignError, match=r"evaluation_M2/numbers: logps/rejected_change_per_token .*stop=true"):
-        recorded(study.output, *study.overrides, "evaluate.limits.stop=true", "name=stopped")
-    assert not list(study.output.glob("stopped-*/artefacts/M3"))
-    assert list(study.output.glob("stopped-*/artefacts/M2"))
+        recorded(study.output, *study.overrides, "evaluate.bounds.stop=true", "name=stopped")
+    assert not list(study.output.glob("stopped-*/artifacts/M3"))
+    assert list(study.output.glob("stopped-*/artifacts/M2"))
 
 
 def test_pairs_set_aside_share_nothing_with_seeds_nor_with_pairs_of_earlier_iterations(tmp_path: Path) -> None:
     """All ordered pairs, of all iterations so far: those of the first were trained on when those of both are."""
-    overrides = [*TINY_RUN, *write_tiny_data(tmp_path / "data"), "evaluate=none", "track=none", "pair.max_similarity=1"]
-    folder = run(tmp_path, *overrides, "pair=all_ordered", "train.held_out_pairs=1", "data.accumulate=true")
+    overrides = [
+        *TINY_RUN,
+        *write_tiny_data(tmp_path / "data"),
+        "evaluate=none",
+        "tracker=none",
+        "pair.max_similarity=1",
+    ]
+    folder = run(tmp_path, *overrides, "pair=all_ordered", "train.validation_pairs=1", "data.accumulate_pairs=true")
     made = {
-        label: read_records(folder / f"artefacts/iteration_{label}.jsonl", PreferencePair)
+        label: read_records(folder / f"artifacts/iteration_{label}.jsonl", PreferencePair)
         for label in ("1/pairs/pairs", "2/pairs/pairs", "2/all_pairs/pairs")
     }
     first, second, both = made.values()
     assert [pair.id for pair in both] == [pair.id for pair in (*first, *second)]
-    seeds, earlier = (artefact(folder / f"artefacts/{label}") for label in ("seeds", "iteration_1/pairs"))
+    seeds, earlier = (artifact(folder / f"artifacts/{label}") for label in ("seeds", "iteration_1/pairs"))
     for model, pairs, trained_on in (("M2", first, [seeds]), ("M3", both, [seeds, earlier])):
-        split = split_pairs(pairs, 1, Known.of(trained_on))
-        manifest = read_json(folder / f"artefacts/{model}/manifest.json")
-        counts = {name: manifest["counts"][name] for name in ("pairs", "held_out_pairs", "held_out_passed_over")}
-        expected = {"pairs": len(split.training), "held_out_pairs": 1, "held_out_passed_over": split.passed_over}
+        split = split_pairs(pairs, 1, KnownTexts.of(trained_on))
+        manifest = read_json(folder / f"artifacts/{model}/manifest.json")
+        counts = {name: manifest["counts"][name] for name in ("pairs", "validation_pairs", "held_out_passed_over")}
+        expected = {"pairs": len(split.training), "validation_pairs": 1, "held_out_passed_over": split.passed_over}
         assert counts == expected
         assert manifest["counts"]["dropped"]["beside_held_out"] == split.beside
         stored = [read_json(one.path.resolve() / "manifest.json")["digest"] for one in trained_on]
@@ -205,10 +216,10 @@ def test_pairs_set_aside_share_nothing_with_seeds_nor_with_pairs_of_earlier_iter
 def test_given_pairs_of_which_too_few_can_be_set_aside_end_the_run_before_any_model_is_trained(tmp_path: Path) -> None:
     rows = [{"prompt": f"Ask {n}.", "chosen": f"Good {n}.", "rejected": "No."} for n in range(6)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    overrides = ["experiment=smoke", "evaluate=none", "track=none", "data=pairs", f"data.path={tmp_path}/pairs.jsonl"]
-    with pytest.raises(SelfalignError, match=r"train\.held_out_pairs=2: of 6 pairs only 1 share no prompt"):
-        run(tmp_path, *overrides, "iterations=1", "train.held_out_pairs=2")
-    assert not list(tmp_path.glob("smoke-*/artefacts/M*"))
+    overrides = ["experiment=smoke", "evaluate=none", "tracker=none", "data=pairs", f"data.path={tmp_path}/pairs.jsonl"]
+    with pytest.raises(SelfalignError, match=r"train\.validation_pairs=2: of 6 pairs only 1 share no prompt"):
+        run(tmp_path, *overrides, "iterations=1", "train.validation_pairs=2")
+    assert not list(tmp_path.glob("smoke-*/artifacts/M*"))
 
 
 def test_training_times_of_two_runs_are_told_side_by_side(study: Study) -> None:
@@ -220,11 +231,11 @@ def test_training_times_of_two_runs_are_told_side_by_side(study: Study) -> None:
     _, aligned, _ = rows[:3]
     assert (aligned["loss"], aligned["lam"], aligned["beta"]) == ("Sr-DPO", 0.5, 0.1)
     assert aligned["steps"] == aligned["pairs"] == counts(study, "M2")["pairs"]
-    log = [json.loads(line) for line in (study.folder / "artefacts/M2/log.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (study.folder / "artifacts/M2/log.jsonl").read_text().splitlines()]
     assert aligned["seconds"] == pytest.approx(sum(row["step_seconds"] for row in log))
     assert (
         aligned["reference_seconds"]
-        == read_json(study.folder / "artefacts/iteration_1/reference/manifest.json")["seconds"]
+        == read_json(study.folder / "artifacts/iteration_1/reference/manifest.json")["seconds"]
     )
-    manifest = read_json(study.folder / "artefacts/M2/manifest.json")
+    manifest = read_json(study.folder / "artifacts/M2/manifest.json")
     assert 0 < aligned["seconds"] <= manifest["seconds"]

@@ -20,11 +20,11 @@ from selfalign.runs.labels import Label
 from selfalign.runs.ledger import Ledger
 from selfalign.runs.runner import Runner
 from selfalign.store import inventory
-from selfalign.store.artifacts import Artefact, Counts, Store, Workspace, lock_of
-from selfalign.store.inventory import State, remove, remove_locks, take_inventory, total_size
+from selfalign.store.artifacts import Artifact, Counts, StageOutput, Store, lock_of
+from selfalign.store.inventory import ArtifactState, remove, remove_locks, scan_store, total_size
 
 
-def policy(out: Workspace, *, text: str, base: Artefact | None = None) -> Counts:
+def policy(out: StageOutput, *, text: str, base: Artifact | None = None) -> Counts:
     """Weights of its own, or beside an adapter a link to those of its base, as models.py leaves them."""
     if base is None:
         (out.path / "weights").mkdir()
@@ -40,7 +40,7 @@ def run_of(output: Path, name: str = "a") -> Runner:
     return Runner(Store(output / "store"), ledger=Ledger(output / name))
 
 
-def lora_run(output: Path, name: str = "a", text: str = "adapter") -> tuple[Artefact, Artefact]:
+def lora_run(output: Path, name: str = "a", text: str = "adapter") -> tuple[Artifact, Artifact]:
     """A run with a base of its own name and an adapter of it."""
     run = run_of(output, name)
     base = run.make(Label.parse("M0"), policy, text=f"base of {name}")
@@ -53,12 +53,12 @@ def names(kept: Any) -> set[str]:
 
 def clean(output: Path) -> set[str]:
     """The keys of what is removed when nobody changes his mind."""
-    return names(remove(output, take_inventory(output).unused(take_inventory(output).in_work)))
+    return names(remove(output, scan_store(output).unused(scan_store(output).in_progress)))
 
 
 @contextmanager
 def held_elsewhere(folder: Path) -> Iterator[None]:
-    """Another process holds the lock of an artefact."""
+    """Another process holds the lock of an artifact."""
     code = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(1, flush=True); input()"
     command = [sys.executable, "-c", code, str(lock_of(folder))]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as holder:
@@ -70,19 +70,19 @@ def held_elsewhere(folder: Path) -> Iterator[None]:
 # --- what is used ------------------------------------------------------------------------------------------------
 
 
-def test_artefacts_of_runs_are_used_and_those_of_a_deleted_run_are_not(tmp_path: Path) -> None:
+def test_artifacts_of_runs_are_used_and_those_of_a_deleted_run_are_not(tmp_path: Path) -> None:
     base, adapter = lora_run(tmp_path)
     again = run_of(tmp_path, "sweeps/b")
     again.make(Label.parse("M0"), policy, text="base of a")
     other = again.make(Label.parse("M1"), policy, text="other")
-    found = take_inventory(tmp_path)
+    found = scan_store(tmp_path)
     uses = {name: {(use.run, use.label) for use in uses} for name, uses in found.uses.items()}
     assert uses == {
         f"policy/{base.key}": {("a", "M0"), ("sweeps/b", "M0")},
         f"policy/{adapter.key}": {("a", "M1")},
         f"policy/{other.key}": {("sweeps/b", "M1")},
     }
-    assert {(one.state, one.stage) for one in found.kept.values()} == {(State.DONE, "policy")}
+    assert {(one.state, one.stage) for one in found.kept.values()} == {(ArtifactState.DONE, "policy")}
     assert found.unused([]) == found.broken == found.foreign == found.locks == []
     shutil.rmtree(tmp_path / "a")
     assert clean(tmp_path) == {adapter.key}
@@ -92,8 +92,8 @@ def test_artefacts_of_runs_are_used_and_those_of_a_deleted_run_are_not(tmp_path:
 
 def test_base_that_only_an_adapter_links_to_stays(tmp_path: Path) -> None:
     base, adapter = lora_run(tmp_path)
-    (tmp_path / "a" / "artefacts" / "M0").unlink()
-    found = take_inventory(tmp_path)
+    (tmp_path / "a" / "artifacts" / "M0").unlink()
+    found = scan_store(tmp_path)
     assert found.kept[f"policy/{adapter.key}"].links == {f"policy/{base.key}"}
     assert found.users() == {f"policy/{base.key}": [f"policy/{adapter.key}"]}
     assert clean(tmp_path) == set()
@@ -112,7 +112,7 @@ def test_the_output_folder_may_itself_be_a_link(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "outputs").symlink_to("disk")
     monkeypatch.chdir(tmp_path / "disk")
     for output in (tmp_path / "outputs", Path(), Path("../outputs")):
-        assert {name for name in take_inventory(output).uses} == {f"policy/{base.key}", f"policy/{adapter.key}"}
+        assert {name for name in scan_store(output).uses} == {f"policy/{base.key}", f"policy/{adapter.key}"}
         assert clean(output) == set()
 
 
@@ -121,38 +121,38 @@ def test_folder_of_a_stage_may_be_a_link_to_another_disk(tmp_path: Path) -> None
     shutil.move(tmp_path / "outputs/store/policy", tmp_path / "moved")
     (tmp_path / "outputs/store/policy").symlink_to(tmp_path / "moved")
     (tmp_path / "outputs/store/twice").symlink_to(tmp_path / "moved")
-    assert take_inventory(tmp_path / "outputs").kept.keys() == {f"policy/{base.key}", f"policy/{adapter.key}"}
+    assert scan_store(tmp_path / "outputs").kept.keys() == {f"policy/{base.key}", f"policy/{adapter.key}"}
     assert clean(tmp_path / "outputs") == set()
     shutil.rmtree(tmp_path / "outputs/a")
     assert clean(tmp_path / "outputs") == {base.key, adapter.key}
 
 
 def test_killed_run_keeps_what_it_will_continue(tmp_path: Path) -> None:
-    def stage(out: Workspace) -> Counts:
+    def stage(out: StageOutput) -> Counts:
         (out.scratch / "journal-0.jsonl").write_text("{}\n")
         raise Killed
 
     run = run_of(tmp_path)
     with pytest.raises(Killed):
         run.make(Label.parse("M1"), stage)
-    (kept,) = take_inventory(tmp_path).kept.values()
+    (kept,) = scan_store(tmp_path).kept.values()
     size = len("{}\n") + len("0.00")  # and the seconds it has taken so far
-    assert (kept.state, kept.seconds, total_size([kept])) == (State.UNFINISHED, None, size)
+    assert (kept.state, kept.seconds, total_size([kept])) == (ArtifactState.UNFINISHED, None, size)
     assert clean(tmp_path) == set()
-    (tmp_path / "a" / "artefacts" / "M1").unlink()
+    (tmp_path / "a" / "artifacts" / "M1").unlink()
     assert clean(tmp_path) == {kept.key}
     assert list((tmp_path / "store" / "stage").iterdir()) == []
 
 
 def test_bytes_of_hard_links_count_once_and_those_behind_links_not_at_all(tmp_path: Path) -> None:
     base, adapter = lora_run(tmp_path)
-    before = {name: total_size([one]) for name, one in take_inventory(tmp_path).kept.items()}
+    before = {name: total_size([one]) for name, one in scan_store(tmp_path).kept.items()}
     assert before[f"policy/{adapter.key}"] == sum(
         path.stat().st_size for path in adapter.path.iterdir() if not path.is_symlink()
     )
     os.link(base.path / "weights" / "model.safetensors", base.path / "weights" / "same.safetensors")
     os.link(base.path / "weights" / "model.safetensors", adapter.path / "same.safetensors")
-    after = take_inventory(tmp_path).kept
+    after = scan_store(tmp_path).kept
     assert total_size([after[f"policy/{base.key}"]]) == before[f"policy/{base.key}"]
     assert total_size([after[f"policy/{adapter.key}"]]) == before[f"policy/{adapter.key}"] + len("base of a")
     assert total_size(after.values()) == sum(before.values())
@@ -165,11 +165,11 @@ def test_no_store_is_an_error_that_names_the_option(tmp_path: Path) -> None:
     (tmp_path / "store").write_text("a file")
     for output in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(SelfalignError, match=r"no store in this folder.*--output"):
-            take_inventory(output)
+            scan_store(output)
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 
-def test_what_is_no_artefact_is_left_alone(tmp_path: Path) -> None:
+def test_what_is_no_artifact_is_left_alone(tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "data").write_text("mine")
@@ -183,7 +183,7 @@ def test_what_is_no_artefact_is_left_alone(tmp_path: Path) -> None:
     (stage.parent / "readme").write_text("x")
     (tmp_path / "outputs" / "a\n\x1b[2J").mkdir()
     (tmp_path / "outputs" / os.fsdecode(b"\xff\xfe")).mkdir()
-    found = take_inventory(tmp_path / "outputs")
+    found = scan_store(tmp_path / "outputs")
     assert (found.kept, found.locks) == ({}, [])
     assert found.foreign == [f"align/{'0' * 20}", f"align/{'1' * 20}", "align/notes", "align/notes.lock",
                              "readme", "two words"]  # fmt: skip
@@ -193,16 +193,16 @@ def test_what_is_no_artefact_is_left_alone(tmp_path: Path) -> None:
 
 def test_loops_and_broken_links_are_reported_and_not_fatal(tmp_path: Path) -> None:
     base, adapter = lora_run(tmp_path)
-    artefacts = tmp_path / "a" / "artefacts"
-    (artefacts / "loop").symlink_to("loop")
-    (artefacts / "iteration_1").mkdir()
-    (artefacts / "iteration_1" / "gone").symlink_to("../../../store/pair/00000000000000000000")
-    (artefacts / "up").symlink_to("..")
+    artifacts = tmp_path / "a" / "artifacts"
+    (artifacts / "loop").symlink_to("loop")
+    (artifacts / "iteration_1").mkdir()
+    (artifacts / "iteration_1" / "gone").symlink_to("../../../store/pair/00000000000000000000")
+    (artifacts / "up").symlink_to("..")
     (adapter.path / "self").symlink_to(adapter.path)
     (adapter.path / "loop").symlink_to("loop")
     (base.path / "back").symlink_to(adapter.path)
-    found = take_inventory(tmp_path)
-    assert found.broken == ["a/artefacts/iteration_1/gone", "a/artefacts/loop"]
+    found = scan_store(tmp_path)
+    assert found.broken == ["a/artifacts/iteration_1/gone", "a/artifacts/loop"]
     assert clean(tmp_path) == set()
     shutil.rmtree(tmp_path / "a")
     assert clean(tmp_path) == {base.key, adapter.key}
@@ -214,10 +214,13 @@ def test_loops_and_broken_links_are_reported_and_not_fatal(tmp_path: Path) -> No
 def test_damaged_manifest_is_said_to_be_damaged(tmp_path: Path, content: str) -> None:
     base, adapter = lora_run(tmp_path)
     (adapter.path / "manifest.json").write_bytes(os.fsencode(content))
-    kept = take_inventory(tmp_path).kept
-    assert {one.key: one.state for one in kept.values()} == {base.key: State.DONE, adapter.key: State.DAMAGED}
+    kept = scan_store(tmp_path).kept
+    assert {one.key: one.state for one in kept.values()} == {
+        base.key: ArtifactState.DONE,
+        adapter.key: ArtifactState.DAMAGED,
+    }
     assert clean(tmp_path) == set()
-    (tmp_path / "a" / "artefacts" / "M1").unlink()
+    (tmp_path / "a" / "artifacts" / "M1").unlink()
     assert clean(tmp_path) == {adapter.key}
 
 
@@ -225,8 +228,8 @@ def test_manifest_that_is_a_folder_can_be_removed(tmp_path: Path) -> None:
     _, adapter = lora_run(tmp_path)
     (adapter.path / "manifest.json").unlink()
     (adapter.path / "manifest.json").mkdir()
-    assert take_inventory(tmp_path).kept[f"policy/{adapter.key}"].state is State.DAMAGED
-    (tmp_path / "a" / "artefacts" / "M1").unlink()
+    assert scan_store(tmp_path).kept[f"policy/{adapter.key}"].state is ArtifactState.DAMAGED
+    (tmp_path / "a" / "artifacts" / "M1").unlink()
     assert clean(tmp_path) == {adapter.key}
 
 
@@ -234,7 +237,7 @@ def test_nothing_is_removed_when_not_every_folder_can_be_read(tmp_path: Path, mo
     """Whoever cannot be asked may be the one who uses it."""
     _, adapter = lora_run(tmp_path)
     shutil.rmtree(tmp_path / "a")
-    unused = take_inventory(tmp_path).unused([])
+    unused = scan_store(tmp_path).unused([])
     (tmp_path / "secret").mkdir()
     original = os.scandir
 
@@ -245,7 +248,7 @@ def test_nothing_is_removed_when_not_every_folder_can_be_read(tmp_path: Path, mo
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "scandir", scandir)
-        for attempt in (lambda: take_inventory(tmp_path), lambda: remove(tmp_path, unused)):
+        for attempt in (lambda: scan_store(tmp_path), lambda: remove(tmp_path, unused)):
             with pytest.raises(PermissionError):
                 attempt()
     assert (adapter.path / "manifest.json").exists()
@@ -259,10 +262,10 @@ def test_what_another_process_makes_stays_with_the_base_it_links_to(tmp_path: Pa
     (adapter.path / "manifest.json").unlink()
     shutil.rmtree(tmp_path / "a")
     with held_elsewhere(adapter.path):
-        found = take_inventory(tmp_path)
-        assert found.in_work == {f"policy/{adapter.key}"}
+        found = scan_store(tmp_path)
+        assert found.in_progress == {f"policy/{adapter.key}"}
         assert clean(tmp_path) == set()
-    assert take_inventory(tmp_path).in_work == set()
+    assert scan_store(tmp_path).in_progress == set()
     assert clean(tmp_path) == {base.key, adapter.key}
 
 
@@ -271,7 +274,7 @@ def test_what_is_locked_only_when_it_should_go_stays_too(tmp_path: Path, monkeyp
     monkeypatch.setattr(inventory, "LOCKED_AT_ONCE", 1)
     base, adapter = lora_run(tmp_path)
     shutil.rmtree(tmp_path / "a")
-    unused = take_inventory(tmp_path).unused([])
+    unused = scan_store(tmp_path).unused([])
     assert [one.key for one in unused] == [adapter.key, base.key]
     with held_elsewhere(adapter.path):
         assert remove(tmp_path, unused) == []
@@ -279,12 +282,12 @@ def test_what_is_locked_only_when_it_should_go_stays_too(tmp_path: Path, monkeyp
     assert names(remove(tmp_path, unused)) == {base.key, adapter.key}
 
 
-def test_run_that_started_after_the_question_keeps_its_artefacts(tmp_path: Path) -> None:
+def test_run_that_started_after_the_question_keeps_its_artifacts(tmp_path: Path) -> None:
     base, adapter = lora_run(tmp_path)
     lora_run(tmp_path, "b")
     shutil.rmtree(tmp_path / "a")
     shutil.rmtree(tmp_path / "b")
-    unused = take_inventory(tmp_path).unused([])
+    unused = scan_store(tmp_path).unused([])
     assert len(unused) == 4
     again = run_of(tmp_path, "again")
     again.make(Label.parse("M1"), policy, text="adapter", base=base)
@@ -294,8 +297,8 @@ def test_run_that_started_after_the_question_keeps_its_artefacts(tmp_path: Path)
 
 def test_only_what_was_shown_is_removed(tmp_path: Path) -> None:
     _, adapter = lora_run(tmp_path)
-    (tmp_path / "a" / "artefacts" / "M1").unlink()
-    unused = take_inventory(tmp_path).unused([])
+    (tmp_path / "a" / "artifacts" / "M1").unlink()
+    unused = scan_store(tmp_path).unused([])
     shutil.rmtree(tmp_path / "a")
     assert names(remove(tmp_path, unused)) == {adapter.key}
 
@@ -312,7 +315,7 @@ def test_killed_removal_leaves_nothing_that_looks_finished_and_is_not(
             file.unlink()
         raise Killed
 
-    unused = take_inventory(tmp_path).unused([])
+    unused = scan_store(tmp_path).unused([])
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", rmtree)
         with pytest.raises(Killed):
@@ -326,7 +329,7 @@ def test_killed_removal_leaves_nothing_that_looks_finished_and_is_not(
 
 def test_removing_while_a_run_comes_and_goes_never_takes_what_it_uses(tmp_path: Path) -> None:
     lora_run(tmp_path)
-    stop, rounds = threading.Event(), list[Artefact]()
+    stop, rounds = threading.Event(), list[Artifact]()
 
     def come_and_go() -> None:
         while not stop.is_set():
@@ -355,18 +358,18 @@ def test_run_that_vanishes_while_it_is_looked_at_uses_nothing(tmp_path: Path, mo
         return read(path)
 
     monkeypatch.setattr(os, "readlink", remove_and_read)
-    found = take_inventory(tmp_path)
+    found = scan_store(tmp_path)
     assert (found.uses, found.broken) == ({}, [])
-    assert names(found.unused(found.in_work)) == {artefact.key for artefact in made}
+    assert names(found.unused(found.in_progress)) == {artifact.key for artifact in made}
 
 
-def test_locks_without_an_artefact_are_removed_unless_they_are_held(tmp_path: Path) -> None:
+def test_locks_without_an_artifact_are_removed_unless_they_are_held(tmp_path: Path) -> None:
     lora_run(tmp_path)
     stage = tmp_path / "store" / "policy"
     abandoned, held = (stage / (digit * 20) for digit in "ab")
     for folder in (abandoned, held):
         lock_of(folder).touch()
-    found = take_inventory(tmp_path)
+    found = scan_store(tmp_path)
     assert sorted(found.locks) == [lock_of(abandoned), lock_of(held)]
     with held_elsewhere(held):
         assert remove_locks(found.locks) == 1
@@ -384,14 +387,14 @@ def test_looking_writes_nothing(tmp_path: Path) -> None:
     with suppress(FileNotFoundError):
         lock_of(adapter.path).unlink()
     before = state()
-    take_inventory(tmp_path)
+    scan_store(tmp_path)
     assert state() == before
 
 
 # --- mutants -----------------------------------------------------------------------------------------------------
 
 MUTANTS: dict[str, tuple[str, str, Callable[..., None]]] = {
-    "use through another artefact's links does not count": (
+    "use through another artifact's links does not count": (
         "waiting += self.kept[name].links",
         "waiting += ()",
         test_base_that_only_an_adapter_links_to_stays,
@@ -399,9 +402,9 @@ MUTANTS: dict[str, tuple[str, str, Callable[..., None]]] = {
     "only links of runs count": ("        if owner:\n", "        if owner and label:\n",
         test_any_link_below_the_output_folder_counts),
     "not looked again once it is locked": (
-        "going = [kept for kept in take_inventory(output).unused(busy) if kept.name in held]",
+        "going = [kept for kept in scan_store(output).unused(busy) if kept.name in held]",
         "going = [kept for kept in candidates if kept.name in held]",
-        test_run_that_started_after_the_question_keeps_its_artefacts,
+        test_run_that_started_after_the_question_keeps_its_artifacts,
     ),
     "all that is unused by now is removed": (
         " if kept.name in held]", " if kept.name in held or not kept.links]", test_only_what_was_shown_is_removed,
@@ -424,7 +427,7 @@ MUTANTS: dict[str, tuple[str, str, Callable[..., None]]] = {
     ),
     "links of the store's folders are followed": (
         "entry.is_dir(follow_symlinks=False):\n                names", "entry.is_dir():\n                names",
-        test_what_is_no_artefact_is_left_alone,
+        test_what_is_no_artifact_is_left_alone,
     ),
     "every name of a file counts": (
         "files[seen.st_dev, seen.st_ino] =", "files[seen.st_dev, len(files)] =",
@@ -436,7 +439,7 @@ MUTANTS: dict[str, tuple[str, str, Callable[..., None]]] = {
     ),
     "locks are removed unasked": (
         "if lock.exists() and _lock_now(stack, lock) and not", "if lock.exists() and not",
-        test_locks_without_an_artefact_are_removed_unless_they_are_held,
+        test_locks_without_an_artifact_are_removed_unless_they_are_held,
     ),
     "looking takes locks that are not there": (
         "lock_of(path).exists() and not", "not", test_looking_writes_nothing,

@@ -1,4 +1,4 @@
-"""Labels are written and read in one place, and say of an artefact what it belongs to."""
+"""Labels are written and read in one place, and say of an artifact what it belongs to."""
 
 import ast
 import re
@@ -23,7 +23,7 @@ def test_every_label_of_a_run_is_read_back_as_it_was_written(experiment: str) ->
 
 
 def test_labels_are_spelled_as_links_and_metrics_have_them() -> None:
-    more = ("iterations=2", "benchmark=[mt_bench]", "evaluate.matrix=true", "evaluate.compare_benchmarks=true")
+    more = ("iterations=2", "benchmark=[mt_bench]", "evaluate.round_robin=true", "evaluate.compare_benchmarks=true")
     texts = set(planned(composed("experiment=smoke", *more)[0]))
     assert {"seeds", "questions", "M0", "M1", "M3", "iteration_1/pairs", "iteration_2/judgements"} <= texts
     assert {"evaluation_M3/numbers", "evaluation_M3/against_M2", "evaluation_M3/mt_bench_against_M1"} <= texts

@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
-from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.training import parallelism
 from selfalign.training import trainer as trainer_module
 from selfalign.training.config import Optimization, TrainConfig
-from selfalign.training.parallelism import Layout, deal
+from selfalign.training.parallelism import Parallelism, assign_microbatches
 from selfalign.training.prepare import prepare
 from selfalign.training.trainer import StepTrainer
 
@@ -51,7 +51,7 @@ class Done:
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_policy: PolicyFiles, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(tiny_policy: PolicyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every kind of training by one process, and some killed after two steps."""
     folder = tmp_path_factory.mktemp("alone")
     for job in KINDS:
@@ -61,7 +61,7 @@ def alone(tiny_policy: PolicyFiles, tmp_path_factory: pytest.TempPathFactory) ->
     return folder
 
 
-def in_two_processes(folder: Path, jobs: list[Job], policy: PolicyFiles, *, shard: bool) -> Done:
+def in_two_processes(folder: Path, jobs: list[Job], policy: PolicyCheckpoint, *, shard: bool) -> Done:
     listed = as_file(folder / "jobs.json", jobs, policy, shard=shard)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -77,7 +77,7 @@ def in_two_processes(folder: Path, jobs: list[Job], policy: PolicyFiles, *, shar
     return Done(folder, done.returncode, done.stderr, time.monotonic() - started)
 
 
-def in_layout(layout: str, last: Job, alone: Path, folder: Path, policy: PolicyFiles) -> Done:
+def in_layout(layout: str, last: Job, alone: Path, folder: Path, policy: PolicyCheckpoint) -> Done:
     """Every kind of training, those that one process was killed in, some that are killed, and one job more."""
     for job in RESUMED:
         shutil.copytree(alone / f"{job.folder}-killed", folder / f"{job.folder}-resumed")
@@ -92,13 +92,13 @@ def in_layout(layout: str, last: Job, alone: Path, folder: Path, policy: PolicyF
 
 
 @pytest.fixture(scope="module")
-def ddp(alone: Path, tiny_policy: PolicyFiles, tmp_path_factory: pytest.TempPathFactory) -> Done:
+def ddp(alone: Path, tiny_policy: PolicyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Done:
     """The last job asks for shards that accelerate does not make on a CPU."""
     return in_layout("ddp", Job("no-effect", layout="fsdp2"), alone, tmp_path_factory.mktemp("ddp"), tiny_policy)
 
 
 @pytest.fixture(scope="module")
-def fsdp2(alone: Path, tiny_policy: PolicyFiles, tmp_path_factory: pytest.TempPathFactory) -> Done:
+def fsdp2(alone: Path, tiny_policy: PolicyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Done:
     """In the last job one process breaks."""
     last = Job("one-breaks", layout="fsdp2", breaks="raise")
     return in_layout("fsdp2", last, alone, tmp_path_factory.mktemp("fsdp2"), tiny_policy)
@@ -156,7 +156,7 @@ def test_two_processes_go_on_where_one_was_killed(done: Done, alone: Path, job: 
 
 @pytest.mark.parametrize("job", RESUMED, ids=lambda job: job.folder)
 def test_one_process_goes_on_where_two_were_killed(
-    done: Done, alone: Path, tmp_path: Path, tiny_policy: PolicyFiles, job: Job
+    done: Done, alone: Path, tmp_path: Path, tiny_policy: PolicyCheckpoint, job: Job
 ) -> None:
     shutil.copytree(done.folder / f"{job.folder}-killed", folder := tmp_path / "resumed")
     assert [row["step"] for row in rows_of(folder)] == [1, 2]
@@ -174,7 +174,7 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_all_with_the_record(done
 def test_a_layout_that_did_not_take_effect_is_an_error(ddp: Done) -> None:
     for rank in (0, 1):
         said = (ddp.folder / "no-effect" / f"error-{rank}").read_text()
-        assert said.startswith("train.layout.kind=fsdp2 did not take effect: accelerate runs ")
+        assert said.startswith("train.parallelism.strategy=fsdp2 did not take effect: accelerate runs ")
     assert ddp.code == 0
 
 
@@ -206,7 +206,7 @@ def check_shares(tmp_path: Path) -> None:
     given = [Sized(i, length) for i, length in enumerate(LENGTHS)]
     for examples in (given, given[:2], given[:1]):
         for count in (1, 2, 3, 5):
-            dealt = [deal(examples, 50, rank, count) for rank in range(count)]
+            dealt = [assign_microbatches(examples, 50, rank, count) for rank in range(count)]
             own = [[part for part in passes if not part.repeated] for passes in dealt]
             assert sorted(e.id for passes in own for part in passes for e in part.examples) == [e.id for e in examples]
             assert len({len(passes) for passes in dealt}) == 1
@@ -224,19 +224,19 @@ def test_every_example_is_dealt_once_and_evenly(tmp_path: Path) -> None:
 
 def test_the_only_process_takes_all_shortest_first() -> None:
     examples = [Sized(i, length) for i, length in enumerate(LENGTHS)]
-    ids = [example.id for part in deal(examples, 30, 0, 1) for example in part.examples]
+    ids = [example.id for part in assign_microbatches(examples, 30, 0, 1) for example in part.examples]
     assert ids == [example.id for example in sorted(examples, key=len)]
 
 
 def average_gradients(
-    monkeypatch: pytest.MonkeyPatch, policy: PolicyFiles, folder: Path, kind: str, size: int, count: int
+    monkeypatch: pytest.MonkeyPatch, policy: PolicyCheckpoint, folder: Path, kind: str, size: int, count: int
 ) -> dict[str, torch.Tensor]:
     """What DDP makes of the gradients that each of so many processes has after a step, were they there."""
     loaded = policy.load("float32", trainable=True)
     prepare(loaded, policy, weights(), 0.0)
     examples, objective = task(kind, loaded.tokenizer)
     examples = examples[:size]
-    settings = optimization(batch_size=size, batch_tokens=60)
+    settings = optimization(batch_size=size, max_batch_tokens=60)
     trainer = StepTrainer(loaded, examples, objective, settings, workspace(folder), weights())
     with monkeypatch.context() as patch:
         patch.setattr(distributed, "count", lambda: count)
@@ -247,7 +247,7 @@ def average_gradients(
     return {name: p.grad / count for name, p in loaded.model.named_parameters() if p.grad is not None}
 
 
-def check_gradients(monkeypatch: pytest.MonkeyPatch, tiny_policy: PolicyFiles, tmp_path: Path) -> None:
+def check_gradients(monkeypatch: pytest.MonkeyPatch, tiny_policy: PolicyCheckpoint, tmp_path: Path) -> None:
     """One process's gradient is the average of what several have, some of them nothing."""
     for kind, size in (("sft", 9), ("sr_dpo", 2)):
         expected = average_gradients(monkeypatch, tiny_policy, tmp_path / f"{kind}-1", kind, size, 1)
@@ -258,7 +258,7 @@ def check_gradients(monkeypatch: pytest.MonkeyPatch, tiny_policy: PolicyFiles, t
 
 
 def test_the_average_of_all_gradients_is_that_of_one_process(
-    monkeypatch: pytest.MonkeyPatch, tiny_policy: PolicyFiles, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tiny_policy: PolicyCheckpoint, tmp_path: Path
 ) -> None:
     check_gradients(monkeypatch, tiny_policy, tmp_path)
 
@@ -286,26 +286,31 @@ def test_mutant_is_caught(given: dict[str, Any], module: Any, old: str, new: str
 # --- what is refused ---------------------------------------------------------------------------------------------
 
 
-def test_shares_among_one_process_are_refused(tiny_policy: PolicyFiles, tmp_path: Path) -> None:
+def test_shares_among_one_process_are_refused(tiny_policy: PolicyCheckpoint, tmp_path: Path) -> None:
     job = Job(str(tmp_path / "M1"), layout="fsdp2")
     train_here(job, tiny_policy)
     said = (tmp_path / "M1" / "error-0").read_text()
-    assert said.startswith("train.layout.kind=fsdp2 needs several processes, and this is the only one: start it with")
+    assert said.startswith(
+        "train.parallelism.strategy=fsdp2 needs several processes, and this is the only one: start it with"
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "fsdp"}, "train.layout.kind must be one of ddp, fsdp2; got 'fsdp'"),
-        ({"reshard_after_forward": False}, "train.layout.reshard_after_forward=false has a meaning with kind=fsdp2"),
+        ({"kind": "fsdp"}, "train.parallelism.strategy must be one of ddp, fsdp2; got 'fsdp'"),
+        (
+            {"reshard_after_forward": False},
+            "train.parallelism.reshard_after_forward=false has a meaning with kind=fsdp2",
+        ),
     ],
 )
 def test_bad_layouts_are_refused_by_name(options: dict[str, Any], message: str) -> None:
     with pytest.raises(SelfalignError, match=message):
-        Layout(**options)
+        Parallelism(**options)
 
 
 def test_eight_bit_state_is_not_shared_out() -> None:
     eight = Optimization(learning_rate=1e-3, optimizer="adamw_8bit")
     with pytest.raises(SelfalignError, match="fsdp2 cannot share out the state of optimizer=adamw_8bit"):
-        TrainConfig(sft=eight, align=eight, layout=Layout(kind="fsdp2"))
+        TrainConfig(sft=eight, align=eight, parallelism=Parallelism(strategy="fsdp2"))

@@ -209,13 +209,13 @@ def test_scoring_model_returns_only_what_is_asked_for() -> None:
     with torch.no_grad():
         full = model(input_ids=ids).logits.log_softmax(-1).flatten(0, 1)
         score_responses_only(model)
-        logps = model(input_ids=ids, predict_at=torch.tensor([6, 1]), targets=torch.tensor([8, 3]))
+        logps = model(input_ids=ids, logit_positions=torch.tensor([6, 1]), targets=torch.tensor([8, 3]))
     torch.testing.assert_close(logps, torch.stack([full[6, 8], full[1, 3]]), rtol=1e-5, atol=1e-5)
 
 
 def test_scoring_model_can_be_asked_to_score_again() -> None:
     model = tiny_llama().eval()
-    inputs = {"input_ids": torch.tensor([[5, 9]]), "predict_at": torch.tensor([0]), "targets": torch.tensor([9])}
+    inputs = {"input_ids": torch.tensor([[5, 9]]), "logit_positions": torch.tensor([0]), "targets": torch.tensor([9])}
     with torch.no_grad():
         score_responses_only(model)
         first = model(**inputs)
@@ -273,6 +273,6 @@ def test_adapter_elsewhere_scores_like_the_adapted_model() -> None:
     with torch.no_grad():
         full = adapted(input_ids=ids).logits.log_softmax(-1)[0, 2, 7]
         score_responses_only(adapted)
-        logps = adapted(input_ids=ids, predict_at=torch.tensor([2]), targets=torch.tensor([7]))
+        logps = adapted(input_ids=ids, logit_positions=torch.tensor([2]), targets=torch.tensor([7]))
     assert abs(float(full - base)) > 1e-3, "the adapter does nothing, so the comparison says nothing"
     torch.testing.assert_close(logps, full[None], rtol=1e-5, atol=1e-5)

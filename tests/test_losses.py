@@ -94,7 +94,7 @@ def check_sr_ipo_printed(module: Any, _: Any) -> None:
 def check_sr_ipo_exact(module: Any, _: Any) -> None:
     # λ/β = 2.5: 1.5 - 1 - 2.5 = -2 and -2 + 1.5 - 2.5 = -3; squares 4 and 9.
     delta = torch.tensor([0.4, -0.6], requires_grad=True)
-    check_loss(module, module.SrIPO(target="exact", **SR), [4.0, 9.0], [-4.0, -6.0], [4.0, 6.0], delta)
+    check_loss(module, module.SrIPO(lambda_scale="derived", **SR), [4.0, 9.0], [-4.0, -6.0], [4.0, 6.0], delta)
     assert delta.grad is None, "Δ has a gradient"
 
 
@@ -160,10 +160,10 @@ def check_reduction_of_delta(module: Any, _: Any) -> None:
         rejected_tokens=torch.tensor([4.0, 1.0]),
     )
     reference_p = module.PairLogps(chosen=torch.tensor([-10.0, -20.0]), rejected=torch.tensor([-12.0, -21.0]))
-    for loss in (module.SrDPO(**SR), module.SrIPO(**SR), module.SrIPO(target="exact", **SR)):
+    for loss in (module.SrDPO(**SR), module.SrIPO(**SR), module.SrIPO(lambda_scale="derived", **SR)):
         expect(loss.delta(policy_p, reference_p), [0.4, -0.6])
-    for target in ("printed", "exact"):
-        delta = module.SrIPO(reduction="mean", target=target, **SR).delta(policy_p, reference_p)
+    for target in ("paper", "derived"):
+        delta = module.SrIPO(reduction="mean", lambda_scale=target, **SR).delta(policy_p, reference_p)
         expect(delta, [0.15, -0.44])
         assert not delta.requires_grad, "Δ has a gradient"
 
@@ -247,7 +247,7 @@ def sr_ipo_exact_64(policy: list[Tensor], reference: list[Tensor], delta: Tensor
         (preference.IPO(beta=0.3, reduction="mean"), ipo_mean_64),
         (preference.SrDPO(beta=0.3, lam=0.7), sr_dpo_64),
         (preference.SrIPO(beta=0.3, lam=0.7), sr_ipo_64),
-        (preference.SrIPO(beta=0.3, lam=0.7, target="exact"), sr_ipo_exact_64),
+        (preference.SrIPO(beta=0.3, lam=0.7, lambda_scale="derived"), sr_ipo_exact_64),
     ],
     ids=["dpo", "ipo", "ipo_mean", "sr_dpo", "sr_ipo", "sr_ipo_exact"],
 )
@@ -281,10 +281,10 @@ def test_values_and_gradients_equal_an_independent_float64_formulation(loss: Any
     [
         (preference.SrDPO(beta=0.2, lam=0.0), preference.DPO(beta=0.2)),
         (preference.SrIPO(beta=0.2, lam=0.0), preference.IPO(beta=0.2)),
-        (preference.SrIPO(beta=0.2, lam=0.0, target="exact"), preference.IPO(beta=0.2)),
+        (preference.SrIPO(beta=0.2, lam=0.0, lambda_scale="derived"), preference.IPO(beta=0.2)),
         (preference.SrIPO(beta=0.2, lam=0.0, reduction="mean"), preference.IPO(beta=0.2, reduction="mean")),
         (
-            preference.SrIPO(beta=0.2, lam=0.0, reduction="mean", target="exact"),
+            preference.SrIPO(beta=0.2, lam=0.0, reduction="mean", lambda_scale="derived"),
             preference.IPO(beta=0.2, reduction="mean"),
         ),
     ],
@@ -304,9 +304,9 @@ def test_lambda_zero_is_the_plain_loss_bit_for_bit_gradients_included(refined: A
 REFINED = [
     preference.SrDPO(),
     preference.SrIPO(),
-    preference.SrIPO(target="exact"),
+    preference.SrIPO(lambda_scale="derived"),
     preference.SrIPO(reduction="mean"),
-    preference.SrIPO(reduction="mean", target="exact"),
+    preference.SrIPO(reduction="mean", lambda_scale="derived"),
 ]
 
 
@@ -355,16 +355,16 @@ def test_a_policy_that_is_its_reference_starts_at_ln_2_and_at_one_over_four_beta
         preference.IPO(beta=beta),
         preference.IPO(beta=beta, reduction="mean"),
         preference.SrIPO(beta=beta),
-        preference.SrIPO(beta=beta, target="exact"),
+        preference.SrIPO(beta=beta, lambda_scale="derived"),
         preference.SrIPO(beta=beta, reduction="mean"),
-        preference.SrIPO(beta=beta, reduction="mean", target="exact"),
+        preference.SrIPO(beta=beta, reduction="mean", lambda_scale="derived"),
     ):
         expect(loss(same, same, zero), [1 / (4 * beta * beta)] * 2)
         if isinstance(loss, preference.SrIPO):
             assert loss.delta(same, same).tolist() == [0.0, 0.0]
 
 
-@pytest.mark.parametrize(("target", "expected"), [("printed", 5.005), ("exact", 5.05)])
+@pytest.mark.parametrize(("target", "expected"), [("paper", 5.005), ("derived", 5.05)])
 def test_averaged_target_does_not_grow_with_length(target: str, expected: float) -> None:
     """Every token of y⁺ is 0.05 nats likelier than under the reference, of y⁻ as much less, with and without p.
 
@@ -373,7 +373,7 @@ def test_averaged_target_does_not_grow_with_length(target: str, expected: float)
     tokens = torch.tensor([100.0, 400.0])
     moved = PairLogps(chosen=-2.95 * tokens, rejected=-3.05 * tokens, chosen_tokens=tokens, rejected_tokens=tokens)
     start = PairLogps(chosen=-3 * tokens, rejected=-3 * tokens)
-    loss = preference.SrIPO(beta=0.1, lam=0.5, reduction="mean", target=target)
+    loss = preference.SrIPO(beta=0.1, lam=0.5, reduction="mean", lambda_scale=target)
     delta = loss.delta(moved, start)
     torch.testing.assert_close(delta, torch.tensor([0.01, 0.01]), rtol=0, atol=1e-6)
     torch.testing.assert_close(loss(moved, start, delta).sqrt() + 0.1, torch.full((2,), expected), rtol=0, atol=1e-5)
@@ -404,11 +404,11 @@ def test_a_larger_refinement_asks_for_a_larger_margin() -> None:
     assert bool((pulls[1] < pulls[2]).all())
 
     zero = PairLogps(chosen=torch.zeros(1), rejected=torch.zeros(1))
-    for target, expected in (("printed", 2.5 + 0.5 * 0.8), ("exact", 2.5 + 2.5 * 0.8)):
+    for target, expected in (("paper", 2.5 + 0.5 * 0.8), ("derived", 2.5 + 2.5 * 0.8)):
         for reduction, tokens in (("sum", 1), ("mean", 7)):
             counts = {"chosen_tokens": torch.tensor([float(tokens)]), "rejected_tokens": torch.tensor([3.0])}
             best = PairLogps(chosen=torch.tensor([expected * tokens]), rejected=torch.zeros(1), **counts)
-            value = preference.SrIPO(target=target, reduction=reduction, **SR)(best, zero, torch.tensor([0.8]))
+            value = preference.SrIPO(lambda_scale=target, reduction=reduction, **SR)(best, zero, torch.tensor([0.8]))
             assert float(value) == pytest.approx(0, abs=1e-10)
 
 
@@ -438,7 +438,13 @@ def test_averaging_without_token_counts_is_an_error() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "loss",
-    [preference.DPO(), preference.IPO(), preference.SrDPO(), preference.SrIPO(), preference.SrIPO(target="exact")],
+    [
+        preference.DPO(),
+        preference.IPO(),
+        preference.SrDPO(),
+        preference.SrIPO(),
+        preference.SrIPO(lambda_scale="derived"),
+    ],
     ids=lambda loss: f"{type(loss).__name__}-{getattr(loss, 'target', '')}",
 )
 def test_extreme_log_probabilities_give_finite_losses_and_gradients(loss: Any, dtype: torch.dtype) -> None:
@@ -479,7 +485,7 @@ def test_lambda_below_zero_is_refused_by_name(name: str, lam: float) -> None:
     [
         ("IPO", {"reduction": "avg"}, r"loss\.reduction must be one of sum, mean; got 'avg'"),
         ("SrIPO", {"reduction": "Sum"}, r"loss\.reduction must be one of sum, mean; got 'Sum'"),
-        ("SrIPO", {"target": "paper"}, r"loss\.target must be one of printed, exact; got 'paper'"),
+        ("SrIPO", {"lambda_scale": "printed"}, r"loss\.lambda_scale must be one of paper, derived; got 'printed'"),
     ],
 )
 def test_unknown_words_are_refused_with_key_and_choices(name: str, options: dict[str, str], message: str) -> None:
@@ -495,9 +501,9 @@ def test_losses_take_no_unknown_option(name: str) -> None:
 
 def test_defaults_are_the_papers() -> None:
     assert preference.DPO().beta == preference.SrDPO().beta == preference.IPO().beta == preference.SrIPO().beta == 0.1
-    assert (preference.SrIPO().reduction, preference.SrIPO().target, preference.IPO().reduction) == (
+    assert (preference.SrIPO().reduction, preference.SrIPO().lambda_scale, preference.IPO().reduction) == (
         "sum",
-        "printed",
+        "paper",
         "sum",
     )
 

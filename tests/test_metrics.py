@@ -85,7 +85,7 @@ def test_entropy_is_averaged_where_there_is_one() -> None:
         ok = JudgementStatus.OK
         return Judgement(id="i", response_id="r", status=ok, score=1.0, text="", model="m", entropy=value)
 
-    assert judgement_statistics([with_entropy(0.5), with_entropy(1.5)])["judge/entropy"] == 1.0
+    assert judgement_statistics([with_entropy(0.5), with_entropy(1.5)])["judge/token_entropy"] == 1.0
 
 
 def test_no_valid_judgement_gives_no_statistics_and_no_nan() -> None:

@@ -18,10 +18,10 @@ from selfalign.engines import model_trials
 from selfalign.engines.model_check import check_model, check_vocabulary
 from selfalign.engines.protocol import Request, Sampling
 from selfalign.engines.transformers import TransformersGenerator
-from selfalign.models.batches import Group, make_batch
+from selfalign.models.batches import SharedPrompt, make_batch
 from selfalign.models.capabilities import Capabilities
-from selfalign.models.checkpoint import CONTEXT_NAMES, Policy, PolicyFiles, longest_sequence
-from selfalign.models.scorer import Scorer, make_scoring, set_dropout
+from selfalign.models.checkpoint import CONTEXT_NAMES, Policy, PolicyCheckpoint, longest_sequence
+from selfalign.models.scorer import LogProbScorer, make_scoring, set_dropout
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # Of other people's models.
 
@@ -45,7 +45,7 @@ def greedy(policy: Policy, prompts: list[list[int]], count: int) -> list[list[in
     return texts
 
 
-def plain_sums(policy: Policy, groups: list[Group]) -> Tensor:
+def plain_sums(policy: Policy, groups: list[SharedPrompt]) -> Tensor:
     """Summed log-probabilities by a plain forward pass for each response."""
     sums: list[Tensor] = []
     with torch.no_grad():
@@ -58,8 +58,10 @@ def plain_sums(policy: Policy, groups: list[Group]) -> Tensor:
 
 
 GROUPS = [
-    Group(id="long", prompt=list(range(40, 70)), responses=[[7, 8, 9, 10, 11, 12, 13], [21, 5]], given=[0, 0]),
-    Group(id="short", prompt=[3, 4, 5], responses=[[30, 31, 32], [33]], given=[0, 0]),
+    SharedPrompt(
+        id="long", prompt=list(range(40, 70)), responses=[[7, 8, 9, 10, 11, 12, 13], [21, 5]], num_context_tokens=[0, 0]
+    ),
+    SharedPrompt(id="short", prompt=[3, 4, 5], responses=[[30, 31, 32], [33]], num_context_tokens=[0, 0]),
 ]
 
 
@@ -77,15 +79,15 @@ def test_architecture_is_used_in_the_way_that_is_right_for_it(name: str, tmp_pat
     own = plain_sums(policy, GROUPS)
     prompts, count = [GROUPS[0].prompt, GROUPS[1].prompt], 8
     written = greedy(policy, prompts, count)
-    generator = TransformersGenerator(policy, batch_tokens=1 << 20)
+    generator = TransformersGenerator(policy, max_batch_tokens=1 << 20)
     generator.stops = torch.tensor([written[1][3]])
     requests = [Request(prompt=prompt, seeds=[0, 1]) for prompt in prompts]
-    made = generator.write(requests, Sampling(temperature=0, max_new_tokens=count))
+    made = generator.generate(requests, Sampling(temperature=0, max_new_tokens=count))
     for text, completions in zip(written, made, strict=True):
         stop = text.index(written[1][3]) + 1 if written[1][3] in text else count
         assert [completion.ids for completion in completions] == [text[:stop]] * 2
 
-    scored = torch.tensor(Scorer(files.load("float32", device="cpu"), 1 << 20).score(GROUPS)).flatten()
+    scored = torch.tensor(LogProbScorer(files.load("float32", device="cpu"), 1 << 20).score(GROUPS)).flatten()
     torch.testing.assert_close(scored, own, rtol=1e-4, atol=2e-3)
 
 
@@ -169,7 +171,7 @@ def test_no_layer_is_left_out_in_training(tmp_path: Path) -> None:
     policy.model.train()
     batch = make_batch(policy.model, GROUPS)
     for _ in range(8):
-        logps = policy.model(predict_at=batch.predict_at, targets=batch.targets, **batch.inputs)
+        logps = policy.model(logit_positions=batch.logit_positions, targets=batch.targets, **batch.inputs)
         torch.testing.assert_close(batch.sum_by_response(logps), plain, rtol=1e-4, atol=1e-4)
 
 
@@ -221,14 +223,14 @@ class Wrong(torch.autograd.Function):
 def test_model_whose_gradient_is_lost_or_wrong_is_refused(
     spoil: Any, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files, load = as_policy(ARCHITECTURES["Llama"].build(), tmp_path), PolicyFiles.load
+    files, load = as_policy(ARCHITECTURES["Llama"].build(), tmp_path), PolicyCheckpoint.load
 
-    def spoilt(self: PolicyFiles, *args: Any, **options: Any) -> Policy:
+    def spoilt(self: PolicyCheckpoint, *args: Any, **options: Any) -> Policy:
         policy = load(self, *args, **options)
         policy.model.model.norm = spoil(policy.model)
         return policy
 
-    monkeypatch.setattr(PolicyFiles, "load", spoilt)
+    monkeypatch.setattr(PolicyCheckpoint, "load", spoilt)
     with pytest.raises(SelfalignError, match=said):
         check_model(files, "float32")
 
@@ -266,12 +268,14 @@ def test_a_short_text_beside_a_long_one_is_worth_something_else_beyond_that_leng
     policy = Policy(Architecture("Phi3Config", settings).build(), None, "")  # pyright: ignore[reportArgumentType]
     make_scoring(policy)
     short = GROUPS[1]
-    long = Group(id="l", prompt=list(range(60)), responses=[[1, 2]], given=[0])
+    long = SharedPrompt(id="l", prompt=list(range(60)), responses=[[1, 2]], num_context_tokens=[0])
 
-    def value(groups: list[Group]) -> float:
+    def value(groups: list[SharedPrompt]) -> float:
         batch = make_batch(policy.model, groups)
         with torch.no_grad():
-            return float(policy.model(predict_at=batch.predict_at, targets=batch.targets, **batch.inputs)[:3].sum())
+            return float(
+                policy.model(logit_positions=batch.logit_positions, targets=batch.targets, **batch.inputs)[:3].sum()
+            )
 
     assert abs(value([short]) - value([short, long])) > 0.01
 
@@ -302,12 +306,12 @@ def test_ids_that_only_pad_the_embedding_are_never_written_and_scored_as_they_ar
     files = as_policy(model, tmp_path)
     policy = replace(files.load("float32", device="cpu"), capabilities=Capabilities(writes=writes))
     requests = [Request(prompt=prompt, seeds=[1, 2]) for prompt in (GROUPS[0].prompt, GROUPS[1].prompt)]
-    made = TransformersGenerator(policy, batch_tokens=1 << 20).write(
+    made = TransformersGenerator(policy, max_batch_tokens=1 << 20).generate(
         requests, Sampling(temperature=temperature, top_p=1.0, max_new_tokens=24)
     )
     drawn = {token for completions in made for completion in completions for token in completion.ids}
     assert max(drawn) < known < SIZES["vocab_size"]
-    scored = torch.tensor(Scorer(files.load("float32", device="cpu"), 1 << 20).score(GROUPS)).flatten()
+    scored = torch.tensor(LogProbScorer(files.load("float32", device="cpu"), 1 << 20).score(GROUPS)).flatten()
     torch.testing.assert_close(scored, plain_sums(policy, GROUPS), rtol=1e-4, atol=2e-3)
 
 
@@ -350,6 +354,6 @@ def test_capabilities_go_on_to_what_is_trained_from_the_model(tmp_path: Path) ->
     check_model(files, "float32")
     policy = files.load("float32")
     (tmp_path / "M1").mkdir()
-    PolicyFiles(tmp_path / "M1").save(policy, files)
+    PolicyCheckpoint(tmp_path / "M1").save(policy, files)
     assert Capabilities.load(tmp_path / "M1") == Capabilities.load(tmp_path / "M0") != Capabilities()
     assert replace(policy, digest="").capabilities.writes == "prompts"

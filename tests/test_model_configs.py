@@ -13,9 +13,9 @@ from builders import (
     composed,
     demonstration,
     optimization,
-    policy_artefact,
+    policy_artifact,
     preference,
-    records_artefact,
+    records_artifact,
     workspace,
 )
 from test_tokenization import WITH_BOS, WITHOUT_BOS, build_tokenizer, control_tokens
@@ -31,16 +31,16 @@ from transformers import (
 )
 
 from selfalign.losses.preference import SrDPO
-from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.config import ModelConfig
 from selfalign.models.packed_attention import is_packing
 from selfalign.models.pretrained import fetch_pretrained
 from selfalign.models.scorer import make_scoring
 from selfalign.models.tokenizer import Answer, encode_answers, encode_prompt, end_of_turn_id
 from selfalign.stages.align import align
-from selfalign.stages.reference import reference
+from selfalign.stages.reference_logprobs import reference_logprobs
 from selfalign.stages.sft import sft
-from selfalign.training.config import Weights
+from selfalign.training.config import TrainableWeights
 
 BUILT_IN = {"tiny", "smollm2_135m", "pretrained"}
 MODELS = sorted({path.stem for path in (ROOT / "conf/model").glob("*.yaml")} - BUILT_IN)
@@ -100,7 +100,7 @@ def checkpoint(family: Family, folder: Path) -> Path:
     return folder
 
 
-def fetch(name: str, folder: Path) -> tuple[ModelConfig, PolicyFiles]:
+def fetch(name: str, folder: Path) -> tuple[ModelConfig, PolicyCheckpoint]:
     """M0 of the family, with the settings of its config but for the place, and an adapter asked for."""
     config = composed(f"model={name}", "model.lora.rank=4", "model.dtype=float32")[0].model
     config = replace(config, path=str(checkpoint(FAMILIES[name], folder / "checkpoint")))
@@ -134,21 +134,21 @@ def test_prompts_have_one_bos_at_most_and_responses_end_with_one_end_of_turn(nam
 @pytest.mark.parametrize("name", FAMILIES)
 def test_architecture_packs_and_trains_its_adapter_by_sft_and_sr_dpo(name: str, tmp_path: Path) -> None:
     family, (config, base) = FAMILIES[name], fetch(name, tmp_path)
-    m0, weights = policy_artefact(base), Weights(dtype=config.dtype, lora=config.lora, seed=0)
+    m0, weights = policy_artifact(base), TrainableWeights(dtype=config.dtype, lora=config.lora, seed=0)
     taught = [demonstration(f"t{n}", f"Why so {n}?", "Because it is so.") for n in range(2)]
-    given = records_artefact(tmp_path / "given", demonstrations=taught)
-    settings = optimization(learning_rate=0.005, epochs=2, batch_tokens=512)
+    given = records_artifact(tmp_path / "given", demonstrations=taught)
+    settings = optimization(learning_rate=0.005, epochs=2, max_batch_tokens=512)
     rows: list[dict[str, Any]] = []
     out = workspace(tmp_path / "M1", rows)
     sft(out, policy=m0, base=m0, demonstrations=given, optimization=settings, weights=weights)
-    m1 = policy_artefact(PolicyFiles(out.path))
+    m1 = policy_artifact(PolicyCheckpoint(out.path))
 
     pairs = [preference(f"p{n}", f"Why so {n}?", "Because it is so.", "Ignore it.") for n in range(2)]
-    given, loss = records_artefact(tmp_path / "pairs", pairs=pairs), SrDPO()
+    given, loss = records_artifact(tmp_path / "pairs", pairs=pairs), SrDPO()
     out = workspace(tmp_path / "reference")
-    scored = {"policy": m1, "pairs": given, "precision": settings.precision(config.dtype)}
-    reference(out, augmentation=loss.refinement.augmentation(), **scored)
-    references = records_artefact(out.path)
+    scored = {"policy": m1, "pairs": given, "precision": settings.logprob_settings(config.dtype)}
+    reference_logprobs(out, augmentation=loss.refinement.augmentation(), **scored)
+    references = records_artifact(out.path)
     out = workspace(tmp_path / "M2", rows)
     more = {
         "loss": loss,
@@ -166,7 +166,7 @@ def test_architecture_packs_and_trains_its_adapter_by_sft_and_sr_dpo(name: str, 
     assert rows[2]["loss"] == pytest.approx(0.6931, abs=1e-3)
     assert rows[3]["rewards/margins"] > 0.01 > abs(rows[2]["rewards/margins"])
     assert rows[3]["refinement/mean"] != 0
-    aligned = PolicyFiles(out.path).load("float32", trainable=True)
+    aligned = PolicyCheckpoint(out.path).load("float32", trainable=True)
     adapted = {n.split(".lora_A")[0] for n, p in aligned.model.named_parameters() if "lora_A" in n and p.requires_grad}
     assert len(adapted) == family.layers * 2
     assert not any("embed" in layer or "lm_head" in layer for layer in adapted)

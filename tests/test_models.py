@@ -17,9 +17,9 @@ from transformers import BloomConfig
 
 from selfalign.core.errors import SelfalignError
 from selfalign.models import builtin
-from selfalign.models.checkpoint import Policy, PolicyFiles
+from selfalign.models.checkpoint import Policy, PolicyCheckpoint
 from selfalign.models.config import LoRA, ModelConfig
-from selfalign.models.pretrained import fetch_pretrained, identify_source
+from selfalign.models.pretrained import fetch_pretrained, source_digest
 from selfalign.models.tokenizer import encode_prompt, end_of_turn_id
 
 IDS = torch.tensor([[5, 77, 300, 41, 8, 9]])
@@ -31,7 +31,7 @@ def logits_of(policy: Policy) -> Tensor:
 
 
 @pytest.fixture
-def checkpoint(tiny_policy: PolicyFiles, tmp_path: Path) -> Path:
+def checkpoint(tiny_policy: PolicyCheckpoint, tmp_path: Path) -> Path:
     """The tiny policy as a user's model folder: weights, config and tokenizer side by side."""
     folder = tmp_path / "checkpoint"
     shutil.copytree(tiny_policy.path / "weights", folder)
@@ -47,7 +47,7 @@ def destination(tmp_path: Path) -> Path:
 
 
 def test_fetched_folder_loads_with_the_same_outputs(
-    checkpoint: Path, destination: Path, tiny_policy: PolicyFiles
+    checkpoint: Path, destination: Path, tiny_policy: PolicyCheckpoint
 ) -> None:
     fetched = fetch_pretrained(ModelConfig(path=str(checkpoint)), destination)
     assert torch.equal(logits_of(fetched.load("float32")), logits_of(tiny_policy.load("float32")))
@@ -56,7 +56,7 @@ def test_fetched_folder_loads_with_the_same_outputs(
 
 
 def test_tiny_model_is_the_same_each_time_and_leaves_the_random_state_alone(
-    tiny_policy: PolicyFiles, destination: Path
+    tiny_policy: PolicyCheckpoint, destination: Path
 ) -> None:
     torch.manual_seed(123)
     expected = torch.rand(3)
@@ -211,7 +211,7 @@ def test_shipped_template_lets_human_and_assistant_take_turns(checkpoint: Path, 
     written = tokenizer.decode(encode_prompt(tokenizer, prompt))
     assert written == "Be kind.\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Why?\n\nAssistant:"
     assert end_of_turn_id(tokenizer) == tokenizer.eos_token_id
-    assert identify_source(config) != identify_source(ModelConfig(path=str(checkpoint)))
+    assert source_digest(config) != source_digest(ModelConfig(path=str(checkpoint)))
 
 
 def test_missing_template_file_is_refused_by_name(checkpoint: Path, destination: Path) -> None:
@@ -257,7 +257,7 @@ def test_code_that_comes_with_a_model_is_not_run_by_default(remote_code: Path, d
 
 
 def test_model_whose_code_is_trusted_can_be_loaded_by_the_stages(
-    remote_code: Path, destination: Path, tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    remote_code: Path, destination: Path, tiny_policy: PolicyCheckpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     fetched = fetch_pretrained(ModelConfig(path=str(remote_code), trust_remote_code=True), destination)
@@ -287,10 +287,10 @@ def test_trusted_code_of_a_hub_model_is_fetched_with_it_and_untrusted_code_is_no
 
 def test_trusted_code_is_part_of_what_identifies_its_model(remote_code: Path) -> None:
     config = ModelConfig(path=str(remote_code), trust_remote_code=True)
-    before = identify_source(config)
+    before = source_digest(config)
     with (remote_code / "own_model.py").open("a") as file:
         file.write("# changed\n")
-    assert identify_source(config) != before
+    assert source_digest(config) != before
 
 
 @pytest.mark.parametrize(
@@ -311,7 +311,7 @@ def test_bad_options_are_refused_by_name(kind: Any, options: dict[str, Any], mes
         kind(**options)
 
 
-def trained(files: PolicyFiles, adapter: LoRA | None = None) -> Policy:
+def trained(files: PolicyCheckpoint, adapter: LoRA | None = None) -> Policy:
     """The policy with other weights, or with an adapter that does something."""
     policy = files.load("float32")
     if adapter is not None:
@@ -326,14 +326,14 @@ def trained(files: PolicyFiles, adapter: LoRA | None = None) -> Policy:
     return policy
 
 
-def save(policy: Policy, folder: Path, base: PolicyFiles) -> PolicyFiles:
+def save(policy: Policy, folder: Path, base: PolicyCheckpoint) -> PolicyCheckpoint:
     folder.mkdir(parents=True)
-    files = PolicyFiles(folder)
+    files = PolicyCheckpoint(folder)
     files.save(policy, base)
     return files
 
 
-def test_saved_policy_reloads_to_bitwise_equal_logits(tiny_policy: PolicyFiles, tmp_path: Path) -> None:
+def test_saved_policy_reloads_to_bitwise_equal_logits(tiny_policy: PolicyCheckpoint, tmp_path: Path) -> None:
     policy = trained(tiny_policy)
     files = save(policy, tmp_path / "M1", tiny_policy)
     reloaded = files.load("float32")
@@ -344,7 +344,7 @@ def test_saved_policy_reloads_to_bitwise_equal_logits(tiny_policy: PolicyFiles, 
 
 
 def test_saved_adapter_reloads_to_bitwise_equal_logits_and_merges_to_the_same(
-    tiny_policy: PolicyFiles, tmp_path: Path
+    tiny_policy: PolicyCheckpoint, tmp_path: Path
 ) -> None:
     policy = trained(tiny_policy, LoRA(rank=4))
     policy.model.eval()
@@ -362,17 +362,17 @@ def test_saved_adapter_reloads_to_bitwise_equal_logits_and_merges_to_the_same(
     assert merged.digest == trainable.digest != tiny_policy.digest
 
 
-def test_adapter_stays_apart_where_it_would_be_rounded_or_has_to(tiny_policy: PolicyFiles, tmp_path: Path) -> None:
+def test_adapter_stays_apart_where_it_would_be_rounded_or_has_to(tiny_policy: PolicyCheckpoint, tmp_path: Path) -> None:
     files = save(trained(tiny_policy, LoRA(rank=4)), tmp_path / "M1", tiny_policy)
-    for policy in (files.load("bfloat16"), files.load("float32", apart=True)):
+    for policy in (files.load("bfloat16"), files.load("float32", keep_adapter=True)):
         assert hasattr(policy.model, "peft_config")
         assert not any(parameter.requires_grad for parameter in policy.model.parameters())
-    exact = logits_of(files.load("float32", apart=True))
+    exact = logits_of(files.load("float32", keep_adapter=True))
     torch.testing.assert_close(logits_of(files.load("float32")), exact, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits_of(files.load("bfloat16")).float(), exact, rtol=0.05, atol=0.05)
 
 
-def test_loading_lets_go_of_models_that_only_hold_each_other(tiny_policy: PolicyFiles) -> None:
+def test_loading_lets_go_of_models_that_only_hold_each_other(tiny_policy: PolicyCheckpoint) -> None:
     policy = tiny_policy.load("float32")
     policy.model.circle = policy.model  # type: ignore[assignment]
     gone = weakref.ref(policy.model)
@@ -386,25 +386,25 @@ def test_loading_lets_go_of_models_that_only_hold_each_other(tiny_policy: Policy
         gc.enable()
 
 
-def test_digest_is_that_of_the_weights_wherever_they_lie(tiny_policy: PolicyFiles, tmp_path: Path) -> None:
+def test_digest_is_that_of_the_weights_wherever_they_lie(tiny_policy: PolicyCheckpoint, tmp_path: Path) -> None:
     first = save(trained(tiny_policy), tmp_path / "here" / "M1", tiny_policy)
     second = save(trained(tiny_policy), tmp_path / "elsewhere" / "M1", tiny_policy)
     assert first.digest == second.digest
 
 
 def test_digest_of_an_adapter_is_that_of_the_weights_wherever_they_lie(
-    tiny_policy: PolicyFiles, tmp_path: Path
+    tiny_policy: PolicyCheckpoint, tmp_path: Path
 ) -> None:
     digests = []
     for place in ("here", "elsewhere"):
         base = tmp_path / place / "M0"
         shutil.copytree(tiny_policy.path, base)
-        files = save(trained(PolicyFiles(base), LoRA(rank=4)), tmp_path / place / "M1", PolicyFiles(base))
+        files = save(trained(PolicyCheckpoint(base), LoRA(rank=4)), tmp_path / place / "M1", PolicyCheckpoint(base))
         digests.append(files.digest)
     assert digests[0] == digests[1]
 
 
-def test_digest_tells_a_single_changed_weight(tiny_policy: PolicyFiles, tmp_path: Path) -> None:
+def test_digest_tells_a_single_changed_weight(tiny_policy: PolicyCheckpoint, tmp_path: Path) -> None:
     policy = trained(tiny_policy)
     first = save(policy, tmp_path / "first", tiny_policy)
     with torch.no_grad():
@@ -412,7 +412,7 @@ def test_digest_tells_a_single_changed_weight(tiny_policy: PolicyFiles, tmp_path
     assert save(policy, tmp_path / "second", tiny_policy).digest != first.digest
 
 
-def test_digest_of_an_adapter_depends_on_its_base(tiny_policy: PolicyFiles, tmp_path: Path) -> None:
+def test_digest_of_an_adapter_depends_on_its_base(tiny_policy: PolicyCheckpoint, tmp_path: Path) -> None:
     other = save(trained(tiny_policy), tmp_path / "other", tiny_policy)
     adapted = trained(tiny_policy, LoRA(rank=4))
     first = save(adapted, tmp_path / "first", tiny_policy)
@@ -421,23 +421,23 @@ def test_digest_of_an_adapter_depends_on_its_base(tiny_policy: PolicyFiles, tmp_
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"])
 def test_source_is_identified_by_everything_that_is_taken_from_it(checkpoint: Path, file: str) -> None:
-    before = identify_source(ModelConfig(path=str(checkpoint)))
-    assert identify_source(ModelConfig(path=str(checkpoint))) == before
+    before = source_digest(ModelConfig(path=str(checkpoint)))
+    assert source_digest(ModelConfig(path=str(checkpoint))) == before
     path = checkpoint / file
     path.write_bytes(path.read_bytes() + b" ")
-    assert identify_source(ModelConfig(path=str(checkpoint))) != before
+    assert source_digest(ModelConfig(path=str(checkpoint))) != before
 
 
 def test_source_is_identified_by_the_given_template(checkpoint: Path, tmp_path: Path) -> None:
     template = tmp_path / "template.jinja"
     template.write_text("one")
     config = ModelConfig(path=str(checkpoint), chat_template=str(template))
-    before = identify_source(config)
+    before = source_digest(config)
     template.write_text("two")
-    assert identify_source(config) != before != identify_source(ModelConfig(path=str(checkpoint)))
+    assert source_digest(config) != before != source_digest(ModelConfig(path=str(checkpoint)))
 
 
-def test_context_is_the_models_and_unlimited_where_it_names_none(tiny_policy: PolicyFiles) -> None:
+def test_context_is_the_models_and_unlimited_where_it_names_none(tiny_policy: PolicyCheckpoint) -> None:
     policy = tiny_policy.load("float32")
     assert policy.context == 2048
     nameless: Any = SimpleNamespace(config=BloomConfig())

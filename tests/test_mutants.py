@@ -85,7 +85,11 @@ LOSSES = [
     ("sr-ipo with Δ averaged", SR_IPO_TARGET, SR_IPO_TARGET.replace(".detach()", ".detach().mean()")),
     ("sr-ipo with the target added", SR_IPO, SR_IPO.replace("h - target", "h + target")),
     ("sr-ipo with λ on the margin", SR_IPO, SR_IPO.replace("(h", "(self.lam * h")),
-    ("sr-ipo with printed and exact swapped", f'{EXACT} self.target == "exact"', f'{EXACT} self.target == "printed"'),
+    (
+        "sr-ipo with printed and exact swapped",
+        f'{EXACT} self.lambda_scale == "derived"',
+        f'{EXACT} self.target == "paper"',
+    ),
     ("sr-ipo with λβ for λ/β", EXACT, EXACT.replace("/", "*")),
     ("sr-ipo with λ/(2β) for λ/β", EXACT, EXACT.replace("self.beta", "self.beta / 2")),
     ("sr-ipo with Δ always summed", SR_IPO_DELTA, SR_DPO_DELTA),

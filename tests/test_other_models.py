@@ -10,23 +10,23 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES, as_policy
-from builders import TINY_RUN, composed, logits_of, policy_artefact, record_files, run, workspace, write_tiny_data
+from builders import TINY_RUN, composed, logits_of, policy_artifact, record_files, run, workspace, write_tiny_data
 from test_boundary import CHATML, NO_SYSTEM
 
 from selfalign.core.errors import SelfalignError
 from selfalign.engines.model_check import check_model
-from selfalign.models.checkpoint import PolicyFiles, open_tokenizer
+from selfalign.models.checkpoint import PolicyCheckpoint, open_tokenizer
 from selfalign.models.config import LoRA, ModelConfig
-from selfalign.models.pretrained import fetch_pretrained, identify_source
+from selfalign.models.pretrained import fetch_pretrained, source_digest
 from selfalign.models.tokenizer import encode_prompt, stop_ids
-from selfalign.stages.pretrained import pretrained
+from selfalign.stages.load_model import load_model
 
-ASIDE = ["data.seeds.evaluation_fine_tuning=none", "data.seeds.ranked=''", "evaluate=none", "iterations=1"]
+ASIDE = ["data.seed_data.eft_source=none", "data.seed_data.ranked=''", "evaluate=none", "iterations=1"]
 GIVEN_PAIRS = [*(one for one in TINY_RUN if not one.startswith(("data.instruct", "data.respond"))), "data=pairs"]
 
 
 @pytest.fixture
-def mine(tiny_policy: PolicyFiles, tmp_path: Path) -> Path:
+def mine(tiny_policy: PolicyCheckpoint, tmp_path: Path) -> Path:
     """A model as a user has it: weights and tokenizer in one folder."""
     folder = tmp_path / "mine"
     policy = tiny_policy.load("float32")
@@ -122,12 +122,12 @@ def test_adapter_that_is_no_change_of_weights_is_refused_by_its_kind(mine: Path,
 
 def test_another_base_under_the_same_path_is_another_model(mine: Path, tmp_path: Path) -> None:
     folder, _ = adapter_of(mine, tmp_path / "adapter")
-    before = identify_source(ModelConfig(path=str(folder)))
+    before = source_digest(ModelConfig(path=str(folder)))
     from safetensors.torch import load_file, save_file
 
     changed = {name: value + 0.01 for name, value in load_file(mine / "model.safetensors").items()}
     save_file(changed, mine / "model.safetensors", metadata={"format": "pt"})
-    assert identify_source(ModelConfig(path=str(folder))) != before
+    assert source_digest(ModelConfig(path=str(folder))) != before
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_text_ends_where_the_models_generation_config_ends_it(mine: Path, tmp_pa
     assert tokenizer.convert_ids_to_tokens([0, 2]) == ["<|endoftext|>", "<|im_end|>"]
     assert stop_ids(tokenizer) == [0, 2]  # 77 is text
     tokenizer.save_pretrained(tmp_path / "M1" / "tokenizer")
-    assert stop_ids(PolicyFiles(tmp_path / "M1").load_tokenizer()) == [0, 2]
+    assert stop_ids(PolicyCheckpoint(tmp_path / "M1").load_tokenizer()) == [0, 2]
 
 
 def test_text_ends_where_config_json_ends_it_if_there_is_nothing_else(mine: Path, tmp_path: Path) -> None:
@@ -235,22 +235,22 @@ def quantise(folder: Path) -> Path:
 def test_files_in_four_bits_are_never_merged_into_and_say_so_in_the_identity(mine: Path, tmp_path: Path) -> None:
     config = ModelConfig(path=str(quantise(mine)), lora=LoRA(rank=4))
     out = workspace(tmp_path / "M0")
-    counts = pretrained(out, model=config, source="x")
-    files = PolicyFiles(out.path)
+    counts = load_model(out, model=config, source="x")
+    files = PolicyCheckpoint(out.path)
     assert files.quantization == {"quantization": "bitsandbytes"}
     assert counts["scores"] == "packed"
-    from selfalign.training.config import Weights
+    from selfalign.training.config import TrainableWeights
     from selfalign.training.prepare import prepare
 
     trained = files.load("float32", trainable=True)
-    prepare(trained, files, Weights(dtype="float32", lora=LoRA(rank=4), seed=0), 0.0)
+    prepare(trained, files, TrainableWeights(dtype="float32", lora=LoRA(rank=4), seed=0), 0.0)
     with torch.no_grad():
         for name, parameter in trained.model.named_parameters():
             if "lora_B" in name:
                 parameter += 0.05
     (tmp_path / "M1").mkdir()
-    PolicyFiles(tmp_path / "M1").save(trained, files)
-    apart, together = (PolicyFiles(tmp_path / "M1").load("float32", trainable=one) for one in (True, False))
+    PolicyCheckpoint(tmp_path / "M1").save(trained, files)
+    apart, together = (PolicyCheckpoint(tmp_path / "M1").load("float32", trainable=one) for one in (True, False))
     assert hasattr(together.model, "peft_config")
     assert torch.equal(logits_of(apart), logits_of(together))
     assert not torch.equal(logits_of(together), logits_of(files.load("float32")))
@@ -408,7 +408,7 @@ def test_dropout_that_the_model_lacks_is_refused_before_training(tmp_path: Path)
     with pytest.raises(SelfalignError, match=r"align\.dropout=0\.1: this model has no dropout that"):
         run(tmp_path / "out", *told, *lengths)
     assert composed(*told)[0].train.align.dropout == 0
-    assert policy_artefact(files).path == files.path
+    assert policy_artifact(files).path == files.path
 
 
 def test_hybrid_model_goes_through_the_whole_loop(tmp_path: Path) -> None:
@@ -422,8 +422,8 @@ def test_hybrid_model_goes_through_the_whole_loop(tmp_path: Path) -> None:
         "train.sft.max_length=200",
         "train.align.max_length=200",
         "iterations=1",
-        "data.instruct.seed_demonstrations=1",
+        "data.instruct.seed_examples=1",
     ]
     short = ["data.instruct.prompt=Tasks", "evaluate.head_to_head=null"]
     made = record_files(run(tmp_path / "out", *told, *lengths, *short))
-    assert {"artefacts/M2/weights/model.safetensors", "artefacts/iteration_1/pairs/pairs.jsonl"} <= made.keys()
+    assert {"artifacts/M2/weights/model.safetensors", "artifacts/iteration_1/pairs/pairs.jsonl"} <= made.keys()

@@ -3,7 +3,7 @@ from fractions import Fraction
 
 import pytest
 
-from selfalign.data.rouge import Known, rouge_l
+from selfalign.data.rouge import RougeIndex, rouge_l
 from selfalign.data.text_filters import words_of
 
 
@@ -51,7 +51,7 @@ def test_rouge_is_the_plain_definition_on_random_texts() -> None:
 def test_highest_is_the_plain_maximum_over_all_known(alphabet: str) -> None:
     draw = random.Random(1)
     texts = [drawn(draw, alphabet, 30) for _ in range(150)]
-    known = Known()
+    known = RougeIndex()
     for words in texts:
         known.add(words)
     for _ in range(40):
@@ -66,12 +66,12 @@ def test_highest_reaches_a_threshold_exactly_where_the_fraction_does() -> None:
             for common in range(1, total // 2 + 1):
                 a = [f"w{n}" for n in range(common)]
                 b = a + ["x"] * (total - 2 * common)
-                known = Known.of([" ".join(b)])
+                known = RougeIndex.of([" ".join(b)])
                 assert (known.highest(a) >= float(threshold)) == (Fraction(2 * common, total) >= Fraction(threshold))
 
 
 def test_words_that_no_known_text_has_match_nothing() -> None:
-    known = Known.of(["one two three"])
+    known = RougeIndex.of(["one two three"])
     assert known.highest(["four", "five"]) == 0
     assert known.highest(["four", "two", "five"]) == pytest.approx(1 / 3)
     assert ["four", "five"] not in known
@@ -81,13 +81,13 @@ def test_words_that_no_known_text_has_match_nothing() -> None:
 
 
 def test_nothing_known_is_no_overlap() -> None:
-    assert Known().highest(["one"]) == 0
-    assert ["one"] not in Known()
+    assert RougeIndex().highest(["one"]) == 0
+    assert ["one"] not in RougeIndex()
 
 
 def test_more_words_than_a_small_alphabet_has_stay_apart() -> None:
     words = [f"w{n}" for n in range(70_000)]
-    known = Known()
+    known = RougeIndex()
     known.add(words)
     for start in (0, 0xD7F0, 0xFFF0, 69_990):
         assert known.highest(words[start : start + 10]) == rouge_l(words[start : start + 10], words)

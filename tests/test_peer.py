@@ -13,8 +13,8 @@ from trl import DPOConfig, DPOTrainer
 from selfalign.losses.logps import PairLogps
 from selfalign.losses.preference import DPO, IPO
 from selfalign.losses.protocol import PreferenceLoss
-from selfalign.models.batches import Group
-from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.batches import SharedPrompt
+from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.scorer import make_scoring
 from selfalign.training.objective import frozen_logps
 
@@ -32,11 +32,11 @@ class Peer:
     """TRL's value of one pair's loss, the token ids it scored, and the log-probabilities it found."""
 
     loss: float
-    group: Group
+    group: SharedPrompt
     logps: PairLogps
 
 
-def ask_trl(policy: PolicyFiles, folder: Path, loss_type: str, beta: float) -> list[Peer]:
+def ask_trl(policy: PolicyCheckpoint, folder: Path, loss_type: str, beta: float) -> list[Peer]:
     loaded = policy.load("float32", device="cpu")
     config = DPOConfig(
         output_dir=str(folder),
@@ -64,7 +64,11 @@ def ask_trl(policy: PolicyFiles, folder: Path, loss_type: str, beta: float) -> l
         logps = PairLogps(chosen=sums[:1], rejected=sums[1:], chosen_tokens=tokens[:1], rejected_tokens=tokens[1:])
         responses = [row["chosen_ids"], row["rejected_ids"]]
         peers.append(
-            Peer(float(loss), Group(id="", prompt=row["prompt_ids"], responses=responses, given=[0, 0]), logps)
+            Peer(
+                float(loss),
+                SharedPrompt(id="", prompt=row["prompt_ids"], responses=responses, num_context_tokens=[0, 0]),
+                logps,
+            )
         )
     return peers
 
@@ -75,7 +79,7 @@ def ask_trl(policy: PolicyFiles, folder: Path, loss_type: str, beta: float) -> l
     ids=["dpo", "ipo_mean"],
 )
 def test_losses_equal_those_of_trl(
-    tiny_policy: PolicyFiles, tmp_path: Path, loss_type: str, loss: PreferenceLoss
+    tiny_policy: PolicyCheckpoint, tmp_path: Path, loss_type: str, loss: PreferenceLoss
 ) -> None:
     peers = ask_trl(tiny_policy, tmp_path, loss_type, loss.beta)
     for peer, (chosen, rejected) in zip(peers, REFERENCE, strict=True):
@@ -90,7 +94,9 @@ def test_losses_equal_those_of_trl(
     torch.testing.assert_close(logps.rejected, torch.cat([peer.logps.rejected for peer in peers]), rtol=1e-5, atol=1e-5)
 
 
-def test_ipo_with_summed_log_probabilities_is_another_loss_than_trls(tiny_policy: PolicyFiles, tmp_path: Path) -> None:
+def test_ipo_with_summed_log_probabilities_is_another_loss_than_trls(
+    tiny_policy: PolicyCheckpoint, tmp_path: Path
+) -> None:
     """TRL averages over tokens, so its β asks for a margin a token; ours does so by choice alone."""
     for peer, (chosen, rejected) in zip(ask_trl(tiny_policy, tmp_path, "ipo", 0.1), REFERENCE, strict=True):
         reference: Any = PairLogps(chosen=chosen[None], rejected=rejected[None])

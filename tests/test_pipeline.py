@@ -26,9 +26,9 @@ from selfalign.core.records import (
     ResponseScore,
 )
 from selfalign.metrics.catalog import METRICS
-from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.tokenizer import unknown_counts
-from selfalign.store.artifacts import Store, Workspace
+from selfalign.store.artifacts import StageOutput, Store
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 
 def manifest(folder: Path, label: str) -> dict[str, Any]:
-    return read_json(folder / "artefacts" / label / "manifest.json")
+    return read_json(folder / "artifacts" / label / "manifest.json")
 
 
 def records(folder: Path, label: str, name: str, kind: type) -> list[Any]:
-    return read_records(folder / "artefacts" / label / f"{name}.jsonl", kind)
+    return read_records(folder / "artifacts" / label / f"{name}.jsonl", kind)
 
 
 def labels(folder: Path) -> list[str]:
@@ -73,7 +73,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     made: list[str] = []
     original = Store._build
 
-    def build(self: Store, folder: Path, stage: str, inputs: Any, work: Any, workspace: Workspace) -> None:
+    def build(self: Store, folder: Path, stage: str, inputs: Any, work: Any, workspace: StageOutput) -> None:
         made.append(workspace.label)
         original(self, folder, stage, inputs, work, workspace)
 
@@ -149,7 +149,7 @@ def test_alignment_starts_at_its_reference(study: Study) -> None:
 
 def test_run_folder_holds_what_a_reader_needs(study: Study) -> None:
     names = {path.name for path in study.folder.iterdir()}
-    assert {"config.yaml", "provenance.json", "metrics.jsonl", "summary.json", "report.html", "artefacts"} <= names
+    assert {"config.yaml", "provenance.json", "metrics.jsonl", "summary.json", "report.html", "artifacts"} <= names
     summary = read_json(study.folder / "summary.json")
     assert [row["model"] for row in summary["models"]] == ["M1", "M2", "M3"]
     assert summary["config"]["loss"]["lam"] == 0.5
@@ -213,7 +213,7 @@ def test_another_lambda_shares_everything_up_to_the_alignment(study: Study, buil
     shared = labels(other)[: labels(other).index("M2")]
     assert shared[-1] == "iteration_1/reference"
     for label in shared:
-        assert (other / "artefacts" / label).resolve() == (study.folder / "artefacts" / label).resolve()
+        assert (other / "artifacts" / label).resolve() == (study.folder / "artifacts" / label).resolve()
     assert manifest(other, "M2")["digest"] != manifest(study.folder, "M2")["digest"]
 
 
@@ -260,7 +260,7 @@ for wanted in [int(number) for number in overrides.pop(0).split(",")]:
         killed += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 print("killed", killed, builders.run(Path(output), *overrides))
 """
-"""Starts a run again and again, each time killing it a moment after so many artefacts are finished."""
+"""Starts a run again and again, each time killing it a moment after so many artifacts are finished."""
 
 
 def test_run_killed_at_several_points_ends_with_the_same_files(study: Study, tmp_path: Path) -> None:
@@ -284,11 +284,11 @@ def test_run_killed_at_several_points_ends_with_the_same_files(study: Study, tmp
     assert labels(Path(folder)) == labels(study.folder)
     provenance = [read_json(place / "provenance.json") for place in (Path(folder), study.folder)]
     assert provenance[0]["weights"] == provenance[1]["weights"]
-    assert provenance[0]["artefacts"] == provenance[1]["artefacts"]
+    assert provenance[0]["artifacts"] == provenance[1]["artifacts"]
 
 
-def test_half_a_file_that_a_killed_write_left_is_no_part_of_the_artefact(tmp_path: Path) -> None:
-    def build(out: Workspace) -> dict[str, Any]:
+def test_half_a_file_that_a_killed_write_left_is_no_part_of_the_artifact(tmp_path: Path) -> None:
+    def build(out: StageOutput) -> dict[str, Any]:
         (out.path / "a.jsonl").write_text("{}\n")
         return {}
 
@@ -303,20 +303,21 @@ def test_half_a_file_that_a_killed_write_left_is_no_part_of_the_artefact(tmp_pat
 
 WAYS = {
     "self_rewarding": [],
-    "no_answers_compared": ["evaluate=none", "++evaluate.head_to_head.place_correction=true", "iterations=1"],
+    "no_answers_compared": ["evaluate=none", "++evaluate.head_to_head.debias_position=true", "iterations=1"],
     "positives": ["loss=positives", "pair=positives", "pair.minimum_score=0", "iterations=1",
                   "data.respond.sampling.max_new_tokens=128", "data.respond.sampling.temperature=1"],
-    "positives_anew": ["loss=positives", "loss.start=base", "pair=positives", "pair.minimum_score=0", "iterations=1",
+    "positives_anew": ["loss=positives", "loss.init=base", "pair=positives", "pair.minimum_score=0", "iterations=1",
                        "data.respond.sampling.max_new_tokens=128", "data.respond.sampling.temperature=1"],
-    "older_reference": ["train.reference=sft", "data.instruct.writer=sft", "judge.model=sft", "evaluate.judge=base"],
-    "base_reference": ["train.reference=base", "iterations=1", "loss=ipo"],
-    "accumulated": ["data.accumulate=true", "pair=all_ordered", "pair.length_control=[0.3,0]"],
+    "older_reference": ["train.reference_policy=sft", "data.instruct.model=sft", "judge.model=sft",
+    "evaluate.judge=base"],
+    "base_reference": ["train.reference_policy=base", "iterations=1", "loss=ipo"],
+    "accumulated": ["data.accumulate_pairs=true", "pair=all_ordered", "pair.length_control=[0.3,0]"],
     "fixed_judge": ["judge.model=random:tiny", "evaluate.head_to_head.model=random:tiny", "iterations=1"],
-    "matrix": ["evaluate.matrix=true", "iterations=3"],
-    "pairwise": ["judge=pairwise", "judge.pairs=2", "judge.place_correction=true", "iterations=1",
+    "matrix": ["evaluate.round_robin=true", "iterations=3"],
+    "pairwise": ["judge=pairwise", "judge.pairs=2", "judge.debias_position=true", "iterations=1",
                  "loss=positives", "pair=positives", "pair.minimum_score=0",
                  "data.respond.sampling.max_new_tokens=128", "data.respond.sampling.temperature=1"],
-    "implicit": ["judge=implicit", "data.seeds.evaluation_fine_tuning=none", "train.reference=sft"],
+    "implicit": ["judge=implicit", "data.seed_data.eft_source=none", "train.reference_policy=sft"],
     "adapters": ["model.lora.rank=8", "model.lora.alpha=64", "train.sft.learning_rate=2e-2", "loss=dpo"],
 }  # fmt: skip
 
@@ -387,7 +388,7 @@ def check_older_reference(folder: Path) -> None:
     assert manifest(folder, "evaluation_M2/scores")["inputs"]["policy"]["digest"] == digests["M0"]
     assert manifest(folder, "M2")["inputs"]["start"] is None
     assert manifest(folder, "M3")["inputs"]["start"] == {
-        "artefact": "reference",
+        "artifact": "reference_logprobs",
         "digest": manifest(folder, "iteration_2/start")["digest"],
     }
     assert manifest(folder, "iteration_2/start")["inputs"]["policy"]["digest"] == digests["M2"]
@@ -398,7 +399,7 @@ def check_older_reference(folder: Path) -> None:
 def check_fixed_judge(folder: Path) -> None:
     weights = read_json(folder / "provenance.json")["weights"]
     judged = records(folder, "iteration_1/judgements", "judgements", Judgement)
-    assert {j.model for j in judged} == {PolicyFiles(folder / "artefacts/judge").digest} == {weights["M0"]}
+    assert {j.model for j in judged} == {PolicyCheckpoint(folder / "artifacts/judge").digest} == {weights["M0"]}
     assert (
         manifest(folder, "iteration_1/judgements")["inputs"]["policy"]["digest"] == manifest(folder, "judge")["digest"]
     )
@@ -431,7 +432,7 @@ def check_implicit(folder: Path) -> None:
         assert (inputs["policy"]["digest"], inputs["reference"]["digest"]) == (digests[policy], digests[reference]), (
             label
         )
-    assert "judge_quality/five_best" not in manifest(folder, "evaluation_M3/numbers")["counts"]
+    assert "judge_quality/top_score_precision" not in manifest(folder, "evaluation_M3/numbers")["counts"]
 
 
 def check_base_reference(folder: Path) -> None:
@@ -440,24 +441,24 @@ def check_base_reference(folder: Path) -> None:
 
 
 def check_adapters(folder: Path) -> None:
-    base = (folder / "artefacts/M0/weights").resolve()
+    base = (folder / "artifacts/M0/weights").resolve()
     adapters = []
     for label in ("M1", "M2", "M3"):
-        assert (folder / "artefacts" / label / "weights").resolve() == base
-        adapters.append((folder / "artefacts" / label / "adapter/adapter_model.safetensors").read_bytes())
+        assert (folder / "artifacts" / label / "weights").resolve() == base
+        adapters.append((folder / "artifacts" / label / "adapter/adapter_model.safetensors").read_bytes())
     assert len(set(adapters)) == 3
     for label in ("M2", "M3"):
         first = next(row for row in metrics(folder) if row["label"] == label and row.get("align/step") == 1)
         assert first["loss"] == pytest.approx(math.log(2), abs=1e-3)
     assert (
-        PolicyFiles(folder / "artefacts/M3").load("float32").digest
+        PolicyCheckpoint(folder / "artifacts/M3").load("float32").digest
         == read_json(folder / "provenance.json")["weights"]["M3"]
     )
 
 
 def test_fixed_model_writes_what_it_would_as_one_of_the_run_s_own(study: Study, built: list[str]) -> None:
-    own = study.folder / "artefacts/M1"
-    overrides = [f"data.instruct.writer={own}/weights", "iterations=2", "name=fixed"]
+    own = study.folder / "artifacts/M1"
+    overrides = [f"data.instruct.model={own}/weights", "iterations=2", "name=fixed"]
     folder = study.run(*overrides)
     config, *_ = composed(*study.overrides, *overrides)
     assert planned(config) == labels(folder)
@@ -539,9 +540,10 @@ def test_given_pairs_are_aligned_on_after_the_same_m1(study: Study, built: list[
 
 def test_given_pairs_without_seeds_align_m0_itself(study: Study, tmp_path: Path) -> None:
     overrides = [
-        "model=tiny", "track=none", "name=bare", "evaluate=none", "iterations=1", "data=pairs",
-        f"data.path={write_pairs(tmp_path / 'pairs.jsonl')}", "data.seeds.demonstrations=''", "data.seeds.ranked=''",
-        "train.align.dtype=float32", "generate.dtype=float32",
+        "model=tiny", "tracker=none", "name=bare", "evaluate=none", "iterations=1", "data=pairs",
+        f"data.path={write_pairs(tmp_path / 'pairs.jsonl')}", "data.seed_data.demonstrations=''",
+        "data.seed_data.ranked=''",
+        "train.align.dtype=float32", "engine.dtype=float32",
     ]  # fmt: skip
     folder = run(study.output, *overrides)
     config, *_ = composed(*overrides)
@@ -576,7 +578,7 @@ def test_every_declared_metric_is_written_by_a_run_or_named_by_a_producer(study:
 def test_judge_that_writes_no_scores_stops_the_run_which_keeps_what_it_made(study: Study, built: list[str]) -> None:
     overrides = [
         "judge=additive",
-        "judge.samples=1",
+        "judge.num_samples=1",
         "judge.retries=1",
         "judge.sampling.max_new_tokens=4",
         "iterations=1",
@@ -586,7 +588,7 @@ def test_judge_that_writes_no_scores_stops_the_run_which_keeps_what_it_made(stud
         study.run(*overrides)
     assert set(built) == {"seeds", "questions", "M1", "evaluation_M1/answers", "evaluation_M1/scores"}
     folder = next(study.output.glob("unjudged-*"))
-    assert (folder / "artefacts/M1/weights.json").exists()
+    assert (folder / "artifacts/M1/weights.json").exists()
     assert "M1" in read_json(folder / "provenance.json")["weights"]
     assert "carry no score" in (folder / "run.log").read_text()
     built.clear()
@@ -610,10 +612,10 @@ def test_identical_candidates_stop_the_run_with_the_reason(study: Study) -> None
         study.run("data.respond.sampling.temperature=0", "iterations=1", "name=alike")
 
 
-def test_damaged_artefact_is_noticed(study: Study, tmp_path: Path) -> None:
+def test_damaged_artifact_is_noticed(study: Study, tmp_path: Path) -> None:
     shutil.copytree(study.output, tmp_path / "copy", symlinks=True)
     folder = tmp_path / "copy" / study.folder.name
-    path = (folder / "artefacts/iteration_1/pairs").resolve() / "pairs.jsonl"
+    path = (folder / "artifacts/iteration_1/pairs").resolve() / "pairs.jsonl"
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(SelfalignError, match=r"pairs\.jsonl: missing or not of its recorded size; delete"):
         run(tmp_path / "copy", *study.overrides)

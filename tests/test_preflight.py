@@ -36,8 +36,8 @@ def judged_by(server: ChatServer | str, *more: str) -> list[str]:
     """Overrides of a run that a server judges."""
     url = server if isinstance(server, str) else server.url
     told = ["judge=external", "judge.endpoint.model=judge-1", f"judge.endpoint.base_url={url}"]
-    told += ["judge.endpoint.key_variable=JUDGE_KEY", "judge.endpoint.first_wait_seconds=0.05"]
-    return [*told, "data.seeds.evaluation_fine_tuning=none", *more]
+    told += ["judge.endpoint.api_key_env=JUDGE_KEY", "judge.endpoint.backoff_seconds=0.05"]
+    return [*told, "data.seed_data.eft_source=none", *more]
 
 
 def test_run_that_lacks_nothing_is_quiet() -> None:
@@ -49,9 +49,9 @@ def test_all_that_is_missing_is_said_at_once_and_nothing_is_made(
 ) -> None:
     monkeypatch.delenv("JUDGE_KEY")
     missing = [
-        "data.seeds.ranked=no/ranked.jsonl", "evaluate.instructions=no/asked.jsonl", "model=pretrained",
-        "model.path=no/m/odel", "evaluate.head_to_head.model=./no/referee", "data.instruct.writer=./no/writer",
-        "generate=vllm", "generate.python=no/python", "benchmark=[mt_bench]",
+        "data.seed_data.ranked=no/ranked.jsonl", "evaluate.instructions=no/asked.jsonl", "model=pretrained",
+        "model.path=no/m/odel", "evaluate.head_to_head.model=./no/comparator", "data.instruct.model=./no/writer",
+        "engine=vllm", "engine.python=no/python", "benchmark=[mt_bench]",
         "benchmark.mt_bench.questions=no/questions.jsonl", "benchmark.mt_bench.references=''",
     ]  # fmt: skip
     said = call("experiment=smoke", *judged_by("http://127.0.0.1:9/v1"), *missing)
@@ -59,26 +59,26 @@ def test_all_that_is_missing_is_said_at_once_and_nothing_is_made(
     assert said.code == 1
     assert all(line.startswith("error: ") for line in lines)
     assert [line.removeprefix("error: ").partition(": ")[0] for line in lines] == [
-        "data.seeds.ranked", "evaluate.instructions", "benchmark.mt_bench.questions", "model.path",
-        "evaluate.head_to_head.model", "data.instruct.writer", "generate.python", "judge.endpoint.key_variable",
+        "data.seed_data.ranked", "evaluate.instructions", "benchmark.mt_bench.questions", "model.path",
+        "evaluate.head_to_head.model", "data.instruct.model", "engine.python", "judge.endpoint.api_key_env",
     ]  # fmt: skip
     assert not (tmp_path / "outputs/store").exists()
-    assert all("data.seeds.ranked: no/ranked.jsonl: no such file" not in line for line in said.out.splitlines())
+    assert all("data.seed_data.ranked: no/ranked.jsonl: no such file" not in line for line in said.out.splitlines())
 
 
 def test_layout_of_several_processes_is_missed_before_anything_is_made() -> None:
-    told = ["train.layout.kind=fsdp2"]
+    told = ["train.parallelism.strategy=fsdp2"]
     (line,) = found(*told)
-    assert line.startswith("train.layout.kind=fsdp2 needs several processes, and this is the only one: ")
+    assert line.startswith("train.parallelism.strategy=fsdp2 needs several processes, and this is the only one: ")
     trained = [label for label in planned(composed("experiment=smoke")[0]) if re.fullmatch(r"M[1-9]\d*", label)]
     assert found(*told, made=tuple(trained)) == []
 
 
 def test_reasons_are_in_the_log_of_the_run(tmp_path: Path) -> None:
-    told = ["experiment=smoke", "data.seeds.ranked=/no/a.jsonl", "evaluate.instructions=/no/b.jsonl"]
+    told = ["experiment=smoke", "data.seed_data.ranked=/no/a.jsonl", "evaluate.instructions=/no/b.jsonl"]
     config, text, plain = composed(*told, f"output_dir={tmp_path}")
     with pytest.raises(
-        SelfalignError, match=r"^data\.seeds\.ranked: .*a\.jsonl: no such file\nevaluate\.instructions: "
+        SelfalignError, match=r"^data\.seed_data\.ranked: .*a\.jsonl: no such file\nevaluate\.instructions: "
     ):
         run_experiment(config, text, plain)
     (log,) = tmp_path.glob("smoke-*/run.log")
@@ -98,7 +98,7 @@ def test_nothing_is_needed_where_all_is_made(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_key_is_not_needed_where_all_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("JUDGE_KEY")
-    told = [*judged_by("http://127.0.0.1:9/v1"), "evaluate=none", "data.seeds.ranked=''", "iterations=1"]
+    told = [*judged_by("http://127.0.0.1:9/v1"), "evaluate=none", "data.seed_data.ranked=''", "iterations=1"]
     labels = planned(composed("experiment=smoke", *told)[0])
     until = labels.index("iteration_1/judgements")
     assert len(found(*told, made=tuple(labels[:until]))) == 1
@@ -111,14 +111,15 @@ def test_comparison_of_checkpoints_needs_its_judge_as_long_as_a_model_is_to_be_a
     monkeypatch.delenv("JUDGE_KEY")
     (tmp_path / "asked.jsonl").write_text('{"instruction": "Name a bird."}\n', encoding="utf-8")
     told = [
-        "iterations=1", "train.choose.every_steps=1", f"train.choose.instructions={tmp_path}/asked.jsonl",
-        *(f"train.choose.head_to_head.endpoint.{setting}" for setting in (
-            "model=judge-1", "base_url=http://127.0.0.1:9/v1", "key_variable=JUDGE_KEY",
+        "iterations=1", "train.checkpoint_selection.interval_steps=1",
+        f"train.checkpoint_selection.instructions={tmp_path}/asked.jsonl",
+        *(f"train.checkpoint_selection.head_to_head.endpoint.{setting}" for setting in (
+            "model=judge-1", "base_url=http://127.0.0.1:9/v1", "api_key_env=JUDGE_KEY",
         )),
     ]  # fmt: skip
     labels = planned(composed("experiment=smoke", *told)[0])
     (line,) = found(*told, made=tuple(label for label in labels if label != "M2"))
-    assert line.startswith("train.choose.head_to_head.endpoint.key_variable: ")
+    assert line.startswith("train.checkpoint_selection.head_to_head.endpoint.api_key_env: ")
     assert found(*told, made=tuple(label for label in labels if label not in ("M1", "evaluation_M2/numbers"))) == []
 
 
@@ -169,7 +170,7 @@ def test_server_gets_the_real_rubric_about_one_word_with_the_parameters_of_the_r
 
 
 def test_one_server_is_asked_once_the_longest_of_what_it_will_be_asked() -> None:
-    compared = ["endpoint.model=judge-1", "endpoint.key_variable=JUDGE_KEY", "verdict_tokens=9"]
+    compared = ["endpoint.model=judge-1", "endpoint.api_key_env=JUDGE_KEY", "verdict_tokens=9"]
     with chat_server() as server:
         told = [f"evaluate.head_to_head.{setting}" for setting in (*compared, f"endpoint.base_url={server.url}")]
         rubric = "x" * 5000 + " {instruction} {response}"
@@ -184,18 +185,21 @@ def test_every_server_is_asked_and_named_by_its_setting(tmp_path: Path) -> None:
     (tmp_path / "q.jsonl").write_text('{"question_id": 1, "category": "writing", "turns": ["Write."]}\n')
     asked = ["evaluate.head_to_head", "benchmark.mt_bench.judge"]
     told = [f"{key}.endpoint.{s}" for key in asked for s in ("model=m", "base_url=http://127.0.0.1:9/v1")]
-    told += [f"{key}.endpoint.key_variable=NOT_{n}" for n, key in enumerate(asked)]
+    told += [f"{key}.endpoint.api_key_env=NOT_{n}" for n, key in enumerate(asked)]
     told += ["benchmark=[mt_bench]", f"benchmark.mt_bench.questions={tmp_path}/q.jsonl"]
     told += ["benchmark.mt_bench.references=''"]
-    assert [line.partition(":")[0] for line in found(*told)] == [f"{key}.endpoint.key_variable" for key in asked]
+    assert [line.partition(":")[0] for line in found(*told)] == [f"{key}.endpoint.api_key_env" for key in asked]
 
 
 def test_judge_of_held_out_pairs_is_asked_too() -> None:
-    told = ["evaluate.preferences.source=ranked", "judge@evaluate.preferences.judge=external"]
-    told += ["evaluate.preferences.judge.endpoint.model=m", "evaluate.preferences.judge.endpoint.key_variable=NOT_HERE"]
-    told += ["evaluate.preferences.judge.endpoint.base_url=http://127.0.0.1:9/v1"]
+    told = ["evaluate.preference_pairs.source=ranked", "judge@evaluate.preference_pairs.judge=external"]
+    told += [
+        "evaluate.preference_pairs.judge.endpoint.model=m",
+        "evaluate.preference_pairs.judge.endpoint.api_key_env=NOT_HERE",
+    ]
+    told += ["evaluate.preference_pairs.judge.endpoint.base_url=http://127.0.0.1:9/v1"]
     (line,) = found(*told)
-    assert line.startswith("evaluate.preferences.judge.endpoint.key_variable: the environment variable NOT_HERE")
+    assert line.startswith("evaluate.preference_pairs.judge.endpoint.api_key_env: the environment variable NOT_HERE")
 
 
 def test_server_that_fails_is_asked_for_a_short_while_only() -> None:
@@ -230,25 +234,25 @@ def test_busy_server_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_engine_that_cannot_be_imported_is_named_with_its_interpreter(tmp_path: Path) -> None:
-    assert found("generate=vllm", "generate.python=/no/python") == [
-        "generate.python: /no/python cannot be run (No such file or directory)"
+    assert found("engine=vllm", "engine.python=/no/python") == [
+        "engine.python: /no/python cannot be run (No such file or directory)"
     ]
-    (line,) = found("generate=vllm")
+    (line,) = found("engine=vllm")
     assert line == (
-        f"generate=vllm: {sys.executable} cannot import vLLM (ModuleNotFoundError: No module named 'vllm'); set "
-        "generate.python to the interpreter of an environment that has it"
+        f"engine=vllm: {sys.executable} cannot import vLLM (ModuleNotFoundError: No module named 'vllm'); set "
+        "engine.python to the interpreter of an environment that has it"
     )
 
 
 def test_engine_that_can_be_imported_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests/fake_vllm"))
-    assert found("generate=vllm") == []
+    assert found("engine=vllm") == []
 
 
 def test_engine_is_not_needed_where_only_training_remains() -> None:
     labels = planned(composed("experiment=smoke")[0])
     made = tuple(label for label in labels if label not in ("M3", "evaluation_M3/numbers"))
-    assert found("generate=vllm", "generate.python=/no/python", made=made) == []
+    assert found("engine=vllm", "engine.python=/no/python", made=made) == []
 
 
 def test_engine_is_needed_where_benchmarks_or_checkpoints_are_answered(tmp_path: Path) -> None:
@@ -258,13 +262,16 @@ def test_engine_is_needed_where_benchmarks_or_checkpoints_are_answered(tmp_path:
     )
     benchmark = ["benchmark=[mt_bench]", f"benchmark.mt_bench.questions={tmp_path}/q.jsonl"]
     benchmark += ["benchmark.mt_bench.references=''"]
-    checkpoints = ["train.choose.every_steps=1", f"train.choose.instructions={tmp_path}/asked.jsonl"]
+    checkpoints = [
+        "train.checkpoint_selection.interval_steps=1",
+        f"train.checkpoint_selection.instructions={tmp_path}/asked.jsonl",
+    ]
     for told, left in ((benchmark, "evaluation_M3/mt_bench"), (checkpoints, "M3")):
         labels = planned(composed("experiment=smoke", *told)[0])
         assert left in labels
         made = tuple(label for label in labels if label != left)
-        (line,) = found("generate=vllm", "generate.python=/no/python", *told, made=made)
-        assert line.startswith("generate.python: /no/python cannot be run")
+        (line,) = found("engine=vllm", "engine.python=/no/python", *told, made=made)
+        assert line.startswith("engine.python: /no/python cannot be run")
 
 
 def test_judge_of_comparisons_on_a_benchmark_is_asked_too(tmp_path: Path) -> None:
@@ -273,10 +280,10 @@ def test_judge_of_comparisons_on_a_benchmark_is_asked_too(tmp_path: Path) -> Non
     )
     told = ["benchmark=[mt_bench]", f"benchmark.mt_bench.questions={tmp_path}/q.jsonl", "evaluate.instructions=''"]
     told += ["benchmark.mt_bench.references=''", "evaluate.compare_benchmarks=true"]
-    told += ["evaluate.head_to_head.endpoint.model=m", "evaluate.head_to_head.endpoint.key_variable=NOT_HERE"]
+    told += ["evaluate.head_to_head.endpoint.model=m", "evaluate.head_to_head.endpoint.api_key_env=NOT_HERE"]
     told += ["evaluate.head_to_head.endpoint.base_url=http://127.0.0.1:9/v1"]
     (line,) = found(*told)
-    assert line.startswith("evaluate.head_to_head.endpoint.key_variable: the environment variable NOT_HERE")
+    assert line.startswith("evaluate.head_to_head.endpoint.api_key_env: the environment variable NOT_HERE")
 
 
 @pytest.mark.parametrize(
@@ -293,14 +300,14 @@ def test_judge_of_comparisons_on_a_benchmark_is_asked_too(tmp_path: Path) -> Non
 )
 def test_program_of_a_server_is_looked_for(command: str, said: str) -> None:
     text = command.replace("'", "\\'")
-    lines = found("generate=server", f"generate.command='{text}'")
+    lines = found("engine=server", f"engine.command='{text}'")
     assert len(lines) == bool(said)
-    assert all(line.startswith("generate.command") and said in line for line in lines)
+    assert all(line.startswith("engine.command") and said in line for line in lines)
 
 
 def test_key_of_a_server_that_writes_is_looked_for() -> None:
-    (line,) = found("generate=server", "generate.command='sh {weights} {port}'", "generate.key_variable=NOT_HERE")
-    assert line.startswith("generate.key_variable: the environment variable NOT_HERE is not set")
+    (line,) = found("engine=server", "engine.command='sh {weights} {port}'", "engine.api_key_env=NOT_HERE")
+    assert line.startswith("engine.api_key_env: the environment variable NOT_HERE is not set")
 
 
 def test_packages_of_quantisation_and_small_optimisers_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,34 +334,34 @@ def test_tracking_online_needs_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    (line,) = found("track=wandb", "track.mode=online")
-    assert line.startswith("track.mode=online needs an API key")
-    assert found("track=wandb", "track.mode=offline") == found("track=wandb") == found() == []
+    (line,) = found("tracker=wandb", "tracker.mode=online")
+    assert line.startswith("tracker.mode=online needs an API key")
+    assert found("tracker=wandb", "tracker.mode=offline") == found("tracker=wandb") == found() == []
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert found("track=wandb", "track.mode=online") == []
+    assert found("tracker=wandb", "tracker.mode=online") == []
     monkeypatch.setenv("WANDB_MODE", "maybe")
-    (line,) = found("track=wandb")
+    (line,) = found("tracker=wandb")
     assert line.startswith("WANDB_MODE must be one of")
-    assert found("track=none") == []
+    assert found("tracker=none") == []
 
 
 # --- files and models --------------------------------------------------------------------------------------------
 
 MISSING = {
-    "demonstrations": ["data.seeds.demonstrations=/no.jsonl"],
+    "demonstrations": ["data.seed_data.demonstrations=/no.jsonl"],
     "evaluation": ["evaluate.instructions=/no.jsonl"],
-    "given outputs": ["evaluate.against=/no.jsonl"],
-    "held-out pairs": ["evaluate.preferences.source=/no.jsonl"],
+    "given outputs": ["evaluate.reference_outputs=/no.jsonl"],
+    "held-out pairs": ["evaluate.preference_pairs.source=/no.jsonl"],
     "own instructions": ["data.instruct.source=/no.jsonl"],
-    "validation": ["train.choose.instructions=/no.jsonl", "train.choose.every_steps=1"],
+    "validation": ["train.checkpoint_selection.instructions=/no.jsonl", "train.checkpoint_selection.interval_steps=1"],
     "given pairs": ["data.path=/no.jsonl", "data=pairs", "iterations=1"],
     "reference outputs": ["benchmark.alpaca_eval.reference_outputs=/no.jsonl", "benchmark=[alpaca_eval]"],
     "template": ["model.chat_template=/no.jinja", "model=pretrained", f"model.path={ROOT}"],
     "judge": ["judge.model=/no/judge"],
     "judge of held-out pairs": [
-        "evaluate.preferences.judge.model=/no/judge",
-        "evaluate.preferences.source=ranked",
-        "judge@evaluate.preferences.judge=expected_score",
+        "evaluate.preference_pairs.judge.model=/no/judge",
+        "evaluate.preference_pairs.source=ranked",
+        "judge@evaluate.preference_pairs.judge=expected_score",
     ],
     "benchmark's judge": [
         "benchmark.alpaca_eval.judge.model=/no/judge",
@@ -380,7 +387,7 @@ def test_model_of_a_hub_is_left_to_be_fetched(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_all_processes_end_with_what_the_main_one_has_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = composed("experiment=smoke", "data.seeds.ranked=/no/a.jsonl", "judge.model=/no/b")[0]
+    config = composed("experiment=smoke", "data.seed_data.ranked=/no/a.jsonl", "judge.model=/no/b")[0]
     asked: list[int] = []
 
     def counted(*arguments: Any) -> list[str]:
@@ -396,12 +403,12 @@ def test_all_processes_end_with_what_the_main_one_has_found(monkeypatch: pytest.
 
 
 def test_job_of_a_sweep_says_all_in_one_line(call: Callable[..., Said], tmp_path: Path) -> None:
-    ranked, asked = "data.seeds.ranked=/no/ranked.jsonl", "evaluate.instructions=/no/a.jsonl,/no/b.jsonl"
+    ranked, asked = "data.seed_data.ranked=/no/ranked.jsonl", "evaluate.instructions=/no/a.jsonl,/no/b.jsonl"
     said = call("-m", "experiment=smoke", ranked, asked, "output_dir=out")
     assert said.code == 1
     failed = [line for line in said.out.splitlines() if "): failed: " in line]
     assert [line.partition(": failed: ")[2] for line in failed] == [
-        f"data.seeds.ranked: /no/ranked.jsonl: no such file; evaluate.instructions: /no/{name}.jsonl: no such file"
+        f"data.seed_data.ranked: /no/ranked.jsonl: no such file; evaluate.instructions: /no/{name}.jsonl: no such file"
         for name in "ab"
     ]
     assert len(said.err.splitlines()[-1].split("; evaluate.instructions: /no/a.jsonl")) == 2

@@ -19,10 +19,10 @@ from selfalign.core.files import digest_json
 from selfalign.engines.server import _free_port
 from selfalign.launch.hydra_sweep import ListJobs
 from selfalign.store import artifacts as store_module
-from selfalign.store.artifacts import Artefact, Store, Workspace
+from selfalign.store.artifacts import Artifact, StageOutput, Store
 
 ANSWERS_OF_M2 = "evaluation_M2/answers"
-SETTINGS = [*TINY_RUN, "iterations=1", "generate.batch_tokens=40"]
+SETTINGS = [*TINY_RUN, "iterations=1", "engine.max_batch_tokens=40"]
 """Every prompt is a batch of its own, so that both processes have some."""
 
 
@@ -32,8 +32,8 @@ def given(folder: Path) -> list[str]:
     validation.write_text(
         '{"id": "v1", "instruction": "Tell me of mills."}\n{"id": "v2", "instruction": "And of geese."}\n'
     )
-    choose = {"every_steps": 1, "instructions": validation, "sampling.max_new_tokens": 8}
-    return [*SETTINGS, *data, *(f"train.choose.{name}={value}" for name, value in choose.items())]
+    choose = {"interval_steps": 1, "instructions": validation, "sampling.max_new_tokens": 8}
+    return [*SETTINGS, *data, *(f"train.checkpoint_selection.{name}={value}" for name, value in choose.items())]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def records(folder: Path) -> dict[str, list[dict[str, Any]]]:
             {name: value for name, value in json.loads(line).items() if name not in ("model", "judge")}
             for line in path.read_text().splitlines()
         ]
-        for link in sorted((folder / "artefacts").rglob("*"))
+        for link in sorted((folder / "artifacts").rglob("*"))
         if link.is_symlink()
         for path in sorted(link.glob("*.jsonl"))
         if path.name != "log.jsonl"
@@ -69,7 +69,7 @@ def assert_same(folder: Path, whole: Path) -> None:
                 same = pytest.approx(value, abs=1e-4) if isinstance(value, float) else value
                 assert name == "text" or other[name] == same, (file, name)
     for file in ("instructions/instructions", "responses/responses"):
-        texts, others = ([r["text"] for r in rows[f"artefacts/iteration_1/{file}.jsonl"]] for rows in (made, expected))
+        texts, others = ([r["text"] for r in rows[f"artifacts/iteration_1/{file}.jsonl"]] for rows in (made, expected))
         assert texts == others
     numbers, others = (
         [{k: v for k, v in row.items() if not k.endswith(("seconds", "per_second", "memory_gb"))} for row in metrics(f)]
@@ -97,8 +97,8 @@ def test_killed_process_ends_the_others_and_one_process_goes_on(
     written: list[int] = []
     from selfalign.engines.transformers import TransformersGenerator
 
-    write = TransformersGenerator.write
-    monkeypatch.setattr(TransformersGenerator, "write", lambda *call: written.append(1) or write(*call))
+    write = TransformersGenerator.generate
+    monkeypatch.setattr(TransformersGenerator, "generate", lambda *call: written.append(1) or write(*call))
     folder = run(tmp_path / "out", *given(tmp_path))
     assert len(written) < 3, "M2's answers were written anew"
     assert_same(folder, whole)
@@ -154,7 +154,7 @@ def test_process_that_cannot_hear_that_it_is_to_stop_is_ended(tmp_path: Path) ->
 def test_two_processes_finish_what_one_began_in_one_folder_with_one_tracked_run(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tracked = ["track=wandb", "track.mode=offline"]
+    tracked = ["tracker=wandb", "tracker.mode=offline"]
     with dying_in("iteration_1/responses", monkeypatch):
         run(tmp_path / "out", *given(tmp_path), *tracked)
     (kept,) = (tmp_path / "out/store/respond").glob("*/scratch/journal-0.jsonl")
@@ -174,7 +174,7 @@ def test_two_processes_finish_what_one_began_in_one_folder_with_one_tracked_run(
 # --- the store, among threads ------------------------------------------------------------------------------------
 
 
-def write_shares(out: Workspace) -> dict[str, Any]:
+def write_shares(out: StageOutput) -> dict[str, Any]:
     """A stage of five batches that says which process made which, and how many it was told there are."""
     with out.journal(5, "things") as journal:
         made = list(journal.batches((str(n), 1, distributed.rank) for n in range(5)))
@@ -183,11 +183,11 @@ def write_shares(out: Workspace) -> dict[str, Any]:
     return {"made": made, "count": distributed.count()}
 
 
-def make_in_store(root: Path, rank: int, *, all_ranks: bool = True, **inputs: Any) -> Artefact:
+def make_in_store(root: Path, rank: int, *, all_ranks: bool = True, **inputs: Any) -> Artifact:
     return Store(root).make("stage", inputs, write_shares, all_ranks=all_ranks)
 
 
-def test_stage_made_together_is_one_artefact_of_the_main_process(
+def test_stage_made_together_is_one_artifact_of_the_main_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, *others = Team(3, monkeypatch).run(lambda rank: make_in_store(tmp_path, rank))
@@ -221,16 +221,16 @@ def test_sweep_is_not_started_by_several_processes(monkeypatch: pytest.MonkeyPat
         ListJobs().on_multirun_start(None)  # pyright: ignore[reportArgumentType]
 
 
-TOGETHER = test_stage_made_together_is_one_artefact_of_the_main_process
+TOGETHER = test_stage_made_together_is_one_artifact_of_the_main_process
 ALONE = test_any_other_stage_is_left_to_the_main_process
 # (what, old text, new text, the test that notices)
 MUTANTS: list[tuple[str, str, str, Check]] = [
-    ("everybody writes into the artefact", 'self.scratch / f"process_', 'folder / f"process_', TOGETHER),
-    ("what one made is not given to the others", "cast(Artefact, distributed.broadcast(made))", "cast(Artefact, made)",
+    ("everybody writes into the artifact", 'self.scratch / f"process_', 'folder / f"process_', TOGETHER),
+    ("what one made is not given to the others", "cast(Artifact, distributed.broadcast(made))", "cast(Artifact, made)",
      TOGETHER),
     ("every process writes the manifest", "        if not distributed.is_main():\n            return\n", "", TOGETHER),
     ("every stage is made by all", "elif all_ranks:", "elif True:", ALONE),
-    ("the main process waits for the others alone", "with distributed.alone():", "if True:", ALONE),
+    ("the main process waits for the others alone", "with distributed.single_process():", "if True:", ALONE),
     ("different data go unnoticed", "if len(set(distributed.gather(folder.name))) > 1:", "if False:",
      test_processes_that_read_different_data_are_stopped),
 ]  # fmt: skip

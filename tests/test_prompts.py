@@ -103,7 +103,11 @@ def test_every_fault_of_a_template_is_told_at_once() -> None:
     [
         ("judge.prompt", "{instruction}{response}", "{instruction}, {response}"),
         ("evaluate.head_to_head.prompt", "{instruction}{first}{second}", "{instruction}, {first}, {second}"),
-        ("train.choose.head_to_head.prompt", "{instruction}{first}{second}", "{instruction}, {first}, {second}"),
+        (
+            "train.checkpoint_selection.head_to_head.prompt",
+            "{instruction}{first}{second}",
+            "{instruction}, {first}, {second}",
+        ),
         ("benchmark.mt_bench.judge.prompt", "{references}{conversation}", "{references}, {conversation}"),
         ("loss.refinement.prompt", "{scale}", "{scale}"),
         ("data.instruct.prompt", "Go on.", "none"),

@@ -16,11 +16,11 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
 from selfalign.launch import push_to_hub as module
 from selfalign.launch.push_to_hub import check_login, publish, repository_files
-from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.runs.folder import run_folder
 from selfalign.runs.reader import Finished
 
-TINY = [*TINY_RUN, "iterations=1", "evaluate=none", "data.seeds.ranked=''", "data.seeds.evaluation_fine_tuning=none"]
+TINY = [*TINY_RUN, "iterations=1", "evaluate=none", "data.seed_data.ranked=''", "data.seed_data.eft_source=none"]
 CHECKPOINT = {"config.json", "generation_config.json", "model.safetensors"}
 TOKENIZER = {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
 
@@ -74,7 +74,7 @@ def test_push_sends_the_last_model_and_its_card_and_nothing_else(hub: Hub, full:
     address = publish(full, "me/tiny", private=True)
     sent = hub.files["me/tiny"]
     assert sent.keys() == {*CHECKPOINT, *TOKENIZER, "README.md"}
-    weights = full / "artefacts/M2/weights"
+    weights = full / "artifacts/M2/weights"
     assert all(sent[name] == (weights / name).read_bytes() for name in CHECKPOINT)
     assert address.startswith(f"{hub.url}/me/tiny/commit/")
     assert (hub.private, hub.commits) == ({"me/tiny": True}, [f"M2 of {full.name}"])
@@ -93,7 +93,7 @@ def test_adapter_is_sent_without_its_base(hub: Hub, adapter: Path) -> None:
 
 def test_neither_pickles_nor_code_are_sent_unless_the_code_is_trusted(full: Path, tmp_path: Path) -> None:
     shutil.copytree(full, tmp_path / "run")
-    policy = tmp_path / "run/artefacts/M2"
+    policy = tmp_path / "run/artifacts/M2"
     for name in ("pytorch_model.bin", "optimizer.pt", "training_args.pkl", "modeling.py", "README.md"):
         (policy / "weights" / name).write_bytes(b"not to be sent")
     files = repository_files(Finished.load(tmp_path / "run"), "me/tiny")
@@ -111,7 +111,7 @@ def test_what_was_sent_loads_as_the_model_it_is(hub: Hub, full: Path, tmp_path: 
         (tmp_path / name).write_bytes(content)
     model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     ids = AutoTokenizer.from_pretrained(tmp_path)("Tell me about bees.", return_tensors="pt").input_ids
-    expected = PolicyFiles(full / "artefacts/M2").load("float32", device="cpu").model
+    expected = PolicyCheckpoint(full / "artifacts/M2").load("float32", device="cpu").model
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, expected(ids).logits)
 
@@ -139,7 +139,7 @@ def test_run_with_push_is_the_same_run_and_keeps_no_token(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    assert run(output, *overrides, "push=true", "push_to=me/tiny") == full
+    assert run(output, *overrides, "hub.push=true", "hub.repo_id=me/tiny") == full
     assert "README.md" in hub.files["me/tiny"]
     said = capsys.readouterr()
     assert f"published {hub.url}/me/tiny/commit/" in said.out
@@ -152,7 +152,7 @@ def test_run_with_push_is_the_same_run_and_keeps_no_token(
 
 def test_failed_push_leaves_the_run_finished(hub: Hub, output: Path, overrides: list[str]) -> None:
     hub.refuses = {"/api/repos/create": (500, "down")}
-    pushed = [*overrides, "seed=1", "push=true", "push_to=me/tiny"]
+    pushed = [*overrides, "seed=1", "hub.push=true", "hub.repo_id=me/tiny"]
     said = refusal(lambda: run(output, *pushed))
     config, *_ = composed(*pushed)
     folder, _ = run_folder(output, config.name, config, fresh=False)
@@ -166,7 +166,7 @@ def test_failed_push_leaves_the_run_finished(hub: Hub, output: Path, overrides: 
 
 def test_nothing_is_sent_unless_asked_for(hub: Hub, output: Path, overrides: list[str], full: Path) -> None:
     assert composed(*overrides)[0].push is False
-    run(output, *overrides, "push_to=me/tiny")
+    run(output, *overrides, "hub.repo_id=me/tiny")
     assert not hub.files
 
 
@@ -175,20 +175,20 @@ def test_nothing_is_sent_unless_asked_for(hub: Hub, output: Path, overrides: lis
 
 @pytest.mark.parametrize("name", ["", "tiny", "me/", "/tiny", "me/tiny/more", "https://h/me/tiny", "me/t y", "-me/x"])
 def test_repository_needs_an_owner_and_a_name(name: str) -> None:
-    assert "push_to=owner/name" in refusal(lambda: check_repository(name))
+    assert "hub.repo_id=owner/name" in refusal(lambda: check_repository(name))
 
 
 def test_push_needs_a_repository_before_anything_is_made() -> None:
-    assert "push_to=owner/name" in refusal(lambda: composed("experiment=smoke", "push=true"))
-    config, *_ = composed("experiment=smoke", "push=true", "push_to=me/lam-${loss.lam}", "loss.lam=0.3")
-    assert (config.push, config.push_to, config.push_private) == (True, "me/lam-0.3", True)
+    assert "hub.repo_id=owner/name" in refusal(lambda: composed("experiment=smoke", "hub.push=true"))
+    config, *_ = composed("experiment=smoke", "hub.push=true", "hub.repo_id=me/lam-${loss.lam}", "loss.lam=0.3")
+    assert (config.hub.push, config.hub.repo_id, config.hub.private) == (True, "me/lam-0.3", True)
 
 
 def test_push_without_a_login_is_refused_before_anything_is_made(
     hub: Hub, tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HF_TOKEN")
-    said = refusal(lambda: run(tmp_path / "new", *overrides, "push=true", "push_to=me/tiny"))
+    said = refusal(lambda: run(tmp_path / "new", *overrides, "hub.push=true", "hub.repo_id=me/tiny"))
     assert "hf auth login" in said
     assert not (tmp_path / "new").exists()
 
@@ -201,14 +201,14 @@ def test_push_offline_is_refused_before_anything_is_made(hub: Hub, monkeypatch: 
 def test_wrong_login_is_said_to_be_one(hub: Hub, full: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_another")
     said = refusal(lambda: publish(full, "me/tiny", private=True))
-    assert said.startswith("push_to=me/tiny: the hub does not accept the login (401")
+    assert said.startswith("hub.repo_id=me/tiny: the hub does not accept the login (401")
     assert "hf_another" not in said
 
 
 def test_missing_permission_is_said_with_the_hub_s_words(hub: Hub, full: Path) -> None:
     hub.refuses = {"/api/": (403, "You don't have the rights\nto create a model under the namespace 'them'")}
     said = refusal(lambda: publish(full, "them/tiny", private=True))
-    assert said.startswith("push_to=them/tiny: the login may not write there (403")
+    assert said.startswith("hub.repo_id=them/tiny: the login may not write there (403")
     assert "under the namespace 'them'" in said
 
 
@@ -228,7 +228,7 @@ PICKLES = test_neither_pickles_nor_code_are_sent_unless_the_code_is_trusted
 STALE = test_push_removes_the_weights_of_an_earlier_one_and_leaves_other_files
 MUTANTS = [
     ("every file", "else MODEL_FILES", 'else ["*"]', PICKLES),
-    ("the first model", "last_model(run).link_in(run.folder)", 'run.folder / "artefacts" / "M1"', SENT),
+    ("the first model", "last_model(run).link_in(run.folder)", 'run.folder / "artifacts" / "M1"', SENT),
     ("always public", "private=private, exist_ok", "private=False, exist_ok", SENT),
     ("no card", '{**files, "README.md": model_card(run, repository).encode()}', "files", SENT),
     ("the run folder's card", "model_card(run, repository)", "model_card(run)", SENT),

@@ -12,7 +12,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.records import PreferencePair
 from selfalign.data import schemas
 from selfalign.data.schemas import (
-    Completion,
+    RatedCompletion,
     RatedCompletions,
     TreeMessage,
     rank_completions,
@@ -260,10 +260,10 @@ def test_a_score_that_is_no_number_is_no_score() -> None:
     row = RatedCompletions(
         instruction="Name a colour.",
         completions=[
-            Completion(response="Red.", overall_score=8.0, fine_grained_score=4.0),
-            Completion(response="Blue.", overall_score=nan, fine_grained_score=4.0),
-            Completion(response="Dog.", overall_score=2.0, fine_grained_score=nan),
-            Completion(response="Cat.", overall_score=1.0, fine_grained_score=1.0),
+            RatedCompletion(response="Red.", overall_score=8.0, fine_grained_score=4.0),
+            RatedCompletion(response="Blue.", overall_score=nan, fine_grained_score=4.0),
+            RatedCompletion(response="Dog.", overall_score=2.0, fine_grained_score=nan),
+            RatedCompletion(response="Cat.", overall_score=1.0, fine_grained_score=1.0),
         ],
     )
     (ranked,), drops = rank_completions([row])

@@ -12,8 +12,8 @@ from builders import (
     demonstration,
     metrics,
     optimization,
-    policy_artefact,
-    records_artefact,
+    policy_artifact,
+    records_artifact,
     run,
     workspace,
     write_tiny_data,
@@ -28,12 +28,12 @@ from selfalign.engines.server import export
 from selfalign.engines.transformers import Transformers
 from selfalign.engines.vllm_engine import VLLM
 from selfalign.models import checkpoint
-from selfalign.models.checkpoint import Policy, PolicyFiles
+from selfalign.models.checkpoint import Policy, PolicyCheckpoint
 from selfalign.models.config import LoRA, ModelConfig
 from selfalign.models.pretrained import fetch_pretrained
 from selfalign.models.quantization import quantise_on_load
 from selfalign.stages.sft import sft
-from selfalign.training.config import Weights
+from selfalign.training.config import TrainableWeights
 
 bitsandbytes: ModuleType = pytest.importorskip("bitsandbytes", reason="needs the extra qlora")
 
@@ -51,23 +51,23 @@ def quantised_layers(policy: Policy) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def quantised(tmp_path_factory: pytest.TempPathFactory) -> PolicyFiles:
+def quantised(tmp_path_factory: pytest.TempPathFactory) -> PolicyCheckpoint:
     return fetch_pretrained(ModelConfig(**QUANTISED), tmp_path_factory.mktemp("nf4"))
 
 
-def train(base: PolicyFiles, folder: Path) -> PolicyFiles:
+def train(base: PolicyCheckpoint, folder: Path) -> PolicyCheckpoint:
     """A policy after two steps of SFT on an adapter, loud enough to be told from its base."""
     taught = [demonstration(f"t{n}", f"Say one thing about {word}.") for n, word in enumerate(["bees", "rivers"])]
-    given, policy = records_artefact(folder / "given", demonstrations=taught), policy_artefact(base)
+    given, policy = records_artifact(folder / "given", demonstrations=taught), policy_artifact(base)
     out = workspace(folder / "M1")
-    adapter = Weights(dtype="float32", lora=LoRA(rank=4), seed=0)
+    adapter = TrainableWeights(dtype="float32", lora=LoRA(rank=4), seed=0)
     settings = optimization(learning_rate=0.05, epochs=2)
     sft(out, policy=policy, base=policy, demonstrations=given, optimization=settings, weights=adapter)
-    return PolicyFiles(out.path)
+    return PolicyCheckpoint(out.path)
 
 
 def test_linear_layers_are_in_four_bits_and_the_output_layer_embeddings_and_norms_are_not(
-    quantised: PolicyFiles, tiny_policy: PolicyFiles
+    quantised: PolicyCheckpoint, tiny_policy: PolicyCheckpoint
 ) -> None:
     policy, plain = quantised.load("float32"), tiny_policy.load("float32")
     assert len(quantised_layers(policy)) == 2 * 7
@@ -81,7 +81,7 @@ def test_linear_layers_are_in_four_bits_and_the_output_layer_embeddings_and_norm
 
 
 def test_quantisation_is_part_of_what_identifies_a_policy_and_those_trained_from_it(
-    quantised: PolicyFiles, tiny_policy: PolicyFiles, tmp_path: Path
+    quantised: PolicyCheckpoint, tiny_policy: PolicyCheckpoint, tmp_path: Path
 ) -> None:
     assert quantised.digest != tiny_policy.digest
     trained = train(quantised, tmp_path)
@@ -119,7 +119,7 @@ def dequantised(policy: Policy) -> nn.Module:
     return plain
 
 
-def test_gradients_are_those_of_the_dequantised_weights_after_an_inference_too(quantised: PolicyFiles) -> None:
+def test_gradients_are_those_of_the_dequantised_weights_after_an_inference_too(quantised: PolicyCheckpoint) -> None:
     policy = quantised.load("float32")
     plain = dequantised(policy)
     logits_of(policy)  # Where bitsandbytes repacks layers for inference, it does so here.
@@ -138,7 +138,7 @@ def test_gradients_are_those_of_the_dequantised_weights_after_an_inference_too(q
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("not (trainable or apart or self.quantization)", "not (trainable or apart)"),
+        ("not (trainable or keep_adapter or self.quantization)", "not (trainable or keep_adapter)"),
         ('"base": base.digest, **base.quantization, ', '"base": base.digest, '),
         ('if self.weights.get("quantization") == "nf4" else {}', "if not self.weights else {}"),
     ],
@@ -149,15 +149,15 @@ def test_other_ways_to_load_a_quantised_policy_are_caught(
 ) -> None:
     with mutated(checkpoint, old, new) as copy:
         for name in ("load", "save"):
-            monkeypatch.setattr(PolicyFiles, name, getattr(copy.PolicyFiles, name))
+            monkeypatch.setattr(PolicyCheckpoint, name, getattr(copy.PolicyCheckpoint, name))
         with pytest.raises((AssertionError, UserWarning)):  # peft warns of merging, which is an error here
             test_adapter_stays_beside_its_quantised_base_and_scores_as_it_was_trained(tmp_path)
 
 
-def test_policy_writes_what_it_finds_likeliest(quantised: PolicyFiles, tmp_path: Path) -> None:
+def test_policy_writes_what_it_finds_likeliest(quantised: PolicyCheckpoint, tmp_path: Path) -> None:
     trained = train(quantised, tmp_path)
     generator = Transformers(dtype="float32").load(trained)
-    [[written]] = generator.write(
+    [[written]] = generator.generate(
         [Request(prompt=IDS[0].tolist(), seeds=[0])], Sampling(temperature=0, max_new_tokens=1)
     )
     best = logits_of(trained.load("float32"))[0, -1].argmax()
@@ -170,12 +170,14 @@ def test_whole_run_trains_and_scores_one_quantised_policy(tmp_path: Path) -> Non
     folder = run(tmp_path, *TINY_RUN, *told, *write_tiny_data(tmp_path / "data"))
     first = next(row for row in metrics(folder) if row["label"] == "M2" and row.get("align/step") == 1)
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-4)
-    policies = [PolicyFiles(folder / "artefacts" / name) for name in ("M0", "M1", "M2")]
+    policies = [PolicyCheckpoint(folder / "artifacts" / name) for name in ("M0", "M1", "M2")]
     assert len({files.digest for files in policies}) == 3
     assert all(files.quantization for files in policies)
 
 
-def test_missing_package_is_named_with_what_to_install(quantised: PolicyFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_named_with_what_to_install(
+    quantised: PolicyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(
         SelfalignError, match=r"model\.quantization=nf4 needs bitsandbytes: pip install 'selfalign\[qlora\]'"
@@ -190,13 +192,13 @@ def test_full_training_of_quantised_weights_is_refused() -> None:
 
 @pytest.mark.parametrize("engine", ["vllm", "server"])
 def test_engine_that_would_run_the_unquantised_base_is_refused(
-    engine: str, quantised: PolicyFiles, tmp_path: Path
+    engine: str, quantised: PolicyCheckpoint, tmp_path: Path
 ) -> None:
-    told = ["model.quantization=nf4", "model.lora.rank=4", f"generate={engine}"]
-    command = ["generate.command='run {weights} {port}'"] if engine == "server" else []
-    with pytest.raises(SelfalignError, match=f"generate={engine} cannot run a policy in 4 bits: set generate="):
+    told = ["model.quantization=nf4", "model.lora.rank=4", f"engine={engine}"]
+    command = ["engine.command='run {weights} {port}'"] if engine == "server" else []
+    with pytest.raises(SelfalignError, match=f"engine={engine} cannot run a policy in 4 bits: set engine="):
         composed("experiment=smoke", *told, *command)
-    with pytest.raises(SelfalignError, match=f"generate={engine} cannot run a policy in 4 bits"):
+    with pytest.raises(SelfalignError, match=f"engine={engine} cannot run a policy in 4 bits"):
         VLLM().arguments(quantised) if engine == "vllm" else export(quantised, tmp_path, "float32")
 
 
@@ -209,7 +211,7 @@ def test_quantised_layers_go_to_the_gpu_by_its_number(monkeypatch: pytest.Monkey
 
 @pytest.mark.filterwarnings("ignore:bitsandbytes:UserWarning")
 def test_layers_that_were_repacked_for_inference_are_noticed_when_the_model_is_fetched(
-    quantised: PolicyFiles, monkeypatch: pytest.MonkeyPatch
+    quantised: PolicyCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not bitsandbytes.functional.has_avx512bf16():
         pytest.skip("bitsandbytes repacks layers only on a CPU with AVX-512 BF16")

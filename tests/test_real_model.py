@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import optimization, policy_artefact, preference, records_artefact, weights, workspace
+from builders import optimization, policy_artifact, preference, records_artifact, weights, workspace
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -21,10 +21,10 @@ from selfalign.launch.experiment import run_experiment
 from selfalign.losses.preference import DPO, IPO, ODPO, SrDPO, SrIPO
 from selfalign.losses.protocol import PreferenceLoss, augmentation_of
 from selfalign.losses.refinement import Refinement
-from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.tokenizer import encode_prompt
 from selfalign.stages.align import align
-from selfalign.stages.reference import reference
+from selfalign.stages.reference_logprobs import reference_logprobs
 
 pytestmark = [
     pytest.mark.real_model,
@@ -37,9 +37,9 @@ pytestmark = [
 OVERRIDES = [
     "experiment=demo",
     "iterations=1",
-    "track=none",
-    "data.seeds.max_demonstrations=4",
-    "data.seeds.held_out_share=0.5",
+    "tracker=none",
+    "data.seed_data.max_demonstrations=4",
+    "data.seed_data.held_out_share=0.5",
     "data.instruct.count=3",
     "data.instruct.prompts_per_batch=6",
     "data.instruct.sampling.max_new_tokens=40",
@@ -58,16 +58,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "ranked.jsonl").write_text("".join(ranked), encoding="utf-8")
     register()
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        overrides = [*OVERRIDES, f"output_dir={folder}/outputs", f"data.seeds.ranked={folder}/ranked.jsonl"]
+        overrides = [*OVERRIDES, f"output_dir={folder}/outputs", f"data.seed_data.ranked={folder}/ranked.jsonl"]
         composed = compose("config", overrides)
     plain: Any = OmegaConf.to_container(composed, resolve=True, enum_to_str=True)
     return run_experiment(to_experiment(composed), OmegaConf.to_yaml(composed, resolve=True), plain)
 
 
 def test_packaged_model_answers_sensibly(run: Path) -> None:
-    generator = Transformers().load(PolicyFiles(run / "artefacts" / "M0"))
+    generator = Transformers().load(PolicyCheckpoint(run / "artifacts" / "M0"))
     prompt = encode_prompt(generator.tokenizer, as_prompt("What is the capital of France?"))
-    [[completion]] = generator.write([Request(prompt=prompt, seeds=[0])], Sampling(temperature=0, max_new_tokens=16))
+    [[completion]] = generator.generate([Request(prompt=prompt, seeds=[0])], Sampling(temperature=0, max_new_tokens=16))
     assert "Paris" in completion.text
     assert generator.tokenizer.pad_token_id == 0
     assert generator.tokenizer.pad_token_id != generator.tokenizer.eos_token_id
@@ -99,8 +99,8 @@ COMBINATIONS: dict[str, PreferenceLoss] = {
     "sr_dpo": SrDPO(),
     "sr_dpo shuffled": SrDPO(refinement=Refinement(source="shuffled")),
     "sr_dpo random prompt": SrDPO(refinement=Refinement(source="random_prompt", scale=10)),
-    "sr_ipo printed": SrIPO(lam=0.3, target="printed"),
-    "sr_ipo exact": SrIPO(lam=0.3, target="exact"),
+    "sr_ipo printed": SrIPO(lam=0.3, lambda_scale="paper"),
+    "sr_ipo exact": SrIPO(lam=0.3, lambda_scale="derived"),
     "sr_ipo naive": SrIPO(refinement=Refinement(source="naive")),
     "odpo": ODPO(),
 }
@@ -114,20 +114,20 @@ PREFERENCES = [
 @pytest.mark.parametrize("name", COMBINATIONS)
 def test_every_loss_trains_the_real_model_and_falls(run: Path, tmp_path: Path, name: str) -> None:
     loss = COMBINATIONS[name]
-    policy = policy_artefact(PolicyFiles(run / "artefacts" / "M0"))
+    policy = policy_artifact(PolicyCheckpoint(run / "artifacts" / "M0"))
     scored = [replace(pair, chosen_score=4.0, rejected_score=2.0) for pair in PREFERENCES]
-    pairs = records_artefact(tmp_path / "pairs", pairs=scored)
+    pairs = records_artifact(tmp_path / "pairs", pairs=scored)
     settings = optimization(learning_rate=1e-3, epochs=4, batch_size=3)
-    precision = settings.precision("float32")
+    precision = settings.logprob_settings("float32")
     scores = workspace(tmp_path / "reference")
-    reference(scores, policy=policy, pairs=pairs, augmentation=augmentation_of(loss), precision=precision)
+    reference_logprobs(scores, policy=policy, pairs=pairs, augmentation=augmentation_of(loss), precision=precision)
     rows: list[dict[str, Any]] = []
     align(
         workspace(tmp_path / "aligned", rows),
         policy=policy,
         base=policy,
         pairs=pairs,
-        reference=records_artefact(scores.path),
+        reference=records_artifact(scores.path),
         loss=loss,
         start=None,
         held_out=0,

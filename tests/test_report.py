@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import records_artefact
+from builders import records_artifact
 
 from selfalign.core.files import write_json
 from selfalign.core.jsonl import HasId
@@ -64,19 +64,19 @@ class Fabricated:
             "name": "made-up",
             "iterations": iterations,
             "model": {"path": "some/model", "lora": {"rank": 8}},
-            "data": {"instruct": {"count": 4, "writer": "self"}, "respond": {"candidates": 4}},
-            "judge": {"prompt": HOSTILE, "model": "self", "low": 0, "high": 5, "samples": 3},
+            "data": {"instruct": {"count": 4, "model": "self"}, "respond": {"candidates": 4}},
+            "judge": {"prompt": HOSTILE, "model": "self", "min_score": 0, "max_score": 5, "num_samples": 3},
             "pair": {"minimum_margin": 0.0},
             "loss": {"beta": 0.1, "lam": 0.5},
-            "train": {"reference": "previous"},
+            "train": {"reference_policy": "previous"},
             "evaluate": {"judge": "sft", "instructions": [{"path": "made/up.jsonl"}]},
             **config,
         }
 
     def stage(self, label: str, stage: str, counts: dict[str, Any], **files: Sequence[HasId]) -> None:
-        place = self.folder / "artefacts" / label
+        place = self.folder / "artifacts" / label
         place.mkdir(parents=True)
-        records_artefact(place, **files)
+        records_artifact(place, **files)
         inputs = {"loss": {"class": "SrDPO", **self.config["loss"]}} if stage == "align" else {}
         write_json(place / "manifest.json", {"inputs": inputs})
         self.stages.append({"label": label, "stage": stage, "seconds": 2.5, "counts": counts, "key": "k"})
@@ -160,8 +160,8 @@ def begin(folder: Path, **config: Any) -> Fabricated:
         RankedAnswers(id=f"q{n}", instruction="?", texts=["a", "b"], ranks=[1, 2], scores=[], justifications=[])
         for n in (1, 2, 3)
     ]
-    run.stage("M0", "pretrained", {"parameters": 135_000_000})
-    run.stage("seeds", "seeds", {"ift": 84, "eft": 56}, ranked=ranked)
+    run.stage("M0", "load_model", {"parameters": 135_000_000})
+    run.stage("seeds", "seed_data", {"ift": 84, "eft": 56}, ranked=ranked)
     quality = {"judge_quality/pairwise_accuracy": 1 / 3, "judge_quality/spearman": 0.0}
     run.model("M1", "sft", demonstrations=140, **quality)
     return run
@@ -171,7 +171,7 @@ def whole(folder: Path, hostile: str = "") -> Path:
     """A run with everything: two iterations, evaluated."""
     run = begin(folder)
     asked = [instruction(f"e{n}", "evaluation") for n in range(1, 5)]
-    run.stage("questions", "questions", {"instructions": 4}, instructions=asked)
+    run.stage("questions", "eval_instructions", {"instructions": 4}, instructions=asked)
     run.evaluation("M1", [3, 3, 3, 3])
     for number in (1, 2):
         run.iteration(number, hostile=hostile)
@@ -387,7 +387,7 @@ def test_run_without_evaluation_has_no_win_rate(tmp_path: Path) -> None:
 
 def test_links_that_lead_nowhere_leave_their_sections_out(tmp_path: Path) -> None:
     folder = whole(tmp_path / "run")
-    for path in (folder / "artefacts").rglob("*.json*"):
+    for path in (folder / "artifacts").rglob("*.json*"):
         path.unlink()
     page = Page(report(folder))
     assert page.sections == [
@@ -423,11 +423,11 @@ def test_paragraph_names_model_data_judge_rule_loss_and_seed(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"writer": "self"}, "the newest model wrote 4 instructions and, for each, 4 candidates"),
-        ({"writer": "sft"}, "M1 wrote 4 instructions and the newest model, for each, 4 candidates"),
-        ({"writer": "./<chat>"}, "./&lt;chat&gt; wrote 4 instructions and the newest model, for each, 4 candidates"),
+        ({"model": "self"}, "the newest model wrote 4 instructions and, for each, 4 candidates"),
+        ({"model": "sft"}, "M1 wrote 4 instructions and the newest model, for each, 4 candidates"),
+        ({"model": "./<chat>"}, "./&lt;chat&gt; wrote 4 instructions and the newest model, for each, 4 candidates"),
         (
-            {"writer": "self", "source": "a.jsonl"},
+            {"model": "self", "source": "a.jsonl"},
             "the newest model took 4 instructions from a.jsonl and wrote, for each, 4 candidates",
         ),
     ],
@@ -460,7 +460,9 @@ def test_rewards_on_held_out_pairs_and_drift_have_their_tables(tmp_path: Path) -
         "preferences/margin_score_pearson": -0.5,
     }
     drift = {"logps/chosen_change": -1.25, "logps/chosen_change_per_token": -0.125, "score_length_correlation": 0.5}
-    run.model("M2", "align", pairs=6, **held_out, **interval, **drift, **{"crossed/chosen_change": -0.125})
+    run.model(
+        "M2", "align", pairs=6, **held_out, **interval, **drift, **{"bound_violated/min_chosen_logp_change": -0.125}
+    )
     page = report(run.finish())
     tables = {
         name: re.sub(' data-sort="[^"]*"', "", page.split(f'<section id="{name}">')[1].split("</table>")[0])
@@ -472,7 +474,7 @@ def test_rewards_on_held_out_pairs_and_drift_have_their_tables(tmp_path: Path) -
         assert cell in tables["drift"]
     assert "Held-out pairs: accuracy" in page
     assert "Change of log π" in page
-    assert "M2: chosen change −0.125" in page.split("beyond their bounds")[1].split("</p>")[0]
+    assert "M2: min chosen logp change −0.125" in page.split("beyond their bounds")[1].split("</p>")[0]
     assert not {"held-out-pairs", "drift", "training-time"} & {*Page(report(whole(tmp_path / "quiet"))).sections}
 
 
@@ -494,16 +496,24 @@ def test_constant_judge_is_a_warning_at_the_top(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("judge", "kind", "said"),
     [
-        ({"model": "sft", "low": 0, "high": 5, "pairs": 0}, "Pairwise", "M1 judged (wins of comparisons, 0 to 5)"),
-        ({"model": "sft", "low": 0, "high": 5, "scores": "elo"}, "Pairwise", "M1 judged (Elo by comparisons, 0 to 5)"),
+        (
+            {"model": "sft", "min_score": 0, "max_score": 5, "pairs": 0},
+            "Pairwise",
+            "M1 judged (wins of comparisons, 0 to 5)",
+        ),
+        (
+            {"model": "sft", "min_score": 0, "max_score": 5, "scores": "elo"},
+            "Pairwise",
+            "M1 judged (Elo by comparisons, 0 to 5)",
+        ),
         ({"model": "self", "beta": 0.1}, "ImplicitReward", "which it judged itself (implicit reward)"),
         (
-            {"endpoint": {"model": "big<model>"}, "low": 0, "high": 5, "samples": 3},
+            {"endpoint": {"model": "big<model>"}, "min_score": 0, "max_score": 5, "num_samples": 3},
             "ExternalScore",
             "which big&lt;model&gt; judged (mean of 3 written judgements, 0 to 5)",
         ),
         (
-            {"model": "/models/x", "low": 0, "high": 5},
+            {"model": "/models/x", "min_score": 0, "max_score": 5},
             "ExpectedScore",
             "which /models/x judged (expected score, 0 to 5)",
         ),
@@ -512,7 +522,7 @@ def test_constant_judge_is_a_warning_at_the_top(tmp_path: Path) -> None:
 def test_paragraph_says_who_judged_and_how(tmp_path: Path, judge: dict[str, Any], kind: str, said: str) -> None:
     run = begin(tmp_path / "run", judge=judge)
     run.stage("iteration_1/judgements", "judge", {})
-    place = tmp_path / "run/artefacts/iteration_1/judgements/manifest.json"
+    place = tmp_path / "run/artifacts/iteration_1/judgements/manifest.json"
     write_json(place, {"inputs": {"judge": {"class": kind}}})
     folder = run.finish()
     assert said in re.sub(r"<.*?>", "", what_was_run(Finished.load(folder)))

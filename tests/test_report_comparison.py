@@ -27,7 +27,17 @@ from selfalign.report.comparison_charts import axes_of, over_settings
 from selfalign.report.comparison_page import job_rows
 from selfalign.report.comparison_sentences import best, caveats, changed_sources, opponents
 from selfalign.report.html import percent
-from selfalign.report.jobs import Comparison, Job, as_text, costs, differing, find_jobs, flat, metric_of, seconds_own
+from selfalign.report.jobs import (
+    JobComparison,
+    JobResult,
+    as_text,
+    costs,
+    differing,
+    find_jobs,
+    flat,
+    metric_of,
+    seconds_own,
+)
 from selfalign.runs.labels import Label
 from selfalign.runs.reader import Finished
 
@@ -63,7 +73,7 @@ class Sweep:
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     root = tmp_path_factory.mktemp("sweep")
-    output, shared = root / "outputs", (*TINY_RUN, "track=none", *write_tiny_data(root / "data"))
+    output, shared = root / "outputs", (*TINY_RUN, "tracker=none", *write_tiny_data(root / "data"))
     lams = (1, 0.1, 0.5)
     finished = [run(output, *shared, "iterations=1", f"loss.lam={lam}") for lam in lams]
     with pytest.raises(SelfalignError):
@@ -286,7 +296,7 @@ def test_answers_of_all_policies_stand_side_by_side(page: str, sweep: Sweep) -> 
     names = re.findall(r'<p class="head"><b>(.*?)</b>', section.split("</article>")[0])
     told = "(loss.lam = {}, pair.minimum_margin = 0)"
     assert names == ["M1", *(f"M2 of job {n} {told.format(lam)}" for n, lam in ((1, 1), (2, 0.1), (3, 0.5)))]
-    lines = (sweep.finished[0] / "artefacts/evaluation_M1/answers/responses.jsonl").read_text().splitlines()
+    lines = (sweep.finished[0] / "artifacts/evaluation_M1/answers/responses.jsonl").read_text().splitlines()
     first = json.loads(lines[0])["text"]
     assert Page(page).candidates[0][1].count(first)
 
@@ -295,12 +305,12 @@ def test_answers_of_all_policies_stand_side_by_side(page: str, sweep: Sweep) -> 
 
 
 def made_in(folders: list[Path]) -> dict[str, float]:
-    """{where an artefact lies: seconds} of all the links of runs, by their manifests."""
-    links = [link for folder in folders for link in (folder / "artefacts").rglob("*") if link.is_symlink()]
+    """{where an artifact lies: seconds} of all the links of runs, by their manifests."""
+    links = [link for folder in folders for link in (folder / "artifacts").rglob("*") if link.is_symlink()]
     return {os.path.realpath(link): read_json(link / "manifest.json")["seconds"] for link in links}
 
 
-def test_shared_artefact_counts_once(sweep: Sweep) -> None:
+def test_shared_artifact_counts_once(sweep: Sweep) -> None:
     finished = find_jobs(sweep.finished)
     spent = costs(finished, lambda label, stage: stage)
     alone = [stage["seconds"] for folder in sweep.finished for stage in read_json(folder / "summary.json")["stages"]]
@@ -319,10 +329,10 @@ def test_own_time_is_of_what_no_other_job_needed(sweep: Sweep) -> None:
         assert seconds_own(job, finished) == pytest.approx(math.fsum(own))
 
 
-def test_same_artefact_in_two_stores_was_made_twice(sweep: Sweep, tmp_path: Path) -> None:
+def test_same_artifact_in_two_stores_was_made_twice(sweep: Sweep, tmp_path: Path) -> None:
     other = shutil.copytree(sweep.output, tmp_path / "outputs", symlinks=True)
     found = find_jobs([sweep.finished[0], other / sweep.finished[1].name])
-    assert len(Comparison.of(found, "eval/win_rate").by_key(Label.model("M1"))) == 1
+    assert len(JobComparison.of(found, "eval/win_rate").by_key(Label.model("M1"))) == 1
     assert costs(found, lambda label, stage: stage)["sft"].reused == 0
 
 
@@ -335,7 +345,7 @@ def test_same_artefact_in_two_stores_was_made_twice(sweep: Sweep, tmp_path: Path
         (("pairs.jsonl", "a"), "r", []),
         (("pairs.jsonl", "b"), "r", ["data.path=pairs.jsonl"]),
         (("other.jsonl", "b"), "r", []),
-        (("pairs.jsonl", "a"), "s", ["data.seeds.ranked=ranked.jsonl"]),
+        (("pairs.jsonl", "a"), "s", ["data.seed_data.ranked=ranked.jsonl"]),
     ],
     ids=["the same", "changed", "another file", "changed seeds"],
 )
@@ -345,12 +355,12 @@ def test_data_that_changed_under_one_name_are_told(
     for name, (source, content), seeds in (("one", ("pairs.jsonl", "a"), "r"), ("two", pairs, ranked)):
         made = begin(tmp_path / name)
         made.stage("iteration_1/pairs", "given_pairs", {})
-        place = made.folder / "artefacts"
+        place = made.folder / "artifacts"
         given = {"config": {"demonstrations": "", "ranked": "ranked.jsonl"}, "contents": [seeds]}
         write_json(place / "seeds/manifest.json", {"inputs": given})
         write_json(place / "iteration_1/pairs/manifest.json", {"inputs": {"source": source, "content": content}})
         made.finish()
-    comparison = Comparison.of(find_jobs([tmp_path]), "eval/win_rate")
+    comparison = JobComparison.of(find_jobs([tmp_path]), "eval/win_rate")
     assert changed_sources(comparison) == changed
     assert ("What the same setting names was not the same" in caveats(comparison)) == bool(changed)
 
@@ -452,14 +462,14 @@ def test_one_run_gets_its_report_again_and_nothing_else(call: Callable[..., Any]
     assert sorted(sweep.longer.iterdir()) == there
 
 
-def test_run_without_its_artefacts_keeps_its_report(call: Callable[..., Any], sweep: Sweep, tmp_path: Path) -> None:
+def test_run_without_its_artifacts_keeps_its_report(call: Callable[..., Any], sweep: Sweep, tmp_path: Path) -> None:
     """Intervals and samples come from the records; without them a page would be written that tells less."""
     alone = shutil.copytree(sweep.longer, tmp_path / "elsewhere" / sweep.longer.name, symlinks=True)
     before = (alone / "report.html").read_bytes()
     for paths in ([alone], [alone, sweep.longer]):
         code, out, err = call(*paths, *(["--out", tmp_path / "compared"] if len(paths) > 1 else []))
         assert (code, out) == (1, "")
-        assert re.search(rf"error: {alone}: \d+ of its artefacts, seeds first, are not where its links lead", err)
+        assert re.search(rf"error: {alone}: \d+ of its artifacts, seeds first, are not where its links lead", err)
     assert (alone / "report.html").read_bytes() == before
     assert not (tmp_path / "compared").exists()
 
@@ -494,7 +504,9 @@ def test_wrong_place_or_metric_is_one_line(call: Callable[..., Any], sweep: Swee
 METRIC = "eval/win_rate"
 
 
-def job(name: str, rate: float | None, low: float | None = None, high: float | None = None, **settings: Any) -> Job:
+def job(
+    name: str, rate: float | None, low: float | None = None, high: float | None = None, **settings: Any
+) -> JobResult:
     """A finished job whose last model has this win rate."""
     row = {"model": "M2", METRIC: rate, f"{METRIC}_low": low, f"{METRIC}_high": high}
     models = [{"model": "M1"}, {key: value for key, value in row.items() if value is not None}]
@@ -509,12 +521,12 @@ def job(name: str, rate: float | None, low: float | None = None, high: float | N
         rows=[],
         models=models,
     )
-    return Job(name=name, folder=finished.folder, settings=settings, run=finished)
+    return JobResult(name=name, folder=finished.folder, settings=settings, run=finished)
 
 
-def said_of(*made_up: Job) -> str:
+def said_of(*made_up: JobResult) -> str:
     """What the page says of the best of these jobs, as text."""
-    return re.sub(r"<.*?>", "", best(Comparison.of(made_up, METRIC)))
+    return re.sub(r"<.*?>", "", best(JobComparison.of(made_up, METRIC)))
 
 
 def test_jobs_say_themselves_what_the_best_has_the_highest_of() -> None:
@@ -540,19 +552,23 @@ def test_jobs_with_the_same_highest_value_are_all_named() -> None:
     a, b, c = job("a", 0.7, 0.6, 0.8, lam=1), job("b", 0.7, 0.5, 0.8, lam=2), job("c", 0.2, 0.1, 0.3, lam=3)
     assert said_of(a, b).startswith("All have the same highest win rate vs\u00a0M1, 70")
     assert said_of(a, b, c).startswith("Jobs 1, 2 have the same highest")
-    assert [row["class"] for row in job_rows(Comparison.of([a, b, c], METRIC))] == ["best", "best", ""]
+    assert [row["class"] for row in job_rows(JobComparison.of([a, b, c], METRIC))] == ["best", "best", ""]
 
 
 def test_lowest_is_the_best_where_it_is_asked_for() -> None:
     given = [job("a", 0.5, 0.45, 0.55), job("b", 0.3, 0.2, 0.4), job("c", 0.35, 0.3, 0.42)]
-    comparison = Comparison.of(given, "-eval/win_rate")
+    comparison = JobComparison.of(given, "-eval/win_rate")
     assert [one.name for one in comparison.ranked] == ["b", "c", "a"]
     assert [one.name for one in comparison.rivals()] == ["c"]
     assert "has the lowest win rate" in best(comparison)
 
 
 def test_what_is_no_number_never_wins() -> None:
-    rest = (job("none", None, lam=1), job("nan", math.nan, 0.9, 1.0, lam=2), Job(name="failed", settings={"lam": 3}))
+    rest = (
+        job("none", None, lam=1),
+        job("nan", math.nan, 0.9, 1.0, lam=2),
+        JobResult(name="failed", settings={"lam": 3}),
+    )
     assert said_of(*rest, job("low", 0.1, 0.0, 0.2, lam=4)).startswith("Job 4 (lam = 4)")
     assert "No other job has this number" in said_of(*rest, job("low", 0.1, 0.0, 0.2, lam=4))
     assert "none is called the best" in said_of(*rest)
@@ -567,16 +583,16 @@ def test_value_without_interval_claims_nothing() -> None:
 
 def test_jobs_of_a_sweep_keep_their_numbers_when_one_is_another_again() -> None:
     kept = [replace(job("a", 0.5), number=1), replace(job("c", 0.3), number=3)]
-    assert [one.number for one in Comparison.of(kept, "eval/win_rate").jobs] == [1, 3]
+    assert [one.number for one in JobComparison.of(kept, "eval/win_rate").jobs] == [1, 3]
     of_two_sweeps = [replace(job("a", 0.5), number=1), replace(job("c", 0.3), number=1)]
-    assert [one.number for one in Comparison.of(of_two_sweeps, "eval/win_rate").jobs] == [1, 2]
+    assert [one.number for one in JobComparison.of(of_two_sweeps, "eval/win_rate").jobs] == [1, 2]
 
 
 def test_jobs_with_one_setting_alike_are_marked_by_number() -> None:
     lams = [job(f"{n}", 0.5, **{"loss.lam": lam}) for n, lam in enumerate((0.1, 0.1, 0.3))]
-    alike = Comparison.of(lams, "eval/win_rate")
+    alike = JobComparison.of(lams, "eval/win_rate")
     assert [alike.mark(one) for one in alike.jobs] == ["1", "2", "3"]
-    apart = Comparison.of(lams[1:], "eval/win_rate")
+    apart = JobComparison.of(lams[1:], "eval/win_rate")
     assert [apart.mark(one) for one in apart.jobs] == ["0.1", "0.3"]
 
 
@@ -589,10 +605,10 @@ def test_damaged_list_of_jobs_is_one_line(tmp_path: Path, text: str) -> None:
 
 def test_jobs_are_ordered_by_number_of_the_sweep_or_by_settings() -> None:
     loose = [job("c", 0.1, lam=10), job("b", 0.1, lam=2.0), job("a", 0.1, lam="auto"), job("d", 0.1)]
-    assert [j.name for j in Comparison.of(loose, METRIC).jobs] == ["b", "c", "a", "d"]
-    assert [j.number for j in Comparison.of(loose, METRIC).jobs] == [1, 2, 3, 4]
+    assert [j.name for j in JobComparison.of(loose, METRIC).jobs] == ["b", "c", "a", "d"]
+    assert [j.number for j in JobComparison.of(loose, METRIC).jobs] == [1, 2, 3, 4]
     swept = [replace(one, number=number) for one, number in zip(loose[:3], (2, 3, 1), strict=True)]
-    assert [(j.name, j.number) for j in Comparison.of(swept, METRIC).jobs] == [("a", 1), ("c", 2), ("b", 3)]
+    assert [(j.name, j.number) for j in JobComparison.of(swept, METRIC).jobs] == [("a", 1), ("c", 2), ("b", 3)]
 
 
 def test_keys_differ_by_value_and_not_by_spelling() -> None:
@@ -616,16 +632,16 @@ def test_class_of_a_group_is_a_setting_of_its_name() -> None:
 
 
 def test_charts_are_over_what_varies_alone() -> None:
-    assert axes_of(Comparison.of([job("a", 0.1, lam=1, seed=0), job("b", 0.1, lam=2, seed=1)], METRIC)) == ["lam"]
-    assert axes_of(Comparison.of([job("a", 0.1, seed=0), job("b", 0.1, seed=1)], METRIC)) == ["seed"]
-    assert axes_of(Comparison.of([job("a", 0.1, loss="DPO"), job("b", 0.1, loss="IPO")], METRIC)) == []
-    assert axes_of(Comparison.of([job("a", 0.1, on=True), job("b", 0.1, on=False)], METRIC)) == []
-    failed = Job(name="c", state="failed", settings={"lam": 3, "size": 9})
+    assert axes_of(JobComparison.of([job("a", 0.1, lam=1, seed=0), job("b", 0.1, lam=2, seed=1)], METRIC)) == ["lam"]
+    assert axes_of(JobComparison.of([job("a", 0.1, seed=0), job("b", 0.1, seed=1)], METRIC)) == ["seed"]
+    assert axes_of(JobComparison.of([job("a", 0.1, loss="DPO"), job("b", 0.1, loss="IPO")], METRIC)) == []
+    assert axes_of(JobComparison.of([job("a", 0.1, on=True), job("b", 0.1, on=False)], METRIC)) == []
+    failed = JobResult(name="c", state="failed", settings={"lam": 3, "size": 9})
     one = [job("a", 0.1, lam=1, size=8), job("b", 0.1, lam=2, size=8), failed]
-    assert axes_of(Comparison.of(one, METRIC)) == ["lam"]
+    assert axes_of(JobComparison.of(one, METRIC)) == ["lam"]
     unlike = [job(name, 0.1, **dict.fromkeys("uvwxyz", n)) for n, name in enumerate("abc")]
-    assert axes_of(Comparison.of(unlike, METRIC)) == []
-    drawn = over_settings(Comparison.of([job("a", 0.25, 0.1, 0.4, lam=10), job("b", 0.5, 0.4, 0.6, lam=9)], METRIC))
+    assert axes_of(JobComparison.of(unlike, METRIC)) == []
+    drawn = over_settings(JobComparison.of([job("a", 0.25, 0.1, 0.4, lam=10), job("b", 0.5, 0.4, 0.6, lam=9)], METRIC))
     assert re.findall(r">(9|10|25\u00a0%|50\u00a0%)</text>", drawn)[:2] == ["9", "10"]
 
 
@@ -637,9 +653,9 @@ def test_opponents_are_common_or_said_not_to_be() -> None:
             {"label": "evaluation_M1/answers", "key": "same", "stage": "judge", "seconds": 1.0}
         ]
         if number:
-            assert "all jobs share that M1" in opponents(Comparison.of(made_up, METRIC))
+            assert "all jobs share that M1" in opponents(JobComparison.of(made_up, METRIC))
             one.run.summary["stages"][0]["key"] = "other"
-    assert "different opponents" in opponents(Comparison.of(made_up, METRIC))
+    assert "different opponents" in opponents(JobComparison.of(made_up, METRIC))
 
 
 def test_heat_map_writes_every_share_and_nothing_that_is_none() -> None:
@@ -690,8 +706,8 @@ MUTANTS: dict[Callable[..., None], list[tuple[Any, str, str]]] = {
         (jobs, 'state = "gone" if', 'state = "finished" if'),
     ],
     test_killed_run_is_unfinished_without_an_error: [(jobs, 'return "" if is_message else', "return")],
-    test_shared_artefact_counts_once: [(jobs, "            seen.add(place)\n", "")],
-    test_same_artefact_in_two_stores_was_made_twice: [(jobs, BY_PLACE, BY_KEY)],
+    test_shared_artifact_counts_once: [(jobs, "            seen.add(place)\n", "")],
+    test_same_artifact_in_two_stores_was_made_twice: [(jobs, BY_PLACE, BY_KEY)],
     test_own_time_is_of_what_no_other_job_needed: [(jobs, "if other is not job for s", "if other is None for s")],
 }
 CASES = [(check, *mutant) for check, mutants in MUTANTS.items() for mutant in mutants]

@@ -5,16 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import ROOT, composed, policy_artefact
+from builders import ROOT, composed, policy_artifact
 
 from selfalign.core.errors import SelfalignError
-from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.runs.folder import check_name, open_folder, run_folder
 from selfalign.runs.labels import Label
 from selfalign.runs.ledger import Ledger, flat_numbers
 from selfalign.runs.provenance import code_state, write_provenance
 from selfalign.runs.runner import Look, NotMadeYet, Runner, StageFunction
-from selfalign.store.artifacts import Artefact, Counts, Store, Workspace
+from selfalign.store.artifacts import Artifact, Counts, StageOutput, Store
 
 
 @dataclass
@@ -34,12 +34,12 @@ class Rows:
     def attach(self, files: Any) -> None: ...
 
 
-def write(out: Workspace, *, text: str) -> Counts:
+def write(out: StageOutput, *, text: str) -> Counts:
     (out.path / "text.txt").write_text(text)
     return {"length": len(text), "dropped": {"short": 1, "long": 0}, "note": "words", "list": [1]}
 
 
-def teach(out: Workspace, *, steps: int) -> Counts:
+def teach(out: StageOutput, *, steps: int) -> Counts:
     for step in range(1, steps + 1):
         out.log({"step": step, "loss": 1 / step})
     (out.path / "weights.txt").write_text(str(steps))
@@ -49,7 +49,7 @@ def teach(out: Workspace, *, steps: int) -> Counts:
 def refusing(name: str) -> StageFunction:
     """A stage of this name that must not be called."""
 
-    def stage(out: Workspace, **inputs: Any) -> Counts:
+    def stage(out: StageOutput, **inputs: Any) -> Counts:
         raise AssertionError(f"{name} was made again")
 
     stage.__name__ = name
@@ -84,9 +84,9 @@ def test_stage_is_made_once_and_found_again(run: Runner, tmp_path: Path) -> None
     assert again.make(Label.parse("other"), write, text="five!").key != made.key
 
 
-def test_artefact_is_linked_under_its_label(run: Runner) -> None:
+def test_artifact_is_linked_under_its_label(run: Runner) -> None:
     made = run.make(Label.parse("iteration_1/pairs"), write, text="four")
-    link = account(run).folder / "artefacts/iteration_1/pairs"
+    link = account(run).folder / "artifacts/iteration_1/pairs"
     assert link.is_symlink()
     assert link.resolve() == made.path.resolve()
     assert (link / "text.txt").read_text() == "four"
@@ -95,13 +95,13 @@ def test_artefact_is_linked_under_its_label(run: Runner) -> None:
     assert link.resolve() == other.path.resolve()
 
 
-def test_artefact_is_linked_before_it_is_looked_for(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_artifact_is_linked_before_it_is_looked_for(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between finding it and linking it, it could be cleaned away as unused."""
-    link, original = account(run).folder / "artefacts/iteration_1/pairs", Store.find
+    link, original = account(run).folder / "artifacts/iteration_1/pairs", Store.find
 
-    def find(store: Store, stage: str, inputs: dict[str, Any]) -> Artefact | None:
+    def find(store: Store, stage: str, inputs: dict[str, Any]) -> Artifact | None:
         assert link.is_symlink()
-        assert link.resolve() == store.place(stage, inputs)
+        assert link.resolve() == store.path_of(stage, inputs)
         return original(store, stage, inputs)
 
     monkeypatch.setattr(Store, "find", find)
@@ -111,9 +111,9 @@ def test_artefact_is_linked_before_it_is_looked_for(run: Runner, monkeypatch: py
 
 def test_link_that_is_right_is_never_gone(run: Runner) -> None:
     run.make(Label.parse("seeds"), write, text="four")
-    before = (account(run).folder / "artefacts/seeds").lstat()
+    before = (account(run).folder / "artifacts/seeds").lstat()
     run.make(Label.parse("seeds"), write, text="four")
-    assert (account(run).folder / "artefacts/seeds").lstat() == before
+    assert (account(run).folder / "artifacts/seeds").lstat() == before
 
 
 def test_rows_say_what_they_belong_to(run: Runner) -> None:
@@ -145,7 +145,7 @@ def test_tracker_receives_every_row(run: Runner) -> None:
     assert account(run).tracker.logged == rows_of(run)
 
 
-def test_rows_of_a_found_artefact_are_those_of_the_making(run: Runner) -> None:
+def test_rows_of_a_found_artifact_are_those_of_the_making(run: Runner) -> None:
     run.make(Label.parse("M2"), teach, steps=3)
     first = rows_of(run)
     open_folder(account(run).folder, "name: x\n")
@@ -155,7 +155,7 @@ def test_rows_of_a_found_artefact_are_those_of_the_making(run: Runner) -> None:
 
 
 def test_rows_logged_before_a_kill_are_in_the_metrics_once(run: Runner) -> None:
-    def teach(out: Workspace, *, steps: int) -> Counts:
+    def teach(out: StageOutput, *, steps: int) -> Counts:
         out.rewind_log(lambda row: row["step"] <= 1)
         done = len((out.path / "log.jsonl").read_text().splitlines())
         for step in range(done + 1, steps + 1):
@@ -199,15 +199,15 @@ def test_folder_is_a_function_of_the_configuration_not_of_the_clock(tmp_path: Pa
     assert not attempt
     assert plain.name.startswith("smoke-")
     assert folder() == (plain, attempt)
-    same = ["output_dir=elsewhere", "track=wandb", "train.sft.batch_tokens=99", "train.align.checkpoint_steps=3"]
-    same += ["push_to=me/tiny", "push_private=false"]
+    same = ["output_dir=elsewhere", "tracker=wandb", "train.sft.microbatch_tokens=99", "train.align.checkpoint_steps=3"]
+    same += ["hub.repo_id=me/tiny", "hub.private=false"]
     assert all(folder(override) == (plain, attempt) for override in same)
     other = [
         "seed=1",
         "loss.lam=0.3",
         "loss=dpo",
         "iterations=3",
-        "judge.low=1",
+        "judge.min_score=1",
         "data.respond.candidates=5",
         "name=other",
     ]
@@ -259,19 +259,19 @@ def test_opening_a_folder_keeps_the_configuration_and_empties_the_metrics(tmp_pa
 
 
 def test_provenance_leads_back_to_code_versions_seed_and_weights(
-    run: Runner, tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch
+    run: Runner, tiny_policy: PolicyCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "secret-of-the-user")
     monkeypatch.setattr("sys.argv", ["/somewhere/selfalign", "experiment=smoke", "seed=7"])
     pairs = run.make(Label.parse("iteration_1/pairs"), write, text="four")
-    account(run).artefacts[Label.model("M1")] = policy_artefact(tiny_policy)
+    account(run).artifacts[Label.model("M1")] = policy_artifact(tiny_policy)
     write_provenance(account(run), 7)
     text = (account(run).folder / "provenance.json").read_text()
     content = json.loads(text)
     assert content["seed"] == 7
     assert content["command"] == ["selfalign", "experiment=smoke", "seed=7"]
     assert content["weights"] == {"M1": tiny_policy.digest}
-    assert content["artefacts"]["iteration_1/pairs"] == f"write/{pairs.key}"
+    assert content["artifacts"]["iteration_1/pairs"] == f"write/{pairs.key}"
     assert {"torch", "transformers", "hydra-core", "peft", "selfalign"} <= content["packages"].keys()
     assert content["machine"]["cores"] >= 1
     assert "secret" not in text

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from selfalign.models.batches import Group
-from selfalign.models.checkpoint import PolicyFiles
-from selfalign.models.scorer import Scorer, with_next_token
+from selfalign.models.batches import SharedPrompt
+from selfalign.models.checkpoint import PolicyCheckpoint
+from selfalign.models.scorer import LogProbScorer, with_next_token
 
 ALTERNATIVES = [20, 21, 25, 1000]
 
@@ -16,33 +16,33 @@ def draw(count: int, seed: int) -> list[int]:
     return torch.randint(3, 1024, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def groups() -> list[Group]:
+def groups() -> list[SharedPrompt]:
     return [
-        Group(id="a", prompt=draw(9, 1), responses=[draw(7, 2), draw(3, 3)], given=[0, 0]),
-        Group(id="b", prompt=draw(4, 4), responses=[draw(1, 5)], given=[0]),
-        Group(id="c", prompt=draw(5, 6), responses=[draw(6, 7), draw(8, 8)], given=[2, 7]),
+        SharedPrompt(id="a", prompt=draw(9, 1), responses=[draw(7, 2), draw(3, 3)], num_context_tokens=[0, 0]),
+        SharedPrompt(id="b", prompt=draw(4, 4), responses=[draw(1, 5)], num_context_tokens=[0]),
+        SharedPrompt(id="c", prompt=draw(5, 6), responses=[draw(6, 7), draw(8, 8)], num_context_tokens=[2, 7]),
     ]
 
 
 @pytest.fixture(scope="module")
-def full(tiny_policy: PolicyFiles) -> Any:
+def full(tiny_policy: PolicyCheckpoint) -> Any:
     return tiny_policy.load("float32").model
 
 
 @pytest.fixture(scope="module")
-def scorer(tiny_policy: PolicyFiles) -> Scorer:
-    return Scorer(tiny_policy.load("float32"), batch_tokens=64)
+def scorer(tiny_policy: PolicyCheckpoint) -> LogProbScorer:
+    return LogProbScorer(tiny_policy.load("float32"), max_batch_tokens=64)
 
 
 @torch.no_grad()
-def sum_by_hand(model: Any, group: Group, index: int) -> float:
+def sum_by_hand(model: Any, group: SharedPrompt, index: int) -> float:
     ids = [*group.prompt, *group.responses[index]]
     logps = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
-    start = len(group.prompt) + group.given[index]
+    start = len(group.prompt) + group.num_context_tokens[index]
     return sum(float(logps[at - 1, ids[at]]) for at in range(start, len(ids)))
 
 
-def test_scores_are_the_full_models_summed_log_probabilities(scorer: Scorer, full: Any) -> None:
+def test_scores_are_the_full_models_summed_log_probabilities(scorer: LogProbScorer, full: Any) -> None:
     scores = scorer.score(groups())
     assert [len(row) for row in scores] == [2, 1, 2]
     for group, row in zip(groups(), scores, strict=True):
@@ -51,7 +51,7 @@ def test_scores_are_the_full_models_summed_log_probabilities(scorer: Scorer, ful
             assert value < -1
 
 
-def test_scores_do_not_depend_on_how_groups_are_batched(scorer: Scorer) -> None:
+def test_scores_do_not_depend_on_how_groups_are_batched(scorer: LogProbScorer) -> None:
     together = scorer.score(groups())
     alone = [scorer.score([group])[0] for group in groups()]
     for row, other in zip(together, alone, strict=True):
@@ -64,60 +64,67 @@ def next_by_hand(model: Any, ids: list[int]) -> list[float]:
     return [float(logps[token]) for token in ALTERNATIVES]
 
 
-def test_alternatives_are_the_full_models_next_token_log_probabilities(scorer: Scorer, full: Any) -> None:
-    chosen = scorer.choose(groups(), ALTERNATIVES)
+def test_alternatives_are_the_full_models_next_token_log_probabilities(scorer: LogProbScorer, full: Any) -> None:
+    chosen = scorer.next_token_logprobs(groups(), ALTERNATIVES)
     for group, rows in zip(groups(), chosen, strict=True):
         assert len(rows) == len(group.responses)
         for response, row in zip(group.responses, rows, strict=True):
             assert row == pytest.approx(next_by_hand(full, [*group.prompt, *response]), abs=1e-5)
 
 
-def test_alternatives_right_behind_the_prompt(scorer: Scorer, full: Any) -> None:
-    bare = Group(id="bare", prompt=draw(6, 9), responses=[[]], given=[0])
-    ((row,),) = scorer.choose([bare], ALTERNATIVES)
+def test_alternatives_right_behind_the_prompt(scorer: LogProbScorer, full: Any) -> None:
+    bare = SharedPrompt(id="bare", prompt=draw(6, 9), responses=[[]], num_context_tokens=[0])
+    ((row,),) = scorer.next_token_logprobs([bare], ALTERNATIVES)
     assert row == pytest.approx(next_by_hand(full, bare.prompt), abs=1e-5)
 
 
-def test_the_placeholder_token_does_not_matter(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = scorer.choose(groups(), ALTERNATIVES)
+def test_the_placeholder_token_does_not_matter(scorer: LogProbScorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = scorer.next_token_logprobs(groups(), ALTERNATIVES)
 
-    def other(group: Group) -> Group:
+    def other(group: SharedPrompt) -> SharedPrompt:
         padded = with_next_token(group)
-        return Group(
-            id=group.id, prompt=group.prompt, responses=[[*r[:-1], 500] for r in padded.responses], given=padded.given
+        return SharedPrompt(
+            id=group.id,
+            prompt=group.prompt,
+            responses=[[*r[:-1], 500] for r in padded.responses],
+            num_context_tokens=padded.num_context_tokens,
         )
 
     monkeypatch.setattr("selfalign.models.scorer.with_next_token", other)
-    assert scorer.choose(groups(), ALTERNATIVES) == before
+    assert scorer.next_token_logprobs(groups(), ALTERNATIVES) == before
 
 
-def test_all_alternatives_together_are_certain(scorer: Scorer) -> None:
-    rows = scorer.choose(groups()[:1], list(range(1024)))[0]
+def test_all_alternatives_together_are_certain(scorer: LogProbScorer) -> None:
+    rows = scorer.next_token_logprobs(groups()[:1], list(range(1024)))[0]
     for row in rows:
         assert float(torch.tensor(row).exp().sum()) == pytest.approx(1, abs=1e-5)
 
 
-def test_plan_keeps_the_order_within_the_budget(scorer: Scorer) -> None:
-    many = [Group(id=str(i), prompt=[5] * 20, responses=[[6] * (10 + i)], given=[0]) for i in range(5)]
+def test_plan_keeps_the_order_within_the_budget(scorer: LogProbScorer) -> None:
+    many = [
+        SharedPrompt(id=str(i), prompt=[5] * 20, responses=[[6] * (10 + i)], num_context_tokens=[0]) for i in range(5)
+    ]
     planned = scorer.plan(many)
     assert [group.id for batch in planned for group in batch] == ["0", "1", "2", "3", "4"]
     # 30 + 31 = 61 ≤ 64, 32 + 33 = 65 > 64
     assert [[len(group) for group in batch] for batch in planned] == [[30, 31], [32], [33], [34]]
 
 
-def test_scoring_is_free_of_dropout_and_of_gradients(tiny_policy: PolicyFiles, full: Any) -> None:
+def test_scoring_is_free_of_dropout_and_of_gradients(tiny_policy: PolicyCheckpoint, full: Any) -> None:
     policy = tiny_policy.load("float32")
     policy.model.train()
     for layer in policy.model.model.layers:
         layer.self_attn.attention_dropout = 0.5
-    scorer = Scorer(policy, batch_tokens=64)
+    scorer = LogProbScorer(policy, max_batch_tokens=64)
     ((value, _),) = scorer.score(groups()[:1])
     assert value == pytest.approx(sum_by_hand(full, groups()[0], 0), abs=1e-4)
     assert all(parameter.grad is None for parameter in policy.model.parameters())
 
 
-def test_autocast_multiplies_in_bfloat16_and_adds_up_in_float32(tiny_policy: PolicyFiles, scorer: Scorer) -> None:
-    low = Scorer(tiny_policy.load("float32"), batch_tokens=64, autocast="bfloat16")
+def test_autocast_multiplies_in_bfloat16_and_adds_up_in_float32(
+    tiny_policy: PolicyCheckpoint, scorer: LogProbScorer
+) -> None:
+    low = LogProbScorer(tiny_policy.load("float32"), max_batch_tokens=64, autocast="bfloat16")
     assert low.policy.model.dtype == torch.float32
     for row, exact in zip(low.score(groups()), scorer.score(groups()), strict=True):
         for value, reference in zip(row, exact, strict=True):

@@ -19,8 +19,8 @@ from builders import (
     TINY_RUN,
     instruction,
     nudged_policy,
-    policy_artefact,
-    records_artefact,
+    policy_artifact,
+    records_artifact,
     run,
     taught_policy,
     weights,
@@ -42,11 +42,11 @@ from selfalign.engines.protocol import Completion, Request, Sampling
 from selfalign.engines.server import Server, ServerGenerator, export
 from selfalign.engines.transformers import Transformers
 from selfalign.judges.external import ExternalScore
-from selfalign.judges.protocol import Bench, Subject
-from selfalign.models.checkpoint import PolicyFiles
+from selfalign.judges.protocol import InstructionResponse, JudgeContext
+from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.tokenizer import encode_prompt
 from selfalign.stages.respond import RespondConfig, respond
-from selfalign.store.artifacts import canonical
+from selfalign.store.artifacts import to_key_json
 from selfalign.store.journal import Journal
 from selfalign.training.prepare import prepare
 
@@ -74,7 +74,7 @@ def port_of(server: ChatServer) -> int:
 
 @contextmanager
 def served(
-    policy: PolicyFiles,
+    policy: PolicyCheckpoint,
     monkeypatch: pytest.MonkeyPatch,
     says: Callable[[dict[str, Any]], bytes] = counted,
     faults: Sequence[Fault | None] = (),
@@ -88,7 +88,7 @@ def served(
             yield generator, server
 
 
-def asking(policy: PolicyFiles, *questions: str, seeds: int = 1) -> list[Request]:
+def asking(policy: PolicyCheckpoint, *questions: str, seeds: int = 1) -> list[Request]:
     tokenizer = policy.load_tokenizer()
     prompts = [encode_prompt(tokenizer, as_prompt(question)) for question in questions]
     return [Request(prompt=p, seeds=[100 * n + s for s in range(seeds)]) for n, p in enumerate(prompts)]
@@ -103,11 +103,11 @@ def without_ids(written: list[list[Completion]]) -> list[list[Completion]]:
 
 
 def test_token_ids_and_seeds_are_sent_and_completions_come_back_in_order(
-    tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch
+    tiny_policy: PolicyCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests = asking(tiny_policy, "Why?", "Where do the bees go?", seeds=3)
-    with served(tiny_policy, monkeypatch, key_variable="WRITER_KEY") as (generator, server):
-        written = generator.write(requests, WARM)
+    with served(tiny_policy, monkeypatch, api_key_env="WRITER_KEY") as (generator, server):
+        written = generator.generate(requests, WARM)
         assert generator.context == 2048
         assert generator.digest == tiny_policy.digest
     assert [[c.text for c in group] for group in written] == [[f" Text {s}. " for s in r.seeds] for r in requests]
@@ -119,14 +119,16 @@ def test_token_ids_and_seeds_are_sent_and_completions_come_back_in_order(
     assert len({body["model"] for body in server.bodies}) == 1
 
 
-def test_text_that_was_cut_says_so(tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_that_was_cut_says_so(tiny_policy: PolicyCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     cut = lambda body: continuation("And so", len(body["prompt"]), "length")  # noqa: E731
     with served(tiny_policy, monkeypatch, cut) as (generator, _):
-        [[made]] = generator.write(asking(tiny_policy, "Why?"), WARM)
+        [[made]] = generator.generate(asking(tiny_policy, "Why?"), WARM)
     assert (made.text, made.finish_reason) == ("And so", FinishReason.LENGTH)
 
 
-def test_server_that_takes_texts_alone_is_sent_texts(tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_that_takes_texts_alone_is_sent_texts(
+    tiny_policy: PolicyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer = tiny_policy.load_tokenizer()
 
     def texts_alone(body: dict[str, Any]) -> bytes:
@@ -136,13 +138,13 @@ def test_server_that_takes_texts_alone_is_sent_texts(tiny_policy: PolicyFiles, m
     refusal = Fault(400, b'{"detail": "prompt must be a string."}')
     with served(tiny_policy, monkeypatch, texts_alone, [refusal]) as (generator, server):
         [request] = asking(tiny_policy, "Where do the bees go?")
-        assert generator.write([request], WARM)[0][0].text == "Fine."
+        assert generator.generate([request], WARM)[0][0].text == "Fine."
         assert tokenizer(server.bodies[0]["prompt"])["input_ids"] == request.prompt
         control = Request(prompt=tokenizer("Is <|im_end|> an end?", split_special_tokens=True)["input_ids"], seeds=[0])
         with pytest.raises(
             SelfalignError, match=r"prompts as text only, and it cannot convert \d+ prompt tokens .*vLLM or SGLang"
         ):
-            generator.write([control], WARM)
+            generator.generate([control], WARM)
 
 
 WRONG = {
@@ -162,24 +164,24 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_answer_that_cannot_be_the_policys_is_an_error(
-    name: str, tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch
+    name: str, tiny_policy: PolicyCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     says, message = WRONG[name]
     with served(tiny_policy, monkeypatch, says) as (generator, _), pytest.raises(SelfalignError, match=message):
-        generator.write(asking(tiny_policy, "Why?"), WARM)
+        generator.generate(asking(tiny_policy, "Why?"), WARM)
 
 
 @pytest.mark.parametrize("message", ["context_length_exceeded", "This model's maximum context length is 16 tokens."])
 def test_context_that_is_too_small_is_named(
-    message: str, tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch
+    message: str, tiny_policy: PolicyCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refusal = Fault(400, json.dumps({"error": {"message": message}}).encode())
-    refused = pytest.raises(SelfalignError, match=r"generate\.command: the server rejected a \d+-token prompt")
+    refused = pytest.raises(SelfalignError, match=r"engine\.command: the server rejected a \d+-token prompt")
     with served(tiny_policy, monkeypatch, faults=[None, refusal]) as (generator, _), refused:
-        generator.write(asking(tiny_policy, "Why?"), WARM)
+        generator.generate(asking(tiny_policy, "Why?"), WARM)
 
 
-def test_passing_faults_are_asked_again(tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_passing_faults_are_asked_again(tiny_policy: PolicyCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     faults = [
         Fault(429, headers={"Retry-After": "1"}), Fault(500), Fault(503), Fault(body=b'{"choices": [{"te'),
         Fault(body=b'{"choices": [{}]}'), Fault(body=b"<html>"), Fault(hangs=True), Fault(resets=True),
@@ -188,45 +190,47 @@ def test_passing_faults_are_asked_again(tiny_policy: PolicyFiles, monkeypatch: p
     settings = {"timeout_seconds": 1.0, "concurrency": 2, "retries": 8}
     requests = asking(tiny_policy, "Why?", seeds=4)
     with served(tiny_policy, monkeypatch, faults=[None, *faults], **settings) as (generator, server):
-        written = generator.write(requests, WARM)
+        written = generator.generate(requests, WARM)
         assert len(server.bodies) == 4 + len(faults)
         assert server.most_at_once <= 3  # One that is given up is under way at the server still.
     assert [c.text for c in written[0]] == [" Text 0. ", " Text 1. ", " Text 2. ", " Text 3. "]
 
 
 def test_server_that_fails_for_good_is_an_error_and_others_are_given_up(
-    tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch
+    tiny_policy: PolicyCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     faults = [None, *[Fault(500)] * 99]
     with served(tiny_policy, monkeypatch, faults=faults, retries=1, concurrency=1) as (generator, server):
         with pytest.raises(SelfalignError, match="no usable answer in 2 tries, at last: status 500"):
-            generator.write(asking(tiny_policy, "Why?", seeds=9), WARM)
+            generator.generate(asking(tiny_policy, "Why?", seeds=9), WARM)
         assert len(server.bodies) <= 4
 
 
-def test_failure_does_not_wait_for_what_is_under_way(tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_does_not_wait_for_what_is_under_way(
+    tiny_policy: PolicyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     faults = [None, Fault(hangs=True), Fault(403)]
     with served(tiny_policy, monkeypatch, faults=faults, concurrency=2) as (generator, server):
         with pytest.raises(SelfalignError, match="status 403"):
-            generator.write(asking(tiny_policy, "Why?", seeds=2), WARM)
+            generator.generate(asking(tiny_policy, "Why?", seeds=2), WARM)
         assert server.at_once
 
 
-def test_batches_are_made_of_the_prompts_alone(tiny_policy: PolicyFiles) -> None:
-    plan = Server(command=IDLE, batch_texts=8, concurrency=3).load(tiny_policy).plan
+def test_batches_are_made_of_the_prompts_alone(tiny_policy: PolicyCheckpoint) -> None:
+    plan = Server(command=IDLE, max_concurrent_completions=8, concurrency=3).load(tiny_policy).plan
     assert plan([5, 900, 7], 4, 64) == [[0, 1], [2]]
     assert plan([5, 900], 99, 64) == [[0], [1]]
     assert plan([], 4, 64) == []
-    keys = [canonical(Server(command=IDLE, concurrency=n, key_variable="K" * n, retries=n)) for n in (1, 2)]
+    keys = [to_key_json(Server(command=IDLE, concurrency=n, api_key_env="K" * n, retries=n)) for n in (1, 2)]
     assert keys[0] == keys[1]
-    assert canonical(Server(command=IDLE, batch_texts=7)) != keys[0]
+    assert to_key_json(Server(command=IDLE, max_concurrent_completions=7)) != keys[0]
 
 
 # --- what a server is given ----------------------------------------------------------------------------------------
 
 
 def test_exported_policy_stops_and_samples_as_ours_and_its_source_stays(
-    tiny_policy: PolicyFiles, tmp_path: Path
+    tiny_policy: PolicyCheckpoint, tmp_path: Path
 ) -> None:
     own = nudged_policy(tiny_policy, tmp_path / "own")
     tokenizer = own.load_tokenizer()
@@ -248,8 +252,8 @@ def test_exported_policy_stops_and_samples_as_ours_and_its_source_stays(
     assert (how.temperature, how.top_p, how.repetition_penalty) == (1.0, 1.0, 1.0)
 
 
-def test_adapter_is_merged_into_what_is_served(tiny_policy: PolicyFiles, tmp_path: Path) -> None:
-    adapted = PolicyFiles(tmp_path / "adapted")
+def test_adapter_is_merged_into_what_is_served(tiny_policy: PolicyCheckpoint, tmp_path: Path) -> None:
+    adapted = PolicyCheckpoint(tmp_path / "adapted")
     policy = adapt(tiny_policy)
     adapted.path.mkdir()
     adapted.save(policy, tiny_policy)
@@ -266,9 +270,9 @@ def test_adapter_is_merged_into_what_is_served(tiny_policy: PolicyFiles, tmp_pat
 
 
 def test_weights_that_are_served_are_rounded_once_when_the_adapter_is_in_them(
-    tiny_policy: PolicyFiles, tmp_path: Path
+    tiny_policy: PolicyCheckpoint, tmp_path: Path
 ) -> None:
-    adapted = PolicyFiles(tmp_path / "adapted")
+    adapted = PolicyCheckpoint(tmp_path / "adapted")
     adapted.path.mkdir()
     adapted.save(adapt(tiny_policy), tiny_policy)
     (tmp_path / "out").mkdir()
@@ -281,7 +285,7 @@ def test_weights_that_are_served_are_rounded_once_when_the_adapter_is_in_them(
         assert torch.equal(ours.bfloat16(), theirs)
 
 
-def adapt(policy: PolicyFiles) -> Any:
+def adapt(policy: PolicyCheckpoint) -> Any:
     """The policy with an adapter that changes what it says."""
     loaded = policy.load("float32", device="cpu")
     prepare(loaded, policy, weights(rank=4), 0.0)
@@ -326,7 +330,7 @@ def noted(place: Path) -> tuple[int, int, Path]:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_nothing_is_left_of_a_server(
-    fails: bool, tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    fails: bool, tiny_policy: PolicyCheckpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     with ExitStack() as stack:
         try:
@@ -346,7 +350,7 @@ def test_nothing_is_left_of_a_server(
 
 
 def test_server_that_does_not_want_to_end_is_killed(
-    tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tiny_policy: PolicyCheckpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("selfalign.engines.server_process.GRACE_SECONDS", 0.3)
     with served(tiny_policy, monkeypatch, command="trap '' TERM; " + noting(tmp_path)):
@@ -374,31 +378,31 @@ def test_server_ends_with_a_run_that_is_killed(tmp_path: Path) -> None:
     assert not weights.exists()
 
 
-def test_server_that_does_not_start_tells_why_without_the_key(tiny_policy: PolicyFiles) -> None:
+def test_server_that_does_not_start_tells_why_without_the_key(tiny_policy: PolicyCheckpoint) -> None:
     command = f"echo loading; echo 'no memory, {KEY}' >&2; exit 3 # {{weights}} {{port}}"
-    generator = Server(command=command, key_variable="WRITER_KEY").load(tiny_policy)
+    generator = Server(command=command, api_key_env="WRITER_KEY").load(tiny_policy)
     with pytest.raises(SelfalignError, match=r"has ended; its output: loading / no memory, \[key\]$"), generator:
         pass
 
 
 def test_server_that_refuses_the_key_is_not_taken_for_another_kind(
-    tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch
+    tiny_policy: PolicyCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refused = pytest.raises(SelfalignError, match="status 401")
     with refused, served(tiny_policy, monkeypatch, faults=[Fault(401)]):
         pass
 
 
-def test_server_that_takes_too_long_to_start_is_stopped(tiny_policy: PolicyFiles, tmp_path: Path) -> None:
-    generator = Server(command="echo loading; " + noting(tmp_path), start_seconds=0.5).load(tiny_policy)
-    message = r"no answer in generate\.start_seconds=0\.5 \(ConnectError\); the server's output: loading"
+def test_server_that_takes_too_long_to_start_is_stopped(tiny_policy: PolicyCheckpoint, tmp_path: Path) -> None:
+    generator = Server(command="echo loading; " + noting(tmp_path), startup_timeout_seconds=0.5).load(tiny_policy)
+    message = r"no answer in engine\.startup_timeout_seconds=0\.5 \(ConnectError\); the server's output: loading"
     with pytest.raises(SelfalignError, match=message), generator:
         pass
     assert gone(noted(tmp_path)[0])
 
 
 def test_server_that_ends_while_it_is_asked_tells_why(
-    tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tiny_policy: PolicyCheckpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     command = f": {{weights}} {{port}}; while [ ! -e {tmp_path}/end ]; do sleep 0.02; done; echo out of memory; exit 1"
     with served(tiny_policy, monkeypatch, command=command, retries=0, faults=[None, Fault(500)]) as (generator, _):
@@ -409,11 +413,11 @@ def test_server_that_ends_while_it_is_asked_tells_why(
         while not server.ended and time.monotonic() < until:
             time.sleep(0.02)
         with pytest.raises(SelfalignError, match=r"status 500.*the server has ended; its output: out of memory"):
-            generator.write(asking(tiny_policy, "Why?"), WARM)
+            generator.generate(asking(tiny_policy, "Why?"), WARM)
 
 
 def test_launchers_variables_are_kept_from_the_server(
-    tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tiny_policy: PolicyCheckpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"):
         monkeypatch.setenv(name, "0")
@@ -426,7 +430,7 @@ def test_launchers_variables_are_kept_from_the_server(
 
 
 def test_other_processes_of_a_run_start_none_and_ask_the_main_ones(
-    tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch
+    tiny_policy: PolicyCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[Any] = []
     monkeypatch.setattr(distributed, "broadcast", lambda value: told.append(value) or value)
@@ -436,7 +440,7 @@ def test_other_processes_of_a_run_start_none_and_ask_the_main_ones(
         monkeypatch.setattr(distributed, "broadcast", lambda value: told[0])
         monkeypatch.setattr(engine, "ServerProcess", None)
         with Server(command=IDLE, dtype="float32").load(tiny_policy) as other:
-            assert other.write(requests, WARM) == generator.write(requests, WARM)
+            assert other.generate(requests, WARM) == generator.generate(requests, WARM)
         assert len(server.bodies) == 4
 
 
@@ -462,16 +466,16 @@ def test_other_machines_of_a_run_ask_the_main_one(monkeypatch: pytest.MonkeyPatc
         ({"command": f"{IDLE} --api-key sk-0123"}, "command contains a key, and it is saved with the run"),
         ({"command": f"{IDLE} --api-key=sk-0123"}, "command contains a key, and it is saved with the run"),
         ({"dtype": "float8"}, "dtype"),
-        ({"batch_texts": 0}, "batch_texts"),
-        ({"start_seconds": 0}, "start_seconds"),
+        ({"max_concurrent_completions": 0}, "max_concurrent_completions"),
+        ({"startup_timeout_seconds": 0}, "startup_timeout_seconds"),
         ({"concurrency": 0}, "concurrency"),
         ({"timeout_seconds": 0}, "timeout_seconds"),
         ({"retries": -1}, "retries"),
-        ({"key_variable": "sk-0123"}, "key_variable"),
+        ({"api_key_env": "sk-0123"}, "api_key_env"),
     ],
 )
 def test_impossible_setting_is_refused_with_its_key_and_no_secret(settings: dict, named: str) -> None:
-    with pytest.raises(SelfalignError, match=rf"generate\.{named}") as error:
+    with pytest.raises(SelfalignError, match=rf"engine\.{named}") as error:
         Server(**{"command": IDLE, **settings})
     assert "sk-0123" not in str(error.value)
 
@@ -484,34 +488,34 @@ def test_command_may_name_the_variable_with_the_key() -> None:
 # --- whole stages and runs -----------------------------------------------------------------------------------------
 
 
-def answer(policy: PolicyFiles, folder: Path, generate: Server) -> list[Response]:
-    given = records_artefact(folder / "given", instructions=[instruction(f"q{n}") for n in range(5)])
+def answer(policy: PolicyCheckpoint, folder: Path, engine: Server) -> list[Response]:
+    given = records_artifact(folder / "given", instructions=[instruction(f"q{n}") for n in range(5)])
     out, config = workspace(folder / "out"), RespondConfig(candidates=2, sampling=WARM)
-    respond(out, config=config, policy=policy_artefact(policy), instructions=given, generate=generate, seed=3)
+    respond(out, config=config, policy=policy_artifact(policy), instructions=given, engine=engine, seed=3)
     return read_records(out.path / "responses.jsonl", Response)
 
 
 def test_killed_stage_asks_only_for_the_batches_that_are_missing(
-    tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tiny_policy: PolicyCheckpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    generate = Server(command=IDLE, batch_texts=4, concurrency=1, retries=0)
-    whole = answered(tiny_policy, monkeypatch, tmp_path / "whole", generate, [])
+    engine = Server(command=IDLE, max_concurrent_completions=4, concurrency=1, retries=0)
+    whole = answered(tiny_policy, monkeypatch, tmp_path / "whole", engine, [])
     seeds = [body["seed"] for body in whole.bodies[1:]]
     with pytest.raises(SelfalignError, match="no usable answer"):
-        answered(tiny_policy, monkeypatch, tmp_path / "killed", generate, [*[None] * 7, Fault(500)])
-    resumed = answered(tiny_policy, monkeypatch, tmp_path / "killed", generate, [])
+        answered(tiny_policy, monkeypatch, tmp_path / "killed", engine, [*[None] * 7, Fault(500)])
+    resumed = answered(tiny_policy, monkeypatch, tmp_path / "killed", engine, [])
     assert [body["seed"] for body in resumed.bodies[1:]] == seeds[4:]
     texts = [(tmp_path / name / "out" / "responses.jsonl").read_bytes() for name in ("whole", "killed")]
     assert texts[0] == texts[1]
 
 
 def answered(
-    policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch, folder: Path, generate: Server, faults: list[Fault | None]
+    policy: PolicyCheckpoint, monkeypatch: pytest.MonkeyPatch, folder: Path, engine: Server, faults: list[Fault | None]
 ) -> ChatServer:
     """The server that the stage has asked; the first request of all is the one that it is met with."""
     with chat_server(counted, faults) as server:
         monkeypatch.setattr(engine, "_free_port", lambda: port_of(server))
-        answer(policy, folder, generate)
+        answer(policy, folder, engine)
     return server
 
 
@@ -520,7 +524,7 @@ def everything_below(folder: Path) -> bytes:
 
 
 def test_whole_run_is_written_by_a_faulty_server_and_the_key_is_nowhere(
-    tiny_policy: PolicyFiles,
+    tiny_policy: PolicyCheckpoint,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -542,10 +546,10 @@ def test_whole_run_is_written_by_a_faulty_server_and_the_key_is_nowhere(
 
     faults = [Fault(500, KEY.encode()), Fault(429, KEY.encode(), {"Retry-After": "1"}), None, Fault(resets=True)]
     overrides = [
-        *(override for override in TINY_RUN if not override.startswith("generate.")),
-        *write_tiny_data(tmp_path / "data"), "iterations=1", "track=wandb", "judge=additive", "judge.samples=2",
-        "generate=server", "generate.dtype=float32", "generate.key_variable=WRITER_KEY", "generate.batch_texts=4",
-        "generate.command='echo $WRITER_KEY; : {weights} {port}; exec sleep 600'",
+        *(override for override in TINY_RUN if not override.startswith("engine.")),
+        *write_tiny_data(tmp_path / "data"), "iterations=1", "tracker=wandb", "judge=additive", "judge.num_samples=2",
+        "engine=server", "engine.dtype=float32", "engine.api_key_env=WRITER_KEY", "engine.max_concurrent_completions=4",
+        "engine.command='echo $WRITER_KEY; : {weights} {port}; exec sleep 600'",
     ]  # fmt: skip
     with chat_server(says, faults) as server:
         monkeypatch.setattr(engine, "_free_port", lambda: port_of(server))
@@ -557,10 +561,10 @@ def test_whole_run_is_written_by_a_faulty_server_and_the_key_is_nowhere(
         with pytest.raises(SelfalignError, match=r"status 401: no such key: \[key\]"):
             run(tmp_path / "outputs", *overrides, "seed=7", "name=refused")
         assert set(server.keys) == {f"Bearer {KEY}"}
-    responses = read_records(folder / "artefacts/iteration_1/responses/responses.jsonl", Response)
+    responses = read_records(folder / "artifacts/iteration_1/responses/responses.jsonl", Response)
     assert {r.tokens for r in responses} == {3}
     assert all("with [key]." in r.text for r in responses)
-    assert (folder / "artefacts/M2").exists()
+    assert (folder / "artifacts/M2").exists()
     said = capfd.readouterr()
     haystack = everything_below(tmp_path) + said.out.encode() + said.err.encode() + caplog.text.encode()
     assert b"WRITER_KEY" in haystack
@@ -611,18 +615,18 @@ def test_mutant_is_caught(name: str, given: dict[str, Any]) -> None:
 
 
 @contextmanager
-def really_served(policy: PolicyFiles) -> Iterator[ServerGenerator]:
+def really_served(policy: PolicyCheckpoint) -> Iterator[ServerGenerator]:
     """A policy behind `transformers serve`."""
     if not is_serve_available():
         pytest.skip("transformers serve is not installed: pip install 'transformers[serving]'")
     program = Path(sys.executable).with_name("transformers")
     settings = Server(command=f"{program} serve {{weights}} --port {{port}} --dtype {{dtype}}", dtype="float32")
-    with replace(settings, concurrency=1, batch_texts=8).load(policy) as generator:
+    with replace(settings, concurrency=1, max_concurrent_completions=8).load(policy) as generator:
         yield generator
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory, tiny_policy: PolicyFiles) -> Iterator[ServerGenerator]:
+def real(tmp_path_factory: pytest.TempPathFactory, tiny_policy: PolicyCheckpoint) -> Iterator[ServerGenerator]:
     """A policy that ends its turns."""
     with really_served(taught_policy(tiny_policy, tmp_path_factory.mktemp("taught"), epochs=25)) as generator:
         yield generator
@@ -633,38 +637,38 @@ def test_real_server_writes_what_this_process_writes(real: ServerGenerator, toke
     greedy = Sampling(temperature=0, max_new_tokens=tokens)
     requests = asking(real._policy, "Say one thing about bees.", "Say one thing about old rivers.", "Why?")
     with Transformers(dtype="float32").load(real._policy) as generator:
-        expected = generator.write(requests, greedy)
-    assert real.write(requests, greedy) == without_ids(expected)
+        expected = generator.generate(requests, greedy)
+    assert real.generate(requests, greedy) == without_ids(expected)
     assert {completion.finish_reason for [completion] in expected} == {reason}
 
 
 def test_real_server_draws_by_seed(real: ServerGenerator) -> None:
     wild = Sampling(temperature=1.5, top_p=1.0, max_new_tokens=12)
     [request] = asking(real._policy, "Say one thing about bees.", seeds=4)
-    first, again = real.write([request], wild), real.write([request], wild)
+    first, again = real.generate([request], wild), real.generate([request], wild)
     assert first == again
     assert len({c.text for c in first[0]}) == 4
 
 
 @pytest.mark.real_model
 def test_smollm2_behind_a_real_server_writes_and_judges_as_in_this_process(
-    smollm2: PolicyFiles, tmp_path: Path
+    smollm2: PolicyCheckpoint, tmp_path: Path
 ) -> None:
     greedy = Sampling(temperature=0, max_new_tokens=16)
     requests = asking(smollm2, "What is the capital of France?", "Name three colours of the rainbow, please.")
-    subjects = [Subject(ASKED[0], answer) for answer in ANSWERS[:2]]
+    subjects = [InstructionResponse(ASKED[0], answer) for answer in ANSWERS[:2]]
     with really_served(smollm2) as server:
-        answers = server.write(requests, greedy)
+        answers = server.generate(requests, greedy)
         endpoint = server._client._endpoint
-        judge = ExternalScore(prompt=RUBRIC, endpoint=endpoint, samples=1, retries=0, sampling=greedy)
+        judge = ExternalScore(prompt=RUBRIC, endpoint=endpoint, num_samples=1, retries=0, sampling=greedy)
         journal = Journal(tmp_path, lambda size: None)
-        with Bench(journal=journal, policy=None, reference=None, generate=Transformers(), seed=1) as bench:
-            judged = judge.judge(bench, subjects)
+        with JudgeContext(journal=journal, policy=None, reference=None, engine=Transformers(), seed=1) as context:
+            judged = judge.judge(context, subjects)
     asked = [judge.ask(subject.instruction.text, subject.response.text) for subject in subjects]
     prompts = [encode_prompt(smollm2.load_tokenizer(), prompt) for prompt in asked]
     with Transformers(dtype="float32").load(smollm2) as here:
-        assert answers == without_ids(here.write(requests, greedy))
-        expected = [one for [one] in here.write([Request(prompt=prompt, seeds=[0]) for prompt in prompts], greedy)]
+        assert answers == without_ids(here.generate(requests, greedy))
+        expected = [one for [one] in here.generate([Request(prompt=prompt, seeds=[0]) for prompt in prompts], greedy)]
     assert "Paris" in answers[0][0].text
     assert [judgement.text for judgement in judged.judgements] == [one.text for one in expected]
     assert judged.counts["judge/prompt_tokens"] == sum(map(len, prompts))

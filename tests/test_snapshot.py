@@ -16,7 +16,7 @@ from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OF
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.optim.lr_scheduler import LambdaLR
 
-from selfalign.core.distributed import TOLD, AnotherEnded
+from selfalign.core.distributed import TOLD, PeerProcessExited
 from selfalign.core.errors import SelfalignError
 from selfalign.training import resume_state
 from selfalign.training.config import Optimization
@@ -111,7 +111,7 @@ def test_snapshot_beyond_the_limit_on_file_sizes_is_that_error(tmp_path: Path) -
     assert not (tmp_path / "one").exists()
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3), AnotherEnded(TOLD)])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3), PeerProcessExited(TOLD)])
 def test_what_ends_the_process_is_no_failure_of_the_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:

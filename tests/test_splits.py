@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import artefact, demonstration, preference, records_artefact
+from builders import artifact, demonstration, preference, records_artifact
 from mutation import assert_caught
 
 from selfalign.core.errors import SelfalignError
@@ -16,11 +16,11 @@ from selfalign.core.jsonl import write_records
 from selfalign.core.records import FinishReason, PreferencePair, Prompt, RankedAnswers, Response
 from selfalign.data.pair_rules import AllOrdered, BestVsK, PairRule, pick_pairs
 from selfalign.data.turns import as_prompt
-from selfalign.models.batches import Group, PairExample
-from selfalign.store.artifacts import Artefact
+from selfalign.models.batches import PairExample, SharedPrompt
+from selfalign.store.artifacts import Artifact
 from selfalign.training import splits as module
 from selfalign.training.dataset import StoredExamples, store_examples
-from selfalign.training.splits import Known, Split, hold_out, split_pairs, texts_of
+from selfalign.training.splits import KnownTexts, Split, hold_out, split_pairs, texts_of
 
 
 def pair(name: str, prompt: Prompt, chosen: str, rejected: str) -> PreferencePair:
@@ -43,8 +43,8 @@ def names(pairs: Sequence[PreferencePair], rows: Any) -> list[str]:
     return [pairs[row].id for row in rows]
 
 
-def split(pairs: Sequence[PreferencePair], count: int, *trained_on: Artefact) -> Split:
-    return split_pairs(pairs, count, Known.of(trained_on))
+def split(pairs: Sequence[PreferencePair], count: int, *trained_on: Artifact) -> Split:
+    return split_pairs(pairs, count, KnownTexts.of(trained_on))
 
 
 def said(one: PreferencePair) -> set[tuple[str, str]]:
@@ -136,11 +136,11 @@ def test_text_in_another_part_is_not_shared(name: str) -> None:
     assert not share(*pairs)
 
 
-def known_of(digests: Sequence[int]) -> Known:
+def known_of(digests: Sequence[int]) -> KnownTexts:
     import numpy
 
     ordered = numpy.array(sorted(digests), dtype=numpy.uint64)
-    return Known(ordered, ordered, ordered[:0])
+    return KnownTexts(ordered, ordered, ordered[:0])
 
 
 # --- data of every kind ------------------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ def test_response_that_stands_everywhere_ties_no_pairs_together() -> None:
     assert all(row % 2 == 0 for row in made.held_out)
     assert (len(made.training), made.beside) == (20, 0)
     with pytest.raises(
-        SelfalignError, match=r"train\.held_out_pairs=21 of 40 pairs leaves none to train on: all the oth"
+        SelfalignError, match=r"train\.validation_pairs=21 of 40 pairs leaves none to train on: all the oth"
     ):
         split(pairs, 21)
 
@@ -248,8 +248,8 @@ def test_response_that_stands_everywhere_ties_no_pairs_together() -> None:
 # --- what was trained on before ----------------------------------------------------------------------------------
 
 
-def trained(folder: Path, name: str) -> Artefact:
-    """An artefact that teaches the first pair's texts, in one of the ways there are."""
+def trained(folder: Path, name: str) -> Artifact:
+    """An artifact that teaches the first pair's texts, in one of the ways there are."""
     first = UNIQUE[0]
     if name == "taught_questions":
         texts = [first.chosen, "Something."]
@@ -259,14 +259,14 @@ def trained(folder: Path, name: str) -> Artefact:
         folder.mkdir()
         write_records(folder / "taught.jsonl", [question])
         write_records(folder / "demonstrations.jsonl", [])
-        return artefact(folder)
+        return artifact(folder)
     records: dict[str, Any] = {
         "prompt": {"demonstrations": [demonstration("d", "Ask 0. ", "Something.")]},
         "response": {"demonstrations": [demonstration("d", "Why?", first.rejected)]},
         "earlier_pairs": {"pairs": [preference("e", "Why?", "Something.", first.chosen)]},
         "earlier_prompt": {"pairs": [pair("e", "Ask 0.", "Something.", "Nothing.")]},
     }
-    return records_artefact(folder, **records[name])
+    return records_artifact(folder, **records[name])
 
 
 TAUGHT = ["prompt", "response", "earlier_pairs", "earlier_prompt", "taught_questions"]
@@ -280,29 +280,29 @@ def test_pair_that_was_taught_before_is_never_held_out_and_is_counted(tmp_path: 
 
 def test_answers_that_are_only_judged_are_not_taught_but_their_questions_are(tmp_path: Path) -> None:
     """A model that learnt to judge an answer to one question was not taught to give it to another."""
-    known = Known.of([trained(tmp_path / "seeds", "taught_questions")])
+    known = KnownTexts.of([trained(tmp_path / "seeds", "taught_questions")])
     assert not known.shares(texts_of("Ask 0.", UNIQUE[0].chosen, "Something."))
     assert known.shares(texts_of([SYSTEM, user("Why? ")], "New.", "Other."))
 
 
 def test_nothing_that_was_taught_passes_nothing_over(tmp_path: Path) -> None:
-    empty = records_artefact(tmp_path / "seeds", demonstrations=[])
+    empty = records_artifact(tmp_path / "seeds", demonstrations=[])
     assert split(UNIQUE, 29, empty).passed_over == split(UNIQUE, 29).passed_over == 0
 
 
 @pytest.mark.parametrize(
     ("count", "message"),
     [
-        (30, r"train\.held_out_pairs=30 of 30 pairs leaves none to train on: lower it$"),
-        (40, r"train\.held_out_pairs=40 of 30 pairs leaves none to train on: lower it$"),
+        (30, r"train\.validation_pairs=30 of 30 pairs leaves none to train on: lower it$"),
+        (40, r"train\.validation_pairs=40 of 30 pairs leaves none to train on: lower it$"),
         (
             5,
-            r"train\.held_out_pairs=5: of 30 pairs only 3 share no prompt .* \(27 share one with that, as with SFT",
+            r"train\.validation_pairs=5: of 30 pairs only 3 share no prompt .* \(27 share one with that, as with SFT",
         ),
     ],
 )
 def test_too_few_independent_pairs_are_said_to_be_how_many(tmp_path: Path, count: int, message: str) -> None:
-    taught = records_artefact(tmp_path / "seeds", pairs=UNIQUE[3:])
+    taught = records_artifact(tmp_path / "seeds", pairs=UNIQUE[3:])
     with pytest.raises(SelfalignError, match=message):
         split(UNIQUE, count, taught)
 
@@ -319,14 +319,17 @@ def test_pairs_that_all_share_a_response_cannot_be_held_out() -> None:
 
 
 def stored(folder: Path, pairs: Sequence[PreferencePair]) -> StoredExamples[PairExample]:
-    made = [PairExample(plain=Group(id=one.id, prompt=[1], responses=[[1], [2]], given=[0, 0])) for one in pairs]
+    made = [
+        PairExample(plain=SharedPrompt(id=one.id, prompt=[1], responses=[[1], [2]], num_context_tokens=[0, 0]))
+        for one in pairs
+    ]
     return store_examples(folder, PairExample, made, Counter())
 
 
 def test_examples_are_split_by_the_texts_of_their_pairs_and_long_ones_do_not_count(tmp_path: Path) -> None:
     pairs = by_rule(AllOrdered(max_similarity=1.0), 8, random.Random(0))
     fitting = [one for number, one in enumerate(pairs) if number % 5]
-    given = records_artefact(tmp_path / "pairs", pairs=pairs)
+    given = records_artifact(tmp_path / "pairs", pairs=pairs)
     examples = stored(tmp_path / "examples", fitting)
     training, held, made = hold_out(examples, given.path / "pairs.jsonl", 3, [])
     expected = split(fitting, 3)
@@ -350,7 +353,7 @@ def test_digests_and_no_texts_are_kept() -> None:
         made = (preference(f"p{n}", f"Ask {n}. " + "x" * size, f"Good {n}.", f"Bad {n}.") for n in range(2000))
         tracemalloc.start()
         try:
-            split_pairs(made, 10, Known.of([]))
+            split_pairs(made, 10, KnownTexts.of([]))
             return tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()

@@ -15,7 +15,7 @@ from selfalign.metrics.intervals import (
     correlation,
     distinct,
     length_controlled,
-    repeated,
+    repetition,
     sign_test,
     wilson,
 )
@@ -219,6 +219,6 @@ def test_distinct_and_repeated_worked_by_hand() -> None:
     assert distinct(texts, 1) == pytest.approx(2 / 6)
     assert distinct(texts, 2) == pytest.approx(2 / 4)
     # Within a text: of ab ba ab one repeats; the other text's ab does not count as repeated.
-    assert repeated(texts, 2) == pytest.approx(1 / 4)
+    assert repetition(texts, 2) == pytest.approx(1 / 4)
     assert distinct([["a"]], 2) is None
-    assert repeated([], 1) is None
+    assert repetition([], 1) is None

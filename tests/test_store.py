@@ -16,7 +16,7 @@ from builders import file_limit
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_folder, read_json
 from selfalign.core.records import FinishReason
-from selfalign.store.artifacts import FORMAT, Artefact, Store, Workspace, canonical, key_of, locked
+from selfalign.store.artifacts import FORMAT, Artifact, StageOutput, Store, key_of, locked, to_key_json
 from selfalign.store.source_code import SOURCE, source_code
 
 
@@ -37,10 +37,10 @@ class Others:
     name: str = "a"
 
 
-def writing(text: str, calls: list[str] | None = None) -> Callable[[Workspace], dict[str, Any]]:
+def writing(text: str, calls: list[str] | None = None) -> Callable[[StageOutput], dict[str, Any]]:
     """A stage that writes one file."""
 
-    def build(out: Workspace) -> dict[str, Any]:
+    def build(out: StageOutput) -> dict[str, Any]:
         if calls is not None:
             calls.append(text)
         (out.path / "result.txt").write_text(text)
@@ -54,7 +54,7 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "store")
 
 
-def test_artefact_is_made_once_and_found_again(store: Store) -> None:
+def test_artifact_is_made_once_and_found_again(store: Store) -> None:
     calls: list[str] = []
     made = store.make("stage", {"x": 1}, writing("one", calls))
     again = store.make("stage", {"x": 1}, writing("two", calls))
@@ -66,14 +66,14 @@ def test_artefact_is_made_once_and_found_again(store: Store) -> None:
     assert store.find("other", {"x": 1}) is None
 
 
-def artefact(digest: str, **options: Any) -> Artefact:
-    return Artefact(
+def artifact(digest: str, **options: Any) -> Artifact:
+    return Artifact(
         **{"stage": "s", "key": "k", "path": Path("/p"), "digest": digest, "counts": {}, "seconds": 1.0, **options}
     )
 
 
 BASE: dict[str, Any] = {
-    "artefact": artefact("aaa"),
+    "artifact": artifact("aaa"),
     "settings": Settings(),
     "list": [1, 2],
     "reason": FinishReason.EOS,
@@ -85,9 +85,9 @@ BASE: dict[str, Any] = {
 @pytest.mark.parametrize(
     "change",
     [
-        {"artefact": artefact("bbb")},
-        {"artefact": artefact("aaa", stage="other")},
-        {"artefact": None},
+        {"artifact": artifact("bbb")},
+        {"artifact": artifact("aaa", stage="other")},
+        {"artifact": None},
         {"settings": Settings(rate=0.2)},
         {"settings": Settings(name="b")},
         {"settings": Others()},
@@ -111,7 +111,7 @@ def test_key_changes_with_each_input(change: dict[str, Any]) -> None:
     "change",
     [
         {"settings": Settings(speed=9)},
-        {"artefact": artefact("aaa", path=Path("/elsewhere"), seconds=7.0, key="other", counts={"n": 1})},
+        {"artifact": artifact("aaa", path=Path("/elsewhere"), seconds=7.0, key="other", counts={"n": 1})},
         {"list": (1, 2)},
     ],
     ids=repr,
@@ -129,11 +129,11 @@ def test_key_depends_on_the_stage_and_the_format(monkeypatch: pytest.MonkeyPatch
 
 
 def test_nested_settings_are_canonical_json() -> None:
-    value = canonical({"a": [Settings(), {"b": artefact("x")}], 3: FinishReason.EOS})
+    value = to_key_json({"a": [Settings(), {"b": artifact("x")}], 3: FinishReason.EOS})
     assert value == {
         "a": [
             {"class": "Settings", SOURCE: source_code(Settings), "rate": 0.1, "name": "a"},
-            {"b": {"artefact": "s", "digest": "x"}},
+            {"b": {"artifact": "s", "digest": "x"}},
         ],
         "3": "eos",
     }
@@ -144,7 +144,7 @@ def test_nested_settings_are_canonical_json() -> None:
     "value", [object(), Path("/x"), {1, 2}, b"x", Settings, lambda: 1], ids=lambda value: type(value).__name__
 )
 def test_inputs_that_are_not_plain_are_refused(value: Any) -> None:
-    with pytest.raises(TypeError, match="cannot be part of an artefact's key"):
+    with pytest.raises(TypeError, match="cannot be part of an artifact's key"):
         key_of("stage", {"x": value})
 
 
@@ -155,10 +155,10 @@ def test_enums_count_as_their_values() -> None:
     assert key_of("stage", {"x": Colour.RED}) == key_of("stage", {"x": "red"})
 
 
-def batches(log: list[int], kill_at: int | None = None) -> Callable[[Workspace], dict[str, Any]]:
+def batches(log: list[int], kill_at: int | None = None) -> Callable[[StageOutput], dict[str, Any]]:
     """A stage of four journalled batches that is killed in one of them."""
 
-    def build(out: Workspace) -> dict[str, Any]:
+    def build(out: StageOutput) -> dict[str, Any]:
         def work(number: int) -> list[int]:
             if number == kill_at:
                 raise Killed
@@ -187,7 +187,7 @@ def test_killed_stage_goes_on_and_does_not_repeat_finished_batches(store: Store)
 
 
 def test_scratch_is_gone_when_the_stage_is_done_and_was_there_before(store: Store) -> None:
-    def build(out: Workspace) -> dict[str, Any]:
+    def build(out: StageOutput) -> dict[str, Any]:
         assert out.scratch.is_dir()
         (out.scratch / "checkpoint").write_text("large")
         return {}
@@ -205,8 +205,8 @@ def test_scratch_that_a_kill_left_behind_the_manifest_is_removed_later(store: St
 
 
 def test_digest_depends_on_the_files_and_not_on_log_scratch_key_or_counts(store: Store) -> None:
-    def logging(seconds: float) -> Callable[[Workspace], dict[str, Any]]:
-        def build(out: Workspace) -> dict[str, Any]:
+    def logging(seconds: float) -> Callable[[StageOutput], dict[str, Any]]:
+        def build(out: StageOutput) -> dict[str, Any]:
             out.log({"step": 1, "seconds": seconds})
             (out.scratch / "x").write_text(str(seconds))
             (out.path / "result.txt").write_text("same")
@@ -220,10 +220,10 @@ def test_digest_depends_on_the_files_and_not_on_log_scratch_key_or_counts(store:
     assert store.make("stage", {"n": 3}, writing("other")).digest != first.digest
 
 
-def test_file_that_a_kill_left_half_written_is_no_part_of_the_artefact(store: Store) -> None:
+def test_file_that_a_kill_left_half_written_is_no_part_of_the_artifact(store: Store) -> None:
     """An atomic write that was killed leaves its temporary file; its name has the process's number in it."""
 
-    def killed(out: Workspace) -> dict[str, Any]:
+    def killed(out: StageOutput) -> dict[str, Any]:
         (out.path / ".result.txt.4711.tmp").write_text("ha")
         raise Killed
 
@@ -235,7 +235,7 @@ def test_file_that_a_kill_left_half_written_is_no_part_of_the_artefact(store: St
 
 
 @pytest.mark.parametrize("damage", ["missing", "shorter", "longer"])
-def test_damaged_artefact_is_refused_with_what_to_delete(store: Store, damage: str) -> None:
+def test_damaged_artifact_is_refused_with_what_to_delete(store: Store, damage: str) -> None:
     made = store.make("stage", {"x": 1}, writing("content"))
     path = made.path / "result.txt"
     if damage == "missing":
@@ -256,7 +256,7 @@ def test_damaged_manifest_is_refused_with_what_to_delete(store: Store, content: 
             attempt("stage", {"x": 1})
 
 
-def test_artefact_that_is_removed_while_it_is_read_is_not_found(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_artifact_that_is_removed_while_it_is_read_is_not_found(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     made = store.make("stage", {"x": 1}, writing("content"))
 
     def removed_behind(path: Path) -> Any:
@@ -272,7 +272,7 @@ def test_artefact_that_is_removed_while_it_is_read_is_not_found(store: Store, mo
 
 
 def test_stage_that_fails_leaves_no_manifest_and_frees_the_lock(store: Store) -> None:
-    def build(out: Workspace) -> dict[str, Any]:
+    def build(out: StageOutput) -> dict[str, Any]:
         (out.path / "result.txt").write_text("half")
         raise Killed
 
@@ -287,13 +287,13 @@ def test_manifest_says_what_was_made_from_what(store: Store) -> None:
     made = store.make("stage", BASE, writing("x"))
     manifest = json.loads((made.path / "manifest.json").read_text())
     assert manifest["stage"] == "stage"
-    assert manifest["inputs"] == canonical(BASE)
+    assert manifest["inputs"] == to_key_json(BASE)
     assert manifest["files"]["result.txt"][1] == 1
     assert manifest["counts"] == {"written": 1}
     assert manifest["digest"] == made.digest
 
 
-def test_counts_that_are_no_json_numbers_do_not_make_an_artefact(store: Store) -> None:
+def test_counts_that_are_no_json_numbers_do_not_make_an_artifact(store: Store) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         store.make("stage", {}, lambda out: {"mean": float("nan")})
     assert store.find("stage", {}) is None
@@ -302,7 +302,7 @@ def test_counts_that_are_no_json_numbers_do_not_make_an_artefact(store: Store) -
 def test_rows_are_passed_on_at_once_and_kept(store: Store) -> None:
     heard: list[dict[str, Any]] = []
 
-    def build(out: Workspace) -> dict[str, Any]:
+    def build(out: StageOutput) -> dict[str, Any]:
         out.log({"step": 1, "λ": "ü"})
         assert heard == [{"step": 1, "λ": "ü"}]
         out.log({"step": 2})
@@ -314,13 +314,13 @@ def test_rows_are_passed_on_at_once_and_kept(store: Store) -> None:
 
 
 def test_rewound_log_keeps_the_rows_before_and_drops_a_torn_line(tmp_path: Path) -> None:
-    first = Workspace(tmp_path, "label", lambda row: None)
+    first = StageOutput(tmp_path, "label", lambda row: None)
     for step in (1, 2, 3):
         first.log({"step": step})
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
     heard: list[dict[str, Any]] = []
-    second = Workspace(tmp_path, "label", heard.append)
+    second = StageOutput(tmp_path, "label", heard.append)
     second.rewind_log(lambda row: row["step"] <= 2)
     assert heard == [{"step": 1}, {"step": 2}]
     second.log({"step": 3})
@@ -333,17 +333,17 @@ def test_rewound_log_keeps_the_rows_before_and_drops_a_torn_line(tmp_path: Path)
 
 def test_log_that_cannot_be_rewound_keeps_its_rows(tmp_path: Path) -> None:
     """Rows that were lost here would be missing from the curves, and nobody would be told."""
-    first = Workspace(tmp_path, "label", lambda row: None)
+    first = StageOutput(tmp_path, "label", lambda row: None)
     for step in range(1, 41):
         first.log({"step": step})
     before = (tmp_path / "log.jsonl").read_bytes()
     with pytest.raises(OSError, match="File too large"), file_limit(100):
-        Workspace(tmp_path, "label", lambda row: None).rewind_log(lambda row: row["step"] <= 30)
+        StageOutput(tmp_path, "label", lambda row: None).rewind_log(lambda row: row["step"] <= 30)
     assert (tmp_path / "log.jsonl").read_bytes() == before
 
 
 def _make_in_another_process(root: str, barrier: Any, results: Any) -> None:
-    def build(out: Workspace) -> dict[str, Any]:
+    def build(out: StageOutput) -> dict[str, Any]:
         with (Path(root).parent / "builds").open("a") as file:
             file.write("x")
         time.sleep(0.8)
@@ -354,7 +354,7 @@ def _make_in_another_process(root: str, barrier: Any, results: Any) -> None:
     results.put(Store(Path(root)).make("stage", {"x": 1}, build).digest)
 
 
-def test_two_processes_that_need_an_artefact_at_once_build_it_once(tmp_path: Path) -> None:
+def test_two_processes_that_need_an_artifact_at_once_build_it_once(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(2), context.Queue()
     workers = [
@@ -394,24 +394,24 @@ def test_waiting_for_a_lock_says_so_once_with_the_reason(tmp_path: Path, caplog:
 def test_seconds_are_those_of_every_attempt_however_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
     monkeypatch.setattr("selfalign.store.artifacts.time.monotonic", lambda: clock[0])
-    store, place = Store(tmp_path), Store(tmp_path).place("stage", {})
+    store, place = Store(tmp_path), Store(tmp_path).path_of("stage", {})
 
-    def killed(seconds: float, noting: Callable[[Workspace], object]) -> None:
+    def killed(seconds: float, noting: Callable[[StageOutput], object]) -> None:
         """Nothing is written at the end, so it has to be with every batch and every row."""
-        out = Workspace(place, "stage", lambda row: None)
+        out = StageOutput(place, "stage", lambda row: None)
         clock[0] += seconds
         noting(out)
         clock[0] += 1000
 
-    def batch(out: Workspace) -> None:
+    def batch(out: StageOutput) -> None:
         with out.journal(1, "things") as journal:
             assert list(journal.batches([("a", 1, lambda: 1)])) == [1]
 
-    def interrupted(out: Workspace) -> dict[str, Any]:
+    def interrupted(out: StageOutput) -> dict[str, Any]:
         clock[0] += 7
         raise KeyboardInterrupt
 
-    def done(out: Workspace) -> dict[str, Any]:
+    def done(out: StageOutput) -> dict[str, Any]:
         clock[0] += 2
         return {}
 

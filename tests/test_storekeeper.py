@@ -82,7 +82,7 @@ def files_of(folder: Path) -> int:
 # --- list --------------------------------------------------------------------------------------------------------
 
 
-def test_list_shows_every_artefact_with_its_runs_largest_first(study: Study, call: Call) -> None:
+def test_list_shows_every_artifact_with_its_runs_largest_first(study: Study, call: Call) -> None:
     said = call("list", "--output", study.output)
     assert (said.code, said.err) == (0, "")
     listed, totals, remarks = said.out.split("\n\n")
@@ -191,7 +191,7 @@ def left(study: Study, tmp_path: Path) -> Path:
             link.symlink_to(target)
     shutil.rmtree(output / study.lam.name)
     for folder in (study.base, study.rate):
-        (output / folder.name / "artefacts" / "M0").unlink()
+        (output / folder.name / "artifacts" / "M0").unlink()
     return output
 
 
@@ -202,10 +202,10 @@ def test_clean_removes_what_only_a_deleted_run_used(
     before = {path.name for path in left.glob("store/*/*") if path.is_dir()}
     said = call("list")
     assert re.search(r" M0 *$|linked from (sft|align)/\w{20}", said.out, re.MULTILINE)
-    assert f"used by no run: {len(gone)} artefacts, " in said.out
+    assert f"used by no run: {len(gone)} artifacts, " in said.out
     said = call("clean", "--yes")
     assert (said.code, said.err) == (0, "")
-    assert f"removed: {len(gone)} artefacts" in said.out
+    assert f"removed: {len(gone)} artifacts" in said.out
     assert {path.name for path in left.glob("store/*/*") if path.is_dir()} == before - gone
     assert call("clean").out == "everything is used; nothing to remove\n"
     monkeypatch.setattr(Store, "_build", lambda *_: pytest.fail("something had to be made again"))
@@ -272,6 +272,6 @@ def test_what_is_in_use_by_then_is_said_to_be_left(left: Path, call: Call, monke
     monkeypatch.setattr(inventory, "_lock_now", lambda stack, path: False)
     said = call("clean", "--yes")
     assert said.code == 0
-    assert "removed: 0 artefacts, 0 locks" in said.out
+    assert "removed: 0 artifacts, 0 locks" in said.out
     assert "a process has begun to use them: " in said.out
     assert len(list(left.glob("store/align/*/"))) == 3

@@ -6,7 +6,7 @@ import pytest
 from builders import instruction, response
 
 from selfalign.core.errors import SelfalignError
-from selfalign.core.jsonl import chunks, count_records, follow, stream_records, write_records
+from selfalign.core.jsonl import chunks, count_records, join_sorted, stream_records, write_records
 from selfalign.core.records import Instruction
 
 FILE = Path("responses.jsonl")
@@ -20,7 +20,7 @@ def test_chunks_hold_all_records_in_their_order(count: int, sizes: list[int]) ->
 
 
 def joined(leaders: str, followers: list[str]) -> list[tuple[str, list[str]]]:
-    families = follow(map(instruction, leaders), map(response, followers), lambda r: r.instruction_id, FILE)
+    families = join_sorted(map(instruction, leaders), map(response, followers), lambda r: r.instruction_id, FILE)
     return [(leader.id, [follower.id for follower in own]) for leader, own in families]
 
 

@@ -27,7 +27,7 @@ from selfalign.engines.server import Server
 from selfalign.losses.preference import DPO, IPO, SrDPO, SrIPO
 from selfalign.stages.evaluate import compares_on, opponents
 from selfalign.stages.judge import ExpectedScore, SampledScore
-from selfalign.stages.seeds import EvaluationFineTuning
+from selfalign.stages.seed_data import EFTSource
 
 STUDIES = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))
 SMALL = [name for name in STUDIES if name.endswith("_small")]
@@ -81,7 +81,11 @@ def needed(name: str) -> tuple[str, ...]:
     keys: list[str] = []
     if name in PAPER and name.startswith("self_rewarding"):
         keys = ["evaluate.instructions", "benchmark.alpaca_eval.reference_outputs"]
-        keys += ["train.choose.instructions"] if "train.choose.every_steps" in PAPER[name] else []
+        keys += (
+            ["train.checkpoint_selection.instructions"]
+            if "train.checkpoint_selection.interval_steps" in PAPER[name]
+            else []
+        )
     elif name in PAPER and "evaluate.compare_benchmarks" in PAPER[name]:
         keys = ["benchmark.vicuna_bench.questions"]
     return tuple(f"{key}={YOURS[key]}" for key in keys)
@@ -167,7 +171,7 @@ def lines_of(path: Path, prefix: str = "") -> dict[str, list[str]]:
 
 
 FILES = {
-    "setting/llama2_70b": "", "setting/pythia_hh": "", "setting/zephyr_ultrafeedback": "",
+    "preset/llama2_70b": "", "preset/pythia_hh": "", "preset/zephyr_ultrafeedback": "",
     "train/quality_aware": "train.", "pair/best_worst": "pair.", "pair/positives": "pair.", "data/hh_rlhf": "data.",
     "data/ultrafeedback": "data.", "benchmark/mt_bench": "benchmark.", "benchmark/vicuna_bench": "benchmark.",
     "benchmark/alpaca_eval": "benchmark.", **{f"experiment/{name}": "" for name in PAPER},
@@ -245,7 +249,7 @@ def test_controls_replace_only_the_source_of_the_refinement() -> None:
 def test_losses_of_the_second_paper_are_summed_and_as_printed() -> None:
     for loss in ("ipo", "sr_ipo"):
         assert study("quality_aware_hh", f"loss={loss}").loss.reduction == "sum"
-    assert study("quality_aware_hh", "loss=sr_ipo").loss.target == "printed"
+    assert study("quality_aware_hh", "loss=sr_ipo").loss.lambda_scale == "paper"
     assert study("quality_aware_hh", "loss=sr_dpo").loss.lam == 0.5
 
 
@@ -267,10 +271,10 @@ def test_small_version_is_its_study_on_smollm2(name: str) -> None:
 
 def test_small_ablations_keep_what_they_take_away() -> None:
     without = study("self_rewarding_no_eft_small")
-    assert without.data.seeds.evaluation_fine_tuning == EvaluationFineTuning.none
+    assert without.data.seed_data.eft_source == EFTSource.none
     assert isinstance(without.judge, ExpectedScore)
     prompts = [study("self_rewarding_judge_prompt_small", *job).judge for job in jobs_of("self_rewarding_judge_prompt")]
-    assert all(isinstance(judge, SampledScore) and judge.max_failed_share == 1 for judge in prompts)
+    assert all(isinstance(judge, SampledScore) and judge.max_failure_rate == 1 for judge in prompts)
     assert len({judge.prompt for judge in prompts}) == 2
 
 
@@ -285,7 +289,7 @@ def test_full_studies_are_measured_as_in_their_papers(name: str) -> None:
     assert list(config.benchmark) == full.get(config.model.path, [])
     held_out = config.sweep_metric.removesuffix("/rewards/accuracies") in ("held_out", "preferences")
     assert held_out == (not config.evaluate.instructions)
-    assert not (config.train.held_out_pairs and config.evaluate.preferences.source), (
+    assert not (config.train.validation_pairs and config.evaluate.preference_pairs.source), (
         "one kind of held-out pairs a study"
     )
 
@@ -304,14 +308,14 @@ def test_commands_for_several_gpus_compose() -> None:
     commands = commands_for_several_gpus()
     assert len(commands) == 3
     for overrides in commands:
-        assert composed(*overrides)[0].train.layout.sharded
+        assert composed(*overrides)[0].train.parallelism.sharded
 
 
 def test_command_for_70b_leaves_nothing_that_loads_a_whole_model_but_the_server() -> None:
     (overrides,) = [command for command in commands_for_several_gpus() if "experiment=self_rewarding" in command]
     config, _, _ = composed(*overrides)
     assert config.model.path == "meta-llama/Llama-2-70b-hf"
-    assert isinstance(config.generate, Server)
+    assert isinstance(config.engine, Server)
     assert isinstance(config.judge, SampledScore), "judges that read probabilities load the model"
     loading = ("reference", "start", "divergence", "logps", "mt_bench")
     assert not [label for label in planned(config) if label.endswith(loading)]
@@ -342,7 +346,7 @@ def test_small_version_changes_model_data_sizes_and_judges_alone(name: str) -> N
 
 def test_table_2_of_the_second_paper_is_made_by_one_sweep_and_one_evaluation() -> None:
     """Every two of the four losses' models, on both question files, every turn in both orders."""
-    config = study("quality_aware_hh", "evaluate.matrix=true")
+    config = study("quality_aware_hh", "evaluate.round_robin=true")
     assert jobs_of("quality_aware_hh") == [["loss=dpo"], ["loss=ipo"], ["loss=sr_dpo"], ["loss=sr_ipo"]]
     models = ["M1", "dpo.M2", "ipo.M2", "sr_dpo.M2", "sr_ipo.M2"]
     assert [compares_on(config.evaluate, one) for one in config.benchmark.values()] == [True, True]
@@ -350,7 +354,7 @@ def test_table_2_of_the_second_paper_is_made_by_one_sweep_and_one_evaluation() -
     assert {"dpo.M2", "ipo.M2"} <= {*opponents_of["sr_dpo.M2"]} & {*opponents_of["sr_ipo.M2"]}
     text = (ROOT / "experiments/README.md").read_text(encoding="utf-8")
     assert f"selfalign experiment=quality_aware_hh {needed('quality_aware_hh')[0].partition('=')[0]}=" in text
-    assert "selfalign-evaluate outputs/sweeps/quality_aware_hh-… evaluate.matrix=true" in text
+    assert "selfalign-evaluate outputs/sweeps/quality_aware_hh-… evaluate.round_robin=true" in text
 
 
 def test_every_study_is_in_the_index_with_its_paper() -> None:

@@ -7,23 +7,23 @@ from selfalign.runs.labels import Label
 from selfalign.runs.ledger import Ledger
 from selfalign.runs.runner import Look
 from selfalign.runs.summary import COLUMNS, closing_text, models_of, plan_text, summarise, win_rate_matrix
-from selfalign.store.artifacts import Artefact, Store
+from selfalign.store.artifacts import Artifact, Store
 
 
-def made(stage: str, seconds: float = 1.0, **counts: Any) -> Artefact:
-    return Artefact(stage=stage, key=f"key-{stage}", path=Path("/nowhere"), digest="d", counts=counts, seconds=seconds)
+def made(stage: str, seconds: float = 1.0, **counts: Any) -> Artifact:
+    return Artifact(stage=stage, key=f"key-{stage}", path=Path("/nowhere"), digest="d", counts=counts, seconds=seconds)
 
 
-def labelled(artefacts: dict[str, Artefact]) -> dict[Label, Artefact]:
-    return {Label.parse(text): artefact for text, artefact in artefacts.items()}
+def labelled(artifacts: dict[str, Artifact]) -> dict[Label, Artifact]:
+    return {Label.parse(text): artifact for text, artifact in artifacts.items()}
 
 
-ARTEFACTS = labelled(
+ARTIFACTS = labelled(
     {
-        "M0": made("pretrained", 9.0, parameters=7),
-        "seeds": made("seeds", 5.0, ift=3),
+        "M0": made("load_model", 9.0, parameters=7),
+        "seeds": made("seed_data", 5.0, ift=3),
         "M1": made("sft", 2.0, demonstrations=8, dropped={"too_long": 0}),
-        "questions": made("questions", 3.0, instructions=2),
+        "questions": made("eval_instructions", 3.0, instructions=2),
         "evaluation_M1/answers": made("respond", 0.5, responses=2, dropped={"prompt_too_long": 0}),
         "evaluation_M1/numbers": made(
             "evaluate", 0.25, **{"eval/mean_characters": 99.6, "judge_quality/spearman": -0.5}
@@ -49,7 +49,7 @@ ARTEFACTS = labelled(
 
 
 def test_every_model_has_a_row_with_its_training_and_its_evaluation() -> None:
-    m1, m2, m3 = summarise(ARTEFACTS, models_of(ARTEFACTS))["models"]
+    m1, m2, m3 = summarise(ARTIFACTS, models_of(ARTIFACTS))["models"]
     assert [row["model"] for row in (m1, m2, m3)] == ["M1", "M2", "M3"]
     assert [row["iteration"] for row in (m1, m2, m3)] == [0, 1, 2]
     assert (m1["demonstrations"], m1["eval/mean_characters"], m1["judge_quality/spearman"]) == (8, 99.6, -0.5)
@@ -59,14 +59,14 @@ def test_every_model_has_a_row_with_its_training_and_its_evaluation() -> None:
 
 
 def test_seconds_of_a_model_are_those_of_its_pairs_training_and_evaluation() -> None:
-    m1, m2, m3 = summarise(ARTEFACTS, models_of(ARTEFACTS))["models"]
+    m1, m2, m3 = summarise(ARTIFACTS, models_of(ARTIFACTS))["models"]
     assert m1["seconds"] == round(2.0 + 0.5 + 0.25, 1)
     assert m2["seconds"] == round(4.0 + 0.125 + 10.0 + 0.5, 1)
     assert m3["seconds"] == 20.0
 
 
 def test_rows_of_tenth_and_first_model_do_not_mix() -> None:
-    artefacts = labelled(
+    artifacts = labelled(
         {
             "M1": made("sft", 1.0),
             "M2": made("align", 128.0),
@@ -78,37 +78,37 @@ def test_rows_of_tenth_and_first_model_do_not_mix() -> None:
             "evaluation_M10/numbers": made("evaluate", 64.0),
         }
     )
-    seconds = {row["model"]: row["seconds"] for row in summarise(artefacts, models_of(artefacts))["models"]}
+    seconds = {row["model"]: row["seconds"] for row in summarise(artifacts, models_of(artifacts))["models"]}
     assert seconds == {"M1": 33.0, "M2": 136.0, "M10": 66.0, "M11": 20.0}
 
 
 def test_sft_baseline_has_the_first_row_and_the_data_it_writes_is_m1s() -> None:
-    artefacts = labelled(
+    artifacts = labelled(
         {
-            "ift": made("seeds", 0.5),
-            "M0": made("pretrained", 9.0),
+            "ift": made("seed_data", 0.5),
+            "M0": made("load_model", 9.0),
             "SFT": made("sft", 2.0, demonstrations=4),
             "evaluation_SFT/numbers": made("evaluate", 1.0, **{"judge_quality/spearman": 0.25}),
             "eft/judgements": made("judge", 4.0),
             "M1": made("sft", 8.0, demonstrations=6),
         }
     )
-    sft, m1 = summarise(artefacts, models_of(artefacts))["models"]
+    sft, m1 = summarise(artifacts, models_of(artifacts))["models"]
     assert (sft["model"], sft["demonstrations"], sft["judge_quality/spearman"]) == ("SFT", 4, 0.25)
     assert (m1["model"], m1["demonstrations"]) == ("M1", 6)
     assert (sft["seconds"], m1["seconds"]) == (3.5, 12.0)
 
 
 def test_drops_are_those_stages_that_dropped_something() -> None:
-    assert summarise(ARTEFACTS, models_of(ARTEFACTS))["drops"] == {
+    assert summarise(ARTIFACTS, models_of(ARTIFACTS))["drops"] == {
         "iteration_1/instructions": {"copy": 3, "too_short": 0},
         "iteration_1/pairs": {"tie": 1},
     }
 
 
 def test_stages_are_listed_in_the_order_they_were_made() -> None:
-    stages = summarise(ARTEFACTS, models_of(ARTEFACTS))["stages"]
-    assert [stage["label"] for stage in stages] == list(map(str, ARTEFACTS))
+    stages = summarise(ARTIFACTS, models_of(ARTIFACTS))["stages"]
+    assert [stage["label"] for stage in stages] == list(map(str, ARTIFACTS))
     assert stages[2] == {
         "label": "M1",
         "stage": "sft",
@@ -120,11 +120,11 @@ def test_stages_are_listed_in_the_order_they_were_made() -> None:
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Ledger:
-    return Ledger(tmp_path / "run", artefacts=dict(ARTEFACTS))
+    return Ledger(tmp_path / "run", artifacts=dict(ARTIFACTS))
 
 
 def test_closing_table_has_a_line_a_model_and_says_where_everything_lies(ledger: Ledger) -> None:
-    text = closing_text(summarise(ARTEFACTS, models_of(ARTEFACTS)), ledger)
+    text = closing_text(summarise(ARTIFACTS, models_of(ARTIFACTS)), ledger)
     lines = text.splitlines()
     without = {"judge accuracy", "test reward accuracy"}
     assert {metric.heading for metric in COLUMNS if metric.heading not in lines[1]} == without
@@ -144,16 +144,16 @@ def test_closing_table_has_a_line_a_model_and_says_where_everything_lies(ledger:
 
 
 def test_closing_text_of_an_evaluation_names_the_model_the_others_are_compared_with(ledger: Ledger) -> None:
-    summary = summarise(ARTEFACTS, ["M2", "M3"])
+    summary = summarise(ARTIFACTS, ["M2", "M3"])
     assert "win rate vs\u00a0M1" in closing_text(summary, ledger)
     assert "win rate vs\u00a0M2" in closing_text(summary | {"evaluated": ["outputs/one"]}, ledger)
 
 
 def test_closing_text_says_so_only_when_nothing_had_to_be_made(ledger: Ledger) -> None:
     said = "Everything was there already; nothing had to be made."
-    assert said not in closing_text(summarise(ARTEFACTS, models_of(ARTEFACTS)), ledger)
-    ledger.reused = set(ARTEFACTS)
-    assert said in closing_text(summarise(ARTEFACTS, models_of(ARTEFACTS)), ledger)
+    assert said not in closing_text(summarise(ARTIFACTS, models_of(ARTIFACTS)), ledger)
+    ledger.reused = set(ARTIFACTS)
+    assert said in closing_text(summarise(ARTIFACTS, models_of(ARTIFACTS)), ledger)
 
 
 def test_plan_shows_each_stage_its_size_and_whether_it_is_there(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_plan_shows_each_stage_its_size_and_whether_it_is_there(tmp_path: Path) 
 
 def test_win_rate_matrix_has_both_directions_and_nothing_where_none_were_compared() -> None:
     compared = {
-        Label.comparison(model, other): made("compare", win_rate=rate)
+        Label.comparison(model, other): made("head_to_head", win_rate=rate)
         for model, other, rate in (("M2", "M1", 0.7), ("M3", "M2", 0.6), ("M3", "given", 0.1))
     }
     matrix = win_rate_matrix(["M1", "M2", "M3"], compared)

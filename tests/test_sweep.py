@@ -30,16 +30,22 @@ from selfalign.core.files import read_json
 from selfalign.launch import experiment as experiment_module
 from selfalign.launch import sweep as sweep_module
 from selfalign.launch.hydra_sweep import BasicSweeper
-from selfalign.launch.sweep import Sweep, run_job, undisturbed
+from selfalign.launch.sweep import Sweep, restore_global_state, run_job
 from selfalign.report.jobs import find_jobs
 from selfalign.runs import sweep_jobs
-from selfalign.runs.sweep_jobs import Job, JobState, told
+from selfalign.runs.sweep_jobs import Job, JobState, varying_overrides
 from selfalign.runs.tracker import tracked_id
 
 LOOP = [*TINY_RUN, "iterations=1", "train.sft.epochs=1"]
 """The whole loop, once around."""
 
-GIVEN = ["experiment=smoke", "data=pairs", "data.seeds.demonstrations=''", "data.seeds.ranked=''", "iterations=1"]
+GIVEN = [
+    "experiment=smoke",
+    "data=pairs",
+    "data.seed_data.demonstrations=''",
+    "data.seed_data.ranked=''",
+    "iterations=1",
+]
 GIVEN += ["evaluate=none", "train.align.dtype=float32", "train.align.batch_size=1"]
 """Alignment on given pairs and nothing else: quicker."""
 
@@ -67,14 +73,14 @@ def run_folders(output: Path) -> list[Path]:
     return [(folder / job["folder"]).resolve() for job in jobs(output) if job["folder"]]
 
 
-def artefacts(folder: Path) -> dict[str, Path]:
+def artifacts(folder: Path) -> dict[str, Path]:
     """{label: where it really lies} of a run."""
-    links = [path for path in (folder / "artefacts").rglob("*") if path.is_symlink()]
-    return {link.relative_to(folder / "artefacts").as_posix(): link.resolve() for link in links}
+    links = [path for path in (folder / "artifacts").rglob("*") if path.is_symlink()]
+    return {link.relative_to(folder / "artifacts").as_posix(): link.resolve() for link in links}
 
 
 def written(output: Path) -> dict[Path, int]:
-    """When each artefact and each run's results were written."""
+    """When each artifact and each run's results were written."""
     files = [*output.glob("store/*/*/manifest.json"), *output.glob("*/summary.json"), *output.glob("*/report.html")]
     return {path: path.stat().st_mtime_ns for path in files}
 
@@ -142,7 +148,7 @@ class Elsewhere:
         )
 
     def built(self) -> Counter[str]:
-        """How often each artefact was made."""
+        """How often each artifact was made."""
         file = self.folder / "builds"
         return Counter(file.read_text().splitlines() if file.exists() else [])
 
@@ -192,7 +198,7 @@ def test_launcher_runs_jobs_side_by_side_that_share_their_work(elsewhere: Elsewh
     assert sum(line.startswith("error: 1 of 3 jobs failed") for line in said.err.splitlines()) == 1, said
     assert states(elsewhere.output) == ["finished", "failed", "finished"]
     assert set(elsewhere.built().values()) == {1}
-    first, second = map(artefacts, run_folders(elsewhere.output))
+    first, second = map(artifacts, run_folders(elsewhere.output))
     own = {label for label in first if first[label] != second[label]}
     assert "M2" in own
     assert all(label.startswith(("M2", "evaluation_M2")) for label in own)
@@ -341,7 +347,7 @@ def test_three_jobs_are_three_runs_of_wandb_though_the_middle_one_fails(
     for path in (paths[0], paths[2]):
         write_pairs(path, chosen=f"Yes, {path.stem}.")
     paths[1].write_text("no JSON\n", encoding="utf-8")
-    told = [*GIVEN, "output_dir=out", "track=wandb", "track.mode=offline"]
+    told = [*GIVEN, "output_dir=out", "tracker=wandb", "tracker.mode=offline"]
     said = call("-m", *told, f"data.path={','.join(map(str, paths))}")
     assert said.code == 1
     (sweep,) = tmp_path.glob("out/sweeps/*")
@@ -385,7 +391,7 @@ def test_job_is_finished_when_all_that_was_asked_for_is_done(
     published: list[Path] = []
     monkeypatch.setattr(experiment_module, "check_login", lambda: None)
     monkeypatch.setattr(experiment_module, "publish", lambda folder, *_, **__: published.append(folder))
-    more = [*told, "push=true", "push_to=me/mine", "sweep_metric=-rewards/margins"]
+    more = [*told, "hub.push=true", "hub.repo_id=me/mine", "sweep_metric=-rewards/margins"]
     for _ in range(2):
         assert call(*more).code == 0
     assert [path.resolve() for path in published] == [folder]
@@ -437,10 +443,12 @@ def test_sweep_without_jobs_is_refused(call: Callable[..., Said], tmp_path: Path
 
 def test_job_is_listed_with_its_interpolations_as_they_were_given(call: Callable[..., Said], tmp_path: Path) -> None:
     told = [*GIVEN, write_pairs(tmp_path / "pairs.jsonl"), "output_dir=out", "loss.lam=0.1,0.3"]
-    assert call("-m", *told, "push_to='me/lam-${loss.lam}-${hydra:job.num}'").code == 0
-    assert all("push_to='me/lam-${loss.lam}-${hydra:job.num}'" in job["overrides"] for job in jobs(tmp_path / "out"))
+    assert call("-m", *told, "hub.repo_id='me/lam-${loss.lam}-${hydra:job.num}'").code == 0
+    assert all(
+        "hub.repo_id='me/lam-${loss.lam}-${hydra:job.num}'" in job["overrides"] for job in jobs(tmp_path / "out")
+    )
     settings = [yaml.safe_load((folder / "config.yaml").read_text()) for folder in run_folders(tmp_path / "out")]
-    assert [one["push_to"] for one in settings] == ["me/lam-0.1-0", "me/lam-0.3-1"]
+    assert [one["hub"]["repo_id"] for one in settings] == ["me/lam-0.1-0", "me/lam-0.3-1"]
 
 
 def test_changed_data_is_not_taken_for_finished(call: Callable[..., Said], tmp_path: Path) -> None:
@@ -481,11 +489,11 @@ def test_what_a_job_changes_in_its_process_is_put_back() -> None:
         numbers = [random.random(), float(np.random.rand()), float(torch.rand(()))]
         return [*numbers, torch.get_default_dtype(), "SELFALIGN_MESS" in os.environ]
 
-    with undisturbed():
+    with restore_global_state():
         before = state()
         torch.set_default_dtype(torch.float64)
         os.environ["SELFALIGN_MESS"] = "1"
-    with undisturbed():
+    with restore_global_state():
         assert state() == before
 
 
@@ -584,7 +592,7 @@ def open_sweep(folder: Path, *overrides: Sequence[str]) -> Sweep:
 
 def test_same_sweep_waits_for_its_turn(tmp_path: Path) -> None:
     first = open_sweep(tmp_path, ["seed=1"])
-    first.tell(1, ["seed=1"], state=JobState.finished)
+    first.update_job(1, ["seed=1"], state=JobState.finished)
     second = Sweep(tmp_path)
     waiting = threading.Thread(target=lambda: (second.open([["seed=1"]]), second.held.close()))
     waiting.start()
@@ -600,7 +608,7 @@ def test_same_sweep_waits_for_its_turn(tmp_path: Path) -> None:
 def test_what_was_finished_stays_so_when_the_same_sweep_is_interrupted(tmp_path: Path) -> None:
     first = open_sweep(tmp_path, ["seed=1"], ["seed=2"], ["seed=3"])
     for number, state in enumerate((JobState.finished, JobState.failed, JobState.running), start=1):
-        first.tell(number, [f"seed={number}"], state=state, seconds=5.0, error="oh" * (state is JobState.failed))
+        first.update_job(number, [f"seed={number}"], state=state, seconds=5.0, error="oh" * (state is JobState.failed))
     first.held.close()
     again = open_sweep(tmp_path, ["seed=1"], ["seed=2"], ["seed=3"])
 
@@ -621,7 +629,7 @@ def test_what_was_finished_stays_so_when_the_same_sweep_is_interrupted(tmp_path:
 
 def test_job_whose_process_died_has_failed(tmp_path: Path) -> None:
     sweep = open_sweep(tmp_path, ["seed=1"], ["seed=2"])
-    sweep.tell(1, ["seed=1"], state=JobState.running)
+    sweep.update_job(1, ["seed=1"], state=JobState.running)
     with pytest.raises(SelfalignError, match=r"1 of 2 jobs failed.*job 1 \(seed=1\): its process was killed"):
         sweep.close()
     sweep.held.close()
@@ -632,21 +640,23 @@ def test_jobs_of_a_search_are_added_as_they_come(tmp_path: Path) -> None:
     sweep = open_sweep(tmp_path)
     assert sweep.jobs() == []
     for number in (2, 1):
-        sweep.tell(number, [f"loss.lam={number}"], state=JobState.running)
+        sweep.update_job(number, [f"loss.lam={number}"], state=JobState.running)
     assert [(job.number, job.overrides) for job in sweep.jobs()] == [(1, ["loss.lam=1"]), (2, ["loss.lam=2"])]
     sweep.held.close()
 
 
 def test_job_is_told_by_what_sets_it_apart() -> None:
     both = [Job(number=n, overrides=["loss=ipo", f"seed={n}"]) for n in (1, 2)]
-    assert told(both[0], both) == "seed=1"
-    assert told(both[0], both[:1]) == "loss=ipo seed=1"
+    assert varying_overrides(both[0], both) == "seed=1"
+    assert varying_overrides(both[0], both[:1]) == "loss=ipo seed=1"
 
 
 def test_many_processes_may_tell_at_once(tmp_path: Path) -> None:
     sweep = open_sweep(tmp_path, *([f"seed={n}"] for n in range(8)))
     telling = [
-        threading.Thread(target=Sweep(tmp_path).tell, args=(n + 1, [f"seed={n}"]), kwargs={"state": JobState.finished})
+        threading.Thread(
+            target=Sweep(tmp_path).update_job, args=(n + 1, [f"seed={n}"]), kwargs={"state": JobState.finished}
+        )
         for n in range(8)
     ]
     for thread in telling:
@@ -705,7 +715,7 @@ SWEEPS: Mapping[str, tuple[list[str], int]] = {
     "training pairs, self": (["data.instruct.count=50,100", "data.respond.candidates=2,4"], 4),
     "training pairs, given": (["data=pairs", "data.path=p.jsonl", "iterations=1", "data.count=1000,5000,0"], 3),
     "pair rules": (["pair=best_worst,random,all_ordered,best_vs_k"], 4),
-    "references": (["train.reference=previous,sft,base"], 3),
+    "references": (["train.reference_policy=previous,sft,base"], 3),
     "seeds": (["seed=range(5)"], 5),
 }
 
@@ -734,4 +744,4 @@ def test_wandb_s_agent_runs_selfalign_with_overrides() -> None:
         command += told[word[2:-1]] if word == "${args_no_hyphens}" else [word]
     assert command[:2] == ["${env}", "selfalign"]
     config, _, plain = composed(*command[2:])
-    assert (config.name, plain["loss"]["lam"], plain["track"]["mode"]) == ("demo", 1.0, "online")
+    assert (config.name, plain["loss"]["lam"], plain["tracker"]["mode"]) == ("demo", 1.0, "online")

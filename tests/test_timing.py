@@ -18,8 +18,8 @@ def finished(folder: Path, loss: str) -> None:
 
 
 def trained(folder: Path, label: str, stage: str, rows: list[dict[str, Any]], **manifest: Any) -> None:
-    """An artefact of a run with what its stage logged."""
-    place = folder / "artefacts" / label
+    """An artifact of a run with what its stage logged."""
+    place = folder / "artifacts" / label
     place.mkdir(parents=True)
     write_json(place / "manifest.json", {"stage": stage, "inputs": {}, "counts": {}, "seconds": 99.0, **manifest})
     (place / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -37,7 +37,7 @@ def test_times_are_worked_by_hand(tmp_path: Path) -> None:
     finished(tmp_path / "one", "Sr-DPO")
     finished(tmp_path / "two", "IPO")
     trained(tmp_path / "one", "M1", "sft", STEPS[:1], counts={"demonstrations": 4})
-    trained(tmp_path / "one", "iteration_1/reference", "reference", [], seconds=7.5)
+    trained(tmp_path / "one", "iteration_1/reference", "reference_logprobs", [], seconds=7.5)
     trained(tmp_path / "one", "M2", "align", STEPS, inputs={"loss": LOSS}, counts={"pairs": 6})
     trained(
         tmp_path / "two", "M10", "align", STEPS, inputs={"loss": {"class": "IPO", "beta": 0.2}}, counts={"pairs": 2}
@@ -61,7 +61,7 @@ def test_times_are_worked_by_hand(tmp_path: Path) -> None:
 
 def test_training_whose_log_has_no_times_has_no_row(tmp_path: Path) -> None:
     finished(tmp_path, "Sr-DPO")
-    trained(tmp_path, "M0", "pretrained", [])
+    trained(tmp_path, "M0", "load_model", [])
     trained(tmp_path, "M1", "sft", [])
     trained(tmp_path, "M2", "align", [STEPS[0], {"step": 2, "tokens_per_second": 5.0}], inputs={"loss": LOSS})
     assert training_times([tmp_path]) == []

@@ -16,9 +16,9 @@ from selfalign.models.tokenizer import (
     encode_answers,
     encode_prompt,
     end_of_turn_id,
+    ids_to_exact_text,
     own_stops,
     plain_ids,
-    spell,
     stop_ids,
 )
 
@@ -135,12 +135,12 @@ def test_spelled_prompt_is_read_as_the_same_ids_by_a_tokenizer_that_adds_what_it
 ) -> None:
     tokenizer = build_tokenizer(adds_bos=adds_bos, template=template)
     ids = encode_prompt(tokenizer, QUESTION, "Score: ")
-    assert tokenizer(spell(tokenizer, ids))["input_ids"] == ids
+    assert tokenizer(ids_to_exact_text(tokenizer, ids))["input_ids"] == ids
 
 
 def test_text_that_would_be_read_as_control_tokens_is_not_spelled(tokenizer: Any) -> None:
     with pytest.raises(SelfalignError, match=r"cannot convert .* tokenizes back to the same ids"):
-        spell(tokenizer, encode_prompt(tokenizer, "a <|end|> b"))
+        ids_to_exact_text(tokenizer, encode_prompt(tokenizer, "a <|end|> b"))
 
 
 def test_tiny_model_has_no_bos_and_ends_its_turns(tiny_tokenizer: Any) -> None:

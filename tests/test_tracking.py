@@ -176,7 +176,7 @@ def test_no_tracking_takes_everything_and_says_so(tmp_path: Path) -> None:
         tracker.table("t", ["a"], iter([[1]]))
         tracker.summarise({"a": 1})
         tracker.attach([tmp_path])
-        assert tracker.place == "none (track=none)"
+        assert tracker.place == "none (tracker=none)"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -249,12 +249,12 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> Path:
         settings = [
             *TINY_RUN,
             *write_tiny_data(base / "data"),
-            "track=wandb",
-            "track.mode=offline",
-            "track.tags=[mine]",
+            "tracker=wandb",
+            "tracker.mode=offline",
+            "tracker.tags=[mine]",
         ]
-        run(base / "out", *settings, "evaluate.baseline=true")
-        return run(base / "out", *settings, "evaluate.baseline=true")
+        run(base / "out", *settings, "evaluate.sft_baseline=true")
+        return run(base / "out", *settings, "evaluate.sft_baseline=true")
 
 
 @pytest.fixture(scope="module")
@@ -339,7 +339,7 @@ def test_records_are_tables_once_in_each_iteration(tracked: Path, read: Read) ->
     names = ("instructions", "candidates", "scores", "pairs", "head_to_head")
     assert counted == {f"tables/{name}._type": 2 for name in names}
     for iteration in (1, 2):
-        place = tracked / "artefacts" / f"iteration_{iteration}"
+        place = tracked / "artifacts" / f"iteration_{iteration}"
         asked = {i.id: i.text for i in read_records(place / "instructions/instructions.jsonl", Instruction)}
         responses = read_records(place / "responses/responses.jsonl", Response)
         scores = {s.id: s.score for s in read_records(place / "judgements/scores.jsonl", ResponseScore)}

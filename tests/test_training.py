@@ -25,23 +25,23 @@ from selfalign.core.jsonl import read_records, write_records
 from selfalign.core.records import PairReference, PreferencePair
 from selfalign.losses.preference import DPO, IPO, SrDPO
 from selfalign.losses.refinement import Refinement
-from selfalign.models.batches import Group, PairExample, encode_group, encode_pairs
-from selfalign.models.checkpoint import Policy, PolicyFiles
+from selfalign.models.batches import PairExample, SharedPrompt, encode_group, encode_pairs
+from selfalign.models.checkpoint import Policy, PolicyCheckpoint
 from selfalign.models.config import LoRA
-from selfalign.models.scorer import Scorer
+from selfalign.models.scorer import LogProbScorer
 from selfalign.models.tokenizer import Answer
-from selfalign.stages.reference import reference
-from selfalign.store.artifacts import Artefact, Workspace
+from selfalign.stages.reference_logprobs import reference_logprobs
+from selfalign.store.artifacts import Artifact, StageOutput
 from selfalign.training import trainer as trainer_module
-from selfalign.training.config import Optimization, TrainConfig, Weights
-from selfalign.training.objective import Likelihood, Outcome
+from selfalign.training.config import Optimization, TrainableWeights, TrainConfig
+from selfalign.training.objective import Likelihood, ObjectiveOutput
 from selfalign.training.preference import Preference
 from selfalign.training.prepare import add_adapter, prepare
 from selfalign.training.reference import StoredReferences, with_reference
 from selfalign.training.train import train
-from selfalign.training.trainer import Steps, last_checkpoint
+from selfalign.training.trainer import StepDataset, last_checkpoint
 
-FLOAT = Weights(dtype="float32", lora=LoRA(), seed=3)
+FLOAT = TrainableWeights(dtype="float32", lora=LoRA(), seed=3)
 ADAPTER = replace(FLOAT, lora=LoRA(rank=4))
 ANSWERS = layout_jobs.ANSWERS[:-1]
 
@@ -52,7 +52,7 @@ def settings(**options: Any) -> Optimization:
 
 
 @pytest.fixture(scope="module")
-def demonstrations(tiny_tokenizer: Any) -> list[Group]:
+def demonstrations(tiny_tokenizer: Any) -> list[SharedPrompt]:
     return [
         encode_group(tiny_tokenizer, f"d{i}", [{"role": "user", "content": f"Question {i}?"}], [Answer(text=answer)])
         for i, answer in enumerate(ANSWERS)
@@ -77,7 +77,7 @@ class Pairs:
 
 
 @pytest.fixture(scope="module")
-def pairs(tiny_policy: PolicyFiles, tiny_tokenizer: Any) -> Pairs:
+def pairs(tiny_policy: PolicyCheckpoint, tiny_tokenizer: Any) -> Pairs:
     records = [
         PreferencePair(
             id=f"p{i}",
@@ -88,7 +88,7 @@ def pairs(tiny_policy: PolicyFiles, tiny_tokenizer: Any) -> Pairs:
         for i, (chosen, rejected) in enumerate(pairwise(ANSWERS))
     ]
     examples = list(encode_pairs(tiny_tokenizer, records, Refinement(prompt="Do well: "), 512, Counter()))
-    scorer = Scorer(tiny_policy.load("float32"), 4096)
+    scorer = LogProbScorer(tiny_policy.load("float32"), 4096)
     plain = scorer.score([example.plain for example in examples])
     augmented = scorer.score([example.augmented for example in examples if example.augmented])
     references = {
@@ -120,16 +120,16 @@ class Trained:
 
 def run(
     folder: Path,
-    policy: PolicyFiles,
+    policy: PolicyCheckpoint,
     examples: Sequence[Any],
     *,
     objective: Any = None,
     optimization: Optimization | None = None,
-    weights: Weights = FLOAT,
+    weights: TrainableWeights = FLOAT,
 ) -> Trained:
     rows: list[dict[str, Any]] = []
     train(
-        Workspace(folder, "M1", rows.append),
+        StageOutput(folder, "M1", rows.append),
         policy=policy,
         base=policy,
         examples=examples,
@@ -161,7 +161,7 @@ class Breaking:
     def weight(self, examples: Sequence[Any]) -> float:
         return self.inner.weight(examples)
 
-    def __call__(self, model: Any, examples: Sequence[Any]) -> Outcome:
+    def __call__(self, model: Any, examples: Sequence[Any]) -> ObjectiveOutput:
         self.calls += 1
         if self.calls == self.kill_at:
             raise Killed
@@ -177,7 +177,7 @@ class Breaking:
         self.inner.check_first_step(distance, loss_distance)
 
 
-def response_logps(model: Any, group: Group, index: int = 0) -> Tensor:
+def response_logps(model: Any, group: SharedPrompt, index: int = 0) -> Tensor:
     """Token log-probabilities of a response by a plain pass over full logits."""
     ids = torch.tensor([[*group.prompt, *group.responses[index]]])
     logps = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
@@ -198,16 +198,20 @@ def gradient_descent(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-ONE_STEP: dict[str, Any] = {"batch_size": 8, "schedule": "constant", "max_gradient_norm": 1e9, "learning_rate": 0.5}
+ONE_STEP: dict[str, Any] = {"batch_size": 8, "schedule": "constant", "max_grad_norm": 1e9, "learning_rate": 0.5}
 
 
 @pytest.mark.usefixtures("gradient_descent")
 @pytest.mark.parametrize("average", ["tokens", "examples"])
-@pytest.mark.parametrize("batch_tokens", [1, 100_000], ids=["eight_passes", "one_pass"])
+@pytest.mark.parametrize("microbatch_tokens", [1, 100_000], ids=["eight_passes", "one_pass"])
 def test_sft_step_is_that_of_the_mean_over_tokens_or_examples_however_it_is_cut(
-    tiny_policy: PolicyFiles, demonstrations: list[Group], tmp_path: Path, average: str, batch_tokens: int
+    tiny_policy: PolicyCheckpoint,
+    demonstrations: list[SharedPrompt],
+    tmp_path: Path,
+    average: str,
+    microbatch_tokens: int,
 ) -> None:
-    optimization = settings(batch_tokens=batch_tokens, average=average, **ONE_STEP)
+    optimization = settings(microbatch_tokens=microbatch_tokens, loss_reduction=average, **ONE_STEP)
     trained = run(
         tmp_path / "M1", tiny_policy, demonstrations, objective=Likelihood(average), optimization=optimization
     )
@@ -225,7 +229,7 @@ def test_sft_step_is_that_of_the_mean_over_tokens_or_examples_however_it_is_cut(
 
 
 def test_process_that_sees_several_gpus_trains_on_one_as_on_a_machine_with_one(
-    tiny_policy: PolicyFiles, demonstrations: list[Group], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_policy: PolicyCheckpoint, demonstrations: list[SharedPrompt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Trainer would put the model into DataParallel, which shares batches out that are not its own."""
     devices = TrainingArguments._setup_devices.func
@@ -246,9 +250,9 @@ def test_process_that_sees_several_gpus_trains_on_one_as_on_a_machine_with_one(
 
 
 @pytest.mark.usefixtures("gradient_descent")
-@pytest.mark.parametrize("batch_tokens", [1, 100_000], ids=["one_pair_a_pass", "one_pass"])
+@pytest.mark.parametrize("microbatch_tokens", [1, 100_000], ids=["one_pair_a_pass", "one_pass"])
 def test_preference_step_is_that_of_the_mean_over_pairs_however_it_is_cut(
-    tiny_policy: PolicyFiles, pairs: Pairs, tmp_path: Path, batch_tokens: int
+    tiny_policy: PolicyCheckpoint, pairs: Pairs, tmp_path: Path, microbatch_tokens: int
 ) -> None:
     """Against references that are off, so that h and Δ are not 0 and every term matters."""
     references = {
@@ -262,7 +266,7 @@ def test_preference_step_is_that_of_the_mean_over_pairs_however_it_is_cut(
         tiny_policy,
         pairs.against(references),
         objective=objective,
-        optimization=settings(batch_tokens=batch_tokens, **ONE_STEP),
+        optimization=settings(microbatch_tokens=microbatch_tokens, **ONE_STEP),
     )
     model = tiny_policy.load("float32").model
     losses = []
@@ -284,16 +288,18 @@ def test_preference_step_is_that_of_the_mean_over_pairs_however_it_is_cut(
 
 
 def test_four_passes_of_one_equal_one_pass_of_four_over_a_whole_training(
-    tiny_policy: PolicyFiles, demonstrations: list[Group], tmp_path: Path
+    tiny_policy: PolicyCheckpoint, demonstrations: list[SharedPrompt], tmp_path: Path
 ) -> None:
     small, large = (
         run(
-            tmp_path / str(batch_tokens),
+            tmp_path / str(microbatch_tokens),
             tiny_policy,
             demonstrations,
-            optimization=settings(batch_tokens=batch_tokens, batch_size=4, learning_rate=1e-5, schedule="constant"),
+            optimization=settings(
+                microbatch_tokens=microbatch_tokens, batch_size=4, learning_rate=1e-5, schedule="constant"
+            ),
         )
-        for batch_tokens in (1, 100_000)
+        for microbatch_tokens in (1, 100_000)
     )
     start = load_file(tiny_policy.path / "weights" / "model.safetensors")
     moved = max(float((large.weights[name] - start[name]).abs().max()) for name in start)
@@ -304,20 +310,22 @@ def test_four_passes_of_one_equal_one_pass_of_four_over_a_whole_training(
 
 
 def test_a_step_with_fewer_examples_is_averaged_over_those_it_has(
-    tiny_policy: PolicyFiles, demonstrations: list[Group], tmp_path: Path
+    tiny_policy: PolicyCheckpoint, demonstrations: list[SharedPrompt], tmp_path: Path
 ) -> None:
     trained = run(
         tmp_path / "M1", tiny_policy, demonstrations[:3], optimization=settings(batch_size=2, learning_rate=1e-9)
     )
     model = tiny_policy.load("float32").model
-    order = Steps(demonstrations[:3], 2, 1, FLOAT.seed)
+    order = StepDataset(demonstrations[:3], 2, 1, FLOAT.seed)
     assert [len(step) for step in order] == [2, 1]
     for step, row in zip(order, trained.rows, strict=True):
         logps = torch.cat([response_logps(model, group) for group in step])
         assert row["loss"] == pytest.approx(-float(logps.mean().detach()), rel=1e-5)
 
 
-def test_training_lowers_the_loss(tiny_policy: PolicyFiles, demonstrations: list[Group], tmp_path: Path) -> None:
+def test_training_lowers_the_loss(
+    tiny_policy: PolicyCheckpoint, demonstrations: list[SharedPrompt], tmp_path: Path
+) -> None:
     trained = run(
         tmp_path / "M1",
         tiny_policy,
@@ -328,7 +336,7 @@ def test_training_lowers_the_loss(tiny_policy: PolicyFiles, demonstrations: list
 
 
 def test_every_step_is_timed_and_its_speed_is_that_of_all_its_tokens(
-    tiny_policy: PolicyFiles, demonstrations: list[Group], tmp_path: Path
+    tiny_policy: PolicyCheckpoint, demonstrations: list[SharedPrompt], tmp_path: Path
 ) -> None:
     trained = run(tmp_path / "M1", tiny_policy, demonstrations, optimization=settings(batch_size=len(demonstrations)))
     (row,) = trained.logged
@@ -336,7 +344,7 @@ def test_every_step_is_timed_and_its_speed_is_that_of_all_its_tokens(
 
 
 def interrupted(
-    folder: Path, policy: PolicyFiles, examples: Sequence[Any], objective: Any, weights: Weights
+    folder: Path, policy: PolicyCheckpoint, examples: Sequence[Any], objective: Any, weights: TrainableWeights
 ) -> tuple[Trained, list[str]]:
     """A training killed in its fourth step, after the checkpoint of the second, and then run again."""
     with pytest.raises(Killed):
@@ -363,7 +371,12 @@ def interrupted(
 @pytest.mark.parametrize("weights", [FLOAT, ADAPTER], ids=["all_weights", "adapter"])
 @pytest.mark.parametrize("kind", ["sft", "sr_dpo"])
 def test_resumed_training_equals_uninterrupted_training_bit_for_bit(
-    tiny_policy: PolicyFiles, demonstrations: list[Group], pairs: Pairs, tmp_path: Path, kind: str, weights: Weights
+    tiny_policy: PolicyCheckpoint,
+    demonstrations: list[SharedPrompt],
+    pairs: Pairs,
+    tmp_path: Path,
+    kind: str,
+    weights: TrainableWeights,
 ) -> None:
     examples, objective = demonstrations, Likelihood("tokens")
     if kind == "sr_dpo":
@@ -390,7 +403,7 @@ def test_resumed_training_equals_uninterrupted_training_bit_for_bit(
 
 @pytest.mark.parametrize("weights", [FLOAT, ADAPTER], ids=["all_weights", "adapter"])
 def test_same_seed_same_weights_and_another_seed_another_order(
-    tiny_policy: PolicyFiles, demonstrations: list[Group], tmp_path: Path, weights: Weights
+    tiny_policy: PolicyCheckpoint, demonstrations: list[SharedPrompt], tmp_path: Path, weights: TrainableWeights
 ) -> None:
     first = run(tmp_path / "first", tiny_policy, demonstrations, weights=weights)
     # Whatever was drawn before: an adapter's first weights come from the seed as well.
@@ -402,7 +415,7 @@ def test_same_seed_same_weights_and_another_seed_another_order(
 
 
 def test_resumed_training_drops_the_same_activations(
-    tiny_policy: PolicyFiles, demonstrations: list[Group], tmp_path: Path
+    tiny_policy: PolicyCheckpoint, demonstrations: list[SharedPrompt], tmp_path: Path
 ) -> None:
     """A checkpoint holds no random state: what is dropped follows from the seed and the step."""
     dropping = settings(dropout=0.3)
@@ -416,7 +429,7 @@ def test_resumed_training_drops_the_same_activations(
     assert whole.rows[0]["loss"] != other.rows[0]["loss"]
 
 
-def whole_and_killed(folder: Path, policy: PolicyFiles, examples: Sequence[Any]) -> tuple[Trained, Path]:
+def whole_and_killed(folder: Path, policy: PolicyCheckpoint, examples: Sequence[Any]) -> tuple[Trained, Path]:
     """A training, and the checkpoints of the same one in folder/killed, which broke off behind its second step."""
     whole = run(folder / "whole", policy, examples)
     with pytest.raises(Killed):
@@ -425,7 +438,7 @@ def whole_and_killed(folder: Path, policy: PolicyFiles, examples: Sequence[Any])
 
 
 def test_a_checkpoint_that_was_not_written_to_its_end_is_skipped(
-    tiny_policy: PolicyFiles, demonstrations: list[Group], tmp_path: Path
+    tiny_policy: PolicyCheckpoint, demonstrations: list[SharedPrompt], tmp_path: Path
 ) -> None:
     whole, checkpoints = whole_and_killed(tmp_path, tiny_policy, demonstrations)
     good = checkpoints / "checkpoint-2"
@@ -443,7 +456,7 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_skipped(
 
 
 def test_damaged_checkpoint_stops_the_training_and_names_the_folder_that_is_in_its_way(
-    tiny_policy: PolicyFiles, demonstrations: list[Group], tmp_path: Path
+    tiny_policy: PolicyCheckpoint, demonstrations: list[SharedPrompt], tmp_path: Path
 ) -> None:
     whole, checkpoints = whole_and_killed(tmp_path, tiny_policy, demonstrations)
     folder = checkpoints / "checkpoint-2"
@@ -532,11 +545,11 @@ DROPPING = {
 @pytest.mark.parametrize("name", DROPPING)
 @pytest.mark.parametrize("weights", [FLOAT, ADAPTER], ids=["all_weights", "adapter"])
 def test_training_is_free_of_every_dropout_the_config_asks_for(
-    tiny_policy: PolicyFiles, tiny_tokenizer: Any, name: str, weights: Weights
+    tiny_policy: PolicyCheckpoint, tiny_tokenizer: Any, name: str, weights: TrainableWeights
 ) -> None:
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(DROPPING[name]))
-    group = Group(id="a", prompt=[5, 6, 7, 8], responses=[[9, 10, 11], [12, 13]], given=[0, 0])
+    group = SharedPrompt(id="a", prompt=[5, 6, 7, 8], responses=[[9, 10, 11], [12, 13]], num_context_tokens=[0, 0])
     ids = torch.tensor([[*group.prompt, *group.responses[0]]])
     with torch.no_grad():
         model.train()
@@ -547,14 +560,14 @@ def test_training_is_free_of_every_dropout_the_config_asks_for(
         prepare(prepared, tiny_policy, weights, 0.0)
         prepared.model.train()
         first, second = (Likelihood("tokens")(prepared.model, [group]).loss for _ in range(2))
-        single = Group(id="a", prompt=group.prompt, responses=group.responses[:1], given=[0])
+        single = SharedPrompt(id="a", prompt=group.prompt, responses=group.responses[:1], num_context_tokens=[0])
         alone = -Likelihood("tokens")(prepared.model, [single]).loss
     assert torch.equal(first, second)
     torch.testing.assert_close(alone, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_first_two_steps_of_a_policy_with_dropout_in_its_config_start_as_the_reference(
-    tiny_policy: PolicyFiles, pairs: Pairs, tmp_path: Path
+    tiny_policy: PolicyCheckpoint, pairs: Pairs, tmp_path: Path
 ) -> None:
     config = json.loads((tiny_policy.path / "weights" / "config.json").read_text())
     folder = tmp_path / "M0"
@@ -567,7 +580,7 @@ def test_first_two_steps_of_a_policy_with_dropout_in_its_config_start_as_the_ref
     objective = Preference(DPO(), StoredReferences(), True, "float32")
     trained = run(
         tmp_path / "M1",
-        PolicyFiles(folder),
+        PolicyCheckpoint(folder),
         pairs.examples,
         objective=objective,
         optimization=settings(learning_rate=1e-12),
@@ -578,12 +591,12 @@ def test_first_two_steps_of_a_policy_with_dropout_in_its_config_start_as_the_ref
 
 
 def test_loss_that_is_not_finite_stops_with_the_records_and_keeps_the_checkpoint(
-    tiny_policy: PolicyFiles, demonstrations: list[Group], tmp_path: Path
+    tiny_policy: PolicyCheckpoint, demonstrations: list[SharedPrompt], tmp_path: Path
 ) -> None:
-    steps = list(Steps(demonstrations, 2, 1, FLOAT.seed))
+    steps = list(StepDataset(demonstrations, 2, 1, FLOAT.seed))
     poisoned = steps[2][0].id
     objective = Breaking(Likelihood("tokens"), poisoned=poisoned)
-    one_by_one = settings(batch_tokens=1)
+    one_by_one = settings(microbatch_tokens=1)
     with pytest.raises(SelfalignError, match=rf"M1: the loss is not finite at step 3 \(records {poisoned}\)"):
         run(tmp_path / "M1", tiny_policy, demonstrations, objective=objective, optimization=one_by_one)
     assert not (tmp_path / "M1" / "weights").exists()
@@ -591,11 +604,11 @@ def test_loss_that_is_not_finite_stops_with_the_records_and_keeps_the_checkpoint
 
 
 @pytest.mark.parametrize("loss", [DPO(), IPO(), SrDPO(refinement=Refinement(prompt="Do well: "))], ids=repr)
-@pytest.mark.parametrize("batch_tokens", [1, 100_000])
+@pytest.mark.parametrize("microbatch_tokens", [1, 100_000])
 def test_first_step_of_a_policy_that_is_its_reference_has_the_known_loss(
-    tiny_policy: PolicyFiles, pairs: Pairs, tmp_path: Path, loss: Any, batch_tokens: int
+    tiny_policy: PolicyCheckpoint, pairs: Pairs, tmp_path: Path, loss: Any, microbatch_tokens: int
 ) -> None:
-    optimization = settings(batch_size=8, batch_tokens=batch_tokens)
+    optimization = settings(batch_size=8, microbatch_tokens=microbatch_tokens)
     objective = Preference(loss, StoredReferences(), True, "float32")
     row = run(tmp_path, tiny_policy, pairs.examples, objective=objective, optimization=optimization).rows[0]
     assert row["loss"] == pytest.approx(25 if isinstance(loss, IPO) else math.log(2), abs=1e-3)
@@ -615,7 +628,7 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_first_step_against_a_wrong_reference_stops_with_the_likely_causes(
-    tiny_policy: PolicyFiles, pairs: Pairs, tmp_path: Path, name: str
+    tiny_policy: PolicyCheckpoint, pairs: Pairs, tmp_path: Path, name: str
 ) -> None:
     wrong = {key: WRONG[name](i, r) for i, (key, r) in enumerate(pairs.references.items())}
     loss = SrDPO(refinement=Refinement(prompt="Do well: "))
@@ -626,7 +639,7 @@ def test_first_step_against_a_wrong_reference_stops_with_the_likely_causes(
 
 
 def test_first_step_against_another_reference_that_is_meant_is_not_stopped(
-    tiny_policy: PolicyFiles, pairs: Pairs, tmp_path: Path
+    tiny_policy: PolicyCheckpoint, pairs: Pairs, tmp_path: Path
 ) -> None:
     other = {name: replace(r, chosen=r.chosen - 5) for name, r in pairs.references.items()}
     objective = Preference(DPO(), StoredReferences(), starts_as_reference=False, dtype="float32")
@@ -645,38 +658,40 @@ def test_first_step_check_allows_rounding_of_the_dtype_and_no_more(dtype: str) -
             objective.check_first_step(distance, loss_distance)
 
 
-def test_a_reference_value_that_is_missing_is_an_error(tiny_policy: PolicyFiles, pairs: Pairs, tmp_path: Path) -> None:
+def test_a_reference_value_that_is_missing_is_an_error(
+    tiny_policy: PolicyCheckpoint, pairs: Pairs, tmp_path: Path
+) -> None:
     missing = {name: replace(r, augmented_chosen=None) for name, r in pairs.references.items()}
     objective = Preference(SrDPO(refinement=Refinement(prompt="Do well: ")), StoredReferences(), True, "float32")
     with pytest.raises(ValueError, match="a stored reference log-probability is missing"):
         run(tmp_path, tiny_policy, pairs.against(missing), objective=objective)
 
 
-def artefact_of(folder: Path) -> Artefact:
-    return Artefact(stage="s", key="k", path=folder, digest="d", counts={}, seconds=0.0)
+def artifact_of(folder: Path) -> Artifact:
+    return Artifact(stage="s", key="k", path=folder, digest="d", counts={}, seconds=0.0)
 
 
 def test_references_of_a_killed_scoring_are_right_although_the_batches_became_larger(
-    tiny_policy: PolicyFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_policy: PolicyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`batch_tokens` is no part of the key, so what was scored before the kill may have been cut otherwise."""
+    """`microbatch_tokens` is no part of the key, so what was scored before the kill may have been cut otherwise."""
     records = [
         PreferencePair(id=f"p{i}", prompt=[{"role": "user", "content": f"Question {i}?"}], chosen=a, rejected=b)
         for i, (a, b) in enumerate(pairwise(ANSWERS))
     ]
     write_records(tmp_path / "pairs.jsonl", records)
 
-    def score(folder: str, batch_tokens: int) -> list[PairReference]:
-        out = Workspace(tmp_path / folder, "reference", lambda row: None)
-        precision = settings(batch_tokens=batch_tokens).precision("float32")
-        policy, pairs = artefact_of(tiny_policy.path), artefact_of(tmp_path)
-        reference(out, policy=policy, pairs=pairs, augmentation=None, precision=precision)
+    def score(folder: str, microbatch_tokens: int) -> list[PairReference]:
+        out = StageOutput(tmp_path / folder, "reference", lambda row: None)
+        precision = settings(microbatch_tokens=microbatch_tokens).logprob_settings("float32")
+        policy, pairs = artifact_of(tiny_policy.path), artifact_of(tmp_path)
+        reference_logprobs(out, policy=policy, pairs=pairs, augmentation=None, precision=precision)
         return read_records(out.path / "references.jsonl", PairReference)
 
     whole = score("whole", 100_000)
-    original, calls = Scorer.score, 0
+    original, calls = LogProbScorer.score, 0
 
-    def dying(self: Scorer, groups: Sequence[Group]) -> list[list[float]]:
+    def dying(self: LogProbScorer, groups: Sequence[SharedPrompt]) -> list[list[float]]:
         nonlocal calls
         calls += 1
         if calls == 3:
@@ -684,7 +699,7 @@ def test_references_of_a_killed_scoring_are_right_although_the_batches_became_la
         return original(self, groups)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Scorer, "score", dying)
+        patch.setattr(LogProbScorer, "score", dying)
         with pytest.raises(Killed):
             score("killed", 1)
     again = score("killed", 100_000)
@@ -695,7 +710,7 @@ def test_references_of_a_killed_scoring_are_right_although_the_batches_became_la
 @pytest.mark.usefixtures("gradient_descent")
 @pytest.mark.parametrize("weights", [FLOAT, ADAPTER], ids=["all_weights", "adapter"])
 def test_gradient_checkpointing_changes_nothing(
-    tiny_policy: PolicyFiles, demonstrations: list[Group], tmp_path: Path, weights: Weights
+    tiny_policy: PolicyCheckpoint, demonstrations: list[SharedPrompt], tmp_path: Path, weights: TrainableWeights
 ) -> None:
     plain, saving = (
         run(
@@ -711,14 +726,14 @@ def test_gradient_checkpointing_changes_nothing(
         torch.testing.assert_close(saving.weights[name], value, rtol=1e-6, atol=1e-7)
 
 
-def rates(tiny_policy: PolicyFiles, examples: list[Group], folder: Path, **options: Any) -> list[float]:
+def rates(tiny_policy: PolicyCheckpoint, examples: list[SharedPrompt], folder: Path, **options: Any) -> list[float]:
     """The learning rate of each of eight steps."""
     optimization = settings(batch_size=1, learning_rate=0.01, checkpoint_steps=100, **options)
     return [row["learning_rate"] for row in run(folder, tiny_policy, examples, optimization=optimization).rows]
 
 
 def test_learning_rates_follow_each_schedule(
-    tiny_policy: PolicyFiles, demonstrations: list[Group], tmp_path: Path
+    tiny_policy: PolicyCheckpoint, demonstrations: list[SharedPrompt], tmp_path: Path
 ) -> None:
     cosine = rates(tiny_policy, demonstrations, tmp_path / "1", schedule="cosine", final_learning_rate=0.002)
     assert cosine == pytest.approx(
@@ -731,14 +746,16 @@ def test_learning_rates_follow_each_schedule(
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 def test_every_schedule_warms_up_from_zero(
-    tiny_policy: PolicyFiles, demonstrations: list[Group], tmp_path: Path, schedule: str
+    tiny_policy: PolicyCheckpoint, demonstrations: list[SharedPrompt], tmp_path: Path, schedule: str
 ) -> None:
-    warmed = rates(tiny_policy, demonstrations, tmp_path, schedule=schedule, warmup_share=0.5)
+    warmed = rates(tiny_policy, demonstrations, tmp_path, schedule=schedule, warmup_ratio=0.5)
     assert warmed[:5] == pytest.approx([0, 0.0025, 0.005, 0.0075, 0.01], rel=1e-4)
 
 
-def test_only_step_is_no_warm_up(tiny_policy: PolicyFiles, demonstrations: list[Group], tmp_path: Path) -> None:
-    optimization = settings(**ONE_STEP | {"warmup_share": 0.1, "learning_rate": 0.01})
+def test_only_step_is_no_warm_up(
+    tiny_policy: PolicyCheckpoint, demonstrations: list[SharedPrompt], tmp_path: Path
+) -> None:
+    optimization = settings(**ONE_STEP | {"warmup_ratio": 0.1, "learning_rate": 0.01})
     assert [
         row["learning_rate"] for row in run(tmp_path, tiny_policy, demonstrations, optimization=optimization).rows
     ] == [0.01]
@@ -746,7 +763,7 @@ def test_only_step_is_no_warm_up(tiny_policy: PolicyFiles, demonstrations: list[
 
 @pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
 def test_both_optimisers_move_the_weights_their_own_way(
-    tiny_policy: PolicyFiles, demonstrations: list[Group], tmp_path: Path, optimizer: str
+    tiny_policy: PolicyCheckpoint, demonstrations: list[SharedPrompt], tmp_path: Path, optimizer: str
 ) -> None:
     optimization = settings(optimizer=optimizer, **ONE_STEP | {"learning_rate": 1e-3})
     trained = run(tmp_path, tiny_policy, demonstrations, optimization=optimization)
@@ -757,7 +774,7 @@ def test_both_optimisers_move_the_weights_their_own_way(
 
 
 def test_weight_decay_pulls_every_weight_towards_zero_on_top_of_the_step(
-    tiny_policy: PolicyFiles, demonstrations: list[Group], tmp_path: Path
+    tiny_policy: PolicyCheckpoint, demonstrations: list[SharedPrompt], tmp_path: Path
 ) -> None:
     plain, decayed = (
         run(
@@ -775,7 +792,7 @@ def test_weight_decay_pulls_every_weight_towards_zero_on_top_of_the_step(
 
 
 def test_training_multiplies_in_the_dtype_asked_for_whatever_its_launcher_says(
-    tiny_policy: PolicyFiles, demonstrations: list[Group], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_policy: PolicyCheckpoint, demonstrations: list[SharedPrompt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = run(tmp_path / "alone", tiny_policy, demonstrations)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
@@ -784,9 +801,9 @@ def test_training_multiplies_in_the_dtype_asked_for_whatever_its_launcher_says(
 
 
 def test_gradients_are_clipped_to_the_norm_asked_for(
-    tiny_policy: PolicyFiles, demonstrations: list[Group], tmp_path: Path, gradient_descent: None
+    tiny_policy: PolicyCheckpoint, demonstrations: list[SharedPrompt], tmp_path: Path, gradient_descent: None
 ) -> None:
-    optimization = settings(**ONE_STEP | {"max_gradient_norm": 0.01})
+    optimization = settings(**ONE_STEP | {"max_grad_norm": 0.01})
     trained = run(tmp_path, tiny_policy, demonstrations, optimization=optimization)
     start = load_file(tiny_policy.path / "weights" / "model.safetensors")
     step = torch.cat([(trained.weights[name] - start[name]).flatten() for name in start]).norm()
@@ -795,7 +812,7 @@ def test_gradients_are_clipped_to_the_norm_asked_for(
 
 
 def test_adapter_alone_is_trained_and_saved(
-    tiny_policy: PolicyFiles, demonstrations: list[Group], tmp_path: Path
+    tiny_policy: PolicyCheckpoint, demonstrations: list[SharedPrompt], tmp_path: Path
 ) -> None:
     trained = run(tmp_path, tiny_policy, demonstrations, weights=ADAPTER)
     assert all("lora_" in name for name in trained.weights)
@@ -812,7 +829,7 @@ def test_experts_that_no_adapter_reaches_are_named(name: str, said: str, caplog:
 
 
 def test_spaces_between_the_names_of_adapted_layers_are_not_part_of_them(
-    tiny_policy: PolicyFiles, demonstrations: list[Group], tmp_path: Path
+    tiny_policy: PolicyCheckpoint, demonstrations: list[SharedPrompt], tmp_path: Path
 ) -> None:
     adapter = replace(ADAPTER, lora=LoRA(rank=4, targets="q_proj, k_proj"))
     trained = run(tmp_path, tiny_policy, demonstrations, weights=adapter)
@@ -831,7 +848,7 @@ def test_spaces_between_the_names_of_adapted_layers_are_not_part_of_them(
 )
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning")
 def test_layers_that_cannot_be_adapted_are_refused_with_those_that_can(
-    tiny_policy: PolicyFiles, demonstrations: list[Group], tmp_path: Path, targets: str, said: str
+    tiny_policy: PolicyCheckpoint, demonstrations: list[SharedPrompt], tmp_path: Path, targets: str, said: str
 ) -> None:
     adapter = replace(ADAPTER, lora=LoRA(rank=4, targets=targets))
     layers = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
@@ -840,20 +857,20 @@ def test_layers_that_cannot_be_adapted_are_refused_with_those_that_can(
 
 
 def test_policy_with_an_adapter_is_not_trained_without_one(
-    tiny_policy: PolicyFiles, demonstrations: list[Group], tmp_path: Path
+    tiny_policy: PolicyCheckpoint, demonstrations: list[SharedPrompt], tmp_path: Path
 ) -> None:
     run(tmp_path / "M1", tiny_policy, demonstrations, weights=ADAPTER)
     with pytest.raises(SelfalignError, match=r"has an adapter, but model\.lora\.rank=0 asks to train all weights"):
-        run(tmp_path / "M2", PolicyFiles(tmp_path / "M1"), demonstrations)
+        run(tmp_path / "M2", PolicyCheckpoint(tmp_path / "M1"), demonstrations)
 
 
 def test_training_goes_on_with_the_adapter_that_is_there(
-    tiny_policy: PolicyFiles, demonstrations: list[Group], tmp_path: Path
+    tiny_policy: PolicyCheckpoint, demonstrations: list[SharedPrompt], tmp_path: Path
 ) -> None:
     first = run(tmp_path / "M1", tiny_policy, demonstrations, weights=ADAPTER)
     second = run(
         tmp_path / "M2",
-        PolicyFiles(tmp_path / "M1"),
+        PolicyCheckpoint(tmp_path / "M1"),
         demonstrations,
         weights=ADAPTER,
         optimization=settings(learning_rate=1e-9),
@@ -865,12 +882,12 @@ def test_training_goes_on_with_the_adapter_that_is_there(
 
 def test_every_example_occurs_once_an_epoch_in_an_order_of_its_own() -> None:
     examples: list[Any] = list(range(10))
-    steps = [list(step) for step in Steps(examples, 4, 2, seed=5)]
+    steps = [list(step) for step in StepDataset(examples, 4, 2, seed=5)]
     assert [len(step) for step in steps] == [4, 4, 2, 4, 4, 2]
     first, second = list(chain(*steps[:3])), list(chain(*steps[3:]))
     assert sorted(first) == sorted(second) == examples
     assert first != second != examples
-    assert [list(step) for step in Steps(examples, 4, 2, seed=5)] == steps
+    assert [list(step) for step in StepDataset(examples, 4, 2, seed=5)] == steps
 
 
 @pytest.mark.parametrize(
@@ -878,10 +895,10 @@ def test_every_example_occurs_once_an_epoch_in_an_order_of_its_own() -> None:
     [
         ({"learning_rate": 0.0}, "learning_rate must be above 0 and finite, got 0.0"),
         ({"learning_rate": math.nan}, "learning_rate must be above 0 and finite, got nan"),
-        ({"max_gradient_norm": 0.0}, "max_gradient_norm must be above 0"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm must be above 0"),
         ({"epochs": 0}, "epochs must be 1 or more, got 0"),
         ({"batch_size": 0}, "batch_size must be 1 or more"),
-        ({"batch_tokens": 0}, "batch_tokens must be 1 or more"),
+        ({"microbatch_tokens": 0}, "microbatch_tokens must be 1 or more"),
         ({"max_length": 0}, "max_length must be 1 or more"),
         ({"checkpoint_steps": 0}, "checkpoint_steps must be 1 or more"),
         ({"weight_decay": -0.1}, "weight_decay must be 0 or more, got -0.1"),
@@ -893,11 +910,11 @@ def test_every_example_occurs_once_an_epoch_in_an_order_of_its_own() -> None:
             "final_learning_rate has no meaning with schedule=linear",
         ),
         ({"optimizer": "rmsprop", "weight_decay": 0.1}, "weight_decay has no meaning with optimizer=rmsprop"),
-        ({"warmup_share": 1.0}, "warmup_share must be at least 0 and below 1, got 1.0"),
-        ({"warmup_share": -0.1}, "warmup_share must be at least 0 and below 1"),
+        ({"warmup_ratio": 1.0}, "warmup_ratio must be at least 0 and below 1, got 1.0"),
+        ({"warmup_ratio": -0.1}, "warmup_ratio must be at least 0 and below 1"),
         ({"schedule": "cosin"}, "schedule must be one of cosine, linear, constant; got 'cosin'"),
         ({"optimizer": "sgd"}, "optimizer must be one of adamw, rmsprop, adamw_8bit; got 'sgd'"),
-        ({"average": "pairs"}, "average must be one of tokens, examples; got 'pairs'"),
+        ({"loss_reduction": "pairs"}, "loss_reduction must be one of tokens, examples; got 'pairs'"),
         ({"dtype": "float16"}, "dtype must be one of auto, float32, bfloat16; got 'float16'"),
     ],
 )
@@ -909,16 +926,18 @@ def test_bad_options_are_refused_by_name(options: dict[str, Any], message: str) 
 
 
 def test_unknown_reference_is_refused() -> None:
-    with pytest.raises(SelfalignError, match=r"train\.reference must be previous, sft or base; got 'last'"):
-        TrainConfig(sft=settings(), align=settings(), reference="last")
+    with pytest.raises(SelfalignError, match=r"train\.reference_policy must be previous, sft or base; got 'last'"):
+        TrainConfig(sft=settings(), align=settings(), reference_policy="last")
 
 
 def test_precision_says_what_a_log_probability_depends_on() -> None:
-    assert settings(dtype="bfloat16").precision("float32").autocast == "bfloat16"
-    assert settings(dtype="bfloat16").precision("bfloat16").autocast == "bfloat16", "as in training, norms are float32"
-    assert settings(dtype="float32").precision("bfloat16").autocast == ""
-    precision = settings(dtype="float32", max_length=77, batch_tokens=11).precision("float32")
-    assert (precision.dtype, precision.autocast, precision.max_length, precision.batch_tokens) == (
+    assert settings(dtype="bfloat16").logprob_settings("float32").autocast == "bfloat16"
+    assert settings(dtype="bfloat16").logprob_settings("bfloat16").autocast == "bfloat16", (
+        "as in training, norms are float32"
+    )
+    assert settings(dtype="float32").logprob_settings("bfloat16").autocast == ""
+    precision = settings(dtype="float32", max_length=77, microbatch_tokens=11).logprob_settings("float32")
+    assert (precision.dtype, precision.autocast, precision.max_length, precision.max_batch_tokens) == (
         "float32",
         "",
         77,
@@ -927,6 +946,6 @@ def test_precision_says_what_a_log_probability_depends_on() -> None:
 
 
 def test_likelihood_of_shared_prompts_weighs_the_scored_tokens_alone() -> None:
-    group = Group(id="a", prompt=[1, 2], responses=[[3, 4, 5], [6, 7]], given=[1, 0])
+    group = SharedPrompt(id="a", prompt=[1, 2], responses=[[3, 4, 5], [6, 7]], num_context_tokens=[1, 0])
     assert Likelihood("tokens").weight([group, group]) == 8
     assert Likelihood("examples").weight([group, group]) == 4

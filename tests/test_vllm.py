@@ -1,4 +1,4 @@
-"""generate=vllm with vLLM itself, on the CPU: it writes and reads what transformers does.
+"""engine=vllm with vLLM itself, on the CPU: it writes and reads what transformers does.
 
 SELFALIGN_VLLM_PYTHON names the interpreter of an environment with vLLM; `make vllm` makes one.
 """
@@ -11,21 +11,21 @@ from typing import Any
 
 import pytest
 import torch
-from builders import demonstration, policy_artefact, records_artefact, weights, workspace
+from builders import demonstration, policy_artifact, records_artifact, weights, workspace
 from builders import optimization as quick
 from transformers import LlamaForCausalLM
 
 from selfalign.core.files import write_json
 from selfalign.data.sources import as_prompt
 from selfalign.engines.protocol import Request, Sampling
-from selfalign.engines.vllm_engine import VLLM, VLLMGenerator, VLLMReader
+from selfalign.engines.vllm_engine import VLLM, VLLMGenerator, VLLMTokenScorer
 from selfalign.judges.expected import score_tokens
 from selfalign.judges.parsing import PREFIX
-from selfalign.models.batches import Group, share_prompt
-from selfalign.models.checkpoint import Policy, PolicyFiles, digest_weights
+from selfalign.models.batches import SharedPrompt, share_prompt
+from selfalign.models.checkpoint import Policy, PolicyCheckpoint, digest_weights
 from selfalign.models.config import ModelConfig
 from selfalign.models.pretrained import fetch_pretrained
-from selfalign.models.scorer import Scorer
+from selfalign.models.scorer import LogProbScorer
 from selfalign.models.tokenizer import encode_prompt, stop_ids
 from selfalign.stages.sft import sft
 
@@ -53,16 +53,16 @@ def engine(**changes: Any) -> VLLM:
     return VLLM(python=PYTHON, dtype="float32", max_model_len=1024, options=options, **changes)
 
 
-def reader_of(generator: VLLMGenerator) -> VLLMReader:
+def reader_of(generator: VLLMGenerator) -> VLLMTokenScorer:
     """The same engine, to read with."""
-    return VLLMReader(**{field.name: getattr(generator, field.name) for field in fields(generator)})
+    return VLLMTokenScorer(**{field.name: getattr(generator, field.name) for field in fields(generator)})
 
 
 # --- policies ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> PolicyFiles:
+def wide(tmp_path_factory: pytest.TempPathFactory) -> PolicyCheckpoint:
     """The tiny policy with heads of 32, the narrowest that vLLM takes, and weights that give varied texts."""
     files = fetch_pretrained(ModelConfig(path="random:tiny"), tmp_path_factory.mktemp("wide"))
     config = files.load("float32").model.config
@@ -75,38 +75,38 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> PolicyFiles:
                 torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(files.path / "weights")
     write_json(files.path / "weights.json", digest_weights(files.path / "weights"))
-    return PolicyFiles(files.path)
+    return PolicyCheckpoint(files.path)
 
 
 @pytest.fixture(scope="module")
-def adapted(wide: PolicyFiles, tmp_path_factory: pytest.TempPathFactory) -> PolicyFiles:
+def adapted(wide: PolicyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> PolicyCheckpoint:
     """The wide policy with an adapter, trained so that it writes other texts."""
     folder = tmp_path_factory.mktemp("adapted")
     taught = [demonstration(str(n), question, "Bees, and rivers.") for n, question in enumerate(QUESTIONS)]
-    given, policy = records_artefact(folder / "given", demonstrations=taught), policy_artefact(wide)
+    given, policy = records_artifact(folder / "given", demonstrations=taught), policy_artifact(wide)
     out, settings = workspace(folder / "policy"), quick(learning_rate=5e-3, epochs=2)
     sft(out, policy=policy, base=policy, demonstrations=given, optimization=settings, weights=weights(rank=4))
-    return PolicyFiles(out.path)
+    return PolicyCheckpoint(out.path)
 
 
 @pytest.fixture(scope="module", params=["wide", "adapted", pytest.param("smollm2", marks=pytest.mark.real_model)])
-def files(request: pytest.FixtureRequest) -> PolicyFiles:
+def files(request: pytest.FixtureRequest) -> PolicyCheckpoint:
     return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="module")
-def generator(files: PolicyFiles) -> Iterator[VLLMGenerator]:
+def generator(files: PolicyCheckpoint) -> Iterator[VLLMGenerator]:
     with engine().load(files) as generator:
         yield generator
 
 
 @pytest.fixture(scope="module")
-def policy(files: PolicyFiles) -> Policy:
+def policy(files: PolicyCheckpoint) -> Policy:
     """The same policy in transformers, its adapter merged."""
     return files.load("float32", device="cpu")
 
 
-def requests(files: PolicyFiles, seeds: Sequence[int] = (0,)) -> list[Request]:
+def requests(files: PolicyCheckpoint, seeds: Sequence[int] = (0,)) -> list[Request]:
     tokenizer = files.load_tokenizer()
     return [Request(prompt=encode_prompt(tokenizer, as_prompt(asked)), seeds=list(seeds)) for asked in QUESTIONS]
 
@@ -122,7 +122,7 @@ def shortfalls(policy: Policy, prompt: list[int], written: list[int]) -> list[fl
 
 
 def test_greedy_texts_are_those_of_transformers_up_to_ties(
-    files: PolicyFiles, generator: VLLMGenerator, policy: Policy, record_property: Any
+    files: PolicyCheckpoint, generator: VLLMGenerator, policy: Policy, record_property: Any
 ) -> None:
     stops = stop_ids(generator.tokenizer)
     asked = requests(files)
@@ -135,18 +135,18 @@ def test_greedy_texts_are_those_of_transformers_up_to_ties(
     assert max(behind) <= TOLERANCE
     assert ties <= 0.02 * len(behind)
     assert len({tuple(ids) for ids in written}) == len(QUESTIONS)
-    for ids, [completion] in zip(written, generator.write(asked, GREEDY), strict=True):
+    for ids, [completion] in zip(written, generator.generate(asked, GREEDY), strict=True):
         assert completion.tokens == len(ids)
         assert not set(ids[:-1]) & set(stops)
         assert (completion.finish_reason == "eos") == (ids[-1] in stops)
 
 
-def test_sampled_texts_are_those_of_their_seeds(files: PolicyFiles, generator: VLLMGenerator) -> None:
+def test_sampled_texts_are_those_of_their_seeds(files: PolicyCheckpoint, generator: VLLMGenerator) -> None:
     asked = requests(files, seeds=[1, 2, 3])
-    once, again = generator.write(asked, WARM), generator.write(asked, WARM)
+    once, again = generator.generate(asked, WARM), generator.generate(asked, WARM)
     assert once == again
     assert all(len({completion.text for completion in group}) == 3 for group in once)
-    swapped = generator.write([Request(prompt=one.prompt, seeds=one.seeds[::-1]) for one in asked], WARM)
+    swapped = generator.generate([Request(prompt=one.prompt, seeds=one.seeds[::-1]) for one in asked], WARM)
     same = [a == b for group, other in zip(once, swapped, strict=True) for a, b in zip(group, other[::-1], strict=True)]
     # A draw may fall between two tokens otherwise where another batch rounds otherwise.
     assert sum(same) >= 0.9 * len(same)
@@ -154,7 +154,7 @@ def test_sampled_texts_are_those_of_their_seeds(files: PolicyFiles, generator: V
 
 @torch.no_grad()
 def test_first_tokens_are_drawn_from_the_nucleus_by_their_probability(
-    files: PolicyFiles, generator: VLLMGenerator, policy: Policy
+    files: PolicyCheckpoint, generator: VLLMGenerator, policy: Policy
 ) -> None:
     [one, *_] = requests(files, seeds=range(400))
     logits = policy.model(input_ids=torch.tensor([one.prompt])).logits[0, -1]
@@ -169,23 +169,28 @@ def test_first_tokens_are_drawn_from_the_nucleus_by_their_probability(
 
 
 def test_log_probabilities_of_scores_are_those_of_transformers(
-    files: PolicyFiles, generator: VLLMGenerator, policy: Policy
+    files: PolicyCheckpoint, generator: VLLMGenerator, policy: Policy
 ) -> None:
     digits = score_tokens(generator.tokenizer, 0, 5)
     prompts = [encode_prompt(generator.tokenizer, as_prompt(asked), PREFIX) for asked in QUESTIONS]
-    groups: list[Group] = [
+    groups: list[SharedPrompt] = [
         share_prompt("alike", prompts[:2], [[], []]),
-        *(Group(id=str(n), prompt=prompt, responses=[[], [7, 9]], given=[0, 0]) for n, prompt in enumerate(prompts)),
+        *(
+            SharedPrompt(id=str(n), prompt=prompt, responses=[[], [7, 9]], num_context_tokens=[0, 0])
+            for n, prompt in enumerate(prompts)
+        ),
     ]
-    read = reader_of(generator).choose(groups, digits)
-    scored = Scorer(PolicyFiles(files.path).load("float32", device="cpu"), 4096).choose(groups, digits)
+    read = reader_of(generator).next_token_logprobs(groups, digits)
+    scored = LogProbScorer(PolicyCheckpoint(files.path).load("float32", device="cpu"), 4096).next_token_logprobs(
+        groups, digits
+    )
     for rows, others in zip(read, scored, strict=True):
         for row, other in zip(rows, others, strict=True):
             assert row == pytest.approx(other, abs=TOLERANCE)
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", generator.counts["vllm_version"])
 
 
-def test_adapter_changes_what_is_written(wide: PolicyFiles, adapted: PolicyFiles) -> None:
+def test_adapter_changes_what_is_written(wide: PolicyCheckpoint, adapted: PolicyCheckpoint) -> None:
     """Else the comparisons with the merged weights would hold without it."""
     prompt = requests(wide)[0].prompt
     plain, merged = (shortfalls(files.load("float32"), prompt, [5, 6, 7]) for files in (wide, adapted))

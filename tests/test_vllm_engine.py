@@ -1,4 +1,4 @@
-"""generate=vllm without vLLM: the worker script runs for real, on a module that has vLLM's names but no model.
+"""engine=vllm without vLLM: the worker script runs for real, on a module that has vLLM's names but no model.
 
 What vLLM itself writes is compared with transformers in `test_vllm.py`.
 """
@@ -22,8 +22,8 @@ import torch
 from builders import (
     ROOT,
     instruction,
-    policy_artefact,
-    records_artefact,
+    policy_artifact,
+    records_artifact,
     run,
     workspace,
     write_tiny_data,
@@ -36,8 +36,8 @@ from selfalign.core.records import FinishReason
 from selfalign.engines import vllm_engine
 from selfalign.engines.protocol import Request, Sampling
 from selfalign.engines.vllm_engine import VLLM, lora_arguments, share_gpus
-from selfalign.models.batches import Group
-from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.batches import SharedPrompt
+from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.tokenizer import decode_response, stop_ids
 from selfalign.stages.respond import RespondConfig, respond
 from selfalign.store.artifacts import MANIFEST, Store
@@ -102,10 +102,10 @@ def assert_gone(report: Path, count: int) -> None:
 # --- texts -------------------------------------------------------------------------------------------------------
 
 
-def test_each_completion_is_that_of_its_prompt_and_seed(tiny_policy: PolicyFiles, report: Path) -> None:
+def test_each_completion_is_that_of_its_prompt_and_seed(tiny_policy: PolicyCheckpoint, report: Path) -> None:
     with engine(report).load(tiny_policy) as generator:
-        together = generator.write(REQUESTS, WARM)
-        alone = [generator.write([request], WARM)[0] for request in reversed(REQUESTS)]
+        together = generator.generate(REQUESTS, WARM)
+        alone = [generator.generate([request], WARM)[0] for request in reversed(REQUESTS)]
     assert together == alone[::-1]
     stops = stop_ids(generator.tokenizer)
     ids = [[drawn(request.prompt, seed, 6, stops) for seed in request.seeds] for request in REQUESTS]
@@ -118,54 +118,56 @@ def test_each_completion_is_that_of_its_prompt_and_seed(tiny_policy: PolicyFiles
     assert {made.tokens for group in together for made in group} == {6}
 
 
-def test_ids_that_only_pad_the_embedding_are_never_drawn(tiny_policy: PolicyFiles, report: Path) -> None:
+def test_ids_that_only_pad_the_embedding_are_never_drawn(tiny_policy: PolicyCheckpoint, report: Path) -> None:
     short = tiny_policy.load_tokenizer()
     with engine(report).load(tiny_policy) as generator:
         assert generator.silent == []
         generator.silent = list(range(100, len(short)))
         long = Sampling(temperature=1.0, max_new_tokens=200)
         stops = stop_ids(generator.tokenizer)
-        made = {token for group in generator.write(REQUESTS, long) for text in group for token in text.ids}
+        made = {token for group in generator.generate(REQUESTS, long) for text in group for token in text.ids}
     assert max(made - {*stops}) < 100
 
 
-def test_replicas_share_the_work_and_write_the_same(tiny_policy: PolicyFiles, report: Path) -> None:
+def test_replicas_share_the_work_and_write_the_same(tiny_policy: PolicyCheckpoint, report: Path) -> None:
     with engine(report).load(tiny_policy) as generator:
-        one = generator.write(REQUESTS, WARM)
+        one = generator.generate(REQUESTS, WARM)
     with engine(report, replicas=3).load(tiny_policy) as generator:
-        assert generator.write(REQUESTS, WARM) == one
-        assert generator.write(REQUESTS[:1], WARM) == one[:1]
+        assert generator.generate(REQUESTS, WARM) == one
+        assert generator.generate(REQUESTS[:1], WARM) == one[:1]
         assert len({seen["pids"][0] for seen in reports(report)}) == 4
     assert_gone(report, 4)
 
 
-def test_greedy_texts_have_no_seed(tiny_policy: PolicyFiles, report: Path) -> None:
+def test_greedy_texts_have_no_seed(tiny_policy: PolicyCheckpoint, report: Path) -> None:
     with engine(report).load(tiny_policy) as generator:
-        [[one, other]] = generator.write(REQUESTS[:1], Sampling(temperature=0, max_new_tokens=6))
+        [[one, other]] = generator.generate(REQUESTS[:1], Sampling(temperature=0, max_new_tokens=6))
     assert one == other
 
 
-def test_log_probabilities_are_those_behind_each_response(tiny_policy: PolicyFiles, report: Path) -> None:
+def test_log_probabilities_are_those_behind_each_response(tiny_policy: PolicyCheckpoint, report: Path) -> None:
     groups = [
-        Group(id="a", prompt=[5, 6], responses=[[], [7], [8, 9]], given=[0, 0, 0]),
-        Group(id="b", prompt=[9], responses=[[4]], given=[0]),
+        SharedPrompt(id="a", prompt=[5, 6], responses=[[], [7], [8, 9]], num_context_tokens=[0, 0, 0]),
+        SharedPrompt(id="b", prompt=[9], responses=[[4]], num_context_tokens=[0]),
     ]
-    with engine(report, replicas=2).load_reader(tiny_policy, batch_tokens=1) as reader:
-        rows = reader.choose(groups, [11, 12])
+    with engine(report, replicas=2).load_scorer(tiny_policy, max_batch_tokens=1) as reader:
+        rows = reader.next_token_logprobs(groups, [11, 12])
     behind = [[[5, 6], [5, 6, 7], [5, 6, 8, 9]], [[9, 4]]]
     assert rows == [[[logp(ids, 11), logp(ids, 12)] for ids in group] for group in behind]
 
 
-def test_plans_keep_the_order_within_the_most_texts(tiny_policy: PolicyFiles, report: Path) -> None:
-    with engine(report, batch_texts=8).load(tiny_policy) as generator:
+def test_plans_keep_the_order_within_the_most_texts(tiny_policy: PolicyCheckpoint, report: Path) -> None:
+    with engine(report, max_concurrent_completions=8).load(tiny_policy) as generator:
         assert generator.plan([9, 2, 7, 1, 3], samples=4, max_new_tokens=5) == [[0, 1], [2, 3], [4]]
         assert generator.plan([9, 2], samples=20, max_new_tokens=5) == [[0], [1]]
-    groups = [Group(id=str(n), prompt=[5], responses=[[6]] * n, given=[0] * n) for n in (3, 5, 1, 9, 2)]
-    with engine(report, batch_texts=8).load_reader(tiny_policy, batch_tokens=1) as reader:
+    groups = [
+        SharedPrompt(id=str(n), prompt=[5], responses=[[6]] * n, num_context_tokens=[0] * n) for n in (3, 5, 1, 9, 2)
+    ]
+    with engine(report, max_concurrent_completions=8).load_scorer(tiny_policy, max_batch_tokens=1) as reader:
         assert [[group.id for group in batch] for batch in reader.plan(groups)] == [["3", "5"], ["1"], ["9"], ["2"]]
 
 
-def test_context_is_the_models_own_or_a_shorter_one(tiny_policy: PolicyFiles, report: Path) -> None:
+def test_context_is_the_models_own_or_a_shorter_one(tiny_policy: PolicyCheckpoint, report: Path) -> None:
     for asked, given in ((0, 2048), (512, 512), (1 << 20, 2048)):
         with engine(report, max_model_len=asked).load(tiny_policy) as generator:
             assert generator.context == given
@@ -175,9 +177,11 @@ def test_context_is_the_models_own_or_a_shorter_one(tiny_policy: PolicyFiles, re
 # --- processes ---------------------------------------------------------------------------------------------------
 
 
-def test_engine_is_gone_when_the_work_is_done_and_has_said_its_version(tiny_policy: PolicyFiles, report: Path) -> None:
+def test_engine_is_gone_when_the_work_is_done_and_has_said_its_version(
+    tiny_policy: PolicyCheckpoint, report: Path
+) -> None:
     with engine(report).load(tiny_policy) as generator:
-        generator.write(REQUESTS, WARM)
+        generator.generate(REQUESTS, WARM)
         assert all(map(is_running, pids(report)))
     assert_gone(report, 1)
     assert generator.counts == {"vllm_version": "0.0.0"}
@@ -185,7 +189,7 @@ def test_engine_is_gone_when_the_work_is_done_and_has_said_its_version(tiny_poli
 
 @pytest.mark.parametrize("error", [SelfalignError, KeyboardInterrupt])
 def test_engine_is_gone_after_an_error_of_ours(
-    tiny_policy: PolicyFiles, report: Path, error: type[BaseException]
+    tiny_policy: PolicyCheckpoint, report: Path, error: type[BaseException]
 ) -> None:
     def work() -> None:
         with engine(report, options={"hangs_at": 1}).load(tiny_policy) as generator:
@@ -218,18 +222,18 @@ def test_engine_is_gone_when_the_run_is_killed(report: Path, hangs_at: int) -> N
     assert_gone(report, 1)
 
 
-def test_engine_that_cannot_start_is_told_in_one_line(tiny_policy: PolicyFiles, report: Path) -> None:
+def test_engine_that_cannot_start_is_told_in_one_line(tiny_policy: PolicyCheckpoint, report: Path) -> None:
     with pytest.raises(SelfalignError) as failed:
         engine(report, replicas=2, options={"fails_at": 0}).load(tiny_policy)
     assert (
         str(failed.value)
-        == "the engine of generate=vllm ended with exit code 1: RuntimeError: no memory is left at question 0"
+        == "the engine of engine=vllm ended with exit code 1: RuntimeError: no memory is left at question 0"
     )
     assert_gone(report, len(reports(report)))
 
 
 def test_interpreter_that_is_not_there_or_has_no_vllm_is_named(
-    tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch
+    tiny_policy: PolicyCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(SelfalignError, match=r"/nowhere/python cannot be run \(No such file or directory\)"):
         VLLM(python="/nowhere/python").load(tiny_policy)
@@ -239,7 +243,7 @@ def test_interpreter_that_is_not_there_or_has_no_vllm_is_named(
 
 
 def test_what_an_engine_said_before_it_failed_is_logged(
-    tiny_policy: PolicyFiles, report: Path, caplog: pytest.LogCaptureFixture
+    tiny_policy: PolicyCheckpoint, report: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(SelfalignError):
         engine(report, options={"fails_at": 0}).load(tiny_policy)
@@ -248,21 +252,21 @@ def test_what_an_engine_said_before_it_failed_is_logged(
 
 
 def test_stage_continues_behind_the_batch_at_which_an_engine_failed(
-    tiny_policy: PolicyFiles, tmp_path: Path, report: Path
+    tiny_policy: PolicyCheckpoint, tmp_path: Path, report: Path
 ) -> None:
-    given = records_artefact(tmp_path / "given", instructions=[instruction(name) for name in ("bees", "tea", "maps")])
+    given = records_artifact(tmp_path / "given", instructions=[instruction(name) for name in ("bees", "tea", "maps")])
     settings: dict[str, Any] = {
         "config": RespondConfig(candidates=2, sampling=WARM),
-        "policy": policy_artefact(tiny_policy),
+        "policy": policy_artifact(tiny_policy),
         "instructions": given,
         "seed": 1,
     }
     whole, killed = workspace(tmp_path / "whole"), workspace(tmp_path / "killed")
-    respond(whole, generate=engine(report, batch_texts=2), **settings)
+    respond(whole, engine=engine(report, max_concurrent_completions=2), **settings)
     with pytest.raises(SelfalignError, match=r"exit code 1: RuntimeError: no memory is left at question 2"):
-        respond(killed, generate=engine(report, batch_texts=2, options={"fails_at": 2}), **settings)
+        respond(killed, engine=engine(report, max_concurrent_completions=2, options={"fails_at": 2}), **settings)
     # Two batches are left, so it does not come to a third question.
-    counts = respond(killed, generate=engine(report, batch_texts=2, options={"fails_at": 3}), **settings)
+    counts = respond(killed, engine=engine(report, max_concurrent_completions=2, options={"fails_at": 3}), **settings)
     assert (killed.path / "responses.jsonl").read_bytes() == (whole.path / "responses.jsonl").read_bytes()
     assert counts["vllm_version"] == "0.0.0"
     assert_gone(report, 3)
@@ -271,7 +275,7 @@ def test_stage_continues_behind_the_batch_at_which_an_engine_failed(
 # --- what an engine is started with ------------------------------------------------------------------------------
 
 
-def test_engine_gets_the_weights_and_what_was_set(tiny_policy: PolicyFiles, report: Path) -> None:
+def test_engine_gets_the_weights_and_what_was_set(tiny_policy: PolicyCheckpoint, report: Path) -> None:
     settings = {"tensor_parallel_size": 2, "gpu_memory_utilization": 0.5, "options": {"enforce_eager": True}}
     with engine(report, **settings).load(tiny_policy):
         pass
@@ -293,7 +297,7 @@ def test_engine_gets_the_weights_and_what_was_set(tiny_policy: PolicyFiles, repo
 
 
 def test_engine_is_no_process_of_the_run(
-    tiny_policy: PolicyFiles, report: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_policy: PolicyCheckpoint, report: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
         monkeypatch.setenv(name, "1")
@@ -315,7 +319,7 @@ def test_gpus_are_shared_among_replicas_and_processes(monkeypatch: pytest.Monkey
     assert share_gpus(2, 2) == ["4,5", "6,7"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b,3")
     assert share_gpus(1, 1) == ["GPU-b"]
-    with pytest.raises(SelfalignError, match=r"generate\.replicas=2 × generate\.tensor_parallel_size=1 need 2 GPUs"):
+    with pytest.raises(SelfalignError, match=r"engine\.replicas=2 × engine\.tensor_parallel_size=1 need 2 GPUs"):
         share_gpus(2, 1)
 
 
@@ -334,9 +338,9 @@ def test_adapter_gets_the_smallest_room_that_it_fits_into(tmp_path: Path, rank: 
 
 def test_whole_run_writes_and_judges_with_the_engine_and_says_so(tmp_path: Path, report: Path) -> None:
     overrides = [
-        *("experiment=smoke", "name=tiny", "iterations=1", "generate=vllm", "generate.dtype=float32"),
+        *("experiment=smoke", "name=tiny", "iterations=1", "engine=vllm", "engine.dtype=float32"),
         *("data.instruct.count=3", "data.instruct.min_words=1", "data.instruct.prompts_per_batch=4"),
-        f"+generate.options.report={report}",
+        f"+engine.options.report={report}",
         *write_tiny_data(tmp_path / "data"),
     ]
     folder = run(tmp_path / "outputs", *overrides)
@@ -345,16 +349,16 @@ def test_whole_run_writes_and_judges_with_the_engine_and_says_so(tmp_path: Path,
     worked = [name for name, said in counts.items() if said.get("vllm_version") == "0.0.0"]
     assert {"iteration_1/instructions", "iteration_1/responses", "iteration_1/judgements"} <= set(worked)
     assert {"evaluation_M2/answers", "evaluation_M2/scores"} <= set(worked)
-    manifest = json.loads((folder / "artefacts" / "iteration_1" / "responses" / MANIFEST).read_text())
-    assert manifest["inputs"]["generate"]["class"] == "VLLM"
+    manifest = json.loads((folder / "artifacts" / "iteration_1" / "responses" / MANIFEST).read_text())
+    assert manifest["inputs"]["engine"]["class"] == "VLLM"
     assert_gone(report, len(worked))
 
 
-def test_texts_of_two_engines_are_two_artefacts_and_of_more_gpus_the_same() -> None:
+def test_texts_of_two_engines_are_two_artifacts_and_of_more_gpus_the_same() -> None:
     store = Store(Path("store"))
-    one = store.place("respond", {"generate": VLLM(dtype="float32")})
-    assert one == store.place("respond", {"generate": VLLM(dtype="float32", replicas=4, python="/other/python")})
-    assert one != store.place("respond", {"generate": vllm_engine.VLLM(dtype="bfloat16")})
+    one = store.path_of("respond", {"engine": VLLM(dtype="float32")})
+    assert one == store.path_of("respond", {"engine": VLLM(dtype="float32", replicas=4, python="/other/python")})
+    assert one != store.path_of("respond", {"engine": vllm_engine.VLLM(dtype="bfloat16")})
 
 
 # --- broken on purpose -------------------------------------------------------------------------------------------
@@ -417,7 +421,7 @@ def test_mutant_of_the_script_is_caught(
     new: str,
     check: Any,
     tmp_path: Path,
-    tiny_policy: PolicyFiles,
+    tiny_policy: PolicyCheckpoint,
     report: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

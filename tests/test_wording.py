@@ -4,7 +4,7 @@ import pytest
 
 from selfalign.data.sources import read_demonstrations, read_instructions
 from selfalign.data.text_filters import Language, is_fragment, words_of
-from selfalign.metrics.intervals import repeated
+from selfalign.metrics.intervals import repetition
 
 
 def test_words_are_compared_without_case_and_punctuation() -> None:
@@ -34,7 +34,7 @@ def test_words_are_the_same_however_accents_are_encoded() -> None:
 
 
 def test_answer_that_repeats_itself_is_seen_in_a_script_without_spaces() -> None:
-    assert repeated([words_of("我喜欢吃苹果" * 10)], 4) == pytest.approx(1 - 6 / 57)
+    assert repetition([words_of("我喜欢吃苹果" * 10)], 4) == pytest.approx(1 - 6 / 57)
 
 
 @pytest.mark.parametrize(

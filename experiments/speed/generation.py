@@ -31,19 +31,19 @@ from selfalign.core.records import FinishReason, Instruction, Response
 from selfalign.data.sources import as_prompt
 from selfalign.engines.protocol import Request, Sampling
 from selfalign.engines.transformers import Transformers, TransformersGenerator
-from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.config import ModelConfig
 from selfalign.models.pretrained import fetch_pretrained
 from selfalign.models.tokenizer import decode_response, encode_prompt
 from selfalign.stages.judge import ExpectedScore, ImplicitReward, Pairwise, SampledScore, judge
-from selfalign.store.artifacts import Artefact, Workspace
+from selfalign.store.artifacts import Artifact, StageOutput
 
 ROOT = Path(__file__).resolve().parents[2]
 Texts = list[tuple[str, int]]
 """What was written, and how many tokens that were."""
 
 RATIOS = [
-    ("sampling: ours against generate(), same batch", "ours", "generate"),
+    ("sampling: ours against generate(), same batch", "ours", "engine"),
     ("sampling: ours against generate(), one prompt at a time", "ours", "generate_single"),
     ("greedy: ours against generate(), same batch", "ours_greedy", "generate_greedy"),
     ("judging: expected_score against additive", "expected_score", "additive"),
@@ -72,7 +72,7 @@ def ours(generator: TransformersGenerator, prompts: list[list[int]], samples: in
         Request(prompt=prompt, seeds=[100 * n + sample for sample in range(samples)])
         for n, prompt in enumerate(prompts)
     ]
-    return [(c.text, c.tokens) for group in generator.write(requests, sampling) for c in group]
+    return [(c.text, c.tokens) for group in generator.generate(requests, sampling) for c in group]
 
 
 def generate(generator: TransformersGenerator, prompts: list[list[int]], samples: int, sampling: Sampling) -> Texts:
@@ -109,7 +109,7 @@ def writing(job: argparse.Namespace, generator: TransformersGenerator) -> dict[s
 
     return {
         "ours": lambda: ours(generator, prompts, job.samples, warm),
-        "generate": lambda: generate(generator, prompts, job.samples, warm),
+        "engine": lambda: generate(generator, prompts, job.samples, warm),
         "generate_single": one_at_a_time,
         "ours_greedy": lambda: ours(generator, prompts, job.samples, greedy),
         "generate_greedy": lambda: generate(generator, prompts, job.samples, greedy),
@@ -124,7 +124,7 @@ def rubric(name: str) -> str:
     return yaml.safe_load((ROOT / f"conf/judge/{name}.yaml").read_text())["prompt"]
 
 
-def given(folder: Path, count: int) -> Artefact:
+def given(folder: Path, count: int) -> Artifact:
     """Ranked answers to judge, with their instructions: `count` in all."""
     instructions: list[Instruction] = []
     responses: list[Response] = []
@@ -137,39 +137,39 @@ def given(folder: Path, count: int) -> Artefact:
             responses.append(Response(id=f"{row['id']}-{n}", instruction_id=row["id"], text=answer["text"], **about))
     write_records(folder / "instructions.jsonl", instructions)
     write_records(folder / "responses.jsonl", responses)
-    return folder_artefact(folder)
+    return folder_artifact(folder)
 
 
-def folder_artefact(folder: Path) -> Artefact:
-    """A folder as a finished artefact."""
-    return Artefact(stage="given", key=folder.name, path=folder, digest="", counts={}, seconds=0.0)
+def folder_artifact(folder: Path) -> Artifact:
+    """A folder as a finished artifact."""
+    return Artifact(stage="given", key=folder.name, path=folder, digest="", counts={}, seconds=0.0)
 
 
 def judges_of(job: argparse.Namespace) -> dict[str, tuple[Any, int]]:
     """{judge: (how it judges, how often it loads a model)}; written ones judge once."""
-    written = {"samples": 1, "max_failed_share": 1.0, "sampling": Sampling(max_new_tokens=job.rationale)}
+    written = {"num_samples": 1, "max_failure_rate": 1.0, "sampling": Sampling(max_new_tokens=job.rationale)}
     justified = ExpectedScore(prompt=rubric("expected_score_justified"), rationale_tokens=job.rationale)
     return {
         "expected_score": (ExpectedScore(prompt=rubric("expected_score")), 1),
         "expected_score_justified": (justified, 2),
         "additive": (SampledScore(prompt=rubric("additive"), **written), 1),
-        "multiple_choice": (SampledScore(prompt=rubric("multiple_choice"), low=1, **written), 1),
+        "multiple_choice": (SampledScore(prompt=rubric("multiple_choice"), min_score=1, **written), 1),
         "pairwise": (Pairwise(prompt=rubric("texts/comparison")), 1),
         "implicit": (ImplicitReward(), 2),
     }
 
 
-def nudged(policy: PolicyFiles, folder: Path) -> PolicyFiles:
+def nudged(policy: PolicyCheckpoint, folder: Path) -> PolicyCheckpoint:
     """A policy of other weights, as a reference for the implicit reward."""
     folder.mkdir()
-    loaded, files = policy.load("float32"), PolicyFiles(folder)
+    loaded, files = policy.load("float32"), PolicyCheckpoint(folder)
     with torch.no_grad():
         next(loaded.model.parameters()).add_(1e-3)
     files.save(loaded, policy)
     return files
 
 
-def judging(job: argparse.Namespace, policy: PolicyFiles, folder: Path) -> dict[str, Callable[[], float]]:
+def judging(job: argparse.Namespace, policy: PolicyCheckpoint, folder: Path) -> dict[str, Callable[[], float]]:
     """{judge: seconds of one turn, without loading models}."""
     judges, backend = judges_of(job), Transformers(dtype=job.dtype)
     (folder / "given").mkdir()
@@ -181,16 +181,16 @@ def judging(job: argparse.Namespace, policy: PolicyFiles, folder: Path) -> dict[
         policy.load(job.dtype)
         loaded = now()
         with tempfile.TemporaryDirectory() as place:
-            out = Workspace(Path(place), name, lambda row: None)
+            out = StageOutput(Path(place), name, lambda row: None)
             try:
                 judge(
                     out,
                     judge=kind,
-                    policy=folder_artefact(policy.path),
-                    reference=folder_artefact(reference.path) if name == "implicit" else None,
+                    policy=folder_artifact(policy.path),
+                    reference=folder_artifact(reference.path) if name == "implicit" else None,
                     instructions=subjects,
                     responses=subjects,
-                    generate=backend,
+                    engine=backend,
                     seed=0,
                 )
             except SelfalignError as error:
@@ -208,7 +208,7 @@ def compare(job: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All variants, alternating, and their rates: tokens or judgements a second."""
     (folder / "policy").mkdir()
     policy = fetch_pretrained(ModelConfig(path=job.model), folder / "policy")
-    generator = Transformers(dtype=job.dtype, batch_tokens=1 << 30).load(policy)
+    generator = Transformers(dtype=job.dtype, max_batch_tokens=1 << 30).load(policy)
     writers, judges = writing(job, generator), judging(job, policy, folder)
     rates: dict[str, list[float]] = {name: [] for name in (*writers, *judges) if name in job.variants}
     greedy: dict[str, Texts] = {}
@@ -259,12 +259,12 @@ def show(result: dict[str, Any]) -> None:
 
 def main() -> None:
     """Parses the command line."""
-    writers = ["ours", "generate", "generate_single", "ours_greedy", "generate_greedy"]
+    writers = ["ours", "engine", "generate_single", "ours_greedy", "generate_greedy"]
     judges = ["expected_score", "expected_score_justified", "additive", "multiple_choice", "pairwise", "implicit"]
     variants = [*writers, *judges]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="packaged:smollm2-135m-instruct", help="as model.path of a run")
-    parser.add_argument("--dtype", default="auto", help="as generate.dtype of a run")
+    parser.add_argument("--dtype", default="auto", help="as engine.dtype of a run")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--samples", type=int, default=4, help="completions of each prompt")
     parser.add_argument("--single", type=int, default=2, help="prompts that are also written one at a time")

@@ -4,7 +4,7 @@
 
 Same weights, pairs, dtype and threads. Every turn of every variant is a process of its own (so peak memory is its
 own), variants alternate within a round, and the figure of a variant is the median of its rounds' fastest steps.
-Needs the extra `bench`. Writes a table to the screen and JSON to `--out`.
+Needs the extra `context`. Writes a table to the screen and JSON to `--out`.
 """
 
 import argparse
@@ -104,11 +104,11 @@ def now() -> float:
 def ours(job: argparse.Namespace, *, refined: bool, lora: bool) -> list[float]:
     """DPO or Sr-DPO through selfalign's trainer, reference values stored."""
     from selfalign.losses.preference import DPO, SrDPO
-    from selfalign.models.batches import Group, PairExample
-    from selfalign.models.checkpoint import Policy, PolicyFiles
+    from selfalign.models.batches import PairExample, SharedPrompt
+    from selfalign.models.checkpoint import Policy, PolicyCheckpoint
     from selfalign.models.config import LoRA
-    from selfalign.store.artifacts import Workspace
-    from selfalign.training.config import Optimization, Weights
+    from selfalign.store.artifacts import StageOutput
+    from selfalign.training.config import Optimization, TrainableWeights
     from selfalign.training.preference import Preference
     from selfalign.training.prepare import prepare
     from selfalign.training.reference import StoredReferences
@@ -117,14 +117,16 @@ def ours(job: argparse.Namespace, *, refined: bool, lora: bool) -> list[float]:
     model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
     model.to(job.device)
     policy = Policy(model, tokenizer(), "")
-    weights = Weights(dtype="float32", lora=LoRA(rank=16 if lora else 0), seed=0)
-    prepare(policy, PolicyFiles(Path(job.model)), weights, 0.0)
+    weights = TrainableWeights(dtype="float32", lora=LoRA(rank=16 if lora else 0), seed=0)
+    prepare(policy, PolicyCheckpoint(Path(job.model)), weights, 0.0)
 
     # About what the untrained policy gives, so that gradients are of usual size: vanishing ones are slow on a CPU.
     nats = math.log(model.config.vocab_size)
 
-    def group(name: str, prompt: list[int], row: dict[str, list[int]]) -> Group:
-        return Group(id=name, prompt=prompt, responses=[row["chosen_ids"], row["rejected_ids"]], given=[0, 0])
+    def group(name: str, prompt: list[int], row: dict[str, list[int]]) -> SharedPrompt:
+        return SharedPrompt(
+            id=name, prompt=prompt, responses=[row["chosen_ids"], row["rejected_ids"]], num_context_tokens=[0, 0]
+        )
 
     def logps(row: dict[str, list[int]]) -> list[float]:
         return [-nats * len(row["chosen_ids"]), -nats * len(row["rejected_ids"])]
@@ -145,12 +147,12 @@ def ours(job: argparse.Namespace, *, refined: bool, lora: bool) -> list[float]:
         schedule="constant",
         epochs=-(-job.steps * job.pairs // job.data),
         batch_size=job.pairs,
-        batch_tokens=job.batch_tokens,
+        microbatch_tokens=job.max_batch_tokens,
         dtype=job.dtype,
         checkpoint_steps=1 << 30,
     )
     with tempfile.TemporaryDirectory() as folder:
-        out = Workspace(Path(folder), "step", lambda row: None)
+        out = StageOutput(Path(folder), "step", lambda row: None)
         objective = Preference(loss, StoredReferences(), starts_as_reference=False, dtype=job.dtype)
         trainer = StepTrainer(policy, examples, objective, optimization, out, weights)
         timer = StepTimer()
@@ -300,7 +302,7 @@ def step_operations(shape: dict[str, Any], rows: list[dict[str, list[int]]]) -> 
 def run_worker(job: argparse.Namespace, variant: str, data: int) -> dict[str, Any]:
     """One variant's turn, in a process of its own."""
     passed = {"shape": job.shape, "dtype": job.dtype, "pairs": job.pairs, "steps": job.steps, "model": job.model}
-    passed |= {"device": job.device, "batch-tokens": job.batch_tokens, "data": data, "worker": variant}
+    passed |= {"device": job.device, "batch-tokens": job.max_batch_tokens, "data": data, "worker": variant}
     options = [text for name, value in passed.items() for text in (f"--{name}", str(value))]
     done = subprocess.run([sys.executable, __file__, *options], capture_output=True, text=True, check=False)
     if done.returncode:

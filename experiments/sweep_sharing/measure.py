@@ -37,7 +37,7 @@ def seconds(output: Path, *arguments: str) -> tuple[float, float]:
     if output.exists():
         sys.exit(f"{output} is there already: choose an empty folder")
     started, before = time.monotonic(), os.times()
-    command = [sys.executable, "-m", "selfalign", *arguments, "track=none", f"output_dir={output}"]
+    command = [sys.executable, "-m", "selfalign", *arguments, "tracker=none", f"output_dir={output}"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     after = os.times()
     spent = after.children_user + after.children_system - before.children_user - before.children_system
@@ -53,7 +53,7 @@ def stages(folder: Path) -> list[list[str]]:
     """Each stage, the seconds it took in the first separate run, and how often the sweep made it."""
     alone = read_json(next(folder.glob("alone_*/*/summary.json")))["stages"]
     jobs = [path.parent for path in folder.glob("sweep/*/summary.json")]
-    made = [len({(job / "artefacts" / stage["label"]).resolve() for job in jobs}) for stage in alone]
+    made = [len({(job / "artifacts" / stage["label"]).resolve() for job in jobs}) for stage in alone]
     return [[s["label"], f"{s['seconds']:.1f}", str(times)] for s, times in zip(alone, made, strict=True)]
 
 

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
-from selfalign.core.jsonl import follow, stream_records, write_records
+from selfalign.core.jsonl import join_sorted, stream_records, write_records
 from selfalign.core.records import (
     FinishReason,
     Instruction,
@@ -35,24 +35,24 @@ from selfalign.data.pair_rules import BestWorst
 from selfalign.engines.protocol import Completion, Request, Sampling
 from selfalign.engines.transformers import Transformers, TransformersGenerator
 from selfalign.losses.refinement import Refinement
-from selfalign.models.batches import Group, PairExample, encode_pairs, pack, split_by_tokens
-from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.batches import PairExample, SharedPrompt, encode_pairs, pack, split_by_tokens
+from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.config import ModelConfig
 from selfalign.models.pretrained import fetch_pretrained
-from selfalign.models.scorer import Scorer
+from selfalign.models.scorer import LogProbScorer
 from selfalign.stages.pair import pair
-from selfalign.stages.reference import reference
+from selfalign.stages.reference_logprobs import reference_logprobs
 from selfalign.stages.respond import RespondConfig, respond
-from selfalign.store.artifacts import Artefact, Workspace
-from selfalign.training.config import Precision
+from selfalign.store.artifacts import Artifact, StageOutput
+from selfalign.training.config import LogProbSettings
 from selfalign.training.dataset import StoredExamples, store_examples
 from selfalign.training.reference import follow_references
-from selfalign.training.trainer import Steps
+from selfalign.training.trainer import StepDataset
 
 CANDIDATES, SAMPLES, WORDS = 4, 3, 30
 """Responses to an instruction, judgements of a response, and words of a text, on average."""
 
-BATCH_TOKENS = 1 << 17
+MAX_BATCH_TOKENS = 1 << 17
 STEP_PAIRS = 64
 LIMIT = 2048
 
@@ -68,7 +68,7 @@ def text(draw: random.Random) -> str:
 class Writer(TransformersGenerator):
     """Writes words drawn from each completion's seed."""
 
-    def write(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
         """A text for every seed."""
 
         def one(seed: int) -> Completion:
@@ -80,12 +80,12 @@ class Writer(TransformersGenerator):
 class Backend(Transformers):
     """Loads a writer."""
 
-    def load(self, policy: PolicyFiles) -> Writer:
+    def load(self, policy: PolicyCheckpoint) -> Writer:
         """The policy's tokenizer is used, its weights are not."""
-        return Writer(policy.load("float32"), BATCH_TOKENS)
+        return Writer(policy.load("float32"), MAX_BATCH_TOKENS)
 
 
-def made_up_sums(scorer: Scorer, groups: Sequence[Group]) -> list[list[float]]:
+def made_up_sums(scorer: LogProbScorer, groups: Sequence[SharedPrompt]) -> list[list[float]]:
     """Two nats a token."""
     return [[-2.0 * len(response) for response in group.responses] for group in groups]
 
@@ -106,8 +106,8 @@ def write_responses(folder: Path, count: int) -> None:
         workspace(folder),
         config=RespondConfig(candidates=CANDIDATES),
         policy=policy(folder),
-        instructions=artefact(folder),
-        generate=Backend(),
+        instructions=artifact(folder),
+        engine=Backend(),
         seed=0,
     )
 
@@ -137,22 +137,22 @@ def write_judgements(folder: Path, count: int) -> None:
 def read_judgements(folder: Path, count: int) -> None:
     """Responses and judgements side by side, as tables and report read them."""
     responses, file = stream_records(folder / "responses.jsonl", Response), folder / "judgements.jsonl"
-    families = follow(responses, stream_records(file, Judgement), lambda one: one.response_id, file)
+    families = join_sorted(responses, stream_records(file, Judgement), lambda one: one.response_id, file)
     assert sum(len(own) for _, own in families) == count * CANDIDATES * SAMPLES
 
 
 def make_pairs(folder: Path, count: int) -> None:
     """The stage `pair`."""
-    given = artefact(folder)
+    given = artifact(folder)
     pair(workspace(folder), rule=BestWorst(), instructions=given, responses=given, judgements=given, seed=0)
 
 
 def write_references(folder: Path, count: int) -> None:
     """The stage `reference`, with the pass of Sr-DPO behind p⊕x."""
-    Scorer.score = made_up_sums  # pyright: ignore[reportAttributeAccessIssue]
-    precision = Precision(dtype="float32", autocast="", max_length=LIMIT, batch_tokens=BATCH_TOKENS)
-    reference(
-        workspace(folder), policy=policy(folder), pairs=artefact(folder), augmentation=Refinement(), precision=precision
+    LogProbScorer.score = made_up_sums  # pyright: ignore[reportAttributeAccessIssue]
+    precision = LogProbSettings(dtype="float32", autocast="", max_length=LIMIT, max_batch_tokens=MAX_BATCH_TOKENS)
+    reference_logprobs(
+        workspace(folder), policy=policy(folder), pairs=artifact(folder), augmentation=Refinement(), precision=precision
     )
 
 
@@ -163,9 +163,9 @@ def store_pairs(folder: Path, count: int) -> None:
 
 def build_batches(folder: Path, count: int) -> None:
     """Every step of one epoch, fetched, cut into passes and packed, as the trainer does it."""
-    for step in Steps(stored(folder), STEP_PAIRS, 1, 0):
+    for step in StepDataset(stored(folder), STEP_PAIRS, 1, 0):
         pairs = cast(list[PairExample], step)
-        for part in split_by_tokens(sorted(pairs, key=len), BATCH_TOKENS):
+        for part in split_by_tokens(sorted(pairs, key=len), MAX_BATCH_TOKENS):
             pack([example.plain for example in part])
             pack([example.augmented for example in part if example.augmented is not None])
 
@@ -185,25 +185,25 @@ PARTS: dict[str, Callable[[Path, int], None]] = {
 def stored(folder: Path) -> StoredExamples[PairExample]:
     """The pairs as the stage `align` stores and finds them."""
     records, tally = stream_records(folder / "pairs.jsonl", PreferencePair), Counter[str]()
-    tokenizer = PolicyFiles(folder.parent / "policy").load_tokenizer()
+    tokenizer = PolicyCheckpoint(folder.parent / "policy").load_tokenizer()
     encoded = encode_pairs(tokenizer, records, Refinement(), LIMIT, tally)
     examples = follow_references(encoded, folder / "references.jsonl", "reference")
     return store_examples(folder / "table", PairExample, examples, tally)
 
 
-def artefact(folder: Path) -> Artefact:
-    """A folder as a finished artefact."""
-    return Artefact(stage="given", key="k", path=folder, digest="d", counts={}, seconds=0.0)
+def artifact(folder: Path) -> Artifact:
+    """A folder as a finished artifact."""
+    return Artifact(stage="given", key="k", path=folder, digest="d", counts={}, seconds=0.0)
 
 
-def policy(folder: Path) -> Artefact:
+def policy(folder: Path) -> Artifact:
     """The tiny random policy."""
-    return artefact(folder.parent / "policy")
+    return artifact(folder.parent / "policy")
 
 
-def workspace(folder: Path) -> Workspace:
+def workspace(folder: Path) -> StageOutput:
     """Where a stage writes: among the records of the others."""
-    return Workspace(folder, "stage", lambda row: None)
+    return StageOutput(folder, "stage", lambda row: None)
 
 
 # --- measuring -----------------------------------------------------------------------------------------------------

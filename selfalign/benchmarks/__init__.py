@@ -1,1 +1,1 @@
-"""Published benchmarks, one module a kind; `entrant.py` is what they share."""
+"""Published benchmarks, one module a kind; `protocol.py` is what they share."""

@@ -6,23 +6,23 @@ from typing import Any, ClassVar
 
 from selfalign.benchmarks.fastchat import Question
 from selfalign.benchmarks.multi_turn import Conversation, converse
-from selfalign.benchmarks.protocol import Entrant, check_count
+from selfalign.benchmarks.protocol import BenchmarkContext, check_count
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import write_json
 from selfalign.core.records import Comparison, Instruction, given_response
 from selfalign.data.containers import identify_data
 from selfalign.data.sources import OutputRow, read_outputs
 from selfalign.engines.protocol import Sampling
-from selfalign.judges.comparator import Referee
-from selfalign.judges.comparisons import Duel
+from selfalign.judges.comparator import PairwiseComparator
+from selfalign.judges.comparisons import ResponsePair
 from selfalign.metrics import catalog
-from selfalign.store.artifacts import Counts, Workspace
+from selfalign.store.artifacts import Counts, StageOutput
 
 Row = dict[str, Any]
 
 
 @dataclass(kw_only=True, slots=True)
-class AlpacaReferee(Referee):
+class AlpacaComparator(PairwiseComparator):
     """Who compares a model's answers with the reference outputs."""
 
     model: str = "sft"
@@ -46,7 +46,7 @@ class AlpacaEval:
     """
 
     reference_outputs: str
-    judge: AlpacaReferee
+    judge: AlpacaComparator
     count: int = 0
     sampling: Sampling = field(default_factory=Sampling)
 
@@ -73,16 +73,16 @@ class AlpacaEval:
         check_count(key, self.count, len(self._references()[0]), self.reference_outputs)
         return {"reference_outputs": digest}
 
-    def measure(self, entrant: Entrant, out: Workspace) -> Counts:
+    def measure(self, context: BenchmarkContext, out: StageOutput) -> Counts:
         """Writes MODEL/model_outputs.json and MODEL/JUDGE/annotations.json, as alpaca_eval keeps its results."""
-        (references, drops), model = self._references(), entrant.name
+        (references, drops), model = self._references(), context.name
         questions = [question(number, row) for number, row in enumerate(references, start=1)]
-        talks = converse(entrant, out, questions, lambda asked: self.sampling)
+        talks = converse(context, out, questions, lambda asked: self.sampling)
         answered = [(row, talk) for row, talk in zip(references, talks, strict=True) if talk.answers]
-        duels = [duel(number, row, talk, model) for number, (row, talk) in enumerate(answered, start=1)]
-        with out.journal(2 * len(duels), "verdicts") as journal, entrant.bench(journal) as bench:
-            comparisons, counts = self.judge.decide(bench, duels, out.label)
-        annotator = entrant.name_of_judge(self.judge.model, self.judge.endpoint)
+        pairs = [response_pair(number, row, talk, model) for number, (row, talk) in enumerate(answered, start=1)]
+        with out.journal(2 * len(pairs), "verdicts") as journal, context.judge_context(journal) as judge_context:
+            comparisons, counts = self.judge.compare_models(judge_context, pairs, out.label)
+        annotator = context.name_of_judge(self.judge.model, self.judge.endpoint)
         judged = zip(answered, comparisons, strict=True)
         outputs = [
             {"dataset": row.dataset, "instruction": row.instruction, "output": talk.answers[0], "generator": model}
@@ -114,14 +114,14 @@ def question(number: int, row: OutputRow) -> Question:
     return Question(question_id=number, category=row.dataset, turns=[row.instruction])
 
 
-def duel(number: int, row: OutputRow, talk: Conversation, model: str) -> Duel:
+def response_pair(number: int, row: OutputRow, talk: Conversation, model: str) -> ResponsePair:
     """The model's answer against the reference output."""
     asked = Instruction(id=str(number), text=row.instruction, source="evaluation")
     first, second = (
         given_response(f"{number}-{writer}", asked.id, text, writer)
         for writer, text in ((model, talk.answers[0]), (row.generator, row.output))
     )
-    return Duel(asked, first, second)
+    return ResponsePair(asked, first, second)
 
 
 def annotation(row: OutputRow, talk: Conversation, model: str, annotator: str, comparison: Comparison) -> Row:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from selfalign.benchmarks.fastchat import locate, read_prompts
-from selfalign.benchmarks.protocol import Entrant
+from selfalign.benchmarks.protocol import BenchmarkContext
 from selfalign.benchmarks.rating import OPENING, TOO_LONG, Grade, RatingTokens, expected_rating, parse_rating
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_file, text_or_file
@@ -13,8 +13,8 @@ from selfalign.core.placeholders import check_template, fill
 from selfalign.core.records import Message
 from selfalign.data.sources import as_prompt
 from selfalign.engines.openai_client import Endpoint
-from selfalign.engines.protocol import Reader, Request, Sampling, read_all, write_all
-from selfalign.judges.protocol import check_batch_tokens, check_model, check_share
+from selfalign.engines.protocol import Request, Sampling, TokenScorer, generate_batched, score_batched
+from selfalign.judges.protocol import check_max_batch_tokens, check_model, check_share
 from selfalign.judges.sampled import judge_text
 from selfalign.judges.unread import Unread
 from selfalign.models.batches import share_prompt
@@ -51,32 +51,32 @@ class Grader:
         model: who grades: "sft" (M1), "base" (M0), "self" (M_t, which makes models hard to compare), or another model:
             a folder or hub id.
         endpoint: asks a server instead of `model`, where it has a base_url.
-        reading: of a policy's grade. "written": the `[[n]]` of a greedy text, MT-Bench's own way, and the only one of
-            a server. "expected": the mean of the policy's distribution over the ratings 1 to 10 behind `Rating: [[`,
+        method: of a policy's grade. "generate": the `[[n]]` of a greedy text, MT-Bench's own way, and the only one of
+            a server. "logprobs": the mean of the policy's distribution over the ratings 1 to 10 behind `Rating: [[`,
             without a justification; a small model always has one, but it is not MT-Bench's number.
         max_new_tokens: of a written grade.
-        batch_tokens: the most tokens of a forward pass.
-        max_failed_share: the run stops when more than this share of the grades carries no score.
+        max_batch_tokens: the most tokens of a forward pass.
+        max_failure_rate: the run stops when more than this share of the grades carries no score.
     """
 
     prompt: str = ""
     prompts: str = ""
     model: str = "sft"
     endpoint: Endpoint = field(default_factory=Endpoint)
-    reading: str = "expected"
+    method: str = "logprobs"
     max_new_tokens: int = 1024
-    batch_tokens: int = 2048
-    max_failed_share: float = 0.5
+    max_batch_tokens: int = 2048
+    max_failure_rate: float = 0.5
 
     def check(self, key: str) -> None:
         """Checks every setting and reads the prompt's file; messages name settings as `key`.name."""
         self.prompt = text_or_file(self.prompt, f"{key}.prompt")
         check_template(self.prompt, f"{key}.prompt", ("references", "conversation"))
         check_model(self.model, key)
-        check_share(self.max_failed_share, key)
-        check_batch_tokens(self.batch_tokens, key)
-        if self.reading not in ("written", "expected"):
-            raise SelfalignError(f"{key}.reading must be written or expected, got {self.reading!r}")
+        check_share(self.max_failure_rate, key)
+        check_max_batch_tokens(self.max_batch_tokens, key)
+        if self.method not in ("generate", "logprobs"):
+            raise SelfalignError(f"{key}.method must be generate or logprobs, got {self.method!r}")
         if self.max_new_tokens < 1:
             raise SelfalignError(f"{key}.max_new_tokens must be 1 or more, got {self.max_new_tokens}")
         if self.endpoint != Endpoint():
@@ -119,7 +119,7 @@ class Grader:
 
     def grade(
         self,
-        entrant: Entrant,
+        context: BenchmarkContext,
         prompts: dict[str, list[Message]],
         answers: Mapping[str, Sequence[str]],
         journal: Journal,
@@ -127,7 +127,7 @@ class Grader:
         """A grade for each of the named prompts, and what the server or the engine says of its work.
 
         Args:
-            entrant: whose answers are graded.
+            context: whose answers are graded.
             prompts: what is asked.
             answers: what is graded, by the same names.
             journal: keeps what was written.
@@ -137,25 +137,25 @@ class Grader:
         """
         counts: Counts = {}
         if self.endpoint.base_url:
-            grades = self._ask_server(entrant, prompts, answers, journal, counts)
-        elif self.reading == "written":
-            grades = self._write(entrant, prompts, answers, journal, counts)
+            grades = self._ask_server(context, prompts, answers, journal, counts)
+        elif self.method == "generate":
+            grades = self._write(context, prompts, answers, journal, counts)
         else:
-            grades = self._expect(entrant, prompts, journal, counts)
+            grades = self._expect(context, prompts, journal, counts)
         unread = Unread()
         unread.add((grade.status, grade.text) for grade in grades if grade.score is None)
         failed = unread.reasons.total()
-        if failed > self.max_failed_share * len(grades) or failed == len(grades):
+        if failed > self.max_failure_rate * len(grades) or failed == len(grades):
             raise SelfalignError(
-                f"{entrant.key}: {failed} of {len(grades)} grades of {entrant.label} carry no score "
-                f"({dict(unread.reasons)}); {unread.describe(f'{entrant.key}.judge.max_new_tokens')}Try "
-                f"{entrant.key}.judge.reading=expected, another judge, or a larger max_failed_share"
+                f"{context.key}: {failed} of {len(grades)} grades of {context.label} carry no score "
+                f"({dict(unread.reasons)}); {unread.describe(f'{context.key}.judge.max_new_tokens')}Try "
+                f"{context.key}.judge.method=logprobs, another judge, or a larger max_failure_rate"
             )
         return grades, counts
 
     def _ask_server(
         self,
-        entrant: Entrant,
+        context: BenchmarkContext,
         prompts: dict[str, list[Message]],
         answers: Mapping[str, Sequence[str]],
         journal: Journal,
@@ -163,7 +163,7 @@ class Grader:
     ) -> list[Grade]:
         """What a server writes."""
         requests = {f"grade-{name}": self._request(asked) for name, asked in prompts.items()}
-        with self.endpoint.open(f"{entrant.key}.judge.endpoint") as client:
+        with self.endpoint.open(f"{context.key}.judge.endpoint") as client:
             replies = list(client.complete_all(requests, journal, 1).values())
         counts |= self.endpoint.usage(replies)
         return [
@@ -179,7 +179,7 @@ class Grader:
 
     def _write(
         self,
-        entrant: Entrant,
+        context: BenchmarkContext,
         prompts: dict[str, list[Message]],
         answers: Mapping[str, Sequence[str]],
         journal: Journal,
@@ -187,14 +187,14 @@ class Grader:
     ) -> list[Grade]:
         """Greedy texts of a policy."""
         greedy = Sampling(temperature=0, max_new_tokens=self.max_new_tokens)
-        with entrant.bench(journal) as bench:
-            generator = bench.writer()
+        with context.judge_context(journal) as judge_context:
+            generator = judge_context.writer()
             tokenizer = generator.tokenizer
             encoded = {name: encode_prompt(tokenizer, asked) for name, asked in prompts.items()}
             fitting = {n: ids for n, ids in encoded.items() if len(ids) + self.max_new_tokens <= generator.context}
             requests = [Request(prompt=ids, seeds=[0]) for ids in fitting.values()]
-            written = write_all(generator, requests, greedy, journal, "grades")
-        counts |= bench.counts
+            written = generate_batched(generator, requests, greedy, journal, "grades")
+        counts |= judge_context.counts
         texts = {
             name: judge_text(tokenizer, ids, made) for (name, ids), [made] in zip(fitting.items(), written, strict=True)
         }
@@ -202,15 +202,15 @@ class Grader:
         return [grades.get(name, TOO_LONG) for name in prompts]
 
     def _expect(
-        self, entrant: Entrant, prompts: dict[str, list[Message]], journal: Journal, counts: Counts
+        self, context: BenchmarkContext, prompts: dict[str, list[Message]], journal: Journal, counts: Counts
     ) -> list[Grade]:
         """Means of a policy's distribution over the ratings, in one forward pass each."""
-        with entrant.bench(journal) as bench:
-            grades = self._read(bench.reader(self.batch_tokens), prompts, journal)
-        counts |= bench.counts
+        with context.judge_context(journal) as judge_context:
+            grades = self._read(judge_context.reader(self.max_batch_tokens), prompts, journal)
+        counts |= judge_context.counts
         return [grades.get(name, TOO_LONG) for name in prompts]
 
-    def _read(self, reader: Reader, prompts: dict[str, list[Message]], journal: Journal) -> dict[str, Grade]:
+    def _read(self, reader: TokenScorer, prompts: dict[str, list[Message]], journal: Journal) -> dict[str, Grade]:
         """The grades of those that fit into the judge's context, by name."""
         ratings = RatingTokens.of(reader.tokenizer)
         encoded = {name: encode_prompt(reader.tokenizer, asked, OPENING) for name, asked in prompts.items()}
@@ -220,7 +220,7 @@ class Grader:
             for name, ids in encoded.items()
             if len(ids) < longest
         ]
-        read = read_all(reader, groups, ratings.alternatives, journal, "grades", size=lambda group: 1)
+        read = score_batched(reader, groups, ratings.alternatives, journal, "grades", size=lambda group: 1)
         return {group.id: expected_rating(ratings.shares(rows)) for group, rows in zip(groups, read, strict=True)}
 
 

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from selfalign.benchmarks.lm_eval_settings import LmEvalSettings, Loaded, Results
-from selfalign.benchmarks.protocol import Entrant
+from selfalign.benchmarks.lm_eval_settings import LmEvalSettings, LoadedTask, Results
+from selfalign.benchmarks.protocol import BenchmarkContext
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_folder, path_of
 from selfalign.metrics import catalog
 from selfalign.metrics.intervals import Estimate
 from selfalign.models.checkpoint import resolve_dtype
-from selfalign.store.artifacts import Counts, Workspace
+from selfalign.store.artifacts import Counts, StageOutput
 
 NORMAL_95 = 1.96
 """Standard errors from a mean to either end of its 95 % interval."""
@@ -62,21 +62,21 @@ class LmEval(LmEvalSettings):
             found |= {name: digest for name, digest in digest_folder(folder).items() if "__pycache__" not in name}
         return found
 
-    def measure(self, entrant: Entrant, out: Workspace) -> Counts:
+    def measure(self, context: BenchmarkContext, out: StageOutput) -> Counts:
         """Writes lm-eval's results.json and, as lm-eval logs them, samples_TASK.jsonl."""
-        from selfalign.benchmarks.lm_eval_adapter import evaluate, load_tasks, write_results
+        from selfalign.benchmarks.lm_eval_adapter import load_tasks, run_tasks, write_results
 
-        loaded = load_tasks(self, entrant.key)
-        policy = entrant.policy.load(resolve_dtype(entrant.generate.dtype))
+        loaded = load_tasks(self, context.key)
+        policy = context.policy.load(resolve_dtype(context.engine.dtype))
         with out.journal(sum(task.documents(self.limit) for task in loaded), "documents") as journal:
-            results, prompts_cut = evaluate(self, loaded, policy, journal)
+            results, prompts_cut = run_tasks(self, loaded, policy, journal)
         write_results(out.path, results)
         return describe(loaded, results, prompts_cut, average=self.average) | {
             "lm_eval_version": importlib.metadata.version("lm_eval")
         }
 
 
-def describe(loaded: Sequence[Loaded], results: Results, prompts_cut: dict[str, int], *, average: bool) -> Counts:
+def describe(loaded: Sequence[LoadedTask], results: Results, prompts_cut: dict[str, int], *, average: bool) -> Counts:
     """Every task's number with its interval, over how many documents, and how many prompts were cut.
 
     Raises:

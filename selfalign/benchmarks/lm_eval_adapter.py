@@ -26,7 +26,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 
-from selfalign.benchmarks.lm_eval_settings import LmEvalSettings, LmEvalTask, Loaded, Results
+from selfalign.benchmarks.lm_eval_settings import LmEvalSettings, LmEvalTask, LoadedTask, Results
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import path_of, write_atomically
 from selfalign.metrics.intervals import RESAMPLES
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
-def load_tasks(settings: LmEvalSettings, place: str) -> list[Loaded]:
+def load_tasks(settings: LmEvalSettings, place: str) -> list[LoadedTask]:
     """Tasks with their data, so that what is missing is known before the model is asked anything.
 
     Args:
@@ -74,7 +74,7 @@ def _manager_of_all(folder: str) -> TaskManager:
     return TaskManager(include_path=folder or None)
 
 
-def _load(manager: TaskManager, asked: LmEvalTask, place: str) -> Loaded:
+def _load(manager: TaskManager, asked: LmEvalTask, place: str) -> LoadedTask:
     if asked.name not in manager.all_tasks:
         near = difflib.get_close_matches(asked.name, manager.all_tasks, 3)
         hint = f"did you mean {', '.join(near)}?" if near else "tasks of your own lie in include_path"
@@ -97,7 +97,7 @@ def _load(manager: TaskManager, asked: LmEvalTask, place: str) -> Loaded:
         leaf.set_config(key="num_fewshot", value=examples or 0)
     first = next(iter(leaves.values()))
     metric = find_metric(first, groups.get(asked.name), asked.metric, f"{place}: {asked.name}")
-    return Loaded(asked.name, metric, leaves, groups)
+    return LoadedTask(asked.name, metric, leaves, groups)
 
 
 def find_metric(task: Task, group: "Group | None", wanted: str, place: str) -> str:
@@ -117,8 +117,8 @@ def find_metric(task: Task, group: "Group | None", wanted: str, place: str) -> s
     return meant[0]
 
 
-def evaluate(
-    settings: LmEvalSettings, loaded: Sequence[Loaded], policy: Policy, journal: Journal
+def run_tasks(
+    settings: LmEvalSettings, loaded: Sequence[LoadedTask], policy: Policy, journal: Journal
 ) -> tuple[Results, Counter[str]]:
     """lm-eval's results, and {task: prompts that lost their beginning}."""
     random.seed(settings.seed)

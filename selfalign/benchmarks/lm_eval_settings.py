@@ -24,7 +24,7 @@ Results = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class LoadedTask:
     """A task with its data, or a group of tasks.
 
     Attributes:

@@ -17,14 +17,14 @@ from selfalign.benchmarks.fastchat import (
 )
 from selfalign.benchmarks.grading import Grade, Grader, Task
 from selfalign.benchmarks.multi_turn import Conversation, as_records, converse
-from selfalign.benchmarks.protocol import Entrant, check_count
+from selfalign.benchmarks.protocol import BenchmarkContext, check_count
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_file
 from selfalign.core.jsonl import write_records
 from selfalign.engines.protocol import Sampling
 from selfalign.metrics import catalog
 from selfalign.metrics.intervals import bootstrap_ratio
-from selfalign.store.artifacts import Counts, Workspace
+from selfalign.store.artifacts import Counts, StageOutput
 
 logger = logging.getLogger(__name__)
 
@@ -105,24 +105,24 @@ class MTBench:
             digests["references"] = digest_file(references)
         return digests
 
-    def measure(self, entrant: Entrant, out: Workspace) -> Counts:
+    def measure(self, context: BenchmarkContext, out: StageOutput) -> Counts:
         """Writes model_answer/MODEL.jsonl and model_judgment/JUDGE_single.jsonl, as FastChat does.
 
         Beside them lie instructions.jsonl and responses.jsonl, a record an answer, to compare models by.
         """
-        questions = read_questions(locate(self.questions, "questions", f"{entrant.key}.questions"), self.count)
-        talks = self._converse(entrant, out, questions)
-        tasks = self._tasks(entrant, out, talks)
-        asked = self.judge.ask(tasks, f"{entrant.key}.judge")
+        questions = read_questions(locate(self.questions, "questions", f"{context.key}.questions"), self.count)
+        talks = self._converse(context, out, questions)
+        tasks = self._tasks(context, out, talks)
+        asked = self.judge.ask(tasks, f"{context.key}.judge")
         prompts = {task.id: prompt for task, (_, prompt) in zip(tasks, asked, strict=True)}
         with out.journal(len(tasks), "grades") as journal:
-            grades, counts = self.judge.grade(entrant, prompts, {task.id: task.answers for task in tasks}, journal)
+            grades, counts = self.judge.grade(context, prompts, {task.id: task.answers for task in tasks}, journal)
         places = [(talk.question, turn) for talk in talks for turn in range(1, len(talk.answers) + 1)]
-        name = entrant.name_of_judge(self.judge.model, self.judge.endpoint)
+        name = context.name_of_judge(self.judge.model, self.judge.endpoint)
         rows = [
             {
                 "question_id": question.question_id,
-                "model": entrant.name,
+                "model": context.name,
                 "judge": [name, called],
                 "user_prompt": prompt[-1]["content"],
                 "judgment": grade.text,
@@ -144,15 +144,17 @@ class MTBench:
             "dropped": {"unanswered": unanswered, **dict(sorted(dropped.items()))},
         }
 
-    def _converse(self, entrant: Entrant, out: Workspace, questions: Sequence[Question]) -> list[Conversation]:
-        talks = converse(entrant, out, questions, self._sampling)
+    def _converse(
+        self, context: BenchmarkContext, out: StageOutput, questions: Sequence[Question]
+    ) -> list[Conversation]:
+        talks = converse(context, out, questions, self._sampling)
         temperatures = [self._sampling(talk.question).temperature for talk in talks]
         rows = [
-            answer_of(talk.question, talk.answers, entrant.name, {"temperature": temperature})
+            answer_of(talk.question, talk.answers, context.name, {"temperature": temperature})
             for talk, temperature in zip(talks, temperatures, strict=True)
         ]
-        write_lines(out.path / "model_answer" / f"{entrant.name}.jsonl", rows)
-        for file, records in zip(("instructions", "responses"), as_records(talks, entrant.name), strict=True):
+        write_lines(out.path / "model_answer" / f"{context.name}.jsonl", rows)
+        for file, records in zip(("instructions", "responses"), as_records(talks, context.name), strict=True):
             write_records(out.path / f"{file}.jsonl", records)
         return talks
 
@@ -160,11 +162,11 @@ class MTBench:
         temperature = self.temperatures.get(question.category, OTHERWISE)
         return Sampling(temperature=temperature, top_p=1.0, max_new_tokens=self.max_new_tokens)
 
-    def _tasks(self, entrant: Entrant, out: Workspace, talks: Sequence[Conversation]) -> list[Task]:
+    def _tasks(self, context: BenchmarkContext, out: StageOutput, talks: Sequence[Conversation]) -> list[Task]:
         """Every answer behind what was said before it, with references where there are some for it."""
         known: dict[str, list[str]] = {}
         if self.references:
-            known = read_references(locate(self.references, "references", f"{entrant.key}.references"))
+            known = read_references(locate(self.references, "references", f"{context.key}.references"))
         unshown = {talk.question.category for talk in talks if str(talk.question.question_id) in known} - {*REFERENCED}
         if unshown:
             logger.warning(

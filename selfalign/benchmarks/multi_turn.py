@@ -4,13 +4,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from selfalign.benchmarks.fastchat import Question
-from selfalign.benchmarks.protocol import Entrant
+from selfalign.benchmarks.protocol import BenchmarkContext
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed
 from selfalign.core.records import FinishReason, Instruction, Message, Response, given_response
-from selfalign.engines.protocol import Generator, Request, Sampling, write_all
+from selfalign.engines.protocol import Generator, Request, Sampling, generate_batched
 from selfalign.models.tokenizer import encode_prompt
-from selfalign.store.artifacts import Workspace
+from selfalign.store.artifacts import StageOutput
 from selfalign.store.journal import Journal
 
 
@@ -58,12 +58,12 @@ def numbered(turns: Sequence[str]) -> str:
 
 
 def converse(
-    entrant: Entrant, out: Workspace, questions: Sequence[Question], sampling: Callable[[Question], Sampling]
+    context: BenchmarkContext, out: StageOutput, questions: Sequence[Question], sampling: Callable[[Question], Sampling]
 ) -> list[Conversation]:
     """Answers every turn of every question; where a turn does not fit, the conversation ends before it.
 
     Args:
-        entrant: who is asked; its seed draws the tokens, together with the question's id and the number of the turn.
+        context: who is asked; its seed draws the tokens, together with the question's id and the number of the turn.
         out: keeps finished batches.
         questions: what is asked.
         sampling: how a question is answered; turns that are drawn alike are written together.
@@ -72,9 +72,9 @@ def converse(
         SelfalignError: no question fits into the context.
     """
     conversations = [Conversation(question) for question in questions]
-    with entrant.generate.load(entrant.policy) as generator:
+    with context.engine.load(context.policy) as generator:
         with out.journal(sum(len(question.turns) for question in questions), "answers") as journal:
-            _answer_turns(generator, conversations, sampling, journal, entrant.seed)
+            _answer_turns(generator, conversations, sampling, journal, context.seed)
         if not any(talk.answers for talk in conversations):
             raise SelfalignError(
                 f"{out.label}: no question fits into the context of {generator.context} tokens together with its answer"
@@ -99,7 +99,7 @@ def _answer_turns(
                     waiting.setdefault(how.temperature, []).append((talk, how, Request(prompt=prompt, seeds=seeds)))
         for temperature, members in sorted(waiting.items()):
             requests, how = [request for *_, request in members], members[0][1]
-            written = write_all(generator, requests, how, journal, f"turn-{turn + 1}-{temperature}")
+            written = generate_batched(generator, requests, how, journal, f"turn-{turn + 1}-{temperature}")
             for (talk, *_), [made] in zip(members, written, strict=True):
                 talk.answers.append(made.text)
                 talk.finished.append(made.finish_reason == FinishReason.EOS)

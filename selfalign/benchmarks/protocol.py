@@ -9,10 +9,10 @@ from typing import Protocol
 
 from selfalign.core.errors import SelfalignError
 from selfalign.engines.openai_client import Endpoint
-from selfalign.engines.protocol import Backend
-from selfalign.judges.protocol import OWN_MODELS, Bench
-from selfalign.models.checkpoint import PolicyFiles
-from selfalign.store.artifacts import Counts, Workspace
+from selfalign.engines.protocol import Engine
+from selfalign.judges.protocol import OWN_MODELS, JudgeContext
+from selfalign.models.checkpoint import PolicyCheckpoint
+from selfalign.store.artifacts import Counts, StageOutput
 from selfalign.store.journal import Journal
 
 UNSAFE = re.compile(r"[^\w.-]+")
@@ -20,7 +20,7 @@ UNSAFE = re.compile(r"[^\w.-]+")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Entrant:
+class BenchmarkContext:
     """A model that a benchmark measures, and what it is measured with.
 
     Attributes:
@@ -28,15 +28,15 @@ class Entrant:
         label: of the model in its run, such as "M2".
         policy: its files.
         judge: the policy that judges its answers; None where a server does, or nobody.
-        generate: the backend that writes.
+        engine: the engine that writes.
         seed: draws whatever is drawn.
     """
 
     key: str
     label: str
-    policy: PolicyFiles
-    judge: PolicyFiles | None
-    generate: Backend
+    policy: PolicyCheckpoint
+    judge: PolicyCheckpoint | None
+    engine: Engine
     seed: int
 
     @property
@@ -51,9 +51,9 @@ class Entrant:
         called = model if model in OWN_MODELS else model.rstrip("/").rsplit("/", 1)[-1]
         return f"{UNSAFE.sub('_', called)}-{self.judge.digest[:8]}"
 
-    def bench(self, journal: Journal) -> Bench:
+    def judge_context(self, journal: Journal) -> JudgeContext:
         """What its judge works with."""
-        return Bench(journal=journal, policy=self.judge, reference=None, generate=self.generate, seed=self.seed)
+        return JudgeContext(journal=journal, policy=self.judge, reference=None, engine=self.engine, seed=self.seed)
 
 
 class Benchmark(Protocol):
@@ -81,7 +81,7 @@ class Benchmark(Protocol):
         """
         ...
 
-    def measure(self, entrant: Entrant, out: Workspace) -> Counts:
+    def measure(self, context: BenchmarkContext, out: StageOutput) -> Counts:
         """Measures one model; what takes long goes through `out.journal`.
 
         Returns:

@@ -59,7 +59,7 @@ class RatingTokens:
             behind = tokens_behind(tokenizer, f"{OPENING}1", ["0", end])
             if digits is not None and behind is not None:
                 return cls([*digits, *behind], digits[:1])
-        raise SelfalignError("this model's tokenizer does not write ratings digit by digit; set judge.reading=written")
+        raise SelfalignError("this model's tokenizer does not write ratings digit by digit; set judge.method=generate")
 
     def shares(self, logps: Sequence[Sequence[float]]) -> list[float]:
         """The shares of 1 to 10, given log p of the alternatives behind the opening and, if need be, behind a 1 there.

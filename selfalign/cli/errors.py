@@ -12,7 +12,7 @@ from selfalign.core import distributed
 
 
 @contextmanager
-def one_line_errors(interrupted: str) -> Iterator[None]:
+def report_errors(interrupted: str) -> Iterator[None]:
     """Ends a command that fails with one line, a bug's with its traceback too; HYDRA_FULL_ERROR=1 lets all through."""
     full_error = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
     try:

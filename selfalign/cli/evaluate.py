@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from selfalign.cli.environment import conf_folder, set_environment, set_messages, set_streams, take_config_dir
-from selfalign.cli.errors import one_line_errors
+from selfalign.cli.errors import report_errors
 from selfalign.core import distributed
 
 EVALUATE = """selfalign-evaluate: measures the models of finished runs, and any others, without training
@@ -14,13 +14,13 @@ usage: selfalign-evaluate [--config-dir DIR] RUN_OR_MODEL [RUN_OR_MODEL ...] [gr
 A run folder stands for its models M1, M2, ... and the SFT baseline, a sweep folder for M1 and the last model of every
 finished job, a model folder or hub id for itself. Settings are those the first run was started with, and what is given
 here on top; a run that was started with --config-dir needs it here too. Each model is compared with the first one and
-the one before it; evaluate.matrix=true compares all.
+the one before it; evaluate.round_robin=true compares all.
 
 examples:
-  selfalign-evaluate outputs/demo-1a2b3c4d evaluate.matrix=true
-  selfalign-evaluate outputs/sweeps/demo-5e6f7a8b evaluate.matrix=true
-  selfalign-evaluate outputs/demo-1a2b3c4d /models/other evaluate.count=100 evaluate.against=outputs.json
-  selfalign-evaluate /models/one /models/other track=none evaluate.head_to_head.model=/models/judge"""
+  selfalign-evaluate outputs/demo-1a2b3c4d evaluate.round_robin=true
+  selfalign-evaluate outputs/sweeps/demo-5e6f7a8b evaluate.round_robin=true
+  selfalign-evaluate outputs/demo-1a2b3c4d /models/other evaluate.count=100 evaluate.reference_outputs=outputs.json
+  selfalign-evaluate /models/one /models/other tracker=none evaluate.head_to_head.model=/models/judge"""
 
 
 def evaluate() -> None:
@@ -32,9 +32,9 @@ def evaluate() -> None:
         print(EVALUATE, file=sys.stderr)
         sys.exit(0 if {"-h", "--help"} & set(sources) else 2)
     set_environment()
-    with one_line_errors("interrupted; the same command continues where it stopped"):
+    with report_errors("interrupted; the same command continues where it stopped"):
         from selfalign.launch.evaluate import evaluate_models
 
-        with distributed.joined():
+        with distributed.process_group():
             set_messages()
             evaluate_models(sources, [a for a in arguments if a not in sources], conf_folder(), config_dir)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfalign.cli.environment import conf_folder, set_environment, set_messages, set_streams, take_config_dir
-from selfalign.cli.errors import explain, one_line_errors
+from selfalign.cli.errors import explain, report_errors
 from selfalign.config.extensions import check_options, installed_folders
 from selfalign.core import distributed
 
@@ -36,7 +36,7 @@ def main() -> None:
             return
         os._exit(0)
     set_environment()
-    with one_line_errors("interrupted; the same command continues where it stopped"):
+    with report_errors("interrupted; the same command continues where it stopped"):
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and the one line is ours to print.
         _run_hydra()
 
@@ -81,7 +81,7 @@ def _run_hydra() -> None:
 
     from selfalign.config.hydra import register
     from selfalign.launch.experiment import run_experiment, warn_of_idle_settings
-    from selfalign.launch.hydra_sweep import closed_in_the_end, run_sweep_job
+    from selfalign.launch.hydra_sweep import run_sweep_job, sweep_lifecycle
 
     register()
     for folder in _own_folders():
@@ -92,11 +92,11 @@ def _run_hydra() -> None:
     @hydra.main(config_path=str(conf_folder()), config_name="config", version_base="1.3")
     def job(config: DictConfig) -> float | None:
         if HydraConfig.get().mode is RunMode.MULTIRUN:
-            with distributed.joined():
+            with distributed.process_group():
                 set_messages()
                 return run_sweep_job(lambda: _prepare(config), explain)
         try:
-            with distributed.joined():
+            with distributed.process_group():
                 set_messages()
                 prepared = _prepare(config)
                 if prepared[0].dry_run:
@@ -111,7 +111,7 @@ def _run_hydra() -> None:
         except Exception as error:  # noqa: BLE001 - raised outside Hydra, which would print a line of its own
             errors.append(error)
 
-    with closed_in_the_end():
+    with sweep_lifecycle():
         job()
     if errors:
         raise errors[0]

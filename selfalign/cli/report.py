@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from selfalign.cli.environment import set_streams
-from selfalign.cli.errors import one_line_errors
+from selfalign.cli.errors import report_errors
 from selfalign.core.errors import SelfalignError
 
 
@@ -17,7 +17,7 @@ def main() -> None:
     """Runs the command line; exit code 0, 1 for what the user can mend, 2 for a wrong option, 130 for Ctrl-C."""
     set_streams()
     options = parser().parse_args()
-    with one_line_errors("interrupted; nothing was written"):
+    with report_errors("interrupted; nothing was written"):
         print(f"report    {report(options.paths, options.out, options.metric)}")
 
 
@@ -43,17 +43,17 @@ def report(paths: Sequence[Path], out: Path | None = None, metric: str = "") -> 
     from selfalign.report import write_report
     from selfalign.report.comparison_page import compare_jobs
     from selfalign.report.jobs import find_jobs, is_run
-    from selfalign.runs.reader import Finished, check_artefacts
+    from selfalign.runs.reader import Finished, check_artifacts
 
     if len(paths) > 1 or not is_run(paths[0]):
         jobs = find_jobs(paths)
         for run in (job.run for job in jobs if job.run):
-            check_artefacts(run.folder, run.stages)
+            check_artifacts(run.folder, run.stages)
         return compare_jobs(jobs, out or (paths[0] if len(paths) == 1 else Path()), metric)
     if out or metric:
         raise SelfalignError(f"{paths[0]} is one run: --out and --metric are for a comparison")
     if not (paths[0] / "summary.json").is_file():
         raise SelfalignError(f"{paths[0]}: the run has not finished, so there is nothing to report")
-    check_artefacts(paths[0], Finished.load(paths[0]).stages)
+    check_artifacts(paths[0], Finished.load(paths[0]).stages)
     write_report(paths[0])
     return paths[0] / "report.html"

@@ -10,11 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from selfalign.cli.environment import set_streams
-from selfalign.cli.errors import one_line_errors
+from selfalign.cli.errors import report_errors
 from selfalign.core.errors import SelfalignError
 from selfalign.core.formatting import age, amount, duration, plural, printable, table
-from selfalign.store.inventory import Inventory, Kept, remove, remove_locks, take_inventory, total_size
-from selfalign.store.key_diff import Comparison, read_stages
+from selfalign.store.inventory import Inventory, StoredArtifact, remove, remove_locks, scan_store, total_size
+from selfalign.store.key_diff import KeyDiff, read_stages
 
 NAMED = 2
 """Runs, and labels, that a line of the list names before it counts the others."""
@@ -24,7 +24,7 @@ def main() -> None:
     """Runs the command line; exit code 0, 1 for what the user can mend or a "no", 2 for bad usage, 130 for Ctrl-C."""
     set_streams()
     options = _parser().parse_args()
-    with one_line_errors("interrupted; what was removed by then is gone, the rest is whole"):
+    with report_errors("interrupted; what was removed by then is gone, the rest is whole"):
         with suppress(BrokenPipeError):
             code = options.command(options)
             sys.stdout.flush()
@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(command=command)
         return added
 
-    add("list", list_kept, "every artefact with its size and who uses it, the largest first")
+    add("list", list_kept, "every artifact with its size and who uses it, the largest first")
     why = add("why", explain_keys, "the first stage of two runs that they don't share, and the inputs that differ")
     why.add_argument("runs", nargs=2, metavar="RUN", help="a run's folder, or its name below the output folder")
     why.add_argument("label", nargs="?", metavar="LABEL", help="a stage such as M2: only what its key depends on")
@@ -57,18 +57,18 @@ def _parser() -> argparse.ArgumentParser:
 
 def list_kept(options: argparse.Namespace) -> int:
     """Prints what the store keeps."""
-    inventory = take_inventory(options.output)
+    inventory = scan_store(options.output)
     kept = sorted(inventory.kept.values(), key=lambda one: (-total_size([one]), one.name))
-    unused = inventory.unused(inventory.in_work)
+    unused = inventory.unused(inventory.in_progress)
     print("\n".join([*listing(inventory, kept), "", *_by_stage(kept), "", *_remarks(inventory, unused)]))
     return 0
 
 
-def listing(inventory: Inventory, kept: Iterable[Kept]) -> list[str]:
-    """A table of artefacts."""
+def listing(inventory: Inventory, kept: Iterable[StoredArtifact]) -> list[str]:
+    """A table of artifacts."""
     users, now = inventory.users(), time.time()
 
-    def row(one: Kept) -> list[str]:
+    def row(one: StoredArtifact) -> list[str]:
         uses = inventory.uses.get(one.name, [])
         runs = _few(use.run for use in uses) or _few(f"linked from {name}" for name in users.get(one.name, []))
         took = one.state.value if one.seconds is None else duration(one.seconds)
@@ -85,7 +85,7 @@ def _few(names: Iterable[str]) -> str:
     return ", ".join(different[:NAMED]) + (f" and {others} more" if others > 0 else "")
 
 
-def _by_stage(kept: Sequence[Kept]) -> list[str]:
+def _by_stage(kept: Sequence[StoredArtifact]) -> list[str]:
     """Totals of each stage and over all, the largest first."""
     stages = {stage: [one for one in kept if one.stage == stage] for stage in dict.fromkeys(k.stage for k in kept)}
     groups = sorted(stages.items(), key=lambda item: -total_size(item[1]))
@@ -93,23 +93,23 @@ def _by_stage(kept: Sequence[Kept]) -> list[str]:
         [name, str(len(group)), f"{amount(total_size(group)):>7}", duration(math.fsum(k.seconds or 0 for k in group))]
         for name, group in [*groups, ("all", kept)]
     ]
-    return table(["stage", "artefacts", "   size", "took"], rows)
+    return table(["stage", "artifacts", "   size", "took"], rows)
 
 
-def _remarks(inventory: Inventory, unused: Sequence[Kept]) -> Iterator[str]:
+def _remarks(inventory: Inventory, unused: Sequence[StoredArtifact]) -> Iterator[str]:
     if unused:
         size = amount(_freed(inventory, unused))
-        yield f"used by no run: {plural(len(unused), 'artefact')}, {size}; selfalign-store clean removes them"
+        yield f"used by no run: {plural(len(unused), 'artifact')}, {size}; selfalign-store clean removes them"
     else:
         yield "everything is used"
     for link in inventory.broken:
-        yield f"broken link, its artefact is gone: {printable(link)}"
+        yield f"broken link, its artifact is gone: {printable(link)}"
     for name in inventory.foreign:
-        yield f"no artefact, left alone: {printable(name)}"
+        yield f"no artifact, left alone: {printable(name)}"
 
 
-def _freed(inventory: Inventory, gone: Iterable[Kept]) -> int:
-    """Bytes that are free once these are gone; a file that also belongs to another artefact stays."""
+def _freed(inventory: Inventory, gone: Iterable[StoredArtifact]) -> int:
+    """Bytes that are free once these are gone; a file that also belongs to another artifact stays."""
     names = {one.name for one in gone}
     return total_size(inventory.kept.values()) - total_size(k for k in inventory.kept.values() if k.name not in names)
 
@@ -120,7 +120,7 @@ def _freed(inventory: Inventory, gone: Iterable[Kept]) -> int:
 def explain_keys(options: argparse.Namespace) -> int:
     """Prints why two runs share no more."""
     folders = [_run_folder(name, options.output) for name in options.runs]
-    comparison = Comparison(*map(read_stages, folders))
+    comparison = KeyDiff(*map(read_stages, folders))
     both = {**comparison.first, **comparison.second}
     if options.label and options.label not in both:
         raise SelfalignError(f"{options.label}: neither run has such a stage; they have {', '.join(both)}")
@@ -129,7 +129,7 @@ def explain_keys(options: argparse.Namespace) -> int:
     return 0
 
 
-def why(comparison: Comparison, names: Sequence[str], shown: Collection[str]) -> Iterator[str]:
+def why(comparison: KeyDiff, names: Sequence[str], shown: Collection[str]) -> Iterator[str]:
     """What differs by itself, in the pipeline's order, and what follows from it.
 
     Args:
@@ -161,7 +161,7 @@ def _line(heading: str, labels: Sequence[str]) -> Iterator[str]:
 
 def _run_folder(name: str, output: Path) -> Path:
     places = [Path(name), output / name]
-    found = [place for place in places if (place / "artefacts").is_dir()]
+    found = [place for place in places if (place / "artifacts").is_dir()]
     if not found:
         raise SelfalignError(f"{name!r} is neither a run folder nor the name of a run in {output}")
     return found[0]
@@ -172,22 +172,22 @@ def _run_folder(name: str, output: Path) -> Path:
 
 def clean_up(options: argparse.Namespace) -> int:
     """Removes what no run uses, once the user has seen it and said yes."""
-    inventory = take_inventory(options.output)
-    unused = inventory.unused(inventory.in_work)
+    inventory = scan_store(options.output)
+    unused = inventory.unused(inventory.in_progress)
     if not (unused or inventory.locks):
         print("everything is used; nothing to remove")
         return 0
-    what = f"{plural(len(unused), 'artefact')}, {amount(_freed(inventory, unused))}"
+    what = f"{plural(len(unused), 'artifact')}, {amount(_freed(inventory, unused))}"
     print("\n".join([*listing(inventory, unused), ""] if unused else []))
-    print(f"used by no run: {what}; {plural(len(inventory.locks), 'lock')} without an artefact")
+    print(f"used by no run: {what}; {plural(len(inventory.locks), 'lock')} without an artifact")
     if not options.yes and not _agreed():
         print("nothing was removed")
         return 1
     gone = remove(options.output, unused)
     locks = remove_locks(inventory.locks)
-    print(f"removed: {plural(len(gone), 'artefact')}, {plural(locks, 'lock')}")
+    print(f"removed: {plural(len(gone), 'artifact')}, {plural(locks, 'lock')}")
     if len(gone) < len(unused):
-        print(f"left, as a process has begun to use them: {plural(len(unused) - len(gone), 'artefact')}")
+        print(f"left, as a process has begun to use them: {plural(len(unused) - len(gone), 'artifact')}")
     return 0
 
 

@@ -3,7 +3,7 @@
 import argparse
 
 from selfalign.cli.environment import set_streams
-from selfalign.cli.errors import one_line_errors
+from selfalign.cli.errors import report_errors
 from selfalign.tracking.wandb_workspace import publish
 
 
@@ -16,5 +16,5 @@ def main() -> None:
     entity, _, project = place.partition("/")
     if not entity or not project or "/" in project:
         parser.error(f"expected ENTITY/PROJECT, got {place!r}")
-    with one_line_errors("interrupted; look at the project whether the view is there"):
+    with report_errors("interrupted; look at the project whether the view is there"):
         print(publish(entity, project))

@@ -11,7 +11,7 @@ from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.errors import SelfalignError
 from selfalign.data.pair_rules import PairRule
 from selfalign.data.schemas import Schema
-from selfalign.engines.protocol import Backend
+from selfalign.engines.protocol import Engine
 from selfalign.judges.protocol import Judge
 from selfalign.losses.protocol import FineTuningLoss, PreferenceLoss
 from selfalign.runs.tracker import Tracking
@@ -19,11 +19,11 @@ from selfalign.stages.pair import PositivesOnly
 
 COMPONENTS: dict[str, tuple[type, ...]] = {
     "data": (SelfRewarding, Pairs),
-    "generate": (Backend,),
+    "engine": (Engine,),
     "judge": (Judge,),
     "pair": (PairRule, PositivesOnly),
     "loss": (PreferenceLoss, FineTuningLoss),
-    "track": (Tracking,),
+    "tracker": (Tracking,),
 }
 """Group → what its component is one of: a protocol, whose members it has, or a base class."""
 
@@ -48,8 +48,8 @@ def _chosen(config: ExperimentConfig) -> Iterator[tuple[str, Any, tuple[type, ..
     """(key, component, what it is one of)."""
     for group, kinds in COMPONENTS.items():
         yield group, getattr(config, group), kinds
-    if (judge := config.evaluate.preferences.judge) is not None:
-        yield "evaluate.preferences.judge", judge, COMPONENTS["judge"]
+    if (judge := config.evaluate.preference_pairs.judge) is not None:
+        yield "evaluate.preference_pairs.judge", judge, COMPONENTS["judge"]
     if (schema := config.data.schema) is not None:
         yield "data.schema", schema, (Schema,)
     for name, benchmark in config.benchmark.items():

@@ -6,7 +6,7 @@ from typing import Any
 from selfalign.core.errors import SelfalignError
 from selfalign.stages.instruct import InstructConfig
 from selfalign.stages.respond import RespondConfig
-from selfalign.stages.seeds import SeedsConfig
+from selfalign.stages.seed_data import SeedDataConfig
 
 
 @dataclass(kw_only=True, slots=True)
@@ -14,17 +14,17 @@ class SelfRewarding:
     """Preference pairs come from the model itself.
 
     Attributes:
-        seeds: what M1 learns from.
+        seed_data: what M1 learns from.
         instruct: how new instructions are written.
         respond: how candidates are written.
-        accumulate: aligns each iteration on the pairs of all iterations so far, instead of on its own alone.
+        accumulate_pairs: aligns each iteration on the pairs of all iterations so far, instead of on its own alone.
         schema: says rows of the sources of `data` in a format that is known, where they are in one of the user's own.
     """
 
-    seeds: SeedsConfig = field(default_factory=SeedsConfig)
+    seed_data: SeedDataConfig = field(default_factory=SeedDataConfig)
     instruct: InstructConfig = field(default_factory=InstructConfig)
     respond: RespondConfig = field(default_factory=RespondConfig)
-    accumulate: bool = False
+    accumulate_pairs: bool = False
     schema: Any = None
 
 
@@ -36,13 +36,13 @@ class Pairs:
         path: a data source of preference pairs (docs/data.md lists the formats), or of ranked answers, whose best
             then stands against the worst.
         count: takes the first so many of them; 0 takes all.
-        seeds: what M1 learns from before; without demonstrations M1 is M0, which should then be an SFT model.
+        seed_data: what M1 learns from before; without demonstrations M1 is M0, which should then be an SFT model.
         schema: says rows of the sources of `data` in a format that is known, where they are in one of the user's own.
     """
 
     path: str
     count: int = 0
-    seeds: SeedsConfig = field(default_factory=SeedsConfig)
+    seed_data: SeedDataConfig = field(default_factory=SeedDataConfig)
     schema: Any = None
 
     def __post_init__(self) -> None:

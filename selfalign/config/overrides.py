@@ -19,7 +19,7 @@ Refusal = HydraException | OmegaConfBaseException
 MOST_PLACES = 3
 """A key that stands in more places says nothing of which one was meant."""
 
-PLACES = ("name", "output_dir", "push_to")
+PLACES = ("name", "output_dir", "hub.repo_id")
 """Settings without a dot in their keys whose values are texts; all others of them choose options."""
 
 

@@ -18,10 +18,10 @@ from selfalign.core.errors import SelfalignError
 
 Value = TypeVar("Value")
 
-PATIENCE = timedelta(days=7)
+COLLECTIVE_TIMEOUT = timedelta(days=7)
 """The longest wait for another process. A dead one is noticed at once, by its closed connection and by torchrun."""
 
-GRACE_SECONDS = 10.0
+TERMINATE_TIMEOUT = 10.0
 """Seconds that a process has to end by itself when it is told to, before it is killed; torchrun kills after 30."""
 
 TOLD = "told to stop (SIGTERM): "
@@ -31,18 +31,18 @@ LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
 
 
 @dataclass(slots=True)
-class Place:
+class Rank:
     """Rank of this process, and the number of processes."""
 
     rank: int = 0
     count: int = 1
 
 
-_here = Place()
+_here = Rank()
 _heard = threading.Event()
 
 
-class AnotherEnded(SelfalignError):
+class PeerProcessExited(SelfalignError):
     """This process cannot go on, because another process of the same run has ended."""
 
     def __init__(self, sign: str = "") -> None:
@@ -79,7 +79,9 @@ def join() -> None:
             )
         torch.cuda.set_device(here)
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=COLLECTIVE_TIMEOUT
+        )
     _here.rank, _here.count = dist.get_rank(), dist.get_world_size()
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _stop)
@@ -99,7 +101,7 @@ def leave() -> None:
 
 
 @contextmanager
-def joined() -> Iterator[None]:
+def process_group() -> Iterator[None]:
     """Join the process group for the block, if there is one. A process that fails exits, which the others notice."""
     join()
     yield
@@ -116,7 +118,7 @@ def _take_names_from_submitit() -> None:
 def _stop(number: int, frame: Any) -> None:
     """End this process, as torchrun asks of those that are left when one has failed."""
     _heard.set()
-    raise AnotherEnded(TOLD)
+    raise PeerProcessExited(TOLD)
 
 
 def _end_if_it_hangs() -> None:
@@ -129,15 +131,15 @@ def _end_if_it_hangs() -> None:
     def watch() -> None:
         while os.read(reading, 1) != bytes([signal.SIGTERM]):
             pass
-        if not _heard.wait(GRACE_SECONDS):
-            print(f"error in process {rank()}: {AnotherEnded(TOLD)}", file=sys.stderr, flush=True)
+        if not _heard.wait(TERMINATE_TIMEOUT):
+            print(f"error in process {rank()}: {PeerProcessExited(TOLD)}", file=sys.stderr, flush=True)
             os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def single_process() -> Iterator[None]:
     """Run the block on the main process without the others, as in a run of one process."""
     rank, count = _here.rank, _here.count
     _here.rank, _here.count = 0, 1
@@ -166,7 +168,7 @@ def on_main(work: Callable[[], Value]) -> Value:
     """Have the main process do some work, and return its result in every process, once it is done.
 
     Raises:
-        AnotherEnded: a process is gone.
+        PeerProcessExited: a process is gone.
     """
     return broadcast(work() if is_main() else cast(Value, None))
 
@@ -180,14 +182,14 @@ def gather(value: Value) -> list[Value]:
     """Return the values of all processes in the order of their ranks.
 
     Raises:
-        AnotherEnded: a process is gone.
+        PeerProcessExited: a process is gone.
     """
     if count() == 1:
         return [value]
     import torch.distributed as dist
 
     values: list[Value | None] = [None] * count()
-    with others_there():
+    with translate_peer_errors():
         dist.all_gather_object(values, value)
     return values  # pyright: ignore[reportReturnType]
 
@@ -196,31 +198,31 @@ def broadcast(value: Value) -> Value:
     """Return the main process's value.
 
     Raises:
-        AnotherEnded: a process is gone.
+        PeerProcessExited: a process is gone.
     """
     if count() == 1:
         return value
     import torch.distributed as dist
 
     values = [value]
-    with others_there():
+    with translate_peer_errors():
         dist.broadcast_object_list(values, src=0)
     return values[0]
 
 
 @contextmanager
-def others_there() -> Iterator[None]:
+def translate_peer_errors() -> Iterator[None]:
     """Turn a broken connection to another process inside the block into an error that says so.
 
     Raises:
-        AnotherEnded: in the place of what gloo or NCCL raise.
+        PeerProcessExited: in the place of what gloo or NCCL raise.
     """
     try:
         yield
     except RuntimeError as error:
         if count() == 1 or not _is_of_a_connection(error):
             raise
-        raise AnotherEnded from error
+        raise PeerProcessExited from error
 
 
 def _is_of_a_connection(error: RuntimeError) -> bool:

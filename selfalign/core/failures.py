@@ -28,8 +28,8 @@ NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 """torch's wording where it raises no error of its own type."""
 
 SMALLER = (
-    "lower batch_tokens or max_length of train.sft and train.align, set their gradient_checkpointing=true, lower "
-    "generate.batch_tokens, train adapters (model.lora.rank=16), or keep the base in 4 bits (model.quantization=nf4)"
+    "lower microbatch_tokens or max_length of train.sft and train.align, set their gradient_checkpointing=true, lower "
+    "engine.max_batch_tokens, train adapters (model.lora.rank=16), or keep the base in 4 bits (model.quantization=nf4)"
 )
 
 

@@ -114,7 +114,7 @@ def digest_json(value: Any) -> str:
 def digest_file(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hexadecimal. A file is read again only if it changed."""
     state = path.stat()
-    # A file as young as its clock's tick could change again without showing it.
+    # A file as young as its clock's tick could change again without ordered it.
     settled = time.time_ns() - state.st_mtime_ns > 2_000_000_000
     digest = _digest_once if settled else _digest_once.__wrapped__
     return digest(path, state.st_size, state.st_mtime_ns)

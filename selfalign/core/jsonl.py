@@ -41,7 +41,7 @@ def chunks(records: Iterable[T], size: int = CHUNK) -> Iterator[list[T]]:
         yield chunk
 
 
-def follow(
+def join_sorted(
     leaders: Iterable[L], followers: Iterable[T], owner: Callable[[T], str], file: Path
 ) -> Iterator[tuple[L, list[T]]]:
     """Join two sorted streams: yield each leader with the followers that belong to it, none or several.

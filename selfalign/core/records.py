@@ -235,7 +235,7 @@ class PairReference:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MeasuredPair:
+class PairMargin:
     """Log-ratios, margin and Δ of a pair that neither the policy nor its reference was trained on.
 
     `chosen`, `rejected` and `augmented_*` are log π(y) - log π_ref(y), nats summed over the response's tokens, given x
@@ -254,7 +254,7 @@ class MeasuredPair:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MovedAnswer:
+class ResponseKL:
     """The summed log-probability of an answer under the policy that wrote it and under M1. `id` is the response's."""
 
     id: str

@@ -23,14 +23,14 @@ ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class ScoredResponse:
     """A response with its mean score."""
 
     response: Response
     score: float
 
 
-Picked = list[tuple[Candidate, Candidate]]
+Picked = list[tuple[ScoredResponse, ScoredResponse]]
 """(chosen, rejected)."""
 
 
@@ -95,7 +95,7 @@ class PairRule(ABC):
         """Return how many pairs so many responses should give: the unit in which drops are counted."""
 
     @abstractmethod
-    def pick(self, best: Sequence[Candidate], worst: Sequence[Candidate], draw: Random) -> Picked:
+    def pick(self, best: Sequence[ScoredResponse], worst: Sequence[ScoredResponse], draw: Random) -> Picked:
         """Return pairs of a response from `best`, the best first, and one from `worst`, the worst first."""
 
 
@@ -110,7 +110,7 @@ class BestWorst(PairRule):
         """Return 1, whatever the number of responses."""
         return 1
 
-    def pick(self, best: Sequence[Candidate], worst: Sequence[Candidate], draw: Random) -> Picked:
+    def pick(self, best: Sequence[ScoredResponse], worst: Sequence[ScoredResponse], draw: Random) -> Picked:
         """Pair the best response with the worst."""
         return _first_against(best, worst, 1)
 
@@ -126,7 +126,7 @@ class RandomPair(PairRule):
         """Return 1, whatever the number of responses."""
         return 1
 
-    def pick(self, best: Sequence[Candidate], worst: Sequence[Candidate], draw: Random) -> Picked:
+    def pick(self, best: Sequence[ScoredResponse], worst: Sequence[ScoredResponse], draw: Random) -> Picked:
         """Pair one response drawn from each order."""
         possible = [(one, other) for one in best for other in worst if one is not other]
         if not possible:
@@ -146,7 +146,7 @@ class AllOrdered(PairRule):
         """Return the number of all pairs."""
         return math.comb(responses, 2)
 
-    def pick(self, best: Sequence[Candidate], worst: Sequence[Candidate], draw: Random) -> Picked:
+    def pick(self, best: Sequence[ScoredResponse], worst: Sequence[ScoredResponse], draw: Random) -> Picked:
         """Pair each two responses, once."""
         rank = {c.response.id: (c.score, -place) for place, c in enumerate([*best, *worst])}
         return [(one, other) for one in best for other in worst if rank[one.response.id] > rank[other.response.id]]
@@ -171,7 +171,7 @@ class BestVsK(PairRule):
         """Return k, whatever the number of responses."""
         return self.k
 
-    def pick(self, best: Sequence[Candidate], worst: Sequence[Candidate], draw: Random) -> Picked:
+    def pick(self, best: Sequence[ScoredResponse], worst: Sequence[ScoredResponse], draw: Random) -> Picked:
         """Pair the best response with the first k others of the worst."""
         return _first_against(best, worst, self.k)
 
@@ -187,7 +187,7 @@ def pick_pairs(
         scores: {response id: mean score}; a response without a score is left out.
         seed: of rules that draw.
     """
-    judged = [Candidate(response, scores[response.id]) for response in responses if response.id in scores]
+    judged = [ScoredResponse(response, scores[response.id]) for response in responses if response.id in scores]
     usable = [c for c in judged if c.response.finish_reason is FinishReason.EOS] if rule.finished_only else judged
     rounds = [
         ("too_few_judged", judged, None),
@@ -210,7 +210,7 @@ def pick_pairs(
     return kept, +drops
 
 
-def ordered(pool: Sequence[Candidate], rho: float | None) -> tuple[list[Candidate], list[Candidate]]:
+def ordered(pool: Sequence[ScoredResponse], rho: float | None) -> tuple[list[ScoredResponse], list[ScoredResponse]]:
     """Return (responses that may be chosen, best first; responses that may be rejected, worst first)."""
     best = sorted(pool, key=lambda c: -c.score)
     worst = sorted(pool, key=lambda c: c.score)
@@ -223,7 +223,7 @@ def ordered(pool: Sequence[Candidate], rho: float | None) -> tuple[list[Candidat
     return shortest, sorted(near_worst, key=lambda c: -c.response.tokens)
 
 
-def against_pair(rule: PairRule, chosen: Candidate, rejected: Candidate) -> str | None:
+def against_pair(rule: PairRule, chosen: ScoredResponse, rejected: ScoredResponse) -> str | None:
     """Return why two responses make no pair, or None."""
     margin = chosen.score - rejected.score
     if margin < 0:
@@ -239,7 +239,7 @@ def against_pair(rule: PairRule, chosen: Candidate, rejected: Candidate) -> str 
     return "near_identical" if alike >= rule.max_similarity else None
 
 
-def _first_against(best: Sequence[Candidate], worst: Sequence[Candidate], count: int) -> Picked:
+def _first_against(best: Sequence[ScoredResponse], worst: Sequence[ScoredResponse], count: int) -> Picked:
     """Pair the first of the best with the first others of the worst."""
     return [(best[0], other) for other in worst if other is not best[0]][:count] if best else []
 

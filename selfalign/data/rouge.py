@@ -15,7 +15,7 @@ def rouge_l(words: Sequence[str], other: Sequence[str]) -> float:
 
 
 @dataclass(slots=True)
-class Known:
+class RougeIndex:
     """Texts that a new one is compared with.
 
     A text is kept as a string with one character for each word, so that comparing texts is comparing strings. It is
@@ -26,7 +26,7 @@ class Known:
     _texts: dict[str, None] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, texts: Iterable[str]) -> "Known":
+    def of(cls, texts: Iterable[str]) -> "RougeIndex":
         """Return the set of these texts."""
         known = cls()
         for text in texts:

@@ -62,7 +62,7 @@ class RatedPair:
     score_rejected: float | None = None
 
 
-class Completion(msgspec.Struct, kw_only=True, rename={"fine_grained_score": "fine-grained_score"}):
+class RatedCompletion(msgspec.Struct, kw_only=True, rename={"fine_grained_score": "fine-grained_score"}):
     """One of a task's answers: the critic's overall score, and the mean of its ratings by aspect."""
 
     response: str
@@ -75,7 +75,7 @@ class RatedCompletions:
     """A row of UltraFeedback (arXiv 2310.01377; openbmb/UltraFeedback): a task and the answers of several models."""
 
     instruction: str
-    completions: list[Completion]
+    completions: list[RatedCompletion]
 
 
 class Schema(Protocol):

@@ -1,1 +1,1 @@
-"""Engines that generate text: transformers in this process, vLLM, servers, and the protocol they share."""
+"""Engines that engine text: transformers in this process, vLLM, servers, and the protocol they share."""

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from selfalign.core.errors import SelfalignError
-from selfalign.engines.model_trials import Scoring, check_gradient, dropout_applies, writing_of
+from selfalign.engines.model_trials import ScoringTrial, check_gradient, dropout_applies, writing_of
 from selfalign.metrics import catalog
 from selfalign.models.capabilities import Capabilities
 from selfalign.models.chat_template import (
@@ -31,7 +31,7 @@ from selfalign.models.chat_template import (
     unmarked_control_words,
     writes_all,
 )
-from selfalign.models.checkpoint import Policy, PolicyFiles, default_device
+from selfalign.models.checkpoint import Policy, PolicyCheckpoint, default_device
 from selfalign.models.tokenizer import (
     RARE,
     Answer,
@@ -57,7 +57,7 @@ UNUSED = (
 """Settings of generation_config.json about sampling that the run's sampling does not have."""
 
 
-def check_model(files: PolicyFiles, dtype: str) -> Counts:
+def check_model(files: PolicyCheckpoint, dtype: str) -> Counts:
     """Check a model, save its capabilities beside its weights, and note what is done about those it lacks.
 
     Args:
@@ -83,7 +83,7 @@ def check_model(files: PolicyFiles, dtype: str) -> Counts:
     earlier_turns = templated and writes_all(policy.tokenizer, [*EARLIER, *ASKED])
     notes += [] if earlier_turns or not templated else ["one question only: the chat template takes no earlier turns"]
     found = Capabilities(writes=writing_of(policy), packs=False)
-    scoring = Scoring(policy)
+    scoring = ScoringTrial(policy)
     scoring.settle()
     check_gradient(scoring)
     found = replace(found, packs=scoring.packs, dropout=dropout_applies(scoring))
@@ -106,7 +106,7 @@ def check_model(files: PolicyFiles, dtype: str) -> Counts:
     }
 
 
-def roomiest(files: PolicyFiles, dtype: str) -> tuple[str, str]:
+def roomiest(files: PolicyCheckpoint, dtype: str) -> tuple[str, str]:
     """Return (dtype, device) of the check: float32 if there is memory for it, on the accelerator if it fits there."""
     if files.quantization:
         return dtype, default_device()
@@ -119,7 +119,7 @@ def roomiest(files: PolicyFiles, dtype: str) -> tuple[str, str]:
     return ("float32" if needed["float32"] < psutil.virtual_memory().available else dtype), "cpu"
 
 
-def count_parameters(files: PolicyFiles) -> int:
+def count_parameters(files: PolicyCheckpoint) -> int:
     """Return the number of values in the weight files, read from their headers."""
     total = 0
     for path in sorted((files.path / "weights").glob("*.safetensors")):
@@ -238,7 +238,7 @@ def notes_on(found: Capabilities) -> list[str]:
     if found.writes == "prompts":
         notes.append("its cache cannot drop rows: it writes the answers to one prompt at a time")
     if found.writes == "without_cache":
-        notes.append("its cache is not exact: with generate=transformers it reads the whole text for every token")
+        notes.append("its cache is not exact: with engine=transformers it reads the whole text for every token")
     if not found.dropout:
         notes.append("has no dropout that could be set")
     return notes

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from selfalign.core.errors import SelfalignError, reason_of
 from selfalign.engines.protocol import Sampling
 from selfalign.engines.transformers import TransformersGenerator
-from selfalign.models.batches import Group, make_batch
+from selfalign.models.batches import SharedPrompt, make_batch
 from selfalign.models.capabilities import Capabilities
 from selfalign.models.chat_template import control_ids
 from selfalign.models.checkpoint import Policy, longest_sequence
@@ -78,7 +78,7 @@ def writes_rightly(policy: Policy, prompts: Sequence[list[int]], stop_after: int
         prompts: of unlike length, the first one answered twice.
         stop_after: makes the last text end after so many tokens, so that its row is dropped.
     """
-    generator = TransformersGenerator(policy, batch_tokens=1 << 20)
+    generator = TransformersGenerator(policy, max_batch_tokens=1 << 20)
     generator.stops = generator.stops[:0]
     sampling, owners = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=STEPS), [0, 0, 1]
     written = generator.decode(prompts, owners, [0, 1, 2], sampling)
@@ -107,7 +107,7 @@ def without_cache(model: "PreTrainedModel", prompt: list[int], written: list[int
 
 
 @dataclass(slots=True)
-class Scoring:
+class ScoringTrial:
     """A few texts, and the way to score them that gives the model's own log-probabilities.
 
     Attributes:
@@ -120,17 +120,17 @@ class Scoring:
     policy: Policy
     packs: bool = False
     notes: list[str] = field(default_factory=list)
-    groups: list[Group] = field(init=False)
+    groups: list[SharedPrompt] = field(init=False)
 
     def __post_init__(self) -> None:
         window = crossed_window(self.policy.model, FARTHEST_WINDOW)
         lengths = [(window + 12, (7, 12)), (5, (9, 4))]
         self.groups = [
-            Group(
+            SharedPrompt(
                 id=f"check-{number}",
                 prompt=draw_tokens(self.policy, prompt, 10 + number),
                 responses=[draw_tokens(self.policy, n, 20 + 10 * number + n) for n in responses],
-                given=[0] * len(responses),
+                num_context_tokens=[0] * len(responses),
             )
             for number, (prompt, responses) in enumerate(lengths)
         ]
@@ -177,11 +177,11 @@ class Scoring:
         worst = float((self.logps(self.groups) - own).abs().max())
         return None if worst <= TOLERANCE[self.policy.model.dtype] else f"a token's log-probability is {worst:.2g} off"
 
-    def logps(self, groups: Sequence[Group]) -> Tensor:
+    def logps(self, groups: Sequence[SharedPrompt]) -> Tensor:
         """Return log p of all responses' tokens, shape (response tokens,)."""
         model = self.policy.model
         batch = make_batch(model, groups).to(model.device)
-        return model(predict_at=batch.predict_at, targets=batch.targets, **batch.inputs)
+        return model(logit_positions=batch.logit_positions, targets=batch.targets, **batch.inputs)
 
     def short(self) -> Tensor:
         """Return log p of the short texts alone, which a backward pass has memory for."""
@@ -189,7 +189,7 @@ class Scoring:
 
 
 @torch.no_grad()
-def own_logps(model: "PreTrainedModel", groups: Sequence[Group]) -> Tensor:
+def own_logps(model: "PreTrainedModel", groups: Sequence[SharedPrompt]) -> Tensor:
     """Return log p of the responses' tokens, by a plain forward pass for each.
 
     Raises:
@@ -207,7 +207,7 @@ def own_logps(model: "PreTrainedModel", groups: Sequence[Group]) -> Tensor:
     return torch.cat(found)
 
 
-def check_gradient(scoring: Scoring) -> None:
+def check_gradient(scoring: ScoringTrial) -> None:
     """Check the gradient of a layer's input against the effect of moving that input, also after an inference pass.
 
     The places are behind the embedding and before the first linear layers: there no residual connection leads around a
@@ -265,7 +265,7 @@ class Nudge:
         """Add the value to a module's input."""
         return self.add(inputs[0]), *inputs[1:]
 
-    def problem(self, scoring: Scoring, slope: Tensor | None) -> str | None:
+    def problem(self, scoring: ScoringTrial, slope: Tensor | None) -> str | None:
         """Return what is wrong with a gradient, or None."""
         exact = scoring.policy.model.dtype == torch.float32
         if slope is None or not float(slope.norm()):
@@ -279,7 +279,7 @@ class Nudge:
         return None if right else f"says {expected[-1]:.2g} where log-probabilities change by {changes[-1]:.2g}"
 
     @torch.no_grad()
-    def _change(self, scoring: Scoring, direction: Tensor, step: float) -> float:
+    def _change(self, scoring: ScoringTrial, direction: Tensor, step: float) -> float:
         """Return by how much more the texts are worth when the value moves forward in this direction than backward."""
         far = step * self.scale * direction.numel() ** 0.5 / float(direction.norm())
         before, values = self.value, []
@@ -313,7 +313,7 @@ def nudged(model: "PreTrainedModel") -> Iterator[list[Nudge]]:
             hook.remove()
 
 
-def dropout_applies(scoring: Scoring) -> bool:
+def dropout_applies(scoring: ScoringTrial) -> bool:
     """Whether dropout has an effect if it is asked for.
 
     Raises:

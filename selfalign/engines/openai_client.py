@@ -65,11 +65,11 @@ class Endpoint:
         model: what the server calls the model.
         parameters: what a request says besides, or instead; null leaves a parameter out. Some models want
             {max_tokens: null, temperature: null, top_p: null, max_completion_tokens: 2048}.
-        key_variable: the environment variable that holds the key; empty where none is needed.
+        api_key_env: the environment variable that holds the key; empty where none is needed.
         concurrency: requests under way at once.
         timeout_seconds: a request that takes longer is sent again.
         retries: how often a request is sent again after a timeout, a broken answer, status 408, 429 or 5xx.
-        first_wait_seconds: before the first of these; it doubles each time, and a longer Retry-After is respected.
+        backoff_seconds: before the first of these; it doubles each time, and a longer Retry-After is respected.
         prompt_price: of a million prompt tokens, in any currency.
         completion_price: of a million completion tokens.
     """
@@ -77,11 +77,11 @@ class Endpoint:
     base_url: str = ""
     model: str = ""
     parameters: dict[str, Any] = field(default_factory=dict)
-    key_variable: str = field(default="OPENAI_API_KEY", metadata={"keyed": False})
+    api_key_env: str = field(default="OPENAI_API_KEY", metadata={"keyed": False})
     concurrency: int = field(default=4, metadata={"keyed": False})
     timeout_seconds: float = field(default=120.0, metadata={"keyed": False})
     retries: int = field(default=6, metadata={"keyed": False})
-    first_wait_seconds: float = field(default=1.0, metadata={"keyed": False})
+    backoff_seconds: float = field(default=1.0, metadata={"keyed": False})
     prompt_price: float = field(default=0.0, metadata={"keyed": False})
     completion_price: float = field(default=0.0, metadata={"keyed": False})
 
@@ -107,12 +107,12 @@ class Endpoint:
         for name in ("concurrency", "timeout_seconds"):
             if getattr(self, name) <= 0:
                 raise SelfalignError(f"{key}.{name} must be above 0, got {getattr(self, name)}")
-        for name in ("retries", "first_wait_seconds", "prompt_price", "completion_price"):
+        for name in ("retries", "backoff_seconds", "prompt_price", "completion_price"):
             if getattr(self, name) < 0:
                 raise SelfalignError(f"{key}.{name} must be 0 or more, got {getattr(self, name)}")
-        if not re.fullmatch(r"[A-Za-z_]\w*|", self.key_variable):
+        if not re.fullmatch(r"[A-Za-z_]\w*|", self.api_key_env):
             raise SelfalignError(
-                f"{key}.key_variable must be the name of the environment variable that holds the key, not the key"
+                f"{key}.api_key_env must be the name of the environment variable that holds the key, not the key"
             )
 
     def open(self, key: str) -> "Client":
@@ -120,17 +120,17 @@ class Endpoint:
 
         Raises:
             SelfalignError: the environment lacks the key, or has one that cannot be sent (the setting is named as
-                `key`.key_variable), or a proxy or a certificate that is none.
+                `key`.api_key_env), or a proxy or a certificate that is none.
         """
-        secret = os.environ.get(self.key_variable, "").strip() if self.key_variable else ""
-        if self.key_variable and not secret:
+        secret = os.environ.get(self.api_key_env, "").strip() if self.api_key_env else ""
+        if self.api_key_env and not secret:
             raise SelfalignError(
-                f"{key}.key_variable: the environment variable {self.key_variable} is not set. Set it to the key, or "
-                f"set {key}.key_variable='' if the server needs no key."
+                f"{key}.api_key_env: the environment variable {self.api_key_env} is not set. Set it to the key, or "
+                f"set {key}.api_key_env='' if the server needs no key."
             )
         if not re.fullmatch("[!-~]*", secret):
             raise SelfalignError(
-                f"{key}.key_variable: {self.key_variable} holds characters that no key has, maybe quotation marks. "
+                f"{key}.api_key_env: {self.api_key_env} holds characters that no key has, maybe quotation marks. "
                 "Set it to the key alone."
             )
         try:
@@ -202,7 +202,7 @@ class Client:
             except PassingError as error:
                 trouble = error
             if attempt < self._endpoint.retries and trouble.wait_seconds <= DAY_SECONDS:
-                backoff = min(LONGEST_WAIT_SECONDS, self._endpoint.first_wait_seconds * 2**attempt)
+                backoff = min(LONGEST_WAIT_SECONDS, self._endpoint.backoff_seconds * 2**attempt)
                 wait = max(backoff, trouble.wait_seconds)
                 logger.info("%s: %s; trying again in %.1f s", self._url, trouble, wait)
                 pause(self._stop, wait)

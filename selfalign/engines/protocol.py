@@ -10,8 +10,8 @@ import msgspec
 from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import as_plain
 from selfalign.core.records import FinishReason
-from selfalign.models.batches import Group
-from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.batches import SharedPrompt
+from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.config import DTYPES
 from selfalign.models.scorer import ask_all, responses_in
 from selfalign.store.journal import Journal, Task
@@ -66,7 +66,7 @@ class Completion:
     ids: list[int] = field(default_factory=list)
 
 
-class Loaded(Protocol):
+class LoadedEngine(Protocol):
     """A policy that is loaded until the `with` block around it ends, which frees its memory.
 
     `counts` are the engine's entries for a stage's manifest, such as its version.
@@ -89,44 +89,46 @@ class Loaded(Protocol):
     def __exit__(self, *_: object) -> None: ...
 
 
-class Generator(Loaded, Protocol):
+class Generator(LoadedEngine, Protocol):
     """A loaded policy that writes."""
 
     def plan(self, lengths: Sequence[int], samples: int, max_new_tokens: int) -> list[list[int]]: ...
 
-    def write(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]: ...
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]: ...
 
 
-class Reader(Loaded, Protocol):
+class TokenScorer(LoadedEngine, Protocol):
     """A loaded policy that scores given next tokens. `Scorer` does so in this process."""
 
-    def plan(self, groups: Sequence[Group]) -> list[list[Group]]: ...
+    def plan(self, groups: Sequence[SharedPrompt]) -> list[list[SharedPrompt]]: ...
 
-    def choose(self, groups: Sequence[Group], alternatives: Sequence[int]) -> list[list[list[float]]]: ...
+    def next_token_logprobs(
+        self, groups: Sequence[SharedPrompt], alternatives: Sequence[int]
+    ) -> list[list[list[float]]]: ...
 
 
-class Backend(Protocol):
-    """An engine, the component `generate`. Engines that plan batches by tokens take the judge's `batch_tokens`."""
+class Engine(Protocol):
+    """An engine, the component `engine`. Engines that plan batches by tokens take the judge's `max_batch_tokens`."""
 
     @property
     def dtype(self) -> str: ...
 
-    def load(self, policy: PolicyFiles) -> Generator: ...
+    def load(self, policy: PolicyCheckpoint) -> Generator: ...
 
-    def load_reader(self, policy: PolicyFiles, batch_tokens: int) -> Reader: ...
+    def load_scorer(self, policy: PolicyCheckpoint, max_batch_tokens: int) -> TokenScorer: ...
 
 
 def check_dtype(dtype: str) -> None:
-    """Check `generate.dtype`.
+    """Check `engine.dtype`.
 
     Raises:
         SelfalignError: it is neither "auto" nor a dtype.
     """
     if dtype not in ("auto", *DTYPES):
-        raise SelfalignError(f"generate.dtype must be auto or one of {', '.join(DTYPES)}; got {dtype!r}")
+        raise SelfalignError(f"engine.dtype must be auto or one of {', '.join(DTYPES)}; got {dtype!r}")
 
 
-def write_all(
+def generate_batched(
     generator: Generator, requests: Sequence[Request], sampling: Sampling, journal: Journal, name: str, size: int = 1
 ) -> list[list[Completion]]:
     """Return the completions of each request, written in journalled batches.
@@ -146,7 +148,7 @@ def write_all(
     def task(number: int) -> Task:
         chosen = [requests[index] for index in plan[number]]
         units = size * sum(len(request.seeds) for request in chosen)
-        return f"{name}-{number}", units, lambda: as_plain(generator.write(chosen, sampling))
+        return f"{name}-{number}", units, lambda: as_plain(generator.generate(chosen, sampling))
 
     written: dict[int, list[Completion]] = {}
     for batch, rows in zip(plan, journal.batches(map(task, range(len(plan)))), strict=True):
@@ -154,13 +156,13 @@ def write_all(
     return [written[index] for index in range(len(requests))]
 
 
-def read_all(
-    reader: Reader,
-    groups: Sequence[Group],
+def score_batched(
+    reader: TokenScorer,
+    groups: Sequence[SharedPrompt],
     alternatives: Sequence[int],
     journal: Journal,
     name: str,
-    size: Callable[[Group], int] = responses_in,
+    size: Callable[[SharedPrompt], int] = responses_in,
 ) -> Iterator[list[list[float]]]:
     """Yield log p (nats) of each alternative as the token after each response of every group, in journalled batches.
 
@@ -172,4 +174,6 @@ def read_all(
         name: prefix of the batches' names in the journal.
         size: how far a group moves the progress bar.
     """
-    return ask_all(partial(reader.choose, alternatives=alternatives), reader.plan(groups), journal, name, size)
+    return ask_all(
+        partial(reader.next_token_logprobs, alternatives=alternatives), reader.plan(groups), journal, name, size
+    )

@@ -9,23 +9,23 @@ from selfalign.core.files import derive_seed
 from selfalign.core.jsonl import chunks, count_records, stream_records, write_records
 from selfalign.core.records import FinishReason, Instruction, Response
 from selfalign.data.sources import as_prompt
-from selfalign.engines.protocol import Backend, Completion, Generator, Request, Sampling, write_all
+from selfalign.engines.protocol import Completion, Engine, Generator, Request, Sampling, generate_batched
 from selfalign.metrics import catalog
 from selfalign.metrics.intervals import RunningMean
-from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.tokenizer import encode_prompt, has_unknown, unknown_counts, warn_of_unknown
-from selfalign.store.artifacts import Counts, Workspace
+from selfalign.store.artifacts import Counts, StageOutput
 from selfalign.store.journal import Journal
 
 
 def generate_responses(
-    out: Workspace,
+    out: StageOutput,
     *,
     candidates: int,
     sampling: Sampling,
-    policy: PolicyFiles,
+    policy: PolicyCheckpoint,
     instructions: Path,
-    generate: Backend,
+    engine: Engine,
     seed: int,
 ) -> Counts:
     """Answer every instruction `candidates` times. Each response has a random stream of its own.
@@ -36,13 +36,13 @@ def generate_responses(
         sampling: how they are sampled.
         policy: the policy that answers.
         instructions: path of an instructions.jsonl.
-        generate: the engine.
+        engine: the engine.
         seed: combined with the instruction's id and the candidate's number, it seeds the sampling of each response.
 
     Raises:
         SelfalignError: no instruction fits into the context.
     """
-    tally, dropped, unknown, fitted = Tally(), 0, 0, 0
+    tally, dropped, unknown, fitted = ResponseCounts(), 0, 0, 0
 
     def written(generator: Generator, journal: Journal) -> Iterator[Response]:
         nonlocal dropped, unknown, fitted
@@ -58,7 +58,7 @@ def generate_responses(
                 Request(prompt=prompt, seeds=[derive_seed(seed, record.id, n) for n in range(candidates)])
                 for record, prompt in fitting
             ]
-            made = write_all(generator, requests, sampling, journal, str(number))
+            made = generate_batched(generator, requests, sampling, journal, str(number))
             for (record, _), completions in zip(fitting, made, strict=True):
                 yield from tally.watch(_responses(record, completions, generator.digest))
         warn_of_unknown(generator.tokenizer, unknown, fitted, "instructions")
@@ -69,7 +69,7 @@ def generate_responses(
             )
 
     units = count_records(instructions) * candidates
-    with generate.load(policy) as generator, out.journal(units, "responses") as journal:
+    with engine.load(policy) as generator, out.journal(units, "responses") as journal:
         write_records(out.path / "responses.jsonl", written(generator, journal))
     return {
         catalog.RESPONSES.name: tally.tokens.count,
@@ -83,7 +83,7 @@ def generate_responses(
 
 
 @dataclass(slots=True)
-class Tally:
+class ResponseCounts:
     """Running counts of responses: their lengths, and the share that ended by themselves."""
 
     tokens: RunningMean = field(default_factory=RunningMean)

@@ -30,11 +30,11 @@ from selfalign.engines.protocol import Completion, Request, Sampling, check_dtyp
 from selfalign.engines.replies import PassingError, RefusedError, Reply
 from selfalign.engines.server_process import ServerProcess
 from selfalign.engines.transformers import Transformers
-from selfalign.models.checkpoint import PolicyFiles, release_memory, resolve_dtype
+from selfalign.models.checkpoint import PolicyCheckpoint, release_memory, resolve_dtype
 from selfalign.models.config import DTYPES
 from selfalign.models.quantization import check_engine
-from selfalign.models.scorer import Scorer
-from selfalign.models.tokenizer import answer_text, encode_prompt, silent_ids, spell, stop_ids
+from selfalign.models.scorer import LogProbScorer
+from selfalign.models.tokenizer import answer_text, encode_prompt, ids_to_exact_text, silent_ids, stop_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -56,50 +56,51 @@ class Server:
             {port} by the port to listen on, and {dtype} by the dtype.
         dtype: of the weights, of merged adapters, and of judges that read probabilities, which run here with
             transformers: "float32", "bfloat16", or "auto" for the faster one on this machine.
-        batch_texts: the most completions that are requested before any is saved. A kill loses at most these.
-        key_variable: the environment variable that holds the key, if the server asks for one.
+        max_concurrent_completions: the most completions that are requested before any is saved. A kill loses at most
+            these.
+        api_key_env: the environment variable that holds the key, if the server asks for one.
         concurrency: the most requests at once.
         timeout_seconds: a request that takes longer is sent again.
         retries: how often a request is sent again after a timeout, a broken answer, status 429 or 5xx.
-        start_seconds: the most seconds until the server has loaded the weights and answers.
+        startup_timeout_seconds: the most seconds until the server has loaded the weights and answers.
     """
 
     command: str
     dtype: str = "auto"
-    batch_texts: int = 128
-    key_variable: str = field(default="", metadata={"keyed": False})
+    max_concurrent_completions: int = 128
+    api_key_env: str = field(default="", metadata={"keyed": False})
     concurrency: int = field(default=16, metadata={"keyed": False})
     timeout_seconds: float = field(default=600.0, metadata={"keyed": False})
     retries: int = field(default=6, metadata={"keyed": False})
-    start_seconds: float = field(default=1800.0, metadata={"keyed": False})
+    startup_timeout_seconds: float = field(default=1800.0, metadata={"keyed": False})
 
     def __post_init__(self) -> None:
         check_dtype(self.dtype)
-        check_template(self.command, "generate.command", ("weights", "port"), ("dtype",))
+        check_template(self.command, "engine.command", ("weights", "port"), ("dtype",))
         if re.search(r"--api-key[ =]+(?![\"']?\$)", self.command):
             raise SelfalignError(
-                "generate.command contains a key, and it is saved with the run. Take the key from the environment: "
-                "write --api-key $NAME and set generate.key_variable=NAME."
+                "engine.command contains a key, and it is saved with the run. Take the key from the environment: "
+                "write --api-key $NAME and set engine.api_key_env=NAME."
             )
-        for name in ("batch_texts", "start_seconds"):
+        for name in ("max_concurrent_completions", "startup_timeout_seconds"):
             if getattr(self, name) <= 0:
-                raise SelfalignError(f"generate.{name} must be above 0, got {getattr(self, name)}")
-        self.endpoint("http://localhost", "policy").check("generate")
+                raise SelfalignError(f"engine.{name} must be above 0, got {getattr(self, name)}")
+        self.endpoint("http://localhost", "policy").check("engine")
 
-    def load(self, policy: PolicyFiles) -> "ServerGenerator":
+    def load(self, policy: PolicyCheckpoint) -> "ServerGenerator":
         """Return the policy behind a server, which runs while the generator is entered."""
         return ServerGenerator(self, policy)
 
-    def load_reader(self, policy: PolicyFiles, batch_tokens: int) -> Scorer:
+    def load_scorer(self, policy: PolicyCheckpoint, max_batch_tokens: int) -> LogProbScorer:
         """Return the policy in this process, because servers differ in the probabilities they report, if any."""
-        return Transformers(dtype=self.dtype).load_reader(policy, batch_tokens)
+        return Transformers(dtype=self.dtype).load_scorer(policy, max_batch_tokens)
 
     def endpoint(self, base_url: str, model: str) -> Endpoint:
         """Return the address of the server, with the settings of requests."""
         return Endpoint(
             base_url=base_url,
             model=model,
-            key_variable=self.key_variable,
+            api_key_env=self.api_key_env,
             concurrency=self.concurrency,
             timeout_seconds=self.timeout_seconds,
             retries=self.retries,
@@ -109,7 +110,7 @@ class Server:
 class ServerGenerator:
     """A policy that writes through a server. The main process starts it, and all processes use it."""
 
-    def __init__(self, settings: Server, policy: PolicyFiles) -> None:
+    def __init__(self, settings: Server, policy: PolicyCheckpoint) -> None:
         self._settings = settings
         self._policy = policy
         self._server: ServerProcess | None = None
@@ -123,7 +124,7 @@ class ServerGenerator:
         distributed.wait_for_all()  # All have let go of the memory that the server needs.
         with ExitStack() as stack:
             endpoint, self._takes_ids = distributed.on_main(lambda: self._start(stack))
-            self._client = stack.enter_context(endpoint.open("generate"))
+            self._client = stack.enter_context(endpoint.open("engine"))
             self._open = stack.pop_all()
         return self
 
@@ -133,11 +134,13 @@ class ServerGenerator:
                 distributed.wait_for_all()  # Nobody asks it any more.
 
     def plan(self, lengths: Sequence[int], samples: int, max_new_tokens: int) -> list[list[int]]:
-        """Return batches of `batch_texts` texts, in the order of the prompts. The server batches them again itself."""
-        size = max(1, self._settings.batch_texts // samples)
+        """Return batches of `max_concurrent_completions` texts, in the order of the prompts. The server batches them
+        again itself.
+        """
+        size = max(1, self._settings.max_concurrent_completions // samples)
         return [list(range(start, min(start + size, len(lengths)))) for start in range(0, len(lengths), size)]
 
-    def write(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
         """Write every completion, several at once. A server that respects seeds writes the same text again.
 
         Raises:
@@ -165,11 +168,11 @@ class ServerGenerator:
         if self._takes_ids:
             return ids
         try:
-            return spell(self.tokenizer, ids)
+            return ids_to_exact_text(self.tokenizer, ids)
         except SelfalignError as error:
             raise SelfalignError(
-                f"generate.command: the server takes prompts as text only, and it {error}. Use a server that takes "
-                "token ids, such as vLLM or SGLang, or set generate=transformers."
+                f"engine.command: the server takes prompts as text only, and it {error}. Use a server that takes "
+                "token ids, such as vLLM or SGLang, or set engine=transformers."
             ) from error
 
     def _start(self, stack: ExitStack) -> tuple[Endpoint, bool]:
@@ -185,21 +188,21 @@ class ServerGenerator:
         for name, value in values.items():
             command = command.replace(name, value)
         logger.info("starting a server: %s", self._settings.command)
-        with endpoint.open("generate") as client:
+        with endpoint.open("engine") as client:
             self._server = ServerProcess(command, folder, client.clean)
             stack.callback(self._server.stop)
-            takes_ids = self._meet(client, self._server)
+            takes_ids = self._wait_until_ready(client, self._server)
         logger.info("the server answers after %.0f s", time.monotonic() - began)
         return endpoint, takes_ids
 
-    def _meet(self, client: Client, server: ServerProcess) -> bool:
+    def _wait_until_ready(self, client: Client, server: ServerProcess) -> bool:
         """Wait for the server's first reply. Return whether it takes token ids; else it takes texts.
 
         Raises:
             SelfalignError: it has ended, refuses, or does not answer in time.
         """
         prompt = encode_prompt(self.tokenizer, "Hello.")
-        ask, until = {"max_tokens": 1, "temperature": 0}, time.monotonic() + self._settings.start_seconds
+        ask, until = {"max_tokens": 1, "temperature": 0}, time.monotonic() + self._settings.startup_timeout_seconds
         while True:
             try:
                 client.attempt({"prompt": prompt, **ask})
@@ -212,16 +215,17 @@ class ServerGenerator:
             else:
                 return True
             if server.ended:
-                raise SelfalignError(f"generate.command: the server has ended; its output: {server.last_words()}")
+                raise SelfalignError(f"engine.command: the server has ended; its output: {server.last_words()}")
             if time.monotonic() > until:
                 raise SelfalignError(
-                    f"generate.command: no answer in generate.start_seconds={self._settings.start_seconds:g} "
+                    f"engine.command: no answer in "
+                    f"engine.startup_timeout_seconds={self._settings.startup_timeout_seconds:g} "
                     f"({trouble}); the server's output: {server.last_words()}"
                 )
             time.sleep(POLL_SECONDS)
 
 
-def export(policy: PolicyFiles, folder: Path, dtype: str) -> None:
+def export(policy: PolicyCheckpoint, folder: Path, dtype: str) -> None:
     """Write a policy as servers load it: one checkpoint with its tokenizer, which stops where the run's texts stop.
 
     Args:
@@ -258,22 +262,22 @@ def _completion(tokenizer: "Tokenizer", reply: Reply, prompt: list[int]) -> Comp
     """
     if reply.finish_reason is FinishReason.PROMPT_TOO_LONG:
         raise SelfalignError(
-            f"generate.command: the server rejected a {len(prompt)}-token prompt: its context limit is too small. "
+            f"engine.command: the server rejected a {len(prompt)}-token prompt: its context limit is too small. "
             "Start it with the model's full context length (e.g. --max-model-len)."
         )
     if reply.prompt_tokens != len(prompt):
         raise SelfalignError(
-            f"generate.command: the server reports {reply.prompt_tokens} prompt tokens, but {len(prompt)} were sent. "
+            f"engine.command: the server reports {reply.prompt_tokens} prompt tokens, but {len(prompt)} were sent. "
             "Use a server that takes prompts as they are."
         )
     if reply.finish_reason not in (FinishReason.EOS, FinishReason.LENGTH):
         reason = reply.stated_reason if reply.finish_reason is FinishReason.UNKNOWN else reply.finish_reason.value
         raise SelfalignError(
-            f"generate.command: the server ended a text for the reason {reason!r}. Only stop and length are known: use "
+            f"engine.command: the server ended a text for the reason {reason!r}. Only stop and length are known: use "
             "another server."
         )
     if reply.text and not reply.completion_tokens:
-        raise SelfalignError("generate.command: the server does not say how many tokens it wrote (completion_tokens)")
+        raise SelfalignError("engine.command: the server does not say how many tokens it wrote (completion_tokens)")
     text = answer_text(tokenizer, reply.text, finished=reply.finish_reason is FinishReason.EOS)
     return Completion(text=text, finish_reason=reply.finish_reason, tokens=reply.completion_tokens)
 

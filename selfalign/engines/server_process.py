@@ -12,7 +12,7 @@ from typing import IO, cast
 LAUNCHER = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_")
 """Environment variables of torchrun; a server that reads them would wait for other processes to join."""
 
-GRACE_SECONDS = 20.0
+TERMINATE_TIMEOUT = 20.0
 """Seconds that a server has to end before it is killed."""
 
 KEEPER = f"""
@@ -20,7 +20,7 @@ trap : TERM PIPE
 exec 3<&0
 sh -c "$1" </dev/null 3<&- &
 server=$!
-(trap '' TERM; cat <&3; kill -TERM 0; sleep {GRACE_SECONDS:.0f}; kill -KILL 0) >/dev/null 2>&1 &
+(trap '' TERM; cat <&3; kill -TERM 0; sleep {TERMINATE_TIMEOUT:.0f}; kill -KILL 0) >/dev/null 2>&1 &
 exec 3<&-
 wait $server; code=$?; wait $server
 rm -rf -- "$2"
@@ -58,7 +58,7 @@ class ServerProcess:
         """End the server with everything it has started, and return when that is done."""
         with suppress(BrokenPipeError):
             cast(IO[str], self._process.stdin).close()
-        self._reader.join(GRACE_SECONDS)
+        self._reader.join(TERMINATE_TIMEOUT)
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, 9)
         self._process.wait()

@@ -12,8 +12,8 @@ from torch import Tensor
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import FinishReason
 from selfalign.engines.protocol import Completion, Request, Sampling, check_dtype
-from selfalign.models.checkpoint import InMemory, PolicyFiles, resolve_dtype
-from selfalign.models.scorer import Scorer
+from selfalign.models.checkpoint import LoadedPolicy, PolicyCheckpoint, resolve_dtype
+from selfalign.models.scorer import LogProbScorer
 from selfalign.models.tokenizer import decode_response, silent_ids, stop_ids
 
 STATES = ("past_key_values", "cache_params", "state")
@@ -29,42 +29,42 @@ class Transformers:
 
     A text depends on its record, its seed and the weights. The batch it is written in has an effect only through the
     rounding of matrix products, which differs with a batch's shape and between devices. So if two tokens are almost
-    equally likely, or a draw falls between two, another batch_tokens or dtype can give another text.
+    equally likely, or a draw falls between two, another max_batch_tokens or dtype can give another text.
 
     Attributes:
-        batch_tokens: the most tokens, prompts and responses together, that one batch holds in its cache.
+        max_batch_tokens: the most tokens, prompts and responses together, that one batch holds in its cache.
         dtype: of the weights while generating: "float32", "bfloat16", or "auto" for the faster one on this machine.
     """
 
-    batch_tokens: int = 16384
+    max_batch_tokens: int = 16384
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.batch_tokens < 1:
-            raise SelfalignError(f"generate.batch_tokens must be 1 or more, got {self.batch_tokens}")
+        if self.max_batch_tokens < 1:
+            raise SelfalignError(f"engine.max_batch_tokens must be 1 or more, got {self.max_batch_tokens}")
         check_dtype(self.dtype)
 
-    def load(self, policy: PolicyFiles) -> "TransformersGenerator":
+    def load(self, policy: PolicyCheckpoint) -> "TransformersGenerator":
         """Load a policy to write."""
-        return TransformersGenerator(policy.load(resolve_dtype(self.dtype)), self.batch_tokens)
+        return TransformersGenerator(policy.load(resolve_dtype(self.dtype)), self.max_batch_tokens)
 
-    def load_reader(self, policy: PolicyFiles, batch_tokens: int) -> Scorer:
+    def load_scorer(self, policy: PolicyCheckpoint, max_batch_tokens: int) -> LogProbScorer:
         """Load a policy to score next tokens."""
-        return Scorer(policy.load(resolve_dtype(self.dtype)), batch_tokens)
+        return LogProbScorer(policy.load(resolve_dtype(self.dtype)), max_batch_tokens)
 
 
 @dataclass(slots=True)
-class TransformersGenerator(InMemory):
+class TransformersGenerator(LoadedPolicy):
     """A policy that writes through transformers' models and caches.
 
     Attributes:
-        batch_tokens: the most tokens that one batch holds in its cache.
+        max_batch_tokens: the most tokens that one batch holds in its cache.
         watch: called at each step with the sequences being written and the logits of their next tokens.
         stops: the tokens that end a text.
         silent: the ids that stand for no text, such as those that pad the embedding, and are never drawn.
     """
 
-    batch_tokens: int
+    max_batch_tokens: int
     watch: Callable[[Sequence[int], Tensor], None] = lambda sequences, logits: None
     stops: Tensor = field(init=False)
     silent: Tensor = field(init=False)
@@ -76,7 +76,7 @@ class TransformersGenerator(InMemory):
         self.silent = torch.tensor(silent, dtype=torch.long, device=model.device)
 
     def plan(self, lengths: Sequence[int], samples: int, max_new_tokens: int) -> list[list[int]]:
-        """Put prompts of similar length together, within `batch_tokens`: indices, batch by batch.
+        """Put prompts of similar length together, within `max_batch_tokens`: indices, batch by batch.
 
         Each prompt is a batch of its own if the model cannot write several at a time.
         """
@@ -86,13 +86,13 @@ class TransformersGenerator(InMemory):
         for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
             width = lengths[batches[-1][0]] if batches else 0
             cached = (len(batches[-1]) + 1) * samples * (width + max_new_tokens) if batches else 0
-            if not batches or cached > self.batch_tokens:
+            if not batches or cached > self.max_batch_tokens:
                 batches.append([])
             batches[-1].append(index)
         return batches
 
     @torch.inference_mode()
-    def write(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
         """Write every request's completions in one batch. Each prompt is computed once.
 
         A completion depends on its request's seed. The batch it is in has an effect only through rounding, and through

@@ -1,4 +1,4 @@
-"""generate=vllm: vLLM (Kwon et al. 2023, arXiv 2309.06180) writes and scores, in processes of its own.
+"""engine=vllm: vLLM (Kwon et al. 2023, arXiv 2309.06180) writes and scores, in processes of its own.
 
 A stage starts them with the policy's weights and stops them when it is done, so that their memory is free before
 training. They need nothing of selfalign's Python environment, and may have their own.
@@ -17,9 +17,9 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
 from selfalign.core.records import FinishReason
 from selfalign.engines.protocol import Completion, Request, Sampling, check_dtype
-from selfalign.engines.worker_process import FAREWELL_SECONDS, Worker, stop
-from selfalign.models.batches import Group
-from selfalign.models.checkpoint import UNBOUNDED, PolicyFiles, release_memory, resolve_dtype
+from selfalign.engines.worker_process import SHUTDOWN_TIMEOUT, Worker, stop
+from selfalign.models.batches import SharedPrompt
+from selfalign.models.checkpoint import UNBOUNDED, PolicyCheckpoint, release_memory, resolve_dtype
 from selfalign.models.quantization import check_engine
 from selfalign.models.tokenizer import decode_response, silent_ids, stop_ids
 
@@ -53,8 +53,8 @@ class VLLM:
         replicas: copies of the weights, each in a process of its own; the texts of a batch are dealt out among them.
         gpu_memory_utilization: the share of each GPU's memory that vLLM takes; on a CPU, of the main memory.
         max_model_len: the longest sequence in tokens, prompt and response together; 0 takes the model's own.
-        batch_texts: the most completions that are requested at once; vLLM chooses how many of them it writes in
-            parallel. A kill loses at most these.
+        max_concurrent_completions: the most completions that are requested at once; vLLM chooses how many of them it
+            writes in parallel. A kill loses at most these.
         options: other arguments of vllm.LLM, such as enforce_eager or kv_cache_dtype.
     """
 
@@ -64,30 +64,30 @@ class VLLM:
     replicas: int = field(default=1, metadata={"keyed": False})
     gpu_memory_utilization: float = field(default=0.9, metadata={"keyed": False})
     max_model_len: int = 0
-    batch_texts: int = 1024
+    max_concurrent_completions: int = 1024
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_dtype(self.dtype)
-        for name in ("tensor_parallel_size", "replicas", "batch_texts"):
+        for name in ("tensor_parallel_size", "replicas", "max_concurrent_completions"):
             if getattr(self, name) < 1:
-                raise SelfalignError(f"generate.{name} must be 1 or more, got {getattr(self, name)}")
+                raise SelfalignError(f"engine.{name} must be 1 or more, got {getattr(self, name)}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise SelfalignError(
-                f"generate.gpu_memory_utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}"
+                f"engine.gpu_memory_utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}"
             )
         if self.max_model_len < 0:
-            raise SelfalignError(f"generate.max_model_len must be 0 or more, got {self.max_model_len}")
+            raise SelfalignError(f"engine.max_model_len must be 0 or more, got {self.max_model_len}")
 
-    def load(self, policy: PolicyFiles) -> "VLLMGenerator":
+    def load(self, policy: PolicyCheckpoint) -> "VLLMGenerator":
         """Start engines that write."""
         return VLLMGenerator.start(self, policy)
 
-    def load_reader(self, policy: PolicyFiles, batch_tokens: int) -> "VLLMReader":
-        """Start engines that score. Their batches are vLLM's, whatever the judge's `batch_tokens`."""
-        return VLLMReader.start(self, policy)
+    def load_scorer(self, policy: PolicyCheckpoint, max_batch_tokens: int) -> "VLLMTokenScorer":
+        """Start engines that score. Their batches are vLLM's, whatever the judge's `max_batch_tokens`."""
+        return VLLMTokenScorer.start(self, policy)
 
-    def arguments(self, policy: PolicyFiles) -> dict[str, Any]:
+    def arguments(self, policy: PolicyCheckpoint) -> dict[str, Any]:
         """Return the arguments of vllm.LLM. Prompts and completions are token ids, so vLLM needs no tokenizer."""
         check_engine(policy.quantization.get("quantization", "none"), "vllm")
         context = self.context(policy)
@@ -108,25 +108,25 @@ class VLLM:
             **self.options,
         }
 
-    def context(self, policy: PolicyFiles) -> int:
+    def context(self, policy: PolicyCheckpoint) -> int:
         """Return the longest sequence that is requested."""
         return min(self.max_model_len or policy.context, policy.context)
 
 
 @dataclass(slots=True)
-class Running:
+class VLLMWorkers:
     """Engines that run one policy, until the `with` block around them ends."""
 
     tokenizer: "Tokenizer"
     digest: str
     context: int
-    batch_texts: int
+    max_concurrent_completions: int
     silent: list[int]
     workers: list[Worker]
     counts: dict[str, Any]
 
     @classmethod
-    def start(cls, config: VLLM, policy: PolicyFiles) -> Self:
+    def start(cls, config: VLLM, policy: PolicyCheckpoint) -> Self:
         """Start an engine for each replica, and return when all have loaded the weights.
 
         Raises:
@@ -140,7 +140,7 @@ class Running:
         workers: list[Worker] = []
         try:
             for own in gpus:
-                workers.append(Worker("the engine of generate=vllm", command))
+                workers.append(Worker("the engine of engine=vllm", command))
                 workers[-1].send({"gpus": own, **settings})
             versions = [worker.receive()["version"] for worker in workers]
         except BaseException:
@@ -151,7 +151,7 @@ class Running:
             tokenizer=tokenizer,
             digest=policy.digest,
             context=config.context(policy),
-            batch_texts=config.batch_texts,
+            max_concurrent_completions=config.max_concurrent_completions,
             silent=silent_ids(tokenizer, policy.config.vocab_size),
             workers=workers,
             counts={"vllm_version": versions[0]},
@@ -161,7 +161,7 @@ class Running:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        stop(self.workers, FAREWELL_SECONDS if kind is None else 0)
+        stop(self.workers, SHUTDOWN_TIMEOUT if kind is None else 0)
 
     def ask(self, requests: Sequence[Request], sampling: dict[str, Any], answer: str) -> list[list[Any]]:
         """Return the engines' answers for every completion of each request. Requests are dealt out among them."""
@@ -174,15 +174,15 @@ class Running:
 
 
 @dataclass(slots=True)
-class VLLMGenerator(Running):
+class VLLMGenerator(VLLMWorkers):
     """A policy that writes."""
 
     def plan(self, lengths: Sequence[int], samples: int, max_new_tokens: int) -> list[list[int]]:
-        """Return the prompts in their order, within `batch_texts`: indices, batch by batch."""
-        size = max(1, self.batch_texts // samples)
+        """Return the prompts in their order, within `max_concurrent_completions`: indices, batch by batch."""
+        size = max(1, self.max_concurrent_completions // samples)
         return [list(range(start, min(start + size, len(lengths)))) for start in range(0, len(lengths), size)]
 
-    def write(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
         """Write every request's completions, each from its own seed."""
         stops = stop_ids(self.tokenizer)
         settings = {
@@ -201,22 +201,24 @@ class VLLMGenerator(Running):
 
 
 @dataclass(slots=True)
-class VLLMReader(Running):
+class VLLMTokenScorer(VLLMWorkers):
     """A policy that scores given next tokens."""
 
-    def plan(self, groups: Sequence[Group]) -> list[list[Group]]:
-        """Return the groups in their order, in batches of at most `batch_texts` responses."""
-        batches: list[list[Group]] = []
+    def plan(self, groups: Sequence[SharedPrompt]) -> list[list[SharedPrompt]]:
+        """Return the groups in their order, in batches of at most `max_concurrent_completions` responses."""
+        batches: list[list[SharedPrompt]] = []
         room = 0
         for group in groups:
             if len(group.responses) > room:
                 batches.append([])
-                room = self.batch_texts
+                room = self.max_concurrent_completions
             batches[-1].append(group)
             room -= len(group.responses)
         return batches
 
-    def choose(self, groups: Sequence[Group], alternatives: Sequence[int]) -> list[list[list[float]]]:
+    def next_token_logprobs(
+        self, groups: Sequence[SharedPrompt], alternatives: Sequence[int]
+    ) -> list[list[list[float]]]:
         """Return log p (nats) of each alternative as the token after each response, for every group."""
         requests = [
             Request(prompt=[*group.prompt, *response], seeds=[0]) for group in groups for response in group.responses
@@ -241,7 +243,7 @@ def share_gpus(replicas: int, each: int) -> list[str]:
     own = names[first : first + replicas * each]
     if len(own) < replicas * each:
         raise SelfalignError(
-            f"generate.replicas={replicas} × generate.tensor_parallel_size={each} need {replicas * each} GPUs for "
+            f"engine.replicas={replicas} × engine.tensor_parallel_size={each} need {replicas * each} GPUs for "
             f"each process of the run, but only {len(names)} are visible. Lower one of them."
         )
     return [",".join(own[start : start + each]) for start in range(0, len(own), each)]
@@ -255,5 +257,5 @@ def lora_arguments(adapter: Path) -> dict[str, Any]:
     """
     rank = read_json(adapter / "adapter_config.json")["r"]
     if rank > LORA_RANKS[-1]:
-        raise SelfalignError(f"generate=vllm takes adapters up to rank {LORA_RANKS[-1]}, but model.lora.rank={rank}")
+        raise SelfalignError(f"engine=vllm takes adapters up to rank {LORA_RANKS[-1]}, but model.lora.rank={rank}")
     return {"enable_lora": True, "max_lora_rank": next(room for room in LORA_RANKS if room >= rank)}

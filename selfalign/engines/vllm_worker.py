@@ -15,7 +15,7 @@ import time
 from queue import SimpleQueue
 from typing import IO, Any
 
-GRACE_SECONDS = 5.0
+TERMINATE_TIMEOUT = 5.0
 """Seconds that an idle worker has to end after its input has ended; a busy one is killed then."""
 
 RUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -36,7 +36,7 @@ def main() -> None:
 
 def answer_all(questions: "SimpleQueue[str]", outgoing: IO[str]) -> None:
     """Load the model, and answer questions up to the empty one."""
-    engine = Engine(json.loads(questions.get()))
+    engine = VLLMEngine(json.loads(questions.get()))
     answer: dict[str, Any] = {"version": engine.version}
     while True:
         outgoing.write(json.dumps(answer) + "\n")
@@ -67,7 +67,7 @@ def read_ahead(incoming: IO[str], over: threading.Event) -> "SimpleQueue[str]":
             lines.put(line)
         over.set()
         lines.put("")
-        time.sleep(GRACE_SECONDS)
+        time.sleep(TERMINATE_TIMEOUT)
         end_all(over)
 
     threading.Thread(target=read, daemon=True).start()
@@ -96,7 +96,7 @@ def settle_environment(gpus: str) -> None:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 
-class Engine:
+class VLLMEngine:
     """A loaded model."""
 
     def __init__(self, settings: dict[str, Any]) -> None:

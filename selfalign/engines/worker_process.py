@@ -20,7 +20,7 @@ from selfalign.core.errors import SelfalignError
 
 logger = logging.getLogger(__name__)
 
-FAREWELL_SECONDS = 30.0
+SHUTDOWN_TIMEOUT = 30.0
 """Seconds that an idle worker has to end by itself."""
 
 RAISED = re.compile(r"[\w.]+(Error|Exception)\b")
@@ -75,12 +75,12 @@ class Worker:
         except ValueError as error:
             raise SelfalignError(f"{self._name} sent a line that is not JSON: {line[:200]!r}") from error
 
-    def dismiss(self) -> None:
+    def close_stdin(self) -> None:
         """Close the worker's input, which tells it to end."""
         with suppress(BrokenPipeError):
             cast(IO[bytes], self._process.stdin).close()
 
-    def bury(self, seconds: float) -> None:
+    def terminate(self, seconds: float) -> None:
         """Wait until the worker and all that it started are gone. What is left after `seconds` is killed."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(seconds)
@@ -105,6 +105,6 @@ class Worker:
 def stop(workers: Sequence[Worker], seconds: float) -> None:
     """End all workers. Those that are still there after so many seconds are killed."""
     for worker in workers:
-        worker.dismiss()
+        worker.close_stdin()
     for worker in workers:
-        worker.bury(seconds)
+        worker.terminate(seconds)

@@ -11,14 +11,22 @@ from selfalign.core.placeholders import check_template, fill
 from selfalign.core.records import Comparison, JudgementStatus, Prompt, Response, Verdict
 from selfalign.data.sources import as_prompt
 from selfalign.engines.openai_client import Endpoint
-from selfalign.engines.protocol import read_all
-from selfalign.judges.comparisons import Duel, Reading, Showing, bias_statistics, compare, parse_verdict, unread_text
+from selfalign.engines.protocol import score_batched
+from selfalign.judges.comparisons import (
+    OrderedPair,
+    PairVerdict,
+    ResponsePair,
+    bias_statistics,
+    compare_in_both_orders,
+    parse_verdict,
+    unread_text,
+)
 from selfalign.judges.expected import distribution, tokens_behind
-from selfalign.judges.protocol import Bench, check_batch_tokens, check_model, check_share
+from selfalign.judges.protocol import JudgeContext, check_max_batch_tokens, check_model, check_share
 from selfalign.judges.unread import Unread
 from selfalign.metrics import catalog
 from selfalign.metrics.summaries import win_statistics
-from selfalign.models.batches import Group, share_prompt
+from selfalign.models.batches import SharedPrompt, share_prompt
 from selfalign.models.tokenizer import encode_prompt
 from selfalign.store.artifacts import Counts
 
@@ -30,7 +38,7 @@ OPENING = "[["
 
 
 @dataclass(kw_only=True, slots=True)
-class Referee:
+class PairwiseComparator:
     """Compare two responses to one instruction in both orders.
 
     The verdict is the likeliest of the tokens A, B and C (a tie) behind `[[`, in one forward pass for each order. So
@@ -43,27 +51,27 @@ class Referee:
         model: who judges: "self" (M_t), "sft" (M1), "base" (M0), or another model: a folder or hub id.
         endpoint: a server that judges instead of `model`, if it has a base_url.
         verdict_tokens: the most tokens that the server writes.
-        place_correction: subtracts the judge's preference for the first position, estimated from other comparisons
+        debias_position: subtracts the judge's preference for the first position, estimated from other comparisons
             (`place_preferences`). Without it a small model, which mostly prefers one position, gives ties.
-        batch_tokens: the most tokens of a forward pass.
-        max_failed_share: the run stops when more than this share of the comparisons has no verdict.
+        max_batch_tokens: the most tokens of a forward pass.
+        max_failure_rate: the run stops when more than this share of the comparisons has no verdict.
     """
 
     prompt: str
     model: str = "self"
     endpoint: Endpoint = field(default_factory=Endpoint)
     verdict_tokens: int = 512
-    place_correction: bool = False
-    batch_tokens: int = 2048
-    max_failed_share: float = 0.5
+    debias_position: bool = False
+    max_batch_tokens: int = 2048
+    max_failure_rate: float = 0.5
     key: ClassVar[str] = "judge"
 
     def __post_init__(self) -> None:
         self.prompt = text_or_file(self.prompt, f"{self.key}.prompt")
         check_template(self.prompt, f"{self.key}.prompt", ("instruction", "first", "second"))
         check_model(self.model, self.key)
-        check_share(self.max_failed_share, self.key)
-        check_batch_tokens(self.batch_tokens, self.key)
+        check_share(self.max_failure_rate, self.key)
+        check_max_batch_tokens(self.max_batch_tokens, self.key)
         if self.endpoint != Endpoint():
             self.endpoint.check(f"{self.key}.endpoint")
         if self.verdict_tokens < 1:
@@ -73,18 +81,20 @@ class Referee:
         """Return the judge's prompt about two responses in this order."""
         return as_prompt(fill(self.prompt, {"instruction": instruction, "first": first, "second": second}))
 
-    def compare(self, bench: Bench, duels: Sequence[Duel]) -> tuple[list[Comparison], Counts]:
+    def compare(self, context: JudgeContext, pairs: Sequence[ResponsePair]) -> tuple[list[Comparison], Counts]:
         """Compare each pair of responses in both orders. Return the comparisons and the judge's counts."""
         counts: Counts = {}
         read = self._ask if self.endpoint.base_url else self._read
-        return compare(duels, lambda showings: read(bench, showings, counts), self.name(bench)), counts
+        return compare_in_both_orders(pairs, lambda orders: read(context, orders, counts), self.name(context)), counts
 
-    def decide(self, bench: Bench, duels: Sequence[Duel], label: str) -> tuple[list[Comparison], Counts]:
+    def compare_models(
+        self, context: JudgeContext, pairs: Sequence[ResponsePair], label: str
+    ) -> tuple[list[Comparison], Counts]:
         """Compare the responses of one model with those of another, and count who wins.
 
         Args:
-            bench: the context of the judge.
-            duels: one pair for each instruction; the first response is always the same model's.
+            context: the context of the judge.
+            pairs: one pair for each instruction; the first response is always the same model's.
             label: name of the comparison in messages.
 
         Returns:
@@ -93,24 +103,24 @@ class Referee:
         Raises:
             SelfalignError: too many comparisons have no verdict.
         """
-        comparisons, counts = self.compare(bench, duels)
+        comparisons, counts = self.compare(context, pairs)
         unread = Unread()
         unread.add((one.status, unread_text(one)) for one in comparisons if one.outcome is None)
         failed = unread.reasons
-        if failed.total() > self.max_failed_share * len(duels) or failed.total() == len(duels):
+        if failed.total() > self.max_failure_rate * len(pairs) or failed.total() == len(pairs):
             raise SelfalignError(
-                f"{label}: {failed.total()} of {len(duels)} comparisons have no verdict ({dict(failed)}); "
+                f"{label}: {failed.total()} of {len(pairs)} comparisons have no verdict ({dict(failed)}); "
                 f"{unread.describe(self.token_setting)}Choose another judge in {self.key}, or raise "
-                f"{self.key}.max_failed_share"
+                f"{self.key}.max_failure_rate"
             )
-        longer = [float(len(duel.first.text) - len(duel.second.text)) for duel in duels]
+        longer = [float(len(pair.first.text) - len(pair.second.text)) for pair in pairs]
         known = [(c.outcome, length) for c, length in zip(comparisons, longer, strict=True) if c.outcome is not None]
         return comparisons, {
-            catalog.COMPARISONS.name: len(duels),
+            catalog.COMPARISONS.name: len(pairs),
             "dropped": dict(sorted(failed.items())),
             **win_statistics([outcome for outcome, _ in known], [length for _, length in known]),
-            catalog.MEAN_CHARACTERS.name: mean_length([duel.first for duel in duels]),
-            catalog.MEAN_CHARACTERS_OPPONENT.name: mean_length([duel.second for duel in duels]),
+            catalog.MEAN_CHARACTERS.name: mean_length([pair.first for pair in pairs]),
+            catalog.MEAN_CHARACTERS_OPPONENT.name: mean_length([pair.second for pair in pairs]),
             **bias_statistics(comparisons),
             **counts,
         }
@@ -120,47 +130,46 @@ class Referee:
         """The setting that limits the length of a server's verdict."""
         return f"{self.key}.verdict_tokens"
 
-    def name(self, bench: Bench) -> str:
+    def name(self, context: JudgeContext) -> str:
         """Return the name of the judge in records."""
-        return self.endpoint.name if self.endpoint.base_url else bench.judging_policy().digest
+        return self.endpoint.name if self.endpoint.base_url else context.judging_policy().digest
 
-    def _read(self, bench: Bench, showings: Sequence[Showing], counts: Counts) -> list[Reading]:
+    def _read(self, context: JudgeContext, orders: Sequence[OrderedPair], counts: Counts) -> list[PairVerdict]:
         """Return the likeliest verdict on each ordered pair. Those of one instruction share their beginning."""
-        reader = bench.reader(self.batch_tokens)
+        reader = context.reader(self.max_batch_tokens)
         tokens = verdict_tokens(reader.tokenizer, self.key)
         prompts: dict[str, dict[int, list[int]]] = {}
-        for index, showing in enumerate(showings):
-            asked = self.ask(showing.duel.instruction.text, *showing.texts)
+        for index, ordered in enumerate(orders):
+            asked = self.ask(ordered.pair.instruction.text, *ordered.texts)
             ids = encode_prompt(reader.tokenizer, asked, OPENING)
             if len(ids) < reader.context:
-                prompts.setdefault(showing.duel.instruction.id, {})[index] = ids
-        groups: list[Group] = [share_prompt(n, list(p.values()), [[] for _ in p]) for n, p in prompts.items()]
+                prompts.setdefault(ordered.pair.instruction.id, {})[index] = ids
+        groups: list[SharedPrompt] = [share_prompt(n, list(p.values()), [[] for _ in p]) for n, p in prompts.items()]
         read: dict[int, list[float]] = {}
-        for group, rows in zip(groups, read_all(reader, groups, tokens, bench.journal, "verdicts"), strict=True):
+        for group, rows in zip(groups, score_batched(reader, groups, tokens, context.journal, "verdicts"), strict=True):
             read |= dict(zip(prompts[group.id], rows, strict=True))
-        preferences = place_preferences(showings, read)
+        preferences = position_bias_nats(orders, read)
         counts[catalog.JUDGE_PLACE_PREFERENCE.name] = math.fsum(preferences) / max(1, len(preferences))
-        refused = Reading(JudgementStatus.PROMPT_TOO_LONG, None, "")
-        taken_off = preferences if self.place_correction else [0.0] * len(preferences)
+        refused = PairVerdict(JudgementStatus.PROMPT_TOO_LONG, None, "")
+        taken_off = preferences if self.debias_position else [0.0] * len(preferences)
         return [
-            likeliest(read[index], taken_off[index // 2]) if index in read else refused
-            for index in range(len(showings))
+            likeliest(read[index], taken_off[index // 2]) if index in read else refused for index in range(len(orders))
         ]
 
-    def _ask(self, bench: Bench, showings: Sequence[Showing], counts: Counts) -> list[Reading]:
+    def _ask(self, context: JudgeContext, orders: Sequence[OrderedPair], counts: Counts) -> list[PairVerdict]:
         """Return the verdicts that a server writes."""
         requests = {
-            f"{showing.duel.id}{'-swapped' * showing.swapped}": self._request(
-                showing.duel.instruction.text, *showing.texts
+            f"{ordered.pair.id}{'-swapped' * ordered.swapped}": self._request(
+                ordered.pair.instruction.text, *ordered.texts
             )
-            for showing in showings
+            for ordered in orders
         }
-        client = bench.client(self.endpoint, f"{self.key}.endpoint")
-        replies = list(client.complete_all(requests, bench.journal, 1).values())
+        client = context.client(self.endpoint, f"{self.key}.endpoint")
+        replies = list(client.complete_all(requests, context.journal, 1).values())
         counts |= self.endpoint.usage(replies)
         return [
-            parse_verdict(reply.text, reply.finish_reason, showing.texts)
-            for reply, showing in zip(replies, showings, strict=True)
+            parse_verdict(reply.text, reply.finish_reason, ordered.texts)
+            for reply, ordered in zip(replies, orders, strict=True)
         ]
 
     def probe(self) -> dict[str, Any]:
@@ -191,7 +200,7 @@ def mean_length(responses: Sequence[Response]) -> float:
     return sum(len(response.text) for response in responses) / len(responses)
 
 
-def place_preferences(showings: Sequence[Showing], logps: Mapping[int, Sequence[float]]) -> list[float]:
+def position_bias_nats(orders: Sequence[OrderedPair], logps: Mapping[int, Sequence[float]]) -> list[float]:
     """Return how much the judge prefers the first position, in nats, for each pair of responses.
 
     The mean of log p(A) - log p(B) over both orders of a pair is that preference: what the responses differ in cancels
@@ -199,26 +208,26 @@ def place_preferences(showings: Sequence[Showing], logps: Mapping[int, Sequence[
     the mean over the other pairs of its instruction. Where there are none, the mean over all instructions is taken.
 
     Args:
-        showings: both orders of each pair, one after the other.
-        logps: log p of A, B and a tie, by the index in `showings`; a pair without both is left out of the means.
+        orders: both orders of each pair, one after the other.
+        logps: log p of A, B and a tie, by the index in `orders`; a pair without both is left out of the means.
     """
     gaps = {index: logps[index][0] - logps[index][1] for index in logps}
-    duels = range(len(showings) // 2)
-    own = {duel: (gaps[2 * duel] + gaps[2 * duel + 1]) / 2 for duel in duels if {2 * duel, 2 * duel + 1} <= gaps.keys()}
+    pairs = range(len(orders) // 2)
+    own = {pair: (gaps[2 * pair] + gaps[2 * pair + 1]) / 2 for pair in pairs if {2 * pair, 2 * pair + 1} <= gaps.keys()}
     families: dict[str, set[int]] = {}
-    for duel in own:
-        families.setdefault(showings[2 * duel].duel.instruction.id, set()).add(duel)
+    for pair in own:
+        families.setdefault(orders[2 * pair].pair.instruction.id, set()).add(pair)
     preferences: list[float] = []
-    for duel in duels:
-        others = families.get(showings[2 * duel].duel.instruction.id, set()) - {duel} or own.keys() - {duel}
+    for pair in pairs:
+        others = families.get(orders[2 * pair].pair.instruction.id, set()) - {pair} or own.keys() - {pair}
         preferences.append(math.fsum(own[other] for other in others) / max(1, len(others)))
     return preferences
 
 
-def likeliest(logps: Sequence[float], preference: float = 0.0) -> Reading:
+def likeliest(logps: Sequence[float], preference: float = 0.0) -> PairVerdict:
     """Return the likeliest verdict after taking a preference (nats) for A over B off. Equal verdicts are a tie."""
     a, b, tie = logps
     shares = distribution([a - preference / 2, b + preference / 2, tie])
     best = [verdict for verdict, share in zip(Verdict, shares, strict=True) if share == max(shares)]
     verdict = best[0] if len(best) == 1 else Verdict.TIE
-    return Reading(JudgementStatus.OK, verdict, f"{OPENING}{verdict}]] with {max(shares):.3f}")
+    return PairVerdict(JudgementStatus.OK, verdict, f"{OPENING}{verdict}]] with {max(shares):.3f}")

@@ -15,7 +15,7 @@ VERDICT = re.compile(r"\[\[([ABC])\]\]")
 
 
 @dataclass(frozen=True, slots=True)
-class Duel:
+class ResponsePair:
     """Two responses to one instruction."""
 
     instruction: Instruction
@@ -29,21 +29,21 @@ class Duel:
 
 
 @dataclass(frozen=True, slots=True)
-class Showing:
+class OrderedPair:
     """A pair of responses in one presentation order."""
 
-    duel: Duel
+    pair: ResponsePair
     swapped: bool
 
     @property
     def texts(self) -> tuple[str, str]:
         """The text shown first, and the text shown second."""
-        first, second = self.duel.first.text, self.duel.second.text
+        first, second = self.pair.first.text, self.pair.second.text
         return (second, first) if self.swapped else (first, second)
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class PairVerdict:
     """A judge's verdict on one order. There is a verdict exactly when `status` is ok."""
 
     status: JudgementStatus
@@ -51,28 +51,28 @@ class Reading:
     text: str
 
 
-def compare(
-    duels: Sequence[Duel], read: Callable[[Sequence[Showing]], Sequence[Reading]], model: str
+def compare_in_both_orders(
+    pairs: Sequence[ResponsePair], read: Callable[[Sequence[OrderedPair]], Sequence[PairVerdict]], model: str
 ) -> list[Comparison]:
     """Compare each pair of responses in both orders. The judge is asked about all orders at once.
 
     Args:
-        duels: the pairs.
+        pairs: the pairs.
         read: returns the judge's verdict on each ordered pair, in their order.
         model: name of the judge in records.
     """
-    readings = iter(read([Showing(duel, swapped) for duel in duels for swapped in (False, True)]))
-    return [_settled(duel, next(readings), next(readings), model) for duel in duels]
+    readings = iter(read([OrderedPair(pair, swapped) for pair in pairs for swapped in (False, True)]))
+    return [_settled(pair, next(readings), next(readings), model) for pair in pairs]
 
 
-def settle(forward: Verdict, backward: Verdict) -> float:
+def combine_orders(forward: Verdict, backward: Verdict) -> float:
     """Return the outcome for the response that `forward` showed first: 1 won, 0 lost, ½ if the orders disagree."""
     value = {Verdict.A: 1.0, Verdict.TIE: 0.5, Verdict.B: 0.0}
     there, back = value[forward], 1 - value[backward]
     return there if there == back else 0.5
 
 
-def parse_verdict(text: str, finish_reason: FinishReason = FinishReason.EOS, shown: Sequence[str] = ()) -> Reading:
+def parse_verdict(text: str, finish_reason: FinishReason = FinishReason.EOS, shown: Sequence[str] = ()) -> PairVerdict:
     """Read `[[A]]`, `[[B]]` or `[[C]]` (a tie) from the judge's own lines of newly generated text.
 
     Two different verdicts are ambiguous, wherever they stand, and so is a verdict after which another letter is chosen.
@@ -85,11 +85,11 @@ def parse_verdict(text: str, finish_reason: FinishReason = FinishReason.EOS, sho
     """
     found = read_bracketed(text, VERDICT, finish_reason, shown)
     if isinstance(found, JudgementStatus):
-        return Reading(found, None, text)
+        return PairVerdict(found, None, text)
     said, behind = found
     if len(set(said)) > 1 or other_choices(behind, said[0]):
-        return Reading(JudgementStatus.AMBIGUOUS, None, text)
-    return Reading(JudgementStatus.OK, Verdict(said[0]), text)
+        return PairVerdict(JudgementStatus.AMBIGUOUS, None, text)
+    return PairVerdict(JudgementStatus.OK, Verdict(said[0]), text)
 
 
 def unread_text(comparison: Comparison) -> str:
@@ -146,15 +146,15 @@ def expected_win_rates(outcomes: Sequence[tuple[str, str, float]], rounds: int =
     return {name: round(value / (value + 1), 9) for name, value in strength.items()}
 
 
-def _settled(duel: Duel, forward: Reading, backward: Reading, model: str) -> Comparison:
+def _settled(pair: ResponsePair, forward: PairVerdict, backward: PairVerdict, model: str) -> Comparison:
     outcome = None
     if forward.verdict is not None and backward.verdict is not None:
-        outcome = settle(forward.verdict, backward.verdict)
+        outcome = combine_orders(forward.verdict, backward.verdict)
     return Comparison(
-        id=duel.id,
-        instruction_id=duel.instruction.id,
-        first_id=duel.first.id,
-        second_id=duel.second.id,
+        id=pair.id,
+        instruction_id=pair.instruction.id,
+        first_id=pair.first.id,
+        second_id=pair.second.id,
         forward=forward.verdict,
         backward=backward.verdict,
         status=backward.status if forward.verdict is not None else forward.status,

@@ -9,22 +9,22 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Judgement, JudgementStatus
 from selfalign.data.sources import as_prompt
 from selfalign.data.thinking import thinks_on
-from selfalign.engines.protocol import Request, Sampling, read_all, write_all
+from selfalign.engines.protocol import Request, Sampling, generate_batched, score_batched
 from selfalign.judges.parsing import PREFIX, before_score
 from selfalign.judges.protocol import (
-    TOGETHER,
-    Bench,
-    Judged,
+    INSTRUCTIONS_PER_CALL,
+    InstructionResponse,
+    JudgeContext,
+    JudgeOutput,
     Rubric,
-    Subject,
     by_instruction,
-    check_batch_tokens,
+    check_max_batch_tokens,
     check_model,
     too_long,
     unjudged,
 )
 from selfalign.judges.sampled import spell_out
-from selfalign.models.batches import Group, share_prompt
+from selfalign.models.batches import SharedPrompt, share_prompt
 from selfalign.models.tokenizer import encode_prompt, prompt_end
 
 if TYPE_CHECKING:
@@ -35,35 +35,36 @@ if TYPE_CHECKING:
 class ExpectedScore(Rubric):
     """The probability-weighted mean over the score tokens that may follow "Score: ", in one forward pass.
 
-    `low` and `high` are single digits.
+    `min_score` and `max_score` are single digits.
 
     Attributes:
         model: who judges: "self" (M_t, the paper), "sft" (M1), "base" (M0), or another model: a folder or hub id.
         rationale_tokens: the most tokens of a greedy justification that the judge writes first; 0 for none.
-        batch_tokens: the most tokens of a forward pass.
+        max_batch_tokens: the most tokens of a forward pass.
     """
 
     model: str = "self"
     rationale_tokens: int = 0
-    batch_tokens: int = 2048
-    minimum_valid: ClassVar[int] = 1
+    max_batch_tokens: int = 2048
+    min_valid_samples: ClassVar[int] = 1
     token_setting: ClassVar[str] = "judge.rationale_tokens"
 
     def __post_init__(self) -> None:
         Rubric.__post_init__(self)
         check_model(self.model)
-        if not 0 <= self.low < self.high <= 9:
+        if not 0 <= self.min_score < self.max_score <= 9:
             raise SelfalignError(
-                f"judge.low and judge.high must be one digit each for expected_score, got {self.low} to {self.high}"
+                f"judge.min_score and judge.max_score must be one digit each for expected_score, got "
+                f"{self.min_score} to {self.max_score}"
             )
         if self.rationale_tokens < 0:
             raise SelfalignError(f"judge.rationale_tokens must be 0 or more, got {self.rationale_tokens}")
-        check_batch_tokens(self.batch_tokens)
+        check_max_batch_tokens(self.max_batch_tokens)
 
     @property
-    def together(self) -> int:
+    def instructions_per_call(self) -> int:
         """The number of instructions judged at a time; larger if the policy is loaded twice, to write and to score."""
-        return (16 if self.rationale_tokens else 1) * TOGETHER
+        return (16 if self.rationale_tokens else 1) * INSTRUCTIONS_PER_CALL
 
     @property
     def opening(self) -> str:
@@ -74,11 +75,11 @@ class ExpectedScore(Rubric):
         """Return the text behind the opening, for evaluation fine-tuning: the score, after a justification if any."""
         return f"{justification}\n{PREFIX}{score}".lstrip() if self.rationale_tokens else str(score)
 
-    def wanted(self, subjects: Sequence[Subject]) -> int:
+    def wanted(self, subjects: Sequence[InstructionResponse]) -> int:
         """Return the number of wanted judgements; justifications count too."""
         return len(subjects) * (2 if self.rationale_tokens else 1)
 
-    def judge(self, bench: Bench, subjects: Sequence[Subject]) -> Judged:
+    def judge(self, context: JudgeContext, subjects: Sequence[InstructionResponse]) -> JudgeOutput:
         """Judge each response once, by the mean of the judge's score distribution.
 
         The prompts for one instruction share the rubric and the instruction, which are computed once. A judge that
@@ -86,11 +87,11 @@ class ExpectedScore(Rubric):
         """
         rationales, judgements = dict.fromkeys((subject.response.id for subject in subjects), ""), list[Judgement]()
         if self.rationale_tokens:
-            rationales, judgements = self._justify(bench, subjects)
-        reader = bench.reader(self.batch_tokens)
-        digits = score_tokens(reader.tokenizer, self.low, self.high)
-        groups: list[Group] = []
-        members: dict[str, list[Subject]] = {}
+            rationales, judgements = self._justify(context, subjects)
+        reader = context.reader(self.max_batch_tokens)
+        digits = score_tokens(reader.tokenizer, self.min_score, self.max_score)
+        groups: list[SharedPrompt] = []
+        members: dict[str, list[InstructionResponse]] = {}
         for name, family in by_instruction([s for s in subjects if s.response.id in rationales]).items():
             prompts = [self._prompt(reader.tokenizer, s, rationales[s.response.id]) for s in family]
             fits = [len(prompt) < reader.context for prompt in prompts]
@@ -99,25 +100,27 @@ class ExpectedScore(Rubric):
             fitting = [prompt for prompt, fit in zip(prompts, fits, strict=True) if fit]
             if fitting:
                 groups.append(share_prompt(name, fitting, [[] for _ in fitting]))
-        for group, rows in zip(groups, read_all(reader, groups, digits, bench.journal, "scores"), strict=True):
+        for group, rows in zip(groups, score_batched(reader, groups, digits, context.journal, "scores"), strict=True):
             judgements += [
-                expected(subject, row, self.low, rationales[subject.response.id], reader.digest)
+                expected(subject, row, self.min_score, rationales[subject.response.id], reader.digest)
                 for subject, row in zip(members[group.id], rows, strict=True)
             ]
-        return Judged(judgements=judgements)
+        return JudgeOutput(judgements=judgements)
 
-    def _prompt(self, tokenizer: "Tokenizer", subject: Subject, rationale: str) -> list[int]:
+    def _prompt(self, tokenizer: "Tokenizer", subject: InstructionResponse, rationale: str) -> list[int]:
         """Return the ids up to the score. A justification is text, whatever control tokens it spells."""
         asked = self.ask(subject.instruction.text, subject.response.text)
         return encode_prompt(tokenizer, asked, f"{rationale}\n{PREFIX}".lstrip())
 
-    def _justify(self, bench: Bench, subjects: Sequence[Subject]) -> tuple[dict[str, str], list[Judgement]]:
+    def _justify(
+        self, context: JudgeContext, subjects: Sequence[InstructionResponse]
+    ) -> tuple[dict[str, str], list[Judgement]]:
         """Return ({response id: greedy justification}, the failed judgements).
 
         A justification includes the judge's thinking and stops before a score. It fails if the prompt leaves no room
         for it, or if the judge was still thinking at the last token.
         """
-        generator = bench.writer()
+        generator = context.writer()
         sampling = Sampling(temperature=0, max_new_tokens=self.rationale_tokens)
         prompts = {
             s.response.id: encode_prompt(generator.tokenizer, self.ask(s.instruction.text, s.response.text))
@@ -125,7 +128,9 @@ class ExpectedScore(Rubric):
         }
         fitting = {name: p for name, p in prompts.items() if len(p) + self.rationale_tokens <= generator.context}
         requests = [Request(prompt=prompt, seeds=[0]) for prompt in fitting.values()]
-        written = write_all(generator, requests, sampling, bench.journal, f"justification-{subjects[0].response.id}")
+        written = generate_batched(
+            generator, requests, sampling, context.journal, f"justification-{subjects[0].response.id}"
+        )
         made = {name: spell_out(generator.tokenizer, one) for name, [one] in zip(fitting, written, strict=True)}
         rationales: dict[str, str] = {}
         failed: list[Judgement] = []
@@ -172,7 +177,7 @@ def distribution(logps: Sequence[float]) -> list[float]:
     return [weight / sum(weights) for weight in weights]
 
 
-def expected(subject: Subject, logps: Sequence[float], low: int, rationale: str, model: str) -> Judgement:
+def expected(subject: InstructionResponse, logps: Sequence[float], low: int, rationale: str, model: str) -> Judgement:
     """Return the judgement with mean and entropy of the distribution over the scores from `low` up."""
     shares = distribution(logps)
     score = math.fsum(share * value for value, share in enumerate(shares, start=low))

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 from selfalign.core.records import Instruction, given_response
 from selfalign.engines.openai_client import Endpoint
 from selfalign.engines.replies import Reply
-from selfalign.judges.protocol import Bench, Judged, Subject
-from selfalign.judges.written import JudgeText, Wish, WrittenScore, first_wishes, write_judgements
+from selfalign.judges.protocol import InstructionResponse, JudgeContext, JudgeOutput
+from selfalign.judges.written import JudgementRequest, JudgeText, WrittenScore, initial_requests, write_judgements
 
 
 @dataclass(kw_only=True, slots=True)
@@ -29,38 +29,42 @@ class ExternalScore(WrittenScore):
         WrittenScore.__post_init__(self)
         self.endpoint.check("judge.endpoint")
 
-    def judge(self, bench: Bench, subjects: Sequence[Subject]) -> Judged:
-        """Ask for `samples` judgements of each response, and count requests, tokens and cost."""
+    def judge(self, context: JudgeContext, subjects: Sequence[InstructionResponse]) -> JudgeOutput:
+        """Ask for `num_samples` judgements of each response, and count requests, tokens and cost."""
         replies: list[Reply] = []
 
-        def write(wishes: Sequence[Wish]) -> list[JudgeText]:
-            requests = {wish.name: self._request(wish) for wish in wishes}
-            answered = client.complete_all(requests, bench.journal, int(wishes[0].attempt == 1))
+        def write(wanted: Sequence[JudgementRequest]) -> list[JudgeText]:
+            requests = {one.name: self._request(one) for one in wanted}
+            answered = client.complete_all(requests, context.journal, int(wanted[0].attempt == 1))
             replies.extend(answered.values())
             return [JudgeText(reply.text, reply.finish_reason) for reply in answered.values()]
 
-        client = bench.client(self.endpoint, "judge.endpoint")
+        client = context.client(self.endpoint, "judge.endpoint")
         judgements = write_judgements(
-            first_wishes(subjects, self.samples, bench.seed),
+            initial_requests(subjects, self.num_samples, context.seed),
             write,
-            low=self.low,
-            high=self.high,
+            low=self.min_score,
+            high=self.max_score,
             retries=self.retries,
-            seed=bench.seed,
+            seed=context.seed,
             model=self.endpoint.name,
         )
-        return Judged(judgements=judgements, counts=self.endpoint.usage(replies))
+        return JudgeOutput(judgements=judgements, counts=self.endpoint.usage(replies))
 
     def probe(self) -> dict[str, Any]:
         """Return a request like any other, about one word."""
         asked = Instruction(id="probe", text="Greet me.", source="given")
-        return self._request(Wish(Subject(asked, given_response("probe-1", asked.id, "Hello.", "probe")), 1, 1, 0))
+        return self._request(
+            JudgementRequest(
+                InstructionResponse(asked, given_response("probe-1", asked.id, "Hello.", "probe")), 1, 1, 0
+            )
+        )
 
-    def _request(self, wish: Wish) -> dict[str, Any]:
+    def _request(self, one: JudgementRequest) -> dict[str, Any]:
         return {
-            "messages": self.ask(wish.subject.instruction.text, wish.subject.response.text),
+            "messages": self.ask(one.subject.instruction.text, one.subject.response.text),
             "temperature": self.sampling.temperature,
             "top_p": self.sampling.top_p,
             "max_tokens": self.sampling.max_new_tokens,
-            "seed": wish.seed % 2**31,
+            "seed": one.seed % 2**31,
         }

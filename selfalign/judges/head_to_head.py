@@ -5,23 +5,23 @@ from pathlib import Path
 from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import read_records, write_records
 from selfalign.core.records import Instruction, Response
-from selfalign.engines.protocol import Backend
-from selfalign.judges.comparator import Referee
-from selfalign.judges.comparisons import Duel
-from selfalign.judges.protocol import Bench
-from selfalign.models.checkpoint import PolicyFiles
-from selfalign.store.artifacts import Counts, Workspace
+from selfalign.engines.protocol import Engine
+from selfalign.judges.comparator import PairwiseComparator
+from selfalign.judges.comparisons import ResponsePair
+from selfalign.judges.protocol import JudgeContext
+from selfalign.models.checkpoint import PolicyCheckpoint
+from selfalign.store.artifacts import Counts, StageOutput
 
 
 def compare_answers(
-    out: Workspace,
+    out: StageOutput,
     *,
-    judge: Referee,
-    policy: PolicyFiles | None,
+    judge: PairwiseComparator,
+    policy: PolicyCheckpoint | None,
     instructions: Path,
     answers: Path,
     opponent: Path,
-    generate: Backend,
+    engine: Engine,
     seed: int,
 ) -> Counts:
     """Compare two models' first answers to each instruction in both orders.
@@ -33,26 +33,26 @@ def compare_answers(
         instructions: an instructions.jsonl.
         answers: the model's responses.jsonl.
         opponent: the other's.
-        generate: says in what precision the judge computes.
-        seed: of the bench; a referee draws nothing.
+        engine: says in what precision the judge computes.
+        seed: of the context; a comparator draws nothing.
 
     Raises:
         SelfalignError: both have answered none of the instructions, or too many comparisons have no verdict.
     """
     asked = read_records(instructions, Instruction)
     mine, theirs = ({r.instruction_id: r for r in reversed(read_records(a, Response))} for a in (answers, opponent))
-    duels = [Duel(one, mine[one.id], theirs[one.id]) for one in asked if one.id in mine and one.id in theirs]
-    if not duels:
+    pairs = [ResponsePair(one, mine[one.id], theirs[one.id]) for one in asked if one.id in mine and one.id in theirs]
+    if not pairs:
         raise SelfalignError(f"{out.label}: there is no instruction that both models answered")
-    with out.journal(2 * len(duels), "verdicts") as journal:
-        bench = Bench(
+    with out.journal(2 * len(pairs), "verdicts") as journal:
+        context = JudgeContext(
             journal=journal,
             policy=policy,
             reference=None,
-            generate=generate,
+            engine=engine,
             seed=seed,
         )
-        with bench:
-            comparisons, counts = judge.decide(bench, duels, out.label)
+        with context:
+            comparisons, counts = judge.compare_models(context, pairs, out.label)
     write_records(out.path / "comparisons.jsonl", comparisons)
-    return counts | bench.counts | {"dropped": {"unanswered": len(asked) - len(duels), **counts["dropped"]}}
+    return counts | context.counts | {"dropped": {"unanswered": len(asked) - len(pairs), **counts["dropped"]}}

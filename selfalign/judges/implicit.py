@@ -11,21 +11,21 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Judgement, JudgementStatus
 from selfalign.data.sources import as_prompt
 from selfalign.judges.protocol import (
-    Alarm,
-    Bench,
-    Judged,
-    Subject,
+    DegeneracyThresholds,
+    InstructionResponse,
+    JudgeContext,
+    JudgeOutput,
     by_instruction,
-    check_batch_tokens,
+    check_max_batch_tokens,
     check_model,
     check_share,
     too_long,
 )
 from selfalign.metrics import catalog
 from selfalign.metrics.accumulate import Mean
-from selfalign.models.batches import Group, answer_of, encode_group
-from selfalign.models.checkpoint import PolicyFiles
-from selfalign.models.scorer import Scorer
+from selfalign.models.batches import SharedPrompt, answer_of, encode_group
+from selfalign.models.checkpoint import PolicyCheckpoint
+from selfalign.models.scorer import LogProbScorer
 from selfalign.store.journal import Journal
 
 
@@ -34,33 +34,33 @@ class ImplicitReward:
     """`β [log π(y|x) - log π_ref(y|x)] - α |y|`, summed over the response's tokens. There is no rubric.
 
     arXiv 2406.09760 (DICE). π is the judging policy, π_ref the reference it was trained against: M0 for
-    M1, and for M_t what `train.reference` names, by default M_{t-1}. `|y|` counts tokens, the end of turn included.
-    Weights are float32, because the reward is a small difference of large sums. α is chosen over all responses, so
-    they are judged together and lie in memory all at once.
+    M1, and for M_t what `train.reference_policy` names, by default M_{t-1}. `|y|` counts tokens, the end of turn
+    included. Weights are float32, because the reward is a small difference of large sums. α is chosen over all
+    responses, so they are judged together and lie in memory all at once.
 
     Attributes:
         model: who judges: "self" (M_t) or "sft" (M1); M0 has no reference, and neither has a model from elsewhere.
         beta: β of the reward; the order of responses does not depend on it while α is chosen by itself.
         alpha: α, taken off for each token; null chooses it as the paper does, so that over the instructions with
             several responses the best one is on average as long as the worst, or 0 where no instruction has several.
-        batch_tokens: the most tokens of a forward pass.
-        max_failed_share: the run stops when more than this share of the responses gets no score.
-        alarm: when the judge says nearly the same of everything.
+        max_batch_tokens: the most tokens of a forward pass.
+        max_failure_rate: the run stops when more than this share of the responses gets no score.
+        degeneracy: when the judge says nearly the same of everything.
     """
 
     model: str = "self"
     beta: float = 0.1
     alpha: float | None = None
-    batch_tokens: int = 2048
-    max_failed_share: float = 0.5
-    alarm: Alarm = field(default_factory=Alarm)
-    minimum_valid: ClassVar[int] = 1
+    max_batch_tokens: int = 2048
+    max_failure_rate: float = 0.5
+    degeneracy: DegeneracyThresholds = field(default_factory=DegeneracyThresholds)
+    min_valid_samples: ClassVar[int] = 1
     token_setting: ClassVar[None] = None
-    together: ClassVar[int] = sys.maxsize
+    instructions_per_call: ClassVar[int] = sys.maxsize
 
     def __post_init__(self) -> None:
         check_model(self.model)
-        check_share(self.max_failed_share)
+        check_share(self.max_failure_rate)
         if self.model not in ("self", "sft"):
             raise SelfalignError(
                 f"judge.model={self.model} has no reference policy, which judge=implicit needs. Set judge.model=self "
@@ -70,27 +70,27 @@ class ImplicitReward:
             raise SelfalignError(f"judge.beta must be above 0, got {self.beta}")
         if self.alpha is not None and self.alpha < 0:
             raise SelfalignError(f"judge.alpha must be 0 or more, or null, got {self.alpha}")
-        check_batch_tokens(self.batch_tokens)
+        check_max_batch_tokens(self.max_batch_tokens)
 
-    def wanted(self, subjects: Sequence[Subject]) -> int:
+    def wanted(self, subjects: Sequence[InstructionResponse]) -> int:
         """Return the number of scores: each response is scored by the policy and by its reference."""
         return 2 * len(subjects)
 
-    def judge(self, bench: Bench, subjects: Sequence[Subject]) -> Judged:
+    def judge(self, context: JudgeContext, subjects: Sequence[InstructionResponse]) -> JudgeOutput:
         """Judge each response once, by its implicit reward.
 
         Raises:
             SelfalignError: there is no reference, or it is the policy itself.
         """
-        policy, reference = bench.judging_policy(), bench.reference
+        policy, reference = context.judging_policy(), context.reference
         if reference is None or reference.digest == policy.digest:
             raise SelfalignError(
                 "judge=implicit: the judging policy has no reference policy or equals it, so every reward would be 0. "
-                "It needs a policy that was trained: set data.seeds, or judge in a later iteration."
+                "It needs a policy that was trained: set data.seed_data, or judge in a later iteration."
             )
         families = by_instruction(subjects)
-        own, lengths = self._score(bench.journal, "policy", policy, families)
-        others, _ = self._score(bench.journal, "reference", reference, families)
+        own, lengths = self._score(context.journal, "policy", policy, families)
+        others, _ = self._score(context.journal, "reference", reference, families)
         rewards = {name: self.beta * (own[name] - others[name]) for name in own if name in others}
         measured = [
             [(rewards[s.response.id], lengths[s.response.id]) for s in family if s.response.id in rewards]
@@ -103,14 +103,14 @@ class ImplicitReward:
             else too_long(subject, policy.digest)
             for subject in subjects
         ]
-        return Judged(judgements=judgements, means={catalog.JUDGE_ALPHA.name: Mean(alpha, 1.0)})
+        return JudgeOutput(judgements=judgements, means={catalog.JUDGE_ALPHA.name: Mean(alpha, 1.0)})
 
     def _score(
-        self, journal: Journal, who: str, files: PolicyFiles, families: dict[str, list[Subject]]
+        self, journal: Journal, who: str, files: PolicyCheckpoint, families: dict[str, list[InstructionResponse]]
     ) -> tuple[dict[str, float], dict[str, int]]:
         """Return ({response id: summed log-probability} under one policy, of those that fit, {response id: tokens})."""
         policy = files.load("float32")
-        groups: list[Group] = []
+        groups: list[SharedPrompt] = []
         members: dict[str, list[str]] = {}
         lengths: dict[str, int] = {}
         for name, family in families.items():
@@ -122,8 +122,10 @@ class ImplicitReward:
             lengths |= {family[i].response.id: len(group.responses[i]) for i in kept}
             if kept:
                 responses = [group.responses[i] for i in kept]
-                groups.append(Group(id=name, prompt=group.prompt, responses=responses, given=[0] * len(kept)))
-        scorer = Scorer(policy, self.batch_tokens)
+                groups.append(
+                    SharedPrompt(id=name, prompt=group.prompt, responses=responses, num_context_tokens=[0] * len(kept))
+                )
+        scorer = LogProbScorer(policy, self.max_batch_tokens)
         scores: dict[str, float] = {}
         for group, values in zip(groups, scorer.score_all(groups, journal, who), strict=True):
             scores |= dict(zip(members[group.id], values, strict=True))
@@ -165,7 +167,7 @@ def _longer(families: Sequence[Sequence[tuple[float, int]]], alpha: float) -> fl
     return sum(max(family, key=net)[1] - min(family, key=net)[1] for family in families) / len(families)
 
 
-def _judgement(subject: Subject, reward: float, penalty: float, model: str) -> Judgement:
+def _judgement(subject: InstructionResponse, reward: float, penalty: float, model: str) -> Judgement:
     return Judgement(
         id=f"{subject.response.id}-1",
         response_id=subject.response.id,

@@ -10,37 +10,45 @@ from typing import ClassVar
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed
 from selfalign.core.records import Comparison, Demonstration, Judgement, JudgementStatus, RankedAnswers, Verdict
-from selfalign.judges.comparator import OPENING, Referee
-from selfalign.judges.comparisons import Duel, expected_win_rates, win_shares
-from selfalign.judges.protocol import TOGETHER, Alarm, Bench, Judged, Subject, by_instruction, check_scale
+from selfalign.judges.comparator import OPENING, PairwiseComparator
+from selfalign.judges.comparisons import ResponsePair, expected_win_rates, win_shares
+from selfalign.judges.protocol import (
+    INSTRUCTIONS_PER_CALL,
+    DegeneracyThresholds,
+    InstructionResponse,
+    JudgeContext,
+    JudgeOutput,
+    by_instruction,
+    check_scale,
+)
 from selfalign.metrics import catalog
 from selfalign.metrics.accumulate import Mean, Sums
 
 
 @dataclass(kw_only=True, slots=True)
-class Pairwise(Referee):
+class Pairwise(PairwiseComparator):
     """Compare each response with others to the same instruction, in both orders; its wins are its score.
 
     Attributes:
         pairs: comparisons of each instruction, drawn so that every response has a turn; 0 takes all.
         scores: "wins", the share of comparisons won, a tie counting half; "elo", the share a response should win
             against an average one by Bradley and Terry's model, which is fairer where `pairs` are drawn.
-        low: the score of a response that loses all.
-        high: of one that wins all.
-        alarm: when the judge says nearly the same of everything.
+        min_score: the score of a response that loses all.
+        max_score: of one that wins all.
+        degeneracy: when the judge says nearly the same of everything.
     """
 
     pairs: int = 0
     scores: str = "wins"
-    low: int = 0
-    high: int = 5
-    alarm: Alarm = field(default_factory=Alarm)
-    minimum_valid: ClassVar[int] = 1
-    together: ClassVar[int] = TOGETHER
+    min_score: int = 0
+    max_score: int = 5
+    degeneracy: DegeneracyThresholds = field(default_factory=DegeneracyThresholds)
+    min_valid_samples: ClassVar[int] = 1
+    instructions_per_call: ClassVar[int] = INSTRUCTIONS_PER_CALL
 
     def __post_init__(self) -> None:
-        Referee.__post_init__(self)
-        check_scale(self.low, self.high)
+        PairwiseComparator.__post_init__(self)
+        check_scale(self.min_score, self.max_score)
         if self.pairs < 0:
             raise SelfalignError(f"judge.pairs must be 0 (all) or more, got {self.pairs}")
         if self.scores not in ("wins", "elo"):
@@ -60,47 +68,49 @@ class Pairwise(Referee):
             for one, other in permutations(range(len(question.texts)), 2)
         ]
 
-    def wanted(self, subjects: Sequence[Subject]) -> int:
+    def wanted(self, subjects: Sequence[InstructionResponse]) -> int:
         """Return the number of wanted verdicts."""
         return 2 * sum(self.pairs_of(len(family)) for family in by_instruction(subjects).values())
 
-    def judge(self, bench: Bench, subjects: Sequence[Subject]) -> Judged:
+    def judge(self, context: JudgeContext, subjects: Sequence[InstructionResponse]) -> JudgeOutput:
         """Judge each response once, by its comparisons."""
         families = by_instruction(subjects)
-        duels = [duel for family in families.values() for duel in self._draw(family, bench.seed)]
-        comparisons, counts = self.compare(bench, duels)
+        pairs = [pair for family in families.values() for pair in self._draw(family, context.seed)]
+        comparisons, counts = self.compare(context, pairs)
         by_family: dict[str, list[Comparison]] = {name: [] for name in families}
         for comparison in comparisons:
             by_family[comparison.instruction_id].append(comparison)
         judgements: list[Judgement] = []
         for name, family in families.items():
-            judgements += self._judgements(family, by_family[name], self.name(bench))
+            judgements += self._judgements(family, by_family[name], self.name(context))
         counts[catalog.COMPARISONS.name] = len(comparisons)
         preference = counts.pop(place := catalog.JUDGE_PLACE_PREFERENCE.name, None)
-        means: Sums = {} if preference is None else {place: Mean(preference * len(duels), float(len(duels)))}
-        return Judged(judgements=judgements, comparisons=comparisons, counts=counts, means=means)
+        means: Sums = {} if preference is None else {place: Mean(preference * len(pairs), float(len(pairs)))}
+        return JudgeOutput(judgements=judgements, comparisons=comparisons, counts=counts, means=means)
 
     def pairs_of(self, responses: int) -> int:
         """Return the number of comparisons of an instruction with so many responses."""
         every = responses * (responses - 1) // 2
         return min(self.pairs or every, every)
 
-    def _draw(self, family: Sequence[Subject], seed: int) -> list[Duel]:
+    def _draw(self, family: Sequence[InstructionResponse], seed: int) -> list[ResponsePair]:
         """Return the comparisons of one instruction: all, or a sample in which every response takes part."""
-        rest = [Duel(one.instruction, one.response, other.response) for one, other in combinations(family, 2)]
+        rest = [ResponsePair(one.instruction, one.response, other.response) for one, other in combinations(family, 2)]
         if len(rest) <= (count := self.pairs_of(len(family))):
             return rest
         random.Random(derive_seed(seed, family[0].instruction.id)).shuffle(rest)
         turns: Counter[str] = Counter()
-        drawn: list[Duel] = []
+        drawn: list[ResponsePair] = []
         for _ in range(count):
-            duel = min(rest, key=lambda duel: turns[duel.first.id] + turns[duel.second.id])
-            rest.remove(duel)
-            turns.update((duel.first.id, duel.second.id))
-            drawn.append(duel)
+            pair = min(rest, key=lambda pair: turns[pair.first.id] + turns[pair.second.id])
+            rest.remove(pair)
+            turns.update((pair.first.id, pair.second.id))
+            drawn.append(pair)
         return drawn
 
-    def _judgements(self, family: Sequence[Subject], comparisons: list[Comparison], model: str) -> list[Judgement]:
+    def _judgements(
+        self, family: Sequence[InstructionResponse], comparisons: list[Comparison], model: str
+    ) -> list[Judgement]:
         """Return a judgement of each response from the comparisons of its instruction."""
         outcomes = [(c.first_id, c.second_id, c.outcome) for c in comparisons if c.outcome is not None]
         shares = win_shares(outcomes) if self.scores == "wins" else expected_win_rates(outcomes)
@@ -114,7 +124,7 @@ class Pairwise(Referee):
                     id=f"{name}-1",
                     response_id=name,
                     status=JudgementStatus.OK if known else failed,
-                    score=self.low + shares[name] * (self.high - self.low) if known else None,
+                    score=self.min_score + shares[name] * (self.max_score - self.min_score) if known else None,
                     text=describe(name, own),
                     model=model,
                 )

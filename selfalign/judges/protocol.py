@@ -22,40 +22,42 @@ from selfalign.core.records import (
 )
 from selfalign.data.sources import as_prompt
 from selfalign.engines.openai_client import Client, Endpoint
-from selfalign.engines.protocol import Backend, Generator, Loaded, Reader
+from selfalign.engines.protocol import Engine, Generator, LoadedEngine, TokenScorer
 from selfalign.metrics.accumulate import Sums
-from selfalign.models.checkpoint import PolicyFiles
-from selfalign.store.artifacts import Artefact, Counts
+from selfalign.models.checkpoint import PolicyCheckpoint
+from selfalign.store.artifacts import Artifact, Counts
 from selfalign.store.journal import Journal
 
 OWN_MODELS = ("self", "sft", "base")
 """Names of the run's own models as judges: M_t, M1 and M0."""
 
 
-TOGETHER = CHUNK // 4
+INSTRUCTIONS_PER_CALL = CHUNK // 4
 """Instructions judged at a time; with four candidates each, as many responses as a stage holds records."""
 
-L = TypeVar("L", bound=Loaded)
+L = TypeVar("L", bound=LoadedEngine)
 
 
 @dataclass(kw_only=True, slots=True)
-class Alarm:
+class DegeneracyThresholds:
     """Bounds below which a judge's scores are nearly constant and teach nothing. Crossing one is a warning, not an
     error.
 
     Attributes:
-        tied_share: warns when at least this share of the instructions has equal scores for all its responses.
-        entropy: warns when the scores, over all responses, have less entropy than this, nats; 0 never does.
+        max_tie_rate: warns when at least this share of the instructions has equal scores for all its responses.
+        min_entropy: warns when the scores, over all responses, have less entropy than this, nats; 0 never does.
     """
 
-    tied_share: float = 0.8
-    entropy: float = 0.1
+    max_tie_rate: float = 0.8
+    min_entropy: float = 0.1
 
     def __post_init__(self) -> None:
-        if not 0 < self.tied_share <= 1:
-            raise SelfalignError(f"judge.alarm.tied_share must be above 0 and at most 1, got {self.tied_share}")
-        if self.entropy < 0:
-            raise SelfalignError(f"judge.alarm.entropy must be 0 or more, got {self.entropy}")
+        if not 0 < self.max_tie_rate <= 1:
+            raise SelfalignError(
+                f"judge.degeneracy.max_tie_rate must be above 0 and at most 1, got {self.max_tie_rate}"
+            )
+        if self.min_entropy < 0:
+            raise SelfalignError(f"judge.degeneracy.min_entropy must be 0 or more, got {self.min_entropy}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -64,29 +66,29 @@ class Rubric:
 
     Attributes:
         prompt: the rubric, a text or "file:PATH", with the placeholders {instruction} and {response}.
-        low: the lowest score of the rubric.
-        high: the highest.
-        max_failed_share: the run stops when more than this share of the wanted judgements has no score after all
+        min_score: the lowest score of the rubric.
+        max_score: the highest.
+        max_failure_rate: the run stops when more than this share of the wanted judgements has no score after all
             retries.
-        alarm: when scores count as nearly constant.
+        degeneracy: when scores count as nearly constant.
     """
 
     prompt: str
-    low: int = 0
-    high: int = 5
-    max_failed_share: float = 0.5
-    alarm: Alarm = field(default_factory=Alarm)
+    min_score: int = 0
+    max_score: int = 5
+    max_failure_rate: float = 0.5
+    degeneracy: DegeneracyThresholds = field(default_factory=DegeneracyThresholds)
 
     def __post_init__(self) -> None:
         self.prompt = text_or_file(self.prompt, "judge.prompt")
         check_template(self.prompt, "judge.prompt", ("instruction", "response"))
-        check_share(self.max_failed_share)
-        check_scale(self.low, self.high)
+        check_share(self.max_failure_rate)
+        check_scale(self.min_score, self.max_score)
 
     @property
-    def together(self) -> int:
+    def instructions_per_call(self) -> int:
         """The number of instructions judged at a time."""
-        return TOGETHER
+        return INSTRUCTIONS_PER_CALL
 
     def ask(self, instruction: str, response: str) -> Prompt:
         """Return the judge's prompt about one response."""
@@ -94,7 +96,7 @@ class Rubric:
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class InstructionResponse:
     """A response with the instruction it answers."""
 
     instruction: Instruction
@@ -102,27 +104,27 @@ class Subject:
 
 
 @dataclass(kw_only=True, slots=True)
-class Bench:
+class JudgeContext:
     """Run-time context of a judge. A loaded policy is cached between calls and released when the context exits.
 
     Attributes:
         journal: keeps finished batches through a kill.
         policy: the policy that judges; None for a judge behind an endpoint.
         reference: the reference policy of the judging policy, for judges that compare the two.
-        generate: the engine.
+        engine: the engine.
         seed: of everything that is sampled.
         counts: the engine's own counts, such as its version.
     """
 
     journal: Journal
-    policy: PolicyFiles | None
-    reference: PolicyFiles | None
-    generate: Backend
+    policy: PolicyCheckpoint | None
+    reference: PolicyCheckpoint | None
+    engine: Engine
     seed: int
     counts: Counts = field(default_factory=dict, init=False)
     _client: Client | None = field(default=None, init=False)
     _role: str = field(default="", init=False)
-    _loaded: Loaded | None = field(default=None, init=False)
+    _loaded: LoadedEngine | None = field(default=None, init=False)
 
     def __enter__(self) -> Self:
         return self
@@ -134,11 +136,11 @@ class Bench:
 
     def writer(self) -> Generator:
         """Return the judging policy, loaded to write."""
-        return self._only("writer", lambda: self.generate.load(self.judging_policy()))
+        return self._only("writer", lambda: self.engine.load(self.judging_policy()))
 
-    def reader(self, batch_tokens: int) -> Reader:
-        """Return the judging policy, loaded to score next tokens in batches of at most `batch_tokens`."""
-        return self._only("reader", lambda: self.generate.load_reader(self.judging_policy(), batch_tokens))
+    def reader(self, max_batch_tokens: int) -> TokenScorer:
+        """Return the judging policy, loaded to score next tokens in batches of at most `max_batch_tokens`."""
+        return self._only("reader", lambda: self.engine.load_scorer(self.judging_policy(), max_batch_tokens))
 
     def client(self, endpoint: Endpoint, key: str) -> Client:
         """Return the client of the judge's server. Messages name its settings as `key`.name."""
@@ -158,7 +160,7 @@ class Bench:
         if loaded is not None:
             loaded.__exit__(None, None, None)
 
-    def judging_policy(self) -> PolicyFiles:
+    def judging_policy(self) -> PolicyCheckpoint:
         """Return the policy that judges.
 
         Raises:
@@ -170,7 +172,7 @@ class Bench:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Judged:
+class JudgeOutput:
     """Judgements, and the comparisons they come from, if there are any.
 
     A judge is called several times. Its `counts` are summed over the calls, its `means` are averaged.
@@ -185,30 +187,47 @@ class Judged:
 class Judge(Protocol):
     """A way to score responses.
 
-    A wanted judgement that fails with all its attempts counts once against `max_failed_share`. A response with fewer
-    than `minimum_valid` valid judgements is unjudged. `together` is the number of instructions judged at a time, each
-    with all its responses. `token_setting` names the setting that limits the length of the judge's texts; it is None
-    for a judge that writes nothing.
+    A wanted judgement that fails with all its attempts counts once against `max_failure_rate`. A response with fewer
+    than `min_valid_samples` valid judgements is unjudged. `instructions_per_call` is the number of instructions judged
+    at a time, each with all its responses. `token_setting` names the setting that limits the length of the judge's
+    texts; it is None for a judge that writes nothing.
     """
 
-    max_failed_share: float
-    alarm: Alarm
+    max_failure_rate: float
+    degeneracy: DegeneracyThresholds
 
     @property
-    def together(self) -> int: ...
+    def instructions_per_call(self) -> int: ...
 
     @property
     def model(self) -> str: ...
 
     @property
-    def minimum_valid(self) -> int: ...
+    def min_valid_samples(self) -> int: ...
 
     @property
     def token_setting(self) -> str | None: ...
 
-    def wanted(self, subjects: Sequence[Subject]) -> int: ...
+    def wanted(self, subjects: Sequence[InstructionResponse]) -> int: ...
 
-    def judge(self, bench: Bench, subjects: Sequence[Subject]) -> Judged: ...
+    def judge(self, context: JudgeContext, subjects: Sequence[InstructionResponse]) -> JudgeOutput: ...
+
+
+class TeachableJudge(Protocol):
+    """What evaluation fine-tuning asks of a judge: its prompt, and the answer it should give."""
+
+    def ask(self, instruction: str, response: str) -> Prompt: ...
+
+    def answer(self, score: int, justification: str) -> str: ...
+
+    @property
+    def opening(self) -> str: ...
+
+    @property
+    def min_score(self) -> int: ...
+
+    @property
+    def max_score(self) -> int: ...
 
 
 def asks_a_server(judge: object) -> bool:
@@ -216,7 +235,7 @@ def asks_a_server(judge: object) -> bool:
     return bool(getattr(judge, "endpoint", Endpoint()).base_url)
 
 
-def who_judges(judge: Any, policy: Artefact | None) -> str:
+def who_judges(judge: Any, policy: Artifact | None) -> str:
     """Return the name of who judges, for the plan: a server's model, or a policy by its label."""
     return policy.key if policy is not None and not asks_a_server(judge) else judge.endpoint.model
 
@@ -226,32 +245,34 @@ def wants_model(judge: Any) -> bool:
     return judge is not None and not asks_a_server(judge) and judge.model not in OWN_MODELS
 
 
-def by_instruction(subjects: Sequence[Subject]) -> dict[str, list[Subject]]:
+def by_instruction(subjects: Sequence[InstructionResponse]) -> dict[str, list[InstructionResponse]]:
     """Return {instruction id: its responses}, in their order."""
-    families: dict[str, list[Subject]] = {}
+    families: dict[str, list[InstructionResponse]] = {}
     for subject in subjects:
         families.setdefault(subject.instruction.id, []).append(subject)
     return families
 
 
-def average(subjects: Sequence[Subject], judgements: Sequence[Judgement], minimum_valid: int) -> list[ResponseScore]:
+def average(
+    subjects: Sequence[InstructionResponse], judgements: Sequence[Judgement], min_valid_samples: int
+) -> list[ResponseScore]:
     """Return every response's mean over its valid judgements, their number and variance (n-1 in the denominator).
 
-    A response with fewer than `minimum_valid` valid judgements has no score.
+    A response with fewer than `min_valid_samples` valid judgements has no score.
     """
     valid: dict[str, list[float]] = {subject.response.id: [] for subject in subjects}
     for judgement in judgements:
         if judgement.score is not None:
             valid[judgement.response_id].append(judgement.score)
-    return [_summary(response, scores, minimum_valid) for response, scores in valid.items()]
+    return [_summary(response, scores, min_valid_samples) for response, scores in valid.items()]
 
 
-def _summary(response: str, scores: list[float], minimum_valid: int) -> ResponseScore:
+def _summary(response: str, scores: list[float], min_valid_samples: int) -> ResponseScore:
     mean = math.fsum(scores) / len(scores) if scores else 0.0
     squares = math.fsum((score - mean) ** 2 for score in scores)
     return ResponseScore(
         id=response,
-        score=mean if len(scores) >= minimum_valid else None,
+        score=mean if len(scores) >= min_valid_samples else None,
         valid=len(scores),
         variance=squares / (len(scores) - 1) if len(scores) > 1 else None,
     )
@@ -263,18 +284,18 @@ def last_attempts(judgements: Sequence[Judgement]) -> list[Judgement]:
     return list(last.values())
 
 
-def too_long(subject: Subject, model: str) -> Judgement:
+def too_long(subject: InstructionResponse, model: str) -> Judgement:
     """Return the judgement of a response whose prompt exceeds the judge's context. Prompts are never cut to fit."""
     return unjudged(subject, model, JudgementStatus.PROMPT_TOO_LONG, "")
 
 
-def unjudged(subject: Subject, model: str, status: JudgementStatus, text: str) -> Judgement:
+def unjudged(subject: InstructionResponse, model: str, status: JudgementStatus, text: str) -> Judgement:
     """Return the one judgement, without a score, of a response."""
     name = subject.response.id
     return Judgement(id=f"{name}-1", response_id=name, status=status, score=None, text=text, model=model)
 
 
-def ties(subjects: Sequence[Subject], scores: Mapping[str, float]) -> list[bool]:
+def ties(subjects: Sequence[InstructionResponse], scores: Mapping[str, float]) -> list[bool]:
     """For each instruction with two judged responses or more, return whether all scores are equal."""
     families = [
         [scores[s.response.id] for s in family if s.response.id in scores]
@@ -286,7 +307,7 @@ def ties(subjects: Sequence[Subject], scores: Mapping[str, float]) -> list[bool]
 def check_scale(low: int, high: int) -> None:
     """Check that `low` is below `high`."""
     if low >= high:
-        raise SelfalignError(f"judge.low must be below judge.high, got {low} and {high}")
+        raise SelfalignError(f"judge.min_score must be below judge.max_score, got {low} and {high}")
 
 
 def check_model(model: str, key: str = "judge") -> None:
@@ -298,13 +319,13 @@ def check_model(model: str, key: str = "judge") -> None:
         )
 
 
-def check_share(max_failed_share: float, key: str = "judge") -> None:
+def check_share(max_failure_rate: float, key: str = "judge") -> None:
     """Check that the share lies between 0 and 1."""
-    if not 0 <= max_failed_share <= 1:
-        raise SelfalignError(f"{key}.max_failed_share must lie between 0 and 1, got {max_failed_share}")
+    if not 0 <= max_failure_rate <= 1:
+        raise SelfalignError(f"{key}.max_failure_rate must lie between 0 and 1, got {max_failure_rate}")
 
 
-def check_batch_tokens(batch_tokens: int, key: str = "judge") -> None:
+def check_max_batch_tokens(max_batch_tokens: int, key: str = "judge") -> None:
     """Check that the batch size is positive."""
-    if batch_tokens < 1:
-        raise SelfalignError(f"{key}.batch_tokens must be 1 or more, got {batch_tokens}")
+    if max_batch_tokens < 1:
+        raise SelfalignError(f"{key}.max_batch_tokens must be 1 or more, got {max_batch_tokens}")

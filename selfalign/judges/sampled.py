@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from selfalign.core.records import FinishReason
 from selfalign.data.thinking import marks_thinking, thinks_on
-from selfalign.engines.protocol import Completion, Generator, Request, write_all
-from selfalign.judges.protocol import Bench, Judged, Subject, check_model, too_long
-from selfalign.judges.written import JudgeText, Wish, WrittenScore, first_wishes, write_judgements
+from selfalign.engines.protocol import Completion, Generator, Request, generate_batched
+from selfalign.judges.protocol import InstructionResponse, JudgeContext, JudgeOutput, check_model, too_long
+from selfalign.judges.written import JudgementRequest, JudgeText, WrittenScore, initial_requests, write_judgements
 from selfalign.models.tokenizer import encode_prompt, prompt_end
 from selfalign.store.journal import Journal
 
@@ -30,12 +30,12 @@ class SampledScore(WrittenScore):
         WrittenScore.__post_init__(self)
         check_model(self.model)
 
-    def judge(self, bench: Bench, subjects: Sequence[Subject]) -> Judged:
-        """Write and read `samples` judgements of each response."""
-        generator = bench.writer()
+    def judge(self, context: JudgeContext, subjects: Sequence[InstructionResponse]) -> JudgeOutput:
+        """Write and read `num_samples` judgements of each response."""
+        generator = context.writer()
         limit = generator.context - self.sampling.max_new_tokens
         prompts: dict[str, list[int]] = {}
-        refused: list[Subject] = []
+        refused: list[InstructionResponse] = []
         for subject in subjects:
             asked = self.ask(subject.instruction.text, subject.response.text)
             prompt = encode_prompt(generator.tokenizer, asked)
@@ -45,35 +45,35 @@ class SampledScore(WrittenScore):
                 prompts[subject.response.id] = prompt
         fitting = [subject for subject in subjects if subject.response.id in prompts]
         written = write_judgements(
-            first_wishes(fitting, self.samples, bench.seed),
-            lambda wishes: self._write(generator, bench.journal, prompts, wishes),
-            low=self.low,
-            high=self.high,
+            initial_requests(fitting, self.num_samples, context.seed),
+            lambda wanted: self._write(generator, context.journal, prompts, wanted),
+            low=self.min_score,
+            high=self.max_score,
             retries=self.retries if self.sampling.temperature else 0,
-            seed=bench.seed,
+            seed=context.seed,
             model=generator.digest,
         )
-        return Judged(judgements=[*(too_long(subject, generator.digest) for subject in refused), *written])
+        return JudgeOutput(judgements=[*(too_long(subject, generator.digest) for subject in refused), *written])
 
     def _write(
-        self, generator: Generator, journal: Journal, prompts: dict[str, list[int]], wishes: Sequence[Wish]
+        self, generator: Generator, journal: Journal, prompts: dict[str, list[int]], wanted: Sequence[JudgementRequest]
     ) -> list[JudgeText]:
         """Return the texts of one round, in journalled batches. Judgements of one response share its prompt."""
-        by_response: dict[str, list[Wish]] = {}
-        for wish in wishes:
-            by_response.setdefault(wish.subject.response.id, []).append(wish)
+        by_response: dict[str, list[JudgementRequest]] = {}
+        for one in wanted:
+            by_response.setdefault(one.subject.response.id, []).append(one)
         requests = [
-            Request(prompt=prompts[response], seeds=[wish.seed for wish in mine])
+            Request(prompt=prompts[response], seeds=[one.seed for one in mine])
             for response, mine in by_response.items()
         ]
-        name, attempt = wishes[0].name, wishes[0].attempt
-        written = write_all(generator, requests, self.sampling, journal, name, int(attempt == 1))
+        name, attempt = wanted[0].name, wanted[0].attempt
+        written = generate_batched(generator, requests, self.sampling, journal, name, int(attempt == 1))
         texts = {
-            wish.name: judge_text(generator.tokenizer, request.prompt, made)
+            one.name: judge_text(generator.tokenizer, request.prompt, made)
             for request, mine, completions in zip(requests, by_response.values(), written, strict=True)
-            for wish, made in zip(mine, completions, strict=True)
+            for one, made in zip(mine, completions, strict=True)
         }
-        return [texts[wish.name] for wish in wishes]
+        return [texts[one.name] for one in wanted]
 
 
 def spell_out(tokenizer: "Tokenizer", made: Completion) -> str:

@@ -9,7 +9,7 @@ from selfalign.core.files import derive_seed
 from selfalign.core.records import FinishReason, Judgement, JudgementStatus
 from selfalign.engines.protocol import Sampling
 from selfalign.judges.parsing import PREFIX, REFUSALS, parse_score
-from selfalign.judges.protocol import Rubric, Subject
+from selfalign.judges.protocol import InstructionResponse, Rubric
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,29 +25,30 @@ class WrittenScore(Rubric):
     """Settings of judges that write a justification and a last line `Score: n`. Several judgements are averaged.
 
     Attributes:
-        samples: judgements of each response; the score is the mean of the valid ones.
+        num_samples: judgements of each response; the score is the mean of the valid ones.
         retries: how often a judgement without a score is written again, each time with another random stream. A
             policy that judges greedily (sampling.temperature=0) is not asked again: it would repeat itself.
-        minimum_valid: a response with fewer valid judgements is unjudged.
+        min_valid_samples: a response with fewer valid judgements is unjudged.
         sampling: how judgements are sampled.
     """
 
-    samples: int = 3
+    num_samples: int = 3
     retries: int = 2
-    minimum_valid: int = 1
+    min_valid_samples: int = 1
     sampling: Sampling = field(default_factory=Sampling)
     opening: ClassVar[str] = ""
     token_setting: ClassVar[str] = "judge.sampling.max_new_tokens"
 
     def __post_init__(self) -> None:
         Rubric.__post_init__(self)
-        if self.samples < 1:
-            raise SelfalignError(f"judge.samples must be 1 or more, got {self.samples}")
+        if self.num_samples < 1:
+            raise SelfalignError(f"judge.num_samples must be 1 or more, got {self.num_samples}")
         if self.retries < 0:
             raise SelfalignError(f"judge.retries must be 0 or more, got {self.retries}")
-        if not 1 <= self.minimum_valid <= self.samples:
+        if not 1 <= self.min_valid_samples <= self.num_samples:
             raise SelfalignError(
-                f"judge.minimum_valid must lie between 1 and judge.samples={self.samples}, got {self.minimum_valid}"
+                f"judge.min_valid_samples must lie between 1 and judge.num_samples={self.num_samples}, got "
+                f"{self.min_valid_samples}"
             )
         self.sampling.check("judge.sampling")
 
@@ -55,16 +56,16 @@ class WrittenScore(Rubric):
         """Return a judgement with this score, for evaluation fine-tuning."""
         return f"{justification}\n{PREFIX}{score}".lstrip()
 
-    def wanted(self, subjects: Sequence[Subject]) -> int:
+    def wanted(self, subjects: Sequence[InstructionResponse]) -> int:
         """Return the number of wanted judgements."""
-        return len(subjects) * self.samples
+        return len(subjects) * self.num_samples
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class JudgementRequest:
     """A request for one judgement: response, sample index, attempt number and sampling seed."""
 
-    subject: Subject
+    subject: InstructionResponse
     sample: int
     attempt: int
     seed: int
@@ -76,14 +77,18 @@ class Wish:
         return f"{self.subject.response.id}-{self.sample}{tries}"
 
 
-def first_wishes(subjects: Sequence[Subject], samples: int, seed: int) -> list[Wish]:
-    """Return the first requests: `samples` judgements of every response."""
-    return [Wish(s, n, 1, derive_seed(seed, s.response.id, n - 1)) for s in subjects for n in range(1, samples + 1)]
+def initial_requests(subjects: Sequence[InstructionResponse], samples: int, seed: int) -> list[JudgementRequest]:
+    """Return the first requests: `num_samples` judgements of every response."""
+    return [
+        JudgementRequest(s, n, 1, derive_seed(seed, s.response.id, n - 1))
+        for s in subjects
+        for n in range(1, samples + 1)
+    ]
 
 
 def write_judgements(
-    wishes: Sequence[Wish],
-    write: Callable[[Sequence[Wish]], list[JudgeText]],
+    wanted: Sequence[JudgementRequest],
+    write: Callable[[Sequence[JudgementRequest]], list[JudgeText]],
     *,
     low: int,
     high: int,
@@ -94,7 +99,7 @@ def write_judgements(
     """Write and read judgements. Those without a score are tried again, each time with a new random stream.
 
     Args:
-        wishes: the first requests.
+        wanted: the first requests.
         write: returns a text for each request.
         low: the lowest score.
         high: the highest score.
@@ -106,13 +111,13 @@ def write_judgements(
         Every attempt, failed ones included.
     """
     judgements: list[Judgement] = []
-    while wishes:
-        made = [_read(w, one, low, high, model) for w, one in zip(wishes, write(wishes), strict=True)]
+    while wanted:
+        made = [_read(w, one, low, high, model) for w, one in zip(wanted, write(wanted), strict=True)]
         judgements += made
-        wishes = [
-            _again(wish, seed)
-            for wish, judgement in zip(wishes, made, strict=True)
-            if _may_get_better(judgement) and wish.attempt <= retries
+        wanted = [
+            _again(one, seed)
+            for one, judgement in zip(wanted, made, strict=True)
+            if _may_get_better(judgement) and one.attempt <= retries
         ]
     return judgements
 
@@ -121,26 +126,26 @@ def _may_get_better(judgement: Judgement) -> bool:
     return judgement.status not in (JudgementStatus.OK, *REFUSALS.values())
 
 
-def _again(wish: Wish, seed: int) -> Wish:
-    attempt = wish.attempt + 1
-    return Wish(
-        wish.subject,
-        wish.sample,
+def _again(one: JudgementRequest, seed: int) -> JudgementRequest:
+    attempt = one.attempt + 1
+    return JudgementRequest(
+        one.subject,
+        one.sample,
         attempt,
-        derive_seed(seed, wish.subject.response.id, wish.sample - 1, attempt),
+        derive_seed(seed, one.subject.response.id, one.sample - 1, attempt),
     )
 
 
-def _read(wish: Wish, written: JudgeText, low: int, high: int, model: str) -> Judgement:
-    parsed = parse_score(written.text, low, high, written.finish_reason, wish.subject.response.text)
+def _read(one: JudgementRequest, written: JudgeText, low: int, high: int, model: str) -> Judgement:
+    parsed = parse_score(written.text, low, high, written.finish_reason, one.subject.response.text)
     return Judgement(
-        id=wish.name,
-        response_id=wish.subject.response.id,
+        id=one.name,
+        response_id=one.subject.response.id,
         status=parsed.status,
         score=parsed.score,
         text=written.text,
         model=model,
-        sample=wish.sample,
-        attempt=wish.attempt,
-        seed=wish.seed,
+        sample=one.sample,
+        attempt=one.attempt,
+        seed=one.seed,
     )

@@ -11,19 +11,19 @@ from selfalign.config.experiment import ExperimentConfig
 from selfalign.core import distributed
 from selfalign.core.formatting import duration, table
 from selfalign.engines.transformers import Transformers
-from selfalign.launch.dry_run_stages import Rehearsal
+from selfalign.launch.dry_run_stages import StageEstimator
 from selfalign.launch.preflight import preflight
-from selfalign.launch.profiler import Estimate
+from selfalign.launch.profiler import StageEstimate
 from selfalign.pipeline.loop import run_pipeline
 
 BOUND = (
     "An upper bound: every prompt with its response fills max_length, every text max_new_tokens, and new instructions\n"
     "take all their batches. Not in it: judgements that are tried again."
 )
-ELSEWHERE = "The engine of generate=vllm or generate=server ends texts where it likes; its memory is not in it either."
+ELSEWHERE = "The engine of engine=vllm or engine=server ends texts where it likes; its memory is not in it either."
 
 
-def dry_run(config: ExperimentConfig) -> list[Estimate]:
+def dry_run(config: ExperimentConfig) -> list[StageEstimate]:
     """Rehearses a run, in as many processes as it will have, and says what it needs; nothing of it stays.
 
     Raises:
@@ -32,11 +32,11 @@ def dry_run(config: ExperimentConfig) -> list[Estimate]:
     """
     preflight(config, ())
     with _common_folder(Path(config.output_dir).absolute()) as folder:
-        rehearsal = Rehearsal(config, folder)
-        with distributed.others_there():
+        rehearsal = StageEstimator(config, folder)
+        with distributed.translate_peer_errors():
             run_pipeline(config, rehearsal)
         distributed.wait_for_all()
-    elsewhere = not isinstance(config.generate, Transformers)
+    elsewhere = not isinstance(config.engine, Transformers)
     text = estimate_text(rehearsal.estimates, config.price_per_hour, elsewhere=elsewhere)
     if rehearsal.unmeasured:
         text += f"\nNot measured: {', '.join(rehearsal.unmeasured)}"
@@ -67,7 +67,7 @@ def _told_to_stop_as_an_exit() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def estimate_text(estimates: Sequence[Estimate], price_per_hour: float, *, elsewhere: bool = False) -> str:
+def estimate_text(estimates: Sequence[StageEstimate], price_per_hour: float, *, elsewhere: bool = False) -> str:
     """A row a stage, and what all need together; `elsewhere` tells that another program writes."""
     rows = [
         [

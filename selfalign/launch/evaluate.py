@@ -20,18 +20,18 @@ from selfalign.losses.protocol import Loss
 from selfalign.models.config import ModelConfig
 from selfalign.pipeline.dtypes import auto_dtypes, resolve_dtypes
 from selfalign.pipeline.evaluation import GIVEN, Evaluation
-from selfalign.pipeline.inputs import Given, find_files
-from selfalign.pipeline.models import Judging, Models, fixed_judges, load_model
+from selfalign.pipeline.inputs import RunInputs, find_files
+from selfalign.pipeline.models import RunJudge, RunModels, fixed_judges, load_from_outside
 from selfalign.report import write_report
 from selfalign.runs.folder import open_folder
 from selfalign.runs.labels import BASELINE, Kind, Label
 from selfalign.runs.ledger import open_ledger
 from selfalign.runs.provenance import write_provenance
-from selfalign.runs.reader import check_artefacts
+from selfalign.runs.reader import check_artifacts
 from selfalign.runs.runner import Maker, Runner
 from selfalign.runs.summary import models_of
-from selfalign.runs.sweep_jobs import JobState, told
-from selfalign.store.artifacts import Artefact, Store, canonical, locked, open_artefact
+from selfalign.runs.sweep_jobs import JobState, varying_overrides
+from selfalign.store.artifacts import Artifact, Store, locked, open_artifact, to_key_json
 from selfalign.tracking.tables import log_tables
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 LONGEST_NAME = 60
 """Letters that a job's overrides may have to name its models."""
 
-MEASURING = ("data.seeds", "generate", "judge")
+MEASURING = ("data.seed_data", "engine", "judge")
 """Settings that training and measuring share."""
 
 
@@ -60,11 +60,11 @@ class Contestant:
     """
 
     name: str
-    policy: Artefact
-    reference: Artefact | None = None
-    pairs: Sequence[Artefact] = ()
+    policy: Artifact
+    reference: Artifact | None = None
+    pairs: Sequence[Artifact] = ()
     loss: Loss | None = None
-    taught: Sequence[Artefact] = ()
+    taught: Sequence[Artifact] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class FinishedRun:
 
     name: str
     folder: Path
-    made: dict[Label, Artefact]
+    made: dict[Label, Artifact]
     settings: dict[str, Any]
     job: bool = False
     shares_first: bool = False
@@ -94,9 +94,9 @@ class FinishedRun:
             config: says how they were trained.
             named: whether it stands beside others.
         """
-        loss, reference = config.loss, config.train.reference
+        loss, reference = config.loss, config.train.reference_policy
         if not loss.pairwise:
-            reference = "base" if loss.start == "base" else "previous"
+            reference = "base" if loss.init == "base" else "previous"
         seeds = self.made.get(Label.input("seeds"))
         known = {"loss": loss, "taught": [seeds] if seeds else []}
         base, prefix = self.made[Label.model("M0")], f"{self.name}." if named else ""
@@ -138,7 +138,7 @@ def evaluate_models(sources: list[str], overrides: list[str], conf: Path, config
     output = Path(config.output_dir).absolute()
     trained = _as_trained(every, config, compose)
     digests = {run.name: sorted(a.digest for a in run.made.values()) for run in every}
-    identity = [canonical(config), digests]
+    identity = [to_key_json(config), digests]
     folder = output / f"evaluation-{digest_json([*identity, sources])[:8]}"
     ledger = open_ledger(folder, log_tables)
     runner = Runner(Store(output / "store"), ledger=ledger)
@@ -148,11 +148,11 @@ def evaluate_models(sources: list[str], overrides: list[str], conf: Path, config
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / ".lock", f"this evaluation is already running in {folder}"):
         open_folder(folder, text)
-        with log_file(folder / "run.log"), config.track.open(folder, plain) as ledger.tracker:
+        with log_file(folder / "run.log"), config.tracker.open(folder, plain) as ledger.tracker:
             _tell_differences(every)
             tell_resolved(folder, auto_dtypes(config))
             with at_the_end(partial(write_provenance, ledger, config.seed)):
-                names = _measure(config, runner, sources, runs, trained, ledger.artefacts)
+                names = _measure(config, runner, sources, runs, trained, ledger.artifacts)
             conclude(ledger, config, {**plain, "overrides": overrides}, names, (write_report,), evaluated=sources)
     return folder
 
@@ -170,7 +170,7 @@ def _compose(
 def _training_of(run: FinishedRun) -> str:
     """The digest of the settings that its models' rewards depend on."""
     settings = run.settings
-    return digest_json([settings["loss"], settings["choices"]["loss"], settings["train"]["reference"]])
+    return digest_json([settings["loss"], settings["choices"]["loss"], settings["train"]["reference_policy"]])
 
 
 def _as_trained(
@@ -204,7 +204,7 @@ def _measure(
     sources: list[str],
     runs: dict[str, list[FinishedRun]],
     trained: dict[str, ExperimentConfig],
-    known: dict[Label, Artefact],
+    known: dict[Label, Artifact],
 ) -> list[str]:
     """Measures all models and returns their names, by which they are `known` from then on.
 
@@ -222,24 +222,28 @@ def _measure(
         if source not in runs:
             name = plain_name(Path(source).name)
             model = ModelConfig(path=source, dtype=config.model.dtype)
-            contestants.append(Contestant(name, load_model(run, Label.parse(name), model, "the model to evaluate")))
+            contestants.append(
+                Contestant(name, load_from_outside(run, Label.parse(name), model, "the model to evaluate"))
+            )
     names = [contestant.name for contestant in contestants]
     if len(set(names)) < len(names):
         raise SelfalignError(f"two of the models have one name: {', '.join(names)}")
-    if config.evaluate.against and GIVEN in names:
-        raise SelfalignError(f"a model is called {GIVEN}, as the outputs of evaluate.against are: rename its folder")
+    if config.evaluate.reference_outputs and GIVEN in names:
+        raise SelfalignError(
+            f"a model is called {GIVEN}, as the outputs of evaluate.reference_outputs are: rename its folder"
+        )
     first = contestants[0].policy
     made = next((found.made for several in runs.values() for found in several), {})
     base, sft = made.get(Label.model("M0"), first), made.get(Label.model("M1"), made.get(Label.model("M0"), first))
-    models = Models(base, sft, first, base, None, **fixed_judges(config, run))
+    models = RunModels(base, sft, first, base, None, **fixed_judges(config, run))
     find_files(config)
-    learnt = {artefact.digest: artefact for c in contestants for artefact in (*c.taught, *c.pairs)}
-    given = Given(config, run, [*learnt.values()])
-    evaluation = Evaluation(config, run, given, Judging(config, run, config.judge))
+    learnt = {artifact.digest: artifact for c in contestants for artifact in (*c.taught, *c.pairs)}
+    given = RunInputs(config, run, [*learnt.values()])
+    evaluation = Evaluation(config, run, given, RunJudge(config, run, config.judge))
     for contestant in contestants:
         known[Label.parse(contestant.name)] = contestant.policy
-        models.newest, models.reference = contestant.policy, contestant.reference or base
-        models.own_pairs = list(contestant.pairs)
+        models.current, models.reference = contestant.policy, contestant.reference or base
+        models.generated_pairs = list(contestant.pairs)
         evaluation.measure(contestant.name, models, loss=contestant.loss, taught=contestant.taught)
     return names
 
@@ -251,7 +255,7 @@ def _runs_at(path: Path) -> list[FinishedRun]:
         SelfalignError: no job is finished.
     """
     if (path / "config.yaml").is_file():
-        return [FinishedRun(path.name, path, _artefacts(path), _settings(path))]
+        return [FinishedRun(path.name, path, _artifacts(path), _settings(path))]
     if not (path / JOBS).is_file():
         return []
     jobs = Sweep(path).jobs()
@@ -259,11 +263,11 @@ def _runs_at(path: Path) -> list[FinishedRun]:
     finished = sorted(done.values(), key=lambda job: job.number)  # Two jobs of the same settings have one folder.
     if not finished:
         raise SelfalignError(f"{path}: no job of this sweep is finished; the same command continues it")
-    names = [plain_name(told(job, jobs)) for job in finished]
+    names = [plain_name(varying_overrides(job, jobs)) for job in finished]
     if max(map(len, names)) > LONGEST_NAME:
         names = [f"job_{job.number}" for job in finished]
     folders = [path / (job.folder or "") for job in finished]
-    made = [_artefacts(folder) for folder in folders]
+    made = [_artifacts(folder) for folder in folders]
     m1 = Label.model("M1")
     shared = len({one[m1].digest if m1 in one else "" for one in made}) == 1
     found = zip(names, folders, made, map(_settings, folders), strict=True)
@@ -280,12 +284,12 @@ def _settings(folder: Path) -> dict[str, Any]:
     return read_own(folder / "summary.json")["config"]
 
 
-def _artefacts(folder: Path) -> dict[Label, Artefact]:
+def _artifacts(folder: Path) -> dict[Label, Artifact]:
     """The models of a finished run, and what they were trained on."""
     if not (folder / "summary.json").is_file():
         raise SelfalignError(f"{folder}: this run is not finished; the command that began it continues it")
     labels = [Label.parse(stage["label"]) for stage in read_own(folder / "summary.json")["stages"]]
-    check_artefacts(folder, labels)
+    check_artifacts(folder, labels)
     wanted = {Label.model("M0"), Label.input("seeds"), *map(Label.model, models_of(labels))}
     wanted |= {label for label in labels if label.kind is Kind.ITERATION and label.part == "pairs"}
-    return {label: open_artefact(label.link_in(folder).resolve()) for label in labels if label in wanted}
+    return {label: open_artifact(label.link_in(folder).resolve()) for label in labels if label in wanted}

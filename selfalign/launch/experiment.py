@@ -33,7 +33,7 @@ from selfalign.tracking.tables import log_tables
 logger = logging.getLogger(__name__)
 
 FINISHED = "finished.json"
-"""Written last, behind the pages, the tracker's end and the push: what was asked for besides the artefacts."""
+"""Written last, behind the pages, the tracker's end and the push: what was asked for besides the artifacts."""
 
 
 RESOLVED = "resolved.json"
@@ -52,18 +52,18 @@ def run_experiment(config: ExperimentConfig, config_yaml: str, plain: dict[str, 
 
 
 def finish_experiment(
-    config: ExperimentConfig, config_yaml: str, plain: dict[str, Any], begin: Callable[[], None]
+    config: ExperimentConfig, config_yaml: str, plain: dict[str, Any], on_start: Callable[[], None]
 ) -> bool | None:
-    """Like `run_experiment`, but skip a completed run. `begin` is called before any work starts.
+    """Like `run_experiment`, but skip a completed run. `on_start` is called before any work starts.
 
     Returns:
         Whether the run was skipped; None in a process that keeps no account of the run.
     """
-    return _run(config, config_yaml, plain, begin, again=False)[1]
+    return _run(config, config_yaml, plain, on_start, again=False)[1]
 
 
 def _run(
-    config: ExperimentConfig, config_yaml: str, plain: dict[str, Any], begin: Callable[[], None], *, again: bool
+    config: ExperimentConfig, config_yaml: str, plain: dict[str, Any], on_start: Callable[[], None], *, again: bool
 ) -> tuple[Path, bool | None]:
     """Return the run folder, and whether the run was complete before; None in a process that keeps no account."""
     output = Path(config.output_dir).absolute()
@@ -74,7 +74,7 @@ def _run(
     with ExitStack() as stack:
 
         def claim() -> Look:
-            if config.push and (again or not was_done(config, folder)):
+            if config.hub.push and (again or not was_done(config, folder)):
                 check_login()
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(folder / ".lock", f"this configuration is already running in {folder}"))
@@ -83,24 +83,24 @@ def _run(
         there = distributed.on_main(claim)
         if distributed.on_main(lambda: not (again or config.fresh) and is_finished(config, folder, there)):
             return folder, None if ledger is None else True
-        begin()
+        on_start()
         if ledger is None:
             preflight(config, there.there)
             run_pipeline(config, runner)
             return folder, None
-        open_folder(folder, config_yaml, anew=told_keys(folder) not in ({}, there.there))
+        open_folder(folder, config_yaml, anew=reported_keys(folder) not in ({}, there.there))
         with log_file(folder / "run.log"), ExitStack() as tracked:
             warn_of_idle_settings(config, plain)
             tell_resolved(folder, auto_dtypes(config))
             preflight(config, there.there)
-            ledger.tracker = tracked.enter_context(config.track.open(folder, plain))
+            ledger.tracker = tracked.enter_context(config.tracker.open(folder, plain))
             print(plan_text(plan(config), there), flush=True)
             with at_the_end(partial(write_provenance, ledger, config.seed)):
                 run_pipeline(config, runner)
-            conclude(ledger, config, plain, models_of(ledger.artefacts), (write_report, write_card))
-        if config.push:
-            print(f"published {publish(folder, config.push_to, private=config.push_private)}", flush=True)
-        write_json(folder / FINISHED, asked_besides(config))
+            conclude(ledger, config, plain, models_of(ledger.artifacts), (write_report, write_card))
+        if config.hub.push:
+            print(f"published {publish(folder, config.hub.repo_id, private=config.hub.private)}", flush=True)
+        write_json(folder / FINISHED, requested_outputs(config))
     return folder, False
 
 
@@ -134,16 +134,16 @@ def tell_resolved(folder: Path, resolved: dict[str, str]) -> None:
 
 def is_finished(config: ExperimentConfig, folder: Path, there: Look) -> bool:
     """Whether the run completed with the requested options and its summary lists exactly the stored artifacts."""
-    return was_done(config, folder) and (folder / "report.html").exists() and told_keys(folder) == there.there
+    return was_done(config, folder) and (folder / "report.html").exists() and reported_keys(folder) == there.there
 
 
 def was_done(config: ExperimentConfig, folder: Path) -> bool:
     """Whether the run completed with the requested options, on whatever data."""
-    return (folder / FINISHED).exists() and read_own(folder / FINISHED) == asked_besides(config)
+    return (folder / FINISHED).exists() and read_own(folder / FINISHED) == requested_outputs(config)
 
 
-def told_keys(folder: Path) -> dict[Label, str]:
-    """Return {label: key} of the artefacts that a run's summary lists, empty without a summary."""
+def reported_keys(folder: Path) -> dict[Label, str]:
+    """Return {label: key} of the artifacts that a run's summary lists, empty without a summary."""
     if not (folder / "summary.json").exists():
         return {}
     return {Label.parse(stage["label"]): stage["key"] for stage in read_own(folder / "summary.json")["stages"]}
@@ -161,10 +161,10 @@ def read_own(path: Path) -> Any:
         raise SelfalignError(f"{path}: damaged; delete it, and the same command writes it again") from error
 
 
-def asked_besides(config: ExperimentConfig) -> dict[str, Any]:
+def requested_outputs(config: ExperimentConfig) -> dict[str, Any]:
     """Return what is asked of a run besides its artifacts."""
-    push = [config.push_to, config.push_private] if config.push else []
-    return {"track": repr(config.track), "push": push, "sweep_metric": config.sweep_metric}
+    push = [config.hub.repo_id, config.hub.private] if config.hub.push else []
+    return {"tracker": repr(config.tracker), "push": push, "sweep_metric": config.sweep_metric}
 
 
 def conclude(
@@ -186,7 +186,7 @@ def conclude(
         more: goes into the summary.
     """
     told = {"name": config.name, "seed": config.seed, "loss": stated(config.loss), "config": plain}
-    summary = {**told, **more, **summarise(ledger.artefacts, models)}
+    summary = {**told, **more, **summarise(ledger.artifacts, models)}
     write_json(ledger.folder / "summary.json", summary)
     ledger.tracker.summarise({k: v for k, v in summary["models"][-1].items() if not isinstance(v, str)})
     for write in pages:
@@ -201,7 +201,7 @@ def stated(loss: Loss) -> dict[str, str]:
 
 
 def look_ahead(config: ExperimentConfig, store: Store, namespace: str) -> Look:
-    """Walk the pipeline without running anything and collect finished artefacts, up to the first missing one.
+    """Walk the pipeline without running anything and collect finished artifacts, up to the first missing one.
 
     Errors are ignored here; the run itself will raise them.
     """

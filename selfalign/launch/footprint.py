@@ -18,7 +18,7 @@ import torch
 from selfalign.core import distributed
 from selfalign.core.formatting import amount, plural
 from selfalign.models.config import LoRA, ModelConfig
-from selfalign.training.parallelism import Layout
+from selfalign.training.parallelism import Parallelism
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ IN_A_LAYER = re.compile(r"\.\d+\..*\.weight$")
 ROOM = "make room there (selfalign-store clean removes what no run uses), set another output_dir, or train adapters"
 LESS = (
     "train adapters (model.lora.rank=16), keep the base in 4 bits (model.quantization=nf4), take model.dtype=bfloat16 "
-    "or optimizer=adamw_8bit, or share it out among processes (train.layout.kind=fsdp2)"
+    "or optimizer=adamw_8bit, or share it out among processes (train.parallelism.strategy=fsdp2)"
 )
 
 
@@ -160,7 +160,7 @@ def free_space(folder: Path) -> int:
 # --- memory ------------------------------------------------------------------------------------------------------
 
 
-def training_lack(size: Footprint, optimizers: dict[str, str], layout: Layout) -> list[str]:
+def training_lack(size: Footprint, optimizers: dict[str, str], layout: Parallelism) -> list[str]:
     """What is wrong with the memory, if {setting: optimiser} train."""
     among = distributed.count() if layout.sharded else 1
     capacity, where = memory()
@@ -184,8 +184,8 @@ def writing_lack(size: Footprint, dtype: str) -> list[str]:
     if needed <= capacity:
         return []
     return [
-        f"generate.dtype={dtype}: the weights take {amount(needed)}, and {where} has {amount(capacity)}: take "
-        "generate.dtype=bfloat16, model.quantization=nf4, or another engine"
+        f"engine.dtype={dtype}: the weights take {amount(needed)}, and {where} has {amount(capacity)}: take "
+        "engine.dtype=bfloat16, model.quantization=nf4, or another engine"
     ]
 
 

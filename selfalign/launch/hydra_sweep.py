@@ -73,7 +73,7 @@ class ListJobs(Callback):
 
 
 @contextmanager
-def closed_in_the_end() -> Iterator[None]:
+def sweep_lifecycle() -> Iterator[None]:
     """Finish the sweep opened inside the block, even after an error: record job states, write the comparison.
 
     Raises:

@@ -88,7 +88,7 @@ def problems(config: ExperimentConfig, made: Collection[Label]) -> list[str]:
 
 def writes(config: ExperimentConfig, labels: list[Label]) -> bool:
     """Whether a model of the run still has to write: in a stage of its own, in a benchmark, or at a checkpoint."""
-    checkpoints = bool(config.train.choose.every_steps) and any(label.is_aligned for label in labels)
+    checkpoints = bool(config.train.checkpoint_selection.interval_steps) and any(label.is_aligned for label in labels)
     written = any(label.is_written for label in labels)
     return written or checkpoints or any(measured_by(name, labels) for name in config.benchmark)
 
@@ -111,7 +111,7 @@ def noting(lines: list[str]) -> Iterator[None]:
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class ServerProbe:
     """A request as a stage will send it, about one word; `key` is the setting of whom it goes to."""
 
     key: str
@@ -122,28 +122,28 @@ class Question:
     def server(self) -> tuple[str, ...]:
         """What a server is told apart by."""
         endpoint = self.endpoint
-        return endpoint.base_url, endpoint.model, endpoint.key_variable, repr(endpoint.parameters)
+        return endpoint.base_url, endpoint.model, endpoint.api_key_env, repr(endpoint.parameters)
 
 
-def questions(config: ExperimentConfig, labels: list[Label]) -> list[Question]:
+def questions(config: ExperimentConfig, labels: list[Label]) -> list[ServerProbe]:
     """One for each who will be asked."""
     busy = {
         "judge": any(label.is_judged for label in labels),
-        "train.choose.head_to_head": any(label.is_aligned for label in labels),
+        "train.checkpoint_selection.head_to_head": any(label.is_aligned for label in labels),
         "evaluate.head_to_head": any(label.opponent for label in labels),
-        "evaluate.preferences.judge": Label.input("preferences", "scores") in labels,
+        "evaluate.preference_pairs.judge": Label.input("preferences", "scores") in labels,
     }
     asked = [(key, judge) for key, judge in judges_of(config).items() if busy[key]]
     for name, benchmark in config.benchmark.items():
         if measured_by(name, labels):
             asked.append((f"benchmark.{name}.judge", getattr(benchmark, "judge", None)))
     servers = [(key, judge) for key, judge in asked if asks_a_server(judge)]
-    return [Question(f"{key}.endpoint", judge.endpoint, judge.probe()) for key, judge in servers]
+    return [ServerProbe(f"{key}.endpoint", judge.endpoint, judge.probe()) for key, judge in servers]
 
 
 def check_servers(config: ExperimentConfig, labels: list[Label]) -> list[str]:
     """Every server has its key, is there, knows the model, takes the parameters and has room for the rubric."""
-    servers: dict[tuple[str, ...], list[Question]] = {}
+    servers: dict[tuple[str, ...], list[ServerProbe]] = {}
     for question in questions(config, labels):
         servers.setdefault(question.server, []).append(question)
     # Of what one server will be asked, the longest.
@@ -151,7 +151,7 @@ def check_servers(config: ExperimentConfig, labels: list[Label]) -> list[str]:
     return [problem for problem in answers if problem is not None]
 
 
-def ask_server(question: Question) -> str | None:
+def ask_server(question: ServerProbe) -> str | None:
     """Return what is wrong with a server, in one line, or None where it answers."""
     key, endpoint = question.key, question.endpoint
     try:
@@ -168,14 +168,14 @@ def ask_server(question: Question) -> str | None:
     return too_long(question) if reply.finish_reason is FinishReason.PROMPT_TOO_LONG else None
 
 
-def first_reply(question: Question) -> Reply:
+def first_reply(question: ServerProbe) -> Reply:
     """Ask a server, again after a trouble that may pass, for `ANSWER_SECONDS` at most.
 
     Raises:
         SelfalignError: the environment has no key, the server refuses the request, or it gives no answer in time.
     """
     endpoint = question.endpoint
-    until, wait = time.monotonic() + ANSWER_SECONDS, endpoint.first_wait_seconds
+    until, wait = time.monotonic() + ANSWER_SECONDS, endpoint.backoff_seconds
     with endpoint.open(question.key) as client:
         for _ in range(endpoint.retries):
             try:
@@ -189,7 +189,7 @@ def first_reply(question: Question) -> Reply:
         return client.attempt(question.request)
 
 
-def too_long(question: Question) -> str:
+def too_long(question: ServerProbe) -> str:
     """A server whose model has too short a context."""
     return (
         f"{question.key}: {question.endpoint.name} refuses the rubric as too long, about a response of one word; take "
@@ -197,12 +197,12 @@ def too_long(question: Question) -> str:
     )
 
 
-def advice(question: Question, status: int) -> str:
+def advice(question: ServerProbe, status: int) -> str:
     """What to look at when a server refuses."""
-    key, variable = question.key, question.endpoint.key_variable
+    key, variable = question.key, question.endpoint.api_key_env
     match status:
         case 401 | 403:
-            return f"; look at the key in {variable}" if variable else f"; set {key}.key_variable, it wants a key"
+            return f"; look at the key in {variable}" if variable else f"; set {key}.api_key_env, it wants a key"
         case 404:
             return f"; is {key}.model there, and does {key}.base_url end in front of /chat/completions?"
         case 400 | 422:
@@ -216,16 +216,16 @@ def advice(question: Question, status: int) -> str:
 
 def check_engine(config: ExperimentConfig, labels: list[Label]) -> list[str]:
     """What writes can be started."""
-    generate, lines = config.generate, list[str]()
+    engine, lines = config.engine, list[str]()
     if not (writes(config, labels) or any(label.is_judged or label.opponent for label in labels)):
         return lines
     with noting(lines):
-        if isinstance(generate, VLLM):
-            lines += check_import(generate.python or sys.executable)
-            share_gpus(generate.replicas, generate.tensor_parallel_size)
-        if isinstance(generate, Server):
-            lines += check_command(generate.command)
-            with generate.endpoint("http://localhost/v1", "policy").open("generate"):
+        if isinstance(engine, VLLM):
+            lines += check_import(engine.python or sys.executable)
+            share_gpus(engine.replicas, engine.tensor_parallel_size)
+        if isinstance(engine, Server):
+            lines += check_command(engine.command)
+            with engine.endpoint("http://localhost/v1", "policy").open("engine"):
                 pass  # Its key is there.
     return lines
 
@@ -237,16 +237,16 @@ def check_import(python: str) -> list[str]:
             [python, "-P", "-c", "import vllm"], capture_output=True, timeout=IMPORT_SECONDS, check=False
         )
     except OSError as error:
-        return [f"generate.python: {python} cannot be run ({error.strerror})"]
+        return [f"engine.python: {python} cannot be run ({error.strerror})"]
     except subprocess.TimeoutExpired:
-        logger.warning("generate=vllm: %s has not imported vLLM in %.0f s", python, IMPORT_SECONDS)
+        logger.warning("engine=vllm: %s has not imported vLLM in %.0f s", python, IMPORT_SECONDS)
         return []
     if done.returncode == 0:
         return []
     said = [line.strip() for line in done.stderr.decode("utf-8", errors="replace").splitlines() if line.strip()]
     return [
-        f"generate=vllm: {python} cannot import vLLM ({said[-1][:200] if said else 'it says nothing'}); set "
-        "generate.python to the interpreter of an environment that has it"
+        f"engine=vllm: {python} cannot import vLLM ({said[-1][:200] if said else 'it says nothing'}); set "
+        "engine.python to the interpreter of an environment that has it"
     ]
 
 
@@ -255,10 +255,10 @@ def check_command(command: str) -> list[str]:
     try:
         words = shlex.split(command)
     except ValueError as error:
-        return [f"generate.command cannot be read by a shell ({error}): {command}"]
+        return [f"engine.command cannot be read by a shell ({error}): {command}"]
     program = next((word for word in words if not re.match(r"[A-Za-z_]\w*=", word)), "")
     named = re.fullmatch(r"[\w./+@%:-]+", program) and program not in SHELL
-    return [f"generate.command: there is no program {program}"] if named and shutil.which(program) is None else []
+    return [f"engine.command: there is no program {program}"] if named and shutil.which(program) is None else []
 
 
 def check_packages(config: ExperimentConfig, labels: list[Label]) -> list[str]:
@@ -275,7 +275,7 @@ def check_layout(config: ExperimentConfig, labels: list[Label]) -> list[str]:
     lines: list[str] = []
     with noting(lines):
         if trained(labels):
-            config.train.layout.check_possible()
+            config.train.parallelism.check_possible()
     return lines
 
 
@@ -283,11 +283,12 @@ def check_tracking(config: ExperimentConfig, labels: list[Label]) -> list[str]:
     """Weights & Biases has a key where it has to be reached, and its environment is in order."""
     lines: list[str] = []
     with noting(lines):
-        wanted = isinstance(config.track, Wandb) and said_mode() != "disabled" and config.track.mode == "online"
+        wanted = isinstance(config.tracker, Wandb) and said_mode() != "disabled" and config.tracker.mode == "online"
         if wanted and not has_key():
             lines.append(
-                "track.mode=online needs an API key of Weights & Biases: run `wandb login`, set WANDB_API_KEY, or take "
-                "track.mode=offline"
+                "tracker.mode=online needs an API key of Weights & Biases: run `wandb login`, set WANDB_API_KEY, or "
+                "take "
+                "tracker.mode=offline"
             )
     return lines
 
@@ -322,7 +323,7 @@ def named_models(config: ExperimentConfig) -> dict[str, ModelConfig]:
     paths = {f"{key}.model": judge.model for key, judge in judges_of(config).items() if wants_model(judge)}
     paths |= {f"benchmark.{name}.judge.model": path for name, path in judges_to_load(config.benchmark).items()}
     if isinstance(data, SelfRewarding) and data.instruct.fixed_writer:
-        paths["data.instruct.writer"] = data.instruct.writer
+        paths["data.instruct.model"] = data.instruct.model
     return {"model.path": config.model, **{key: ModelConfig(path=path) for key, path in paths.items()}}
 
 
@@ -350,10 +351,10 @@ def check_room(config: ExperimentConfig, labels: list[Label]) -> list[str]:
         size = Footprint.of(folder, config.model) if folder else None
         if size is None:
             return lines
-        if isinstance(config.generate, Transformers) and writes(config, labels):
-            lines += writing_lack(size, resolve_dtype(config.generate.dtype))
+        if isinstance(config.engine, Transformers) and writes(config, labels):
+            lines += writing_lack(size, resolve_dtype(config.engine.dtype))
         if optimizers := {key: settings.optimizer for key, settings in trainings(config, labels)}:
-            lines += training_lack(size, optimizers, config.train.layout)
+            lines += training_lack(size, optimizers, config.train.parallelism)
             output = Path(config.output_dir).absolute()
             lines += disk_lack(size, len(trained(labels)), optimizers.values(), output)
     return lines

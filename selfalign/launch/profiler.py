@@ -15,16 +15,16 @@ import torch
 from selfalign.core import distributed
 from selfalign.core.failures import fits
 from selfalign.models.checkpoint import default_device, release_memory
-from selfalign.store.artifacts import Workspace
+from selfalign.store.artifacts import StageOutput
 from selfalign.store.journal import Journal, Task
 from selfalign.training.trainer import peak_memory
 
 
-class Enough(Exception):
+class StopProfiling(Exception):
     """Ends a stage behind its first batch."""
 
 
-class Stopwatch(Workspace):
+class ProfilingOutput(StageOutput):
     """A workspace that times every batch a stage journals, shows no progress, and may end the stage behind the first.
 
     Attributes:
@@ -44,10 +44,10 @@ class Stopwatch(Workspace):
     def journal(self, total: int, unit: str) -> Iterator[Journal]:
         """A journal whose batches are timed."""
         self.total += total
-        yield TimedJournal(self.scratch, self.batches, self._first_alone)
+        yield ProfilingJournal(self.scratch, self.batches, self._first_alone)
 
 
-class TimedJournal(Journal):
+class ProfilingJournal(Journal):
     """Adds the size and the seconds of every batch to a list; every process makes all of them, and keeps none."""
 
     def __init__(self, folder: Path, timed: list[tuple[int, float]], first_alone: bool) -> None:
@@ -66,7 +66,7 @@ class TimedJournal(Journal):
             result = work()
             self._timed.append((size, time.monotonic() - started))
             if self._first_alone:
-                raise Enough
+                raise StopProfiling
             yield json.loads(json.dumps(result))
 
 
@@ -92,7 +92,7 @@ class Measured:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Estimate:
+class StageEstimate:
     """What a stage of the run will take.
 
     Attributes:
@@ -119,7 +119,7 @@ class Estimate:
         return self.count * self.each + self.around
 
 
-def measure(watch: Stopwatch, stage: Callable[[Workspace], Any]) -> Measured:
+def measure(watch: ProfilingOutput, stage: Callable[[StageOutput], Any]) -> Measured:
     """Runs a stage on a few records and takes its time and memory; all processes of a run do.
 
     Raises:
@@ -127,7 +127,7 @@ def measure(watch: Stopwatch, stage: Callable[[Workspace], Any]) -> Measured:
     """
     forget_peak_memory()
     started = time.monotonic()
-    with fits(watch.label), suppress(Enough):
+    with fits(watch.label), suppress(StopProfiling):
         stage(watch)
     seconds = time.monotonic() - started
     steps = [float(row["step_seconds"]) for row in watch.rows if "step_seconds" in row]

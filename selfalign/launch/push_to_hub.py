@@ -6,7 +6,7 @@ from pathlib import Path
 
 from selfalign.core.errors import SelfalignError, one_line
 from selfalign.core.files import read_json
-from selfalign.models.pretrained import MODEL_FILES, TRUSTED, PolicyFiles
+from selfalign.models.pretrained import MODEL_FILES, TRUSTED, PolicyCheckpoint
 from selfalign.report.model_card import base_on_hub, last_model, model_card
 from selfalign.runs.reader import Finished
 
@@ -33,10 +33,10 @@ def check_login() -> None:
 
     if is_offline_mode():
         raise SelfalignError(
-            "push=true, but HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set: unset it, or set push=false"
+            "hub.push=true, but HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set: unset it, or set hub.push=false"
         )
     if get_token() is None:
-        raise SelfalignError("push=true needs a login at the hub: run `hf auth login`, or set HF_TOKEN")
+        raise SelfalignError("hub.push=true needs a login at the hub: run `hf auth login`, or set HF_TOKEN")
 
 
 def publish(folder: Path, repository: str, *, private: bool) -> str:
@@ -64,7 +64,8 @@ def publish(folder: Path, repository: str, *, private: bool) -> str:
         commit = hub.create_commit(repository, changes, commit_message=f"{last_model(run)} of {folder.name}")
     except (HTTPError, OSError, RuntimeError, ValueError) as error:  # RuntimeError: hf_xet's transfers
         raise SelfalignError(
-            f"push_to={repository}: {explain_refusal(error)}; the run is finished, in {folder}, and the same command "
+            f"hub.repo_id={repository}: {explain_refusal(error)}; the run is finished, in {folder}, and the same "
+            f"command "
             "tries the push again"
         ) from error
     return str(commit.commit_url)
@@ -72,7 +73,7 @@ def publish(folder: Path, repository: str, *, private: bool) -> str:
 
 def repository_files(run: Finished, repository: str) -> dict[str, str | bytes]:
     """{name in the repository: a file's path, or content}: weights or adapter, tokenizer, and the card."""
-    policy = PolicyFiles(last_model(run).link_in(run.folder))
+    policy = PolicyCheckpoint(last_model(run).link_in(run.folder))
     part = "adapter" if (policy.path / "adapter").exists() else "weights"
     patterns = [*MODEL_FILES, "*.py"] if (policy.path / TRUSTED).exists() else MODEL_FILES
     files: dict[str, str | bytes] = {

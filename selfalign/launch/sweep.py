@@ -22,7 +22,7 @@ from selfalign.launch.experiment import finish_experiment, log_file
 from selfalign.metrics.catalog import signed
 from selfalign.runs.folder import run_folder
 from selfalign.runs.summary import table
-from selfalign.runs.sweep_jobs import JOBS, Job, JobState, read_jobs, said, seconds, told
+from selfalign.runs.sweep_jobs import JOBS, Job, JobState, read_jobs, seconds, state_text, varying_overrides
 from selfalign.store.artifacts import locked
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class Sweep:
         """All that are known so far."""
         return [Job(**{**row, "state": JobState(row["state"])}) for row in read_jobs(self.folder / JOBS)]
 
-    def tell(self, number: int, overrides: Sequence[str], **changes: Any) -> None:
+    def update_job(self, number: int, overrides: Sequence[str], **changes: Any) -> None:
         """Writes down what has become of a job, and says it when its state is another."""
         with locked(self.folder / ".jobs.lock", f"{self.folder / JOBS} is being written"):
             known = {job.number: job for job in self.jobs()}
@@ -68,7 +68,7 @@ class Sweep:
             known[number] = job
             self._write([known[place] for place in sorted(known)])
         if "state" in changes:
-            print(f"job {number} ({told(job, list(known.values()))}): {said(job)}", flush=True)
+            print(f"job {number} ({varying_overrides(job, list(known.values()))}): {state_text(job)}", flush=True)
 
     def interrupt(self) -> None:
         """Writes down that Ctrl-C has ended all jobs that were running."""
@@ -86,13 +86,13 @@ class Sweep:
         jobs = self.jobs()
         if all(job.state is JobState.waiting for job in jobs):
             return
-        rows = [[str(j.number), told(j, jobs), j.outcome, seconds(j), self.run_of(j)] for j in jobs]
+        rows = [[str(j.number), varying_overrides(j, jobs), j.outcome, seconds(j), self.run_of(j)] for j in jobs]
         print("", *table(["job", "overrides", "state", "seconds", "run"], rows), "", sep="\n")
         page = write_comparison([self.folder], self.folder)
         print(f"comparison    {page}\nstates        {self.folder / JOBS}", flush=True)
         failed = [job for job in jobs if job.state is JobState.failed]
         if failed:
-            first = f"job {failed[0].number} ({told(failed[0], jobs)}): {failed[0].error}"
+            first = f"job {failed[0].number} ({varying_overrides(failed[0], jobs)}): {failed[0].error}"
             raise SelfalignError(f"{len(failed)} of {len(jobs)} jobs failed; the same command tries again. {first}")
 
     def run_of(self, job: Job) -> str:
@@ -103,7 +103,7 @@ class Sweep:
         """What has become of the jobs that no process is running any more."""
         for job in self.jobs():
             if job.state is JobState.running:
-                self.tell(job.number, job.overrides, state=state, **changes)
+                self.update_job(job.number, job.overrides, state=state, **changes)
 
     def _write(self, jobs: Sequence[Job]) -> None:
         write_json(self.folder / JOBS, [asdict(job) for job in jobs])
@@ -141,20 +141,20 @@ def run_job(
 
     def tell(state: JobState, **changes: Any) -> None:
         took = {} if changes.get("there") else {"seconds": round(time.monotonic() - started, 2)}
-        sweep.tell(number, overrides, state=state, **took, **changes)
+        sweep.update_job(number, overrides, state=state, **took, **changes)
 
     def begin() -> None:
         nonlocal begun
         begun = True
-        distributed.on_main(lambda: sweep.tell(number, overrides, state=JobState.running, there=False, error=""))
+        distributed.on_main(lambda: sweep.update_job(number, overrides, state=JobState.running, there=False, error=""))
 
     try:
-        with undisturbed(), log_file(sweep.folder / f"job_{number}.log"):
+        with restore_global_state(), log_file(sweep.folder / f"job_{number}.log"):
             os.environ.setdefault("WANDB_RUN_GROUP", sweep.folder.name)
             config, text, plain = prepare()
             folder, _ = run_folder(Path(config.output_dir).absolute(), config.name, config, fresh=config.fresh)
             place = os.path.relpath(folder, sweep.folder)
-            distributed.on_main(lambda: sweep.tell(number, overrides, folder=place))
+            distributed.on_main(lambda: sweep.update_job(number, overrides, folder=place))
             there = finish_experiment(config, text, plain, begin)
             if there is None:
                 return None
@@ -166,7 +166,7 @@ def run_job(
         if begun:
             tell(JobState.interrupted)
         raise
-    except distributed.AnotherEnded:
+    except distributed.PeerProcessExited:
         return None  # That one has written down why, or was killed and could not.
     except Exception as error:  # noqa: BLE001 - the other jobs go on, and the sweep ends with exit code 1
         message = explain(error)
@@ -180,7 +180,7 @@ def run_job(
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
+def restore_global_state() -> Iterator[None]:
     """Gives the next job in this process what this one found: environment, dtype, and random numbers."""
     environment, dtype = dict(os.environ), torch.get_default_dtype()
     python, numpy, pytorch = random.getstate(), np.random.get_state(), torch.get_rng_state()

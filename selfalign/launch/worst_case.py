@@ -9,7 +9,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Demonstration, FinishReason, Instruction, PreferencePair, Prompt, Response
 from selfalign.data.sources import as_prompt
 from selfalign.engines.transformers import Transformers, TransformersGenerator
-from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.tokenizer import encode_prompt, plain_ids
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ SHARES = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Longest:
+class WorstCaseRecords:
     """Makes records for one tokenizer.
 
     Attributes:
@@ -109,18 +109,18 @@ class Longest:
         ]
 
 
-class Tireless(Transformers):
+class MaxLengthTransformers(Transformers):
     """Writes every text up to its last token."""
 
-    def load(self, policy: PolicyFiles) -> TransformersGenerator:
+    def load(self, policy: PolicyCheckpoint) -> TransformersGenerator:
         """A generator that knows no token that ends a text."""
         generator = Transformers.load(self, policy)
         generator.stops = generator.stops[:0]
         return generator
 
 
-def tireless(generate: Any) -> Any:
-    """The backend with texts as long as they may be, where it can be told so."""
-    if not isinstance(generate, Transformers):
-        return generate
-    return Tireless(**{setting.name: getattr(generate, setting.name) for setting in fields(Transformers)})
+def max_length_generation(engine: Any) -> Any:
+    """The engine with texts as long as they may be, where it can be told so."""
+    if not isinstance(engine, Transformers):
+        return engine
+    return MaxLengthTransformers(**{setting.name: getattr(engine, setting.name) for setting in fields(Transformers)})

@@ -134,15 +134,15 @@ class SrDPO:
 class SrIPO:
     """Self-refined IPO: (h - λ ⊥[Δ] - 1/(2β))². Yu et al. 2024, arXiv 2405.21040.
 
-    Differs from the paper: `target="exact"` divides the refinement by β. That is what maximising the paper's
-    objective (its eq. 13) gives; "printed" is the formula as the paper prints it.
+    Differs from the paper: `lambda_scale="derived"` divides the refinement by β. That is what maximising the paper's
+    objective (its eq. 13) gives; "paper" is the formula as the paper prints it.
 
     Attributes:
         beta: the target margin is 1/(2β) nats, plus the refinement's part.
         lam: λ, the weight of the refinement; 0 is IPO.
         reduction: "sum" or "mean" of log-probabilities over a response's tokens, as in IPO, and the same in Δ: with
             "mean" Δ is in units of reward a token, and the target does not depend on length.
-        target: "printed" (λΔ) or "exact" (λΔ/β).
+        lambda_scale: "paper" (λΔ) or "derived" (λΔ/β).
         refinement: where Δ comes from.
         nll_weight: weight of the chosen response's negative log-likelihood a token, added to the loss.
     """
@@ -154,7 +154,7 @@ class SrIPO:
     beta: float = 0.1
     lam: float = 0.5
     reduction: str = "sum"
-    target: str = "printed"
+    lambda_scale: str = "paper"
     refinement: Refinement = field(default_factory=Refinement)
     nll_weight: float = 0.0
 
@@ -162,13 +162,13 @@ class SrIPO:
         check_beta(self.beta)
         check_lam(self.lam)
         check_choice("loss.reduction", self.reduction, ("sum", "mean"))
-        check_choice("loss.target", self.target, ("printed", "exact"))
+        check_choice("loss.lambda_scale", self.lambda_scale, ("paper", "derived"))
         check_nll_weight(self.nll_weight)
 
     @property
     def formula(self) -> str:
-        """Its value for a pair, with the weight that `target` gives Δ."""
-        return "(h − (λ/β) ⊥Δ − 1/(2β))²" if self.target == "exact" else "(h − λ ⊥Δ − 1/(2β))²"
+        """Its value for a pair, with the weight that `lambda_scale` gives Δ."""
+        return "(h − (λ/β) ⊥Δ − 1/(2β))²" if self.lambda_scale == "derived" else "(h − λ ⊥Δ − 1/(2β))²"
 
     def delta(self, policy_p: PairLogps, reference_p: PairLogps) -> Values:
         """Δ of each pair, reduced as h is; the arguments are given p⊕x, or x for Δ_naive."""
@@ -176,7 +176,7 @@ class SrIPO:
 
     def __call__(self, policy: PairLogps, reference: PairLogps, refinement: Values | None = None) -> Values:
         h = log_ratio_margin(*reduced(policy, reference, self.reduction))
-        weight = self.lam / self.beta if self.target == "exact" else self.lam
+        weight = self.lam / self.beta if self.lambda_scale == "derived" else self.lam
         target = weight * required(refinement).detach() + 1 / (2 * self.beta)
         return (h - target).square() + weighted_nll(policy, self.nll_weight)
 
@@ -221,7 +221,7 @@ class Positives:
     responses of given pairs.
 
     Attributes:
-        start: "newest" trains the newest model on them; "base", as the paper, M0 on M1's demonstrations and them.
+        init: "previous" trains the newest model on them; "base", as the paper, M0 on M1's demonstrations and them.
     """
 
     title = "Positives"
@@ -229,11 +229,11 @@ class Positives:
     pairwise = False
     offset = Offset.none
 
-    start: str = "newest"
+    init: str = "previous"
 
     def __post_init__(self) -> None:
-        if self.start not in ("newest", "base"):
-            raise SelfalignError(f"loss.start must be newest or base; got {self.start!r}")
+        if self.init not in ("previous", "base"):
+            raise SelfalignError(f"loss.init must be previous or base; got {self.init!r}")
 
 
 def logistic(

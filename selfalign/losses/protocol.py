@@ -54,7 +54,7 @@ class PreferenceLoss(Loss, Protocol):
 
 @runtime_checkable
 class FineTuningLoss(Loss, Protocol):
-    """No pairwise loss: good responses are fine-tuned on, from the "newest" model or from the "base"."""
+    """No pairwise loss: good responses are fine-tuned on, from the "previous" model or from the "base"."""
 
     @property
     def start(self) -> str: ...

@@ -146,7 +146,7 @@ LOGPS_REJECTED_CHANGE_PER_TOKEN = Metric("logps/rejected_change_per_token",
 REWARDS_LENGTH_CORRELATION = Metric("rewards/length_correlation",
     "Pearson's, of implicit reward and tokens over both responses of the training pairs",
     "correlation", title="reward and length")
-HELD_OUT_PAIRS = Metric("held_out_pairs",
+HELD_OUT_PAIRS = Metric("validation_pairs",
     "preference pairs set aside, which share no prompt and no response with others", "count")
 HELD_OUT_PASSED_OVER = Metric("held_out_passed_over",
     "pairs that could not be, for they share one with SFT data or pairs trained on before", "count")
@@ -182,7 +182,7 @@ MEAN_WORDS = Metric("mean_words", "mean length of the new instructions, words", 
 RESPONSES = Metric("responses", "responses to all instructions", "count")
 MEAN_TOKENS = Metric("mean_tokens", "mean length of the responses, tokens", "tokens")
 MEAN_CHARACTERS = Metric("mean_characters", "mean length of the responses, characters", "characters")
-FINISHED_SHARE = Metric("finished_share", "share of responses that end by themselves",
+FINISHED_SHARE = Metric("min_finished_share", "share of responses that end by themselves",
     "share", better="higher", title="finished")
 CANDIDATE_PAIRS = Metric("candidate_pairs",
     "pairs the rule would make of all responses: those kept and those dropped, by reason", "count")
@@ -202,19 +202,19 @@ UNJUDGED_RESPONSES = Metric("unjudged_responses", "responses without a score", "
 COMPARISONS = Metric("comparisons", "comparisons of two responses, both orders together", "count")
 JUDGE_MEAN_SCORE = Metric("judge/mean_score", "mean score of the candidates", "score", title="mean score")
 JUDGE_STD_SCORE = Metric("judge/std_score", "standard deviation of the scores", "score", title="std of scores")
-JUDGE_ENTROPY = Metric("judge/entropy", "mean entropy of the judge's score distribution, nats", "nats")
+JUDGE_ENTROPY = Metric("judge/token_entropy", "mean entropy of the judge's score distribution, nats", "nats")
 JUDGE_VARIANCE = Metric("judge/variance", "mean variance of a response's judgements, where it has several valid ones",
     "score²")
 JUDGE_SCORE_ENTROPY = Metric("judge/score_entropy", "entropy of the responses' scores, nats: 0 where all are the same",
     "nats")
-JUDGE_TIED_SHARE = Metric("judge/tied_share", "share of instructions with several responses whose scores are all equal",
+JUDGE_TIED_SHARE = Metric("judge/tie_rate", "share of instructions with several responses whose scores are all equal",
     "share", better="lower", title="tied")
 JUDGE_CONSTANT = Metric("judge/constant",
-    "1 where the judge says nearly the same of everything (`judge.alarm`), else 0", "flag", better="lower")
+    "1 where the judge says nearly the same of everything (`judge.degeneracy`), else 0", "flag", better="lower")
 JUDGE_POSITION_BIAS = Metric("judge/position_bias",
     "share of comparisons in which, even so, the same place won in both orders",
     "share", better="lower", title="position bias")
-JUDGE_PLACE_PREFERENCE = Metric("judge/place_preference", "by how many nats a pairwise judge prefers the first place",
+JUDGE_PLACE_PREFERENCE = Metric("judge/position_bias_nats", "by how many nats a pairwise judge prefers the first place",
     "nats")
 JUDGE_TIED_COMPARISONS = Metric("judge/tied_comparisons",
     "share of comparisons that are ties, disagreeing orders included", "share")
@@ -261,7 +261,7 @@ EVAL_LENGTH_GROWTH = Metric("eval/length_growth", "mean length of the answers as
 EVAL_DISTINCT_2 = Metric("eval/distinct_2",
     "different pairs of adjoining words (characters, where a script has no spaces) of the answers",
     "ratio", better="higher", title="distinct-2")
-EVAL_REPEATED_4 = Metric("eval/repeated_4",
+EVAL_REPEATED_4 = Metric("eval/repetition_4",
     "share of runs of four words (or such characters) that stood before in the same answer",
     "share", better="lower", title="repeated 4-grams")
 EVAL_KL_TO_M1 = Metric("eval/kl_to_m1",
@@ -277,7 +277,7 @@ EVAL_FINISHED_SHARE = Metric("eval/finished_share", "share of answers that end b
     "share", better="higher", title="answers finished")
 EVAL_SCORE_LENGTH_CORRELATION = Metric("eval/score_length_correlation",
     "Spearman's, of score and length in characters over the answers", "correlation", title="answers: score and length")
-PREFERENCES_PAIRS = Metric("preferences/pairs", "pairs of `evaluate.preferences` measured", "count")
+PREFERENCES_PAIRS = Metric("preferences/pairs", "pairs of `evaluate.preference_pairs` measured", "count")
 PREFERENCES_SCORED = Metric("preferences/scored", "those of them whose responses both have a score",
     "count", title="scored pairs")
 PREFERENCES_MARGIN_SCORE_PEARSON = Metric("preferences/margin_score_pearson",
@@ -290,14 +290,15 @@ PREFERENCES_DELTA_SCORE_PEARSON = Metric("preferences/delta_score_pearson",
     "correlation", better="higher", title="Δ and score, Pearson")
 PREFERENCES_DELTA_SCORE_SPEARMAN = Metric("preferences/delta_score_spearman", "Spearman's of the same",
     "correlation", better="higher", title="Δ and score, Spearman")
-CROSSED = Metric("crossed/{bound}", "the number beyond this bound of `evaluate.limits`; there only where it is crossed",
+CROSSED = Metric("bound_violated/{bound}", "the number beyond this bound of `evaluate.bounds`; there only where it "
+"is crossed",
     "")
 
 # How well a model judges
 JUDGE_QUALITY_PAIRWISE_ACCURACY = Metric("judge_quality/pairwise_accuracy",
     "share of answer pairs ordered as the humans did, a tie counts as not",
     "share", better="higher", title="judge accuracy")
-JUDGE_QUALITY_FIVE_BEST = Metric("judge_quality/five_best",
+JUDGE_QUALITY_FIVE_BEST = Metric("judge_quality/top_score_precision",
     "how often an answer at the top of the scale is the humans' best", "share", better="higher", title="judge 5-best")
 JUDGE_QUALITY_EXACT_MATCH = Metric("judge_quality/exact_match", "share of questions whose whole order is the humans'",
     "share", better="higher", title="judge exact match")
@@ -311,7 +312,7 @@ JUDGE_QUALITY_UNJUDGED = Metric("judge_quality/unjudged", "questions left out be
 JUDGE_QUALITY_UNDEFINED = Metric("judge_quality/undefined",
     "questions left out of the two correlations because all scores are equal", "count", title="constant questions")
 CALIBRATION_PARSED = Metric("calibration/parsed", "share of judgements that carry a score", "share", better="higher")
-CALIBRATION_SPREAD = Metric("calibration/spread",
+CALIBRATION_SPREAD = Metric("calibration/score_entropy",
     "entropy of how often each whole score was given, nats; 0 for a constant judge", "nats", title="spread, nats")
 CALIBRATION_TIES = Metric("calibration/ties", "share of answer pairs of a question with equal scores", "share")
 CALIBRATION_POSITION_BIAS = Metric("calibration/position_bias",
@@ -359,9 +360,9 @@ COMPARED = (WINS, TIES, LOSSES, WIN_RATE, WIN_RATE_LENGTH_CONTROLLED, JUDGE_POSI
 """What of a head-to-head comparison is among a model's numbers: `eval/<last part>`, against M1."""
 
 HELD_OUT, PREFERENCES = "held_out/", "preferences/"
-"""Begin the name of a metric over the pairs set aside, and over those of `evaluate.preferences`."""
+"""Begin the name of a metric over the pairs set aside, and over those of `evaluate.preference_pairs`."""
 
-PAIRS_OF = {HELD_OUT: ("held-out", "pairs set aside"), PREFERENCES: ("test", "pairs of `evaluate.preferences`")}
+PAIRS_OF = {HELD_OUT: ("held-out", "pairs set aside"), PREFERENCES: ("test", "pairs of `evaluate.preference_pairs`")}
 OPPONENTS = {"_vs_previous": ("model before", "the model before it"), "_vs_given": ("given outputs", "given outputs")}
 """What ends the names of comparisons with another model than M1, and what it says."""
 

@@ -250,7 +250,7 @@ def distinct(texts: Sequence[Sequence[str]], size: int) -> float | None:
     return len(set(grams)) / len(grams) if grams else None
 
 
-def repeated(texts: Sequence[Sequence[str]], size: int) -> float | None:
+def repetition(texts: Sequence[Sequence[str]], size: int) -> float | None:
     """Share of n-grams that stood before in the same text, all texts together; None without any."""
     counts = [(len(grams), len(set(grams))) for words in texts for grams in [_grams(words, size)]]
     total = sum(many for many, _ in counts)

@@ -11,7 +11,7 @@ from selfalign.metrics.intervals import bootstrap_ratio, bootstrap_share, correl
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class RankedQuestion:
     """A question's answers as humans ranked them (1 is best) and as the judge scored them, in the same order."""
 
     ranks: Sequence[int]
@@ -33,7 +33,7 @@ class Question:
         return correlation([-rank for rank in self.ranks], self.scores, kind)
 
 
-def judge_quality(questions: Sequence[Question], top: float | None) -> dict[str, float]:
+def judge_quality(questions: Sequence[RankedQuestion], top: float | None) -> dict[str, float]:
     """How well scores agree with human ranks (arXiv 2401.10020, section 3.1), with 95 % intervals over questions.
 
     Ties among scores, which the paper leaves open: a tied pair counts as not agreeing, Kendall's coefficient is
@@ -41,7 +41,8 @@ def judge_quality(questions: Sequence[Question], top: float | None) -> dict[str,
 
     Args:
         questions: with at least two answers each.
-        top: the highest score of the scale, if it has one; scores within half a point of it are "5" for `five_best`.
+        top: the highest score of the scale, if it has one; scores within half a point of it are "5" for
+            `top_score_precision`.
     """
     agreement = [question.agreement() for question in questions]
     exact = [(int(agreeing == pairs), 1) for agreeing, pairs in agreement]

@@ -19,7 +19,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.records import FinishReason, PreferencePair, Prompt, Response
 from selfalign.losses.refinement import Refinement, augment
 from selfalign.models.checkpoint import UNBOUNDED
-from selfalign.models.packed_attention import Layout, is_packing
+from selfalign.models.packed_attention import PackedLayout, is_packing
 from selfalign.models.tokenizer import (
     Answer,
     decode_behind,
@@ -39,7 +39,7 @@ S = TypeVar("S", bound=Sized)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Group:
+class SharedPrompt:
     """Token ids of a prompt and of what follows it; `id` is the record's.
 
     The first `given[i]` tokens of response i are read but not scored: the rest of its own prompt, where several
@@ -49,7 +49,7 @@ class Group:
     id: str
     prompt: list[int]
     responses: list[list[int]]
-    given: list[int]
+    num_context_tokens: list[int]
 
     def __len__(self) -> int:
         return len(self.prompt) + sum(map(len, self.responses))
@@ -60,7 +60,7 @@ class Group:
 
     def scored(self) -> list[int]:
         """The number of scored tokens of each response."""
-        return [len(response) - given for response, given in zip(self.responses, self.given, strict=True)]
+        return [len(response) - given for response, given in zip(self.responses, self.num_context_tokens, strict=True)]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -69,14 +69,14 @@ class Batch:
 
     Attributes:
         inputs: keyword arguments of the model, tensors of shape (rows, tokens), and for packed rows the layout.
-        predict_at: positions in the flattened inputs that predict a response token, shape (response tokens,).
+        logit_positions: positions in the flattened inputs that predict a response token, shape (response tokens,).
         targets: the tokens predicted there.
         owner: which response each of them belongs to, counted over the batch's groups in order.
         tokens: how many tokens each response has, float, shape (responses,).
     """
 
     inputs: dict[str, Any]
-    predict_at: Tensor
+    logit_positions: Tensor
     targets: Tensor
     owner: Tensor
     tokens: Tensor
@@ -86,7 +86,7 @@ class Batch:
         move = {name: value.to(device) for name, value in self.inputs.items()}
         return Batch(
             inputs=move,
-            predict_at=self.predict_at.to(device),
+            logit_positions=self.logit_positions.to(device),
             targets=self.targets.to(device),
             owner=self.owner.to(device),
             tokens=self.tokens.to(device),
@@ -97,7 +97,7 @@ class Batch:
         return torch.zeros_like(self.tokens).index_add(0, self.owner, logps)
 
 
-def encode_group(tokenizer: "Tokenizer", record_id: str, prompt: "Prompt", answers: Sequence[Answer]) -> Group:
+def encode_group(tokenizer: "Tokenizer", record_id: str, prompt: "Prompt", answers: Sequence[Answer]) -> SharedPrompt:
     """Tokenise a prompt and the responses behind it.
 
     Raises:
@@ -109,7 +109,7 @@ def encode_group(tokenizer: "Tokenizer", record_id: str, prompt: "Prompt", answe
         if not prompt_ids:
             raise SelfalignError("the prompt is empty, and the tokenizer adds no BOS: give a prompt")
         responses = encode_answers(tokenizer, prompt, answers)
-    return Group(id=record_id, prompt=prompt_ids, responses=responses, given=[0] * len(responses))
+    return SharedPrompt(id=record_id, prompt=prompt_ids, responses=responses, num_context_tokens=[0] * len(responses))
 
 
 @contextmanager
@@ -121,13 +121,13 @@ def of_record(record_id: str) -> Iterator[None]:
         raise SelfalignError(f"record {record_id}: {error}") from error
 
 
-def share_prompt(record_id: str, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> Group:
+def share_prompt(record_id: str, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> SharedPrompt:
     """Return one group of several prompts, each with its response. Their common beginning is computed once."""
     columns = zip(*prompts, strict=False)
     shared = next((at for at, column in enumerate(columns) if len(set(column)) > 1), min(map(len, prompts)))
     tails = [[*prompt[shared:], *response] for prompt, response in zip(prompts, responses, strict=True)]
     given = [len(prompt) - shared for prompt in prompts]
-    return Group(id=record_id, prompt=prompts[0][:shared], responses=tails, given=given)
+    return SharedPrompt(id=record_id, prompt=prompts[0][:shared], responses=tails, num_context_tokens=given)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,8 +144,8 @@ class PairExample:
         start: log-probabilities given x under M_t.
     """
 
-    plain: Group
-    augmented: Group | None = None
+    plain: SharedPrompt
+    augmented: SharedPrompt | None = None
     score_gap: float | None = None
     reference: list[float] = field(default_factory=list)
     augmented_reference: list[float] = field(default_factory=list)
@@ -222,11 +222,11 @@ def encode_pairs(
 
 def shorten_group(
     tokenizer: "Tokenizer",
-    group: Group,
+    group: SharedPrompt,
     prompt: "Prompt",
     limit: int,
     ask: Callable[["Prompt"], "Prompt"] = lambda prompt: prompt,
-) -> "tuple[Group | None, Prompt | None]":
+) -> "tuple[SharedPrompt | None, Prompt | None]":
     """Return the group and its prompt, with the beginning of the prompt cut to fit; None if nothing fits.
 
     Args:
@@ -308,56 +308,56 @@ def split_by_tokens(groups: Iterable[S], budget: int) -> Iterator[list[S]]:
         yield run
 
 
-def make_batch(model: "PreTrainedModel", groups: Sequence[Group]) -> Batch:
+def make_batch(model: "PreTrainedModel", groups: Sequence[SharedPrompt]) -> Batch:
     """Return the groups as the model takes them: packed after `enable_packing`, else padded."""
     return pack(groups) if is_packing(model) else pad(groups)
 
 
-def pack(groups: Sequence[Group]) -> Batch:
+def pack(groups: Sequence[SharedPrompt]) -> Batch:
     """Return one row: prompt, responses, next prompt, …; positions restart with each group."""
     ids: list[int] = []
     positions: list[int] = []
-    predict_at: list[int] = []
+    logit_positions: list[int] = []
     targets: list[int] = []
     counts: list[int] = []
     for group in groups:
         prompt_end = len(ids) + len(group.prompt) - 1
         ids += group.prompt
         positions += range(len(group.prompt))
-        for response, given in zip(group.responses, group.given, strict=True):
-            predict_at += [prompt_end, *range(len(ids), len(ids) + len(response) - 1)][given:]
+        for response, given in zip(group.responses, group.num_context_tokens, strict=True):
+            logit_positions += [prompt_end, *range(len(ids), len(ids) + len(response) - 1)][given:]
             positions += range(len(group.prompt), len(group.prompt) + len(response))
             ids += response
             targets += response[given:]
             counts.append(len(response) - given)
-    layout = Layout([(len(group.prompt), [len(response) for response in group.responses]) for group in groups])
+    layout = PackedLayout([(len(group.prompt), [len(response) for response in group.responses]) for group in groups])
     inputs = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions]), "layout": layout}
-    return _batch(inputs, predict_at, targets, counts)
+    return _batch(inputs, logit_positions, targets, counts)
 
 
-def pad(groups: Sequence[Group]) -> Batch:
+def pad(groups: Sequence[SharedPrompt]) -> Batch:
     """Return a row for each response with its own copy of the prompt, padded on the right."""
     rows = [[*group.prompt, *response] for group in groups for response in group.responses]
-    prompts = [len(group.prompt) + given for group in groups for given in group.given]
+    prompts = [len(group.prompt) + given for group in groups for given in group.num_context_tokens]
     width = max(map(len, rows))
     inputs = {
         "input_ids": torch.tensor([row + [0] * (width - len(row)) for row in rows]),
         "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
     }
-    predict_at = [
+    logit_positions = [
         index * width + at
         for index, (row, prompt) in enumerate(zip(rows, prompts, strict=True))
         for at in range(prompt - 1, len(row) - 1)
     ]
     targets = [token for row, prompt in zip(rows, prompts, strict=True) for token in row[prompt:]]
-    return _batch(inputs, predict_at, targets, [len(row) - n for row, n in zip(rows, prompts, strict=True)])
+    return _batch(inputs, logit_positions, targets, [len(row) - n for row, n in zip(rows, prompts, strict=True)])
 
 
-def _batch(inputs: dict[str, Any], predict_at: list[int], targets: list[int], counts: list[int]) -> Batch:
+def _batch(inputs: dict[str, Any], logit_positions: list[int], targets: list[int], counts: list[int]) -> Batch:
     tokens = torch.tensor(counts)
     return Batch(
         inputs=inputs,
-        predict_at=torch.tensor(predict_at),
+        logit_positions=torch.tensor(logit_positions),
         targets=torch.tensor(targets),
         owner=torch.repeat_interleave(torch.arange(len(counts)), tokens),
         tokens=tokens.float(),

@@ -61,7 +61,7 @@ class Policy:
 
 
 @dataclass(slots=True)
-class InMemory:
+class LoadedPolicy:
     """A policy in this process's memory, until the `with` block around it ends."""
 
     policy: Policy
@@ -113,7 +113,7 @@ def autocast(device: torch.device, dtype: str) -> torch.autocast:
 
 
 @dataclass(frozen=True)
-class PolicyFiles:
+class PolicyCheckpoint:
     """A policy in the folder of an artifact."""
 
     path: Path
@@ -155,7 +155,7 @@ class PolicyFiles:
         """Load the tokenizer, with the chat template of the run."""
         return open_tokenizer(self.path / "tokenizer")
 
-    def load(self, dtype: str, *, device: str = "", trainable: bool = False, apart: bool = False) -> Policy:
+    def load(self, dtype: str, *, device: str = "", trainable: bool = False, keep_adapter: bool = False) -> Policy:
         """Load the policy.
 
         An adapter is merged into float32 weights, which is exact but for rounding. With weights in bfloat16 or 4 bits
@@ -165,7 +165,7 @@ class PolicyFiles:
             dtype: of the weights.
             device: of the weights; empty for the fastest.
             trainable: whether the adapter, if there is one, takes gradients.
-            apart: whether the adapter stays apart in any case, because multiplications are in bfloat16.
+            keep_adapter: whether the adapter stays apart in any case, because multiplications are in bfloat16.
         """
         release_memory()  # The model and the optimiser of the training before are in cycles.
         device = device or default_device()
@@ -178,13 +178,13 @@ class PolicyFiles:
 
             model = PeftModel.from_pretrained(model, self.path / "adapter", is_trainable=trainable)
             model.peft_config["default"].base_model_name_or_path = str(self.path / "weights")
-            if dtype == "float32" and not (trainable or apart or self.quantization):
+            if dtype == "float32" and not (trainable or keep_adapter or self.quantization):
                 model = model.merge_and_unload()
         cast(torch.nn.Module, model).to(torch.device(device)).eval()
         tokenizer, capabilities = self.load_tokenizer(), Capabilities.load(self.path)
         return Policy(cast("PreTrainedModel", model), tokenizer, self.digest, capabilities)
 
-    def save(self, policy: Policy, base: "PolicyFiles") -> None:
+    def save(self, policy: Policy, base: "PolicyCheckpoint") -> None:
         """Write a trained policy: all its weights, or its adapter and a link to its base."""
         policy.tokenizer.save_pretrained(self.path / "tokenizer")
         if hasattr(policy.model, "peft_config"):

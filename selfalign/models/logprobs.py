@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from selfalign.core.errors import SelfalignError
-from selfalign.models.batches import Batch, Group, make_batch
+from selfalign.models.batches import Batch, SharedPrompt, make_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -124,10 +124,10 @@ def selected_logps(
 def score_responses_only(model: "PreTrainedModel") -> None:
     """Make the model's forward return log-probabilities of given tokens instead of logits.
 
-    Afterwards `model(input_ids=…, position_ids=…, predict_at=…, targets=…)` returns log p(targets), shape (targets,),
-    where `predict_at` are positions in the flattened batch. With `hits=True` it also returns whether each target was
-    the likeliest token. Because it goes through the model's own forward, it works under DDP, FSDP and peft. The model
-    can then only train or score; load another to generate. A second call has no effect.
+    Afterwards `model(input_ids=…, position_ids=…, logit_positions=…, targets=…)` returns log p(targets), shape
+    (targets,), where `logit_positions` are positions in the flattened batch. With `hits=True` it also returns whether
+    each target was the likeliest token. Because it goes through the model's own forward, it works under DDP, FSDP and
+    peft. The model can then only train or score; load another to engine. A second call has no effect.
 
     Raises:
         SelfalignError: the output layer is not a plain linear layer (for example, it has a bias), or the model computes
@@ -145,7 +145,7 @@ def score_responses_only(model: "PreTrainedModel") -> None:
         own = _own_logps(inner.eval(), probe)
         head.forward, inner.forward = MethodType(_select, head), MethodType(_score, inner)
         with torch.no_grad():
-            ours = inner(predict_at=probe.predict_at, targets=probe.targets, **probe.inputs)
+            ours = inner(logit_positions=probe.logit_positions, targets=probe.targets, **probe.inputs)
         inner.train(training)
         # The tolerance is a bfloat16 model's rounding of its capped logits.
         if not torch.allclose(own, ours, rtol=0, atol=1e-3 if inner.dtype == torch.float32 else 0.25):
@@ -157,20 +157,22 @@ def score_responses_only(model: "PreTrainedModel") -> None:
 def _probe(model: "PreTrainedModel") -> Batch:
     """Return a few tokens to score both ways."""
     tokens = [token % cast(nn.Linear, model.get_output_embeddings()).out_features for token in range(8)]
-    return make_batch(model, [Group(id="probe", prompt=tokens[:1], responses=[tokens[1:]], given=[0])]).to(model.device)
+    return make_batch(
+        model, [SharedPrompt(id="probe", prompt=tokens[:1], responses=[tokens[1:]], num_context_tokens=[0])]
+    ).to(model.device)
 
 
 @torch.no_grad()
 def _own_logps(model: "PreTrainedModel", batch: Batch) -> Tensor:
-    logits = model(use_cache=False, **batch.inputs).logits.flatten(0, 1)[batch.predict_at]
+    logits = model(use_cache=False, **batch.inputs).logits.flatten(0, 1)[batch.logit_positions]
     return logits.float().log_softmax(-1).gather(1, batch.targets[:, None]).squeeze(1)
 
 
 def _score(
-    self: "PreTrainedModel", predict_at: Tensor, targets: Tensor, *, hits: bool = False, **inputs: Any
+    self: "PreTrainedModel", logit_positions: Tensor, targets: Tensor, *, hits: bool = False, **inputs: Any
 ) -> Tensor | tuple[Tensor, Tensor]:
     hidden = decoder_of(self)(use_cache=False, **inputs).last_hidden_state
-    hidden = hidden.flatten(0, 1)[predict_at]
+    hidden = hidden.flatten(0, 1)[logit_positions]
     # Through the layer's own call, because FSDP2 puts its weight together there.
     scored = cast(nn.Linear, self.get_output_embeddings())(hidden, targets, *logit_shape(self.config))
     return scored if hits else scored[0]

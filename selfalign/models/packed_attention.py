@@ -22,17 +22,17 @@ WITHOUT_EFFECT = ("position_ids", "cache_position", "use_cache", "is_causal", "o
 """Keywords of an attention that packing may ignore: the layout has their content, or they are about outputs."""
 
 
-class Layout:
+class PackedLayout:
     """Which tokens see which in a packed row: a token sees its prompt and its own response, up to itself.
 
-    A layout is made once for a batch and used by every layer. The *trunk* of a group, its prompt (and its response if
+    A layout is made once for a batch and used by every layer. The *prefix* of a group, its prompt (and its response if
     it has only one), is seen causally; only the responses after it need a mask.
     """
 
     def __init__(self, groups: Sequence[tuple[int, Sequence[int]]]) -> None:
         """Take each group's prompt length and the lengths of its responses."""
         self.lengths = [prompt + sum(responses) for prompt, responses in groups]
-        self.trunks = [prompt + sum(responses) * (len(responses) == 1) for prompt, responses in groups]
+        self.prefixes = [prompt + sum(responses) * (len(responses) == 1) for prompt, responses in groups]
         self._group = torch.arange(len(groups)).repeat_interleave(torch.tensor(self.lengths))
         self._segment = torch.cat(
             [torch.arange(len(r) + 1).repeat_interleave(torch.tensor([p, *r])) for p, r in groups]
@@ -43,7 +43,7 @@ class Layout:
         self._masks: dict[int | None, list[tuple[Tensor | None, Tensor]]] = {}
         self._block_masks: dict[int | None, Any] = {}
 
-    def to(self, device: torch.device) -> "Layout":
+    def to(self, device: torch.device) -> "PackedLayout":
         """Move the layout to a device, in place."""
         self._group, self._segment = self._group.to(device), self._segment.to(device)
         self._position = self._position.to(device)
@@ -59,8 +59,8 @@ class Layout:
     def masks(self, window: int | None) -> list[tuple[Tensor | None, Tensor]]:
         """Return two masks of every group that are true where the row's token sees the column's.
 
-        The first is the trunk's, (trunk, trunk), or None where it is plainly causal. The second is that of the tokens
-        after it, (tokens - trunk, tokens).
+        The first is the prefix's, (prefix, prefix), or None where it is plainly causal. The second is that of the
+        tokens after it, (tokens - prefix, tokens).
 
         Args:
             window: how far back a token sees, in positions; None sees all.
@@ -69,10 +69,10 @@ class Layout:
             tokens = torch.arange(len(self._group), device=self._group.device).split(self.lengths)
             self._masks[window] = [
                 (
-                    self.sees(own[:trunk, None], own[None, :trunk], window) if window and window < trunk else None,
-                    self.sees(own[trunk:, None], own[None, :], window),
+                    self.sees(own[:prefix, None], own[None, :prefix], window) if window and window < prefix else None,
+                    self.sees(own[prefix:, None], own[None, :], window),
                 )
-                for own, trunk in zip(tokens, self.trunks, strict=True)
+                for own, prefix in zip(tokens, self.prefixes, strict=True)
             ]
         return self._masks[window]
 
@@ -131,7 +131,7 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    layout: Layout,
+    layout: PackedLayout,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -174,27 +174,27 @@ def group_by_group(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    layout: Layout,
+    layout: PackedLayout,
     scaling: float | None,
     window: int | None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attend within each group's trunk, then from the tokens after it; arguments as of `packed_attention`."""
+    """Attend within each group's prefix, then from the tokens after it; arguments as of `packed_attention`."""
     options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
     groups = zip(*(tensor.split(layout.lengths, dim=2) for tensor in (query, key, value)), strict=True)
     outputs: list[Tensor] = []
-    for (q, k, v), trunk, (within, behind) in zip(groups, layout.trunks, layout.masks(window), strict=True):
-        if trunk:
+    for (q, k, v), prefix, (within, behind) in zip(groups, layout.prefixes, layout.masks(window), strict=True):
+        if prefix:
             causal = within is None
-            first, *seen = (tensor[:, :, :trunk] for tensor in (q, k, v))
+            first, *seen = (tensor[:, :, :prefix] for tensor in (q, k, v))
             outputs.append(scaled_dot_product_attention(first, seen[0], seen[1], within, is_causal=causal, **options))
         if len(behind):
-            outputs.append(scaled_dot_product_attention(q[:, :, trunk:], k, v, behind, **options))
+            outputs.append(scaled_dot_product_attention(q[:, :, prefix:], k, v, behind, **options))
     return torch.cat(outputs, dim=2)
 
 
 def whole_row(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float | None, window: int | None
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scaling: float | None, window: int | None
 ) -> Tensor:
     """Attend by FlexAttention with the layout's block mask; arguments as of `packed_attention`."""
     grouped = key.shape[1] != query.shape[1]
@@ -207,7 +207,7 @@ def flex_works(device: torch.device) -> bool:
 
     It is tried once on a small row. If it fails, one log line says why, and attention goes group by group.
     """
-    layout = Layout([(70, [40, 30]), (5, [9])]).to(device)
+    layout = PackedLayout([(70, [40, 30]), (5, [9])]).to(device)
     draw = torch.Generator().manual_seed(0)
     shapes = [(1, heads, sum(layout.lengths), 64) for heads in (4, 2, 2)]
     query, key, value = (torch.randn(shape, generator=draw).to(device).requires_grad_() for shape in shapes)

@@ -13,7 +13,7 @@ from selfalign.models.builtin import BUILDERS
 from selfalign.models.chat_template import template_of
 from selfalign.models.checkpoint import (
     TRUSTED,
-    PolicyFiles,
+    PolicyCheckpoint,
     digest_weights,
     link_folder,
     load_checkpoint,
@@ -36,7 +36,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 TEMPLATES = PACKAGE / "models" / "templates"
 
 
-def fetch_pretrained(config: ModelConfig, destination: Path, key: str = "model.path") -> PolicyFiles:
+def fetch_pretrained(config: ModelConfig, destination: Path, key: str = "model.path") -> PolicyCheckpoint:
     """Write a model into a folder as `weights/` and `tokenizer/`.
 
     An adapter is merged into its base, and the sum is the model.
@@ -66,7 +66,7 @@ def fetch_pretrained(config: ModelConfig, destination: Path, key: str = "model.p
     write_json(destination / "weights.json", digest_weights(weights) | quantised)
     if config.trust_remote_code:
         (destination / TRUSTED).touch()
-    return PolicyFiles(destination)
+    return PolicyCheckpoint(destination)
 
 
 def settle_tokenizer(tokenizer: "Tokenizer", weights: Path) -> None:
@@ -91,7 +91,7 @@ def named_stops(weights: Path) -> int | list[int] | None:
     return settings.get("eos_token_id", settings.get("text_config", {}).get("eos_token_id"))
 
 
-def identify_source(config: ModelConfig, key: str = "model.path") -> str:
+def source_digest(config: ModelConfig, key: str = "model.path") -> str:
     """Return the key of a model's source: the digest of its files, an adapter's base among them.
 
     Raises:
@@ -102,7 +102,7 @@ def identify_source(config: ModelConfig, key: str = "model.path") -> str:
     folder = find_checkpoint(config, key)
     template = read_template(config) if config.chat_template else ""
     files = {path.name: digest_file(path) for pattern in files_of(config) for path in sorted(folder.glob(pattern))}
-    base = [identify_source(base_of(config, folder), key)] if is_adapter(folder) else []
+    base = [source_digest(base_of(config, folder), key)] if is_adapter(folder) else []
     return digest_json([files, template, *base])
 
 

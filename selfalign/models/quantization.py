@@ -39,11 +39,11 @@ def check_engine(quantization: str, engine: str) -> None:
     """Check that the engine can run 4-bit weights. Others would run the unquantised base, which is another policy.
 
     Raises:
-        SelfalignError: weights in 4 bits are to be run by `generate=<engine>`.
+        SelfalignError: weights in 4 bits are to be run by `engine=<engine>`.
     """
     if quantization != "none" and engine != "transformers":
         raise SelfalignError(
-            f"generate={engine} cannot run a policy in 4 bits: set generate=transformers, or model.quantization=none"
+            f"engine={engine} cannot run a policy in 4 bits: set engine=transformers, or model.quantization=none"
         )
 
 

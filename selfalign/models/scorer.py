@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from selfalign.models.batches import Batch, Group, make_batch, split_by_tokens
-from selfalign.models.checkpoint import InMemory, Policy, autocast
+from selfalign.models.batches import Batch, SharedPrompt, make_batch, split_by_tokens
+from selfalign.models.checkpoint import LoadedPolicy, Policy, autocast
 from selfalign.models.logprobs import score_responses_only
 from selfalign.models.packed_attention import enable_packing
 from selfalign.store.journal import Journal
@@ -85,49 +85,55 @@ def _stay(self: nn.Module, mode: bool = True) -> nn.Module:
     return self
 
 
-def responses_in(group: Group) -> int:
+def responses_in(group: SharedPrompt) -> int:
     """Return the number of responses in a group."""
     return len(group.responses)
 
 
 @dataclass(slots=True)
-class Scorer(InMemory):
+class LogProbScorer(LoadedPolicy):
     """A policy made to score.
 
     Attributes:
         policy: its model serves for nothing else afterwards.
-        batch_tokens: the most tokens of a batch.
+        max_batch_tokens: the most tokens of a batch.
         autocast: "bfloat16" to multiply in it while the weights keep their dtype; empty for the dtype of the weights.
     """
 
-    batch_tokens: int
+    max_batch_tokens: int
     autocast: str = ""
 
     def __post_init__(self) -> None:
         self.policy.model.eval()
         make_scoring(self.policy)
 
-    def plan(self, groups: Sequence[Group]) -> list[list[Group]]:
-        """Return the groups, in their order, in batches of at most `batch_tokens`."""
-        return list(split_by_tokens(groups, self.batch_tokens))
+    def plan(self, groups: Sequence[SharedPrompt]) -> list[list[SharedPrompt]]:
+        """Return the groups, in their order, in batches of at most `max_batch_tokens`."""
+        return list(split_by_tokens(groups, self.max_batch_tokens))
 
-    def score(self, groups: Sequence[Group]) -> list[list[float]]:
+    def score(self, groups: Sequence[SharedPrompt]) -> list[list[float]]:
         """Return the summed log-probabilities (nats) of each group's responses."""
         batch = make_batch(self.policy.model, groups)
         sums = iter(batch.sum_by_response(self._logps(batch)).tolist())
         return [[next(sums) for _ in group.responses] for group in groups]
 
-    def choose(self, groups: Sequence[Group], alternatives: Sequence[int]) -> list[list[list[float]]]:
+    def next_token_logprobs(
+        self, groups: Sequence[SharedPrompt], alternatives: Sequence[int]
+    ) -> list[list[list[float]]]:
         """Return log p (nats) of each alternative as the token after each response, for every group."""
         batch = make_batch(self.policy.model, [with_next_token(group) for group in groups])
         ends = batch.tokens.long().cumsum(0) - 1
-        batch.predict_at = batch.predict_at[ends].repeat_interleave(len(alternatives))
+        batch.logit_positions = batch.logit_positions[ends].repeat_interleave(len(alternatives))
         batch.targets = torch.tensor(list(alternatives)).repeat(len(ends))
         rows = iter(self._logps(batch).view(len(ends), len(alternatives)).tolist())
         return [[next(rows) for _ in group.responses] for group in groups]
 
     def score_all(
-        self, groups: Sequence[Group], journal: Journal, name: str, size: Callable[[Group], int] = responses_in
+        self,
+        groups: Sequence[SharedPrompt],
+        journal: Journal,
+        name: str,
+        size: Callable[[SharedPrompt], int] = responses_in,
     ) -> Iterator[list[float]]:
         """Yield the scores of each group, in journalled batches.
 
@@ -144,24 +150,26 @@ class Scorer(InMemory):
         device = self.policy.model.device
         with autocast(device, self.autocast):
             batch = batch.to(device)
-            return self.policy.model(predict_at=batch.predict_at, targets=batch.targets, **batch.inputs).cpu()
+            return self.policy.model(logit_positions=batch.logit_positions, targets=batch.targets, **batch.inputs).cpu()
 
 
 def ask_all(
-    ask: Callable[[list[Group]], list[Any]],
-    batches: Sequence[list[Group]],
+    ask: Callable[[list[SharedPrompt]], list[Any]],
+    batches: Sequence[list[SharedPrompt]],
     journal: Journal,
     name: str,
-    size: Callable[[Group], int],
+    size: Callable[[SharedPrompt], int],
 ) -> Iterator[Any]:
     """Yield a loaded policy's answer to each group, in journalled batches."""
-    # Named by what is in them, because `batch_tokens` may be another when a killed stage is resumed.
+    # Named by what is in them, because `max_batch_tokens` may be another when a killed stage is resumed.
     tasks = ((f"{name}-{batch[0].id}-{len(batch)}", sum(map(size, batch)), partial(ask, batch)) for batch in batches)
     for rows in journal.batches(tasks):
         yield from rows
 
 
-def with_next_token(group: Group) -> Group:
+def with_next_token(group: SharedPrompt) -> SharedPrompt:
     """Return the group with a placeholder after each response: the token whose alternatives are scored."""
     responses = [[*response, 0] for response in group.responses]
-    return Group(id=group.id, prompt=group.prompt, responses=responses, given=[len(r) - 1 for r in responses])
+    return SharedPrompt(
+        id=group.id, prompt=group.prompt, responses=responses, num_context_tokens=[len(r) - 1 for r in responses]
+    )

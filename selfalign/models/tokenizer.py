@@ -217,7 +217,7 @@ def plain_ids(tokenizer: "Tokenizer", text: str) -> list[int]:
     return [token for piece in _pieces(tokenizer, text) for token in _behind_anchor(tokenizer, piece)]
 
 
-def spell(tokenizer: "Tokenizer", ids: list[int]) -> str:
+def ids_to_exact_text(tokenizer: "Tokenizer", ids: list[int]) -> str:
     """Return the text that the tokenizer reads as these ids, for programs that take only texts; they add BOS
     themselves.
 

@@ -10,12 +10,12 @@ from selfalign.models.checkpoint import resolve_dtype
 def resolve_dtypes(config: ExperimentConfig) -> ExperimentConfig:
     """Return the configuration with every dtype=auto resolved, because the dtype changes results and so the keys."""
     train = replace(config.train, sft=_resolved(config.train.sft), align=_resolved(config.train.align))
-    return replace(config, generate=_resolved(config.generate), train=train)
+    return replace(config, engine=_resolved(config.engine), train=train)
 
 
 def auto_dtypes(config: ExperimentConfig) -> dict[str, str]:
     """Return {setting: dtype on this machine} of all that are auto."""
-    settings = {"generate": config.generate, "train.sft": config.train.sft, "train.align": config.train.align}
+    settings = {"engine": config.engine, "train.sft": config.train.sft, "train.align": config.train.align}
     return {f"{key}.dtype": resolve_dtype("auto") for key, one in settings.items() if _is_auto(one)}
 
 

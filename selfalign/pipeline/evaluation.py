@@ -8,17 +8,17 @@ from selfalign.core.files import derive_seed
 from selfalign.judges.protocol import asks_a_server
 from selfalign.losses.protocol import Loss
 from selfalign.pipeline.held_out import HeldOutPairs
-from selfalign.pipeline.inputs import Given
-from selfalign.pipeline.models import Judging, Models
+from selfalign.pipeline.inputs import RunInputs
+from selfalign.pipeline.models import RunJudge, RunModels
 from selfalign.runs.labels import Label
 from selfalign.runs.runner import Maker
 from selfalign.stages.benchmark import benchmark
-from selfalign.stages.compare import compare
-from selfalign.stages.divergence import divergence
-from selfalign.stages.evaluate import Answered, Judged, compares_on, evaluate, opponents
+from selfalign.stages.evaluate import JudgedTexts, MaybeJudged, compares_on, evaluate, opponents
+from selfalign.stages.head_to_head import head_to_head
 from selfalign.stages.judge import Pairwise
+from selfalign.stages.kl_divergence import kl_divergence
 from selfalign.stages.respond import RespondConfig, respond
-from selfalign.store.artifacts import Artefact
+from selfalign.store.artifacts import Artifact
 
 GIVEN = "given"
 """What another model is called whose outputs are given."""
@@ -30,7 +30,7 @@ class Evaluation:
 
     Attributes:
         config: the experiment.
-        run: makes artefacts.
+        run: makes artifacts.
         given: the evaluation instructions and the held-out ranked answers.
         judging: judges with the run's judge.
         answered: {model: its answers and their scores}, of those measured so far.
@@ -39,10 +39,10 @@ class Evaluation:
 
     config: ExperimentConfig
     run: Maker
-    given: Given
-    judging: Judging
-    answered: dict[str, Answered] = field(default_factory=dict)
-    conversed: dict[str, dict[str, Artefact]] = field(default_factory=dict)
+    given: RunInputs
+    judging: RunJudge
+    answered: dict[str, MaybeJudged] = field(default_factory=dict)
+    conversed: dict[str, dict[str, Artifact]] = field(default_factory=dict)
     held_out: HeldOutPairs = field(init=False)
 
     def __post_init__(self) -> None:
@@ -51,11 +51,11 @@ class Evaluation:
     def measure(
         self,
         name: str,
-        models: Models,
+        models: RunModels,
         *,
         judging_only: bool = False,
         loss: Loss | None = None,
-        taught: Sequence[Artefact] = (),
+        taught: Sequence[Artifact] = (),
     ) -> None:
         """Measures the newest model: its answers against those of the models before, and its judging, or that alone.
 
@@ -82,34 +82,34 @@ class Evaluation:
             baseline=next(iter(self.answered.values()), None),
             compared=compared,
             moved=moved,
-            trained=[models.newest, *models.own_pairs[-1:]],
+            trained=[models.current, *models.generated_pairs[-1:]],
             ranked=self._judge_ranked(label, models),
-            top=getattr(self.config.judge, "high", None),
-            limits=self.config.evaluate.limits,
+            top=getattr(self.config.judge, "max_score", None),
+            bounds=self.config.evaluate.bounds,
         )
         if judged is not None:
             self.answered[name] = judged
         if not judging_only:
             self._benchmark(name, models)
 
-    def _answer(self, label: Label, models: Models, asked: Artefact) -> Artefact:
+    def _answer(self, label: Label, models: RunModels, asked: Artifact) -> Artifact:
         return self.run.make(
             label.sibling("answers"),
             respond,
             config=RespondConfig(candidates=1, sampling=self.config.evaluate.sampling),
-            policy=models.newest,
+            policy=models.current,
             instructions=asked,
-            generate=self.config.generate,
+            engine=self.config.engine,
             seed=self._seed(),
         )
 
-    def _score(self, label: Label, models: Models, asked: Artefact, answers: Artefact) -> Artefact | None:
+    def _score(self, label: Label, models: RunModels, asked: Artifact, answers: Artifact) -> Artifact | None:
         """What one judge, the same for all models, gives each answer; a pairwise judge cannot score a single one."""
         if isinstance(self.config.judge, Pairwise):
             return None
         return self.judging.judge(label.sibling("scores"), self.config.evaluate.judge, models, asked, answers)
 
-    def _compare(self, label: Label, models: Models, asked: Artefact, answers: Artefact) -> dict[str, Artefact]:
+    def _compare(self, label: Label, models: RunModels, asked: Artifact, answers: Artifact) -> dict[str, Artifact]:
         """Head to head with the models before, and with given outputs: what each is called among the numbers."""
         judge = self.config.evaluate.head_to_head
         if judge is None:
@@ -130,36 +130,38 @@ class Evaluation:
         return {ending: compared[name] for ending, name in endings.items() if name in compared}
 
     def _head_to_head(
-        self, label: Label, models: Models, asked: Artefact, answers: Artefact, opponent: Artefact
-    ) -> Artefact:
+        self, label: Label, models: RunModels, asked: Artifact, answers: Artifact, opponent: Artifact
+    ) -> Artifact:
         """Compares answers of the newest model with another's."""
         judge = self.config.evaluate.head_to_head
         return self.run.make(
             label,
-            compare,
+            head_to_head,
             judge=judge,
-            policy=None if asks_a_server(judge) else models.own_or(judge.model, models.referee),
+            policy=None if asks_a_server(judge) else models.own_or(judge.model, models.comparator),
             instructions=asked,
             answers=answers,
             opponent=opponent,
-            generate=self.config.generate,
+            engine=self.config.engine,
             seed=self._seed(),
         )
 
-    def _distance(self, label: Label, models: Models, asked: Artefact, answers: Artefact) -> Artefact | None:
+    def _distance(self, label: Label, models: RunModels, asked: Artifact, answers: Artifact) -> Artifact | None:
         if not self.answered:
             return None
-        policies = {"policy": models.newest, "origin": models.sft}
-        return self.run.make(label.sibling("divergence"), divergence, **policies, instructions=asked, answers=answers)
+        policies = {"policy": models.current, "origin": models.sft}
+        return self.run.make(
+            label.sibling("divergence"), kl_divergence, **policies, instructions=asked, answers=answers
+        )
 
-    def _judge_ranked(self, label: Label, models: Models) -> Judged | None:
+    def _judge_ranked(self, label: Label, models: RunModels) -> JudgedTexts | None:
         """The held-out ranked answers, judged by the newest model."""
-        seeds = self.given.seeds
+        seeds = self.given.seed_data
         if not seeds.counts["questions_held_out"]:
             return None
         return seeds, self.judging.judge(label.sibling("ranked_scores"), "self", models, seeds, seeds, "ranked_scores")
 
-    def _benchmark(self, name: str, models: Models) -> None:
+    def _benchmark(self, name: str, models: RunModels) -> None:
         """Puts the newest model through every benchmark, and compares it there with models before."""
         for title, settings in self.config.benchmark.items():
             made = self.run.make(
@@ -169,9 +171,9 @@ class Evaluation:
                 benchmark=settings,
                 contents=self.given.benchmarks[title],
                 model=name,
-                policy=models.newest,
-                judge=models.own_or(settings.judge_model, models.examiners.get(title)),
-                generate=self.config.generate,
+                policy=models.current,
+                judge=models.own_or(settings.judge_model, models.benchmark_judges.get(title)),
+                engine=self.config.engine,
                 seed=derive_seed(self.config.seed, "benchmark", title),
             )
             if compares_on(self.config.evaluate, settings):

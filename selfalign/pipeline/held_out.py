@@ -7,13 +7,13 @@ from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.files import digest_json
 from selfalign.losses.protocol import Loss, augmentation_of
 from selfalign.losses.refinement import Refinement
-from selfalign.pipeline.inputs import Given
-from selfalign.pipeline.models import Judging, Models
+from selfalign.pipeline.inputs import RunInputs
+from selfalign.pipeline.models import RunJudge, RunModels
 from selfalign.runs.labels import Label
 from selfalign.runs.runner import Maker
-from selfalign.stages.preferences import preferences
-from selfalign.stages.reference import reference
-from selfalign.store.artifacts import Artefact, canonical
+from selfalign.stages.preference_accuracy import preference_accuracy
+from selfalign.stages.reference_logprobs import reference_logprobs
+from selfalign.store.artifacts import Artifact, to_key_json
 
 BETA = 0.1
 """β of the rewards where the loss has none."""
@@ -21,13 +21,13 @@ BETA = 0.1
 
 @dataclass(slots=True)
 class HeldOutPairs:
-    """Measures one model after the other on the pairs of `evaluate.preferences`, each against its own reference.
+    """Measures one model after the other on the pairs of `evaluate.preference_pairs`, each against its own reference.
 
     What one model scores serves the next as its reference, so every policy scores the pairs once with each p.
 
     Attributes:
         config: the experiment.
-        run: makes artefacts.
+        run: makes artifacts.
         given: the held-out pairs, and what else a run was given.
         scored: log-probabilities of the pairs, by the digest of who scored them and by p.
         judged: the judge's scores of all responses, once they are there.
@@ -35,11 +35,11 @@ class HeldOutPairs:
 
     config: ExperimentConfig
     run: Maker
-    given: Given
-    scored: dict[tuple[str, str], Artefact] = field(default_factory=dict)
-    judged: Artefact | None = None
+    given: RunInputs
+    scored: dict[tuple[str, str], Artifact] = field(default_factory=dict)
+    judged: Artifact | None = None
 
-    def measure(self, name: str, models: Models, loss: Loss, taught: Sequence[Artefact]) -> None:
+    def measure(self, name: str, models: RunModels, loss: Loss, taught: Sequence[Artifact]) -> None:
         """Measures the newest model, where there are pairs.
 
         Args:
@@ -51,39 +51,39 @@ class HeldOutPairs:
         pairs = self.given.preferences
         if pairs is None:
             return
-        origin = self._logps(Label.evaluation(name, "reference_logps"), pairs, models.reference, loss)
-        policy = self._logps(Label.evaluation(name, "logps"), pairs, models.newest, loss)
-        known = [*self.given.trained_on, *taught, *models.own_pairs]
+        origin = self._logps(Label.evaluation(name, "reference_logprobs"), pairs, models.reference, loss)
+        policy = self._logps(Label.evaluation(name, "logps"), pairs, models.current, loss)
+        known = [*self.given.trained_on, *taught, *models.generated_pairs]
         self.run.make(
             Label.evaluation(name, "preferences"),
-            preferences,
+            preference_accuracy,
             pairs=pairs,
-            trained_on=list({artefact.digest: artefact for artefact in known}.values()),
+            trained_on=list({artifact.digest: artifact for artifact in known}.values()),
             policy=policy,
             reference=origin,
             scores=self._scores(pairs, models),
             beta=getattr(loss, "beta", BETA),
         )
 
-    def _logps(self, label: Label, pairs: Artefact, policy: Artefact, loss: Loss) -> Artefact:
+    def _logps(self, label: Label, pairs: Artifact, policy: Artifact, loss: Loss) -> Artifact:
         """A policy's log-probabilities of the pairs, given x and p⊕x: the loss's p, or the usual one."""
         augmentation = augmentation_of(loss) or Refinement()
-        key = policy.digest, digest_json(canonical(augmentation))
+        key = policy.digest, digest_json(to_key_json(augmentation))
         if key not in self.scored:
             self.scored[key] = self.run.make(
                 label,
-                reference,
+                reference_logprobs,
                 policy=policy,
                 pairs=pairs,
                 augmentation=augmentation,
-                precision=self.config.train.align.precision(self.config.model.dtype),
+                precision=self.config.train.align.logprob_settings(self.config.model.dtype),
             )
         return self.scored[key]
 
-    def _scores(self, pairs: Artefact, models: Models) -> Artefact | None:
-        judge = self.config.evaluate.preferences.judge
+    def _scores(self, pairs: Artifact, models: RunModels) -> Artifact | None:
+        judge = self.config.evaluate.preference_pairs.judge
         if self.judged is None and judge is not None:
-            judging = Judging(self.config, self.run, judge)
-            sitting = replace(models, judge=models.pair_judge)
-            self.judged = judging.judge(Label.input("preferences", "scores"), judge.model, sitting, pairs, pairs)
+            judging = RunJudge(self.config, self.run, judge)
+            policies = replace(models, judge=models.pair_judge)
+            self.judged = judging.judge(Label.input("preferences", "scores"), judge.model, policies, pairs, pairs)
         return self.judged

@@ -1,4 +1,4 @@
-"""What a run is given: its data as artefacts, before any model is trained."""
+"""What a run is given: its data as artifacts, before any model is trained."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -12,26 +12,26 @@ from selfalign.data.containers import find_data, identify_data
 from selfalign.data.schemas import Schema
 from selfalign.runs.labels import Label
 from selfalign.runs.runner import Maker
+from selfalign.stages.eval_instructions import eval_instructions, teaching
 from selfalign.stages.evaluate import PreferenceTest
+from selfalign.stages.given_outputs import given_outputs
 from selfalign.stages.instruct import InstructConfig
-from selfalign.stages.outputs import outputs
 from selfalign.stages.pair import given_pairs
-from selfalign.stages.preferences import preference_test
-from selfalign.stages.questions import questions, teaching
-from selfalign.stages.seeds import EvaluationFineTuning, seeds, taught_questions
-from selfalign.store.artifacts import Artefact, Content
+from selfalign.stages.preference_accuracy import preference_test
+from selfalign.stages.seed_data import EFTSource, seed_data, taught_questions
+from selfalign.store.artifacts import Artifact, Content
 from selfalign.store.stage import StageFunction
 
 
 @dataclass(slots=True)
-class Given:
+class RunInputs:
     """A run's data.
 
     Attributes:
         config: the experiment.
-        run: makes artefacts.
+        run: makes artifacts.
         learnt: what the models to measure were trained on, where they are of other runs.
-        seeds: demonstrations and held-out ranked answers.
+        seed_data: demonstrations and held-out ranked answers.
         questions: the evaluation instructions.
         outputs: another model's answers to the evaluation instructions, where they are given.
         validation: the instructions that checkpoints of an alignment are compared on, where they are.
@@ -43,41 +43,41 @@ class Given:
 
     config: ExperimentConfig
     run: Maker
-    learnt: list[Artefact] = field(default_factory=list)
+    learnt: list[Artifact] = field(default_factory=list)
     benchmarks: dict[str, Content] = field(init=False)
-    seeds: Artefact = field(init=False)
-    questions: Artefact | None = field(init=False)
-    outputs: Artefact | None = None
-    validation: Artefact | None = field(init=False)
-    preferences: Artefact | None = None
-    pairs: Artefact | None = None
-    instructions: Artefact | None = None
+    seed_data: Artifact = field(init=False)
+    questions: Artifact | None = field(init=False)
+    outputs: Artifact | None = None
+    validation: Artifact | None = field(init=False)
+    preferences: Artifact | None = None
+    pairs: Artifact | None = None
+    instructions: Artifact | None = None
 
     def __post_init__(self) -> None:
-        data, asked, choose = self.config.data, self.config.evaluate, self.config.train.choose
+        data, asked, choose = self.config.data, self.config.evaluate, self.config.train.checkpoint_selection
         self.benchmarks = {
             name: Content(partial(made.sources, f"benchmark.{name}")) for name, made in self.config.benchmark.items()
         }
-        self.seeds = self._make_seeds(
-            Label.input("seeds"), seeds, data.seeds.evaluation_fine_tuning, judge=self.config.judge
+        self.seed_data = self._make_seeds(
+            Label.input("seeds"), seed_data, data.seed_data.eft_source, judge=self.config.judge
         )
         self.questions = self._ask(
-            "questions", "evaluate.instructions", asked.instructions, asked.count, self.seeds, self.learnt
+            "questions", "evaluate.instructions", asked.instructions, asked.count, self.seed_data, self.learnt
         )
         self.validation = self._ask(
-            "validation", "train.choose.instructions", choose.instructions, choose.count, self.seeds
+            "validation", "train.checkpoint_selection.instructions", choose.instructions, choose.count, self.seed_data
         )
-        if asked.against:
-            content = content_of(asked.against, "evaluate.against")
+        if asked.reference_outputs:
+            content = content_of(asked.reference_outputs, "evaluate.reference_outputs")
             self.outputs = self.run.make(
                 Label.input("given_outputs"),
-                outputs,
-                source=asked.against,
+                given_outputs,
+                source=asked.reference_outputs,
                 content=content,
                 instructions=self.questions,
             )
         if isinstance(data, Pairs):
-            content, aside = content_of(data.path, "data.path"), self.config.train.held_out_pairs
+            content, aside = content_of(data.path, "data.path"), self.config.train.validation_pairs
             self.pairs = self.run.make(
                 Label.iteration(1, "pairs"),
                 given_pairs,
@@ -86,7 +86,7 @@ class Given:
                 content=content,
                 held_out=self.held_out,
                 set_aside=aside,
-                trained_on=[self.seeds] if aside else [],
+                trained_on=[self.seed_data] if aside else [],
                 **self._schema,
             )
             _check_enough("data.count", data.count, self.pairs.counts["pairs"], f"pairs of {data.path}")
@@ -94,8 +94,8 @@ class Given:
             source, schema = data.instruct.source, data.schema
             self.instructions = self._ask("instructions", "data.instruct.source", source, 0, None, schema=schema)
             self._check_instructions(data.instruct)
-        if asked.preferences.source:
-            self.preferences = self._held_out_pairs(asked.preferences)
+        if asked.preference_pairs.source:
+            self.preferences = self._preference_pairs(asked.preference_pairs)
 
     @property
     def _schema(self) -> dict[str, Schema]:
@@ -103,47 +103,47 @@ class Given:
         return {"schema": schema} if (schema := self.config.data.schema) is not None else {}
 
     @property
-    def held_out(self) -> list[Artefact]:
-        """Artefacts with instructions that no training may see."""
-        ranked = [self.seeds] if self.seeds.counts["questions_held_out"] else []
+    def held_out(self) -> list[Artifact]:
+        """Artifacts with instructions that no training may see."""
+        ranked = [self.seed_data] if self.seed_data.counts["questions_held_out"] else []
         return [*ranked, *(asked for asked in (self.questions, self.validation) if asked is not None)]
 
     @property
-    def trained_on(self) -> list[Artefact]:
-        """Artefacts with what is given to be trained on."""
-        return [self.seeds] if self.pairs is None else [self.seeds, self.pairs]
+    def trained_on(self) -> list[Artifact]:
+        """Artifacts with what is given to be trained on."""
+        return [self.seed_data] if self.pairs is None else [self.seed_data, self.pairs]
 
-    def ift(self) -> Artefact:
+    def ift(self) -> Artifact:
         """The demonstrations without EFT."""
-        if self.config.data.seeds.evaluation_fine_tuning != EvaluationFineTuning.human:
-            return self.seeds
-        return self._make_seeds(Label.input("ift"), seeds, EvaluationFineTuning.none, judge=self.config.judge)
+        if self.config.data.seed_data.eft_source != EFTSource.human:
+            return self.seed_data
+        return self._make_seeds(Label.input("ift"), seed_data, EFTSource.none, judge=self.config.judge)
 
-    def taught_questions(self) -> Artefact:
+    def taught_questions(self) -> Artifact:
         """The ranked questions that evaluation fine-tuning may use, with their answers."""
-        how = self.config.data.seeds.evaluation_fine_tuning
+        how = self.config.data.seed_data.eft_source
         return self._make_seeds(Label.input("eft", "questions"), taught_questions, how)
 
-    def _held_out_pairs(self, test: PreferenceTest) -> Artefact:
+    def _preference_pairs(self, test: PreferenceTest) -> Artifact:
         content: Content | str = ""
-        ranked, key = None, "evaluate.preferences.source"
+        ranked, key = None, "evaluate.preference_pairs.source"
         if test.source != "ranked":
             content = content_of(test.source, key)
-        elif self.seeds.counts["questions_held_out"]:
-            ranked = self.seeds
+        elif self.seed_data.counts["questions_held_out"]:
+            ranked = self.seed_data
         else:
-            raise SelfalignError(f"{key}=ranked: no question of data.seeds.ranked is held out")
+            raise SelfalignError(f"{key}=ranked: no question of data.seed_data.ranked is held out")
         inputs = {"source": test.source, "count": test.count, "content": content, "ranked": ranked}
         label = Label.input("preferences", "pairs")
         made = self.run.make(label, preference_test, trained_on=self.trained_on, **inputs)
-        _check_enough("evaluate.preferences.count", test.count, made.counts["pairs"], f"pairs of {test.source}")
+        _check_enough("evaluate.preference_pairs.count", test.count, made.counts["pairs"], f"pairs of {test.source}")
         return made
 
-    def _make_seeds(self, label: Label, stage: StageFunction, how: EvaluationFineTuning, **more: Any) -> Artefact:
-        given = self.config.data.seeds
-        sources = {"data.seeds.demonstrations": given.demonstrations, "data.seeds.ranked": given.ranked}
+    def _make_seeds(self, label: Label, stage: StageFunction, how: EFTSource, **more: Any) -> Artifact:
+        given = self.config.data.seed_data
+        sources = {"data.seed_data.demonstrations": given.demonstrations, "data.seed_data.ranked": given.ranked}
         contents = [content_of(source, key) for key, source in sources.items() if source]
-        settings = replace(given, evaluation_fine_tuning=how)
+        settings = replace(given, eft_source=how)
         return self.run.make(label, stage, config=settings, contents=contents, **self._schema, **more)
 
     def _ask(
@@ -152,20 +152,20 @@ class Given:
         key: str,
         source: str,
         count: int,
-        taught: Artefact | None,
-        learnt: Sequence[Artefact] = (),
+        taught: Artifact | None,
+        learnt: Sequence[Artifact] = (),
         schema: Schema | None = None,
-    ) -> Artefact | None:
+    ) -> Artifact | None:
         """Instructions of a data source; those whose answer is taught, or learnt before, are left out."""
         if not source:
             return None
         inputs: dict[str, Any] = {"source": source, "count": count, "content": content_of(source, key), "seeds": taught}
         if schema is not None:
             inputs["schema"] = schema
-        others = [artefact for artefact in learnt if artefact.digest != self.seeds.digest]
+        others = [artifact for artifact in learnt if artifact.digest != self.seed_data.digest]
         if found := teaching(others, source):
             inputs["trained_on"] = found
-        made = self.run.make(Label.input(name), questions, **inputs)
+        made = self.run.make(Label.input(name), eval_instructions, **inputs)
         _check_enough(
             f"{key.rpartition('.')[0]}.count", count, made.counts["instructions"], f"instructions of {source}"
         )
@@ -180,10 +180,10 @@ class Given:
                     f"data.instruct.count={asked.count} in each of iterations={self.config.iterations} takes {wanted} "
                     f"instructions, but data.instruct.source={asked.source} has {there}: lower it or give more"
                 )
-        elif (there := self.seeds.counts["ift"]) < asked.seed_demonstrations:
+        elif (there := self.seed_data.counts["ift"]) < asked.seed_examples:
             raise SelfalignError(
-                f"data.instruct.seed_demonstrations={asked.seed_demonstrations}, but there are {there} IFT seeds: "
-                "lower it or give more data.seeds.demonstrations"
+                f"data.instruct.seed_examples={asked.seed_examples}, but there are {there} IFT seeds: "
+                "lower it or give more data.seed_data.demonstrations"
             )
 
 
@@ -208,14 +208,16 @@ def data_sources(config: ExperimentConfig) -> dict[str, str]:
     """{setting: data source} of all data that a run is given."""
     data, asked = config.data, config.evaluate
     named = {
-        "data.seeds.demonstrations": data.seeds.demonstrations,
-        "data.seeds.ranked": data.seeds.ranked,
+        "data.seed_data.demonstrations": data.seed_data.demonstrations,
+        "data.seed_data.ranked": data.seed_data.ranked,
         "data.path": data.path if isinstance(data, Pairs) else "",
         "data.instruct.source": data.instruct.source if isinstance(data, SelfRewarding) else "",
         "evaluate.instructions": asked.instructions,
-        "evaluate.against": asked.against,
-        "evaluate.preferences.source": "" if asked.preferences.source == "ranked" else asked.preferences.source,
-        "train.choose.instructions": config.train.choose.instructions,
+        "evaluate.reference_outputs": asked.reference_outputs,
+        "evaluate.preference_pairs.source": ""
+        if asked.preference_pairs.source == "ranked"
+        else asked.preference_pairs.source,
+        "train.checkpoint_selection.instructions": config.train.checkpoint_selection.instructions,
     }
     return {key: source for key, source in named.items() if source}
 
@@ -230,5 +232,5 @@ def _check_enough(key: str, wanted: int, there: int, what: str) -> None:
 
 def makes_baseline(config: ExperimentConfig) -> bool:
     """Whether there is an SFT baseline beside M1: it writes EFT, or its judging is to be compared with M1's."""
-    how = config.data.seeds.evaluation_fine_tuning
-    return how == EvaluationFineTuning.baseline or (config.evaluate.baseline and how == EvaluationFineTuning.human)
+    how = config.data.seed_data.eft_source
+    return how == EFTSource.baseline or (config.evaluate.sft_baseline and how == EFTSource.human)

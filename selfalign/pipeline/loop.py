@@ -15,36 +15,36 @@ from selfalign.losses.protocol import augmentation_of
 from selfalign.models.config import ModelConfig
 from selfalign.pipeline.dtypes import resolve_dtypes
 from selfalign.pipeline.evaluation import Evaluation
-from selfalign.pipeline.inputs import Given, makes_baseline
-from selfalign.pipeline.models import Judging, Models, checkpoint_judge, fixed_judges, load_model
+from selfalign.pipeline.inputs import RunInputs, makes_baseline
+from selfalign.pipeline.models import RunJudge, RunModels, checkpoint_judge, fixed_judges, load_from_outside
 from selfalign.pipeline.requirements import check_requirements
 from selfalign.runs.labels import BASELINE, Label, model_after
 from selfalign.runs.planner import Planner
 from selfalign.runs.runner import Maker
 from selfalign.stages.align import align
-from selfalign.stages.eft import eft
+from selfalign.stages.evaluation_fine_tuning import evaluation_fine_tuning
 from selfalign.stages.instruct import given_instructions, instruct
 from selfalign.stages.pair import PositivesOnly, gather_pairs, pair
-from selfalign.stages.reference import reference
+from selfalign.stages.reference_logprobs import reference_logprobs
 from selfalign.stages.respond import respond
-from selfalign.stages.seeds import EvaluationFineTuning
+from selfalign.stages.seed_data import EFTSource
 from selfalign.stages.sft import sft
-from selfalign.store.artifacts import Artefact
+from selfalign.store.artifacts import Artifact
 from selfalign.training.checkpoint_selection import CheckpointSelection
-from selfalign.training.config import Weights
+from selfalign.training.config import TrainableWeights
 
 
 def run_pipeline(config: ExperimentConfig, run: Maker) -> None:
     """M0 → M1 → … → M_{iterations+1}, each measured."""
     config = resolve_dtypes(config)
-    method = Method(config, run, Given(config, run))
+    method = Method(config, run, RunInputs(config, run))
     models = method.models()
     method.taught = method.demonstrations(models)
-    models.sft = models.newest = method.supervise("M1", models, method.taught)
+    models.sft = models.current = method.supervise("M1", models, method.taught)
     method.evaluation.measure("M1", models)
     for iteration in range(1, config.iterations + 1):
         pairs = method.pairs(iteration, models)
-        models.newest, models.reference = method.align(iteration, models, pairs), method.reference(models)
+        models.current, models.reference = method.align(iteration, models, pairs), method.reference(models)
         method.evaluation.measure(model_after(iteration), models)
 
 
@@ -61,93 +61,93 @@ class Method:
 
     config: ExperimentConfig
     run: Maker
-    given: Given
-    instructions: list[Artefact] = field(default_factory=list)
-    own_pairs: list[Artefact] = field(default_factory=list)
-    taught: Artefact = field(init=False)
-    judging: Judging = field(init=False)
+    given: RunInputs
+    instructions: list[Artifact] = field(default_factory=list)
+    generated_pairs: list[Artifact] = field(default_factory=list)
+    taught: Artifact = field(init=False)
+    judging: RunJudge = field(init=False)
     evaluation: Evaluation = field(init=False)
 
     def __post_init__(self) -> None:
-        self.judging = Judging(self.config, self.run, self.config.judge)
+        self.judging = RunJudge(self.config, self.run, self.config.judge)
         self.evaluation = Evaluation(self.config, self.run, self.given, self.judging)
 
-    def models(self) -> Models:
+    def models(self) -> RunModels:
         """M0, and models that only write or judge."""
-        base = load_model(self.run, Label.model("M0"), self.config.model, "model.path")
+        base = load_from_outside(self.run, Label.model("M0"), self.config.model, "model.path")
         check_requirements(self.config, base, self.given)
         writer, judges = self._fixed_writer(), fixed_judges(self.config, self.run)
         judges["checkpoint_judge"] = checkpoint_judge(self.config, self.run)
-        return Models(base, base, base, base, writer, own_pairs=self.own_pairs, **judges)
+        return RunModels(base, base, base, base, writer, generated_pairs=self.generated_pairs, **judges)
 
-    def demonstrations(self, models: Models) -> Artefact:
+    def demonstrations(self, models: RunModels) -> Artifact:
         """IFT + EFT, the latter as humans give it, or as the SFT baseline writes it and the humans' ranks confirm."""
         if not makes_baseline(self.config):
-            return self.given.seeds
-        baseline = replace(models, newest=self.supervise(BASELINE, models, self.given.ift()))
+            return self.given.seed_data
+        baseline = replace(models, current=self.supervise(BASELINE, models, self.given.ift()))
         self.evaluation.measure(BASELINE, baseline, judging_only=True)
-        seeds = self.config.data.seeds
-        if seeds.evaluation_fine_tuning == EvaluationFineTuning.human:
-            return self.given.seeds
+        seeds = self.config.data.seed_data
+        if seeds.eft_source == EFTSource.human:
+            return self.given.seed_data
         asked = self.given.taught_questions()
         return self.run.make(
             Label.input("eft", "demonstrations"),
-            eft,
+            evaluation_fine_tuning,
             judge=self.config.judge,
-            policy=baseline.newest,
-            seeds=self.given.seeds,
+            policy=baseline.current,
+            seeds=self.given.seed_data,
             questions=asked,
             judgements=self.judging.judge(Label.input("eft", "judgements"), "self", baseline, asked, asked),
-            most_common_ratio=seeds.most_common_ratio,
+            max_score_imbalance=seeds.max_score_imbalance,
         )
 
-    def supervise(self, name: str, models: Models, demonstrations: Artefact) -> Artefact:
+    def supervise(self, name: str, models: RunModels, demonstrations: Artifact) -> Artifact:
         """SFT of the newest model; without demonstrations it stays as it is."""
         if not demonstrations.counts.get("ift", 1) + demonstrations.counts.get("eft", 0):
-            return models.newest
+            return models.current
         return self.run.make(
             Label.model(name),
             sft,
-            policy=models.newest,
+            policy=models.current,
             base=models.base,
             demonstrations=demonstrations,
             optimization=self.config.train.sft,
             weights=self._weights(name),
         )
 
-    def pairs(self, iteration: int, models: Models) -> Artefact:
+    def pairs(self, iteration: int, models: RunModels) -> Artifact:
         """The preference pairs of an iteration: given, its own, or its own with those of all before it."""
         if self.given.pairs is not None:
             return self.given.pairs
         self.instructions.append(self._instruct(iteration, models))
-        self.own_pairs.append(self._pair(iteration, models))
-        if iteration == 1 or not self.config.data.accumulate:
-            return self.own_pairs[-1]
-        return self.run.make(Label.iteration(iteration, "all_pairs"), gather_pairs, parts=list(self.own_pairs))
+        self.generated_pairs.append(self._pair(iteration, models))
+        if iteration == 1 or not self.config.data.accumulate_pairs:
+            return self.generated_pairs[-1]
+        return self.run.make(Label.iteration(iteration, "all_pairs"), gather_pairs, parts=list(self.generated_pairs))
 
-    def reference(self, models: Models) -> Artefact:
+    def reference(self, models: RunModels) -> Artifact:
         """The policy that alignment is measured against, or that further fine-tuning starts from."""
         if not (loss := self.config.loss).pairwise:
-            return models.base if loss.start == "base" else models.newest
-        return models.named(self.config.train.reference)
+            return models.base if loss.init == "base" else models.current
+        return models.named(self.config.train.reference_policy)
 
-    def _instruct(self, iteration: int, models: Models) -> Artefact:
+    def _instruct(self, iteration: int, models: RunModels) -> Artifact:
         """New instructions, written or read, that differ from all that are known."""
         label, config = Label.iteration(iteration, "instructions"), self.config.data.instruct
         earlier, held_out = list(self.instructions), self.given.held_out
-        known = {"config": config, "seeds": self.given.seeds, "earlier": earlier, "held_out": held_out}
+        known = {"config": config, "seeds": self.given.seed_data, "earlier": earlier, "held_out": held_out}
         if self.given.instructions is not None:
             return self.run.make(label, given_instructions, given=self.given.instructions, **known)
         return self.run.make(
             label,
             instruct,
-            policy=models.writer or models.named(config.writer),
-            generate=self.config.generate,
+            policy=models.writer or models.named(config.model),
+            engine=self.config.engine,
             seed=self._seed(label),
             **known,
         )
 
-    def _pair(self, iteration: int, models: Models) -> Artefact:
+    def _pair(self, iteration: int, models: RunModels) -> Artifact:
         """Pairs from the newest model's answers to the newest instructions, judged."""
         data, rule, instructions = self.config.data, self.config.pair, self.instructions[-1]
         answers, judged, label = (Label.iteration(iteration, part) for part in ("responses", "judgements", "pairs"))
@@ -155,9 +155,9 @@ class Method:
             answers,
             respond,
             config=data.respond,
-            policy=models.newest,
+            policy=models.current,
             instructions=instructions,
-            generate=self.config.generate,
+            engine=self.config.engine,
             seed=self._seed(answers),
         )
         who = self.config.judge.model
@@ -172,67 +172,67 @@ class Method:
             seed=self._seed(label),
         )
 
-    def align(self, iteration: int, models: Models, pairs: Artefact) -> Artefact:
+    def align(self, iteration: int, models: RunModels, pairs: Artifact) -> Artifact:
         """The newest model, aligned on the pairs against the reference policy."""
         name, loss, train = model_after(iteration), self.config.loss, self.config.train
         policy = references = self.reference(models)
         start = None
         if not loss.pairwise:
-            if loss.start == "base":
+            if loss.init == "base":
                 label = Label.iteration(iteration, "demonstrations")
                 pairs = self.run.make(label, gather_pairs, parts=[self.taught, pairs])
-            return self.supervise(name, replace(models, newest=policy), pairs)
-        scored = {"pairs": pairs, "precision": train.align.precision(self.config.model.dtype)}
-        if train.reference_logps == "stored":
+            return self.supervise(name, replace(models, current=policy), pairs)
+        scored = {"pairs": pairs, "precision": train.align.logprob_settings(self.config.model.dtype)}
+        if train.reference_logprobs == "stored":
             p = augmentation_of(loss)
             label = Label.iteration(iteration, "reference")
-            references = self.run.make(label, reference, policy=policy, augmentation=p, **scored)
-            if policy.digest != models.newest.digest:
+            references = self.run.make(label, reference_logprobs, policy=policy, augmentation=p, **scored)
+            if policy.digest != models.current.digest:
                 label = label.sibling("start")
-                start = self.run.make(label, reference, policy=models.newest, augmentation=None, **scored)
+                start = self.run.make(label, reference_logprobs, policy=models.current, augmentation=None, **scored)
         return self.run.make(
             Label.model(name),
             align,
-            policy=models.newest,
+            policy=models.current,
             base=models.base,
             pairs=pairs,
             reference=references,
             loss=loss,
             start=start,
-            held_out=train.held_out_pairs,
-            trained_on=[self.given.seeds, *self.own_pairs[:-1]] if train.held_out_pairs else [],
+            held_out=train.validation_pairs,
+            trained_on=[self.given.seed_data, *self.generated_pairs[:-1]] if train.validation_pairs else [],
             selection=self._selection(name, models),
             optimization=train.align,
             weights=self._weights(name),
         )
 
-    def _selection(self, name: str, models: Models) -> CheckpointSelection | None:
+    def _selection(self, name: str, models: RunModels) -> CheckpointSelection | None:
         """How checkpoints of an alignment are compared, if they are."""
         if self.given.validation is None:
             return None
-        settings = self.config.train.choose
+        settings = self.config.train.checkpoint_selection
         judge = settings.head_to_head
         return CheckpointSelection(
-            every_steps=settings.every_steps,
+            interval_steps=settings.interval_steps,
             level=settings.level,
             instructions=self.given.validation,
             comparator=judge,
             compared_by=None if asks_a_server(judge) else models.own_or(judge.model, models.checkpoint_judge),
-            generate=self.config.generate,
+            engine=self.config.engine,
             sampling=settings.sampling,
             seed=self._seed(f"{name}/validation"),
         )
 
-    def _fixed_writer(self) -> Artefact | None:
+    def _fixed_writer(self) -> Artifact | None:
         data = self.config.data
         if not isinstance(data, SelfRewarding) or not data.instruct.fixed_writer:
             return None
-        model = ModelConfig(path=data.instruct.writer, dtype=self.config.model.dtype)
-        return load_model(self.run, Label.input("writer"), model, "data.instruct.writer")
+        model = ModelConfig(path=data.instruct.model, dtype=self.config.model.dtype)
+        return load_from_outside(self.run, Label.input("writer"), model, "data.instruct.model")
 
-    def _weights(self, name: str) -> Weights:
-        model, layout = self.config.model, self.config.train.layout
-        return Weights(dtype=model.dtype, lora=model.lora, seed=self._seed(name), layout=layout)
+    def _weights(self, name: str) -> TrainableWeights:
+        model, layout = self.config.model, self.config.train.parallelism
+        return TrainableWeights(dtype=model.dtype, lora=model.lora, seed=self._seed(name), parallelism=layout)
 
     def _seed(self, purpose: Label | str) -> int:
         return derive_seed(self.config.seed, str(purpose))

@@ -11,24 +11,24 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import stream_records
 from selfalign.core.records import Demonstration, PreferencePair, Prompt
 from selfalign.data.sources import as_prompt
-from selfalign.judges.comparator import Referee, verdict_tokens
+from selfalign.judges.comparator import PairwiseComparator, verdict_tokens
 from selfalign.judges.expected import ExpectedScore, score_tokens
 from selfalign.judges.protocol import OWN_MODELS, asks_a_server
 from selfalign.judges.written import WrittenScore
 from selfalign.losses.protocol import Offset, augmentation_of
 from selfalign.models.batches import score_gap
 from selfalign.models.chat_template import opened_thought
-from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.tokenizer import encode_prompt, plain_ids
-from selfalign.pipeline.inputs import Given
+from selfalign.pipeline.inputs import RunInputs
 from selfalign.pipeline.models import judges_of
-from selfalign.stages.seeds import EvaluationFineTuning
-from selfalign.store.artifacts import Artefact
-from selfalign.store.stage import PlannedArtefact
+from selfalign.stages.seed_data import EFTSource
+from selfalign.store.artifacts import Artifact
+from selfalign.store.stage import PlannedArtifact
 from selfalign.training.preference import lacks_score_gaps
 
 
-def check_requirements(config: ExperimentConfig, base: Artefact, given: Given) -> None:
+def check_requirements(config: ExperimentConfig, base: Artifact, given: RunInputs) -> None:
     """Refuses a run that M0 cannot be taken through.
 
     Args:
@@ -39,7 +39,7 @@ def check_requirements(config: ExperimentConfig, base: Artefact, given: Given) -
     Raises:
         SelfalignError: with everything that stands against it, a line each.
     """
-    if isinstance(base, PlannedArtefact):
+    if isinstance(base, PlannedArtifact):
         return  # Of a plan: nothing has been read yet.
     of_model = (_lengths, _writing, _prompts_of_judges, _augmentation, _dropout, _quantisation, _judges)
     checks = (*of_model, _conversations, _thoughts, _scores)
@@ -48,24 +48,24 @@ def check_requirements(config: ExperimentConfig, base: Artefact, given: Given) -
         raise SelfalignError("\n".join(problems))
 
 
-def _lengths(config: ExperimentConfig, base: Artefact, given: Given) -> Iterator[str]:
+def _lengths(config: ExperimentConfig, base: Artifact, given: RunInputs) -> Iterator[str]:
     context = base.counts["context"]
     for key, length in _used_lengths(config, given).items():
         if length > context:
             yield f"{key}.max_length={length} is above the model's context of {context} tokens: set it to that or less"
 
 
-def _used_lengths(config: ExperimentConfig, given: Given) -> dict[str, int]:
+def _used_lengths(config: ExperimentConfig, given: RunInputs) -> dict[str, int]:
     """{setting: longest sequence} of the trainings there are."""
     pairwise = config.loss.pairwise
-    taught = given.seeds.counts["ift"] + given.seeds.counts["eft"] or not pairwise
+    taught = given.seed_data.counts["ift"] + given.seed_data.counts["eft"] or not pairwise
     used = {"sft": taught, "align": pairwise}
     return {f"train.{name}": getattr(config.train, name).max_length for name, is_used in used.items() if is_used}
 
 
-def _writing(config: ExperimentConfig, base: Artefact, given: Given) -> Iterator[str]:
+def _writing(config: ExperimentConfig, base: Artifact, given: RunInputs) -> Iterator[str]:
     """What the run's own models write leaves a prompt some room."""
-    context, data, choose = base.counts["context"], config.data, config.train.choose
+    context, data, choose = base.counts["context"], config.data, config.train.checkpoint_selection
     writers: dict[str, Any] = {}
     if isinstance(data, SelfRewarding):
         writers["data.respond"] = data.respond
@@ -73,8 +73,8 @@ def _writing(config: ExperimentConfig, base: Artefact, given: Given) -> Iterator
             writers["data.instruct"] = data.instruct
     if config.evaluate.instructions:
         writers["evaluate"] = config.evaluate
-    if choose.every_steps:
-        writers["train.choose"] = choose
+    if choose.interval_steps:
+        writers["train.checkpoint_selection"] = choose
     longest = {f"{key}.sampling.max_new_tokens": writer.sampling.max_new_tokens for key, writer in writers.items()}
     for name, benchmark in config.benchmark.items():
         if isinstance(benchmark, MTBench):
@@ -86,10 +86,10 @@ def _writing(config: ExperimentConfig, base: Artefact, given: Given) -> Iterator
             yield f"{key}={tokens} leaves no token of the model's context of {context} for a prompt: lower it"
 
 
-def _prompts_of_judges(config: ExperimentConfig, base: Artefact, given: Given) -> Iterator[str]:
+def _prompts_of_judges(config: ExperimentConfig, base: Artifact, given: RunInputs) -> Iterator[str]:
     """The prompts of the run's own judges leave room for a response, and in examples of judging too."""
-    context, seeds = base.counts["context"], config.data.seeds
-    tokenizer = PolicyFiles(base.path).load_tokenizer()
+    context, seeds = base.counts["context"], config.data.seed_data
+    tokenizer = PolicyCheckpoint(base.path).load_tokenizer()
     if not base.counts["chat_template"]:
         return
     for key, judge in _own_judges(config).items():
@@ -99,7 +99,7 @@ def _prompts_of_judges(config: ExperimentConfig, base: Artefact, given: Given) -
                 f"{key}.prompt takes {asked} tokens before any response, and the judge writes {written} more: over the "
                 f"model's context of {context}"
             )
-        taught = key == "judge" and seeds.ranked and seeds.evaluation_fine_tuning != EvaluationFineTuning.none
+        taught = key == "judge" and seeds.ranked and seeds.eft_source != EFTSource.none
         if taught and asked >= (longest := config.train.sft.max_length):
             yield (
                 f"judge.prompt takes {asked} tokens before any response, so no example of judging fits into "
@@ -107,12 +107,12 @@ def _prompts_of_judges(config: ExperimentConfig, base: Artefact, given: Given) -
             )
 
 
-def _augmentation(config: ExperimentConfig, base: Artefact, given: Given) -> Iterator[str]:
+def _augmentation(config: ExperimentConfig, base: Artifact, given: RunInputs) -> Iterator[str]:
     """p leaves room for x and a response."""
     p = augmentation_of(config.loss)
     if p is None:
         return
-    tokenizer, context = PolicyFiles(base.path).load_tokenizer(), base.counts["context"]
+    tokenizer, context = PolicyCheckpoint(base.path).load_tokenizer(), base.counts["context"]
     if (asked := len(plain_ids(tokenizer, p.text(tokenizer).text))) >= context:
         yield (
             f"loss.refinement.prompt takes {asked} tokens, so no pair fits behind it into the model's context of "
@@ -120,14 +120,14 @@ def _augmentation(config: ExperimentConfig, base: Artefact, given: Given) -> Ite
         )
 
 
-def _dropout(config: ExperimentConfig, base: Artefact, given: Given) -> Iterator[str]:
+def _dropout(config: ExperimentConfig, base: Artifact, given: RunInputs) -> Iterator[str]:
     for key, optimization in (("train.sft", config.train.sft), ("train.align", config.train.align)):
         if optimization.dropout and not base.counts["dropout"]:
             yield f"{key}.dropout={optimization.dropout}: this model has no dropout that could be set: set it to 0"
 
 
-def _quantisation(config: ExperimentConfig, base: Artefact, given: Given) -> Iterator[str]:
-    stored = PolicyFiles(base.path).quantization
+def _quantisation(config: ExperimentConfig, base: Artifact, given: RunInputs) -> Iterator[str]:
+    stored = PolicyCheckpoint(base.path).quantization
     if stored and not config.model.lora.rank:
         yield (
             f"model.path: its weights are quantised ({stored['quantization']}), and model.lora.rank=0 asks to train "
@@ -135,7 +135,7 @@ def _quantisation(config: ExperimentConfig, base: Artefact, given: Given) -> Ite
         )
 
 
-def _conversations(config: ExperimentConfig, base: Artefact, given: Given) -> Iterator[str]:
+def _conversations(config: ExperimentConfig, base: Artifact, given: RunInputs) -> Iterator[str]:
     """Whether the chat template takes what the data have."""
     if not base.counts["chat_template"]:
         asked = isinstance(config.data, SelfRewarding) or given.questions or config.benchmark
@@ -156,7 +156,7 @@ def _conversations(config: ExperimentConfig, base: Artefact, given: Given) -> It
                 yield f"benchmark.{name} asks twice, and the model's chat template takes no turns before a question"
 
 
-def _refused_turns(given: Given, what: str, found_in: Callable[[list[str]], bool]) -> Iterator[str]:
+def _refused_turns(given: RunInputs, what: str, found_in: Callable[[list[str]], bool]) -> Iterator[str]:
     """The first record that has turns which the chat template does not take."""
     for name, prompt in _prompts(given):
         if isinstance(prompt, list) and found_in([turn["role"] for turn in prompt]):
@@ -167,11 +167,11 @@ def _refused_turns(given: Given, what: str, found_in: Callable[[list[str]], bool
             return
 
 
-def _thoughts(config: ExperimentConfig, base: Artefact, given: Given) -> Iterator[str]:
+def _thoughts(config: ExperimentConfig, base: Artifact, given: RunInputs) -> Iterator[str]:
     """No answer opens a thought again that the chat template has opened."""
     if not base.counts["chat_template"]:
         return
-    tag = opened_thought(PolicyFiles(base.path).load_tokenizer())
+    tag = opened_thought(PolicyCheckpoint(base.path).load_tokenizer())
     for record in _records(given) if tag else ():
         texts = [record.response] if isinstance(record, Demonstration) else [record.chosen, record.rejected]
         if isinstance(record.prompt, list) and any(text.lstrip().startswith(tag) for text in texts):
@@ -182,7 +182,7 @@ def _thoughts(config: ExperimentConfig, base: Artefact, given: Given) -> Iterato
             return
 
 
-def _scores(config: ExperimentConfig, base: Artefact, given: Given) -> Iterator[str]:
+def _scores(config: ExperimentConfig, base: Artifact, given: RunInputs) -> Iterator[str]:
     """Given pairs have the scores whose difference the loss takes."""
     if config.loss.offset is not Offset.score_gap or given.pairs is None:
         return
@@ -191,29 +191,29 @@ def _scores(config: ExperimentConfig, base: Artefact, given: Given) -> Iterator[
         yield lacks_score_gaps(config.loss, wrong)
 
 
-def _prompts(given: Given) -> Iterator[tuple[str, Prompt]]:
+def _prompts(given: RunInputs) -> Iterator[tuple[str, Prompt]]:
     """(id, prompt) of what is trained or measured on."""
     return ((record.id, record.prompt) for record in _records(given))
 
 
-def _records(given: Given) -> Iterator[Demonstration | PreferencePair]:
+def _records(given: RunInputs) -> Iterator[Demonstration | PreferencePair]:
     """What is trained or measured on."""
-    kinds = ((given.seeds, "demonstrations", Demonstration), (given.pairs, "pairs", PreferencePair))
-    for artefact, name, kind in (*kinds, (given.preferences, "pairs", PreferencePair)):
-        if artefact is not None and (file := artefact.path / f"{name}.jsonl").stat().st_size:
+    kinds = ((given.seed_data, "demonstrations", Demonstration), (given.pairs, "pairs", PreferencePair))
+    for artifact, name, kind in (*kinds, (given.preferences, "pairs", PreferencePair)):
+        if artifact is not None and (file := artifact.path / f"{name}.jsonl").stat().st_size:
             yield from stream_records(file, kind)
 
 
-def _judges(config: ExperimentConfig, base: Artefact, given: Given) -> Iterator[str]:
+def _judges(config: ExperimentConfig, base: Artifact, given: RunInputs) -> Iterator[str]:
     """Whether the run's own models can give scores and verdicts as single tokens."""
-    tokenizer = PolicyFiles(base.path).load_tokenizer()
+    tokenizer = PolicyCheckpoint(base.path).load_tokenizer()
     if not tokenizer.chat_template:
         return
     try:
         for judge in _own_judges(config).values():
             if isinstance(judge, ExpectedScore):
-                score_tokens(tokenizer, judge.low, judge.high)
-            if isinstance(judge, Referee):
+                score_tokens(tokenizer, judge.min_score, judge.max_score)
+            if isinstance(judge, PairwiseComparator):
                 verdict_tokens(tokenizer, judge.key)
     except SelfalignError as error:
         yield str(error)
@@ -227,7 +227,7 @@ def _own_judges(config: ExperimentConfig) -> dict[str, Any]:
 
 def asks(judge: Any) -> Callable[..., Prompt]:
     """What a judge is asked about an instruction and a response, in its form; two responses are alike."""
-    if isinstance(judge, Referee):
+    if isinstance(judge, PairwiseComparator):
         return lambda instruction, response: judge.ask(instruction, response, response)
     return getattr(judge, "ask", lambda instruction, response: as_prompt(instruction + response))
 
@@ -239,7 +239,7 @@ def writes(judge: Any) -> int:
             return judge.sampling.max_new_tokens
         case ExpectedScore():
             return judge.rationale_tokens
-        case Referee() if asks_a_server(judge):
+        case PairwiseComparator() if asks_a_server(judge):
             return judge.verdict_tokens
         case _:
             return 0

@@ -9,7 +9,7 @@ from selfalign.metrics import catalog
 from selfalign.metrics.catalog import Metric
 from selfalign.report.charts import SMOOTHED, Series, draw_curves, draw_models, series_of, smoothing
 from selfalign.report.html import CHART_FORMS, figure, grid, is_number, note
-from selfalign.report.jobs import FEW, LEADING, Comparison, Job, as_text, shortened
+from selfalign.report.jobs import FEW, LEADING, JobComparison, JobResult, as_text, shortened
 
 Row = dict[str, Any]
 
@@ -34,7 +34,7 @@ Points = Sequence[tuple[int, Row]]
 """A place on the x axis and the row of a model whose number stands there."""
 
 
-def over_settings(comparison: Comparison) -> str:
+def over_settings(comparison: JobComparison) -> str:
     """The last models' numbers over each setting that is a number, or job by job where there is none."""
     axes = axes_of(comparison)
     if not axes:
@@ -44,7 +44,7 @@ def over_settings(comparison: Comparison) -> str:
     return "".join(_over(comparison, key) for key in axes)
 
 
-def axes_of(comparison: Comparison) -> list[str]:
+def axes_of(comparison: JobComparison) -> list[str]:
     """The differing settings to draw over: numbers, and few, or such as differ alone between some of the jobs.
 
     Only what finished jobs differ in counts, and the seed only if it is the only one.
@@ -55,15 +55,15 @@ def axes_of(comparison: Comparison) -> list[str]:
     return [key for key in axes if key != "seed"] or axes
 
 
-def _sizes(jobs: Sequence[Job], key: str) -> list[float]:
+def _sizes(jobs: Sequence[JobResult], key: str) -> list[float]:
     """The values of a setting in their order; none where one of them is no number."""
     values = [job.settings[key] for job in jobs if key in job.settings]
     return sorted(set(values)) if all(is_number(v) and not isinstance(v, bool) for v in values) else []
 
 
-def _lines(comparison: Comparison, key: str) -> dict[str, list[Job]]:
+def _lines(comparison: JobComparison, key: str) -> dict[str, list[JobResult]]:
     """{the other settings that differ: the jobs with them}, of the finished jobs that have the key."""
-    lines: dict[str, list[Job]] = {}
+    lines: dict[str, list[JobResult]] = {}
     for job in comparison.finished:
         if key in job.settings:
             others = [other for other in comparison.keys if other != key and other in job.settings]
@@ -72,7 +72,7 @@ def _lines(comparison: Comparison, key: str) -> dict[str, list[Job]]:
     return lines
 
 
-def _over(comparison: Comparison, key: str) -> str:
+def _over(comparison: JobComparison, key: str) -> str:
     """The charts over one setting, a line for each combination of the others."""
     values = _sizes(comparison.jobs, key) or _sizes(comparison.finished, key)
     lines = {
@@ -85,7 +85,7 @@ def _over(comparison: Comparison, key: str) -> str:
     return f"<h3>Over {escape(key)}</h3>\n{said}{_charts([as_text(v) for v in values], points, joined=joined)}"
 
 
-def over_iterations(comparison: Comparison) -> str:
+def over_iterations(comparison: JobComparison) -> str:
     """The leading jobs' numbers from model to model."""
     names = list(dict.fromkeys(row["model"] for job in comparison.finished for row in job.models))
     names.sort(key=lambda name: (name != "SFT", len(name), name))
@@ -95,14 +95,14 @@ def over_iterations(comparison: Comparison) -> str:
     return who(comparison) + _charts(names, lines) if len(names) > 1 else ""
 
 
-def curves(comparison: Comparison) -> str:
+def curves(comparison: JobComparison) -> str:
     """Margin and accuracy of the leading jobs while each model was trained."""
     models = dict.fromkeys(row["model"] for job in comparison.leading for row in job.models)
     drawn = [_curve(comparison, model, *kind) for model in models for kind in CURVES]
     return who(comparison) + grid(drawn) if any(drawn) else ""
 
 
-def _curve(comparison: Comparison, model: str, metric: Metric, reference: float) -> str:
+def _curve(comparison: JobComparison, model: str, metric: Metric, reference: float) -> str:
     series = [
         Series(name=comparison.mark(job), points=points, colour=colour)
         for colour, job in enumerate(comparison.leading)
@@ -117,13 +117,13 @@ def _curve(comparison: Comparison, model: str, metric: Metric, reference: float)
     return figure(name, f"mean over the pairs of a step{mean}", drawn)
 
 
-def which(comparison: Comparison) -> str:
+def which(comparison: JobComparison) -> str:
     """Which jobs are shown, where there are too many to show all."""
     some = len(comparison.leading) < len(comparison.finished)
     return f"Of the {len(comparison.leading)} jobs with the {comparison.extreme} {comparison.metric}. " if some else ""
 
 
-def who(comparison: Comparison) -> str:
+def who(comparison: JobComparison) -> str:
     """Which jobs are drawn, and what stands at their lines."""
     jobs = comparison.leading
     if all(comparison.mark(job) == f"{job.number}" for job in jobs):

@@ -29,8 +29,8 @@ from selfalign.report.html import (
 )
 from selfalign.report.jobs import (
     FEW,
-    Comparison,
-    Job,
+    JobComparison,
+    JobResult,
     as_text,
     costs,
     find_jobs,
@@ -88,9 +88,9 @@ def write_comparison(folders: Sequence[Path], target: Path, metric: str = "") ->
     return compare_jobs(find_jobs(folders), target, metric)
 
 
-def compare_jobs(jobs: Sequence[Job], target: Path, metric: str = "") -> Path:
+def compare_jobs(jobs: Sequence[JobResult], target: Path, metric: str = "") -> Path:
     """As `write_comparison`, of jobs that have been found."""
-    comparison = Comparison.of(jobs, metric or metric_of(jobs))
+    comparison = JobComparison.of(jobs, metric or metric_of(jobs))
     if comparison.finished and not comparison.ranked and metric:
         known = sorted({key for job in comparison.finished for key, value in job.last.items() if is_number(value)})
         raise SelfalignError(f"metric {comparison.metric!r}: no finished job has it; there are {', '.join(known)}")
@@ -100,7 +100,7 @@ def compare_jobs(jobs: Sequence[Job], target: Path, metric: str = "") -> Path:
     return target / "comparison.html"
 
 
-def csv_text(comparison: Comparison) -> str:
+def csv_text(comparison: JobComparison) -> str:
     """A row a job and model with the differing settings and every number of summary.json; a row an unfinished job."""
     rows: list[Row] = []
     for job in comparison.jobs:
@@ -116,7 +116,7 @@ def csv_text(comparison: Comparison) -> str:
     return file.getvalue()
 
 
-def page(comparison: Comparison) -> str:
+def page(comparison: JobComparison) -> str:
     """The whole page."""
     names = {run.summary["name"] for run in comparison.runs}
     parts = {
@@ -138,7 +138,7 @@ def page(comparison: Comparison) -> str:
     )
 
 
-def jobs_table(comparison: Comparison) -> str:
+def jobs_table(comparison: JobComparison) -> str:
     """A row a job: the settings that differ, the numbers of its last model, and its time."""
     settings = [Column(key, "a setting", f"setting {key}", as_text) for key in comparison.keys]
     state = [STATE] if len(comparison.finished) < len(comparison.jobs) else []
@@ -149,7 +149,7 @@ def jobs_table(comparison: Comparison) -> str:
     return explained("jobs", columns, job_rows(comparison), note(opponents(comparison)))
 
 
-def job_rows(comparison: Comparison) -> list[Row]:
+def job_rows(comparison: JobComparison) -> list[Row]:
     """The table of jobs; an unfinished one has no numbers."""
     rows: list[Row] = []
     for job in comparison.jobs:
@@ -170,14 +170,14 @@ def setting(value: object) -> object:
     return value if value is None or (is_number(value) and not isinstance(value, bool)) else shortened(as_text(value))
 
 
-def matrices(comparison: Comparison) -> str:
+def matrices(comparison: JobComparison) -> str:
     """Every model of a run against every other, for the runs that compared them."""
     return grid(matrix(job.run, f"Job {named(comparison, job)}") for job in comparison.leading if job.run)
 
 
-def answers(comparison: Comparison) -> str:
+def answers(comparison: JobComparison) -> str:
     """What M1 and the last models of the leading jobs answered to the same instructions."""
-    writers: dict[str, tuple[Job, str]] = {}
+    writers: dict[str, tuple[JobResult, str]] = {}
     groups = comparison.by_key(Label.evaluation("M1", "answers")).values()
     for jobs in groups:
         if {job.number for job in jobs} & {job.number for job in comparison.leading}:
@@ -192,7 +192,7 @@ def answers(comparison: Comparison) -> str:
     return note(escape(said)) + "".join(cards) if len(written) > 1 and cards else ""
 
 
-def answers_of(job: Job, model: str) -> dict[str, Candidate]:
+def answers_of(job: JobResult, model: str) -> dict[str, Candidate]:
     """{evaluation instruction: a model's answer}."""
     assert job.run is not None
     folder = job.run.folder
@@ -201,7 +201,7 @@ def answers_of(job: Job, model: str) -> dict[str, Candidate]:
     return {instruction.text: found[instruction.id] for instruction in asked if instruction.id in found}
 
 
-def times(comparison: Comparison) -> str:
+def times(comparison: JobComparison) -> str:
     """Where the time went, and what was found instead of made again."""
     spent = costs(comparison.finished, purpose)
     rows = [
@@ -215,7 +215,7 @@ def times(comparison: Comparison) -> str:
     return note(said) + bars(rows) if rows else ""
 
 
-def failures(comparison: Comparison) -> str:
+def failures(comparison: JobComparison) -> str:
     """The jobs without numbers, each with the line it stopped with."""
     missing = [job for job in comparison.jobs if not job.run]
     said = [

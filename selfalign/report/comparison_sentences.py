@@ -8,7 +8,7 @@ from html import escape
 from selfalign.core.formatting import duration, plural
 from selfalign.metrics.catalog import METRICS
 from selfalign.report.html import Format, compact, fold, percent, strong
-from selfalign.report.jobs import FEW, Comparison, Job, as_text, costs, seconds_alone, shortened
+from selfalign.report.jobs import FEW, JobComparison, JobResult, as_text, costs, seconds_alone, shortened
 from selfalign.report.run_page import MODELS
 from selfalign.report.sentences import warnings
 from selfalign.report.tables import ANSWERS
@@ -20,19 +20,19 @@ FORMS: dict[str, Format] = {column.key: column.form for column in (*ANSWERS, *MO
 LUCK = "The best of several owes some of its lead to luck; another seed would tell how much."
 SOURCES = {
     Label.input("questions"): "evaluate.instructions",
-    Label.input("given_outputs"): "evaluate.against",
-    Label.input("validation"): "train.choose.instructions",
+    Label.input("given_outputs"): "evaluate.reference_outputs",
+    Label.input("validation"): "train.checkpoint_selection.instructions",
     Label.input("instructions"): "data.instruct.source",
     Label.iteration(1, "pairs"): "data.path",
-    Label.input("preferences", "pairs"): "evaluate.preferences.source",
+    Label.input("preferences", "pairs"): "evaluate.preference_pairs.source",
 }
-"""The settings that name what these artefacts are read from."""
+"""The settings that name what these artifacts are read from."""
 
 LISTED = 8
 """So many values of a setting are listed."""
 
 
-def what_differs(comparison: Comparison) -> str:
+def what_differs(comparison: JobComparison) -> str:
     """How many jobs, what became of them, and the settings in which they differ."""
     counted = Counter(job.state for job in comparison.jobs)
     states = ", ".join(f"{count} {escape(state)}" for state, count in counted.items())
@@ -45,21 +45,21 @@ def what_differs(comparison: Comparison) -> str:
     return f"{said} that differ in {', '.join(told)}."
 
 
-def listed(comparison: Comparison, key: str) -> str:
+def listed(comparison: JobComparison, key: str) -> str:
     """The values of a setting, in the order of the table."""
     texts = dict.fromkeys(shortened(as_text(job.settings[key])) for job in comparison.jobs if key in job.settings)
     more = f" and {len(texts) - LISTED} more" if len(texts) > LISTED else ""
     return ", ".join(list(texts)[:LISTED]) + more
 
 
-def verdict(comparison: Comparison) -> str:
+def verdict(comparison: JobComparison) -> str:
     """The best job, whether others are told apart from it, and what the jobs took."""
     if not comparison.finished:
         return '<p class="verdict"><b>No job has finished</b>, so there is nothing to compare yet.</p>\n'
     return f'<p class="verdict">{best(comparison)} {cost(comparison)}</p>\n'
 
 
-def best(comparison: Comparison) -> str:
+def best(comparison: JobComparison) -> str:
     """The job with the best value of the metric, and how sure that is."""
     metric, ranked = comparison.metric, comparison.ranked
     name = METRICS[metric].heading if metric in METRICS else metric
@@ -87,12 +87,12 @@ def best(comparison: Comparison) -> str:
     return f"{found} No other job's interval reaches it. {LUCK}"
 
 
-def named(comparison: Comparison, job: Job) -> str:
+def named(comparison: JobComparison, job: JobResult) -> str:
     """A job's number with what is different about it."""
     return f"{job.number} ({comparison.told(job)})"
 
 
-def cost(comparison: Comparison) -> str:
+def cost(comparison: JobComparison) -> str:
     """What the finished jobs took together, and what they would have taken one by one."""
     made = math.fsum(cost.made for cost in costs(comparison.finished, lambda label, stage: stage).values())
     alone = math.fsum(map(seconds_alone, comparison.finished))
@@ -103,7 +103,7 @@ def cost(comparison: Comparison) -> str:
     return f"Making them all took {strong(duration(made))}, {share} of {each}."
 
 
-def opponents(comparison: Comparison) -> str:
+def opponents(comparison: JobComparison) -> str:
     """What the win rates of the jobs are against, and whether that is the same for all."""
     answered = comparison.by_key(Label.evaluation("M1", "answers"))
     if not answered:
@@ -116,7 +116,7 @@ def opponents(comparison: Comparison) -> str:
     return f"{said}: all jobs share that M1 and its answers."
 
 
-def changed_sources(comparison: Comparison) -> list[str]:
+def changed_sources(comparison: JobComparison) -> list[str]:
     """The settings whose data or model had another content in another job, though they name the same there."""
     found: dict[tuple[str, str], set[str]] = {}
     for run in comparison.runs:
@@ -131,7 +131,7 @@ def contents(run: Finished) -> Iterator[tuple[str, str, str]]:
         yield "model.path", run.config["model"]["path"], weights
     seeds = run.inputs(Label.input("seeds"))
     sources = [(name, seeds["config"][name]) for name in ("demonstrations", "ranked")] if "config" in seeds else []
-    named = [(f"data.seeds.{name}", source) for name, source in sources if source]
+    named = [(f"data.seed_data.{name}", source) for name, source in sources if source]
     for (setting, source), content in zip(named, seeds.get("contents", ()), strict=False):
         yield setting, source, content
     for label, setting in SOURCES.items():
@@ -139,7 +139,7 @@ def contents(run: Finished) -> Iterator[tuple[str, str, str]]:
             yield setting, inputs["source"], inputs["content"]
 
 
-def caveats(comparison: Comparison) -> str:
+def caveats(comparison: JobComparison) -> str:
     """What makes the numbers of different jobs less comparable than they look."""
     said: list[str] = []
     if len(comparison.by_key(Label.evaluation("M1", "answers"))) > 1:

@@ -34,7 +34,7 @@ MARK = 8
 
 
 @dataclass(kw_only=True, slots=True)
-class Job:
+class JobResult:
     """One job.
 
     Attributes:
@@ -66,7 +66,7 @@ class Job:
         return self.models[-1] if self.models else {}
 
 
-def find_jobs(paths: Sequence[Path]) -> list[Job]:
+def find_jobs(paths: Sequence[Path]) -> list[JobResult]:
     """The jobs in these places, each once.
 
     Args:
@@ -85,7 +85,7 @@ def is_run(folder: Path) -> bool:
     return (folder / "config.yaml").is_file()
 
 
-def _jobs_at(path: Path) -> list[Job]:
+def _jobs_at(path: Path) -> list[JobResult]:
     if (path / JOBS).is_file():
         entries = read_jobs(path / JOBS)
         common = set.intersection(*(set(entry["overrides"]) for entry in entries)) if entries else set()
@@ -97,7 +97,7 @@ def _jobs_at(path: Path) -> list[Job]:
     return [job for job in found if not (job.run and "evaluated" in job.run.summary and job.folder != path.resolve())]
 
 
-def _of_sweep(path: Path, entry: Row, common: set[str]) -> Job:
+def _of_sweep(path: Path, entry: Row, common: set[str]) -> JobResult:
     """A job as the sweep tells of it; one whose settings were refused has no folder, and its own overrides for them."""
     folder, done = path / (entry["folder"] or ""), entry["state"] == FINISHED
     if entry["folder"] and is_run(folder):
@@ -105,7 +105,7 @@ def _of_sweep(path: Path, entry: Row, common: set[str]) -> Job:
     else:
         own = [override.lstrip("+").partition("=") for override in entry["overrides"] if override not in common]
         settings = {key: _value(value) for key, _, value in own}
-        job = Job(name=" ".join(entry["overrides"]), settings=settings)
+        job = JobResult(name=" ".join(entry["overrides"]), settings=settings)
     state = "gone" if done and not job.run else entry["state"]
     return replace(job, number=entry["number"], state=state, error=entry["error"])
 
@@ -119,7 +119,7 @@ def _value(text: str) -> Any:
     return value if value is None or isinstance(value, str | int | float | list | dict) else text
 
 
-def _of_folder(folder: Path) -> Job:
+def _of_folder(folder: Path) -> JobResult:
     """A job as its own folder tells of it."""
     return _finished(folder) if _has_finished(folder) else _unfinished(folder)
 
@@ -128,16 +128,16 @@ def _has_finished(folder: Path) -> bool:
     return (folder / "summary.json").is_file()
 
 
-def _finished(folder: Path) -> Job:
+def _finished(folder: Path) -> JobResult:
     run = Finished.load(folder)
-    return Job(name=folder.name, folder=folder.resolve(), settings=flat(run.config), run=run)
+    return JobResult(name=folder.name, folder=folder.resolve(), settings=flat(run.config), run=run)
 
 
-def _unfinished(folder: Path) -> Job:
+def _unfinished(folder: Path) -> JobResult:
     error = _last_error(folder / "run.log")
     settings = flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
     state = "failed" if error else "unfinished"
-    return Job(name=folder.name, folder=folder.resolve(), state=state, error=error, settings=settings)
+    return JobResult(name=folder.name, folder=folder.resolve(), state=state, error=error, settings=settings)
 
 
 def _last_error(log: Path) -> str:
@@ -169,7 +169,7 @@ def as_text(value: object) -> str:
     return repr(value).removesuffix(".0") if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
 
 
-def differing(jobs: Sequence[Job]) -> list[str]:
+def differing(jobs: Sequence[JobResult]) -> list[str]:
     """The keys whose values differ among the jobs that have them; those with the most values first."""
     keys = dict.fromkeys(key for job in jobs for key in job.settings)
     values = {key: {as_text(job.settings[key]) for job in jobs if key in job.settings} for key in keys}
@@ -177,14 +177,14 @@ def differing(jobs: Sequence[Job]) -> list[str]:
     return sorted(several, key=lambda key: len(values[key]), reverse=True)
 
 
-def metric_of(jobs: Sequence[Job]) -> str:
+def metric_of(jobs: Sequence[JobResult]) -> str:
     """The number that the jobs' own configuration goes by: `sweep_metric` of the first that has one."""
     named = (job.settings["sweep_metric"] for job in jobs if "sweep_metric" in job.settings)
     return next(named, catalog.EVAL_WIN_RATE.name)
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class JobComparison:
     """Jobs side by side.
 
     Attributes:
@@ -194,13 +194,13 @@ class Comparison:
         lowest: the best job has the lowest one instead.
     """
 
-    jobs: list[Job]
+    jobs: list[JobResult]
     keys: list[str]
     metric: str
     lowest: bool = False
 
     @classmethod
-    def of(cls, jobs: Sequence[Job], metric: str) -> "Comparison":
+    def of(cls, jobs: Sequence[JobResult], metric: str) -> "JobComparison":
         """Brings the jobs into order: a sweep's by their number, others by the settings that differ.
 
         A sweep's jobs keep their numbers, so those that are another job again are left out. A metric with a "-" before
@@ -219,7 +219,7 @@ class Comparison:
         return "lowest" if self.lowest else "highest"
 
     @property
-    def finished(self) -> list[Job]:
+    def finished(self) -> list[JobResult]:
         """Those with numbers."""
         return [job for job in self.jobs if job.run]
 
@@ -229,53 +229,53 @@ class Comparison:
         return [job.run for job in self.jobs if job.run]
 
     @property
-    def ranked(self) -> list[Job]:
+    def ranked(self) -> list[JobResult]:
         """Those whose last model has the metric, the best value first."""
         known = [job for job in self.finished if is_number(job.last.get(self.metric))]
         return sorted(known, key=lambda job: job.last[self.metric], reverse=not self.lowest)
 
     @property
-    def even(self) -> list[Job]:
+    def even(self) -> list[JobResult]:
         """Those that have the best value, in the order of the table."""
         ranked = self.ranked
         return [job for job in self.finished if job in ranked and job.last[self.metric] == ranked[0].last[self.metric]]
 
     @property
-    def leading(self) -> list[Job]:
+    def leading(self) -> list[JobResult]:
         """The best few, in the order of the table: as many as a chart has colours for."""
         best = [*self.ranked, *(job for job in self.finished if job not in self.ranked)][:LEADING]
         return [job for job in self.finished if job in best]
 
-    def rivals(self) -> list[Job]:
+    def rivals(self) -> list[JobResult]:
         """The jobs whose interval reaches that of the best, or that have none (nor has the best)."""
         best, *others = self.ranked
         low, _ = self._ends(best)
         return [job for job in self.finished if job in others and not self._ends(job)[1] < low]
 
-    def interval(self, job: Job) -> tuple[float, float]:
+    def interval(self, job: JobResult) -> tuple[float, float]:
         """The ends of the metric's interval; infinitely far away where there is none."""
         low, high = (job.last.get(f"{self.metric}_{end}") for end in ("low", "high"))
         return (low, high) if is_number(low) and is_number(high) else (-math.inf, math.inf)
 
-    def _ends(self, job: Job) -> tuple[float, float]:
+    def _ends(self, job: JobResult) -> tuple[float, float]:
         """The worse and the better end, where more is better."""
         low, high = self.interval(job)
         return (-high, -low) if self.lowest else (low, high)
 
-    def told(self, job: Job) -> str:
+    def told(self, job: JobResult) -> str:
         """What is different about a job, "loss.lam = 0.3, seed = 1"; its name where that is nothing or much."""
         parts = [f"{key} = {shortened(as_text(job.settings[key]))}" for key in self.keys if key in job.settings]
         return ", ".join(parts) if 0 < len(parts) <= FEW else job.name
 
-    def mark(self, job: Job) -> str:
+    def mark(self, job: JobResult) -> str:
         """A few letters for charts: the only setting that differs, where it is short and tells all, else the number."""
         texts = [as_text(job.settings.get(key, "")) for job in self.jobs for key in self.keys]
         short = len(self.keys) == 1 and len(set(texts)) == len(texts) and all(len(text) <= MARK for text in texts)
         return as_text(job.settings.get(self.keys[0], "")) if short else f"{job.number}"
 
-    def by_key(self, label: Label) -> dict[str, list[Job]]:
-        """{key: finished jobs} of an artefact; a key stands for the same content, wherever it lies."""
-        found: dict[str, list[Job]] = {}
+    def by_key(self, label: Label) -> dict[str, list[JobResult]]:
+        """{key: finished jobs} of an artifact; a key stands for the same content, wherever it lies."""
+        found: dict[str, list[JobResult]] = {}
         for job in self.finished:
             for stage in _stages(job):
                 if stage["label"] == str(label):
@@ -296,13 +296,13 @@ def shortened(text: str, letters: int = 48) -> str:
     return line if len(line) <= letters else line[: letters - 1].rstrip() + "…"
 
 
-def _stages(job: Job) -> list[Row]:
+def _stages(job: JobResult) -> list[Row]:
     return job.run.summary["stages"] if job.run else []
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Seconds of artefacts that several jobs need: `made`, each counted once, and `reused`, once a further job."""
+    """Seconds of artifacts that several jobs need: `made`, each counted once, and `reused`, once a further job."""
 
     made: float = 0.0
     reused: float = 0.0
@@ -311,7 +311,7 @@ class Cost:
         return Cost(self.made + other.made, self.reused + other.reused)
 
 
-def costs(jobs: Sequence[Job], purpose: Callable[[Label, str], str]) -> dict[str, Cost]:
+def costs(jobs: Sequence[JobResult], purpose: Callable[[Label, str], str]) -> dict[str, Cost]:
     """What was spent and what sharing saved, by purpose.
 
     Args:
@@ -323,25 +323,25 @@ def costs(jobs: Sequence[Job], purpose: Callable[[Label, str], str]) -> dict[str
     for job in jobs:
         for stage in _stages(job):
             label = Label.parse(stage["label"])
-            place, name = artefact(job, label), purpose(label, stage["stage"])
+            place, name = artifact(job, label), purpose(label, stage["stage"])
             cost = Cost(reused=stage["seconds"]) if place in seen else Cost(made=stage["seconds"])
             spent[name] = spent.get(name, Cost()) + cost
             seen.add(place)
     return spent
 
 
-def seconds_alone(job: Job) -> float:
+def seconds_alone(job: JobResult) -> float:
     """What a job would have taken by itself."""
     return math.fsum(stage["seconds"] for stage in _stages(job))
 
 
-def seconds_own(job: Job, jobs: Sequence[Job]) -> float:
+def seconds_own(job: JobResult, jobs: Sequence[JobResult]) -> float:
     """What a job took that none of the others needed too."""
-    others = {artefact(other, Label.parse(s["label"])) for other in jobs if other is not job for s in _stages(other)}
-    return math.fsum(s["seconds"] for s in _stages(job) if artefact(job, Label.parse(s["label"])) not in others)
+    others = {artifact(other, Label.parse(s["label"])) for other in jobs if other is not job for s in _stages(other)}
+    return math.fsum(s["seconds"] for s in _stages(job) if artifact(job, Label.parse(s["label"])) not in others)
 
 
-def artefact(job: Job, label: Label) -> Path:
-    """Where an artefact of a finished job really lies."""
+def artifact(job: JobResult, label: Label) -> Path:
+    """Where an artifact of a finished job really lies."""
     assert job.run is not None
     return label.link_in(job.run.folder).resolve()

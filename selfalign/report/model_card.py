@@ -37,7 +37,7 @@ SOURCES = {
     Label.input("given_outputs"): "answers to compare with",
     Label.input("validation"): "validation instructions",
 }
-"""Artefacts that are read from one data source."""
+"""Artifacts that are read from one data source."""
 
 TRAINING = ("learning_rate", "final_learning_rate", "schedule", "optimizer", "epochs", "batch_size", "dtype")
 """The settings of a training stage that are told; the rest stands in the configuration at the end of the card."""
@@ -77,7 +77,7 @@ def model_card(run: Finished, repository: str = "") -> str:
         "Method": method(run),
         "Data": data(run),
         "Results": results(run),
-        "Limits": limits(run),
+        "MetricBounds": limits(run),
         "Lineage": lineage(run),
         "Reproduction": reproduction(run),
     }
@@ -97,7 +97,7 @@ def last_model(run: Finished) -> Label:
 
 def base_on_hub(run: Finished) -> tuple[str, str]:
     """Hub id and commit of M0, where its weights lie in the hub's cache; empty for every other source."""
-    snapshot = (run.folder / "artefacts/M0/weights").resolve()
+    snapshot = (run.folder / "artifacts/M0/weights").resolve()
     cached = snapshot.parents[1].name
     if snapshot.parent.name != "snapshots" or not cached.startswith("models--"):
         return "", ""
@@ -109,7 +109,7 @@ def stated_licence(run: Finished) -> dict[str, Any]:
     import yaml
     from huggingface_hub import metadata_load
 
-    path = run.folder / "artefacts/M0/weights/README.md"
+    path = run.folder / "artifacts/M0/weights/README.md"
     try:
         stated = metadata_load(path) if path.is_file() else None
     except (ValueError, yaml.YAMLError):
@@ -166,10 +166,10 @@ def eval_results(run: Finished) -> "list[EvalResult]":
 
 def use(run: Finished, repository: str) -> str:
     """How the model is loaded."""
-    artefacts, label = f"{run.folder.name}/artefacts", last_model(run)
+    artifacts, label = f"{run.folder.name}/artifacts", last_model(run)
 
     def place(part: str) -> str:
-        return repr(repository or f"{artefacts}/{label}/{part}")
+        return repr(repository or f"{artifacts}/{label}/{part}")
 
     said = f"{label} is an ordinary checkpoint of transformers."
     imports = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
@@ -180,7 +180,7 @@ def use(run: Finished, repository: str) -> str:
             said += " M0 is not on the hub: its weights lie in the folder of the run, or are made again by it."
         imports.insert(0, "from peft import PeftModel")
         loading = [
-            f"base = AutoModelForCausalLM.from_pretrained({base or f'{artefacts}/M0/weights'!r})",
+            f"base = AutoModelForCausalLM.from_pretrained({base or f'{artifacts}/M0/weights'!r})",
             f"model = PeftModel.from_pretrained(base, {place('adapter')})",
         ]
     lines = [*imports, "", *loading, f"tokenizer = AutoTokenizer.from_pretrained({place('tokenizer')})"]
@@ -204,7 +204,7 @@ def method(run: Finished) -> str:
             "There, h = [log π(y⁺|x) − log π_ref(y⁺|x)] − [log π(y⁻|x) − log π_ref(y⁻|x)], in nats over response "
             "tokens; ⊥ stops the gradient"
         )
-        facts.append(f"Reference policy π_ref: {WHO[config['train']['reference']]}")
+        facts.append(f"Reference policy π_ref: {WHO[config['train']['reference_policy']]}")
     judge = next((run.inputs(name)["judge"] for name, stage in run.stages.items() if stage == "judge"), None)
     facts.append(f"Judge: {settings(judge)}" if judge else "Judge: none, nothing was judged")
     if rule := run.inputs(Label.iteration(config["iterations"], "pairs")).get("rule"):
@@ -305,17 +305,17 @@ def lineage(run: Finished) -> str:
     """Which weights were made from which, by digest."""
     made = {run.manifest(label).get("digest"): label for label in reversed(run.stages)}
 
-    def label_of(artefact: Mapping[str, Any] | None) -> Label | None:
-        return made.get(artefact["digest"]) if artefact else None
+    def label_of(artifact: Mapping[str, Any] | None) -> Label | None:
+        return made.get(artifact["digest"]) if artifact else None
 
     rows = [["model", "weights, SHA-256", "made by", "from", "reference", "trained on", "its content, SHA-256"]]
     for name, digest in run.provenance["weights"].items():
         inputs = run.inputs(Label.parse(name))
         taught = inputs.get("pairs") or inputs.get("demonstrations")
         reference = label_of(inputs.get("reference"))
-        if reference and run.stages.get(reference) == "reference":  # its log-probabilities, stored
+        if reference and run.stages.get(reference) == "reference_logprobs":  # its log-probabilities, stored
             reference = label_of(run.inputs(reference).get("policy"))
-        stage = code(run.provenance["artefacts"][name])
+        stage = code(run.provenance["artifacts"][name])
         content = code(taught["digest"]) if taught else "–"
         sources = [str(label or "–") for label in (label_of(inputs.get("policy")), reference, label_of(taught))]
         rows.append([name, code(digest), stage, *sources, content])

@@ -55,7 +55,7 @@ SHOWN = 3
 """How many instructions of an iteration are shown with their candidates, and how many answers head to head."""
 
 PURPOSES = {
-    "pretrained": "preparing M0",
+    "load_model": "preparing M0",
     "sft": "fine-tuning",
     "align": "alignment",
     "eft/questions": "evaluation fine-tuning: questions",
@@ -64,7 +64,7 @@ PURPOSES = {
     "instructions": "writing instructions",
     "responses": "writing candidates",
     "judge": "preparing the judge",
-    "referee": "preparing the judge of comparisons",
+    "comparator": "preparing the judge of comparisons",
     "checkpoint_judge": "preparing the judge of checkpoints",
     "judgements": "judging candidates",
     "pairs": "pairing",
@@ -74,11 +74,11 @@ PURPOSES = {
     "preferences/judge": "preparing the judge of the held-out pairs",
     "preferences/scores": "evaluation: judging held-out pairs",
     "logps": "evaluation: log-probabilities of held-out pairs",
-    "reference_logps": "evaluation: log-probabilities of held-out pairs",
+    "reference_logprobs": "evaluation: log-probabilities of held-out pairs",
     "preferences": "evaluation: rewards on held-out pairs",
     "answers": "evaluation: answers",
     "scores": "evaluation: judging answers",
-    "compare": "evaluation: head to head",
+    "head_to_head": "evaluation: head to head",
     "divergence": "evaluation: distance from M1",
     "ranked_scores": "evaluation: judging ranked answers",
     "numbers": "evaluation: numbers",

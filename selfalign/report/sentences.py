@@ -49,8 +49,8 @@ def judges_of_answers(run: Finished) -> list[tuple[str, str]]:
     """How the evaluation answers were judged, and by whom; texts."""
     judge, settings = run.config["judge"], run.config["evaluate"]
     found: list[tuple[str, str]] = []
-    if settings["instructions"] and (referee := settings.get("head_to_head")):
-        found.append(("compared head to head", judge_name(referee)))
+    if settings["instructions"] and (comparator := settings.get("head_to_head")):
+        found.append(("compared head to head", judge_name(comparator)))
     if any(label.kind is Kind.EVALUATION and label.part == "scores" for label in run.stages):
         named = {**judge, "model": settings["judge"]} if "model" in judge else judge
         found.append(("scored", judge_name(named, run.judge)))
@@ -77,7 +77,10 @@ def _data_sentence(run: Finished) -> str:
     data, judge, pair = run.config["data"], run.config["judge"], run.config["pair"]
     if "path" in data:
         return f"Preference pairs were given: {strong(data['path'])}."
-    samples, scale = judge.get("samples"), f", {judge['low']} to {judge['high']}" if "low" in judge else ""
+    samples, scale = (
+        judge.get("num_samples"),
+        f", {judge['min_score']} to {judge['max_score']}" if "min_score" in judge else "",
+    )
     score = f"mean of {samples} written judgements" if samples else SCORES.get(run.judge, "score")
     score = "Elo by comparisons" if judge.get("scores") == "elo" else score
     rule = run.config.get("choices", {}).get("pair", "BestWorst")
@@ -92,7 +95,7 @@ def _data_sentence(run: Finished) -> str:
     wrote = f"the newest model wrote {asked} and"
     if source := instruct.get("source"):
         wrote = f"the newest model took {asked} from {strong(source)} and wrote"
-    elif (writer := instruct["writer"]) != "self":
+    elif (writer := instruct["model"]) != "self":
         wrote = f"{WHO.get(writer) or strong(writer)} wrote {asked} and the newest model"
     often = "one iteration" if times == 1 else f"each of {times} iterations"
     return f"In {strong(often)} {wrote}, for each, {answered}, which {judged} ({strong(score)}{scale}); {strong(kept)}."
@@ -107,7 +110,7 @@ def _loss_sentence(run: Finished) -> str:
         return f"Fine-tuning on the good responses alone ({strong('positives')}) made {models}."
     settings = [f"{sign} = {loss[key]:g}" for key, sign in (("beta", "β"), ("lam", "λ")) if key in loss]
     settings += [f"{key} {escape(str(loss[key]))}" for key in ("reduction", "target") if key in loss]
-    against = WHO[run.config["train"]["reference"]]
+    against = WHO[run.config["train"]["reference_policy"]]
     return f"{strong(run.loss['title'])} ({', '.join(settings)}; reference: {against}) made {models}."
 
 
@@ -128,7 +131,7 @@ def warnings(run: Finished) -> str:
         )
     if crossed:
         said += (
-            '<p class="verdict"><b>Warning: numbers beyond their bounds</b> (<code>evaluate.limits</code>): '
+            '<p class="verdict"><b>Warning: numbers beyond their bounds</b> (<code>evaluate.bounds</code>): '
             f"{escape('; '.join(crossed))}.</p>\n"
         )
     return said

@@ -183,7 +183,7 @@ def judged_by(judge: Row) -> str:
     if not judge:
         return ""
     server = judge["endpoint"]["model"]
-    how = ", by its expected rating" if judge.get("reading") == "expected" and not server else ""
+    how = ", by its expected rating" if judge.get("method") == "logprobs" and not server else ""
     return note(f"Judged by {strong(server or judge['model'])}{how}.")
 
 
@@ -201,7 +201,7 @@ def comparisons_table(run: Finished) -> str:
     rows: list[Row] = []
     for stage in run.summary["stages"]:
         label = Label.parse(stage["label"])
-        if stage["stage"] == "compare" and (label.benchmark or run.config["evaluate"]["matrix"]):
+        if stage["stage"] == "head_to_head" and (label.benchmark or run.config["evaluate"]["round_robin"]):
             counts = stage["counts"]
             named = {"won": catalog.WINS, "tied": catalog.TIES, "lost": catalog.LOSSES}
             judged = sum(counts[metric.name] for metric in named.values())
@@ -227,15 +227,17 @@ def ranked_histograms(run: Finished) -> str:
 def _histograms(run: Finished, labels: dict[str, Label], what: str) -> str:
     """With one scale of heights; whole scores have a bar each, others four a point."""
     scale = run.config["judge"]
-    if "low" not in scale:
+    if "min_score" not in scale:
         return ""
     judged = {title: run.records(label, Judgement) for title, label in labels.items()}
     scores = {title: array("d", (j.score for j in found if j.score is not None)) for title, found in judged.items()}
     whole = all(score == int(score) for given in scores.values() for score in given)
     parts, how = (1, "") if whole else (4, ", to quarters of a point")
-    counts = {title: score_histogram(s, scale["low"], scale["high"], parts) for title, s in scores.items() if s}
+    counts = {
+        title: score_histogram(s, scale["min_score"], scale["max_score"], parts) for title, s in scores.items() if s
+    }
     peak = max((max(values) for values in counts.values()), default=0)
     return grid(
-        figure(title, f"{what}{how}", draw_histogram(values, scale["low"], peak, title, parts))
+        figure(title, f"{what}{how}", draw_histogram(values, scale["min_score"], peak, title, parts))
         for title, values in counts.items()
     )

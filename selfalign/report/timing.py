@@ -43,7 +43,7 @@ def training_times(folders: Sequence[Path]) -> list[Row]:
 
 
 def _of_run(folder: Path) -> list[Row]:
-    labels = [Label.parse(path.parent.name) for path in (folder / "artefacts").glob(f"*/{MANIFEST}")]
+    labels = [Label.parse(path.parent.name) for path in (folder / "artifacts").glob(f"*/{MANIFEST}")]
     labels.sort(key=lambda label: (label.iteration_number, label.owner != BASELINE))
     title = read_json(folder / "summary.json")["loss"]["title"]
     return [row for label in labels if (row := _of_model(folder, label, title))]

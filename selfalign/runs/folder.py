@@ -8,7 +8,7 @@ from typing import Any
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_json, write_atomically
 from selfalign.runs.tracker import forget_tracked
-from selfalign.store.artifacts import canonical
+from selfalign.store.artifacts import to_key_json
 
 
 def run_folder(output: Path, name: str, config: Any, *, fresh: bool) -> tuple[Path, str]:
@@ -17,7 +17,7 @@ def run_folder(output: Path, name: str, config: Any, *, fresh: bool) -> tuple[Pa
     The same settings have the same folder, so the same command continues it. With `fresh`, the folder takes the next
     free number and the namespace is its name, so that nothing is shared with other runs. Else the namespace is empty.
     """
-    folder = output / f"{name}-{digest_json(canonical(config))[:8]}"
+    folder = output / f"{name}-{digest_json(to_key_json(config))[:8]}"
     if not fresh:
         return folder, ""
     numbered = (folder.with_name(f"{folder.name}-{number}") for number in count(1))
@@ -36,7 +36,7 @@ def check_name(name: str) -> None:
 
 
 def open_folder(folder: Path, config_yaml: str, *, anew: bool = False) -> None:
-    """Prepares a run folder: the resolved configuration, and metrics that are written anew from the artefacts.
+    """Prepares a run folder: the resolved configuration, and metrics that are written anew from the artifacts.
 
     Args:
         folder: made if it is not there.

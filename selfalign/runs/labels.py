@@ -1,4 +1,4 @@
-"""Labels of a run's artefacts: the one place that writes and reads them."""
+"""Labels of a run's artifacts: the one place that writes and reads them."""
 
 import re
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ REPEATED = ("answers", "scores", "ranked_scores")
 
 
 class Kind(Enum):
-    """What an artefact belongs to."""
+    """What an artifact belongs to."""
 
     INPUT = "input"
     MODEL = "model"
@@ -29,12 +29,12 @@ class Kind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """The name of an artefact in its run, as `str(label)` writes it and `Label.parse` reads it.
+    """The name of an artifact in its run, as `str(label)` writes it and `Label.parse` reads it.
 
     Attributes:
         kind: what it belongs to.
         owner: the name of the input, of the model that it is or that is measured, or the number of the iteration.
-        part: which of several artefacts of the owner; empty where there is one.
+        part: which of several artifacts of the owner; empty where there is one.
     """
 
     kind: Kind
@@ -85,8 +85,8 @@ class Label:
         return replace(self, part=part)
 
     def link_in(self, folder: Path) -> Path:
-        """Return the link to the artefact in a run folder."""
-        return folder / "artefacts" / str(self)
+        """Return the link to the artifact in a run folder."""
+        return folder / "artifacts" / str(self)
 
     @property
     def model_name(self) -> str:

@@ -11,33 +11,33 @@ from selfalign.core import distributed
 from selfalign.core.failures import naming
 from selfalign.runs.labels import Label
 from selfalign.runs.tracker import NoTracker, Tracker
-from selfalign.store.artifacts import Artefact, Counts
+from selfalign.store.artifacts import Artifact, Counts
 
 
 @dataclass(slots=True)
 class Ledger:
-    """Keeps account of a run's artefacts; of several processes the main one has it.
+    """Keeps account of a run's artifacts; of several processes the main one has it.
 
     Attributes:
-        folder: metrics.jsonl, summary.json, report.html, config.yaml, provenance.json, and links below artefacts/.
-        show: is told of each artefact when it is there.
+        folder: metrics.jsonl, summary.json, report.html, config.yaml, provenance.json, and links below artifacts/.
+        show: is told of each artifact when it is there.
         tracker: receives every row too.
-        artefacts: what was made or found so far.
+        artifacts: what was made or found so far.
         reused: what of it was found.
         step: of the last row.
-        logged: rows of the artefact in work.
+        logged: rows of the artifact in work.
     """
 
     folder: Path
     show: Callable[["Ledger", Label], None] = lambda ledger, label: None
     tracker: Tracker = field(default_factory=NoTracker)
-    artefacts: dict[Label, Artefact] = field(default_factory=dict)
+    artifacts: dict[Label, Artifact] = field(default_factory=dict)
     reused: set[Label] = field(default_factory=set)
     step: int = 0
     logged: int = 0
 
     def link(self, label: Label, place: Path) -> None:
-        """Link an artefact before it is looked for, because what is linked is not cleaned away."""
+        """Link an artifact before it is looked for, because what is linked is not cleaned away."""
         link = label.link_in(self.folder)
         link.parent.mkdir(parents=True, exist_ok=True)
         target = os.path.relpath(place, link.parent)
@@ -50,13 +50,13 @@ class Ledger:
         self.logged += 1
         self._write(label, stage, {f"{stage}/step" if name == "step" else name: v for name, v in row.items()})
 
-    def enter(self, label: Label, artefact: Artefact) -> None:
-        """Write down an artefact that is there: the rows of it that are not logged yet, and its counts."""
-        for row in artefact.rows()[self.logged :]:
-            self.log(label, artefact.stage, row)
+    def enter(self, label: Label, artifact: Artifact) -> None:
+        """Write down an artifact that is there: the rows of it that are not logged yet, and its counts."""
+        for row in artifact.rows()[self.logged :]:
+            self.log(label, artifact.stage, row)
         self.logged = 0
-        self.artefacts[label] = artefact
-        self._write(label, artefact.stage, {**flat_numbers(artefact.counts), "seconds": artefact.seconds})
+        self.artifacts[label] = artifact
+        self._write(label, artifact.stage, {**flat_numbers(artifact.counts), "seconds": artifact.seconds})
         self.show(self, label)
 
     def _write(self, label: Label, stage: str, row: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from selfalign.core.files import PACKAGE, read_json, write_json
-from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.runs.labels import Kind, Label
 from selfalign.runs.ledger import Ledger
 from selfalign.store.artifacts import MANIFEST
@@ -27,15 +27,15 @@ PACKAGES = (
 )
 
 
-FIXED = {Label.input("writer"), Label.input("judge"), Label.input("referee")}
+FIXED = {Label.input("writer"), Label.input("judge"), Label.input("comparator")}
 """Models from outside whose weights are told, besides the run's own."""
 
 
 def write_provenance(ledger: Ledger, seed: int) -> None:
     """Writes what the results came from: code, packages, machine, seed and the digests of all weights."""
     policies = {
-        str(label): PolicyFiles(artefact.path).digest
-        for label, artefact in ledger.artefacts.items()
+        str(label): PolicyCheckpoint(artifact.path).digest
+        for label, artifact in ledger.artifacts.items()
         if label.kind is Kind.MODEL or label in FIXED
     }
     write_json(
@@ -52,14 +52,14 @@ def write_provenance(ledger: Ledger, seed: int) -> None:
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "seed": seed,
             "weights": policies,
-            "artefacts": {str(label): f"{a.stage}/{a.key}" for label, a in ledger.artefacts.items()},
+            "artifacts": {str(label): f"{a.stage}/{a.key}" for label, a in ledger.artifacts.items()},
         },
     )
 
 
 def packages_of_components(ledger: Ledger) -> dict[str, str]:
     """{package: version and digest of its code} of the components that are not selfalign's own."""
-    manifests = [artefact.path / MANIFEST for artefact in ledger.artefacts.values()]
+    manifests = [artifact.path / MANIFEST for artifact in ledger.artifacts.values()]
     found = packages_in([read_json(manifest)["inputs"] for manifest in manifests if manifest.is_file()])
     return {name: f"{version_of(name)} (source code {digest})".strip() for name, digest in sorted(found.items())}
 

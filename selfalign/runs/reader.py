@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
-from selfalign.core.jsonl import follow, stream_records
+from selfalign.core.jsonl import join_sorted, stream_records
 from selfalign.core.records import (
     Comparison,
     Demonstration,
@@ -64,7 +64,7 @@ class Sample:
     candidates: list[Candidate]
 
 
-def check_artefacts(folder: Path, labels: Iterable[Label]) -> None:
+def check_artifacts(folder: Path, labels: Iterable[Label]) -> None:
     """What a finished run has made is where its links lead.
 
     Raises:
@@ -73,7 +73,7 @@ def check_artefacts(folder: Path, labels: Iterable[Label]) -> None:
     gone = [label for label in labels if not (label.link_in(folder) / "manifest.json").is_file()]
     if gone:
         raise SelfalignError(
-            f"{folder}: {len(gone)} of its artefacts, {gone[0]} first, are not where its links lead; a run folder is "
+            f"{folder}: {len(gone)} of its artifacts, {gone[0]} first, are not where its links lead; a run folder is "
             "copied and moved together with the store beside it"
         )
 
@@ -144,16 +144,16 @@ class Finished:
         return iterations_of(self.counts)
 
     def records(self, label: Label, kind: type[R]) -> Iterator[R]:
-        """The records of one artefact, one at a time; none where there is no such file."""
+        """The records of one artifact, one at a time; none where there is no such file."""
         return stream_there(self.folder, label, kind)
 
     def manifest(self, label: Label) -> Row:
-        """What an artefact's manifest says; nothing where there is none."""
+        """What an artifact's manifest says; nothing where there is none."""
         path = label.link_in(self.folder) / "manifest.json"
         return read_json(path) if path.is_file() else {}
 
     def inputs(self, label: Label) -> Row:
-        """What an artefact was made from: settings, seeds, and other artefacts by their digests."""
+        """What an artifact was made from: settings, seeds, and other artifacts by their digests."""
         return self.manifest(label).get("inputs", {})
 
     def iteration_rows(self) -> list[Row]:
@@ -180,7 +180,7 @@ def iterations_of(labels: Iterable[Label]) -> list[int]:
 
 
 def stream_there(folder: Path, label: Label, kind: type[R]) -> Iterator[R]:
-    """The records of one kind in an artefact of a run, one at a time; none where there is no such file or it is empty.
+    """The records of one kind in an artifact of a run, one at a time; none where there is no such file or it is empty.
 
     Whoever needs only the first ones reads no further.
     """
@@ -208,7 +208,7 @@ def read_samples(folder: Path, iteration: int, count: int) -> list[Sample]:
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class JudgedResponse:
     """A response with its mean score, where it has one, and its judgements."""
 
     response: Response
@@ -223,17 +223,17 @@ class Judged:
 
 def stream_judged(
     folder: Path, label: Label, responses: str = "responses", judgements: str = "judgements"
-) -> Iterator[Judged]:
-    """The responses beside an artefact, one at a time, with what a judge said of them."""
+) -> Iterator[JudgedResponse]:
+    """The responses beside an artifact, one at a time, with what a judge said of them."""
     answers, said = label.sibling(responses), label.sibling(judgements)
 
     def joined(kind: type[S], owner: Callable[[S], str]) -> Iterator[tuple[Response, list[S]]]:
         file = said.link_in(folder) / FILES[kind]
-        return follow(stream_there(folder, answers, Response), stream_there(folder, said, kind), owner, file)
+        return join_sorted(stream_there(folder, answers, Response), stream_there(folder, said, kind), owner, file)
 
     every = zip(joined(Judgement, lambda one: one.response_id), joined(ResponseScore, lambda one: one.id), strict=True)
     return (
-        Judged(response, scores[0].score if scores else None, judgements)
+        JudgedResponse(response, scores[0].score if scores else None, judgements)
         for (response, judgements), (_, scores) in every
     )
 
@@ -256,7 +256,9 @@ def read_answers(folder: Path, model: str) -> dict[str, Candidate]:
     return {one.response.instruction_id: one.candidate() for one in reversed(judged)}
 
 
-def roles(folder: Path, label: Label, pairs: Iterable[PreferencePair], judged: Sequence[Judged]) -> dict[str, str]:
+def roles(
+    folder: Path, label: Label, pairs: Iterable[PreferencePair], judged: Sequence[JudgedResponse]
+) -> dict[str, str]:
     """{response id: what became of it}, of the first responses of an iteration, by its pairs or positives."""
     ids = {one.response.id for one in judged}
     positives = takewhile(lambda one: one.id in ids, stream_there(folder, label, Demonstration))

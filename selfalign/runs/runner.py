@@ -1,4 +1,4 @@
-"""What makes the artefacts that the pipeline asks for, or looks for them."""
+"""What makes the artifacts that the pipeline asks for, or looks for them."""
 
 import logging
 from dataclasses import dataclass, field
@@ -7,24 +7,24 @@ from typing import Any, Protocol
 
 from selfalign.runs.labels import Label
 from selfalign.runs.ledger import Ledger
-from selfalign.store.artifacts import Artefact, Store
+from selfalign.store.artifacts import Artifact, Store
 from selfalign.store.stage import StageFunction, declared
 
 logger = logging.getLogger(__name__)
 
 
 class Maker(Protocol):
-    """What the pipeline asks for: the artefact of a stage, whether found or made."""
+    """What the pipeline asks for: the artifact of a stage, whether found or made."""
 
-    def make(self, label: Label, stage: StageFunction, **inputs: Any) -> Artefact: ...
+    def make(self, label: Label, stage: StageFunction, **inputs: Any) -> Artifact: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Runner:
-    """Makes the artefacts of one configuration.
+    """Makes the artifacts of one configuration.
 
     Attributes:
-        store: where artefacts lie.
+        store: where artifacts lie.
         namespace: empty, or the name of a run that shares nothing with others (`fresh=true`).
         ledger: keeps account of them; None in a process that only works with the main one.
     """
@@ -33,13 +33,13 @@ class Runner:
     namespace: str = ""
     ledger: Ledger | None = None
 
-    def make(self, label: Label, stage: StageFunction, **inputs: Any) -> Artefact:
-        """Return the artefact of a stage: found in the store, or made now.
+    def make(self, label: Label, stage: StageFunction, **inputs: Any) -> Artifact:
+        """Return the artifact of a stage: found in the store, or made now.
 
         Args:
-            label: its name in this run; also its link below artefacts/.
+            label: its name in this run; also its link below artifacts/.
             stage: the function that makes it, called as `stage(out, **inputs)`.
-            inputs: artefacts, settings and seeds; together they are its key.
+            inputs: artifacts, settings and seeds; together they are its key.
         """
         name, keyed, ledger = stage.__name__, keyed_inputs(inputs, self.namespace), self.ledger
         make = partial(
@@ -52,23 +52,23 @@ class Runner:
         )
         if ledger is None:
             return make()
-        ledger.link(label, self.store.place(name, keyed))
+        ledger.link(label, self.store.path_of(name, keyed))
         if self.store.find(name, keyed) is None:
             logger.info("%s: %s", label, name)
         else:
             ledger.reused.add(label)
-        artefact = make(on_row=partial(ledger.log, label, name))
-        ledger.enter(label, artefact)
-        return artefact
+        artifact = make(on_row=partial(ledger.log, label, name))
+        ledger.enter(label, artifact)
+        return artifact
 
 
 class NotMadeYet(Exception):
-    """The first artefact of a run that is not in the store."""
+    """The first artifact of a run that is not in the store."""
 
 
 @dataclass(slots=True)
 class Look:
-    """Walks a pipeline without making anything, up to the first artefact that is not there.
+    """Walks a pipeline without making anything, up to the first artifact that is not there.
 
     Attributes:
         store: where it looks.
@@ -80,17 +80,17 @@ class Look:
     namespace: str = ""
     there: dict[Label, str] = field(default_factory=dict)
 
-    def make(self, label: Label, stage: StageFunction, **inputs: Any) -> Artefact:
-        """The artefact, if it is in the store.
+    def make(self, label: Label, stage: StageFunction, **inputs: Any) -> Artifact:
+        """The artifact, if it is in the store.
 
         Raises:
             NotMadeYet: it is not.
         """
-        artefact = self.store.find(stage.__name__, keyed_inputs(inputs, self.namespace))
-        if artefact is None:
+        artifact = self.store.find(stage.__name__, keyed_inputs(inputs, self.namespace))
+        if artifact is None:
             raise NotMadeYet(str(label))
-        self.there[label] = artefact.key
-        return artefact
+        self.there[label] = artifact.key
+        return artifact
 
 
 def keyed_inputs(inputs: dict[str, Any], namespace: str) -> dict[str, Any]:

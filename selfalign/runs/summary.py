@@ -9,7 +9,7 @@ from selfalign.metrics.catalog import Metric
 from selfalign.runs.labels import Label
 from selfalign.runs.ledger import Ledger, flat_numbers
 from selfalign.runs.runner import Look
-from selfalign.store.artifacts import Artefact
+from selfalign.store.artifacts import Artifact
 
 COLUMNS = (
     catalog.PAIRS,
@@ -28,61 +28,61 @@ FORMATS = {"share": ".1%", "count": "d", "characters": ".0f"}
 """How it writes numbers, by their unit; the rest with three decimals."""
 
 
-def models_of(artefacts: Iterable[Label]) -> list[str]:
-    """The models a run made, in their order, from the labels of its artefacts: the SFT baseline, M1, M2, …"""
-    numbers = {label.model_name: label.model_number for label in artefacts if label.of_trained_model}
+def models_of(artifacts: Iterable[Label]) -> list[str]:
+    """The models a run made, in their order, from the labels of its artifacts: the SFT baseline, M1, M2, …"""
+    numbers = {label.model_name: label.model_number for label in artifacts if label.of_trained_model}
     return sorted(numbers, key=numbers.__getitem__)
 
 
-def summarise(artefacts: dict[Label, Artefact], models: Sequence[str]) -> dict[str, Any]:
+def summarise(artifacts: dict[Label, Artifact], models: Sequence[str]) -> dict[str, Any]:
     """summary.json: every model's numbers, drops by reason, and each stage with its size and time."""
     return {
-        "models": [_model_row(model, artefacts) for model in models],
-        "win_rate_matrix": win_rate_matrix(models, artefacts),
+        "models": [_model_row(model, artifacts) for model in models],
+        "win_rate_matrix": win_rate_matrix(models, artifacts),
         "drops": {
-            str(label): artefact.counts["dropped"]
-            for label, artefact in artefacts.items()
-            if any(artefact.counts.get("dropped", {}).values())
+            str(label): artifact.counts["dropped"]
+            for label, artifact in artifacts.items()
+            if any(artifact.counts.get("dropped", {}).values())
         },
         "stages": [
             {"label": str(label), "stage": a.stage, "seconds": a.seconds, "counts": a.counts, "key": a.key}
-            for label, a in artefacts.items()
+            for label, a in artifacts.items()
         ],
     }
 
 
-def win_rate_matrix(models: Sequence[str], artefacts: dict[Label, Artefact]) -> dict[str, Any]:
+def win_rate_matrix(models: Sequence[str], artifacts: dict[Label, Artifact]) -> dict[str, Any]:
     """Head to head, how often the model of a row beats that of a column; null where the two were not compared."""
     rates: dict[tuple[str, str], float] = {}
-    for label, artefact in artefacts.items():
+    for label, artifact in artifacts.items():
         if label.opponent and not label.benchmark:
-            rates[label.owner, label.opponent] = artefact.counts[catalog.WIN_RATE.name]
-            rates[label.opponent, label.owner] = 1 - artefact.counts[catalog.WIN_RATE.name]
+            rates[label.owner, label.opponent] = artifact.counts[catalog.WIN_RATE.name]
+            rates[label.opponent, label.owner] = 1 - artifact.counts[catalog.WIN_RATE.name]
     return {"models": list(models), "rates": [[rates.get((row, column)) for column in models] for row in models]}
 
 
-def _model_row(model: str, artefacts: dict[Label, Artefact]) -> dict[str, Any]:
+def _model_row(model: str, artifacts: dict[Label, Artifact]) -> dict[str, Any]:
     """A model's numbers: of its training, of its evaluation, and the seconds both and its training data took."""
     label = Label.parse(model)
-    parts = [artefact for one, artefact in artefacts.items() if one.serves == model]
-    numbers, rewards = (artefacts.get(Label.evaluation(model, part)) for part in ("numbers", "preferences"))
+    parts = [artifact for one, artifact in artifacts.items() if one.serves == model]
+    numbers, rewards = (artifacts.get(Label.evaluation(model, part)) for part in ("numbers", "preferences"))
     return {
         "model": model,
         "iteration": label.iteration_number,
-        **(flat_numbers(artefacts[label].counts) if label in artefacts else {}),
+        **(flat_numbers(artifacts[label].counts) if label in artifacts else {}),
         **(flat_numbers(numbers.counts) if numbers else {}),
         **(_rewards(rewards) if rewards else {}),
         **_benchmarked(parts),
-        catalog.SECONDS.name: round(sum(artefact.seconds for artefact in parts), 1),
+        catalog.SECONDS.name: round(sum(artifact.seconds for artifact in parts), 1),
     }
 
 
-def _rewards(part: Artefact) -> dict[str, float]:
-    """What was measured on the pairs of `evaluate.preferences`."""
+def _rewards(part: Artifact) -> dict[str, float]:
+    """What was measured on the pairs of `evaluate.preference_pairs`."""
     return {name: value for name, value in flat_numbers(part.counts).items() if name.startswith(catalog.PREFERENCES)}
 
 
-def _benchmarked(parts: Iterable[Artefact]) -> dict[str, float]:
+def _benchmarked(parts: Iterable[Artifact]) -> dict[str, float]:
     """What benchmarks measured; drops stand elsewhere, by stage."""
     counts = [part.counts for part in parts if part.stage == "benchmark"]
     numbers = [number for one in counts for number in flat_numbers(one).items()]
@@ -104,7 +104,7 @@ def closing_text(summary: dict[str, Any], ledger: Ledger) -> str:
         f"run       {ledger.folder}",
         f"W&B       {ledger.tracker.place}",
     ]
-    if len(ledger.reused) == len(ledger.artefacts):
+    if len(ledger.reused) == len(ledger.artifacts):
         lines.append("Everything was there already; nothing had to be made.")
     return "\n".join(lines)
 

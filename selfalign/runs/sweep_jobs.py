@@ -48,14 +48,14 @@ class Job:
         return "there" if self.there else self.state.value
 
 
-def told(job: Job, jobs: Sequence[Job]) -> str:
+def varying_overrides(job: Job, jobs: Sequence[Job]) -> str:
     """A job's overrides that not all jobs have in common."""
     others = [other for other in jobs if other.number != job.number]
     common = set(job.overrides).intersection(*(other.overrides for other in others)) if others else set()
     return " ".join(text for text in job.overrides if text not in common) or "all overrides in common"
 
 
-def said(job: Job) -> str:
+def state_text(job: Job) -> str:
     """A job's state in a few words."""
     match job.state:
         case JobState.failed:

@@ -26,7 +26,7 @@ class Tracker(Protocol):
 
 
 class Tracking(Protocol):
-    """A component of `track`: opens the tracker of a run folder, given the configuration as plain dictionaries."""
+    """A component of `tracker`: opens the tracker of a run folder, given the configuration as plain dictionaries."""
 
     def open(self, folder: Path, config: dict[str, Any]) -> AbstractContextManager[Tracker]: ...
 
@@ -35,7 +35,7 @@ class Tracking(Protocol):
 class NoTracker:
     """Takes everything and keeps nothing; `reason` is why."""
 
-    reason: str = "track=none"
+    reason: str = "tracker=none"
 
     def log(self, row: dict[str, Any]) -> None:
         """Nothing."""

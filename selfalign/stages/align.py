@@ -7,19 +7,19 @@ from selfalign.metrics import catalog
 from selfalign.metrics.accumulate import averages
 from selfalign.metrics.rewards import reward_intervals
 from selfalign.models.batches import PairExample
-from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.tokenizer import unknown_counts
-from selfalign.store.artifacts import Artefact, Counts, Workspace
+from selfalign.store.artifacts import Artifact, Counts, StageOutput
 from selfalign.store.stage import Size, amount, records_in, stage
 from selfalign.training.checkpoint_selection import CheckpointSelection
-from selfalign.training.config import Optimization, Weights
+from selfalign.training.config import Optimization, TrainableWeights
 from selfalign.training.dataset import store_examples
 from selfalign.training.preference import encode_preferences, open_objective
 from selfalign.training.splits import hold_out
 from selfalign.training.train import train
 
 
-def size(*, pairs: Artefact, loss: PreferenceLoss, optimization: Optimization, **others: object) -> Size:
+def size(*, pairs: Artifact, loss: PreferenceLoss, optimization: Optimization, **others: object) -> Size:
     """Its loss, epochs and batches."""
     text = f"{loss.title} on {amount(records_in(pairs, 'pairs'))} pairs"
     return Size(f"{text}, epochs {optimization.epochs}, batch {optimization.batch_size}", {})
@@ -27,19 +27,19 @@ def size(*, pairs: Artefact, loss: PreferenceLoss, optimization: Optimization, *
 
 @stage(size=size, all_ranks=True)
 def align(
-    out: Workspace,
+    out: StageOutput,
     *,
-    policy: Artefact,
-    base: Artefact,
-    pairs: Artefact,
-    reference: Artefact,
+    policy: Artifact,
+    base: Artifact,
+    pairs: Artifact,
+    reference: Artifact,
     loss: PreferenceLoss,
-    start: Artefact | None,
+    start: Artifact | None,
     held_out: int,
-    trained_on: list[Artefact],
+    trained_on: list[Artifact],
     selection: CheckpointSelection | None,
     optimization: Optimization,
-    weights: Weights,
+    weights: TrainableWeights,
 ) -> Counts:
     """Trains a policy on preference pairs.
 
@@ -54,21 +54,21 @@ def align(
         start: references.jsonl, M_t's own log-probabilities of these pairs; None where the reference is M_t itself,
             so that the first step has a known loss, which is checked, and where another policy is asked at every step.
         held_out: how many pairs are set aside, to be measured and not trained on; they share no text with others.
-        trained_on: artefacts with what the policy has learnt from, with which held-out pairs share no text either.
+        trained_on: artifacts with what the policy has learnt from, with which held-out pairs share no text either.
         selection: what decides after which step the policy is taken; None takes the last.
         optimization: rates, sizes and lengths.
         weights: which weights are trained.
     """
     objective = open_objective(loss, policy, base, reference, start, optimization, weights)
-    files, tally = PolicyFiles(policy.path), Counter[str]()
+    files, tally = PolicyCheckpoint(policy.path), Counter[str]()
     encoded = encode_preferences(files, pairs, reference, start, loss, optimization.max_length, tally)
     examples = store_examples(out.scratch / "pairs", PairExample, encoded, tally)
     training, held, split = hold_out(examples, pairs.path / "pairs.jsonl", held_out, trained_on)
-    checkpoints = selection.open(out, PolicyFiles(base.path)) if selection else None
+    checkpoints = selection.open(out, PolicyCheckpoint(base.path)) if selection else None
     trained = train(
         out,
         policy=files,
-        base=PolicyFiles(base.path),
+        base=PolicyCheckpoint(base.path),
         examples=training,
         objective=objective,
         optimization=optimization,

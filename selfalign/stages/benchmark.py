@@ -1,9 +1,9 @@
 """benchmark: a policy + a published benchmark → its answers, judgements and numbers."""
 
-from selfalign.benchmarks.protocol import Benchmark, Entrant
-from selfalign.engines.protocol import Backend
-from selfalign.models.checkpoint import PolicyFiles
-from selfalign.store.artifacts import Artefact, Content, Counts, Workspace
+from selfalign.benchmarks.protocol import Benchmark, BenchmarkContext
+from selfalign.engines.protocol import Engine
+from selfalign.models.checkpoint import PolicyCheckpoint
+from selfalign.store.artifacts import Artifact, Content, Counts, StageOutput
 from selfalign.store.stage import Size, stage
 
 
@@ -14,15 +14,15 @@ def size(*, benchmark: Benchmark, **others: object) -> Size:
 
 @stage(size=size, all_ranks=True)
 def benchmark(
-    out: Workspace,
+    out: StageOutput,
     *,
     name: str,
     benchmark: Benchmark,
     contents: Content | dict[str, str],
     model: str,
-    policy: Artefact,
-    judge: Artefact | None,
-    generate: Backend,
+    policy: Artifact,
+    judge: Artifact | None,
+    engine: Engine,
     seed: int,
 ) -> Counts:
     """Measures one model; the counts are named `<name>/<metric>`.
@@ -35,17 +35,17 @@ def benchmark(
         model: its label in the run.
         policy: its files.
         judge: the policy that judges its answers, if one does.
-        generate: the backend that writes.
+        engine: the engine that writes.
         seed: draws whatever is drawn.
     """
-    entrant = Entrant(
+    context = BenchmarkContext(
         key=f"benchmark.{name}",
         label=model,
-        policy=PolicyFiles(policy.path),
-        judge=PolicyFiles(judge.path) if judge else None,
-        generate=generate,
+        policy=PolicyCheckpoint(policy.path),
+        judge=PolicyCheckpoint(judge.path) if judge else None,
+        engine=engine,
         seed=seed,
     )
-    measured = benchmark.measure(entrant, out)
+    measured = benchmark.measure(context, out)
     dropped = {"dropped": measured.pop("dropped")} if "dropped" in measured else {}
     return {f"{name}/{metric}": value for metric, value in measured.items()} | dropped

@@ -12,11 +12,11 @@ from selfalign.data.text_filters import words_of
 from selfalign.engines.protocol import Sampling
 from selfalign.judges.protocol import asks_a_server
 from selfalign.metrics import catalog
-from selfalign.metrics.intervals import correlation, distinct, repeated
-from selfalign.metrics.judge_quality import Question, calibration, judge_quality
-from selfalign.metrics.limits import Limits
+from selfalign.metrics.bounds import MetricBounds
+from selfalign.metrics.intervals import correlation, distinct, repetition
+from selfalign.metrics.judge_quality import RankedQuestion, calibration, judge_quality
 from selfalign.metrics.summaries import outcomes_by_score, win_statistics
-from selfalign.store.artifacts import Artefact, Counts, Workspace
+from selfalign.store.artifacts import Artifact, Counts, StageOutput
 
 
 @dataclass(kw_only=True, slots=True)
@@ -25,7 +25,7 @@ class PreferenceTest:
 
     Attributes:
         source: a data source of preference pairs, as `data.path`; or "ranked": of the held-out questions of
-            `data.seeds.ranked` the best answer against the worst, with the humans' scores; empty measures none.
+            `data.seed_data.ranked` the best answer against the worst, with the humans' scores; empty measures none.
         count: the first so many of them; 0 takes all.
         judge: scores both responses of every pair, so that margin and Δ can be compared with its score difference:
             any judge, with who judges fixed for all models; null takes the scores that came with the pairs.
@@ -37,14 +37,17 @@ class PreferenceTest:
 
     def __post_init__(self) -> None:
         if self.count < 0:
-            raise SelfalignError(f"evaluate.preferences.count must be 0 or more, got {self.count}")
+            raise SelfalignError(f"evaluate.preference_pairs.count must be 0 or more, got {self.count}")
         if self.judge is None:
             return
         if not self.source:
-            raise SelfalignError("evaluate.preferences.judge has nothing to judge: set evaluate.preferences.source")
+            raise SelfalignError(
+                "evaluate.preference_pairs.judge has nothing to judge: set evaluate.preference_pairs.source"
+            )
         if self.judge.model == "self" and not asks_a_server(self.judge):
             raise SelfalignError(
-                "evaluate.preferences.judge.model must be one judge for all models, not self: sft, base, a folder, hub "
+                "evaluate.preference_pairs.judge.model must be one judge for all models, not self: sft, base, a "
+                "folder, hub "
                 "id or packaged model"
             )
 
@@ -57,31 +60,31 @@ class EvaluateConfig:
         instructions: a data source of held-out instructions; empty measures no win rate.
         count: the first so many of them; 0 takes all.
         judge: who scores the answers of all models alike: "sft" (M1) or "base" (M0), never the model itself.
-        head_to_head: who compares the answers of two models: a `HeadToHead` of stages/compare.py; null compares none.
-            Each model is compared with M1 and with the model before it.
-        matrix: compares each model with all models before it.
+        head_to_head: who compares the answers of two models: a `HeadToHead` of stages/head_to_head.py; null compares
+            none. Each model is compared with M1 and with the model before it.
+        round_robin: compares each model with all models before it.
         compare_benchmarks: compares models on the questions of MT-Bench and Vicuna-Bench too, where `benchmark` chooses
             them: every turn, in both orders.
-        against: a data source of another model's answers (fields `instruction`, `output`, optional `generator`, as
-            alpaca_eval keeps them), with which every model is compared too.
-        baseline: also measures how well the SFT baseline (M0 trained on IFT only) judges, at the cost of one SFT; it is
-            measured anyway where it writes the EFT examples, and where there are none M1 is that baseline.
+        reference_outputs: a data source of another model's answers (fields `instruction`, `output`, optional
+            `generator`, as alpaca_eval keeps them), with which every model is compared too.
+        sft_baseline: also measures how well the SFT baseline (M0 trained on IFT only) judges, at the cost of one SFT;
+            it is measured anyway where it writes the EFT examples, and where there are none M1 is that baseline.
         sampling: how answers are written.
-        limits: bounds for the answers and the training.
-        preferences: pairs that every model's rewards are measured on.
+        bounds: bounds for the answers and the training.
+        preference_pairs: pairs that every model's rewards are measured on.
     """
 
     instructions: str = "shipped:evaluation"
     count: int = 0
     judge: str = "sft"
     head_to_head: Any = None
-    matrix: bool = False
+    round_robin: bool = False
     compare_benchmarks: bool = False
-    against: str = ""
-    baseline: bool = False
+    reference_outputs: str = ""
+    sft_baseline: bool = False
     sampling: Sampling = field(default_factory=Sampling)
-    limits: Limits = field(default_factory=Limits)
-    preferences: PreferenceTest = field(default_factory=PreferenceTest)
+    bounds: MetricBounds = field(default_factory=MetricBounds)
+    preference_pairs: PreferenceTest = field(default_factory=PreferenceTest)
 
     def __post_init__(self) -> None:
         self.sampling.check("evaluate.sampling")
@@ -89,17 +92,18 @@ class EvaluateConfig:
             raise SelfalignError(f"evaluate.count must be 0 or more, got {self.count}")
         if self.judge not in ("sft", "base"):
             raise SelfalignError(f"evaluate.judge must be sft or base, one judge for all models; got {self.judge!r}")
-        if self.against and not (self.head_to_head and self.instructions):
-            raise SelfalignError("evaluate.against needs evaluate.head_to_head and evaluate.instructions")
+        if self.reference_outputs and not (self.head_to_head and self.instructions):
+            raise SelfalignError("evaluate.reference_outputs needs evaluate.head_to_head and evaluate.instructions")
         compares = self.instructions or self.compare_benchmarks
-        if (self.matrix or self.compare_benchmarks) and not (self.head_to_head and compares):
+        if (self.round_robin or self.compare_benchmarks) and not (self.head_to_head and compares):
             raise SelfalignError(
-                "evaluate.matrix and evaluate.compare_benchmarks need evaluate.head_to_head (evaluate=default), and "
-                "evaluate.matrix one of evaluate.instructions and evaluate.compare_benchmarks"
+                "evaluate.round_robin and evaluate.compare_benchmarks need evaluate.head_to_head (evaluate=default), "
+                "and "
+                "evaluate.round_robin one of evaluate.instructions and evaluate.compare_benchmarks"
             )
-        if self.matrix and self.head_to_head.model == "self" and not asks_a_server(self.head_to_head):
+        if self.round_robin and self.head_to_head.model == "self" and not asks_a_server(self.head_to_head):
             raise SelfalignError(
-                "evaluate.matrix=true needs one judge for all: evaluate.head_to_head.model cannot be self"
+                "evaluate.round_robin=true needs one judge for all: evaluate.head_to_head.model cannot be self"
             )
         if not compares:
             self.head_to_head = None  # Without answers there is nothing to compare.
@@ -109,7 +113,7 @@ def opponents(config: EvaluateConfig, before: Sequence[str]) -> list[str]:
     """With which of the models measured before it, in order, a model is compared."""
     if config.head_to_head is None:
         return []
-    return list(before) if config.matrix else list(dict.fromkeys([*before[:1], *before[-1:]]))
+    return list(before) if config.round_robin else list(dict.fromkeys([*before[:1], *before[-1:]]))
 
 
 def compares_on(config: EvaluateConfig, benchmark: object) -> bool:
@@ -117,24 +121,24 @@ def compares_on(config: EvaluateConfig, benchmark: object) -> bool:
     return config.compare_benchmarks and isinstance(benchmark, MTBench)
 
 
-Judged = tuple[Artefact, Artefact]
+JudgedTexts = tuple[Artifact, Artifact]
 """Responses, or ranked answers, and their judgements."""
 
-Answered = tuple[Artefact, Artefact | None]
+MaybeJudged = tuple[Artifact, Artifact | None]
 """Responses and their judgements, where they are scored."""
 
 
 def evaluate(
-    out: Workspace,
+    out: StageOutput,
     *,
-    judged: Answered | None,
-    baseline: Answered | None,
-    compared: dict[str, Artefact],
-    moved: Artefact | None,
-    trained: Sequence[Artefact],
-    ranked: Judged | None,
+    judged: MaybeJudged | None,
+    baseline: MaybeJudged | None,
+    compared: dict[str, Artifact],
+    moved: Artifact | None,
+    trained: Sequence[Artifact],
+    ranked: JudgedTexts | None,
     top: int | None,
-    limits: Limits,
+    bounds: MetricBounds,
 ) -> Counts:
     """Puts numbers to one model; they are the stage's counts, and its manifest is all it writes.
 
@@ -147,12 +151,12 @@ def evaluate(
         trained: the model and what it was trained on last, whose counts tell of the training what bounds are set for.
         ranked: held-out ranked answers, judged by the model.
         top: the highest score of the scale, if it has one.
-        limits: bounds for the answers and the training.
+        bounds: bounds for the answers and the training.
 
     Raises:
-        SelfalignError: a bound is crossed, and `limits.stop` is set.
+        SelfalignError: a bound is crossed, and `bounds.stop` is set.
     """
-    numbers: Counts = limits.among(*(artefact.counts for artefact in trained))
+    numbers: Counts = bounds.among(*(artifact.counts for artifact in trained))
     if judged is not None:
         own = Answers.of(*judged)
         numbers |= describe_answers(own)
@@ -162,8 +166,8 @@ def evaluate(
         numbers |= name_comparison(comparison.counts, ending)
     if moved is not None:
         numbers |= moved.counts
-    if crossed := limits.check(out.label, numbers):
-        numbers["crossed"] = crossed
+    if crossed := bounds.check(out.label, numbers):
+        numbers["bound_violated"] = crossed
     if ranked is not None:
         numbers |= measure_judge(*ranked, top)
     return numbers
@@ -177,7 +181,7 @@ class Answers:
     scores: dict[str, float] | None
 
     @classmethod
-    def of(cls, answers: Artefact, judgements: Artefact | None) -> "Answers":
+    def of(cls, answers: Artifact, judgements: Artifact | None) -> "Answers":
         """Reads them."""
         responses = read_records(answers.path / "responses.jsonl", Response)
         scores = read_scores(judgements.path) if judgements else None
@@ -203,7 +207,7 @@ def describe_answers(answers: Answers) -> Counts:
     lengths = [len(response.text) for response in responses if response.instruction_id in values]
     varied = {
         catalog.EVAL_DISTINCT_2.name: distinct(words, 2),
-        catalog.EVAL_REPEATED_4.name: repeated(words, 4),
+        catalog.EVAL_REPEATED_4.name: repetition(words, 4),
         catalog.EVAL_SCORE_LENGTH_CORRELATION.name: correlation(list(values.values()), lengths, "spearman"),
     }
     described |= {name: value for name, value in varied.items() if value is not None}
@@ -233,17 +237,17 @@ def name_comparison(counts: Counts, ending: str) -> Counts:
     }
 
 
-def measure_judge(ranked: Artefact, judgements: Artefact, top: int | None) -> Counts:
+def measure_judge(ranked: Artifact, judgements: Artifact, top: int | None) -> Counts:
     """Judge quality over the questions whose every answer has a score (the others are counted), and calibration."""
     questions = read_records(ranked.path / "ranked.jsonl", RankedAnswers)
     judged = read_records(judgements.path / "judgements.jsonl", Judgement)
     scores = read_scores(judgements.path)
-    whole: list[Question] = []
+    whole: list[RankedQuestion] = []
     for question in questions:
         values = [scores.get(f"{question.id}-{n}") for n in range(1, len(question.texts) + 1)]
         known = [value for value in values if value is not None]
         if len(known) == len(values):
-            whole.append(Question(question.ranks, known))
+            whole.append(RankedQuestion(question.ranks, known))
     counts: Counts = {
         catalog.JUDGE_QUALITY_QUESTIONS.name: len(whole),
         catalog.JUDGE_QUALITY_UNJUDGED.name: len(questions) - len(whole),

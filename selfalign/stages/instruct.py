@@ -12,16 +12,16 @@ from selfalign.core.files import derive_seed, digest_text
 from selfalign.core.jsonl import read_records, write_records
 from selfalign.core.placeholders import check_template
 from selfalign.core.records import Demonstration, FinishReason, Instruction
-from selfalign.data.rouge import Known
+from selfalign.data.rouge import RougeIndex
 from selfalign.data.text_filters import Language, is_fragment, words_of
 from selfalign.data.turns import instruction_of
-from selfalign.engines.protocol import Backend, Completion, Generator, Request, Sampling, write_all
+from selfalign.engines.protocol import Completion, Engine, Generator, Request, Sampling, generate_batched
 from selfalign.metrics import catalog
 from selfalign.metrics.summaries import instruction_statistics
 from selfalign.models.builtin import BUILDERS
-from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.tokenizer import encode_prompt
-from selfalign.store.artifacts import Artefact, Counts, Workspace
+from selfalign.store.artifacts import Artifact, Counts, StageOutput
 from selfalign.store.stage import Size, stage
 
 PROMPT = (
@@ -45,14 +45,14 @@ class InstructConfig:
 
     Attributes:
         count: new instructions to keep in each iteration.
-        writer: "self" (M_t), "sft" (M1), "base" (M0), or a fixed model as in the paper's main run: a folder, hub id
+        model: "self" (M_t), "sft" (M1), "base" (M0), or a fixed model as in the paper's main run: a folder, hub id
             or packaged model as `model.path` takes.
         source: a data source to take instructions from, in its order, instead of having them written; empty for none.
-        seed_demonstrations: examples in the prompt from the seeds.
-        own_demonstrations: examples in the prompt that were written before; seeds take their place until there are any.
+        seed_examples: examples in the prompt from the seeds.
+        generated_examples: examples in the prompt that were written before; seeds take their place until there are any.
         prompts_per_batch: how many prompts are answered side by side; within a batch none sees another's result. What
             many processes share out among them, so worth raising where there are many.
-        max_rouge: an instruction whose ROUGE-L F1 to any seed, kept or held-out one reaches this is dropped.
+        max_rouge_l: an instruction whose ROUGE-L F1 to any seed, kept or held-out one reaches this is dropped.
         min_words: shorter ones are dropped.
         max_words: longer ones are dropped.
         keywords: instructions with one of these words, or its plural, ask for what a language model cannot see or make.
@@ -63,12 +63,12 @@ class InstructConfig:
     """
 
     count: int = 64
-    writer: str = "self"
+    model: str = "self"
     source: str = ""
-    seed_demonstrations: int = 6
-    own_demonstrations: int = 2
+    seed_examples: int = 6
+    generated_examples: int = 2
     prompts_per_batch: int = 32
-    max_rouge: float = 0.7
+    max_rouge_l: float = 0.7
     min_words: int = 4
     max_words: int = 150
     keywords: list[str] = field(default_factory=lambda: list(KEYWORDS))
@@ -79,25 +79,25 @@ class InstructConfig:
     def __post_init__(self) -> None:
         self.sampling.check("data.instruct.sampling")
         check_template(self.prompt, "data.instruct.prompt", ())
-        if self.fixed_writer and "/" not in self.writer and self.writer not in BUILDERS:
+        if self.fixed_writer and "/" not in self.model and self.model not in BUILDERS:
             raise SelfalignError(
-                f"data.instruct.writer must be {', '.join(OWN_WRITERS)}, a model's folder (./NAME), a hub id "
-                f"(owner/name) or one of {', '.join(BUILDERS)}; got {self.writer!r}"
+                f"data.instruct.model must be {', '.join(OWN_WRITERS)}, a model's folder (./NAME), a hub id "
+                f"(owner/name) or one of {', '.join(BUILDERS)}; got {self.model!r}"
             )
-        if self.source and self.writer != "self":
+        if self.source and self.model != "self":
             raise SelfalignError(
-                f"data.instruct.writer={self.writer} and data.instruct.source exclude each other; set one of the two"
+                f"data.instruct.model={self.model} and data.instruct.source exclude each other; set one of the two"
             )
-        for name in ("count", "seed_demonstrations", "prompts_per_batch", "min_words"):
+        for name in ("count", "seed_examples", "prompts_per_batch", "min_words"):
             if getattr(self, name) < 1:
                 raise SelfalignError(f"data.instruct.{name} must be 1 or more, got {getattr(self, name)}")
-        for name in ("own_demonstrations", "max_batches"):
+        for name in ("generated_examples", "max_batches"):
             if getattr(self, name) < 0:
                 raise SelfalignError(f"data.instruct.{name} must be 0 or more, got {getattr(self, name)}")
         if self.max_words < self.min_words:
             raise SelfalignError(f"data.instruct.max_words is {self.max_words}, below min_words={self.min_words}")
-        if not 0 < self.max_rouge <= 1:
-            raise SelfalignError(f"data.instruct.max_rouge must be above 0 and at most 1, got {self.max_rouge}")
+        if not 0 < self.max_rouge_l <= 1:
+            raise SelfalignError(f"data.instruct.max_rouge_l must be above 0 and at most 1, got {self.max_rouge_l}")
         if not self.source and self.most_batches * self.prompts_per_batch < self.count:
             asked, least = self.max_batches * self.prompts_per_batch, math.ceil(self.count / self.prompts_per_batch)
             raise SelfalignError(
@@ -114,7 +114,7 @@ class InstructConfig:
     @property
     def fixed_writer(self) -> bool:
         """Whether the writer is a model from outside the run."""
-        return self.writer not in OWN_WRITERS
+        return self.model not in OWN_WRITERS
 
 
 @dataclass(slots=True)
@@ -139,15 +139,15 @@ class Pool:
     dropped: Counter[str] = field(default_factory=Counter)
     highest: list[float] = field(default_factory=list)
     _language: Language = field(init=False)
-    _known: Known = field(init=False)
-    _known_seeds: Known = field(init=False)
-    _known_held_out: Known = field(init=False)
+    _known: RougeIndex = field(init=False)
+    _known_seeds: RougeIndex = field(init=False)
+    _known_held_out: RougeIndex = field(init=False)
 
     def __post_init__(self) -> None:
         self._language = Language.of(self.seeds)
-        self._known = Known.of(self.seeds + self.earlier)
-        self._known_seeds = Known.of(self.seeds)
-        self._known_held_out = Known.of(self.held_out)
+        self._known = RougeIndex.of(self.seeds + self.earlier)
+        self._known_seeds = RougeIndex.of(self.seeds)
+        self._known_held_out = RougeIndex.of(self.held_out)
 
     @property
     def full(self) -> bool:
@@ -164,7 +164,7 @@ class Pool:
         words = words_of(text)
         reason = "surplus" if self.full else self._flaw(text, words) or self._copied(words, shown)
         highest = 0.0 if reason else self._known.highest(words)
-        if not reason and highest >= self.config.max_rouge:
+        if not reason and highest >= self.config.max_rouge_l:
             reason = "similar"
         if reason:
             self.dropped[reason] += 1
@@ -198,7 +198,7 @@ class Pool:
 
     def _copied(self, words: list[str], shown: Collection[str]) -> str | None:
         """Return what a text copies, or "held_out" where it comes near to a held-out instruction, or None."""
-        if self._known_held_out.highest(words) >= self.config.max_rouge:
+        if self._known_held_out.highest(words) >= self.config.max_rouge_l:
             return "held_out"
         if words in map(words_of, shown):
             return "copy_of_demonstration"
@@ -207,21 +207,21 @@ class Pool:
         return "copy_of_kept" if words in self._known else None
 
 
-def size(*, config: InstructConfig, policy: Artefact, **others: object) -> Size:
+def size(*, config: InstructConfig, policy: Artifact, **others: object) -> Size:
     """As many as are asked for."""
     return Size(f"{config.count} instructions, written by {policy.key}", {"instructions": config.count})
 
 
 @stage(size=size, all_ranks=True)
 def instruct(
-    out: Workspace,
+    out: StageOutput,
     *,
     config: InstructConfig,
-    policy: Artefact,
-    seeds: Artefact,
-    earlier: list[Artefact],
-    held_out: list[Artefact],
-    generate: Backend,
+    policy: Artifact,
+    seeds: Artifact,
+    earlier: list[Artifact],
+    held_out: list[Artifact],
+    engine: Engine,
     seed: int,
 ) -> Counts:
     """Lets a policy write instructions until `count` have passed the filters.
@@ -233,23 +233,23 @@ def instruct(
         seeds: demonstrations.jsonl, whose instructions are the examples.
         earlier: instructions of earlier iterations, which new ones must differ from.
         held_out: instructions that are measured on, which new ones must differ from.
-        generate: the backend.
+        engine: the engine.
         seed: draws the examples and the tokens.
 
     Raises:
         SelfalignError: `max_batches` did not give enough.
     """
     pool = _pool(config, seeds, earlier, held_out)
-    if len(pool.seeds) < config.seed_demonstrations:
+    if len(pool.seeds) < config.seed_examples:
         raise SelfalignError(
-            f"data.instruct.seed_demonstrations={config.seed_demonstrations}, but there are {len(pool.seeds)} IFT seeds"
+            f"data.instruct.seed_examples={config.seed_examples}, but there are {len(pool.seeds)} IFT seeds"
         )
     written = batch = 0
-    with generate.load(PolicyFiles(policy.path)) as generator, out.journal(config.count, "instructions") as journal:
+    with engine.load(PolicyCheckpoint(policy.path)) as generator, out.journal(config.count, "instructions") as journal:
         while not pool.full and batch < config.most_batches:
             shown = [_draw(pool, derive_seed(seed, batch, index)) for index in range(config.prompts_per_batch)]
             requests = _requests(generator, config, shown, seed, batch)
-            made = write_all(generator, requests, config.sampling, journal, str(batch), size=0)
+            made = generate_batched(generator, requests, config.sampling, journal, str(batch), size=0)
             for examples, [completion] in zip(shown, made, strict=True):
                 texts, cut = split_tasks(completion)
                 journal.advance(sum(pool.offer(text, examples) for text in texts))
@@ -275,13 +275,13 @@ def size_of_given(*, config: InstructConfig, **others: object) -> Size:
 
 @stage(size=size_of_given, given=True)
 def given_instructions(
-    out: Workspace,
+    out: StageOutput,
     *,
     config: InstructConfig,
-    given: Artefact,
-    seeds: Artefact,
-    earlier: list[Artefact],
-    held_out: list[Artefact],
+    given: Artifact,
+    seeds: Artifact,
+    earlier: list[Artifact],
+    held_out: list[Artifact],
 ) -> Counts:
     """Takes the next given instructions until `count` have passed the filters.
 
@@ -298,7 +298,7 @@ def given_instructions(
     """
     pool = _pool(config, seeds, earlier, held_out)
     records = _instructions(given)
-    taken = {record.id for artefact in earlier for record in _instructions(artefact)}
+    taken = {record.id for artifact in earlier for record in _instructions(artifact)}
     start = max((place for place, record in enumerate(records, start=1) if record.id in taken), default=0)
     kept: list[Instruction] = []
     written = 0
@@ -325,14 +325,14 @@ def split_tasks(completion: Completion) -> tuple[list[str], int]:
     return (tasks[:-1], 1) if cut else (tasks, 0)
 
 
-def _pool(config: InstructConfig, seeds: Artefact, earlier: list[Artefact], held_out: list[Artefact]) -> Pool:
+def _pool(config: InstructConfig, seeds: Artifact, earlier: list[Artifact], held_out: list[Artifact]) -> Pool:
     demonstrations = (
         read_records(seeds.path / "demonstrations.jsonl", Demonstration) if seeds.counts.get("ift", 1) else []
     )
     given = [instruction_of(record.prompt) for record in demonstrations if record.source == "ift"]
     before, apart = (
-        [record.text for artefact in artefacts for record in _instructions(artefact)]
-        for artefacts in (earlier, held_out)
+        [record.text for artifact in artifacts for record in _instructions(artifact)]
+        for artifacts in (earlier, held_out)
     )
     return Pool(config, given, before, apart)
 
@@ -340,8 +340,8 @@ def _pool(config: InstructConfig, seeds: Artefact, earlier: list[Artefact], held
 def _draw(pool: Pool, seed: int) -> list[str]:
     """The demonstrations of one prompt, in shuffled order."""
     draw, config, own = random.Random(seed), pool.config, [*pool.earlier, *pool.kept]
-    mine = draw.sample(own, min(config.own_demonstrations, len(own)))
-    total = config.seed_demonstrations + config.own_demonstrations
+    mine = draw.sample(own, min(config.generated_examples, len(own)))
+    total = config.seed_examples + config.generated_examples
     examples = mine + draw.sample(pool.seeds, min(total - len(mine), len(pool.seeds)))
     draw.shuffle(examples)
     return examples
@@ -362,7 +362,7 @@ def _requests(
     if longest + config.sampling.max_new_tokens > generator.context:
         raise SelfalignError(
             f"the few-shot prompt of {longest} tokens leaves no room for {config.sampling.max_new_tokens} more in the "
-            f"context of {generator.context}; lower data.instruct.seed_demonstrations"
+            f"context of {generator.context}; lower data.instruct.seed_examples"
         )
     return requests
 
@@ -374,5 +374,5 @@ def _ask(generator: Generator, prompt: str, examples: list[str]) -> list[int]:
     return encode_prompt(generator.tokenizer, [user], f"Task {len(examples) + 1}:")
 
 
-def _instructions(artefact: Artefact) -> list[Instruction]:
-    return read_records(artefact.path / "instructions.jsonl", Instruction)
+def _instructions(artifact: Artifact) -> list[Instruction]:
+    return read_records(artifact.path / "instructions.jsonl", Instruction)

@@ -12,9 +12,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from selfalign.core.errors import SelfalignError
-from selfalign.core.jsonl import chunks, follow, open_records, stream_records
+from selfalign.core.jsonl import chunks, join_sorted, open_records, stream_records
 from selfalign.core.records import Comparison, Instruction, Judgement, JudgementStatus, Response, ResponseScore
-from selfalign.engines.protocol import Backend
+from selfalign.engines.protocol import Engine
 from selfalign.judges.comparisons import bias_statistics, unread_text
 from selfalign.judges.expected import ExpectedScore
 from selfalign.judges.external import ExternalScore
@@ -22,10 +22,10 @@ from selfalign.judges.implicit import ImplicitReward
 from selfalign.judges.pairwise import Pairwise
 from selfalign.judges.parsing import Parsed, parse_score
 from selfalign.judges.protocol import (
-    Bench,
+    InstructionResponse,
     Judge,
-    Judged,
-    Subject,
+    JudgeContext,
+    JudgeOutput,
     average,
     last_attempts,
     ties,
@@ -38,8 +38,8 @@ from selfalign.metrics import catalog
 from selfalign.metrics.accumulate import Sums, add_sums, averages
 from selfalign.metrics.intervals import RunningMean, entropy
 from selfalign.metrics.summaries import judgement_statistics
-from selfalign.models.checkpoint import PolicyFiles
-from selfalign.store.artifacts import Artefact, Counts, Workspace
+from selfalign.models.checkpoint import PolicyCheckpoint
+from selfalign.store.artifacts import Artifact, Counts, StageOutput
 from selfalign.store.stage import MANY, Size, amount, records_in, stage
 
 __all__ = [
@@ -61,11 +61,11 @@ OFTEN_BEYOND = 0.1
 
 
 def size(
-    *, judge: Judge, policy: Artefact | None, instructions: Artefact, responses: Artefact, **others: object
+    *, judge: Judge, policy: Artifact | None, instructions: Artifact, responses: Artifact, **others: object
 ) -> Size:
     """How many judgements or comparisons, and who makes them."""
     count, answers = records_in(instructions, "instructions"), records_in(responses, "responses")
-    text = f"{amount(answers)} responses" + (f" × {judge.samples}" if isinstance(judge, WrittenScore) else "")
+    text = f"{amount(answers)} responses" + (f" × {judge.num_samples}" if isinstance(judge, WrittenScore) else "")
     if isinstance(judge, Pairwise):
         compared = count * judge.pairs_of(math.ceil(answers / count)) if math.isfinite(answers) else MANY
         text = f"{amount(compared)} comparisons × 2 orders"
@@ -74,14 +74,14 @@ def size(
 
 @stage(size=size, all_ranks=True)
 def judge(
-    out: Workspace,
+    out: StageOutput,
     *,
     judge: Judge,
-    policy: Artefact | None,
-    reference: Artefact | None,
-    instructions: Artefact,
-    responses: Artefact,
-    generate: Backend,
+    policy: Artifact | None,
+    reference: Artifact | None,
+    instructions: Artifact,
+    responses: Artifact,
+    engine: Engine,
     seed: int,
 ) -> Counts:
     """Judges every response.
@@ -94,40 +94,40 @@ def judge(
         reference: what the judging policy was trained from; None for judges that do not compare the two.
         instructions: instructions.jsonl.
         responses: responses.jsonl.
-        generate: the backend for judgements that are written.
+        engine: the engine for judgements that are written.
         seed: draws their tokens.
 
     Raises:
         SelfalignError: too many judgements carry no score; what came back is shown, and kept for the next try.
     """
 
-    def batches() -> Iterator[list[Subject]]:
+    def batches() -> Iterator[list[InstructionResponse]]:
         asked = stream_records(instructions.path / "instructions.jsonl", Instruction)
         file = responses.path / "responses.jsonl"
-        families = follow(asked, stream_records(file, Response), lambda response: response.instruction_id, file)
-        for chunk in chunks(families, judge.together):
-            yield [Subject(instruction, response) for instruction, family in chunk for response in family]
+        families = join_sorted(asked, stream_records(file, Response), lambda response: response.instruction_id, file)
+        for chunk in chunks(families, judge.instructions_per_call):
+            yield [InstructionResponse(instruction, response) for instruction, family in chunk for response in family]
 
-    tally = Tally()
+    tally = JudgeCounts()
     names = ["judgements", "scores", *(["comparisons"] if isinstance(judge, Pairwise) else [])]
     with out.journal(sum(map(judge.wanted, batches())), "judgements") as journal, ExitStack() as opened:
         write = {name: opened.enter_context(open_records(out.path / f"{name}.jsonl")) for name in names}
-        bench = Bench(
+        context = JudgeContext(
             journal=journal,
-            policy=PolicyFiles(policy.path) if policy else None,
-            reference=PolicyFiles(reference.path) if reference else None,
-            generate=generate,
+            policy=PolicyCheckpoint(policy.path) if policy else None,
+            reference=PolicyCheckpoint(reference.path) if reference else None,
+            engine=engine,
             seed=seed,
         )
-        opened.enter_context(bench)
+        opened.enter_context(context)
         for subjects in batches():
-            judged = judge.judge(bench, subjects)
-            scores = average(subjects, judged.judgements, judge.minimum_valid)
+            judged = judge.judge(context, subjects)
+            scores = average(subjects, judged.judgements, judge.min_valid_samples)
             tally.add(subjects, judged, scores)
             made = (in_order(subjects, judged.judgements), scores, judged.comparisons)
             for name, records in zip(names, made, strict=False):
                 write[name](records)
-        if any(failed > judge.max_failed_share * wanted for failed, wanted in tally.shares):
+        if any(failed > judge.max_failure_rate * wanted for failed, wanted in tally.shares):
             raise SelfalignError(_failure(out.label, judge, tally))
         if tally.failed.total() == tally.wanted:
             logger.warning("%s", _failure(out.label, judge, tally))
@@ -141,20 +141,20 @@ def judge(
         **judgement_statistics(stream_records(out.path / "judgements.jsonl", Judgement)),
         **_constancy(out.label, judge, tally),
         **tally.counts,
-        **bench.counts,
+        **context.counts,
         **averages(tally.means),
         **(bias_statistics(stream_records(compared, Comparison)) if compared.exists() else {}),
     }
 
 
-def in_order(subjects: Sequence[Subject], judgements: Sequence[Judgement]) -> list[Judgement]:
+def in_order(subjects: Sequence[InstructionResponse], judgements: Sequence[Judgement]) -> list[Judgement]:
     """In the order of the responses, then of the samples, then of the attempts."""
     order = {subject.response.id: index for index, subject in enumerate(subjects)}
     return sorted(judgements, key=lambda one: (order[one.response_id], one.sample, one.attempt))
 
 
 @dataclass(slots=True)
-class Tally:
+class JudgeCounts:
     """What is counted of judgements while they are made.
 
     Attributes:
@@ -185,7 +185,9 @@ class Tally:
     counts: Counter[str] = field(default_factory=Counter)
     means: Sums = field(default_factory=dict)
 
-    def add(self, subjects: Sequence[Subject], judged: Judged, scores: Sequence[ResponseScore]) -> None:
+    def add(
+        self, subjects: Sequence[InstructionResponse], judged: JudgeOutput, scores: Sequence[ResponseScore]
+    ) -> None:
         """Counts some instructions in."""
         counted = last_attempts(judged.judgements)
         failed = [judgement for judgement in counted if judgement.status is not JudgementStatus.OK]
@@ -213,28 +215,29 @@ class Tally:
         return [(self.failed.total(), self.wanted), (self.undecided, self.compared)]
 
 
-def _check_scale(label: str, judge: Judge, tally: Tally) -> None:
+def _check_scale(label: str, judge: Judge, tally: JudgeCounts) -> None:
     """Warns where many scores lie beyond the scale: those in it are then the low ones of a longer scale."""
     beyond = tally.failed[JudgementStatus.OUT_OF_RANGE.value]
     if isinstance(judge, WrittenScore) and beyond > OFTEN_BEYOND * tally.wanted:
         logger.warning(
-            "%s: %d of %d judgements lie beyond judge.low=%d and judge.high=%d and are left out, so that the other "
+            "%s: %d of %d judgements lie beyond judge.min_score=%d and judge.max_score=%d and are left out, so that "
+            "the other "
             "responses alone are compared; set them to the scale of the rubric",
             label,
             beyond,
             tally.wanted,
-            judge.low,
-            judge.high,
+            judge.min_score,
+            judge.max_score,
         )
 
 
-def _constancy(label: str, judge: Judge, tally: Tally) -> dict[str, float]:
+def _constancy(label: str, judge: Judge, tally: JudgeCounts) -> dict[str, float]:
     """How much the scores tell responses apart; warns when that is next to nothing."""
     responses = tally.scores.total()
     if not responses:
         return {}
     tied, nats, variance = tally.tied.value, entropy(tally.scores.elements()), tally.variances.value
-    constant = responses > 1 and (nats < judge.alarm.entropy or (tied or 0.0) >= judge.alarm.tied_share)
+    constant = responses > 1 and (nats < judge.degeneracy.min_entropy or (tied or 0.0) >= judge.degeneracy.max_tie_rate)
     if constant:
         ties = "" if tied is None else f"{tied:.0%} of the instructions have equal scores for all their responses, "
         logger.warning(
@@ -253,11 +256,11 @@ def _constancy(label: str, judge: Judge, tally: Tally) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _failure(label: str, judge: Judge, tally: Tally) -> str:
+def _failure(label: str, judge: Judge, tally: JudgeCounts) -> str:
     undecided = f", {tally.undecided} of {tally.compared} comparisons no verdict" if tally.compared else ""
     return (
         f"{label}: {tally.failed.total()} of {tally.wanted} judgements carry no score ({dict(tally.failed)})"
         f"{undecided}; "
         f"{tally.unread.describe(judge.token_setting)}Try judge=expected_score, a model that can follow the rubric, or "
-        "a larger judge.max_failed_share"
+        "a larger judge.max_failure_rate"
     )

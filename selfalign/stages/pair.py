@@ -7,17 +7,17 @@ from dataclasses import dataclass, field
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed, digest_text
-from selfalign.core.jsonl import count_records, follow, read_records, stream_records, write_records
+from selfalign.core.jsonl import count_records, join_sorted, read_records, stream_records, write_records
 from selfalign.core.records import Demonstration, FinishReason, Instruction, PreferencePair, Response, ResponseScore
-from selfalign.data.pair_rules import Candidate, PairRule, pick_pairs
+from selfalign.data.pair_rules import PairRule, ScoredResponse, pick_pairs
 from selfalign.data.schemas import Schema
 from selfalign.data.sources import as_prompt, read_pairs
 from selfalign.data.turns import compared, texts_in
 from selfalign.metrics import catalog
 from selfalign.metrics.intervals import RunningMean, correlation
-from selfalign.store.artifacts import Artefact, Content, Counts, Workspace
+from selfalign.store.artifacts import Artifact, Content, Counts, StageOutput
 from selfalign.store.stage import MANY, Size, amount, records_in, stage
-from selfalign.training.splits import Known, split_pairs
+from selfalign.training.splits import KnownTexts, split_pairs
 
 
 @dataclass(kw_only=True, slots=True)
@@ -37,7 +37,7 @@ class PositivesOnly:
             raise SelfalignError(f"pair.minimum_examples must be 1 or more, got {self.minimum_examples}")
 
 
-def size(*, rule: PairRule | PositivesOnly, instructions: Artefact, responses: Artefact, **others: object) -> Size:
+def size(*, rule: PairRule | PositivesOnly, instructions: Artifact, responses: Artifact, **others: object) -> Size:
     """As many as the rule picks where nothing is dropped."""
     count, answers = records_in(instructions, "instructions"), records_in(responses, "responses")
     positives = isinstance(rule, PositivesOnly)
@@ -47,12 +47,12 @@ def size(*, rule: PairRule | PositivesOnly, instructions: Artefact, responses: A
 
 @stage(size=size)
 def pair(
-    out: Workspace,
+    out: StageOutput,
     *,
     rule: PairRule | PositivesOnly,
-    instructions: Artefact,
-    responses: Artefact,
-    judgements: Artefact,
+    instructions: Artifact,
+    responses: Artifact,
+    judgements: Artifact,
     seed: int,
 ) -> Counts:
     """Turns judged responses into what alignment trains on.
@@ -68,8 +68,8 @@ def pair(
     Raises:
         SelfalignError: too few are left; the reasons are counted.
     """
-    families = read_families(instructions, responses, judgements)
-    tally = Tally()
+    families = read_groups(instructions, responses, judgements)
+    tally = PairCounts()
     if isinstance(rule, PositivesOnly):
         counts = _keep_positives(out, rule, tally.watch(families), tally)
     else:
@@ -79,7 +79,7 @@ def pair(
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
+class InstructionGroup:
     """An instruction with its responses, and the scores of those that have one, by their ids."""
 
     instruction: Instruction
@@ -87,24 +87,24 @@ class Family:
     scores: dict[str, float]
 
 
-def read_families(instructions: Artefact, responses: Artefact, judgements: Artefact) -> Iterator[Family]:
+def read_groups(instructions: Artifact, responses: Artifact, judgements: Artifact) -> Iterator[InstructionGroup]:
     """One instruction at a time: the three files have the same order.
 
     Raises:
         SelfalignError: they have not.
     """
     answers, scores = responses.path / "responses.jsonl", judgements.path / "scores.jsonl"
-    judged = follow(
+    judged = join_sorted(
         stream_records(answers, Response), stream_records(scores, ResponseScore), lambda score: score.id, scores
     )
     asked = stream_records(instructions.path / "instructions.jsonl", Instruction)
-    for instruction, family in follow(asked, judged, lambda answer: answer[0].instruction_id, answers):
+    for instruction, family in join_sorted(asked, judged, lambda answer: answer[0].instruction_id, answers):
         known = {response.id: score.score for response, own in family for score in own if score.score is not None}
-        yield Family(instruction, [response for response, _ in family], known)
+        yield InstructionGroup(instruction, [response for response, _ in family], known)
 
 
 @dataclass(slots=True)
-class Tally:
+class PairCounts:
     """What is counted while families come by.
 
     Attributes:
@@ -125,7 +125,7 @@ class Tally:
     longer: RunningMean = field(default_factory=RunningMean)
     length_correlation: RunningMean = field(default_factory=RunningMean)
 
-    def watch(self, families: Iterable[Family]) -> Iterator[Family]:
+    def watch(self, families: Iterable[InstructionGroup]) -> Iterator[InstructionGroup]:
         """The same families, counted."""
         for family in families:
             self.instructions += 1
@@ -137,7 +137,9 @@ class Tally:
             yield family
 
 
-def _keep_pairs(out: Workspace, rule: PairRule, families: Iterable[Family], tally: Tally, seed: int) -> Counts:
+def _keep_pairs(
+    out: StageOutput, rule: PairRule, families: Iterable[InstructionGroup], tally: PairCounts, seed: int
+) -> Counts:
     """Writes the pairs of every instruction; `candidate_pairs` is kept and dropped ones together."""
 
     def made() -> Iterator[PreferencePair]:
@@ -168,7 +170,7 @@ def _keep_pairs(out: Workspace, rule: PairRule, families: Iterable[Family], tall
     }
 
 
-def _pair_of(instruction: Instruction, chosen: Candidate, rejected: Candidate) -> PreferencePair:
+def _pair_of(instruction: Instruction, chosen: ScoredResponse, rejected: ScoredResponse) -> PreferencePair:
     best, worst = chosen.response, rejected.response
     return PreferencePair(
         id=digest_text(best.id + worst.id)[:16],
@@ -194,14 +196,14 @@ def size_of_given(*, source: str, count: int, **others: object) -> Size:
 
 @stage(size=size_of_given, given=True)
 def given_pairs(
-    out: Workspace,
+    out: StageOutput,
     *,
     source: str,
     count: int,
     content: Content | str,
-    held_out: list[Artefact],
+    held_out: list[Artifact],
     set_aside: int,
-    trained_on: list[Artefact],
+    trained_on: list[Artifact],
     schema: Schema | None = None,
 ) -> Counts:
     """Given preference data as pairs, and its chosen responses as demonstrations.
@@ -213,7 +215,7 @@ def given_pairs(
         content: of the source.
         held_out: instructions.jsonl of what no training may see; pairs that ask one of these are dropped.
         set_aside: how many pairs will be measured instead of trained on.
-        trained_on: artefacts with what M1 learns from, with which those may share no text.
+        trained_on: artifacts with what M1 learns from, with which those may share no text.
         schema: says the source's rows in a format that is known, where the user describes one.
 
     Raises:
@@ -227,7 +229,7 @@ def given_pairs(
     if not pairs:
         raise SelfalignError(f"{source}: no usable pair (dropped: {dict(+drops)})")
     if set_aside:
-        split_pairs(pairs, set_aside, Known.of(trained_on))
+        split_pairs(pairs, set_aside, KnownTexts.of(trained_on))
     write_records(out.path / "pairs.jsonl", pairs)
     chosen = [Demonstration(id=p.id, prompt=p.prompt, response=p.chosen, source="positive") for p in pairs]
     write_records(out.path / "demonstrations.jsonl", chosen)
@@ -239,7 +241,7 @@ def _without_held_out(pairs: list[PreferencePair], held_out: set[str]) -> list[P
     return [pair for pair in pairs if texts_in(pair.prompt).isdisjoint(held_out)]
 
 
-def size_of_gathered(*, parts: list[Artefact]) -> Size:
+def size_of_gathered(*, parts: list[Artifact]) -> Size:
     """All of the parts."""
     found = {name: sum(records_in(part, name) for part in parts) for name in ("pairs", "demonstrations")}
     name, most = ("pairs", found["pairs"]) if found["pairs"] else ("demonstrations", found["demonstrations"])
@@ -247,7 +249,7 @@ def size_of_gathered(*, parts: list[Artefact]) -> Size:
 
 
 @stage(size=size_of_gathered)
-def gather_pairs(out: Workspace, *, parts: list[Artefact]) -> Counts:
+def gather_pairs(out: StageOutput, *, parts: list[Artifact]) -> Counts:
     """What several iterations made, together, the earliest first.
 
     Args:
@@ -262,7 +264,9 @@ def gather_pairs(out: Workspace, *, parts: list[Artefact]) -> Counts:
     return {metric.name: count_records(out.path / f"{name}.jsonl")}
 
 
-def _keep_positives(out: Workspace, rule: PositivesOnly, families: Iterable[Family], tally: Tally) -> Counts:
+def _keep_positives(
+    out: StageOutput, rule: PositivesOnly, families: Iterable[InstructionGroup], tally: PairCounts
+) -> Counts:
     kept = 0
 
     def made() -> Iterator[Demonstration]:

@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 
 from selfalign.core.errors import SelfalignError
-from selfalign.engines.protocol import Backend, Sampling
+from selfalign.engines.protocol import Engine, Sampling
 from selfalign.engines.responses import generate_responses
-from selfalign.models.checkpoint import PolicyFiles
-from selfalign.store.artifacts import Artefact, Counts, Workspace
+from selfalign.models.checkpoint import PolicyCheckpoint
+from selfalign.store.artifacts import Artifact, Counts, StageOutput
 from selfalign.store.stage import Size, amount, records_in, stage
 
 
@@ -28,7 +28,7 @@ class RespondConfig:
             raise SelfalignError(f"data.respond.candidates must be 1 or more, got {self.candidates}")
 
 
-def size(*, config: RespondConfig, instructions: Artefact, **others: object) -> Size:
+def size(*, config: RespondConfig, instructions: Artifact, **others: object) -> Size:
     """As many responses as are asked for, each as long as it may be."""
     count = records_in(instructions, "instructions")
     text = f"{amount(count)} instructions, {config.candidates} response{'s' * (config.candidates > 1)} each"
@@ -38,12 +38,12 @@ def size(*, config: RespondConfig, instructions: Artefact, **others: object) -> 
 
 @stage(size=size, all_ranks=True)
 def respond(
-    out: Workspace,
+    out: StageOutput,
     *,
     config: RespondConfig,
-    policy: Artefact,
-    instructions: Artefact,
-    generate: Backend,
+    policy: Artifact,
+    instructions: Artifact,
+    engine: Engine,
     seed: int,
 ) -> Counts:
     """Answers every instruction `candidates` times; each response has a random stream of its own.
@@ -53,7 +53,7 @@ def respond(
         config: how many, and how they are drawn.
         policy: who answers.
         instructions: instructions.jsonl.
-        generate: the backend.
+        engine: the engine.
         seed: draws the tokens, together with the instruction's id and the candidate's number.
 
     Raises:
@@ -63,8 +63,8 @@ def respond(
         out,
         candidates=config.candidates,
         sampling=config.sampling,
-        policy=PolicyFiles(policy.path),
+        policy=PolicyCheckpoint(policy.path),
         instructions=instructions.path / "instructions.jsonl",
-        generate=generate,
+        engine=engine,
         seed=seed,
     )

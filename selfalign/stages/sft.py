@@ -10,8 +10,8 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import stream_records
 from selfalign.core.records import Demonstration
 from selfalign.metrics import catalog
-from selfalign.models.batches import Group, of_record, share_prompt
-from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.batches import SharedPrompt, of_record, share_prompt
+from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.tokenizer import (
     Answer,
     encode_answers,
@@ -21,9 +21,9 @@ from selfalign.models.tokenizer import (
     unknown_counts,
     warn_of_unknown,
 )
-from selfalign.store.artifacts import Artefact, Counts, Workspace
+from selfalign.store.artifacts import Artifact, Counts, StageOutput
 from selfalign.store.stage import Size, amount, records_in, stage
-from selfalign.training.config import Optimization, Weights
+from selfalign.training.config import Optimization, TrainableWeights
 from selfalign.training.dataset import store_examples
 from selfalign.training.objective import Likelihood
 from selfalign.training.train import train
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
-def size(*, demonstrations: Artefact, optimization: Optimization, **others: object) -> Size:
+def size(*, demonstrations: Artifact, optimization: Optimization, **others: object) -> Size:
     """Its epochs and batches."""
     count = amount(records_in(demonstrations, "demonstrations"))
     return Size(f"SFT on {count} demonstrations, epochs {optimization.epochs}, batch {optimization.batch_size}", {})
@@ -40,13 +40,13 @@ def size(*, demonstrations: Artefact, optimization: Optimization, **others: obje
 
 @stage(size=size, all_ranks=True)
 def sft(
-    out: Workspace,
+    out: StageOutput,
     *,
-    policy: Artefact,
-    base: Artefact,
-    demonstrations: Artefact,
+    policy: Artifact,
+    base: Artifact,
+    demonstrations: Artifact,
     optimization: Optimization,
-    weights: Weights,
+    weights: TrainableWeights,
 ) -> Counts:
     """Fine-tunes a policy on demonstrations; the loss is on target tokens only.
 
@@ -59,15 +59,15 @@ def sft(
         weights: which weights are trained.
     """
     records, tally = stream_records(demonstrations.path / "demonstrations.jsonl", Demonstration), Counter[str]()
-    tokenizer = PolicyFiles(policy.path).load_tokenizer()
+    tokenizer = PolicyCheckpoint(policy.path).load_tokenizer()
     groups = group_demonstrations(tokenizer, records, optimization.max_length, tally)
-    examples = store_examples(out.scratch / "examples", Group, groups, tally)
+    examples = store_examples(out.scratch / "examples", SharedPrompt, groups, tally)
     train(
         out,
-        policy=PolicyFiles(policy.path),
-        base=PolicyFiles(base.path),
+        policy=PolicyCheckpoint(policy.path),
+        base=PolicyCheckpoint(base.path),
         examples=examples,
-        objective=Likelihood(optimization.average),
+        objective=Likelihood(optimization.loss_reduction),
         optimization=optimization,
         weights=weights,
     )
@@ -81,7 +81,7 @@ def sft(
 
 def group_demonstrations(
     tokenizer: "Tokenizer", records: Iterable[Demonstration], max_length: int, tally: Counter[str]
-) -> Iterator[Group]:
+) -> Iterator[SharedPrompt]:
     """The demonstrations that fit, as tokens: neighbours of one question together, with what they share computed once.
 
     Raises:
@@ -99,7 +99,7 @@ def group_demonstrations(
                     tally["unknown"] += 1
                 yield example
 
-    for family in families(fitting()):
+    for family in by_question(fitting()):
         group = share_prompt(family[0].record.id, [one.prompt for one in family], [one.response for one in family])
         tally["tokens"] += len(group)
         yield group
@@ -142,6 +142,6 @@ def encode_demonstration(tokenizer: "Tokenizer", record: Demonstration) -> Encod
     return Encoded(record, ids, response)
 
 
-def families(examples: Iterable[Encoded]) -> Iterator[list[Encoded]]:
+def by_question(examples: Iterable[Encoded]) -> Iterator[list[Encoded]]:
     """Neighbours of one question together, every other demonstration alone."""
     return (list(family) for _, family in groupby(examples, key=lambda one: one.record.question or one.record.id))

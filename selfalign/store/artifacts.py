@@ -1,7 +1,7 @@
-"""Artefacts keyed by content: made once, found again, never half there.
+"""Artifacts keyed by content: made once, found again, never half there.
 
-An artefact is the folder a stage wrote. Its key is the digest of everything the stage depends on: its name, its
-settings, its seed and the *content* of the artefacts it reads. The manifest is written last, so an artefact is
+An artifact is the folder a stage wrote. Its key is the digest of everything the stage depends on: its name, its
+settings, its seed and the *content* of the artifacts it reads. The manifest is written last, so an artifact is
 done exactly when its manifest exists; until then the folder holds what a killed stage left, and the same stage
 continues from it.
 """
@@ -30,8 +30,8 @@ from selfalign.store.source_code import SOURCE, source_code
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 4
-"""Raised when artefacts of an older selfalign must not be reused."""
+FORMAT = 5
+"""Raised when artifacts of an older selfalign must not be reused."""
 
 LOG = "log.jsonl"
 SCRATCH = "scratch"
@@ -43,7 +43,7 @@ Counts = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Artefact:
+class Artifact:
     """A finished folder of the store. `digest` is the digest of its files' content."""
 
     stage: str
@@ -71,7 +71,7 @@ class Content:
         return self.identify()
 
 
-class Workspace:
+class StageOutput:
     """The folder a stage writes to, with a scratch folder that is removed when the stage is done.
 
     The main process writes to the folder itself. The other processes write the same files to folders of their own,
@@ -133,24 +133,24 @@ class Workspace:
 
 
 class Store:
-    """The folder of all artefacts, shared by every run below one output folder."""
+    """The folder of all artifacts, shared by every run below one output folder."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def place(self, stage: str, inputs: dict[str, Any]) -> Path:
+    def path_of(self, stage: str, inputs: dict[str, Any]) -> Path:
         """Return the folder of the artifact for these inputs, whether it is there or not."""
         return self.root / stage / key_of(stage, inputs)
 
-    def find(self, stage: str, inputs: dict[str, Any]) -> Artefact | None:
+    def find(self, stage: str, inputs: dict[str, Any]) -> Artifact | None:
         """Return the finished artifact for these inputs, or None.
 
         Raises:
             SelfalignError: the manifest is there but a file it lists is missing or has another size.
         """
-        folder = self.place(stage, inputs)
+        folder = self.path_of(stage, inputs)
         try:
-            return open_artefact(folder)
+            return open_artifact(folder)
         except (FileNotFoundError, SelfalignError):
             if (folder / MANIFEST).exists():
                 raise
@@ -160,19 +160,19 @@ class Store:
         self,
         stage: str,
         inputs: dict[str, Any],
-        build: Callable[[Workspace], Counts],
+        build: Callable[[StageOutput], Counts],
         *,
         label: str = "",
         on_row: Callable[[dict[str, Any]], None] = lambda row: None,
         all_ranks: bool = False,
-    ) -> Artefact:
+    ) -> Artifact:
         """Find the artifact or build it. Two runs that need it at once build it once.
 
         All processes of a run call this with the same inputs, and get the same artifact.
 
         Args:
             stage: the stage's name.
-            inputs: everything the result depends on: artefacts, settings, seeds.
+            inputs: everything the result depends on: artifacts, settings, seeds.
             build: writes the files into the workspace and returns the counts.
             label: what the progress bar calls the work.
             on_row: receives each row the stage logs, those of an earlier, killed attempt included.
@@ -181,7 +181,7 @@ class Store:
         Raises:
             SelfalignError: the processes of the run ask for different ones.
         """
-        folder, label = self.place(stage, inputs), label or stage
+        folder, label = self.path_of(stage, inputs), label or stage
         if len(set(distributed.gather(folder.name))) > 1:
             raise SelfalignError(
                 f"{label}: the processes of this run read different data. Check that all see the same files."
@@ -193,21 +193,21 @@ class Store:
             if distributed.broadcast((folder / MANIFEST).exists()):
                 shutil.rmtree(folder / SCRATCH, ignore_errors=True)
             elif all_ranks:
-                with distributed.others_there():
-                    self._build(folder, stage, inputs, build, Workspace(folder, label, on_row))
+                with distributed.translate_peer_errors():
+                    self._build(folder, stage, inputs, build, StageOutput(folder, label, on_row))
             elif distributed.is_main():
-                with distributed.alone():
-                    self._build(folder, stage, inputs, build, Workspace(folder, label, on_row))
-            made = open_artefact(folder) if distributed.is_main() else None
-        return cast(Artefact, distributed.broadcast(made))
+                with distributed.single_process():
+                    self._build(folder, stage, inputs, build, StageOutput(folder, label, on_row))
+            made = open_artifact(folder) if distributed.is_main() else None
+        return cast(Artifact, distributed.broadcast(made))
 
     def _build(
         self,
         folder: Path,
         stage: str,
         inputs: dict[str, Any],
-        build: Callable[[Workspace], Counts],
-        workspace: Workspace,
+        build: Callable[[StageOutput], Counts],
+        workspace: StageOutput,
     ) -> None:
         _clear(folder)
         with at_the_end(workspace.note_time):
@@ -226,7 +226,7 @@ class Store:
             {
                 "stage": stage,
                 "format": FORMAT,
-                "inputs": canonical(inputs),
+                "inputs": to_key_json(inputs),
                 "files": {name: [digest, (folder / name).stat().st_size] for name, digest in files.items()},
                 "digest": digest_json(files),
                 "counts": counts,
@@ -243,17 +243,17 @@ def lock_of(folder: Path) -> Path:
 
 def key_of(stage: str, inputs: dict[str, Any]) -> str:
     """Return the key of an artifact: 20 hexadecimal digits over all that its result depends on."""
-    return digest_json([FORMAT, stage, canonical(inputs)])[:20]
+    return digest_json([FORMAT, stage, to_key_json(inputs)])[:20]
 
 
-def canonical(value: Any) -> Any:
+def to_key_json(value: Any) -> Any:
     """Return inputs as plain JSON for the key. An artifact counts as its content, a dataclass as its class and fields.
 
     A class that is not selfalign's own counts with the code of its package, by which a changed one is another.
     A field with metadata {"keyed": False} is left out: it changes how fast something is made, but not the result.
     """
-    if isinstance(value, Artefact):
-        return {"artefact": value.stage, "digest": value.digest}
+    if isinstance(value, Artifact):
+        return {"artifact": value.stage, "digest": value.digest}
     if isinstance(value, Content):
         return value.digest
     if isinstance(value, Enum):
@@ -261,14 +261,14 @@ def canonical(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         keyed = [f.name for f in fields(value) if f.metadata.get("keyed", True)]
         code = {SOURCE: found} if (found := source_code(type(value))) else {}
-        return {"class": type(value).__name__, **code, **{name: canonical(getattr(value, name)) for name in keyed}}
+        return {"class": type(value).__name__, **code, **{name: to_key_json(getattr(value, name)) for name in keyed}}
     if isinstance(value, dict):
-        return {str(key): canonical(item) for key, item in value.items()}
+        return {str(key): to_key_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [canonical(item) for item in value]
+        return [to_key_json(item) for item in value]
     if value is None or isinstance(value, str | int | float | bool):
         return value
-    raise TypeError(f"{type(value).__name__} cannot be part of an artefact's key")
+    raise TypeError(f"{type(value).__name__} cannot be part of an artifact's key")
 
 
 @contextmanager
@@ -286,7 +286,7 @@ def locked(path: Path, reason: str) -> Iterator[None]:
         lock.release()
 
 
-def open_artefact(folder: Path) -> Artefact:
+def open_artifact(folder: Path) -> Artifact:
     """Return the finished artifact in a folder.
 
     Raises:
@@ -302,7 +302,7 @@ def open_artefact(folder: Path) -> Artefact:
         path = folder / name
         if not path.is_file() or path.stat().st_size != size:
             raise SelfalignError(f"{path}: missing or not of its recorded size; delete {folder} to have it made again")
-    return Artefact(key=folder.name, path=folder, **known)
+    return Artifact(key=folder.name, path=folder, **known)
 
 
 def _clear(folder: Path) -> None:

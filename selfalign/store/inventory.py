@@ -1,7 +1,7 @@
 """Artifacts in a store: which runs use them, and removal of those that nobody uses.
 
-An artefact is in use when a link below the output folder leads into it: those of runs below `<run>/artefacts/`, and
-any other; or when a used artefact's own links do, as those of a LoRA policy lead to the weights of its base.
+An artifact is in use when a link below the output folder leads into it: those of runs below `<run>/artifacts/`, and
+any other; or when a used artifact's own links do, as those of a LoRA policy lead to the weights of its base.
 """
 
 import math
@@ -24,17 +24,17 @@ LOCKED_AT_ONCE = 500
 """Artifacts checked at a time for new uses; a process may open about a thousand files."""
 
 
-class State(StrEnum):
+class ArtifactState(StrEnum):
     """Whether an artifact can be used."""
 
     DONE = "done"
     UNFINISHED = "unfinished"
-    IN_WORK = "being made"
+    IN_PROGRESS = "being made"
     DAMAGED = "damaged"
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class StoredArtifact:
     """The folder of an artifact, finished or not.
 
     Attributes:
@@ -45,13 +45,13 @@ class Kept:
         seconds: what making it took; None where no manifest says so.
         changed: when one of its files was last written, in seconds since 1970.
         files: {(device, inode): bytes} of its files, so that one of several names counts once; links count nothing.
-        links: the other artefacts its links lead into.
+        links: the other artifacts its links lead into.
     """
 
     stage: str
     key: str
     path: Path
-    state: State
+    state: ArtifactState
     seconds: float | None
     changed: float
     files: dict[tuple[int, int], int]
@@ -64,7 +64,7 @@ class Kept:
 
 
 @dataclass(frozen=True, slots=True)
-class Use:
+class ArtifactUse:
     """A link of a run that leads into an artifact."""
 
     run: str
@@ -76,15 +76,15 @@ class Inventory:
     """The content of a store.
 
     Attributes:
-        kept: {name: artefact}.
+        kept: {name: artifact}.
         uses: {name: the runs' links that lead into it}.
         broken: links of runs that lead nowhere, below the output folder.
-        foreign: what lies in the store but is no artefact and no lock; it is left alone.
-        locks: locks that belong to no artefact.
+        foreign: what lies in the store but is no artifact and no lock; it is left alone.
+        locks: locks that belong to no artifact.
     """
 
-    kept: dict[str, Kept]
-    uses: dict[str, list[Use]]
+    kept: dict[str, StoredArtifact]
+    uses: dict[str, list[ArtifactUse]]
     broken: list[str]
     foreign: list[str]
     locks: list[Path]
@@ -108,25 +108,25 @@ class Inventory:
                 found.setdefault(name, []).append(kept.name)
         return found
 
-    def unused(self, busy: Iterable[str]) -> list[Kept]:
+    def unused(self, busy: Iterable[str]) -> list[StoredArtifact]:
         """Return the artifacts that no run and no kept artifact refers to.
 
         Adapters come before the base they link to, so they are deleted first.
 
         Args:
-            busy: artefacts that stay because a process works on them.
+            busy: artifacts that stay because a process works on them.
         """
         used = self.reached([*self.uses, *busy])
         # Links of policies are resolved when they are made: what they lead into has no links into the store itself.
         return sorted((k for k in self.kept.values() if k.name not in used), key=lambda kept: not kept.links)
 
     @property
-    def in_work(self) -> set[str]:
+    def in_progress(self) -> set[str]:
         """The artifacts that are being made."""
-        return {kept.name for kept in self.kept.values() if kept.state is State.IN_WORK}
+        return {kept.name for kept in self.kept.values() if kept.state is ArtifactState.IN_PROGRESS}
 
 
-def take_inventory(output: Path) -> Inventory:
+def scan_store(output: Path) -> Inventory:
     """Scan the store of an output folder. Writes nothing.
 
     Raises:
@@ -138,21 +138,21 @@ def take_inventory(output: Path) -> Inventory:
     if not root.is_dir():
         raise SelfalignError(f"{output}: no store in this folder; give the output folder of the runs with --output")
     names, foreign, locks = _entries(root)
-    uses: dict[str, list[Use]] = {}
+    uses: dict[str, list[ArtifactUse]] = {}
     broken: list[str] = []
     for link in _links(output, without=(str(output / "store"), str(root))):
         owner = _owner(link, names)
-        run, _, label = os.path.relpath(link, output).partition("/artefacts/")
+        run, _, label = os.path.relpath(link, output).partition("/artifacts/")
         if owner:
-            uses.setdefault(owner, []).append(Use(run, label))
+            uses.setdefault(owner, []).append(ArtifactUse(run, label))
         elif label and Path(link).is_symlink() and not Path(link).exists():
-            broken.append(f"{run}/artefacts/{label}")
+            broken.append(f"{run}/artifacts/{label}")
     found = [_inspect(path, names) for path in names]
     kept = {one.name: one for one in found if one is not None}
     return Inventory(kept, uses, sorted(broken), foreign, [lock for lock in locks if not _made_for(lock)])
 
 
-def total_size(kept: Iterable[Kept]) -> int:
+def total_size(kept: Iterable[StoredArtifact]) -> int:
     """Return the bytes of some artifacts together."""
     files: dict[tuple[int, int], int] = {}
     for one in kept:
@@ -160,17 +160,17 @@ def total_size(kept: Iterable[Kept]) -> int:
     return sum(files.values())
 
 
-def remove(output: Path, candidates: Sequence[Kept]) -> list[Kept]:
+def remove(output: Path, candidates: Sequence[StoredArtifact]) -> list[StoredArtifact]:
     """Remove artifacts and return those that are gone.
 
     Each is locked, and then it is looked again whether a run that started meanwhile uses it. Manifests go first: a
-    kill in between leaves unfinished artefacts, which count as not made.
+    kill in between leaves unfinished artifacts, which count as not made.
 
     Args:
         output: the output folder.
         candidates: in the order of `Inventory.unused`; those that are locked, or used by now, stay.
     """
-    gone: list[Kept] = []
+    gone: list[StoredArtifact] = []
     busy: set[str] = set()
     for start in range(0, len(candidates), LOCKED_AT_ONCE):
         with ExitStack() as stack:
@@ -178,7 +178,7 @@ def remove(output: Path, candidates: Sequence[Kept]) -> list[Kept]:
             for kept in candidates[start : start + LOCKED_AT_ONCE]:
                 locked = _lock_now(stack, lock_of(kept.path))
                 (held if locked else busy).add(kept.name)
-            going = [kept for kept in take_inventory(output).unused(busy) if kept.name in held]
+            going = [kept for kept in scan_store(output).unused(busy) if kept.name in held]
             for kept in going:
                 with suppress(FileNotFoundError, IsADirectoryError):
                     (kept.path / MANIFEST).unlink()
@@ -236,7 +236,7 @@ def _entries(root: Path) -> tuple[dict[str, str], list[str], list[Path]]:
     return names, foreign, locks
 
 
-def _inspect(folder: str, names: dict[str, str]) -> Kept | None:
+def _inspect(folder: str, names: dict[str, str]) -> StoredArtifact | None:
     """Read the state of an artifact; None where another process has just removed it."""
     path, (stage, _, key) = Path(folder), names[folder].partition("/")
     files: dict[tuple[int, int], int] = {}
@@ -254,20 +254,20 @@ def _inspect(folder: str, names: dict[str, str]) -> Kept | None:
             files[seen.st_dev, seen.st_ino] = seen.st_size
             changed = max(changed, seen.st_mtime)
     state, seconds = _state(path)
-    return Kept(stage, key, path, state, seconds, changed, files, frozenset(links - {"", names[folder]}))
+    return StoredArtifact(stage, key, path, state, seconds, changed, files, frozenset(links - {"", names[folder]}))
 
 
-def _state(path: Path) -> tuple[State, float | None]:
+def _state(path: Path) -> tuple[ArtifactState, float | None]:
     """Return whether an artifact can be used, and the seconds it took."""
     try:
         seconds = float(read_json(path / MANIFEST)["seconds"])
-        return (State.DONE, seconds) if math.isfinite(seconds) else (State.DAMAGED, None)
+        return (ArtifactState.DONE, seconds) if math.isfinite(seconds) else (ArtifactState.DAMAGED, None)
     except FileNotFoundError:
         with ExitStack() as stack:
             in_work = lock_of(path).exists() and not _lock_now(stack, lock_of(path))
-        return State.IN_WORK if in_work else State.UNFINISHED, None
+        return ArtifactState.IN_PROGRESS if in_work else ArtifactState.UNFINISHED, None
     except (IsADirectoryError, ValueError, KeyError, TypeError):
-        return State.DAMAGED, None
+        return ArtifactState.DAMAGED, None
 
 
 def _links(folder: Path, without: tuple[str, ...]) -> Iterator[str]:

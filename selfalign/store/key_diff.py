@@ -21,7 +21,7 @@ ABSENT = object()
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class StageKey:
     """The artifact of a label in a run: stage and key, and digest and inputs once it is finished."""
 
     stage: str
@@ -30,7 +30,7 @@ class Made:
     inputs: dict[str, Any] = field(default_factory=dict)
 
 
-RunStages = dict[str, Made]
+RunStages = dict[str, StageKey]
 """{label: its artifact}, in the order in which the pipeline makes them."""
 
 
@@ -53,7 +53,7 @@ class Difference:
 
 
 @dataclass(slots=True)
-class Comparison:
+class KeyDiff:
     """Two runs compared stage by stage.
 
     Attributes:
@@ -82,7 +82,7 @@ class Comparison:
             else:
                 self.unknown.append(label)
 
-    def _compare(self, label: str, one: Made, other: Made) -> None:
+    def _compare(self, label: str, one: StageKey, other: StageKey) -> None:
         self.own[label], self.followed[label] = [], set()
         for difference in differences(one.inputs, other.inputs):
             makers = _labels_of(difference.first, self.first) & _labels_of(difference.second, self.second)
@@ -126,26 +126,26 @@ def read_stages(folder: Path) -> RunStages:
     Raises:
         SelfalignError: the folder is not that of a run, or a manifest is damaged.
     """
-    place, log = folder / "artefacts", folder / "metrics.jsonl"
+    place, log = folder / "artifacts", folder / "metrics.jsonl"
     paths = [Path(parent, name) for parent, folders, files in os.walk(place) for name in folders + files]
     links = {path.relative_to(place).as_posix(): path for path in paths if path.is_symlink()}
     if not links:
-        raise SelfalignError(f"{folder}: not a run folder: it has no links below artefacts/")
+        raise SelfalignError(f"{folder}: not a run folder: it has no links below artifacts/")
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     # Links know no order, and a killed run has no summary.
     logged = [label for label in re.findall(r'"label": "([^"]*)"', text) if label in links]
     return {label: _read_made(links[label]) for label in dict.fromkeys([*logged, *sorted(links)])}
 
 
-def _read_made(link: Path) -> Made:
+def _read_made(link: Path) -> StageKey:
     place = Path(os.path.realpath(link))
     try:
         manifest = read_json(place / MANIFEST)
         # What the key is made of beside the inputs.
         made_by = {"stage": manifest["stage"], "format": manifest["format"]}
-        return Made(place.parent.name, place.name, manifest["digest"], made_by | manifest["inputs"])
+        return StageKey(place.parent.name, place.name, manifest["digest"], made_by | manifest["inputs"])
     except (FileNotFoundError, NotADirectoryError):
-        return Made(place.parent.name, place.name)
+        return StageKey(place.parent.name, place.name)
     except (ValueError, KeyError, TypeError) as error:
         raise SelfalignError(f"{place / MANIFEST}: damaged; delete {place} to have it made again") from error
 
@@ -165,11 +165,11 @@ def differences(first: Any, second: Any, path: str = "") -> Iterator[Difference]
 
 
 def _is_settings(value: Any) -> bool:
-    return isinstance(value, dict) and not _is_artefact(value)
+    return isinstance(value, dict) and not _is_artifact(value)
 
 
-def _is_artefact(value: Any) -> bool:
-    return isinstance(value, dict) and value.keys() == {"artefact", "digest"}
+def _is_artifact(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() == {"artifact", "digest"}
 
 
 def _is_nested(value: Any) -> bool:
@@ -178,17 +178,17 @@ def _is_nested(value: Any) -> bool:
 
 def _labels_of(value: Any, stages: RunStages) -> set[str]:
     """Return the labels whose artifact an input is; empty for any other input."""
-    if not _is_artefact(value):
+    if not _is_artifact(value):
         return set()
-    return {name for name, made in stages.items() if (made.stage, made.digest) == (value["artefact"], value["digest"])}
+    return {name for name, made in stages.items() if (made.stage, made.digest) == (value["artifact"], value["digest"])}
 
 
 def _said(value: Any, stages: RunStages) -> str:
     if value is ABSENT:
         return "nothing"
-    if _is_artefact(value):
+    if _is_artifact(value):
         labels = [label for label in stages if label in _labels_of(value, stages)]
-        return " = ".join(labels) or f"{value['artefact']} {value['digest'][:8]}"
+        return " = ".join(labels) or f"{value['artifact']} {value['digest'][:8]}"
     if isinstance(value, dict) and "class" in value:
         settings = (f"{name}={_said(item, stages)}" for name, item in value.items() if name != "class")
         return f"{value['class']}({', '.join(settings)})"

@@ -53,7 +53,7 @@ def _modules(package: str) -> Iterator[tuple[str, Path]]:
 
 
 def packages_in(inputs: Any) -> dict[str, str]:
-    """{package: digest of its code} of all components among the inputs of an artefact, as its manifest has them."""
+    """{package: digest of its code} of all components among the inputs of an artifact, as its manifest has them."""
     found: dict[str, str] = {}
     items = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, list) else ()
     for item in items:

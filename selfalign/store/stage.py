@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from selfalign.core.jsonl import count_records
-from selfalign.store.artifacts import Artefact, Counts
+from selfalign.store.artifacts import Artifact, Counts
 
 MANY = math.inf
 """A number of records that nobody knows before they are read."""
@@ -63,16 +63,16 @@ def declared(function: StageFunction) -> Declaration:
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedArtefact(Artefact):
-    """Stands for an artefact before it is made. Its counts are bounds, and its path leads nowhere."""
+class PlannedArtifact(Artifact):
+    """Stands for an artifact before it is made. Its counts are bounds, and its path leads nowhere."""
 
 
-def plan_stage(label: str, function: StageFunction, inputs: dict[str, Any]) -> tuple[PlannedArtefact, str]:
-    """Return what stands for the artefact of a stage, and the stage's size in words."""
+def plan_stage(label: str, function: StageFunction, inputs: dict[str, Any]) -> tuple[PlannedArtifact, str]:
+    """Return what stands for the artifact of a stage, and the stage's size in words."""
     size_of = declared(function).size
     size = size_of(**inputs) if size_of else _size_of_inputs(inputs)
     nowhere = Path("/not/made/yet")
-    planned = PlannedArtefact(function.__name__, label, nowhere, digest=label, counts=size.counts, seconds=0.0)
+    planned = PlannedArtifact(function.__name__, label, nowhere, digest=label, counts=size.counts, seconds=0.0)
     return planned, size.text
 
 
@@ -80,18 +80,18 @@ def _size_of_inputs(inputs: dict[str, Any]) -> Size:
     """As many records of every kind as the input that has the most of them."""
     lists = [value if isinstance(value, list) else [value] for value in inputs.values()]
     counts: Counts = {}
-    for artefact in (value for values in lists for value in values if isinstance(value, Artefact)):
-        planned = isinstance(artefact, PlannedArtefact)
-        for name in artefact.counts if planned else [file.stem for file in artefact.path.glob("*.jsonl")]:
-            counts[name] = max(counts.get(name, 0), records_in(artefact, name))
+    for artifact in (value for values in lists for value in values if isinstance(value, Artifact)):
+        planned = isinstance(artifact, PlannedArtifact)
+        for name in artifact.counts if planned else [file.stem for file in artifact.path.glob("*.jsonl")]:
+            counts[name] = max(counts.get(name, 0), records_in(artifact, name))
     return Size("", counts)
 
 
-def records_in(artefact: Artefact, name: str) -> int:
-    """Return how many records `name`.jsonl of an artefact has, or will have at most; 0 where it has no such file."""
-    if isinstance(artefact, PlannedArtefact):
-        return artefact.counts.get(name, 0)
-    file = artefact.path / f"{name}.jsonl"
+def records_in(artifact: Artifact, name: str) -> int:
+    """Return how many records `name`.jsonl of an artifact has, or will have at most; 0 where it has no such file."""
+    if isinstance(artifact, PlannedArtifact):
+        return artifact.counts.get(name, 0)
+    file = artifact.path / f"{name}.jsonl"
     return count_records(file) if file.exists() else 0
 
 

@@ -1,10 +1,10 @@
-"""A run's records as tables for the tracker, each as soon as its artefact is there."""
+"""A run's records as tables for the tracker, each as soon as its artifact is there."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from selfalign.core.jsonl import follow
+from selfalign.core.jsonl import join_sorted
 from selfalign.core.records import Demonstration, Instruction, PreferencePair, Response
 from selfalign.runs.labels import Kind, Label
 from selfalign.runs.ledger import Ledger
@@ -23,7 +23,7 @@ class Table(NamedTuple):
 
 
 def log_tables(ledger: Ledger, label: Label) -> None:
-    """Sends an artefact's records to the tracker: those of an iteration, or a model's answers beside M1's."""
+    """Sends an artifact's records to the tracker: those of an iteration, or a model's answers beside M1's."""
     of_run = label.kind is Kind.ITERATION or (label.kind is Kind.EVALUATION and label.model_number)
     if of_run and label.part in TABLES:
         name, columns, rows = TABLES[label.part]
@@ -76,7 +76,7 @@ def families(
 ) -> Iterator[tuple[Instruction, list[T]]]:
     """An iteration's instructions, one at a time, with their responses."""
     asked = stream_there(folder, label.sibling("instructions"), Instruction)
-    return follow(asked, responses, owner, label.sibling("responses").link_in(folder))
+    return join_sorted(asked, responses, owner, label.sibling("responses").link_in(folder))
 
 
 TABLES = {
@@ -90,4 +90,4 @@ TABLES = {
         head_to_head,
     ),
 }
-"""By the last part of an artefact's label."""
+"""By the last part of an artifact's label."""

@@ -34,7 +34,7 @@ class Wandb:
         project: the project runs go to.
         entity: user or team; empty takes the account's default.
         mode: "online", "offline", or "auto": online when there is an API key, else offline. WANDB_MODE=disabled in the
-            environment, or WANDB_DISABLED=true, is as track=none, whatever stands here.
+            environment, or WANDB_DISABLED=true, is as tracker=none, whatever stands here.
         group: what the run is one of; empty takes the environment's WANDB_RUN_GROUP, which a sweep sets to its name.
         tags: labels of the run, besides the classes of its loss and its judge.
     """
@@ -47,7 +47,7 @@ class Wandb:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise SelfalignError(f"track.mode must be one of {', '.join(MODES)}; got {self.mode!r}")
+            raise SelfalignError(f"tracker.mode must be one of {', '.join(MODES)}; got {self.mode!r}")
 
     @contextmanager
     def open(self, folder: Path, config: dict[str, Any]) -> Iterator[Tracker]:
@@ -68,8 +68,8 @@ class Wandb:
             run = self._begin(folder, config)
         except (wandb.Error, ValueError) as error:  # ValueError: pydantic's, of what WANDB_… in the environment says
             raise SelfalignError(
-                f"track: Weights & Biases opens no run ({one_line(error)}); track=none does without, and "
-                "track.mode=offline sends nothing"
+                f"track: Weights & Biases opens no run ({one_line(error)}); tracker=none does without, and "
+                "tracker.mode=offline sends nothing"
             ) from error
         try:
             run.define_metric("iteration")

@@ -11,14 +11,14 @@ from typing import ClassVar
 
 from selfalign.core import distributed
 from selfalign.core.files import read_json, write_json
-from selfalign.engines.protocol import Backend, Sampling
+from selfalign.engines.protocol import Engine, Sampling
 from selfalign.engines.responses import generate_responses
-from selfalign.judges.comparator import Referee
+from selfalign.judges.comparator import PairwiseComparator
 from selfalign.judges.head_to_head import compare_answers
 from selfalign.metrics import catalog
 from selfalign.metrics.intervals import sign_test
-from selfalign.models.checkpoint import Policy, PolicyFiles
-from selfalign.store.artifacts import Artefact, Counts, Workspace
+from selfalign.models.checkpoint import Policy, PolicyCheckpoint
+from selfalign.store.artifacts import Artifact, Counts, StageOutput
 
 COMPARED = (
     (catalog.CHECKPOINT_WIN_RATE, catalog.WIN_RATE),
@@ -29,10 +29,10 @@ COMPARED = (
 
 
 @dataclass(kw_only=True, slots=True)
-class CheckpointComparator(Referee):
+class CheckpointComparator(PairwiseComparator):
     """Who compares the answers of two checkpoints; by default M_t, where the paper asks Claude 2."""
 
-    key: ClassVar[str] = "train.choose.head_to_head"
+    key: ClassVar[str] = "train.checkpoint_selection.head_to_head"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,26 +40,26 @@ class CheckpointSelection:
     """What decides between checkpoints.
 
     Attributes:
-        every_steps: how often they are compared.
+        interval_steps: how often they are compared.
         level: a checkpoint loses where the sign test's p value is below it.
         instructions: instructions.jsonl, what they answer.
         comparator: how answers are compared.
         compared_by: the policy that compares them; None for a server.
-        generate: the backend that answers.
+        engine: the engine that answers.
         sampling: how.
         seed: draws the tokens, the same for every checkpoint.
     """
 
-    every_steps: int
+    interval_steps: int
     level: float
-    instructions: Artefact
-    comparator: Referee
-    compared_by: Artefact | None
-    generate: Backend
+    instructions: Artifact
+    comparator: PairwiseComparator
+    compared_by: Artifact | None
+    engine: Engine
     sampling: Sampling
     seed: int
 
-    def open(self, out: Workspace, base: PolicyFiles) -> "CheckpointSelector":
+    def open(self, out: StageOutput, base: PolicyCheckpoint) -> "CheckpointSelector":
         """Begins the selection in one training.
 
         Args:
@@ -77,14 +77,14 @@ class CheckpointSelector:
         compared: {step: counts of the comparison with the checkpoint before}.
     """
 
-    def __init__(self, out: Workspace, selection: CheckpointSelection, base: PolicyFiles) -> None:
+    def __init__(self, out: StageOutput, selection: CheckpointSelection, base: PolicyCheckpoint) -> None:
         self.out = out
         self.selection = selection
         self.base = base
         self.chosen: int | None = None
         self.compared: dict[int, Counts] = {}
 
-    def visit(self, policy: Policy, step: int, *, last: bool) -> bool:
+    def on_checkpoint(self, policy: Policy, step: int, *, last: bool) -> bool:
         """Compares the policy after this step with the checkpoint before, if it is its turn.
 
         Args:
@@ -95,11 +95,11 @@ class CheckpointSelector:
         Returns:
             Whether training stops.
         """
-        if step % self.selection.every_steps and not last:
+        if step % self.selection.interval_steps and not last:
             return False
         if not distributed.broadcast(self._result(step).exists()):
             self._compare(policy, step)
-        return self._loses(step)
+        return self._is_worse(step)
 
     def resume(self, done: int) -> bool:
         """Goes through the checkpoints of a training that was killed, up to the step it continues from.
@@ -107,12 +107,12 @@ class CheckpointSelector:
         Returns:
             Whether one of them had stopped it already.
         """
-        steps = range(self.selection.every_steps, done + 1, self.selection.every_steps)
-        return any(self._loses(step) for step in steps if self._result(step).exists())
+        steps = range(self.selection.interval_steps, done + 1, self.selection.interval_steps)
+        return any(self._is_worse(step) for step in steps if self._result(step).exists())
 
-    def files(self, step: int) -> PolicyFiles:
+    def files(self, step: int) -> PolicyCheckpoint:
         """Returns the policy after a step that was compared."""
-        return PolicyFiles(self._folder(step) / "policy")
+        return PolicyCheckpoint(self._folder(step) / "policy")
 
     def counts(self) -> Counts:
         """Returns the step whose policy is taken, and how each checkpoint did against the one before."""
@@ -122,11 +122,11 @@ class CheckpointSelector:
             for of_checkpoint, metric in COMPARED
         }
 
-    def _loses(self, step: int) -> bool:
+    def _is_worse(self, step: int) -> bool:
         """Reads how a checkpoint did; unless it lost it is chosen."""
         if counts := read_json(self._result(step)):
             self.compared[step] = counts
-            if loses(counts[catalog.WINS.name], counts[catalog.LOSSES.name], self.selection.level):
+            if is_worse(counts[catalog.WINS.name], counts[catalog.LOSSES.name], self.selection.level):
                 return True
         self.chosen = step
         return False
@@ -149,31 +149,31 @@ class CheckpointSelector:
         label = f"{self.out.label} after {step} steps"
         instructions = selection.instructions.path / "instructions.jsonl"
         generate_responses(
-            Workspace(folder / "answers", label, lambda row: None),
+            StageOutput(folder / "answers", label, lambda row: None),
             candidates=1,
             sampling=selection.sampling,
             policy=files,
             instructions=instructions,
-            generate=selection.generate,
+            engine=selection.engine,
             seed=selection.seed,
         )
         distributed.wait_for_all()
         counts: Counts = {}
         if self.chosen is not None:
             counts = compare_answers(
-                Workspace(folder / "compared", label, lambda row: None),
+                StageOutput(folder / "compared", label, lambda row: None),
                 judge=selection.comparator,
-                policy=PolicyFiles(selection.compared_by.path) if selection.compared_by else None,
+                policy=PolicyCheckpoint(selection.compared_by.path) if selection.compared_by else None,
                 instructions=instructions,
                 answers=folder / "answers" / "responses.jsonl",
                 opponent=self._folder(self.chosen) / "answers" / "responses.jsonl",
-                generate=selection.generate,
+                engine=selection.engine,
                 seed=selection.seed,
             )
         distributed.on_main(lambda: write_json(self._result(step), counts))
 
 
-def loses(wins: int, losses: int, level: float) -> bool:
+def is_worse(wins: int, losses: int, level: float) -> bool:
     """Whether a checkpoint is worse than the one before: a one-sided sign test of its wins, ties left out.
 
     Were training to stop at a win rate below one half, it would nearly always stop among equally good checkpoints.

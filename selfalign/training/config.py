@@ -8,12 +8,12 @@ from selfalign.core.errors import SelfalignError
 from selfalign.engines.protocol import Sampling
 from selfalign.models.checkpoint import resolve_dtype
 from selfalign.models.config import DTYPES, LoRA
-from selfalign.training.parallelism import Layout
+from selfalign.training.parallelism import Parallelism
 
 CHOICES = {
     "schedule": ("cosine", "linear", "constant"),
     "optimizer": ("adamw", "rmsprop", "adamw_8bit"),
-    "average": ("tokens", "examples"),
+    "loss_reduction": ("tokens", "examples"),
     "dtype": ("auto", *DTYPES),
 }
 
@@ -26,16 +26,16 @@ class Optimization:
         learning_rate: the peak.
         final_learning_rate: where "cosine" ends; "linear" ends at 0, "constant" stays at the peak.
         schedule: "cosine", "linear" or "constant", after the warm-up.
-        warmup_share: share of the steps over which the rate rises from 0.
+        warmup_ratio: share of the steps over which the rate rises from 0.
         optimizer: "adamw", "rmsprop", or "adamw_8bit" (the extra `8bit`), whose state is a quarter as large. Weights
             kept in bfloat16 have a float32 copy that the optimiser works on.
         weight_decay: AdamW's.
-        max_gradient_norm: gradients are scaled down to this norm.
+        max_grad_norm: gradients are scaled down to this norm.
         epochs: passes over the data.
         batch_size: examples (demonstrations or pairs) an optimiser step.
-        batch_tokens: the most tokens in one forward pass; a step is cut into as many passes as it needs.
+        microbatch_tokens: the most tokens in one forward pass; a step is cut into as many passes as it needs.
         max_length: the longest prompt with response, in tokens; longer examples are dropped and counted.
-        average: "tokens" weighs every target token alike (usual for SFT), "examples" every example.
+        loss_reduction: "tokens" weighs every target token alike (usual for SFT), "examples" every example.
         dropout: share of activations dropped while training, wherever the architecture has a dropout; the policy
             then does not start as its reference, so the first step is not checked.
         dtype: to multiply in, "float32", "bfloat16" or "auto" for the faster one here; weights keep model.dtype.
@@ -46,15 +46,15 @@ class Optimization:
     learning_rate: float
     final_learning_rate: float = 0.0
     schedule: str = "cosine"
-    warmup_share: float = 0.0
+    warmup_ratio: float = 0.0
     optimizer: str = "adamw"
     weight_decay: float = 0.0
-    max_gradient_norm: float = 1.0
+    max_grad_norm: float = 1.0
     epochs: int = 1
     batch_size: int = 16
-    batch_tokens: int = field(default=8192, metadata={"keyed": False})
+    microbatch_tokens: int = field(default=8192, metadata={"keyed": False})
     max_length: int = 2048
-    average: str = "tokens"
+    loss_reduction: str = "tokens"
     dropout: float = 0.0
     dtype: str = "auto"
     gradient_checkpointing: bool = field(default=False, metadata={"keyed": False})
@@ -71,10 +71,10 @@ class Optimization:
         Raises:
             SelfalignError: a value is out of range.
         """
-        for name in ("learning_rate", "max_gradient_norm"):
+        for name in ("learning_rate", "max_grad_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise SelfalignError(f"{key}.{name} must be above 0 and finite, got {getattr(self, name)}")
-        for name in ("epochs", "batch_size", "batch_tokens", "max_length", "checkpoint_steps"):
+        for name in ("epochs", "batch_size", "microbatch_tokens", "max_length", "checkpoint_steps"):
             if getattr(self, name) < 1:
                 raise SelfalignError(f"{key}.{name} must be 1 or more, got {getattr(self, name)}")
         if not self.weight_decay >= 0:
@@ -82,7 +82,7 @@ class Optimization:
         if not 0 <= self.final_learning_rate <= self.learning_rate:
             rate = self.final_learning_rate
             raise SelfalignError(f"{key}.final_learning_rate must lie between 0 and learning_rate, got {rate}")
-        for name in ("dropout", "warmup_share"):
+        for name in ("dropout", "warmup_ratio"):
             if not 0 <= getattr(self, name) < 1:
                 raise SelfalignError(f"{key}.{name} must be at least 0 and below 1, got {getattr(self, name)}")
         for name, choices in CHOICES.items():
@@ -96,28 +96,30 @@ class Optimization:
         if self.weight_decay and self.optimizer == "rmsprop":
             raise SelfalignError(f"{key}.weight_decay has no meaning with optimizer={self.optimizer}; set it to 0")
 
-    def precision(self, dtype: str) -> "Precision":
+    def logprob_settings(self, dtype: str) -> "LogProbSettings":
         """What a log-probability depends on besides weights and text."""
         autocast = "bfloat16" if self.compute_dtype == "bfloat16" else ""
-        return Precision(dtype=dtype, autocast=autocast, max_length=self.max_length, batch_tokens=self.batch_tokens)
+        return LogProbSettings(
+            dtype=dtype, autocast=autocast, max_length=self.max_length, max_batch_tokens=self.microbatch_tokens
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Precision:
+class LogProbSettings:
     """How policies are scored: dtype of the weights, of autocast (if there is one), and the longest sequence."""
 
     dtype: str
     autocast: str
     max_length: int
-    batch_tokens: int = field(metadata={"keyed": False})
+    max_batch_tokens: int = field(metadata={"keyed": False})
 
 
 @dataclass(kw_only=True, slots=True)
-class ChooseConfig:
+class CheckpointSelectionConfig:
     """Which checkpoint of an alignment becomes the policy: the last that did not lose against the one before.
 
     Attributes:
-        every_steps: how often checkpoints are compared; 0 always takes the last step.
+        interval_steps: how often checkpoints are compared; 0 always takes the last step.
         instructions: a data source of validation instructions, apart from those of the evaluation.
         count: the first so many of them; 0 takes all.
         head_to_head: who compares the answers of two checkpoints, in both orders: a `CheckpointComparator` of
@@ -128,7 +130,7 @@ class ChooseConfig:
         sampling: how the instructions are answered.
     """
 
-    every_steps: int = 0
+    interval_steps: int = 0
     instructions: str = ""
     count: int = 0
     head_to_head: Any = None
@@ -136,18 +138,22 @@ class ChooseConfig:
     sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
-        self.sampling.check("train.choose.sampling")
-        if self.every_steps < 0 or self.count < 0:
-            raise SelfalignError("train.choose.every_steps and train.choose.count must be 0 or more")
-        if bool(self.every_steps) != bool(self.instructions):
+        self.sampling.check("train.checkpoint_selection.sampling")
+        if self.interval_steps < 0 or self.count < 0:
             raise SelfalignError(
-                "train.choose.every_steps and train.choose.instructions are given together, or neither"
+                "train.checkpoint_selection.interval_steps and train.checkpoint_selection.count must be 0 or more"
+            )
+        if bool(self.interval_steps) != bool(self.instructions):
+            raise SelfalignError(
+                "train.checkpoint_selection.interval_steps and train.checkpoint_selection.instructions are given "
+                "together, or neither"
             )
         if not 0 < self.level < 0.5:
-            raise SelfalignError(f"train.choose.level must be above 0 and below 0.5, got {self.level}")
-        if self.every_steps and self.head_to_head is None:
+            raise SelfalignError(f"train.checkpoint_selection.level must be above 0 and below 0.5, got {self.level}")
+        if self.interval_steps and self.head_to_head is None:
             raise SelfalignError(
-                "train.choose.every_steps needs train.choose.head_to_head, who compares checkpoints; "
+                "train.checkpoint_selection.interval_steps needs train.checkpoint_selection.head_to_head, who "
+                "compares checkpoints; "
                 "conf/train/full.yaml shows how"
             )
 
@@ -159,45 +165,48 @@ class TrainConfig:
     Attributes:
         sft: M0 → M1.
         align: M_t → M_{t+1}.
-        reference: "previous" (the start of the iteration, as the papers), "sft" (M1) or "base" (M0).
-        reference_logps: "stored" computes the reference's log-probabilities once, before training; "live" at every
+        reference_policy: "previous" (the start of the iteration, as the papers), "sft" (M1) or "base" (M0).
+        reference_logprobs: "stored" computes the reference's log-probabilities once, before training; "live" at every
             step, with a second model (whole in every process), or with the adapter switched off where M0 is the
             reference. Then it is not measured how far M_{t+1}'s lie from M_t's, unless M_t is the reference.
-        held_out_pairs: pairs of each iteration that are set aside (splits.py says which), and measured after training.
-        choose: which checkpoint of an alignment becomes the policy.
-        layout: what each of several processes keeps of the policy.
+        validation_pairs: pairs of each iteration that are set aside (splits.py says which), and measured after
+            training.
+        checkpoint_selection: which checkpoint of an alignment becomes the policy.
+        parallelism: what each of several processes keeps of the policy.
     """
 
     sft: Optimization
     align: Optimization
-    reference: str = "previous"
-    reference_logps: str = "stored"
-    held_out_pairs: int = 0
-    choose: ChooseConfig = field(default_factory=ChooseConfig)
-    layout: Layout = field(default_factory=Layout, metadata={"keyed": False})
+    reference_policy: str = "previous"
+    reference_logprobs: str = "stored"
+    validation_pairs: int = 0
+    checkpoint_selection: CheckpointSelectionConfig = field(default_factory=CheckpointSelectionConfig)
+    parallelism: Parallelism = field(default_factory=Parallelism, metadata={"keyed": False})
 
     def __post_init__(self) -> None:
         self.sft.check("train.sft")
         self.align.check("train.align")
-        if self.layout.sharded and "adamw_8bit" in (self.sft.optimizer, self.align.optimizer):
+        if self.parallelism.sharded and "adamw_8bit" in (self.sft.optimizer, self.align.optimizer):
             raise SelfalignError(
-                "train.layout.kind=fsdp2 cannot share out the state of optimizer=adamw_8bit: set adamw"
+                "train.parallelism.strategy=fsdp2 cannot share out the state of optimizer=adamw_8bit: set adamw"
             )
-        if self.layout.sharded and self.choose.every_steps:
-            raise SelfalignError("train.choose.every_steps needs a whole policy: set train.layout.kind=ddp")
-        if self.reference not in ("previous", "sft", "base"):
-            raise SelfalignError(f"train.reference must be previous, sft or base; got {self.reference!r}")
-        if self.reference_logps not in ("stored", "live"):
-            raise SelfalignError(f"train.reference_logps must be stored or live; got {self.reference_logps!r}")
-        if self.held_out_pairs < 0:
-            raise SelfalignError(f"train.held_out_pairs must be 0 or more, got {self.held_out_pairs}")
+        if self.parallelism.sharded and self.checkpoint_selection.interval_steps:
+            raise SelfalignError(
+                "train.checkpoint_selection.interval_steps needs a whole policy: set train.parallelism.strategy=ddp"
+            )
+        if self.reference_policy not in ("previous", "sft", "base"):
+            raise SelfalignError(f"train.reference_policy must be previous, sft or base; got {self.reference_policy!r}")
+        if self.reference_logprobs not in ("stored", "live"):
+            raise SelfalignError(f"train.reference_logprobs must be stored or live; got {self.reference_logprobs!r}")
+        if self.validation_pairs < 0:
+            raise SelfalignError(f"train.validation_pairs must be 0 or more, got {self.validation_pairs}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Weights:
+class TrainableWeights:
     """Which weights are trained, in which dtype, the seed of adapter initialisation and data order, and the layout."""
 
     dtype: str
     lora: LoRA
     seed: int
-    layout: Layout = field(default_factory=Layout, metadata={"keyed": False})
+    parallelism: Parallelism = field(default_factory=Parallelism, metadata={"keyed": False})

@@ -1,6 +1,6 @@
 """Tokenised examples on disk: written once, then memory-mapped, so that training holds those of one step at a time.
 
-They are an Arrow file in a stage's scratch, which a resumed stage finds again. The key of the artefact names all they
+They are an Arrow file in a stage's scratch, which a resumed stage finds again. The key of the artifact names all they
 depend on: the records, the tokenizer, the lengths and the reference values.
 """
 

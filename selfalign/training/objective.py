@@ -10,7 +10,7 @@ from torch import Tensor
 from selfalign.losses.logps import PairLogps
 from selfalign.metrics import catalog
 from selfalign.metrics.accumulate import Mean, Sums
-from selfalign.models.batches import Batch, Group, make_batch
+from selfalign.models.batches import Batch, SharedPrompt, make_batch
 from selfalign.training.parallelism import out_of_wrapper
 
 if TYPE_CHECKING:
@@ -33,13 +33,13 @@ class Objective(Protocol):
 
     def weight(self, examples: Sequence[Any]) -> float: ...
 
-    def __call__(self, model: "PreTrainedModel", examples: Sequence[Any]) -> "Outcome": ...
+    def __call__(self, model: "PreTrainedModel", examples: Sequence[Any]) -> "ObjectiveOutput": ...
 
     def check_first_step(self, distance: float, loss_distance: float) -> None: ...
 
 
 @dataclass(slots=True)
-class Outcome:
+class ObjectiveOutput:
     """A forward pass: the loss summed over its examples, and metrics as (weighted sum, weight).
 
     `distance` is the largest value, either sign, of what must be 0 at the first step; `loss_distance` how far a loss
@@ -57,48 +57,48 @@ class Likelihood:
     """SFT: the negative log-likelihood of the responses, averaged over target tokens or over examples.
 
     Attributes:
-        average: "tokens" or "examples".
+        loss_reduction: "tokens" or "examples".
     """
 
-    average: str
+    loss_reduction: str
 
-    def arrange(self, examples: Sequence[Group]) -> Sequence[Group]:
+    def arrange(self, examples: Sequence[SharedPrompt]) -> Sequence[SharedPrompt]:
         """As they are."""
         return examples
 
-    def weight(self, examples: Sequence[Group]) -> float:
+    def weight(self, examples: Sequence[SharedPrompt]) -> float:
         """How many tokens, or examples, the step's loss is averaged over."""
-        if self.average == "examples":
+        if self.loss_reduction == "examples":
             return float(sum(len(group.responses) for group in examples))
         return float(sum(sum(group.scored()) for group in examples))
 
-    def __call__(self, model: "PreTrainedModel", examples: Sequence[Group]) -> Outcome:
+    def __call__(self, model: "PreTrainedModel", examples: Sequence[SharedPrompt]) -> ObjectiveOutput:
         batch, (logps, hits) = forward(model, examples, hits=True)
         losses = -batch.sum_by_response(logps)
         total, right, tokens = float(losses.sum().detach()), float(hits.sum()), float(batch.tokens.sum())
-        if self.average == "examples":
+        if self.loss_reduction == "examples":
             losses = losses / batch.tokens
         metrics: Sums = {
             catalog.LOSS_PER_TOKEN.name: Mean(total, tokens),
             catalog.TOKEN_ACCURACY.name: Mean(right, tokens),
         }
-        return Outcome(losses.sum(), metrics)
+        return ObjectiveOutput(losses.sum(), metrics)
 
     def check_first_step(self, distance: float, loss_distance: float) -> None:
         """SFT has no known starting value."""
 
 
-def forward(model: "PreTrainedModel", groups: Sequence[Group], **options: bool) -> tuple[Batch, Any]:
+def forward(model: "PreTrainedModel", groups: Sequence[SharedPrompt], **options: bool) -> tuple[Batch, Any]:
     """The groups as a batch, and log p of its targets (nats), shape (response tokens,).
 
     With `hits`, these are two: also which targets were the likeliest. The model may be in DDP's wrapper.
     """
     own = out_of_wrapper(model)
     batch = make_batch(own, groups).to(own.device)
-    return batch, model(predict_at=batch.predict_at, targets=batch.targets, **batch.inputs, **options)
+    return batch, model(logit_positions=batch.logit_positions, targets=batch.targets, **batch.inputs, **options)
 
 
-def pair_logps(model: "PreTrainedModel", groups: Sequence[Group]) -> PairLogps:
+def pair_logps(model: "PreTrainedModel", groups: Sequence[SharedPrompt]) -> PairLogps:
     """Summed log-probabilities of both responses of each pair."""
     batch, logps = forward(model, groups)
     sums = batch.sum_by_response(logps).view(-1, 2)
@@ -107,7 +107,7 @@ def pair_logps(model: "PreTrainedModel", groups: Sequence[Group]) -> PairLogps:
 
 
 @torch.no_grad()
-def frozen_logps(model: "PreTrainedModel", groups: Sequence[Group]) -> PairLogps:
+def frozen_logps(model: "PreTrainedModel", groups: Sequence[SharedPrompt]) -> PairLogps:
     """The same without gradient and dropout."""
     training = model.training
     model.eval()

@@ -23,30 +23,30 @@ KINDS = ("ddp", "fsdp2")
 
 
 @dataclass(kw_only=True, slots=True)
-class Layout:
+class Parallelism:
     """What each process keeps of the policy in training; with one process there is nothing to lay out.
 
     Attributes:
-        kind: "ddp" keeps all of it in every process (Li et al. 2020, arXiv 2006.15704); "fsdp2" a share of each
+        strategy: "ddp" keeps all of it in every process (Li et al. 2020, arXiv 2006.15704); "fsdp2" a share of each
             weight, its gradient and its optimiser state, and puts a layer's weights together while it is computed
             (Zhao et al. 2023, arXiv 2304.11277).
         reshard_after_forward: whether "fsdp2" lets go of a layer's weights between its forward and its backward
             pass; false needs more memory and less communication.
     """
 
-    kind: str = "ddp"
+    strategy: str = "ddp"
     reshard_after_forward: bool = True
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise SelfalignError(f"train.layout.kind must be one of {', '.join(KINDS)}; got {self.kind!r}")
+        if self.strategy not in KINDS:
+            raise SelfalignError(f"train.parallelism.strategy must be one of {', '.join(KINDS)}; got {self.strategy!r}")
         if not (self.reshard_after_forward or self.sharded):
-            raise SelfalignError("train.layout.reshard_after_forward=false has a meaning with kind=fsdp2 only")
+            raise SelfalignError("train.parallelism.reshard_after_forward=false has a meaning with kind=fsdp2 only")
 
     @property
     def sharded(self) -> bool:
         """Whether a process has only a share of the weights."""
-        return self.kind == "fsdp2"
+        return self.strategy == "fsdp2"
 
     def check_possible(self) -> None:
         """Refuses to share weights out among one process.
@@ -56,8 +56,8 @@ class Layout:
         """
         if self.sharded and distributed.count() == 1:
             raise SelfalignError(
-                "train.layout.kind=fsdp2 needs several processes, and this is the only one: start it with "
-                "torchrun --nproc-per-node N -m selfalign, or set train.layout.kind=ddp"
+                "train.parallelism.strategy=fsdp2 needs several processes, and this is the only one: start it with "
+                "torchrun --nproc-per-node N -m selfalign, or set train.parallelism.strategy=ddp"
             )
 
     def arguments(self) -> dict[str, Any]:
@@ -88,20 +88,21 @@ class Layout:
             done = isinstance(model, DistributedDataParallel) or alone
         if not done or accelerator.num_processes != distributed.count():
             raise SelfalignError(
-                f"train.layout.kind={self.kind} did not take effect: accelerate runs {accelerator.distributed_type} on "
+                f"train.parallelism.strategy={self.strategy} did not take effect: accelerate runs "
+                f"{accelerator.distributed_type} on "
                 f"{accelerator.num_processes} processes of {distributed.count()}, with a {type(model).__name__}"
             )
 
 
 @dataclass(frozen=True, slots=True)
-class Pass(Generic[S]):
+class Microbatch(Generic[S]):
     """Examples of one forward pass; `repeated` ones count nothing, they keep step with the other processes."""
 
     examples: list[S]
     repeated: bool = False
 
 
-def deal(examples: Sequence[S], budget: int, rank: int, count: int) -> list[Pass[S]]:
+def assign_microbatches(examples: Sequence[S], budget: int, rank: int, count: int) -> list[Microbatch[S]]:
     """The passes of process `rank` over its share of the examples, as many as every other process has.
 
     The longest example goes first, each to the process with the fewest tokens so far, so that shares are even. A share
@@ -121,12 +122,12 @@ def deal(examples: Sequence[S], budget: int, rank: int, count: int) -> list[Pass
         heapq.heapreplace(loads, (load + len(example), process))
     runs = [list(split_by_tokens(sorted(share, key=len), budget)) for share in shares]
     missing = max(map(len, runs)) - len(runs[rank])
-    return [*map(Pass, runs[rank]), *[Pass([min(examples, key=len)], repeated=True)] * missing]
+    return [*map(Microbatch, runs[rank]), *[Microbatch([min(examples, key=len)], repeated=True)] * missing]
 
 
-def my_passes(examples: Sequence[S], budget: int) -> list[Pass[S]]:
+def local_microbatches(examples: Sequence[S], budget: int) -> list[Microbatch[S]]:
     """The passes of this process, see `deal`."""
-    return deal(examples, budget, distributed.rank(), distributed.count())
+    return assign_microbatches(examples, budget, distributed.rank(), distributed.count())
 
 
 def out_of_wrapper(model: Any) -> Any:
@@ -134,7 +135,7 @@ def out_of_wrapper(model: Any) -> Any:
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
-def keep_masters(model: nn.Module) -> Any:
+def upcast_trainable(model: nn.Module) -> Any:
     """Makes the trained weights float32, for the optimiser, before they are shared out.
 
     Returns:
@@ -152,7 +153,7 @@ def keep_masters(model: nn.Module) -> Any:
 
 
 @torch.no_grad()
-def collect(model: nn.Module, whole: nn.Module | None) -> None:
+def gather_full_tensors(model: nn.Module, whole: nn.Module | None) -> None:
     """Puts the trained weights, of which each process has a share, together into a model that is whole.
 
     Args:

@@ -22,11 +22,11 @@ from selfalign.metrics import catalog
 from selfalign.metrics.accumulate import Mean, Sums, add_sums
 from selfalign.metrics.rewards import length_moments, logp_changes, reward_metrics
 from selfalign.models.batches import PairExample, encode_pairs
-from selfalign.models.checkpoint import Policy, PolicyFiles, autocast
-from selfalign.store.artifacts import Artefact
-from selfalign.training.config import Optimization, Weights
-from selfalign.training.objective import Outcome, frozen_logps, pair_logps
-from selfalign.training.parallelism import my_passes, out_of_wrapper
+from selfalign.models.checkpoint import Policy, PolicyCheckpoint, autocast
+from selfalign.store.artifacts import Artifact
+from selfalign.training.config import Optimization, TrainableWeights
+from selfalign.training.objective import ObjectiveOutput, frozen_logps, pair_logps
+from selfalign.training.parallelism import local_microbatches, out_of_wrapper
 from selfalign.training.reference import References, StoredReferences, follow_references, groups_of, open_references
 
 if TYPE_CHECKING:
@@ -35,12 +35,12 @@ if TYPE_CHECKING:
 
 def open_objective(
     loss: PreferenceLoss,
-    policy: Artefact,
-    base: Artefact,
-    reference: Artefact,
-    start: Artefact | None,
+    policy: Artifact,
+    base: Artifact,
+    reference: Artifact,
+    start: Artifact | None,
     optimization: Optimization,
-    weights: Weights,
+    weights: TrainableWeights,
 ) -> "Preference":
     """Makes the objective of an alignment, its references ready to be asked.
 
@@ -65,10 +65,10 @@ def open_objective(
 
 
 def encode_preferences(
-    policy: PolicyFiles,
-    pairs: Artefact,
-    reference: Artefact,
-    start: Artefact | None,
+    policy: PolicyCheckpoint,
+    pairs: Artifact,
+    reference: Artifact,
+    start: Artifact | None,
     loss: PreferenceLoss,
     limit: int,
     tally: Counter[str],
@@ -89,8 +89,8 @@ def encode_preferences(
     """
     records = stream_records(pairs.path / "pairs.jsonl", PreferencePair)
     examples = encode_pairs(policy.load_tokenizer(), records, augmentation_of(loss), limit, tally, policy.context)
-    for role, artefact in (("reference", reference), ("start", start)):
-        if artefact is not None and (file := artefact.path / "references.jsonl").exists():
+    for role, artifact in (("reference", reference), ("start", start)):
+        if artifact is not None and (file := artifact.path / "references.jsonl").exists():
             examples = follow_references(examples, file, role)
     yield from check_score_gaps(loss, examples)
 
@@ -130,7 +130,7 @@ class Preference:
         """The loss is averaged over pairs."""
         return float(len(examples))
 
-    def __call__(self, model: "PreTrainedModel", examples: Sequence[PairExample]) -> Outcome:
+    def __call__(self, model: "PreTrainedModel", examples: Sequence[PairExample]) -> ObjectiveOutput:
         own = out_of_wrapper(model)
         policy, reference = pair_logps(model, groups_of(examples)), self.references(own, examples)
         offset = self.offset(own, examples, policy, reference)
@@ -147,7 +147,7 @@ class Preference:
             catalog.LOGPS_REJECTED.name: Mean(float(policy.rejected.sum()), count),
             catalog.LOSS.name: Mean(float(losses.detach().sum()), count),
         }
-        return Outcome(
+        return ObjectiveOutput(
             losses.sum(),
             metrics,
             distance=max(float(values.abs().max()) for values in zeros),
@@ -200,7 +200,9 @@ class Preference:
         """
         sums: Sums = {}
         policy.model.eval()
-        for part in (part for chunk in chunks(examples) for part in my_passes(chunk, optimization.batch_tokens)):
+        for part in (
+            part for chunk in chunks(examples) for part in local_microbatches(chunk, optimization.microbatch_tokens)
+        ):
             with autocast(policy.model.device, optimization.compute_dtype):
                 logps = pair_logps(policy.model, groups_of(part.examples))
                 reference = self.references(policy.model, part.examples)

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 
 from selfalign.core.errors import SelfalignError, reason_of
-from selfalign.models.checkpoint import Policy, PolicyFiles
+from selfalign.models.checkpoint import Policy, PolicyCheckpoint
 from selfalign.models.config import LoRA
 from selfalign.models.scorer import make_scoring
-from selfalign.training.config import Weights
+from selfalign.training.config import TrainableWeights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def prepare(loaded: Policy, files: PolicyFiles, weights: Weights, dropout: float) -> None:
+def prepare(loaded: Policy, files: PolicyCheckpoint, weights: TrainableWeights, dropout: float) -> None:
     """Adds an adapter if one is asked for and not there, sets dropout, and makes the model score."""
     has_adapter = hasattr(loaded.model, "peft_config")
     if has_adapter and not weights.lora.rank:

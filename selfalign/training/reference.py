@@ -12,11 +12,11 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import stream_records
 from selfalign.core.records import PairReference
 from selfalign.losses.logps import PairLogps
-from selfalign.models.batches import Group, PairExample
-from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.batches import PairExample, SharedPrompt
+from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.scorer import make_scoring
-from selfalign.store.artifacts import Artefact
-from selfalign.training.config import Weights
+from selfalign.store.artifacts import Artifact
+from selfalign.training.config import TrainableWeights
 from selfalign.training.objective import frozen_logps
 
 if TYPE_CHECKING:
@@ -86,20 +86,20 @@ class AdapterSwitchedOff:
             return frozen_logps(model, groups_of(examples, augmented=augmented))
 
 
-def groups_of(examples: Sequence[PairExample], *, augmented: bool = False) -> list[Group]:
+def groups_of(examples: Sequence[PairExample], *, augmented: bool = False) -> list[SharedPrompt]:
     """Each pair's responses behind x, or (`augmented`) behind p⊕x."""
     if augmented:
         return [example.augmented for example in examples if example.augmented is not None]
     return [example.plain for example in examples]
 
 
-def open_references(reference: Artefact, base: Artefact, weights: Weights) -> References:
-    """The reference values an artefact holds, or its policy ready to be asked for them."""
+def open_references(reference: Artifact, base: Artifact, weights: TrainableWeights) -> References:
+    """The reference values an artifact holds, or its policy ready to be asked for them."""
     if (reference.path / "references.jsonl").exists():
         return StoredReferences()
     if weights.lora.rank and reference.digest == base.digest:
         return AdapterSwitchedOff()
-    loaded = PolicyFiles(reference.path).load(weights.dtype, apart=True)
+    loaded = PolicyCheckpoint(reference.path).load(weights.dtype, keep_adapter=True)
     make_scoring(loaded)
     return SecondModel(loaded.model)
 

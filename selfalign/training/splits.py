@@ -20,7 +20,7 @@ from selfalign.core.files import digest_text
 from selfalign.core.jsonl import HasId, stream_records
 from selfalign.core.records import Demonstration, PreferencePair, Prompt, RankedAnswers
 from selfalign.data.turns import as_prompt, as_text, compared, texts_in
-from selfalign.store.artifacts import Artefact
+from selfalign.store.artifacts import Artifact
 from selfalign.training.dataset import StoredExamples
 
 Digests = np.ndarray[Any, np.dtype[np.uint64]]
@@ -62,7 +62,7 @@ def _digest(kind: str, text: str) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class KnownTexts:
     """What was trained on, as digests in ascending order.
 
     Attributes:
@@ -77,14 +77,14 @@ class Known:
     judged: Digests
 
     @classmethod
-    def of(cls, artefacts: Sequence[Artefact]) -> "Known":
-        """All demonstrations, pairs and taught ranked answers of these artefacts."""
+    def of(cls, artifacts: Sequence[Artifact]) -> "KnownTexts":
+        """All demonstrations, pairs and taught ranked answers of these artifacts."""
         own, around, judged = array("Q"), array("Q"), array("Q")
-        for artefact in artefacts:
-            for texts in _stream_texts(artefact.path):
+        for artifact in artifacts:
+            for texts in _stream_texts(artifact.path):
                 own.extend(texts.own)
                 around.extend(texts.around)
-            for question in _stream(artefact.path / "taught.jsonl", RankedAnswers):
+            for question in _stream(artifact.path / "taught.jsonl", RankedAnswers):
                 asked, *answers = texts_of(as_prompt(question.instruction), *question.texts).own
                 own.append(asked)
                 judged.extend(answers)
@@ -98,17 +98,17 @@ class Known:
 
 
 def _stream_texts(folder: Path) -> Iterator[Texts]:
-    """What an artefact's demonstrations and pairs say."""
+    """What an artifact's demonstrations and pairs say."""
     for shown in _stream(folder / "demonstrations.jsonl", Demonstration):
         yield texts_of(shown.prompt, shown.response)
     for pair in _stream(folder / "pairs.jsonl", PreferencePair):
         yield texts_of(pair.prompt, pair.chosen, pair.rejected)
 
 
-def prompts_of(artefact: Artefact) -> Iterator[str]:
+def prompts_of(artifact: Artifact) -> Iterator[str]:
     """Yields what is said in the prompts of its demonstrations and pairs, as it is compared."""
     for name, kind in (("demonstrations", Demonstration), ("pairs", PreferencePair)):
-        for record in _stream(artefact.path / f"{name}.jsonl", kind):
+        for record in _stream(artifact.path / f"{name}.jsonl", kind):
             yield from texts_in(record.prompt)
 
 
@@ -134,7 +134,7 @@ class Split:
     passed_over: int
 
 
-def split_pairs(pairs: Iterable[PreferencePair], count: int, known: Known) -> Split:
+def split_pairs(pairs: Iterable[PreferencePair], count: int, known: KnownTexts) -> Split:
     """Sets pairs aside that share no text with each other, with the pairs that are left to train on, or with `known`.
 
     The pairs that share a text with one that is held out are set aside with it and used for nothing: the others of the
@@ -154,26 +154,27 @@ def split_pairs(pairs: Iterable[PreferencePair], count: int, known: Known) -> Sp
     held = _pick(table, count, taken)
     size, passed = len(table.own), int(taken.sum())
     if count >= size:
-        raise SelfalignError(f"train.held_out_pairs={count} of {size} pairs leaves none to train on: lower it")
+        raise SelfalignError(f"train.validation_pairs={count} of {size} pairs leaves none to train on: lower it")
     if len(held) < count:
         raise SelfalignError(
-            f"train.held_out_pairs={count}: of {size} pairs only {len(held)} share no prompt and no response with each "
+            f"train.validation_pairs={count}: of {size} pairs only {len(held)} share no prompt and no response with "
+            f"each "
             f"other and with what was trained on before ({passed} share one with that, as with SFT data); lower it, or "
-            "measure on other pairs with evaluate.preferences.source"
+            "measure on other pairs with evaluate.preference_pairs.source"
         )
     own, every = table.texts_of(held)
     aside = _among(table.own, every).any(axis=1) | table.around_is_among(own)
     training = np.flatnonzero(~aside)
     if not len(training):
         raise SelfalignError(
-            f"train.held_out_pairs={count} of {size} pairs leaves none to train on: all the others share a prompt or "
+            f"train.validation_pairs={count} of {size} pairs leaves none to train on: all the others share a prompt or "
             "response with one that is held out"
         )
     return Split(training, held, int(aside.sum()) - len(held), passed)
 
 
 def hold_out(
-    examples: StoredExamples[E], file: Path, count: int, trained_on: Sequence[Artefact]
+    examples: StoredExamples[E], file: Path, count: int, trained_on: Sequence[Artifact]
 ) -> tuple[StoredExamples[E], StoredExamples[E], Split | None]:
     """(pairs to train on, pairs to measure on, how that came about); all of them, none and None where none is wanted.
 
@@ -181,7 +182,7 @@ def hold_out(
         examples: the pairs that are not too long.
         file: pairs.jsonl with their texts, in the same order.
         count: how many to measure on.
-        trained_on: artefacts with what the policy has learnt from.
+        trained_on: artifacts with what the policy has learnt from.
 
     Raises:
         SelfalignError: as `split_pairs`.
@@ -190,7 +191,7 @@ def hold_out(
         return examples, examples.take([]), None
     records = stream_records(file, PreferencePair)
     fitting = (next(pair for pair in records if pair.id == name) for name in examples.ids())
-    split = split_pairs(fitting, count, Known.of(trained_on))
+    split = split_pairs(fitting, count, KnownTexts.of(trained_on))
     return examples.take(split.training), examples.take(split.held_out), split
 
 

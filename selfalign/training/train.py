@@ -6,25 +6,25 @@ from typing import cast
 import torch
 
 from selfalign.core import distributed
-from selfalign.models.checkpoint import Policy, PolicyFiles
+from selfalign.models.checkpoint import Policy, PolicyCheckpoint
 from selfalign.models.scorer import make_scoring
-from selfalign.store.artifacts import Workspace
+from selfalign.store.artifacts import StageOutput
 from selfalign.training.checkpoint_selection import CheckpointSelector
-from selfalign.training.config import Optimization, Weights
+from selfalign.training.config import Optimization, TrainableWeights
 from selfalign.training.objective import Example, Objective
-from selfalign.training.parallelism import collect
+from selfalign.training.parallelism import gather_full_tensors
 from selfalign.training.prepare import prepare
 
 
 def train(
-    out: Workspace,
+    out: StageOutput,
     *,
-    policy: PolicyFiles,
-    base: PolicyFiles,
+    policy: PolicyCheckpoint,
+    base: PolicyCheckpoint,
     examples: Sequence[Example],
     objective: Objective,
     optimization: Optimization,
-    weights: Weights,
+    weights: TrainableWeights,
     checkpoints: CheckpointSelector | None = None,
 ) -> Policy:
     """Trains a policy and writes it into the workspace; goes on from the last checkpoint if there is one.
@@ -48,10 +48,10 @@ def train(
     # Importing transformers' Trainer takes seconds, which no one who only composes a config should wait for.
     from selfalign.training.trainer import StepTrainer
 
-    weights.layout.check_possible()
+    weights.parallelism.check_possible()
     torch.manual_seed(weights.seed)
     # What is shared out goes to the GPU a layer at a time.
-    loaded = policy.load(weights.dtype, device="cpu" if weights.layout.sharded else "", trainable=True)
+    loaded = policy.load(weights.dtype, device="cpu" if weights.parallelism.sharded else "", trainable=True)
     prepare(loaded, policy, weights, optimization.dropout)
     if optimization.gradient_checkpointing:
         # transformers 5.23 has renamed it; older ones know the first name only.
@@ -66,17 +66,17 @@ def train(
         make_scoring(loaded)
     loaded.model.eval()
     whole = loaded
-    if weights.layout.sharded:
-        whole = put_together(loaded, policy, weights)
-    distributed.on_main(lambda: PolicyFiles(out.path).save(cast(Policy, whole), base))
+    if weights.parallelism.sharded:
+        whole = gather_full_policy(loaded, policy, weights)
+    distributed.on_main(lambda: PolicyCheckpoint(out.path).save(cast(Policy, whole), base))
     return loaded
 
 
-def put_together(shared: Policy, start: PolicyFiles, weights: Weights) -> Policy | None:
+def gather_full_policy(shared: Policy, start: PolicyCheckpoint, weights: TrainableWeights) -> Policy | None:
     """The trained policy, of which each process has a share, whole in the main process; None in the others."""
     whole = None
     if distributed.is_main():
         whole = start.load(weights.dtype, device="cpu", trainable=True)
         prepare(whole, start, weights, 0.0)
-    collect(shared.model, whole.model if whole else None)
+    gather_full_tensors(shared.model, whole.model if whole else None)
     return whole

@@ -23,19 +23,19 @@ from selfalign.core.files import derive_seed
 from selfalign.metrics import catalog
 from selfalign.metrics.accumulate import Sums, add_sums, averages
 from selfalign.models.checkpoint import Policy, autocast, default_device
-from selfalign.store.artifacts import Workspace
+from selfalign.store.artifacts import StageOutput
 from selfalign.training import resume_state
 from selfalign.training.checkpoint_selection import CheckpointSelector
-from selfalign.training.config import Optimization, Weights
-from selfalign.training.objective import Example, Objective, Outcome
+from selfalign.training.config import Optimization, TrainableWeights
+from selfalign.training.objective import Example, Objective, ObjectiveOutput
 from selfalign.training.optimizers import build_optimizer
-from selfalign.training.parallelism import Layout, Pass, keep_masters, my_passes
+from selfalign.training.parallelism import Microbatch, Parallelism, local_microbatches, upcast_trainable
 
 STATE = "trainer_state.json"
 """Trainer's own state; it is written last, so a checkpoint is whole when it can be read."""
 
 
-class Steps(Dataset[list[Example]]):
+class StepDataset(Dataset[list[Example]]):
     """The examples of each optimiser step, all epochs in a row, each in its own order drawn from the seed."""
 
     def __init__(self, examples: Sequence[Example], batch_size: int, epochs: int, seed: int) -> None:
@@ -77,8 +77,8 @@ class StepTrainer(Trainer):
         examples: Sequence[Example],
         objective: Objective,
         optimization: Optimization,
-        out: Workspace,
-        weights: Weights,
+        out: StageOutput,
+        weights: TrainableWeights,
         checkpoints: CheckpointSelector | None = None,
     ) -> None:
         self.policy = policy
@@ -90,10 +90,10 @@ class StepTrainer(Trainer):
         self.folder = out.scratch / "checkpoints"
         self.step_metrics: dict[str, float] = {}
         self.step_tokens = 0
-        self.steps = Steps(examples, optimization.batch_size, optimization.epochs, weights.seed)
-        arguments = _arguments(optimization, self.folder, weights.layout, len(self.steps))
+        self.steps = StepDataset(examples, optimization.batch_size, optimization.epochs, weights.seed)
+        arguments = _arguments(optimization, self.folder, weights.parallelism, len(self.steps))
         if arguments.fsdp_plugin_args:
-            arguments.fsdp_plugin_args["mixed_precision_policy"] = keep_masters(policy.model)
+            arguments.fsdp_plugin_args["mixed_precision_policy"] = upcast_trainable(policy.model)
         super().__init__(
             model=policy.model,
             args=arguments,
@@ -134,14 +134,14 @@ class StepTrainer(Trainer):
         model.train()
         examples = self.objective.arrange(inputs)
         weight = self.objective.weight(examples)
-        passes = my_passes(examples, self.optimization.batch_tokens)
-        share = Share()
+        passes = local_microbatches(examples, self.optimization.microbatch_tokens)
+        share = StepTotals()
         for number, part in enumerate(passes, start=1):
             if self.optimization.dropout:
                 step, rank = self.state.global_step, distributed.rank()
                 torch.manual_seed(derive_seed(self.weights.seed, "dropout", step, rank, number))
             # DDP adds gradients up once a step; FSDP2 in every pass, or each process would keep them all.
-            together = number == len(passes) or self.weights.layout.sharded
+            together = number == len(passes) or self.weights.parallelism.sharded
             with nullcontext() if together else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
                     outcome = self.objective(model, part.examples)
@@ -150,7 +150,7 @@ class StepTrainer(Trainer):
                 self.accelerator.backward(outcome.loss * scale)
             share.add(part, outcome)
         share.peak_memory = peak_memory(self.args.device)
-        whole = reduce(Share.joined, distributed.gather(share))
+        whole = reduce(StepTotals.joined, distributed.gather(share))
         if whole.broken:
             ids = ", ".join(dict.fromkeys(whole.broken))
             raise SelfalignError(
@@ -200,7 +200,7 @@ class StepTrainer(Trainer):
 
 
 @dataclass(slots=True)
-class Share:
+class StepTotals:
     """Loss and metric totals of one optimizer step on one rank, or merged over ranks by `joined`; fields as in
     `Outcome`.
 
@@ -214,20 +214,20 @@ class Share:
     broken: list[str] = field(default_factory=list)
     peak_memory: int = 0
 
-    def add(self, part: Pass[Any], outcome: Outcome) -> None:
+    def add(self, part: Microbatch[Any], outcome: ObjectiveOutput) -> None:
         """Counts a pass in; a repeated one is another process's to count."""
         if part.repeated:
             return
         loss = float(outcome.loss.detach())
         broken = [] if math.isfinite(loss) else [example.id for example in part.examples]
-        seen = Share(loss, outcome.metrics, outcome.distance, outcome.loss_distance, broken)
+        seen = StepTotals(loss, outcome.metrics, outcome.distance, outcome.loss_distance, broken)
         joined = self.joined(seen)
         for name in self.__slots__:
             setattr(self, name, getattr(joined, name))
 
-    def joined(self, other: "Share") -> "Share":
+    def joined(self, other: "StepTotals") -> "StepTotals":
         """Both together."""
-        return Share(
+        return StepTotals(
             self.loss + other.loss,
             add_sums(self.metrics, other.metrics),
             max(self.distance, other.distance),
@@ -246,7 +246,7 @@ class _AroundStep(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         trainer = self.trainer
-        trainer.weights.layout.check_effect(trainer.accelerator, trainer.model_wrapped)
+        trainer.weights.parallelism.check_effect(trainer.accelerator, trainer.model_wrapped)
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.started = time.monotonic()
@@ -262,7 +262,7 @@ class _AroundStep(TrainerCallback):
         if checkpoints is not None:
             with torch.random.fork_rng():
                 last = step == len(self.trainer.steps)
-                control.should_training_stop |= checkpoints.visit(self.trainer.policy, step, last=last)
+                control.should_training_stop |= checkpoints.on_checkpoint(self.trainer.policy, step, last=last)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -284,7 +284,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def _arguments(optimization: Optimization, folder: Path, layout: Layout, steps: int) -> TrainingArguments:
+def _arguments(optimization: Optimization, folder: Path, layout: Parallelism, steps: int) -> TrainingArguments:
     names = {"constant": "constant_with_warmup"}
     schedule: dict[str, Any] = {"lr_scheduler_type": names.get(optimization.schedule, optimization.schedule)}
     if optimization.schedule == "cosine":
@@ -296,8 +296,8 @@ def _arguments(optimization: Optimization, folder: Path, layout: Layout, steps: 
         num_train_epochs=1,
         learning_rate=optimization.learning_rate,
         # The rate is 0 at the first of them, so they are never all there are.
-        warmup_steps=min(math.ceil(optimization.warmup_share * steps), steps - 1),
-        max_grad_norm=optimization.max_gradient_norm,
+        warmup_steps=min(math.ceil(optimization.warmup_ratio * steps), steps - 1),
+        max_grad_norm=optimization.max_grad_norm,
         save_steps=optimization.checkpoint_steps,
         logging_steps=1,
         logging_nan_inf_filter=False,

@@ -10,7 +10,7 @@ from benching import measure
 from builders import Killed, Script, completion, killed_after, loaded, small_context_policy
 from chat_server import ChatServer, chat, chat_server
 
-from selfalign.benchmarks.alpaca_eval import AlpacaEval, AlpacaReferee
+from selfalign.benchmarks.alpaca_eval import AlpacaComparator, AlpacaEval
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
 from selfalign.data.sources import as_prompt
@@ -18,7 +18,7 @@ from selfalign.engines.openai_client import Endpoint
 from selfalign.engines.protocol import Sampling
 from selfalign.engines.transformers import Transformers
 from selfalign.metrics.intervals import length_controlled, wilson
-from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.tokenizer import encode_prompt
 
 PROMPT = (
@@ -42,11 +42,11 @@ def alpaca_eval(folder: Path, rows: list[dict[str, str]] = REFERENCES, **judge: 
     path = folder / "reference.json"
     path.write_text(json.dumps(rows), encoding="utf-8")
     sampling = Sampling(max_new_tokens=6)
-    return AlpacaEval(reference_outputs=str(path), sampling=sampling, judge=AlpacaReferee(prompt=PROMPT, **judge))
+    return AlpacaEval(reference_outputs=str(path), sampling=sampling, judge=AlpacaComparator(prompt=PROMPT, **judge))
 
 
 def at(server: ChatServer) -> Endpoint:
-    return Endpoint(base_url=server.url, model="judge-1", key_variable="")
+    return Endpoint(base_url=server.url, model="judge-1", api_key_env="")
 
 
 def verdict(body: dict[str, Any]) -> bytes:
@@ -59,15 +59,15 @@ def verdict(body: dict[str, Any]) -> bytes:
     return chat("[[C]]" if not worth else "[[A]]" if (worth > 0) == first_is_ours else "[[B]]")
 
 
-def judged(folder: Path, policy: PolicyFiles, **more: Any) -> dict[str, Any]:
+def judged(folder: Path, policy: PolicyCheckpoint, **more: Any) -> dict[str, Any]:
     """The counts of four given answers, judged by the table."""
     script = Script(loaded(policy.path), [completion(answer) for answer in ANSWERS], per_batch=1)
     script.plan = lambda lengths, samples, most: [[index] for index in range(len(lengths))]  # in the records' order
     with chat_server(verdict) as server:
-        return measure(folder, alpaca_eval(folder, endpoint=at(server), **more), policy, generate=script)
+        return measure(folder, alpaca_eval(folder, endpoint=at(server), **more), policy, engine=script)
 
 
-def test_win_rates_are_of_the_models_answers_in_both_orders(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_win_rates_are_of_the_models_answers_in_both_orders(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     counts = judged(tmp_path, tiny_policy)
     assert (counts["wins"], counts["ties"], counts["losses"], counts["comparisons"]) == (1, 1, 1, 4)
     expected = wilson(1.5, 3)
@@ -80,13 +80,13 @@ def test_win_rates_are_of_the_models_answers_in_both_orders(tmp_path: Path, tiny
     assert counts["judge/requests"] == 8
 
 
-def test_judge_that_names_one_place_gives_half_and_full_bias(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_judge_that_names_one_place_gives_half_and_full_bias(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     with chat_server("[[A]]") as server:
         counts = measure(tmp_path, alpaca_eval(tmp_path, endpoint=at(server)), tiny_policy)
     assert (counts["win_rate"], counts["judge/position_bias"], counts["ties"]) == (0.5, 1.0, 4)
 
 
-def test_files_are_in_alpaca_evals_layout(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_files_are_in_alpaca_evals_layout(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     counts = judged(tmp_path, tiny_policy)
     model = f"M2-{tiny_policy.digest[:8]}"
     outputs = read_json(tmp_path / "out" / model / "model_outputs.json")
@@ -106,15 +106,17 @@ def test_files_are_in_alpaca_evals_layout(tmp_path: Path, tiny_policy: PolicyFil
     assert (preferences[preferences.between(1, 2)] - 1).mean() == pytest.approx(counts["win_rate"])
 
 
-def test_policy_judges_by_its_verdict_tokens(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_policy_judges_by_its_verdict_tokens(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     counts = measure(tmp_path, alpaca_eval(tmp_path), tiny_policy, tiny_policy)
     assert counts["wins"] + counts["ties"] + counts["losses"] == 4
-    assert "judge/place_preference" in counts
+    assert "judge/position_bias_nats" in counts
     [annotations] = (tmp_path / "out").glob(f"*/sft-{tiny_policy.digest[:8]}/annotations.json")
     assert len(read_json(annotations)) == 4
 
 
-def test_instruction_that_does_not_fit_is_counted_and_not_compared(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_instruction_that_does_not_fit_is_counted_and_not_compared(
+    tmp_path: Path, tiny_policy: PolicyCheckpoint
+) -> None:
     rows = [*REFERENCES, {"instruction": "word " * 400, "output": "x", "generator": "ref-1", "dataset": "koala"}]
     longest = max(len(encode_prompt(tiny_policy.load_tokenizer(), as_prompt(r["instruction"]))) for r in REFERENCES)
     small = small_context_policy(tiny_policy, tmp_path / "small", longest + 6)
@@ -123,21 +125,21 @@ def test_instruction_that_does_not_fit_is_counted_and_not_compared(tmp_path: Pat
     assert (counts["dropped"], counts["comparisons"]) == ({"unanswered": 1}, 4)
 
 
-def test_judge_without_verdicts_stops_and_names_its_setting(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_judge_without_verdicts_stops_and_names_its_setting(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     with chat_server("No.") as server, pytest.raises(SelfalignError, match=r"4 of 4 .*benchmark.alpaca_eval.judge, or"):
         measure(tmp_path, alpaca_eval(tmp_path, endpoint=at(server)), tiny_policy)
 
 
 def test_killed_benchmark_continues_and_loses_no_finished_batch(
-    tmp_path: Path, tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_policy: PolicyCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backend = Transformers(dtype="float32", batch_tokens=40)
+    backend = Transformers(dtype="float32", max_batch_tokens=40)
     with killed_after(100, monkeypatch) as all_sizes:
-        measure(tmp_path / "whole", made := alpaca_eval(tmp_path), tiny_policy, tiny_policy, generate=backend)
+        measure(tmp_path / "whole", made := alpaca_eval(tmp_path), tiny_policy, tiny_policy, engine=backend)
     with killed_after(2, monkeypatch) as sizes, pytest.raises(Killed):
-        measure(tmp_path / "killed", made, tiny_policy, tiny_policy, generate=backend)
+        measure(tmp_path / "killed", made, tiny_policy, tiny_policy, engine=backend)
     with killed_after(100, monkeypatch) as rest:
-        measure(tmp_path / "killed", made, tiny_policy, tiny_policy, generate=backend)
+        measure(tmp_path / "killed", made, tiny_policy, tiny_policy, engine=backend)
     assert sizes + rest == all_sizes
     whole, killed = (
         {path.name: path.read_bytes() for path in (tmp_path / name / "out").rglob("*.json")}
@@ -163,6 +165,6 @@ def test_bad_reference_outputs_are_named_with_their_row(tmp_path: Path) -> None:
         alpaca_eval(tmp_path, [*REFERENCES, REFERENCES[0] | {"output": "No."}]).sources("benchmark.alpaca_eval")
     with pytest.raises(SelfalignError, match=r"reference.json row 1: .*output"):
         alpaca_eval(tmp_path, [REFERENCES[0], {"instruction": "a"}]).sources("benchmark.alpaca_eval")
-    missing = AlpacaEval(reference_outputs="/nowhere/a.json", judge=AlpacaReferee(prompt=PROMPT))
+    missing = AlpacaEval(reference_outputs="/nowhere/a.json", judge=AlpacaComparator(prompt=PROMPT))
     with pytest.raises(SelfalignError, match=r"^benchmark.alpaca_eval.reference_outputs: .*no such file"):
         missing.sources("benchmark.alpaca_eval")

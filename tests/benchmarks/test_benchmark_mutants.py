@@ -58,8 +58,8 @@ MUTANTS: dict[str, tuple[ModuleType, ModuleType, str, str, Check]] = {
     ),
     "reference as the first": (
         alpaca_eval, test_alpaca_eval,
-        "return Duel(asked, first, second)",
-        "return Duel(asked, second, first)",
+        "return ResponsePair(asked, first, second)",
+        "return ResponsePair(asked, second, first)",
         test_alpaca_eval.test_win_rates_are_of_the_models_answers_in_both_orders,
     ),
     "preference for the reference": (

@@ -28,12 +28,12 @@ from mutation import Check, assert_caught
 from selfalign.benchmarks import lm_eval
 from selfalign.benchmarks.lm_eval import LmEval
 from selfalign.benchmarks.lm_eval_settings import LmEvalTask
-from selfalign.benchmarks.protocol import Entrant
+from selfalign.benchmarks.protocol import BenchmarkContext
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_folder
 from selfalign.engines.transformers import Transformers
 from selfalign.metrics.catalog import of_benchmark
-from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.store.artifacts import Counts
 
 TASKS = Path(__file__).parent / "tasks"
@@ -49,11 +49,11 @@ def asked(name: str = "quiz", metric: str = "acc", num_fewshot: int | None = 0, 
     return LmEval(**{"tasks": [task], "include_path": str(TASKS), **changes})
 
 
-def measured(folder: Path, policy: PolicyFiles, settings: LmEval) -> Counts:
+def measured(folder: Path, policy: PolicyCheckpoint, settings: LmEval) -> Counts:
     """What the benchmark makes of a policy; its files lie in the folder."""
-    generate = Transformers(dtype="float32")
-    entrant = Entrant(key="benchmark.lm_eval", label="M1", policy=policy, judge=None, generate=generate, seed=0)
-    return settings.measure(entrant, workspace(folder))
+    engine = Transformers(dtype="float32")
+    context = BenchmarkContext(key="benchmark.lm_eval", label="M1", policy=policy, judge=None, engine=engine, seed=0)
+    return settings.measure(context, workspace(folder))
 
 
 def samples(folder: Path, task: str = "quiz") -> list[dict[str, Any]]:
@@ -64,7 +64,7 @@ def written(folder: Path) -> dict[str, str]:
     return {name: digest for name, digest in digest_folder(folder, without=("scratch",)).items()}
 
 
-def log_likelihood(policy: PolicyFiles, context: str, ending: str) -> float:
+def log_likelihood(policy: PolicyCheckpoint, context: str, ending: str) -> float:
     """log p(ending | context), nats, from full logits of this one text."""
     reader = loaded(policy.path)
     start = len(reader.tokenizer(context)["input_ids"])
@@ -80,7 +80,7 @@ def log_likelihood(policy: PolicyFiles, context: str, ending: str) -> float:
 @NEEDS_LM_EVAL
 @pytest.mark.parametrize("metric", ["acc", "acc_norm"])
 def test_accuracy_is_that_of_log_likelihoods_worked_out_by_hand(
-    tmp_path: Path, tiny_policy: PolicyFiles, metric: str
+    tmp_path: Path, tiny_policy: PolicyCheckpoint, metric: str
 ) -> None:
     counts = measured(tmp_path, tiny_policy, asked(metric=metric, limit=12, batch_size=4))
     right = []
@@ -102,7 +102,7 @@ def test_accuracy_is_that_of_log_likelihoods_worked_out_by_hand(
 
 
 @NEEDS_LM_EVAL
-def test_numbers_are_those_of_lm_eval_called_by_hand(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_numbers_are_those_of_lm_eval_called_by_hand(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -130,7 +130,7 @@ def test_numbers_are_those_of_lm_eval_called_by_hand(tmp_path: Path, tiny_policy
 
 
 @NEEDS_LM_EVAL
-def test_prompt_has_as_many_solved_examples_as_asked(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_prompt_has_as_many_solved_examples_as_asked(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     for shots in (0, 2):
         measured(tmp_path / str(shots), tiny_policy, asked(num_fewshot=shots, limit=3))
         prompts = [sample["arguments"][0][0] for sample in samples(tmp_path / str(shots))]
@@ -138,7 +138,7 @@ def test_prompt_has_as_many_solved_examples_as_asked(tmp_path: Path, tiny_policy
 
 
 @NEEDS_LM_EVAL
-def test_chat_template_wraps_the_prompt_only_when_asked(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_chat_template_wraps_the_prompt_only_when_asked(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     for chat in (False, True):
         measured(tmp_path / str(chat), tiny_policy, asked(limit=2, apply_chat_template=chat))
         prompt = samples(tmp_path / str(chat))[0]["arguments"][0][0]
@@ -147,7 +147,7 @@ def test_chat_template_wraps_the_prompt_only_when_asked(tmp_path: Path, tiny_pol
 
 
 @NEEDS_LM_EVAL
-def test_several_tasks_have_examples_and_metrics_of_their_own(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_several_tasks_have_examples_and_metrics_of_their_own(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     tasks = [
         LmEvalTask(name="both", metric="acc", num_fewshot=1),
         LmEvalTask(name="finish", metric="exact_match,first-word"),
@@ -168,7 +168,7 @@ def test_several_tasks_have_examples_and_metrics_of_their_own(tmp_path: Path, ti
 @NEEDS_LM_EVAL
 @pytest.mark.parametrize(("name", "metric", "context"), [("quiz", "acc", 22), ("finish", "exact_match,whole", 28)])
 def test_prompts_that_do_not_fit_are_counted(
-    tmp_path: Path, tiny_policy: PolicyFiles, name: str, metric: str, context: int
+    tmp_path: Path, tiny_policy: PolicyCheckpoint, name: str, metric: str, context: int
 ) -> None:
     small = small_context_policy(tiny_policy, tmp_path / "small", context)
     counts = measured(tmp_path / "out", small, asked(name, metric, limit=8))
@@ -188,7 +188,7 @@ def test_prompts_that_do_not_fit_are_counted(
 
 @NEEDS_LM_EVAL
 def test_killed_measurement_goes_on_with_the_batch_in_flight(
-    tmp_path: Path, tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_policy: PolicyCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lm_eval.models.huggingface import HFLM
 
@@ -237,7 +237,7 @@ def test_run_measures_every_model_and_finds_it_there_the_next_time(tmp_path: Pat
     assert {of_benchmark(name).name for name in names} == {
         "{benchmark}/{task}/{metric}", "{benchmark}/{task}/documents", "{benchmark}/{task}/prompts_cut",
     }  # fmt: skip
-    assert (folder / "artefacts/evaluation_M2/lm_eval/results.json").exists()
+    assert (folder / "artifacts/evaluation_M2/lm_eval/results.json").exists()
     made = {path for path in (tmp_path / "out/store/benchmark").iterdir() if path.is_dir()}
     run(tmp_path / "out", *command)
     assert {path for path in (tmp_path / "out/store/benchmark").iterdir() if path.is_dir()} == made
@@ -260,7 +260,7 @@ def test_run_measures_every_model_and_finds_it_there_the_next_time(tmp_path: Pat
     ],
 )
 def test_task_that_cannot_be_measured_is_one_line(
-    tmp_path: Path, tiny_policy: PolicyFiles, settings: LmEval, message: str
+    tmp_path: Path, tiny_policy: PolicyCheckpoint, settings: LmEval, message: str
 ) -> None:
     with pytest.raises(SelfalignError, match=message) as raised:
         measured(tmp_path, tiny_policy, settings)

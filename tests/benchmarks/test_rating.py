@@ -6,7 +6,7 @@ from builders import loaded
 from selfalign.benchmarks.rating import HIGH, LOW, OPENING, RatingTokens, expected_rating, parse_rating
 from selfalign.core.records import FinishReason, JudgementStatus
 from selfalign.data.sources import as_prompt
-from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.tokenizer import encode_prompt
 
 SAID = {
@@ -85,7 +85,7 @@ def test_ten_as_one_token_needs_no_second_look() -> None:
     assert expected_rating([0.0] * 9 + [1.0]).score == 10
 
 
-def test_tokens_are_those_a_judge_would_write(tiny_policy: PolicyFiles) -> None:
+def test_tokens_are_those_a_judge_would_write(tiny_policy: PolicyCheckpoint) -> None:
     policy = loaded(tiny_policy.path)
     tokens = RatingTokens.of(policy.tokenizer)
     start = encode_prompt(policy.tokenizer, as_prompt("x"), OPENING)

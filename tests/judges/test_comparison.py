@@ -12,30 +12,30 @@ from builders import instruction, response
 from selfalign.core.records import Comparison, FinishReason, JudgementStatus, Verdict
 from selfalign.judges import comparisons as module
 from selfalign.judges.comparisons import (
-    Duel,
-    Reading,
-    Showing,
+    OrderedPair,
+    PairVerdict,
+    ResponsePair,
     bias_statistics,
-    compare,
+    combine_orders,
+    compare_in_both_orders,
     expected_win_rates,
     parse_verdict,
-    settle,
     win_shares,
 )
 
 A, B, TIE = Verdict.A, Verdict.B, Verdict.TIE
 OK = JudgementStatus.OK
-DUEL = Duel(instruction("q"), response("q-1", "red"), response("q-2", "blue"))
+PAIR = ResponsePair(instruction("q"), response("q-1", "red"), response("q-2", "blue"))
 
 
 def compared(says: dict[tuple[str, str], Verdict | None]) -> Comparison:
-    """One duel under a judge who says this of (shown first, shown second)."""
+    """One pair under a judge who says this of (shown first, shown second)."""
 
-    def read(showings: list[Showing]) -> list[Reading]:
-        said = [says[showing.texts] for showing in showings]
-        return [Reading(OK if v else JudgementStatus.PROMPT_TOO_LONG, v, str(v)) for v in said]
+    def read(orders: list[OrderedPair]) -> list[PairVerdict]:
+        said = [says[ordered.texts] for ordered in orders]
+        return [PairVerdict(OK if v else JudgementStatus.PROMPT_TOO_LONG, v, str(v)) for v in said]
 
-    [made] = compare([DUEL], read, "m")
+    [made] = compare_in_both_orders([PAIR], read, "m")
     return made
 
 
@@ -54,7 +54,7 @@ def compared(says: dict[tuple[str, str], Verdict | None]) -> Comparison:
     ],
 )
 def test_response_wins_only_where_both_orders_say_so(forward: Verdict, backward: Verdict, outcome: float) -> None:
-    assert settle(forward, backward) == outcome
+    assert combine_orders(forward, backward) == outcome
     made = compared({("red", "blue"): forward, ("blue", "red"): backward})
     assert (made.outcome, made.forward, made.backward, made.status) == (outcome, forward, backward, OK)
     assert (made.first_id, made.second_id, made.instruction_id) == ("q-1", "q-2", "q")
@@ -101,9 +101,9 @@ def test_broken_comparison_is_caught(monkeypatch: pytest.MonkeyPatch, old: str, 
     monkeypatch.setitem(sys.modules, "broken", broken)
     exec(compile(source.replace(old, new), "broken", "exec"), broken.__dict__)
     table = [(A, B), (B, A), (A, A), (B, B), (A, TIE), (TIE, A), (B, TIE), (TIE, B), (TIE, TIE)]
-    same = [broken.settle(f, b) == settle(f, b) for f, b in table]
-    duel = broken.Duel(DUEL.instruction, DUEL.first, DUEL.second)
-    same.append(broken.Showing(duel, True).texts == ("blue", "red"))
+    same = [broken.combine_orders(f, b) == combine_orders(f, b) for f, b in table]
+    pair = broken.ResponsePair(PAIR.instruction, PAIR.first, PAIR.second)
+    same.append(broken.OrderedPair(pair, True).texts == ("blue", "red"))
     try:
         same.append(broken.parse_verdict("[[A]] [[B]]").verdict is None)
         same.append(broken.parse_verdict("[[A]]\nFinal verdict: B").verdict is None)
@@ -155,7 +155,7 @@ def test_written_verdict(text: str, status: JudgementStatus, verdict: Verdict | 
     ],
 )
 def test_words_of_a_server_that_refuses_are_no_verdict(finish: FinishReason, status: JudgementStatus) -> None:
-    assert parse_verdict("status 400: [[A]] is not allowed", finish) == Reading(
+    assert parse_verdict("status 400: [[A]] is not allowed", finish) == PairVerdict(
         status, None, "status 400: [[A]] is not allowed"
     )
 

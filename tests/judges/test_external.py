@@ -18,7 +18,7 @@ from selfalign.core.records import Comparison, Judgement, JudgementStatus, Respo
 from selfalign.engines.openai_client import Endpoint
 from selfalign.judges.external import ExternalScore
 from selfalign.judges.pairwise import Pairwise
-from selfalign.store.artifacts import canonical
+from selfalign.store.artifacts import to_key_json
 
 KEY = "sk-very-secret-0123456789"
 OK, NONE = JudgementStatus.OK, JudgementStatus.NO_SCORE
@@ -32,7 +32,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def at(server: ChatServer, **settings: Any) -> Endpoint:
-    return Endpoint(base_url=server.url, model="judge-1", key_variable="JUDGE_KEY", **settings)
+    return Endpoint(base_url=server.url, model="judge-1", api_key_env="JUDGE_KEY", **settings)
 
 
 def shown(body: dict[str, Any]) -> str:
@@ -43,7 +43,7 @@ def shown(body: dict[str, Any]) -> str:
 
 def test_scores_are_means_of_what_the_server_wrote(tmp_path: Path) -> None:
     with chat_server(lambda body: chat(f"Words.\nScore: {len(shown(body)) % 6}")) as server:
-        kind = ExternalScore(prompt=RUBRIC, endpoint=at(server, prompt_price=1.0, completion_price=3.0), samples=2)
+        kind = ExternalScore(prompt=RUBRIC, endpoint=at(server, prompt_price=1.0, completion_price=3.0), num_samples=2)
         counts, judgements = judged(tmp_path, kind, None)
     assert {name: j.score for name, j in judgements.items()} == {a.id: len(a.text) % 6 for a in ANSWERS}
     assert {j.model for j in judgements.values()} == {f"judge-1 at {server.url}"}
@@ -61,7 +61,10 @@ def test_server_is_asked_with_the_rubric_in_one_user_turn(tmp_path: Path) -> Non
     hostile = ANSWERS[4]
     with chat_server() as server:
         run_judge(
-            tmp_path, ExternalScore(prompt=RUBRIC, endpoint=at(server), samples=1), None, **given(tmp_path, [hostile])
+            tmp_path,
+            ExternalScore(prompt=RUBRIC, endpoint=at(server), num_samples=1),
+            None,
+            **given(tmp_path, [hostile]),
         )
     [message] = server.bodies[0]["messages"]
     assert message["role"] == "user"
@@ -71,7 +74,7 @@ def test_server_is_asked_with_the_rubric_in_one_user_turn(tmp_path: Path) -> Non
 def test_unreadable_answer_is_asked_for_again_with_another_seed(tmp_path: Path) -> None:
     answers = iter(["I cannot say.", "Score: 9", "Score: 2"])
     with chat_server(lambda body: chat(next(answers))) as server:
-        kind = ExternalScore(prompt=RUBRIC, endpoint=at(server), samples=1, retries=2)
+        kind = ExternalScore(prompt=RUBRIC, endpoint=at(server), num_samples=1, retries=2)
         counts, judgements = judged(tmp_path, kind, None, **given(tmp_path, ANSWERS[:1]))
     records = read_records(tmp_path / "out/judgements.jsonl", Judgement)
     assert [(j.status, j.attempt) for j in records] == [(NONE, 1), (JudgementStatus.OUT_OF_RANGE, 2), (OK, 3)]
@@ -86,7 +89,7 @@ def test_cut_and_refused_answers_have_their_own_status(tmp_path: Path) -> None:
 
     too_long = Fault(413)
     with chat_server(says, faults=[too_long]) as server:
-        kind = ExternalScore(prompt=RUBRIC, endpoint=at(server, concurrency=1), samples=1, retries=0)
+        kind = ExternalScore(prompt=RUBRIC, endpoint=at(server, concurrency=1), num_samples=1, retries=0)
         _, judgements = judged(tmp_path, kind, None, **given(tmp_path, [ANSWERS[1], ANSWERS[0], *ANSWERS[2:]]))
     assert [j.status for j in judgements.values()] == [
         JudgementStatus.PROMPT_TOO_LONG,
@@ -111,7 +114,7 @@ def test_one_refused_judgement_is_counted_and_tells_the_server_s_words(tmp_path:
 
     server = Picky(lambda body: chat("Score: 3"), [])
     server.start()
-    kind = ExternalScore(prompt=RUBRIC, endpoint=at(server), samples=2, max_failed_share=0.6)
+    kind = ExternalScore(prompt=RUBRIC, endpoint=at(server), num_samples=2, max_failure_rate=0.6)
     counts, _ = judged(tmp_path, kind, None)
     server.stop()
     assert counts["dropped"] == {"content_filter": 2, "prompt_too_long": 2, "refused": 2}
@@ -119,7 +122,7 @@ def test_one_refused_judgement_is_counted_and_tells_the_server_s_words(tmp_path:
     made = {j.id: j for j in read_records(tmp_path / "out/judgements.jsonl", Judgement)}
     assert made["bees-1-1"].text == 'status 400: {"error": {"message": "Content Exists Risk", "key": "[key]"}}'
     assert made["bees-3-2"].text == 'status 400: {"error": "I do not like this one. Score: 5"}'
-    strict = ExternalScore(prompt=RUBRIC, endpoint=at(server), samples=2, max_failed_share=0.59)
+    strict = ExternalScore(prompt=RUBRIC, endpoint=at(server), num_samples=2, max_failure_rate=0.59)
     with chat_server(lambda body: chat("no")) as again:
         strict.endpoint.base_url = again.url  # What was answered is in the journal; nothing is asked again.
         (tmp_path / "out/judgements.jsonl").unlink()
@@ -132,7 +135,7 @@ def test_thinking_that_ate_the_tokens_names_the_setting(tmp_path: Path) -> None:
     message = {"role": "assistant", "content": None, "reasoning_content": "hmm " * 60 + "Score: 2?"}
     body = json.dumps({"choices": [{"message": message, "finish_reason": "length"}]}).encode()
     with chat_server(lambda _: body) as server:
-        kind = ExternalScore(prompt=RUBRIC, endpoint=at(server), samples=1, retries=0)
+        kind = ExternalScore(prompt=RUBRIC, endpoint=at(server), num_samples=1, retries=0)
         with pytest.raises(SelfalignError) as error:
             run_judge(tmp_path, kind, None)
     assert str(error.value).startswith(
@@ -147,7 +150,7 @@ def test_thinking_that_ate_the_tokens_names_the_setting(tmp_path: Path) -> None:
 def test_unreadable_judgement_is_shown_by_its_end(tmp_path: Path) -> None:
     long = "回答切题，但不够完整，也没有给出足够的细节来支持它的结论。" * 8 + "\n评分:3"
     with chat_server(lambda body: chat(long)) as server:
-        kind = ExternalScore(prompt=RUBRIC, endpoint=at(server), samples=1, retries=0)
+        kind = ExternalScore(prompt=RUBRIC, endpoint=at(server), num_samples=1, retries=0)
         with pytest.raises(SelfalignError, match=r"wrote for example '….*\\n评分:3'. Try"):
             run_judge(tmp_path, kind, None)
 
@@ -159,7 +162,7 @@ def test_judge_that_thinks_in_parts_is_read(tmp_path: Path) -> None:
     ]
     body = json.dumps({"choices": [{"message": {"content": parts}, "finish_reason": "stop"}]}).encode()
     with chat_server(lambda _: body) as server:
-        kind = ExternalScore(prompt=RUBRIC, endpoint=at(server), samples=1, retries=0)
+        kind = ExternalScore(prompt=RUBRIC, endpoint=at(server), num_samples=1, retries=0)
         _, judgements = judged(tmp_path, kind, None)
     assert {(j.status, j.score, j.text) for j in judgements.values()} == {(OK, 4.0, "Score: 4")}
 
@@ -172,7 +175,7 @@ def test_unread_comparisons_are_shown_and_not_what_came_of_them(tmp_path: Path) 
 
 
 def test_killed_judging_asks_only_for_what_is_missing(tmp_path: Path) -> None:
-    kind_of = lambda server: ExternalScore(prompt=RUBRIC, endpoint=at(server, concurrency=1, retries=0), samples=2)  # noqa: E731
+    kind_of = lambda server: ExternalScore(prompt=RUBRIC, endpoint=at(server, concurrency=1, retries=0), num_samples=2)  # noqa: E731
     good = chat("Score: 1")
     with chat_server(lambda body: good, faults=[Fault(body=good)] * 6 + [Fault(500)] * 2) as server:
         with pytest.raises(SelfalignError, match="no usable answer"):
@@ -186,11 +189,11 @@ def test_killed_judging_asks_only_for_what_is_missing(tmp_path: Path) -> None:
 def test_patience_key_and_prices_are_no_part_of_what_judgements_depend_on() -> None:
     one = Endpoint(base_url="http://x/v1", model="m")
     other = Endpoint(
-        base_url="http://x/v1", model="m", key_variable="OTHER", concurrency=9, timeout_seconds=1, retries=1,
-        first_wait_seconds=0, prompt_price=1, completion_price=1,
+        base_url="http://x/v1", model="m", api_key_env="OTHER", concurrency=9, timeout_seconds=1, retries=1,
+        backoff_seconds=0, prompt_price=1, completion_price=1,
     )  # fmt: skip
     keyed = {"class": "Endpoint", "base_url": "http://x/v1", "model": "m", "parameters": {}}
-    assert canonical(one) == canonical(other) == keyed
+    assert to_key_json(one) == to_key_json(other) == keyed
 
 
 def test_pairwise_verdicts_are_read_from_what_a_server_writes(tmp_path: Path) -> None:
@@ -224,7 +227,7 @@ def test_comparisons_without_a_verdict_count_although_every_response_has_a_score
         return chat("Hm." if "They fly" in asked and "Nothing." in asked else "[[A]]")
 
     with chat_server(decides_all_but_one) as server:
-        kind = Pairwise(prompt=prompt, endpoint=at(server), max_failed_share=0.2)
+        kind = Pairwise(prompt=prompt, endpoint=at(server), max_failure_rate=0.2)
         with pytest.raises(SelfalignError, match=r"0 of 5 judgements .*, 1 of 4 comparisons no verdict"):
             judged(tmp_path, kind, None)
 
@@ -243,8 +246,8 @@ def test_whole_run_is_judged_by_a_faulty_server_and_the_key_is_nowhere(
         Fault(body=f'{{"choices": "{KEY}'.encode()), Fault(body=b"{}"), Fault(hangs=True),
     ]  # fmt: skip
     overrides = [
-        *TINY_RUN, *write_tiny_data(tmp_path / "data"), "iterations=1", "judge=external", "judge.samples=2",
-        "judge.endpoint.model=judge-1", "judge.endpoint.key_variable=JUDGE_KEY", "judge.endpoint.timeout_seconds=1",
+        *TINY_RUN, *write_tiny_data(tmp_path / "data"), "iterations=1", "judge=external", "judge.num_samples=2",
+        "judge.endpoint.model=judge-1", "judge.endpoint.api_key_env=JUDGE_KEY", "judge.endpoint.timeout_seconds=1",
         "judge.endpoint.prompt_price=0.5", "judge.endpoint.completion_price=2",
     ]  # fmt: skip
 
@@ -268,7 +271,7 @@ def test_whole_run_is_judged_by_a_faulty_server_and_the_key_is_nowhere(
     assert counts["iteration_1/judgements"]["judge/requests"] == 2 * 9
     assert counts["iteration_1/judgements"]["judge/cost"] == pytest.approx((0.5 * 180 + 2 * 54) / 1e6)
     # The judge is the same for every model, so it judges the ranked answers once.
-    links = {(folder / f"artefacts/evaluation_M{n}/ranked_scores").resolve() for n in (1, 2)}
+    links = {(folder / f"artifacts/evaluation_M{n}/ranked_scores").resolve() for n in (1, 2)}
     assert len(links) == 1
     said = capfd.readouterr()
     printed = until_then.out + until_then.err + said.out + said.err
@@ -301,8 +304,8 @@ def test_whole_run_takes_the_verdicts_of_a_judge_that_thinks_and_refuses_its_fir
     server = Thinking(says, [])
     server.start()
     overrides = [
-        *TINY_RUN, *write_tiny_data(tmp_path / "data"), "iterations=1", "judge=external", "judge.samples=1",
-        "judge.endpoint.model=judge-1", "judge.endpoint.key_variable=JUDGE_KEY", "judge.endpoint.concurrency=1",
+        *TINY_RUN, *write_tiny_data(tmp_path / "data"), "iterations=1", "judge=external", "judge.num_samples=1",
+        "judge.endpoint.model=judge-1", "judge.endpoint.api_key_env=JUDGE_KEY", "judge.endpoint.concurrency=1",
         f"judge.endpoint.base_url={server.url}",
     ]  # fmt: skip
     folder = run(tmp_path / "outputs", *overrides)
@@ -314,7 +317,7 @@ def test_whole_run_takes_the_verdicts_of_a_judge_that_thinks_and_refuses_its_fir
     judged = [label for label, counted in counts.items() if "judge/requests" in counted]
     assert sum(counts[label]["dropped"].get("content_filter", 0) for label in judged) == 1
     assert [shown(body) for body in server.bodies].count("") == 1, "only the first refusal makes it ask for more"
-    place = folder / "artefacts/iteration_1"
+    place = folder / "artifacts/iteration_1"
     texts = {one.id: one.text for one in read_records(place / "responses/responses.jsonl", Response)}
     made = read_records(place / "judgements/judgements.jsonl", Judgement)
     assert {one.response_id for one in made} == set(texts)

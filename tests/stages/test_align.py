@@ -15,9 +15,9 @@ from builders import (
     loaded,
     nudged_policy,
     optimization,
-    policy_artefact,
+    policy_artifact,
     preference,
-    records_artefact,
+    records_artifact,
     weights,
     workspace,
 )
@@ -34,10 +34,10 @@ from selfalign.losses.protocol import Offset, PreferenceLoss, augmentation_of, r
 from selfalign.losses.refinement import Refinement
 from selfalign.metrics.accumulate import Mean
 from selfalign.models.batches import PairExample, encode_pairs, make_batch
-from selfalign.models.checkpoint import Policy, PolicyFiles
+from selfalign.models.checkpoint import Policy, PolicyCheckpoint
 from selfalign.stages.align import align
-from selfalign.stages.reference import reference
-from selfalign.store.artifacts import Artefact
+from selfalign.stages.reference_logprobs import reference_logprobs
+from selfalign.store.artifacts import Artifact
 from selfalign.training import preference as module
 from selfalign.training.checkpoint_selection import CheckpointSelection, CheckpointSelector
 from selfalign.training.config import Optimization
@@ -51,7 +51,7 @@ from selfalign.training.reference import (
     open_references,
     with_reference,
 )
-from selfalign.training.splits import Known, split_pairs
+from selfalign.training.splits import KnownTexts, split_pairs
 
 PAIRS = [
     preference("a", "Name a bird.", "A wren.", "A stone, I think."),
@@ -63,7 +63,7 @@ LOSSES: list[PreferenceLoss] = [DPO(beta=0.2), IPO(beta=0.2), SrDPO(beta=0.2), S
 FULL_BATCH = {"learning_rate": 5e-4, "epochs": 3, "batch_size": 4}
 
 
-def direct_logps(policy: PolicyFiles, pair: PreferencePair) -> tuple[float, float]:
+def direct_logps(policy: PolicyCheckpoint, pair: PreferencePair) -> tuple[float, float]:
     """Summed over both responses' tokens, from full logits."""
     reader = loaded(policy.path) if not (policy.path / "adapter").exists() else policy.load("float32", device="cpu")
     prompt = f"<|im_start|>user\n{pair.prompt[0]['content']}<|im_end|>\n<|im_start|>assistant\n"
@@ -81,32 +81,32 @@ def direct_logps(policy: PolicyFiles, pair: PreferencePair) -> tuple[float, floa
 
 def aligned(
     folder: Path,
-    policy: PolicyFiles,
+    policy: PolicyCheckpoint,
     loss: PreferenceLoss,
     *,
-    judged_by: PolicyFiles | None = None,
+    judged_by: PolicyCheckpoint | None = None,
     rank: int = 0,
     seed: int = 0,
     starts_as_reference: bool = True,
     pairs: list[PreferencePair] = PAIRS,
-    references: Artefact | None = None,
+    references: Artifact | None = None,
     held_out: int = 0,
-    trained_on: Sequence[Artefact] = (),
+    trained_on: Sequence[Artifact] = (),
     selection: CheckpointSelection | None = None,
     kept_in: str = "float32",
     **settings: object,
 ):
     """Scores the pairs under the reference and aligns on them; returns counts, policy and logged rows."""
     optimised: Optimization = optimization(**{**FULL_BATCH, **settings})
-    given, start = records_artefact(folder / "pairs", pairs=pairs), policy_artefact(policy)
+    given, start = records_artifact(folder / "pairs", pairs=pairs), policy_artifact(policy)
     scores, before = workspace(folder / "reference"), workspace(folder / "start")
     for place, asked in ((scores, judged_by or policy), (before, policy)):
-        reference(
+        reference_logprobs(
             place,
-            policy=policy_artefact(asked),
+            policy=policy_artifact(asked),
             pairs=given,
             augmentation=augmentation_of(loss),
-            precision=optimised.precision(kept_in),
+            precision=optimised.logprob_settings(kept_in),
         )
     rows: list[dict] = []
     out = workspace(folder / "out", rows)
@@ -115,21 +115,21 @@ def aligned(
         policy=start,
         base=start,
         pairs=given,
-        reference=references or records_artefact(scores.path),
+        reference=references or records_artifact(scores.path),
         loss=loss,
-        start=None if starts_as_reference else records_artefact(before.path),
+        start=None if starts_as_reference else records_artifact(before.path),
         held_out=held_out,
         trained_on=list(trained_on),
         selection=selection,
         optimization=optimised,
         weights=replace(weights(seed, rank), dtype=kept_in),
     )
-    return counts, PolicyFiles(out.path), rows
+    return counts, PolicyCheckpoint(out.path), rows
 
 
 @pytest.mark.parametrize("older", [False, True], ids=["own_start", "older_reference"])
 def test_changes_are_from_the_start_of_the_alignment_whatever_the_reference_is(
-    tmp_path: Path, tiny_policy: PolicyFiles, older: bool
+    tmp_path: Path, tiny_policy: PolicyCheckpoint, older: bool
 ) -> None:
     other = nudged_policy(tiny_policy, tmp_path / "other", 0.005) if older else tiny_policy
     counts, policy, _ = aligned(tmp_path, tiny_policy, DPO(beta=0.3), judged_by=other, starts_as_reference=not older)
@@ -145,7 +145,7 @@ def test_changes_are_from_the_start_of_the_alignment_whatever_the_reference_is(
         assert counts["logps/chosen_change"] != pytest.approx(counts["rewards/chosen"] / 0.3, abs=1e-3)
 
 
-def test_rewards_are_correlated_with_length_over_both_responses(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_rewards_are_correlated_with_length_over_both_responses(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     counts, policy, _ = aligned(tmp_path, tiny_policy, DPO(beta=0.3))
     reader = loaded(tiny_policy.path)
     rewards, tokens = [], []
@@ -177,7 +177,7 @@ CHANGES = partial(test_changes_are_from_the_start_of_the_alignment_whatever_the_
     ids=["from the reference", "before minus after", "tokens of the other response", "lengths of the other response"],
 )
 def test_mutant_is_caught(
-    tmp_path: Path, tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch, old: str, new: str, check: Any
+    tmp_path: Path, tiny_policy: PolicyCheckpoint, monkeypatch: pytest.MonkeyPatch, old: str, new: str, check: Any
 ) -> None:
     given = {"tmp_path": tmp_path, "tiny_policy": tiny_policy, "monkeypatch": monkeypatch}
     assert_caught(module, sys.modules[__name__], old, new, check, given)
@@ -189,7 +189,7 @@ def known_start(loss: PreferenceLoss) -> float:
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)
 def test_loss_starts_at_its_known_value_and_falls(
-    tmp_path: Path, tiny_policy: PolicyFiles, loss: PreferenceLoss
+    tmp_path: Path, tiny_policy: PolicyCheckpoint, loss: PreferenceLoss
 ) -> None:
     counts, policy, rows = aligned(tmp_path, tiny_policy, loss)
     losses = [row["loss"] for row in rows]
@@ -208,7 +208,7 @@ def test_loss_starts_at_its_known_value_and_falls(
         assert rows[-1]["refinement/mean"] > 1e-3
 
 
-def test_counts_are_the_rewards_of_the_saved_policy(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_counts_are_the_rewards_of_the_saved_policy(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     counts, policy, _ = aligned(tmp_path, tiny_policy, DPO(beta=0.3))
     chosen, rejected = [], []
     for pair in PAIRS:
@@ -230,19 +230,21 @@ def test_counts_are_the_rewards_of_the_saved_policy(tmp_path: Path, tiny_policy:
     ids=["dpo", "ipo", "ipo_mean"],
 )
 def test_lambda_zero_trains_bit_for_bit_as_without_refinement(
-    tmp_path: Path, tiny_policy: PolicyFiles, plain: PreferenceLoss, refined: Callable[..., PreferenceLoss]
+    tmp_path: Path, tiny_policy: PolicyCheckpoint, plain: PreferenceLoss, refined: Callable[..., PreferenceLoss]
 ) -> None:
     _, one, _ = aligned(tmp_path / "plain", tiny_policy, plain)
     _, other, _ = aligned(tmp_path / "zero", tiny_policy, refined(beta=0.2, lam=0.0))
     assert one.digest == other.digest
 
 
-def test_refinement_changes_what_is_learnt(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_refinement_changes_what_is_learnt(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     weights_of = [aligned(tmp_path / str(lam), tiny_policy, SrDPO(lam=lam))[1].digest for lam in (0.25, 0.5)]
     assert weights_of[0] != weights_of[1]
 
 
-def test_same_seed_gives_the_same_weights_and_another_order_others(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_same_seed_gives_the_same_weights_and_another_order_others(
+    tmp_path: Path, tiny_policy: PolicyCheckpoint
+) -> None:
     settings = {"batch_size": 1, "epochs": 1}
     digests = [
         aligned(tmp_path / str(n), tiny_policy, SrDPO(), seed=seed, **settings)[1].digest
@@ -251,7 +253,9 @@ def test_same_seed_gives_the_same_weights_and_another_order_others(tmp_path: Pat
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_reference_of_other_weights_is_noticed_with_likely_causes(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_reference_of_other_weights_is_noticed_with_likely_causes(
+    tmp_path: Path, tiny_policy: PolicyCheckpoint
+) -> None:
     other = nudged_policy(tiny_policy, tmp_path / "other", 0.005)
     with pytest.raises(SelfalignError) as stop:
         aligned(tmp_path, tiny_policy, DPO(), judged_by=other)
@@ -261,7 +265,7 @@ def test_reference_of_other_weights_is_noticed_with_likely_causes(tmp_path: Path
     assert not (tmp_path / "out/weights.json").exists()
 
 
-def test_differences_that_cancel_over_the_batch_are_noticed(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_differences_that_cancel_over_the_batch_are_noticed(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     """Rewards far from 0 whose mean is 0 are no start as the reference: the loss is not at its known value."""
     off = [5.0, -5.0, 5.0, -5.0]
     values = [direct_logps(tiny_policy, pair) for pair in PAIRS]
@@ -270,23 +274,23 @@ def test_differences_that_cancel_over_the_batch_are_noticed(tmp_path: Path, tiny
         for pair, (chosen, rejected), more in zip(PAIRS, values, off, strict=True)
     ]
     with pytest.raises(SelfalignError, match="does not start as its reference"):
-        aligned(tmp_path, tiny_policy, DPO(), references=records_artefact(tmp_path / "wrong", references=records))
+        aligned(tmp_path, tiny_policy, DPO(), references=records_artifact(tmp_path / "wrong", references=records))
 
 
-def test_older_reference_is_no_error_where_it_is_the_choice(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_older_reference_is_no_error_where_it_is_the_choice(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     other = nudged_policy(tiny_policy, tmp_path / "other", 0.005)
     _, _, rows = aligned(tmp_path, tiny_policy, DPO(), judged_by=other, starts_as_reference=False)
     assert abs(rows[0]["rewards/chosen"]) > 1e-3
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 
-def test_missing_reference_names_the_pair(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
-    some = records_artefact(tmp_path / "some", references=[PairReference(id="a", chosen=-1.0, rejected=-1.0)])
+def test_missing_reference_names_the_pair(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
+    some = records_artifact(tmp_path / "some", references=[PairReference(id="a", chosen=-1.0, rejected=-1.0)])
     with pytest.raises(SelfalignError, match=r"no reference for pair b"):
         aligned(tmp_path, tiny_policy, DPO(), references=some)
 
 
-def test_longer_pair_is_left_out_and_counted(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_longer_pair_is_left_out_and_counted(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     long = preference("long", "Go on.", "and on " * 150, "no")
     counts, policy, _ = aligned(tmp_path / "with", tiny_policy, SrDPO(), pairs=[*PAIRS, long], max_length=120)
     _, without, _ = aligned(tmp_path / "without", tiny_policy, SrDPO(), max_length=120)
@@ -295,7 +299,7 @@ def test_longer_pair_is_left_out_and_counted(tmp_path: Path, tiny_policy: Policy
     assert policy.digest == without.digest
 
 
-def test_lora_saves_an_adapter_beside_a_link_to_its_base(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_lora_saves_an_adapter_beside_a_link_to_its_base(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     counts, policy, rows = aligned(tmp_path, tiny_policy, SrDPO(), rank=2, learning_rate=2e-2)
     assert rows[0]["loss"] == pytest.approx(math.log(2), rel=1e-3)
     assert counts["rewards/margins"] > 0
@@ -309,7 +313,7 @@ def test_lora_saves_an_adapter_beside_a_link_to_its_base(tmp_path: Path, tiny_po
     assert abs(after[0] - before[0]) > 1e-2
 
 
-def objective_on(policy: PolicyFiles, loss: PreferenceLoss) -> tuple[Preference, object, list[PairExample]]:
+def objective_on(policy: PolicyCheckpoint, loss: PreferenceLoss) -> tuple[Preference, object, list[PairExample]]:
     """The loss over the pairs with the policy a little away from its reference."""
     reader = policy.load("float32", device="cpu")
     prepare(reader, policy, weights(), 0.0)
@@ -319,7 +323,7 @@ def objective_on(policy: PolicyFiles, loss: PreferenceLoss) -> tuple[Preference,
             values = []
             for group in (example.plain, example.augmented):
                 batch = make_batch(reader.model, [group or example.plain])
-                logps = reader.model(predict_at=batch.predict_at, targets=batch.targets, **batch.inputs)
+                logps = reader.model(logit_positions=batch.logit_positions, targets=batch.targets, **batch.inputs)
                 values += (batch.sum_by_response(logps) - torch.tensor([1.0, 3.0])).tolist()
             known = PairReference(
                 id=example.id, chosen=values[0], rejected=values[1],
@@ -337,12 +341,12 @@ def objective_on(policy: PolicyFiles, loss: PreferenceLoss) -> tuple[Preference,
         (IPO(beta=0.2), (-2 - 2.5) ** 2),
         (SrDPO(beta=0.2, lam=0.5), math.log(1 + math.exp(0.4 - 0.2))),
         (SrIPO(beta=0.2, lam=0.5), (-2 + 0.2 - 2.5) ** 2),
-        (SrIPO(beta=0.2, lam=0.5, target="exact"), (-2 + 1.0 - 2.5) ** 2),
+        (SrIPO(beta=0.2, lam=0.5, lambda_scale="derived"), (-2 + 1.0 - 2.5) ** 2),
     ],
     ids=["dpo", "ipo", "sr_dpo", "sr_ipo_printed", "sr_ipo_exact"],
 )
 def test_objective_equals_the_equation_worked_by_hand(
-    tiny_policy: PolicyFiles, loss: PreferenceLoss, expected: float
+    tiny_policy: PolicyCheckpoint, loss: PreferenceLoss, expected: float
 ) -> None:
     objective, model, examples = objective_on(tiny_policy, loss)
     outcome = objective(model, examples)
@@ -357,15 +361,15 @@ def test_objective_equals_the_equation_worked_by_hand(
 
 
 @pytest.mark.parametrize("source", ["prompted", "naive"])
-@pytest.mark.parametrize("target", ["printed", "exact"])
-def test_averaged_sr_ipo_averages_both_passes(tiny_policy: PolicyFiles, source: str, target: str) -> None:
+@pytest.mark.parametrize("target", ["paper", "derived"])
+def test_averaged_sr_ipo_averages_both_passes(tiny_policy: PolicyCheckpoint, source: str, target: str) -> None:
     """The reference is 1 nat below the policy on every y⁺, 3 on every y⁻: h = 1/n⁺ - 3/n⁻ and Δ = β h, a token."""
     refinement = Refinement(source=source)
-    loss = SrIPO(beta=0.2, lam=0.5, reduction="mean", target=target, refinement=refinement)
+    loss = SrIPO(beta=0.2, lam=0.5, reduction="mean", lambda_scale=target, refinement=refinement)
     objective, model, examples = objective_on(tiny_policy, loss)
     outcome = objective(model, examples)
     margins = [1 / chosen - 3 / rejected for chosen, rejected in (e.plain.scored() for e in examples)]
-    weight = 0.5 / 0.2 if target == "exact" else 0.5
+    weight = 0.5 / 0.2 if target == "derived" else 0.5
     expected = [(h - weight * 0.2 * h - 2.5) ** 2 for h in margins]
     assert len(set(margins)) > 1
     assert float(outcome.loss.detach()) == pytest.approx(sum(expected), rel=1e-4)
@@ -374,7 +378,7 @@ def test_averaged_sr_ipo_averages_both_passes(tiny_policy: PolicyFiles, source: 
     assert outcome.metrics["rewards/margins"].value == pytest.approx(0.2 * -2, rel=1e-4)
 
 
-def test_refinement_is_recomputed_under_the_current_policy_and_takes_no_gradient(tiny_policy: PolicyFiles) -> None:
+def test_refinement_is_recomputed_under_the_current_policy_and_takes_no_gradient(tiny_policy: PolicyCheckpoint) -> None:
     """∂/∂θ of -log σ(βh - λ⊥Δ) is -σ(λΔ - βh)·β·∂h/∂θ: the gradient of DPO, scaled; nothing through p⊕x."""
     gradients = []
     for loss in (DPO(beta=0.2), SrDPO(beta=0.2, lam=0.5)):
@@ -399,7 +403,7 @@ def test_refinement_is_recomputed_under_the_current_policy_and_takes_no_gradient
     ids=lambda value: value.source if isinstance(value, Refinement) else "",
 )
 def test_every_source_of_the_refinement_offsets_the_loss(
-    tiny_policy: PolicyFiles, source: Refinement, expected: float
+    tiny_policy: PolicyCheckpoint, source: Refinement, expected: float
 ) -> None:
     objective, model, examples = objective_on(tiny_policy, SrDPO(beta=0.2, lam=0.5, refinement=source))
     outcome = objective(model, objective.arrange(examples))
@@ -408,7 +412,7 @@ def test_every_source_of_the_refinement_offsets_the_loss(
 
 
 @pytest.mark.parametrize("source", ["naive", "constant"])
-def test_sources_without_a_second_pass_ask_the_model_once(tiny_policy: PolicyFiles, source: str) -> None:
+def test_sources_without_a_second_pass_ask_the_model_once(tiny_policy: PolicyCheckpoint, source: str) -> None:
     refinement = Refinement(source=source, constant=0.5 if source == "constant" else 0.0)
     objective, model, examples = objective_on(tiny_policy, SrDPO(refinement=refinement))
     assert all(example.augmented is None for example in examples)
@@ -418,7 +422,7 @@ def test_sources_without_a_second_pass_ask_the_model_once(tiny_policy: PolicyFil
     assert len(calls) == 1
 
 
-def test_shuffling_gives_every_pair_of_a_step_the_second_pass_of_another(tiny_policy: PolicyFiles) -> None:
+def test_shuffling_gives_every_pair_of_a_step_the_second_pass_of_another(tiny_policy: PolicyCheckpoint) -> None:
     objective, model, examples = objective_on(tiny_policy, SrDPO(refinement=Refinement(source="shuffled")))
     known = [example.augmented_reference for example in examples]
     examples = [
@@ -444,7 +448,7 @@ def test_shuffling_gives_every_pair_of_a_step_the_second_pass_of_another(tiny_po
     assert deltas(arranged) == pytest.approx([by_pair[partners[e.id]] for e in arranged], abs=1e-4)
 
 
-def test_odpo_takes_the_logarithm_of_the_judges_score_difference(tiny_policy: PolicyFiles) -> None:
+def test_odpo_takes_the_logarithm_of_the_judges_score_difference(tiny_policy: PolicyCheckpoint) -> None:
     objective, model, examples = objective_on(tiny_policy, ODPO(beta=0.2, alpha=0.5))
     scored = [replace(example, score_gap=gap) for example, gap in zip(examples, (1.0, 2.0, 3.0, 0.5), strict=True)]
     total = sum(math.log(1 + math.exp(0.4 + 0.5 * math.log(gap))) for gap in (1.0, 2.0, 3.0, 0.5))
@@ -469,7 +473,7 @@ class Margin:
         return -torch.nn.functional.logsigmoid(self.beta * log_ratio_margin(policy, reference) - score_gap)
 
 
-def test_loss_of_a_stranger_gets_what_it_declares(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_loss_of_a_stranger_gets_what_it_declares(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     objective, model, examples = objective_on(tiny_policy, Margin())
     scored = [replace(example, score_gap=gap) for example, gap in zip(examples, (1.0, 2.0, 3.0, 0.5), strict=True)]
     total = sum(math.log(1 + math.exp(0.4 + gap)) for gap in (1.0, 2.0, 3.0, 0.5))
@@ -478,7 +482,7 @@ def test_loss_of_a_stranger_gets_what_it_declares(tmp_path: Path, tiny_policy: P
         aligned(tmp_path, tiny_policy, Margin())
 
 
-def test_odpo_trains_on_scored_pairs_and_refuses_others(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_odpo_trains_on_scored_pairs_and_refuses_others(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     scored = [replace(pair, chosen_score=4.0, rejected_score=3.0 - n / 2) for n, pair in enumerate(PAIRS)]
     _, _, rows = aligned(tmp_path / "scored", tiny_policy, ODPO(beta=0.2), pairs=scored)
     assert rows[-1]["loss"] < rows[0]["loss"]
@@ -496,36 +500,36 @@ def test_odpo_trains_on_scored_pairs_and_refuses_others(tmp_path: Path, tiny_pol
     ("kept_in", "dtype"), [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "bfloat16")]
 )
 def test_a_policy_with_an_adapter_starts_as_its_reference_in_bfloat16(
-    tmp_path: Path, tiny_policy: PolicyFiles, kept_in: str, dtype: str, live: bool
+    tmp_path: Path, tiny_policy: PolicyCheckpoint, kept_in: str, dtype: str, live: bool
 ) -> None:
     """An adapter that is rounded into the weights is another policy than the one that is trained."""
     _, adapted, _ = aligned(tmp_path / "adapted", tiny_policy, DPO(), rank=4, learning_rate=5e-2)
-    given = {"kept_in": kept_in, "dtype": dtype, "rank": 4, "batch_tokens": 10_000}
-    references = replace(policy_artefact(adapted), digest="not the base's") if live else None
+    given = {"kept_in": kept_in, "dtype": dtype, "rank": 4, "microbatch_tokens": 10_000}
+    references = replace(policy_artifact(adapted), digest="not the base's") if live else None
     _, _, rows = aligned(tmp_path / "again", adapted, SrDPO(beta=1.0), references=references, **given)
     assert abs(rows[0]["rewards/margins"]) < 1e-3
 
 
 @pytest.mark.parametrize("rank", [0, 2], ids=["second_model", "adapter_switched_off"])
-def test_live_reference_trains_as_the_stored_one(tmp_path: Path, tiny_policy: PolicyFiles, rank: int) -> None:
-    settings = {"rank": rank, "learning_rate": 2e-2 if rank else 5e-4, "batch_tokens": 10_000}
+def test_live_reference_trains_as_the_stored_one(tmp_path: Path, tiny_policy: PolicyCheckpoint, rank: int) -> None:
+    settings = {"rank": rank, "learning_rate": 2e-2 if rank else 5e-4, "microbatch_tokens": 10_000}
     _, _, stored = aligned(tmp_path / "stored", tiny_policy, SrDPO(beta=0.2), **settings)
     _, _, live = aligned(
-        tmp_path / "live", tiny_policy, SrDPO(beta=0.2), references=policy_artefact(tiny_policy), **settings
+        tmp_path / "live", tiny_policy, SrDPO(beta=0.2), references=policy_artifact(tiny_policy), **settings
     )
     for one, other in zip(stored, live, strict=True):
         for name in ("loss", "rewards/margins", "refinement/mean"):
             assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-4)
     kind = AdapterSwitchedOff if rank else SecondModel
-    base = policy_artefact(tiny_policy)
+    base = policy_artifact(tiny_policy)
     assert isinstance(open_references(base, base, weights(0, rank)), kind)
 
 
-def test_held_out_pairs_are_measured_and_not_trained_on(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_held_out_pairs_are_measured_and_not_trained_on(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     counts, policy, _ = aligned(tmp_path / "held", tiny_policy, SrDPO(beta=0.2), held_out=2)
-    assert (counts["pairs"], counts["held_out_pairs"], counts["held_out_passed_over"]) == (2, 2, 0)
+    assert (counts["pairs"], counts["validation_pairs"], counts["held_out_passed_over"]) == (2, 2, 0)
     assert counts["dropped"] == {"too_long": 0, "beside_held_out": 0}
-    split = split_pairs(PAIRS, 2, Known.of([]))
+    split = split_pairs(PAIRS, 2, KnownTexts.of([]))
     _, alone, _ = aligned(tmp_path / "alone", tiny_policy, SrDPO(beta=0.2), pairs=[PAIRS[n] for n in split.training])
     assert policy.digest == alone.digest
     margins = []
@@ -536,12 +540,12 @@ def test_held_out_pairs_are_measured_and_not_trained_on(tmp_path: Path, tiny_pol
     assert counts["held_out/rewards/margins_low"] < counts["held_out/rewards/margins"]
     assert counts["held_out/rewards/margins_high"] > counts["held_out/rewards/margins"]
     assert counts["held_out/rewards/accuracies_augmented_low"] >= 0
-    with pytest.raises(SelfalignError, match=r"train\.held_out_pairs=4 of 4 pairs leaves none to train on"):
+    with pytest.raises(SelfalignError, match=r"train\.validation_pairs=4 of 4 pairs leaves none to train on"):
         aligned(tmp_path / "all", tiny_policy, DPO(), held_out=4)
 
 
 def test_pairs_that_share_a_text_with_a_held_out_one_are_not_trained_on(
-    tmp_path: Path, tiny_policy: PolicyFiles
+    tmp_path: Path, tiny_policy: PolicyCheckpoint
 ) -> None:
     """Two of one instruction, two with a response in common; what SFT has taught is left to train on."""
     more = [
@@ -550,16 +554,16 @@ def test_pairs_that_share_a_text_with_a_held_out_one_are_not_trained_on(
         preference("g", "Name a tree.", "An oak.", "No tree."),
         preference("h", "What does air do?", "Nothing.", "Air scatters blue light most."),
     ]
-    taught = records_artefact(tmp_path / "seeds", demonstrations=[demonstration("s", "Name a plant.", "An oak.")])
+    taught = records_artifact(tmp_path / "seeds", demonstrations=[demonstration("s", "Name a plant.", "An oak.")])
     given = {"pairs": [*PAIRS, *more], "held_out": 5, "trained_on": [taught]}
     counts, policy, _ = aligned(tmp_path / "held", tiny_policy, DPO(), **given)
-    assert (counts["pairs"], counts["held_out_pairs"], counts["held_out_passed_over"]) == (1, 5, 1)
+    assert (counts["pairs"], counts["validation_pairs"], counts["held_out_passed_over"]) == (1, 5, 1)
     assert counts["dropped"] == {"too_long": 0, "beside_held_out": 2}
     _, alone, _ = aligned(tmp_path / "alone", tiny_policy, DPO(), pairs=more[2:3])
     assert policy.digest == alone.digest
 
 
-def test_dropout_that_is_asked_for_acts_on_the_policy_alone(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_dropout_that_is_asked_for_acts_on_the_policy_alone(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     """Llama's only dropout is that of its attention; with it the policy does not start as its reference."""
     plain = aligned(tmp_path / "plain", tiny_policy, SrDPO(beta=0.2))[2][0]
     dropped = aligned(tmp_path / "dropped", tiny_policy, SrDPO(beta=0.2), dropout=0.5)[2][0]
@@ -568,7 +572,7 @@ def test_dropout_that_is_asked_for_acts_on_the_policy_alone(tmp_path: Path, tiny
 
 
 def test_checkpoint_that_is_selected_becomes_the_policy(
-    tmp_path: Path, tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_policy: PolicyCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Worse after its fourth step, the policy is that of the second, weight for weight."""
     found = {2: {}, 4: {"wins": 0, "losses": 9, "win_rate": 0.0}}
@@ -582,12 +586,12 @@ def test_checkpoint_that_is_selected_becomes_the_policy(
     monkeypatch.setattr(CheckpointSelector, "_compare", compare)
     nothing: Any = None
     selection = CheckpointSelection(
-        every_steps=2,
+        interval_steps=2,
         level=0.005,
         instructions=nothing,
         comparator=nothing,
         compared_by=None,
-        generate=nothing,
+        engine=nothing,
         sampling=nothing,
         seed=0,
     )

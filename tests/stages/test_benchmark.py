@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 from benching import QUESTIONS, REFERENCES, write_rows
-from builders import TINY_RUN, composed, metrics, planned, policy_artefact, run, workspace, write_tiny_data
+from builders import TINY_RUN, composed, metrics, planned, policy_artifact, run, workspace, write_tiny_data
 
-from selfalign.benchmarks.protocol import Entrant
+from selfalign.benchmarks.protocol import BenchmarkContext
 from selfalign.cli.environment import conf_folder
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
@@ -17,10 +17,10 @@ from selfalign.core.records import Comparison
 from selfalign.engines.transformers import Transformers
 from selfalign.launch.evaluate import evaluate_models, plain_name
 from selfalign.metrics import catalog
-from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.pipeline.loop import plan
 from selfalign.stages.benchmark import benchmark
-from selfalign.store.artifacts import Counts, Workspace
+from selfalign.store.artifacts import Counts, StageOutput
 
 
 @dataclass(kw_only=True, slots=True)
@@ -37,16 +37,16 @@ class Counting:
         """None."""
         return {}
 
-    def measure(self, entrant: Entrant, out: Workspace) -> Counts:
+    def measure(self, context: BenchmarkContext, out: StageOutput) -> Counts:
         """Names and numbers."""
-        (out.path / "answers.txt").write_text(f"{entrant.name} {entrant.key}")
-        judged = 0 if entrant.judge is None else 1
+        (out.path / "answers.txt").write_text(f"{context.name} {context.key}")
+        judged = 0 if context.judge is None else 1
         return {"score": 0.5, "judged": judged, "dropped": {"too_long": 2}}
 
 
-def test_numbers_are_named_after_the_benchmark_and_drops_are_not(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
-    policy = policy_artefact(tiny_policy)
-    given: dict[str, Any] = {"contents": {}, "model": "M3", "generate": Transformers(), "seed": 1}
+def test_numbers_are_named_after_the_benchmark_and_drops_are_not(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
+    policy = policy_artifact(tiny_policy)
+    given: dict[str, Any] = {"contents": {}, "model": "M3", "engine": Transformers(), "seed": 1}
     counts = benchmark(workspace(tmp_path), name="mine", benchmark=Counting(), policy=policy, judge=None, **given)
     assert counts == {"mine/score": 0.5, "mine/judged": 0, "dropped": {"too_long": 2}}
     assert (tmp_path / "answers.txt").read_text() == f"M3-{tiny_policy.digest[:8]} benchmark.mine"
@@ -100,7 +100,7 @@ def test_models_are_compared_on_every_turn_of_the_questions(benched: tuple[Path,
     compared = {stage["label"]: stage["counts"] for stage in read_json(folder / "summary.json")["stages"]}
     counts = compared["evaluation_M2/mt_bench_against_M1"]
     assert counts["comparisons"] == counts["wins"] + counts["ties"] + counts["losses"] == 4
-    place = folder / "artefacts/evaluation_M2/mt_bench_against_M1"
+    place = folder / "artifacts/evaluation_M2/mt_bench_against_M1"
     comparisons = read_records(place / "comparisons.jsonl", Comparison)
     assert [one.instruction_id for one in comparisons] == ["1-1", "1-2", "2-1", "2-2"]
     html = (folder / "report.html").read_text()
@@ -112,8 +112,8 @@ def test_models_are_compared_on_every_turn_of_the_questions(benched: tuple[Path,
 def test_evaluation_compares_every_two_models_on_the_questions(benched: tuple[Path, list[str]]) -> None:
     """What table 2 of arXiv 2405.21040 is made of; a third model stands in for another loss's."""
     folder, _ = benched
-    other = folder / "artefacts/M1/weights"
-    again = evaluate_models([str(folder), str(other)], ["evaluate.matrix=true"], conf_folder())
+    other = folder / "artifacts/M1/weights"
+    again = evaluate_models([str(folder), str(other)], ["evaluate.round_robin=true"], conf_folder())
     found = [label for label in labels(again) if "_against_" in label]
     (first, second), third = (f"{folder.name}.M{n}" for n in (1, 2)), plain_name(other.name)
     assert found == [
@@ -160,17 +160,17 @@ def test_same_command_finds_everything_and_another_question_file_is_asked_anew(
     run(folder.parent, *overrides)
     assert "Everything was there already" in capsys.readouterr().out
     path = Path(next(o.partition("=")[2] for o in overrides if o.startswith("benchmark.mt_bench.questions=")))
-    before = read_json(folder / "artefacts/evaluation_M1/mt_bench/manifest.json")
+    before = read_json(folder / "artifacts/evaluation_M1/mt_bench/manifest.json")
     text = path.read_text()
     path.write_text(text.replace("rain", "hail"))
     run(folder.parent, *overrides)
-    after = read_json(folder / "artefacts/evaluation_M1/mt_bench/manifest.json")
-    [judged] = folder.glob("artefacts/evaluation_M1/mt_bench/model_judgment/*")
+    after = read_json(folder / "artifacts/evaluation_M1/mt_bench/manifest.json")
+    [judged] = folder.glob("artifacts/evaluation_M1/mt_bench/model_judgment/*")
     assert "Write a line on hail." in judged.read_text()
     assert before["digest"] != after["digest"]
     path.write_text(text)
     run(folder.parent, *overrides)
-    assert read_json(folder / "artefacts/evaluation_M1/mt_bench/manifest.json") == before
+    assert read_json(folder / "artifacts/evaluation_M1/mt_bench/manifest.json") == before
 
 
 def test_finished_run_is_measured_without_training(benched: tuple[Path, list[str]]) -> None:
@@ -182,7 +182,7 @@ def test_finished_run_is_measured_without_training(benched: tuple[Path, list[str
     )
     assert scores == others
     stages = {stage["label"]: stage["key"] for stage in read_json(again / "summary.json")["stages"]}
-    assert stages["evaluation_M2/mt_bench"] == (folder / "artefacts/evaluation_M2/mt_bench").resolve().name
+    assert stages["evaluation_M2/mt_bench"] == (folder / "artifacts/evaluation_M2/mt_bench").resolve().name
 
 
 def test_missing_package_stops_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +199,7 @@ def test_judge_of_its_own_is_loaded_once_and_named_in_the_plan(tmp_path: Path) -
     folder = run(tmp_path / "outputs", *overrides)
     assert labels(folder).count("judges/mt_bench") == 1
     assert planned(composed(*overrides)[0]) == labels(folder)
-    judged = [path.name for path in folder.glob("artefacts/evaluation_M*/mt_bench/model_judgment/*")]
+    judged = [path.name for path in folder.glob("artifacts/evaluation_M*/mt_bench/model_judgment/*")]
     assert len(judged) == 2
     assert len(set(judged)) == 1
     assert judged[0].startswith("random_tiny-")

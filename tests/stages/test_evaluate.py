@@ -2,23 +2,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from builders import artefact, instruction, judgement, records_artefact, response, workspace
+from builders import artifact, instruction, judgement, records_artifact, response, workspace
 from scipy import stats
 
 from selfalign.benchmarks.lm_eval import LmEval
 from selfalign.benchmarks.mt_bench import MTBench
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import FinishReason, RankedAnswers
+from selfalign.metrics.bounds import MetricBounds
 from selfalign.metrics.intervals import length_controlled, wilson
-from selfalign.metrics.limits import Limits
-from selfalign.stages.compare import HeadToHead
-from selfalign.stages.evaluate import Answered, EvaluateConfig, Judged, compares_on, evaluate, opponents
-from selfalign.store.artifacts import Artefact, Counts
+from selfalign.stages.evaluate import EvaluateConfig, JudgedTexts, MaybeJudged, compares_on, evaluate, opponents
+from selfalign.stages.head_to_head import HeadToHead
+from selfalign.store.artifacts import Artifact, Counts
 
 Scores = dict[str, list[float | None]]
 
 
-def answers(folder: Path, scores: Scores, texts: dict[str, str] | None = None, cut: tuple[str, ...] = ()) -> Judged:
+def answers(
+    folder: Path, scores: Scores, texts: dict[str, str] | None = None, cut: tuple[str, ...] = ()
+) -> JudgedTexts:
     """One judged answer to every instruction named."""
     responses = [
         response(
@@ -29,11 +31,11 @@ def answers(folder: Path, scores: Scores, texts: dict[str, str] | None = None, c
         for name in scores
     ]
     judgements = [judgement(f"{name}-1", score, n) for name in scores for n, score in enumerate(scores[name], 1)]
-    given = records_artefact(folder / "answers", instructions=[instruction(n) for n in scores], responses=responses)
-    return given, records_artefact(folder / "scores", judgements=judgements)
+    given = records_artifact(folder / "answers", instructions=[instruction(n) for n in scores], responses=responses)
+    return given, records_artifact(folder / "scores", judgements=judgements)
 
 
-def ranked(folder: Path, ranks: dict[str, list[int]], scores: dict[str, list[float | None]]) -> Judged:
+def ranked(folder: Path, ranks: dict[str, list[int]], scores: dict[str, list[float | None]]) -> JudgedTexts:
     """Questions with ranked answers and one score for each."""
     questions = [
         RankedAnswers(
@@ -43,7 +45,7 @@ def ranked(folder: Path, ranks: dict[str, list[int]], scores: dict[str, list[flo
         for name, order in ranks.items()
     ]  # fmt: skip
     judgements = [judgement(f"{name}-{n}", s) for name, row in scores.items() for n, s in enumerate(row, start=1)]
-    return records_artefact(folder / "ranked", ranked=questions), records_artefact(
+    return records_artifact(folder / "ranked", ranked=questions), records_artifact(
         folder / "own", judgements=judgements
     )
 
@@ -51,21 +53,21 @@ def ranked(folder: Path, ranks: dict[str, list[int]], scores: dict[str, list[flo
 def measured(
     folder: Path,
     *,
-    judged: Answered | None = None,
-    baseline: Answered | None = None,
-    ranked: Judged | None = None,
-    compared: dict[str, Artefact] | None = None,
-    moved: Artefact | None = None,
-    trained: Sequence[Artefact] = (),
-    limits: Limits | None = None,
+    judged: MaybeJudged | None = None,
+    baseline: MaybeJudged | None = None,
+    ranked: JudgedTexts | None = None,
+    compared: dict[str, Artifact] | None = None,
+    moved: Artifact | None = None,
+    trained: Sequence[Artifact] = (),
+    bounds: MetricBounds | None = None,
 ) -> Counts:
     """Runs the stage."""
     out = workspace(folder / "out")
-    limits = limits or Limits()
+    bounds = bounds or MetricBounds()
     compared = compared or {}
     return evaluate(
         out, judged=judged, baseline=baseline, compared=compared, moved=moved, trained=trained, ranked=ranked, top=5,
-        limits=limits,
+        bounds=bounds,
     )  # fmt: skip
 
 
@@ -107,7 +109,7 @@ def test_judge_quality_is_over_questions_whose_answers_all_have_scores(tmp_path:
     assert numbers["judge_quality/questions"] == 2
     assert numbers["judge_quality/pairwise_accuracy"] == 1.0
     assert numbers["judge_quality/spearman"] == pytest.approx(1.0)
-    assert numbers["judge_quality/five_best"] == 1.0
+    assert numbers["judge_quality/top_score_precision"] == 1.0
 
 
 def test_judge_quality_in_a_mixed_case_worked_by_hand(tmp_path: Path) -> None:
@@ -115,7 +117,7 @@ def test_judge_quality_in_a_mixed_case_worked_by_hand(tmp_path: Path) -> None:
     numbers = measured(tmp_path, judged=None, baseline=None, ranked=given)
     assert numbers["judge_quality/pairwise_accuracy"] == 2 / 6
     assert numbers["judge_quality/exact_match"] == 0
-    assert numbers["judge_quality/five_best"] == 0
+    assert numbers["judge_quality/top_score_precision"] == 0
     assert numbers["judge_quality/undefined"] == 1
     assert numbers["judge_quality/spearman"] == pytest.approx(stats.spearmanr([3, 2, 1], [3, 5, 1]).statistic)
 
@@ -164,7 +166,7 @@ def test_variety_of_the_answers_worked_by_hand(tmp_path: Path) -> None:
     numbers = measured(tmp_path, judged=answers(tmp_path, {"a": [1], "b": [2]}, texts))
     # Pairs of a: 1-2 2-1 1-2 2-1 1-2 2-1; of b: 3-4. Runs of four of a: 1212 2121 1212 2121.
     assert numbers["eval/distinct_2"] == pytest.approx(3 / 7)
-    assert numbers["eval/repeated_4"] == pytest.approx(2 / 4)
+    assert numbers["eval/repetition_4"] == pytest.approx(2 / 4)
 
 
 def test_crossed_bounds_are_warned_of_and_counted_or_stop_the_run(
@@ -174,14 +176,16 @@ def test_crossed_bounds_are_warned_of_and_counted_or_stop_the_run(
         answers(tmp_path / "m", {"a": [4]}, {"a": "x" * 50}),
         answers(tmp_path / "b", {"a": [3]}, {"a": "x"}),
     )
-    moved = artefact(tmp_path / "moved", "divergence", {"eval/kl_to_m1": 3.0})
-    limits = Limits(length_growth=10, kl_to_m1=2.5)
-    numbers = measured(tmp_path, judged=model, baseline=baseline, moved=moved, limits=limits)
-    assert numbers["crossed"] == {"length_growth": 50.0, "kl_to_m1": 3.0}
-    assert "stage: eval/length_growth is 50, above evaluate.limits.length_growth=10" in caplog.text
-    with pytest.raises(SelfalignError, match=r"length_growth.*evaluate\.limits\.stop=true ends the run"):
-        measured(tmp_path, judged=model, baseline=baseline, moved=moved, limits=Limits(length_growth=10, stop=True))
-    assert "crossed" not in measured(tmp_path, judged=model, limits=limits)
+    moved = artifact(tmp_path / "moved", "divergence", {"eval/kl_to_m1": 3.0})
+    bounds = MetricBounds(max_length_growth=10, max_kl_to_m1=2.5)
+    numbers = measured(tmp_path, judged=model, baseline=baseline, moved=moved, bounds=bounds)
+    assert numbers["bound_violated"] == {"max_length_growth": 50.0, "max_kl_to_m1": 3.0}
+    assert "stage: eval/length_growth is 50, above evaluate.bounds.max_length_growth=10" in caplog.text
+    with pytest.raises(SelfalignError, match=r"length_growth.*evaluate\.bounds\.stop=true ends the run"):
+        measured(
+            tmp_path, judged=model, baseline=baseline, moved=moved, bounds=MetricBounds(max_length_growth=10, stop=True)
+        )
+    assert "bound_violated" not in measured(tmp_path, judged=model, bounds=bounds)
 
 
 def test_comparisons_are_numbers_named_for_the_opponent(tmp_path: Path) -> None:
@@ -190,8 +194,8 @@ def test_comparisons_are_numbers_named_for_the_opponent(tmp_path: Path) -> None:
         "win_rate_length_controlled": 0.4, "judge/position_bias": 0.25, "mean_characters": 9.0,
     }  # fmt: skip
     compared = {
-        "": artefact(tmp_path / "a", "compare", counts),
-        "_vs_given": artefact(tmp_path / "b", "compare", counts),
+        "": artifact(tmp_path / "a", "compare", counts),
+        "_vs_given": artifact(tmp_path / "b", "compare", counts),
     }
     numbers = measured(tmp_path, judged=answers(tmp_path, {"a": [1]}), compared=compared)
     assert (numbers["eval/wins"], numbers["eval/ties_vs_given"], numbers["eval/position_bias_vs_given"]) == (1, 2, 0.25)
@@ -219,7 +223,7 @@ def test_answers_that_nobody_scored_are_described_and_not_compared_by_score(tmp_
 )
 def test_opponents_are_m1_and_the_model_before_or_all(matrix: bool, before: list[str], expected: list[str]) -> None:
     judge = HeadToHead(prompt="{instruction} {first} {second}")
-    assert opponents(EvaluateConfig(head_to_head=judge, matrix=matrix), before) == expected
+    assert opponents(EvaluateConfig(head_to_head=judge, round_robin=matrix), before) == expected
     assert opponents(EvaluateConfig(), before) == []
 
 
@@ -227,7 +231,7 @@ def test_models_are_compared_on_question_files_alone_where_there_are_no_instruct
     judge = HeadToHead(prompt="{instruction} {first} {second}")
     nothing = EvaluateConfig(head_to_head=judge, instructions="")
     assert opponents(nothing, ["M1"]) == []
-    asked = EvaluateConfig(head_to_head=judge, instructions="", compare_benchmarks=True, matrix=True)
+    asked = EvaluateConfig(head_to_head=judge, instructions="", compare_benchmarks=True, round_robin=True)
     assert opponents(asked, ["M1", "M2"]) == ["M1", "M2"]
     assert compares_on(asked, MTBench())
     assert not compares_on(EvaluateConfig(head_to_head=judge), MTBench())
@@ -237,13 +241,15 @@ def test_models_are_compared_on_question_files_alone_where_there_are_no_instruct
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"matrix": True}, "evaluate.head_to_head"),
+        ({"round_robin": True}, "evaluate.head_to_head"),
         ({"compare_benchmarks": True}, "evaluate.head_to_head"),
-        ({"matrix": True, "head_to_head": HeadToHead(prompt="{instruction}{first}{second}"), "instructions": ""},
+        ({"round_robin": True, "head_to_head": HeadToHead(prompt="{instruction}{first}{second}"), "instructions": ""},
          "evaluate.compare_benchmarks"),
-        ({"against": "o.json", "head_to_head": HeadToHead(prompt="{instruction}{first}{second}"), "instructions": ""},
+        ({"reference_outputs": "o.json", "head_to_head": HeadToHead(prompt="{instruction}{first}{second}"),
+        "instructions": ""},
          "instructions"),
-        ({"matrix": True, "head_to_head": HeadToHead(prompt="{instruction}{first}{second}", model="self")}, "self"),
+        ({"round_robin": True, "head_to_head": HeadToHead(prompt="{instruction}{first}{second}", model="self")},
+        "self"),
     ],
 )  # fmt: skip
 def test_comparing_without_what_it_needs_is_refused(settings: dict, named: str) -> None:
@@ -261,8 +267,8 @@ def test_scores_of_the_answers_are_correlated_with_their_length(tmp_path: Path) 
 
 def test_numbers_of_the_training_are_held_against_their_bounds(tmp_path: Path) -> None:
     trained = {"logps/chosen_change_per_token": -0.6, "score_length_correlation": 0.5}
-    model = artefact(tmp_path / "model", "align", {**trained, "loss": 0.7})
+    model = artifact(tmp_path / "model", "align", {**trained, "loss": 0.7})
     numbers = measured(tmp_path, trained=[model])
-    assert numbers == {**trained, "crossed": {"chosen_change": -0.6}}
-    with pytest.raises(SelfalignError, match=r"chosen_change.*evaluate\.limits\.stop=true ends the run"):
-        measured(tmp_path, trained=[model], limits=Limits(stop=True))
+    assert numbers == {**trained, "bound_violated": {"min_chosen_logp_change": -0.6}}
+    with pytest.raises(SelfalignError, match=r"min_chosen_logp_change.*evaluate\.bounds\.stop=true ends the run"):
+        measured(tmp_path, trained=[model], bounds=MetricBounds(stop=True))

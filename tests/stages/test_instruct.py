@@ -9,13 +9,13 @@ from builders import (
     Killed,
     Script,
     ScriptedWriter,
-    artefact,
+    artifact,
     completion,
     demonstration,
     instruction,
     loaded,
-    policy_artefact,
-    records_artefact,
+    policy_artifact,
+    records_artifact,
     small_context_policy,
     taught_policy,
     workspace,
@@ -27,9 +27,9 @@ from selfalign.core.records import Demonstration, Instruction, Prompt
 from selfalign.data.turns import as_prompt
 from selfalign.engines.protocol import Completion, Request, Sampling
 from selfalign.engines.transformers import Transformers
-from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.stages.instruct import InstructConfig, Pool, given_instructions, instruct, split_tasks
-from selfalign.store.artifacts import Artefact
+from selfalign.store.artifacts import Artifact
 
 SEEDS = [
     "Explain how bees find their way home.",
@@ -43,28 +43,28 @@ SEEDS = [
 
 
 def config(**changes: object) -> InstructConfig:
-    settings = {"count": 3, "seed_demonstrations": 2, "own_demonstrations": 1, "prompts_per_batch": 2, "max_batches": 6}
+    settings = {"count": 3, "seed_examples": 2, "generated_examples": 1, "prompts_per_batch": 2, "max_batches": 6}
     return InstructConfig(**{**settings, "sampling": Sampling(max_new_tokens=8), **changes})
 
 
-def seeds_in(folder: Path, texts: list[str] = SEEDS) -> Artefact:
+def seeds_in(folder: Path, texts: list[str] = SEEDS) -> Artifact:
     given = [demonstration(f"d{number}", text) for number, text in enumerate(texts)]
-    return records_artefact(folder / "seeds", demonstrations=given)
+    return records_artifact(folder / "seeds", demonstrations=given)
 
 
-def write(folder: Path, tiny: PolicyFiles, settings: InstructConfig, generate: object, **changes: object):
+def write(folder: Path, tiny: PolicyCheckpoint, settings: InstructConfig, engine: object, **changes: object):
     """Runs the stage; returns its counts and the instructions it kept."""
-    inputs = {"policy": policy_artefact(tiny), "seeds": seeds_in(folder), "earlier": [], "held_out": [], "seed": 3}
-    counts = instruct(workspace(folder / "out"), config=settings, generate=generate, **{**inputs, **changes})
+    inputs = {"policy": policy_artifact(tiny), "seeds": seeds_in(folder), "earlier": [], "held_out": [], "seed": 3}
+    counts = instruct(workspace(folder / "out"), config=settings, engine=engine, **{**inputs, **changes})
     return counts, read_records(folder / "out/instructions.jsonl", Instruction)
 
 
-def scripted(tiny: PolicyFiles, *texts: str, **settings: int) -> Script:
+def scripted(tiny: PolicyCheckpoint, *texts: str, **settings: int) -> Script:
     return Script(loaded(tiny.path), [completion(text) for text in texts], **settings)
 
 
 def test_tasks_shown_are_what_users_ask_and_neither_system_turns_nor_answers(
-    tmp_path: Path, tiny_policy: PolicyFiles
+    tmp_path: Path, tiny_policy: PolicyCheckpoint
 ) -> None:
     system, answer = {"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "By the sun."}
     prompts: list[Prompt] = [
@@ -74,8 +74,8 @@ def test_tasks_shown_are_what_users_ask_and_neither_system_turns_nor_answers(
     ]
     given = [Demonstration(id=f"d{n}", prompt=prompt, response="x", source="ift") for n, prompt in enumerate(prompts)]
     script = scripted(tiny_policy)
-    seeds = records_artefact(tmp_path / "given", demonstrations=given)
-    settings = config(seed_demonstrations=3, own_demonstrations=0, max_batches=2)
+    seeds = records_artifact(tmp_path / "given", demonstrations=given)
+    settings = config(seed_examples=3, generated_examples=0, max_batches=2)
     with pytest.raises(SelfalignError, match=r"raise data\.instruct\.max_batches"):
         write(tmp_path, tiny_policy, settings, ScriptedWriter(script), seeds=seeds)
     for request in script.requests:
@@ -143,7 +143,7 @@ def test_similar_begins_exactly_at_seven_tenths() -> None:
     below = "one two three four five six seven w x y z"  # 2·7 / (10 + 11) = 0.667
     assert reason_of(Pool(config(), [TEN]), at) == "similar"
     assert reason_of(Pool(config(), [TEN]), below) is None
-    assert reason_of(Pool(config(max_rouge=0.71), [TEN]), at) is None
+    assert reason_of(Pool(config(max_rouge_l=0.71), [TEN]), at) is None
     assert reason_of(Pool(config(), [], [], [TEN]), at) == "held_out"
     assert reason_of(Pool(config(), [], [], [TEN]), below) is None
 
@@ -205,7 +205,7 @@ def test_completion_is_split_into_its_tasks(text: str, cut: bool, tasks: list[st
 # --- the stage ---------------------------------------------------------------------------------------------------
 
 
-def test_every_written_text_is_kept_or_counted_as_dropped(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_every_written_text_is_kept_or_counted_as_dropped(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     long = " ".join(f"w{n}" for n in range(40))
     replies = [
         completion("Describe how glass is blown by hand."),  # kept
@@ -245,8 +245,10 @@ def test_every_written_text_is_kept_or_counted_as_dropped(tmp_path: Path, tiny_p
     assert counts["written"] == counts["kept"] + sum(counts["dropped"].values()) == 14
 
 
-def test_new_instruction_differs_from_those_of_earlier_iterations(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
-    before = records_artefact(
+def test_new_instruction_differs_from_those_of_earlier_iterations(
+    tmp_path: Path, tiny_policy: PolicyCheckpoint
+) -> None:
+    before = records_artifact(
         tmp_path / "before", instructions=[instruction("b", "Describe how glass is blown by hand.")]
     )
     texts = [
@@ -265,7 +267,7 @@ def test_new_instruction_differs_from_those_of_earlier_iterations(tmp_path: Path
 
 
 def test_copy_of_what_the_prompt_shows_is_told_from_a_copy_of_another_seed(
-    tmp_path: Path, tiny_policy: PolicyFiles
+    tmp_path: Path, tiny_policy: PolicyCheckpoint
 ) -> None:
     parrot = " ".join(f"\nTask {n}: {text}" for n, text in enumerate(SEEDS))
     script = scripted(tiny_policy, "Say why the sea is salty." + parrot)
@@ -278,9 +280,9 @@ def test_copy_of_what_the_prompt_shows_is_told_from_a_copy_of_another_seed(
     assert counts["dropped"] == {"copy_of_demonstration": 3, "copy_of_seed": 3, "empty": 1}
 
 
-def test_copy_of_a_held_out_instruction_is_dropped(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
-    asked = records_artefact(tmp_path / "asked", instructions=[instruction("q", "When did the old canal open here?")])
-    ranked = records_artefact(tmp_path / "ranked", instructions=[instruction("r", "Which bread keeps longest at sea?")])
+def test_copy_of_a_held_out_instruction_is_dropped(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
+    asked = records_artifact(tmp_path / "asked", instructions=[instruction("q", "When did the old canal open here?")])
+    ranked = records_artifact(tmp_path / "ranked", instructions=[instruction("r", "Which bread keeps longest at sea?")])
     texts = ["When did the old canal open here?", "Say why the sea is salty.", "Which dark bread keeps longest at sea?"]
     script = scripted(tiny_policy, *texts, TEN)
     counts, kept = write(tmp_path, tiny_policy, config(count=2), script, held_out=[asked, ranked])
@@ -288,7 +290,7 @@ def test_copy_of_a_held_out_instruction_is_dropped(tmp_path: Path, tiny_policy: 
     assert counts["dropped"] == {"held_out": 2}
 
 
-def examples_in(request: Request, tiny: PolicyFiles) -> tuple[list[str], str]:
+def examples_in(request: Request, tiny: PolicyCheckpoint) -> tuple[list[str], str]:
     """The demonstrations a prompt shows, and how its answer is begun."""
     text = loaded(tiny.path).tokenizer.decode(request.prompt)
     asked, _, answer = text.partition("<|im_end|>")
@@ -296,7 +298,7 @@ def examples_in(request: Request, tiny: PolicyFiles) -> tuple[list[str], str]:
 
 
 def test_prompts_show_the_configured_numbers_of_seeds_and_own_instructions(
-    tmp_path: Path, tiny_policy: PolicyFiles
+    tmp_path: Path, tiny_policy: PolicyCheckpoint
 ) -> None:
     texts = [
         "Describe how glass is blown by hand.",
@@ -306,7 +308,7 @@ def test_prompts_show_the_configured_numbers_of_seeds_and_own_instructions(
         "Compare cider with sweet lemon juice.",
     ]
     script = scripted(tiny_policy, *texts)
-    settings = config(count=4, seed_demonstrations=3, own_demonstrations=2)
+    settings = config(count=4, seed_examples=3, generated_examples=2)
     write(tmp_path, tiny_policy, settings, script)
     shown = [examples_in(request, tiny_policy) for request in script.requests]
     assert len(shown) == 6
@@ -322,10 +324,10 @@ def test_prompts_show_the_configured_numbers_of_seeds_and_own_instructions(
 
 
 def test_paper_s_prompt_shows_six_seeds_and_two_own_instructions_drawn_by_seed(
-    tmp_path: Path, tiny_policy: PolicyFiles
+    tmp_path: Path, tiny_policy: PolicyCheckpoint
 ) -> None:
     own = [f"Name thing number {word} of this town." for word in ("one", "two", "three", "four")]
-    earlier = records_artefact(tmp_path / "earlier", instructions=[instruction(text, text) for text in own])
+    earlier = records_artifact(tmp_path / "earlier", instructions=[instruction(text, text) for text in own])
     seeds = seeds_in(tmp_path, [*SEEDS, "Add two numbers for me.", "Say who built the old bridge.", "Define a verb."])
     shown = {}
     for name, seed in (("one", 3), ("again", 3), ("other", 4)):
@@ -340,7 +342,7 @@ def test_paper_s_prompt_shows_six_seeds_and_two_own_instructions_drawn_by_seed(
     assert any(examples[:6] != shown["one"][0][:6] for examples in shown["one"])
 
 
-def test_prompt_is_in_the_writer_s_own_chat_template(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_prompt_is_in_the_writer_s_own_chat_template(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     other = small_context_policy(tiny_policy, tmp_path / "other", 2048)
     tokenizer = other.load_tokenizer()
     tokenizer.chat_template = (
@@ -363,23 +365,23 @@ def test_prompt_is_in_the_writer_s_own_chat_template(tmp_path: Path, tiny_policy
 
 
 def test_failure_of_the_generator_is_no_empty_instruction(
-    tmp_path: Path, tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_policy: PolicyCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = scripted(tiny_policy, "Say why the sea is salty.")
-    answer = script.write
+    answer = script.generate
 
     def fail_later(requests: list[Request], sampling: Sampling) -> list[list[Completion]]:
         if script.requests:
             raise RuntimeError("out of memory")
         return answer(requests, sampling)
 
-    monkeypatch.setattr(script, "write", fail_later)
+    monkeypatch.setattr(script, "generate", fail_later)
     with pytest.raises(RuntimeError, match="out of memory"):
         write(tmp_path, tiny_policy, config(), script)
     assert len((tmp_path / "out/scratch/journal-0.jsonl").read_text().splitlines()) == 1
 
 
-def test_prompts_do_not_grow_from_batch_to_batch(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_prompts_do_not_grow_from_batch_to_batch(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     script = scripted(tiny_policy)
     with pytest.raises(SelfalignError):
         write(tmp_path, tiny_policy, config(), script)
@@ -388,7 +390,7 @@ def test_prompts_do_not_grow_from_batch_to_batch(tmp_path: Path, tiny_policy: Po
     assert len({seed for request in script.requests for seed in request.seeds}) == 12
 
 
-def test_too_few_batches_stop_the_run_with_counts(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_too_few_batches_stop_the_run_with_counts(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     script = scripted(tiny_policy, "Say why the sea is salty.", "Too short.", "Explain how bees find their way home.")
     with pytest.raises(SelfalignError) as stop:
         write(tmp_path, tiny_policy, config(max_batches=2), script)
@@ -399,19 +401,21 @@ def test_too_few_batches_stop_the_run_with_counts(tmp_path: Path, tiny_policy: P
     assert len((tmp_path / "out/scratch/journal-0.jsonl").read_text().splitlines()) == 2
 
 
-def test_too_few_seeds_for_the_prompt_are_an_error(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
-    with pytest.raises(SelfalignError, match=r"data\.instruct\.seed_demonstrations=7, but there are 6 IFT seeds"):
-        write(tmp_path, tiny_policy, config(seed_demonstrations=7), scripted(tiny_policy))
+def test_too_few_seeds_for_the_prompt_are_an_error(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
+    with pytest.raises(SelfalignError, match=r"data\.instruct\.seed_examples=7, but there are 6 IFT seeds"):
+        write(tmp_path, tiny_policy, config(seed_examples=7), scripted(tiny_policy))
 
 
-def test_prompt_longer_than_the_context_is_an_error_with_a_remedy(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_prompt_longer_than_the_context_is_an_error_with_a_remedy(
+    tmp_path: Path, tiny_policy: PolicyCheckpoint
+) -> None:
     settings = config(sampling=Sampling(max_new_tokens=2040))
-    with pytest.raises(SelfalignError, match=r"data\.instruct\.seed_demonstrations"):
+    with pytest.raises(SelfalignError, match=r"data\.instruct\.seed_examples"):
         write(tmp_path, tiny_policy, settings, scripted(tiny_policy))
 
 
 def test_same_seed_writes_the_same_instructions(
-    tmp_path: Path, tiny_policy: PolicyFiles, tmp_path_factory: pytest.TempPathFactory
+    tmp_path: Path, tiny_policy: PolicyCheckpoint, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     policy = taught_policy(tiny_policy, tmp_path_factory.mktemp("fluent"))
     settings = config(
@@ -429,7 +433,7 @@ def test_same_seed_writes_the_same_instructions(
     assert texts["one"] == texts["again"] != texts["other"]
 
 
-def test_interrupted_writing_goes_on_where_it_stopped(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_interrupted_writing_goes_on_where_it_stopped(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     texts = [
         "Say why the sea is salty.",
         "",
@@ -449,7 +453,7 @@ def test_interrupted_writing_goes_on_where_it_stopped(tmp_path: Path, tiny_polic
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_instructions_carry_who_wrote_them_in_their_id(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_instructions_carry_who_wrote_them_in_their_id(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     text = "Say why the sea is salty."
     _, (record,) = write(tmp_path / "a", tiny_policy, config(count=1), scripted(tiny_policy, text))
     _, (again,) = write(tmp_path / "b", tiny_policy, config(count=1), scripted(tiny_policy, text))
@@ -462,12 +466,12 @@ def test_instructions_carry_who_wrote_them_in_their_id(tmp_path: Path, tiny_poli
     ("settings", "named"),
     [
         ({"count": 0}, "count"),
-        ({"writer": "gpt"}, "writer"),
-        ({"writer": "./model", "source": "tasks.jsonl"}, "writer"),
-        ({"seed_demonstrations": 0}, "seed_demonstrations"),
-        ({"own_demonstrations": -1}, "own_demonstrations"),
+        ({"model": "gpt"}, "model"),
+        ({"model": "./model", "source": "tasks.jsonl"}, "model"),
+        ({"seed_examples": 0}, "seed_examples"),
+        ({"generated_examples": -1}, "generated_examples"),
         ({"min_words": 9, "max_words": 8}, "max_words"),
-        ({"max_rouge": 0.0}, "max_rouge"),
+        ({"max_rouge_l": 0.0}, "max_rouge_l"),
         ({"max_batches": -1}, "max_batches"),
         (
             {"max_batches": 2, "prompts_per_batch": 30, "count": 61},
@@ -481,8 +485,8 @@ def test_value_out_of_range_is_refused_with_its_key(settings: dict, named: str) 
 
 
 def test_writer_is_one_of_the_run_s_models_or_a_path() -> None:
-    own = [InstructConfig(writer=name) for name in ("self", "sft", "base")]
-    fixed = [InstructConfig(writer=name) for name in ("./model", "/models/chat", "owner/name", "random:tiny")]
+    own = [InstructConfig(model=name) for name in ("self", "sft", "base")]
+    fixed = [InstructConfig(model=name) for name in ("./model", "/models/chat", "owner/name", "random:tiny")]
     assert [settings.fixed_writer for settings in own + fixed] == [False] * 3 + [True] * 4
 
 
@@ -501,19 +505,19 @@ GIVEN = [
 ]
 
 
-def take(folder: Path, count: int, earlier: list[Artefact], texts: list[str] = GIVEN, **changes: Artefact):
-    """Runs the stage; returns its counts and what it made, as an artefact."""
-    given = records_artefact(folder / "given", instructions=[instruction(f"g{n}", t) for n, t in enumerate(texts)])
-    asked = records_artefact(folder / "asked", instructions=[instruction("q", "When did the old canal open here?")])
+def take(folder: Path, count: int, earlier: list[Artifact], texts: list[str] = GIVEN, **changes: Artifact):
+    """Runs the stage; returns its counts and what it made, as an artifact."""
+    given = records_artifact(folder / "given", instructions=[instruction(f"g{n}", t) for n, t in enumerate(texts)])
+    asked = records_artifact(folder / "asked", instructions=[instruction("q", "When did the old canal open here?")])
     inputs = {"given": given, "seeds": seeds_in(folder), "held_out": [asked], **changes}
     settings = config(count=count, source="tasks.jsonl")
     out = workspace(folder / f"out{len(earlier)}")
     counts = given_instructions(out, config=settings, earlier=earlier, **inputs)
     shutil.rmtree(out.scratch)
-    return counts, artefact(out.path)
+    return counts, artifact(out.path)
 
 
-def texts_in(made: Artefact) -> list[str]:
+def texts_in(made: Artifact) -> list[str]:
     return [record.text for record in read_records(made.path / "instructions.jsonl", Instruction)]
 
 
@@ -543,6 +547,6 @@ def test_too_few_given_instructions_are_an_error_with_counts(tmp_path: Path) -> 
 
 
 def test_given_instructions_need_no_seeds(tmp_path: Path) -> None:
-    empty = replace(records_artefact(tmp_path / "none", demonstrations=[]), counts={"ift": 0, "eft": 0})
+    empty = replace(records_artifact(tmp_path / "none", demonstrations=[]), counts={"ift": 0, "eft": 0})
     _, made = take(tmp_path, 2, [], seeds=empty)
     assert texts_in(made) == GIVEN[:2]

@@ -12,7 +12,7 @@ from builders import completion
 from mutation import Check, assert_caught
 
 from selfalign.data import rouge, text_filters
-from selfalign.engines.protocol import Completion, Request, write_all
+from selfalign.engines.protocol import Completion, Request, generate_batched
 from selfalign.stages import instruct
 
 LEDGER = tests.test_every_written_text_is_kept_or_counted_as_dropped
@@ -28,18 +28,19 @@ RESUMED = tests.test_interrupted_writing_goes_on_where_it_stopped
 ORDER = tests.test_given_instructions_are_taken_in_their_order_and_once
 
 COPIES = '        if words in map(words_of, shown):\n            return "copy_of_demonstration"\n'
-NEAR = "if self._known_held_out.highest(words) >= self.config.max_rouge:"
-OWN = "draw.sample(own, min(config.own_demonstrations, len(own)))"
+NEAR = "if self._known_held_out.highest(words) >= self.config.max_rouge_l:"
+OWN = "draw.sample(own, min(config.generated_examples, len(own)))"
 EXAMPLES = "examples = mine + draw.sample(pool.seeds, min(total - len(mine), len(pool.seeds)))"
 ASKED = 'encode_prompt(generator.tokenizer, [user], f"Task {len(examples) + 1}:")'
-WRITTEN = "made = write_all("
+WRITTEN = "made = generate_batched("
 SWALLOWED = "made = _swallow("
 # (name, old text, new text, the test that notices)
 STAGE: list[tuple[str, str, str, Check]] = [
     ("D3 1: demonstrations come back as new", COPIES, "", PARROT),
-    ("D3 1: seeds come back as new", "Known.of(self.seeds + self.earlier)", "Known.of(self.earlier)", LEDGER),
+    ("D3 1: seeds come back as new", "RougeIndex.of(self.seeds + self.earlier)", "RougeIndex.of(self.earlier)", LEDGER),
     ("D3 1: nothing kept is compared with", "self._known.add(words)", "", LEDGER),
-    ("D3 1: earlier iterations are forgotten", "Known.of(self.seeds + self.earlier)", "Known.of(self.seeds)", EARLIER),
+    ("D3 1: earlier iterations are forgotten", "RougeIndex.of(self.seeds + "
+    "self.earlier)", "RougeIndex.of(self.seeds)", EARLIER),
     ("D3 1: the prompt is parsed too", "completion.text)]", '"Task 0: seed\\n" + completion.text)]', LEDGER),
     ("D3 2: all that was kept goes into the prompt", OWN, "own", NUMBERS),
     ("D3 2: every prompt shows the same", "derive_seed(seed, batch, index))", "derive_seed(seed))", SHOTS),
@@ -97,7 +98,7 @@ MUTANTS = [
 def swallow(generator: Any, requests: list[Request], *rest: Any, size: int) -> list[list[Completion]]:
     """Takes every failure for an empty answer."""
     try:
-        return write_all(generator, requests, *rest, size=size)
+        return generate_batched(generator, requests, *rest, size=size)
     except RuntimeError:
         return [[completion("")] for _ in requests]
 

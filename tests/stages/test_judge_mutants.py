@@ -14,19 +14,23 @@ from mutation import Check, assert_caught
 
 from selfalign.engines import responses, transformers
 from selfalign.judges import expected, protocol, sampled
-from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.stages import judge
 
-TIED = partial(judge_tests.test_alarm_is_by_its_thresholds, alarm={"tied_share": 0.5}, constant=1.0)
-LOW = partial(judge_tests.test_alarm_is_by_its_thresholds, alarm={"tied_share": 1.0, "entropy": 1.06}, constant=1.0)
-QUIET = partial(judge_tests.test_alarm_is_by_its_thresholds, alarm={"tied_share": 0.51, "entropy": 0.0}, constant=0.0)
+TIED = partial(judge_tests.test_alarm_is_by_its_thresholds, alarm={"max_tie_rate": 0.5}, constant=1.0)
+LOW = partial(
+    judge_tests.test_alarm_is_by_its_thresholds, alarm={"max_tie_rate": 1.0, "min_entropy": 1.06}, constant=1.0
+)
+QUIET = partial(
+    judge_tests.test_alarm_is_by_its_thresholds, alarm={"max_tie_rate": 0.51, "min_entropy": 0.0}, constant=0.0
+)
 LONG_WRITTEN = partial(judge_tests.test_prompt_too_long_is_counted_and_never_cut, way="sampled")
 LONG_READ = partial(judge_tests.test_prompt_too_long_is_counted_and_never_cut, way="expected")
 ALL = respond_tests.test_every_instruction_gets_its_candidates_and_no_other
 APART = respond_tests.test_candidates_of_one_instruction_are_drawn_apart
 REASONS = respond_tests.test_reason_to_finish_is_that_of_each_response
-TIES = " or (tied or 0.0) >= judge.alarm.tied_share"
-ENTROPY = "nats < judge.alarm.entropy or "
+TIES = " or (tied or 0.0) >= judge.degeneracy.max_tie_rate"
+ENTROPY = "nats < judge.degeneracy.min_entropy or "
 
 # (what, module, tests, old text, new text, the test that notices)
 MUTANTS: list[tuple[str, ModuleType, ModuleType, str, str, Check]] = [
@@ -42,8 +46,10 @@ MUTANTS: list[tuple[str, ModuleType, ModuleType, str, str, Check]] = [
      "[too_long(s, reader.digest) for s, fit in zip(family, fits, strict=True) if not fit]", "[]", LONG_READ),
     ("D2 11: nobody has judged", expected, judge_tests, "rationales[subject.response.id], reader.digest)",
      "rationales[subject.response.id], \"\")", judge_tests.test_judge_is_the_policy_with_its_adapter),
-    ("D2 11: the policy is the base below its adapter", judge, judging, "policy=PolicyFiles(policy.path) if policy",
-     "policy=base_below(PolicyFiles(policy.path)) if policy", judge_tests.test_judge_is_the_policy_with_its_adapter),
+    ("D2 11: the policy is the base below its adapter", judge, judging, "policy=PolicyCheckpoint(policy.path) if "
+    "policy",
+     "policy=base_below(PolicyCheckpoint(policy.path)) if "
+     "policy", judge_tests.test_judge_is_the_policy_with_its_adapter),
     ("D2 12: one seed for all", responses, respond_tests, "derive_seed(seed, record.id, n)", "seed", APART),
     ("D2 12: candidates share a seed", responses, respond_tests, "derive_seed(seed, record.id, n)",
      "derive_seed(seed, record.id)", APART),
@@ -58,12 +64,12 @@ MUTANTS: list[tuple[str, ModuleType, ModuleType, str, str, Check]] = [
 ]  # fmt: skip
 
 
-def base_below(files: PolicyFiles) -> PolicyFiles:
+def base_below(files: PolicyCheckpoint) -> PolicyCheckpoint:
     """The same policy without its adapter, under the same digest."""
     bare = files.path.with_name(f"{files.path.name}-bare")
     if not bare.exists():
         shutil.copytree(files.path, bare, symlinks=True, ignore=shutil.ignore_patterns("adapter"))
-    return PolicyFiles(bare)
+    return PolicyCheckpoint(bare)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +91,7 @@ def careless(template: str, values: dict[str, str]) -> str:
 @pytest.mark.parametrize("kind", [sampled.SampledScore, expected.ExpectedScore])
 @pytest.mark.parametrize("fill", [str.format_map, careless], ids=["D2 10: format", "D2 10: replace"])
 def test_careless_filling_of_the_rubric_is_caught(
-    tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch, kind: type, fill: Check
+    tiny_policy: PolicyCheckpoint, monkeypatch: pytest.MonkeyPatch, kind: type, fill: Check
 ) -> None:
     monkeypatch.setattr(protocol, "fill", fill)
     with pytest.raises((AssertionError, KeyError, ValueError)):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import artefact, demonstration, instruction, judgement, records_artefact, response, workspace
+from builders import artifact, demonstration, instruction, judgement, records_artifact, response, workspace
 from mutation import assert_caught
 
 from selfalign.core.errors import SelfalignError
@@ -31,7 +31,7 @@ def made(
     names = list(scores)
     asked = list(dict.fromkeys(name.rsplit("-", 1)[0] for name in names))
     judgements = [judgement(name, score, n) for name in names for n, score in enumerate(scores[name], start=1)]
-    place = records_artefact(
+    place = records_artifact(
         folder / "given",
         instructions=[instruction(name) for name in asked],
         responses=answers or [response(name) for name in names],
@@ -251,7 +251,7 @@ def test_later_iterations_can_train_on_all_pairs_so_far(tmp_path: Path) -> None:
     ):
         folder = tmp_path / name
         parts = [made(folder / str(n), given, rule)[1] for n, given in enumerate(scores)]
-        places = [artefact(folder / str(n) / "out") for n in range(2)]
+        places = [artifact(folder / str(n) / "out") for n in range(2)]
         counts = gather_pairs(workspace(folder / "all"), parts=places)
         gathered = read_records(folder / f"all/{name}.jsonl", kind)
         assert gathered == [*parts[0], *parts[1]]
@@ -263,7 +263,7 @@ def test_files_in_another_order_are_refused_and_not_joined_by_chance(tmp_path: P
     made(tmp_path, {"a-1": [1], "a-2": [2], "b-1": [1], "b-2": [2]})
     file = tmp_path / f"given/{name}.jsonl"
     file.write_text("".join(reversed(file.read_text().splitlines(keepends=True))))
-    place = artefact(tmp_path / "given")
+    place = artifact(tmp_path / "given")
     with pytest.raises(SelfalignError, match=r"(responses|scores)\.jsonl: record for '[ab](-[12])?' is missing or out"):
         pair(
             workspace(tmp_path / "again"),
@@ -353,7 +353,7 @@ def test_given_pairs_do_not_ask_what_is_held_out(tmp_path: Path) -> None:
     source = tmp_path / "pairs.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     parts = [
-        records_artefact(tmp_path / name, instructions=[instruction("q", text)])
+        records_artifact(tmp_path / name, instructions=[instruction("q", text)])
         for name, text in (("questions", "Who? \n"), ("ranked", " Why?"))
     ]
     counts = given_pairs(
@@ -386,10 +386,10 @@ def test_too_few_pairs_to_set_aside_are_noticed_with_the_data(tmp_path: Path) ->
     ]
     source = tmp_path / "pairs.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    seeds = records_artefact(tmp_path / "seeds", demonstrations=[demonstration("d", "When?", "No 3.")])
+    seeds = records_artifact(tmp_path / "seeds", demonstrations=[demonstration("d", "When?", "No 3.")])
     given = {"source": str(source), "count": 0, "content": "d", **NOTHING}
     with pytest.raises(
-        SelfalignError, match=r"train\.held_out_pairs=3: of 4 pairs only 2 share .* \(1 share one with that"
+        SelfalignError, match=r"train\.validation_pairs=3: of 4 pairs only 2 share .* \(1 share one with that"
     ):
         given_pairs(workspace(tmp_path / "out"), **given | {"set_aside": 3, "trained_on": [seeds]})
     counts = given_pairs(workspace(tmp_path / "out"), **given | {"set_aside": 2, "trained_on": [seeds]})

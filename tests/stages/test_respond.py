@@ -6,8 +6,8 @@ from builders import (
     instruction,
     killed_after,
     loaded,
-    policy_artefact,
-    records_artefact,
+    policy_artifact,
+    records_artifact,
     small_context_policy,
     taught_policy,
     workspace,
@@ -18,7 +18,7 @@ from selfalign.core.jsonl import read_records
 from selfalign.core.records import FinishReason, Instruction, Response
 from selfalign.engines.protocol import Sampling
 from selfalign.engines.transformers import Transformers
-from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.stages.respond import RespondConfig, respond
 
 ASKED = [
@@ -35,28 +35,28 @@ SEVERAL_BATCHES = 3 * 2 * 40
 
 def answer(
     folder: Path,
-    policy: PolicyFiles,
+    policy: PolicyCheckpoint,
     asked: list[Instruction] = ASKED,
     *,
     seed: int = 5,
     candidates: int = 3,
     sampling: Sampling = SAMPLING,
-    batch_tokens: int = 1 << 16,
+    max_batch_tokens: int = 1 << 16,
 ):
     """Runs the stage; returns its counts and the responses."""
     counts = respond(
         workspace(folder / "out"),
         config=RespondConfig(candidates=candidates, sampling=sampling),
-        policy=policy_artefact(policy),
-        instructions=records_artefact(folder / "given", instructions=asked),
-        generate=Transformers(dtype="float32", batch_tokens=batch_tokens),
+        policy=policy_artifact(policy),
+        instructions=records_artifact(folder / "given", instructions=asked),
+        engine=Transformers(dtype="float32", max_batch_tokens=max_batch_tokens),
         seed=seed,
     )
     return counts, read_records(folder / "out/responses.jsonl", Response)
 
 
-def test_every_instruction_gets_its_candidates_and_no_other(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
-    counts, responses = answer(tmp_path, tiny_policy, batch_tokens=SEVERAL_BATCHES)
+def test_every_instruction_gets_its_candidates_and_no_other(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
+    counts, responses = answer(tmp_path, tiny_policy, max_batch_tokens=SEVERAL_BATCHES)
     assert [r.instruction_id for r in responses] == [record.id for record in ASKED for _ in range(3)]
     assert len({r.id for r in responses}) == counts["responses"] == 15
     assert {r.model for r in responses} == {tiny_policy.digest}
@@ -65,29 +65,29 @@ def test_every_instruction_gets_its_candidates_and_no_other(tmp_path: Path, tiny
     assert counts["mean_characters"] == sum(len(r.text) for r in responses) / 15
 
 
-def test_candidates_of_one_instruction_are_drawn_apart(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_candidates_of_one_instruction_are_drawn_apart(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     _, responses = answer(tmp_path, tiny_policy)
     assert len({r.text for r in responses}) == 15
 
 
-def test_same_seed_writes_the_same_file_and_another_seed_another(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_same_seed_writes_the_same_file_and_another_seed_another(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     for name, seed in (("one", 5), ("again", 5), ("other", 6)):
         answer(tmp_path / name, tiny_policy, seed=seed)
     one, again, other = ((tmp_path / name / "out/responses.jsonl").read_bytes() for name in ("one", "again", "other"))
     assert one == again != other
 
 
-@pytest.mark.parametrize("batch_tokens", [1 << 16, SEVERAL_BATCHES])
+@pytest.mark.parametrize("max_batch_tokens", [1 << 16, SEVERAL_BATCHES])
 def test_order_of_the_instructions_does_not_change_a_text(
-    tmp_path: Path, tiny_policy: PolicyFiles, batch_tokens: int
+    tmp_path: Path, tiny_policy: PolicyCheckpoint, max_batch_tokens: int
 ) -> None:
-    _, given = answer(tmp_path / "given", tiny_policy, batch_tokens=batch_tokens)
-    _, turned = answer(tmp_path / "turned", tiny_policy, ASKED[::-1], batch_tokens=batch_tokens)
+    _, given = answer(tmp_path / "given", tiny_policy, max_batch_tokens=max_batch_tokens)
+    _, turned = answer(tmp_path / "turned", tiny_policy, ASKED[::-1], max_batch_tokens=max_batch_tokens)
     assert {r.id: r for r in turned} == {r.id: r for r in given}
     assert [r.instruction_id for r in turned[::3]] == [record.id for record in ASKED[::-1]]
 
 
-def test_further_candidates_do_not_change_the_first_ones(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_further_candidates_do_not_change_the_first_ones(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     _, two = answer(tmp_path / "two", tiny_policy, candidates=2)
     _, three = answer(tmp_path / "three", tiny_policy, candidates=3)
     texts = {r.id: r.text for r in three}
@@ -95,35 +95,35 @@ def test_further_candidates_do_not_change_the_first_ones(tmp_path: Path, tiny_po
 
 
 def test_interrupted_run_goes_on_without_repeating_finished_batches(
-    tmp_path: Path, tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_policy: PolicyCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with killed_after(99, monkeypatch) as all_batches:
-        answer(tmp_path / "whole", tiny_policy, batch_tokens=SEVERAL_BATCHES)
+        answer(tmp_path / "whole", tiny_policy, max_batch_tokens=SEVERAL_BATCHES)
     assert len(all_batches) >= 3
     with killed_after(2, monkeypatch) as first, pytest.raises(Killed):
-        answer(tmp_path / "cut", tiny_policy, batch_tokens=SEVERAL_BATCHES)
+        answer(tmp_path / "cut", tiny_policy, max_batch_tokens=SEVERAL_BATCHES)
     with killed_after(99, monkeypatch) as rest:
-        answer(tmp_path / "cut", tiny_policy, batch_tokens=SEVERAL_BATCHES)
+        answer(tmp_path / "cut", tiny_policy, max_batch_tokens=SEVERAL_BATCHES)
     assert [*first, *rest] == all_batches
     whole, cut = (tmp_path / name / "out/responses.jsonl" for name in ("whole", "cut"))
     assert whole.read_bytes() == cut.read_bytes()
 
 
 def test_half_written_journal_line_is_made_again(
-    tmp_path: Path, tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_policy: PolicyCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answer(tmp_path / "whole", tiny_policy, batch_tokens=SEVERAL_BATCHES)
+    answer(tmp_path / "whole", tiny_policy, max_batch_tokens=SEVERAL_BATCHES)
     with killed_after(2, monkeypatch), pytest.raises(Killed):
-        answer(tmp_path / "cut", tiny_policy, batch_tokens=SEVERAL_BATCHES)
+        answer(tmp_path / "cut", tiny_policy, max_batch_tokens=SEVERAL_BATCHES)
     journal = tmp_path / "cut/out/scratch/journal-0.jsonl"
     journal.write_bytes(journal.read_bytes()[:-20])
-    answer(tmp_path / "cut", tiny_policy, batch_tokens=SEVERAL_BATCHES)
+    answer(tmp_path / "cut", tiny_policy, max_batch_tokens=SEVERAL_BATCHES)
     whole, cut = (tmp_path / name / "out/responses.jsonl" for name in ("whole", "cut"))
     assert whole.read_bytes() == cut.read_bytes()
 
 
 def test_prompt_longer_than_the_context_is_dropped_and_counted_not_cut(
-    tmp_path: Path, tiny_policy: PolicyFiles
+    tmp_path: Path, tiny_policy: PolicyCheckpoint
 ) -> None:
     long = instruction("long", "Say what this means: " + "the rivers run to the sea " * 30)
     small = small_context_policy(tiny_policy, tmp_path / "small", 100)
@@ -134,7 +134,7 @@ def test_prompt_longer_than_the_context_is_dropped_and_counted_not_cut(
     assert "long" not in {r.instruction_id for r in responses}
 
 
-def test_prompt_that_just_leaves_room_for_the_answer_is_kept(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_prompt_that_just_leaves_room_for_the_answer_is_kept(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     prompt = f"<|im_start|>user\n{ASKED[0].text}<|im_end|>\n<|im_start|>assistant\n"
     length = len(loaded(tiny_policy.path).tokenizer(prompt)["input_ids"])
     for context, dropped in ((length + 6, 0), (length + 5, 1)):
@@ -143,13 +143,13 @@ def test_prompt_that_just_leaves_room_for_the_answer_is_kept(tmp_path: Path, tin
         assert counts["dropped"] == {"prompt_too_long": dropped}
 
 
-def test_instructions_that_all_are_too_long_are_an_error(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_instructions_that_all_are_too_long_are_an_error(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     small = small_context_policy(tiny_policy, tmp_path / "small", 10)
     with pytest.raises(SelfalignError, match="stage: no instruction fits into the context of 10 tokens"):
         answer(tmp_path, small)
 
 
-def test_reason_to_finish_is_that_of_each_response(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_reason_to_finish_is_that_of_each_response(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     policy = taught_policy(tiny_policy, tmp_path / "policy")
     sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=9)
     counts, responses = answer(tmp_path, policy, sampling=sampling, candidates=6)
@@ -163,7 +163,7 @@ def test_reason_to_finish_is_that_of_each_response(tmp_path: Path, tiny_policy: 
     assert not any("<|" in r.text for r in responses)
 
 
-def test_temperature_zero_gives_equal_candidates(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_temperature_zero_gives_equal_candidates(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     _, responses = answer(tmp_path, tiny_policy, ASKED[:1], sampling=Sampling(temperature=0, max_new_tokens=6))
     assert len({r.text for r in responses}) == 1
 

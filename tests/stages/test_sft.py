@@ -9,8 +9,8 @@ from builders import (
     loaded,
     nudged_policy,
     optimization,
-    policy_artefact,
-    records_artefact,
+    policy_artifact,
+    records_artifact,
     weights,
     workspace,
 )
@@ -21,12 +21,12 @@ from test_tokenization import WITH_BOS, WITHOUT_BOS, build_tokenizer
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import write_json
 from selfalign.core.records import Demonstration, RankedAnswers
-from selfalign.models.checkpoint import PolicyFiles, digest_weights
+from selfalign.models.checkpoint import PolicyCheckpoint, digest_weights
 from selfalign.models.config import ModelConfig
 from selfalign.stages import sft as sft_module
 from selfalign.stages.judge import ExpectedScore
-from selfalign.stages.pretrained import pretrained
-from selfalign.stages.seeds import demonstrate_judging
+from selfalign.stages.load_model import load_model
+from selfalign.stages.seed_data import demonstrate_judging
 
 TAUGHT = [
     demonstration("a", "Name a bird.", "A wren."),
@@ -38,7 +38,7 @@ QUICK = {"learning_rate": 5e-3, "epochs": 4, "batch_size": 3}
 
 def trained(
     folder: Path,
-    policy: PolicyFiles,
+    policy: PolicyCheckpoint,
     records: list[Demonstration] = TAUGHT,
     seed: int = 0,
     stage: Any = sft_module,
@@ -46,19 +46,19 @@ def trained(
 ):
     """Runs the stage; returns its counts, the policy and the rows it logged."""
     rows: list[dict] = []
-    start = policy_artefact(policy)
+    start = policy_artifact(policy)
     counts = stage.sft(
         workspace(folder / "out", rows),
         policy=start,
         base=start,
-        demonstrations=records_artefact(folder / "given", demonstrations=records),
+        demonstrations=records_artifact(folder / "given", demonstrations=records),
         optimization=optimization(**{**QUICK, **settings}),
         weights=weights(seed),
     )
-    return counts, PolicyFiles(folder / "out"), rows
+    return counts, PolicyCheckpoint(folder / "out"), rows
 
 
-def log_likelihood(policy: PolicyFiles, asked: str, answer: str) -> float:
+def log_likelihood(policy: PolicyCheckpoint, asked: str, answer: str) -> float:
     """Of an answer and its end of turn, from full logits."""
     loaded_policy = policy.load("float32", device="cpu")
     prompt = f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n"
@@ -69,7 +69,7 @@ def log_likelihood(policy: PolicyFiles, asked: str, answer: str) -> float:
     return float(logps.gather(1, ids[0, 1:, None])[start - 1 :].sum())
 
 
-def test_answers_and_their_ends_become_likelier(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_answers_and_their_ends_become_likelier(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     counts, policy, rows = trained(tmp_path, tiny_policy)
     before = sum(log_likelihood(tiny_policy, d.prompt[0]["content"], d.response) for d in TAUGHT)
     after = sum(log_likelihood(policy, d.prompt[0]["content"], d.response) for d in TAUGHT)
@@ -111,7 +111,7 @@ def test_demonstration_is_in_the_template_with_one_bos_and_ends_its_turn() -> No
     check_tokens()
 
 
-def check_loss(folder: Path, policy: PolicyFiles, stage: Any = sft_module) -> None:
+def check_loss(folder: Path, policy: PolicyCheckpoint, stage: Any = sft_module) -> None:
     """The first step's loss is that of the targets and their ends alone, from full logits worked out apart.
 
     The policy is one whose tokens differ in their loss, as fresh weights find all alike.
@@ -124,7 +124,7 @@ def check_loss(folder: Path, policy: PolicyFiles, stage: Any = sft_module) -> No
     assert rows[0]["loss"] == pytest.approx(-likelihood / targets, rel=1e-4)
 
 
-def test_loss_is_on_target_tokens_alone(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_loss_is_on_target_tokens_alone(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     check_loss(tmp_path, tiny_policy)
 
 
@@ -147,7 +147,7 @@ MUTANTS = [
 
 
 @pytest.mark.parametrize(("old", "new"), [m[1:] for m in MUTANTS], ids=[m[0] for m in MUTANTS])
-def test_mutant_is_caught(tmp_path: Path, tiny_policy: PolicyFiles, old: str, new: str) -> None:
+def test_mutant_is_caught(tmp_path: Path, tiny_policy: PolicyCheckpoint, old: str, new: str) -> None:
     with mutated(sft_module, old, new) as copy:
         failures = 0
         for check, arguments in ((check_tokens, ()), (check_loss, (tmp_path, tiny_policy))):
@@ -158,8 +158,8 @@ def test_mutant_is_caught(tmp_path: Path, tiny_policy: PolicyFiles, old: str, ne
     assert failures
 
 
-def test_loss_over_examples_weighs_each_answer_alike(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
-    _, _, rows = trained(tmp_path, tiny_policy, average="examples", epochs=1)
+def test_loss_over_examples_weighs_each_answer_alike(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
+    _, _, rows = trained(tmp_path, tiny_policy, loss_reduction="examples", epochs=1)
     tokenizer = loaded(tiny_policy.path).tokenizer
     means = [
         -log_likelihood(tiny_policy, d.prompt[0]["content"], d.response)
@@ -169,7 +169,9 @@ def test_loss_over_examples_weighs_each_answer_alike(tmp_path: Path, tiny_policy
     assert rows[0]["loss"] == pytest.approx(sum(means) / 3, rel=1e-4)
 
 
-def test_same_seed_gives_the_same_weights_and_another_order_others(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_same_seed_gives_the_same_weights_and_another_order_others(
+    tmp_path: Path, tiny_policy: PolicyCheckpoint
+) -> None:
     settings = {"batch_size": 1, "epochs": 2}
     digests = [
         trained(tmp_path / str(n), tiny_policy, seed=seed, **settings)[1].digest for n, seed in enumerate((1, 1, 2))
@@ -177,7 +179,7 @@ def test_same_seed_gives_the_same_weights_and_another_order_others(tmp_path: Pat
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_longer_demonstrations_are_dropped_and_counted(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_longer_demonstrations_are_dropped_and_counted(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     records = [*TAUGHT, demonstration("long", "Go on.", "and on " * 60)]
     with_long, policy, _ = trained(tmp_path / "with", tiny_policy, records, max_length=60)
     _, without, _ = trained(tmp_path / "without", tiny_policy, TAUGHT, max_length=60)
@@ -186,13 +188,13 @@ def test_longer_demonstrations_are_dropped_and_counted(tmp_path: Path, tiny_poli
     assert policy.digest == without.digest
 
 
-def test_demonstrations_that_all_are_too_long_are_an_error(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_demonstrations_that_all_are_too_long_are_an_error(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     with pytest.raises(SelfalignError, match=r"none of 3 demonstrations fits into train\.sft\.max_length"):
         trained(tmp_path, tiny_policy, max_length=4)
 
 
 def test_every_judgement_of_one_question_counts_when_one_of_them_is_too_long(
-    tmp_path: Path, tiny_policy: PolicyFiles
+    tmp_path: Path, tiny_policy: PolicyCheckpoint
 ) -> None:
     """Answers to one question share their prompt; the long one alone is dropped, and it is counted once."""
     question = RankedAnswers(
@@ -205,7 +207,7 @@ def test_every_judgement_of_one_question_counts_when_one_of_them_is_too_long(
     assert counts["demonstrations"] == 5
 
 
-def test_sharing_a_prompt_teaches_what_separate_prompts_teach(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_sharing_a_prompt_teaches_what_separate_prompts_teach(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     question = RankedAnswers(
         id="q", instruction="Why?", texts=["Because.", "So.", "No idea."], ranks=[1, 2, 3], scores=[5, 3, 0],
         justifications=["", "", ""],
@@ -222,13 +224,13 @@ def test_sharing_a_prompt_teaches_what_separate_prompts_teach(tmp_path: Path, ti
     assert all(torch.allclose(one[name], other[name], atol=2e-4) for name in one)
 
 
-def test_model_without_chat_template_is_refused_with_what_to_do(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_model_without_chat_template_is_refused_with_what_to_do(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     policy = tiny_policy.load("float32")
     policy.tokenizer.chat_template = None
     policy.model.save_pretrained(tmp_path / "bare")
     policy.tokenizer.save_pretrained(tmp_path / "bare")
     config = ModelConfig(path=str(tmp_path / "bare"))
     write_json(tmp_path / "bare/weights.json", digest_weights(tmp_path / "bare"))
-    pretrained(workspace(tmp_path / "M0"), model=config, source="s")
+    load_model(workspace(tmp_path / "M0"), model=config, source="s")
     with pytest.raises(SelfalignError, match=r"no chat template.*model\.chat_template=FILE"):
-        trained(tmp_path, PolicyFiles(tmp_path / "M0"))
+        trained(tmp_path, PolicyCheckpoint(tmp_path / "M0"))

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Judgement, JudgementStatus
-from selfalign.judges.protocol import Alarm, Bench, Judged, Subject
+from selfalign.judges.protocol import DegeneracyThresholds, JudgeContext, Judged, Subject
 
 
 @dataclass(kw_only=True, slots=True)
@@ -17,18 +17,18 @@ class Brevity:
         words_per_point: how many words cost a point.
         low: the lowest score.
         high: the highest, of an empty answer.
-        max_failed_share: no judgement of this judge fails.
+        max_failure_rate: no judgement of this judge fails.
         alarm: when the judge says nearly the same of everything.
     """
 
     words_per_point: float = 20.0
     low: int = 0
     high: int = 5
-    max_failed_share: float = 0.0
-    alarm: Alarm = field(default_factory=Alarm)
+    max_failure_rate: float = 0.0
+    alarm: DegeneracyThresholds = field(default_factory=DegeneracyThresholds)
     model: ClassVar[str] = "base"
     """Whom the run lends to the judge; this one does not ask it anything."""
-    minimum_valid: ClassVar[int] = 1
+    min_valid_samples: ClassVar[int] = 1
     token_setting: ClassVar[str] = ""
     together: ClassVar[int] = 1000
 
@@ -40,7 +40,7 @@ class Brevity:
         """One judgement a response."""
         return len(subjects)
 
-    def judge(self, bench: Bench, subjects: Sequence[Subject]) -> Judged:
+    def judge(self, context: JudgeContext, subjects: Sequence[Subject]) -> Judged:
         """Counts words."""
         return Judged(judgements=[self._judgement(subject) for subject in subjects])
 

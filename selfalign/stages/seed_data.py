@@ -1,28 +1,28 @@
-"""seeds: given data → demonstrations (IFT + EFT) and held-out ranked answers."""
+"""seed_data: given data → demonstrations (IFT + EFT) and held-out ranked answers."""
 
 import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Protocol
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_text
 from selfalign.core.jsonl import write_records
-from selfalign.core.records import Demonstration, Instruction, Prompt, RankedAnswers, Response, given_response
+from selfalign.core.records import Demonstration, Instruction, RankedAnswers, Response, given_response
 from selfalign.data.schemas import Schema
 from selfalign.data.sources import read_demonstrations, read_ranked
 from selfalign.data.turns import compared, texts_in
 from selfalign.judges.pairwise import Pairwise
+from selfalign.judges.protocol import TeachableJudge
 from selfalign.metrics import catalog
-from selfalign.store.artifacts import Content, Counts, Workspace
+from selfalign.store.artifacts import Content, Counts, StageOutput
 from selfalign.store.stage import MANY, Size, stage
 
 logger = logging.getLogger(__name__)
 
 
-class EvaluationFineTuning(StrEnum):
+class EFTSource(StrEnum):
     """Who writes the EFT examples: nobody, a human (scores or ranks as they were given), or the SFT baseline."""
 
     none = "none"
@@ -31,66 +31,51 @@ class EvaluationFineTuning(StrEnum):
 
 
 @dataclass(kw_only=True, slots=True)
-class SeedsConfig:
+class SeedDataConfig:
     """What M1 learns from, and what its judging is measured on.
 
     Attributes:
         demonstrations: instructions with good answers (IFT); empty for none.
         ranked: questions with ranked answers, for evaluation fine-tuning (EFT) and judge quality; empty for none.
         max_demonstrations: at most so many IFT examples, in the order of the file; 0 takes all.
-        max_questions: at most so many ranked questions, in the order of the file; 0 takes all.
+        max_ranked: at most so many ranked questions, in the order of the file; 0 takes all.
         held_out_share: share of the ranked questions that no training sees.
-        evaluation_fine_tuning: who writes the EFT examples: "none" (there are none, M1 is the paper's SFT baseline),
+        eft_source: who writes the EFT examples: "none" (there are none, M1 is the paper's SFT baseline),
             "human" (targets straight from human scores or ranks, which small models need) or "baseline" (the SFT
             baseline writes justification and score, of which those in the humans' order are kept; arXiv 2401.10020,
             section 3.1).
-        most_common_ratio: of EFT examples by the baseline, the most common score keeps at most so many times the
+        max_score_imbalance: of EFT examples by the baseline, the most common score keeps at most so many times the
             examples of the second most common one; the paper drops "part" of them.
     """
 
     demonstrations: str = "shipped:ift"
     ranked: str = "shipped:ranked"
     max_demonstrations: int = 0
-    max_questions: int = 0
+    max_ranked: int = 0
     held_out_share: float = 0.3
-    evaluation_fine_tuning: EvaluationFineTuning = EvaluationFineTuning.human
-    most_common_ratio: float = 1.0
+    eft_source: EFTSource = EFTSource.human
+    max_score_imbalance: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 < self.held_out_share < 1:
-            raise SelfalignError(f"data.seeds.held_out_share must lie between 0 and 1, got {self.held_out_share}")
-        for name in ("max_demonstrations", "max_questions"):
+            raise SelfalignError(f"data.seed_data.held_out_share must lie between 0 and 1, got {self.held_out_share}")
+        for name in ("max_demonstrations", "max_ranked"):
             if getattr(self, name) < 0:
-                raise SelfalignError(f"data.seeds.{name} must be 0 or more, got {getattr(self, name)}")
-        if self.most_common_ratio < 1:
-            raise SelfalignError(f"data.seeds.most_common_ratio must be 1 or more, got {self.most_common_ratio}")
-        if self.evaluation_fine_tuning == EvaluationFineTuning.baseline and not (self.demonstrations and self.ranked):
+                raise SelfalignError(f"data.seed_data.{name} must be 0 or more, got {getattr(self, name)}")
+        if self.max_score_imbalance < 1:
             raise SelfalignError(
-                "data.seeds.evaluation_fine_tuning=baseline needs data.seeds.demonstrations to train the baseline, "
-                "and data.seeds.ranked for it to judge"
+                f"data.seed_data.max_score_imbalance must be 1 or more, got {self.max_score_imbalance}"
+            )
+        if self.eft_source == EFTSource.baseline and not (self.demonstrations and self.ranked):
+            raise SelfalignError(
+                "data.seed_data.eft_source=baseline needs data.seed_data.demonstrations to train the baseline, "
+                "and data.seed_data.ranked for it to judge"
             )
 
 
-class JudgeFormat(Protocol):
-    """What evaluation fine-tuning asks of a judge: its prompt, and the answer it should give."""
-
-    def ask(self, instruction: str, response: str) -> Prompt: ...
-
-    def answer(self, score: int, justification: str) -> str: ...
-
-    @property
-    def opening(self) -> str: ...
-
-    @property
-    def low(self) -> int: ...
-
-    @property
-    def high(self) -> int: ...
-
-
-def size(*, config: SeedsConfig, **others: object) -> Size:
+def size(*, config: SeedDataConfig, **others: object) -> Size:
     """As many as the data have, which is not known before they are read."""
-    human = config.evaluation_fine_tuning == EvaluationFineTuning.human
+    human = config.eft_source == EFTSource.human
     ift, ranked = MANY if config.demonstrations else 0, MANY if config.ranked else 0
     eft = ranked if human else 0
     counts = {"ift": ift, "eft": eft, "demonstrations": ift + eft}
@@ -99,11 +84,11 @@ def size(*, config: SeedsConfig, **others: object) -> Size:
 
 
 @stage(size=size, given=True)
-def seeds(
-    out: Workspace,
+def seed_data(
+    out: StageOutput,
     *,
-    config: SeedsConfig,
-    judge: JudgeFormat | Pairwise,
+    config: SeedDataConfig,
+    judge: TeachableJudge | Pairwise,
     contents: Sequence[Content | str],
     schema: Schema | None = None,
 ) -> Counts:
@@ -118,11 +103,11 @@ def seeds(
         schema: says their rows in a format that is known, where the user describes one.
     """
     data = read_seeds(config, schema)
-    human = config.evaluation_fine_tuning == EvaluationFineTuning.human
+    human = config.eft_source == EFTSource.human
     examples = on_scale(data, judge) if human else []
     eft = [demonstration for question in examples for demonstration in demonstrate_judging(question, judge)]
     write_records(out.path / "demonstrations.jsonl", [*data.ift, *eft])
-    judged = config.evaluation_fine_tuning != EvaluationFineTuning.none
+    judged = config.eft_source != EFTSource.none
     write_records(out.path / "taught.jsonl", data.taught if judged else [])
     write_questions(out, data.held_out)
     return {
@@ -141,7 +126,7 @@ def size_of_taught(**others: object) -> Size:
 
 @stage(size=size_of_taught, given=True)
 def taught_questions(
-    out: Workspace, *, config: SeedsConfig, contents: Sequence[Content | str], schema: Schema | None = None
+    out: StageOutput, *, config: SeedDataConfig, contents: Sequence[Content | str], schema: Schema | None = None
 ) -> Counts:
     """The ranked questions that are not held out, with their answers, for the SFT baseline to judge.
 
@@ -169,7 +154,7 @@ class SeedData:
     drops: Counter[str]
 
 
-def read_seeds(config: SeedsConfig, schema: Schema | None = None) -> SeedData:
+def read_seeds(config: SeedDataConfig, schema: Schema | None = None) -> SeedData:
     """Reads both sources; a ranked question that is also an IFT prompt is dropped, so that no text has two uses.
 
     Raises:
@@ -192,10 +177,11 @@ def read_seeds(config: SeedsConfig, schema: Schema | None = None) -> SeedData:
     drops["questions_in_demonstrations"] = len(questions) - len(apart)
     if questions and not apart:
         raise SelfalignError(
-            f"all {len(questions)} questions of data.seeds.ranked are prompts of data.seeds.demonstrations: leave some "
-            "to it with data.seeds.max_demonstrations"
+            f"all {len(questions)} questions of data.seed_data.ranked are prompts of data.seed_data.demonstrations: "
+            f"leave some "
+            "to it with data.seed_data.max_demonstrations"
         )
-    apart = apart[: config.max_questions or None]
+    apart = apart[: config.max_ranked or None]
     held_out = held_out_ids(apart, config.held_out_share)
     return SeedData(
         ift=ift,
@@ -207,10 +193,10 @@ def read_seeds(config: SeedsConfig, schema: Schema | None = None) -> SeedData:
 
 def _check_any(key: str, source: str, found: Sequence[object], unused: Counter[str]) -> None:
     if not found:
-        raise SelfalignError(f"data.seeds.{key}={source}: no row is of use (dropped: {dict(+unused)})")
+        raise SelfalignError(f"data.seed_data.{key}={source}: no row is of use (dropped: {dict(+unused)})")
 
 
-def write_questions(out: Workspace, questions: list[RankedAnswers]) -> None:
+def write_questions(out: StageOutput, questions: list[RankedAnswers]) -> None:
     """Writes ranked questions and, as the judge stage reads them, their instructions and responses."""
     write_records(out.path / "ranked.jsonl", questions)
     write_records(
@@ -233,31 +219,31 @@ def held_out_ids(questions: list[RankedAnswers], share: float) -> set[str]:
     return {name for name, digest in digests.items() if digest in chosen}
 
 
-def on_scale(data: SeedData, judge: JudgeFormat | Pairwise) -> list[RankedAnswers]:
+def on_scale(data: SeedData, judge: TeachableJudge | Pairwise) -> list[RankedAnswers]:
     """The questions that teach judging: without scores where these are not of the judge's scale.
 
     Scores of one source have one scale. Where any lies outside the judge's, those within mean something else too: 4 of
     10 is not 4 of 5.
     """
     given = [score for question in (*data.taught, *data.held_out) for score in question.scores]
-    if isinstance(judge, Pairwise) or not given or judge.low <= min(given) <= max(given) <= judge.high:
+    if isinstance(judge, Pairwise) or not given or judge.min_score <= min(given) <= max(given) <= judge.max_score:
         return data.taught
     logger.warning(
-        "data.seeds.ranked has scores from %d to %d, which is not the judge's scale from %d to %d: judging is "
+        "data.seed_data.ranked has scores from %d to %d, which is not the judge's scale from %d to %d: judging is "
         "taught by the ranks alone, spread over that scale",
         min(given),
         max(given),
-        judge.low,
-        judge.high,
+        judge.min_score,
+        judge.max_score,
     )
     return [replace(question, scores=[]) for question in data.taught]
 
 
-def demonstrate_judging(question: RankedAnswers, judge: JudgeFormat | Pairwise) -> list[Demonstration]:
+def demonstrate_judging(question: RankedAnswers, judge: TeachableJudge | Pairwise) -> list[Demonstration]:
     """One EFT example an answer: the judge's prompt, and the judgement a human's score or rank asks for."""
     if isinstance(judge, Pairwise):
         return judge.demonstrate(question)
-    scores = question.scores or scores_from_ranks(question.ranks, judge.low, judge.high)
+    scores = question.scores or scores_from_ranks(question.ranks, judge.min_score, judge.max_score)
     return [
         Demonstration(
             id=f"eft-{question.id}-{index}",

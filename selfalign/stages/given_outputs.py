@@ -1,4 +1,4 @@
-"""outputs: a file of another model's answers → responses to the evaluation instructions."""
+"""given_outputs: a file of another model's answers → responses to the evaluation instructions."""
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import read_records, write_records
@@ -6,17 +6,17 @@ from selfalign.core.records import Instruction, given_response
 from selfalign.data.sources import read_outputs
 from selfalign.data.turns import compared
 from selfalign.metrics import catalog
-from selfalign.store.artifacts import Artefact, Content, Counts, Workspace
+from selfalign.store.artifacts import Artifact, Content, Counts, StageOutput
 from selfalign.store.stage import Size, records_in, stage
 
 
-def size(*, source: str, instructions: Artefact, **others: object) -> Size:
+def size(*, source: str, instructions: Artifact, **others: object) -> Size:
     """One answer an instruction."""
     return Size(f"answers of {source}", {"responses": records_in(instructions, "instructions")})
 
 
 @stage(size=size, given=True)
-def outputs(out: Workspace, *, source: str, content: Content | str, instructions: Artefact) -> Counts:
+def given_outputs(out: StageOutput, *, source: str, content: Content | str, instructions: Artifact) -> Counts:
     """Finds the given answer to each instruction, by the instruction's text; a second one is left out and counted.
 
     Args:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import instruction, nudged_policy, policy_artefact, records_artefact, response, workspace
+from builders import instruction, nudged_policy, policy_artifact, records_artifact, response, workspace
 from chat_server import chat, chat_server
 from judging import FP32
 from mutation import mutated
@@ -13,27 +13,28 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import read_records
 from selfalign.core.records import Comparison
 from selfalign.engines.openai_client import Endpoint
-from selfalign.judges import comparator, head_to_head
+from selfalign.judges import comparator
+from selfalign.judges import head_to_head as comparing
 from selfalign.metrics.intervals import wilson
-from selfalign.models.checkpoint import PolicyFiles
-from selfalign.stages.compare import HeadToHead, compare
-from selfalign.store.artifacts import Artefact, Counts
+from selfalign.models.checkpoint import PolicyCheckpoint
+from selfalign.stages.head_to_head import HeadToHead, head_to_head
+from selfalign.store.artifacts import Artifact, Counts
 
 PROMPT = "{instruction}\n<first>\n{first}\n</first>\n<second>\n{second}\n</second>"
 NAMES = [f"q{n}" for n in range(8)]
 
 
-def answers(folder: Path, texts: dict[str, str], candidates: int = 1) -> Artefact:
+def answers(folder: Path, texts: dict[str, str], candidates: int = 1) -> Artifact:
     made = [response(f"{name}-{n}", text) for name, text in texts.items() for n in range(1, candidates + 1)]
-    return records_artefact(folder, responses=made)
+    return records_artifact(folder, responses=made)
 
 
-def asked(folder: Path) -> Artefact:
-    return records_artefact(folder / "asked", instructions=[instruction(name) for name in NAMES])
+def asked(folder: Path) -> Artifact:
+    return records_artifact(folder / "asked", instructions=[instruction(name) for name in NAMES])
 
 
 def compared(
-    folder: Path, mine: dict[str, str], theirs: dict[str, str], says: Any, stage: Any = compare, **settings: Any
+    folder: Path, mine: dict[str, str], theirs: dict[str, str], says: Any, stage: Any = head_to_head, **settings: Any
 ) -> Counts:
     """Head to head by a server that says a letter of (first text, second text)."""
 
@@ -46,11 +47,11 @@ def compared(
 
     with chat_server(reply) as server:
         judge = HeadToHead(
-            prompt=PROMPT, endpoint=Endpoint(base_url=server.url, model="m", key_variable="", concurrency=2), **settings
+            prompt=PROMPT, endpoint=Endpoint(base_url=server.url, model="m", api_key_env="", concurrency=2), **settings
         )
         return stage(
             workspace(folder / "out"), judge=judge, policy=None, instructions=asked(folder),
-            answers=answers(folder / "mine", mine), opponent=answers(folder / "theirs", theirs), generate=FP32, seed=1,
+            answers=answers(folder / "mine", mine), opponent=answers(folder / "theirs", theirs), engine=FP32, seed=1,
         )  # fmt: skip
 
 
@@ -111,24 +112,24 @@ def test_nothing_in_common_is_refused(tmp_path: Path) -> None:
 def test_first_answer_of_several_is_compared(tmp_path: Path) -> None:
     made = [response("q0-1", "long answer"), response("q0-2", "x")]
     with chat_server(lambda body: chat("[[A]]" if "<first>\nlong" in body["messages"][0]["content"] else "[[B]]")) as s:
-        judge = HeadToHead(prompt=PROMPT, endpoint=Endpoint(base_url=s.url, model="m", key_variable=""))
-        counts = compare(
+        judge = HeadToHead(prompt=PROMPT, endpoint=Endpoint(base_url=s.url, model="m", api_key_env=""))
+        counts = head_to_head(
             workspace(tmp_path / "out"), judge=judge, policy=None, instructions=asked(tmp_path),
-            answers=records_artefact(tmp_path / "a", responses=made), opponent=answers(tmp_path / "b", {"q0": "y"}),
-            generate=FP32, seed=1,
+            answers=records_artifact(tmp_path / "a", responses=made), opponent=answers(tmp_path / "b", {"q0": "y"}),
+            engine=FP32, seed=1,
         )  # fmt: skip
     assert (counts["comparisons"], counts["wins"]) == (1, 1)
 
 
 def test_a_policy_judges_by_its_own_probabilities_the_same_both_ways_round(
-    tmp_path: Path, tiny_policy: PolicyFiles
+    tmp_path: Path, tiny_policy: PolicyCheckpoint
 ) -> None:
-    judge = HeadToHead(prompt=PROMPT, place_correction=True)
-    policy = policy_artefact(nudged_policy(tiny_policy, tmp_path / "nudged", 0.2))
+    judge = HeadToHead(prompt=PROMPT, debias_position=True)
+    policy = policy_artifact(nudged_policy(tiny_policy, tmp_path / "nudged", 0.2))
     one, other = answers(tmp_path / "one", MINE), answers(tmp_path / "other", dict.fromkeys(NAMES, "Not at all."))
-    inputs = {"judge": judge, "policy": policy, "instructions": asked(tmp_path), "generate": FP32, "seed": 1}
-    there = compare(workspace(tmp_path / "there"), answers=one, opponent=other, **inputs)
-    back = compare(workspace(tmp_path / "back"), answers=other, opponent=one, **inputs)
+    inputs = {"judge": judge, "policy": policy, "instructions": asked(tmp_path), "engine": FP32, "seed": 1}
+    there = head_to_head(workspace(tmp_path / "there"), answers=one, opponent=other, **inputs)
+    back = head_to_head(workspace(tmp_path / "back"), answers=other, opponent=one, **inputs)
     assert there["win_rate"] + back["win_rate"] == pytest.approx(1)
     assert there["wins"] == back["losses"]
     assert there["judge/position_bias"] == back["judge/position_bias"]
@@ -148,14 +149,14 @@ def test_writing_longer_alone_wins_one_half_at_equal_length(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("Duel(one, mine[one.id], theirs[one.id])", "Duel(one, theirs[one.id], mine[one.id])"),
-        ('"dropped": {"unanswered": len(asked) - len(duels), **', '"dropped": {**'),
+        ("ResponsePair(one, mine[one.id], theirs[one.id])", "ResponsePair(one, theirs[one.id], mine[one.id])"),
+        ('"dropped": {"unanswered": len(asked) - len(pairs), **', '"dropped": {**'),
     ],
     ids=["sides swapped", "unanswered uncounted"],
 )
 def test_mutant_is_caught(tmp_path: Path, old: str, new: str) -> None:
     expected = compared(tmp_path / "right", MINE, {**THEIRS, "q7": "Well"}, silent_on_well)
-    with mutated(head_to_head, old, new):
+    with mutated(comparing, old, new):
         try:
             broken = compared(tmp_path / "broken", MINE, {**THEIRS, "q7": "Well"}, silent_on_well)
         except (TypeError, ValueError):
@@ -165,13 +166,13 @@ def test_mutant_is_caught(tmp_path: Path, old: str, new: str) -> None:
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [("len(duel.first.text) - len(duel.second.text)", "0"), ("if c.outcome is not None]", "]")],
+    [("len(pair.first.text) - len(pair.second.text)", "0"), ("if c.outcome is not None]", "]")],
     ids=["lengths ignored", "unread counts as lost"],
 )
 def test_mutant_of_the_referee_is_caught(tmp_path: Path, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = compared(tmp_path / "right", MINE, {**THEIRS, "q7": "Well"}, silent_on_well)
     with mutated(comparator, old, new) as copy:
-        monkeypatch.setattr(comparator.Referee, "decide", copy.Referee.decide)
+        monkeypatch.setattr(comparator.PairwiseComparator, "compare_models", copy.PairwiseComparator.compare_models)
         try:
             broken = compared(tmp_path / "broken", MINE, {**THEIRS, "q7": "Well"}, silent_on_well)
         except (TypeError, ValueError):

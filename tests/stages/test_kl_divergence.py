@@ -7,16 +7,16 @@ from builders import (
     instruction,
     loaded,
     nudged_policy,
-    policy_artefact,
-    records_artefact,
+    policy_artifact,
+    records_artifact,
     response,
     workspace,
 )
 
 from selfalign.core.jsonl import read_records
-from selfalign.core.records import FinishReason, MovedAnswer
-from selfalign.models.checkpoint import PolicyFiles
-from selfalign.stages.divergence import divergence
+from selfalign.core.records import FinishReason, ResponseKL
+from selfalign.models.checkpoint import PolicyCheckpoint
+from selfalign.stages.kl_divergence import kl_divergence
 
 ASKED = [instruction("bees", "What do bees do?"), instruction("tea", "How is tea made?")]
 ANSWERS = [
@@ -25,18 +25,18 @@ ANSWERS = [
 ]
 
 
-def moved(folder: Path, policy: PolicyFiles, origin: PolicyFiles, answers: list = ANSWERS) -> dict:
-    given = records_artefact(folder / "given", instructions=ASKED, responses=answers)
-    return divergence(
+def moved(folder: Path, policy: PolicyCheckpoint, origin: PolicyCheckpoint, answers: list = ANSWERS) -> dict:
+    given = records_artifact(folder / "given", instructions=ASKED, responses=answers)
+    return kl_divergence(
         workspace(folder / "out"),
-        policy=policy_artefact(policy),
-        origin=policy_artefact(origin),
+        policy=policy_artifact(policy),
+        origin=policy_artifact(origin),
         instructions=given,
         answers=given,
     )
 
 
-def log_probability(policy: PolicyFiles, text: str, answer: str, *, ended: bool) -> tuple[float, int]:
+def log_probability(policy: PolicyCheckpoint, text: str, answer: str, *, ended: bool) -> tuple[float, int]:
     """Of an answer's tokens, from full logits; and how many there are."""
     reader = loaded(policy.path)
     prompt = reader.tokenizer(f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
@@ -46,7 +46,9 @@ def log_probability(policy: PolicyFiles, text: str, answer: str, *, ended: bool)
     return float(logps[len(prompt) - 1 :].gather(1, torch.tensor(tokens)[:, None]).sum()), len(tokens)
 
 
-def test_distance_is_the_mean_log_ratio_of_the_policy_s_own_answers(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_distance_is_the_mean_log_ratio_of_the_policy_s_own_answers(
+    tmp_path: Path, tiny_policy: PolicyCheckpoint
+) -> None:
     policy = nudged_policy(tiny_policy, tmp_path / "policy")
     cases = [(ASKED[0].text, "They dance.", True), (ASKED[1].text, "With leaves and", False)]
     ratios, tokens = [], 0
@@ -55,7 +57,7 @@ def test_distance_is_the_mean_log_ratio_of_the_policy_s_own_answers(tmp_path: Pa
         ratios.append(own - other)
         tokens += count
     found = moved(tmp_path, policy, tiny_policy)
-    records = read_records(tmp_path / "out/moved.jsonl", MovedAnswer)
+    records = read_records(tmp_path / "out/moved.jsonl", ResponseKL)
     assert [one.policy - one.origin for one in records] == pytest.approx(ratios, abs=1e-3)
     assert sum(one.tokens for one in records) == tokens
     assert abs(sum(ratios)) > 0.01
@@ -63,10 +65,10 @@ def test_distance_is_the_mean_log_ratio_of_the_policy_s_own_answers(tmp_path: Pa
     assert found["eval/kl_to_m1_per_token"] == pytest.approx(sum(ratios) / tokens, abs=1e-3)
 
 
-def test_a_model_is_at_no_distance_from_itself(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_a_model_is_at_no_distance_from_itself(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     assert moved(tmp_path, tiny_policy, tiny_policy) == {"eval/kl_to_m1": 0.0, "eval/kl_to_m1_per_token": 0.0}
 
 
-def test_empty_answers_are_no_distance(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_empty_answers_are_no_distance(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     nothing = [replace(response("bees-1"), text="")]
     assert moved(tmp_path, tiny_policy, tiny_policy, nothing) == {}

@@ -6,14 +6,14 @@ from builders import loaded, workspace
 from safetensors.torch import load_file, save_file
 
 from selfalign.core.errors import SelfalignError
-from selfalign.models.checkpoint import PolicyFiles
+from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.config import ModelConfig
-from selfalign.models.pretrained import identify_source
-from selfalign.stages.pretrained import pretrained
+from selfalign.models.pretrained import source_digest
+from selfalign.stages.load_model import load_model
 
 
 @pytest.fixture
-def folder(tiny_policy: PolicyFiles, tmp_path: Path) -> Path:
+def folder(tiny_policy: PolicyCheckpoint, tmp_path: Path) -> Path:
     """A model as a user has it: weights and tokenizer in one folder."""
     policy = tiny_policy.load("float32")
     policy.model.save_pretrained(tmp_path / "mine")
@@ -21,13 +21,13 @@ def folder(tiny_policy: PolicyFiles, tmp_path: Path) -> Path:
     return tmp_path / "mine"
 
 
-def fetch(out: Path, **settings: object) -> tuple[dict, PolicyFiles]:
+def fetch(out: Path, **settings: object) -> tuple[dict, PolicyCheckpoint]:
     config = ModelConfig(**settings)
-    counts = pretrained(workspace(out), model=config, source=identify_source(config))
-    return counts, PolicyFiles(out)
+    counts = load_model(workspace(out), model=config, source=source_digest(config))
+    return counts, PolicyCheckpoint(out)
 
 
-def test_random_model_is_the_same_each_time_it_is_built(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_random_model_is_the_same_each_time_it_is_built(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     counts, policy = fetch(tmp_path, path="random:tiny")
     assert policy.digest == tiny_policy.digest
     assert counts == {
@@ -45,7 +45,7 @@ def test_random_model_is_the_same_each_time_it_is_built(tmp_path: Path, tiny_pol
     }
 
 
-def test_folder_is_taken_as_it_is(tmp_path: Path, tiny_policy: PolicyFiles, folder: Path) -> None:
+def test_folder_is_taken_as_it_is(tmp_path: Path, tiny_policy: PolicyCheckpoint, folder: Path) -> None:
     _, policy = fetch(tmp_path / "M0", path=str(folder))
     assert (tmp_path / "M0/weights").resolve() == folder
     given = load_file(folder / "model.safetensors")
@@ -60,7 +60,7 @@ def test_chat_template_of_the_user_is_the_one_that_counts(tmp_path: Path, folder
     template = tmp_path / "template.jinja"
     template.write_text("{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}")
     plain, given = ModelConfig(path=str(folder)), ModelConfig(path=str(folder), chat_template=str(template))
-    assert identify_source(plain) != identify_source(given)
+    assert source_digest(plain) != source_digest(given)
     _, policy = fetch(tmp_path / "M0", path=str(folder), chat_template=str(template))
     assert policy.load_tokenizer().chat_template == template.read_text()
 
@@ -68,20 +68,20 @@ def test_chat_template_of_the_user_is_the_one_that_counts(tmp_path: Path, folder
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json"])
 def test_changed_file_of_the_model_makes_it_another_model(folder: Path, name: str) -> None:
     config = ModelConfig(path=str(folder))
-    before = identify_source(config)
+    before = source_digest(config)
     path = folder / name
     path.write_text(path.read_text() + "\n")
-    assert identify_source(config) != before
+    assert source_digest(config) != before
 
 
 def test_changed_weights_make_it_another_model(folder: Path) -> None:
     config = ModelConfig(path=str(folder))
-    before = identify_source(config)
+    before = source_digest(config)
     weights = folder / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(bytes(content))
-    assert identify_source(config) != before
+    assert source_digest(config) != before
 
 
 def test_truncated_weights_are_an_error_that_names_the_folder(tmp_path: Path, folder: Path) -> None:
@@ -105,8 +105,8 @@ def test_missing_folder_is_an_error_that_names_the_key(tmp_path: Path) -> None:
 
 
 def test_missing_model_of_another_setting_names_that_one() -> None:
-    with pytest.raises(SelfalignError, match=r"^data\.instruct\.writer: no folder '\./nowhere'"):
-        identify_source(ModelConfig(path="./nowhere"), "data.instruct.writer")
+    with pytest.raises(SelfalignError, match=r"^data\.instruct\.model: no folder '\./nowhere'"):
+        source_digest(ModelConfig(path="./nowhere"), "data.instruct.model")
 
 
 def test_folder_without_safetensors_is_an_error(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_folder_without_safetensors_is_an_error(tmp_path: Path) -> None:
         fetch(tmp_path / "M0", path=str(tmp_path / "empty"))
 
 
-def test_folder_without_tokenizer_is_an_error(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_folder_without_tokenizer_is_an_error(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     tiny_policy.load("float32").model.save_pretrained(tmp_path / "bare")
     with pytest.raises(SelfalignError, match="bare: no tokenizer"):
         fetch(tmp_path / "M0", path=str(tmp_path / "bare"))

@@ -7,9 +7,9 @@ from builders import (
     loaded,
     nudged_policy,
     optimization,
-    policy_artefact,
+    policy_artifact,
     preference,
-    records_artefact,
+    records_artifact,
     workspace,
 )
 
@@ -17,9 +17,9 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import read_records
 from selfalign.core.records import PairReference, PreferencePair
 from selfalign.losses.refinement import Refinement
-from selfalign.models.checkpoint import PolicyFiles
-from selfalign.models.scorer import Scorer
-from selfalign.stages.reference import reference
+from selfalign.models.checkpoint import PolicyCheckpoint
+from selfalign.models.scorer import LogProbScorer
+from selfalign.stages.reference_logprobs import reference_logprobs
 
 PAIRS = [
     preference("a", "Name a bird.", "A wren.", "A stone, I think."),
@@ -31,18 +31,18 @@ PAIRS = [
 P = Refinement(prompt="Reach {scale} of {scale}. ", scale=7)
 
 
-def scored(folder: Path, policy: PolicyFiles, refinement: Refinement | None = P, pairs=PAIRS, **settings: object):
-    counts = reference(
+def scored(folder: Path, policy: PolicyCheckpoint, refinement: Refinement | None = P, pairs=PAIRS, **settings: object):
+    counts = reference_logprobs(
         workspace(folder / "out"),
-        policy=policy_artefact(policy),
-        pairs=records_artefact(folder / "given", pairs=pairs),
+        policy=policy_artifact(policy),
+        pairs=records_artifact(folder / "given", pairs=pairs),
         augmentation=refinement,
-        precision=optimization(**settings).precision("float32"),
+        precision=optimization(**settings).logprob_settings("float32"),
     )
     return counts, read_records(folder / "out/references.jsonl", PairReference)
 
 
-def log_likelihood(policy: PolicyFiles, prompt: str, answer: str) -> float:
+def log_likelihood(policy: PolicyCheckpoint, prompt: str, answer: str) -> float:
     """Summed over the answer's tokens, from full logits in double precision."""
     reader = loaded(policy.path)
     start = len(reader.tokenizer(prompt)["input_ids"])
@@ -68,11 +68,11 @@ AUGMENTED = {
 }
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 8192])
+@pytest.mark.parametrize("max_batch_tokens", [1, 8192])
 def test_values_are_the_summed_log_probabilities_of_full_logits(
-    tmp_path: Path, tiny_policy: PolicyFiles, batch_tokens: int
+    tmp_path: Path, tiny_policy: PolicyCheckpoint, max_batch_tokens: int
 ) -> None:
-    counts, references = scored(tmp_path, tiny_policy, batch_tokens=batch_tokens)
+    counts, references = scored(tmp_path, tiny_policy, max_batch_tokens=max_batch_tokens)
     assert [record.id for record in references] == ["a", "b", "c"]
     assert counts == {"pairs": 3, "prompts_cut": 0, "prompts_cut_behind_p": 0, "dropped": {"too_long": 0}}
     for record in references:
@@ -85,27 +85,27 @@ def test_values_are_the_summed_log_probabilities_of_full_logits(
         assert abs(record.chosen - record.augmented_chosen) > 1e-4
 
 
-def test_without_refinement_there_are_no_augmented_values(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_without_refinement_there_are_no_augmented_values(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     _, with_p = scored(tmp_path / "with", tiny_policy)
     _, plain = scored(tmp_path / "without", tiny_policy, None)
     assert {(r.augmented_chosen, r.augmented_rejected) for r in plain} == {(None, None)}
     assert [(r.chosen, r.rejected) for r in plain] == [(r.chosen, r.rejected) for r in with_p]
 
 
-def test_another_policy_has_other_values(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_another_policy_has_other_values(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     _, own = scored(tmp_path / "own", tiny_policy)
     _, others = scored(tmp_path / "other", nudged_policy(tiny_policy, tmp_path / "policy"))
     assert all(abs(a.chosen - b.chosen) > 1e-3 for a, b in zip(own, others, strict=True))
 
 
-def test_longer_pair_is_dropped_whole_and_counted(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_longer_pair_is_dropped_whole_and_counted(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     long = preference("long", "Go on.", "and on " * 80, "no")
     counts, references = scored(tmp_path, tiny_policy, pairs=[PAIRS[0], long, PAIRS[1]], max_length=80)
     assert [record.id for record in references] == ["a", "b"]
     assert counts == {"pairs": 2, "prompts_cut": 0, "prompts_cut_behind_p": 0, "dropped": {"too_long": 1}}
 
 
-def test_pairs_that_fit_are_scored_behind_p_however_long_it_is(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_pairs_that_fit_are_scored_behind_p_however_long_it_is(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     """So that losses with and without a second pass hold the same pairs; the model's context alone is a limit."""
     wordy = Refinement(prompt="Try hard, " * 20)
     counts, _ = scored(tmp_path, tiny_policy, wordy, max_length=50)
@@ -113,7 +113,7 @@ def test_pairs_that_fit_are_scored_behind_p_however_long_it_is(tmp_path: Path, t
     assert counts == plain == {"pairs": 3, "prompts_cut": 0, "prompts_cut_behind_p": 0, "dropped": {"too_long": 0}}
 
 
-def test_p_that_leaves_no_room_in_the_context_is_named(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_p_that_leaves_no_room_in_the_context_is_named(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     endless = Refinement(prompt="Try hard, " * 2000)
     with pytest.raises(
         SelfalignError, match=r"^none of 3 pairs .*=50 tokens, and behind loss\.refinement\.prompt into the model's"
@@ -122,42 +122,42 @@ def test_p_that_leaves_no_room_in_the_context_is_named(tmp_path: Path, tiny_poli
 
 
 def kill_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, left = Scorer.score, [batches]
+    original, left = LogProbScorer.score, [batches]
 
-    def score(self: Scorer, groups: list) -> list[list[float]]:
+    def score(self: LogProbScorer, groups: list) -> list[list[float]]:
         if not left[0]:
             raise Killed
         left[0] -= 1
         return original(self, groups)
 
-    monkeypatch.setattr(Scorer, "score", score)
+    monkeypatch.setattr(LogProbScorer, "score", score)
 
 
 def test_interrupted_scoring_goes_on_where_it_stopped(
-    tmp_path: Path, tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_policy: PolicyCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scored(tmp_path / "whole", tiny_policy, batch_tokens=1)
+    scored(tmp_path / "whole", tiny_policy, max_batch_tokens=1)
     with monkeypatch.context() as patch:
         kill_after(4, patch)
         with pytest.raises(Killed):
-            scored(tmp_path / "cut", tiny_policy, batch_tokens=1)
+            scored(tmp_path / "cut", tiny_policy, max_batch_tokens=1)
     with monkeypatch.context() as patch:
         kill_after(2, patch)  # Two of six batches are left, and not one more.
-        scored(tmp_path / "cut", tiny_policy, batch_tokens=1)
+        scored(tmp_path / "cut", tiny_policy, max_batch_tokens=1)
     whole, cut = (tmp_path / name / "out/references.jsonl" for name in ("whole", "cut"))
     assert whole.read_bytes() == cut.read_bytes()
 
 
 def test_smaller_batches_after_an_interruption_do_not_mix_pairs_up(
-    tmp_path: Path, tiny_policy: PolicyFiles, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_policy: PolicyCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`batch_tokens` is no part of the key, so a run that ran out of memory goes on with less of it."""
-    _, whole = scored(tmp_path / "whole", tiny_policy, batch_tokens=1)
+    """`max_batch_tokens` is no part of the key, so a run that ran out of memory goes on with less of it."""
+    _, whole = scored(tmp_path / "whole", tiny_policy, max_batch_tokens=1)
     with monkeypatch.context() as patch:
         kill_after(1, patch)
         with pytest.raises(Killed):
-            scored(tmp_path / "cut", tiny_policy, batch_tokens=8192)
-    _, resumed = scored(tmp_path / "cut", tiny_policy, batch_tokens=1)
+            scored(tmp_path / "cut", tiny_policy, max_batch_tokens=8192)
+    _, resumed = scored(tmp_path / "cut", tiny_policy, max_batch_tokens=1)
     assert [r.id for r in resumed] == [r.id for r in whole]
     assert [r.chosen for r in resumed] == pytest.approx([r.chosen for r in whole], abs=1e-3)
     assert [r.augmented_rejected for r in resumed] == pytest.approx([r.augmented_rejected for r in whole], abs=1e-3)

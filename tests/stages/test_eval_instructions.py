@@ -3,29 +3,29 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from builders import demonstration, preference, records_artefact, workspace
+from builders import demonstration, preference, records_artifact, workspace
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import read_records
 from selfalign.core.records import Demonstration, Instruction, Prompt
 from selfalign.data.turns import as_prompt
-from selfalign.stages.questions import questions
-from selfalign.store.artifacts import Artefact
+from selfalign.stages.eval_instructions import eval_instructions
+from selfalign.store.artifacts import Artifact
 
 ROWS = [{"id": f"q{n}", "instruction": f"Question {n}?", "category": "some"} for n in range(5)]
 
 
-def seeds(folder: Path, *taught: str) -> Artefact:
+def seed_data(folder: Path, *taught: str) -> Artifact:
     """Seeds that teach answers to these prompts."""
-    made = records_artefact(folder / "seeds", demonstrations=[demonstration(t, t) for t in taught])
+    made = records_artifact(folder / "seeds", demonstrations=[demonstration(t, t) for t in taught])
     return replace(made, counts={"ift": len(taught)})
 
 
 def asked(folder: Path, count: int, *taught: str, dropped: int = 0) -> list[Instruction]:
     source = folder / "asked.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    counts = questions(
-        workspace(folder / "out"), source=str(source), count=count, content="d", seeds=seeds(folder, *taught)
+    counts = eval_instructions(
+        workspace(folder / "out"), source=str(source), count=count, content="d", seeds=seed_data(folder, *taught)
     )
     kept = read_records(folder / "out/instructions.jsonl", Instruction)
     assert counts == {"instructions": len(kept), "dropped": {"in_demonstrations": dropped}}
@@ -50,7 +50,7 @@ def test_instruction_that_stands_there_again_under_another_id_counts_once(tmp_pa
     source = tmp_path / "asked.jsonl"
     rows = [{"id": 1, "instruction": "Why?"}, {"id": 2, "instruction": " Why?"}, {"id": 3, "instruction": "How?"}]
     source.write_text("\n".join(map(json.dumps, rows)))
-    counts = questions(workspace(tmp_path / "out"), source=str(source), count=0, content="d", seeds=None)
+    counts = eval_instructions(workspace(tmp_path / "out"), source=str(source), count=0, content="d", seeds=None)
     assert counts == {"instructions": 2, "dropped": {"in_demonstrations": 0, "duplicate": 1}}
     assert [record.id for record in read_records(tmp_path / "out/instructions.jsonl", Instruction)] == ["1", "3"]
 
@@ -69,8 +69,8 @@ def test_instruction_that_a_model_was_trained_on_otherwise_is_dropped_and_counte
     source = tmp_path / "asked.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     asked_for = preference("p", "Question 3? ", "Yes.", "No.")
-    trained_on = [records_artefact(tmp_path / "pairs", pairs=[asked_for]), seeds(tmp_path, "Question 1?")]
-    counts = questions(
+    trained_on = [records_artifact(tmp_path / "pairs", pairs=[asked_for]), seed_data(tmp_path, "Question 1?")]
+    counts = eval_instructions(
         workspace(tmp_path / "out"), source=str(source), count=2, content="d", seeds=None, trained_on=trained_on
     )
     assert counts == {"instructions": 2, "dropped": {"in_demonstrations": 0, "trained_on": 2}}
@@ -78,7 +78,7 @@ def test_instruction_that_a_model_was_trained_on_otherwise_is_dropped_and_counte
 
 
 def test_instructions_that_are_all_taught_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(SelfalignError, match=r"all 5 instructions are prompts of data\.seeds\.demonstrations"):
+    with pytest.raises(SelfalignError, match=r"all 5 instructions are prompts of data\.seed_data\.demonstrations"):
         asked(tmp_path, 2, *[row["instruction"] for row in ROWS])
 
 
@@ -89,10 +89,10 @@ def test_instruction_that_is_taught_as_a_text_or_in_a_dialogue_is_dropped_too(tm
         [*as_prompt("Question 3?"), {"role": "assistant", "content": "Yes."}, *as_prompt("And then?")],
     ]
     taught = [Demonstration(id=f"d{n}", prompt=prompt, response="x", source="ift") for n, prompt in enumerate(prompts)]
-    given = replace(records_artefact(tmp_path / "seeds", demonstrations=taught), counts={"ift": 3})
+    given = replace(records_artifact(tmp_path / "seeds", demonstrations=taught), counts={"ift": 3})
     source = tmp_path / "asked.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, ROWS[4]]))
-    counts = questions(workspace(tmp_path / "out"), source=str(source), count=0, content="d", seeds=given)
+    counts = eval_instructions(workspace(tmp_path / "out"), source=str(source), count=0, content="d", seeds=given)
     assert counts == {"instructions": 2, "dropped": {"duplicate": 1, "in_demonstrations": 3}}
     kept = read_records(tmp_path / "out/instructions.jsonl", Instruction)
     assert [record.id for record in kept] == ["q2", "q4"]
@@ -100,15 +100,15 @@ def test_instruction_that_is_taught_as_a_text_or_in_a_dialogue_is_dropped_too(tm
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(SelfalignError, match=r"nowhere\.jsonl"):
-        questions(
+        eval_instructions(
             workspace(tmp_path / "out"),
             source=str(tmp_path / "nowhere.jsonl"),
             count=0,
             content="d",
-            seeds=seeds(tmp_path),
+            seeds=seed_data(tmp_path),
         )
 
 
 def test_shipped_instructions_are_found_by_name(tmp_path: Path) -> None:
-    out, given = workspace(tmp_path / "out"), seeds(tmp_path)
-    assert questions(out, source="shipped:evaluation", count=7, content="d", seeds=given)["instructions"] == 7
+    out, given = workspace(tmp_path / "out"), seed_data(tmp_path)
+    assert eval_instructions(out, source="shipped:evaluation", count=7, content="d", seeds=given)["instructions"] == 7

@@ -1,4 +1,4 @@
-"""reference: pairs + the reference policy → its log-probabilities, computed once."""
+"""reference_logprobs: pairs + the reference policy → its log-probabilities, computed once."""
 
 from collections import Counter
 
@@ -7,29 +7,29 @@ from selfalign.core.records import PairReference, PreferencePair
 from selfalign.losses.refinement import Refinement
 from selfalign.metrics import catalog
 from selfalign.models.batches import PairExample, encode_pairs
-from selfalign.models.checkpoint import PolicyFiles
-from selfalign.models.scorer import Scorer
+from selfalign.models.checkpoint import PolicyCheckpoint
+from selfalign.models.scorer import LogProbScorer
 from selfalign.models.tokenizer import unknown_counts
-from selfalign.store.artifacts import Artefact, Counts, Workspace
+from selfalign.store.artifacts import Artifact, Counts, StageOutput
 from selfalign.store.journal import Journal
 from selfalign.store.stage import Size, amount, records_in, stage
-from selfalign.training.config import Precision
+from selfalign.training.config import LogProbSettings
 
 
-def size(*, pairs: Artefact, augmentation: Refinement | None, **others: object) -> Size:
+def size(*, pairs: Artifact, augmentation: Refinement | None, **others: object) -> Size:
     """Every pair."""
     count = records_in(pairs, "pairs")
     return Size(f"log-probabilities of {amount(count)} pairs given x{' and p⊕x' * (augmentation is not None)}", {})
 
 
 @stage(size=size, all_ranks=True)
-def reference(
-    out: Workspace,
+def reference_logprobs(
+    out: StageOutput,
     *,
-    policy: Artefact,
-    pairs: Artefact,
+    policy: Artifact,
+    pairs: Artifact,
     augmentation: Refinement | None,
-    precision: Precision,
+    precision: LogProbSettings,
 ) -> Counts:
     """Scores every pair under the reference policy, given x and, for the Sr losses, given p⊕x.
 
@@ -40,8 +40,8 @@ def reference(
         augmentation: p, or None where the loss has no second pass.
         precision: as training will have it, so that the policy's own values start out the same.
     """
-    loaded = PolicyFiles(policy.path).load(precision.dtype, apart=True)
-    scorer = Scorer(loaded, precision.batch_tokens, autocast=precision.autocast)
+    loaded = PolicyCheckpoint(policy.path).load(precision.dtype, keep_adapter=True)
+    scorer = LogProbScorer(loaded, precision.max_batch_tokens, autocast=precision.autocast)
     file, tally = pairs.path / "pairs.jsonl", Counter[str]()
     records = stream_records(file, PreferencePair)
     examples = encode_pairs(loaded.tokenizer, records, augmentation, precision.max_length, tally, loaded.context)
@@ -59,7 +59,7 @@ def reference(
     }
 
 
-def _score(scorer: Scorer, journal: Journal, examples: list[PairExample]) -> list[PairReference]:
+def _score(scorer: LogProbScorer, journal: Journal, examples: list[PairExample]) -> list[PairReference]:
     """The values of some pairs, in their order."""
     augmented = [example.augmented for example in examples if example.augmented is not None]
     sums = list(scorer.score_all([example.plain for example in examples], journal, "plain"))

@@ -11,15 +11,15 @@ import pytest
 import torch
 from builders import (
     RUBRIC,
-    artefact,
+    artifact,
     demonstration,
     judgement,
     loaded,
     nudged_policy,
     optimization,
-    policy_artefact,
+    policy_artifact,
     preference,
-    records_artefact,
+    records_artifact,
     workspace,
 )
 from declared import declaration
@@ -28,18 +28,18 @@ from scipy import stats
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import read_records
-from selfalign.core.records import Instruction, MeasuredPair, PairReference, PreferencePair, RankedAnswers, Response
+from selfalign.core.records import Instruction, PairMargin, PairReference, PreferencePair, RankedAnswers, Response
 from selfalign.engines.openai_client import Endpoint
 from selfalign.judges.expected import ExpectedScore
 from selfalign.judges.external import ExternalScore
 from selfalign.losses.refinement import Augmentation, Refinement, augment
 from selfalign.metrics.intervals import wilson
-from selfalign.models.checkpoint import PolicyFiles
-from selfalign.stages import preferences as module
+from selfalign.models.checkpoint import PolicyCheckpoint
+from selfalign.stages import preference_accuracy as module
 from selfalign.stages.evaluate import PreferenceTest
-from selfalign.stages.preferences import preference_test, preferences
-from selfalign.stages.reference import reference
-from selfalign.store.artifacts import Artefact, Counts
+from selfalign.stages.preference_accuracy import preference_accuracy, preference_test
+from selfalign.stages.reference_logprobs import reference_logprobs
+from selfalign.store.artifacts import Artifact, Counts
 
 # log-probabilities of (chosen, rejected) given x and given p⊕x; the reference's are all -10.
 OWN = {
@@ -53,13 +53,13 @@ OWN = {
 SCORES = {"a": (5.0, 1.0), "b": (2.0, 3.0), "c": (4.0, 4.0), "d": (3.0, None), "e": (4.0, 2.0)}
 
 
-def logps(folder: Path, values: dict[str, tuple[float, ...]]) -> Artefact:
+def logps(folder: Path, values: dict[str, tuple[float, ...]]) -> Artifact:
     """What a policy makes of the pairs, as the reference stage leaves it."""
     records = [
         PairReference(id=name, chosen=row[0], rejected=row[1], augmented_chosen=row[2], augmented_rejected=row[3])
         for name, row in values.items()
     ]
-    return replace(records_artefact(folder, references=records), counts={"prompts_cut": 1})
+    return replace(records_artifact(folder, references=records), counts={"prompts_cut": 1})
 
 
 def given(name: str, prompt: str = "") -> PreferencePair:
@@ -73,21 +73,21 @@ def measured(
     *,
     pairs: Sequence[PreferencePair] = tuple(map(given, OWN)),
     own: dict[str, tuple[float, ...]] = OWN,
-    trained_on: Sequence[Artefact] = (),
-    scores: Artefact | None = None,
-) -> tuple[Counts, list[MeasuredPair]]:
+    trained_on: Sequence[Artifact] = (),
+    scores: Artifact | None = None,
+) -> tuple[Counts, list[PairMargin]]:
     """Runs the stage at β = 0.5 against a reference that finds every response equally likely."""
     out = workspace(folder / "out")
-    counts = preferences(
+    counts = preference_accuracy(
         out,
-        pairs=records_artefact(folder / "pairs", pairs=pairs),
+        pairs=records_artifact(folder / "pairs", pairs=pairs),
         trained_on=list(trained_on),
         policy=logps(folder / "own", own),
         reference=logps(folder / "reference", dict.fromkeys(own, (-10.0, -10.0, -10.0, -10.0))),
         scores=scores,
         beta=0.5,
     )
-    return counts, read_records(out.path / "preferences.jsonl", MeasuredPair)
+    return counts, read_records(out.path / "preferences.jsonl", PairMargin)
 
 
 def test_rewards_and_refinement_are_worked_by_hand(tmp_path: Path) -> None:
@@ -157,15 +157,15 @@ def test_judge_s_scores_take_the_place_of_those_that_came_with_the_pairs(tmp_pat
         judgement("b-chosen", 2),
         judgement("b-rejected", None),
     ]
-    _, records = measured(tmp_path, scores=records_artefact(tmp_path / "scores", judgements=judged))
+    _, records = measured(tmp_path, scores=records_artifact(tmp_path / "scores", judgements=judged))
     assert [record.score_difference for record in records] == [-3.0, None, None, None, None]
 
 
 def test_pairs_whose_prompt_was_trained_on_are_dropped_and_counted(tmp_path: Path) -> None:
     pairs = [given("a", "Old question? "), given("b"), replace(given("c"), prompt="As text"), given("d"), given("e")]
     trained = [
-        records_artefact(tmp_path / "earlier", pairs=[preference("x", "Old question?", "y", "z")]),
-        records_artefact(
+        records_artifact(tmp_path / "earlier", pairs=[preference("x", "Old question?", "y", "z")]),
+        records_artifact(
             tmp_path / "seeds", demonstrations=[demonstration("i", "As text"), demonstration("j", "New.")]
         ),
     ]
@@ -177,8 +177,8 @@ def test_pairs_whose_prompt_was_trained_on_are_dropped_and_counted(tmp_path: Pat
 
 def test_pairs_with_a_response_that_was_trained_on_are_dropped_and_counted(tmp_path: Path) -> None:
     trained = [
-        records_artefact(tmp_path / "earlier", pairs=[preference("x", "Another question?", "Bad a.", "z")]),
-        records_artefact(tmp_path / "seeds", demonstrations=[demonstration("i", "Some.", "Good c. ")]),
+        records_artifact(tmp_path / "earlier", pairs=[preference("x", "Another question?", "Bad a.", "z")]),
+        records_artifact(tmp_path / "seeds", demonstrations=[demonstration("i", "Some.", "Good c. ")]),
     ]
     counts, records = measured(tmp_path, trained_on=trained)
     assert [record.id for record in records] == ["b", "d", "e"]
@@ -193,8 +193,10 @@ def test_pairs_that_were_not_scored_for_their_length_are_counted(tmp_path: Path)
 
 
 def test_no_pair_left_stops_with_the_setting_s_name(tmp_path: Path) -> None:
-    trained = [records_artefact(tmp_path / "earlier", pairs=[given(name) for name in OWN])]
-    with pytest.raises(SelfalignError, match=r"no pair of evaluate\.preferences\.source is left .*'trained_on': 5"):
+    trained = [records_artifact(tmp_path / "earlier", pairs=[given(name) for name in OWN])]
+    with pytest.raises(
+        SelfalignError, match=r"no pair of evaluate\.preference_pairs\.source is left .*'trained_on': 5"
+    ):
         measured(tmp_path, trained_on=trained)
 
 
@@ -277,7 +279,7 @@ def test_first_pair_of_an_instruction_is_taken_and_the_others_are_counted(tmp_pa
 def test_data_without_a_pair_names_the_setting(tmp_path: Path) -> None:
     (tmp_path / "same.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "b"}) + "\n")
     given: dict[str, Any] = {"count": 0, "content": "c", "ranked": None, "trained_on": []}
-    with pytest.raises(SelfalignError, match=r"evaluate\.preferences\.source.*identical"):
+    with pytest.raises(SelfalignError, match=r"evaluate\.preference_pairs\.source.*identical"):
         preference_test(workspace(tmp_path / "out"), source=str(tmp_path / "same.jsonl"), **given)
 
 
@@ -285,7 +287,7 @@ def test_pairs_that_are_trained_on_are_told_when_they_are_read(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     taught = [preference("t1", "Why?", "a", "b"), preference("t2", "How?", "c", "d")]
-    trained = records_artefact(tmp_path / "given", pairs=taught)
+    trained = records_artifact(tmp_path / "given", pairs=taught)
     source = tmp_path / "test.jsonl"
     rows = [{"prompt": f"{n}?", "chosen": f"right {n}", "rejected": text} for n, text in enumerate("db")]
     given: dict[str, Any] = {"source": str(source), "count": 0, "content": "c", "ranked": None}
@@ -305,7 +307,7 @@ def test_ranked_questions_give_their_best_against_their_worst_with_the_humans_sc
                       justifications=[""] * 4),
         RankedAnswers(id="r", instruction="How?", texts=["y", "x"], ranks=[7, 3], scores=[], justifications=["", ""]),
     ]  # fmt: skip
-    out, ranked = workspace(tmp_path / "out"), records_artefact(tmp_path / "seeds", ranked=questions)
+    out, ranked = workspace(tmp_path / "out"), records_artifact(tmp_path / "seeds", ranked=questions)
     counts = preference_test(out, source="ranked", count=0, content="", ranked=ranked, trained_on=[])
     assert counts == {"pairs": 2, "dropped": {}}
     q, r = read_records(out.path / "pairs.jsonl", PreferencePair)
@@ -349,7 +351,7 @@ def test_mutant_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: 
 # --- on a real policy --------------------------------------------------------------------------------------------
 
 
-def log_likelihood(policy: PolicyFiles, prompt: Any, answer: str) -> float:
+def log_likelihood(policy: PolicyCheckpoint, prompt: Any, answer: str) -> float:
     """Summed over the answer's tokens and its end, from full logits in double precision."""
     reader = loaded(policy.path)
     text = reader.tokenizer(f"<|im_start|>user\n{prompt[0]['content']}<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
@@ -360,20 +362,24 @@ def log_likelihood(policy: PolicyFiles, prompt: Any, answer: str) -> float:
 
 
 def test_margin_and_refinement_of_a_real_policy_are_those_of_its_full_logits(
-    tmp_path: Path, tiny_policy: PolicyFiles
+    tmp_path: Path, tiny_policy: PolicyCheckpoint
 ) -> None:
     policy, p = nudged_policy(tiny_policy, tmp_path / "policy"), Refinement(prompt="Reach {scale}. ", scale=7)
     pairs = [given(name) for name in ("a", "b", "c")]
-    there = records_artefact(tmp_path / "given", pairs=pairs)
-    scored: list[Artefact] = []
+    there = records_artifact(tmp_path / "given", pairs=pairs)
+    scored: list[Artifact] = []
     for n, files in enumerate((policy, tiny_policy)):
         out = workspace(tmp_path / f"logps{n}")
-        precision = optimization().precision("float32")
-        counts = reference(out, policy=policy_artefact(files), pairs=there, augmentation=p, precision=precision)
-        scored.append(replace(artefact(out.path), counts=counts))
+        precision = optimization().logprob_settings("float32")
+        counts = reference_logprobs(
+            out, policy=policy_artifact(files), pairs=there, augmentation=p, precision=precision
+        )
+        scored.append(replace(artifact(out.path), counts=counts))
     out = workspace(tmp_path / "out")
-    counts = preferences(out, pairs=there, trained_on=[], policy=scored[0], reference=scored[1], scores=None, beta=0.5)
-    found = read_records(out.path / "preferences.jsonl", MeasuredPair)
+    counts = preference_accuracy(
+        out, pairs=there, trained_on=[], policy=scored[0], reference=scored[1], scores=None, beta=0.5
+    )
+    found = read_records(out.path / "preferences.jsonl", PairMargin)
     for pair, record in zip(pairs, found, strict=True):
         for prompt, value in (
             (pair.prompt, record.margin),
@@ -399,7 +405,7 @@ SELF, SFT = ExpectedScore(prompt=RUBRIC), ExpectedScore(prompt=RUBRIC, model="sf
     [({"count": -1}, "count"), ({"judge": SFT}, "judge"), ({"source": "a.jsonl", "judge": SELF}, r"judge\.model")],
 )
 def test_impossible_setting_is_refused_with_its_key(settings: dict[str, Any], named: str) -> None:
-    with pytest.raises(SelfalignError, match=rf"evaluate\.preferences\.{named} "):
+    with pytest.raises(SelfalignError, match=rf"evaluate\.preference_pairs\.{named} "):
         PreferenceTest(**settings)
 
 

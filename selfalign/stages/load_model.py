@@ -1,9 +1,9 @@
-"""pretrained: model config → M0, checked."""
+"""load_model: model config → M0, checked."""
 
 from selfalign.engines.model_check import check_model
 from selfalign.models.config import ModelConfig
 from selfalign.models.pretrained import fetch_pretrained
-from selfalign.store.artifacts import Content, Counts, Workspace
+from selfalign.store.artifacts import Content, Counts, StageOutput
 from selfalign.store.stage import Size, stage
 
 
@@ -13,7 +13,7 @@ def size(*, model: ModelConfig, **others: object) -> Size:
 
 
 @stage(size=size)
-def pretrained(out: Workspace, *, model: ModelConfig, source: Content | str) -> Counts:
+def load_model(out: StageOutput, *, model: ModelConfig, source: Content | str) -> Counts:
     """Fetches, converts or builds M0, and checks what it can do.
 
     Args:

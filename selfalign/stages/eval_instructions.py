@@ -1,4 +1,4 @@
-"""questions: given data → the evaluation instructions."""
+"""eval_instructions: given data → the evaluation instructions."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from selfalign.data.schemas import Schema
 from selfalign.data.sources import read_instructions
 from selfalign.data.turns import compared, texts_in
 from selfalign.metrics import catalog
-from selfalign.store.artifacts import Artefact, Content, Counts, Workspace
+from selfalign.store.artifacts import Artifact, Content, Counts, StageOutput
 from selfalign.store.stage import MANY, Size, stage
 from selfalign.training.splits import prompts_of
 
@@ -20,14 +20,14 @@ def size(*, source: str, count: int, **others: object) -> Size:
 
 
 @stage(size=size, given=True)
-def questions(
-    out: Workspace,
+def eval_instructions(
+    out: StageOutput,
     *,
     source: str,
     count: int,
     content: Content | str,
-    seeds: Artefact | None,
-    trained_on: Sequence[Artefact] = (),
+    seeds: Artifact | None,
+    trained_on: Sequence[Artifact] = (),
     schema: Schema | None = None,
 ) -> Counts:
     """Copies the first `count` instructions (0 takes all) that no demonstration answers into the store.
@@ -52,11 +52,13 @@ def questions(
     taught = {text for demonstration in demonstrations for text in texts_in(demonstration.prompt)}
     given, drops = read_instructions(source, "evaluation", schema)
     apart = [instruction for instruction in given if compared(instruction.text) not in taught]
-    trained = {text for artefact in trained_on for text in prompts_of(artefact)}
+    trained = {text for artifact in trained_on for text in prompts_of(artifact)}
     untaught = [instruction for instruction in apart if compared(instruction.text) not in trained]
     if not untaught:
         where = " or of what the models were trained on" if trained_on else ""
-        raise SelfalignError(f"{source}: all {len(given)} instructions are prompts of data.seeds.demonstrations{where}")
+        raise SelfalignError(
+            f"{source}: all {len(given)} instructions are prompts of data.seed_data.demonstrations{where}"
+        )
     once: dict[str, Instruction] = {}
     for instruction in untaught:
         once.setdefault(compared(instruction.text), instruction)
@@ -66,9 +68,9 @@ def questions(
     return {catalog.INSTRUCTIONS.name: len(kept), "dropped": {"in_demonstrations": len(given) - len(apart), **(+drops)}}
 
 
-def teaching(artefacts: Sequence[Artefact], source: str) -> list[Artefact]:
+def teaching(artifacts: Sequence[Artifact], source: str) -> list[Artifact]:
     """Those of what models were trained on that ask an instruction of this data source."""
-    if not artefacts:
+    if not artifacts:
         return []
     asked = {compared(instruction.text) for instruction in read_instructions(source, "evaluation")[0]}
-    return [artefact for artefact in artefacts if any(text in asked for text in prompts_of(artefact))]
+    return [artifact for artifact in artifacts if any(text in asked for text in prompts_of(artifact))]

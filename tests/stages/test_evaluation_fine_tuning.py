@@ -2,14 +2,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import RUBRIC, demonstration, policy_artefact, records_artefact, workspace
+from builders import RUBRIC, demonstration, policy_artifact, records_artifact, workspace
 from mutation import mutated
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import read_records
 from selfalign.core.records import Demonstration, Judgement, JudgementStatus, RankedAnswers
-from selfalign.models.checkpoint import PolicyFiles
-from selfalign.stages import eft as module
+from selfalign.models.checkpoint import PolicyCheckpoint
+from selfalign.stages import evaluation_fine_tuning as module
 from selfalign.stages.judge import SampledScore, parse_score
 
 JUDGE = SampledScore(prompt=RUBRIC)
@@ -44,7 +44,7 @@ def judged(texts: Texts, model: str) -> list[Judgement]:
 
 def taught(
     folder: Path,
-    policy: PolicyFiles,
+    policy: PolicyCheckpoint,
     questions: list[RankedAnswers],
     texts: Texts,
     *,
@@ -54,14 +54,14 @@ def taught(
 ) -> tuple[dict[str, Any], list[Demonstration]]:
     """Runs the stage; returns its counts and the EFT examples."""
     ift = [demonstration("i", "Name a bird.")]
-    counts = stage.eft(
+    counts = stage.evaluation_fine_tuning(
         workspace(folder / "out"),
         judge=JUDGE,
-        policy=policy_artefact(policy),
-        seeds=records_artefact(folder / "seeds", demonstrations=ift),
-        questions=records_artefact(folder / "questions", ranked=questions),
-        judgements=records_artefact(folder / "judged", judgements=judged(texts, model or policy.digest)),
-        most_common_ratio=ratio,
+        policy=policy_artifact(policy),
+        seeds=records_artifact(folder / "seeds", demonstrations=ift),
+        questions=records_artifact(folder / "questions", ranked=questions),
+        judgements=records_artifact(folder / "judged", judgements=judged(texts, model or policy.digest)),
+        max_score_imbalance=ratio,
     )
     first, *examples = read_records(folder / "out/demonstrations.jsonl", Demonstration)
     assert first == ift[0]
@@ -80,7 +80,7 @@ WRITTEN = {
 }  # fmt: skip
 
 
-def check_order(folder: Path, policy: PolicyFiles, stage: Any = module) -> None:
+def check_order(folder: Path, policy: PolicyCheckpoint, stage: Any = module) -> None:
     """Only questions in the humans' order are taught, each with one judgement an answer, as it was written."""
     counts, examples = taught(folder, policy, QUESTIONS, WRITTEN, stage=stage)
     assert [(d.question, d.response) for d in examples] == [
@@ -99,7 +99,7 @@ FOURS = {
 }  # fmt: skip
 
 
-def check_thinning(folder: Path, policy: PolicyFiles, stage: Any = module) -> None:
+def check_thinning(folder: Path, policy: PolicyCheckpoint, stage: Any = module) -> None:
     """Five fours and two threes: the fours are thinned to the ratio, nothing else is touched."""
     for ratio, fours in ((1.0, 2), (1.5, 3), (2.5, 5), (100.0, 5)):
         counts, examples = taught(folder / str(ratio), policy, QUESTIONS, FOURS, ratio=ratio, stage=stage)
@@ -109,7 +109,7 @@ def check_thinning(folder: Path, policy: PolicyFiles, stage: Any = module) -> No
         assert counts["questions_agreeing"] == 5
 
 
-def check_form(folder: Path, policy: PolicyFiles, stage: Any = module) -> None:
+def check_form(folder: Path, policy: PolicyCheckpoint, stage: Any = module) -> None:
     """A judgement that does not end with its score as the rubric asks is not taught, though it can be read."""
     texts = {
         "a-1": ["Score: 5\nand then he went on", "Good.\nScore: 4/5", said(4)],
@@ -122,7 +122,7 @@ def check_form(folder: Path, policy: PolicyFiles, stage: Any = module) -> None:
     assert counts["judgements_scored"] == 7
 
 
-def check_model(folder: Path, policy: PolicyFiles, stage: Any = module) -> None:
+def check_model(folder: Path, policy: PolicyCheckpoint, stage: Any = module) -> None:
     """Judgements of another model than the baseline are refused."""
     with pytest.raises(SelfalignError, match=r"judgements by \['M1'\], which is not the SFT baseline"):
         taught(folder, policy, QUESTIONS, WRITTEN, stage=stage, model="M1")
@@ -132,25 +132,25 @@ CHECKS = (check_order, check_thinning, check_form, check_model)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_eft_by_the_baseline(tmp_path: Path, tiny_policy: PolicyFiles, check: Any) -> None:
+def test_eft_by_the_baseline(tmp_path: Path, tiny_policy: PolicyCheckpoint, check: Any) -> None:
     check(tmp_path, tiny_policy)
 
 
-def test_order_of_the_file_does_not_decide_what_is_thinned(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_order_of_the_file_does_not_decide_what_is_thinned(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     _, given = taught(tmp_path / "given", tiny_policy, QUESTIONS, FOURS)
     _, turned = taught(tmp_path / "turned", tiny_policy, QUESTIONS[::-1], FOURS)
     assert {d.id for d in given} == {d.id for d in turned}
 
 
-def test_every_example_is_understood_by_the_judges_own_parser(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_every_example_is_understood_by_the_judges_own_parser(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     _, examples = taught(tmp_path, tiny_policy, QUESTIONS, WRITTEN)
     assert {parse_score(d.response, 0, 5).status for d in examples} == {JudgementStatus.OK}
 
 
-def test_baseline_that_agrees_on_nothing_stops_with_the_counts(tmp_path: Path, tiny_policy: PolicyFiles) -> None:
+def test_baseline_that_agrees_on_nothing_stops_with_the_counts(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     with pytest.raises(
         SelfalignError,
-        match=r"judged none of 2 questions in the humans' order .*'questions_in_other_order': 2.*judge\.samples",
+        match=r"judged none of 2 questions in the humans' order .*'questions_in_other_order': 2.*judge\.num_samples",
     ):
         taught(tmp_path, tiny_policy, QUESTIONS[2:4], {n: WRITTEN[n] for n in ("c-1", "c-2", "d-1", "d-2")})
 
@@ -161,7 +161,7 @@ MUTANTS = [
     ("order the wrong way round", "better > worse", "better < worse"),
     ("only neighbours in the file compared", "sorted(zip(ranks, scores, strict=True))", "zip(ranks, scores)"),
     ("first draw alone", "for draw in draws:", "for draw in draws[:1]:"),
-    ("nothing thinned", "kept = thin(targets, most_common_ratio)", "kept = targets"),
+    ("nothing thinned", "kept = thin(targets, max_score_imbalance)", "kept = targets"),
     ("thinned without the ratio", "int(ratio * second)", "second"),
     ("the second most common thinned", "(most, many), (_, second) = counts", "(_, second), (most, many) = counts"),
     ("any form taught", 'judgement.text.splitlines()[-1].strip() != judge.answer(int(judgement.score), "")', "False"),
@@ -171,7 +171,7 @@ MUTANTS = [
 
 
 @pytest.mark.parametrize(("old", "new"), [m[1:] for m in MUTANTS], ids=[m[0] for m in MUTANTS])
-def test_mutant_is_caught(tmp_path: Path, tiny_policy: PolicyFiles, old: str, new: str) -> None:
+def test_mutant_is_caught(tmp_path: Path, tiny_policy: PolicyCheckpoint, old: str, new: str) -> None:
     failures = []
     with mutated(module, old, new) as copy:
         for check in CHECKS:

@@ -22,14 +22,14 @@ from selfalign.store.artifacts import Store
 RUBRIC = "<instruction>{instruction}</instruction> <response>{response}</response> Score?"
 SUBJECTS = ["bees", "rivers", "clocks", "bread", "ships", "lamps", "cats", "hats"]
 SETTINGS = [
-    "model=tiny", "track=none", "name=eft", "evaluate=none", "data=pairs", "iterations=1", "loss=dpo",
-    "generate.dtype=float32", "train.sft.dtype=float32", "train.align.dtype=float32", "train.sft.learning_rate=0.005",
+    "model=tiny", "tracker=none", "name=eft", "evaluate=none", "data=pairs", "iterations=1", "loss=dpo",
+    "engine.dtype=float32", "train.sft.dtype=float32", "train.align.dtype=float32", "train.sft.learning_rate=0.005",
     "train.sft.final_learning_rate=0", "train.sft.epochs=12", "train.sft.batch_size=4",
 ]  # fmt: skip
 WRITTEN = [
-    "judge=additive", f"judge.prompt='{RUBRIC}'", "judge.samples=6", "judge.sampling.temperature=1",
-    "judge.sampling.top_p=1", "judge.sampling.max_new_tokens=16", "judge.max_failed_share=0.9",
-    "data.seeds.evaluation_fine_tuning=baseline",
+    "judge=additive", f"judge.prompt='{RUBRIC}'", "judge.num_samples=6", "judge.sampling.temperature=1",
+    "judge.sampling.top_p=1", "judge.sampling.max_new_tokens=16", "judge.max_failure_rate=0.9",
+    "data.seed_data.eft_source=baseline",
 ]  # fmt: skip
 
 
@@ -55,8 +55,8 @@ def write_data(folder: Path) -> list[str]:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return [
         f"data.path={folder / 'pairs.jsonl'}",
-        f"data.seeds.demonstrations={folder / 'ift.jsonl'}",
-        f"data.seeds.ranked={folder / 'ranked.jsonl'}",
+        f"data.seed_data.demonstrations={folder / 'ift.jsonl'}",
+        f"data.seed_data.ranked={folder / 'ranked.jsonl'}",
     ]
 
 
@@ -72,10 +72,10 @@ class Study:
         return composed(*self.overrides)[0]
 
     def manifest(self, label: str) -> dict[str, Any]:
-        return read_json(self.folder / "artefacts" / label / "manifest.json")
+        return read_json(self.folder / "artifacts" / label / "manifest.json")
 
     def records(self, label: str, name: str, kind: type) -> list[Any]:
-        return read_records(self.folder / "artefacts" / label / f"{name}.jsonl", kind)
+        return read_records(self.folder / "artifacts" / label / f"{name}.jsonl", kind)
 
     @property
     def labels(self) -> list[str]:
@@ -100,7 +100,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Study:
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> Study:
     """EFT from human ranks, the baseline's judging measured on request."""
-    more = ["judge=expected_score", f"judge.prompt='{RUBRIC}'", "evaluate.baseline=true", "train.sft.epochs=2"]
+    more = ["judge=expected_score", f"judge.prompt='{RUBRIC}'", "evaluate.sft_baseline=true", "train.sft.epochs=2"]
     return made(tmp_path_factory.mktemp("given"), *more)
 
 
@@ -195,7 +195,7 @@ def test_report_says_who_wrote_the_examples_of_judging(written: Study, given: St
 
 def test_everything_is_found_again_until_a_file_says_something_else(written: Study) -> None:
     """Files are known by their content: another ranking under the same name is another experiment."""
-    path = Path(written.config.data.seeds.ranked)
+    path = Path(written.config.data.seed_data.ranked)
     store, before = Store(written.folder.parent / "store"), path.read_text(encoding="utf-8")
     assert [str(label) for label in look_ahead(written.config, store, "").there] == written.labels
     try:
@@ -206,5 +206,5 @@ def test_everything_is_found_again_until_a_file_says_something_else(written: Stu
 
 
 def test_without_eft_m1_is_the_baseline_and_no_other_is_made(written: Study) -> None:
-    config, *_ = composed(*written.overrides, "data.seeds.evaluation_fine_tuning=none", "evaluate.baseline=true")
+    config, *_ = composed(*written.overrides, "data.seed_data.eft_source=none", "evaluate.sft_baseline=true")
     assert [label for label in planned(config) if label in ("ift", "SFT", "M1")] == ["M1"]

@@ -1,26 +1,19 @@
-"""eft: IFT demonstrations + ranked questions as the SFT baseline judged them → IFT + EFT demonstrations."""
+"""evaluation_fine_tuning: IFT demonstrations + ranked questions as the SFT baseline judged them → IFT + EFT
+demonstrations.
+"""
 
 from collections import Counter
 from itertools import pairwise
-from typing import Protocol
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_text
 from selfalign.core.jsonl import read_records, write_records
-from selfalign.core.records import Demonstration, Judgement, Prompt, RankedAnswers
+from selfalign.core.records import Demonstration, Judgement, RankedAnswers
+from selfalign.judges.protocol import TeachableJudge
 from selfalign.metrics import catalog
-from selfalign.models.checkpoint import PolicyFiles
-from selfalign.store.artifacts import Artefact, Counts, Workspace
+from selfalign.models.checkpoint import PolicyCheckpoint
+from selfalign.store.artifacts import Artifact, Counts, StageOutput
 from selfalign.store.stage import Size, records_in, stage
-
-
-class JudgeFormat(Protocol):
-    """What is taught of a judge: its prompt, and the last line of a judgement."""
-
-    def ask(self, instruction: str, response: str) -> Prompt: ...
-
-    def answer(self, score: int, justification: str) -> str: ...
-
 
 Scored = tuple[float, str]
 """A judgement's score and text."""
@@ -29,22 +22,22 @@ Target = tuple[float, Demonstration]
 """An EFT example with the score it teaches."""
 
 
-def size(*, seeds: Artefact, questions: Artefact, **others: object) -> Size:
+def size(*, seeds: Artifact, questions: Artifact, **others: object) -> Size:
     """IFT, and an example for every answer that was judged."""
     most = records_in(seeds, "demonstrations") + records_in(questions, "responses")
     return Size("IFT + judgements in the humans' order", {"demonstrations": most})
 
 
 @stage(size=size)
-def eft(
-    out: Workspace,
+def evaluation_fine_tuning(
+    out: StageOutput,
     *,
-    judge: JudgeFormat,
-    policy: Artefact,
-    seeds: Artefact,
-    questions: Artefact,
-    judgements: Artefact,
-    most_common_ratio: float,
+    judge: TeachableJudge,
+    policy: Artifact,
+    seeds: Artifact,
+    questions: Artifact,
+    judgements: Artifact,
+    max_score_imbalance: float,
 ) -> Counts:
     """Keeps the judgements that agree with the humans as examples of judging (arXiv 2401.10020, section 3.1).
 
@@ -58,13 +51,13 @@ def eft(
         seeds: demonstrations.jsonl with the IFT examples.
         questions: ranked.jsonl.
         judgements: judgements.jsonl of their answers.
-        most_common_ratio: how far the most common score may outnumber the second most common.
+        max_score_imbalance: how far the most common score may outnumber the second most common.
 
     Raises:
         SelfalignError: another model wrote a judgement, or no question is left.
     """
     written = read_records(judgements.path / "judgements.jsonl", Judgement)
-    if others := {judgement.model for judgement in written} - {PolicyFiles(policy.path).digest}:
+    if others := {judgement.model for judgement in written} - {PolicyCheckpoint(policy.path).digest}:
         raise SelfalignError(f"{out.label}: judgements by {sorted(others)}, which is not the SFT baseline")
     drops: Counter[str] = Counter()
     usable = usable_judgements(written, judge, drops)
@@ -74,9 +67,9 @@ def eft(
     if not targets:
         raise SelfalignError(
             f"{out.label}: the SFT baseline judged none of {len(ranked)} questions in the humans' order (dropped: "
-            f"{dict(+drops)}); raise judge.samples, or take data.seeds.evaluation_fine_tuning=human"
+            f"{dict(+drops)}); raise judge.num_samples, or take data.seed_data.eft_source=human"
         )
-    kept = thin(targets, most_common_ratio)
+    kept = thin(targets, max_score_imbalance)
     drops["examples_of_most_common_score"] = len(targets) - len(kept)
     ift = read_records(seeds.path / "demonstrations.jsonl", Demonstration)
     write_records(out.path / "demonstrations.jsonl", [*ift, *(example for _, example in kept)])
@@ -91,7 +84,7 @@ def eft(
     }
 
 
-def usable_judgements(written: list[Judgement], judge: JudgeFormat, drops: Counter[str]) -> dict[str, list[Scored]]:
+def usable_judgements(written: list[Judgement], judge: TeachableJudge, drops: Counter[str]) -> dict[str, list[Scored]]:
     """{response id: its judgements that carry a score and end with it, in the form the rubric asks for}.
 
     A text that goes on behind its score, or was cut there, would teach the judge to go on.
@@ -124,7 +117,7 @@ def in_order(ranks: list[int], scores: list[float]) -> bool:
     return all(better > worse for better, worse in pairwise(by_rank))
 
 
-def demonstrate(question: RankedAnswers, draw: list[Scored], judge: JudgeFormat) -> list[Target]:
+def demonstrate(question: RankedAnswers, draw: list[Scored], judge: TeachableJudge) -> list[Target]:
     """The examples of one question: the judge's prompt about each answer, and what the baseline wrote."""
     return [
         (

@@ -1,32 +1,32 @@
-"""divergence: answers + the policy that wrote them + M1 → how far it has moved from M1."""
+"""kl_divergence: answers + the policy that wrote them + M1 → how far it has moved from M1."""
 
 from selfalign.core.jsonl import read_records, write_records
-from selfalign.core.records import Instruction, MovedAnswer, Response
+from selfalign.core.records import Instruction, Response, ResponseKL
 from selfalign.data.sources import as_prompt
 from selfalign.metrics import catalog
-from selfalign.models.batches import Group, answer_of, encode_group
-from selfalign.models.checkpoint import PolicyFiles
-from selfalign.models.scorer import Scorer
-from selfalign.store.artifacts import Artefact, Counts, Workspace
+from selfalign.models.batches import SharedPrompt, answer_of, encode_group
+from selfalign.models.checkpoint import PolicyCheckpoint
+from selfalign.models.scorer import LogProbScorer
+from selfalign.store.artifacts import Artifact, Counts, StageOutput
 from selfalign.store.stage import Size, amount, records_in, stage
 
-BATCH_TOKENS = 2048
+MAX_BATCH_TOKENS = 2048
 """The most tokens of a forward pass."""
 
 
-def size(*, answers: Artefact, **others: object) -> Size:
+def size(*, answers: Artifact, **others: object) -> Size:
     """Every answer."""
     return Size(f"log-probabilities of {amount(records_in(answers, 'responses'))} answers under M1", {})
 
 
 @stage(size=size, all_ranks=True)
-def divergence(
-    out: Workspace,
+def kl_divergence(
+    out: StageOutput,
     *,
-    policy: Artefact,
-    origin: Artefact,
-    instructions: Artefact,
-    answers: Artefact,
+    policy: Artifact,
+    origin: Artifact,
+    instructions: Artifact,
+    answers: Artifact,
 ) -> Counts:
     """Estimates KL(policy ‖ M1) from the policy's own answers: the mean of log π(y|x) - log π_M1(y|x), nats.
 
@@ -42,19 +42,19 @@ def divergence(
     """
     asked = {record.id: record.text for record in read_records(instructions.path / "instructions.jsonl", Instruction)}
     responses = [r for r in read_records(answers.path / "responses.jsonl", Response) if r.text]
-    tokenizer = PolicyFiles(policy.path).load_tokenizer()
-    groups: list[Group] = []
+    tokenizer = PolicyCheckpoint(policy.path).load_tokenizer()
+    groups: list[SharedPrompt] = []
     for response in responses:
         answered = [answer_of(response)]
         groups.append(encode_group(tokenizer, response.id, as_prompt(asked[response.instruction_id]), answered))
     with out.journal(2 * len(groups), "answers") as journal:
 
-        def score(who: str, artefact: Artefact) -> list[float]:
-            scorer = Scorer(PolicyFiles(artefact.path).load("float32"), BATCH_TOKENS)
+        def score(who: str, artifact: Artifact) -> list[float]:
+            scorer = LogProbScorer(PolicyCheckpoint(artifact.path).load("float32"), MAX_BATCH_TOKENS)
             return [value for [value] in scorer.score_all(groups, journal, who)]
 
         moved = [
-            MovedAnswer(id=group.id, policy=own, origin=other, tokens=sum(group.scored()))
+            ResponseKL(id=group.id, policy=own, origin=other, tokens=sum(group.scored()))
             for group, own, other in zip(groups, score("policy", policy), score("M1", origin), strict=True)
         ]
     write_records(out.path / "moved.jsonl", moved)

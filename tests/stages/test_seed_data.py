@@ -13,15 +13,15 @@ from selfalign.core.records import Demonstration, Instruction, RankedAnswers, Re
 from selfalign.data.rouge import rouge_l
 from selfalign.data.sources import read_demonstrations, read_instructions, read_ranked
 from selfalign.data.text_filters import words_of
-from selfalign.stages import seeds as seeds_module
+from selfalign.stages import seed_data as seeds_module
 from selfalign.stages.judge import ExpectedScore, SampledScore, parse_score
-from selfalign.stages.seeds import (
-    EvaluationFineTuning,
-    JudgeFormat,
-    SeedsConfig,
+from selfalign.stages.seed_data import (
+    EFTSource,
+    SeedDataConfig,
+    TeachableJudge,
     demonstrate_judging,
     scores_from_ranks,
-    seeds,
+    seed_data,
     taught_questions,
 )
 
@@ -51,15 +51,15 @@ def ift_rows(count: int = 4) -> list[dict]:
 
 
 def built(
-    folder: Path, ranked: list[dict], judge: JudgeFormat = SCORE, stage: Any = seeds_module, **settings: object
+    folder: Path, ranked: list[dict], judge: TeachableJudge = SCORE, stage: Any = seeds_module, **settings: object
 ) -> tuple[dict[str, Any], Path]:
     """Runs the stage; returns its counts and the folder it wrote."""
-    config = stage.SeedsConfig(
+    config = stage.SeedDataConfig(
         demonstrations=write_jsonl(folder / "ift.jsonl", ift_rows()),
         ranked=write_jsonl(folder / "ranked.jsonl", ranked) if ranked else "",
         **settings,
     )
-    counts = stage.seeds(workspace(folder / "out"), config=config, judge=judge, contents=["a", "b"])
+    counts = stage.seed_data(workspace(folder / "out"), config=config, judge=judge, contents=["a", "b"])
     return counts, folder / "out"
 
 
@@ -130,8 +130,11 @@ def test_question_that_is_an_ift_prompt_as_a_text_is_dropped_and_counted(tmp_pat
     rows = ranked_rows(4)
     ranked = write_jsonl(tmp_path / "ranked.jsonl", rows)
     taught = write_jsonl(tmp_path / "ift.jsonl", [{"prompt": rows[1]["instruction"], "completion": "Yes."}])
-    counts = seeds(
-        workspace(tmp_path / "out"), config=SeedsConfig(demonstrations=taught, ranked=ranked), judge=SCORE, contents=[]
+    counts = seed_data(
+        workspace(tmp_path / "out"),
+        config=SeedDataConfig(demonstrations=taught, ranked=ranked),
+        judge=SCORE,
+        contents=[],
     )
     assert counts["dropped"] == {"questions_in_demonstrations": 1}
     assert counts["questions_taught"] + counts["questions_held_out"] == 3
@@ -143,10 +146,10 @@ def test_source_of_which_no_row_is_of_use_names_the_setting_and_the_reasons(tmp_
     if key == "ranked":
         answers = [{"text": "a", "rank": 1, "score": 1}, {"text": "b", "rank": 2, "score": 4}]
         rows = [{"instruction": "Hi", "responses": answers}]
-    config = SeedsConfig(**{"demonstrations": "", "ranked": "", key: write_jsonl(tmp_path / "a.jsonl", rows)})
+    config = SeedDataConfig(**{"demonstrations": "", "ranked": "", key: write_jsonl(tmp_path / "a.jsonl", rows)})
     reasons = {"demonstrations": r"\{'empty_response': 1\}", "ranked": r"\{'scores_contradict': 2\}"}[key]
-    with pytest.raises(SelfalignError, match=rf"data\.seeds\.{key}=.*: no row is of use \(dropped: {reasons}\)"):
-        seeds(workspace(tmp_path / "out"), config=config, judge=SCORE, contents=[])
+    with pytest.raises(SelfalignError, match=rf"data\.seed_data\.{key}=.*: no row is of use \(dropped: {reasons}\)"):
+        seed_data(workspace(tmp_path / "out"), config=config, judge=SCORE, contents=[])
 
 
 def test_question_that_is_an_ift_prompt_is_dropped_and_counted(tmp_path: Path) -> None:
@@ -156,7 +159,7 @@ def test_question_that_is_an_ift_prompt_is_dropped_and_counted(tmp_path: Path) -
 def test_questions_that_are_all_ift_prompts_are_refused_with_what_to_set(tmp_path: Path) -> None:
     rows = [{**row, "instruction": f"Task {n}."} for n, row in enumerate(ranked_rows(3))]
     with pytest.raises(
-        SelfalignError, match=r"all 3 questions of data\.seeds\.ranked .*data\.seeds\.max_demonstrations"
+        SelfalignError, match=r"all 3 questions of data\.seed_data\.ranked .*data\.seed_data\.max_demonstrations"
     ):
         built(tmp_path, rows)
 
@@ -179,8 +182,8 @@ def test_what_a_published_data_set_gives_no_use_for_is_counted_by_source(tmp_pat
         ]  # fmt: skip
         rows += [asked, *answers]
     source = write_jsonl(tmp_path / "trees.jsonl", rows)
-    config = SeedsConfig(demonstrations=source, ranked=source, max_demonstrations=2, held_out_share=0.34)
-    counts = seeds(workspace(tmp_path / "out"), config=config, judge=SCORE, contents=[])
+    config = SeedDataConfig(demonstrations=source, ranked=source, max_demonstrations=2, held_out_share=0.34)
+    counts = seed_data(workspace(tmp_path / "out"), config=config, judge=SCORE, contents=[])
     assert counts == {
         "ift": 2,
         "eft": 6,
@@ -196,19 +199,19 @@ def test_what_a_published_data_set_gives_no_use_for_is_counted_by_source(tmp_pat
 
 
 def test_first_so_many_questions_are_taken(tmp_path: Path) -> None:
-    counts, out = built(tmp_path, ranked_rows(), max_questions=5)
+    counts, out = built(tmp_path, ranked_rows(), max_ranked=5)
     used = {d.question for d in eft_of(out)} | {q.id for q in read_records(out / "ranked.jsonl", RankedAnswers)}
     assert used == {f"q{n}" for n in range(5)}
     assert (counts["questions_taught"], counts["questions_held_out"]) == (3, 2)
 
 
 def test_taught_questions_are_there_for_the_baseline_to_judge(tmp_path: Path) -> None:
-    counts, out = built(tmp_path, ranked_rows(), evaluation_fine_tuning="baseline")
+    counts, out = built(tmp_path, ranked_rows(), eft_source="baseline")
     assert (counts["ift"], counts["eft"], counts["questions_taught"]) == (4, 0, 7)
-    config = SeedsConfig(
+    config = SeedDataConfig(
         demonstrations=str(tmp_path / "ift.jsonl"),
         ranked=str(tmp_path / "ranked.jsonl"),
-        evaluation_fine_tuning=EvaluationFineTuning.baseline,
+        eft_source=EFTSource.baseline,
     )
     asked = tmp_path / "asked"
     assert taught_questions(workspace(asked), config=config, contents=[]) == {"questions": 7, "responses": 21}
@@ -342,11 +345,13 @@ def test_scores_from_ranks_keep_the_humans_order_strictly(answers: int) -> None:
 def test_every_taught_score_lies_on_the_judges_own_scale(tmp_path: Path, judge: str) -> None:
     """A rubric of 1 to 5 must not be taught `Score: 0`, which its own parser calls out of range."""
     config, *_ = composed("experiment=smoke", f"judge={judge}")
-    seeds(workspace(tmp_path), config=config.data.seeds, judge=config.judge, contents=[])
+    seed_data(workspace(tmp_path), config=config.data.seed_data, judge=config.judge, contents=[])
     taught = [d for d in read_records(tmp_path / "demonstrations.jsonl", Demonstration) if d.source == "eft"]
     assert len(taught) == 224
     texts = [d.prefill + d.response for d in taught]
-    bad = [text[-10:] for text in texts if parse_score(text, config.judge.low, config.judge.high).score is None]
+    bad = [
+        text[-10:] for text in texts if parse_score(text, config.judge.min_score, config.judge.max_score).score is None
+    ]
     assert bad == []
 
 
@@ -363,7 +368,7 @@ def test_scores_for_some_answers_only_are_filled_in_or_refused_with_the_line(tmp
 
 
 def test_without_evaluation_fine_tuning_only_the_given_answers_are_taught(tmp_path: Path) -> None:
-    counts, out = built(tmp_path, ranked_rows(), evaluation_fine_tuning="none")
+    counts, out = built(tmp_path, ranked_rows(), eft_source="none")
     assert {d.source for d in read_records(out / "demonstrations.jsonl", Demonstration)} == {"ift"}
     assert (counts["eft"], counts["questions_held_out"]) == (0, 3)
 
@@ -377,13 +382,13 @@ def test_first_so_many_demonstrations_are_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "named"),
     [({"held_out_share": 0.0}, "held_out_share"), ({"held_out_share": 1.0}, "held_out_share"),
-     ({"max_demonstrations": -1}, "max_demonstrations"), ({"max_questions": -1}, "max_questions"),
-     ({"most_common_ratio": 0.9}, "most_common_ratio"),
-     ({"evaluation_fine_tuning": "baseline", "demonstrations": ""}, "evaluation_fine_tuning")],
+     ({"max_demonstrations": -1}, "max_demonstrations"), ({"max_ranked": -1}, "max_ranked"),
+     ({"max_score_imbalance": 0.9}, "max_score_imbalance"),
+     ({"eft_source": "baseline", "demonstrations": ""}, "eft_source")],
 )  # fmt: skip
 def test_value_out_of_range_is_refused_with_its_key(settings: dict, named: str) -> None:
-    with pytest.raises(SelfalignError, match=rf"data\.seeds\.{named}"):
-        SeedsConfig(**settings)
+    with pytest.raises(SelfalignError, match=rf"data\.seed_data\.{named}"):
+        SeedDataConfig(**settings)
 
 
 # --- the shipped seed data ---------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""preferences: held-out pairs + log-probabilities of a policy and its reference → margin, accuracy, Δ."""
+"""preference_accuracy: held-out pairs + log-probabilities of a policy and its reference → margin, accuracy, Δ."""
 
 import logging
 import math
@@ -12,7 +12,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import read_records, read_scores, write_records
 from selfalign.core.records import (
     Instruction,
-    MeasuredPair,
+    PairMargin,
     PairReference,
     PreferencePair,
     RankedAnswers,
@@ -27,27 +27,27 @@ from selfalign.metrics import catalog
 from selfalign.metrics.accumulate import averages
 from selfalign.metrics.intervals import bootstrap, bootstrap_correlation, bootstrap_mean
 from selfalign.metrics.rewards import reward_intervals, reward_metrics
-from selfalign.store.artifacts import Artefact, Content, Counts, Workspace
+from selfalign.store.artifacts import Artifact, Content, Counts, StageOutput
 from selfalign.store.stage import MANY, Size, amount, records_in, stage
-from selfalign.training.splits import Known, texts_of
+from selfalign.training.splits import KnownTexts, texts_of
 
 logger = logging.getLogger(__name__)
 
 
-def size(*, pairs: Artefact, **others: object) -> Size:
+def size(*, pairs: Artifact, **others: object) -> Size:
     """Every pair."""
     return Size(f"margin, accuracy and Δ of {amount(records_in(pairs, 'pairs'))} pairs", {})
 
 
 @stage(size=size)
-def preferences(
-    out: Workspace,
+def preference_accuracy(
+    out: StageOutput,
     *,
-    pairs: Artefact,
-    trained_on: list[Artefact],
-    policy: Artefact,
-    reference: Artefact,
-    scores: Artefact | None,
+    pairs: Artifact,
+    trained_on: list[Artifact],
+    policy: Artifact,
+    reference: Artifact,
+    scores: Artifact | None,
     beta: float,
 ) -> Counts:
     """Measures a policy's implicit rewards on pairs it was not trained on (arXiv 2405.21040, METHOD.md section 2).
@@ -58,7 +58,7 @@ def preferences(
     Args:
         out: gets preferences.jsonl, a record a pair.
         pairs: pairs.jsonl.
-        trained_on: artefacts with what was trained on; a pair that shares a prompt or a response with it is dropped.
+        trained_on: artifacts with what was trained on; a pair that shares a prompt or a response with it is dropped.
         policy: references.jsonl, the policy's log-probabilities of the pairs given x and p⊕x.
         reference: the same of the policy it is measured against.
         scores: scores.jsonl of both responses of every pair; None takes the scores that came with the pairs.
@@ -68,15 +68,15 @@ def preferences(
         SelfalignError: no pair is left, or a log-probability is not a number.
     """
     given = read_records(pairs.path / "pairs.jsonl", PreferencePair)
-    apart = _apart(given, Known.of(trained_on))
+    apart = _apart(given, KnownTexts.of(trained_on))
     own, other = (
-        {record.id: record for record in read_records(artefact.path / "references.jsonl", PairReference)}
-        for artefact in (policy, reference)
+        {record.id: record for record in read_records(artifact.path / "references.jsonl", PairReference)}
+        for artifact in (policy, reference)
     )
     kept = [pair for pair in apart if pair.id in own]
     dropped = {"trained_on": len(given) - len(apart), "too_long": len(apart) - len(kept)}
     if not kept:
-        raise SelfalignError(f"{out.label}: no pair of evaluate.preferences.source is left (dropped: {dropped})")
+        raise SelfalignError(f"{out.label}: no pair of evaluate.preference_pairs.source is left (dropped: {dropped})")
     measured = measure_pairs(
         [own[pair.id] for pair in kept],
         [other[pair.id] for pair in kept],
@@ -94,14 +94,14 @@ def preferences(
     }
 
 
-def _apart(pairs: Sequence[PreferencePair], known: Known) -> list[PreferencePair]:
+def _apart(pairs: Sequence[PreferencePair], known: KnownTexts) -> list[PreferencePair]:
     """The pairs that share no prompt and no response with what was trained on."""
     return [pair for pair in pairs if not known.shares(texts_of(pair.prompt, pair.chosen, pair.rejected))]
 
 
 def measure_pairs(
     policy: Sequence[PairReference], reference: Sequence[PairReference], beta: float, scores: Sequence[float | None]
-) -> list[MeasuredPair]:
+) -> list[PairMargin]:
     """Log-ratios, margin and Δ of every pair, and how much higher its chosen response scores."""
     (plain, augmented), (plain_ref, augmented_ref) = as_logps(policy), as_logps(reference)
     chosen, rejected = rewards(beta, plain, plain_ref)
@@ -112,7 +112,7 @@ def measure_pairs(
         refinement(augmented, augmented_ref, beta),
     )
     return [
-        MeasuredPair(
+        PairMargin(
             id=record.id,
             chosen=values[0],
             rejected=values[1],
@@ -151,7 +151,7 @@ def score_differences(pairs: Sequence[PreferencePair], scores: dict[str, float] 
     return [None if chosen is None or rejected is None else chosen - rejected for chosen, rejected in both]
 
 
-def reward_numbers(measured: Sequence[MeasuredPair], beta: float) -> dict[str, float]:
+def reward_numbers(measured: Sequence[PairMargin], beta: float) -> dict[str, float]:
     """The reward metrics with their intervals."""
     deltas = [pair.delta for pair in measured]
     sums = reward_metrics([beta * pair.chosen for pair in measured], [beta * p.rejected for p in measured], deltas)
@@ -164,7 +164,7 @@ def reward_numbers(measured: Sequence[MeasuredPair], beta: float) -> dict[str, f
     }
 
 
-def score_correlations(measured: Sequence[MeasuredPair]) -> dict[str, float]:
+def score_correlations(measured: Sequence[PairMargin]) -> dict[str, float]:
     """Pearson's and Spearman's correlation of margin and of Δ with the score difference, over the scored pairs."""
     scored = [(pair.margin, pair.delta, d) for pair in measured if (d := pair.score_difference) is not None]
     if not scored:
@@ -189,13 +189,13 @@ def size_of_test(*, source: str, count: int, **others: object) -> Size:
 
 @stage(size=size_of_test, given=True)
 def preference_test(
-    out: Workspace,
+    out: StageOutput,
     *,
     source: str,
     count: int,
     content: Content | str,
-    ranked: Artefact | None,
-    trained_on: list[Artefact],
+    ranked: Artifact | None,
+    trained_on: list[Artifact],
 ) -> Counts:
     """Given preference data as pairs to measure on, and as responses that a judge can score.
 
@@ -207,7 +207,7 @@ def preference_test(
             are counted, so that the pairs are independent of each other, as their intervals suppose.
         content: of the source.
         ranked: ranked.jsonl, whose answers are paired where the source names no data.
-        trained_on: artefacts with what is given to be trained on. Pairs that share a text with it stay, since what a
+        trained_on: artifacts with what is given to be trained on. Pairs that share a text with it stay, since what a
             run writes itself may rule out others too, and `preferences` drops them all; but some must be left.
 
     Raises:
@@ -224,8 +224,8 @@ def preference_test(
     pairs = apart[: count or None]
     drops.update(same_instruction=len(found) - len(apart))
     if not pairs:
-        raise SelfalignError(f"evaluate.preferences.source={source}: no usable pair (dropped: {dict(+drops)})")
-    _check_apart(source, pairs, Known.of(trained_on))
+        raise SelfalignError(f"evaluate.preference_pairs.source={source}: no usable pair (dropped: {dict(+drops)})")
+    _check_apart(source, pairs, KnownTexts.of(trained_on))
     write_records(out.path / "pairs.jsonl", pairs)
     asked = [Instruction(id=pair.id, text=as_text(pair.prompt), source="evaluation") for pair in pairs]
     write_records(out.path / "instructions.jsonl", asked)
@@ -238,7 +238,7 @@ def preference_test(
     return {catalog.PAIRS.name: len(pairs), "dropped": dict(sorted((+drops).items()))}
 
 
-def _check_apart(source: str, pairs: Sequence[PreferencePair], known: Known) -> None:
+def _check_apart(source: str, pairs: Sequence[PreferencePair], known: KnownTexts) -> None:
     """Says how many pairs cannot be measured, because they share a prompt or a response with what is trained on.
 
     Raises:
@@ -246,7 +246,8 @@ def _check_apart(source: str, pairs: Sequence[PreferencePair], known: Known) -> 
     """
     taught = len(pairs) - len(_apart(pairs, known))
     said = (
-        f"evaluate.preferences.source={source}: {taught} of {len(pairs)} pairs share a prompt or a response with what"
+        f"evaluate.preference_pairs.source={source}: {taught} of {len(pairs)} pairs share a prompt or a response "
+        f"with what"
     )
     if taught == len(pairs):
         raise SelfalignError(f"{said} is trained on, so none could be measured: give others")
