@@ -88,7 +88,7 @@ LOSSES = [
     (
         "sr-ipo with printed and exact swapped",
         f'{EXACT} self.lambda_scale == "derived"',
-        f'{EXACT} self.target == "paper"',
+        f'{EXACT} self.lambda_scale == "paper"',
     ),
     ("sr-ipo with λβ for λ/β", EXACT, EXACT.replace("/", "*")),
     ("sr-ipo with λ/(2β) for λ/β", EXACT, EXACT.replace("self.beta", "self.beta / 2")),

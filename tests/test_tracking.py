@@ -166,7 +166,7 @@ def test_run_is_named_like_its_folder_and_carries_the_configuration(no_key: pyte
 
 
 def test_unknown_mode_is_refused_with_its_key() -> None:
-    with pytest.raises(SelfalignError, match=r"track\.mode must be one of auto, online, offline; got 'maybe'"):
+    with pytest.raises(SelfalignError, match=r"tracker\.mode must be one of auto, online, offline; got 'maybe'"):
         Wandb(mode="maybe")
 
 

@@ -57,7 +57,7 @@ class FineTuningLoss(Loss, Protocol):
     """No pairwise loss: good responses are fine-tuned on, from the "previous" model or from the "base"."""
 
     @property
-    def start(self) -> str: ...
+    def init(self) -> str: ...
 
 
 @runtime_checkable

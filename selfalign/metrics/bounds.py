@@ -57,16 +57,36 @@ class MetricBounds:
     def bounds(self) -> list[tuple[str, str, float | None, int]]:
         """(setting, metric, bound, 1 for the highest value allowed and -1 for the lowest)."""
         return [
-            ("length_growth", catalog.EVAL_LENGTH_GROWTH.name, self.max_length_growth, 1),
-            ("finished_share", catalog.EVAL_FINISHED_SHARE.name, self.min_finished_share, -1),
-            ("distinct_2", catalog.EVAL_DISTINCT_2.name, self.min_distinct_2, -1),
-            ("repeated_4", catalog.EVAL_REPEATED_4.name, self.max_repetition_4, 1),
-            ("kl_to_m1", catalog.EVAL_KL_TO_M1.name, self.max_kl_to_m1, 1),
-            ("chosen_change", catalog.LOGPS_CHOSEN_CHANGE_PER_TOKEN.name, self.min_chosen_logp_change, -1),
-            ("rejected_change", catalog.LOGPS_REJECTED_CHANGE_PER_TOKEN.name, self.min_rejected_logp_change, -1),
-            ("candidate_length", catalog.SCORE_LENGTH_CORRELATION.name, self.max_score_length_correlation, 1),
-            ("answer_length", catalog.EVAL_SCORE_LENGTH_CORRELATION.name, self.max_answer_score_length_correlation, 1),
-            ("reward_length", catalog.REWARDS_LENGTH_CORRELATION.name, self.max_reward_length_correlation, 1),
+            ("max_length_growth", catalog.EVAL_LENGTH_GROWTH.name, self.max_length_growth, 1),
+            ("min_finished_share", catalog.EVAL_FINISHED_SHARE.name, self.min_finished_share, -1),
+            ("min_distinct_2", catalog.EVAL_DISTINCT_2.name, self.min_distinct_2, -1),
+            ("max_repetition_4", catalog.EVAL_REPEATED_4.name, self.max_repetition_4, 1),
+            ("max_kl_to_m1", catalog.EVAL_KL_TO_M1.name, self.max_kl_to_m1, 1),
+            ("min_chosen_logp_change", catalog.LOGPS_CHOSEN_CHANGE_PER_TOKEN.name, self.min_chosen_logp_change, -1),
+            (
+                "min_rejected_logp_change",
+                catalog.LOGPS_REJECTED_CHANGE_PER_TOKEN.name,
+                self.min_rejected_logp_change,
+                -1,
+            ),
+            (
+                "max_score_length_correlation",
+                catalog.SCORE_LENGTH_CORRELATION.name,
+                self.max_score_length_correlation,
+                1,
+            ),
+            (
+                "max_answer_score_length_correlation",
+                catalog.EVAL_SCORE_LENGTH_CORRELATION.name,
+                self.max_answer_score_length_correlation,
+                1,
+            ),
+            (
+                "max_reward_length_correlation",
+                catalog.REWARDS_LENGTH_CORRELATION.name,
+                self.max_reward_length_correlation,
+                1,
+            ),
         ]
 
     def among(self, *counts: Counts) -> dict[str, float]:

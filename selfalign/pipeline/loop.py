@@ -183,7 +183,7 @@ class Method:
                 pairs = self.run.make(label, gather_pairs, parts=[self.taught, pairs])
             return self.supervise(name, replace(models, current=policy), pairs)
         scored = {"pairs": pairs, "precision": train.align.logprob_settings(self.config.model.dtype)}
-        if train.reference_logprobs == "stored":
+        if train.reference_logprobs == "precomputed":
             p = augmentation_of(loss)
             label = Label.iteration(iteration, "reference")
             references = self.run.make(label, reference_logprobs, policy=policy, augmentation=p, **scored)

@@ -166,8 +166,8 @@ class TrainConfig:
         sft: M0 → M1.
         align: M_t → M_{t+1}.
         reference_policy: "previous" (the start of the iteration, as the papers), "sft" (M1) or "base" (M0).
-        reference_logprobs: "stored" computes the reference's log-probabilities once, before training; "live" at every
-            step, with a second model (whole in every process), or with the adapter switched off where M0 is the
+        reference_logprobs: "precomputed" takes the reference's log-probabilities once, before training; "online" at
+            every step, with a second model (whole in every process), or with the adapter switched off where M0 is the
             reference. Then it is not measured how far M_{t+1}'s lie from M_t's, unless M_t is the reference.
         validation_pairs: pairs of each iteration that are set aside (splits.py says which), and measured after
             training.
@@ -178,7 +178,7 @@ class TrainConfig:
     sft: Optimization
     align: Optimization
     reference_policy: str = "previous"
-    reference_logprobs: str = "stored"
+    reference_logprobs: str = "precomputed"
     validation_pairs: int = 0
     checkpoint_selection: CheckpointSelectionConfig = field(default_factory=CheckpointSelectionConfig)
     parallelism: Parallelism = field(default_factory=Parallelism, metadata={"keyed": False})
@@ -196,8 +196,10 @@ class TrainConfig:
             )
         if self.reference_policy not in ("previous", "sft", "base"):
             raise SelfalignError(f"train.reference_policy must be previous, sft or base; got {self.reference_policy!r}")
-        if self.reference_logprobs not in ("stored", "live"):
-            raise SelfalignError(f"train.reference_logprobs must be stored or live; got {self.reference_logprobs!r}")
+        if self.reference_logprobs not in ("precomputed", "online"):
+            raise SelfalignError(
+                f"train.reference_logprobs must be precomputed or online; got {self.reference_logprobs!r}"
+            )
         if self.validation_pairs < 0:
             raise SelfalignError(f"train.validation_pairs must be 0 or more, got {self.validation_pairs}")
 

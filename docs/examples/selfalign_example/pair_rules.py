@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
-from selfalign.data.pair_rules import Candidate, PairRule, Picked
+from selfalign.data.pair_rules import PairRule, Picked, ScoredResponse
 
 
 @dataclass(kw_only=True, slots=True)
@@ -15,7 +15,7 @@ class BestMedian(PairRule):
         """One."""
         return 1
 
-    def pick(self, best: Sequence[Candidate], worst: Sequence[Candidate], draw: Random) -> Picked:
+    def pick(self, best: Sequence[ScoredResponse], worst: Sequence[ScoredResponse], draw: Random) -> Picked:
         """The first of the best, and the middle of the worst."""
         middle = (len(worst) - 1) // 2
         return [(best[0], worst[middle])] if best and worst[middle] is not best[0] else []
