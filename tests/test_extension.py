@@ -317,8 +317,8 @@ def test_other_groups_are_held_to_what_they_ask_for(tmp_path: Path, monkeypatch:
     for group, said in {
         "pair": r"must be a selfalign.data.pair_rules.PairRule$",
         "data": r"must be a selfalign.config.data.SelfRewarding$",
-        "judge": r"lacks max_failure_rate, alarm, .* which selfalign.judges.protocol.Judge asks for$",
-        "engine": r"lacks dtype, load, load_scorer, which selfalign.engines.protocol.Backend asks for$",
+        "judge": r"lacks max_failure_rate, degeneracy, .* which selfalign.judges.protocol.Judge asks for$",
+        "engine": r"lacks dtype, load, load_scorer, which selfalign.engines.protocol.Engine asks for$",
         "tracker": r"lacks open, which selfalign.runs.tracker.Tracking asks for$",
     }.items():
         forget()

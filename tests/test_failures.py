@@ -154,7 +154,7 @@ def test_stage_that_needs_too_much_memory_is_named_with_what_to_lower(tmp_path: 
         torch.empty(1 << 50)
         return {}
 
-    with pytest.raises(SelfalignError, match=r"^M2 does not fit into memory \(.*allocate.*\): lower max_batch_tokens"):
+    with pytest.raises(SelfalignError, match=r"^M2 does not fit into memory \(.*allocate.*\): lower microbatch_tokens"):
         Store(tmp_path).make("sft", {}, build, label="M2")
 
 

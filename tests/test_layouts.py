@@ -236,7 +236,7 @@ def average_gradients(
     prepare(loaded, policy, weights(), 0.0)
     examples, objective = task(kind, loaded.tokenizer)
     examples = examples[:size]
-    settings = optimization(batch_size=size, max_batch_tokens=60)
+    settings = optimization(batch_size=size, microbatch_tokens=60)
     trainer = StepTrainer(loaded, examples, objective, settings, workspace(folder), weights())
     with monkeypatch.context() as patch:
         patch.setattr(distributed, "count", lambda: count)
@@ -298,10 +298,10 @@ def test_shares_among_one_process_are_refused(tiny_policy: PolicyCheckpoint, tmp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "fsdp"}, "train.parallelism.strategy must be one of ddp, fsdp2; got 'fsdp'"),
+        ({"strategy": "fsdp"}, "train.parallelism.strategy must be one of ddp, fsdp2; got 'fsdp'"),
         (
             {"reshard_after_forward": False},
-            "train.parallelism.reshard_after_forward=false has a meaning with kind=fsdp2",
+            "train.parallelism.reshard_after_forward=false has a meaning with strategy=fsdp2",
         ),
     ],
 )

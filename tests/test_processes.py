@@ -115,7 +115,7 @@ HANGS = """
 import sys, time
 import torch.distributed as dist
 from selfalign.core import distributed
-distributed.GRACE_SECONDS = 0.5
+distributed.TERMINATE_TIMEOUT = 0.5
 with distributed.joined():
     if distributed.rank() == 1:
         print("here", flush=True)

@@ -428,7 +428,8 @@ def check_ratings(module: Any) -> None:
     assert (pair.chosen_score, pair.rejected_score, drops["tie"]) == (8.0, 5.0, 1)
     answers = [("x", 5.0, 2.0), ("y", 5.0, 3.0), ("z", 9.0, 1.0), ("w", 9.0, 1.0)]
     completions = [
-        module.Completion(response=text, overall_score=score, fine_grained_score=fine) for text, score, fine in answers
+        module.RatedCompletion(response=text, overall_score=score, fine_grained_score=fine)
+        for text, score, fine in answers
     ]
     (ranked,), drops = module.rank_completions([module.RatedCompletions(instruction="Q", completions=completions)])
     assert (ranked.texts, ranked.ranks, drops["tie"]) == (["x", "y", "z"], [3, 2, 1], 1)

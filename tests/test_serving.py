@@ -352,7 +352,7 @@ def test_nothing_is_left_of_a_server(
 def test_server_that_does_not_want_to_end_is_killed(
     tiny_policy: PolicyCheckpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("selfalign.engines.server_process.GRACE_SECONDS", 0.3)
+    monkeypatch.setattr("selfalign.engines.server_process.TERMINATE_TIMEOUT", 0.3)
     with served(tiny_policy, monkeypatch, command="trap '' TERM; " + noting(tmp_path)):
         shell, child, _ = noted(tmp_path)
     assert gone(shell)
@@ -514,7 +514,7 @@ def answered(
 ) -> ChatServer:
     """The server that the stage has asked; the first request of all is the one that it is met with."""
     with chat_server(counted, faults) as server:
-        monkeypatch.setattr(engine, "_free_port", lambda: port_of(server))
+        monkeypatch.setattr(sys.modules[Server.__module__], "_free_port", lambda: port_of(server))
         answer(policy, folder, engine)
     return server
 
@@ -552,7 +552,7 @@ def test_whole_run_is_written_by_a_faulty_server_and_the_key_is_nowhere(
         "engine.command='echo $WRITER_KEY; : {weights} {port}; exec sleep 600'",
     ]  # fmt: skip
     with chat_server(says, faults) as server:
-        monkeypatch.setattr(engine, "_free_port", lambda: port_of(server))
+        monkeypatch.setattr(sys.modules[Server.__module__], "_free_port", lambda: port_of(server))
         folder = run(tmp_path / "outputs", *overrides)
         asked = len(server.bodies)
         assert run(tmp_path / "outputs", *overrides) == folder

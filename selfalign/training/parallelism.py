@@ -41,7 +41,7 @@ class Parallelism:
         if self.strategy not in KINDS:
             raise SelfalignError(f"train.parallelism.strategy must be one of {', '.join(KINDS)}; got {self.strategy!r}")
         if not (self.reshard_after_forward or self.sharded):
-            raise SelfalignError("train.parallelism.reshard_after_forward=false has a meaning with kind=fsdp2 only")
+            raise SelfalignError("train.parallelism.reshard_after_forward=false has a meaning with strategy=fsdp2 only")
 
     @property
     def sharded(self) -> bool:
