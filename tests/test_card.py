@@ -122,7 +122,7 @@ def test_metadata_say_what_kind_of_model_it_is(full: Path, adapter: Path) -> Non
 
 def test_run_without_evaluation_has_no_results_in_its_metadata(adapter: Path) -> None:
     assert "model-index" not in written(adapter).data.to_dict()
-    assert "No answers were compared" in section(written(adapter).text, "MetricBounds")
+    assert "No answers were compared" in section(written(adapter).text, "Limits")
 
 
 @pytest.mark.parametrize("front_matter", ["tags: [a]", "license: [a, b]", "- a list", "a: b: c", "license: {x: 1}"])
@@ -211,7 +211,7 @@ def test_method_tells_loss_reference_judge_and_iterations(full: Path, adapter: P
     assert "π_ref: the model before it" in said
     assert "Judge: `ExpectedScore`, " in said
     assert re.search(r"Judge: .*model `self`", said)
-    assert re.search(r"Judge: .*low `0`, high `5`", said)
+    assert re.search(r"Judge: .*min_score `0`, max_score `5`", said)
     assert "Pair rule: `BestWorst`" in said
     said = section(written(adapter).text, "Method")
     assert "Method: given pairs, 1 iteration" in said
@@ -242,13 +242,13 @@ def test_data_are_identified_and_what_was_dropped_is_counted(full: Path, adapter
 
 
 def test_limits_tell_what_the_numbers_do_not_show(full: Path) -> None:
-    said = section(written(full).text, "MetricBounds")
+    said = section(written(full).text, "Limits")
     assert "compared head to head by M1 and scored by M1, not by people, and that is a model of this run" in said
     assert "A share of 3 instructions is uncertain by up to ±57 percentage points" in said
     assert "judge of its own training data" in said
     assert "Warning: numbers beyond their bounds" in said
     growth = read_json(full / "summary.json")["models"][-1]["bound_violated/max_length_growth"]
-    assert f"M3: length growth {growth:.3g}" in said
+    assert f"M3: max length growth {growth:.3g}" in said
 
 
 def test_server_that_judged_is_named_and_its_name_stays_text(full: Path) -> None:
@@ -256,7 +256,7 @@ def test_server_that_judged_is_named_and_its_name_stays_text(full: Path) -> None
     run.config["evaluate"]["head_to_head"] = None
     run.config["judge"]["endpoint"] = {"base_url": "http://there/v1", "model": "*big* <model>"}
     text = ModelCard(model_card(run)).text
-    assert "Answers were scored by `*big* <model>`, not by people. A share" in section(text, "MetricBounds")
+    assert "Answers were scored by `*big* <model>`, not by people. A share" in section(text, "Limits")
     assert ", scored by *big* &lt;model&gt;. Seed" in section(text, "Method")
 
 
@@ -334,7 +334,7 @@ MUTANTS = [
     ("no pairs", 'inputs.get("pairs") or inputs.get("demonstrations")', 'inputs.get("demonstrations")', LINEAGE),
     (
         "stored reference",
-        'if reference_logprobs and run.stages.get(reference_logprobs) == "reference_logprobs":',
+        'if reference and run.stages.get(reference) == "reference_logprobs":',
         "if False:",
         LINEAGE,
     ),

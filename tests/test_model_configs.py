@@ -137,7 +137,7 @@ def test_architecture_packs_and_trains_its_adapter_by_sft_and_sr_dpo(name: str, 
     m0, weights = policy_artifact(base), TrainableWeights(dtype=config.dtype, lora=config.lora, seed=0)
     taught = [demonstration(f"t{n}", f"Why so {n}?", "Because it is so.") for n in range(2)]
     given = records_artifact(tmp_path / "given", demonstrations=taught)
-    settings = optimization(learning_rate=0.005, epochs=2, max_batch_tokens=512)
+    settings = optimization(learning_rate=0.005, epochs=2, microbatch_tokens=512)
     rows: list[dict[str, Any]] = []
     out = workspace(tmp_path / "M1", rows)
     sft(out, policy=m0, base=m0, demonstrations=given, optimization=settings, weights=weights)

@@ -165,7 +165,7 @@ def test_failed_push_leaves_the_run_finished(hub: Hub, output: Path, overrides: 
 
 
 def test_nothing_is_sent_unless_asked_for(hub: Hub, output: Path, overrides: list[str], full: Path) -> None:
-    assert composed(*overrides)[0].push is False
+    assert composed(*overrides)[0].hub.push is False
     run(output, *overrides, "hub.repo_id=me/tiny")
     assert not hub.files
 

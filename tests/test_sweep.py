@@ -105,14 +105,14 @@ if "DIES_BEHIND" in os.environ:
     from selfalign.launch.sweep import Sweep
     from selfalign.runs.sweep_jobs import JobState
 
-    tell = Sweep.tell
+    update_job = Sweep.update_job
 
     def told(self, number, overrides, **changes):
-        tell(self, number, overrides, **changes)
+        update_job(self, number, overrides, **changes)
         if (str(number), changes.get("state")) == (os.environ["DIES_BEHIND"], JobState.finished):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Sweep.tell = told
+    Sweep.update_job = told
 """
 """Python imports this when it starts: what any process of a sweep makes is written down; it may die behind a job."""
 
@@ -561,7 +561,7 @@ STUDY = """# @package _global_
 defaults:
   - override /model: tiny
   - override /data: pairs
-  - override /track: none
+  - override /tracker: none
   - override /evaluate: none
 name: losses
 iterations: 1

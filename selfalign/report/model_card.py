@@ -77,7 +77,7 @@ def model_card(run: Finished, repository: str = "") -> str:
         "Method": method(run),
         "Data": data(run),
         "Results": results(run),
-        "MetricBounds": limits(run),
+        "Limits": limits(run),
         "Lineage": lineage(run),
         "Reproduction": reproduction(run),
     }
