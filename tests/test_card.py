@@ -25,7 +25,7 @@ from selfalign.report.model_card import model_card, write_card
 from selfalign.runs.labels import Label
 from selfalign.runs.reader import Finished
 
-SECTIONS = ["Use", "Method", "Data", "Results", "MetricBounds", "Lineage", "Reproduction"]
+SECTIONS = ["Use", "Method", "Data", "Results", "Limits", "Lineage", "Reproduction"]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 HOSTILE = (
     "`x` ``y`` |\n\n# Injected\n<img src=x onerror=alert(1)> [a](http://evil.example) **b** ```\n</details>\n---\n"

@@ -116,7 +116,7 @@ import sys, time
 import torch.distributed as dist
 from selfalign.core import distributed
 distributed.TERMINATE_TIMEOUT = 0.5
-with distributed.joined():
+with distributed.process_group():
     if distributed.rank() == 1:
         print("here", flush=True)
         time.sleep(60)

@@ -182,7 +182,7 @@ MEAN_WORDS = Metric("mean_words", "mean length of the new instructions, words", 
 RESPONSES = Metric("responses", "responses to all instructions", "count")
 MEAN_TOKENS = Metric("mean_tokens", "mean length of the responses, tokens", "tokens")
 MEAN_CHARACTERS = Metric("mean_characters", "mean length of the responses, characters", "characters")
-FINISHED_SHARE = Metric("min_finished_share", "share of responses that end by themselves",
+FINISHED_SHARE = Metric("finished_share", "share of responses that end by themselves",
     "share", better="higher", title="finished")
 CANDIDATE_PAIRS = Metric("candidate_pairs",
     "pairs the rule would make of all responses: those kept and those dropped, by reason", "count")
