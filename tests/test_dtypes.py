@@ -37,7 +37,7 @@ def test_folder_is_the_same_on_every_machine_and_the_keys_are_not(
         here = resolve_dtypes(config)
         folders.add(run_folder(tmp_path, config.name, config, fresh=False))
         texts.add(text)
-        inputs = (here.generate, here.train.sft, here.train.align, here.train.align.logprob_settings("float32"))
+        inputs = (here.engine, here.train.sft, here.train.align, here.train.align.logprob_settings("float32"))
         keys |= {key_of("stage", {"settings": settings}) for settings in inputs}
         assert {here.engine.dtype, here.train.sft.dtype, here.train.align.dtype} == {dtype}
         assert set(auto_dtypes(config).values()) == {dtype}

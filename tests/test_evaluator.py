@@ -57,7 +57,7 @@ def test_finished_run_is_measured_on_held_out_pairs_afterwards(finished: Path) -
         n: read_json(folder / f"artifacts/evaluation_{n}/preferences/manifest.json")["inputs"] for n in ("M1", "M2")
     }
     seen = {name: [one["artifact"] for one in given["trained_on"]] for name, given in inputs.items()}
-    assert seen == {"M1": ["seeds"], "M2": ["seeds", "pair"]}
+    assert seen == {"M1": ["seed_data"], "M2": ["seed_data", "pair"]}
     assert inputs["M2"]["reference"] == inputs["M1"]["policy"]
 
 

@@ -131,10 +131,10 @@ def test_nothing_is_written_outside_of_the_folder(tmp_path: Path) -> None:
     script = (
         "from pathlib import Path\n"
         "from collections import Counter\n"
-        "from selfalign.models.batches import Group\n"
+        "from selfalign.models.batches import SharedPrompt\n"
         "from selfalign.training.dataset import store_examples\n"
-        "some = [Group(id='a', prompt=[1], responses=[[2]], given=[0])]\n"
-        f"assert list(store_examples(Path({str(tmp_path / 'there')!r}), Group, some, Counter())) == some"
+        "some = [SharedPrompt(id='a', prompt=[1], responses=[[2]], num_context_tokens=[0])]\n"
+        f"assert list(store_examples(Path({str(tmp_path / 'there')!r}), SharedPrompt, some, Counter())) == some"
     )
     given = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XDG_"))}
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=given | {"HOME": str(home)}, check=True)

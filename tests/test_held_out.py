@@ -81,7 +81,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
         "judge@evaluate.preference_pairs.judge=expected_score",
         "evaluate.preference_pairs.judge.model=sft",
         *(
-            f"evaluate.bounds.{name}={0 if name == 'rejected_change' else 'null'}"
+            f"evaluate.bounds.{name}={0 if name == 'min_rejected_logp_change' else 'null'}"
             for name, *_ in MetricBounds().bounds()
         ),
         "train.align.learning_rate=0.01",
@@ -110,7 +110,7 @@ def measured(study: Study, model: str) -> list[PairMargin]:
 def test_planned_stages_are_those_that_are_made_in_their_order(study: Study) -> None:
     made = [stage["label"] for stage in read_json(study.folder / "summary.json")["stages"]]
     assert planned(study.config) == made
-    assert len([label for label in made if "logps" in label]) == 4  # M0 … M3, each once
+    assert len([label for label in made if "/logp" in label or "/reference_logp" in label]) == 4  # M0 … M3, each once
     assert made.count("preferences/scores") == 1
 
 
@@ -119,7 +119,7 @@ def test_every_model_is_measured_against_its_own_reference(study: Study) -> None
     made = read_json(study.folder / "summary.json")["stages"]
     assert {name: read_json(study.folder / f"artifacts/{name}/manifest.json")["digest"] for name in digest} == digest
     scored = {label: read_json(study.folder / f"artifacts/{label}/manifest.json")["digest"] for label in
-              [stage["label"] for stage in made] if "logps" in label}  # fmt: skip
+              [stage["label"] for stage in made] if "/logp" in label or "/reference_logp" in label}  # fmt: skip
     references = {"M1": "evaluation_M1/reference_logprobs", "M2": "evaluation_M1/logps", "M3": "evaluation_M2/logps"}
     for name, label in references.items():
         place = inputs(study, f"evaluation_{name}/preferences")
@@ -172,7 +172,7 @@ def test_crossed_bound_is_a_warning_in_log_report_and_tracker(study: Study) -> N
     )
     page = (study.folder / "report.html").read_text()
     warning = page.split("Warning: numbers beyond their bounds")[1].split("</p>")[0]
-    assert "M2: rejected change" in warning
+    assert "M2: min rejected logp change" in warning
 
 
 def test_crossed_bound_ends_the_run_where_that_is_asked_for(study: Study) -> None:

@@ -42,8 +42,8 @@ S = TypeVar("S", bound=Sized)
 class SharedPrompt:
     """Token ids of a prompt and of what follows it; `id` is the record's.
 
-    The first `given[i]` tokens of response i are read but not scored: the rest of its own prompt, where several
-    prompts share only their beginning.
+    The first `num_context_tokens[i]` tokens of response i are read but not scored: the rest of its own prompt, where
+    several prompts share only their beginning.
     """
 
     id: str

@@ -68,11 +68,11 @@ AUGMENTED = {
 }
 
 
-@pytest.mark.parametrize("max_batch_tokens", [1, 8192])
+@pytest.mark.parametrize("microbatch_tokens", [1, 8192])
 def test_values_are_the_summed_log_probabilities_of_full_logits(
-    tmp_path: Path, tiny_policy: PolicyCheckpoint, max_batch_tokens: int
+    tmp_path: Path, tiny_policy: PolicyCheckpoint, microbatch_tokens: int
 ) -> None:
-    counts, references = scored(tmp_path, tiny_policy, max_batch_tokens=max_batch_tokens)
+    counts, references = scored(tmp_path, tiny_policy, microbatch_tokens=microbatch_tokens)
     assert [record.id for record in references] == ["a", "b", "c"]
     assert counts == {"pairs": 3, "prompts_cut": 0, "prompts_cut_behind_p": 0, "dropped": {"too_long": 0}}
     for record in references:
@@ -136,14 +136,14 @@ def kill_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_interrupted_scoring_goes_on_where_it_stopped(
     tmp_path: Path, tiny_policy: PolicyCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scored(tmp_path / "whole", tiny_policy, max_batch_tokens=1)
+    scored(tmp_path / "whole", tiny_policy, microbatch_tokens=1)
     with monkeypatch.context() as patch:
         kill_after(4, patch)
         with pytest.raises(Killed):
-            scored(tmp_path / "cut", tiny_policy, max_batch_tokens=1)
+            scored(tmp_path / "cut", tiny_policy, microbatch_tokens=1)
     with monkeypatch.context() as patch:
         kill_after(2, patch)  # Two of six batches are left, and not one more.
-        scored(tmp_path / "cut", tiny_policy, max_batch_tokens=1)
+        scored(tmp_path / "cut", tiny_policy, microbatch_tokens=1)
     whole, cut = (tmp_path / name / "out/references.jsonl" for name in ("whole", "cut"))
     assert whole.read_bytes() == cut.read_bytes()
 
@@ -151,13 +151,13 @@ def test_interrupted_scoring_goes_on_where_it_stopped(
 def test_smaller_batches_after_an_interruption_do_not_mix_pairs_up(
     tmp_path: Path, tiny_policy: PolicyCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`max_batch_tokens` is no part of the key, so a run that ran out of memory goes on with less of it."""
-    _, whole = scored(tmp_path / "whole", tiny_policy, max_batch_tokens=1)
+    """`microbatch_tokens` is no part of the key, so a run that ran out of memory goes on with less of it."""
+    _, whole = scored(tmp_path / "whole", tiny_policy, microbatch_tokens=1)
     with monkeypatch.context() as patch:
         kill_after(1, patch)
         with pytest.raises(Killed):
-            scored(tmp_path / "cut", tiny_policy, max_batch_tokens=8192)
-    _, resumed = scored(tmp_path / "cut", tiny_policy, max_batch_tokens=1)
+            scored(tmp_path / "cut", tiny_policy, microbatch_tokens=8192)
+    _, resumed = scored(tmp_path / "cut", tiny_policy, microbatch_tokens=1)
     assert [r.id for r in resumed] == [r.id for r in whole]
     assert [r.chosen for r in resumed] == pytest.approx([r.chosen for r in whole], abs=1e-3)
     assert [r.augmented_rejected for r in resumed] == pytest.approx([r.augmented_rejected for r in whole], abs=1e-3)
