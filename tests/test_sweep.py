@@ -566,7 +566,7 @@ defaults:
 name: losses
 iterations: 1
 data:
-  seeds:
+  seed_data:
     demonstrations: ''
     ranked: ''
 train:
