@@ -35,7 +35,6 @@ logger = logging.getLogger(__name__)
 FINISHED = "finished.json"
 """Written last, behind the pages, the tracker's end and the push: what was asked for besides the artifacts."""
 
-
 RESOLVED = "resolved.json"
 """What the settings that are auto meant on the machine that last worked at a run."""
 

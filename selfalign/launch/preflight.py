@@ -20,7 +20,6 @@ from selfalign.config.experiment import ExperimentConfig
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import FinishReason
-from selfalign.data.containers import find_data
 from selfalign.engines.openai_client import Endpoint
 from selfalign.engines.replies import PassingError, RefusedError, Reply
 from selfalign.engines.server import Server
@@ -32,7 +31,7 @@ from selfalign.models import quantization
 from selfalign.models.checkpoint import resolve_dtype
 from selfalign.models.config import ModelConfig
 from selfalign.models.pretrained import find_local
-from selfalign.pipeline.inputs import data_sources
+from selfalign.pipeline.inputs import searches
 from selfalign.pipeline.loop import plan
 from selfalign.pipeline.models import judges_of
 from selfalign.runs.labels import Kind, Label
@@ -299,12 +298,9 @@ def check_tracking(config: ExperimentConfig, labels: list[Label]) -> list[str]:
 def check_data(config: ExperimentConfig, labels: list[Label]) -> list[str]:
     """Every file of data that is named is there."""
     lines: list[str] = []
-    for key, source in data_sources(config).items():
+    for look in searches(config):
         with noting(lines):
-            find_data(source, key)
-    for name, benchmark in config.benchmark.items():
-        with noting(lines):
-            benchmark.sources(f"benchmark.{name}")
+            look()
     return lines
 
 

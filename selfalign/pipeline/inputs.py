@@ -1,6 +1,6 @@
 """What a run is given: its data as artifacts, before any model is trained."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -198,10 +198,14 @@ def find_files(config: ExperimentConfig) -> None:
     Raises:
         SelfalignError: one is missing, or cannot be read; the setting is named.
     """
-    for key, source in data_sources(config).items():
-        find_data(source, key)
-    for name, benchmark in config.benchmark.items():
-        benchmark.sources(f"benchmark.{name}")
+    for look in searches(config):
+        look()
+
+
+def searches(config: ExperimentConfig) -> list[Callable[[], object]]:
+    """Return a call for each data source and each benchmark that looks for its files, as `find_files` does."""
+    data = [partial(find_data, source, key) for key, source in data_sources(config).items()]
+    return [*data, *(partial(benchmark.sources, f"benchmark.{name}") for name, benchmark in config.benchmark.items())]
 
 
 def data_sources(config: ExperimentConfig) -> dict[str, str]:
