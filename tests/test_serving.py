@@ -46,8 +46,8 @@ from selfalign.judges.protocol import InstructionResponse, JudgeContext
 from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.tokenizer import encode_prompt
 from selfalign.stages.respond import RespondConfig, respond
-from selfalign.store.artifacts import to_key_json
 from selfalign.store.journal import Journal
+from selfalign.store.key import to_key_json
 from selfalign.training.prepare import prepare
 
 KEY = "sk-very-secret-0123456789"

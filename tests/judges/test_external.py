@@ -18,7 +18,7 @@ from selfalign.core.records import Comparison, Judgement, JudgementStatus, Respo
 from selfalign.engines.openai_client import Endpoint
 from selfalign.judges.external import ExternalScore
 from selfalign.judges.pairwise import Pairwise
-from selfalign.store.artifacts import to_key_json
+from selfalign.store.key import to_key_json
 
 KEY = "sk-very-secret-0123456789"
 OK, NONE = JudgementStatus.OK, JudgementStatus.NO_SCORE
