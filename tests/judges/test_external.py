@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from selfalign.judges.external import ExternalScore
 from selfalign.judges.pairwise import Pairwise
 from selfalign.store.key import to_key_json
 
-KEY = "sk-very-secret-0123456789"
+KEY = f"sk-{secrets.token_hex(16)}"
 OK, NONE = JudgementStatus.OK, JudgementStatus.NO_SCORE
 
 
