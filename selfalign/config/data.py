@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from selfalign.core.errors import SelfalignError
+from selfalign.data.mixtures import data_source
 from selfalign.stages.instruct import InstructConfig
 from selfalign.stages.respond import RespondConfig
 from selfalign.stages.seed_data import SeedDataConfig
@@ -40,11 +41,12 @@ class Pairs:
         schema: says rows of the sources of `data` in a format that is known, where they are in one of the user's own.
     """
 
-    path: str
+    path: Any
     count: int = 0
     seed_data: SeedDataConfig = field(default_factory=SeedDataConfig)
     schema: Any = None
 
     def __post_init__(self) -> None:
+        self.path = data_source(self.path, "data.path")
         if self.count < 0:
             raise SelfalignError(f"data.count must be 0 or more, got {self.count}")

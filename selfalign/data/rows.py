@@ -69,6 +69,21 @@ READ = {
 }  # fmt: skip
 """Fields that are read, by one format or another."""
 
+MEANINGS = {
+    "prompt": "the prompt",
+    **dict.fromkeys(SYSTEM, "the system turn"),
+    **dict.fromkeys(CONVERSATIONS, "turns"),
+    "history": "earlier turns",
+    **dict.fromkeys(INSTRUCTIONS, "the user's turn"),
+    **dict.fromkeys(INPUTS, "the user's turn, below the instruction"),
+    **dict.fromkeys(ANSWERS, "the response"),
+    "responses": "ranked answers",
+    **{name: side for names in SIDES[:2] for name, side in zip(names, ("chosen", "rejected"), strict=True)},
+    "rejected_response": "rejected",
+    **{name: f"the score of {side}" for names, side in zip(SCORES, SIDES[0], strict=True) for name in names},
+}
+"""{field: what it is read as}, in the order of a prompt."""
+
 TURNS = re.compile(r"\s*(?:array\()?\[\s*\{\s*['\"](?:role|content|from|value)['\"]\s*:")
 """Beginning of a text that spells a list of turns, as JSON or as Python."""
 

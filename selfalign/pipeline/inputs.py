@@ -8,7 +8,7 @@ from typing import Any
 from selfalign.config.data import Pairs, SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.errors import SelfalignError
-from selfalign.data.containers import find_data, identify_data
+from selfalign.data.mixtures import DataSource, find_sources, identify_source
 from selfalign.data.schemas import Schema
 from selfalign.runs.labels import Label
 from selfalign.runs.runner import Maker
@@ -150,7 +150,7 @@ class RunInputs:
         self,
         name: str,
         key: str,
-        source: str,
+        source: DataSource,
         count: int,
         taught: Artifact | None,
         learnt: Sequence[Artifact] = (),
@@ -187,9 +187,9 @@ class RunInputs:
             )
 
 
-def content_of(source: str, key: str) -> Content:
+def content_of(source: DataSource, key: str) -> Content:
     """What a data source holds; `key` is the setting that names it."""
-    return Content(partial(identify_data, source, key))
+    return Content(partial(identify_source, source, key))
 
 
 def find_files(config: ExperimentConfig) -> None:
@@ -204,11 +204,11 @@ def find_files(config: ExperimentConfig) -> None:
 
 def searches(config: ExperimentConfig) -> list[Callable[[], object]]:
     """Return a call for each data source and each benchmark that looks for its files, as `find_files` does."""
-    data = [partial(find_data, source, key) for key, source in data_sources(config).items()]
+    data = [partial(find_sources, source, key) for key, source in data_sources(config).items()]
     return [*data, *(partial(benchmark.sources, f"benchmark.{name}") for name, benchmark in config.benchmark.items())]
 
 
-def data_sources(config: ExperimentConfig) -> dict[str, str]:
+def data_sources(config: ExperimentConfig) -> dict[str, DataSource]:
     """{setting: data source} of all data that a run is given."""
     data, asked = config.data, config.evaluate
     named = {

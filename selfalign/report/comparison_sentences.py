@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from html import escape
 
 from selfalign.core.formatting import duration, plural
+from selfalign.data.mixtures import parts_of
 from selfalign.metrics.catalog import METRICS
 from selfalign.report.html import Format, compact, fold, percent, strong
 from selfalign.report.jobs import FEW, JobComparison, JobResult, as_text, costs, seconds_alone, shortened
@@ -132,11 +133,11 @@ def contents(run: Finished) -> Iterator[tuple[str, str, str]]:
     seeds = run.inputs(Label.input("seeds"))
     sources = [(name, seeds["config"][name]) for name in ("demonstrations", "ranked")] if "config" in seeds else []
     named = [(f"data.seed_data.{name}", source) for name, source in sources if source]
-    for (setting, source), content in zip(named, seeds.get("contents", ()), strict=False):
-        yield setting, source, content
-    for label, setting in SOURCES.items():
-        if "content" in (inputs := run.inputs(label)):
-            yield setting, inputs["source"], inputs["content"]
+    given = [(*one, content) for one, content in zip(named, seeds.get("contents", ()), strict=False)]
+    inputs = [(setting, run.inputs(label)) for label, setting in SOURCES.items()]
+    given += [(setting, made["source"], made["content"]) for setting, made in inputs if "content" in made]
+    for setting, source, content in given:
+        yield from ((setting, *part) for part in parts_of(source, content))
 
 
 def caveats(comparison: JobComparison) -> str:

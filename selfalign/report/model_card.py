@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfalign.core.files import write_atomically
+from selfalign.data.mixtures import parts_of
 from selfalign.metrics import catalog
 from selfalign.report.html import Column, is_number, plural, present, show
 from selfalign.report.markdown import bullets, code, fenced, folded, table
@@ -48,7 +49,7 @@ LONG = 80
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Given data: what for, the setting's value, and what it was keyed by: a file's digest, or a hub id itself."""
+    """Given data: what for, the setting's value, and what it was keyed by: a file's digest, or a hub id at a commit."""
 
     purpose: str
     name: str
@@ -57,7 +58,8 @@ class Source:
     @property
     def hub_id(self) -> str:
         """The data set's name on the hub; empty for a file."""
-        return self.name.split(":")[0] if self.content == self.name else ""
+        name, at, _ = self.content.partition("@")
+        return name if at else ""
 
 
 def write_card(folder: Path) -> None:
@@ -235,13 +237,10 @@ def sources(run: Finished) -> list[Source]:
     seeds = run.inputs(Label.input("seeds"))
     purposes = {"demonstrations": "demonstrations", "ranked": "ranked answers"}
     named = [(said, seeds["config"][key]) for key, said in purposes.items() if seeds.get("config", {}).get(key)]
-    found = [
-        Source(said, name, content) for (said, name), content in zip(named, seeds.get("contents", []), strict=True)
-    ]
-    for label, purpose in SOURCES.items():
-        if "content" in (inputs := run.inputs(label)):
-            found.append(Source(purpose, inputs["source"], inputs["content"]))
-    return found
+    given = [(*one, content) for one, content in zip(named, seeds.get("contents", []), strict=True)]
+    inputs = [(purpose, run.inputs(label)) for label, purpose in SOURCES.items()]
+    given += [(purpose, made["source"], made["content"]) for purpose, made in inputs if "content" in made]
+    return [Source(purpose, *part) for purpose, source, content in given for part in parts_of(source, content)]
 
 
 def data(run: Finished) -> str:
@@ -251,7 +250,7 @@ def data(run: Finished) -> str:
     licence = stated_licence(run).get("license")
     lines = [start, f"Licence that M0's files state: {code(licence) if licence else 'none'}"]
     for source in sources(run):
-        what = "hub data set" if source.hub_id else f"SHA-256 {code(source.content)}"
+        what = f"hub data set {code(source.content)}" if source.hub_id else f"SHA-256 {code(source.content)}"
         lines.append(f"{source.purpose.capitalize()}: {code(source.name)}, {what}")
     if held_out := run.counts.get(Label.input("seeds"), {}).get(catalog.QUESTIONS_HELD_OUT.name):
         lines.append(f"Held out to measure judging: {plural(held_out, 'ranked question')}")

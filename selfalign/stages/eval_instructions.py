@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import read_records, write_records
 from selfalign.core.records import Demonstration, Instruction
+from selfalign.data.mixtures import DataSource
 from selfalign.data.schemas import Schema
 from selfalign.data.sources import read_instructions
 from selfalign.data.turns import compared, texts_in
@@ -14,7 +15,7 @@ from selfalign.store.stage import MANY, Size, stage
 from selfalign.training.splits import prompts_of
 
 
-def size(*, source: str, count: int, **others: object) -> Size:
+def size(*, source: DataSource, count: int, **others: object) -> Size:
     """The first ones, or all."""
     return Size(f"{count or 'all'} instructions of {source}", {"instructions": count or MANY})
 
@@ -23,7 +24,7 @@ def size(*, source: str, count: int, **others: object) -> Size:
 def eval_instructions(
     out: StageOutput,
     *,
-    source: str,
+    source: DataSource,
     count: int,
     content: Content | str,
     seeds: Artifact | None,
@@ -68,7 +69,7 @@ def eval_instructions(
     return {catalog.INSTRUCTIONS.name: len(kept), "dropped": {"in_demonstrations": len(given) - len(apart), **(+drops)}}
 
 
-def teaching(artifacts: Sequence[Artifact], source: str) -> list[Artifact]:
+def teaching(artifacts: Sequence[Artifact], source: DataSource) -> list[Artifact]:
     """Those of what models were trained on that ask an instruction of this data source."""
     if not artifacts:
         return []

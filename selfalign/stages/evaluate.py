@@ -8,6 +8,7 @@ from selfalign.benchmarks.mt_bench import MTBench
 from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import read_records, read_scores
 from selfalign.core.records import FinishReason, Judgement, RankedAnswers, Response
+from selfalign.data.mixtures import data_source
 from selfalign.data.text_filters import words_of
 from selfalign.engines.protocol import Sampling
 from selfalign.judges.protocol import asks_a_server
@@ -31,11 +32,12 @@ class PreferenceTest:
             any judge, with who judges fixed for all models; null takes the scores that came with the pairs.
     """
 
-    source: str = ""
+    source: Any = ""
     count: int = 0
     judge: Any = None
 
     def __post_init__(self) -> None:
+        self.source = data_source(self.source, "evaluate.preference_pairs.source")
         if self.count < 0:
             raise SelfalignError(f"evaluate.preference_pairs.count must be 0 or more, got {self.count}")
         if self.judge is None:
@@ -74,7 +76,7 @@ class EvaluateConfig:
         preference_pairs: pairs that every model's rewards are measured on.
     """
 
-    instructions: str = "shipped:evaluation"
+    instructions: Any = "shipped:evaluation"
     count: int = 0
     judge: str = "sft"
     head_to_head: Any = None
@@ -87,6 +89,7 @@ class EvaluateConfig:
     preference_pairs: PreferenceTest = field(default_factory=PreferenceTest)
 
     def __post_init__(self) -> None:
+        self.instructions = data_source(self.instructions, "evaluate.instructions")
         self.sampling.check("evaluate.sampling")
         if self.count < 0:
             raise SelfalignError(f"evaluate.count must be 0 or more, got {self.count}")

@@ -6,12 +6,14 @@ import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed, digest_text
 from selfalign.core.jsonl import read_records, write_records
 from selfalign.core.placeholders import check_template
 from selfalign.core.records import Demonstration, FinishReason, Instruction
+from selfalign.data.mixtures import data_source
 from selfalign.data.rouge import RougeIndex
 from selfalign.data.text_filters import Language, is_fragment, words_of
 from selfalign.data.turns import instruction_of
@@ -64,7 +66,7 @@ class InstructConfig:
 
     count: int = 64
     model: str = "self"
-    source: str = ""
+    source: Any = ""
     seed_examples: int = 6
     generated_examples: int = 2
     prompts_per_batch: int = 32
@@ -77,6 +79,7 @@ class InstructConfig:
     sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.6, max_new_tokens=128))
 
     def __post_init__(self) -> None:
+        self.source = data_source(self.source, "data.instruct.source")
         self.sampling.check("data.instruct.sampling")
         check_template(self.prompt, "data.instruct.prompt", ())
         if self.fixed_writer and "/" not in self.model and self.model not in BUILDERS:

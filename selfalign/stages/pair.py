@@ -9,6 +9,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed, digest_text
 from selfalign.core.jsonl import count_records, join_sorted, read_records, stream_records, write_records
 from selfalign.core.records import Demonstration, FinishReason, Instruction, PreferencePair, Response, ResponseScore
+from selfalign.data.mixtures import DataSource
 from selfalign.data.pair_rules import PairRule, ScoredResponse, pick_pairs
 from selfalign.data.schemas import Schema
 from selfalign.data.sources import as_prompt, read_pairs
@@ -189,16 +190,16 @@ def _pair_of(instruction: Instruction, chosen: ScoredResponse, rejected: ScoredR
     )
 
 
-def size_of_given(*, source: str, count: int, **others: object) -> Size:
+def size_of_given(*, source: DataSource, count: int, **others: object) -> Size:
     """The first ones, or all."""
-    return Size(f"the first {count} of {source}" if count else source, {"pairs": count or MANY})
+    return Size(f"the first {count} of {source}" if count else str(source), {"pairs": count or MANY})
 
 
 @stage(size=size_of_given, given=True)
 def given_pairs(
     out: StageOutput,
     *,
-    source: str,
+    source: DataSource,
     count: int,
     content: Content | str,
     held_out: list[Artifact],

@@ -18,6 +18,7 @@ from selfalign.core.records import (
     RankedAnswers,
     given_response,
 )
+from selfalign.data.mixtures import DataSource
 from selfalign.data.sources import best_against_worst, read_pairs
 from selfalign.data.turns import as_text
 from selfalign.losses.logps import PairLogps
@@ -181,7 +182,7 @@ def score_correlations(measured: Sequence[PairMargin]) -> dict[str, float]:
     return numbers
 
 
-def size_of_test(*, source: str, count: int, **others: object) -> Size:
+def size_of_test(*, source: DataSource, count: int, **others: object) -> Size:
     """The first pairs, or all, with two responses each."""
     most = count or MANY
     return Size(f"{count or 'all'} pairs of {source}", {"pairs": most, "instructions": most, "responses": 2 * most})
@@ -191,7 +192,7 @@ def size_of_test(*, source: str, count: int, **others: object) -> Size:
 def preference_test(
     out: StageOutput,
     *,
-    source: str,
+    source: DataSource,
     count: int,
     content: Content | str,
     ranked: Artifact | None,
@@ -238,7 +239,7 @@ def preference_test(
     return {catalog.PAIRS.name: len(pairs), "dropped": dict(sorted((+drops).items()))}
 
 
-def _check_apart(source: str, pairs: Sequence[PreferencePair], known: KnownTexts) -> None:
+def _check_apart(source: DataSource, pairs: Sequence[PreferencePair], known: KnownTexts) -> None:
     """Says how many pairs cannot be measured, because they share a prompt or a response with what is trained on.
 
     Raises:

@@ -5,11 +5,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_text
 from selfalign.core.jsonl import write_records
 from selfalign.core.records import Demonstration, Instruction, RankedAnswers, Response, given_response
+from selfalign.data.mixtures import DataSource, data_source
 from selfalign.data.schemas import Schema
 from selfalign.data.sources import read_demonstrations, read_ranked
 from selfalign.data.turns import compared, texts_in
@@ -48,8 +50,8 @@ class SeedDataConfig:
             examples of the second most common one; the paper drops "part" of them.
     """
 
-    demonstrations: str = "shipped:ift"
-    ranked: str = "shipped:ranked"
+    demonstrations: Any = "shipped:ift"
+    ranked: Any = "shipped:ranked"
     max_demonstrations: int = 0
     max_ranked: int = 0
     held_out_share: float = 0.3
@@ -57,6 +59,8 @@ class SeedDataConfig:
     max_score_imbalance: float = 1.0
 
     def __post_init__(self) -> None:
+        self.demonstrations = data_source(self.demonstrations, "data.seed_data.demonstrations")
+        self.ranked = data_source(self.ranked, "data.seed_data.ranked")
         if not 0 < self.held_out_share < 1:
             raise SelfalignError(f"data.seed_data.held_out_share must lie between 0 and 1, got {self.held_out_share}")
         for name in ("max_demonstrations", "max_ranked"):
@@ -191,7 +195,7 @@ def read_seeds(config: SeedDataConfig, schema: Schema | None = None) -> SeedData
     )
 
 
-def _check_any(key: str, source: str, found: Sequence[object], unused: Counter[str]) -> None:
+def _check_any(key: str, source: DataSource, found: Sequence[object], unused: Counter[str]) -> None:
     if not found:
         raise SelfalignError(f"data.seed_data.{key}={source}: no row is of use (dropped: {dict(+unused)})")
 

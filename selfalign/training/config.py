@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from selfalign.core.errors import SelfalignError
+from selfalign.data.mixtures import data_source
 from selfalign.engines.protocol import Sampling
 from selfalign.models.checkpoint import resolve_dtype
 from selfalign.models.config import DTYPES, LoRA
@@ -131,13 +132,14 @@ class CheckpointSelectionConfig:
     """
 
     interval_steps: int = 0
-    instructions: str = ""
+    instructions: Any = ""
     count: int = 0
     head_to_head: Any = None
     level: float = 0.005
     sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
+        self.instructions = data_source(self.instructions, "train.checkpoint_selection.instructions")
         self.sampling.check("train.checkpoint_selection.sampling")
         if self.interval_steps < 0 or self.count < 0:
             raise SelfalignError(
