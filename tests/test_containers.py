@@ -386,7 +386,7 @@ def test_damaged_saved_set_is_refused(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("prompt,chosen,rejected\na,b\n", r"a\.csv:2: 2 cells, but the first line names 3 columns"),
-        ("prompt,chosen,rejected\na,b,c\n\"x\ny\",b,c,d\n", r"a\.csv:3: 4 cells, but"),
+        ('prompt,chosen,rejected\na,b,c\n"x\ny",b,c,d\n', r"a\.csv:3: 4 cells, but"),
         ("prompt,chosen,chosen\na,b,c\n", r"a\.csv: the column 'chosen' stands twice"),
         ('prompt,chosen,rejected\na,"b" b,c\n', r"a\.csv:2: not valid CSV"),
         ("prompt;chosen;rejected\na;b;c\n", r"a\.csv:2: expected prompt, chosen and rejected .* found prompt;chosen;r"),
@@ -475,7 +475,10 @@ def test_config_and_split_of_a_hub_set_are_read_like_any_file(tmp_path: Path) ->
         "README.md": README, "one/train-00000-of-00001.parquet": part("1"),
         "one/test-00000-of-00001.parquet": part("t", "t"), "two/train-00000-of-00001.parquet": part("2"),
     }  # fmt: skip
-    sources = ["owner/set:one:train", "owner/set:one:test", "owner/set:two:train", "owner/set", "owner/set:one:dev", "owner/set@v1:two:train", "owner/set@nowhere:one:train"]
+    sources = [
+        "owner/set:one:train", "owner/set:one:test", "owner/set:two:train", "owner/set", "owner/set:one:dev",
+        "owner/set@v1:two:train", "owner/set@nowhere:one:train",
+    ]  # fmt: skip
     with data_hub("owner/set", files) as address:
         given = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
         given |= {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}

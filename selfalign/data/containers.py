@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 from selfalign.core.errors import SelfalignError, one_line
 from selfalign.core.files import PACKAGE, digest_file, digest_folder, digest_json, path_of, read_lines
-from selfalign.data.rows import SCORES, TURNS
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -40,6 +39,9 @@ HUB_ID = re.compile(
 )
 COMMIT = re.compile("[0-9a-f]{40}")
 PART = re.compile(r"-(?P<part>\d+)-of-(?P<of>\d+)")
+LISTED = re.compile(r"\s*\[\s*\{\s*['\"](?:role|content|from|value|text|rank|score)['\"]\s*:")
+"""Beginning of a cell that spells a list of turns or of ranked answers, as JSON or as Python."""
+
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 BATCH = 1024
 """Rows of a table held at a time."""
@@ -291,19 +293,14 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
             if cells and len(cells) != len(names):
                 raise SelfalignError(f"{where}: {len(cells)} cells, but the first line names {len(names)} columns")
             if cells:
-                yield where, {name: _cell(name, text) for name, text in zip(names, cells, strict=True) if text}
+                yield where, {name: _cell(text) for name, text in zip(names, cells, strict=True) if text}
     except csv.Error as error:
         raise SelfalignError(f"{path}:{rows.line_num}: not valid CSV: {error}") from error
 
 
-def _cell(name: str, text: str) -> Any:
-    """Return a cell as JSON would have it: a score as a number, and turns or ranked answers as a list."""
-    if name in chain.from_iterable(SCORES):
-        try:
-            return float(text)
-        except ValueError:
-            return text
-    if name == "responses" or TURNS.match(text):
+def _cell(text: str) -> Any:
+    """Return a cell as JSON would have it: turns and ranked answers as a list."""
+    if LISTED.match(text):
         for decode in (json.loads, ast.literal_eval):  # As JSON, or as Python programs write lists into tables.
             try:
                 return decode(text)

@@ -173,15 +173,20 @@ class Row:
         return next(iter(texts.values()), "")
 
     def number(self, *names: str) -> float | None:
-        """Return the only number among fields with the same meaning; None if there is none.
+        """Return the only number among fields with the same meaning; None if there is none. A text may spell it.
 
         Raises:
             SelfalignError: one is no number, or two are different ones.
         """
-        found = {name: self.fields[name] for name in names if name in self.fields}
-        for name, value in found.items():
-            if isinstance(value, bool) or not isinstance(value, int | float):
+        found: dict[str, float] = {}
+        for name in (name for name in names if name in self.fields):
+            value = self.fields[name]
+            try:
+                number = float("x" if isinstance(value, bool) else value)
+            except (ValueError, TypeError):
                 self.refuse(f"{name}: expected a number, got {shown(value)}")
+            if math.isfinite(number):
+                found[name] = value if isinstance(value, int) else number
         if len(set(found.values())) > 1:
             self.refuse(f"{' and '.join(found)} have different numbers, but only one can be used; keep one")
         return next(iter(found.values()), None)
