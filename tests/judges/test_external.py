@@ -228,7 +228,7 @@ def test_comparisons_without_a_verdict_count_although_every_response_has_a_score
 
     with chat_server(decides_all_but_one) as server:
         kind = Pairwise(prompt=prompt, endpoint=at(server), max_failure_rate=0.2)
-        with pytest.raises(SelfalignError, match=r"0 of 5 judgements .*, 1 of 4 comparisons no verdict"):
+        with pytest.raises(SelfalignError, match=r"0 of 5 judgements .*, 1 of 4 comparisons carry no verdict"):
             judged(tmp_path, kind, None)
 
 

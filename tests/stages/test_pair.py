@@ -80,8 +80,8 @@ def test_scores_are_correlated_with_length_within_each_instruction(
         ("self.length_correlation.add(found)", "self.length_correlation = RunningMean(found, 1)"),
         ("[r.tokens for r in judged]", "[len(r.text) for r in judged]"),
         (
-            "in family.responses if response.id in family.scores]",
-            "in family.responses[:2] if response.id in family.scores]",
+            "in group.responses if response.id in group.scores]",
+            "in group.responses[:2] if response.id in group.scores]",
         ),
     ],
     ids=["of the last instruction alone", "characters", "two of each"],

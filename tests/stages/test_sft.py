@@ -130,7 +130,7 @@ def test_loss_is_on_target_tokens_alone(tmp_path: Path, tiny_policy: PolicyCheck
 
 ANSWER = "answer = Answer(text=record.response, ids=record.ids)"
 ENCODED = "return Encoded(record, ids, response)"
-PROMPTS, RESPONSES = "[one.prompt for one in family]", "[one.response for one in family]"
+PROMPTS, RESPONSES = "[one.prompt for one in group]", "[one.response for one in group]"
 MUTANTS = [
     ("no end of turn", ANSWER, ANSWER.replace("ids=record.ids", "finished=bool(record.prefill)")),
     ("no end of a judgement's turn", ANSWER, ANSWER.replace("ids=record.ids", "finished=not record.prefill")),
