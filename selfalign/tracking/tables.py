@@ -8,7 +8,7 @@ from selfalign.core.jsonl import join_sorted
 from selfalign.core.records import Demonstration, Instruction, PreferencePair, Response
 from selfalign.runs.labels import Kind, Label
 from selfalign.runs.ledger import Ledger
-from selfalign.runs.reader import as_text, read_head_to_head, stream_judged, stream_there
+from selfalign.runs.reader import as_text, read_head_to_head, stream_judged, stream_artifact
 
 T = TypeVar("T")
 Rows = Iterator[tuple[Any, ...]]
@@ -32,13 +32,13 @@ def log_tables(ledger: Ledger, label: Label) -> None:
 
 def instructions(folder: Path, label: Label) -> Rows:
     """New instructions."""
-    for asked in stream_there(folder, label.sibling("instructions"), Instruction):
+    for asked in stream_artifact(folder, label.sibling("instructions"), Instruction):
         yield asked.text, asked.source, asked.category
 
 
 def candidates(folder: Path, label: Label) -> Rows:
     """Responses to them."""
-    written = stream_there(folder, label.sibling("responses"), Response)
+    written = stream_artifact(folder, label.sibling("responses"), Response)
     for asked, family in families(folder, label, written, lambda response: response.instruction_id):
         for response in family:
             yield asked.text, response.text, response.tokens, response.finish_reason.value
@@ -56,9 +56,9 @@ def scores(folder: Path, label: Label) -> Rows:
 
 def pairs(folder: Path, label: Label) -> Rows:
     """Preference pairs; positives, where there are those instead, have no rejected response."""
-    for pair in stream_there(folder, label.sibling("pairs"), PreferencePair):
+    for pair in stream_artifact(folder, label.sibling("pairs"), PreferencePair):
         yield as_text(pair.prompt), pair.chosen, pair.rejected, pair.chosen_score, pair.rejected_score
-    for positive in stream_there(folder, label.sibling("pairs"), Demonstration):
+    for positive in stream_artifact(folder, label.sibling("pairs"), Demonstration):
         yield as_text(positive.prompt), positive.response, None, None, None
 
 
@@ -75,7 +75,7 @@ def families(
     folder: Path, label: Label, responses: Iterator[T], owner: Callable[[T], str]
 ) -> Iterator[tuple[Instruction, list[T]]]:
     """An iteration's instructions, one at a time, with their responses."""
-    asked = stream_there(folder, label.sibling("instructions"), Instruction)
+    asked = stream_artifact(folder, label.sibling("instructions"), Instruction)
     return join_sorted(asked, responses, owner, label.sibling("responses").link_in(folder))
 
 

@@ -262,7 +262,7 @@ def test_whole_run_is_judged_by_a_faulty_server_and_the_key_is_nowhere(
             assert run(tmp_path / "outputs", *overrides, f"judge.endpoint.base_url={server.url}") == folder
         assert len(server.bodies) == asked, "a finished run asked again"
         until_then = capfd.readouterr()
-        assert "Everything was there already" in until_then.out
+        assert "Everything was made before" in until_then.out
         refusal = Fault(401, f"no such key: {KEY}".encode())
         server.faults.append(refusal)
         with pytest.raises(SelfalignError, match=r"status 401: no such key: \[key\]"):
