@@ -435,7 +435,7 @@ BEYOND_CONTEXT = {
     ),
     "judgements": (
         "judge=additive judge.sampling.max_new_tokens=400",
-        "over the model's context of 512",
+        "over the model's context of 512 tokens. Shorten the prompt",
     ),
     "examples of judging": (
         "train.sft.max_length=60",

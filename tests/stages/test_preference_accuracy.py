@@ -218,7 +218,7 @@ def test_too_few_scores_leave_the_correlations_out(tmp_path: Path, known: int) -
 
 
 def test_log_probability_that_is_no_number_stops_instead_of_being_averaged(tmp_path: Path) -> None:
-    with pytest.raises(SelfalignError, match="pair b"):
+    with pytest.raises(SelfalignError, match="1 pairs, such as b, are missing or not finite"):
         measured(tmp_path, own={**OWN, "b": (-9.0, -8.0, math.nan, -12.0)})
 
 
