@@ -381,7 +381,7 @@ MUTANTS = [
      BEFORE, {"name": "earlier_pairs"}),
     ("judged answers not looked at", "np.union1d(known.every, known.judged)", "known.every",
      BEFORE, {"name": "taught_questions"}),
-    ("responses not looked at", "yield texts_of(demonstration.prompt, demonstration.response)", "yield texts_of(demonstration.prompt)",
+    ("responses not looked at", "(demonstration.prompt, demonstration.response)", "(demonstration.prompt)",
      BEFORE, {"name": "response"}),
     ("by the place in the file", "np.lexsort((table.order, table.neighbours()))", "np.arange(len(table.order))", ORDER,
      {"kind": "recurring"}),

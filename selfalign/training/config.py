@@ -153,8 +153,9 @@ class CheckpointSelectionConfig:
             )
         if bool(self.interval_steps) != bool(self.instructions):
             raise SelfalignError(
-                "train.checkpoint_selection.interval_steps and train.checkpoint_selection.instructions belong together: "
-                f"set both or none (got interval_steps={self.interval_steps}, instructions={self.instructions!r})"
+                "train.checkpoint_selection.interval_steps and train.checkpoint_selection.instructions belong "
+                f"together: set both or none (got interval_steps={self.interval_steps}, "
+                f"instructions={self.instructions!r})"
             )
         if not 0 < self.level < 0.5:
             raise SelfalignError(f"train.checkpoint_selection.level must be above 0 and below 0.5, got {self.level}")
