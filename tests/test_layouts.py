@@ -268,7 +268,7 @@ MISSING = "missing = max(map(len, runs)) - len(runs[rank])"
 MUTANTS: list[tuple[Any, str, str, Callable[..., None]]] = [
     (trainer_module, SCALE, SCALE.replace("distributed.count()", "1"), check_gradients),
     (trainer_module, SCALE, "distributed.count() / weight", check_gradients),
-    (trainer_module, SCALE, SCALE.replace("/ weight", "/ len(passes)"), check_gradients),
+    (trainer_module, SCALE, SCALE.replace("/ weight", "/ len(microbatches)"), check_gradients),
     (parallelism, MISSING, "missing = 0", check_shares),
     (parallelism, "(load + len(example), process)", "(load + 1, process)", check_shares),
     (parallelism, "heapq.heapreplace(loads, (load + len(example), process))", "pass", check_shares),

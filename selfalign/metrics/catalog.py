@@ -214,7 +214,7 @@ JUDGE_TIED_SHARE = Metric("judge/tie_rate", "share of instructions with several 
 JUDGE_CONSTANT = Metric("judge/constant",
     "1 if the judge's scores are nearly constant (`judge.degeneracy`), else 0", "flag", better="lower")
 JUDGE_POSITION_BIAS = Metric("judge/position_bias",
-    "share of comparisons in which the same position won in both orders, after `debias_position`",
+    "share of comparisons in which the same position won in both orders",
     "share", better="lower", title="position bias")
 JUDGE_PLACE_PREFERENCE = Metric("judge/position_bias_nats",
     "preference of a pairwise judge for the first position, nats", "nats")

@@ -27,7 +27,7 @@ from selfalign.store.artifacts import Artifact
 from selfalign.training.config import Optimization, TrainableWeights
 from selfalign.training.objective import ObjectiveOutput, frozen_logps, pair_logps
 from selfalign.training.parallelism import local_microbatches, unwrap
-from selfalign.training.reference import References, StoredReferences, join_references, groups_of, open_references
+from selfalign.training.reference import References, StoredReferences, groups_of, join_references, open_references
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -139,10 +139,10 @@ MUTANTS = [
     ("the prefill among the targets", "encode_answers(tokenizer, prompt, [answer], record.prefill)",
      "encode_answers(tokenizer, prompt, [Answer(text=record.prefill + record.response)])"),
     ("loss on the prompt", f"{PROMPTS}, {RESPONSES}",
-     f"{PROMPTS.replace('prompt for', 'prompt[:1] for')}, [one.prompt[1:] + one.response for one in family]"),
+     f"{PROMPTS.replace('prompt for', 'prompt[:1] for')}, [one.prompt[1:] + one.response for one in group]"),
     ("mask shifted by one", f"{PROMPTS}, {RESPONSES}",
-     "[one.prompt + one.response[:1] for one in family], [one.response[1:] for one in family]"),
-    ("no loss on the end", f"{PROMPTS}, {RESPONSES}", f"{PROMPTS}, [one.response[:-1] for one in family]"),
+     "[one.prompt + one.response[:1] for one in group], [one.response[1:] for one in group]"),
+    ("no loss on the end", f"{PROMPTS}, {RESPONSES}", f"{PROMPTS}, [one.response[:-1] for one in group]"),
 ]  # fmt: skip
 
 
