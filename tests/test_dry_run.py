@@ -46,7 +46,7 @@ from selfalign.models.batches import encode_pairs
 from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.tokenizer import encode_prompt
 from selfalign.pipeline import loop
-from selfalign.pipeline.requirements import asks
+from selfalign.pipeline.requirements import judge_prompt
 from selfalign.runs.labels import Label
 from selfalign.stages.benchmark import benchmark
 from selfalign.stages.sft import group_demonstrations
@@ -276,10 +276,10 @@ def test_instructions_leave_room_for_the_answer(longest: WorstCaseRecords) -> No
 def test_question_about_texts_that_do_not_fit_is_asked_about_shorter_ones(longest: WorstCaseRecords) -> None:
     judge = composed("experiment=smoke", "judge=expected_score")[0].judge
     rubric = len(encode_prompt(longest.tokenizer, judge.ask("", "")))
-    texts = longest.fitting(asks(judge), [1000, 1000], rubric + 300)
+    texts = longest.fitting(judge_prompt(judge), [1000, 1000], rubric + 300)
     assert rubric + 250 <= len(encode_prompt(longest.tokenizer, judge.ask(*texts))) <= rubric + 300
     with pytest.raises(SelfalignError, match=r"longer than the 20 tokens there is room for"):
-        longest.fitting(asks(judge), [1000, 1000], 20)
+        longest.fitting(judge_prompt(judge), [1000, 1000], 20)
 
 
 def test_texts_are_written_to_their_last_token(tiny_policy: PolicyCheckpoint, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ OUT_OF_REACH = {
     "instructions of too few prompts": (
         "data.instruct.count=900 data.instruct.prompts_per_batch=8",
         "data.instruct.count=900, but data.instruct.max_batches=100 of data.instruct.prompts_per_batch=8 ask for 800 "
-        "tasks at most: set max_batches to 0, which allows enough, or above 113, since not every task is kept",
+        "tasks at most: set max_batches to 0, which allows enough, or above 113, because some tasks are dropped",
     ),
     "more seeds shown than taken": (
         "data.instruct.seed_examples=25",
@@ -346,9 +346,8 @@ IN_DATA = {
     "pairs to measure on that are trained on": (
         ["data=pairs", "data.path={0}/ranked.jsonl", "iterations=1",
         "evaluate.preference_pairs.source={0}/ranked.jsonl"],
-        "evaluate.preference_pairs.source={}/ranked.jsonl: 4 of 4 pairs share a prompt or a response with what is "
-        "trained "
-        "on, so none could be measured: give others",
+        "evaluate.preference_pairs.source={}/ranked.jsonl: 4 of 4 pairs share a prompt or a response with the "
+        "training data, so none can be measured: give others",
     ),
     "given pairs": (
         ["data=pairs", "data.path={}/ranked.jsonl", "iterations=1", "data.count=9"],
@@ -436,15 +435,15 @@ BEYOND_CONTEXT = {
     ),
     "judgements": (
         "judge=additive judge.sampling.max_new_tokens=400",
-        "over the model's context of 512",
+        "over the model's context of 512 tokens. Shorten the prompt",
     ),
     "examples of judging": (
         "train.sft.max_length=60",
-        "so no example of judging fits into train.sft.max_length=60: raise it or shorten the prompt",
+        "so no EFT example fits into train.sft.max_length=60: raise it or shorten the prompt",
     ),
     "p": (
         f"loss.refinement.prompt={'Answer_well.' * 200}",
-        "so no pair fits behind it into the model's context of 512: shorten it",
+        "so no pair fits after it into the model's context of 512 tokens: shorten it",
     ),
 }  # fmt: skip
 

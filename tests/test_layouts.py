@@ -263,12 +263,12 @@ def test_the_average_of_all_gradients_is_that_of_one_process(
     check_gradients(monkeypatch, tiny_policy, tmp_path)
 
 
-SCALE = "0.0 if part.repeated else distributed.count() / weight"
+SCALE = "0.0 if microbatch.repeated else distributed.count() / weight"
 MISSING = "missing = max(map(len, runs)) - len(runs[rank])"
 MUTANTS: list[tuple[Any, str, str, Callable[..., None]]] = [
     (trainer_module, SCALE, SCALE.replace("distributed.count()", "1"), check_gradients),
     (trainer_module, SCALE, "distributed.count() / weight", check_gradients),
-    (trainer_module, SCALE, SCALE.replace("/ weight", "/ len(passes)"), check_gradients),
+    (trainer_module, SCALE, SCALE.replace("/ weight", "/ len(microbatches)"), check_gradients),
     (parallelism, MISSING, "missing = 0", check_shares),
     (parallelism, "(load + len(example), process)", "(load + 1, process)", check_shares),
     (parallelism, "heapq.heapreplace(loads, (load + len(example), process))", "pass", check_shares),
@@ -291,7 +291,7 @@ def test_shares_among_one_process_are_refused(tiny_policy: PolicyCheckpoint, tmp
     train_here(job, tiny_policy)
     said = (tmp_path / "M1" / "error-0").read_text()
     assert said.startswith(
-        "train.parallelism.strategy=fsdp2 needs several processes, and this is the only one: start it with"
+        "train.parallelism.strategy=fsdp2 needs several processes, but there is one: start the run with"
     )
 
 
@@ -301,7 +301,7 @@ def test_shares_among_one_process_are_refused(tiny_policy: PolicyCheckpoint, tmp
         ({"strategy": "fsdp"}, "train.parallelism.strategy must be one of ddp, fsdp2; got 'fsdp'"),
         (
             {"reshard_after_forward": False},
-            "train.parallelism.reshard_after_forward=false has a meaning with strategy=fsdp2",
+            "train.parallelism.reshard_after_forward=false needs train.parallelism.strategy=fsdp2; got strategy=ddp",
         ),
     ],
 )
@@ -312,5 +312,5 @@ def test_bad_layouts_are_refused_by_name(options: dict[str, Any], message: str) 
 
 def test_eight_bit_state_is_not_shared_out() -> None:
     eight = Optimization(learning_rate=1e-3, optimizer="adamw_8bit")
-    with pytest.raises(SelfalignError, match="fsdp2 cannot share out the state of optimizer=adamw_8bit"):
+    with pytest.raises(SelfalignError, match="fsdp2 cannot shard the state of optimizer=adamw_8bit"):
         TrainConfig(sft=eight, align=eight, parallelism=Parallelism(strategy="fsdp2"))

@@ -339,7 +339,7 @@ def test_weight_that_is_not_finite_is_refused_by_its_name(value: str, mine: Path
         (
             lambda mine: None,
             ["loss=odpo"],
-            "the loss ODPO needs chosen_score above rejected_score in every pair; 4 have not, like ",
+            "the loss ODPO needs chosen_score above rejected_score in every pair, but 4 pairs, such as ",
         ),
     ],
     ids=["too_long", "no_template", "no_scores"],
@@ -379,7 +379,7 @@ def test_turns_in_the_data_that_the_template_does_not_take_name_the_record(
 ) -> None:
     (mine / "chat_template.jinja").write_text(template)
     data = [*write_tiny_data(tmp_path / "data"), *ASIDE, write_pairs(tmp_path / "data", turns)]
-    with pytest.raises(SelfalignError, match=rf"record \w+ has {said}, which .* does not take"):
+    with pytest.raises(SelfalignError, match=rf"record \w+ has {said}, which .* does not accept"):
         run(tmp_path / "out", *GIVEN_PAIRS, *data, "model=pretrained", f"model.path={mine}")
     assert not list((tmp_path / "out" / "store").glob("sft/*"))
 
@@ -393,7 +393,7 @@ def test_answers_that_think_are_refused_where_the_template_has_opened_a_thought(
     data = [*write_tiny_data(tmp_path / "data"), *ASIDE, write_pairs(tmp_path / "data")]
     pairs = tmp_path / "data" / "pairs.jsonl"
     pairs.write_text(pairs.read_text().replace("A good", "<think>A river.</think>A good"))
-    with pytest.raises(SelfalignError, match=r"record \w+ has an answer that begins with <think>, and the model's"):
+    with pytest.raises(SelfalignError, match=r"record \w+ has a response that begins with <think>, but the model's"):
         run(tmp_path / "out", *GIVEN_PAIRS, *data, "model=pretrained", f"model.path={mine}")
     assert not list((tmp_path / "out" / "store").glob("sft/*"))
 
@@ -405,7 +405,7 @@ def test_dropout_that_the_model_lacks_is_refused_before_training(tmp_path: Path)
     shutil.copytree(files.path / "tokenizer", folder, dirs_exist_ok=True)
     told = [*TINY_RUN, *write_tiny_data(tmp_path / "data"), "model=pretrained", f"model.path={folder}"]
     lengths = ["train.sft.max_length=200", "train.align.max_length=200", "train.align.dropout=0.1"]
-    with pytest.raises(SelfalignError, match=r"align\.dropout=0\.1: this model has no dropout that"):
+    with pytest.raises(SelfalignError, match=r"align\.dropout=0\.1, but this model has no dropout layers: set it to 0"):
         run(tmp_path / "out", *told, *lengths)
     assert composed(*told)[0].train.align.dropout == 0
     assert policy_artifact(files).path == files.path

@@ -70,7 +70,7 @@ def test_all_that_is_missing_is_said_at_once_and_nothing_is_made(
 def test_layout_of_several_processes_is_missed_before_anything_is_made() -> None:
     told = ["train.parallelism.strategy=fsdp2"]
     (line,) = found(*told)
-    assert line.startswith("train.parallelism.strategy=fsdp2 needs several processes, and this is the only one: ")
+    assert line.startswith("train.parallelism.strategy=fsdp2 needs several processes, but there is one: ")
     trained = [label for label in planned(composed("experiment=smoke")[0]) if re.fullmatch(r"M[1-9]\d*", label)]
     assert found(*told, made=tuple(trained)) == []
 

@@ -28,7 +28,7 @@ from selfalign.losses.protocol import PreferenceLoss
 from selfalign.losses.refinement import Refinement
 from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.tokenizer import encode_prompt
-from selfalign.pipeline.requirements import asks, writes
+from selfalign.pipeline.requirements import judge_prompt, max_judgement_tokens
 from selfalign.runs.labels import Label
 from selfalign.stages.align import align
 from selfalign.stages.head_to_head import head_to_head
@@ -218,9 +218,9 @@ class StageEstimator:
         self, label: str, *, judge: Judge, instructions: Artifact, responses: Artifact, engine: Any, **others: Any
     ) -> None:
         count, answers = records_in(instructions, "instructions"), records_in(responses, "responses")
-        each, written = math.ceil(answers / count), writes(judge)
+        each, written = math.ceil(answers / count), max_judgement_tokens(judge)
         wanted = judge.wanted(self._subjects(1, each, ["", ""]))
-        ask = asks(judge)
+        ask = judge_prompt(judge)
         texts = self._texts(ask, responses, written, server=asks_a_server(judge))
         if asks_a_server(judge):
             self._bill(label, judge, wanted * count, ask(*texts), written)
@@ -243,7 +243,7 @@ class StageEstimator:
         engine: Any,
         **others: Any,
     ) -> None:
-        count, ask = records_in(instructions, "instructions"), asks(judge)
+        count, ask = records_in(instructions, "instructions"), judge_prompt(judge)
         if not count:  # On the questions of a benchmark, which is not measured either.
             self.unmeasured.append(label)
             return

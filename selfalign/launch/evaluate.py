@@ -245,7 +245,7 @@ def _measure(
         known[Label.parse(contestant.name)] = contestant.policy
         models.current, models.reference = contestant.policy, contestant.reference or base
         models.generated_pairs = list(contestant.pairs)
-        evaluation.measure(contestant.name, models, loss=contestant.loss, taught=contestant.taught)
+        evaluation.measure(contestant.name, models, loss=contestant.loss, trained_on=contestant.taught)
     return names
 
 

@@ -25,7 +25,7 @@ from selfalign.runs.folder import open_folder, run_folder
 from selfalign.runs.labels import Label
 from selfalign.runs.ledger import Ledger, open_ledger
 from selfalign.runs.provenance import write_provenance
-from selfalign.runs.runner import Look, NotMadeYet, Runner
+from selfalign.runs.runner import CacheLookup, NotMadeYet, Runner
 from selfalign.runs.summary import closing_text, models_of, plan_text, summarise
 from selfalign.store.artifacts import Store, locked
 from selfalign.tracking.tables import log_tables
@@ -72,7 +72,7 @@ def _run(
     runner = Runner(store, namespace, ledger)
     with ExitStack() as stack:
 
-        def claim() -> Look:
+        def claim() -> CacheLookup:
             if config.hub.push and (again or not was_done(config, folder)):
                 check_login()
             folder.mkdir(parents=True, exist_ok=True)
@@ -84,14 +84,14 @@ def _run(
             return folder, None if ledger is None else True
         on_start()
         if ledger is None:
-            preflight(config, there.there)
+            preflight(config, there.found)
             run_pipeline(config, runner)
             return folder, None
-        open_folder(folder, config_yaml, anew=reported_keys(folder) not in ({}, there.there))
+        open_folder(folder, config_yaml, anew=reported_keys(folder) not in ({}, there.found))
         with log_file(folder / "run.log"), ExitStack() as tracked:
             warn_of_idle_settings(config, plain)
             tell_resolved(folder, auto_dtypes(config))
-            preflight(config, there.there)
+            preflight(config, there.found)
             ledger.tracker = tracked.enter_context(config.tracker.open(folder, plain))
             print(plan_text(plan(config), there), flush=True)
             with at_the_end(partial(write_provenance, ledger, config.seed)):
@@ -131,9 +131,9 @@ def tell_resolved(folder: Path, resolved: dict[str, str]) -> None:
     write_json(path, resolved)
 
 
-def is_finished(config: ExperimentConfig, folder: Path, there: Look) -> bool:
+def is_finished(config: ExperimentConfig, folder: Path, there: CacheLookup) -> bool:
     """Whether the run completed with the requested options and its summary lists exactly the stored artifacts."""
-    return was_done(config, folder) and (folder / "report.html").exists() and reported_keys(folder) == there.there
+    return was_done(config, folder) and (folder / "report.html").exists() and reported_keys(folder) == there.found
 
 
 def was_done(config: ExperimentConfig, folder: Path) -> bool:
@@ -199,12 +199,12 @@ def stated(loss: Loss) -> dict[str, str]:
     return {"title": loss.title, "formula": loss.formula}
 
 
-def look_ahead(config: ExperimentConfig, store: Store, namespace: str) -> Look:
+def look_ahead(config: ExperimentConfig, store: Store, namespace: str) -> CacheLookup:
     """Walk the pipeline without running anything and collect finished artifacts, up to the first missing one.
 
     Errors are ignored here; the run itself will raise them.
     """
-    look = Look(store, namespace)
+    look = CacheLookup(store, namespace)
     with suppress(NotMadeYet, SelfalignError, OSError):
         run_pipeline(config, look)
     return look

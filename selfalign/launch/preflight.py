@@ -35,7 +35,7 @@ from selfalign.pipeline.inputs import searches
 from selfalign.pipeline.loop import plan
 from selfalign.pipeline.models import judges_of
 from selfalign.runs.labels import Kind, Label
-from selfalign.tracking.wandb import Wandb, has_key, said_mode
+from selfalign.tracking.wandb import Wandb, environment_mode, has_key
 from selfalign.training.config import Optimization
 from selfalign.training.optimizers import EIGHT_BIT_NEEDS
 
@@ -282,7 +282,9 @@ def check_tracking(config: ExperimentConfig, labels: list[Label]) -> list[str]:
     """Weights & Biases has a key where it has to be reached, and its environment is in order."""
     lines: list[str] = []
     with noting(lines):
-        wanted = isinstance(config.tracker, Wandb) and said_mode() != "disabled" and config.tracker.mode == "online"
+        wanted = (
+            isinstance(config.tracker, Wandb) and environment_mode() != "disabled" and config.tracker.mode == "online"
+        )
         if wanted and not has_key():
             lines.append(
                 "tracker.mode=online needs an API key of Weights & Biases: run `wandb login`, set WANDB_API_KEY, or "

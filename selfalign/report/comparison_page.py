@@ -42,7 +42,7 @@ from selfalign.report.jobs import (
 from selfalign.report.run_page import MODELS, SHOWN, purpose, trained_on
 from selfalign.report.tables import matrix
 from selfalign.runs.labels import Label
-from selfalign.runs.reader import Candidate, Sample, read_answers, stream_there
+from selfalign.runs.reader import Candidate, Sample, read_responses, stream_artifact
 
 Row = dict[str, Any]
 
@@ -196,8 +196,8 @@ def answers_of(job: JobResult, model: str) -> dict[str, Candidate]:
     """{evaluation instruction: a model's answer}."""
     assert job.run is not None
     folder = job.run.folder
-    found = read_answers(folder, model)
-    asked = stream_there(folder, Label.input("questions"), Instruction)
+    found = read_responses(folder, model)
+    asked = stream_artifact(folder, Label.input("questions"), Instruction)
     return {instruction.text: found[instruction.id] for instruction in asked if instruction.id in found}
 
 

@@ -1,4 +1,4 @@
-"""A policy made ready for training: its adapter, dropout, and log-probabilities in its forward pass."""
+"""Preparation of a policy for training: its adapter, dropout, and a forward pass that returns log-probabilities."""
 
 import logging
 from typing import TYPE_CHECKING, Any, cast
@@ -18,22 +18,28 @@ logger = logging.getLogger(__name__)
 
 
 def prepare(loaded: Policy, files: PolicyCheckpoint, weights: TrainableWeights, dropout: float) -> None:
-    """Adds an adapter if one is asked for and not there, sets dropout, and makes the model score."""
+    """Add an adapter if one is wanted and missing, set dropout, and make the model return log-probabilities.
+
+    Raises:
+        SelfalignError: the policy has an adapter, but all weights are to be trained; or an adapter cannot be added.
+    """
     has_adapter = hasattr(loaded.model, "peft_config")
     if has_adapter and not weights.lora.rank:
-        raise SelfalignError(f"{files.path} has an adapter, but model.lora.rank=0 asks to train all weights")
+        raise SelfalignError(
+            f"{files.path} has an adapter, but model.lora.rank=0 trains all weights: set model.lora.rank"
+        )
     if weights.lora.rank and not has_adapter:
         loaded.model = add_adapter(loaded.model, weights.lora)
     make_scoring(loaded, dropout)
 
 
 def add_adapter(model: "PreTrainedModel", lora: LoRA) -> "PreTrainedModel":
-    """The model with a fresh adapter.
+    """Add a new adapter to a model.
 
     Raises:
-        SelfalignError: `lora.targets` names what it does not have or cannot adapt; its output layer, of which only the
-            responses' tokens are computed; or its embedding, where that is its output layer too: merged, an adapter
-            of the one would change the other as well.
+        SelfalignError: `lora.targets` names a layer that does not exist or cannot be adapted; the output layer, which
+            is computed for response tokens only; or an embedding tied to the output layer, because merging its adapter
+            would change the output layer too.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -59,16 +65,18 @@ def add_adapter(model: "PreTrainedModel", lora: LoRA) -> "PreTrainedModel":
     if unknown:
         raise refuse(f"{type(model).__name__} has no layer {unknown[0]!r}")
     if model.get_output_embeddings() is not head:
-        raise refuse("it names the output layer, which cannot have an adapter here: leave it out")
+        raise refuse("the output layer cannot have an adapter: remove it")
     if model.get_input_embeddings() is not embedding and getattr(head, "weight", None) is embedding.weight:
-        raise refuse("its embedding is its output layer too, which an adapter of the one would change when merged")
+        raise refuse("the embedding is tied to the output layer, which merging its adapter would change too: remove it")
     if whole and (left_out := layers_left_out(adapted)):
-        logger.warning("model.lora.targets=all-linear does not reach %s: they stay as they are", ", ".join(left_out))
+        logger.warning(
+            "model.lora.targets=all-linear does not include %s: these weights are not trained", ", ".join(left_out)
+        )
     return adapted
 
 
 def linear_layers(model: "PreTrainedModel") -> list[str]:
-    """What the linear layers of a model are called, its output layer aside."""
+    """Return the names of a model's linear layers, without its output layer."""
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings()
@@ -79,7 +87,7 @@ def linear_layers(model: "PreTrainedModel") -> list[str]:
 
 
 def layers_left_out(adapted: nn.Module) -> list[str]:
-    """What the weights of several layers in one are called, such as those of experts, that have no adapter."""
+    """Return the names of stacked weights without an adapter, such as those of mixture-of-experts layers."""
     convolution = nn.modules.conv._ConvNd
     found = {
         f"{path.rsplit('.', 1)[-1]}.{name}"

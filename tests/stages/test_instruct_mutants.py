@@ -29,8 +29,8 @@ ORDER = tests.test_given_instructions_are_taken_in_their_order_and_once
 
 COPIES = '        if words in map(words_of, shown):\n            return "copy_of_demonstration"\n'
 NEAR = "if self._known_held_out.highest(words) >= self.config.max_rouge_l:"
-OWN = "draw.sample(own, min(config.generated_examples, len(own)))"
-EXAMPLES = "examples = mine + draw.sample(pool.seeds, min(total - len(mine), len(pool.seeds)))"
+OWN = "rng.sample(generated, min(config.generated_examples, len(generated)))"
+EXAMPLES = "examples += rng.sample(pool.seeds, min(missing, len(pool.seeds)))"
 ASKED = 'encode_prompt(generator.tokenizer, [user], f"Task {len(examples) + 1}:")'
 WRITTEN = "made = generate_batched("
 SWALLOWED = "made = _swallow("
@@ -42,17 +42,17 @@ STAGE: list[tuple[str, str, str, Check]] = [
     ("D3 1: earlier iterations are forgotten", "RougeIndex.of(self.seeds + "
     "self.earlier)", "RougeIndex.of(self.seeds)", EARLIER),
     ("D3 1: the prompt is parsed too", "completion.text)]", '"Task 0: seed\\n" + completion.text)]', LEDGER),
-    ("D3 2: all that was kept goes into the prompt", OWN, "own", NUMBERS),
+    ("D3 2: all that was kept goes into the prompt", OWN, "list(generated)", NUMBERS),
     ("D3 2: every prompt shows the same", "derive_seed(seed, batch, index))", "derive_seed(seed))", SHOTS),
     ("the examples are the same for every seed", "random.Random(seed)", "random.Random(0)", SHOTS),
-    ("no own instructions in the prompt", EXAMPLES, EXAMPLES.replace("mine + ", ""), SHOTS),
+    ("no own instructions in the prompt", EXAMPLES, EXAMPLES.replace("+=", "="), SHOTS),
     ("D3 3: the last task always goes", "if cut else (tasks, 0)", "if cut else (tasks[:-1], 0)", LEDGER),
     ("D3 3: a cut task is kept", "return (tasks[:-1], 1) if cut else (tasks, 0)", "return tasks, 0", LEDGER),
     ("D3 3: a cut task is dropped without being counted", 'pool.dropped["truncated"] += cut', "pass", LEDGER),
     ("several tasks stay one", r'"(?:^|\n)\s*(?:\W*)Task \d+\s*:"', '"never"', LEDGER),
     ("D3 7: held-out instructions are trained on", NEAR, "if False:", HELD_OUT),
     ("D3 7: only exact copies of them are noticed", NEAR, "if words in self._known_held_out:", HELD_OUT),
-    ("D3 7: they are not passed on", "Pool(config, given, before, apart)", "Pool(config, given, before)", HELD_OUT),
+    ("D3 7: they are not passed on", "earlier_texts, held_out_texts)", "earlier_texts)", HELD_OUT),
     ("D3 12: another family's template", ASKED,
      'generator.tokenizer.encode("<|im_start|>user\\n" + user["content"] + "<|im_end|>\\n<|im_start|>assistant\\n'
      'Task " + str(len(examples) + 1) + ":")', TEMPLATE),
