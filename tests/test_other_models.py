@@ -11,7 +11,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, as_policy
 from builders import TINY_RUN, composed, logits_of, policy_artifact, record_files, run, workspace, write_tiny_data
-from test_boundary import CHATML, NO_SYSTEM
+from test_prompt_boundary import CHATML, NO_SYSTEM
 
 from selfalign.core.errors import SelfalignError
 from selfalign.engines.model_check import check_model

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benching import QUESTIONS, REFERENCES, write_rows
+from benchmarking import QUESTIONS, REFERENCES, write_rows
 from builders import TINY_RUN, composed, metrics, planned, policy_artifact, run, workspace, write_tiny_data
 
 from selfalign.benchmarks.protocol import BenchmarkContext

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import test_instruct as tests
-import test_overlap
-import test_wording
+import test_rouge
+import test_text_filters
 from builders import completion
 from mutation import Check, assert_caught
 
@@ -64,9 +64,9 @@ STAGE: list[tuple[str, str, str, Check]] = [
     ("given ones are read in another order", "records[start:]", "sorted(records[start:], key=lambda r: r.text)", ORDER),
 ]  # fmt: skip
 
-RANDOM = test_overlap.test_rouge_is_the_plain_definition_on_random_texts
-UNKNOWN = test_overlap.test_words_that_no_known_text_has_match_nothing
-OVERLAP: list[tuple[str, str, str, Check]] = [
+RANDOM = test_rouge.test_rouge_is_the_plain_definition_on_random_texts
+UNKNOWN = test_rouge.test_words_that_no_known_text_has_match_nothing
+ROUGE: list[tuple[str, str, str, Check]] = [
     ("recall instead of F1", "(len(words) + len(other))", "(2 * len(other))", RANDOM),
     ("F1 without its 2", "return 2 * LCS", "return LCS", RANDOM),
     (
@@ -78,11 +78,12 @@ OVERLAP: list[tuple[str, str, str, Check]] = [
     ("the first known text instead of the nearest", "found[0])", "next(iter(self._texts)))", UNKNOWN),
 ]
 
-FOREIGN = partial(test_wording.test_other_script_or_no_common_word_is_another_language, test_wording.FOREIGN[1])
-WORDLESS = partial(test_wording.test_other_script_or_no_common_word_is_another_language, test_wording.FOREIGN[3])
-QUOTED = partial(test_wording.test_few_foreign_letters_and_few_words_are_none, "Translate “доброе утро” into English.")
-SHORT = partial(test_wording.test_few_foreign_letters_and_few_words_are_none, "Name edible wild mushrooms.")
-WORDING: list[tuple[str, str, str, Check]] = [
+SCRIPTS = test_text_filters.test_other_script_or_no_common_word_is_another_language
+KEPT = test_text_filters.test_few_foreign_letters_and_few_words_are_none
+FOREIGN, WORDLESS = (partial(SCRIPTS, test_text_filters.FOREIGN[n]) for n in (1, 3))
+QUOTED = partial(KEPT, "Translate “доброе утро” into English.")
+SHORT = partial(KEPT, "Name edible wild mushrooms.")
+FILTERS: list[tuple[str, str, str, Check]] = [
     ("every script passes", "other_script = bool(self.scripts) and", "other_script = False and", FOREIGN),
     ("one foreign letter is enough", "foreign > letters.total() / 2", "foreign > 0", QUOTED),
     ("every word passes", "unknown = bool(self.common) and", "unknown = False and", WORDLESS),
@@ -90,8 +91,8 @@ WORDING: list[tuple[str, str, str, Check]] = [
 ]
 MUTANTS = [
     *((instruct, tests, *mutant) for mutant in STAGE),
-    *((rouge, test_overlap, *mutant) for mutant in OVERLAP),
-    *((text_filters, test_wording, *mutant) for mutant in WORDING),
+    *((rouge, test_rouge, *mutant) for mutant in ROUGE),
+    *((text_filters, test_text_filters, *mutant) for mutant in FILTERS),
 ]
 
 

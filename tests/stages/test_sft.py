@@ -16,7 +16,7 @@ from builders import (
 )
 from mutation import mutated
 from safetensors.torch import load_file
-from test_tokenization import WITH_BOS, WITHOUT_BOS, build_tokenizer
+from test_tokenizer import WITH_BOS, WITHOUT_BOS, build_tokenizer
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import write_json

@@ -12,9 +12,9 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
-import layout_jobs
 import pytest
 import torch
+import training_jobs
 from architectures import ARCHITECTURES
 from safetensors.torch import load_file
 from torch import Tensor
@@ -43,7 +43,7 @@ from selfalign.training.trainer import StepDataset, last_checkpoint
 
 FLOAT = TrainableWeights(dtype="float32", lora=LoRA(), seed=3)
 ADAPTER = replace(FLOAT, lora=LoRA(rank=4))
-ANSWERS = layout_jobs.ANSWERS[:-1]
+ANSWERS = training_jobs.ANSWERS[:-1]
 
 
 def settings(**options: Any) -> Optimization:

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 from builders import ROOT, optimization, weights, workspace
-from layout_jobs import Job, as_file, moved, task, train_here
 from mutation import assert_caught
 from safetensors.torch import load_file
+from training_jobs import Job, as_file, moved, task, train_here
 
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
@@ -67,7 +67,7 @@ def in_two_processes(folder: Path, jobs: list[Job], policy: PolicyCheckpoint, *,
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     started = time.monotonic()
     done = subprocess.run(
-        [*command, str(ROOT / "tests" / "layout_jobs.py"), str(listed)],
+        [*command, str(ROOT / "tests" / "training_jobs.py"), str(listed)],
         env=environment,
         capture_output=True,
         text=True,
