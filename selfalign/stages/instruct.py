@@ -246,7 +246,7 @@ def instruct(
     pool = _pool(config, seeds, earlier, held_out)
     if len(pool.seeds) < config.seed_examples:
         raise SelfalignError(
-            f"data.instruct.seed_examples={config.seed_examples}, but there are only {len(pool.seeds)} IFT seeds: "
+            f"data.instruct.seed_examples={config.seed_examples}, but there are {len(pool.seeds)} IFT seeds: "
             "lower it or give more data.seed_data.demonstrations"
         )
     written = batch = 0
