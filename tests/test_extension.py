@@ -151,7 +151,7 @@ def test_run_with_own_components_is_measured_with_its_folder_and_makes_nothing_a
     assert sorted((swept / "outputs/store").glob("*/*/manifest.json")) == before
 
 
-def test_run_with_own_components_is_rehearsed(
+def test_run_with_own_components_has_a_dry_run(
     swept: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(swept)

@@ -187,7 +187,7 @@ def test_look_finds_what_is_there_and_makes_nothing(run: Runner) -> None:
     assert look.make(Label.parse("seeds"), refusing("write"), text="four").counts["length"] == 4
     with pytest.raises(NotMadeYet, match="M1"):
         look.make(Label.parse("M1"), refusing("sft"), text="x")
-    assert list(look.there) == [Label.input("seeds")]
+    assert list(look.keys) == [Label.input("seeds")]
     assert not (run.store.root / "sft").exists()
 
 

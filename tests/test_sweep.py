@@ -295,7 +295,7 @@ def test_checkpoint_that_cannot_be_written_fails_its_job_with_that_reason_and_th
             "command continues from it"
         )
     last = said.err.splitlines()[-1]
-    assert last.startswith("error: 2 of 4 jobs failed; the same command tries again. job 1 (model.lora.rank=0 seed=41)")
+    assert last.startswith("error: 2 of 4 jobs failed; repeat the command to retry. job 1 (model.lora.rank=0 seed=41)")
     assert last.endswith(jobs(elsewhere.output)[0]["error"])
     assert "CheckpointException" in (run_folders(elsewhere.output)[0] / "run.log").read_text(encoding="utf-8")
 
@@ -680,7 +680,7 @@ MUTANTS = [
         "",
         test_job_whose_process_died_has_failed,
     ),
-    ("for place in sorted(known)", "for place in known", test_jobs_of_a_search_are_added_as_they_come),
+    ("for index in sorted(known)", "for index in known", test_jobs_of_a_search_are_added_as_they_come),
     (" if others else set()", " if others else set(job.overrides)", test_job_is_told_by_what_sets_it_apart),
 ]
 

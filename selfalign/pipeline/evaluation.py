@@ -55,7 +55,7 @@ class Evaluation:
         *,
         judging_only: bool = False,
         loss: Loss | None = None,
-        taught: Sequence[Artifact] = (),
+        seed_data: Sequence[Artifact] = (),
     ) -> None:
         """Measures the newest model: its answers against those of the models before, and its judging, or that alone.
 
@@ -64,7 +64,7 @@ class Evaluation:
             models: of its run so far.
             judging_only: measures its judging alone.
             loss: of its run, where that is another than the experiment's.
-            taught: what its run was trained on besides what is given here and the pairs it made.
+            seed_data: what its run was trained on besides what is given here and the pairs it made.
         """
         label, asked = Label.evaluation(name, "numbers"), None if judging_only else self.given.questions
         judged, moved, compared = None, None, {}
@@ -74,7 +74,7 @@ class Evaluation:
             compared = self._compare(label, models, asked, answers)
             moved = self._distance(label, models, asked, answers)
         if not judging_only:
-            self.held_out.measure(name, models, loss or self.config.loss, taught)
+            self.held_out.measure(name, models, loss or self.config.loss, seed_data)
         self.run.make(
             label,
             evaluate,

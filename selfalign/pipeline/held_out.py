@@ -40,21 +40,21 @@ class HeldOutPairs:
     scored: dict[tuple[str, str], Artifact] = field(default_factory=dict)
     judged: Artifact | None = None
 
-    def measure(self, name: str, models: RunModels, loss: Loss, taught: Sequence[Artifact]) -> None:
+    def measure(self, name: str, models: RunModels, loss: Loss, seed_data: Sequence[Artifact]) -> None:
         """Measures the newest model, where there are pairs.
 
         Args:
             name: of the model.
             models: of its run so far.
             loss: of that run, whose β and p are taken.
-            taught: what that run was trained on besides what is given here and the pairs it made.
+            seed_data: what that run was trained on besides what is given here and the pairs it made.
         """
         pairs = self.given.preferences
         if pairs is None:
             return
         origin = self._logps(Label.evaluation(name, "reference_logprobs"), pairs, models.reference, loss)
         policy = self._logps(Label.evaluation(name, "logps"), pairs, models.current, loss)
-        known = [*self.given.trained_on, *taught, *models.generated_pairs]
+        known = [*self.given.trained_on, *seed_data, *models.generated_pairs]
         self.run.make(
             Label.evaluation(name, "preferences"),
             preference_accuracy,

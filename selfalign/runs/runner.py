@@ -68,20 +68,20 @@ class NotMadeYet(Exception):
 
 @dataclass(slots=True)
 class Look:
-    """Walks a pipeline without making anything, up to the first artifact that is not there.
+    """Runner that makes nothing and collects finished artifacts, up to the first missing one.
 
     Attributes:
-        store: where it looks.
-        namespace: as of the run.
-        there: {label: key} of what it found.
+        store: the artifact store.
+        namespace: as for `Runner`.
+        keys: {label: key} of the artifacts found.
     """
 
     store: Store
     namespace: str = ""
-    there: dict[Label, str] = field(default_factory=dict)
+    keys: dict[Label, str] = field(default_factory=dict)
 
     def make(self, label: Label, stage: StageFunction, **inputs: Any) -> Artifact:
-        """The artifact, if it is in the store.
+        """Return the artifact, if it is in the store.
 
         Raises:
             NotMadeYet: it is not.
@@ -89,7 +89,7 @@ class Look:
         artifact = self.store.find(stage.__name__, keyed_inputs(inputs, self.namespace))
         if artifact is None:
             raise NotMadeYet(str(label))
-        self.there[label] = artifact.key
+        self.keys[label] = artifact.key
         return artifact
 
 

@@ -116,7 +116,7 @@ def drops_text(reasons: dict[str, int]) -> str:
 
 def plan_text(stages: Sequence[tuple[Label, str]], look: Look) -> str:
     """What the terminal shows at the start: every stage, its size, and whether it is there."""
-    rows = [[str(label), size, "there" if label in look.there else "to do"] for label, size in stages]
+    rows = [[str(label), size, "there" if label in look.keys else "to do"] for label, size in stages]
     return "\n".join(["", *table(["stage", "size", "state"], rows), ""])
 
 
