@@ -126,7 +126,7 @@ def test_page_says_what_stands_for_m1(finished: Path, tmp_path: Path) -> None:
 
     assert "M1 stands for <b>random-tiny</b>" in said("random:tiny", more=[*settings, "data=self_rewarding_smoke"])
     other = weights_of_m2(finished, tmp_path / "other")
-    assert "compared with M1 is compared with <b>other</b>" in said(other, str(finished))
+    assert "Comparisons with M1 are comparisons with <b>other</b>" in said(other, str(finished))
     assert f"M1 stands for <b>{finished.name}.M1</b>" in said(str(finished), other)
     assert "M1 stands for" not in said(str(finished))
 
