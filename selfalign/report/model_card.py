@@ -324,9 +324,7 @@ def lineage(run: Finished) -> str:
         inputs = run.inputs(Label.parse(name))
         training_data = inputs.get("pairs") or inputs.get("demonstrations")
         reference = label_of(inputs.get("reference"))
-        if (
-            reference and run.stages.get(reference) == "reference_logprobs"
-        ):  # The stored log-probabilities of the reference.
+        if reference and run.stages.get(reference) == "reference_logprobs":  # Its log-probabilities were stored.
             reference = label_of(run.inputs(reference).get("policy"))
         stage = code(run.provenance["artifacts"][name])
         content = code(training_data["digest"]) if training_data else "–"
