@@ -224,7 +224,7 @@ def test_longest_sequence_above_the_context_is_refused_in_one_line(
 def test_sweep_has_no_dry_run(call: Callable[..., Said]) -> None:
     said = call("-m", "experiment=smoke", "loss.lam=0.1,0.5", "dry_run=true")
     assert said.code == 1
-    assert "dry_run=true rehearses one run, not a sweep: set hydra.mode=RUN" in said.err
+    assert "dry_run=true measures one run, not a sweep: set hydra.mode=RUN" in said.err
 
 
 def test_stages_with_a_model_declare_their_sizes_and_are_measured_but_for_benchmarks(tmp_path: Path) -> None:

@@ -213,7 +213,7 @@ def test_interrupted_then_killed_sweep_goes_on_where_it_was(elsewhere: Elsewhere
     os.killpg(interrupted.pid, signal.SIGINT)
     said = end(interrupted)
     assert said.code == 130
-    assert said.err.splitlines()[-1] == "interrupted; the same command continues where it stopped"
+    assert said.err.splitlines()[-1] == "interrupted; repeat the command to continue"
     assert "Traceback" not in said.err
     assert states(elsewhere.output) == ["finished", "interrupted", "waiting"]
 
@@ -248,7 +248,7 @@ def test_ctrl_c_ends_jobs_side_by_side_with_one_line(elsewhere: Elsewhere) -> No
     os.killpg(sweep.pid, signal.SIGINT)
     said = end(sweep)
     assert said.code == 130
-    assert said.err.splitlines()[-1] == "interrupted; the same command continues where it stopped"
+    assert said.err.splitlines()[-1] == "interrupted; repeat the command to continue"
     assert "Traceback" not in said.err
     assert "interrupted" in states(elsewhere.output)
     assert not {"finished", "running"} & set(states(elsewhere.output))
