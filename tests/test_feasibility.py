@@ -226,8 +226,8 @@ IDLE = {
     ),
     "repository of no push": ("hub.repo_id=owner/name", ["hub.repo_id=owner/name"],
     "hub.push=false pushes nothing to a hub"),
-    "price without an estimate": ("price_per_hour=2", ["price_per_hour=2"], "only dry_run=true estimates what a run "
-                                  "costs"),
+    "price without an estimate": ("price_per_hour=2", ["price_per_hour=2"], "only dry_run=true estimates the cost of a "
+                                  "run"),
     "judge of nothing": (
         f"{GIVEN_PAIRS} data.seed_data.ranked='' evaluate=none judge=additive judge.num_samples=2",
         ["judge=additive", "judge.num_samples=2"],
