@@ -343,7 +343,7 @@ def test_part_that_is_missing_is_named(tmp_path: Path, there: tuple[int, ...]) -
 def test_split_that_was_written_twice_is_not_read_as_one(tmp_path: Path, names: list[str]) -> None:
     for name in names:
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"instruction": name, "response": "a"}))
-    with pytest.raises(SelfalignError, match=rf"holds parts of several wholes \(.*{names[0]}.jsonl, {names[1]}.jsonl"):
+    with pytest.raises(SelfalignError, match=rf"parts of several data sets \(.*{names[0]}.jsonl, {names[1]}.jsonl"):
         identify_data(str(tmp_path), "data.path")
 
 

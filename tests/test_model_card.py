@@ -136,7 +136,7 @@ def test_licence_that_is_not_stated_stays_unset(
     readme.write_text(f"---\n{front_matter}\n---\n")
     try:
         assert written(adapter).data.license is None
-        assert "M0's files state: none" in written(adapter).text
+        assert "stated by M0's files: none" in written(adapter).text
     finally:
         readme.write_text(before)
 
@@ -242,7 +242,7 @@ def test_data_are_identified_and_what_was_dropped_is_counted(full: Path, adapter
     assert next(row for row in rows if row[0] == "pairs")[1:3] == [str(count) for count in pairs]
     said = section(written(adapter).text, "Data")
     assert f"M0: `maker/tiny`, on the hub `maker/tiny` at commit `{COMMIT}`" in said
-    assert "Licence that M0's files state: `apache-2.0`" in said
+    assert "Licence stated by M0's files: `apache-2.0`" in said
     assert "Dropped in iteration_1/pairs: 1 identical" in said
 
 
@@ -250,8 +250,8 @@ def test_limits_tell_what_the_numbers_do_not_show(full: Path) -> None:
     said = section(written(full).text, "Limits")
     assert "compared head to head by M1 and scored by M1, not by people, and that is a model of this run" in said
     assert "A share of 3 instructions is uncertain by up to ±57 percentage points" in said
-    assert "judge of its own training data" in said
-    assert "Warning: numbers beyond their bounds" in said
+    assert "judged its own training data" in said
+    assert "Warning: metrics outside their bounds" in said
     growth = read_json(full / "summary.json")["models"][-1]["bound_violated/max_length_growth"]
     assert f"M3: max length growth {growth:.3g}" in said
 

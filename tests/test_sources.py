@@ -130,8 +130,8 @@ def test_text_prompt_that_the_conversations_do_not_repeat_is_refused(tmp_path: P
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ([SYSTEM], "there is no turn of the user's"),
-        ([say("x")], "there is no turn of the user's"),
+        ([SYSTEM], "there is no user turn"),
+        ([say("x")], "there is no user turn"),
         ([{"role": "user"}], r"prompt\[0\]: a turn's content must be a text, .*; got None"),
         (
             [{"content": "x"}],

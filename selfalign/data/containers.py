@@ -227,13 +227,13 @@ def _check_parts(folder: Path, files: Sequence[Path]) -> None:
         SelfalignError: one is missing, as after a download that was broken off, or there are those of several, as
             where a split was written twice.
     """
-    told = [PART.search(path.name) for path in files]
-    parts = [int(found["part"]) for found in told if found]
-    sizes = {int(found["of"]) if found else 0 for found in told}
+    named = [PART.search(path.name) for path in files]
+    parts = [int(found["part"]) for found in named if found]
+    sizes = {int(found["of"]) if found else 0 for found in named}
     if len(sizes) > 1 or len(set(parts)) < len(parts):
         names = ", ".join(path.name for path in files[:8])
         raise SelfalignError(
-            f"{folder}: holds parts of several wholes ({names}); leave the files of one, or name a file"
+            f"{folder}: holds parts of several data sets ({names}); keep the files of one, or name a file"
         )
     if missing := sorted(set(range(max(sizes))) - set(parts)):
         raise SelfalignError(

@@ -111,7 +111,7 @@ class Row:
             SelfalignError: a field that cannot be read is filled.
         """
         row = cls(where, _without_gaps(raw))
-        row.refuse_filled(UNREAD, row.fields, why="which no record here can hold; join it to the text or remove it")
+        row.refuse_filled(UNREAD, row.fields, why="which selfalign cannot use; join it to the text or remove it")
         alike = (name for name in row.fields if name not in READ and name.strip().casefold() in (*READ, *UNREAD))
         row.refuse_filled(alike, row.fields, why="but fields are named in small letters, without spaces")
         return row
@@ -138,7 +138,7 @@ class Row:
         """
         for name in names:
             if name in fields and _is_filled(fields[name]):
-                why = why or "which no record here can hold; convert or remove such rows"
+                why = why or "which selfalign cannot use; convert or remove such rows"
                 self.refuse(f"the field {place}{name} is filled ({shown(fields[name])}), {why}")
 
     def text(self, name: str) -> str:
@@ -223,12 +223,11 @@ class Row:
 def give_ids(read: Iterable[tuple[Row, R]], drops: Counter[str]) -> list[R]:
     """Return the records with their ids: the row's own, or the digest of the record's content. Equal rows are one.
 
-    A row with the id and the content of another was copied, often by a program, and in a set on a hub nobody can mend
-    it: the first stays, the others are counted as `duplicate`. Two rows with one id of their own and different content
-    are no copies: if one were dropped, something would be lost, and results could not be told apart. They are refused.
+    Rows with the same id and the same content are copies: the first stays, the others are counted as `duplicate`. Rows
+    with the same id and different content are refused, because dropping one would lose data.
 
     Raises:
-        SelfalignError: such two; both places are named.
+        SelfalignError: two rows have the same id and different content; both places are named.
     """
     kept: dict[str, R] = {}
     places: dict[str, str] = {}

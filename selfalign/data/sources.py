@@ -89,9 +89,8 @@ class AnswersRow:
 def read_demonstrations(source: DataSource, schema: Schema | None = None) -> tuple[list[Demonstration], Drops]:
     """Return prompts with good answers, and the number of dropped rows, by reason.
 
-    Of a conversation, the last turn, the assistant's, is taught; the turns before it are the prompt. So earlier turns
-    of the assistant are read and not taught, as in published transcripts. To teach one, give the conversation up to it
-    as a row of its own.
+    The last turn of a conversation, which is the assistant's, is the target; the turns before it are the prompt. To
+    train on an earlier turn of the assistant, give the conversation up to it as a row of its own.
 
     Raises:
         SelfalignError: a row is in none of the known formats.
@@ -101,7 +100,8 @@ def read_demonstrations(source: DataSource, schema: Schema | None = None) -> tup
     longer = sum(not isinstance(d.prompt, str) and any(t["role"] == "assistant" for t in d.prompt) for d in found)
     if longer:
         logger.info(
-            "%s: in %d of %d rows only the last answer is taught, earlier ones are read", source, longer, len(found)
+            "%s: in %d of %d rows only the last answer is trained on; earlier ones are part of the prompt",
+            *(source, longer, len(found)),
         )
     return found, drops
 
@@ -236,7 +236,7 @@ def _agreed(records: list[T], said: Callable[[T], tuple[str, list[str]]]) -> lis
 
 
 def _check_answers(source: DataSource, records: Sequence[tuple[Prompt, tuple[str, ...]]]) -> None:
-    """Raise an error if most answers begin with their prompts, as in some sets: the prompt would be taught.
+    """Raise an error if most answers begin with their prompts, because the prompt would be trained on.
 
     A single answer may well repeat its question.
 
@@ -247,8 +247,8 @@ def _check_answers(source: DataSource, records: Sequence[tuple[Prompt, tuple[str
     count = sum(all(text.strip().startswith(said.strip()) for text in answers) for said, answers in asked)
     if len(records) > 1 and 2 * count > len(records):
         raise SelfalignError(
-            f"{source}: in {count} of {len(records)} rows the answer begins with its own prompt, which would be taught "
-            "as a part of it. Give the answers alone."
+            f"{source}: in {count} of {len(records)} rows the answer begins with its own prompt, which would be "
+            "trained on as a part of it. Give only the answers."
         )
 
 
@@ -273,7 +273,7 @@ def _read_one(
 ) -> tuple[list[Any], Drops]:
     """Return the records of a source in a published schema, or in selfalign's formats. The first row decides.
 
-    Rows in a form that the user has described are read as that says them.
+    If the user has described the rows by a schema, that schema converts them first.
 
     Raises:
         SelfalignError: the schema is known, but does not give such records.
@@ -301,10 +301,10 @@ def _read_one(
 
 
 def _in_our_format(rows: Iterable[Placed], schema: Schema, drops: Drops) -> Iterator[Placed]:
-    """Rows as a schema says them.
+    """Yield rows in selfalign's format, as a user's schema converts them.
 
     Raises:
-        SelfalignError: it cannot read one, or says something else than a row.
+        SelfalignError: the schema cannot convert a row, or returns something else than a row.
     """
     for where, raw in rows:
         try:
@@ -332,8 +332,8 @@ def _read_own(source: str, found: Iterable[Row], read: Callable[[Row, Drops], An
     records = give_ids(((row, record) for row in seen() if (record := read(row, drops)) is not None), drops)
     if taken := [f"{name} as {MEANINGS[name]}" for name in MEANINGS if name in names]:
         logger.info("%s: read %s", source, ", ".join(taken))
-    if passed_over := sorted(names - READ):
-        logger.info("%s: ignored the fields %s", source, ", ".join(passed_over))
+    if ignored := sorted(names - READ):
+        logger.info("%s: ignored the fields %s", source, ", ".join(ignored))
     for (name, text), rows in spelled.items():
         logger.warning(
             "%s: in %d rows %s is the text %r, which may stand for an absent value; it is taken as a text",
@@ -350,7 +350,7 @@ def _of_schema(schema: type, rows: Iterator[Row]) -> Iterator[Any]:
     for row in rows:
         own = ("prompt", *INSTRUCTIONS) if schema is TranscriptPair else ()
         own = ("prompt",) if schema is RatedPair and isinstance(row.fields.get("prompt"), list) else own
-        why = f"which rows like {schema.__name__} in published.py, as the first one, do not have"
+        why = f"which rows of the schema {schema.__name__}, such as the first one, do not have"
         row.refuse_filled((*BESIDE, *own), row.fields, why=why)
         turns = ("chosen", "rejected") if schema is RatedPair else ()
         read = {name: read_turns(row, name) for name in turns if name in row.fields}

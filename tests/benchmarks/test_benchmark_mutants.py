@@ -58,8 +58,8 @@ MUTANTS: dict[str, tuple[ModuleType, ModuleType, str, str, Check]] = {
     ),
     "reference as the first": (
         alpaca_eval, test_alpaca_eval,
-        "return ResponsePair(asked, first, second)",
-        "return ResponsePair(asked, second, first)",
+        "return ResponsePair(instruction, first, second)",
+        "return ResponsePair(instruction, second, first)",
         test_alpaca_eval.test_win_rates_are_of_the_models_answers_in_both_orders,
     ),
     "preference for the reference": (
@@ -75,11 +75,11 @@ MUTANTS: dict[str, tuple[ModuleType, ModuleType, str, str, Check]] = {
         test_alpaca_eval.test_files_are_in_alpaca_evals_layout,
     ),
     "first rating counts": (
-        rating, test_rating, "{float(one) for one in said} != {score} or", "",
+        rating, test_rating, "{float(one) for one in ratings} != {score} or", "",
         test_rating.test_rating_is_read_strictly_and_a_failure_is_no_number,
     ),
     "rating clipped": (
-        rating, test_rating, "score = float(said[0])", "score = min(float(said[0]), HIGH)",
+        rating, test_rating, "score = float(ratings[0])", "score = min(float(ratings[0]), HIGH)",
         test_rating.test_rating_is_read_strictly_and_a_failure_is_no_number,
     ),
     "any digits": (
