@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import TINY_RUN, run, write_tiny_data
+import yaml
+from builders import TINY_RUN, composed, run, write_tiny_data
 from mutation import assert_caught
 from test_report import HOSTILE, Page, begin
 
@@ -365,6 +366,45 @@ def test_data_that_changed_under_one_name_are_told(
     assert ("The same setting named different data" in caveats(comparison)) == bool(changed)
 
 
+def test_judge_template_and_benchmark_that_changed_under_one_name_are_told(tmp_path: Path) -> None:
+    setting = {"mt_bench": {"questions": "q.jsonl", "judge": {"prompts": "p.jsonl"}}, "own": {"include_path": "tasks"}}
+    for name, content in (("one", "a"), ("two", "b")):
+        made = begin(tmp_path / name, benchmark=setting)
+        made.stage("judge", "load_model", {})
+        made.stage("judges/mt_bench", "load_model", {})
+        made.stage("evaluation_M1/mt_bench", "benchmark", {})
+        made.stage("evaluation_M1/own", "benchmark", {})
+        given = {"model": {"path": "/models/m", "chat_template": "t.jinja"}, "source": content}
+        inputs = {place: given for place in ("M0", "judge", "judges/mt_bench")} | {
+            "evaluation_M1/mt_bench": {"contents": {"questions": content, "prompts": content}},
+            "evaluation_M1/own": {"contents": {"quiz.yaml": content, "lm-eval": "1"}},
+        }
+        for place, told in inputs.items():
+            write_json(made.folder / "artifacts" / place / "manifest.json", {"inputs": told})
+        made.finish()
+    assert changed_sources(JobComparison.of(find_jobs([tmp_path]), "eval/win_rate")) == [
+        "model.chat_template=t.jinja",
+        "judge.model=/models/m",
+        "benchmark.mt_bench.judge.model=/models/m",
+        "benchmark.mt_bench.questions=q.jsonl",
+        "benchmark.mt_bench.prompts=p.jsonl",
+        "benchmark.own=quiz.yaml",
+    ]
+
+
+def test_text_of_a_file_is_what_a_setting_says(tmp_path: Path) -> None:
+    """Two runs that name one file with another rubric in it did not have the same settings."""
+    told: list[JobResult] = []
+    for name, rubric in (("a", "Help of ${them}?"), ("b", "Wit of ${them}?")):
+        (tmp_path / "rubric.txt").write_text(f"{rubric}\n{{instruction}}\n{{response}}", encoding="utf-8")
+        _, text, plain = composed("experiment=smoke", f"judge.prompt=file:{tmp_path}/rubric.txt")
+        assert (
+            yaml.safe_load(text)["judge"]["prompt"] == plain["judge"]["prompt"] == (tmp_path / "rubric.txt").read_text()
+        )
+        told.append(replace(job(name, 0.1), settings=flat(plain)))
+    assert JobComparison.of(told, METRIC).keys == ["judge.prompt"]
+
+
 def test_runs_of_different_length_are_compared_by_their_last_models(sweep: Sweep, tmp_path: Path) -> None:
     page = write_comparison([sweep.finished[0], sweep.longer], tmp_path).read_text(encoding="utf-8")
     assert [cells["last model"][0] for cells in Table(page).cells] == ["M3", "M2"]
@@ -618,6 +658,39 @@ def test_keys_differ_by_value_and_not_by_spelling() -> None:
     assert [as_text(value) for value in (1.0, 0.123456789, 5e-05, True, None, [0.2, 1], "", "x y")] == [
         *("1", "0.123456789", "5e-05", "true", "null", "[0.2, 1]", '""', "x y"),
     ]
+
+
+def test_setting_that_only_some_jobs_have_tells_them_apart() -> None:
+    """As parameters of a server, a benchmark, and who compares; but not what another class of component has."""
+    configs: list[dict[str, Any]] = [
+        {"judge": {"parameters": {}}, "benchmark": {}, "compare": None, "loss": {"lam": 1}, "choices": {"loss": "Sr"}},
+        {
+            "judge": {"parameters": {"effort": "low", "top_k": 5}},
+            "benchmark": {"quiz": {"count": 3}},
+            "compare": {"model": "m"},
+            "loss": {"beta": 0.1},
+            "choices": {"loss": "DPO"},
+        },
+        {
+            "judge": {"parameters": {"effort": "low"}},
+            "benchmark": {"quiz": {"count": 3}},
+            "compare": {"model": "m"},
+            "loss": {"beta": 0.1},
+            "choices": {"loss": "DPO"},
+        },
+    ]
+    jobs_made = [job(name, 0.1, **flat(config)) for name, config in zip("abc", configs, strict=True)]
+    comparison = JobComparison.of(jobs_made, METRIC)
+    told = {key: [as_text(job.settings.get(key)) for job in comparison.jobs] for key in comparison.keys}
+    assert {key: sorted(texts) for key, texts in told.items()} == {
+        "loss": ["DPO", "DPO", "Sr"],
+        "compare": ["null", '{"model": "m"}', '{"model": "m"}'],
+        "benchmark": ['{"quiz.count": 3}', '{"quiz.count": 3}', "{}"],
+        "judge.parameters": ['{"effort": "low", "top_k": 5}', '{"effort": "low"}', "{}"],
+        "judge.parameters.top_k": ["5", "null", "null"],
+    }
+    refused = JobResult(name="r", state="failed", settings={"loss.lam": -1})
+    assert JobComparison.of([jobs_made[1], refused], METRIC).keys == []
 
 
 def test_class_of_a_group_is_a_setting_of_its_name() -> None:

@@ -2,7 +2,9 @@
 
 import logging
 import math
+import re
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,9 @@ from selfalign.config.overrides import as_list, no_such
 from selfalign.core.errors import SelfalignError
 
 logger = logging.getLogger(__name__)
+
+ESCAPED = re.compile(r"(\\*)\$\{")
+"""What OmegaConf would take for a reference to another setting."""
 
 FILES = "file://"
 """Prefix of a folder in the search path."""
@@ -116,14 +121,33 @@ def to_experiment(config: DictConfig) -> ExperimentConfig:
 def describe(config: DictConfig) -> tuple[ExperimentConfig, str, dict[str, Any]]:
     """Return a composed configuration as live objects, as YAML, and as plain dictionaries with the components' classes.
 
+    What a run is told by is its settings, not the names of files: these may say something else tomorrow.
+
     Raises:
         SelfalignError: a key is unknown, a value is out of range, or a required value is missing.
     """
     experiment = to_experiment(config)
+    config = with_texts(config, experiment)
     plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True, enum_to_str=True)
     assert isinstance(plain, dict)
     described = {**{str(key): value for key, value in plain.items()}, "choices": choices(experiment)}
     return experiment, OmegaConf.to_yaml(config, resolve=True), described
+
+
+def with_texts(config: DictConfig, experiment: ExperimentConfig) -> DictConfig:
+    """A copy of the configuration with the texts that its settings `file:PATH` were read as."""
+    told = deepcopy(config)
+
+    def read(node: DictConfig, live: Any) -> None:
+        for name in node:
+            value, own = node._get_node(name), live[name] if isinstance(live, dict) else getattr(live, str(name))
+            if isinstance(value, DictConfig) and not value._is_none():
+                read(value, own)
+            elif isinstance(own, str) and str(node[name]).startswith("file:"):
+                node[name] = ESCAPED.sub(r"\1\1\\${", own)
+
+    read(told, experiment)
+    return told
 
 
 def compose_experiment(

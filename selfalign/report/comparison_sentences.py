@@ -29,6 +29,15 @@ SOURCES = {
 }
 """{artifact that is read from data: the setting that names the data}."""
 
+OUTSIDE = {
+    Label.input("writer"): "data.instruct.model",
+    Label.input("judge"): "judge.model",
+    Label.input("comparator"): "evaluate.head_to_head.model",
+    Label.input("preferences", "judge"): "evaluate.preference_pairs.judge.model",
+    Label.input("checkpoint_judge"): "train.checkpoint_selection.head_to_head.model",
+}
+"""The settings that name the models which only write or judge."""
+
 LISTED = 8
 """Maximum number of listed values of a setting."""
 
@@ -127,9 +136,9 @@ def changed_sources(comparison: JobComparison) -> list[str]:
 
 
 def contents(run: Finished) -> Iterator[tuple[str, str, str]]:
-    """Yield (setting, source, digest of its content) of the data and the model that a run was given."""
-    if weights := run.provenance.get("weights", {}).get("M0"):
-        yield "model.path", run.config["model"]["path"], weights
+    """Yield (setting, source, digest of its content) of the data and the models that a run was given."""
+    yield from _contents_of_models(run)
+    yield from _contents_of_benchmarks(run)
     seeds = run.inputs(Label.input("seeds"))
     sources = [(name, seeds["config"][name]) for name in ("demonstrations", "ranked")] if "config" in seeds else []
     named = [(f"data.seed_data.{name}", source) for name, source in sources if source]
@@ -138,6 +147,31 @@ def contents(run: Finished) -> Iterator[tuple[str, str, str]]:
     given += [(setting, made["source"], made["content"]) for setting, made in inputs if "content" in made]
     for setting, source, content in given:
         yield from ((setting, *part) for part in parts_of(source, content))
+
+
+def _contents_of_models(run: Finished) -> Iterator[tuple[str, str, str]]:
+    """Yield those of M0, its chat template, and the models that only write or judge."""
+    if weights := run.provenance.get("weights", {}).get("M0"):
+        yield "model.path", run.config["model"]["path"], weights
+    if (loaded := run.inputs(Label.model("M0"))) and (template := loaded["model"]["chat_template"]):
+        yield "model.chat_template", template, loaded["source"]
+    for label in run.stages:
+        setting = f"benchmark.{label.part}.judge.model" if label.owner == "judges" else OUTSIDE.get(label)
+        if setting and "source" in (loaded := run.inputs(label)):
+            yield setting, loaded["model"]["path"], loaded["source"]
+
+
+def _contents_of_benchmarks(run: Finished) -> Iterator[tuple[str, str, str]]:
+    """Yield those of the files that benchmarks read: named by a setting, or in a folder of tasks."""
+    for name, settings in run.config.get("benchmark", {}).items():
+        measured = next((label for label in run.stages if label.model_name and label.part == name), None)
+        known = {**settings.get("judge", {}), **settings}
+        for key, content in run.inputs(measured).get("contents", {}).items() if measured else ():
+            yield (
+                (f"benchmark.{name}.{key}", known[key], content)
+                if key in known
+                else (f"benchmark.{name}", key, content)
+            )
 
 
 def caveats(comparison: JobComparison) -> str:

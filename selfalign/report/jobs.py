@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ FINISHED = "finished"
 
 FEW = 3
 """Maximum number of settings that fit into a sentence."""
+
+NOTHING = (None, {}, [])
+"""What stands where a group of settings is empty."""
 
 LEADING = 6
 """Number of jobs that are drawn as lines of their own and whose answers are shown."""
@@ -165,7 +169,8 @@ def flat(config: Mapping[str, Any]) -> Row:
                 yield f"{before}{name}", value
 
     values = {name: value for name, value in config.items() if name != "overrides"}
-    return {**values.pop("choices", {}), **dict(leaves(values, ""))}
+    classes = values.pop("choices", {})
+    return {**classes, **{key: value for key, value in leaves(values, "") if key not in classes}}
 
 
 def as_text(value: object) -> str:
@@ -181,6 +186,40 @@ def differing(jobs: Sequence[JobResult]) -> list[str]:
     values = {key: {as_text(job.settings[key]) for job in jobs if key in job.settings} for key in keys}
     several = [key for key, different in values.items() if len(different) > 1]
     return sorted(several, key=lambda key: len(values[key]), reverse=True)
+
+
+def with_absent(jobs: Sequence[JobResult]) -> list[JobResult]:
+    """The jobs, with null for every setting, or group of settings, that only others of them have.
+
+    A group that a job has none of stands as one value in the others: the endpoint's parameters, or a benchmark. What a
+    class of a component has and another has not is told by the component's own name.
+    """
+    lacking = {owner for job in jobs for other in jobs for owner in _lacking(job, other)}
+    return [replace(job, settings={**{key: _group(job, key) for key in lacking}, **job.settings}) for job in jobs]
+
+
+def _lacking(job: JobResult, other: JobResult) -> Iterator[str]:
+    """The highest keys of what another job has set, and this one has not, or has as nothing."""
+    if job.folder is None or other.folder is None:
+        return  # Of a job whose settings were refused only its own overrides are known.
+    there = {owner for key in job.settings for owner in _owners(key) if job.settings.get(owner, key) not in NOTHING}
+    for key in other.settings.keys() - job.settings.keys():
+        component = key.partition(".")[0]
+        classes = [settings.get(component) for settings in (job.settings, other.settings)]
+        if classes[0] == classes[1] or not any(isinstance(name, str) for name in classes):
+            yield from islice((owner for owner in _owners(key) if owner not in there), 1)
+
+
+def _owners(key: str) -> list[str]:
+    """The keys of the groups that a setting is in, the highest first, and its own."""
+    parts = key.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+
+
+def _group(job: JobResult, owner: str) -> Row | None:
+    """The settings below a key, by the rest of their keys; None without any."""
+    below = f"{owner}."
+    return {k.removeprefix(below): v for k, v in job.settings.items() if k.startswith(below)} or None
 
 
 def metric_of(jobs: Sequence[JobResult]) -> str:
@@ -212,6 +251,7 @@ class JobComparison:
         Jobs of a sweep keep their numbers; a job that equals another one has been left out. A metric is lower-is-better
         if its name begins with "-".
         """
+        jobs = with_absent(jobs)
         keys = differing(jobs)
         ordered = sorted(jobs, key=lambda job: (job.number, [_sort_key(job.settings.get(key)) for key in keys]))
         if len({job.number for job in jobs} - {0}) < len(jobs):
