@@ -9,6 +9,9 @@ from selfalign.models.quantization import check_quantization
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
+ALL_LINEAR = "all-linear"
+"""Stands for all linear layers among the names of layers to adapt."""
+
 
 @dataclass(kw_only=True, slots=True)
 class LoRA:
@@ -17,12 +20,13 @@ class LoRA:
     Attributes:
         rank: 0 trains all weights.
         alpha: the adapter's output is scaled by alpha / rank.
-        targets: names of the layers to adapt, with commas between them, or "all-linear".
+        targets: names of the layers to adapt, with commas between them; "all-linear" stands for all linear layers.
+            Experts that lie in one weight, such as "experts.gate_up_proj", are adapted if they are named.
     """
 
     rank: int = 0
     alpha: float = 32.0
-    targets: str = "all-linear"
+    targets: str = ALL_LINEAR
 
     def __post_init__(self) -> None:
         if self.rank < 0:

@@ -43,13 +43,14 @@ class ObjectiveOutput:
     """A forward pass: the loss summed over its examples, and metrics as (weighted sum, weight).
 
     `distance` is the largest value, either sign, of what must be 0 at the first step; `loss_distance` how far a loss
-    is from its value there, as a share of it.
+    is from its value there, as a share of it. `router_loss` is that of the pass, where the model has experts.
     """
 
     loss: Tensor
     metrics: Sums
     distance: float = 0.0
     loss_distance: float = 0.0
+    router_loss: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -73,16 +74,16 @@ class Likelihood:
         return float(sum(sum(group.scored()) for group in examples))
 
     def __call__(self, model: "PreTrainedModel", examples: Sequence[SharedPrompt]) -> ObjectiveOutput:
-        batch, (logps, hits) = forward(model, examples, hits=True)
-        losses = -batch.sum_by_response(logps)
-        total, right, tokens = float(losses.sum().detach()), float(hits.sum()), float(batch.tokens.sum())
+        batch, scores = forward(model, examples, training_pass=True)
+        losses = -batch.sum_by_response(scores.logps)
+        total, right, tokens = float(losses.sum().detach()), float(scores.hits.sum()), float(batch.tokens.sum())
         if self.loss_reduction == "examples":
             losses = losses / batch.tokens
         metrics: Sums = {
             catalog.LOSS_PER_TOKEN.name: Mean(total, tokens),
             catalog.TOKEN_ACCURACY.name: Mean(right, tokens),
         }
-        return ObjectiveOutput(losses.sum(), metrics)
+        return ObjectiveOutput(losses.sum(), metrics, router_loss=scores.router_loss)
 
     def check_first_step(self, distance: float, loss_distance: float) -> None:
         """SFT has no known starting value."""
@@ -91,7 +92,7 @@ class Likelihood:
 def forward(model: "PreTrainedModel", groups: Sequence[SharedPrompt], **options: bool) -> tuple[Batch, Any]:
     """The groups as a batch, and log p of its targets (nats), shape (response tokens,).
 
-    With `hits`, these are two: also which targets were the likeliest. The model may be in DDP's wrapper.
+    With `training_pass` they are `TokenScores`. The model may be in DDP's wrapper.
     """
     own = out_of_wrapper(model)
     batch = make_batch(own, groups).to(own.device)
@@ -100,7 +101,11 @@ def forward(model: "PreTrainedModel", groups: Sequence[SharedPrompt], **options:
 
 def pair_logps(model: "PreTrainedModel", groups: Sequence[SharedPrompt]) -> PairLogps:
     """Summed log-probabilities of both responses of each pair."""
-    batch, logps = forward(model, groups)
+    return by_pair(*forward(model, groups))
+
+
+def by_pair(batch: Batch, logps: Tensor) -> PairLogps:
+    """The log-probabilities of tokens, summed over both responses of each pair."""
     sums = batch.sum_by_response(logps).view(-1, 2)
     tokens = batch.tokens.view(-1, 2)
     return PairLogps(chosen=sums[:, 0], rejected=sums[:, 1], chosen_tokens=tokens[:, 0], rejected_tokens=tokens[:, 1])

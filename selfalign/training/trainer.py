@@ -21,8 +21,9 @@ from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed
 from selfalign.metrics import catalog
-from selfalign.metrics.accumulate import Sums, add_sums, averages
+from selfalign.metrics.accumulate import Mean, Sums, add_sums, averages
 from selfalign.models.checkpoint import Policy, autocast, default_device
+from selfalign.models.logprobs import router_coefficient
 from selfalign.store.artifacts import StageOutput
 from selfalign.training import resume_state
 from selfalign.training.checkpoint_selection import CheckpointSelector
@@ -87,6 +88,8 @@ class StepTrainer(Trainer):
         self.optimization = optimization
         self.out = out
         self.weights = weights
+        asked = optimization.router_loss_coefficient
+        self.router_coefficient = router_coefficient(policy.model) if asked is None else asked
         self.folder = out.scratch / "checkpoints"
         self.step_metrics: dict[str, float] = {}
         self.step_tokens = 0
@@ -145,9 +148,14 @@ class StepTrainer(Trainer):
             with nullcontext() if together else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
                     outcome = self.objective(model, part.examples)
+                minimised = outcome.loss
+                if outcome.router_loss is not None:
+                    own = self.objective.weight(part.examples)
+                    minimised = minimised + own * self.router_coefficient * outcome.router_loss
+                    outcome.metrics[catalog.ROUTER_LOSS.name] = Mean(own * float(outcome.router_loss.detach()), own)
                 # Both layouts average gradients over the processes.
                 scale = 0.0 if part.repeated else distributed.count() / weight
-                self.accelerator.backward(outcome.loss * scale)
+                self.accelerator.backward(minimised * scale)
             share.add(part, outcome)
         share.peak_memory = peak_memory(self.args.device)
         whole = reduce(StepTotals.joined, distributed.gather(share))
