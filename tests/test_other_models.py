@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES, as_policy
-from builders import TINY_RUN, composed, logits_of, policy_artifact, record_files, run, workspace, write_tiny_data
+from builders import TINY_RUN, composed, logits_of, policy_artifact, run, workspace, write_tiny_data
 from test_prompt_boundary import CHATML, NO_SYSTEM
 
 from selfalign.core.errors import SelfalignError
@@ -409,21 +409,3 @@ def test_dropout_that_the_model_lacks_is_refused_before_training(tmp_path: Path)
         run(tmp_path / "out", *told, *lengths)
     assert composed(*told)[0].train.align.dropout == 0
     assert policy_artifact(files).path == files.path
-
-
-def test_hybrid_model_goes_through_the_whole_loop(tmp_path: Path) -> None:
-    files = as_policy(ARCHITECTURES["LFM2"].build(), tmp_path / "M0")
-    folder = tmp_path / "mine"
-    shutil.copytree(files.path / "weights", folder)
-    shutil.copytree(files.path / "tokenizer", folder, dirs_exist_ok=True)
-    rubric = "judge.prompt='Grade {instruction} of {response}'"
-    told = [*TINY_RUN, *write_tiny_data(tmp_path / "data"), "model=pretrained", f"model.path={folder}", rubric]
-    lengths = [
-        "train.sft.max_length=200",
-        "train.align.max_length=200",
-        "iterations=1",
-        "data.instruct.seed_examples=1",
-    ]
-    short = ["data.instruct.prompt=Tasks", "evaluate.head_to_head=null"]
-    made = record_files(run(tmp_path / "out", *told, *lengths, *short))
-    assert {"artifacts/M2/weights/model.safetensors", "artifacts/iteration_1/pairs/pairs.jsonl"} <= made.keys()

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 import training_jobs
-from architectures import ARCHITECTURES
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen2Config, TrainingArguments
@@ -36,7 +35,7 @@ from selfalign.training import trainer as trainer_module
 from selfalign.training.config import Optimization, TrainableWeights, TrainConfig
 from selfalign.training.objective import Likelihood, ObjectiveOutput
 from selfalign.training.preference import Preference
-from selfalign.training.prepare import add_adapter, prepare
+from selfalign.training.prepare import prepare
 from selfalign.training.reference import StoredReferences, with_reference
 from selfalign.training.train import train
 from selfalign.training.trainer import StepDataset, last_checkpoint
@@ -818,16 +817,6 @@ def test_adapter_alone_is_trained_and_saved(
     assert all("lora_" in name for name in trained.weights)
     assert any(float(value.abs().max()) > 0 for name, value in trained.weights.items() if "lora_B" in name)
     assert (tmp_path / "weights").resolve() == (tiny_policy.path / "weights").resolve()
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # Of other people's models.
-@pytest.mark.parametrize(("name", "said"), [("Granite-MoE", "experts.down_proj, experts.gate_up_proj"), ("LFM2", "")])
-def test_experts_that_no_adapter_reaches_are_named(name: str, said: str, caplog: pytest.LogCaptureFixture) -> None:
-    add_adapter(ARCHITECTURES[name].build(), LoRA(rank=2))
-    told = [record.getMessage() for record in caplog.records if record.name.startswith("selfalign")]
-    assert told == (
-        [f"model.lora.targets=all-linear does not include {said}: these weights are not trained"] if said else []
-    )
 
 
 def test_spaces_between_the_names_of_adapted_layers_are_not_part_of_them(

@@ -17,7 +17,7 @@ import torch
 
 from selfalign.core import distributed
 from selfalign.core.formatting import amount, plural
-from selfalign.models.config import LoRA, ModelConfig
+from selfalign.models.config import ALL_LINEAR, LoRA, ModelConfig
 from selfalign.training.parallelism import Parallelism
 
 logger = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ def _size(shape: list[int]) -> int:
 
 def adapter_size(linear: dict[str, list[int]], lora: LoRA) -> int:
     """Return the number of weights of a LoRA adapter on these linear layers."""
-    ends = ("",) if lora.targets == "all-linear" else tuple(f".{name}.weight" for name in lora.names)
+    ends = ("",) if ALL_LINEAR in lora.names else tuple(f".{name}.weight" for name in lora.names)
     adapted = [shape for name, shape in linear.items() if name.endswith(ends)]
     return sum(lora.rank * sum(shape) for shape in adapted)
 

@@ -74,6 +74,7 @@ BENCHMARK = "{benchmark}/"
 PARAMETERS = Metric("parameters", "weights of the model, an adapter's not counted", "count")
 CONTEXT = Metric("context", "the longest sequence M0 takes, in tokens", "tokens")
 DROPOUT = Metric("dropout", "whether M0 has dropout that can be set", "flag")
+HAS_ROUTER_LOSS = Metric("has_router_loss", "whether M0 has experts with a load balancing loss", "flag")
 CHAT_TEMPLATE = Metric("chat_template", "whether M0's tokenizer has a chat template", "flag")
 SYSTEM_TURNS = Metric("system_turns", "whether that template takes system turns", "flag")
 EARLIER_TURNS = Metric("earlier_turns", "whether that template takes turns before the last question", "flag")
@@ -117,6 +118,9 @@ REFINEMENT_CORRELATION_WITH_MARGIN = Metric("refinement/correlation_with_margin"
 LOGPS_CHOSEN = Metric("logps/chosen", "mean summed log-probability of the chosen responses, nats", "nats", axis="step")
 LOGPS_REJECTED = Metric("logps/rejected", "mean summed log-probability of the rejected responses, nats",
     "nats", axis="step")
+ROUTER_LOSS = Metric("router_loss",
+    "load balancing loss of the experts before its coefficient, mean over forward passes; it is not part of the loss "
+    "that is shown; there only for models that have one", "", axis="step", better="lower")
 TOKENS_PER_SECOND = Metric("tokens_per_second", "tokens trained on a second; those of a second pass (p⊕x) count too",
     "tokens/s", axis="step", better="higher", title="tokens/s")
 STEP_SECONDS = Metric("step_seconds", "wall time of an optimiser step; checkpoints and their comparison are left out",

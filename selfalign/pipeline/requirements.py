@@ -41,7 +41,7 @@ def check_requirements(config: ExperimentConfig, base: Artifact, inputs: RunInpu
     """
     if isinstance(base, PlannedArtifact):
         return  # In a plan nothing has been read yet.
-    of_model = (_lengths, _writing, _prompts_of_judges, _augmentation, _dropout, _quantisation, _judges)
+    of_model = (_lengths, _writing, _prompts_of_judges, _augmentation, _dropout, _router_loss, _quantisation, _judges)
     checks = (*of_model, _conversations, _thoughts, _scores)
     problems = [problem for check in checks for problem in check(config, base, inputs)]
     if problems:
@@ -124,6 +124,15 @@ def _dropout(config: ExperimentConfig, base: Artifact, inputs: RunInputs) -> Ite
     for key, optimization in (("train.sft", config.train.sft), ("train.align", config.train.align)):
         if optimization.dropout and not base.counts["dropout"]:
             yield f"{key}.dropout={optimization.dropout}, but this model has no dropout layers: set it to 0"
+
+
+def _router_loss(config: ExperimentConfig, base: Artifact, inputs: RunInputs) -> Iterator[str]:
+    for key, optimization in (("train.sft", config.train.sft), ("train.align", config.train.align)):
+        if optimization.router_loss_coefficient and not base.counts["has_router_loss"]:
+            yield (
+                f"{key}.router_loss_coefficient={optimization.router_loss_coefficient}, but this model has no experts "
+                "with a load balancing loss: remove it"
+            )
 
 
 def _quantisation(config: ExperimentConfig, base: Artifact, inputs: RunInputs) -> Iterator[str]:

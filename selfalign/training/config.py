@@ -37,6 +37,9 @@ class Optimization:
         microbatch_tokens: the most tokens in one forward pass. A step is split into as many passes as it needs.
         max_length: the longest prompt with response, in tokens. Longer examples are dropped and counted.
         loss_reduction: "tokens" weights every target token equally (usual for SFT), "examples" every example.
+        router_loss_coefficient: factor of the load balancing loss of a model with experts (Fedus et al. 2022, arXiv
+            2101.03961), which is added to the loss of each forward pass. None takes the factor of the model's config, 0
+            leaves the loss out.
         dropout: share of activations dropped in training, in all dropout layers of the architecture. With dropout, the
             policy does not start as its reference, so the first step is not checked.
         dtype: the dtype of multiplications: "float32", "bfloat16", or "auto" for the faster one on this machine.
@@ -57,6 +60,7 @@ class Optimization:
     microbatch_tokens: int = field(default=8192, metadata={"keyed": False})
     max_length: int = 2048
     loss_reduction: str = "tokens"
+    router_loss_coefficient: float | None = None
     dropout: float = 0.0
     dtype: str = "auto"
     gradient_checkpointing: bool = field(default=False, metadata={"keyed": False})
@@ -79,8 +83,9 @@ class Optimization:
         for name in ("epochs", "batch_size", "microbatch_tokens", "max_length", "checkpoint_steps"):
             if getattr(self, name) < 1:
                 raise SelfalignError(f"{key}.{name} must be 1 or more, got {getattr(self, name)}")
-        if not self.weight_decay >= 0:
-            raise SelfalignError(f"{key}.weight_decay must be 0 or more, got {self.weight_decay}")
+        for name in ("weight_decay", "router_loss_coefficient"):
+            if not (getattr(self, name) or 0) >= 0:
+                raise SelfalignError(f"{key}.{name} must be 0 or more, got {getattr(self, name)}")
         if not 0 <= self.final_learning_rate <= self.learning_rate:
             rate = self.final_learning_rate
             raise SelfalignError(f"{key}.final_learning_rate must lie between 0 and learning_rate, got {rate}")

@@ -47,12 +47,14 @@ class ObjectiveOutput:
         metrics: sums of the metrics.
         distance: the largest absolute value of the quantities that must be 0 at the first step.
         loss_distance: the largest relative distance of a loss from its known value at the first step.
+        router_loss: the load balancing loss of the pass, if the model has experts.
     """
 
     loss: Tensor
     metrics: Sums
     distance: float = 0.0
     loss_distance: float = 0.0
+    router_loss: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -76,16 +78,16 @@ class Likelihood:
         return float(sum(sum(group.scored()) for group in examples))
 
     def __call__(self, model: "PreTrainedModel", examples: Sequence[SharedPrompt]) -> ObjectiveOutput:
-        batch, (logps, hits) = forward(model, examples, hits=True)
-        losses = -batch.sum_by_response(logps)
-        total, right, tokens = float(losses.sum().detach()), float(hits.sum()), float(batch.tokens.sum())
+        batch, scores = forward(model, examples, training_pass=True)
+        losses = -batch.sum_by_response(scores.logps)
+        total, right, tokens = float(losses.sum().detach()), float(scores.hits.sum()), float(batch.tokens.sum())
         if self.loss_reduction == "examples":
             losses = losses / batch.tokens
         metrics: Sums = {
             catalog.LOSS_PER_TOKEN.name: Mean(total, tokens),
             catalog.TOKEN_ACCURACY.name: Mean(right, tokens),
         }
-        return ObjectiveOutput(losses.sum(), metrics)
+        return ObjectiveOutput(losses.sum(), metrics, router_loss=scores.router_loss)
 
     def check_first_step(self, distance: float, loss_distance: float) -> None:
         """Accept every value, because SFT has no known first loss."""
@@ -94,8 +96,7 @@ class Likelihood:
 def forward(model: "PreTrainedModel", groups: Sequence[SharedPrompt], **options: bool) -> tuple[Batch, Any]:
     """Return the groups as a batch, and the log-probabilities of its targets: nats, shape (response tokens,).
 
-    With `hits=True`, return a tuple of log-probabilities and a mask of the targets that were the most likely tokens.
-    The model may be wrapped by DDP.
+    With `training_pass=True`, return `TokenScores` instead. The model may be wrapped by DDP.
     """
     own = unwrap(model)
     batch = make_batch(own, groups).to(own.device)
@@ -104,7 +105,11 @@ def forward(model: "PreTrainedModel", groups: Sequence[SharedPrompt], **options:
 
 def pair_logps(model: "PreTrainedModel", groups: Sequence[SharedPrompt]) -> PairLogps:
     """Compute the log-probabilities of both responses of each pair: nats, summed over tokens, shape (pairs,)."""
-    batch, logps = forward(model, groups)
+    return by_pair(*forward(model, groups))
+
+
+def by_pair(batch: Batch, logps: Tensor) -> PairLogps:
+    """Sum the log-probabilities of tokens over both responses of each pair: nats, shape (pairs,)."""
     sums = batch.sum_by_response(logps).view(-1, 2)
     tokens = batch.tokens.view(-1, 2)
     return PairLogps(chosen=sums[:, 0], rejected=sums[:, 1], chosen_tokens=tokens[:, 0], rejected_tokens=tokens[:, 1])

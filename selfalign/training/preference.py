@@ -25,7 +25,7 @@ from selfalign.models.batches import PairExample, encode_pairs
 from selfalign.models.checkpoint import Policy, PolicyCheckpoint, autocast
 from selfalign.store.artifacts import Artifact
 from selfalign.training.config import Optimization, TrainableWeights
-from selfalign.training.objective import ObjectiveOutput, frozen_logps, pair_logps
+from selfalign.training.objective import ObjectiveOutput, by_pair, forward, frozen_logps, pair_logps
 from selfalign.training.parallelism import local_microbatches, unwrap
 from selfalign.training.reference import References, StoredReferences, groups_of, join_references, open_references
 
@@ -132,7 +132,8 @@ class Preference:
 
     def __call__(self, model: "PreTrainedModel", examples: Sequence[PairExample]) -> ObjectiveOutput:
         own = unwrap(model)
-        policy, reference = pair_logps(model, groups_of(examples)), self.references(own, examples)
+        batch, scores = forward(model, groups_of(examples), training_pass=True)
+        policy, reference = by_pair(batch, scores.logps), self.references(own, examples)
         offset = self.offset(own, examples, policy, reference)
         losses = self.loss(policy, reference, offset)
         start = self.loss(reference, reference, offset)
@@ -152,6 +153,7 @@ class Preference:
             metrics,
             distance=max(float(values.abs().max()) for values in zeros),
             loss_distance=float(((losses.detach() - start).abs() / start.abs().clamp(min=1e-3)).max()),
+            router_loss=scores.router_loss,
         )
 
     def offset(

@@ -21,8 +21,9 @@ from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed
 from selfalign.metrics import catalog
-from selfalign.metrics.accumulate import Sums, add_sums, averages
+from selfalign.metrics.accumulate import Mean, Sums, add_sums, averages
 from selfalign.models.checkpoint import Policy, autocast, default_device
+from selfalign.models.logprobs import router_coefficient
 from selfalign.store.artifacts import StageOutput
 from selfalign.training import resume_state
 from selfalign.training.checkpoint_selection import CheckpointSelector
@@ -87,6 +88,8 @@ class StepTrainer(Trainer):
         self.optimization = optimization
         self.out = out
         self.weights = weights
+        asked = optimization.router_loss_coefficient
+        self.router_coefficient = router_coefficient(policy.model) if asked is None else asked
         self.folder = out.scratch / "checkpoints"
         self.step_metrics: dict[str, float] = {}
         self.step_tokens = 0
@@ -145,9 +148,14 @@ class StepTrainer(Trainer):
             with nullcontext() if synchronises else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
                     output = self.objective(model, microbatch.examples)
+                minimised = output.loss
+                if output.router_loss is not None:
+                    own = self.objective.weight(microbatch.examples)
+                    minimised = minimised + own * self.router_coefficient * output.router_loss
+                    output.metrics[catalog.ROUTER_LOSS.name] = Mean(own * float(output.router_loss.detach()), own)
                 # Both strategies average gradients over the processes.
                 scale = 0.0 if microbatch.repeated else distributed.count() / weight
-                self.accelerator.backward(output.loss * scale)
+                self.accelerator.backward(minimised * scale)
             totals.add(microbatch, output)
         totals.peak_memory = peak_memory(self.args.device)
         step = reduce(StepTotals.merged, distributed.gather(totals))
