@@ -53,6 +53,7 @@ class MTBench:
             "packaged:mt_bench" for GPT-4's in that package; empty for none.
         count: the first so many questions; 0 takes all.
         max_new_tokens: an answer is cut there.
+        thought_tokens: the most tokens of a thought before it; 0 lets both share max_new_tokens.
         temperatures: of the answers, by category; 0.7 for those that are not named.
         judge: who grades.
     """
@@ -61,6 +62,7 @@ class MTBench:
     references: str = PACKAGED
     count: int = 0
     max_new_tokens: int = 1024
+    thought_tokens: int = field(default=0, metadata={"keyed": "if set"})
     temperatures: dict[str, float] = field(default_factory=TEMPERATURES.copy)
     judge: Grader = field(default_factory=Grader)
 
@@ -83,6 +85,8 @@ class MTBench:
             raise SelfalignError(f"{key}.count must be 0 (all) or more, got {self.count}")
         if self.max_new_tokens < 1:
             raise SelfalignError(f"{key}.max_new_tokens must be 1 or more, got {self.max_new_tokens}")
+        if self.thought_tokens < 0:
+            raise SelfalignError(f"{key}.thought_tokens must be 0 or more, got {self.thought_tokens}")
         for category, temperature in self.temperatures.items():
             if temperature < 0:
                 raise SelfalignError(f"{key}.temperatures.{category} must be 0 or more, got {temperature}")
@@ -158,9 +162,17 @@ class MTBench:
             write_records(out.path / f"{file}.jsonl", records)
         return talks
 
+    def sampling(self, temperature: float) -> Sampling:
+        """How answers are written at a temperature."""
+        return Sampling(
+            temperature=temperature,
+            top_p=1.0,
+            max_new_tokens=self.max_new_tokens,
+            thought_tokens=self.thought_tokens,
+        )
+
     def _sampling(self, question: Question) -> Sampling:
-        temperature = self.temperatures.get(question.category, OTHERWISE)
-        return Sampling(temperature=temperature, top_p=1.0, max_new_tokens=self.max_new_tokens)
+        return self.sampling(self.temperatures.get(question.category, OTHERWISE))
 
     def _tasks(self, context: BenchmarkContext, out: StageOutput, talks: Sequence[Conversation]) -> list[Task]:
         """Every answer behind what was said before it, with references where there are some for it."""

@@ -73,10 +73,10 @@ class RatingTokens:
         return [shares[0] * one, *shares[1:], shares[0] * ten]
 
 
-def expected_rating(shares: Sequence[float]) -> Grade:
-    """The mean of a distribution over the ratings."""
+def expected_rating(shares: Sequence[float], thought: str = "") -> Grade:
+    """The mean of a distribution over the ratings, behind a thought."""
     mean = math.fsum(share * rating for rating, share in enumerate(shares, start=LOW))
-    return Grade(JudgementStatus.OK, mean, f"{OPENING}{mean:.2f}]]")
+    return Grade(JudgementStatus.OK, mean, f"{thought}{OPENING}{mean:.2f}]]")
 
 
 def parse_rating(text: str, finish_reason: FinishReason = FinishReason.EOS, shown: Sequence[str] = ()) -> Grade:

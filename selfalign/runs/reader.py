@@ -14,7 +14,6 @@ from selfalign.core.jsonl import join_sorted, stream_records
 from selfalign.core.records import (
     Comparison,
     Demonstration,
-    FinishReason,
     Instruction,
     Judgement,
     PreferencePair,
@@ -217,7 +216,7 @@ class JudgedResponse:
 
     def candidate(self, role: str = "") -> Candidate:
         """As it is shown."""
-        finished = self.response.finish_reason is FinishReason.EOS
+        finished = self.response.finished
         return Candidate(self.response.text, self.score, role, finished, self.judgements)
 
 
@@ -300,6 +299,6 @@ def intervals(folder: Path, model: str) -> dict[str, float]:
     answers = list(stream_there(folder, Label.evaluation(model, "answers"), Response))
     if not answers:
         return {}
-    finished = wilson(sum(answer.finish_reason is FinishReason.EOS for answer in answers), len(answers))
+    finished = wilson(sum(answer.finished for answer in answers), len(answers))
     length = bootstrap_mean([float(len(answer.text)) for answer in answers])
     return length.named(catalog.EVAL_MEAN_CHARACTERS.name) | finished.named(catalog.EVAL_FINISHED_SHARE.name)

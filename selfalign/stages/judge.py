@@ -108,9 +108,15 @@ def judge(
         for chunk in chunks(families, judge.instructions_per_call):
             yield [InstructionResponse(instruction, response) for instruction, family in chunk for response in family]
 
+    def answered(subjects: list[InstructionResponse]) -> list[InstructionResponse]:
+        return [subject for subject in subjects if subject.response.finish_reason is not FinishReason.TRUNCATED]
+
     tally = JudgeCounts()
     names = ["judgements", "scores", *(["comparisons"] if isinstance(judge, Pairwise) else [])]
-    with out.journal(sum(map(judge.wanted, batches())), "judgements") as journal, ExitStack() as opened:
+    with (
+        out.journal(sum(judge.wanted(answered(subjects)) for subjects in batches()), "judgements") as journal,
+        ExitStack() as opened,
+    ):
         write = {name: opened.enter_context(open_records(out.path / f"{name}.jsonl")) for name in names}
         context = JudgeContext(
             journal=journal,
@@ -121,10 +127,11 @@ def judge(
         )
         opened.enter_context(context)
         for subjects in batches():
-            judged = judge.judge(context, subjects)
+            judged = judge.judge(context, asked) if (asked := answered(subjects)) else JudgeOutput(judgements=[])
+            silent = [without_answer(subject) for subject in subjects if subject not in asked]
             scores = average(subjects, judged.judgements, judge.min_valid_samples)
             tally.add(subjects, judged, scores)
-            made = (in_order(subjects, judged.judgements), scores, judged.comparisons)
+            made = (in_order(subjects, [*judged.judgements, *silent]), scores, judged.comparisons)
             for name, records in zip(names, made, strict=False):
                 write[name](records)
         if any(failed > judge.max_failure_rate * wanted for failed, wanted in tally.shares):

@@ -7,6 +7,7 @@ from selfalign.metrics import catalog
 from selfalign.models.batches import SharedPrompt, answer_of, encode_group
 from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.scorer import LogProbScorer
+from selfalign.models.tokenizer import answer_prompt
 from selfalign.store.artifacts import Artifact, Counts, StageOutput
 from selfalign.store.stage import Size, amount, records_in, stage
 
@@ -41,12 +42,13 @@ def kl_divergence(
         answers: responses.jsonl.
     """
     asked = {record.id: record.text for record in read_records(instructions.path / "instructions.jsonl", Instruction)}
-    responses = [r for r in read_records(answers.path / "responses.jsonl", Response) if r.text]
+    responses = [r for r in read_records(answers.path / "responses.jsonl", Response) if r.text or r.thought]
     tokenizer = PolicyCheckpoint(policy.path).load_tokenizer()
     groups: list[SharedPrompt] = []
     for response in responses:
         answered = [answer_of(response)]
-        groups.append(encode_group(tokenizer, response.id, as_prompt(asked[response.instruction_id]), answered))
+        prompt = answer_prompt(tokenizer, as_prompt(asked[response.instruction_id]))
+        groups.append(encode_group(tokenizer, response.id, prompt, answered))
     with out.journal(2 * len(groups), "answers") as journal:
 
         def score(who: str, artifact: Artifact) -> list[float]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed, digest_text
 from selfalign.core.jsonl import count_records, join_sorted, read_records, stream_records, write_records
-from selfalign.core.records import Demonstration, FinishReason, Instruction, PreferencePair, Response, ResponseScore
+from selfalign.core.records import Demonstration, Instruction, PreferencePair, Response, ResponseScore
 from selfalign.data.pair_rules import PairRule, ScoredResponse, pick_pairs
 from selfalign.data.schemas import Schema
 from selfalign.data.sources import as_prompt, read_pairs
@@ -54,6 +54,7 @@ def pair(
     responses: Artifact,
     judgements: Artifact,
     seed: int,
+    thought_prompt: str = "",
 ) -> Counts:
     """Turns judged responses into what alignment trains on.
 
@@ -64,6 +65,7 @@ def pair(
         responses: responses.jsonl.
         judgements: scores.jsonl.
         seed: draws, together with the instruction's id, where the rule draws.
+        thought_prompt: what asked for the responses' thoughts.
 
     Raises:
         SelfalignError: too few are left; the reasons are counted.
@@ -71,9 +73,9 @@ def pair(
     families = read_groups(instructions, responses, judgements)
     tally = PairCounts()
     if isinstance(rule, PositivesOnly):
-        counts = _keep_positives(out, rule, tally.watch(families), tally)
+        counts = _keep_positives(out, rule, tally.watch(families), tally, thought_prompt)
     else:
-        counts = _keep_pairs(out, rule, tally.watch(families), tally, seed)
+        counts = _keep_pairs(out, rule, tally.watch(families), tally, seed, thought_prompt)
     biased = tally.length_correlation.value
     return counts | ({} if biased is None else {catalog.SCORE_LENGTH_CORRELATION.name: biased})
 
@@ -138,7 +140,12 @@ class PairCounts:
 
 
 def _keep_pairs(
-    out: StageOutput, rule: PairRule, families: Iterable[InstructionGroup], tally: PairCounts, seed: int
+    out: StageOutput,
+    rule: PairRule,
+    families: Iterable[InstructionGroup],
+    tally: PairCounts,
+    seed: int,
+    thought_prompt: str,
 ) -> Counts:
     """Writes the pairs of every instruction; `candidate_pairs` is kept and dropped ones together."""
 
@@ -151,7 +158,7 @@ def _keep_pairs(
             for chosen, rejected in picked:
                 tally.margin.add(chosen.score - rejected.score)
                 tally.longer.add(chosen.response.tokens - rejected.response.tokens)
-                yield _pair_of(family.instruction, chosen, rejected)
+                yield _pair_of(family.instruction, chosen, rejected, thought_prompt)
         if tally.margin.count < rule.minimum_pairs:
             raise SelfalignError(
                 f"{out.label}: {tally.margin.count} pairs from {tally.instructions} instructions, fewer than "
@@ -170,7 +177,9 @@ def _keep_pairs(
     }
 
 
-def _pair_of(instruction: Instruction, chosen: ScoredResponse, rejected: ScoredResponse) -> PreferencePair:
+def _pair_of(
+    instruction: Instruction, chosen: ScoredResponse, rejected: ScoredResponse, thought_prompt: str
+) -> PreferencePair:
     best, worst = chosen.response, rejected.response
     return PreferencePair(
         id=digest_text(best.id + worst.id)[:16],
@@ -179,13 +188,16 @@ def _pair_of(instruction: Instruction, chosen: ScoredResponse, rejected: ScoredR
         rejected=worst.text,
         chosen_score=chosen.score,
         rejected_score=rejected.score,
-        chosen_finished=best.finish_reason is FinishReason.EOS,
-        rejected_finished=worst.finish_reason is FinishReason.EOS,
+        chosen_finished=best.finished,
+        rejected_finished=worst.finished,
         instruction_id=instruction.id,
         chosen_id=best.id,
         rejected_id=worst.id,
         chosen_ids=best.ids,
         rejected_ids=worst.ids,
+        chosen_thought=best.thought,
+        rejected_thought=worst.thought,
+        thought_prompt=thought_prompt,
     )
 
 
@@ -265,7 +277,11 @@ def gather_pairs(out: StageOutput, *, parts: list[Artifact]) -> Counts:
 
 
 def _keep_positives(
-    out: StageOutput, rule: PositivesOnly, families: Iterable[InstructionGroup], tally: PairCounts
+    out: StageOutput,
+    rule: PositivesOnly,
+    families: Iterable[InstructionGroup],
+    tally: PairCounts,
+    thought_prompt: str,
 ) -> Counts:
     kept = 0
 
@@ -285,6 +301,8 @@ def _keep_positives(
                         response=response.text,
                         source="positive",
                         ids=response.ids,
+                        thought=response.thought,
+                        thought_prompt=thought_prompt,
                     )
         if kept < rule.minimum_examples:
             raise SelfalignError(
@@ -305,4 +323,4 @@ def _against_positive(response: Response, score: float | None, rule: PositivesOn
         return "low_score"
     if not response.text:
         return "empty_response"
-    return None if response.finish_reason is FinishReason.EOS else "cut_response"
+    return None if response.finished else "cut_response"

@@ -32,7 +32,7 @@ def size(*, config: RespondConfig, instructions: Artifact, **others: object) -> 
     """As many responses as are asked for, each as long as it may be."""
     count = records_in(instructions, "instructions")
     text = f"{amount(count)} instructions, {config.candidates} response{'s' * (config.candidates > 1)} each"
-    counts = {"responses": count * config.candidates, "tokens_each": config.sampling.max_new_tokens}
+    counts = {"responses": count * config.candidates, "tokens_each": config.sampling.longest}
     return Size(text, counts)
 
 

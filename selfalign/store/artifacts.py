@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
@@ -250,7 +250,8 @@ def to_key_json(value: Any) -> Any:
     """Return inputs as plain JSON for the key. An artifact counts as its content, a dataclass as its class and fields.
 
     A class that is not selfalign's own counts with the code of its package, by which a changed one is another.
-    A field with metadata {"keyed": False} is left out: it changes how fast something is made, but not the result.
+    A field with metadata {"keyed": False} is left out: it changes how fast something is made, but not the result. One
+    with {"keyed": "if set"} is left out while it has its default, so that a new setting leaves older keys as they are.
     """
     if isinstance(value, Artifact):
         return {"artifact": value.stage, "digest": value.digest}
@@ -259,7 +260,7 @@ def to_key_json(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
     if is_dataclass(value) and not isinstance(value, type):
-        keyed = [f.name for f in fields(value) if f.metadata.get("keyed", True)]
+        keyed = [f.name for f in fields(value) if _is_keyed(f, getattr(value, f.name))]
         code = {SOURCE: found} if (found := source_code(type(value))) else {}
         return {"class": type(value).__name__, **code, **{name: to_key_json(getattr(value, name)) for name in keyed}}
     if isinstance(value, dict):
@@ -269,6 +270,14 @@ def to_key_json(value: Any) -> Any:
     if value is None or isinstance(value, str | int | float | bool):
         return value
     raise TypeError(f"{type(value).__name__} cannot be part of an artifact's key")
+
+
+def _is_keyed(field: Field[Any], value: Any) -> bool:
+    """Whether a field of a dataclass is part of the key."""
+    keyed = field.metadata.get("keyed", True)
+    if keyed != "if set":
+        return keyed
+    return value != (field.default if field.default is not MISSING else cast(Any, field.default_factory)())
 
 
 @contextmanager

@@ -41,6 +41,7 @@ class Optimization:
         dtype: to multiply in, "float32", "bfloat16" or "auto" for the faster one here; weights keep model.dtype.
         gradient_checkpointing: computes activations again in the backward pass, to save memory.
         checkpoint_steps: a killed training goes on from the last multiple of this many steps.
+        mask_thought: reads the thought before an answer and teaches the answer alone; else both are taught.
     """
 
     learning_rate: float
@@ -59,6 +60,7 @@ class Optimization:
     dtype: str = "auto"
     gradient_checkpointing: bool = field(default=False, metadata={"keyed": False})
     checkpoint_steps: int = field(default=100, metadata={"keyed": False})
+    mask_thought: bool = field(default=False, metadata={"keyed": "if set"})
 
     @property
     def compute_dtype(self) -> str:
@@ -100,18 +102,25 @@ class Optimization:
         """What a log-probability depends on besides weights and text."""
         autocast = "bfloat16" if self.compute_dtype == "bfloat16" else ""
         return LogProbSettings(
-            dtype=dtype, autocast=autocast, max_length=self.max_length, max_batch_tokens=self.microbatch_tokens
+            dtype=dtype,
+            autocast=autocast,
+            max_length=self.max_length,
+            max_batch_tokens=self.microbatch_tokens,
+            mask_thought=self.mask_thought,
         )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogProbSettings:
-    """How policies are scored: dtype of the weights, of autocast (if there is one), and the longest sequence."""
+    """How policies are scored: dtype of the weights, of autocast (if there is one), the longest sequence, and whether
+    thoughts are read without being scored.
+    """
 
     dtype: str
     autocast: str
     max_length: int
     max_batch_tokens: int = field(metadata={"keyed": False})
+    mask_thought: bool = field(default=False, metadata={"keyed": "if set"})
 
 
 @dataclass(kw_only=True, slots=True)

@@ -72,6 +72,8 @@ def encode_preferences(
     loss: PreferenceLoss,
     limit: int,
     tally: Counter[str],
+    *,
+    mask_thought: bool = False,
 ) -> Iterator[PairExample]:
     """Tokenises pairs one by one, and joins them with the log-probabilities that are stored of them.
 
@@ -83,12 +85,14 @@ def encode_preferences(
         loss: says what a pair needs.
         limit: the longest prompt with a response, in tokens.
         tally: counts as `encode_pairs` does.
+        mask_thought: whether thoughts are read without being scored.
 
     Raises:
         SelfalignError: no pair fits, one has no stored log-probabilities, or not the score gap that the loss takes.
     """
     records = stream_records(pairs.path / "pairs.jsonl", PreferencePair)
-    examples = encode_pairs(policy.load_tokenizer(), records, augmentation_of(loss), limit, tally, policy.context)
+    tokenizer, p = policy.load_tokenizer(), augmentation_of(loss)
+    examples = encode_pairs(tokenizer, records, p, limit, tally, policy.context, mask_thought=mask_thought)
     for role, artifact in (("reference", reference), ("start", start)):
         if artifact is not None and (file := artifact.path / "references.jsonl").exists():
             examples = follow_references(examples, file, role)
