@@ -1,5 +1,6 @@
 """Responses of a policy to instructions, for the stage `respond` and for checkpoint selection."""
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,11 @@ from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.tokenizer import answer_prompt, encode_prompt, has_unknown, unknown_counts, warn_of_unknown
 from selfalign.store.artifacts import Counts, StageOutput
 from selfalign.store.journal import Journal
+
+logger = logging.getLogger(__name__)
+
+OFTEN_TRUNCATED = 0.1
+"""A share of thoughts without an end that tells of too small a budget."""
 
 
 def generate_responses(
@@ -72,6 +78,13 @@ def generate_responses(
     units = count_records(instructions) * candidates
     with engine.load(policy) as generator, out.journal(units, "responses") as journal:
         write_records(out.path / "responses.jsonl", written(generator, journal))
+    if (share := tally.truncated.value or 0.0) > OFTEN_TRUNCATED:
+        logger.warning(
+            "%s: %.0f %% of the responses are thoughts without an end, which have no answer to judge: raise "
+            "thought_tokens or max_new_tokens of their sampling",
+            out.label,
+            100 * share,
+        )
     return {
         catalog.RESPONSES.name: tally.tokens.count,
         catalog.MEAN_TOKENS.name: tally.tokens.value,
