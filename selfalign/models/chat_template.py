@@ -165,16 +165,15 @@ def template_thinks(tokenizer: "Tokenizer") -> bool:
 def empty_thought(tokenizer: "Tokenizer") -> str:
     """Return the text between a prompt and an answer before which nothing was thought.
 
-    It is what the template writes there. Where it writes none, and its prompt has opened a thought, it is the end of
-    that thought.
+    It is what the template writes there, or the end of a thought that its prompt has opened.
     """
     markers = markers_of(tokenizer)
     if markers is None or not template_thinks(tokenizer):
         return ""
-    prompt, before = generation_prompt(tokenizer, QUESTION), _whole_around(tokenizer, QUESTION)[0]
-    if before.startswith(prompt):
-        return before[len(prompt) :]
-    return markers.close.join(CLOSING_SPACE) if markers.prompt_end(prompt) is PromptEnd.OPENED else ""
+    prompt, before = _render_around(tokenizer, QUESTION)[0], _whole_around(tokenizer, QUESTION)[0]
+    if markers.prompt_end(prompt) is PromptEnd.OPENED:
+        return markers.close.join(CLOSING_SPACE)
+    return before[len(prompt) :] if before.startswith(prompt) else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,7 +325,14 @@ def generation_prompt(tokenizer: "Tokenizer", messages: list[Message]) -> str:
 def _render_around(tokenizer: "Tokenizer", messages: list[Message]) -> tuple[str, str]:
     """Return the prompt of these messages, and the text behind the assistant's answer to them."""
     before, behind = _whole_around(tokenizer, messages)
-    return (generation_prompt(tokenizer, messages) if template_thinks(tokenizer) else before), behind
+    return (generation_prompt(tokenizer, messages) if _asks_by_itself(tokenizer) else before), behind
+
+
+@lru_cache(maxsize=16)
+def _asks_by_itself(tokenizer: "Tokenizer") -> bool:
+    """Whether the chat template knows thoughts and has a generation prompt."""
+    asked = _apply(tokenizer, QUESTION, add_generation_prompt=False) if template_thinks(tokenizer) else ""
+    return bool(asked) and generation_prompt(tokenizer, QUESTION) != asked
 
 
 def _whole_around(tokenizer: "Tokenizer", messages: list[Message]) -> tuple[str, str]:

@@ -116,7 +116,9 @@ def _parted(tokenizer: "Tokenizer", before: str, margin: str, answer: Answer) ->
     space = before[len(before.rstrip()) :] + margin
     thought, text = answer.thought, answer.text
     if not thought and prompt is not PromptEnd.CLOSED:
-        thought, said = markers.split(text)
+        # A text behind a prompt that has opened a thought may go on with it; one without its end is an answer.
+        begun = prompt is PromptEnd.OPENED and markers.end in text
+        thought, said = markers.split(text, PromptEnd.OPENED if begun else PromptEnd.BARE)
         text = said if said is not None else ""
     return markers.inside(thought, prompt, space) or empty_thought(tokenizer), text
 
