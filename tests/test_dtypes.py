@@ -10,7 +10,7 @@ from selfalign.core.files import read_json
 from selfalign.launch.experiment import RESOLVED
 from selfalign.pipeline.dtypes import auto_dtypes, resolve_dtypes
 from selfalign.runs.folder import run_folder
-from selfalign.store.artifacts import key_of
+from selfalign.store.key import key_of
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:

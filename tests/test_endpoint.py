@@ -1,6 +1,7 @@
 """The client against a real server that fails in every way servers do."""
 
 import json
+import secrets
 import threading
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -19,7 +20,7 @@ from selfalign.store.journal import Journal
 
 EOS, TOO_LONG, REFUSED = FinishReason.EOS, FinishReason.PROMPT_TOO_LONG, FinishReason.REFUSED
 
-KEY = "sk-very-secret-0123456789"
+KEY = f"sk-{secrets.token_hex(16)}"
 ASK = {"messages": [{"role": "user", "content": "hello"}]}
 
 

@@ -27,7 +27,7 @@ from selfalign.launch.evaluate import evaluate_models
 from selfalign.losses.logps import PairLogps
 from selfalign.losses.preference import DPO
 from selfalign.store import source_code as code
-from selfalign.store.artifacts import to_key_json
+from selfalign.store.key import to_key_json
 
 EXAMPLES = ROOT / "docs/examples"
 PACKAGE = "selfalign_example"

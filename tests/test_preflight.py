@@ -1,6 +1,7 @@
 """What a run will lack is known before anything is made: with real servers, real files and real interpreters."""
 
 import re
+import secrets
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from selfalign.launch.experiment import run_experiment
 from selfalign.launch.preflight import preflight, problems
 from selfalign.runs.labels import Label
 
-KEY = "sk-very-secret-0123456789"
+KEY = f"sk-{secrets.token_hex(16)}"
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,5 @@
 import json
+import secrets
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -261,7 +262,8 @@ def test_opening_a_folder_keeps_the_configuration_and_empties_the_metrics(tmp_pa
 def test_provenance_leads_back_to_code_versions_seed_and_weights(
     run: Runner, tiny_policy: PolicyCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", "secret-of-the-user")
+    secret = secrets.token_hex(16)
+    monkeypatch.setenv("WANDB_API_KEY", secret)
     monkeypatch.setattr("sys.argv", ["/somewhere/selfalign", "experiment=smoke", "seed=7"])
     pairs = run.make(Label.parse("iteration_1/pairs"), write, text="four")
     account(run).artifacts[Label.model("M1")] = policy_artifact(tiny_policy)
@@ -274,7 +276,7 @@ def test_provenance_leads_back_to_code_versions_seed_and_weights(
     assert content["artifacts"]["iteration_1/pairs"] == f"write/{pairs.key}"
     assert {"torch", "transformers", "hydra-core", "peft", "selfalign"} <= content["packages"].keys()
     assert content["machine"]["cores"] >= 1
-    assert "secret" not in text
+    assert secret not in text
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no git checkout")

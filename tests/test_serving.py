@@ -2,6 +2,7 @@
 
 import json
 import logging
+import secrets
 import signal
 import subprocess
 import sys
@@ -46,11 +47,11 @@ from selfalign.judges.protocol import InstructionResponse, JudgeContext
 from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.tokenizer import encode_prompt
 from selfalign.stages.respond import RespondConfig, respond
-from selfalign.store.artifacts import to_key_json
 from selfalign.store.journal import Journal
+from selfalign.store.key import to_key_json
 from selfalign.training.prepare import prepare
 
-KEY = "sk-very-secret-0123456789"
+KEY = f"sk-{secrets.token_hex(16)}"
 IDLE = "echo started {weights} {port}; exec sleep 600"
 """A command whose server is another one: the test's own, in this process."""
 WARM = Sampling(temperature=0.7, top_p=0.9, max_new_tokens=8)

@@ -16,7 +16,8 @@ from builders import file_limit
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_folder, read_json
 from selfalign.core.records import FinishReason
-from selfalign.store.artifacts import FORMAT, Artifact, StageOutput, Store, key_of, locked, to_key_json
+from selfalign.store.artifacts import Artifact, StageOutput, Store, locked
+from selfalign.store.key import FORMAT, key_of, to_key_json
 from selfalign.store.source_code import SOURCE, source_code
 
 
@@ -124,7 +125,7 @@ def test_key_stays_with_what_does_not_change_the_result(change: dict[str, Any]) 
 def test_key_depends_on_the_stage_and_the_format(monkeypatch: pytest.MonkeyPatch) -> None:
     before = key_of("stage", BASE)
     assert key_of("other", BASE) != before
-    monkeypatch.setattr("selfalign.store.artifacts.FORMAT", FORMAT + 1)
+    monkeypatch.setattr("selfalign.store.key.FORMAT", FORMAT + 1)
     assert key_of("stage", BASE) != before
 
 

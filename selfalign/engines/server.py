@@ -30,6 +30,7 @@ from selfalign.engines.protocol import Completion, Request, Sampling, check_dtyp
 from selfalign.engines.replies import PassingError, RefusedError, Reply
 from selfalign.engines.server_process import ServerProcess
 from selfalign.engines.transformers import Transformers
+from selfalign.models.chat_template import marker_ids
 from selfalign.models.checkpoint import PolicyCheckpoint, release_memory, resolve_dtype
 from selfalign.models.config import DTYPES
 from selfalign.models.quantization import check_engine
@@ -147,6 +148,8 @@ class ServerGenerator:
             SelfalignError: the server gives no usable answer, or has read other tokens than the prompt.
         """
         how = {"temperature": sampling.temperature, "top_p": sampling.top_p, "max_tokens": sampling.max_new_tokens}
+        if marker_ids(self.tokenizer):  # Else nothing would tell a thought from its answer.
+            how["skip_special_tokens"] = False
         bodies = [
             {"prompt": self._prompt(request.prompt), "seed": seed % 2**31, **how}
             for request in requests

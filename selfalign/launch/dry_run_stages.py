@@ -40,7 +40,8 @@ from selfalign.stages.load_model import load_model
 from selfalign.stages.reference_logprobs import reference_logprobs
 from selfalign.stages.respond import RespondConfig, respond
 from selfalign.stages.sft import group_demonstrations, sft
-from selfalign.store.artifacts import Artifact, Store, to_key_json
+from selfalign.store.artifacts import Artifact, Store
+from selfalign.store.key import to_key_json
 from selfalign.store.stage import PlannedArtifact, StageFunction, declared, plan_stage, records_in
 from selfalign.training.checkpoint_selection import CheckpointSelection
 from selfalign.training.config import LogProbSettings, Optimization, TrainableWeights

@@ -31,7 +31,8 @@ from selfalign.runs.reader import check_artifacts
 from selfalign.runs.runner import Maker, Runner
 from selfalign.runs.summary import models_of
 from selfalign.runs.sweep_jobs import JobState, varying_overrides
-from selfalign.store.artifacts import Artifact, Store, locked, open_artifact, to_key_json
+from selfalign.store.artifacts import Artifact, Store, locked, open_artifact
+from selfalign.store.key import to_key_json
 from selfalign.tracking.tables import log_tables
 
 logger = logging.getLogger(__name__)

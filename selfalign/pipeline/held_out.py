@@ -13,7 +13,8 @@ from selfalign.runs.labels import Label
 from selfalign.runs.runner import Maker
 from selfalign.stages.preference_accuracy import preference_accuracy
 from selfalign.stages.reference_logprobs import reference_logprobs
-from selfalign.store.artifacts import Artifact, to_key_json
+from selfalign.store.artifacts import Artifact
+from selfalign.store.key import to_key_json
 
 BETA = 0.1
 """β of the rewards where the loss has none."""

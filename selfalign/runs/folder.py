@@ -8,7 +8,7 @@ from typing import Any
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_json, write_atomically
 from selfalign.runs.tracker import forget_tracked
-from selfalign.store.artifacts import to_key_json
+from selfalign.store.key import to_key_json
 
 
 def run_folder(output: Path, name: str, config: Any, *, fresh: bool) -> tuple[Path, str]:

@@ -12,8 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
-from enum import Enum
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -26,12 +25,9 @@ from selfalign.core.failures import at_the_end, fits, naming
 from selfalign.core.files import digest_folder, digest_json, read_json, write_atomically, write_json
 from selfalign.core.progress import progress_bar
 from selfalign.store.journal import Journal
-from selfalign.store.source_code import SOURCE, source_code
+from selfalign.store.key import FORMAT, key_of, to_key_json
 
 logger = logging.getLogger(__name__)
-
-FORMAT = 5
-"""Raised when artifacts of an older selfalign must not be reused."""
 
 LOG = "log.jsonl"
 SCRATCH = "scratch"
@@ -53,6 +49,10 @@ class Artifact:
     counts: Counts
     seconds: float
 
+    def to_key_json(self) -> dict[str, str]:
+        """Return what the artifact counts as in the key of a stage that reads it: its content."""
+        return {"artifact": self.stage, "digest": self.digest}
+
     def rows(self) -> list[dict[str, Any]]:
         """Return the rows that the stage logged while it ran, one for each logging step."""
         log = self.path / LOG
@@ -69,6 +69,10 @@ class Content:
     def digest(self) -> Any:
         """Digests, as plain JSON."""
         return self.identify()
+
+    def to_key_json(self) -> Any:
+        """Return the digests, for the key."""
+        return self.digest
 
 
 class StageOutput:
@@ -239,45 +243,6 @@ class Store:
 def lock_of(folder: Path) -> Path:
     """Return the lock of an artifact, beside its folder."""
     return folder.with_name(f"{folder.name}.lock")
-
-
-def key_of(stage: str, inputs: dict[str, Any]) -> str:
-    """Return the key of an artifact: 20 hexadecimal digits over all that its result depends on."""
-    return digest_json([FORMAT, stage, to_key_json(inputs)])[:20]
-
-
-def to_key_json(value: Any) -> Any:
-    """Return inputs as plain JSON for the key. An artifact counts as its content, a dataclass as its class and fields.
-
-    A class that is not selfalign's own counts with the code of its package, by which a changed one is another.
-    A field with metadata {"keyed": False} is left out: it changes how fast something is made, but not the result. One
-    with {"keyed": "if set"} is left out while it has its default, so that a new setting leaves older keys as they are.
-    """
-    if isinstance(value, Artifact):
-        return {"artifact": value.stage, "digest": value.digest}
-    if isinstance(value, Content):
-        return value.digest
-    if isinstance(value, Enum):
-        return value.value
-    if is_dataclass(value) and not isinstance(value, type):
-        keyed = [f.name for f in fields(value) if _is_keyed(f, getattr(value, f.name))]
-        code = {SOURCE: found} if (found := source_code(type(value))) else {}
-        return {"class": type(value).__name__, **code, **{name: to_key_json(getattr(value, name)) for name in keyed}}
-    if isinstance(value, dict):
-        return {str(key): to_key_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_key_json(item) for item in value]
-    if value is None or isinstance(value, str | int | float | bool):
-        return value
-    raise TypeError(f"{type(value).__name__} cannot be part of an artifact's key")
-
-
-def _is_keyed(field: Field[Any], value: Any) -> bool:
-    """Whether a field of a dataclass is part of the key."""
-    keyed = field.metadata.get("keyed", True)
-    if keyed != "if set":
-        return keyed
-    return value != (field.default if field.default is not MISSING else cast(Any, field.default_factory)())
 
 
 @contextmanager

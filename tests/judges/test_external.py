@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from selfalign.core.records import Comparison, Judgement, JudgementStatus, Respo
 from selfalign.engines.openai_client import Endpoint
 from selfalign.judges.external import ExternalScore
 from selfalign.judges.pairwise import Pairwise
-from selfalign.store.artifacts import to_key_json
+from selfalign.store.key import to_key_json
 
-KEY = "sk-very-secret-0123456789"
+KEY = f"sk-{secrets.token_hex(16)}"
 OK, NONE = JudgementStatus.OK, JudgementStatus.NO_SCORE
 
 
