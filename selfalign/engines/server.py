@@ -281,7 +281,10 @@ def _completion(tokenizer: "Tokenizer", reply: Reply, prompt: list[int]) -> Comp
         )
     if reply.text and not reply.completion_tokens:
         raise SelfalignError("engine.command: the server does not say how many tokens it wrote (completion_tokens)")
-    text = answer_text(tokenizer, reply.text, finished=reply.finish_reason is FinishReason.EOS)
+    ended = reply.finish_reason is FinishReason.EOS
+    spelled = [str(tokenizer.convert_ids_to_tokens(token)) for token in stop_ids(tokenizer) if marker_ids(tokenizer)]
+    last = next((word for word in spelled if ended and reply.text.endswith(word)), "")
+    text = answer_text(tokenizer, reply.text.removesuffix(last), finished=ended)
     return Completion(text=text, finish_reason=reply.finish_reason, tokens=reply.completion_tokens)
 
 

@@ -115,7 +115,7 @@ class ExpectedScore(Rubric):
                 groups.append(share_prompt(name, fitting, [[] for _ in fitting]))
         for group, rows in zip(groups, score_batched(reader, groups, digits, context.journal, "scores"), strict=True):
             judgements += [
-                expected(subject, row, self.min_score, rationales[subject.response.id].text, reader.digest)
+                expected(subject, row, self.min_score, rationales[subject.response.id], reader.digest)
                 for subject, row in zip(members[group.id], rows, strict=True)
             ]
         return JudgeOutput(judgements=judgements)
@@ -173,11 +173,6 @@ class Rationale:
     thought: str = ""
     said: str = ""
 
-    @property
-    def text(self) -> str:
-        """Both, as they were written."""
-        return self.thought + self.said
-
 
 def score_tokens(tokenizer: "Tokenizer", low: int, high: int) -> list[int]:
     """Return the token of each score behind "Score: ".
@@ -208,7 +203,9 @@ def distribution(logps: Sequence[float]) -> list[float]:
     return [weight / sum(weights) for weight in weights]
 
 
-def expected(subject: InstructionResponse, logps: Sequence[float], low: int, rationale: str, model: str) -> Judgement:
+def expected(
+    subject: InstructionResponse, logps: Sequence[float], low: int, rationale: Rationale, model: str
+) -> Judgement:
     """Return the judgement with mean and entropy of the distribution over the scores from `low` up."""
     shares = distribution(logps)
     score = math.fsum(share * value for value, share in enumerate(shares, start=low))
@@ -217,7 +214,7 @@ def expected(subject: InstructionResponse, logps: Sequence[float], low: int, rat
         response_id=subject.response.id,
         status=JudgementStatus.OK,
         score=score,
-        text=f"{rationale}\n{PREFIX}{score:.2f}".lstrip(),
+        text=rationale.thought + f"{rationale.said}\n{PREFIX}{score:.2f}".lstrip(),
         model=model,
         entropy=-sum(share * math.log(share) for share in shares if share > 0),
     )

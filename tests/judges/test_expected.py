@@ -53,9 +53,9 @@ def test_expected_score_is_the_probability_weighted_mean_of_full_logits(
 
 def test_entropy_of_an_undecided_judge_is_that_of_the_uniform_distribution() -> None:
     subject = InstructionResponse(ASKED[0], ANSWERS[0])
-    even = expected(subject, [-900.0] * 6, 0, "", "m")
+    even = expected(subject, [-900.0] * 6, 0, Rationale(), "m")
     assert (even.score, even.entropy) == (pytest.approx(2.5), pytest.approx(math.log(6)))
-    certain = expected(subject, [-5000.0, -5000.0, -5000.0, -1.0, -5000.0, -5000.0], 0, "", "m")
+    certain = expected(subject, [-5000.0, -5000.0, -5000.0, -1.0, -5000.0, -5000.0], 0, Rationale(), "m")
     assert (certain.score, certain.entropy) == (3.0, 0.0)
 
 
