@@ -12,6 +12,7 @@ import torch
 from architectures import ARCHITECTURES, as_policy
 from builders import TINY_RUN, composed, logits_of, policy_artifact, run, workspace, write_tiny_data
 from test_prompt_boundary import CHATML, NO_SYSTEM
+from thinking_families import family
 
 from selfalign.core.errors import SelfalignError
 from selfalign.engines.model_check import check_model
@@ -384,17 +385,14 @@ def test_turns_in_the_data_that_the_template_does_not_take_name_the_record(
     assert not list((tmp_path / "out" / "store").glob("sft/*"))
 
 
-@pytest.mark.parametrize("opened", ["<think>\n\n</think>\n\n", "<think>\n"], ids=["empty", "open"])
-def test_answers_that_think_are_refused_where_the_template_has_opened_a_thought(
-    opened: str, mine: Path, tmp_path: Path
-) -> None:
-    written = f"{{% if m['role'] == 'assistant' and loop.last %}}{opened}{{% endif %}}{{{{ m['content'] }}}}"
-    (mine / "chat_template.jinja").write_text(CHATML.replace("{{ m['content'] }}", written))
+def test_answers_that_think_are_refused_where_the_template_has_closed_the_thought(mine: Path, tmp_path: Path) -> None:
+    (mine / "chat_template.jinja").write_text(family("qwen3").template)
     data = [*write_tiny_data(tmp_path / "data"), *ASIDE, write_pairs(tmp_path / "data")]
     pairs = tmp_path / "data" / "pairs.jsonl"
     pairs.write_text(pairs.read_text().replace("A good", "<think>A river.</think>A good"))
+    model = ["model=pretrained", f"model.path={mine}", "+model.chat_template_arguments.enable_thinking=false"]
     with pytest.raises(SelfalignError, match=r"record \w+ has a response that begins with <think>, but the model's"):
-        run(tmp_path / "out", *GIVEN_PAIRS, *data, "model=pretrained", f"model.path={mine}")
+        run(tmp_path / "out", *GIVEN_PAIRS, *data, *model)
     assert not list((tmp_path / "out" / "store").glob("sft/*"))
 
 

@@ -9,9 +9,10 @@ from selfalign.benchmarks.multi_turn import Conversation, converse
 from selfalign.benchmarks.protocol import BenchmarkContext, check_count
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import write_json
-from selfalign.core.records import Comparison, Instruction, given_response
+from selfalign.core.records import Comparison, Instruction
 from selfalign.data.containers import identify_data
 from selfalign.data.sources import OutputRow, read_outputs
+from selfalign.data.thinking import given_response
 from selfalign.engines.protocol import Sampling
 from selfalign.judges.comparator import PairwiseComparator
 from selfalign.judges.comparisons import ResponsePair

@@ -1,7 +1,7 @@
 """Single-answer grading: a judge rates one answer of a conversation from 1 to 10 (arXiv 2306.05685, section 3.1)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from selfalign.benchmarks.fastchat import locate, read_prompts
@@ -10,13 +10,14 @@ from selfalign.benchmarks.rating import OPENING, TOO_LONG, Grade, RatingTokens, 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_file, text_or_file
 from selfalign.core.placeholders import check_template, fill
-from selfalign.core.records import Message
+from selfalign.core.records import FinishReason, JudgementStatus, Message
 from selfalign.data.sources import as_prompt
 from selfalign.engines.openai_client import Endpoint
 from selfalign.engines.protocol import Request, Sampling, TokenScorer, generate_batched, score_batched
 from selfalign.judges.protocol import check_max_batch_tokens, check_model, check_share
-from selfalign.judges.sampled import judge_text
+from selfalign.judges.sampled import judge_text, write_thoughts
 from selfalign.judges.unread import Unread
+from selfalign.judges.written import JudgeText
 from selfalign.models.batches import share_prompt
 from selfalign.models.tokenizer import encode_prompt
 from selfalign.store.artifacts import Counts
@@ -56,6 +57,8 @@ class Grader:
             `Rating: [[`, without a justification. A small model always gives such a grade, but the scores are not
             MT-Bench's.
         max_new_tokens: of a generated grade.
+        thought_tokens: the most tokens of a thought before the grade. With 0, both share max_new_tokens, and
+            method=logprobs reads the ratings after an empty thought.
         max_batch_tokens: the most tokens of a forward pass.
         max_failure_rate: the run stops when more than this share of the grades has no score.
     """
@@ -66,6 +69,7 @@ class Grader:
     endpoint: Endpoint = field(default_factory=Endpoint)
     method: str = "logprobs"
     max_new_tokens: int = 1024
+    thought_tokens: int = field(default=0, metadata={"keyed": "if set"})
     max_batch_tokens: int = 2048
     max_failure_rate: float = 0.5
 
@@ -80,6 +84,8 @@ class Grader:
             raise SelfalignError(f"{key}.method must be generate or logprobs, got {self.method!r}")
         if self.max_new_tokens < 1:
             raise SelfalignError(f"{key}.max_new_tokens must be 1 or more, got {self.max_new_tokens}")
+        if self.thought_tokens < 0:
+            raise SelfalignError(f"{key}.thought_tokens must be 0 or more, got {self.thought_tokens}")
         if self.endpoint != Endpoint():
             self.endpoint.check(f"{key}.endpoint")
 
@@ -177,7 +183,7 @@ class Grader:
         return self._request(self._ask_own(Task(id="probe", asked=["Greet me."], answers=["Hello."])))
 
     def _request(self, prompt: list[Message]) -> dict[str, Any]:
-        return {"messages": prompt, "temperature": 0, "max_tokens": self.max_new_tokens}
+        return {"messages": prompt, "temperature": 0, "max_tokens": self.max_new_tokens + self.thought_tokens}
 
     def _write(
         self,
@@ -188,19 +194,22 @@ class Grader:
         counts: Counts,
     ) -> list[Grade]:
         """Return grades read from greedy texts of a policy."""
-        greedy = Sampling(temperature=0, max_new_tokens=self.max_new_tokens)
+        greedy = Sampling(temperature=0, max_new_tokens=self.max_new_tokens, thought_tokens=self.thought_tokens)
         with context.judge_context(journal) as judge_context:
             generator = judge_context.writer()
             tokenizer = generator.tokenizer
             encoded = {name: encode_prompt(tokenizer, prompt) for name, prompt in prompts.items()}
-            fitting = {n: ids for n, ids in encoded.items() if len(ids) + self.max_new_tokens <= generator.context}
+            fitting = {n: ids for n, ids in encoded.items() if len(ids) + greedy.longest <= generator.context}
             requests = [Request(prompt=ids, seeds=[0]) for ids in fitting.values()]
             written = generate_batched(generator, requests, greedy, journal, "grades")
         counts |= judge_context.counts
         texts = {
             name: judge_text(tokenizer, ids, made) for (name, ids), [made] in zip(fitting.items(), written, strict=True)
         }
-        grades = {name: parse_rating(one.text, one.finish_reason, answers[name]) for name, one in texts.items()}
+        grades = {
+            name: replace(parse_rating(one.text, one.finish_reason, answers[name]), text=one.thought + one.text)
+            for name, one in texts.items()
+        }
         return [grades.get(name, TOO_LONG) for name in prompts]
 
     def _expect(
@@ -208,14 +217,27 @@ class Grader:
     ) -> list[Grade]:
         """Return the means of a policy's distribution over the ratings, from one forward pass each."""
         with context.judge_context(journal) as judge_context:
-            grades = self._read(judge_context.reader(self.max_batch_tokens), prompts, journal)
+            thoughts: dict[str, JudgeText | None] = dict.fromkeys(prompts, JudgeText("", FinishReason.EOS))
+            if self.thought_tokens:
+                made = write_thoughts(judge_context, list(prompts.values()), self.thought_tokens, "grades")
+                thoughts = dict(zip(prompts, made, strict=True))
+            ended = {name: one for name, one in thoughts.items() if one is not None and not one.still_thinking}
+            grades = self._read(judge_context.reader(self.max_batch_tokens), prompts, ended, journal)
         counts |= judge_context.counts
-        return [grades.get(name, TOO_LONG) for name in prompts]
+        return [grades.get(name) or ungraded(thoughts[name]) for name in prompts]
 
-    def _read(self, reader: TokenScorer, prompts: dict[str, list[Message]], journal: Journal) -> dict[str, Grade]:
-        """Return {name: grade} of the prompts that fit into the judge's context."""
+    def _read(
+        self,
+        reader: TokenScorer,
+        prompts: dict[str, list[Message]],
+        thoughts: Mapping[str, JudgeText],
+        journal: Journal,
+    ) -> dict[str, Grade]:
+        """Return {name: grade} of the prompts that fit into the judge's context after their thoughts."""
         ratings = RatingTokens.of(reader.tokenizer)
-        encoded = {name: encode_prompt(reader.tokenizer, prompt, OPENING) for name, prompt in prompts.items()}
+        encoded = {
+            name: encode_prompt(reader.tokenizer, prompts[name], OPENING, one.thought) for name, one in thoughts.items()
+        }
         longest = reader.context - len(ratings.one)
         groups = [
             share_prompt(name, [ids, [*ids, *ratings.one]] if ratings.one else [ids], [[]] * (1 + bool(ratings.one)))
@@ -223,7 +245,17 @@ class Grader:
             if len(ids) < longest
         ]
         read = score_batched(reader, groups, ratings.alternatives, journal, "grades", size=lambda group: 1)
-        return {group.id: expected_rating(ratings.shares(rows)) for group, rows in zip(groups, read, strict=True)}
+        return {
+            group.id: expected_rating(ratings.shares(rows), thoughts[group.id].thought)
+            for group, rows in zip(groups, read, strict=True)
+        }
+
+
+def ungraded(thought: JudgeText | None) -> Grade:
+    """The grade of a judge that had no room, or was still thinking at its last token."""
+    if thought is None or not thought.still_thinking:
+        return TOO_LONG
+    return Grade(JudgementStatus.TRUNCATED, None, thought.thought + thought.text)
 
 
 def _numbered(task: Task) -> dict[str, str]:

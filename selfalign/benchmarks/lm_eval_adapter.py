@@ -30,7 +30,9 @@ from selfalign.benchmarks.lm_eval_settings import LmEvalSettings, LmEvalTask, Lo
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import path_of, write_atomically
 from selfalign.metrics.intervals import RESAMPLES
+from selfalign.models.chat_template import empty_thought, render_prompt
 from selfalign.models.checkpoint import Policy
+from selfalign.models.tokenizer import split_written
 from selfalign.store.journal import Journal
 
 logger = logging.getLogger(__name__)
@@ -185,8 +187,18 @@ class JournaledLM(HFLM):
         return self._answer("loglikelihood_rolling", requests, super().loglikelihood_rolling)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Return the text generated after each context, up to one of its stop texts."""
-        return self._answer("generate_until", requests, super().generate_until)
+        """Return the text generated after each context, up to one of its stop texts: the answer without its thought."""
+        written = self._answer("generate_until", requests, super().generate_until)
+        contexts = [self.tok_encode(request.args[0]) for request in requests]
+        parted = [split_written(self.tokenizer, ids, text) for ids, text in zip(contexts, written, strict=True)]
+        return [answer or "" for _, answer in parted]
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Return a conversation as the run renders it, with the beginning of its last answer if there is one."""
+        if add_generation_prompt:
+            return render_prompt(self.tokenizer, chat_history)
+        *messages, begun = chat_history
+        return render_prompt(self.tokenizer, messages) + empty_thought(self.tokenizer) + begun["content"]
 
     def _answer(self, kind: str, requests: list[Instance], ask: Callable[..., list[Any]]) -> list[Any]:
         def work(documents: list[list[int]]) -> dict[str, Any]:

@@ -54,6 +54,7 @@ class MTBench:
             "packaged:mt_bench" is GPT-4's in that package; empty for none.
         count: the number of questions, taken from the beginning; 0 takes all.
         max_new_tokens: the maximum length of an answer.
+        thought_tokens: the most tokens of a thought before it. With 0, both share max_new_tokens.
         temperatures: of the answers, by category; 0.7 for other categories.
         judge: grades the answers.
     """
@@ -62,6 +63,7 @@ class MTBench:
     references: str = PACKAGED
     count: int = 0
     max_new_tokens: int = 1024
+    thought_tokens: int = field(default=0, metadata={"keyed": "if set"})
     temperatures: dict[str, float] = field(default_factory=TEMPERATURES.copy)
     judge: Grader = field(default_factory=Grader)
 
@@ -84,6 +86,8 @@ class MTBench:
             raise SelfalignError(f"{key}.count must be 0 (all) or more, got {self.count}")
         if self.max_new_tokens < 1:
             raise SelfalignError(f"{key}.max_new_tokens must be 1 or more, got {self.max_new_tokens}")
+        if self.thought_tokens < 0:
+            raise SelfalignError(f"{key}.thought_tokens must be 0 or more, got {self.thought_tokens}")
         for category, temperature in self.temperatures.items():
             if temperature < 0:
                 raise SelfalignError(f"{key}.temperatures.{category} must be 0 or more, got {temperature}")
@@ -160,9 +164,17 @@ class MTBench:
             write_records(out.path / f"{file}.jsonl", records)
         return talks
 
+    def sampling(self, temperature: float) -> Sampling:
+        """How answers are written at a temperature."""
+        return Sampling(
+            temperature=temperature,
+            top_p=1.0,
+            max_new_tokens=self.max_new_tokens,
+            thought_tokens=self.thought_tokens,
+        )
+
     def _sampling(self, question: Question) -> Sampling:
-        temperature = self.temperatures.get(question.category, OTHERWISE)
-        return Sampling(temperature=temperature, top_p=1.0, max_new_tokens=self.max_new_tokens)
+        return self.sampling(self.temperatures.get(question.category, OTHERWISE))
 
     def _tasks(self, context: BenchmarkContext, out: StageOutput, talks: Sequence[Conversation]) -> list[Task]:
         """Return a task for every answer, with the turns before it and its references if there are any."""

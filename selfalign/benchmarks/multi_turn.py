@@ -7,9 +7,10 @@ from selfalign.benchmarks.fastchat import Question
 from selfalign.benchmarks.protocol import BenchmarkContext
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed
-from selfalign.core.records import FinishReason, Instruction, Message, Response, given_response
+from selfalign.core.records import FinishReason, Instruction, Message, Response
+from selfalign.data.thinking import given_response
 from selfalign.engines.protocol import Generator, Request, Sampling, generate_batched
-from selfalign.models.tokenizer import encode_prompt
+from selfalign.models.tokenizer import answer_prompt, encode_prompt
 from selfalign.store.artifacts import StageOutput
 from selfalign.store.journal import Journal
 
@@ -93,9 +94,10 @@ def _answer_turns(
         waiting: dict[float, list[tuple[Conversation, Sampling, Request]]] = {}
         for talk in conversations:
             if len(talk.answers) == turn < len(talk.question.turns):
-                settings, prompt = sampling(talk.question), encode_prompt(generator.tokenizer, talk.messages())
+                settings, messages = sampling(talk.question), answer_prompt(generator.tokenizer, talk.messages())
+                prompt = encode_prompt(generator.tokenizer, messages)
                 seeds = [derive_seed(seed, talk.question.question_id, turn)]
-                if len(prompt) + settings.max_new_tokens <= generator.context:
+                if len(prompt) + settings.longest <= generator.context:
                     request = Request(prompt=prompt, seeds=seeds)
                     waiting.setdefault(settings.temperature, []).append((talk, settings, request))
         for temperature, members in sorted(waiting.items()):

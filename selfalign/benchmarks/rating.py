@@ -80,10 +80,10 @@ class RatingTokens:
         return [shares[0] * one, *shares[1:], shares[0] * ten]
 
 
-def expected_rating(shares: Sequence[float]) -> Grade:
-    """Return the mean of a distribution over the ratings as a grade."""
+def expected_rating(shares: Sequence[float], thought: str = "") -> Grade:
+    """Return the mean of a distribution over the ratings as a grade, after a thought."""
     mean = math.fsum(share * rating for rating, share in enumerate(shares, start=LOW))
-    return Grade(JudgementStatus.OK, mean, f"{OPENING}{mean:.2f}]]")
+    return Grade(JudgementStatus.OK, mean, f"{thought}{OPENING}{mean:.2f}]]")
 
 
 def parse_rating(text: str, finish_reason: FinishReason = FinishReason.EOS, shown: Sequence[str] = ()) -> Grade:

@@ -307,13 +307,13 @@ def _check_training_lengths(config: ExperimentConfig, data: SelfRewarding) -> No
     pairwise = config.loss.pairwise
     stage = "train.align" if pairwise else "train.sft"
     limit = (config.train.align if pairwise else config.train.sft).max_length
-    written = {"data.respond.sampling": (data.respond.sampling.max_new_tokens, stage, limit)}
+    written = {"data.respond.sampling": (data.respond.sampling, stage, limit)}
     if data.seed_data.eft_source == EFTSource.baseline and isinstance(config.judge, SampledScore):
-        written["judge.sampling"] = (config.judge.sampling.max_new_tokens, "train.sft", config.train.sft.max_length)
-    for key, (tokens, of, longest) in written.items():
-        if tokens >= longest:
+        written["judge.sampling"] = (config.judge.sampling, "train.sft", config.train.sft.max_length)
+    for key, (sampling, of, longest) in written.items():
+        if sampling.longest >= longest:
             raise SelfalignError(
-                f"{key}.max_new_tokens={tokens} leaves no token of {of}.max_length={longest} for a prompt, so the "
+                f"{sampling.named(key)} leaves no token of {of}.max_length={longest} for a prompt, so the "
                 "longest texts are never trained on: lower the one or raise the other"
             )
 

@@ -197,7 +197,7 @@ class StageEstimator:
         def ask(*texts: str) -> Prompt:
             return as_prompt("\n\n".join([config.prompt, *(f"Task 10: {text}" for text in texts), "Task 10:"]))
 
-        room = self.longest.context - config.sampling.max_new_tokens - SHORTEST_PROMPT
+        room = self.longest.context - config.sampling.longest - SHORTEST_PROMPT
         texts = self.longest.fitting(ask, [self.longest.count("the " * config.max_words)] * shown, room)
         seeds = [Demonstration(id=f"d{n}", prompt=as_prompt(t), response="", source="ift") for n, t in enumerate(texts)]
         given = {"config": config, "seeds": self._write(demonstrations=seeds), "earlier": [], "held_out": []}
@@ -208,7 +208,7 @@ class StageEstimator:
     def _respond(
         self, label: str, *, config: RespondConfig, instructions: Artifact, engine: Any, **others: Any
     ) -> None:
-        count, written = records_in(instructions, "instructions"), config.sampling.max_new_tokens
+        count, written = records_in(instructions, "instructions"), config.sampling.longest
         tokens = config.candidates * (self.longest.prompt_tokens(written) + written)
         few = self._few(count, tokens, engine)
         instructed = self._write(instructions=self.longest.instructions(few, written))
@@ -342,14 +342,12 @@ class StageEstimator:
     def _written(self, responses: Artifact) -> int:
         """Return the maximum number of tokens of these responses; given ones count like candidates."""
         data = self.config.data
-        candidates = (
-            data.respond.sampling.max_new_tokens if isinstance(data, SelfRewarding) else self.longest.max_length
-        )
+        candidates = data.respond.sampling.longest if isinstance(data, SelfRewarding) else self.longest.max_length
         return min(responses.counts.get("tokens_each", candidates), self.longest.context - SHORTEST_PROMPT)
 
     def _pairs(self, count: int) -> list[PreferencePair]:
         data = self.config.data
-        written = data.respond.sampling.max_new_tokens if isinstance(data, SelfRewarding) else self.longest.max_length
+        written = data.respond.sampling.longest if isinstance(data, SelfRewarding) else self.longest.max_length
         return self.longest.pairs(count, written)
 
     def _texts(self, ask: Callable[..., Prompt], responses: Artifact, written: int, *, server: bool) -> list[str]:

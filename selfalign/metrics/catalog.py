@@ -190,6 +190,10 @@ MEAN_TOKENS = Metric("mean_tokens", "mean length of the responses, tokens", "tok
 MEAN_CHARACTERS = Metric("mean_characters", "mean length of the responses, characters", "characters")
 FINISHED_SHARE = Metric("finished_share", "share of responses that end by themselves",
     "share", better="higher", title="finished")
+MEAN_THOUGHT_TOKENS = Metric("mean_thought_tokens", "mean length of the thoughts before the responses, tokens",
+    "tokens", title="thought tokens")
+TRUNCATED_SHARE = Metric("truncated_share", "share of responses whose thought has no end, so that they have no answer",
+    "share", better="lower", title="thoughts truncated")
 CANDIDATE_PAIRS = Metric("candidate_pairs",
     "pairs of the rule if none were dropped: kept and dropped pairs together", "count")
 MEAN_SCORE_MARGIN = Metric("mean_score_margin", "mean difference of the judge's scores in a pair",

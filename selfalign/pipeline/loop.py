@@ -183,6 +183,7 @@ class Method:
             responses=responses,
             judgements=judgements,
             seed=self._seed(label),
+            **({"thought_prompt": asked} if (asked := self.config.model.thinking.prompt) else {}),
         )
 
     def align(self, iteration: int, models: RunModels, pairs: Artifact) -> Artifact:

@@ -11,13 +11,15 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import stream_records
 from selfalign.core.records import Demonstration, PreferencePair, Prompt
 from selfalign.data.sources import as_prompt
+from selfalign.data.thinking import PromptEnd
+from selfalign.engines.protocol import Sampling
 from selfalign.judges.comparator import PairwiseComparator, verdict_tokens
 from selfalign.judges.expected import ExpectedScore, score_tokens
 from selfalign.judges.protocol import OWN_MODELS, asks_a_server
 from selfalign.judges.written import WrittenScore
 from selfalign.losses.protocol import Offset, augmentation_of
 from selfalign.models.batches import score_gap
-from selfalign.models.chat_template import opened_thought
+from selfalign.models.chat_template import QUESTION, markers_of, render_prompt
 from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.tokenizer import encode_prompt, plain_ids
 from selfalign.pipeline.inputs import RunInputs
@@ -65,7 +67,15 @@ def _used_lengths(config: ExperimentConfig, inputs: RunInputs) -> dict[str, int]
 
 def _writing(config: ExperimentConfig, base: Artifact, inputs: RunInputs) -> Iterator[str]:
     """Check that the tokens that models may write leave a part of the context for a prompt."""
-    context, data, selection = base.counts["context"], config.data, config.train.checkpoint_selection
+    context = base.counts["context"]
+    for key, sampling in _samplings(config).items():
+        if sampling.longest >= context:
+            yield f"{sampling.named(key)} leaves no token of the model's context of {context} for a prompt: lower it"
+
+
+def _samplings(config: ExperimentConfig) -> dict[str, Sampling]:
+    """Return {setting: how the run's own models write}."""
+    data, selection = config.data, config.train.checkpoint_selection
     writers: dict[str, Any] = {}
     if isinstance(data, SelfRewarding):
         writers["data.respond"] = data.respond
@@ -75,15 +85,13 @@ def _writing(config: ExperimentConfig, base: Artifact, inputs: RunInputs) -> Ite
         writers["evaluate"] = config.evaluate
     if selection.interval_steps:
         writers["train.checkpoint_selection"] = selection
-    longest = {f"{key}.sampling.max_new_tokens": writer.sampling.max_new_tokens for key, writer in writers.items()}
+    samplings: dict[str, Sampling] = {f"{key}.sampling": writer.sampling for key, writer in writers.items()}
     for name, benchmark in config.benchmark.items():
         if isinstance(benchmark, MTBench):
-            longest[f"benchmark.{name}.max_new_tokens"] = benchmark.max_new_tokens
+            samplings[f"benchmark.{name}"] = benchmark.sampling(0.0)
         elif isinstance(benchmark, AlpacaEval):
-            longest[f"benchmark.{name}.sampling.max_new_tokens"] = benchmark.sampling.max_new_tokens
-    for key, tokens in longest.items():
-        if tokens >= context:
-            yield f"{key}={tokens} leaves no token of the model's context of {context} for a prompt: lower it"
+            samplings[f"benchmark.{name}.sampling"] = benchmark.sampling
+    return samplings
 
 
 def _prompts_of_judges(config: ExperimentConfig, base: Artifact, inputs: RunInputs) -> Iterator[str]:
@@ -180,19 +188,42 @@ def _refused_turns(inputs: RunInputs, turns: str, has_turns: Callable[[list[str]
 
 
 def _thoughts(config: ExperimentConfig, base: Artifact, inputs: RunInputs) -> Iterator[str]:
-    """Check that no response opens a thought again that the chat template has already opened."""
+    """Check that budgets of thoughts have thoughts, and that responses with a thought suit the chat template."""
+    tokenizer = PolicyCheckpoint(base.path).load_tokenizer()
+    markers = markers_of(tokenizer)
+    if markers is None:
+        for key, budget in _thought_budgets(config).items():
+            if budget:
+                yield (
+                    f"{key}.thought_tokens={budget} has no effect: the model's chat template marks no thoughts; set it "
+                    "to 0, or say with model.thinking.open and model.thinking.close what is written around a thought"
+                )
+        return
     if not base.counts["chat_template"]:
         return
-    tag = opened_thought(PolicyCheckpoint(base.path).load_tokenizer())
-    for record in _records(inputs) if tag else ():
+    if markers.prompt_end(render_prompt(tokenizer, QUESTION)) is not PromptEnd.CLOSED:
+        return
+    for record in _records(inputs):
         texts = [record.response] if isinstance(record, Demonstration) else [record.chosen, record.rejected]
-        if isinstance(record.prompt, list) and any(text.lstrip().startswith(tag) for text in texts):
+        if isinstance(record.prompt, list) and any(text.lstrip().startswith(markers.open) for text in texts):
             yield (
-                f"record {record.id} has a response that begins with {tag}, but the model's chat template already "
-                f"begins every response with {tag}: remove the thoughts, or give another template with "
-                "model.chat_template=FILE"
+                f"record {record.id} has a response that begins with {markers.open}, but the model's chat template "
+                "closes every thought before the answer: remove the thoughts, or let the template think with "
+                "model.chat_template_arguments"
             )
             return
+
+
+def _thought_budgets(config: ExperimentConfig) -> dict[str, int]:
+    """Return {setting: the most tokens of a thought} of what the run's own models write and judge."""
+    samplings = {key: sampling.thought_tokens for key, sampling in _samplings(config).items()}
+    judges = {key: getattr(judge, "thought_tokens", 0) for key, judge in _own_judges(config).items()}
+    written = {
+        f"{key}.sampling": judge.sampling.thought_tokens
+        for key, judge in _own_judges(config).items()
+        if isinstance(judge, WrittenScore)
+    }
+    return samplings | judges | written
 
 
 def _scores(config: ExperimentConfig, base: Artifact, inputs: RunInputs) -> Iterator[str]:
@@ -249,10 +280,12 @@ def max_judgement_tokens(judge: Any) -> int:
     """Return the most tokens that the judge writes for one judgement."""
     match judge:
         case WrittenScore():
-            return judge.sampling.max_new_tokens
+            return judge.sampling.longest
         case ExpectedScore():
-            return judge.rationale_tokens
+            return judge.thought_tokens + judge.rationale_tokens
         case PairwiseComparator() if asks_a_server(judge):
-            return judge.verdict_tokens
+            return judge.thought_tokens + judge.verdict_tokens
+        case PairwiseComparator():
+            return judge.thought_tokens
         case _:
             return 0

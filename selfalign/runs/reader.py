@@ -14,7 +14,6 @@ from selfalign.core.jsonl import join_sorted, stream_records
 from selfalign.core.records import (
     Comparison,
     Demonstration,
-    FinishReason,
     Instruction,
     Judgement,
     PreferencePair,
@@ -219,7 +218,7 @@ class JudgedResponse:
 
     def candidate(self, role: str = "") -> Candidate:
         """Return the response for display, with its role."""
-        finished = self.response.finish_reason is FinishReason.EOS
+        finished = self.response.finished
         return Candidate(self.response.text, self.score, role, finished, self.judgements)
 
 
@@ -308,6 +307,6 @@ def intervals(folder: Path, model: str) -> dict[str, float]:
     responses = list(stream_artifact(folder, Label.evaluation(model, "answers"), Response))
     if not responses:
         return {}
-    finished = wilson(sum(response.finish_reason is FinishReason.EOS for response in responses), len(responses))
+    finished = wilson(sum(response.finished for response in responses), len(responses))
     length = bootstrap_mean([float(len(response.text)) for response in responses])
     return length.named(catalog.EVAL_MEAN_CHARACTERS.name) | finished.named(catalog.EVAL_FINISHED_SHARE.name)

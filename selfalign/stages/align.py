@@ -61,7 +61,9 @@ def align(
     """
     objective = open_objective(loss, policy, base, reference, start, optimization, weights)
     files, tally = PolicyCheckpoint(policy.path), Counter[str]()
-    encoded = encode_preferences(files, pairs, reference, start, loss, optimization.max_length, tally)
+    encoded = encode_preferences(
+        files, pairs, reference, start, loss, optimization.max_length, tally, mask_thought=optimization.mask_thought
+    )
     examples = store_examples(out.scratch / "pairs", PairExample, encoded, tally)
     training, held, split = hold_out(examples, pairs.path / "pairs.jsonl", held_out, trained_on)
     checkpoints = selection.open(out, PolicyCheckpoint(base.path)) if selection else None

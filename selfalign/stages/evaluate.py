@@ -7,7 +7,7 @@ from typing import Any
 from selfalign.benchmarks.mt_bench import MTBench
 from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import read_records, read_scores
-from selfalign.core.records import FinishReason, Judgement, RankedAnswers, Response
+from selfalign.core.records import Judgement, RankedAnswers, Response
 from selfalign.data.mixtures import data_source
 from selfalign.data.text_filters import words_of
 from selfalign.engines.protocol import Sampling
@@ -207,7 +207,7 @@ def describe_answers(answers: Answers) -> Counts:
     described = {
         catalog.EVAL_ANSWERS.name: len(responses),
         catalog.EVAL_MEAN_CHARACTERS.name: mean([len(response.text) for response in responses]),
-        catalog.EVAL_FINISHED_SHARE.name: mean([response.finish_reason is FinishReason.EOS for response in responses]),
+        catalog.EVAL_FINISHED_SHARE.name: mean([response.finished for response in responses]),
     }
     words = [words_of(response.text) for response in responses]
     lengths = [len(response.text) for response in responses if response.instruction_id in values]

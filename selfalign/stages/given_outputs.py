@@ -2,8 +2,9 @@
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import read_records, write_records
-from selfalign.core.records import Instruction, given_response
+from selfalign.core.records import Instruction
 from selfalign.data.sources import read_outputs
+from selfalign.data.thinking import given_response
 from selfalign.data.turns import compared
 from selfalign.metrics import catalog
 from selfalign.store.artifacts import Artifact, Content, Counts, StageOutput

@@ -82,6 +82,11 @@ class InstructConfig:
     def __post_init__(self) -> None:
         self.source = data_source(self.source, "data.instruct.source")
         self.sampling.check("data.instruct.sampling")
+        if self.sampling.thought_tokens:
+            raise SelfalignError(
+                "data.instruct.sampling.thought_tokens has no effect: a task is continued where it begins, so nothing "
+                "is thought before it; set it to 0"
+            )
         check_template(self.prompt, "data.instruct.prompt", ())
         if self.fixed_writer and "/" not in self.model and self.model not in BUILDERS:
             raise SelfalignError(

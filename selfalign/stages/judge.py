@@ -13,7 +13,15 @@ from dataclasses import dataclass, field
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import chunks, join_sorted, open_records, stream_records
-from selfalign.core.records import Comparison, Instruction, Judgement, JudgementStatus, Response, ResponseScore
+from selfalign.core.records import (
+    Comparison,
+    FinishReason,
+    Instruction,
+    Judgement,
+    JudgementStatus,
+    Response,
+    ResponseScore,
+)
 from selfalign.engines.protocol import Engine
 from selfalign.judges.comparisons import bias_statistics, unread_text
 from selfalign.judges.expected import ExpectedScore
@@ -29,6 +37,7 @@ from selfalign.judges.protocol import (
     average,
     last_attempts,
     ties,
+    unjudged,
     who_judges,
 )
 from selfalign.judges.sampled import SampledScore
@@ -110,7 +119,8 @@ def judge(
 
     tally = JudgeCounts()
     names = ["judgements", "scores", *(["comparisons"] if isinstance(judge, Pairwise) else [])]
-    with out.journal(sum(map(judge.wanted, batches())), "judgements") as journal, ExitStack() as opened:
+    wanted = sum(judge.wanted(answered(subjects)) for subjects in batches())
+    with out.journal(wanted, "judgements") as journal, ExitStack() as opened:
         write = {name: opened.enter_context(open_records(out.path / f"{name}.jsonl")) for name in names}
         context = JudgeContext(
             journal=journal,
@@ -121,15 +131,17 @@ def judge(
         )
         opened.enter_context(context)
         for subjects in batches():
-            judged = judge.judge(context, subjects)
+            asked, silent = answered(subjects), without_answer(subjects)
+            judged = judge.judge(context, asked) if asked else JudgeOutput(judgements=[])
             scores = average(subjects, judged.judgements, judge.min_valid_samples)
             tally.add(subjects, judged, scores)
-            made = (in_order(subjects, judged.judgements), scores, judged.comparisons)
+            tally.truncated += len(silent)
+            made = (in_order(subjects, [*judged.judgements, *silent]), scores, judged.comparisons)
             for name, records in zip(names, made, strict=False):
                 write[name](records)
         if any(failed > judge.max_failure_rate * wanted for failed, wanted in tally.shares):
             raise SelfalignError(_failure(out.label, judge, tally))
-        if tally.failed.total() == tally.wanted:
+        if tally.wanted and tally.failed.total() == tally.wanted:
             logger.warning("%s", _failure(out.label, judge, tally))
         _check_scale(out.label, judge, tally)
     compared = out.path / "comparisons.jsonl"
@@ -137,7 +149,7 @@ def judge(
         catalog.JUDGEMENTS.name: tally.judgements,
         catalog.RETRIES.name: tally.judgements - tally.wanted,
         catalog.UNJUDGED_RESPONSES.name: tally.unjudged,
-        "dropped": dict(sorted((tally.failed + Counter(unread_comparison=tally.undecided)).items())),
+        "dropped": dict(sorted(tally.dropped.items())),
         **judgement_statistics(stream_records(out.path / "judgements.jsonl", Judgement)),
         **_constancy(out.label, judge, tally),
         **tally.counts,
@@ -145,6 +157,17 @@ def judge(
         **averages(tally.means),
         **(bias_statistics(stream_records(compared, Comparison)) if compared.exists() else {}),
     }
+
+
+def answered(subjects: Sequence[InstructionResponse]) -> list[InstructionResponse]:
+    """Those whose response has an answer to judge."""
+    return [subject for subject in subjects if subject.response.finish_reason is not FinishReason.TRUNCATED]
+
+
+def without_answer(subjects: Sequence[InstructionResponse]) -> list[Judgement]:
+    """The judgements, without a score, of those whose response is a thought without an end: nobody is asked."""
+    silent = [subject for subject in subjects if subject.response.finish_reason is FinishReason.TRUNCATED]
+    return [unjudged(subject, "nobody", JudgementStatus.TRUNCATED, "") for subject in silent]
 
 
 def in_order(subjects: Sequence[InstructionResponse], judgements: Sequence[Judgement]) -> list[Judgement]:
@@ -165,6 +188,7 @@ class JudgeCounts:
         undecided: number of comparisons without a verdict.
         unread: texts of the judge that have no score or verdict.
         unjudged: number of responses without a score.
+        truncated: number of those without an answer, because their thought has no end.
         scores: {score, to three digits: number of responses}.
         tied: mean over instructions with several judged responses: 1 if their scores are all equal, else 0.
         variances: mean variance of a response's scores.
@@ -179,6 +203,7 @@ class JudgeCounts:
     undecided: int = 0
     unread: Unread = field(default_factory=Unread)
     unjudged: int = 0
+    truncated: int = 0
     scores: Counter[float] = field(default_factory=Counter)
     tied: RunningMean = field(default_factory=RunningMean)
     variances: RunningMean = field(default_factory=RunningMean)
@@ -208,6 +233,11 @@ class JudgeCounts:
                 self.variances.add(score.variance)
         self.counts.update(judged.counts)
         self.means = add_sums(self.means, judged.means)
+
+    @property
+    def dropped(self) -> Counter[str]:
+        """Judgements without a score, by reason, comparisons without a verdict, and responses without an answer."""
+        return self.failed + Counter(unread_comparison=self.undecided, truncated_response=self.truncated)
 
     @property
     def shares(self) -> list[tuple[int, int]]:

@@ -7,6 +7,7 @@ from selfalign.metrics import catalog
 from selfalign.models.batches import SharedPrompt, answer_of, encode_group
 from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.scorer import LogProbScorer
+from selfalign.models.tokenizer import answer_prompt
 from selfalign.store.artifacts import Artifact, Counts, StageOutput
 from selfalign.store.stage import Size, amount, records_in, stage
 
@@ -41,10 +42,11 @@ def kl_divergence(
         answers: responses.jsonl.
     """
     texts = {record.id: record.text for record in read_records(instructions.path / "instructions.jsonl", Instruction)}
-    responses = [r for r in read_records(answers.path / "responses.jsonl", Response) if r.text]
+    responses = [r for r in read_records(answers.path / "responses.jsonl", Response) if r.text or r.thought]
     tokenizer = PolicyCheckpoint(policy.path).load_tokenizer()
+    prompts = {name: answer_prompt(tokenizer, as_prompt(text)) for name, text in texts.items()}
     groups: list[SharedPrompt] = [
-        encode_group(tokenizer, r.id, as_prompt(texts[r.instruction_id]), [answer_of(r)]) for r in responses
+        encode_group(tokenizer, r.id, prompts[r.instruction_id], [answer_of(r)]) for r in responses
     ]
     with out.journal(2 * len(groups), "answers") as journal:
 

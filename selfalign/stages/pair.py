@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed, digest_text
 from selfalign.core.jsonl import count_records, join_sorted, read_records, stream_records, write_records
-from selfalign.core.records import Demonstration, FinishReason, Instruction, PreferencePair, Response, ResponseScore
+from selfalign.core.records import Demonstration, Instruction, PreferencePair, Response, ResponseScore
 from selfalign.data.mixtures import DataSource
 from selfalign.data.pair_rules import PairRule, ScoredResponse, pick_pairs
 from selfalign.data.schemas import Schema
@@ -55,6 +55,7 @@ def pair(
     responses: Artifact,
     judgements: Artifact,
     seed: int,
+    thought_prompt: str = "",
 ) -> Counts:
     """Turn scored responses into preference pairs or positives.
 
@@ -65,6 +66,7 @@ def pair(
         responses: responses.jsonl.
         judgements: scores.jsonl.
         seed: seeds the rule's random choices, together with the instruction's id.
+        thought_prompt: the prompt that asked for the thoughts of the responses.
 
     Raises:
         SelfalignError: too few pairs or positives are left; the drops are counted by reason.
@@ -72,9 +74,9 @@ def pair(
     groups = read_groups(instructions, responses, judgements)
     tally = PairCounts()
     if isinstance(rule, PositivesOnly):
-        counts = _keep_positives(out, rule, tally.count_groups(groups), tally)
+        counts = _keep_positives(out, rule, tally.count_groups(groups), tally, thought_prompt)
     else:
-        counts = _keep_pairs(out, rule, tally.count_groups(groups), tally, seed)
+        counts = _keep_pairs(out, rule, tally.count_groups(groups), tally, seed, thought_prompt)
     length_correlation = tally.length_correlation.value
     if length_correlation is not None:
         counts |= {catalog.SCORE_LENGTH_CORRELATION.name: length_correlation}
@@ -140,7 +142,12 @@ class PairCounts:
 
 
 def _keep_pairs(
-    out: StageOutput, rule: PairRule, groups: Iterable[InstructionGroup], tally: PairCounts, seed: int
+    out: StageOutput,
+    rule: PairRule,
+    groups: Iterable[InstructionGroup],
+    tally: PairCounts,
+    seed: int,
+    thought_prompt: str,
 ) -> Counts:
     """Write the pairs of every instruction. `candidate_pairs` counts kept and dropped pairs."""
 
@@ -153,7 +160,7 @@ def _keep_pairs(
             for chosen, rejected in picked:
                 tally.margin.add(chosen.score - rejected.score)
                 tally.length_difference.add(chosen.response.tokens - rejected.response.tokens)
-                yield _pair_of(group.instruction, chosen, rejected)
+                yield _pair_of(group.instruction, chosen, rejected, thought_prompt)
         if tally.margin.count < rule.minimum_pairs:
             raise SelfalignError(
                 f"{out.label}: {tally.margin.count} pairs from {tally.instructions} instructions, fewer than "
@@ -172,7 +179,9 @@ def _keep_pairs(
     }
 
 
-def _pair_of(instruction: Instruction, chosen: ScoredResponse, rejected: ScoredResponse) -> PreferencePair:
+def _pair_of(
+    instruction: Instruction, chosen: ScoredResponse, rejected: ScoredResponse, thought_prompt: str
+) -> PreferencePair:
     best, worst = chosen.response, rejected.response
     return PreferencePair(
         id=digest_text(best.id + worst.id)[:16],
@@ -181,13 +190,16 @@ def _pair_of(instruction: Instruction, chosen: ScoredResponse, rejected: ScoredR
         rejected=worst.text,
         chosen_score=chosen.score,
         rejected_score=rejected.score,
-        chosen_finished=best.finish_reason is FinishReason.EOS,
-        rejected_finished=worst.finish_reason is FinishReason.EOS,
+        chosen_finished=best.finished,
+        rejected_finished=worst.finished,
         instruction_id=instruction.id,
         chosen_id=best.id,
         rejected_id=worst.id,
         chosen_ids=best.ids,
         rejected_ids=worst.ids,
+        chosen_thought=best.thought,
+        rejected_thought=worst.thought,
+        thought_prompt=thought_prompt,
     )
 
 
@@ -267,7 +279,11 @@ def gather_pairs(out: StageOutput, *, parts: list[Artifact]) -> Counts:
 
 
 def _keep_positives(
-    out: StageOutput, rule: PositivesOnly, groups: Iterable[InstructionGroup], tally: PairCounts
+    out: StageOutput,
+    rule: PositivesOnly,
+    groups: Iterable[InstructionGroup],
+    tally: PairCounts,
+    thought_prompt: str,
 ) -> Counts:
     kept = 0
 
@@ -287,6 +303,8 @@ def _keep_positives(
                         response=response.text,
                         source="positive",
                         ids=response.ids,
+                        thought=response.thought,
+                        thought_prompt=thought_prompt,
                     )
         if kept < rule.minimum_examples:
             raise SelfalignError(
@@ -307,4 +325,4 @@ def _reason_to_drop(response: Response, score: float | None, rule: PositivesOnly
         return "low_score"
     if not response.text:
         return "empty_response"
-    return None if response.finish_reason is FinishReason.EOS else "cut_response"
+    return None if response.finished else "cut_response"

@@ -16,10 +16,10 @@ from selfalign.core.records import (
     PairReference,
     PreferencePair,
     RankedAnswers,
-    given_response,
 )
 from selfalign.data.mixtures import DataSource
 from selfalign.data.sources import best_against_worst, read_pairs
+from selfalign.data.thinking import given_response
 from selfalign.data.turns import as_text
 from selfalign.losses.logps import PairLogps
 from selfalign.losses.preference import rewards

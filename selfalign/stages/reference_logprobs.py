@@ -44,7 +44,15 @@ def reference_logprobs(
     scorer = LogProbScorer(loaded, precision.max_batch_tokens, autocast=precision.autocast)
     file, tally = pairs.path / "pairs.jsonl", Counter[str]()
     records = stream_records(file, PreferencePair)
-    examples = encode_pairs(loaded.tokenizer, records, augmentation, precision.max_length, tally, loaded.context)
+    examples = encode_pairs(
+        loaded.tokenizer,
+        records,
+        augmentation,
+        precision.max_length,
+        tally,
+        loaded.context,
+        mask_thought=precision.mask_thought,
+    )
     responses = 4 if augmentation else 2
     with out.journal(responses * count_records(file), "responses") as journal:
         references = (record for chunk in chunks(examples) for record in _score(scorer, journal, chunk))

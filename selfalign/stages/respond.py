@@ -32,7 +32,7 @@ def size(*, config: RespondConfig, instructions: Artifact, **others: object) -> 
     """Return the number of responses and their maximum length in tokens."""
     count = records_in(instructions, "instructions")
     text = f"{amount(count)} instructions, {config.candidates} response{'s' * (config.candidates > 1)} each"
-    counts = {"responses": count * config.candidates, "tokens_each": config.sampling.max_new_tokens}
+    counts = {"responses": count * config.candidates, "tokens_each": config.sampling.longest}
     return Size(text, counts)
 
 

@@ -10,10 +10,11 @@ from typing import Any
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_text
 from selfalign.core.jsonl import write_records
-from selfalign.core.records import Demonstration, Instruction, RankedAnswers, Response, given_response
+from selfalign.core.records import Demonstration, Instruction, RankedAnswers, Response
 from selfalign.data.mixtures import DataSource, data_source
 from selfalign.data.schemas import Schema
 from selfalign.data.sources import read_demonstrations, read_ranked
+from selfalign.data.thinking import given_response
 from selfalign.data.turns import compared, texts_in
 from selfalign.judges.pairwise import Pairwise
 from selfalign.judges.protocol import TeachableJudge

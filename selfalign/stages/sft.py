@@ -2,18 +2,20 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import stream_records
 from selfalign.core.records import Demonstration
+from selfalign.data.thinking import ask_to_think
 from selfalign.metrics import catalog
 from selfalign.models.batches import SharedPrompt, of_record, share_prompt
 from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.tokenizer import (
     Answer,
+    count_thought,
     encode_answers,
     encode_prompt,
     has_unknown,
@@ -60,7 +62,8 @@ def sft(
     """
     records, tally = stream_records(demonstrations.path / "demonstrations.jsonl", Demonstration), Counter[str]()
     tokenizer = PolicyCheckpoint(policy.path).load_tokenizer()
-    groups = group_demonstrations(tokenizer, records, optimization.max_length, tally)
+    length, mask = optimization.max_length, optimization.mask_thought
+    groups = group_demonstrations(tokenizer, records, length, tally, mask_thought=mask)
     examples = store_examples(out.scratch / "examples", SharedPrompt, groups, tally)
     train(
         out,
@@ -80,9 +83,16 @@ def sft(
 
 
 def group_demonstrations(
-    tokenizer: "Tokenizer", records: Iterable[Demonstration], max_length: int, tally: Counter[str]
+    tokenizer: "Tokenizer",
+    records: Iterable[Demonstration],
+    max_length: int,
+    tally: Counter[str],
+    *,
+    mask_thought: bool = False,
 ) -> Iterator[SharedPrompt]:
     """Tokenise the demonstrations that fit. Neighbours of one question are grouped and share their prompt's prefix.
+
+    Thoughts that are masked are read as the end of the prompt.
 
     Raises:
         SelfalignError: no demonstration fits.
@@ -91,6 +101,7 @@ def group_demonstrations(
     def fitting() -> Iterator[Encoded]:
         for record in records:
             example = encode_demonstration(tokenizer, record)
+            example = example.masked(tokenizer) if mask_thought else example
             fits = len(example) <= max_length
             tally["demonstrations" if fits else "too_long"] += 1
             if fits:
@@ -121,6 +132,11 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)
 
+    def masked(self, tokenizer: "Tokenizer") -> "Encoded":
+        """The same with its thought as a part of the prompt."""
+        length = count_thought(tokenizer, self.prompt, self.response)
+        return replace(self, prompt=[*self.prompt, *self.response[:length]], response=self.response[length:])
+
 
 def encode_demonstration(tokenizer: "Tokenizer", record: Demonstration) -> Encoded:
     """Tokenise a prompt with its prefill, and a response with the end of its turn.
@@ -130,8 +146,9 @@ def encode_demonstration(tokenizer: "Tokenizer", record: Demonstration) -> Encod
             refuses the prompt. The message names the record.
     """
     with of_record(record.id):
-        answer = Answer(text=record.response, ids=record.ids)
-        prompt, [answer] = settle_boundary(tokenizer, record.prompt, [answer])
+        answer = Answer(text=record.response, ids=record.ids, thought=record.thought)
+        asked = ask_to_think(record.thought_prompt, record.prompt)
+        prompt, [answer] = settle_boundary(tokenizer, asked, [answer])
         ids = encode_prompt(tokenizer, prompt, record.prefill)
         if record.prefill and encode_prompt(tokenizer, prompt, record.prefill + record.response)[: len(ids)] != ids:
             raise SelfalignError(

@@ -46,6 +46,7 @@ class Optimization:
             Weights keep model.dtype.
         gradient_checkpointing: whether the backward pass recomputes activations, to save memory.
         checkpoint_steps: steps between two checkpoints. A killed training continues from the last one.
+        mask_thought: whether the thought before an answer is read without being trained on.
     """
 
     learning_rate: float
@@ -65,6 +66,7 @@ class Optimization:
     dtype: str = "auto"
     gradient_checkpointing: bool = field(default=False, metadata={"keyed": False})
     checkpoint_steps: int = field(default=100, metadata={"keyed": False})
+    mask_thought: bool = field(default=False, metadata={"keyed": "if set"})
 
     @property
     def compute_dtype(self) -> str:
@@ -107,7 +109,11 @@ class Optimization:
         """Return the settings of training on which log-probabilities depend; `dtype` is that of the weights."""
         autocast = "bfloat16" if self.compute_dtype == "bfloat16" else ""
         return LogProbSettings(
-            dtype=dtype, autocast=autocast, max_length=self.max_length, max_batch_tokens=self.microbatch_tokens
+            dtype=dtype,
+            autocast=autocast,
+            max_length=self.max_length,
+            max_batch_tokens=self.microbatch_tokens,
+            mask_thought=self.mask_thought,
         )
 
 
@@ -120,12 +126,14 @@ class LogProbSettings:
         autocast: dtype of autocast; empty for none.
         max_length: the longest sequence in tokens.
         max_batch_tokens: the most tokens in one forward pass.
+        mask_thought: whether thoughts are read without being scored.
     """
 
     dtype: str
     autocast: str
     max_length: int
     max_batch_tokens: int = field(metadata={"keyed": False})
+    mask_thought: bool = field(default=False, metadata={"keyed": "if set"})
 
 
 @dataclass(kw_only=True, slots=True)

@@ -72,6 +72,8 @@ def encode_preferences(
     loss: PreferenceLoss,
     limit: int,
     tally: Counter[str],
+    *,
+    mask_thought: bool = False,
 ) -> Iterator[PairExample]:
     """Tokenise pairs one by one, and join them with their stored log-probabilities.
 
@@ -83,12 +85,14 @@ def encode_preferences(
         loss: the loss, which declares whether pairs need p⊕x or score gaps.
         limit: the longest prompt with a response, in tokens.
         tally: receives the counts of `encode_pairs`.
+        mask_thought: whether thoughts are read without being scored.
 
     Raises:
         SelfalignError: no pair fits, a pair has no stored log-probabilities, or it lacks the score gap of the loss.
     """
     records = stream_records(pairs.path / "pairs.jsonl", PreferencePair)
-    examples = encode_pairs(policy.load_tokenizer(), records, augmentation_of(loss), limit, tally, policy.context)
+    tokenizer, p = policy.load_tokenizer(), augmentation_of(loss)
+    examples = encode_pairs(tokenizer, records, p, limit, tally, policy.context, mask_thought=mask_thought)
     for role, artifact in (("reference", reference), ("start", start)):
         if artifact is not None and (file := artifact.path / "references.jsonl").exists():
             examples = join_references(examples, file, role)
