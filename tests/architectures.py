@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import transformers
-from test_tokenization import WITHOUT_BOS, build_tokenizer
+from test_tokenizer import WITHOUT_BOS, build_tokenizer
 
 from selfalign.core.files import write_json
 from selfalign.models.checkpoint import PolicyCheckpoint, digest_weights

@@ -8,8 +8,8 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, as_policy
 from builders import logits_of, optimization, weights, workspace
-from layout_jobs import demonstrations, task
 from test_model_check import GROUPS
+from training_jobs import demonstrations, task
 
 from selfalign.core.errors import SelfalignError
 from selfalign.models.batches import SharedPrompt, make_batch

@@ -18,7 +18,7 @@ from builders import (
     records_artifact,
     workspace,
 )
-from test_tokenization import WITH_BOS, WITHOUT_BOS, build_tokenizer, control_tokens
+from test_tokenizer import WITH_BOS, WITHOUT_BOS, build_tokenizer, control_tokens
 from transformers import (
     GPTNeoXConfig,
     GPTNeoXForCausalLM,

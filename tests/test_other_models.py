@@ -12,7 +12,8 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, as_policy
 from builders import TINY_RUN, composed, logits_of, policy_artifact, run, workspace, write_tiny_data
-from test_boundary import CHATML, NO_SYSTEM
+from test_prompt_boundary import CHATML, NO_SYSTEM
+from thinking_families import family
 
 from selfalign.core.errors import SelfalignError
 from selfalign.engines.model_check import check_model
@@ -375,7 +376,7 @@ def test_weight_that_is_not_finite_is_refused_by_its_name(value: str, mine: Path
         (
             lambda mine: None,
             ["loss=odpo"],
-            "the loss ODPO needs chosen_score above rejected_score in every pair; 4 have not, like ",
+            "the loss ODPO needs chosen_score above rejected_score in every pair, but 4 pairs, such as ",
         ),
     ],
     ids=["too_long", "no_template", "no_scores"],
@@ -415,22 +416,19 @@ def test_turns_in_the_data_that_the_template_does_not_take_name_the_record(
 ) -> None:
     (mine / "chat_template.jinja").write_text(template)
     data = [*write_tiny_data(tmp_path / "data"), *ASIDE, write_pairs(tmp_path / "data", turns)]
-    with pytest.raises(SelfalignError, match=rf"record \w+ has {said}, which .* does not take"):
+    with pytest.raises(SelfalignError, match=rf"record \w+ has {said}, which .* does not accept"):
         run(tmp_path / "out", *GIVEN_PAIRS, *data, "model=pretrained", f"model.path={mine}")
     assert not list((tmp_path / "out" / "store").glob("sft/*"))
 
 
-@pytest.mark.parametrize("opened", ["<think>\n\n</think>\n\n", "<think>\n"], ids=["empty", "open"])
-def test_answers_that_think_are_refused_where_the_template_has_opened_a_thought(
-    opened: str, mine: Path, tmp_path: Path
-) -> None:
-    written = f"{{% if m['role'] == 'assistant' and loop.last %}}{opened}{{% endif %}}{{{{ m['content'] }}}}"
-    (mine / "chat_template.jinja").write_text(CHATML.replace("{{ m['content'] }}", written))
+def test_answers_that_think_are_refused_where_the_template_has_closed_the_thought(mine: Path, tmp_path: Path) -> None:
+    (mine / "chat_template.jinja").write_text(family("qwen3").template)
     data = [*write_tiny_data(tmp_path / "data"), *ASIDE, write_pairs(tmp_path / "data")]
     pairs = tmp_path / "data" / "pairs.jsonl"
     pairs.write_text(pairs.read_text().replace("A good", "<think>A river.</think>A good"))
-    with pytest.raises(SelfalignError, match=r"record \w+ has an answer that begins with <think>, and the model's"):
-        run(tmp_path / "out", *GIVEN_PAIRS, *data, "model=pretrained", f"model.path={mine}")
+    model = ["model=pretrained", f"model.path={mine}", "+model.chat_template_arguments.enable_thinking=false"]
+    with pytest.raises(SelfalignError, match=r"record \w+ has a response that begins with <think>, but the model's"):
+        run(tmp_path / "out", *GIVEN_PAIRS, *data, *model)
     assert not list((tmp_path / "out" / "store").glob("sft/*"))
 
 
@@ -441,7 +439,7 @@ def test_dropout_that_the_model_lacks_is_refused_before_training(tmp_path: Path)
     shutil.copytree(files.path / "tokenizer", folder, dirs_exist_ok=True)
     told = [*TINY_RUN, *write_tiny_data(tmp_path / "data"), "model=pretrained", f"model.path={folder}"]
     lengths = ["train.sft.max_length=200", "train.align.max_length=200", "train.align.dropout=0.1"]
-    with pytest.raises(SelfalignError, match=r"align\.dropout=0\.1: this model has no dropout that"):
+    with pytest.raises(SelfalignError, match=r"align\.dropout=0\.1, but this model has no dropout layers: set it to 0"):
         run(tmp_path / "out", *told, *lengths)
     assert composed(*told)[0].train.align.dropout == 0
     assert policy_artifact(files).path == files.path

@@ -124,7 +124,10 @@ def test_unknown_status_and_finish_reason_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("reason", ["unknown", "prompt_too_long", "content_filter", "refused"])
 def test_refusal_is_no_response(tmp_path: Path, reason: str) -> None:
     response = {"id": "a", "instruction_id": "i", "text": "x", "finish_reason": reason, "tokens": 3, "model": "m"}
-    with pytest.raises(SelfalignError, match=rf"b\.jsonl:1: response a: finish_reason {reason}; .* eos or length"):
+    with pytest.raises(
+        SelfalignError,
+        match=rf"b\.jsonl:1: response a: finish_reason {reason}; a response is eos, length or truncated$",
+    ):
         read_records(write_lines(tmp_path / "b.jsonl", json.dumps(response)), Response)
 
 

@@ -105,7 +105,7 @@ def study(name: str, *overrides: str) -> ExperimentConfig:
 
 def test_every_study_of_the_papers_is_frozen_here_and_has_a_small_version() -> None:
     assert set(PAPERS) == PAPER.keys() == SWEEPS.keys()
-    assert set(STUDIES) == {"smoke", "demo", *PAPERS, *SMALL}
+    assert set(STUDIES) == {"smoke", "demo", "thought_preference", *PAPERS, *SMALL}
 
 
 def flat(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:

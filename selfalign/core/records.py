@@ -18,17 +18,24 @@ Prompt = str | list[Message]
 class FinishReason(StrEnum):
     """Why a text ended, or why there is none.
 
-    `eos`: at an end-of-turn token. `length`: cut at `max_new_tokens`. `unknown`: at its own end, for a reason that only
+    `eos`: at an end-of-turn token. `length`: cut at `max_new_tokens`. `truncated`: inside its thought, so that there is
+    no answer. `unknown`: at its own end, for a reason that only
     the server which wrote it knows. The others are refusals: a server did not fulfil the request, because the prompt
     does not fit, for its content, or for any other reason. The text is then the server's message.
     """
 
     EOS = "eos"
     LENGTH = "length"
+    TRUNCATED = "truncated"
     UNKNOWN = "unknown"
     PROMPT_TOO_LONG = "prompt_too_long"
     CONTENT_FILTER = "content_filter"
     REFUSED = "refused"
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the text was cut before its own end, or inside its thought."""
+        return self in (FinishReason.LENGTH, FinishReason.TRUNCATED)
 
     @property
     def is_refusal(self) -> bool:
@@ -60,7 +67,9 @@ class Demonstration:
 
     `source` is "ift", "eft", or "positive" (a response judged good). `prefill` is how the answer begins where that is
     given instead of learnt. Demonstrations of one `question` have prompts that begin alike, so they are trained side by
-    side and their beginning is computed once. `ids` are the tokens of a response that a model wrote.
+    side and their beginning is computed once. `ids` are the tokens of a response that a model wrote, and `thought` is
+    what it wrote before its answer; a given response may hold its thought itself. `thought_prompt` asked for the
+    thought, before the prompt.
     """
 
     id: str
@@ -70,6 +79,8 @@ class Demonstration:
     question: str = ""
     prefill: str = ""
     ids: list[int] = field(default_factory=list)
+    thought: str = ""
+    thought_prompt: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,8 +113,10 @@ class RankedAnswers:
 class Response:
     """One answer to an instruction. `model` is "human" for given answers.
 
-    `tokens` counts the generated tokens, and `ids` are these, the end of turn included: what a policy is trained on is
-    what was written. They are empty where only a text came back.
+    `text` is the answer alone: all that is judged, compared and measured. `thought` is what was written before it, the
+    model's markers included; a thought without an end leaves no answer, and the response is `truncated`. `tokens`
+    counts the answer's tokens, the end of turn included, and `thought_tokens` those before them. `ids` are all of them
+    in their order: what a policy is trained on is what was written. They are empty where only a text came back.
     """
 
     id: str
@@ -113,17 +126,21 @@ class Response:
     tokens: int
     model: str
     ids: list[int] = field(default_factory=list)
+    thought: str = ""
+    thought_tokens: int = 0
 
     def __post_init__(self) -> None:
-        if self.finish_reason not in (FinishReason.EOS, FinishReason.LENGTH):
-            raise ValueError(f"response {self.id}: finish_reason {self.finish_reason}; a response is eos or length")
+        if self.finish_reason not in (FinishReason.EOS, FinishReason.LENGTH, FinishReason.TRUNCATED):
+            raise ValueError(
+                f"response {self.id}: finish_reason {self.finish_reason}; a response is eos, length or truncated"
+            )
+        if self.finish_reason is FinishReason.TRUNCATED and self.text:
+            raise ValueError(f"response {self.id}: its thought has no end, so it has no answer, but text {self.text!r}")
 
-
-def given_response(name: str, instruction: str, text: str, model: str) -> Response:
-    """Return an answer that was read from data. It counts as finished, because nothing tells how it ended."""
-    return Response(
-        id=name, instruction_id=instruction, text=text, finish_reason=FinishReason.EOS, tokens=0, model=model
-    )
+    @property
+    def finished(self) -> bool:
+        """Whether it ended by itself."""
+        return self.finish_reason is FinishReason.EOS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -201,8 +218,9 @@ class PreferencePair:
 
     The scores are the judge's means, None for given pairs. A response whose `*_finished` is false was cut at the
     token limit, so training does not teach it to end there. `instruction_id`, `chosen_id` and `rejected_id` lead back
-    to the records the pair was made from, and `chosen_ids` and `rejected_ids` are the responses' tokens as they were
-    written; all are empty for given pairs.
+    to the records the pair was made from. `chosen_ids` and `rejected_ids` are the responses' tokens as they were
+    written, and `chosen_thought` and `rejected_thought` what was written before the answers, for which `thought_prompt`
+    asked before the prompt. All are empty for given pairs, whose responses may hold their thoughts themselves.
     """
 
     id: str
@@ -218,6 +236,9 @@ class PreferencePair:
     rejected_id: str = ""
     chosen_ids: list[int] = field(default_factory=list)
     rejected_ids: list[int] = field(default_factory=list)
+    chosen_thought: str = ""
+    rejected_thought: str = ""
+    thought_prompt: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,7 +15,7 @@ from typing import Any, Self
 from rapidfuzz.distance import Indel
 
 from selfalign.core.errors import SelfalignError
-from selfalign.core.records import FinishReason, Response
+from selfalign.core.records import Response
 from selfalign.data.text_filters import pieces_of
 
 ROUNDING = 1e-9
@@ -188,7 +188,7 @@ def pick_pairs(
         seed: of rules that draw.
     """
     judged = [ScoredResponse(response, scores[response.id]) for response in responses if response.id in scores]
-    usable = [c for c in judged if c.response.finish_reason is FinishReason.EOS] if rule.finished_only else judged
+    usable = [c for c in judged if c.response.finished] if rule.finished_only else judged
     rounds = [
         ("too_few_judged", judged, None),
         ("unfinished", usable, None),

@@ -1,7 +1,7 @@
 """The protocol of engines: requests, completions, and policies that write or score."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -11,9 +11,11 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import as_plain
 from selfalign.core.records import FinishReason
 from selfalign.models.batches import SharedPrompt
+from selfalign.models.chat_template import markers_of
 from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.config import DTYPES
 from selfalign.models.scorer import ask_all, responses_in
+from selfalign.models.tokenizer import decode_response, plain_ids, split_written, thought_length
 from selfalign.store.journal import Journal, Task
 
 if TYPE_CHECKING:
@@ -27,12 +29,25 @@ class Sampling:
     Attributes:
         temperature: 0 takes the most likely token.
         top_p: tokens are sampled from the smallest set with at least this probability (Holtzman et al. 2019).
-        max_new_tokens: the length at which a response is cut.
+        max_new_tokens: the length at which a response is cut; an answer alone where a thought has a budget of its own.
+        thought_tokens: the most tokens of a thought before the answer, which then is truncated; 0 lets thought and
+            answer share max_new_tokens.
     """
 
     temperature: float = 0.7
     top_p: float = 0.9
     max_new_tokens: int = 512
+    thought_tokens: int = field(default=0, metadata={"keyed": "if set"})
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of a thought and an answer together."""
+        return self.thought_tokens + self.max_new_tokens
+
+    def named(self, key: str) -> str:
+        """Return the settings that limit the length, for messages."""
+        thought = f"{key}.thought_tokens={self.thought_tokens} and " if self.thought_tokens else ""
+        return f"{thought}{key}.max_new_tokens={self.max_new_tokens}"
 
     def check(self, key: str) -> None:
         """Check every range. Messages name the setting as `key`.name.
@@ -46,6 +61,8 @@ class Sampling:
             raise SelfalignError(f"{key}.top_p must be above 0 and at most 1, got {self.top_p}")
         if self.max_new_tokens < 1:
             raise SelfalignError(f"{key}.max_new_tokens must be 1 or more, got {self.max_new_tokens}")
+        if self.thought_tokens < 0:
+            raise SelfalignError(f"{key}.thought_tokens must be 0 or more, got {self.thought_tokens}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,12 +75,18 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Completion:
-    """A generated text without control tokens, why it ended, and its ids, if they are known."""
+    """A generated text without control tokens, why it ended, and its ids, if they are known.
+
+    An engine returns the whole text and the number of all tokens. `generate_batched` takes the thought apart: then
+    `text` is the answer and `tokens` counts the answer's.
+    """
 
     text: str
     finish_reason: FinishReason
     tokens: int
     ids: list[int] = field(default_factory=list)
+    thought: str = ""
+    thought_tokens: int = 0
 
 
 class LoadedEngine(Protocol):
@@ -131,7 +154,7 @@ def check_dtype(dtype: str) -> None:
 def generate_batched(
     generator: Generator, requests: Sequence[Request], sampling: Sampling, journal: Journal, name: str, size: int = 1
 ) -> list[list[Completion]]:
-    """Return the completions of each request, written in journalled batches.
+    """Return the completions of each request, written in journalled batches, their thoughts apart.
 
     Args:
         generator: the policy that writes.
@@ -143,17 +166,54 @@ def generate_batched(
     """
     lengths = [len(request.prompt) for request in requests]
     samples = max((len(request.seeds) for request in requests), default=1)
-    plan = generator.plan(lengths, samples, sampling.max_new_tokens)
+    plan = generator.plan(lengths, samples, sampling.longest)
+    whole = replace(sampling, max_new_tokens=sampling.longest, thought_tokens=0)
 
     def task(number: int) -> Task:
         chosen = [requests[index] for index in plan[number]]
         units = size * sum(len(request.seeds) for request in chosen)
-        return f"{name}-{number}", units, lambda: as_plain(generator.generate(chosen, sampling))
+        return f"{name}-{number}", units, lambda: as_plain(generator.generate(chosen, whole))
 
     written: dict[int, list[Completion]] = {}
     for batch, rows in zip(plan, journal.batches(map(task, range(len(plan)))), strict=True):
         written |= dict(zip(batch, msgspec.convert(rows, list[list[Completion]]), strict=True))
-    return [written[index] for index in range(len(requests))]
+    return [
+        [part_completion(generator.tokenizer, request.prompt, made, sampling) for made in written[index]]
+        for index, request in enumerate(requests)
+    ]
+
+
+def part_completion(tokenizer: "Tokenizer", prompt: list[int], made: Completion, sampling: Sampling) -> Completion:
+    """Return a completion with its thought apart from its answer, each within its budget.
+
+    A thought that has no end, or is longer than `thought_tokens`, leaves no answer: the completion is truncated. An
+    answer longer than `max_new_tokens` is cut there, if its ids are known.
+    """
+    if markers_of(tokenizer) is None:
+        return made
+    thought, answer = split_written(tokenizer, prompt, made.text)
+    tokens = _thought_tokens(tokenizer, made, thought)
+    too_long = sampling.thought_tokens and tokens > sampling.thought_tokens
+    if answer is None or too_long:
+        thought = made.text
+        return replace(
+            made, text="", thought=thought, finish_reason=FinishReason.TRUNCATED, tokens=0, thought_tokens=made.tokens
+        )
+    parted = replace(made, text=answer, thought=thought, tokens=made.tokens - tokens, thought_tokens=tokens)
+    if not sampling.thought_tokens or parted.tokens <= sampling.max_new_tokens:
+        return parted
+    ids = made.ids[: tokens + sampling.max_new_tokens]
+    text = decode_response(tokenizer, ids)[len(thought) :] if ids else answer
+    return replace(parted, text=text, ids=ids, finish_reason=FinishReason.LENGTH, tokens=sampling.max_new_tokens)
+
+
+def _thought_tokens(tokenizer: "Tokenizer", made: Completion, thought: str) -> int:
+    """Return the number of a completion's tokens that are its thought's."""
+    if not thought:
+        return 0
+    if made.ids:
+        return thought_length(tokenizer, made.ids, thought)
+    return min(len(plain_ids(tokenizer, thought)), made.tokens)
 
 
 def score_batched(

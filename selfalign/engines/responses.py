@@ -1,5 +1,6 @@
 """Responses of a policy to instructions, for the stage `respond` and for checkpoint selection."""
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +14,14 @@ from selfalign.engines.protocol import Completion, Engine, Generator, Request, S
 from selfalign.metrics import catalog
 from selfalign.metrics.intervals import RunningMean
 from selfalign.models.checkpoint import PolicyCheckpoint
-from selfalign.models.tokenizer import encode_prompt, has_unknown, unknown_counts, warn_of_unknown
+from selfalign.models.tokenizer import answer_prompt, encode_prompt, has_unknown, unknown_counts, warn_of_unknown
 from selfalign.store.artifacts import Counts, StageOutput
 from selfalign.store.journal import Journal
+
+logger = logging.getLogger(__name__)
+
+OFTEN_TRUNCATED = 0.1
+"""A share of thoughts without an end that tells of too small a budget."""
 
 
 def generate_responses(
@@ -46,9 +52,10 @@ def generate_responses(
 
     def written(generator: Generator, journal: Journal) -> Iterator[Response]:
         nonlocal dropped, unknown, fitted
-        limit = generator.context - sampling.max_new_tokens
+        limit = generator.context - sampling.longest
         for number, chunk in enumerate(chunks(stream_records(instructions, Instruction))):
-            prompts = [encode_prompt(generator.tokenizer, as_prompt(record.text)) for record in chunk]
+            asked = [answer_prompt(generator.tokenizer, as_prompt(record.text)) for record in chunk]
+            prompts = [encode_prompt(generator.tokenizer, prompt) for prompt in asked]
             fitting = [(record, prompt) for record, prompt in zip(chunk, prompts, strict=True) if len(prompt) <= limit]
             journal.advance(candidates * (len(chunk) - len(fitting)))
             dropped += len(chunk) - len(fitting)
@@ -71,11 +78,19 @@ def generate_responses(
     units = count_records(instructions) * candidates
     with engine.load(policy) as generator, out.journal(units, "responses") as journal:
         write_records(out.path / "responses.jsonl", written(generator, journal))
+    if (share := tally.truncated.value or 0.0) > OFTEN_TRUNCATED:
+        logger.warning(
+            "%s: %.0f %% of the responses are thoughts without an end, which have no answer to judge: raise "
+            "thought_tokens or max_new_tokens of their sampling",
+            out.label,
+            100 * share,
+        )
     return {
         catalog.RESPONSES.name: tally.tokens.count,
         catalog.MEAN_TOKENS.name: tally.tokens.value,
         catalog.MEAN_CHARACTERS.name: tally.characters.value,
         catalog.FINISHED_SHARE.name: tally.finished.value,
+        **tally.thought_counts(),
         "dropped": {"prompt_too_long": dropped},
         **unknown_counts({"unknown": unknown}),
         **generator.counts,
@@ -84,19 +99,32 @@ def generate_responses(
 
 @dataclass(slots=True)
 class ResponseCounts:
-    """Running counts of responses: their lengths, and the share that ended by themselves."""
+    """Running counts of responses: lengths of answers and thoughts, and the shares that are finished and truncated."""
 
     tokens: RunningMean = field(default_factory=RunningMean)
     characters: RunningMean = field(default_factory=RunningMean)
     finished: RunningMean = field(default_factory=RunningMean)
+    thought_tokens: RunningMean = field(default_factory=RunningMean)
+    truncated: RunningMean = field(default_factory=RunningMean)
 
     def watch(self, responses: Iterable[Response]) -> Iterator[Response]:
         """Yield the same responses and count them."""
         for response in responses:
             self.tokens.add(response.tokens)
             self.characters.add(len(response.text))
-            self.finished.add(response.finish_reason is FinishReason.EOS)
+            self.finished.add(response.finished)
+            self.thought_tokens.add(response.thought_tokens)
+            self.truncated.add(response.finish_reason is FinishReason.TRUNCATED)
             yield response
+
+    def thought_counts(self) -> Counts:
+        """Length of the thoughts and share of those without an end; nothing where nobody has thought."""
+        if not (self.thought_tokens.value or self.truncated.value):
+            return {}
+        return {
+            catalog.MEAN_THOUGHT_TOKENS.name: self.thought_tokens.value,
+            catalog.TRUNCATED_SHARE.name: self.truncated.value,
+        }
 
 
 def _responses(record: Instruction, completions: list[Completion], model: str) -> Iterator[Response]:
@@ -109,4 +137,6 @@ def _responses(record: Instruction, completions: list[Completion], model: str) -
             tokens=completion.tokens,
             model=model,
             ids=completion.ids,
+            thought=completion.thought,
+            thought_tokens=completion.thought_tokens,
         )

@@ -30,6 +30,7 @@ from selfalign.engines.protocol import Completion, Request, Sampling, check_dtyp
 from selfalign.engines.replies import PassingError, RefusedError, Reply
 from selfalign.engines.server_process import ServerProcess
 from selfalign.engines.transformers import Transformers
+from selfalign.models.chat_template import marker_ids
 from selfalign.models.checkpoint import PolicyCheckpoint, release_memory, resolve_dtype
 from selfalign.models.config import DTYPES
 from selfalign.models.quantization import check_engine
@@ -147,6 +148,8 @@ class ServerGenerator:
             SelfalignError: the server gives no usable answer, or has read other tokens than the prompt.
         """
         how = {"temperature": sampling.temperature, "top_p": sampling.top_p, "max_tokens": sampling.max_new_tokens}
+        if marker_ids(self.tokenizer):  # Else nothing would tell a thought from its answer.
+            how["skip_special_tokens"] = False
         bodies = [
             {"prompt": self._prompt(request.prompt), "seed": seed % 2**31, **how}
             for request in requests
@@ -278,7 +281,10 @@ def _completion(tokenizer: "Tokenizer", reply: Reply, prompt: list[int]) -> Comp
         )
     if reply.text and not reply.completion_tokens:
         raise SelfalignError("engine.command: the server does not say how many tokens it wrote (completion_tokens)")
-    text = answer_text(tokenizer, reply.text, finished=reply.finish_reason is FinishReason.EOS)
+    ended = reply.finish_reason is FinishReason.EOS
+    spelled = [str(tokenizer.convert_ids_to_tokens(token)) for token in stop_ids(tokenizer) if marker_ids(tokenizer)]
+    last = next((word for word in spelled if ended and reply.text.endswith(word)), "")
+    text = answer_text(tokenizer, reply.text.removesuffix(last), finished=ended)
     return Completion(text=text, finish_reason=reply.finish_reason, tokens=reply.completion_tokens)
 
 

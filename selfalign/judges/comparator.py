@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import text_or_file
 from selfalign.core.placeholders import check_template, fill
-from selfalign.core.records import Comparison, JudgementStatus, Prompt, Response, Verdict
+from selfalign.core.records import Comparison, FinishReason, JudgementStatus, Prompt, Response, Verdict
 from selfalign.data.sources import as_prompt
+from selfalign.data.thinking import answer_given
 from selfalign.engines.openai_client import Endpoint
 from selfalign.engines.protocol import score_batched
 from selfalign.judges.comparisons import (
@@ -23,7 +24,9 @@ from selfalign.judges.comparisons import (
 )
 from selfalign.judges.expected import distribution, tokens_behind
 from selfalign.judges.protocol import JudgeContext, check_max_batch_tokens, check_model, check_share
+from selfalign.judges.sampled import write_thoughts
 from selfalign.judges.unread import Unread
+from selfalign.judges.written import JudgeText
 from selfalign.metrics import catalog
 from selfalign.metrics.summaries import win_statistics
 from selfalign.models.batches import SharedPrompt, share_prompt
@@ -51,6 +54,8 @@ class PairwiseComparator:
         model: who judges: "self" (M_t), "sft" (M1), "base" (M0), or another model: a folder or hub id.
         endpoint: a server that judges instead of `model`, if it has a base_url.
         verdict_tokens: the most tokens that the server writes.
+        thought_tokens: the most tokens of a thought: of the server's beside its verdict, or of a greedy one that a
+            policy with markers of thoughts writes before it; 0 reads a policy's verdict behind an empty thought.
         debias_position: subtracts the judge's preference for the first position, estimated from other comparisons
             (`place_preferences`). Without it a small model, which mostly prefers one position, gives ties.
         max_batch_tokens: the most tokens of a forward pass.
@@ -61,6 +66,7 @@ class PairwiseComparator:
     model: str = "self"
     endpoint: Endpoint = field(default_factory=Endpoint)
     verdict_tokens: int = 512
+    thought_tokens: int = field(default=0, metadata={"keyed": "if set"})
     debias_position: bool = False
     max_batch_tokens: int = 2048
     max_failure_rate: float = 0.5
@@ -76,10 +82,13 @@ class PairwiseComparator:
             self.endpoint.check(f"{self.key}.endpoint")
         if self.verdict_tokens < 1:
             raise SelfalignError(f"{self.key}.verdict_tokens must be 1 or more, got {self.verdict_tokens}")
+        if self.thought_tokens < 0:
+            raise SelfalignError(f"{self.key}.thought_tokens must be 0 or more, got {self.thought_tokens}")
 
     def ask(self, instruction: str, first: str, second: str) -> Prompt:
-        """Return the judge's prompt about two responses in this order."""
-        return as_prompt(fill(self.prompt, {"instruction": instruction, "first": first, "second": second}))
+        """Return the judge's prompt about two responses in this order, of which the judge sees the answers alone."""
+        shown = {"first": answer_given(first), "second": answer_given(second)}
+        return as_prompt(fill(self.prompt, {"instruction": instruction, **shown}))
 
     def compare(self, context: JudgeContext, pairs: Sequence[ResponsePair]) -> tuple[list[Comparison], Counts]:
         """Compare each pair of responses in both orders. Return the comparisons and the judge's counts."""
@@ -127,8 +136,8 @@ class PairwiseComparator:
 
     @property
     def token_setting(self) -> str:
-        """The setting that limits the length of a server's verdict."""
-        return f"{self.key}.verdict_tokens"
+        """The setting that limits the length of what the judge writes."""
+        return f"{self.key}.verdict_tokens" if self.endpoint.base_url else f"{self.key}.thought_tokens"
 
     def name(self, context: JudgeContext) -> str:
         """Return the name of the judge in records."""
@@ -136,12 +145,17 @@ class PairwiseComparator:
 
     def _read(self, context: JudgeContext, orders: Sequence[OrderedPair], counts: Counts) -> list[PairVerdict]:
         """Return the likeliest verdict on each ordered pair. Those of one instruction share their beginning."""
+        asked = [self.ask(ordered.pair.instruction.text, *ordered.texts) for ordered in orders]
+        thoughts: list[JudgeText | None] = [JudgeText("", FinishReason.EOS)] * len(orders)
+        if self.thought_tokens and orders:
+            thoughts = write_thoughts(context, asked, self.thought_tokens, orders[0].pair.id)
         reader = context.reader(self.max_batch_tokens)
         tokens = verdict_tokens(reader.tokenizer, self.key)
         prompts: dict[str, dict[int, list[int]]] = {}
-        for index, ordered in enumerate(orders):
-            asked = self.ask(ordered.pair.instruction.text, *ordered.texts)
-            ids = encode_prompt(reader.tokenizer, asked, OPENING)
+        for index, (ordered, thought) in enumerate(zip(orders, thoughts, strict=True)):
+            if thought is None or thought.still_thinking:
+                continue
+            ids = encode_prompt(reader.tokenizer, asked[index], OPENING, thought.thought)
             if len(ids) < reader.context:
                 prompts.setdefault(ordered.pair.instruction.id, {})[index] = ids
         groups: list[SharedPrompt] = [share_prompt(n, list(p.values()), [[] for _ in p]) for n, p in prompts.items()]
@@ -150,10 +164,10 @@ class PairwiseComparator:
             read |= dict(zip(prompts[group.id], rows, strict=True))
         preferences = position_bias_nats(orders, read)
         counts[catalog.JUDGE_PLACE_PREFERENCE.name] = math.fsum(preferences) / max(1, len(preferences))
-        refused = PairVerdict(JudgementStatus.PROMPT_TOO_LONG, None, "")
         taken_off = preferences if self.debias_position else [0.0] * len(preferences)
         return [
-            likeliest(read[index], taken_off[index // 2]) if index in read else refused for index in range(len(orders))
+            likeliest(read[index], taken_off[index // 2], written(thought)) if index in read else unasked(thought)
+            for index, thought in enumerate(thoughts)
         ]
 
     def _ask(self, context: JudgeContext, orders: Sequence[OrderedPair], counts: Counts) -> list[PairVerdict]:
@@ -178,7 +192,7 @@ class PairwiseComparator:
 
     def _request(self, instruction: str, first: str, second: str) -> dict[str, Any]:
         asked = self.ask(instruction, first, second)
-        return {"messages": asked, "temperature": 0, "max_tokens": self.verdict_tokens}
+        return {"messages": asked, "temperature": 0, "max_tokens": self.verdict_tokens + self.thought_tokens}
 
 
 def verdict_tokens(tokenizer: "Tokenizer", key: str) -> list[int]:
@@ -224,10 +238,22 @@ def position_bias_nats(orders: Sequence[OrderedPair], logps: Mapping[int, Sequen
     return preferences
 
 
-def likeliest(logps: Sequence[float], preference: float = 0.0) -> PairVerdict:
+def written(thought: JudgeText | None) -> str:
+    """Return what a judge wrote before its verdict."""
+    return thought.thought + thought.text if thought else ""
+
+
+def unasked(thought: JudgeText | None) -> PairVerdict:
+    """Return the verdict of a judge that could not be asked, for length, or was still thinking at its last token."""
+    thinks = thought is not None and thought.still_thinking
+    status = JudgementStatus.TRUNCATED if thinks else JudgementStatus.PROMPT_TOO_LONG
+    return PairVerdict(status, None, written(thought))
+
+
+def likeliest(logps: Sequence[float], preference: float = 0.0, thought: str = "") -> PairVerdict:
     """Return the likeliest verdict after taking a preference (nats) for A over B off. Equal verdicts are a tie."""
     a, b, tie = logps
     shares = distribution([a - preference / 2, b + preference / 2, tie])
     best = [verdict for verdict, share in zip(Verdict, shares, strict=True) if share == max(shares)]
     verdict = best[0] if len(best) == 1 else Verdict.TIE
-    return PairVerdict(JudgementStatus.OK, verdict, f"{OPENING}{verdict}]] with {max(shares):.3f}")
+    return PairVerdict(JudgementStatus.OK, verdict, f"{thought}{OPENING}{verdict}]] with {max(shares):.3f}")

@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Judgement, JudgementStatus
 from selfalign.data.sources import as_prompt
-from selfalign.data.thinking import thinks_on
 from selfalign.engines.protocol import Request, Sampling, generate_batched, score_batched
 from selfalign.judges.parsing import PREFIX, before_score
 from selfalign.judges.protocol import (
@@ -23,9 +22,9 @@ from selfalign.judges.protocol import (
     too_long,
     unjudged,
 )
-from selfalign.judges.sampled import spell_out
+from selfalign.judges.sampled import judge_text
 from selfalign.models.batches import SharedPrompt, share_prompt
-from selfalign.models.tokenizer import encode_prompt, prompt_end
+from selfalign.models.tokenizer import encode_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -40,14 +39,16 @@ class ExpectedScore(Rubric):
     Attributes:
         model: who judges: "self" (M_t, the paper), "sft" (M1), "base" (M0), or another model: a folder or hub id.
         rationale_tokens: the most tokens of a greedy justification that the judge writes first; 0 for none.
+        thought_tokens: the most tokens of a greedy thought that a judge with markers of thoughts writes before all
+            else; 0 reads the score behind an empty thought, and lets a justification share rationale_tokens with one.
         max_batch_tokens: the most tokens of a forward pass.
     """
 
     model: str = "self"
     rationale_tokens: int = 0
+    thought_tokens: int = field(default=0, metadata={"keyed": "if set"})
     max_batch_tokens: int = 2048
     min_valid_samples: ClassVar[int] = 1
-    token_setting: ClassVar[str] = "judge.rationale_tokens"
 
     def __post_init__(self) -> None:
         Rubric.__post_init__(self)
@@ -59,12 +60,24 @@ class ExpectedScore(Rubric):
             )
         if self.rationale_tokens < 0:
             raise SelfalignError(f"judge.rationale_tokens must be 0 or more, got {self.rationale_tokens}")
+        if self.thought_tokens < 0:
+            raise SelfalignError(f"judge.thought_tokens must be 0 or more, got {self.thought_tokens}")
         check_max_batch_tokens(self.max_batch_tokens)
 
     @property
     def instructions_per_call(self) -> int:
         """The number of instructions judged at a time; larger if the policy is loaded twice, to write and to score."""
-        return (16 if self.rationale_tokens else 1) * INSTRUCTIONS_PER_CALL
+        return (16 if self.writes_first else 1) * INSTRUCTIONS_PER_CALL
+
+    @property
+    def token_setting(self) -> str:
+        """The setting that limits the length of what the judge writes."""
+        return "judge.thought_tokens" if self.thought_tokens else "judge.rationale_tokens"
+
+    @property
+    def writes_first(self) -> bool:
+        """Whether the judge writes a thought or a justification before its score is read."""
+        return bool(self.rationale_tokens or self.thought_tokens)
 
     @property
     def opening(self) -> str:
@@ -77,7 +90,7 @@ class ExpectedScore(Rubric):
 
     def wanted(self, subjects: Sequence[InstructionResponse]) -> int:
         """Return the number of wanted judgements; justifications count too."""
-        return len(subjects) * (2 if self.rationale_tokens else 1)
+        return len(subjects) * (2 if self.writes_first else 1)
 
     def judge(self, context: JudgeContext, subjects: Sequence[InstructionResponse]) -> JudgeOutput:
         """Judge each response once, by the mean of the judge's score distribution.
@@ -85,8 +98,8 @@ class ExpectedScore(Rubric):
         The prompts for one instruction share the rubric and the instruction, which are computed once. A judge that
         never stopped thinking has given no justification, so it is not asked for a score.
         """
-        rationales, judgements = dict.fromkeys((subject.response.id for subject in subjects), ""), list[Judgement]()
-        if self.rationale_tokens:
+        rationales, judgements = dict.fromkeys((s.response.id for s in subjects), Rationale()), list[Judgement]()
+        if self.writes_first:
             rationales, judgements = self._justify(context, subjects)
         reader = context.reader(self.max_batch_tokens)
         digits = score_tokens(reader.tokenizer, self.min_score, self.max_score)
@@ -107,45 +120,58 @@ class ExpectedScore(Rubric):
             ]
         return JudgeOutput(judgements=judgements)
 
-    def _prompt(self, tokenizer: "Tokenizer", subject: InstructionResponse, rationale: str) -> list[int]:
+    def _prompt(self, tokenizer: "Tokenizer", subject: InstructionResponse, rationale: "Rationale") -> list[int]:
         """Return the ids up to the score. A justification is text, whatever control tokens it spells."""
         asked = self.ask(subject.instruction.text, subject.response.text)
-        return encode_prompt(tokenizer, asked, f"{rationale}\n{PREFIX}".lstrip())
+        return encode_prompt(tokenizer, asked, f"{rationale.said}\n{PREFIX}".lstrip(), rationale.thought)
 
     def _justify(
         self, context: JudgeContext, subjects: Sequence[InstructionResponse]
-    ) -> tuple[dict[str, str], list[Judgement]]:
-        """Return ({response id: greedy justification}, the failed judgements).
+    ) -> tuple[dict[str, "Rationale"], list[Judgement]]:
+        """Return ({response id: what the judge greedily wrote first}, the failed judgements).
 
-        A justification includes the judge's thinking and stops before a score. It fails if the prompt leaves no room
-        for it, or if the judge was still thinking at the last token.
+        A justification stops before a score. It fails if the prompt leaves no room for it, or if the judge was still
+        thinking at the last token. Where only a thought is wanted, the first token behind it is left out.
         """
         generator = context.writer()
-        sampling = Sampling(temperature=0, max_new_tokens=self.rationale_tokens)
+        sampling = Sampling(
+            temperature=0, max_new_tokens=max(1, self.rationale_tokens), thought_tokens=self.thought_tokens
+        )
         prompts = {
             s.response.id: encode_prompt(generator.tokenizer, self.ask(s.instruction.text, s.response.text))
             for s in subjects
         }
-        fitting = {name: p for name, p in prompts.items() if len(p) + self.rationale_tokens <= generator.context}
+        fitting = {name: p for name, p in prompts.items() if len(p) + sampling.longest <= generator.context}
         requests = [Request(prompt=prompt, seeds=[0]) for prompt in fitting.values()]
         written = generate_batched(
             generator, requests, sampling, context.journal, f"justification-{subjects[0].response.id}"
         )
-        made = {name: spell_out(generator.tokenizer, one) for name, [one] in zip(fitting, written, strict=True)}
-        rationales: dict[str, str] = {}
+        made = {
+            name: judge_text(generator.tokenizer, prompt, one)
+            for (name, prompt), [one] in zip(fitting.items(), written, strict=True)
+        }
+        rationales: dict[str, Rationale] = {}
         failed: list[Judgement] = []
         for subject in subjects:
             name = subject.response.id
             if name not in made:
                 failed.append(too_long(subject, generator.digest))
                 continue
-            text = made[name]
-            said = None if thinks_on(prompt_end(generator.tokenizer, prompts[name]), text) else before_score(text)
+            one = made[name]
+            said = None if one.still_thinking else before_score(one.text)
             if said is None:
-                failed.append(unjudged(subject, generator.digest, JudgementStatus.TRUNCATED, text))
+                failed.append(unjudged(subject, generator.digest, JudgementStatus.TRUNCATED, one.thought + one.text))
             else:
-                rationales[name] = said
+                rationales[name] = Rationale(one.thought, said if self.rationale_tokens else "")
         return rationales, failed
+
+
+@dataclass(frozen=True, slots=True)
+class Rationale:
+    """What a judge writes before its score: its thought, where the model's markers are known, and a justification."""
+
+    thought: str = ""
+    said: str = ""
 
 
 def score_tokens(tokenizer: "Tokenizer", low: int, high: int) -> list[int]:
@@ -177,7 +203,9 @@ def distribution(logps: Sequence[float]) -> list[float]:
     return [weight / sum(weights) for weight in weights]
 
 
-def expected(subject: InstructionResponse, logps: Sequence[float], low: int, rationale: str, model: str) -> Judgement:
+def expected(
+    subject: InstructionResponse, logps: Sequence[float], low: int, rationale: Rationale, model: str
+) -> Judgement:
     """Return the judgement with mean and entropy of the distribution over the scores from `low` up."""
     shares = distribution(logps)
     score = math.fsum(share * value for value, share in enumerate(shares, start=low))
@@ -186,7 +214,7 @@ def expected(subject: InstructionResponse, logps: Sequence[float], low: int, rat
         response_id=subject.response.id,
         status=JudgementStatus.OK,
         score=score,
-        text=f"{rationale}\n{PREFIX}{score:.2f}".lstrip(),
+        text=rationale.thought + f"{rationale.said}\n{PREFIX}{score:.2f}".lstrip(),
         model=model,
         entropy=-sum(share * math.log(share) for share in shares if share > 0),
     )

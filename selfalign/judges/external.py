@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from selfalign.core.records import Instruction, given_response
+from selfalign.core.records import Instruction
+from selfalign.data.thinking import given_response
 from selfalign.engines.openai_client import Endpoint
 from selfalign.engines.replies import Reply
 from selfalign.judges.protocol import InstructionResponse, JudgeContext, JudgeOutput
@@ -65,6 +66,6 @@ class ExternalScore(WrittenScore):
             "messages": self.ask(one.subject.instruction.text, one.subject.response.text),
             "temperature": self.sampling.temperature,
             "top_p": self.sampling.top_p,
-            "max_tokens": self.sampling.max_new_tokens,
+            "max_tokens": self.sampling.longest,
             "seed": one.seed % 2**31,
         }

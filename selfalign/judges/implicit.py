@@ -26,17 +26,19 @@ from selfalign.metrics.accumulate import Mean
 from selfalign.models.batches import SharedPrompt, answer_of, encode_group
 from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.scorer import LogProbScorer
+from selfalign.models.tokenizer import answer_prompt
 from selfalign.store.journal import Journal
 
 
 @dataclass(kw_only=True, slots=True)
 class ImplicitReward:
-    """`β [log π(y|x) - log π_ref(y|x)] - α |y|`, summed over the response's tokens. There is no rubric.
+    """`β [log π(y|x) - log π_ref(y|x)] - α |y|`, summed over the answer's tokens. There is no rubric.
 
     arXiv 2406.09760 (DICE). π is the judging policy, π_ref the reference it was trained against: M0 for
     M1, and for M_t what `train.reference_policy` names, by default M_{t-1}. `|y|` counts tokens, the end of turn
-    included. Weights are float32, because the reward is a small difference of large sums. α is chosen over all
-    responses, so they are judged together and lie in memory all at once.
+    included. An answer is scored behind its thought, which itself is not. Weights are float32, because the reward is a
+    small difference of large sums. α is chosen over all responses, so they are judged together and lie in memory all at
+    once.
 
     Attributes:
         model: who judges: "self" (M_t) or "sft" (M1); M0 has no reference, and neither has a model from elsewhere.
@@ -45,7 +47,7 @@ class ImplicitReward:
             several responses the best one is on average as long as the worst, or 0 where no instruction has several.
         max_batch_tokens: the most tokens of a forward pass.
         max_failure_rate: the run stops when more than this share of the responses gets no score.
-        degeneracy: when the judge says nearly the same of everything.
+        degeneracy: thresholds below which scores count as nearly constant.
     """
 
     model: str = "self"
@@ -115,15 +117,17 @@ class ImplicitReward:
         lengths: dict[str, int] = {}
         for name, family in families.items():
             answers = [answer_of(subject.response) for subject in family]
-            group = encode_group(policy.tokenizer, name, as_prompt(family[0].instruction.text), answers)
+            asked = answer_prompt(policy.tokenizer, as_prompt(family[0].instruction.text))
+            group = encode_group(policy.tokenizer, name, asked, answers, mask_thought=True)
             room = policy.context - len(group.prompt)
             kept = [i for i, ids in enumerate(group.responses) if 0 < len(ids) <= room]
             members[name] = [family[i].response.id for i in kept]
-            lengths |= {family[i].response.id: len(group.responses[i]) for i in kept}
+            scored = group.scored()
+            lengths |= {family[i].response.id: scored[i] for i in kept}
             if kept:
-                responses = [group.responses[i] for i in kept]
+                responses, masked = [group.responses[i] for i in kept], [group.num_context_tokens[i] for i in kept]
                 groups.append(
-                    SharedPrompt(id=name, prompt=group.prompt, responses=responses, num_context_tokens=[0] * len(kept))
+                    SharedPrompt(id=name, prompt=group.prompt, responses=responses, num_context_tokens=masked)
                 )
         scorer = LogProbScorer(policy, self.max_batch_tokens)
         scores: dict[str, float] = {}

@@ -58,7 +58,7 @@ def parse_score(
     lines = own_lines(text, [response])
     if lines is None:
         return Parsed(JudgementStatus.TRUNCATED)
-    cut = finish_reason is FinishReason.LENGTH
+    cut = finish_reason.is_cut
     lines = [line for line in join_headings(lines) if not _is_scale(line, low, high)]
     found = {index: match for index, line in enumerate(lines) if (match := SCORE_LINE.fullmatch(line))}
     if cut and (0 not in found or len(lines) == 1):  # "Score: 1" at the cut may have been going to be "Score: 10".
@@ -108,7 +108,7 @@ def read_bracketed(
     if lines is None:
         return JudgementStatus.TRUNCATED
     found = find_bracketed(lines, pattern)
-    cut = finish_reason is FinishReason.LENGTH
+    cut = finish_reason.is_cut
     if cut and not (found and found[0][0] == 0 and NAME.fullmatch(lines[0].partition("[[")[0])):
         return JudgementStatus.TRUNCATED
     if not found:

@@ -21,6 +21,7 @@ from selfalign.core.records import (
     ResponseScore,
 )
 from selfalign.data.sources import as_prompt
+from selfalign.data.thinking import answer_given
 from selfalign.engines.openai_client import Client, Endpoint
 from selfalign.engines.protocol import Engine, Generator, LoadedEngine, TokenScorer
 from selfalign.metrics.accumulate import Sums
@@ -91,8 +92,8 @@ class Rubric:
         return INSTRUCTIONS_PER_CALL
 
     def ask(self, instruction: str, response: str) -> Prompt:
-        """Return the judge's prompt about one response."""
-        return as_prompt(fill(self.prompt, {"instruction": instruction, "response": response}))
+        """Return the judge's prompt about one response, of which the judge sees the answer alone."""
+        return as_prompt(fill(self.prompt, {"instruction": instruction, "response": answer_given(response)}))
 
 
 @dataclass(frozen=True, slots=True)

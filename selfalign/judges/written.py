@@ -14,10 +14,16 @@ from selfalign.judges.protocol import InstructionResponse, Rubric
 
 @dataclass(frozen=True, slots=True)
 class JudgeText:
-    """A judge's text and why it ended. If a server refused the request, the text is the server's message."""
+    """A judge's text, its thought apart, and why it ended. If a server refused the request, the text is its message."""
 
     text: str
     finish_reason: FinishReason
+    thought: str = ""
+
+    @property
+    def still_thinking(self) -> bool:
+        """Whether the judge was still thinking at the end."""
+        return self.finish_reason is FinishReason.TRUNCATED
 
 
 @dataclass(kw_only=True, slots=True)
@@ -143,7 +149,7 @@ def _read(one: JudgementRequest, written: JudgeText, low: int, high: int, model:
         response_id=one.subject.response.id,
         status=parsed.status,
         score=parsed.score,
-        text=written.text,
+        text=written.thought + written.text,
         model=model,
         sample=one.sample,
         attempt=one.attempt,

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from selfalign.core.errors import SelfalignError
-from selfalign.core.records import FinishReason, PreferencePair, Prompt, Response
+from selfalign.core.records import PreferencePair, Prompt, Response
+from selfalign.data.thinking import ask_to_think
 from selfalign.losses.refinement import Refinement, augment
 from selfalign.models.checkpoint import UNBOUNDED
 from selfalign.models.packed_attention import PackedLayout, is_packing
 from selfalign.models.tokenizer import (
     Answer,
+    count_thought,
     decode_behind,
     encode_answers,
     encode_prompt,
@@ -43,7 +45,7 @@ class SharedPrompt:
     """Token ids of a prompt and of what follows it; `id` is the record's.
 
     The first `num_context_tokens[i]` tokens of response i are read but not scored: the rest of its own prompt, where
-    several prompts share only their beginning.
+    several prompts share only their beginning, or a thought that is masked.
     """
 
     id: str
@@ -97,8 +99,10 @@ class Batch:
         return torch.zeros_like(self.tokens).index_add(0, self.owner, logps)
 
 
-def encode_group(tokenizer: "Tokenizer", record_id: str, prompt: "Prompt", answers: Sequence[Answer]) -> SharedPrompt:
-    """Tokenise a prompt and the responses behind it.
+def encode_group(
+    tokenizer: "Tokenizer", record_id: str, prompt: "Prompt", answers: Sequence[Answer], *, mask_thought: bool = False
+) -> SharedPrompt:
+    """Tokenise a prompt and the responses behind it, whose thoughts are not scored if they are masked.
 
     Raises:
         SelfalignError: the prompt has no token that could predict a response's first one, or the chat template refuses
@@ -109,7 +113,8 @@ def encode_group(tokenizer: "Tokenizer", record_id: str, prompt: "Prompt", answe
         if not prompt_ids:
             raise SelfalignError("the prompt is empty, and the tokenizer adds no BOS: give a prompt")
         responses = encode_answers(tokenizer, prompt, answers)
-    return SharedPrompt(id=record_id, prompt=prompt_ids, responses=responses, num_context_tokens=[0] * len(responses))
+    masked = [count_thought(tokenizer, prompt_ids, ids) if mask_thought else 0 for ids in responses]
+    return SharedPrompt(id=record_id, prompt=prompt_ids, responses=responses, num_context_tokens=masked)
 
 
 @contextmanager
@@ -171,6 +176,8 @@ def encode_pairs(
     limit: int,
     tally: Counter[str],
     context: int = UNBOUNDED,
+    *,
+    mask_thought: bool = False,
 ) -> Iterator[PairExample]:
     """Yield pairs as tokens, chosen response first, in at most `limit` tokens of x and a response.
 
@@ -186,14 +193,16 @@ def encode_pairs(
         tally: counts `pairs`, those with a `cut` prompt, those whose x is cut further behind p (`cut_behind_p`), those
             with characters `unknown` to the tokenizer, and those dropped because a response alone is `too_long`.
         context: the longest sequence the model takes.
+        mask_thought: whether thoughts are read without being scored.
 
     Raises:
         SelfalignError: no pair fits.
     """
     p = refinement.text(tokenizer) if refinement else None
     for pair in pairs:
-        prompt, answers = settle_boundary(tokenizer, pair.prompt, answers_of(pair))
-        whole = encode_group(tokenizer, pair.id, prompt, answers)
+        asked = ask_to_think(pair.thought_prompt, pair.prompt)
+        prompt, answers = settle_boundary(tokenizer, asked, answers_of(pair))
+        whole = encode_group(tokenizer, pair.id, prompt, answers, mask_thought=mask_thought)
         plain, prompt = shorten_group(tokenizer, whole, prompt, limit)
         augmented = None
         if p is not None and prompt is not None:
@@ -248,14 +257,16 @@ def shorten_group(
 def answers_of(pair: "PreferencePair") -> list[Answer]:
     """Return both responses, the chosen one first."""
     return [
-        Answer(text=pair.chosen, finished=pair.chosen_finished, ids=pair.chosen_ids),
-        Answer(text=pair.rejected, finished=pair.rejected_finished, ids=pair.rejected_ids),
+        Answer(text=pair.chosen, finished=pair.chosen_finished, ids=pair.chosen_ids, thought=pair.chosen_thought),
+        Answer(
+            text=pair.rejected, finished=pair.rejected_finished, ids=pair.rejected_ids, thought=pair.rejected_thought
+        ),
     ]
 
 
 def answer_of(response: "Response") -> Answer:
-    """Return a response as the text behind its prompt."""
-    return Answer(text=response.text, finished=response.finish_reason is FinishReason.EOS, ids=response.ids)
+    """Return a response as the text behind its prompt, its thought included."""
+    return Answer(text=response.text, finished=response.finished, ids=response.ids, thought=response.thought)
 
 
 def score_gap(pair: "PreferencePair") -> float | None:

@@ -2,6 +2,10 @@
 
 A prompt is what the template writes before an answer when it renders the whole conversation. So a model continues the
 text that it was trained behind, whatever the template's own generation prompt is.
+
+A template that knows thoughts writes an empty one, or none, before an answer, and thoughts are written behind its
+generation prompt. So there the generation prompt is the prompt, and a thought, also an empty one, is part of what is
+written and trained.
 """
 
 import re
@@ -14,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 from selfalign.core.errors import SelfalignError
 from selfalign.core.placeholders import break_up
 from selfalign.core.records import Message
+from selfalign.data.thinking import Markers, PromptEnd, markers_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -34,6 +39,18 @@ FIXED_DATE = date(2024, 7, 26)
 
 DATE_PARTS = (*(f"%-{letter}" for letter in "dmyHIMSj"), *(f"%{letter}" for letter in "aAbBcdeFHIjmMpSTuUwxXyYZz"))
 """Parts of a date that a template may ask for, in strftime's notation."""
+
+ARGUMENTS = "chat_template_arguments"
+"""Name of the arguments of the chat template in a tokenizer's settings."""
+
+MARKERS = "thought_markers"
+"""Name of the markers of thoughts in a tokenizer's settings, where the user gives them: a list of two texts."""
+
+THOUGHT_PROMPT = "thought_prompt"
+"""Name of what asks for a thought in a tokenizer's settings."""
+
+CLOSING_SPACE = ("\n", "\n\n")
+"""White space before and behind the end of an empty thought that a prompt has opened."""
 
 ASKED: list[Message] = [{"role": "user", "content": PLAIN_TEXT}]
 
@@ -115,6 +132,48 @@ def normalizes_control_words(tokenizer: "Tokenizer") -> bool:
     return normalizer is not None and any(
         token.normalized and token.content in control_words(tokenizer) for token in added
     )
+
+
+@lru_cache(maxsize=16)
+def markers_of(tokenizer: "Tokenizer") -> Markers | None:
+    """Return the markers of the model's thoughts: those that the user gives, or those that its chat template knows."""
+    if given := tokenizer.init_kwargs.get(MARKERS):
+        return Markers(*given)
+    return markers_in(template_of(tokenizer)) if tokenizer.chat_template else None
+
+
+@lru_cache(maxsize=16)
+def marker_ids(tokenizer: "Tokenizer") -> frozenset[int]:
+    """Return the ids of control tokens that markers of thoughts are made of, such as gpt-oss's channels."""
+    markers = markers_of(tokenizer)
+    if markers is None:
+        return frozenset()
+    return frozenset(text_ids(tokenizer, markers.open + markers.close)) & control_ids(tokenizer)
+
+
+@lru_cache(maxsize=16)
+def template_thinks(tokenizer: "Tokenizer") -> bool:
+    """Whether the chat template knows the markers of the model's thoughts."""
+    markers = markers_of(tokenizer)
+    if markers is None or not tokenizer.chat_template:
+        return False
+    template = template_of(tokenizer)
+    return markers.open.rstrip() in template or markers.end in template
+
+
+@lru_cache(maxsize=16)
+def empty_thought(tokenizer: "Tokenizer") -> str:
+    """Return the text between a prompt and an answer before which nothing was thought.
+
+    It is what the template writes there, or the end of a thought that its prompt has opened.
+    """
+    markers = markers_of(tokenizer)
+    if markers is None or not template_thinks(tokenizer):
+        return ""
+    prompt, before = _render_around(tokenizer, QUESTION)[0], _whole_around(tokenizer, QUESTION)[0]
+    if markers.prompt_end(prompt) is PromptEnd.OPENED:
+        return markers.close.join(CLOSING_SPACE)
+    return before[len(prompt) :] if before.startswith(prompt) else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +271,7 @@ def unmarked_control_words(tokenizer: "Tokenizer") -> frozenset[str]:
     """Return added tokens that the template writes around turns although they are not marked as special."""
     if not tokenizer.chat_template:
         return frozenset()
-    before, behind = _render_around(tokenizer, QUESTION)
+    before, behind = _whole_around(tokenizer, QUESTION)
     # A thought that the template opens or closes on one side only belongs to the answer, not to the turn.
     both = zip(before, generation_prompt(tokenizer, QUESTION), strict=False)
     agreed = takewhile(lambda pair: pair[0] == pair[1], both)
@@ -239,7 +298,7 @@ def text_ids(tokenizer: "Tokenizer", text: str, **options: bool) -> list[int]:
 
 def altered_answer(tokenizer: "Tokenizer") -> str | None:
     """Return `PLAIN_TEXT` as the template writes it if that differs, as when it escapes characters, or None."""
-    before, behind = _render_around(tokenizer, QUESTION)
+    before, behind = _whole_around(tokenizer, QUESTION)
     written = render_whole(tokenizer, QUESTION, PLAIN_TEXT).removeprefix(before).removesuffix(behind)
     return None if written == PLAIN_TEXT else written
 
@@ -253,13 +312,6 @@ def writes_all(tokenizer: "Tokenizer", messages: list[Message]) -> bool:
     return all(message["content"] in text for message in messages)
 
 
-def opened_thought(tokenizer: "Tokenizer") -> str:
-    """Return the tag of a thought that the template opens every answer with, even an empty one; "" without one."""
-    before = _render_around(tokenizer, QUESTION)[0]
-    found = re.search(r"(<(\w+)>)\s*(</\2>)?\s*$", before)
-    return found[1] if found else ""
-
-
 def render_whole(tokenizer: "Tokenizer", messages: list[Message], answer: str) -> str:
     """Return messages and the assistant's answer as the template renders them."""
     return _apply(tokenizer, [*messages, {"role": "assistant", "content": answer}], add_generation_prompt=False)
@@ -271,7 +323,20 @@ def generation_prompt(tokenizer: "Tokenizer", messages: list[Message]) -> str:
 
 
 def _render_around(tokenizer: "Tokenizer", messages: list[Message]) -> tuple[str, str]:
-    """Return the text before and after the assistant's answer to these messages."""
+    """Return the prompt of these messages, and the text behind the assistant's answer to them."""
+    before, behind = _whole_around(tokenizer, messages)
+    return (generation_prompt(tokenizer, messages) if _asks_by_itself(tokenizer) else before), behind
+
+
+@lru_cache(maxsize=16)
+def _asks_by_itself(tokenizer: "Tokenizer") -> bool:
+    """Whether the chat template knows thoughts and has a generation prompt."""
+    asked = _apply(tokenizer, QUESTION, add_generation_prompt=False) if template_thinks(tokenizer) else ""
+    return bool(asked) and generation_prompt(tokenizer, QUESTION) != asked
+
+
+def _whole_around(tokenizer: "Tokenizer", messages: list[Message]) -> tuple[str, str]:
+    """Return the text before and after the assistant's answer to these messages in the whole conversation."""
     answered = [*messages, {"role": "assistant", "content": ANSWER}]
     before, mark, behind = _apply(tokenizer, answered, add_generation_prompt=False).rpartition(ANSWER)
     if not mark:
@@ -289,7 +354,11 @@ def _apply(tokenizer: "Tokenizer", messages: list[Message], *, add_generation_pr
     try:
         return str(
             tokenizer.apply_chat_template(
-                messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+                messages,
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **tokenizer.init_kwargs.get(ARGUMENTS, {}),
             )
         )
     except (TemplateError, TypeError, KeyError) as error:

@@ -1,11 +1,19 @@
 """The configuration of M0: source, dtype, adapter, chat template and quantisation."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from selfalign.core.errors import SelfalignError
+from selfalign.core.files import text_or_file
 from selfalign.models.quantization import check_quantization
+
+RENDERED = {"messages", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"} | {
+    *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs", "conversation"),
+}
+"""Arguments of the rendering of a conversation that no user gives."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -56,6 +64,32 @@ class LoRA:
 
 
 @dataclass(kw_only=True, slots=True)
+class Thinking:
+    """Thoughts of a model: what is written around them, and what asks for them.
+
+    Attributes:
+        open: the text that begins a thought; empty for that of the chat template, if it knows thoughts.
+        close: the text that ends it, behind which the answer begins.
+        prompt: asks for a thought, a text or "file:PATH", put before everything that the model is to answer; empty for
+            a model that thinks by itself, or not at all.
+    """
+
+    open: str = ""
+    close: str = ""
+    prompt: str = ""
+
+    def __post_init__(self) -> None:
+        if bool(self.open.strip()) != bool(self.close.strip()):
+            raise SelfalignError(
+                "model.thinking.open and model.thinking.close are given together, or neither; got "
+                f"open={self.open!r} and close={self.close!r}"
+            )
+        if self.open and self.open.strip() == self.close.strip():
+            raise SelfalignError(f"model.thinking.open and model.thinking.close must differ, got {self.open!r} twice")
+        self.prompt = text_or_file(self.prompt, "model.thinking.prompt").strip()
+
+
+@dataclass(kw_only=True, slots=True)
 class ModelConfig:
     """Source of M0, the pretrained model, and which of its weights are trained.
 
@@ -67,6 +101,9 @@ class ModelConfig:
         revision: branch, tag or commit of a hub id.
         chat_template: for a tokenizer that has none, a Jinja file, or "shipped:dialogue" (Human and Assistant take
             turns); empty keeps the tokenizer's own.
+        chat_template_arguments: values that the chat template reads by name, such as `enable_thinking: false`; they
+            hold wherever the model's prompts are rendered.
+        thinking: the model's thoughts.
         dtype: of the stored and trained weights, "float32" or "bfloat16"; quantised layers multiply in it.
         quantization: "nf4" keeps the linear layers in 4 bits, their constants quantised too (QLoRA, arXiv 2305.14314),
             wherever the policy is loaded: it trains, scores and writes with the adapter beside the quantised base, and
@@ -80,6 +117,8 @@ class ModelConfig:
     sizes: list[str] = field(default_factory=list, metadata={"keyed": False})
     revision: str = "main"
     chat_template: str = ""
+    chat_template_arguments: dict[str, Any] = field(default_factory=dict, metadata={"keyed": "if set"})
+    thinking: Thinking = field(default_factory=Thinking, metadata={"keyed": "if set"})
     dtype: str = "float32"
     quantization: str = "none"
     trust_remote_code: bool = False
@@ -91,4 +130,6 @@ class ModelConfig:
         if self.size not in (self.sizes or [""]):
             known = f"one of {', '.join(self.sizes)}" if self.sizes else "left out, because model.path names one model"
             raise SelfalignError(f"model.size must be {known}; got {self.size!r}")
+        if taken := RENDERED & self.chat_template_arguments.keys():
+            raise SelfalignError(f"model.chat_template_arguments.{min(taken)} is set by the run itself: leave it out")
         check_quantization(self.quantization, self.lora.rank)

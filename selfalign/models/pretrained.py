@@ -1,6 +1,7 @@
 """M0 and other models from outside a run: found, identified by their files, and written into a policy's folder."""
 
 import logging
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -9,8 +10,9 @@ import torch
 
 from selfalign.core.errors import SelfalignError, reason_of
 from selfalign.core.files import PACKAGE, digest_file, digest_json, path_of, read_json, read_text, write_json
+from selfalign.data.thinking import markers_in
 from selfalign.models.builtin import BUILDERS, PACKAGED, PACKAGED_HUB, is_smollm2_installed
-from selfalign.models.chat_template import template_of
+from selfalign.models.chat_template import ARGUMENTS, MARKERS, THOUGHT_PROMPT, template_of
 from selfalign.models.checkpoint import (
     TRUSTED,
     UNPACKED,
@@ -64,6 +66,7 @@ def fetch_pretrained(config: ModelConfig, destination: Path, key: str = "model.p
         tokenizer.chat_template = read_template(config)
     elif tokenizer.chat_template:
         tokenizer.chat_template = template_of(tokenizer)
+    settle_thoughts(tokenizer, config)
     settle_tokenizer(tokenizer, weights)
     tokenizer.save_pretrained(destination / "tokenizer")
     quantised = {} if quantisation == "none" else {"quantization": quantisation}
@@ -94,6 +97,34 @@ def settle_tokenizer(tokenizer: "Tokenizer", weights: Path) -> None:
         tokenizer.split_special_tokens = tokenizer.init_kwargs["split_special_tokens"] = False
     if stops := own_stops(tokenizer, named_stops(weights)):
         tokenizer.init_kwargs[OWN_STOPS] = stops
+
+
+def settle_thoughts(tokenizer: "Tokenizer", config: ModelConfig) -> None:
+    """Keep the arguments of the chat template, and the model's thoughts, in the tokenizer's settings.
+
+    Raises:
+        SelfalignError: the chat template reads no such argument, or a thought is asked for that nothing marks.
+    """
+    template = template_of(tokenizer) if tokenizer.chat_template else ""
+    arguments, thinking = config.chat_template_arguments, config.thinking
+    for name in arguments:
+        if not re.search(rf"\b{re.escape(name)}\b", template):
+            raise SelfalignError(
+                f"model.chat_template_arguments.{name} has no effect: the chat template of {config.path} reads no such "
+                "name. Leave it out, or give another template with model.chat_template=FILE."
+            )
+    if arguments:
+        tokenizer.init_kwargs[ARGUMENTS] = arguments
+    if thinking.open:
+        tokenizer.init_kwargs[MARKERS] = [thinking.open, thinking.close]
+    tokenizer.init_kwargs.pop(THOUGHT_PROMPT, None)  # Of a run that the model comes from.
+    if thinking.prompt:
+        if not thinking.open and markers_in(template) is None:
+            raise SelfalignError(
+                f"model.thinking.prompt asks for thoughts, but the chat template of {config.path} marks none: set "
+                "model.thinking.open and model.thinking.close to the texts around a thought that the prompt asks for"
+            )
+        tokenizer.init_kwargs[THOUGHT_PROMPT] = thinking.prompt
 
 
 def named_stops(weights: Path) -> int | list[int] | None:

@@ -5,6 +5,7 @@ wrote keeps the ids it was written as, because a tokenizer would not always read
 """
 
 import logging
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -13,10 +14,15 @@ from typing import TYPE_CHECKING, cast
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Message, Prompt
+from selfalign.data.thinking import PromptEnd, ask_to_think
 from selfalign.models.chat_template import (
+    THOUGHT_PROMPT,
     answer_shape,
     control_ids,
+    empty_thought,
     joined_space,
+    marker_ids,
+    markers_of,
     render_prompt,
     rendered_ids,
     spelled_at,
@@ -44,27 +50,30 @@ class Answer:
     """A response to be put behind a prompt.
 
     Attributes:
-        text: what it says.
+        text: what it says; it may begin with a thought where `thought` is empty.
         finished: whether it ended by itself; one that was cut is not taught to end there.
         ids: those it was written as, its end of turn included; empty where only the text is known.
+        thought: what was written before it.
     """
 
     text: str
     finished: bool = True
     ids: list[int] = field(default_factory=list)
+    thought: str = ""
 
 
-def encode_prompt(tokenizer: "Tokenizer", prompt: Prompt, prefill: str = "") -> list[int]:
+def encode_prompt(tokenizer: "Tokenizer", prompt: Prompt, prefill: str = "", thought: str = "") -> list[int]:
     """Return the ids that the model continues from.
 
-    Messages go through the chat template up to the assistant's answer. Then follows `prefill`, the beginning of the
-    answer; if the last message is the assistant's, that one is continued. A plain text is taken as it stands. There is
-    one BOS if the tokenizer or the template wants one.
+    Messages go through the chat template up to the assistant's thought, or to its answer where the model does not
+    think. Then follows `prefill`, the beginning of the answer, behind `thought`, or behind an empty one; if the last
+    message is the assistant's, that one is continued. A plain text is taken as it stands. There is one BOS if the
+    tokenizer or the template wants one.
 
     Raises:
         SelfalignError: messages are given, and the tokenizer has no chat template, or it refuses them.
     """
-    return _context(tokenizer, prompt, prefill)[1]
+    return _context(tokenizer, prompt, prefill, thought)[1]
 
 
 def prompt_end(tokenizer: "Tokenizer", ids: list[int]) -> str:
@@ -78,7 +87,7 @@ def encode_answers(
     """Return the ids of each answer behind a prompt (and behind the prefill).
 
     An answer that the model wrote keeps the ids it was written as. The others are tokenised together with the prompt,
-    whose ids do not change.
+    whose ids do not change, and with their thought, which is an empty one where there is none.
     """
     before, ids, margin = _context(tokenizer, prompt, prefill)
     shape = answer_shape(tokenizer)
@@ -87,11 +96,38 @@ def encode_answers(
     def encode(answer: Answer) -> list[int]:
         if answer.ids:
             return answer.ids
-        text = margin + answer.text + closing * answer.finished
+        begun = isinstance(prompt, str) or prefill or _begun_answer(prompt)[1]
+        thought, said = ("", answer.thought + answer.text) if begun else _parted(tokenizer, before, margin, answer)
+        text = margin + thought + said + closing * answer.finished
         text = text.rstrip() if answer.finished and strips_answers(tokenizer) else text
-        return [*_continued(tokenizer, before, ids, text), *([end_of_turn_id(tokenizer)] if answer.finished else [])]
+        marked = _marked(tokenizer, margin, thought)
+        own = _continued(tokenizer, before, ids, text, marked)
+        return [*own, *([end_of_turn_id(tokenizer)] if answer.finished else [])]
 
     return [encode(answer) for answer in answers]
+
+
+def _parted(tokenizer: "Tokenizer", before: str, margin: str, answer: Answer) -> tuple[str, str]:
+    """Return an answer's thought as it goes on behind its prompt, and the answer itself."""
+    markers = markers_of(tokenizer)
+    if markers is None:
+        return answer.thought, answer.text
+    prompt = markers.prompt_end(before)
+    space = before[len(before.rstrip()) :] + margin
+    thought, text = answer.thought, answer.text
+    if not thought and prompt is not PromptEnd.CLOSED:
+        # A text behind a prompt that has opened a thought may go on with it; one without its end is an answer.
+        begun = prompt is PromptEnd.OPENED and markers.end in text
+        thought, said = markers.split(text, PromptEnd.OPENED if begun else PromptEnd.BARE)
+        text = said if said is not None else ""
+    return markers.inside(thought, prompt, space) or empty_thought(tokenizer), text
+
+
+def _marked(tokenizer: "Tokenizer", margin: str, thought: str) -> list[tuple[int, int]]:
+    """Return where a thought behind a margin has the model's own markers."""
+    markers = markers_of(tokenizer)
+    spans = markers.spans(thought) if markers is not None and thought else []
+    return [(start + len(margin), end + len(margin)) for start, end in spans]
 
 
 @lru_cache(maxsize=16)
@@ -131,11 +167,11 @@ def stop_ids(tokenizer: "Tokenizer") -> list[int]:
     """Return the tokens that end generation.
 
     These are EOS, the end of turn, the token after an answer in a conversation, and those that the model's own files
-    name (see `own_stops`).
+    name (see `own_stops`); but none that ends a thought, such as gpt-oss's <|end|>.
     """
     eos, named = cast(int | None, tokenizer.eos_token_id), tokenizer.init_kwargs.get(OWN_STOPS, [])
-    known = {eos, end_of_turn_id(tokenizer), answer_shape(tokenizer).next, *named}
-    return sorted(token for token in known if token is not None)
+    between = {answer_shape(tokenizer).next, *named} - marker_ids(tokenizer)
+    return sorted(token for token in {eos, end_of_turn_id(tokenizer), *between} if token is not None)
 
 
 def own_stops(tokenizer: "Tokenizer", named: int | Sequence[int] | None) -> list[int]:
@@ -145,10 +181,43 @@ def own_stops(tokenizer: "Tokenizer", named: int | Sequence[int] | None) -> list
 
 
 def decode_response(tokenizer: "Tokenizer", ids: list[int]) -> str:
-    """Return the text of generated ids, without control tokens."""
-    control = control_ids(tokenizer)
-    written = decode_behind(tokenizer, [token for token in ids if token not in control])
+    """Return the text of generated ids, without control tokens except for the markers of a thought."""
+    written = decode_written(tokenizer, ids)
     return answer_text(tokenizer, written, finished=bool(ids) and ids[-1] in stop_ids(tokenizer))
+
+
+def decode_written(tokenizer: "Tokenizer", ids: list[int]) -> str:
+    """Return the same with the white space that the template puts around an answer."""
+    control = control_ids(tokenizer) - marker_ids(tokenizer)
+    return decode_behind(tokenizer, [token for token in ids if token not in control])
+
+
+def answer_prompt(tokenizer: "Tokenizer", prompt: Prompt) -> Prompt:
+    """Return a prompt as a policy is asked to answer it, with what asks for a thought where its model has that."""
+    return ask_to_think(tokenizer.init_kwargs.get(THOUGHT_PROMPT, ""), prompt)
+
+
+def split_written(tokenizer: "Tokenizer", prompt: list[int], text: str) -> tuple[str, str | None]:
+    """Split a text behind an encoded prompt into thought and answer (see `Markers.split`), by the model's markers."""
+    markers = markers_of(tokenizer)
+    if markers is None:
+        return "", text
+    return markers.split(text, markers.prompt_end(prompt_end(tokenizer, prompt)))
+
+
+def count_thought(tokenizer: "Tokenizer", prompt: list[int], ids: list[int]) -> int:
+    """Return how many of the ids behind a prompt are a thought. The last one never is."""
+    thought, _ = split_written(tokenizer, prompt, decode_response(tokenizer, ids))
+    return min(thought_length(tokenizer, ids, thought), len(ids) - 1) if thought else 0
+
+
+def thought_length(tokenizer: "Tokenizer", ids: list[int], thought: str) -> int:
+    """Return the number of ids, at the beginning of generated ones, that a thought was written as."""
+    margin = answer_shape(tokenizer).margin
+    written = decode_written(tokenizer, ids)
+    length = len(written) - len(written.removeprefix(margin)) + len(thought)
+    # The first token that ends behind the thought is the answer's.
+    return bisect_right(range(1, len(ids) + 1), length, key=lambda n: len(decode_written(tokenizer, ids[:n])))
 
 
 def answer_text(tokenizer: "Tokenizer", written: str, *, finished: bool) -> str:
@@ -161,7 +230,7 @@ def decode_behind(tokenizer: "Tokenizer", ids: list[int]) -> str:
     """Return the text of ids that follow others, with the space that some tokenizers leave out at the beginning."""
     anchor = text_ids(tokenizer, ANCHORS[1])
     before, whole = (
-        str(tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        str(tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False))
         for part in (anchor, [*anchor, *ids])
     )
     return whole[len(before) :].removeprefix(" " * reads_no_space(tokenizer))
@@ -235,8 +304,9 @@ def ids_to_exact_text(tokenizer: "Tokenizer", ids: list[int]) -> str:
     return text
 
 
-def _context(tokenizer: "Tokenizer", prompt: Prompt, prefill: str) -> tuple[str, list[int], str]:
+def _context(tokenizer: "Tokenizer", prompt: Prompt, prefill: str, thought: str = "") -> tuple[str, list[int], str]:
     """Return a prompt's text and ids, and the white space to write before an answer."""
+    marked: list[tuple[int, int]] = []
     if isinstance(prompt, str):
         first, *rest = _pieces(tokenizer, prompt)
         ids = rendered_ids(tokenizer, first)
@@ -248,9 +318,12 @@ def _context(tokenizer: "Tokenizer", prompt: Prompt, prefill: str) -> tuple[str,
         before = render_prompt(tokenizer, messages)
         before = before[: len(before) - len(margin)]
         ids = rendered_ids(tokenizer, before)
+        if prefill or thought:
+            thought, prefill = _parted(tokenizer, before, margin, Answer(text=prefill, thought=thought))
+            prefill, marked = thought + prefill, _marked(tokenizer, margin, thought)
     if not prefill:
         return before, ids, margin
-    return before + margin + prefill, [*ids, *_continued(tokenizer, before, ids, margin + prefill)], ""
+    return before + margin + prefill, [*ids, *_continued(tokenizer, before, ids, margin + prefill, marked)], ""
 
 
 def _begun_answer(messages: list[Message]) -> tuple[list[Message], str]:
@@ -260,13 +333,17 @@ def _begun_answer(messages: list[Message]) -> tuple[list[Message], str]:
     return messages, ""
 
 
-def _continued(tokenizer: "Tokenizer", before: str, ids: list[int], text: str) -> list[int]:
-    """Return the ids of a text behind another, whose ids stay as they are. A control token that it spells is text.
+def _continued(
+    tokenizer: "Tokenizer", before: str, ids: list[int], text: str, marked: Sequence[tuple[int, int]] = ()
+) -> list[int]:
+    """Return the ids of a text behind another, whose ids stay as they are.
+
+    A control token that it spells is text, except in the parts that are `marked`.
 
     They come from the ids of both texts together if these begin with the ids of the first. Else, as for an answer that
     begins with more white space than the prompt ends with, the text is tokenised alone.
     """
-    first, *rest = _pieces(tokenizer, text)
+    first, *rest = _pieces(tokenizer, text, marked)
     whole = rendered_ids(tokenizer, before + first)
     behind = whole[len(ids) :] if whole[: len(ids)] == ids else _behind_anchor(tokenizer, first)
     return [*behind, *(token for piece in rest for token in _behind_anchor(tokenizer, piece))]
@@ -283,7 +360,8 @@ def _behind_anchor(tokenizer: "Tokenizer", text: str) -> list[int]:
     return text_ids(tokenizer, text)
 
 
-def _pieces(tokenizer: "Tokenizer", text: str) -> list[str]:
-    """Return the text in pieces none of which spells a control token; at least one."""
-    cuts = [0, *(start + 1 for start in spelled_at(tokenizer, text)), len(text)]
+def _pieces(tokenizer: "Tokenizer", text: str, marked: Sequence[tuple[int, int]] = ()) -> list[str]:
+    """Return the text in pieces none of which spells a control token outside the marked parts; at least one."""
+    spelled = [at for at in spelled_at(tokenizer, text) if not any(start <= at < end for start, end in marked)]
+    cuts = [0, *(start + 1 for start in spelled), len(text)]
     return [text[start:end] for start, end in pairwise(cuts)]

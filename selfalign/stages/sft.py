@@ -2,18 +2,20 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import stream_records
 from selfalign.core.records import Demonstration
+from selfalign.data.thinking import ask_to_think
 from selfalign.metrics import catalog
 from selfalign.models.batches import SharedPrompt, of_record, share_prompt
 from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.tokenizer import (
     Answer,
+    count_thought,
     encode_answers,
     encode_prompt,
     has_unknown,
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def size(*, demonstrations: Artifact, optimization: Optimization, **others: object) -> Size:
-    """Its epochs and batches."""
+    """Return the number of demonstrations, the epochs and the batch size."""
     count = amount(records_in(demonstrations, "demonstrations"))
     return Size(f"SFT on {count} demonstrations, epochs {optimization.epochs}, batch {optimization.batch_size}", {})
 
@@ -48,19 +50,20 @@ def sft(
     optimization: Optimization,
     weights: TrainableWeights,
 ) -> Counts:
-    """Fine-tunes a policy on demonstrations; the loss is on target tokens only.
+    """Fine-tune a policy on demonstrations. The loss is on response tokens only.
 
     Args:
-        out: gets the trained policy.
-        policy: where training starts.
-        base: M0, which an adapter belongs to.
+        out: receives the trained policy.
+        policy: the start of training.
+        base: M0, the base of an adapter.
         demonstrations: demonstrations.jsonl.
         optimization: rates, sizes and lengths.
-        weights: which weights are trained.
+        weights: the weights to train.
     """
     records, tally = stream_records(demonstrations.path / "demonstrations.jsonl", Demonstration), Counter[str]()
     tokenizer = PolicyCheckpoint(policy.path).load_tokenizer()
-    groups = group_demonstrations(tokenizer, records, optimization.max_length, tally)
+    length, mask = optimization.max_length, optimization.mask_thought
+    groups = group_demonstrations(tokenizer, records, length, tally, mask_thought=mask)
     examples = store_examples(out.scratch / "examples", SharedPrompt, groups, tally)
     train(
         out,
@@ -80,17 +83,25 @@ def sft(
 
 
 def group_demonstrations(
-    tokenizer: "Tokenizer", records: Iterable[Demonstration], max_length: int, tally: Counter[str]
+    tokenizer: "Tokenizer",
+    records: Iterable[Demonstration],
+    max_length: int,
+    tally: Counter[str],
+    *,
+    mask_thought: bool = False,
 ) -> Iterator[SharedPrompt]:
-    """The demonstrations that fit, as tokens: neighbours of one question together, with what they share computed once.
+    """Tokenise the demonstrations that fit. Neighbours of one question are grouped and share their prompt's prefix.
+
+    Thoughts that are masked are read as the end of the prompt.
 
     Raises:
-        SelfalignError: none fits.
+        SelfalignError: no demonstration fits.
     """
 
     def fitting() -> Iterator[Encoded]:
         for record in records:
             example = encode_demonstration(tokenizer, record)
+            example = example.masked(tokenizer) if mask_thought else example
             fits = len(example) <= max_length
             tally["demonstrations" if fits else "too_long"] += 1
             if fits:
@@ -99,10 +110,10 @@ def group_demonstrations(
                     tally["unknown"] += 1
                 yield example
 
-    for family in by_question(fitting()):
-        group = share_prompt(family[0].record.id, [one.prompt for one in family], [one.response for one in family])
-        tally["tokens"] += len(group)
-        yield group
+    for group in by_question(fitting()):
+        shared = share_prompt(group[0].record.id, [one.prompt for one in group], [one.response for one in group])
+        tally["tokens"] += len(shared)
+        yield shared
     warn_of_unknown(tokenizer, tally["unknown"], tally["demonstrations"], "demonstrations")
     if not tally["demonstrations"]:
         raise SelfalignError(
@@ -112,7 +123,7 @@ def group_demonstrations(
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A demonstration as tokens."""
+    """A tokenised demonstration."""
 
     record: Demonstration
     prompt: list[int]
@@ -121,17 +132,23 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)
 
+    def masked(self, tokenizer: "Tokenizer") -> "Encoded":
+        """The same with its thought as a part of the prompt."""
+        length = count_thought(tokenizer, self.prompt, self.response)
+        return replace(self, prompt=[*self.prompt, *self.response[:length]], response=self.response[length:])
+
 
 def encode_demonstration(tokenizer: "Tokenizer", record: Demonstration) -> Encoded:
-    """Tokenises a prompt with the beginning that is given, and a response that ends its turn.
+    """Tokenise a prompt with its prefill, and a response with the end of its turn.
 
     Raises:
-        SelfalignError: the response's first token would merge with the beginning that is given, or the chat template
-            refuses the prompt; the record is named.
+        SelfalignError: the tokenizer merges the prefill with the response's first character, or the chat template
+            refuses the prompt. The message names the record.
     """
     with of_record(record.id):
-        answer = Answer(text=record.response, ids=record.ids)
-        prompt, [answer] = settle_boundary(tokenizer, record.prompt, [answer])
+        answer = Answer(text=record.response, ids=record.ids, thought=record.thought)
+        asked = ask_to_think(record.thought_prompt, record.prompt)
+        prompt, [answer] = settle_boundary(tokenizer, asked, [answer])
         ids = encode_prompt(tokenizer, prompt, record.prefill)
         if record.prefill and encode_prompt(tokenizer, prompt, record.prefill + record.response)[: len(ids)] != ids:
             raise SelfalignError(
@@ -143,5 +160,5 @@ def encode_demonstration(tokenizer: "Tokenizer", record: Demonstration) -> Encod
 
 
 def by_question(examples: Iterable[Encoded]) -> Iterator[list[Encoded]]:
-    """Neighbours of one question together, every other demonstration alone."""
-    return (list(family) for _, family in groupby(examples, key=lambda one: one.record.question or one.record.id))
+    """Group neighbours that have the same question. Other demonstrations are groups of one."""
+    return (list(group) for _, group in groupby(examples, key=lambda one: one.record.question or one.record.id))

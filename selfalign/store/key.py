@@ -1,8 +1,8 @@
 """Keys of artifacts: what enters them, and what is left out."""
 
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from enum import Enum
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 from selfalign.core.files import digest_json
 from selfalign.store.source_code import SOURCE, source_code
@@ -27,14 +27,15 @@ def to_key_json(value: Any) -> Any:
     """Return inputs as plain JSON for the key. A dataclass counts as its class and fields.
 
     A class that is not selfalign's own counts with the code of its package, by which a changed one is another.
-    A field with metadata {"keyed": False} is left out: it changes how fast something is made, but not the result.
+    A field with metadata {"keyed": False} is left out: it changes how fast something is made, but not the result. One
+    with {"keyed": "if set"} is left out while it has its default, so that a new setting leaves older keys as they are.
     """
     if isinstance(value, Keyed) and not isinstance(value, type):
         return value.to_key_json()
     if isinstance(value, Enum):
         return value.value
     if is_dataclass(value) and not isinstance(value, type):
-        keyed = [f.name for f in fields(value) if f.metadata.get("keyed", True)]
+        keyed = [f.name for f in fields(value) if _is_keyed(f, getattr(value, f.name))]
         code = {SOURCE: found} if (found := source_code(type(value))) else {}
         return {"class": type(value).__name__, **code, **{name: to_key_json(getattr(value, name)) for name in keyed}}
     if isinstance(value, dict):
@@ -44,3 +45,11 @@ def to_key_json(value: Any) -> Any:
     if value is None or isinstance(value, str | int | float | bool):
         return value
     raise TypeError(f"{type(value).__name__} cannot be part of an artifact's key")
+
+
+def _is_keyed(field: Field[Any], value: Any) -> bool:
+    """Whether a field of a dataclass is part of the key."""
+    keyed = field.metadata.get("keyed", True)
+    if keyed != "if set":
+        return keyed
+    return value != (field.default if field.default is not MISSING else cast(Any, field.default_factory)())

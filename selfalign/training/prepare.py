@@ -1,4 +1,4 @@
-"""A policy made ready for training: its adapter, dropout, and log-probabilities in its forward pass."""
+"""Preparation of a policy for training: its adapter, dropout, and a forward pass that returns log-probabilities."""
 
 import logging
 from typing import TYPE_CHECKING, Any, cast
@@ -19,10 +19,16 @@ logger = logging.getLogger(__name__)
 
 
 def prepare(loaded: Policy, files: PolicyCheckpoint, weights: TrainableWeights, dropout: float) -> None:
-    """Adds an adapter if one is asked for and not there, sets dropout, and makes the model score."""
+    """Add an adapter if one is wanted and missing, set dropout, and make the model return log-probabilities.
+
+    Raises:
+        SelfalignError: the policy has an adapter, but all weights are to be trained; or an adapter cannot be added.
+    """
     has_adapter = hasattr(loaded.model, "peft_config")
     if has_adapter and not weights.lora.rank:
-        raise SelfalignError(f"{files.path} has an adapter, but model.lora.rank=0 asks to train all weights")
+        raise SelfalignError(
+            f"{files.path} has an adapter, but model.lora.rank=0 trains all weights: set model.lora.rank"
+        )
     if weights.lora.rank and not has_adapter:
         loaded.model = add_adapter(loaded.model, weights.lora)
     freeze_unused(loaded.model)
@@ -43,12 +49,12 @@ def freeze_unused(model: "PreTrainedModel") -> None:
 
 
 def add_adapter(model: "PreTrainedModel", lora: LoRA) -> "PreTrainedModel":
-    """The model with a fresh adapter.
+    """Add a new adapter to a model.
 
     Raises:
-        SelfalignError: `lora.targets` names what it does not have or cannot adapt; its output layer, of which only the
-            responses' tokens are computed; or its embedding, where that is its output layer too: merged, an adapter
-            of the one would change the other as well.
+        SelfalignError: `lora.targets` names a layer that does not exist or cannot be adapted; the output layer, which
+            is computed for response tokens only; or an embedding tied to the output layer, because merging its adapter
+            would change the output layer too.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -78,13 +84,13 @@ def add_adapter(model: "PreTrainedModel", lora: LoRA) -> "PreTrainedModel":
     if unknown:
         raise refuse(f"{type(model).__name__} has no layer {unknown[0]!r}")
     if model.get_output_embeddings() is not head:
-        raise refuse("it names the output layer, which cannot have an adapter here: leave it out")
+        raise refuse("the output layer cannot have an adapter: remove it")
     if model.get_input_embeddings() is not embedding and getattr(head, "weight", None) is embedding.weight:
-        raise refuse("its embedding is its output layer too, which an adapter of the one would change when merged")
+        raise refuse("the embedding is tied to the output layer, which merging its adapter would change too: remove it")
     left_out = [one for one in experts if not any(f".{one}".endswith(f".{name}") for name in stacked)]
     if whole and left_out:
         logger.warning(
-            "model.lora.targets=%s does not reach %s: they stay as they are. To adapt them too, set "
+            "model.lora.targets=%s does not include %s: these weights are not trained. To adapt them too, set "
             "model.lora.targets='%s'",
             lora.targets,
             ", ".join(left_out),
@@ -94,7 +100,7 @@ def add_adapter(model: "PreTrainedModel", lora: LoRA) -> "PreTrainedModel":
 
 
 def linear_layers(model: "PreTrainedModel") -> list[str]:
-    """What the linear layers of a model are called, its output layer aside."""
+    """Return the names of a model's linear layers, without its output layer."""
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings()
@@ -105,7 +111,7 @@ def linear_layers(model: "PreTrainedModel") -> list[str]:
 
 
 def expert_weights(model: nn.Module) -> list[str]:
-    """What the weights of several linear layers in one are called, such as those of experts, with their module."""
+    """Return the names of stacked weights, such as those of mixture-of-experts layers, each with its module's name."""
     convolution = nn.modules.conv._ConvNd
     found = {
         f"{path.rsplit('.', 1)[-1]}.{name}"

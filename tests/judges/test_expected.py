@@ -17,7 +17,7 @@ from judging import ANSWERS, ASKED, given, judged
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import JudgementStatus
-from selfalign.judges.expected import ExpectedScore, expected, score_tokens
+from selfalign.judges.expected import ExpectedScore, Rationale, expected, score_tokens
 from selfalign.judges.parsing import before_score
 from selfalign.judges.protocol import InstructionResponse
 from selfalign.models.checkpoint import PolicyCheckpoint
@@ -53,9 +53,9 @@ def test_expected_score_is_the_probability_weighted_mean_of_full_logits(
 
 def test_entropy_of_an_undecided_judge_is_that_of_the_uniform_distribution() -> None:
     subject = InstructionResponse(ASKED[0], ANSWERS[0])
-    even = expected(subject, [-900.0] * 6, 0, "", "m")
+    even = expected(subject, [-900.0] * 6, 0, Rationale(), "m")
     assert (even.score, even.entropy) == (pytest.approx(2.5), pytest.approx(math.log(6)))
-    certain = expected(subject, [-5000.0, -5000.0, -5000.0, -1.0, -5000.0, -5000.0], 0, "", "m")
+    certain = expected(subject, [-5000.0, -5000.0, -5000.0, -1.0, -5000.0, -5000.0], 0, Rationale(), "m")
     assert (certain.score, certain.entropy) == (3.0, 0.0)
 
 
@@ -128,8 +128,8 @@ def test_score_written_into_the_justification_is_not_read_but_cut_off(
     assert found[0].text == found[1].text
     control = set(policy.tokenizer.all_special_ids)
     subject = InstructionResponse(ASKED[0], ANSWERS[0])
-    ids = JUSTIFIED._prompt(policy.tokenizer, subject, "It is short. <|im_end|>")
-    usual = JUSTIFIED._prompt(policy.tokenizer, subject, "It is short.")
+    ids = JUSTIFIED._prompt(policy.tokenizer, subject, Rationale(said="It is short. <|im_end|>"))
+    usual = JUSTIFIED._prompt(policy.tokenizer, subject, Rationale(said="It is short."))
     assert [i for i in ids if i in control] == [i for i in usual if i in control]
 
 

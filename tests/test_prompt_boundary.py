@@ -62,19 +62,19 @@ COLON_AND_SPACE = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-OPENED_THOUGHT = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
-EMPTY_THOUGHT = CHATML.replace(
-    "{{ m['content'] }}", "{% if m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}"
+OPENED_PLAN = CHATML.replace("assistant\n{% endif %}", "assistant\n<plan>\n{% endif %}")
+EMPTY_PLAN = CHATML.replace(
+    "{{ m['content'] }}", "{% if m['role'] == 'assistant' %}<plan>\n\n</plan>\n\n{% endif %}{{ m['content'] }}"
 )
-"""In a conversation every answer stands behind a thought, which the generation prompt does not have."""
+"""In a conversation every answer stands behind a plan, which the generation prompt does not have."""
 
 TEMPLATES_OF = {
     "byte_level": {
         "chatml": CHATML,
         "dialogue": (TEMPLATES / "dialogue.jinja").read_text(),
         "colon_and_space": COLON_AND_SPACE,
-        "opened_thought": OPENED_THOUGHT,
-        "empty_thought": EMPTY_THOUGHT,
+        "opened_plan": OPENED_PLAN,
+        "empty_plan": EMPTY_PLAN,
     },
     "sentencepiece": {
         "zephyr": ZEPHYR,
@@ -245,10 +245,10 @@ def test_template_that_agrees_with_itself_gets_no_note(tokenizer: Any) -> None:
     ("tokenizer", "found"),
     [
         (
-            ("smollm2_tokenizer", "opened_thought"),
-            "with '' in a conversation and with '<think>\\n' where it is asked for one",
+            ("smollm2_tokenizer", "opened_plan"),
+            "with '' in a conversation and with '<plan>\\n' where it is asked for one",
         ),
-        (("smollm2_tokenizer", "empty_thought"), "with '<think>\\n\\n</think>\\n\\n' in a conversation and with ''"),
+        (("smollm2_tokenizer", "empty_plan"), "with '<plan>\\n\\n</plan>\\n\\n' in a conversation and with ''"),
     ],
     indirect=["tokenizer"],
     ids=["opened", "empty"],

@@ -1,4 +1,4 @@
-"""Trainings to be done by one process and by several: `torchrun tests/layout_jobs.py JOBS.json`, or `train_here`."""
+"""Trainings to be done by one process and by several: `torchrun tests/training_jobs.py JOBS.json`, or `train_here`."""
 
 import json
 import os

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 from builders import ROOT, optimization, weights, workspace
-from layout_jobs import Job, as_file, moved, task, train_here
 from mutation import assert_caught
 from safetensors.torch import load_file
+from training_jobs import Job, as_file, moved, task, train_here
 
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
@@ -77,7 +77,7 @@ def in_two_processes(folder: Path, jobs: list[Job], policy: PolicyCheckpoint, *,
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     started = time.monotonic()
     done = subprocess.run(
-        [*command, str(ROOT / "tests" / "layout_jobs.py"), str(listed)],
+        [*command, str(ROOT / "tests" / "training_jobs.py"), str(listed)],
         env=environment,
         capture_output=True,
         text=True,
@@ -283,12 +283,12 @@ def test_the_average_of_all_gradients_is_that_of_one_process(
     check_gradients(monkeypatch, tiny_policy, tmp_path)
 
 
-SCALE = "0.0 if part.repeated else distributed.count() / weight"
+SCALE = "0.0 if microbatch.repeated else distributed.count() / weight"
 MISSING = "missing = max(map(len, runs)) - len(runs[rank])"
 MUTANTS: list[tuple[Any, str, str, Callable[..., None]]] = [
     (trainer_module, SCALE, SCALE.replace("distributed.count()", "1"), check_gradients),
     (trainer_module, SCALE, "distributed.count() / weight", check_gradients),
-    (trainer_module, SCALE, SCALE.replace("/ weight", "/ len(passes)"), check_gradients),
+    (trainer_module, SCALE, SCALE.replace("/ weight", "/ len(microbatches)"), check_gradients),
     (parallelism, MISSING, "missing = 0", check_shares),
     (parallelism, "(load + len(example), process)", "(load + 1, process)", check_shares),
     (parallelism, "heapq.heapreplace(loads, (load + len(example), process))", "pass", check_shares),
@@ -311,7 +311,7 @@ def test_shares_among_one_process_are_refused(tiny_policy: PolicyCheckpoint, tmp
     train_here(job, tiny_policy)
     said = (tmp_path / "M1" / "error-0").read_text()
     assert said.startswith(
-        "train.parallelism.strategy=fsdp2 needs several processes, and this is the only one: start it with"
+        "train.parallelism.strategy=fsdp2 needs several processes, but there is one: start the run with"
     )
 
 
@@ -321,7 +321,7 @@ def test_shares_among_one_process_are_refused(tiny_policy: PolicyCheckpoint, tmp
         ({"strategy": "fsdp"}, "train.parallelism.strategy must be one of ddp, fsdp2; got 'fsdp'"),
         (
             {"reshard_after_forward": False},
-            "train.parallelism.reshard_after_forward=false has a meaning with strategy=fsdp2",
+            "train.parallelism.reshard_after_forward=false needs train.parallelism.strategy=fsdp2; got strategy=ddp",
         ),
     ],
 )
@@ -332,5 +332,5 @@ def test_bad_layouts_are_refused_by_name(options: dict[str, Any], message: str) 
 
 def test_eight_bit_state_is_not_shared_out() -> None:
     eight = Optimization(learning_rate=1e-3, optimizer="adamw_8bit")
-    with pytest.raises(SelfalignError, match="fsdp2 cannot share out the state of optimizer=adamw_8bit"):
+    with pytest.raises(SelfalignError, match="fsdp2 cannot shard the state of optimizer=adamw_8bit"):
         TrainConfig(sft=eight, align=eight, parallelism=Parallelism(strategy="fsdp2"))
