@@ -111,7 +111,7 @@ ARCHITECTURES = {
     ),
     "gpt-oss": Architecture(
         "GptOssConfig",
-        {**SIZES, "head_dim": 12, "num_local_experts": 4, "sliding_window": WINDOW, "rope_parameters": YARN},
+        {**SIZES, **LOCAL_EXPERTS, "head_dim": 12, "sliding_window": WINDOW, "rope_parameters": YARN},
         "sinks, windows, experts",
         routes=True,
     ),

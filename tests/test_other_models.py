@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +278,41 @@ def test_run_on_files_in_four_bits_needs_an_adapter_and_says_so_before_training(
     with pytest.raises(SelfalignError, match=r"its weights are quantised \(bitsandbytes\).* set model\.lora\.rank"):
         run(tmp_path / "out", *told)
     assert not list((tmp_path / "out" / "store").glob("sft/*"))
+
+
+FP4 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
+"""The values of the 16 codes of MXFP4 (OCP Microscaling Formats, version 1.0)."""
+
+
+def test_experts_stored_in_mxfp4_are_trained_as_the_plain_weights_they_stand_for(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    sizes = {**ARCHITECTURES["gpt-oss"].settings, "intermediate_size": 32}
+    files = as_policy(replace(ARCHITECTURES["gpt-oss"], settings=sizes).build(), tmp_path / "given")
+    folder, draw = files.path / "weights", torch.Generator().manual_seed(0)
+    weights, expected = load_file(folder / "model.safetensors"), {}
+    for name in [name for name in weights if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, into, out = weights.pop(name).shape
+        pairs = torch.randint(256, (experts, out, into // 32, 16), generator=draw, dtype=torch.uint8)
+        scales = torch.randint(122, 125, (experts, out, into // 32), generator=draw, dtype=torch.uint8)
+        weights |= {f"{name}_blocks": pairs, f"{name}_scales": scales}
+        values = torch.tensor(FP4)[torch.stack((pairs & 15, pairs >> 4), dim=-1).long()].flatten(-2)
+        expected[name] = (values * 2.0 ** (scales.float() - 127)[..., None]).flatten(2).transpose(1, 2)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    edit_json(folder / "config.json", lambda given: given.update(quantization_config={"quant_method": "mxfp4"}))
+    shutil.copytree(files.path / "tokenizer", folder, dirs_exist_ok=True)
+
+    (tmp_path / "M0").mkdir()
+    fetched = fetch_pretrained(ModelConfig(path=str(folder)), tmp_path / "M0")
+    assert fetched.quantization == {}
+    policy = fetched.load("float32", trainable=True)
+    found = dict(policy.model.named_parameters())
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name].detach(), value, rtol=0, atol=0)
+        assert found[name].requires_grad
+    (tmp_path / "M1").mkdir()
+    PolicyCheckpoint(tmp_path / "M1").save(policy, fetched)
+    assert torch.equal(logits_of(PolicyCheckpoint(tmp_path / "M1").load("float32")), logits_of(policy))
 
 
 # --- what cannot be a policy -------------------------------------------------------------------------------------

@@ -31,6 +31,14 @@ from selfalign.training.trainer import StepTrainer
 KINDS = [
     *(Job(f"{kind}-{rank}", kind=kind, rank=rank) for kind in ("sft", "sr_dpo") for rank in (0, 4)),
     Job("live-4", kind="live", rank=4),
+    Job("experts-0", kind="sr_dpo", architecture="Mixtral", options=(("router_loss_coefficient", 0.0),)),
+    Job(
+        "experts-4",
+        rank=4,
+        targets="all-linear,experts.gate_up_proj,experts.down_proj",
+        architecture="gpt-oss",
+        options=(("router_loss_coefficient", 0.0),),
+    ),
     Job("low", dtype="bfloat16", options=(("dtype", "bfloat16"), ("gradient_checkpointing", True))),
 ]
 RESUMED = [KINDS[1], KINDS[2]]
@@ -38,6 +46,8 @@ RESUMED = [KINDS[1], KINDS[2]]
 
 KILLED = 2
 SPEED = ("tokens_per_second", "step_seconds", "peak_memory_gb")
+BY_PASS = "router_loss"
+"""Of each pass alone, and a process's passes are others than those of one process."""
 
 
 @dataclass
@@ -111,7 +121,8 @@ def done(request: pytest.FixtureRequest) -> Done:
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     lines = (folder / "log.jsonl").read_text().splitlines()
-    return [{name: value for name, value in json.loads(line).items() if name not in SPEED} for line in lines]
+    left_out = (*SPEED, BY_PASS)
+    return [{name: value for name, value in json.loads(line).items() if name not in left_out} for line in lines]
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -139,6 +150,15 @@ def assert_same(folder: Path, other: Path) -> None:
 def test_two_processes_train_as_one_does(done: Done, alone: Path, job: Job) -> None:
     assert (done.folder / job.folder).exists(), done.said
     assert_same(done.folder / job.folder, alone / job.folder)
+
+
+def test_router_loss_of_two_processes_is_about_that_of_one(done: Done, alone: Path) -> None:
+    found, expected = (
+        [json.loads(line)[BY_PASS] for line in (folder / "experts-0" / "log.jsonl").read_text().splitlines()]
+        for folder in (done.folder, alone)
+    )
+    assert found == pytest.approx(expected, rel=0.1)
+    assert min(found) > 1
 
 
 @pytest.mark.parametrize("rank", [0, 4], ids=["all_weights", "adapter"])

@@ -15,11 +15,13 @@ from selfalign.models.builtin import BUILDERS, PACKAGED, PACKAGED_HUB, is_smollm
 from selfalign.models.chat_template import ARGUMENTS, MARKERS, THOUGHT_PROMPT, template_of
 from selfalign.models.checkpoint import (
     TRUSTED,
+    UNPACKED,
     PolicyCheckpoint,
     digest_weights,
     link_folder,
     load_checkpoint,
     open_tokenizer,
+    stored_form,
 )
 from selfalign.models.config import DTYPES, ModelConfig
 from selfalign.models.tokenizer import OWN_STOPS, own_stops
@@ -218,7 +220,7 @@ def few_logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 def stored_quantisation(config: ModelConfig, folder: Path, key: str) -> str:
-    """Return how a checkpoint's weights are quantised in its files, "" if they are not.
+    """Return how a checkpoint's weights stay quantised when they are loaded, "" if they are plain then.
 
     Raises:
         SelfalignError: it is no causal language model, or its architecture is not known here.
@@ -237,7 +239,8 @@ def stored_quantisation(config: ModelConfig, folder: Path, key: str) -> str:
         raise SelfalignError(f"{key}: transformers {__version__} does not know the architecture {kind!r} of {folder}")
     if settings.get("is_encoder_decoder") or not (own_code or kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         raise SelfalignError(f"{key}: {folder} is not a causal language model ({kind}), so it cannot continue a prompt")
-    return (settings.get("quantization_config") or {}).get("quant_method", "")
+    form = stored_form(folder)
+    return "" if form == UNPACKED else form
 
 
 def _read_settings(folder: Path, key: str) -> dict[str, Any]:
