@@ -94,7 +94,7 @@ class Language:
         return cls(scripts, common if learnt else frozenset())
 
     def differs(self, text: str) -> bool:
-        """Return whether most of a text's letters are of another script, or it is long and none of its words is common."""
+        """Return whether most letters of a text are of another script, or it is long and has no common word."""
         letters, words = scripts_of(text), _telling(text)
         foreign = sum(count for script, count in letters.items() if script not in self.scripts)
         other_script = bool(self.scripts) and foreign > letters.total() / 2
