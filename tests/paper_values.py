@@ -278,8 +278,10 @@ TECHNICAL = (
         "train.*.dtype *.endpoint.*"
     ),
     *words("train.reference_logprobs judge.degeneracy.* evaluate.bounds.* benchmark.*.include_path benchmark.*.limit"),
+    *words("model.chat_template_arguments model.thinking.* *.thought_tokens *.mask_thought"),
 )
-"""Where and how fast it runs, what is only warned of, and where it is logged; `*` stands for anything."""
+"""Where and how fast it runs, what is only warned of, where it is logged, and how models think, which these do not; `*`
+stands for anything."""
 
 WITHOUT_EFFECT = {
     "data.path": ("judge.*", "pair.*", "choices.judge", "choices.pair", "data.seed_data.eft_source"),
