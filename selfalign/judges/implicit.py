@@ -23,7 +23,7 @@ from selfalign.judges.protocol import (
 )
 from selfalign.metrics import catalog
 from selfalign.metrics.accumulate import Mean
-from selfalign.models.batches import SharedPrompt, answer_of, encode_group
+from selfalign.models.batches import SharedPrompt, answer_read_by, encode_group
 from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.scorer import LogProbScorer
 from selfalign.store.journal import Journal
@@ -114,7 +114,7 @@ class ImplicitReward:
         members: dict[str, list[str]] = {}
         lengths: dict[str, int] = {}
         for name, family in families.items():
-            answers = [answer_of(subject.response) for subject in family]
+            answers = [answer_read_by(policy.tokenizer, subject.response) for subject in family]
             group = encode_group(policy.tokenizer, name, as_prompt(family[0].instruction.text), answers)
             room = policy.context - len(group.prompt)
             kept = [i for i, ids in enumerate(group.responses) if 0 < len(ids) <= room]

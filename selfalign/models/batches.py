@@ -23,6 +23,7 @@ from selfalign.models.packed_attention import PackedLayout, is_packing
 from selfalign.models.tokenizer import (
     Answer,
     decode_behind,
+    decode_response,
     encode_answers,
     encode_prompt,
     has_unknown,
@@ -256,6 +257,15 @@ def answers_of(pair: "PreferencePair") -> list[Answer]:
 def answer_of(response: "Response") -> Answer:
     """Return a response as the text behind its prompt."""
     return Answer(text=response.text, finished=response.finish_reason is FinishReason.EOS, ids=response.ids)
+
+
+def answer_read_by(tokenizer: "Tokenizer", response: "Response") -> Answer:
+    """Return a response as a text behind its prompt, for a tokenizer that may be another than its writer's.
+
+    It keeps the ids that it was written as where they say the same with this tokenizer.
+    """
+    answer = answer_of(response)
+    return answer if decode_response(tokenizer, answer.ids) == answer.text else replace(answer, ids=[])
 
 
 def score_gap(pair: "PreferencePair") -> float | None:

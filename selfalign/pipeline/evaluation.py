@@ -156,10 +156,11 @@ class Evaluation:
 
     def _judge_ranked(self, label: Label, models: RunModels) -> JudgedTexts | None:
         """The held-out ranked answers, judged by the newest model."""
-        seeds = self.given.seed_data
-        if not seeds.counts["questions_held_out"]:
+        ranked = self.given.ranked
+        if ranked is None:
             return None
-        return seeds, self.judging.judge(label.sibling("ranked_scores"), "self", models, seeds, seeds, "ranked_scores")
+        label = label.sibling("ranked_scores")
+        return ranked, self.judging.judge(label, "self", models, ranked, ranked, "ranked_scores")
 
     def _benchmark(self, name: str, models: RunModels) -> None:
         """Puts the newest model through every benchmark, and compares it there with models before."""

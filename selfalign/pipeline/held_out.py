@@ -40,7 +40,7 @@ class HeldOutPairs:
     judged: Artifact | None = None
 
     def measure(self, name: str, models: RunModels, loss: Loss, taught: Sequence[Artifact]) -> None:
-        """Measures the newest model, where there are pairs.
+        """Measures the newest model, where there are pairs, and it is not its own reference, whose rewards are all 0.
 
         Args:
             name: of the model.
@@ -49,7 +49,7 @@ class HeldOutPairs:
             taught: what that run was trained on besides what is given here and the pairs it made.
         """
         pairs = self.given.preferences
-        if pairs is None:
+        if pairs is None or models.current.digest == models.reference.digest:
             return
         origin = self._logps(Label.evaluation(name, "reference_logprobs"), pairs, models.reference, loss)
         policy = self._logps(Label.evaluation(name, "logps"), pairs, models.current, loss)

@@ -8,6 +8,8 @@ from typing import Any
 from selfalign.config.data import Pairs, SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.errors import SelfalignError
+from selfalign.core.jsonl import read_records
+from selfalign.core.records import RankedAnswers
 from selfalign.data.containers import find_data, identify_data
 from selfalign.data.schemas import Schema
 from selfalign.runs.labels import Label
@@ -18,9 +20,10 @@ from selfalign.stages.given_outputs import given_outputs
 from selfalign.stages.instruct import InstructConfig
 from selfalign.stages.pair import given_pairs
 from selfalign.stages.preference_accuracy import preference_test
-from selfalign.stages.seed_data import EFTSource, seed_data, taught_questions
+from selfalign.stages.seed_data import EFTSource, asks_known, seed_data, taught_questions, untaught_questions
 from selfalign.store.artifacts import Artifact, Content
 from selfalign.store.stage import StageFunction
+from selfalign.training.splits import KnownTexts
 
 
 @dataclass(slots=True)
@@ -32,6 +35,7 @@ class RunInputs:
         run: makes artifacts.
         learnt: what the models to measure were trained on, where they are of other runs.
         seed_data: demonstrations and held-out ranked answers.
+        ranked: the held-out ranked answers that judging is measured on; None where there are none.
         questions: the evaluation instructions.
         outputs: another model's answers to the evaluation instructions, where they are given.
         validation: the instructions that checkpoints of an alignment are compared on, where they are.
@@ -46,6 +50,7 @@ class RunInputs:
     learnt: list[Artifact] = field(default_factory=list)
     benchmarks: dict[str, Content] = field(init=False)
     seed_data: Artifact = field(init=False)
+    ranked: Artifact | None = field(init=False)
     questions: Artifact | None = field(init=False)
     outputs: Artifact | None = None
     validation: Artifact | None = field(init=False)
@@ -61,6 +66,7 @@ class RunInputs:
         self.seed_data = self._make_seeds(
             Label.input("seeds"), seed_data, data.seed_data.eft_source, judge=self.config.judge
         )
+        self.ranked = self._held_out_questions()
         self.questions = self._ask(
             "questions", "evaluate.instructions", asked.instructions, asked.count, self.seed_data, self.learnt
         )
@@ -105,8 +111,10 @@ class RunInputs:
     @property
     def held_out(self) -> list[Artifact]:
         """Artifacts with instructions that no training may see."""
-        ranked = [self.seed_data] if self.seed_data.counts["questions_held_out"] else []
-        return [*ranked, *(asked for asked in (self.questions, self.validation) if asked is not None)]
+        return [
+            *([self.ranked] if self.ranked else []),
+            *(asked for asked in (self.questions, self.validation) if asked is not None),
+        ]
 
     @property
     def trained_on(self) -> list[Artifact]:
@@ -129,8 +137,8 @@ class RunInputs:
         ranked, key = None, "evaluate.preference_pairs.source"
         if test.source != "ranked":
             content = content_of(test.source, key)
-        elif self.seed_data.counts["questions_held_out"]:
-            ranked = self.seed_data
+        elif self.ranked is not None:
+            ranked = self.ranked
         else:
             raise SelfalignError(f"{key}=ranked: no question of data.seed_data.ranked is held out")
         inputs = {"source": test.source, "count": test.count, "content": content, "ranked": ranked}
@@ -138,6 +146,19 @@ class RunInputs:
         made = self.run.make(label, preference_test, trained_on=self.trained_on, **inputs)
         _check_enough("evaluate.preference_pairs.count", test.count, made.counts["pairs"], f"pairs of {test.source}")
         return made
+
+    def _held_out_questions(self) -> Artifact | None:
+        """The held-out ranked questions, without those that the models to measure have learnt from elsewhere."""
+        held_out = self.seed_data
+        others = [artifact for artifact in self.learnt if artifact.digest != held_out.digest]
+        if others and held_out.counts["questions_held_out"]:
+            questions = read_records(held_out.path / "ranked.jsonl", RankedAnswers)
+            known = [(one, KnownTexts.of([one])) for one in others]
+            taught = [one for one, texts in known if any(asks_known(question, texts) for question in questions)]
+            if taught:
+                inputs = {"seeds": self.seed_data, "trained_on": taught}
+                held_out = self.run.make(Label.input("ranked"), untaught_questions, **inputs)
+        return held_out if held_out.counts["questions_held_out"] else None
 
     def _make_seeds(self, label: Label, stage: StageFunction, how: EFTSource, **more: Any) -> Artifact:
         given = self.config.data.seed_data

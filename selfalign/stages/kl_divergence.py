@@ -1,5 +1,9 @@
 """kl_divergence: answers + the policy that wrote them + M1 → how far it has moved from M1."""
 
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from selfalign.core.jsonl import read_records, write_records
 from selfalign.core.records import Instruction, Response, ResponseKL
 from selfalign.data.sources import as_prompt
@@ -9,6 +13,11 @@ from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.scorer import LogProbScorer
 from selfalign.store.artifacts import Artifact, Counts, StageOutput
 from selfalign.store.stage import Size, amount, records_in, stage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+logger = logging.getLogger(__name__)
 
 MAX_BATCH_TOKENS = 2048
 """The most tokens of a forward pass."""
@@ -31,7 +40,8 @@ def kl_divergence(
     """Estimates KL(policy ‖ M1) from the policy's own answers: the mean of log π(y|x) - log π_M1(y|x), nats.
 
     The estimate is without bias where answers are drawn at temperature 1 and top-p 1; drawn more narrowly, as
-    usual, they are the likelier ones, and it tells of those. Weights are float32.
+    usual, they are the likelier ones, and it tells of those. Weights are float32. Where M1 reads the answers' tokens as
+    other ones, as a model from elsewhere may, there is no such number.
 
     Args:
         out: gets moved.jsonl.
@@ -42,11 +52,14 @@ def kl_divergence(
     """
     asked = {record.id: record.text for record in read_records(instructions.path / "instructions.jsonl", Instruction)}
     responses = [r for r in read_records(answers.path / "responses.jsonl", Response) if r.text]
-    tokenizer = PolicyCheckpoint(policy.path).load_tokenizer()
+    tokenizer, other = (PolicyCheckpoint(who.path).load_tokenizer() for who in (policy, origin))
     groups: list[SharedPrompt] = []
     for response in responses:
         answered = [answer_of(response)]
         groups.append(encode_group(tokenizer, response.id, as_prompt(asked[response.instruction_id]), answered))
+    if not share_tokens(tokenizer, other, groups):
+        logger.warning("%s: not measured, because M1 has another tokenizer", out.label)
+        groups = []
     with out.journal(2 * len(groups), "answers") as journal:
 
         def score(who: str, artifact: Artifact) -> list[float]:
@@ -62,3 +75,9 @@ def kl_divergence(
         return {}
     nats, tokens = sum(one.policy - one.origin for one in moved), sum(one.tokens for one in moved)
     return {catalog.EVAL_KL_TO_M1.name: nats / len(moved), catalog.EVAL_KL_TO_M1_PER_TOKEN.name: nats / tokens}
+
+
+def share_tokens(tokenizer: "Tokenizer", other: "Tokenizer", groups: Sequence[SharedPrompt]) -> bool:
+    """Whether two tokenizers have the same tokens for all ids of these texts."""
+    ids = sorted({token for group in groups for part in (group.prompt, *group.responses) for token in part})
+    return tokenizer.convert_ids_to_tokens(ids) == other.convert_ids_to_tokens(ids)

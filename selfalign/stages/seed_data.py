@@ -8,16 +8,17 @@ from enum import StrEnum
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_text
-from selfalign.core.jsonl import write_records
+from selfalign.core.jsonl import read_records, write_records
 from selfalign.core.records import Demonstration, Instruction, RankedAnswers, Response, given_response
 from selfalign.data.schemas import Schema
 from selfalign.data.sources import read_demonstrations, read_ranked
-from selfalign.data.turns import compared, texts_in
+from selfalign.data.turns import as_prompt, compared, texts_in
 from selfalign.judges.pairwise import Pairwise
 from selfalign.judges.protocol import TeachableJudge
 from selfalign.metrics import catalog
-from selfalign.store.artifacts import Content, Counts, StageOutput
+from selfalign.store.artifacts import Artifact, Content, Counts, StageOutput
 from selfalign.store.stage import MANY, Size, stage
+from selfalign.training.splits import KnownTexts, texts_of
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +143,33 @@ def taught_questions(
         catalog.QUESTIONS.name: len(taught),
         catalog.RESPONSES.name: sum(len(question.texts) for question in taught),
     }
+
+
+@stage(given=True)
+def untaught_questions(out: StageOutput, *, seeds: Artifact, trained_on: Sequence[Artifact]) -> Counts:
+    """Of the held-out ranked questions those that no model to measure was trained on.
+
+    Runs may have been given other ranked questions, or the same file before it grew: what is held out here may have
+    been taught there.
+
+    Args:
+        out: gets ranked.jsonl, instructions.jsonl and responses.jsonl.
+        seeds: ranked.jsonl, the held-out questions.
+        trained_on: what the models were trained on, demonstrations.jsonl, taught.jsonl or pairs.jsonl.
+    """
+    questions = read_records(seeds.path / "ranked.jsonl", RankedAnswers)
+    known = KnownTexts.of(trained_on)
+    untaught = [question for question in questions if not asks_known(question, known)]
+    write_questions(out, untaught)
+    return {
+        catalog.QUESTIONS_HELD_OUT.name: len(untaught),
+        "dropped": {"trained_on": len(questions) - len(untaught)},
+    }
+
+
+def asks_known(question: RankedAnswers, known: KnownTexts) -> bool:
+    """Whether a ranked question is a prompt that was trained on, or one whose answers were taught to be judged."""
+    return known.shares(texts_of(as_prompt(question.instruction)))
 
 
 @dataclass(frozen=True, slots=True)
