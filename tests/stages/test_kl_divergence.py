@@ -88,5 +88,5 @@ def test_distance_from_a_model_with_other_tokens_is_not_measured(
     vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
     file.write_text(json.dumps(spelled), encoding="utf-8")
     assert moved(tmp_path, tiny_policy, other) == {}
-    assert read_records(tmp_path / "out/moved.jsonl", ResponseKL) == []
+    assert (tmp_path / "out/moved.jsonl").read_bytes() == b""
     assert "M1 has another tokenizer" in caplog.text
