@@ -225,7 +225,8 @@ JUDGE_REQUESTS_WITHOUT_USAGE = Metric("judge/requests_without_usage", "those who
 JUDGE_PROMPT_TOKENS = Metric("judge/prompt_tokens", "tokens an external judge read", "tokens")
 JUDGE_COMPLETION_TOKENS = Metric("judge/completion_tokens", "tokens an external judge wrote", "tokens")
 JUDGE_COST = Metric("judge/cost",
-    "what these tokens cost, by the prices that `judge.endpoint` had when they were judged",
+    "what these tokens cost, by the prices that `judge.endpoint` had when they were judged, without requests that told "
+    "no token counts",
     "currency", better="lower")
 
 # One comparison of two models
