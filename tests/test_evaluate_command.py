@@ -1,10 +1,12 @@
 """`selfalign-evaluate` on real tiny runs and models."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,11 @@ import pytest
 from builders import TINY_RUN, run, write_tiny_data
 
 from selfalign.cli.environment import conf_folder
+from selfalign.cli.report import report
 from selfalign.core.errors import SelfalignError
-from selfalign.core.files import read_json
+from selfalign.core.files import read_json, write_json
 from selfalign.core.jsonl import read_records
-from selfalign.core.records import Instruction, PreferencePair
+from selfalign.core.records import Instruction, PreferencePair, RankedAnswers
 from selfalign.data.turns import as_text
 from selfalign.launch.evaluate import evaluate_models
 from selfalign.launch.sweep import Sweep
@@ -151,6 +154,103 @@ def test_model_may_be_called_as_the_sft_baseline_but_not_as_given_outputs(finish
             [f"evaluate.reference_outputs={outputs}"],
             conf_folder(),
         )
+
+
+@pytest.mark.parametrize(
+    ("then", "told"),
+    [
+        ({"loss": {"beta": 0.7}}, "loss.beta=0.7 is now 0.1"),
+        ({"judge": {"prompt": "Rate {instruction} {response}"}}, "judge.prompt=Rate {instruction} {response} is now "),
+        ({"evaluate": {"head_to_head": None}}, "evaluate.head_to_head=null is now {"),
+    ],
+    ids=["loss", "rubric", "comparison"],
+)
+def test_run_whose_options_or_files_were_edited_since_is_not_measured_by_what_they_say_now(
+    finished: Path, tmp_path: Path, then: dict[str, Any], told: str
+) -> None:
+    """The run was started with options that said so then; its overrides compose to something else today."""
+    edited = edited_since(finished, tmp_path.name, then)
+    with pytest.raises(SelfalignError, match=re.escape(told)) as raised:
+        evaluate_models([str(edited)], ["evaluate.instructions=''"], conf_folder())
+    assert str(edited) in str(raised.value)
+    # Of a run that is measured beside the first only its own rewards are.
+    of_rewards = then.keys() == {"loss"}
+    with pytest.raises(SelfalignError, match=re.escape(told)) if of_rewards else nullcontext():
+        evaluate_models([str(finished), str(edited)], ["evaluate.instructions=''"], conf_folder())
+
+
+def test_what_is_given_on_the_command_line_may_be_another_than_the_run_had(finished: Path, tmp_path: Path) -> None:
+    edited = edited_since(finished, tmp_path.name, {"loss": {"beta": 0.7}})
+    asked = ["loss.beta=0.7", "evaluate.instructions=''", "evaluate.preference_pairs.source=ranked"]
+    folder = evaluate_models([str(edited)], asked, conf_folder())
+    assert read_json(folder / "artifacts/evaluation_M2/preferences/manifest.json")["inputs"]["beta"] == 0.7
+
+
+def edited_since(finished: Path, name: str, then: dict[str, dict[str, Any]]) -> Path:
+    """A copy of a run, whose settings were these when it was made."""
+    copy = finished.with_name(name)
+    shutil.copytree(finished, copy, symlinks=True)
+    summary = read_json(copy / "summary.json")
+    for group, settings in then.items():
+        summary["config"][group] |= settings
+    write_json(copy / "summary.json", summary)
+    return copy
+
+
+def test_questions_that_a_measured_run_was_taught_are_not_held_out(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where the file of ranked questions has grown since, so that others of them are held out."""
+    taught = read_records(finished / "artifacts/seeds/taught.jsonl", RankedAnswers)
+    held_out = read_records(finished / "artifacts/seeds/ranked.jsonl", RankedAnswers)
+    rows = [
+        {
+            "instruction": q.instruction,
+            "responses": [{"text": t, "rank": r} for t, r in zip(q.texts, q.ranks, strict=True)],
+        }
+        for q in [*taught, *held_out]
+    ]
+    source = tmp_path / "ranked.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    asked = [f"data.seed_data.ranked={source}", "data.seed_data.held_out_share=0.99", "evaluate.instructions=''"]
+    folder = evaluate_models([str(finished)], asked, conf_folder())
+    known = {question.instruction for question in taught}
+    again = read_records(folder / "artifacts/ranked/ranked.jsonl", RankedAnswers)
+    assert again
+    assert not {question.instruction for question in again} & known
+    counts = read_json(folder / "artifacts/ranked/manifest.json")["counts"]
+    assert counts == {"questions_held_out": len(again), "dropped": {"trained_on": len(rows) - len(again)}}
+    for row in models(folder).values():
+        assert row["judge_quality/questions"] == len(again)
+
+
+def test_data_that_changed_since_a_run_are_named(finished: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = finished.parents[1] / "data/asked.jsonl"
+    before = source.read_text(encoding="utf-8")
+    try:
+        source.write_text(f'{before}{{"instruction": "What is a moon?"}}\n', encoding="utf-8")
+        folder = evaluate_models([str(finished)], [], conf_folder())
+    finally:
+        source.write_text(before, encoding="utf-8")
+    assert f"evaluate.instructions={source} holds other data than when {finished.name} was made" in caplog.text
+    assert {row["eval/answers"] for row in models(folder).values()} == {4}
+
+
+def test_model_that_is_its_own_reference_has_no_rewards(finished: Path) -> None:
+    """All of them are 0, so that it would seem to order no pair as humans do."""
+    settings = [o for o in read_json(finished / "summary.json")["config"]["overrides"] if not o.startswith("data.")]
+    pairs = finished.parents[1] / "data/pairs.jsonl"
+    pairs.write_text('{"instruction": "Name a metal.", "chosen": "Zinc.", "rejected": "Wood."}\n', encoding="utf-8")
+    asked = ["data=self_rewarding_smoke", f"evaluate.preference_pairs.source={pairs}", "evaluate.instructions=''"]
+    [row] = models(evaluate_models(["random:tiny"], [*settings, *asked], conf_folder())).values()
+    assert not [name for name in row if name.startswith("preferences/")]
+
+
+def test_evaluation_can_be_reported_again(finished: Path, tmp_path: Path) -> None:
+    folder = evaluate_models([str(finished)], [], conf_folder())
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert report([folder]).read_text(encoding="utf-8") == page
+    assert report([folder, finished], tmp_path).exists()
 
 
 @pytest.mark.parametrize("broken", ["unfinished", "nothing", "twice"])

@@ -529,6 +529,21 @@ def test_cost_is_by_the_million() -> None:
     }
 
 
+def test_tokens_that_nobody_told_cost_no_0_and_are_named_where_there_are_prices(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    replies: list[Reply] = []
+    cases: list[tuple[dict[str, float], int]] = [({}, 0), ({"prompt_price": 1.0}, 1)]
+    with chat_server(lambda body: chat("Fine.", usage=False)) as server:
+        for settings, warnings in cases:
+            with client(server, **settings) as chats:
+                replies = [chats.complete(ASK), chats.complete(ASK)]
+            assert caplog.text.count("does not say how many tokens it took") == warnings
+    usage = Endpoint(base_url=server.url, model="m", prompt_price=1.0).usage(replies)
+    assert "judge/cost" not in usage
+    assert usage["judge/requests_without_usage"] == 2
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [

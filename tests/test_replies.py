@@ -221,6 +221,10 @@ PASSING = [
     (200, answer({"content": 4}), True),
     *((200, answer({"content": "Score: 2, or"}, reason), True) for reason in ("error", "abort", "network_error")),
     (200, answer({"content": "Score: 2, or"}, "insufficient_system_resource"), True),
+    # A text that an error broke off, told beside it in the body or in the choice.
+    (200, json.dumps({**json.loads(answer({"content": "Score: 1"})), "error": {"message": "gone", "code": 502}}), True),
+    (200, json.dumps({**json.loads(answer({"content": "Score: 1"})), "error": {"message": "gone"}}), True),
+    (200, '{"choices": [{"message": {"content": "Score: 1"}, "error": {"code": 502, "message": "gone"}}]}', True),
 ]
 
 

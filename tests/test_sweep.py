@@ -12,6 +12,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,13 +25,14 @@ import yaml
 from builders import ROOT, TINY_RUN, Said, composed, record_files, run, write_tiny_data
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from mutation import Check, assert_caught, home_of
+from omegaconf import OmegaConf
 from test_tracking import Read
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
 from selfalign.launch import experiment as experiment_module
 from selfalign.launch import sweep as sweep_module
-from selfalign.launch.hydra_sweep import BasicSweeper
+from selfalign.launch.hydra_sweep import BasicSweeper, search_upward
 from selfalign.launch.sweep import Sweep, restore_global_state, run_job
 from selfalign.report.jobs import find_jobs
 from selfalign.runs import sweep_jobs
@@ -38,6 +41,7 @@ from selfalign.runs.tracker import tracked_id
 
 LOOP = [*TINY_RUN, "iterations=1", "train.sft.epochs=1"]
 """The whole loop, once around."""
+
 
 GIVEN = [
     "experiment=smoke",
@@ -267,7 +271,7 @@ def test_two_sweeps_at_once_make_what_both_need_once(elsewhere: Elsewhere) -> No
 def test_search_goes_by_the_last_model_s_number_and_on_where_a_job_fails(elsewhere: Elsewhere) -> None:
     needs("optuna_sweeper")
     search = ["hydra/sweeper=optuna", "hydra.sweeper.sampler.seed=1", "hydra.sweeper.n_jobs=1"]
-    search += ["hydra.sweeper.n_trials=3", "hydra.sweeper.direction=maximize"]
+    search += ["hydra.sweeper.n_trials=3"]
     search += ["sweep_metric=rewards/margins", "loss.lam=choice(0.1,-1,1)"]
     said = end(elsewhere.start(*search))
     assert said.code == 1
@@ -276,6 +280,47 @@ def test_search_goes_by_the_last_model_s_number_and_on_where_a_job_fails(elsewhe
     margins = [read_json(f / "summary.json")["models"][-1]["rewards/margins"] for f in run_folders(elsewhere.output)]
     (results,) = elsewhere.output.glob("sweeps/*/optimization_results.yaml")
     assert yaml.safe_load(results.read_text())["best_value"] == max(margins)
+
+
+class Direction(Enum):
+    """As Optuna's plugin spells it."""
+
+    minimize = 1
+    maximize = 2
+
+
+@dataclass
+class Searching:
+    """What Optuna's sweeper is configured by, as its plugin has it."""
+
+    _target_: str = "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"
+    direction: Any = Direction.minimize
+
+
+@pytest.mark.parametrize(
+    ("sweeper", "asked", "became"),
+    [
+        (Searching(), [], {"direction": "maximize"}),
+        (Searching(direction="maximize"), ["hydra.sweeper.direction=maximize"], {"direction": "maximize"}),
+        (Searching(direction="minimize"), ["hydra.sweeper.direction=minimize"], None),
+        ({"optim": {"maximize": False}}, [], {"optim": {"maximize": True}}),
+        ({"optim": {"maximize": False}}, ["hydra.sweeper.optim.maximize=false"], None),
+        ({"ax_config": {"experiment": {"minimize": True}}}, [], {"ax_config": {"experiment": {"minimize": False}}}),
+        ({"params": None}, [], {"params": None}),
+    ],
+)
+def test_search_looks_for_the_highest_number_whatever_its_sweeper_does_by_itself(
+    sweeper: Any, asked: list[str], became: dict[str, Any] | None
+) -> None:
+    """A comparison calls the job with the highest number the best; a search for the lowest would end at the worst."""
+    hydra = OmegaConf.create({"sweeper": sweeper, "overrides": {"hydra": asked}})
+    if became is None:
+        with pytest.raises(SystemExit, match=r"error: hydra\.sweeper.*looks for the lowest number.*sweep_metric=-NAME"):
+            search_upward(hydra)
+    else:
+        search_upward(hydra)
+        found = OmegaConf.to_container(hydra.sweeper)
+        assert {key: found[key] for key in became} == became
 
 
 def test_checkpoint_that_cannot_be_written_fails_its_job_with_that_reason_and_the_others_go_on(

@@ -141,7 +141,9 @@ def with_texts(config: DictConfig, experiment: ExperimentConfig) -> DictConfig:
     def read(node: DictConfig, live: Any) -> None:
         for name in node:
             value, own = node._get_node(name), live[name] if isinstance(live, dict) else getattr(live, str(name))
-            if isinstance(value, DictConfig) and not value._is_none():
+            if own is None:
+                continue
+            if isinstance(value, DictConfig):
                 read(value, own)
             elif isinstance(own, str) and str(node[name]).startswith("file:"):
                 node[name] = ESCAPED.sub(r"\1\1\\${", own)

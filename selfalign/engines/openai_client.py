@@ -147,15 +147,16 @@ class Endpoint:
         return f"{self.model} at {self.base_url}"
 
     def usage(self, replies: "Sequence[Reply]") -> Counts:
-        """Return the number of requests and tokens of the replies, and their cost."""
+        """Return the number of requests and tokens of the replies, and their cost, if any of them tells tokens."""
         prompt = sum(reply.prompt_tokens for reply in replies)
         completion = sum(reply.completion_tokens for reply in replies)
+        cost = (prompt * self.prompt_price + completion * self.completion_price) / 1e6
         return {
             catalog.JUDGE_REQUESTS.name: len(replies),
             catalog.JUDGE_REQUESTS_WITHOUT_USAGE.name: sum(not reply.prompt_tokens for reply in replies),
             catalog.JUDGE_PROMPT_TOKENS.name: prompt,
             catalog.JUDGE_COMPLETION_TOKENS.name: completion,
-            catalog.JUDGE_COST.name: (prompt * self.prompt_price + completion * self.completion_price) / 1e6,
+            **({catalog.JUDGE_COST.name: cost} if prompt or completion else {}),
         }
 
 
@@ -342,7 +343,7 @@ class Client:
         return replace(reply, text=self.clean(reply.text))
 
     def _look_at(self, reply: Reply, body: dict[str, Any]) -> None:
-        """Warn, once each, of a prompt not read whole, an unknown finish reason, and a reply of another model."""
+        """Warn, once each, of a prompt not read whole, an unknown finish reason, another model, and no usage."""
         if reply.finish_reason is FinishReason.UNKNOWN:
             stated = reply.stated_reason
             self._warn(stated, f"a text ended for the unknown reason {stated!r}, which counts as finished")
@@ -360,6 +361,10 @@ class Client:
                 "cut prompts to its context, and so judges something else. Raise its context length (Ollama: "
                 "OLLAMA_CONTEXT_LENGTH).",
             )
+
+        priced = self._endpoint.prompt_price or self._endpoint.completion_price
+        if priced and not (reply.finish_reason.is_refusal or reply.prompt_tokens or reply.completion_tokens):
+            self._warn("usage", "a reply does not say how many tokens it took, so the cost is counted without it")
 
     def _warn(self, name: str, message: str) -> None:
         with self._lock:

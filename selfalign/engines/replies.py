@@ -170,6 +170,8 @@ def _read_success(said: str) -> Reply:
         if not answer["choices"]:
             filtered = "prompt_filter" in said or CONTENT.search(said)
             return Reply(words, FinishReason.CONTENT_FILTER if filtered else FinishReason.REFUSED, 0, 0)
+        if answer.get("error"):
+            raise PassingError(f"the text was broken off; {words}", by_request=True)
         reply = _read_choice(answer["choices"][0], answer.get("usage") or {}, words)
         return replace(reply, model=str(answer.get("model") or ""))
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
@@ -177,16 +179,16 @@ def _read_success(said: str) -> Reply:
 
 
 def _status_inside(answer: Any) -> int | None:
-    """Return the HTTP status that a body without a text gives as its error code, as gateways do."""
-    error = None if answer.get("choices") else answer.get("error")
+    """Return the HTTP status that a body gives as its error code, as gateways do; a text beside it is only a part."""
+    error = answer.get("error")
     code = str(error.get("code")) if isinstance(error, dict) else ""
     return int(code) if re.fullmatch("[45][0-9]{2}", code) else None
 
 
 def _read_choice(choice: Any, usage: Any, words: str) -> Reply:
     stated = stated_reason(choice.get("finish_reason"))
-    if spelling(stated) in BROKEN_OFF:
-        raise PassingError(f"the text was broken off ({choice['finish_reason']}); {words}", by_request=True)
+    if spelling(stated) in BROKEN_OFF or choice.get("error"):
+        raise PassingError(f"the text was broken off ({choice.get('finish_reason')}); {words}", by_request=True)
     usage = usage if isinstance(usage, dict) else {}
     read = _count(usage.get("prompt_tokens") or usage.get("input_tokens"))
     return Reply(

@@ -23,7 +23,7 @@ from selfalign.judges.protocol import (
 )
 from selfalign.metrics import catalog
 from selfalign.metrics.accumulate import Mean
-from selfalign.models.batches import SharedPrompt, answer_of, encode_group
+from selfalign.models.batches import SharedPrompt, answer_read_by, encode_group
 from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.scorer import LogProbScorer
 from selfalign.models.tokenizer import answer_prompt
@@ -116,9 +116,9 @@ class ImplicitReward:
         members: dict[str, list[str]] = {}
         lengths: dict[str, int] = {}
         for name, family in families.items():
-            answers = [answer_of(subject.response) for subject in family]
-            asked = answer_prompt(policy.tokenizer, as_prompt(family[0].instruction.text))
-            group = encode_group(policy.tokenizer, name, asked, answers, mask_thought=True)
+            answers = [answer_read_by(policy.tokenizer, subject.response) for subject in family]
+            prompt = answer_prompt(policy.tokenizer, as_prompt(family[0].instruction.text))
+            group = encode_group(policy.tokenizer, name, prompt, answers, mask_thought=True)
             room = policy.context - len(group.prompt)
             kept = [i for i, ids in enumerate(group.responses) if 0 < len(ids) <= room]
             members[name] = [family[i].response.id for i in kept]

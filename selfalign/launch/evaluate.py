@@ -14,20 +14,23 @@ from selfalign.config.overrides import check_recorded
 from selfalign.core.errors import SelfalignError
 from selfalign.core.failures import at_the_end
 from selfalign.core.files import digest_json
+from selfalign.data.mixtures import identify_source, parts_of
 from selfalign.launch.experiment import conclude, log_file, read_own, tell_resolved
 from selfalign.launch.sweep import JOBS, Sweep
 from selfalign.losses.protocol import Loss
 from selfalign.models.config import ModelConfig
 from selfalign.pipeline.dtypes import auto_dtypes, resolve_dtypes
 from selfalign.pipeline.evaluation import GIVEN, Evaluation
-from selfalign.pipeline.inputs import RunInputs, find_files
+from selfalign.pipeline.inputs import RunInputs, data_sources, find_files
 from selfalign.pipeline.models import RunJudge, RunModels, fixed_judges, load_from_outside
 from selfalign.report import write_report
+from selfalign.report.comparison_sentences import contents
+from selfalign.report.jobs import JobResult, as_text, differing, flat, shortened, with_absent
 from selfalign.runs.folder import open_folder
 from selfalign.runs.labels import BASELINE, Kind, Label
 from selfalign.runs.ledger import open_ledger
 from selfalign.runs.provenance import write_provenance
-from selfalign.runs.reader import check_artifacts
+from selfalign.runs.reader import Finished, check_artifacts
 from selfalign.runs.runner import Maker, Runner
 from selfalign.runs.summary import models_of
 from selfalign.runs.sweep_jobs import JobState, varying_overrides
@@ -42,6 +45,12 @@ LONGEST_NAME = 60
 
 MEASURING = ("data.seed_data", "engine", "judge")
 """Settings that training and evaluation share."""
+
+REWARDING = ("loss", "train.reference_policy")
+"""Settings that a model's rewards depend on."""
+
+MEASURED_BY = (*MEASURING, *REWARDING, "benchmark", "data.schema", "evaluate", "model.dtype", "seed", "train.align")
+"""Settings that the metrics of models depend on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,11 +142,14 @@ def evaluate_models(sources: list[str], overrides: list[str], conf: Path, config
     runs = {source: found for source in sources if (found := _runs_at(Path(source)))}
     every = [run for found in runs.values() for run in found]
     compose = partial(_compose, overrides=overrides, conf=conf, config_dir=config_dir)
+    check = partial(_check_settings, overrides=overrides, conf=conf, config_dir=config_dir)
     config, text, plain = compose(every[0] if every else None)
+    for run in every[:1]:
+        check(run, MEASURED_BY)
     if config.dry_run:
         raise SelfalignError("dry_run=true is not supported by selfalign-evaluate (it does not train). Remove it.")
     output = Path(config.output_dir).absolute()
-    trained = _as_trained(every, config, compose)
+    trained = _as_trained(every, config, compose, check)
     digests = {run.name: sorted(a.digest for a in run.made.values()) for run in every}
     identity = [to_key_json(config), digests]
     folder = output / f"evaluation-{digest_json([*identity, sources])[:8]}"
@@ -151,9 +163,13 @@ def evaluate_models(sources: list[str], overrides: list[str], conf: Path, config
         open_folder(folder, text)
         with log_file(folder / "run.log"), config.tracker.open(folder, plain) as ledger.tracker:
             _tell_differences(every)
+            for run in every[:1]:
+                _tell_changed_data(run, config)
             tell_resolved(folder, auto_dtypes(config))
             with at_the_end(partial(write_provenance, ledger, config.seed)):
                 names = _measure(config, runner, sources, runs, trained, ledger.artifacts)
+            for label, made in ledger.artifacts.items():
+                ledger.link(label, made.path)  # Of the models too, which were made elsewhere.
             conclude(ledger, config, {**plain, "overrides": overrides}, names, (write_report,), evaluated=sources)
     return folder
 
@@ -168,21 +184,77 @@ def _compose(
     return compose_experiment(conf, [*recorded, *overrides], config_dir)
 
 
+def _check_settings(
+    run: FinishedRun, names: Sequence[str], overrides: list[str], conf: Path, config_dir: Path | None
+) -> None:
+    """Check that the overrides of a run still compose to the settings that it had.
+
+    A preset, or a file that a setting names, may have been edited since.
+
+    Args:
+        run: the run.
+        names: the settings that matter, with all below them.
+        overrides: settings on top, which count whatever the run had.
+        conf: the folder of the configuration.
+        config_dir: a folder of options that are the user's own.
+
+    Raises:
+        SelfalignError: some settings have changed.
+    """
+    given = [_key_of(override) for override in overrides]
+    known = flat(run.settings)
+
+    def matters(key: str) -> bool:
+        set_then = any(_is_below(one, key) for one in known) and not str(known.get(key)).startswith("file:")
+        return set_then and any(_is_below(key, name) for name in names) and not any(_is_below(key, n) for n in given)
+
+    told = (known, flat(_compose(run, [], conf, config_dir)[2]))
+    jobs = with_absent([JobResult(name=run.name, folder=run.folder, settings=settings) for settings in told])
+    then, now = (job.settings for job in jobs)
+    if changed := [key for key in differing(jobs) if matters(key)]:
+        told = [f"{key}={shortened(as_text(then[key]))} is now {shortened(as_text(now[key]))}" for key in changed]
+        raise SelfalignError(
+            f"{run.folder}: options or files that the run was started with have changed: {'; '.join(told)}. Restore "
+            "them, or set on the command line what to evaluate with"
+        )
+
+
+def _tell_changed_data(run: FinishedRun, config: ExperimentConfig) -> None:
+    """Warn about data sources of a run that have other content now, so that metrics on them are not comparable."""
+    recorded = {(setting, source): content for setting, source, content in contents(Finished.load(run.folder))}
+    for setting, source in data_sources(config).items():
+        for name, now in parts_of(to_key_json(source), identify_source(source, setting)):
+            if recorded.get((setting, name), now) != now:
+                logger.warning("%s=%s holds other data than when %s was made", setting, name, run.folder.name)
+
+
+def _key_of(override: str) -> str:
+    """Return the setting that an override sets; for an option of a group, where it is placed."""
+    key = override.lstrip("+~").partition("=")[0]
+    return (key.partition("@")[2] or key).strip("/").replace("/", ".")
+
+
+def _is_below(key: str, name: str) -> bool:
+    """Return whether a setting is `name` or below it."""
+    return key == name or key.startswith(f"{name}.")
+
+
 def _training_of(run: FinishedRun) -> str:
     """Return the digest of the settings that the rewards of a run's models depend on."""
-    settings = run.settings
-    return digest_json([settings["loss"], settings["choices"]["loss"], settings["train"]["reference_policy"]])
+    return digest_json([run.settings["choices"]["loss"], *(_setting(run, name) for name in REWARDING)])
 
 
 def _as_trained(
     runs: Sequence[FinishedRun],
     first: ExperimentConfig,
     compose: Callable[[FinishedRun], tuple[ExperimentConfig, Any, Any]],
+    check: Callable[[FinishedRun, Sequence[str]], None],
 ) -> dict[str, ExperimentConfig]:
     """Return {`_training_of` a run: its configuration}; that of the first run is `first`."""
     known = {_training_of(run): first for run in runs[:1]}
     for run in runs[1:]:
         if _training_of(run) not in known:
+            check(run, REWARDING)
             known[_training_of(run)] = compose(run)[0]
     return known
 

@@ -25,6 +25,14 @@ NOT_HERE = (
     "error: a sweep cannot run under torchrun, because it starts the processes of its jobs itself. Leave out torchrun "
     "and set hydra/launcher=submitit_local (or submitit_slurm) hydra.launcher.tasks_per_node=N"
 )
+UPWARD: dict[str, object] = {
+    "direction": "maximize",
+    "optim.maximize": True,
+    "ax_config.experiment.minimize": False,
+}
+"""What makes the sweepers of Optuna, Nevergrad and Ax look for the highest number; each looks for the lowest unless it
+is told to."""
+
 NOT_THE_STUDY = ("output_dir=", "fresh=")
 """Overrides that do not tell sweeps apart."""
 
@@ -64,6 +72,7 @@ class ListJobs(Callback):
         # Hydra would print a warning here, and raises the same error right afterwards.
         with suppress(OSError, HydraException, OmegaConfBaseException):
             prefer_command_line(config.hydra)
+            search_upward(config.hydra)
             sweep = Sweep(Path(config.hydra.sweep.dir))
             jobs = jobs_of(config) if is_grid(config.hydra) else []
             if is_grid(config.hydra) and not jobs:
@@ -98,6 +107,21 @@ def prefer_command_line(hydra: DictConfig) -> None:
     with open_dict(hydra):
         for key in given & set(hydra.sweeper.params or {}):
             del hydra.sweeper.params[key]
+
+
+def search_upward(hydra: DictConfig) -> None:
+    """Makes a search look for what `sweep_metric` calls the best, the highest number or that of a negative."""
+    asked = {override.lstrip("+").partition("=")[0] for override in as_given(hydra.overrides.hydra)}
+    for name, wanted in UPWARD.items():
+        key, value = f"hydra.sweeper.{name}", OmegaConf.select(hydra.sweeper, name)
+        if value is None or getattr(value, "name", value) == wanted:
+            continue
+        if key in asked or isinstance(value, str):
+            sys.exit(
+                f"error: {key}={value} looks for the lowest number, but sweep_metric says which job is the best: leave "
+                f"it out, and set sweep_metric=-NAME where the lowest is"
+            )
+        OmegaConf.update(hydra.sweeper, name, wanted, force_add=True)
 
 
 def is_grid(hydra: Any) -> bool:

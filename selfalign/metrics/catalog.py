@@ -236,7 +236,8 @@ JUDGE_REQUESTS_WITHOUT_USAGE = Metric("judge/requests_without_usage",
 JUDGE_PROMPT_TOKENS = Metric("judge/prompt_tokens", "tokens an external judge read", "tokens")
 JUDGE_COMPLETION_TOKENS = Metric("judge/completion_tokens", "tokens an external judge wrote", "tokens")
 JUDGE_COST = Metric("judge/cost",
-    "cost of these tokens, by the prices of `judge.endpoint` at the time of judging",
+    "cost of these tokens, by the prices of `judge.endpoint` at the time of judging, without requests that have no "
+    "token counts",
     "currency", better="lower")
 
 # One comparison of two models

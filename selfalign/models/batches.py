@@ -25,6 +25,7 @@ from selfalign.models.tokenizer import (
     Answer,
     count_thought,
     decode_behind,
+    decode_response,
     encode_answers,
     encode_prompt,
     has_unknown,
@@ -267,6 +268,16 @@ def answers_of(pair: "PreferencePair") -> list[Answer]:
 def answer_of(response: "Response") -> Answer:
     """Return a response as the text behind its prompt, its thought included."""
     return Answer(text=response.text, finished=response.finished, ids=response.ids, thought=response.thought)
+
+
+def answer_read_by(tokenizer: "Tokenizer", response: "Response") -> Answer:
+    """Return a response as a text behind its prompt, for a tokenizer that may be another than its writer's.
+
+    It keeps the ids that it was written as where they say the same with this tokenizer.
+    """
+    answer = answer_of(response)
+    same = decode_response(tokenizer, answer.ids) == answer.thought + answer.text
+    return answer if same else replace(answer, ids=[])
 
 
 def score_gap(pair: "PreferencePair") -> float | None:

@@ -162,10 +162,11 @@ class Evaluation:
 
     def _judge_ranked(self, label: Label, models: RunModels) -> JudgedTexts | None:
         """Judge the held-out ranked answers with the current model; None if there are none."""
-        seeds = self.inputs.seed_data
-        if not seeds.counts["questions_held_out"]:
+        ranked = self.inputs.ranked
+        if ranked is None:
             return None
-        return seeds, self.judging.judge(label.sibling("ranked_scores"), "self", models, seeds, seeds, "ranked_scores")
+        label = label.sibling("ranked_scores")
+        return ranked, self.judging.judge(label, "self", models, ranked, ranked, "ranked_scores")
 
     def _benchmark(self, name: str, models: RunModels) -> None:
         """Run every benchmark on the current model, and compare it with earlier models on its questions."""

@@ -42,7 +42,7 @@ class HeldOutPairs:
     scores: Artifact | None = None
 
     def measure(self, name: str, models: RunModels, loss: Loss, trained_on: Sequence[Artifact]) -> None:
-        """Measure the current model, if there are held-out pairs.
+        """Measure the current model, if there are held-out pairs and it is not its own reference, with rewards of 0.
 
         Args:
             name: the model's name.
@@ -51,7 +51,7 @@ class HeldOutPairs:
             trained_on: training data of its run, besides this run's inputs and the pairs that its run generated.
         """
         pairs = self.inputs.preferences
-        if pairs is None:
+        if pairs is None or models.current.digest == models.reference.digest:
             return
         reference = self._logps(Label.evaluation(name, "reference_logprobs"), pairs, models.reference, loss)
         policy = self._logps(Label.evaluation(name, "logps"), pairs, models.current, loss)

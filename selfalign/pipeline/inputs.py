@@ -8,6 +8,8 @@ from typing import Any
 from selfalign.config.data import Pairs, SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.errors import SelfalignError
+from selfalign.core.jsonl import read_records
+from selfalign.core.records import RankedAnswers
 from selfalign.data.mixtures import DataSource, find_sources, identify_source
 from selfalign.data.schemas import Schema
 from selfalign.runs.labels import Label
@@ -18,9 +20,10 @@ from selfalign.stages.given_outputs import given_outputs
 from selfalign.stages.instruct import InstructConfig
 from selfalign.stages.pair import given_pairs
 from selfalign.stages.preference_accuracy import preference_test
-from selfalign.stages.seed_data import EFTSource, seed_data, taught_questions
+from selfalign.stages.seed_data import EFTSource, asks_known, seed_data, taught_questions, untrained_questions
 from selfalign.store.artifacts import Artifact, Content
 from selfalign.store.stage import StageFunction
+from selfalign.training.splits import KnownTexts
 
 
 @dataclass(slots=True)
@@ -32,6 +35,7 @@ class RunInputs:
         run: makes artifacts.
         other_training_data: training data of the evaluated models, if other runs trained them.
         seed_data: demonstrations and held-out ranked answers.
+        ranked: the held-out ranked answers that judging is measured on; None where there are none.
         questions: the evaluation instructions.
         outputs: another model's responses to the evaluation instructions.
         validation: the instructions on which checkpoints of an alignment are compared.
@@ -46,6 +50,7 @@ class RunInputs:
     other_training_data: list[Artifact] = field(default_factory=list)
     benchmarks: dict[str, Content] = field(init=False)
     seed_data: Artifact = field(init=False)
+    ranked: Artifact | None = field(init=False)
     questions: Artifact | None = field(init=False)
     outputs: Artifact | None = None
     validation: Artifact | None = field(init=False)
@@ -62,6 +67,7 @@ class RunInputs:
         self.seed_data = self._make_seeds(
             Label.input("seeds"), seed_data, data.seed_data.eft_source, judge=self.config.judge
         )
+        self.ranked = self._held_out_questions()
         self.questions = self._read_instructions(
             "questions",
             "evaluate.instructions",
@@ -104,8 +110,8 @@ class RunInputs:
     @property
     def held_out(self) -> list[Artifact]:
         """Artifacts with instructions that no training may see."""
-        ranked = [self.seed_data] if self.seed_data.counts["questions_held_out"] else []
-        return [*ranked, *(artifact for artifact in (self.questions, self.validation) if artifact is not None)]
+        artifacts = (self.ranked, self.questions, self.validation)
+        return [artifact for artifact in artifacts if artifact is not None]
 
     @property
     def trained_on(self) -> list[Artifact]:
@@ -144,8 +150,8 @@ class RunInputs:
         ranked, key = None, "evaluate.preference_pairs.source"
         if test.source != "ranked":
             content = content_of(test.source, key)
-        elif self.seed_data.counts["questions_held_out"]:
-            ranked = self.seed_data
+        elif self.ranked is not None:
+            ranked = self.ranked
         else:
             raise SelfalignError(
                 f"{key}=ranked: no question of data.seed_data.ranked is held out. Raise data.seed_data.held_out_share "
@@ -156,6 +162,19 @@ class RunInputs:
         pairs = self.run.make(label, preference_test, trained_on=self.trained_on, **inputs)
         _check_count("evaluate.preference_pairs.count", test.count, pairs.counts["pairs"], f"pairs of {test.source}")
         return pairs
+
+    def _held_out_questions(self) -> Artifact | None:
+        """Return the held-out ranked questions, without those that other runs trained the evaluated models on."""
+        held_out = self.seed_data
+        others = [artifact for artifact in self.other_training_data if artifact.digest != held_out.digest]
+        if others and held_out.counts["questions_held_out"]:
+            questions = read_records(held_out.path / "ranked.jsonl", RankedAnswers)
+            known = [(artifact, KnownTexts.of([artifact])) for artifact in others]
+            trained_on = [one for one, texts in known if any(asks_known(question, texts) for question in questions)]
+            if trained_on:
+                inputs = {"seeds": self.seed_data, "trained_on": trained_on}
+                held_out = self.run.make(Label.input("ranked"), untrained_questions, **inputs)
+        return held_out if held_out.counts["questions_held_out"] else None
 
     def _make_seeds(self, label: Label, stage: StageFunction, eft_source: EFTSource, **more: Any) -> Artifact:
         data = self.config.data.seed_data

@@ -1,5 +1,9 @@
 """kl_divergence: responses + the policy that wrote them + M1 → an estimate of KL(policy ‖ M1)."""
 
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from selfalign.core.jsonl import read_records, write_records
 from selfalign.core.records import Instruction, Response, ResponseKL
 from selfalign.data.sources import as_prompt
@@ -10,6 +14,11 @@ from selfalign.models.scorer import LogProbScorer
 from selfalign.models.tokenizer import answer_prompt
 from selfalign.store.artifacts import Artifact, Counts, StageOutput
 from selfalign.store.stage import Size, amount, records_in, stage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+logger = logging.getLogger(__name__)
 
 MAX_BATCH_TOKENS = 2048
 """The most tokens in one forward pass."""
@@ -32,7 +41,8 @@ def kl_divergence(
     """Estimate KL(policy ‖ M1) as the mean of log π(y|x) - log π_M1(y|x) over the policy's own responses, in nats.
 
     The estimate is unbiased if responses are sampled at temperature 1 and top-p 1. Narrower sampling, which is usual,
-    favours likely responses, so the estimate is then about those. Weights are float32.
+    favours likely responses, so the estimate is then about those. Weights are float32. There is no estimate if M1 has
+    another tokenizer, which a model from elsewhere may have.
 
     Args:
         out: receives moved.jsonl.
@@ -43,11 +53,14 @@ def kl_divergence(
     """
     texts = {record.id: record.text for record in read_records(instructions.path / "instructions.jsonl", Instruction)}
     responses = [r for r in read_records(answers.path / "responses.jsonl", Response) if r.text or r.thought]
-    tokenizer = PolicyCheckpoint(policy.path).load_tokenizer()
+    tokenizer, other = (PolicyCheckpoint(artifact.path).load_tokenizer() for artifact in (policy, origin))
     prompts = {name: answer_prompt(tokenizer, as_prompt(text)) for name, text in texts.items()}
     groups: list[SharedPrompt] = [
         encode_group(tokenizer, r.id, prompts[r.instruction_id], [answer_of(r)]) for r in responses
     ]
+    if not share_tokens(tokenizer, other, groups):
+        logger.warning("%s: not measured, because M1 has another tokenizer", out.label)
+        groups = []
     with out.journal(2 * len(groups), "answers") as journal:
 
         def score(model_name: str, artifact: Artifact) -> list[float]:
@@ -63,3 +76,9 @@ def kl_divergence(
         return {}
     nats, tokens = sum(one.policy - one.origin for one in moved), sum(one.tokens for one in moved)
     return {catalog.EVAL_KL_TO_M1.name: nats / len(moved), catalog.EVAL_KL_TO_M1_PER_TOKEN.name: nats / tokens}
+
+
+def share_tokens(tokenizer: "Tokenizer", other: "Tokenizer", groups: Sequence[SharedPrompt]) -> bool:
+    """Whether two tokenizers have the same tokens for all ids of these texts."""
+    ids = sorted({token for group in groups for part in (group.prompt, *group.responses) for token in part})
+    return tokenizer.convert_ids_to_tokens(ids) == other.convert_ids_to_tokens(ids)

@@ -9,18 +9,19 @@ from typing import Any
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_text
-from selfalign.core.jsonl import write_records
+from selfalign.core.jsonl import read_records, write_records
 from selfalign.core.records import Demonstration, Instruction, RankedAnswers, Response
 from selfalign.data.mixtures import DataSource, data_source
 from selfalign.data.schemas import Schema
 from selfalign.data.sources import read_demonstrations, read_ranked
 from selfalign.data.thinking import given_response
-from selfalign.data.turns import compared, texts_in
+from selfalign.data.turns import as_prompt, compared, texts_in
 from selfalign.judges.pairwise import Pairwise
 from selfalign.judges.protocol import TeachableJudge
 from selfalign.metrics import catalog
-from selfalign.store.artifacts import Content, Counts, StageOutput
+from selfalign.store.artifacts import Artifact, Content, Counts, StageOutput
 from selfalign.store.stage import MANY, Size, stage
+from selfalign.training.splits import KnownTexts, texts_of
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +148,33 @@ def taught_questions(
         catalog.QUESTIONS.name: len(questions),
         catalog.RESPONSES.name: sum(len(question.texts) for question in questions),
     }
+
+
+@stage(given=True)
+def untrained_questions(out: StageOutput, *, seeds: Artifact, trained_on: Sequence[Artifact]) -> Counts:
+    """Keep the held-out ranked questions that no evaluated model was trained on.
+
+    Runs may have read other ranked questions, or the same file before it grew. So what is held out here may have been
+    training data there.
+
+    Args:
+        out: receives ranked.jsonl, instructions.jsonl and responses.jsonl.
+        seeds: ranked.jsonl, the held-out questions.
+        trained_on: training data of the models: demonstrations.jsonl, taught.jsonl or pairs.jsonl.
+    """
+    questions = read_records(seeds.path / "ranked.jsonl", RankedAnswers)
+    known = KnownTexts.of(trained_on)
+    untrained = [question for question in questions if not asks_known(question, known)]
+    write_questions(out, untrained)
+    return {
+        catalog.QUESTIONS_HELD_OUT.name: len(untrained),
+        "dropped": {"trained_on": len(questions) - len(untrained)},
+    }
+
+
+def asks_known(question: RankedAnswers, known: KnownTexts) -> bool:
+    """Return whether a ranked question is a prompt of known training data."""
+    return known.shares(texts_of(as_prompt(question.instruction)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,18 @@ def test_control_tokens_a_response_spells_are_text(
     text = tokenizer(sly.text, split_special_tokens=True)["input_ids"]
     assert judgements["bees-1"].score == pytest.approx(-(len(text) + 1), abs=1e-2)
     assert not set(text) & set(tokenizer.all_special_ids)
+
+
+def test_response_of_a_writer_with_other_tokens_is_read_by_its_text(
+    tmp_path: Path, tiny_policy: PolicyCheckpoint, trained: PolicyCheckpoint
+) -> None:
+    kind, policy = ImplicitReward(alpha=0.0), policy_artifact(trained)
+    foreign = [replace(answer, ids=[at + 300, at + 5, 7]) for at, answer in enumerate(ANSWERS)]
+    rewards: list[dict[str, float | None]] = []
+    for place, answers in ((tmp_path / "own", ANSWERS), (tmp_path / "foreign", foreign)):
+        _, made = judged(place, kind, policy, reference=policy_artifact(tiny_policy), **given(place, answers))
+        rewards.append({name: one.score for name, one in made.items()})
+    assert rewards[1] == pytest.approx(rewards[0], abs=1e-5)
 
 
 def test_order_turns_round_when_policy_and_reference_change_places(

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,3 +73,20 @@ def test_a_model_is_at_no_distance_from_itself(tmp_path: Path, tiny_policy: Poli
 def test_empty_answers_are_no_distance(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     nothing = [replace(response("bees-1"), text="")]
     assert moved(tmp_path, tiny_policy, tiny_policy, nothing) == {}
+
+
+def test_distance_from_a_model_with_other_tokens_is_not_measured(
+    tmp_path: Path, tiny_policy: PolicyCheckpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same ids would be other words to it, and the number would look like any other."""
+    other = nudged_policy(tiny_policy, tmp_path / "other")
+    written = other.load_tokenizer()("They dance.")["input_ids"]
+    file = other.path / "tokenizer/tokenizer.json"
+    spelled = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = spelled["model"]["vocab"]
+    one, two = (next(token for token, at in vocabulary.items() if at == written[place]) for place in (0, -1))
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+    file.write_text(json.dumps(spelled), encoding="utf-8")
+    assert moved(tmp_path, tiny_policy, other) == {}
+    assert (tmp_path / "out/moved.jsonl").read_bytes() == b""
+    assert "M1 has another tokenizer" in caplog.text
