@@ -414,7 +414,7 @@ def test_paragraph_names_model_data_judge_rule_loss_and_seed(tmp_path: Path) -> 
         "4 candidates",
         "mean of 3 written judgements",
         "the best candidate was paired with the worst",
-        "Sr-DPO (β = 0.1, λ = 0.5; reference: the model before it) made M2, M3",
+        "Sr-DPO (β = 0.1, λ = 0.5; reference: the previous model) made M2, M3",
         "The seed was 3",
     ):
         assert part in said
