@@ -474,7 +474,7 @@ def test_rewards_on_held_out_pairs_and_drift_have_their_tables(tmp_path: Path) -
         assert cell in tables["drift"]
     assert "Held-out pairs: accuracy" in page
     assert "Change of log π" in page
-    assert "M2: min chosen logp change −0.125" in page.split("beyond their bounds")[1].split("</p>")[0]
+    assert "M2: min chosen logp change −0.125" in page.split("outside their bounds")[1].split("</p>")[0]
     assert not {"held-out-pairs", "drift", "training-time"} & {*Page(report(whole(tmp_path / "quiet"))).sections}
 
 
