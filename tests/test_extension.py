@@ -124,7 +124,7 @@ def test_own_judge_and_own_pair_rule_do_what_they_say(swept: Path) -> None:
 def test_report_card_and_provenance_name_what_came_from_outside(swept: Path) -> None:
     own, built_in = jobs(swept / "outputs")
     report, card = (own / "report.html").read_text(), (own / "model_card.md").read_text()
-    assert "<b>robust DPO</b> (β = 0.1; reference: the model before it)" in report
+    assert "<b>robust DPO</b> (β = 0.1; reference: the previous model)" in report
     assert "Brevity judged" in report
     assert "BestMedian made the pairs" in report
     assert "- Loss of a pair: robust DPO, `((1−ε)" in card

@@ -217,7 +217,7 @@ def test_given_pairs_of_which_too_few_can_be_set_aside_end_the_run_before_any_mo
     rows = [{"prompt": f"Ask {n}.", "chosen": f"Good {n}.", "rejected": "No."} for n in range(6)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     overrides = ["experiment=smoke", "evaluate=none", "tracker=none", "data=pairs", f"data.path={tmp_path}/pairs.jsonl"]
-    with pytest.raises(SelfalignError, match=r"train\.validation_pairs=2: of 6 pairs only 1 share no prompt"):
+    with pytest.raises(SelfalignError, match=r"train\.validation_pairs=2, but only 1 of 6 pairs share no prompt"):
         run(tmp_path, *overrides, "iterations=1", "train.validation_pairs=2")
     assert not list(tmp_path.glob("smoke-*/artifacts/M*"))
 

@@ -194,6 +194,8 @@ def test_overrides_and_yaml_give_mixtures_and_their_parts_are_in_the_key() -> No
         "data=pairs", "iterations=1", "data.path={parts:[a.jsonl,b.jsonl],seed:${seed}}", "seed=5"
     )
     assert followed.data.path == Mixture(parts=(Part(source="a.jsonl"), Part(source="b.jsonl")), seed=5)
+    single, _, _ = composed("data=pairs", "iterations=1", "data.path={source:a.csv,columns:{q:instruction}}")
+    assert single.data.path == Mixture(parts=(Part(source="a.csv", columns={"q": "instruction"}),))
     keys = [
         to_key_json(data_source(value, "k"))
         for value in ("a", ["a"], ["a", "b"], [{"source": "a", "count": 1}, "b"], {"parts": ["a", "b"], "seed": 1})

@@ -213,7 +213,7 @@ def test_method_tells_loss_reference_judge_and_iterations(full: Path, adapter: P
     said = section(written(full).text, "Method")
     assert "the model's own pairs (arXiv 2401.10020), 2 iterations" in said
     assert "Sr-DPO, `−log σ(β h − λ ⊥Δ)`; `SrDPO`, beta `0.1`, lam `0.5`" in said
-    assert "π_ref: the model before it" in said
+    assert "π_ref: the previous model" in said
     assert "Judge: `ExpectedScore`, " in said
     assert re.search(r"Judge: .*model `self`", said)
     assert re.search(r"Judge: .*min_score `0`, max_score `5`", said)
@@ -248,7 +248,7 @@ def test_data_are_identified_and_what_was_dropped_is_counted(full: Path, adapter
 
 def test_limits_tell_what_the_numbers_do_not_show(full: Path) -> None:
     said = section(written(full).text, "Limits")
-    assert "compared head to head by M1 and scored by M1, not by people, and that is a model of this run" in said
+    assert "compared head to head by M1 and scored by M1, not by people; this judge is a model of the run" in said
     assert "A share of 3 instructions is uncertain by up to ±57 percentage points" in said
     assert "judged its own training data" in said
     assert "Warning: metrics outside their bounds" in said
@@ -262,7 +262,7 @@ def test_server_that_judged_is_named_and_its_name_stays_text(full: Path) -> None
     run.config["judge"]["endpoint"] = {"base_url": "http://there/v1", "model": "*big* <model>"}
     text = ModelCard(model_card(run)).text
     assert "Answers were scored by `*big* <model>`, not by people. A share" in section(text, "Limits")
-    assert ", scored by *big* &lt;model&gt;. Seed" in section(text, "Method")
+    assert ", scored by *big* &lt;model&gt;. The seed" in section(text, "Method")
 
 
 def test_reproduction_tells_version_commit_command_and_configuration(full: Path) -> None:

@@ -414,7 +414,7 @@ def test_paragraph_names_model_data_judge_rule_loss_and_seed(tmp_path: Path) -> 
         "4 candidates",
         "mean of 3 written judgements",
         "the best candidate was paired with the worst",
-        "Sr-DPO (β = 0.1, λ = 0.5; reference: the model before it) made M2, M3",
+        "Sr-DPO (β = 0.1, λ = 0.5; reference: the previous model) made M2, M3",
         "The seed was 3",
     ):
         assert part in said
@@ -474,7 +474,7 @@ def test_rewards_on_held_out_pairs_and_drift_have_their_tables(tmp_path: Path) -
         assert cell in tables["drift"]
     assert "Held-out pairs: accuracy" in page
     assert "Change of log π" in page
-    assert "M2: min chosen logp change −0.125" in page.split("beyond their bounds")[1].split("</p>")[0]
+    assert "M2: min chosen logp change −0.125" in page.split("outside their bounds")[1].split("</p>")[0]
     assert not {"held-out-pairs", "drift", "training-time"} & {*Page(report(whole(tmp_path / "quiet"))).sections}
 
 

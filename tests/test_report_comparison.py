@@ -509,7 +509,7 @@ def test_run_without_its_artifacts_keeps_its_report(call: Callable[..., Any], sw
     for paths in ([alone], [alone, sweep.longer]):
         code, out, err = call(*paths, *(["--out", tmp_path / "compared"] if len(paths) > 1 else []))
         assert (code, out) == (1, "")
-        assert re.search(rf"error: {alone}: \d+ of its artifacts, seeds first, are not where its links lead", err)
+        assert re.search(rf"error: {alone}: \d+ of its artifacts are missing, such as seeds", err)
     assert (alone / "report.html").read_bytes() == before
     assert not (tmp_path / "compared").exists()
 
@@ -523,7 +523,7 @@ def test_comparison_lies_in_the_folder_or_where_it_is_wanted(
     assert call(sweep.output, "--out", "there", "--metric", "rewards/margins")[0] == 0
     written = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("comparison.*")}
     assert written == {f"{place}comparison.{kind}" for place in ("", "there/") for kind in ("csv", "html")}
-    assert "has the highest reward margin" in Page((tmp_path / "there/comparison.html").read_text()).text
+    assert "highest reward margin" in Page((tmp_path / "there/comparison.html").read_text()).text
 
 
 def test_wrong_place_or_metric_is_one_line(call: Callable[..., Any], sweep: Sweep, tmp_path: Path) -> None:

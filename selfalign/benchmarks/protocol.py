@@ -124,4 +124,4 @@ def packaged_file(package: str, inside: str, key: str, install: str) -> Path:
         if (path := Path(folder) / inside).is_file():
             return path
     trouble = f"{package} has no {inside}" if folders else f"{package} is not installed"
-    raise SelfalignError(f"{key}: {trouble}: run `pip install {install}`, or name a file")
+    raise SelfalignError(f"{key}: {trouble}: pip install {install}, or name a file")

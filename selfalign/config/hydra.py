@@ -121,7 +121,7 @@ def to_experiment(config: DictConfig) -> ExperimentConfig:
 def describe(config: DictConfig) -> tuple[ExperimentConfig, str, dict[str, Any]]:
     """Return a composed configuration as live objects, as YAML, and as plain dictionaries with the components' classes.
 
-    What a run is told by is its settings, not the names of files: these may say something else tomorrow.
+    Texts replace the names of the files that they were read from, because a file may change after the run.
 
     Raises:
         SelfalignError: a key is unknown, a value is out of range, or a required value is missing.
@@ -135,12 +135,12 @@ def describe(config: DictConfig) -> tuple[ExperimentConfig, str, dict[str, Any]]
 
 
 def with_texts(config: DictConfig, experiment: ExperimentConfig) -> DictConfig:
-    """A copy of the configuration with the texts that its settings `file:PATH` were read as."""
+    """Return a copy of the configuration in which settings `file:PATH` have the texts of their files."""
     told = deepcopy(config)
 
     def read(node: DictConfig, live: Any) -> None:
         for name in node:
-            value, own = node._get_node(name), live[name] if isinstance(live, dict) else getattr(live, str(name))
+            value, own = node._get_node(name), live.get(name) if isinstance(live, dict) else getattr(live, str(name), None)
             if own is None:
                 continue
             if isinstance(value, DictConfig):

@@ -181,25 +181,28 @@ def as_text(value: object) -> str:
 
 
 def differing(jobs: Sequence[JobResult]) -> list[str]:
-    """Return the keys whose values differ among the jobs that have them; those with the most values come first."""
+    """Return the keys whose values differ among the jobs that have them; those with the most values come first.
+
+    An empty group counts as absent: an unfinished job does not know the class of a component without settings.
+    """
     keys = dict.fromkeys(key for job in jobs for key in job.settings)
-    values = {key: {as_text(job.settings[key]) for job in jobs if key in job.settings} for key in keys}
+    values = {key: {as_text(job.settings[key]) for job in jobs if job.settings.get(key, {}) != {}} for key in keys}
     several = [key for key, different in values.items() if len(different) > 1]
     return sorted(several, key=lambda key: len(values[key]), reverse=True)
 
 
 def with_absent(jobs: Sequence[JobResult]) -> list[JobResult]:
-    """The jobs, with null for every setting, or group of settings, that only others of them have.
+    """Return the jobs with null for every setting, or group of settings, that only other jobs have.
 
-    A group that a job has none of stands as one value in the others: the endpoint's parameters, or a benchmark. What a
-    class of a component has and another has not is told by the component's own name.
+    A group that a job lacks is one value in the others: the parameters of an endpoint, or a benchmark. Settings that
+    only one class of a component has are left out, because the name of the class shows the difference.
     """
     lacking = {owner for job in jobs for other in jobs for owner in _lacking(job, other)}
     return [replace(job, settings={**{key: _group(job, key) for key in lacking}, **job.settings}) for job in jobs]
 
 
 def _lacking(job: JobResult, other: JobResult) -> Iterator[str]:
-    """The highest keys of what another job has set, and this one has not, or has as nothing."""
+    """Yield the highest keys of settings that another job has, and that this one lacks or has empty."""
     if job.folder is None or other.folder is None:
         return  # Of a job whose settings were refused only its own overrides are known.
     there = {owner for key in job.settings for owner in _owners(key) if job.settings.get(owner, key) not in NOTHING}
@@ -211,13 +214,13 @@ def _lacking(job: JobResult, other: JobResult) -> Iterator[str]:
 
 
 def _owners(key: str) -> list[str]:
-    """The keys of the groups that a setting is in, the highest first, and its own."""
+    """Return the keys of the groups that a setting is in, the highest first, and its own key."""
     parts = key.split(".")
     return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
 
 
 def _group(job: JobResult, owner: str) -> Row | None:
-    """The settings below a key, by the rest of their keys; None without any."""
+    """Return {rest of the key: value} of the settings below a key; None without any."""
     below = f"{owner}."
     return {k.removeprefix(below): v for k, v in job.settings.items() if k.startswith(below)} or None
 
