@@ -125,7 +125,7 @@ ARCHITECTURES = {
         "SmolLM3Config", {**SIZES, "no_rope_layers": [0, 0]}, "no positions but the causal mask"
     ),
     "GPT-2": Architecture(
-        "GPT2Config", {**UNNAMED, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}, "learned positions"
+        "GPT2Config", {**UNNAMED, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}, "learned positions"
     ),
     "OPT": Architecture("OPTConfig", {**UNGROUPED, "ffn_dim": 48, "word_embed_proj_dim": 32}, "learned positions"),
     "Phi-2": Architecture("PhiConfig", SIZES, "output layer with a bias"),

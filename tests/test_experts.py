@@ -161,8 +161,8 @@ def test_experts_that_no_adapter_reaches_are_named_with_what_would_adapt_them(
     told = [record.getMessage() for record in caplog.records if record.name.startswith("selfalign")]
     assert told == (
         [
-            f"model.lora.targets={targets} does not include {said}: these weights are not trained. To adapt them too, set "
-            f"model.lora.targets='{targets},{said.replace(', ', ',')}'"
+            f"model.lora.targets={targets} does not include {said}: these weights are not trained. To adapt them too, "
+            f"set model.lora.targets='{targets},{said.replace(', ', ',')}'"
         ]
         if said
         else []

@@ -253,6 +253,20 @@ def _doubling(norm: nn.Module) -> nn.Module:
     return norm
 
 
+def test_experts_of_a_first_pass_are_those_of_the_next_ones() -> None:
+    scores = torch.tensor([[1.0, 2.0, 3.0], [6.0, 4.0, 5.0]], requires_grad=True)
+    with model_trials.HeldSelections() as selections:
+        first = scores.topk(2)
+        selections.first = False
+        values, indices = torch.topk(-scores, 2, dim=-1)
+    assert torch.equal(indices, first.indices)
+    assert values.tolist() == [[-3.0, -2.0], [-6.0, -5.0]]
+    assert (-scores).topk(2).indices.tolist() == [[0, 1], [1, 2]]
+    values.sum().backward()
+    assert scores.grad is not None
+    assert scores.grad.tolist() == [[0.0, -1.0, -1.0], [-1.0, 0.0, -1.0]]
+
+
 # --- lengths and vocabulary --------------------------------------------------------------------------------------
 
 
