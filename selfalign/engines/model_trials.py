@@ -228,8 +228,7 @@ def check_gradient(scoring: ScoringTrial) -> None:
         value = scoring.short().sum()
         selections.first = False
         used = [nudge for nudge in nudges if nudge.passes == 1]
-        places = [nudge.value for nudge in used]
-        slopes = torch.autograd.grad(value, places, allow_unused=True) if value.requires_grad else [None] * len(used)
+        slopes = slopes_after_inference(scoring, value, [nudge.value for nudge in used])
         for nudge, slope in zip(used, slopes, strict=True):
             if problem := nudge.problem(scoring, slope):
                 raise SelfalignError(
@@ -237,6 +236,30 @@ def check_gradient(scoring: ScoringTrial) -> None:
                     "another model."
                 )
         model.eval()
+
+
+def slopes_after_inference(scoring: ScoringTrial, value: Tensor, places: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """Return the gradients of a value at some places, taken after another pass in inference mode.
+
+    A loss with a refinement has such a pass between its forward and its backward pass.
+
+    Raises:
+        SelfalignError: the inference pass changes what the backward pass needs.
+    """
+    model = scoring.policy.model
+    if not value.requires_grad:
+        return [None] * len(places)
+    model.eval()
+    with torch.no_grad():
+        scoring.short()
+    model.train()
+    try:
+        return torch.autograd.grad(value, places, allow_unused=True)
+    except RuntimeError as error:
+        raise SelfalignError(
+            f"{type(model).__name__}: an inference pass spoils the gradient of the pass before it "
+            f"({reason_of(error)}), so it cannot be trained. Use another model."
+        ) from error
 
 
 class HeldSelections(TorchFunctionMode):
