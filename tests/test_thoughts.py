@@ -13,9 +13,17 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.records import FinishReason, PreferencePair, Response
 from selfalign.data.sources import as_prompt
 from selfalign.data.thinking import Markers, PromptEnd, answer_given, ask_to_think, given_response, split_given
+from selfalign.engines.model_check import check_template, is_read_as_whole
 from selfalign.engines.protocol import Completion, Request, Sampling, generate_batched
 from selfalign.models.batches import encode_group, encode_pairs
-from selfalign.models.chat_template import empty_thought, generation_prompt, markers_of, render_prompt, rendered_ids
+from selfalign.models.chat_template import (
+    BEGINNINGS,
+    empty_thought,
+    generation_prompt,
+    markers_of,
+    render_prompt,
+    rendered_ids,
+)
 from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.tokenizer import (
     Answer,
@@ -232,6 +240,16 @@ def test_thought_is_asked_for_before_the_first_question() -> None:
     asked = ask_to_think("Think.", [system, *DIALOGUE])
     assert isinstance(asked, list)
     assert [turn["content"] for turn in asked] == ["Be brief.", "Think.\n\nName a fish.", "A cod.", "Name a bird."]
+
+
+def test_model_that_thinks_is_accepted_with_a_note_on_its_markers(name: str, tokenizer: Any) -> None:
+    [note, *others] = check_template(tokenizer)
+    markers = markers_of(tokenizer)
+    assert markers is not None
+    assert note.startswith(f"thinks between {markers.open!r} and {markers.close!r}")
+    assert note.endswith(f"behind {family(name).nothing!r}")
+    assert not [other for other in others if "opens an answer" in other]
+    assert all(is_read_as_whole(tokenizer, text) for text in BEGINNINGS)
 
 
 def test_model_without_markers_has_no_thoughts(tiny_tokenizer: Any) -> None:

@@ -250,7 +250,7 @@ def give_ids(read: Iterable[tuple[Row, R]], drops: Counter[str]) -> list[R]:
 
 
 def is_blank(text: str) -> bool:
-    """Whether a text has no visible character: only spaces, and characters of no width such as U+200B."""
+    """Return whether a text has no visible character: only spaces, and characters of no width such as U+200B."""
     return not text.strip() or all(c.isspace() or unicodedata.category(c) in ("Cf", "Cc") for c in text)
 
 
@@ -265,7 +265,7 @@ def shown(value: Any) -> str:
 
 
 def _is_filled(value: Any) -> bool:
-    """Whether a field is filled. Lists and objects of empty values are not, nor are texts that spell them."""
+    """Return whether a field is filled. Lists and objects of empty values are not, nor are texts that spell them."""
     if isinstance(value, dict):
         return any(map(_is_filled, value.values()))
     if isinstance(value, list):

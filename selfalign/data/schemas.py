@@ -337,7 +337,7 @@ def _last_turns(conversations: Sequence[list[Message]], drops: Drops) -> list[De
 
 
 def _is_dialogue(messages: list[Message]) -> bool:
-    """Whether an assistant's turn ends the messages and answers a conversation."""
+    """Return whether an assistant's turn ends the messages and answers a conversation."""
     return (
         len(messages) > 1
         and messages[-1]["role"] == "assistant"

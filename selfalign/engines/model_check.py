@@ -23,9 +23,11 @@ from selfalign.models.chat_template import (
     altered_answer,
     answer_shape,
     control_words,
+    empty_thought,
     generation_prompt,
+    markers_of,
     render_prompt,
-    render_whole,
+    render_trained,
     rendered_ids,
     text_ids,
     unmarked_control_words,
@@ -197,6 +199,11 @@ def check_template(tokenizer: "Tokenizer") -> list[str]:
             f"the chat template opens an answer with {before[start:]!r} in a conversation and with {asked[start:]!r} "
             "where it is asked for one: answers are written and trained behind the former"
         )
+    if (markers := markers_of(tokenizer)) is not None:
+        notes.append(
+            f"thinks between {markers.open!r} and {markers.close!r}; an answer without a thought stands behind "
+            f"{empty_thought(tokenizer)!r}"
+        )
     if spelled := [word for word in control_words(tokenizer) if re.fullmatch(r"[\w\s]+:?", word)]:
         notes.append(f"control tokens that are words: {' '.join(sorted(spelled))}; in texts they are broken up")
     if unmarked := unmarked_control_words(tokenizer):
@@ -230,7 +237,7 @@ def notes_on_texts(tokenizer: "Tokenizer") -> list[str]:
 def is_read_as_whole(tokenizer: "Tokenizer", answer: str) -> bool:
     """Whether prompt and answer have the ids of the whole conversation."""
     ids = [*encode_prompt(tokenizer, QUESTION), *encode_answers(tokenizer, QUESTION, [Answer(text=answer)])[0]]
-    whole = rendered_ids(tokenizer, render_whole(tokenizer, QUESTION, answer))
+    whole = rendered_ids(tokenizer, render_trained(tokenizer, QUESTION, answer))
     return whole[: len(ids)] == ids
 
 

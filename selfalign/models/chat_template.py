@@ -317,6 +317,12 @@ def render_whole(tokenizer: "Tokenizer", messages: list[Message], answer: str) -
     return _apply(tokenizer, [*messages, {"role": "assistant", "content": answer}], add_generation_prompt=False)
 
 
+def render_trained(tokenizer: "Tokenizer", messages: list[Message], answer: str) -> str:
+    """Return messages and the assistant's answer as they are trained: before the answer nothing is thought."""
+    before, behind = _render_around(tokenizer, messages)
+    return before + empty_thought(tokenizer) + answer + behind
+
+
 def generation_prompt(tokenizer: "Tokenizer", messages: list[Message]) -> str:
     """Return the text that the template itself would have the model continue."""
     return _apply(tokenizer, messages, add_generation_prompt=True)

@@ -83,7 +83,7 @@ PURPOSES = {
     "ranked_scores": "evaluation: judging ranked answers",
     "numbers": "evaluation: numbers",
 }
-"""{label of a stage, part of the label, or name of the stage: what its time was spent on}."""
+"""Purpose of a stage, by its label, by a part of its label, or by its name."""
 
 
 def write_report(folder: Path) -> None:
