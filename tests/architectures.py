@@ -125,7 +125,7 @@ ARCHITECTURES = {
         "SmolLM3Config", {**SIZES, "no_rope_layers": [0, 0]}, "no positions but the causal mask"
     ),
     "GPT-2": Architecture(
-        "GPT2Config", {**UNNAMED, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}, "learned positions"
+        "GPT2Config", {**UNNAMED, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}, "learned positions"
     ),
     "OPT": Architecture("OPTConfig", {**UNGROUPED, "ffn_dim": 48, "word_embed_proj_dim": 32}, "learned positions"),
     "Phi-2": Architecture("PhiConfig", SIZES, "output layer with a bias"),
@@ -241,14 +241,6 @@ ARCHITECTURES = {
         "a recurrence, windows",
         **UNCACHED,
     ),
-    "RWKV": Architecture(
-        "RwkvConfig",
-        {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32,
-         "intermediate_size": 48},
-        "a recurrence alone",
-        dropout=False,
-        **UNCACHED,
-    ),
 }  # fmt: skip
 """By the name people know them by."""
 
@@ -276,6 +268,11 @@ REFUSED = {
         "CpmAntConfig",
         {"vocab_size": 320, "hidden_size": 32, "num_attention_heads": 4, "dim_head": 8, "dim_ff": 48,
          "num_hidden_layers": 2, "prompt_length": 4},
+    ),
+    "RWKV": Architecture(
+        "RwkvConfig",
+        {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32,
+         "intermediate_size": 48},
     ),
 }  # fmt: skip
 """Those that cannot be used."""

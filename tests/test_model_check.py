@@ -119,6 +119,7 @@ def test_architecture_is_used_in_the_way_that_is_right_for_it(name: str, tmp_pat
 @pytest.mark.parametrize(
     ("name", "said"),
     [
+        ("RWKV", "RwkvForCausalLM: an inference pass spoils the gradient of the pass before it"),
         ("CPM-Ant", "CpmAntForCausalLM gives other probabilities when it writes than when it reads the whole text"),
     ],
 )
@@ -251,6 +252,20 @@ def test_model_whose_gradient_is_lost_or_wrong_is_refused(
 def _doubling(norm: nn.Module) -> nn.Module:
     norm.register_forward_hook(lambda module, inputs, output: Wrong.apply(output))
     return norm
+
+
+def test_experts_of_a_first_pass_are_those_of_the_next_ones() -> None:
+    scores = torch.tensor([[1.0, 2.0, 3.0], [6.0, 4.0, 5.0]], requires_grad=True)
+    with model_trials.HeldSelections() as selections:
+        first = scores.topk(2)
+        selections.first = False
+        values, indices = torch.topk(-scores, 2, dim=-1)
+    assert torch.equal(indices, first.indices)
+    assert values.tolist() == [[-3.0, -2.0], [-6.0, -5.0]]
+    assert (-scores).topk(2).indices.tolist() == [[0, 1], [1, 2]]
+    values.sum().backward()
+    assert scores.grad is not None
+    assert scores.grad.tolist() == [[0.0, -1.0, -1.0], [-1.0, 0.0, -1.0]]
 
 
 # --- lengths and vocabulary --------------------------------------------------------------------------------------

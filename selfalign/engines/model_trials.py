@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from selfalign.core.errors import SelfalignError, reason_of
 from selfalign.engines.protocol import Sampling
@@ -41,11 +42,11 @@ STEPS = 6
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.5}
 """How far a token's log-probability (nats) may be from the model's own, by the dtype of the check."""
 
-STEP_SIZES = (1e-3, 1e-2, 1e-1, 1e-4)
+STEP_SIZES = (1e-3, 1e-2, 3e-2, 1e-1, 1e-4)
 """How far a layer's input is moved, as a share of its size, to compare the effect with the gradient.
 
-They are tried in this order until one agrees. Rounding hides the effect of small ones. Curvature spoils that of large
-ones, and so does a token that goes to another expert.
+They are tried in this order until one agrees. Rounding hides the effect of small ones, curvature spoils that of large
+ones.
 """
 
 LINEAR_LAYERS = 8
@@ -221,13 +222,13 @@ def check_gradient(scoring: ScoringTrial) -> None:
         SelfalignError: a gradient is lost or wrong.
     """
     model = scoring.policy.model
-    with nudged(model) as nudges:
+    with nudged(model) as nudges, HeldSelections() as selections:
         model.train()
         set_dropout(model, 0.0)
         value = scoring.short().sum()
+        selections.first = False
         used = [nudge for nudge in nudges if nudge.passes == 1]
-        places = [nudge.value for nudge in used]
-        slopes = torch.autograd.grad(value, places, allow_unused=True) if value.requires_grad else [None] * len(used)
+        slopes = slopes_after_inference(scoring, value, [nudge.value for nudge in used])
         for nudge, slope in zip(used, slopes, strict=True):
             if problem := nudge.problem(scoring, slope):
                 raise SelfalignError(
@@ -235,6 +236,57 @@ def check_gradient(scoring: ScoringTrial) -> None:
                     "another model."
                 )
         model.eval()
+
+
+def slopes_after_inference(scoring: ScoringTrial, value: Tensor, places: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """Return the gradients of a value at some places, taken after another pass in inference mode.
+
+    A loss with a refinement has such a pass between its forward and its backward pass.
+
+    Raises:
+        SelfalignError: the inference pass changes what the backward pass needs.
+    """
+    model = scoring.policy.model
+    if not value.requires_grad:
+        return [None] * len(places)
+    model.eval()
+    with torch.no_grad():
+        scoring.short()
+    model.train()
+    try:
+        return torch.autograd.grad(value, places, allow_unused=True)
+    except RuntimeError as error:
+        raise SelfalignError(
+            f"{type(model).__name__}: an inference pass spoils the gradient of the pass before it "
+            f"({reason_of(error)}), so it cannot be trained. Use another model."
+        ) from error
+
+
+class HeldSelections(TorchFunctionMode):
+    """Inside the block, passes over the same input select the same entries by `topk` as the first one.
+
+    A token that goes to another expert would make a step in the log-probabilities, which no gradient knows of.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: list[Tensor] = []
+        self.calls = 0
+        self.first = True
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in (torch.topk, Tensor.topk):
+            return func(*args, **kwargs)
+        if self.first:
+            selected = func(*args, **kwargs)
+            self.held.append(selected.indices)
+            return selected
+        indices = self.held[self.calls % len(self.held)]
+        self.calls += 1
+        given = args[0] if args else kwargs["input"]
+        dimension = kwargs.get("dim", args[2] if len(args) > 2 else -1)
+        return torch.return_types.topk((given.gather(dimension, indices), indices))
 
 
 @dataclass(slots=True)
@@ -276,7 +328,7 @@ class Nudge:
             noise = torch.randn(self.value.shape, generator=torch.Generator().manual_seed(0)).to(self.value)
             return "is lost" if abs(self._change(scoring, noise, 1.0)) > (1e-2 if exact else 1.0) else None
         size = float(slope.norm())
-        steps, share, slack = (STEP_SIZES, 0.1, 2e-3) if exact else ((1e-1,), 0.5, 0.5)
+        steps, share, slack = (STEP_SIZES, 0.1, 5e-4) if exact else ((1e-1,), 0.5, 0.5)
         effects = {step: 2 * step * self.scale * size * slope.numel() ** 0.5 for step in steps}
         expected = change = 0.0
         for step in [step for step in steps if effects[step] > 3 * slack] or [max(steps)]:
