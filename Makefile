@@ -1,5 +1,6 @@
 # make demo   sets everything up, then runs SmolLM2-135M-Instruct → M1 → M2 → M3
 # make test   sets everything up, then runs lint, types and tests, and builds the docs
+# make nightly   the tests that are too slow for every change
 # make docs   sets everything up, then builds docs/ into build/docs/index.html; a warning is an error
 # make vllm   vLLM for CPUs in an environment of its own, for engine=vllm and its tests
 PYTHON ?= python3
@@ -7,7 +8,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 VLLM := .venv-vllm
 
-.PHONY: demo test docs setup vllm clean
+.PHONY: demo test nightly docs setup vllm clean
 
 demo: setup
 	$(BIN)/selfalign experiment=demo
@@ -18,6 +19,9 @@ test: setup
 	$(BIN)/pyright
 	$(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 	$(MAKE) docs
+
+nightly: setup
+	$(BIN)/pytest -m nightly --numprocesses logical --maxprocesses 8 --dist loadfile
 
 docs: setup
 	$(BIN)/sphinx-build -W --keep-going --quiet --builder html docs build/docs

@@ -34,6 +34,7 @@ install_import_hook(
     "beartype.beartype",
 )
 
+import gc
 import importlib.util
 import logging
 import sys
@@ -61,6 +62,21 @@ def pytest_configure(config: pytest.Config) -> None:
     """Lets those warnings pass; every other one is an error (pyproject.toml)."""
     for warning in NOT_OURS:
         config.addinivalue_line("filterwarnings", warning)
+
+
+imported = 0
+
+
+def pytest_runtest_setup() -> None:
+    """Spares the collector what libraries have brought since: a policy let go of is looked for among all objects.
+
+    Imported modules are a million objects, and a tiny run looks thirty times.
+    """
+    global imported
+    if len(sys.modules) > imported + 50:
+        gc.collect()
+        gc.freeze()
+        imported = len(sys.modules)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs
 
-COMMIT = "a" * 40
+COMMIT, OTHER_COMMIT = "a" * 40, "b" * 40
+REVISIONS = {"main": COMMIT, "v1": OTHER_COMMIT}
 
 
 def parquet(rows: list[dict[str, Any]]) -> bytes:
@@ -29,9 +30,9 @@ def answer(files: dict[str, bytes], name: str, path: str, body: bytes) -> tuple[
         p: {"type": "file", "path": p, "size": len(c), "oid": hashlib.sha1(c).hexdigest()} for p, c in files.items()
     }
     if path.startswith(f"/datasets/{name}/resolve/"):
-        file = path.split("/resolve/")[1].partition("/")[2]
+        revision, _, file = path.split("/resolve/")[1].partition("/")
         if file in files:
-            return 200, files[file], {"ETag": f'"{told[file]["oid"]}"', "X-Repo-Commit": COMMIT}
+            return 200, files[file], {"ETag": f'"{told[file]["oid"]}"', "X-Repo-Commit": commit_of(revision)}
         return 404, b"", {"X-Error-Code": "EntryNotFound"}
     if not path.startswith(f"/api/datasets/{name}"):
         return 404, b"{}", {"X-Error-Code": "RepoNotFound"}
@@ -45,8 +46,16 @@ def answer(files: dict[str, bytes], name: str, path: str, body: bytes) -> tuple[
     if what == "paths-info":
         asked = json.loads(body)["paths"] if body.startswith(b"{") else parse_qs(body.decode())["paths"]
         return 200, json.dumps([told[p] for p in asked if p in told]).encode(), {}
+    if not commit_of(revision := rest if what == "revision" else "main"):
+        return 404, b"{}", {"X-Error-Code": "RevisionNotFound"}
     siblings = [{"rfilename": p} for p in files]
-    return 200, json.dumps({"id": name, "sha": COMMIT, "siblings": siblings, "private": False}).encode(), {}
+    said = {"id": name, "sha": commit_of(revision), "siblings": siblings, "private": False}
+    return 200, json.dumps(said).encode(), {}
+
+
+def commit_of(revision: str) -> str:
+    """The commit of a branch, a tag or a commit; empty for another name."""
+    return revision if revision in REVISIONS.values() else REVISIONS.get(revision, "")
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """selfalign's command line, where CPU processes share weights out too."""
 
-from layout_jobs import shard_on_the_cpu
+from training_jobs import shard_on_the_cpu
 
 from selfalign.cli.main import main
 

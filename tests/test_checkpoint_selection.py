@@ -312,10 +312,13 @@ def test_model_that_only_compares_checkpoints_is_loaded_and_in_the_plan(tmp_path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"interval_steps": 5}, "interval_steps and train.checkpoint_selection.instructions are given together"),
-        ({"instructions": "a.jsonl"}, "interval_steps and train.checkpoint_selection.instructions are given together"),
+        ({"interval_steps": 5}, "interval_steps and train.checkpoint_selection.instructions belong together"),
+        ({"instructions": "a.jsonl"}, "interval_steps and train.checkpoint_selection.instructions belong together"),
         ({"interval_steps": -1, "instructions": "a.jsonl"}, "must be 0 or more"),
-        ({"interval_steps": 5, "instructions": "a.jsonl"}, "needs train.checkpoint_selection.head_to_head"),
+        (
+            {"interval_steps": 5, "instructions": "a.jsonl"},
+            "needs a judge: set train.checkpoint_selection.head_to_head",
+        ),
         ({"level": 0.5}, "level must be above 0 and below 0.5, got 0.5"),
     ],
 )

@@ -389,7 +389,7 @@ def test_interrupted_run_is_continued_by_two_at_once_one_after_the_other(tmp_pat
     said = {path.name: path.read_text() for path in tmp_path.glob("*.*") if path.is_file()}
     assert done.stdout.splitlines()[-2:] == ["130", "0 0"], said
     assert "Traceback" not in said["interrupted.err"]
-    assert said["interrupted.err"].splitlines()[-1] == "interrupted; the same command continues where it stopped"
+    assert said["interrupted.err"].splitlines()[-1] == "interrupted; repeat the command to continue"
 
     errors, outputs = [[said[f"{name}.{stream}"] for name in ("first", "second")] for stream in ("err", "out")]
     (waited,) = [text for text in errors if "already running" in text]
@@ -434,7 +434,7 @@ with report_errors("interrupted"):
     )
     os.close(writing)
     assert done.stderr == (
-        "error: nobody reads the output any more; what was finished is kept, the same command continues from it\n"
+        "error: the output is not read any more; what was finished is kept, the same command continues from it\n"
     )
     assert done.returncode == 1
 

@@ -1,6 +1,8 @@
 """Where data lie: the same rows from every kind of file, folder and hub, and a message for what is not read."""
 
+import csv
 import gzip
+import io
 import json
 import os
 import re
@@ -13,7 +15,7 @@ from typing import Any
 
 import pytest
 from builders import ROOT
-from data_hub import data_hub, parquet
+from data_hub import COMMIT, OTHER_COMMIT, data_hub, parquet
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import PreferencePair
@@ -60,6 +62,46 @@ def write_parquet(folder: Path, rows: Rows) -> str:
     path = folder / "a.parquet"
     path.write_bytes(parquet(rows))
     return str(path)
+
+
+def as_table(rows: Rows, delimiter: str) -> str:
+    """As a spreadsheet: lists in the cells as JSON, nothing where a value is absent, commas and line breaks quoted."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    buffer = io.StringIO(newline="")
+    table = csv.writer(buffer, delimiter=delimiter)
+    table.writerow(names)
+    for row in rows:
+        cells = [row.get(name) for name in names]
+        table.writerow(["" if c is None else json.dumps(c) if isinstance(c, list) else c for c in cells])
+    return buffer.getvalue()
+
+
+def write_csv(folder: Path, rows: Rows) -> str:
+    (folder / "a.csv").write_bytes(b"\xef\xbb\xbf" + as_table(rows, ",").encode())
+    return str(folder / "a.csv")
+
+
+def write_tsv(folder: Path, rows: Rows) -> str:
+    (folder / "a.tsv.gz").write_bytes(gzip.compress(as_table(rows, "\t").encode()))
+    return str(folder / "a.tsv.gz")
+
+
+def write_stream(folder: Path, rows: Rows) -> str:
+    """As the cache of `datasets` holds it."""
+    import pyarrow as pa
+
+    table = pa.Table.from_pylist(rows)
+    with pa.OSFile(str(folder / "a.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table)
+    return str(folder / "a.arrow")
+
+
+def write_feather(folder: Path, rows: Rows) -> str:
+    import pyarrow as pa
+    import pyarrow.feather
+
+    pyarrow.feather.write_feather(pa.Table.from_pylist(rows), str(folder / "a.feather"))
+    return str(folder / "a.feather")
 
 
 def write_mixed(folder: Path, rows: Rows) -> str:
@@ -110,7 +152,8 @@ def write_shards(folder: Path, rows: Rows) -> str:
 CONTAINERS: dict[str, Callable[[Path, Rows], str]] = {
     "jsonl": write_jsonl, "bom_and_crlf": write_marked, "list": write_list, "gzip": write_packed,
     "parquet": write_parquet, "mixed_types": write_mixed, "saved": save, "saved_split": save_splits,
-    "folder": write_folder, "shards": write_shards,
+    "folder": write_folder, "shards": write_shards, "csv": write_csv, "tsv": write_tsv, "stream": write_stream,
+    "feather": write_feather,
 }  # fmt: skip
 
 PAIR: dict[str, Any] = {"prompt": "Name a river.", "chosen": "The Nile.", "rejected": "A dog."}
@@ -167,7 +210,8 @@ def test_message_names_the_file_and_the_row(tmp_path: Path, container: str) -> N
     where = {
         "jsonl": r"a\.jsonl:2", "bom_and_crlf": r"a\.jsonl:3", "list": r"a\.json row 1", "gzip": r"a\.jsonl\.gz:2",
         "saved": r"saved row 1", "saved_split": r"saved/test row 1", "folder": r"set/train\.jsonl:2",
-        "shards": r"set/data/test-00001-of-00002-0a1b2c\.parquet row 0",
+        "shards": r"set/data/test-00001-of-00002-0a1b2c\.parquet row 0", "csv": r"a\.csv:3", "tsv": r"a\.tsv\.gz:3",
+        "stream": r"a\.arrow row 1", "feather": r"a\.feather row 1",
     }  # fmt: skip
     source = CONTAINERS[container](tmp_path, [{"images": None, **row} for row in rows])
     with pytest.raises(
@@ -236,7 +280,7 @@ def test_whole_surrogate_pairs_are_characters(tmp_path: Path) -> None:
     assert [row for _, row in read_rows(str(tmp_path / "a.jsonl"))] == [{"a": "😀"}]
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl.zst", "a.arrow", "a.txt.gz", "a.xlsx"])
+@pytest.mark.parametrize("name", ["a.jsonl.zst", "a.txt.gz", "a.xlsx", "a.csv.zip"])
 def test_kinds_of_files_that_are_not_read_are_named(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("prompt,chosen,rejected\n")
     with pytest.raises(SelfalignError, match=rf"{name}: \.\w+ files cannot be read; save it as \.jsonl or \.parquet"):
@@ -260,7 +304,7 @@ def test_file_that_is_not_packed_as_its_name_says_is_named(tmp_path: Path) -> No
         (["train.jsonl", "train.parquet"], "", r"files of several kinds could be the split 'train'"),
         (["train.jsonl", "data/train.jsonl"], "", r"files of several kinds could be the split 'train'"),
         (["train.jsonl"], ":test", r"none of its files could be the split 'test'. .*\(the folder holds train\.jsonl\)"),
-        (["train_prefs.jsonl", "x.csv"], ":train", r"none of its files could be the split 'train'"),
+        (["train_prefs.jsonl", "x.txt"], ":train", r"none of its files could be the split 'train'"),
     ],
     ids=["empty", "several", "two_kinds", "two_places", "other_split", "longer_name"],
 )
@@ -299,7 +343,7 @@ def test_part_that_is_missing_is_named(tmp_path: Path, there: tuple[int, ...]) -
 def test_split_that_was_written_twice_is_not_read_as_one(tmp_path: Path, names: list[str]) -> None:
     for name in names:
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"instruction": name, "response": "a"}))
-    with pytest.raises(SelfalignError, match=rf"holds parts of several wholes \(.*{names[0]}.jsonl, {names[1]}.jsonl"):
+    with pytest.raises(SelfalignError, match=rf"parts of several data sets \(.*{names[0]}.jsonl, {names[1]}.jsonl"):
         identify_data(str(tmp_path), "data.path")
 
 
@@ -336,6 +380,41 @@ def test_damaged_saved_set_is_refused(tmp_path: Path) -> None:
         file.unlink()
     with pytest.raises(SelfalignError, match=r"saved: cannot be read as a data set"):
         read_pairs(source)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prompt,chosen,rejected\na,b\n", r"a\.csv:2: 2 cells, but the first line names 3 columns"),
+        ('prompt,chosen,rejected\na,b,c\n"x\ny",b,c,d\n', r"a\.csv:3: 4 cells, but"),
+        ("prompt,chosen,chosen\na,b,c\n", r"a\.csv: the column 'chosen' stands twice"),
+        ('prompt,chosen,rejected\na,"b" b,c\n', r"a\.csv:2: not valid CSV"),
+        ("prompt;chosen;rejected\na;b;c\n", r"a\.csv:2: expected prompt, chosen and rejected .* found prompt;chosen;r"),
+        ("prompt,chosen,rejected\n", r"a\.csv has no rows"),
+        ("prompt,chosen,rejected,chosen_score\na,b,c,good\n", r"a\.csv:2: chosen_score: expected a number, got 'good'"),
+    ],
+    ids=["short", "long", "twice", "quotes", "semicolons", "no_row", "score"],
+)
+def test_broken_table_is_named_by_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(SelfalignError, match=message):
+        read_pairs(str(tmp_path / "a.csv"))
+
+
+def test_cells_of_a_table_are_what_they_are_in_json(tmp_path: Path) -> None:
+    """Texts stay texts, numbers or not; scores are numbers; turns are a list, spelled by JSON or by Python."""
+    turns = [{"role": "user", "content": 'He said "a,\nb".'}]
+    rows = [
+        {"id": "007", "prompt": json.dumps(turns), "chosen": "4", "rejected": "null", "chosen_score": "4.5"},
+        {"id": "8", "prompt": str(turns), "chosen": '[{"a": 1}]', "rejected": "{}", "chosen_score": "3"},
+        {"id": "9", "prompt": "1e3", "chosen": " yes", "rejected": "[1]", "chosen_score": "nan"},
+    ]
+    (tmp_path / "a.csv").write_bytes(as_table([{**row, "rejected_score": "1"} for row in rows], ",").encode())
+    pairs, _ = read_pairs(str(tmp_path / "a.csv"))
+    assert [(p.id, p.prompt, p.chosen, p.rejected, p.chosen_score, p.rejected_score) for p in pairs] == [
+        ("007", turns, "4", "null", 4.5, 1.0), ("8", turns, '[{"a": 1}]', "{}", 3.0, 1.0),
+        ("9", "1e3", " yes", "[1]", None, 1.0),
+    ]  # fmt: skip
 
 
 # --- identity ----------------------------------------------------------------------------------------------------
@@ -376,11 +455,13 @@ configs:
 READ_ALL = """
 import json, sys
 from selfalign.data.sources import read_pairs
+from selfalign.data.mixtures import identify_source
 from selfalign.core.errors import SelfalignError
 for source in sys.argv[1:]:
     try:
+        identity = identify_source(source, "data.path")
         pairs, drops = read_pairs(source)
-        print(json.dumps([[pair.id, pair.prompt] for pair in pairs] + [dict(+drops)]))
+        print(json.dumps([identity] + [[pair.id, pair.prompt] for pair in pairs] + [dict(+drops)]))
     except SelfalignError as error:
         print(json.dumps(str(error)))
 """
@@ -394,14 +475,29 @@ def test_config_and_split_of_a_hub_set_are_read_like_any_file(tmp_path: Path) ->
         "README.md": README, "one/train-00000-of-00001.parquet": part("1"),
         "one/test-00000-of-00001.parquet": part("t", "t"), "two/train-00000-of-00001.parquet": part("2"),
     }  # fmt: skip
-    sources = ["owner/set:one:train", "owner/set:one:test", "owner/set:two:train", "owner/set", "owner/set:one:dev"]
+    sources = [
+        "owner/set:one:train", "owner/set:one:test", "owner/set:two:train", "owner/set", "owner/set:one:dev",
+        "owner/set@v1:two:train", "owner/set@nowhere:one:train",
+    ]  # fmt: skip
     with data_hub("owner/set", files) as address:
         given = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
         given |= {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
         command = [sys.executable, "-c", READ_ALL, *sources]
         done = subprocess.run(command, cwd=ROOT, env=given, check=True, capture_output=True, text=True)
-    first, second, third, without, wrong = map(json.loads, done.stdout.splitlines())
-    assert (first, second, third) == ([["3", "1"], {}], [["3", "t"], {"duplicate": 1}], [["3", "2"], {}])
+        offline = subprocess.run(
+            [*command[:3], sources[0], "owner/set@v1:one:train"], cwd=ROOT, env={**given, "HF_HUB_OFFLINE": "1"},
+            check=True, capture_output=True, text=True,
+        )  # fmt: skip
+    first, second, third, without, wrong, tagged, gone = map(json.loads, done.stdout.splitlines())
+    at = f"owner/set@{COMMIT}"
+    assert first == [f"{at}:one:train", ["3", "1"], {}]
+    assert second == [f"{at}:one:test", ["3", "t"], {"duplicate": 1}]
+    assert third == [f"{at}:two:train", ["3", "2"], {}]
+    assert tagged == [f"owner/set@{OTHER_COMMIT}:two:train", ["3", "2"], {}]
+    assert gone.startswith("data.path: owner/set: revision nowhere was not found on the hub")
+    again, other = map(json.loads, offline.stdout.splitlines())
+    assert again == first
+    assert f"the cache holds commit {COMMIT} instead of {OTHER_COMMIT}" in other
     assert "owner/set: cannot be read as a data set (Config name is missing" in without
     assert "'one', 'two'" in without
     assert "owner/name:config:split" in without

@@ -46,7 +46,7 @@ from selfalign.models.batches import encode_pairs
 from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.tokenizer import encode_prompt
 from selfalign.pipeline import loop
-from selfalign.pipeline.requirements import asks
+from selfalign.pipeline.requirements import judge_prompt
 from selfalign.runs.labels import Label
 from selfalign.stages.benchmark import benchmark
 from selfalign.stages.sft import group_demonstrations
@@ -71,7 +71,7 @@ BY_MODELS = {
 """Stages that a model takes part in."""
 
 
-def rehearsed(output: Path, *overrides: str) -> dict[str, StageEstimate]:
+def estimated(output: Path, *overrides: str) -> dict[str, StageEstimate]:
     """The estimates of a run, by stage."""
     return {one.label: one for one in dry_run(composed(*overrides, f"output_dir={output}")[0])}
 
@@ -100,7 +100,7 @@ def test_every_stage_with_a_model_is_estimated_and_takes_as_many_batches_or_step
 ) -> None:
     told = [*TINY_RUN, *SHORT, *write_tiny_data(tmp_path / "data"), "train.sft.epochs=2"]
     told += ["judge=expected_score", "data.instruct.max_batches=40"]
-    estimates = rehearsed(tmp_path / "rehearsed", *told)
+    estimates = estimated(tmp_path / "dry", *told)
     batches.clear()
     folder = run(tmp_path / "run", *told)
     made = {row["label"] for row in metrics(folder) if row["stage"] in BY_MODELS}
@@ -130,7 +130,7 @@ def on_given_pairs(folder: Path) -> list[str]:
 
 def test_steps_of_an_alignment_on_given_pairs_are_those_of_the_run(tmp_path: Path) -> None:
     told = on_given_pairs(tmp_path / "data")
-    estimates = rehearsed(tmp_path / "rehearsed", *told)
+    estimates = estimated(tmp_path / "dry", *told)
     assert {label: estimates[label].count for label in STEPS} == STEPS == steps_of(run(tmp_path / "run", *told))
 
 
@@ -140,7 +140,7 @@ def test_checkpoints_answer_once_each_and_all_but_the_first_are_compared(tmp_pat
     asked = f"train.checkpoint_selection.instructions={tmp_path / 'data' / 'asked.jsonl'}"
     told += [asked, "train.checkpoint_selection.sampling.max_new_tokens=8", "train.align.batch_size=1"]
     estimates = {
-        every: rehearsed(tmp_path / str(every), *told, f"train.checkpoint_selection.interval_steps={every}")
+        every: estimated(tmp_path / str(every), *told, f"train.checkpoint_selection.interval_steps={every}")
         for every in (2, 1, 9)
     }
     answered = {every: found["M2/validation"].count for every, found in estimates.items()}
@@ -162,7 +162,7 @@ def test_checkpoints_answer_once_each_and_all_but_the_first_are_compared(tmp_pat
 def test_wrong_counts_of_steps_are_caught(old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with mutated(dry_run_stages, old, new) as copy:
         monkeypatch.setattr(module, "StageEstimator", copy.StageEstimator)
-        estimates = rehearsed(tmp_path / "rehearsed", *on_given_pairs(tmp_path / "data"))
+        estimates = estimated(tmp_path / "dry", *on_given_pairs(tmp_path / "data"))
         assert {label: estimates[label].count for label in STEPS} != STEPS
 
 
@@ -174,19 +174,19 @@ def test_command_line_prints_every_stage_and_leaves_nothing(call: Callable[..., 
         assert re.search(rf"^{label} +\d+ (model|steps|batches) +[\d.]+ +[\d.]+ +\d", said.out, re.MULTILINE), label
     assert re.search(r"^time +at most .*\s(s|min)$", said.out, re.MULTILINE)
     assert re.search(r"^cost +at most \d+\.\d\d: the machine", said.out, re.MULTILINE)
-    assert "An upper bound" in said.out
+    assert "This is an upper bound." in said.out
     assert list((tmp_path / "outputs").iterdir()) == []
     assert not (tmp_path / "wandb").exists()
 
 
-def test_several_processes_rehearse_a_run_of_as_many_in_its_layout(call: Callable[..., Said], tmp_path: Path) -> None:
+def test_several_processes_measure_a_run_of_as_many_in_its_layout(call: Callable[..., Said], tmp_path: Path) -> None:
     told = [*TINY_RUN, *SHORT, *write_tiny_data(tmp_path / "data"), "iterations=1", "engine.max_batch_tokens=40"]
     told += [f"output_dir={tmp_path / 'outputs'}", "dry_run=true"]
     alone = call(*told)
     said = launch(tmp_path, "torchrun", *told, "train.parallelism.strategy=fsdp2", module="sharded")
     assert said.code == 0, said.err
     assert re.search(r"^memory +at most [\d.]+ GiB in each of 2 processes, in ", said.out, re.MULTILINE)
-    assert said.out.count("An upper bound") == 1
+    assert said.out.count("This is an upper bound.") == 1
     work = r"^(\S+) +(\d+) (model|batches|steps) "
     shares = [
         (label, math.ceil(int(count) / 2) if unit == "batches" else int(count))
@@ -197,14 +197,14 @@ def test_several_processes_rehearse_a_run_of_as_many_in_its_layout(call: Callabl
     assert list((tmp_path / "outputs").iterdir()) == []
 
 
-def test_rehearsal_that_is_told_to_stop_leaves_nothing(tmp_path: Path) -> None:
+def test_dry_run_that_is_told_to_stop_leaves_nothing(tmp_path: Path) -> None:
     told = [*TINY_RUN, *write_tiny_data(tmp_path / "data"), f"output_dir={tmp_path}/outputs", "dry_run=true"]
-    with subprocess.Popen([sys.executable, "-m", "selfalign", *told], stderr=subprocess.DEVNULL) as rehearsing:
+    with subprocess.Popen([sys.executable, "-m", "selfalign", *told], stderr=subprocess.DEVNULL) as process:
         while not list(tmp_path.glob("outputs/.dry-run-*/*")):
-            assert rehearsing.poll() is None
+            assert process.poll() is None
             time.sleep(0.01)
-        rehearsing.terminate()
-        assert rehearsing.wait(60) == 143
+        process.terminate()
+        assert process.wait(60) == 143
     assert list((tmp_path / "outputs").iterdir()) == []
 
 
@@ -221,10 +221,10 @@ def test_longest_sequence_above_the_context_is_refused_in_one_line(
     assert list((tmp_path / "outputs").iterdir()) == []
 
 
-def test_sweep_is_not_rehearsed(call: Callable[..., Said]) -> None:
+def test_sweep_has_no_dry_run(call: Callable[..., Said]) -> None:
     said = call("-m", "experiment=smoke", "loss.lam=0.1,0.5", "dry_run=true")
     assert said.code == 1
-    assert "dry_run=true rehearses one run, not a sweep: set hydra.mode=RUN" in said.err
+    assert "dry_run=true measures one run, not a sweep: set hydra.mode=RUN" in said.err
 
 
 def test_stages_with_a_model_declare_their_sizes_and_are_measured_but_for_benchmarks(tmp_path: Path) -> None:
@@ -276,10 +276,10 @@ def test_instructions_leave_room_for_the_answer(longest: WorstCaseRecords) -> No
 def test_question_about_texts_that_do_not_fit_is_asked_about_shorter_ones(longest: WorstCaseRecords) -> None:
     judge = composed("experiment=smoke", "judge=expected_score")[0].judge
     rubric = len(encode_prompt(longest.tokenizer, judge.ask("", "")))
-    texts = longest.fitting(asks(judge), [1000, 1000], rubric + 300)
+    texts = longest.fitting(judge_prompt(judge), [1000, 1000], rubric + 300)
     assert rubric + 250 <= len(encode_prompt(longest.tokenizer, judge.ask(*texts))) <= rubric + 300
-    with pytest.raises(SelfalignError, match=r"longer than the 20 tokens there is room for"):
-        longest.fitting(asks(judge), [1000, 1000], 20)
+    with pytest.raises(SelfalignError, match=r"longer than the 20 tokens that are available"):
+        longest.fitting(judge_prompt(judge), [1000, 1000], 20)
 
 
 def test_texts_are_written_to_their_last_token(tiny_policy: PolicyCheckpoint, tmp_path: Path) -> None:
@@ -344,7 +344,7 @@ def test_time_is_that_of_all_batches_and_the_rest_and_costs_by_the_hour() -> Non
     assert re.search(r"^iteration_1/judgements +7 requests +– +– +–$", text, re.MULTILINE)
 
 
-def test_stages_that_nobody_knows_are_planned_rehearsed_and_run(
+def test_stages_that_nobody_knows_are_planned_measured_and_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def thin_pairs(out: StageOutput, *, pairs: Artifact) -> Counts:
@@ -365,7 +365,7 @@ def test_stages_that_nobody_knows_are_planned_rehearsed_and_run(
     monkeypatch.setattr(loop.Method, "align", thin_and_align)
     told = on_given_pairs(tmp_path / "data")
     assert {"iteration_1/thinned", "iteration_1/weighed"} < set(planned(composed(*told)[0]))
-    estimates = rehearsed(tmp_path / "rehearsed", *told)
+    estimates = estimated(tmp_path / "dry", *told)
     assert {label: estimates[label].count for label in STEPS} == STEPS
     assert {"iteration_1/thinned", "iteration_1/weighed"}.isdisjoint(estimates)
     assert "\nNot measured: iteration_1/weighed\n" in capsys.readouterr().out
@@ -380,7 +380,7 @@ def test_server_is_asked_once_and_its_tokens_are_billed(tmp_path: Path) -> None:
     told += ["judge.endpoint.completion_price=1e6", "data.seed_data.eft_source=none"]
     told = [override for override in told if not override.startswith("evaluate.")]
     with chat_server() as server:
-        estimates = rehearsed(tmp_path / "free", *told, f"judge.endpoint.base_url={server.url}")
+        estimates = estimated(tmp_path / "free", *told, f"judge.endpoint.base_url={server.url}")
         assert len(server.bodies) == 1, "once before, to see whether it is there"
     asked = estimates["iteration_1/judgements"]
     assert (asked.count, asked.unit, asked.cost) == (3 * 3 * 2, "requests", 3 * 3 * 2 * 100)

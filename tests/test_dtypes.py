@@ -87,7 +87,7 @@ def test_run_goes_on_in_its_folder_on_another_machine_and_makes_anew_what_depend
     assert "engine.dtype=auto" not in caplog.text
     there = keys_after("bfloat16")
     for key in ("engine", "train.sft", "train.align"):
-        assert f"{key}.dtype=auto was float32 on the machine that this run was on before, and is bfloat16 on this" in (
+        assert f"{key}.dtype=auto was float32 on the machine where this run was before, and is bfloat16 on this" in (
             caplog.text
         )
     assert "Set train.align.dtype=float32 to reuse" in caplog.text

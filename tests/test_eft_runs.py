@@ -197,10 +197,10 @@ def test_everything_is_found_again_until_a_file_says_something_else(written: Stu
     """Files are known by their content: another ranking under the same name is another experiment."""
     path = Path(written.config.data.seed_data.ranked)
     store, before = Store(written.folder.parent / "store"), path.read_text(encoding="utf-8")
-    assert [str(label) for label in look_ahead(written.config, store, "").there] == written.labels
+    assert [str(label) for label in look_ahead(written.config, store, "").found] == written.labels
     try:
         path.write_text(before.replace("The oldest", "The newest"), encoding="utf-8")
-        assert not look_ahead(written.config, store, "").there
+        assert not look_ahead(written.config, store, "").found
     finally:
         path.write_text(before, encoding="utf-8")
 

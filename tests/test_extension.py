@@ -151,7 +151,7 @@ def test_run_with_own_components_is_measured_with_its_folder_and_makes_nothing_a
     assert sorted((swept / "outputs/store").glob("*/*/manifest.json")) == before
 
 
-def test_run_with_own_components_is_rehearsed(
+def test_run_with_own_components_has_a_dry_run(
     swept: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(swept)
@@ -219,12 +219,14 @@ def test_option_whose_name_is_taken_is_said(
     shutil.copy(conf_folder() / "loss/ipo.yaml", tmp_path / "own/loss/robust_dpo.yaml")
     said = call("experiment=smoke", "--config-dir", "own")
     assert said.err == (
-        "error: --config-dir own: there is a loss/robust_dpo already, which would be used: give yours another name\n"
+        "error: --config-dir own: an option loss/robust_dpo exists already and would be used: rename yours\n"
     )
     assert call("experiment=smoke", "--config-dir", "nowhere").err == "error: --config-dir nowhere: no such folder\n"
     caplog.clear()
     assert call("experiment=smoke", "loss=dpo", "--cfg", "job").code == 0
-    assert caplog.messages == ["selfalign-example: its options loss/dpo are not used: their names are taken"]
+    assert caplog.messages == [
+        "selfalign-example: its options loss/dpo are not used, because options of these names exist already"
+    ]
 
 
 def test_options_of_an_own_folder_are_listed(call: Callable[..., Said]) -> None:
@@ -244,7 +246,7 @@ def test_entry_point_without_a_folder_harms_nobody(
     monkeypatch.syspath_prepend(str(installed(tmp_path / "site", conf)))
     assert call("experiment=smoke", "--cfg", "job").code == 0
     assert caplog.messages == [
-        f"selfalign-example: its entry point example = {conf} in selfalign.conf names no folder of an installed "
+        f"selfalign-example: its entry point example = {conf} in selfalign.conf is no folder of an installed "
         "package; its options are left out"
     ]
 
@@ -276,7 +278,7 @@ WRONG = {
     "module that is none": ("class:\n", "mine.Mine", r"cannot import mine: SyntaxError: .*mine.py, line 1"),
     "no class": (LOSS + CALL, "mine.Mien", r"mine \(.*mine.py\) has no class Mien; did you mean mine.Mine\?"),
     "no class at all": (LOSS + CALL, "mine.dataclass", r"mine \(.*mine.py\) has no class dataclass"),
-    "no dataclass": ("class Mine:\n    pass\n", "mine.Mine", "mine.Mine must be a dataclass: its fields are"),
+    "no dataclass": ("class Mine:\n    pass\n", "mine.Mine", "mine.Mine must be a dataclass, because its fields are"),
     "frozen": (LOSS.replace("kw_only", "frozen") + CALL, "mine.Mine", "mine.Mine is a frozen dataclass"),
     "no loss": (LOSS, "mine.Mine", r"loss: mine.Mine lacks __call__, which selfalign.losses.protocol.PreferenceLoss"),
     "no loss at all": (RULE + "class Mine:\n    pass\n", "mine.Mine", "loss: mine.Mine lacks beta, __call__, title, "),
@@ -309,14 +311,14 @@ def compose_own(
 
 def test_other_groups_are_held_to_what_they_ask_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rule = RULE + "class Mine(PairRule):\n    def wanted(self, responses):\n        return 1\n"
-    with pytest.raises(SelfalignError, match=r"^mine.Mine leaves undefined what its base asks for: pick$"):
+    with pytest.raises(SelfalignError, match=r"^mine.Mine does not define what its base requires: pick$"):
         compose_own(tmp_path, monkeypatch, rule, {"pair/mine": "mine.Mine"}, "pair=mine")
     for group, said in {
         "pair": r"must be a selfalign.data.pair_rules.PairRule$",
         "data": r"must be a selfalign.config.data.SelfRewarding$",
-        "judge": r"lacks max_failure_rate, degeneracy, .* which selfalign.judges.protocol.Judge asks for$",
-        "engine": r"lacks dtype, load, load_scorer, which selfalign.engines.protocol.Engine asks for$",
-        "tracker": r"lacks open, which selfalign.runs.tracker.Tracking asks for$",
+        "judge": r"lacks max_failure_rate, degeneracy, .* which selfalign.judges.protocol.Judge requires$",
+        "engine": r"lacks dtype, load, load_scorer, which selfalign.engines.protocol.Engine requires$",
+        "tracker": r"lacks open, which selfalign.runs.tracker.Tracking requires$",
     }.items():
         forget()
         with pytest.raises(SelfalignError, match=rf"^{group}: mine.Mine {said}"):
@@ -324,7 +326,9 @@ def test_other_groups_are_held_to_what_they_ask_for(tmp_path: Path, monkeypatch:
 
 
 def test_option_that_names_no_class_says_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SelfalignError, match=r"^loss: its option names no class; its defaults begin with /schema/MOD"):
+    with pytest.raises(
+        SelfalignError, match=r"^loss: its option names no class\. Begin the option's defaults with /schema/MOD"
+    ):
         compose_own(tmp_path, monkeypatch, "", {"loss/mine": ""}, "loss=mine")
 
 
@@ -346,7 +350,7 @@ def test_keys_and_types_are_those_of_the_class(
 
 def test_judge_without_a_form_of_answers_is_not_taught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    with pytest.raises(SelfalignError, match=r"^the judge Brevity writes no judgements that could be taught: set data"):
+    with pytest.raises(SelfalignError, match=r"^the judge Brevity writes no judgements to fine-tune on: set data"):
         compose_own(tmp_path, monkeypatch, "", {"judge/mine": f"{PACKAGE}.judges.Brevity"}, "judge=mine")
     half = ["judge=mine", "data.seed_data.eft_source=none", "judge.words_per_point=0"]
     with pytest.raises(SelfalignError, match=r"^judge\.words_per_point must be above 0, got 0"):

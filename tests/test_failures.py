@@ -195,7 +195,7 @@ def test_path_that_is_no_utf_8_is_said_to_be_none() -> None:
 @pytest.mark.parametrize(("name", "read"), [("finished.json", None), ("summary.json", reported_keys)])
 def test_damaged_file_of_a_run_is_named_with_what_to_delete(tmp_path: Path, name: str, read: Any) -> None:
     (tmp_path / name).write_text('{"tra')
-    said = rf"^{tmp_path}/{name}: damaged; delete it, and the same command writes it again$"
+    said = rf"^{tmp_path}/{name} is damaged\. Delete it and repeat the command, which writes it again$"
     with pytest.raises(SelfalignError, match=said):
         read(tmp_path) if read else was_done(composed("experiment=smoke")[0], tmp_path)
 

@@ -27,7 +27,7 @@ OUT_OF_REACH = {
     "instructions of too few prompts": (
         "data.instruct.count=900 data.instruct.prompts_per_batch=8",
         "data.instruct.count=900, but data.instruct.max_batches=100 of data.instruct.prompts_per_batch=8 ask for 800 "
-        "tasks at most: set max_batches to 0, which allows enough, or above 113, since not every task is kept",
+        "tasks at most: set max_batches to 0, which allows enough, or above 113, because some tasks are dropped",
     ),
     "more seeds shown than taken": (
         "data.instruct.seed_examples=25",
@@ -36,8 +36,8 @@ OUT_OF_REACH = {
     ),
     "no seeds at all": (
         "data.seed_data.demonstrations='' data.seed_data.max_demonstrations=0",
-        "data.instruct shows its writer seeds, and data.seed_data.demonstrations names none: give some, or the "
-        "instructions themselves with data.instruct.source",
+        "data.instruct needs demonstrations as examples, and data.seed_data.demonstrations is empty: set it, or give "
+        "the instructions with data.instruct.source",
     ),
     "a single candidate": (
         "data.respond.candidates=1",
@@ -88,17 +88,15 @@ OUT_OF_REACH = {
     ),
     "checkpoints that are never compared": (
         "train.checkpoint_selection.interval_steps=3 train.checkpoint_selection.instructions=a.jsonl",
-        "train.checkpoint_selection.interval_steps=3, but an alignment takes 3 steps at most, so no two checkpoints "
-        "would be compared: "
-        "lower it, or set it to 0",
+        "train.checkpoint_selection.interval_steps=3, but an alignment has 3 steps at most, so there are no two "
+        "checkpoints to compare: lower it, or set it to 0",
     ),
     "checkpoints of given pairs that are never compared": (
         f"{GIVEN_PAIRS} data.count=20 train.validation_pairs=4 train.align.epochs=2 "
         f"train.checkpoint_selection.interval_steps=16 "
         "train.checkpoint_selection.instructions=a.jsonl",
-        "train.checkpoint_selection.interval_steps=16, but an alignment takes 16 steps at most, so no two "
-        "checkpoints would be compared"
-        ": lower it, or set it to 0",
+        "train.checkpoint_selection.interval_steps=16, but an alignment has 16 steps at most, so there are no two "
+        "checkpoints to compare: lower it, or set it to 0",
     ),
     "responses that are never trained on": (
         "data.respond.sampling.max_new_tokens=512 train.align.max_length=512",
@@ -129,7 +127,7 @@ def test_count_out_of_reach_is_refused_when_the_configuration_is_composed(case: 
 NO_EFFECT = {
     "a rule's bound for given pairs": (
         f"{GIVEN_PAIRS} pair.minimum_margin=3",
-        "pair.minimum_margin=3.0 would have no effect: data=pairs takes the pairs of data.path as they are given",
+        "pair.minimum_margin=3.0 would have no effect: data=pairs uses all pairs of data.path",
     ),
     "length control of given pairs": (f"{GIVEN_PAIRS} pair.length_control=0.1", "pair.length_control=0.1 would"),
     "another rule for given pairs": (f"{GIVEN_PAIRS} pair=all_ordered", "pair (AllOrdered) would have no effect"),
@@ -139,8 +137,8 @@ NO_EFFECT = {
     ),
     "held-out pairs of no alignment": (
         f"{GIVEN_PAIRS} loss=positives train.validation_pairs=3",
-        "train.validation_pairs=3 would have no effect: loss=positives fine-tunes by train.sft and aligns nothing; set "
-        "train.validation_pairs=0",
+        "train.validation_pairs=3 would have no effect: loss=positives fine-tunes with train.sft and aligns nothing; "
+        "set train.validation_pairs=0",
     ),
     "checkpoints of no alignment": (
         "loss=positives pair=positives train.checkpoint_selection.interval_steps=1 "
@@ -176,11 +174,11 @@ IDLE = {
         f"{POSITIVES} train.align.max_length=99 train.align.epochs=2 train.reference_logprobs=online "
         f"train.sft.epochs=2",
         ["train.align.max_length=99", "train.align.epochs=2", "train.reference_logprobs=online"],
-        "loss=positives fine-tunes by train.sft and aligns nothing",
+        "loss=positives fine-tunes with train.sft and aligns nothing",
     ),
     "training of no alignment, by which held-out pairs are scored": (
         f"{POSITIVES} train.align.max_length=99 train.align.epochs=2 evaluate.preference_pairs.source=ranked",
-        ["train.align.epochs=2"], "loss=positives fine-tunes by train.sft and aligns nothing",
+        ["train.align.epochs=2"], "loss=positives fine-tunes with train.sft and aligns nothing",
     ),
     "training without demonstrations": (
         f"{GIVEN_PAIRS} data.seed_data.demonstrations='' data.seed_data.ranked='' train.sft.learning_rate=0.1",
@@ -195,19 +193,19 @@ IDLE = {
     "answers to nothing": (
         "evaluate.instructions='' evaluate.count=3 evaluate.head_to_head.model=base evaluate.round_robin=false",
         ["evaluate.count=3", "evaluate.head_to_head.model=base"],
-        "evaluate.instructions names none, so no model answers any",
+        "evaluate.instructions is empty, so no instructions are answered",
     ),
     "pairs of nothing": (
         "evaluate.preference_pairs.count=3", ["evaluate.preference_pairs.count=3"],
-        "evaluate.preference_pairs.source names no pairs",
+        "evaluate.preference_pairs.source is empty",
     ),
     "writer of given instructions": (
         "data.instruct.source=a.jsonl data.instruct.max_rouge_l=0.5 data.instruct.sampling.temperature=1",
-        ["data.instruct.sampling.temperature=1"], "data.instruct.source gives the instructions, so none are written",
+        ["data.instruct.sampling.temperature=1"], "data.instruct.source gives the instructions, so none are generated",
     ),
     "share of no questions": (
         "data.seed_data.ranked='' data.seed_data.held_out_share=0.5", ["data.seed_data.held_out_share=0.5"],
-        "data.seed_data.ranked names no questions",
+        "data.seed_data.ranked is empty",
     ),
     "balance of human scores": (
         "data.seed_data.max_score_imbalance=2", ["data.seed_data.max_score_imbalance=2"],
@@ -227,13 +225,13 @@ IDLE = {
         "a policy's verdict is one token",
     ),
     "repository of no push": ("hub.repo_id=owner/name", ["hub.repo_id=owner/name"],
-    "hub.push=false sends nothing to a hub"),
-    "price without an estimate": ("price_per_hour=2", ["price_per_hour=2"], "only dry_run=true estimates what a run "
-                                  "costs"),
+    "hub.push=false pushes nothing to a hub"),
+    "price without an estimate": ("price_per_hour=2", ["price_per_hour=2"], "only dry_run=true estimates the cost of a "
+                                  "run"),
     "judge of nothing": (
         f"{GIVEN_PAIRS} data.seed_data.ranked='' evaluate=none judge=additive judge.num_samples=2",
         ["judge=additive", "judge.num_samples=2"],
-        "pairs are given, and there are no answers or ranked questions to score",
+        "pairs are given, and there are no responses or ranked questions to score",
     ),
     "nothing": ("train.align.epochs=2 model.lora.rank=2 model.lora.alpha=3 evaluate.count=3", [], ""),
 }  # fmt: skip
@@ -252,7 +250,7 @@ def test_setting_that_does_nothing_is_told_before_anything_is_made(call: Callabl
     said = call(*told, f"output_dir={tmp_path / 'out'}")
     assert said.code == 1
     assert [line for line in said.err.splitlines() if "push" in line] == [
-        "hub.repo_id=owner/name has no effect: hub.push=false sends nothing to a hub"
+        "hub.repo_id=owner/name has no effect: hub.push=false pushes nothing to a hub"
     ]
     (log,) = (tmp_path / "out").glob("*/run.log")
     assert "WARNING hub.repo_id=owner/name has no effect" in log.read_text(encoding="utf-8")
@@ -346,9 +344,8 @@ IN_DATA = {
     "pairs to measure on that are trained on": (
         ["data=pairs", "data.path={0}/ranked.jsonl", "iterations=1",
         "evaluate.preference_pairs.source={0}/ranked.jsonl"],
-        "evaluate.preference_pairs.source={}/ranked.jsonl: 4 of 4 pairs share a prompt or a response with what is "
-        "trained "
-        "on, so none could be measured: give others",
+        "evaluate.preference_pairs.source={}/ranked.jsonl: 4 of 4 pairs share a prompt or a response with the "
+        "training data, so none can be measured: give others",
     ),
     "given pairs": (
         ["data=pairs", "data.path={}/ranked.jsonl", "iterations=1", "data.count=9"],
@@ -436,15 +433,15 @@ BEYOND_CONTEXT = {
     ),
     "judgements": (
         "judge=additive judge.sampling.max_new_tokens=400",
-        "over the model's context of 512",
+        "over the model's context of 512 tokens. Shorten the prompt",
     ),
     "examples of judging": (
         "train.sft.max_length=60",
-        "so no example of judging fits into train.sft.max_length=60: raise it or shorten the prompt",
+        "so no EFT example fits into train.sft.max_length=60: raise it or shorten the prompt",
     ),
     "p": (
         f"loss.refinement.prompt={'Answer_well.' * 200}",
-        "so no pair fits behind it into the model's context of 512: shorten it",
+        "so no pair fits after it into the model's context of 512 tokens: shorten it",
     ),
 }  # fmt: skip
 

@@ -186,7 +186,7 @@ def test_memory_has_to_hold_weights_and_state_and_should_hold_gradients(
     assert (bool(lines), bool(caplog.records)) == (lacks, warns)
     if lacks:
         assert lines[0].startswith(
-            "train.sft: 7 B weights, and the state of adamw for the 7 B that are trained, take 98 GB, and the GPU has "
+            "train.sft: 7 B weights, and the state of adamw for the 7 B trained ones, take 98 GB, and the GPU has "
         )
         assert "model.lora.rank=16" in lines[0]
     if warns:

@@ -171,7 +171,7 @@ def test_crossed_bound_is_a_warning_in_log_report_and_tracker(study: Study) -> N
         if "bound_violated/min_rejected_logp_change" in row and row["iteration"] == 1
     )
     page = (study.folder / "report.html").read_text()
-    warning = page.split("Warning: numbers beyond their bounds")[1].split("</p>")[0]
+    warning = page.split("Warning: metrics outside their bounds")[1].split("</p>")[0]
     assert "M2: min rejected logp change" in warning
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from selfalign.core.errors import SelfalignError
 from selfalign.models import logprobs
@@ -60,6 +60,23 @@ def test_values_and_gradients_equal_log_softmax_in_float64(
     torch.testing.assert_close(logps.double(), values, rtol=1e-5, atol=2e-5)
     torch.testing.assert_close(hidden.grad.double(), hidden_gradient, rtol=1e-5, atol=2e-5)
     torch.testing.assert_close(weight.grad.double(), weight_gradient, rtol=1e-5, atol=2e-5)
+
+
+def test_bias_of_the_output_layer_is_in_the_values_and_gets_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprobs, "TILE_ELEMENTS", 3 * VOCABULARY)
+    hidden, weight, targets, slopes = inputs()
+    bias = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(3))
+    # The bias is the weight of one more hidden value, which is always 1.
+    wider = torch.cat((hidden, torch.ones(len(hidden), 1)), dim=1), torch.cat((weight, bias[:, None]), dim=1)
+    values, hidden_gradient, weight_gradient = expected(*wider, targets, slopes, 0.5, 4.0)
+    tensors = [tensor.requires_grad_() for tensor in (hidden, weight, bias)]
+    logps, _ = selected_logps(hidden, weight, targets, bias=bias, scale=0.5, softcap=4.0)
+    gradients = torch.autograd.grad((logps * slopes).sum(), tensors)
+    torch.testing.assert_close(logps.double(), values, rtol=1e-5, atol=2e-5)
+    for found, right in zip(
+        gradients, (hidden_gradient[:, :-1], weight_gradient[:, :-1], weight_gradient[:, -1]), strict=True
+    ):
+        torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=2e-5)
 
 
 def test_one_token_worked_by_hand() -> None:
@@ -181,10 +198,11 @@ def test_large_logits_neither_overflow_nor_lose_the_target() -> None:
         ({}, (1.0, 0.0)),
         ({"logit_scale": 0.0625}, (0.0625, 0.0)),
         ({"logits_scaling": 8.0}, (0.125, 0.0)),
+        ({"lm_head_multiplier": 0.25}, (0.25, 0.0)),
         ({"final_logit_softcapping": 30.0}, (1.0, 30.0)),
         ({"final_logit_softcapping": None}, (1.0, 0.0)),
     ],
-    ids=["llama", "cohere", "granite", "gemma2", "gemma3"],
+    ids=["llama", "cohere", "granite", "falcon_h1", "gemma2", "gemma3"],
 )
 def test_logit_shape_is_read_off_the_config(attributes: dict[str, Any], shape: tuple[float, float]) -> None:
     assert logit_shape(type("Config", (), attributes)) == shape
@@ -227,14 +245,6 @@ def test_model_that_is_training_with_dropout_can_be_made_to_score_and_goes_on_tr
     model = tiny_llama(attention_dropout=0.5).train()
     score_responses_only(model)
     assert model.training
-
-
-def test_output_layer_with_a_bias_is_refused() -> None:
-    config = PhiConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
-    )
-    with pytest.raises(SelfalignError, match=r"PhiForCausalLM: .* not a plain linear one without bias"):
-        score_responses_only(PhiForCausalLM(config))
 
 
 @pytest.mark.parametrize("option", ["target_modules", "modules_to_save"])

@@ -1,6 +1,6 @@
 """The losses against arithmetic done by hand, an independent float64 formulation, symmetries and limits.
 
-The checks in `CHECKS` take the modules they check, so that `test_mutants.py` can hand them broken ones.
+The checks in `CHECKS` take the modules they check, so that `test_loss_mutants.py` can hand them broken ones.
 
 One case runs through all of them, with β = 0.2 and λ = 0.5:
 

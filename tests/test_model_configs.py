@@ -18,7 +18,7 @@ from builders import (
     records_artifact,
     workspace,
 )
-from test_tokenization import WITH_BOS, WITHOUT_BOS, build_tokenizer, control_tokens
+from test_tokenizer import WITH_BOS, WITHOUT_BOS, build_tokenizer, control_tokens
 from transformers import (
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
@@ -30,6 +30,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from selfalign.core.errors import SelfalignError
 from selfalign.losses.preference import SrDPO
 from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.config import ModelConfig
@@ -40,10 +41,28 @@ from selfalign.models.tokenizer import Answer, encode_answers, encode_prompt, en
 from selfalign.stages.align import align
 from selfalign.stages.reference_logprobs import reference_logprobs
 from selfalign.stages.sft import sft
+from selfalign.store.key import to_key_json
 from selfalign.training.config import TrainableWeights
 
 BUILT_IN = {"tiny", "smollm2_135m", "pretrained"}
-MODELS = sorted({path.stem for path in (ROOT / "conf/model").glob("*.yaml")} - BUILT_IN)
+NAMES = sorted({path.stem for path in (ROOT / "conf/model").glob("*.yaml")} - BUILT_IN)
+SIZED = [name for name in NAMES if composed(f"model={name}")[0].model.sizes]
+"""Families, whose size is a key."""
+
+ONE_SIZE = [name for name in NAMES if name not in SIZED]
+OF_THIS_YEAR = {
+    ("qwen3", "0.6B"): "Qwen/Qwen3-0.6B",
+    ("qwen3", "32B"): "Qwen/Qwen3-32B",
+    ("qwen3", "30B-A3B"): "Qwen/Qwen3-30B-A3B",
+    ("qwen3_5", "9B"): "Qwen/Qwen3.5-9B",
+    ("gemma3", "27b"): "google/gemma-3-27b-it",
+    ("llama3_2", "1B"): "meta-llama/Llama-3.2-1B-Instruct",
+    ("llama3_3", "70B"): "meta-llama/Llama-3.3-70B-Instruct",
+    ("smollm3", "3B"): "HuggingFaceTB/SmolLM3-3B",
+    ("olmo3", "7B"): "allenai/Olmo-3-7B-Instruct-SFT",
+    ("gpt_oss", "20b"): "openai/gpt-oss-20b",
+    ("lfm2", "1.2B"): "LiquidAI/LFM2-1.2B",
+}
 WITHOUT_TEMPLATE = {"pythia_2_8b", "llama2_70b", "llama3_1_8b"}
 """Base models whose tokenizers have no chat template."""
 
@@ -84,8 +103,8 @@ FAMILIES = {
     ),
     "llama2_70b": Family(lambda: LlamaForCausalLM(LlamaConfig(**GROUPED)), True, None, "</s>", 7),
     "llama3_1_8b_instruct": Family(lambda: LlamaForCausalLM(LlamaConfig(**GROUPED)), True, WITH_BOS, "<|end|>", 7),
-    "qwen2_5_7b": Family(lambda: Qwen2ForCausalLM(Qwen2Config(**GROUPED)), False, WITHOUT_BOS, "<|end|>", 7),
-    "smollm2_1_7b": Family(
+    "qwen2_5": Family(lambda: Qwen2ForCausalLM(Qwen2Config(**GROUPED)), False, WITHOUT_BOS, "<|end|>", 7),
+    "smollm2": Family(
         lambda: LlamaForCausalLM(LlamaConfig(**GROUPED, tie_word_embeddings=True)), False, WITHOUT_BOS, "<|end|>", 7
     ),
 }
@@ -103,20 +122,62 @@ def checkpoint(family: Family, folder: Path) -> Path:
 def fetch(name: str, folder: Path) -> tuple[ModelConfig, PolicyCheckpoint]:
     """M0 of the family, with the settings of its config but for the place, and an adapter asked for."""
     config = composed(f"model={name}", "model.lora.rank=4", "model.dtype=float32")[0].model
-    config = replace(config, path=str(checkpoint(FAMILIES[name], folder / "checkpoint")))
+    config = replace(config, path=str(checkpoint(FAMILIES[name], folder / "checkpoint")), size="", sizes=[])
     (folder / "M0").mkdir()
     return config, fetch_pretrained(config, folder / "M0")
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ONE_SIZE)
 def test_model_has_its_hub_id_a_template_if_its_own_has_none_and_a_dtype_that_fits_its_size(name: str) -> None:
     config = composed(f"model={name}")[0].model
-    size = re.search(r"_(\d+(?:_\d+)?)(b|m)(?:_|$)", name.replace("llama3_1", "llama").replace("qwen2_5", "qwen"))
+    size = re.search(r"_(\d+(?:_\d+)?)(b|m)(?:_|$)", name.replace("llama3_1", "llama"))
     assert size is not None
     number = size[1].replace("_", ".")
     assert re.fullmatch(rf"[\w-]+/[\w.-]+-{number}{size[2]}(-.*)?", config.path, re.IGNORECASE)
     assert config.chat_template == ("shipped:dialogue" if name in WITHOUT_TEMPLATE else "")
     assert config.dtype == ("bfloat16" if size[2] == "b" and float(number) > 3 else "float32")
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_family_has_a_hub_id_for_each_size_and_the_page_names_them(name: str) -> None:
+    default = composed(f"model={name}")[0].model
+    page = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
+    [row] = [line.split("|") for line in page.splitlines() if line.startswith(f"| `{name}` |")]
+    assert set(re.findall(r"`([^`]+)`", row[3])) == set(default.sizes)
+    assert f"`{default.size}`" == row[3].split()[0]
+    assert (row[4].strip(), row[5].strip()) == ("its own", default.dtype)
+    before, after = default.path.split(default.size)
+    assert f"{before}…{after}" == row[2].removesuffix("(base) ").strip()
+    for size in default.sizes:
+        model = composed(f"model={name}", f"model.size={size}")[0].model
+        assert model == replace(default, path=f"{before}{size}{after}", size=size)
+    assert default.dtype == ("float32" if name == "smollm2" else "bfloat16")
+    assert default.chat_template == ""
+
+
+@pytest.mark.parametrize(("name", "size"), OF_THIS_YEAR)
+def test_models_of_this_year_compose(name: str, size: str) -> None:
+    assert composed(f"model={name}", f"model.size={size}")[0].model.path == OF_THIS_YEAR[name, size]
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        (["model=qwen3", "model.size=7B"], "model.size must be one of 0.6B, 1.7B, 4B, 8B, 14B, 32B, 30B-A3B; got '7B'"),
+        (["model.size=7B"], "model.size must be left out, because model.path names one model; got '7B'"),
+    ],
+)
+def test_size_that_there_is_not_is_refused_with_those_there_are(told: list[str], said: str) -> None:
+    with pytest.raises(SelfalignError, match=re.escape(said)):
+        composed(*told)
+
+
+def test_size_is_another_model_and_not_another_key_of_the_same() -> None:
+    """The path says which model it is, so that a family's key is that of the path alone."""
+    family = composed("model=qwen3")[0].model
+    plain = ModelConfig(path="Qwen/Qwen3-8B", dtype="bfloat16")
+    assert to_key_json(family) == to_key_json(plain)
+    assert to_key_json(family) != to_key_json(composed("model=qwen3", "model.size=4B")[0].model)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

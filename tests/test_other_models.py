@@ -4,14 +4,15 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from architectures import ARCHITECTURES, as_policy
-from builders import TINY_RUN, composed, logits_of, policy_artifact, record_files, run, workspace, write_tiny_data
-from test_boundary import CHATML, NO_SYSTEM
+from builders import TINY_RUN, composed, logits_of, policy_artifact, run, workspace, write_tiny_data
+from test_prompt_boundary import CHATML, NO_SYSTEM
 from thinking_families import family
 
 from selfalign.core.errors import SelfalignError
@@ -279,6 +280,41 @@ def test_run_on_files_in_four_bits_needs_an_adapter_and_says_so_before_training(
     assert not list((tmp_path / "out" / "store").glob("sft/*"))
 
 
+FP4 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
+"""The values of the 16 codes of MXFP4 (OCP Microscaling Formats, version 1.0)."""
+
+
+def test_experts_stored_in_mxfp4_are_trained_as_the_plain_weights_they_stand_for(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    sizes = {**ARCHITECTURES["gpt-oss"].settings, "intermediate_size": 32}
+    files = as_policy(replace(ARCHITECTURES["gpt-oss"], settings=sizes).build(), tmp_path / "given")
+    folder, draw = files.path / "weights", torch.Generator().manual_seed(0)
+    weights, expected = load_file(folder / "model.safetensors"), {}
+    for name in [name for name in weights if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, into, out = weights.pop(name).shape
+        pairs = torch.randint(256, (experts, out, into // 32, 16), generator=draw, dtype=torch.uint8)
+        scales = torch.randint(122, 125, (experts, out, into // 32), generator=draw, dtype=torch.uint8)
+        weights |= {f"{name}_blocks": pairs, f"{name}_scales": scales}
+        values = torch.tensor(FP4)[torch.stack((pairs & 15, pairs >> 4), dim=-1).long()].flatten(-2)
+        expected[name] = (values * 2.0 ** (scales.float() - 127)[..., None]).flatten(2).transpose(1, 2)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    edit_json(folder / "config.json", lambda given: given.update(quantization_config={"quant_method": "mxfp4"}))
+    shutil.copytree(files.path / "tokenizer", folder, dirs_exist_ok=True)
+
+    (tmp_path / "M0").mkdir()
+    fetched = fetch_pretrained(ModelConfig(path=str(folder)), tmp_path / "M0")
+    assert fetched.quantization == {}
+    policy = fetched.load("float32", trainable=True)
+    found = dict(policy.model.named_parameters())
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name].detach(), value, rtol=0, atol=0)
+        assert found[name].requires_grad
+    (tmp_path / "M1").mkdir()
+    PolicyCheckpoint(tmp_path / "M1").save(policy, fetched)
+    assert torch.equal(logits_of(PolicyCheckpoint(tmp_path / "M1").load("float32")), logits_of(policy))
+
+
 # --- what cannot be a policy -------------------------------------------------------------------------------------
 
 
@@ -340,7 +376,7 @@ def test_weight_that_is_not_finite_is_refused_by_its_name(value: str, mine: Path
         (
             lambda mine: None,
             ["loss=odpo"],
-            "the loss ODPO needs chosen_score above rejected_score in every pair; 4 have not, like ",
+            "the loss ODPO needs chosen_score above rejected_score in every pair, but 4 pairs, such as ",
         ),
     ],
     ids=["too_long", "no_template", "no_scores"],
@@ -380,7 +416,7 @@ def test_turns_in_the_data_that_the_template_does_not_take_name_the_record(
 ) -> None:
     (mine / "chat_template.jinja").write_text(template)
     data = [*write_tiny_data(tmp_path / "data"), *ASIDE, write_pairs(tmp_path / "data", turns)]
-    with pytest.raises(SelfalignError, match=rf"record \w+ has {said}, which .* does not take"):
+    with pytest.raises(SelfalignError, match=rf"record \w+ has {said}, which .* does not accept"):
         run(tmp_path / "out", *GIVEN_PAIRS, *data, "model=pretrained", f"model.path={mine}")
     assert not list((tmp_path / "out" / "store").glob("sft/*"))
 
@@ -391,7 +427,7 @@ def test_answers_that_think_are_refused_where_the_template_has_closed_the_though
     pairs = tmp_path / "data" / "pairs.jsonl"
     pairs.write_text(pairs.read_text().replace("A good", "<think>A river.</think>A good"))
     model = ["model=pretrained", f"model.path={mine}", "+model.chat_template_arguments.enable_thinking=false"]
-    with pytest.raises(SelfalignError, match=r"record \w+ has an answer that begins with <think>, and the model's"):
+    with pytest.raises(SelfalignError, match=r"record \w+ has a response that begins with <think>, but the model's"):
         run(tmp_path / "out", *GIVEN_PAIRS, *data, *model)
     assert not list((tmp_path / "out" / "store").glob("sft/*"))
 
@@ -403,25 +439,7 @@ def test_dropout_that_the_model_lacks_is_refused_before_training(tmp_path: Path)
     shutil.copytree(files.path / "tokenizer", folder, dirs_exist_ok=True)
     told = [*TINY_RUN, *write_tiny_data(tmp_path / "data"), "model=pretrained", f"model.path={folder}"]
     lengths = ["train.sft.max_length=200", "train.align.max_length=200", "train.align.dropout=0.1"]
-    with pytest.raises(SelfalignError, match=r"align\.dropout=0\.1: this model has no dropout that"):
+    with pytest.raises(SelfalignError, match=r"align\.dropout=0\.1, but this model has no dropout layers: set it to 0"):
         run(tmp_path / "out", *told, *lengths)
     assert composed(*told)[0].train.align.dropout == 0
     assert policy_artifact(files).path == files.path
-
-
-def test_hybrid_model_goes_through_the_whole_loop(tmp_path: Path) -> None:
-    files = as_policy(ARCHITECTURES["LFM2"].build(), tmp_path / "M0")
-    folder = tmp_path / "mine"
-    shutil.copytree(files.path / "weights", folder)
-    shutil.copytree(files.path / "tokenizer", folder, dirs_exist_ok=True)
-    rubric = "judge.prompt='Grade {instruction} of {response}'"
-    told = [*TINY_RUN, *write_tiny_data(tmp_path / "data"), "model=pretrained", f"model.path={folder}", rubric]
-    lengths = [
-        "train.sft.max_length=200",
-        "train.align.max_length=200",
-        "iterations=1",
-        "data.instruct.seed_examples=1",
-    ]
-    short = ["data.instruct.prompt=Tasks", "evaluate.head_to_head=null"]
-    made = record_files(run(tmp_path / "out", *told, *lengths, *short))
-    assert {"artifacts/M2/weights/model.safetensors", "artifacts/iteration_1/pairs/pairs.jsonl"} <= made.keys()

@@ -184,7 +184,7 @@ def test_same_command_again_makes_nothing_and_says_so(
     assert {name: (study.folder / name).read_bytes() for name in before} == before
     said = capsys.readouterr().out
     assert "to do" not in said
-    assert "Everything was there already; nothing had to be made." in said
+    assert "Everything was made before; nothing had to be made again." in said
 
 
 def test_same_seed_in_another_folder_makes_the_same_bytes(study: Study, tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_all_that_is_missing_is_said_at_once_and_nothing_is_made(
 def test_layout_of_several_processes_is_missed_before_anything_is_made() -> None:
     told = ["train.parallelism.strategy=fsdp2"]
     (line,) = found(*told)
-    assert line.startswith("train.parallelism.strategy=fsdp2 needs several processes, and this is the only one: ")
+    assert line.startswith("train.parallelism.strategy=fsdp2 needs several processes, but there is one: ")
     trained = [label for label in planned(composed("experiment=smoke")[0]) if re.fullmatch(r"M[1-9]\d*", label)]
     assert found(*told, made=tuple(trained)) == []
 
@@ -127,21 +127,21 @@ def test_comparison_of_checkpoints_needs_its_judge_as_long_as_a_model_is_to_be_a
 # --- servers -----------------------------------------------------------------------------------------------------
 
 REFUSALS = {
-    "unknown key": (Fault(401, b"bad key"), "status 401: bad key; look at the key in JUDGE_KEY"),
+    "unknown key": (Fault(401, b"bad key"), "status 401: bad key; check the key in JUDGE_KEY"),
     "unknown model": (
         Fault(404, b"The model `judge-1` does not exist"),
-        "The model `judge-1` does not exist; is judge.endpoint.model there, and does judge.endpoint.base_url end in "
-        "front of /chat/completions?",
+        "The model `judge-1` does not exist; check judge.endpoint.model, and that judge.endpoint.base_url ends before "
+        "/chat/completions",
     ),
     "unknown parameter": (
         Fault(400, b"Unsupported parameter: 'max_tokens'"),
-        "Unsupported parameter: 'max_tokens'; judge.endpoint.parameters changes what is asked, and null leaves a "
+        "Unsupported parameter: 'max_tokens'; judge.endpoint.parameters changes the request, and null leaves a "
         "parameter out",
     ),
     "short context": (
         Fault(400, b"This model's maximum context length is 128 tokens"),
-        "refuses the rubric as too long, about a response of one word; take a model with a longer context, a shorter "
-        "prompt, or fewer tokens of an answer",
+        "refuses the rubric as too long, even with a response of one word. Take a model with a longer context, a "
+        "shorter prompt, or fewer tokens for an answer",
     ),
 }
 
@@ -213,8 +213,8 @@ def test_server_that_fails_is_asked_for_a_short_while_only() -> None:
 def test_server_that_is_not_there_is_one_line() -> None:
     (line,) = found(*judged_by("http://127.0.0.1:9/v1", "judge.endpoint.retries=1"))
     assert line == (
-        "judge.endpoint: judge-1 at http://127.0.0.1:9/v1 gives no usable answer (ConnectError); is the server there, "
-        "at judge.endpoint.base_url?"
+        "judge.endpoint: judge-1 at http://127.0.0.1:9/v1 gives no usable answer (ConnectError); is the server "
+        "running at judge.endpoint.base_url?"
     )
 
 
@@ -241,7 +241,7 @@ def test_engine_that_cannot_be_imported_is_named_with_its_interpreter(tmp_path: 
     (line,) = found("engine=vllm")
     assert line == (
         f"engine=vllm: {sys.executable} cannot import vLLM (ModuleNotFoundError: No module named 'vllm'); set "
-        "engine.python to the interpreter of an environment that has it"
+        "engine.python to the interpreter of an environment that has vLLM"
     )
 
 
@@ -384,7 +384,7 @@ def test_model_of_a_hub_is_left_to_be_fetched(monkeypatch: pytest.MonkeyPatch) -
     assert found("model=pretrained", "model.path=owner/name", "judge.model=owner/other") == []
 
 
-# --- several processes, sweeps and rehearsals --------------------------------------------------------------------
+# --- several processes, sweeps and dry runs ----------------------------------------------------------------------
 
 
 def test_all_processes_end_with_what_the_main_one_has_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -415,7 +415,7 @@ def test_job_of_a_sweep_says_all_in_one_line(call: Callable[..., Said], tmp_path
     assert len(said.err.splitlines()[-1].split("; evaluate.instructions: /no/a.jsonl")) == 2
 
 
-def test_rehearsal_says_it_too(call: Callable[..., Said], tmp_path: Path) -> None:
+def test_dry_run_says_it_too(call: Callable[..., Said], tmp_path: Path) -> None:
     said = call("experiment=smoke", "dry_run=true", "evaluate.instructions=/no/a.jsonl", "judge.model=/no/b")
     assert [line for line in said.err.splitlines() if line.startswith("error")] == [
         "error: evaluate.instructions: /no/a.jsonl: no such file",

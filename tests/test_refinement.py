@@ -153,7 +153,7 @@ def test_random_prompt_is_of_the_same_length_and_says_something_else(tiny_tokeni
         ({"place": "first_turn"}, "place must be one of dialogue, last_turn; got 'first_turn'"),
         ({"source": "constant"}, "only if loss.refinement.source=constant (got constant=0, source=constant)"),
         ({"constant": 0.5}, "only if loss.refinement.source=constant (got constant=0.5, source=prompted)"),
-        ({"prompt": "Do well.", "scale": 10}, "scale has no meaning: loss.refinement.prompt has no {scale}"),
+        ({"prompt": "Do well.", "scale": 10}, "has no effect, because loss.refinement.prompt has no {scale}"),
     ],
 )
 def test_options_without_meaning_are_refused(options: dict[str, Any], message: str) -> None:

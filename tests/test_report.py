@@ -413,9 +413,9 @@ def test_paragraph_names_model_data_judge_rule_loss_and_seed(tmp_path: Path) -> 
         "each of 2 iterations",
         "4 candidates",
         "mean of 3 written judgements",
-        "the best was paired with the worst",
+        "the best candidate was paired with the worst",
         "Sr-DPO (β = 0.1, λ = 0.5; reference: the model before it) made M2, M3",
-        "Seed 3",
+        "The seed was 3",
     ):
         assert part in said
 
@@ -423,12 +423,12 @@ def test_paragraph_names_model_data_judge_rule_loss_and_seed(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"model": "self"}, "the newest model wrote 4 instructions and, for each, 4 candidates"),
-        ({"model": "sft"}, "M1 wrote 4 instructions and the newest model, for each, 4 candidates"),
-        ({"model": "./<chat>"}, "./&lt;chat&gt; wrote 4 instructions and the newest model, for each, 4 candidates"),
+        ({"model": "self"}, "the current model wrote 4 instructions and, for each, 4 candidates"),
+        ({"model": "sft"}, "M1 wrote 4 instructions and the current model, for each, 4 candidates"),
+        ({"model": "./<chat>"}, "./&lt;chat&gt; wrote 4 instructions and the current model, for each, 4 candidates"),
         (
             {"model": "self", "source": "a.jsonl"},
-            "the newest model took 4 instructions from a.jsonl and wrote, for each, 4 candidates",
+            "the current model took 4 instructions from a.jsonl and wrote, for each, 4 candidates",
         ),
     ],
 )
@@ -440,7 +440,7 @@ def test_paragraph_says_where_new_instructions_come_from(tmp_path: Path, setting
 
 @pytest.mark.parametrize(
     ("low", "high", "said"),
-    [(0.4, 0.7, "does not tell the two apart"), (0.51, 0.9, "prefers the last"), (0.1, 0.49, "prefers M1")],
+    [(0.4, 0.7, "does not tell the two models apart"), (0.51, 0.9, "prefers the last"), (0.1, 0.49, "prefers M1")],
 )
 def test_verdict_follows_the_interval(tmp_path: Path, low: float, high: float, said: str) -> None:
     run = begin(tmp_path / "run")
@@ -486,7 +486,7 @@ def test_constant_judge_is_a_warning_at_the_top(tmp_path: Path) -> None:
     begun.stage("evaluation_M2/scores", "judge", {"judge/constant": 0.0})
     folder = begun.finish()
     said = warnings(Finished.load(folder))
-    assert "a judge said nearly the same of everything" in said
+    assert "a judge gave nearly the same score to all responses" in said
     assert "iteration_1/judgements" in said
     assert "evaluation_M2" not in said
     write_report(folder)
@@ -532,10 +532,10 @@ def test_paragraph_says_who_judged_and_how(tmp_path: Path, judge: dict[str, Any]
 @pytest.mark.parametrize(
     ("pair", "kind", "said"),
     [
-        ({}, "BestWorst", "the best was paired with the worst"),
-        ({}, "RandomPair", "two drawn at random were paired, the higher score chosen"),
-        ({}, "AllOrdered", "every two of different score were paired"),
-        ({"k": 3}, "BestVsK", "the best was paired with each of the k worst (k = 3)"),
+        ({}, "BestWorst", "the best candidate was paired with the worst"),
+        ({}, "RandomPair", "two random candidates were paired, and the one with the higher score was chosen"),
+        ({}, "AllOrdered", "every two candidates of different scores were paired"),
+        ({"k": 3}, "BestVsK", "the best candidate was paired with each of the k worst (k = 3)"),
     ],
 )
 def test_paragraph_says_which_responses_were_paired(tmp_path: Path, pair: dict[str, Any], kind: str, said: str) -> None:

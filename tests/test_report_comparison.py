@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import TINY_RUN, run, write_tiny_data
+import yaml
+from builders import TINY_RUN, composed, run, write_tiny_data
 from mutation import assert_caught
 from test_report import HOSTILE, Page, begin
 
@@ -362,7 +363,46 @@ def test_data_that_changed_under_one_name_are_told(
         made.finish()
     comparison = JobComparison.of(find_jobs([tmp_path]), "eval/win_rate")
     assert changed_sources(comparison) == changed
-    assert ("What the same setting names was not the same" in caveats(comparison)) == bool(changed)
+    assert ("The same setting named different data" in caveats(comparison)) == bool(changed)
+
+
+def test_judge_template_and_benchmark_that_changed_under_one_name_are_told(tmp_path: Path) -> None:
+    setting = {"mt_bench": {"questions": "q.jsonl", "judge": {"prompts": "p.jsonl"}}, "own": {"include_path": "tasks"}}
+    for name, content in (("one", "a"), ("two", "b")):
+        made = begin(tmp_path / name, benchmark=setting)
+        made.stage("judge", "load_model", {})
+        made.stage("judges/mt_bench", "load_model", {})
+        made.stage("evaluation_M1/mt_bench", "benchmark", {})
+        made.stage("evaluation_M1/own", "benchmark", {})
+        given = {"model": {"path": "/models/m", "chat_template": "t.jinja"}, "source": content}
+        inputs = {place: given for place in ("M0", "judge", "judges/mt_bench")} | {
+            "evaluation_M1/mt_bench": {"contents": {"questions": content, "prompts": content}},
+            "evaluation_M1/own": {"contents": {"quiz.yaml": content, "lm-eval": "1"}},
+        }
+        for place, told in inputs.items():
+            write_json(made.folder / "artifacts" / place / "manifest.json", {"inputs": told})
+        made.finish()
+    assert changed_sources(JobComparison.of(find_jobs([tmp_path]), "eval/win_rate")) == [
+        "model.chat_template=t.jinja",
+        "judge.model=/models/m",
+        "benchmark.mt_bench.judge.model=/models/m",
+        "benchmark.mt_bench.questions=q.jsonl",
+        "benchmark.mt_bench.prompts=p.jsonl",
+        "benchmark.own=quiz.yaml",
+    ]
+
+
+def test_text_of_a_file_is_what_a_setting_says(tmp_path: Path) -> None:
+    """Two runs that name one file with another rubric in it did not have the same settings."""
+    told: list[JobResult] = []
+    for name, rubric in (("a", "Help of ${them}?"), ("b", "Wit of ${them}?")):
+        (tmp_path / "rubric.txt").write_text(f"{rubric}\n{{instruction}}\n{{response}}", encoding="utf-8")
+        _, text, plain = composed("experiment=smoke", f"judge.prompt=file:{tmp_path}/rubric.txt")
+        assert (
+            yaml.safe_load(text)["judge"]["prompt"] == plain["judge"]["prompt"] == (tmp_path / "rubric.txt").read_text()
+        )
+        told.append(replace(job(name, 0.1), settings=flat(plain)))
+    assert JobComparison.of(told, METRIC).keys == ["judge.prompt"]
 
 
 def test_runs_of_different_length_are_compared_by_their_last_models(sweep: Sweep, tmp_path: Path) -> None:
@@ -375,7 +415,7 @@ def test_runs_of_different_length_are_compared_by_their_last_models(sweep: Sweep
 def test_single_job_is_a_comparison_too(sweep: Sweep, tmp_path: Path) -> None:
     page = write_comparison([sweep.longer], tmp_path).read_text(encoding="utf-8")
     assert len(Table(page).cells) == 1
-    assert "No other job has this number" in Page(page).text
+    assert "No other job has this metric" in Page(page).text
     assert (Open(page).open, Open(page).wrong) == ([], [])
 
 
@@ -488,9 +528,9 @@ def test_comparison_lies_in_the_folder_or_where_it_is_wanted(
 
 def test_wrong_place_or_metric_is_one_line(call: Callable[..., Any], sweep: Sweep, tmp_path: Path) -> None:
     for arguments, said in (
-        ([tmp_path / "nowhere"], "nowhere: no run, no sweep and no folder of runs"),
-        ([sweep.failed], "the run has not finished"),
-        ([sweep.longer, "--metric", "rewards/margins"], "--out and --metric are for a comparison"),
+        ([tmp_path / "nowhere"], "nowhere is not a run folder, a sweep folder or a folder of runs"),
+        ([sweep.failed], "this run is not finished"),
+        ([sweep.longer, "--metric", "rewards/margins"], "--out and --metric are only for comparisons"),
         ([sweep.folder, "--metric", "margin"], "metric 'margin': no finished job has it"),
     ):
         code, out, err = call(*arguments)
@@ -541,7 +581,7 @@ def test_best_is_sure_only_without_overlap() -> None:
     assert "No other job's interval reaches it" in said_of(a, b)
     wide, touching = job("a", 0.4, 0.3, 0.6, lam=1), job("a", 0.4, 0.3, 0.55, lam=1)
     for rival in (wide, touching):
-        assert "That is not sure: it is not told apart from job 1 (lam = 1), whose interval overlaps" in said_of(
+        assert "This is not certain: it cannot be told apart from job 1 (lam = 1), whose interval overlaps" in said_of(
             rival, b
         )
         assert "No other job" not in said_of(rival, b)
@@ -570,15 +610,15 @@ def test_what_is_no_number_never_wins() -> None:
         JobResult(name="failed", settings={"lam": 3}),
     )
     assert said_of(*rest, job("low", 0.1, 0.0, 0.2, lam=4)).startswith("Job 4 (lam = 4)")
-    assert "No other job has this number" in said_of(*rest, job("low", 0.1, 0.0, 0.2, lam=4))
-    assert "none is called the best" in said_of(*rest)
+    assert "No other job has this metric" in said_of(*rest, job("low", 0.1, 0.0, 0.2, lam=4))
+    assert "so no job is the best" in said_of(*rest)
     infinite = job("infinite", math.inf, lam=5)
     assert said_of(infinite, job("low", 0.1, 0.0, 0.2, lam=4)).startswith("Job 1 (lam = 4)")
 
 
 def test_value_without_interval_claims_nothing() -> None:
-    assert "do not say how sure" in said_of(job("a", 0.9, lam=1), job("b", 0.1, 0.05, 0.2, lam=2))
-    assert "not sure" in said_of(job("a", 0.9, 0.8, 0.95, lam=1), job("b", 0.1, lam=2))
+    assert "not known how certain" in said_of(job("a", 0.9, lam=1), job("b", 0.1, 0.05, 0.2, lam=2))
+    assert "not certain" in said_of(job("a", 0.9, 0.8, 0.95, lam=1), job("b", 0.1, lam=2))
 
 
 def test_jobs_of_a_sweep_keep_their_numbers_when_one_is_another_again() -> None:
@@ -620,6 +660,39 @@ def test_keys_differ_by_value_and_not_by_spelling() -> None:
     ]
 
 
+def test_setting_that_only_some_jobs_have_tells_them_apart() -> None:
+    """As parameters of a server, a benchmark, and who compares; but not what another class of component has."""
+    configs: list[dict[str, Any]] = [
+        {"judge": {"parameters": {}}, "benchmark": {}, "compare": None, "loss": {"lam": 1}, "choices": {"loss": "Sr"}},
+        {
+            "judge": {"parameters": {"effort": "low", "top_k": 5}},
+            "benchmark": {"quiz": {"count": 3}},
+            "compare": {"model": "m"},
+            "loss": {"beta": 0.1},
+            "choices": {"loss": "DPO"},
+        },
+        {
+            "judge": {"parameters": {"effort": "low"}},
+            "benchmark": {"quiz": {"count": 3}},
+            "compare": {"model": "m"},
+            "loss": {"beta": 0.1},
+            "choices": {"loss": "DPO"},
+        },
+    ]
+    jobs_made = [job(name, 0.1, **flat(config)) for name, config in zip("abc", configs, strict=True)]
+    comparison = JobComparison.of(jobs_made, METRIC)
+    told = {key: [as_text(job.settings.get(key)) for job in comparison.jobs] for key in comparison.keys}
+    assert {key: sorted(texts) for key, texts in told.items()} == {
+        "loss": ["DPO", "DPO", "Sr"],
+        "compare": ["null", '{"model": "m"}', '{"model": "m"}'],
+        "benchmark": ['{"quiz.count": 3}', '{"quiz.count": 3}', "{}"],
+        "judge.parameters": ['{"effort": "low", "top_k": 5}', '{"effort": "low"}', "{}"],
+        "judge.parameters.top_k": ["5", "null", "null"],
+    }
+    refused = JobResult(name="r", state="failed", settings={"loss.lam": -1})
+    assert JobComparison.of([jobs_made[1], refused], METRIC).keys == []
+
+
 def test_class_of_a_group_is_a_setting_of_its_name() -> None:
     config: dict[str, Any] = {
         "loss": {"beta": 0.1, "deep": {"x": [1]}},
@@ -653,7 +726,7 @@ def test_opponents_are_common_or_said_not_to_be() -> None:
             {"label": "evaluation_M1/answers", "key": "same", "stage": "judge", "seconds": 1.0}
         ]
         if number:
-            assert "all jobs share that M1" in opponents(JobComparison.of(made_up, METRIC))
+            assert "All jobs share this M1 and its answers" in opponents(JobComparison.of(made_up, METRIC))
             one.run.summary["stages"][0]["key"] = "other"
     assert "different opponents" in opponents(JobComparison.of(made_up, METRIC))
 
@@ -706,7 +779,7 @@ MUTANTS: dict[Callable[..., None], list[tuple[Any, str, str]]] = {
         (jobs, 'state = "gone" if', 'state = "finished" if'),
     ],
     test_killed_run_is_unfinished_without_an_error: [(jobs, 'return "" if is_message else', "return")],
-    test_shared_artifact_counts_once: [(jobs, "            seen.add(place)\n", "")],
+    test_shared_artifact_counts_once: [(jobs, "            seen.add(path)\n", "")],
     test_same_artifact_in_two_stores_was_made_twice: [(jobs, BY_PLACE, BY_KEY)],
     test_own_time_is_of_what_no_other_job_needed: [(jobs, "if other is not job for s", "if other is None for s")],
 }

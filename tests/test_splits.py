@@ -240,7 +240,7 @@ def test_response_that_stands_everywhere_ties_no_pairs_together() -> None:
     assert all(row % 2 == 0 for row in made.held_out)
     assert (len(made.training), made.beside) == (20, 0)
     with pytest.raises(
-        SelfalignError, match=r"train\.validation_pairs=21 of 40 pairs leaves none to train on: all the oth"
+        SelfalignError, match=r"train\.validation_pairs=21 of 40 pairs leaves none to train on, because all"
     ):
         split(pairs, 21)
 
@@ -297,7 +297,7 @@ def test_nothing_that_was_taught_passes_nothing_over(tmp_path: Path) -> None:
         (40, r"train\.validation_pairs=40 of 30 pairs leaves none to train on: lower it$"),
         (
             5,
-            r"train\.validation_pairs=5: of 30 pairs only 3 share no prompt .* \(27 share one with that, as with SFT",
+            r"train\.validation_pairs=5, but only 3 of 30 pairs share no prompt .* \(27 share one with the latter",
         ),
     ],
 )
@@ -309,9 +309,9 @@ def test_too_few_independent_pairs_are_said_to_be_how_many(tmp_path: Path, count
 
 def test_pairs_that_all_share_a_response_cannot_be_held_out() -> None:
     pairs = [preference(f"p{n}", f"Ask {n}.", f"Answer {n}", "No.") for n in range(10)]
-    with pytest.raises(SelfalignError, match=r"=2: of 10 pairs only 1 share no prompt and no response with each other"):
+    with pytest.raises(SelfalignError, match=r"=2, but only 1 of 10 pairs share no prompt and no response with one an"):
         split(pairs, 2)
-    with pytest.raises(SelfalignError, match=r"=1 of 10 pairs leaves none to train on: all the others share"):
+    with pytest.raises(SelfalignError, match=r"=1 of 10 pairs leaves none to train on, because all other"):
         split(pairs, 1)
 
 
@@ -371,24 +371,24 @@ APART = test_text_in_another_part_is_not_shared
 BESIDE = test_pair_that_shares_a_text_is_not_trained_on_beside_it
 ORDER = test_held_out_pairs_depend_on_neither_the_order_nor_the_count
 MUTANTS = [
-    ("neighbours trained on", "training = np.flatnonzero(~aside)",
-     "training = np.setdiff1d(np.arange(size), held)", SHARE, {"kind": "all_ordered", "seed": 0}),
-    ("dialogues trained on", " | table.around_is_among(own)\n", "\n", BESIDE, {"name": "response_inside_a_dialogue"}),
-    ("held out beside each other", "if mine.isdisjoint(every) and all_mine.isdisjoint(own):", "if True:",
+    ("neighbours trained on", "training = np.flatnonzero(~excluded)",
+     "training = np.setdiff1d(np.arange(size), held_out)", SHARE, {"kind": "all_ordered", "seed": 0}),
+    ("dialogues trained on", " | table.context_is_among(own)\n", "\n", BESIDE, {"name": "response_inside_a_dialogue"}),
+    ("held out beside each other", "if pair_own.isdisjoint(every) and pair_every.isdisjoint(own):", "if True:",
      test_pairs_that_all_share_a_response_cannot_be_held_out, {}),
-    ("SFT data not looked at", "for row in order[~taken[order]]:", "for row in order:", BEFORE, {"name": "prompt"}),
+    ("SFT data not looked at", "for row in order[~unusable[order]]:", "for row in order:", BEFORE, {"name": "prompt"}),
     ("earlier pairs not looked at", 'for pair in _stream(folder / "pairs.jsonl", PreferencePair):', "for pair in []:",
      BEFORE, {"name": "earlier_pairs"}),
     ("judged answers not looked at", "np.union1d(known.every, known.judged)", "known.every",
      BEFORE, {"name": "taught_questions"}),
-    ("responses not looked at", "yield texts_of(shown.prompt, shown.response)", "yield texts_of(shown.prompt)",
+    ("responses not looked at", "(demonstration.prompt, demonstration.response)", "(demonstration.prompt)",
      BEFORE, {"name": "response"}),
-    ("by the place in the file", "np.lexsort((table.order, table.costs()))", "np.arange(len(table.order))", ORDER,
+    ("by the place in the file", "np.lexsort((table.order, table.neighbours()))", "np.arange(len(table.order))", ORDER,
      {"kind": "recurring"}),
-    ("recurring ones first", "np.lexsort((table.order, table.costs()))", "np.lexsort((table.order, -table.costs()))",
+    ("recurring ones first", "table.order, table.neighbours()", "table.order, -table.neighbours()",
      test_response_that_stands_everywhere_ties_no_pairs_together, {}),
     ("spaces told apart", "{compared(text)}", "{text}", BESIDE, {"name": "prompt_with_spaces_around"}),
-    ("system turns told apart", 'said = [turn for turn in prompt if turn["role"] != "system"]', "said = prompt",
+    ("system turns told apart", 'turns = [turn for turn in prompt if turn["role"] != "system"]', "turns = prompt",
      BESIDE, {"name": "prompt_behind_a_system_turn"}),
     ("prompts taken for responses", '{kind}\\0', "", APART, {"name": "response_as_prompt"}),
 ]  # fmt: skip

@@ -5,7 +5,7 @@ import pytest
 
 from selfalign.runs.labels import Label
 from selfalign.runs.ledger import Ledger
-from selfalign.runs.runner import Look
+from selfalign.runs.runner import CacheLookup
 from selfalign.runs.summary import COLUMNS, closing_text, models_of, plan_text, summarise, win_rate_matrix
 from selfalign.store.artifacts import Artifact, Store
 
@@ -150,7 +150,7 @@ def test_closing_text_of_an_evaluation_names_the_model_the_others_are_compared_w
 
 
 def test_closing_text_says_so_only_when_nothing_had_to_be_made(ledger: Ledger) -> None:
-    said = "Everything was there already; nothing had to be made."
+    said = "Everything was made before; nothing had to be made again."
     assert said not in closing_text(summarise(ARTIFACTS, models_of(ARTIFACTS)), ledger)
     ledger.reused = set(ARTIFACTS)
     assert said in closing_text(summarise(ARTIFACTS, models_of(ARTIFACTS)), ledger)
@@ -158,10 +158,10 @@ def test_closing_text_says_so_only_when_nothing_had_to_be_made(ledger: Ledger) -
 
 def test_plan_shows_each_stage_its_size_and_whether_it_is_there(tmp_path: Path) -> None:
     m0, m1, pairs = Label.model("M0"), Label.model("M1"), Label.iteration(1, "pairs")
-    look = Look(Store(tmp_path), there={m0: "0", m1: "1"})
+    look = CacheLookup(Store(tmp_path), found={m0: "0", m1: "1"})
     lines = plan_text([(m0, "random:tiny"), (m1, "SFT"), (pairs, "up to 2")], look).splitlines()
     assert [line.split()[0] for line in lines[3:6]] == ["M0", "M1", "iteration_1/pairs"]
-    assert [line.endswith("there") for line in lines[3:6]] == [True, True, False]
+    assert [line.endswith("done") for line in lines[3:6]] == [True, True, False]
     assert lines[5].split() == ["iteration_1/pairs", "up", "to", "2", "to", "do"]
 
 

@@ -213,7 +213,7 @@ def test_interrupted_then_killed_sweep_goes_on_where_it_was(elsewhere: Elsewhere
     os.killpg(interrupted.pid, signal.SIGINT)
     said = end(interrupted)
     assert said.code == 130
-    assert said.err.splitlines()[-1] == "interrupted; the same command continues where it stopped"
+    assert said.err.splitlines()[-1] == "interrupted; repeat the command to continue"
     assert "Traceback" not in said.err
     assert states(elsewhere.output) == ["finished", "interrupted", "waiting"]
 
@@ -248,7 +248,7 @@ def test_ctrl_c_ends_jobs_side_by_side_with_one_line(elsewhere: Elsewhere) -> No
     os.killpg(sweep.pid, signal.SIGINT)
     said = end(sweep)
     assert said.code == 130
-    assert said.err.splitlines()[-1] == "interrupted; the same command continues where it stopped"
+    assert said.err.splitlines()[-1] == "interrupted; repeat the command to continue"
     assert "Traceback" not in said.err
     assert "interrupted" in states(elsewhere.output)
     assert not {"finished", "running"} & set(states(elsewhere.output))
@@ -295,7 +295,7 @@ def test_checkpoint_that_cannot_be_written_fails_its_job_with_that_reason_and_th
             "command continues from it"
         )
     last = said.err.splitlines()[-1]
-    assert last.startswith("error: 2 of 4 jobs failed; the same command tries again. job 1 (model.lora.rank=0 seed=41)")
+    assert last.startswith("error: 2 of 4 jobs failed; repeat the command to retry. job 1 (model.lora.rank=0 seed=41)")
     assert last.endswith(jobs(elsewhere.output)[0]["error"])
     assert "CheckpointException" in (run_folders(elsewhere.output)[0] / "run.log").read_text(encoding="utf-8")
 
@@ -680,7 +680,7 @@ MUTANTS = [
         "",
         test_job_whose_process_died_has_failed,
     ),
-    ("for place in sorted(known)", "for place in known", test_jobs_of_a_search_are_added_as_they_come),
+    ("for index in sorted(known)", "for index in known", test_jobs_of_a_search_are_added_as_they_come),
     (" if others else set()", " if others else set(job.overrides)", test_job_is_told_by_what_sets_it_apart),
 ]
 

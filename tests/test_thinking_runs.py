@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benching import write_rows
+from benchmarking import write_rows
 from builders import TINY_RUN, composed, run, write_tiny_data
 from thinking_families import thinking_model
 from transformers import PreTrainedTokenizerBase

@@ -146,7 +146,7 @@ def test_run_that_wandb_does_not_open_is_one_line(no_key: pytest.MonkeyPatch, tm
     with pytest.raises(SelfalignError) as caught, Wandb(mode="offline").open(tmp_path, {}):
         pass
     said = str(caught.value)
-    assert said.startswith("track: Weights & Biases opens no run (")
+    assert said.startswith("tracker: Weights & Biases cannot open a run (")
     assert "init_timeout" in said
     assert "\n" not in said
 

@@ -163,18 +163,18 @@ REFUSED: dict[str, tuple[Row, str]] = {
     ),
     "two_user_turns": (
         {"messages": [user("A"), user("B"), say("C")]},
-        "the prompt is no conversation: two turns of the user's follow each other",
+        "the prompt is not a conversation: two user turns follow each other",
     ),
     "two_assistant_turns": (
         {"messages": [user("A"), say("B"), say("C"), user("D"), say("E")]},
-        "two turns of the assistant's follow each other",
+        "two assistant turns follow each other",
     ),
     "late_system_turn": (
         {"messages": [user("A"), system("S"), user("B"), say("C")]},
-        "a system turn stands behind another turn",
+        "a system turn comes after another turn",
     ),
-    "empty_turn": ({"messages": [user("\u200b"), say("C")]}, "the prompt is no conversation: turn 1 is empty"),
-    "assistant_alone": ({"messages": [system("S"), say("C")]}, "there is no turn of the user's"),
+    "empty_turn": ({"messages": [user("\u200b"), say("C")]}, "the prompt is not a conversation: turn 1 is empty"),
+    "assistant_alone": ({"messages": [system("S"), say("C")]}, "there is no user turn"),
     "user_last": ({"messages": [user("A"), say("C"), user("B")]}, r"expected .*; found messages \(a list of 3\)"),
     "no_turn": ({"messages": []}, r"expected .*; found messages \(a list of 0\)"),
     "turns_as_text": ({"messages": json.dumps(TURNS)}, "messages is a text that spells a list of turns"),
@@ -182,7 +182,7 @@ REFUSED: dict[str, tuple[Row, str]] = {
     "other_answer": ({"messages": TURNS, "response": "D"}, "response differs from the last turn of messages"),
     "other_system": (
         {"messages": [system("S"), *TURNS], "system": "T"},
-        "the system turn is another one than the row's system field",
+        "the system turn and the row's system field differ",
     ),
     "two_conversations": (
         {"messages": TURNS, "conversations": [human("B"), gpt("C")]},
@@ -195,7 +195,7 @@ REFUSED: dict[str, tuple[Row, str]] = {
     ),
     "input_beside_a_text": (
         {"prompt": "A", "input": "B", "completion": "C"},
-        "the field input is filled .* no place in a prompt that is a text, taken as it stands; call that one instruct",
+        "the field input is filled .* no place beside a prompt that is a text; rename prompt to instruct",
     ),
     "system_beside_a_text": ({"prompt": "A", "system": "S", "completion": "C"}, "the field system is filled .* a text"),
     "history_beside_a_text": ({"prompt": "A", "history": [["q", "r"]], "completion": "C"}, "the field history is fill"),
@@ -287,7 +287,8 @@ def test_earlier_answers_that_are_not_taught_are_said_to_be(tmp_path: Path, capl
     caplog.set_level("INFO")
     path = write(tmp_path, {"messages": [user("A"), say("B") | {"weight": 1}, user("C"), say("D")]}, BASE)
     assert [taught.response for taught in read_demonstrations(path)[0]] == ["D", "C"]
-    assert caplog.messages == [f"{path}: in 1 of 2 rows only the last answer is taught, earlier ones are read"]
+    said = "in 1 of 2 rows only the last answer is trained on; earlier ones are part of the prompt"
+    assert caplog.messages == [f"{path}: {said}"]
 
 
 @pytest.mark.parametrize(("repeating", "refused"), [(2, False), (3, True), (5, True)])
@@ -404,10 +405,10 @@ REFUSED_PAIRS: dict[str, tuple[Row, str]] = {
         {"prompt": [user("A")], **{k: [system("S"), *v] for k, v in WHOLE.items()}},
         "found chosen of system, user, assistant",
     ),
-    "two_user_turns": ({"prompt": [user("A"), user("B")], **SIDES}, "two turns of the user's follow each other"),
+    "two_user_turns": ({"prompt": [user("A"), user("B")], **SIDES}, "two user turns follow each other"),
     "two_assistant_turns": (
         {"prompt": [user("A"), say("B"), say("C")], **SIDES},
-        "two turns of the assistant's follow",
+        "two assistant turns follow",
     ),
     "tool_call": (
         {"prompt": [user("A")], "chosen": [{**say(None), "tool_calls": [1]}], "rejected": [say("y")]},

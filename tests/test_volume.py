@@ -108,9 +108,9 @@ def read_tables(folder: Path, count: int, module: ModuleType, policy: PolicyChec
 PARTS: list[tuple[ModuleType, Part, str, str]] = [
     (responses, make_responses, "written(generator, journal))", "list(written(generator, journal)))"),
     (judge, make_judgements, "for subjects in batches():", "for subjects in list(batches()):"),
-    (pair, make_pairs, "join_sorted(asked, judged,", "join_sorted(asked, list(judged),"),
+    (pair, make_pairs, "join_sorted(prompts, scored,", "join_sorted(prompts, list(scored),"),
     (dataset, train, "chunks(examples, ROWS)", "chunks(list(examples), ROWS)"),
-    (tables, read_tables, "join_sorted(asked, responses,", "join_sorted(asked, list(responses),"),
+    (tables, read_tables, "join_sorted(instructions, responses,", "join_sorted(instructions, list(responses),"),
 ]
 """(module, what it does, and a mutant: old text and new, which keeps everything)."""
 

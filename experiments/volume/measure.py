@@ -46,7 +46,7 @@ from selfalign.stages.respond import RespondConfig, respond
 from selfalign.store.artifacts import Artifact, StageOutput
 from selfalign.training.config import LogProbSettings
 from selfalign.training.dataset import StoredExamples, store_examples
-from selfalign.training.reference import follow_references
+from selfalign.training.reference import join_references
 from selfalign.training.trainer import StepDataset
 
 CANDIDATES, SAMPLES, WORDS = 4, 3, 30
@@ -187,7 +187,7 @@ def stored(folder: Path) -> StoredExamples[PairExample]:
     records, tally = stream_records(folder / "pairs.jsonl", PreferencePair), Counter[str]()
     tokenizer = PolicyCheckpoint(folder.parent / "policy").load_tokenizer()
     encoded = encode_pairs(tokenizer, records, Refinement(), LIMIT, tally)
-    examples = follow_references(encoded, folder / "references.jsonl", "reference")
+    examples = join_references(encoded, folder / "references.jsonl", "reference")
     return store_examples(folder / "table", PairExample, examples, tally)
 
 

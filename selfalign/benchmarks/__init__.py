@@ -1,1 +1,1 @@
-"""Published benchmarks, one module a kind; `protocol.py` is what they share."""
+"""Published benchmarks, one module for each kind; `protocol.py` holds what they share."""

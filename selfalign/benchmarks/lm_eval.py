@@ -1,4 +1,4 @@
-"""Tasks of lm-eval (EleutherAI's lm-evaluation-harness), in this process, on a policy as it lies in the run."""
+"""Tasks of lm-eval (EleutherAI's lm-evaluation-harness), run in this process on a policy of the run."""
 
 import importlib.metadata
 import importlib.util
@@ -17,27 +17,27 @@ from selfalign.models.checkpoint import resolve_dtype
 from selfalign.store.artifacts import Counts, StageOutput
 
 NORMAL_95 = 1.96
-"""Standard errors from a mean to either end of its 95 % interval."""
+"""Half the width of a 95 % interval, in standard errors."""
 
 OF_TASK = (catalog.BENCHMARK_TASK_METRIC, catalog.BENCHMARK_TASK_DOCUMENTS, catalog.BENCHMARK_TASK_PROMPTS_CUT)
-"""What is measured of a task."""
+"""Metrics of a task."""
 
 
 @dataclass(kw_only=True, slots=True)
 class LmEval(LmEvalSettings):
-    """Tasks of lm-eval as a benchmark."""
+    """Benchmark of one or more tasks of lm-eval."""
 
     @property
     def judge_model(self) -> None:
-        """Nobody judges."""
+        """None: no judge is needed."""
 
     @property
     def size(self) -> str:
-        """What is asked."""
+        """The documents and the tasks, for the plan."""
         return f"{self.limit or 'all'} documents of {', '.join(task.name for task in self.tasks)}"
 
     def check(self, key: str) -> None:
-        """Ranges, and that every task is named once."""
+        """Check ranges, and that every task is named once."""
         names = [task.name for task in self.tasks]
         if not names or len(set(names)) < len(names):
             raise SelfalignError(f"{key}.tasks must name at least one task, and none twice; got {names}")
@@ -50,7 +50,7 @@ class LmEval(LmEvalSettings):
             raise SelfalignError(f"{key}.batch_size must be 1 or more, got {self.batch_size}")
 
     def sources(self, key: str) -> dict[str, str]:
-        """lm-eval's version, and the digests of the user's own task and data files."""
+        """Return lm-eval's version, and the digests of the user's own task and data files."""
         if importlib.util.find_spec("lm_eval") is None:
             raise SelfalignError(f"{key}: lm-eval is not installed: pip install 'selfalign[lm-eval]'")
         found = {"lm-eval": importlib.metadata.version("lm_eval")}
@@ -58,12 +58,12 @@ class LmEval(LmEvalSettings):
             folder = path_of(self.include_path)
             if not folder.is_dir():
                 raise SelfalignError(f"{key}.include_path: no folder {self.include_path!r}")
-            # Running a task's Python files leaves __pycache__ behind.
+            # Running a task's Python files creates __pycache__.
             found |= {name: digest for name, digest in digest_folder(folder).items() if "__pycache__" not in name}
         return found
 
     def measure(self, context: BenchmarkContext, out: StageOutput) -> Counts:
-        """Writes lm-eval's results.json and, as lm-eval logs them, samples_TASK.jsonl."""
+        """Write lm-eval's results.json and samples_TASK.jsonl, and return the metrics."""
         from selfalign.benchmarks.lm_eval_adapter import load_tasks, run_tasks, write_results
 
         loaded = load_tasks(self, context.key)
@@ -77,10 +77,10 @@ class LmEval(LmEvalSettings):
 
 
 def describe(loaded: Sequence[LoadedTask], results: Results, prompts_cut: dict[str, int], *, average: bool) -> Counts:
-    """Every task's number with its interval, over how many documents, and how many prompts were cut.
+    """Return each task's metric with its interval, its number of documents, and how many prompts were cut.
 
     Raises:
-        SelfalignError: lm-eval has no finite number for a task.
+        SelfalignError: lm-eval has no finite value for a task.
     """
     counts: Counts = {}
     found = [estimate(results, task.name, task.metric) for task in loaded]
@@ -99,20 +99,20 @@ def describe(loaded: Sequence[LoadedTask], results: Results, prompts_cut: dict[s
 
 
 def estimate(results: Results, task: str, metric: str) -> Estimate:
-    """A task's number ± 1.96 of lm-eval's standard errors; the ends are NaN where lm-eval has none.
+    """Return a task's metric ± 1.96 of lm-eval's standard errors; the ends are NaN if lm-eval has no error.
 
     Raises:
-        SelfalignError: the number is missing or not finite.
+        SelfalignError: the value is missing or not finite.
     """
     name, _, kind = metric.partition(",")
     value: Any = results["results"][task].get(metric)
     if not isinstance(value, int | float) or not math.isfinite(value):
-        raise SelfalignError(f"{task}: lm-eval gives {value!r} for {metric}, which is no number to report")
+        raise SelfalignError(f"{task}: lm-eval gives {value!r} for {metric}, which is not a finite number")
     error: Any = results["results"][task].get(f"{name}_stderr,{kind}")
     half = NORMAL_95 * error if isinstance(error, int | float) else math.nan
     return Estimate(float(value), float(value - half), float(value + half))
 
 
 def named(number: Estimate, name: str) -> dict[str, float]:
-    """The number, and the ends of its interval where it has one."""
+    """Return the metric, and the finite ends of its interval."""
     return {key: value for key, value in number.named(name).items() if math.isfinite(value)}

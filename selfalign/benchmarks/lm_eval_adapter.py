@@ -1,4 +1,4 @@
-"""lm-eval itself, which this module alone imports: its tasks loaded, its requests answered through a journal."""
+"""Adapter to lm-eval, the only module that imports it: load its tasks, and answer its requests through a journal."""
 
 # lm-eval is an extra, and its decorators hide the types of its classes.
 # pyright: reportMissingImports=false, reportCallIssue=false, reportAttributeAccessIssue=false
@@ -37,19 +37,19 @@ from selfalign.store.journal import Journal
 
 logger = logging.getLogger(__name__)
 
-# It warns of every prompt that is cut, which is counted here, and that the model is not a name.
+# lm-eval warns of every cut prompt, which is counted here, and of a model that is no name.
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
 def load_tasks(settings: LmEvalSettings, place: str) -> list[LoadedTask]:
-    """Tasks with their data, so that what is missing is known before the model is asked anything.
+    """Load tasks with their data, so that errors come before the model is used.
 
     Args:
         settings: the tasks' names, metrics and examples.
-        place: what messages begin with.
+        place: prefix of messages.
 
     Raises:
-        SelfalignError: there is no such task, its data cannot be had, it lacks the metric, or two share a task.
+        SelfalignError: a task does not exist, its data cannot be loaded, it lacks the metric, or two share a subtask.
     """
     folder = path_of(settings.include_path).resolve()
     manager = _manager(str(folder) if settings.include_path else "", {task.name for task in settings.tasks})
@@ -57,12 +57,15 @@ def load_tasks(settings: LmEvalSettings, place: str) -> list[LoadedTask]:
         loaded = [_load(manager, task, place) for task in settings.tasks]
     twice = [name for name, count in Counter(name for one in loaded for name in one.leaves).items() if count > 1]
     if twice:
-        raise SelfalignError(f"{place}: {twice[0]} is part of two of the tasks; leave one of them out")
+        raise SelfalignError(f"{place}: {twice[0]} is a part of two tasks; leave one of them out")
     return loaded
 
 
 def _manager(folder: str, names: set[str]) -> TaskManager:
-    """Who knows these tasks: the folder alone, if all lie there, as lm-eval's thousands take long to be read."""
+    """Return a task manager for these tasks.
+
+    If all of them are in the folder, only the folder is read, because lm-eval's own thousands take long.
+    """
     if folder:
         own = TaskManager(include_path=folder, include_defaults=False)
         if names <= set(own.all_subtasks):
@@ -76,37 +79,37 @@ def _manager_of_all(folder: str) -> TaskManager:
     return TaskManager(include_path=folder or None)
 
 
-def _load(manager: TaskManager, asked: LmEvalTask, place: str) -> LoadedTask:
-    if asked.name not in manager.all_tasks:
-        near = difflib.get_close_matches(asked.name, manager.all_tasks, 3)
-        hint = f"did you mean {', '.join(near)}?" if near else "tasks of your own lie in include_path"
-        raise SelfalignError(f"{place}: lm-eval knows no task {asked.name!r}; {hint}")
+def _load(manager: TaskManager, wanted: LmEvalTask, place: str) -> LoadedTask:
+    if wanted.name not in manager.all_tasks:
+        near = difflib.get_close_matches(wanted.name, manager.all_tasks, 3)
+        hint = f"did you mean {', '.join(near)}?" if near else "set include_path to the folder of your own tasks"
+        raise SelfalignError(f"{place}: lm-eval has no task {wanted.name!r}; {hint}")
     try:
-        found = manager.load([asked.name])
+        found = manager.load([wanted.name])
     except (OSError, ValueError, ImportError, DatasetsError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
         raise SelfalignError(
-            f"{place}: task {asked.name} cannot be loaded ({type(error).__name__}: {reason}); data on the hub need the "
-            "network, data of your own include_path"
+            f"{place}: task {wanted.name} cannot be loaded ({type(error).__name__}: {reason}); data on the hub need "
+            "the network, and your own data need include_path"
         ) from error
     leaves, groups = found["tasks"], found.get("groups", {})
-    if asked.name not in (*leaves, *groups):
-        raise SelfalignError(f"{place}: {asked.name} has no number of its own; name its tasks: {', '.join(leaves)}")
+    if wanted.name not in (*leaves, *groups):
+        raise SelfalignError(f"{place}: {wanted.name} has no metric of its own; name its tasks: {', '.join(leaves)}")
     for name, leaf in leaves.items():
         if getattr(leaf, "UNSAFE_CODE", False) or getattr(leaf, "MULTIMODAL", False):
-            raise SelfalignError(f"{place}: {name} runs code that the model writes, or shows it images; leave it out")
-        examples = leaf.get_config("num_fewshot") if asked.num_fewshot is None else asked.num_fewshot
+            raise SelfalignError(f"{place}: {name} runs code that the model generates, or has images; leave it out")
+        examples = leaf.get_config("num_fewshot") if wanted.num_fewshot is None else wanted.num_fewshot
         leaf.set_config(key="num_fewshot", value=examples or 0)
     first = next(iter(leaves.values()))
-    metric = find_metric(first, groups.get(asked.name), asked.metric, f"{place}: {asked.name}")
-    return LoadedTask(asked.name, metric, leaves, groups)
+    metric = find_metric(first, groups.get(wanted.name), wanted.metric, f"{place}: {wanted.name}")
+    return LoadedTask(wanted.name, metric, leaves, groups)
 
 
 def find_metric(task: Task, group: "Group | None", wanted: str, place: str) -> str:
-    """The metric of a task, or of the group it stands for, with its filter, as lm-eval's results call it.
+    """Return the metric of a task or group with its filter, by its name in lm-eval's results.
 
     Raises:
-        SelfalignError: the task has no such metric, or several by that name.
+        SelfalignError: the task has no such metric, or several of this name.
     """
     filters = [one["name"] for one in task.get_config("filter_list") or [{"name": "none"}]]
     own: Any = task.aggregation()
@@ -114,15 +117,15 @@ def find_metric(task: Task, group: "Group | None", wanted: str, place: str) -> s
     offered = [f"{metric},{kind}" for metric in metrics for kind in filters]
     meant = [one for one in offered if wanted in (one, one.partition(",")[0])]
     if len(meant) != 1:
-        told = "; ".join(one.removesuffix(",none") for one in offered) or "none"
-        raise SelfalignError(f"{place} has {len(meant)} metrics {wanted!r}, and one is needed; it has {told}")
+        names = "; ".join(one.removesuffix(",none") for one in offered) or "none"
+        raise SelfalignError(f"{place} has {len(meant)} metrics {wanted!r}, and one is needed; it has {names}")
     return meant[0]
 
 
 def run_tasks(
     settings: LmEvalSettings, loaded: Sequence[LoadedTask], policy: Policy, journal: Journal
 ) -> tuple[Results, Counter[str]]:
-    """lm-eval's results, and {task: prompts that lost their beginning}."""
+    """Return lm-eval's results, and {task: number of prompts that lost their beginning}."""
     random.seed(settings.seed)
     np.random.seed(settings.seed)
     torch.manual_seed(settings.seed)
@@ -130,7 +133,7 @@ def run_tasks(
     tasks = {name: leaf for one in loaded for name, leaf in one.leaves.items()}
     for leaf in tasks.values():
         leaf.set_fewshot_seed(seed=settings.seed)
-    # Not simple_evaluate, which describes the machine at length, and does nothing else than this.
+    # simple_evaluate does the same, but also describes the machine at length.
     results: Any = evaluate_tasks(
         lm=model,
         task_dict={"tasks": tasks, "groups": {name: group for one in loaded for name, group in one.groups.items()}},
@@ -143,7 +146,7 @@ def run_tasks(
 
 
 def write_results(folder: Path, results: Results) -> None:
-    """results.json, and of every task the answers as lm-eval's own log has them."""
+    """Write results.json, and for every task the answers in the format of lm-eval's log."""
     kept = {name: value for name, value in results.items() if name != "samples"}
     write_atomically(folder / "results.json", [_as_json(kept, indent=2).encode()])
     for task, samples in results["samples"].items():
@@ -156,10 +159,10 @@ def _as_json(value: Any, indent: int | None = None) -> str:
 
 
 class JournaledLM(HFLM):
-    """The policy as lm-eval asks it: `batch_size` documents at a time, each batch kept in the journal.
+    """lm-eval's view of a policy: requests are answered in batches of `batch_size` documents that the journal keeps.
 
-    A batch has documents of one task, the longest first, so it depends on the records alone. Log-probabilities are
-    float32 whatever the weights are.
+    A batch has documents of one task, the longest first, so it depends only on the records. Log-probabilities are
+    computed in float32 for every dtype of the weights.
     """
 
     def __init__(self, policy: Policy, batch_size: int, journal: Journal) -> None:
@@ -176,22 +179,22 @@ class JournaledLM(HFLM):
         self._cut = 0
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """log p(continuation | context) in nats, and whether it is what greedy decoding would write."""
+        """Return log p(continuation | context) in nats, and whether greedy decoding would give the continuation."""
         return [(value, greedy) for value, greedy in self._answer("loglikelihood", requests, super().loglikelihood)]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """log p(text) in nats, of a text of any length."""
+        """Return log p(text) in nats for texts of any length."""
         return self._answer("loglikelihood_rolling", requests, super().loglikelihood_rolling)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What is written behind a context, up to one of its ends: the answer, without a thought before it."""
+        """Return the text generated after each context, up to one of its stop texts: the answer without its thought."""
         written = self._answer("generate_until", requests, super().generate_until)
         contexts = [self.tok_encode(request.args[0]) for request in requests]
         parted = [split_written(self.tokenizer, ids, text) for ids, text in zip(contexts, written, strict=True)]
         return [answer or "" for _, answer in parted]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as the run renders it, or with the beginning of its last answer."""
+        """Return a conversation as the run renders it, with the beginning of its last answer if there is one."""
         if add_generation_prompt:
             return render_prompt(self.tokenizer, chat_history)
         *messages, begun = chat_history
@@ -222,17 +225,17 @@ class JournaledLM(HFLM):
         left_truncate_len: int | None = None,
         truncation: bool = False,
     ) -> Any:
-        """Token ids and mask of prompts; those longer than `left_truncate_len` lose their beginning."""
+        """Return token ids and mask of prompts; those longer than `left_truncate_len` lose their beginning."""
         if left_truncate_len:
             self._cut += sum(len(self.tok_encode(text)) > left_truncate_len for text in strings)
         return super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)
 
 
 def plan(requests: Sequence[Instance], size: int) -> Iterator[tuple[str, int, list[list[int]]]]:
-    """Batches of at most `size` documents of one task, the longest first.
+    """Yield batches of at most `size` documents of one task, the longest first.
 
     Yields:
-        The task, the place of the batch's first document in it, and the places of every document's requests.
+        The task, the index of the batch's first document in it, and the indices of every document's requests.
     """
     documents: dict[tuple[str, int], list[int]] = {}
     for index, request in enumerate(requests):

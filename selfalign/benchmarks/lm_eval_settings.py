@@ -1,4 +1,4 @@
-"""What lm-eval is asked and what it returns, without lm-eval itself."""
+"""Settings of lm-eval and its results, without importing lm-eval."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 
 @dataclass(kw_only=True, slots=True)
 class LmEvalTask:
-    """A task or a group of tasks, and what is read off it.
+    """A task or a group of tasks, and the metric that is reported.
 
     Attributes:
-        name: lm-eval's, or that of a task in `include_path`.
-        metric: lm-eval's, such as "acc_norm"; with its filter, "exact_match,strict-match", where there are several.
-        num_fewshot: solved examples in the prompt; null takes as many as the task says.
+        name: name in lm-eval, or of a task in `include_path`.
+        metric: name in lm-eval, such as "acc_norm"; with its filter if there are several: "exact_match,strict-match".
+        num_fewshot: the number of solved examples in the prompt; null takes the task's own.
     """
 
     name: str
@@ -20,7 +20,7 @@ class LmEvalTask:
 
 
 Results = dict[str, Any]
-"""What lm-eval returns."""
+"""Results in lm-eval's format."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +28,10 @@ class LoadedTask:
     """A task with its data, or a group of tasks.
 
     Attributes:
-        name: lm-eval's.
-        metric: what is read off, with its filter: "acc,none".
-        leaves: the tasks below it by name; the task itself, if it is one.
-        groups: the groups among them, by name.
+        name: name in lm-eval.
+        metric: the reported metric with its filter: "acc,none".
+        leaves: {name: task} below it; the task itself, if it is no group.
+        groups: {name: group} among them.
     """
 
     name: str
@@ -40,25 +40,25 @@ class LoadedTask:
     groups: dict[str, Any]
 
     def documents(self, limit: int) -> int:
-        """How many documents are asked."""
+        """Return the number of documents; `limit` bounds those of each task, 0 is no bound."""
         counts = [len(leaf.eval_docs) for leaf in self.leaves.values()]
         return sum(min(limit, count) if limit else count for count in counts)
 
 
 @dataclass(kw_only=True, slots=True)
 class LmEvalSettings:
-    """What lm-eval measures.
+    """Settings of lm-eval.
 
     Attributes:
-        tasks: in the order they are made.
-        include_path: a folder with tasks of your own (lm-eval's YAML) and their data; a relative path in `data_files`
+        tasks: in the order of the metrics.
+        include_path: a folder with your own tasks (lm-eval's YAML) and their data. A relative path in `data_files`
             counts from this folder. Python files that a task names there are run.
-        limit: the first so many documents of every task; 0 takes all.
-        average: also the mean over the tasks, as leaderboards have it.
-        apply_chat_template: prompts go through the chat template, examples as turns of their own; lm-eval's published
-            numbers are without.
-        batch_size: sequences that the model reads at once.
-        seed: draws the examples in the prompts; lm-eval's own, so that its numbers compare.
+        limit: the number of documents of every task, taken from the beginning; 0 takes all.
+        average: also report the mean over the tasks, as leaderboards do.
+        apply_chat_template: apply the chat template to prompts, with examples as turns of their own. lm-eval's
+            published numbers are without.
+        batch_size: the number of sequences in a forward pass.
+        seed: draws the examples in the prompts. The default is lm-eval's own, so that numbers are comparable.
     """
 
     tasks: list[LmEvalTask]

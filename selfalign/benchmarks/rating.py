@@ -1,4 +1,4 @@
-"""A rating from 1 to 10: read from what a judge wrote, or the mean of what it might write."""
+"""A rating from 1 to 10: read from a judge's text, or the mean of a judge's distribution over ratings."""
 
 import math
 import re
@@ -22,7 +22,7 @@ RATING = re.compile(r"\[\[([0-9]+(?:\.[0-9]+)?)\]\]")
 
 @dataclass(frozen=True, slots=True)
 class Grade:
-    """What a judge said of an answer: a score exactly when `status` is ok."""
+    """A judge's grade of an answer. It has a score exactly when `status` is ok."""
 
     status: JudgementStatus
     score: float | None
@@ -34,11 +34,12 @@ TOO_LONG = Grade(JudgementStatus.PROMPT_TOO_LONG, None, "")
 
 @dataclass(frozen=True, slots=True)
 class RatingTokens:
-    """How a tokenizer writes 1 to 10 behind `Rating: [[`: as a token each, or 10 as 1 followed by 0.
+    """How a tokenizer encodes 1 to 10 after `Rating: [[`: one token each, or 10 as 1 followed by 0.
 
     Attributes:
-        alternatives: the tokens of 1 to 9, then that of 10; or, behind a 1, those of 0 and of the end of the rating.
-        one: the token of 1 where 10 begins with it, else nothing.
+        alternatives: the tokens of 1 to 9, then that of 10; or, for two tokens, those of 0 and of the end of the rating
+            after a 1.
+        one: the token of 1 if 10 begins with it; else empty.
     """
 
     alternatives: list[int]
@@ -46,10 +47,10 @@ class RatingTokens:
 
     @classmethod
     def of(cls, tokenizer: "Tokenizer") -> "RatingTokens":
-        """Finds them.
+        """Return the rating tokens of a tokenizer.
 
         Raises:
-            SelfalignError: this tokenizer writes them in another way.
+            SelfalignError: the tokenizer encodes ratings in another way.
         """
         whole = tokens_behind(tokenizer, OPENING, [str(rating) for rating in range(LOW, HIGH + 1)])
         if whole is not None:
@@ -59,12 +60,18 @@ class RatingTokens:
             behind = tokens_behind(tokenizer, f"{OPENING}1", ["0", end])
             if digits is not None and behind is not None:
                 return cls([*digits, *behind], digits[:1])
-        raise SelfalignError("this model's tokenizer does not write ratings digit by digit; set judge.method=generate")
+        raise SelfalignError(
+            "the judge's tokenizer does not encode ratings digit by digit; set judge.method=generate or another model"
+        )
 
     def shares(self, logps: Sequence[Sequence[float]]) -> list[float]:
-        """The shares of 1 to 10, given log p of the alternatives behind the opening and, if need be, behind a 1 there.
+        """Return the probabilities of 1 to 10, which sum to 1.
 
-        Where 10 is written as 1 and 0, the share of what begins with 1 is divided by how likely 0 and the end are.
+        If 10 is encoded as 1 and 0, the probability of a first 1 is divided between 1 and 10, in the ratio of the end
+        of the rating and 0.
+
+        Args:
+            logps: log p of the alternatives after the opening and, for two tokens, after a 1 there.
         """
         if not self.one:
             return distribution(logps[0])
@@ -74,28 +81,28 @@ class RatingTokens:
 
 
 def expected_rating(shares: Sequence[float], thought: str = "") -> Grade:
-    """The mean of a distribution over the ratings, behind a thought."""
+    """Return the mean of a distribution over the ratings as a grade, after a thought."""
     mean = math.fsum(share * rating for rating, share in enumerate(shares, start=LOW))
     return Grade(JudgementStatus.OK, mean, f"{thought}{OPENING}{mean:.2f}]]")
 
 
 def parse_rating(text: str, finish_reason: FinishReason = FinishReason.EOS, shown: Sequence[str] = ()) -> Grade:
-    """Reads `[[n]]`, 1 to 10, from the judge's own lines of newly generated text; nothing is clipped.
+    """Read `[[n]]`, 1 to 10, from the judge's own lines of newly generated text; nothing is clipped.
 
-    Two different ones are ambiguous, and so is one that another total follows; none is no score, for which
-    `finish_reason` may give the reason.
+    Two different ratings are ambiguous, and so is one that is followed by another total. Without a rating the status
+    says why, for which `finish_reason` counts too.
 
     Args:
-        text: what the judge wrote.
+        text: the judge's text.
         finish_reason: why it ended.
         shown: the answers; their own words are no rating.
     """
     found = read_bracketed(text, RATING, finish_reason, shown)
     if isinstance(found, JudgementStatus):
         return Grade(found, None, text)
-    said, behind = found
-    score = float(said[0])
-    if {float(one) for one in said} != {score} or other_totals(behind, score, HIGH):
+    ratings, behind = found
+    score = float(ratings[0])
+    if {float(one) for one in ratings} != {score} or other_totals(behind, score, HIGH):
         return Grade(JudgementStatus.AMBIGUOUS, None, text)
     if not LOW <= score <= HIGH:
         return Grade(JudgementStatus.OUT_OF_RANGE, None, text)

@@ -1,1 +1,1 @@
-"""The commands."""
+"""The commands: `selfalign`, `selfalign-evaluate`, `selfalign-report`, `selfalign-store`, `selfalign-workspace`."""

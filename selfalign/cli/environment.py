@@ -1,4 +1,4 @@
-"""What is set before torch is imported, where `conf/` lies, and what is logged."""
+"""Environment variables before torch is imported, the folder `conf/`, and logging."""
 
 import argparse
 import io
@@ -14,13 +14,13 @@ from selfalign.core.files import PACKAGE
 
 
 def conf_folder() -> Path:
-    """`conf/` of the checkout, or the copy that travels in the wheel."""
+    """Return `conf/` of the checkout, or its copy in the wheel."""
     checkout = PACKAGE.parent / "conf"
     return checkout if (checkout / "config.yaml").exists() else PACKAGE / "conf"
 
 
 def take_config_dir(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """The folder that `--config-dir` names among the arguments, as Hydra takes it, and the other arguments."""
+    """Return the folder that `--config-dir` names, and the other arguments."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config-dir", "-cd", type=Path)
     known, others = parser.parse_known_args(arguments)
@@ -28,38 +28,38 @@ def take_config_dir(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 
 def set_environment() -> None:
-    """What has to be set before torch is imported, and how quiet libraries are."""
+    """Set environment variables that must be set before torch is imported, and silence libraries."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # Of the processes that joblib starts, after Ctrl-C.
+    # Warnings of joblib's processes after Ctrl-C.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
 
 
 def set_streams() -> None:
-    """What the terminal's encoding lacks is shown as "?", instead of ending the command."""
+    """Print "?" for characters that the terminal's encoding lacks, instead of ending the command."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
 
 
 def set_messages() -> None:
-    """What is logged and how, once a run begins: other libraries say little, and there is one progress bar.
+    """Set up logging for a run, and hide the messages and progress bars of other libraries.
 
-    Of several processes the main one speaks; the others say what they fail with.
+    Rank 0 logs everything; the other ranks only log errors.
     """
     from transformers.utils.logging import disable_progress_bar
 
-    set_streams()  # A launcher has its own.
+    set_streams()  # A launcher has replaced the streams.
     logging.basicConfig(
         level=logging.INFO if distributed.is_main() else logging.ERROR, format="%(message)s", force=True
     )
     noisy = ("httpx", "httpx2", "filelock", "transformers", "accelerate", "matplotlib", "hydra", "hydra_plugins")
     for name in noisy:
         logging.getLogger(name).setLevel(logging.WARNING)
-    # peft 0.21 asks transformers 5.23 by an old name; nothing a user could mend.
+    # peft 0.21 uses a deprecated name of transformers 5.23; users cannot change that.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     if not distributed.is_main():
         warnings.simplefilter("ignore")
-    disable_progress_bar()  # of transformers: there is one bar, and it is ours.
+    disable_progress_bar()  # The bar of transformers; selfalign shows its own.

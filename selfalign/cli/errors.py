@@ -1,4 +1,4 @@
-"""How a command ends that fails: one line for what the user can mend, a traceback for a bug."""
+"""Errors of a command: one line for an error that the user can correct, a traceback for a bug."""
 
 import os
 import select
@@ -13,11 +13,17 @@ from selfalign.core import distributed
 
 @contextmanager
 def report_errors(interrupted: str) -> Iterator[None]:
-    """Ends a command that fails with one line, a bug's with its traceback too; HYDRA_FULL_ERROR=1 lets all through."""
+    """End a command that fails with one line for each problem, and with a traceback if it is a bug.
+
+    With HYDRA_FULL_ERROR=1 every error is raised unchanged.
+
+    Args:
+        interrupted: the message after Ctrl-C.
+    """
     full_error = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
     try:
         yield
-        sys.stdout.flush()  # Here, where it is noticed if nobody reads it any more.
+        sys.stdout.flush()  # A closed pipe is noticed here, inside the block.
     except KeyboardInterrupt:
         print(f"\n{interrupted}", file=sys.stderr)
         sys.exit(130)
@@ -30,13 +36,13 @@ def report_errors(interrupted: str) -> Iterator[None]:
             traceback.print_exc()
             message = "this is a bug in selfalign; please report it with the traceback above"
         where = f" in process {rank}" if (rank := distributed.rank()) else ""
-        for line in message.splitlines():  # Where several things are missing, each has its own.
+        for line in message.splitlines():  # Several problems have a line each.
             print(f"error{where}: {line}", file=sys.stderr, flush=True)
         sys.exit(1)
 
 
 def explain(error: BaseException) -> str | None:
-    """One line for an error the user can mend, or None for a bug."""
+    """Return the message of an error that the user can correct; None for a bug."""
 
     from selfalign.config.overrides import Refusal, explain_override
     from selfalign.core.errors import SelfalignError
@@ -50,12 +56,12 @@ def explain(error: BaseException) -> str | None:
 
 
 def _nobody_reads() -> str | None:
-    """The end of a command whose output has lost its reader, as in `selfalign … | head`; None if it is another pipe."""
+    """Return the message for an output that has lost its reader, as in `selfalign … | head`; None for another pipe."""
     from selfalign.core.failures import KEPT
 
     output = select.poll()
     output.register(1, 0)
     if not any(event & select.POLLERR for _, event in output.poll(0)):
         return None
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes again when it ends.
-    return f"nobody reads the output any more; {KEPT}"
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes stdout again at exit.
+    return f"the output is not read any more; {KEPT}"

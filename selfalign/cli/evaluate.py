@@ -1,4 +1,4 @@
-"""`selfalign-evaluate`: finished runs and other models measured without training."""
+"""`selfalign-evaluate`: evaluate finished runs and other models without training."""
 
 import sys
 from pathlib import Path
@@ -7,14 +7,14 @@ from selfalign.cli.environment import conf_folder, set_environment, set_messages
 from selfalign.cli.errors import report_errors
 from selfalign.core import distributed
 
-EVALUATE = """selfalign-evaluate: measures the models of finished runs, and any others, without training
+EVALUATE = """selfalign-evaluate: evaluate the models of finished runs, and other models, without training
 
 usage: selfalign-evaluate [--config-dir DIR] RUN_OR_MODEL [RUN_OR_MODEL ...] [group=option ...] [key=value ...]
 
-A run folder stands for its models M1, M2, ... and the SFT baseline, a sweep folder for M1 and the last model of every
-finished job, a model folder or hub id for itself. Settings are those the first run was started with, and what is given
-here on top; a run that was started with --config-dir needs it here too. Each model is compared with the first one and
-the one before it; evaluate.round_robin=true compares all.
+A run folder stands for its models M1, M2, ... and the SFT baseline. A sweep folder stands for M1 and the last model of
+each finished job. A model folder or hub id stands for itself. Settings are those of the first run, with the settings
+given here on top. A run that was started with --config-dir needs it here too. Each model is compared with the first
+one and the one before it; evaluate.round_robin=true compares all.
 
 examples:
   selfalign-evaluate outputs/demo-1a2b3c4d evaluate.round_robin=true
@@ -24,7 +24,7 @@ examples:
 
 
 def evaluate() -> None:
-    """Runs `selfalign-evaluate`; exit codes as of `main`, 2 for nothing to evaluate."""
+    """Run `selfalign-evaluate`. Exit codes are those of `main`, and 2 if no model is given."""
     set_streams()
     config_dir, arguments = take_config_dir(sys.argv[1:])
     sources = [argument for argument in arguments if "=" not in argument or Path(argument).exists()]
@@ -32,7 +32,7 @@ def evaluate() -> None:
         print(EVALUATE, file=sys.stderr)
         sys.exit(0 if {"-h", "--help"} & set(sources) else 2)
     set_environment()
-    with report_errors("interrupted; the same command continues where it stopped"):
+    with report_errors("interrupted; repeat the command to continue"):
         from selfalign.launch.evaluate import evaluate_models
 
         with distributed.process_group():

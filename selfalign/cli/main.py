@@ -1,6 +1,6 @@
-"""The command line, and the only hydra.main: compose, convert, run.
+"""The `selfalign` command: compose the configuration, make the experiment, run it.
 
-`selfalign --help` answers without importing torch; everything heavy is imported once a configuration is there.
+`selfalign --help` answers without importing torch. Heavy modules are imported once the configuration is composed.
 """
 
 import os
@@ -19,30 +19,30 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 EXAMPLES = (
-    ("selfalign experiment=smoke", "the whole loop on a tiny random model, under a minute"),
+    ("selfalign experiment=smoke", "the whole loop on a tiny random model, in under a minute"),
     ("selfalign experiment=demo", "SmolLM2-135M-Instruct → M1 → M2 → M3"),
     ("selfalign experiment=demo loss=sr_ipo loss.lam=0.3 iterations=1", "another loss, one iteration"),
     ("selfalign experiment=demo model=pretrained model.path=/models/mine", "your own model"),
-    ("selfalign -m experiment=demo loss.lam=0.1,0.3,0.5,1", "a sweep over λ; shared stages are made once"),
+    ("selfalign -m experiment=demo loss.lam=0.1,0.3,0.5,1", "a sweep over λ; shared stages run once"),
 )
 
 
 def main() -> None:
-    """Runs the command line; exit code 0, 1 for what the user can mend, 130 for Ctrl-C."""
+    """Run the command line. Exit codes: 0; 1 for an error that the user can correct, or a bug; 130 for Ctrl-C."""
     set_streams()
     if any(flag in sys.argv[1:] for flag in ("--help", "-h")):
-        with suppress(BrokenPipeError):  # as in `selfalign --help | head`
+        with suppress(BrokenPipeError):  # As in `selfalign --help | head`.
             print(help_text(), flush=True)
             return
         os._exit(0)
     set_environment()
-    with report_errors("interrupted; the same command continues where it stopped"):
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and the one line is ours to print.
+    with report_errors("interrupted; repeat the command to continue"):
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors, and report_errors prints one line.
         _run_hydra()
 
 
 def help_text() -> str:
-    """Usage, groups with their options, and examples."""
+    """Return the usage, the groups with their options, and examples."""
     options = _options(
         [conf_folder(), *(folder for _, folder in installed_folders()), *filter(Path.is_dir, _own_folders())]
     )
@@ -54,19 +54,19 @@ def help_text() -> str:
     lines += [f"  {command}\n      {meaning}" for command, meaning in EXAMPLES]
     lines += ["", "also: --cfg job shows the composed configuration, --info where it comes from,"]
     lines += ["      --hydra-help Hydra's own flags. Full tracebacks: HYDRA_FULL_ERROR=1."]
-    lines += ["      selfalign-report PATH... compares runs, or writes a run's report again."]
+    lines += ["      selfalign-report PATH... compares runs, or writes the report of one run again."]
     lines += ['      Bash completion: eval "$(selfalign -sc install=bash)"']
     return "\n".join(lines)
 
 
 def _own_folders() -> list[Path]:
-    """What --config-dir names."""
+    """Return the folder that --config-dir names, if any."""
     folder, _ = take_config_dir(sys.argv[1:])
     return [folder] if folder else []
 
 
 def _options(folders: Iterable[Path]) -> dict[str, set[str]]:
-    """{group: names of its options}."""
+    """Return {group: names of its options}."""
     found: dict[str, set[str]] = {}
     for path in (path for folder in folders for path in folder.glob("*/*.yaml")):
         found.setdefault(path.parent.name, set()).add(path.stem)
@@ -100,9 +100,8 @@ def _run_hydra() -> None:
                 set_messages()
                 prepared = _prepare(config)
                 if prepared[0].dry_run:
-                    from selfalign.launch.dry_run import (
-                        dry_run,  # It imports transformers' Trainer, which takes seconds.
-                    )
+                    # Importing it takes seconds, because it imports transformers' Trainer.
+                    from selfalign.launch.dry_run import dry_run
 
                     warn_of_idle_settings(prepared[0], prepared[2])
                     dry_run(prepared[0])
@@ -118,7 +117,7 @@ def _run_hydra() -> None:
 
 
 def _prepare(config: "DictConfig") -> tuple[Any, str, dict[str, Any]]:
-    """The experiment, its settings as text, and as plain dictionaries with the overrides that ask for them."""
+    """Return the experiment, its settings as text, and as plain dictionaries with the overrides."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
@@ -127,7 +126,5 @@ def _prepare(config: "DictConfig") -> tuple[Any, str, dict[str, Any]]:
 
     experiment, text, described = describe(config)
     if experiment.dry_run and HydraConfig.get().mode is RunMode.MULTIRUN:
-        raise SelfalignError(
-            "dry_run=true rehearses one run, not a sweep: set hydra.mode=RUN and the values of one job"
-        )
+        raise SelfalignError("dry_run=true measures one run, not a sweep: set hydra.mode=RUN and the values of one job")
     return experiment, text, {**described, "overrides": list(HydraConfig.get().overrides.task)}

@@ -1,4 +1,4 @@
-"""`selfalign-store`: what the store keeps, why two runs share no more of it, and removing what no run uses."""
+"""`selfalign-store`: list the artifacts of the store, explain why two runs do not share one, remove unused ones."""
 
 import argparse
 import math
@@ -17,19 +17,23 @@ from selfalign.store.inventory import Inventory, StoredArtifact, remove, remove_
 from selfalign.store.key_diff import KeyDiff, read_stages
 
 NAMED = 2
-"""Runs, and labels, that a line of the list names before it counts the others."""
+"""Number of runs or labels that a line of the list names before it counts the others."""
 
 
 def main() -> None:
-    """Runs the command line; exit code 0, 1 for what the user can mend or a "no", 2 for bad usage, 130 for Ctrl-C."""
+    """Run the command line.
+
+    Exit codes: 0; 1 for an error that the user can correct, a bug, or the answer "no"; 2 for wrong usage; 130 for
+    Ctrl-C.
+    """
     set_streams()
     options = _parser().parse_args()
-    with report_errors("interrupted; what was removed by then is gone, the rest is whole"):
+    with report_errors("interrupted; artifacts removed so far are gone, all others are complete"):
         with suppress(BrokenPipeError):
             code = options.command(options)
             sys.stdout.flush()
             sys.exit(code)
-        os._exit(141)  # as any program in front of `| head`
+        os._exit(141)  # Like any program before `| head`.
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,11 +47,11 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(command=command)
         return added
 
-    add("list", list_kept, "every artifact with its size and who uses it, the largest first")
-    why = add("why", explain_keys, "the first stage of two runs that they don't share, and the inputs that differ")
+    add("list", list_kept, "list every artifact with its size and the runs that use it, the largest first")
+    why = add("why", explain_keys, "show the first stage that two runs do not share, and the inputs that differ")
     why.add_argument("runs", nargs=2, metavar="RUN", help="a run's folder, or its name below the output folder")
-    why.add_argument("label", nargs="?", metavar="LABEL", help="a stage such as M2: only what its key depends on")
-    clean = add("clean", clean_up, "remove what no run below the output folder uses; asks first")
+    why.add_argument("label", nargs="?", metavar="LABEL", help="a stage such as M2: show only what its key depends on")
+    clean = add("clean", clean_up, "remove artifacts that no run below the output folder uses, after asking")
     clean.add_argument("--yes", action="store_true", help="do not ask")
     return parser
 
@@ -56,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def list_kept(options: argparse.Namespace) -> int:
-    """Prints what the store keeps."""
+    """Print the artifacts of the store."""
     inventory = scan_store(options.output)
     kept = sorted(inventory.kept.values(), key=lambda one: (-total_size([one]), one.name))
     unused = inventory.unused(inventory.in_progress)
@@ -65,7 +69,7 @@ def list_kept(options: argparse.Namespace) -> int:
 
 
 def listing(inventory: Inventory, kept: Iterable[StoredArtifact]) -> list[str]:
-    """A table of artifacts."""
+    """Return a table of artifacts."""
     users, now = inventory.users(), time.time()
 
     def row(one: StoredArtifact) -> list[str]:
@@ -79,14 +83,14 @@ def listing(inventory: Inventory, kept: Iterable[StoredArtifact]) -> list[str]:
 
 
 def _few(names: Iterable[str]) -> str:
-    """The first names, and how many others there are."""
+    """Return the first names, and the number of the others."""
     different = sorted({printable(name) for name in names if name})
     others = len(different) - NAMED
     return ", ".join(different[:NAMED]) + (f" and {others} more" if others > 0 else "")
 
 
 def _by_stage(kept: Sequence[StoredArtifact]) -> list[str]:
-    """Totals of each stage and over all, the largest first."""
+    """Return the totals of each stage and of all, the largest first."""
     stages = {stage: [one for one in kept if one.stage == stage] for stage in dict.fromkeys(k.stage for k in kept)}
     groups = sorted(stages.items(), key=lambda item: -total_size(item[1]))
     rows = [
@@ -101,15 +105,15 @@ def _remarks(inventory: Inventory, unused: Sequence[StoredArtifact]) -> Iterator
         size = amount(_freed(inventory, unused))
         yield f"used by no run: {plural(len(unused), 'artifact')}, {size}; selfalign-store clean removes them"
     else:
-        yield "everything is used"
+        yield "all artifacts are used"
     for link in inventory.broken:
         yield f"broken link, its artifact is gone: {printable(link)}"
     for name in inventory.foreign:
-        yield f"no artifact, left alone: {printable(name)}"
+        yield f"not an artifact, left unchanged: {printable(name)}"
 
 
 def _freed(inventory: Inventory, gone: Iterable[StoredArtifact]) -> int:
-    """Bytes that are free once these are gone; a file that also belongs to another artifact stays."""
+    """Return the bytes that removing these artifacts frees; a file that another artifact shares is not counted."""
     names = {one.name for one in gone}
     return total_size(inventory.kept.values()) - total_size(k for k in inventory.kept.values() if k.name not in names)
 
@@ -118,38 +122,38 @@ def _freed(inventory: Inventory, gone: Iterable[StoredArtifact]) -> int:
 
 
 def explain_keys(options: argparse.Namespace) -> int:
-    """Prints why two runs share no more."""
+    """Print why two runs do not share more artifacts."""
     folders = [_run_folder(name, options.output) for name in options.runs]
     comparison = KeyDiff(*map(read_stages, folders))
     both = {**comparison.first, **comparison.second}
     if options.label and options.label not in both:
-        raise SelfalignError(f"{options.label}: neither run has such a stage; they have {', '.join(both)}")
+        raise SelfalignError(f"neither run has a stage {options.label}; they have {', '.join(both)}")
     shown = comparison.behind(options.label) if options.label else set(both)
     print("\n".join(why(comparison, [folder.name for folder in folders], shown)))
     return 0
 
 
 def why(comparison: KeyDiff, names: Sequence[str], shown: Collection[str]) -> Iterator[str]:
-    """What differs by itself, in the pipeline's order, and what follows from it.
+    """Yield the inputs that differ in themselves, in the order of the pipeline, and the stages that depend on them.
 
     Args:
-        comparison: of two runs.
-        names: theirs.
-        shown: the labels to speak of.
+        comparison: of the two runs.
+        names: of the runs.
+        shown: the labels that are reported.
     """
     one, other = comparison.first, comparison.second
     causes = comparison.causes(shown)
     roots = {label: news for label, news in causes.items() if news}
     for number, (label, news) in enumerate(roots.items()):
         keys = f"{one[label].stage}/{one[label].key} and {other[label].stage}/{other[label].key}"
-        yield f"{label} {'also differs by itself' if number else 'is the first stage that differs'}: {keys}"
+        yield f"{label} {'also differs in itself' if number else 'is the first stage that differs'}: {keys}"
         for difference in news:
             derived = " (derived from the run's seed)" if difference.is_seed else ""
             yield f"  {difference.path}{derived}: {comparison.value(difference)}"
-    yield from _line("what follows from it", [label for label in causes if label not in roots])
+    yield from _line("differ as a result", [label for label in causes if label not in roots])
     yield from _line("two keys, but not finished in both runs", [n for n in comparison.unknown if n in shown])
-    for here, there, name in ((one, other, names[0]), (other, one, names[1])):
-        yield from _line(f"only in {printable(name)}", [n for n in here if n not in there and n in shown])
+    for own, others, name in ((one, other, names[0]), (other, one, names[1])):
+        yield from _line(f"only in {printable(name)}", [n for n in own if n not in others and n in shown])
     same = [label for label in comparison.same if label in shown]
     yield from _line("all the same" if len(same) == len(shown) else "the same", same)
 
@@ -160,8 +164,7 @@ def _line(heading: str, labels: Sequence[str]) -> Iterator[str]:
 
 
 def _run_folder(name: str, output: Path) -> Path:
-    places = [Path(name), output / name]
-    found = [place for place in places if (place / "artifacts").is_dir()]
+    found = [folder for folder in (Path(name), output / name) if (folder / "artifacts").is_dir()]
     if not found:
         raise SelfalignError(f"{name!r} is neither a run folder nor the name of a run in {output}")
     return found[0]
@@ -171,11 +174,11 @@ def _run_folder(name: str, output: Path) -> Path:
 
 
 def clean_up(options: argparse.Namespace) -> int:
-    """Removes what no run uses, once the user has seen it and said yes."""
+    """Remove artifacts that no run uses, after listing them and asking."""
     inventory = scan_store(options.output)
     unused = inventory.unused(inventory.in_progress)
     if not (unused or inventory.locks):
-        print("everything is used; nothing to remove")
+        print("all artifacts are used; there is nothing to remove")
         return 0
     what = f"{plural(len(unused), 'artifact')}, {amount(_freed(inventory, unused))}"
     print("\n".join([*listing(inventory, unused), ""] if unused else []))
@@ -187,14 +190,16 @@ def clean_up(options: argparse.Namespace) -> int:
     locks = remove_locks(inventory.locks)
     print(f"removed: {plural(len(gone), 'artifact')}, {plural(locks, 'lock')}")
     if len(gone) < len(unused):
-        print(f"left, as a process has begun to use them: {plural(len(unused) - len(gone), 'artifact')}")
+        print(f"kept, because a process now uses them: {plural(len(unused) - len(gone), 'artifact')}")
     return 0
 
 
 def _agreed() -> bool:
-    """Asks; only a terminal can answer."""
+    """Ask for confirmation, which needs a terminal."""
     if not sys.stdin.isatty():
-        raise SelfalignError("nothing was removed: there is no terminal to ask at; --yes removes without being asked")
+        raise SelfalignError(
+            "nothing was removed, because there is no terminal to ask. Set --yes to remove without asking"
+        )
     try:
         return input("Remove them? [y/N] ").strip().lower() in ("y", "yes")
     except EOFError:

@@ -1,4 +1,4 @@
-"""`selfalign-workspace`: a W&B workspace that compares the runs of a project."""
+"""`selfalign-workspace`: create a W&B workspace that compares the runs of a project."""
 
 import argparse
 
@@ -8,13 +8,15 @@ from selfalign.tracking.wandb_workspace import publish
 
 
 def main() -> None:
-    """Builds the workspace of a project, and sends it as a new view where W&B can be reached."""
+    """Create the workspace of a project and send it as a new view, if W&B can be reached."""
     set_streams()
-    parser = argparse.ArgumentParser(prog="selfalign-workspace", description="A W&B workspace that compares runs.")
+    parser = argparse.ArgumentParser(
+        prog="selfalign-workspace", description="Create a W&B workspace that compares runs."
+    )
     parser.add_argument("project", metavar="ENTITY/PROJECT", help="the project whose runs are compared")
-    place = parser.parse_args().project
-    entity, _, project = place.partition("/")
+    name = parser.parse_args().project
+    entity, _, project = name.partition("/")
     if not entity or not project or "/" in project:
-        parser.error(f"expected ENTITY/PROJECT, got {place!r}")
-    with report_errors("interrupted; look at the project whether the view is there"):
+        parser.error(f"expected ENTITY/PROJECT, got {name!r}")
+    with report_errors("interrupted; check in the project whether the view was created"):
         print(publish(entity, project))

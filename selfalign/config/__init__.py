@@ -1,1 +1,1 @@
-"""The tree of all settings."""
+"""The tree of all settings, and its composition by Hydra."""

@@ -1,7 +1,7 @@
-"""Settings without effect, and counts and lengths out of their limits' reach: refused before anything is made.
+"""Check a configuration before anything is made: settings without effect, and values that exclude each other.
 
-Each in one line, with what would do. Here the configuration alone is known. What only the data tell is checked where
-they are read (given.py), and what M0 bounds once it is there (requirements.py).
+Each error is one line that says what to change. Only the configuration is known here. `pipeline/inputs.py` checks what
+depends on the data, and `pipeline/requirements.py` what depends on M0.
 """
 
 import math
@@ -25,10 +25,11 @@ from selfalign.training.config import TrainConfig
 
 
 def check_experiment(config: ExperimentConfig) -> None:
-    """Checks what settings mean beside one another.
+    """Check settings that depend on one another.
 
     Raises:
-    SelfalignError: some cannot be used together, have no effect, or are out of reach; the keys are named.
+        SelfalignError: settings cannot be used together, have no effect, or are out of range; the message names the
+            keys.
     """
     check_components(config)
     check_name(config.name)
@@ -40,7 +41,7 @@ def check_experiment(config: ExperimentConfig) -> None:
         raise SelfalignError(f"iterations must be 1 or more, got {config.iterations}")
     if config.model.quantization != "none" and config.train.parallelism.sharded:
         raise SelfalignError(
-            "train.parallelism.strategy=fsdp2 cannot share out weights in 4 bits: set model.quantization=none"
+            "train.parallelism.strategy=fsdp2 cannot shard weights in 4 bits: set model.quantization=none"
         )
     check_engine(config.model.quantization, type(config.engine).__name__.lower())
     if isinstance(config.data, Pairs) and config.iterations != 1:
@@ -48,7 +49,7 @@ def check_experiment(config: ExperimentConfig) -> None:
     if isinstance(config.pair, PairRule):
         config.pair.check_iterations(config.iterations)
     if isinstance(config.data, SelfRewarding) and config.loss.pairwise == isinstance(config.pair, PositivesOnly):
-        raise SelfalignError("loss=positives and pair=positives go together: one of them alone has no meaning")
+        raise SelfalignError("loss=positives and pair=positives need each other: set both, or neither")
     _check_evaluation_fine_tuning(config)
     _check_judge(config)
     _check_benchmarks(config)
@@ -57,7 +58,7 @@ def check_experiment(config: ExperimentConfig) -> None:
 
 
 def _check_evaluation_fine_tuning(config: ExperimentConfig) -> None:
-    """What its examples need is there."""
+    """Check that EFT and the SFT baseline have the data and the judge that they need."""
     seeds = config.data.seed_data
     if config.evaluate.sft_baseline and not (seeds.demonstrations and seeds.ranked):
         raise SelfalignError(
@@ -72,7 +73,7 @@ def _check_evaluation_fine_tuning(config: ExperimentConfig) -> None:
 
 
 def _check_benchmarks(config: ExperimentConfig) -> None:
-    """Every one is chosen as an option, with a name that can be part of a label, and has settings that make sense."""
+    """Check each benchmark: it is chosen as an option, its name can be part of a label, and its settings are valid."""
     for name, benchmark in config.benchmark.items():
         if not hasattr(benchmark, "check"):
             raise SelfalignError(f"unknown key benchmark.{name}: choose benchmarks with benchmark=[NAME,...]")
@@ -81,13 +82,12 @@ def _check_benchmarks(config: ExperimentConfig) -> None:
 
 
 def _check_judge(config: ExperimentConfig) -> None:
-    """What a judge cannot do is refused before anything is made."""
+    """Check that the judge can do what the settings require of it."""
     seeds, judge = config.data.seed_data, config.judge
     teaches = seeds.ranked and seeds.eft_source == EFTSource.human
     if teaches and not isinstance(judge, Pairwise) and fault_of(judge, TeachableJudge):
         raise SelfalignError(
-            f"the judge {type(judge).__name__} writes no judgements that could be taught: set "
-            "data.seed_data.eft_source=none"
+            f"the judge {type(judge).__name__} writes no judgements to fine-tune on: set data.seed_data.eft_source=none"
         )
     if isinstance(judge, ImplicitReward) and config.evaluate.instructions and config.evaluate.judge == "base":
         raise SelfalignError(
@@ -100,10 +100,10 @@ def _check_judge(config: ExperimentConfig) -> None:
 
 
 def check_counts(config: ExperimentConfig) -> None:
-    """Checks what is known before any data are read.
+    """Check counts and lengths as far as they are known without the data.
 
     Raises:
-        SelfalignError: a count is out of its limits' reach; both keys are named.
+        SelfalignError: a count is out of range; the message names both keys.
     """
     data, held_out = config.data, config.train.validation_pairs
     if isinstance(data, Pairs):
@@ -133,7 +133,7 @@ def check_counts(config: ExperimentConfig) -> None:
 
 
 def check_effects(config: ExperimentConfig) -> None:
-    """Refuses what is set and would do nothing: a run would say that it had been done.
+    """Check that no setting is without effect, because the configuration would claim what the run does not do.
 
     Raises:
         SelfalignError: such a setting.
@@ -143,15 +143,14 @@ def check_effects(config: ExperimentConfig) -> None:
         changed = [f.name for f in fields(pair) if getattr(pair, f.name) != f.default]
         setting = f"pair.{changed[0]}={getattr(pair, changed[0])}" if changed else f"pair ({type(pair).__name__})"
         raise SelfalignError(
-            f"{setting} would have no effect: data=pairs takes the pairs of data.path as they are given, and rules "
-            "choose among responses that were judged; leave it out, or keep the pairs that are wanted in data.path"
+            f"{setting} would have no effect: data=pairs uses all pairs of data.path, and pair rules select among "
+            "judged responses. Leave it out, or select the pairs in data.path"
         )
     config.model.lora.check_use()
     if train.align.loss_reduction != "tokens":
         raise SelfalignError(
-            f"train.align.loss_reduction={train.align.loss_reduction} would have no effect: an alignment's loss is "
-            f"averaged over its "
-            "pairs; set train.sft.loss_reduction, or leave it out"
+            f"train.align.loss_reduction={train.align.loss_reduction} would have no effect: the loss of an alignment "
+            "is averaged over its pairs. Set train.sft.loss_reduction, or leave it out"
         )
     if not config.loss.pairwise:
         unused = {
@@ -162,16 +161,16 @@ def check_effects(config: ExperimentConfig) -> None:
         for key, (value, default) in unused.items():
             if value != default:
                 raise SelfalignError(
-                    f"{key}={value} would have no effect: loss=positives fine-tunes by train.sft and aligns nothing; "
+                    f"{key}={value} would have no effect: loss=positives fine-tunes with train.sft and aligns nothing; "
                     f"set {key}={default}"
                 )
 
 
 def without_effect(config: ExperimentConfig, overrides: Sequence[str]) -> list[str]:
-    """A line for each setting of the command line that does nothing beside the others.
+    """Return a line for each override on the command line that has no effect beside the others.
 
-    What the files of an experiment set is none of it, and nothing is refused: a sweep over `loss` gives every job the
-    settings that one of them needs.
+    The settings of an experiment's files are not reported. Nothing is refused, because a sweep over `loss` gives every
+    job the settings that only some of them use.
     """
     given = {match[1]: override for override in overrides if (match := re.match(r"\+*([\w.]+)=", override))}
     idle = [(re.compile(rf"({key})(\..+)?"), why) for key, why in _idle(config)]
@@ -180,12 +179,12 @@ def without_effect(config: ExperimentConfig, overrides: Sequence[str]) -> list[s
 
 
 def _idle(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
-    """(keys, as a regular expression; why what is set there or below has no effect)."""
+    """Yield (regular expression of keys, why setting them or keys below has no effect)."""
     data, train, asked = config.data, config.train, config.evaluate
     if not config.loss.pairwise:
         read = "dtype|max_length|microbatch_tokens"  # For log-probabilities of held-out pairs.
         unread = rf"train\.align(?!\.({read})$)" if asked.preference_pairs.source else r"train\.align"
-        yield rf"{unread}|train\.reference_logprobs", "loss=positives fine-tunes by train.sft and aligns nothing"
+        yield rf"{unread}|train\.reference_logprobs", "loss=positives fine-tunes with train.sft and aligns nothing"
     elif not config.trains_m1:
         yield r"train\.sft", "there are no demonstrations, so M1 is M0"
     if not train.checkpoint_selection.interval_steps:
@@ -194,38 +193,38 @@ def _idle(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
             "train.checkpoint_selection.interval_steps=0 compares no checkpoints",
         )
     if not asked.instructions:
-        answered = "count|sampling|judge" + "|head_to_head" * (asked.head_to_head is None)
-        yield rf"evaluate\.({answered})", "evaluate.instructions names none, so no model answers any"
+        unused = "count|sampling|judge" + "|head_to_head" * (asked.head_to_head is None)
+        yield rf"evaluate\.({unused})", "evaluate.instructions is empty, so no instructions are answered"
     if not asked.preference_pairs.source:
-        yield r"evaluate\.preference_pairs\.count", "evaluate.preference_pairs.source names no pairs"
+        yield r"evaluate\.preference_pairs\.count", "evaluate.preference_pairs.source is empty"
     yield from _idle_data(config)
     yield from _idle_beside(config)
     if not config.hub.push:
-        yield r"hub\.(repo_id|private)", "hub.push=false sends nothing to a hub"
+        yield r"hub\.(repo_id|private)", "hub.push=false pushes nothing to a hub"
     if not config.dry_run:
-        yield "price_per_hour", "only dry_run=true estimates what a run costs"
+        yield "price_per_hour", "only dry_run=true estimates the cost of a run"
     if isinstance(data, Pairs) and not (data.seed_data.ranked or asked.instructions):
-        yield "judge", "pairs are given, and there are no answers or ranked questions to score"
+        yield "judge", "pairs are given, and there are no responses or ranked questions to score"
 
 
 def _idle_data(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
-    """The same of what is given and written."""
+    """Yield the same for settings of given and generated data."""
     data, seeds = config.data, config.data.seed_data
     if isinstance(data, SelfRewarding) and data.instruct.source:
         writing = "prompt|sampling|seed_examples|generated_examples|prompts_per_batch|max_batches"
-        yield rf"data\.instruct\.({writing})", "data.instruct.source gives the instructions, so none are written"
+        yield rf"data\.instruct\.({writing})", "data.instruct.source gives the instructions, so none are generated"
     if not seeds.demonstrations:
-        yield r"data\.seed_data\.max_demonstrations", "data.seed_data.demonstrations names none"
+        yield r"data\.seed_data\.max_demonstrations", "data.seed_data.demonstrations is empty"
     if not seeds.ranked:
         ranked = "max_ranked|held_out_share|eft_source|max_score_imbalance"
-        yield rf"data\.seed_data\.({ranked})", "data.seed_data.ranked names no questions"
+        yield rf"data\.seed_data\.({ranked})", "data.seed_data.ranked is empty"
     elif seeds.eft_source != EFTSource.baseline:
         why = "only data.seed_data.eft_source=baseline balances the scores of EFT examples"
         yield r"data\.seed_data\.max_score_imbalance", why
 
 
 def _idle_beside(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
-    """The same of what a choice of its own group leaves unread."""
+    """Yield the same for settings that another choice in their own group leaves unused."""
     refinement, train, asked = refinement_of(config.loss), config.train, config.evaluate
     comparators = {
         "evaluate": asked.head_to_head,
@@ -247,36 +246,35 @@ def _sizes(data: SelfRewarding) -> str:
 
 
 def _check_checkpoints(train: TrainConfig, pairs: int) -> None:
-    """Of an alignment on so many pairs at most (0 if that is not known) two checkpoints are compared at least."""
+    """Check that an alignment on this many pairs has at least two checkpoints to compare; 0 pairs means unknown."""
     steps = train.align.epochs * math.ceil(pairs / train.align.batch_size)
     if train.checkpoint_selection.interval_steps and 0 < steps <= train.checkpoint_selection.interval_steps:
         raise SelfalignError(
             f"train.checkpoint_selection.interval_steps={train.checkpoint_selection.interval_steps}, but an "
-            f"alignment takes {steps} steps at most, so no "
-            "two checkpoints would be compared: lower it, or set it to 0"
+            f"alignment has {steps} steps at most, so there are no two checkpoints to compare: lower it, or set it to 0"
         )
 
 
 def _check_seeds(data: SelfRewarding) -> None:
-    """New instructions are written after examples, which seeds give."""
+    """Check that there are enough demonstrations to show as examples of instructions."""
     asked, given = data.instruct, data.seed_data
     if asked.source:
         return
     if not given.demonstrations:
         raise SelfalignError(
-            "data.instruct shows its writer seeds, and data.seed_data.demonstrations names none: give some, or the "
-            "instructions themselves with data.instruct.source"
+            "data.instruct needs demonstrations as examples, and data.seed_data.demonstrations is empty: set it, or "
+            "give the instructions with data.instruct.source"
         )
     if 0 < given.max_demonstrations < asked.seed_examples:
         raise SelfalignError(
             f"data.instruct.seed_examples={asked.seed_examples}, but "
             f"data.seed_data.max_demonstrations={given.max_demonstrations} leaves fewer: lower the one or raise the "
-            f"other"
+            "other"
         )
 
 
 def _check_candidates(config: ExperimentConfig, data: SelfRewarding) -> None:
-    """Pairs, and comparisons, are made of two responses to one instruction."""
+    """Check that there are enough candidates for pairs and comparisons."""
     candidates, rule = data.respond.candidates, config.pair
     needed = rule.k + 1 if isinstance(rule, BestVsK) else 2 if isinstance(rule, PairRule) else 1
     why = f"pair.k={rule.k}" if isinstance(rule, BestVsK) else "a pair"
@@ -290,7 +288,7 @@ def _check_candidates(config: ExperimentConfig, data: SelfRewarding) -> None:
 
 
 def _check_scores(config: ExperimentConfig) -> None:
-    """A judge's scale bounds what its scores can reach and by how much they can differ."""
+    """Check that the judge's scale can reach the scores and margins of the pair rule."""
     rule, judge = config.pair, config.judge
     low, high = getattr(judge, "min_score", None), getattr(judge, "max_score", None)
     if low is None or high is None:
@@ -300,13 +298,12 @@ def _check_scores(config: ExperimentConfig) -> None:
     if isinstance(rule, PairRule) and rule.minimum_margin >= high - low:
         raise SelfalignError(
             f"pair.minimum_margin={rule.minimum_margin}, but scores from judge.min_score={low} to "
-            f"judge.max_score={high} differ "
-            f"by {high - low} at most: lower it"
+            f"judge.max_score={high} differ by {high - low} at most: lower it"
         )
 
 
 def _check_training_lengths(config: ExperimentConfig, data: SelfRewarding) -> None:
-    """What is written to be trained on, a prompt before it, must fit into the longest sequence."""
+    """Check that generated training texts leave room for a prompt in the longest training sequence."""
     pairwise = config.loss.pairwise
     stage = "train.align" if pairwise else "train.sft"
     limit = (config.train.align if pairwise else config.train.sft).max_length
@@ -322,10 +319,10 @@ def _check_training_lengths(config: ExperimentConfig, data: SelfRewarding) -> No
 
 
 def check_repository(name: str) -> None:
-    """A repository has an owner and a name.
+    """Check that a repository has an owner and a name.
 
     Raises:
-        SelfalignError: this is not one.
+        SelfalignError: it has not.
     """
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name, re.ASCII):
         raise SelfalignError(

@@ -1,4 +1,4 @@
-"""What the component of each group has to be, whoever has written its class."""
+"""The kinds of component that each group accepts, for selfalign's own classes and those of users."""
 
 import inspect
 from collections.abc import Iterator
@@ -25,19 +25,19 @@ COMPONENTS: dict[str, tuple[type, ...]] = {
     "loss": (PreferenceLoss, FineTuningLoss),
     "tracker": (Tracking,),
 }
-"""Group → what its component is one of: a protocol, whose members it has, or a base class."""
+"""{group: accepted kinds}. A kind is a protocol, whose members the component must have, or a base class."""
 
 
 def check_components(config: ExperimentConfig) -> None:
-    """Checks that every component is what its group asks for.
+    """Check that every component is of a kind that its group accepts.
 
     Raises:
-        SelfalignError: one is not; its class and what it lacks are named.
+        SelfalignError: one is not; the message names its class and what it lacks.
     """
     for key, component, kinds in _chosen(config):
         if not is_dataclass(component):
             raise SelfalignError(
-                f"{key}: its option names no class; its defaults begin with /schema/MODULE.CLASS@_here_"
+                f"{key}: its option names no class. Begin the option's defaults with /schema/MODULE.CLASS@_here_"
             )
         faults = [fault_of(component, kind) for kind in kinds]
         if all(faults):
@@ -45,7 +45,7 @@ def check_components(config: ExperimentConfig) -> None:
 
 
 def _chosen(config: ExperimentConfig) -> Iterator[tuple[str, Any, tuple[type, ...]]]:
-    """(key, component, what it is one of)."""
+    """Yield (key, component, accepted kinds)."""
     for group, kinds in COMPONENTS.items():
         yield group, getattr(config, group), kinds
     if (judge := config.evaluate.preference_pairs.judge) is not None:
@@ -58,19 +58,19 @@ def _chosen(config: ExperimentConfig) -> Iterator[tuple[str, Any, tuple[type, ..
 
 
 def fault_of(component: object, kind: type) -> str:
-    """Why a component is none of a kind; empty where it is one."""
+    """Return why a component is not of a kind; empty if it is."""
     if not getattr(kind, "_is_protocol", False):
         return "" if isinstance(component, kind) else f"must be a {name_of(kind)}"
     absent = [name for name in members(kind) if inspect.getattr_static(component, name, kind) is kind]
-    return f"lacks {', '.join(absent)}, which {name_of(kind)} asks for" if absent else ""
+    return f"lacks {', '.join(absent)}, which {name_of(kind)} requires" if absent else ""
 
 
 def members(protocol: type) -> list[str]:
-    """The names that a protocol asks for."""
-    asked = [name for base in protocol.__mro__ for name in (*getattr(base, "__annotations__", ()), *vars(base))]
-    return [name for name in dict.fromkeys(asked) if not name.startswith("_") or name == "__call__"]
+    """Return the names that a protocol requires."""
+    names = [name for base in protocol.__mro__ for name in (*getattr(base, "__annotations__", ()), *vars(base))]
+    return [name for name in dict.fromkeys(names) if not name.startswith("_") or name == "__call__"]
 
 
 def name_of(kind: type) -> str:
-    """A class with its module, as an option names it."""
+    """Return a class with its module, as an option names it."""
     return f"{kind.__module__}.{kind.__qualname__}"

@@ -1,9 +1,10 @@
-"""Where demonstrations and preference pairs come from: the settings of `data`."""
+"""The settings of `data`: the sources of demonstrations and preference pairs."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 from selfalign.core.errors import SelfalignError
+from selfalign.data.mixtures import data_source
 from selfalign.stages.instruct import InstructConfig
 from selfalign.stages.respond import RespondConfig
 from selfalign.stages.seed_data import SeedDataConfig
@@ -11,14 +12,14 @@ from selfalign.stages.seed_data import SeedDataConfig
 
 @dataclass(kw_only=True, slots=True)
 class SelfRewarding:
-    """Preference pairs come from the model itself.
+    """The model generates its own preference pairs.
 
     Attributes:
-        seed_data: what M1 learns from.
-        instruct: how new instructions are written.
-        respond: how candidates are written.
-        accumulate_pairs: aligns each iteration on the pairs of all iterations so far, instead of on its own alone.
-        schema: says rows of the sources of `data` in a format that is known, where they are in one of the user's own.
+        seed_data: the training data of M1.
+        instruct: how new instructions are generated.
+        respond: how candidates are generated.
+        accumulate_pairs: align each iteration on the pairs of all iterations so far, instead of its own pairs only.
+        schema: converts rows of the sources in `data` that are in a format of your own; null for known formats.
     """
 
     seed_data: SeedDataConfig = field(default_factory=SeedDataConfig)
@@ -33,18 +34,19 @@ class Pairs:
     """Preference pairs are given.
 
     Attributes:
-        path: a data source of preference pairs (docs/data.md lists the formats), or of ranked answers, whose best
-            then stands against the worst.
-        count: takes the first so many of them; 0 takes all.
-        seed_data: what M1 learns from before; without demonstrations M1 is M0, which should then be an SFT model.
-        schema: says rows of the sources of `data` in a format that is known, where they are in one of the user's own.
+        path: a data source of preference pairs (docs/data.md lists the formats), or of ranked answers, of which the
+            best is paired with the worst.
+        count: the number of pairs, taken from the beginning; 0 takes all.
+        seed_data: the training data of M1. Without demonstrations M1 is M0, which should then be an SFT model.
+        schema: converts rows of the sources in `data` that are in a format of your own; null for known formats.
     """
 
-    path: str
+    path: Any
     count: int = 0
     seed_data: SeedDataConfig = field(default_factory=SeedDataConfig)
     schema: Any = None
 
     def __post_init__(self) -> None:
+        self.path = data_source(self.path, "data.path")
         if self.count < 0:
             raise SelfalignError(f"data.count must be 0 or more, got {self.count}")

@@ -1,4 +1,4 @@
-"""ExperimentConfig, the tree of all settings; the dataclasses behind it are the components themselves."""
+"""`ExperimentConfig`, the tree of all settings. The dataclasses of its groups are the components themselves."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,17 +11,17 @@ from selfalign.stages.seed_data import EFTSource
 from selfalign.training.config import TrainConfig
 
 MISSING: Any = "???"
-"""What OmegaConf takes for a value that must be given."""
+"""OmegaConf's mark of a value that must be given."""
 
 
 @dataclass(kw_only=True, slots=True)
 class HubConfig:
-    """Where the last model goes when the run is finished.
+    """Pushing the last model to a model hub.
 
     Attributes:
-        push: sends the last model and its card to a model hub, with the user's own login.
-        repo_id: the repository there, owner/name; it is made where there is none.
-        private: whether a repository made so is private; one that is there stays as it is.
+        push: push the last model and its card after the run, with the user's own login.
+        repo_id: the repository, owner/name; created if it does not exist.
+        private: whether a created repository is private; an existing one stays as it is.
     """
 
     push: bool = False
@@ -31,30 +31,30 @@ class HubConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ExperimentConfig:
-    """All knobs of an experiment.
+    """All settings of an experiment.
 
     Attributes:
         name: of the run; its folder is `<output_dir>/<name>-<digest of the settings>`.
-        seed: everything random derives from it.
+        seed: all random draws derive from it.
         iterations: how often the policy is aligned; M_{iterations+1} is the last model.
-        output_dir: where runs and the store of their artifacts lie.
-        fresh: makes everything anew instead of continuing what is there.
-        sweep_metric: the number of the last model, as in summary.json, that a search such as Optuna's goes by, and by
-            which a comparison calls a job the best: the one with the highest, or of "-name" the lowest.
+        output_dir: the folder of the runs and of the artifact store.
+        fresh: make everything again instead of reusing finished artifacts.
+        sweep_metric: the metric of the last model in summary.json that a search such as Optuna's optimises, and that
+            ranks the jobs of a comparison. The highest value is the best; for "-name", the lowest.
         model: M0.
-        data: where demonstrations and preference pairs come from.
-        engine: the engine that writes.
-        judge: how responses are scored.
-        pair: which responses become training data.
-        loss: what alignment minimises.
-        train: how weights are moved.
-        evaluate: how models are measured.
-        benchmark: the published benchmarks that measure them too, by name.
-        tracker: where metrics go besides the run folder.
-        dry_run: makes nothing, but takes one batch or two steps of every stage at its greatest length, and estimates
-            from that what the run needs in memory, time and money.
+        data: the sources of demonstrations and preference pairs.
+        engine: generates text.
+        judge: scores responses.
+        pair: selects training data among the responses.
+        loss: of the alignment.
+        train: how models are trained.
+        evaluate: how models are evaluated.
+        benchmark: {name: published benchmark} that also evaluates the models.
+        tracker: records metrics besides the run folder.
+        dry_run: make nothing, but run one batch or two steps of every stage on records of the largest size, and
+            estimate the memory, time and money that the run needs.
         price_per_hour: of the machine, in any currency, for that estimate.
-        hub: sends the last model and its card to a model hub.
+        hub: pushes the last model and its card to a model hub.
     """
 
     name: str = "selfalign"
@@ -82,6 +82,6 @@ class ExperimentConfig:
 
     @property
     def trains_m1(self) -> bool:
-        """Whether there are demonstrations; without any M1 is M0."""
+        """Whether M1 is trained. Without demonstrations, M1 is M0."""
         seeds = self.data.seed_data
         return bool(seeds.demonstrations or (seeds.ranked and seeds.eft_source == EFTSource.human))

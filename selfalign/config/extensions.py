@@ -1,7 +1,7 @@
-"""What users bring from outside: folders of options that installed packages name, and classes that options name.
+"""Extensions of users: folders of options in installed packages, and classes that options name.
 
-A class is imported because a file of a configuration names it, and only then. What a package's folder holds is read
-without importing the package, so that one that is broken harms those alone who choose its options.
+A class is imported only if a configuration file names it. The folder of a package is read without importing the
+package, so that a broken package only affects runs that choose its options.
 """
 
 import importlib
@@ -22,12 +22,15 @@ from selfalign.store.source_code import source_code
 logger = logging.getLogger(__name__)
 
 ENTRY_POINTS = "selfalign.conf"
-"""The group of entry points: each names a folder of options, as in `mine = "my_package.conf"`."""
+"""Group of entry points that name a folder of options each, as in `mine = "my_package.conf"`."""
 
 
 @cache
 def installed_folders() -> tuple[tuple[str, Path], ...]:
-    """(distribution, its folder of options), by name; an entry point without such a folder is told of, and left out."""
+    """Return (distribution, its folder of options), sorted by name.
+
+    An entry point without such a folder is left out with a warning.
+    """
     found: list[tuple[str, Path]] = []
     for point in entry_points(group=ENTRY_POINTS):
         distribution, folder = point.dist.name if point.dist else point.name, _folder_at(point.value)
@@ -35,7 +38,7 @@ def installed_folders() -> tuple[tuple[str, Path], ...]:
             found.append((distribution, folder))
         else:
             logger.warning(
-                "%s: its entry point %s = %s in %s names no folder of an installed package; its options are left out",
+                "%s: its entry point %s = %s in %s is no folder of an installed package; its options are left out",
                 distribution,
                 point.name,
                 point.value,
@@ -45,7 +48,7 @@ def installed_folders() -> tuple[tuple[str, Path], ...]:
 
 
 def _folder_at(place: str) -> Path | None:
-    """The folder of a dotted name; the package is looked for, not imported."""
+    """Return the folder of a dotted name, without importing its package."""
     package, *below = place.split(".")
     found = importlib.util.find_spec(package) if package.isidentifier() else None
     folders = [Path(root, *below) for root in (found.submodule_search_locations or () if found else ())]
@@ -53,38 +56,38 @@ def _folder_at(place: str) -> Path | None:
 
 
 def taken(folder: Path, others: Iterable[Path]) -> list[str]:
-    """The options of a folder that one of the others has too, as `group/option`; those of the others are used."""
+    """Return the options of a folder, as `group/option`, that one of the others has too; those are not used."""
     names = sorted(path.relative_to(folder) for path in folder.rglob("*.yaml"))
     places = list(others)
     return [name.with_suffix("").as_posix() for name in names if any((place / name).is_file() for place in places)]
 
 
 def check_options(folder: Path, conf: Path) -> None:
-    """Checks that a user's folder is one, and that all its options can be chosen.
+    """Check that a user's folder exists, and that all its options can be chosen.
 
     Args:
-        folder: what `--config-dir` names.
+        folder: the folder that `--config-dir` names.
         conf: `conf/`.
 
     Raises:
-        SelfalignError: there is no such folder, or an option has a name that is taken.
+        SelfalignError: there is no such folder, or an option has a name that exists already.
     """
     if not folder.is_dir():
         raise SelfalignError(f"--config-dir {folder}: no such folder")
     if names := taken(folder, [conf, *(place for _, place in installed_folders())]):
         raise SelfalignError(
-            f"--config-dir {folder}: there is a {names[0]} already, which would be used: give yours another name"
+            f"--config-dir {folder}: an option {names[0]} exists already and would be used: rename yours"
         )
 
 
 def import_component(name: str) -> type:
-    """The class of a dotted name, whose fields are the settings of its component.
+    """Return the class of a dotted name; its fields are the settings of a component.
 
     Args:
-        name: `module.Class`; the module is looked for as Python does, and last in the current folder.
+        name: `module.Class`. The module is looked for as Python does, and last in the current folder.
 
     Raises:
-        SelfalignError: there is none, its module cannot be imported, or it is no class that can hold settings.
+        SelfalignError: it does not exist, its module cannot be imported, or it is no class that can hold settings.
     """
     place, _, kind = name.rpartition(".")
     module = _import(place)
@@ -94,17 +97,17 @@ def import_component(name: str) -> type:
         meant = f"; did you mean {place}.{near[0]}?" if near else ""
         raise SelfalignError(f"{place} ({module.__file__}) has no class {kind}{meant}")
     if not is_dataclass(found):
-        raise SelfalignError(f"{name} must be a dataclass: its fields are the settings")
+        raise SelfalignError(f"{name} must be a dataclass, because its fields are the settings")
     if found.__dataclass_params__.frozen:  # pyright: ignore[reportAttributeAccessIssue]
-        raise SelfalignError(f"{name} is a frozen dataclass, whose settings cannot be set: leave out frozen=True")
+        raise SelfalignError(f"{name} is a frozen dataclass, so its settings cannot be set: leave out frozen=True")
     if left := sorted(getattr(found, "__abstractmethods__", ())):
-        raise SelfalignError(f"{name} leaves undefined what its base asks for: {', '.join(left)}")
+        raise SelfalignError(f"{name} does not define what its base requires: {', '.join(left)}")
     source_code(found)
     return found
 
 
 def _import(place: str) -> ModuleType:
-    """A module; the current folder is looked into where the module is nowhere else.
+    """Import a module. The current folder is searched if the module is nowhere else.
 
     Raises:
         SelfalignError: there is no such module, or it fails.

@@ -1,8 +1,10 @@
-"""Hydra's side of the configuration: components registered, a composed configuration made into live objects."""
+"""The Hydra side of the configuration: register components, and turn a composed configuration into live objects."""
 
 import logging
 import math
+import re
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -26,26 +28,32 @@ from selfalign.core.errors import SelfalignError
 
 logger = logging.getLogger(__name__)
 
+ESCAPED = re.compile(r"(\\*)\$\{")
+"""What OmegaConf would take for a reference to another setting."""
+
 FILES = "file://"
-"""What begins a folder of the search path."""
+"""Prefix of a folder in the search path."""
 
 SCHEMA = "schema/"
-"""What begins the name of a class in an option's defaults."""
+"""Prefix of a class in an option's defaults."""
 
 
 class Classes(ConfigSource):
-    """What options name as `/schema/MODULE.CLASS`: the dataclass, by which Hydra checks every key and type."""
+    """Config source of the classes that options name as `/schema/MODULE.CLASS`.
+
+    Hydra checks every key and type of an option by the fields of its dataclass.
+    """
 
     @staticmethod
     def scheme() -> str:
-        """What begins its place in the search path."""
+        """Return the prefix of this source in the search path."""
         return "class"
 
     def load_config(self, config_path: str) -> ConfigResult:
-        """The settings of a class, with their types and defaults.
+        """Return the settings of a class, with their types and defaults.
 
         Raises:
-            SelfalignError: there is no such class, or a setting has a type that none can have.
+            SelfalignError: the class does not exist, or a field has a type that no setting can have.
         """
         name = config_path.removeprefix(SCHEMA)
         try:
@@ -55,48 +63,50 @@ class Classes(ConfigSource):
         return ConfigResult(self.provider, self.full_path(), config, {"package": None})
 
     def is_config(self, config_path: str) -> bool:
-        """Whether this names a class."""
+        """Return whether the path names a class."""
         return config_path.startswith(SCHEMA)
 
     def is_group(self, config_path: str) -> bool:
-        """Never: classes are no options to choose from."""
+        """Return False: classes are no options to choose from."""
         return False
 
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
-        """Nothing."""
+        """Return nothing: classes are not listed."""
         return []
 
     def available(self) -> bool:
-        """Always."""
         return True
 
 
 class SearchPath(SearchPathPlugin):
-    """Where options are looked for besides `conf/`: in what installed packages bring."""
+    """Hydra plugin that also looks for options in installed packages."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Adds their folders, and the classes."""
+        """Add the folders of installed packages, and the source of classes."""
         before = [Path(place.path.removeprefix(FILES)) for place in search_path.get_path() if place.provider == "main"]
         for distribution, folder in installed_folders():
             if names := taken(folder, before):
-                logger.warning("%s: its options %s are not used: their names are taken", distribution, ", ".join(names))
+                logger.warning(
+                    "%s: its options %s are not used, because options of these names exist already",
+                    *(distribution, ", ".join(names)),
+                )
             search_path.append(distribution, f"{FILES}{folder}")
             before.append(folder)
         search_path.append("classes", f"{Classes.scheme()}://")
 
 
 def register() -> None:
-    """Makes the settings known to Hydra, and the options and classes that others bring."""
+    """Register the settings, and the options and classes of others, with Hydra."""
     ConfigStore.instance().store(name="experiment_schema", node=ExperimentConfig)
     for plugin in (Classes, SearchPath):
         Plugins.instance().register(plugin)
 
 
 def to_experiment(config: DictConfig) -> ExperimentConfig:
-    """The composed configuration as live objects.
+    """Return a composed configuration as live objects.
 
     Raises:
-        SelfalignError: a key is unknown, a value out of range, or one that must be given is not.
+        SelfalignError: a key is unknown, a value is out of range, or a required value is missing.
     """
     check_keys(config, "")
     if missing := sorted(OmegaConf.missing_keys(config)):
@@ -109,22 +119,47 @@ def to_experiment(config: DictConfig) -> ExperimentConfig:
 
 
 def describe(config: DictConfig) -> tuple[ExperimentConfig, str, dict[str, Any]]:
-    """A composed configuration as live objects, as YAML, and plain with the class of each component.
+    """Return a composed configuration as live objects, as YAML, and as plain dictionaries with the components' classes.
+
+    What a run is told by is its settings, not the names of files: these may say something else tomorrow.
 
     Raises:
-        SelfalignError: a key is unknown, or a value out of range.
+        SelfalignError: a key is unknown, a value is out of range, or a required value is missing.
     """
     experiment = to_experiment(config)
+    config = with_texts(config, experiment)
     plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True, enum_to_str=True)
     assert isinstance(plain, dict)
     described = {**{str(key): value for key, value in plain.items()}, "choices": choices(experiment)}
     return experiment, OmegaConf.to_yaml(config, resolve=True), described
 
 
+def with_texts(config: DictConfig, experiment: ExperimentConfig) -> DictConfig:
+    """A copy of the configuration with the texts that its settings `file:PATH` were read as."""
+    told = deepcopy(config)
+
+    def read(node: DictConfig, live: Any) -> None:
+        for name in node:
+            value, own = node._get_node(name), live[name] if isinstance(live, dict) else getattr(live, str(name))
+            if isinstance(value, DictConfig) and not value._is_none():
+                read(value, own)
+            elif isinstance(own, str) and str(node[name]).startswith("file:"):
+                node[name] = ESCAPED.sub(r"\1\1\\${", own)
+
+    read(told, experiment)
+    return told
+
+
 def compose_experiment(
     folder: Path, overrides: Sequence[str], config_dir: Path | None = None
 ) -> tuple[ExperimentConfig, str, dict[str, Any]]:
-    """What the command line makes of these overrides, described; `folder` is `conf/`, `config_dir` the user's own."""
+    """Compose a configuration from overrides, as the command line does, and describe it.
+
+    Args:
+        folder: `conf/`.
+        overrides: as on the command line.
+        config_dir: a folder with the user's own options.
+    """
     register()
     more: list[str] = []
     if config_dir is not None:
@@ -135,12 +170,12 @@ def compose_experiment(
 
 
 def choices(experiment: ExperimentConfig) -> dict[str, str]:
-    """{group: class} of the components, so that runs can be told apart by it."""
+    """Return {group: class name} of the components."""
     return {group: type(getattr(experiment, group)).__name__ for group in COMPONENTS}
 
 
 def check_finite(value: Any, path: str) -> None:
-    """Refuses infinite numbers and NaN, with which every comparison is false, wherever they stand.
+    """Check that no number is infinite or NaN, because every comparison with NaN is false.
 
     Raises:
         SelfalignError: such a number, with its path.
@@ -153,7 +188,7 @@ def check_finite(value: Any, path: str) -> None:
 
 
 def check_keys(node: DictConfig, path: str) -> None:
-    """Refuses keys that were added with `+` and that no component knows.
+    """Check that no key was added with `+` that its component does not have.
 
     Raises:
         SelfalignError: such a key, with its path.

@@ -1,4 +1,4 @@
-"""What Hydra and OmegaConf refuse of a command line, said in one line: what came, what there is, how it is written."""
+"""Explain in one line what Hydra and OmegaConf refuse: what came, what is allowed, how to write it."""
 
 import re
 import shlex
@@ -17,21 +17,21 @@ from selfalign.core.errors import SelfalignError
 Refusal = HydraException | OmegaConfBaseException
 
 MOST_PLACES = 3
-"""A key that stands in more places says nothing of which one was meant."""
+"""Maximum number of suggestions. A key with more owners does not tell which one was meant."""
 
 PLACES = ("name", "output_dir", "hub.repo_id")
-"""Settings without a dot in their keys whose values are texts; all others of them choose options."""
+"""Settings whose values are free texts. All other keys without a dot choose options."""
 
 
 def explain_override(error: Refusal, folder: Path) -> str:
-    """One line for what is wrong with the command line; `folder` is `conf/`."""
+    """Return the explanation of an error in the command line, in one line; `folder` is `conf/`."""
     cause = error.__cause__
     said = " ".join(" ".join(str(e) for e in (error, cause) if e is not None).split())
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return _explain_option(error.missing_cfg_file, error.options, folder)
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
         return _explain_key(cause)
-    if override := getattr(error, "override", None):  # Hydra knows it, but does not say it.
+    if override := getattr(error, "override", None):  # Hydra's message does not contain the override.
         return _explain_syntax(override, said)
     if merged := re.match("Error merging override (.*)", str(error)):
         return f"cannot set {merged[1]}: {str(cause).splitlines()[0]}"
@@ -39,7 +39,7 @@ def explain_override(error: Refusal, folder: Path) -> str:
 
 
 def no_such(path: str, names: Iterable[str]) -> str:
-    """An unknown key, with the one that was probably meant, or all that its owner has."""
+    """Return a message about an unknown key, with the most similar known key or all known keys."""
     owner, dot, name = path.rpartition(".")
     known = sorted(names)
     if near := get_close_matches(name, known, n=1):
@@ -48,7 +48,7 @@ def no_such(path: str, names: Iterable[str]) -> str:
 
 
 def _explain_key(error: ConfigAttributeError | ConfigKeyError) -> str:
-    """An override of a key that is not there; where its owner has none like it, it may be another's."""
+    """Explain an override of an unknown key. If its owner has no similar key, keys of other owners are suggested."""
     path, parent = str(error.full_key), error.parent_node
     names = {str(name) for name in parent} - {"hydra"} if isinstance(parent, DictConfig) else set[str]()
     name = path.rpartition(".")[2]
@@ -60,7 +60,7 @@ def _explain_key(error: ConfigAttributeError | ConfigKeyError) -> str:
 
 
 def _paths(node: object, path: str) -> Iterable[str]:
-    """Every key below a node but Hydra's own."""
+    """Yield every key below a node, except Hydra's own."""
     if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
         return
     for name in node:
@@ -70,7 +70,7 @@ def _paths(node: object, path: str) -> Iterable[str]:
 
 
 def _explain_option(missing: str, options: Sequence[str] | None, folder: Path) -> str:
-    """An option that its group does not have."""
+    """Explain an option that its group does not have."""
     found = re.match(r"((?:hydra/)?\w+)/(.+)", missing)
     group, name = found.groups() if found else ("", missing)
     known = options or sorted(path.stem for path in (folder / group).glob("*.yaml"))
@@ -83,20 +83,20 @@ def _explain_option(missing: str, options: Sequence[str] | None, folder: Path) -
 
 
 def _explain_syntax(override: str, said: str) -> str:
-    """How an override that cannot be read is written; `said` is what Hydra says of it."""
+    """Explain how to write an override that cannot be read; `said` is Hydra's message."""
     if not re.match(r"[+~]*[A-Za-z_][\w.@:/$-]*=", override, re.ASCII):
         return f"cannot read {override!r}: expected key=value or group=option"
     function = re.search(r"while evaluating '.*?': (.*?)(?= See https?:|$)", said)
     reason = f"{function[1]}; " if function else ""
-    each = "; in a sweep each of its values by itself" if "," in override else ""
+    each = "; in a sweep, quote each value by itself" if "," in override else ""
     return (
-        f"cannot read {override!r}: {reason}a text with other signs than letters, digits, spaces and /-\\+.$%*@:?| is "
-        f"quoted, and once more for the shell: {_command()} {quoted(override)}{each}"
+        f"cannot read {override!r}: {reason}a text with characters other than letters, digits, spaces and "
+        f"/-\\+.$%*@:?| needs quotes, and again for the shell: {_command()} {quoted(override)}{each}"
     )
 
 
 def _explain_ambiguous(said: str) -> str | None:
-    """What an override with commas can mean, if that is what Hydra asks about."""
+    """Explain what an override with commas can mean, if that is Hydra's question."""
     found = re.match(r"Ambiguous value for argument '(.*)' 1\. To use it as a list", said)
     if found is None:
         return None
@@ -109,7 +109,7 @@ def _explain_ambiguous(said: str) -> str | None:
 
 
 def quoted(override: str) -> str:
-    """An override whose value is one text, as Hydra reads it and as a shell passes it on."""
+    """Return an override whose value is one text, quoted for Hydra and for the shell."""
     key, _, value = override.partition("=")
     if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
         value = value[1:-1]
@@ -117,18 +117,18 @@ def quoted(override: str) -> str:
 
 
 def as_list(texts: Iterable[str]) -> str:
-    """Texts as Hydra reads a list of them."""
+    """Return texts as a list in Hydra's syntax."""
     return f"[{','.join(_in_quotes(text) for text in texts)}]"
 
 
 def _in_quotes(text: str) -> str:
-    """A text in quotes, as Hydra reads it."""
+    """Return a text in quotes, in Hydra's syntax."""
     escaped = re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), text)
     return f'"{escaped}"'
 
 
 def check_recorded(overrides: Iterable[str], place: Path) -> None:
-    """Checks that the overrides of a run folder choose among the options that are there, and bring no code of theirs.
+    """Check that the overrides of a run folder only choose existing options, and bring no code of their own.
 
     Raises:
         SelfalignError: one names a folder of options, or a class.
@@ -143,6 +143,6 @@ def check_recorded(overrides: Iterable[str], place: Path) -> None:
 
 
 def _command() -> str:
-    """What the user calls, "selfalign" or "selfalign-evaluate"."""
+    """Return the name of the running command, "selfalign" or "selfalign-evaluate"."""
     name = Path(sys.argv[0]).name
     return name if name.startswith("selfalign") else "selfalign"

@@ -1,14 +1,19 @@
 """Sources of given data: files, folders and data sets on the hub, each read as rows with their place.
 
-A source is "shipped:NAME" (the seed data in this package), a file of JSON (a row a line, a list of rows, or one row; it
-may be packed by gzip) or parquet, a folder ("FOLDER:SPLIT", split "train" by default) that `datasets.save_to_disk`
-wrote or that holds such files, or a hub id "owner/name", "owner/name:split", "owner/name:config:split".
+A source is "shipped:NAME" (the seed data in this package), a file of JSON (a row a line, a list of rows, or one row),
+CSV, TSV (these may be packed by gzip), parquet or Arrow, a folder ("FOLDER:SPLIT", split "train" by default) that
+`datasets.save_to_disk` wrote or that holds such files, or a hub id "owner/name", "owner/name:split",
+"owner/name:config:split", each with "@revision" behind the name where it is not the newest.
 """
 
+import ast
+import csv
 import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,21 +26,57 @@ if TYPE_CHECKING:
 
 SHIPPED = PACKAGE / "data" / "shipped"
 
-READ = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+TEXT = (".jsonl", ".json", ".csv", ".tsv")
+ARROW = (".arrow", ".feather")
+READ = (*TEXT, *(f"{ending}.gz" for ending in TEXT), *ARROW, ".parquet")
 OTHER = {
-    ".csv", ".tsv", ".xlsx", ".xls", ".arrow", ".feather", ".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".pkl",
-    ".db", ".sqlite", ".h5", ".npz",
+    ".xlsx", ".xls", ".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".pkl", ".db", ".sqlite", ".h5", ".npz",
 }  # fmt: skip
 """Formats told by the file's name. Any other name is read as JSON, one row a line."""
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[^:/]+){0,2}")
+HUB_ID = re.compile(
+    r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[^:@]+))?(:(?P<config>[^:/@]+)(?=:))?(:(?P<split>[^:/@]+))?"
+)
+COMMIT = re.compile("[0-9a-f]{40}")
 PART = re.compile(r"-(?P<part>\d+)-of-(?P<of>\d+)")
+LISTED = re.compile(r"\s*\[\s*\{\s*['\"](?:role|content|from|value|text|rank|score)['\"]\s*:")
+"""Beginning of a cell that spells a list of turns or of ranked answers, as JSON or as Python."""
+
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 BATCH = 1024
 """Rows of a table held at a time."""
 
+csv.field_size_limit(2**31 - 1)  # A cell may hold a whole conversation.
+
 Placed = tuple[str, dict[str, Any]]
 """The place of a row, for messages, and the row."""
+
+
+@dataclass(frozen=True, slots=True)
+class HubData:
+    """A split of a data set on the hub; `config` is None for its only one."""
+
+    name: str
+    revision: str
+    config: str | None
+    split: str
+
+    @classmethod
+    def parse(cls, source: str) -> "HubData | None":
+        """Return the hub data that a source names; None if it has not the form of a hub id."""
+        found = HUB_ID.fullmatch(source)
+        if found is None or source.startswith("."):
+            return None
+        return cls(found["name"], found["revision"] or "main", found["config"], found["split"] or "train")
+
+    @property
+    def commit(self) -> str:
+        """The commit that the revision is at. It is asked for once a process, so that what is keyed is what is read.
+
+        Raises:
+            SelfalignError: the hub has no such data set or revision, or does not answer and did not before.
+        """
+        return self.revision if COMMIT.fullmatch(self.revision) else _commit_of(self.name, self.revision)
 
 
 def read_rows(source: str) -> Iterator[Placed]:
@@ -45,7 +86,7 @@ def read_rows(source: str) -> Iterator[Placed]:
         SelfalignError: there is no such source, it cannot be read, or it has no row.
     """
     places = _places_of(source)
-    rows = _hub_rows(source) if places is None else chain.from_iterable(map(_rows_at, places))
+    rows = _hub_rows(source, places) if isinstance(places, HubData) else chain.from_iterable(map(_rows_at, places))
     empty = True
     for where, row in rows:
         empty = False
@@ -63,29 +104,41 @@ def find_data(source: str, key: str) -> list[Path] | None:
         SelfalignError: there is no such source; the message names the setting, `key`.
     """
     try:
-        return _places_of(source)
+        places = _places_of(source)
+        if not isinstance(places, HubData):
+            return places
+        assert places.commit
+        return None
     except SelfalignError as error:
         raise SelfalignError(f"{key}: {error}") from error
 
 
 def identify_data(source: str, key: str) -> str:
-    """Return the key of a data source: the digest of its files, or the name of a hub data set.
+    """Return what a data source counts as in keys: the digest of its files, or a hub data set's commit and split.
 
     Raises:
         SelfalignError: as `find_data`.
     """
     places = find_data(source, key)
     if places is None:
-        return source
+        return hub_identity(source)
     digests = [digest_json(digest_folder(place)) if place.is_dir() else digest_file(place) for place in places]
     return digests[0] if len(digests) == 1 else digest_json(digests)
+
+
+def hub_identity(source: str) -> str:
+    """Return a hub data set with the commit its revision is at: "owner/name@COMMIT:split"; "" for other sources."""
+    data = HubData.parse(source)
+    if data is None or not isinstance(_places_of(source), HubData):
+        return ""
+    return ":".join(filter(None, (f"{data.name}@{data.commit}", data.config, data.split)))
 
 
 # --- which files -------------------------------------------------------------------------------------------------
 
 
-def _places_of(source: str) -> list[Path] | None:
-    """Return the files and saved folders with a source's rows, in their order; None for a hub id.
+def _places_of(source: str) -> list[Path] | HubData:
+    """Return the files and saved folders with a source's rows, in their order, or the hub data that it names.
 
     Raises:
         SelfalignError: there is nothing that could be read.
@@ -105,12 +158,28 @@ def _places_of(source: str) -> list[Path] | None:
         )
     if path.name.endswith(READ) or path.exists():
         return [_existing(path)]
-    if HUB_ID.fullmatch(source) and not source.startswith("."):
-        return None
+    if (data := HubData.parse(source)) is not None:
+        return data
     raise SelfalignError(
         f"{source!r} is not a data source: give shipped:NAME, a .jsonl or .parquet file, or a hub id owner/name (with "
-        ":split or :config:split behind it), or a folder"
+        "@revision, :split or :config:split behind it), or a folder"
     )
+
+
+@cache
+def _commit_of(name: str, revision: str) -> str:
+    """Return the commit of a revision, from the hub or, where that cannot be reached, from its cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        cached = snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns="README.md")
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise SelfalignError(
+            f"{name}: revision {revision} was not found on the hub ({one_line(error)}); check the name and the network "
+            "and your access, or download the data and give their folder"
+        ) from error
+    return Path(cached).name
 
 
 def _existing(path: Path) -> Path:
@@ -158,13 +227,13 @@ def _check_parts(folder: Path, files: Sequence[Path]) -> None:
         SelfalignError: one is missing, as after a download that was broken off, or there are those of several, as
             where a split was written twice.
     """
-    told = [PART.search(path.name) for path in files]
-    parts = [int(found["part"]) for found in told if found]
-    sizes = {int(found["of"]) if found else 0 for found in told}
+    named = [PART.search(path.name) for path in files]
+    parts = [int(found["part"]) for found in named if found]
+    sizes = {int(found["of"]) if found else 0 for found in named}
     if len(sizes) > 1 or len(set(parts)) < len(parts):
         names = ", ".join(path.name for path in files[:8])
         raise SelfalignError(
-            f"{folder}: holds parts of several wholes ({names}); leave the files of one, or name a file"
+            f"{folder}: holds parts of several data sets ({names}); keep the files of one, or name a file"
         )
     if missing := sorted(set(range(max(sizes))) - set(parts)):
         raise SelfalignError(
@@ -183,7 +252,11 @@ def _kind_of(path: Path) -> str:
 def _rows_at(place: Path) -> Iterator[tuple[str, Any]]:
     if place.is_dir():
         return _saved_rows(place)
-    return _parquet_rows(place) if place.suffix == ".parquet" else _json_rows(place)
+    if place.suffix in ARROW:
+        return _arrow_rows(place)
+    if place.suffix == ".parquet":
+        return _parquet_rows(place)
+    return _csv_rows(place) if place.name.removesuffix(".gz").endswith((".csv", ".tsv")) else _json_rows(place)
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -200,6 +273,40 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     else:
         for at, line in chain([(number, first)], lines):
             yield f"{path}:{at}", _decode(line, f"{path}:{at}")
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the rows of a table in text form, whose first line names the columns. An empty cell is an absent field.
+
+    Raises:
+        SelfalignError: a column stands twice, a row has more or fewer cells, or the quotes do not match.
+    """
+    lines = (line for _, line in read_lines(path, skip_blank=False))
+    rows = csv.reader(lines, delimiter="\t" if ".tsv" in path.suffixes else ",", strict=True)
+    try:
+        names = next(rows, [])
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise SelfalignError(f"{path}: the column {twice[0]!r} stands twice in the table")
+        at = rows.line_num + 1
+        for cells in rows:
+            where, at = f"{path}:{at}", rows.line_num + 1
+            if cells and len(cells) != len(names):
+                raise SelfalignError(f"{where}: {len(cells)} cells, but the first line names {len(names)} columns")
+            if cells:
+                yield where, {name: _cell(text) for name, text in zip(names, cells, strict=True) if text}
+    except csv.Error as error:
+        raise SelfalignError(f"{path}:{rows.line_num}: not valid CSV: {error}") from error
+
+
+def _cell(text: str) -> Any:
+    """Return a cell as JSON would have it: turns and ranked answers as a list."""
+    if LISTED.match(text):
+        for decode in (json.loads, ast.literal_eval):  # As JSON, or as Python programs write lists into tables.
+            try:
+                return decode(text)
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                continue
+    return text
 
 
 def _decode(text: str, where: str) -> Any:
@@ -242,6 +349,24 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
         raise _unreadable(str(path), error) from error
 
 
+def _arrow_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the rows of an Arrow stream, as `datasets` writes it, or of an Arrow file (Feather)."""
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(str(path)) as file:
+            try:
+                batches = iter(pa.ipc.open_stream(file))
+            except pa.ArrowInvalid:
+                opened = pa.ipc.open_file(file)
+                batches = map(opened.get_batch, range(opened.num_record_batches))
+            small = (batch.slice(at, BATCH) for batch in batches for at in range(0, batch.num_rows, BATCH))
+            rows = (row for batch in small for row in _plain_rows(str(path), batch))
+            yield from ((f"{path} row {index}", row) for index, row in enumerate(rows))
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(str(path), error) from error
+
+
 def _saved_rows(folder: Path) -> Iterator[tuple[str, Any]]:
     import datasets
     from datasets.exceptions import DatasetsError
@@ -253,17 +378,22 @@ def _saved_rows(folder: Path) -> Iterator[tuple[str, Any]]:
     yield from _dataset_rows(str(folder), saved)
 
 
-def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
+def _hub_rows(source: str, data: HubData) -> Iterator[tuple[str, Any]]:
     import datasets
     from datasets.exceptions import DatasetsError
 
-    name, *parts = source.split(":")
-    config = parts[0] if len(parts) == 2 else None
     try:
-        found = datasets.load_dataset(name, config, split=parts[-1] if parts else "train")
+        found = datasets.load_dataset(data.name, data.config, split=data.split, revision=data.commit)
     # A data set that is a program is refused with a RuntimeError.
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise _unreadable(source, error) from error
+    # Without the hub, `datasets` takes what its cache holds of any commit; the folder there is named by the commit.
+    cached = {Path(file["filename"]).parent.name for file in found.cache_files} - {data.commit}
+    if other := sorted(filter(COMMIT.fullmatch, cached)):
+        raise SelfalignError(
+            f"{source}: the hub cannot be reached, and the cache holds commit {other[0]} instead of {data.commit}; "
+            f"take that one with {data.name}@{other[0]}, or fetch the data where there is a network"
+        )
     yield from _dataset_rows(source, found)
 
 

@@ -34,7 +34,7 @@ class RougeIndex:
         return known
 
     def __contains__(self, words: Sequence[str]) -> bool:
-        """Whether a text of exactly these words is known."""
+        """Return whether a text of exactly these words is known."""
         return self._encode(words) in self._texts
 
     def add(self, words: Sequence[str]) -> None:

@@ -69,6 +69,21 @@ READ = {
 }  # fmt: skip
 """Fields that are read, by one format or another."""
 
+MEANINGS = {
+    "prompt": "the prompt",
+    **dict.fromkeys(SYSTEM, "the system turn"),
+    **dict.fromkeys(CONVERSATIONS, "turns"),
+    "history": "earlier turns",
+    **dict.fromkeys(INSTRUCTIONS, "the user's turn"),
+    **dict.fromkeys(INPUTS, "the user's turn, below the instruction"),
+    **dict.fromkeys(ANSWERS, "the response"),
+    "responses": "ranked answers",
+    **{name: side for names in SIDES[:2] for name, side in zip(names, ("chosen", "rejected"), strict=True)},
+    "rejected_response": "rejected",
+    **{name: f"the score of {side}" for names, side in zip(SCORES, SIDES[0], strict=True) for name in names},
+}
+"""{field: what it is read as}, in the order of a prompt."""
+
 TURNS = re.compile(r"\s*(?:array\()?\[\s*\{\s*['\"](?:role|content|from|value)['\"]\s*:")
 """Beginning of a text that spells a list of turns, as JSON or as Python."""
 
@@ -96,7 +111,7 @@ class Row:
             SelfalignError: a field that cannot be read is filled.
         """
         row = cls(where, _without_gaps(raw))
-        row.refuse_filled(UNREAD, row.fields, why="which no record here can hold; join it to the text or remove it")
+        row.refuse_filled(UNREAD, row.fields, why="which selfalign cannot use; join it to the text or remove it")
         alike = (name for name in row.fields if name not in READ and name.strip().casefold() in (*READ, *UNREAD))
         row.refuse_filled(alike, row.fields, why="but fields are named in small letters, without spaces")
         return row
@@ -123,7 +138,7 @@ class Row:
         """
         for name in names:
             if name in fields and _is_filled(fields[name]):
-                why = why or "which no record here can hold; convert or remove such rows"
+                why = why or "which selfalign cannot use; convert or remove such rows"
                 self.refuse(f"the field {place}{name} is filled ({shown(fields[name])}), {why}")
 
     def text(self, name: str) -> str:
@@ -158,15 +173,20 @@ class Row:
         return next(iter(texts.values()), "")
 
     def number(self, *names: str) -> float | None:
-        """Return the only number among fields with the same meaning; None if there is none.
+        """Return the only number among fields with the same meaning; None if there is none. A text may spell it.
 
         Raises:
             SelfalignError: one is no number, or two are different ones.
         """
-        found = {name: self.fields[name] for name in names if name in self.fields}
-        for name, value in found.items():
-            if isinstance(value, bool) or not isinstance(value, int | float):
+        found: dict[str, float] = {}
+        for name in (name for name in names if name in self.fields):
+            value = self.fields[name]
+            try:
+                number = float("x" if isinstance(value, bool) else value)
+            except (ValueError, TypeError):
                 self.refuse(f"{name}: expected a number, got {shown(value)}")
+            if math.isfinite(number):
+                found[name] = value if isinstance(value, int) else number
         if len(set(found.values())) > 1:
             self.refuse(f"{' and '.join(found)} have different numbers, but only one can be used; keep one")
         return next(iter(found.values()), None)
@@ -203,12 +223,11 @@ class Row:
 def give_ids(read: Iterable[tuple[Row, R]], drops: Counter[str]) -> list[R]:
     """Return the records with their ids: the row's own, or the digest of the record's content. Equal rows are one.
 
-    A row with the id and the content of another was copied, often by a program, and in a set on a hub nobody can mend
-    it: the first stays, the others are counted as `duplicate`. Two rows with one id of their own and different content
-    are no copies: if one were dropped, something would be lost, and results could not be told apart. They are refused.
+    Rows with the same id and the same content are copies: the first stays, the others are counted as `duplicate`. Rows
+    with the same id and different content are refused, because dropping one would lose data.
 
     Raises:
-        SelfalignError: such two; both places are named.
+        SelfalignError: two rows have the same id and different content; both places are named.
     """
     kept: dict[str, R] = {}
     places: dict[str, str] = {}
@@ -231,7 +250,7 @@ def give_ids(read: Iterable[tuple[Row, R]], drops: Counter[str]) -> list[R]:
 
 
 def is_blank(text: str) -> bool:
-    """Whether a text has no visible character: only spaces, and characters of no width such as U+200B."""
+    """Return whether a text has no visible character: only spaces, and characters of no width such as U+200B."""
     return not text.strip() or all(c.isspace() or unicodedata.category(c) in ("Cf", "Cc") for c in text)
 
 
@@ -246,7 +265,7 @@ def shown(value: Any) -> str:
 
 
 def _is_filled(value: Any) -> bool:
-    """Whether a field is filled. Lists and objects of empty values are not, nor are texts that spell them."""
+    """Return whether a field is filled. Lists and objects of empty values are not, nor are texts that spell them."""
     if isinstance(value, dict):
         return any(map(_is_filled, value.values()))
     if isinstance(value, list):

@@ -79,9 +79,10 @@ class RatedCompletions:
 
 
 class Schema(Protocol):
-    """A form of rows that a user describes: it says them in one of our own formats, and returns others as they are.
+    """A format of rows that a user describes.
 
-    None for a row that is of no use; it is counted as `schema`.
+    `read` returns a row in one of selfalign's formats, and a row that is in one already as it is. It returns None for a
+    row without use, which is counted as `schema`.
     """
 
     def read(self, row: dict[str, Any]) -> dict[str, Any] | None: ...
@@ -336,7 +337,7 @@ def _last_turns(conversations: Sequence[list[Message]], drops: Drops) -> list[De
 
 
 def _is_dialogue(messages: list[Message]) -> bool:
-    """Whether an assistant's turn ends the messages and answers a conversation."""
+    """Return whether an assistant's turn ends the messages and answers a conversation."""
     return (
         len(messages) > 1
         and messages[-1]["role"] == "assistant"

@@ -15,12 +15,14 @@ from typing import Any, TypeVar
 from selfalign.core.errors import SelfalignError, reason_of
 from selfalign.core.records import Demonstration, Instruction, PreferencePair, Prompt, RankedAnswers
 from selfalign.data.containers import Placed, read_rows
+from selfalign.data.mixtures import DataSource, mix, renamed
 from selfalign.data.preference_rows import read_pair
 from selfalign.data.rows import (
     ANSWERS,
     BESIDE,
     CONVERSATIONS,
     INSTRUCTIONS,
+    MEANINGS,
     READ,
     UNREAD,
     Row,
@@ -84,12 +86,11 @@ class AnswersRow:
     responses: list[AnswerRow]
 
 
-def read_demonstrations(source: str, schema: Schema | None = None) -> tuple[list[Demonstration], Drops]:
+def read_demonstrations(source: DataSource, schema: Schema | None = None) -> tuple[list[Demonstration], Drops]:
     """Return prompts with good answers, and the number of dropped rows, by reason.
 
-    Of a conversation, the last turn, the assistant's, is taught; the turns before it are the prompt. So earlier turns
-    of the assistant are read and not taught, as in published transcripts. To teach one, give the conversation up to it
-    as a row of its own.
+    The last turn of a conversation, which is the assistant's, is the target; the turns before it are the prompt. To
+    train on an earlier turn of the assistant, give the conversation up to it as a row of its own.
 
     Raises:
         SelfalignError: a row is in none of the known formats.
@@ -99,12 +100,13 @@ def read_demonstrations(source: str, schema: Schema | None = None) -> tuple[list
     longer = sum(not isinstance(d.prompt, str) and any(t["role"] == "assistant" for t in d.prompt) for d in found)
     if longer:
         logger.info(
-            "%s: in %d of %d rows only the last answer is taught, earlier ones are read", source, longer, len(found)
+            "%s: in %d of %d rows only the last answer is trained on; earlier ones are part of the prompt",
+            *(source, longer, len(found)),
         )
     return found, drops
 
 
-def read_instructions(source: str, kind: str, schema: Schema | None = None) -> tuple[list[Instruction], Drops]:
+def read_instructions(source: DataSource, kind: str, schema: Schema | None = None) -> tuple[list[Instruction], Drops]:
     """Return instructions without answers, and the number of dropped rows, by reason."""
 
     def read(row: Row, drops: Drops) -> Instruction:
@@ -129,7 +131,7 @@ def read_outputs(source: str) -> tuple[list[OutputRow], Drops]:
     return list(found.values()), drops
 
 
-def read_ranked(source: str, schema: Schema | None = None) -> tuple[list[RankedAnswers], Drops]:
+def read_ranked(source: DataSource, schema: Schema | None = None) -> tuple[list[RankedAnswers], Drops]:
     """Return questions with answers in a human's order, and the number of dropped answers, by reason.
 
     Of answers with the same text the first stays, as in published sets: nobody can tell which is better. All answers of
@@ -150,7 +152,7 @@ def read_ranked(source: str, schema: Schema | None = None) -> tuple[list[RankedA
     return agreed, drops
 
 
-def read_pairs(source: str, schema: Schema | None = None) -> tuple[list[PreferencePair], Drops]:
+def read_pairs(source: DataSource, schema: Schema | None = None) -> tuple[list[PreferencePair], Drops]:
     """Return preference pairs, and the number of dropped rows, by reason; of ranked answers the best and the worst.
 
     If two pairs of one prompt have the same answers the other way round, nobody can tell which is right, and both are
@@ -233,8 +235,8 @@ def _agreed(records: list[T], said: Callable[[T], tuple[str, list[str]]]) -> lis
     return [r for r in records if not any((asked, worse, better) in known for asked, better, worse in orders(r))]
 
 
-def _check_answers(source: str, records: Sequence[tuple[Prompt, tuple[str, ...]]]) -> None:
-    """Raise an error if most answers begin with their prompts, as in some sets: the prompt would be taught.
+def _check_answers(source: DataSource, records: Sequence[tuple[Prompt, tuple[str, ...]]]) -> None:
+    """Raise an error if most answers begin with their prompts, because the prompt would be trained on.
 
     A single answer may well repeat its question.
 
@@ -245,8 +247,8 @@ def _check_answers(source: str, records: Sequence[tuple[Prompt, tuple[str, ...]]
     count = sum(all(text.strip().startswith(said.strip()) for text in answers) for said, answers in asked)
     if len(records) > 1 and 2 * count > len(records):
         raise SelfalignError(
-            f"{source}: in {count} of {len(records)} rows the answer begins with its own prompt, which would be taught "
-            "as a part of it. Give the answers alone."
+            f"{source}: in {count} of {len(records)} rows the answer begins with its own prompt, which would be "
+            "trained on as a part of it. Give only the answers."
         )
 
 
@@ -254,17 +256,30 @@ def _check_answers(source: str, records: Sequence[tuple[Prompt, tuple[str, ...]]
 
 
 def _read(
-    source: str, readers: Readers[Any], read: Callable[[Row, Drops], Any], described: Schema | None
+    source: DataSource, readers: Readers[Any], read: Callable[[Row, Drops], Any], described: Schema | None
+) -> tuple[list[Any], Drops]:
+    """Return the records of a data source."""
+    if isinstance(source, str):
+        return _read_one(source, read_rows(source), readers, read, described)
+    return mix(source, lambda part: _read_one(part.source, renamed(part), readers, read, described))
+
+
+def _read_one(
+    source: str,
+    rows: Iterator[Placed],
+    readers: Readers[Any],
+    read: Callable[[Row, Drops], Any],
+    described: Schema | None,
 ) -> tuple[list[Any], Drops]:
     """Return the records of a source in a published schema, or in selfalign's formats. The first row decides.
 
-    Rows in a form that the user has described are read as that says them.
+    If the user has described the rows by a schema, that schema converts them first.
 
     Raises:
         SelfalignError: the schema is known, but does not give such records.
     """
     useless: Drops = Counter()
-    rows = read_rows(source) if described is None else _in_our_format(read_rows(source), described, useless)
+    rows = rows if described is None else _in_our_format(rows, described, useless)
     first = next(rows, None)
     if first is None:
         return [], useless
@@ -277,6 +292,7 @@ def _read(
         known = " and ".join(use for use, by_schema in uses.items() if schema in by_schema)
         raise SelfalignError(f"{source}: rows in the schema {schema.__name__} can be read as {known} only")
     else:
+        logger.info("%s: rows are read in the schema %s", source, schema.__name__)
         records, drops = readers[schema](list(_of_schema(schema, found)))
     drops += useless
     if +drops:
@@ -285,10 +301,10 @@ def _read(
 
 
 def _in_our_format(rows: Iterable[Placed], schema: Schema, drops: Drops) -> Iterator[Placed]:
-    """Rows as a schema says them.
+    """Yield rows in selfalign's format, as a user's schema converts them.
 
     Raises:
-        SelfalignError: it cannot read one, or says something else than a row.
+        SelfalignError: the schema cannot convert a row, or returns something else than a row.
     """
     for where, raw in rows:
         try:
@@ -314,8 +330,10 @@ def _read_own(source: str, found: Iterable[Row], read: Callable[[Row, Drops], An
             yield row
 
     records = give_ids(((row, record) for row in seen() if (record := read(row, drops)) is not None), drops)
-    if passed_over := sorted(names - READ):
-        logger.info("%s: ignored the fields %s", source, ", ".join(passed_over))
+    if taken := [f"{name} as {MEANINGS[name]}" for name in MEANINGS if name in names]:
+        logger.info("%s: read %s", source, ", ".join(taken))
+    if ignored := sorted(names - READ):
+        logger.info("%s: ignored the fields %s", source, ", ".join(ignored))
     for (name, text), rows in spelled.items():
         logger.warning(
             "%s: in %d rows %s is the text %r, which may stand for an absent value; it is taken as a text",
@@ -332,7 +350,7 @@ def _of_schema(schema: type, rows: Iterator[Row]) -> Iterator[Any]:
     for row in rows:
         own = ("prompt", *INSTRUCTIONS) if schema is TranscriptPair else ()
         own = ("prompt",) if schema is RatedPair and isinstance(row.fields.get("prompt"), list) else own
-        why = f"which rows like {schema.__name__} in published.py, as the first one, do not have"
+        why = f"which rows of the schema {schema.__name__}, such as the first one, do not have"
         row.refuse_filled((*BESIDE, *own), row.fields, why=why)
         turns = ("chosen", "rejected") if schema is RatedPair else ()
         read = {name: read_turns(row, name) for name in turns if name in row.fields}

@@ -49,7 +49,7 @@ def pieces_of(text: str) -> list[str]:
 
 
 def is_fragment(text: str) -> bool:
-    """Whether a text is a piece of something.
+    """Return whether a text is a piece of something.
 
     It has no letter, begins as an item of a list or with punctuation that continues something, ends with a comma,
     colon, semicolon or opening bracket, or one of its lines announces another task.
@@ -94,7 +94,7 @@ class Language:
         return cls(scripts, common if learnt else frozenset())
 
     def differs(self, text: str) -> bool:
-        """Whether most of a text's letters are of another script, or it is long and none of its words is common."""
+        """Return whether most letters of a text are of another script, or it is long and has no common word."""
         letters, words = scripts_of(text), _telling(text)
         foreign = sum(count for script, count in letters.items() if script not in self.scripts)
         other_script = bool(self.scripts) and foreign > letters.total() / 2

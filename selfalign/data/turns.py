@@ -76,8 +76,8 @@ def read_task(row: Row, begun: tuple[str, list[Message]] | None = None) -> Promp
         row.refuse_filled(
             (*INSTRUCTIONS, *BESIDE),
             row.fields,
-            why="which has no place in a prompt that is a text, taken as it stands; call that one instruction, which "
-            "becomes a user turn, or give prompt as a list of messages",
+            why="which has no place beside a prompt that is a text; rename prompt to instruction, which becomes a user "
+            "turn, or give prompt as a list of messages",
         )
         return row.text("prompt")
     instruction = row.one_text(INSTRUCTIONS)
@@ -127,10 +127,12 @@ def _read_turn(row: Row, place: str, item: Any) -> Message:
         found = f"the fields {', '.join(item)}" if isinstance(item, dict) else shown(item)
         row.refuse(f"{place}: a turn must be an object with role and content, or from and value; got {found}")
     row.refuse_filled((*UNREAD, "reasoning"), item, f"{place}.")
-    who = item.get("role", item.get("from"))
-    role = ROLES.get(who) if isinstance(who, str) else None
+    speaker = item.get("role", item.get("from"))
+    role = ROLES.get(speaker) if isinstance(speaker, str) else None
     if role is None:
-        row.refuse(f"{place}: a turn's role must be system, user (or human) or assistant (or gpt); got {shown(who)}")
+        row.refuse(
+            f"{place}: a turn's role must be system, user (or human) or assistant (or gpt); got {shown(speaker)}"
+        )
     content = item.get("content", item.get("value"))
     if isinstance(content, list):
         content = "".join(_read_part(row, f"{place}.content[{n}]", part) for n, part in enumerate(content))
@@ -187,22 +189,22 @@ def _with_system(row: Row, turns: list[Message], system: str) -> list[Message]:
     if not system or turns[:1] == [{"role": "system", "content": system}]:
         return turns
     if turns and turns[0]["role"] == "system":
-        row.refuse("the system turn is another one than the row's system field; leave one")
+        row.refuse("the system turn and the row's system field differ; keep one")
     return [{"role": "system", "content": system}, *turns]
 
 
 def check_prompt(row: Row, prompt: Prompt) -> None:
-    """Raise an error if a prompt is not a conversation so far.
+    """Check that a prompt is a conversation so far, as `fault_of` defines it.
 
     Raises:
-        SelfalignError: its turns are none.
+        SelfalignError: it is not.
     """
     if not isinstance(prompt, str) and (fault := fault_of(prompt)):
-        row.refuse(f"the prompt is no conversation: {fault}")
+        row.refuse(f"the prompt is not a conversation: {fault}")
 
 
 def fault_of(turns: Sequence[Message]) -> str | None:
-    """Return what keeps turns from being a conversation so far, or None where they are one.
+    """Return why turns are not a conversation so far, or None if they are.
 
     A system turn may stand first; user and assistant follow each other in turn. The last turn may be the assistant's:
     the response then continues it.
@@ -210,10 +212,10 @@ def fault_of(turns: Sequence[Message]) -> str | None:
     roles = [turn["role"] for turn in turns]
     roles = roles[1:] if roles[:1] == ["system"] else roles
     if "user" not in roles:
-        return "there is no turn of the user's"
+        return "there is no user turn"
     if "system" in roles:
-        return "a system turn stands behind another turn"
+        return "a system turn comes after another turn"
     if twice := [first for first, second in pairwise(roles) if first == second]:
-        return f"two turns of the {twice[0]}'s follow each other"
+        return f"two {twice[0]} turns follow each other"
     empty = [index for index, turn in enumerate(turns) if is_blank(turn["content"])]
     return f"turn {empty[0] + 1} is empty" if empty else None

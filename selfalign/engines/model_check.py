@@ -34,6 +34,7 @@ from selfalign.models.chat_template import (
     writes_all,
 )
 from selfalign.models.checkpoint import Policy, PolicyCheckpoint, default_device
+from selfalign.models.logprobs import has_router_loss
 from selfalign.models.tokenizer import (
     RARE,
     Answer,
@@ -100,6 +101,7 @@ def check_model(files: PolicyCheckpoint, dtype: str) -> Counts:
         "scores": "packed" if found.packs else "padded",
         "writes": found.writes,
         catalog.DROPOUT.name: found.dropout,
+        catalog.HAS_ROUTER_LOSS.name: has_router_loss(policy.model),
         catalog.CHAT_TEMPLATE.name: templated,
         catalog.SYSTEM_TURNS.name: system_turns,
         catalog.EARLIER_TURNS.name: earlier_turns,

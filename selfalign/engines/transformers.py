@@ -3,6 +3,7 @@
 Batches are planned from the records alone, so the same records give the same texts however often a run is interrupted.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -146,7 +147,12 @@ class TransformersGenerator(LoadedPolicy):
         written: dict[int, list[int]] = {sequence: [] for sequence in seeds}
         ended: set[int] = set()
         ids, state = torch.tensor([prompt] * len(seeds), device=device), {}
+        # Some architectures would start again at 0 behind a cache.
+        positioned = "position_ids" in inspect.signature(model.forward).parameters
         for step in range(sampling.max_new_tokens):
+            if positioned:
+                end = len(prompt) + step
+                state["position_ids"] = torch.arange(end - ids.shape[1], end, device=device)[None]
             output = model(input_ids=ids, use_cache=cached, **state)
             state = {name: output[name] for name in STATES if cached and output.get(name) is not None}
             logits = output.logits[:, -1]

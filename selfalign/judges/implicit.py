@@ -47,7 +47,7 @@ class ImplicitReward:
             several responses the best one is on average as long as the worst, or 0 where no instruction has several.
         max_batch_tokens: the most tokens of a forward pass.
         max_failure_rate: the run stops when more than this share of the responses gets no score.
-        degeneracy: when the judge says nearly the same of everything.
+        degeneracy: thresholds below which scores count as nearly constant.
     """
 
     model: str = "self"

@@ -35,7 +35,7 @@ class Pairwise(PairwiseComparator):
             against an average one by Bradley and Terry's model, which is fairer where `pairs` are drawn.
         min_score: the score of a response that loses all.
         max_score: of one that wins all.
-        degeneracy: when the judge says nearly the same of everything.
+        degeneracy: thresholds below which scores count as nearly constant.
     """
 
     pairs: int = 0

@@ -1,1 +1,1 @@
-"""A run started, rehearsed, swept, continued, measured, pushed to a hub."""
+"""Runs, dry runs, sweeps, evaluations and pushes to a hub."""

@@ -1,4 +1,4 @@
-"""dry_run=true: what a run needs in memory, time and money, known before it is begun."""
+"""dry_run=true: measure the memory, time and money that a run needs, without making anything that stays."""
 
 import signal
 import sys
@@ -17,49 +17,52 @@ from selfalign.launch.profiler import StageEstimate
 from selfalign.pipeline.loop import run_pipeline
 
 BOUND = (
-    "An upper bound: every prompt with its response fills max_length, every text max_new_tokens, and new instructions\n"
-    "take all their batches. Not in it: judgements that are tried again."
+    "This is an upper bound. It assumes that every prompt with its response fills max_length, that every generated\n"
+    "text has max_new_tokens, and that new instructions take all their batches. It leaves out repeated judgements."
 )
-ELSEWHERE = "The engine of engine=vllm or engine=server ends texts where it likes; its memory is not in it either."
+ELSEWHERE = "With engine=vllm or engine=server it also leaves out the engine's memory, and texts may end early."
 
 
 def dry_run(config: ExperimentConfig) -> list[StageEstimate]:
-    """Rehearses a run, in as many processes as it will have, and says what it needs; nothing of it stays.
+    """Measure what a run needs, in as many processes as the run will have, and print it. Nothing is kept.
+
+    Returns:
+        An estimate for each stage.
 
     Raises:
-        SelfalignError: something is missing that the run will need, or a stage does not fit into memory, or into the
-            model's context.
+        SelfalignError: something that the run needs is missing, or a stage does not fit into memory or into the model's
+            context.
     """
     preflight(config, ())
     with _common_folder(Path(config.output_dir).absolute()) as folder:
-        rehearsal = StageEstimator(config, folder)
+        estimator = StageEstimator(config, folder)
         with distributed.translate_peer_errors():
-            run_pipeline(config, rehearsal)
+            run_pipeline(config, estimator)
         distributed.wait_for_all()
     elsewhere = not isinstance(config.engine, Transformers)
-    text = estimate_text(rehearsal.estimates, config.price_per_hour, elsewhere=elsewhere)
-    if rehearsal.unmeasured:
-        text += f"\nNot measured: {', '.join(rehearsal.unmeasured)}"
+    text = estimate_text(estimator.estimates, config.price_per_hour, elsewhere=elsewhere)
+    if estimator.unmeasured:
+        text += f"\nNot measured: {', '.join(estimator.unmeasured)}"
     distributed.on_main(lambda: print(text, flush=True))
-    return rehearsal.estimates
+    return estimator.estimates
 
 
 @contextmanager
 def _common_folder(output: Path) -> Iterator[Path]:
-    """A folder of all processes that is gone in the end; there, because the run will write its models there too."""
+    """Make a temporary folder for all processes below the output folder, where the run will write its models too."""
     with ExitStack() as stack:
 
         def begin() -> Path:
             output.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_told_to_stop_as_an_exit())
+            stack.enter_context(_exit_on_sigterm())
             return Path(stack.enter_context(TemporaryDirectory(prefix=".dry-run-", dir=output)))
 
         yield distributed.on_main(begin)
 
 
 @contextmanager
-def _told_to_stop_as_an_exit() -> Iterator[None]:
-    """On SIGTERM, too, whatever lies open is closed and cleared away."""
+def _exit_on_sigterm() -> Iterator[None]:
+    """Turn SIGTERM into an exit, so that open files are closed and the folder is removed."""
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         yield
@@ -68,7 +71,13 @@ def _told_to_stop_as_an_exit() -> Iterator[None]:
 
 
 def estimate_text(estimates: Sequence[StageEstimate], price_per_hour: float, *, elsewhere: bool = False) -> str:
-    """A row a stage, and what all need together; `elsewhere` tells that another program writes."""
+    """Return the estimates as a table with a row for each stage, and the totals of time, memory and cost.
+
+    Args:
+        estimates: of all stages.
+        price_per_hour: of the machine.
+        elsewhere: whether another program than this one generates the texts.
+    """
     rows = [
         [
             one.label,
@@ -80,12 +89,12 @@ def estimate_text(estimates: Sequence[StageEstimate], price_per_hour: float, *, 
         for one in estimates
     ]
     seconds, servers = sum(one.seconds for one in estimates), sum(one.cost for one in estimates)
-    highest = max(estimates, key=lambda one: one.peak)
+    largest = max(estimates, key=lambda one: one.peak)
     lines = ["", *table(["stage", "work", "seconds each", "peak GiB", "time"], rows), ""]
     lines.append(f"time    at most {duration(seconds)}")
-    many = distributed.count()
-    each = f" in each of {many} processes" if many > 1 else ""
-    lines.append(f"memory  at most {highest.peak / 2**30:.2f} GiB{each}, in {highest.label}")
+    processes = distributed.count()
+    each = f" in each of {processes} processes" if processes > 1 else ""
+    lines.append(f"memory  at most {largest.peak / 2**30:.2f} GiB{each}, in {largest.label}")
     if price_per_hour or servers:
         machine = seconds / 3600 * price_per_hour
         lines.append(f"cost    at most {machine + servers:.2f}: the machine {machine:.2f}, servers {servers:.2f}")

@@ -1,7 +1,7 @@
-"""A run's stages on a few records each that are as long as they may be: what one batch or step takes, and how many.
+"""Estimate the stages of a run: measure each on a few records of the largest possible size.
 
-A rehearsal walks through the pipeline in a run's place. What is given is read for real, so there are as many
-demonstrations and pairs as in the run; what the run would make is made up, as many records as it would be at most.
+`StageEstimator` takes the place of the runner in the pipeline. Given data is read, so the numbers of demonstrations and
+pairs are those of the run. What the run would generate is replaced by dummy records, as many as the run makes at most.
 """
 
 import math
@@ -28,7 +28,7 @@ from selfalign.losses.protocol import PreferenceLoss
 from selfalign.losses.refinement import Refinement
 from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.tokenizer import encode_prompt
-from selfalign.pipeline.requirements import asks, writes
+from selfalign.pipeline.requirements import judge_prompt, max_judgement_tokens
 from selfalign.runs.labels import Label
 from selfalign.stages.align import align
 from selfalign.stages.head_to_head import head_to_head
@@ -47,20 +47,21 @@ from selfalign.training.checkpoint_selection import CheckpointSelection
 from selfalign.training.config import LogProbSettings, Optimization, TrainableWeights
 
 FILLS_A_BATCH = 1 << 14
-"""Tokens of the records that stages are given where nothing says how many a batch takes."""
+"""Tokens of a batch, where the engine does not set them."""
 
 
 @dataclass(slots=True)
 class StageEstimator:
-    """Takes the place of a run: measures a stage where it knows how, and else plans it.
+    """Runner of a dry run: measures a stage where it knows how, and otherwise only plans it.
 
     Attributes:
         config: the experiment.
-        folder: for what is made on the way.
-        estimates: what was found out, stage by stage.
-        unmeasured: labels of the stages with a model that it knows no way to measure.
-        measured: what it rests on, by what the measurement depends on; a stage that comes again is not run again.
-        written: how many times records were written for a stage.
+        folder: the folder for measured stages and their records.
+        estimates: the estimates so far, in the order of the stages.
+        unmeasured: labels of the stages that run a model and have no estimator here.
+        measured: {digest of what a measurement depends on: (result, folder)}, so that an equal stage is not run again.
+        written: the number of artifacts written with dummy records.
+        longest: makes the dummy records; set when M0 is loaded.
     """
 
     config: ExperimentConfig
@@ -72,12 +73,12 @@ class StageEstimator:
     longest: WorstCaseRecords = field(init=False)
 
     def make(self, label: Label, stage: StageFunction, **inputs: Any) -> Artifact:
-        """The artifact itself of what is given, else what stands for it."""
+        """Return the artifact of given data or of M0, and for every other stage a planned artifact."""
         return self._make(str(label), stage, inputs)
 
     def _make(self, label: str, stage: StageFunction, inputs: dict[str, Any]) -> Artifact:
         if declared(stage).given:
-            return self._really_make(label, stage, inputs)
+            return self._run(label, stage, inputs)
         if stage is load_model:
             return self._load(label, inputs)
         planned, _ = plan_stage(label, stage, inputs)
@@ -89,7 +90,10 @@ class StageEstimator:
 
     @property
     def _estimators(self) -> dict[StageFunction, Callable[..., dict[str, Any] | None]]:
-        """{stage: what measures it}; returns where the artifact lies, if others read more of it than its counts."""
+        """Return {stage: its estimator}.
+
+        An estimator returns the fields of the planned artifact that later stages read, such as its path.
+        """
         return {
             sft: self._sft,
             align: self._align,
@@ -101,7 +105,7 @@ class StageEstimator:
             reference_logprobs: self._reference_logprobs,
         }
 
-    def _really_make(self, label: str, stage: StageFunction, inputs: dict[str, Any]) -> Artifact:
+    def _run(self, label: str, stage: StageFunction, inputs: dict[str, Any]) -> Artifact:
         store = Store(self.folder / "store")
         return store.make(stage.__name__, inputs, lambda out: stage(out, **inputs), label=label)
 
@@ -109,7 +113,7 @@ class StageEstimator:
 
     def _load(self, label: str, inputs: dict[str, Any]) -> Artifact:
         forget_peak_memory()
-        made = self._really_make(label, load_model, inputs)
+        made = self._run(label, load_model, inputs)
         self.estimates.append(StageEstimate(label=label, count=1, unit="model", each=made.seconds, peak=peak()))
         if label == "M0":
             files = PolicyCheckpoint(made.path)
@@ -154,7 +158,7 @@ class StageEstimator:
         count = records_in(pairs, "pairs") - held_out
         if count < 1:
             raise SelfalignError(
-                f"train.validation_pairs={held_out} of {count + held_out} pairs leaves none to train on"
+                f"train.validation_pairs={held_out} of {count + held_out} pairs leaves none to train on: lower it"
             )
         size = min(optimization.batch_size, count)
         few = self._write(pairs=self._pairs(2 * size))
@@ -162,7 +166,7 @@ class StageEstimator:
         given["optimization"] = replace(optimization, epochs=1)
         measured, folder = self._measure(label, align, [size, others["start"] is None], **given, **others)
         an_epoch = math.ceil(count / optimization.batch_size)
-        # The measuring behind it is another epoch without a backward pass.
+        # After training, the stage measures the log-probabilities of all pairs: at most an epoch.
         measured = replace(measured, around=measured.around + an_epoch * measured.each)
         self._add(label, measured, optimization.epochs * an_epoch, "steps")
         if selection is not None:
@@ -172,20 +176,20 @@ class StageEstimator:
         return _policy(folder)
 
     def _selection(self, label: str, selection: CheckpointSelection, checkpoints: int, policy: Path) -> None:
-        """The answers of every checkpoint, and the comparison of each with the one before it."""
+        """Estimate the responses of every checkpoint, and the comparison of each checkpoint with the one before it."""
         shared = {"instructions": selection.instructions, "engine": selection.engine, "seed": selection.seed}
         config, before = RespondConfig(candidates=1, sampling=selection.sampling), len(self.estimates)
         answering = {"config": config, "policy": _trained(label, policy), **shared}
         answers = self._make(f"{label}/validation", respond, answering)
-        who = {"judge": selection.comparator, "policy": selection.compared_by}
+        judging = {"judge": selection.comparator, "policy": selection.compared_by}
         if checkpoints > 1:
-            self._make(f"{label}/validation_compared", head_to_head, {"answers": answers, **who, **shared})
+            self._make(f"{label}/validation_compared", head_to_head, {"answers": answers, **judging, **shared})
         times = (checkpoints, checkpoints - 1)
-        for place, (one, count) in enumerate(zip(self.estimates[before:], times, strict=False), start=before):
+        for index, (one, count) in enumerate(zip(self.estimates[before:], times, strict=False), start=before):
             more = {"count": count * one.count, "around": count * one.around, "cost": count * one.cost}
-            self.estimates[place] = replace(one, **more)
+            self.estimates[index] = replace(one, **more)
 
-    # --- what is written and judged ----------------------------------------------------------------------------------
+    # --- generation and judging --------------------------------------------------------------------------------------
 
     def _instruct(self, label: str, *, config: InstructConfig, engine: Any, policy: Artifact, **others: Any) -> None:
         shown = config.seed_examples + config.generated_examples
@@ -195,10 +199,8 @@ class StageEstimator:
 
         room = self.longest.context - config.sampling.longest - SHORTEST_PROMPT
         texts = self.longest.fitting(ask, [self.longest.count("the " * config.max_words)] * shown, room)
-        taught = [
-            Demonstration(id=f"d{n}", prompt=as_prompt(t), response="", source="ift") for n, t in enumerate(texts)
-        ]
-        given = {"config": config, "seeds": self._write(demonstrations=taught), "earlier": [], "held_out": []}
+        seeds = [Demonstration(id=f"d{n}", prompt=as_prompt(t), response="", source="ift") for n, t in enumerate(texts)]
+        given = {"config": config, "seeds": self._write(demonstrations=seeds), "earlier": [], "held_out": []}
         given |= {"engine": max_length_generation(engine), "policy": policy, "seed": others["seed"]}
         measured, _ = self._measure(label, instruct, [], **given)
         self._add_batches(label, measured, config.most_batches)
@@ -209,8 +211,8 @@ class StageEstimator:
         count, written = records_in(instructions, "instructions"), config.sampling.longest
         tokens = config.candidates * (self.longest.prompt_tokens(written) + written)
         few = self._few(count, tokens, engine)
-        asked = self._write(instructions=self.longest.instructions(few, written))
-        given = {"config": config, "instructions": asked, "engine": max_length_generation(engine), **others}
+        instructed = self._write(instructions=self.longest.instructions(few, written))
+        given = {"config": config, "instructions": instructed, "engine": max_length_generation(engine), **others}
         measured, _ = self._measure(label, respond, [few], **given)
         self._add_batches(label, measured, measured.batches_of(count / few))
 
@@ -218,17 +220,17 @@ class StageEstimator:
         self, label: str, *, judge: Judge, instructions: Artifact, responses: Artifact, engine: Any, **others: Any
     ) -> None:
         count, answers = records_in(instructions, "instructions"), records_in(responses, "responses")
-        each, written = math.ceil(answers / count), writes(judge)
+        each, written = math.ceil(answers / count), max_judgement_tokens(judge)
         wanted = judge.wanted(self._subjects(1, each, ["", ""]))
-        ask = asks(judge)
+        ask = judge_prompt(judge)
         texts = self._texts(ask, responses, written, server=asks_a_server(judge))
         if asks_a_server(judge):
             self._bill(label, judge, wanted * count, ask(*texts), written)
             return
         few = self._few(count, each * (self.longest.count("".join(texts)) + written), engine)
         subjects = self._subjects(few, each, texts)
-        asked = list({subject.instruction.id: subject.instruction for subject in subjects}.values())
-        given = self._write(instructions=asked, responses=[subject.response for subject in subjects])
+        unique = list({subject.instruction.id: subject.instruction for subject in subjects}.values())
+        given = self._write(instructions=unique, responses=[subject.response for subject in subjects])
         shared = {"instructions": given, "responses": given, "engine": max_length_generation(engine), "judge": judge}
         measured, _ = self._measure(label, judge_stage, [few, each], **shared, **others)
         self._add_batches(label, measured, measured.batches_of(count / few))
@@ -243,8 +245,8 @@ class StageEstimator:
         engine: Any,
         **others: Any,
     ) -> None:
-        count, ask = records_in(instructions, "instructions"), asks(judge)
-        if not count:  # On the questions of a benchmark, which is not measured either.
+        count, ask = records_in(instructions, "instructions"), judge_prompt(judge)
+        if not count:  # The instructions are those of a benchmark, which is not measured either.
             self.unmeasured.append(label)
             return
         texts = self._texts(ask, answers, 0, server=asks_a_server(judge))
@@ -253,8 +255,8 @@ class StageEstimator:
             return
         few = self._few(count, 2 * self.longest.count("".join(texts)), engine)
         subjects = self._subjects(few, 1, texts)
-        asked = self._write(instructions=[s.instruction for s in subjects], responses=[s.response for s in subjects])
-        given = {"judge": judge, "instructions": asked, "answers": asked, "opponent": asked, "engine": engine}
+        few_of = self._write(instructions=[s.instruction for s in subjects], responses=[s.response for s in subjects])
+        given = {"judge": judge, "instructions": few_of, "answers": few_of, "opponent": few_of, "engine": engine}
         given |= {"policy": others["policy"], "seed": others["seed"]}
         measured, _ = self._measure(label, head_to_head, [few], **given)
         self._add_batches(label, measured, measured.batches_of(count / few))
@@ -285,19 +287,22 @@ class StageEstimator:
         self._add_batches(label, measured, measured.batches_of(count / few))
         return {"path": folder}
 
-    # --- how ---------------------------------------------------------------------------------------------------------
+    # --- measurements and dummy records ------------------------------------------------------------------------------
 
     def _measure(
         self, label: str, stage: StageFunction, depends_on: list[Any], *, first_alone: bool = True, **inputs: Any
     ) -> tuple[Measured, Path]:
-        """What a stage takes, and its folder; run once for what it depends on: its settings, and `depends_on`."""
+        """Run a stage and return its measurement and folder.
+
+        A stage with the same settings and the same `depends_on` is run once.
+        """
         settings = {name: value for name, value in inputs.items() if name not in ("seed", "weights")}
         plain = {name: to_key_json(value) for name, value in settings.items() if not isinstance(value, Artifact)}
         key = digest_json([stage.__name__, plain, depends_on])
         if key not in self.measured:
             folder = self.folder / f"{stage.__name__}-{key[:12]}"
-            watch = ProfilingOutput(folder, label, first_alone=first_alone)
-            self.measured[key] = measure(watch, lambda out: stage(out, **inputs)), folder
+            out = ProfilingOutput(folder, label, first_alone=first_alone)
+            self.measured[key] = measure(out, lambda out: stage(out, **inputs)), folder
         return self.measured[key]
 
     def _add(self, label: str, measured: Measured, count: int, unit: str) -> None:
@@ -305,18 +310,18 @@ class StageEstimator:
         self.estimates.append(StageEstimate(label=label, count=count, unit=unit, **timed))
 
     def _add_batches(self, label: str, measured: Measured, count: int) -> None:
-        """These are dealt out among the processes."""
+        """Add an estimate in batches, which are shared among the processes."""
         self._add(label, measured, math.ceil(count / distributed.count()), "batches")
 
     def _bill(self, label: str, judge: Any, requests: int, prompt: Prompt, written: int) -> None:
-        """What a server's tokens cost, as this model's tokenizer counts them."""
+        """Add the cost of a server's tokens, counted with M0's tokenizer."""
         endpoint: Endpoint = judge.endpoint
         read = len(encode_prompt(self.longest.tokenizer, prompt))
         cost = requests * (read * endpoint.prompt_price + written * endpoint.completion_price) / 1e6
         self.estimates.append(StageEstimate(label=label, count=requests, unit="requests", cost=cost))
 
     def _write(self, **files: Sequence[HasId]) -> Artifact:
-        """Records as a stage is given them."""
+        """Write records to an artifact and return it."""
         self.written += 1
         folder = self.folder / f"given-{self.written}"
 
@@ -330,12 +335,12 @@ class StageEstimator:
         return Artifact("given", key="given", path=folder, digest="given", counts=counts, seconds=0.0)
 
     def _few(self, count: int, tokens: int, engine: Any) -> int:
-        """How many records of so many tokens surely fill a batch, where there are as many."""
+        """Return how many records of this many tokens fill a batch, at most `count`."""
         room = max(FILLS_A_BATCH, getattr(engine, "max_batch_tokens", 0))
         return min(count, 1 + room // tokens)
 
     def _written(self, responses: Artifact) -> int:
-        """The most tokens of these responses: as many as were asked for, of given ones as many as candidates have."""
+        """Return the maximum number of tokens of these responses; given ones count like candidates."""
         data = self.config.data
         candidates = data.respond.sampling.longest if isinstance(data, SelfRewarding) else self.longest.max_length
         return min(responses.counts.get("tokens_each", candidates), self.longest.context - SHORTEST_PROMPT)
@@ -346,23 +351,23 @@ class StageEstimator:
         return self.longest.pairs(count, written)
 
     def _texts(self, ask: Callable[..., Prompt], responses: Artifact, written: int, *, server: bool) -> list[str]:
-        """An instruction and a response, such that the question about them leaves room for what is written."""
+        """Return a longest instruction and response whose judge prompt leaves room for the judgement."""
         answer = self._written(responses)
         room = 1 << 30 if server else self.longest.context - written - 8
         return self.longest.fitting(ask, [self.longest.prompt_tokens(answer), answer], room)
 
     def _subjects(self, count: int, each: int, texts: Sequence[str]) -> list[InstructionResponse]:
-        """So many instructions with as many responses each."""
-        asked = [Instruction(id=f"i{n}", text=texts[0], source="self") for n in range(count)]
+        """Return `count` instructions with `each` responses each."""
+        instructions = [Instruction(id=f"i{n}", text=texts[0], source="self") for n in range(count)]
         return [
-            InstructionResponse(one, response)
-            for one in asked
-            for response in self.longest.responses(one, each, texts[1])
+            InstructionResponse(instruction, response)
+            for instruction in instructions
+            for response in self.longest.responses(instruction, each, texts[1])
         ]
 
 
 def _policy(folder: Path) -> dict[str, Any]:
-    """Where a trained policy lies, and its digest."""
+    """Return the path and the digest of a trained policy."""
     return {"path": folder, "digest": PolicyCheckpoint(folder).digest}
 
 

@@ -25,7 +25,7 @@ from selfalign.runs.folder import open_folder, run_folder
 from selfalign.runs.labels import Label
 from selfalign.runs.ledger import Ledger, open_ledger
 from selfalign.runs.provenance import write_provenance
-from selfalign.runs.runner import Look, NotMadeYet, Runner
+from selfalign.runs.runner import CacheLookup, NotMadeYet, Runner
 from selfalign.runs.summary import closing_text, models_of, plan_text, summarise
 from selfalign.store.artifacts import Store, locked
 from selfalign.tracking.tables import log_tables
@@ -33,10 +33,10 @@ from selfalign.tracking.tables import log_tables
 logger = logging.getLogger(__name__)
 
 FINISHED = "finished.json"
-"""Written last, behind the pages, the tracker's end and the push: what was asked for besides the artifacts."""
+"""Requested outputs besides the artifacts. Written last, after the pages, the end of tracking and the push."""
 
 RESOLVED = "resolved.json"
-"""What the settings that are auto meant on the machine that last worked at a run."""
+"""Values of the settings that are auto, on the machine that last worked on the run."""
 
 
 def run_experiment(config: ExperimentConfig, config_yaml: str, plain: dict[str, Any]) -> Path:
@@ -56,7 +56,7 @@ def finish_experiment(
     """Like `run_experiment`, but skip a completed run. `on_start` is called before any work starts.
 
     Returns:
-        Whether the run was skipped; None in a process that keeps no account of the run.
+        Whether the run was skipped; None on the other ranks.
     """
     return _run(config, config_yaml, plain, on_start, again=False)[1]
 
@@ -64,7 +64,7 @@ def finish_experiment(
 def _run(
     config: ExperimentConfig, config_yaml: str, plain: dict[str, Any], on_start: Callable[[], None], *, again: bool
 ) -> tuple[Path, bool | None]:
-    """Return the run folder, and whether the run was complete before; None in a process that keeps no account."""
+    """Return the run folder, and whether the run was complete before; None instead on the other ranks."""
     output = Path(config.output_dir).absolute()
     store = Store(output / "store")
     folder, namespace = distributed.on_main(lambda: run_folder(output, config.name, config, fresh=config.fresh))
@@ -72,28 +72,28 @@ def _run(
     runner = Runner(store, namespace, ledger)
     with ExitStack() as stack:
 
-        def claim() -> Look:
+        def claim() -> CacheLookup:
             if config.hub.push and (again or not was_done(config, folder)):
                 check_login()
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(folder / ".lock", f"this configuration is already running in {folder}"))
             return look_ahead(config, store, namespace)
 
-        there = distributed.on_main(claim)
-        if distributed.on_main(lambda: not (again or config.fresh) and is_finished(config, folder, there)):
+        stored = distributed.on_main(claim)
+        if distributed.on_main(lambda: not (again or config.fresh) and is_finished(config, folder, stored)):
             return folder, None if ledger is None else True
         on_start()
         if ledger is None:
-            preflight(config, there.there)
+            preflight(config, stored.found)
             run_pipeline(config, runner)
             return folder, None
-        open_folder(folder, config_yaml, anew=reported_keys(folder) not in ({}, there.there))
+        open_folder(folder, config_yaml, anew=reported_keys(folder) not in ({}, stored.found))
         with log_file(folder / "run.log"), ExitStack() as tracked:
             warn_of_idle_settings(config, plain)
             tell_resolved(folder, auto_dtypes(config))
-            preflight(config, there.there)
+            preflight(config, stored.found)
             ledger.tracker = tracked.enter_context(config.tracker.open(folder, plain))
-            print(plan_text(plan(config), there), flush=True)
+            print(plan_text(plan(config), stored), flush=True)
             with at_the_end(partial(write_provenance, ledger, config.seed)):
                 run_pipeline(config, runner)
             conclude(ledger, config, plain, models_of(ledger.artifacts), (write_report, write_card))
@@ -110,34 +110,34 @@ def warn_of_idle_settings(config: ExperimentConfig, plain: dict[str, Any]) -> No
 
 
 def tell_resolved(folder: Path, resolved: dict[str, str]) -> None:
-    """Keep what settings that are auto mean on this machine, and warn where they meant something else before.
+    """Save what the settings that are auto mean on this machine. Warn where they meant something else before.
 
     Args:
         folder: of the run.
         resolved: {setting: its value on this machine}.
 
     Raises:
-        SelfalignError: what was kept is damaged.
+        SelfalignError: the saved file is damaged.
     """
     path = folder / RESOLVED
     before = read_own(path) if path.exists() else {}
     for key, value in resolved.items():
         if (earlier := before.get(key, value)) != value:
             logger.warning(
-                "%s=auto was %s on the machine that this run was on before, and is %s on this one: all that depends on "
-                "it is made anew. Set %s=%s to reuse what was made there",
+                "%s=auto was %s on the machine where this run was before, and is %s on this one. Artifacts that depend "
+                "on it are made again. Set %s=%s to reuse the earlier ones",
                 *(key, earlier, value, key, earlier),
             )
     write_json(path, resolved)
 
 
-def is_finished(config: ExperimentConfig, folder: Path, there: Look) -> bool:
-    """Whether the run completed with the requested options and its summary lists exactly the stored artifacts."""
-    return was_done(config, folder) and (folder / "report.html").exists() and reported_keys(folder) == there.there
+def is_finished(config: ExperimentConfig, folder: Path, stored: CacheLookup) -> bool:
+    """Return whether the run completed with the requested options and its summary lists the stored artifacts."""
+    return was_done(config, folder) and (folder / "report.html").exists() and reported_keys(folder) == stored.found
 
 
 def was_done(config: ExperimentConfig, folder: Path) -> bool:
-    """Whether the run completed with the requested options, on whatever data."""
+    """Return whether the run completed with the requested options, on whatever data."""
     return (folder / FINISHED).exists() and read_own(folder / FINISHED) == requested_outputs(config)
 
 
@@ -149,7 +149,7 @@ def reported_keys(folder: Path) -> dict[Label, str]:
 
 
 def read_own(path: Path) -> Any:
-    """Reads a JSON file that a run has written about itself.
+    """Read a JSON file that a run has written about itself.
 
     Raises:
         SelfalignError: it is damaged.
@@ -157,11 +157,11 @@ def read_own(path: Path) -> Any:
     try:
         return read_json(path)
     except ValueError as error:
-        raise SelfalignError(f"{path}: damaged; delete it, and the same command writes it again") from error
+        raise SelfalignError(f"{path} is damaged. Delete it and repeat the command, which writes it again") from error
 
 
 def requested_outputs(config: ExperimentConfig) -> dict[str, Any]:
-    """Return what is asked of a run besides its artifacts."""
+    """Return what the configuration requests of a run besides its artifacts."""
     push = [config.hub.repo_id, config.hub.private] if config.hub.push else []
     return {"tracker": repr(config.tracker), "push": push, "sweep_metric": config.sweep_metric}
 
@@ -174,18 +174,18 @@ def conclude(
     pages: Sequence[Callable[[Path], None]],
     **more: Any,
 ) -> None:
-    """Writes what a run comes down to, and says it.
+    """Write the summary and the pages of a run, attach them to the tracker, and print the results.
 
     Args:
-        ledger: everything is made.
+        ledger: holds all artifacts.
         config: the experiment.
         plain: the same as plain dictionaries.
-        models: whose numbers there are, in their order.
-        pages: write what is to be read, each from the run folder.
-        more: goes into the summary.
+        models: names of the evaluated models, in their order.
+        pages: functions that write a page, each given the run folder.
+        more: further entries of the summary.
     """
-    told = {"name": config.name, "seed": config.seed, "loss": stated(config.loss), "config": plain}
-    summary = {**told, **more, **summarise(ledger.artifacts, models)}
+    described = {"name": config.name, "seed": config.seed, "loss": stated(config.loss), "config": plain}
+    summary = {**described, **more, **summarise(ledger.artifacts, models)}
     write_json(ledger.folder / "summary.json", summary)
     ledger.tracker.summarise({k: v for k, v in summary["models"][-1].items() if not isinstance(v, str)})
     for write in pages:
@@ -195,23 +195,23 @@ def conclude(
 
 
 def stated(loss: Loss) -> dict[str, str]:
-    """What a loss says of itself, for those who read the run without its code."""
+    """Return a loss's title and formula, for readers of the run who do not have its code."""
     return {"title": loss.title, "formula": loss.formula}
 
 
-def look_ahead(config: ExperimentConfig, store: Store, namespace: str) -> Look:
+def look_ahead(config: ExperimentConfig, store: Store, namespace: str) -> CacheLookup:
     """Walk the pipeline without running anything and collect finished artifacts, up to the first missing one.
 
     Errors are ignored here; the run itself will raise them.
     """
-    look = Look(store, namespace)
+    look = CacheLookup(store, namespace)
     with suppress(NotMadeYet, SelfalignError, OSError):
         run_pipeline(config, look)
     return look
 
 
 class log_file:
-    """Messages also go to a file of the run folder, tracebacks of a failing run included."""
+    """Also write log messages to a file of the run folder, and the traceback of an error that ends the block."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -222,7 +222,7 @@ class log_file:
         logging.getLogger().addHandler(self.handler)
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        with suppress(OSError):  # Of a full disk, the run has ended with it or is about to.
+        with suppress(OSError):  # A full disk has ended the run already, or is about to.
             if error is not None:
                 self.handler.handle(
                     logging.LogRecord("selfalign", logging.ERROR, "", 0, "stopped", None, (kind, error, trace))
@@ -233,10 +233,10 @@ class log_file:
 
 
 class LogHandler(logging.FileHandler):
-    """A log that cannot be written ends the run with that reason, instead of a traceback for every message."""
+    """A file handler that raises an error when it cannot write, instead of printing a traceback for every message."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Raises what the system has refused."""
+        """Raise the OSError that writing has caused, with the file's name."""
         if not isinstance(sys.exception(), OSError):
             return super().handleError(record)
         with naming(Path(self.baseFilename)):

@@ -1,4 +1,4 @@
-"""What a sweep needs of Hydra: its folder, the list of its jobs, and each job's place in it."""
+"""The Hydra side of a sweep: its folder, the list of its jobs, and the number of each job."""
 
 import os
 import sys
@@ -22,52 +22,52 @@ from selfalign.launch.sweep import Prepared, Sweep, run_job
 from selfalign.runs.folder import check_name
 
 NOT_HERE = (
-    "error: a sweep starts the processes of its jobs itself: leave out torchrun, and set hydra/launcher=submitit_local "
-    "(or submitit_slurm) hydra.launcher.tasks_per_node=N"
+    "error: a sweep cannot run under torchrun, because it starts the processes of its jobs itself. Leave out torchrun "
+    "and set hydra/launcher=submitit_local (or submitit_slurm) hydra.launcher.tasks_per_node=N"
 )
 NOT_THE_STUDY = ("output_dir=", "fresh=")
-"""Overrides that the same sweep may be continued without."""
+"""Overrides that do not tell sweeps apart."""
 
 
 def as_given(overrides: Any) -> list[str]:
-    """The overrides as they were typed: what is interpolated in them is each job's to resolve."""
+    """Return the overrides as they were typed; each job resolves the interpolations in them."""
     return cast(list[str], OmegaConf.to_container(overrides, resolve=False))
 
 
 def sweep_folder(output_dir: str, name: str, overrides: ListConfig, space: DictConfig | None) -> str:
-    """`<output_dir>/sweeps/<name>-<digest of overrides and search space>`: the same command has the same folder."""
+    """Return `<output_dir>/sweeps/<name>-<digest of overrides and search space>`, equal for equal commands."""
     check_name(name)
     asked = sorted(override for override in as_given(overrides) if not override.startswith(NOT_THE_STUDY))
     digest = digest_json([asked, OmegaConf.to_container(space) if space else {}])[:8]
     return str(path_of(output_dir).absolute() / "sweeps" / f"{name}-{digest}")
 
 
-# On import, because that is what a job in another process does first. Computed once a sweep: from then on it travels
-# with the configuration, so that jobs agree whatever their own overrides are.
+# Registered on import, which a job in another process does first. The folder is computed once a sweep. It then travels
+# with the configuration, so that all jobs agree on it, whatever their own overrides are.
 OmegaConf.register_new_resolver("sweep_folder", sweep_folder, use_cache=True, replace=True)
 
 
 class ListJobs(Callback):
-    """Opens a sweep before the first of its jobs.
+    """Hydra callback that opens a sweep before the first of its jobs.
 
     Attributes:
-        sweep: the one that this process has opened.
+        sweep: the sweep that this process has opened.
     """
 
     sweep: ClassVar[Sweep | None] = None
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Waits for the sweep's turn and lists its jobs, if the sweeper does not find them by search."""
+        """Wait until no other process runs this sweep, then list its jobs if they are known beforehand."""
         if distributed.are_named():
-            # Hydra would take any other exception for a warning.
+            # Hydra turns any other exception into a warning.
             sys.exit(NOT_HERE if os.environ.get("RANK", "0") == "0" else 1)
-        # Hydra would warn of it, and stops with it right afterwards.
+        # Hydra would print a warning here, and raises the same error right afterwards.
         with suppress(OSError, HydraException, OmegaConfBaseException):
             prefer_command_line(config.hydra)
             sweep = Sweep(Path(config.hydra.sweep.dir))
             jobs = jobs_of(config) if is_grid(config.hydra) else []
             if is_grid(config.hydra) and not jobs:
-                sys.exit("error: the sweep has no jobs: a range or a choice among its overrides is empty")
+                sys.exit("error: the sweep has no jobs, because a range or choice in its overrides is empty")
             sweep.open(jobs)
             ListJobs.sweep = sweep
 
@@ -77,7 +77,7 @@ def sweep_lifecycle() -> Iterator[None]:
     """Finish the sweep opened inside the block, even after an error: record job states, write the comparison.
 
     Raises:
-        SelfalignError: a job has failed; it stands in the place of what a sweeper may stumble over because of that.
+        SelfalignError: a job has failed. It replaces the error that a sweeper may raise because of that.
     """
     account = Sweep.close
     try:
@@ -93,7 +93,7 @@ def sweep_lifecycle() -> Iterator[None]:
 
 
 def prefer_command_line(hydra: DictConfig) -> None:
-    """Takes out of a study's search space what the command line sets or sweeps itself."""
+    """Remove from a study's search space what the command line sets or sweeps itself."""
     given = {override.lstrip("+~").partition("=")[0] for override in as_given(hydra.overrides.task)}
     with open_dict(hydra):
         for key in given & set(hydra.sweeper.params or {}):
@@ -101,12 +101,12 @@ def prefer_command_line(hydra: DictConfig) -> None:
 
 
 def is_grid(hydra: Any) -> bool:
-    """Whether all jobs are known beforehand."""
+    """Return whether all jobs are known beforehand."""
     return hydra.sweeper._target_.endswith(f".{BasicSweeper.__name__}")
 
 
 def jobs_of(config: DictConfig) -> list[list[str]]:
-    """The overrides of every job, in Hydra's order."""
+    """Return the overrides of every job, in Hydra's order."""
     space = [f"{key}={values}" for key, values in (config.hydra.sweeper.params or {}).items()]
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
     overrides = parser.parse_overrides([*space, *as_given(config.hydra.overrides.task)])
@@ -114,14 +114,14 @@ def jobs_of(config: DictConfig) -> list[list[str]]:
 
 
 def run_sweep_job(prepare: Callable[[], Prepared], explain: Callable[[BaseException], str | None]) -> float | None:
-    """One job of a sweep, wherever the launcher runs it; a failure stays its own.
+    """Run one job of a sweep, in the process where the launcher starts it. A failed job does not stop the others.
 
     Args:
-        prepare: makes the experiment.
-        explain: says in one line what a user can mend, nothing of a bug.
+        prepare: returns the experiment.
+        explain: returns the message of an error that the user can correct, in one line; None for any other error.
 
     Returns:
-        The number that a search goes by; nothing of a failed job.
+        The metric that a search optimises; None for a failed job.
     """
     config = HydraConfig.get()
     sweep, number = Sweep(Path(config.sweep.dir)), config.job.num + 1

@@ -1,4 +1,4 @@
-"""What can be known before anything is made: keys, servers, engines, models, files, disk and memory, all at once."""
+"""Check keys, servers, engines, models, files, disk and memory before a run makes anything, and report all problems."""
 
 import importlib.util
 import logging
@@ -35,41 +35,41 @@ from selfalign.pipeline.inputs import searches
 from selfalign.pipeline.loop import plan
 from selfalign.pipeline.models import judges_of
 from selfalign.runs.labels import Kind, Label
-from selfalign.tracking.wandb import Wandb, has_key, said_mode
+from selfalign.tracking.wandb import Wandb, environment_mode, has_key
 from selfalign.training.config import Optimization
 from selfalign.training.optimizers import EIGHT_BIT_NEEDS
 
 logger = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 30.0
-"""A server that does not answer is asked again for so long."""
+"""How long requests to a server that does not answer are retried."""
 
 LONGEST_WAIT_SECONDS = 5.0
-"""Between two tries."""
+"""Longest wait between two requests."""
 
 IMPORT_SECONDS = 180.0
-"""An engine may take so long to be imported."""
+"""Time limit for importing an engine."""
 
 SHELL = {"exec", "env", "nice", "nohup", "cd", "export", "source", ".", "eval", "if", "for", "while", "set", "ulimit"}
-"""What a command may begin with that says nothing of the program behind it."""
+"""First words of a shell command that do not name the program it starts."""
 
 
 def preflight(config: ExperimentConfig, made: Collection[Label]) -> None:
-    """Checks what the stages that are still to be made will need; of several processes the main one does.
+    """Check what the remaining stages need. Only rank 0 checks; the error is raised on all ranks.
 
     Args:
         config: the experiment.
-        made: labels of the stages that are there; where all are, nothing is needed.
+        made: labels of the finished stages; if all are finished, nothing is checked.
 
     Raises:
-        SelfalignError: something is missing; the message has a line for each.
+        SelfalignError: something is missing; the message has a line for each problem.
     """
     if lines := distributed.on_main(lambda: problems(config, made)):
         raise SelfalignError("\n".join(lines))
 
 
 def problems(config: ExperimentConfig, made: Collection[Label]) -> list[str]:
-    """A line for everything that is missing."""
+    """Return a line for each problem."""
     labels = [label for label, _ in plan(config) if label not in made]
     checks: list[Callable[[ExperimentConfig, list[Label]], list[str]]] = [
         check_tracking,
@@ -86,20 +86,20 @@ def problems(config: ExperimentConfig, made: Collection[Label]) -> list[str]:
 
 
 def writes(config: ExperimentConfig, labels: list[Label]) -> bool:
-    """Whether a model of the run still has to write: in a stage of its own, in a benchmark, or at a checkpoint."""
+    """Return whether a model of the run still has to generate: in a stage, in a benchmark or at a checkpoint."""
     checkpoints = bool(config.train.checkpoint_selection.interval_steps) and any(label.is_aligned for label in labels)
     written = any(label.is_written for label in labels)
     return written or checkpoints or any(measured_by(name, labels) for name in config.benchmark)
 
 
 def measured_by(benchmark: str, labels: list[Label]) -> bool:
-    """Whether a model remains to be put through this benchmark."""
+    """Return whether this benchmark remains to be run on a model."""
     return any(label.kind is Kind.EVALUATION and label.part == benchmark for label in labels)
 
 
 @contextmanager
 def noting(lines: list[str]) -> Iterator[None]:
-    """Adds what is refused inside to the lines, and goes on behind it."""
+    """Add the message of an error inside the block to `lines`, and continue after the block."""
     try:
         yield
     except SelfalignError as error:
@@ -111,7 +111,13 @@ def noting(lines: list[str]) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class ServerProbe:
-    """A request as a stage will send it, about one word; `key` is the setting of whom it goes to."""
+    """A short request of the kind that a stage will send to a server.
+
+    Attributes:
+        key: the setting of the endpoint.
+        endpoint: the server.
+        request: the request.
+    """
 
     key: str
     endpoint: Endpoint
@@ -119,93 +125,93 @@ class ServerProbe:
 
     @property
     def server(self) -> tuple[str, ...]:
-        """What a server is told apart by."""
+        """What tells servers apart."""
         endpoint = self.endpoint
         return endpoint.base_url, endpoint.model, endpoint.api_key_env, repr(endpoint.parameters)
 
 
-def questions(config: ExperimentConfig, labels: list[Label]) -> list[ServerProbe]:
-    """One for each who will be asked."""
+def probes(config: ExperimentConfig, labels: list[Label]) -> list[ServerProbe]:
+    """Return a probe for each endpoint that the remaining stages use."""
     busy = {
         "judge": any(label.is_judged for label in labels),
         "train.checkpoint_selection.head_to_head": any(label.is_aligned for label in labels),
         "evaluate.head_to_head": any(label.opponent for label in labels),
         "evaluate.preference_pairs.judge": Label.input("preferences", "scores") in labels,
     }
-    asked = [(key, judge) for key, judge in judges_of(config).items() if busy[key]]
+    judges = [(key, judge) for key, judge in judges_of(config).items() if busy[key]]
     for name, benchmark in config.benchmark.items():
         if measured_by(name, labels):
-            asked.append((f"benchmark.{name}.judge", getattr(benchmark, "judge", None)))
-    servers = [(key, judge) for key, judge in asked if asks_a_server(judge)]
+            judges.append((f"benchmark.{name}.judge", getattr(benchmark, "judge", None)))
+    servers = [(key, judge) for key, judge in judges if asks_a_server(judge)]
     return [ServerProbe(f"{key}.endpoint", judge.endpoint, judge.probe()) for key, judge in servers]
 
 
 def check_servers(config: ExperimentConfig, labels: list[Label]) -> list[str]:
-    """Every server has its key, is there, knows the model, takes the parameters and has room for the rubric."""
+    """Check that every server answers, accepts the key, model and parameters, and has room for the rubric."""
     servers: dict[tuple[str, ...], list[ServerProbe]] = {}
-    for question in questions(config, labels):
-        servers.setdefault(question.server, []).append(question)
-    # Of what one server will be asked, the longest.
-    answers = [ask_server(max(asked, key=lambda one: len(repr(one.request)))) for asked in servers.values()]
-    return [problem for problem in answers if problem is not None]
+    for probe in probes(config, labels):
+        servers.setdefault(probe.server, []).append(probe)
+    # One request to each server is enough: the longest.
+    found = [ask_server(max(group, key=lambda one: len(repr(one.request)))) for group in servers.values()]
+    return [problem for problem in found if problem is not None]
 
 
-def ask_server(question: ServerProbe) -> str | None:
-    """Return what is wrong with a server, in one line, or None where it answers."""
-    key, endpoint = question.key, question.endpoint
+def ask_server(probe: ServerProbe) -> str | None:
+    """Return what is wrong with a server, in one line, or None if it answers."""
+    key, endpoint = probe.key, probe.endpoint
     try:
-        reply = first_reply(question)
+        reply = first_reply(probe)
     except RefusedError as error:
-        return f"{key}: {error}{advice(question, error.status)}"
+        return f"{key}: {error}{advice(probe, error.status)}"
     except PassingError as error:
         if "status 429" not in str(error):
-            return f"{key}: {endpoint.name} gives no usable answer ({error}); is the server there, at {key}.base_url?"
-        logger.warning("%s: %s is busy (%s); it will be asked again", key, endpoint.name, error)
+            return f"{key}: {endpoint.name} gives no usable answer ({error}); is the server running at {key}.base_url?"
+        logger.warning("%s: %s is busy (%s); the request will be repeated", key, endpoint.name, error)
         return None
     except SelfalignError as error:
         return str(error)
-    return too_long(question) if reply.finish_reason is FinishReason.PROMPT_TOO_LONG else None
+    return too_long(probe) if reply.finish_reason is FinishReason.PROMPT_TOO_LONG else None
 
 
-def first_reply(question: ServerProbe) -> Reply:
-    """Ask a server, again after a trouble that may pass, for `ANSWER_SECONDS` at most.
+def first_reply(probe: ServerProbe) -> Reply:
+    """Return a server's first reply. Errors that may pass are retried for `ANSWER_SECONDS` at most.
 
     Raises:
         SelfalignError: the environment has no key, the server refuses the request, or it gives no answer in time.
     """
-    endpoint = question.endpoint
+    endpoint = probe.endpoint
     until, wait = time.monotonic() + ANSWER_SECONDS, endpoint.backoff_seconds
-    with endpoint.open(question.key) as client:
+    with endpoint.open(probe.key) as client:
         for _ in range(endpoint.retries):
             try:
-                return client.attempt(question.request)
+                return client.attempt(probe.request)
             except PassingError as error:
                 pause = max(wait, error.wait_seconds)
                 if time.monotonic() + pause > until:
                     raise
             time.sleep(pause)
             wait = min(2 * wait, LONGEST_WAIT_SECONDS)
-        return client.attempt(question.request)
+        return client.attempt(probe.request)
 
 
-def too_long(question: ServerProbe) -> str:
-    """A server whose model has too short a context."""
+def too_long(probe: ServerProbe) -> str:
+    """Return the message about a model whose context is too short."""
     return (
-        f"{question.key}: {question.endpoint.name} refuses the rubric as too long, about a response of one word; take "
-        "a model with a longer context, a shorter prompt, or fewer tokens of an answer"
+        f"{probe.key}: {probe.endpoint.name} refuses the rubric as too long, even with a response of one word. Take "
+        "a model with a longer context, a shorter prompt, or fewer tokens for an answer"
     )
 
 
-def advice(question: ServerProbe, status: int) -> str:
-    """What to look at when a server refuses."""
-    key, variable = question.key, question.endpoint.api_key_env
+def advice(probe: ServerProbe, status: int) -> str:
+    """Return what to check when a server refuses a request."""
+    key, variable = probe.key, probe.endpoint.api_key_env
     match status:
         case 401 | 403:
-            return f"; look at the key in {variable}" if variable else f"; set {key}.api_key_env, it wants a key"
+            return f"; check the key in {variable}" if variable else f"; it needs a key: set {key}.api_key_env"
         case 404:
-            return f"; is {key}.model there, and does {key}.base_url end in front of /chat/completions?"
+            return f"; check {key}.model, and that {key}.base_url ends before /chat/completions"
         case 400 | 422:
-            return f"; {key}.parameters changes what is asked, and null leaves a parameter out"
+            return f"; {key}.parameters changes the request, and null leaves a parameter out"
         case _:
             return ""
 
@@ -214,7 +220,7 @@ def advice(question: ServerProbe, status: int) -> str:
 
 
 def check_engine(config: ExperimentConfig, labels: list[Label]) -> list[str]:
-    """What writes can be started."""
+    """Check that the engine of the remaining generation can be started."""
     engine, lines = config.engine, list[str]()
     if not (writes(config, labels) or any(label.is_judged or label.opponent for label in labels)):
         return lines
@@ -225,12 +231,12 @@ def check_engine(config: ExperimentConfig, labels: list[Label]) -> list[str]:
         if isinstance(engine, Server):
             lines += check_command(engine.command)
             with engine.endpoint("http://localhost/v1", "policy").open("engine"):
-                pass  # Its key is there.
+                pass  # Opening it has checked the key.
     return lines
 
 
 def check_import(python: str) -> list[str]:
-    """vLLM can be imported in its environment."""
+    """Check that vLLM can be imported in its environment."""
     try:
         done = subprocess.run(
             [python, "-P", "-c", "import vllm"], capture_output=True, timeout=IMPORT_SECONDS, check=False
@@ -238,19 +244,19 @@ def check_import(python: str) -> list[str]:
     except OSError as error:
         return [f"engine.python: {python} cannot be run ({error.strerror})"]
     except subprocess.TimeoutExpired:
-        logger.warning("engine=vllm: %s has not imported vLLM in %.0f s", python, IMPORT_SECONDS)
+        logger.warning("engine=vllm: %s has not imported vLLM within %.0f s", python, IMPORT_SECONDS)
         return []
     if done.returncode == 0:
         return []
-    said = [line.strip() for line in done.stderr.decode("utf-8", errors="replace").splitlines() if line.strip()]
+    stderr = [line.strip() for line in done.stderr.decode("utf-8", errors="replace").splitlines() if line.strip()]
     return [
-        f"engine=vllm: {python} cannot import vLLM ({said[-1][:200] if said else 'it says nothing'}); set "
-        "engine.python to the interpreter of an environment that has it"
+        f"engine=vllm: {python} cannot import vLLM ({stderr[-1][:200] if stderr else 'without a message'}); set "
+        "engine.python to the interpreter of an environment that has vLLM"
     ]
 
 
 def check_command(command: str) -> list[str]:
-    """The program that a server's command begins with is there, as far as that can be told."""
+    """Check that the program of a server's command exists, as far as the command shows it."""
     try:
         words = shlex.split(command)
     except ValueError as error:
@@ -261,7 +267,7 @@ def check_command(command: str) -> list[str]:
 
 
 def check_packages(config: ExperimentConfig, labels: list[Label]) -> list[str]:
-    """The package is installed that 4-bit weights and the 8-bit optimiser need."""
+    """Check that bitsandbytes is installed where 4-bit weights or the 8-bit optimizer need it."""
     if importlib.util.find_spec("bitsandbytes") is not None:
         return []
     lines = [quantization.NEEDS] if config.model.quantization != "none" else []
@@ -270,7 +276,7 @@ def check_packages(config: ExperimentConfig, labels: list[Label]) -> list[str]:
 
 
 def check_layout(config: ExperimentConfig, labels: list[Label]) -> list[str]:
-    """There are as many processes as the layout of what is still to be trained needs."""
+    """Check that the number of processes fits the parallelism of the remaining trainings."""
     lines: list[str] = []
     with noting(lines):
         if trained(labels):
@@ -279,15 +285,16 @@ def check_layout(config: ExperimentConfig, labels: list[Label]) -> list[str]:
 
 
 def check_tracking(config: ExperimentConfig, labels: list[Label]) -> list[str]:
-    """Weights & Biases has a key where it has to be reached, and its environment is in order."""
+    """Check that Weights & Biases has a key if it is used online, and that its environment variables are valid."""
     lines: list[str] = []
     with noting(lines):
-        wanted = isinstance(config.tracker, Wandb) and said_mode() != "disabled" and config.tracker.mode == "online"
+        wanted = (
+            isinstance(config.tracker, Wandb) and environment_mode() != "disabled" and config.tracker.mode == "online"
+        )
         if wanted and not has_key():
             lines.append(
                 "tracker.mode=online needs an API key of Weights & Biases: run `wandb login`, set WANDB_API_KEY, or "
-                "take "
-                "tracker.mode=offline"
+                "set tracker.mode=offline"
             )
     return lines
 
@@ -296,7 +303,7 @@ def check_tracking(config: ExperimentConfig, labels: list[Label]) -> list[str]:
 
 
 def check_data(config: ExperimentConfig, labels: list[Label]) -> list[str]:
-    """Every file of data that is named is there."""
+    """Check that every data file exists."""
     lines: list[str] = []
     for look in searches(config):
         with noting(lines):
@@ -305,7 +312,7 @@ def check_data(config: ExperimentConfig, labels: list[Label]) -> list[str]:
 
 
 def check_models(config: ExperimentConfig, labels: list[Label]) -> list[str]:
-    """Every model that is named by a folder is there; those of a hub are looked for when they are fetched."""
+    """Check that every model that is named by a folder exists. Models of a hub are looked for when they are fetched."""
     lines: list[str] = []
     for key, model in named_models(config).items():
         with noting(lines):
@@ -314,7 +321,7 @@ def check_models(config: ExperimentConfig, labels: list[Label]) -> list[str]:
 
 
 def named_models(config: ExperimentConfig) -> dict[str, ModelConfig]:
-    """{setting: model} of all that come from outside the run."""
+    """Return {setting: model} of all models from outside the run."""
     data = config.data
     paths = {f"{key}.model": judge.model for key, judge in judges_of(config).items() if wants_model(judge)}
     paths |= {f"benchmark.{name}.judge.model": path for name, path in judges_to_load(config.benchmark).items()}
@@ -327,7 +334,7 @@ def named_models(config: ExperimentConfig) -> dict[str, ModelConfig]:
 
 
 def trainings(config: ExperimentConfig, labels: list[Label]) -> list[tuple[str, Optimization]]:
-    """(setting, how it trains) of those that remain."""
+    """Return the remaining trainings as (setting, optimization)."""
     tuned, aligned = ("train.sft", config.train.sft), ("train.align", config.train.align)
     later = aligned if config.loss.pairwise else tuned
     found = {key: settings for key, settings in ((later if label.is_aligned else tuned) for label in trained(labels))}
@@ -335,12 +342,12 @@ def trainings(config: ExperimentConfig, labels: list[Label]) -> list[tuple[str, 
 
 
 def trained(labels: list[Label]) -> list[Label]:
-    """The models that remain to be trained."""
+    """Return the labels of the models that remain to be trained."""
     return [label for label in labels if label.is_trained]
 
 
 def check_room(config: ExperimentConfig, labels: list[Label]) -> list[str]:
-    """Disk and memory hold what is to come, as far as M0's files tell how large it is."""
+    """Check disk and memory, as far as M0's files state its size."""
     lines: list[str] = []
     with noting(lines):
         folder = find_local(config.model, "model.path")

@@ -1,4 +1,4 @@
-"""What a stage takes: its batches or steps by the clock, and the most memory it has held."""
+"""Measure a stage: the seconds of its batches or steps, and its peak memory."""
 
 import ctypes
 import json
@@ -21,16 +21,16 @@ from selfalign.training.trainer import peak_memory
 
 
 class StopProfiling(Exception):
-    """Ends a stage behind its first batch."""
+    """Ends a stage after its first batch."""
 
 
 class ProfilingOutput(StageOutput):
-    """A workspace that times every batch a stage journals, shows no progress, and may end the stage behind the first.
+    """A stage output that times every journaled batch and shows no progress.
 
     Attributes:
-        rows: what the stage logged.
+        rows: the rows that the stage logged.
         batches: (size, seconds) of every batch.
-        total: how many units the stage said there were.
+        total: the number of units that the stage announced.
     """
 
     def __init__(self, path: Path, label: str, *, first_alone: bool) -> None:
@@ -42,13 +42,13 @@ class ProfilingOutput(StageOutput):
 
     @contextmanager
     def journal(self, total: int, unit: str) -> Iterator[Journal]:
-        """A journal whose batches are timed."""
+        """Yield a journal that times its batches, and that may end the stage after the first one."""
         self.total += total
         yield ProfilingJournal(self.scratch, self.batches, self._first_alone)
 
 
 class ProfilingJournal(Journal):
-    """Adds the size and the seconds of every batch to a list; every process makes all of them, and keeps none."""
+    """A journal that adds (size, seconds) of every batch to a list. Every process makes all batches and stores none."""
 
     def __init__(self, folder: Path, timed: list[tuple[int, float]], first_alone: bool) -> None:
         super().__init__(folder, lambda size: None)
@@ -56,10 +56,10 @@ class ProfilingJournal(Journal):
         self._first_alone = first_alone
 
     def batches(self, tasks: Iterable[Task]) -> Iterator[Any]:
-        """The results of all batches in their order.
+        """Yield the results of all batches in their order.
 
         Raises:
-            Enough: there is one, and one is enough.
+            StopProfiling: the first batch is done, and only that one is wanted.
         """
         for _, size, work in tasks:
             started = time.monotonic()
@@ -72,13 +72,13 @@ class ProfilingJournal(Journal):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """What a stage took on a few records.
+    """Time and memory of a stage on a few records.
 
     Attributes:
-        each: seconds of its slowest batch; of a training the last step, when all is warmed up.
-        around: seconds of all the rest, such as loading the model.
-        peak: the most memory of a process, bytes.
-        batches: how many batches these records would have been; a stage that journals none is one.
+        each: seconds of the slowest batch; for a training, of the last step, after warm-up.
+        around: seconds of everything else, such as loading the model.
+        peak: the highest peak memory of a process, in bytes.
+        batches: the number of batches that these records make; 1 for a stage that journals none.
     """
 
     each: float
@@ -87,21 +87,21 @@ class Measured:
     batches: float
 
     def batches_of(self, share: float) -> int:
-        """How many batches `share` times as many records make."""
+        """Return the number of batches for `share` times as many records."""
         return math.ceil(round(self.batches * share, 6))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageEstimate:
-    """What a stage of the run will take.
+    """Time, memory and cost of a stage of the run.
 
     Attributes:
-        label: the stage's.
-        count: how many batches, steps or requests.
-        unit: which of these.
+        label: of the stage.
+        count: the number of batches, steps or requests.
+        unit: "batches", "steps", "requests" or "model".
         each: seconds of one of them.
-        around: seconds of all the rest.
-        peak: the most memory, bytes.
+        around: seconds of everything else.
+        peak: peak memory in bytes.
         cost: of a server's tokens.
     """
 
@@ -115,43 +115,43 @@ class StageEstimate:
 
     @property
     def seconds(self) -> float:
-        """In all."""
+        """Seconds of the whole stage."""
         return self.count * self.each + self.around
 
 
-def measure(watch: ProfilingOutput, stage: Callable[[StageOutput], Any]) -> Measured:
-    """Runs a stage on a few records and takes its time and memory; all processes of a run do.
+def measure(out: ProfilingOutput, stage: Callable[[StageOutput], Any]) -> Measured:
+    """Run a stage on a few records and return its time and memory. All processes of a run must call this.
 
     Raises:
         SelfalignError: it does not fit into memory.
     """
     forget_peak_memory()
     started = time.monotonic()
-    with fits(watch.label), suppress(StopProfiling):
-        stage(watch)
+    with fits(out.label), suppress(StopProfiling):
+        stage(out)
     seconds = time.monotonic() - started
-    steps = [float(row["step_seconds"]) for row in watch.rows if "step_seconds" in row]
-    timed = steps or [spent for _, spent in watch.batches] or [seconds]
-    size = watch.batches[0][0] if watch.batches else 0
+    steps = [float(row["step_seconds"]) for row in out.rows if "step_seconds" in row]
+    timed = steps or [spent for _, spent in out.batches] or [seconds]
+    size = out.batches[0][0] if out.batches else 0
     return Measured(
         each=steps[-1] if steps else max(timed),
         around=max(0.0, seconds - sum(timed)),
         peak=max(distributed.gather(peak())),
-        batches=watch.total / size if size else len(timed),
+        batches=out.total / size if size else len(timed),
     )
 
 
 def peak() -> int:
-    """The most memory since it was last forgotten, bytes."""
+    """Return the peak memory in bytes since `forget_peak_memory`."""
     return peak_memory(torch.device(default_device()))
 
 
 def forget_peak_memory() -> None:
-    """Lets the peak begin anew from what is held now; where the system cannot, it goes on being that of the process."""
+    """Reset the peak memory to what is held now. Where the system cannot, the peak stays that of the process."""
     release_memory()
     if default_device() == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
         with suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").malloc_trim(0)  # What was freed goes back to the system.
+            ctypes.CDLL("libc.so.6").malloc_trim(0)  # Return freed memory to the system.
             Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")

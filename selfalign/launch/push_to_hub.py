@@ -1,4 +1,4 @@
-"""A finished run's last policy on a model hub, sent with the user's own login, of which nothing is kept."""
+"""Push the last policy of a finished run to a model hub. The user's login is used and never stored."""
 
 import json
 from fnmatch import fnmatch
@@ -13,20 +13,20 @@ from selfalign.runs.reader import Finished
 ADAPTER_CONFIG = "adapter_config.json"
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", ADAPTER_CONFIG)
-"""What an earlier push of another model may have left in the repository, and must not be loaded with this one."""
+"""Files of an earlier push that must not be loaded with this model; they are deleted from the repository."""
 
 REASONS = {
     401: "the hub does not accept the login",
-    403: "the login may not write there",
-    404: "there is no such place",
+    403: "this login may not write to the repository",
+    404: "the repository does not exist",
 }
 
 
 def check_login() -> None:
-    """What can be known before a run whose model is to be pushed.
+    """Check before a run that its model can be pushed, as far as that can be known.
 
     Raises:
-        SelfalignError: nobody is logged in, or the hub must not be asked.
+        SelfalignError: the user is not logged in, or the hub is switched off by an environment variable.
     """
     from huggingface_hub import get_token
     from huggingface_hub.constants import is_offline_mode
@@ -36,16 +36,16 @@ def check_login() -> None:
             "hub.push=true, but HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set: unset it, or set hub.push=false"
         )
     if get_token() is None:
-        raise SelfalignError("hub.push=true needs a login at the hub: run `hf auth login`, or set HF_TOKEN")
+        raise SelfalignError("hub.push=true needs a login to the hub: run `hf auth login`, or set HF_TOKEN")
 
 
 def publish(folder: Path, repository: str, *, private: bool) -> str:
-    """Sends the last policy of a finished run and its card, as one commit, and returns the commit's address.
+    """Push the last policy of a finished run and its card as one commit, and return the commit's URL.
 
     Args:
-        folder: of the run.
-        repository: owner/name; made where there is none.
-        private: of a repository that is made.
+        folder: the run folder.
+        repository: owner/name; created if it does not exist.
+        private: whether a created repository is private.
 
     Raises:
         SelfalignError: the hub cannot be reached or refuses; the run stays as it is.
@@ -57,30 +57,29 @@ def publish(folder: Path, repository: str, *, private: bool) -> str:
     files = repository_files(run, repository)
     try:
         hub.create_repo(repository, private=private, exist_ok=True)
-        there = hub.list_repo_files(repository)
-        stale = [name for name in there if name not in files and any(fnmatch(name, pattern) for pattern in WEIGHTS)]
+        present = hub.list_repo_files(repository)
+        stale = [name for name in present if name not in files and any(fnmatch(name, pattern) for pattern in WEIGHTS)]
         changes = [CommitOperationDelete(name) for name in stale]
         changes += [CommitOperationAdd(name, content) for name, content in files.items()]
         commit = hub.create_commit(repository, changes, commit_message=f"{last_model(run)} of {folder.name}")
     except (HTTPError, OSError, RuntimeError, ValueError) as error:  # RuntimeError: hf_xet's transfers
         raise SelfalignError(
-            f"hub.repo_id={repository}: {explain_refusal(error)}; the run is finished, in {folder}, and the same "
-            f"command "
-            "tries the push again"
+            f"hub.repo_id={repository}: {explain_refusal(error)}. The run in {folder} is finished; repeat the command "
+            "to try the push again"
         ) from error
     return str(commit.commit_url)
 
 
 def repository_files(run: Finished, repository: str) -> dict[str, str | bytes]:
-    """{name in the repository: a file's path, or content}: weights or adapter, tokenizer, and the card."""
+    """Return {name in the repository: a file's path, or content} of the weights or adapter, tokenizer and card."""
     policy = PolicyCheckpoint(last_model(run).link_in(run.folder))
     part = "adapter" if (policy.path / "adapter").exists() else "weights"
     patterns = [*MODEL_FILES, "*.py"] if (policy.path / TRUSTED).exists() else MODEL_FILES
     files: dict[str, str | bytes] = {
         path.name: str(path)
-        for place in (policy.path / part, policy.path / "tokenizer")
+        for source in (policy.path / part, policy.path / "tokenizer")
         for pattern in patterns
-        for path in sorted(place.glob(pattern))
+        for path in sorted(source.glob(pattern))
     }
     base, _ = base_on_hub(run)
     if base and part == "adapter":
@@ -90,13 +89,13 @@ def repository_files(run: Finished, repository: str) -> dict[str, str | bytes]:
 
 
 def explain_refusal(error: Exception) -> str:
-    """Why a push failed, in one line."""
+    """Return why a push failed, in one line."""
     from huggingface_hub.errors import HfHubHTTPError
 
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
-        told = one_line(error.server_message or "", 200)
-        return f"{REASONS.get(status, 'the hub refused')} ({status}{f': {told}' if told else ''})"
+        detail = one_line(error.server_message or "", 200)
+        return f"{REASONS.get(status, 'the hub refused')} ({status}{f': {detail}' if detail else ''})"
     if isinstance(error, ValueError):
         return one_line(error, 200)
     return f"the hub cannot be reached ({type(error).__name__})"

@@ -1,4 +1,4 @@
-"""A sweep: the state of its jobs in one file, each job done once and on its own, and what they come to."""
+"""Run the jobs of a sweep, each once, record their states in a file, and compare the results."""
 
 import logging
 import os
@@ -33,17 +33,19 @@ class Sweep:
     """The folder of a sweep.
 
     Attributes:
-        folder: `<output_dir>/sweeps/<name>-<digest of the command>`: the same command has the same.
-        held: what keeps the same sweep from running twice at once.
+        folder: `<output_dir>/sweeps/<name>-<digest of the command>`; equal commands have the same folder.
+        held: holds the lock that keeps the same sweep from running twice at once.
     """
 
     folder: Path
     held: ExitStack = field(default_factory=ExitStack)
 
     def open(self, jobs: Sequence[Sequence[str]]) -> None:
-        """Begins or resumes the sweep: waits for its turn, and lists the jobs; `jobs` may be unknown yet.
+        """Start or resume the sweep: wait until no other process runs it, and list its jobs.
 
-        A job that was finished is listed so, until it turns out not to be.
+        Args:
+            jobs: the overrides of each job; empty if a search chooses them later. A job that was finished keeps that
+                state.
 
         Raises:
             OSError: the folder cannot be written.
@@ -54,28 +56,28 @@ class Sweep:
         before = {(job.number, *job.overrides): job for job in done}
         listed = [Job(number=number, overrides=list(told)) for number, told in enumerate(jobs, start=1)]
         self._write([before.get((job.number, *job.overrides), job) for job in listed])
-        print(f"sweep of {len(jobs) or 'as many'} jobs{'' if jobs else ' as the sweeper asks for'}: {self.folder}")
+        print(f"sweep of {len(jobs) or 'as many'} jobs{'' if jobs else ' as the sweeper chooses'}: {self.folder}")
 
     def jobs(self) -> list[Job]:
-        """All that are known so far."""
+        """Return all jobs known so far."""
         return [Job(**{**row, "state": JobState(row["state"])}) for row in read_jobs(self.folder / JOBS)]
 
     def update_job(self, number: int, overrides: Sequence[str], **changes: Any) -> None:
-        """Writes down what has become of a job, and says it when its state is another."""
+        """Record a change of a job, and print it if the state is among the changes."""
         with locked(self.folder / ".jobs.lock", f"{self.folder / JOBS} is being written"):
             known = {job.number: job for job in self.jobs()}
             job = replace(known.get(number) or Job(number=number, overrides=list(overrides)), **changes)
             known[number] = job
-            self._write([known[place] for place in sorted(known)])
+            self._write([known[index] for index in sorted(known)])
         if "state" in changes:
             print(f"job {number} ({varying_overrides(job, list(known.values()))}): {state_text(job)}", flush=True)
 
     def interrupt(self) -> None:
-        """Writes down that Ctrl-C has ended all jobs that were running."""
+        """Record that Ctrl-C has ended all running jobs."""
         self._settle(JobState.interrupted)
 
     def close(self) -> None:
-        """Says what the jobs have come to and writes the comparison, if any job was begun.
+        """Print the states of the jobs and write the comparison, unless no job was started.
 
         Raises:
             SelfalignError: a job has failed.
@@ -93,14 +95,14 @@ class Sweep:
         failed = [job for job in jobs if job.state is JobState.failed]
         if failed:
             first = f"job {failed[0].number} ({varying_overrides(failed[0], jobs)}): {failed[0].error}"
-            raise SelfalignError(f"{len(failed)} of {len(jobs)} jobs failed; the same command tries again. {first}")
+            raise SelfalignError(f"{len(failed)} of {len(jobs)} jobs failed; repeat the command to retry. {first}")
 
     def run_of(self, job: Job) -> str:
-        """A job's run folder, for a person."""
+        """Return the path of a job's run folder, for printing."""
         return os.path.normpath(self.folder / job.folder) if job.folder else "–"
 
     def _settle(self, state: JobState, **changes: Any) -> None:
-        """What has become of the jobs that no process is running any more."""
+        """Set the state of jobs that are recorded as running, though no process runs them any more."""
         for job in self.jobs():
             if job.state is JobState.running:
                 self.update_job(job.number, job.overrides, state=state, **changes)
@@ -122,20 +124,20 @@ def run_job(
     *,
     searched: bool,
 ) -> float | None:
-    """Does a job that is not done yet; whatever it fails with is written down and stays its own.
+    """Run a job that is not finished. An error is recorded and does not stop the other jobs.
 
-    Of several processes the main one writes down how the job goes, and any that fails, why.
+    Rank 0 records the progress of the job; any rank that fails records why.
 
     Args:
-        sweep: where it is written down.
-        number: the job's place in the sweep, from 1.
-        overrides: what the job is told.
-        prepare: makes the experiment of them.
-        explain: says in one line what a user can mend, nothing of a bug.
-        searched: whether the sweeper goes by `sweep_metric`, which the last model then has to have.
+        sweep: the sweep that records the job.
+        number: of the job, from 1.
+        overrides: of the job.
+        prepare: returns the experiment with these overrides.
+        explain: returns the message of an error that the user can correct, in one line; None for any other error.
+        searched: whether a search optimises `sweep_metric`, which the last model must have then.
 
     Returns:
-        That number, or its negative where it should be low; nothing if the job failed or has no such number.
+        That metric, negated if it should be low; None if the job failed or has no such metric.
     """
     started, begun = time.monotonic(), False
 
@@ -153,22 +155,22 @@ def run_job(
             os.environ.setdefault("WANDB_RUN_GROUP", sweep.folder.name)
             config, text, plain = prepare()
             folder, _ = run_folder(Path(config.output_dir).absolute(), config.name, config, fresh=config.fresh)
-            place = os.path.relpath(folder, sweep.folder)
-            distributed.on_main(lambda: sweep.update_job(number, overrides, folder=place))
+            relative = os.path.relpath(folder, sweep.folder)
+            distributed.on_main(lambda: sweep.update_job(number, overrides, folder=relative))
             there = finish_experiment(config, text, plain, begin)
             if there is None:
                 return None
             model = read_json(folder / "summary.json")["models"][-1]
             metric, sign = signed(config.sweep_metric)
             if searched and metric not in model:
-                raise SelfalignError(f"sweep_metric={config.sweep_metric} is none of {', '.join(model)}")
+                raise SelfalignError(f"sweep_metric={config.sweep_metric} is not among {', '.join(model)}")
     except KeyboardInterrupt:
         if begun:
             tell(JobState.interrupted)
         raise
     except distributed.PeerProcessExited:
-        return None  # That one has written down why, or was killed and could not.
-    except Exception as error:  # noqa: BLE001 - the other jobs go on, and the sweep ends with exit code 1
+        return None  # The process that failed has recorded why, unless it was killed.
+    except Exception as error:  # noqa: BLE001 - the other jobs continue, and the sweep ends with exit code 1
         message = explain(error)
         if message is None:
             traceback.print_exc()
@@ -181,7 +183,7 @@ def run_job(
 
 @contextmanager
 def restore_global_state() -> Iterator[None]:
-    """Gives the next job in this process what this one found: environment, dtype, and random numbers."""
+    """Restore the environment, the default dtype and the random number generators after the block."""
     environment, dtype = dict(os.environ), torch.get_default_dtype()
     python, numpy, pytorch = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:

@@ -1,4 +1,4 @@
-"""Records, questions and texts that are as long as they may be, of words without sense, to rehearse a run with."""
+"""Dummy records for the dry run: instructions, responses, pairs and demonstrations of the largest possible length."""
 
 from bisect import bisect_right
 from collections.abc import Callable
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 SHORTEST_PROMPT = 64
-"""Tokens of a prompt, its template included, that leaves its response all the room there is."""
+"""Tokens of the shortest prompt, with its template; the rest of the sequence is the response's."""
 
 SHARES = 64
-"""Texts that do not fit together are shortened by so many parts."""
+"""Steps in which texts that do not fit together are shortened."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +28,8 @@ class WorstCaseRecords:
 
     Attributes:
         tokenizer: counts the tokens.
-        context: the longest sequence the model takes.
-        max_length: the longest sequence that is trained on.
+        context: the model's context length in tokens.
+        max_length: the longest sequence in training, in tokens.
     """
 
     tokenizer: "Tokenizer"
@@ -37,18 +37,18 @@ class WorstCaseRecords:
     max_length: int
 
     def words(self, tokens: int, word: str = " the") -> str:
-        """As many words as make so many tokens, or as few less as can be."""
+        """Return a word repeated to at most `tokens` tokens."""
         count = bisect_right(range(1, tokens + 1), tokens, key=lambda n: self.count((word * n).strip()))
         return (word * count).strip()
 
     def count(self, text: str) -> int:
-        """The tokens of a text."""
+        """Return the number of tokens of a text."""
         return len(plain_ids(self.tokenizer, text))
 
     def fitting(self, ask: Callable[..., Prompt], tokens: list[int], limit: int) -> list[str]:
         """Return dummy texts of the given lengths in tokens.
 
-        They are shortened by a common factor until the prompt built by `ask` fits into `limit`.
+        They are shortened by a common factor until the prompt built by `ask` fits into `limit` tokens.
 
         Raises:
             SelfalignError: the prompt is too long even without them.
@@ -59,20 +59,22 @@ class WorstCaseRecords:
 
         share = bisect_right(range(SHARES + 1), limit, key=lambda n: len(encode_prompt(self.tokenizer, ask(*texts(n)))))
         if not share:
-            raise SelfalignError(f"a prompt without any text is longer than the {limit} tokens there is room for")
+            raise SelfalignError(
+                f"a prompt without any text is longer than the {limit} tokens that are available for it"
+            )
         return texts(share - 1)
 
     def prompt_tokens(self, written: int) -> int:
-        """How long an instruction's prompt is, where the answer has so many tokens."""
+        """Return the most tokens of an instruction's prompt whose response has `written` tokens."""
         return min(max(SHORTEST_PROMPT, self.max_length - written), self.context - written)
 
     def instructions(self, count: int, written: int) -> list[Instruction]:
-        """Their prompts fill the longest sequence up to an answer of so many tokens."""
+        """Return instructions whose prompt and a response of `written` tokens fill the longest sequence."""
         [text] = self.fitting(as_prompt, [limit := self.prompt_tokens(written)], limit)
         return [Instruction(id=f"i{n}", text=text, source="self") for n in range(count)]
 
     def responses(self, instruction: Instruction, count: int, text: str) -> list[Response]:
-        """So many responses to an instruction, all of this text."""
+        """Return `count` responses to an instruction, all with the same text."""
         tokens = self.count(text)
         return [
             Response(
@@ -81,14 +83,17 @@ class WorstCaseRecords:
                 text=text,
                 finish_reason=FinishReason.EOS,
                 tokens=tokens,
-                model="rehearsed",
+                model="dry run",
             )
             for n in range(count)
         ]
 
     def pairs(self, count: int, written: int) -> list[PreferencePair]:
-        """Both responses have so many tokens, or less where the prompt needs the room; p comes on top."""
-        answer = max(2, min(written, self.max_length - SHORTEST_PROMPT))  # its end of turn is one of these
+        """Return pairs whose responses have `written` tokens, or fewer where the prompt needs the room.
+
+        The text p of the refinement is not counted.
+        """
+        answer = max(2, min(written, self.max_length - SHORTEST_PROMPT))  # The end-of-turn token is counted.
         [prompt] = self.fitting(as_prompt, [limit := max(SHORTEST_PROMPT, self.max_length - answer)], limit)
         chosen, rejected = self.words(answer - 1), self.words(answer - 1, " a")
         return [
@@ -99,7 +104,7 @@ class WorstCaseRecords:
         ]
 
     def demonstrations(self, count: int, tokens: int, family: int) -> list[Demonstration]:
-        """Questions that are demonstrated `family` times, in so many tokens together."""
+        """Return `count` prompts with `family` demonstrations each, `tokens` tokens together for each prompt."""
         [prompt] = self.fitting(as_prompt, [SHORTEST_PROMPT], SHORTEST_PROMPT)
         target = self.words(min((tokens - SHORTEST_PROMPT) // family, self.max_length - SHORTEST_PROMPT) - 1)
         return [
@@ -110,17 +115,17 @@ class WorstCaseRecords:
 
 
 class MaxLengthTransformers(Transformers):
-    """Writes every text up to its last token."""
+    """The transformers engine without end-of-text tokens: every text reaches max_new_tokens."""
 
     def load(self, policy: PolicyCheckpoint) -> TransformersGenerator:
-        """A generator that knows no token that ends a text."""
+        """Return a generator whose set of stop tokens is empty."""
         generator = Transformers.load(self, policy)
         generator.stops = generator.stops[:0]
         return generator
 
 
 def max_length_generation(engine: Any) -> Any:
-    """The engine with texts as long as they may be, where it can be told so."""
+    """Return the transformers engine so that it fills every text; return any other engine unchanged."""
     if not isinstance(engine, Transformers):
         return engine
     return MaxLengthTransformers(**{setting.name: getattr(engine, setting.name) for setting in fields(Transformers)})

@@ -1,1 +1,1 @@
-"""The equations: preference losses and the refinement function, pure and unreduced."""
+"""The equations: preference losses and the refinement function, as pure functions without reduction."""

@@ -10,9 +10,13 @@ Values = Float[Tensor, "pairs"]
 
 @dataclass(kw_only=True, slots=True)
 class PairLogps:
-    """Log-probabilities of both responses of each pair: nats, summed over response tokens, shape (pairs,).
+    """Log-probabilities of both responses of each pair.
 
-    `chosen_tokens` and `rejected_tokens` count those tokens; the reduction "mean" and the term `nll_weight` need them.
+    Attributes:
+        chosen: nats, summed over the tokens of the chosen response, shape (pairs,).
+        rejected: nats, summed over the tokens of the rejected response, shape (pairs,).
+        chosen_tokens: numbers of these tokens, shape (pairs,). `reduction="mean"` and `nll_weight` need them.
+        rejected_tokens: numbers of tokens of the rejected responses, shape (pairs,).
     """
 
     chosen: Values
@@ -21,7 +25,7 @@ class PairLogps:
     rejected_tokens: Values | None = None
 
     def detach(self) -> "PairLogps":
-        """The same numbers, without gradient."""
+        """Return a copy without gradient."""
         return PairLogps(
             chosen=self.chosen.detach(),
             rejected=self.rejected.detach(),
@@ -30,10 +34,10 @@ class PairLogps:
         )
 
     def per_token(self) -> "PairLogps":
-        """Each response's average log-probability a token instead of the sum.
+        """Return log-probabilities averaged over each response's tokens, in nats per token.
 
         Raises:
-            ValueError: the token counts are not there.
+            ValueError: the token counts are missing.
         """
         if self.chosen_tokens is None or self.rejected_tokens is None:
             raise ValueError("averaged log-probabilities need chosen_tokens and rejected_tokens")

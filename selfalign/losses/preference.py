@@ -1,11 +1,11 @@
-"""The preference losses: pure functions of summed log-probabilities, one value a pair, unreduced.
+"""The preference losses: pure functions of summed log-probabilities, one value for each pair, without reduction.
 
-Throughout, for a pair (y⁺, y⁻) of one prompt x,
+For a pair (y⁺, y⁻) of one prompt x,
 
     h = [log π(y⁺|x) - log π_ref(y⁺|x)] - [log π(y⁻|x) - log π_ref(y⁻|x)]        in nats, summed over tokens
 
-and Δ is the refinement of `selfalign.losses.refinement`, without gradient. A loss declares with `offset` which values
-besides these it takes.
+and Δ is the refinement of `selfalign.losses.refinement`, without gradient. A loss declares with `offset` which other
+values it needs.
 """
 
 import math
@@ -20,12 +20,12 @@ from selfalign.losses.refinement import Refinement, refinement
 
 
 def log_ratio_margin(policy: PairLogps, reference: PairLogps) -> Values:
-    """h: how much more the policy than the reference prefers the chosen response, in nats."""
+    """Return h: the policy's preference for the chosen response beyond the reference's, in nats, shape (pairs,)."""
     return (policy.chosen - reference.chosen) - (policy.rejected - reference.rejected)
 
 
 def rewards(beta: float, policy: PairLogps, reference: PairLogps) -> tuple[Values, Values]:
-    """β[log π - log π_ref] of the chosen and of the rejected responses, each (pairs,)."""
+    """Return the rewards β[log π - log π_ref] of the chosen and of the rejected responses, each of shape (pairs,)."""
     return beta * (policy.chosen - reference.chosen), beta * (policy.rejected - reference.rejected)
 
 
@@ -35,8 +35,8 @@ class DPO:
 
     Attributes:
         beta: strength of the pull towards the reference, per nat.
-        label_smoothing: ε, how often a pair's order is thought to be wrong (conservative DPO); 0 trusts every pair.
-        nll_weight: weight of the chosen response's negative log-likelihood a token, added to the loss.
+        label_smoothing: ε, the assumed share of pairs in the wrong order (conservative DPO); 0 trusts every pair.
+        nll_weight: weight of the chosen response's negative log-likelihood per token, which is added to the loss.
     """
 
     title = "DPO"
@@ -64,9 +64,9 @@ class IPO:
 
     Attributes:
         beta: the target margin is 1/(2β) nats.
-        reduction: "sum" takes log-probabilities of whole responses, as the product of token probabilities says;
-            "mean" averages them a token, as some libraries do, which asks for 1/(2β) nats *a token*.
-        nll_weight: weight of the chosen response's negative log-likelihood a token, added to the loss.
+        reduction: "sum" takes log-probabilities of whole responses, as in the paper. "mean" averages them over tokens,
+            as some libraries do; the target margin is then 1/(2β) nats *per token*.
+        nll_weight: weight of the chosen response's negative log-likelihood per token, which is added to the loss.
     """
 
     title = "IPO"
@@ -92,15 +92,15 @@ class IPO:
 class SrDPO:
     """Self-refined DPO: -log σ(β h - λ ⊥[Δ]). Yu et al. 2024, arXiv 2405.21040.
 
-    The offset asks for a larger margin on the pairs whose chosen response the policy itself, told to answer
-    well, prefers more.
+    The offset raises the margin of the pairs whose chosen response the policy itself prefers if it is told to answer
+    well.
 
     Attributes:
         beta: strength of the pull towards the reference, per nat.
         lam: λ, the weight of the refinement; 0 is DPO.
         refinement: where Δ comes from.
-        label_smoothing: ε, how often a pair's order is thought to be wrong; 0 trusts every pair.
-        nll_weight: weight of the chosen response's negative log-likelihood a token, added to the loss.
+        label_smoothing: ε, the assumed share of pairs in the wrong order; 0 trusts every pair.
+        nll_weight: weight of the chosen response's negative log-likelihood per token, which is added to the loss.
     """
 
     title = "Sr-DPO"
@@ -121,7 +121,7 @@ class SrDPO:
         check_nll_weight(self.nll_weight)
 
     def delta(self, policy_p: PairLogps, reference_p: PairLogps) -> Values:
-        """Δ of each pair, in units of reward (eq. 11); the arguments are given p⊕x, or x for Δ_naive (eq. 10)."""
+        """Return Δ in units of reward, shape (pairs,): eq. 11 for arguments given p⊕x, Δ_naive (eq. 10) given x."""
         return refinement(policy_p, reference_p, self.beta)
 
     def __call__(self, policy: PairLogps, reference: PairLogps, refinement: Values | None = None) -> Values:
@@ -134,17 +134,17 @@ class SrDPO:
 class SrIPO:
     """Self-refined IPO: (h - λ ⊥[Δ] - 1/(2β))². Yu et al. 2024, arXiv 2405.21040.
 
-    Differs from the paper: `lambda_scale="derived"` divides the refinement by β. That is what maximising the paper's
-    objective (its eq. 13) gives; "paper" is the formula as the paper prints it.
+    Differs from the paper: `lambda_scale="derived"` divides the refinement by β. This follows from maximising the
+    paper's objective (its eq. 13). "paper" is the formula that the paper prints.
 
     Attributes:
-        beta: the target margin is 1/(2β) nats, plus the refinement's part.
+        beta: the target margin is 1/(2β) nats plus the refinement.
         lam: λ, the weight of the refinement; 0 is IPO.
-        reduction: "sum" or "mean" of log-probabilities over a response's tokens, as in IPO, and the same in Δ: with
-            "mean" Δ is in units of reward a token, and the target does not depend on length.
+        reduction: "sum" or "mean" of log-probabilities over a response's tokens, in h and in Δ. With "mean", Δ is in
+            units of reward per token, and the target does not depend on length.
         lambda_scale: "paper" (λΔ) or "derived" (λΔ/β).
         refinement: where Δ comes from.
-        nll_weight: weight of the chosen response's negative log-likelihood a token, added to the loss.
+        nll_weight: weight of the chosen response's negative log-likelihood per token, which is added to the loss.
     """
 
     title = "Sr-IPO"
@@ -167,11 +167,11 @@ class SrIPO:
 
     @property
     def formula(self) -> str:
-        """Its value for a pair, with the weight that `lambda_scale` gives Δ."""
+        """The formula, with the weight of Δ by `lambda_scale`."""
         return "(h − (λ/β) ⊥Δ − 1/(2β))²" if self.lambda_scale == "derived" else "(h − λ ⊥Δ − 1/(2β))²"
 
     def delta(self, policy_p: PairLogps, reference_p: PairLogps) -> Values:
-        """Δ of each pair, reduced as h is; the arguments are given p⊕x, or x for Δ_naive."""
+        """Return Δ, shape (pairs,), with the reduction of h. The arguments are given p⊕x, or x for Δ_naive."""
         return refinement(*reduced(policy_p, reference_p, self.reduction), self.beta)
 
     def __call__(self, policy: PairLogps, reference: PairLogps, refinement: Values | None = None) -> Values:
@@ -190,7 +190,7 @@ class ODPO:
     Attributes:
         beta: strength of the pull towards the reference, per nat.
         alpha: α, the weight of the offset; 0 is DPO.
-        nll_weight: weight of the chosen response's negative log-likelihood a token, added to the loss.
+        nll_weight: weight of the chosen response's negative log-likelihood per token, which is added to the loss.
     """
 
     title = "ODPO"
@@ -217,11 +217,12 @@ class ODPO:
 class Positives:
     """No preference loss: SFT on the good responses alone (arXiv 2401.10020, "positives only" variant).
 
-    The loss is the negative log-likelihood a token of the responses `pair=positives` keeps, or of the chosen
+    The loss is the negative log-likelihood per token of the responses that `pair=positives` keeps, or of the chosen
     responses of given pairs.
 
     Attributes:
-        init: "previous" trains the newest model on them; "base", as the paper, M0 on M1's demonstrations and them.
+        init: "previous" trains the current model on them. "base", as in the paper, trains M0 on M1's demonstrations and
+            them.
     """
 
     title = "Positives"
@@ -239,10 +240,10 @@ class Positives:
 def logistic(
     policy: PairLogps, reference: PairLogps, beta: float, offset: Values | float, label_smoothing: float = 0.0
 ) -> Values:
-    """-log σ(z), z = β h - offset: DPO without an offset, Sr-DPO and ODPO each with its own.
+    """Return -log σ(z) with z = β h - offset, shape (pairs,). DPO has offset 0; Sr-DPO and ODPO have their own.
 
-    With smoothing ε it is the mean over right and wrong labels, -(1-ε) log σ(z) - ε log σ(-z): Mitchell 2023, "A note
-    on DPO with noisy preferences & relationship to IPO".
+    With smoothing ε it is the expectation over right and wrong labels, -(1-ε) log σ(z) - ε log σ(-z): Mitchell 2023,
+    "A note on DPO with noisy preferences & relationship to IPO".
     """
     logits = beta * log_ratio_margin(policy, reference) - offset
     if not label_smoothing:
@@ -251,12 +252,12 @@ def logistic(
 
 
 def weighted_nll(policy: PairLogps, weight: float) -> Values | float:
-    """-log π(y⁺|x) a token of y⁺, times a weight (iterative RPO: Pang et al. 2024, arXiv 2404.19733)."""
+    """Return -log π(y⁺|x) per token of y⁺, times a weight (iterative RPO: Pang et al. 2024, arXiv 2404.19733)."""
     return -weight * policy.per_token().chosen if weight else 0.0
 
 
 def reduced(policy: PairLogps, reference: PairLogps, reduction: str) -> tuple[PairLogps, PairLogps]:
-    """Both models' log-probabilities, summed as they are or averaged over each response's tokens."""
+    """Return both models' log-probabilities: unchanged for "sum", averaged over each response's tokens for "mean"."""
     if reduction == "sum":
         return policy, reference
     averaged = PairLogps(
@@ -269,37 +270,41 @@ def reduced(policy: PairLogps, reference: PairLogps, reduction: str) -> tuple[Pa
 
 
 def required(offset: Values | None) -> Values:
-    """The offset that a loss declares, which it cannot do without."""
+    """Return the offset.
+
+    Raises:
+        ValueError: it is None, although the loss declares one.
+    """
     if offset is None:
         raise ValueError("Sr-DPO and Sr-IPO need the refinement Δ, ODPO the score gap, shape (pairs,)")
     return offset
 
 
 def check_beta(beta: float) -> None:
-    """β divides and scales: it has to be above 0."""
+    """Check that β is positive and finite, because the losses divide by it."""
     if not 0 < beta < math.inf:
         raise SelfalignError(f"loss.beta must be above 0 and finite, got {beta}")
 
 
 def check_lam(lam: float) -> None:
-    """λ weighs an offset: 0 switches it off, below 0 would reverse the method."""
+    """Check that λ is 0 or more and finite. 0 switches the offset off; a negative λ would reverse the method."""
     if not 0 <= lam < math.inf:
         raise SelfalignError(f"loss.lam must be 0 or more and finite, got {lam}")
 
 
 def check_label_smoothing(label_smoothing: float) -> None:
-    """ε is a share of wrong labels: from one half on, the labels would say nothing or the opposite."""
+    """Check that ε, a share of wrong labels, is below one half, where labels would mean nothing."""
     if not 0 <= label_smoothing < 0.5:
         raise SelfalignError(f"loss.label_smoothing must be at least 0 and below 0.5, got {label_smoothing}")
 
 
 def check_nll_weight(weight: float) -> None:
-    """Below 0 it would teach the model not to give the chosen response."""
+    """Check that the weight is 0 or more. A negative weight would lower the chosen response's probability."""
     if not 0 <= weight < math.inf:
         raise SelfalignError(f"loss.nll_weight must be 0 or more and finite, got {weight}")
 
 
 def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-    """One of a few words."""
+    """Check that a setting has one of its choices."""
     if value not in choices:
         raise SelfalignError(f"{key} must be one of {', '.join(choices)}; got {value!r}")

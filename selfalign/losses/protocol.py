@@ -1,4 +1,4 @@
-"""What a loss declares of itself, so that nobody has to know which loss it is."""
+"""The protocols of losses. Other code reads what a loss declares instead of testing its class."""
 
 from enum import StrEnum
 from typing import Protocol, TypeGuard, runtime_checkable
@@ -8,9 +8,9 @@ from selfalign.losses.refinement import Refinement
 
 
 class Offset(StrEnum):
-    """The values that offset a loss, one a pair, besides the log-probabilities given x.
+    """The offset of a loss, one value for each pair.
 
-    `refinement` is Δ; `score_gap` is s⁺ - s⁻, the difference of the judge's mean scores, above 0.
+    `refinement` is Δ. `score_gap` is s⁺ - s⁻, the difference of the judge's mean scores, which must be above 0.
     """
 
     none = "none"
@@ -20,13 +20,13 @@ class Offset(StrEnum):
 
 @runtime_checkable
 class Loss(Protocol):
-    """What every choice of `loss` declares.
+    """The declarations of every choice of `loss`.
 
     Attributes:
         title: its name in reports and model cards.
-        formula: its value for a pair, as plain text.
-        pairwise: whether it compares the two responses of a pair; else chosen responses are fine-tuned on.
-        offset: what it is called with besides the log-probabilities.
+        formula: its formula for a pair, as plain text.
+        pairwise: whether it compares the two responses of a pair. If false, the policy is fine-tuned on chosen ones.
+        offset: the offset that it needs besides the log-probabilities.
     """
 
     @property
@@ -44,7 +44,7 @@ class Loss(Protocol):
 
 @runtime_checkable
 class PreferenceLoss(Loss, Protocol):
-    """A pairwise loss: policy, reference and, where `offset` names one, the offset, to losses; each (pairs,)."""
+    """A pairwise loss. It maps log-probabilities of policy and reference, and its offset, to losses, shape (pairs,)."""
 
     @property
     def beta(self) -> float: ...
@@ -54,7 +54,7 @@ class PreferenceLoss(Loss, Protocol):
 
 @runtime_checkable
 class FineTuningLoss(Loss, Protocol):
-    """No pairwise loss: good responses are fine-tuned on, from the "previous" model or from the "base"."""
+    """A loss that fine-tunes on good responses; `init` is the model to start from, "previous" or "base"."""
 
     @property
     def init(self) -> str: ...
@@ -71,16 +71,16 @@ class RefinedLoss(PreferenceLoss, Protocol):
 
 
 def is_refined(loss: Loss) -> TypeGuard[RefinedLoss]:
-    """Tells whether a loss is offset by Δ."""
+    """Whether the offset of a loss is Δ."""
     return loss.offset is Offset.refinement
 
 
 def refinement_of(loss: Loss) -> Refinement | None:
-    """The refinement a loss asks for, or None."""
+    """Return the refinement of a loss, or None."""
     return loss.refinement if is_refined(loss) else None
 
 
 def augmentation_of(loss: Loss) -> Refinement | None:
-    """What a loss's second pass depends on; None where it has no second pass."""
+    """Return the settings of a loss's second pass, given p⊕x; None if it has no second pass."""
     source = refinement_of(loss)
     return source.augmentation() if source else None

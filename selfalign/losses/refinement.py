@@ -1,6 +1,6 @@
 """The refinement function of quality-aware self-refinement: the augmented prompt p⊕x and Δ.
 
-Yu et al. 2024, arXiv 2405.21040, eq. 11; and the controls that tell what of its gain comes from where.
+Yu et al. 2024, arXiv 2405.21040, eq. 11, and controls that separate the causes of its gain.
 """
 
 import random
@@ -30,14 +30,14 @@ class Refinement:
     """Where the Δ of the Sr losses comes from.
 
     Attributes:
-        source: "prompted" is the paper's Δ_π. The rest are controls: "naive" is β h, without p (its eq. 10);
+        source: "prompted" is the paper's Δ_π. The others are controls: "naive" is β h, without p (its eq. 10);
             "shuffled" gives each pair the Δ_π of another pair of its step; "constant" gives every pair `constant`;
-            "random_prompt" puts random words, as many tokens as p, in p's place.
-        prompt: p, put before the query x, a text or "file:PATH"; `{scale}` in it is replaced by `scale`. Our wording.
-        place: of p where x is a dialogue: "dialogue" is before all of it, as in the paper's p⊕x, at the start of the
-            first user turn, behind a system message; "last_turn" is at the start of the last user turn, between turns.
-        scale: the top of the scale that p speaks of: 100, or 10 as the paper's ablation.
-        constant: Δ of every pair where the source is "constant", in units of reward (of reward a token where
+            "random_prompt" replaces p by random words of as many tokens.
+        prompt: p, the text before the query x, or "file:PATH". `{scale}` in it is replaced by `scale`. Our wording.
+        place: the position of p if x is a dialogue. "dialogue", as in the paper's p⊕x, is the start of the first user
+            turn, after a system message; "last_turn" is the start of the last user turn.
+        scale: the highest score of the scale in p: 100, or 10 as in the paper's ablation.
+        constant: Δ of every pair if the source is "constant", in units of reward (of reward per token if
             `loss.reduction` is "mean").
     """
 
@@ -54,12 +54,15 @@ class Refinement:
             raise SelfalignError(f"loss.refinement.place must be one of {', '.join(PLACES)}; got {self.place!r}")
         self.prompt = text_or_file(self.prompt, "loss.refinement.prompt")
         if not self.prompt.strip():
-            raise SelfalignError("loss.refinement.prompt is empty; p is what the refinement asks the policy")
+            raise SelfalignError("loss.refinement.prompt is empty: give the text p that is put before the prompt")
         check_template(self.prompt, "loss.refinement.prompt", (), ("scale",))
         if self.scale < 1:
             raise SelfalignError(f"loss.refinement.scale must be 1 or more, got {self.scale}")
         if self.scale != SCALE and "{scale}" not in self.prompt:
-            raise SelfalignError("loss.refinement.scale has no meaning: loss.refinement.prompt has no {scale}")
+            raise SelfalignError(
+                f"loss.refinement.scale={self.scale} has no effect, because loss.refinement.prompt has no {{scale}}: "
+                "add {scale} to the prompt or remove the setting"
+            )
         if bool(self.constant) != (self.source == "constant"):
             raise SelfalignError(
                 "loss.refinement.constant must be non-zero if and only if loss.refinement.source=constant (got "
@@ -67,27 +70,27 @@ class Refinement:
             )
 
     def augmentation(self) -> "Refinement | None":
-        """What the second pass of policy and reference depends on; None for a source that has no second pass."""
+        """Return the settings of the second pass of policy and reference; None if the source has no second pass."""
         if self.source in ("naive", "constant"):
             return None
         return replace(self, source="prompted") if self.source == "shuffled" else self
 
     def text(self, tokenizer: "Tokenizer") -> "Augmentation":
-        """p as it is put before x: the prompt with its scale, or random words of the same length."""
+        """Return p: the prompt with its scale, or random words of the same length."""
         p = self.prompt.replace("{scale}", str(self.scale))
         return Augmentation(random_words(tokenizer, p) if self.source == "random_prompt" else p, self.place)
 
 
 @dataclass(frozen=True, slots=True)
 class Augmentation:
-    """p: its text, and its place in a dialogue."""
+    """p: its text and its position in a dialogue."""
 
     text: str
     place: str
 
 
 def augment(p: Augmentation, prompt: Prompt) -> Prompt:
-    """p⊕x: p at the start of a plain text, or of the user turn that its place names."""
+    """Return p⊕x: p is put at the start of a plain text, or of the user turn that its place names."""
     if isinstance(prompt, str):
         return p.text + prompt
     users = [index for index, message in enumerate(prompt) if message["role"] == "user"]
@@ -97,10 +100,10 @@ def augment(p: Augmentation, prompt: Prompt) -> Prompt:
 
 
 def random_words(tokenizer: "Tokenizer", text: str) -> str:
-    """Words drawn from the vocabulary, as many tokens of them as the text has, ending as the text ends."""
+    """Return random words of the vocabulary with as many tokens as a text, and with the text's final white space."""
     end = text[len(text.rstrip()) :]
     length = _count_tokens(tokenizer, text)
-    # Byte-level vocabularies mark a word's beginning with Ġ, SentencePiece ones with ▁.
+    # Byte-level vocabularies mark the beginning of a word with Ġ, SentencePiece ones with ▁.
     begins = sorted(token[1:] for token in tokenizer.get_vocab() if token[:1] in ("Ġ", "▁"))
     words = [word for word in begins if word.isascii() and word.isalpha()] or ["word"]
     draw = random.Random(derive_seed("random prompt", length))
@@ -113,15 +116,15 @@ def random_words(tokenizer: "Tokenizer", text: str) -> str:
 def refinement(policy_p: PairLogps, reference_p: PairLogps, beta: float) -> Values:
     """Δ_π(y⁻, y⁺; x) = β{[log π(y⁺|p⊕x) - log π_ref(y⁺|p⊕x)] - [log π(y⁻|p⊕x) - log π_ref(y⁻|p⊕x)]} (eq. 11).
 
-    Given the log-probabilities without p instead, it is Δ_naive = β h (eq. 10).
+    With log-probabilities given x instead of p⊕x, it is Δ_naive = β h (eq. 10).
 
     Args:
-        policy_p: log-probabilities under the *current* policy, given p⊕x; summed, as the paper has them, or averaged.
-        reference_p: the same under the reference.
+        policy_p: log-probabilities under the *current* policy, given p⊕x; summed, as in the paper, or averaged.
+        reference_p: log-probabilities under the reference, given p⊕x; summed or averaged likewise.
         beta: β of the loss.
 
     Returns:
-        Δ in units of reward (of reward a token, given averages), shape (pairs,), without gradient; above 0 where the
+        Δ in units of reward (of reward per token for averages), shape (pairs,), without gradient. It is above 0 if the
         policy, told to answer well, has moved towards the chosen response.
     """
     chosen = policy_p.chosen - reference_p.chosen

@@ -1,1 +1,1 @@
-"""What is measured: names and meanings, sums, intervals, judge quality, limits."""
+"""Metrics: their catalogue, sums, intervals, judge quality and bounds."""

@@ -1,4 +1,4 @@
-"""Metrics that add up: parts of a step, or of the data, to exactly what one large part would have."""
+"""Metrics as sums. The sums over parts of a step, or of the data, add up to exactly those of the whole."""
 
 import math
 from abc import ABC, abstractmethod
@@ -8,24 +8,24 @@ from typing import Self
 
 
 class Statistic(ABC):
-    """A number over units, kept as sums over them."""
+    """A statistic over units, stored as sums over them."""
 
     __slots__ = ()
 
     @property
     @abstractmethod
     def value(self) -> float | None:
-        """The number; None where it is not defined."""
+        """The value of the statistic; None if it is undefined."""
 
     def __add__(self, other: Self) -> Self:
-        """Over the units of both."""
+        """Return the statistic over the units of both."""
         names = [field.name for field in fields(self)]  # pyright: ignore[reportArgumentType]
         return type(self)(*(getattr(self, name) + getattr(other, name) for name in names))
 
 
 @dataclass(frozen=True, slots=True)
 class Mean(Statistic):
-    """A mean: the weighted sum of a quantity, and the weight."""
+    """A mean: the weighted sum of a quantity, and the sum of the weights."""
 
     total: float
     weight: float
@@ -37,7 +37,7 @@ class Mean(Statistic):
 
 @dataclass(frozen=True, slots=True)
 class Moments(Statistic):
-    """First and second moments of a quantity: how many units, Σx and Σx². Its value is the mean."""
+    """First and second moments of a quantity: the number of units, Σx and Σx². The value is the mean."""
 
     count: float
     total: float
@@ -45,7 +45,7 @@ class Moments(Statistic):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Self:
-        """Of one value a unit."""
+        """Sum one value for each unit."""
         return cls(float(len(values)), math.fsum(values), math.fsum(value * value for value in values))
 
     @property
@@ -54,12 +54,12 @@ class Moments(Statistic):
 
     @property
     def variance(self) -> float:
-        """With n in the denominator; there is at least one unit."""
+        """The variance, with n in the denominator. There must be a unit."""
         return self.mean_square - (self.total / self.count) ** 2
 
     @property
     def mean_square(self) -> float:
-        """The mean of x²."""
+        """The mean of x². There must be a unit."""
         return self.squares / self.count
 
 
@@ -76,7 +76,7 @@ class Deviation(Statistic):
 
 @dataclass(frozen=True, slots=True)
 class Correlation(Statistic):
-    """Pearson's correlation of two quantities; not defined where one of them is constant."""
+    """Pearson's correlation of two quantities; undefined if one of them is constant."""
 
     x: Moments
     y: Moments
@@ -84,7 +84,7 @@ class Correlation(Statistic):
 
     @classmethod
     def between(cls, x: Sequence[float], y: Sequence[float]) -> Self:
-        """Of one pair of values a unit."""
+        """Sum one pair of values for each unit."""
         return cls(Moments.of(x), Moments.of(y), math.fsum(a * b for a, b in zip(x, y, strict=True)))
 
     @property
@@ -101,10 +101,10 @@ Sums = dict[str, Statistic]
 
 
 def add_sums(metrics: Sums, others: Sums) -> Sums:
-    """Both together."""
+    """Return the sums over the units of both."""
     return metrics | {name: metrics[name] + other if name in metrics else other for name, other in others.items()}
 
 
 def averages(metrics: Sums) -> dict[str, float]:
-    """The numbers that sums come to; one that is not defined is left out instead of being NaN."""
+    """Return the values of the metrics. An undefined one is left out instead of being NaN."""
     return {name: value for name, sums in metrics.items() if (value := sums.value) is not None}

@@ -1,4 +1,4 @@
-"""Whether a policy drifts or collapses: what its answers, its training and its judge are like, against bounds."""
+"""Detection of drift and collapse: metrics of responses, training and judge are compared with bounds."""
 
 import logging
 from dataclasses import dataclass
@@ -12,27 +12,26 @@ logger = logging.getLogger(__name__)
 
 @dataclass(kw_only=True, slots=True)
 class MetricBounds:
-    """Bounds for every model and its training; crossing one is a warning, or ends the run. Null sets none.
+    """Bounds for every model and its training. Violating one is a warning, or stops the run. null sets no bound.
 
-    An alignment lowers log π of both responses, which is what preference losses do ("likelihood displacement",
-    arXiv 2410.08847) and no harm in itself; by default it is told of where a token of the chosen responses has become
-    less than e^-0.5 = 0.6 times as likely, or one of the rejected less than e^-2 = 0.14 times. A correlation of 0.7
-    with length means that length explains half of the variance of the scores' ranks, or of the rewards.
+    Preference losses lower log π of both responses ("likelihood displacement", arXiv 2410.08847), which is harmless by
+    itself. The default warns if a token of the chosen responses becomes less than e^-0.5 = 0.6 times as likely, or one
+    of the rejected responses less than e^-2 = 0.14 times. A correlation of 0.7 with length means that length explains
+    half of the variance of the scores' ranks, or of the rewards.
 
     Attributes:
-        max_length_growth: the most times the mean length of M1's answers.
-        min_finished_share: the least share of answers that end by themselves.
-        min_distinct_2: the least share of different pairs of adjoining words.
-        max_repetition_4: the most share of runs of four words that stood before in the same answer.
-        max_kl_to_m1: the most nats an answer by which the policy has moved away from M1.
-        min_chosen_logp_change: the least change of log π of the chosen training responses in an alignment, nats a
-            token; below 0, since a bound of 0 would forbid any fall.
-        min_rejected_logp_change: the least change of that of the rejected ones.
-        max_score_length_correlation: the highest correlation of score and length of the candidates that were trained
-            on.
-        max_answer_score_length_correlation: the highest correlation of score and length of the answers.
+        max_length_growth: the highest mean length of responses, as a multiple of M1's.
+        min_finished_share: the lowest share of responses that end by themselves.
+        min_distinct_2: the lowest share of distinct word bigrams.
+        max_repetition_4: the highest share of word 4-grams that occur earlier in the same response.
+        max_kl_to_m1: the highest estimate of KL(π ‖ M1), in nats per response.
+        min_chosen_logp_change: the lowest change of log π of the chosen training responses in an alignment, in nats per
+            token. It is 0 or less; 0 forbids any fall.
+        min_rejected_logp_change: the lowest such change for the rejected responses.
+        max_score_length_correlation: the highest correlation of score and length of the candidates trained on.
+        max_answer_score_length_correlation: the highest correlation of score and length of the evaluation responses.
         max_reward_length_correlation: the highest correlation of implicit reward and length of the training responses.
-        stop: ends the run at the first model that crosses one.
+        stop: whether the run stops at the first model that violates a bound.
     """
 
     max_length_growth: float | None = 2.0
@@ -55,7 +54,7 @@ class MetricBounds:
                 raise SelfalignError(f"evaluate.bounds.{name} must be 0 or {side}, or null; got {bound}")
 
     def bounds(self) -> list[tuple[str, str, float | None, int]]:
-        """(setting, metric, bound, 1 for the highest value allowed and -1 for the lowest)."""
+        """Return (setting, metric, bound, side); the side is 1 for an upper bound and -1 for a lower one."""
         return [
             ("max_length_growth", catalog.EVAL_LENGTH_GROWTH.name, self.max_length_growth, 1),
             ("min_finished_share", catalog.EVAL_FINISHED_SHARE.name, self.min_finished_share, -1),
@@ -90,28 +89,28 @@ class MetricBounds:
         ]
 
     def among(self, *counts: Counts) -> dict[str, float]:
-        """Those of several stages' counts that bounds are set for."""
+        """Return the counts of several stages that have a bound."""
         return {metric: found[metric] for _, metric, _, _ in self.bounds() for found in counts if metric in found}
 
     def check(self, label: str, numbers: dict[str, float]) -> dict[str, float]:
-        """The numbers that are beyond their bounds, by the bound's name; each is logged as a warning.
+        """Return {bound: value} of the violated bounds. Each is logged as a warning.
 
         Args:
-            label: whose numbers, for messages.
-            numbers: metrics; what is missing crosses nothing.
+            label: the label of the model's evaluation, for messages.
+            numbers: {metric: value}; a missing metric violates no bound.
 
         Raises:
-            SelfalignError: there is one, and `stop` is set.
+            SelfalignError: a bound is violated, and `stop` is set.
         """
-        crossed: dict[str, float] = {}
+        violated: dict[str, float] = {}
         for name, metric, bound, side in self.bounds():
             value = numbers.get(metric)
             if bound is None or value is None or side * value <= side * bound:
                 continue
-            crossed[name] = value
+            violated[name] = value
             where = "above" if side > 0 else "below"
-            told = f"{label}: {metric} is {value:.3g}, {where} evaluate.bounds.{name}={bound:g}"
+            problem = f"{label}: {metric} is {value:.3g}, {where} evaluate.bounds.{name}={bound:g}"
             if self.stop:
-                raise SelfalignError(f"{told}, and evaluate.bounds.stop=true ends the run there")
-            logger.warning("%s", told)
-        return crossed
+                raise SelfalignError(f"{problem}, and evaluate.bounds.stop=true stops the run")
+            logger.warning("%s", problem)
+        return violated

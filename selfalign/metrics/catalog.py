@@ -1,7 +1,7 @@
-"""Every number that selfalign writes, declared once: name, meaning, unit, axis, better direction.
+"""The declarations of all metrics: name, meaning, unit, axis and better direction.
 
-Names of training metrics are TRL's where TRL has them. Producers write the `name` of a constant; the report, the model
-card, Weights & Biases and docs/metrics.md take the rest from it. A part in braces stands for what a run puts there.
+Training metrics have TRL's names if TRL has them. Producers use the `name` of a constant. The report, the model card,
+Weights & Biases and docs/metrics.md use its other fields. A run replaces a part in braces.
 """
 
 import re
@@ -11,14 +11,14 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """What there is to know of a number.
+    """The declaration of a metric.
 
     Attributes:
         name: its key in metrics.jsonl and summary.json; `{part}` stands for any text without a slash.
-        meaning: what it measures, for a cell of a table.
-        unit: "share", "ratio", "count", "flag" (0 or 1), "nats", …; the report writes a number by its unit.
-        axis: "step" where every optimiser step logs it, "iteration" where a model or its data has it once.
-        better: which direction is better; empty where neither is.
+        meaning: what it measures, as text for a table cell.
+        unit: "share", "ratio", "count", "flag" (0 or 1), "nats", …; the report formats values by their unit.
+        axis: "step" if every optimiser step logs it, "iteration" if a model or its data has it once.
+        better: the better direction; empty if there is none.
         title: the heading of a column or panel; if empty, the last part of the name.
     """
 
@@ -41,7 +41,7 @@ class Metric:
 
     @property
     def arrow(self) -> str:
-        """The better direction."""
+        """The better direction as an arrow; empty if there is none."""
         return {"higher": "↑", "lower": "↓", "": ""}[self.better]
 
     @property
@@ -51,29 +51,30 @@ class Metric:
 
     @property
     def own(self) -> str:
-        """A benchmark's metric as the benchmark names it; the stage puts the benchmark's name before it."""
+        """The name of a benchmark's metric without the benchmark's name, which the stage adds."""
         return self.name.removeprefix(BENCHMARK)
 
     def of(self, **parts: object) -> "Metric":
-        """Put these values in the place of `{part}`."""
+        """Return the metric with each `{part}` replaced by its value."""
         name, title = self.name, self.title
         for part, value in parts.items():
             name, title = (text.replace(f"{{{part}}}", str(value)) for text in (name, title))
         return replace(self, name=name, title=title)
 
     def matches(self, name: str) -> bool:
-        """Whether a run could write this name for it."""
+        """Whether a name is this metric's name with its `{part}` replaced."""
         return re.fullmatch(re.sub(r"\\{\w+\\}", "[^/]+", re.escape(self.name)), name) is not None
 
 
 BENCHMARK = "{benchmark}/"
-"""Begins the names of what only benchmarks measure."""
+"""Prefix of the names of metrics that only benchmarks have."""
 
 # fmt: off
 # M0 and the seed data
 PARAMETERS = Metric("parameters", "weights of the model, an adapter's not counted", "count")
 CONTEXT = Metric("context", "the longest sequence M0 takes, in tokens", "tokens")
 DROPOUT = Metric("dropout", "whether M0 has dropout that can be set", "flag")
+HAS_ROUTER_LOSS = Metric("has_router_loss", "whether M0 has experts with a load balancing loss", "flag")
 CHAT_TEMPLATE = Metric("chat_template", "whether M0's tokenizer has a chat template", "flag")
 SYSTEM_TURNS = Metric("system_turns", "whether that template takes system turns", "flag")
 EARLIER_TURNS = Metric("earlier_turns", "whether that template takes turns before the last question", "flag")
@@ -97,7 +98,8 @@ REWARDS_REJECTED = Metric("rewards/rejected", "mean β[log π - log π_ref] of t
 REWARDS_MARGINS = Metric("rewards/margins", "mean reward of the chosen minus that of the rejected responses",
     "reward", axis="step", better="higher", title="reward margin")
 REWARDS_MARGINS_PER_TOKEN = Metric("rewards/margins_per_token",
-    "the same with each reward divided by its response's tokens", "reward/token", axis="step", better="higher")
+    "mean reward margin, with each reward divided by its response's tokens",
+    "reward/token", axis="step", better="higher")
 REWARDS_ACCURACIES = Metric("rewards/accuracies",
     "share of pairs whose chosen response has the larger reward; a tie counts as not",
     "share", axis="step", better="higher", title="reward accuracy")
@@ -107,7 +109,7 @@ REWARDS_ACCURACIES_AUGMENTED = Metric("rewards/accuracies_augmented",
     "share", axis="step", better="higher", title="reward accuracy under p⊕x")
 REWARDS_TIES_AUGMENTED = Metric("rewards/ties_augmented", "share of pairs with Δ = 0", "share", axis="step")
 REFINEMENT_MEAN = Metric("refinement/mean",
-    "mean of Δ over the pairs, in units of reward; of reward a token with loss.reduction=mean",
+    "mean of Δ over the pairs, in units of reward; of reward per token with loss.reduction=mean",
     "reward", axis="step", title="mean\u00a0Δ")
 REFINEMENT_STD = Metric("refinement/std", "standard deviation of Δ over the pairs of a step, in the same units",
     "reward", axis="step", title="std of\u00a0Δ")
@@ -116,6 +118,9 @@ REFINEMENT_CORRELATION_WITH_MARGIN = Metric("refinement/correlation_with_margin"
 LOGPS_CHOSEN = Metric("logps/chosen", "mean summed log-probability of the chosen responses, nats", "nats", axis="step")
 LOGPS_REJECTED = Metric("logps/rejected", "mean summed log-probability of the rejected responses, nats",
     "nats", axis="step")
+ROUTER_LOSS = Metric("router_loss",
+    "load balancing loss of the experts before its coefficient, mean over forward passes; it is not part of the loss "
+    "that is shown; there only for models that have one", "", axis="step", better="lower")
 TOKENS_PER_SECOND = Metric("tokens_per_second", "tokens trained on a second; those of a second pass (p⊕x) count too",
     "tokens/s", axis="step", better="higher", title="tokens/s")
 STEP_SECONDS = Metric("step_seconds", "wall time of an optimiser step; checkpoints and their comparison are left out",
@@ -135,48 +140,49 @@ LOGPS_CHOSEN_CHANGE = Metric("logps/chosen_change",
     "log π of the chosen responses trained on, after alignment minus before, mean nats a pair",
     "nats", title="log\u00a0π of chosen, change")
 LOGPS_CHOSEN_CHANGE_PER_TOKEN = Metric("logps/chosen_change_per_token",
-    "the same a token: all their nats over all their tokens",
+    "the same change per token: all nats divided by all tokens",
     "nats/token", title="log\u00a0π of chosen, change a token")
 LOGPS_REJECTED_CHANGE = Metric("logps/rejected_change",
     "log π of the rejected responses trained on, after alignment minus before, nats a pair",
     "nats", title="log\u00a0π of rejected, change")
 LOGPS_REJECTED_CHANGE_PER_TOKEN = Metric("logps/rejected_change_per_token",
-    "the same a token: all their nats over all their tokens",
+    "the same change per token: all nats divided by all tokens",
     "nats/token", title="log\u00a0π of rejected, change a token")
 REWARDS_LENGTH_CORRELATION = Metric("rewards/length_correlation",
     "Pearson's, of implicit reward and tokens over both responses of the training pairs",
     "correlation", title="reward and length")
 HELD_OUT_PAIRS = Metric("validation_pairs",
-    "preference pairs set aside, which share no prompt and no response with others", "count")
+    "held-out preference pairs, which share no prompt and no response with other pairs", "count")
 HELD_OUT_PASSED_OVER = Metric("held_out_passed_over",
-    "pairs that could not be, for they share one with SFT data or pairs trained on before", "count")
+    "pairs that cannot be held out, because they share a prompt or a response with earlier training data", "count")
 CHOSEN_STEP = Metric("chosen_step", "optimiser step whose policy was taken, where checkpoints are compared", "count")
 CHECKPOINT_WIN_RATE = Metric("checkpoint_win_rate/{step}",
     "validation instructions that the checkpoint after this step won against the one before it",
     "share", better="higher")
-CHECKPOINT_WINS = Metric("checkpoint_wins/{step}", "how many it won, in both orders", "count", better="higher")
+CHECKPOINT_WINS = Metric("checkpoint_wins/{step}", "validation instructions that it won in both orders",
+    "count", better="higher")
 CHECKPOINT_LOSSES = Metric("checkpoint_losses/{step}",
-    "how many it lost, in both orders; where these are too many, training stopped there", "count", better="lower")
+    "validation instructions that it lost in both orders; training stops if they are too many", "count", better="lower")
 PROMPTS_CUT = Metric("prompts_cut", "pairs whose prompt lost its beginning to fit into train.align.max_length", "count")
 PROMPTS_CUT_BEHIND_P = Metric("prompts_cut_behind_p",
-    "pairs whose prompt is shorter behind p, to fit into the model's context", "count")
+    "pairs whose prompt is cut after p, to fit into the model's context", "count")
 WITH_UNKNOWN_TOKENS = Metric("with_unknown_tokens",
-    "texts with a token that the tokenizer does not know; there only where there are some", "count")
+    "texts with a token that the tokenizer does not know; missing if there are none", "count")
 
 # Instructions, responses and pairs
-INSTRUCTIONS = Metric("instructions", "instructions that are asked", "count")
-QUESTIONS = Metric("questions", "ranked questions that are asked", "count")
+INSTRUCTIONS = Metric("instructions", "evaluation or validation instructions", "count")
+QUESTIONS = Metric("questions", "ranked questions that are judged", "count")
 WRITTEN = Metric("written", "instructions written, or read from a source", "count", title="instructions written")
 KEPT = Metric("kept", "new instructions that passed the filters", "count", title="instructions kept")
-BATCHES = Metric("batches", "prompts that instructions were written to", "count")
+BATCHES = Metric("batches", "batches of prompts for new instructions", "count")
 NOVELTY = Metric("novelty",
     "1 minus an instruction's highest ROUGE-L F1 to a seed or one kept before it, mean over the new ones",
     "ratio", better="higher")
 DISTINCT_1 = Metric("distinct_1",
-    "different words among all words of an iteration's new instructions (Li et al. 2016, 1510.03055)",
+    "distinct words among all words of an iteration's new instructions (Li et al. 2016, 1510.03055)",
     "ratio", better="higher", title="distinct words")
 DISTINCT_2 = Metric("distinct_2",
-    "the same of pairs of adjoining words; both fall as the count grows, so compare equal counts",
+    "distinct word bigrams among all bigrams; both fall as the count grows, so compare equal counts",
     "ratio", better="higher", title="distinct pairs of words")
 MEAN_WORDS = Metric("mean_words", "mean length of the new instructions, words", "words")
 RESPONSES = Metric("responses", "responses to all instructions", "count")
@@ -189,7 +195,7 @@ MEAN_THOUGHT_TOKENS = Metric("mean_thought_tokens", "mean length of the thoughts
 TRUNCATED_SHARE = Metric("truncated_share", "share of responses whose thought has no end, so that they have no answer",
     "share", better="lower", title="thoughts truncated")
 CANDIDATE_PAIRS = Metric("candidate_pairs",
-    "pairs the rule would make of all responses: those kept and those dropped, by reason", "count")
+    "pairs of the rule if none were dropped: kept and dropped pairs together", "count")
 MEAN_SCORE_MARGIN = Metric("mean_score_margin", "mean difference of the judge's scores in a pair",
     "score", title="score margin")
 MEAN_LENGTH_DIFFERENCE = Metric("mean_length_difference", "mean length of chosen minus rejected responses, tokens",
@@ -214,31 +220,32 @@ JUDGE_SCORE_ENTROPY = Metric("judge/score_entropy", "entropy of the responses' s
 JUDGE_TIED_SHARE = Metric("judge/tie_rate", "share of instructions with several responses whose scores are all equal",
     "share", better="lower", title="tied")
 JUDGE_CONSTANT = Metric("judge/constant",
-    "1 where the judge says nearly the same of everything (`judge.degeneracy`), else 0", "flag", better="lower")
+    "1 if the judge's scores are nearly constant (`judge.degeneracy`), else 0", "flag", better="lower")
 JUDGE_POSITION_BIAS = Metric("judge/position_bias",
-    "share of comparisons in which, even so, the same place won in both orders",
+    "share of comparisons in which the same position won in both orders",
     "share", better="lower", title="position bias")
-JUDGE_PLACE_PREFERENCE = Metric("judge/position_bias_nats", "by how many nats a pairwise judge prefers the first place",
-    "nats")
+JUDGE_PLACE_PREFERENCE = Metric("judge/position_bias_nats",
+    "preference of a pairwise judge for the first position, nats", "nats")
 JUDGE_TIED_COMPARISONS = Metric("judge/tied_comparisons",
     "share of comparisons that are ties, disagreeing orders included", "share")
-JUDGE_ALPHA = Metric("judge/alpha", "what the implicit reward loses for each token of the response", "reward/token")
-JUDGE_REQUESTS = Metric("judge/requests", "judgements an external judge was asked for", "count")
-JUDGE_REQUESTS_WITHOUT_USAGE = Metric("judge/requests_without_usage", "those whose answer told no token counts",
-    "count")
+JUDGE_ALPHA = Metric("judge/alpha", "length penalty of the implicit reward per token of the response",
+    "reward/token")
+JUDGE_REQUESTS = Metric("judge/requests", "judgements requested from an external judge", "count")
+JUDGE_REQUESTS_WITHOUT_USAGE = Metric("judge/requests_without_usage",
+    "requested judgements whose reply has no token counts", "count")
 JUDGE_PROMPT_TOKENS = Metric("judge/prompt_tokens", "tokens an external judge read", "tokens")
 JUDGE_COMPLETION_TOKENS = Metric("judge/completion_tokens", "tokens an external judge wrote", "tokens")
 JUDGE_COST = Metric("judge/cost",
-    "what these tokens cost, by the prices that `judge.endpoint` had when they were judged",
+    "cost of these tokens, by the prices of `judge.endpoint` at the time of judging",
     "currency", better="lower")
 
 # One comparison of two models
-WINS = Metric("wins", "of one comparison of two models: instructions won in both orders", "count", better="higher")
+WINS = Metric("wins", "instructions that the first of two models won in both orders", "count", better="higher")
 TIES = Metric("ties", "instructions with a tie, or with orders that disagree", "count")
 LOSSES = Metric("losses", "instructions lost in both orders", "count", better="lower")
 WIN_RATE = Metric("win_rate", "share of instructions won head to head, a tie counts half", "share", better="higher")
 WIN_RATE_LENGTH_CONTROLLED = Metric("win_rate_length_controlled",
-    "win rate to expect at equal length: a logistic model of length and outcome",
+    "expected win rate at equal length, by a logistic model of length and outcome",
     "share", better="higher", title="win rate at equal length")
 MEAN_CHARACTERS_OPPONENT = Metric("mean_characters_opponent", "mean length of the opponent's answers, characters",
     "characters")
@@ -248,30 +255,30 @@ EVAL_WIN_RATE = Metric("eval/win_rate",
     "share of evaluation instructions won head to head against M1, a tie counts half",
     "share", better="higher", title="win rate vs\u00a0M1")
 EVAL_WIN_RATE_LENGTH_CONTROLLED = Metric("eval/win_rate_length_controlled",
-    "win rate to expect at equal length: a logistic model of length and outcome",
+    "expected win rate at equal length, by a logistic model of length and outcome",
     "share", better="higher", title="win rate at equal length")
 EVAL_WINS = Metric("eval/wins", "instructions won head to head, in both orders", "count", better="higher")
 EVAL_TIES = Metric("eval/ties", "instructions with a tie, or with orders that disagree", "count")
 EVAL_LOSSES = Metric("eval/losses", "instructions lost in both orders", "count", better="lower")
-EVAL_POSITION_BIAS = Metric("eval/position_bias", "share of comparisons in which the same place won in both orders",
+EVAL_POSITION_BIAS = Metric("eval/position_bias", "share of comparisons in which the same position won in both orders",
     "share", better="lower")
 EVAL_SCORE_WIN_RATE = Metric("eval/score_win_rate",
     "share of instructions whose answer scores above M1's, a tie counts half",
     "share", better="higher", title="win rate by score")
 EVAL_SCORE_WIN_RATE_LENGTH_CONTROLLED = Metric("eval/score_win_rate_length_controlled",
-    "the same to expect at equal length", "share", better="higher")
+    "expected win rate by score at equal length", "share", better="higher")
 EVAL_LENGTH_GROWTH = Metric("eval/length_growth", "mean length of the answers as a multiple of M1's",
     "ratio", title="answer length × M1's")
 EVAL_DISTINCT_2 = Metric("eval/distinct_2",
-    "different pairs of adjoining words (characters, where a script has no spaces) of the answers",
+    "distinct word bigrams of the answers (character bigrams for scripts without spaces) among all bigrams",
     "ratio", better="higher", title="distinct-2")
 EVAL_REPEATED_4 = Metric("eval/repetition_4",
-    "share of runs of four words (or such characters) that stood before in the same answer",
+    "share of word 4-grams (or character 4-grams) that occur earlier in the same answer",
     "share", better="lower", title="repeated 4-grams")
 EVAL_KL_TO_M1 = Metric("eval/kl_to_m1",
-    "log π - log π_M1 of the model's own answers, nats an answer: an estimate of KL(π ‖ M1)",
+    "mean log π - log π_M1 of the model's own answers, nats per answer: an estimate of KL(π ‖ M1)",
     "nats", title="KL to M1, nats")
-EVAL_KL_TO_M1_PER_TOKEN = Metric("eval/kl_to_m1_per_token", "the same a token", "nats/token")
+EVAL_KL_TO_M1_PER_TOKEN = Metric("eval/kl_to_m1_per_token", "the same estimate per token", "nats/token")
 EVAL_ANSWERS = Metric("eval/answers", "evaluation instructions answered", "count")
 EVAL_MEAN_SCORE = Metric("eval/mean_score", "mean score of the answers, by the evaluation's judge",
     "score", better="higher")
@@ -282,28 +289,28 @@ EVAL_FINISHED_SHARE = Metric("eval/finished_share", "share of answers that end b
 EVAL_SCORE_LENGTH_CORRELATION = Metric("eval/score_length_correlation",
     "Spearman's, of score and length in characters over the answers", "correlation", title="answers: score and length")
 PREFERENCES_PAIRS = Metric("preferences/pairs", "pairs of `evaluate.preference_pairs` measured", "count")
-PREFERENCES_SCORED = Metric("preferences/scored", "those of them whose responses both have a score",
+PREFERENCES_SCORED = Metric("preferences/scored", "measured pairs whose responses both have a score",
     "count", title="scored pairs")
 PREFERENCES_MARGIN_SCORE_PEARSON = Metric("preferences/margin_score_pearson",
     "Pearson's correlation of margin and score difference, over the scored pairs",
     "correlation", better="higher", title="margin and score, Pearson")
-PREFERENCES_MARGIN_SCORE_SPEARMAN = Metric("preferences/margin_score_spearman", "Spearman's of the same",
+PREFERENCES_MARGIN_SCORE_SPEARMAN = Metric("preferences/margin_score_spearman",
+    "Spearman's correlation of margin and score difference, over the scored pairs",
     "correlation", better="higher", title="margin and score, Spearman")
 PREFERENCES_DELTA_SCORE_PEARSON = Metric("preferences/delta_score_pearson",
     "Pearson's correlation of Δ and score difference, over the scored pairs",
     "correlation", better="higher", title="Δ and score, Pearson")
-PREFERENCES_DELTA_SCORE_SPEARMAN = Metric("preferences/delta_score_spearman", "Spearman's of the same",
+PREFERENCES_DELTA_SCORE_SPEARMAN = Metric("preferences/delta_score_spearman",
+    "Spearman's correlation of Δ and score difference, over the scored pairs",
     "correlation", better="higher", title="Δ and score, Spearman")
-CROSSED = Metric("bound_violated/{bound}", "the number beyond this bound of `evaluate.bounds`; there only where it "
-"is crossed",
-    "")
+CROSSED = Metric("bound_violated/{bound}", "value that violates this bound of `evaluate.bounds`; missing otherwise", "")
 
 # How well a model judges
 JUDGE_QUALITY_PAIRWISE_ACCURACY = Metric("judge_quality/pairwise_accuracy",
     "share of answer pairs ordered as the humans did, a tie counts as not",
     "share", better="higher", title="judge accuracy")
 JUDGE_QUALITY_FIVE_BEST = Metric("judge_quality/top_score_precision",
-    "how often an answer at the top of the scale is the humans' best", "share", better="higher", title="judge 5-best")
+    "share of answers with the top score that are the humans' best", "share", better="higher", title="judge 5-best")
 JUDGE_QUALITY_EXACT_MATCH = Metric("judge_quality/exact_match", "share of questions whose whole order is the humans'",
     "share", better="higher", title="judge exact match")
 JUDGE_QUALITY_SPEARMAN = Metric("judge_quality/spearman", "Spearman's ρ with the human order, mean over questions",
@@ -320,17 +327,17 @@ CALIBRATION_SPREAD = Metric("calibration/score_entropy",
     "entropy of how often each whole score was given, nats; 0 for a constant judge", "nats", title="spread, nats")
 CALIBRATION_TIES = Metric("calibration/ties", "share of answer pairs of a question with equal scores", "share")
 CALIBRATION_POSITION_BIAS = Metric("calibration/position_bias",
-    "share of comparisons where the same place won in both orders, of a pairwise judge", "share", better="lower")
+    "share of a pairwise judge's comparisons in which the same position won in both orders", "share", better="lower")
 CALIBRATION_SELF_CONSISTENCY = Metric("calibration/self_consistency",
     "share of pairs of judgements of one answer that give the same score",
     "share", better="higher", title="self-consistency")
 CALIBRATION_LENGTH_CORRELATION = Metric("calibration/length_correlation",
     "Spearman's, of score and length in characters, mean over questions", "correlation", title="score and length")
 CALIBRATION_SCORE_OF_RANK = Metric("calibration/score_of_rank/{rank}",
-    "mean score of the answers that humans ranked at this place", "score", title="score of rank {rank}")
+    "mean score of the answers with this human rank", "score", title="score of rank {rank}")
 
 # Benchmarks
-BENCHMARK_QUESTIONS = Metric("{benchmark}/questions", "questions of a benchmark that were asked", "count")
+BENCHMARK_QUESTIONS = Metric("{benchmark}/questions", "questions of the benchmark", "count")
 BENCHMARK_SCORE = Metric("{benchmark}/score", "mean grade of its answers, 1 to 10, by its judge",
     "score", better="higher")
 BENCHMARK_TURN = Metric("{benchmark}/turn_{turn}", "mean grade of the answers to the turns of this number",
@@ -340,39 +347,39 @@ BENCHMARK_MEAN_CHARACTERS = Metric("{benchmark}/mean_characters", "mean length o
     "characters")
 BENCHMARK_FINISHED_SHARE = Metric("{benchmark}/finished_share", "share of the answers that end by themselves",
     "share", better="higher")
-BENCHMARK_AVERAGE = Metric("{benchmark}/average", "mean of the tasks' numbers, its interval as of independent tasks",
+BENCHMARK_AVERAGE = Metric("{benchmark}/average", "mean of the tasks' metrics; the interval assumes independent tasks",
     "", better="higher")
-BENCHMARK_TASK_DOCUMENTS = Metric("{benchmark}/{task}/documents", "documents of the task that were asked", "count")
+BENCHMARK_TASK_DOCUMENTS = Metric("{benchmark}/{task}/documents", "documents of the task", "count")
 BENCHMARK_TASK_PROMPTS_CUT = Metric("{benchmark}/{task}/prompts_cut",
     "requests whose prompt lost its beginning to fit into the context", "count")
 BENCHMARK_TASK_METRIC = Metric("{benchmark}/{task}/{metric}",
-    "lm-eval's number of a task, its interval ± 1.96 standard errors", "")
+    "lm-eval's metric of a task; the interval is ± 1.96 standard errors", "")
 BENCHMARK_CATEGORY = Metric("{benchmark}/{category}",
-    "mean grade of the answers to the questions of this category, all turns together", "score", better="higher")
+    "mean grade of the answers to the questions of this category, over all turns", "score", better="higher")
 
 # Every stage
 DROPPED = Metric("dropped/{reason}", "records that a stage left out for this reason", "count")
 STAGE_SECONDS = Metric("{stage}/seconds", "wall time of the stage when it ran", "s")
-SECONDS = Metric("seconds", "wall time of making a model, its training data included, and of measuring it",
+SECONDS = Metric("seconds", "wall time of a model's training data, training and evaluation",
     "s", better="lower", title="time")
 # fmt: on
 
 METRICS = {metric.name: metric for metric in tuple(globals().values()) if isinstance(metric, Metric)}
-"""Every declaration by its name."""
+"""{name: declaration} of all metrics."""
 
 COMPARED = (WINS, TIES, LOSSES, WIN_RATE, WIN_RATE_LENGTH_CONTROLLED, JUDGE_POSITION_BIAS)
-"""What of a head-to-head comparison is among a model's numbers: `eval/<last part>`, against M1."""
+"""Metrics of a head-to-head comparison that a model's evaluation has as `eval/<last part>`, against M1."""
 
 HELD_OUT, PREFERENCES = "held_out/", "preferences/"
-"""Begin the name of a metric over the pairs set aside, and over those of `evaluate.preference_pairs`."""
+"""Prefixes of metrics over the held-out pairs of an iteration, and over those of `evaluate.preference_pairs`."""
 
-PAIRS_OF = {HELD_OUT: ("held-out", "pairs set aside"), PREFERENCES: ("test", "pairs of `evaluate.preference_pairs`")}
+PAIRS_OF = {HELD_OUT: ("held-out", "held-out pairs"), PREFERENCES: ("test", "pairs of `evaluate.preference_pairs`")}
 OPPONENTS = {"_vs_previous": ("model before", "the model before it"), "_vs_given": ("given outputs", "given outputs")}
-"""What ends the names of comparisons with another model than M1, and what it says."""
+"""{suffix of the metric names: (title, text)} of comparisons with another model than M1."""
 
 
 def over(pairs: str, metric: Metric) -> Metric:
-    """Return a metric as measured over other pairs than those trained on: `HELD_OUT` or `PREFERENCES`."""
+    """Return the metric over other pairs than the training pairs: `HELD_OUT` or `PREFERENCES`."""
     title, whose = PAIRS_OF[pairs]
     meaning = f"{metric.meaning}; over the {whose}"
     title = f"{title} {metric.heading}"
@@ -380,16 +387,16 @@ def over(pairs: str, metric: Metric) -> Metric:
 
 
 def against(opponent: str, metric: Metric) -> Metric:
-    """Return one of `COMPARED` as measured against one of `OPPONENTS`."""
+    """Return a metric of `COMPARED` against one of `OPPONENTS`."""
     title, whom = OPPONENTS[opponent]
     title, meaning = f"{metric.heading} vs\u00a0{title}", f"{metric.meaning}; against {whom}"
     return replace(metric, name=f"eval/{metric.last}{opponent}", title=title, meaning=meaning)
 
 
 def of_benchmark(name: str) -> Metric:
-    """Return what is declared of a benchmark's metric, given its name behind the benchmark's.
+    """Return the declaration of a benchmark's metric, given its name without the benchmark's.
 
-    What is declared of no benchmark may be declared of something else; the rest are a task's numbers or a category's.
+    A name without a declaration for benchmarks may have a general one. All others are metrics of a task or a category.
     """
     families = [metric for metric in METRICS.values() if metric.name.startswith(BENCHMARK)]
     known = METRICS.get(BENCHMARK + name) or METRICS.get(name)
@@ -397,5 +404,5 @@ def of_benchmark(name: str) -> Metric:
 
 
 def signed(name: str) -> tuple[str, int]:
-    """(metric, 1), or of "-metric", which should be low, (metric, -1): the best has the highest value times that."""
+    """Return (metric, sign). "-metric" has sign -1: the metric should be low. The best has the highest sign × value."""
     return name.removeprefix("-"), -1 if name.startswith("-") else 1

@@ -1,4 +1,4 @@
-"""Shares, means and win rates with their intervals, and how varied a text is: pure functions of numbers and texts."""
+"""Shares, means, correlations and win rates with their intervals, and diversity of texts, as pure functions."""
 
 import math
 from collections import Counter
@@ -12,15 +12,13 @@ from scipy import special, stats
 Floats = NDArray[np.float64]
 
 RESAMPLES = 1000
-"""Of a bootstrap: the ends of a 95 % interval are then the 25th of them from either side."""
+"""Resamples of a bootstrap. The ends of a 95 % interval are the 25th values from both sides."""
 
 RIDGE = 0.01
-"""Penalty on the squared coefficients of the length-controlled model, so that they stay finite where outcomes or
-lengths separate perfectly."""
-
+"""Penalty on the squared coefficients of the length-controlled model. It keeps them finite for separable outcomes."""
 
 NEWTON_STEPS = 40
-"""Enough for coefficients as large as the penalty allows."""
+"""Steps of Newton's method, enough for the largest coefficients that the penalty allows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,17 +30,17 @@ class Estimate:
     high: float
 
     def named(self, name: str) -> dict[str, float]:
-        """{name, name_low, name_high}."""
+        """Return {name: value, name_low: low, name_high: high}."""
         return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
 
     def known(self, name: str) -> dict[str, float]:
-        """The same without what is no number."""
+        """Return `named` without values that are not finite."""
         return {key: value for key, value in self.named(name).items() if math.isfinite(value)}
 
 
 @dataclass(slots=True)
 class RunningMean:
-    """Mean and standard deviation of values that come one by one and are not kept (Welford 1962)."""
+    """Running mean and standard deviation; the values are not stored (Welford 1962)."""
 
     total: float = 0.0
     count: int = 0
@@ -50,7 +48,7 @@ class RunningMean:
     _squares: float = 0.0
 
     def add(self, value: float) -> None:
-        """Takes another value in."""
+        """Add a value."""
         self.total += value
         self.count += 1
         change = value - self._mean
@@ -69,7 +67,7 @@ class RunningMean:
 
 
 def wilson(successes: float, total: int, confidence: float = 0.95) -> Estimate:
-    """A share with Wilson's score interval (Wilson 1927); half successes (ties) are allowed."""
+    """Return a share with Wilson's score interval (Wilson 1927). A tie may count as half a success."""
     z = float(stats.norm.ppf(0.5 + confidence / 2))
     share = successes / total
     centre = (share + z * z / (2 * total)) / (1 + z * z / total)
@@ -78,9 +76,9 @@ def wilson(successes: float, total: int, confidence: float = 0.95) -> Estimate:
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """Returns how likely so few wins or fewer are if both sides are as good: the one-sided p value of the sign test.
+    """Return the p-value of the one-sided sign test: the probability of at most this many wins among equals.
 
-    Exact, by the binomial distribution. Ties say nothing and are left out; without a win or a loss it is 1.
+    It is exact, by the binomial distribution. Ties are left out. Without wins and losses the value is 1.
     """
     return float(stats.binom.cdf(wins, wins + losses, 0.5))
 
@@ -88,16 +86,18 @@ def sign_test(wins: int, losses: int) -> float:
 def bootstrap(
     statistic: Callable[[NDArray[np.int64]], float], units: int, *, seed: int = 0, confidence: float = 0.95
 ) -> Estimate:
-    """A statistic with its percentile interval over units drawn again with replacement (Efron 1979).
+    """Return a statistic with its percentile bootstrap interval (Efron 1979).
 
     Args:
-        statistic: of the units with these indices; NaN where it is not defined, and such draws are left out.
-        units: how many there are: questions or instructions, never single answers, which depend on each other.
-        seed: draws them.
-        confidence: of the interval.
+        statistic: a function from the indices of units to the statistic; NaN if it is undefined. Such resamples are
+            left out.
+        units: number of units: questions or instructions, not single responses, because these are not independent.
+        seed: seeds the resampling.
+        confidence: level of the interval.
 
     Returns:
-        The statistic of all units; both ends are NaN where fewer than half of the draws define it, and for one unit.
+        The statistic of all units and its interval. Both ends are NaN for one unit, or if fewer than half of the
+        resamples define the statistic.
     """
     value = statistic(np.arange(units))
     if units < 2:
@@ -106,7 +106,7 @@ def bootstrap(
 
 
 def bootstrap_mean(values: Sequence[float], *, seed: int = 0, confidence: float = 0.95) -> Estimate:
-    """The mean with its bootstrap interval; `values` are one a unit."""
+    """Return a mean with its bootstrap interval; `values` has one value for each unit."""
     numbers = np.asarray(values, dtype=np.float64)
     return bootstrap(lambda units: float(numbers[units].mean()), len(numbers), seed=seed, confidence=confidence)
 
@@ -114,7 +114,7 @@ def bootstrap_mean(values: Sequence[float], *, seed: int = 0, confidence: float 
 def bootstrap_correlation(
     first: Sequence[float], second: Sequence[float], kind: str, *, seed: int = 0, confidence: float = 0.95
 ) -> Estimate:
-    """A correlation (as `correlation` has them) with its bootstrap interval; NaN where it is not defined."""
+    """Return a `correlation` with its bootstrap interval; NaN if it is undefined."""
     x, y = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
 
     def statistic(units: NDArray[np.int64]) -> float:
@@ -125,7 +125,11 @@ def bootstrap_correlation(
 
 
 def bootstrap_ratio(parts: Sequence[tuple[float, float]]) -> Estimate:
-    """Sum over sum, with its bootstrap interval over the parts, one a unit; NaN where the second sum is 0."""
+    """Return the first sum over the second, with its bootstrap interval; NaN if the second sum is 0.
+
+    Args:
+        parts: (numerator, denominator) of each unit.
+    """
     table = np.array(parts, dtype=np.float64)
 
     def ratio(units: NDArray[np.int64]) -> float:
@@ -136,9 +140,9 @@ def bootstrap_ratio(parts: Sequence[tuple[float, float]]) -> Estimate:
 
 
 def bootstrap_share(parts: Sequence[tuple[float, float]]) -> Estimate:
-    """As `bootstrap_ratio`, of a part of a whole; where all units say the same, with Wilson's interval over the units.
+    """Return a share, like `bootstrap_ratio`. If all units agree, the interval is Wilson's over the units.
 
-    There every draw is the same, and the bootstrap's interval has no width.
+    In that case all resamples are equal, so the bootstrap interval would have no width.
     """
     found, units = bootstrap_ratio(parts), sum(whole > 0 for _, whole in parts)
     if math.isnan(found.low) or found.low < found.high:
@@ -150,24 +154,23 @@ def bootstrap_share(parts: Sequence[tuple[float, float]]) -> Estimate:
 def length_controlled(
     outcomes: Sequence[float], length_differences: Sequence[float], *, seed: int = 0, confidence: float = 0.95
 ) -> Estimate:
-    """The win rate to expect if both answers were equally long.
+    """Return the expected win rate at equal length of both responses.
 
-    A logistic model of each outcome on a constant and tanh(difference / its standard deviation), after AlpacaEval's
-    (arXiv 2404.04475); the rate is the model's prediction with the length term at 0. AlpacaEval's third term, the
-    difficulty of each instruction, comes of all models of its leaderboard and is left out here, so this is not its
-    number.
+    A logistic model predicts each outcome from a constant and tanh(length difference / its standard deviation), after
+    AlpacaEval (arXiv 2404.04475). The rate is the prediction with the length term at 0. Differs from the paper:
+    AlpacaEval's third term, the difficulty of each instruction, needs all models of its leaderboard and is left out.
 
-    The interval is by bootstrap over the instructions. Where all outcomes are equal every draw is the same and length
-    explains nothing, so there it is Wilson's at the same counts.
+    The interval is a bootstrap interval over instructions. If all outcomes are equal, all resamples are equal too, so
+    the interval is Wilson's.
 
     Args:
-        outcomes: of each instruction: 1 won, ½ tied, 0 lost.
-        length_differences: characters of the model's answer minus those of the other's.
-        seed: draws the instructions for the interval.
-        confidence: of the interval.
+        outcomes: one for each instruction: 1 won, ½ tied, 0 lost.
+        length_differences: characters of the model's response minus those of the opponent's.
+        seed: seeds the resampling.
+        confidence: level of the interval.
 
     Returns:
-        The rate; both ends are NaN for one instruction.
+        The rate and its interval. Both ends are NaN for one instruction.
     """
     won = np.asarray(outcomes, dtype=np.float64)
     lengths = np.asarray(length_differences, dtype=np.float64)
@@ -184,9 +187,14 @@ def length_controlled(
 
 
 def _without_length(won: Floats, feature: Floats, counts: Floats) -> Floats:
-    """The logistic model's prediction at feature 0, for each row of how often every instruction counts.
+    """Return the logistic model's prediction at feature 0 for each resample, shape (resamples,).
 
-    Fitted by Newton's method with steps of bounded length.
+    The model is fitted by Newton's method with steps of bounded length.
+
+    Args:
+        won: outcomes, shape (instructions,).
+        feature: the length term, shape (instructions,).
+        counts: how often each resample has each instruction, shape (resamples, instructions).
     """
     constant, slope = np.zeros((2, len(counts), 1))
     for _ in range(NEWTON_STEPS):
@@ -209,7 +217,7 @@ def _draws(units: int, seed: int) -> Iterator[NDArray[np.int64]]:
 
 
 def _between(value: float, drawn: Floats, confidence: float) -> Estimate:
-    """A value with the middle part of what was drawn; NaN for both ends where fewer than half of it is a number."""
+    """Return a value with the percentile interval of its resamples; both ends are NaN if fewer than half are finite."""
     known = drawn[np.isfinite(drawn)]
     if len(known) < len(drawn) / 2:
         return Estimate(value, math.nan, math.nan)
@@ -218,7 +226,7 @@ def _between(value: float, drawn: Floats, confidence: float) -> Estimate:
 
 
 def correlation(first: ArrayLike, second: ArrayLike, kind: str = "pearson") -> float | None:
-    """Pearson's, Spearman's or Kendall's (τ-b) correlation; None where one side is constant or shorter than 2."""
+    """Return Pearson's, Spearman's or Kendall's (τ-b) correlation; None if a side is constant or has one value."""
     x, y = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if len(x) < 2 or not np.ptp(x) or not np.ptp(y):
         return None
@@ -226,32 +234,32 @@ def correlation(first: ArrayLike, second: ArrayLike, kind: str = "pearson") -> f
         return float(stats.kendalltau(x, y).statistic)  # pyright: ignore[reportAttributeAccessIssue]
     if kind == "spearman":
         x, y = _midranks(x), _midranks(y)
-    # Written out, because scipy's functions take ten times as long, and a bootstrap calls this a thousand times.
+    # scipy's functions take ten times as long, and a bootstrap calls this a thousand times.
     x, y = x - x.mean(), y - y.mean()
     return float(np.clip((x / np.linalg.norm(x)) @ (y / np.linalg.norm(y)), -1, 1))
 
 
 def _midranks(values: Floats) -> Floats:
-    """Each value's rank from 1; equal ones share the mean of theirs."""
+    """Return each value's rank, from 1. Equal values have the mean of their ranks."""
     order = np.sort(values)
     return (np.searchsorted(order, values, "left") + np.searchsorted(order, values, "right") + 1) / 2
 
 
 def entropy(values: Iterable[float], digits: int = 3) -> float:
-    """Entropy (nats) of how often each value occurs; values that are equal when rounded to `digits` count as one."""
+    """Return the entropy (nats) of the frequencies of the values, rounded to `digits`."""
     counts = Counter(round(value, digits) for value in values)
     total = counts.total()
     return math.fsum(n / total * math.log(total / n) for n in counts.values())
 
 
 def distinct(texts: Sequence[Sequence[str]], size: int) -> float | None:
-    """Distinct-n (Li et al. 2016): different n-grams over all n-grams of the texts' words; None without any."""
+    """Return distinct-n (Li et al. 2016): distinct over all word n-grams of the texts; None without n-grams."""
     grams = [gram for words in texts for gram in _grams(words, size)]
     return len(set(grams)) / len(grams) if grams else None
 
 
 def repetition(texts: Sequence[Sequence[str]], size: int) -> float | None:
-    """Share of n-grams that stood before in the same text, all texts together; None without any."""
+    """Return the share of n-grams that occur earlier in the same text, over all texts; None without n-grams."""
     counts = [(len(grams), len(set(grams))) for words in texts for grams in [_grams(words, size)]]
     total = sum(many for many, _ in counts)
     return 1 - sum(different for _, different in counts) / total if total else None

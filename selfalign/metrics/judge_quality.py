@@ -1,4 +1,4 @@
-"""How well a judge agrees with humans, and what its scores are like."""
+"""Judge quality: agreement of a judge with humans, and calibration of its scores."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -12,36 +12,39 @@ from selfalign.metrics.intervals import bootstrap_ratio, bootstrap_share, correl
 
 @dataclass(frozen=True, slots=True)
 class RankedQuestion:
-    """A question's answers as humans ranked them (1 is best) and as the judge scored them, in the same order."""
+    """The human ranks of a question's answers (1 is best) and the judge's scores, in the same order."""
 
     ranks: Sequence[int]
     scores: Sequence[float]
 
     def agreement(self) -> tuple[int, int]:
-        """(answer pairs ordered as the humans did, answer pairs); a tie among the scores is not the humans' order."""
+        """Return (answer pairs in the humans' order, answer pairs). A tie of scores is not in the humans' order."""
         answers = list(zip(self.ranks, self.scores, strict=True))
         pairs = [(a, b) if a[0] < b[0] else (b, a) for a, b in combinations(answers, 2)]
         return sum(better[1] > worse[1] for better, worse in pairs), len(pairs)
 
     def tops(self, top: float) -> tuple[int, int]:
-        """(those of them that are the humans' best, answers within half a point of the scale's end)."""
+        """Return (humans' best answers among those with a top score, answers with a top score).
+
+        A top score is within half a point of `top`.
+        """
         ranks = [rank for rank, score in zip(self.ranks, self.scores, strict=True) if score >= top - 0.5]
         return ranks.count(min(self.ranks)), len(ranks)
 
     def correlation(self, kind: str) -> float | None:
-        """Spearman's ρ or Kendall's τ-b with the human order; None where all scores are equal."""
+        """Return Spearman's ρ or Kendall's τ-b with the human order; None if all scores are equal."""
         return correlation([-rank for rank in self.ranks], self.scores, kind)
 
 
 def judge_quality(questions: Sequence[RankedQuestion], top: float | None) -> dict[str, float]:
-    """How well scores agree with human ranks (arXiv 2401.10020, section 3.1), with 95 % intervals over questions.
+    """Measure the agreement of scores with human ranks (arXiv 2401.10020, section 3.1), with 95 % intervals.
 
-    Ties among scores, which the paper leaves open: a tied pair counts as not agreeing, Kendall's coefficient is
-    τ-b, and a question whose scores are all equal has no correlation and is counted in `undefined`.
+    The paper does not define ties of scores. Here a tied pair does not agree, Kendall's coefficient is τ-b, and a
+    question whose scores are all equal has no correlation and is counted in `undefined`.
 
     Args:
-        questions: with at least two answers each.
-        top: the highest score of the scale, if it has one; scores within half a point of it are "5" for
+        questions: questions with at least two answers each; they are the units of the intervals.
+        top: the highest score of the scale, or None. Scores within half a point of it count for
             `top_score_precision`.
     """
     agreement = [question.agreement() for question in questions]
@@ -65,10 +68,10 @@ def judge_quality(questions: Sequence[RankedQuestion], top: float | None) -> dic
 
 
 def calibration(judgements: Sequence[Judgement], ranked: Sequence[RankedAnswers]) -> dict[str, float]:
-    """What a judge's scores of human-ranked answers are like, whether right or wrong.
+    """Describe a judge's scores of human-ranked answers: parsed share, entropy, ties, consistency, length, ranks.
 
     Args:
-        judgements: of the answers, whose ids are the question's with the answer's number.
+        judgements: judgements of the answers; the id of an answer is `<question id>-<number>`.
         ranked: the questions.
     """
     of_answer: dict[str, list[float]] = {}
@@ -101,13 +104,13 @@ def calibration(judgements: Sequence[Judgement], ranked: Sequence[RankedAnswers]
 
 
 def length_correlation(families: Iterable[Sequence[tuple[float, float]]]) -> float | None:
-    """Spearman's correlation of score and length within each family of responses, mean over families.
+    """Return the mean over instructions of Spearman's correlation of score and length.
 
     Args:
-        families: (score, length) of the responses to one instruction; where either is constant there is no correlation.
+        families: (score, length) of the responses to each instruction.
 
     Returns:
-        None where no family has one.
+        None if no instruction has a correlation, because its scores or lengths are constant.
     """
     found = [correlation([score for score, _ in f], [length for _, length in f], "spearman") for f in families]
     return _share([value for value in found if value is not None])

@@ -1,4 +1,4 @@
-"""Rewards, margins and accuracies of a batch of pairs, and their intervals."""
+"""Reward metrics of a batch of pairs, and their intervals."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ CHANGES = {
     "chosen": (catalog.LOGPS_CHOSEN_CHANGE, catalog.LOGPS_CHOSEN_CHANGE_PER_TOKEN),
     "rejected": (catalog.LOGPS_REJECTED_CHANGE, catalog.LOGPS_REJECTED_CHANGE_PER_TOKEN),
 }
-"""A response's part in its pair → what its change of log π is called, in nats and in nats a token."""
+"""{role of a response: metrics of the change of its log π, in nats and in nats per token}."""
 
 
 def reward_metrics(
@@ -24,14 +24,14 @@ def reward_metrics(
     chosen_tokens: Sequence[float] = (),
     rejected_tokens: Sequence[float] = (),
 ) -> Sums:
-    """Sums and weights of the reward metrics over pairs.
+    """Return the sums of the reward metrics over pairs.
 
     Args:
         chosen: rewards β[log π - log π_ref] of the chosen responses.
-        rejected: of the rejected ones.
-        refinements: Δ of each pair, where the loss has one.
-        chosen_tokens: lengths of the chosen responses; without them there is no margin a token.
-        rejected_tokens: of the rejected ones.
+        rejected: rewards of the rejected responses.
+        refinements: Δ of each pair, in units of reward; None if the loss has no Δ.
+        chosen_tokens: lengths of the chosen responses; without them there is no margin per token.
+        rejected_tokens: lengths of the rejected responses.
     """
     total = float(len(chosen))
     margins = [a - b for a, b in zip(chosen, rejected, strict=True)]
@@ -58,12 +58,12 @@ def reward_metrics(
 
 
 def logp_changes(name: str, changes: Sequence[float], tokens: Sequence[float]) -> Sums:
-    """How much log π of responses has changed: nats a response, and nats a token.
+    """Return the mean change of log π of responses, in nats per response and in nats per token, as sums.
 
     Args:
         name: "chosen" or "rejected".
-        changes: of each response, nats summed over its tokens.
-        tokens: how many these are.
+        changes: change of each response, in nats summed over its tokens.
+        tokens: number of tokens of each response.
     """
     nats, nats_per_token = CHANGES[name]
     total = math.fsum(changes)
@@ -71,14 +71,14 @@ def logp_changes(name: str, changes: Sequence[float], tokens: Sequence[float]) -
 
 
 def length_moments(rewards: Sequence[float], tokens: Sequence[float]) -> Sums:
-    """How much the responses' rewards go with their lengths."""
+    """Return the correlation of the responses' rewards and lengths, as sums."""
     return {catalog.REWARDS_LENGTH_CORRELATION.name: Correlation.between(rewards, tokens)}
 
 
 def reward_intervals(metrics: Sums) -> dict[str, float]:
-    """The ends of 95 % intervals, as `…_low` and `…_high`: Wilson's for shares, Student's t for the mean margin.
+    """Return the ends of 95 % intervals as `…_low` and `…_high`: Wilson's for shares, Student's t for the mean margin.
 
-    Both take the pairs as independent of each other, as those are that are held out: one of each instruction.
+    The intervals assume independent pairs. Held-out pairs are: each instruction has only one.
     """
     intervals: dict[str, float] = {}
     for name in (catalog.REWARDS_ACCURACIES.name, catalog.REWARDS_ACCURACIES_AUGMENTED.name):

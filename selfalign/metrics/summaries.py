@@ -1,4 +1,4 @@
-"""What a stage's records come to: instructions, judgements, scores, wins."""
+"""Summary statistics of a stage's records: instructions, judgements, scores and wins."""
 
 import math
 from collections import Counter
@@ -10,11 +10,11 @@ from selfalign.metrics.intervals import RunningMean, distinct, length_controlled
 
 
 def instruction_statistics(texts: Sequence[Sequence[str]], highest: Sequence[float]) -> dict[str, float]:
-    """How new, how varied and how long instructions are.
+    """Return novelty, diversity and mean length of instructions.
 
     Args:
-        texts: their words; there is at least one instruction.
-        highest: the highest ROUGE-L F1 of each to anything known before it.
+        texts: the words of each instruction; there must be an instruction.
+        highest: each instruction's highest ROUGE-L F1 to the instructions known before it.
     """
     varied = {catalog.DISTINCT_1.name: distinct(texts, 1), catalog.DISTINCT_2.name: distinct(texts, 2)}
     return {
@@ -25,7 +25,7 @@ def instruction_statistics(texts: Sequence[Sequence[str]], highest: Sequence[flo
 
 
 def judgement_statistics(judgements: Iterable[Judgement]) -> dict[str, float]:
-    """Mean, spread and (where the judge has one) entropy of the scores."""
+    """Return mean and standard deviation of the scores, and the mean entropy of judgements that have one."""
     scores, entropies = RunningMean(), RunningMean()
     for judgement in judgements:
         if judgement.score is not None:
@@ -39,17 +39,17 @@ def judgement_statistics(judgements: Iterable[Judgement]) -> dict[str, float]:
 
 
 def outcomes_by_score(scores: dict[str, float], others: dict[str, float]) -> dict[str, float]:
-    """{instruction id: 1 where the score is the higher one, 0 where it is the lower, ½ if equal}, of those in both."""
+    """Return {instruction id: 1 for the higher score, 0 for the lower, ½ for equal ones} of the ids in both."""
     both = sorted(scores.keys() & others.keys())
     return {name: (scores[name] > others[name]) + (scores[name] == others[name]) / 2 for name in both}
 
 
 def win_statistics(outcomes: Sequence[float], longer: Sequence[float]) -> dict[str, float]:
-    """Wins, ties and losses, and the win rates with their intervals, a tie counting half; no rate without outcomes.
+    """Return wins, ties, losses, and win rates with their intervals. A tie counts half. Without outcomes: no rate.
 
     Args:
-        outcomes: of each instruction: 1 won, ½ tied, 0 lost.
-        longer: characters of the answer minus those of the opponent's.
+        outcomes: one for each instruction: 1 won, ½ tied, 0 lost.
+        longer: characters of the response minus those of the opponent's.
     """
     counts: dict[str, float] = {
         catalog.WINS.name: outcomes.count(1.0),
@@ -63,6 +63,6 @@ def win_statistics(outcomes: Sequence[float], longer: Sequence[float]) -> dict[s
 
 
 def score_histogram(scores: Sequence[float], low: int, high: int, parts: int = 1) -> list[int]:
-    """How many scores round to each whole one from `low` to `high`, or to each of so many parts of a point."""
+    """Count the scores from `low` to `high`, rounded to multiples of 1/`parts`."""
     rounded = Counter(round(score * parts) for score in scores)
-    return [rounded[place] for place in range(low * parts, high * parts + 1)]
+    return [rounded[position] for position in range(low * parts, high * parts + 1)]

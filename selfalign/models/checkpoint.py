@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 TRUSTED = "trusted"
 
+UNPACKED = "mxfp4"
+"""The quantised form that is always turned into plain weights when it is loaded, as nothing trains in it (gpt-oss)."""
+
 UNBOUNDED = 1 << 30
 """Stands for the longest sequence of a model that names none."""
 
@@ -251,7 +254,10 @@ def load_checkpoint(folder: Path, dtype: str, *, trust_remote_code: bool = False
             is not there.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils.quantization_config import Mxfp4Config
 
+    if stored_form(folder) == UNPACKED:
+        options = {"quantization_config": Mxfp4Config(dequantize=True), **options}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -271,11 +277,20 @@ def load_checkpoint(folder: Path, dtype: str, *, trust_remote_code: bool = False
             f"{folder}: the model cannot be loaded ({reason_of(error)}); its files may be damaged"
         ) from error
     model, report = loaded
+    if stored_form(folder) == UNPACKED:
+        # transformers 5.23 would save the plain weights under the names of the quantised ones.
+        model._weight_conversions = []
     wrong = sorted(report["missing_keys"]) + sorted(report["unexpected_keys"]) + sorted(report["mismatched_keys"])
     if wrong:
         raise SelfalignError(f"{folder}: weights and architecture differ, for example at {wrong[0]!r} ({len(wrong)})")
     check_tied(model, folder)
     return model
+
+
+def stored_form(folder: Path) -> str:
+    """Return how a checkpoint's weights are quantised in its files, "" if they are not."""
+    settings = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    return (settings.get("quantization_config") or {}).get("quant_method", "")
 
 
 def check_tied(model: "PreTrainedModel", folder: Path) -> None:
@@ -312,7 +327,8 @@ def _settle_adapter_config(path: Path) -> None:
     """Make peft's file the same wherever and whenever it is written: a relative base, sorted lists."""
     config = read_json(path)
     config["base_model_name_or_path"] = "../weights"
-    config["target_modules"] = sorted(config["target_modules"])
+    for name in ("target_modules", "target_parameters"):
+        config[name] = config[name] and sorted(config[name])
     write_json(path, config)
 
 

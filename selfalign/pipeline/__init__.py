@@ -1,1 +1,1 @@
-"""The method: `loop.py` is read first."""
+"""The method. Read `loop.py` first."""

@@ -1,4 +1,4 @@
-"""How the models of a run are measured: what they answer, how they judge, and how far they have moved."""
+"""Evaluation of the models of a run: their responses, their judging, and their distance from M1."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,32 +21,33 @@ from selfalign.stages.respond import RespondConfig, respond
 from selfalign.store.artifacts import Artifact
 
 GIVEN = "given"
-"""What another model is called whose outputs are given."""
+"""Name of the model whose outputs are given as `evaluate.reference_outputs`."""
 
 
 @dataclass(slots=True)
 class Evaluation:
-    """Measures one model after the other.
+    """Evaluates one model after the other.
 
     Attributes:
         config: the experiment.
         run: makes artifacts.
-        given: the evaluation instructions and the held-out ranked answers.
+        inputs: the evaluation instructions and the held-out ranked answers.
         judging: judges with the run's judge.
-        answered: {model: its answers and their scores}, of those measured so far.
-        conversed: {benchmark: {model: its answers}}, of those whose questions models are compared on.
+        responses: {model: (responses, their scores)} of the models evaluated so far.
+        benchmark_responses: {benchmark: {model: responses}} of the benchmarks on which models are compared.
+        held_out: measures the models on held-out pairs.
     """
 
     config: ExperimentConfig
     run: Maker
-    given: RunInputs
+    inputs: RunInputs
     judging: RunJudge
-    answered: dict[str, MaybeJudged] = field(default_factory=dict)
-    conversed: dict[str, dict[str, Artifact]] = field(default_factory=dict)
+    responses: dict[str, MaybeJudged] = field(default_factory=dict)
+    benchmark_responses: dict[str, dict[str, Artifact]] = field(default_factory=dict)
     held_out: HeldOutPairs = field(init=False)
 
     def __post_init__(self) -> None:
-        self.held_out = HeldOutPairs(self.config, self.run, self.given)
+        self.held_out = HeldOutPairs(self.config, self.run, self.inputs)
 
     def measure(
         self,
@@ -55,132 +56,138 @@ class Evaluation:
         *,
         judging_only: bool = False,
         loss: Loss | None = None,
-        taught: Sequence[Artifact] = (),
+        trained_on: Sequence[Artifact] = (),
     ) -> None:
-        """Measures the newest model: its answers against those of the models before, and its judging, or that alone.
+        """Evaluate the current model: compare its responses with those of earlier models, and measure its judging.
 
         Args:
-            name: of the model.
-            models: of its run so far.
-            judging_only: measures its judging alone.
-            loss: of its run, where that is another than the experiment's.
-            taught: what its run was trained on besides what is given here and the pairs it made.
+            name: the model's name.
+            models: the models of its run so far.
+            judging_only: whether to measure its judging alone.
+            loss: the loss of its run; None is the experiment's loss.
+            trained_on: training data of its run, besides this run's inputs and the pairs that its run generated.
         """
-        label, asked = Label.evaluation(name, "numbers"), None if judging_only else self.given.questions
-        judged, moved, compared = None, None, {}
-        if asked is not None:
-            answers = self._answer(label, models, asked)
-            judged = answers, self._score(label, models, asked, answers)
-            compared = self._compare(label, models, asked, answers)
-            moved = self._distance(label, models, asked, answers)
+        label, instructions = Label.evaluation(name, "numbers"), None if judging_only else self.inputs.questions
+        judged, divergence, compared = None, None, {}
+        if instructions is not None:
+            responses = self._respond(label, models, instructions)
+            judged = responses, self._score(label, models, instructions, responses)
+            compared = self._compare(label, models, instructions, responses)
+            divergence = self._divergence(label, models, instructions, responses)
         if not judging_only:
-            self.held_out.measure(name, models, loss or self.config.loss, taught)
+            self.held_out.measure(name, models, loss or self.config.loss, trained_on)
         self.run.make(
             label,
             evaluate,
             judged=judged,
-            baseline=next(iter(self.answered.values()), None),
+            baseline=next(iter(self.responses.values()), None),
             compared=compared,
-            moved=moved,
+            moved=divergence,
             trained=[models.current, *models.generated_pairs[-1:]],
             ranked=self._judge_ranked(label, models),
             top=getattr(self.config.judge, "max_score", None),
             bounds=self.config.evaluate.bounds,
         )
         if judged is not None:
-            self.answered[name] = judged
+            self.responses[name] = judged
         if not judging_only:
             self._benchmark(name, models)
 
-    def _answer(self, label: Label, models: RunModels, asked: Artifact) -> Artifact:
+    def _respond(self, label: Label, models: RunModels, instructions: Artifact) -> Artifact:
         return self.run.make(
             label.sibling("answers"),
             respond,
             config=RespondConfig(candidates=1, sampling=self.config.evaluate.sampling),
             policy=models.current,
-            instructions=asked,
+            instructions=instructions,
             engine=self.config.engine,
             seed=self._seed(),
         )
 
-    def _score(self, label: Label, models: RunModels, asked: Artifact, answers: Artifact) -> Artifact | None:
-        """What one judge, the same for all models, gives each answer; a pairwise judge cannot score a single one."""
+    def _score(self, label: Label, models: RunModels, instructions: Artifact, responses: Artifact) -> Artifact | None:
+        """Score responses with the judge of all models. Return None for a pairwise judge, which only compares."""
         if isinstance(self.config.judge, Pairwise):
             return None
-        return self.judging.judge(label.sibling("scores"), self.config.evaluate.judge, models, asked, answers)
+        return self.judging.judge(label.sibling("scores"), self.config.evaluate.judge, models, instructions, responses)
 
-    def _compare(self, label: Label, models: RunModels, asked: Artifact, answers: Artifact) -> dict[str, Artifact]:
-        """Head to head with the models before, and with given outputs: what each is called among the numbers."""
+    def _compare(
+        self, label: Label, models: RunModels, instructions: Artifact, responses: Artifact
+    ) -> dict[str, Artifact]:
+        """Compare with earlier models and given outputs. Return {suffix of the metric names: comparison}."""
         judge = self.config.evaluate.head_to_head
         if judge is None:
             return {}
-        others = {name: opponent for name, (opponent, _) in self.answered.items()}
-        if self.given.outputs is not None:
-            others[GIVEN] = self.given.outputs
-        names = opponents(self.config.evaluate, list(self.answered)) + [GIVEN] * (self.given.outputs is not None)
+        names = opponents(self.config.evaluate, list(self.responses))
+        others = {name: opponent for name, (opponent, _) in self.responses.items()}
+        if self.inputs.outputs is not None:
+            names, others = [*names, GIVEN], {**others, GIVEN: self.inputs.outputs}
         compared = {
-            name: self._head_to_head(Label.comparison(label.owner, name), models, asked, answers, others[name])
+            name: self._head_to_head(Label.comparison(label.owner, name), models, instructions, responses, others[name])
             for name in names
         }
-        endings = {
-            "": next(iter(self.answered), ""),
-            "_vs_previous": next(reversed(self.answered), ""),
+        suffixes = {
+            "": next(iter(self.responses), ""),
+            "_vs_previous": next(reversed(self.responses), ""),
             "_vs_given": GIVEN,
         }
-        return {ending: compared[name] for ending, name in endings.items() if name in compared}
+        return {suffix: compared[name] for suffix, name in suffixes.items() if name in compared}
 
     def _head_to_head(
-        self, label: Label, models: RunModels, asked: Artifact, answers: Artifact, opponent: Artifact
+        self, label: Label, models: RunModels, instructions: Artifact, responses: Artifact, opponent: Artifact
     ) -> Artifact:
-        """Compares answers of the newest model with another's."""
+        """Compare responses of the current model with an opponent's."""
         judge = self.config.evaluate.head_to_head
         return self.run.make(
             label,
             head_to_head,
             judge=judge,
             policy=None if asks_a_server(judge) else models.own_or(judge.model, models.comparator),
-            instructions=asked,
-            answers=answers,
+            instructions=instructions,
+            answers=responses,
             opponent=opponent,
             engine=self.config.engine,
             seed=self._seed(),
         )
 
-    def _distance(self, label: Label, models: RunModels, asked: Artifact, answers: Artifact) -> Artifact | None:
-        if not self.answered:
+    def _divergence(
+        self, label: Label, models: RunModels, instructions: Artifact, responses: Artifact
+    ) -> Artifact | None:
+        """Estimate the KL divergence from M1; None for the first evaluated model."""
+        if not self.responses:
             return None
         policies = {"policy": models.current, "origin": models.sft}
         return self.run.make(
-            label.sibling("divergence"), kl_divergence, **policies, instructions=asked, answers=answers
+            label.sibling("divergence"), kl_divergence, **policies, instructions=instructions, answers=responses
         )
 
     def _judge_ranked(self, label: Label, models: RunModels) -> JudgedTexts | None:
-        """The held-out ranked answers, judged by the newest model."""
-        seeds = self.given.seed_data
+        """Judge the held-out ranked answers with the current model; None if there are none."""
+        seeds = self.inputs.seed_data
         if not seeds.counts["questions_held_out"]:
             return None
         return seeds, self.judging.judge(label.sibling("ranked_scores"), "self", models, seeds, seeds, "ranked_scores")
 
     def _benchmark(self, name: str, models: RunModels) -> None:
-        """Puts the newest model through every benchmark, and compares it there with models before."""
-        for title, settings in self.config.benchmark.items():
-            made = self.run.make(
-                Label.evaluation(name, title),
+        """Run every benchmark on the current model, and compare it with earlier models on its questions."""
+        for benchmark_name, settings in self.config.benchmark.items():
+            responses = self.run.make(
+                Label.evaluation(name, benchmark_name),
                 benchmark,
-                name=title,
+                name=benchmark_name,
                 benchmark=settings,
-                contents=self.given.benchmarks[title],
+                contents=self.inputs.benchmarks[benchmark_name],
                 model=name,
                 policy=models.current,
-                judge=models.own_or(settings.judge_model, models.benchmark_judges.get(title)),
+                judge=models.own_or(settings.judge_model, models.benchmark_judges.get(benchmark_name)),
                 engine=self.config.engine,
-                seed=derive_seed(self.config.seed, "benchmark", title),
+                seed=derive_seed(self.config.seed, "benchmark", benchmark_name),
             )
             if compares_on(self.config.evaluate, settings):
-                before = self.conversed.setdefault(title, {})
-                for other in opponents(self.config.evaluate, list(before)):
-                    self._head_to_head(Label.comparison(name, other, title), models, made, made, before[other])
-                before[name] = made
+                earlier = self.benchmark_responses.setdefault(benchmark_name, {})
+                for other in opponents(self.config.evaluate, list(earlier)):
+                    label = Label.comparison(name, other, benchmark_name)
+                    self._head_to_head(label, models, responses, responses, earlier[other])
+                earlier[name] = responses
 
     def _seed(self) -> int:
         return derive_seed(self.config.seed, "evaluation")

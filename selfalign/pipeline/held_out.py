@@ -1,4 +1,4 @@
-"""How a run's models are measured on preference pairs that none of them was trained on."""
+"""Measurement of a run's models on preference pairs that none of them was trained on."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -17,61 +17,62 @@ from selfalign.store.artifacts import Artifact
 from selfalign.store.key import to_key_json
 
 BETA = 0.1
-"""β of the rewards where the loss has none."""
+"""β of the rewards if the loss has none."""
 
 
 @dataclass(slots=True)
 class HeldOutPairs:
     """Measures one model after the other on the pairs of `evaluate.preference_pairs`, each against its own reference.
 
-    What one model scores serves the next as its reference, so every policy scores the pairs once with each p.
+    A model's log-probabilities are reused when it is the reference of the next model. So every policy scores the pairs
+    once for each p.
 
     Attributes:
         config: the experiment.
         run: makes artifacts.
-        given: the held-out pairs, and what else a run was given.
-        scored: log-probabilities of the pairs, by the digest of who scored them and by p.
-        judged: the judge's scores of all responses, once they are there.
+        inputs: the held-out pairs and the other inputs of the run.
+        logps: {(digest of the policy, digest of p): log-probabilities of the pairs}.
+        scores: the judge's scores of all responses; None until they are made.
     """
 
     config: ExperimentConfig
     run: Maker
-    given: RunInputs
-    scored: dict[tuple[str, str], Artifact] = field(default_factory=dict)
-    judged: Artifact | None = None
+    inputs: RunInputs
+    logps: dict[tuple[str, str], Artifact] = field(default_factory=dict)
+    scores: Artifact | None = None
 
-    def measure(self, name: str, models: RunModels, loss: Loss, taught: Sequence[Artifact]) -> None:
-        """Measures the newest model, where there are pairs.
+    def measure(self, name: str, models: RunModels, loss: Loss, trained_on: Sequence[Artifact]) -> None:
+        """Measure the current model, if there are held-out pairs.
 
         Args:
-            name: of the model.
-            models: of its run so far.
-            loss: of that run, whose β and p are taken.
-            taught: what that run was trained on besides what is given here and the pairs it made.
+            name: the model's name.
+            models: the models of its run so far.
+            loss: the loss of its run; its β and p are used.
+            trained_on: training data of its run, besides this run's inputs and the pairs that its run generated.
         """
-        pairs = self.given.preferences
+        pairs = self.inputs.preferences
         if pairs is None:
             return
-        origin = self._logps(Label.evaluation(name, "reference_logprobs"), pairs, models.reference, loss)
+        reference = self._logps(Label.evaluation(name, "reference_logprobs"), pairs, models.reference, loss)
         policy = self._logps(Label.evaluation(name, "logps"), pairs, models.current, loss)
-        known = [*self.given.trained_on, *taught, *models.generated_pairs]
+        training_data = [*self.inputs.trained_on, *trained_on, *models.generated_pairs]
         self.run.make(
             Label.evaluation(name, "preferences"),
             preference_accuracy,
             pairs=pairs,
-            trained_on=list({artifact.digest: artifact for artifact in known}.values()),
+            trained_on=list({artifact.digest: artifact for artifact in training_data}.values()),
             policy=policy,
-            reference=origin,
+            reference=reference,
             scores=self._scores(pairs, models),
             beta=getattr(loss, "beta", BETA),
         )
 
     def _logps(self, label: Label, pairs: Artifact, policy: Artifact, loss: Loss) -> Artifact:
-        """A policy's log-probabilities of the pairs, given x and p⊕x: the loss's p, or the usual one."""
+        """Compute a policy's log-probabilities of the pairs, given x and p⊕x, with the loss's p or the default p."""
         augmentation = augmentation_of(loss) or Refinement()
         key = policy.digest, digest_json(to_key_json(augmentation))
-        if key not in self.scored:
-            self.scored[key] = self.run.make(
+        if key not in self.logps:
+            self.logps[key] = self.run.make(
                 label,
                 reference_logprobs,
                 policy=policy,
@@ -79,12 +80,13 @@ class HeldOutPairs:
                 augmentation=augmentation,
                 precision=self.config.train.align.logprob_settings(self.config.model.dtype),
             )
-        return self.scored[key]
+        return self.logps[key]
 
     def _scores(self, pairs: Artifact, models: RunModels) -> Artifact | None:
+        """Score all responses once with `evaluate.preference_pairs.judge`; None if there is no such judge."""
         judge = self.config.evaluate.preference_pairs.judge
-        if self.judged is None and judge is not None:
+        if self.scores is None and judge is not None:
             judging = RunJudge(self.config, self.run, judge)
             policies = replace(models, judge=models.pair_judge)
-            self.judged = judging.judge(Label.input("preferences", "scores"), judge.model, policies, pairs, pairs)
-        return self.judged
+            self.scores = judging.judge(Label.input("preferences", "scores"), judge.model, policies, pairs, pairs)
+        return self.scores

@@ -1,4 +1,4 @@
-"""What a run is given: its data as artifacts, before any model is trained."""
+"""The inputs of a run: its data as artifacts, made before any model is trained."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -8,11 +8,11 @@ from typing import Any
 from selfalign.config.data import Pairs, SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.errors import SelfalignError
-from selfalign.data.containers import find_data, identify_data
+from selfalign.data.mixtures import DataSource, find_sources, identify_source
 from selfalign.data.schemas import Schema
 from selfalign.runs.labels import Label
 from selfalign.runs.runner import Maker
-from selfalign.stages.eval_instructions import eval_instructions, teaching
+from selfalign.stages.eval_instructions import eval_instructions, overlapping
 from selfalign.stages.evaluate import PreferenceTest
 from selfalign.stages.given_outputs import given_outputs
 from selfalign.stages.instruct import InstructConfig
@@ -25,25 +25,25 @@ from selfalign.store.stage import StageFunction
 
 @dataclass(slots=True)
 class RunInputs:
-    """A run's data.
+    """The inputs of a run. An artifact is None if the configuration asks for none.
 
     Attributes:
         config: the experiment.
         run: makes artifacts.
-        learnt: what the models to measure were trained on, where they are of other runs.
+        other_training_data: training data of the evaluated models, if other runs trained them.
         seed_data: demonstrations and held-out ranked answers.
         questions: the evaluation instructions.
-        outputs: another model's answers to the evaluation instructions, where they are given.
-        validation: the instructions that checkpoints of an alignment are compared on, where they are.
-        preferences: preference pairs to measure on, where there are any.
-        pairs: preference pairs, where they are given.
-        instructions: all new instructions, where they are read instead of written.
-        benchmarks: {benchmark: the files it reads}.
+        outputs: another model's responses to the evaluation instructions.
+        validation: the instructions on which checkpoints of an alignment are compared.
+        preferences: held-out preference pairs.
+        pairs: given preference pairs to train on.
+        instructions: all given instructions, if instructions are not generated.
+        benchmarks: {benchmark: contents of its files}.
     """
 
     config: ExperimentConfig
     run: Maker
-    learnt: list[Artifact] = field(default_factory=list)
+    other_training_data: list[Artifact] = field(default_factory=list)
     benchmarks: dict[str, Content] = field(init=False)
     seed_data: Artifact = field(init=False)
     questions: Artifact | None = field(init=False)
@@ -54,75 +54,90 @@ class RunInputs:
     instructions: Artifact | None = None
 
     def __post_init__(self) -> None:
-        data, asked, choose = self.config.data, self.config.evaluate, self.config.train.checkpoint_selection
+        data, evaluation, selection = self.config.data, self.config.evaluate, self.config.train.checkpoint_selection
         self.benchmarks = {
-            name: Content(partial(made.sources, f"benchmark.{name}")) for name, made in self.config.benchmark.items()
+            name: Content(partial(settings.sources, f"benchmark.{name}"))
+            for name, settings in self.config.benchmark.items()
         }
         self.seed_data = self._make_seeds(
             Label.input("seeds"), seed_data, data.seed_data.eft_source, judge=self.config.judge
         )
-        self.questions = self._ask(
-            "questions", "evaluate.instructions", asked.instructions, asked.count, self.seed_data, self.learnt
+        self.questions = self._read_instructions(
+            "questions",
+            "evaluate.instructions",
+            evaluation.instructions,
+            evaluation.count,
+            self.seed_data,
+            self.other_training_data,
         )
-        self.validation = self._ask(
-            "validation", "train.checkpoint_selection.instructions", choose.instructions, choose.count, self.seed_data
+        self.validation = self._read_instructions(
+            "validation",
+            "train.checkpoint_selection.instructions",
+            selection.instructions,
+            selection.count,
+            self.seed_data,
         )
-        if asked.reference_outputs:
-            content = content_of(asked.reference_outputs, "evaluate.reference_outputs")
+        if evaluation.reference_outputs:
             self.outputs = self.run.make(
                 Label.input("given_outputs"),
                 given_outputs,
-                source=asked.reference_outputs,
-                content=content,
+                source=evaluation.reference_outputs,
+                content=content_of(evaluation.reference_outputs, "evaluate.reference_outputs"),
                 instructions=self.questions,
             )
         if isinstance(data, Pairs):
-            content, aside = content_of(data.path, "data.path"), self.config.train.validation_pairs
-            self.pairs = self.run.make(
-                Label.iteration(1, "pairs"),
-                given_pairs,
-                source=data.path,
-                count=data.count,
-                content=content,
-                held_out=self.held_out,
-                set_aside=aside,
-                trained_on=[self.seed_data] if aside else [],
-                **self._schema,
-            )
-            _check_enough("data.count", data.count, self.pairs.counts["pairs"], f"pairs of {data.path}")
+            self.pairs = self._given_pairs(data)
         else:
             source, schema = data.instruct.source, data.schema
-            self.instructions = self._ask("instructions", "data.instruct.source", source, 0, None, schema=schema)
+            self.instructions = self._read_instructions(
+                "instructions", "data.instruct.source", source, 0, None, schema=schema
+            )
             self._check_instructions(data.instruct)
-        if asked.preference_pairs.source:
-            self.preferences = self._preference_pairs(asked.preference_pairs)
+        if evaluation.preference_pairs.source:
+            self.preferences = self._preference_pairs(evaluation.preference_pairs)
 
     @property
     def _schema(self) -> dict[str, Schema]:
-        """How the user describes the rows of `data`; nothing where they are in a format that is known."""
+        """The user's description of the rows of `data`, as a stage input; empty for known formats."""
         return {"schema": schema} if (schema := self.config.data.schema) is not None else {}
 
     @property
     def held_out(self) -> list[Artifact]:
         """Artifacts with instructions that no training may see."""
         ranked = [self.seed_data] if self.seed_data.counts["questions_held_out"] else []
-        return [*ranked, *(asked for asked in (self.questions, self.validation) if asked is not None)]
+        return [*ranked, *(artifact for artifact in (self.questions, self.validation) if artifact is not None)]
 
     @property
     def trained_on(self) -> list[Artifact]:
-        """Artifacts with what is given to be trained on."""
+        """Artifacts of the given training data."""
         return [self.seed_data] if self.pairs is None else [self.seed_data, self.pairs]
 
     def ift(self) -> Artifact:
-        """The demonstrations without EFT."""
+        """Return the demonstrations without EFT."""
         if self.config.data.seed_data.eft_source != EFTSource.human:
             return self.seed_data
         return self._make_seeds(Label.input("ift"), seed_data, EFTSource.none, judge=self.config.judge)
 
-    def taught_questions(self) -> Artifact:
-        """The ranked questions that evaluation fine-tuning may use, with their answers."""
-        how = self.config.data.seed_data.eft_source
-        return self._make_seeds(Label.input("eft", "questions"), taught_questions, how)
+    def eft_questions(self) -> Artifact:
+        """Return the ranked questions for evaluation fine-tuning, with their answers."""
+        eft_source = self.config.data.seed_data.eft_source
+        return self._make_seeds(Label.input("eft", "questions"), taught_questions, eft_source)
+
+    def _given_pairs(self, data: Pairs) -> Artifact:
+        set_aside = self.config.train.validation_pairs
+        pairs = self.run.make(
+            Label.iteration(1, "pairs"),
+            given_pairs,
+            source=data.path,
+            count=data.count,
+            content=content_of(data.path, "data.path"),
+            held_out=self.held_out,
+            set_aside=set_aside,
+            trained_on=[self.seed_data] if set_aside else [],
+            **self._schema,
+        )
+        _check_count("data.count", data.count, pairs.counts["pairs"], f"pairs of {data.path}")
+        return pairs
 
     def _preference_pairs(self, test: PreferenceTest) -> Artifact:
         content: Content | str = ""
@@ -132,109 +147,112 @@ class RunInputs:
         elif self.seed_data.counts["questions_held_out"]:
             ranked = self.seed_data
         else:
-            raise SelfalignError(f"{key}=ranked: no question of data.seed_data.ranked is held out")
+            raise SelfalignError(
+                f"{key}=ranked: no question of data.seed_data.ranked is held out. Raise data.seed_data.held_out_share "
+                "or give another source"
+            )
         inputs = {"source": test.source, "count": test.count, "content": content, "ranked": ranked}
         label = Label.input("preferences", "pairs")
-        made = self.run.make(label, preference_test, trained_on=self.trained_on, **inputs)
-        _check_enough("evaluate.preference_pairs.count", test.count, made.counts["pairs"], f"pairs of {test.source}")
-        return made
+        pairs = self.run.make(label, preference_test, trained_on=self.trained_on, **inputs)
+        _check_count("evaluate.preference_pairs.count", test.count, pairs.counts["pairs"], f"pairs of {test.source}")
+        return pairs
 
-    def _make_seeds(self, label: Label, stage: StageFunction, how: EFTSource, **more: Any) -> Artifact:
-        given = self.config.data.seed_data
-        sources = {"data.seed_data.demonstrations": given.demonstrations, "data.seed_data.ranked": given.ranked}
+    def _make_seeds(self, label: Label, stage: StageFunction, eft_source: EFTSource, **more: Any) -> Artifact:
+        data = self.config.data.seed_data
+        sources = {"data.seed_data.demonstrations": data.demonstrations, "data.seed_data.ranked": data.ranked}
         contents = [content_of(source, key) for key, source in sources.items() if source]
-        settings = replace(given, eft_source=how)
+        settings = replace(data, eft_source=eft_source)
         return self.run.make(label, stage, config=settings, contents=contents, **self._schema, **more)
 
-    def _ask(
+    def _read_instructions(
         self,
         name: str,
         key: str,
-        source: str,
+        source: DataSource,
         count: int,
-        taught: Artifact | None,
-        learnt: Sequence[Artifact] = (),
+        seeds: Artifact | None,
+        trained_on: Sequence[Artifact] = (),
         schema: Schema | None = None,
     ) -> Artifact | None:
-        """Instructions of a data source; those whose answer is taught, or learnt before, are left out."""
+        """Read the instructions of a data source, without the prompts of `seeds` and `trained_on`."""
         if not source:
             return None
-        inputs: dict[str, Any] = {"source": source, "count": count, "content": content_of(source, key), "seeds": taught}
+        inputs: dict[str, Any] = {"source": source, "count": count, "content": content_of(source, key), "seeds": seeds}
         if schema is not None:
             inputs["schema"] = schema
-        others = [artifact for artifact in learnt if artifact.digest != self.seed_data.digest]
-        if found := teaching(others, source):
+        others = [artifact for artifact in trained_on if artifact.digest != self.seed_data.digest]
+        if found := overlapping(others, source):
             inputs["trained_on"] = found
-        made = self.run.make(Label.input(name), eval_instructions, **inputs)
-        _check_enough(
-            f"{key.rpartition('.')[0]}.count", count, made.counts["instructions"], f"instructions of {source}"
-        )
-        return made
+        instructions = self.run.make(Label.input(name), eval_instructions, **inputs)
+        count_key = f"{key.rpartition('.')[0]}.count"
+        _check_count(count_key, count, instructions.counts["instructions"], f"instructions of {source}")
+        return instructions
 
-    def _check_instructions(self, asked: InstructConfig) -> None:
-        """There are as many seeds as the writer is shown, or as many given instructions as all iterations take."""
+    def _check_instructions(self, instruct: InstructConfig) -> None:
+        """Check that there are enough IFT seeds for the few-shot prompt, or enough given instructions."""
         if self.instructions is not None:
-            wanted, there = asked.count * self.config.iterations, self.instructions.counts["instructions"]
-            if there < wanted:
+            wanted, found = instruct.count * self.config.iterations, self.instructions.counts["instructions"]
+            if found < wanted:
                 raise SelfalignError(
-                    f"data.instruct.count={asked.count} in each of iterations={self.config.iterations} takes {wanted} "
-                    f"instructions, but data.instruct.source={asked.source} has {there}: lower it or give more"
+                    f"data.instruct.count={instruct.count} in each of iterations={self.config.iterations} takes "
+                    f"{wanted} instructions, but data.instruct.source={instruct.source} has {found}: lower it or give "
+                    "more"
                 )
-        elif (there := self.seed_data.counts["ift"]) < asked.seed_examples:
+        elif (found := self.seed_data.counts["ift"]) < instruct.seed_examples:
             raise SelfalignError(
-                f"data.instruct.seed_examples={asked.seed_examples}, but there are {there} IFT seeds: "
+                f"data.instruct.seed_examples={instruct.seed_examples}, but there are {found} IFT seeds: "
                 "lower it or give more data.seed_data.demonstrations"
             )
 
 
-def content_of(source: str, key: str) -> Content:
-    """What a data source holds; `key` is the setting that names it."""
-    return Content(partial(identify_data, source, key))
+def content_of(source: DataSource, key: str) -> Content:
+    """Return the content of a data source; `key` is the setting that names it."""
+    return Content(partial(identify_source, source, key))
 
 
 def find_files(config: ExperimentConfig) -> None:
-    """Looks for every file that is read, so that a missing one is known before anything is made.
+    """Check that every input file exists, before anything is made.
 
     Raises:
-        SelfalignError: one is missing, or cannot be read; the setting is named.
+        SelfalignError: a file is missing or cannot be read. The message names the setting.
     """
-    for look in searches(config):
-        look()
+    for search in searches(config):
+        search()
 
 
 def searches(config: ExperimentConfig) -> list[Callable[[], object]]:
-    """Return a call for each data source and each benchmark that looks for its files, as `find_files` does."""
-    data = [partial(find_data, source, key) for key, source in data_sources(config).items()]
+    """Return one function for each data source and benchmark. It raises if a file is missing, as in `find_files`."""
+    data = [partial(find_sources, source, key) for key, source in data_sources(config).items()]
     return [*data, *(partial(benchmark.sources, f"benchmark.{name}") for name, benchmark in config.benchmark.items())]
 
 
-def data_sources(config: ExperimentConfig) -> dict[str, str]:
-    """{setting: data source} of all data that a run is given."""
-    data, asked = config.data, config.evaluate
+def data_sources(config: ExperimentConfig) -> dict[str, DataSource]:
+    """Return {setting: data source} of all data that a run reads."""
+    data, evaluation = config.data, config.evaluate
     named = {
         "data.seed_data.demonstrations": data.seed_data.demonstrations,
         "data.seed_data.ranked": data.seed_data.ranked,
         "data.path": data.path if isinstance(data, Pairs) else "",
         "data.instruct.source": data.instruct.source if isinstance(data, SelfRewarding) else "",
-        "evaluate.instructions": asked.instructions,
-        "evaluate.reference_outputs": asked.reference_outputs,
+        "evaluate.instructions": evaluation.instructions,
+        "evaluate.reference_outputs": evaluation.reference_outputs,
         "evaluate.preference_pairs.source": ""
-        if asked.preference_pairs.source == "ranked"
-        else asked.preference_pairs.source,
+        if evaluation.preference_pairs.source == "ranked"
+        else evaluation.preference_pairs.source,
         "train.checkpoint_selection.instructions": config.train.checkpoint_selection.instructions,
     }
     return {key: source for key, source in named.items() if source}
 
 
-def _check_enough(key: str, wanted: int, there: int, what: str) -> None:
-    """A count that is set is reached."""
-    if there < wanted:
+def _check_count(key: str, wanted: int, found: int, records: str) -> None:
+    """Check that a source has as many records as the setting asks for."""
+    if found < wanted:
         raise SelfalignError(
-            f"{key}={wanted}, but there are {there} usable {what}: lower it (0 takes all) or give more"
+            f"{key}={wanted}, but there are {found} usable {records}: lower it (0 takes all) or give more"
         )
 
 
 def makes_baseline(config: ExperimentConfig) -> bool:
-    """Whether there is an SFT baseline beside M1: it writes EFT, or its judging is to be compared with M1's."""
-    how = config.data.seed_data.eft_source
-    return how == EFTSource.baseline or (config.evaluate.sft_baseline and how == EFTSource.human)
+    """Whether an SFT baseline is trained besides M1, to write EFT examples or to compare its judging with M1's."""
+    eft_source = config.data.seed_data.eft_source
+    return eft_source == EFTSource.baseline or (config.evaluate.sft_baseline and eft_source == EFTSource.human)

@@ -1,8 +1,9 @@
 """The method on one page.
 
-M0 is fine-tuned to M1. Then, in each iteration, the model writes new instructions, answers each several times,
-judges its own answers, the best is paired with the worst, and the model is aligned on the pairs: M_t → M_{t+1}
-(arXiv 2401.10020). The alignment loss may ask the policy itself how good an answer is (arXiv 2405.21040).
+M0 is fine-tuned to M1. Then, in each iteration, the model writes new instructions, generates several responses to each,
+and judges its own responses. The best response is paired with the worst, and the model is aligned on the pairs:
+M_t → M_{t+1} (arXiv 2401.10020). The alignment loss may refine its margin with the policy's own judgement of the
+responses (arXiv 2405.21040).
 """
 
 from dataclasses import dataclass, field, replace
@@ -35,12 +36,12 @@ from selfalign.training.config import TrainableWeights
 
 
 def run_pipeline(config: ExperimentConfig, run: Maker) -> None:
-    """M0 → M1 → … → M_{iterations+1}, each measured."""
+    """Train M0 → M1 → … → M_{iterations+1}, and evaluate each model."""
     config = resolve_dtypes(config)
     method = Method(config, run, RunInputs(config, run))
     models = method.models()
-    method.taught = method.demonstrations(models)
-    models.sft = models.current = method.supervise("M1", models, method.taught)
+    method.sft_data = method.demonstrations(models)
+    models.sft = models.current = method.supervise("M1", models, method.sft_data)
     method.evaluation.measure("M1", models)
     for iteration in range(1, config.iterations + 1):
         pairs = method.pairs(iteration, models)
@@ -49,7 +50,7 @@ def run_pipeline(config: ExperimentConfig, run: Maker) -> None:
 
 
 def plan(config: ExperimentConfig) -> list[tuple[Label, str]]:
-    """Return (label, size) of every stage of a run, in order; nothing is read or made."""
+    """Return (label, size) of every stage of a run, in order, without reading or making anything."""
     planner = Planner()
     run_pipeline(config, planner)
     return planner.stages
@@ -57,52 +58,63 @@ def plan(config: ExperimentConfig) -> list[tuple[Label, str]]:
 
 @dataclass(slots=True)
 class Method:
-    """The steps, each with the settings and the seed that belong to it, and what they have made so far."""
+    """The steps of the method with their settings and seeds.
+
+    Attributes:
+        config: the experiment.
+        run: makes artifacts.
+        inputs: the run's data.
+        instructions: the new instructions of the iterations so far.
+        generated_pairs: the pairs that the iterations so far generated.
+        sft_data: the demonstrations that M1 is trained on.
+        judging: judges with the run's judge.
+        evaluation: evaluates the models.
+    """
 
     config: ExperimentConfig
     run: Maker
-    given: RunInputs
+    inputs: RunInputs
     instructions: list[Artifact] = field(default_factory=list)
     generated_pairs: list[Artifact] = field(default_factory=list)
-    taught: Artifact = field(init=False)
+    sft_data: Artifact = field(init=False)
     judging: RunJudge = field(init=False)
     evaluation: Evaluation = field(init=False)
 
     def __post_init__(self) -> None:
         self.judging = RunJudge(self.config, self.run, self.config.judge)
-        self.evaluation = Evaluation(self.config, self.run, self.given, self.judging)
+        self.evaluation = Evaluation(self.config, self.run, self.inputs, self.judging)
 
     def models(self) -> RunModels:
-        """M0, and models that only write or judge."""
+        """Load M0, and the models that only write instructions or judge."""
         base = load_from_outside(self.run, Label.model("M0"), self.config.model, "model.path")
-        check_requirements(self.config, base, self.given)
+        check_requirements(self.config, base, self.inputs)
         writer, judges = self._fixed_writer(), fixed_judges(self.config, self.run)
         judges["checkpoint_judge"] = checkpoint_judge(self.config, self.run)
         return RunModels(base, base, base, base, writer, generated_pairs=self.generated_pairs, **judges)
 
     def demonstrations(self, models: RunModels) -> Artifact:
-        """IFT + EFT, the latter as humans give it, or as the SFT baseline writes it and the humans' ranks confirm."""
+        """Return the IFT and EFT demonstrations. The SFT baseline writes the EFT part if `eft_source=baseline`."""
         if not makes_baseline(self.config):
-            return self.given.seed_data
-        baseline = replace(models, current=self.supervise(BASELINE, models, self.given.ift()))
+            return self.inputs.seed_data
+        baseline = replace(models, current=self.supervise(BASELINE, models, self.inputs.ift()))
         self.evaluation.measure(BASELINE, baseline, judging_only=True)
         seeds = self.config.data.seed_data
         if seeds.eft_source == EFTSource.human:
-            return self.given.seed_data
-        asked = self.given.taught_questions()
+            return self.inputs.seed_data
+        questions = self.inputs.eft_questions()
         return self.run.make(
             Label.input("eft", "demonstrations"),
             evaluation_fine_tuning,
             judge=self.config.judge,
             policy=baseline.current,
-            seeds=self.given.seed_data,
-            questions=asked,
-            judgements=self.judging.judge(Label.input("eft", "judgements"), "self", baseline, asked, asked),
+            seeds=self.inputs.seed_data,
+            questions=questions,
+            judgements=self.judging.judge(Label.input("eft", "judgements"), "self", baseline, questions, questions),
             max_score_imbalance=seeds.max_score_imbalance,
         )
 
     def supervise(self, name: str, models: RunModels, demonstrations: Artifact) -> Artifact:
-        """SFT of the newest model; without demonstrations it stays as it is."""
+        """Fine-tune the current model on demonstrations; without demonstrations, return it unchanged."""
         if not demonstrations.counts.get("ift", 1) + demonstrations.counts.get("eft", 0):
             return models.current
         return self.run.make(
@@ -116,9 +128,9 @@ class Method:
         )
 
     def pairs(self, iteration: int, models: RunModels) -> Artifact:
-        """The preference pairs of an iteration: given, its own, or its own with those of all before it."""
-        if self.given.pairs is not None:
-            return self.given.pairs
+        """Return the preference pairs of an iteration: given or generated ones, with or without earlier iterations'."""
+        if self.inputs.pairs is not None:
+            return self.inputs.pairs
         self.instructions.append(self._instruct(iteration, models))
         self.generated_pairs.append(self._pair(iteration, models))
         if iteration == 1 or not self.config.data.accumulate_pairs:
@@ -126,18 +138,18 @@ class Method:
         return self.run.make(Label.iteration(iteration, "all_pairs"), gather_pairs, parts=list(self.generated_pairs))
 
     def reference(self, models: RunModels) -> Artifact:
-        """The policy that alignment is measured against, or that further fine-tuning starts from."""
+        """Return the reference policy of an alignment, or the start of another fine-tuning."""
         if not (loss := self.config.loss).pairwise:
             return models.base if loss.init == "base" else models.current
         return models.named(self.config.train.reference_policy)
 
     def _instruct(self, iteration: int, models: RunModels) -> Artifact:
-        """New instructions, written or read, that differ from all that are known."""
+        """Generate or read new instructions, which differ from all known ones."""
         label, config = Label.iteration(iteration, "instructions"), self.config.data.instruct
-        earlier, held_out = list(self.instructions), self.given.held_out
-        known = {"config": config, "seeds": self.given.seed_data, "earlier": earlier, "held_out": held_out}
-        if self.given.instructions is not None:
-            return self.run.make(label, given_instructions, given=self.given.instructions, **known)
+        earlier, held_out = list(self.instructions), self.inputs.held_out
+        known = {"config": config, "seeds": self.inputs.seed_data, "earlier": earlier, "held_out": held_out}
+        if self.inputs.instructions is not None:
+            return self.run.make(label, given_instructions, given=self.inputs.instructions, **known)
         return self.run.make(
             label,
             instruct,
@@ -148,20 +160,21 @@ class Method:
         )
 
     def _pair(self, iteration: int, models: RunModels) -> Artifact:
-        """Pairs from the newest model's answers to the newest instructions, judged."""
+        """Generate responses to the newest instructions, judge them, and pair them."""
         data, rule, instructions = self.config.data, self.config.pair, self.instructions[-1]
-        answers, judged, label = (Label.iteration(iteration, part) for part in ("responses", "judgements", "pairs"))
+        label = Label.iteration(iteration, "responses")
         responses = self.run.make(
-            answers,
+            label,
             respond,
             config=data.respond,
             policy=models.current,
             instructions=instructions,
             engine=self.config.engine,
-            seed=self._seed(answers),
+            seed=self._seed(label),
         )
-        who = self.config.judge.model
-        judgements = self.judging.judge(judged, who, models, instructions, responses)
+        judge_name, label = self.config.judge.model, label.sibling("judgements")
+        judgements = self.judging.judge(label, judge_name, models, instructions, responses)
+        label = label.sibling("pairs")
         return self.run.make(
             label,
             pair,
@@ -174,49 +187,49 @@ class Method:
         )
 
     def align(self, iteration: int, models: RunModels, pairs: Artifact) -> Artifact:
-        """The newest model, aligned on the pairs against the reference policy."""
+        """Align the current model on the pairs, against the reference policy."""
         name, loss, train = model_after(iteration), self.config.loss, self.config.train
-        policy = references = self.reference(models)
+        policy = reference = self.reference(models)
         start = None
         if not loss.pairwise:
             if loss.init == "base":
                 label = Label.iteration(iteration, "demonstrations")
-                pairs = self.run.make(label, gather_pairs, parts=[self.taught, pairs])
+                pairs = self.run.make(label, gather_pairs, parts=[self.sft_data, pairs])
             return self.supervise(name, replace(models, current=policy), pairs)
-        scored = {"pairs": pairs, "precision": train.align.logprob_settings(self.config.model.dtype)}
+        inputs = {"pairs": pairs, "precision": train.align.logprob_settings(self.config.model.dtype)}
         if train.reference_logprobs == "precomputed":
             p = augmentation_of(loss)
             label = Label.iteration(iteration, "reference")
-            references = self.run.make(label, reference_logprobs, policy=policy, augmentation=p, **scored)
+            reference = self.run.make(label, reference_logprobs, policy=policy, augmentation=p, **inputs)
             if policy.digest != models.current.digest:
                 label = label.sibling("start")
-                start = self.run.make(label, reference_logprobs, policy=models.current, augmentation=None, **scored)
+                start = self.run.make(label, reference_logprobs, policy=models.current, augmentation=None, **inputs)
         return self.run.make(
             Label.model(name),
             align,
             policy=models.current,
             base=models.base,
             pairs=pairs,
-            reference=references,
+            reference=reference,
             loss=loss,
             start=start,
             held_out=train.validation_pairs,
-            trained_on=[self.given.seed_data, *self.generated_pairs[:-1]] if train.validation_pairs else [],
+            trained_on=[self.inputs.seed_data, *self.generated_pairs[:-1]] if train.validation_pairs else [],
             selection=self._selection(name, models),
             optimization=train.align,
             weights=self._weights(name),
         )
 
     def _selection(self, name: str, models: RunModels) -> CheckpointSelection | None:
-        """How checkpoints of an alignment are compared, if they are."""
-        if self.given.validation is None:
+        """Return the checkpoint selection of an alignment, or None."""
+        if self.inputs.validation is None:
             return None
         settings = self.config.train.checkpoint_selection
         judge = settings.head_to_head
         return CheckpointSelection(
             interval_steps=settings.interval_steps,
             level=settings.level,
-            instructions=self.given.validation,
+            instructions=self.inputs.validation,
             comparator=judge,
             compared_by=None if asks_a_server(judge) else models.own_or(judge.model, models.checkpoint_judge),
             engine=self.config.engine,
@@ -232,8 +245,8 @@ class Method:
         return load_from_outside(self.run, Label.input("writer"), model, "data.instruct.model")
 
     def _weights(self, name: str) -> TrainableWeights:
-        model, layout = self.config.model, self.config.train.parallelism
-        return TrainableWeights(dtype=model.dtype, lora=model.lora, seed=self._seed(name), parallelism=layout)
+        model, parallelism = self.config.model, self.config.train.parallelism
+        return TrainableWeights(dtype=model.dtype, lora=model.lora, seed=self._seed(name), parallelism=parallelism)
 
     def _seed(self, purpose: Label | str) -> int:
         return derive_seed(self.config.seed, str(purpose))

@@ -1,4 +1,4 @@
-"""Who plays which part in a run: the models, and which of them judges."""
+"""The models of a run and their roles: base, reference, writer and judges."""
 
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,20 +19,20 @@ from selfalign.store.artifacts import Artifact, Content
 
 @dataclass(slots=True)
 class RunModels:
-    """The models of a run so far.
+    """The models of a run so far. Models from outside the run are None if the run has no such model.
 
     Attributes:
         base: M0.
         sft: M1.
         current: M_t.
-        reference: what the newest was trained from or against.
-        writer: a model that only writes instructions, where there is one.
-        judge: a model that only judges, where there is one.
-        comparator: a model that only compares answers head to head, where there is one.
-        checkpoint_judge: a model that only compares checkpoints of an alignment, where there is one.
-        pair_judge: a model that only scores held-out pairs, where there is one.
-        generated_pairs: what the run has made to train on so far, the newest last.
-        benchmark_judges: models that only judge in benchmarks, by the benchmark's name.
+        reference: the reference policy of M_t, or the model that M_t was fine-tuned from.
+        writer: a model from outside that writes instructions.
+        judge: a model from outside that judges responses.
+        comparator: a model from outside that compares responses head to head.
+        checkpoint_judge: a model from outside that compares checkpoints of an alignment.
+        pair_judge: a model from outside that scores held-out pairs.
+        generated_pairs: pairs or positives that the run has generated, the newest last.
+        benchmark_judges: {benchmark: a model from outside that judges its responses}.
     """
 
     base: Artifact
@@ -48,35 +48,35 @@ class RunModels:
     benchmark_judges: dict[str, Artifact] = field(default_factory=dict)
 
     def named(self, name: str) -> Artifact:
-        """The model a setting names: base is M0, sft is M1, self and previous are the newest."""
+        """Return the model that a setting names: "base" is M0, "sft" is M1, "self" and "previous" are M_t."""
         return {"base": self.base, "sft": self.sft}.get(name, self.current)
 
     def own_or(self, name: str | None, fixed: Artifact | None) -> Artifact | None:
-        """The run's own model of this name, or where it is none of them, the one that was loaded for it."""
+        """Return the run's own model of this name, or `fixed` if the name is of no own model."""
         return self.named(name) if name is not None and name in OWN_MODELS else fixed
 
 
 def load_from_outside(run: Maker, label: Label, model: ModelConfig, key: str) -> Artifact:
-    """A model from outside the run; `key` is the setting that names it."""
+    """Load a model from outside the run; `key` is the setting that names it."""
     return run.make(label, load_model, model=model, source=Content(partial(source_digest, model, key)))
 
 
 def judges_of(config: ExperimentConfig) -> dict[str, Any]:
-    """{setting: judge} of all who score or compare in a run, those of its benchmarks aside."""
-    asked, choose = config.evaluate, config.train.checkpoint_selection
+    """Return {setting: judge} of all judges and comparators of a run, except those of benchmarks."""
+    evaluation, selection = config.evaluate, config.train.checkpoint_selection
     named = {
         "judge": config.judge,
-        "evaluate.head_to_head": asked.head_to_head,
-        "evaluate.preference_pairs.judge": asked.preference_pairs.judge,
-        "train.checkpoint_selection.head_to_head": choose.head_to_head if choose.interval_steps else None,
+        "evaluate.head_to_head": evaluation.head_to_head,
+        "evaluate.preference_pairs.judge": evaluation.preference_pairs.judge,
+        "train.checkpoint_selection.head_to_head": selection.head_to_head if selection.interval_steps else None,
     }
     return {key: judge for key, judge in named.items() if judge is not None}
 
 
 def fixed_judges(config: ExperimentConfig, run: Maker) -> dict[str, Any]:
-    """The models that only judge, compare, score held-out pairs or examine in benchmarks, as fields of `Models`.
+    """Load the models that only judge. Return them as keyword arguments of `RunModels`.
 
-    None, or none of a benchmark, where it is one of the run's own.
+    A judge is None, or missing among `benchmark_judges`, if it needs no model from outside the run.
     """
     test, loaded = config.evaluate.preference_pairs, judges_to_load(config.benchmark)
     return {
@@ -95,9 +95,9 @@ def fixed_judges(config: ExperimentConfig, run: Maker) -> dict[str, Any]:
 
 
 def checkpoint_judge(config: ExperimentConfig, run: Maker) -> Artifact | None:
-    """Loads the model that only compares checkpoints of an alignment, where there is one."""
-    choose = config.train.checkpoint_selection
-    judge = choose.head_to_head if choose.interval_steps else None
+    """Load the model that compares checkpoints of an alignment; None if it needs no model from outside the run."""
+    selection = config.train.checkpoint_selection
+    judge = selection.head_to_head if selection.interval_steps else None
     return _fixed_judge(config, run, Label.input("checkpoint_judge"), judge, "train.checkpoint_selection.head_to_head")
 
 
@@ -113,36 +113,42 @@ def _outside(config: ExperimentConfig, run: Maker, label: Label, path: str, key:
 
 @dataclass(slots=True)
 class RunJudge:
-    """Judges with one judge.
+    """Judges responses with one judge.
 
     Attributes:
         config: the experiment.
         run: makes artifacts.
-        how: the judge.
+        settings: the judge.
     """
 
     config: ExperimentConfig
     run: Maker
-    how: Judge
+    settings: Judge
 
     def judge(
-        self, label: Label, who: str, models: RunModels, instructions: Artifact, responses: Artifact, purpose: str = ""
+        self,
+        label: Label,
+        model_name: str,
+        models: RunModels,
+        instructions: Artifact,
+        responses: Artifact,
+        purpose: str = "",
     ) -> Artifact:
-        """Judges responses.
+        """Judge responses.
 
         Args:
-            label: of the artifact.
-            who: one of the run's own models by name; any other name is the fixed judge.
-            models: of the run so far.
-            instructions: what was answered.
-            responses: the answers.
-            purpose: what the seed is derived from, where that is not the label.
+            label: the label of the scores.
+            model_name: the name of one of the run's own models; any other name is the model from outside.
+            models: the models of the run so far.
+            instructions: instructions.jsonl.
+            responses: responses.jsonl.
+            purpose: the text from which the seed is derived; the label if empty.
         """
-        policy, reference = self.resolve_policy(who, models)
+        policy, reference = self.resolve_policy(model_name, models)
         return self.run.make(
             label,
             judge,
-            judge=self.how,
+            judge=self.settings,
             policy=policy,
             reference=reference,
             instructions=instructions,
@@ -151,11 +157,11 @@ class RunJudge:
             seed=derive_seed(self.config.seed, purpose or str(label)),
         )
 
-    def resolve_policy(self, who: str, models: RunModels) -> tuple[Artifact | None, Artifact | None]:
-        """Who judges, and, where the judge compares the two, what that model was trained from; None for no model."""
-        if asks_a_server(self.how):
+    def resolve_policy(self, model_name: str, models: RunModels) -> tuple[Artifact | None, Artifact | None]:
+        """Return the policy that judges and its reference policy; None where the judge needs none."""
+        if asks_a_server(self.settings):
             return None, None
-        policy = models.own_or(who, models.judge)
-        if not isinstance(self.how, ImplicitReward):
+        policy = models.own_or(model_name, models.judge)
+        if not isinstance(self.settings, ImplicitReward):
             return policy, None
-        return policy, models.base if who == "sft" else models.reference
+        return policy, models.base if model_name == "sft" else models.reference

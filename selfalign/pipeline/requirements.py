@@ -1,4 +1,4 @@
-"""What a run asks of M0, held against what M0 was found to be able to do, before anything is trained."""
+"""Checks before training that M0 has the capabilities that a run needs."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -30,43 +30,43 @@ from selfalign.store.stage import PlannedArtifact
 from selfalign.training.preference import lacks_score_gaps
 
 
-def check_requirements(config: ExperimentConfig, base: Artifact, given: RunInputs) -> None:
-    """Refuses a run that M0 cannot be taken through.
+def check_requirements(config: ExperimentConfig, base: Artifact, inputs: RunInputs) -> None:
+    """Check that M0 and the data allow the run.
 
     Args:
         config: the experiment.
-        base: M0; its counts tell what it can do.
-        given: the run's data.
+        base: M0; its counts are its capabilities.
+        inputs: the run's data.
 
     Raises:
-        SelfalignError: with everything that stands against it, a line each.
+        SelfalignError: a check failed. The message has one line for each problem.
     """
     if isinstance(base, PlannedArtifact):
-        return  # Of a plan: nothing has been read yet.
-    of_model = (_lengths, _writing, _prompts_of_judges, _augmentation, _dropout, _quantisation, _judges)
+        return  # In a plan nothing has been read yet.
+    of_model = (_lengths, _writing, _prompts_of_judges, _augmentation, _dropout, _router_loss, _quantisation, _judges)
     checks = (*of_model, _conversations, _thoughts, _scores)
-    problems = [problem for check in checks for problem in check(config, base, given)]
+    problems = [problem for check in checks for problem in check(config, base, inputs)]
     if problems:
         raise SelfalignError("\n".join(problems))
 
 
-def _lengths(config: ExperimentConfig, base: Artifact, given: RunInputs) -> Iterator[str]:
+def _lengths(config: ExperimentConfig, base: Artifact, inputs: RunInputs) -> Iterator[str]:
     context = base.counts["context"]
-    for key, length in _used_lengths(config, given).items():
+    for key, length in _used_lengths(config, inputs).items():
         if length > context:
             yield f"{key}.max_length={length} is above the model's context of {context} tokens: set it to that or less"
 
 
-def _used_lengths(config: ExperimentConfig, given: RunInputs) -> dict[str, int]:
-    """{setting: longest sequence} of the trainings there are."""
+def _used_lengths(config: ExperimentConfig, inputs: RunInputs) -> dict[str, int]:
+    """Return {setting: longest sequence in tokens} of the training stages of the run."""
     pairwise = config.loss.pairwise
-    taught = given.seed_data.counts["ift"] + given.seed_data.counts["eft"] or not pairwise
-    used = {"sft": taught, "align": pairwise}
+    has_sft = inputs.seed_data.counts["ift"] + inputs.seed_data.counts["eft"] or not pairwise
+    used = {"sft": has_sft, "align": pairwise}
     return {f"train.{name}": getattr(config.train, name).max_length for name, is_used in used.items() if is_used}
 
 
-def _writing(config: ExperimentConfig, base: Artifact, given: RunInputs) -> Iterator[str]:
-    """What the run's own models write leaves a prompt some room."""
+def _writing(config: ExperimentConfig, base: Artifact, inputs: RunInputs) -> Iterator[str]:
+    """Check that the tokens that models may write leave a part of the context for a prompt."""
     context = base.counts["context"]
     for key, sampling in _samplings(config).items():
         if sampling.longest >= context:
@@ -74,8 +74,8 @@ def _writing(config: ExperimentConfig, base: Artifact, given: RunInputs) -> Iter
 
 
 def _samplings(config: ExperimentConfig) -> dict[str, Sampling]:
-    """{setting: how the run's own models write}."""
-    data, choose = config.data, config.train.checkpoint_selection
+    """Return {setting: how the run's own models write}."""
+    data, selection = config.data, config.train.checkpoint_selection
     writers: dict[str, Any] = {}
     if isinstance(data, SelfRewarding):
         writers["data.respond"] = data.respond
@@ -83,8 +83,8 @@ def _samplings(config: ExperimentConfig) -> dict[str, Sampling]:
             writers["data.instruct"] = data.instruct
     if config.evaluate.instructions:
         writers["evaluate"] = config.evaluate
-    if choose.interval_steps:
-        writers["train.checkpoint_selection"] = choose
+    if selection.interval_steps:
+        writers["train.checkpoint_selection"] = selection
     samplings: dict[str, Sampling] = {f"{key}.sampling": writer.sampling for key, writer in writers.items()}
     for name, benchmark in config.benchmark.items():
         if isinstance(benchmark, MTBench):
@@ -94,61 +94,70 @@ def _samplings(config: ExperimentConfig) -> dict[str, Sampling]:
     return samplings
 
 
-def _prompts_of_judges(config: ExperimentConfig, base: Artifact, given: RunInputs) -> Iterator[str]:
-    """The prompts of the run's own judges leave room for a response, and in examples of judging too."""
+def _prompts_of_judges(config: ExperimentConfig, base: Artifact, inputs: RunInputs) -> Iterator[str]:
+    """Check that the prompts of the run's own judges fit into the context, and those of EFT into training."""
     context, seeds = base.counts["context"], config.data.seed_data
     tokenizer = PolicyCheckpoint(base.path).load_tokenizer()
     if not base.counts["chat_template"]:
         return
     for key, judge in _own_judges(config).items():
-        asked, written = len(encode_prompt(tokenizer, asks(judge)("-", "-"))), writes(judge)
-        if asked + written > context:
+        prompt, written = len(encode_prompt(tokenizer, judge_prompt(judge)("-", "-"))), max_judgement_tokens(judge)
+        if prompt + written > context:
             yield (
-                f"{key}.prompt takes {asked} tokens before any response, and the judge writes {written} more: over the "
-                f"model's context of {context}"
+                f"{key}.prompt takes {prompt} tokens before any response, and the judge writes up to {written} more: "
+                f"over the model's context of {context} tokens. Shorten the prompt"
             )
-        taught = key == "judge" and seeds.ranked and seeds.eft_source != EFTSource.none
-        if taught and asked >= (longest := config.train.sft.max_length):
+        uses_eft = key == "judge" and seeds.ranked and seeds.eft_source != EFTSource.none
+        if uses_eft and prompt >= (longest := config.train.sft.max_length):
             yield (
-                f"judge.prompt takes {asked} tokens before any response, so no example of judging fits into "
+                f"judge.prompt takes {prompt} tokens before any response, so no EFT example fits into "
                 f"train.sft.max_length={longest}: raise it or shorten the prompt"
             )
 
 
-def _augmentation(config: ExperimentConfig, base: Artifact, given: RunInputs) -> Iterator[str]:
-    """p leaves room for x and a response."""
+def _augmentation(config: ExperimentConfig, base: Artifact, inputs: RunInputs) -> Iterator[str]:
+    """Check that p leaves a part of the context for x and a response."""
     p = augmentation_of(config.loss)
     if p is None:
         return
     tokenizer, context = PolicyCheckpoint(base.path).load_tokenizer(), base.counts["context"]
-    if (asked := len(plain_ids(tokenizer, p.text(tokenizer).text))) >= context:
+    if (length := len(plain_ids(tokenizer, p.text(tokenizer).text))) >= context:
         yield (
-            f"loss.refinement.prompt takes {asked} tokens, so no pair fits behind it into the model's context of "
-            f"{context}: shorten it"
+            f"loss.refinement.prompt takes {length} tokens, so no pair fits after it into the model's context of "
+            f"{context} tokens: shorten it"
         )
 
 
-def _dropout(config: ExperimentConfig, base: Artifact, given: RunInputs) -> Iterator[str]:
+def _dropout(config: ExperimentConfig, base: Artifact, inputs: RunInputs) -> Iterator[str]:
     for key, optimization in (("train.sft", config.train.sft), ("train.align", config.train.align)):
         if optimization.dropout and not base.counts["dropout"]:
-            yield f"{key}.dropout={optimization.dropout}: this model has no dropout that could be set: set it to 0"
+            yield f"{key}.dropout={optimization.dropout}, but this model has no dropout layers: set it to 0"
 
 
-def _quantisation(config: ExperimentConfig, base: Artifact, given: RunInputs) -> Iterator[str]:
+def _router_loss(config: ExperimentConfig, base: Artifact, inputs: RunInputs) -> Iterator[str]:
+    for key, optimization in (("train.sft", config.train.sft), ("train.align", config.train.align)):
+        if optimization.router_loss_coefficient and not base.counts["has_router_loss"]:
+            yield (
+                f"{key}.router_loss_coefficient={optimization.router_loss_coefficient}, but this model has no experts "
+                "with a load balancing loss: remove it"
+            )
+
+
+def _quantisation(config: ExperimentConfig, base: Artifact, inputs: RunInputs) -> Iterator[str]:
     stored = PolicyCheckpoint(base.path).quantization
     if stored and not config.model.lora.rank:
         yield (
-            f"model.path: its weights are quantised ({stored['quantization']}), and model.lora.rank=0 asks to train "
-            "them: set model.lora.rank, such as 16"
+            f"model.path: its weights are quantised ({stored['quantization']}), and model.lora.rank=0 would train all "
+            "of them, which is impossible: set model.lora.rank=16, for example"
         )
 
 
-def _conversations(config: ExperimentConfig, base: Artifact, given: RunInputs) -> Iterator[str]:
-    """Whether the chat template takes what the data have."""
+def _conversations(config: ExperimentConfig, base: Artifact, inputs: RunInputs) -> Iterator[str]:
+    """Check that the model has a chat template if one is needed, and that it accepts the turns of the data."""
     if not base.counts["chat_template"]:
-        asked = isinstance(config.data, SelfRewarding) or given.questions or config.benchmark
-        record = None if asked else next((name for name, prompt in _prompts(given) if isinstance(prompt, list)), None)
-        if asked or record:
+        needed = isinstance(config.data, SelfRewarding) or inputs.questions or config.benchmark
+        record = None if needed else next((name for name, prompt in _prompts(inputs) if isinstance(prompt, list)), None)
+        if needed or record:
             where = f"record {record}" if record else "the run"
             yield (
                 f"{where} has conversations, and the model's tokenizer has no chat template: give one with "
@@ -156,27 +165,30 @@ def _conversations(config: ExperimentConfig, base: Artifact, given: RunInputs) -
             )
         return
     if not base.counts["system_turns"]:
-        yield from _refused_turns(given, "a system turn", lambda roles: "system" in roles)
+        yield from _refused_turns(inputs, "a system turn", lambda roles: "system" in roles)
     if not base.counts["earlier_turns"]:
-        yield from _refused_turns(given, "turns before its question", lambda roles: roles.count("user") > 1)
+        yield from _refused_turns(inputs, "turns before its question", lambda roles: roles.count("user") > 1)
         for name, benchmark in config.benchmark.items():
             if isinstance(benchmark, MTBench):
-                yield f"benchmark.{name} asks twice, and the model's chat template takes no turns before a question"
+                yield (
+                    f"benchmark.{name} has conversations of two turns, but the model's chat template accepts no turns "
+                    "before a question: give another template with model.chat_template=FILE"
+                )
 
 
-def _refused_turns(given: RunInputs, what: str, found_in: Callable[[list[str]], bool]) -> Iterator[str]:
-    """The first record that has turns which the chat template does not take."""
-    for name, prompt in _prompts(given):
-        if isinstance(prompt, list) and found_in([turn["role"] for turn in prompt]):
+def _refused_turns(inputs: RunInputs, turns: str, has_turns: Callable[[list[str]], bool]) -> Iterator[str]:
+    """Yield a problem if a record has turns that the chat template does not accept. It names the first record."""
+    for name, prompt in _prompts(inputs):
+        if isinstance(prompt, list) and has_turns([turn["role"] for turn in prompt]):
             yield (
-                f"record {name} has {what}, which the model's chat template does not take: leave it out, or "
+                f"record {name} has {turns}, which the model's chat template does not accept: remove the record, or "
                 "give another template with model.chat_template=FILE"
             )
             return
 
 
-def _thoughts(config: ExperimentConfig, base: Artifact, given: RunInputs) -> Iterator[str]:
-    """Thoughts have their place in prompts, and budgets their thoughts."""
+def _thoughts(config: ExperimentConfig, base: Artifact, inputs: RunInputs) -> Iterator[str]:
+    """Check that budgets of thoughts have thoughts, and that responses with a thought suit the chat template."""
     tokenizer = PolicyCheckpoint(base.path).load_tokenizer()
     markers = markers_of(tokenizer)
     if markers is None:
@@ -191,19 +203,19 @@ def _thoughts(config: ExperimentConfig, base: Artifact, given: RunInputs) -> Ite
         return
     if markers.prompt_end(render_prompt(tokenizer, QUESTION)) is not PromptEnd.CLOSED:
         return
-    for record in _records(given):
+    for record in _records(inputs):
         texts = [record.response] if isinstance(record, Demonstration) else [record.chosen, record.rejected]
         if isinstance(record.prompt, list) and any(text.lstrip().startswith(markers.open) for text in texts):
             yield (
-                f"record {record.id} has an answer that begins with {markers.open}, and the model's chat template "
-                "closes every thought before the answer: leave thoughts out, or have the template think with "
+                f"record {record.id} has a response that begins with {markers.open}, but the model's chat template "
+                "closes every thought before the answer: remove the thoughts, or let the template think with "
                 "model.chat_template_arguments"
             )
             return
 
 
 def _thought_budgets(config: ExperimentConfig) -> dict[str, int]:
-    """{setting: most tokens of a thought} of what the run's own models write and judge."""
+    """Return {setting: the most tokens of a thought} of what the run's own models write and judge."""
     samplings = {key: sampling.thought_tokens for key, sampling in _samplings(config).items()}
     judges = {key: getattr(judge, "thought_tokens", 0) for key, judge in _own_judges(config).items()}
     written = {
@@ -214,30 +226,30 @@ def _thought_budgets(config: ExperimentConfig) -> dict[str, int]:
     return samplings | judges | written
 
 
-def _scores(config: ExperimentConfig, base: Artifact, given: RunInputs) -> Iterator[str]:
-    """Given pairs have the scores whose difference the loss takes."""
-    if config.loss.offset is not Offset.score_gap or given.pairs is None:
+def _scores(config: ExperimentConfig, base: Artifact, inputs: RunInputs) -> Iterator[str]:
+    """Check that given pairs have the score gap that the loss needs."""
+    if config.loss.offset is not Offset.score_gap or inputs.pairs is None:
         return
-    pairs = stream_records(given.pairs.path / "pairs.jsonl", PreferencePair)
+    pairs = stream_records(inputs.pairs.path / "pairs.jsonl", PreferencePair)
     if wrong := [pair.id for pair in pairs if not (score_gap(pair) or 0) > 0]:
         yield lacks_score_gaps(config.loss, wrong)
 
 
-def _prompts(given: RunInputs) -> Iterator[tuple[str, Prompt]]:
-    """(id, prompt) of what is trained or measured on."""
-    return ((record.id, record.prompt) for record in _records(given))
+def _prompts(inputs: RunInputs) -> Iterator[tuple[str, Prompt]]:
+    """Yield (id, prompt) of all given demonstrations and pairs."""
+    return ((record.id, record.prompt) for record in _records(inputs))
 
 
-def _records(given: RunInputs) -> Iterator[Demonstration | PreferencePair]:
-    """What is trained or measured on."""
-    kinds = ((given.seed_data, "demonstrations", Demonstration), (given.pairs, "pairs", PreferencePair))
-    for artifact, name, kind in (*kinds, (given.preferences, "pairs", PreferencePair)):
+def _records(inputs: RunInputs) -> Iterator[Demonstration | PreferencePair]:
+    """Yield all given demonstrations and pairs, to train on or held out."""
+    kinds = ((inputs.seed_data, "demonstrations", Demonstration), (inputs.pairs, "pairs", PreferencePair))
+    for artifact, name, kind in (*kinds, (inputs.preferences, "pairs", PreferencePair)):
         if artifact is not None and (file := artifact.path / f"{name}.jsonl").stat().st_size:
             yield from stream_records(file, kind)
 
 
-def _judges(config: ExperimentConfig, base: Artifact, given: RunInputs) -> Iterator[str]:
-    """Whether the run's own models can give scores and verdicts as single tokens."""
+def _judges(config: ExperimentConfig, base: Artifact, inputs: RunInputs) -> Iterator[str]:
+    """Check that the model's tokenizer has single tokens for the scores and verdicts of the run's own judges."""
     tokenizer = PolicyCheckpoint(base.path).load_tokenizer()
     if not tokenizer.chat_template:
         return
@@ -252,20 +264,20 @@ def _judges(config: ExperimentConfig, base: Artifact, given: RunInputs) -> Itera
 
 
 def _own_judges(config: ExperimentConfig) -> dict[str, Any]:
-    """{setting: judge} of those that are policies of the run."""
+    """Return {setting: judge} of the judges that are policies of the run."""
     judges = judges_of(config)
-    return {key: one for key, one in judges.items() if not asks_a_server(one) and one.model in OWN_MODELS}
+    return {key: judge for key, judge in judges.items() if not asks_a_server(judge) and judge.model in OWN_MODELS}
 
 
-def asks(judge: Any) -> Callable[..., Prompt]:
-    """What a judge is asked about an instruction and a response, in its form; two responses are alike."""
+def judge_prompt(judge: Any) -> Callable[..., Prompt]:
+    """Return a function from instruction and response to the judge's prompt. A comparator gets the response twice."""
     if isinstance(judge, PairwiseComparator):
         return lambda instruction, response: judge.ask(instruction, response, response)
     return getattr(judge, "ask", lambda instruction, response: as_prompt(instruction + response))
 
 
-def writes(judge: Any) -> int:
-    """The most tokens of a judgement."""
+def max_judgement_tokens(judge: Any) -> int:
+    """Return the most tokens that the judge writes for one judgement."""
     match judge:
         case WrittenScore():
             return judge.sampling.longest

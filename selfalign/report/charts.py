@@ -1,7 +1,7 @@
-"""The report's charts: numbers → inline SVG.
+"""Draw the charts of the report as inline SVG.
 
-Colours are CSS variables, so that one drawing serves light and dark pages; letters stay letters. The same numbers
-give the same bytes. Values that are not finite are left out, never drawn.
+Colours are CSS variables, so that one drawing serves light and dark pages. Text stays text. The same numbers give the
+same bytes. Values that are not finite are left out.
 """
 
 import io
@@ -27,21 +27,21 @@ VARIABLES = {
     "#fe0004": "var(--paper)",
     **{f"#fe001{n}": f"var(--series-{n})" for n in range(1, 7)},
 }
-"""What is drawn with, and what it becomes."""
+"""{colour in the drawing: CSS variable in the page}."""
 
 INK, MUTED, RULE, PAPER, *COLOURS = VARIABLES
 
 WIDTH = 340
-"""Width of a chart in pixels of its own; the page scales it by little, so letters keep their size."""
+"""Width of a chart in pixels. The page scales charts little, so that text keeps its size."""
 
 SMOOTHED = 20
-"""A training curve of so many steps or more is drawn with its moving mean."""
+"""Minimum number of steps of a training curve that is drawn with its moving mean."""
 
 TICKS = 12
-"""Names that fit under a chart."""
+"""Number of names that fit under a chart."""
 
 TINT = 0.5
-"""Opacity of the strongest tint of a heat map: more of it, and letters on it are hard to read on one of the pages."""
+"""Opacity of the strongest tint of a heat map. Text on a stronger one is hard to read on a light or dark page."""
 
 SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -63,11 +63,11 @@ class Series:
     """One line of a chart.
 
     Attributes:
-        name: what it shows; curves have it written at their end.
+        name: of the series; at the end of a curve it is written.
         points: (x, y).
         intervals: (low, high) of each y, drawn as a bar; empty for none.
-        colour: which of the page's series colours, from 0.
-        joined: whether a line leads from point to point.
+        colour: index of the page's series colours, from 0.
+        joined: whether a line connects the points.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Series:
     joined: bool = True
 
     def finite(self) -> "Series":
-        """The same without points that are not numbers."""
+        """Return the series without points whose y is not finite."""
         kept = [i for i, (_, y) in enumerate(self.points) if math.isfinite(y)]
         intervals = [self.intervals[i] for i in kept] if self.intervals else []
         points, colour = [self.points[i] for i in kept], self.colour % len(COLOURS)
@@ -87,20 +87,20 @@ class Series:
 def series_of(
     rows: Iterable[tuple[int, dict[str, Any]]], key: str, name: str = "", colour: int = 0, *, joined: bool = True
 ) -> Series:
-    """A number of several models with its intervals, where they have them.
+    """Return the series of a metric over several models, with intervals where the rows have them.
 
     Args:
-        rows: place on the x axis and the model's row; those without the number are left out.
-        key: of the number; `key_low` and `key_high` are its interval's ends.
-        name: as of `Series`, like `colour` and `joined`.
-        colour: the same.
-        joined: the same.
+        rows: (x, row of a model); rows without the metric are left out.
+        key: of the metric; `key_low` and `key_high` are the ends of its interval.
+        name: as in `Series`, like `colour` and `joined`.
+        colour: index of the series colour.
+        joined: whether a line connects the points.
     """
-    there = [(x, row) for x, row in rows if is_number(row.get(key))]
+    known = [(x, row) for x, row in rows if is_number(row.get(key))]
     return Series(
         name=name,
-        points=[(x, row[key]) for x, row in there],
-        intervals=[(row.get(f"{key}_low", row[key]), row.get(f"{key}_high", row[key])) for _, row in there],
+        points=[(x, row[key]) for x, row in known],
+        intervals=[(row.get(f"{key}_low", row[key]), row.get(f"{key}_high", row[key])) for _, row in known],
         colour=colour,
         joined=joined,
     )
@@ -114,14 +114,14 @@ def draw_models(
     *,
     reference: float | None = None,
 ) -> str:
-    """A value of each model with its interval; x is the model's place in `models`.
+    """Draw the values of each model with their intervals; x is the model's index in `models`.
 
     Args:
         models: names along the x axis.
-        series: what is drawn; the points of one or two have their values written beside them.
+        series: the series; one or two have their values written beside the points.
         title: for screen readers.
-        form: how a value is written.
-        reference: a dashed line at this value.
+        form: formats a value.
+        reference: y of a dashed line, if there is one.
     """
     drawn = [one.finite() for one in series]
     with _Drawing(title, 210) as drawing:
@@ -137,13 +137,13 @@ def draw_models(
 
 
 def draw_curves(series: Sequence[Series], title: str, form: Format, *, reference: float | None = None) -> str:
-    """Training curves over optimiser steps, each named at its end; long ones are drawn with a moving mean.
+    """Draw training curves over optimizer steps, with the name at the end of each and a moving mean for long ones.
 
     Args:
-        series: one a model.
+        series: one for each model.
         title: for screen readers.
-        form: how a value of the y axis is written.
-        reference: a dashed line at this value.
+        form: formats a value of the y axis.
+        reference: y of a dashed line, if there is one.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -160,14 +160,14 @@ def draw_curves(series: Sequence[Series], title: str, form: Format, *, reference
 
 
 def draw_histogram(counts: Sequence[int], low: int, peak: int, title: str, parts: int = 1) -> str:
-    """How often each score was given.
+    """Draw how often each score was given.
 
     Args:
-        counts: of each score from `low` on.
-        low: the lowest.
-        peak: the highest bar of several histograms, so that their heights can be compared.
+        counts: of each bar, from `low` upwards.
+        low: the lowest score.
+        peak: the highest count over several histograms, so that their heights are comparable.
         title: for screen readers.
-        parts: how many bars a point of the scale has; each bar has its count above it where there is one a point.
+        parts: bars for each point of the scale; with one, each bar has its count above it.
     """
     with _Drawing(title, 150) as drawing:
         axes = drawing.axes(left=0.04, right=0.96, bottom=0.16, top=0.97)
@@ -185,15 +185,15 @@ def draw_histogram(counts: Sequence[int], low: int, peak: int, title: str, parts
 
 
 def draw_heatmap(names: Sequence[str], values: Sequence[Sequence[float | None]], title: str, form: Format) -> str:
-    """Shares of one against another: a cell is tinted towards 1 or towards 0, with nothing at a half.
+    """Draw a matrix of win rates; a cell is tinted towards 1 or towards 0, and has no tint at ½.
 
-    The tints leave the paper under them visible, so letters in the page's ink stay readable on all of them.
+    The tints are transparent, so that text in the page's ink stays readable on all of them.
 
     Args:
         names: of the rows, and of the columns.
-        values: a row of shares for each name; None or NaN where there is none.
+        values: a row of shares for each name; None or NaN for a missing one.
         title: for screen readers.
-        form: how a share is written.
+        form: formats a share.
     """
     from matplotlib.patches import Rectangle
 
@@ -221,14 +221,14 @@ def draw_heatmap(names: Sequence[str], values: Sequence[Sequence[float | None]],
 
 
 def moving_mean(values: Sequence[float], width: int) -> list[float]:
-    """The mean of each value with its neighbours, `width` in all; fewer at both ends."""
+    """Return the mean of each value with its neighbours, `width` values in all, and fewer at both ends."""
     half = width // 2
     windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
     return [math.fsum(window) / len(window) for window in windows]
 
 
 def spread(places: Sequence[float], gap: float) -> list[float]:
-    """Places moved apart so that neighbours have at least `gap` between them; their order and mean stay."""
+    """Return positions moved apart so that neighbours are at least `gap` apart; their order and mean stay."""
     order = sorted(range(len(places)), key=lambda i: places[i])
     moved = list(places)
     for below, above in pairwise(order):
@@ -238,14 +238,14 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
 
 
 def tick_labels(ticks: Sequence[float], form: Format) -> list[str]:
-    """Ticks as text, with more digits than `form` gives where they would look the same."""
+    """Return ticks as text, with more digits than `form` gives if they would look the same."""
     forms: list[Format] = [form, *(lambda tick, n=n: f"{tick:.{n}f}".replace("-", "\u2212") for n in range(2, 7))]
     labels = ([written(tick) for tick in ticks] for written in forms)
     return next((texts for texts in labels if len({*texts}) == len(texts)), [str(tick) for tick in ticks])
 
 
 class _Drawing:
-    """One figure: `with` draws in it, afterwards `svg` holds it."""
+    """A figure: draw inside the `with` block, then read `svg`."""
 
     def __init__(self, title: str, height: int, kind: str = "plot") -> None:
         self.title = title
@@ -254,7 +254,7 @@ class _Drawing:
         self.svg = ""
 
     def __enter__(self) -> "_Drawing":
-        # matplotlib takes a second to import, which a run should not wait for before it starts.
+        # Importing matplotlib takes a second, which would delay the start of every run.
         from matplotlib import rc_context
         from matplotlib.figure import Figure
 
@@ -264,7 +264,7 @@ class _Drawing:
         return self
 
     def axes(self, *, left: float = 0.135, right: float, bottom: float = 0.12, top: float = 0.95) -> "Axes":
-        """Axes between these shares of the figure."""
+        """Add axes between these shares of the figure."""
         return self._figure.add_axes((left, bottom, right - left, top - bottom), facecolor="none")
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
@@ -278,7 +278,7 @@ class _Drawing:
 
 
 def _inline(svg: str, title: str, height: int, kind: str) -> str:
-    """The drawing without what a page of several charts has no use for: prologue, date, styles, unused ids."""
+    """Return the SVG without prologue, date, styles and unused ids, which a page of several charts does not need."""
     body = svg[svg.index(">", svg.index("<svg")) + 1 : svg.rindex("</svg>")]
     body = re.sub(r"\s*<(metadata|style)\b.*?</\1>", "", body, flags=re.DOTALL)
     body = re.sub(r"<!--.*?-->\n?", "", body, flags=re.DOTALL)
@@ -304,7 +304,7 @@ def _draw_points(axes: "Axes", series: Series, form: Format | None, *, aside: fl
 
 
 def _draw_curve(axes: "Axes", series: Series, alpha: float) -> float:
-    """Draws a curve, with its single steps at this opacity where it is smoothed, and returns the height of its end."""
+    """Draw a curve and return the height of its end. A smoothed curve shows its single steps at opacity `alpha`."""
     colour = COLOURS[series.colour]
     xs, ys = [x for x, _ in series.points], [y for _, y in series.points]
     if len(ys) < SMOOTHED:
@@ -317,12 +317,12 @@ def _draw_curve(axes: "Axes", series: Series, alpha: float) -> float:
 
 
 def smoothing(steps: int) -> int:
-    """Over how many steps a curve of this length is averaged: a tenth, odd."""
+    """Return the window of the moving mean for a curve of this length: a tenth of it, odd."""
     return steps // 10 | 1
 
 
 def _finish(axes: "Axes", form: Format, reference: float | None) -> None:
-    """Few ticks, horizontal rules instead of a frame, and the reference line."""
+    """Add a few ticks, horizontal rules and the reference line, and hide the frame."""
     from matplotlib.ticker import MaxNLocator
 
     if reference is not None:

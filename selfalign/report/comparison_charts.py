@@ -1,4 +1,4 @@
-"""Charts across jobs: over the settings in which they differ, from model to model, and step by step."""
+"""Charts of a comparison: over the settings in which the jobs differ, from model to model, and step by step."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -25,29 +25,30 @@ MEASURED = (
     (catalog.JUDGE_QUALITY_SPEARMAN, f"with the human order; {BAR}; dashed: chance", 0.0),
     (catalog.EVAL_MEAN_CHARACTERS, f"mean over the evaluation answers; {BAR}", None),
 )
-"""Number of a model's row, caption, and a reference line."""
+"""(metric, caption, y of the reference line)."""
 
 CURVES = ((catalog.REWARDS_MARGINS, 0.0), (catalog.REWARDS_ACCURACIES, 0.5))
-"""What is drawn step by step, and a reference line."""
+"""(metric drawn step by step, y of the reference line)."""
 
 Points = Sequence[tuple[int, Row]]
-"""A place on the x axis and the row of a model whose number stands there."""
+"""(x, row of the model)."""
 
 
 def over_settings(comparison: JobComparison) -> str:
-    """The last models' numbers over each setting that is a number, or job by job where there is none."""
+    """Return charts of the last models' metrics over each numeric setting; job by job where no setting is numeric."""
     axes = axes_of(comparison)
     if not axes:
         names = [comparison.mark(job) for job in comparison.jobs]
         lines = {"": list(enumerate(job.last for job in comparison.jobs))}
-        return note("Each job's last model.") + _charts(names, lines, joined=False)
+        return note("The charts show each job's last model.") + _charts(names, lines, joined=False)
     return "".join(_over(comparison, key) for key in axes)
 
 
 def axes_of(comparison: JobComparison) -> list[str]:
-    """The differing settings to draw over: numbers, and few, or such as differ alone between some of the jobs.
+    """Return the differing settings that become x axes: numeric ones.
 
-    Only what finished jobs differ in counts, and the seed only if it is the only one.
+    If many settings differ, only those that differ alone between some of the jobs are taken. Only finished jobs count.
+    The seed is taken only if it is the only one.
     """
     axes = [key for key in comparison.keys if len(_sizes(comparison.finished, key)) > 1]
     if len(comparison.keys) > FEW:
@@ -56,24 +57,24 @@ def axes_of(comparison: JobComparison) -> list[str]:
 
 
 def _sizes(jobs: Sequence[JobResult], key: str) -> list[float]:
-    """The values of a setting in their order; none where one of them is no number."""
+    """Return the sorted values of a setting; nothing if one of them is no number."""
     values = [job.settings[key] for job in jobs if key in job.settings]
     return sorted(set(values)) if all(is_number(v) and not isinstance(v, bool) for v in values) else []
 
 
 def _lines(comparison: JobComparison, key: str) -> dict[str, list[JobResult]]:
-    """{the other settings that differ: the jobs with them}, of the finished jobs that have the key."""
+    """Return {the other differing settings as text: the finished jobs with them} of the jobs that have the key."""
     lines: dict[str, list[JobResult]] = {}
     for job in comparison.finished:
         if key in job.settings:
             others = [other for other in comparison.keys if other != key and other in job.settings]
-            told = ", ".join(f"{other} = {shortened(as_text(job.settings[other]))}" for other in others)
-            lines.setdefault(told, []).append(job)
+            name = ", ".join(f"{other} = {shortened(as_text(job.settings[other]))}" for other in others)
+            lines.setdefault(name, []).append(job)
     return lines
 
 
 def _over(comparison: JobComparison, key: str) -> str:
-    """The charts over one setting, a line for each combination of the others."""
+    """Return the charts over one setting, with a line for each combination of the others."""
     values = _sizes(comparison.jobs, key) or _sizes(comparison.finished, key)
     lines = {
         name: sorted(((values.index(job.settings[key]), job.last) for job in jobs), key=itemgetter(0))
@@ -81,12 +82,12 @@ def _over(comparison: JobComparison, key: str) -> str:
     }
     joined = len(lines) <= LEADING
     points = lines if joined else {"": [point for line in lines.values() for point in line]}
-    said = note(f"Each job's last model; the values of {escape(key)} in their order, not to scale.")
-    return f"<h3>Over {escape(key)}</h3>\n{said}{_charts([as_text(v) for v in values], points, joined=joined)}"
+    axis = note(f"The charts show each job's last model. Values of {escape(key)} are sorted, not to scale.")
+    return f"<h3>Over {escape(key)}</h3>\n{axis}{_charts([as_text(v) for v in values], points, joined=joined)}"
 
 
 def over_iterations(comparison: JobComparison) -> str:
-    """The leading jobs' numbers from model to model."""
+    """Return charts of the leading jobs' metrics from model to model."""
     names = list(dict.fromkeys(row["model"] for job in comparison.finished for row in job.models))
     names.sort(key=lambda name: (name != "SFT", len(name), name))
     lines = {
@@ -96,7 +97,7 @@ def over_iterations(comparison: JobComparison) -> str:
 
 
 def curves(comparison: JobComparison) -> str:
-    """Margin and accuracy of the leading jobs while each model was trained."""
+    """Return charts of margin and accuracy in the training of the leading jobs' models."""
     models = dict.fromkeys(row["model"] for job in comparison.leading for row in job.models)
     drawn = [_curve(comparison, model, *kind) for model in models for kind in CURVES]
     return who(comparison) + grid(drawn) if any(drawn) else ""
@@ -118,23 +119,25 @@ def _curve(comparison: JobComparison, model: str, metric: Metric, reference: flo
 
 
 def which(comparison: JobComparison) -> str:
-    """Which jobs are shown, where there are too many to show all."""
+    """Return a sentence about which jobs are shown, if not all are."""
     some = len(comparison.leading) < len(comparison.finished)
-    return f"Of the {len(comparison.leading)} jobs with the {comparison.extreme} {comparison.metric}. " if some else ""
+    if not some:
+        return ""
+    return f"Only the {len(comparison.leading)} jobs with the {comparison.extreme} {comparison.metric} are shown. "
 
 
 def who(comparison: JobComparison) -> str:
-    """Which jobs are drawn, and what stands at their lines."""
+    """Return a note about which jobs are drawn and how their lines are named."""
     jobs = comparison.leading
     if all(comparison.mark(job) == f"{job.number}" for job in jobs):
-        said = "; ".join(f"{job.number}: {comparison.told(job)}" for job in jobs) + "."
+        names = "; ".join(f"{job.number}: {comparison.description(job)}" for job in jobs) + "."
     else:
-        said = f"Lines are named by {comparison.keys[0]}."
-    return note(escape(which(comparison) + said))
+        names = f"Lines are named by {comparison.keys[0]}."
+    return note(escape(which(comparison) + names))
 
 
 def _charts(names: Sequence[str], lines: Mapping[str, Points], *, joined: bool = True) -> str:
-    """Every number that is there, drawn over these names; lines by their name."""
+    """Return a chart of every metric with values, over these names and with these named lines."""
     figures: list[str] = []
     for metric, caption, reference in MEASURED:
         series = [

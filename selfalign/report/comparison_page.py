@@ -1,4 +1,4 @@
-"""The comparison of several runs: one HTML page that needs nothing else, and a CSV."""
+"""Write the comparison of several runs: a self-contained HTML page and a CSV file."""
 
 import csv
 import io
@@ -42,17 +42,15 @@ from selfalign.report.jobs import (
 from selfalign.report.run_page import MODELS, SHOWN, purpose, trained_on
 from selfalign.report.tables import matrix
 from selfalign.runs.labels import Label
-from selfalign.runs.reader import Candidate, Sample, read_answers, stream_there
+from selfalign.runs.reader import Candidate, Sample, read_responses, stream_artifact
 
 Row = dict[str, Any]
 
-"""What the best job has the highest value of, unless asked for another."""
-
 ANY = decimals(0)
-JOB = Column("job", "its number on this page", "job", ANY)
-STATE = Column("state", "finished, or what else became of the job", "state", ANY)
-FOLDER = Column("folder", "the run's folder, or the overrides of a job that never had one", "name", ANY)
-LAST = Column("last model", "whose numbers stand in this row", "model", ANY)
+JOB = Column("job", "number of the job on this page", "job", ANY)
+STATE = Column("state", "state of the job", "state", ANY)
+FOLDER = Column("folder", "the run's folder, or the overrides of a job without a folder", "name", ANY)
+LAST = Column("last model", "the model whose metrics are in this row", "model", ANY)
 OF_MODEL = {
     column.key: column
     for column in (
@@ -65,35 +63,37 @@ OF_MODEL = {
         ),
     )
 }
-"""What is shown of each job's last model, by key."""
+"""{key: column} of the metrics that are shown for each job's last model."""
 
 OF_JOB = (
-    Column("time alone", "what the job would have taken by itself", "alone", duration),
-    Column("its own time", "of what none of the other jobs here needed too", "own", duration),
+    Column("time alone", "time of all artifacts of the job, as if it shared none", "alone", duration),
+    Column("its own time", "time of the artifacts that no other job here uses", "own", duration),
 )
 
 
 def write_comparison(folders: Sequence[Path], target: Path, metric: str = "") -> Path:
-    """Writes comparison.html and comparison.csv into the folder `target`, and returns the page's path.
+    """Write comparison.html and comparison.csv into the folder `target`, and return the path of the page.
 
     Args:
         folders: run folders, sweep folders with their jobs.json, or folders that hold several runs.
-        target: made if it is not there.
-        metric: a number of the models' rows in summary.json, such as "eval/win_rate"; the job whose last model has
-            the highest is the best, or the lowest with a "-" before the name. Empty takes the jobs' `sweep_metric`.
+        target: created if it does not exist.
+        metric: a metric in summary.json, such as "eval/win_rate", by which the jobs' last models are ranked. The
+            highest value is the best, or the lowest if the name begins with "-". Empty takes the jobs' `sweep_metric`.
 
     Raises:
-        SelfalignError: a folder holds no run, or no finished job has the metric that was asked for.
+        SelfalignError: a folder holds no run, or no finished job has the given metric.
     """
     return compare_jobs(find_jobs(folders), target, metric)
 
 
 def compare_jobs(jobs: Sequence[JobResult], target: Path, metric: str = "") -> Path:
-    """As `write_comparison`, of jobs that have been found."""
+    """Write the comparison of jobs that have been found; see `write_comparison`."""
     comparison = JobComparison.of(jobs, metric or metric_of(jobs))
     if comparison.finished and not comparison.ranked and metric:
         known = sorted({key for job in comparison.finished for key, value in job.last.items() if is_number(value)})
-        raise SelfalignError(f"metric {comparison.metric!r}: no finished job has it; there are {', '.join(known)}")
+        raise SelfalignError(
+            f"metric {comparison.metric!r}: no finished job has it. Available metrics: {', '.join(known)}"
+        )
     target.mkdir(parents=True, exist_ok=True)
     write_atomically(target / "comparison.csv", [csv_text(comparison).encode()])
     write_atomically(target / "comparison.html", [page(comparison).encode()])
@@ -101,7 +101,10 @@ def compare_jobs(jobs: Sequence[JobResult], target: Path, metric: str = "") -> P
 
 
 def csv_text(comparison: JobComparison) -> str:
-    """A row a job and model with the differing settings and every number of summary.json; a row an unfinished job."""
+    """Return the CSV: a row for each job and model with the differing settings and all metrics.
+
+    An unfinished job has one row without metrics.
+    """
     rows: list[Row] = []
     for job in comparison.jobs:
         of_job: Row = {"job": job.number, "folder": job.name, "state": job.state, "error": job.error}
@@ -117,7 +120,7 @@ def csv_text(comparison: JobComparison) -> str:
 
 
 def page(comparison: JobComparison) -> str:
-    """The whole page."""
+    """Return the whole page."""
     names = {run.summary["name"] for run in comparison.runs}
     parts = {
         "Jobs": jobs_table(comparison),
@@ -139,18 +142,20 @@ def page(comparison: JobComparison) -> str:
 
 
 def jobs_table(comparison: JobComparison) -> str:
-    """A row a job: the settings that differ, the numbers of its last model, and its time."""
+    """Return the table of jobs: differing settings, metrics of the last model, and time."""
     settings = [Column(key, "a setting", f"setting {key}", as_text) for key in comparison.keys]
     state = [STATE] if len(comparison.finished) < len(comparison.jobs) else []
     front, back = ([*settings, *state], [FOLDER]) if len(settings) <= FEW else ([FOLDER, *state], settings)
-    metric = OF_MODEL.get(comparison.metric) or Column(comparison.metric, "as asked for", comparison.metric, compact)
+    metric = OF_MODEL.get(comparison.metric) or Column(
+        comparison.metric, "the metric of the ranking", comparison.metric, compact
+    )
     others = [column for column in OF_MODEL.values() if column is not metric]
     columns = [JOB, *front, metric, LAST, *others, *OF_JOB, *back]
     return explained("jobs", columns, job_rows(comparison), note(opponents(comparison)))
 
 
 def job_rows(comparison: JobComparison) -> list[Row]:
-    """The table of jobs; an unfinished one has no numbers."""
+    """Return the rows of the table of jobs; an unfinished job has no metrics."""
     rows: list[Row] = []
     for job in comparison.jobs:
         settings = {f"setting {key}": setting(job.settings.get(key)) for key in comparison.keys}
@@ -166,17 +171,17 @@ def job_rows(comparison: JobComparison) -> list[Row]:
 
 
 def setting(value: object) -> object:
-    """A setting as a cell: a number, or a text that fits."""
+    """Return a setting as a cell: a number, or a text that fits."""
     return value if value is None or (is_number(value) and not isinstance(value, bool)) else shortened(as_text(value))
 
 
 def matrices(comparison: JobComparison) -> str:
-    """Every model of a run against every other, for the runs that compared them."""
+    """Return the win-rate matrices of the leading jobs that have one."""
     return grid(matrix(job.run, f"Job {named(comparison, job)}") for job in comparison.leading if job.run)
 
 
 def answers(comparison: JobComparison) -> str:
-    """What M1 and the last models of the leading jobs answered to the same instructions."""
+    """Return the answers of M1 and of the leading jobs' last models to the same instructions."""
     writers: dict[str, tuple[JobResult, str]] = {}
     groups = comparison.by_key(Label.evaluation("M1", "answers")).values()
     for jobs in groups:
@@ -186,23 +191,23 @@ def answers(comparison: JobComparison) -> str:
     for job in comparison.leading:
         writers[f"{job.last['model']} of job {named(comparison, job)}"] = job, job.last["model"]
     written = {name: found for name, (job, model) in writers.items() if (found := answers_of(job, model))}
-    asked = [text for text in next(iter(written.values()), {}) if all(text in found for found in written.values())]
-    cards = [card(Sample(text, [found[text] for found in written.values()]), list(written)) for text in asked[:SHOWN]]
-    said = f"The first {SHOWN} evaluation instructions that all were asked, not selected. {which(comparison)}"
-    return note(escape(said)) + "".join(cards) if len(written) > 1 and cards else ""
+    common = [text for text in next(iter(written.values()), {}) if all(text in found for found in written.values())]
+    cards = [card(Sample(text, [found[text] for found in written.values()]), list(written)) for text in common[:SHOWN]]
+    remark = f"The first {SHOWN} evaluation instructions that all models answered, not selected. {which(comparison)}"
+    return note(escape(remark)) + "".join(cards) if len(written) > 1 and cards else ""
 
 
 def answers_of(job: JobResult, model: str) -> dict[str, Candidate]:
-    """{evaluation instruction: a model's answer}."""
+    """Return {evaluation instruction: a model's answer}."""
     assert job.run is not None
     folder = job.run.folder
-    found = read_answers(folder, model)
-    asked = stream_there(folder, Label.input("questions"), Instruction)
-    return {instruction.text: found[instruction.id] for instruction in asked if instruction.id in found}
+    found = read_responses(folder, model)
+    instructions = stream_artifact(folder, Label.input("questions"), Instruction)
+    return {instruction.text: found[instruction.id] for instruction in instructions if instruction.id in found}
 
 
 def times(comparison: JobComparison) -> str:
-    """Where the time went, and what was found instead of made again."""
+    """Return bars of the time spent, and of the time saved by shared artifacts, by purpose."""
     spent = costs(comparison.finished, purpose)
     rows = [
         (name, [cost.made, cost.reused], f"{duration(cost.made)} + {duration(cost.reused)}")
@@ -211,14 +216,14 @@ def times(comparison: JobComparison) -> str:
         for name, cost in spent.items()
         if cost.made + cost.reused >= 0.05
     ]
-    said = "Seconds that were spent, and in pale the seconds that were not, because a job found what another had made."
-    return note(said) + bars(rows) if rows else ""
+    remark = "Strong bars: time spent. Pale bars: time saved, because a job reused artifacts of another job."
+    return note(remark) + bars(rows) if rows else ""
 
 
 def failures(comparison: JobComparison) -> str:
-    """The jobs without numbers, each with the line it stopped with."""
+    """Return the jobs without metrics, each with its state and the last line of its error."""
     missing = [job for job in comparison.jobs if not job.run]
-    said = [
+    states = [
         (f"Job {named(comparison, job)}", f"{job.state}: {job.error}" if job.error else job.state) for job in missing
     ]
-    return facts(said) if said else ""
+    return facts(states) if states else ""

@@ -1,4 +1,4 @@
-"""A comparison's sentences: what differs, which job is best and how sure that is. They are HTML, escaped here."""
+"""Sentences of a comparison: what differs, which job is best and how certain that is. They are HTML, escaped here."""
 
 import math
 from collections import Counter
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from html import escape
 
 from selfalign.core.formatting import duration, plural
+from selfalign.data.mixtures import parts_of
 from selfalign.metrics.catalog import METRICS
 from selfalign.report.html import Format, compact, fold, percent, strong
 from selfalign.report.jobs import FEW, JobComparison, JobResult, as_text, costs, seconds_alone, shortened
@@ -17,7 +18,7 @@ from selfalign.runs.reader import Finished
 
 FORMS: dict[str, Format] = {column.key: column.form for column in (*ANSWERS, *MODELS)}
 
-LUCK = "The best of several owes some of its lead to luck; another seed would tell how much."
+LUCK = "The best of several jobs leads partly by chance; runs with other seeds show by how much."
 SOURCES = {
     Label.input("questions"): "evaluate.instructions",
     Label.input("given_outputs"): "evaluate.reference_outputs",
@@ -26,98 +27,107 @@ SOURCES = {
     Label.iteration(1, "pairs"): "data.path",
     Label.input("preferences", "pairs"): "evaluate.preference_pairs.source",
 }
-"""The settings that name what these artifacts are read from."""
+"""{artifact that is read from data: the setting that names the data}."""
+
+OUTSIDE = {
+    Label.input("writer"): "data.instruct.model",
+    Label.input("judge"): "judge.model",
+    Label.input("comparator"): "evaluate.head_to_head.model",
+    Label.input("preferences", "judge"): "evaluate.preference_pairs.judge.model",
+    Label.input("checkpoint_judge"): "train.checkpoint_selection.head_to_head.model",
+}
+"""The settings that name the models which only write or judge."""
 
 LISTED = 8
-"""So many values of a setting are listed."""
+"""Maximum number of listed values of a setting."""
 
 
 def what_differs(comparison: JobComparison) -> str:
-    """How many jobs, what became of them, and the settings in which they differ."""
+    """Return the number of jobs, their states, and the settings in which they differ."""
     counted = Counter(job.state for job in comparison.jobs)
     states = ", ".join(f"{count} {escape(state)}" for state, count in counted.items())
-    said = f"{strong(plural(len(comparison.jobs), 'job'))} ({states})"
+    jobs = f"{strong(plural(len(comparison.jobs), 'job'))} ({states})"
     if not comparison.keys:
-        return f"{said} with the same settings."
-    told = [f"{strong(key)} ({escape(listed(comparison, key))})" for key in comparison.keys]
-    if len(told) > FEW:
-        told = [f"{strong(len(told))} settings, {', '.join(map(strong, comparison.keys[:FEW]))} among them"]
-    return f"{said} that differ in {', '.join(told)}."
+        return f"{jobs} with the same settings."
+    settings = [f"{strong(key)} ({escape(listed(comparison, key))})" for key in comparison.keys]
+    if len(settings) > FEW:
+        settings = [f"{strong(len(settings))} settings, {', '.join(map(strong, comparison.keys[:FEW]))} among them"]
+    return f"{jobs} that differ in {', '.join(settings)}."
 
 
 def listed(comparison: JobComparison, key: str) -> str:
-    """The values of a setting, in the order of the table."""
+    """Return the values of a setting, in the order of the table."""
     texts = dict.fromkeys(shortened(as_text(job.settings[key])) for job in comparison.jobs if key in job.settings)
     more = f" and {len(texts) - LISTED} more" if len(texts) > LISTED else ""
     return ", ".join(list(texts)[:LISTED]) + more
 
 
 def verdict(comparison: JobComparison) -> str:
-    """The best job, whether others are told apart from it, and what the jobs took."""
+    """Return the best job, whether it can be told apart from others, and the time of all jobs."""
     if not comparison.finished:
         return '<p class="verdict"><b>No job has finished</b>, so there is nothing to compare yet.</p>\n'
     return f'<p class="verdict">{best(comparison)} {cost(comparison)}</p>\n'
 
 
 def best(comparison: JobComparison) -> str:
-    """The job with the best value of the metric, and how sure that is."""
+    """Return the job with the best value of the metric, and how certain that is."""
     metric, ranked = comparison.metric, comparison.ranked
     name = METRICS[metric].heading if metric in METRICS else metric
     if not ranked:
-        return f"No job has {strong(name)}, so none is called the best."
+        return f"No job has the metric {strong(name)}, so no job is the best."
     first, form = ranked[0], FORMS.get(metric, compact)
     low, high = comparison.interval(first)
     value, most = strong(form(first.last[metric])), f"{comparison.extreme} {escape(name)}"
     if len(even := comparison.even) > 1:
         all_of_them = "All" if len(even) == len(ranked) else f"Jobs {', '.join(str(job.number) for job in even)}"
-        return f"<b>{all_of_them} have the same {most}</b>, {value}: it does not tell them apart."
+        return f"<b>{all_of_them} have the same {most}</b>, {value}, so this metric does not tell them apart."
     found = f"<b>Job {escape(named(comparison, first))}</b> has the {most}, {value}"
     if not math.isfinite(low):
-        return f"{found}. There is no interval, so these numbers do not say how sure that is."
+        return f"{found}. It has no interval, so it is not known how certain this is."
     found = f"{found} (95\u00a0% interval {form(low)} to {form(high)})."
     if len(ranked) == 1:
-        return f"{found} No other job has this number."
+        return f"{found} No other job has this metric."
     if rivals := comparison.rivals():
         many = len(rivals) > 1
         which = (
             f"jobs {', '.join(str(job.number) for job in rivals)}" if many else f"job {named(comparison, rivals[0])}"
         )
-        overlap = f"whose {'intervals overlap' if many else 'interval overlaps'} with it"
-        return f"{found} <b>That is not sure:</b> it is not told apart from {escape(which)}, {overlap}. {LUCK}"
+        overlap = f"whose {'intervals overlap' if many else 'interval overlaps'} with its own"
+        return f"{found} <b>This is not certain:</b> it cannot be told apart from {escape(which)}, {overlap}. {LUCK}"
     return f"{found} No other job's interval reaches it. {LUCK}"
 
 
 def named(comparison: JobComparison, job: JobResult) -> str:
-    """A job's number with what is different about it."""
-    return f"{job.number} ({comparison.told(job)})"
+    """Return a job's number and description."""
+    return f"{job.number} ({comparison.description(job)})"
 
 
 def cost(comparison: JobComparison) -> str:
-    """What the finished jobs took together, and what they would have taken one by one."""
+    """Return the time of the finished jobs together, and the time that they would take without sharing artifacts."""
     made = math.fsum(cost.made for cost in costs(comparison.finished, lambda label, stage: stage).values())
     alone = math.fsum(map(seconds_alone, comparison.finished))
     if made == alone:
-        return f"Making them all took {strong(duration(made))}; the jobs share nothing."
+        return f"All jobs together took {strong(duration(made))}; they share no artifacts."
     share = percent(made / alone)
-    each = f"the {duration(alone)} that the jobs would take without sharing"
-    return f"Making them all took {strong(duration(made))}, {share} of {each}."
+    each = f"the {duration(alone)} that they would take without sharing artifacts"
+    return f"All jobs together took {strong(duration(made))}, {share} of {each}."
 
 
 def opponents(comparison: JobComparison) -> str:
-    """What the win rates of the jobs are against, and whether that is the same for all."""
+    """Return whose answers the win rates compare with, and whether these are the same for all jobs."""
     answered = comparison.by_key(Label.evaluation("M1", "answers"))
     if not answered:
-        return "Each job's last model."
-    said = "Each job's last model. Win rates are of its answers against M1's"
+        return "Metrics are those of each job's last model."
+    win_rates = "Metrics are those of each job's last model. Win rates compare its answers with M1's"
     if len(answered) > 1:
-        return f"{said}, and the jobs do not share one M1: rates of different jobs have different opponents."
+        return f"{win_rates}. The jobs do not share one M1, so win rates of different jobs have different opponents."
     if any(key.startswith("evaluate.") for key in comparison.keys):
-        return f"{said}, which all jobs share; how they are measured differs (evaluate.*)."
-    return f"{said}: all jobs share that M1 and its answers."
+        return f"{win_rates}. All jobs share this M1, but the evaluation settings differ (evaluate.*)."
+    return f"{win_rates}. All jobs share this M1 and its answers."
 
 
 def changed_sources(comparison: JobComparison) -> list[str]:
-    """The settings whose data or model had another content in another job, though they name the same there."""
+    """Return `setting=source` of data and models whose content differs between jobs."""
     found: dict[tuple[str, str], set[str]] = {}
     for run in comparison.runs:
         for setting, source, content in contents(run):
@@ -126,31 +136,56 @@ def changed_sources(comparison: JobComparison) -> list[str]:
 
 
 def contents(run: Finished) -> Iterator[tuple[str, str, str]]:
-    """Yields (setting, what it names, digest of that) of the data and the model that a run was given."""
-    if weights := run.provenance.get("weights", {}).get("M0"):
-        yield "model.path", run.config["model"]["path"], weights
+    """Yield (setting, source, digest of its content) of the data and the models that a run was given."""
+    yield from _contents_of_models(run)
+    yield from _contents_of_benchmarks(run)
     seeds = run.inputs(Label.input("seeds"))
     sources = [(name, seeds["config"][name]) for name in ("demonstrations", "ranked")] if "config" in seeds else []
     named = [(f"data.seed_data.{name}", source) for name, source in sources if source]
-    for (setting, source), content in zip(named, seeds.get("contents", ()), strict=False):
-        yield setting, source, content
-    for label, setting in SOURCES.items():
-        if "content" in (inputs := run.inputs(label)):
-            yield setting, inputs["source"], inputs["content"]
+    given = [(*one, content) for one, content in zip(named, seeds.get("contents", ()), strict=False)]
+    inputs = [(setting, run.inputs(label)) for label, setting in SOURCES.items()]
+    given += [(setting, made["source"], made["content"]) for setting, made in inputs if "content" in made]
+    for setting, source, content in given:
+        yield from ((setting, *part) for part in parts_of(source, content))
+
+
+def _contents_of_models(run: Finished) -> Iterator[tuple[str, str, str]]:
+    """Yield those of M0, its chat template, and the models that only write or judge."""
+    if weights := run.provenance.get("weights", {}).get("M0"):
+        yield "model.path", run.config["model"]["path"], weights
+    if (loaded := run.inputs(Label.model("M0"))) and (template := loaded["model"]["chat_template"]):
+        yield "model.chat_template", template, loaded["source"]
+    for label in run.stages:
+        setting = f"benchmark.{label.part}.judge.model" if label.owner == "judges" else OUTSIDE.get(label)
+        if setting and "source" in (loaded := run.inputs(label)):
+            yield setting, loaded["model"]["path"], loaded["source"]
+
+
+def _contents_of_benchmarks(run: Finished) -> Iterator[tuple[str, str, str]]:
+    """Yield those of the files that benchmarks read: named by a setting, or in a folder of tasks."""
+    for name, settings in run.config.get("benchmark", {}).items():
+        measured = next((label for label in run.stages if label.model_name and label.part == name), None)
+        known = {**settings.get("judge", {}), **settings}
+        for key, content in run.inputs(measured).get("contents", {}).items() if measured else ():
+            yield (
+                (f"benchmark.{name}.{key}", known[key], content)
+                if key in known
+                else (f"benchmark.{name}", key, content)
+            )
 
 
 def caveats(comparison: JobComparison) -> str:
-    """What makes the numbers of different jobs less comparable than they look."""
-    said: list[str] = []
+    """Return what makes the metrics of different jobs less comparable than they look."""
+    notes: list[str] = []
     if len(comparison.by_key(Label.evaluation("M1", "answers"))) > 1:
-        said.append(opponents(comparison))
+        notes.append(opponents(comparison))
     if len({len(job.models) for job in comparison.finished}) > 1:
-        said.append("The jobs made different numbers of models; of each, the last one stands for it.")
+        notes.append("The jobs made different numbers of models; each job is represented by its last model.")
     if len({run.provenance["commit"] + run.provenance["diff"] for run in comparison.runs}) > 1:
-        said.append("The jobs ran on different states of the code.")
+        notes.append("The jobs ran on different states of the code.")
     if changed := changed_sources(comparison):
-        said.append(f"What the same setting names was not the same in all jobs: {', '.join(changed)}.")
-    html = "".join(f'<p class="note">{escape(text)}</p>\n' for text in said)
-    told = {job.number: warnings(job.run) for job in comparison.finished if job.run}
-    bodies = [f"<h3>Job {number}</h3>\n{body}" for number, body in told.items() if body]
+        notes.append(f"The same setting named different data or models in different jobs: {', '.join(changed)}.")
+    html = "".join(f'<p class="note">{escape(text)}</p>\n' for text in notes)
+    warned = {job.number: warnings(job.run) for job in comparison.finished if job.run}
+    bodies = [f"<h3>Job {number}</h3>\n{body}" for number, body in warned.items() if body]
     return html + (fold(f"Warnings of {plural(len(bodies), 'job')}", "".join(bodies)) if bodies else "")

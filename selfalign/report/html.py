@@ -1,4 +1,4 @@
-"""Pieces of the report's HTML: numbers as text, tables, figures, candidates. Text of records is escaped here."""
+"""Pieces of the report's HTML: numbers, tables, figures and candidates. Text of records is escaped here."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +16,7 @@ Row = Mapping[str, Any]
 Format = Callable[[float], str]
 
 NOTHING = "–"
-"""Stands where there is no number."""
+"""Text of a missing number."""
 
 MARKS = {"chosen": "✓ chosen", "rejected": "✕ rejected", "positive": "✓ kept", "winner": "higher score"}
 
@@ -27,10 +27,10 @@ class Column:
 
     Attributes:
         heading: its title.
-        meaning: what that means.
+        meaning: what the title means.
         key: of its values in a row.
-        form: how a number is written.
-        better: an arrow in the better direction, if there is one.
+        form: formats a number.
+        better: an arrow in the better direction; empty for none.
     """
 
     heading: str
@@ -41,61 +41,61 @@ class Column:
 
     @classmethod
     def of(cls, metric: Metric, place: str = "") -> Self:
-        """A metric's column.
+        """Return the column of a metric.
 
         Args:
-            metric: what is declared of it.
-            place: stands before its name in the row, as "preferences" or, in what several stages counted, the stage.
+            metric: the declared metric.
+            place: prefix of its name in the row, such as "preferences" or the stage that counted it; empty for none.
         """
         key = f"{place}/{metric.name}" if place else metric.name
         return cls(metric.heading, metric.meaning, key, FORMS[metric.unit], metric.arrow)
 
     def head(self) -> str:
-        """The heading, explained to those who point at it."""
+        """Return the heading cell, with the meaning as its tooltip."""
         better = f' data-better="{self.better}"' if self.better else ""
         return f'<th scope="col" title="{escape(self.meaning)}"{better}><span>{escape(self.heading)}</span></th>'
 
     def cell(self, row: Row) -> str:
-        """The value, and its interval in small letters."""
+        """Return the cell of a row: the value, and its interval in small text."""
         value, interval = self.value(row)
         return f"<td{by_size(row.get(self.key))}>{value}{f' <small>{interval}</small>' if interval else ''}</td>"
 
     def value(self, row: Row) -> tuple[str, str]:
-        """The value as text, and its interval where the row has `<key>_low` and `<key>_high`."""
+        """Return the value as text, and its interval if the row has `<key>_low` and `<key>_high`."""
         low, high = row.get(f"{self.key}_low"), row.get(f"{self.key}_high")
         interval = f"[{self.form(low)}, {self.form(high)}]" if is_number(low) and is_number(high) else ""
         return show(row.get(self.key), self.form), interval
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether there is a number to show."""
+    """Return whether a value is a finite number."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 
 def by_size(value: object) -> str:
-    """The attribute that a cell's number is sorted by, with all its digits."""
+    """Return the attribute with all digits of a number, by which the page sorts a column."""
     return f' data-sort="{value!r}"' if is_number(value) else ""
 
 
 def show(value: object, form: Format) -> str:
-    """A number as text; a text as it is; a dash where there is neither."""
+    """Return a number as text, a text as it is, and a dash for anything else."""
     if isinstance(value, str):
         return escape(value)
     return form(value) if is_number(value) else NOTHING
 
 
 def percent(value: float) -> str:
-    """A share in per cent."""
+    """Format a share in per cent."""
     return f"{100 * value:.0f}\u00a0%".replace("-", "\u2212")
 
 
 def decimals(digits: int) -> Format:
-    """Numbers with so many digits behind the point."""
+    """Return a format with `digits` digits after the decimal point."""
     return lambda value: f"{value:,.{digits}f}".replace("-", "\u2212").replace(",", "\u00a0")
 
 
 def compact(value: float) -> str:
-    """A number with the three digits that count."""
+    """Format a number with three significant digits."""
     return f"{value:.3g}".replace("-", "\u2212")
 
 
@@ -108,26 +108,26 @@ FORMS: Mapping[str, Format] = {
     "s": duration,
     "": compact,
 }
-"""How a number is written in a table, by its metric's unit."""
+"""{unit of a metric: format of its numbers in tables}."""
 
 CHART_FORMS: Mapping[str, Format] = {**FORMS, **dict.fromkeys(("reward", "nats", "nats/token"), compact)}
-"""The same at an axis, which may span little."""
+"""{unit of a metric: format of its numbers at an axis, which may span a small range}."""
 
 
 def document(name: str, kind: str, opening: str, parts: Mapping[str, str], script: str = "") -> str:
-    """A page that needs nothing else.
+    """Return a self-contained page.
 
     Args:
-        name: of what it tells; a text.
-        kind: what it is, in small letters above the name; a text.
+        name: title of the page, as text.
+        kind: line above the title, as text.
         opening: HTML before the sections.
-        parts: {title: HTML} of the sections; one without any is left out.
-        script: what makes it nicer to use where scripts run.
+        parts: {title: HTML} of the sections; an empty one is left out.
+        script: JavaScript; the page also works without it.
     """
-    there = {title.lower().replace(" ", "-"): (title, body) for title, body in parts.items() if body}
-    links = "".join(f'<a href="#{key}">{title}</a>' for key, (title, _) in there.items())
+    shown = {title.lower().replace(" ", "-"): (title, body) for title, body in parts.items() if body}
+    links = "".join(f'<a href="#{key}">{title}</a>' for key, (title, _) in shown.items())
     sections = "".join(
-        f'<section id="{key}"><h2>{title}</h2>\n{body}</section>\n' for key, (title, body) in there.items()
+        f'<section id="{key}"><h2>{title}</h2>\n{body}</section>\n' for key, (title, body) in shown.items()
     )
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     return f"""<!DOCTYPE html>
@@ -154,49 +154,49 @@ def document(name: str, kind: str, opening: str, parts: Mapping[str, str], scrip
 
 
 def strong(text: object) -> str:
-    """A text that stands out."""
+    """Return a text in bold."""
     return f"<b>{escape(str(text))}</b>"
 
 
 def note(text: str) -> str:
-    """A remark in small letters; HTML."""
+    """Return HTML as a paragraph of small text."""
     return f'<p class="note">{text}</p>\n'
 
 
 def fold(summary: str, body: str) -> str:
-    """HTML that is shown on demand."""
+    """Return HTML that is shown on demand."""
     return f"<details><summary>{escape(summary)}</summary>{body}</details>\n"
 
 
 def preformatted(text: str) -> str:
-    """A text with its line breaks."""
+    """Return a text with its line breaks."""
     return f"<pre>{escape(text)}</pre>"
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> str:
-    """Names and what there is to say of them, as a list; both are texts."""
-    return f"<dl>{''.join(f'<dt>{escape(name)}</dt><dd>{escape(said)}</dd>' for name, said in pairs)}</dl>\n"
+    """Return (name, description) pairs as a list; both are texts."""
+    return f"<dl>{''.join(f'<dt>{escape(name)}</dt><dd>{escape(text)}</dd>' for name, text in pairs)}</dl>\n"
 
 
 def present(columns: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
-    """The first column, which names the rows, and those others that have a value anywhere."""
+    """Return the first column, which names the rows, and the others that have a value in any row."""
     first, *rest = columns
     return [first, *(c for c in rest if any(show(row.get(c.key), c.form) != NOTHING for row in rows))]
 
 
 def table(label: str, columns: Sequence[Column], rows: Sequence[Row]) -> str:
-    """A table that scrolls in its own box.
+    """Return a table that scrolls in its own box.
 
     Args:
         label: for screen readers.
         columns: the first names the rows; others without any value are left out.
-        rows: one with a "class" looks as the style sheet says.
+        rows: a "class" in a row becomes its CSS class.
     """
-    first, *there = present(columns, rows)
-    head = "".join(column.head() for column in [first, *there])
+    first, *others = present(columns, rows)
+    head = "".join(column.head() for column in [first, *others])
     body = "".join(
         f'<tr{looks(row)}><th scope="row"{by_size(row[first.key])}>{show(row[first.key], first.form)}</th>'
-        f"{''.join(column.cell(row) for column in there)}</tr>\n"
+        f"{''.join(column.cell(row) for column in others)}</tr>\n"
         for row in rows
     )
     return (
@@ -206,36 +206,36 @@ def table(label: str, columns: Sequence[Column], rows: Sequence[Row]) -> str:
 
 
 def looks(row: Row) -> str:
-    """The class attribute of a row that has one."""
+    """Return the class attribute of a row that has one."""
     return f' class="{row["class"]}"' if row.get("class") else ""
 
 
 def bars(rows: Sequence[tuple[str, Sequence[float], str]]) -> str:
-    """Horizontal bars: (name, lengths of its parts, what is written beside it)."""
+    """Return horizontal bars from (name, lengths of the parts, text beside the bar)."""
     longest = max((math.fsum(lengths) for _, lengths, _ in rows), default=0) or 1
     items = "".join(
         f"<li><span>{escape(name)}</span><div>"
         f'{"".join(f"""<i style="--share:{length / longest:.4f}"></i>""" for length in lengths)}'
-        f"<b>{escape(said)}</b></div></li>\n"
-        for name, lengths, said in rows
+        f"<b>{escape(text)}</b></div></li>\n"
+        for name, lengths, text in rows
     )
     return f'<ol class="bars">{items}</ol>\n'
 
 
 def figure(title: str, caption: str, svg: str, names: Sequence[str] = ()) -> str:
-    """A chart with its title, what it shows, and the names of its series in their colours."""
+    """Return a chart with title, caption, and the names of its series in their colours."""
     keys = "".join(f'<i style="color:var(--series-{n})">{escape(name)}</i> ' for n, name in enumerate(names, start=1))
     return f"<figure><figcaption><b>{escape(title)}</b> {keys}{escape(caption)}</figcaption>{svg}</figure>\n"
 
 
 def grid(figures: Iterable[str]) -> str:
-    """Figures side by side, as many as fit."""
+    """Return figures side by side, as many as fit."""
     inside = "".join(figures)
     return f'<div class="grid">{inside}</div>\n' if inside else ""
 
 
 def card(sample: Sample, names: Sequence[str] = ()) -> str:
-    """An instruction with its candidates side by side; `names` says who wrote each."""
+    """Return an instruction with its candidates side by side; `names` are the models that wrote them."""
     heads = [*names, *[""] * (len(sample.candidates) - len(names))]
     form = telling_apart([c.score for c in sample.candidates if c.score is not None])
     shown = "".join(candidate_html(c, name, form) for c, name in zip(sample.candidates, heads, strict=True))
@@ -246,33 +246,33 @@ def card(sample: Sample, names: Sequence[str] = ()) -> str:
 
 
 def telling_apart(scores: Sequence[float]) -> Format:
-    """Decimals enough that scores which differ look different: two to five."""
+    """Return a format with enough decimals, two to five, that different scores look different."""
     return next((decimals(n) for n in (2, 3, 4) if len({round(s, n) for s in scores}) == len({*scores})), decimals(5))
 
 
 def candidate_html(candidate: Candidate, name: str, form: Format) -> str:
-    """A response with its mark, its mean score, and the judgements on demand."""
-    said = [f"<b>{escape(name)}</b>"] if name else []
+    """Return a response with its role, its mean score, and its judgements on demand."""
+    head = [f"<b>{escape(name)}</b>"] if name else []
     if candidate.role:
-        said.append(f'<mark class="{escape(candidate.role)}">{MARKS[candidate.role]}</mark>')
+        head.append(f'<mark class="{escape(candidate.role)}">{MARKS[candidate.role]}</mark>')
     if candidate.score is not None or candidate.judgements:
-        said.append(f'<span class="score">{show(candidate.score, form)}</span>')
+        head.append(f'<span class="score">{show(candidate.score, form)}</span>')
     if not candidate.finished:
-        said.append('<span class="cut">cut at the token limit</span>')
+        head.append('<span class="cut">cut at the token limit</span>')
     text = f'<p class="text">{escape(candidate.text)}</p>' if candidate.text else '<p class="text empty">(empty)</p>'
     judged = "".join(judgement_html(judgement) for judgement in candidate.judgements)
     folded = fold(plural(len(candidate.judgements), "judgement"), judged) if judged else ""
-    return f'<div class="candidate {candidate.role}"><p class="head">{" ".join(said)}</p>{text}{folded}</div>\n'
+    return f'<div class="candidate {candidate.role}"><p class="head">{" ".join(head)}</p>{text}{folded}</div>\n'
 
 
 def judgement_html(judgement: Judgement) -> str:
-    """What the judge said, and what came of it."""
-    came = show(judgement.score, decimals(2)) if judgement.score is not None else judgement.status.replace("_", " ")
+    """Return a judgement: its score or status, the entropy, and the judge's text."""
+    outcome = show(judgement.score, decimals(2)) if judgement.score is not None else judgement.status.replace("_", " ")
     entropy = "" if judgement.entropy is None else f", entropy {judgement.entropy:.2f} nats"
-    return f'<p class="note">{came}{entropy}</p>{preformatted(judgement.text)}'
+    return f'<p class="note">{outcome}{entropy}</p>{preformatted(judgement.text)}'
 
 
 def explained(label: str, columns: Sequence[Column], rows: Sequence[Row], remark: str = "") -> str:
-    """A table, a remark of HTML on it, and on demand what its columns mean."""
+    """Return a table, an HTML remark on it, and the meanings of its columns on demand."""
     meanings = facts((column.heading, column.meaning) for column in present(columns, rows))
     return table(label, columns, rows) + remark + fold("What the columns mean", meanings)

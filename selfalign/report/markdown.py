@@ -1,11 +1,11 @@
-"""Pieces of Markdown, in GitHub's flavour. What a user or a model wrote stands in code, where nothing is markup."""
+"""Pieces of GitHub-flavoured Markdown. Texts of users and models stand in code, where nothing is markup."""
 
 import re
 from collections.abc import Sequence
 
 
 def code(text: object) -> str:
-    """A text as a code span on one line."""
+    """Return a text as a code span on one line."""
     line = " ".join(str(text).split())
     fence = "`" * (longest_run(line) + 1)
     pad = " " if line.startswith("`") or line.endswith("`") else ""
@@ -13,27 +13,26 @@ def code(text: object) -> str:
 
 
 def fenced(text: str, language: str = "") -> str:
-    """A text as a code block."""
+    """Return a text as a code block."""
     fence = "`" * max(3, longest_run(text) + 1)
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
 def longest_run(text: str) -> int:
-    """How many backticks stand in a row."""
+    """Return the length of the longest run of backticks."""
     return max(map(len, re.findall("`+", text)), default=0)
 
 
 def bullets(lines: Sequence[str]) -> str:
-    """A list."""
     return "\n".join(f"- {line}" for line in lines)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """A table of our own words and numbers; the first row holds the headings."""
+    """Return a table of selfalign's own words and numbers; the first row holds the headings."""
     lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
     return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
 
 
 def folded(summary: str, body: str) -> str:
-    """Markdown that is shown on demand."""
+    """Return Markdown that is shown on demand."""
     return f"<details>\n<summary>{summary}</summary>\n\n{body}\n\n</details>"

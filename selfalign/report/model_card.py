@@ -1,4 +1,7 @@
-"""The model card of a run's last policy: the files of a finished run → Markdown with the metadata that hubs read."""
+"""Write the model card of a run's last policy, from the files of the finished run.
+
+The card is Markdown with the metadata that hubs read.
+"""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfalign.core.files import write_atomically
+from selfalign.data.mixtures import parts_of
 from selfalign.metrics import catalog
 from selfalign.report.html import Column, is_number, plural, present, show
 from selfalign.report.markdown import bullets, code, fenced, folded, table
@@ -28,7 +32,7 @@ RESULTS = (
     catalog.JUDGE_QUALITY_SPEARMAN,
     catalog.JUDGE_QUALITY_KENDALL,
 )
-"""What stands in the metadata too."""
+"""Metrics that also appear in the metadata."""
 
 SOURCES = {
     Label.iteration(1, "pairs"): "preference pairs",
@@ -40,15 +44,15 @@ SOURCES = {
 """Artifacts that are read from one data source."""
 
 TRAINING = ("learning_rate", "final_learning_rate", "schedule", "optimizer", "epochs", "batch_size", "dtype")
-"""The settings of a training stage that are told; the rest stands in the configuration at the end of the card."""
+"""Training settings in the section on the method. The configuration at the end of the card holds all settings."""
 
 LONG = 80
-"""Texts of more characters, such as prompts, are left to the configuration at the end of the card."""
+"""Maximum length of a text in the section on the method, in characters. Prompts are longer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Given data: what for, the setting's value, and what it was keyed by: a file's digest, or a hub id itself."""
+    """Given data: what for, the setting's value, and what it was keyed by: a file's digest, or a hub id at a commit."""
 
     purpose: str
     name: str
@@ -57,20 +61,21 @@ class Source:
     @property
     def hub_id(self) -> str:
         """The data set's name on the hub; empty for a file."""
-        return self.name.split(":")[0] if self.content == self.name else ""
+        name, at, _ = self.content.partition("@")
+        return name if at else ""
 
 
 def write_card(folder: Path) -> None:
-    """Writes model_card.md from the other files of a finished run's folder."""
+    """Write model_card.md from the other files of a finished run's folder."""
     write_atomically(folder / "model_card.md", [model_card(Finished.load(folder)).encode()])
 
 
 def model_card(run: Finished, repository: str = "") -> str:
-    """The whole card, a valid README.md of a model repository.
+    """Return the card, which is a valid README.md of a model repository.
 
     Args:
         run: the finished run.
-        repository: where the model will be found; empty for the run folder.
+        repository: the repository of the model; empty for the run folder.
     """
     sections = {
         "Use": use(run, repository),
@@ -86,17 +91,17 @@ def model_card(run: Finished, repository: str = "") -> str:
 
 
 def title_of(run: Finished) -> str:
-    """The run's name and the model's."""
+    """Return the names of the run and the model."""
     return f"{run.summary['name']} {last_model(run)}"
 
 
 def last_model(run: Finished) -> Label:
-    """The label of the run's last policy, which the card is about."""
+    """Return the label of the run's last policy, which the card describes."""
     return Label.parse(run.models[-1]["model"])
 
 
 def base_on_hub(run: Finished) -> tuple[str, str]:
-    """Hub id and commit of M0, where its weights lie in the hub's cache; empty for every other source."""
+    """Return hub id and commit of M0 if its weights lie in the hub's cache, and empty texts otherwise."""
     snapshot = (run.folder / "artifacts/M0/weights").resolve()
     cached = snapshot.parents[1].name
     if snapshot.parent.name != "snapshots" or not cached.startswith("models--"):
@@ -105,7 +110,7 @@ def base_on_hub(run: Finished) -> tuple[str, str]:
 
 
 def stated_licence(run: Finished) -> dict[str, Any]:
-    """The licence that the README.md among M0's files states, as its metadata say it; nothing where it does not."""
+    """Return the licence metadata of the README.md among M0's files, as far as it states them."""
     import yaml
     from huggingface_hub import metadata_load
 
@@ -119,7 +124,7 @@ def stated_licence(run: Finished) -> dict[str, Any]:
 
 
 def metadata(run: Finished) -> "ModelCardData":
-    """The front matter: nothing that the run's files do not say."""
+    """Return the front matter, all of it from the run's files."""
     from huggingface_hub import ModelCardData
 
     lora, measured = run.config["model"]["lora"]["rank"], eval_results(run)
@@ -137,7 +142,7 @@ def metadata(run: Finished) -> "ModelCardData":
 
 
 def eval_results(run: Finished) -> "list[EvalResult]":
-    """The last model's numbers with their intervals, as the hub's `model-index` has them."""
+    """Return the last model's metrics with their intervals, in the form of the hub's `model-index`."""
     from huggingface_hub import EvalResult
 
     row, places = run.models[-1], {source.purpose: source for source in sources(run)}
@@ -153,7 +158,7 @@ def eval_results(run: Finished) -> "list[EvalResult]":
                 task_type="text-generation",
                 dataset_type=place.hub_id or Path(place.name).name,
                 dataset_name=Path(place.name).name,
-                dataset_config=place.purpose,  # one file may serve both, and must not become one entry
+                dataset_config=place.purpose,  # Keeps two entries apart where one file serves both purposes.
                 dataset_split="held out",
                 metric_type=key,
                 metric_name=metric.meaning,
@@ -165,35 +170,35 @@ def eval_results(run: Finished) -> "list[EvalResult]":
 
 
 def use(run: Finished, repository: str) -> str:
-    """How the model is loaded."""
+    """Return the section on loading the model."""
     artifacts, label = f"{run.folder.name}/artifacts", last_model(run)
 
     def place(part: str) -> str:
         return repr(repository or f"{artifacts}/{label}/{part}")
 
-    said = f"{label} is an ordinary checkpoint of transformers."
+    kind = f"{label} is a transformers checkpoint."
     imports = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
     loading = [f"model = AutoModelForCausalLM.from_pretrained({place('weights')})"]
     if run.config["model"]["lora"]["rank"]:
-        said, (base, _) = f"{label} is an adapter of peft on M0.", base_on_hub(run)
+        kind, (base, _) = f"{label} is a peft adapter on M0.", base_on_hub(run)
         if repository and not base:
-            said += " M0 is not on the hub: its weights lie in the folder of the run, or are made again by it."
+            kind += " M0 is not on the hub. Its weights are in the run folder, and repeating the run makes them again."
         imports.insert(0, "from peft import PeftModel")
         loading = [
             f"base = AutoModelForCausalLM.from_pretrained({base or f'{artifacts}/M0/weights'!r})",
             f"model = PeftModel.from_pretrained(base, {place('adapter')})",
         ]
     lines = [*imports, "", *loading, f"tokenizer = AutoTokenizer.from_pretrained({place('tokenizer')})"]
-    return f"{said}\n\n{fenced(chr(10).join(lines), 'python')}"
+    return f"{kind}\n\n{fenced(chr(10).join(lines), 'python')}"
 
 
 def html(text: str) -> str:
-    """Escaped HTML as one block: without blank lines, nothing in it is read as Markdown."""
+    """Return escaped HTML as one block. Without blank lines, nothing in it is read as Markdown."""
     return "\n".join(line for line in text.splitlines() if line.strip())
 
 
 def method(run: Finished) -> str:
-    """What was done: in sentences, and as settings."""
+    """Return the section on the method: a paragraph and the settings."""
     config, label = run.config, last_model(run)
     given = "given pairs" if "path" in config["data"] else "the model's own pairs (arXiv 2401.10020)"
     facts = [f"Method: {given}, {plural(config['iterations'], 'iteration')}"]
@@ -201,7 +206,7 @@ def method(run: Finished) -> str:
     facts.append(f"Loss of a pair: {run.loss['title']}, {code(run.loss['formula'])}; {settings(loss)}")
     if "h" in run.loss["formula"]:
         facts.append(
-            "There, h = [log π(y⁺|x) − log π_ref(y⁺|x)] − [log π(y⁻|x) − log π_ref(y⁻|x)], in nats over response "
+            "Here, h = [log π(y⁺|x) − log π_ref(y⁺|x)] − [log π(y⁻|x) − log π_ref(y⁻|x)], in nats over response "
             "tokens; ⊥ stops the gradient"
         )
         facts.append(f"Reference policy π_ref: {WHO[config['train']['reference_policy']]}")
@@ -216,13 +221,13 @@ def method(run: Finished) -> str:
 
 
 def settings(component: Mapping[str, Any]) -> str:
-    """A component's class and values; long texts are left out."""
-    said = [f"{name} {code(value)}" for name, value in flat(component) if len(str(value)) <= LONG]
-    return ", ".join(([code(component["class"])] if "class" in component else []) + said)
+    """Return a component's class and values; long texts are left out."""
+    values = [f"{name} {code(value)}" for name, value in flat(component) if len(str(value)) <= LONG]
+    return ", ".join(([code(component["class"])] if "class" in component else []) + values)
 
 
 def flat(component: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """(path, value) of every setting."""
+    """Yield (path, value) of every setting."""
     for name, value in component.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{path}{name}.")
@@ -231,27 +236,24 @@ def flat(component: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, An
 
 
 def sources(run: Finished) -> list[Source]:
-    """The run's given data, with what identifies it."""
+    """Return the run's given data with its identity."""
     seeds = run.inputs(Label.input("seeds"))
     purposes = {"demonstrations": "demonstrations", "ranked": "ranked answers"}
     named = [(said, seeds["config"][key]) for key, said in purposes.items() if seeds.get("config", {}).get(key)]
-    found = [
-        Source(said, name, content) for (said, name), content in zip(named, seeds.get("contents", []), strict=True)
-    ]
-    for label, purpose in SOURCES.items():
-        if "content" in (inputs := run.inputs(label)):
-            found.append(Source(purpose, inputs["source"], inputs["content"]))
-    return found
+    given = [(*one, content) for one, content in zip(named, seeds.get("contents", []), strict=True)]
+    inputs = [(purpose, run.inputs(label)) for label, purpose in SOURCES.items()]
+    given += [(purpose, made["source"], made["content"]) for purpose, made in inputs if "content" in made]
+    return [Source(purpose, *part) for purpose, source, content in given for part in parts_of(source, content)]
 
 
 def data(run: Finished) -> str:
-    """What was given, what was made, and what was dropped."""
+    """Return the section on data: what was given, generated and dropped."""
     model, (base, commit) = run.config["model"], base_on_hub(run)
     start = f"M0: {code(model['path'])}" + (f", on the hub {code(base)} at commit {code(commit)}" if base else "")
     licence = stated_licence(run).get("license")
-    lines = [start, f"Licence that M0's files state: {code(licence) if licence else 'none'}"]
+    lines = [start, f"Licence stated by M0's files: {code(licence) if licence else 'none'}"]
     for source in sources(run):
-        what = "hub data set" if source.hub_id else f"SHA-256 {code(source.content)}"
+        what = f"hub data set {code(source.content)}" if source.hub_id else f"SHA-256 {code(source.content)}"
         lines.append(f"{source.purpose.capitalize()}: {code(source.name)}, {what}")
     if held_out := run.counts.get(Label.input("seeds"), {}).get(catalog.QUESTIONS_HELD_OUT.name):
         lines.append(f"Held out to measure judging: {plural(held_out, 'ranked question')}")
@@ -261,48 +263,49 @@ def data(run: Finished) -> str:
 
 
 def by_column(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table with a line for every column that has a value, and what it means."""
+    """Return a table with a line for every column that has a value, and its meaning."""
     if not rows:
         return ""
-    first, *there = present(columns, rows)
+    first, *others = present(columns, rows)
     head = [first.heading, *(show(row[first.key], first.form) for row in rows), "meaning"]
-    return table([head, *([c.heading, *(" ".join(c.value(row)).strip() for row in rows), c.meaning] for c in there)])
+    return table([head, *([c.heading, *(" ".join(c.value(row)).strip() for row in rows), c.meaning] for c in others)])
 
 
 def results(run: Finished) -> str:
-    """What was measured of every model, with intervals."""
+    """Return the section on results: the metrics of every model with intervals."""
     columns = {column.key: column for column in (*MODELS, *ANSWERS[1:], *OTHERS[1:], *JUDGING[1:])}
     rows = [{**row, "trained_on": trained_on(row)} for row in run.models]
-    said = "In brackets: 95 % intervals over instructions, questions or pairs, not over seeds."
-    return f"{html(verdict(run))}\n\n{by_column(list(columns.values()), rows)}\n\n{said}".strip()
+    remark = "Brackets show 95 % intervals over instructions, questions or pairs, not over seeds."
+    return f"{html(verdict(run))}\n\n{by_column(list(columns.values()), rows)}\n\n{remark}".strip()
 
 
 def limits(run: Finished) -> str:
-    """What the numbers do not show."""
+    """Return the section on the limits of the results."""
     row, config = run.models[-1], run.config
-    lines = [f"One run with one seed ({code(run.summary['seed'])}): another seed may come out otherwise."]
+    lines = [f"This is one run with one seed ({code(run.summary['seed'])}). Another seed may give other results."]
     if judged := judges_of_answers(run):
         answers = row[catalog.EVAL_ANSWERS.name]
-        own = any(who in WHO.values() for _, who in judged)
-        said = " and ".join(f"{how} by {who if who in WHO.values() else code(who)}" for how, who in judged)
+        own = any(judge in WHO.values() for _, judge in judged)
+        judging = " and ".join(
+            f"{method} by {judge if judge in WHO.values() else code(judge)}" for method, judge in judged
+        )
         lines.append(
-            f"Answers were {said}, not by people{', and that is a model of this run' if own else ''}. A share of "
+            f"Answers were {judging}, not by people{'; this judge is a model of the run' if own else ''}. A share of "
             f"{plural(answers, 'instruction')} is uncertain by up to "
             f"±{math.ceil(98 / math.sqrt(answers))} percentage points."
         )
     else:
-        lines.append("No answers were compared, so nothing here says whether the last model is better than M1.")
+        lines.append("No answers were compared, so the results do not show whether the last model is better than M1.")
     if config["judge"].get("model") == "self" and "path" not in config["data"]:
-        lines.append("Each model was judge of its own training data: what its judge overrates, training strengthens.")
+        lines.append("Each model judged its own training data, so training strengthens what its judge overrates.")
     if questions := row.get(catalog.JUDGE_QUALITY_QUESTIONS.name):
-        asked = plural(questions, "question")
-        lines.append(f"How well it judges was measured on {asked} with ranked answers.")
+        lines.append(f"Judge quality was measured on {plural(questions, 'question')} with ranked answers.")
     lines.append("Safety was not evaluated.")
     return f"{bullets(lines)}\n\n{html(warnings(run))}".strip()
 
 
 def lineage(run: Finished) -> str:
-    """Which weights were made from which, by digest."""
+    """Return the section on lineage: from which weights each model was made, by digest."""
     made = {run.manifest(label).get("digest"): label for label in reversed(run.stages)}
 
     def label_of(artifact: Mapping[str, Any] | None) -> Label | None:
@@ -311,27 +314,30 @@ def lineage(run: Finished) -> str:
     rows = [["model", "weights, SHA-256", "made by", "from", "reference", "trained on", "its content, SHA-256"]]
     for name, digest in run.provenance["weights"].items():
         inputs = run.inputs(Label.parse(name))
-        taught = inputs.get("pairs") or inputs.get("demonstrations")
+        training_data = inputs.get("pairs") or inputs.get("demonstrations")
         reference = label_of(inputs.get("reference"))
-        if reference and run.stages.get(reference) == "reference_logprobs":  # its log-probabilities, stored
+        if reference and run.stages.get(reference) == "reference_logprobs":  # Its log-probabilities were stored.
             reference = label_of(run.inputs(reference).get("policy"))
         stage = code(run.provenance["artifacts"][name])
-        content = code(taught["digest"]) if taught else "–"
-        sources = [str(label or "–") for label in (label_of(inputs.get("policy")), reference, label_of(taught))]
-        rows.append([name, code(digest), stage, *sources, content])
-    said = "A model's digest is that of its weight files' digests; `made by` names a stage and its key in the store."
-    return f"{table(rows)}\n\n{said}"
+        content = code(training_data["digest"]) if training_data else "–"
+        origins = (label_of(inputs.get("policy")), reference, label_of(training_data))
+        rows.append([name, code(digest), stage, *(str(label or "–") for label in origins), content])
+    remark = (
+        "The digest of a model is that of its weight files' digests. `made by` is a stage and its key in the store."
+    )
+    return f"{table(rows)}\n\n{remark}"
 
 
 def reproduction(run: Finished) -> str:
-    """What it takes to make the model again."""
-    told = run.provenance
-    packages = ", ".join(f"{name} {version}" for name, version in told["packages"].items())
-    facts = [f"Commit of selfalign: {code_state(told['commit'], told['diff'])}", f"Python {told['python']}, {packages}"]
+    """Return the section with command, packages and configuration of the run."""
+    origin = run.provenance
+    packages = ", ".join(f"{name} {version}" for name, version in origin["packages"].items())
+    commit = code_state(origin["commit"], origin["diff"])
+    facts = [f"Commit of selfalign: {commit}", f"Python {origin['python']}, {packages}"]
     config = (run.folder / "config.yaml").read_text(encoding="utf-8")
     return "\n\n".join(
         [
-            fenced(" ".join(told["command"]), "sh"),
+            fenced(" ".join(origin["command"]), "sh"),
             bullets(facts),
             folded("Resolved configuration", fenced(config, "yaml")),
         ]

@@ -1,6 +1,6 @@
-"""The report of a run: its folder's files → one HTML page that needs nothing else.
+"""Write the report of a run: its folder's files → one self-contained HTML page.
 
-What a model or a user wrote is escaped. A section whose data a run does not have is left out.
+Texts of models and users are escaped. A section without data is left out.
 """
 
 import math
@@ -52,7 +52,7 @@ from selfalign.runs.reader import Finished, read_head_to_head, read_samples
 Row = dict[str, Any]
 
 SHOWN = 3
-"""How many instructions of an iteration are shown with their candidates, and how many answers head to head."""
+"""Number of instructions of an iteration that are shown with their candidates, and of head-to-head comparisons."""
 
 PURPOSES = {
     "load_model": "preparing M0",
@@ -83,16 +83,16 @@ PURPOSES = {
     "ranked_scores": "evaluation: judging ranked answers",
     "numbers": "evaluation: numbers",
 }
-"""What time went to, by a stage's label, the last part of it or, where that names a model, by the stage."""
+"""Purpose of a stage, by its label, by a part of its label, or by its name."""
 
 
 def write_report(folder: Path) -> None:
-    """Writes report.html from the other files of a finished run's folder."""
+    """Write report.html from the other files of a finished run's folder."""
     write_atomically(folder / "report.html", [page(Finished.load(folder)).encode()])
 
 
 def page(run: Finished) -> str:
-    """The whole page."""
+    """Return the whole page."""
     parts = {
         "Models": models_table(run),
         "From model to model": model_charts(run),
@@ -123,7 +123,7 @@ ANY = decimals(0)
 MODELS = (
     Column(
         "model",
-        "M1 is fine-tuned from M0, M2 aligned from M1, and so on; SFT is the baseline without examples of judging",
+        "M1 is fine-tuned from M0, M2 is aligned from M1, and so on; SFT is the baseline without judging examples",
         "model",
         ANY,
     ),
@@ -160,21 +160,21 @@ ITERATIONS = (
         for metric in metrics
     ),
 )
-"""What each iteration made, by stage and the name in its counts."""
+"""The data that each iteration made."""
 
 
 def models_table(run: Finished) -> str:
-    """The headline table, a row a model, and what its columns mean."""
+    """Return the headline table with a row for each model, and the meanings of its columns."""
     if not run.models:
         return ""
     rows = [{**row, "trained_on": trained_on(row)} for row in run.models]
     known = any(key.endswith("_low") for row in rows for key in row)
-    intervals = "In brackets: 95 % intervals, Wilson's for shares of answers, by bootstrap elsewhere."
+    intervals = "Brackets show 95 % intervals: Wilson's for shares of answers, bootstrap for all others."
     return explained("models", MODELS, rows, note(intervals) if known else "")
 
 
 def trained_on(row: Row) -> str:
-    """How many pairs or demonstrations made a model."""
+    """Return the number of pairs or demonstrations that a model was trained on."""
     for metric, noun in ((catalog.PAIRS, "pair"), (catalog.DEMONSTRATIONS, "demonstration")):
         if metric.name in row:
             return plural(row[metric.name], noun)
@@ -182,7 +182,7 @@ def trained_on(row: Row) -> str:
 
 
 def model_charts(run: Finished) -> str:
-    """Charts with a point a model; an iteration's candidates stand at the model that wrote them."""
+    """Return charts with a point for each model. An iteration's candidates are at the model that wrote them."""
     bar = "bar: 95 % interval"
     answers = _of_models(run, catalog.EVAL_MEAN_CHARACTERS, "evaluation answers")
     candidates = _of_candidates(run, "responses", catalog.MEAN_CHARACTERS, name="candidates")
@@ -261,7 +261,7 @@ def model_charts(run: Finished) -> str:
 
 
 def named(series: Sequence[Series]) -> list[str]:
-    """The names of several series; a single one is what the title says."""
+    """Return the names of several series; a single one is named by the title."""
     return [one.name for one in series if one.points] if len(series) > 1 else []
 
 
@@ -276,15 +276,15 @@ def _of_held_out(run: Finished, metric: Metric, name: str = "", colour: int = 0)
 def _of_candidates(run: Finished, part: str, metric: Metric, deviation: Metric | None = None, name: str = "") -> Series:
     counted = [run.counts.get(Label.iteration(row["iteration"] + 1, part), {}) for row in run.models]
     wrote = [row["model"] != BASELINE for row in run.models]
-    there = [(x, counts) for x, counts in enumerate(counted) if wrote[x] and is_number(counts.get(metric.name))]
-    points = [(x, counts[metric.name]) for x, counts in there]
-    spreads = [counts.get(deviation.name, 0.0) if deviation else 0.0 for _, counts in there]
+    known = [(x, counts) for x, counts in enumerate(counted) if wrote[x] and is_number(counts.get(metric.name))]
+    points = [(x, counts[metric.name]) for x, counts in known]
+    spreads = [counts.get(deviation.name, 0.0) if deviation else 0.0 for _, counts in known]
     intervals = [(y - spread, y + spread) for (_, y), spread in zip(points, spreads, strict=True)]
     return Series(name=name, points=points, intervals=intervals, colour=1 if name else 0)
 
 
 def training_charts(run: Finished) -> str:
-    """Training curves, a line a model."""
+    """Return training curves with a line for each model."""
     curves = (
         ("SFT loss", "negative log-likelihood of a target token, nats", "sft", catalog.LOSS_PER_TOKEN, None),
         ("Alignment loss", "mean over the pairs of a step", "align", catalog.LOSS, None),
@@ -314,32 +314,32 @@ def training_charts(run: Finished) -> str:
 
 
 def data_table(run: Finished) -> str:
-    """What each iteration made to train on."""
+    """Return the table of the preference data that each iteration made."""
     rows = run.iteration_rows()
     return table("preference data by iteration", ITERATIONS, rows) if rows else ""
 
 
 def samples(run: Finished) -> str:
-    """The first instructions of each iteration with all their candidates."""
+    """Return the first instructions of each iteration with all their candidates."""
     shown = {iteration: read_samples(run.folder, iteration, SHOWN) for iteration in run.iterations}
     blocks = [f"<h3>Iteration {n}</h3>\n{''.join(map(card, found))}" for n, found in shown.items() if found]
-    said = note(f"The first {SHOWN} instructions of each iteration, not selected.")
-    return said + "".join(blocks) if blocks else ""
+    remark = note(f"The first {SHOWN} instructions of each iteration, not selected.")
+    return remark + "".join(blocks) if blocks else ""
 
 
 def head_to_head(run: Finished) -> str:
-    """Evaluation answers of M1 and of the last model, and which won."""
+    """Return evaluation answers of M1 and of the last model, and which of them won."""
     last = run.models[-1]["model"] if run.models else "M1"
     shown = read_head_to_head(run.folder, "M1", last)[:SHOWN] if last != "M1" else []
-    said = note(
+    remark = note(
         f"The first {SHOWN} evaluation instructions, not selected. The answer that is preferred in both orders wins; "
-        "where none are compared, the one with the higher score."
+        "without a comparison, the answer with the higher score wins."
     )
-    return said + "".join(card(sample, ("M1", last)) for sample in shown) if shown else ""
+    return remark + "".join(card(sample, ("M1", last)) for sample in shown) if shown else ""
 
 
 def drops(run: Finished) -> str:
-    """What was left out on the way: a row a reason, a column a model."""
+    """Return the table of dropped records, with a row for each reason and a column for each model."""
     rows: dict[str, Row] = {}
     for text, reasons in run.summary["drops"].items():
         label = Label.parse(text)
@@ -349,48 +349,48 @@ def drops(run: Finished) -> str:
             model = model_after(label.iteration_number)
             row[model] = row.get(model, 0) + count
     names = {model_after(label.iteration_number): None for label in run.counts}
-    columns = [Column(name, f"dropped on the way to {name} and in measuring it", name, ANY) for name in names]
-    there = [row for row in rows.values() if any(row.get(name) for name in names)]
-    return table("dropped", [Column("dropped", "stage and reason", "reason", ANY), *columns], there) if there else ""
+    columns = [Column(name, f"dropped in making and evaluating {name}", name, ANY) for name in names]
+    shown = [row for row in rows.values() if any(row.get(name) for name in names)]
+    return table("dropped", [Column("dropped", "stage and reason", "reason", ANY), *columns], shown) if shown else ""
 
 
 def times(run: Finished) -> str:
-    """Where the time went, by purpose."""
+    """Return bars of the time spent, by purpose."""
     seconds: dict[str, float] = {}
     for stage in run.summary["stages"]:
         name = purpose(Label.parse(stage["label"]), stage["stage"])
         seconds[name] = seconds.get(name, 0.0) + stage["seconds"]
     total = duration(math.fsum(seconds.values()))
-    said = note(f"{total} in all. What was reused counts with the time it took when it was made.")
-    return said + bars([(name, [value], duration(value)) for name, value in seconds.items() if value >= 0.05])
+    remark = note(f"{total} in all. A reused artifact counts with the time that it took when it was made.")
+    return remark + bars([(name, [value], duration(value)) for name, value in seconds.items() if value >= 0.05])
 
 
 def purpose(label: Label, stage: str = "training") -> str:
-    """What a stage is for, from its label; a label that names a model says nothing, so there the stage tells."""
+    """Return the purpose of a stage from its label, or from its name where the label is a model's."""
     name = label.part or (stage if label.kind is Kind.MODEL else label.owner)
     return PURPOSES.get(str(label)) or PURPOSES.get(name) or PURPOSES.get(stage, name)
 
 
 def provenance(run: Finished) -> str:
-    """What the numbers came from."""
-    told, machine = run.provenance, run.provenance["machine"]
+    """Return commit, command, seed, machine, packages, weights and configuration of the run."""
+    origin, machine = run.provenance, run.provenance["machine"]
     known = [
-        ("commit", code_state(told["commit"], told["diff"])),
-        ("command", " ".join(told["command"])),
-        ("seed", str(told["seed"])),
+        ("commit", code_state(origin["commit"], origin["diff"])),
+        ("command", " ".join(origin["command"])),
+        ("seed", str(origin["seed"])),
         ("machine", f"{machine['system']} {machine['processor']}".strip() + f", {plural(machine['cores'], 'core')}"),
-        ("python", told["python"]),
-        ("packages", ", ".join(f"{name} {version}" for name, version in told["packages"].items())),
+        ("python", origin["python"]),
+        ("packages", ", ".join(f"{name} {version}" for name, version in origin["packages"].items())),
     ]
-    weights = [(f"weights of {model}", digest) for model, digest in told["weights"].items()]
+    weights = [(f"weights of {model}", digest) for model, digest in origin["weights"].items()]
     config = (run.folder / "config.yaml").read_text(encoding="utf-8")
     return facts(known + weights) + fold("Resolved configuration", preformatted(config))
 
 
 def code_state(commit: str, diff: str) -> str:
-    """The commit, and whether the code was as committed."""
+    """Return the commit, and how many lines of the code differ from it."""
     if not commit:
-        return "not known (an installed package)"
+        return "unknown (an installed package)"
     lines = diff.splitlines()
     changed = sum(line.startswith(("+", "-")) and not line.startswith(("+++", "---")) for line in lines)
     return f"{commit}, plus {plural(changed, 'changed line')} (see provenance.json)" if diff else f"{commit}, clean"

@@ -1,4 +1,4 @@
-"""The report's sentences: what was run, and what its last win rate says. They are HTML, escaped here."""
+"""Sentences of the report: what was run, and what its last win rate shows. They are HTML, escaped here."""
 
 from html import escape
 from typing import Any
@@ -10,43 +10,43 @@ from selfalign.runs.reader import Finished
 
 SCORES = {"Pairwise": "wins of comparisons", "ImplicitReward": "implicit reward", "ExpectedScore": "expected score"}
 RULES = {
-    "BestWorst": "the best was paired with the worst",
-    "RandomPair": "two drawn at random were paired, the higher score chosen",
-    "AllOrdered": "every two of different score were paired",
-    "BestVsK": "the best was paired with each of the k worst",
+    "BestWorst": "the best candidate was paired with the worst",
+    "RandomPair": "two random candidates were paired, and the one with the higher score was chosen",
+    "AllOrdered": "every two candidates of different scores were paired",
+    "BestVsK": "the best candidate was paired with each of the k worst",
 }
-WHO = {"self": "the newest model itself", "previous": "the model before it", "sft": "M1", "base": "M0"}
+WHO = {"self": "the current model itself", "previous": "the previous model", "sft": "M1", "base": "M0"}
 
 
 def what_was_run(run: Finished) -> str:
-    """The experiment in a paragraph: model, data, judge, pair rule, loss, evaluation, seed."""
-    said = [_model_sentence(run), _data_sentence(run), _loss_sentence(run)]
+    """Return the experiment in a paragraph: model, data, judge, pair rule, loss, evaluation and seed."""
+    sentences = [_model_sentence(run), _data_sentence(run), _loss_sentence(run)]
     if evaluated := run.summary.get("evaluated"):
-        said = [f"Models of {strong(', '.join(evaluated))} were measured; nothing was trained.", *_stand_in(run)]
+        sentences = [f"Models of {strong(', '.join(evaluated))} were evaluated; nothing was trained.", *_stand_in(run)]
     if questions := run.counts.get(Label.input("questions"), {}).get(catalog.INSTRUCTIONS.name):
-        judged = "".join(f", {how} by {escape(who)}" for how, who in judges_of_answers(run))
-        said.append(f"Every model answered {questions} held-out instructions{judged}.")
-    return " ".join([*said, f"Seed {strong(run.summary['seed'])}."])
+        judged = "".join(f", {method} by {escape(judge)}" for method, judge in judges_of_answers(run))
+        sentences.append(f"Every model answered {questions} held-out instructions{judged}.")
+    return " ".join([*sentences, f"The seed was {strong(run.summary['seed'])}."])
 
 
 def _stand_in(run: Finished) -> list[str]:
-    """What is called M1 where models were measured of which the first is another; the judge may be a later run's M1."""
+    """Return which model takes the place of M1 where models were evaluated and the first one is not M1."""
     first, *others = (row["model"] for row in run.models)
     if first == "M1":
         return []
     if not first.endswith(".M1") and any(name.rpartition(".")[2] == "M1" for name in others):
-        return [f"What is compared with M1 is compared with {strong(first)}, the first of them."]
-    return [f"M1 stands for {strong(first)}, the first of them."]
+        return [f"Comparisons with M1 are comparisons with {strong(first)}, the first model."]
+    return [f"M1 stands for {strong(first)}, the first model."]
 
 
 def judge_name(judge: dict[str, Any], kind: str = "") -> str:
-    """Who judges, a server's model before one of the run, and where no setting names one, its class; a text."""
-    who: str = judge.get("endpoint", {}).get("model") or judge.get("model") or kind
-    return WHO.get(who, who)
+    """Return the name of a judge as text: a server's model, or a model of the run, or the class of the judge."""
+    name: str = judge.get("endpoint", {}).get("model") or judge.get("model") or kind
+    return WHO.get(name, name)
 
 
 def judges_of_answers(run: Finished) -> list[tuple[str, str]]:
-    """How the evaluation answers were judged, and by whom; texts."""
+    """Return (how the evaluation answers were judged, by which judge) as texts."""
     judge, settings = run.config["judge"], run.config["evaluate"]
     found: list[tuple[str, str]] = []
     if settings["instructions"] and (comparator := settings.get("head_to_head")):
@@ -66,7 +66,7 @@ def _model_sentence(run: Finished) -> str:
     start = f"M0 is {strong(model['path'])} ({size}{trained})"
     if Label.model("M1") not in run.counts:
         return f"{start}, which serves as M1."
-    judging = f" and {taught} of judging" if (taught := seeds.get(catalog.EFT.name)) else ""
+    judging = f" and {examples} of judging" if (examples := seeds.get(catalog.EFT.name)) else ""
     if written := run.counts.get(Label.input("eft", "demonstrations"), {}).get(catalog.EFT.name):
         judging = f" and {written} of judging that the SFT baseline wrote"
     following = f"{seeds.get(catalog.IFT.name, 0)} demonstrations of following instructions"
@@ -87,18 +87,19 @@ def _data_sentence(run: Finished) -> str:
     kept = RULES.get(rule, f"{rule} made the pairs")
     kept += f" (k = {pair['k']})" if "k" in pair else ""
     if "minimum_score" in pair:
-        kept = f"responses with {pair['minimum_score']:g} or more were kept"
+        kept = f"responses with a score of {pair['minimum_score']:g} or more were kept"
     instruct, times = data["instruct"], run.config["iterations"]
-    who = judge_name(judge, run.judge)
-    judged = "it judged itself" if who == WHO["self"] else f"{escape(who)} judged"
-    asked, answered = f"{instruct['count']} instructions", f"{data['respond']['candidates']} candidates"
-    wrote = f"the newest model wrote {asked} and"
+    name = judge_name(judge, run.judge)
+    judged = "it judged itself" if name == WHO["self"] else f"{escape(name)} judged"
+    instructions, candidates = f"{instruct['count']} instructions", f"{data['respond']['candidates']} candidates"
+    wrote = f"the current model wrote {instructions} and"
     if source := instruct.get("source"):
-        wrote = f"the newest model took {asked} from {strong(source)} and wrote"
+        wrote = f"the current model took {instructions} from {strong(source)} and wrote"
     elif (writer := instruct["model"]) != "self":
-        wrote = f"{WHO.get(writer) or strong(writer)} wrote {asked} and the newest model"
+        wrote = f"{WHO.get(writer) or strong(writer)} wrote {instructions} and the current model"
     often = "one iteration" if times == 1 else f"each of {times} iterations"
-    return f"In {strong(often)} {wrote}, for each, {answered}, which {judged} ({strong(score)}{scale}); {strong(kept)}."
+    judgement = f"which {judged} ({strong(score)}{scale}); {strong(kept)}"
+    return f"In {strong(often)} {wrote}, for each, {candidates}, {judgement}."
 
 
 def _loss_sentence(run: Finished) -> str:
@@ -107,7 +108,7 @@ def _loss_sentence(run: Finished) -> str:
         return ""
     models, loss = strong(", ".join(map(str, labels))), run.config["loss"]
     if run.stages[labels[0]] == "sft":
-        return f"Fine-tuning on the good responses alone ({strong('positives')}) made {models}."
+        return f"Fine-tuning on the good responses only ({strong('positives')}) made {models}."
     settings = [f"{sign} = {loss[key]:g}" for key, sign in (("beta", "β"), ("lam", "λ")) if key in loss]
     settings += [f"{key} {escape(str(loss[key]))}" for key in ("reduction", "target") if key in loss]
     against = WHO[run.config["train"]["reference_policy"]]
@@ -115,7 +116,7 @@ def _loss_sentence(run: Finished) -> str:
 
 
 def warnings(run: Finished) -> str:
-    """Judges whose scores hardly tell responses apart, and models that crossed a bound."""
+    """Return warnings of judges whose scores hardly differ between responses, and of models outside the bounds."""
     constant = [str(label) for label, counts in run.counts.items() if counts.get(catalog.JUDGE_CONSTANT.name)]
     crossed = [
         f"{row['model']}: {key.rpartition('/')[2].replace('_', ' ')} {compact(value)}"
@@ -123,34 +124,34 @@ def warnings(run: Finished) -> str:
         for key, value in row.items()
         if catalog.CROSSED.matches(key)
     ]
-    said = ""
+    html = ""
     if constant:
-        said += (
-            '<p class="verdict"><b>Warning: a judge said nearly the same of everything</b> in '
-            f"{escape(', '.join(constant))}; what was learnt from it, or measured with it, is noise.</p>\n"
+        html += (
+            '<p class="verdict"><b>Warning: a judge gave nearly the same score to all responses</b> in '
+            f"{escape(', '.join(constant))}. Training on these scores, or measuring with them, gives noise.</p>\n"
         )
     if crossed:
-        said += (
-            '<p class="verdict"><b>Warning: numbers beyond their bounds</b> (<code>evaluate.bounds</code>): '
+        html += (
+            '<p class="verdict"><b>Warning: metrics outside their bounds</b> (<code>evaluate.bounds</code>): '
             f"{escape('; '.join(crossed))}.</p>\n"
         )
-    return said
+    return html
 
 
 def verdict(run: Finished) -> str:
-    """What the last win rate says, and what it does not say."""
+    """Return what the last win rate shows, and what it does not show."""
     row = run.models[-1] if run.models else {}
     if not is_number(row.get(catalog.EVAL_WIN_RATE.name)):
         return ""
     rate, low, high = (row[f"{catalog.EVAL_WIN_RATE.name}{end}"] for end in ("", "_low", "_high"))
     first = escape(run.models[0]["model"]) if "evaluated" in run.summary else "M1"
     compared = sum(int(row[outcome.name]) for outcome in (catalog.EVAL_WINS, catalog.EVAL_TIES, catalog.EVAL_LOSSES))
-    said = "It includes 50\u00a0%, so this run does not tell the two apart."
+    conclusion = "It includes 50\u00a0%, so this run does not tell the two models apart."
     if low > 0.5 or high < 0.5:
         side, preferred = ("above", "the last model's") if low > 0.5 else ("below", f"{first}'s")
-        said = f"It lies {side} 50\u00a0%: this judge prefers {preferred} answers."
+        conclusion = f"It lies {side} 50\u00a0%: this judge prefers {preferred} answers."
     return (
         f'<p class="verdict"><b>{escape(row["model"])} wins {percent(rate)} against {first}</b> on {compared} '
-        f"instructions, a tie counting half; 95\u00a0% interval {percent(low)} to {percent(high)}. {said} The interval "
-        "covers the draw of instructions only, not another seed nor the judge's own errors.</p>\n"
+        f"instructions, a tie counting half; 95\u00a0% interval {percent(low)} to {percent(high)}. {conclusion} The "
+        "interval covers the sampling of instructions, but neither the seed nor the judge's errors.</p>\n"
     )

@@ -1,4 +1,4 @@
-"""What was measured of each model: its answers, its rewards, and how it judges."""
+"""Tables of the report: each model's answers, rewards and judge quality."""
 
 import re
 from array import array
@@ -13,7 +13,7 @@ from selfalign.report.html import Column, Row, decimals, explained, figure, grid
 from selfalign.runs.labels import Label
 from selfalign.runs.reader import Finished
 
-MODEL = Column("model", "whose numbers these are", "model", decimals(0))
+MODEL = Column("model", "the model of this row", "model", decimals(0))
 
 ANSWERS = (
     MODEL,
@@ -101,9 +101,9 @@ OTHERS = (
 )
 
 COMPARISONS = (
-    Column("model", "whose wins these are", "model", decimals(0)),
-    Column("opponent", "against whom", "opponent", decimals(0)),
-    Column("asked", "what both have answered", "asked", decimals(0)),
+    Column("model", "the model whose wins are counted", "model", decimals(0)),
+    Column("opponent", "the model it is compared with", "opponent", decimals(0)),
+    Column("instructions", "the instructions that both answered", "asked", decimals(0)),
     Column("judged", "comparisons with a verdict", "judged", decimals(0)),
     Column("won", catalog.WINS.meaning, "won", percent),
     Column("tied", catalog.TIES.meaning, "tied", percent),
@@ -130,7 +130,7 @@ CALIBRATION = (
 
 
 def answers_table(run: Finished) -> str:
-    """Win rates and drift of each model's answers."""
+    """Return win rates, length and drift of each model's answers."""
     if not any(catalog.EVAL_ANSWERS.name in row for row in run.models):
         return ""
     others = [row for row in run.models if any(column.key in row for column in OTHERS[1:])]
@@ -139,31 +139,31 @@ def answers_table(run: Finished) -> str:
 
 
 def preferences_table(run: Finished) -> str:
-    """Rewards of each model on the held-out pairs."""
+    """Return the rewards of each model on the held-out pairs."""
     if not any(catalog.PREFERENCES_PAIRS.name in row for row in run.models):
         return ""
-    said = note(
-        "Each model against its own reference. In brackets: 95 % intervals over pairs, Wilson's for shares, Student's "
-        "t for the margin, by bootstrap elsewhere. Every pair lies in <code>preferences.jsonl</code>."
+    remark = note(
+        "Rewards compare each model with its own reference. Brackets show 95 % intervals over pairs: Wilson's for "
+        "shares, Student's t for the margin, bootstrap for all others. <code>preferences.jsonl</code> has every pair."
     )
-    return explained("held-out pairs", PREFERENCES, run.models, said)
+    return explained("held-out pairs", PREFERENCES, run.models, remark)
 
 
 def drift_table(run: Finished) -> str:
-    """How far training moved each model, and how much scores and rewards go with length."""
-    there = any(row.get(column.key) is not None for row in run.models for column in DRIFT[1:])
-    return explained("drift", DRIFT, run.models) if there else ""
+    """Return how far training moved each model, and how much scores and rewards correlate with length."""
+    known = any(row.get(column.key) is not None for row in run.models for column in DRIFT[1:])
+    return explained("drift", DRIFT, run.models) if known else ""
 
 
 def judging_table(run: Finished) -> str:
-    """Judge quality and calibration of each model on the held-out ranked answers."""
+    """Return judge quality and calibration of each model on the held-out ranked answers."""
     if not any(row.get(catalog.JUDGE_QUALITY_QUESTIONS.name) for row in run.models):
         return ""
     return explained("judging", JUDGING, run.models) + explained("calibration", CALIBRATION, run.models)
 
 
 def benchmark_tables(run: Finished) -> str:
-    """A table for each benchmark: a row a model, a column a metric."""
+    """Return a table for each benchmark, with a row for each model and a column for each metric."""
     return "".join(_benchmark_table(run, name, set_up) for name, set_up in run.config.get("benchmark", {}).items())
 
 
@@ -179,16 +179,16 @@ def _benchmark_table(run: Finished, name: str, set_up: Row) -> str:
 
 
 def judged_by(judge: Row) -> str:
-    """Who judges a benchmark, if somebody does."""
+    """Return a note on the judge of a benchmark that has one."""
     if not judge:
         return ""
     server = judge["endpoint"]["model"]
-    how = ", by its expected rating" if judge.get("method") == "logprobs" and not server else ""
-    return note(f"Judged by {strong(server or judge['model'])}{how}.")
+    method = ", by its expected rating" if judge.get("method") == "logprobs" and not server else ""
+    return note(f"Judged by {strong(server or judge['model'])}{method}.")
 
 
 def matrix(run: Finished, title: str) -> str:
-    """Win rates of all models of a run against one another, as far as they were compared; nothing where none were."""
+    """Return the chart of win rates between all models of a run; empty if none were compared."""
     found = run.summary.get("win_rate_matrix", {"models": [], "rates": []})
     if not any(is_number(rate) for row in found["rates"] for rate in row):
         return ""
@@ -197,7 +197,7 @@ def matrix(run: Finished, title: str) -> str:
 
 
 def comparisons_table(run: Finished) -> str:
-    """Wins, ties and losses of comparisons that the models' own numbers do not tell: on benchmarks, and of a matrix."""
+    """Return wins, ties and losses that the models' own rows do not show: on benchmarks, and in a round robin."""
     rows: list[Row] = []
     for stage in run.summary["stages"]:
         label = Label.parse(stage["label"])
@@ -206,38 +206,38 @@ def comparisons_table(run: Finished) -> str:
             named = {"won": catalog.WINS, "tied": catalog.TIES, "lost": catalog.LOSSES}
             judged = sum(counts[metric.name] for metric in named.values())
             shares = {name: counts[metric.name] / judged for name, metric in named.items()}
-            asked = f"{label.benchmark}, every turn" if label.benchmark else "evaluation instructions"
-            who = {"model": label.model_name, "opponent": label.opponent}
-            rows.append({**counts, **shares, **who, "asked": asked, "judged": judged})
+            instructions = f"{label.benchmark}, every turn" if label.benchmark else "evaluation instructions"
+            models = {"model": label.model_name, "opponent": label.opponent}
+            rows.append({**counts, **shares, **models, "asked": instructions, "judged": judged})
     return explained("head to head", COMPARISONS, rows) if rows else ""
 
 
 def histograms(run: Finished) -> str:
-    """How often each score was given to candidates, iteration by iteration."""
+    """Return how often each score was given to candidates, for each iteration."""
     labels = {f"Scores, iteration {n}": Label.iteration(n, "judgements") for n in run.iterations}
     return _histograms(run, labels, "judgements of candidates")
 
 
 def ranked_histograms(run: Finished) -> str:
-    """How often each score was given to the answers that humans ranked, model by model."""
+    """Return how often each score was given to the human-ranked answers, for each model."""
     labels = {f"Scores by {row['model']}": Label.evaluation(row["model"], "ranked_scores") for row in run.models}
     return _histograms(run, labels, "judgements of held-out ranked answers")
 
 
 def _histograms(run: Finished, labels: dict[str, Label], what: str) -> str:
-    """With one scale of heights; whole scores have a bar each, others four a point."""
+    """Return histograms with one scale of heights. Whole scores have a bar each; otherwise each point has four bars."""
     scale = run.config["judge"]
     if "min_score" not in scale:
         return ""
     judged = {title: run.records(label, Judgement) for title, label in labels.items()}
     scores = {title: array("d", (j.score for j in found if j.score is not None)) for title, found in judged.items()}
     whole = all(score == int(score) for given in scores.values() for score in given)
-    parts, how = (1, "") if whole else (4, ", to quarters of a point")
+    parts, resolution = (1, "") if whole else (4, ", to quarters of a point")
     counts = {
         title: score_histogram(s, scale["min_score"], scale["max_score"], parts) for title, s in scores.items() if s
     }
     peak = max((max(values) for values in counts.values()), default=0)
     return grid(
-        figure(title, f"{what}{how}", draw_histogram(values, scale["min_score"], peak, title, parts))
+        figure(title, f"{what}{resolution}", draw_histogram(values, scale["min_score"], peak, title, parts))
         for title, values in counts.items()
     )

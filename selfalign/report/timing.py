@@ -1,4 +1,4 @@
-"""What the losses cost: the time of every training, from what its stage recorded while it ran."""
+"""The time of every training of a run, from the log of its stage."""
 
 import json
 import math
@@ -18,12 +18,12 @@ Row = dict[str, Any]
 ANY = decimals(0)
 
 TIMES = (
-    Column("model", "what was trained; SFT is the baseline without examples of judging", "model", ANY),
+    Column("model", "the trained model; SFT is the baseline without judging examples", "model", ANY),
     Column("loss", "fine-tuning is SFT on demonstrations, or on positives", "loss", ANY),
     Column("λ", "weight of the refinement", "lam", decimals(2)),
     Column.of(catalog.PAIRS),
     Column("steps", "optimiser steps", "steps", ANY),
-    Column("training", "the steps alone: no loading, saving, reference or evaluation", "seconds", duration),
+    Column("training", "time of the steps, without loading, saving, reference or evaluation", "seconds", duration),
     Column("a step", "mean wall time of a step", "seconds_per_step", duration),
     Column.of(catalog.TOKENS_PER_SECOND),
     Column("reference", "storing the reference's log-probabilities before training", "reference_seconds", duration),
@@ -32,12 +32,12 @@ TIMES = (
 
 
 def training_times(folders: Sequence[Path]) -> list[Row]:
-    """What every training of these finished runs took, a row a model, run by run.
+    """Return a row for every training of these finished runs, run by run.
 
-    A row has `run` (the folder's name), `model`, `loss`, `lam` and `beta` (where the loss has them), `pairs` (of an
-    alignment), `steps`, `seconds` (of the steps alone), `seconds_per_step`, `tokens_per_second`, `peak_memory_gb` and
-    `reference_seconds` (where the reference's log-probabilities were stored). A training whose log does not tell the
-    time of each step has no row.
+    A row has `run` (the folder's name), `model`, `loss`, `lam` and `beta` (if the loss has them), `pairs` (of an
+    alignment), `steps`, `seconds` (of the steps only), `seconds_per_step`, `tokens_per_second`, `peak_memory_gb` and
+    `reference_seconds` (if the reference's log-probabilities were stored). A training whose log has no step times has
+    no row.
     """
     return [row for folder in folders for row in _of_run(folder)]
 
@@ -50,9 +50,12 @@ def _of_run(folder: Path) -> list[Row]:
 
 
 def _of_model(folder: Path, label: Label, title: str) -> Row:
-    """One training, with the title of an alignment's loss; empty where it is none, or its steps have no times."""
-    place = label.link_in(folder)
-    manifest, log = read_json(place / MANIFEST), place / LOG
+    """Return the row of one training; empty if the artifact is none, or its log has no step times.
+
+    `title` is that of the run's alignment loss.
+    """
+    path = label.link_in(folder)
+    manifest, log = read_json(path / MANIFEST), path / LOG
     steps = [json.loads(line) for _, line in read_lines(log)] if log.is_file() else []
     times = [row.get(catalog.STEP_SECONDS.name) for row in steps]
     if manifest.get("stage") not in ("align", "sft") or not steps or None in times:
@@ -80,7 +83,7 @@ def _of_model(folder: Path, label: Label, title: str) -> Row:
 
 
 def times_table(run: Finished) -> str:
-    """The trainings of a run side by side."""
+    """Return the trainings of a run side by side."""
     rows = training_times([run.folder])
-    said = note("Trainings of different losses can be compared where machine, model and pairs are the same.")
-    return explained("training time", TIMES, rows, said) if rows else ""
+    remark = note("Times of different losses are comparable if machine, model and pairs are the same.")
+    return explained("training time", TIMES, rows, remark) if rows else ""

@@ -1,1 +1,1 @@
-"""A run: its folder, what it made, where that came from, and how it is read back."""
+"""Runs: their folders, labels, metrics and provenance, and reading them back."""

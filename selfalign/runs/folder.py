@@ -1,4 +1,4 @@
-"""A run's folder: its name by its settings, and what is prepared in it."""
+"""The run folder: its name, which follows from the settings, and its preparation."""
 
 import re
 from itertools import count
@@ -14,8 +14,8 @@ from selfalign.store.key import to_key_json
 def run_folder(output: Path, name: str, config: Any, *, fresh: bool) -> tuple[Path, str]:
     """Return (run folder, artifact namespace).
 
-    The same settings have the same folder, so the same command continues it. With `fresh`, the folder takes the next
-    free number and the namespace is its name, so that nothing is shared with other runs. Else the namespace is empty.
+    The folder follows from the settings, so the same command continues the same run. With `fresh`, the folder has the
+    next free number and the namespace is its name, so the run shares no artifacts. Otherwise the namespace is empty.
     """
     folder = output / f"{name}-{digest_json(to_key_json(config))[:8]}"
     if not fresh:
@@ -26,22 +26,23 @@ def run_folder(output: Path, name: str, config: Any, *, fresh: bool) -> tuple[Pa
 
 
 def check_name(name: str) -> None:
-    """A name becomes part of a folder's name.
+    """Check that a name can be part of a folder's name.
 
     Raises:
-        SelfalignError: it has other characters than letters, digits, `.`, `_`, `-`.
+        SelfalignError: the name is empty, too long, or has characters other than letters, digits, `.`, `_` and `-`.
     """
     if not re.fullmatch(r"[\w][\w.-]{0,79}", name):
         raise SelfalignError(f"name must be 1 to 80 letters, digits, '.', '_' or '-', got {name!r}")
 
 
 def open_folder(folder: Path, config_yaml: str, *, anew: bool = False) -> None:
-    """Prepares a run folder: the resolved configuration, and metrics that are written anew from the artifacts.
+    """Prepare a run folder: write the resolved configuration and empty metrics, which are filled from the artifacts.
 
     Args:
-        folder: made if it is not there.
+        folder: the run folder; it is made if it is missing.
         config_yaml: the resolved configuration.
-        anew: whether what it tells of is no longer what the run is made of, because the data are others: then it goes.
+        anew: whether the run's data have changed. Then summary, report and model card of the old data are removed,
+            and the tracker starts a new run.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if anew:

@@ -1,4 +1,4 @@
-"""Labels of a run's artifacts: the one place that writes and reads them."""
+"""Labels of a run's artifacts. Only this module writes and parses them."""
 
 import re
 from dataclasses import dataclass, replace
@@ -6,20 +6,20 @@ from enum import Enum
 from pathlib import Path
 
 BASELINE = "SFT"
-"""The SFT baseline; every other model of a run is M0, M1, M2, …"""
+"""Name of the SFT baseline. The other models of a run are M0, M1, M2, …"""
 
-PLACE = re.compile(r"(iteration(?=_\d+$)|evaluation)_(.+)")
+PREFIX = re.compile(r"(iteration(?=_\d+$)|evaluation)_(.+)")
 MODEL = re.compile(r"M(\d+)")
 COMPARISON = re.compile(r"(?:(?P<benchmark>.+)_)?against_(?P<opponent>.+)")
 
 JUDGED = ("judgements", "scores", "ranked_scores")
 WRITTEN = ("instructions", "responses", "answers")
 REPEATED = ("answers", "scores", "ranked_scores")
-"""Parts of an evaluation whose metrics have the same names as an iteration's, or as one another's."""
+"""Parts of an evaluation whose metric names also occur in an iteration or in another part."""
 
 
 class Kind(Enum):
-    """What an artifact belongs to."""
+    """The kind of an artifact's owner."""
 
     INPUT = "input"
     MODEL = "model"
@@ -32,9 +32,9 @@ class Label:
     """The name of an artifact in its run, as `str(label)` writes it and `Label.parse` reads it.
 
     Attributes:
-        kind: what it belongs to.
-        owner: the name of the input, of the model that it is or that is measured, or the number of the iteration.
-        part: which of several artifacts of the owner; empty where there is one.
+        kind: the kind of the owner.
+        owner: the name of the input, of the model, or of the evaluated model, or the number of the iteration.
+        part: the name of the artifact among those of its owner; empty if the owner has only one.
     """
 
     kind: Kind
@@ -43,7 +43,7 @@ class Label:
 
     @classmethod
     def input(cls, name: str, part: str = "") -> "Label":
-        """Label what a run is given, or makes once for all its models: "seeds", "preferences/pairs"."""
+        """Label an input of the run, or data made once for all its models: "seeds", "preferences/pairs"."""
         return cls(Kind.INPUT, name, part)
 
     @classmethod
@@ -53,32 +53,32 @@ class Label:
 
     @classmethod
     def iteration(cls, number: int, part: str) -> "Label":
-        """Label what an iteration makes to train on: "iteration_2/pairs"."""
+        """Label training data of an iteration: "iteration_2/pairs"."""
         return cls(Kind.ITERATION, str(number), part)
 
     @classmethod
     def evaluation(cls, model: str, part: str) -> "Label":
-        """Label what a model is measured by: "evaluation_M3/numbers"."""
+        """Label an artifact of a model's evaluation: "evaluation_M3/numbers"."""
         return cls(Kind.EVALUATION, model, part)
 
     @classmethod
     def comparison(cls, model: str, opponent: str, benchmark: str = "") -> "Label":
-        """Label a model's comparison with another: "evaluation_M3/against_M1", "evaluation_M3/mt_bench_against_M1"."""
+        """Label a comparison of two models: "evaluation_M3/against_M1", "evaluation_M3/mt_bench_against_M1"."""
         return cls.evaluation(model, f"{benchmark}_against_{opponent}" if benchmark else f"against_{opponent}")
 
     @classmethod
     def parse(cls, text: str) -> "Label":
-        """Read a label as it stands in a run folder; one that says nothing else is an input's."""
-        place, _, part = text.partition("/")
-        if found := PLACE.fullmatch(place):
+        """Parse a label. A label of no other kind is an input's."""
+        prefix, _, part = text.partition("/")
+        if found := PREFIX.fullmatch(prefix):
             return cls(Kind(found[1]), found[2], part)
-        is_model = place == BASELINE or MODEL.fullmatch(place)
-        return cls(Kind.MODEL if is_model else Kind.INPUT, place, part)
+        is_model = prefix == BASELINE or MODEL.fullmatch(prefix)
+        return cls(Kind.MODEL if is_model else Kind.INPUT, prefix, part)
 
     def __str__(self) -> str:
-        is_place = self.kind in (Kind.ITERATION, Kind.EVALUATION)
-        place = f"{self.kind.value}_{self.owner}" if is_place else self.owner
-        return f"{place}/{self.part}" if self.part else place
+        names_kind = self.kind in (Kind.ITERATION, Kind.EVALUATION)
+        prefix = f"{self.kind.value}_{self.owner}" if names_kind else self.owner
+        return f"{prefix}/{self.part}" if self.part else prefix
 
     def sibling(self, part: str) -> "Label":
         """Return the label of another part of the same owner."""
@@ -90,69 +90,69 @@ class Label:
 
     @property
     def model_name(self) -> str:
-        """Name of the model that it is or that is measured; empty for every other kind."""
+        """Name of the model or of the evaluated model; empty for other kinds."""
         return self.owner if self.kind in (Kind.MODEL, Kind.EVALUATION) else ""
 
     @property
     def model_number(self) -> int:
-        """n of the model M<n> that it is or that is measured; 0 for every other, the SFT baseline too."""
+        """n if the model or the evaluated model is M<n>; 0 otherwise, also for the SFT baseline."""
         found = MODEL.fullmatch(self.model_name)
         return int(found[1]) if found else 0
 
     @property
     def iteration_number(self) -> int:
-        """The iteration it belongs to: M1 and what comes before it is 0, M2 and its making 1, …"""
+        """The iteration of the artifact: 0 until M1, 1 for M2 and its training data, …"""
         return int(self.owner) if self.kind is Kind.ITERATION else max(0, self.model_number - 1)
 
     @property
     def serves(self) -> str:
-        """The model that it is, that it was made to train, or that it measures; its own name where there is none."""
+        """The model that the artifact is, trains or evaluates; the label itself if there is no such model."""
         if self.kind is Kind.ITERATION:
             return model_after(self.iteration_number)
         return self.model_name or {"ift": BASELINE, "eft": "M1"}.get(self.owner, str(self))
 
     @property
     def of_trained_model(self) -> bool:
-        """Whether it belongs to a model that a run trains: the SFT baseline, M1, M2, …"""
+        """Whether the model, or the evaluated model, is one that a run trains: the SFT baseline, M1, M2, …"""
         return self.model_name == BASELINE or self.model_number > 0
 
     @property
     def is_trained(self) -> bool:
-        """Whether it is a model that a run trains."""
+        """Whether the artifact is a model that a run trains."""
         return self.kind is Kind.MODEL and not self.part and self.of_trained_model
 
     @property
     def is_aligned(self) -> bool:
-        """Whether it is a model that a run aligns: M2, M3, …"""
+        """Whether the artifact is a model that a run aligns: M2, M3, …"""
         return self.is_trained and self.model_number > 1
 
     @property
     def is_written(self) -> bool:
-        """Whether a model of the run writes it."""
+        """Whether a model of the run generates the artifact."""
         return self.part in WRITTEN
 
     @property
     def is_judged(self) -> bool:
-        """Whether the run's judge scores it."""
+        """Whether the run's judge makes the artifact."""
         return self.part in JUDGED and self.owner != "preferences"
 
     @property
     def opponent(self) -> str:
-        """The model that another is compared with; empty where nothing is compared."""
+        """The opponent in a comparison of two models; empty for other artifacts."""
         found = COMPARISON.fullmatch(self.part)
         return found["opponent"] if found else ""
 
     @property
     def benchmark(self) -> str:
-        """The benchmark on whose questions models are compared; empty for the evaluation instructions."""
+        """The benchmark on whose questions two models are compared; empty for the evaluation instructions."""
         found = COMPARISON.fullmatch(self.part)
         return (found["benchmark"] or "") if found else ""
 
     @property
     def metric_prefix(self) -> str:
-        """What sets metrics apart from those of the same name that another part of the same iteration has.
+        """Prefix that keeps metrics of the same name apart if several artifacts of one iteration log them.
 
-        The SFT baseline is of M1's iteration, and a model's evaluation of the one that made it.
+        The SFT baseline has M1's iteration. A model's evaluation has the iteration that made the model.
         """
         if self.model_name == BASELINE:
             return f"{BASELINE}/"
@@ -160,5 +160,5 @@ class Label:
 
 
 def model_after(iteration: int) -> str:
-    """Return the model that stands at the end of an iteration: M1 after none, M2 after the first."""
+    """Return the name of the model after an iteration: M1 for iteration 0, M2 for iteration 1."""
     return f"M{iteration + 1}"

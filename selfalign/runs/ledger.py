@@ -1,4 +1,4 @@
-"""The account of one run, in its folder: links to what it makes, and rows of metrics."""
+"""The ledger of a run: links to its artifacts and rows of metrics, in the run folder."""
 
 import json
 import os
@@ -16,16 +16,17 @@ from selfalign.store.artifacts import Artifact, Counts
 
 @dataclass(slots=True)
 class Ledger:
-    """Keeps account of a run's artifacts; of several processes the main one has it.
+    """Records a run's artifacts. Only the main process has a ledger.
 
     Attributes:
-        folder: metrics.jsonl, summary.json, report.html, config.yaml, provenance.json, and links below artifacts/.
-        show: is told of each artifact when it is there.
-        tracker: receives every row too.
-        artifacts: what was made or found so far.
-        reused: what of it was found.
-        step: of the last row.
-        logged: rows of the artifact in work.
+        folder: the run folder, with metrics.jsonl, summary.json, report.html, config.yaml, provenance.json, and links
+            below artifacts/.
+        show: called with each finished artifact.
+        tracker: also receives every row.
+        artifacts: the artifacts so far, made or found.
+        reused: labels of the artifacts that were found.
+        step: number of the last row.
+        logged: number of rows logged for the artifact that is being made.
     """
 
     folder: Path
@@ -36,22 +37,22 @@ class Ledger:
     step: int = 0
     logged: int = 0
 
-    def link(self, label: Label, place: Path) -> None:
-        """Link an artifact before it is looked for, because what is linked is not cleaned away."""
+    def link(self, label: Label, path: Path) -> None:
+        """Link an artifact. This comes before the search for it, because linked artifacts are not cleaned away."""
         link = label.link_in(self.folder)
         link.parent.mkdir(parents=True, exist_ok=True)
-        target = os.path.relpath(place, link.parent)
+        target = os.path.relpath(path, link.parent)
         if not link.is_symlink() or link.readlink() != Path(target):
             link.unlink(missing_ok=True)
             link.symlink_to(target, target_is_directory=True)
 
     def log(self, label: Label, stage: str, row: dict[str, Any]) -> None:
-        """Write down a row that a stage has logged while it ran."""
+        """Write a row that a running stage has logged."""
         self.logged += 1
         self._write(label, stage, {f"{stage}/step" if name == "step" else name: v for name, v in row.items()})
 
     def enter(self, label: Label, artifact: Artifact) -> None:
-        """Write down an artifact that is there: the rows of it that are not logged yet, and its counts."""
+        """Record a finished artifact: write its rows that are not logged yet, and its counts."""
         for row in artifact.rows()[self.logged :]:
             self.log(label, artifact.stage, row)
         self.logged = 0
@@ -75,12 +76,12 @@ class Ledger:
 
 
 def open_ledger(folder: Path, show: Callable[[Ledger, Label], None]) -> Ledger | None:
-    """Return the account of a run in the process that keeps it, the main one; None in the others."""
+    """Return the ledger of a run in the main process, and None in the others."""
     return Ledger(folder, show) if distributed.is_main() else None
 
 
 def flat_numbers(counts: Counts) -> dict[str, float]:
-    """The numbers in a stage's counts, one level of nesting spelled as name/key."""
+    """Return the numbers of a stage's counts; nested ones are named name/key."""
     flat: dict[str, float] = {}
     for name, value in counts.items():
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""A runner that makes nothing: it walks the pipeline and notes every stage with its size."""
+"""A runner that makes nothing: it walks the pipeline and records every stage with its size."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,16 +10,16 @@ from selfalign.store.stage import StageFunction, plan_stage
 
 @dataclass(slots=True)
 class Planner:
-    """Answers every stage with what stands for its artifact; reads and makes nothing.
+    """Gives the pipeline a placeholder for every artifact, without reading or making anything.
 
     Attributes:
-        stages: (label, size) of every stage, in the order the pipeline asks for them.
+        stages: (label, size) of every stage, in the order of the pipeline.
     """
 
     stages: list[tuple[Label, str]] = field(default_factory=list)
 
     def make(self, label: Label, stage: StageFunction, **inputs: Any) -> Artifact:
-        """Return what stands for the artifact."""
+        """Return a placeholder for the artifact."""
         planned, size = plan_stage(str(label), stage, inputs)
         self.stages.append((label, size))
         return planned

@@ -1,4 +1,4 @@
-"""What a run's results came from: code, packages, machine, weights."""
+"""The provenance of a run's results: code, packages, machine and weights."""
 
 import importlib.metadata
 import os
@@ -27,16 +27,16 @@ PACKAGES = (
 )
 
 
-FIXED = {Label.input("writer"), Label.input("judge"), Label.input("comparator")}
-"""Models from outside whose weights are told, besides the run's own."""
+OUTSIDE_MODELS = {Label.input("writer"), Label.input("judge"), Label.input("comparator")}
+"""Models from outside the run whose weights are recorded, besides the run's own."""
 
 
 def write_provenance(ledger: Ledger, seed: int) -> None:
-    """Writes what the results came from: code, packages, machine, seed and the digests of all weights."""
+    """Write provenance.json: code, packages, machine, seed and the digests of all weights."""
     policies = {
         str(label): PolicyCheckpoint(artifact.path).digest
         for label, artifact in ledger.artifacts.items()
-        if label.kind is Kind.MODEL or label in FIXED
+        if label.kind is Kind.MODEL or label in OUTSIDE_MODELS
     }
     write_json(
         ledger.folder / "provenance.json",
@@ -58,22 +58,22 @@ def write_provenance(ledger: Ledger, seed: int) -> None:
 
 
 def packages_of_components(ledger: Ledger) -> dict[str, str]:
-    """{package: version and digest of its code} of the components that are not selfalign's own."""
+    """Return {package: version and digest of its code} of the components that are not selfalign's own."""
     manifests = [artifact.path / MANIFEST for artifact in ledger.artifacts.values()]
     found = packages_in([read_json(manifest)["inputs"] for manifest in manifests if manifest.is_file()])
     return {name: f"{version_of(name)} (source code {digest})".strip() for name, digest in sorted(found.items())}
 
 
 def code_state() -> dict[str, str]:
-    """Commit and uncommitted changes of the checkout this package runs from; empty when it is installed."""
+    """Return commit and uncommitted changes of the checkout; both are empty for an installed package."""
     root = PACKAGE.parent
     if not (root / ".git").exists():
         return {"commit": "", "diff": ""}
     git = ["git", "-C", str(root)]
     try:
         commit, diff = (
-            subprocess.run([*git, *asked], capture_output=True, check=True).stdout.decode("utf-8", errors="replace")
-            for asked in (["rev-parse", "HEAD"], ["diff", "HEAD"])
+            subprocess.run([*git, *arguments], capture_output=True, check=True).stdout.decode("utf-8", errors="replace")
+            for arguments in (["rev-parse", "HEAD"], ["diff", "HEAD"])
         )
     except (OSError, subprocess.CalledProcessError):
         return {"commit": "", "diff": ""}

@@ -1,4 +1,4 @@
-"""A finished run, read back from its folder: its numbers, and candidates with what the judge said of them."""
+"""A finished run, read back from its folder: its metrics, and its responses with their judgements."""
 
 import json
 import math
@@ -46,7 +46,7 @@ FILES = {
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A response to show; `role` is "chosen", "rejected", "positive", "winner" or empty."""
+    """A response to display; `role` is "chosen", "rejected", "positive", "winner" or empty."""
 
     text: str
     score: float | None
@@ -64,16 +64,16 @@ class Sample:
 
 
 def check_artifacts(folder: Path, labels: Iterable[Label]) -> None:
-    """What a finished run has made is where its links lead.
+    """Check that the links of a finished run lead to its artifacts.
 
     Raises:
-        SelfalignError: something is not, as in a folder that was copied without its store.
+        SelfalignError: an artifact is missing, because the folder was copied without its store, for example.
     """
-    gone = [label for label in labels if not (label.link_in(folder) / "manifest.json").is_file()]
-    if gone:
+    missing = [label for label in labels if not (label.link_in(folder) / "manifest.json").is_file()]
+    if missing:
         raise SelfalignError(
-            f"{folder}: {len(gone)} of its artifacts, {gone[0]} first, are not where its links lead; a run folder is "
-            "copied and moved together with the store beside it"
+            f"{folder}: {len(missing)} of its artifacts are missing, such as {missing[0]}. Copy or move a run folder "
+            "together with the store beside it"
         )
 
 
@@ -84,13 +84,13 @@ class Finished:
     Attributes:
         folder: the run folder.
         summary: its summary.json.
-        loss: title and formula of the loss it was configured with.
+        loss: title and formula of its loss.
         provenance: its provenance.json.
-        config: the resolved configuration.
+        config: its resolved configuration.
         stages: {label: stage}.
-        counts: {label: what the stage counted}.
-        rows: of metrics.jsonl.
-        models: the summary's rows, with the intervals that follow from the records.
+        counts: {label: counts of the stage}.
+        rows: the rows of metrics.jsonl.
+        models: the models of the summary, with intervals computed from the records.
     """
 
     folder: Path
@@ -105,15 +105,17 @@ class Finished:
 
     @classmethod
     def load(cls, folder: Path) -> "Finished":
-        """Reads a run folder.
+        """Read a run folder.
 
         Raises:
-            SelfalignError: its files are damaged.
+            SelfalignError: its files are damaged, or another version of selfalign wrote them.
         """
         try:
             return cls._read(folder)
         except (ValueError, KeyError) as error:
-            raise SelfalignError(f"{folder}: its files are damaged or of another selfalign ({error!r})") from error
+            raise SelfalignError(
+                f"{folder}: its files are damaged, or another version of selfalign wrote them ({error!r})"
+            ) from error
 
     @classmethod
     def _read(cls, folder: Path) -> "Finished":
@@ -133,30 +135,30 @@ class Finished:
 
     @property
     def judge(self) -> str:
-        """The class of the judge, empty where nothing was judged."""
+        """The class of the judge; empty if nothing was judged."""
         label = next((label for label, stage in self.stages.items() if stage == "judge"), None)
         return self.inputs(label).get("judge", {}).get("class", "") if label else ""
 
     @property
     def iterations(self) -> list[int]:
-        """Iterations that made data to train on."""
+        """The iterations that generated training data."""
         return iterations_of(self.counts)
 
     def records(self, label: Label, kind: type[R]) -> Iterator[R]:
-        """The records of one artifact, one at a time; none where there is no such file."""
-        return stream_there(self.folder, label, kind)
+        """Yield the records of an artifact; none if it has no such file."""
+        return stream_artifact(self.folder, label, kind)
 
     def manifest(self, label: Label) -> Row:
-        """What an artifact's manifest says; nothing where there is none."""
+        """Return an artifact's manifest; empty if there is none."""
         path = label.link_in(self.folder) / "manifest.json"
         return read_json(path) if path.is_file() else {}
 
     def inputs(self, label: Label) -> Row:
-        """What an artifact was made from: settings, seeds, and other artifacts by their digests."""
+        """Return an artifact's inputs: settings, seeds, and digests of other artifacts."""
         return self.manifest(label).get("inputs", {})
 
     def iteration_rows(self) -> list[Row]:
-        """What the stages of each iteration counted, as `<stage>/<name>`."""
+        """Return the counts of each iteration, named `<part>/<name>`."""
         parts = ("instructions", "responses", "judgements", "pairs")
         return [
             {"iteration": n}
@@ -165,7 +167,7 @@ class Finished:
         ]
 
     def curves(self, stage: str, key: str) -> dict[str, list[tuple[float, float]]]:
-        """{model: (optimiser step, value)} of what a training stage logged; values that are not finite are left out."""
+        """Return {model: [(optimiser step, value)]} of a logged training metric, without values that are not finite."""
         curves: dict[str, list[tuple[float, float]]] = {}
         for row in self.rows:
             if row["stage"] == stage and f"{stage}/step" in row and math.isfinite(row.get(key, math.nan)):
@@ -174,48 +176,48 @@ class Finished:
 
 
 def iterations_of(labels: Iterable[Label]) -> list[int]:
-    """The iterations that made pairs or positives, in order."""
+    """Return the iterations that made pairs or positives, in order."""
     return sorted(label.iteration_number for label in labels if label.kind is Kind.ITERATION and label.part == "pairs")
 
 
-def stream_there(folder: Path, label: Label, kind: type[R]) -> Iterator[R]:
-    """The records of one kind in an artifact of a run, one at a time; none where there is no such file or it is empty.
+def stream_artifact(folder: Path, label: Label, kind: type[R]) -> Iterator[R]:
+    """Yield the records of one kind in an artifact of a run; none if the file is missing or empty.
 
-    Whoever needs only the first ones reads no further.
+    The file is read only as far as records are taken.
     """
     path = label.link_in(folder) / FILES[kind]
     return stream_records(path, kind) if path.is_file() and path.stat().st_size else iter(())
 
 
 def read_samples(folder: Path, iteration: int, count: int) -> list[Sample]:
-    """The first instructions of an iteration with their candidates, the best first; or the first given pairs.
+    """Return the first instructions of an iteration with their candidates, the best first; or the first given pairs.
 
-    What belongs to the first instructions stands at the beginning of every file, which is not read to its end.
+    Files are read only as far as the records of these instructions, which come first in every file.
     """
     label = Label.iteration(iteration, "pairs")
-    pairs = stream_there(folder, label, PreferencePair)
-    asked = list(islice(stream_there(folder, label.sibling("instructions"), Instruction), count))
-    if not asked:
-        return [Sample(as_text(pair.prompt), given_candidates(pair)) for pair in islice(pairs, count)]
-    ids = {one.id for one in asked}
+    pairs = stream_artifact(folder, label, PreferencePair)
+    instructions = list(islice(stream_artifact(folder, label.sibling("instructions"), Instruction), count))
+    if not instructions:
+        return [Sample(as_text(pair.prompt), pair_candidates(pair)) for pair in islice(pairs, count)]
+    ids = {instruction.id for instruction in instructions}
     judged = list(takewhile(lambda one: one.response.instruction_id in ids, stream_judged(folder, label)))
     role = roles(folder, label, takewhile(lambda pair: pair.instruction_id in ids, pairs), judged)
-    candidates: dict[str, list[Candidate]] = {one.id: [] for one in asked}
+    candidates: dict[str, list[Candidate]] = {instruction.id: [] for instruction in instructions}
     for one in judged:
         candidates[one.response.instruction_id].append(one.candidate(role.get(one.response.id, "")))
-    return [Sample(one.text, best_first(candidates[one.id])) for one in asked]
+    return [Sample(instruction.text, best_first(candidates[instruction.id])) for instruction in instructions]
 
 
 @dataclass(frozen=True, slots=True)
 class JudgedResponse:
-    """A response with its mean score, where it has one, and its judgements."""
+    """A response, its mean score or None, and its judgements."""
 
     response: Response
     score: float | None
     judgements: list[Judgement]
 
     def candidate(self, role: str = "") -> Candidate:
-        """As it is shown."""
+        """Return the response for display, with its role."""
         finished = self.response.finished
         return Candidate(self.response.text, self.score, role, finished, self.judgements)
 
@@ -223,34 +225,34 @@ class JudgedResponse:
 def stream_judged(
     folder: Path, label: Label, responses: str = "responses", judgements: str = "judgements"
 ) -> Iterator[JudgedResponse]:
-    """The responses beside an artifact, one at a time, with what a judge said of them."""
-    answers, said = label.sibling(responses), label.sibling(judgements)
+    """Yield the responses of the label's owner with their scores and judgements."""
+    responses_label, judgements_label = label.sibling(responses), label.sibling(judgements)
 
     def joined(kind: type[S], owner: Callable[[S], str]) -> Iterator[tuple[Response, list[S]]]:
-        file = said.link_in(folder) / FILES[kind]
-        return join_sorted(stream_there(folder, answers, Response), stream_there(folder, said, kind), owner, file)
+        file, records = judgements_label.link_in(folder) / FILES[kind], stream_artifact(folder, judgements_label, kind)
+        return join_sorted(stream_artifact(folder, responses_label, Response), records, owner, file)
 
-    every = zip(joined(Judgement, lambda one: one.response_id), joined(ResponseScore, lambda one: one.id), strict=True)
+    both = zip(joined(Judgement, lambda one: one.response_id), joined(ResponseScore, lambda one: one.id), strict=True)
     return (
         JudgedResponse(response, scores[0].score if scores else None, judgements)
-        for (response, judgements), (_, scores) in every
+        for (response, judgements), (_, scores) in both
     )
 
 
 def read_head_to_head(folder: Path, first: str, last: str) -> list[Sample]:
-    """Evaluation instructions with the answers of two models, in that order, and which won."""
-    answers = [read_answers(folder, name) for name in (first, last)]
-    compared = stream_there(folder, Label.comparison(last, first), Comparison)
+    """Return evaluation instructions with the responses of two models, in that order. The winner has that role."""
+    responses = [read_responses(folder, name) for name in (first, last)]
+    compared = stream_artifact(folder, Label.comparison(last, first), Comparison)
     outcomes = {one.instruction_id: one.outcome for one in compared} or None
     return [
-        Sample(asked.text, with_winner([of_model[asked.id] for of_model in answers], asked.id, outcomes))
-        for asked in stream_there(folder, Label.input("questions"), Instruction)
-        if all(asked.id in of_model for of_model in answers)
+        Sample(prompt.text, with_winner([by_id[prompt.id] for by_id in responses], prompt.id, outcomes))
+        for prompt in stream_artifact(folder, Label.input("questions"), Instruction)
+        if all(prompt.id in by_id for by_id in responses)
     ]
 
 
-def read_answers(folder: Path, model: str) -> dict[str, Candidate]:
-    """{instruction id: a model's first answer} of its evaluation."""
+def read_responses(folder: Path, model: str) -> dict[str, Candidate]:
+    """Return {instruction id: a model's first response} of its evaluation."""
     judged = list(stream_judged(folder, Label.evaluation(model, "answers"), "answers", "scores"))
     return {one.response.instruction_id: one.candidate() for one in reversed(judged)}
 
@@ -258,15 +260,15 @@ def read_answers(folder: Path, model: str) -> dict[str, Candidate]:
 def roles(
     folder: Path, label: Label, pairs: Iterable[PreferencePair], judged: Sequence[JudgedResponse]
 ) -> dict[str, str]:
-    """{response id: what became of it}, of the first responses of an iteration, by its pairs or positives."""
+    """Return {response id: role} of an iteration's first responses, from its pairs or positives."""
     ids = {one.response.id for one in judged}
-    positives = takewhile(lambda one: one.id in ids, stream_there(folder, label, Demonstration))
+    positives = takewhile(lambda one: one.id in ids, stream_artifact(folder, label, Demonstration))
     kept = {positive.id: "positive" for positive in positives}
     return kept | {name: role for p in pairs for name, role in ((p.chosen_id, "chosen"), (p.rejected_id, "rejected"))}
 
 
-def given_candidates(pair: PreferencePair) -> list[Candidate]:
-    """Both responses of a given pair."""
+def pair_candidates(pair: PreferencePair) -> list[Candidate]:
+    """Return both responses of a given pair."""
     return [
         Candidate(pair.chosen, pair.chosen_score, "chosen", pair.chosen_finished, []),
         Candidate(pair.rejected, pair.rejected_score, "rejected", pair.rejected_finished, []),
@@ -274,31 +276,37 @@ def given_candidates(pair: PreferencePair) -> list[Candidate]:
 
 
 def best_first(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """By falling score, those without one last; chosen before and rejected behind their equals."""
-    place = {"chosen": 0, "positive": 0, "": 1, "rejected": 2}
-    return sorted(candidates, key=lambda c: (-math.inf if c.score is None else c.score, -place[c.role]), reverse=True)
+    """Sort by falling score, unscored ones last. Among equal scores, chosen come first and rejected last."""
+    rank = {"chosen": 0, "positive": 0, "": 1, "rejected": 2}
+    return sorted(candidates, key=lambda c: (-math.inf if c.score is None else c.score, -rank[c.role]), reverse=True)
 
 
 def with_winner(
-    answers: Sequence[Candidate], instruction: str, outcomes: dict[str, float | None] | None
+    responses: Sequence[Candidate], instruction: str, outcomes: dict[str, float | None] | None
 ) -> list[Candidate]:
-    """Two answers, the winner with that role: by the outcome for the second, or where nothing is compared, by score."""
-    one, other = answers
+    """Give the better of two responses the role "winner".
+
+    Args:
+        responses: two responses to one instruction.
+        instruction: the instruction's id.
+        outcomes: {instruction id: outcome of the second response}; None decides by score.
+    """
+    first, second = responses
     if outcomes is not None:
         outcome = outcomes.get(instruction)
-        won = other if outcome == 1 else one if outcome == 0 else None
-    elif one.score is None or other.score is None or one.score == other.score:
-        won = None
+        winner = second if outcome == 1 else first if outcome == 0 else None
+    elif first.score is None or second.score is None or first.score == second.score:
+        winner = None
     else:
-        won = one if one.score > other.score else other
-    return [replace(answer, role="winner") if answer is won else answer for answer in answers]
+        winner = first if first.score > second.score else second
+    return [replace(response, role="winner") if response is winner else response for response in responses]
 
 
 def intervals(folder: Path, model: str) -> dict[str, float]:
-    """95 % intervals of how long a model's answers are and how many end by themselves."""
-    answers = list(stream_there(folder, Label.evaluation(model, "answers"), Response))
-    if not answers:
+    """Return 95 % intervals of the mean length of a model's responses and of their finished share."""
+    responses = list(stream_artifact(folder, Label.evaluation(model, "answers"), Response))
+    if not responses:
         return {}
-    finished = wilson(sum(answer.finished for answer in answers), len(answers))
-    length = bootstrap_mean([float(len(answer.text)) for answer in answers])
+    finished = wilson(sum(response.finished for response in responses), len(responses))
+    length = bootstrap_mean([float(len(response.text)) for response in responses])
     return length.named(catalog.EVAL_MEAN_CHARACTERS.name) | finished.named(catalog.EVAL_FINISHED_SHARE.name)

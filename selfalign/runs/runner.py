@@ -1,4 +1,4 @@
-"""What makes the artifacts that the pipeline asks for, or looks for them."""
+"""Runners: they make the pipeline's artifacts, or look them up in the store."""
 
 import logging
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 class Maker(Protocol):
-    """What the pipeline asks for: the artifact of a stage, whether found or made."""
+    """A runner of the pipeline: it returns the artifact of each stage."""
 
     def make(self, label: Label, stage: StageFunction, **inputs: Any) -> Artifact: ...
 
@@ -24,9 +24,9 @@ class Runner:
     """Makes the artifacts of one configuration.
 
     Attributes:
-        store: where artifacts lie.
-        namespace: empty, or the name of a run that shares nothing with others (`fresh=true`).
-        ledger: keeps account of them; None in a process that only works with the main one.
+        store: holds the artifacts.
+        namespace: the name of a run that shares no artifacts (`fresh=true`), or else empty.
+        ledger: records the artifacts; None in every process but the main one.
     """
 
     store: Store
@@ -34,12 +34,12 @@ class Runner:
     ledger: Ledger | None = None
 
     def make(self, label: Label, stage: StageFunction, **inputs: Any) -> Artifact:
-        """Return the artifact of a stage: found in the store, or made now.
+        """Return the artifact of a stage, which is made if the store does not have it.
 
         Args:
-            label: its name in this run; also its link below artifacts/.
-            stage: the function that makes it, called as `stage(out, **inputs)`.
-            inputs: artifacts, settings and seeds; together they are its key.
+            label: the artifact's name in this run, and its link below artifacts/.
+            stage: the stage function, called as `stage(out, **inputs)`.
+            inputs: artifacts, settings and seeds; the artifact's key is their digest.
         """
         name, keyed, ledger = stage.__name__, keyed_inputs(inputs, self.namespace), self.ledger
         make = partial(
@@ -63,36 +63,36 @@ class Runner:
 
 
 class NotMadeYet(Exception):
-    """The first artifact of a run that is not in the store."""
+    """The store does not have an artifact of the run."""
 
 
 @dataclass(slots=True)
-class Look:
-    """Walks a pipeline without making anything, up to the first artifact that is not there.
+class CacheLookup:
+    """Looks the artifacts of a pipeline up in the store, up to the first missing one. It makes nothing.
 
     Attributes:
-        store: where it looks.
-        namespace: as of the run.
-        there: {label: key} of what it found.
+        store: the store.
+        namespace: the namespace of the run.
+        found: {label: key} of the artifacts found.
     """
 
     store: Store
     namespace: str = ""
-    there: dict[Label, str] = field(default_factory=dict)
+    found: dict[Label, str] = field(default_factory=dict)
 
     def make(self, label: Label, stage: StageFunction, **inputs: Any) -> Artifact:
-        """The artifact, if it is in the store.
+        """Return the artifact from the store.
 
         Raises:
-            NotMadeYet: it is not.
+            NotMadeYet: the store does not have it.
         """
         artifact = self.store.find(stage.__name__, keyed_inputs(inputs, self.namespace))
         if artifact is None:
             raise NotMadeYet(str(label))
-        self.there[label] = artifact.key
+        self.found[label] = artifact.key
         return artifact
 
 
 def keyed_inputs(inputs: dict[str, Any], namespace: str) -> dict[str, Any]:
-    """A stage's inputs, with the name of a run that must not find what others made."""
+    """Return a stage's inputs with the namespace, so that a fresh run does not find artifacts of other runs."""
     return inputs | ({"attempt": namespace} if namespace else {})

@@ -1,4 +1,4 @@
-"""What a run comes down to: a row a model, and what was dropped on the way."""
+"""The summary of a run: one row for each model, the drops, and the stages."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from selfalign.metrics import catalog
 from selfalign.metrics.catalog import Metric
 from selfalign.runs.labels import Label
 from selfalign.runs.ledger import Ledger, flat_numbers
-from selfalign.runs.runner import Look
+from selfalign.runs.runner import CacheLookup
 from selfalign.store.artifacts import Artifact
 
 COLUMNS = (
@@ -22,20 +22,20 @@ COLUMNS = (
     catalog.EVAL_MEAN_CHARACTERS,
     catalog.SECONDS,
 )
-"""The closing table, behind the model; what no model has is left out."""
+"""Columns of the closing table after the model. A column without any value is left out."""
 
 FORMATS = {"share": ".1%", "count": "d", "characters": ".0f"}
-"""How it writes numbers, by their unit; the rest with three decimals."""
+"""{unit: number format} of the closing table; other units have three decimals."""
 
 
 def models_of(artifacts: Iterable[Label]) -> list[str]:
-    """The models a run made, in their order, from the labels of its artifacts: the SFT baseline, M1, M2, …"""
+    """Return the names of the models that a run made, in order, from the labels of its artifacts: SFT, M1, M2, …"""
     numbers = {label.model_name: label.model_number for label in artifacts if label.of_trained_model}
     return sorted(numbers, key=numbers.__getitem__)
 
 
 def summarise(artifacts: dict[Label, Artifact], models: Sequence[str]) -> dict[str, Any]:
-    """summary.json: every model's numbers, drops by reason, and each stage with its size and time."""
+    """Return summary.json: the metrics of every model, the drops by reason, and counts and time of each stage."""
     return {
         "models": [_model_row(model, artifacts) for model in models],
         "win_rate_matrix": win_rate_matrix(models, artifacts),
@@ -52,7 +52,7 @@ def summarise(artifacts: dict[Label, Artifact], models: Sequence[str]) -> dict[s
 
 
 def win_rate_matrix(models: Sequence[str], artifacts: dict[Label, Artifact]) -> dict[str, Any]:
-    """Head to head, how often the model of a row beats that of a column; null where the two were not compared."""
+    """Return the head-to-head win rates of the row's model against the column's; None for pairs not compared."""
     rates: dict[tuple[str, str], float] = {}
     for label, artifact in artifacts.items():
         if label.opponent and not label.benchmark:
@@ -62,7 +62,7 @@ def win_rate_matrix(models: Sequence[str], artifacts: dict[Label, Artifact]) -> 
 
 
 def _model_row(model: str, artifacts: dict[Label, Artifact]) -> dict[str, Any]:
-    """A model's numbers: of its training, of its evaluation, and the seconds both and its training data took."""
+    """Return a model's metrics: of its training and its evaluation, and the seconds of both and of its data."""
     label = Label.parse(model)
     parts = [artifact for one, artifact in artifacts.items() if one.serves == model]
     numbers, rewards = (artifacts.get(Label.evaluation(model, part)) for part in ("numbers", "preferences"))
@@ -78,19 +78,19 @@ def _model_row(model: str, artifacts: dict[Label, Artifact]) -> dict[str, Any]:
 
 
 def _rewards(part: Artifact) -> dict[str, float]:
-    """What was measured on the pairs of `evaluate.preference_pairs`."""
+    """Return the metrics over the pairs of `evaluate.preference_pairs`."""
     return {name: value for name, value in flat_numbers(part.counts).items() if name.startswith(catalog.PREFERENCES)}
 
 
 def _benchmarked(parts: Iterable[Artifact]) -> dict[str, float]:
-    """What benchmarks measured; drops stand elsewhere, by stage."""
+    """Return the metrics of benchmarks, without their drops, which the summary has by stage."""
     counts = [part.counts for part in parts if part.stage == "benchmark"]
     numbers = [number for one in counts for number in flat_numbers(one).items()]
     return {name: value for name, value in numbers if not catalog.DROPPED.matches(name)}
 
 
 def closing_text(summary: dict[str, Any], ledger: Ledger) -> str:
-    """What the terminal shows at the end: the table, the drops, and where everything lies."""
+    """Return the closing text of the terminal: the table, the drops, and the locations of the results."""
     models = summary["models"]
     columns = [metric for metric in COLUMNS if any(row.get(metric.name) is not None for row in models)]
     rows = [[row["model"], *(_cell(row, metric) for metric in columns)] for row in models]
@@ -105,18 +105,18 @@ def closing_text(summary: dict[str, Any], ledger: Ledger) -> str:
         f"W&B       {ledger.tracker.place}",
     ]
     if len(ledger.reused) == len(ledger.artifacts):
-        lines.append("Everything was there already; nothing had to be made.")
+        lines.append("Everything was made before; nothing had to be made again.")
     return "\n".join(lines)
 
 
 def drops_text(reasons: dict[str, int]) -> str:
-    """What was dropped, by reason."""
+    """Return the drops as text: "3 too long, 1 empty response"."""
     return ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in reasons.items() if count)
 
 
-def plan_text(stages: Sequence[tuple[Label, str]], look: Look) -> str:
-    """What the terminal shows at the start: every stage, its size, and whether it is there."""
-    rows = [[str(label), size, "there" if label in look.there else "to do"] for label, size in stages]
+def plan_text(stages: Sequence[tuple[Label, str]], look: CacheLookup) -> str:
+    """Return the opening text of the terminal: every stage, its size, and whether it is done."""
+    rows = [[str(label), size, "done" if label in look.found else "to do"] for label, size in stages]
     return "\n".join(["", *table(["stage", "size", "state"], rows), ""])
 
 

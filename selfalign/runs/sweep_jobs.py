@@ -1,4 +1,4 @@
-"""The jobs of a sweep and their states, as jobs.json has them."""
+"""The jobs of a sweep and their states, stored in jobs.json."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from selfalign.core.files import read_json
 
 
 class JobState(StrEnum):
-    """What has become of a job."""
+    """The state of a job."""
 
     waiting = "waiting"
     running = "running"
@@ -22,16 +22,16 @@ class JobState(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """A line of jobs.json.
+    """An entry of jobs.json.
 
     Attributes:
-        number: its place in the sweep, from 1.
-        overrides: what it is told, such as "loss.lam=0.3".
-        state: what has become of it.
-        there: whether it had been finished before, and nothing was done.
-        folder: its run folder, as seen from the sweep's; none as long as its settings were not accepted.
-        seconds: how long it took when it was last done.
-        error: the line it failed with.
+        number: its number in the sweep, from 1.
+        overrides: its overrides, such as "loss.lam=0.3".
+        state: its state.
+        there: whether the run had been finished before, so that the job did nothing.
+        folder: its run folder, relative to the sweep's folder; None until its settings are accepted.
+        seconds: the duration of its last run.
+        error: its error message, in one line.
     """
 
     number: int
@@ -44,19 +44,19 @@ class Job:
 
     @property
     def outcome(self) -> str:
-        """The state as a person reads it."""
-        return "there" if self.there else self.state.value
+        """The state, or "finished before"."""
+        return "finished before" if self.there else self.state.value
 
 
 def varying_overrides(job: Job, jobs: Sequence[Job]) -> str:
-    """A job's overrides that not all jobs have in common."""
+    """Return the overrides of a job that the other jobs do not all have."""
     others = [other for other in jobs if other.number != job.number]
     common = set(job.overrides).intersection(*(other.overrides for other in others)) if others else set()
     return " ".join(text for text in job.overrides if text not in common) or "all overrides in common"
 
 
 def state_text(job: Job) -> str:
-    """A job's state in a few words."""
+    """Return a job's state in a few words."""
     match job.state:
         case JobState.failed:
             return f"failed: {job.error}"
@@ -67,24 +67,26 @@ def state_text(job: Job) -> str:
 
 
 def seconds(job: Job) -> str:
-    """How long it took, if it is known."""
+    """Return the duration of a job in seconds, or a dash if it is unknown."""
     return "–" if job.seconds is None else f"{job.seconds:.0f}"
 
 
 JOBS = "jobs.json"
-"""A sweep's file: a list of jobs."""
+"""Name of a sweep's file, a list of jobs."""
 
-OF_JOB = ("number", "overrides", "state", "folder", "error")
-"""What it says of each, and more."""
+REQUIRED = ("number", "overrides", "state", "folder", "error")
+"""Keys that every entry must have."""
 
 
 def read_jobs(file: Path) -> list[dict[str, Any]]:
-    """The lines of a sweep's file.
+    """Read the entries of a sweep's file.
 
     Raises:
-        SelfalignError: it is damaged.
+        SelfalignError: the file is damaged.
     """
     try:
-        return [{**entry, **{name: entry[name] for name in OF_JOB}} for entry in read_json(file)]
+        return [{**entry, **{name: entry[name] for name in REQUIRED}} for entry in read_json(file)]
     except (ValueError, KeyError, TypeError) as error:
-        raise SelfalignError(f"{file}: not the jobs of a sweep ({error!r})") from error
+        raise SelfalignError(
+            f"{file}: not the jobs of a sweep ({error!r}). Delete it and start the sweep again"
+        ) from error

@@ -1,4 +1,4 @@
-"""Where a run's rows go besides its folder: the protocol of trackers, and the one that keeps nothing."""
+"""Trackers, which receive a run's metrics besides its folder: their protocol, and one that keeps nothing."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -11,7 +11,7 @@ from selfalign.core.files import digest_json
 
 
 class Tracker(Protocol):
-    """Receives the rows of metrics.jsonl as they are written, tables of records, and what a run comes to."""
+    """Receives the rows of metrics.jsonl as they are written, tables of records, a summary, and files."""
 
     def log(self, row: dict[str, Any]) -> None: ...
 
@@ -26,47 +26,48 @@ class Tracker(Protocol):
 
 
 class Tracking(Protocol):
-    """A component of `tracker`: opens the tracker of a run folder, given the configuration as plain dictionaries."""
+    """A choice of `tracker`. `open` makes the tracker of a run folder; `config` is plain dictionaries."""
 
     def open(self, folder: Path, config: dict[str, Any]) -> AbstractContextManager[Tracker]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class NoTracker:
-    """Takes everything and keeps nothing; `reason` is why."""
+    """Discards everything; `reason` says why."""
 
     reason: str = "tracker=none"
 
     def log(self, row: dict[str, Any]) -> None:
-        """Nothing."""
+        """Discard the row."""
 
     def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        """Nothing; the rows are not even read."""
+        """Discard the table without reading its rows."""
 
     def summarise(self, values: dict[str, Any]) -> None:
-        """Nothing."""
+        """Discard the values."""
 
     def attach(self, files: Sequence[Path]) -> None:
-        """Nothing."""
+        """Discard the files."""
 
     @property
     def place(self) -> str:
-        """Nowhere."""
+        """The location of the tracked run: none."""
         return f"none ({self.reason})"
 
 
-LIVES = "tracked_anew.txt"
-"""In a run folder: a line for each time that its data have become others, so that W&B has a new run for them."""
+RESTARTS = "tracked_anew.txt"
+"""File in a run folder with one line for each change of its data. Each change starts a new W&B run."""
 
 
 def tracked_id(folder: Path) -> str:
-    """The W&B id of a folder's run, the same whenever it goes on; that of the same settings elsewhere is another."""
-    lives = (folder / LIVES).read_text(encoding="utf-8") if (folder / LIVES).exists() else ""
-    place = digest_json([str(folder.resolve()), os.getuid(), lives])[:6]
-    return f"{folder.name[-50:]}-{place}"
+    """Return the W&B id of a run folder. It stays the same until the data change; it differs for another folder."""
+    file = folder / RESTARTS
+    restarts = file.read_text(encoding="utf-8") if file.exists() else ""
+    digest = digest_json([str(folder.resolve()), os.getuid(), restarts])[:6]
+    return f"{folder.name[-50:]}-{digest}"
 
 
 def forget_tracked(folder: Path) -> None:
-    """From now on the folder's run is another one, because its data are."""
-    with (folder / LIVES).open("a", encoding="utf-8") as file:
+    """Give the run folder a new W&B id, because its data have changed."""
+    with (folder / RESTARTS).open("a", encoding="utf-8") as file:
         file.write("another\n")

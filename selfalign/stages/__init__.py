@@ -1,1 +1,1 @@
-"""The steps of the method, each a function from files to files; they meet only in `selfalign.core.records`."""
+"""The stages of the method: functions from files to files. Their records are in `selfalign.core.records`."""

@@ -20,7 +20,7 @@ from selfalign.training.train import train
 
 
 def size(*, pairs: Artifact, loss: PreferenceLoss, optimization: Optimization, **others: object) -> Size:
-    """Its loss, epochs and batches."""
+    """Return the loss, the number of pairs, the epochs and the batch size."""
     text = f"{loss.title} on {amount(records_in(pairs, 'pairs'))} pairs"
     return Size(f"{text}, epochs {optimization.epochs}, batch {optimization.batch_size}", {})
 
@@ -41,23 +41,23 @@ def align(
     optimization: Optimization,
     weights: TrainableWeights,
 ) -> Counts:
-    """Trains a policy on preference pairs.
+    """Train a policy on preference pairs.
 
     Args:
-        out: gets the trained policy.
-        policy: M_t, where training starts.
-        base: M0, which an adapter belongs to.
+        out: receives the trained policy.
+        policy: M_t, the start of training.
+        base: M0, the base of an adapter.
         pairs: pairs.jsonl.
-        reference: references.jsonl, the reference policy's log-probabilities of these pairs; or that policy itself,
-            which is then asked at every step.
+        reference: references.jsonl with the reference policy's log-probabilities of these pairs; or the reference
+            policy itself, which then scores the pairs at every step.
         loss: one of `selfalign.losses.preference`.
-        start: references.jsonl, M_t's own log-probabilities of these pairs; None where the reference is M_t itself,
-            so that the first step has a known loss, which is checked, and where another policy is asked at every step.
-        held_out: how many pairs are set aside, to be measured and not trained on; they share no text with others.
-        trained_on: artifacts with what the policy has learnt from, with which held-out pairs share no text either.
-        selection: what decides after which step the policy is taken; None takes the last.
+        start: references.jsonl with M_t's own log-probabilities of these pairs. None if the reference is M_t itself
+            (the loss of the first step is then known and checked), or if another policy scores at every step.
+        held_out: number of pairs to measure on instead of training on them. They share no text with other pairs.
+        trained_on: artifacts that the policy was trained on. Held-out pairs share no text with them either.
+        selection: selects the step whose policy is kept; None keeps the last step.
         optimization: rates, sizes and lengths.
-        weights: which weights are trained.
+        weights: the weights to train.
     """
     objective = open_objective(loss, policy, base, reference, start, optimization, weights)
     files, tally = PolicyCheckpoint(policy.path), Counter[str]()

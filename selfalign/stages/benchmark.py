@@ -1,4 +1,4 @@
-"""benchmark: a policy + a published benchmark → its answers, judgements and numbers."""
+"""benchmark: a policy + a published benchmark → its responses, judgements and metrics."""
 
 from selfalign.benchmarks.protocol import Benchmark, BenchmarkContext
 from selfalign.engines.protocol import Engine
@@ -8,7 +8,7 @@ from selfalign.store.stage import Size, stage
 
 
 def size(*, benchmark: Benchmark, **others: object) -> Size:
-    """As the benchmark says."""
+    """Return the size that the benchmark declares."""
     return Size(benchmark.size, {})
 
 
@@ -25,18 +25,18 @@ def benchmark(
     engine: Engine,
     seed: int,
 ) -> Counts:
-    """Measures one model; the counts are named `<name>/<metric>`.
+    """Run a benchmark on one model. The counts are named `<name>/<metric>`.
 
     Args:
-        out: gets what the benchmark writes, in the layouts that its own tools read.
-        name: of the benchmark in the configuration.
-        benchmark: what is measured, and how.
-        contents: of the files that the benchmark reads.
-        model: its label in the run.
-        policy: its files.
-        judge: the policy that judges its answers, if one does.
-        engine: the engine that writes.
-        seed: draws whatever is drawn.
+        out: receives the benchmark's files, in the formats of its own tools.
+        name: the benchmark's name in the configuration.
+        benchmark: the benchmark and its settings.
+        contents: digests of the files that the benchmark reads.
+        model: the model's label in the run.
+        policy: the model's checkpoint.
+        judge: the policy that judges the responses; None if no policy of the run does.
+        engine: generates the responses.
+        seed: seeds all sampling.
     """
     context = BenchmarkContext(
         key=f"benchmark.{name}",

@@ -1,10 +1,11 @@
-"""eval_instructions: given data → the evaluation instructions."""
+"""eval_instructions: a data source → the evaluation instructions."""
 
 from collections.abc import Sequence
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import read_records, write_records
 from selfalign.core.records import Demonstration, Instruction
+from selfalign.data.mixtures import DataSource
 from selfalign.data.schemas import Schema
 from selfalign.data.sources import read_instructions
 from selfalign.data.turns import compared, texts_in
@@ -14,8 +15,8 @@ from selfalign.store.stage import MANY, Size, stage
 from selfalign.training.splits import prompts_of
 
 
-def size(*, source: str, count: int, **others: object) -> Size:
-    """The first ones, or all."""
+def size(*, source: DataSource, count: int, **others: object) -> Size:
+    """Return the number of instructions."""
     return Size(f"{count or 'all'} instructions of {source}", {"instructions": count or MANY})
 
 
@@ -23,25 +24,25 @@ def size(*, source: str, count: int, **others: object) -> Size:
 def eval_instructions(
     out: StageOutput,
     *,
-    source: str,
+    source: DataSource,
     count: int,
     content: Content | str,
     seeds: Artifact | None,
     trained_on: Sequence[Artifact] = (),
     schema: Schema | None = None,
 ) -> Counts:
-    """Copies the first `count` instructions (0 takes all) that no demonstration answers into the store.
+    """Copy the first `count` instructions that no model was trained on into the store.
 
-    One that stands there again, under whatever id, is left out: it would count twice in every interval.
+    A repeated instruction is left out, whatever its id, because it would count twice in every interval.
 
     Args:
-        out: gets instructions.jsonl.
+        out: receives instructions.jsonl.
         source: a data source.
-        count: how many.
-        content: of the source.
-        seeds: demonstrations.jsonl, whose prompts a model learns the answers to; None looks at none.
-        trained_on: what else the models were trained on, demonstrations.jsonl or pairs.jsonl.
-        schema: says the source's rows in a format that is known, where the user describes one.
+        count: number of instructions; 0 takes all.
+        content: digest of the source.
+        seeds: demonstrations.jsonl; instructions among its prompts are left out. None checks no demonstrations.
+        trained_on: other artifacts that the models were trained on, with demonstrations.jsonl or pairs.jsonl.
+        schema: the user's description of the source's rows; None for a known format.
 
     Raises:
         SelfalignError: no instruction is left.
@@ -49,28 +50,29 @@ def eval_instructions(
     demonstrations: list[Demonstration] = []
     if seeds is not None and seeds.counts["ift"]:
         demonstrations = read_records(seeds.path / "demonstrations.jsonl", Demonstration)
-    taught = {text for demonstration in demonstrations for text in texts_in(demonstration.prompt)}
+    prompts = {text for demonstration in demonstrations for text in texts_in(demonstration.prompt)}
     given, drops = read_instructions(source, "evaluation", schema)
-    apart = [instruction for instruction in given if compared(instruction.text) not in taught]
-    trained = {text for artifact in trained_on for text in prompts_of(artifact)}
-    untaught = [instruction for instruction in apart if compared(instruction.text) not in trained]
-    if not untaught:
-        where = " or of what the models were trained on" if trained_on else ""
+    new = [instruction for instruction in given if compared(instruction.text) not in prompts]
+    known = {text for artifact in trained_on for text in prompts_of(artifact)}
+    untrained = [instruction for instruction in new if compared(instruction.text) not in known]
+    if not untrained:
+        where = " or prompts that the models were trained on" if trained_on else ""
         raise SelfalignError(
-            f"{source}: all {len(given)} instructions are prompts of data.seed_data.demonstrations{where}"
+            f"{source}: all {len(given)} instructions are prompts of data.seed_data.demonstrations{where}. "
+            "Give instructions that no model was trained on."
         )
-    once: dict[str, Instruction] = {}
-    for instruction in untaught:
-        once.setdefault(compared(instruction.text), instruction)
-    drops.update(duplicate=len(untaught) - len(once), trained_on=len(apart) - len(untaught))
-    kept = [*once.values()][: count or None]
+    distinct: dict[str, Instruction] = {}
+    for instruction in untrained:
+        distinct.setdefault(compared(instruction.text), instruction)
+    drops.update(duplicate=len(untrained) - len(distinct), trained_on=len(new) - len(untrained))
+    kept = [*distinct.values()][: count or None]
     write_records(out.path / "instructions.jsonl", kept)
-    return {catalog.INSTRUCTIONS.name: len(kept), "dropped": {"in_demonstrations": len(given) - len(apart), **(+drops)}}
+    return {catalog.INSTRUCTIONS.name: len(kept), "dropped": {"in_demonstrations": len(given) - len(new), **(+drops)}}
 
 
-def teaching(artifacts: Sequence[Artifact], source: str) -> list[Artifact]:
-    """Those of what models were trained on that ask an instruction of this data source."""
+def overlapping(artifacts: Sequence[Artifact], source: DataSource) -> list[Artifact]:
+    """Return the artifacts that have an instruction of this data source among their prompts."""
     if not artifacts:
         return []
-    asked = {compared(instruction.text) for instruction in read_instructions(source, "evaluation")[0]}
-    return [artifact for artifact in artifacts if any(text in asked for text in prompts_of(artifact))]
+    instructions = {compared(instruction.text) for instruction in read_instructions(source, "evaluation")[0]}
+    return [artifact for artifact in artifacts if any(text in instructions for text in prompts_of(artifact))]

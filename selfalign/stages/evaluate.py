@@ -1,4 +1,4 @@
-"""evaluate: judged answers of M_t and of M1 + judged ranked answers → win rates, drift and judge quality."""
+"""evaluate: judged responses of M_t and of M1 + judged ranked answers → win rates, drift and judge quality."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,6 +8,7 @@ from selfalign.benchmarks.mt_bench import MTBench
 from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import read_records, read_scores
 from selfalign.core.records import Judgement, RankedAnswers, Response
+from selfalign.data.mixtures import data_source
 from selfalign.data.text_filters import words_of
 from selfalign.engines.protocol import Sampling
 from selfalign.judges.protocol import asks_a_server
@@ -24,57 +25,57 @@ class PreferenceTest:
     """Held-out preference pairs on which the rewards of every model are measured.
 
     Attributes:
-        source: a data source of preference pairs, as `data.path`; or "ranked": of the held-out questions of
-            `data.seed_data.ranked` the best answer against the worst, with the humans' scores; empty measures none.
-        count: the first so many of them; 0 takes all.
-        judge: scores both responses of every pair, so that margin and Δ can be compared with its score difference:
-            any judge, with who judges fixed for all models; null takes the scores that came with the pairs.
+        source: a data source of preference pairs, like `data.path`. "ranked" pairs the best with the worst answer of
+            each held-out question of `data.seed_data.ranked`, with the humans' scores. Empty measures no pairs.
+        count: number of pairs, the first ones; 0 takes all.
+        judge: scores both responses of every pair, so that margin and Δ can be correlated with the score difference.
+            Its model must be the same for all models. null takes the scores that the pairs have.
     """
 
-    source: str = ""
+    source: Any = ""
     count: int = 0
     judge: Any = None
 
     def __post_init__(self) -> None:
+        self.source = data_source(self.source, "evaluate.preference_pairs.source")
         if self.count < 0:
             raise SelfalignError(f"evaluate.preference_pairs.count must be 0 or more, got {self.count}")
         if self.judge is None:
             return
         if not self.source:
             raise SelfalignError(
-                "evaluate.preference_pairs.judge has nothing to judge: set evaluate.preference_pairs.source"
+                "evaluate.preference_pairs.judge has no pairs to judge: set evaluate.preference_pairs.source"
             )
         if self.judge.model == "self" and not asks_a_server(self.judge):
             raise SelfalignError(
-                "evaluate.preference_pairs.judge.model must be one judge for all models, not self: sft, base, a "
-                "folder, hub "
-                "id or packaged model"
+                "evaluate.preference_pairs.judge.model must be the same judge for all models: sft, base, a folder, a "
+                "hub id or a packaged model; got self"
             )
 
 
 @dataclass(kw_only=True, slots=True)
 class EvaluateConfig:
-    """How each model is measured.
+    """How each model is evaluated.
 
     Attributes:
         instructions: a data source of held-out instructions; empty measures no win rate.
-        count: the first so many of them; 0 takes all.
-        judge: who scores the answers of all models alike: "sft" (M1) or "base" (M0), never the model itself.
-        head_to_head: who compares the answers of two models: a `HeadToHead` of stages/head_to_head.py; null compares
-            none. Each model is compared with M1 and with the model before it.
-        round_robin: compares each model with all models before it.
-        compare_benchmarks: compares models on the questions of MT-Bench and Vicuna-Bench too, where `benchmark` chooses
-            them: every turn, in both orders.
-        reference_outputs: a data source of another model's answers (fields `instruction`, `output`, optional
-            `generator`, as alpaca_eval keeps them), with which every model is compared too.
-        sft_baseline: also measures how well the SFT baseline (M0 trained on IFT only) judges, at the cost of one SFT;
-            it is measured anyway where it writes the EFT examples, and where there are none M1 is that baseline.
-        sampling: how answers are written.
-        bounds: bounds for the answers and the training.
-        preference_pairs: pairs that every model's rewards are measured on.
+        count: number of instructions, the first ones; 0 takes all.
+        judge: the model that scores the responses of all models: "sft" (M1) or "base" (M0), never the model itself.
+        head_to_head: the judge that compares the responses of two models, a `HeadToHead` of stages/head_to_head.py;
+            null compares none. Each model is compared with M1 and with the model before it.
+        round_robin: whether each model is compared with all models before it.
+        compare_benchmarks: whether models are also compared on the questions of MT-Bench and Vicuna-Bench, if
+            `benchmark` selects them: every turn, in both orders.
+        reference_outputs: a data source of another model's responses, which every model is also compared with. Its
+            fields are those of alpaca_eval: `instruction`, `output` and, optionally, `generator`.
+        sft_baseline: whether the SFT baseline (M0 trained on IFT only) is evaluated as a judge too, at the cost of one
+            SFT. It always is if it writes the EFT examples. Without EFT examples, M1 is that baseline.
+        sampling: how responses are sampled.
+        bounds: bounds for the responses and the training.
+        preference_pairs: the pairs on which every model's rewards are measured.
     """
 
-    instructions: str = "shipped:evaluation"
+    instructions: Any = "shipped:evaluation"
     count: int = 0
     judge: str = "sft"
     head_to_head: Any = None
@@ -87,30 +88,35 @@ class EvaluateConfig:
     preference_pairs: PreferenceTest = field(default_factory=PreferenceTest)
 
     def __post_init__(self) -> None:
+        self.instructions = data_source(self.instructions, "evaluate.instructions")
         self.sampling.check("evaluate.sampling")
         if self.count < 0:
             raise SelfalignError(f"evaluate.count must be 0 or more, got {self.count}")
         if self.judge not in ("sft", "base"):
-            raise SelfalignError(f"evaluate.judge must be sft or base, one judge for all models; got {self.judge!r}")
+            raise SelfalignError(
+                f"evaluate.judge must be sft or base, the same judge for all models; got {self.judge!r}"
+            )
         if self.reference_outputs and not (self.head_to_head and self.instructions):
-            raise SelfalignError("evaluate.reference_outputs needs evaluate.head_to_head and evaluate.instructions")
+            raise SelfalignError(
+                "evaluate.reference_outputs needs evaluate.head_to_head and evaluate.instructions: set both"
+            )
         compares = self.instructions or self.compare_benchmarks
         if (self.round_robin or self.compare_benchmarks) and not (self.head_to_head and compares):
             raise SelfalignError(
-                "evaluate.round_robin and evaluate.compare_benchmarks need evaluate.head_to_head (evaluate=default), "
-                "and "
-                "evaluate.round_robin one of evaluate.instructions and evaluate.compare_benchmarks"
+                "evaluate.round_robin and evaluate.compare_benchmarks need evaluate.head_to_head (evaluate=default); "
+                "evaluate.round_robin also needs evaluate.instructions or evaluate.compare_benchmarks"
             )
         if self.round_robin and self.head_to_head.model == "self" and not asks_a_server(self.head_to_head):
             raise SelfalignError(
-                "evaluate.round_robin=true needs one judge for all: evaluate.head_to_head.model cannot be self"
+                "evaluate.round_robin=true needs the same judge for all models: evaluate.head_to_head.model cannot be "
+                "self"
             )
         if not compares:
-            self.head_to_head = None  # Without answers there is nothing to compare.
+            self.head_to_head = None  # Without responses there is nothing to compare.
 
 
 def opponents(config: EvaluateConfig, before: Sequence[str]) -> list[str]:
-    """With which of the models measured before it, in order, a model is compared."""
+    """Return the models to compare a model with, given the models evaluated before it, in order."""
     if config.head_to_head is None:
         return []
     return list(before) if config.round_robin else list(dict.fromkeys([*before[:1], *before[-1:]]))
@@ -140,21 +146,21 @@ def evaluate(
     top: int | None,
     bounds: MetricBounds,
 ) -> Counts:
-    """Puts numbers to one model; they are the stage's counts, and its manifest is all it writes.
+    """Compute the metrics of one model. They are the stage's counts; it writes no file but its manifest.
 
     Args:
-        out: nothing is written.
-        judged: the model's answers to the evaluation instructions, judged.
-        baseline: M1's; None for M1 itself.
-        compared: head-to-head comparisons by what their numbers' names end in: "" for that with M1.
-        moved: how far the model is from M1, None for M1 itself.
-        trained: the model and what it was trained on last, whose counts tell of the training what bounds are set for.
-        ranked: held-out ranked answers, judged by the model.
-        top: the highest score of the scale, if it has one.
-        bounds: bounds for the answers and the training.
+        out: receives no file.
+        judged: the model's responses to the evaluation instructions, and their scores.
+        baseline: the same of M1; None for M1 itself.
+        compared: {suffix of the metric names: head-to-head comparison}; the suffix is empty for the one with M1.
+        moved: the KL divergence from M1; None for M1 itself.
+        trained: the model and its last training data, whose counts have the training metrics that are bounded.
+        ranked: held-out ranked answers, and the model's judgements of them.
+        top: the highest score of the judge's scale; None if it has no scale.
+        bounds: bounds for the responses and the training.
 
     Raises:
-        SelfalignError: a bound is crossed, and `bounds.stop` is set.
+        SelfalignError: a bound is violated, and `bounds.stop` is set.
     """
     numbers: Counts = bounds.among(*(artifact.counts for artifact in trained))
     if judged is not None:
@@ -175,14 +181,14 @@ def evaluate(
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """A model's answers, and {instruction id: score} of those that are judged; None where they are not scored."""
+    """A model's responses and {instruction id: score}; the scores are None if the judge scores no single response."""
 
     responses: list[Response]
     scores: dict[str, float] | None
 
     @classmethod
     def of(cls, answers: Artifact, judgements: Artifact | None) -> "Answers":
-        """Reads them."""
+        """Read responses and scores from their artifacts."""
         responses = read_records(answers.path / "responses.jsonl", Response)
         scores = read_scores(judgements.path) if judgements else None
         if scores is None:
@@ -191,12 +197,12 @@ class Answers:
 
     @property
     def lengths(self) -> dict[str, int]:
-        """{instruction id: characters of the answer}."""
+        """{instruction id: characters of the response}."""
         return {response.instruction_id: len(response.text) for response in self.responses}
 
 
 def describe_answers(answers: Answers) -> Counts:
-    """Length, ending, variety and mean score of a model's answers."""
+    """Return length, share of finished responses, diversity and mean score of a model's responses."""
     responses, values = answers.responses, answers.scores or {}
     described = {
         catalog.EVAL_ANSWERS.name: len(responses),
@@ -215,7 +221,7 @@ def describe_answers(answers: Answers) -> Counts:
 
 
 def compare_answers(answers: Answers, baseline: Answers) -> Counts:
-    """How much longer the answers are than M1's, and how often they have the higher score, also at equal length."""
+    """Return the length relative to M1's responses, and the win rate by score, also at equal length."""
     lengths, other_lengths = answers.lengths, baseline.lengths
     numbers: Counts = {}
     if written := sum(other_lengths.values()):
@@ -228,7 +234,7 @@ def compare_answers(answers: Answers, baseline: Answers) -> Counts:
 
 
 def name_comparison(counts: Counts, ending: str) -> Counts:
-    """A head-to-head comparison's numbers as `eval/` metrics: `eval/win_rate_vs_previous_low`, for example."""
+    """Rename the counts of a head-to-head comparison to `eval/` metrics, such as `eval/win_rate_vs_previous_low`."""
     return {
         f"eval/{metric.last}{ending}{end}": counts[f"{metric.name}{end}"]
         for metric in catalog.COMPARED
@@ -238,7 +244,7 @@ def name_comparison(counts: Counts, ending: str) -> Counts:
 
 
 def measure_judge(ranked: Artifact, judgements: Artifact, top: int | None) -> Counts:
-    """Judge quality over the questions whose every answer has a score (the others are counted), and calibration."""
+    """Return judge quality and calibration. Questions with an unscored answer are counted, but not in the quality."""
     questions = read_records(ranked.path / "ranked.jsonl", RankedAnswers)
     judged = read_records(judgements.path / "judgements.jsonl", Judgement)
     scores = read_scores(judgements.path)
@@ -258,5 +264,4 @@ def measure_judge(ranked: Artifact, judgements: Artifact, top: int | None) -> Co
 
 
 def mean(values: Sequence[float]) -> float:
-    """The arithmetic mean."""
     return sum(values) / len(values)

@@ -1,6 +1,4 @@
-"""evaluation_fine_tuning: IFT demonstrations + ranked questions as the SFT baseline judged them → IFT + EFT
-demonstrations.
-"""
+"""evaluation_fine_tuning: IFT demonstrations + the SFT baseline's judgements → IFT + EFT demonstrations."""
 
 from collections import Counter
 from itertools import pairwise
@@ -23,7 +21,7 @@ Target = tuple[float, Demonstration]
 
 
 def size(*, seeds: Artifact, questions: Artifact, **others: object) -> Size:
-    """IFT, and an example for every answer that was judged."""
+    """Return at most all IFT demonstrations and one EFT example for each judged answer."""
     most = records_in(seeds, "demonstrations") + records_in(questions, "responses")
     return Size("IFT + judgements in the humans' order", {"demonstrations": most})
 
@@ -39,35 +37,38 @@ def evaluation_fine_tuning(
     judgements: Artifact,
     max_score_imbalance: float,
 ) -> Counts:
-    """Keeps the judgements that agree with the humans as examples of judging (arXiv 2401.10020, section 3.1).
+    """Keep judgements that agree with the human ranks as EFT examples (arXiv 2401.10020, section 3.1).
 
-    A question gives the judgements of its first draw (one of each answer) whose scores stand strictly in the
-    humans' order. The paper leaves open what a tie is; here it is no agreement, as in the judge's quality.
+    A draw is one judgement of each answer to a question. A question contributes its first draw whose scores are
+    strictly in the humans' order. The paper does not define ties; here a tie is a disagreement, as in judge quality.
 
     Args:
-        out: gets demonstrations.jsonl.
-        judge: its prompt is what the examples answer.
+        out: receives demonstrations.jsonl.
+        judge: its prompt becomes the prompt of each example.
         policy: the SFT baseline, which must have written all judgements.
         seeds: demonstrations.jsonl with the IFT examples.
         questions: ranked.jsonl.
         judgements: judgements.jsonl of their answers.
-        max_score_imbalance: how far the most common score may outnumber the second most common.
+        max_score_imbalance: the largest allowed ratio of the examples with the most common score to those with the
+            second most common score.
 
     Raises:
         SelfalignError: another model wrote a judgement, or no question is left.
     """
     written = read_records(judgements.path / "judgements.jsonl", Judgement)
     if others := {judgement.model for judgement in written} - {PolicyCheckpoint(policy.path).digest}:
-        raise SelfalignError(f"{out.label}: judgements by {sorted(others)}, which is not the SFT baseline")
+        raise SelfalignError(
+            f"{out.label}: judgements by {sorted(others)}; the SFT baseline must have written all of them"
+        )
     drops: Counter[str] = Counter()
     usable = usable_judgements(written, judge, drops)
     ranked = read_records(questions.path / "ranked.jsonl", RankedAnswers)
-    taught = [agreeing_draw(question, usable, drops) for question in ranked]
-    targets = [t for question, draw in zip(ranked, taught, strict=True) for t in demonstrate(question, draw, judge)]
+    draws = [agreeing_draw(question, usable, drops) for question in ranked]
+    targets = [t for question, draw in zip(ranked, draws, strict=True) for t in demonstrate(question, draw, judge)]
     if not targets:
         raise SelfalignError(
             f"{out.label}: the SFT baseline judged none of {len(ranked)} questions in the humans' order (dropped: "
-            f"{dict(+drops)}); raise judge.num_samples, or take data.seed_data.eft_source=human"
+            f"{dict(+drops)}). Raise judge.num_samples, or set data.seed_data.eft_source=human"
         )
     kept = thin(targets, max_score_imbalance)
     drops["examples_of_most_common_score"] = len(targets) - len(kept)
@@ -79,15 +80,15 @@ def evaluation_fine_tuning(
         catalog.JUDGEMENTS.name: len(written),
         catalog.JUDGEMENTS_SCORED.name: sum(judgement.score is not None for judgement in written),
         catalog.QUESTIONS.name: len(ranked),
-        catalog.QUESTIONS_AGREEING.name: sum(bool(draw) for draw in taught),
+        catalog.QUESTIONS_AGREEING.name: sum(bool(draw) for draw in draws),
         "dropped": dict(sorted((+drops).items())),
     }
 
 
 def usable_judgements(written: list[Judgement], judge: TeachableJudge, drops: Counter[str]) -> dict[str, list[Scored]]:
-    """{response id: its judgements that carry a score and end with it, in the form the rubric asks for}.
+    """Return {response id: judgements that end with their score in the rubric's form}.
 
-    A text that goes on behind its score, or was cut there, would teach the judge to go on.
+    A judgement with text after its score would teach the judge to continue there.
     """
     usable: dict[str, list[Scored]] = {}
     for judgement in written:
@@ -101,9 +102,13 @@ def usable_judgements(written: list[Judgement], judge: TeachableJudge, drops: Co
 
 
 def agreeing_draw(question: RankedAnswers, usable: dict[str, list[Scored]], drops: Counter[str]) -> list[Scored]:
-    """The first draw in the humans' order, a judgement an answer; empty, with the reason counted, if there is none."""
-    of_answers = [usable.get(f"{question.id}-{number}", []) for number in range(1, len(question.texts) + 1)]
-    draws = [list(draw) for draw in zip(*of_answers, strict=False)]
+    """Return the first draw in the humans' order, one judgement for each answer.
+
+    Returns:
+        An empty list if there is none; the reason is counted in `drops`.
+    """
+    by_answer = [usable.get(f"{question.id}-{number}", []) for number in range(1, len(question.texts) + 1)]
+    draws = [list(draw) for draw in zip(*by_answer, strict=False)]
     for draw in draws:
         if in_order(question.ranks, [score for score, _ in draw]):
             return draw
@@ -112,13 +117,13 @@ def agreeing_draw(question: RankedAnswers, usable: dict[str, list[Scored]], drop
 
 
 def in_order(ranks: list[int], scores: list[float]) -> bool:
-    """Whether every better ranked answer has the higher score."""
+    """Whether every answer with a better rank has a higher score."""
     by_rank = [score for _, score in sorted(zip(ranks, scores, strict=True))]
     return all(better > worse for better, worse in pairwise(by_rank))
 
 
 def demonstrate(question: RankedAnswers, draw: list[Scored], judge: TeachableJudge) -> list[Target]:
-    """The examples of one question: the judge's prompt about each answer, and what the baseline wrote."""
+    """Return the EFT examples of one question: the judge's prompt for each answer, and the baseline's judgement."""
     return [
         (
             score,
@@ -135,11 +140,14 @@ def demonstrate(question: RankedAnswers, draw: list[Scored], judge: TeachableJud
 
 
 def thin(targets: list[Target], ratio: float) -> list[Target]:
-    """Drops examples with the most common score, by the digest of their id, until it is `ratio` × the second's."""
+    """Drop examples with the most common score until they are at most `ratio` × those with the second most common.
+
+    The digests of their ids decide which are dropped.
+    """
     counts = Counter(score for score, _ in targets).most_common(2)
     if len(counts) < 2:
         return targets
-    (most, many), (_, second) = counts
-    common = sorted((example.id for score, example in targets if score == most), key=digest_text)
-    dropped = set(common[min(many, int(ratio * second)) :])
+    (most_common, count), (_, second_count) = counts
+    ids = sorted((example.id for score, example in targets if score == most_common), key=digest_text)
+    dropped = set(ids[min(count, int(ratio * second_count)) :])
     return [target for target in targets if target[1].id not in dropped]

@@ -1,4 +1,4 @@
-"""head_to_head: answers of two models to the same instructions + who judges → who won, head to head."""
+"""head_to_head: responses of two models to the same instructions + a judge → wins, ties and losses."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,14 +14,14 @@ from selfalign.store.stage import Size, amount, records_in, stage
 
 @dataclass(kw_only=True, slots=True)
 class HeadToHead(PairwiseComparator):
-    """Who compares the answers of two models."""
+    """The judge that compares the responses of two models."""
 
     model: str = "sft"
     key: ClassVar[str] = "evaluate.head_to_head"
 
 
 def size(*, judge: PairwiseComparator, policy: Artifact | None, answers: Artifact, **others: object) -> Size:
-    """Every answer, twice."""
+    """Return the number of responses and the judge."""
     count = records_in(answers, "responses")
     what = f"{amount(count)} answers" if count else "every turn"
     return Size(f"{what} in both orders, judged by {who_judges(judge, policy)}", {})
@@ -39,20 +39,20 @@ def head_to_head(
     engine: Engine,
     seed: int,
 ) -> Counts:
-    """Compares two models' first answers to each instruction in both orders.
+    """Compare two models' first responses to each instruction, in both orders.
 
     Args:
-        out: gets comparisons.jsonl; `first` is the model, `second` its opponent, whose ids are each its own.
-        judge: who compares, and how.
-        policy: who judges; None for a server.
+        out: receives comparisons.jsonl; `first_id` is the model's response, `second_id` the opponent's.
+        judge: the comparator.
+        policy: the policy that judges; None for a server.
         instructions: instructions.jsonl.
         answers: the model's responses.jsonl.
-        opponent: the other's.
-        engine: says in what precision the judge computes.
-        seed: of the context; a comparator draws nothing.
+        opponent: the opponent's responses.jsonl.
+        engine: its dtype is the judge's precision.
+        seed: seeds the judge's context; a comparator samples nothing.
 
     Raises:
-        SelfalignError: both have answered none of the instructions, or too many comparisons have no verdict.
+        SelfalignError: no instruction has responses of both models, or too many comparisons have no verdict.
     """
     return compare_answers(
         out,

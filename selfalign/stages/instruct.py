@@ -1,4 +1,4 @@
-"""instruct: seed instructions + a policy, or given instructions → new instructions."""
+"""instruct: seed instructions + a policy or given instructions → new instructions."""
 
 import math
 import random
@@ -6,12 +6,14 @@ import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed, digest_text
 from selfalign.core.jsonl import read_records, write_records
 from selfalign.core.placeholders import check_template
 from selfalign.core.records import Demonstration, FinishReason, Instruction
+from selfalign.data.mixtures import data_source
 from selfalign.data.rouge import RougeIndex
 from selfalign.data.text_filters import Language, is_fragment, words_of
 from selfalign.data.turns import instruction_of
@@ -32,11 +34,11 @@ KEYWORDS = ("image", "picture", "photo", "graph", "diagram", "video", "audio", "
 OWN_WRITERS = ("self", "sft", "base")
 
 PROMPTS_EACH = 4
-"""Prompts that may be asked for each instruction that is wanted. A prompt asks for one task; in the demo 28 were kept
-of 48 prompts and of 32, .58 and .88 a prompt, so a writer that needs four hardly writes any."""
+"""The most prompts for each wanted instruction. A prompt asks for one task. In the demo, 28 instructions were kept of
+48 prompts (0.58 a prompt) and 28 of 32 (0.88 a prompt), so a model that needs more than four hardly writes any."""
 
 LEAST_BATCHES = 10
-"""Batches that are allowed however few instructions are wanted: of a handful of prompts chance can spoil most."""
+"""Batches that are always allowed, because chance can spoil most of a few prompts."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -44,27 +46,28 @@ class InstructConfig:
     """Self-instruction creation, arXiv 2401.10020, section 2.2, after Self-Instruct (arXiv 2212.10560).
 
     Attributes:
-        count: new instructions to keep in each iteration.
-        model: "self" (M_t), "sft" (M1), "base" (M0), or a fixed model as in the paper's main run: a folder, hub id
-            or packaged model as `model.path` takes.
-        source: a data source to take instructions from, in its order, instead of having them written; empty for none.
-        seed_examples: examples in the prompt from the seeds.
-        generated_examples: examples in the prompt that were written before; seeds take their place until there are any.
-        prompts_per_batch: how many prompts are answered side by side; within a batch none sees another's result. What
-            many processes share out among them, so worth raising where there are many.
-        max_rouge_l: an instruction whose ROUGE-L F1 to any seed, kept or held-out one reaches this is dropped.
-        min_words: shorter ones are dropped.
-        max_words: longer ones are dropped.
-        keywords: instructions with one of these words, or its plural, ask for what a language model cannot see or make.
-        max_batches: stops with an error when so many batches did not give enough; 0 allows as many as ask
-            `PROMPTS_EACH` prompts for each instruction of `count`, and `LEAST_BATCHES` at least.
-        prompt: how the model is asked; our own wording.
-        sampling: how it writes.
+        count: number of new instructions to keep in each iteration.
+        model: the model that writes: "self" (M_t), "sft" (M1), "base" (M0), or a fixed model as in the paper's main
+            run, which is a folder, hub id or packaged model as in `model.path`.
+        source: a data source from which instructions are taken in its order, instead of generated; empty generates.
+        seed_examples: few-shot examples from the seeds.
+        generated_examples: few-shot examples from the generated instructions. Seeds replace them until there are any.
+        prompts_per_batch: number of prompts in a batch. Prompts of a batch do not see one another's results. The
+            processes of a run share a batch, so many processes need a larger one.
+        max_rouge_l: an instruction is dropped if its ROUGE-L F1 to a seed, kept or held-out instruction reaches this.
+        min_words: shorter instructions are dropped.
+        max_words: longer instructions are dropped.
+        keywords: instructions with one of these words, or its plural, are dropped, because they ask for what a
+            language model cannot see or make.
+        max_batches: the run stops with an error if this many batches gave too few instructions. 0 allows
+            `PROMPTS_EACH` prompts for each instruction of `count`, and at least `LEAST_BATCHES` batches.
+        prompt: the text before the few-shot examples; our own wording.
+        sampling: how instructions are sampled.
     """
 
     count: int = 64
     model: str = "self"
-    source: str = ""
+    source: Any = ""
     seed_examples: int = 6
     generated_examples: int = 2
     prompts_per_batch: int = 32
@@ -77,6 +80,7 @@ class InstructConfig:
     sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.6, max_new_tokens=128))
 
     def __post_init__(self) -> None:
+        self.source = data_source(self.source, "data.instruct.source")
         self.sampling.check("data.instruct.sampling")
         if self.sampling.thought_tokens:
             raise SelfalignError(
@@ -91,7 +95,7 @@ class InstructConfig:
             )
         if self.source and self.model != "self":
             raise SelfalignError(
-                f"data.instruct.model={self.model} and data.instruct.source exclude each other; set one of the two"
+                f"data.instruct.model={self.model} and data.instruct.source exclude each other: set only one of them"
             )
         for name in ("count", "seed_examples", "prompts_per_batch", "min_words"):
             if getattr(self, name) < 1:
@@ -104,36 +108,36 @@ class InstructConfig:
         if not 0 < self.max_rouge_l <= 1:
             raise SelfalignError(f"data.instruct.max_rouge_l must be above 0 and at most 1, got {self.max_rouge_l}")
         if not self.source and self.most_batches * self.prompts_per_batch < self.count:
-            asked, least = self.max_batches * self.prompts_per_batch, math.ceil(self.count / self.prompts_per_batch)
+            most, least = self.max_batches * self.prompts_per_batch, math.ceil(self.count / self.prompts_per_batch)
             raise SelfalignError(
                 f"data.instruct.count={self.count}, but data.instruct.max_batches={self.max_batches} of "
-                f"data.instruct.prompts_per_batch={self.prompts_per_batch} ask for {asked} tasks at most: set "
-                f"max_batches to 0, which allows enough, or above {least}, since not every task is kept"
+                f"data.instruct.prompts_per_batch={self.prompts_per_batch} ask for {most} tasks at most: set "
+                f"max_batches to 0, which allows enough, or above {least}, because some tasks are dropped"
             )
 
     @property
     def most_batches(self) -> int:
-        """After how many batches the writer is given up."""
+        """The number of batches after which the run stops with an error."""
         return self.max_batches or max(LEAST_BATCHES, math.ceil(PROMPTS_EACH * self.count / self.prompts_per_batch))
 
     @property
     def fixed_writer(self) -> bool:
-        """Whether the writer is a model from outside the run."""
+        """Whether the instructions are written by a model from outside the run."""
         return self.model not in OWN_WRITERS
 
 
 @dataclass(slots=True)
 class Pool:
-    """The instructions there are; takes what adds to them, and counts by reason what does not.
+    """All known instructions. It keeps new ones that pass the filters and counts the dropped ones by reason.
 
     Attributes:
-        config: the limits.
-        seeds: instructions that M1 learnt from.
-        earlier: those of earlier iterations.
-        held_out: those no training may see.
-        kept: those taken.
-        dropped: how many were not taken, by reason.
-        highest: the highest ROUGE-L F1 of each kept one to anything in the pool before it.
+        config: the thresholds of the filters.
+        seeds: instructions that M1 was trained on.
+        earlier: instructions of earlier iterations.
+        held_out: instructions that no training may see.
+        kept: new instructions that passed.
+        dropped: {reason: number of dropped instructions}.
+        highest: each kept instruction's highest ROUGE-L F1 to the instructions known before it.
     """
 
     config: InstructConfig
@@ -156,15 +160,15 @@ class Pool:
 
     @property
     def full(self) -> bool:
-        """Whether there are `count` new ones."""
+        """Whether `count` new instructions are kept."""
         return len(self.kept) == self.config.count
 
     def offer(self, text: str, shown: Collection[str] = ()) -> bool:
-        """Takes a text, or counts why not.
+        """Keep an instruction if it passes the filters, or else count the reason. Return whether it was kept.
 
         Args:
             text: the instruction.
-            shown: the demonstrations in the prompt it was written from.
+            shown: the few-shot examples of its prompt.
         """
         words = words_of(text)
         reason = "surplus" if self.full else self._flaw(text, words) or self._copied(words, shown)
@@ -180,7 +184,7 @@ class Pool:
         return True
 
     def counts(self) -> Counts:
-        """The ledger, and what the kept ones are like."""
+        """Return the numbers of kept and dropped instructions, and statistics of the kept ones."""
         return {
             catalog.KEPT.name: len(self.kept),
             "dropped": dict(sorted((+self.dropped).items())),
@@ -188,7 +192,7 @@ class Pool:
         }
 
     def _flaw(self, text: str, words: list[str]) -> str | None:
-        """Return what is wrong with a text itself, or None."""
+        """Return the reason to drop a text by itself, or None."""
         if not words:
             return "empty"
         if is_fragment(text):
@@ -202,7 +206,7 @@ class Pool:
         return "language" if self._language.differs(text) else None
 
     def _copied(self, words: list[str], shown: Collection[str]) -> str | None:
-        """Return what a text copies, or "held_out" where it comes near to a held-out instruction, or None."""
+        """Return the reason to drop a text because it copies or resembles a known instruction, or None."""
         if self._known_held_out.highest(words) >= self.config.max_rouge_l:
             return "held_out"
         if words in map(words_of, shown):
@@ -213,7 +217,7 @@ class Pool:
 
 
 def size(*, config: InstructConfig, policy: Artifact, **others: object) -> Size:
-    """As many as are asked for."""
+    """Return the number of instructions to keep."""
     return Size(f"{config.count} instructions, written by {policy.key}", {"instructions": config.count})
 
 
@@ -229,25 +233,26 @@ def instruct(
     engine: Engine,
     seed: int,
 ) -> Counts:
-    """Lets a policy write instructions until `count` have passed the filters.
+    """Generate instructions with a policy until `count` have passed the filters.
 
     Args:
-        out: gets instructions.jsonl.
+        out: receives instructions.jsonl.
         config: sizes and filters.
-        policy: the writer.
-        seeds: demonstrations.jsonl, whose instructions are the examples.
-        earlier: instructions of earlier iterations, which new ones must differ from.
-        held_out: instructions that are measured on, which new ones must differ from.
-        engine: the engine.
-        seed: draws the examples and the tokens.
+        policy: the policy that writes.
+        seeds: demonstrations.jsonl; its instructions are the few-shot examples.
+        earlier: instructions of earlier iterations; new ones must differ from them.
+        held_out: held-out instructions; new ones must differ from them.
+        engine: generates the texts.
+        seed: seeds the choice of examples and the sampling of tokens.
 
     Raises:
-        SelfalignError: `max_batches` did not give enough.
+        SelfalignError: `max_batches` gave too few instructions.
     """
     pool = _pool(config, seeds, earlier, held_out)
     if len(pool.seeds) < config.seed_examples:
         raise SelfalignError(
-            f"data.instruct.seed_examples={config.seed_examples}, but there are {len(pool.seeds)} IFT seeds"
+            f"data.instruct.seed_examples={config.seed_examples}, but there are {len(pool.seeds)} IFT seeds: "
+            "lower it or give more data.seed_data.demonstrations"
         )
     written = batch = 0
     with engine.load(PolicyCheckpoint(policy.path)) as generator, out.journal(config.count, "instructions") as journal:
@@ -264,17 +269,17 @@ def instruct(
     if not pool.full:
         raise SelfalignError(
             f"{out.label}: {len(pool.kept)} of {config.count} instructions after {batch} batches "
-            f"(dropped: {dict(+pool.dropped)}); raise data.instruct.max_batches above {config.most_batches} or loosen "
+            f"(dropped: {dict(+pool.dropped)}). Raise data.instruct.max_batches above {config.most_batches} or relax "
             "the filters"
         )
-    # By the text alone: what is drawn for a record must not depend on how the writer's weights were rounded.
+    # Ids come from texts alone, so that the seeds derived from ids do not depend on the rounding of weights.
     records = [Instruction(id=digest_text(text)[:16], text=text, source="self") for text in pool.kept]
     write_records(out.path / "instructions.jsonl", records)
     return {catalog.WRITTEN.name: written, catalog.BATCHES.name: batch, **pool.counts(), **generator.counts}
 
 
 def size_of_given(*, config: InstructConfig, **others: object) -> Size:
-    """As many as are asked for."""
+    """Return the number of instructions to keep."""
     return Size(f"the next {config.count} of {config.source}", {"instructions": config.count})
 
 
@@ -288,43 +293,44 @@ def given_instructions(
     earlier: list[Artifact],
     held_out: list[Artifact],
 ) -> Counts:
-    """Takes the next given instructions until `count` have passed the filters.
+    """Take the next given instructions until `count` have passed the filters.
 
     Args:
-        out: gets instructions.jsonl.
+        out: receives instructions.jsonl.
         config: sizes and filters.
-        given: instructions.jsonl, all there are; it is read on behind the last one an earlier iteration took.
-        seeds: demonstrations.jsonl, which new ones must differ from.
-        earlier: instructions of earlier iterations, which new ones must differ from.
-        held_out: instructions that are measured on, which new ones must differ from.
+        given: instructions.jsonl with all given instructions. Reading starts after the last one that an earlier
+            iteration took.
+        seeds: demonstrations.jsonl; new instructions must differ from its prompts.
+        earlier: instructions of earlier iterations; new ones must differ from them.
+        held_out: held-out instructions; new ones must differ from them.
 
     Raises:
-        SelfalignError: what is left of them does not give enough.
+        SelfalignError: too few of the remaining instructions passed.
     """
     pool = _pool(config, seeds, earlier, held_out)
     records = _instructions(given)
-    taken = {record.id for artifact in earlier for record in _instructions(artifact)}
-    start = max((place for place, record in enumerate(records, start=1) if record.id in taken), default=0)
+    used = {record.id for artifact in earlier for record in _instructions(artifact)}
+    start = max((position for position, record in enumerate(records, start=1) if record.id in used), default=0)
     kept: list[Instruction] = []
-    written = 0
+    read = 0
     for record in records[start:]:
         if pool.full:
             break
-        written += 1
+        read += 1
         if pool.offer(record.text):
             kept.append(replace(record, source="given"))
     if not pool.full:
         raise SelfalignError(
-            f"{out.label}: {len(kept)} of {config.count} instructions in what is left of data.instruct.source="
-            f"{config.source}, {written} of {len(records)} (dropped: {dict(pool.dropped)}); give more, lower "
-            "data.instruct.count or loosen the filters"
+            f"{out.label}: only {len(kept)} of {config.count} instructions passed the filters, of the {read} that are "
+            f"left of the {len(records)} in data.instruct.source={config.source} (dropped: {dict(pool.dropped)}). Give "
+            "more, lower data.instruct.count or relax the filters"
         )
     write_records(out.path / "instructions.jsonl", kept)
-    return {catalog.WRITTEN.name: written, **pool.counts()}
+    return {catalog.WRITTEN.name: read, **pool.counts()}
 
 
 def split_tasks(completion: Completion) -> tuple[list[str], int]:
-    """The tasks in a completion of "Task 9:", and how many were cut by the token limit (0 or 1)."""
+    """Return the tasks in the completion of a "Task 9:" prompt, and how many the token limit cut (0 or 1)."""
     tasks = [part.strip() for part in re.split(r"(?:^|\n)\s*(?:\W*)Task \d+\s*:", completion.text)]
     cut = completion.finish_reason is FinishReason.LENGTH
     return (tasks[:-1], 1) if cut else (tasks, 0)
@@ -334,31 +340,31 @@ def _pool(config: InstructConfig, seeds: Artifact, earlier: list[Artifact], held
     demonstrations = (
         read_records(seeds.path / "demonstrations.jsonl", Demonstration) if seeds.counts.get("ift", 1) else []
     )
-    given = [instruction_of(record.prompt) for record in demonstrations if record.source == "ift"]
-    before, apart = (
+    instructions = [instruction_of(record.prompt) for record in demonstrations if record.source == "ift"]
+    earlier_texts, held_out_texts = (
         [record.text for artifact in artifacts for record in _instructions(artifact)]
         for artifacts in (earlier, held_out)
     )
-    return Pool(config, given, before, apart)
+    return Pool(config, instructions, earlier_texts, held_out_texts)
 
 
 def _draw(pool: Pool, seed: int) -> list[str]:
-    """The demonstrations of one prompt, in shuffled order."""
-    draw, config, own = random.Random(seed), pool.config, [*pool.earlier, *pool.kept]
-    mine = draw.sample(own, min(config.generated_examples, len(own)))
-    total = config.seed_examples + config.generated_examples
-    examples = mine + draw.sample(pool.seeds, min(total - len(mine), len(pool.seeds)))
-    draw.shuffle(examples)
+    """Draw the few-shot examples of one prompt, in shuffled order."""
+    rng, config, generated = random.Random(seed), pool.config, [*pool.earlier, *pool.kept]
+    examples = rng.sample(generated, min(config.generated_examples, len(generated)))
+    missing = config.seed_examples + config.generated_examples - len(examples)
+    examples += rng.sample(pool.seeds, min(missing, len(pool.seeds)))
+    rng.shuffle(examples)
     return examples
 
 
 def _requests(
     generator: Generator, config: InstructConfig, shown: Sequence[list[str]], seed: int, batch: int
 ) -> list[Request]:
-    """Asks for one more task behind each prompt's demonstrations."""
+    """Make the requests: each asks for one more task after its few-shot examples."""
     requests = [
         Request(
-            prompt=_ask(generator, config.prompt, examples),
+            prompt=_encode(generator, config.prompt, examples),
             seeds=[derive_seed(seed, "write", batch, index)],
         )
         for index, examples in enumerate(shown)
@@ -366,14 +372,15 @@ def _requests(
     longest = max(len(request.prompt) for request in requests)
     if longest + config.sampling.max_new_tokens > generator.context:
         raise SelfalignError(
-            f"the few-shot prompt of {longest} tokens leaves no room for {config.sampling.max_new_tokens} more in the "
-            f"context of {generator.context}; lower data.instruct.seed_examples"
+            f"data.instruct: a few-shot prompt of {longest} tokens and "
+            f"data.instruct.sampling.max_new_tokens={config.sampling.max_new_tokens} exceed the model's context of "
+            f"{generator.context} tokens; lower data.instruct.seed_examples"
         )
     return requests
 
 
-def _ask(generator: Generator, prompt: str, examples: list[str]) -> list[int]:
-    """The user's turn with the demonstrations, and how the answer begins."""
+def _encode(generator: Generator, prompt: str, examples: list[str]) -> list[int]:
+    """Tokenise the user turn with the few-shot examples, and the beginning of the response."""
     listed = "\n\n".join(f"Task {number}: {text}" for number, text in enumerate(examples, start=1))
     user = {"role": "user", "content": f"{prompt}\n\n{listed}"}
     return encode_prompt(generator.tokenizer, [user], f"Task {len(examples) + 1}:")

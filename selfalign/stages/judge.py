@@ -1,7 +1,7 @@
-"""judge: instructions + responses + who judges → judgements and scores.
+"""judge: instructions + responses + a judge → judgements and scores.
 
-The ways to judge stand in `selfalign/judges/`; here they are given what they need, their failures are held against
-a budget, and what they say is brought into one form. `parse_score` is how written judgements are read.
+The judges are in `selfalign/judges/`. This stage gives them their inputs, limits their failures, and writes their
+judgements in one format. `parse_score` reads the score of a written judgement.
 """
 
 import logging
@@ -66,13 +66,13 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 OFTEN_BEYOND = 0.1
-"""A share of judgements beyond the scale that tells of a rubric with another one."""
+"""A share of judgements outside the scale above which the rubric probably has another scale."""
 
 
 def size(
     *, judge: Judge, policy: Artifact | None, instructions: Artifact, responses: Artifact, **others: object
 ) -> Size:
-    """How many judgements or comparisons, and who makes them."""
+    """Return the number of judgements or comparisons, and the judge."""
     count, answers = records_in(instructions, "instructions"), records_in(responses, "responses")
     text = f"{amount(answers)} responses" + (f" × {judge.num_samples}" if isinstance(judge, WrittenScore) else "")
     if isinstance(judge, Pairwise):
@@ -93,29 +93,29 @@ def judge(
     engine: Engine,
     seed: int,
 ) -> Counts:
-    """Judges every response.
+    """Judge every response.
 
     Args:
-        out: gets judgements.jsonl (every attempt), scores.jsonl (one a response) and, where responses are compared
-            with one another, comparisons.jsonl.
-        judge: the way to judge.
-        policy: who judges; None for a judge that is no policy of this run.
-        reference: what the judging policy was trained from; None for judges that do not compare the two.
+        out: receives judgements.jsonl (every attempt), scores.jsonl (one for each response) and, if the judge compares
+            responses, comparisons.jsonl.
+        judge: the judge.
+        policy: the policy that judges; None if the judge is no policy of this run.
+        reference: the policy that the judging policy was trained from; None if the judge needs none.
         instructions: instructions.jsonl.
         responses: responses.jsonl.
-        engine: the engine for judgements that are written.
-        seed: draws their tokens.
+        engine: generates written judgements.
+        seed: seeds their sampling.
 
     Raises:
-        SelfalignError: too many judgements carry no score; what came back is shown, and kept for the next try.
+        SelfalignError: too many judgements have no score. Some are quoted, and all are kept for the next attempt.
     """
 
     def batches() -> Iterator[list[InstructionResponse]]:
-        asked = stream_records(instructions.path / "instructions.jsonl", Instruction)
+        prompts = stream_records(instructions.path / "instructions.jsonl", Instruction)
         file = responses.path / "responses.jsonl"
-        families = join_sorted(asked, stream_records(file, Response), lambda response: response.instruction_id, file)
-        for chunk in chunks(families, judge.instructions_per_call):
-            yield [InstructionResponse(instruction, response) for instruction, family in chunk for response in family]
+        groups = join_sorted(prompts, stream_records(file, Response), lambda response: response.instruction_id, file)
+        for chunk in chunks(groups, judge.instructions_per_call):
+            yield [InstructionResponse(instruction, response) for instruction, group in chunk for response in group]
 
     tally = JudgeCounts()
     names = ["judgements", "scores", *(["comparisons"] if isinstance(judge, Pairwise) else [])]
@@ -171,29 +171,29 @@ def without_answer(subjects: Sequence[InstructionResponse]) -> list[Judgement]:
 
 
 def in_order(subjects: Sequence[InstructionResponse], judgements: Sequence[Judgement]) -> list[Judgement]:
-    """In the order of the responses, then of the samples, then of the attempts."""
+    """Sort judgements by response, then sample, then attempt."""
     order = {subject.response.id: index for index, subject in enumerate(subjects)}
     return sorted(judgements, key=lambda one: (order[one.response_id], one.sample, one.attempt))
 
 
 @dataclass(slots=True)
 class JudgeCounts:
-    """What is counted of judgements while they are made.
+    """Running counts of judgements.
 
     Attributes:
-        judgements: all attempts.
-        wanted: the judgements that count, the last attempt of each.
-        failed: those of them without a score, by reason.
-        compared: comparisons they come from, where responses are compared.
-        undecided: those of them without a verdict.
-        unread: what the judge wrote in these, or in the comparisons they come from.
-        unjudged: responses without a score.
-        truncated: those of them without an answer, because their thought has no end.
-        scores: how many responses have each score, to three digits.
-        tied: of each instruction with several judged responses, whether their scores are equal.
-        variances: of each response's scores.
-        counts: the judge's own, added up.
-        means: the judge's own, to be averaged.
+        judgements: number of attempts.
+        wanted: number of final judgements, the last attempt of each.
+        failed: {reason: number of final judgements without a score}.
+        compared: number of comparisons, if the judge compares responses.
+        undecided: number of comparisons without a verdict.
+        unread: texts of the judge that have no score or verdict.
+        unjudged: number of responses without a score.
+        truncated: number of those without an answer, because their thought has no end.
+        scores: {score, to three digits: number of responses}.
+        tied: mean over instructions with several judged responses: 1 if their scores are all equal, else 0.
+        variances: mean variance of a response's scores.
+        counts: the judge's own counts, summed.
+        means: the judge's own metrics, to be averaged.
     """
 
     judgements: int = 0
@@ -213,7 +213,7 @@ class JudgeCounts:
     def add(
         self, subjects: Sequence[InstructionResponse], judged: JudgeOutput, scores: Sequence[ResponseScore]
     ) -> None:
-        """Counts some instructions in."""
+        """Add the judgements of some responses."""
         counted = last_attempts(judged.judgements)
         failed = [judgement for judgement in counted if judgement.status is not JudgementStatus.OK]
         self.judgements += len(judged.judgements)
@@ -241,18 +241,20 @@ class JudgeCounts:
 
     @property
     def shares(self) -> list[tuple[int, int]]:
-        """(failed, wanted) of judgements, and of comparisons, a few of which give a response its score already."""
+        """(failed, wanted) of judgements, and of comparisons.
+
+        Comparisons count by themselves, because a few with a verdict already give a response its score.
+        """
         return [(self.failed.total(), self.wanted), (self.undecided, self.compared)]
 
 
 def _check_scale(label: str, judge: Judge, tally: JudgeCounts) -> None:
-    """Warns where many scores lie beyond the scale: those in it are then the low ones of a longer scale."""
+    """Warn if many scores are outside the scale. Those inside are then the low end of a longer scale."""
     beyond = tally.failed[JudgementStatus.OUT_OF_RANGE.value]
     if isinstance(judge, WrittenScore) and beyond > OFTEN_BEYOND * tally.wanted:
         logger.warning(
-            "%s: %d of %d judgements lie beyond judge.min_score=%d and judge.max_score=%d and are left out, so that "
-            "the other "
-            "responses alone are compared; set them to the scale of the rubric",
+            "%s: %d of %d judgements are outside judge.min_score=%d to judge.max_score=%d and are left out, so only "
+            "the other responses are compared. Set both to the scale of the rubric",
             label,
             beyond,
             tally.wanted,
@@ -262,7 +264,7 @@ def _check_scale(label: str, judge: Judge, tally: JudgeCounts) -> None:
 
 
 def _constancy(label: str, judge: Judge, tally: JudgeCounts) -> dict[str, float]:
-    """How much the scores tell responses apart; warns when that is next to nothing."""
+    """Return how much scores differ between responses. Warn if they are nearly constant."""
     responses = tally.scores.total()
     if not responses:
         return {}
@@ -271,8 +273,8 @@ def _constancy(label: str, judge: Judge, tally: JudgeCounts) -> dict[str, float]
     if constant:
         ties = "" if tied is None else f"{tied:.0%} of the instructions have equal scores for all their responses, "
         logger.warning(
-            "%s: the judge says nearly the same of everything (%sentropy of the scores %.2f nats); what is learnt "
-            "from it is noise",
+            "%s: the judge's scores are nearly constant (%sentropy of the scores %.2f nats), so training on them is "
+            "training on noise. Use a stronger judge or another rubric",
             label,
             ties,
             nats,
@@ -287,7 +289,7 @@ def _constancy(label: str, judge: Judge, tally: JudgeCounts) -> dict[str, float]
 
 
 def _failure(label: str, judge: Judge, tally: JudgeCounts) -> str:
-    undecided = f", {tally.undecided} of {tally.compared} comparisons no verdict" if tally.compared else ""
+    undecided = f", {tally.undecided} of {tally.compared} comparisons carry no verdict" if tally.compared else ""
     return (
         f"{label}: {tally.failed.total()} of {tally.wanted} judgements carry no score ({dict(tally.failed)})"
         f"{undecided}; "

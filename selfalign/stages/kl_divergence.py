@@ -1,4 +1,4 @@
-"""kl_divergence: answers + the policy that wrote them + M1 → how far it has moved from M1."""
+"""kl_divergence: responses + the policy that wrote them + M1 → an estimate of KL(policy ‖ M1)."""
 
 from selfalign.core.jsonl import read_records, write_records
 from selfalign.core.records import Instruction, Response, ResponseKL
@@ -12,11 +12,11 @@ from selfalign.store.artifacts import Artifact, Counts, StageOutput
 from selfalign.store.stage import Size, amount, records_in, stage
 
 MAX_BATCH_TOKENS = 2048
-"""The most tokens of a forward pass."""
+"""The most tokens in one forward pass."""
 
 
 def size(*, answers: Artifact, **others: object) -> Size:
-    """Every answer."""
+    """Return the number of responses."""
     return Size(f"log-probabilities of {amount(records_in(answers, 'responses'))} answers under M1", {})
 
 
@@ -29,31 +29,30 @@ def kl_divergence(
     instructions: Artifact,
     answers: Artifact,
 ) -> Counts:
-    """Estimates KL(policy ‖ M1) from the policy's own answers: the mean of log π(y|x) - log π_M1(y|x), nats.
+    """Estimate KL(policy ‖ M1) as the mean of log π(y|x) - log π_M1(y|x) over the policy's own responses, in nats.
 
-    The estimate is without bias where answers are drawn at temperature 1 and top-p 1; drawn more narrowly, as
-    usual, they are the likelier ones, and it tells of those. Weights are float32.
+    The estimate is unbiased if responses are sampled at temperature 1 and top-p 1. Narrower sampling, which is usual,
+    favours likely responses, so the estimate is then about those. Weights are float32.
 
     Args:
-        out: gets moved.jsonl.
-        policy: who wrote the answers.
+        out: receives moved.jsonl.
+        policy: the policy that wrote the responses.
         origin: M1.
         instructions: instructions.jsonl.
         answers: responses.jsonl.
     """
-    asked = {record.id: record.text for record in read_records(instructions.path / "instructions.jsonl", Instruction)}
+    texts = {record.id: record.text for record in read_records(instructions.path / "instructions.jsonl", Instruction)}
     responses = [r for r in read_records(answers.path / "responses.jsonl", Response) if r.text or r.thought]
     tokenizer = PolicyCheckpoint(policy.path).load_tokenizer()
-    groups: list[SharedPrompt] = []
-    for response in responses:
-        answered = [answer_of(response)]
-        prompt = answer_prompt(tokenizer, as_prompt(asked[response.instruction_id]))
-        groups.append(encode_group(tokenizer, response.id, prompt, answered))
+    prompts = {name: answer_prompt(tokenizer, as_prompt(text)) for name, text in texts.items()}
+    groups: list[SharedPrompt] = [
+        encode_group(tokenizer, r.id, prompts[r.instruction_id], [answer_of(r)]) for r in responses
+    ]
     with out.journal(2 * len(groups), "answers") as journal:
 
-        def score(who: str, artifact: Artifact) -> list[float]:
+        def score(model_name: str, artifact: Artifact) -> list[float]:
             scorer = LogProbScorer(PolicyCheckpoint(artifact.path).load("float32"), MAX_BATCH_TOKENS)
-            return [value for [value] in scorer.score_all(groups, journal, who)]
+            return [value for [value] in scorer.score_all(groups, journal, model_name)]
 
         moved = [
             ResponseKL(id=group.id, policy=own, origin=other, tokens=sum(group.scored()))

@@ -1,4 +1,4 @@
-"""load_model: model config → M0, checked."""
+"""load_model: a model's settings → M0 and its capabilities."""
 
 from selfalign.engines.model_check import check_model
 from selfalign.models.config import ModelConfig
@@ -8,20 +8,20 @@ from selfalign.store.stage import Size, stage
 
 
 def size(*, model: ModelConfig, **others: object) -> Size:
-    """A model from outside."""
+    """Return the model's path."""
     return Size(model.path, {})
 
 
 @stage(size=size)
 def load_model(out: StageOutput, *, model: ModelConfig, source: Content | str) -> Counts:
-    """Fetches, converts or builds M0, and checks what it can do.
+    """Download, convert or build M0, and test its capabilities.
 
     Args:
-        out: gets `weights/`, `tokenizer/`, `weights.json` and `capabilities.json`.
-        model: where M0 comes from.
-        source: what the files hold that it comes from; another content under the same path is another M0.
+        out: receives `weights/`, `tokenizer/`, `weights.json` and `capabilities.json`.
+        model: the model's settings.
+        source: digest of the model's files. Other files under the same path are another M0.
 
     Raises:
-        SelfalignError: there is no such model, or it cannot be aligned.
+        SelfalignError: the model does not exist, or it cannot be aligned.
     """
     return check_model(fetch_pretrained(model, out.path), model.dtype)

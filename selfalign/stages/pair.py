@@ -1,4 +1,4 @@
-"""pair: responses + judgements → preference pairs, or positives."""
+"""pair: responses + scores → preference pairs, or positives."""
 
 import math
 from collections import Counter
@@ -9,6 +9,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed, digest_text
 from selfalign.core.jsonl import count_records, join_sorted, read_records, stream_records, write_records
 from selfalign.core.records import Demonstration, Instruction, PreferencePair, Response, ResponseScore
+from selfalign.data.mixtures import DataSource
 from selfalign.data.pair_rules import PairRule, ScoredResponse, pick_pairs
 from selfalign.data.schemas import Schema
 from selfalign.data.sources import as_prompt, read_pairs
@@ -22,11 +23,11 @@ from selfalign.training.splits import KnownTexts, split_pairs
 
 @dataclass(kw_only=True, slots=True)
 class PositivesOnly:
-    """Good responses become SFT examples instead of pairs: the paper's "positives only" variant.
+    """Good responses become SFT examples instead of pairs (arXiv 2401.10020, "positives only" variant).
 
     Attributes:
-        minimum_score: the mean score a response needs; the paper takes perfect fives.
-        minimum_examples: the run stops when fewer are left.
+        minimum_score: the lowest mean score of a positive; the paper takes 5, the highest score.
+        minimum_examples: the run stops with an error if there are fewer positives.
     """
 
     minimum_score: float = 5.0
@@ -38,7 +39,7 @@ class PositivesOnly:
 
 
 def size(*, rule: PairRule | PositivesOnly, instructions: Artifact, responses: Artifact, **others: object) -> Size:
-    """As many as the rule picks where nothing is dropped."""
+    """Return the number of pairs or positives if none is dropped."""
     count, answers = records_in(instructions, "instructions"), records_in(responses, "responses")
     positives = isinstance(rule, PositivesOnly)
     most = answers if positives else count * rule.wanted(math.ceil(answers / count))
@@ -56,33 +57,35 @@ def pair(
     seed: int,
     thought_prompt: str = "",
 ) -> Counts:
-    """Turns judged responses into what alignment trains on.
+    """Turn scored responses into preference pairs or positives.
 
     Args:
-        out: gets pairs.jsonl, or demonstrations.jsonl for positives.
-        rule: which responses are taken.
+        out: receives pairs.jsonl, or demonstrations.jsonl for positives.
+        rule: selects the responses.
         instructions: instructions.jsonl.
         responses: responses.jsonl.
         judgements: scores.jsonl.
-        seed: draws, together with the instruction's id, where the rule draws.
-        thought_prompt: what asked for the responses' thoughts.
+        seed: seeds the rule's random choices, together with the instruction's id.
+        thought_prompt: the prompt that asked for the thoughts of the responses.
 
     Raises:
-        SelfalignError: too few are left; the reasons are counted.
+        SelfalignError: too few pairs or positives are left; the drops are counted by reason.
     """
-    families = read_groups(instructions, responses, judgements)
+    groups = read_groups(instructions, responses, judgements)
     tally = PairCounts()
     if isinstance(rule, PositivesOnly):
-        counts = _keep_positives(out, rule, tally.watch(families), tally, thought_prompt)
+        counts = _keep_positives(out, rule, tally.count_groups(groups), tally, thought_prompt)
     else:
-        counts = _keep_pairs(out, rule, tally.watch(families), tally, seed, thought_prompt)
-    biased = tally.length_correlation.value
-    return counts | ({} if biased is None else {catalog.SCORE_LENGTH_CORRELATION.name: biased})
+        counts = _keep_pairs(out, rule, tally.count_groups(groups), tally, seed, thought_prompt)
+    length_correlation = tally.length_correlation.value
+    if length_correlation is not None:
+        counts |= {catalog.SCORE_LENGTH_CORRELATION.name: length_correlation}
+    return counts
 
 
 @dataclass(frozen=True, slots=True)
 class InstructionGroup:
-    """An instruction with its responses, and the scores of those that have one, by their ids."""
+    """An instruction, its responses, and {response id: score} of the responses that have one."""
 
     instruction: Instruction
     responses: list[Response]
@@ -90,33 +93,32 @@ class InstructionGroup:
 
 
 def read_groups(instructions: Artifact, responses: Artifact, judgements: Artifact) -> Iterator[InstructionGroup]:
-    """One instruction at a time: the three files have the same order.
+    """Yield one instruction at a time. The three files must have the same order.
 
     Raises:
-        SelfalignError: they have not.
+        SelfalignError: their orders differ.
     """
-    answers, scores = responses.path / "responses.jsonl", judgements.path / "scores.jsonl"
-    judged = join_sorted(
-        stream_records(answers, Response), stream_records(scores, ResponseScore), lambda score: score.id, scores
-    )
-    asked = stream_records(instructions.path / "instructions.jsonl", Instruction)
-    for instruction, family in join_sorted(asked, judged, lambda answer: answer[0].instruction_id, answers):
-        known = {response.id: score.score for response, own in family for score in own if score.score is not None}
-        yield InstructionGroup(instruction, [response for response, _ in family], known)
+    responses_file, scores_file = responses.path / "responses.jsonl", judgements.path / "scores.jsonl"
+    score_records = stream_records(scores_file, ResponseScore)
+    scored = join_sorted(stream_records(responses_file, Response), score_records, lambda score: score.id, scores_file)
+    prompts = stream_records(instructions.path / "instructions.jsonl", Instruction)
+    for instruction, group in join_sorted(prompts, scored, lambda one: one[0].instruction_id, responses_file):
+        known = {response.id: score.score for response, own in group for score in own if score.score is not None}
+        yield InstructionGroup(instruction, [response for response, _ in group], known)
 
 
 @dataclass(slots=True)
 class PairCounts:
-    """What is counted while families come by.
+    """Running counts over instructions and pairs.
 
     Attributes:
-        instructions: how many came.
-        unjudged: responses without a score.
-        wanted: pairs that were to be made.
-        drops: those, or positives, that were not, by reason.
-        margin: of the scores in each pair.
-        longer: tokens of the chosen response less those of the rejected one, in each pair.
-        length_correlation: Spearman's correlation of score and length, in each family that has one.
+        instructions: number of instructions.
+        unjudged: number of responses without a score.
+        wanted: number of pairs if none were dropped.
+        drops: {reason: number of dropped pairs or positives}.
+        margin: mean score margin of the pairs.
+        length_difference: mean tokens of the chosen response minus those of the rejected one.
+        length_correlation: mean over instructions of Spearman's correlation of score and length.
     """
 
     instructions: int = 0
@@ -124,54 +126,54 @@ class PairCounts:
     wanted: int = 0
     drops: Counter[str] = field(default_factory=Counter)
     margin: RunningMean = field(default_factory=RunningMean)
-    longer: RunningMean = field(default_factory=RunningMean)
+    length_difference: RunningMean = field(default_factory=RunningMean)
     length_correlation: RunningMean = field(default_factory=RunningMean)
 
-    def watch(self, families: Iterable[InstructionGroup]) -> Iterator[InstructionGroup]:
-        """The same families, counted."""
-        for family in families:
+    def count_groups(self, groups: Iterable[InstructionGroup]) -> Iterator[InstructionGroup]:
+        """Yield the groups unchanged and count each one."""
+        for group in groups:
             self.instructions += 1
-            self.unjudged += len(family.responses) - len(family.scores)
-            judged = [response for response in family.responses if response.id in family.scores]
-            found = correlation([family.scores[r.id] for r in judged], [r.tokens for r in judged], "spearman")
+            self.unjudged += len(group.responses) - len(group.scores)
+            judged = [response for response in group.responses if response.id in group.scores]
+            found = correlation([group.scores[r.id] for r in judged], [r.tokens for r in judged], "spearman")
             if found is not None:
                 self.length_correlation.add(found)
-            yield family
+            yield group
 
 
 def _keep_pairs(
     out: StageOutput,
     rule: PairRule,
-    families: Iterable[InstructionGroup],
+    groups: Iterable[InstructionGroup],
     tally: PairCounts,
     seed: int,
     thought_prompt: str,
 ) -> Counts:
-    """Writes the pairs of every instruction; `candidate_pairs` is kept and dropped ones together."""
+    """Write the pairs of every instruction. `candidate_pairs` counts kept and dropped pairs."""
 
-    def made() -> Iterator[PreferencePair]:
-        for family in families:
-            drawn = derive_seed(seed, family.instruction.id)
-            picked, dropped = pick_pairs(rule, family.responses, family.scores, drawn)
+    def pairs() -> Iterator[PreferencePair]:
+        for group in groups:
+            group_seed = derive_seed(seed, group.instruction.id)
+            picked, dropped = pick_pairs(rule, group.responses, group.scores, group_seed)
             tally.drops += dropped
-            tally.wanted += rule.wanted(len(family.responses))
+            tally.wanted += rule.wanted(len(group.responses))
             for chosen, rejected in picked:
                 tally.margin.add(chosen.score - rejected.score)
-                tally.longer.add(chosen.response.tokens - rejected.response.tokens)
-                yield _pair_of(family.instruction, chosen, rejected, thought_prompt)
+                tally.length_difference.add(chosen.response.tokens - rejected.response.tokens)
+                yield _pair_of(group.instruction, chosen, rejected, thought_prompt)
         if tally.margin.count < rule.minimum_pairs:
             raise SelfalignError(
                 f"{out.label}: {tally.margin.count} pairs from {tally.instructions} instructions, fewer than "
-                f"pair.minimum_pairs={rule.minimum_pairs} (dropped: {dict(tally.drops)}); a judge that ties too often "
-                "needs evaluation fine-tuning or judge=expected_score, alike candidates a higher temperature"
+                f"pair.minimum_pairs={rule.minimum_pairs} (dropped: {dict(tally.drops)}). If the judge ties too often, "
+                "use evaluation fine-tuning or judge=expected_score; if candidates are alike, raise the temperature"
             )
 
-    write_records(out.path / "pairs.jsonl", made())
+    write_records(out.path / "pairs.jsonl", pairs())
     return {
         catalog.PAIRS.name: tally.margin.count,
         catalog.CANDIDATE_PAIRS.name: tally.wanted,
         catalog.MEAN_SCORE_MARGIN.name: tally.margin.value,
-        catalog.MEAN_LENGTH_DIFFERENCE.name: tally.longer.value,
+        catalog.MEAN_LENGTH_DIFFERENCE.name: tally.length_difference.value,
         catalog.UNJUDGED_RESPONSES.name: tally.unjudged,
         "dropped": dict(sorted(tally.drops.items())),
     }
@@ -201,16 +203,16 @@ def _pair_of(
     )
 
 
-def size_of_given(*, source: str, count: int, **others: object) -> Size:
-    """The first ones, or all."""
-    return Size(f"the first {count} of {source}" if count else source, {"pairs": count or MANY})
+def size_of_given(*, source: DataSource, count: int, **others: object) -> Size:
+    """Return the number of pairs."""
+    return Size(f"the first {count} of {source}" if count else str(source), {"pairs": count or MANY})
 
 
 @stage(size=size_of_given, given=True)
 def given_pairs(
     out: StageOutput,
     *,
-    source: str,
+    source: DataSource,
     count: int,
     content: Content | str,
     held_out: list[Artifact],
@@ -218,26 +220,26 @@ def given_pairs(
     trained_on: list[Artifact],
     schema: Schema | None = None,
 ) -> Counts:
-    """Given preference data as pairs, and its chosen responses as demonstrations.
+    """Read given preference data as pairs, and their chosen responses as demonstrations.
 
     Args:
-        out: gets pairs.jsonl and demonstrations.jsonl.
+        out: receives pairs.jsonl and demonstrations.jsonl.
         source: a data source of preference pairs, or of ranked answers.
-        count: takes the first so many; 0 takes all.
-        content: of the source.
-        held_out: instructions.jsonl of what no training may see; pairs that ask one of these are dropped.
-        set_aside: how many pairs will be measured instead of trained on.
-        trained_on: artifacts with what M1 learns from, with which those may share no text.
-        schema: says the source's rows in a format that is known, where the user describes one.
+        count: number of pairs, the first ones; 0 takes all.
+        content: digest of the source.
+        held_out: artifacts with instructions.jsonl that no training may see. Pairs with one of them are dropped.
+        set_aside: number of pairs that the alignment will measure on instead of training on them.
+        trained_on: artifacts that M1 is trained on. The pairs set aside must share no text with them.
+        schema: the user's description of the source's rows; None for a known format.
 
     Raises:
-        SelfalignError: no pair is left, or not so many can be set aside, which is noticed before anything is trained.
+        SelfalignError: no pair is left, or too few can be set aside. The latter is checked before any training.
     """
     given, drops = read_pairs(source, schema)
     known = [record for part in held_out for record in read_records(part.path / "instructions.jsonl", Instruction)]
-    apart = _without_held_out(given, {compared(record.text) for record in known})
-    pairs = apart[: count or None]
-    drops.update(held_out=len(given) - len(apart), surplus=len(apart) - len(pairs))
+    usable = _without_held_out(given, {compared(record.text) for record in known})
+    pairs = usable[: count or None]
+    drops.update(held_out=len(given) - len(usable), surplus=len(usable) - len(pairs))
     if not pairs:
         raise SelfalignError(f"{source}: no usable pair (dropped: {dict(+drops)})")
     if set_aside:
@@ -249,24 +251,24 @@ def given_pairs(
 
 
 def _without_held_out(pairs: list[PreferencePair], held_out: set[str]) -> list[PreferencePair]:
-    """Pairs none of whose turns is a held-out instruction."""
+    """Return the pairs that have no held-out instruction among their turns."""
     return [pair for pair in pairs if texts_in(pair.prompt).isdisjoint(held_out)]
 
 
 def size_of_gathered(*, parts: list[Artifact]) -> Size:
-    """All of the parts."""
-    found = {name: sum(records_in(part, name) for part in parts) for name in ("pairs", "demonstrations")}
-    name, most = ("pairs", found["pairs"]) if found["pairs"] else ("demonstrations", found["demonstrations"])
-    return Size(f"{amount(most)} of {len(parts)} parts", {name: most})
+    """Return the number of pairs or demonstrations of all parts."""
+    counts = {name: sum(records_in(part, name) for part in parts) for name in ("pairs", "demonstrations")}
+    name = "pairs" if counts["pairs"] else "demonstrations"
+    return Size(f"{amount(counts[name])} {name} of {len(parts)} iterations", {name: counts[name]})
 
 
 @stage(size=size_of_gathered)
 def gather_pairs(out: StageOutput, *, parts: list[Artifact]) -> Counts:
-    """What several iterations made, together, the earliest first.
+    """Join the pairs or positives of several iterations, the earliest first.
 
     Args:
-        out: gets pairs.jsonl, or demonstrations.jsonl for positives, whichever the parts have.
-        parts: what `pair` made in each iteration; M1's demonstrations may come before positives.
+        out: receives pairs.jsonl, or demonstrations.jsonl for positives.
+        parts: the artifacts of `pair` in each iteration. Before positives there may be M1's demonstrations.
     """
     names = {"pairs": PreferencePair, "demonstrations": Demonstration}
     name = "pairs" if (parts[0].path / "pairs.jsonl").exists() else "demonstrations"
@@ -279,18 +281,18 @@ def gather_pairs(out: StageOutput, *, parts: list[Artifact]) -> Counts:
 def _keep_positives(
     out: StageOutput,
     rule: PositivesOnly,
-    families: Iterable[InstructionGroup],
+    groups: Iterable[InstructionGroup],
     tally: PairCounts,
     thought_prompt: str,
 ) -> Counts:
     kept = 0
 
-    def made() -> Iterator[Demonstration]:
+    def positives() -> Iterator[Demonstration]:
         nonlocal kept
-        for family in families:
-            prompt = as_prompt(family.instruction.text)
-            for response in family.responses:
-                reason = _against_positive(response, family.scores.get(response.id), rule)
+        for group in groups:
+            prompt = as_prompt(group.instruction.text)
+            for response in group.responses:
+                reason = _reason_to_drop(response, group.scores.get(response.id), rule)
                 if reason:
                     tally.drops[reason] += 1
                 else:
@@ -311,12 +313,12 @@ def _keep_positives(
                 "pair.minimum_score"
             )
 
-    write_records(out.path / "demonstrations.jsonl", made())
+    write_records(out.path / "demonstrations.jsonl", positives())
     return {catalog.POSITIVES.name: kept, "dropped": dict(sorted(tally.drops.items()))}
 
 
-def _against_positive(response: Response, score: float | None, rule: PositivesOnly) -> str | None:
-    """Why a response is no positive, or None."""
+def _reason_to_drop(response: Response, score: float | None, rule: PositivesOnly) -> str | None:
+    """Return the reason why a response is no positive, or None."""
     if score is None:
         return "unjudged"
     if score < rule.minimum_score:

@@ -1,4 +1,4 @@
-"""preference_accuracy: held-out pairs + log-probabilities of a policy and its reference → margin, accuracy, Δ."""
+"""preference_accuracy: held-out pairs + log-probabilities of policy and reference → margin, accuracy and Δ."""
 
 import logging
 import math
@@ -17,6 +17,7 @@ from selfalign.core.records import (
     PreferencePair,
     RankedAnswers,
 )
+from selfalign.data.mixtures import DataSource
 from selfalign.data.sources import best_against_worst, read_pairs
 from selfalign.data.thinking import given_response
 from selfalign.data.turns import as_text
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 def size(*, pairs: Artifact, **others: object) -> Size:
-    """Every pair."""
+    """Return the number of pairs."""
     return Size(f"margin, accuracy and Δ of {amount(records_in(pairs, 'pairs'))} pairs", {})
 
 
@@ -50,36 +51,38 @@ def preference_accuracy(
     scores: Artifact | None,
     beta: float,
 ) -> Counts:
-    """Measures a policy's implicit rewards on pairs it was not trained on (arXiv 2405.21040, METHOD.md section 2).
+    """Measure a policy's implicit rewards on pairs that it was not trained on (arXiv 2405.21040).
 
-    Every number has its 95 % interval over pairs: Wilson's for shares, Student's t for the mean margin, by bootstrap
-    elsewhere. A correlation is left out where it is not defined.
+    Every metric has a 95 % interval over pairs: Wilson's for shares, Student's t for the mean margin, and a bootstrap
+    interval for the others. An undefined correlation is left out.
 
     Args:
-        out: gets preferences.jsonl, a record a pair.
+        out: receives preferences.jsonl, one record for each pair.
         pairs: pairs.jsonl.
-        trained_on: artifacts with what was trained on; a pair that shares a prompt or a response with it is dropped.
-        policy: references.jsonl, the policy's log-probabilities of the pairs given x and p⊕x.
-        reference: the same of the policy it is measured against.
-        scores: scores.jsonl of both responses of every pair; None takes the scores that came with the pairs.
+        trained_on: artifacts that were trained on. A pair that shares a prompt or a response with them is dropped.
+        policy: references.jsonl with the policy's log-probabilities of the pairs, given x and p⊕x.
+        reference: references.jsonl with the reference's log-probabilities.
+        scores: scores.jsonl of both responses of every pair; None takes the scores that the pairs have.
         beta: β of the rewards.
 
     Raises:
-        SelfalignError: no pair is left, or a log-probability is not a number.
+        SelfalignError: no pair is left, or a log-probability is not finite.
     """
     given = read_records(pairs.path / "pairs.jsonl", PreferencePair)
-    apart = _apart(given, KnownTexts.of(trained_on))
-    own, other = (
+    unseen = _unseen(given, KnownTexts.of(trained_on))
+    policy_logps, reference_logps = (
         {record.id: record for record in read_records(artifact.path / "references.jsonl", PairReference)}
         for artifact in (policy, reference)
     )
-    kept = [pair for pair in apart if pair.id in own]
-    dropped = {"trained_on": len(given) - len(apart), "too_long": len(apart) - len(kept)}
+    kept = [pair for pair in unseen if pair.id in policy_logps]
+    dropped = {"trained_on": len(given) - len(unseen), "too_long": len(unseen) - len(kept)}
     if not kept:
-        raise SelfalignError(f"{out.label}: no pair of evaluate.preference_pairs.source is left (dropped: {dropped})")
+        raise SelfalignError(
+            f"{out.label}: no pair of evaluate.preference_pairs.source is left (dropped: {dropped}). Give others"
+        )
     measured = measure_pairs(
-        [own[pair.id] for pair in kept],
-        [other[pair.id] for pair in kept],
+        [policy_logps[pair.id] for pair in kept],
+        [reference_logps[pair.id] for pair in kept],
         beta,
         score_differences(kept, None if scores is None else read_scores(scores.path)),
     )
@@ -94,15 +97,15 @@ def preference_accuracy(
     }
 
 
-def _apart(pairs: Sequence[PreferencePair], known: KnownTexts) -> list[PreferencePair]:
-    """The pairs that share no prompt and no response with what was trained on."""
+def _unseen(pairs: Sequence[PreferencePair], known: KnownTexts) -> list[PreferencePair]:
+    """Return the pairs that share no prompt and no response with the training data."""
     return [pair for pair in pairs if not known.shares(texts_of(pair.prompt, pair.chosen, pair.rejected))]
 
 
 def measure_pairs(
     policy: Sequence[PairReference], reference: Sequence[PairReference], beta: float, scores: Sequence[float | None]
 ) -> list[PairMargin]:
-    """Log-ratios, margin and Δ of every pair, and how much higher its chosen response scores."""
+    """Return log-ratios (nats), margin and Δ (units of reward) and score difference of every pair."""
     (plain, augmented), (plain_ref, augmented_ref) = as_logps(policy), as_logps(reference)
     chosen, rejected = rewards(beta, plain, plain_ref)
     columns = (
@@ -127,21 +130,23 @@ def measure_pairs(
 
 
 def as_logps(records: Sequence[PairReference]) -> tuple[PairLogps, PairLogps]:
-    """Log-probabilities given x, and given p⊕x.
+    """Return the log-probabilities given x and those given p⊕x, as float64 of shape (pairs,).
 
     Raises:
-        SelfalignError: one is not a number.
+        SelfalignError: a log-probability is missing or not finite.
     """
     rows = [(r.chosen, r.rejected, r.augmented_chosen, r.augmented_rejected) for r in records]
     wrong = [r.id for r, row in zip(records, rows, strict=True) if any(v is None or not math.isfinite(v) for v in row)]
     if wrong:
-        raise SelfalignError(f"the log-probabilities of pair {wrong[0]} ({len(wrong)} in all) are no finite numbers")
+        raise SelfalignError(
+            f"references.jsonl: log-probabilities of {len(wrong)} pairs, such as {wrong[0]}, are missing or not finite"
+        )
     columns = torch.tensor(rows, dtype=torch.float64).unbind(1)
     return PairLogps(chosen=columns[0], rejected=columns[1]), PairLogps(chosen=columns[2], rejected=columns[3])
 
 
 def score_differences(pairs: Sequence[PreferencePair], scores: dict[str, float] | None) -> list[float | None]:
-    """s⁺ - s⁻ of every pair, by a judge or as it came with the pairs; None where one of the two has no score."""
+    """Return s⁺ - s⁻ of every pair, from `scores` or else from the pairs; None if a response has no score."""
     both = [
         (pair.chosen_score, pair.rejected_score)
         if scores is None
@@ -152,7 +157,7 @@ def score_differences(pairs: Sequence[PreferencePair], scores: dict[str, float] 
 
 
 def reward_numbers(measured: Sequence[PairMargin], beta: float) -> dict[str, float]:
-    """The reward metrics with their intervals."""
+    """Return the reward metrics with their intervals."""
     deltas = [pair.delta for pair in measured]
     sums = reward_metrics([beta * pair.chosen for pair in measured], [beta * p.rejected for p in measured], deltas)
     spread = np.array(deltas)
@@ -165,7 +170,7 @@ def reward_numbers(measured: Sequence[PairMargin], beta: float) -> dict[str, flo
 
 
 def score_correlations(measured: Sequence[PairMargin]) -> dict[str, float]:
-    """Pearson's and Spearman's correlation of margin and of Δ with the score difference, over the scored pairs."""
+    """Return Pearson's and Spearman's correlation of margin and of Δ with the score difference, over scored pairs."""
     scored = [(pair.margin, pair.delta, d) for pair in measured if (d := pair.score_difference) is not None]
     if not scored:
         return {}
@@ -181,8 +186,8 @@ def score_correlations(measured: Sequence[PairMargin]) -> dict[str, float]:
     return numbers
 
 
-def size_of_test(*, source: str, count: int, **others: object) -> Size:
-    """The first pairs, or all, with two responses each."""
+def size_of_test(*, source: DataSource, count: int, **others: object) -> Size:
+    """Return the number of pairs, with two responses each."""
     most = count or MANY
     return Size(f"{count or 'all'} pairs of {source}", {"pairs": most, "instructions": most, "responses": 2 * most})
 
@@ -191,27 +196,29 @@ def size_of_test(*, source: str, count: int, **others: object) -> Size:
 def preference_test(
     out: StageOutput,
     *,
-    source: str,
+    source: DataSource,
     count: int,
     content: Content | str,
     ranked: Artifact | None,
     trained_on: list[Artifact],
 ) -> Counts:
-    """Given preference data as pairs to measure on, and as responses that a judge can score.
+    """Read given preference data as held-out pairs, and as responses that a judge can score.
+
+    Only the first pair of an instruction is taken, because the intervals assume independent pairs. The others are
+    counted as dropped.
 
     Args:
-        out: gets pairs.jsonl, instructions.jsonl and responses.jsonl, whose ids are the pair's, with "-chosen" and
-            "-rejected" behind it.
-        source: a data source of preference pairs.
-        count: the first so many; 0 takes all. Of several pairs with one instruction the first is taken and the others
-            are counted, so that the pairs are independent of each other, as their intervals suppose.
-        content: of the source.
-        ranked: ranked.jsonl, whose answers are paired where the source names no data.
-        trained_on: artifacts with what is given to be trained on. Pairs that share a text with it stay, since what a
-            run writes itself may rule out others too, and `preferences` drops them all; but some must be left.
+        out: receives pairs.jsonl, instructions.jsonl and responses.jsonl. A response's id is the pair's id with
+            "-chosen" or "-rejected" appended.
+        source: a data source of preference pairs, or "ranked".
+        count: number of pairs, the first ones; 0 takes all.
+        content: digest of the source.
+        ranked: ranked.jsonl, whose answers are paired if the source is "ranked"; else None.
+        trained_on: artifacts of the given training data. Pairs that share a text with them are kept here, because
+            `preference_accuracy` drops them together with those that share one with generated data.
 
     Raises:
-        SelfalignError: there is no pair, or none that could be measured.
+        SelfalignError: there is no pair, or all pairs share a text with `trained_on`.
     """
     if ranked is None:
         found, drops = read_pairs(source)
@@ -219,37 +226,37 @@ def preference_test(
         questions = read_records(ranked.path / "ranked.jsonl", RankedAnswers)
         drops: Counter[str] = Counter()
         found = [pair for question in questions if (pair := best_against_worst(question, drops)) is not None]
-    by_prompt = {texts_of(pair.prompt).own[0]: pair for pair in reversed(found)}
-    apart = [pair for pair in found if by_prompt[texts_of(pair.prompt).own[0]] is pair]
-    pairs = apart[: count or None]
-    drops.update(same_instruction=len(found) - len(apart))
+    first_of_prompt = {texts_of(pair.prompt).own[0]: pair for pair in reversed(found)}
+    independent = [pair for pair in found if first_of_prompt[texts_of(pair.prompt).own[0]] is pair]
+    pairs = independent[: count or None]
+    drops.update(same_instruction=len(found) - len(independent))
     if not pairs:
         raise SelfalignError(f"evaluate.preference_pairs.source={source}: no usable pair (dropped: {dict(+drops)})")
-    _check_apart(source, pairs, KnownTexts.of(trained_on))
+    _check_unseen(source, pairs, KnownTexts.of(trained_on))
     write_records(out.path / "pairs.jsonl", pairs)
-    asked = [Instruction(id=pair.id, text=as_text(pair.prompt), source="evaluation") for pair in pairs]
-    write_records(out.path / "instructions.jsonl", asked)
-    answers = [
-        given_response(f"{pair.id}-{which}", pair.id, text, "given")
+    instructions = [Instruction(id=pair.id, text=as_text(pair.prompt), source="evaluation") for pair in pairs]
+    write_records(out.path / "instructions.jsonl", instructions)
+    responses = [
+        given_response(f"{pair.id}-{role}", pair.id, text, "given")
         for pair in pairs
-        for which, text in (("chosen", pair.chosen), ("rejected", pair.rejected))
+        for role, text in (("chosen", pair.chosen), ("rejected", pair.rejected))
     ]
-    write_records(out.path / "responses.jsonl", answers)
+    write_records(out.path / "responses.jsonl", responses)
     return {catalog.PAIRS.name: len(pairs), "dropped": dict(sorted((+drops).items()))}
 
 
-def _check_apart(source: str, pairs: Sequence[PreferencePair], known: KnownTexts) -> None:
-    """Says how many pairs cannot be measured, because they share a prompt or a response with what is trained on.
+def _check_unseen(source: DataSource, pairs: Sequence[PreferencePair], known: KnownTexts) -> None:
+    """Warn about pairs that share a prompt or a response with the training data.
 
     Raises:
-        SelfalignError: none can.
+        SelfalignError: all pairs do.
     """
-    taught = len(pairs) - len(_apart(pairs, known))
-    said = (
-        f"evaluate.preference_pairs.source={source}: {taught} of {len(pairs)} pairs share a prompt or a response "
-        f"with what"
+    seen = len(pairs) - len(_unseen(pairs, known))
+    problem = (
+        f"evaluate.preference_pairs.source={source}: {seen} of {len(pairs)} pairs share a prompt or a response with "
+        "the training data"
     )
-    if taught == len(pairs):
-        raise SelfalignError(f"{said} is trained on, so none could be measured: give others")
-    if taught:
-        logger.warning("%s is trained on, and are not measured", said)
+    if seen == len(pairs):
+        raise SelfalignError(f"{problem}, so none can be measured: give others")
+    if seen:
+        logger.warning("%s and are not measured", problem)

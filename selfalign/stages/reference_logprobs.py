@@ -1,4 +1,4 @@
-"""reference_logprobs: pairs + the reference policy → its log-probabilities, computed once."""
+"""reference_logprobs: pairs + a policy → its log-probabilities of both responses."""
 
 from collections import Counter
 
@@ -17,7 +17,7 @@ from selfalign.training.config import LogProbSettings
 
 
 def size(*, pairs: Artifact, augmentation: Refinement | None, **others: object) -> Size:
-    """Every pair."""
+    """Return the number of pairs."""
     count = records_in(pairs, "pairs")
     return Size(f"log-probabilities of {amount(count)} pairs given x{' and p⊕x' * (augmentation is not None)}", {})
 
@@ -31,14 +31,14 @@ def reference_logprobs(
     augmentation: Refinement | None,
     precision: LogProbSettings,
 ) -> Counts:
-    """Scores every pair under the reference policy, given x and, for the Sr losses, given p⊕x.
+    """Compute log-probabilities of every pair under a policy, given x and, for the Sr losses, given p⊕x.
 
     Args:
-        out: gets references.jsonl.
-        policy: the reference.
+        out: receives references.jsonl; values are nats, summed over response tokens.
+        policy: the policy, usually the reference.
         pairs: pairs.jsonl.
-        augmentation: p, or None where the loss has no second pass.
-        precision: as training will have it, so that the policy's own values start out the same.
+        augmentation: p; None if the loss has no second pass.
+        precision: the settings of training, so that the policy's values agree at the first step.
     """
     loaded = PolicyCheckpoint(policy.path).load(precision.dtype, keep_adapter=True)
     scorer = LogProbScorer(loaded, precision.max_batch_tokens, autocast=precision.autocast)
@@ -55,7 +55,7 @@ def reference_logprobs(
     )
     responses = 4 if augmentation else 2
     with out.journal(responses * count_records(file), "responses") as journal:
-        references = (made for chunk in chunks(examples) for made in _score(scorer, journal, chunk))
+        references = (record for chunk in chunks(examples) for record in _score(scorer, journal, chunk))
         write_records(out.path / "references.jsonl", references)
         journal.advance(responses * tally["too_long"])
     return {
@@ -68,7 +68,7 @@ def reference_logprobs(
 
 
 def _score(scorer: LogProbScorer, journal: Journal, examples: list[PairExample]) -> list[PairReference]:
-    """The values of some pairs, in their order."""
+    """Return the records of some pairs, in their order."""
     augmented = [example.augmented for example in examples if example.augmented is not None]
     sums = list(scorer.score_all([example.plain for example in examples], journal, "plain"))
     sums_p = list(scorer.score_all(augmented, journal, "augmented")) or [[None, None]] * len(examples)

@@ -12,11 +12,11 @@ from selfalign.store.stage import Size, amount, records_in, stage
 
 @dataclass(kw_only=True, slots=True)
 class RespondConfig:
-    """How candidates are written: N=4 at T=0.7 and top-p 0.9 in arXiv 2401.10020.
+    """How candidates are generated. arXiv 2401.10020 takes N=4 at temperature 0.7 and top-p 0.9.
 
     Attributes:
-        candidates: N, responses to each instruction.
-        sampling: how they are drawn.
+        candidates: N, the number of responses to each instruction.
+        sampling: how they are sampled.
     """
 
     candidates: int = 4
@@ -29,7 +29,7 @@ class RespondConfig:
 
 
 def size(*, config: RespondConfig, instructions: Artifact, **others: object) -> Size:
-    """As many responses as are asked for, each as long as it may be."""
+    """Return the number of responses and their maximum length in tokens."""
     count = records_in(instructions, "instructions")
     text = f"{amount(count)} instructions, {config.candidates} response{'s' * (config.candidates > 1)} each"
     counts = {"responses": count * config.candidates, "tokens_each": config.sampling.longest}
@@ -46,15 +46,15 @@ def respond(
     engine: Engine,
     seed: int,
 ) -> Counts:
-    """Answers every instruction `candidates` times; each response has a random stream of its own.
+    """Generate `candidates` responses to every instruction. Each response has its own random stream.
 
     Args:
-        out: gets responses.jsonl.
-        config: how many, and how they are drawn.
-        policy: who answers.
+        out: receives responses.jsonl.
+        config: number of candidates and sampling.
+        policy: the policy that responds.
         instructions: instructions.jsonl.
-        engine: the engine.
-        seed: draws the tokens, together with the instruction's id and the candidate's number.
+        engine: generates the responses.
+        seed: seeds the sampling, together with the instruction's id and the candidate's number.
 
     Raises:
         SelfalignError: no instruction fits into the context.

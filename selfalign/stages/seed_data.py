@@ -1,15 +1,17 @@
-"""seed_data: given data → demonstrations (IFT + EFT) and held-out ranked answers."""
+"""seed_data: data sources → demonstrations (IFT + EFT) and held-out ranked answers."""
 
 import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_text
 from selfalign.core.jsonl import write_records
 from selfalign.core.records import Demonstration, Instruction, RankedAnswers, Response
+from selfalign.data.mixtures import DataSource, data_source
 from selfalign.data.schemas import Schema
 from selfalign.data.sources import read_demonstrations, read_ranked
 from selfalign.data.thinking import given_response
@@ -24,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class EFTSource(StrEnum):
-    """Who writes the EFT examples: nobody, a human (scores or ranks as they were given), or the SFT baseline."""
+    """The author of the EFT examples: none, humans (through their scores or ranks), or the SFT baseline."""
 
     none = "none"
     human = "human"
@@ -33,24 +35,24 @@ class EFTSource(StrEnum):
 
 @dataclass(kw_only=True, slots=True)
 class SeedDataConfig:
-    """What M1 learns from, and what its judging is measured on.
+    """The training data of M1, and the ranked questions on which its judging is measured.
 
     Attributes:
-        demonstrations: instructions with good answers (IFT); empty for none.
-        ranked: questions with ranked answers, for evaluation fine-tuning (EFT) and judge quality; empty for none.
-        max_demonstrations: at most so many IFT examples, in the order of the file; 0 takes all.
-        max_ranked: at most so many ranked questions, in the order of the file; 0 takes all.
-        held_out_share: share of the ranked questions that no training sees.
-        eft_source: who writes the EFT examples: "none" (there are none, M1 is the paper's SFT baseline),
-            "human" (targets straight from human scores or ranks, which small models need) or "baseline" (the SFT
-            baseline writes justification and score, of which those in the humans' order are kept; arXiv 2401.10020,
-            section 3.1).
-        max_score_imbalance: of EFT examples by the baseline, the most common score keeps at most so many times the
-            examples of the second most common one; the paper drops "part" of them.
+        demonstrations: a data source of instructions with good responses (IFT); empty for none.
+        ranked: a data source of questions with ranked answers, for evaluation fine-tuning (EFT) and judge quality;
+            empty for none.
+        max_demonstrations: the most IFT examples, the first of the file; 0 takes all.
+        max_ranked: the most ranked questions, the first of the file; 0 takes all.
+        held_out_share: share of the ranked questions that are held out of all training.
+        eft_source: the author of the EFT examples. "none": there are none, and M1 is the paper's SFT baseline.
+            "human": targets come from human scores or ranks, which small models need. "baseline": the SFT baseline
+            writes justifications and scores, and those in the humans' order are kept (arXiv 2401.10020, section 3.1).
+        max_score_imbalance: for EFT examples by the baseline, the largest ratio of the examples with the most common
+            score to those with the second most common score. The paper drops "part" of the former.
     """
 
-    demonstrations: str = "shipped:ift"
-    ranked: str = "shipped:ranked"
+    demonstrations: Any = "shipped:ift"
+    ranked: Any = "shipped:ranked"
     max_demonstrations: int = 0
     max_ranked: int = 0
     held_out_share: float = 0.3
@@ -58,6 +60,8 @@ class SeedDataConfig:
     max_score_imbalance: float = 1.0
 
     def __post_init__(self) -> None:
+        self.demonstrations = data_source(self.demonstrations, "data.seed_data.demonstrations")
+        self.ranked = data_source(self.ranked, "data.seed_data.ranked")
         if not 0 < self.held_out_share < 1:
             raise SelfalignError(f"data.seed_data.held_out_share must lie between 0 and 1, got {self.held_out_share}")
         for name in ("max_demonstrations", "max_ranked"):
@@ -75,7 +79,7 @@ class SeedDataConfig:
 
 
 def size(*, config: SeedDataConfig, **others: object) -> Size:
-    """As many as the data have, which is not known before they are read."""
+    """Return unknown numbers of demonstrations and questions: they are known once the data are read."""
     human = config.eft_source == EFTSource.human
     ift, ranked = MANY if config.demonstrations else 0, MANY if config.ranked else 0
     eft = ranked if human else 0
@@ -93,35 +97,35 @@ def seed_data(
     contents: Sequence[Content | str],
     schema: Schema | None = None,
 ) -> Counts:
-    """Builds the SFT examples and sets ranked questions aside.
+    """Make the SFT examples, and hold ranked questions out.
 
     Args:
-        out: gets demonstrations.jsonl; taught.jsonl, the ranked questions that M1 learns to judge on, whoever writes
-            the judgements; and, of the held-out questions, ranked.jsonl, instructions.jsonl and responses.jsonl.
-        config: which data, and how it is split.
-        judge: its prompt is what EFT examples are written in.
-        contents: of the data sources.
-        schema: says their rows in a format that is known, where the user describes one.
+        out: receives demonstrations.jsonl; taught.jsonl, the ranked questions that EFT uses; and ranked.jsonl,
+            instructions.jsonl and responses.jsonl of the held-out questions.
+        config: the data sources and their split.
+        judge: its prompt becomes the prompt of EFT examples.
+        contents: digests of the data sources.
+        schema: the user's description of their rows; None for known formats.
     """
     data = read_seeds(config, schema)
     human = config.eft_source == EFTSource.human
-    examples = on_scale(data, judge) if human else []
-    eft = [demonstration for question in examples for demonstration in demonstrate_judging(question, judge)]
+    questions = match_scale(data, judge) if human else []
+    eft = [demonstration for question in questions for demonstration in demonstrate_judging(question, judge)]
     write_records(out.path / "demonstrations.jsonl", [*data.ift, *eft])
-    judged = config.eft_source != EFTSource.none
-    write_records(out.path / "taught.jsonl", data.taught if judged else [])
+    uses_eft = config.eft_source != EFTSource.none
+    write_records(out.path / "taught.jsonl", data.training if uses_eft else [])
     write_questions(out, data.held_out)
     return {
         catalog.IFT.name: len(data.ift),
         catalog.EFT.name: len(eft),
-        catalog.QUESTIONS_TAUGHT.name: len(data.taught),
+        catalog.QUESTIONS_TAUGHT.name: len(data.training),
         catalog.QUESTIONS_HELD_OUT.name: len(data.held_out),
         "dropped": dict(sorted((+data.drops).items())),
     }
 
 
 def size_of_taught(**others: object) -> Size:
-    """As many as the data have."""
+    """Return unknown numbers: they are known once the data are read."""
     return Size("ranked questions to teach judging with", {"instructions": MANY, "responses": MANY})
 
 
@@ -129,34 +133,41 @@ def size_of_taught(**others: object) -> Size:
 def taught_questions(
     out: StageOutput, *, config: SeedDataConfig, contents: Sequence[Content | str], schema: Schema | None = None
 ) -> Counts:
-    """The ranked questions that are not held out, with their answers, for the SFT baseline to judge.
+    """Write the ranked questions that are not held out, with their answers, for the SFT baseline to judge.
 
     Args:
-        out: gets ranked.jsonl, instructions.jsonl and responses.jsonl.
-        config: which data, and how it is split.
-        contents: of the data sources.
-        schema: as of `seeds`.
+        out: receives ranked.jsonl, instructions.jsonl and responses.jsonl.
+        config: the data sources and their split.
+        contents: digests of the data sources.
+        schema: the user's description of their rows; None for known formats.
     """
-    taught = read_seeds(config, schema).taught
-    write_questions(out, taught)
+    questions = read_seeds(config, schema).training
+    write_questions(out, questions)
     return {
-        catalog.QUESTIONS.name: len(taught),
-        catalog.RESPONSES.name: sum(len(question.texts) for question in taught),
+        catalog.QUESTIONS.name: len(questions),
+        catalog.RESPONSES.name: sum(len(question.texts) for question in questions),
     }
 
 
 @dataclass(frozen=True, slots=True)
 class SeedData:
-    """What was given, split: IFT examples, and ranked questions that teach judging or measure it."""
+    """The given data after the split.
+
+    Attributes:
+        ift: demonstrations of following instructions.
+        training: ranked questions for EFT.
+        held_out: ranked questions for judge quality.
+        drops: {reason: number of dropped rows}.
+    """
 
     ift: list[Demonstration]
-    taught: list[RankedAnswers]
+    training: list[RankedAnswers]
     held_out: list[RankedAnswers]
     drops: Counter[str]
 
 
 def read_seeds(config: SeedDataConfig, schema: Schema | None = None) -> SeedData:
-    """Reads both sources; a ranked question that is also an IFT prompt is dropped, so that no text has two uses.
+    """Read and split both sources. A ranked question that is also an IFT prompt is dropped.
 
     Raises:
         SelfalignError: no ranked question is left.
@@ -173,32 +184,31 @@ def read_seeds(config: SeedDataConfig, schema: Schema | None = None) -> SeedData
         questions, unused = read_ranked(config.ranked, schema)
         drops.update({f"ranked_{reason}": count for reason, count in unused.items()})
         _check_any("ranked", config.ranked, questions, unused)
-    asked = {text for demonstration in ift for text in texts_in(demonstration.prompt)}
-    apart = [question for question in questions if compared(question.instruction) not in asked]
-    drops["questions_in_demonstrations"] = len(questions) - len(apart)
-    if questions and not apart:
+    prompts = {text for demonstration in ift for text in texts_in(demonstration.prompt)}
+    usable = [question for question in questions if compared(question.instruction) not in prompts]
+    drops["questions_in_demonstrations"] = len(questions) - len(usable)
+    if questions and not usable:
         raise SelfalignError(
             f"all {len(questions)} questions of data.seed_data.ranked are prompts of data.seed_data.demonstrations: "
-            f"leave some "
-            "to it with data.seed_data.max_demonstrations"
+            "lower data.seed_data.max_demonstrations or give other questions"
         )
-    apart = apart[: config.max_ranked or None]
-    held_out = held_out_ids(apart, config.held_out_share)
+    usable = usable[: config.max_ranked or None]
+    held_out = held_out_ids(usable, config.held_out_share)
     return SeedData(
         ift=ift,
-        taught=[question for question in apart if question.id not in held_out],
-        held_out=[question for question in apart if question.id in held_out],
+        training=[question for question in usable if question.id not in held_out],
+        held_out=[question for question in usable if question.id in held_out],
         drops=drops,
     )
 
 
-def _check_any(key: str, source: str, found: Sequence[object], unused: Counter[str]) -> None:
+def _check_any(key: str, source: DataSource, found: Sequence[object], unused: Counter[str]) -> None:
     if not found:
-        raise SelfalignError(f"data.seed_data.{key}={source}: no row is of use (dropped: {dict(+unused)})")
+        raise SelfalignError(f"data.seed_data.{key}={source}: no usable row (dropped: {dict(+unused)})")
 
 
 def write_questions(out: StageOutput, questions: list[RankedAnswers]) -> None:
-    """Writes ranked questions and, as the judge stage reads them, their instructions and responses."""
+    """Write ranked questions, and their instructions and responses for the judge stage."""
     write_records(out.path / "ranked.jsonl", questions)
     write_records(
         out.path / "instructions.jsonl",
@@ -210,38 +220,38 @@ def write_questions(out: StageOutput, questions: list[RankedAnswers]) -> None:
 
 
 def held_out_ids(questions: list[RankedAnswers], share: float) -> set[str]:
-    """The questions set aside: those whose text has the smallest digests, so their file's order does not matter.
+    """Return the ids of the held-out questions: those whose texts have the smallest digests.
 
-    A text that occurs twice, however it is encoded, is on one side both times.
+    So the split does not depend on the order of the file, and equal texts are on the same side.
     """
     digests = {question.id: digest_text(compared(question.instruction)) for question in questions}
-    order = sorted(set(digests.values()))
-    chosen = set(order[: round(share * len(order))])
-    return {name for name, digest in digests.items() if digest in chosen}
+    ordered = sorted(set(digests.values()))
+    held_out = set(ordered[: round(share * len(ordered))])
+    return {question_id for question_id, digest in digests.items() if digest in held_out}
 
 
-def on_scale(data: SeedData, judge: TeachableJudge | Pairwise) -> list[RankedAnswers]:
-    """The questions that teach judging: without scores where these are not of the judge's scale.
+def match_scale(data: SeedData, judge: TeachableJudge | Pairwise) -> list[RankedAnswers]:
+    """Return the questions for EFT, without their scores if these have another scale than the judge's.
 
-    Scores of one source have one scale. Where any lies outside the judge's, those within mean something else too: 4 of
-    10 is not 4 of 5.
+    All scores of a source have one scale. If one is outside the judge's scale, the others mean something else too:
+    4 of 10 is not 4 of 5.
     """
-    given = [score for question in (*data.taught, *data.held_out) for score in question.scores]
-    if isinstance(judge, Pairwise) or not given or judge.min_score <= min(given) <= max(given) <= judge.max_score:
-        return data.taught
+    scores = [score for question in (*data.training, *data.held_out) for score in question.scores]
+    if isinstance(judge, Pairwise) or not scores or judge.min_score <= min(scores) <= max(scores) <= judge.max_score:
+        return data.training
     logger.warning(
-        "data.seed_data.ranked has scores from %d to %d, which is not the judge's scale from %d to %d: judging is "
-        "taught by the ranks alone, spread over that scale",
-        min(given),
-        max(given),
+        "data.seed_data.ranked has scores from %d to %d, but the judge's scale is %d to %d. EFT targets come from the "
+        "ranks instead, spread over the judge's scale",
+        min(scores),
+        max(scores),
         judge.min_score,
         judge.max_score,
     )
-    return [replace(question, scores=[]) for question in data.taught]
+    return [replace(question, scores=[]) for question in data.training]
 
 
 def demonstrate_judging(question: RankedAnswers, judge: TeachableJudge | Pairwise) -> list[Demonstration]:
-    """One EFT example an answer: the judge's prompt, and the judgement a human's score or rank asks for."""
+    """Return one EFT example for each answer: the judge's prompt, and a judgement with the human's score."""
     if isinstance(judge, Pairwise):
         return judge.demonstrate(question)
     scores = question.scores or scores_from_ranks(question.ranks, judge.min_score, judge.max_score)
@@ -261,14 +271,14 @@ def demonstrate_judging(question: RankedAnswers, judge: TeachableJudge | Pairwis
 
 
 def scores_from_ranks(ranks: list[int], low: int, high: int) -> list[int]:
-    """Scores that keep the human order: the best gets `high`, the worst `low`, the others lie evenly between."""
+    """Return evenly spaced scores in the human order: `high` for the best answer, `low` for the worst."""
     order = sorted(ranks)
     step = (high - low) / (len(ranks) - 1)
     return [round(high - step * order.index(rank)) for rank in ranks]
 
 
 def given_answers(question: RankedAnswers) -> list[Response]:
-    """A question's answers as responses to judge."""
+    """Return a question's answers as responses to judge."""
     return [
         given_response(f"{question.id}-{index}", question.id, text, "human")
         for index, text in enumerate(question.texts, start=1)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def size(*, demonstrations: Artifact, optimization: Optimization, **others: object) -> Size:
-    """Its epochs and batches."""
+    """Return the number of demonstrations, the epochs and the batch size."""
     count = amount(records_in(demonstrations, "demonstrations"))
     return Size(f"SFT on {count} demonstrations, epochs {optimization.epochs}, batch {optimization.batch_size}", {})
 
@@ -50,15 +50,15 @@ def sft(
     optimization: Optimization,
     weights: TrainableWeights,
 ) -> Counts:
-    """Fine-tunes a policy on demonstrations; the loss is on target tokens only.
+    """Fine-tune a policy on demonstrations. The loss is on response tokens only.
 
     Args:
-        out: gets the trained policy.
-        policy: where training starts.
-        base: M0, which an adapter belongs to.
+        out: receives the trained policy.
+        policy: the start of training.
+        base: M0, the base of an adapter.
         demonstrations: demonstrations.jsonl.
         optimization: rates, sizes and lengths.
-        weights: which weights are trained.
+        weights: the weights to train.
     """
     records, tally = stream_records(demonstrations.path / "demonstrations.jsonl", Demonstration), Counter[str]()
     tokenizer = PolicyCheckpoint(policy.path).load_tokenizer()
@@ -90,12 +90,12 @@ def group_demonstrations(
     *,
     mask_thought: bool = False,
 ) -> Iterator[SharedPrompt]:
-    """The demonstrations that fit, as tokens: neighbours of one question together, with what they share computed once.
+    """Tokenise the demonstrations that fit. Neighbours of one question are grouped and share their prompt's prefix.
 
     Thoughts that are masked are read as the end of the prompt.
 
     Raises:
-        SelfalignError: none fits.
+        SelfalignError: no demonstration fits.
     """
 
     def fitting() -> Iterator[Encoded]:
@@ -110,10 +110,10 @@ def group_demonstrations(
                     tally["unknown"] += 1
                 yield example
 
-    for family in by_question(fitting()):
-        group = share_prompt(family[0].record.id, [one.prompt for one in family], [one.response for one in family])
-        tally["tokens"] += len(group)
-        yield group
+    for group in by_question(fitting()):
+        shared = share_prompt(group[0].record.id, [one.prompt for one in group], [one.response for one in group])
+        tally["tokens"] += len(shared)
+        yield shared
     warn_of_unknown(tokenizer, tally["unknown"], tally["demonstrations"], "demonstrations")
     if not tally["demonstrations"]:
         raise SelfalignError(
@@ -123,7 +123,7 @@ def group_demonstrations(
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A demonstration as tokens."""
+    """A tokenised demonstration."""
 
     record: Demonstration
     prompt: list[int]
@@ -139,11 +139,11 @@ class Encoded:
 
 
 def encode_demonstration(tokenizer: "Tokenizer", record: Demonstration) -> Encoded:
-    """Tokenises a prompt with the beginning that is given, and a response that ends its turn.
+    """Tokenise a prompt with its prefill, and a response with the end of its turn.
 
     Raises:
-        SelfalignError: the response's first token would merge with the beginning that is given, or the chat template
-            refuses the prompt; the record is named.
+        SelfalignError: the tokenizer merges the prefill with the response's first character, or the chat template
+            refuses the prompt. The message names the record.
     """
     with of_record(record.id):
         answer = Answer(text=record.response, ids=record.ids, thought=record.thought)
@@ -160,5 +160,5 @@ def encode_demonstration(tokenizer: "Tokenizer", record: Demonstration) -> Encod
 
 
 def by_question(examples: Iterable[Encoded]) -> Iterator[list[Encoded]]:
-    """Neighbours of one question together, every other demonstration alone."""
-    return (list(family) for _, family in groupby(examples, key=lambda one: one.record.question or one.record.id))
+    """Group neighbours that have the same question. Other demonstrations are groups of one."""
+    return (list(group) for _, group in groupby(examples, key=lambda one: one.record.question or one.record.id))

@@ -1,4 +1,4 @@
-"""A run's records as tables for the tracker, each as soon as its artifact is there."""
+"""Tables of a run's records for the tracker. Each is sent when its artifact is finished."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,14 +8,14 @@ from selfalign.core.jsonl import join_sorted
 from selfalign.core.records import Demonstration, Instruction, PreferencePair, Response
 from selfalign.runs.labels import Kind, Label
 from selfalign.runs.ledger import Ledger
-from selfalign.runs.reader import as_text, read_head_to_head, stream_judged, stream_there
+from selfalign.runs.reader import as_text, read_head_to_head, stream_artifact, stream_judged
 
 T = TypeVar("T")
 Rows = Iterator[tuple[Any, ...]]
 
 
 class Table(NamedTuple):
-    """A table: its name, its columns, and its rows, read from a run folder and the label they are read for."""
+    """A table: its name, its columns, and a function from run folder and label to its rows."""
 
     name: str
     columns: tuple[str, ...]
@@ -23,60 +23,60 @@ class Table(NamedTuple):
 
 
 def log_tables(ledger: Ledger, label: Label) -> None:
-    """Sends an artifact's records to the tracker: those of an iteration, or a model's answers beside M1's."""
-    of_run = label.kind is Kind.ITERATION or (label.kind is Kind.EVALUATION and label.model_number)
-    if of_run and label.part in TABLES:
+    """Send an artifact's records to the tracker: those of an iteration, or a model's responses beside M1's."""
+    has_table = label.kind is Kind.ITERATION or (label.kind is Kind.EVALUATION and label.model_number)
+    if has_table and label.part in TABLES:
         name, columns, rows = TABLES[label.part]
         ledger.tracker.table(f"tables/{name}", columns, rows(ledger.folder, label))
 
 
 def instructions(folder: Path, label: Label) -> Rows:
-    """New instructions."""
-    for asked in stream_there(folder, label.sibling("instructions"), Instruction):
-        yield asked.text, asked.source, asked.category
+    """Yield the new instructions."""
+    for instruction in stream_artifact(folder, label.sibling("instructions"), Instruction):
+        yield instruction.text, instruction.source, instruction.category
 
 
 def candidates(folder: Path, label: Label) -> Rows:
-    """Responses to them."""
-    written = stream_there(folder, label.sibling("responses"), Response)
-    for asked, family in families(folder, label, written, lambda response: response.instruction_id):
-        for response in family:
-            yield asked.text, response.text, response.tokens, response.finish_reason.value
+    """Yield the responses to new instructions."""
+    responses = stream_artifact(folder, label.sibling("responses"), Response)
+    for instruction, group in by_instruction(folder, label, responses, lambda response: response.instruction_id):
+        for response in group:
+            yield instruction.text, response.text, response.tokens, response.finish_reason.value
 
 
 def scores(folder: Path, label: Label) -> Rows:
-    """What the judge said of the responses, with the first judgement's words."""
+    """Yield the scores of the responses, with the text of the first judgement."""
     judged = stream_judged(folder, label)
-    for asked, family in families(folder, label, judged, lambda one: one.response.instruction_id):
-        for one in family:
+    for instruction, group in by_instruction(folder, label, judged, lambda one: one.response.instruction_id):
+        for one in group:
             valid = [judgement for judgement in one.judgements if judgement.score is not None]
-            said = one.judgements[0].text if one.judgements else ""
-            yield asked.text, one.response.text, one.score, len(valid), said
+            text = one.judgements[0].text if one.judgements else ""
+            yield instruction.text, one.response.text, one.score, len(valid), text
 
 
 def pairs(folder: Path, label: Label) -> Rows:
-    """Preference pairs; positives, where there are those instead, have no rejected response."""
-    for pair in stream_there(folder, label.sibling("pairs"), PreferencePair):
+    """Yield the preference pairs, or the positives, which have no rejected response."""
+    for pair in stream_artifact(folder, label.sibling("pairs"), PreferencePair):
         yield as_text(pair.prompt), pair.chosen, pair.rejected, pair.chosen_score, pair.rejected_score
-    for positive in stream_there(folder, label.sibling("pairs"), Demonstration):
+    for positive in stream_artifact(folder, label.sibling("pairs"), Demonstration):
         yield as_text(positive.prompt), positive.response, None, None, None
 
 
 def head_to_head(folder: Path, label: Label) -> Rows:
-    """A model's answers beside M1's."""
+    """Yield a model's responses beside M1's."""
     model = label.model_name
     for sample in read_head_to_head(folder, "M1", model) if model != "M1" else []:
-        first, answer = sample.candidates
-        winner = next((name for name, one in (("M1", first), (model, answer)) if one.role == "winner"), "")
-        yield model, sample.instruction, first.text, answer.text, first.score, answer.score, winner
+        first, second = sample.candidates
+        winner = next((name for name, one in (("M1", first), (model, second)) if one.role == "winner"), "")
+        yield model, sample.instruction, first.text, second.text, first.score, second.score, winner
 
 
-def families(
+def by_instruction(
     folder: Path, label: Label, responses: Iterator[T], owner: Callable[[T], str]
 ) -> Iterator[tuple[Instruction, list[T]]]:
-    """An iteration's instructions, one at a time, with their responses."""
-    asked = stream_there(folder, label.sibling("instructions"), Instruction)
-    return join_sorted(asked, responses, owner, label.sibling("responses").link_in(folder))
+    """Yield an iteration's instructions, each with its responses."""
+    instructions = stream_artifact(folder, label.sibling("instructions"), Instruction)
+    return join_sorted(instructions, responses, owner, label.sibling("responses").link_in(folder))
 
 
 TABLES = {
@@ -90,4 +90,4 @@ TABLES = {
         head_to_head,
     ),
 }
-"""By the last part of an artifact's label."""
+"""{part of an artifact's label: its table}."""

@@ -1,4 +1,4 @@
-"""Where metrics go besides the run folder: Weights & Biases, or nowhere."""
+"""The choices of `tracker`: Weights & Biases, or none."""
 
 import logging
 import netrc
@@ -19,11 +19,11 @@ from selfalign.runs.tracker import NoTracker, Tracker, tracked_id
 
 logger = logging.getLogger(__name__)
 MODES = ("auto", "online", "offline")
-SAID = {"online": "online", "run": "online", "shared": "online", "offline": "offline", "dryrun": "offline"}
-SAID |= {"disabled": "disabled"}
-"""What WANDB_MODE may say, and what that comes to."""
+WANDB_MODES = {"online": "online", "run": "online", "shared": "online", "offline": "offline", "dryrun": "offline"}
+WANDB_MODES |= {"disabled": "disabled"}
+"""{value of WANDB_MODE: mode}."""
 MOST_ROWS = 1000
-"""Of a table; what is beyond them lies in the run folder."""
+"""The most rows of a table. The run folder has all records."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -31,12 +31,12 @@ class Wandb:
     """Weights & Biases.
 
     Attributes:
-        project: the project runs go to.
+        project: the project of the runs.
         entity: user or team; empty takes the account's default.
-        mode: "online", "offline", or "auto": online when there is an API key, else offline. WANDB_MODE=disabled in the
-            environment, or WANDB_DISABLED=true, is as tracker=none, whatever stands here.
-        group: what the run is one of; empty takes the environment's WANDB_RUN_GROUP, which a sweep sets to its name.
-        tags: labels of the run, besides the classes of its loss and its judge.
+        mode: "online", "offline", or "auto", which is online if there is an API key, else offline.
+            WANDB_MODE=disabled or WANDB_DISABLED=true in the environment overrides it and means tracker=none.
+        group: the group of the run; empty takes WANDB_RUN_GROUP of the environment, which a sweep sets to its name.
+        tags: tags of the run, besides the names of its loss and its judge.
     """
 
     project: str = "selfalign"
@@ -51,25 +51,24 @@ class Wandb:
 
     @contextmanager
     def open(self, folder: Path, config: dict[str, Any]) -> Iterator[Tracker]:
-        """A W&B run named like the run folder; a second run of the same folder continues it.
+        """Open a W&B run with the name of the run folder. The same folder continues the same W&B run.
 
-        It is finished whatever happens, and marked as failed when an exception ends it. Its job type is the kind of
-        data, by the name of the class.
+        The W&B run is always finished; an exception marks it as failed. Its job type is the choice of `data`.
 
         Raises:
-            SelfalignError: W&B does not open it.
+            SelfalignError: W&B cannot open the run.
         """
-        if said_mode() == "disabled":
+        if environment_mode() == "disabled":
             yield NoTracker("switched off by WANDB_MODE or WANDB_DISABLED")
             return
         import wandb
 
         try:
             run = self._begin(folder, config)
-        except (wandb.Error, ValueError) as error:  # ValueError: pydantic's, of what WANDB_… in the environment says
+        except (wandb.Error, ValueError) as error:  # pydantic raises ValueError for wrong WANDB_… variables.
             raise SelfalignError(
-                f"track: Weights & Biases opens no run ({one_line(error)}); tracker=none does without, and "
-                "tracker.mode=offline sends nothing"
+                f"tracker: Weights & Biases cannot open a run ({one_line(error)}). Set tracker=none to run without it, "
+                "or tracker.mode=offline to send nothing"
             ) from error
         try:
             run.define_metric("iteration")
@@ -77,7 +76,7 @@ class Wandb:
                 run.define_metric(name, step_metric="iteration")
             yield WandbTracker(run)
         except BaseException:
-            with suppress(OSError, wandb.Error):  # What has failed first is what the user should read.
+            with suppress(OSError, wandb.Error):  # The user should see the first error.
                 run.finish(exit_code=1)
             raise
         run.finish()
@@ -93,7 +92,7 @@ class Wandb:
             id=tracked_id(folder),
             dir=folder,
             config=config,
-            group=self.group or os.environ.get("WANDB_RUN_GROUP"),  # wandb itself reads it once a process.
+            group=self.group or os.environ.get("WANDB_RUN_GROUP"),  # wandb itself reads it only once a process.
             job_type=choices.get("data"),
             tags=[*self.tags, *(choices[group] for group in ("loss", "judge") if group in choices)],
             mode=self._mode(),
@@ -113,22 +112,22 @@ class WandbTracker:
     """An open W&B run.
 
     Attributes:
-        run: as wandb gives it.
-        step: of the row logged last.
+        run: the `wandb.Run`.
+        step: the step of the last row.
     """
 
     run: Any
     step: int = 0
 
     def log(self, row: dict[str, Any]) -> None:
-        """The numbers of one row, at its own step."""
+        """Log the numbers of a row, at the row's step."""
         self.step, prefix = row["step"], Label.parse(row["label"]).metric_prefix
         axes = {name: row[name] for name in ("step", "iteration")}
         numbers = {prefix + name: v for name, v in row.items() if name not in axes and not isinstance(v, str)}
         self.run.log(axes | numbers, step=self.step)
 
     def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        """A table of records, at the step of the row before it; nothing where there are none."""
+        """Log a table of records at the step of the last row. An empty table is not logged."""
         import wandb
 
         data: list[Any] = [list(row) for row in islice(rows, MOST_ROWS)]
@@ -136,11 +135,11 @@ class WandbTracker:
             self.run.log({name: wandb.Table(columns=list(columns), data=data)}, step=self.step)
 
     def summarise(self, values: dict[str, Any]) -> None:
-        """Values to sort runs by."""
+        """Write values into the W&B summary of the run."""
         self.run.summary.update(values)
 
     def attach(self, files: Sequence[Path]) -> None:
-        """Each file that is there as an artifact of the run, whose type is the file's name without its ending."""
+        """Log each existing file as a W&B artifact. Its type is the file's name without the suffix."""
         import wandb
 
         for path in files:
@@ -152,7 +151,7 @@ class WandbTracker:
 
     @property
     def place(self) -> str:
-        """Where to look at the run, or how to send it."""
+        """The address of the run, or how to send an offline run."""
         if self.run.offline:
             return f"{Path(self.run.dir).parent} (offline; send it with: wandb sync {Path(self.run.dir).parent})"
         return str(self.run.url)
@@ -160,18 +159,18 @@ class WandbTracker:
 
 @dataclass(kw_only=True, slots=True)
 class NoTracking:
-    """Metrics stay in the run folder."""
+    """No tracker: metrics are only in the run folder."""
 
     @contextmanager
     def open(self, folder: Path, config: dict[str, Any]) -> Iterator[Tracker]:
-        """A tracker that does nothing."""
+        """Open a tracker that does nothing."""
         yield NoTracker()
 
 
 def by_iteration(benchmarks: Iterable[str]) -> list[str]:
-    """Return what a model or its data has once: single metrics, and groups as `group/*`.
+    """Return the names of the metrics whose axis is the iteration: single ones, and groups as `group/*`.
 
-    Their axis is the iteration, that of all others W&B's step, which is the row's.
+    The axis of all others is W&B's step, which is the row's.
     """
     by_step = {group_of(metric.name) for metric in METRICS.values() if metric.axis == "step"}
     once = [name for name, metric in METRICS.items() if metric.axis == "iteration" and not name.startswith("{")]
@@ -181,31 +180,31 @@ def by_iteration(benchmarks: Iterable[str]) -> list[str]:
 
 
 def group_of(name: str) -> str:
-    """Return what stands before the first slash of a metric's name."""
+    """Return the part of a metric's name before the first slash."""
     return name.partition("/")[0]
 
 
 def is_online() -> bool:
-    """Whether W&B is to be reached: there is a key, and the environment does not say otherwise."""
-    return said_mode() == "online" and has_key()
+    """Whether runs are sent to W&B: there is an API key, and the environment does not switch W&B off."""
+    return environment_mode() == "online" and has_key()
 
 
-def said_mode() -> str:
-    """What the environment says of W&B: "online", "offline" or "disabled".
+def environment_mode() -> str:
+    """Return the mode in the environment: "online", "offline" or "disabled".
 
     Raises:
-        SelfalignError: WANDB_MODE says something else, which wandb would stumble over.
+        SelfalignError: WANDB_MODE has another value, with which wandb would fail.
     """
     if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on"):
         return "disabled"
-    said = os.environ.get("WANDB_MODE", "online")
-    if said not in SAID:
-        raise SelfalignError(f"WANDB_MODE must be one of {', '.join(SAID)}, or not set at all; got {said!r}")
-    return SAID[said]
+    mode = os.environ.get("WANDB_MODE", "online")
+    if mode not in WANDB_MODES:
+        raise SelfalignError(f"WANDB_MODE must be one of {', '.join(WANDB_MODES)}, or unset; got {mode!r}")
+    return WANDB_MODES[mode]
 
 
 def has_key() -> bool:
-    """Whether W&B could log in: a key in the environment or in the netrc file."""
+    """Whether there is a W&B API key, in the environment or in the netrc file."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:

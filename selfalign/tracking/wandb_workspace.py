@@ -1,6 +1,6 @@
 """A W&B workspace that compares the runs of a project: `selfalign-workspace ENTITY/PROJECT`.
 
-It needs the extra `workspace`. Without an API key, or where WANDB_MODE says so, it is built and checked, but not sent.
+It needs the extra `workspace`. Without an API key, or if WANDB_MODE forbids it, it is built and checked, but not sent.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 NAME = "selfalign comparison"
 LAMBDA = "loss.lam"
-BESIDE = ("choices.value.loss", "loss.value.lam", "loss.value.beta", "choices.value.judge", "seed.value")
-"""Settings in the table of runs; W&B keeps each top key's value under `value`."""
+RUN_SETTINGS = ("choices.value.loss", "loss.value.lam", "loss.value.beta", "choices.value.judge", "seed.value")
+"""Settings in the table of runs. W&B stores the value of each top-level key as `value`."""
 
 OVER_LAMBDA = (
     catalog.EVAL_WIN_RATE,
@@ -25,7 +25,7 @@ OVER_LAMBDA = (
     catalog.over(catalog.HELD_OUT, catalog.REWARDS_ACCURACIES),
     catalog.over(catalog.PREFERENCES, catalog.REWARDS_ACCURACIES),
 )
-"""Numbers of the last model, a point a run."""
+"""Metrics of the last model, one point for each run."""
 
 CURVES = (
     catalog.REWARDS_MARGINS,
@@ -34,7 +34,7 @@ CURVES = (
     catalog.REFINEMENT_MEAN,
     catalog.LOSS,
 )
-"""What training logs, a line a λ."""
+"""Metrics of training steps, one line for each λ."""
 
 BY_ITERATION = (
     catalog.EVAL_WIN_RATE,
@@ -45,11 +45,11 @@ BY_ITERATION = (
     catalog.JUDGE_QUALITY_KENDALL,
     catalog.JUDGE_MEAN_SCORE,
 )
-"""What each model has once, a line a run."""
+"""Metrics of models, one line for each run."""
 
 
 def build(entity: str, project: str) -> "Workspace":
-    """The workspace: win rate over λ, curves by λ, the judge by iteration, and the settings that differ."""
+    """Build the workspace: win rate over λ, curves by λ, the judge by iteration, and the settings that differ."""
     import wandb_workspaces.reports.v2 as panels
     import wandb_workspaces.workspaces as workspaces
 
@@ -78,35 +78,39 @@ def build(entity: str, project: str) -> "Workspace":
         sections=[workspaces.Section(name=name, panels=made, is_open=True) for name, made in sections.items()],
         runset_settings=workspaces.RunsetSettings(
             order=[workspaces.Ordering(workspaces.Summary(catalog.EVAL_WIN_RATE.name), ascending=False)],
-            pinned_columns=["run:group", *(f"config:{key}" for key in BESIDE), f"summary:{catalog.EVAL_WIN_RATE.name}"],
+            pinned_columns=[
+                "run:group",
+                *(f"config:{key}" for key in RUN_SETTINGS),
+                f"summary:{catalog.EVAL_WIN_RATE.name}",
+            ],
         ),
     )
 
 
 def as_sent(workspace: "Workspace") -> dict[str, Any]:
-    """The workspace as W&B would get it; making that is what validates it."""
+    """Return the workspace in the format of W&B. The conversion validates it."""
     return workspace._to_model().model_dump(by_alias=True, mode="json")
 
 
 def publish(entity: str, project: str) -> str:
-    """Sends the workspace if W&B is to be reached; says where it is, or why it is not sent.
+    """Send the workspace if W&B is online. Return its address, or why it was not sent.
 
     Raises:
-        SelfalignError: the extra is not installed, or W&B refuses.
+        SelfalignError: the extra is not installed, or W&B refuses the workspace.
     """
     try:
         workspace = build(entity, project)
     except ModuleNotFoundError as error:
-        raise SelfalignError(f"{error}; pip install 'selfalign[workspace]'") from error
+        raise SelfalignError(f"{error}. Install the extra: pip install 'selfalign[workspace]'") from error
     views = sum(len(section.panels) for section in workspace.sections)
     as_sent(workspace)
     if not is_online():
         missing = "unset WANDB_MODE and WANDB_DISABLED" if has_key() else "set WANDB_API_KEY"
-        return f"{views} panels for {entity}/{project}, built and valid; not sent: {missing} and give the command again"
+        return f"{views} panels for {entity}/{project}, built and valid, but not sent: {missing} and repeat the command"
     import wandb
 
     try:
         workspace.save()
     except wandb.Error as error:
-        raise SelfalignError(f"{entity}/{project}: Weights & Biases refuses the view ({error})") from error
+        raise SelfalignError(f"{entity}/{project}: Weights & Biases refuses the workspace ({error})") from error
     return f"{views} panels: {workspace.url}"

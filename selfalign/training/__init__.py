@@ -1,1 +1,1 @@
-"""Training: settings, objective, optimizers, parallelism, resumption, splits, checkpoint selection."""
+"""Training: settings, objectives, optimisers, parallelism, resumption, splits, checkpoint selection."""

@@ -1,8 +1,8 @@
-"""Where an alignment stops, by what its checkpoints answer (arXiv 2401.10020, section 3.1).
+"""Early stopping of an alignment by the win rate of its checkpoints (arXiv 2401.10020, section 3.1).
 
-Every so many steps the policy answers validation instructions, and its answers are compared, in both orders, with those
-of the checkpoint before. Training stops when a checkpoint loses by more than chance explains; the one before it, the
-last that did not lose, becomes the policy.
+Every `interval_steps` steps the policy responds to validation instructions, and a judge compares its responses, in both
+orders, with those of the checkpoint before. Training stops if a checkpoint loses significantly. The checkpoint before
+it becomes the policy.
 """
 
 from dataclasses import dataclass
@@ -25,29 +25,29 @@ COMPARED = (
     (catalog.CHECKPOINT_WINS, catalog.WINS),
     (catalog.CHECKPOINT_LOSSES, catalog.LOSSES),
 )
-"""What is told of each checkpoint, and what it is in the comparison with the one before."""
+"""Pairs of metrics: of a checkpoint, and of the comparison with the checkpoint before, which has its value."""
 
 
 @dataclass(kw_only=True, slots=True)
 class CheckpointComparator(PairwiseComparator):
-    """Who compares the answers of two checkpoints; by default M_t, where the paper asks Claude 2."""
+    """The judge that compares the responses of two checkpoints. The default is M_t; the paper takes Claude 2."""
 
     key: ClassVar[str] = "train.checkpoint_selection.head_to_head"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointSelection:
-    """What decides between checkpoints.
+    """The settings and inputs of checkpoint selection.
 
     Attributes:
-        interval_steps: how often they are compared.
-        level: a checkpoint loses where the sign test's p value is below it.
-        instructions: instructions.jsonl, what they answer.
-        comparator: how answers are compared.
-        compared_by: the policy that compares them; None for a server.
-        engine: the engine that answers.
-        sampling: how.
-        seed: draws the tokens, the same for every checkpoint.
+        interval_steps: optimiser steps between two comparisons.
+        level: significance level: a checkpoint loses if the p-value of the sign test is below it.
+        instructions: instructions.jsonl, the validation instructions.
+        comparator: the judge that compares responses.
+        compared_by: the policy that judges; None for a server.
+        engine: generates the responses.
+        sampling: how responses are sampled.
+        seed: seeds the sampling; it is the same for every checkpoint.
     """
 
     interval_steps: int
@@ -60,20 +60,23 @@ class CheckpointSelection:
     seed: int
 
     def open(self, out: StageOutput, base: PolicyCheckpoint) -> "CheckpointSelector":
-        """Begins the selection in one training.
+        """Open the selection for one training.
 
         Args:
-            out: the training's workspace; checkpoints and their answers lie in its scratch.
-            base: the checkpoint that an adapter belongs to.
+            out: the output of the training; its scratch folder holds the checkpoints and their responses.
+            base: the base of an adapter.
         """
         return CheckpointSelector(out, self, base)
 
 
 class CheckpointSelector:
-    """The selection in one training; what it finds out is kept in the stage's scratch, so a killed run continues.
+    """The selection in one training. Its results are in the stage's scratch folder, so a killed run continues.
 
     Attributes:
-        chosen: the step after which the policy is taken, as far as is known.
+        out: the output of the training.
+        selection: the settings and inputs.
+        base: the base of an adapter.
+        chosen: the last step whose checkpoint did not lose; None before the first comparison.
         compared: {step: counts of the comparison with the checkpoint before}.
     """
 
@@ -85,12 +88,12 @@ class CheckpointSelector:
         self.compared: dict[int, Counts] = {}
 
     def on_checkpoint(self, policy: Policy, step: int, *, last: bool) -> bool:
-        """Compares the policy after this step with the checkpoint before, if it is its turn.
+        """Compare the policy with the checkpoint before, if a comparison is due after this step.
 
         Args:
-            policy: in training.
-            step: optimiser steps done.
-            last: there are no more steps; the last one is always compared.
+            policy: the policy in training.
+            step: number of optimiser steps done.
+            last: whether this is the last step, after which a comparison is always due.
 
         Returns:
             Whether training stops.
@@ -102,20 +105,20 @@ class CheckpointSelector:
         return self._is_worse(step)
 
     def resume(self, done: int) -> bool:
-        """Goes through the checkpoints of a training that was killed, up to the step it continues from.
+        """Read the results of a killed training, up to the step from which it continues.
 
         Returns:
-            Whether one of them had stopped it already.
+            Whether one of them had already stopped the training.
         """
         steps = range(self.selection.interval_steps, done + 1, self.selection.interval_steps)
         return any(self._is_worse(step) for step in steps if self._result(step).exists())
 
     def files(self, step: int) -> PolicyCheckpoint:
-        """Returns the policy after a step that was compared."""
+        """Return the checkpoint of a step that was compared."""
         return PolicyCheckpoint(self._folder(step) / "policy")
 
     def counts(self) -> Counts:
-        """Returns the step whose policy is taken, and how each checkpoint did against the one before."""
+        """Return the chosen step, and wins, losses and win rate of each checkpoint against the one before."""
         return {catalog.CHOSEN_STEP.name: self.chosen or 0} | {
             of_checkpoint.of(step=step).name: counts[metric.name]
             for step, counts in self.compared.items()
@@ -123,7 +126,7 @@ class CheckpointSelector:
         }
 
     def _is_worse(self, step: int) -> bool:
-        """Reads how a checkpoint did; unless it lost it is chosen."""
+        """Read a comparison and return whether the checkpoint lost. If it did not lose, choose it."""
         if counts := read_json(self._result(step)):
             self.compared[step] = counts
             if is_worse(counts[catalog.WINS.name], counts[catalog.LOSSES.name], self.selection.level):
@@ -138,7 +141,7 @@ class CheckpointSelector:
         return self.out.scratch / "selection" / str(step)
 
     def _compare(self, policy: Policy, step: int) -> None:
-        """Has the policy answer, and its answers compared with those of the checkpoint chosen so far."""
+        """Save the policy, generate its responses, and compare them with those of the chosen checkpoint."""
         folder, selection, files = self._folder(step), self.selection, self.files(step)
 
         def save() -> None:
@@ -174,8 +177,8 @@ class CheckpointSelector:
 
 
 def is_worse(wins: int, losses: int, level: float) -> bool:
-    """Whether a checkpoint is worse than the one before: a one-sided sign test of its wins, ties left out.
+    """Whether a checkpoint is worse than the one before, by a one-sided sign test without ties.
 
-    Were training to stop at a win rate below one half, it would nearly always stop among equally good checkpoints.
+    A threshold at a win rate of one half would stop nearly every training with equally good checkpoints.
     """
     return sign_test(wins, losses) < level

@@ -1,10 +1,11 @@
-"""How weights are moved: the settings of both training stages."""
+"""The settings of both training stages."""
 
 import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from selfalign.core.errors import SelfalignError
+from selfalign.data.mixtures import data_source
 from selfalign.engines.protocol import Sampling
 from selfalign.models.checkpoint import resolve_dtype
 from selfalign.models.config import DTYPES, LoRA
@@ -20,28 +21,32 @@ CHOICES = {
 
 @dataclass(kw_only=True, slots=True)
 class Optimization:
-    """How one training stage moves the weights.
+    """The optimisation of one training stage.
 
     Attributes:
-        learning_rate: the peak.
-        final_learning_rate: where "cosine" ends; "linear" ends at 0, "constant" stays at the peak.
+        learning_rate: the peak of the learning rate.
+        final_learning_rate: the end of the "cosine" schedule; "linear" ends at 0, "constant" stays at the peak.
         schedule: "cosine", "linear" or "constant", after the warm-up.
-        warmup_ratio: share of the steps over which the rate rises from 0.
-        optimizer: "adamw", "rmsprop", or "adamw_8bit" (the extra `8bit`), whose state is a quarter as large. Weights
-            kept in bfloat16 have a float32 copy that the optimiser works on.
-        weight_decay: AdamW's.
-        max_grad_norm: gradients are scaled down to this norm.
+        warmup_ratio: share of the steps in which the rate rises from 0.
+        optimizer: "adamw", "rmsprop", or "adamw_8bit" (extra `8bit`), whose state needs a quarter of the memory.
+            For weights in bfloat16, the optimiser works on a float32 copy.
+        weight_decay: AdamW's weight decay.
+        max_grad_norm: gradients are clipped to this norm.
         epochs: passes over the data.
-        batch_size: examples (demonstrations or pairs) an optimiser step.
-        microbatch_tokens: the most tokens in one forward pass; a step is cut into as many passes as it needs.
-        max_length: the longest prompt with response, in tokens; longer examples are dropped and counted.
-        loss_reduction: "tokens" weighs every target token alike (usual for SFT), "examples" every example.
-        dropout: share of activations dropped while training, wherever the architecture has a dropout; the policy
-            then does not start as its reference, so the first step is not checked.
-        dtype: to multiply in, "float32", "bfloat16" or "auto" for the faster one here; weights keep model.dtype.
-        gradient_checkpointing: computes activations again in the backward pass, to save memory.
-        checkpoint_steps: a killed training goes on from the last multiple of this many steps.
-        mask_thought: reads the thought before an answer and teaches the answer alone; else both are taught.
+        batch_size: examples (demonstrations or pairs) in one optimiser step.
+        microbatch_tokens: the most tokens in one forward pass. A step is split into as many passes as it needs.
+        max_length: the longest prompt with response, in tokens. Longer examples are dropped and counted.
+        loss_reduction: "tokens" weights every target token equally (usual for SFT), "examples" every example.
+        router_loss_coefficient: factor of the load balancing loss of a model with experts (Fedus et al. 2022, arXiv
+            2101.03961), which is added to the loss of each forward pass. None takes the factor of the model's config, 0
+            leaves the loss out.
+        dropout: share of activations dropped in training, in all dropout layers of the architecture. With dropout, the
+            policy does not start as its reference, so the first step is not checked.
+        dtype: the dtype of multiplications: "float32", "bfloat16", or "auto" for the faster one on this machine.
+            Weights keep model.dtype.
+        gradient_checkpointing: whether the backward pass recomputes activations, to save memory.
+        checkpoint_steps: steps between two checkpoints. A killed training continues from the last one.
+        mask_thought: whether the thought before an answer is read without being trained on.
     """
 
     learning_rate: float
@@ -56,6 +61,7 @@ class Optimization:
     microbatch_tokens: int = field(default=8192, metadata={"keyed": False})
     max_length: int = 2048
     loss_reduction: str = "tokens"
+    router_loss_coefficient: float | None = None
     dropout: float = 0.0
     dtype: str = "auto"
     gradient_checkpointing: bool = field(default=False, metadata={"keyed": False})
@@ -64,11 +70,11 @@ class Optimization:
 
     @property
     def compute_dtype(self) -> str:
-        """The dtype to multiply in, "auto" resolved for this machine."""
+        """The dtype of multiplications, with "auto" resolved for this machine."""
         return resolve_dtype(self.dtype)
 
     def check(self, key: str) -> None:
-        """Checks every range; messages name the setting as `key`.name.
+        """Check every range. Messages name the setting as `key`.name.
 
         Raises:
             SelfalignError: a value is out of range.
@@ -79,8 +85,9 @@ class Optimization:
         for name in ("epochs", "batch_size", "microbatch_tokens", "max_length", "checkpoint_steps"):
             if getattr(self, name) < 1:
                 raise SelfalignError(f"{key}.{name} must be 1 or more, got {getattr(self, name)}")
-        if not self.weight_decay >= 0:
-            raise SelfalignError(f"{key}.weight_decay must be 0 or more, got {self.weight_decay}")
+        for name in ("weight_decay", "router_loss_coefficient"):
+            if not (getattr(self, name) or 0) >= 0:
+                raise SelfalignError(f"{key}.{name} must be 0 or more, got {getattr(self, name)}")
         if not 0 <= self.final_learning_rate <= self.learning_rate:
             rate = self.final_learning_rate
             raise SelfalignError(f"{key}.final_learning_rate must lie between 0 and learning_rate, got {rate}")
@@ -99,7 +106,7 @@ class Optimization:
             raise SelfalignError(f"{key}.weight_decay has no meaning with optimizer={self.optimizer}; set it to 0")
 
     def logprob_settings(self, dtype: str) -> "LogProbSettings":
-        """What a log-probability depends on besides weights and text."""
+        """Return the settings of training on which log-probabilities depend; `dtype` is that of the weights."""
         autocast = "bfloat16" if self.compute_dtype == "bfloat16" else ""
         return LogProbSettings(
             dtype=dtype,
@@ -112,8 +119,14 @@ class Optimization:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogProbSettings:
-    """How policies are scored: dtype of the weights, of autocast (if there is one), the longest sequence, and whether
-    thoughts are read without being scored.
+    """How log-probabilities are computed.
+
+    Attributes:
+        dtype: dtype of the weights.
+        autocast: dtype of autocast; empty for none.
+        max_length: the longest sequence in tokens.
+        max_batch_tokens: the most tokens in one forward pass.
+        mask_thought: whether thoughts are read without being scored.
     """
 
     dtype: str
@@ -125,28 +138,29 @@ class LogProbSettings:
 
 @dataclass(kw_only=True, slots=True)
 class CheckpointSelectionConfig:
-    """Which checkpoint of an alignment becomes the policy: the last that did not lose against the one before.
+    """Selection of the checkpoint of an alignment that becomes the policy: the last that did not lose.
 
     Attributes:
-        interval_steps: how often checkpoints are compared; 0 always takes the last step.
-        instructions: a data source of validation instructions, apart from those of the evaluation.
-        count: the first so many of them; 0 takes all.
-        head_to_head: who compares the answers of two checkpoints, in both orders: a `CheckpointComparator` of
-            checkpoint_selection.py.
-        level: a checkpoint loses, and training stops, where so few wins or fewer among wins and losses had a smaller
-            probability than this if both were as good (one-sided sign test). At 0.005 with 253 instructions, 2 to 3 %
-            of runs with eight equally good checkpoints stop early.
-        sampling: how the instructions are answered.
+        interval_steps: optimiser steps between two comparisons; 0 takes the last step without comparisons.
+        instructions: a data source of validation instructions, which should differ from the evaluation instructions.
+        count: number of instructions, the first ones; 0 takes all.
+        head_to_head: the judge that compares the responses of two checkpoints, in both orders: a
+            `CheckpointComparator` of checkpoint_selection.py.
+        level: significance level of the one-sided sign test. A checkpoint loses, and training stops, if its wins would
+            be this improbably few among equally good checkpoints. At 0.005 with 253 instructions, 2 to 3 % of runs
+            with eight equally good checkpoints stop early.
+        sampling: how responses are sampled.
     """
 
     interval_steps: int = 0
-    instructions: str = ""
+    instructions: Any = ""
     count: int = 0
     head_to_head: Any = None
     level: float = 0.005
     sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
+        self.instructions = data_source(self.instructions, "train.checkpoint_selection.instructions")
         self.sampling.check("train.checkpoint_selection.sampling")
         if self.interval_steps < 0 or self.count < 0:
             raise SelfalignError(
@@ -154,34 +168,35 @@ class CheckpointSelectionConfig:
             )
         if bool(self.interval_steps) != bool(self.instructions):
             raise SelfalignError(
-                "train.checkpoint_selection.interval_steps and train.checkpoint_selection.instructions are given "
-                "together, or neither"
+                "train.checkpoint_selection.interval_steps and train.checkpoint_selection.instructions belong "
+                f"together: set both or none (got interval_steps={self.interval_steps}, "
+                f"instructions={self.instructions!r})"
             )
         if not 0 < self.level < 0.5:
             raise SelfalignError(f"train.checkpoint_selection.level must be above 0 and below 0.5, got {self.level}")
         if self.interval_steps and self.head_to_head is None:
             raise SelfalignError(
-                "train.checkpoint_selection.interval_steps needs train.checkpoint_selection.head_to_head, who "
-                "compares checkpoints; "
-                "conf/train/full.yaml shows how"
+                "train.checkpoint_selection.interval_steps needs a judge: set train.checkpoint_selection.head_to_head, "
+                "as in conf/train/full.yaml"
             )
 
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
-    """Both training stages, and the policy that alignment is measured against.
+    """Both training stages, and the reference policy.
 
     Attributes:
-        sft: M0 → M1.
-        align: M_t → M_{t+1}.
-        reference_policy: "previous" (the start of the iteration, as the papers), "sft" (M1) or "base" (M0).
-        reference_logprobs: "precomputed" takes the reference's log-probabilities once, before training; "online" at
-            every step, with a second model (whole in every process), or with the adapter switched off where M0 is the
-            reference. Then it is not measured how far M_{t+1}'s lie from M_t's, unless M_t is the reference.
-        validation_pairs: pairs of each iteration that are set aside (splits.py says which), and measured after
+        sft: optimisation of M0 → M1.
+        align: optimisation of M_t → M_{t+1}.
+        reference_policy: "previous" (the start of the iteration, as in the papers), "sft" (M1) or "base" (M0).
+        reference_logprobs: "precomputed" computes the reference's log-probabilities once, before training. "online"
+            computes them at every step, with a second model in every process, or without the adapter if M0 is the
+            reference. Then the change of log-probabilities from M_t to M_{t+1} is measured only if M_t is the
+            reference.
+        validation_pairs: number of pairs of each iteration that are held out (see splits.py) and measured after
             training.
-        checkpoint_selection: which checkpoint of an alignment becomes the policy.
-        parallelism: what each of several processes keeps of the policy.
+        checkpoint_selection: selection of the checkpoint that becomes the policy.
+        parallelism: distribution of the policy over the processes of a run.
     """
 
     sft: Optimization
@@ -197,11 +212,12 @@ class TrainConfig:
         self.align.check("train.align")
         if self.parallelism.sharded and "adamw_8bit" in (self.sft.optimizer, self.align.optimizer):
             raise SelfalignError(
-                "train.parallelism.strategy=fsdp2 cannot share out the state of optimizer=adamw_8bit: set adamw"
+                "train.parallelism.strategy=fsdp2 cannot shard the state of optimizer=adamw_8bit: set optimizer=adamw"
             )
         if self.parallelism.sharded and self.checkpoint_selection.interval_steps:
             raise SelfalignError(
-                "train.checkpoint_selection.interval_steps needs a whole policy: set train.parallelism.strategy=ddp"
+                "train.checkpoint_selection.interval_steps needs the full policy in each process: set "
+                "train.parallelism.strategy=ddp"
             )
         if self.reference_policy not in ("previous", "sft", "base"):
             raise SelfalignError(f"train.reference_policy must be previous, sft or base; got {self.reference_policy!r}")
@@ -215,7 +231,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainableWeights:
-    """Which weights are trained, in which dtype, the seed of adapter initialisation and data order, and the layout."""
+    """The weights to train: their dtype, the adapter, the seed of its initialisation and of data order, parallelism."""
 
     dtype: str
     lora: LoRA

@@ -1,7 +1,7 @@
-"""Tokenised examples on disk: written once, then memory-mapped, so that training holds those of one step at a time.
+"""Tokenised examples on disk. They are written once and memory-mapped, so memory holds those of one step only.
 
-They are an Arrow file in a stage's scratch, which a resumed stage finds again. The key of the artifact names all they
-depend on: the records, the tokenizer, the lengths and the reference values.
+They are an Arrow file in a stage's scratch folder, which a resumed stage reuses. The artifact's key covers everything
+they depend on: records, tokenizer, lengths and reference log-probabilities.
 """
 
 from collections import Counter
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 ROWS = 256
-"""Examples that are written at once."""
+"""Number of examples in one write."""
 
 E = TypeVar("E", bound=HasId)
 
 
 @dataclass(frozen=True, slots=True)
 class StoredExamples(Sequence[E], Generic[E]):
-    """Examples in a memory-mapped table; each is made of its row when it is asked for.
+    """Examples in a memory-mapped table. An example is made from its row when it is accessed.
 
     Attributes:
-        table: one row an example.
-        kind: what a row becomes.
-        counts: what was kept and dropped while they were written.
-        rows: which rows these are, in their order.
+        table: the table, with one row for each example.
+        kind: the class of an example.
+        counts: numbers of kept and dropped examples.
+        rows: indices of the rows of this sequence, in order.
     """
 
     table: "datasets.Dataset"
@@ -59,23 +59,23 @@ class StoredExamples(Sequence[E], Generic[E]):
         return msgspec.convert(self.table[int(self.rows[index])]["example"], self.kind)
 
     def ids(self) -> Iterator[str]:
-        """The examples' ids, read without their tokens."""
+        """Yield the ids of the examples without reading their tokens."""
         column = self.table.data.column("id")
         return (name for rows in chunks(self.rows) for name in column.take(rows).to_pylist())
 
-    def take(self, places: Sequence[int] | np.ndarray[Any, np.dtype[np.int64]]) -> "StoredExamples[E]":
-        """Those at these places, in this order."""
-        return replace(self, rows=np.asarray(self.rows)[np.asarray(places, dtype=np.int64)])
+    def take(self, indices: Sequence[int] | np.ndarray[Any, np.dtype[np.int64]]) -> "StoredExamples[E]":
+        """Return the examples at these indices, in this order."""
+        return replace(self, rows=np.asarray(self.rows)[np.asarray(indices, dtype=np.int64)])
 
 
 def store_examples(folder: Path, kind: type[E], examples: Iterable[E], tally: Counter[str]) -> StoredExamples[E]:
-    """Writes examples to disk, one by one, and maps them; those that are there already are mapped as they are.
+    """Write examples to disk and map them into memory. If the file exists, only map it.
 
     Args:
-        folder: of a stage's scratch.
-        kind: a dataclass of texts, numbers, lists of them, and such dataclasses.
-        examples: left unread where they are there.
-        tally: what they count while they are read, kept with them.
+        folder: a folder in a stage's scratch folder.
+        kind: the class of an example, a dataclass of texts, numbers, lists of them, and such dataclasses.
+        examples: the examples; they are not read if the file exists.
+        tally: counts that reading the examples fills. They are stored with the examples.
     """
     import datasets
 
@@ -103,7 +103,7 @@ def _write(path: Path, kind: type[E], examples: Iterable[E]) -> None:
 
 
 def arrow_type(kind: Any) -> "pa.DataType":
-    """How Arrow stores a value of this type; a type that may be None is stored as what else it may be."""
+    """Return the Arrow type of a Python type. For an optional type it is the type without None."""
     import pyarrow as pa
 
     if is_dataclass(kind):

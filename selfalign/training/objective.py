@@ -1,4 +1,4 @@
-"""What is minimised: an example, an objective over a step's examples, and SFT's likelihood."""
+"""Objectives of training: the protocol of objectives and examples, and the likelihood of SFT."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from selfalign.losses.logps import PairLogps
 from selfalign.metrics import catalog
 from selfalign.metrics.accumulate import Mean, Sums
 from selfalign.models.batches import Batch, SharedPrompt, make_batch
-from selfalign.training.parallelism import out_of_wrapper
+from selfalign.training.parallelism import unwrap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 class Example(Protocol):
-    """One record to train on: its tokens, and what else the objective wants to know."""
+    """A tokenised training example. Its length is its number of tokens."""
 
     @property
     def id(self) -> str: ...
@@ -27,7 +27,7 @@ class Example(Protocol):
 
 
 class Objective(Protocol):
-    """What is minimised: a sum over a step's examples, as `arrange` leaves them, divided by their weight."""
+    """A loss over the examples of an optimiser step: the sum over `arrange(examples)`, divided by their weight."""
 
     def arrange(self, examples: Sequence[Any]) -> Sequence[Any]: ...
 
@@ -40,16 +40,21 @@ class Objective(Protocol):
 
 @dataclass(slots=True)
 class ObjectiveOutput:
-    """A forward pass: the loss summed over its examples, and metrics as (weighted sum, weight).
+    """The output of one forward pass.
 
-    `distance` is the largest value, either sign, of what must be 0 at the first step; `loss_distance` how far a loss
-    is from its value there, as a share of it.
+    Attributes:
+        loss: the loss, summed over the examples.
+        metrics: sums of the metrics.
+        distance: the largest absolute value of the quantities that must be 0 at the first step.
+        loss_distance: the largest relative distance of a loss from its known value at the first step.
+        router_loss: the load balancing loss of the pass, if the model has experts.
     """
 
     loss: Tensor
     metrics: Sums
     distance: float = 0.0
     loss_distance: float = 0.0
+    router_loss: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -63,44 +68,48 @@ class Likelihood:
     loss_reduction: str
 
     def arrange(self, examples: Sequence[SharedPrompt]) -> Sequence[SharedPrompt]:
-        """As they are."""
+        """Return the examples unchanged."""
         return examples
 
     def weight(self, examples: Sequence[SharedPrompt]) -> float:
-        """How many tokens, or examples, the step's loss is averaged over."""
+        """Return the number of tokens, or of examples, over which the step's loss is averaged."""
         if self.loss_reduction == "examples":
             return float(sum(len(group.responses) for group in examples))
         return float(sum(sum(group.scored()) for group in examples))
 
     def __call__(self, model: "PreTrainedModel", examples: Sequence[SharedPrompt]) -> ObjectiveOutput:
-        batch, (logps, hits) = forward(model, examples, hits=True)
-        losses = -batch.sum_by_response(logps)
-        total, right, tokens = float(losses.sum().detach()), float(hits.sum()), float(batch.tokens.sum())
+        batch, scores = forward(model, examples, training_pass=True)
+        losses = -batch.sum_by_response(scores.logps)
+        total, right, tokens = float(losses.sum().detach()), float(scores.hits.sum()), float(batch.tokens.sum())
         if self.loss_reduction == "examples":
             losses = losses / batch.tokens
         metrics: Sums = {
             catalog.LOSS_PER_TOKEN.name: Mean(total, tokens),
             catalog.TOKEN_ACCURACY.name: Mean(right, tokens),
         }
-        return ObjectiveOutput(losses.sum(), metrics)
+        return ObjectiveOutput(losses.sum(), metrics, router_loss=scores.router_loss)
 
     def check_first_step(self, distance: float, loss_distance: float) -> None:
-        """SFT has no known starting value."""
+        """Accept every value, because SFT has no known first loss."""
 
 
 def forward(model: "PreTrainedModel", groups: Sequence[SharedPrompt], **options: bool) -> tuple[Batch, Any]:
-    """The groups as a batch, and log p of its targets (nats), shape (response tokens,).
+    """Return the groups as a batch, and the log-probabilities of its targets: nats, shape (response tokens,).
 
-    With `hits`, these are two: also which targets were the likeliest. The model may be in DDP's wrapper.
+    With `training_pass=True`, return `TokenScores` instead. The model may be wrapped by DDP.
     """
-    own = out_of_wrapper(model)
+    own = unwrap(model)
     batch = make_batch(own, groups).to(own.device)
     return batch, model(logit_positions=batch.logit_positions, targets=batch.targets, **batch.inputs, **options)
 
 
 def pair_logps(model: "PreTrainedModel", groups: Sequence[SharedPrompt]) -> PairLogps:
-    """Summed log-probabilities of both responses of each pair."""
-    batch, logps = forward(model, groups)
+    """Compute the log-probabilities of both responses of each pair: nats, summed over tokens, shape (pairs,)."""
+    return by_pair(*forward(model, groups))
+
+
+def by_pair(batch: Batch, logps: Tensor) -> PairLogps:
+    """Sum the log-probabilities of tokens over both responses of each pair: nats, shape (pairs,)."""
     sums = batch.sum_by_response(logps).view(-1, 2)
     tokens = batch.tokens.view(-1, 2)
     return PairLogps(chosen=sums[:, 0], rejected=sums[:, 1], chosen_tokens=tokens[:, 0], rejected_tokens=tokens[:, 1])
@@ -108,7 +117,7 @@ def pair_logps(model: "PreTrainedModel", groups: Sequence[SharedPrompt]) -> Pair
 
 @torch.no_grad()
 def frozen_logps(model: "PreTrainedModel", groups: Sequence[SharedPrompt]) -> PairLogps:
-    """The same without gradient and dropout."""
+    """Compute `pair_logps` without gradient and dropout."""
     training = model.training
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""The optimisers a training stage can choose, and float32 master weights for models kept in bfloat16."""
+"""The optimisers of training, and float32 master weights for models in bfloat16."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,7 +15,7 @@ EIGHT_BIT_NEEDS = "optimizer=adamw_8bit needs bitsandbytes: pip install 'selfali
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], optimization: Optimization) -> torch.optim.Optimizer:
-    """The optimiser over the parameters that take gradients, on a float32 copy of those that are not float32.
+    """Build the optimiser of the parameters that need gradients. If some are not float32, it works on a float32 copy.
 
     Raises:
         SelfalignError: the optimiser's package is not installed.
@@ -41,9 +41,9 @@ def _builder(optimization: Optimization) -> Build:
 
 
 class MasterWeights(torch.optim.Optimizer):
-    """An optimiser that works on a float32 copy of the weights, and writes each step's result back to them.
+    """An optimiser that works on a float32 copy of the weights and writes the result of each step back to them.
 
-    A step of usual size is smaller than bfloat16's spacing at most weights, so in place it would be lost.
+    A usual step is smaller than the spacing of bfloat16 at most weights, so it would be rounded away without the copy.
     """
 
     def __init__(self, parameters: list[nn.Parameter], build: Build) -> None:
@@ -51,13 +51,13 @@ class MasterWeights(torch.optim.Optimizer):
         self.weights = parameters
         self.masters = [nn.Parameter(parameter.detach().float()) for parameter in parameters]
         self.inner = build(self.masters)
-        # Schedulers set the rate here, so these are the groups that count; some ask for its peak.
+        # Schedulers set the rate in these groups, and some read its peak from the defaults.
         self.param_groups = self.inner.param_groups
         self.defaults = self.inner.defaults
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One step from the weights' gradients."""
+        """Do one step with the weights' gradients."""
         for weight, master in zip(self.weights, self.masters, strict=True):
             master.grad = None if weight.grad is None else weight.grad.float()
         self.inner.step()
@@ -65,22 +65,22 @@ class MasterWeights(torch.optim.Optimizer):
 
     @torch.no_grad()
     def write_back(self) -> None:
-        """Gives the weights the values of their float32 copies."""
+        """Copy the float32 copies to the weights."""
         for weight, master in zip(self.weights, self.masters, strict=True):
             weight.copy_(master)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drops the gradients of the weights and of their copies."""
+        """Delete the gradients of the weights and of their copies."""
         for parameter in [*self.weights, *self.masters]:
             parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimiser's state and the float32 weights."""
+        """Return the wrapped optimiser's state and the float32 weights."""
         return {"inner": self.inner.state_dict(), "masters": [master.detach() for master in self.masters]}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes both back; the groups stay shared with the wrapped optimiser."""
+        """Load both. The parameter groups stay shared with the wrapped optimiser."""
         self.inner.load_state_dict(state_dict["inner"])
         self.param_groups = self.inner.param_groups
         masters: list[Tensor] = state_dict["masters"]

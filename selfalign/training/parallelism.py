@@ -1,7 +1,6 @@
-"""How the trained policy lies over the processes of a run, and which examples each of them takes.
+"""Distribution of the trained policy and of the examples over the processes of a run: DDP or FSDP2.
 
-All processes do as many forward and backward passes of a step as any other, because the layouts exchange weights or
-gradients in each.
+All processes do equally many forward and backward passes in a step, because they exchange weights or gradients in each.
 """
 
 import heapq
@@ -24,13 +23,13 @@ KINDS = ("ddp", "fsdp2")
 
 @dataclass(kw_only=True, slots=True)
 class Parallelism:
-    """What each process keeps of the policy in training; with one process there is nothing to lay out.
+    """The part of the policy that each process holds in training. With one process it is the full policy.
 
     Attributes:
-        strategy: "ddp" keeps all of it in every process (Li et al. 2020, arXiv 2006.15704); "fsdp2" a share of each
-            weight, its gradient and its optimiser state, and puts a layer's weights together while it is computed
-            (Zhao et al. 2023, arXiv 2304.11277).
-        reshard_after_forward: whether "fsdp2" lets go of a layer's weights between its forward and its backward
+        strategy: "ddp" holds the full policy in every process (Li et al. 2020, arXiv 2006.15704). "fsdp2" holds a
+            shard of each weight, its gradient and its optimiser state, and gathers the weights of a layer while it is
+            computed (Zhao et al. 2023, arXiv 2304.11277).
+        reshard_after_forward: whether "fsdp2" frees a layer's gathered weights between its forward and its backward
             pass; false needs more memory and less communication.
     """
 
@@ -41,37 +40,40 @@ class Parallelism:
         if self.strategy not in KINDS:
             raise SelfalignError(f"train.parallelism.strategy must be one of {', '.join(KINDS)}; got {self.strategy!r}")
         if not (self.reshard_after_forward or self.sharded):
-            raise SelfalignError("train.parallelism.reshard_after_forward=false has a meaning with strategy=fsdp2 only")
+            raise SelfalignError(
+                "train.parallelism.reshard_after_forward=false needs train.parallelism.strategy=fsdp2; got "
+                f"strategy={self.strategy}"
+            )
 
     @property
     def sharded(self) -> bool:
-        """Whether a process has only a share of the weights."""
+        """Whether a process holds only a shard of the weights."""
         return self.strategy == "fsdp2"
 
     def check_possible(self) -> None:
-        """Refuses to share weights out among one process.
+        """Check that the run has several processes if weights are sharded.
 
         Raises:
-            SelfalignError: with what to do.
+            SelfalignError: it has only one.
         """
         if self.sharded and distributed.count() == 1:
             raise SelfalignError(
-                "train.parallelism.strategy=fsdp2 needs several processes, and this is the only one: start it with "
+                "train.parallelism.strategy=fsdp2 needs several processes, but there is one: start the run with "
                 "torchrun --nproc-per-node N -m selfalign, or set train.parallelism.strategy=ddp"
             )
 
     def arguments(self) -> dict[str, Any]:
-        """What transformers' TrainingArguments are told."""
+        """Return keyword arguments of transformers' TrainingArguments."""
         if not self.sharded:
             return {"ddp_find_unused_parameters": False}
         return {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": self.reshard_after_forward}}
 
     def check_effect(self, accelerator: "Accelerator", model: Any) -> None:
-        """Makes sure that training is laid out as asked for.
+        """Check that the model is distributed by this strategy.
 
         Args:
-            accelerator: what prepared the model.
-            model: as it was prepared.
+            accelerator: the accelerator that prepared the model.
+            model: the prepared model.
 
         Raises:
             SelfalignError: it is not.
@@ -81,38 +83,38 @@ class Parallelism:
         from torch.nn.parallel import DistributedDataParallel
 
         if self.sharded:
-            shared = all(isinstance(parameter, DTensor) for parameter in model.parameters())
-            done = accelerator.distributed_type == DistributedType.FSDP and shared
+            all_sharded = all(isinstance(parameter, DTensor) for parameter in model.parameters())
+            effective = accelerator.distributed_type == DistributedType.FSDP and all_sharded
         else:
-            alone = distributed.count() == 1 and not isinstance(model, nn.DataParallel)
-            done = isinstance(model, DistributedDataParallel) or alone
-        if not done or accelerator.num_processes != distributed.count():
+            single = distributed.count() == 1 and not isinstance(model, nn.DataParallel)
+            effective = isinstance(model, DistributedDataParallel) or single
+        if not effective or accelerator.num_processes != distributed.count():
             raise SelfalignError(
                 f"train.parallelism.strategy={self.strategy} did not take effect: accelerate runs "
-                f"{accelerator.distributed_type} on "
-                f"{accelerator.num_processes} processes of {distributed.count()}, with a {type(model).__name__}"
+                f"{accelerator.distributed_type} on {accelerator.num_processes} of {distributed.count()} processes, "
+                f"with a {type(model).__name__}"
             )
 
 
 @dataclass(frozen=True, slots=True)
 class Microbatch(Generic[S]):
-    """Examples of one forward pass; `repeated` ones count nothing, they keep step with the other processes."""
+    """The examples of one forward pass. A `repeated` microbatch has weight 0; it only fills up a process's passes."""
 
     examples: list[S]
     repeated: bool = False
 
 
 def assign_microbatches(examples: Sequence[S], budget: int, rank: int, count: int) -> list[Microbatch[S]]:
-    """The passes of process `rank` over its share of the examples, as many as every other process has.
+    """Return the microbatches of process `rank`. All processes get equally many.
 
-    The longest example goes first, each to the process with the fewest tokens so far, so that shares are even. A share
-    that needs fewer passes than another, or is empty, is filled up with repetitions of the shortest example.
+    Examples are assigned by falling length, each to the process with the fewest tokens so far, so that all have about
+    the same number of tokens. A process with fewer microbatches gets repetitions of the shortest example.
 
     Args:
-        examples: those of a whole step.
-        budget: the most tokens of a pass.
-        rank: of the process, from 0.
-        count: how many processes there are.
+        examples: all examples of an optimiser step.
+        budget: the most tokens in a microbatch.
+        rank: the rank of the process, from 0.
+        count: number of processes.
     """
     shares: list[list[S]] = [[] for _ in range(count)]
     loads = [(0, process) for process in range(count)]
@@ -126,20 +128,20 @@ def assign_microbatches(examples: Sequence[S], budget: int, rank: int, count: in
 
 
 def local_microbatches(examples: Sequence[S], budget: int) -> list[Microbatch[S]]:
-    """The passes of this process, see `deal`."""
+    """Return the microbatches of this process; see `assign_microbatches`."""
     return assign_microbatches(examples, budget, distributed.rank(), distributed.count())
 
 
-def out_of_wrapper(model: Any) -> Any:
-    """The model itself, where DDP has wrapped it: with its config, its device and its adapter."""
+def unwrap(model: Any) -> Any:
+    """Return the model inside DDP's wrapper, which has its config, its device and its adapter."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
 def upcast_trainable(model: nn.Module) -> Any:
-    """Makes the trained weights float32, for the optimiser, before they are shared out.
+    """Convert the trained weights to float32 for the optimiser, before they are sharded.
 
     Returns:
-        FSDP2's MixedPrecisionPolicy, which has them multiplied in the dtype they had.
+        FSDP2's MixedPrecisionPolicy with the weights' previous dtype for multiplications.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -153,16 +155,16 @@ def upcast_trainable(model: nn.Module) -> Any:
 
 
 @torch.no_grad()
-def gather_full_tensors(model: nn.Module, whole: nn.Module | None) -> None:
-    """Puts the trained weights, of which each process has a share, together into a model that is whole.
+def gather_full_tensors(model: nn.Module, full: nn.Module | None) -> None:
+    """Gather the trained weights from the shards of all processes. All processes must call this.
 
     Args:
-        model: the shared one; all processes come here.
-        whole: the same architecture in this process; None where its weights are not wanted.
+        model: the sharded model.
+        full: a model of the same architecture that receives the weights; None in processes that do not need them.
     """
-    places = dict(whole.named_parameters()) if whole else {}
+    targets = dict(full.named_parameters()) if full else {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             value = parameter.full_tensor()  # pyright: ignore[reportAttributeAccessIssue]
-            if whole:
-                places[name].copy_(value)
+            if full:
+                targets[name].copy_(value)

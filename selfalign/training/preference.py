@@ -1,4 +1,4 @@
-"""The preference objective: a preference loss over pairs, with the refinement pass where the loss asks for one."""
+"""The preference objective: a preference loss over pairs, with a refinement pass if the loss needs one."""
 
 import math
 import random
@@ -25,9 +25,9 @@ from selfalign.models.batches import PairExample, encode_pairs
 from selfalign.models.checkpoint import Policy, PolicyCheckpoint, autocast
 from selfalign.store.artifacts import Artifact
 from selfalign.training.config import Optimization, TrainableWeights
-from selfalign.training.objective import ObjectiveOutput, frozen_logps, pair_logps
-from selfalign.training.parallelism import local_microbatches, out_of_wrapper
-from selfalign.training.reference import References, StoredReferences, follow_references, groups_of, open_references
+from selfalign.training.objective import ObjectiveOutput, by_pair, forward, frozen_logps, pair_logps
+from selfalign.training.parallelism import local_microbatches, unwrap
+from selfalign.training.reference import References, StoredReferences, groups_of, join_references, open_references
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,16 +42,16 @@ def open_objective(
     optimization: Optimization,
     weights: TrainableWeights,
 ) -> "Preference":
-    """Makes the objective of an alignment, its references ready to be asked.
+    """Make the objective of an alignment, with its reference log-probabilities.
 
     Args:
         loss: one of `selfalign.losses.preference`.
-        policy: M_t, where training starts.
-        base: M0, which an adapter belongs to.
+        policy: M_t, the start of training.
+        base: M0, the base of an adapter.
         reference: stored log-probabilities of the reference policy, or that policy itself.
-        start: stored log-probabilities of M_t, where the reference is another policy.
+        start: stored log-probabilities of M_t if the reference is another policy, else None.
         optimization: rates, sizes and lengths.
-        weights: which weights are trained.
+        weights: the weights to train.
     """
     references = open_references(reference, base, weights)
     is_reference = start is None and (isinstance(references, StoredReferences) or reference.digest == policy.digest)
@@ -75,40 +75,40 @@ def encode_preferences(
     *,
     mask_thought: bool = False,
 ) -> Iterator[PairExample]:
-    """Tokenises pairs one by one, and joins them with the log-probabilities that are stored of them.
+    """Tokenise pairs one by one, and join them with their stored log-probabilities.
 
     Args:
-        policy: whose tokenizer and context they are for.
+        policy: the checkpoint whose tokenizer and context are used.
         pairs: pairs.jsonl.
-        reference: references.jsonl, or the reference policy, of which nothing is stored.
+        reference: references.jsonl; or the reference policy, which has no stored log-probabilities.
         start: references.jsonl of M_t, or None.
-        loss: says what a pair needs.
+        loss: the loss, which declares whether pairs need p⊕x or score gaps.
         limit: the longest prompt with a response, in tokens.
-        tally: counts as `encode_pairs` does.
+        tally: receives the counts of `encode_pairs`.
         mask_thought: whether thoughts are read without being scored.
 
     Raises:
-        SelfalignError: no pair fits, one has no stored log-probabilities, or not the score gap that the loss takes.
+        SelfalignError: no pair fits, a pair has no stored log-probabilities, or it lacks the score gap of the loss.
     """
     records = stream_records(pairs.path / "pairs.jsonl", PreferencePair)
     tokenizer, p = policy.load_tokenizer(), augmentation_of(loss)
     examples = encode_pairs(tokenizer, records, p, limit, tally, policy.context, mask_thought=mask_thought)
     for role, artifact in (("reference", reference), ("start", start)):
         if artifact is not None and (file := artifact.path / "references.jsonl").exists():
-            examples = follow_references(examples, file, role)
+            examples = join_references(examples, file, role)
     yield from check_score_gaps(loss, examples)
 
 
 @dataclass(slots=True)
 class Preference:
-    """A preference loss over pairs, with the refinement pass where the loss asks for one.
+    """A preference loss over pairs, with a refinement pass if the loss needs one.
 
     Attributes:
         loss: one of `selfalign.losses.preference`.
         references: the reference policy's log-probabilities.
-        starts_as_reference: whether the first step's values are known.
-        dtype: what the policy multiplies in; it decides how far the first step may be off.
-        start: M_t's log-probabilities, from which changes are measured; None where they are not known.
+        starts_as_reference: whether the policy starts as its reference, so that the first step is known.
+        dtype: the dtype of multiplications, which sets the tolerance of the first step.
+        start: M_t's log-probabilities, from which changes are measured; None if they are not computed.
     """
 
     loss: PreferenceLoss
@@ -118,7 +118,7 @@ class Preference:
     start: References | None = None
 
     def arrange(self, examples: Sequence[PairExample]) -> list[PairExample]:
-        """A step's pairs; where the refinement is shuffled, each with the p⊕x pass of another one."""
+        """Return the pairs of a step. If the refinement is shuffled, each has the p⊕x pass of another pair."""
         source = refinement_of(self.loss)
         if source is None or source.source != "shuffled":
             return list(examples)
@@ -131,12 +131,13 @@ class Preference:
         ]
 
     def weight(self, examples: Sequence[PairExample]) -> float:
-        """The loss is averaged over pairs."""
+        """Return the number of pairs, over which the loss is averaged."""
         return float(len(examples))
 
     def __call__(self, model: "PreTrainedModel", examples: Sequence[PairExample]) -> ObjectiveOutput:
-        own = out_of_wrapper(model)
-        policy, reference = pair_logps(model, groups_of(examples)), self.references(own, examples)
+        own = unwrap(model)
+        batch, scores = forward(model, groups_of(examples), training_pass=True)
+        policy, reference = by_pair(batch, scores.logps), self.references(own, examples)
         offset = self.offset(own, examples, policy, reference)
         losses = self.loss(policy, reference, offset)
         start = self.loss(reference, reference, offset)
@@ -156,12 +157,13 @@ class Preference:
             metrics,
             distance=max(float(values.abs().max()) for values in zeros),
             loss_distance=float(((losses.detach() - start).abs() / start.abs().clamp(min=1e-3)).max()),
+            router_loss=scores.router_loss,
         )
 
     def offset(
         self, model: "PreTrainedModel", examples: Sequence[PairExample], policy: PairLogps, reference: PairLogps
     ) -> torch.Tensor | None:
-        """What the loss declares as its offset: Δ under the current policy, or the score gap; without gradient."""
+        """Return the offset that the loss declares: Δ or the score gap, shape (pairs,), without gradient; or None."""
         if self.loss.offset is Offset.score_gap:
             return torch.tensor([example.score_gap or math.nan for example in examples], device=model.device)
         if not is_refined(self.loss):
@@ -175,15 +177,15 @@ class Preference:
         return self.loss.delta(policy_p, self.references(model, examples, augmented=True))
 
     def check_first_step(self, distance: float, loss_distance: float) -> None:
-        """Stops the run if the policy does not start as the reference, where every reward and every Δ is 0.
+        """Check that the policy starts as its reference, so that all rewards and all Δ are 0 at the first step.
 
         Args:
-            distance: the largest of them, either sign.
-            loss_distance: how far the worst pair's loss is from its value there, as a share of that value
-                (ln 2 for DPO and Sr-DPO, 1/(4β²) for IPO and Sr-IPO).
+            distance: the largest absolute reward or Δ, in units of reward.
+            loss_distance: the largest relative distance of a pair's loss from its known value (ln 2 for DPO and
+                Sr-DPO, 1/(4β²) for IPO and Sr-IPO).
 
         Raises:
-            SelfalignError: one is too far off, with the likely causes.
+            SelfalignError: a distance is too large. The message names the likely causes.
         """
         if not self.starts_as_reference:
             return
@@ -198,9 +200,9 @@ class Preference:
 
     @torch.no_grad()
     def measure(self, policy: Policy, examples: Sequence[PairExample], optimization: Optimization) -> Sums:
-        """The reward metrics of a trained policy over pairs, and how far it has moved, as sums and weights.
+        """Compute the reward metrics of a trained policy over pairs, and its changes from M_t.
 
-        Every process measures its share of the pairs, and has the sums over all.
+        Every process measures its share of the pairs and returns the sums over all pairs.
         """
         sums: Sums = {}
         policy.model.eval()
@@ -218,7 +220,7 @@ class Preference:
         return reduce(add_sums, distributed.gather(sums))
 
     def drift(self, policy: PairLogps, reference: PairLogps, start: PairLogps | None) -> Sums:
-        """How far the policy has moved from M_t, and what is needed to correlate its rewards with length."""
+        """Return the changes of log-probabilities from M_t, and the correlation of rewards with length, as sums."""
         assert policy.chosen_tokens is not None
         assert policy.rejected_tokens is not None
         tokens = [*policy.chosen_tokens.tolist(), *policy.rejected_tokens.tolist()]
@@ -233,7 +235,7 @@ class Preference:
         }
 
     def reward_metrics(self, policy: PairLogps, reference: PairLogps, offset: torch.Tensor | None) -> Sums:
-        """The reward metrics of these pairs; Δ is among them where it comes from the policy."""
+        """Return the reward metrics of these pairs as sums. They include Δ if it comes from the policy."""
         source = refinement_of(self.loss)
         chosen, rejected = rewards(self.loss.beta, policy, reference)
         assert policy.chosen_tokens is not None
@@ -248,10 +250,10 @@ class Preference:
 
 
 def check_score_gaps(loss: PreferenceLoss, examples: Iterable[PairExample]) -> Iterator[PairExample]:
-    """Passes pairs on, and looks whether they have the score gap that the loss declares.
+    """Yield the pairs unchanged, and check that they have the score gap that the loss declares.
 
     Raises:
-        SelfalignError: behind the last pair, one has no scores, or its chosen response's is not the higher one.
+        SelfalignError: after the last pair, if a pair has no scores or its chosen score is not the higher one.
     """
     wrong: list[str] = []
     for example in examples:
@@ -263,8 +265,8 @@ def check_score_gaps(loss: PreferenceLoss, examples: Iterable[PairExample]) -> I
 
 
 def lacks_score_gaps(loss: Loss, pairs: Sequence[str]) -> str:
-    """Says which pairs a loss with a score gap cannot be trained on."""
+    """Return the message about pairs without the score gap that the loss needs."""
     return (
-        f"the loss {loss.title} needs chosen_score above rejected_score in every pair; {len(pairs)} have not, like "
-        f"{pairs[0]}"
+        f"the loss {loss.title} needs chosen_score above rejected_score in every pair, but {len(pairs)} pairs, such as "
+        f"{pairs[0]}, do not have it. Remove these pairs or choose another loss"
     )

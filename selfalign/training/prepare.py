@@ -1,4 +1,4 @@
-"""A policy made ready for training: its adapter, dropout, and log-probabilities in its forward pass."""
+"""Preparation of a policy for training: its adapter, dropout, and a forward pass that returns log-probabilities."""
 
 import logging
 from typing import TYPE_CHECKING, Any, cast
@@ -7,7 +7,8 @@ from torch import nn
 
 from selfalign.core.errors import SelfalignError, reason_of
 from selfalign.models.checkpoint import Policy, PolicyCheckpoint
-from selfalign.models.config import LoRA
+from selfalign.models.config import ALL_LINEAR, LoRA
+from selfalign.models.logprobs import decoder_of, model_within
 from selfalign.models.scorer import make_scoring
 from selfalign.training.config import TrainableWeights
 
@@ -18,34 +19,58 @@ logger = logging.getLogger(__name__)
 
 
 def prepare(loaded: Policy, files: PolicyCheckpoint, weights: TrainableWeights, dropout: float) -> None:
-    """Adds an adapter if one is asked for and not there, sets dropout, and makes the model score."""
+    """Add an adapter if one is wanted and missing, set dropout, and make the model return log-probabilities.
+
+    Raises:
+        SelfalignError: the policy has an adapter, but all weights are to be trained; or an adapter cannot be added.
+    """
     has_adapter = hasattr(loaded.model, "peft_config")
     if has_adapter and not weights.lora.rank:
-        raise SelfalignError(f"{files.path} has an adapter, but model.lora.rank=0 asks to train all weights")
+        raise SelfalignError(
+            f"{files.path} has an adapter, but model.lora.rank=0 trains all weights: set model.lora.rank"
+        )
     if weights.lora.rank and not has_adapter:
         loaded.model = add_adapter(loaded.model, weights.lora)
+    freeze_unused(loaded.model)
     make_scoring(loaded, dropout)
 
 
+def freeze_unused(model: "PreTrainedModel") -> None:
+    """Exclude what texts do not pass through, such as a model's part for images, from training.
+
+    It would get no gradient, which DDP does not accept.
+    """
+    inner = model_within(model)
+    parts = (decoder_of(inner), cast(nn.Module, inner.get_output_embeddings()))
+    used = {id(weight) for part in parts for weight in part.parameters()}
+    for weight in model.parameters():
+        if id(weight) not in used:
+            weight.requires_grad = False
+
+
 def add_adapter(model: "PreTrainedModel", lora: LoRA) -> "PreTrainedModel":
-    """The model with a fresh adapter.
+    """Add a new adapter to a model.
 
     Raises:
-        SelfalignError: `lora.targets` names what it does not have or cannot adapt; its output layer, of which only the
-            responses' tokens are computed; or its embedding, where that is its output layer too: merged, an adapter
-            of the one would change the other as well.
+        SelfalignError: `lora.targets` names a layer that does not exist or cannot be adapted; the output layer, which
+            is computed for response tokens only; or an embedding tied to the output layer, because merging its adapter
+            would change the output layer too.
     """
     from peft import LoraConfig, get_peft_model
 
-    whole, embedding, head = lora.targets == "all-linear", model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head, experts = model.get_input_embeddings(), model.get_output_embeddings(), expert_weights(model)
+    whole = ALL_LINEAR in lora.names
+    stacked = [name for name in lora.names if any(f".{one}".endswith(f".{name}") for one in experts)]
+    layers = [name for name in lora.names if name not in (ALL_LINEAR, *stacked)]
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=0.0,
-        target_modules=lora.targets if whole else lora.names,
+        target_modules=ALL_LINEAR if whole else layers,
+        target_parameters=stacked or None,
         task_type="CAUSAL_LM",
     )
-    names = ", ".join(linear_layers(model))
+    names = ", ".join([*linear_layers(model), *experts])
 
     def refuse(problem: str) -> SelfalignError:
         return SelfalignError(f"model.lora.targets={lora.targets}: {problem.rstrip('.')}; linear layers are {names}")
@@ -55,20 +80,27 @@ def add_adapter(model: "PreTrainedModel", lora: LoRA) -> "PreTrainedModel":
     except ValueError as error:
         raise refuse(reason_of(error)) from error
     reached = [f".{name}" for name in adapted.targeted_module_names]
-    unknown = [name for name in lora.names if not whole and not any(one.endswith(f".{name}") for one in reached)]
+    unknown = [name for name in layers if not any(one.endswith(f".{name}") for one in reached)]
     if unknown:
         raise refuse(f"{type(model).__name__} has no layer {unknown[0]!r}")
     if model.get_output_embeddings() is not head:
-        raise refuse("it names the output layer, which cannot have an adapter here: leave it out")
+        raise refuse("the output layer cannot have an adapter: remove it")
     if model.get_input_embeddings() is not embedding and getattr(head, "weight", None) is embedding.weight:
-        raise refuse("its embedding is its output layer too, which an adapter of the one would change when merged")
-    if whole and (left_out := layers_left_out(adapted)):
-        logger.warning("model.lora.targets=all-linear does not reach %s: they stay as they are", ", ".join(left_out))
+        raise refuse("the embedding is tied to the output layer, which merging its adapter would change too: remove it")
+    left_out = [one for one in experts if not any(f".{one}".endswith(f".{name}") for name in stacked)]
+    if whole and left_out:
+        logger.warning(
+            "model.lora.targets=%s does not include %s: these weights are not trained. To adapt them too, set "
+            "model.lora.targets='%s'",
+            lora.targets,
+            ", ".join(left_out),
+            ",".join([*lora.names, *left_out]),
+        )
     return adapted
 
 
 def linear_layers(model: "PreTrainedModel") -> list[str]:
-    """What the linear layers of a model are called, its output layer aside."""
+    """Return the names of a model's linear layers, without its output layer."""
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings()
@@ -78,13 +110,13 @@ def linear_layers(model: "PreTrainedModel") -> list[str]:
     return sorted({name.rsplit(".", 1)[-1] for name in named})
 
 
-def layers_left_out(adapted: nn.Module) -> list[str]:
-    """What the weights of several layers in one are called, such as those of experts, that have no adapter."""
+def expert_weights(model: nn.Module) -> list[str]:
+    """Return the names of stacked weights, such as those of mixture-of-experts layers, each with its module's name."""
     convolution = nn.modules.conv._ConvNd
     found = {
         f"{path.rsplit('.', 1)[-1]}.{name}"
-        for path, layer in adapted.named_modules()
-        if not isinstance(layer, convolution) and "base_layer" not in path and "lora_" not in path
+        for path, layer in model.named_modules()
+        if not isinstance(layer, convolution)
         for name, weight in layer.named_parameters(recurse=False)
         if weight.dim() == 3
     }

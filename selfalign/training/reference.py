@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class References(Protocol):
-    """The reference policy's log-probabilities of pairs, given x or (`augmented`) p⊕x, without gradient."""
+    """Return the reference policy's log-probabilities of pairs, given x or, if `augmented`, p⊕x; without gradient."""
 
     def __call__(
         self, model: "PreTrainedModel", examples: Sequence[PairExample], *, augmented: bool = False
@@ -33,10 +33,10 @@ class References(Protocol):
 
 @dataclass(slots=True)
 class StoredReferences:
-    """Computed before training; they stand with the pairs.
+    """Log-probabilities that were computed before training and are stored with the pairs.
 
     Attributes:
-        role: whose they are, "reference" or "start".
+        role: the policy that they are of: "reference", or "start" for M_t.
     """
 
     role: str = "reference"
@@ -44,10 +44,10 @@ class StoredReferences:
     def __call__(
         self, model: "PreTrainedModel", examples: Sequence[PairExample], *, augmented: bool = False
     ) -> PairLogps:
-        """Reads them off.
+        """Read the log-probabilities of the pairs.
 
         Raises:
-            ValueError: a value is missing or not a number.
+            ValueError: a log-probability is missing or not finite.
         """
         column = f"augmented_{self.role}" if augmented else self.role
         values = [getattr(example, column) or [math.nan] * 2 for example in examples]
@@ -63,38 +63,38 @@ class StoredReferences:
 
 @dataclass(slots=True)
 class SecondModel:
-    """Computed at every step by the reference policy, in memory beside the policy that is trained."""
+    """Log-probabilities by the reference policy, a second model in memory, computed at every step."""
 
     reference: "PreTrainedModel"
 
     def __call__(
         self, model: "PreTrainedModel", examples: Sequence[PairExample], *, augmented: bool = False
     ) -> PairLogps:
-        """Computes them."""
+        """Compute the log-probabilities of the pairs."""
         return frozen_logps(self.reference, groups_of(examples, augmented=augmented))
 
 
 @dataclass(slots=True)
 class AdapterSwitchedOff:
-    """Computed at every step by the trained policy without its adapter: the base it belongs to."""
+    """Log-probabilities by the base, which is the trained policy without its adapter, computed at every step."""
 
     def __call__(
         self, model: "PreTrainedModel", examples: Sequence[PairExample], *, augmented: bool = False
     ) -> PairLogps:
-        """Computes them."""
+        """Compute the log-probabilities of the pairs."""
         with model.disable_adapter():  # pyright: ignore[reportCallIssue, reportGeneralTypeIssues]
             return frozen_logps(model, groups_of(examples, augmented=augmented))
 
 
 def groups_of(examples: Sequence[PairExample], *, augmented: bool = False) -> list[SharedPrompt]:
-    """Each pair's responses behind x, or (`augmented`) behind p⊕x."""
+    """Return the tokens of each pair's responses given x or, if `augmented`, given p⊕x."""
     if augmented:
         return [example.augmented for example in examples if example.augmented is not None]
     return [example.plain for example in examples]
 
 
 def open_references(reference: Artifact, base: Artifact, weights: TrainableWeights) -> References:
-    """The reference values an artifact holds, or its policy ready to be asked for them."""
+    """Open stored log-probabilities of an artifact, or load its policy to compute them."""
     if (reference.path / "references.jsonl").exists():
         return StoredReferences()
     if weights.lora.rank and reference.digest == base.digest:
@@ -104,27 +104,29 @@ def open_references(reference: Artifact, base: Artifact, weights: TrainableWeigh
     return SecondModel(loaded.model)
 
 
-def follow_references(examples: Iterable[PairExample], file: Path, role: str) -> Iterator[PairExample]:
-    """Pairs with their stored log-probabilities, which stand in the same order.
+def join_references(examples: Iterable[PairExample], file: Path, role: str) -> Iterator[PairExample]:
+    """Yield the pairs with their stored log-probabilities.
 
     Args:
         examples: the pairs.
-        file: references.jsonl; it may have pairs besides these.
-        role: whose they are, "reference" or "start".
+        file: references.jsonl in the order of the pairs; it may have other pairs too.
+        role: the policy that the log-probabilities are of: "reference" or "start".
 
     Raises:
-        SelfalignError: a pair has none.
+        SelfalignError: a pair has no log-probabilities.
     """
     stored = stream_records(file, PairReference)
     for example in examples:
         found = next((record for record in stored if record.id == example.id), None)
         if found is None:
-            raise SelfalignError(f"{file}: no reference for pair {example.id}, or not in the order of the pairs")
+            raise SelfalignError(
+                f"{file}: log-probabilities of pair {example.id} are missing or not in the order of the pairs"
+            )
         yield with_reference(example, found, role)
 
 
 def with_reference(example: PairExample, record: PairReference, role: str) -> PairExample:
-    """A pair with what a policy, by its role, makes of its responses."""
+    """Return a pair with the log-probabilities of a policy, by the policy's role."""
     plain = [record.chosen, record.rejected]
     if role == "start":
         return replace(example, start=plain)

@@ -1,7 +1,7 @@
-"""What a killed training goes on from: the trained weights, the optimiser's state, and where the schedule stands.
+"""The state from which a killed training resumes: the trained weights, the optimiser and the schedule.
 
-Every process writes the part it keeps, as safetensors, and reads the parts it needs, so that training goes on with
-another number of processes or in another layout.
+Every process writes its shards as safetensors and reads the shards it needs. So training can resume with another number
+of processes or another parallelism.
 """
 
 import errno
@@ -28,20 +28,20 @@ from selfalign.training.optimizers import MasterWeights
 SCHEDULE = "schedule.json"
 
 REFUSED = (errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENOMEM)
-"""What the system says of files that may be whole."""
+"""System errors after which the files may still be intact."""
 
 
 def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
-    """Writes a snapshot; all processes come here.
+    """Write the resume state. All processes must call this.
 
     Args:
-        folder: of the snapshot; what an earlier, killed attempt left there is removed.
-        model: in training, whole or sharded, not in DDP's wrapper.
-        optimizer: over its trained weights.
-        schedule: the learning rate's.
+        folder: the folder of the state; files of an earlier, killed attempt are removed.
+        model: the model in training, full or sharded, without DDP's wrapper.
+        optimizer: the optimiser of its trained weights.
+        schedule: the learning rate schedule.
 
     Raises:
-        OSError: it cannot be written; then nothing of it stays in the way of what else is to be written.
+        OSError: the state cannot be written; its folder is then removed to free the disk.
     """
     try:
         with naming(folder):
@@ -58,96 +58,96 @@ def _save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, sche
         write_json(folder / SCHEDULE, schedule.state_dict())
 
     distributed.on_main(begin)
-    tensors = {name: torch.as_tensor(value) for name, (_, _, value) in _places(model, optimizer).items()}
+    tensors = {name: torch.as_tensor(value) for name, (_, _, value) in _state(model, optimizer).items()}
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
         with _quiet():
             state_dict_saver.save(tensors, storage_writer=writer)
-    except CheckpointException as error:  # It is no Exception, and its text is a traceback.
+    except CheckpointException as error:  # This is no Exception, and its text is a traceback.
         raise _first_failure(error) from error
 
 
 @torch.no_grad()
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
-    """Takes a snapshot back; all processes come here, and the arguments are as in `save`.
+    """Load the resume state into the arguments, which are those of `save`. All processes must call this.
 
     Raises:
-        SelfalignError: it is damaged, or not one of this training.
+        SelfalignError: the state is damaged, or it is of another training.
     """
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    optimizer.step()  # So that there is a state to be read into.
+    optimizer.step()  # A step creates the state that is loaded into.
     optimizer.zero_grad()
-    places = _places(model, optimizer)
-    tensors = {name: torch.as_tensor(value) for name, (_, _, value) in places.items()}
-    rates = _read(folder, tensors, schedule)
-    for name, (state, key, value) in places.items():
+    entries = _state(model, optimizer)
+    tensors = {name: torch.as_tensor(value) for name, (_, _, value) in entries.items()}
+    schedule_state = _read(folder, tensors, schedule)
+    for name, (state, key, value) in entries.items():
         if not isinstance(value, Tensor):
             state[key] = tensors[name].item()
     if isinstance(optimizer, MasterWeights):
         optimizer.write_back()
-    schedule.load_state_dict(rates)
+    schedule.load_state_dict(schedule_state)
     for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
         group["lr"] = rate
 
 
 def _read(folder: Path, tensors: dict[str, Tensor], schedule: Any) -> dict[str, Any]:
-    """Fills the tensors, and returns the state of the schedule."""
+    """Load into the tensors, and return the state of the schedule."""
     reader = HuggingFaceStorageReader(str(folder))
     try:
-        # torch would log a failure here with a traceback, and would not miss a file between two others.
+        # torch logs a failure with a traceback, and does not notice a missing shard between two others.
         known: Any = reader.read_metadata().state_dict_metadata
         for name, tensor in tensors.items():
             if sum(chunk.sizes.numel() for chunk in known[name].chunks) != tensor.numel():
                 raise ValueError(f"parts of {name} are missing")
         with _quiet():
             state_dict_loader.load(tensors, storage_reader=reader)
-        rates = read_json(folder / SCHEDULE)
-        if rates.keys() != schedule.state_dict().keys():
-            raise ValueError(f"{SCHEDULE} is of something else")
+        schedule_state = read_json(folder / SCHEDULE)
+        if schedule_state.keys() != schedule.state_dict().keys():
+            raise ValueError(f"{SCHEDULE} is of another schedule")
     except CheckpointException as error:
         failure = _first_failure(error)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         failure = error
     else:
-        return rates
+        return schedule_state
     refused = system_error(failure)
     if refused is not None and refused.errno in REFUSED:
         refused.filename = refused.filename or str(folder)
         raise refused from failure
     if is_out_of_memory(failure) or not isinstance(failure, Exception) or isinstance(failure, SelfalignError):
         raise failure
-    said = one_line(f"{type(failure).__name__}: {failure}", 200)
+    reason = one_line(f"{type(failure).__name__}: {failure}", 200)
     raise SelfalignError(
-        f"{folder}: this checkpoint is damaged, or of something else ({said}); delete the folder, and the same command "
-        "trains this model from its start; all else that was finished is kept"
+        f"{folder}: this checkpoint is damaged, or of another training ({reason}). Delete the folder; then the same "
+        "command trains this model from its start and keeps all finished artifacts"
     ) from failure
 
 
 def _first_failure(error: CheckpointException) -> BaseException:
-    """What failed, in whichever process; it may be Ctrl-C, which torch takes for a failure too."""
+    """Return the first failure of any process, preferably one that is no Exception, such as Ctrl-C."""
     failures = [failure for failure, _ in error.failures.values()]
     return next((failure for failure in failures if not isinstance(failure, Exception)), failures[0])
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what torch says of every single process."""
+    """Suppress torch's warning about a single process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         yield
 
 
-def _places(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[dict[str, Any], str, Any]]:
-    """{name: (where it is kept, under which key, value)} of all that makes up the state of training."""
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[dict[str, Any], str, Any]]:
+    """Return {name: (dictionary, key, value)} of the weights and the optimiser's state."""
     masters: dict[nn.Parameter, nn.Parameter] = {}
     if isinstance(optimizer, MasterWeights):
         masters, optimizer = dict(zip(optimizer.weights, optimizer.masters, strict=True)), optimizer.inner
-    places: dict[str, tuple[dict[str, Any], str, Any]] = {}
+    entries: dict[str, tuple[dict[str, Any], str, Any]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             owner = masters.get(parameter, parameter)
-            places[f"weights.{name}"] = ({}, name, owner.detach())
+            entries[f"weights.{name}"] = ({}, name, owner.detach())
             state = optimizer.state[owner]
-            places |= {f"optimizer.{name}.{key}": (state, key, value) for key, value in state.items()}
-    return places
+            entries |= {f"optimizer.{name}.{key}": (state, key, value) for key, value in state.items()}
+    return entries

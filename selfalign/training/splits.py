@@ -1,9 +1,8 @@
-"""Which preference pairs are held out: such as share no text with anything that is trained on.
+"""Choice of the held-out preference pairs, which share no text with the training data.
 
-Two pairs share a text when the prompt or a response of one stands in the other: as its prompt, as a response, or as the
-beginning or an earlier answer of the dialogue that is its prompt. Texts are compared as `compared` has them, and
-prompts without their system turn. Of every text a digest of eight bytes is kept, so a pair needs some hundred bytes
-and not its texts.
+Two pairs share a text if the prompt or a response of one occurs in the other: as its prompt, as a response, or, if its
+prompt is a dialogue, as the dialogue's beginning or as an earlier response in it. Texts are normalised with `compared`,
+and prompts have no system turn. Each text is kept as a digest of eight bytes, so a pair needs about a hundred bytes.
 """
 
 from array import array
@@ -30,46 +29,45 @@ E = TypeVar("E", bound=HasId)
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """Digests of what a record says.
+    """Digests of the texts of a record.
 
     Attributes:
-        own: of its prompt, then of its responses.
-        around: of the beginnings of its dialogue that ask something, and of the answers in it.
+        own: digests of its prompt, then of its responses.
+        context: digests of the shorter prompts within its dialogue, and of the responses in the dialogue.
     """
 
     own: list[int]
-    around: list[int]
+    context: list[int]
 
 
 def texts_of(prompt: Prompt, *responses: str) -> Texts:
-    """A prompt with its responses."""
+    """Return the digests of a prompt with its responses."""
     if isinstance(prompt, str):
         return Texts([_digest("prompt", prompt), *(_digest("response", text) for text in responses)], [])
-    said = [turn for turn in prompt if turn["role"] != "system"]
-    around = [
-        _digest("prompt", as_text(said[: place + 1]))
+    turns = [turn for turn in prompt if turn["role"] != "system"]
+    context = [
+        _digest("prompt", as_text(turns[: index + 1]))
         if turn["role"] == "user"
         else _digest("response", turn["content"])
-        for place, turn in enumerate(said)
-        if turn["role"] != "user" or place + 1 < len(said)
+        for index, turn in enumerate(turns)
+        if turn["role"] != "user" or index + 1 < len(turns)
     ]
-    return Texts([_digest("prompt", as_text(said)), *(_digest("response", text) for text in responses)], around)
+    return Texts([_digest("prompt", as_text(turns)), *(_digest("response", text) for text in responses)], context)
 
 
 def _digest(kind: str, text: str) -> int:
-    said = f"{kind}\0{compared(text)}".encode(errors="surrogatepass")
-    return int.from_bytes(blake2b(said, digest_size=8).digest(), "big")
+    data = f"{kind}\0{compared(text)}".encode(errors="surrogatepass")
+    return int.from_bytes(blake2b(data, digest_size=8).digest(), "big")
 
 
 @dataclass(frozen=True, slots=True)
 class KnownTexts:
-    """What was trained on, as digests in ascending order.
+    """Digests of the texts of the training data, in ascending order.
 
     Attributes:
-        own: of the prompts and responses of demonstrations and pairs, and of the questions whose answers M1 learnt to
-            judge.
-        every: the same with what stands around them.
-        judged: of those answers. They stand in what teaches judging, but nothing teaches to give them.
+        own: prompts and responses of demonstrations and pairs, and ranked questions of EFT.
+        every: the same, and the contexts of their dialogues.
+        judged: the answers to the ranked questions of EFT. Models are trained to judge them, not to give them.
     """
 
     own: Digests
@@ -78,54 +76,54 @@ class KnownTexts:
 
     @classmethod
     def of(cls, artifacts: Sequence[Artifact]) -> "KnownTexts":
-        """All demonstrations, pairs and taught ranked answers of these artifacts."""
-        own, around, judged = array("Q"), array("Q"), array("Q")
+        """Collect the demonstrations, pairs and ranked questions of EFT in these artifacts."""
+        own, context, judged = array("Q"), array("Q"), array("Q")
         for artifact in artifacts:
             for texts in _stream_texts(artifact.path):
                 own.extend(texts.own)
-                around.extend(texts.around)
+                context.extend(texts.context)
             for question in _stream(artifact.path / "taught.jsonl", RankedAnswers):
-                asked, *answers = texts_of(as_prompt(question.instruction), *question.texts).own
-                own.append(asked)
+                prompt, *answers = texts_of(as_prompt(question.instruction), *question.texts).own
+                own.append(prompt)
                 judged.extend(answers)
-        every = np.concatenate([_as_array(own), _as_array(around)])
+        every = np.concatenate([_as_array(own), _as_array(context)])
         return cls(*map(np.unique, (_as_array(own), every, _as_array(judged))))
 
     def shares(self, texts: Texts) -> bool:
-        """Whether a pair has a prompt or a response that was trained on."""
-        own, around = (np.array(digests, dtype=np.uint64) for digests in (texts.own, texts.around))
-        return bool(_among(own, self.every).any() or _among(around, self.own).any())
+        """Whether a record shares a prompt or a response with the training data."""
+        own, context = (np.array(digests, dtype=np.uint64) for digests in (texts.own, texts.context))
+        return bool(_among(own, self.every).any() or _among(context, self.own).any())
 
 
 def _stream_texts(folder: Path) -> Iterator[Texts]:
-    """What an artifact's demonstrations and pairs say."""
-    for shown in _stream(folder / "demonstrations.jsonl", Demonstration):
-        yield texts_of(shown.prompt, shown.response)
+    """Yield the texts of an artifact's demonstrations and pairs."""
+    for demonstration in _stream(folder / "demonstrations.jsonl", Demonstration):
+        yield texts_of(demonstration.prompt, demonstration.response)
     for pair in _stream(folder / "pairs.jsonl", PreferencePair):
         yield texts_of(pair.prompt, pair.chosen, pair.rejected)
 
 
 def prompts_of(artifact: Artifact) -> Iterator[str]:
-    """Yields what is said in the prompts of its demonstrations and pairs, as it is compared."""
+    """Yield the normalised turns of the prompts of an artifact's demonstrations and pairs."""
     for name, kind in (("demonstrations", Demonstration), ("pairs", PreferencePair)):
         for record in _stream(artifact.path / f"{name}.jsonl", kind):
             yield from texts_in(record.prompt)
 
 
 def _stream(path: Path, kind: type[E]) -> Iterator[E]:
-    """The records of a file that may be missing or empty."""
+    """Yield the records of a file; none if it is missing or empty."""
     return stream_records(path, kind) if path.is_file() and path.stat().st_size else iter(())
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Pairs by their place.
+    """A split of pairs, by their indices.
 
     Attributes:
-        training: those to train on, in their order.
-        held_out: those to measure on, in their order.
-        beside: how many are neither, because they share a text with one that is held out.
-        passed_over: how many cannot be held out, because they share a text with what was trained on before.
+        training: indices of the pairs to train on, in order.
+        held_out: indices of the pairs to measure on, in order.
+        beside: number of pairs in neither, because they share a text with a held-out pair.
+        passed_over: number of pairs that cannot be held out, because they share a text with earlier training data.
     """
 
     training: Rows
@@ -135,57 +133,59 @@ class Split:
 
 
 def split_pairs(pairs: Iterable[PreferencePair], count: int, known: KnownTexts) -> Split:
-    """Sets pairs aside that share no text with each other, with the pairs that are left to train on, or with `known`.
+    """Hold out pairs that share no text with one another, with the training pairs, or with `known`.
 
-    The pairs that share a text with one that is held out are set aside with it and used for nothing: the others of the
-    same instruction always, so one pair an instruction is measured and an interval over pairs counts no instruction
-    twice. It goes by neighbours and not by everything that hangs together over several steps, since a response that
-    recurs everywhere ("Yes.") would tie most pairs into one group. Those are held out first that have the fewest other
-    instructions as neighbours, so that such a response costs no training pair while there are enough others; among
-    equal ones, and in most data all have none, the digests of their ids decide. So the choice does not depend on the
-    order of the pairs, and those of a smaller count are among those of a larger one.
+    Pairs that share a text with a held-out pair are used for nothing. These include all other pairs of its instruction,
+    so an interval over held-out pairs counts no instruction twice. Only direct neighbours are excluded, not chains of
+    them, because a common response ("Yes.") would connect most pairs.
+
+    Pairs with the fewest neighbouring instructions are held out first, so that a common response costs no training pair
+    while there are enough others. Most pairs have no neighbours; the digests of their ids decide among equal ones. So
+    the choice does not depend on the order of the pairs, and a larger count includes the choice of a smaller one.
 
     Raises:
-        SelfalignError: there are not so many such pairs, or none would be left to train on.
+        SelfalignError: there are too few such pairs, or no pair would be left to train on.
     """
     table = _Table.of(pairs)
-    before = np.union1d(known.every, known.judged)
-    taken = _among(table.own, before).any(axis=1) | table.around_is_among(known.own)
-    held = _pick(table, count, taken)
-    size, passed = len(table.own), int(taken.sum())
+    trained = np.union1d(known.every, known.judged)
+    unusable = _among(table.own, trained).any(axis=1) | table.context_is_among(known.own)
+    held_out = _pick(table, count, unusable)
+    size, passed_over = len(table.own), int(unusable.sum())
     if count >= size:
         raise SelfalignError(f"train.validation_pairs={count} of {size} pairs leaves none to train on: lower it")
-    if len(held) < count:
+    if len(held_out) < count:
         raise SelfalignError(
-            f"train.validation_pairs={count}: of {size} pairs only {len(held)} share no prompt and no response with "
-            f"each "
-            f"other and with what was trained on before ({passed} share one with that, as with SFT data); lower it, or "
-            "measure on other pairs with evaluate.preference_pairs.source"
+            f"train.validation_pairs={count}, but only {len(held_out)} of {size} pairs share no prompt and no response "
+            f"with one another and with earlier training data ({passed_over} share one with the latter, such as SFT "
+            "data): lower it, or measure on other pairs with evaluate.preference_pairs.source"
         )
-    own, every = table.texts_of(held)
-    aside = _among(table.own, every).any(axis=1) | table.around_is_among(own)
-    training = np.flatnonzero(~aside)
+    own, every = table.texts_of(held_out)
+    excluded = _among(table.own, every).any(axis=1) | table.context_is_among(own)
+    training = np.flatnonzero(~excluded)
     if not len(training):
         raise SelfalignError(
-            f"train.validation_pairs={count} of {size} pairs leaves none to train on: all the others share a prompt or "
-            "response with one that is held out"
+            f"train.validation_pairs={count} of {size} pairs leaves none to train on, because all other pairs share a "
+            "prompt or a response with a held-out pair: lower it"
         )
-    return Split(training, held, int(aside.sum()) - len(held), passed)
+    return Split(training, held_out, int(excluded.sum()) - len(held_out), passed_over)
 
 
 def hold_out(
     examples: StoredExamples[E], file: Path, count: int, trained_on: Sequence[Artifact]
 ) -> tuple[StoredExamples[E], StoredExamples[E], Split | None]:
-    """(pairs to train on, pairs to measure on, how that came about); all of them, none and None where none is wanted.
+    """Split pairs into training and held-out pairs.
 
     Args:
         examples: the pairs that are not too long.
         file: pairs.jsonl with their texts, in the same order.
-        count: how many to measure on.
-        trained_on: artifacts with what the policy has learnt from.
+        count: number of pairs to hold out.
+        trained_on: artifacts that the policy was trained on before.
+
+    Returns:
+        (training pairs, held-out pairs, split). The split is None if `count` is 0.
 
     Raises:
-        SelfalignError: as `split_pairs`.
+        SelfalignError: see `split_pairs`.
     """
     if not count:
         return examples, examples.take([]), None
@@ -197,78 +197,78 @@ def hold_out(
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """What pairs say, one row a pair.
+    """The digests of the texts of all pairs.
 
     Attributes:
         own: digests of prompt, chosen and rejected response, shape (pairs, 3).
-        around: digests of what stands in the dialogues besides, all pairs' one behind the other.
-        ends: where each pair's part of `around` ends.
-        order: digest of the pair's id.
+        context: digests of the contexts of the dialogues, of all pairs one after the other.
+        ends: index of the end of each pair's part of `context`, shape (pairs,).
+        order: digest of each pair's id, shape (pairs,).
     """
 
     own: Digests
-    around: Digests
+    context: Digests
     ends: Rows
     order: Digests
 
     @classmethod
     def of(cls, pairs: Iterable[PreferencePair]) -> "_Table":
-        own, around, ends, order = array("Q"), array("Q"), array("q"), array("Q")
+        own, context, ends, order = array("Q"), array("Q"), array("q"), array("Q")
         for pair in pairs:
             texts = texts_of(pair.prompt, pair.chosen, pair.rejected)
             own.extend(texts.own)
-            around.extend(texts.around)
-            ends.append(len(around))
+            context.extend(texts.context)
+            ends.append(len(context))
             order.append(int(digest_text(pair.id)[:16], 16))
-        return cls(_as_array(own).reshape(-1, 3), _as_array(around), np.array(ends, np.int64), _as_array(order))
+        return cls(_as_array(own).reshape(-1, 3), _as_array(context), np.array(ends, np.int64), _as_array(order))
 
-    def around_is_among(self, ordered: Digests) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """Of each pair, whether one of the texts around it is among these."""
-        found = np.concatenate([[0], np.cumsum(_among(self.around, ordered))])
+    def context_is_among(self, ordered: Digests) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Return for each pair whether a text of its context is among these digests, shape (pairs,)."""
+        found = np.concatenate([[0], np.cumsum(_among(self.context, ordered))])
         return found[self.ends] > found[np.concatenate([[0], self.ends[:-1]])]
 
     def texts_of(self, rows: Rows) -> tuple[Digests, Digests]:
-        """(the own texts of these pairs, all their texts), in ascending order."""
-        around = [self.around[self.ends[row - 1] if row else 0 : self.ends[row]] for row in rows]
+        """Return (own texts, own texts and contexts) of these pairs, in ascending order."""
+        context = [self.context[self.ends[row - 1] if row else 0 : self.ends[row]] for row in rows]
         own = self.own[rows].ravel()
-        return np.unique(own), np.unique(np.concatenate([own, *around]))
+        return np.unique(own), np.unique(np.concatenate([own, *context]))
 
-    def costs(self) -> Rows:
-        """Of each pair, how many other instructions have pairs with one of its own texts."""
+    def neighbours(self) -> Rows:
+        """Return for each pair the number of other instructions whose pairs have one of its own texts."""
         lengths = np.diff(self.ends, prepend=0)
-        asked = np.concatenate([np.repeat(self.own[:, 0], 3), np.repeat(self.own[:, 0], lengths)])
-        said = np.concatenate([self.own.ravel(), self.around])
-        order = np.lexsort((asked, said))
-        said, asked = said[order], asked[order]
-        first = np.ones(len(said), dtype=bool)
-        first[1:] = (said[1:] != said[:-1]) | (asked[1:] != asked[:-1])
-        texts, instructions = np.unique(said[first], return_counts=True)
-        return (instructions[np.searchsorted(texts, self.own)] - 1).sum(axis=1)
+        prompts = np.concatenate([np.repeat(self.own[:, 0], 3), np.repeat(self.own[:, 0], lengths)])
+        texts = np.concatenate([self.own.ravel(), self.context])
+        order = np.lexsort((prompts, texts))
+        texts, prompts = texts[order], prompts[order]
+        first = np.ones(len(texts), dtype=bool)
+        first[1:] = (texts[1:] != texts[:-1]) | (prompts[1:] != prompts[:-1])
+        distinct, instructions = np.unique(texts[first], return_counts=True)
+        return (instructions[np.searchsorted(distinct, self.own)] - 1).sum(axis=1)
 
 
-def _pick(table: _Table, count: int, taken: np.ndarray[Any, np.dtype[np.bool_]]) -> Rows:
-    """The pairs to hold out, in the order of the table: those that cost least, as far as they share no text."""
-    held: list[int] = []
+def _pick(table: _Table, count: int, unusable: np.ndarray[Any, np.dtype[np.bool_]]) -> Rows:
+    """Return the indices of the held-out pairs, in order: the fewest neighbours first, if they share no text."""
+    held_out: list[int] = []
     own: set[int] = set()
     every: set[int] = set()
-    order = np.lexsort((table.order, table.costs()))
-    for row in order[~taken[order]]:
-        if len(held) == count:
+    order = np.lexsort((table.order, table.neighbours()))
+    for row in order[~unusable[order]]:
+        if len(held_out) == count:
             break
-        mine, all_mine = (set(texts.tolist()) for texts in table.texts_of(np.array([row])))
-        if mine.isdisjoint(every) and all_mine.isdisjoint(own):
-            held.append(int(row))
-            own |= mine
-            every |= all_mine
-    return np.array(sorted(held), dtype=np.int64)
+        pair_own, pair_every = (set(texts.tolist()) for texts in table.texts_of(np.array([row])))
+        if pair_own.isdisjoint(every) and pair_every.isdisjoint(own):
+            held_out.append(int(row))
+            own |= pair_own
+            every |= pair_every
+    return np.array(sorted(held_out), dtype=np.int64)
 
 
 def _among(digests: Digests, ordered: Digests) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Of each digest, whether it is among those in ascending order."""
+    """Return for each digest whether it is among `ordered`, which is in ascending order; same shape as `digests`."""
     if not len(ordered):
         return np.zeros(digests.shape, dtype=bool)
-    places = np.searchsorted(ordered, digests)
-    return ordered[np.minimum(places, len(ordered) - 1)] == digests
+    indices = np.searchsorted(ordered, digests)
+    return ordered[np.minimum(indices, len(ordered) - 1)] == digests
 
 
 def _as_array(digests: "array[int]") -> Digests:

@@ -1,4 +1,4 @@
-"""`train`: a policy, examples and an objective → the trained policy; transformers' Trainer does the rest."""
+"""Training: a policy, examples and an objective → the trained policy, with transformers' Trainer."""
 
 from collections.abc import Sequence
 from typing import cast
@@ -27,34 +27,34 @@ def train(
     weights: TrainableWeights,
     checkpoints: CheckpointSelector | None = None,
 ) -> Policy:
-    """Trains a policy and writes it into the workspace; goes on from the last checkpoint if there is one.
+    """Train a policy and write it to the stage's output. Training continues from the last checkpoint if there is one.
 
     Args:
-        out: where the policy, the log and the checkpoints go.
-        policy: where training starts.
-        base: the checkpoint that an adapter belongs to.
-        examples: tokenised records.
+        out: receives the policy, the log and the checkpoints.
+        policy: the start of training.
+        base: the base of an adapter.
+        examples: tokenised examples.
         objective: the loss over them.
         optimization: rates, sizes and lengths.
-        weights: which weights are trained, their dtype, the seed of everything random, and the layout.
-        checkpoints: decides after which step the policy is taken; the last one without it.
+        weights: the weights to train, their dtype, the seed of all randomness, and parallelism.
+        checkpoints: selects the step whose policy is kept; None keeps the last step.
 
     Returns:
-        The trained policy, in memory, made to score.
+        The trained policy in memory; its forward pass returns log-probabilities.
 
     Raises:
-        SelfalignError: the loss is not finite (the record ids are named), or the first step is not what it must be.
+        SelfalignError: the loss is not finite (the message names the records), or the first step has wrong values.
     """
-    # Importing transformers' Trainer takes seconds, which no one who only composes a config should wait for.
+    # Importing transformers' Trainer takes seconds, and composing a config does not need it.
     from selfalign.training.trainer import StepTrainer
 
     weights.parallelism.check_possible()
     torch.manual_seed(weights.seed)
-    # What is shared out goes to the GPU a layer at a time.
+    # A sharded policy moves to the GPU one layer at a time.
     loaded = policy.load(weights.dtype, device="cpu" if weights.parallelism.sharded else "", trainable=True)
     prepare(loaded, policy, weights, optimization.dropout)
     if optimization.gradient_checkpointing:
-        # transformers 5.23 has renamed it; older ones know the first name only.
+        # transformers 5.23 renamed the method; older versions have the second name only.
         names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
         enable = next(getattr(loaded.model, name) for name in names if hasattr(loaded.model, name))
         enable({"use_reentrant": False})
@@ -65,18 +65,18 @@ def train(
         loaded = checkpoints.files(checkpoints.chosen).load(weights.dtype, trainable=True)
         make_scoring(loaded)
     loaded.model.eval()
-    whole = loaded
+    full = loaded
     if weights.parallelism.sharded:
-        whole = gather_full_policy(loaded, policy, weights)
-    distributed.on_main(lambda: PolicyCheckpoint(out.path).save(cast(Policy, whole), base))
+        full = gather_full_policy(loaded, policy, weights)
+    distributed.on_main(lambda: PolicyCheckpoint(out.path).save(cast(Policy, full), base))
     return loaded
 
 
-def gather_full_policy(shared: Policy, start: PolicyCheckpoint, weights: TrainableWeights) -> Policy | None:
-    """The trained policy, of which each process has a share, whole in the main process; None in the others."""
-    whole = None
+def gather_full_policy(sharded: Policy, start: PolicyCheckpoint, weights: TrainableWeights) -> Policy | None:
+    """Gather a sharded policy. Return the full policy in the main process and None in the others."""
+    full = None
     if distributed.is_main():
-        whole = start.load(weights.dtype, device="cpu", trainable=True)
-        prepare(whole, start, weights, 0.0)
-    gather_full_tensors(shared.model, whole.model if whole else None)
-    return whole
+        full = start.load(weights.dtype, device="cpu", trainable=True)
+        prepare(full, start, weights, 0.0)
+    gather_full_tensors(sharded.model, full.model if full else None)
+    return full

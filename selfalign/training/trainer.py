@@ -1,4 +1,4 @@
-"""transformers' Trainer, fed one optimiser step at a time."""
+"""transformers' Trainer with one optimiser step as its batch."""
 
 import math
 import resource
@@ -21,8 +21,9 @@ from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed
 from selfalign.metrics import catalog
-from selfalign.metrics.accumulate import Sums, add_sums, averages
+from selfalign.metrics.accumulate import Mean, Sums, add_sums, averages
 from selfalign.models.checkpoint import Policy, autocast, default_device
+from selfalign.models.logprobs import router_coefficient
 from selfalign.store.artifacts import StageOutput
 from selfalign.training import resume_state
 from selfalign.training.checkpoint_selection import CheckpointSelector
@@ -32,11 +33,11 @@ from selfalign.training.optimizers import build_optimizer
 from selfalign.training.parallelism import Microbatch, Parallelism, local_microbatches, upcast_trainable
 
 STATE = "trainer_state.json"
-"""Trainer's own state; it is written last, so a checkpoint is whole when it can be read."""
+"""File of Trainer's own state. It is written last, so a checkpoint with this file is complete."""
 
 
 class StepDataset(Dataset[list[Example]]):
-    """The examples of each optimiser step, all epochs in a row, each in its own order drawn from the seed."""
+    """The examples of each optimiser step, over all epochs. The seed gives each epoch its own order."""
 
     def __init__(self, examples: Sequence[Example], batch_size: int, epochs: int, seed: int) -> None:
         self.examples = examples
@@ -60,15 +61,15 @@ class StepDataset(Dataset[list[Example]]):
 
 
 def shuffled(count: int, seed: int) -> torch.Tensor:
-    """0 … count-1 in an order drawn from the seed."""
+    """Return 0 … count-1 in a random order."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 class StepTrainer(Trainer):
-    """Trainer whose batch is a whole optimiser step, cut into forward passes by a token budget.
+    """A Trainer whose batch is a whole optimiser step, split into microbatches by a token budget.
 
-    The step's loss is the sum over its examples divided by the step's weight, so cutting it differently, or among
-    several processes, changes nothing but rounding. Where activations are dropped, it changes which.
+    The step's loss is the sum over its examples divided by the step's weight. So the split into microbatches and
+    processes changes only rounding and, with dropout, which activations are dropped.
     """
 
     def __init__(
@@ -87,6 +88,8 @@ class StepTrainer(Trainer):
         self.optimization = optimization
         self.out = out
         self.weights = weights
+        asked = optimization.router_loss_coefficient
+        self.router_coefficient = router_coefficient(policy.model) if asked is None else asked
         self.folder = out.scratch / "checkpoints"
         self.step_metrics: dict[str, float] = {}
         self.step_tokens = 0
@@ -103,7 +106,7 @@ class StepTrainer(Trainer):
         self.remove_callback(PrinterCallback)
 
     def run(self) -> int:
-        """Trains from the start, or from the last whole checkpoint; returns the steps done."""
+        """Train from the start or from the last complete checkpoint. Return the number of steps done."""
         checkpoint = distributed.broadcast(last_checkpoint(self.folder))
         done = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
         self.out.rewind_log(lambda row: row["step"] <= done)
@@ -116,55 +119,60 @@ class StepTrainer(Trainer):
         return self.state.global_step
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """The steps in their order: every process gets all of a step, and takes its share in `training_step`."""
+        """Return the steps in order. Every process gets the whole step and takes its share in `training_step`."""
         return DataLoader(self.steps, batch_size=1, shuffle=False, collate_fn=_only)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The one that was chosen, over the weights that are trained."""
+        """Build the chosen optimiser of the trained weights."""
         self.plain_optimizer = build_optimizer(self.policy.model.parameters(), self.optimization)
         self.optimizer = self.plain_optimizer  # Until accelerate wraps it.
         return self.optimizer
 
     def compute_loss_context_manager(self) -> Any:
-        """Multiplications in the dtype asked for."""
+        """Return autocast to the dtype of multiplications."""
         return autocast(self.args.device, self.optimization.compute_dtype)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Forward and backward over this process's share of an optimiser step; returns the loss of the whole."""
+        """Do forward and backward passes over this process's microbatches. Return the loss of the whole step."""
         model.train()
         examples = self.objective.arrange(inputs)
         weight = self.objective.weight(examples)
-        passes = local_microbatches(examples, self.optimization.microbatch_tokens)
-        share = StepTotals()
-        for number, part in enumerate(passes, start=1):
+        microbatches = local_microbatches(examples, self.optimization.microbatch_tokens)
+        totals = StepTotals()
+        for number, microbatch in enumerate(microbatches, start=1):
             if self.optimization.dropout:
                 step, rank = self.state.global_step, distributed.rank()
                 torch.manual_seed(derive_seed(self.weights.seed, "dropout", step, rank, number))
-            # DDP adds gradients up once a step; FSDP2 in every pass, or each process would keep them all.
-            together = number == len(passes) or self.weights.parallelism.sharded
-            with nullcontext() if together else self.accelerator.no_sync(model):
+            # DDP sums gradients once a step. FSDP2 does so in every pass, or each process would hold all of them.
+            synchronises = number == len(microbatches) or self.weights.parallelism.sharded
+            with nullcontext() if synchronises else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
-                    outcome = self.objective(model, part.examples)
-                # Both layouts average gradients over the processes.
-                scale = 0.0 if part.repeated else distributed.count() / weight
-                self.accelerator.backward(outcome.loss * scale)
-            share.add(part, outcome)
-        share.peak_memory = peak_memory(self.args.device)
-        whole = reduce(StepTotals.joined, distributed.gather(share))
-        if whole.broken:
-            ids = ", ".join(dict.fromkeys(whole.broken))
+                    output = self.objective(model, microbatch.examples)
+                minimised = output.loss
+                if output.router_loss is not None:
+                    own = self.objective.weight(microbatch.examples)
+                    minimised = minimised + own * self.router_coefficient * output.router_loss
+                    output.metrics[catalog.ROUTER_LOSS.name] = Mean(own * float(output.router_loss.detach()), own)
+                # Both strategies average gradients over the processes.
+                scale = 0.0 if microbatch.repeated else distributed.count() / weight
+                self.accelerator.backward(minimised * scale)
+            totals.add(microbatch, output)
+        totals.peak_memory = peak_memory(self.args.device)
+        step = reduce(StepTotals.merged, distributed.gather(totals))
+        if step.not_finite:
+            ids = ", ".join(dict.fromkeys(step.not_finite))
             raise SelfalignError(
                 f"{self.out.label}: the loss is not finite at step {self.state.global_step + 1} (records {ids}); "
-                "lower the learning rate or look at these records. The last checkpoint is kept"
+                "lower the learning rate or check these records. The last checkpoint is kept"
             )
-        self.step_metrics = averages(whole.metrics) | {catalog.PEAK_MEMORY_GB.name: whole.peak_memory / 2**30}
+        self.step_metrics = averages(step.metrics) | {catalog.PEAK_MEMORY_GB.name: step.peak_memory / 2**30}
         self.step_tokens = sum(map(len, examples))
         if self.state.global_step == 0:
-            self.objective.check_first_step(whole.distance, whole.loss_distance)
-        return torch.tensor(whole.loss / weight, device=self.args.device)
+            self.objective.check_first_step(step.distance, step.loss_distance)
+        return torch.tensor(step.loss / weight, device=self.args.device)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Writes a snapshot, the trainer's own state last, and removes the older ones."""
+        """Write the resume state, then Trainer's own state, and remove older checkpoints."""
         folder = self.folder / f"checkpoint-{self.state.global_step}"
         resume_state.save(folder, self.policy.model, self.plain_optimizer, self.lr_scheduler)
         distributed.on_main(lambda: self._keep_only(folder))
@@ -175,15 +183,15 @@ class StepTrainer(Trainer):
             shutil.rmtree(other)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Left to `_load_optimizer_and_scheduler`, which comes when the model is laid out."""
+        """Load nothing here: `_load_optimizer_and_scheduler` loads everything after the model is distributed."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Takes the whole snapshot back."""
+        """Load the resume state."""
         if checkpoint:
             resume_state.load(Path(checkpoint), self.policy.model, self.plain_optimizer, self.lr_scheduler)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Passes each step's numbers on; what Trainer adds at the end of training is left out."""
+        """Log the metrics of each step. The row that Trainer adds at the end of training is left out."""
         if "loss" in logs:
             row = {
                 "step": self.state.global_step,
@@ -195,50 +203,54 @@ class StepTrainer(Trainer):
             self.out.log({name: float(f"{value:.6g}") for name, value in row.items()} | {"step": row["step"]})
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Not counted: the inputs are records, not tensors."""
+        """Return 0, because the inputs are records, not tensors."""
         return 0
 
 
 @dataclass(slots=True)
 class StepTotals:
-    """Loss and metric totals of one optimizer step on one rank, or merged over ranks by `joined`; fields as in
-    `Outcome`.
+    """Totals of one optimiser step on one rank, or over several ranks with `merged`.
 
-    `broken` are the ids of records in passes whose loss is not finite.
+    Attributes:
+        loss: the loss, summed over the examples.
+        metrics: sums of the metrics.
+        distance: the largest `ObjectiveOutput.distance`.
+        loss_distance: the largest `ObjectiveOutput.loss_distance`.
+        not_finite: ids of the records in microbatches whose loss is not finite.
+        peak_memory: the most memory of a process, bytes.
     """
 
     loss: float = 0.0
     metrics: Sums = field(default_factory=dict)
     distance: float = 0.0
     loss_distance: float = 0.0
-    broken: list[str] = field(default_factory=list)
+    not_finite: list[str] = field(default_factory=list)
     peak_memory: int = 0
 
-    def add(self, part: Microbatch[Any], outcome: ObjectiveOutput) -> None:
-        """Counts a pass in; a repeated one is another process's to count."""
-        if part.repeated:
+    def add(self, microbatch: Microbatch[Any], output: ObjectiveOutput) -> None:
+        """Add a forward pass. A repeated microbatch is skipped, because another process adds it."""
+        if microbatch.repeated:
             return
-        loss = float(outcome.loss.detach())
-        broken = [] if math.isfinite(loss) else [example.id for example in part.examples]
-        seen = StepTotals(loss, outcome.metrics, outcome.distance, outcome.loss_distance, broken)
-        joined = self.joined(seen)
+        loss = float(output.loss.detach())
+        not_finite = [] if math.isfinite(loss) else [example.id for example in microbatch.examples]
+        merged = self.merged(StepTotals(loss, output.metrics, output.distance, output.loss_distance, not_finite))
         for name in self.__slots__:
-            setattr(self, name, getattr(joined, name))
+            setattr(self, name, getattr(merged, name))
 
-    def joined(self, other: "StepTotals") -> "StepTotals":
-        """Both together."""
+    def merged(self, other: "StepTotals") -> "StepTotals":
+        """Return the totals of both."""
         return StepTotals(
             self.loss + other.loss,
             add_sums(self.metrics, other.metrics),
             max(self.distance, other.distance),
             max(self.loss_distance, other.loss_distance),
-            self.broken + other.broken,
+            self.not_finite + other.not_finite,
             max(self.peak_memory, other.peak_memory),
         )
 
 
 class _AroundStep(TrainerCallback):
-    """Checks the layout, times steps, moves the progress bar, and stops where the selection of checkpoints says so."""
+    """Checks parallelism, times steps, moves the progress bar, and stops training if checkpoint selection says so."""
 
     def __init__(self, trainer: StepTrainer) -> None:
         self.trainer = trainer
@@ -266,14 +278,14 @@ class _AroundStep(TrainerCallback):
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most memory so far, bytes: allocated on the GPU, or resident in this process where there is none."""
+    """Return the peak memory so far in bytes: allocated on the GPU, or resident in this process if there is none."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end: the trainer state is what Trainer writes last."""
+    """Return the newest complete checkpoint, or None. Trainer's own state is written last."""
     found = [(int(path.name[11:]), path) for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()]
     for step, path in sorted(found, reverse=True):
         try:
@@ -295,7 +307,7 @@ def _arguments(optimization: Optimization, folder: Path, layout: Parallelism, st
         per_device_train_batch_size=1,
         num_train_epochs=1,
         learning_rate=optimization.learning_rate,
-        # The rate is 0 at the first of them, so they are never all there are.
+        # The rate is 0 at the first warm-up step, so not all steps can be warm-up.
         warmup_steps=min(math.ceil(optimization.warmup_ratio * steps), steps - 1),
         max_grad_norm=optimization.max_grad_norm,
         save_steps=optimization.checkpoint_steps,
@@ -305,13 +317,13 @@ def _arguments(optimization: Optimization, folder: Path, layout: Parallelism, st
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
-        use_cache=True,  # As the config that is saved has it; scoring never asks for one.
+        use_cache=True,  # This keeps the saved config unchanged; scoring does not use a cache.
         **schedule,
         **layout.arguments(),
     )
-    # Of several GPUs a process takes one; Trainer would put the model into DataParallel.
+    # Each process uses one GPU. With several, Trainer would wrap the model with DataParallel.
     arguments._n_gpu = min(1, arguments.n_gpu)
-    # `compute_loss_context_manager` says what is multiplied in; what accelerate's own launcher says would go before it.
+    # `compute_loss_context_manager` sets the dtype; without this, accelerate's launcher would override it.
     arguments.mixed_precision = "no"
     return arguments
 

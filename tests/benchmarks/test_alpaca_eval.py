@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas
 import pytest
-from benching import measure
+from benchmarking import measure
 from builders import Killed, Script, completion, killed_after, loaded, small_context_policy
 from chat_server import ChatServer, chat, chat_server
 

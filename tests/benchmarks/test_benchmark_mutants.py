@@ -3,7 +3,7 @@
 from types import ModuleType
 from typing import Any
 
-import benching
+import benchmarking
 import pytest
 import test_alpaca_eval
 import test_mt_bench
@@ -16,50 +16,50 @@ from selfalign.benchmarks.rating import Grade
 MT = test_mt_bench
 MUTANTS: dict[str, tuple[ModuleType, ModuleType, str, str, Check]] = {
     "failure counted as 0": (
-        mt_bench, benching,
+        mt_bench, benchmarking,
         "for question, turn, grade in graded:", "for question, turn, grade in map(zeroed, graded):",
         MT.test_scores_are_means_of_the_ratings_and_a_failure_is_none,
     ),
     "answers as units of the interval": (
-        mt_bench, benching, "setdefault(question.question_id, [])", "setdefault((question.question_id, turn), [])",
+        mt_bench, benchmarking, "setdefault(question.question_id, [])", "setdefault((question.question_id, turn), [])",
         MT.test_interval_is_over_questions_not_over_answers,
     ),
     "all turns shown of a first answer": (
-        mt_bench, benching, "asked=asked.turns[:turn]", "asked=asked.turns",
+        mt_bench, benchmarking, "asked=asked.turns[:turn]", "asked=asked.turns",
         MT.test_scores_are_means_of_the_ratings_and_a_failure_is_none,
     ),
     "references whatever the category": (
-        mt_bench, benching, "if asked.category in REFERENCED", "if True",
+        mt_bench, benchmarking, "if asked.category in REFERENCED", "if True",
         MT.test_references_are_shown_in_their_categories_only,
     ),
     "references of some turns only": (
-        mt_bench, benching, "if len(right) >= turn else []", "if right else []",
+        mt_bench, benchmarking, "if len(right) >= turn else []", "if right else []",
         MT.test_reference_for_the_first_turn_alone_is_shown_there_alone,
     ),
     "one temperature for all": (
-        mt_bench, benching, "self.temperatures.get(question.category, OTHERWISE)", "OTHERWISE",
+        mt_bench, benchmarking, "self.temperatures.get(question.category, OTHERWISE)", "OTHERWISE",
         MT.test_temperature_is_the_categorys,
     ),
     "score under the wrong name": (
-        mt_bench, benching, ".of(turn=turn)", ".of(turn=1)",
+        mt_bench, benchmarking, ".of(turn=turn)", ".of(turn=1)",
         MT.test_scores_are_means_of_the_ratings_and_a_failure_is_none,
     ),
     "failure written as -1": (
-        mt_bench, benching, '"score": grade.score,', '"score": -1 if grade.score is None else grade.score,',
+        mt_bench, benchmarking, '"score": grade.score,', '"score": -1 if grade.score is None else grade.score,',
         MT.test_files_are_in_fastchats_layout,
     ),
     "judge that may fail entirely": (
-        grading, benching, "or failed == len(grades)", "and False",
+        grading, benchmarking, "or failed == len(grades)", "and False",
         MT.test_policy_that_writes_no_rating_stops_with_what_it_wrote,
     ),
     "turn's prompt for every turn": (
-        grading, benching, "(len(task.asked) > 1)", "False",
+        grading, benchmarking, "(len(task.asked) > 1)", "False",
         MT.test_prompts_of_a_file_are_used_by_turn_and_reference,
     ),
     "reference as the first": (
         alpaca_eval, test_alpaca_eval,
-        "return ResponsePair(asked, first, second)",
-        "return ResponsePair(asked, second, first)",
+        "return ResponsePair(instruction, first, second)",
+        "return ResponsePair(instruction, second, first)",
         test_alpaca_eval.test_win_rates_are_of_the_models_answers_in_both_orders,
     ),
     "preference for the reference": (
@@ -75,11 +75,11 @@ MUTANTS: dict[str, tuple[ModuleType, ModuleType, str, str, Check]] = {
         test_alpaca_eval.test_files_are_in_alpaca_evals_layout,
     ),
     "first rating counts": (
-        rating, test_rating, "{float(one) for one in said} != {score} or", "",
+        rating, test_rating, "{float(one) for one in ratings} != {score} or", "",
         test_rating.test_rating_is_read_strictly_and_a_failure_is_no_number,
     ),
     "rating clipped": (
-        rating, test_rating, "score = float(said[0])", "score = min(float(said[0]), HIGH)",
+        rating, test_rating, "score = float(ratings[0])", "score = min(float(ratings[0]), HIGH)",
         test_rating.test_rating_is_read_strictly_and_a_failure_is_no_number,
     ),
     "any digits": (

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benching import PROMPTS, QUESTIONS, REFERENCES, mt_bench, read_rows, write_rows
+from benchmarking import PROMPTS, QUESTIONS, REFERENCES, mt_bench, read_rows, write_rows
 
 from selfalign.benchmarks.fastchat import (
     INSTALL,

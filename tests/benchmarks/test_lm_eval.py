@@ -250,13 +250,13 @@ def test_run_measures_every_model_and_finds_it_there_the_next_time(tmp_path: Pat
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (asked("quizz"), r"benchmark.lm_eval: lm-eval knows no task 'quizz'; did you mean .*quiz"),
-        (asked("zzqxwv"), "lm-eval knows no task 'zzqxwv'; tasks of your own lie in include_path"),
+        (asked("quizz"), r"benchmark.lm_eval: lm-eval has no task 'quizz'; did you mean .*quiz"),
+        (asked("zzqxwv"), "lm-eval has no task 'zzqxwv'; set include_path to the folder of your own tasks"),
         (asked(metric="accuracy"), "quiz has 0 metrics 'accuracy', and one is needed; it has acc; acc_norm"),
         (asked("both", "acc_norm"), "both has 0 metrics 'acc_norm', and one is needed; it has acc$"),
         (asked("finish", "exact_match"), "2 metrics .* it has exact_match,whole; exact_match,first-word"),
-        (asked("easy_questions"), "easy_questions has no number of its own; name its tasks: quiz"),
-        (asked("arc_easy"), r"task arc_easy cannot be loaded \(.*\); data on the hub need the network, .*include_path"),
+        (asked("easy_questions"), "easy_questions has no metric of its own; name its tasks: quiz"),
+        (asked("arc_easy"), r"task arc_easy cannot be loaded \(.*\); data on the hub need the .*include_path"),
     ],
 )
 def test_task_that_cannot_be_measured_is_one_line(

@@ -5,7 +5,7 @@ from typing import Any
 import pandas
 import pytest
 import torch
-from benching import (
+from benchmarking import (
     FP32,
     GRADING,
     PROMPTS,

@@ -229,7 +229,7 @@ def test_comparisons_without_a_verdict_count_although_every_response_has_a_score
 
     with chat_server(decides_all_but_one) as server:
         kind = Pairwise(prompt=prompt, endpoint=at(server), max_failure_rate=0.2)
-        with pytest.raises(SelfalignError, match=r"0 of 5 judgements .*, 1 of 4 comparisons no verdict"):
+        with pytest.raises(SelfalignError, match=r"0 of 5 judgements .*, 1 of 4 comparisons carry no verdict"):
             judged(tmp_path, kind, None)
 
 
@@ -263,7 +263,7 @@ def test_whole_run_is_judged_by_a_faulty_server_and_the_key_is_nowhere(
             assert run(tmp_path / "outputs", *overrides, f"judge.endpoint.base_url={server.url}") == folder
         assert len(server.bodies) == asked, "a finished run asked again"
         until_then = capfd.readouterr()
-        assert "Everything was there already" in until_then.out
+        assert "Everything was made before" in until_then.out
         refusal = Fault(401, f"no such key: {KEY}".encode())
         server.faults.append(refusal)
         with pytest.raises(SelfalignError, match=r"status 401: no such key: \[key\]"):

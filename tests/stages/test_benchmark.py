@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benching import QUESTIONS, REFERENCES, write_rows
+from benchmarking import QUESTIONS, REFERENCES, write_rows
 from builders import TINY_RUN, composed, metrics, planned, policy_artifact, run, workspace, write_tiny_data
 
 from selfalign.benchmarks.protocol import BenchmarkContext
@@ -158,7 +158,7 @@ def test_same_command_finds_everything_and_another_question_file_is_asked_anew(
 ) -> None:
     folder, overrides = benched
     run(folder.parent, *overrides)
-    assert "Everything was there already" in capsys.readouterr().out
+    assert "Everything was made before" in capsys.readouterr().out
     path = Path(next(o.partition("=")[2] for o in overrides if o.startswith("benchmark.mt_bench.questions=")))
     before = read_json(folder / "artifacts/evaluation_M1/mt_bench/manifest.json")
     text = path.read_text()

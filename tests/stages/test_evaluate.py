@@ -181,7 +181,7 @@ def test_crossed_bounds_are_warned_of_and_counted_or_stop_the_run(
     numbers = measured(tmp_path, judged=model, baseline=baseline, moved=moved, bounds=bounds)
     assert numbers["bound_violated"] == {"max_length_growth": 50.0, "max_kl_to_m1": 3.0}
     assert "stage: eval/length_growth is 50, above evaluate.bounds.max_length_growth=10" in caplog.text
-    with pytest.raises(SelfalignError, match=r"length_growth.*evaluate\.bounds\.stop=true ends the run"):
+    with pytest.raises(SelfalignError, match=r"length_growth.*evaluate\.bounds\.stop=true stops the run"):
         measured(
             tmp_path, judged=model, baseline=baseline, moved=moved, bounds=MetricBounds(max_length_growth=10, stop=True)
         )
@@ -270,5 +270,5 @@ def test_numbers_of_the_training_are_held_against_their_bounds(tmp_path: Path) -
     model = artifact(tmp_path / "model", "align", {**trained, "loss": 0.7})
     numbers = measured(tmp_path, trained=[model])
     assert numbers == {**trained, "bound_violated": {"min_chosen_logp_change": -0.6}}
-    with pytest.raises(SelfalignError, match=r"min_chosen_logp_change.*evaluate\.bounds\.stop=true ends the run"):
+    with pytest.raises(SelfalignError, match=r"min_chosen_logp_change.*evaluate\.bounds\.stop=true stops the run"):
         measured(tmp_path, trained=[model], bounds=MetricBounds(stop=True))

@@ -124,7 +124,7 @@ def check_form(folder: Path, policy: PolicyCheckpoint, stage: Any = module) -> N
 
 def check_model(folder: Path, policy: PolicyCheckpoint, stage: Any = module) -> None:
     """Judgements of another model than the baseline are refused."""
-    with pytest.raises(SelfalignError, match=r"judgements by \['M1'\], which is not the SFT baseline"):
+    with pytest.raises(SelfalignError, match=r"judgements by \['M1'\]; the SFT baseline must have written"):
         taught(folder, policy, QUESTIONS, WRITTEN, stage=stage, model="M1")
 
 
@@ -162,10 +162,14 @@ MUTANTS = [
     ("only neighbours in the file compared", "sorted(zip(ranks, scores, strict=True))", "zip(ranks, scores)"),
     ("first draw alone", "for draw in draws:", "for draw in draws[:1]:"),
     ("nothing thinned", "kept = thin(targets, max_score_imbalance)", "kept = targets"),
-    ("thinned without the ratio", "int(ratio * second)", "second"),
-    ("the second most common thinned", "(most, many), (_, second) = counts", "(_, second), (most, many) = counts"),
+    ("thinned without the ratio", "int(ratio * second_count)", "second_count"),
+    (
+        "the second most common thinned",
+        "(most_common, count), (_, second_count) = counts",
+        "(_, second_count), (most_common, count) = counts",
+    ),
     ("any form taught", 'judgement.text.splitlines()[-1].strip() != judge.answer(int(judgement.score), "")', "False"),
-    ("model not checked", 'raise SelfalignError(f"{out.label}: judgements by', 'str(f"{out.label}: judgements by'),
+    ("model not checked", "if others := {judgement.model for", "if others := set() and {judgement.model for"),
     ("prompts of the wrong answer", "question.texts[number - 1]", "question.texts[-number]"),
 ]
 

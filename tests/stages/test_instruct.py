@@ -76,7 +76,7 @@ def test_tasks_shown_are_what_users_ask_and_neither_system_turns_nor_answers(
     script = scripted(tiny_policy)
     seeds = records_artifact(tmp_path / "given", demonstrations=given)
     settings = config(seed_examples=3, generated_examples=0, max_batches=2)
-    with pytest.raises(SelfalignError, match=r"raise data\.instruct\.max_batches"):
+    with pytest.raises(SelfalignError, match=r"Raise data\.instruct\.max_batches"):
         write(tmp_path, tiny_policy, settings, ScriptedWriter(script), seeds=seeds)
     for request in script.requests:
         shown = script.tokenizer.decode(request.prompt)
@@ -541,7 +541,10 @@ def test_too_few_given_instructions_are_an_error_with_counts(tmp_path: Path) -> 
     with pytest.raises(SelfalignError) as stop:
         take(tmp_path, 3, [first])
     message = str(stop.value)
-    assert message.startswith("stage: 2 of 3 instructions in what is left of data.instruct.source=tasks.jsonl, 3 of 9")
+    assert message.startswith(
+        "stage: only 2 of 3 instructions passed the filters, of the 3 that are left of the 9 in "
+        "data.instruct.source=tasks.jsonl"
+    )
     assert "'held_out': 1" in message
     assert "data.instruct.count" in message
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import test_instruct as tests
-import test_overlap
-import test_wording
+import test_rouge
+import test_text_filters
 from builders import completion
 from mutation import Check, assert_caught
 
@@ -29,8 +29,8 @@ ORDER = tests.test_given_instructions_are_taken_in_their_order_and_once
 
 COPIES = '        if words in map(words_of, shown):\n            return "copy_of_demonstration"\n'
 NEAR = "if self._known_held_out.highest(words) >= self.config.max_rouge_l:"
-OWN = "draw.sample(own, min(config.generated_examples, len(own)))"
-EXAMPLES = "examples = mine + draw.sample(pool.seeds, min(total - len(mine), len(pool.seeds)))"
+OWN = "rng.sample(generated, min(config.generated_examples, len(generated)))"
+EXAMPLES = "examples += rng.sample(pool.seeds, min(missing, len(pool.seeds)))"
 ASKED = 'encode_prompt(generator.tokenizer, [user], f"Task {len(examples) + 1}:")'
 WRITTEN = "made = generate_batched("
 SWALLOWED = "made = _swallow("
@@ -42,17 +42,17 @@ STAGE: list[tuple[str, str, str, Check]] = [
     ("D3 1: earlier iterations are forgotten", "RougeIndex.of(self.seeds + "
     "self.earlier)", "RougeIndex.of(self.seeds)", EARLIER),
     ("D3 1: the prompt is parsed too", "completion.text)]", '"Task 0: seed\\n" + completion.text)]', LEDGER),
-    ("D3 2: all that was kept goes into the prompt", OWN, "own", NUMBERS),
+    ("D3 2: all that was kept goes into the prompt", OWN, "list(generated)", NUMBERS),
     ("D3 2: every prompt shows the same", "derive_seed(seed, batch, index))", "derive_seed(seed))", SHOTS),
     ("the examples are the same for every seed", "random.Random(seed)", "random.Random(0)", SHOTS),
-    ("no own instructions in the prompt", EXAMPLES, EXAMPLES.replace("mine + ", ""), SHOTS),
+    ("no own instructions in the prompt", EXAMPLES, EXAMPLES.replace("+=", "="), SHOTS),
     ("D3 3: the last task always goes", "if cut else (tasks, 0)", "if cut else (tasks[:-1], 0)", LEDGER),
     ("D3 3: a cut task is kept", "return (tasks[:-1], 1) if cut else (tasks, 0)", "return tasks, 0", LEDGER),
     ("D3 3: a cut task is dropped without being counted", 'pool.dropped["truncated"] += cut', "pass", LEDGER),
     ("several tasks stay one", r'"(?:^|\n)\s*(?:\W*)Task \d+\s*:"', '"never"', LEDGER),
     ("D3 7: held-out instructions are trained on", NEAR, "if False:", HELD_OUT),
     ("D3 7: only exact copies of them are noticed", NEAR, "if words in self._known_held_out:", HELD_OUT),
-    ("D3 7: they are not passed on", "Pool(config, given, before, apart)", "Pool(config, given, before)", HELD_OUT),
+    ("D3 7: they are not passed on", "earlier_texts, held_out_texts)", "earlier_texts)", HELD_OUT),
     ("D3 12: another family's template", ASKED,
      'generator.tokenizer.encode("<|im_start|>user\\n" + user["content"] + "<|im_end|>\\n<|im_start|>assistant\\n'
      'Task " + str(len(examples) + 1) + ":")', TEMPLATE),
@@ -64,9 +64,9 @@ STAGE: list[tuple[str, str, str, Check]] = [
     ("given ones are read in another order", "records[start:]", "sorted(records[start:], key=lambda r: r.text)", ORDER),
 ]  # fmt: skip
 
-RANDOM = test_overlap.test_rouge_is_the_plain_definition_on_random_texts
-UNKNOWN = test_overlap.test_words_that_no_known_text_has_match_nothing
-OVERLAP: list[tuple[str, str, str, Check]] = [
+RANDOM = test_rouge.test_rouge_is_the_plain_definition_on_random_texts
+UNKNOWN = test_rouge.test_words_that_no_known_text_has_match_nothing
+ROUGE: list[tuple[str, str, str, Check]] = [
     ("recall instead of F1", "(len(words) + len(other))", "(2 * len(other))", RANDOM),
     ("F1 without its 2", "return 2 * LCS", "return LCS", RANDOM),
     (
@@ -78,11 +78,12 @@ OVERLAP: list[tuple[str, str, str, Check]] = [
     ("the first known text instead of the nearest", "found[0])", "next(iter(self._texts)))", UNKNOWN),
 ]
 
-FOREIGN = partial(test_wording.test_other_script_or_no_common_word_is_another_language, test_wording.FOREIGN[1])
-WORDLESS = partial(test_wording.test_other_script_or_no_common_word_is_another_language, test_wording.FOREIGN[3])
-QUOTED = partial(test_wording.test_few_foreign_letters_and_few_words_are_none, "Translate “доброе утро” into English.")
-SHORT = partial(test_wording.test_few_foreign_letters_and_few_words_are_none, "Name edible wild mushrooms.")
-WORDING: list[tuple[str, str, str, Check]] = [
+SCRIPTS = test_text_filters.test_other_script_or_no_common_word_is_another_language
+KEPT = test_text_filters.test_few_foreign_letters_and_few_words_are_none
+FOREIGN, WORDLESS = (partial(SCRIPTS, test_text_filters.FOREIGN[n]) for n in (1, 3))
+QUOTED = partial(KEPT, "Translate “доброе утро” into English.")
+SHORT = partial(KEPT, "Name edible wild mushrooms.")
+FILTERS: list[tuple[str, str, str, Check]] = [
     ("every script passes", "other_script = bool(self.scripts) and", "other_script = False and", FOREIGN),
     ("one foreign letter is enough", "foreign > letters.total() / 2", "foreign > 0", QUOTED),
     ("every word passes", "unknown = bool(self.common) and", "unknown = False and", WORDLESS),
@@ -90,8 +91,8 @@ WORDING: list[tuple[str, str, str, Check]] = [
 ]
 MUTANTS = [
     *((instruct, tests, *mutant) for mutant in STAGE),
-    *((rouge, test_overlap, *mutant) for mutant in OVERLAP),
-    *((text_filters, test_wording, *mutant) for mutant in WORDING),
+    *((rouge, test_rouge, *mutant) for mutant in ROUGE),
+    *((text_filters, test_text_filters, *mutant) for mutant in FILTERS),
 ]
 
 

@@ -134,7 +134,7 @@ def test_judge_that_always_says_five_raises_an_alarm(
     found = constancy(tmp_path, tiny_policy, ["Score: 5"] * 5)
     assert found == {"tie_rate": 1.0, "score_entropy": 0.0, "constant": 1.0}
     [warning] = [record for record in caplog.records if record.levelname == "WARNING"]
-    assert "stage: the judge says nearly the same of everything (100% of the instructions" in warning.message
+    assert "stage: the judge's scores are nearly constant (100% of the instructions" in warning.message
 
 
 def test_judge_that_tells_responses_apart_raises_none(
@@ -194,7 +194,7 @@ def test_scale_that_is_not_the_rubric_s_is_a_warning_with_its_keys(
     script = Script(loaded(tiny_policy.path), [completion(text) for text in replies])
     kind = SampledScore(prompt=RUBRIC, num_samples=1, retries=0)
     judged(tmp_path / "out", kind, policy_artifact(tiny_policy), script, **given(tmp_path, ANSWERS[:4]))
-    said = "2 of 4 judgements lie beyond judge.min_score=0 and judge.max_score=5"
+    said = "2 of 4 judgements are outside judge.min_score=0 to judge.max_score=5"
     assert any(said in message for message in caplog.messages) is warned
 
 

@@ -80,8 +80,8 @@ def test_scores_are_correlated_with_length_within_each_instruction(
         ("self.length_correlation.add(found)", "self.length_correlation = RunningMean(found, 1)"),
         ("[r.tokens for r in judged]", "[len(r.text) for r in judged]"),
         (
-            "in family.responses if response.id in family.scores]",
-            "in family.responses[:2] if response.id in family.scores]",
+            "in group.responses if response.id in group.scores]",
+            "in group.responses[:2] if response.id in group.scores]",
         ),
     ],
     ids=["of the last instruction alone", "characters", "two of each"],
@@ -389,7 +389,7 @@ def test_too_few_pairs_to_set_aside_are_noticed_with_the_data(tmp_path: Path) ->
     seeds = records_artifact(tmp_path / "seeds", demonstrations=[demonstration("d", "When?", "No 3.")])
     given = {"source": str(source), "count": 0, "content": "d", **NOTHING}
     with pytest.raises(
-        SelfalignError, match=r"train\.validation_pairs=3: of 4 pairs only 2 share .* \(1 share one with that"
+        SelfalignError, match=r"train\.validation_pairs=3, but only 2 of 4 pairs share .* \(1 share one with the"
     ):
         given_pairs(workspace(tmp_path / "out"), **given | {"set_aside": 3, "trained_on": [seeds]})
     counts = given_pairs(workspace(tmp_path / "out"), **given | {"set_aside": 2, "trained_on": [seeds]})

@@ -218,7 +218,7 @@ def test_too_few_scores_leave_the_correlations_out(tmp_path: Path, known: int) -
 
 
 def test_log_probability_that_is_no_number_stops_instead_of_being_averaged(tmp_path: Path) -> None:
-    with pytest.raises(SelfalignError, match="pair b"):
+    with pytest.raises(SelfalignError, match="1 pairs, such as b, are missing or not finite"):
         measured(tmp_path, own={**OWN, "b": (-9.0, -8.0, math.nan, -12.0)})
 
 
@@ -292,13 +292,16 @@ def test_pairs_that_are_trained_on_are_told_when_they_are_read(
     rows = [{"prompt": f"{n}?", "chosen": f"right {n}", "rejected": text} for n, text in enumerate("db")]
     given: dict[str, Any] = {"source": str(source), "count": 0, "content": "c", "ranked": None}
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(SelfalignError, match=r"test.jsonl: 2 of 2 pairs share a prompt or a response with what is tra"):
+    with pytest.raises(SelfalignError, match=r"test.jsonl: 2 of 2 pairs share a prompt or a response with the trainin"):
         preference_test(workspace(tmp_path / "none"), **given, trained_on=[trained])
     rows.append({"prompt": "Who?", "chosen": "right", "rejected": "wrong"})
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert not caplog.records
     assert preference_test(workspace(tmp_path / "one"), **given, trained_on=[trained])["pairs"] == 3
-    assert "test.jsonl: 2 of 3 pairs share a prompt or a response with what is trained on" in caplog.text
+    assert (
+        "test.jsonl: 2 of 3 pairs share a prompt or a response with the training data and are not measured"
+        in caplog.text
+    )
 
 
 def test_ranked_questions_give_their_best_against_their_worst_with_the_humans_scores(tmp_path: Path) -> None:
@@ -338,7 +341,7 @@ MUTANTS = [
     ("correlations swapped", 'MARGIN_SCORE_PEARSON, margins', 'MARGIN_SCORE_PEARSON, deltas', SCIPY),
     ("nothing dropped", "if not known.shares(texts_of(pair.prompt, pair.chosen, pair.rejected))", "", DROPPED),
     ("responses not looked at", "texts_of(pair.prompt, pair.chosen, pair.rejected)", "texts_of(pair.prompt)", ANSWERED),
-    ("several pairs an instruction", "if by_prompt[texts_of(pair.prompt).own[0]] is pair]", "]", FIRST),
+    ("several pairs an instruction", "if first_of_prompt[texts_of(pair.prompt).own[0]] is pair]", "]", FIRST),
     ("judge ignored", "if scores is None\n", "if True\n", JUDGED),
 ]  # fmt: skip
 

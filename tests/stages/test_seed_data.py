@@ -148,7 +148,7 @@ def test_source_of_which_no_row_is_of_use_names_the_setting_and_the_reasons(tmp_
         rows = [{"instruction": "Hi", "responses": answers}]
     config = SeedDataConfig(**{"demonstrations": "", "ranked": "", key: write_jsonl(tmp_path / "a.jsonl", rows)})
     reasons = {"demonstrations": r"\{'empty_response': 1\}", "ranked": r"\{'scores_contradict': 2\}"}[key]
-    with pytest.raises(SelfalignError, match=rf"data\.seed_data\.{key}=.*: no row is of use \(dropped: {reasons}\)"):
+    with pytest.raises(SelfalignError, match=rf"data\.seed_data\.{key}=.*: no usable row \(dropped: {reasons}\)"):
         seed_data(workspace(tmp_path / "out"), config=config, judge=SCORE, contents=[])
 
 
@@ -225,9 +225,9 @@ def test_taught_questions_are_there_for_the_baseline_to_judge(tmp_path: Path) ->
 MUTANTS = [
     ("split by id", "digest_text(compared(question.instruction)) for", "digest_text(question.id) for"),
     ("split by answers", "digest_text(compared(question.instruction)) for", "digest_text(str(question.texts)) for"),
-    ("held-out questions taught", "for question in apart if question.id not in held_out]", "for question in apart]"),
-    ("overlap kept", "if compared(question.instruction) not in asked]", "]"),
-    ("overlap not counted", 'drops["questions_in_demonstrations"] = len(questions) - len(apart)', "pass"),
+    ("held-out questions taught", "for question in usable if question.id not in held_out]", "for question in usable]"),
+    ("overlap kept", "if compared(question.instruction) not in prompts]", "]"),
+    ("overlap not counted", 'drops["questions_in_demonstrations"] = len(questions) - len(usable)', "pass"),
 ]
 
 
@@ -298,7 +298,7 @@ def test_scores_of_another_scale_are_no_scores_where_they_happen_to_fit(
     """4 of 10 is not 4 of 5: one score beyond the judge's scale tells the scale of all."""
     _, out = built(tmp_path, scored_rows((4, 2), (3, 1), (9, 6), (10, 2)), held_out_share=0.1)
     assert taught_scores(out) == {("5", "0")}
-    assert "scores from 1 to 10, which is not the judge's scale from 0 to 5" in caplog.text
+    assert "scores from 1 to 10, but the judge's scale is 0 to 5" in caplog.text
 
 
 def test_scores_of_the_judges_scale_are_taught_as_they_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -16,7 +16,7 @@ from builders import (
 )
 from mutation import mutated
 from safetensors.torch import load_file
-from test_tokenization import WITH_BOS, WITHOUT_BOS, build_tokenizer
+from test_tokenizer import WITH_BOS, WITHOUT_BOS, build_tokenizer
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import write_json
@@ -130,7 +130,7 @@ def test_loss_is_on_target_tokens_alone(tmp_path: Path, tiny_policy: PolicyCheck
 
 ANSWER = "answer = Answer(text=record.response, ids=record.ids, thought=record.thought)"
 ENCODED = "return Encoded(record, ids, response)"
-PROMPTS, RESPONSES = "[one.prompt for one in family]", "[one.response for one in family]"
+PROMPTS, RESPONSES = "[one.prompt for one in group]", "[one.response for one in group]"
 MUTANTS = [
     ("no end of turn", ANSWER, ANSWER.replace("ids=record.ids", "finished=bool(record.prefill)")),
     ("no end of a judgement's turn", ANSWER, ANSWER.replace("ids=record.ids", "finished=not record.prefill")),
@@ -139,10 +139,10 @@ MUTANTS = [
     ("the prefill among the targets", "encode_answers(tokenizer, prompt, [answer], record.prefill)",
      "encode_answers(tokenizer, prompt, [Answer(text=record.prefill + record.response)])"),
     ("loss on the prompt", f"{PROMPTS}, {RESPONSES}",
-     f"{PROMPTS.replace('prompt for', 'prompt[:1] for')}, [one.prompt[1:] + one.response for one in family]"),
+     f"{PROMPTS.replace('prompt for', 'prompt[:1] for')}, [one.prompt[1:] + one.response for one in group]"),
     ("mask shifted by one", f"{PROMPTS}, {RESPONSES}",
-     "[one.prompt + one.response[:1] for one in family], [one.response[1:] for one in family]"),
-    ("no loss on the end", f"{PROMPTS}, {RESPONSES}", f"{PROMPTS}, [one.response[:-1] for one in family]"),
+     "[one.prompt + one.response[:1] for one in group], [one.response[1:] for one in group]"),
+    ("no loss on the end", f"{PROMPTS}, {RESPONSES}", f"{PROMPTS}, [one.response[:-1] for one in group]"),
 ]  # fmt: skip
 
 

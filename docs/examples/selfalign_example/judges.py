@@ -18,7 +18,7 @@ class Brevity:
         min_score: the lowest score.
         max_score: the highest, of an empty answer.
         max_failure_rate: no judgement of this judge fails.
-        degeneracy: when the judge says nearly the same of everything.
+        degeneracy: thresholds below which scores count as nearly constant.
     """
 
     words_per_point: float = 20.0

@@ -64,7 +64,7 @@ def test_without_a_key_it_is_built_and_not_sent(
     monkeypatch.setattr(sys, "argv", ["selfalign-workspace", "team/runs"])
     main()
     assert capsys.readouterr().out == (
-        "19 panels for team/runs, built and valid; not sent: set WANDB_API_KEY and give the command again\n"
+        "19 panels for team/runs, built and valid, but not sent: set WANDB_API_KEY and repeat the command\n"
     )
 
 
@@ -76,7 +76,7 @@ def test_environment_that_keeps_it_from_being_sent_is_named(
     monkeypatch.setattr(sys, "argv", ["selfalign-workspace", "team/runs"])
     main()
     assert capsys.readouterr().out.endswith(
-        "; not sent: unset WANDB_MODE and WANDB_DISABLED and give the command again\n"
+        ", but not sent: unset WANDB_MODE and WANDB_DISABLED and repeat the command\n"
     )
 
 

@@ -130,8 +130,8 @@ def test_text_prompt_that_the_conversations_do_not_repeat_is_refused(tmp_path: P
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ([SYSTEM], "there is no turn of the user's"),
-        ([say("x")], "there is no turn of the user's"),
+        ([SYSTEM], "there is no user turn"),
+        ([say("x")], "there is no user turn"),
         ([{"role": "user"}], r"prompt\[0\]: a turn's content must be a text, .*; got None"),
         (
             [{"content": "x"}],
@@ -513,14 +513,12 @@ def test_ranked_parquet_with_gaps_in_some_answers_reads_like_jsonl(tmp_path: Pat
 
 
 @pytest.mark.parametrize("source", ["someone/some-data", "someone/some-data:test"])
-def test_hub_id_offline_is_refused_with_what_to_check(
-    source: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
-    with pytest.raises(
-        SelfalignError, match=rf"{source}: cannot be read as a data set .* check the name, file and network"
-    ):
-        read_pairs(source)
+def test_hub_id_offline_is_refused_with_what_to_check(source: str) -> None:
+    for read in (read_pairs, lambda name: identify_data(name, "data.path")):
+        with pytest.raises(
+            SelfalignError, match=r"someone/some-data: revision main was not found on the hub .* check the name and the"
+        ):
+            read(source)
 
 
 @pytest.mark.parametrize("source", ["ift", "/nowhere/data", "./nowhere", "a/b/c"])
@@ -539,9 +537,10 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
             identify_data(str(tmp_path / name), "data.path")
 
 
-def test_data_is_identified_by_content_and_a_hub_data_set_by_its_name(tmp_path: Path) -> None:
+def test_data_is_identified_by_content_and_a_hub_data_set_by_its_commit(tmp_path: Path) -> None:
     first, same = write_rows(tmp_path / "a.jsonl", STANDARD), write_rows(tmp_path / "b.jsonl", STANDARD)
     other = write_rows(tmp_path / "c.jsonl", STANDARD | {"chosen": "Blue"})
     assert identify_data(first, "k") == identify_data(same, "k") != identify_data(other, "k")
-    assert identify_data("someone/some-data:test", "k") == "someone/some-data:test"
+    at = "someone/some-data@" + "c" * 40
+    assert identify_data(f"{at}:test", "k") == f"{at}:test" != identify_data(at, "k") == f"{at}:train"
     assert identify_data("shipped:ift", "k") != identify_data("shipped:evaluation", "k")

@@ -156,7 +156,7 @@ def test_failed_push_leaves_the_run_finished(hub: Hub, output: Path, overrides: 
     said = refusal(lambda: run(output, *pushed))
     config, *_ = composed(*pushed)
     folder, _ = run_folder(output, config.name, config, fresh=False)
-    assert f"the run is finished, in {folder}" in said
+    assert f"The run in {folder} is finished" in said
     assert {path.name for path in folder.iterdir()} >= {"summary.json", "report.html", "model_card.md"}
     assert "stopped" not in (folder / "run.log").read_text()
     hub.refuses = {}
@@ -208,7 +208,7 @@ def test_wrong_login_is_said_to_be_one(hub: Hub, full: Path, monkeypatch: pytest
 def test_missing_permission_is_said_with_the_hub_s_words(hub: Hub, full: Path) -> None:
     hub.refuses = {"/api/": (403, "You don't have the rights\nto create a model under the namespace 'them'")}
     said = refusal(lambda: publish(full, "them/tiny", private=True))
-    assert said.startswith("hub.repo_id=them/tiny: the login may not write there (403")
+    assert said.startswith("hub.repo_id=them/tiny: this login may not write to the repository (403")
     assert "under the namespace 'them'" in said
 
 

@@ -1,4 +1,4 @@
-"""Trainings to be done by one process and by several: `torchrun tests/layout_jobs.py JOBS.json`, or `train_here`."""
+"""Trainings to be done by one process and by several: `torchrun tests/training_jobs.py JOBS.json`, or `train_here`."""
 
 import json
 import os
@@ -12,6 +12,7 @@ from typing import Any
 if __name__ == "__main__":
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
+from architectures import ARCHITECTURES, as_policy
 from builders import preference
 
 from selfalign.core import distributed
@@ -50,6 +51,8 @@ ANSWERS = [
 class Job:
     """A training: of which kind, on which weights, in which layout, and after how many steps it is killed.
 
+    `architecture` is whose tiny model it starts from instead of the policy that is given.
+
     Nine examples in batches of eight are two steps an epoch, the second of one example: with two processes, one of
     them has none.
     """
@@ -57,6 +60,8 @@ class Job:
     folder: str
     kind: str = "sft"
     rank: int = 0
+    targets: str = "all-linear"
+    architecture: str = ""
     layout: str = "ddp"
     dtype: str = "float32"
     killed_after: int = 0
@@ -138,13 +143,20 @@ def task(kind: str, tokenizer: Any) -> tuple[Sequence[Any], Any]:
 
 def train_here(job: Job, policy: PolicyCheckpoint) -> None:
     """Does a training in this process and the others there are; its measures go into measured.json."""
+    if job.architecture:
+        own = Path(f"{job.folder}-M0")
+        distributed.on_main(lambda: as_policy(ARCHITECTURES[job.architecture].build(), own))
+        policy = PolicyCheckpoint(own)
     folder = Path(job.folder)
     out = StageOutput(folder, "M1", lambda row: None)
     settings = {"learning_rate": 1e-3, "batch_size": 8, "microbatch_tokens": 60, "dtype": "float32"}
     settings["checkpoint_steps"] = 1 if job.killed_after else 100
     optimization = Optimization(**settings | {"epochs": job.epochs} | dict(job.options))
     weights = TrainableWeights(
-        dtype=job.dtype, lora=LoRA(rank=job.rank), seed=3, parallelism=Parallelism(strategy=job.layout)
+        dtype=job.dtype,
+        lora=LoRA(rank=job.rank, targets=job.targets),
+        seed=3,
+        parallelism=Parallelism(strategy=job.layout),
     )
     examples, objective = task(job.kind, policy.load_tokenizer())
     try:

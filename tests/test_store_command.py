@@ -101,7 +101,7 @@ def test_list_shows_every_artifact_with_its_runs_largest_first(study: Study, cal
     made = dict(line.split(maxsplit=1) for line in totals.splitlines()[2:])
     assert made["align"].startswith("3 ")
     assert made["all"].startswith(f"{len(rows)} ")
-    assert remarks.strip() == "everything is used"
+    assert remarks.strip() == "all artifacts are used"
 
 
 def test_list_needs_no_torch_and_ends_quietly_in_front_of_head(study: Study) -> None:
@@ -151,10 +151,10 @@ def test_why_leads_back_to_the_stage_that_made_a_differing_input(study: Study, c
     assert first.startswith("M1 is the first stage that differs: sft/")
     assert setting == "  optimization.learning_rate: 0.01 → 0.02"
     assert "M2" in follow.split(": ")[1].split(", ")
-    assert "differs by itself" not in said.out
+    assert "differs in itself" not in said.out
     said = call("why", study.base, study.rate, "iteration_1/judgements")
     assert said.out.splitlines()[:2] == [first, setting]
-    assert said.out.splitlines()[2:] == ["what follows from it: iteration_1/responses, iteration_1/judgements"]
+    assert said.out.splitlines()[2:] == ["differ as a result: iteration_1/responses, iteration_1/judgements"]
 
 
 def test_why_says_so_when_all_is_the_same(study: Study, call: Call) -> None:
@@ -166,7 +166,7 @@ def test_why_says_so_when_all_is_the_same(study: Study, call: Call) -> None:
 def test_why_refuses_what_it_does_not_know(study: Study, call: Call) -> None:
     for arguments, words in (
         (["why", study.base, "no-such-run"], "'no-such-run' is neither a run folder nor the name of a run in"),
-        (["why", study.base, study.lam, "M9"], "M9: neither run has such a stage; they have seeds, "),
+        (["why", study.base, study.lam, "M9"], "neither run has a stage M9; they have seeds, "),
         (["why", study.base, study.output / "store"], "store' is neither a run folder"),
     ):
         said = call(*arguments, "--output", study.output)
@@ -207,7 +207,7 @@ def test_clean_removes_what_only_a_deleted_run_used(
     assert (said.code, said.err) == (0, "")
     assert f"removed: {len(gone)} artifacts" in said.out
     assert {path.name for path in left.glob("store/*/*") if path.is_dir()} == before - gone
-    assert call("clean").out == "everything is used; nothing to remove\n"
+    assert call("clean").out == "all artifacts are used; there is nothing to remove\n"
     monkeypatch.setattr(Store, "_build", lambda *_: pytest.fail("something had to be made again"))
     run(left, *study.overrides)
     run(left, *study.overrides, "train.sft.learning_rate=0.02")
@@ -273,5 +273,5 @@ def test_what_is_in_use_by_then_is_said_to_be_left(left: Path, call: Call, monke
     said = call("clean", "--yes")
     assert said.code == 0
     assert "removed: 0 artifacts, 0 locks" in said.out
-    assert "a process has begun to use them: " in said.out
+    assert "a process now uses them: " in said.out
     assert len(list(left.glob("store/align/*/"))) == 3

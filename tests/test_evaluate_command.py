@@ -126,7 +126,7 @@ def test_page_says_what_stands_for_m1(finished: Path, tmp_path: Path) -> None:
 
     assert "M1 stands for <b>random-tiny</b>" in said("random:tiny", more=[*settings, "data=self_rewarding_smoke"])
     other = weights_of_m2(finished, tmp_path / "other")
-    assert "compared with M1 is compared with <b>other</b>" in said(other, str(finished))
+    assert "Comparisons with M1 are comparisons with <b>other</b>" in said(other, str(finished))
     assert f"M1 stands for <b>{finished.name}.M1</b>" in said(str(finished), other)
     assert "M1 stands for" not in said(str(finished))
 
@@ -145,9 +145,7 @@ def test_model_may_be_called_as_the_sft_baseline_but_not_as_given_outputs(finish
     outputs = tmp_path / "outputs.json"
     asked = read_records(finished / "artifacts/questions/instructions.jsonl", Instruction)
     outputs.write_text(json.dumps([{"instruction": one.text, "output": "So."} for one in asked]), encoding="utf-8")
-    with pytest.raises(
-        SelfalignError, match=r"a model is called given, as the outputs of evaluate.reference_outputs are"
-    ):
+    with pytest.raises(SelfalignError, match=r"a model is named given, like the outputs of evaluate.reference_outputs"):
         evaluate_models(
             [str(finished), weights_of_m2(finished, tmp_path / "given")],
             [f"evaluate.reference_outputs={outputs}"],
@@ -194,7 +192,8 @@ def test_each_run_is_measured_by_its_own_loss_and_reference_and_against_its_own_
     other = run(finished.parent, *settings, *own, *given, *asked)
     with caplog.at_level("WARNING"):
         folder = evaluate_models([str(finished), str(other)], asked, conf_folder())
-    assert f"the runs differ in data.seed_data, judge: all are measured with {finished.name}'s" in caplog.text
+    said = f"the runs differ in data.seed_data, judge: all models are evaluated with the settings of {finished.name}"
+    assert said in caplog.text
     for name in ("M1", "M2", "M3"):
         alone = read_json(other / f"artifacts/evaluation_{name}/preferences/manifest.json")
         beside = read_json(folder / f"artifacts/evaluation_{other.name}.{name}/preferences/manifest.json")

@@ -49,6 +49,18 @@ ARCHITECTURES: dict[str, Any] = {
     "mistral_window": transformers.MistralConfig(**SIZES, sliding_window=WINDOW),
     "gemma": transformers.GemmaConfig(**SIZES, head_dim=12),
     "gemma3_window": transformers.Gemma3TextConfig(**SIZES, head_dim=12, sliding_window=WINDOW),
+    "gemma2_cap_window": transformers.Gemma2Config(
+        **SIZES, head_dim=12, sliding_window=WINDOW, attn_logit_softcapping=2.0
+    ),
+    "gpt_oss_sink_window": transformers.GptOssConfig(
+        **SIZES,
+        head_dim=12,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=WINDOW,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    ),
+    "phi_head_bias": transformers.PhiConfig(**SIZES),
     "gpt_neox": transformers.GPTNeoXConfig(**UNGROUPED, use_parallel_residual=False),
     "gpt2": transformers.GPT2Config(
         vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=None, eos_token_id=None
@@ -148,20 +160,12 @@ def test_the_window_matters_in_these_sequences() -> None:
     assert float(difference.abs().max()) > 0.01
 
 
-@pytest.mark.parametrize(
-    "option", [{}, {"attn_logit_softcapping": None, "sliding_window": WINDOW}], ids=["cap", "none"]
-)
-def test_gemma2_is_refused_because_of_its_capped_attention_alone(option: dict[str, Any]) -> None:
-    model = build(transformers.Gemma2Config(**SIZES, head_dim=12, **option))
-
-    def packed_logps() -> Tensor:
-        return batch_logps(scoring(model, packed=True), groups())
-
-    if option:
-        torch.testing.assert_close(packed_logps(), plain_logps(model, groups()), rtol=1e-5, atol=1e-5)
-    else:
-        with pytest.raises(SelfalignError, match="Gemma2Attention uses 'softcap' in its attention"):
-            packed_logps()
+def test_attention_that_does_more_than_packing_knows_is_an_error_that_names_it() -> None:
+    tensors = [torch.ones(1, heads, 5, 8) for heads in (4, 2, 2)]
+    with pytest.raises(SelfalignError, match="Identity uses 'score_bias' in its attention, which packing"):
+        packed_attention.packed_attention(
+            torch.nn.Identity(), *tensors, None, layout=PackedLayout([(3, [2])]), score_bias=torch.ones(1)
+        )
 
 
 @pytest.mark.parametrize(

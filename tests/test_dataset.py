@@ -16,7 +16,7 @@ from selfalign.core.jsonl import write_records
 from selfalign.core.records import PairReference
 from selfalign.models.batches import PairExample, SharedPrompt
 from selfalign.training.dataset import StoredExamples, store_examples
-from selfalign.training.reference import follow_references, with_reference
+from selfalign.training.reference import join_references, with_reference
 from selfalign.training.trainer import StepDataset
 
 
@@ -116,13 +116,13 @@ def test_references_are_joined_in_the_order_of_the_pairs(tmp_path: Path) -> None
     """The file may have pairs that did not fit behind p⊕x."""
     file = tmp_path / "references.jsonl"
     write_records(file, [reference("a", -1.0), reference("long", -9.0), reference("b", -2.0)])
-    joined = list(follow_references([pair("a"), pair("b", refined=False)], file, "reference"))
+    joined = list(join_references([pair("a"), pair("b", refined=False)], file, "reference"))
     assert [example.reference for example in joined] == [[-1.0, -2.0], [-2.0, -3.0]]
     assert joined[0].augmented_reference == [-3.0, -4.0]
     assert joined[1].augmented is None
     for names in (("b", "a"), ("a", "c")):
         with pytest.raises(SelfalignError, match=rf"references\.jsonl: no reference for pair {names[1]}, or not"):
-            list(follow_references(map(pair, names), file, "reference"))
+            list(join_references(map(pair, names), file, "reference"))
 
 
 def test_nothing_is_written_outside_of_the_folder(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from selfalign.runs.folder import check_name, open_folder, run_folder
 from selfalign.runs.labels import Label
 from selfalign.runs.ledger import Ledger, flat_numbers
 from selfalign.runs.provenance import code_state, write_provenance
-from selfalign.runs.runner import Look, NotMadeYet, Runner, StageFunction
+from selfalign.runs.runner import CacheLookup, NotMadeYet, Runner, StageFunction
 from selfalign.store.artifacts import Artifact, Counts, StageOutput, Store
 
 
@@ -183,11 +183,11 @@ def test_attempt_is_part_of_every_key(run: Runner) -> None:
 
 def test_look_finds_what_is_there_and_makes_nothing(run: Runner) -> None:
     run.make(Label.parse("seeds"), write, text="four")
-    look = Look(run.store)
+    look = CacheLookup(run.store)
     assert look.make(Label.parse("seeds"), refusing("write"), text="four").counts["length"] == 4
     with pytest.raises(NotMadeYet, match="M1"):
         look.make(Label.parse("M1"), refusing("sft"), text="x")
-    assert list(look.there) == [Label.input("seeds")]
+    assert list(look.found) == [Label.input("seeds")]
     assert not (run.store.root / "sft").exists()
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 from builders import ROOT, optimization, weights, workspace
-from layout_jobs import Job, as_file, moved, task, train_here
 from mutation import assert_caught
 from safetensors.torch import load_file
+from training_jobs import Job, as_file, moved, task, train_here
 
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
@@ -31,6 +31,14 @@ from selfalign.training.trainer import StepTrainer
 KINDS = [
     *(Job(f"{kind}-{rank}", kind=kind, rank=rank) for kind in ("sft", "sr_dpo") for rank in (0, 4)),
     Job("live-4", kind="live", rank=4),
+    Job("experts-0", kind="sr_dpo", architecture="Mixtral", options=(("router_loss_coefficient", 0.0),)),
+    Job(
+        "experts-4",
+        rank=4,
+        targets="all-linear,experts.gate_up_proj,experts.down_proj",
+        architecture="gpt-oss",
+        options=(("router_loss_coefficient", 0.0),),
+    ),
     Job("low", dtype="bfloat16", options=(("dtype", "bfloat16"), ("gradient_checkpointing", True))),
 ]
 RESUMED = [KINDS[1], KINDS[2]]
@@ -38,6 +46,8 @@ RESUMED = [KINDS[1], KINDS[2]]
 
 KILLED = 2
 SPEED = ("tokens_per_second", "step_seconds", "peak_memory_gb")
+BY_PASS = "router_loss"
+"""Of each pass alone, and a process's passes are others than those of one process."""
 
 
 @dataclass
@@ -67,7 +77,7 @@ def in_two_processes(folder: Path, jobs: list[Job], policy: PolicyCheckpoint, *,
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     started = time.monotonic()
     done = subprocess.run(
-        [*command, str(ROOT / "tests" / "layout_jobs.py"), str(listed)],
+        [*command, str(ROOT / "tests" / "training_jobs.py"), str(listed)],
         env=environment,
         capture_output=True,
         text=True,
@@ -111,7 +121,8 @@ def done(request: pytest.FixtureRequest) -> Done:
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     lines = (folder / "log.jsonl").read_text().splitlines()
-    return [{name: value for name, value in json.loads(line).items() if name not in SPEED} for line in lines]
+    left_out = (*SPEED, BY_PASS)
+    return [{name: value for name, value in json.loads(line).items() if name not in left_out} for line in lines]
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -139,6 +150,15 @@ def assert_same(folder: Path, other: Path) -> None:
 def test_two_processes_train_as_one_does(done: Done, alone: Path, job: Job) -> None:
     assert (done.folder / job.folder).exists(), done.said
     assert_same(done.folder / job.folder, alone / job.folder)
+
+
+def test_router_loss_of_two_processes_is_about_that_of_one(done: Done, alone: Path) -> None:
+    found, expected = (
+        [json.loads(line)[BY_PASS] for line in (folder / "experts-0" / "log.jsonl").read_text().splitlines()]
+        for folder in (done.folder, alone)
+    )
+    assert found == pytest.approx(expected, rel=0.1)
+    assert min(found) > 1
 
 
 @pytest.mark.parametrize("rank", [0, 4], ids=["all_weights", "adapter"])
@@ -263,12 +283,12 @@ def test_the_average_of_all_gradients_is_that_of_one_process(
     check_gradients(monkeypatch, tiny_policy, tmp_path)
 
 
-SCALE = "0.0 if part.repeated else distributed.count() / weight"
+SCALE = "0.0 if microbatch.repeated else distributed.count() / weight"
 MISSING = "missing = max(map(len, runs)) - len(runs[rank])"
 MUTANTS: list[tuple[Any, str, str, Callable[..., None]]] = [
     (trainer_module, SCALE, SCALE.replace("distributed.count()", "1"), check_gradients),
     (trainer_module, SCALE, "distributed.count() / weight", check_gradients),
-    (trainer_module, SCALE, SCALE.replace("/ weight", "/ len(passes)"), check_gradients),
+    (trainer_module, SCALE, SCALE.replace("/ weight", "/ len(microbatches)"), check_gradients),
     (parallelism, MISSING, "missing = 0", check_shares),
     (parallelism, "(load + len(example), process)", "(load + 1, process)", check_shares),
     (parallelism, "heapq.heapreplace(loads, (load + len(example), process))", "pass", check_shares),
@@ -291,7 +311,7 @@ def test_shares_among_one_process_are_refused(tiny_policy: PolicyCheckpoint, tmp
     train_here(job, tiny_policy)
     said = (tmp_path / "M1" / "error-0").read_text()
     assert said.startswith(
-        "train.parallelism.strategy=fsdp2 needs several processes, and this is the only one: start it with"
+        "train.parallelism.strategy=fsdp2 needs several processes, but there is one: start the run with"
     )
 
 
@@ -301,7 +321,7 @@ def test_shares_among_one_process_are_refused(tiny_policy: PolicyCheckpoint, tmp
         ({"strategy": "fsdp"}, "train.parallelism.strategy must be one of ddp, fsdp2; got 'fsdp'"),
         (
             {"reshard_after_forward": False},
-            "train.parallelism.reshard_after_forward=false has a meaning with strategy=fsdp2",
+            "train.parallelism.reshard_after_forward=false needs train.parallelism.strategy=fsdp2; got strategy=ddp",
         ),
     ],
 )
@@ -312,5 +332,5 @@ def test_bad_layouts_are_refused_by_name(options: dict[str, Any], message: str) 
 
 def test_eight_bit_state_is_not_shared_out() -> None:
     eight = Optimization(learning_rate=1e-3, optimizer="adamw_8bit")
-    with pytest.raises(SelfalignError, match="fsdp2 cannot share out the state of optimizer=adamw_8bit"):
+    with pytest.raises(SelfalignError, match="fsdp2 cannot shard the state of optimizer=adamw_8bit"):
         TrainConfig(sft=eight, align=eight, parallelism=Parallelism(strategy="fsdp2"))

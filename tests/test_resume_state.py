@@ -188,8 +188,8 @@ def test_damaged_snapshot_is_one_line_that_says_which_folder_to_delete(tmp_path:
     with pytest.raises(SelfalignError) as caught:
         resume_state.load(folder, *Training("adamw", torch.float32).parts())
     said = str(caught.value)
-    assert said.startswith(f"{folder}: this checkpoint is damaged, or of something else (")
-    assert "; delete the folder, and the same command trains this model from its start" in said
+    assert said.startswith(f"{folder}: this checkpoint is damaged, or of another training (")
+    assert "Delete the folder; then the same command trains this model from its start" in said
     assert "\n" not in said
 
 

@@ -18,12 +18,14 @@ from test_pipeline import manifest, write_pairs
 
 from selfalign.config.hydra import choices
 from selfalign.core.files import read_json
+from selfalign.data.mixtures import data_source
 from selfalign.launch.experiment import run_experiment
 from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.report import model_card as card
 from selfalign.report.model_card import model_card, write_card
 from selfalign.runs.labels import Label
 from selfalign.runs.reader import Finished
+from selfalign.store.key import to_key_json
 
 SECTIONS = ["Use", "Method", "Data", "Results", "Limits", "Lineage", "Reproduction"]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -134,7 +136,7 @@ def test_licence_that_is_not_stated_stays_unset(
     readme.write_text(f"---\n{front_matter}\n---\n")
     try:
         assert written(adapter).data.license is None
-        assert "M0's files state: none" in written(adapter).text
+        assert "stated by M0's files: none" in written(adapter).text
     finally:
         readme.write_text(before)
 
@@ -142,8 +144,10 @@ def test_licence_that_is_not_stated_stays_unset(
 def test_data_sets_of_the_hub_are_named_and_files_are_not(full: Path) -> None:
     run = Finished.load(full)
     inputs = run.inputs(Label.input("seeds"))
-    hub = {**inputs, "contents": ["owner/set:train", inputs["contents"][1]]}
-    hub["config"] = {**inputs["config"], "demonstrations": "owner/set:train"}
+    at, file = f"owner/set@{COMMIT}:train", inputs["contents"][1]
+    mixture = data_source(["owner/set:train", "own.jsonl"], "k")
+    hub = {**inputs, "contents": [[at, file], file]}
+    hub["config"] = {**inputs["config"], "demonstrations": to_key_json(mixture)}
 
     class OnHub(Finished):
         def inputs(self, label: Label) -> dict[str, Any]:
@@ -151,7 +155,8 @@ def test_data_sets_of_the_hub_are_named_and_files_are_not(full: Path) -> None:
 
     found = ModelCard(model_card(OnHub.load(full)))
     assert found.data.datasets == ["owner/set"]
-    assert "`owner/set:train`, hub data set" in found.text
+    assert f"Demonstrations: `owner/set:train`, hub data set `{at}`" in found.text
+    assert f"Demonstrations: `own.jsonl`, SHA-256 `{file}`" in found.text
 
 
 # --- text --------------------------------------------------------------------------------------------------------
@@ -237,7 +242,7 @@ def test_data_are_identified_and_what_was_dropped_is_counted(full: Path, adapter
     assert next(row for row in rows if row[0] == "pairs")[1:3] == [str(count) for count in pairs]
     said = section(written(adapter).text, "Data")
     assert f"M0: `maker/tiny`, on the hub `maker/tiny` at commit `{COMMIT}`" in said
-    assert "Licence that M0's files state: `apache-2.0`" in said
+    assert "Licence stated by M0's files: `apache-2.0`" in said
     assert "Dropped in iteration_1/pairs: 1 identical" in said
 
 
@@ -245,8 +250,8 @@ def test_limits_tell_what_the_numbers_do_not_show(full: Path) -> None:
     said = section(written(full).text, "Limits")
     assert "compared head to head by M1 and scored by M1, not by people, and that is a model of this run" in said
     assert "A share of 3 instructions is uncertain by up to ±57 percentage points" in said
-    assert "judge of its own training data" in said
-    assert "Warning: numbers beyond their bounds" in said
+    assert "judged its own training data" in said
+    assert "Warning: metrics outside their bounds" in said
     growth = read_json(full / "summary.json")["models"][-1]["bound_violated/max_length_growth"]
     assert f"M3: max length growth {growth:.3g}" in said
 
@@ -338,7 +343,7 @@ MUTANTS = [
         "if False:",
         LINEAGE,
     ),
-    ("file as hub data", "if self.content == self.name else", "if self.content else", DATA),
+    ("file as hub data", "return name if at else", "return name if name else", DATA),
     ("too sure", "98 / math.sqrt(answers)", "98 / answers", LIMITS),
     ("silent drift", "{html(warnings(run))}", "", LIMITS),
     ("base for adapter", "model = PeftModel.from_pretrained(base, {place('adapter')})", "model = base", LOADING),
