@@ -128,7 +128,7 @@ def test_loss_is_on_target_tokens_alone(tmp_path: Path, tiny_policy: PolicyCheck
     check_loss(tmp_path, tiny_policy)
 
 
-ANSWER = "answer = Answer(text=record.response, ids=record.ids)"
+ANSWER = "answer = Answer(text=record.response, ids=record.ids, thought=record.thought)"
 ENCODED = "return Encoded(record, ids, response)"
 PROMPTS, RESPONSES = "[one.prompt for one in group]", "[one.response for one in group]"
 MUTANTS = [
