@@ -14,7 +14,7 @@ from selfalign.data.containers import find_data, identify_data
 from selfalign.data.schemas import Schema
 from selfalign.runs.labels import Label
 from selfalign.runs.runner import Maker
-from selfalign.stages.eval_instructions import eval_instructions, teaching
+from selfalign.stages.eval_instructions import eval_instructions, measured_by, teaching
 from selfalign.stages.evaluate import PreferenceTest
 from selfalign.stages.given_outputs import given_outputs
 from selfalign.stages.instruct import InstructConfig
@@ -53,7 +53,7 @@ class RunInputs:
     ranked: Artifact | None = field(init=False)
     questions: Artifact | None = field(init=False)
     outputs: Artifact | None = None
-    validation: Artifact | None = field(init=False)
+    validation: Artifact | None = None
     preferences: Artifact | None = None
     pairs: Artifact | None = None
     instructions: Artifact | None = None
@@ -71,7 +71,12 @@ class RunInputs:
             "questions", "evaluate.instructions", asked.instructions, asked.count, self.seed_data, self.learnt
         )
         self.validation = self._ask(
-            "validation", "train.checkpoint_selection.instructions", choose.instructions, choose.count, self.seed_data
+            "validation",
+            "train.checkpoint_selection.instructions",
+            choose.instructions,
+            choose.count,
+            self.seed_data,
+            measured=self.held_out,
         )
         if asked.reference_outputs:
             content = content_of(asked.reference_outputs, "evaluate.reference_outputs")
@@ -175,9 +180,10 @@ class RunInputs:
         count: int,
         taught: Artifact | None,
         learnt: Sequence[Artifact] = (),
+        measured: Sequence[Artifact] = (),
         schema: Schema | None = None,
     ) -> Artifact | None:
-        """Instructions of a data source; those whose answer is taught, or learnt before, are left out."""
+        """Instructions of a data source; those whose answer is taught, learnt before or measured are left out."""
         if not source:
             return None
         inputs: dict[str, Any] = {"source": source, "count": count, "content": content_of(source, key), "seeds": taught}
@@ -186,6 +192,8 @@ class RunInputs:
         others = [artifact for artifact in learnt if artifact.digest != self.seed_data.digest]
         if found := teaching(others, source):
             inputs["trained_on"] = found
+        if found := measured_by(measured, source):
+            inputs["held_out"] = found
         made = self.run.make(Label.input(name), eval_instructions, **inputs)
         _check_enough(
             f"{key.rpartition('.')[0]}.count", count, made.counts["instructions"], f"instructions of {source}"

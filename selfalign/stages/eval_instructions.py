@@ -10,7 +10,7 @@ from selfalign.data.sources import read_instructions
 from selfalign.data.turns import compared, texts_in
 from selfalign.metrics import catalog
 from selfalign.store.artifacts import Artifact, Content, Counts, StageOutput
-from selfalign.store.stage import MANY, Size, stage
+from selfalign.store.stage import MANY, PlannedArtifact, Size, stage
 from selfalign.training.splits import prompts_of
 
 
@@ -28,6 +28,7 @@ def eval_instructions(
     content: Content | str,
     seeds: Artifact | None,
     trained_on: Sequence[Artifact] = (),
+    held_out: Sequence[Artifact] = (),
     schema: Schema | None = None,
 ) -> Counts:
     """Copies the first `count` instructions (0 takes all) that no demonstration answers into the store.
@@ -41,6 +42,7 @@ def eval_instructions(
         content: of the source.
         seeds: demonstrations.jsonl, whose prompts a model learns the answers to; None looks at none.
         trained_on: what else the models were trained on, demonstrations.jsonl or pairs.jsonl.
+        held_out: instructions.jsonl that the models are measured on, where these are for choosing among models.
         schema: says the source's rows in a format that is known, where the user describes one.
 
     Raises:
@@ -54,15 +56,19 @@ def eval_instructions(
     apart = [instruction for instruction in given if compared(instruction.text) not in taught]
     trained = {text for artifact in trained_on for text in prompts_of(artifact)}
     untaught = [instruction for instruction in apart if compared(instruction.text) not in trained]
-    if not untaught:
+    measured = {compared(text) for artifact in held_out for text in asked_in(artifact)}
+    free = [instruction for instruction in untaught if compared(instruction.text) not in measured]
+    if not free:
         where = " or of what the models were trained on" if trained_on else ""
+        where += " or are those that the models are measured on" if held_out else ""
         raise SelfalignError(
             f"{source}: all {len(given)} instructions are prompts of data.seed_data.demonstrations{where}"
         )
     once: dict[str, Instruction] = {}
-    for instruction in untaught:
+    for instruction in free:
         once.setdefault(compared(instruction.text), instruction)
-    drops.update(duplicate=len(untaught) - len(once), trained_on=len(apart) - len(untaught))
+    drops.update(duplicate=len(free) - len(once), trained_on=len(apart) - len(untaught))
+    drops.update(held_out=len(untaught) - len(free))
     kept = [*once.values()][: count or None]
     write_records(out.path / "instructions.jsonl", kept)
     return {catalog.INSTRUCTIONS.name: len(kept), "dropped": {"in_demonstrations": len(given) - len(apart), **(+drops)}}
@@ -74,3 +80,17 @@ def teaching(artifacts: Sequence[Artifact], source: str) -> list[Artifact]:
         return []
     asked = {compared(instruction.text) for instruction in read_instructions(source, "evaluation")[0]}
     return [artifact for artifact in artifacts if any(text in asked for text in prompts_of(artifact))]
+
+
+def measured_by(artifacts: Sequence[Artifact], source: str) -> list[Artifact]:
+    """Those of the instructions that models are measured on which are also in this data source."""
+    made = [artifact for artifact in artifacts if not isinstance(artifact, PlannedArtifact)]
+    if not made:
+        return []
+    asked = {compared(instruction.text) for instruction in read_instructions(source, "evaluation")[0]}
+    return [artifact for artifact in made if any(compared(text) in asked for text in asked_in(artifact))]
+
+
+def asked_in(artifact: Artifact) -> list[str]:
+    """What an artifact's instructions.jsonl asks."""
+    return [instruction.text for instruction in read_records(artifact.path / "instructions.jsonl", Instruction)]
