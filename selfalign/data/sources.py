@@ -96,6 +96,7 @@ def read_demonstrations(source: str, schema: Schema | None = None) -> tuple[list
     """
     found, drops = _read(source, DEMONSTRATIONS, _demonstration, schema)
     _check_answers(source, [(shown.prompt, (shown.response,)) for shown in found])
+    _tell_plain_prompts(source, [shown.prompt for shown in found])
     longer = sum(not isinstance(d.prompt, str) and any(t["role"] == "assistant" for t in d.prompt) for d in found)
     if longer:
         logger.info(
@@ -170,6 +171,7 @@ def read_pairs(source: str, schema: Schema | None = None) -> tuple[list[Preferen
 
     found, drops = _read(source, PAIRS, read, schema)
     _check_answers(source, [(pair.prompt, (pair.chosen, pair.rejected)) for pair in found])
+    _tell_plain_prompts(source, [pair.prompt for pair in found])
     agreed = _agreed(found, lambda pair: (as_text(pair.prompt), [pair.chosen, pair.rejected]))
     drops += Counter(order_contradicts=len(found) - len(agreed))
     return agreed, drops
@@ -231,6 +233,18 @@ def _agreed(records: list[T], said: Callable[[T], tuple[str, list[str]]]) -> lis
 
     known = {order for record in records for order in orders(record)}
     return [r for r in records if not any((asked, worse, better) in known for asked, better, worse in orders(r))]
+
+
+def _tell_plain_prompts(source: str, prompts: Sequence[Prompt]) -> None:
+    """Warn of prompts that are texts: a chat model is trained on them in another form than it is asked in."""
+    if plain := sum(isinstance(prompt, str) for prompt in prompts):
+        logger.warning(
+            "%s: in %d of %d rows prompt is a text, which is fed as it stands, without the chat template; if it is "
+            "what a user says, call the field instruction",
+            source,
+            plain,
+            len(prompts),
+        )
 
 
 def _check_answers(source: str, records: Sequence[tuple[Prompt, tuple[str, ...]]]) -> None:
@@ -332,10 +346,12 @@ def _of_schema(schema: type, rows: Iterator[Row]) -> Iterator[Any]:
     for row in rows:
         own = ("prompt", *INSTRUCTIONS) if schema is TranscriptPair else ()
         own = ("prompt",) if schema is RatedPair and isinstance(row.fields.get("prompt"), list) else own
-        why = f"which rows like {schema.__name__} in published.py, as the first one, do not have"
+        why = f"which rows like {schema.__name__}, as the first one, do not have"
         row.refuse_filled((*BESIDE, *own), row.fields, why=why)
-        turns = ("chosen", "rejected") if schema is RatedPair else ()
-        read = {name: read_turns(row, name) for name in turns if name in row.fields}
+        read: dict[str, Any] = {}
+        if schema is RatedPair:
+            read = {name: read_turns(row, name) for name in ("chosen", "rejected") if name in row.fields}
+            read["asked"] = [text for name in ("prompt", *INSTRUCTIONS) if (text := row.text(name))]
         yield Row(row.where, row.fields | read).typed(schema)
 
 
