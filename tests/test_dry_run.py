@@ -137,7 +137,9 @@ def test_steps_of_an_alignment_on_given_pairs_are_those_of_the_run(tmp_path: Pat
 def test_checkpoints_answer_once_each_and_all_but_the_first_are_compared(tmp_path: Path) -> None:
     """Of two epochs of two steps, one in two is looked at: two checkpoints, one comparison."""
     told = on_given_pairs(tmp_path / "data")
-    asked = f"train.checkpoint_selection.instructions={tmp_path / 'data' / 'asked.jsonl'}"
+    validation = tmp_path / "validation.jsonl"
+    validation.write_text("".join(f'{{"instruction": "What is {n} and 1?"}}\n' for n in range(3)), encoding="utf-8")
+    asked = f"train.checkpoint_selection.instructions={validation}"
     told += [asked, "train.checkpoint_selection.sampling.max_new_tokens=8", "train.align.batch_size=1"]
     estimates = {
         every: estimated(tmp_path / str(every), *told, f"train.checkpoint_selection.interval_steps={every}")

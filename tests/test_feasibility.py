@@ -334,7 +334,7 @@ IN_DATA = {
     ),
     "validation instructions": (
         ["train.checkpoint_selection.instructions={}/asked.jsonl", "train.checkpoint_selection.interval_steps=1",
-        "train.checkpoint_selection.count=5"],
+        "train.checkpoint_selection.count=5", "evaluate.instructions=shipped:evaluation"],
         "train.checkpoint_selection.count=5, but there are 3 usable instructions of {}/asked.jsonl: ",
     ),
     "held-out pairs to measure on": (

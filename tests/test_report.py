@@ -420,6 +420,13 @@ def test_paragraph_names_model_data_judge_rule_loss_and_seed(tmp_path: Path) -> 
         assert part in said
 
 
+def test_paragraph_says_how_the_loss_weighs_and_sums(tmp_path: Path) -> None:
+    run = begin(tmp_path / "run", loss={"beta": 0.1, "lam": 0.3, "reduction": "mean", "lambda_scale": "derived"})
+    run.model("M2", "align")
+    said = re.sub(r"<.*?>", "", what_was_run(Finished.load(run.finish())))
+    assert "(β = 0.1, λ = 0.3, reduction mean, lambda_scale derived; reference" in said
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

@@ -202,6 +202,15 @@ def test_binarized_rows_become_pairs_with_their_scores(tmp_path: Path, kind: str
     assert 1 + drops.total() == len(RATED)
 
 
+def test_binarized_row_whose_prompt_is_not_in_its_conversations_is_dropped(tmp_path: Path) -> None:
+    """As where the prompt holds a text that the question is about: what is trained on would not say it."""
+    rows = [RATED[0], {**RATED[0], "prompt": "Name a colour of the text.\n\nA red house."}]
+    pairs, drops = read_pairs(write(tmp_path / "a.jsonl", rows))
+    assert (len(pairs), +drops) == (1, Counter(different_prompts=1))
+    taught, drops = read_demonstrations(write(tmp_path / "a.jsonl", rows))
+    assert (len(taught), +drops) == (1, Counter(different_prompts=1))
+
+
 def test_chosen_responses_of_binarized_rows_are_demonstrations(tmp_path: Path) -> None:
     (taught,), drops = read_demonstrations(write(tmp_path / "a.jsonl", RATED))
     assert (taught.prompt, taught.response) == ([{"role": "user", "content": "Name a colour."}], "Red.")

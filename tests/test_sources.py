@@ -340,6 +340,18 @@ def test_ranks_that_the_scores_contradict_are_dropped_and_counted(tmp_path: Path
     assert (pair.chosen, pair.rejected, drops) == ("a", "c", Counter(scores_contradict=1))
 
 
+def test_prompts_that_go_without_the_chat_template_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A column called prompt is what most own data have, and what a user says in most of them."""
+    answers = {"chosen": "Red", "rejected": "Dog", "response": "Red"}
+    plain, turn = {"prompt": "Hi", **answers}, {"instruction": "Ho", **answers}
+    for read in (read_pairs, read_demonstrations):
+        caplog.clear()
+        read(write_rows(tmp_path / "turns.jsonl", turn))
+        assert not caplog.messages
+        read(write_rows(tmp_path / "mixed.jsonl", plain, turn))
+        assert "mixed.jsonl: in 1 of 2 rows prompt is a text, which is fed as it stands" in caplog.text
+
+
 def test_pairs_that_contradict_each_other_are_dropped_and_counted(tmp_path: Path) -> None:
     """Nobody can tell which of them is right; another prompt with the same answers says nothing against them."""
     asked = [{"role": "user", "content": "Hi"}]

@@ -94,7 +94,7 @@ def _check_judge(config: ExperimentConfig) -> None:
             "evaluate.judge=base cannot be used with judge=implicit: M0 has no reference policy. Set "
             "evaluate.judge=sft."
         )
-    for end in ("low", "high"):
+    for end in ("min_score", "max_score"):
         if not isinstance(value := getattr(judge, end, 0), int):
             raise SelfalignError(f"judge.{end} must be a whole number, got {value!r}")
 

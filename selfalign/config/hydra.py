@@ -140,7 +140,10 @@ def with_texts(config: DictConfig, experiment: ExperimentConfig) -> DictConfig:
 
     def read(node: DictConfig, live: Any) -> None:
         for name in node:
-            value, own = node._get_node(name), live.get(name) if isinstance(live, dict) else getattr(live, str(name), None)
+            value, own = (
+                node._get_node(name),
+                live.get(name) if isinstance(live, dict) else getattr(live, str(name), None),
+            )
             if own is None:
                 continue
             if isinstance(value, DictConfig):

@@ -7,7 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -15,7 +15,7 @@ import msgspec
 from selfalign.core.files import digest_json
 from selfalign.core.records import Demonstration, Message, PreferencePair, RankedAnswers
 from selfalign.data.rows import is_blank
-from selfalign.data.turns import as_prompt, fault_of
+from selfalign.data.turns import as_prompt, compared, fault_of
 
 LANGUAGE = "en"
 """Language of the messages taken from Open Assistant, as in arXiv 2401.10020, section 3.1."""
@@ -54,12 +54,21 @@ class TranscriptPair:
 
 @dataclass(kw_only=True, slots=True)
 class RatedPair:
-    """A row of HuggingFaceH4/ultrafeedback_binarized (arXiv 2310.16944): two conversations and their scores."""
+    """A row of HuggingFaceH4/ultrafeedback_binarized (arXiv 2310.16944): two conversations and their scores.
+
+    `asked` are the row's prompts that stand beside the conversations, which should say them too.
+    """
 
     chosen: list[Message]
     rejected: list[Message]
     score_chosen: float | None = None
     score_rejected: float | None = None
+    asked: list[str] = field(default_factory=list)
+
+    def says_what_is_asked(self) -> bool:
+        """Whether every prompt beside the conversations is a turn of the user's in them."""
+        said = {compared(turn["content"]) for turn in self.chosen if turn["role"] == "user"}
+        return said.issuperset(map(compared, self.asked))
 
 
 class RatedCompletion(msgspec.Struct, kw_only=True, rename={"fine_grained_score": "fine-grained_score"}):
@@ -205,14 +214,22 @@ def chosen_of_transcripts(rows: Sequence[TranscriptPair]) -> tuple[list[Demonstr
 def rated_pairs(rows: Sequence[RatedPair]) -> tuple[list[PreferencePair], Drops]:
     """Return pairs with the critic's scores. If these do not favour the chosen response, there is no preference."""
     drops: Drops = Counter()
-    read = [_pair(row.chosen, row.rejected, (row.score_chosen, row.score_rejected), drops) for row in rows]
+    whole = _whole(rows, drops)
+    read = [_pair(row.chosen, row.rejected, (row.score_chosen, row.score_rejected), drops) for row in whole]
     return _unique([pair for pair in read if pair is not None], drops), drops
 
 
 def chosen_of_rated(rows: Sequence[RatedPair]) -> tuple[list[Demonstration], Drops]:
     """Return the chosen responses."""
     drops: Drops = Counter()
-    return _last_turns([row.chosen for row in rows], drops), drops
+    return _last_turns([row.chosen for row in _whole(rows, drops)], drops), drops
+
+
+def _whole(rows: Sequence[RatedPair], drops: Drops) -> list[RatedPair]:
+    """Return the rows whose conversations say all that is asked. The others are counted."""
+    whole = [row for row in rows if row.says_what_is_asked()]
+    drops["different_prompts"] += len(rows) - len(whole)
+    return whole
 
 
 def rank_completions(rows: Sequence[RatedCompletions]) -> tuple[list[RankedAnswers], Drops]:

@@ -97,6 +97,7 @@ def read_demonstrations(source: DataSource, schema: Schema | None = None) -> tup
     """
     found, drops = _read(source, DEMONSTRATIONS, _demonstration, schema)
     _check_answers(source, [(shown.prompt, (shown.response,)) for shown in found])
+    _tell_plain_prompts(source, [shown.prompt for shown in found])
     longer = sum(not isinstance(d.prompt, str) and any(t["role"] == "assistant" for t in d.prompt) for d in found)
     if longer:
         logger.info(
@@ -172,6 +173,7 @@ def read_pairs(source: DataSource, schema: Schema | None = None) -> tuple[list[P
 
     found, drops = _read(source, PAIRS, read, schema)
     _check_answers(source, [(pair.prompt, (pair.chosen, pair.rejected)) for pair in found])
+    _tell_plain_prompts(source, [pair.prompt for pair in found])
     agreed = _agreed(found, lambda pair: (as_text(pair.prompt), [pair.chosen, pair.rejected]))
     drops += Counter(order_contradicts=len(found) - len(agreed))
     return agreed, drops
@@ -233,6 +235,18 @@ def _agreed(records: list[T], said: Callable[[T], tuple[str, list[str]]]) -> lis
 
     known = {order for record in records for order in orders(record)}
     return [r for r in records if not any((asked, worse, better) in known for asked, better, worse in orders(r))]
+
+
+def _tell_plain_prompts(source: DataSource, prompts: Sequence[Prompt]) -> None:
+    """Warn about prompts that are texts: a chat model is trained on another form of them than it is asked in."""
+    if plain := sum(isinstance(prompt, str) for prompt in prompts):
+        logger.warning(
+            "%s: in %d of %d rows prompt is a text, which is fed as it stands, without the chat template; if it is "
+            "what a user says, call the field instruction",
+            source,
+            plain,
+            len(prompts),
+        )
 
 
 def _check_answers(source: DataSource, records: Sequence[tuple[Prompt, tuple[str, ...]]]) -> None:
@@ -352,8 +366,10 @@ def _of_schema(schema: type, rows: Iterator[Row]) -> Iterator[Any]:
         own = ("prompt",) if schema is RatedPair and isinstance(row.fields.get("prompt"), list) else own
         why = f"which rows of the schema {schema.__name__}, such as the first one, do not have"
         row.refuse_filled((*BESIDE, *own), row.fields, why=why)
-        turns = ("chosen", "rejected") if schema is RatedPair else ()
-        read = {name: read_turns(row, name) for name in turns if name in row.fields}
+        read: dict[str, Any] = {}
+        if schema is RatedPair:
+            read = {name: read_turns(row, name) for name in ("chosen", "rejected") if name in row.fields}
+            read["asked"] = [text for name in ("prompt", *INSTRUCTIONS) if (text := row.text(name))]
         yield Row(row.where, row.fields | read).typed(schema)
 
 

@@ -14,7 +14,7 @@ from selfalign.data.mixtures import DataSource, find_sources, identify_source
 from selfalign.data.schemas import Schema
 from selfalign.runs.labels import Label
 from selfalign.runs.runner import Maker
-from selfalign.stages.eval_instructions import eval_instructions, overlapping
+from selfalign.stages.eval_instructions import eval_instructions, measured_by, overlapping
 from selfalign.stages.evaluate import PreferenceTest
 from selfalign.stages.given_outputs import given_outputs
 from selfalign.stages.instruct import InstructConfig
@@ -53,7 +53,7 @@ class RunInputs:
     ranked: Artifact | None = field(init=False)
     questions: Artifact | None = field(init=False)
     outputs: Artifact | None = None
-    validation: Artifact | None = field(init=False)
+    validation: Artifact | None = None
     preferences: Artifact | None = None
     pairs: Artifact | None = None
     instructions: Artifact | None = None
@@ -82,6 +82,7 @@ class RunInputs:
             selection.instructions,
             selection.count,
             self.seed_data,
+            measured=self.held_out,
         )
         if evaluation.reference_outputs:
             self.outputs = self.run.make(
@@ -191,9 +192,10 @@ class RunInputs:
         count: int,
         seeds: Artifact | None,
         trained_on: Sequence[Artifact] = (),
+        measured: Sequence[Artifact] = (),
         schema: Schema | None = None,
     ) -> Artifact | None:
-        """Read the instructions of a data source, without the prompts of `seeds` and `trained_on`."""
+        """Read the instructions of a data source, without the prompts of `seeds`, `trained_on` and `measured`."""
         if not source:
             return None
         inputs: dict[str, Any] = {"source": source, "count": count, "content": content_of(source, key), "seeds": seeds}
@@ -202,6 +204,8 @@ class RunInputs:
         others = [artifact for artifact in trained_on if artifact.digest != self.seed_data.digest]
         if found := overlapping(others, source):
             inputs["trained_on"] = found
+        if found := measured_by(measured, source):
+            inputs["held_out"] = found
         instructions = self.run.make(Label.input(name), eval_instructions, **inputs)
         count_key = f"{key.rpartition('.')[0]}.count"
         _check_count(count_key, count, instructions.counts["instructions"], f"instructions of {source}")

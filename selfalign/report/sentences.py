@@ -110,7 +110,7 @@ def _loss_sentence(run: Finished) -> str:
     if run.stages[labels[0]] == "sft":
         return f"Fine-tuning on the good responses only ({strong('positives')}) made {models}."
     settings = [f"{sign} = {loss[key]:g}" for key, sign in (("beta", "β"), ("lam", "λ")) if key in loss]
-    settings += [f"{key} {escape(str(loss[key]))}" for key in ("reduction", "target") if key in loss]
+    settings += [f"{key} {escape(str(loss[key]))}" for key in ("reduction", "lambda_scale") if key in loss]
     against = WHO[run.config["train"]["reference_policy"]]
     return f"{strong(run.loss['title'])} ({', '.join(settings)}; reference: {against}) made {models}."
 

@@ -11,7 +11,7 @@ from selfalign.data.sources import read_instructions
 from selfalign.data.turns import compared, texts_in
 from selfalign.metrics import catalog
 from selfalign.store.artifacts import Artifact, Content, Counts, StageOutput
-from selfalign.store.stage import MANY, Size, stage
+from selfalign.store.stage import MANY, PlannedArtifact, Size, stage
 from selfalign.training.splits import prompts_of
 
 
@@ -29,6 +29,7 @@ def eval_instructions(
     content: Content | str,
     seeds: Artifact | None,
     trained_on: Sequence[Artifact] = (),
+    held_out: Sequence[Artifact] = (),
     schema: Schema | None = None,
 ) -> Counts:
     """Copy the first `count` instructions that no model was trained on into the store.
@@ -42,6 +43,7 @@ def eval_instructions(
         content: digest of the source.
         seeds: demonstrations.jsonl; instructions among its prompts are left out. None checks no demonstrations.
         trained_on: other artifacts that the models were trained on, with demonstrations.jsonl or pairs.jsonl.
+        held_out: instructions.jsonl of the evaluation, if these instructions select among models.
         schema: the user's description of the source's rows; None for a known format.
 
     Raises:
@@ -55,16 +57,20 @@ def eval_instructions(
     new = [instruction for instruction in given if compared(instruction.text) not in prompts]
     known = {text for artifact in trained_on for text in prompts_of(artifact)}
     untrained = [instruction for instruction in new if compared(instruction.text) not in known]
-    if not untrained:
+    measured = {compared(text) for artifact in held_out for text in asked_in(artifact)}
+    unmeasured = [instruction for instruction in untrained if compared(instruction.text) not in measured]
+    if not unmeasured:
         where = " or prompts that the models were trained on" if trained_on else ""
+        where += " or instructions that the models are evaluated on" if held_out else ""
         raise SelfalignError(
             f"{source}: all {len(given)} instructions are prompts of data.seed_data.demonstrations{where}. "
             "Give instructions that no model was trained on."
         )
     distinct: dict[str, Instruction] = {}
-    for instruction in untrained:
+    for instruction in unmeasured:
         distinct.setdefault(compared(instruction.text), instruction)
-    drops.update(duplicate=len(untrained) - len(distinct), trained_on=len(new) - len(untrained))
+    drops.update(duplicate=len(unmeasured) - len(distinct), trained_on=len(new) - len(untrained))
+    drops.update(held_out=len(untrained) - len(unmeasured))
     kept = [*distinct.values()][: count or None]
     write_records(out.path / "instructions.jsonl", kept)
     return {catalog.INSTRUCTIONS.name: len(kept), "dropped": {"in_demonstrations": len(given) - len(new), **(+drops)}}
@@ -76,3 +82,17 @@ def overlapping(artifacts: Sequence[Artifact], source: DataSource) -> list[Artif
         return []
     instructions = {compared(instruction.text) for instruction in read_instructions(source, "evaluation")[0]}
     return [artifact for artifact in artifacts if any(text in instructions for text in prompts_of(artifact))]
+
+
+def measured_by(artifacts: Sequence[Artifact], source: DataSource) -> list[Artifact]:
+    """Return the artifacts of evaluation instructions that share an instruction with this data source."""
+    made = [artifact for artifact in artifacts if not isinstance(artifact, PlannedArtifact)]
+    if not made:
+        return []
+    instructions = {compared(instruction.text) for instruction in read_instructions(source, "evaluation")[0]}
+    return [artifact for artifact in made if any(compared(text) in instructions for text in asked_in(artifact))]
+
+
+def asked_in(artifact: Artifact) -> list[str]:
+    """Return the texts of an artifact's instructions.jsonl."""
+    return [instruction.text for instruction in read_records(artifact.path / "instructions.jsonl", Instruction)]

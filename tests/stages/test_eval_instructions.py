@@ -3,13 +3,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from builders import demonstration, preference, records_artifact, workspace
+from builders import (
+    TINY_RUN,
+    demonstration,
+    instruction,
+    preference,
+    records_artifact,
+    run,
+    workspace,
+    write_tiny_data,
+)
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import read_records
 from selfalign.core.records import Demonstration, Instruction, Prompt
 from selfalign.data.turns import as_prompt
-from selfalign.stages.eval_instructions import eval_instructions
+from selfalign.stages.eval_instructions import eval_instructions, measured_by
 from selfalign.store.artifacts import Artifact
 
 ROWS = [{"id": f"q{n}", "instruction": f"Question {n}?", "category": "some"} for n in range(5)]
@@ -112,3 +121,25 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 def test_shipped_instructions_are_found_by_name(tmp_path: Path) -> None:
     out, given = workspace(tmp_path / "out"), seed_data(tmp_path)
     assert eval_instructions(out, source="shipped:evaluation", count=7, content="d", seeds=given)["instructions"] == 7
+
+
+def test_instruction_that_models_are_measured_on_chooses_no_checkpoint(tmp_path: Path) -> None:
+    source, others = tmp_path / "asked.jsonl", tmp_path / "others.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    others.write_text(json.dumps({"instruction": "Why?"}) + "\n")
+    measured = records_artifact(tmp_path / "measured", instructions=[instruction("q1", "Question\u00a01?")])
+    assert measured_by([measured], str(source)) == [measured]
+    assert measured_by([measured], str(others)) == []
+    counts = eval_instructions(
+        workspace(tmp_path / "out"), source=str(source), count=2, content="d", seeds=None, held_out=[measured]
+    )
+    assert counts == {"instructions": 2, "dropped": {"in_demonstrations": 0, "held_out": 1}}
+    assert [record.id for record in read_records(tmp_path / "out/instructions.jsonl", Instruction)] == ["q0", "q2"]
+
+
+def test_run_does_not_choose_its_checkpoints_by_what_it_is_measured_on(tmp_path: Path) -> None:
+    given = write_tiny_data(tmp_path / "data")
+    choose = [f"train.checkpoint_selection.instructions={tmp_path}/data/asked.jsonl"]
+    choose += ["train.checkpoint_selection.interval_steps=1", "data.instruct.count=4"]
+    with pytest.raises(SelfalignError, match="are those that the models are measured on"):
+        run(tmp_path / "outputs", *TINY_RUN, *given, *choose)
