@@ -79,6 +79,14 @@ def pytest_runtest_setup() -> None:
         imported = len(sys.modules)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave mutants to the nightly target, except those of the losses: they are controls of the tests."""
+    for item in items:
+        if item.name.startswith("test_mutant_") and item.path.name != "test_loss_mutants.py":
+            item.add_marker(pytest.mark.nightly)
+
+
 @pytest.fixture(scope="session")
 def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> PolicyCheckpoint:
     """The tiny random policy, built once; read it, never write into it."""
