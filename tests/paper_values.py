@@ -278,6 +278,7 @@ TECHNICAL = (
         "train.*.dtype *.endpoint.*"
     ),
     *words("train.reference_logprobs judge.degeneracy.* evaluate.bounds.* benchmark.*.include_path benchmark.*.limit"),
+    *words("model.size model.sizes *.router_loss_coefficient"),
     *words("model.chat_template_arguments model.thinking.* *.thought_tokens *.mask_thought"),
 )
 """Where and how fast it runs, what is only warned of, where it is logged, and how models think, which these do not; `*`

@@ -411,7 +411,9 @@ def test_template_that_changes_answers_is_refused_with_what_becomes_of_one(
 def test_template_that_takes_the_white_space_around_an_answer_or_its_thinking_is_accepted(tiny_tokenizer: Any) -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]|trim")
-    assert check_template(tokenizer) == []
+    assert check_template(tokenizer) == [
+        "thinks between '<think>' and '</think>'; an answer without a thought stands behind ''"
+    ]
 
 
 def test_positive_keeps_the_ids_it_was_written_as(tiny_tokenizer: Any) -> None:

@@ -248,12 +248,29 @@ def test_empty_field_is_as_absent(tmp_path: Path, empty: Any) -> None:
     assert (taught.prompt, taught.response) == ([user("A")], "C")
 
 
+def notable(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The messages, without the one that says what the fields are read as."""
+    return [message for message in caplog.messages if ": read " not in message]
+
+
+def test_fields_that_are_read_are_told_with_what_they_are_taken_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    path = write(tmp_path, {"question": "A", "context": "B", "system": "C", "output": "D"})
+    read_demonstrations(path)
+    assert caplog.messages == [
+        f"{path}: read system as the system turn, question as the user's turn, context as the user's turn, below the "
+        "instruction, output as the response"
+    ]
+
+
 def test_fields_that_are_passed_over_are_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     rows = [BASE | {"instruction": f"A{n}", "weight": 0, "source": "s"} for n in range(3)]
     path = write(tmp_path, *rows)
     read_demonstrations(path)
-    assert caplog.messages == [f"{path}: ignored the fields source, weight"]
+    assert notable(caplog) == [f"{path}: ignored the fields source, weight"]
 
 
 @pytest.mark.parametrize("spelled", ["nan", "None", "<noinput>", "N/A"])
@@ -263,7 +280,7 @@ def test_text_that_spells_an_absent_value_is_named_once(
     caplog.set_level("INFO")
     path = write(tmp_path, *(BASE | {"instruction": f"A{n}", "input": spelled if n else "B"} for n in range(3)))
     read_demonstrations(path)
-    (message,) = caplog.messages
+    (message,) = notable(caplog)
     assert message.startswith(f"{path}: in 2 rows input is the text {spelled!r}")
 
 
@@ -271,7 +288,7 @@ def test_rows_that_are_left_out_are_named_by_reason(tmp_path: Path, caplog: pyte
     caplog.set_level("INFO")
     path = write(tmp_path, BASE, BASE, BASE | {"response": " "})
     read_demonstrations(path)
-    assert caplog.messages == [f"{path}: left out 1 duplicate, 1 empty_response"]
+    assert notable(caplog) == [f"{path}: left out 1 duplicate, 1 empty_response"]
 
 
 def test_rows_that_differ_in_their_ids_alone_are_said_to_be_kept(
@@ -280,7 +297,7 @@ def test_rows_that_differ_in_their_ids_alone_are_said_to_be_kept(
     caplog.set_level("INFO")
     path = write(tmp_path, *(BASE | {"id": n} for n in range(3)))
     assert len(read_demonstrations(path)[0]) == 3
-    assert caplog.messages == [f"{path}: 2 rows repeat another row under another id; they are kept"]
+    assert notable(caplog) == [f"{path}: 2 rows repeat another row under another id; they are kept"]
 
 
 def test_earlier_answers_that_are_not_taught_are_said_to_be(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -288,7 +305,7 @@ def test_earlier_answers_that_are_not_taught_are_said_to_be(tmp_path: Path, capl
     path = write(tmp_path, {"messages": [user("A"), say("B") | {"weight": 1}, user("C"), say("D")]}, BASE)
     assert [taught.response for taught in read_demonstrations(path)[0]] == ["D", "C"]
     said = "in 1 of 2 rows only the last answer is trained on; earlier ones are part of the prompt"
-    assert caplog.messages == [f"{path}: {said}"]
+    assert notable(caplog) == [f"{path}: {said}"]
 
 
 @pytest.mark.parametrize(("repeating", "refused"), [(2, False), (3, True), (5, True)])
@@ -416,7 +433,7 @@ REFUSED_PAIRS: dict[str, tuple[Row, str]] = {
     ),
     "one_side": ({"prompt": "A", "chosen": "x", "rejected": None}, r"found prompt \('A'\), chosen \('x'\)"),
     "sides_of_other_names": ({"question": "A", "response_j": "x", "response_k": "y"}, r"found question .*response_j"),
-    "text_score": ({"prompt": "A", "chosen_score": "4", **SIDES}, "chosen_score: expected a number, got '4'"),
+    "text_score": ({"prompt": "A", "chosen_score": "four", **SIDES}, "chosen_score: expected a number, got 'four'"),
 }
 
 
