@@ -132,7 +132,10 @@ def test_quoting_is_shown_for_the_command_that_was_called(monkeypatch: pytest.Mo
             "cannot read 'seed=rang(5)': Unknown function 'rang' Available: bool,choice,float,glob,int,",
         ),
         (["loss=dpo,ipo"], "'loss=dpo,ipo' has several values: add -m for a sweep over them, write 'loss=[dpo,ipo]' "),
-        (["-m", "data.path=/ä,/b"], "cannot read 'data.path=/ä,/b': a text with other signs than letters, digits, "),
+        (
+            ["-m", "data.path=/ä,/b"],
+            "cannot read 'data.path=/ä,/b': a text with characters other than letters, digits, ",
+        ),
     ],
 )
 def test_other_overrides_that_cannot_be_read_say_what_is_meant(
