@@ -457,7 +457,7 @@ COMMANDS = {
         ["/models/x", "name=李"],
         "selfalign-evaluate 'name=\"?\"'",
     ),
-    "selfalign-report": ("selfalign.cli.report:main", ["/runs/李"], "/runs/?: no run"),
+    "selfalign-report": ("selfalign.cli.report:main", ["/runs/李"], "/runs/? is not a run folder"),
     "selfalign-store": ("selfalign.cli.store:main", ["list", "--output", "/runs/李"], "/runs/?: no store"),
     "selfalign-workspace": ("selfalign.cli.workspace:main", ["李"], "ENTITY/PROJECT, got '?'"),
 }

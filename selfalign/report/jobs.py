@@ -183,10 +183,16 @@ def as_text(value: object) -> str:
 def differing(jobs: Sequence[JobResult]) -> list[str]:
     """Return the keys whose values differ among the jobs that have them; those with the most values come first.
 
-    An empty group counts as absent: an unfinished job does not know the class of a component without settings.
+    An empty group beside the names of classes counts as absent: an unfinished job does not know the class of a
+    component without settings.
     """
     keys = dict.fromkeys(key for job in jobs for key in job.settings)
-    values = {key: {as_text(job.settings[key]) for job in jobs if job.settings.get(key, {}) != {}} for key in keys}
+    named = {key for job in jobs for key, value in job.settings.items() if isinstance(value, str)}
+
+    def is_known(job: JobResult, key: str) -> bool:
+        return key in job.settings and not (key in named and job.settings[key] == {})
+
+    values = {key: {as_text(job.settings[key]) for job in jobs if is_known(job, key)} for key in keys}
     several = [key for key, different in values.items() if len(different) > 1]
     return sorted(several, key=lambda key: len(values[key]), reverse=True)
 
