@@ -319,7 +319,7 @@ def test_binarized_turns_that_are_no_conversation_are_counted(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("row", "read", "message"),
     [
-        (rated("Red.", "Dog.", 8.5, 5.0) | {"system": "Be brief."}, read_pairs, "system is filled .*like RatedPair"),
+        (rated("Red.", "Dog.", 8.5, 5.0) | {"system": "Be brief."}, read_pairs, "system is filled .*schema RatedPair"),
         (rated("Red.", "Dog.", 8.5, 5.0) | {"tools": [{"name": "f"}]}, read_demonstrations, "tools is filled"),
         (completed("Hi", ("a", 2.0, 1.0), ("b", 3.0, 1.0)) | {"input": "Bonjour"}, read_ranked, "input is filled"),
         ({"chosen": f"{HH}a", "rejected": f"{HH}b", "images": ["a.png"]}, read_pairs, "images is filled"),

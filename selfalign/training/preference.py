@@ -13,6 +13,7 @@ import torch
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed
+from selfalign.core.formatting import plural
 from selfalign.core.jsonl import chunks, stream_records
 from selfalign.core.records import PreferencePair
 from selfalign.losses.logps import PairLogps
@@ -267,6 +268,6 @@ def check_score_gaps(loss: PreferenceLoss, examples: Iterable[PairExample]) -> I
 def lacks_score_gaps(loss: Loss, pairs: Sequence[str]) -> str:
     """Return the message about pairs without the score gap that the loss needs."""
     return (
-        f"the loss {loss.title} needs chosen_score above rejected_score in every pair, but {len(pairs)} pairs, such as "
-        f"{pairs[0]}, do not have it. Remove these pairs or choose another loss"
+        f"the loss {loss.title} needs chosen_score above rejected_score in every pair, but it is not in "
+        f"{plural(len(pairs), 'pair')}, such as {pairs[0]}. Remove these pairs or choose another loss"
     )

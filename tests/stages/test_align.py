@@ -487,11 +487,12 @@ def test_odpo_trains_on_scored_pairs_and_refuses_others(tmp_path: Path, tiny_pol
     _, _, rows = aligned(tmp_path / "scored", tiny_policy, ODPO(beta=0.2), pairs=scored)
     assert rows[-1]["loss"] < rows[0]["loss"]
     with pytest.raises(
-        SelfalignError, match=r"the loss ODPO needs chosen_score above rejected_score .* but 4 pairs, such as a"
+        SelfalignError,
+        match=r"the loss ODPO needs chosen_score above rejected_score .* but it is not in 4 pairs, such as a",
     ):
         aligned(tmp_path / "none", tiny_policy, ODPO())
     tied = [*scored[1:], replace(scored[0], rejected_score=4.0)]
-    with pytest.raises(SelfalignError, match="1 have not, like a"):
+    with pytest.raises(SelfalignError, match="but it is not in 1 pair, such as a"):
         aligned(tmp_path / "tied", tiny_policy, ODPO(), pairs=tied)
 
 
