@@ -376,7 +376,7 @@ def test_weight_that_is_not_finite_is_refused_by_its_name(value: str, mine: Path
         (
             lambda mine: None,
             ["loss=odpo"],
-            "the loss ODPO needs chosen_score above rejected_score in every pair, but 4 pairs, such as ",
+            "the loss ODPO needs chosen_score above rejected_score in every pair, but it is not in 4 pairs, such as ",
         ),
     ],
     ids=["too_long", "no_template", "no_scores"],

@@ -488,7 +488,7 @@ def test_odpo_trains_on_scored_pairs_and_refuses_others(tmp_path: Path, tiny_pol
     assert rows[-1]["loss"] < rows[0]["loss"]
     with pytest.raises(
         SelfalignError,
-        match=r"the loss ODPO needs chosen_score above rejected_score .* but it is not in 4 pairs, such as a",
+        match=r"the loss ODPO needs chosen_score above rejected_score .* not in 4 pairs, such as a",
     ):
         aligned(tmp_path / "none", tiny_policy, ODPO())
     tied = [*scored[1:], replace(scored[0], rejected_score=4.0)]
