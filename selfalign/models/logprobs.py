@@ -152,12 +152,10 @@ def selected_logps(
 
 
 class TokenScores(NamedTuple):
-    """What a model that scores returns of a training pass.
+    """The output of a training pass of a model that returns log-probabilities.
 
-    Attributes:
-        logps: log p of each target (nats), shape (targets,).
-        hits: whether the target was the likeliest token, shape (targets,).
-        router_loss: how unevenly experts are used, a scalar; None for a model without experts, or without such a loss.
+    `logps` are those of the targets (nats), shape (targets,). `hits` tells of each target whether it was the most
+    likely token. `router_loss` is the load balancing loss, a scalar; None for a model without one.
     """
 
     logps: Tensor

@@ -167,7 +167,7 @@ def stop_ids(tokenizer: "Tokenizer") -> list[int]:
     """Return the tokens that end generation.
 
     These are EOS, the end of turn, the token after an answer in a conversation, and those that the model's own files
-    name (see `own_stops`); but none that ends a thought, such as gpt-oss's <|end|>.
+    name (see `own_stops`); but none that ends a thought, such as `<|end|>` of gpt-oss.
     """
     eos, named = cast(int | None, tokenizer.eos_token_id), tokenizer.init_kwargs.get(OWN_STOPS, [])
     between = {answer_shape(tokenizer).next, *named} - marker_ids(tokenizer)

@@ -25,7 +25,7 @@ COMPARED = (
     (catalog.CHECKPOINT_WINS, catalog.WINS),
     (catalog.CHECKPOINT_LOSSES, catalog.LOSSES),
 )
-"""Pairs of metrics: of a checkpoint, and of the comparison with the checkpoint before, which has its value."""
+"""Each metric of a checkpoint, with the metric that has its value in the comparison with the checkpoint before."""
 
 
 @dataclass(kw_only=True, slots=True)
