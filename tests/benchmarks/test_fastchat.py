@@ -40,8 +40,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "system turn": ({"question_id": 9, "category": "math", "turns": ["a"], "system": "Be brief."}, "system is filled"),
     "tools": ({"question_id": 9, "category": "math", "turns": ["a"], "tools": [{"name": "f"}]}, "tools is filled"),
     "no visible character": ({"question_id": 9, "category": "math", "turns": ["\u200b"]}, "one is empty"),
-    "category like another number": ({"question_id": 9, "category": "turn_1", "turns": ["a"]}, "'turn_1' is what"),
-    "category like an interval": ({"question_id": 9, "category": "math_low", "turns": ["a"]}, "'math_low' is what"),
+    "category like another number": (
+        {"question_id": 9, "category": "turn_1", "turns": ["a"]},
+        "'turn_1' has the name of a metric",
+    ),
+    "category like an interval": (
+        {"question_id": 9, "category": "math_low", "turns": ["a"]},
+        "'math_low' has the name of a metric",
+    ),
     "second of the same id": ({"question_id": 2, "category": "math", "turns": ["a"]}, "2 occurs twice"),
 }
 

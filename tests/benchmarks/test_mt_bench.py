@@ -267,7 +267,7 @@ def by_hand(policy: Any, prompt: str) -> float:
 
 def test_policy_that_writes_no_rating_stops_with_what_it_wrote(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     benchmark = mt_bench(tmp_path, method="generate")
-    with pytest.raises(SelfalignError, match=r"benchmark.tried: 10 of 10 grades of M2 carry no score \(.*method=log"):
+    with pytest.raises(SelfalignError, match=r"benchmark.tried: 10 of 10 grades of M2 have no score \(.*method=log"):
         measure(tmp_path, benchmark, tiny_policy, tiny_policy)
 
 
@@ -295,7 +295,7 @@ def test_turn_that_does_not_fit_is_counted_and_not_scored(tmp_path: Path, tiny_p
 
 def test_policy_into_whose_context_nothing_fits_stops(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     small = small_context_policy(tiny_policy, tmp_path / "small", 8)
-    with pytest.raises(SelfalignError, match=r"no question fits into the context of 8 tokens"):
+    with pytest.raises(SelfalignError, match=r"no question and its answer fit into the context of 8 tokens"):
         measure(tmp_path, mt_bench(tmp_path), small, tiny_policy)
 
 

@@ -296,7 +296,7 @@ def test_pairs_that_are_trained_on_are_told_when_they_are_read(
         preference_test(workspace(tmp_path / "none"), **given, trained_on=[trained])
     rows.append({"prompt": "Who?", "chosen": "right", "rejected": "wrong"})
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert not caplog.records
+    assert "not measured" not in caplog.text
     assert preference_test(workspace(tmp_path / "one"), **given, trained_on=[trained])["pairs"] == 3
     assert (
         "test.jsonl: 2 of 3 pairs share a prompt or a response with the training data and are not measured"
