@@ -42,11 +42,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no visible character": ({"question_id": 9, "category": "math", "turns": ["\u200b"]}, "one is empty"),
     "category like another number": (
         {"question_id": 9, "category": "turn_1", "turns": ["a"]},
-        "'turn_1' has the name of a metric",
+        "'turn_1' has the name of a",
     ),
     "category like an interval": (
         {"question_id": 9, "category": "math_low", "turns": ["a"]},
-        "'math_low' has the name of a metric",
+        "'math_low' has the name of a",
     ),
     "second of the same id": ({"question_id": 2, "category": "math", "turns": ["a"]}, "2 occurs twice"),
 }
