@@ -258,7 +258,7 @@ def test_what_cannot_be_measured_is_named(finished: Path, tmp_path: Path, broken
     sources, named = {
         "unfinished": ([str(tmp_path / "run")], "is not finished"),
         "nothing": ([str(tmp_path / "nowhere")], "the model to evaluate"),
-        "twice": ([str(finished), str(finished)], "have one name"),
+        "twice": ([str(finished), str(finished)], "have the same name"),
     }[broken]
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.yaml").write_text("")

@@ -141,5 +141,5 @@ def test_run_does_not_choose_its_checkpoints_by_what_it_is_measured_on(tmp_path:
     given = write_tiny_data(tmp_path / "data")
     choose = [f"train.checkpoint_selection.instructions={tmp_path}/data/asked.jsonl"]
     choose += ["train.checkpoint_selection.interval_steps=1", "data.instruct.count=4"]
-    with pytest.raises(SelfalignError, match="are those that the models are measured on"):
+    with pytest.raises(SelfalignError, match="instructions that the models are evaluated on"):
         run(tmp_path / "outputs", *TINY_RUN, *given, *choose)

@@ -37,6 +37,7 @@ def test_random_model_is_the_same_each_time_it_is_built(tmp_path: Path, tiny_pol
         "scores": "packed",
         "writes": "batches",
         "dropout": True,
+        "has_router_loss": False,
         "chat_template": True,
         "system_turns": True,
         "earlier_turns": True,
