@@ -99,4 +99,6 @@ def test_missing_extra_is_said_with_the_command(
     monkeypatch.setattr(sys, "argv", ["selfalign-workspace", "team/runs"])
     with pytest.raises(SystemExit):
         main()
-    assert re.fullmatch(r"error: .*wandb_workspaces.*; pip install 'selfalign\[workspace\]'\n", capsys.readouterr().err)
+    assert re.fullmatch(
+        r"error: .*wandb_workspaces.*Install the extra: pip install 'selfalign\[workspace\]'\n", capsys.readouterr().err
+    )
