@@ -159,9 +159,7 @@ def test_count_is_held_against_the_instructions_that_there_are(tmp_path: Path) -
 
 
 def test_bad_reference_outputs_are_named_with_their_row(tmp_path: Path) -> None:
-    with pytest.raises(
-        SelfalignError, match=r"reference.json row 4: same instruction as .*reference.json row 0, but"
-    ):
+    with pytest.raises(SelfalignError, match=r"reference.json row 4: same instruction as .*reference.json row 0, but"):
         alpaca_eval(tmp_path, [*REFERENCES, REFERENCES[0] | {"output": "No."}]).sources("benchmark.alpaca_eval")
     with pytest.raises(SelfalignError, match=r"reference.json row 1: .*output"):
         alpaca_eval(tmp_path, [REFERENCES[0], {"instruction": "a"}]).sources("benchmark.alpaca_eval")
