@@ -121,7 +121,9 @@ def test_references_are_joined_in_the_order_of_the_pairs(tmp_path: Path) -> None
     assert joined[0].augmented_reference == [-3.0, -4.0]
     assert joined[1].augmented is None
     for names in (("b", "a"), ("a", "c")):
-        with pytest.raises(SelfalignError, match=rf"references\.jsonl: no reference for pair {names[1]}, or not"):
+        with pytest.raises(
+            SelfalignError, match=rf"references\.jsonl: log-probabilities of pair {names[1]} are missing or not"
+        ):
             list(join_references(map(pair, names), file, "reference"))
 
 

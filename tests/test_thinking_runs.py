@@ -129,7 +129,8 @@ def test_nothing_but_the_answer_is_judged_compared_and_measured(
     assert any(one.get("truncated_response") for one in judged)
     pairs = [json.loads(row) for path in out.glob("store/pair/*/pairs.jsonl") for row in path.read_text().splitlines()]
     assert pairs
-    tokenizer = PolicyCheckpoint(next(out.glob("store/load_model/*"))).load_tokenizer()
+    [made] = out.glob("store/load_model/*/manifest.json")
+    tokenizer = PolicyCheckpoint(made.parent).load_tokenizer()
     for pair in pairs:
         for side in ("chosen", "rejected"):
             assert pair[f"{side}_thought"] == THOUGHT
