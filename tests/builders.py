@@ -27,7 +27,7 @@ from selfalign.core.records import (
     Response,
     ResponseScore,
 )
-from selfalign.data.sources import as_prompt
+from selfalign.data.turns import as_prompt
 from selfalign.engines.protocol import Completion, Request, Sampling
 from selfalign.engines.transformers import Transformers, TransformersGenerator
 from selfalign.launch.experiment import run_experiment

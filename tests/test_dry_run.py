@@ -32,7 +32,7 @@ from team import launch
 from test_architecture import modules
 
 from selfalign.core.errors import SelfalignError
-from selfalign.data.sources import as_prompt
+from selfalign.data.turns import as_prompt
 from selfalign.engines.protocol import Request, Sampling
 from selfalign.engines.transformers import Transformers
 from selfalign.launch import dry_run as module

@@ -21,7 +21,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import read_records, write_records
 from selfalign.core.records import Demonstration, FinishReason, Instruction, PreferencePair, Response, ResponseScore
 from selfalign.data.pair_rules import BestWorst
-from selfalign.data.sources import as_prompt
+from selfalign.data.turns import as_prompt
 from selfalign.engines.model_check import check_template, check_vocabulary, notes_on_texts
 from selfalign.engines.protocol import Sampling
 from selfalign.engines.transformers import Transformers

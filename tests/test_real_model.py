@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from selfalign.cli.environment import conf_folder
 from selfalign.config.hydra import register, to_experiment
 from selfalign.data.containers import SHIPPED
-from selfalign.data.sources import as_prompt
+from selfalign.data.turns import as_prompt
 from selfalign.engines.protocol import Request, Sampling
 from selfalign.engines.transformers import Transformers
 from selfalign.launch.experiment import run_experiment

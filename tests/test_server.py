@@ -37,7 +37,7 @@ from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import read_records
 from selfalign.core.records import FinishReason, Response
-from selfalign.data.sources import as_prompt
+from selfalign.data.turns import as_prompt
 from selfalign.engines import server as engine
 from selfalign.engines.protocol import Completion, Request, Sampling
 from selfalign.engines.server import Server, ServerGenerator, export

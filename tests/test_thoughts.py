@@ -11,8 +11,8 @@ from thinking_families import FAMILIES, family, thinking_tokenizer
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import FinishReason, PreferencePair, Response
-from selfalign.data.sources import as_prompt
 from selfalign.data.thinking import Markers, PromptEnd, answer_given, ask_to_think, given_response, split_given
+from selfalign.data.turns import as_prompt
 from selfalign.engines.model_check import check_template, is_read_as_whole
 from selfalign.engines.protocol import Completion, Request, Sampling, generate_batched
 from selfalign.models.batches import encode_group, encode_pairs

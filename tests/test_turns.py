@@ -455,13 +455,21 @@ ONE_TEXT: dict[str, tuple[Row, str]] = {
     "prompt_of_one_turn": ({"prompt": [user("A")]}, "A"),
     "conversation_of_one_turn": ({"messages": [user([{"type": "text", "text": "A"}]), say("C")]}, "A"),
 }
-NO_ONE_TEXT: dict[str, tuple[Row, str]] = {
-    "system": ({"instruction": "A", "system": "S"}, "must be one user turn, .*; got system, user"),
-    "history": (
-        {"instruction": "A", "history": [["q", "r"]]},
-        "must be one user turn.*; got user, assistant, user",
+CONVERSATIONS: dict[str, tuple[Row, list[Any]]] = {
+    "system": ({"instruction": "A", "system": "S"}, [system("S"), user("A")]),
+    "history": ({"instruction": "A", "history": [["q", "r"]]}, [user("q"), say("r"), user("A")]),
+    "turns": ({"messages": [user("A"), say("B"), user("C")]}, [user("A"), say("B"), user("C")]),
+    "answered": ({"messages": [user("A"), say("B"), user("C"), say("D")]}, [user("A"), say("B"), user("C")]),
+    "answered_once": ({"messages": [system("S"), user("A"), say("B")]}, [system("S"), user("A")]),
+}
+NO_INSTRUCTION: dict[str, tuple[Row, str]] = {
+    "answer": (
+        {"messages": [say("B")]},
+        "must be a conversation that .*, but there is no user turn",
     ),
-    "turns": ({"messages": [user("A"), say("B"), user("C")]}, "must be one user turn"),
+    "twice": ({"messages": [user("A"), user("B")]}, "two user turns follow each other; got user, user"),
+    "late": ({"messages": [user("A"), system("S")]}, "a system turn comes after another turn"),
+    "blank": ({"messages": [user("A"), say("B"), user(" ")]}, "turn 3 is empty"),
     "tools": ({"instruction": "A", "tools": [1]}, "the field tools is filled"),
     "nothing": ({"turns": ["A"]}, r"expected instruction .*; found turns \(a list of 1\)"),
 }
@@ -482,9 +490,22 @@ def test_instruction_is_one_text_with_what_it_is_about(tmp_path: Path, name: str
     assert [asked.text, ranked.instruction, output.instruction, pair.prompt] == [text, text, text, [user(text)]]
 
 
-@pytest.mark.parametrize("name", NO_ONE_TEXT)
-def test_what_an_instruction_has_no_place_for_is_refused(tmp_path: Path, name: str) -> None:
-    row, message = NO_ONE_TEXT[name]
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_instruction_may_be_a_conversation(tmp_path: Path, name: str) -> None:
+    row, turns = CONVERSATIONS[name]
+    ((asked,), _) = read_instructions(write(tmp_path, row), "evaluation")
+    ((ranked,), _), ((pair,), _) = (
+        read_ranked(write(tmp_path, row | ANSWERS)),
+        read_pairs(write(tmp_path, row | ANSWERS)),
+    )
+    ((output,), _) = read_outputs(write(tmp_path, row | {"output": "C"}))
+    assert asked.turns == asked.prompt == ranked.turns == ranked.prompt == pair.prompt == turns
+    assert asked.text == ranked.instruction == output.instruction == as_text(turns)
+
+
+@pytest.mark.parametrize("name", NO_INSTRUCTION)
+def test_what_is_no_instruction_is_refused(tmp_path: Path, name: str) -> None:
+    row, message = NO_INSTRUCTION[name]
     for read in (lambda source: read_instructions(source, "evaluation"), read_outputs):
         with pytest.raises(SelfalignError, match=rf"a\.jsonl:1: .*{message}"):
             read(write(tmp_path, row | {"output": "C"}))
@@ -512,5 +533,5 @@ def test_prompt_in_words() -> None:
     turns = [system("S"), user("A"), say("B"), user("C")]
     assert (as_text("A"), as_text([user("A")])) == ("A", "A")
     assert as_text(turns) == "system: S\n\nuser: A\n\nassistant: B\n\nuser: C"
-    assert (texts_in("A"), texts_in(turns)) == ({"A"}, {"S", "A", "B", "C"})
+    assert (texts_in("A"), texts_in(turns)) == ({"A"}, {"user: A\n\nassistant: B\n\nuser: C", "S", "A", "B", "C"})
     assert (instruction_of("A"), instruction_of(turns)) == ("A", "A")

@@ -16,7 +16,7 @@ from builders import optimization as quick
 from transformers import LlamaForCausalLM
 
 from selfalign.core.files import write_json
-from selfalign.data.sources import as_prompt
+from selfalign.data.turns import as_prompt
 from selfalign.engines.protocol import Request, Sampling
 from selfalign.engines.vllm_engine import VLLM, VLLMGenerator, VLLMTokenScorer
 from selfalign.judges.expected import score_tokens

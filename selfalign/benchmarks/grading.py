@@ -11,7 +11,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_file, text_or_file
 from selfalign.core.placeholders import check_template, fill
 from selfalign.core.records import FinishReason, JudgementStatus, Message
-from selfalign.data.sources import as_prompt
+from selfalign.data.turns import as_prompt
 from selfalign.engines.openai_client import Endpoint
 from selfalign.engines.protocol import Request, Sampling, TokenScorer, generate_batched, score_batched
 from selfalign.judges.protocol import check_max_batch_tokens, check_model, check_share

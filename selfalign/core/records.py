@@ -85,12 +85,22 @@ class Demonstration:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Instruction:
-    """A task. `source`: "self" (a model wrote it in this run), "given" (read), "ranked" or "evaluation" (held out)."""
+    """A task. `source`: "self" (a model wrote it in this run), "given" (read), "ranked" or "evaluation" (held out).
+
+    `turns` is the conversation that asks it, where that is more than one user turn. `text` is then the conversation to
+    read, with its roles: what judges and people see.
+    """
 
     id: str
     text: str
     source: str
     category: str = ""
+    turns: list[Message] = field(default_factory=list)
+
+    @property
+    def prompt(self) -> list[Message]:
+        """The conversation that is to be answered."""
+        return self.turns or [{"role": "user", "content": self.text}]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,7 +108,8 @@ class RankedAnswers:
     """An instruction with answers in a human's order. `ranks[i]` belongs to `texts[i]`; 1 is best, and there are no
     ties.
 
-    `scores` and `justifications` are what a human judge gave; empty where only the order is known.
+    `scores` and `justifications` are what a human judge gave; empty where only the order is known. `turns` is the
+    conversation that `instruction` shows, as in `Instruction`.
     """
 
     id: str
@@ -107,6 +118,12 @@ class RankedAnswers:
     ranks: list[int]
     scores: list[int]
     justifications: list[str]
+    turns: list[Message] = field(default_factory=list)
+
+    @property
+    def prompt(self) -> list[Message]:
+        """The conversation that is to be answered."""
+        return self.turns or [{"role": "user", "content": self.instruction}]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -261,7 +261,7 @@ def best_completions(rows: Sequence[RatedCompletions]) -> tuple[list[Demonstrati
     """Return tasks with their best answer."""
     ranked, drops = rank_completions(rows)
     drops["lower_rank"] += sum(len(question.texts) - 1 for question in ranked)
-    return [_demonstration(as_prompt(q.instruction), q.texts[q.ranks.index(1)], q.id) for q in ranked], drops
+    return [_demonstration(q.prompt, q.texts[q.ranks.index(1)], q.id) for q in ranked], drops
 
 
 # --- what they share ---------------------------------------------------------------------------------------------

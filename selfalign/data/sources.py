@@ -13,7 +13,7 @@ from itertools import chain, combinations
 from typing import Any, TypeVar
 
 from selfalign.core.errors import SelfalignError, reason_of
-from selfalign.core.records import Demonstration, Instruction, PreferencePair, Prompt, RankedAnswers
+from selfalign.core.records import Demonstration, Instruction, Message, PreferencePair, Prompt, RankedAnswers
 from selfalign.data.containers import Placed, read_rows
 from selfalign.data.mixtures import DataSource, mix, renamed
 from selfalign.data.preference_rows import read_pair
@@ -40,7 +40,7 @@ from selfalign.data.schemas import (
     against_pair,
     schema_of,
 )
-from selfalign.data.turns import as_prompt, as_text, check_prompt, only_answer, read_task, read_turns, spoken
+from selfalign.data.turns import as_text, check_prompt, fault_of, only_answer, read_task, read_turns, spoken
 
 logger = logging.getLogger(__name__)
 
@@ -108,10 +108,14 @@ def read_demonstrations(source: DataSource, schema: Schema | None = None) -> tup
 
 
 def read_instructions(source: DataSource, kind: str, schema: Schema | None = None) -> tuple[list[Instruction], Drops]:
-    """Return instructions without answers, and the number of dropped rows, by reason."""
+    """Return instructions without answers, and the number of dropped rows, by reason.
+
+    An instruction may be a conversation that ends with a user turn, or with an answer to it, which is left out.
+    """
 
     def read(row: Row, drops: Drops) -> Instruction:
-        return Instruction(id="", text=_instruction(row, "instructions"), source=kind, category=row.text("category"))
+        text, turns = _instruction(row, "instructions")
+        return Instruction(id="", text=text, source=kind, category=row.text("category"), turns=turns)
 
     return _read(source, {}, read, schema)
 
@@ -125,7 +129,7 @@ def read_outputs(source: str) -> tuple[list[OutputRow], Drops]:
     drops: Drops = Counter()
     for where, raw in read_rows(source):
         row = Row.of(where, raw)
-        asked, said = _instruction(row, "outputs"), _answer(row, "outputs")
+        (asked, _), said = _instruction(row, "outputs"), _answer(row, "outputs")
         made = OutputRow(where, asked, said, row.text("generator") or "given", row.text("dataset"))
         if found.setdefault((asked, said, made.generator, made.dataset), made) is not made:
             drops["duplicate"] += 1
@@ -192,7 +196,7 @@ def best_against_worst(question: RankedAnswers, drops: Drops) -> PreferencePair 
     chosen_score, rejected_score = (question.scores[i] if question.scores else None for i in (best, worst))
     return PreferencePair(
         id=question.id,
-        prompt=as_prompt(question.instruction),
+        prompt=question.prompt,
         chosen=question.texts[best],
         rejected=question.texts[worst],
         chosen_score=chosen_score,
@@ -380,22 +384,21 @@ def _lacks(row: Row, kind: str) -> str:
     return f"expected {WANTED[kind]}; found {row.found()}"
 
 
-def _instruction(row: Row, kind: str) -> str:
-    """Return the task of a row as one text.
+def _instruction(row: Row, kind: str) -> tuple[str, list[Message]]:
+    """Return the task of a row as a text, and its turns where they are more than one user turn.
 
     Raises:
-        SelfalignError: it asks nothing, or a conversation.
+        SelfalignError: it asks nothing, or its turns are no conversation.
     """
     task = read_task(row)
-    if not isinstance(task, str) and len(task) == 2 and task[1]["role"] == "assistant":
-        task = task[:1]
     if isinstance(task, str):
-        return task
+        return task, []
     if not task:
         row.refuse(_lacks(row, kind))
-    if len(task) > 1 or task[0]["role"] != "user" or is_blank(task[0]["content"]):
-        row.refuse(f"{kind} must be one user turn, without a system turn or history; got {spoken(task)}")
-    return task[0]["content"]
+    asked = task[:-1] if task[-1]["role"] == "assistant" else task
+    if fault := fault_of(asked):
+        row.refuse(f"{kind} must be a conversation that ends with a user turn, but {fault}; got {spoken(task)}")
+    return as_text(asked), asked if len(asked) > 1 else []
 
 
 def _answers(row: Row) -> dict[str, str]:
@@ -463,7 +466,7 @@ def _ranked(row: Row, drops: Drops) -> RankedAnswers | None:
     for index, answer in enumerate(row.fields.get("responses", ())):
         if isinstance(answer, dict):
             row.refuse_filled((*UNREAD, "reasoning"), answer, f"responses[{index}].")
-    asked = _instruction(row, "ranked answers")
+    asked, turns = _instruction(row, "ranked answers")
     answers = row.typed(AnswersRow).responses
     ranks, scores = [a.rank for a in answers], [a.score for a in answers if a.score is not None]
     if len(ranks) < 2 or len(set(ranks)) < len(ranks):
@@ -485,4 +488,5 @@ def _ranked(row: Row, drops: Drops) -> RankedAnswers | None:
         ranks=list(map(int, ranks)),
         scores=list(map(int, scores)),
         justifications=[answer.justification for answer in answers],
+        turns=turns,
     )

@@ -36,9 +36,19 @@ def compared(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
+def compared_prompt(prompt: Prompt) -> str:
+    """Return a prompt in the form in which prompts are compared: its text, or its turns without the system turn."""
+    return compared(as_text(prompt if isinstance(prompt, str) else _without_system(prompt)))
+
+
 def texts_in(prompt: Prompt) -> set[str]:
-    """Return the texts of a prompt in the form in which they are compared: each turn, or the text."""
-    return set(map(compared, [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]))
+    """Return the texts of a prompt in the form in which they are compared: the whole, and each turn of it."""
+    turns = [] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
+    return {compared_prompt(prompt), *map(compared, turns)}
+
+
+def _without_system(turns: Sequence[Message]) -> list[Message]:
+    return [turn for turn in turns if turn["role"] != "system"]
 
 
 def instruction_of(prompt: Prompt) -> str:

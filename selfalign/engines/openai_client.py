@@ -22,7 +22,7 @@ from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import as_plain
 from selfalign.core.records import FinishReason
-from selfalign.data.sources import as_prompt
+from selfalign.data.turns import as_prompt
 from selfalign.engines.replies import (
     PassingError,
     RefusedError,

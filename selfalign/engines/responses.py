@@ -9,7 +9,6 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed
 from selfalign.core.jsonl import chunks, count_records, stream_records, write_records
 from selfalign.core.records import FinishReason, Instruction, Response
-from selfalign.data.sources import as_prompt
 from selfalign.engines.protocol import Completion, Engine, Generator, Request, Sampling, generate_batched
 from selfalign.metrics import catalog
 from selfalign.metrics.intervals import RunningMean
@@ -54,13 +53,13 @@ def generate_responses(
         nonlocal dropped, unknown, fitted
         limit = generator.context - sampling.longest
         for number, chunk in enumerate(chunks(stream_records(instructions, Instruction))):
-            asked = [answer_prompt(generator.tokenizer, as_prompt(record.text)) for record in chunk]
+            asked = [answer_prompt(generator.tokenizer, record.prompt) for record in chunk]
             prompts = [encode_prompt(generator.tokenizer, prompt) for prompt in asked]
             fitting = [(record, prompt) for record, prompt in zip(chunk, prompts, strict=True) if len(prompt) <= limit]
             journal.advance(candidates * (len(chunk) - len(fitting)))
             dropped += len(chunk) - len(fitting)
             fitted += len(fitting)
-            unknown += sum(has_unknown(generator.tokenizer, record.text) for record, _ in fitting)
+            unknown += sum(has_unknown(generator.tokenizer, record.prompt) for record, _ in fitting)
             requests = [
                 Request(prompt=prompt, seeds=[derive_seed(seed, record.id, n) for n in range(candidates)])
                 for record, prompt in fitting

@@ -9,8 +9,8 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.files import text_or_file
 from selfalign.core.placeholders import check_template, fill
 from selfalign.core.records import Comparison, FinishReason, JudgementStatus, Prompt, Response, Verdict
-from selfalign.data.sources import as_prompt
 from selfalign.data.thinking import answer_given
+from selfalign.data.turns import as_prompt
 from selfalign.engines.openai_client import Endpoint
 from selfalign.engines.protocol import score_batched
 from selfalign.judges.comparisons import (

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Judgement, JudgementStatus
-from selfalign.data.sources import as_prompt
+from selfalign.data.turns import as_prompt
 from selfalign.engines.protocol import Request, Sampling, generate_batched, score_batched
 from selfalign.judges.parsing import PREFIX, before_score
 from selfalign.judges.protocol import (

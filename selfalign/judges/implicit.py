@@ -9,7 +9,6 @@ from typing import ClassVar
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Judgement, JudgementStatus
-from selfalign.data.sources import as_prompt
 from selfalign.judges.protocol import (
     DegeneracyThresholds,
     InstructionResponse,
@@ -117,7 +116,7 @@ class ImplicitReward:
         lengths: dict[str, int] = {}
         for name, family in families.items():
             answers = [answer_read_by(policy.tokenizer, subject.response) for subject in family]
-            prompt = answer_prompt(policy.tokenizer, as_prompt(family[0].instruction.text))
+            prompt = answer_prompt(policy.tokenizer, family[0].instruction.prompt)
             group = encode_group(policy.tokenizer, name, prompt, answers, mask_thought=True)
             room = policy.context - len(group.prompt)
             kept = [i for i, ids in enumerate(group.responses) if 0 < len(ids) <= room]

@@ -20,8 +20,8 @@ from selfalign.core.records import (
     Response,
     ResponseScore,
 )
-from selfalign.data.sources import as_prompt
 from selfalign.data.thinking import answer_given
+from selfalign.data.turns import as_prompt
 from selfalign.engines.openai_client import Client, Endpoint
 from selfalign.engines.protocol import Engine, Generator, LoadedEngine, TokenScorer
 from selfalign.metrics.accumulate import Sums

@@ -18,7 +18,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_json
 from selfalign.core.jsonl import HasId, read_records, write_records
 from selfalign.core.records import Demonstration, Instruction, PreferencePair, Prompt
-from selfalign.data.sources import as_prompt
+from selfalign.data.turns import as_prompt
 from selfalign.engines.openai_client import Endpoint
 from selfalign.judges.comparator import PairwiseComparator
 from selfalign.judges.protocol import InstructionResponse, asks_a_server

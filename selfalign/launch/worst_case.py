@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Demonstration, FinishReason, Instruction, PreferencePair, Prompt, Response
-from selfalign.data.sources import as_prompt
+from selfalign.data.turns import as_prompt
 from selfalign.engines.transformers import Transformers, TransformersGenerator
 from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.tokenizer import encode_prompt, plain_ids

@@ -31,6 +31,7 @@ from selfalign.models.tokenizer import (
     has_unknown,
     plain_ids,
     settle_boundary,
+    under_system,
     warn_of_unknown,
 )
 
@@ -201,7 +202,7 @@ def encode_pairs(
     """
     p = refinement.text(tokenizer) if refinement else None
     for pair in pairs:
-        asked = ask_to_think(pair.thought_prompt, pair.prompt)
+        asked = under_system(tokenizer, ask_to_think(pair.thought_prompt, pair.prompt))
         prompt, answers = settle_boundary(tokenizer, asked, answers_of(pair))
         whole = encode_group(tokenizer, pair.id, prompt, answers, mask_thought=mask_thought)
         plain, prompt = shorten_group(tokenizer, whole, prompt, limit)

@@ -49,6 +49,9 @@ MARKERS = "thought_markers"
 THOUGHT_PROMPT = "thought_prompt"
 """Name of what asks for a thought in a tokenizer's settings."""
 
+SYSTEM_PROMPT = "system_prompt"
+"""Name of the system turn of conversations that have none of their own in a tokenizer's settings."""
+
 CLOSING_SPACE = ("\n", "\n\n")
 """White space before and behind the end of an empty thought that a prompt has opened."""
 

@@ -104,6 +104,8 @@ class ModelConfig:
         chat_template_arguments: values that the chat template reads by name, such as `enable_thinking: false`; they
             hold wherever the model's prompts are rendered.
         thinking: the model's thoughts.
+        system_prompt: the system turn of every conversation that the model answers, or is trained to answer, and that
+            has none of its own; a text or "file:PATH". Prompts of judges and of the writing of instructions have none.
         dtype: of the stored and trained weights, "float32" or "bfloat16"; quantised layers multiply in it.
         quantization: "nf4" keeps the linear layers in 4 bits, their constants quantised too (QLoRA, arXiv 2305.14314),
             wherever the policy is loaded: it trains, scores and writes with the adapter beside the quantised base, and
@@ -119,6 +121,7 @@ class ModelConfig:
     chat_template: str = ""
     chat_template_arguments: dict[str, Any] = field(default_factory=dict, metadata={"keyed": "if set"})
     thinking: Thinking = field(default_factory=Thinking, metadata={"keyed": "if set"})
+    system_prompt: str = field(default="", metadata={"keyed": "if set"})
     dtype: str = "float32"
     quantization: str = "none"
     trust_remote_code: bool = False
@@ -132,4 +135,5 @@ class ModelConfig:
             raise SelfalignError(f"model.size must be {known}; got {self.size!r}")
         if taken := RENDERED & self.chat_template_arguments.keys():
             raise SelfalignError(f"model.chat_template_arguments.{min(taken)} is set by the run itself: leave it out")
+        self.system_prompt = text_or_file(self.system_prompt, "model.system_prompt").strip()
         check_quantization(self.quantization, self.lora.rank)

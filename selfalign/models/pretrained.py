@@ -12,7 +12,15 @@ from selfalign.core.errors import SelfalignError, reason_of
 from selfalign.core.files import PACKAGE, digest_file, digest_json, path_of, read_json, read_text, write_json
 from selfalign.data.thinking import markers_in
 from selfalign.models.builtin import BUILDERS, PACKAGED, PACKAGED_HUB, is_smollm2_installed
-from selfalign.models.chat_template import ARGUMENTS, MARKERS, THOUGHT_PROMPT, template_of
+from selfalign.models.chat_template import (
+    ARGUMENTS,
+    ASKED,
+    MARKERS,
+    SYSTEM_PROMPT,
+    THOUGHT_PROMPT,
+    template_of,
+    writes_all,
+)
 from selfalign.models.checkpoint import (
     TRUSTED,
     UNPACKED,
@@ -67,6 +75,7 @@ def fetch_pretrained(config: ModelConfig, destination: Path, key: str = "model.p
     elif tokenizer.chat_template:
         tokenizer.chat_template = template_of(tokenizer)
     settle_thoughts(tokenizer, config)
+    settle_system_prompt(tokenizer, config)
     settle_tokenizer(tokenizer, weights)
     tokenizer.save_pretrained(destination / "tokenizer")
     quantised = {} if quantisation == "none" else {"quantization": quantisation}
@@ -125,6 +134,25 @@ def settle_thoughts(tokenizer: "Tokenizer", config: ModelConfig) -> None:
                 "model.thinking.open and model.thinking.close to the texts around a thought that the prompt asks for"
             )
         tokenizer.init_kwargs[THOUGHT_PROMPT] = thinking.prompt
+
+
+def settle_system_prompt(tokenizer: "Tokenizer", config: ModelConfig) -> None:
+    """Keep the system prompt in the tokenizer's settings.
+
+    Raises:
+        SelfalignError: the chat template does not write a system turn.
+    """
+    tokenizer.init_kwargs.pop(SYSTEM_PROMPT, None)  # Of a run that the model comes from.
+    if not config.system_prompt:
+        return
+    if not tokenizer.chat_template or not writes_all(
+        tokenizer, [{"role": "system", "content": config.system_prompt}, *ASKED]
+    ):
+        raise SelfalignError(
+            f"model.system_prompt: the chat template of {config.path} does not write this system turn. Leave it out, "
+            "or give another template with model.chat_template=FILE."
+        )
+    tokenizer.init_kwargs[SYSTEM_PROMPT] = config.system_prompt
 
 
 def named_stops(weights: Path) -> int | list[int] | None:

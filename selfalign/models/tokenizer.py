@@ -16,6 +16,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Message, Prompt
 from selfalign.data.thinking import PromptEnd, ask_to_think
 from selfalign.models.chat_template import (
+    SYSTEM_PROMPT,
     THOUGHT_PROMPT,
     answer_shape,
     control_ids,
@@ -193,8 +194,20 @@ def decode_written(tokenizer: "Tokenizer", ids: list[int]) -> str:
 
 
 def answer_prompt(tokenizer: "Tokenizer", prompt: Prompt) -> Prompt:
-    """Return a prompt as a policy is asked to answer it, with what asks for a thought where its model has that."""
-    return ask_to_think(tokenizer.init_kwargs.get(THOUGHT_PROMPT, ""), prompt)
+    """Return a prompt as a policy is asked to answer it.
+
+    It begins with the model's system prompt, if it has no system turn of its own, and asks for a thought, where the
+    model has such a prompt.
+    """
+    return under_system(tokenizer, ask_to_think(tokenizer.init_kwargs.get(THOUGHT_PROMPT, ""), prompt))
+
+
+def under_system(tokenizer: "Tokenizer", prompt: Prompt) -> Prompt:
+    """Return a conversation with the model's system prompt before it, unless it has a system turn of its own."""
+    system = tokenizer.init_kwargs.get(SYSTEM_PROMPT, "")
+    if not system or isinstance(prompt, str) or prompt[0]["role"] == "system":
+        return prompt
+    return [{"role": "system", "content": system}, *prompt]
 
 
 def split_written(tokenizer: "Tokenizer", prompt: list[int], text: str) -> tuple[str, str | None]:

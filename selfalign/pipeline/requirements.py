@@ -10,8 +10,8 @@ from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import stream_records
 from selfalign.core.records import Demonstration, PreferencePair, Prompt
-from selfalign.data.sources import as_prompt
 from selfalign.data.thinking import PromptEnd
+from selfalign.data.turns import as_prompt
 from selfalign.engines.protocol import Sampling
 from selfalign.judges.comparator import PairwiseComparator, verdict_tokens
 from selfalign.judges.expected import ExpectedScore, score_tokens

@@ -211,6 +211,8 @@ def method(run: Finished) -> str:
         )
         facts.append(f"Reference policy π_ref: {WHO[config['train']['reference_policy']]}")
     judge = next((run.inputs(name)["judge"] for name, stage in run.stages.items() if stage == "judge"), None)
+    if system := config["model"].get("system_prompt"):
+        facts.append(f"System prompt, before conversations without a system turn: {code(system)}")
     facts.append(f"Judge: {settings(judge)}" if judge else "Judge: none, nothing was judged")
     if rule := run.inputs(Label.iteration(config["iterations"], "pairs")).get("rule"):
         facts.append(f"Pair rule: {settings(rule)}")

@@ -8,7 +8,7 @@ from selfalign.core.records import Demonstration, Instruction
 from selfalign.data.mixtures import DataSource
 from selfalign.data.schemas import Schema
 from selfalign.data.sources import read_instructions
-from selfalign.data.turns import compared, texts_in
+from selfalign.data.turns import compared, compared_prompt, texts_in
 from selfalign.metrics import catalog
 from selfalign.store.artifacts import Artifact, Content, Counts, StageOutput
 from selfalign.store.stage import MANY, PlannedArtifact, Size, stage
@@ -54,11 +54,11 @@ def eval_instructions(
         demonstrations = read_records(seeds.path / "demonstrations.jsonl", Demonstration)
     prompts = {text for demonstration in demonstrations for text in texts_in(demonstration.prompt)}
     given, drops = read_instructions(source, "evaluation", schema)
-    new = [instruction for instruction in given if compared(instruction.text) not in prompts]
+    new = [instruction for instruction in given if compared_prompt(instruction.prompt) not in prompts]
     known = {text for artifact in trained_on for text in prompts_of(artifact)}
-    untrained = [instruction for instruction in new if compared(instruction.text) not in known]
-    measured = {compared(text) for artifact in held_out for text in asked_in(artifact)}
-    unmeasured = [instruction for instruction in untrained if compared(instruction.text) not in measured]
+    untrained = [instruction for instruction in new if compared_prompt(instruction.prompt) not in known]
+    measured = {text for artifact in held_out for text in asked_in(artifact)}
+    unmeasured = [instruction for instruction in untrained if compared_prompt(instruction.prompt) not in measured]
     if not unmeasured:
         where = " or prompts that the models were trained on" if trained_on else ""
         where += " or instructions that the models are evaluated on" if held_out else ""
@@ -80,7 +80,7 @@ def overlapping(artifacts: Sequence[Artifact], source: DataSource) -> list[Artif
     """Return the artifacts that have an instruction of this data source among their prompts."""
     if not artifacts:
         return []
-    instructions = {compared(instruction.text) for instruction in read_instructions(source, "evaluation")[0]}
+    instructions = {compared_prompt(instruction.prompt) for instruction in read_instructions(source, "evaluation")[0]}
     return [artifact for artifact in artifacts if any(text in instructions for text in prompts_of(artifact))]
 
 
@@ -89,10 +89,13 @@ def measured_by(artifacts: Sequence[Artifact], source: DataSource) -> list[Artif
     made = [artifact for artifact in artifacts if not isinstance(artifact, PlannedArtifact)]
     if not made:
         return []
-    instructions = {compared(instruction.text) for instruction in read_instructions(source, "evaluation")[0]}
-    return [artifact for artifact in made if any(compared(text) in instructions for text in asked_in(artifact))]
+    instructions = {compared_prompt(instruction.prompt) for instruction in read_instructions(source, "evaluation")[0]}
+    return [artifact for artifact in made if any(text in instructions for text in asked_in(artifact))]
 
 
 def asked_in(artifact: Artifact) -> list[str]:
-    """Return the texts of an artifact's instructions.jsonl."""
-    return [instruction.text for instruction in read_records(artifact.path / "instructions.jsonl", Instruction)]
+    """Return the prompts of an artifact's instructions.jsonl in the form in which they are compared."""
+    return [
+        compared_prompt(instruction.prompt)
+        for instruction in read_records(artifact.path / "instructions.jsonl", Instruction)
+    ]

@@ -342,10 +342,15 @@ def _pool(config: InstructConfig, seeds: Artifact, earlier: list[Artifact], held
     )
     instructions = [instruction_of(record.prompt) for record in demonstrations if record.source == "ift"]
     earlier_texts, held_out_texts = (
-        [record.text for artifact in artifacts for record in _instructions(artifact)]
+        [text for artifact in artifacts for record in _instructions(artifact) for text in _asked(record)]
         for artifacts in (earlier, held_out)
     )
     return Pool(config, instructions, earlier_texts, held_out_texts)
+
+
+def _asked(record: Instruction) -> list[str]:
+    """Return what an instruction asks: its text, and the user's turns of a conversation."""
+    return [record.text, *(turn["content"] for turn in record.turns if turn["role"] == "user")]
 
 
 def _draw(pool: Pool, seed: int) -> list[str]:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from selfalign.core.jsonl import read_records, write_records
 from selfalign.core.records import Instruction, Response, ResponseKL
-from selfalign.data.sources import as_prompt
 from selfalign.metrics import catalog
 from selfalign.models.batches import SharedPrompt, answer_of, encode_group
 from selfalign.models.checkpoint import PolicyCheckpoint
@@ -51,10 +50,10 @@ def kl_divergence(
         instructions: instructions.jsonl.
         answers: responses.jsonl.
     """
-    texts = {record.id: record.text for record in read_records(instructions.path / "instructions.jsonl", Instruction)}
+    asked = {record.id: record.prompt for record in read_records(instructions.path / "instructions.jsonl", Instruction)}
     responses = [r for r in read_records(answers.path / "responses.jsonl", Response) if r.text or r.thought]
     tokenizer, other = (PolicyCheckpoint(artifact.path).load_tokenizer() for artifact in (policy, origin))
-    prompts = {name: answer_prompt(tokenizer, as_prompt(text)) for name, text in texts.items()}
+    prompts = {name: answer_prompt(tokenizer, prompt) for name, prompt in asked.items()}
     groups: list[SharedPrompt] = [
         encode_group(tokenizer, r.id, prompts[r.instruction_id], [answer_of(r)]) for r in responses
     ]

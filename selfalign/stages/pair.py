@@ -12,7 +12,7 @@ from selfalign.core.records import Demonstration, Instruction, PreferencePair, R
 from selfalign.data.mixtures import DataSource
 from selfalign.data.pair_rules import PairRule, ScoredResponse, pick_pairs
 from selfalign.data.schemas import Schema
-from selfalign.data.sources import as_prompt, read_pairs
+from selfalign.data.sources import read_pairs
 from selfalign.data.turns import compared, texts_in
 from selfalign.metrics import catalog
 from selfalign.metrics.intervals import RunningMean, correlation
@@ -185,7 +185,7 @@ def _pair_of(
     best, worst = chosen.response, rejected.response
     return PreferencePair(
         id=digest_text(best.id + worst.id)[:16],
-        prompt=as_prompt(instruction.text),
+        prompt=instruction.prompt,
         chosen=best.text,
         rejected=worst.text,
         chosen_score=chosen.score,
@@ -290,7 +290,7 @@ def _keep_positives(
     def positives() -> Iterator[Demonstration]:
         nonlocal kept
         for group in groups:
-            prompt = as_prompt(group.instruction.text)
+            prompt = group.instruction.prompt
             for response in group.responses:
                 reason = _reason_to_drop(response, group.scores.get(response.id), rule)
                 if reason:

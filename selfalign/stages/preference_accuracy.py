@@ -234,7 +234,15 @@ def preference_test(
         raise SelfalignError(f"evaluate.preference_pairs.source={source}: no usable pair (dropped: {dict(+drops)})")
     _check_unseen(source, pairs, KnownTexts.of(trained_on))
     write_records(out.path / "pairs.jsonl", pairs)
-    instructions = [Instruction(id=pair.id, text=as_text(pair.prompt), source="evaluation") for pair in pairs]
+    instructions = [
+        Instruction(
+            id=pair.id,
+            text=as_text(pair.prompt),
+            source="evaluation",
+            turns=pair.prompt if isinstance(pair.prompt, list) and len(pair.prompt) > 1 else [],
+        )
+        for pair in pairs
+    ]
     write_records(out.path / "instructions.jsonl", instructions)
     responses = [
         given_response(f"{pair.id}-{role}", pair.id, text, "given")

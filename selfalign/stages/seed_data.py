@@ -15,7 +15,7 @@ from selfalign.data.mixtures import DataSource, data_source
 from selfalign.data.schemas import Schema
 from selfalign.data.sources import read_demonstrations, read_ranked
 from selfalign.data.thinking import given_response
-from selfalign.data.turns import as_prompt, compared, texts_in
+from selfalign.data.turns import compared_prompt, texts_in
 from selfalign.judges.pairwise import Pairwise
 from selfalign.judges.protocol import TeachableJudge
 from selfalign.metrics import catalog
@@ -174,7 +174,7 @@ def untrained_questions(out: StageOutput, *, seeds: Artifact, trained_on: Sequen
 
 def asks_known(question: RankedAnswers, known: KnownTexts) -> bool:
     """Return whether a ranked question is a prompt of known training data."""
-    return known.shares(texts_of(as_prompt(question.instruction)))
+    return known.shares(texts_of(question.prompt))
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +213,7 @@ def read_seeds(config: SeedDataConfig, schema: Schema | None = None) -> SeedData
         drops.update({f"ranked_{reason}": count for reason, count in unused.items()})
         _check_any("ranked", config.ranked, questions, unused)
     prompts = {text for demonstration in ift for text in texts_in(demonstration.prompt)}
-    usable = [question for question in questions if compared(question.instruction) not in prompts]
+    usable = [question for question in questions if compared_prompt(question.prompt) not in prompts]
     drops["questions_in_demonstrations"] = len(questions) - len(usable)
     if questions and not usable:
         raise SelfalignError(
@@ -240,7 +240,7 @@ def write_questions(out: StageOutput, questions: list[RankedAnswers]) -> None:
     write_records(out.path / "ranked.jsonl", questions)
     write_records(
         out.path / "instructions.jsonl",
-        [Instruction(id=q.id, text=q.instruction, source="ranked") for q in questions],
+        [Instruction(id=q.id, text=q.instruction, source="ranked", turns=q.turns) for q in questions],
     )
     write_records(
         out.path / "responses.jsonl", [answer for question in questions for answer in given_answers(question)]
@@ -252,7 +252,7 @@ def held_out_ids(questions: list[RankedAnswers], share: float) -> set[str]:
 
     So the split does not depend on the order of the file, and equal texts are on the same side.
     """
-    digests = {question.id: digest_text(compared(question.instruction)) for question in questions}
+    digests = {question.id: digest_text(compared_prompt(question.prompt)) for question in questions}
     ordered = sorted(set(digests.values()))
     held_out = set(ordered[: round(share * len(ordered))])
     return {question_id for question_id, digest in digests.items() if digest in held_out}

@@ -20,6 +20,7 @@ from selfalign.models.tokenizer import (
     encode_prompt,
     has_unknown,
     settle_boundary,
+    under_system,
     unknown_counts,
     warn_of_unknown,
 )
@@ -148,6 +149,7 @@ def encode_demonstration(tokenizer: "Tokenizer", record: Demonstration) -> Encod
     with of_record(record.id):
         answer = Answer(text=record.response, ids=record.ids, thought=record.thought)
         asked = ask_to_think(record.thought_prompt, record.prompt)
+        asked = asked if record.source == "eft" else under_system(tokenizer, asked)
         prompt, [answer] = settle_boundary(tokenizer, asked, [answer])
         ids = encode_prompt(tokenizer, prompt, record.prefill)
         if record.prefill and encode_prompt(tokenizer, prompt, record.prefill + record.response)[: len(ids)] != ids:

@@ -18,7 +18,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_text
 from selfalign.core.jsonl import HasId, stream_records
 from selfalign.core.records import Demonstration, PreferencePair, Prompt, RankedAnswers
-from selfalign.data.turns import as_prompt, as_text, compared, texts_in
+from selfalign.data.turns import as_text, compared, texts_in
 from selfalign.store.artifacts import Artifact
 from selfalign.training.dataset import StoredExamples
 
@@ -83,7 +83,7 @@ class KnownTexts:
                 own.extend(texts.own)
                 context.extend(texts.context)
             for question in _stream(artifact.path / "taught.jsonl", RankedAnswers):
-                prompt, *answers = texts_of(as_prompt(question.instruction), *question.texts).own
+                prompt, *answers = texts_of(question.prompt, *question.texts).own
                 own.append(prompt)
                 judged.extend(answers)
         every = np.concatenate([_as_array(own), _as_array(context)])

@@ -13,7 +13,7 @@ from chat_server import ChatServer, chat, chat_server
 from selfalign.benchmarks.alpaca_eval import AlpacaComparator, AlpacaEval
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
-from selfalign.data.sources import as_prompt
+from selfalign.data.turns import as_prompt
 from selfalign.engines.openai_client import Endpoint
 from selfalign.engines.protocol import Sampling
 from selfalign.engines.transformers import Transformers

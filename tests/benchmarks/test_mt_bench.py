@@ -34,7 +34,7 @@ from selfalign.benchmarks.multi_turn import converse
 from selfalign.benchmarks.protocol import BenchmarkContext
 from selfalign.benchmarks.rating import OPENING
 from selfalign.core.errors import SelfalignError
-from selfalign.data.sources import as_prompt
+from selfalign.data.turns import as_prompt
 from selfalign.engines.openai_client import Endpoint
 from selfalign.engines.protocol import Request, Sampling
 from selfalign.engines.transformers import Transformers

@@ -5,7 +5,7 @@ from builders import loaded
 
 from selfalign.benchmarks.rating import HIGH, LOW, OPENING, RatingTokens, expected_rating, parse_rating
 from selfalign.core.records import FinishReason, JudgementStatus
-from selfalign.data.sources import as_prompt
+from selfalign.data.turns import as_prompt
 from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.tokenizer import encode_prompt
 

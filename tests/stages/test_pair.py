@@ -12,7 +12,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import read_records
 from selfalign.core.records import Demonstration, FinishReason, PreferencePair, Response
 from selfalign.data.pair_rules import AllOrdered, BestVsK, BestWorst, PairRule, RandomPair
-from selfalign.data.sources import as_prompt
+from selfalign.data.turns import as_prompt
 from selfalign.stages import pair as module
 from selfalign.stages.pair import PositivesOnly, gather_pairs, given_pairs, pair
 
