@@ -60,6 +60,7 @@ class Architecture:
         settings: of that config.
         special: what sets it apart, for the page of models.
         packs: whether packed rows are right for it.
+        shares: whether responses that go on from their prompt's states are, where packed rows are not.
         writes: the first way to write that is.
         dropout: whether it has a dropout.
         routes: whether it has experts with a load balancing loss.
@@ -69,9 +70,15 @@ class Architecture:
     settings: dict[str, Any]
     special: str = ""
     packs: bool = True
+    shares: bool = True
     writes: str = "batches"
     dropout: bool = True
     routes: bool = False
+
+    @property
+    def scores(self) -> str:
+        """The way it is scored and trained, as the check of a model calls it."""
+        return "packed" if self.packs else "prompt states shared" if self.shares else "padded"
 
     def build(self) -> Any:
         """A model with weights large enough that every part of it matters."""
@@ -87,7 +94,8 @@ class Architecture:
 
 PADDED: dict[str, Any] = {"packs": False}
 HYBRID: dict[str, Any] = {"packs": False, "writes": "prompts"}
-UNCACHED: dict[str, Any] = {"packs": False, "writes": "without_cache"}
+NO_STATES: dict[str, Any] = {**HYBRID, "shares": False}
+UNCACHED: dict[str, Any] = {"packs": False, "shares": False, "writes": "without_cache"}
 
 ARCHITECTURES = {
     "Llama": Architecture("LlamaConfig", SIZES),
@@ -213,7 +221,7 @@ ARCHITECTURES = {
         "Mamba-2",
         **HYBRID,
     ),
-    "Bamba": Architecture("BambaConfig", {**SIZES, **MAMBA, "attn_layer_indices": [1]}, "Mamba-2", **HYBRID),
+    "Bamba": Architecture("BambaConfig", {**SIZES, **MAMBA, "attn_layer_indices": [1]}, "Mamba-2", **NO_STATES),
     "Falcon-H1": Architecture(
         "FalconH1Config",
         {**SIZES, **MAMBA, "mamba_d_ssm": 64, "lm_head_multiplier": 0.3},
@@ -226,13 +234,13 @@ ARCHITECTURES = {
          "mamba_d_state": 4},
         "Mamba, experts",
         routes=True,
-        **HYBRID,
+        **NO_STATES,
     ),
-    "Mamba": Architecture("MambaConfig", STATE_SPACE, "Mamba alone", dropout=False, **HYBRID),
+    "Mamba": Architecture("MambaConfig", STATE_SPACE, "Mamba alone", dropout=False, **NO_STATES),
     "Mamba 2": Architecture(
         "Mamba2Config", {**STATE_SPACE, "num_heads": 8, "head_dim": 8, "n_groups": 1}, "Mamba-2 alone",
         dropout=False,
-        **HYBRID,
+        **NO_STATES,
     ),
     # Their caches are not exact, or are not gone on from.
     "RecurrentGemma": Architecture(
@@ -244,7 +252,13 @@ ARCHITECTURES = {
 }  # fmt: skip
 """By the name people know them by."""
 
-SCORED = {True: "packed, a pair's prompt once", False: "padded, the prompt with each response"}
+SCORED = {
+    "packed": "packed, a pair's prompt once",
+    "prompt states shared": "padded, a pair's prompt once",
+    "padded": "padded, the prompt with each response",
+}
+"""By what the check of a model calls it."""
+
 WRITTEN = {
     "batches": "several prompts at a time",
     "prompts": "one prompt at a time",
@@ -259,7 +273,7 @@ def matrix() -> str:
     for name, one in ARCHITECTURES.items():
         flags = ["yes" if flag else "–" for flag in (one.routes, one.dropout)]
         kind = f"`{one.config.removesuffix('Config')}`"
-        rows.append([name, kind, one.special, SCORED[one.packs], WRITTEN[one.writes], *flags])
+        rows.append([name, kind, one.special, SCORED[one.scores], WRITTEN[one.writes], *flags])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 

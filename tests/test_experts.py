@@ -1,5 +1,6 @@
 """Mixtures of experts: the routers' loss, adapters on experts, and parts of a model that no text passes through."""
 
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from training_jobs import demonstrations, task
 
 from selfalign.core.errors import SelfalignError
 from selfalign.models.batches import SharedPrompt, make_batch
+from selfalign.models.capabilities import Capabilities
 from selfalign.models.checkpoint import Policy, PolicyCheckpoint
 from selfalign.models.config import LoRA
+from selfalign.models.prompt_states import PromptStates
 from selfalign.models.scorer import make_scoring
 from selfalign.training.config import TrainableWeights
 from selfalign.training.objective import Likelihood
@@ -61,6 +64,26 @@ def test_router_loss_is_the_models_own_over_all_tokens_but_padding(name: str, tm
     ]
     assert float(gradients[1].norm()) > 0
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+
+
+def test_router_loss_counts_a_shared_prompt_once(tmp_path: Path) -> None:
+    files = as_policy(ARCHITECTURES["Granite 4"].build(), tmp_path)
+    policy = files.load("float32", device="cpu")
+    policy.capabilities = Capabilities(packs=False, shares_states=True)
+    make_scoring(policy)
+    batch = make_batch(policy.model, GROUPS[:1])
+    assert isinstance(batch.inputs["layout"], PromptStates)
+    given: dict[str, Any] = {"logit_positions": batch.logit_positions, "targets": batch.targets, **batch.inputs}
+    found = policy.model(training_pass=True, **given).router_loss
+    own: Any = files.load("float32", device="cpu").model.train(False)
+    prompt, (first, second) = GROUPS[0].prompt, GROUPS[0].responses
+    passes = [
+        own(input_ids=torch.tensor([[*prompt, *response]]), use_cache=False, output_router_logits=True).router_logits
+        for response in (first, second)
+    ]
+    layers = tuple(torch.cat([one, two[len(prompt) :]]) for one, two in zip(*passes, strict=True))
+    balance = sys.modules[type(own).__module__].load_balancing_loss_func
+    torch.testing.assert_close(found, balance(layers, own.num_experts, own.num_experts_per_tok, None))
 
 
 def step(files: PolicyCheckpoint, folder: Path, kind: str, **options: Any) -> tuple[dict[str, Any], StepTrainer]:

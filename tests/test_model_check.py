@@ -83,8 +83,9 @@ def test_architecture_is_used_in_the_way_that_is_right_for_it(name: str, tmp_pat
     counts = check_model(files, "float32")
     can = Capabilities.load(tmp_path)
     assert (can.packs, can.writes, can.dropout) == (one.packs, one.writes, one.dropout)
-    assert (counts["scores"], counts["has_router_loss"]) == ("packed" if one.packs else "padded", one.routes)
-    assert any("batches are padded instead" in note for note in counts["notes"]) != one.packs
+    assert (counts["scores"], counts["has_router_loss"]) == (one.scores, one.routes)
+    assert any("cannot be packed" in note for note in counts["notes"]) != one.packs
+    assert any("batches are padded instead" in note for note in counts["notes"]) == (one.scores == "padded")
 
     policy = files.load("float32", device="cpu")
     own = plain_sums(policy, GROUPS)
@@ -114,6 +115,23 @@ def test_architecture_is_used_in_the_way_that_is_right_for_it(name: str, tmp_pat
         # A gradient that is 0 but for rounding, such as that of a bias on all keys, has no relative error.
         distance, size = float((found[parameter] - gradient).norm()), float(gradient.norm())
         assert distance <= 1e-5 * size + 1e-5, parameter
+
+
+def test_responses_go_on_from_their_prompts_states_only_where_it_saves_enough(tmp_path: Path) -> None:
+    files = as_policy(ARCHITECTURES["LFM2"].build(), tmp_path)
+    Capabilities(packs=False, shares_states=True).save(tmp_path)
+    policy = files.load("float32", device="cpu", trainable=True)
+    make_scoring(policy)
+
+    def layout(prompt: int, responses: int) -> bool:
+        group = SharedPrompt(
+            id="a", prompt=[5] * prompt, responses=[[7, 8]] * responses, num_context_tokens=[0] * responses
+        )
+        return "layout" in make_batch(policy.model, [group]).inputs
+
+    assert (layout(40, 1), layout(2, 2), layout(40, 2), layout(4, 8)) == (False, False, True, True)
+    policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert not layout(40, 2)  # Activations that are computed again have no cache.
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ KINDS = [
         architecture="gpt-oss",
         options=(("router_loss_coefficient", 0.0),),
     ),
+    Job("hybrid-0", kind="sr_dpo", architecture="Qwen3.5"),
     Job("low", dtype="bfloat16", options=(("dtype", "bfloat16"), ("gradient_checkpointing", True))),
 ]
 RESUMED = [KINDS[1], KINDS[2]]

@@ -22,6 +22,7 @@ from selfalign.losses.preference import DPO, SrDPO
 from selfalign.losses.refinement import Refinement
 from selfalign.metrics.accumulate import averages
 from selfalign.models.batches import PairExample, SharedPrompt, encode_group, encode_pairs
+from selfalign.models.capabilities import Capabilities
 from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.config import LoRA
 from selfalign.models.tokenizer import Answer
@@ -141,11 +142,19 @@ def task(kind: str, tokenizer: Any) -> tuple[Sequence[Any], Any]:
     return examples, Preference(loss, StoredReferences(), starts_as_reference=False, dtype="float32")
 
 
+def as_fetched(architecture: str, folder: Path) -> None:
+    """Makes an architecture's tiny model with the capabilities that its check finds."""
+    one = ARCHITECTURES[architecture]
+    as_policy(one.build(), folder)
+    shares = one.scores == "prompt states shared"
+    Capabilities(packs=one.packs, shares_states=shares, writes=one.writes, dropout=one.dropout).save(folder)
+
+
 def train_here(job: Job, policy: PolicyCheckpoint) -> None:
     """Does a training in this process and the others there are; its measures go into measured.json."""
     if job.architecture:
         own = Path(f"{job.folder}-M0")
-        distributed.on_main(lambda: as_policy(ARCHITECTURES[job.architecture].build(), own))
+        distributed.on_main(lambda: as_fetched(job.architecture, own))
         policy = PolicyCheckpoint(own)
     folder = Path(job.folder)
     out = StageOutput(folder, "M1", lambda row: None)

@@ -89,7 +89,7 @@ def check_model(files: PolicyCheckpoint, dtype: str) -> Counts:
     scoring = ScoringTrial(policy)
     scoring.settle()
     check_gradient(scoring)
-    found = replace(found, packs=scoring.packs, dropout=dropout_applies(scoring))
+    found = replace(found, packs=scoring.packs, shares_states=scoring.shares_states, dropout=dropout_applies(scoring))
     found.save(files.path)
     notes += scoring.notes + notes_on(found) + unused_settings(policy)
     for note in notes:
@@ -98,7 +98,7 @@ def check_model(files: PolicyCheckpoint, dtype: str) -> Counts:
         catalog.PARAMETERS.name: policy.model.num_parameters(),
         catalog.CONTEXT.name: policy.context,
         "checked_in": checked_in,
-        "scores": "packed" if found.packs else "padded",
+        "scores": "packed" if found.packs else "prompt states shared" if found.shares_states else "padded",
         "writes": found.writes,
         catalog.DROPOUT.name: found.dropout,
         catalog.HAS_ROUTER_LOSS.name: has_router_loss(policy.model),

@@ -17,12 +17,13 @@ from torch.overrides import TorchFunctionMode
 from selfalign.core.errors import SelfalignError, reason_of
 from selfalign.engines.protocol import Sampling
 from selfalign.engines.transformers import TransformersGenerator
-from selfalign.models.batches import SharedPrompt, make_batch
+from selfalign.models.batches import SharedPrompt, make_batch, share_states
 from selfalign.models.capabilities import Capabilities
 from selfalign.models.chat_template import control_ids
 from selfalign.models.checkpoint import Policy, longest_sequence
 from selfalign.models.logprobs import score_responses_only
 from selfalign.models.packed_attention import enable_packing
+from selfalign.models.prompt_states import share_prompt_states, shares_prompt_states
 from selfalign.models.scorer import set_dropout, stays_in_inference
 
 if TYPE_CHECKING:
@@ -118,12 +119,14 @@ class ScoringTrial:
     Attributes:
         policy: its model serves for nothing but scoring afterwards.
         packs: whether that is by packed rows.
-        notes: why not.
+        shares_states: whether it is by responses that go on from the states behind their prompt.
+        notes: why not by packed rows.
         groups: the texts; together they are longer than any window.
     """
 
     policy: Policy
     packs: bool = False
+    shares_states: bool = False
     notes: list[str] = field(default_factory=list)
     groups: list[SharedPrompt] = field(init=False)
 
@@ -141,7 +144,7 @@ class ScoringTrial:
         ]
 
     def settle(self) -> None:
-        """Choose packed rows if their scores are right, else padded rows if theirs are.
+        """Choose packed rows if their scores are right, else shared states, else padded rows if theirs are.
 
         Raises:
             SelfalignError: neither scores are right.
@@ -151,7 +154,11 @@ class ScoringTrial:
         self.packs = not problem
         if self.packs:
             return
-        self.notes.append(f"cannot be packed ({problem}); batches are padded instead")
+        self.shares_states = self._shares_states(own)
+        if self.shares_states:
+            self.notes.append(f"cannot be packed ({problem}); responses go on from the states behind their prompt")
+        else:
+            self.notes.append(f"cannot be packed ({problem}); batches are padded instead")
         if problem := self._difference(own):
             raise SelfalignError(
                 f"{type(self.policy.model).__name__} scores a text differently in a batch, padded too ({problem}): its "
@@ -175,6 +182,19 @@ class ScoringTrial:
             model.set_attn_implementation(implementation)
         return problem
 
+    def _shares_states(self, own: Tensor) -> bool:
+        """Return whether responses that go on from the states behind their prompt are scored as each text alone."""
+        model = self.policy.model
+        share_prompt_states(model)
+        try:
+            problem = self._difference(own)
+        except Exception as error:  # noqa: BLE001 - other people's code may fail in any way
+            problem = reason_of(error)
+        share_prompt_states(model, enabled=not problem)
+        if problem:
+            logger.debug("%s cannot share the states behind a prompt: %s", type(model).__name__, problem)
+        return not problem
+
     @torch.no_grad()
     def _difference(self, own: Tensor) -> str | None:
         """Return how far off the scores are, or None where that is no more than rounding."""
@@ -185,7 +205,8 @@ class ScoringTrial:
     def logps(self, groups: Sequence[SharedPrompt]) -> Tensor:
         """Return log p of all responses' tokens, shape (response tokens,)."""
         model = self.policy.model
-        batch = make_batch(model, groups).to(model.device)
+        batch = share_states(groups) if shares_prompt_states(model) else make_batch(model, groups)
+        batch = batch.to(model.device)
         return model(logit_positions=batch.logit_positions, targets=batch.targets, **batch.inputs)
 
     def short(self) -> Tensor:
@@ -227,7 +248,7 @@ def check_gradient(scoring: ScoringTrial) -> None:
         set_dropout(model, 0.0)
         value = scoring.short().sum()
         selections.first = False
-        used = [nudge for nudge in nudges if nudge.passes == 1]
+        used = [nudge for nudge in nudges if nudge.passes == nudges[0].passes]
         slopes = slopes_after_inference(scoring, value, [nudge.value for nudge in used])
         for nudge, slope in zip(used, slopes, strict=True):
             if problem := nudge.problem(scoring, slope):

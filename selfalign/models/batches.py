@@ -21,6 +21,7 @@ from selfalign.data.thinking import ask_to_think
 from selfalign.losses.refinement import Refinement, augment
 from selfalign.models.checkpoint import UNBOUNDED
 from selfalign.models.packed_attention import PackedLayout, is_packing
+from selfalign.models.prompt_states import PromptStates, shares_prompt_states
 from selfalign.models.tokenizer import (
     Answer,
     count_thought,
@@ -72,7 +73,7 @@ class Batch:
     """Inputs of the scoring model, and the response that each target token belongs to.
 
     Attributes:
-        inputs: keyword arguments of the model, tensors of shape (rows, tokens), and for packed rows the layout.
+        inputs: keyword arguments of the model, tensors of shape (rows, tokens), and the layout of rows with groups.
         logit_positions: positions in the flattened inputs that predict a response token, shape (response tokens,).
         targets: the tokens predicted there.
         owner: which response each of them belongs to, counted over the batch's groups in order.
@@ -332,8 +333,28 @@ def split_by_tokens(groups: Iterable[S], budget: int) -> Iterator[list[S]]:
 
 
 def make_batch(model: "PreTrainedModel", groups: Sequence[SharedPrompt]) -> Batch:
-    """Return the groups as the model takes them: packed after `enable_packing`, else padded."""
-    return pack(groups) if is_packing(model) else pad(groups)
+    """Return the groups as the model takes them.
+
+    They are packed after `enable_packing`, and go on from their prompts' states after `share_prompt_states` where that
+    saves enough. Else they are padded.
+    """
+    if is_packing(model):
+        return pack(groups)
+    if shares_prompt_states(model) and PromptStates(lengths_of(groups)).saves:
+        return share_states(groups)
+    return pad(groups)
+
+
+def lengths_of(groups: Sequence[SharedPrompt]) -> list[tuple[int, list[int]]]:
+    """Return each group's prompt length and the lengths of its responses."""
+    return [(len(group.prompt), [len(response) for response in group.responses]) for group in groups]
+
+
+def share_states(groups: Sequence[SharedPrompt]) -> Batch:
+    """Return one row as `pack` does, of which each prompt is read once and its responses go on from its states."""
+    packed = pack(groups)
+    packed.inputs = {"input_ids": packed.inputs["input_ids"], "layout": PromptStates(lengths_of(groups))}
+    return packed
 
 
 def pack(groups: Sequence[SharedPrompt]) -> Batch:
@@ -353,7 +374,7 @@ def pack(groups: Sequence[SharedPrompt]) -> Batch:
             ids += response
             targets += response[given:]
             counts.append(len(response) - given)
-    layout = PackedLayout([(len(group.prompt), [len(response) for response in group.responses]) for group in groups])
+    layout = PackedLayout(lengths_of(groups))
     inputs = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions]), "layout": layout}
     return _batch(inputs, logit_positions, targets, counts)
 

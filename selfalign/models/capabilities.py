@@ -13,13 +13,16 @@ class Capabilities:
     """How a model can be run, found out by `selfalign.engines.model_check`.
 
     Attributes:
-        packs: whether it scores packed rows as it scores each text alone; else batches are padded.
+        packs: whether it scores packed rows as it scores each text alone.
+        shares_states: whether it scores responses that go on from the states behind their prompt so; if it does
+            neither, batches are padded.
         writes: "batches" of several prompts whose finished rows are dropped; "prompts" one at a time, for caches that
             cannot drop rows; "without_cache", from the whole text for every token, for caches that are not exact.
         dropout: whether a dropout that is asked for is applied.
     """
 
     packs: bool = True
+    shares_states: bool = False
     writes: str = "batches"
     dropout: bool = True
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from selfalign.core.errors import SelfalignError
 from selfalign.models.batches import Batch, SharedPrompt, make_batch
+from selfalign.models.prompt_states import PromptStates, read_groups
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -214,15 +215,25 @@ def _score(
     self: "PreTrainedModel", logit_positions: Tensor, targets: Tensor, *, training_pass: bool = False, **inputs: Any
 ) -> Tensor | TokenScores:
     routed = training_pass and has_router_loss(self)
-    decoded = decoder_of(self)(use_cache=False, **inputs, **({"output_router_logits": True} if routed else {}))
-    hidden = decoded.last_hidden_state.flatten(0, 1)[logit_positions]
+    states, routers = _decode(self, inputs, {"output_router_logits": True} if routed else {})
+    hidden = states.flatten(0, 1)[logit_positions]
     # Through the layer's own call, because FSDP2 puts its weight together there.
     scored = cast(nn.Linear, self.get_output_embeddings())(hidden, targets, *logit_shape(self.config))
     if not training_pass:
         return scored[0]
     mask = inputs.get("attention_mask")
-    balance = _router_loss(self, decoded.router_logits, mask) if routed else None
+    balance = _router_loss(self, routers, mask) if routed else None
     return TokenScores(logps=scored[0], hits=scored[1], router_loss=balance)
+
+
+def _decode(
+    model: "PreTrainedModel", inputs: dict[str, Any], options: dict[str, Any]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return the last hidden states, shape (rows, tokens, hidden size), and the router logits by layer."""
+    if isinstance(layout := inputs.get("layout"), PromptStates):
+        return read_groups(decoder_of(model), inputs["input_ids"], layout, **options)
+    decoded = decoder_of(model)(use_cache=False, **inputs, **options)
+    return decoded.last_hidden_state, decoded.router_logits if options else ()
 
 
 def model_within(model: "PreTrainedModel") -> "PreTrainedModel":

@@ -17,6 +17,7 @@ from selfalign.models.batches import Batch, SharedPrompt, make_batch, split_by_t
 from selfalign.models.checkpoint import LoadedPolicy, Policy, autocast
 from selfalign.models.logprobs import score_responses_only
 from selfalign.models.packed_attention import enable_packing
+from selfalign.models.prompt_states import share_prompt_states
 from selfalign.store.journal import Journal
 
 DROPOUT = ("dropout", "pdrop", "dropout_p")
@@ -33,6 +34,7 @@ def make_scoring(policy: Policy, dropout: float = 0.0) -> None:
     """Make a policy's model return log-probabilities of given tokens, packed if it can, and set its dropout."""
     if policy.capabilities.packs:
         enable_packing(policy.model)
+    share_prompt_states(policy.model, enabled=policy.capabilities.shares_states)
     score_responses_only(policy.model)
     set_dropout(policy.model, dropout)
 
