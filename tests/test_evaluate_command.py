@@ -246,6 +246,25 @@ def test_model_that_is_its_own_reference_has_no_rewards(finished: Path) -> None:
     assert not [name for name in row if name.startswith("preferences/")]
 
 
+@pytest.mark.parametrize("ours", ["judge=expected_score", "judge=implicit"])
+def test_model_from_elsewhere_has_no_rewards(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, ours: str
+) -> None:
+    """Its log-ratios to another model's M0 say nothing about how it was trained."""
+    other = tmp_path / "other"
+    for part in ("weights", "tokenizer"):
+        shutil.copytree((finished / f"artifacts/M2/{part}").resolve(), other, dirs_exist_ok=True)
+    asked = ["evaluate.preference_pairs.source=ranked", "evaluate.instructions=''"]
+    judge = [ours, *(["data.seed_data.eft_source=none"] if ours == "judge=implicit" else [])]
+    with caplog.at_level("WARNING"):
+        rows = models(evaluate_models([str(finished), str(other)], [*asked, *judge], conf_folder()))
+    assert "preferences/rewards/margins" in rows[f"{finished.name}.M2"]
+    assert not [name for name in rows["other"] if name.startswith("preferences/")]
+    assert "other has no rewards on the held-out pairs, because its reference is not known" in caplog.text
+    judges = "judge_quality/pairwise_accuracy" in rows["other"]
+    assert judges == ("cannot judge by its implicit reward" not in caplog.text) == (ours != "judge=implicit")
+
+
 def test_evaluation_can_be_reported_again(finished: Path, tmp_path: Path) -> None:
     folder = evaluate_models([str(finished)], [], conf_folder())
     page = (folder / "report.html").read_text(encoding="utf-8")

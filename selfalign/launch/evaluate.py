@@ -318,7 +318,7 @@ def _measure(
     evaluation = Evaluation(config, run, given, RunJudge(config, run, config.judge))
     for contestant in contestants:
         known[Label.parse(contestant.name)] = contestant.policy
-        models.current, models.reference = contestant.policy, contestant.reference or base
+        models.current, models.reference = contestant.policy, contestant.reference
         models.generated_pairs = list(contestant.pairs)
         evaluation.measure(contestant.name, models, loss=contestant.loss, trained_on=contestant.seed_data)
     return names

@@ -1,5 +1,6 @@
 """Evaluation of the models of a run: their responses, their judging, and their distance from M1."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -15,10 +16,12 @@ from selfalign.runs.runner import Maker
 from selfalign.stages.benchmark import benchmark
 from selfalign.stages.evaluate import JudgedTexts, MaybeJudged, compares_on, evaluate, opponents
 from selfalign.stages.head_to_head import head_to_head
-from selfalign.stages.judge import Pairwise
+from selfalign.stages.judge import ImplicitReward, Pairwise
 from selfalign.stages.kl_divergence import kl_divergence
 from selfalign.stages.respond import RespondConfig, respond
 from selfalign.store.artifacts import Artifact
+
+logger = logging.getLogger(__name__)
 
 GIVEN = "given"
 """Name of the model whose outputs are given as `evaluate.reference_outputs`."""
@@ -161,9 +164,12 @@ class Evaluation:
         )
 
     def _judge_ranked(self, label: Label, models: RunModels) -> JudgedTexts | None:
-        """Judge the held-out ranked answers with the current model; None if there are none."""
+        """Judge the held-out ranked answers with the current model; None if there are none, or if it cannot judge."""
         ranked = self.inputs.ranked
         if ranked is None:
+            return None
+        if isinstance(self.config.judge, ImplicitReward) and models.reference is None:
+            logger.warning("%s cannot judge by its implicit reward, because its reference is not known", label.owner)
             return None
         label = label.sibling("ranked_scores")
         return ranked, self.judging.judge(label, "self", models, ranked, ranked, "ranked_scores")
