@@ -220,6 +220,43 @@ IDLE = {
         "evaluate.head_to_head.model=base evaluate.head_to_head.verdict_tokens=9",
         ["evaluate.head_to_head.model=base"], "a server compares",
     ),
+    "position of a candidate beside a server": (
+        "judge=pairwise judge.endpoint.base_url=http://h/v1 judge.endpoint.model=m judge.debias_position=true",
+        ["judge.debias_position=true"], "a server compares",
+    ),
+    "position of an output beside a server": (
+        "benchmark=[alpaca_eval] benchmark.alpaca_eval.reference_outputs=a.json benchmark.alpaca_eval.judge.endpoint"
+        ".base_url=http://h/v1 benchmark.alpaca_eval.judge.endpoint.model=m "
+        "benchmark.alpaca_eval.judge.debias_position=true",
+        ["benchmark.alpaca_eval.judge.debias_position=true"], "a server compares",
+    ),
+    "method beside a server that grades": (
+        "benchmark=[mt_bench] benchmark.mt_bench.judge.endpoint.base_url=http://h/v1 "
+        "benchmark.mt_bench.judge.endpoint.model=m benchmark.mt_bench.judge.method=logprobs "
+        "benchmark.mt_bench.judge.max_new_tokens=9",
+        ["benchmark.mt_bench.judge.method=logprobs"], "a server grades",
+    ),
+    "length of a grade that is not written": (
+        "benchmark=[mt_bench] benchmark.mt_bench.judge.max_new_tokens=9",
+        ["benchmark.mt_bench.judge.max_new_tokens=9"], "benchmark.mt_bench.judge.method=logprobs writes no grade",
+    ),
+    "prompt beside prompts": (
+        "benchmark=[mt_bench] benchmark.mt_bench.judge.prompts=p.jsonl "
+        "benchmark.mt_bench.judge.prompt='{references}{conversation}'",
+        ["benchmark.mt_bench.judge.prompt='{references}{conversation}'"],
+        "benchmark.mt_bench.judge.prompts takes its place",
+    ),
+    "scores beside a server": (
+        "judge=external judge.endpoint.base_url=http://h/v1 judge.endpoint.model=m evaluate.judge=base",
+        ["evaluate.judge=base"], "a server scores the answers",
+    ),
+    "scores of a judge that compares": (
+        "judge=pairwise evaluate.judge=base", ["evaluate.judge=base"], "judge=pairwise scores no single answer",
+    ),
+    "comparison on no benchmark": (
+        "evaluate.compare_benchmarks=true", ["evaluate.compare_benchmarks=true"],
+        "benchmark selects neither MT-Bench nor Vicuna-Bench",
+    ),
     "tokens of a policy's verdict": (
         "evaluate.head_to_head.verdict_tokens=9", ["evaluate.head_to_head.verdict_tokens=9"],
         "a policy's verdict is one token",
