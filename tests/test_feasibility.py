@@ -282,6 +282,28 @@ def test_setting_of_the_command_line_that_does_nothing_is_told(case: str) -> Non
     assert without_effect(config, [SMOKE, *given]) == [f"{override} has no effect: {why}" for override in idle]
 
 
+SCALES = {
+    "points": ("Rate from 1 to 10.", "judge.prompt says 'Rate from 1 to 10', but scores from 0 to 5 are read"),
+    "ends in words": ("A number from 1 (bad) to 9 (good).", "judge.prompt says 'number from 1 (bad) to 9'"),
+    "form of the last line": ("End with Score: <points>/10", "judge.prompt says '>/10'"),
+    "lowest score": ("A scale of 1-5.", "judge.prompt says 'scale of 1-5'"),
+    "own scale": ("Points from 0 to 5, in 2 to 3 sentences.", ""),
+    "no scale": ("Add a point for each of criteria 1 to 4.", ""),
+}
+
+
+@pytest.mark.parametrize("case", SCALES)
+def test_rubric_on_another_scale_than_the_judge_reads_is_told(
+    call: Callable[..., Said], tmp_path: Path, case: str
+) -> None:
+    rubric, told = SCALES[case]
+    file = tmp_path / "rubric.txt"
+    file.write_text(rubric + "\n{instruction}\n{response}", encoding="utf-8")
+    stop = [*TINY_RUN, *write_tiny_data(tmp_path / "data"), "evaluate.instructions=/no.jsonl"]
+    said = call(*stop, f"judge.prompt=file:{file}", f"output_dir={tmp_path / 'out'}")
+    assert (told in said.err) if told else ("judge.prompt says" not in said.err)
+
+
 def test_setting_that_does_nothing_is_told_before_anything_is_made(call: Callable[..., Said], tmp_path: Path) -> None:
     told = [*TINY_RUN, *write_tiny_data(tmp_path / "data"), "hub.repo_id=owner/name", "evaluate.instructions=/no.jsonl"]
     said = call(*told, f"output_dir={tmp_path / 'out'}")

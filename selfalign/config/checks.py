@@ -10,13 +10,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 
 from selfalign.benchmarks.grading import Grader
+from selfalign.benchmarks.rating import HIGH, LOW
 from selfalign.config.components import check_components, fault_of
 from selfalign.config.data import Pairs, SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.errors import SelfalignError
 from selfalign.data.pair_rules import BestVsK, BestWorst, PairRule
 from selfalign.judges.comparator import PairwiseComparator
-from selfalign.judges.protocol import asks_a_server
+from selfalign.judges.protocol import Rubric, asks_a_server, other_scale
 from selfalign.losses.protocol import refinement_of
 from selfalign.models.quantization import check_engine
 from selfalign.runs.folder import check_name
@@ -179,6 +180,27 @@ def without_effect(config: ExperimentConfig, overrides: Sequence[str]) -> list[s
     idle = [(re.compile(rf"({key})(\..+)?"), why) for key, why in _idle(config)]
     reasons = ((override, [why for key, why in idle if key.fullmatch(name)]) for name, override in given.items())
     return [f"{override} has no effect: {whys[0]}" for override, whys in reasons if whys]
+
+
+def other_scales(config: ExperimentConfig) -> list[str]:
+    """Return a line for each judge whose rubric names another scale than the one its scores are read on.
+
+    A judge that writes is then often out of range. One whose probabilities are read looks as if nothing were wrong.
+    """
+    judges = {"judge": config.judge, "evaluate.preference_pairs.judge": config.evaluate.preference_pairs.judge}
+    judges |= {f"benchmark.{name}.judge": getattr(one, "judge", None) for name, one in config.benchmark.items()}
+    lines: list[str] = []
+    for key, judge in judges.items():
+        if isinstance(judge, Grader):
+            ends, advice = (LOW, HIGH), f"Let {key}.prompt ask for such a rating"
+        elif isinstance(judge, Rubric):
+            ends = (judge.min_score, judge.max_score)
+            advice = f"Set {key}.min_score and {key}.max_score to the scale of the rubric"
+        else:
+            continue
+        if said := other_scale(judge.prompt, *ends):
+            lines.append(f"{key}.prompt says {said!r}, but scores from {ends[0]} to {ends[1]} are read. {advice}")
+    return lines
 
 
 def _idle(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
