@@ -279,7 +279,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield the rows of a table in text form, whose first line names the columns. An empty cell is an absent field.
 
     Raises:
-        SelfalignError: a column stands twice, a row has more or fewer cells or repeats the columns' names, or the quotes
+        SelfalignError: a column stands twice, a row has more or fewer cells or repeats the columns' names, or quotes
             do not match.
     """
     lines = (line for _, line in read_lines(path, skip_blank=False))
