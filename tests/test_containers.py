@@ -387,13 +387,17 @@ def test_damaged_saved_set_is_refused(tmp_path: Path) -> None:
     [
         ("prompt,chosen,rejected\na,b\n", r"a\.csv:2: 2 cells, but the first line names 3 columns"),
         ('prompt,chosen,rejected\na,b,c\n"x\ny",b,c,d\n', r"a\.csv:3: 4 cells, but"),
+        (
+            "prompt,chosen,rejected\na,b,c\nprompt,chosen,rejected\n",
+            r"a\.csv:3: the line with the columns' names stands twice",
+        ),
         ("prompt,chosen,chosen\na,b,c\n", r"a\.csv: the column 'chosen' stands twice"),
         ('prompt,chosen,rejected\na,"b" b,c\n', r"a\.csv:2: not valid CSV"),
         ("prompt;chosen;rejected\na;b;c\n", r"a\.csv:2: expected prompt, chosen and rejected .* found prompt;chosen;r"),
         ("prompt,chosen,rejected\n", r"a\.csv has no rows"),
         ("prompt,chosen,rejected,chosen_score\na,b,c,good\n", r"a\.csv:2: chosen_score: expected a number, got 'good'"),
     ],
-    ids=["short", "long", "twice", "quotes", "semicolons", "no_row", "score"],
+    ids=["short", "long", "names_again", "twice", "quotes", "semicolons", "no_row", "score"],
 )
 def test_broken_table_is_named_by_line(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "a.csv").write_text(text)

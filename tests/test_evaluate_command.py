@@ -143,8 +143,8 @@ def weights_of_m2(finished: Path, folder: Path) -> str:
 
 def test_model_may_be_called_as_the_sft_baseline_but_not_as_given_outputs(finished: Path, tmp_path: Path) -> None:
     sources = [str(finished), weights_of_m2(finished, tmp_path / "SFT")]
-    folder = evaluate_models(sources, ["evaluate.preference_pairs.source=ranked"], conf_folder())
-    assert all(row["preferences/pairs"] == 1 for row in models(folder).values())
+    rows = models(evaluate_models(sources, [], conf_folder()))
+    assert rows["SFT"]["eval/answers"] == rows[f"{finished.name}.M2"]["eval/answers"]
     outputs = tmp_path / "outputs.json"
     asked = read_records(finished / "artifacts/questions/instructions.jsonl", Instruction)
     outputs.write_text(json.dumps([{"instruction": one.text, "output": "So."} for one in asked]), encoding="utf-8")
@@ -244,6 +244,25 @@ def test_model_that_is_its_own_reference_has_no_rewards(finished: Path) -> None:
     asked = ["data=self_rewarding_smoke", f"evaluate.preference_pairs.source={pairs}", "evaluate.instructions=''"]
     [row] = models(evaluate_models(["random:tiny"], [*settings, *asked], conf_folder())).values()
     assert not [name for name in row if name.startswith("preferences/")]
+
+
+@pytest.mark.parametrize("ours", ["judge=expected_score", "judge=implicit"])
+def test_model_from_elsewhere_has_no_rewards(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, ours: str
+) -> None:
+    """Its log-ratios to another model's M0 say nothing about how it was trained."""
+    other = tmp_path / "other"
+    for part in ("weights", "tokenizer"):
+        shutil.copytree((finished / f"artifacts/M2/{part}").resolve(), other, dirs_exist_ok=True)
+    asked = ["evaluate.preference_pairs.source=ranked", "evaluate.instructions=''"]
+    judge = [ours, *(["data.seed_data.eft_source=none"] if ours == "judge=implicit" else [])]
+    with caplog.at_level("WARNING"):
+        rows = models(evaluate_models([str(finished), str(other)], [*asked, *judge], conf_folder()))
+    assert "preferences/rewards/margins" in rows[f"{finished.name}.M2"]
+    assert not [name for name in rows["other"] if name.startswith("preferences/")]
+    assert "other has no rewards on the held-out pairs, because its reference is not known" in caplog.text
+    judges = "judge_quality/pairwise_accuracy" in rows["other"]
+    assert judges == ("cannot judge by its implicit reward" not in caplog.text) == (ours != "judge=implicit")
 
 
 def test_evaluation_can_be_reported_again(finished: Path, tmp_path: Path) -> None:

@@ -220,6 +220,43 @@ IDLE = {
         "evaluate.head_to_head.model=base evaluate.head_to_head.verdict_tokens=9",
         ["evaluate.head_to_head.model=base"], "a server compares",
     ),
+    "position of a candidate beside a server": (
+        "judge=pairwise judge.endpoint.base_url=http://h/v1 judge.endpoint.model=m judge.debias_position=true",
+        ["judge.debias_position=true"], "a server compares",
+    ),
+    "position of an output beside a server": (
+        "benchmark=[alpaca_eval] benchmark.alpaca_eval.reference_outputs=a.json benchmark.alpaca_eval.judge.endpoint"
+        ".base_url=http://h/v1 benchmark.alpaca_eval.judge.endpoint.model=m "
+        "benchmark.alpaca_eval.judge.debias_position=true",
+        ["benchmark.alpaca_eval.judge.debias_position=true"], "a server compares",
+    ),
+    "method beside a server that grades": (
+        "benchmark=[mt_bench] benchmark.mt_bench.judge.endpoint.base_url=http://h/v1 "
+        "benchmark.mt_bench.judge.endpoint.model=m benchmark.mt_bench.judge.method=logprobs "
+        "benchmark.mt_bench.judge.max_new_tokens=9",
+        ["benchmark.mt_bench.judge.method=logprobs"], "a server grades",
+    ),
+    "length of a grade that is not written": (
+        "benchmark=[mt_bench] benchmark.mt_bench.judge.max_new_tokens=9",
+        ["benchmark.mt_bench.judge.max_new_tokens=9"], "benchmark.mt_bench.judge.method=logprobs writes no grade",
+    ),
+    "prompt beside prompts": (
+        "benchmark=[mt_bench] benchmark.mt_bench.judge.prompts=p.jsonl "
+        "benchmark.mt_bench.judge.prompt='{references}{conversation}'",
+        ["benchmark.mt_bench.judge.prompt='{references}{conversation}'"],
+        "benchmark.mt_bench.judge.prompts takes its place",
+    ),
+    "scores beside a server": (
+        "judge=external judge.endpoint.base_url=http://h/v1 judge.endpoint.model=m evaluate.judge=base",
+        ["evaluate.judge=base"], "a server scores the answers",
+    ),
+    "scores of a judge that compares": (
+        "judge=pairwise evaluate.judge=base", ["evaluate.judge=base"], "judge=pairwise scores no single answer",
+    ),
+    "comparison on no benchmark": (
+        "evaluate.compare_benchmarks=true", ["evaluate.compare_benchmarks=true"],
+        "benchmark selects neither MT-Bench nor Vicuna-Bench",
+    ),
     "tokens of a policy's verdict": (
         "evaluate.head_to_head.verdict_tokens=9", ["evaluate.head_to_head.verdict_tokens=9"],
         "a policy's verdict is one token",
@@ -243,6 +280,28 @@ def test_setting_of_the_command_line_that_does_nothing_is_told(case: str) -> Non
     given = overrides.replace("''", '""').split()
     config = composed(SMOKE, *given)[0]
     assert without_effect(config, [SMOKE, *given]) == [f"{override} has no effect: {why}" for override in idle]
+
+
+SCALES = {
+    "points": ("Rate from 1 to 10.", "judge.prompt says 'Rate from 1 to 10', but scores from 0 to 5 are read"),
+    "ends in words": ("A number from 1 (bad) to 9 (good).", "judge.prompt says 'number from 1 (bad) to 9'"),
+    "form of the last line": ("End with Score: <points>/10", "judge.prompt says '>/10'"),
+    "lowest score": ("A scale of 1-5.", "judge.prompt says 'scale of 1-5'"),
+    "own scale": ("Points from 0 to 5, in 2 to 3 sentences.", ""),
+    "no scale": ("Add a point for each of criteria 1 to 4.", ""),
+}
+
+
+@pytest.mark.parametrize("case", SCALES)
+def test_rubric_on_another_scale_than_the_judge_reads_is_told(
+    call: Callable[..., Said], tmp_path: Path, case: str
+) -> None:
+    rubric, told = SCALES[case]
+    file = tmp_path / "rubric.txt"
+    file.write_text(rubric + "\n{instruction}\n{response}", encoding="utf-8")
+    stop = [*TINY_RUN, *write_tiny_data(tmp_path / "data"), "evaluate.instructions=/no.jsonl"]
+    said = call(*stop, f"judge.prompt=file:{file}", f"output_dir={tmp_path / 'out'}")
+    assert (told in said.err) if told else ("judge.prompt says" not in said.err)
 
 
 def test_setting_that_does_nothing_is_told_before_anything_is_made(call: Callable[..., Said], tmp_path: Path) -> None:

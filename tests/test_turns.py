@@ -273,6 +273,32 @@ def test_fields_that_are_passed_over_are_named_once(tmp_path: Path, caplog: pyte
     assert notable(caplog) == [f"{path}: ignored the fields source, weight"]
 
 
+OF_ANOTHER_KIND = {
+    "answers of pairs": (read_pairs, {"instruction": "A", "chosen": "B", "rejected": "C", "response": "B", "label": 0}),
+    "scores of pairs": (read_demonstrations, {**BASE, "instruction": "A", "chosen_score": 4, "label": True}),
+    "label that is a number": (read_demonstrations, {**BASE, "instruction": "A", "label": 0}),
+    "label in words": (read_demonstrations, {**BASE, "instruction": "A", "label": "bad"}),
+    "answer of an instruction": (lambda path: read_instructions(path, "given"), {"instruction": "A", "output": "B"}),
+}
+
+
+@pytest.mark.parametrize("case", OF_ANOTHER_KIND)
+def test_field_that_only_another_kind_of_record_reads_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, case: str
+) -> None:
+    caplog.set_level("INFO")
+    read, row = OF_ANOTHER_KIND[case]
+    path = write(tmp_path, row)
+    read(path)
+    passed = {
+        "answers of pairs": "label, response",
+        "scores of pairs": "chosen_score",
+        "answer of an instruction": "output",
+    }
+    assert notable(caplog) == [f"{path}: ignored the fields {passed.get(case, 'label')}"]
+    assert not [message for message in caplog.messages if "as the response" in message and read is read_pairs]
+
+
 @pytest.mark.parametrize("spelled", ["nan", "None", "<noinput>", "N/A"])
 def test_text_that_spells_an_absent_value_is_named_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, spelled: str

@@ -74,6 +74,10 @@ class AlpacaEval:
         check_count(key, self.count, len(self._references()[0]), self.reference_outputs)
         return {"reference_outputs": digest}
 
+    def asked(self, key: str) -> list[str]:
+        """Return the instructions."""
+        return [row.instruction for row in self._references()[0]]
+
     def measure(self, context: BenchmarkContext, out: StageOutput) -> Counts:
         """Write MODEL/model_outputs.json and MODEL/JUDGE/annotations.json as alpaca_eval does. Return the metrics."""
         (references, drops), model = self._references(), context.name

@@ -110,6 +110,11 @@ class MTBench:
             digests["references"] = digest_file(references)
         return digests
 
+    def asked(self, key: str) -> list[str]:
+        """Return the first turn of every question."""
+        questions = read_questions(locate(self.questions, "questions", f"{key}.questions"), self.count)
+        return [question.turns[0] for question in questions]
+
     def measure(self, context: BenchmarkContext, out: StageOutput) -> Counts:
         """Write model_answer/MODEL.jsonl and model_judgment/JUDGE_single.jsonl as FastChat does. Return the metrics.
 

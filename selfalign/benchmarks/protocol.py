@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from selfalign.core.errors import SelfalignError
 from selfalign.engines.openai_client import Endpoint
@@ -87,6 +87,15 @@ class Benchmark(Protocol):
         Returns:
             Metrics by their names without the benchmark's, and under "dropped" {reason: dropped records}.
         """
+        ...
+
+
+@runtime_checkable
+class TellsQuestions(Protocol):
+    """What a benchmark has besides if it can tell its questions, so that those that were taught are told."""
+
+    def asked(self, key: str) -> list[str]:
+        """Return the first turn of every question. Messages name a setting as `key`.name."""
         ...
 
 

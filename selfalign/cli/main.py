@@ -80,7 +80,7 @@ def _run_hydra() -> None:
     from omegaconf import DictConfig
 
     from selfalign.config.hydra import register
-    from selfalign.launch.experiment import run_experiment, warn_of_idle_settings
+    from selfalign.launch.experiment import run_experiment, warn_of_settings
     from selfalign.launch.hydra_sweep import run_sweep_job, sweep_lifecycle
 
     register()
@@ -103,7 +103,7 @@ def _run_hydra() -> None:
                     # Importing it takes seconds, because it imports transformers' Trainer.
                     from selfalign.launch.dry_run import dry_run
 
-                    warn_of_idle_settings(prepared[0], prepared[2])
+                    warn_of_settings(prepared[0], prepared[2])
                     dry_run(prepared[0])
                 else:
                     run_experiment(*prepared)

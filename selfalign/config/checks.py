@@ -9,15 +9,19 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 
+from selfalign.benchmarks.grading import Grader
+from selfalign.benchmarks.rating import HIGH, LOW
 from selfalign.config.components import check_components, fault_of
 from selfalign.config.data import Pairs, SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.errors import SelfalignError
 from selfalign.data.pair_rules import BestVsK, BestWorst, PairRule
-from selfalign.judges.protocol import asks_a_server
+from selfalign.judges.comparator import PairwiseComparator
+from selfalign.judges.protocol import Rubric, asks_a_server, other_scale
 from selfalign.losses.protocol import refinement_of
 from selfalign.models.quantization import check_engine
 from selfalign.runs.folder import check_name
+from selfalign.stages.evaluate import compares_on
 from selfalign.stages.judge import ImplicitReward, Pairwise, SampledScore
 from selfalign.stages.pair import PositivesOnly
 from selfalign.stages.seed_data import EFTSource, TeachableJudge
@@ -178,6 +182,27 @@ def without_effect(config: ExperimentConfig, overrides: Sequence[str]) -> list[s
     return [f"{override} has no effect: {whys[0]}" for override, whys in reasons if whys]
 
 
+def other_scales(config: ExperimentConfig) -> list[str]:
+    """Return a line for each judge whose rubric names another scale than the one its scores are read on.
+
+    A judge that writes is then often out of range. One whose probabilities are read looks as if nothing were wrong.
+    """
+    judges = {"judge": config.judge, "evaluate.preference_pairs.judge": config.evaluate.preference_pairs.judge}
+    judges |= {f"benchmark.{name}.judge": getattr(one, "judge", None) for name, one in config.benchmark.items()}
+    lines: list[str] = []
+    for key, judge in judges.items():
+        if isinstance(judge, Grader):
+            ends, advice = (LOW, HIGH), f"Let {key}.prompt ask for such a rating"
+        elif isinstance(judge, Rubric):
+            ends = (judge.min_score, judge.max_score)
+            advice = f"Set {key}.min_score and {key}.max_score to the scale of the rubric"
+        else:
+            continue
+        if said := other_scale(judge.prompt, *ends):
+            lines.append(f"{key}.prompt says {said!r}, but scores from {ends[0]} to {ends[1]} are read. {advice}")
+    return lines
+
+
 def _idle(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
     """Yield (regular expression of keys, why setting them or keys below has no effect)."""
     data, train, asked = config.data, config.train, config.evaluate
@@ -227,18 +252,36 @@ def _idle_beside(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
     """Yield the same for settings that another choice in their own group leaves unused."""
     refinement, train, asked = refinement_of(config.loss), config.train, config.evaluate
     comparators = {
-        "evaluate": asked.head_to_head,
-        "train.checkpoint_selection": train.checkpoint_selection.head_to_head,
+        "judge": config.judge,
+        "evaluate.head_to_head": asked.head_to_head,
+        "train.checkpoint_selection.head_to_head": train.checkpoint_selection.head_to_head,
+        **{f"benchmark.{name}.judge": getattr(one, "judge", None) for name, one in config.benchmark.items()},
     }
     if refinement is not None and refinement.augmentation() is None:
         why = f"loss.refinement.source={refinement.source} puts no prompt before x"
         yield r"loss\.refinement\.(prompt|place|scale)", why
     for key, comparator in comparators.items():
-        if comparator is not None:
-            served = asks_a_server(comparator)
+        served = asks_a_server(comparator)
+        if isinstance(comparator, PairwiseComparator):
             unread = "model|max_batch_tokens|debias_position" if served else "verdict_tokens"
-            why = "a server compares" if served else "a policy's verdict is one token"
-            yield rf"{re.escape(key)}\.head_to_head\.({unread})", why
+            yield rf"{re.escape(key)}\.({unread})", "a server compares" if served else "a policy's verdict is one token"
+        elif isinstance(comparator, Grader):
+            yield from _idle_grading(key, comparator)
+    if asked.instructions and (asks_a_server(config.judge) or isinstance(config.judge, Pairwise)):
+        why = "a server scores the answers" if asks_a_server(config.judge) else "judge=pairwise scores no single answer"
+        yield r"evaluate\.judge", why
+    if not any(compares_on(asked, benchmark) for benchmark in config.benchmark.values()):
+        yield r"evaluate\.compare_benchmarks", "benchmark selects neither MT-Bench nor Vicuna-Bench"
+
+
+def _idle_grading(key: str, grader: Grader) -> Iterator[tuple[str, str]]:
+    """Yield the same for the settings of a benchmark's grader, whose setting is `key`."""
+    if asks_a_server(grader):
+        yield rf"{re.escape(key)}\.(model|max_batch_tokens|method)", "a server grades"
+    elif grader.method == "logprobs":
+        yield rf"{re.escape(key)}\.max_new_tokens", f"{key}.method=logprobs writes no grade"
+    if grader.prompts:
+        yield rf"{re.escape(key)}\.prompt", f"{key}.prompts takes its place"
 
 
 def _sizes(data: SelfRewarding) -> str:

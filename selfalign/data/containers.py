@@ -279,7 +279,8 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield the rows of a table in text form, whose first line names the columns. An empty cell is an absent field.
 
     Raises:
-        SelfalignError: a column stands twice, a row has more or fewer cells, or the quotes do not match.
+        SelfalignError: a column stands twice, a row has more or fewer cells or repeats the columns' names, or quotes
+            do not match.
     """
     lines = (line for _, line in read_lines(path, skip_blank=False))
     rows = csv.reader(lines, delimiter="\t" if ".tsv" in path.suffixes else ",", strict=True)
@@ -292,6 +293,8 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
             where, at = f"{path}:{at}", rows.line_num + 1
             if cells and len(cells) != len(names):
                 raise SelfalignError(f"{where}: {len(cells)} cells, but the first line names {len(names)} columns")
+            if cells == names:
+                raise SelfalignError(f"{where}: the line with the columns' names stands twice; remove it here")
             if cells:
                 yield where, {name: _cell(text) for name, text in zip(names, cells, strict=True) if text}
     except csv.Error as error:

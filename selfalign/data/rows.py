@@ -69,6 +69,12 @@ READ = {
 }  # fmt: skip
 """Fields that are read, by one format or another."""
 
+TASK = ("prompt", "id", *CONVERSATIONS, *INSTRUCTIONS, *BESIDE)
+"""Fields that every kind of record reads."""
+
+MARKS = {"label": {"true": True, "false": False}, "kto_tag": {"true": True, "1": True, "false": False, "0": False}}
+"""{field that tells whether an answer is wanted: {its value in small letters: whether it is}}."""
+
 MEANINGS = {
     "prompt": "the prompt",
     **dict.fromkeys(SYSTEM, "the system turn"),

@@ -22,8 +22,11 @@ from selfalign.data.rows import (
     BESIDE,
     CONVERSATIONS,
     INSTRUCTIONS,
+    MARKS,
     MEANINGS,
-    READ,
+    SCORES,
+    SIDES,
+    TASK,
     UNREAD,
     Row,
     give_ids,
@@ -56,6 +59,15 @@ WANTED = {
     "outputs": "instruction and output",
 }
 """Fields that a row must have, by kind of record."""
+
+
+USED = {
+    "demonstrations": {*TASK, *ANSWERS, *MARKS},
+    "instructions": {*TASK, "category"},
+    "ranked answers": {*TASK, "responses"},
+    "pairs": {*TASK, "responses", *chain.from_iterable((*SIDES, *SCORES))},
+}
+"""{kind of record: the fields that it is read from}."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +107,7 @@ def read_demonstrations(source: DataSource, schema: Schema | None = None) -> tup
     Raises:
         SelfalignError: a row is in none of the known formats.
     """
-    found, drops = _read(source, DEMONSTRATIONS, _demonstration, schema)
+    found, drops = _read(source, "demonstrations", DEMONSTRATIONS, _demonstration, schema)
     _check_answers(source, [(shown.prompt, (shown.response,)) for shown in found])
     _tell_plain_prompts(source, [shown.prompt for shown in found])
     longer = sum(not isinstance(d.prompt, str) and any(t["role"] == "assistant" for t in d.prompt) for d in found)
@@ -117,7 +129,7 @@ def read_instructions(source: DataSource, kind: str, schema: Schema | None = Non
         text, turns = _instruction(row, "instructions")
         return Instruction(id="", text=text, source=kind, category=row.text("category"), turns=turns)
 
-    return _read(source, {}, read, schema)
+    return _read(source, "instructions", {}, read, schema)
 
 
 def read_outputs(source: str) -> tuple[list[OutputRow], Drops]:
@@ -151,7 +163,7 @@ def read_ranked(source: DataSource, schema: Schema | None = None) -> tuple[list[
         question = _ranked(row, drops)
         return question and _distinct(question, drops)
 
-    found, drops = _read(source, RANKED, read, schema)
+    found, drops = _read(source, "ranked answers", RANKED, read, schema)
     agreed = _agreed(found, lambda question: (question.instruction, _best_first(question)))
     drops += Counter(order_contradicts=sum(len(q.texts) for q in found) - sum(len(q.texts) for q in agreed))
     return agreed, drops
@@ -175,7 +187,7 @@ def read_pairs(source: DataSource, schema: Schema | None = None) -> tuple[list[P
             drops["scores_contradict"] += 1
         return question and best_against_worst(question, drops)
 
-    found, drops = _read(source, PAIRS, read, schema)
+    found, drops = _read(source, "pairs", PAIRS, read, schema)
     _check_answers(source, [(pair.prompt, (pair.chosen, pair.rejected)) for pair in found])
     _tell_plain_prompts(source, [pair.prompt for pair in found])
     agreed = _agreed(found, lambda pair: (as_text(pair.prompt), [pair.chosen, pair.rejected]))
@@ -274,17 +286,18 @@ def _check_answers(source: DataSource, records: Sequence[tuple[Prompt, tuple[str
 
 
 def _read(
-    source: DataSource, readers: Readers[Any], read: Callable[[Row, Drops], Any], described: Schema | None
+    source: DataSource, kind: str, readers: Readers[Any], read: Callable[[Row, Drops], Any], described: Schema | None
 ) -> tuple[list[Any], Drops]:
-    """Return the records of a data source."""
+    """Return the records of a data source; `kind` is one of `USED`."""
     if isinstance(source, str):
-        return _read_one(source, read_rows(source), readers, read, described)
-    return mix(source, lambda part: _read_one(part.source, renamed(part), readers, read, described))
+        return _read_one(source, read_rows(source), kind, readers, read, described)
+    return mix(source, lambda part: _read_one(part.source, renamed(part), kind, readers, read, described))
 
 
 def _read_one(
     source: str,
     rows: Iterator[Placed],
+    kind: str,
     readers: Readers[Any],
     read: Callable[[Row, Drops], Any],
     described: Schema | None,
@@ -304,7 +317,7 @@ def _read_one(
     found = (Row.of(where, raw) for where, raw in chain([first], rows))
     schema = schema_of(first[1]) if readers else None
     if schema is None:
-        records, drops = _read_own(source, found, read)
+        records, drops = _read_own(source, kind, found, read)
     elif schema not in readers:
         uses = {"demonstrations": DEMONSTRATIONS, "ranked answers": RANKED, "pairs": PAIRS}
         known = " and ".join(use for use, by_schema in uses.items() if schema in by_schema)
@@ -337,20 +350,27 @@ def _in_our_format(rows: Iterable[Placed], schema: Schema, drops: Drops) -> Iter
             raise SelfalignError(f"{where}: {type(schema).__name__} must give a dictionary, got {type(row).__name__}")
 
 
-def _read_own(source: str, found: Iterable[Row], read: Callable[[Row, Drops], Any]) -> tuple[list[Any], Drops]:
-    """Return the records of rows in selfalign's formats. Log ignored fields and texts that may mean a missing value."""
-    drops, names, spelled = Counter[str](), set[str](), Counter[tuple[str, str]]()
+def _read_own(
+    source: str, kind: str, found: Iterable[Row], read: Callable[[Row, Drops], Any]
+) -> tuple[list[Any], Drops]:
+    """Return the records of rows in selfalign's formats. Log ignored fields and texts that may mean a missing value.
+
+    Ignored are the fields that this kind of record does not use, whatever another kind would take them for.
+    """
+    drops, names, spelled, unclear = Counter[str](), set[str](), Counter[tuple[str, str]](), set[str]()
 
     def seen() -> Iterator[Row]:
         for row in found:
             names.update(row.fields)
             spelled.update(row.spelled_gaps())
+            unclear.update(name for name in MARKS if name in row.fields and mark_of(row, name) is None)
             yield row
 
     records = give_ids(((row, record) for row in seen() if (record := read(row, drops)) is not None), drops)
-    if taken := [f"{name} as {MEANINGS[name]}" for name in MEANINGS if name in names]:
+    used = USED[kind] - unclear - (_other_sides(names) if kind == "pairs" else set())
+    if taken := [f"{name} as {MEANINGS[name]}" for name in MEANINGS if name in names & used]:
         logger.info("%s: read %s", source, ", ".join(taken))
-    if ignored := sorted(names - READ):
+    if ignored := sorted(names - used):
         logger.info("%s: ignored the fields %s", source, ", ".join(ignored))
     for (name, text), rows in spelled.items():
         logger.warning(
@@ -361,6 +381,12 @@ def _read_own(source: str, found: Iterable[Row], read: Callable[[Row, Drops], An
             text,
         )
     return records, drops
+
+
+def _other_sides(names: set[str]) -> set[str]:
+    """Return the fields that would be sides of a pair if the rows had not others that go before."""
+    read = next((sides for sides in SIDES if names.issuperset(sides)), ())
+    return {name for sides in SIDES for name in sides} - {*read}
 
 
 def _of_schema(schema: type, rows: Iterator[Row]) -> Iterator[Any]:
@@ -428,9 +454,9 @@ def _answer(row: Row, kind: str) -> str:
 
 
 def _demonstration(row: Row, drops: Drops) -> Demonstration | None:
-    for name, unwanted in (("label", ("false",)), ("kto_tag", ("false", "0"))):
-        if str(row.fields.get(name)).strip().casefold() in unwanted:
-            row.refuse(f"{name}={unwanted[0]} marks an unwanted answer, but a demonstration is taught; remove the row")
+    for name in MARKS:
+        if mark_of(row, name) is False:
+            row.refuse(f"{name}=false marks an unwanted answer, but a demonstration is taught; remove the row")
     prompt = read_task(row)
     whole = next((name for name in CONVERSATIONS if isinstance(row.fields.get(name), list)), "")
     if whole and prompt and not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
@@ -447,6 +473,11 @@ def _demonstration(row: Row, drops: Drops) -> Demonstration | None:
         drops["empty_response"] += 1
         return None
     return Demonstration(id="", prompt=prompt, response=response, source="ift")
+
+
+def mark_of(row: Row, name: str) -> bool | None:
+    """Return whether a field says that the row's answer is wanted; None if it is absent, or says something else."""
+    return MARKS[name].get(str(row.fields.get(name)).strip().casefold())
 
 
 def _check_last(row: Row, name: str, response: str) -> None:

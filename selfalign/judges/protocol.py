@@ -36,6 +36,16 @@ OWN_MODELS = ("self", "sft", "base")
 INSTRUCTIONS_PER_CALL = CHUNK // 4
 """Instructions judged at a time; with four candidates each, as many responses as a stage holds records."""
 
+SCALE = re.compile(
+    r"\b(?:scale|scores?|points?|marks?|rat(?:e|ing|ings)|grad(?:e|es)|levels?|numbers?|from|between)\b"
+    r"(?:(?!criteri|steps?\b|items?\b)[^.\n\d]){0,40}?"
+    r"\b(?P<low>\d{1,3})(?:\s*\([^)\n]{0,40}\)|,[^,\n]{0,40},)?\s*(?:-|–|—|to|and|through)\s*(?P<high>\d{1,3})\b"
+    r"(?!\s*(?:words?|sentences?|lines?|paragraphs?))"
+    r"|(?:\bout of|[>\])xXnN]\s*/)\s*(?P<top>\d{1,3})\b",
+    re.IGNORECASE,
+)
+"""How a rubric names its scale: "points from 0 to 5", "a scale of 1-10", "Score: <points>/10"."""
+
 L = TypeVar("L", bound=LoadedEngine)
 
 
@@ -303,6 +313,14 @@ def ties(subjects: Sequence[InstructionResponse], scores: Mapping[str, float]) -
         for family in by_instruction(subjects).values()
     ]
     return [len(set(family)) == 1 for family in families if len(family) > 1]
+
+
+def other_scale(prompt: str, low: int, high: int) -> str | None:
+    """Return the words by which a rubric names another scale than `low` to `high`; None without such words."""
+    named = [*SCALE.finditer(prompt)]
+    ends = [(int(found["low"] or low), int(found["high"] or found["top"])) for found in named]
+    others = [found for found, (first, last) in zip(named, ends, strict=True) if first < last]
+    return None if (low, high) in ends or not others else " ".join(others[0][0].split())
 
 
 def check_scale(low: int, high: int) -> None:

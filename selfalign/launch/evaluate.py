@@ -15,7 +15,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.failures import at_the_end
 from selfalign.core.files import digest_json
 from selfalign.data.mixtures import identify_source, parts_of
-from selfalign.launch.experiment import conclude, log_file, read_own, tell_resolved
+from selfalign.launch.experiment import conclude, log_file, read_own, tell_resolved, warn_of_settings
 from selfalign.launch.sweep import JOBS, Sweep
 from selfalign.losses.protocol import Loss
 from selfalign.models.config import ModelConfig
@@ -162,6 +162,7 @@ def evaluate_models(sources: list[str], overrides: list[str], conf: Path, config
     with locked(folder / ".lock", f"this evaluation is already running in {folder}"):
         open_folder(folder, text)
         with log_file(folder / "run.log"), config.tracker.open(folder, plain) as ledger.tracker:
+            warn_of_settings(config, {"overrides": overrides})
             _tell_differences(every)
             for run in every[:1]:
                 _tell_changed_data(run, config)
@@ -318,7 +319,7 @@ def _measure(
     evaluation = Evaluation(config, run, given, RunJudge(config, run, config.judge))
     for contestant in contestants:
         known[Label.parse(contestant.name)] = contestant.policy
-        models.current, models.reference = contestant.policy, contestant.reference or base
+        models.current, models.reference = contestant.policy, contestant.reference
         models.generated_pairs = list(contestant.pairs)
         evaluation.measure(contestant.name, models, loss=contestant.loss, trained_on=contestant.seed_data)
     return names

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from selfalign.config.checks import without_effect
+from selfalign.config.checks import other_scales, without_effect
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
@@ -89,7 +89,7 @@ def _run(
             return folder, None
         open_folder(folder, config_yaml, anew=reported_keys(folder) not in ({}, stored.found))
         with log_file(folder / "run.log"), ExitStack() as tracked:
-            warn_of_idle_settings(config, plain)
+            warn_of_settings(config, plain)
             tell_resolved(folder, auto_dtypes(config))
             preflight(config, stored.found)
             ledger.tracker = tracked.enter_context(config.tracker.open(folder, plain))
@@ -103,10 +103,10 @@ def _run(
     return folder, False
 
 
-def warn_of_idle_settings(config: ExperimentConfig, plain: dict[str, Any]) -> None:
-    """Warn of settings on the command line that have no effect."""
-    for line in without_effect(config, plain.get("overrides", ())):
-        logger.warning(line)
+def warn_of_settings(config: ExperimentConfig, plain: dict[str, Any]) -> None:
+    """Warn of settings on the command line that have no effect, and of rubrics on another scale than the judge's."""
+    for line in (*without_effect(config, plain.get("overrides", ())), *other_scales(config)):
+        logger.warning("%s", line)
 
 
 def tell_resolved(folder: Path, resolved: dict[str, str]) -> None:

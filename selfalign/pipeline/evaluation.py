@@ -1,5 +1,6 @@
 """Evaluation of the models of a run: their responses, their judging, and their distance from M1."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -12,13 +13,15 @@ from selfalign.pipeline.inputs import RunInputs
 from selfalign.pipeline.models import RunJudge, RunModels
 from selfalign.runs.labels import Label
 from selfalign.runs.runner import Maker
-from selfalign.stages.benchmark import benchmark
+from selfalign.stages.benchmark import benchmark, teaching
 from selfalign.stages.evaluate import JudgedTexts, MaybeJudged, compares_on, evaluate, opponents
 from selfalign.stages.head_to_head import head_to_head
-from selfalign.stages.judge import Pairwise
+from selfalign.stages.judge import ImplicitReward, Pairwise
 from selfalign.stages.kl_divergence import kl_divergence
 from selfalign.stages.respond import RespondConfig, respond
 from selfalign.store.artifacts import Artifact
+
+logger = logging.getLogger(__name__)
 
 GIVEN = "given"
 """Name of the model whose outputs are given as `evaluate.reference_outputs`."""
@@ -91,7 +94,7 @@ class Evaluation:
         if judged is not None:
             self.responses[name] = judged
         if not judging_only:
-            self._benchmark(name, models)
+            self._benchmark(name, models, trained_on or self.inputs.trained_on)
 
     def _respond(self, label: Label, models: RunModels, instructions: Artifact) -> Artifact:
         return self.run.make(
@@ -161,16 +164,20 @@ class Evaluation:
         )
 
     def _judge_ranked(self, label: Label, models: RunModels) -> JudgedTexts | None:
-        """Judge the held-out ranked answers with the current model; None if there are none."""
+        """Judge the held-out ranked answers with the current model; None if there are none, or if it cannot judge."""
         ranked = self.inputs.ranked
         if ranked is None:
+            return None
+        if isinstance(self.config.judge, ImplicitReward) and models.reference is None:
+            logger.warning("%s cannot judge by its implicit reward, because its reference is not known", label.owner)
             return None
         label = label.sibling("ranked_scores")
         return ranked, self.judging.judge(label, "self", models, ranked, ranked, "ranked_scores")
 
-    def _benchmark(self, name: str, models: RunModels) -> None:
+    def _benchmark(self, name: str, models: RunModels, trained_on: Sequence[Artifact]) -> None:
         """Run every benchmark on the current model, and compare it with earlier models on its questions."""
         for benchmark_name, settings in self.config.benchmark.items():
+            taught = teaching(settings, benchmark_name, [*trained_on, *models.generated_pairs])
             responses = self.run.make(
                 Label.evaluation(name, benchmark_name),
                 benchmark,
@@ -182,6 +189,7 @@ class Evaluation:
                 judge=models.own_or(settings.judge_model, models.benchmark_judges.get(benchmark_name)),
                 engine=self.config.engine,
                 seed=derive_seed(self.config.seed, "benchmark", benchmark_name),
+                **({"taught": taught} if taught else {}),
             )
             if compares_on(self.config.evaluate, settings):
                 earlier = self.benchmark_responses.setdefault(benchmark_name, {})

@@ -1,5 +1,6 @@
 """Measurement of a run's models on preference pairs that none of them was trained on."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -15,6 +16,8 @@ from selfalign.stages.preference_accuracy import preference_accuracy
 from selfalign.stages.reference_logprobs import reference_logprobs
 from selfalign.store.artifacts import Artifact
 from selfalign.store.key import to_key_json
+
+logger = logging.getLogger(__name__)
 
 BETA = 0.1
 """β of the rewards if the loss has none."""
@@ -42,7 +45,9 @@ class HeldOutPairs:
     scores: Artifact | None = None
 
     def measure(self, name: str, models: RunModels, loss: Loss, trained_on: Sequence[Artifact]) -> None:
-        """Measure the current model, if there are held-out pairs and it is not its own reference, with rewards of 0.
+        """Measure the current model, if there are held-out pairs and its reference is known.
+
+        A model that is its own reference is not measured, because all its rewards are 0.
 
         Args:
             name: the model's name.
@@ -51,7 +56,12 @@ class HeldOutPairs:
             trained_on: training data of its run, besides this run's inputs and the pairs that its run generated.
         """
         pairs = self.inputs.preferences
-        if pairs is None or models.current.digest == models.reference.digest:
+        if pairs is None:
+            return
+        if models.reference is None:
+            logger.warning("%s has no rewards on the held-out pairs, because its reference is not known", name)
+            return
+        if models.current.digest == models.reference.digest:
             return
         reference = self._logps(Label.evaluation(name, "reference_logprobs"), pairs, models.reference, loss)
         policy = self._logps(Label.evaluation(name, "logps"), pairs, models.current, loss)

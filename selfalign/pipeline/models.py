@@ -25,7 +25,8 @@ class RunModels:
         base: M0.
         sft: M1.
         current: M_t.
-        reference: the reference policy of M_t, or the model that M_t was fine-tuned from.
+        reference: the reference policy of M_t, or the model that M_t was fine-tuned from; None if it is not known,
+            because M_t was trained elsewhere.
         writer: a model from outside that writes instructions.
         judge: a model from outside that judges responses.
         comparator: a model from outside that compares responses head to head.
@@ -38,7 +39,7 @@ class RunModels:
     base: Artifact
     sft: Artifact
     current: Artifact
-    reference: Artifact
+    reference: Artifact | None
     writer: Artifact | None = None
     judge: Artifact | None = None
     comparator: Artifact | None = None

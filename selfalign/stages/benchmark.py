@@ -1,10 +1,17 @@
 """benchmark: a policy + a published benchmark → its responses, judgements and metrics."""
 
-from selfalign.benchmarks.protocol import Benchmark, BenchmarkContext
+import logging
+from collections.abc import Sequence
+
+from selfalign.benchmarks.protocol import Benchmark, BenchmarkContext, TellsQuestions
+from selfalign.data.turns import compared
 from selfalign.engines.protocol import Engine
 from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.store.artifacts import Artifact, Content, Counts, StageOutput
-from selfalign.store.stage import Size, stage
+from selfalign.store.stage import PlannedArtifact, Size, stage
+from selfalign.training.splits import prompts_of
+
+logger = logging.getLogger(__name__)
 
 
 def size(*, benchmark: Benchmark, **others: object) -> Size:
@@ -24,6 +31,7 @@ def benchmark(
     judge: Artifact | None,
     engine: Engine,
     seed: int,
+    taught: Sequence[Artifact] = (),
 ) -> Counts:
     """Run a benchmark on one model. The counts are named `<name>/<metric>`.
 
@@ -37,7 +45,16 @@ def benchmark(
         judge: the policy that judges the responses; None if no policy of the run does.
         engine: generates the responses.
         seed: seeds all sampling.
+        taught: training data of the run that ask questions of the benchmark. All questions are measured, as a
+            published benchmark wants, but a warning says how many were taught.
     """
+    if taught:
+        questions = asked_by(benchmark, name)
+        known = {text for artifact in taught for text in prompts_of(artifact)}
+        logger.warning(
+            "%s: %d of %d questions are prompts of the run's training data too, and the numbers count them",
+            *(out.label, len(questions & known), len(questions)),
+        )
     context = BenchmarkContext(
         key=f"benchmark.{name}",
         label=model,
@@ -49,3 +66,15 @@ def benchmark(
     measured = benchmark.measure(context, out)
     dropped = {"dropped": measured.pop("dropped")} if "dropped" in measured else {}
     return {f"{name}/{metric}": value for metric, value in measured.items()} | dropped
+
+
+def asked_by(benchmark: Benchmark, name: str) -> set[str]:
+    """Return the texts of a benchmark's questions as they are compared; none if it does not tell them."""
+    return set(map(compared, benchmark.asked(f"benchmark.{name}"))) if isinstance(benchmark, TellsQuestions) else set()
+
+
+def teaching(benchmark: Benchmark, name: str, trained_on: Sequence[Artifact]) -> list[Artifact]:
+    """Return the training data that ask a question of a benchmark."""
+    made = [artifact for artifact in trained_on if not isinstance(artifact, PlannedArtifact)]
+    questions = asked_by(benchmark, name) if made else set()
+    return [artifact for artifact in made if any(text in questions for text in prompts_of(artifact))]

@@ -95,6 +95,36 @@ def test_every_model_is_measured_and_the_plan_says_so(benched: tuple[Path, list[
     assert "evaluation_M1/mt_bench_against_M1" not in planned
 
 
+def test_questions_that_were_taught_are_told(
+    benched: tuple[Path, list[str]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, overrides = benched
+    demonstrations = [
+        {"instruction": " What is 2 + 3?", "response": "Five."},
+        {"instruction": "Hi?", "response": "Ho."},
+    ]
+    outputs = [{"instruction": "Hi?", "output": "Hello."}, {"instruction": "Why?", "output": "So."}]
+    taught = [
+        f"data.seed_data.demonstrations={write_rows(tmp_path / 'taught.jsonl', demonstrations)}",
+        "benchmark=[mt_bench,alpaca_eval]",
+        f"benchmark.alpaca_eval.reference_outputs={write_rows(tmp_path / 'outputs.jsonl', outputs)}",
+        "benchmark.alpaca_eval.sampling.max_new_tokens=6",
+        "evaluate.compare_benchmarks=false",
+        "data.seed_data.max_demonstrations=0",
+        f"data.instruct.source={folder.parents[1] / 'data/asked.jsonl'}",
+        "evaluate.instructions=''",
+        "data.instruct.max_rouge_l=1",
+    ]
+    run(tmp_path, *overrides, *taught)
+    said = "1 of 2 questions are prompts of the run's training data too"
+    for model in ("M1", "M2"):
+        for name in ("mt_bench", "alpaca_eval"):
+            assert f"evaluation_{model}/{name}: {said}" in caplog.text
+    caplog.clear()
+    run(tmp_path / "other", *overrides)
+    assert "training data too" not in caplog.text
+
+
 def test_models_are_compared_on_every_turn_of_the_questions(benched: tuple[Path, list[str]]) -> None:
     folder, _ = benched
     compared = {stage["label"]: stage["counts"] for stage in read_json(folder / "summary.json")["stages"]}
