@@ -7,8 +7,9 @@ policy's weights), so that a later stage can check what it is given. The fields 
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
-Message = dict[str, str]
+Message = dict[str, Any]
 """One turn of a conversation: {"role": "system" | "user" | "assistant", "content": text}."""
 
 Prompt = str | list[Message]

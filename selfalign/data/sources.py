@@ -40,13 +40,16 @@ from selfalign.data.schemas import (
     against_pair,
     schema_of,
 )
-from selfalign.data.turns import as_prompt, as_text, check_prompt, only_answer, read_task, read_turns, spoken
+from selfalign.data.turns import ROLES, as_prompt, as_text, check_prompt, only_answer, read_task, read_turns, spoken
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Drops = Counter[str]
 Readers = dict[type, Callable[[Any], tuple[list[T], Drops]]]
+
+UNTAUGHT = "untaught"
+"""Key of a turn that the data mark as not to be trained on, while it is read."""
 
 WANTED = {
     "demonstrations": "instruction (or question, query, input; with input, context, system, history) and response (or "
@@ -89,22 +92,40 @@ class AnswersRow:
 def read_demonstrations(source: DataSource, schema: Schema | None = None) -> tuple[list[Demonstration], Drops]:
     """Return prompts with good answers, and the number of dropped rows, by reason.
 
-    The last turn of a conversation, which is the assistant's, is the target; the turns before it are the prompt. To
-    train on an earlier turn of the assistant, give the conversation up to it as a row of its own.
+    The last turn of a conversation, which is the assistant's, is the target; the turns before it are the prompt.
 
     Raises:
         SelfalignError: a row is in none of the known formats.
     """
     found, drops = _read(source, DEMONSTRATIONS, _demonstration, schema)
-    _check_answers(source, [(shown.prompt, (shown.response,)) for shown in found])
-    _tell_plain_prompts(source, [shown.prompt for shown in found])
+    _check_demonstrations(source, found)
     longer = sum(not isinstance(d.prompt, str) and any(t["role"] == "assistant" for t in d.prompt) for d in found)
     if longer:
         logger.info(
-            "%s: in %d of %d rows only the last answer is trained on; earlier ones are part of the prompt",
+            "%s: in %d of %d rows only the last answer is trained on; earlier ones are part of the prompt "
+            "(data.seed_data.assistant_turns=all trains on them too)",
             *(source, longer, len(found)),
         )
     return found, drops
+
+
+def read_conversations(source: DataSource, schema: Schema | None = None) -> tuple[list[Demonstration], Drops]:
+    """Return the same as `read_demonstrations`, for training on every turn of the assistant's.
+
+    A turn in a prompt that the data mark as not to be trained on has the key `UNTAUGHT`. The target is the last turn
+    without such a mark. A row that has none is dropped and counted.
+
+    Raises:
+        SelfalignError: a row is in none of the known formats.
+    """
+    found, drops = _read(source, DEMONSTRATIONS, _conversation, schema)
+    _check_demonstrations(source, found)
+    return found, drops
+
+
+def _check_demonstrations(source: DataSource, found: Sequence[Demonstration]) -> None:
+    _check_answers(source, [(shown.prompt, (shown.response,)) for shown in found])
+    _tell_plain_prompts(source, [shown.prompt for shown in found])
 
 
 def read_instructions(source: DataSource, kind: str, schema: Schema | None = None) -> tuple[list[Instruction], Drops]:
@@ -446,14 +467,46 @@ def _demonstration(row: Row, drops: Drops) -> Demonstration | None:
     return Demonstration(id="", prompt=prompt, response=response, source="ift")
 
 
+def _conversation(row: Row, drops: Drops) -> Demonstration | None:
+    """Return the demonstration of a row's last turn to be taught, with marks on the others that are not."""
+    name = next((name for name in CONVERSATIONS if isinstance(row.fields.get(name), list)), "")
+    items = row.fields[name] if name else []
+    if not any(_mark(item) for item in items):
+        return _demonstration(row, drops)
+    taught = [at for at, item in enumerate(items) if _speaks(item) and not _mark(item)]
+    if not taught:
+        drops["not_to_train_on"] += 1
+        return None
+    drops["turns_not_to_train_on"] += sum(map(_speaks, items[taught[-1] + 1 :]))
+    kept = items[: taught[-1] + 1]
+    made = _demonstration(Row(row.where, row.fields | {name: kept}), drops)
+    if made is None or isinstance(made.prompt, str):
+        return made
+    # From the end, because a system turn may have come from another field, or be blank and gone.
+    marked = dict(zip(range(len(made.prompt) - 1, -1, -1), reversed(kept[:-1]), strict=False))
+    prompt = [
+        turn | {UNTAUGHT: True} if turn["role"] == "assistant" and _mark(marked.get(at)) else turn
+        for at, turn in enumerate(made.prompt)
+    ]
+    return replace(made, prompt=prompt)
+
+
+def _speaks(item: Any) -> bool:
+    """Whether an item of a conversation is a turn of the assistant's."""
+    return isinstance(item, dict) and ROLES.get(str(item.get("role", item.get("from")))) == "assistant"
+
+
+def _mark(item: Any) -> str:
+    """Return the field that marks an item of a conversation as not to be trained on; "" if none does."""
+    marks = ("weight", "train", "loss") if isinstance(item, dict) else ()
+    return next((mark for mark in marks if mark in item and not item[mark]), "")
+
+
 def _check_last(row: Row, name: str, response: str) -> None:
     """Raise an error if a conversation's last turn is not one to be taught."""
     last = row.fields[name][-1]
-    for mark in ("weight", "train", "loss"):
-        if mark in last and not last[mark]:
-            row.refuse(
-                f"{name}[{len(row.fields[name]) - 1}].{mark}={shown(last[mark])}: the last turn is what is taught"
-            )
+    if mark := _mark(last):
+        row.refuse(f"{name}[{len(row.fields[name]) - 1}].{mark}={shown(last[mark])}: the last turn is what is taught")
     for other, text in _answers(row).items():
         if text and text != response:
             row.refuse(f"{other} differs from the last turn of {name}; keep one")

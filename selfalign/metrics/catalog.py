@@ -79,6 +79,7 @@ CHAT_TEMPLATE = Metric("chat_template", "whether M0's tokenizer has a chat templ
 SYSTEM_TURNS = Metric("system_turns", "whether that template takes system turns", "flag")
 EARLIER_TURNS = Metric("earlier_turns", "whether that template takes turns before the last question", "flag")
 IFT = Metric("ift", "demonstrations of following instructions", "count")
+IFT_TURNS = Metric("ift_turns", "assistant turns of these demonstrations that are taught", "count")
 EFT = Metric("eft", "demonstrations of judging", "count")
 QUESTIONS_TAUGHT = Metric("questions_taught", "ranked questions that judging is taught with", "count")
 QUESTIONS_HELD_OUT = Metric("questions_held_out", "ranked questions that are held out, to measure judging", "count")

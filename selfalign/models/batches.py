@@ -46,13 +46,16 @@ class SharedPrompt:
     """Token ids of a prompt and of what follows it; `id` is the record's.
 
     The first `num_context_tokens[i]` tokens of response i are read but not scored: the rest of its own prompt, where
-    several prompts share only their beginning, or a thought that is masked.
+    several prompts share only their beginning, or a thought that is masked. So are the tokens from `start` to before
+    `end` for each [start, end] in `unscored[i]`, as the user's turns between answers. `unscored` is empty if no
+    response has such tokens.
     """
 
     id: str
     prompt: list[int]
     responses: list[list[int]]
     num_context_tokens: list[int]
+    unscored: list[list[list[int]]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.prompt) + sum(map(len, self.responses))
@@ -63,7 +66,13 @@ class SharedPrompt:
 
     def scored(self) -> list[int]:
         """The number of scored tokens of each response."""
-        return [len(response) - given for response, given in zip(self.responses, self.num_context_tokens, strict=True)]
+        return [len(self.scored_places(index)) for index in range(len(self.responses))]
+
+    def scored_places(self, index: int) -> list[int]:
+        """The indices of the scored tokens in response `index`."""
+        places = range(self.num_context_tokens[index], len(self.responses[index]))
+        passed = {at for start, end in (self.unscored or [[]] * (index + 1))[index] for at in range(start, end)}
+        return [at for at in places if at not in passed]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -127,13 +136,35 @@ def of_record(record_id: str) -> Iterator[None]:
         raise SelfalignError(f"record {record_id}: {error}") from error
 
 
-def share_prompt(record_id: str, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> SharedPrompt:
-    """Return one group of several prompts, each with its response. Their common beginning is computed once."""
+def share_prompt(
+    record_id: str,
+    prompts: Sequence[list[int]],
+    responses: Sequence[list[int]],
+    unscored: Sequence[list[list[int]]] = (),
+) -> SharedPrompt:
+    """Return one group of several prompts, each with its response. Their common beginning is computed once.
+
+    Args:
+        record_id: names the group.
+        prompts: the prompts.
+        responses: the responses to them.
+        unscored: [start, end] of tokens of each response that are read but not scored; empty if there are none.
+    """
     columns = zip(*prompts, strict=False)
     shared = next((at for at, column in enumerate(columns) if len(set(column)) > 1), min(map(len, prompts)))
     tails = [[*prompt[shared:], *response] for prompt, response in zip(prompts, responses, strict=True)]
     given = [len(prompt) - shared for prompt in prompts]
-    return SharedPrompt(id=record_id, prompt=prompts[0][:shared], responses=tails, num_context_tokens=given)
+    moved = [
+        [[start + more, end + more] for start, end in spans]
+        for spans, more in zip(unscored, given, strict=bool(unscored))
+    ]
+    return SharedPrompt(
+        id=record_id,
+        prompt=prompts[0][:shared],
+        responses=tails,
+        num_context_tokens=given,
+        unscored=moved if any(moved) else [],
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -346,12 +377,13 @@ def pack(groups: Sequence[SharedPrompt]) -> Batch:
         prompt_end = len(ids) + len(group.prompt) - 1
         ids += group.prompt
         positions += range(len(group.prompt))
-        for response, given in zip(group.responses, group.num_context_tokens, strict=True):
-            logit_positions += [prompt_end, *range(len(ids), len(ids) + len(response) - 1)][given:]
+        for index, response in enumerate(group.responses):
+            places = group.scored_places(index)
+            logit_positions += [len(ids) + at - 1 if at else prompt_end for at in places]
             positions += range(len(group.prompt), len(group.prompt) + len(response))
             ids += response
-            targets += response[given:]
-            counts.append(len(response) - given)
+            targets += [response[at] for at in places]
+            counts.append(len(places))
     layout = PackedLayout([(len(group.prompt), [len(response) for response in group.responses]) for group in groups])
     inputs = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions]), "layout": layout}
     return _batch(inputs, logit_positions, targets, counts)
@@ -360,19 +392,19 @@ def pack(groups: Sequence[SharedPrompt]) -> Batch:
 def pad(groups: Sequence[SharedPrompt]) -> Batch:
     """Return a row for each response with its own copy of the prompt, padded on the right."""
     rows = [[*group.prompt, *response] for group in groups for response in group.responses]
-    prompts = [len(group.prompt) + given for group in groups for given in group.num_context_tokens]
+    places = [
+        [len(group.prompt) + at for at in group.scored_places(index)]
+        for group in groups
+        for index in range(len(group.responses))
+    ]
     width = max(map(len, rows))
     inputs = {
         "input_ids": torch.tensor([row + [0] * (width - len(row)) for row in rows]),
         "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
     }
-    logit_positions = [
-        index * width + at
-        for index, (row, prompt) in enumerate(zip(rows, prompts, strict=True))
-        for at in range(prompt - 1, len(row) - 1)
-    ]
-    targets = [token for row, prompt in zip(rows, prompts, strict=True) for token in row[prompt:]]
-    return _batch(inputs, logit_positions, targets, [len(row) - n for row, n in zip(rows, prompts, strict=True)])
+    logit_positions = [index * width + at - 1 for index, scored in enumerate(places) for at in scored]
+    targets = [row[at] for row, scored in zip(rows, places, strict=True) for at in scored]
+    return _batch(inputs, logit_positions, targets, list(map(len, places)))
 
 
 def _batch(inputs: dict[str, Any], logit_positions: list[int], targets: list[int], counts: list[int]) -> Batch:
