@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from itertools import chain, combinations
 from typing import Any, TypeVar
 
+from msgspec import UNSET
+
 from selfalign.core.errors import SelfalignError, reason_of
 from selfalign.core.records import Demonstration, Instruction, PreferencePair, Prompt, RankedAnswers
 from selfalign.data.containers import Placed, read_rows
@@ -40,7 +42,19 @@ from selfalign.data.schemas import (
     against_pair,
     schema_of,
 )
-from selfalign.data.turns import ROLES, as_prompt, as_text, check_prompt, only_answer, read_task, read_turns, spoken
+from selfalign.data.tails import tails_of
+from selfalign.data.turns import (
+    ROLES,
+    as_prompt,
+    as_text,
+    check_prompt,
+    only_answer,
+    read_task,
+    read_task_with_tools,
+    read_turns,
+    said,
+    spoken,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -124,8 +138,9 @@ def read_conversations(source: DataSource, schema: Schema | None = None) -> tupl
 
 
 def _check_demonstrations(source: DataSource, found: Sequence[Demonstration]) -> None:
-    _check_answers(source, [(shown.prompt, (shown.response,)) for shown in found])
-    _tell_plain_prompts(source, [shown.prompt for shown in found])
+    answers = [(one.prompt, (said(one.response, one.response_calls),)) for one in found]
+    _check_answers(source, answers)
+    _tell_plain_prompts(source, [one.prompt for one in found])
 
 
 def read_instructions(source: DataSource, kind: str, schema: Schema | None = None) -> tuple[list[Instruction], Drops]:
@@ -193,9 +208,10 @@ def read_pairs(source: DataSource, schema: Schema | None = None) -> tuple[list[P
         return question and best_against_worst(question, drops)
 
     found, drops = _read(source, PAIRS, read, schema)
-    _check_answers(source, [(pair.prompt, (pair.chosen, pair.rejected)) for pair in found])
+    tails = {pair.id: tuple(tail.as_text() for tail in tails_of(pair)) for pair in found}
+    _check_answers(source, [(pair.prompt, tails[pair.id]) for pair in found])
     _tell_plain_prompts(source, [pair.prompt for pair in found])
-    agreed = _agreed(found, lambda pair: (as_text(pair.prompt), [pair.chosen, pair.rejected]))
+    agreed = _agreed(found, lambda pair: (as_text(pair.prompt), [*tails[pair.id]]))
     drops += Counter(order_contradicts=len(found) - len(agreed))
     return agreed, drops
 
@@ -279,7 +295,8 @@ def _check_answers(source: DataSource, records: Sequence[tuple[Prompt, tuple[str
         SelfalignError: more than half of the answers do, of several.
     """
     asked = [(prompt if isinstance(prompt, str) else prompt[-1]["content"], answers) for prompt, answers in records]
-    count = sum(all(text.strip().startswith(said.strip()) for text in answers) for said, answers in asked)
+    begun = [all(text.strip().startswith(said.strip()) for text in answers) for said, answers in asked if said.strip()]
+    count = sum(begun)
     if len(records) > 1 and 2 * count > len(records):
         raise SelfalignError(
             f"{source}: in {count} of {len(records)} rows the answer begins with its own prompt, which would be "
@@ -386,7 +403,7 @@ def _of_schema(schema: type, rows: Iterator[Row]) -> Iterator[Any]:
         own = ("prompt", *INSTRUCTIONS) if schema is TranscriptPair else ()
         own = ("prompt",) if schema is RatedPair and isinstance(row.fields.get("prompt"), list) else own
         why = f"which rows of the schema {schema.__name__}, such as the first one, do not have"
-        row.refuse_filled((*BESIDE, *own), row.fields, why=why)
+        row.refuse_filled((*BESIDE, "tools", *own), row.fields, why=why)
         read: dict[str, Any] = {}
         if schema is RatedPair:
             read = {name: read_turns(row, name) for name in ("chosen", "rejected") if name in row.fields}
@@ -449,11 +466,12 @@ def _demonstration(row: Row, drops: Drops) -> Demonstration | None:
     for name, unwanted in (("label", ("false",)), ("kto_tag", ("false", "0"))):
         if str(row.fields.get(name)).strip().casefold() in unwanted:
             row.refuse(f"{name}={unwanted[0]} marks an unwanted answer, but a demonstration is taught; remove the row")
-    prompt = read_task(row)
+    row, prompt = _with_called(row), read_task_with_tools(row)
     whole = next((name for name in CONVERSATIONS if isinstance(row.fields.get(name), list)), "")
+    calls: list[Any] = []
     if whole and prompt and not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
         _check_last(row, whole, prompt[-1]["content"])
-        prompt, response = prompt[:-1], prompt[-1]["content"]
+        prompt, response, calls = prompt[:-1], prompt[-1]["content"], prompt[-1].get("tool_calls", [])
     elif isinstance(prompt, str) and any(isinstance(row.fields.get(name), list | dict) for name in ANSWERS):
         row.refuse("prompt is a text and the answer a list of turns; give both as texts or both as lists")
     else:
@@ -461,10 +479,29 @@ def _demonstration(row: Row, drops: Drops) -> Demonstration | None:
     if not prompt:
         row.refuse(_lacks(row, "demonstrations"))
     check_prompt(row, prompt)
-    if is_blank(response):
+    if is_blank(said(response, calls)):
         drops["empty_response"] += 1
         return None
-    return Demonstration(id="", prompt=prompt, response=response, source="ift")
+    return Demonstration(id="", prompt=prompt, response=response, source="ift", response_calls=calls or UNSET)
+
+
+def _with_called(row: Row) -> Row:
+    """Return a row whose answer is a tool call as a row with the whole conversation.
+
+    The answer is a list with the assistant's turn, or the text and the `response_calls` of a demonstrations.jsonl.
+    """
+    fields = dict(row.fields)
+    if calls := fields.pop("response_calls", None):
+        fields["response"] = [{"role": "assistant", "content": row.text("response"), "tool_calls": calls}]
+    for name in ANSWERS:
+        answer = fields[name] if isinstance(fields.get(name), list | dict) else []
+        turns = read_turns(Row(row.where, fields), name) if answer else []
+        if any("tool_calls" in turn for turn in turns):
+            prompt = read_task_with_tools(Row(row.where, {key: fields[key] for key in fields if key != name}))
+            if isinstance(prompt, str) or len(turns) != 1:
+                row.refuse(f"{name}: a tool call must be the only turn, behind a prompt of turns; got {spoken(turns)}")
+            return Row(row.where, {"messages": [*prompt, *turns]} | {n: fields[n] for n in ("id",) if n in fields})
+    return Row(row.where, fields)
 
 
 def _conversation(row: Row, drops: Drops) -> Demonstration | None:

@@ -290,6 +290,8 @@ EVAL_FINISHED_SHARE = Metric("eval/finished_share", "share of answers that end b
     "share", better="higher", title="answers finished")
 EVAL_SCORE_LENGTH_CORRELATION = Metric("eval/score_length_correlation",
     "Spearman's, of score and length in characters over the answers", "correlation", title="answers: score and length")
+LONGER_PAIRS = Metric("longer_pairs", "pairs with responses of several turns or tool calls, which no judge scores",
+    "count")
 PREFERENCES_PAIRS = Metric("preferences/pairs", "pairs of `evaluate.preference_pairs` measured", "count")
 PREFERENCES_SCORED = Metric("preferences/scored", "measured pairs whose responses both have a score",
     "count", title="scored pairs")

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import PreferencePair, Prompt, Response
+from selfalign.data.tails import tails_of
 from selfalign.data.thinking import ask_to_think
 from selfalign.losses.refinement import Refinement, augment
 from selfalign.models.checkpoint import UNBOUNDED
@@ -28,6 +30,7 @@ from selfalign.models.tokenizer import (
     decode_response,
     encode_answers,
     encode_prompt,
+    encode_tail,
     has_unknown,
     plain_ids,
     settle_boundary,
@@ -122,9 +125,38 @@ def encode_group(
         prompt_ids = encode_prompt(tokenizer, prompt)
         if not prompt_ids:
             raise SelfalignError("the prompt is empty, and the tokenizer adds no BOS: give a prompt")
-        responses = encode_answers(tokenizer, prompt, answers)
-    masked = [count_thought(tokenizer, prompt_ids, ids) if mask_thought else 0 for ids in responses]
-    return SharedPrompt(id=record_id, prompt=prompt_ids, responses=responses, num_context_tokens=masked)
+        encoded = [_encode_response(tokenizer, prompt, prompt_ids, answer) for answer in answers]
+    masked: list[int] = []
+    unscored: list[list[list[int]]] = []
+    for ids, turns in encoded:
+        scored = [
+            (
+                start + (count_thought(tokenizer, [*prompt_ids, *ids[:start]], ids[start:end]) if mask_thought else 0),
+                end,
+            )
+            for start, end in turns
+        ]
+        masked.append(scored[0][0])
+        unscored.append([[before, start] for (_, before), (start, _) in pairwise(scored)])
+    return SharedPrompt(
+        id=record_id,
+        prompt=prompt_ids,
+        responses=[ids for ids, _ in encoded],
+        num_context_tokens=masked,
+        unscored=unscored if any(unscored) else [],
+    )
+
+
+def _encode_response(
+    tokenizer: "Tokenizer", prompt: "Prompt", prompt_ids: list[int], answer: Answer
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Return the ids of a response behind its prompt, and the (start, end) of the assistant's turns in them."""
+    if not answer.turns:
+        [ids] = encode_answers(tokenizer, prompt, [answer])
+        return ids, [(0, len(ids))]
+    if isinstance(prompt, str):
+        raise SelfalignError("a response of several turns needs a prompt of turns, but prompt is a text")
+    return encode_tail(tokenizer, prompt, prompt_ids, answer)
 
 
 @contextmanager
@@ -236,14 +268,18 @@ def encode_pairs(
         prompt, answers = settle_boundary(tokenizer, asked, answers_of(pair))
         whole = encode_group(tokenizer, pair.id, prompt, answers, mask_thought=mask_thought)
         plain, prompt = shorten_group(tokenizer, whole, prompt, limit)
+        if prompt is not None and plain is not whole:
+            _check_tails(tokenizer, whole, prompt, answers)
         augmented = None
         if p is not None and prompt is not None:
             longer = replace(whole, prompt=encode_prompt(tokenizer, augment(p, prompt)))
             augmented, behind_p = shorten_group(tokenizer, longer, prompt, context, lambda x: augment(p, x))
             if behind_p is None:
                 prompt = None
-            elif behind_p != prompt:
-                tally["cut_behind_p"] += 1
+            else:
+                _check_tails(tokenizer, whole, augment(p, behind_p), answers)
+                if behind_p != prompt:
+                    tally["cut_behind_p"] += 1
         if plain is None or prompt is None:
             tally["too_long"] += 1
             continue
@@ -259,6 +295,21 @@ def encode_pairs(
         raise SelfalignError(
             f"none of {tally['too_long']} pairs fits into train.align.max_length={limit} tokens{behind}"
         )
+
+
+def _check_tails(tokenizer: "Tokenizer", group: SharedPrompt, prompt: "Prompt", answers: Sequence[Answer]) -> None:
+    """Check that responses of several turns have behind another prompt the ids that they have in the group.
+
+    Raises:
+        SelfalignError: the template writes them in another way there; the record is named.
+    """
+    if any(answer.turns or answer.calls for answer in answers):
+        other = encode_group(tokenizer, group.id, prompt, answers)
+        if other.responses != group.responses:
+            raise SelfalignError(
+                f"record {group.id}: behind a shortened or augmented prompt the chat template writes its responses in "
+                "another way. Give shorter prompts, or another template with model.chat_template=FILE"
+            )
 
 
 def shorten_group(
@@ -288,10 +339,23 @@ def shorten_group(
 
 def answers_of(pair: "PreferencePair") -> list[Answer]:
     """Return both responses, the chosen one first."""
+    chosen, rejected = tails_of(pair)
     return [
-        Answer(text=pair.chosen, finished=pair.chosen_finished, ids=pair.chosen_ids, thought=pair.chosen_thought),
         Answer(
-            text=pair.rejected, finished=pair.rejected_finished, ids=pair.rejected_ids, thought=pair.rejected_thought
+            text=pair.chosen,
+            finished=pair.chosen_finished,
+            ids=pair.chosen_ids,
+            thought=pair.chosen_thought,
+            calls=chosen.calls,
+            turns=chosen.turns,
+        ),
+        Answer(
+            text=pair.rejected,
+            finished=pair.rejected_finished,
+            ids=pair.rejected_ids,
+            thought=pair.rejected_thought,
+            calls=rejected.calls,
+            turns=rejected.turns,
         ),
     ]
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
+from msgspec import UNSET
+
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_json, digest_text
 from selfalign.core.jsonl import read_records, write_records
@@ -263,7 +265,15 @@ def every_turn(conversation: Demonstration, drops: Counter[str]) -> list[Demonst
     earlier = [at for at in range(first, len(prompt) - 1) if prompt[at]["role"] == "assistant"]
     taught = [at for at in earlier if UNTAUGHT not in prompt[at]]
     drops["turns_not_to_train_on"] += len(earlier) - len(taught)
-    turns = [replace(conversation, prompt=bare[:at], response=bare[at]["content"]) for at in taught]
+    turns = [
+        replace(
+            conversation,
+            prompt=bare[:at],
+            response=bare[at]["content"],
+            response_calls=bare[at].get("tool_calls", UNSET),
+        )
+        for at in taught
+    ]
     turns.append(replace(conversation, prompt=bare))
     if len(turns) == 1:
         return turns
@@ -271,10 +281,14 @@ def every_turn(conversation: Demonstration, drops: Counter[str]) -> list[Demonst
     return [replace(turn, id=f"{name}/turn-{number}", question=name) for number, turn in enumerate(turns, start=1)]
 
 
+def _content_of(turn: Demonstration) -> str:
+    return digest_json([turn.prompt, turn.response, turn.response_calls or []])
+
+
 def distinct_turns(turns: Sequence[Demonstration], drops: Counter[str]) -> list[Demonstration]:
     """Return each turn behind the same prompt once; conversations that begin alike have some in common."""
-    kept = {digest_json([turn.prompt, turn.response]): turn for turn in reversed(turns)}
-    distinct = [turn for turn in turns if kept.get(digest_json([turn.prompt, turn.response])) is turn]
+    kept = {_content_of(turn): turn for turn in reversed(turns)}
+    distinct = [turn for turn in turns if kept.get(_content_of(turn)) is turn]
     drops["turns_repeated"] += len(turns) - len(distinct)
     return distinct
 

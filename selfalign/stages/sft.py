@@ -108,7 +108,8 @@ def group_demonstrations(
             fits = len(example) <= max_length
             tally["demonstrations" if fits else "too_long"] += 1
             if fits:
-                answer = Answer(text=record.prefill + record.response, ids=record.ids)
+                said = record.prefill + record.response
+                answer = Answer(text=said, ids=record.ids, calls=record.response_calls or [])
                 if has_unknown(tokenizer, record.prompt, [answer]):
                     tally["unknown"] += 1
                 yield example
@@ -161,6 +162,7 @@ def encode_demonstration(tokenizer: "Tokenizer", record: Demonstration) -> Encod
     """
     with of_record(record.id):
         answer = Answer(text=record.response, ids=record.ids, thought=record.thought)
+        answer = replace(answer, calls=record.response_calls or [])
         asked = ask_to_think(record.thought_prompt, record.prompt)
         prompt, [answer] = settle_boundary(tokenizer, asked, [answer])
         ids = encode_prompt(tokenizer, prompt, record.prefill)
