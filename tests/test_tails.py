@@ -410,8 +410,8 @@ def logps_by_hand(policy: PolicyCheckpoint, example: PairExample) -> list[float]
 
 
 @pytest.fixture(scope="module")
-def scored(policy: PolicyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    """The pairs and their stored log-probabilities."""
+def scored(policy: PolicyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
+    """The pairs, their stored log-probabilities, and the counts."""
     folder = tmp_path_factory.mktemp("scored")
     pairs = records_artifact(folder / "pairs", pairs=pairs_of_several_turns())
     out = workspace(folder / "references")

@@ -466,7 +466,8 @@ def _demonstration(row: Row, drops: Drops) -> Demonstration | None:
     for name, unwanted in (("label", ("false",)), ("kto_tag", ("false", "0"))):
         if str(row.fields.get(name)).strip().casefold() in unwanted:
             row.refuse(f"{name}={unwanted[0]} marks an unwanted answer, but a demonstration is taught; remove the row")
-    row, prompt = _with_called(row), read_task_with_tools(row)
+    row = _with_called(row)
+    prompt = read_task_with_tools(row)
     whole = next((name for name in CONVERSATIONS if isinstance(row.fields.get(name), list)), "")
     calls: list[Any] = []
     if whole and prompt and not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":

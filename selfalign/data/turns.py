@@ -181,7 +181,19 @@ def read_turns(row: Row, name: str) -> list[Message]:
     value = row.fields[name]
     items = [value] if isinstance(value, dict) else value
     turns = [_read_turn(row, f"{name}[{index}]", item) for index, item in enumerate(items)]
+    _name_results(turns)
     return [turn for turn in turns if turn["role"] != "system" or turn.get("tools") or not is_blank(turn["content"])]
+
+
+def _name_results(turns: list[Message]) -> None:
+    """Give the turns of tools the names of the tools that were called: by the call's id, else in the calls' order."""
+    calls: list[dict[str, Any]] = []
+    for turn in turns:
+        if turn["role"] == "assistant":
+            calls = list(turn.get("tool_calls", ()))
+        elif turn["role"] == "tool" and calls:
+            place = next((at for at, call in enumerate(calls) if call.get("id") == turn.get("tool_call_id")), 0)
+            turn.setdefault("name", calls.pop(place)["function"]["name"])
 
 
 def _read_turn(row: Row, place: str, item: Any) -> Message:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from functools import lru_cache
-from itertools import takewhile
+from itertools import product, takewhile
 from typing import TYPE_CHECKING, Any, cast
 
 from selfalign.core.errors import SelfalignError
@@ -123,6 +123,7 @@ def render_call(tokenizer: "Tokenizer", messages: list[Message], answer: Message
     """
     turns = _prepared(tokenizer, [*messages, answer])
     before, after = _render_around(tokenizer, turns[:-1])
+    before = before.removesuffix(answer_shape(tokenizer).margin)  # A call may begin without the space before a text.
     whole = _apply(tokenizer, turns, add_generation_prompt=False)
     if not whole.startswith(before):
         raise SelfalignError(
@@ -130,7 +131,7 @@ def render_call(tokenizer: "Tokenizer", messages: list[Message], answer: Message
             "trained as its answer. Leave such records out, or give another template with model.chat_template=FILE."
         )
     said = whole[len(before) :]
-    _check_text_of(tokenizer, turns[-1]["content"], said)
+    _check_text_of(tokenizer, turns[-1]["content"] or "", said)
     end = _first_control_word(tokenizer, after)
     if end and said.endswith(after):
         return before, said[: len(said) - len(after)] + after[: after.index(end) + len(end)], True
@@ -177,9 +178,12 @@ ARGUMENT_FORMS: tuple[Callable[[dict[str, Any]], Any], ...] = (
 )
 """Forms of a call's arguments that templates take: an object, or its JSON text."""
 
+NO_TEXT = ("", None)
+"""Forms of the content of a call without text that templates take. transformers leaves None out."""
+
 
 def _with_arguments(tokenizer: "Tokenizer", messages: list[Message]) -> list[Message]:
-    """Return messages with the arguments of calls in the form in which the template writes them.
+    """Return messages with their tool calls in the form in which the template writes them.
 
     A copy of the messages tells: its tools, calls and results are single characters that no template writes by itself.
 
@@ -188,16 +192,16 @@ def _with_arguments(tokenizer: "Tokenizer", messages: list[Message]) -> list[Mes
     """
     copy, marks = _marked_copy(messages)
     faults: list[str] = []
-    for form in ARGUMENT_FORMS:
+    for nothing, form in product(NO_TEXT, ARGUMENT_FORMS):
         try:
-            text = _render_to_check(tokenizer, _in_form(copy, form))
+            text = _render_to_check(tokenizer, _in_form(copy, form, nothing))
         except SelfalignError as error:
             faults.append(str(error))
             continue
         # A name in single quotes is Python's spelling of an object, which is no JSON.
         missing = [what for mark, what in marks.items() if mark not in text or f"{{'{mark}':" in text]
         if not missing:
-            return _in_form(messages, form)
+            return _in_form(messages, form, nothing)
         faults.append(
             f"the chat template leaves out {missing[0]}. Remove the tools from the data, or give a template that "
             "writes them with model.chat_template=FILE."
@@ -236,21 +240,20 @@ def _marked_copy(messages: list[Message]) -> tuple[list[Message], dict[str, str]
             made["tools"] = [renamed(tool, "the definitions of tools") for tool in message["tools"]]
         if "tool_calls" in message:
             made["tool_calls"] = [called(call) for call in message["tool_calls"]]
+            made["content"] = message["content"] and mark("the text beside tool calls")
         return made
 
     return [copied(message) for message in messages], marks
 
 
-def _in_form(messages: list[Message], form: Callable[[dict[str, Any]], Any]) -> list[Message]:
-    """Return messages with the arguments of their calls in this form."""
+def _in_form(messages: list[Message], form: Callable[[dict[str, Any]], Any], nothing: str | None) -> list[Message]:
+    """Return messages with the arguments of their calls in this form, and this content where a call has no text."""
+
+    def formed(call: dict[str, Any]) -> dict[str, Any]:
+        return call | {"function": call["function"] | {"arguments": form(call["function"]["arguments"])}}
+
     return [
-        message
-        | {
-            "tool_calls": [
-                call | {"function": call["function"] | {"arguments": form(call["function"]["arguments"])}}
-                for call in message["tool_calls"]
-            ]
-        }
+        message | {"content": message["content"] or nothing, "tool_calls": list(map(formed, message["tool_calls"]))}
         if "tool_calls" in message
         else message
         for message in messages
