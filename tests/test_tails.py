@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import loaded, optimization, policy_artifact, records_artifact, weights, wider_policy, workspace
+from builders import loaded, optimization, policy_artifact, records_artifact, run, weights, wider_policy, workspace
 from test_prompt_boundary import CHATML, COLON_AND_SPACE
 from thinking_families import thinking_tokenizer
 
@@ -513,6 +513,18 @@ def test_report_shows_all_turns_of_a_tail() -> None:
     chosen, rejected = pair_candidates(TAILED)
     assert chosen.text == "assistant: A wren.\n\nuser: And a fish?\n\nassistant: An old cod."
     assert rejected.text.startswith("assistant: No.\n\nuser: Please!")
+
+
+def test_judge_of_test_pairs_of_several_turns_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    given = write(tmp_path / "train", {"instruction": "A", "chosen": "x", "rejected": "y"})
+    source = write(tmp_path, ROW)
+    overrides = [
+        "experiment=smoke", "data=pairs", f"data.path={given}", "iterations=1", "judge@evaluate.preference_pairs.judge="
+        "expected_score", "evaluate.preference_pairs.judge.model=sft", f"evaluate.preference_pairs.source={source}",
+    ]  # fmt: skip
+    with pytest.raises(SelfalignError, match=r"1 of 1 pairs of evaluate\.preference_pairs.* leave the judge out"):
+        run(tmp_path / "out", *overrides)
+    assert not list((tmp_path / "out/store").glob("sft/*"))
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,13 @@
 import json
 from collections import Counter
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from builders import composed, policy_artifact, records_artifact
 from tokenizers import AddedToken
 
 from selfalign.core.errors import SelfalignError
@@ -15,7 +18,9 @@ from selfalign.core.records import Demonstration, PreferencePair
 from selfalign.data.sources import read_demonstrations, read_instructions, read_outputs, read_pairs, read_ranked
 from selfalign.data.turns import as_text
 from selfalign.models.batches import encode_pairs
+from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.tokenizer import Answer, encode_answers, encode_prompt, has_unknown
+from selfalign.pipeline.requirements import check_requirements
 from selfalign.runs.reader import pair_candidates
 from selfalign.stages.seed_data import every_turn
 from selfalign.stages.sft import encode_demonstration, group_demonstrations
@@ -575,3 +580,25 @@ def test_demonstration_of_a_call_is_trained_with_its_end(tokenizer: Any) -> None
 
 def test_characters_of_tools_that_the_vocabulary_lacks_are_counted(tiny_tokenizer: Any) -> None:
     assert not has_unknown(tiny_tokenizer, [with_tools(WEATHER), ASKED], [Answer(text="", calls=ONCE["tool_calls"])])
+
+
+@pytest.mark.parametrize("kind", ["demonstrations", "pairs", "preferences"])
+def test_model_whose_template_leaves_out_tools_is_refused_before_anything_is_trained(
+    tiny_policy: PolicyCheckpoint, tmp_path: Path, kind: str
+) -> None:
+    prompt = [with_tools(WEATHER), ASKED]
+    pair = PreferencePair(id="r9", prompt=prompt, chosen="x", rejected="y")
+    taught = Demonstration(id="r9", prompt=prompt, response="x", source="ift")
+    plain = PreferencePair(id="a", prompt=[ASKED], chosen="x", rejected="y")
+    counts = {"context": 2048, "chat_template": True, "system_turns": True, "earlier_turns": True, "dropout": True}
+    base = replace(policy_artifact(tiny_policy), counts=counts)
+    seeds = records_artifact(tmp_path / "seeds", demonstrations=[taught] if kind == "demonstrations" else [])
+    inputs: Any = SimpleNamespace(
+        seed_data=replace(seeds, counts={"ift": 1, "eft": 0}),
+        pairs=records_artifact(tmp_path / "pairs", pairs=[plain, *([pair] if kind == "pairs" else [])]),
+        preferences=records_artifact(tmp_path / "test", pairs=[plain, *([pair] if kind == "preferences" else [])]),
+        questions=None,
+    )
+    config = composed("experiment=smoke", "data=pairs", "data.path=a.jsonl", "iterations=1")[0]
+    with pytest.raises(SelfalignError, match="record r9: the chat template leaves out the definitions of tools"):
+        check_requirements(config, base, inputs)

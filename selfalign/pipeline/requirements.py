@@ -268,7 +268,8 @@ def _records(inputs: RunInputs) -> Iterator[Demonstration | PreferencePair]:
     """Yield all given demonstrations and pairs, to train on or held out."""
     kinds = ((inputs.seed_data, "demonstrations", Demonstration), (inputs.pairs, "pairs", PreferencePair))
     for artifact, name, kind in (*kinds, (inputs.preferences, "pairs", PreferencePair)):
-        if artifact is not None and (file := artifact.path / f"{name}.jsonl").stat().st_size:
+        file = None if artifact is None else artifact.path / f"{name}.jsonl"
+        if file is not None and file.exists() and file.stat().st_size:
             yield from stream_records(file, kind)
 
 
