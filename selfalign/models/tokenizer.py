@@ -58,6 +58,7 @@ class Answer:
         ids: those it was written as, its end of turn included; empty where only the text is known.
         thought: what was written before it.
         calls: its tool calls.
+        bare: whether no empty thought stands before it, as before a turn that others follow.
         turns: turns between the prompt and it, the first of them the assistant's. `encode_tail` encodes these.
     """
 
@@ -66,6 +67,7 @@ class Answer:
     ids: list[int] = field(default_factory=list)
     thought: str = ""
     calls: list[Message] = field(default_factory=list)
+    bare: bool = False
     turns: list[Message] = field(default_factory=list)
 
     def said(self) -> str:
@@ -113,7 +115,7 @@ def encode_answers(
             return answer.ids
         if answer.calls:
             return _encode_call(tokenizer, prompt, prefill, ids, answer)
-        begun = isinstance(prompt, str) or prefill or _begun_answer(prompt)[1]
+        begun = isinstance(prompt, str) or prefill or answer.bare or _begun_answer(prompt)[1]
         thought, said = ("", answer.thought + answer.text) if begun else _parted(tokenizer, before, margin, answer)
         text = margin + thought + said + closing * answer.finished
         text = text.rstrip() if answer.finished and strips_answers(tokenizer) else text
@@ -132,6 +134,7 @@ def _encode_call(tokenizer: "Tokenizer", prompt: Prompt, prefill: str, ids: list
         )
     turn = {"role": "assistant", "content": answer.thought + answer.text, "tool_calls": answer.calls}
     before, text, ends = render_call(tokenizer, prompt, turn)
+    text = text.removeprefix(empty_thought(tokenizer)) if answer.bare else text
     whole = rendered_ids(tokenizer, before + text)
     if whole[: len(ids)] != ids:
         raise SelfalignError(
@@ -185,14 +188,14 @@ def encode_tail(
 def _as_earlier_turn(tokenizer: "Tokenizer", prompt: list[Message], turn: Message) -> list[list[int]]:
     """Return the ids that a turn of the assistant's may have behind a prompt if the conversation goes on.
 
-    It may lose the empty thought of a last turn, and its end may be the token that begins the next turn.
+    It may lose the empty thought of a last turn. Its end may be the token that begins the next turn, or nothing where a
+    text begins that.
     """
-    text, calls = without_control(tokenizer, turn["content"]), turn.get("tool_calls", [])
-    [own] = encode_answers(tokenizer, prompt, [Answer(text=text, calls=calls)])
-    nothing = plain_ids(tokenizer, empty_thought(tokenizer)) if empty_thought(tokenizer) else []
-    forms = [own, own[len(nothing) :]] if nothing and own[: len(nothing)] == nothing else [own]
-    follower = answer_shape(tokenizer).next
-    return [*forms, *([*one[:-1], follower] for one in forms if follower is not None)]
+    own = Answer(text=without_control(tokenizer, turn["content"]), calls=turn.get("tool_calls", []))
+    both = [own, replace(own, bare=True)] if empty_thought(tokenizer) else [own]
+    forms, follower = encode_answers(tokenizer, prompt, both), answer_shape(tokenizer).next
+    others = [one[:-1] for one in forms] if follower is None else [[*one[:-1], follower] for one in forms]
+    return [*forms, *others]
 
 
 def _parted(tokenizer: "Tokenizer", before: str, margin: str, answer: Answer) -> tuple[str, str]:
