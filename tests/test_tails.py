@@ -344,6 +344,20 @@ def test_prompt_before_a_tail_is_cut_and_the_tail_never_is(policy: PolicyCheckpo
         list(encode_pairs(tokenizer, [pair], None, max(map(len, whole.plain.responses)), tally))
 
 
+def test_tail_that_the_template_writes_in_another_way_behind_a_shorter_prompt_is_refused(
+    policy: PolicyCheckpoint,
+) -> None:
+    tokenizer = with_template(policy, CHATML.replace("{{ m['role'] }}\n", "{{ m['role'] }} {{ loop.index }}\n"))
+    tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n", "assistant {{ messages | length + 1 }}\n")
+    long = [user("old " * 60), say("Yes."), *ASKED]
+    pair = PreferencePair(id="p", prompt=long, chosen="An old cod.", rejected="No.", chosen_turns=CHOSEN[:-1])
+    [whole] = encoded(tokenizer, pair)
+    with pytest.raises(
+        SelfalignError, match="record p: behind a shortened or augmented prompt the chat template writes"
+    ):
+        encoded(tokenizer, pair, limit=whole.longest() - 1)
+
+
 def test_template_that_opens_a_thought_in_the_prompt_alone_is_refused_with_the_record(policy: PolicyCheckpoint) -> None:
     with pytest.raises(SelfalignError, match=r"record p: .*in another way .*turn 2 of 4.*Give a pair of single answ"):
         encoded(with_template(policy, "deepseek_r1"), TAILED)
