@@ -481,11 +481,9 @@ def test_calls_and_tools_that_spell_control_tokens_cannot_end_a_turn(tokenizer: 
         (PLAIN, [ASKED, CALLED, TOLD], "tool calls"),
         (PLAIN.replace("m.content", "(m.tool_calls[0].function.name if m.tool_calls else m.content)"),
          [ASKED, CALLED, TOLD], "the arguments of tool calls"),
-        (PLAIN.replace("m.content", "(m.tool_calls[0].function | string if m.tool_calls else m.content)"),
-         [ASKED, CALLED, TOLD], "tool calls|the arguments of tool calls"),
         (QWEN3.replace("elif m.role == 'tool'", "elif m.role == 'no'"), [ASKED, CALLED, TOLD], "what a tool returns"),
     ],
-    ids=["definitions", "calls", "arguments", "spelling_of_python", "results"],
+    ids=["definitions", "calls", "arguments", "results"],
 )  # fmt: skip
 def test_template_that_leaves_out_tools_is_refused_with_record_and_what_to_do(
     tiny_tokenizer: Any, template: str, turns: list[Row], what: str
@@ -495,6 +493,17 @@ def test_template_that_leaves_out_tools_is_refused_with_record_and_what_to_do(
     message = rf"record d7: the chat template leaves out ({what})\. .*model\.chat_template=FILE"
     with pytest.raises(SelfalignError, match=message):
         encode_demonstration(tokenizer, shown)
+
+
+def test_arguments_that_a_template_would_spell_as_python_does_are_given_as_json(tiny_tokenizer: Any) -> None:
+    called = "(m.tool_calls[0].function.name ~ m.tool_calls[0].function.arguments if m.tool_calls else m.content)"
+    tokenizer = tokenizer_of(tiny_tokenizer, PLAIN.replace("m.content", called))
+    assert 'weather{"city": "Rome"}' in tokenizer.decode(encode_prompt(tokenizer, [ASKED, CALLED, TOLD]))
+
+
+def test_definitions_that_a_template_spells_as_python_does_stay_as_it_writes_them(tiny_tokenizer: Any) -> None:
+    tokenizer = tokenizer_of(tiny_tokenizer, "{{- tools | string if tools else '' }}" + PLAIN)
+    assert "'name': 'weather'" in tokenizer.decode(encode_prompt(tokenizer, [with_tools(WEATHER), ASKED]))
 
 
 def test_template_that_refuses_turns_of_tools_is_named(tiny_tokenizer: Any) -> None:

@@ -61,8 +61,9 @@ EARLIER: list[Message] = [{"role": "user", "content": FOLLOW_UP}, {"role": "assi
 
 RULE: Message = {"role": "system", "content": "\ue003"}
 
-FIRST_MARK = 0xE100
-"""The first of the characters that stand for parts of tools while it is checked that a template writes them."""
+FIRST_MARK = 0x13000
+"""The first of the characters, hieroglyphs, that stand for parts of tools while it is checked that a template writes
+them. Private characters would not do: Python escapes them where a template writes an object as Python spells it."""
 
 BEGINNINGS = ("The", "so", "I'm", '"Yes', "(no", "- one", "# One", "`x`", "**One", "1", "¿Qué", "Été", "日本", "</b>")
 """Beginnings of answers, to find where a tokenizer puts the boundary between a prompt and an answer."""
