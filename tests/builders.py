@@ -98,6 +98,17 @@ def nudged_policy(files: PolicyCheckpoint, folder: Path, size: float = 0.02) -> 
     return PolicyCheckpoint(folder)
 
 
+def wider_policy(files: PolicyCheckpoint, folder: Path, rows: int = 1152) -> PolicyCheckpoint:
+    """The policy with moved weights and more rows in its vocabulary, for tokenizers to which a test adds tokens."""
+    policy = nudged_policy(files, folder / "nudged", size=0.2).load("float32")
+    torch.manual_seed(1)
+    policy.model.resize_token_embeddings(rows, mean_resizing=False)
+    policy.model.save_pretrained(folder / "weights")
+    policy.tokenizer.save_pretrained(folder / "tokenizer")
+    write_json(folder / "weights.json", digest_weights(folder / "weights"))
+    return PolicyCheckpoint(folder)
+
+
 def small_context_policy(files: PolicyCheckpoint, folder: Path, context: int) -> PolicyCheckpoint:
     """The same weights, said to take sequences of at most `context` tokens."""
     policy = files.load("float32")

@@ -516,7 +516,8 @@ def check(small: Artifact, *overrides: str) -> None:
     """Holds a composed run against what M0 can do."""
     config = composed(SMOKE, *SHORT, *overrides)[0]
     taught = int(bool(config.data.seed_data.demonstrations))
-    given: Any = SimpleNamespace(seed_data=replace(small, counts={"ift": taught, "eft": 0}))
+    seeds = replace(small, counts={"ift": taught, "eft": 0})
+    given: Any = SimpleNamespace(seed_data=seeds, pairs=None, preferences=None)
     check_requirements(config, small, given)
 
 

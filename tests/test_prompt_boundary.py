@@ -176,6 +176,27 @@ def test_prompt_and_response_are_the_ids_of_the_template_over_the_whole_conversa
 
 
 @every_kind
+@pytest.mark.parametrize("conversation", [ASKED, DIALOGUE], ids=["one_turn", "dialogue"])
+def test_prompt_and_several_turns_are_the_ids_of_the_template_and_every_answer_is_scored_with_its_end(
+    tokenizer: Any, conversation: list[dict[str, str]]
+) -> None:
+    turns = [{"role": "assistant", "content": '"Roma" is.'}, {"role": "user", "content": "And of Spain?"}]
+    one = PreferencePair(id="a", prompt=conversation, chosen="Madrid.", rejected="No.", chosen_turns=turns)
+    [example] = encode_pairs(tokenizer, [one], None, 1000, Counter())
+    chosen, rejected = example.plain.responses
+    own = [*example.plain.prompt, *chosen]
+    assert own == whole(tokenizer, [*conversation, *turns], "Madrid.")[: len(own)]
+    assert rejected == encode_answers(tokenizer, conversation, [Answer(text="No.")])[0]
+    places = example.plain.scored_places(0)
+    first = [chosen[at] for at in places if at < example.plain.unscored[0][0][0]]
+    last = [chosen[at] for at in places if at >= example.plain.unscored[0][0][1]]
+    assert [decode_response(tokenizer, ids) for ids in (first, last)] == ['"Roma" is.', "Madrid."]
+    follower = answer_shape(tokenizer).next
+    assert last[-1] == end_of_turn_id(tokenizer)
+    assert end_of_turn_id(tokenizer) not in first if follower is None else first[-1] == follower
+
+
+@every_kind
 @pytest.mark.parametrize("text", ["    indented\n  first line", "\n\nbelow", "two spaces  ", "line\n", " \t", ""])
 def test_white_space_at_either_end_of_an_answer_survives(tokenizer: Any, text: str) -> None:
     for finished in (True, False):

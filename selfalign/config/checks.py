@@ -239,7 +239,7 @@ def _idle_data(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
         writing = "prompt|sampling|seed_examples|generated_examples|prompts_per_batch|max_batches"
         yield rf"data\.instruct\.({writing})", "data.instruct.source gives the instructions, so none are generated"
     if not seeds.demonstrations:
-        yield r"data\.seed_data\.max_demonstrations", "data.seed_data.demonstrations is empty"
+        yield r"data\.seed_data\.(max_demonstrations|assistant_turns)", "data.seed_data.demonstrations is empty"
     if not seeds.ranked:
         ranked = "max_ranked|held_out_share|eft_source|max_score_imbalance"
         yield rf"data\.seed_data\.({ranked})", "data.seed_data.ranked is empty"

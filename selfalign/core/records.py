@@ -7,9 +7,20 @@ policy's weights), so that a later stage can check what it is given. The fields 
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
-Message = dict[str, str]
-"""One turn of a conversation: {"role": "system" | "user" | "assistant", "content": text}."""
+import msgspec
+
+Message = dict[str, Any]
+"""One turn of a conversation: {"role": "system" | "user" | "assistant" | "tool", "content": text}.
+
+An assistant's turn may have `tool_calls`, a list of {"type": "function", "function": {"name", "arguments"}} with an
+optional `id`; a tool's may have `name` and `tool_call_id`. The system turn of a prompt may have `tools`, the
+definitions of the tools; if its content is empty, it is nothing but their place.
+"""
+
+Turns = list[Message] | msgspec.UnsetType
+"""Turns of a record, or its tool calls. Where there are none, the record's line has no such field."""
 
 Prompt = str | list[Message]
 """Input of the model: messages for the chat template, or a text that is taken as it stands."""
@@ -69,7 +80,7 @@ class Demonstration:
     given instead of learnt. Demonstrations of one `question` have prompts that begin alike, so they are trained side by
     side and their beginning is computed once. `ids` are the tokens of a response that a model wrote, and `thought` is
     what it wrote before its answer; a given response may hold its thought itself. `thought_prompt` asked for the
-    thought, before the prompt.
+    thought, before the prompt. `response_calls` are the tool calls of the response, which may have no text beside them.
     """
 
     id: str
@@ -81,6 +92,7 @@ class Demonstration:
     ids: list[int] = field(default_factory=list)
     thought: str = ""
     thought_prompt: str = ""
+    response_calls: Turns = msgspec.UNSET
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -238,6 +250,10 @@ class PreferencePair:
     to the records the pair was made from. `chosen_ids` and `rejected_ids` are the responses' tokens as they were
     written, and `chosen_thought` and `rejected_thought` what was written before the answers, for which `thought_prompt`
     asked before the prompt. All are empty for given pairs, whose responses may hold their thoughts themselves.
+
+    Given pairs may go on from their prompt with several turns. `chosen` is then the last answer, and `chosen_turns`
+    are those before it, of which the first is the assistant's; `chosen_calls` are the tool calls of the last answer.
+    So with `rejected_turns` and `rejected_calls`.
     """
 
     id: str
@@ -256,6 +272,10 @@ class PreferencePair:
     chosen_thought: str = ""
     rejected_thought: str = ""
     thought_prompt: str = ""
+    chosen_turns: Turns = msgspec.UNSET
+    rejected_turns: Turns = msgspec.UNSET
+    chosen_calls: Turns = msgspec.UNSET
+    rejected_calls: Turns = msgspec.UNSET
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

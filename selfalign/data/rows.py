@@ -29,6 +29,12 @@ UNREAD = (
 )  # fmt: skip
 """Fields with a part of the task or the answer that no record can hold: refused in rows and turns, unless empty."""
 
+TOOLS = ("tools", "tool_calls")
+"""Those of these fields that prompts, demonstrations and pairs can hold: definitions of tools, and calls of them."""
+
+OLDER = {"functions": "tools", "function_call": "tool_calls"}
+"""{OpenAI's older name of a field, whose form is another: today's name}."""
+
 CONVERSATIONS = ("messages", "conversations", "conversation")
 """Fields with a list of turns; so may be `prompt`."""
 
@@ -51,6 +57,9 @@ ANSWERS = ("response", "output", "completion", "answer")
 SIDES = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"), ("response", "rejected_response"))
 """Fields with the better and the worse answer: TRL's and most others', OpenAI's, ms-swift's."""
 
+TAILS = ("chosen_turns", "rejected_turns", "chosen_calls", "rejected_calls", "response_calls")
+"""Fields of pairs.jsonl and demonstrations.jsonl with turns before an answer, and with its tool calls."""
+
 SCORES = tuple(
     (f"{side}_score", f"score_{side}", f"{side}_rating", f"rating_{side}", f"{side}-rating", f"{side}-score")
     for side in ("chosen", "rejected")
@@ -64,7 +73,7 @@ SPELLED_GAPS = ("nan", "none", "null", "nil", "undefined", "n/a", "#n/a", "<na>"
 """How programs spell an absent text."""
 
 READ = {
-    "prompt", "responses", "id", "category", "generator", "dataset", "label", "kto_tag",
+    "prompt", "responses", "id", "category", "generator", "dataset", "label", "kto_tag", "tools", *TAILS,
     *CONVERSATIONS, *INSTRUCTIONS, *BESIDE, *ANSWERS, *chain.from_iterable((*SIDES, *SCORES)),
 }  # fmt: skip
 """Fields that are read, by one format or another."""
@@ -77,6 +86,7 @@ MARKS = {"label": {"true": True, "false": False}, "kto_tag": {"true": True, "1":
 
 MEANINGS = {
     "prompt": "the prompt",
+    "tools": "the definitions of tools",
     **dict.fromkeys(SYSTEM, "the system turn"),
     **dict.fromkeys(CONVERSATIONS, "turns"),
     "history": "earlier turns",
@@ -117,7 +127,7 @@ class Row:
             SelfalignError: a field that cannot be read is filled.
         """
         row = cls(where, _without_gaps(raw))
-        row.refuse_filled(UNREAD, row.fields, why="which selfalign cannot use; join it to the text or remove it")
+        row.refuse_unread(row.fields, ("tools",), why="which selfalign cannot use; join it to the text or remove it")
         alike = (name for name in row.fields if name not in READ and name.strip().casefold() in (*READ, *UNREAD))
         row.refuse_filled(alike, row.fields, why="but fields are named in small letters, without spaces")
         return row
@@ -143,9 +153,25 @@ class Row:
             SelfalignError: one is filled.
         """
         for name in names:
-            if name in fields and _is_filled(fields[name]):
+            if name in fields and is_filled(fields[name]):
                 why = why or "which selfalign cannot use; convert or remove such rows"
                 self.refuse(f"the field {place}{name} is filled ({shown(fields[name])}), {why}")
+
+    def refuse_unread(self, fields: dict[str, Any], read: Iterable[str], place: str = "", why: str = "") -> None:
+        """Raise an error if a part of the task is filled that no record can hold.
+
+        Args:
+            fields: fields of the row, or of an object in it.
+            read: those that are read here.
+            place: the place of that object in the row.
+            why: what to do instead, for the message.
+
+        Raises:
+            SelfalignError: one is filled.
+        """
+        for name, today in OLDER.items():
+            self.refuse_filled((name,), fields, place, f"the older form of OpenAI's {today}; convert it to {today}")
+        self.refuse_filled((name for name in UNREAD if name not in read), fields, place, why)
 
     def text(self, name: str) -> str:
         """Return a text field; "" if it is absent, blank or an empty list.
@@ -270,12 +296,12 @@ def shown(value: Any) -> str:
     return kinds.get(type(value), f"a {type(value).__name__}")
 
 
-def _is_filled(value: Any) -> bool:
+def is_filled(value: Any) -> bool:
     """Return whether a field is filled. Lists and objects of empty values are not, nor are texts that spell them."""
     if isinstance(value, dict):
-        return any(map(_is_filled, value.values()))
+        return any(map(is_filled, value.values()))
     if isinstance(value, list):
-        return any(map(_is_filled, value))
+        return any(map(is_filled, value))
     if isinstance(value, str):
         return not is_blank(value) and value.strip() not in ("[]", "{}", "null")
     return bool(value)

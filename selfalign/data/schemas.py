@@ -7,7 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -15,7 +15,8 @@ import msgspec
 from selfalign.core.files import digest_json
 from selfalign.core.records import Demonstration, Message, PreferencePair, RankedAnswers
 from selfalign.data.rows import is_blank
-from selfalign.data.turns import as_prompt, compared, fault_of
+from selfalign.data.tails import Tail, common_turns, pair_of
+from selfalign.data.turns import as_prompt, compared, fault_of, said, turn_text
 
 LANGUAGE = "en"
 """Language of the messages taken from Open Assistant, as in arXiv 2401.10020, section 3.1."""
@@ -316,26 +317,27 @@ def against_pair(chosen: str, rejected: str, better: float | None = None, worse:
     return "identical" if chosen == rejected else None
 
 
+def against_tails(chosen: Tail, rejected: Tail, better: float | None = None, worse: float | None = None) -> str | None:
+    """Return why two tails are no preference, or None."""
+    answers = said(chosen.text, chosen.calls), said(rejected.text, rejected.calls)
+    reason = against_pair(*answers, better, worse)
+    return None if reason == "identical" and chosen != rejected else reason
+
+
 def _pair(
     chosen: list[Message], rejected: list[Message], scores: tuple[float | None, float | None], drops: Drops
 ) -> PreferencePair | None:
-    """Return the pair of two conversations that differ only in their last turn, or None with the reason counted."""
+    """Return the pair of two conversations that part at an answer, or None with the reason counted."""
     if not _is_dialogue(chosen) or not _is_dialogue(rejected):
         reason = "no_dialogue"
-    elif chosen[:-1] != rejected[:-1]:
-        reason = "different_prompts"
     else:
-        texts = chosen[-1]["content"], rejected[-1]["content"]
-        reason = against_pair(*texts, *scores)
-        if reason is None:
-            return PreferencePair(
-                id=digest_json([chosen, rejected[-1:]])[:16],
-                prompt=chosen[:-1],
-                chosen=texts[0],
-                rejected=texts[1],
-                chosen_score=scores[0],
-                rejected_score=scores[1],
-            )
+        size = common_turns(chosen, rejected)
+        preferred, other = Tail.of(chosen[size:]), Tail.of(rejected[size:])
+        if not size or preferred is None or other is None:
+            reason = "different_prompts"
+        elif not (reason := against_tails(preferred, other, *scores)):
+            name = digest_json([chosen, rejected[size:]])[:16]
+            return replace(pair_of(chosen[:size], preferred, other, scores), id=name)
     drops[reason] += 1
     return None
 
@@ -346,10 +348,11 @@ def _last_turns(conversations: Sequence[list[Message]], drops: Drops) -> list[De
     for messages in conversations:
         if not _is_dialogue(messages):
             drops["no_dialogue"] += 1
-        elif is_blank(messages[-1]["content"]):
+        elif is_blank(turn_text(messages[-1])):
             drops["empty_response"] += 1
         else:
-            found.append(_demonstration(messages[:-1], messages[-1]["content"], digest_json(messages)[:16]))
+            made = _demonstration(messages[:-1], messages[-1]["content"], digest_json(messages)[:16])
+            found.append(replace(made, response_calls=messages[-1].get("tool_calls", msgspec.UNSET)))
     return _unique(found, drops)
 
 
@@ -358,7 +361,7 @@ def _is_dialogue(messages: list[Message]) -> bool:
     return (
         len(messages) > 1
         and messages[-1]["role"] == "assistant"
-        and messages[-2]["role"] == "user"
+        and messages[-2]["role"] in ("user", "tool")
         and not fault_of(messages[:-1])
     )
 

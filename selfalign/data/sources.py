@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from itertools import chain, combinations
 from typing import Any, TypeVar
 
+from msgspec import UNSET
+
 from selfalign.core.errors import SelfalignError, reason_of
 from selfalign.core.records import Demonstration, Instruction, Message, PreferencePair, Prompt, RankedAnswers
 from selfalign.data.containers import Placed, read_rows
@@ -43,13 +45,28 @@ from selfalign.data.schemas import (
     against_pair,
     schema_of,
 )
-from selfalign.data.turns import as_text, check_prompt, fault_of, only_answer, read_task, read_turns, spoken
+from selfalign.data.tails import tails_of
+from selfalign.data.turns import (
+    ROLES,
+    as_text,
+    check_prompt,
+    fault_of,
+    only_answer,
+    read_task,
+    read_task_with_tools,
+    read_turns,
+    said,
+    spoken,
+)
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Drops = Counter[str]
 Readers = dict[type, Callable[[Any], tuple[list[T], Drops]]]
+
+UNTAUGHT = "untaught"
+"""Key of a turn that the data mark as not to be trained on, while it is read."""
 
 WANTED = {
     "demonstrations": "instruction (or question, query, input; with input, context, system, history) and response (or "
@@ -101,22 +118,41 @@ class AnswersRow:
 def read_demonstrations(source: DataSource, schema: Schema | None = None) -> tuple[list[Demonstration], Drops]:
     """Return prompts with good answers, and the number of dropped rows, by reason.
 
-    The last turn of a conversation, which is the assistant's, is the target; the turns before it are the prompt. To
-    train on an earlier turn of the assistant, give the conversation up to it as a row of its own.
+    The last turn of a conversation, which is the assistant's, is the target; the turns before it are the prompt.
 
     Raises:
         SelfalignError: a row is in none of the known formats.
     """
     found, drops = _read(source, "demonstrations", DEMONSTRATIONS, _demonstration, schema)
-    _check_answers(source, [(shown.prompt, (shown.response,)) for shown in found])
-    _tell_plain_prompts(source, [shown.prompt for shown in found])
+    _check_demonstrations(source, found)
     longer = sum(not isinstance(d.prompt, str) and any(t["role"] == "assistant" for t in d.prompt) for d in found)
     if longer:
         logger.info(
-            "%s: in %d of %d rows only the last answer is trained on; earlier ones are part of the prompt",
+            "%s: in %d of %d rows only the last answer is trained on; earlier ones are part of the prompt "
+            "(data.seed_data.assistant_turns=all trains on them too)",
             *(source, longer, len(found)),
         )
     return found, drops
+
+
+def read_conversations(source: DataSource, schema: Schema | None = None) -> tuple[list[Demonstration], Drops]:
+    """Return the same as `read_demonstrations`, for training on every turn of the assistant's.
+
+    A turn in a prompt that the data mark as not to be trained on has the key `UNTAUGHT`. The target is the last turn
+    without such a mark. A row that has none is dropped and counted.
+
+    Raises:
+        SelfalignError: a row is in none of the known formats.
+    """
+    found, drops = _read(source, "demonstrations", DEMONSTRATIONS, _conversation, schema)
+    _check_demonstrations(source, found)
+    return found, drops
+
+
+def _check_demonstrations(source: DataSource, found: Sequence[Demonstration]) -> None:
+    answers = [(one.prompt, (said(one.response, one.response_calls),)) for one in found]
+    _check_answers(source, answers)
+    _tell_plain_prompts(source, [one.prompt for one in found])
 
 
 def read_instructions(source: DataSource, kind: str, schema: Schema | None = None) -> tuple[list[Instruction], Drops]:
@@ -188,9 +224,10 @@ def read_pairs(source: DataSource, schema: Schema | None = None) -> tuple[list[P
         return question and best_against_worst(question, drops)
 
     found, drops = _read(source, "pairs", PAIRS, read, schema)
-    _check_answers(source, [(pair.prompt, (pair.chosen, pair.rejected)) for pair in found])
+    tails = {pair.id: tuple(tail.as_text() for tail in tails_of(pair)) for pair in found}
+    _check_answers(source, [(pair.prompt, tails[pair.id]) for pair in found])
     _tell_plain_prompts(source, [pair.prompt for pair in found])
-    agreed = _agreed(found, lambda pair: (as_text(pair.prompt), [pair.chosen, pair.rejected]))
+    agreed = _agreed(found, lambda pair: (as_text(pair.prompt), [*tails[pair.id]]))
     drops += Counter(order_contradicts=len(found) - len(agreed))
     return agreed, drops
 
@@ -274,7 +311,8 @@ def _check_answers(source: DataSource, records: Sequence[tuple[Prompt, tuple[str
         SelfalignError: more than half of the answers do, of several.
     """
     asked = [(prompt if isinstance(prompt, str) else prompt[-1]["content"], answers) for prompt, answers in records]
-    count = sum(all(text.strip().startswith(said.strip()) for text in answers) for said, answers in asked)
+    begun = [all(text.strip().startswith(said.strip()) for text in answers) for said, answers in asked if said.strip()]
+    count = sum(begun)
     if len(records) > 1 and 2 * count > len(records):
         raise SelfalignError(
             f"{source}: in {count} of {len(records)} rows the answer begins with its own prompt, which would be "
@@ -395,7 +433,7 @@ def _of_schema(schema: type, rows: Iterator[Row]) -> Iterator[Any]:
         own = ("prompt", *INSTRUCTIONS) if schema is TranscriptPair else ()
         own = ("prompt",) if schema is RatedPair and isinstance(row.fields.get("prompt"), list) else own
         why = f"which rows of the schema {schema.__name__}, such as the first one, do not have"
-        row.refuse_filled((*BESIDE, *own), row.fields, why=why)
+        row.refuse_filled((*BESIDE, "tools", *own), row.fields, why=why)
         read: dict[str, Any] = {}
         if schema is RatedPair:
             read = {name: read_turns(row, name) for name in ("chosen", "rejected") if name in row.fields}
@@ -457,11 +495,13 @@ def _demonstration(row: Row, drops: Drops) -> Demonstration | None:
     for name in MARKS:
         if mark_of(row, name) is False:
             row.refuse(f"{name}=false marks an unwanted answer, but a demonstration is taught; remove the row")
-    prompt = read_task(row)
+    row = _with_called(row)
+    prompt = read_task_with_tools(row)
     whole = next((name for name in CONVERSATIONS if isinstance(row.fields.get(name), list)), "")
+    calls: list[Any] = []
     if whole and prompt and not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
         _check_last(row, whole, prompt[-1]["content"])
-        prompt, response = prompt[:-1], prompt[-1]["content"]
+        prompt, response, calls = prompt[:-1], prompt[-1]["content"], prompt[-1].get("tool_calls", [])
     elif isinstance(prompt, str) and any(isinstance(row.fields.get(name), list | dict) for name in ANSWERS):
         row.refuse("prompt is a text and the answer a list of turns; give both as texts or both as lists")
     else:
@@ -469,10 +509,64 @@ def _demonstration(row: Row, drops: Drops) -> Demonstration | None:
     if not prompt:
         row.refuse(_lacks(row, "demonstrations"))
     check_prompt(row, prompt)
-    if is_blank(response):
+    if is_blank(said(response, calls)):
         drops["empty_response"] += 1
         return None
-    return Demonstration(id="", prompt=prompt, response=response, source="ift")
+    return Demonstration(id="", prompt=prompt, response=response, source="ift", response_calls=calls or UNSET)
+
+
+def _with_called(row: Row) -> Row:
+    """Return a row whose answer is a tool call as a row with the whole conversation.
+
+    The answer is a list with the assistant's turn, or the text and the `response_calls` of a demonstrations.jsonl.
+    """
+    fields = dict(row.fields)
+    if calls := fields.pop("response_calls", None):
+        fields["response"] = [{"role": "assistant", "content": row.text("response"), "tool_calls": calls}]
+    for name in ANSWERS:
+        answer = fields[name] if isinstance(fields.get(name), list | dict) else []
+        turns = read_turns(Row(row.where, fields), name) if answer else []
+        if any("tool_calls" in turn for turn in turns):
+            prompt = read_task_with_tools(Row(row.where, {key: fields[key] for key in fields if key != name}))
+            if isinstance(prompt, str) or len(turns) != 1:
+                row.refuse(f"{name}: a tool call must be the only turn, behind a prompt of turns; got {spoken(turns)}")
+            return Row(row.where, {"messages": [*prompt, *turns]} | {n: fields[n] for n in ("id",) if n in fields})
+    return Row(row.where, fields)
+
+
+def _conversation(row: Row, drops: Drops) -> Demonstration | None:
+    """Return the demonstration of a row's last turn to be taught, with marks on the others that are not."""
+    name = next((name for name in CONVERSATIONS if isinstance(row.fields.get(name), list)), "")
+    items = row.fields[name] if name else []
+    if not any(_mark(item) for item in items):
+        return _demonstration(row, drops)
+    taught = [at for at, item in enumerate(items) if _speaks(item) and not _mark(item)]
+    if not taught:
+        drops["not_to_train_on"] += 1
+        return None
+    drops["turns_not_to_train_on"] += sum(map(_speaks, items[taught[-1] + 1 :]))
+    kept = items[: taught[-1] + 1]
+    made = _demonstration(Row(row.where, row.fields | {name: kept}), drops)
+    if made is None or isinstance(made.prompt, str):
+        return made
+    # From the end, because a system turn may have come from another field, or be blank and gone.
+    marked = dict(zip(range(len(made.prompt) - 1, -1, -1), reversed(kept[:-1]), strict=False))
+    prompt = [
+        turn | {UNTAUGHT: True} if turn["role"] == "assistant" and _mark(marked.get(at)) else turn
+        for at, turn in enumerate(made.prompt)
+    ]
+    return replace(made, prompt=prompt)
+
+
+def _speaks(item: Any) -> bool:
+    """Whether an item of a conversation is a turn of the assistant's."""
+    return isinstance(item, dict) and ROLES.get(str(item.get("role", item.get("from")))) == "assistant"
+
+
+def _mark(item: Any) -> str:
+    """Return the field that marks an item of a conversation as not to be trained on; "" if none does."""
+    marks = ("weight", "train", "loss") if isinstance(item, dict) else ()
+    return next((mark for mark in marks if mark in item and not item[mark]), "")
 
 
 def mark_of(row: Row, name: str) -> bool | None:
@@ -483,11 +577,8 @@ def mark_of(row: Row, name: str) -> bool | None:
 def _check_last(row: Row, name: str, response: str) -> None:
     """Raise an error if a conversation's last turn is not one to be taught."""
     last = row.fields[name][-1]
-    for mark in ("weight", "train", "loss"):
-        if mark in last and not last[mark]:
-            row.refuse(
-                f"{name}[{len(row.fields[name]) - 1}].{mark}={shown(last[mark])}: the last turn is what is taught"
-            )
+    if mark := _mark(last):
+        row.refuse(f"{name}[{len(row.fields[name]) - 1}].{mark}={shown(last[mark])}: the last turn is what is taught")
     for other, text in _answers(row).items():
         if text and text != response:
             row.refuse(f"{other} differs from the last turn of {name}; keep one")

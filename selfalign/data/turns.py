@@ -1,16 +1,30 @@
 """The task of a row, in the ways of instruction and chat data: as a text, or as the turns of a conversation."""
 
+import json
 import unicodedata
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+from msgspec import UnsetType
+
 from selfalign.core.records import Message, Prompt
-from selfalign.data.rows import BESIDE, CONVERSATIONS, INPUTS, INSTRUCTIONS, SYSTEM, UNREAD, Row, is_blank, shown
+from selfalign.data.rows import (
+    BESIDE,
+    CONVERSATIONS,
+    INPUTS,
+    INSTRUCTIONS,
+    SYSTEM,
+    TOOLS,
+    Row,
+    is_blank,
+    is_filled,
+    shown,
+)
 
 ROLES = {
     "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
-    "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
+    "chatgpt": "assistant", "model": "assistant", "bot": "assistant", "tool": "tool",
 }  # fmt: skip
 """{speaker's name in data: role}."""
 
@@ -27,7 +41,18 @@ def as_text(prompt: Prompt) -> str:
     """Return a prompt to read: its only message, or its turns with their roles."""
     if isinstance(prompt, str):
         return prompt
-    return prompt[0]["content"] if len(prompt) == 1 else "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+    return turn_text(prompt[0]) if len(prompt) == 1 else "\n\n".join(f"{m['role']}: {turn_text(m)}" for m in prompt)
+
+
+def turn_text(turn: Message) -> str:
+    """Return a turn to read: its content, and its tool calls or the definitions of tools below it."""
+    return said(turn["content"], [*turn.get("tool_calls", ()), *turn.get("tools", ())])
+
+
+def said(text: str, calls: Sequence[Any] | UnsetType) -> str:
+    """Return an answer to read: its text, and a line for each tool call."""
+    lines = [json.dumps(call.get("function", call), ensure_ascii=False) for call in calls or ()]
+    return "\n".join([*([text] if text or not lines else []), *lines])
 
 
 def compared(text: str) -> str:
@@ -43,7 +68,7 @@ def compared_prompt(prompt: Prompt) -> str:
 
 def texts_in(prompt: Prompt) -> set[str]:
     """Return the texts of a prompt in the form in which they are compared: the whole, and each turn of it."""
-    turns = [] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
+    turns = [] if isinstance(prompt, str) else list(map(turn_text, prompt))
     return {compared_prompt(prompt), *map(compared, turns)}
 
 
@@ -58,8 +83,45 @@ def instruction_of(prompt: Prompt) -> str:
     return next(message["content"] for message in prompt if message["role"] == "user")
 
 
-def read_task(row: Row, begun: tuple[str, list[Message]] | None = None) -> Prompt:
-    """Return the task of a row; no turn if it has none.
+def read_task(row: Row) -> Prompt:
+    """Return the task of a row where no tools can be used; no turn if it has none.
+
+    Raises:
+        SelfalignError: two fields contradict each other, one has no place, or there are tools.
+    """
+    row.refuse_filled(("tools",), row.fields, why="which only demonstrations and pairs can have")
+    task = read_task_with_tools(row)
+    if not isinstance(task, str) and any(turn["role"] == "tool" or turn.keys() & TOOLS for turn in task):
+        row.refuse("there are tool calls, which only demonstrations and pairs can have")
+    return task
+
+
+def read_task_with_tools(row: Row, begun: tuple[str, list[Message]] | None = None) -> Prompt:
+    """Return the task of a row; no turn if it has none. The definitions of its tools stand in its system turn.
+
+    Args:
+        row: the row.
+        begun: turns that stand in other fields, with these fields' name; None looks for a field with turns.
+
+    Raises:
+        SelfalignError: two fields contradict each other, or one has no place.
+    """
+    task, tools = _task_of(row, begun), read_tools(row, row.fields.get("tools"))
+    if not tools:
+        return task
+    if isinstance(task, str):
+        row.refuse(
+            "tools are given, but prompt is a text, which no chat template renders; rename prompt to instruction, "
+            "which becomes a user turn, or give prompt as a list of messages"
+        )
+    first = task[:1] if task[:1] and task[0]["role"] == "system" else [{"role": "system", "content": ""}]
+    if first[0].get("tools", tools) != tools:
+        row.refuse("the system turn and the row's tools field have different tools; keep one")
+    return [first[0] | {"tools": tools}, *(task[1:] if task[:1] == first else task)] if task else []
+
+
+def _task_of(row: Row, begun: tuple[str, list[Message]] | None = None) -> Prompt:
+    """Return the task of a row without its `tools`; no turn if it has none.
 
     A text in `prompt` stays as it is (TRL's standard format), so nothing can be joined to it. An instruction becomes a
     user turn, with its input after it, the turns of `history` before it, and `system` before all. Turns are kept as
@@ -129,26 +191,120 @@ def read_turns(row: Row, name: str) -> list[Message]:
     value = row.fields[name]
     items = [value] if isinstance(value, dict) else value
     turns = [_read_turn(row, f"{name}[{index}]", item) for index, item in enumerate(items)]
-    return [turn for turn in turns if turn["role"] != "system" or not is_blank(turn["content"])]
+    _name_results(turns)
+    return [turn for turn in turns if turn["role"] != "system" or turn.get("tools") or not is_blank(turn["content"])]
+
+
+def _name_results(turns: list[Message]) -> None:
+    """Give the turns of tools the names of the tools that were called: by the call's id, else in the calls' order."""
+    calls: list[dict[str, Any]] = []
+    for turn in turns:
+        if turn["role"] == "assistant":
+            calls = list(turn.get("tool_calls", ()))
+        elif turn["role"] == "tool" and calls:
+            place = next((at for at, call in enumerate(calls) if call.get("id") == turn.get("tool_call_id")), 0)
+            turn.setdefault("name", calls.pop(place)["function"]["name"])
 
 
 def _read_turn(row: Row, place: str, item: Any) -> Message:
     if not isinstance(item, dict) or not {"role", "from"} & item.keys():
         found = f"the fields {', '.join(item)}" if isinstance(item, dict) else shown(item)
         row.refuse(f"{place}: a turn must be an object with role and content, or from and value; got {found}")
-    row.refuse_filled((*UNREAD, "reasoning"), item, f"{place}.")
+    row.refuse_unread(item, TOOLS, f"{place}.")
+    row.refuse_filled(("reasoning",), item, f"{place}.")
     speaker = item.get("role", item.get("from"))
     role = ROLES.get(speaker) if isinstance(speaker, str) else None
     if role is None:
         row.refuse(
-            f"{place}: a turn's role must be system, user (or human) or assistant (or gpt); got {shown(speaker)}"
+            f"{place}: a turn's role must be system, user (or human), assistant (or gpt) or tool; got {shown(speaker)}"
         )
+    if role != "assistant":
+        row.refuse_filled(("tool_calls",), item, f"{place}.", "but only the assistant calls tools")
+    if role != "system":
+        row.refuse_filled(("tools",), item, f"{place}.", "which stand beside the turns, in a field tools of the row")
+    calls = read_calls(row, f"{place}.tool_calls", item.get("tool_calls"))
+    tools = read_tools(row, item.get("tools"), f"{place}.")
     content = item.get("content", item.get("value"))
+    content = "" if content is None and (calls or tools or role == "tool") else content
     if isinstance(content, list):
         content = "".join(_read_part(row, f"{place}.content[{n}]", part) for n, part in enumerate(content))
     if not isinstance(content, str):
         row.refuse(f"{place}: a turn's content must be a text, or a list of parts with text; got {shown(content)}")
-    return {"role": role, "content": content}
+    turn: Message = {"role": role, "content": content}
+    names = [name for name in ("name", "tool_call_id") if role == "tool" and isinstance(item.get(name), str)]
+    turn |= {name: item[name] for name in names}
+    return turn | ({"tool_calls": calls} if calls else {}) | ({"tools": tools} if tools else {})
+
+
+def read_tools(row: Row, value: Any, place: str = "") -> list[dict[str, Any]]:
+    """Return the definitions of tools in a field: a list of them, or its JSON text; none if it is empty.
+
+    Each becomes {"type": "function", "function": {"name", …}}, also where only the inner object is given.
+
+    Raises:
+        SelfalignError: one is no definition.
+    """
+    listed = _unspelled(row, f"{place}tools", value)
+    tools = [_wrapped(row, f"{place}tools[{index}]", tool) for index, tool in enumerate(listed)]
+    names = [tool["function"]["name"] for tool in tools]
+    if twice := [name for name in names if names.count(name) > 1]:
+        row.refuse(f"{place}tools: two tools have the name {twice[0]!r}")
+    return tools
+
+
+def read_calls(row: Row, place: str, value: Any) -> list[dict[str, Any]]:
+    """Return the tool calls in a field: a list of them, or its JSON text; none if it is empty.
+
+    Each becomes {"type": "function", "function": {"name", "arguments"}} with its `id` if it has one. Arguments that are
+    given as a JSON text become the object that it spells.
+
+    Raises:
+        SelfalignError: one is no call, or its arguments are no object.
+    """
+    calls: list[dict[str, Any]] = []
+    for index, call in enumerate(_unspelled(row, place, value)):
+        where = f"{place}[{index}]"
+        made = _wrapped(row, where, call)
+        arguments = made["function"].get("arguments", {})
+        if isinstance(arguments, str):
+            arguments = _spelled(row, f"{where}.arguments", arguments) if arguments.strip() else {}
+        if not isinstance(arguments, dict):
+            row.refuse(f"{where}.arguments: expected an object or its JSON text, got {shown(arguments)}")
+        function = {"name": made["function"]["name"], "arguments": arguments}
+        named = {"id": made["id"]} if isinstance(made.get("id"), str) else {}
+        calls.append({"type": "function", **named, "function": function})
+    return calls
+
+
+def _unspelled(row: Row, place: str, value: Any) -> list[Any]:
+    """Return a list, the list that a JSON text spells, or the object alone as a list."""
+    if isinstance(value, str) and is_filled(value):
+        value = _spelled(row, place, value)
+    if not is_filled(value):
+        return []
+    listed = [value] if isinstance(value, dict) else value
+    if not isinstance(listed, list):
+        row.refuse(f"{place}: expected a list or its JSON text, got {shown(value)}")
+    return listed
+
+
+def _spelled(row: Row, place: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        row.refuse(f"{place}: the text is not JSON: {error}")
+
+
+def _wrapped(row: Row, place: str, value: Any) -> dict[str, Any]:
+    """Return a definition or a call of a function, {"type": "function", "function": {"name", …}}."""
+    whole = value if isinstance(value, dict) and "function" in value else {"function": value}
+    inner, kind = whole["function"], whole.get("type", "function")
+    if kind != "function" or not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+        row.refuse(
+            f'{place}: expected {{"type": "function", "function": {{"name": …}}}} or the inner object alone, got '
+            f"{shown(value) if not isinstance(value, dict) else 'the fields ' + ', '.join(value)}"
+        )
+    return {"type": "function", **whole}
 
 
 def _read_part(row: Row, place: str, part: Any) -> str:
@@ -183,10 +339,12 @@ def only_answer(row: Row, name: str, turns: Sequence[Message]) -> str:
     """Return the text of an answer that is given as turns.
 
     Raises:
-        SelfalignError: these are not one turn of the assistant's.
+        SelfalignError: these are not one turn of the assistant's, or it calls a tool.
     """
     if len(turns) != 1 or turns[0]["role"] != "assistant":
         row.refuse(f"{name}: expected one assistant turn after the prompt, got {spoken(turns)}")
+    if "tool_calls" in turns[0]:
+        row.refuse(f"{name}: an answer with tool calls has no place here; give a conversation with it as messages")
     return turns[0]["content"]
 
 
@@ -196,9 +354,11 @@ def _with_system(row: Row, turns: list[Message], system: str) -> list[Message]:
     Raises:
         SelfalignError: they begin with another one.
     """
-    if not system or turns[:1] == [{"role": "system", "content": system}]:
+    if not system or (turns and turns[0]["role"] == "system" and turns[0]["content"] == system):
         return turns
     if turns and turns[0]["role"] == "system":
+        if not turns[0]["content"]:  # It holds nothing but tools.
+            return [turns[0] | {"content": system}, *turns[1:]]
         row.refuse("the system turn and the row's system field differ; keep one")
     return [{"role": "system", "content": system}, *turns]
 
@@ -217,15 +377,28 @@ def fault_of(turns: Sequence[Message]) -> str | None:
     """Return why turns are not a conversation so far, or None if they are.
 
     A system turn may stand first; user and assistant follow each other in turn. The last turn may be the assistant's:
-    the response then continues it.
+    the response then continues it. Behind an assistant's turn with tool calls stand the tools' turns.
     """
-    roles = [turn["role"] for turn in turns]
-    roles = roles[1:] if roles[:1] == ["system"] else roles
+    rest = list(turns[1:] if turns and turns[0]["role"] == "system" else turns)
+    roles = [turn["role"] for turn in rest]
     if "user" not in roles:
         return "there is no user turn"
     if "system" in roles:
         return "a system turn comes after another turn"
-    if twice := [first for first, second in pairwise(roles) if first == second]:
-        return f"two {twice[0]} turns follow each other"
-    empty = [index for index, turn in enumerate(turns) if is_blank(turn["content"])]
+    for before, turn in pairwise([{"role": ""}, *rest]):
+        role, called = turn["role"], before["role"] == "tool" or "tool_calls" in before
+        if role == "tool" and not called:
+            return "a tool turn does not follow a tool call"
+        if role == before["role"] != "tool":
+            return f"two {role} turns follow each other"
+        if role == "user" and before["role"] == "tool":
+            return "a user turn follows a tool turn"
+    if "tool_calls" in turns[-1]:
+        return "its last turn is a tool call, which no response can continue"
+    empty = [index for index, turn in enumerate(turns) if not _says_something(turn)]
     return f"turn {empty[0] + 1} is empty" if empty else None
+
+
+def _says_something(turn: Message) -> bool:
+    """Whether a turn has a text, or something in its place. A tool may return nothing."""
+    return turn["role"] == "tool" or bool(turn.keys() & TOOLS) or not is_blank(turn["content"])

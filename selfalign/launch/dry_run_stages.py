@@ -133,7 +133,9 @@ class StageEstimator:
         tokens, family, count = optimization.max_length, 1, records_in(demonstrations, "demonstrations")
         if not isinstance(demonstrations, PlannedArtifact):
             records = read_records(demonstrations.path / "demonstrations.jsonl", Demonstration)
-            groups = list(group_demonstrations(longest.tokenizer, records, optimization.max_length, Counter()))
+            length, reduction = optimization.max_length, optimization.loss_reduction
+            tokenizer = longest.tokenizer
+            groups = list(group_demonstrations(tokenizer, records, length, Counter(), loss_reduction=reduction))
             family = max(len(group.responses) for group in groups)
             tokens, count = max(tokens, *map(len, groups)), len(groups)
         size = min(optimization.batch_size, count)

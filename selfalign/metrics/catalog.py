@@ -79,6 +79,7 @@ CHAT_TEMPLATE = Metric("chat_template", "whether M0's tokenizer has a chat templ
 SYSTEM_TURNS = Metric("system_turns", "whether that template takes system turns", "flag")
 EARLIER_TURNS = Metric("earlier_turns", "whether that template takes turns before the last question", "flag")
 IFT = Metric("ift", "demonstrations of following instructions", "count")
+IFT_TURNS = Metric("ift_turns", "assistant turns of these demonstrations that are taught", "count")
 EFT = Metric("eft", "demonstrations of judging", "count")
 QUESTIONS_TAUGHT = Metric("questions_taught", "ranked questions that judging is taught with", "count")
 QUESTIONS_HELD_OUT = Metric("questions_held_out", "ranked questions that are held out, to measure judging", "count")
@@ -289,6 +290,8 @@ EVAL_FINISHED_SHARE = Metric("eval/finished_share", "share of answers that end b
     "share", better="higher", title="answers finished")
 EVAL_SCORE_LENGTH_CORRELATION = Metric("eval/score_length_correlation",
     "Spearman's, of score and length in characters over the answers", "correlation", title="answers: score and length")
+LONGER_PAIRS = Metric("longer_pairs", "pairs with responses of several turns or tool calls, which no judge scores",
+    "count")
 PREFERENCES_PAIRS = Metric("preferences/pairs", "pairs of `evaluate.preference_pairs` measured", "count")
 PREFERENCES_SCORED = Metric("preferences/scored", "measured pairs whose responses both have a score",
     "count", title="scored pairs")

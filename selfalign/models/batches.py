@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import PreferencePair, Prompt, Response
+from selfalign.data.tails import tails_of
 from selfalign.data.thinking import ask_to_think
 from selfalign.losses.refinement import Refinement, augment
 from selfalign.models.checkpoint import UNBOUNDED
@@ -29,6 +31,7 @@ from selfalign.models.tokenizer import (
     decode_response,
     encode_answers,
     encode_prompt,
+    encode_tail,
     has_unknown,
     plain_ids,
     settle_boundary,
@@ -48,13 +51,16 @@ class SharedPrompt:
     """Token ids of a prompt and of what follows it; `id` is the record's.
 
     The first `num_context_tokens[i]` tokens of response i are read but not scored: the rest of its own prompt, where
-    several prompts share only their beginning, or a thought that is masked.
+    several prompts share only their beginning, or a thought that is masked. So are the tokens from `start` to before
+    `end` for each [start, end] in `unscored[i]`, as the user's turns between answers. `unscored` is empty if no
+    response has such tokens.
     """
 
     id: str
     prompt: list[int]
     responses: list[list[int]]
     num_context_tokens: list[int]
+    unscored: list[list[list[int]]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.prompt) + sum(map(len, self.responses))
@@ -65,7 +71,13 @@ class SharedPrompt:
 
     def scored(self) -> list[int]:
         """The number of scored tokens of each response."""
-        return [len(response) - given for response, given in zip(self.responses, self.num_context_tokens, strict=True)]
+        return [len(self.scored_places(index)) for index in range(len(self.responses))]
+
+    def scored_places(self, index: int) -> list[int]:
+        """The indices of the scored tokens in response `index`."""
+        places = range(self.num_context_tokens[index], len(self.responses[index]))
+        passed = {at for start, end in (self.unscored or [[]] * (index + 1))[index] for at in range(start, end)}
+        return [at for at in places if at not in passed]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -115,9 +127,38 @@ def encode_group(
         prompt_ids = encode_prompt(tokenizer, prompt)
         if not prompt_ids:
             raise SelfalignError("the prompt is empty, and the tokenizer adds no BOS: give a prompt")
-        responses = encode_answers(tokenizer, prompt, answers)
-    masked = [count_thought(tokenizer, prompt_ids, ids) if mask_thought else 0 for ids in responses]
-    return SharedPrompt(id=record_id, prompt=prompt_ids, responses=responses, num_context_tokens=masked)
+        encoded = [_encode_response(tokenizer, prompt, prompt_ids, answer) for answer in answers]
+    masked: list[int] = []
+    unscored: list[list[list[int]]] = []
+    for ids, turns in encoded:
+        scored = [
+            (
+                start + (count_thought(tokenizer, [*prompt_ids, *ids[:start]], ids[start:end]) if mask_thought else 0),
+                end,
+            )
+            for start, end in turns
+        ]
+        masked.append(scored[0][0])
+        unscored.append([[before, start] for (_, before), (start, _) in pairwise(scored)])
+    return SharedPrompt(
+        id=record_id,
+        prompt=prompt_ids,
+        responses=[ids for ids, _ in encoded],
+        num_context_tokens=masked,
+        unscored=unscored if any(unscored) else [],
+    )
+
+
+def _encode_response(
+    tokenizer: "Tokenizer", prompt: "Prompt", prompt_ids: list[int], answer: Answer
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Return the ids of a response behind its prompt, and the (start, end) of the assistant's turns in them."""
+    if not answer.turns:
+        [ids] = encode_answers(tokenizer, prompt, [answer])
+        return ids, [(0, len(ids))]
+    if isinstance(prompt, str):
+        raise SelfalignError("a response of several turns needs a prompt of turns, but prompt is a text")
+    return encode_tail(tokenizer, prompt, prompt_ids, answer)
 
 
 @contextmanager
@@ -129,13 +170,35 @@ def of_record(record_id: str) -> Iterator[None]:
         raise SelfalignError(f"record {record_id}: {error}") from error
 
 
-def share_prompt(record_id: str, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> SharedPrompt:
-    """Return one group of several prompts, each with its response. Their common beginning is computed once."""
+def share_prompt(
+    record_id: str,
+    prompts: Sequence[list[int]],
+    responses: Sequence[list[int]],
+    unscored: Sequence[list[list[int]]] = (),
+) -> SharedPrompt:
+    """Return one group of several prompts, each with its response. Their common beginning is computed once.
+
+    Args:
+        record_id: names the group.
+        prompts: the prompts.
+        responses: the responses to them.
+        unscored: [start, end] of tokens of each response that are read but not scored; empty if there are none.
+    """
     columns = zip(*prompts, strict=False)
     shared = next((at for at, column in enumerate(columns) if len(set(column)) > 1), min(map(len, prompts)))
     tails = [[*prompt[shared:], *response] for prompt, response in zip(prompts, responses, strict=True)]
     given = [len(prompt) - shared for prompt in prompts]
-    return SharedPrompt(id=record_id, prompt=prompts[0][:shared], responses=tails, num_context_tokens=given)
+    moved = [
+        [[start + more, end + more] for start, end in spans]
+        for spans, more in zip(unscored, given, strict=bool(unscored))
+    ]
+    return SharedPrompt(
+        id=record_id,
+        prompt=prompts[0][:shared],
+        responses=tails,
+        num_context_tokens=given,
+        unscored=moved if any(moved) else [],
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -207,14 +270,18 @@ def encode_pairs(
         prompt, answers = settle_boundary(tokenizer, asked, answers_of(pair))
         whole = encode_group(tokenizer, pair.id, prompt, answers, mask_thought=mask_thought)
         plain, prompt = shorten_group(tokenizer, whole, prompt, limit)
+        if prompt is not None and plain is not whole:
+            _check_tails(tokenizer, whole, prompt, answers)
         augmented = None
         if p is not None and prompt is not None:
             longer = replace(whole, prompt=encode_prompt(tokenizer, augment(p, prompt)))
             augmented, behind_p = shorten_group(tokenizer, longer, prompt, context, lambda x: augment(p, x))
             if behind_p is None:
                 prompt = None
-            elif behind_p != prompt:
-                tally["cut_behind_p"] += 1
+            else:
+                _check_tails(tokenizer, whole, augment(p, behind_p), answers)
+                if behind_p != prompt:
+                    tally["cut_behind_p"] += 1
         if plain is None or prompt is None:
             tally["too_long"] += 1
             continue
@@ -230,6 +297,21 @@ def encode_pairs(
         raise SelfalignError(
             f"none of {tally['too_long']} pairs fits into train.align.max_length={limit} tokens{behind}"
         )
+
+
+def _check_tails(tokenizer: "Tokenizer", group: SharedPrompt, prompt: "Prompt", answers: Sequence[Answer]) -> None:
+    """Check that responses of several turns have behind another prompt the ids that they have in the group.
+
+    Raises:
+        SelfalignError: the template writes them in another way there; the record is named.
+    """
+    if any(answer.turns or answer.calls for answer in answers):
+        other = encode_group(tokenizer, group.id, prompt, answers)
+        if other.responses != group.responses:
+            raise SelfalignError(
+                f"record {group.id}: behind a shortened or augmented prompt the chat template writes its responses in "
+                "another way. Give shorter prompts, or another template with model.chat_template=FILE"
+            )
 
 
 def shorten_group(
@@ -259,10 +341,23 @@ def shorten_group(
 
 def answers_of(pair: "PreferencePair") -> list[Answer]:
     """Return both responses, the chosen one first."""
+    chosen, rejected = tails_of(pair)
     return [
-        Answer(text=pair.chosen, finished=pair.chosen_finished, ids=pair.chosen_ids, thought=pair.chosen_thought),
         Answer(
-            text=pair.rejected, finished=pair.rejected_finished, ids=pair.rejected_ids, thought=pair.rejected_thought
+            text=pair.chosen,
+            finished=pair.chosen_finished,
+            ids=pair.chosen_ids,
+            thought=pair.chosen_thought,
+            calls=chosen.calls,
+            turns=chosen.turns,
+        ),
+        Answer(
+            text=pair.rejected,
+            finished=pair.rejected_finished,
+            ids=pair.rejected_ids,
+            thought=pair.rejected_thought,
+            calls=rejected.calls,
+            turns=rejected.turns,
         ),
     ]
 
@@ -368,12 +463,13 @@ def pack(groups: Sequence[SharedPrompt]) -> Batch:
         prompt_end = len(ids) + len(group.prompt) - 1
         ids += group.prompt
         positions += range(len(group.prompt))
-        for response, given in zip(group.responses, group.num_context_tokens, strict=True):
-            logit_positions += [prompt_end, *range(len(ids), len(ids) + len(response) - 1)][given:]
+        for index, response in enumerate(group.responses):
+            places = group.scored_places(index)
+            logit_positions += [len(ids) + at - 1 if at else prompt_end for at in places]
             positions += range(len(group.prompt), len(group.prompt) + len(response))
             ids += response
-            targets += response[given:]
-            counts.append(len(response) - given)
+            targets += [response[at] for at in places]
+            counts.append(len(places))
     layout = PackedLayout(lengths_of(groups))
     inputs = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions]), "layout": layout}
     return _batch(inputs, logit_positions, targets, counts)
@@ -382,19 +478,19 @@ def pack(groups: Sequence[SharedPrompt]) -> Batch:
 def pad(groups: Sequence[SharedPrompt]) -> Batch:
     """Return a row for each response with its own copy of the prompt, padded on the right."""
     rows = [[*group.prompt, *response] for group in groups for response in group.responses]
-    prompts = [len(group.prompt) + given for group in groups for given in group.num_context_tokens]
+    places = [
+        [len(group.prompt) + at for at in group.scored_places(index)]
+        for group in groups
+        for index in range(len(group.responses))
+    ]
     width = max(map(len, rows))
     inputs = {
         "input_ids": torch.tensor([row + [0] * (width - len(row)) for row in rows]),
         "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
     }
-    logit_positions = [
-        index * width + at
-        for index, (row, prompt) in enumerate(zip(rows, prompts, strict=True))
-        for at in range(prompt - 1, len(row) - 1)
-    ]
-    targets = [token for row, prompt in zip(rows, prompts, strict=True) for token in row[prompt:]]
-    return _batch(inputs, logit_positions, targets, [len(row) - n for row, n in zip(rows, prompts, strict=True)])
+    logit_positions = [index * width + at - 1 for index, scored in enumerate(places) for at in scored]
+    targets = [row[at] for row, scored in zip(rows, places, strict=True) for at in scored]
+    return _batch(inputs, logit_positions, targets, list(map(len, places)))
 
 
 def _batch(inputs: dict[str, Any], logit_positions: list[int], targets: list[int], counts: list[int]) -> Batch:

@@ -8,11 +8,13 @@ generation prompt. So there the generation prompt is the prompt, and a thought, 
 written and trained.
 """
 
+import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from functools import lru_cache
-from itertools import takewhile
+from itertools import product, takewhile
 from typing import TYPE_CHECKING, Any, cast
 
 from selfalign.core.errors import SelfalignError
@@ -62,6 +64,10 @@ EARLIER: list[Message] = [{"role": "user", "content": FOLLOW_UP}, {"role": "assi
 
 RULE: Message = {"role": "system", "content": "\ue003"}
 
+FIRST_MARK = 0x13000
+"""The first of the characters, hieroglyphs, that stand for parts of tools while it is checked that a template writes
+them. Private characters would not do: Python escapes them where a template writes an object as Python spells it."""
+
 BEGINNINGS = ("The", "so", "I'm", '"Yes', "(no", "- one", "# One", "`x`", "**One", "1", "¿Qué", "Été", "日本", "</b>")
 """Beginnings of answers, to find where a tokenizer puts the boundary between a prompt and an answer."""
 
@@ -72,7 +78,14 @@ def template_of(tokenizer: "Tokenizer") -> str:
     Raises:
         SelfalignError: the tokenizer has no chat template, or none called default.
     """
+    return _named_template(tokenizer, "default")
+
+
+def _named_template(tokenizer: "Tokenizer", name: str) -> str:
+    """Return the chat template of this name; the default one, or the only one, where none has it."""
     templates = tokenizer.chat_template
+    if isinstance(templates, dict) and name in templates:
+        return templates[name]
     if isinstance(templates, dict) and "default" not in templates:
         raise SelfalignError(
             f"the model's tokenizer has the chat templates {', '.join(map(repr, templates))}, but none called "
@@ -95,11 +108,163 @@ def render_prompt(tokenizer: "Tokenizer", messages: list[Message]) -> str:
         SelfalignError: there is no template, or it refuses these messages (its own message is quoted), or a control
             token in a message cannot be broken up.
     """
-    safe = [{**message, "content": _without_control(tokenizer, message["content"])} for message in messages]
-    return _render_around(tokenizer, safe)[0]
+    return _render_around(tokenizer, _prepared(tokenizer, messages))[0]
 
 
-def _without_control(tokenizer: "Tokenizer", text: str) -> str:
+def render_call(tokenizer: "Tokenizer", messages: list[Message], answer: Message) -> tuple[str, str, bool]:
+    """Return an answer with tool calls as the template writes it behind a prompt.
+
+    Args:
+        tokenizer: has the template.
+        messages: the prompt.
+        answer: the assistant's turn, with `tool_calls`.
+
+    Returns:
+        (text of the prompt, text of the answer, whether that text ends its turn).
+
+    Raises:
+        SelfalignError: the template refuses the turns, leaves out a part of them, or writes another prompt before them.
+    """
+    turns = _prepared(tokenizer, [*messages, answer])
+    before, after = _render_around(tokenizer, turns[:-1])
+    before = before.removesuffix(answer_shape(tokenizer).margin)  # A call may begin without the space before a text.
+    whole = _apply(tokenizer, turns, add_generation_prompt=False)
+    if not whole.startswith(before):
+        raise SelfalignError(
+            "the chat template writes another prompt before a tool call than before a text, so that a call cannot be "
+            "trained as its answer. Leave such records out, or give another template with model.chat_template=FILE."
+        )
+    said = whole[len(before) :]
+    _check_text_of(tokenizer, turns[-1]["content"] or "", said)
+    end = _first_control_word(tokenizer, after)
+    if end and said.endswith(after):
+        return before, said[: len(said) - len(after)] + after[: after.index(end) + len(end)], True
+    last = max((said.rindex(word) + len(word) for word in control_words(tokenizer) if word in said), default=0)
+    return (before, said[:last], True) if last and not said[last:].strip() else (before, said.rstrip(), False)
+
+
+def _check_text_of(tokenizer: "Tokenizer", text: str, said: str) -> None:
+    """Check that what stands beside a tool call is written whole: its thought, and its text."""
+    markers = markers_of(tokenizer)
+    thought, answer = markers.split(text) if markers is not None else ("", text)
+    words = (markers.open, markers.close, markers.end) if markers is not None else ()
+    for word in sorted(words, key=len, reverse=True):
+        thought = thought.replace(word, "")
+    if left := [part for part in (thought.strip(), (answer or "").strip()) if part not in said]:
+        raise SelfalignError(
+            f"the chat template leaves out a text beside a tool call ({left[0][:40]!r}). Remove it from the data, or "
+            "give another template with model.chat_template=FILE."
+        )
+
+
+def _prepared(tokenizer: "Tokenizer", messages: list[Message]) -> list[Message]:
+    """Return messages as the template takes them: no text in them has a control token, and no part is left out."""
+    safe = [
+        {name: value if name == "role" else _broken_up(tokenizer, value) for name, value in message.items()}
+        for message in messages
+    ]
+    has_tools = any(message["role"] == "tool" or message.keys() & {"tools", "tool_calls"} for message in safe)
+    return _with_arguments(tokenizer, safe) if has_tools else safe
+
+
+def _broken_up(tokenizer: "Tokenizer", value: Any) -> Any:
+    """Return a value of a message with the control tokens in its texts broken up."""
+    if isinstance(value, str):
+        return without_control(tokenizer, value)
+    if isinstance(value, dict):
+        return {without_control(tokenizer, name): _broken_up(tokenizer, item) for name, item in value.items()}
+    return [_broken_up(tokenizer, item) for item in value] if isinstance(value, list) else value
+
+
+ARGUMENT_FORMS: tuple[Callable[[dict[str, Any]], Any], ...] = (
+    lambda arguments: arguments,
+    lambda arguments: json.dumps(arguments, ensure_ascii=False),
+)
+"""Forms of a call's arguments that templates take: an object, or its JSON text."""
+
+NO_TEXT = ("", None)
+"""Forms of the content of a call without text that templates take. transformers leaves None out."""
+
+
+def _with_arguments(tokenizer: "Tokenizer", messages: list[Message]) -> list[Message]:
+    """Return messages with their tool calls in the form in which the template writes them.
+
+    A copy of the messages tells: its tools, calls and results are single characters that no template writes by itself.
+
+    Raises:
+        SelfalignError: in no form is everything written.
+    """
+    copy, marks = _marked_copy(messages)
+    faults: list[str] = []
+    for nothing, form in product(NO_TEXT, ARGUMENT_FORMS):
+        try:
+            text = _render_to_check(tokenizer, _in_form(copy, form, nothing))
+        except SelfalignError as error:
+            faults.append(str(error))
+            continue
+        # A name in single quotes is Python's spelling of an object, which is no JSON.
+        missing = [what for mark, what in marks.items() if mark not in text or f"{{'{mark}':" in text]
+        if not missing:
+            return _in_form(messages, form, nothing)
+        faults.append(
+            f"the chat template leaves out {missing[0]}. Remove the tools from the data, or give a template that "
+            "writes them with model.chat_template=FILE."
+        )
+    raise SelfalignError(faults[0])
+
+
+def _render_to_check(tokenizer: "Tokenizer", messages: list[Message]) -> str:
+    if "tool_calls" in messages[-1]:
+        return _apply(tokenizer, messages, add_generation_prompt=False)
+    return _render_around(tokenizer, messages)[0]
+
+
+def _marked_copy(messages: list[Message]) -> tuple[list[Message], dict[str, str]]:
+    """Return messages with marks for what belongs to tools, and what each mark stands for."""
+    marks: dict[str, str] = {}
+
+    def mark(what: str) -> str:
+        marks[character := chr(FIRST_MARK + len(marks))] = what
+        return character
+
+    def renamed(tool: dict[str, Any], what: str) -> dict[str, Any]:
+        return tool | {"function": tool["function"] | {"name": mark(what)}}
+
+    def called(call: dict[str, Any]) -> dict[str, Any]:
+        made, what = renamed(call, "tool calls"), "the arguments of tool calls"
+        values = call["function"]["arguments"].values()
+        made["function"]["arguments"] = {mark(what): mark(what) if isinstance(v, str) else v for v in values}
+        return made
+
+    def copied(message: Message) -> Message:
+        made = dict(message)
+        if message["role"] == "tool" and message["content"]:
+            made["content"] = mark("what a tool returns")
+        if "tools" in message:
+            made["tools"] = [renamed(tool, "the definitions of tools") for tool in message["tools"]]
+        if "tool_calls" in message:
+            made["tool_calls"] = [called(call) for call in message["tool_calls"]]
+            made["content"] = message["content"] and mark("the text beside tool calls")
+        return made
+
+    return [copied(message) for message in messages], marks
+
+
+def _in_form(messages: list[Message], form: Callable[[dict[str, Any]], Any], nothing: str | None) -> list[Message]:
+    """Return messages with the arguments of their calls in this form, and this content where a call has no text."""
+
+    def formed(call: dict[str, Any]) -> dict[str, Any]:
+        return call | {"function": call["function"] | {"arguments": form(call["function"]["arguments"])}}
+
+    return [
+        message | {"content": message["content"] or nothing, "tool_calls": list(map(formed, message["tool_calls"]))}
+        if "tool_calls" in message
+        else message
+        for message in messages
+    ]
+
+
+def without_control(tokenizer: "Tokenizer", text: str) -> str:
     """Return the text with a space after the first letter of every control token."""
     text = break_up(text, control_words(tokenizer))
     spelled = spelled_at(tokenizer, text)
@@ -358,12 +523,17 @@ def _whole_around(tokenizer: "Tokenizer", messages: list[Message]) -> tuple[str,
 def _apply(tokenizer: "Tokenizer", messages: list[Message], *, add_generation_prompt: bool) -> str:
     from jinja2 import TemplateError
 
-    template = template_of(tokenizer)
+    tools = next((message["tools"] for message in messages[:1] if "tools" in message), None)
+    if tools is not None:
+        opening = {name: value for name, value in messages[0].items() if name != "tools"}
+        messages = [*([opening] if opening["content"] else []), *messages[1:]]
+    template = template_of(tokenizer) if tools is None else _named_template(tokenizer, "tool_use")
     template = _fixed_date() + template if "strftime_now" in template else template
     try:
         return str(
             tokenizer.apply_chat_template(
                 messages,
+                tools=tools,
                 chat_template=template,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, cast
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Message, Prompt
 from selfalign.data.thinking import PromptEnd, ask_to_think
+from selfalign.data.turns import said, turn_text
 from selfalign.models.chat_template import (
     SYSTEM_PROMPT,
     THOUGHT_PROMPT,
@@ -24,10 +25,12 @@ from selfalign.models.chat_template import (
     joined_space,
     marker_ids,
     markers_of,
+    render_call,
     render_prompt,
     rendered_ids,
     spelled_at,
     text_ids,
+    without_control,
 )
 
 if TYPE_CHECKING:
@@ -55,12 +58,22 @@ class Answer:
         finished: whether it ended by itself; one that was cut is not taught to end there.
         ids: those it was written as, its end of turn included; empty where only the text is known.
         thought: what was written before it.
+        calls: its tool calls.
+        bare: whether no empty thought stands before it, as before a turn that others follow.
+        turns: turns between the prompt and it, the first of them the assistant's. `encode_tail` encodes these.
     """
 
     text: str
     finished: bool = True
     ids: list[int] = field(default_factory=list)
     thought: str = ""
+    calls: list[Message] = field(default_factory=list)
+    bare: bool = False
+    turns: list[Message] = field(default_factory=list)
+
+    def said(self) -> str:
+        """The answer with its calls and the turns before it, to look for characters in."""
+        return "\n".join([*map(turn_text, self.turns), said(self.text, self.calls)])
 
 
 def encode_prompt(tokenizer: "Tokenizer", prompt: Prompt, prefill: str = "", thought: str = "") -> list[int]:
@@ -88,7 +101,11 @@ def encode_answers(
     """Return the ids of each answer behind a prompt (and behind the prefill).
 
     An answer that the model wrote keeps the ids it was written as. The others are tokenised together with the prompt,
-    whose ids do not change, and with their thought, which is an empty one where there is none.
+    whose ids do not change, and with their thought, which is an empty one where there is none. A tool call is what the
+    template writes.
+
+    Raises:
+        SelfalignError: a tool call cannot be written behind the prompt.
     """
     before, ids, margin = _context(tokenizer, prompt, prefill)
     shape = answer_shape(tokenizer)
@@ -97,7 +114,9 @@ def encode_answers(
     def encode(answer: Answer) -> list[int]:
         if answer.ids:
             return answer.ids
-        begun = isinstance(prompt, str) or prefill or _begun_answer(prompt)[1]
+        if answer.calls:
+            return _encode_call(tokenizer, prompt, prefill, ids, answer)
+        begun = isinstance(prompt, str) or prefill or answer.bare or _begun_answer(prompt)[1]
         thought, said = ("", answer.thought + answer.text) if begun else _parted(tokenizer, before, margin, answer)
         text = margin + thought + said + closing * answer.finished
         text = text.rstrip() if answer.finished and strips_answers(tokenizer) else text
@@ -106,6 +125,78 @@ def encode_answers(
         return [*own, *([end_of_turn_id(tokenizer)] if answer.finished else [])]
 
     return [encode(answer) for answer in answers]
+
+
+def _encode_call(tokenizer: "Tokenizer", prompt: Prompt, prefill: str, ids: list[int], answer: Answer) -> list[int]:
+    """Return the ids of an answer with tool calls behind a prompt of these ids."""
+    if isinstance(prompt, str) or prefill or _begun_answer(prompt)[1]:
+        raise SelfalignError(
+            "a tool call needs a prompt of turns that ends with the user's or a tool's, which a chat template renders"
+        )
+    turn = {"role": "assistant", "content": answer.thought + answer.text, "tool_calls": answer.calls}
+    before, text, ends = render_call(tokenizer, prompt, turn)
+    text = text.removeprefix(empty_thought(tokenizer)) if answer.bare else text
+    whole = rendered_ids(tokenizer, before + text)
+    if whole[: len(ids)] != ids:
+        raise SelfalignError(
+            "the tokenizer joins the end of the prompt with the beginning of a tool call, so that the call has no ids "
+            "of its own. Leave such records out, or give another template with model.chat_template=FILE."
+        )
+    return [*whole[len(ids) :], *([] if ends else [end_of_turn_id(tokenizer)])]
+
+
+def encode_tail(
+    tokenizer: "Tokenizer", prompt: list[Message], ids: list[int], answer: Answer
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Return the ids of an answer with turns before it, behind a prompt of these ids, and where assistant turns stand.
+
+    Prompt and tail together are the ids of the template over the whole conversation. A turn of the assistant's is its
+    text and the token that ends it.
+
+    Args:
+        tokenizer: the policy's.
+        prompt: the turns before the tail.
+        ids: the prompt's.
+        answer: the last answer, with the turns before it.
+
+    Returns:
+        (ids, [(start, end) of each assistant turn in them]).
+
+    Raises:
+        SelfalignError: in the whole conversation the template writes the prompt or an earlier turn in another way.
+    """
+    turns = [*prompt, *answer.turns]
+    context = encode_prompt(tokenizer, turns)
+    [last] = encode_answers(tokenizer, turns, [replace(answer, turns=[])])
+    whole = [*context, *last]
+    spans: list[tuple[int, int]] = []
+    for at, turn in enumerate(answer.turns):
+        if turn["role"] == "assistant":
+            start = ids if not at else encode_prompt(tokenizer, turns[: len(prompt) + at])
+            own = _as_earlier_turn(tokenizer, turns[: len(prompt) + at], turn)
+            length = next((len(one) for one in own if whole[: len(start) + len(one)] == [*start, *one]), 0)
+            if not length:
+                raise SelfalignError(
+                    "in a longer conversation the chat template writes a turn, or the turns before it, in another way "
+                    f"than where it is asked for it (turn {len(prompt) + at + 1} of {len(turns) + 1}), so that several "
+                    "turns cannot be compared as one response. Give a pair of single answers for such a turn, without "
+                    "a thought in it, or another template with model.chat_template=FILE."
+                )
+            spans.append((len(start) - len(ids), len(start) - len(ids) + length))
+    return whole[len(ids) :], [*spans, (len(context) - len(ids), len(whole) - len(ids))]
+
+
+def _as_earlier_turn(tokenizer: "Tokenizer", prompt: list[Message], turn: Message) -> list[list[int]]:
+    """Return the ids that a turn of the assistant's may have behind a prompt if the conversation goes on.
+
+    It may lose the empty thought of a last turn. Its end may be the token that begins the next turn, or nothing where a
+    text begins that.
+    """
+    own = Answer(text=without_control(tokenizer, turn["content"]), calls=turn.get("tool_calls", []))
+    both = [own, replace(own, bare=True)] if empty_thought(tokenizer) else [own]
+    forms, follower = encode_answers(tokenizer, prompt, both), answer_shape(tokenizer).next
+    others = [one[:-1] for one in forms] if follower is None else [[*one[:-1], follower] for one in forms]
+    return [*forms, *others]
 
 
 def _parted(tokenizer: "Tokenizer", before: str, margin: str, answer: Answer) -> tuple[str, str]:
@@ -205,9 +296,12 @@ def answer_prompt(tokenizer: "Tokenizer", prompt: Prompt) -> Prompt:
 def under_system(tokenizer: "Tokenizer", prompt: Prompt) -> Prompt:
     """Return a conversation with the model's system prompt before it, unless it has a system turn of its own."""
     system = tokenizer.init_kwargs.get(SYSTEM_PROMPT, "")
-    if not system or isinstance(prompt, str) or prompt[0]["role"] == "system":
+    if not system or isinstance(prompt, str):
         return prompt
-    return [{"role": "system", "content": system}, *prompt]
+    if prompt[0]["role"] != "system":
+        return [{"role": "system", "content": system}, *prompt]
+    # A system turn of nothing but definitions of tools has no text of its own.
+    return prompt if prompt[0]["content"].strip() else [{**prompt[0], "content": system}, *prompt[1:]]
 
 
 def split_written(tokenizer: "Tokenizer", prompt: list[int], text: str) -> tuple[str, str | None]:
@@ -274,8 +368,8 @@ def unknown_id(tokenizer: "Tokenizer") -> int | None:
 def has_unknown(tokenizer: "Tokenizer", prompt: Prompt, answers: Sequence[Answer] = ()) -> bool:
     """Whether a prompt, or an answer of which only the text is known, has characters that the vocabulary lacks."""
     unknown = unknown_id(tokenizer)
-    texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
-    texts += [answer.text for answer in answers if not answer.ids]
+    texts = [prompt] if isinstance(prompt, str) else [turn_text(message) for message in prompt]
+    texts += [answer.said() for answer in answers if not answer.ids]
     return unknown is not None and any(unknown in text_ids(tokenizer, text) for text in texts)
 
 

@@ -12,6 +12,7 @@ from selfalign.core.jsonl import read_records
 from selfalign.core.records import RankedAnswers
 from selfalign.data.mixtures import DataSource, find_sources, identify_source
 from selfalign.data.schemas import Schema
+from selfalign.metrics import catalog
 from selfalign.runs.labels import Label
 from selfalign.runs.runner import Maker
 from selfalign.stages.eval_instructions import eval_instructions, measured_by, overlapping
@@ -161,6 +162,12 @@ class RunInputs:
         inputs = {"source": test.source, "count": test.count, "content": content, "ranked": ranked}
         label = Label.input("preferences", "pairs")
         pairs = self.run.make(label, preference_test, trained_on=self.trained_on, **inputs)
+        if test.judge is not None and (longer := pairs.counts.get(catalog.LONGER_PAIRS.name)):
+            raise SelfalignError(
+                f"{longer} of {pairs.counts['pairs']} pairs of evaluate.preference_pairs.source={test.source} have "
+                "responses of several turns or with tool calls, and evaluate.preference_pairs.judge scores single "
+                "answers: leave the judge out (evaluate.preference_pairs.judge=null) or give other pairs"
+            )
         _check_count("evaluate.preference_pairs.count", test.count, pairs.counts["pairs"], f"pairs of {test.source}")
         return pairs
 

@@ -10,6 +10,8 @@ from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import stream_records
 from selfalign.core.records import Demonstration, PreferencePair, Prompt
+from selfalign.data.rows import TOOLS
+from selfalign.data.tails import is_plain, tails_of
 from selfalign.data.thinking import PromptEnd
 from selfalign.data.turns import as_prompt
 from selfalign.engines.protocol import Sampling
@@ -18,13 +20,14 @@ from selfalign.judges.expected import ExpectedScore, score_tokens
 from selfalign.judges.protocol import OWN_MODELS, asks_a_server
 from selfalign.judges.written import WrittenScore
 from selfalign.losses.protocol import Offset, augmentation_of
-from selfalign.models.batches import score_gap
+from selfalign.models.batches import answers_of, encode_group, score_gap
 from selfalign.models.chat_template import QUESTION, markers_of, render_prompt
 from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.tokenizer import encode_prompt, plain_ids
 from selfalign.pipeline.inputs import RunInputs
 from selfalign.pipeline.models import judges_of
 from selfalign.stages.seed_data import EFTSource
+from selfalign.stages.sft import encode_demonstration
 from selfalign.store.artifacts import Artifact
 from selfalign.store.stage import PlannedArtifact
 from selfalign.training.preference import lacks_score_gaps
@@ -44,7 +47,7 @@ def check_requirements(config: ExperimentConfig, base: Artifact, inputs: RunInpu
     if isinstance(base, PlannedArtifact):
         return  # In a plan nothing has been read yet.
     of_model = (_lengths, _writing, _prompts_of_judges, _augmentation, _dropout, _router_loss, _quantisation, _judges)
-    checks = (*of_model, _conversations, _thoughts, _scores)
+    checks = (*of_model, _conversations, _turns_and_tools, _thoughts, _scores)
     problems = [problem for check in checks for problem in check(config, base, inputs)]
     if problems:
         raise SelfalignError("\n".join(problems))
@@ -176,6 +179,24 @@ def _conversations(config: ExperimentConfig, base: Artifact, inputs: RunInputs) 
                 )
 
 
+def _turns_and_tools(config: ExperimentConfig, base: Artifact, inputs: RunInputs) -> Iterator[str]:
+    """Check that the chat template writes tools, and responses of several turns, as they are trained on."""
+    if not base.counts["chat_template"]:
+        return
+    tokenizer = PolicyCheckpoint(base.path).load_tokenizer()
+    try:
+        for record in _records(inputs):
+            with_tools = not isinstance(record.prompt, str) and any(
+                turn["role"] == "tool" or turn.keys() & TOOLS for turn in record.prompt
+            )
+            if isinstance(record, PreferencePair) and (with_tools or not is_plain(record)):
+                encode_group(tokenizer, record.id, record.prompt, answers_of(record))
+            elif isinstance(record, Demonstration) and (with_tools or record.response_calls):
+                encode_demonstration(tokenizer, record)
+    except SelfalignError as error:
+        yield str(error)
+
+
 def _refused_turns(inputs: RunInputs, turns: str, has_turns: Callable[[list[str]], bool]) -> Iterator[str]:
     """Yield a problem if a record has turns that the chat template does not accept. It names the first record."""
     for name, prompt in _prompts(inputs):
@@ -236,15 +257,19 @@ def _scores(config: ExperimentConfig, base: Artifact, inputs: RunInputs) -> Iter
 
 
 def _prompts(inputs: RunInputs) -> Iterator[tuple[str, Prompt]]:
-    """Yield (id, prompt) of all given demonstrations and pairs."""
-    return ((record.id, record.prompt) for record in _records(inputs))
+    """Yield (id, prompt) of all given demonstrations and pairs, with the turns before the answers of pairs."""
+    for record in _records(inputs):
+        yield record.id, record.prompt
+        if isinstance(record, PreferencePair) and not isinstance(record.prompt, str):
+            yield from ((record.id, [*record.prompt, *tail.turns]) for tail in tails_of(record) if tail.turns)
 
 
 def _records(inputs: RunInputs) -> Iterator[Demonstration | PreferencePair]:
     """Yield all given demonstrations and pairs, to train on or held out."""
     kinds = ((inputs.seed_data, "demonstrations", Demonstration), (inputs.pairs, "pairs", PreferencePair))
     for artifact, name, kind in (*kinds, (inputs.preferences, "pairs", PreferencePair)):
-        if artifact is not None and (file := artifact.path / f"{name}.jsonl").stat().st_size:
+        file = None if artifact is None else artifact.path / f"{name}.jsonl"
+        if file is not None and file.exists() and file.stat().st_size:
             yield from stream_records(file, kind)
 
 

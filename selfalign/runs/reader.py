@@ -21,6 +21,7 @@ from selfalign.core.records import (
     Response,
     ResponseScore,
 )
+from selfalign.data.tails import tails_of
 from selfalign.data.turns import as_text
 from selfalign.metrics import catalog
 from selfalign.metrics.intervals import bootstrap_mean, wilson
@@ -269,9 +270,10 @@ def roles(
 
 def pair_candidates(pair: PreferencePair) -> list[Candidate]:
     """Return both responses of a given pair."""
+    chosen, rejected = (tail.as_text() for tail in tails_of(pair))
     return [
-        Candidate(pair.chosen, pair.chosen_score, "chosen", pair.chosen_finished, []),
-        Candidate(pair.rejected, pair.rejected_score, "rejected", pair.rejected_finished, []),
+        Candidate(chosen, pair.chosen_score, "chosen", pair.chosen_finished, []),
+        Candidate(rejected, pair.rejected_score, "rejected", pair.rejected_finished, []),
     ]
 
 

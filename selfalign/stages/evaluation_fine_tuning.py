@@ -75,7 +75,7 @@ def evaluation_fine_tuning(
     ift = read_records(seeds.path / "demonstrations.jsonl", Demonstration)
     write_records(out.path / "demonstrations.jsonl", [*ift, *(example for _, example in kept)])
     return {
-        catalog.IFT.name: len(ift),
+        catalog.IFT.name: len({one.question or one.id for one in ift}),
         catalog.EFT.name: len(kept),
         catalog.JUDGEMENTS.name: len(written),
         catalog.JUDGEMENTS_SCORED.name: sum(judgement.score is not None for judgement in written),

@@ -340,7 +340,8 @@ def _pool(config: InstructConfig, seeds: Artifact, earlier: list[Artifact], held
     demonstrations = (
         read_records(seeds.path / "demonstrations.jsonl", Demonstration) if seeds.counts.get("ift", 1) else []
     )
-    instructions = [instruction_of(record.prompt) for record in demonstrations if record.source == "ift"]
+    conversations = {one.question or one.id: one.prompt for one in demonstrations if one.source == "ift"}
+    instructions = [instruction_of(prompt) for prompt in conversations.values()]
     earlier_texts, held_out_texts = (
         [text for artifact in artifacts for record in _instructions(artifact) for text in _asked(record)]
         for artifacts in (earlier, held_out)

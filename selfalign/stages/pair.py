@@ -3,7 +3,9 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+from msgspec import UNSET
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed, digest_text
@@ -13,7 +15,8 @@ from selfalign.data.mixtures import DataSource
 from selfalign.data.pair_rules import PairRule, ScoredResponse, pick_pairs
 from selfalign.data.schemas import Schema
 from selfalign.data.sources import read_pairs
-from selfalign.data.turns import compared, texts_in
+from selfalign.data.tails import texts_asked_in
+from selfalign.data.turns import compared
 from selfalign.metrics import catalog
 from selfalign.metrics.intervals import RunningMean, correlation
 from selfalign.store.artifacts import Artifact, Content, Counts, StageOutput
@@ -245,14 +248,36 @@ def given_pairs(
     if set_aside:
         split_pairs(pairs, set_aside, KnownTexts.of(trained_on))
     write_records(out.path / "pairs.jsonl", pairs)
-    chosen = [Demonstration(id=p.id, prompt=p.prompt, response=p.chosen, source="positive") for p in pairs]
-    write_records(out.path / "demonstrations.jsonl", chosen)
+    write_records(out.path / "demonstrations.jsonl", (one for pair in pairs for one in positives_of(pair)))
     return {catalog.PAIRS.name: len(pairs), "dropped": dict(sorted((+drops).items()))}
+
+
+def positives_of(pair: PreferencePair) -> list[Demonstration]:
+    """Return a given pair's chosen response as a demonstration, or one for each of its turns of the assistant's."""
+    turns = pair.chosen_turns or []
+    last = Demonstration(
+        id=pair.id,
+        prompt=pair.prompt if isinstance(pair.prompt, str) else [*pair.prompt, *turns],
+        response=pair.chosen,
+        source="positive",
+        response_calls=pair.chosen_calls,
+    )
+    whole, before = last.prompt, len(last.prompt) - len(turns)
+    if isinstance(whole, str) or not turns:
+        return [last]
+    places = [at for at in range(before, len(whole)) if whole[at]["role"] == "assistant"]
+    calls = [whole[at].get("tool_calls", UNSET) for at in places]
+    made = [
+        replace(last, prompt=whole[:at], response=whole[at]["content"], response_calls=called)
+        for at, called in zip(places, calls, strict=True)
+    ]
+    numbered = enumerate([*made, last], start=1)
+    return [replace(one, id=f"{pair.id}/turn-{number}", question=pair.id) for number, one in numbered]
 
 
 def _without_held_out(pairs: list[PreferencePair], held_out: set[str]) -> list[PreferencePair]:
     """Return the pairs that have no held-out instruction among their turns."""
-    return [pair for pair in pairs if texts_in(pair.prompt).isdisjoint(held_out)]
+    return [pair for pair in pairs if texts_asked_in(pair).isdisjoint(held_out)]
 
 
 def size_of_gathered(*, parts: list[Artifact]) -> Size:

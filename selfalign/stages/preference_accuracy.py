@@ -19,6 +19,7 @@ from selfalign.core.records import (
 )
 from selfalign.data.mixtures import DataSource
 from selfalign.data.sources import best_against_worst, read_pairs
+from selfalign.data.tails import is_plain
 from selfalign.data.thinking import given_response
 from selfalign.data.turns import as_text
 from selfalign.losses.logps import PairLogps
@@ -30,7 +31,7 @@ from selfalign.metrics.intervals import bootstrap, bootstrap_correlation, bootst
 from selfalign.metrics.rewards import reward_intervals, reward_metrics
 from selfalign.store.artifacts import Artifact, Content, Counts, StageOutput
 from selfalign.store.stage import MANY, Size, amount, records_in, stage
-from selfalign.training.splits import KnownTexts, texts_of
+from selfalign.training.splits import KnownTexts, texts_of, texts_of_pair
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ def preference_accuracy(
 
 def _unseen(pairs: Sequence[PreferencePair], known: KnownTexts) -> list[PreferencePair]:
     """Return the pairs that share no prompt and no response with the training data."""
-    return [pair for pair in pairs if not known.shares(texts_of(pair.prompt, pair.chosen, pair.rejected))]
+    return [pair for pair in pairs if not known.shares(texts_of_pair(pair))]
 
 
 def measure_pairs(
@@ -209,7 +210,8 @@ def preference_test(
 
     Args:
         out: receives pairs.jsonl, instructions.jsonl and responses.jsonl. A response's id is the pair's id with
-            "-chosen" or "-rejected" appended.
+            "-chosen" or "-rejected" appended. Tails of several turns and tool calls are no responses to an instruction,
+            so they are counted and left out there.
         source: a data source of preference pairs, or "ranked".
         count: number of pairs, the first ones; 0 takes all.
         content: digest of the source.
@@ -234,6 +236,7 @@ def preference_test(
         raise SelfalignError(f"evaluate.preference_pairs.source={source}: no usable pair (dropped: {dict(+drops)})")
     _check_unseen(source, pairs, KnownTexts.of(trained_on))
     write_records(out.path / "pairs.jsonl", pairs)
+    plain = [pair for pair in pairs if is_plain(pair)]
     instructions = [
         Instruction(
             id=pair.id,
@@ -246,11 +249,12 @@ def preference_test(
     write_records(out.path / "instructions.jsonl", instructions)
     responses = [
         given_response(f"{pair.id}-{role}", pair.id, text, "given")
-        for pair in pairs
+        for pair in plain
         for role, text in (("chosen", pair.chosen), ("rejected", pair.rejected))
     ]
     write_records(out.path / "responses.jsonl", responses)
-    return {catalog.PAIRS.name: len(pairs), "dropped": dict(sorted((+drops).items()))}
+    longer = {catalog.LONGER_PAIRS.name: len(pairs) - len(plain)} if len(plain) < len(pairs) else {}
+    return {catalog.PAIRS.name: len(pairs), **longer, "dropped": dict(sorted((+drops).items()))}
 
 
 def _check_unseen(source: DataSource, pairs: Sequence[PreferencePair], known: KnownTexts) -> None:

@@ -3,17 +3,19 @@
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
+from msgspec import UNSET
+
 from selfalign.core.errors import SelfalignError
-from selfalign.core.files import digest_text
+from selfalign.core.files import digest_json, digest_text
 from selfalign.core.jsonl import read_records, write_records
 from selfalign.core.records import Demonstration, Instruction, RankedAnswers, Response
 from selfalign.data.mixtures import DataSource, data_source
 from selfalign.data.schemas import Schema
-from selfalign.data.sources import read_demonstrations, read_ranked
+from selfalign.data.sources import UNTAUGHT, read_conversations, read_demonstrations, read_ranked
 from selfalign.data.thinking import given_response
 from selfalign.data.turns import compared_prompt, texts_in
 from selfalign.judges.pairwise import Pairwise
@@ -34,6 +36,13 @@ class EFTSource(StrEnum):
     baseline = "baseline"
 
 
+class AssistantTurns(StrEnum):
+    """The turns of a conversation that SFT teaches: the assistant's last one, or all of the assistant's."""
+
+    last = "last"
+    all = "all"
+
+
 @dataclass(kw_only=True, slots=True)
 class SeedDataConfig:
     """The training data of M1, and the ranked questions on which its judging is measured.
@@ -42,7 +51,7 @@ class SeedDataConfig:
         demonstrations: a data source of instructions with good responses (IFT); empty for none.
         ranked: a data source of questions with ranked answers, for evaluation fine-tuning (EFT) and judge quality;
             empty for none.
-        max_demonstrations: the most IFT examples, the first of the file; 0 takes all.
+        max_demonstrations: the most IFT examples, the first of the file; 0 takes all. A conversation is one.
         max_ranked: the most ranked questions, the first of the file; 0 takes all.
         held_out_share: share of the ranked questions that are held out of all training.
         eft_source: the author of the EFT examples. "none": there are none, and M1 is the paper's SFT baseline.
@@ -50,6 +59,9 @@ class SeedDataConfig:
             writes justifications and scores, and those in the humans' order are kept (arXiv 2401.10020, section 3.1).
         max_score_imbalance: for EFT examples by the baseline, the largest ratio of the examples with the most common
             score to those with the second most common score. The paper drops "part" of the former.
+        assistant_turns: the turns of a demonstration with several turns that are taught. "last": the last one; those
+            before it are its prompt. "all": each of the assistant's, except for those that the data mark as not to be
+            trained on.
     """
 
     demonstrations: Any = "shipped:ift"
@@ -59,6 +71,7 @@ class SeedDataConfig:
     held_out_share: float = 0.3
     eft_source: EFTSource = EFTSource.human
     max_score_imbalance: float = 1.0
+    assistant_turns: AssistantTurns = field(default=AssistantTurns.last, metadata={"keyed": "if set"})
 
     def __post_init__(self) -> None:
         self.demonstrations = data_source(self.demonstrations, "data.seed_data.demonstrations")
@@ -117,7 +130,8 @@ def seed_data(
     write_records(out.path / "taught.jsonl", data.training if uses_eft else [])
     write_questions(out, data.held_out)
     return {
-        catalog.IFT.name: len(data.ift),
+        catalog.IFT.name: len({one.question or one.id for one in data.ift}),
+        **({catalog.IFT_TURNS.name: len(data.ift)} if config.assistant_turns == AssistantTurns.all else {}),
         catalog.EFT.name: len(eft),
         catalog.QUESTIONS_TAUGHT.name: len(data.training),
         catalog.QUESTIONS_HELD_OUT.name: len(data.held_out),
@@ -182,7 +196,7 @@ class SeedData:
     """The given data after the split.
 
     Attributes:
-        ift: demonstrations of following instructions.
+        ift: demonstrations of following instructions, one for each turn that is taught.
         training: ranked questions for EFT.
         held_out: ranked questions for judge quality.
         drops: {reason: number of dropped rows}.
@@ -204,8 +218,10 @@ def read_seeds(config: SeedDataConfig, schema: Schema | None = None) -> SeedData
     ift: list[Demonstration] = []
     questions: list[RankedAnswers] = []
     if config.demonstrations:
-        ift, unused = read_demonstrations(config.demonstrations, schema)
+        every = config.assistant_turns == AssistantTurns.all
+        ift, unused = (read_conversations if every else read_demonstrations)(config.demonstrations, schema)
         ift = ift[: config.max_demonstrations or None]
+        ift = distinct_turns([turn for one in ift for turn in every_turn(one, unused)], unused) if every else ift
         drops.update({f"demonstrations_{reason}": count for reason, count in unused.items()})
         _check_any("demonstrations", config.demonstrations, ift, unused)
     if config.ranked:
@@ -233,6 +249,48 @@ def read_seeds(config: SeedDataConfig, schema: Schema | None = None) -> SeedData
 def _check_any(key: str, source: DataSource, found: Sequence[object], unused: Counter[str]) -> None:
     if not found:
         raise SelfalignError(f"data.seed_data.{key}={source}: no usable row (dropped: {dict(+unused)})")
+
+
+def every_turn(conversation: Demonstration, drops: Counter[str]) -> list[Demonstration]:
+    """Return a demonstration for each of the assistant's turns behind a user's, with the turns before it as prompt.
+
+    The `question` of all is the conversation's id, so that training reads their common beginning once. Turns that are
+    marked as not to be trained on are counted. A conversation with a single turn to teach keeps its id.
+    """
+    prompt = conversation.prompt
+    if isinstance(prompt, str):
+        return [conversation]
+    first = next(at for at, turn in enumerate(prompt) if turn["role"] == "user")
+    bare = [{name: value for name, value in turn.items() if name != UNTAUGHT} for turn in prompt]
+    earlier = [at for at in range(first, len(prompt) - 1) if prompt[at]["role"] == "assistant"]
+    taught = [at for at in earlier if UNTAUGHT not in prompt[at]]
+    drops["turns_not_to_train_on"] += len(earlier) - len(taught)
+    turns = [
+        replace(
+            conversation,
+            prompt=bare[:at],
+            response=bare[at]["content"],
+            response_calls=bare[at].get("tool_calls", UNSET),
+        )
+        for at in taught
+    ]
+    turns.append(replace(conversation, prompt=bare))
+    if len(turns) == 1:
+        return turns
+    name = conversation.id
+    return [replace(turn, id=f"{name}/turn-{number}", question=name) for number, turn in enumerate(turns, start=1)]
+
+
+def _content_of(turn: Demonstration) -> str:
+    return digest_json([turn.prompt, turn.response, turn.response_calls or []])
+
+
+def distinct_turns(turns: Sequence[Demonstration], drops: Counter[str]) -> list[Demonstration]:
+    """Return each turn behind the same prompt once; conversations that begin alike have some in common."""
+    kept = {_content_of(turn): turn for turn in reversed(turns)}
+    distinct = [turn for turn in turns if kept.get(_content_of(turn)) is turn]
+    drops["turns_repeated"] += len(turns) - len(distinct)
+    return distinct
 
 
 def write_questions(out: StageOutput, questions: list[RankedAnswers]) -> None:

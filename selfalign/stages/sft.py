@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -64,14 +64,15 @@ def sft(
     records, tally = stream_records(demonstrations.path / "demonstrations.jsonl", Demonstration), Counter[str]()
     tokenizer = PolicyCheckpoint(policy.path).load_tokenizer()
     length, mask = optimization.max_length, optimization.mask_thought
-    groups = group_demonstrations(tokenizer, records, length, tally, mask_thought=mask)
+    reduction = optimization.loss_reduction
+    groups = group_demonstrations(tokenizer, records, length, tally, mask_thought=mask, loss_reduction=reduction)
     examples = store_examples(out.scratch / "examples", SharedPrompt, groups, tally)
     train(
         out,
         policy=PolicyCheckpoint(policy.path),
         base=PolicyCheckpoint(base.path),
         examples=examples,
-        objective=Likelihood(optimization.loss_reduction),
+        objective=Likelihood(reduction),
         optimization=optimization,
         weights=weights,
     )
@@ -90,10 +91,12 @@ def group_demonstrations(
     tally: Counter[str],
     *,
     mask_thought: bool = False,
+    loss_reduction: str = "tokens",
 ) -> Iterator[SharedPrompt]:
     """Tokenise the demonstrations that fit. Neighbours of one question are grouped and share their prompt's prefix.
 
-    Thoughts that are masked are read as the end of the prompt.
+    Thoughts that are masked are read as the end of the prompt. If the loss is averaged over tokens, the turns of one
+    conversation become one sequence where each goes on from the one before.
 
     Raises:
         SelfalignError: no demonstration fits.
@@ -106,13 +109,16 @@ def group_demonstrations(
             fits = len(example) <= max_length
             tally["demonstrations" if fits else "too_long"] += 1
             if fits:
-                answer = Answer(text=record.prefill + record.response, ids=record.ids)
+                said = record.prefill + record.response
+                answer = Answer(text=said, ids=record.ids, calls=record.response_calls or [])
                 if has_unknown(tokenizer, record.prompt, [answer]):
                     tally["unknown"] += 1
                 yield example
 
     for group in by_question(fitting()):
-        shared = share_prompt(group[0].record.id, [one.prompt for one in group], [one.response for one in group])
+        rows = joined_turns(group) if loss_reduction == "tokens" else group
+        prompts, responses = [one.prompt for one in rows], [one.response for one in rows]
+        shared = share_prompt(group[0].record.id, prompts, responses, [one.unscored for one in rows])
         tally["tokens"] += len(shared)
         yield shared
     warn_of_unknown(tokenizer, tally["unknown"], tally["demonstrations"], "demonstrations")
@@ -124,11 +130,12 @@ def group_demonstrations(
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A tokenised demonstration."""
+    """A tokenised demonstration. `unscored` has the [start, end] of what the response has of later prompts."""
 
     record: Demonstration
     prompt: list[int]
     response: list[int]
+    unscored: list[list[int]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)
@@ -137,6 +144,14 @@ class Encoded:
         """The same with its thought as a part of the prompt."""
         length = count_thought(tokenizer, self.prompt, self.response)
         return replace(self, prompt=[*self.prompt, *self.response[:length]], response=self.response[length:])
+
+    def continued(self, later: "Encoded") -> "Encoded | None":
+        """This one with a later turn of its conversation behind it; None if that turn's prompt does not begin so."""
+        if later.prompt[: len(self)] != [*self.prompt, *self.response]:
+            return None
+        between = [len(self.response), len(later.prompt) - len(self.prompt)]
+        response = [*later.prompt[len(self.prompt) :], *later.response]
+        return replace(self, response=response, unscored=[*self.unscored, between])
 
 
 def encode_demonstration(tokenizer: "Tokenizer", record: Demonstration) -> Encoded:
@@ -148,6 +163,7 @@ def encode_demonstration(tokenizer: "Tokenizer", record: Demonstration) -> Encod
     """
     with of_record(record.id):
         answer = Answer(text=record.response, ids=record.ids, thought=record.thought)
+        answer = replace(answer, calls=record.response_calls or [])
         asked = ask_to_think(record.thought_prompt, record.prompt)
         asked = asked if record.source == "eft" else under_system(tokenizer, asked)
         prompt, [answer] = settle_boundary(tokenizer, asked, [answer])
@@ -159,6 +175,20 @@ def encode_demonstration(tokenizer: "Tokenizer", record: Demonstration) -> Encod
             )
         [response] = encode_answers(tokenizer, prompt, [answer], record.prefill)
     return Encoded(record, ids, response)
+
+
+def joined_turns(turns: Iterable[Encoded]) -> list[Encoded]:
+    """Return demonstrations of one question with those joined whose prompts go on from the one before.
+
+    A template that changes earlier turns, as by leaving out their thoughts, keeps them apart.
+    """
+    rows: list[Encoded] = []
+    for turn in turns:
+        if rows and (longer := rows[-1].continued(turn)) is not None:
+            rows[-1] = longer
+        else:
+            rows.append(turn)
+    return rows
 
 
 def by_question(examples: Iterable[Encoded]) -> Iterator[list[Encoded]]:

@@ -6,9 +6,11 @@ from typing import Any, NamedTuple, TypeVar
 
 from selfalign.core.jsonl import join_sorted
 from selfalign.core.records import Demonstration, Instruction, PreferencePair, Response
+from selfalign.data.tails import tails_of
+from selfalign.data.turns import as_text, said
 from selfalign.runs.labels import Kind, Label
 from selfalign.runs.ledger import Ledger
-from selfalign.runs.reader import as_text, read_head_to_head, stream_artifact, stream_judged
+from selfalign.runs.reader import read_head_to_head, stream_artifact, stream_judged
 
 T = TypeVar("T")
 Rows = Iterator[tuple[Any, ...]]
@@ -57,9 +59,10 @@ def scores(folder: Path, label: Label) -> Rows:
 def pairs(folder: Path, label: Label) -> Rows:
     """Yield the preference pairs, or the positives, which have no rejected response."""
     for pair in stream_artifact(folder, label.sibling("pairs"), PreferencePair):
-        yield as_text(pair.prompt), pair.chosen, pair.rejected, pair.chosen_score, pair.rejected_score
+        chosen, rejected = (tail.as_text() for tail in tails_of(pair))
+        yield as_text(pair.prompt), chosen, rejected, pair.chosen_score, pair.rejected_score
     for positive in stream_artifact(folder, label.sibling("pairs"), Demonstration):
-        yield as_text(positive.prompt), positive.response, None, None, None
+        yield as_text(positive.prompt), said(positive.response, positive.response_calls), None, None, None
 
 
 def head_to_head(folder: Path, label: Label) -> Rows:

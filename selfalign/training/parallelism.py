@@ -137,6 +137,15 @@ def unwrap(model: Any) -> Any:
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
+def layers_to_shard(model: Any) -> list[str]:
+    """Return the classes of a model's layers that FSDP2 shards one by one.
+
+    An architecture also names layers that a model for text alone does not have, such as those for images.
+    """
+    present = {type(module).__name__ for module in model.modules()}
+    return sorted(present & set(model._no_split_modules or ()))
+
+
 def upcast_trainable(model: nn.Module) -> Any:
     """Convert the trained weights to float32 for the optimiser, before they are sharded.
 

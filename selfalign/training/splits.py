@@ -18,7 +18,8 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_text
 from selfalign.core.jsonl import HasId, stream_records
 from selfalign.core.records import Demonstration, PreferencePair, Prompt, RankedAnswers
-from selfalign.data.turns import as_text, compared, texts_in
+from selfalign.data.tails import tails_of, texts_asked_in
+from selfalign.data.turns import as_text, compared, said, texts_in, turn_text
 from selfalign.store.artifacts import Artifact
 from selfalign.training.dataset import StoredExamples
 
@@ -32,7 +33,7 @@ class Texts:
     """Digests of the texts of a record.
 
     Attributes:
-        own: digests of its prompt, then of its responses.
+        own: digests of its prompt, then of its responses, then of the turns before them in a pair's tails.
         context: digests of the shorter prompts within its dialogue, and of the responses in the dialogue.
     """
 
@@ -48,11 +49,27 @@ def texts_of(prompt: Prompt, *responses: str) -> Texts:
     context = [
         _digest("prompt", as_text(turns[: index + 1]))
         if turn["role"] == "user"
-        else _digest("response", turn["content"])
+        else _digest("response", turn_text(turn))
         for index, turn in enumerate(turns)
         if turn["role"] != "user" or index + 1 < len(turns)
     ]
     return Texts([_digest("prompt", as_text(turns)), *(_digest("response", text) for text in responses)], context)
+
+
+def texts_of_pair(pair: PreferencePair) -> Texts:
+    """Return the digests of a pair, with each answer and each prompt in its tails."""
+    tails = tails_of(pair)
+    texts = texts_of(pair.prompt, *(said(tail.text, tail.calls) for tail in tails))
+    turns = [] if isinstance(pair.prompt, str) else [turn for turn in pair.prompt if turn["role"] != "system"]
+    more = [
+        _digest("response", turn_text(turn))
+        if turn["role"] == "assistant"
+        else _digest("prompt", as_text([*turns, *tail.turns[: at + 1]]))
+        for tail in tails
+        for at, turn in enumerate(tail.turns)
+        if turn["role"] != "tool"
+    ]
+    return Texts([*texts.own, *dict.fromkeys(more)], texts.context)
 
 
 def _digest(kind: str, text: str) -> int:
@@ -98,16 +115,17 @@ class KnownTexts:
 def _stream_texts(folder: Path) -> Iterator[Texts]:
     """Yield the texts of an artifact's demonstrations and pairs."""
     for demonstration in _stream(folder / "demonstrations.jsonl", Demonstration):
-        yield texts_of(demonstration.prompt, demonstration.response)
+        yield texts_of(demonstration.prompt, said(demonstration.response, demonstration.response_calls))
     for pair in _stream(folder / "pairs.jsonl", PreferencePair):
-        yield texts_of(pair.prompt, pair.chosen, pair.rejected)
+        yield texts_of_pair(pair)
 
 
 def prompts_of(artifact: Artifact) -> Iterator[str]:
     """Yield the normalised turns of the prompts of an artifact's demonstrations and pairs."""
-    for name, kind in (("demonstrations", Demonstration), ("pairs", PreferencePair)):
-        for record in _stream(artifact.path / f"{name}.jsonl", kind):
-            yield from texts_in(record.prompt)
+    for demonstration in _stream(artifact.path / "demonstrations.jsonl", Demonstration):
+        yield from texts_in(demonstration.prompt)
+    for pair in _stream(artifact.path / "pairs.jsonl", PreferencePair):
+        yield from texts_asked_in(pair)
 
 
 def _stream(path: Path, kind: type[E]) -> Iterator[E]:
@@ -200,7 +218,8 @@ class _Table:
     """The digests of the texts of all pairs.
 
     Attributes:
-        own: digests of prompt, chosen and rejected response, shape (pairs, 3).
+        own: digests of prompt, chosen and rejected response, shape (pairs, 3 or more): if tails have several turns, the
+            digests of those too. A row that has fewer repeats its prompt's.
         context: digests of the contexts of the dialogues, of all pairs one after the other.
         ends: index of the end of each pair's part of `context`, shape (pairs,).
         order: digest of each pair's id, shape (pairs,).
@@ -214,13 +233,17 @@ class _Table:
     @classmethod
     def of(cls, pairs: Iterable[PreferencePair]) -> "_Table":
         own, context, ends, order = array("Q"), array("Q"), array("q"), array("Q")
-        for pair in pairs:
-            texts = texts_of(pair.prompt, pair.chosen, pair.rejected)
-            own.extend(texts.own)
+        longer: dict[int, list[int]] = {}
+        for row, pair in enumerate(pairs):
+            texts = texts_of_pair(pair)
+            own.extend(texts.own[:3])
+            if more := texts.own[3:]:
+                longer[row] = more
             context.extend(texts.context)
             ends.append(len(context))
             order.append(int(digest_text(pair.id)[:16], 16))
-        return cls(_as_array(own).reshape(-1, 3), _as_array(context), np.array(ends, np.int64), _as_array(order))
+        columns = _widened(_as_array(own).reshape(-1, 3), longer)
+        return cls(columns, _as_array(context), np.array(ends, np.int64), _as_array(order))
 
     def context_is_among(self, ordered: Digests) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Return for each pair whether a text of its context is among these digests, shape (pairs,)."""
@@ -236,7 +259,7 @@ class _Table:
     def neighbours(self) -> Rows:
         """Return for each pair the number of other instructions whose pairs have one of its own texts."""
         lengths = np.diff(self.ends, prepend=0)
-        prompts = np.concatenate([np.repeat(self.own[:, 0], 3), np.repeat(self.own[:, 0], lengths)])
+        prompts = np.concatenate([np.repeat(self.own[:, 0], self.own.shape[1]), np.repeat(self.own[:, 0], lengths)])
         texts = np.concatenate([self.own.ravel(), self.context])
         order = np.lexsort((prompts, texts))
         texts, prompts = texts[order], prompts[order]
@@ -244,6 +267,15 @@ class _Table:
         first[1:] = (texts[1:] != texts[:-1]) | (prompts[1:] != prompts[:-1])
         distinct, instructions = np.unique(texts[first], return_counts=True)
         return (instructions[np.searchsorted(distinct, self.own)] - 1).sum(axis=1)
+
+
+def _widened(own: Digests, longer: dict[int, list[int]]) -> Digests:
+    """Return the digests of all pairs with as many columns as the longest row needs."""
+    width = max(map(len, longer.values()), default=0)
+    columns = np.repeat(own[:, :1], width, axis=1)
+    for row, more in longer.items():
+        columns[row, : len(more)] = more
+    return np.concatenate([own, columns], axis=1)
 
 
 def _pick(table: _Table, count: int, unusable: np.ndarray[Any, np.dtype[np.bool_]]) -> Rows:

@@ -7,6 +7,7 @@ import torch
 
 from selfalign.core import distributed
 from selfalign.models.checkpoint import Policy, PolicyCheckpoint
+from selfalign.models.prompt_states import share_prompt_states
 from selfalign.models.scorer import make_scoring
 from selfalign.store.artifacts import StageOutput
 from selfalign.training.checkpoint_selection import CheckpointSelector
@@ -53,6 +54,9 @@ def train(
     # A sharded policy moves to the GPU one layer at a time.
     loaded = policy.load(weights.dtype, device="cpu" if weights.parallelism.sharded else "", trainable=True)
     prepare(loaded, policy, weights, optimization.dropout)
+    if weights.parallelism.sharded:
+        # Processes gather a layer's weights together, so each must make as many passes as the others.
+        share_prompt_states(loaded.model, enabled=False)
     if optimization.gradient_checkpointing:
         # transformers 5.23 renamed the method; older versions have the second name only.
         names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")

@@ -30,7 +30,13 @@ from selfalign.training.checkpoint_selection import CheckpointSelector
 from selfalign.training.config import Optimization, TrainableWeights
 from selfalign.training.objective import Example, Objective, ObjectiveOutput
 from selfalign.training.optimizers import build_optimizer
-from selfalign.training.parallelism import Microbatch, Parallelism, local_microbatches, upcast_trainable
+from selfalign.training.parallelism import (
+    Microbatch,
+    Parallelism,
+    layers_to_shard,
+    local_microbatches,
+    upcast_trainable,
+)
 
 STATE = "trainer_state.json"
 """File of Trainer's own state. It is written last, so a checkpoint with this file is complete."""
@@ -97,6 +103,7 @@ class StepTrainer(Trainer):
         arguments = _arguments(optimization, self.folder, weights.parallelism, len(self.steps))
         if arguments.fsdp_plugin_args:
             arguments.fsdp_plugin_args["mixed_precision_policy"] = upcast_trainable(policy.model)
+            arguments.fsdp_plugin_args["transformer_cls_names_to_wrap"] = layers_to_shard(policy.model)
         super().__init__(
             model=policy.model,
             args=arguments,

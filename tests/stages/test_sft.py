@@ -130,7 +130,7 @@ def test_loss_is_on_target_tokens_alone(tmp_path: Path, tiny_policy: PolicyCheck
 
 ANSWER = "answer = Answer(text=record.response, ids=record.ids, thought=record.thought)"
 ENCODED = "return Encoded(record, ids, response)"
-PROMPTS, RESPONSES = "[one.prompt for one in group]", "[one.response for one in group]"
+PROMPTS, RESPONSES = "[one.prompt for one in rows]", "[one.response for one in rows]"
 MUTANTS = [
     ("no end of turn", ANSWER, ANSWER.replace("ids=record.ids", "finished=bool(record.prefill)")),
     ("no end of a judgement's turn", ANSWER, ANSWER.replace("ids=record.ids", "finished=not record.prefill")),
@@ -139,10 +139,10 @@ MUTANTS = [
     ("the prefill among the targets", "encode_answers(tokenizer, prompt, [answer], record.prefill)",
      "encode_answers(tokenizer, prompt, [Answer(text=record.prefill + record.response)])"),
     ("loss on the prompt", f"{PROMPTS}, {RESPONSES}",
-     f"{PROMPTS.replace('prompt for', 'prompt[:1] for')}, [one.prompt[1:] + one.response for one in group]"),
+     f"{PROMPTS.replace('prompt for', 'prompt[:1] for')}, [one.prompt[1:] + one.response for one in rows]"),
     ("mask shifted by one", f"{PROMPTS}, {RESPONSES}",
-     "[one.prompt + one.response[:1] for one in group], [one.response[1:] for one in group]"),
-    ("no loss on the end", f"{PROMPTS}, {RESPONSES}", f"{PROMPTS}, [one.response[:-1] for one in group]"),
+     "[one.prompt + one.response[:1] for one in rows], [one.response[1:] for one in rows]"),
+    ("no loss on the end", f"{PROMPTS}, {RESPONSES}", f"{PROMPTS}, [one.response[:-1] for one in rows]"),
 ]  # fmt: skip
 
 
