@@ -28,7 +28,7 @@ import yaml
 from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import write_records
 from selfalign.core.records import FinishReason, Instruction, Response
-from selfalign.data.sources import as_prompt
+from selfalign.data.turns import as_prompt
 from selfalign.engines.protocol import Request, Sampling
 from selfalign.engines.transformers import Transformers, TransformersGenerator
 from selfalign.models.checkpoint import PolicyCheckpoint

@@ -99,10 +99,11 @@ def read_groups(
 
 def repeated(cache: "Cache", count: int) -> "Cache":
     """Return the states behind one prompt for several rows. They are replaced by later ones, not written over."""
-    for layer in cache.layers:
+    layers: list[Any] = cache.layers
+    for layer in layers:
         if hasattr(layer, "recurrent_states"):
             layer.update_recurrent_state = MethodType(_replace_state, layer)
-    cache.reorder_cache(torch.zeros(count, dtype=torch.long))
+    cache.reorder_cache(torch.zeros(count, dtype=torch.long))  # pyright: ignore[reportArgumentType]
     return cache
 
 

@@ -101,9 +101,10 @@ class StepTrainer(Trainer):
         self.step_tokens = 0
         self.steps = StepDataset(examples, optimization.batch_size, optimization.epochs, weights.seed)
         arguments = _arguments(optimization, self.folder, weights.parallelism, len(self.steps))
-        if arguments.fsdp_plugin_args:
-            arguments.fsdp_plugin_args["mixed_precision_policy"] = upcast_trainable(policy.model)
-            arguments.fsdp_plugin_args["transformer_cls_names_to_wrap"] = layers_to_shard(policy.model)
+        plugin: dict[str, Any] | None = arguments.fsdp_plugin_args
+        if plugin:
+            plugin["mixed_precision_policy"] = upcast_trainable(policy.model)
+            plugin["transformer_cls_names_to_wrap"] = layers_to_shard(policy.model)
         super().__init__(
             model=policy.model,
             args=arguments,
