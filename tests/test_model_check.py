@@ -10,6 +10,8 @@ import torch
 from architectures import ARCHITECTURES, LONGROPE, REFUSED, SIZES, Architecture, as_policy, matrix
 from builders import ROOT, logits_of
 from safetensors.torch import load_file, save_file
+from thinking_families import FAMILIES, thinking_tokenizer
+from tool_templates import TEMPLATES, tokenizer_of
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
@@ -20,6 +22,7 @@ from selfalign.engines.protocol import Request, Sampling
 from selfalign.engines.transformers import TransformersGenerator
 from selfalign.models.batches import SharedPrompt, make_batch
 from selfalign.models.capabilities import Capabilities
+from selfalign.models.chat_template import ASKED, RULE, markers_of, writes_all
 from selfalign.models.checkpoint import CONTEXT_NAMES, Policy, PolicyCheckpoint, longest_sequence
 from selfalign.models.scorer import LogProbScorer, make_scoring, set_dropout
 
@@ -148,6 +151,24 @@ def test_model_that_could_not_be_scored_is_refused_when_it_is_fetched(name: str,
 
 def test_page_of_models_has_the_matrix_of_the_tests() -> None:
     assert matrix() in (ROOT / "docs/models.md").read_text(encoding="utf-8")
+
+
+def template_matrix(plain: Any) -> str:
+    """The table of chat templates that the tests rebuild; tools are tested with some of them."""
+    rows = [["family", "thinks between", "system turn", "tools"], ["---"] * 4]
+    for name in sorted({*FAMILIES, *TEMPLATES}):
+        thinking = thinking_tokenizer(plain, name) if name in FAMILIES else None
+        tokenizer = thinking or tokenizer_of(plain, name)
+        markers = markers_of(thinking) if thinking else None
+        between = " … ".join(f"`{word.strip()}`" for word in (markers.open, markers.end)) if markers else "–"
+        between = between.replace("|", r"\|")
+        system = "yes" if writes_all(tokenizer, [RULE, *ASKED]) else "refused"
+        rows.append([f"`{name}`", between, system, "yes" if name in TEMPLATES else "–"])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def test_page_of_models_has_the_templates_of_the_tests(tiny_tokenizer: Any) -> None:
+    assert template_matrix(tiny_tokenizer) in (ROOT / "docs/models.md").read_text(encoding="utf-8")
 
 
 # --- dropout -----------------------------------------------------------------------------------------------------
