@@ -24,6 +24,7 @@ from selfalign.models.batches import SharedPrompt, make_batch
 from selfalign.models.capabilities import Capabilities
 from selfalign.models.chat_template import ASKED, RULE, markers_of, writes_all
 from selfalign.models.checkpoint import CONTEXT_NAMES, Policy, PolicyCheckpoint, longest_sequence
+from selfalign.models.prompt_states import PromptStates
 from selfalign.models.scorer import LogProbScorer, make_scoring, set_dropout
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # Of other people's models.
@@ -133,6 +134,7 @@ def test_responses_go_on_from_their_prompts_states_only_where_it_saves_enough(tm
         return "layout" in make_batch(policy.model, [group]).inputs
 
     assert (layout(40, 1), layout(2, 2), layout(40, 2), layout(4, 8)) == (False, False, True, True)
+    assert not PromptStates([(40, [2, 2]), (0, [2, 2])]).saves
     policy.model.gradient_checkpointing_enable({"use_reentrant": False})
     assert not layout(40, 2)  # Activations that are computed again have no cache.
 

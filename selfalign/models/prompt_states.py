@@ -45,6 +45,8 @@ class PromptStates:
     @property
     def saves(self) -> bool:
         """Whether reading prompts once leaves out `LEAST_SAVED` of the tokens of padded rows."""
+        if not all(prompt for prompt, _ in self.groups):
+            return False  # Responses whose prompts have no common beginning start from no state.
         read = sum(prompt + len(responses) * max(SHORTEST, *responses) for prompt, responses in self.groups)
         width = max(prompt + max(responses) for prompt, responses in self.groups)
         return read <= (1 - LEAST_SAVED) * width * sum(len(responses) for _, responses in self.groups)
