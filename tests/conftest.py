@@ -43,6 +43,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from builders import Said
 from hydra.core.global_hydra import GlobalHydra
 
@@ -62,6 +63,11 @@ def pytest_configure(config: pytest.Config) -> None:
     """Lets those warnings pass; every other one is an error (pyproject.toml)."""
     for warning in NOT_OURS:
         config.addinivalue_line("filterwarnings", warning)
+
+
+def pytest_unconfigure() -> None:
+    """Ends what forks commands."""
+    warm.end()
 
 
 imported = 0
