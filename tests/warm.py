@@ -34,7 +34,7 @@ STARTED_WITH = dict(os.environ)
 """What commands have unless a test changes it; the process that forks has it too."""
 
 LATE = {
-    *("PYTHONPATH", "PYTEST_CURRENT_TEST", "HYDRA_FULL_ERROR", "PYTHON_EXEC", "WARM"),
+    *("PYTHONPATH", "PWD", "PYTEST_CURRENT_TEST", "HYDRA_FULL_ERROR", "PYTHON_EXEC", "WARM"),
     *("BUILDS", "DIES_BEHIND", "DIES_IN", "FILE_SIZE"),
     *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
     *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),
