@@ -676,7 +676,7 @@ def check_served_as_here(server: ServerGenerator, policy: PolicyCheckpoint, fold
 def test_policy_behind_a_real_server_writes_and_judges_as_in_this_process(
     real: ServerGenerator, tmp_path: Path
 ) -> None:
-    check_served_as_here(real, real._policy, tmp_path, 8)
+    check_served_as_here(real, real._policy, tmp_path, 12)
 
 
 @pytest.mark.nightly
