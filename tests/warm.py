@@ -26,6 +26,7 @@ import types
 from contextlib import redirect_stdout, suppress
 from functools import cache
 from pathlib import Path
+from shutil import rmtree
 from tempfile import mkdtemp
 from typing import Any, NoReturn
 
@@ -153,6 +154,7 @@ def end() -> None:
     """End the process that forks, so that what its forks took is counted among this process's children."""
     for process in PROCESSES:
         process.communicate()
+        rmtree(Path(process.args[-1]).parent)  # pyright: ignore[reportArgumentType, reportIndexIssue]
 
 
 def ask(
