@@ -57,16 +57,20 @@ class Command(subprocess.Popen[Any]):
     _fork: socket.socket | None = None
 
     def _execute_child(self, *given: Any) -> None:
-        told = inspect.signature(super()._execute_child).bind(*given).arguments
+        start: Any = super()._execute_child  # pyright: ignore[reportAttributeAccessIssue]
+        told = inspect.signature(start).bind(*given).arguments
         streams = [
             0 if told["p2cread"] == -1 else told["p2cread"],
             1 if told["c2pwrite"] == -1 else told["c2pwrite"],
             2 if told["errwrite"] == -1 else told["errwrite"],
         ]
         environment = dict(os.environ if told["env"] is None else told["env"])
-        asked = ask(list(map(str, told["args"])), told["cwd"], environment, streams, session=told["start_new_session"])
-        if asked is None or told["preexec_fn"] is not None:
-            return super()._execute_child(*given)
+        words = list(map(str, told["args"]))
+        asked = None
+        if told["preexec_fn"] is None:
+            asked = ask(words, told["cwd"], environment, streams, session=told["start_new_session"])
+        if asked is None:
+            return start(*given)
         self._fork, self.pid = asked
         self._child_created = True
         ends = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
@@ -234,7 +238,7 @@ class Forks:
                 elif ready is self.listening:
                     if request := self.accept():
                         return request
-                elif ready in self.running:
+                elif isinstance(ready, int):
                     self.tell(ready)
                 elif ready in self.tied:
                     os.kill(self.tied.pop(ready), signal.SIGKILL)
