@@ -1,6 +1,6 @@
 # make demo   sets everything up, then runs SmolLM2-135M-Instruct → M1 → M2 → M3
 # make test   sets everything up, then runs lint, types and tests, and builds the docs
-# make nightly   the tests that are too slow for every change
+# make nightly   the tests marked nightly, which are too slow for every change
 # make docs   sets everything up, then builds docs/ into build/docs/index.html; a warning is an error
 # make vllm   vLLM for CPUs in an environment of its own, for engine=vllm and its tests
 PYTHON ?= python3
@@ -17,11 +17,11 @@ test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist loadfile
+	$(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 	$(MAKE) docs
 
 nightly: setup
-	$(BIN)/pytest -m nightly --numprocesses logical --maxprocesses 8 --dist loadfile
+	$(BIN)/pytest -m nightly --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 docs: setup
 	$(BIN)/sphinx-build -W --keep-going --quiet --builder html docs build/docs

@@ -43,6 +43,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from builders import Said
 from hydra.core.global_hydra import GlobalHydra
 
@@ -64,6 +65,11 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", warning)
 
 
+def pytest_unconfigure() -> None:
+    """Ends what forks commands."""
+    warm.end()
+
+
 imported = 0
 
 
@@ -79,12 +85,24 @@ def pytest_runtest_setup() -> None:
         imported = len(sys.modules)
 
 
+LONGEST = (
+    *("test_real_model.py", "test_sweep.py", "test_pipeline.py", "test_cli.py", "test_evaluate_command.py"),
+    *("test_dry_run.py", "test_distributed.py", "test_parallelism.py", "test_server.py", "test_extension.py"),
+)
+"""Files that take longest, longest first: none of them begins when the other workers have nothing left to do."""
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave mutants to the nightly target, except those of the losses: they are controls of the tests."""
+    """Begin with the longest files.
+
+    Leave mutants to the nightly target, except those of the losses: they are controls of the tests.
+    """
     for item in items:
         if item.name.startswith("test_mutant_") and item.path.name != "test_loss_mutants.py":
             item.add_marker(pytest.mark.nightly)
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")

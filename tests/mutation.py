@@ -69,13 +69,14 @@ def assert_caught(
         old: a text that occurs once in the module.
         new: what stands there instead.
         check: the test.
-        fixtures: what it may ask for, pytest's monkeypatch among it.
+        fixtures: what it may ask for.
         more: names that the copy may use.
     """
-    with mutated(module, old, new) as copy:
+    # Undone before what `mutated` does: the other way round the copy would stay in a module that both have changed.
+    with mutated(module, old, new) as copy, pytest.MonkeyPatch.context() as patch:
         vars(copy).update(more)
         for name, value in vars(copy).items():
             if getattr(value, "__module__", "") == copy.__name__ and name in vars(tested_in):
-                fixtures["monkeypatch"].setattr(tested_in, name, value)
+                patch.setattr(tested_in, name, value)
         with pytest.raises((AssertionError, pytest.fail.Exception, SelfalignError)):
             check(**{name: fixtures[name] for name in inspect.signature(check).parameters if name in fixtures})

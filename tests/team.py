@@ -2,7 +2,6 @@
 
 import copy
 import os
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from builders import ROOT, Killed, Said
 
 from selfalign.core import distributed
@@ -123,7 +123,6 @@ def launch(folder: Path, launcher: str, *arguments: str, module: str = "selfalig
         paths, known = [folder / "site", *paths], {**known, "DIES_IN": dies_in}
     known["PYTHONPATH"] = os.pathsep.join(map(str, paths))
     command = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", module, *arguments]
-    ended = subprocess.run(
-        command, cwd=folder, env={**os.environ, **known}, text=True, capture_output=True, timeout=540, check=False
-    )
+    environment = {**os.environ, **known, **warm.interpreter()}
+    ended = warm.run(command, cwd=folder, env=environment, text=True, capture_output=True, timeout=540)
     return Said(ended.returncode, ended.stdout, ended.stderr)

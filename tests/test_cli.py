@@ -11,6 +11,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 
 import pytest
+import warm
 from builders import ROOT, TINY_RUN, Said, composed, write_tiny_data
 from hydra.errors import OverrideParseException
 
@@ -381,7 +382,7 @@ print(*map(end, pair))
 
 def test_interrupted_run_is_continued_by_two_at_once_one_after_the_other(tmp_path: Path) -> None:
     overrides = [*TINY_RUN, *write_tiny_data(tmp_path / "data")]
-    done = subprocess.run(
+    done = warm.run(
         [sys.executable, "-c", COMPANY, *overrides],
         cwd=tmp_path,
         capture_output=True,

@@ -5,13 +5,13 @@ import inspect
 import json
 import math
 import re
-import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from shutil import copy
+from subprocess import DEVNULL
 from typing import Any
 
 import pytest
@@ -30,6 +30,7 @@ from chat_server import chat_server
 from mutation import mutated
 from team import launch
 from test_architecture import modules
+from warm import Command
 
 from selfalign.core.errors import SelfalignError
 from selfalign.data.turns import as_prompt
@@ -201,7 +202,7 @@ def test_several_processes_measure_a_run_of_as_many_in_its_layout(call: Callable
 
 def test_dry_run_that_is_told_to_stop_leaves_nothing(tmp_path: Path) -> None:
     told = [*TINY_RUN, *write_tiny_data(tmp_path / "data"), f"output_dir={tmp_path}/outputs", "dry_run=true"]
-    with subprocess.Popen([sys.executable, "-m", "selfalign", *told], stderr=subprocess.DEVNULL) as process:
+    with Command([sys.executable, "-m", "selfalign", *told], stderr=DEVNULL) as process:
         while not list(tmp_path.glob("outputs/.dry-run-*/*")):
             assert process.poll() is None
             time.sleep(0.01)

@@ -3,14 +3,15 @@
 import json
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
+import warm
 from builders import TINY_RUN, run, write_tiny_data
 
 from selfalign.cli.environment import conf_folder
@@ -287,9 +288,9 @@ def test_what_cannot_be_measured_is_named(finished: Path, tmp_path: Path, broken
 
 
 def test_command_says_how_it_is_used_and_fails_in_one_line(tmp_path: Path) -> None:
-    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    def command(*arguments: str) -> CompletedProcess[Any]:
         code = "from selfalign.cli.evaluate import evaluate; evaluate()"
-        return subprocess.run(
+        return warm.run(
             [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=tmp_path, check=False
         )
 

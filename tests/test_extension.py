@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 from builders import ROOT, TINY_RUN, Said, write_tiny_data
 
 from selfalign.cli.environment import conf_folder
@@ -54,7 +55,7 @@ def forget() -> None:
 def outside(cwd: Path, *arguments: str, path: str = "") -> subprocess.CompletedProcess[str]:
     """The command in another folder and process, where Python itself does not look into the current folder."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [path])])}
-    return subprocess.run(
+    return warm.run(
         [sys.executable, "-P", "-m", "selfalign", *arguments],
         cwd=cwd, env=environment, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """conf/model: every model composes, and its architecture, made tiny and random, trains with the config's settings."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -148,11 +148,23 @@ def test_family_has_a_hub_id_for_each_size_and_the_page_names_them(name: str) ->
     assert (row[4].strip(), row[5].strip()) == ("its own", default.dtype)
     before, after = default.path.split(default.size)
     assert f"{before}…{after}" == row[2].removesuffix("(base) ").strip()
-    for size in default.sizes:
-        model = composed(f"model={name}", f"model.size={size}")[0].model
-        assert model == replace(default, path=f"{before}{size}{after}", size=size)
+    check_sizes(default, name, default.sizes[-1:])
     assert default.dtype == ("float32" if name == "smollm2" else "bfloat16")
     assert default.chat_template == ""
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", SIZED)
+def test_family_has_a_hub_id_for_each_size(name: str) -> None:
+    default = composed(f"model={name}")[0].model
+    check_sizes(default, name, default.sizes)
+
+
+def check_sizes(default: ModelConfig, name: str, sizes: Iterable[str]) -> None:
+    before, after = default.path.split(default.size)
+    for size in sizes:
+        model = composed(f"model={name}", f"model.size={size}")[0].model
+        assert model == replace(default, path=f"{before}{size}{after}", size=size)
 
 
 @pytest.mark.parametrize(("name", "size"), OF_THIS_YEAR)

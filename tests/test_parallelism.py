@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 from builders import ROOT, optimization, weights, workspace
 from mutation import assert_caught
 from safetensors.torch import load_file
@@ -75,16 +75,10 @@ def alone(tiny_policy: PolicyCheckpoint, tmp_path_factory: pytest.TempPathFactor
 def in_two_processes(folder: Path, jobs: list[Job], policy: PolicyCheckpoint, *, shard: bool) -> Done:
     listed = as_file(folder / "jobs.json", jobs, policy, shard=shard)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **warm.interpreter()}
     started = time.monotonic()
-    done = subprocess.run(
-        [*command, str(ROOT / "tests" / "training_jobs.py"), str(listed)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    command += [str(ROOT / "tests" / "training_jobs.py"), str(listed)]
+    done = warm.run(command, env=environment, capture_output=True, text=True, timeout=300)
     return Done(folder, done.returncode, done.stderr, time.monotonic() - started)
 
 

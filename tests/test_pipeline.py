@@ -1,7 +1,6 @@
 import json
 import math
 import shutil
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from builders import ROOT, TINY_RUN, composed, metrics, planned, record_files, run, write_tiny_data
 from declared import declaration, named_by_producers
 
@@ -237,8 +237,9 @@ def test_fresh_run_of_a_new_configuration_takes_nothing_from_earlier_ones(study:
 
 
 KILLER = """
-import os, random, signal, sys, time
+import os, random, signal, sys, time, warnings
 from pathlib import Path
+warnings.simplefilter("ignore")
 import builders, selfalign.training.trainer
 
 output, *overrides = sys.argv[1:]
@@ -265,16 +266,10 @@ print("killed", killed, builders.run(Path(output), *overrides))
 
 def test_run_killed_at_several_points_ends_with_the_same_files(study: Study, tmp_path: Path) -> None:
     points = [0, 2, 4, 9, 13, 16, 22]
-    order = [sys.executable, "-W", "ignore", "-c", KILLER, str(tmp_path), "5", ",".join(map(str, points))]
+    order = [sys.executable, "-c", KILLER, str(tmp_path), "5", ",".join(map(str, points))]
     checkpoints = ["train.sft.checkpoint_steps=3", "train.align.checkpoint_steps=1"]  # They are in no key.
-    done = subprocess.run(
-        [*order, *study.overrides, *checkpoints],
-        cwd=ROOT / "tests",
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    order += [*study.overrides, *checkpoints]
+    done = warm.run(order, cwd=ROOT / "tests", capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     _, killed, folder = done.stdout.splitlines()[-1].split(" ", 2)
     assert int(killed) >= len(points) - 2

