@@ -743,7 +743,7 @@ def test_heat_map_writes_every_share_and_nothing_that_is_none() -> None:
 
 BY_PLACE = "return label.link_in(job.run.folder).resolve()"
 BY_KEY = 'return Path(next(stage["key"] for stage in _stages(job) if stage["label"] == str(label)))'
-OF_THOSE = "for job in jobs if key in job.settings}"
+OF_THOSE = "for job in jobs if is_known(job, key)}"
 OF_ALL = 'for job in jobs for _ in [job.settings.setdefault(key, "")]}'
 REACHES = "not self._ends(job)[1] < low"
 NO_SWITCH = " and not isinstance(v, bool)"

@@ -339,8 +339,8 @@ MUTANTS = [
      "(chosen or 0) - (rejected or 0)", SCIPY),
     ("score of rejected minus chosen", "else chosen - rejected for", "else rejected - chosen for", SCIPY),
     ("correlations swapped", 'MARGIN_SCORE_PEARSON, margins', 'MARGIN_SCORE_PEARSON, deltas', SCIPY),
-    ("nothing dropped", "if not known.shares(texts_of(pair.prompt, pair.chosen, pair.rejected))", "", DROPPED),
-    ("responses not looked at", "texts_of(pair.prompt, pair.chosen, pair.rejected)", "texts_of(pair.prompt)", ANSWERED),
+    ("nothing dropped", "if not known.shares(texts_of_pair(pair))", "", DROPPED),
+    ("responses not looked at", "texts_of_pair(pair)", "texts_of(pair.prompt)", ANSWERED),
     ("several pairs an instruction", "if first_of_prompt[texts_of(pair.prompt).own[0]] is pair]", "]", FIRST),
     ("judge ignored", "if scores is None\n", "if True\n", JUDGED),
 ]  # fmt: skip

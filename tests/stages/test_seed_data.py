@@ -223,10 +223,10 @@ def test_taught_questions_are_there_for_the_baseline_to_judge(tmp_path: Path) ->
 
 
 MUTANTS = [
-    ("split by id", "digest_text(compared(question.instruction)) for", "digest_text(question.id) for"),
-    ("split by answers", "digest_text(compared(question.instruction)) for", "digest_text(str(question.texts)) for"),
+    ("split by id", "digest_text(compared_prompt(question.prompt)) for", "digest_text(question.id) for"),
+    ("split by answers", "digest_text(compared_prompt(question.prompt)) for", "digest_text(str(question.texts)) for"),
     ("held-out questions taught", "for question in usable if question.id not in held_out]", "for question in usable]"),
-    ("overlap kept", "if compared(question.instruction) not in prompts]", "]"),
+    ("overlap kept", "if compared_prompt(question.prompt) not in prompts]", "]"),
     ("overlap not counted", 'drops["questions_in_demonstrations"] = len(questions) - len(usable)', "pass"),
 ]
 
