@@ -113,6 +113,20 @@ def test_sweep_stands_for_the_first_and_the_last_models_of_its_jobs(finished: Pa
         evaluate_models([str(folder)], [], conf_folder())
 
 
+def test_sft_baseline_of_a_second_run_has_rewards_by_its_own_loss(finished: Path) -> None:
+    settings = read_json(finished / "summary.json")["config"]["overrides"]
+    second = run(finished.parent, *settings, "loss.beta=0.3", "evaluate.sft_baseline=true", "name=with_baseline")
+    folder = evaluate_models([str(finished), str(second)], ["evaluate.preference_pairs.source=ranked"], conf_folder())
+    rows = [row["model"] for row in read_json(folder / "summary.json")["models"]]
+    assert rows[-1] == f"{second.name}.SFT"
+    beta = {name: _rewards_of(folder, name)["beta"] for name in rows}
+    assert beta == {name: 0.3 if name.startswith(second.name) else 0.1 for name in rows}
+
+
+def _rewards_of(folder: Path, name: str) -> dict[str, Any]:
+    return read_json(folder / f"artifacts/evaluation_{name}/preferences/manifest.json")["inputs"]
+
+
 def test_models_without_a_run_are_judged_by_the_first(finished: Path) -> None:
     settings = [o for o in read_json(finished / "summary.json")["config"]["overrides"] if not o.startswith("data.")]
     folder = evaluate_models(["random:tiny"], [*settings, "data=self_rewarding_smoke"], conf_folder())

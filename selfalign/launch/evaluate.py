@@ -123,7 +123,7 @@ class FinishedRun:
         if self.job:
             return [found[0], *found[1:][-1:]]
         baseline = self.made.get(Label.model(BASELINE))
-        return [*found, *([Contestant(f"{prefix}{BASELINE}", baseline, base)] if baseline else [])]
+        return [*found, *([Contestant(f"{prefix}{BASELINE}", baseline, base, **known)] if baseline else [])]
 
 
 def evaluate_models(sources: list[str], overrides: list[str], conf: Path, config_dir: Path | None = None) -> Path:
