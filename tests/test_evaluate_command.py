@@ -170,6 +170,28 @@ def test_model_may_be_called_as_the_sft_baseline_but_not_as_given_outputs(finish
         )
 
 
+def test_other_model_is_asked_as_the_command_line_says_and_settings_without_effect_are_told(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = weights_of_m2(finished, tmp_path / "other")
+    edited = edited_since(finished, tmp_path.name, {"model": {"system_prompt": "Be kind."}})
+    given, nothing = "model.system_prompt='Be brief.'", ["evaluate.instructions=''", "data.seed_data.ranked=''"]
+
+    evaluate_models([str(edited), other], nothing, conf_folder())
+    [line] = [line for line in caplog.messages if "is asked without" in line]
+    assert line.startswith(f"{other} is asked without model.system_prompt of the runs")
+    caplog.clear()
+    folder = evaluate_models([str(edited), other], [given, "model.lora.rank=4", *nothing], conf_folder())
+    inputs = read_json(folder / "artifacts/other/manifest.json")["inputs"]
+    assert inputs["model"]["system_prompt"] == "Be brief."
+    assert not any("is asked without" in line for line in caplog.messages)
+    told = [line for line in caplog.messages if line.startswith("model.")]
+    assert told == ["model.lora.rank=4 has no effect: the models to evaluate are named, and nothing is trained"]
+    caplog.clear()
+    evaluate_models([str(finished)], [given, *nothing], conf_folder())
+    assert f"{given} has no effect: the models of a run are asked as they were trained" in caplog.messages
+
+
 @pytest.mark.parametrize(
     ("then", "told"),
     [
