@@ -28,6 +28,7 @@ from selfalign.data.rows import (
     MEANINGS,
     SCORES,
     SIDES,
+    TAILS,
     TASK,
     UNREAD,
     Row,
@@ -79,10 +80,10 @@ WANTED = {
 
 
 USED = {
-    "demonstrations": {*TASK, *ANSWERS, *MARKS},
+    "demonstrations": {*TASK, *ANSWERS, *MARKS, "tools", "response_calls"},
     "instructions": {*TASK, "category"},
     "ranked answers": {*TASK, "responses"},
-    "pairs": {*TASK, "responses", *chain.from_iterable((*SIDES, *SCORES))},
+    "pairs": {*TASK, "responses", "tools", *TAILS, *chain.from_iterable((*SIDES, *SCORES))},
 }
 """{kind of record: the fields that it is read from}."""
 
