@@ -3,6 +3,7 @@ import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from builders import (
@@ -505,7 +506,7 @@ GIVEN = [
 ]
 
 
-def take(folder: Path, count: int, earlier: list[Artifact], texts: list[str] = GIVEN, **changes: Artifact):
+def take(folder: Path, count: int, earlier: list[Artifact], texts: list[str] = GIVEN, **changes: Any):
     """Runs the stage; returns its counts and what it made, as an artifact."""
     given = records_artifact(folder / "given", instructions=[instruction(f"g{n}", t) for n, t in enumerate(texts)])
     asked = records_artifact(folder / "asked", instructions=[instruction("q", "When did the old canal open here?")])
