@@ -1,6 +1,7 @@
 """Runs on conversations: turns and system turns reach every rendering, and judges read the whole of them."""
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from builders import TINY_RUN, run
 from transformers import PreTrainedTokenizerBase
 
 from selfalign.core.errors import SelfalignError
-from selfalign.core.files import read_json
+from selfalign.core.files import read_json, write_json
 from selfalign.core.records import Demonstration, Instruction, Message, PreferencePair
 from selfalign.data.turns import as_text
 from selfalign.models.batches import encode_pairs
@@ -142,6 +143,26 @@ def test_system_prompt_that_the_template_does_not_write_is_refused(tmp_path: Pat
     config = ModelConfig(path="random:tiny", chat_template=str(template), system_prompt=SYSTEM)
     with pytest.raises(SelfalignError, match=r"model\.system_prompt: the chat template of random:tiny does not write"):
         fetch_pretrained(config, tmp_path / "M0")
+
+
+def test_what_a_model_was_asked_by_in_the_run_it_comes_from_is_told(
+    policy: PolicyCheckpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = read_json(policy.path / "tokenizer/tokenizer_config.json")
+    assert settings["system_prompt"] == SYSTEM
+    path = tmp_path / "comes-from-a-run"
+    for part in ("weights", "tokenizer"):
+        shutil.copytree((policy.path / part).resolve(), path, dirs_exist_ok=True)
+    write_json(path / "tokenizer_config.json", settings | {"chat_template_arguments": {"enable_thinking": False}})
+    with caplog.at_level("INFO"):
+        for name, prompt in (("without", ""), ("another", "Be brief."), ("same", SYSTEM)):
+            (tmp_path / name).mkdir()
+            fetch_pretrained(ModelConfig(path=str(path), system_prompt=prompt), tmp_path / name)
+    told = [line.removeprefix(f"{path} comes from a run with ") for line in caplog.messages if "comes from" in line]
+    kept = "model.chat_template_arguments={'enable_thinking': False}, which still hold: set others to change them"
+    begun = f"model.system_prompt={SYSTEM!r}, under which it was trained, and is asked "
+    without, another = (f"{begun}{how} here: set it to keep it" for how in ("without it", "with another"))
+    assert told == [kept, without, kept, another, kept]
 
 
 def test_absent_system_prompt_leaves_keys_as_they_are() -> None:

@@ -114,6 +114,20 @@ def test_sweep_stands_for_the_first_and_the_last_models_of_its_jobs(finished: Pa
         evaluate_models([str(folder)], [], conf_folder())
 
 
+def test_sft_baseline_of_a_second_run_has_rewards_by_its_own_loss(finished: Path) -> None:
+    settings = read_json(finished / "summary.json")["config"]["overrides"]
+    second = run(finished.parent, *settings, "loss.beta=0.3", "evaluate.sft_baseline=true", "name=with_baseline")
+    folder = evaluate_models([str(finished), str(second)], ["evaluate.preference_pairs.source=ranked"], conf_folder())
+    rows = [row["model"] for row in read_json(folder / "summary.json")["models"]]
+    assert rows[-1] == f"{second.name}.SFT"
+    beta = {name: _rewards_of(folder, name)["beta"] for name in rows}
+    assert beta == {name: 0.3 if name.startswith(second.name) else 0.1 for name in rows}
+
+
+def _rewards_of(folder: Path, name: str) -> dict[str, Any]:
+    return read_json(folder / f"artifacts/evaluation_{name}/preferences/manifest.json")["inputs"]
+
+
 def test_models_without_a_run_are_judged_by_the_first(finished: Path) -> None:
     settings = [o for o in read_json(finished / "summary.json")["config"]["overrides"] if not o.startswith("data.")]
     folder = evaluate_models(["random:tiny"], [*settings, "data=self_rewarding_smoke"], conf_folder())
@@ -155,6 +169,28 @@ def test_model_may_be_called_as_the_sft_baseline_but_not_as_given_outputs(finish
             [f"evaluate.reference_outputs={outputs}"],
             conf_folder(),
         )
+
+
+def test_other_model_is_asked_as_the_command_line_says_and_settings_without_effect_are_told(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = weights_of_m2(finished, tmp_path / "other")
+    edited = edited_since(finished, tmp_path.name, {"model": {"system_prompt": "Be kind."}})
+    given, nothing = "model.system_prompt='Be brief.'", ["evaluate.instructions=''", "data.seed_data.ranked=''"]
+
+    evaluate_models([str(edited), other], nothing, conf_folder())
+    [line] = [line for line in caplog.messages if "is asked without" in line]
+    assert line.startswith(f"{other} is asked without model.system_prompt of the runs")
+    caplog.clear()
+    folder = evaluate_models([str(edited), other], [given, "model.lora.rank=4", *nothing], conf_folder())
+    inputs = read_json(folder / "artifacts/other/manifest.json")["inputs"]
+    assert inputs["model"]["system_prompt"] == "Be brief."
+    assert not any("is asked without" in line for line in caplog.messages)
+    told = [line for line in caplog.messages if line.startswith("model.")]
+    assert told == ["model.lora.rank=4 has no effect: the models to evaluate are named, and nothing is trained"]
+    caplog.clear()
+    evaluate_models([str(finished)], [given, *nothing], conf_folder())
+    assert f"{given} has no effect: the models of a run are asked as they were trained" in caplog.messages
 
 
 @pytest.mark.parametrize(

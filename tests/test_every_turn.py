@@ -97,7 +97,9 @@ def test_most_demonstrations_are_conversations(tmp_path: Path) -> None:
     assert (counts["ift"], counts["ift_turns"]) == (1, 3)
 
 
-@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"loss": False}])
+@pytest.mark.parametrize(
+    "mark", [{"weight": 0}, {"train": False}, {"loss": False}, {"weight": "0"}, {"train": "False"}]
+)
 def test_turns_that_the_data_mark_are_read_but_not_taught_and_counted(tmp_path: Path, mark: Row) -> None:
     def marked(*places: int) -> list[Row]:
         return [turn | mark if at in places else turn for at, turn in enumerate(BIRDS)]
@@ -116,6 +118,14 @@ def test_turns_that_the_data_mark_are_read_but_not_taught_and_counted(tmp_path: 
     ]
     assert made[1].prompt == [system("First."), *BIRDS[:5]]
     assert counts["dropped"] == {"demonstrations_not_to_train_on": 1, "demonstrations_turns_not_to_train_on": 2}
+
+
+def test_turns_of_a_prompt_that_the_data_mark_are_not_taught(tmp_path: Path) -> None:
+    prompt = [turn | {"weight": 0} if at == 1 else turn for at, turn in enumerate(BIRDS[:5])]
+    counts, made = seeds(tmp_path, {"id": "p", "system": "Be brief.", "prompt": prompt, "completion": BIRDS[5:]})
+    assert taught(made) == ["An old owl.", "It hoots."]
+    assert made[1].prompt == [system("Be brief."), *BIRDS[:5]]
+    assert counts["dropped"] == {"demonstrations_turns_not_to_train_on": 1}
 
 
 def test_turn_that_two_conversations_begin_with_is_taught_once(tmp_path: Path) -> None:

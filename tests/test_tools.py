@@ -150,6 +150,20 @@ def test_pairs_of_calls_and_of_texts_are_read(tmp_path: Path) -> None:
     assert four.chosen_calls == CALLED["tool_calls"]
 
 
+def test_log_says_that_tools_and_turns_of_records_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shown = {"tools": [INNER], "prompt": [ASKED], "response": "", "response_calls": CALLED["tool_calls"], "source": "a"}
+    pair = {"tools": [INNER], "prompt": [ASKED], "chosen": "Wet.", "rejected": "Dry.", "model": "b"}
+    pair |= {"chosen_turns": [CALLED, result("Rain.")], "rejected_calls": CALLED["tool_calls"]}
+    path = tmp_path / "rows.jsonl"
+    for row, read, other in ((shown, read_demonstrations, "source"), (pair, read_pairs, "model")):
+        caplog.clear()
+        path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+        with caplog.at_level("INFO"):
+            [[_], _] = read(str(path))
+        assert "tools as the definitions of tools" in caplog.text
+        assert [line for line in caplog.messages if "ignored" in line] == [f"{path}: ignored the fields {other}"]
+
+
 def test_pair_of_equal_calls_is_none(tmp_path: Path) -> None:
     row = {"prompt": [ASKED], "chosen": [CALLED], "rejected": [CALLED]}
     made, drops = read_pairs(write(tmp_path, row))

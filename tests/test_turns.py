@@ -274,6 +274,23 @@ def test_fields_that_are_passed_over_are_named_once(tmp_path: Path, caplog: pyte
     assert notable(caplog) == [f"{path}: ignored the fields source, weight"]
 
 
+def test_fields_of_turns_that_are_passed_over_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    said = [
+        {"role": "user", "content": "A", "weight": 1, "refusal": None},
+        {"from": "gpt", "value": "B", "mask": False},
+    ]
+    path = write(tmp_path, {"messages": said})
+    read_demonstrations(path)
+    assert notable(caplog) == [f"{path}: ignored the fields messages[].mask"]
+    caplog.clear()
+    path = write(
+        tmp_path, {"prompt": said[:1], "chosen": [said[1] | {"rating": 4}], "rejected": [{"from": "gpt", "value": "C"}]}
+    )
+    read_pairs(path)
+    assert notable(caplog) == [f"{path}: ignored the fields chosen[].mask, chosen[].rating"]
+
+
 OF_ANOTHER_KIND = {
     "answers of pairs": (read_pairs, {"instruction": "A", "chosen": "B", "rejected": "C", "response": "B", "label": 0}),
     "scores of pairs": (read_demonstrations, {**BASE, "instruction": "A", "chosen_score": 4, "label": True}),

@@ -28,6 +28,7 @@ from selfalign.data.rows import (
     MEANINGS,
     SCORES,
     SIDES,
+    TAILS,
     TASK,
     UNREAD,
     Row,
@@ -65,6 +66,18 @@ T = TypeVar("T")
 Drops = Counter[str]
 Readers = dict[type, Callable[[Any], tuple[list[T], Drops]]]
 
+TURN_MARKS = ("weight", "train", "loss")
+"""Fields of a turn that tell whether it is trained on."""
+
+UNWANTED = ("0", "0.0", "false")
+"""Values of these fields, as texts in small letters, that say that it is not."""
+
+IN_TURNS = {"role", "from", "content", "value", "name", "tool_call_id", "tool_calls", "tools", *TURN_MARKS}
+"""Fields of a turn that are read."""
+
+EMPTY = (None, "", [], {})
+"""Values of a field of a turn that say nothing."""
+
 UNTAUGHT = "untaught"
 """Key of a turn that the data mark as not to be trained on, while it is read."""
 
@@ -79,10 +92,10 @@ WANTED = {
 
 
 USED = {
-    "demonstrations": {*TASK, *ANSWERS, *MARKS},
+    "demonstrations": {*TASK, *ANSWERS, *MARKS, "tools", "response_calls"},
     "instructions": {*TASK, "category"},
     "ranked answers": {*TASK, "responses"},
-    "pairs": {*TASK, "responses", *chain.from_iterable((*SIDES, *SCORES))},
+    "pairs": {*TASK, "responses", "tools", *TAILS, *chain.from_iterable((*SIDES, *SCORES))},
 }
 """{kind of record: the fields that it is read from}."""
 
@@ -399,7 +412,7 @@ def _read_own(
 
     def seen() -> Iterator[Row]:
         for row in found:
-            names.update(row.fields)
+            names.update(row.fields, _beside_turns(row))
             spelled.update(row.spelled_gaps())
             unclear.update(name for name in MARKS if name in row.fields and mark_of(row, name) is None)
             yield row
@@ -419,6 +432,14 @@ def _read_own(
             text,
         )
     return records, drops
+
+
+def _beside_turns(row: Row) -> set[str]:
+    """Return the fields of turns that are not read and not empty, such as "messages[].feedback"."""
+    lists = {name: row.fields[name] for name in (*TASK, *chain.from_iterable(SIDES)) if name in row.fields}
+    turns = [(name, turn) for name, listed in lists.items() if isinstance(listed, list) for turn in listed]
+    found = {(name, key) for name, turn in turns if isinstance(turn, dict) for key in turn if turn[key] not in EMPTY}
+    return {f"{name}[].{key}" for name, key in found if key not in IN_TURNS}
 
 
 def _other_sides(names: set[str]) -> set[str]:
@@ -539,7 +560,8 @@ def _conversation(row: Row, drops: Drops) -> Demonstration | None:
     name = next((name for name in CONVERSATIONS if isinstance(row.fields.get(name), list)), "")
     items = row.fields[name] if name else []
     if not any(_mark(item) for item in items):
-        return _demonstration(row, drops)
+        made, prompt = _demonstration(row, drops), row.fields.get("prompt")
+        return _with_marks(made, prompt) if made and isinstance(prompt, list) else made
     taught = [at for at, item in enumerate(items) if _speaks(item) and not _mark(item)]
     if not taught:
         drops["not_to_train_on"] += 1
@@ -547,10 +569,15 @@ def _conversation(row: Row, drops: Drops) -> Demonstration | None:
     drops["turns_not_to_train_on"] += sum(map(_speaks, items[taught[-1] + 1 :]))
     kept = items[: taught[-1] + 1]
     made = _demonstration(Row(row.where, row.fields | {name: kept}), drops)
-    if made is None or isinstance(made.prompt, str):
+    return _with_marks(made, kept[:-1]) if made else None
+
+
+def _with_marks(made: Demonstration, before: list[Any]) -> Demonstration:
+    """Return a demonstration with marks on turns of its prompt; `before` has these turns as they were given."""
+    if isinstance(made.prompt, str):
         return made
     # From the end, because a system turn may have come from another field, or be blank and gone.
-    marked = dict(zip(range(len(made.prompt) - 1, -1, -1), reversed(kept[:-1]), strict=False))
+    marked = dict(zip(range(len(made.prompt) - 1, -1, -1), reversed(before), strict=False))
     prompt = [
         turn | {UNTAUGHT: True} if turn["role"] == "assistant" and _mark(marked.get(at)) else turn
         for at, turn in enumerate(made.prompt)
@@ -564,9 +591,12 @@ def _speaks(item: Any) -> bool:
 
 
 def _mark(item: Any) -> str:
-    """Return the field that marks an item of a conversation as not to be trained on; "" if none does."""
-    marks = ("weight", "train", "loss") if isinstance(item, dict) else ()
-    return next((mark for mark in marks if mark in item and not item[mark]), "")
+    """Return the field that marks an item of a conversation as not to be trained on; "" if none does.
+
+    Its value is 0 or false, or a text that spells one of them.
+    """
+    marks = TURN_MARKS if isinstance(item, dict) else ()
+    return next((mark for mark in marks if mark in item and str(item[mark] or 0).strip().casefold() in UNWANTED), "")
 
 
 def mark_of(row: Row, name: str) -> bool | None:

@@ -68,8 +68,10 @@ def is_plain(pair: PreferencePair) -> bool:
 
 
 def texts_asked_in(pair: PreferencePair) -> set[str]:
-    """Return the texts of a pair's prompt and of the turns before its answers, as `compared` returns them."""
-    return texts_in(pair.prompt).union(*(texts_in(tail.turns) for tail in tails_of(pair)))
+    """Return the texts of a pair's prompt with the turns before its answers, as `texts_in` returns them."""
+    if isinstance(pair.prompt, str):
+        return texts_in(pair.prompt)
+    return set[str]().union(*(texts_in([*pair.prompt, *tail.turns]) for tail in tails_of(pair)))
 
 
 def common_turns(own: Sequence[Message], other: Sequence[Message]) -> int:

@@ -67,9 +67,14 @@ def compared_prompt(prompt: Prompt) -> str:
 
 
 def texts_in(prompt: Prompt) -> set[str]:
-    """Return the texts of a prompt in the form in which they are compared: the whole, and each turn of it."""
-    turns = [] if isinstance(prompt, str) else list(map(turn_text, prompt))
-    return {compared_prompt(prompt), *map(compared, turns)}
+    """Return the texts of a prompt in the form in which they are compared.
+
+    They are the whole, each turn of it, and of a conversation the shorter ones within it that a user's turn ends.
+    """
+    if isinstance(prompt, str):
+        return {compared_prompt(prompt)}
+    begun = [prompt[: at + 1] for at, turn in enumerate(prompt) if turn["role"] == "user"]
+    return {*map(compared_prompt, [prompt, *begun]), *map(compared, map(turn_text, prompt))}
 
 
 def _without_system(turns: Sequence[Message]) -> list[Message]:

@@ -53,6 +53,10 @@ MEASURED_BY = (*MEASURING, *REWARDING, "benchmark", "data.schema", "evaluate", "
 """Settings that the metrics of models depend on."""
 
 
+ASKED_BY = ("chat_template", "chat_template_arguments", "system_prompt", "thinking")
+"""Settings of `model` that say how a model is asked. Models of a run keep theirs."""
+
+
 @dataclass(frozen=True, slots=True)
 class Contestant:
     """A model to evaluate.
@@ -123,7 +127,7 @@ class FinishedRun:
         if self.job:
             return [found[0], *found[1:][-1:]]
         baseline = self.made.get(Label.model(BASELINE))
-        return [*found, *([Contestant(f"{prefix}{BASELINE}", baseline, base)] if baseline else [])]
+        return [*found, *([Contestant(f"{prefix}{BASELINE}", baseline, base, **known)] if baseline else [])]
 
 
 def evaluate_models(sources: list[str], overrides: list[str], conf: Path, config_dir: Path | None = None) -> Path:
@@ -153,10 +157,11 @@ def evaluate_models(sources: list[str], overrides: list[str], conf: Path, config
     digests = {run.name: sorted(a.digest for a in run.made.values()) for run in every}
     identity = [to_key_json(config), digests]
     folder = output / f"evaluation-{digest_json([*identity, sources])[:8]}"
+    asked = {name: getattr(config.model, name) for name in ASKED_BY if name in _given_of_model(overrides)}
     ledger = open_ledger(folder, log_tables)
     runner = Runner(Store(output / "store"), ledger=ledger)
     if ledger is None:
-        _measure(config, runner, sources, runs, trained, {})
+        _measure(config, runner, sources, runs, trained, asked, {})
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / ".lock", f"this evaluation is already running in {folder}"):
@@ -164,11 +169,12 @@ def evaluate_models(sources: list[str], overrides: list[str], conf: Path, config
         with log_file(folder / "run.log"), config.tracker.open(folder, plain) as ledger.tracker:
             warn_of_settings(config, {"overrides": overrides})
             _tell_differences(every)
+            _tell_how_asked(every, [source for source in sources if source not in runs], overrides)
             for run in every[:1]:
                 _tell_changed_data(run, config)
             tell_resolved(folder, auto_dtypes(config))
             with at_the_end(partial(write_provenance, ledger, config.seed)):
-                names = _measure(config, runner, sources, runs, trained, ledger.artifacts)
+                names = _measure(config, runner, sources, runs, trained, asked, ledger.artifacts)
             for label, made in ledger.artifacts.items():
                 ledger.link(label, made.path)  # Of the models too, which were made elsewhere.
             conclude(ledger, config, {**plain, "overrides": overrides}, names, (write_report,), evaluated=sources)
@@ -275,17 +281,45 @@ def _tell_differences(runs: Sequence[FinishedRun]) -> None:
         )
 
 
+def _given_of_model(overrides: Sequence[str]) -> dict[str, str]:
+    """Return {setting of `model`: its override}; the option of the group is under the empty name."""
+    keys = {override: _key_of(override).split(".") for override in overrides}
+    return {".".join(key[1:2]): override for override, key in keys.items() if key[0] == "model"}
+
+
+def _tell_how_asked(runs: Sequence[FinishedRun], others: Sequence[str], overrides: Sequence[str]) -> None:
+    """Warn of settings of `model` that have no effect, and of those that only the runs' models are asked by."""
+    given = _given_of_model(overrides)
+    for name, override in given.items():
+        if name in ASKED_BY and not others:
+            logger.warning("%s has no effect: the models of a run are asked as they were trained", override)
+        elif name not in (*ASKED_BY, "dtype"):
+            logger.warning("%s has no effect: the models to evaluate are named, and nothing is trained", override)
+    set_in_runs = [name for name in ASKED_BY if any(_is_set(run.settings["model"].get(name)) for run in runs)]
+    if others and (only := [f"model.{name}" for name in set_in_runs if name not in given]):
+        logger.warning(
+            "%s is asked without %s of the runs: give them on the command line to ask it by them too",
+            *(", ".join(others), ", ".join(only)),
+        )
+
+
+def _is_set(value: Any) -> bool:
+    return any(value.values()) if isinstance(value, dict) else bool(value)
+
+
 def _measure(
     config: ExperimentConfig,
     run: Maker,
     sources: list[str],
     runs: dict[str, list[FinishedRun]],
     trained: dict[str, ExperimentConfig],
+    asked: dict[str, Any],
     known: dict[Label, Artifact],
 ) -> list[str]:
     """Evaluate all models and return their names, which are the keys of `known` afterwards.
 
-    Each run's rewards use its own loss and reference, as `trained` says. `base` and `sft` are the first run's M0 and
+    Each run's rewards use its own loss and reference, as `trained` says. Models that are no run's have the settings
+    `asked`. `base` and `sft` are the first run's M0 and
     M1; without a run, both are the first model.
     """
     config = resolve_dtypes(config)
@@ -298,7 +332,7 @@ def _measure(
             contestants += entered[found.shares_first and (entered[0].name, entered[0].policy) in listed :]
         if source not in runs:
             name = plain_name(Path(source).name)
-            model = ModelConfig(path=source, dtype=config.model.dtype)
+            model = ModelConfig(path=source, dtype=config.model.dtype, **asked)
             contestants.append(
                 Contestant(name, load_from_outside(run, Label.parse(name), model, "the model to evaluate"))
             )

@@ -124,9 +124,14 @@ def settle_thoughts(tokenizer: "Tokenizer", config: ModelConfig) -> None:
             )
     if arguments:
         tokenizer.init_kwargs[ARGUMENTS] = arguments
+    elif kept := tokenizer.init_kwargs.get(ARGUMENTS):
+        logger.info(
+            "%s comes from a run with model.chat_template_arguments=%s, which still hold: set others to change them",
+            *(config.path, kept),
+        )
     if thinking.open:
         tokenizer.init_kwargs[MARKERS] = [thinking.open, thinking.close]
-    tokenizer.init_kwargs.pop(THOUGHT_PROMPT, None)  # Of a run that the model comes from.
+    _leave_out(tokenizer, THOUGHT_PROMPT, "model.thinking.prompt", thinking.prompt, config.path)
     if thinking.prompt:
         if not thinking.open and markers_in(template) is None:
             raise SelfalignError(
@@ -142,7 +147,7 @@ def settle_system_prompt(tokenizer: "Tokenizer", config: ModelConfig) -> None:
     Raises:
         SelfalignError: the chat template does not write a system turn.
     """
-    tokenizer.init_kwargs.pop(SYSTEM_PROMPT, None)  # Of a run that the model comes from.
+    _leave_out(tokenizer, SYSTEM_PROMPT, "model.system_prompt", config.system_prompt, config.path)
     if not config.system_prompt:
         return
     if not tokenizer.chat_template or not writes_all(
@@ -153,6 +158,16 @@ def settle_system_prompt(tokenizer: "Tokenizer", config: ModelConfig) -> None:
             "or give another template with model.chat_template=FILE."
         )
     tokenizer.init_kwargs[SYSTEM_PROMPT] = config.system_prompt
+
+
+def _leave_out(tokenizer: "Tokenizer", name: str, setting: str, now: str, path: str) -> None:
+    """Remove a prompt of the run that a model comes from, and say so where it is not given again."""
+    before = tokenizer.init_kwargs.pop(name, "")
+    if before and before != now:
+        logger.info(
+            "%s comes from a run with %s=%r, under which it was trained, and is asked %s here: set it to keep it",
+            *(path, setting, before, "with another" if now else "without it"),
+        )
 
 
 def named_stops(weights: Path) -> int | list[int] | None:

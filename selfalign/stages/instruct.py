@@ -16,7 +16,7 @@ from selfalign.core.records import Demonstration, FinishReason, Instruction
 from selfalign.data.mixtures import data_source
 from selfalign.data.rouge import RougeIndex
 from selfalign.data.text_filters import Language, is_fragment, words_of
-from selfalign.data.turns import instruction_of
+from selfalign.data.turns import compared_prompt, instruction_of
 from selfalign.engines.protocol import Completion, Engine, Generator, Request, Sampling, generate_batched
 from selfalign.metrics import catalog
 from selfalign.metrics.summaries import instruction_statistics
@@ -134,7 +134,8 @@ class Pool:
         config: the thresholds of the filters.
         seeds: instructions that M1 was trained on.
         earlier: instructions of earlier iterations.
-        held_out: instructions that no training may see.
+        held_out: instructions that no training may see, and the user's turns in them.
+        held_out_whole: the same without these turns.
         kept: new instructions that passed.
         dropped: {reason: number of dropped instructions}.
         highest: each kept instruction's highest ROUGE-L F1 to the instructions known before it.
@@ -144,6 +145,7 @@ class Pool:
     seeds: list[str]
     earlier: list[str] = field(default_factory=list)
     held_out: list[str] = field(default_factory=list)
+    held_out_whole: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
     highest: list[float] = field(default_factory=list)
@@ -151,27 +153,30 @@ class Pool:
     _known: RougeIndex = field(init=False)
     _known_seeds: RougeIndex = field(init=False)
     _known_held_out: RougeIndex = field(init=False)
+    _known_held_out_whole: RougeIndex = field(init=False)
 
     def __post_init__(self) -> None:
         self._language = Language.of(self.seeds)
         self._known = RougeIndex.of(self.seeds + self.earlier)
         self._known_seeds = RougeIndex.of(self.seeds)
         self._known_held_out = RougeIndex.of(self.held_out)
+        self._known_held_out_whole = RougeIndex.of(self.held_out_whole)
 
     @property
     def full(self) -> bool:
         """Whether `count` new instructions are kept."""
         return len(self.kept) == self.config.count
 
-    def offer(self, text: str, shown: Collection[str] = ()) -> bool:
+    def offer(self, text: str, shown: Collection[str] = (), turns: Collection[str] = ()) -> bool:
         """Keep an instruction if it passes the filters, or else count the reason. Return whether it was kept.
 
         Args:
             text: the instruction.
             shown: the few-shot examples of its prompt.
+            turns: the user's turns, if it is a conversation.
         """
         words = words_of(text)
-        reason = "surplus" if self.full else self._flaw(text, words) or self._copied(words, shown)
+        reason = "surplus" if self.full else self._flaw(text, words) or self._copied(words, shown, turns)
         highest = 0.0 if reason else self._known.highest(words)
         if not reason and highest >= self.config.max_rouge_l:
             reason = "similar"
@@ -205,9 +210,10 @@ class Pool:
             return "keyword"
         return "language" if self._language.differs(text) else None
 
-    def _copied(self, words: list[str], shown: Collection[str]) -> str | None:
+    def _copied(self, words: list[str], shown: Collection[str], turns: Collection[str]) -> str | None:
         """Return the reason to drop a text because it copies or resembles a known instruction, or None."""
-        if self._known_held_out.highest(words) >= self.config.max_rouge_l:
+        asked = (self._known_held_out_whole.highest(words_of(turn)) for turn in turns)
+        if max(self._known_held_out.highest(words), *asked, 0.0) >= self.config.max_rouge_l:
             return "held_out"
         if words in map(words_of, shown):
             return "copy_of_demonstration"
@@ -317,7 +323,7 @@ def given_instructions(
         if pool.full:
             break
         read += 1
-        if pool.offer(record.text):
+        if pool.offer(compared_prompt(record.prompt), turns=_user_turns(record)):
             kept.append(replace(record, source="given"))
     if not pool.full:
         raise SelfalignError(
@@ -342,16 +348,25 @@ def _pool(config: InstructConfig, seeds: Artifact, earlier: list[Artifact], held
     )
     conversations = {one.question or one.id: one.prompt for one in demonstrations if one.source == "ift"}
     instructions = [instruction_of(prompt) for prompt in conversations.values()]
-    earlier_texts, held_out_texts = (
-        [text for artifact in artifacts for record in _instructions(artifact) for text in _asked(record)]
-        for artifacts in (earlier, held_out)
+    before, measured = (
+        [record for artifact in artifacts for record in _instructions(artifact)] for artifacts in (earlier, held_out)
     )
-    return Pool(config, instructions, earlier_texts, held_out_texts)
+    return Pool(
+        config,
+        instructions,
+        earlier=[text for record in before for text in _asked(record)],
+        held_out=[text for record in measured for text in _asked(record)],
+        held_out_whole=[compared_prompt(record.prompt) for record in measured],
+    )
 
 
 def _asked(record: Instruction) -> list[str]:
-    """Return what an instruction asks: its text, and the user's turns of a conversation."""
-    return [record.text, *(turn["content"] for turn in record.turns if turn["role"] == "user")]
+    """Return what an instruction asks: its text without a system turn, and the user's turns of a conversation."""
+    return [compared_prompt(record.prompt), *_user_turns(record)]
+
+
+def _user_turns(record: Instruction) -> list[str]:
+    return [turn["content"] for turn in record.turns if turn["role"] == "user"]
 
 
 def _draw(pool: Pool, seed: int) -> list[str]:

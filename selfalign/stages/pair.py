@@ -16,7 +16,7 @@ from selfalign.data.pair_rules import PairRule, ScoredResponse, pick_pairs
 from selfalign.data.schemas import Schema
 from selfalign.data.sources import read_pairs
 from selfalign.data.tails import texts_asked_in
-from selfalign.data.turns import compared
+from selfalign.data.turns import compared_prompt
 from selfalign.metrics import catalog
 from selfalign.metrics.intervals import RunningMean, correlation
 from selfalign.store.artifacts import Artifact, Content, Counts, StageOutput
@@ -240,7 +240,7 @@ def given_pairs(
     """
     given, drops = read_pairs(source, schema)
     known = [record for part in held_out for record in read_records(part.path / "instructions.jsonl", Instruction)]
-    usable = _without_held_out(given, {compared(record.text) for record in known})
+    usable = _without_held_out(given, {compared_prompt(record.prompt) for record in known})
     pairs = usable[: count or None]
     drops.update(held_out=len(given) - len(usable), surplus=len(usable) - len(pairs))
     if not pairs:

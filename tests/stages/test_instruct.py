@@ -3,6 +3,7 @@ import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from builders import (
@@ -24,7 +25,7 @@ from builders import (
 from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import read_records
 from selfalign.core.records import Demonstration, Instruction, Prompt
-from selfalign.data.turns import as_prompt
+from selfalign.data.turns import as_prompt, as_text
 from selfalign.engines.protocol import Completion, Request, Sampling
 from selfalign.engines.transformers import Transformers
 from selfalign.models.checkpoint import PolicyCheckpoint
@@ -505,7 +506,7 @@ GIVEN = [
 ]
 
 
-def take(folder: Path, count: int, earlier: list[Artifact], texts: list[str] = GIVEN, **changes: Artifact):
+def take(folder: Path, count: int, earlier: list[Artifact], texts: list[str] = GIVEN, **changes: Any):
     """Runs the stage; returns its counts and what it made, as an artifact."""
     given = records_artifact(folder / "given", instructions=[instruction(f"g{n}", t) for n, t in enumerate(texts)])
     asked = records_artifact(folder / "asked", instructions=[instruction("q", "When did the old canal open here?")])
@@ -553,3 +554,45 @@ def test_given_instructions_need_no_seeds(tmp_path: Path) -> None:
     empty = replace(records_artifact(tmp_path / "none", demonstrations=[]), counts={"ift": 0, "eft": 0})
     _, made = take(tmp_path, 2, [], seeds=empty)
     assert texts_in(made) == GIVEN[:2]
+
+
+RULES = (
+    "You work at the desk of a small museum at the sea. Answer every guest politely and in a few words, say nothing "
+    "about prices, and name the room in which a thing can be seen."
+)
+
+
+def under_rules(name: str, *turns: str) -> Instruction:
+    """An instruction under a long system turn, whose turns are the user's and the assistant's by turns."""
+    roles = ("user", "assistant") * len(turns)
+    spoken = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
+    listed = [{"role": "system", "content": RULES}, *spoken]
+    return Instruction(id=name, text=as_text(listed), source="given", turns=listed)
+
+
+def test_system_turn_neither_hides_a_held_out_question_nor_makes_questions_alike(tmp_path: Path) -> None:
+    held_out = "When did the old canal open here?"
+    given = [
+        under_rules("asked", held_out),
+        under_rules("gone-on", held_out, "In spring.", "And which boat was the first one on it?"),
+        under_rules("salt", GIVEN[2]),
+        under_rules("seed", GIVEN[1]),
+        under_rules("chess", GIVEN[5]),
+        instruction("again", GIVEN[5]),
+        under_rules("cider", GIVEN[7]),
+    ]
+    asked_for = records_artifact(tmp_path / "tasks", instructions=given)
+    counts, made = take(tmp_path, 3, [], given=asked_for)
+    kept = read_records(made.path / "instructions.jsonl", Instruction)
+    assert [record.id for record in kept] == ["salt", "chess", "cider"]
+    assert [record.turns[0]["content"] for record in kept] == [RULES] * 3
+    assert counts["dropped"] == {"copy_of_kept": 1, "copy_of_seed": 1, "held_out": 2}
+
+
+def test_held_out_question_under_a_system_turn_is_not_asked_without_it(tmp_path: Path) -> None:
+    measured = records_artifact(
+        tmp_path / "measured", instructions=[under_rules("q", GIVEN[0], "By breath.", GIVEN[7])]
+    )
+    counts, made = take(tmp_path, 2, [], held_out=[measured])
+    assert texts_in(made) == [GIVEN[2], GIVEN[5]]
+    assert counts["dropped"]["held_out"] == 2

@@ -10,9 +10,9 @@ from mutation import assert_caught
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import read_records
-from selfalign.core.records import Demonstration, FinishReason, PreferencePair, Response
+from selfalign.core.records import Demonstration, FinishReason, Instruction, Message, PreferencePair, Response
 from selfalign.data.pair_rules import AllOrdered, BestVsK, BestWorst, PairRule, RandomPair
-from selfalign.data.turns import as_prompt
+from selfalign.data.turns import as_prompt, as_text
 from selfalign.stages import pair as module
 from selfalign.stages.pair import PositivesOnly, gather_pairs, given_pairs, pair
 
@@ -362,6 +362,37 @@ def test_given_pairs_do_not_ask_what_is_held_out(tmp_path: Path) -> None:
     assert counts == {"pairs": 1, "dropped": {"held_out": 2}}
     for name, kind in (("pairs", PreferencePair), ("demonstrations", Demonstration)):
         assert [made.prompt for made in read_records(tmp_path / f"out/{name}.jsonl", kind)] == [as_prompt("How?")]
+
+
+def test_given_pairs_do_not_ask_what_is_held_out_under_a_system_turn_or_as_a_conversation(tmp_path: Path) -> None:
+    """The one is asked under a system turn, the other goes on behind an answer; pairs have them in other places."""
+
+    def turns(*texts: str) -> list[Message]:
+        return [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 3, texts, strict=False)]
+
+    dialogue = turns("Who?", "He.", "And then?")
+    asked = [[{"role": "system", "content": "Be brief."}, *turns("How?")], dialogue]
+    held_out = [Instruction(id=str(n), text=as_text(one), source="given", turns=one) for n, one in enumerate(asked)]
+    rows = [
+        {"prompt": turns("How?"), "chosen": "So.", "rejected": "Never."},
+        {"prompt": turns("Who?", "She.", "And then?"), "chosen": "Home.", "rejected": "No."},
+        {"prompt": dialogue, "chosen": "Home.", "rejected": "Away."},
+        {"prompt": turns("Who?", "He.", "And then?", "Home.", "Why?"), "chosen": "Rain.", "rejected": "Snow."},
+        {
+            "prompt": dialogue[:1],
+            "chosen": [*dialogue[1:], {"role": "assistant", "content": "Out."}],
+            "rejected": [{"role": "assistant", "content": "You."}],
+        },
+    ]
+    source = tmp_path / "pairs.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parts = [records_artifact(tmp_path / "questions", instructions=held_out)]
+    counts = given_pairs(
+        workspace(tmp_path / "out"), source=str(source), count=0, content="d", **NOTHING | {"held_out": parts}
+    )
+    [kept] = read_records(tmp_path / "out/pairs.jsonl", PreferencePair)
+    assert counts == {"pairs": 1, "dropped": {"held_out": 4}}
+    assert kept.prompt == turns("Who?", "She.", "And then?")
 
 
 def test_given_ranked_answers_are_the_best_against_the_worst(tmp_path: Path) -> None:
