@@ -56,7 +56,8 @@ class ExpectedScore(Rubric):
         if not 0 <= self.min_score < self.max_score <= 9:
             raise SelfalignError(
                 f"judge.min_score and judge.max_score must be one digit each for expected_score, got "
-                f"{self.min_score} to {self.max_score}"
+                f"{self.min_score} to {self.max_score}: write the rubric for a scale within 0 to 9, or let the judge "
+                "write its score (judge=additive or external)"
             )
         if self.rationale_tokens < 0:
             raise SelfalignError(f"judge.rationale_tokens must be 0 or more, got {self.rationale_tokens}")
@@ -182,7 +183,11 @@ def score_tokens(tokenizer: "Tokenizer", low: int, high: int) -> list[int]:
     """
     tokens = tokens_behind(tokenizer, PREFIX, [str(score) for score in range(low, high + 1)])
     if tokens is None:
-        raise SelfalignError("judge.model: its tokenizer encodes a score as several tokens. Set judge=additive.")
+        raise SelfalignError(
+            "judge.model: its tokenizer does not encode each digit behind 'Score: ' as one token of its own, as "
+            "judge=expected_score needs. Choose a judge model whose tokenizer splits digits, or judge=additive, for "
+            "which the model must be able to write a judgement."
+        )
     return tokens
 
 
