@@ -130,12 +130,12 @@ def best_of_tree(rows: Sequence[TreeMessage]) -> tuple[list[Demonstration], Drop
 def rank_tree(rows: Sequence[TreeMessage]) -> tuple[list[RankedAnswers], Drops]:
     """Return English first-turn questions with their answers in the humans' order."""
     drops: Drops = Counter()
-    families: dict[str, list[tuple[TreeMessage, TreeMessage]]] = {}
+    questions: dict[str, list[tuple[TreeMessage, TreeMessage]]] = {}
     for question, answer in first_turns(rows, drops):
-        families.setdefault(question.message_id, []).append((question, answer))
+        questions.setdefault(question.message_id, []).append((question, answer))
     ranked = [
-        _ranked(name, family[0][0].text, [(answer.text, (-(answer.rank or 0),)) for _, answer in family], drops)
-        for name, family in families.items()
+        _ranked(name, turns[0][0].text, [(answer.text, (-(answer.rank or 0),)) for _, answer in turns], drops)
+        for name, turns in questions.items()
     ]
     return [question for question in ranked if question is not None], drops
 

@@ -57,7 +57,7 @@ class PairwiseComparator:
         thought_tokens: the most tokens of a thought: of the server's beside its verdict, or of a greedy one that a
             policy with markers of thoughts writes before it; 0 reads a policy's verdict behind an empty thought.
         debias_position: subtracts the judge's preference for the first position, estimated from other comparisons
-            (`place_preferences`). Without it a small model, which mostly prefers one position, gives ties.
+            (`position_bias_nats`). Without it a small model, which mostly prefers one position, gives ties.
         max_batch_tokens: the most tokens of a forward pass.
         max_failure_rate: the run stops when more than this share of the comparisons has no verdict.
     """
@@ -228,12 +228,12 @@ def position_bias_nats(orders: Sequence[OrderedPair], logps: Mapping[int, Sequen
     gaps = {index: logps[index][0] - logps[index][1] for index in logps}
     pairs = range(len(orders) // 2)
     own = {pair: (gaps[2 * pair] + gaps[2 * pair + 1]) / 2 for pair in pairs if {2 * pair, 2 * pair + 1} <= gaps.keys()}
-    families: dict[str, set[int]] = {}
+    pairs_of: dict[str, set[int]] = {}
     for pair in own:
-        families.setdefault(orders[2 * pair].pair.instruction.id, set()).add(pair)
+        pairs_of.setdefault(orders[2 * pair].pair.instruction.id, set()).add(pair)
     preferences: list[float] = []
     for pair in pairs:
-        others = families.get(orders[2 * pair].pair.instruction.id, set()) - {pair} or own.keys() - {pair}
+        others = pairs_of.get(orders[2 * pair].pair.instruction.id, set()) - {pair} or own.keys() - {pair}
         preferences.append(math.fsum(own[other] for other in others) / max(1, len(others)))
     return preferences
 

@@ -106,11 +106,11 @@ class ExpectedScore(Rubric):
         digits = score_tokens(reader.tokenizer, self.min_score, self.max_score)
         groups: list[SharedPrompt] = []
         members: dict[str, list[InstructionResponse]] = {}
-        for name, family in by_instruction([s for s in subjects if s.response.id in rationales]).items():
-            prompts = [self._prompt(reader.tokenizer, s, rationales[s.response.id]) for s in family]
+        for name, candidates in by_instruction([s for s in subjects if s.response.id in rationales]).items():
+            prompts = [self._prompt(reader.tokenizer, s, rationales[s.response.id]) for s in candidates]
             fits = [len(prompt) < reader.context for prompt in prompts]
-            judgements += [too_long(s, reader.digest) for s, fit in zip(family, fits, strict=True) if not fit]
-            members[name] = [s for s, fit in zip(family, fits, strict=True) if fit]
+            judgements += [too_long(s, reader.digest) for s, fit in zip(candidates, fits, strict=True) if not fit]
+            members[name] = [s for s, fit in zip(candidates, fits, strict=True) if fit]
             fitting = [prompt for prompt, fit in zip(prompts, fits, strict=True) if fit]
             if fitting:
                 groups.append(share_prompt(name, fitting, [[] for _ in fitting]))

@@ -89,13 +89,13 @@ class ImplicitReward:
                 "judge=implicit: the judging policy has no reference policy or equals it, so every reward would be 0. "
                 "It needs a policy that was trained: set data.seed_data, or judge in a later iteration."
             )
-        families = by_instruction(subjects)
-        own, lengths = self._score(context.journal, "policy", policy, families)
-        others, _ = self._score(context.journal, "reference", reference, families)
+        candidate_lists = by_instruction(subjects)
+        own, lengths = self._score(context.journal, "policy", policy, candidate_lists)
+        others, _ = self._score(context.journal, "reference", reference, candidate_lists)
         rewards = {name: self.beta * (own[name] - others[name]) for name in own if name in others}
         measured = [
-            [(rewards[s.response.id], lengths[s.response.id]) for s in family if s.response.id in rewards]
-            for family in families.values()
+            [(rewards[s.response.id], lengths[s.response.id]) for s in candidates if s.response.id in rewards]
+            for candidates in candidate_lists.values()
         ]
         alpha = balancing_alpha(measured) if self.alpha is None else self.alpha
         judgements = [
@@ -107,22 +107,22 @@ class ImplicitReward:
         return JudgeOutput(judgements=judgements, means={catalog.JUDGE_ALPHA.name: Mean(alpha, 1.0)})
 
     def _score(
-        self, journal: Journal, who: str, files: PolicyCheckpoint, families: dict[str, list[InstructionResponse]]
+        self, journal: Journal, who: str, files: PolicyCheckpoint, candidate_lists: dict[str, list[InstructionResponse]]
     ) -> tuple[dict[str, float], dict[str, int]]:
         """Return ({response id: summed log-probability} under one policy, of those that fit, {response id: tokens})."""
         policy = files.load("float32")
         groups: list[SharedPrompt] = []
         members: dict[str, list[str]] = {}
         lengths: dict[str, int] = {}
-        for name, family in families.items():
-            answers = [answer_read_by(policy.tokenizer, subject.response) for subject in family]
-            prompt = answer_prompt(policy.tokenizer, family[0].instruction.prompt)
+        for name, candidates in candidate_lists.items():
+            answers = [answer_read_by(policy.tokenizer, subject.response) for subject in candidates]
+            prompt = answer_prompt(policy.tokenizer, candidates[0].instruction.prompt)
             group = encode_group(policy.tokenizer, name, prompt, answers, mask_thought=True)
             room = policy.context - len(group.prompt)
             kept = [i for i, ids in enumerate(group.responses) if 0 < len(ids) <= room]
-            members[name] = [family[i].response.id for i in kept]
+            members[name] = [candidates[i].response.id for i in kept]
             scored = group.scored()
-            lengths |= {family[i].response.id: scored[i] for i in kept}
+            lengths |= {candidates[i].response.id: scored[i] for i in kept}
             if kept:
                 responses, masked = [group.responses[i] for i in kept], [group.num_context_tokens[i] for i in kept]
                 groups.append(
@@ -135,20 +135,20 @@ class ImplicitReward:
         return scores, lengths
 
 
-def balancing_alpha(families: Sequence[Sequence[tuple[float, int]]]) -> float:
+def balancing_alpha(candidate_lists: Sequence[Sequence[tuple[float, int]]]) -> float:
     """Return the α ≥ 0 at which the best response is on average as long as the worst one, or nearly.
 
-    `families` has (reward, tokens) of each response, by instruction.
+    `candidate_lists` has (reward, tokens) of each response, by instruction.
 
     The difference never rises with α and changes only where two responses of an instruction swap places, so the
     intervals between these points are searched by bisection; 0, or the middle of the best one, is taken.
     """
-    several = [family for family in families if len(family) > 1]
+    several = [candidates for candidates in candidate_lists if len(candidates) > 1]
     points = sorted(
         {
             (one[0] - other[0]) / (one[1] - other[1])
-            for family in several
-            for one, other in combinations(family, 2)
+            for candidates in several
+            for one, other in combinations(candidates, 2)
             if one[1] != other[1]
         }
     )
@@ -161,13 +161,15 @@ def balancing_alpha(families: Sequence[Sequence[tuple[float, int]]]) -> float:
     return min(nearest, key=lambda alpha: abs(_longer(several, alpha)))
 
 
-def _longer(families: Sequence[Sequence[tuple[float, int]]], alpha: float) -> float:
+def _longer(candidate_lists: Sequence[Sequence[tuple[float, int]]], alpha: float) -> float:
     """Return the mean number of tokens by which the best response is longer than the worst."""
 
     def net(response: tuple[float, int]) -> float:
         return response[0] - alpha * response[1]
 
-    return sum(max(family, key=net)[1] - min(family, key=net)[1] for family in families) / len(families)
+    return sum(max(candidates, key=net)[1] - min(candidates, key=net)[1] for candidates in candidate_lists) / len(
+        candidate_lists
+    )
 
 
 def _judgement(subject: InstructionResponse, reward: float, penalty: float, model: str) -> Judgement:

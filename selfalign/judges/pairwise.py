@@ -70,19 +70,19 @@ class Pairwise(PairwiseComparator):
 
     def wanted(self, subjects: Sequence[InstructionResponse]) -> int:
         """Return the number of wanted verdicts."""
-        return 2 * sum(self.pairs_of(len(family)) for family in by_instruction(subjects).values())
+        return 2 * sum(self.pairs_of(len(candidates)) for candidates in by_instruction(subjects).values())
 
     def judge(self, context: JudgeContext, subjects: Sequence[InstructionResponse]) -> JudgeOutput:
         """Judge each response once, by its comparisons."""
-        families = by_instruction(subjects)
-        pairs = [pair for family in families.values() for pair in self._draw(family, context.seed)]
+        candidate_lists = by_instruction(subjects)
+        pairs = [pair for candidates in candidate_lists.values() for pair in self._draw(candidates, context.seed)]
         comparisons, counts = self.compare(context, pairs)
-        by_family: dict[str, list[Comparison]] = {name: [] for name in families}
+        compared_of: dict[str, list[Comparison]] = {name: [] for name in candidate_lists}
         for comparison in comparisons:
-            by_family[comparison.instruction_id].append(comparison)
+            compared_of[comparison.instruction_id].append(comparison)
         judgements: list[Judgement] = []
-        for name, family in families.items():
-            judgements += self._judgements(family, by_family[name], self.name(context))
+        for name, candidates in candidate_lists.items():
+            judgements += self._judgements(candidates, compared_of[name], self.name(context))
         counts[catalog.COMPARISONS.name] = len(comparisons)
         preference = counts.pop(place := catalog.JUDGE_PLACE_PREFERENCE.name, None)
         means: Sums = {} if preference is None else {place: Mean(preference * len(pairs), float(len(pairs)))}
@@ -93,12 +93,14 @@ class Pairwise(PairwiseComparator):
         every = responses * (responses - 1) // 2
         return min(self.pairs or every, every)
 
-    def _draw(self, family: Sequence[InstructionResponse], seed: int) -> list[ResponsePair]:
+    def _draw(self, candidates: Sequence[InstructionResponse], seed: int) -> list[ResponsePair]:
         """Return the comparisons of one instruction: all, or a sample in which every response takes part."""
-        rest = [ResponsePair(one.instruction, one.response, other.response) for one, other in combinations(family, 2)]
-        if len(rest) <= (count := self.pairs_of(len(family))):
+        rest = [
+            ResponsePair(one.instruction, one.response, other.response) for one, other in combinations(candidates, 2)
+        ]
+        if len(rest) <= (count := self.pairs_of(len(candidates))):
             return rest
-        random.Random(derive_seed(seed, family[0].instruction.id)).shuffle(rest)
+        random.Random(derive_seed(seed, candidates[0].instruction.id)).shuffle(rest)
         turns: Counter[str] = Counter()
         drawn: list[ResponsePair] = []
         for _ in range(count):
@@ -109,13 +111,13 @@ class Pairwise(PairwiseComparator):
         return drawn
 
     def _judgements(
-        self, family: Sequence[InstructionResponse], comparisons: list[Comparison], model: str
+        self, candidates: Sequence[InstructionResponse], comparisons: list[Comparison], model: str
     ) -> list[Judgement]:
         """Return a judgement of each response from the comparisons of its instruction."""
         outcomes = [(c.first_id, c.second_id, c.outcome) for c in comparisons if c.outcome is not None]
         shares = win_shares(outcomes) if self.scores == "wins" else expected_win_rates(outcomes)
         judgements: list[Judgement] = []
-        for name in (subject.response.id for subject in family):
+        for name in (subject.response.id for subject in candidates):
             own = [c for c in comparisons if name in (c.first_id, c.second_id)]
             known = name in shares
             failed = own[0].status if own else JudgementStatus.NO_SCORE

@@ -258,10 +258,10 @@ def wants_model(judge: Any) -> bool:
 
 def by_instruction(subjects: Sequence[InstructionResponse]) -> dict[str, list[InstructionResponse]]:
     """Return {instruction id: its responses}, in their order."""
-    families: dict[str, list[InstructionResponse]] = {}
+    candidate_lists: dict[str, list[InstructionResponse]] = {}
     for subject in subjects:
-        families.setdefault(subject.instruction.id, []).append(subject)
-    return families
+        candidate_lists.setdefault(subject.instruction.id, []).append(subject)
+    return candidate_lists
 
 
 def average(
@@ -308,11 +308,11 @@ def unjudged(subject: InstructionResponse, model: str, status: JudgementStatus, 
 
 def ties(subjects: Sequence[InstructionResponse], scores: Mapping[str, float]) -> list[bool]:
     """For each instruction with two judged responses or more, return whether all scores are equal."""
-    families = [
-        [scores[s.response.id] for s in family if s.response.id in scores]
-        for family in by_instruction(subjects).values()
+    candidate_lists = [
+        [scores[s.response.id] for s in candidates if s.response.id in scores]
+        for candidates in by_instruction(subjects).values()
     ]
-    return [len(set(family)) == 1 for family in families if len(family) > 1]
+    return [len(set(candidates)) == 1 for candidates in candidate_lists if len(candidates) > 1]
 
 
 def other_scale(prompt: str, low: int, high: int) -> str | None:

@@ -130,18 +130,18 @@ class StageEstimator:
         **models: Artifact,
     ) -> dict[str, Any]:
         longest = replace(self.longest, max_length=optimization.max_length)
-        tokens, family, count = optimization.max_length, 1, records_in(demonstrations, "demonstrations")
+        tokens, each, count = optimization.max_length, 1, records_in(demonstrations, "demonstrations")
         if not isinstance(demonstrations, PlannedArtifact):
             records = read_records(demonstrations.path / "demonstrations.jsonl", Demonstration)
             length, reduction = optimization.max_length, optimization.loss_reduction
             tokenizer = longest.tokenizer
             groups = list(group_demonstrations(tokenizer, records, length, Counter(), loss_reduction=reduction))
-            family = max(len(group.responses) for group in groups)
+            each = max(len(group.responses) for group in groups)
             tokens, count = max(tokens, *map(len, groups)), len(groups)
         size = min(optimization.batch_size, count)
-        few = self._write(demonstrations=longest.demonstrations(2 * size, tokens, family))
+        few = self._write(demonstrations=longest.demonstrations(2 * size, tokens, each))
         given = {"demonstrations": few, "optimization": replace(optimization, epochs=1), "weights": weights}
-        measured, folder = self._measure(label, sft, [tokens, family, size], **models, **given)
+        measured, folder = self._measure(label, sft, [tokens, each, size], **models, **given)
         steps = optimization.epochs * math.ceil(count / optimization.batch_size)
         self._add(label, measured, steps, "steps")
         return _policy(folder)

@@ -31,7 +31,7 @@ from selfalign.runs.labels import BASELINE, Kind, Label
 from selfalign.runs.ledger import open_ledger
 from selfalign.runs.provenance import write_provenance
 from selfalign.runs.reader import Finished, check_artifacts
-from selfalign.runs.runner import Maker, Runner
+from selfalign.runs.runner import Runner, StageRunner
 from selfalign.runs.summary import models_of
 from selfalign.runs.sweep_jobs import JobState, varying_overrides
 from selfalign.store.artifacts import Artifact, Store, locked, open_artifact
@@ -309,7 +309,7 @@ def _is_set(value: Any) -> bool:
 
 def _measure(
     config: ExperimentConfig,
-    run: Maker,
+    run: StageRunner,
     sources: list[str],
     runs: dict[str, list[FinishedRun]],
     trained: dict[str, ExperimentConfig],

@@ -103,14 +103,14 @@ class WorstCaseRecords:
             for n in range(count)
         ]
 
-    def demonstrations(self, count: int, tokens: int, family: int) -> list[Demonstration]:
-        """Return `count` prompts with `family` demonstrations each, `tokens` tokens together for each prompt."""
+    def demonstrations(self, count: int, tokens: int, each: int) -> list[Demonstration]:
+        """Return `count` prompts with so many demonstrations each, `tokens` tokens together for each prompt."""
         [prompt] = self.fitting(as_prompt, [SHORTEST_PROMPT], SHORTEST_PROMPT)
-        target = self.words(min((tokens - SHORTEST_PROMPT) // family, self.max_length - SHORTEST_PROMPT) - 1)
+        target = self.words(min((tokens - SHORTEST_PROMPT) // each, self.max_length - SHORTEST_PROMPT) - 1)
         return [
             Demonstration(id=f"d{n}-{part}", prompt=as_prompt(prompt), response=target, source="ift", question=f"d{n}")
             for n in range(count)
-            for part in range(family)
+            for part in range(each)
         ]
 
 

@@ -402,9 +402,9 @@ def of_benchmark(name: str) -> Metric:
 
     A name without a declaration for benchmarks may have a general one. All others are metrics of a task or a category.
     """
-    families = [metric for metric in METRICS.values() if metric.name.startswith(BENCHMARK)]
+    patterns = [metric for metric in METRICS.values() if metric.name.startswith(BENCHMARK)]
     known = METRICS.get(BENCHMARK + name) or METRICS.get(name)
-    return known or next((metric for metric in families if metric.matches(BENCHMARK + name)), BENCHMARK_CATEGORY)
+    return known or next((metric for metric in patterns if metric.matches(BENCHMARK + name)), BENCHMARK_CATEGORY)
 
 
 def signed(name: str) -> tuple[str, int]:

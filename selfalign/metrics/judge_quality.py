@@ -80,13 +80,13 @@ def calibration(judgements: Sequence[Judgement], ranked: Sequence[RankedAnswers]
             of_answer.setdefault(judgement.response_id, []).append(judgement.score)
     means = {answer: math.fsum(scores) / len(scores) for answer, scores in of_answer.items()}
     ties: list[bool] = []
-    families: list[list[tuple[float, float]]] = []
+    candidate_lists: list[list[tuple[float, float]]] = []
     of_rank: dict[int, list[float]] = {}
     for question in ranked:
         answers = [(f"{question.id}-{n}", text) for n, text in enumerate(question.texts, start=1)]
         scored = [(means[answer], float(len(text))) for answer, text in answers if answer in means]
         ties += [one[0] == other[0] for one, other in combinations(scored, 2)]
-        families.append(scored)
+        candidate_lists.append(scored)
         for (answer, _), rank in zip(answers, question.ranks, strict=True):
             if answer in means:
                 of_rank.setdefault(sorted(question.ranks).index(rank) + 1, []).append(means[answer])
@@ -96,23 +96,23 @@ def calibration(judgements: Sequence[Judgement], ranked: Sequence[RankedAnswers]
         catalog.CALIBRATION_SPREAD.name: entropy(list(means.values()), digits=0) if means else None,
         catalog.CALIBRATION_TIES.name: _share(ties),
         catalog.CALIBRATION_SELF_CONSISTENCY.name: _share(alike),
-        catalog.CALIBRATION_LENGTH_CORRELATION.name: length_correlation(families),
+        catalog.CALIBRATION_LENGTH_CORRELATION.name: length_correlation(candidate_lists),
     }
     for rank, scores in sorted(of_rank.items()):
         found[catalog.CALIBRATION_SCORE_OF_RANK.of(rank=rank).name] = _share(scores)
     return {name: value for name, value in found.items() if value is not None}
 
 
-def length_correlation(families: Iterable[Sequence[tuple[float, float]]]) -> float | None:
+def length_correlation(candidate_lists: Iterable[Sequence[tuple[float, float]]]) -> float | None:
     """Return the mean over instructions of Spearman's correlation of score and length.
 
     Args:
-        families: (score, length) of the responses to each instruction.
+        candidate_lists: (score, length) of the responses to each instruction.
 
     Returns:
         None if no instruction has a correlation, because its scores or lengths are constant.
     """
-    found = [correlation([score for score, _ in f], [length for _, length in f], "spearman") for f in families]
+    found = [correlation([score for score, _ in f], [length for _, length in f], "spearman") for f in candidate_lists]
     return _share([value for value in found if value is not None])
 
 

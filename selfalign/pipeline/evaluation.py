@@ -12,8 +12,8 @@ from selfalign.pipeline.held_out import HeldOutPairs
 from selfalign.pipeline.inputs import RunInputs
 from selfalign.pipeline.models import RunJudge, RunModels
 from selfalign.runs.labels import Label
-from selfalign.runs.runner import Maker
-from selfalign.stages.benchmark import benchmark, teaching
+from selfalign.runs.runner import StageRunner
+from selfalign.stages.benchmark import benchmark, overlapping
 from selfalign.stages.evaluate import JudgedTexts, MaybeJudged, compares_on, evaluate, opponents
 from selfalign.stages.head_to_head import head_to_head
 from selfalign.stages.judge import ImplicitReward, Pairwise
@@ -42,7 +42,7 @@ class Evaluation:
     """
 
     config: ExperimentConfig
-    run: Maker
+    run: StageRunner
     inputs: RunInputs
     judging: RunJudge
     responses: dict[str, MaybeJudged] = field(default_factory=dict)
@@ -177,7 +177,7 @@ class Evaluation:
     def _benchmark(self, name: str, models: RunModels, trained_on: Sequence[Artifact]) -> None:
         """Run every benchmark on the current model, and compare it with earlier models on its questions."""
         for benchmark_name, settings in self.config.benchmark.items():
-            taught = teaching(settings, benchmark_name, [*trained_on, *models.generated_pairs])
+            known = overlapping(settings, benchmark_name, [*trained_on, *models.generated_pairs])
             responses = self.run.make(
                 Label.evaluation(name, benchmark_name),
                 benchmark,
@@ -189,7 +189,7 @@ class Evaluation:
                 judge=models.own_or(settings.judge_model, models.benchmark_judges.get(benchmark_name)),
                 engine=self.config.engine,
                 seed=derive_seed(self.config.seed, "benchmark", benchmark_name),
-                **({"taught": taught} if taught else {}),
+                **({"trained_on": known} if known else {}),
             )
             if compares_on(self.config.evaluate, settings):
                 earlier = self.benchmark_responses.setdefault(benchmark_name, {})

@@ -11,7 +11,7 @@ from selfalign.losses.refinement import Refinement
 from selfalign.pipeline.inputs import RunInputs
 from selfalign.pipeline.models import RunJudge, RunModels
 from selfalign.runs.labels import Label
-from selfalign.runs.runner import Maker
+from selfalign.runs.runner import StageRunner
 from selfalign.stages.preference_accuracy import preference_accuracy
 from selfalign.stages.reference_logprobs import reference_logprobs
 from selfalign.store.artifacts import Artifact
@@ -39,7 +39,7 @@ class HeldOutPairs:
     """
 
     config: ExperimentConfig
-    run: Maker
+    run: StageRunner
     inputs: RunInputs
     logps: dict[tuple[str, str], Artifact] = field(default_factory=dict)
     scores: Artifact | None = None

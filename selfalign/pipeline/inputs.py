@@ -14,7 +14,7 @@ from selfalign.data.mixtures import DataSource, find_sources, identify_source
 from selfalign.data.schemas import Schema
 from selfalign.metrics import catalog
 from selfalign.runs.labels import Label
-from selfalign.runs.runner import Maker
+from selfalign.runs.runner import StageRunner
 from selfalign.stages.eval_instructions import eval_instructions, measured_by, overlapping
 from selfalign.stages.evaluate import PreferenceTest
 from selfalign.stages.given_outputs import given_outputs
@@ -47,7 +47,7 @@ class RunInputs:
     """
 
     config: ExperimentConfig
-    run: Maker
+    run: StageRunner
     other_training_data: list[Artifact] = field(default_factory=list)
     benchmarks: dict[str, Content] = field(init=False)
     seed_data: Artifact = field(init=False)

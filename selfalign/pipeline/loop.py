@@ -21,7 +21,7 @@ from selfalign.pipeline.models import RunJudge, RunModels, checkpoint_judge, fix
 from selfalign.pipeline.requirements import check_requirements
 from selfalign.runs.labels import BASELINE, Label, model_after
 from selfalign.runs.planner import Planner
-from selfalign.runs.runner import Maker
+from selfalign.runs.runner import StageRunner
 from selfalign.stages.align import align
 from selfalign.stages.evaluation_fine_tuning import evaluation_fine_tuning
 from selfalign.stages.instruct import given_instructions, instruct
@@ -35,7 +35,7 @@ from selfalign.training.checkpoint_selection import CheckpointSelection
 from selfalign.training.config import TrainableWeights
 
 
-def run_pipeline(config: ExperimentConfig, run: Maker) -> None:
+def run_pipeline(config: ExperimentConfig, run: StageRunner) -> None:
     """Train M0 → M1 → … → M_{iterations+1}, and evaluate each model."""
     config = resolve_dtypes(config)
     method = Method(config, run, RunInputs(config, run))
@@ -72,7 +72,7 @@ class Method:
     """
 
     config: ExperimentConfig
-    run: Maker
+    run: StageRunner
     inputs: RunInputs
     instructions: list[Artifact] = field(default_factory=list)
     generated_pairs: list[Artifact] = field(default_factory=list)

@@ -11,7 +11,7 @@ from selfalign.judges.protocol import OWN_MODELS, asks_a_server, wants_model
 from selfalign.models.config import ModelConfig
 from selfalign.models.pretrained import source_digest
 from selfalign.runs.labels import Label
-from selfalign.runs.runner import Maker
+from selfalign.runs.runner import StageRunner
 from selfalign.stages.judge import ImplicitReward, Judge, judge
 from selfalign.stages.load_model import load_model
 from selfalign.store.artifacts import Artifact, Content
@@ -57,7 +57,7 @@ class RunModels:
         return self.named(name) if name is not None and name in OWN_MODELS else fixed
 
 
-def load_from_outside(run: Maker, label: Label, model: ModelConfig, key: str) -> Artifact:
+def load_from_outside(run: StageRunner, label: Label, model: ModelConfig, key: str) -> Artifact:
     """Load a model from outside the run; `key` is the setting that names it."""
     return run.make(label, load_model, model=model, source=Content(partial(source_digest, model, key)))
 
@@ -74,7 +74,7 @@ def judges_of(config: ExperimentConfig) -> dict[str, Any]:
     return {key: judge for key, judge in named.items() if judge is not None}
 
 
-def fixed_judges(config: ExperimentConfig, run: Maker) -> dict[str, Any]:
+def fixed_judges(config: ExperimentConfig, run: StageRunner) -> dict[str, Any]:
     """Load the models that only judge. Return them as keyword arguments of `RunModels`.
 
     A judge is None, or missing among `benchmark_judges`, if it needs no model from outside the run.
@@ -95,20 +95,20 @@ def fixed_judges(config: ExperimentConfig, run: Maker) -> dict[str, Any]:
     }
 
 
-def checkpoint_judge(config: ExperimentConfig, run: Maker) -> Artifact | None:
+def checkpoint_judge(config: ExperimentConfig, run: StageRunner) -> Artifact | None:
     """Load the model that compares checkpoints of an alignment; None if it needs no model from outside the run."""
     selection = config.train.checkpoint_selection
     judge = selection.head_to_head if selection.interval_steps else None
     return _fixed_judge(config, run, Label.input("checkpoint_judge"), judge, "train.checkpoint_selection.head_to_head")
 
 
-def _fixed_judge(config: ExperimentConfig, run: Maker, label: Label, judge: Any, key: str) -> Artifact | None:
+def _fixed_judge(config: ExperimentConfig, run: StageRunner, label: Label, judge: Any, key: str) -> Artifact | None:
     if not wants_model(judge):
         return None
     return _outside(config, run, label, judge.model, key)
 
 
-def _outside(config: ExperimentConfig, run: Maker, label: Label, path: str, key: str) -> Artifact:
+def _outside(config: ExperimentConfig, run: StageRunner, label: Label, path: str, key: str) -> Artifact:
     return load_from_outside(run, label, ModelConfig(path=path, dtype=config.model.dtype), f"{key}.model")
 
 
@@ -123,7 +123,7 @@ class RunJudge:
     """
 
     config: ExperimentConfig
-    run: Maker
+    run: StageRunner
     settings: Judge
 
     def judge(

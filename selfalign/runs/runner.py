@@ -13,7 +13,7 @@ from selfalign.store.stage import StageFunction, declared
 logger = logging.getLogger(__name__)
 
 
-class Maker(Protocol):
+class StageRunner(Protocol):
     """A runner of the pipeline: it returns the artifact of each stage."""
 
     def make(self, label: Label, stage: StageFunction, **inputs: Any) -> Artifact: ...

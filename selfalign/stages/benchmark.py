@@ -31,7 +31,7 @@ def benchmark(
     judge: Artifact | None,
     engine: Engine,
     seed: int,
-    taught: Sequence[Artifact] = (),
+    trained_on: Sequence[Artifact] = (),
 ) -> Counts:
     """Run a benchmark on one model. The counts are named `<name>/<metric>`.
 
@@ -45,12 +45,12 @@ def benchmark(
         judge: the policy that judges the responses; None if no policy of the run does.
         engine: generates the responses.
         seed: seeds all sampling.
-        taught: training data of the run that ask questions of the benchmark. All questions are measured, as a
-            published benchmark wants, but a warning says how many were taught.
+        trained_on: training data of the run that ask questions of the benchmark. All questions are measured, as a
+            published benchmark wants, but a warning says how many there are.
     """
-    if taught:
+    if trained_on:
         questions = asked_by(benchmark, name)
-        known = {text for artifact in taught for text in prompts_of(artifact)}
+        known = {text for artifact in trained_on for text in prompts_of(artifact)}
         logger.warning(
             "%s: %d of %d questions are prompts of the run's training data too, and the numbers count them",
             *(out.label, len(questions & known), len(questions)),
@@ -73,7 +73,7 @@ def asked_by(benchmark: Benchmark, name: str) -> set[str]:
     return set(map(compared, benchmark.asked(f"benchmark.{name}"))) if isinstance(benchmark, TellsQuestions) else set()
 
 
-def teaching(benchmark: Benchmark, name: str, trained_on: Sequence[Artifact]) -> list[Artifact]:
+def overlapping(benchmark: Benchmark, name: str, trained_on: Sequence[Artifact]) -> list[Artifact]:
     """Return the training data that ask a question of a benchmark."""
     made = [artifact for artifact in trained_on if not isinstance(artifact, PlannedArtifact)]
     questions = asked_by(benchmark, name) if made else set()

@@ -43,7 +43,7 @@ MUTANTS: list[tuple[str, ModuleType, ModuleType, str, str, Check]] = [
     ("D2 8: a long prompt is left out uncounted", sampled, judge_tests, "refused.append(subject)", "pass",
      LONG_WRITTEN),
     ("D2 8: the same behind one forward pass", expected, judge_tests,
-     "[too_long(s, reader.digest) for s, fit in zip(family, fits, strict=True) if not fit]", "[]", LONG_READ),
+     "[too_long(s, reader.digest) for s, fit in zip(candidates, fits, strict=True) if not fit]", "[]", LONG_READ),
     ("D2 11: nobody has judged", expected, judge_tests, "rationales[subject.response.id], reader.digest)",
      "rationales[subject.response.id], \"\")", judge_tests.test_judge_is_the_policy_with_its_adapter),
     ("D2 11: the policy is the base below its adapter", judge, judging, "policy=PolicyCheckpoint(policy.path) if "
