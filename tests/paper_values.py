@@ -280,9 +280,10 @@ TECHNICAL = (
     *words("train.reference_logprobs judge.degeneracy.* evaluate.bounds.* benchmark.*.include_path benchmark.*.limit"),
     *words("model.size model.sizes *.router_loss_coefficient"),
     *words("model.chat_template_arguments model.thinking.* *.thought_tokens *.mask_thought"),
+    *words("model.system_prompt data.seed_data.assistant_turns"),
 )
-"""Where and how fast it runs, what is only warned of, where it is logged, and how models think, which these do not; `*`
-stands for anything."""
+"""Where and how fast it runs, what is only warned of, where it is logged, and what these studies do not have: thoughts,
+a system prompt, demonstrations of several answers; `*` stands for anything."""
 
 WITHOUT_EFFECT = {
     "data.path": ("judge.*", "pair.*", "choices.judge", "choices.pair", "data.seed_data.eft_source"),

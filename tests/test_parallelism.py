@@ -32,6 +32,7 @@ KINDS = [
     *(Job(f"{kind}-{rank}", kind=kind, rank=rank) for kind in ("sft", "sr_dpo") for rank in (0, 4)),
     Job("live-4", kind="live", rank=4),
     Job("experts-0", kind="sr_dpo", architecture="Mixtral", options=(("router_loss_coefficient", 0.0),)),
+    Job("experts-qwen3-0", architecture="Qwen3-MoE", options=(("router_loss_coefficient", 0.0),)),
     Job(
         "experts-4",
         rank=4,

