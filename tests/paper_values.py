@@ -101,7 +101,7 @@ BY_DPO: Table = {
 
 BY_POSITIVES: Table = {
     # Section 3.2, "positives only": perfect fives, M0 trained anew on all examples.
-    "choices.loss": "Positives",
+    "choices.loss": "PositiveSFT",
     "loss.init": "base",
     "choices.pair": "PositivesOnly",
     "pair.minimum_score": 5,

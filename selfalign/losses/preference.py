@@ -214,7 +214,7 @@ class ODPO:
 
 
 @dataclass(kw_only=True, slots=True)
-class Positives:
+class PositiveSFT:
     """No preference loss: SFT on the good responses alone (arXiv 2401.10020, "positives only" variant).
 
     The loss is the negative log-likelihood per token of the responses that `pair=positives` keeps, or of the chosen
