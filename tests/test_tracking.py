@@ -142,6 +142,7 @@ def test_unknown_mode_of_the_environment_is_refused_in_one_line(
 
 
 def test_run_that_wandb_does_not_open_is_one_line(no_key: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    wandb.teardown()  # It reads the environment once, and another test may have made it do so.
     no_key.setenv("WANDB_INIT_TIMEOUT", "soon")
     with pytest.raises(SelfalignError) as caught, Wandb(mode="offline").open(tmp_path, {}):
         pass
