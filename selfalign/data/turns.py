@@ -63,7 +63,7 @@ def compared(text: str) -> str:
 
 def compared_prompt(prompt: Prompt) -> str:
     """Return a prompt in the form in which prompts are compared: its text, or its turns without the system turn."""
-    return compared(as_text(prompt if isinstance(prompt, str) else _without_system(prompt)))
+    return compared(as_text(prompt if isinstance(prompt, str) else without_system(prompt)))
 
 
 def texts_in(prompt: Prompt) -> set[str]:
@@ -77,7 +77,8 @@ def texts_in(prompt: Prompt) -> set[str]:
     return {*map(compared_prompt, [prompt, *begun]), *map(compared, map(turn_text, prompt))}
 
 
-def _without_system(turns: Sequence[Message]) -> list[Message]:
+def without_system(turns: Sequence[Message]) -> list[Message]:
+    """Return the turns of a conversation but its system turn."""
     return [turn for turn in turns if turn["role"] != "system"]
 
 

@@ -157,8 +157,8 @@ class ScoringTrial:
         self.shares_states = self._shares_states(own)
         if self.shares_states:
             self.notes.append(f"cannot be packed ({problem}); responses go on from the states behind their prompt")
-        else:
-            self.notes.append(f"cannot be packed ({problem}); batches are padded instead")
+            return
+        self.notes.append(f"cannot be packed ({problem}); batches are padded instead")
         if problem := self._difference(own):
             raise SelfalignError(
                 f"{type(self.policy.model).__name__} scores a text differently in a batch, padded too ({problem}): its "

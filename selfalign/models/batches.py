@@ -71,12 +71,16 @@ class SharedPrompt:
 
     def scored(self) -> list[int]:
         """The number of scored tokens of each response."""
-        return [len(self.scored_places(index)) for index in range(len(self.responses))]
+        passed = [sum(end - start for start, end in spans) for spans in self.unscored] or [0] * len(self.responses)
+        counts = zip(self.responses, self.num_context_tokens, passed, strict=True)
+        return [len(response) - given - between for response, given, between in counts]
 
-    def scored_places(self, index: int) -> list[int]:
+    def scored_places(self, index: int) -> Sequence[int]:
         """The indices of the scored tokens in response `index`."""
         places = range(self.num_context_tokens[index], len(self.responses[index]))
-        passed = {at for start, end in (self.unscored or [[]] * (index + 1))[index] for at in range(start, end)}
+        if not self.unscored:
+            return places
+        passed = {at for start, end in self.unscored[index] for at in range(start, end)}
         return [at for at in places if at not in passed]
 
 
@@ -447,13 +451,15 @@ def lengths_of(groups: Sequence[SharedPrompt]) -> list[tuple[int, list[int]]]:
 
 def share_states(groups: Sequence[SharedPrompt]) -> Batch:
     """Return one row as `pack` does, of which each prompt is read once and its responses go on from its states."""
-    packed = pack(groups)
-    packed.inputs = {"input_ids": packed.inputs["input_ids"], "layout": PromptStates(lengths_of(groups))}
-    return packed
+    return _in_one_row(groups, PromptStates(lengths_of(groups)))
 
 
 def pack(groups: Sequence[SharedPrompt]) -> Batch:
     """Return one row: prompt, responses, next prompt, …; positions restart with each group."""
+    return _in_one_row(groups, PackedLayout(lengths_of(groups)))
+
+
+def _in_one_row(groups: Sequence[SharedPrompt], layout: PackedLayout | PromptStates) -> Batch:
     ids: list[int] = []
     positions: list[int] = []
     logit_positions: list[int] = []
@@ -470,7 +476,6 @@ def pack(groups: Sequence[SharedPrompt]) -> Batch:
             ids += response
             targets += [response[at] for at in places]
             counts.append(len(places))
-    layout = PackedLayout(lengths_of(groups))
     inputs = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions]), "layout": layout}
     return _batch(inputs, logit_positions, targets, counts)
 

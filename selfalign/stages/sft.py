@@ -162,8 +162,8 @@ def encode_demonstration(tokenizer: "Tokenizer", record: Demonstration) -> Encod
             refuses the prompt. The message names the record.
     """
     with of_record(record.id):
-        answer = Answer(text=record.response, ids=record.ids, thought=record.thought)
-        answer = replace(answer, calls=record.response_calls or [])
+        calls = record.response_calls or []
+        answer = Answer(text=record.response, ids=record.ids, thought=record.thought, calls=calls)
         asked = ask_to_think(record.thought_prompt, record.prompt)
         asked = asked if record.source == "eft" else under_system(tokenizer, asked)
         prompt, [answer] = settle_boundary(tokenizer, asked, [answer])

@@ -19,7 +19,7 @@ from selfalign.core.files import digest_text
 from selfalign.core.jsonl import HasId, stream_records
 from selfalign.core.records import Demonstration, PreferencePair, Prompt, RankedAnswers
 from selfalign.data.tails import tails_of, texts_asked_in
-from selfalign.data.turns import as_text, compared, said, texts_in, turn_text
+from selfalign.data.turns import as_text, compared, said, texts_in, turn_text, without_system
 from selfalign.store.artifacts import Artifact
 from selfalign.training.dataset import StoredExamples
 
@@ -45,7 +45,7 @@ def texts_of(prompt: Prompt, *responses: str) -> Texts:
     """Return the digests of a prompt with its responses."""
     if isinstance(prompt, str):
         return Texts([_digest("prompt", prompt), *(_digest("response", text) for text in responses)], [])
-    turns = [turn for turn in prompt if turn["role"] != "system"]
+    turns = without_system(prompt)
     context = [
         _digest("prompt", as_text(turns[: index + 1]))
         if turn["role"] == "user"
@@ -60,7 +60,7 @@ def texts_of_pair(pair: PreferencePair) -> Texts:
     """Return the digests of a pair, with each answer and each prompt in its tails."""
     tails = tails_of(pair)
     texts = texts_of(pair.prompt, *(said(tail.text, tail.calls) for tail in tails))
-    turns = [] if isinstance(pair.prompt, str) else [turn for turn in pair.prompt if turn["role"] != "system"]
+    turns = [] if isinstance(pair.prompt, str) else without_system(pair.prompt)
     more = [
         _digest("response", turn_text(turn))
         if turn["role"] == "assistant"
