@@ -253,7 +253,7 @@ ARCHITECTURES = {
 """By the name people know them by."""
 
 SCORED = {
-    "packed": "packed, a pair's prompt once",
+    "packed": "packed, every prefix once",
     "prompt states shared": "padded, a pair's prompt once",
     "padded": "padded, the prompt with each response",
 }

@@ -1,5 +1,6 @@
 """Records to tokens, and the rows of a batch worked by hand."""
 
+import random
 from collections import Counter
 from typing import Any
 
@@ -19,6 +20,7 @@ from selfalign.models.batches import (
     share_prompt,
     split_by_tokens,
 )
+from selfalign.models.prefix_tree import DistinctTokens, PrefixTree
 from selfalign.models.tokenizer import Answer, encode_prompt, plain_ids
 
 
@@ -45,23 +47,86 @@ def test_packed_row_worked_by_hand() -> None:
     assert batch.inputs["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9]]
     assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 2, 0, 1, 2, 3]]
     layout = batch.inputs["layout"]
-    (prefix, behind), (single, nothing) = layout.masks(None)
-    assert layout.prefixes == [2, 4]
-    assert prefix is None
-    assert single is None
-    assert behind.int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
-    assert nothing.shape == (0, 4)
+    # Branches: the first prompt with its first response, the second response, the last prompt with its response.
+    assert (layout.lengths, layout.parts, layout.seen) == ([4, 1, 4], [2, 2, 1, 4], [[0, 1], [0, 2], [3]])
+    first, second, last = layout.masks(None)
+    assert first is None
+    assert second.int().tolist() == [[1, 1, 1]]
+    assert last is None
     # Tokens 4 and 5 stand one behind the other in the row, but two and one position behind the prompt's first token.
-    (prefix, behind), (single, _) = layout.masks(2)
-    assert prefix is None
-    assert behind.int().tolist() == [[0, 1, 1, 0, 0], [0, 0, 1, 1, 0], [0, 1, 0, 0, 1]]
-    assert single.int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+    first, second, last = layout.masks(2)
+    band = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+    assert first.int().tolist() == band
+    assert second.int().tolist() == [[0, 1, 1]]
+    assert last.int().tolist() == band
+    indices = torch.arange(9)
+    assert layout.sees(indices[:, None], indices[None], None)[4].int().tolist() == [1, 1, 0, 0, 1, 0, 0, 0, 0]
     # Token 3 is predicted by 2, 4 by 3, 5 again by 2; 7 is given; 8 is predicted by 7 and 9 by 8.
     assert batch.logit_positions.tolist() == [1, 2, 1, 6, 7]
     assert batch.targets.tolist() == [3, 4, 5, 8, 9]
     assert batch.owner.tolist() == [0, 0, 1, 2, 2]
     assert batch.tokens.tolist() == [2.0, 1.0, 2.0]
     assert batch.sum_by_response(torch.tensor([-1.0, -2.0, -4.0, -8.0, -16.0])).tolist() == [-3.0, -4.0, -24.0]
+
+
+def test_prefixes_that_groups_share_stand_once_and_so_does_a_response_in_two_pairs() -> None:
+    rubric = [1, 2]
+    some = [
+        SharedPrompt(id="a", prompt=[*rubric, 3], responses=[[8], [9, 7]], num_context_tokens=[0, 0]),
+        SharedPrompt(id="b", prompt=[*rubric, 5], responses=[[8, 6]], num_context_tokens=[1]),
+        SharedPrompt(id="c", prompt=[*rubric, 3], responses=[[9, 7], [4]], num_context_tokens=[0, 0]),
+        SharedPrompt(id="whole", prompt=[1], responses=[[2, 3, 9]], num_context_tokens=[2]),
+    ]
+    batch = pack(some)
+    #                                           rubric, 3, then 4, 8 and 9 7;  rubric, 5 8 6.
+    assert batch.inputs["input_ids"].tolist() == [[1, 2, 3, 4, 8, 9, 7, 5, 8, 6]]
+    assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 3, 3, 4, 2, 3, 4]]
+    layout = batch.inputs["layout"]
+    # The text that ends in 9 begins another one, so 7 is a branch behind it.
+    assert (layout.lengths, layout.parts) == ([4, 1, 1, 1, 3], [2, 1, 1, 1, 1, 1, 3])
+    assert layout.seen == [[0, 1, 2], [0, 1, 3], [0, 1, 4], [0, 1, 4, 5], [0, 6]]
+    assert layout.masks(None)[4].int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    indices = torch.arange(10)
+    seen = layout.sees(indices[:, None], indices[None], None).int().tolist()
+    assert seen[6] == [1, 1, 1, 0, 0, 1, 1, 0, 0, 0]
+    assert seen[9] == [1, 1, 0, 0, 0, 0, 0, 1, 1, 1]
+    # 8 behind 3; 9 behind 3 and 7 behind 9, scored in two pairs and a text; 6 behind 8; 4 behind 3.
+    assert batch.targets.tolist() == [8, 9, 7, 6, 4]
+    assert batch.logit_positions.tolist() == [2, 2, 5, 8, 2]
+    assert batch.occurrences.tolist() == [0, 1, 2, 3, 1, 2, 4, 1]
+    assert batch.owner.tolist() == [0, 1, 1, 2, 3, 3, 4, 5]
+    values = torch.tensor([-1.0, -2.0, -4.0, -8.0, -16.0])
+    assert batch.sum_by_response(values).tolist() == [-1.0, -6.0, -8.0, -6.0, -16.0, -2.0]
+
+
+def drawn_sequences(seed: int) -> list[list[int]]:
+    """Texts over three tokens, so that many begin alike, are equal or begin others."""
+    draw = random.Random(seed)
+    return [[draw.randrange(3) for _ in range(draw.randrange(8))] for _ in range(12)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_tree_has_every_distinct_prefix_once_and_every_sequence(seed: int) -> None:
+    sequences = drawn_sequences(seed)
+    tree = PrefixTree(sequences)
+    prefixes = {tuple(sequence[: end + 1]) for sequence in sequences for end in range(len(sequence))}
+    assert len(tree.ids) == len(prefixes)
+    known = DistinctTokens()
+    assert known.add(sequences[:5]) + known.add(sequences[5:]) == len(prefixes)
+    for index, sequence in enumerate(sequences):
+        row = tree.row(index)
+        assert [tree.ids[at] for at in row] == sequence
+        assert [tree.positions[at] for at in row] == list(range(len(sequence)))
+        assert [tree.before[at] for at in row] == [-1, *row][:-1]
+        for at in row:
+            # It sees its own text up to itself, and nothing else.
+            assert [k for k in range(at + 1) if at < tree.ends[k]] == row[: row.index(at) + 1]
+
+
+def test_a_shared_prefix_counts_once_in_a_packed_run() -> None:
+    some = [SharedPrompt(id=str(i), prompt=[1] * 6, responses=[[i, i]], num_context_tokens=[0]) for i in range(2, 6)]
+    assert [len(run) for run in split_by_tokens(some, 12, packed=True)] == [4 - 1, 1]
+    assert [len(run) for run in split_by_tokens(some, 12)] == [1] * 4
 
 
 def test_padded_rows_worked_by_hand() -> None:

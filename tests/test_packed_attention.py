@@ -20,6 +20,7 @@ from selfalign.models.batches import (
 )
 from selfalign.models.logprobs import score_responses_only
 from selfalign.models.packed_attention import PackedLayout, enable_packing, is_packing
+from selfalign.models.prefix_tree import PrefixTree
 
 VOCABULARY = 61
 SIZES: dict[str, Any] = {
@@ -109,6 +110,20 @@ def groups() -> list[SharedPrompt]:
     ]
 
 
+def tree() -> list[SharedPrompt]:
+    """Judgements that begin with one rubric, a response in two pairs, and a text that begins another."""
+    rubric, asked = draw(6, 20), draw(4, 21)
+    judged = [[*rubric, *asked, *draw(5, seed)] for seed in (22, 23)]
+    pairs = [[draw(5, 30), draw(6, 31)], [draw(5, 30), draw(1, 32)]]
+    return [
+        SharedPrompt(id="judged", prompt=judged[0], responses=[draw(3, 24)], num_context_tokens=[0]),
+        SharedPrompt(id="other", prompt=[*rubric, *draw(7, 25)], responses=[draw(4, 26)], num_context_tokens=[1]),
+        SharedPrompt(id="again", prompt=judged[1], responses=[draw(2, 27)], num_context_tokens=[0]),
+        *(SharedPrompt(id="pair", prompt=asked, responses=both, num_context_tokens=[0, 0]) for both in pairs),
+        SharedPrompt(id="begun", prompt=rubric, responses=[[*asked, *draw(5, 22)[:2]]], num_context_tokens=[3]),
+    ]
+
+
 def plain_logps(model: Any, some: Sequence[SharedPrompt]) -> Tensor:
     """Summed log-probabilities by one forward pass over full logits for each response."""
     sums = []
@@ -133,16 +148,19 @@ def gradients(model: Any, sums: Tensor) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("some", [groups(), tree()], ids=["groups", "tree"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_packed_and_padded_batches_equal_plain_passes_in_values_and_gradients(models: Any, name: str) -> None:
+def test_packed_and_padded_batches_equal_plain_passes_in_values_and_gradients(
+    models: Any, name: str, some: list[SharedPrompt]
+) -> None:
     model = copy.deepcopy(models[name])
-    expected = plain_logps(model, groups())
+    expected = plain_logps(model, some)
     expected_gradients = gradients(model, expected)
     assert len(expected_gradients) == len(list(model.parameters()))
     for packed in (True, False):
         other = scoring(models[name], packed=packed)
         assert is_packing(other) == packed
-        sums = batch_logps(other, groups())
+        sums = batch_logps(other, some)
         torch.testing.assert_close(sums, expected, rtol=1e-5, atol=1e-5)
         found = gradients(other, sums)
         assert found.keys() == expected_gradients.keys()
@@ -164,7 +182,7 @@ def test_attention_that_does_more_than_packing_knows_is_an_error_that_names_it()
     tensors = [torch.ones(1, heads, 5, 8) for heads in (4, 2, 2)]
     with pytest.raises(SelfalignError, match="Identity uses 'score_bias' in its attention, which packing"):
         packed_attention.packed_attention(
-            torch.nn.Identity(), *tensors, None, layout=PackedLayout([(3, [2])]), score_bias=torch.ones(1)
+            torch.nn.Identity(), *tensors, None, layout=PackedLayout(PrefixTree([[1] * 5])), score_bias=torch.ones(1)
         )
 
 
@@ -300,22 +318,19 @@ def test_prompts_with_nothing_in_common_are_scored_right(scorer: Any) -> None:
         )
 
 
-LAYOUT = [(9, [7, 12]), (3, [8]), (6, [1, 4])]
-
-
 @pytest.mark.parametrize("window", [None, WINDOW])
-def test_attention_over_the_whole_row_is_that_of_each_group(
+def test_attention_over_the_whole_row_is_that_of_each_branch(
     monkeypatch: pytest.MonkeyPatch, window: int | None
 ) -> None:
     # Uncompiled: the compiled kernel, and gradients, are for the GPU.
     monkeypatch.setattr(packed_attention, "_compiled_flex", lambda: flex_attention)
-    layout = PackedLayout(LAYOUT)
+    layout = PackedLayout(PrefixTree([sequence for group in [*groups(), *tree()] for sequence in group.sequences()]))
     tensors = [torch.randn(1, heads, sum(layout.lengths), 16) for heads in (4, 2, 2)]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # That it is not compiled.
         found = packed_attention.whole_row(*tensors, layout, 0.3, window)
     torch.testing.assert_close(
-        found, packed_attention.group_by_group(*tensors, layout, 0.3, window), rtol=1e-5, atol=1e-5
+        found, packed_attention.branch_by_branch(*tensors, layout, 0.3, window), rtol=1e-5, atol=1e-5
     )
 
 
@@ -326,16 +341,16 @@ def test_flex_attention_that_fails_or_is_wrong_is_not_used(
         raise RuntimeError("no compiler\nlong story")
 
     def wrong(*args: Any) -> Tensor:
-        return packed_attention.group_by_group(*args) * 1.1
+        return packed_attention.branch_by_branch(*args) * 1.1
 
     found = []
     with caplog.at_level("INFO", logger="selfalign.models.packed_attention"):
-        for other in (fails, wrong, packed_attention.group_by_group):
+        for other in (fails, wrong, packed_attention.branch_by_branch):
             monkeypatch.setattr(packed_attention, "whole_row", other)
             found.append(packed_attention.flex_works.__wrapped__(torch.device("cpu")))
     assert found == [False, False, True]
     assert [record.levelname for record in caplog.records] == ["INFO", "INFO"]
-    assert "(RuntimeError: no compiler); attention goes group by group" in caplog.records[0].message
+    assert "(RuntimeError: no compiler); attention goes branch by branch" in caplog.records[0].message
     assert "off" in caplog.records[1].message
 
 

@@ -289,7 +289,12 @@ MUTANTS: list[tuple[Any, str, str, Callable[..., None]]] = [
     (parallelism, "(load + len(example), process)", "(load + 1, process)", check_shares),
     (parallelism, "heapq.heapreplace(loads, (load + len(example), process))", "pass", check_shares),
     (parallelism, "for share in shares]", "for share in shares[:1] * count]", check_shares),
-    (parallelism, "split_by_tokens(sorted(share, key=len), budget)", "[share] if share else []", check_shares),
+    (
+        parallelism,
+        "split_by_tokens(sorted(share, key=order), budget, packed=packed)",
+        "[share] if share else []",
+        check_shares,
+    ),
     (parallelism, "], repeated=True)", "])", check_shares),
 ]
 

@@ -23,7 +23,7 @@ from selfalign.engines.openai_client import Endpoint
 from selfalign.judges.comparator import PairwiseComparator
 from selfalign.judges.protocol import InstructionResponse, asks_a_server
 from selfalign.launch.profiler import Measured, ProfilingOutput, StageEstimate, forget_peak_memory, measure, peak
-from selfalign.launch.worst_case import SHORTEST_PROMPT, WorstCaseRecords, max_length_generation
+from selfalign.launch.worst_case import SHORTEST_PROMPT, WorstCaseRecords, distinct, max_length_generation
 from selfalign.losses.protocol import PreferenceLoss
 from selfalign.losses.refinement import Refinement
 from selfalign.models.checkpoint import PolicyCheckpoint
@@ -258,7 +258,8 @@ class StageEstimator:
         few = self._few(count, 2 * self.longest.count("".join(texts)), engine)
         subjects = self._subjects(few, 1, texts)
         few_of = self._write(instructions=[s.instruction for s in subjects], responses=[s.response for s in subjects])
-        given = {"judge": judge, "instructions": few_of, "answers": few_of, "opponent": few_of, "engine": engine}
+        opponents = self._write(responses=[replace(s.response, text=distinct(texts[1], 1)) for s in subjects])
+        given = {"judge": judge, "instructions": few_of, "answers": few_of, "opponent": opponents, "engine": engine}
         given |= {"policy": others["policy"], "seed": others["seed"]}
         measured, _ = self._measure(label, head_to_head, [few], **given)
         self._add_batches(label, measured, measured.batches_of(count / few))
@@ -360,7 +361,7 @@ class StageEstimator:
 
     def _subjects(self, count: int, each: int, texts: Sequence[str]) -> list[InstructionResponse]:
         """Return `count` instructions with `each` responses each."""
-        instructions = [Instruction(id=f"i{n}", text=texts[0], source="self") for n in range(count)]
+        instructions = [Instruction(id=f"i{n}", text=distinct(texts[0], n), source="self") for n in range(count)]
         return [
             InstructionResponse(instruction, response)
             for instruction in instructions

@@ -71,16 +71,16 @@ class WorstCaseRecords:
     def instructions(self, count: int, written: int) -> list[Instruction]:
         """Return instructions whose prompt and a response of `written` tokens fill the longest sequence."""
         [text] = self.fitting(as_prompt, [limit := self.prompt_tokens(written)], limit)
-        return [Instruction(id=f"i{n}", text=text, source="self") for n in range(count)]
+        return [Instruction(id=f"i{n}", text=distinct(text, n), source="self") for n in range(count)]
 
     def responses(self, instruction: Instruction, count: int, text: str) -> list[Response]:
-        """Return `count` responses to an instruction, all with the same text."""
+        """Return `count` responses to an instruction, all as long as the text."""
         tokens = self.count(text)
         return [
             Response(
                 id=f"{instruction.id}-{n}",
                 instruction_id=instruction.id,
-                text=text,
+                text=distinct(text, n),
                 finish_reason=FinishReason.EOS,
                 tokens=tokens,
                 model="dry run",
@@ -98,7 +98,12 @@ class WorstCaseRecords:
         chosen, rejected = self.words(answer - 1), self.words(answer - 1, " a")
         return [
             PreferencePair(
-                id=f"p{n}", prompt=as_prompt(prompt), chosen=chosen, rejected=rejected, chosen_score=1, rejected_score=0
+                id=f"p{n}",
+                prompt=as_prompt(distinct(prompt, n)),
+                chosen=chosen,
+                rejected=rejected,
+                chosen_score=1,
+                rejected_score=0,
             )
             for n in range(count)
         ]
@@ -108,10 +113,25 @@ class WorstCaseRecords:
         [prompt] = self.fitting(as_prompt, [SHORTEST_PROMPT], SHORTEST_PROMPT)
         target = self.words(min((tokens - SHORTEST_PROMPT) // each, self.max_length - SHORTEST_PROMPT) - 1)
         return [
-            Demonstration(id=f"d{n}-{part}", prompt=as_prompt(prompt), response=target, source="ift", question=f"d{n}")
+            Demonstration(
+                id=f"d{n}-{part}",
+                prompt=as_prompt(distinct(prompt, n)),
+                response=distinct(target, part),
+                source="ift",
+                question=f"d{n}",
+            )
             for n in range(count)
             for part in range(each)
         ]
+
+
+def distinct(text: str, number: int) -> str:
+    """Return the text with a number for its first words, in as many tokens at most.
+
+    Texts that begin alike would share the computation of their beginning.
+    """
+    digits = str(number)
+    return " ".join([digits, *text.split(" ")[len(digits) :]])
 
 
 class MaxLengthTransformers(Transformers):

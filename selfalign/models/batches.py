@@ -1,17 +1,18 @@
-"""Records to packed token batches: one row, no padding, a pair's prompt computed once and seen by both responses.
+"""Records to packed token batches: one row without padding, in which every distinct prefix is computed once.
 
-A *group* is a prompt and its responses (one for SFT, two for a pair). Groups lie one behind the other in a single
-row; within a group the positions of every response continue from the end of the prompt, and a response attends to
-its prompt and itself only. Architectures whose attention cannot be told so are given padded rows instead.
+A *group* is a prompt and its responses (one for SFT, two for a pair). A batch is the tree of all prompts with their
+responses: a pair's prompt stands once, and so does the rubric of all judgements or the p before several x. A token
+attends to those before it in its own text only. Architectures whose attention cannot be told so are given padded rows
+instead.
 """
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from selfalign.data.thinking import ask_to_think
 from selfalign.losses.refinement import Refinement, augment
 from selfalign.models.checkpoint import UNBOUNDED
 from selfalign.models.packed_attention import PackedLayout, is_packing
+from selfalign.models.prefix_tree import DistinctTokens, PrefixTree
 from selfalign.models.prompt_states import PromptStates, shares_prompt_states
 from selfalign.models.tokenizer import (
     Answer,
@@ -43,7 +45,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-S = TypeVar("S", bound=Sized)
+
+class Texts(Protocol):
+    """Tokens of one or several texts. Its length is the number of them, with shared prompts counted once."""
+
+    def __len__(self) -> int: ...
+
+    def sequences(self) -> list[list[int]]: ...
+
+
+S = TypeVar("S", bound=Texts)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +75,10 @@ class SharedPrompt:
 
     def __len__(self) -> int:
         return len(self.prompt) + sum(map(len, self.responses))
+
+    def sequences(self) -> list[list[int]]:
+        """The prompt with each of its responses."""
+        return [[*self.prompt, *response] for response in self.responses]
 
     def longest(self) -> int:
         """The longest sequence the model sees: the prompt with its longest response."""
@@ -90,15 +105,17 @@ class Batch:
 
     Attributes:
         inputs: keyword arguments of the model, tensors of shape (rows, tokens), and the layout of rows with groups.
-        logit_positions: positions in the flattened inputs that predict a response token, shape (response tokens,).
-        targets: the tokens predicted there.
-        owner: which response each of them belongs to, counted over the batch's groups in order.
+        logit_positions: positions in the flattened inputs that predict a target, shape (targets,).
+        targets: the tokens predicted there, shape (targets,).
+        occurrences: which target each token of the responses is, in their order, shape (response tokens,).
+        owner: which response each of these belongs to, counted over the batch's groups in order.
         tokens: how many tokens each response has, float, shape (responses,).
     """
 
     inputs: dict[str, Any]
     logit_positions: Tensor
     targets: Tensor
+    occurrences: Tensor
     owner: Tensor
     tokens: Tensor
 
@@ -109,13 +126,14 @@ class Batch:
             inputs=move,
             logit_positions=self.logit_positions.to(device),
             targets=self.targets.to(device),
+            occurrences=self.occurrences.to(device),
             owner=self.owner.to(device),
             tokens=self.tokens.to(device),
         )
 
     def sum_by_response(self, logps: Tensor) -> Tensor:
-        """Sum token values by response: (response tokens,) → (responses,)."""
-        return torch.zeros_like(self.tokens).index_add(0, self.owner, logps)
+        """Sum the targets' values by response: (targets,) → (responses,)."""
+        return torch.zeros_like(self.tokens).index_add(0, self.owner, logps[self.occurrences])
 
 
 def encode_group(
@@ -233,6 +251,10 @@ class PairExample:
 
     def __len__(self) -> int:
         return len(self.plain) + (len(self.augmented) if self.augmented else 0)
+
+    def sequences(self) -> list[list[int]]:
+        """Both responses behind x, and behind p⊕x if there is a second pass."""
+        return [*self.plain.sequences(), *(self.augmented.sequences() if self.augmented else [])]
 
     def longest(self) -> int:
         """The longest sequence of either pass."""
@@ -417,16 +439,24 @@ def shorten_prompt(tokenizer: "Tokenizer", prompt: "Prompt", fits: Callable[["Pr
     return without(counts[count]) if count < len(counts) else None
 
 
-def split_by_tokens(groups: Iterable[S], budget: int) -> Iterator[list[S]]:
-    """Cut groups, in their order, into runs of at most `budget` tokens. A longer group stands alone."""
+def split_by_tokens(groups: Iterable[S], budget: int, *, packed: bool = False) -> Iterator[list[S]]:
+    """Cut groups, in their order, into runs of at most `budget` tokens. A longer group stands alone.
+
+    Args:
+        groups: groups, or examples of several.
+        budget: the most tokens of a run.
+        packed: whether a prefix that several share counts once.
+    """
     run: list[S] = []
-    room = budget
+    used, known = 0, DistinctTokens()
     for group in groups:
-        if run and len(group) > room:
+        tokens = known.add(group.sequences()) if packed else len(group)
+        if run and used + tokens > budget:
             yield run
-            run, room = [], budget
+            run, used, known = [], 0, DistinctTokens()
+            tokens = known.add(group.sequences()) if packed else len(group)
         run.append(group)
-        room -= len(group)
+        used += tokens
     if run:
         yield run
 
@@ -449,17 +479,33 @@ def lengths_of(groups: Sequence[SharedPrompt]) -> list[tuple[int, list[int]]]:
     return [(len(group.prompt), [len(response) for response in group.responses]) for group in groups]
 
 
-def share_states(groups: Sequence[SharedPrompt]) -> Batch:
-    """Return one row as `pack` does, of which each prompt is read once and its responses go on from its states."""
-    return _in_one_row(groups, PromptStates(lengths_of(groups)))
-
-
 def pack(groups: Sequence[SharedPrompt]) -> Batch:
-    """Return one row: prompt, responses, next prompt, …; positions restart with each group."""
-    return _in_one_row(groups, PackedLayout(lengths_of(groups)))
+    """Return one row in which every distinct prefix of prompts with their responses stands once.
+
+    A token that several responses score behind the same prefix is one target.
+    """
+    tree = PrefixTree([sequence for group in groups for sequence in group.sequences()])
+    targets: dict[int, int] = {}  # The row's index of each target, and its number.
+    occurrences: list[int] = []
+    counts: list[int] = []
+    rows = map(tree.row, range(len(tree.paths)))
+    for group in groups:
+        for index in range(len(group.responses)):
+            row = next(rows)[len(group.prompt) :]
+            places = group.scored_places(index)
+            occurrences += [targets.setdefault(row[at], len(targets)) for at in places]
+            counts.append(len(places))
+    inputs = {
+        "input_ids": torch.tensor([tree.ids]),
+        "position_ids": torch.tensor([tree.positions]),
+        "layout": PackedLayout(tree),
+    }
+    scored = [tree.ids[at] for at in targets]
+    return _batch(inputs, [tree.before[at] for at in targets], scored, counts, occurrences)
 
 
-def _in_one_row(groups: Sequence[SharedPrompt], layout: PackedLayout | PromptStates) -> Batch:
+def share_states(groups: Sequence[SharedPrompt]) -> Batch:
+    """Return one row: prompt, responses, next prompt, …; a prompt is read once, and its responses go on from there."""
     ids: list[int] = []
     positions: list[int] = []
     logit_positions: list[int] = []
@@ -476,6 +522,7 @@ def _in_one_row(groups: Sequence[SharedPrompt], layout: PackedLayout | PromptSta
             ids += response
             targets += [response[at] for at in places]
             counts.append(len(places))
+    layout = PromptStates(lengths_of(groups))
     inputs = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions]), "layout": layout}
     return _batch(inputs, logit_positions, targets, counts)
 
@@ -498,12 +545,19 @@ def pad(groups: Sequence[SharedPrompt]) -> Batch:
     return _batch(inputs, logit_positions, targets, list(map(len, places)))
 
 
-def _batch(inputs: dict[str, Any], logit_positions: list[int], targets: list[int], counts: list[int]) -> Batch:
+def _batch(
+    inputs: dict[str, Any],
+    logit_positions: list[int],
+    targets: list[int],
+    counts: list[int],
+    occurrences: Sequence[int] | None = None,
+) -> Batch:
     tokens = torch.tensor(counts)
     return Batch(
         inputs=inputs,
         logit_positions=torch.tensor(logit_positions),
         targets=torch.tensor(targets),
+        occurrences=torch.tensor(range(len(targets)) if occurrences is None else occurrences),
         owner=torch.repeat_interleave(torch.arange(len(counts)), tokens),
         tokens=tokens.float(),
     )

@@ -1,8 +1,9 @@
-"""Attention in a packed row: groups of a prompt and its responses that do not see each other."""
+"""Attention in a packed row, where a token sees only those before it in its own sequences."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from selfalign.core.errors import SelfalignError
+from selfalign.models.prefix_tree import PrefixTree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,65 +32,67 @@ WITHOUT_EFFECT = (
 
 
 class PackedLayout:
-    """Which tokens see which in a packed row: a token sees its prompt and its own response, up to itself.
+    """Which tokens see which in a packed row: a token sees those before it in its own sequences.
 
-    A layout is made once for a batch and used by every layer. The *prefix* of a group, its prompt (and its response if
-    it has only one), is seen causally; only the responses after it need a mask.
+    A layout is made once for a batch and used by every layer.
+
+    Attributes:
+        lengths: the number of tokens of each branch of the tree. Together they are the row.
+        parts: the lengths of the row's parts, cut wherever a branch begins, ends or parts from another.
+        seen: for each branch, the parts that its tokens see.
     """
 
-    def __init__(self, groups: Sequence[tuple[int, Sequence[int]]]) -> None:
-        """Take each group's prompt length and the lengths of its responses."""
-        self.lengths = [prompt + sum(responses) for prompt, responses in groups]
-        self.prefixes = [prompt + sum(responses) * (len(responses) == 1) for prompt, responses in groups]
-        self._group = torch.arange(len(groups)).repeat_interleave(torch.tensor(self.lengths))
-        self._segment = torch.cat(
-            [torch.arange(len(r) + 1).repeat_interleave(torch.tensor([p, *r])) for p, r in groups]
-        )
-        self._position = torch.cat(
-            [torch.arange(s, s + n) for p, r in groups for s, n in ((0, p), *((p, n) for n in r))]
-        )
-        self._masks: dict[int | None, list[tuple[Tensor | None, Tensor]]] = {}
+    def __init__(self, tree: PrefixTree) -> None:
+        own = [path[-1] for path in tree.branches]
+        self.lengths = [end - start for start, end in own]
+        edges = sorted({edge for path in tree.branches for span in path for edge in span})
+        self.parts = [end - start for start, end in pairwise(edges)]
+        numbers = {edge: number for number, edge in enumerate(edges)}
+        self.seen = [
+            [part for start, end in path for part in range(numbers[start], numbers[end])] for path in tree.branches
+        ]
+        self._contexts = [sum(end - start for start, end in path[:-1]) for path in tree.branches]
+        self._ends, self._position = torch.tensor(tree.ends), torch.tensor(tree.positions)
+        self._masks: dict[int | None, list[Tensor | None]] = {}
         self._block_masks: dict[int | None, Any] = {}
 
     def to(self, device: torch.device) -> "PackedLayout":
         """Move the layout to a device, in place."""
-        self._group, self._segment = self._group.to(device), self._segment.to(device)
-        self._position = self._position.to(device)
+        self._ends, self._position = self._ends.to(device), self._position.to(device)
         return self
 
     def sees(self, query: Tensor, key: Tensor, window: int | None) -> Tensor:
         """Whether the tokens at the row's indices `query` see those at `key`; the two broadcast."""
-        segment, distance = self._segment[key], self._position[query] - self._position[key]
-        seen = (self._group[query] == self._group[key]) & ((segment == 0) | (segment == self._segment[query]))
-        seen &= distance >= 0
-        return seen & (distance < window) if window else seen
+        seen = (key <= query) & (query < self._ends[key])
+        return seen & (self._position[query] - self._position[key] < window) if window else seen
 
-    def masks(self, window: int | None) -> list[tuple[Tensor | None, Tensor]]:
-        """Return two masks of every group that are true where the row's token sees the column's.
+    def masks(self, window: int | None) -> list[Tensor | None]:
+        """Return a mask of every branch, or None where it is plainly causal.
 
-        The first is the prefix's, (prefix, prefix), or None where it is plainly causal. The second is that of the
-        tokens after it, (tokens - prefix, tokens).
+        It is true where a token of the branch sees the column's token, shape (own tokens, seen tokens).
 
         Args:
             window: how far back a token sees, in positions; None sees all.
         """
         if window not in self._masks:
-            tokens = torch.arange(len(self._group), device=self._group.device).split(self.lengths)
             self._masks[window] = [
-                (
-                    self.sees(own[:prefix, None], own[None, :prefix], window) if window and window < prefix else None,
-                    self.sees(own[prefix:, None], own[None, :], window),
-                )
-                for own, prefix in zip(tokens, self.prefixes, strict=True)
+                self._mask(length, context, window)
+                for length, context in zip(self.lengths, self._contexts, strict=True)
             ]
         return self._masks[window]
+
+    def _mask(self, length: int, context: int, window: int | None) -> Tensor | None:
+        if not context and not (window and window < length):
+            return None
+        mask = torch.ones(length, context + length, dtype=torch.bool, device=self._ends.device).tril(context)
+        return mask.triu(context - window + 1) if window else mask
 
     def block_mask(self, window: int | None) -> Any:
         """Return the mask of the whole row for FlexAttention."""
         from torch.nn.attention.flex_attention import create_block_mask
 
         if window not in self._block_masks:
-            size, device = len(self._group), self._group.device
+            size, device = len(self._ends), self._ends.device
             self._block_masks[window] = create_block_mask(
                 lambda batch, head, query, key: self.sees(query, key, window),
                 None,
@@ -146,9 +150,9 @@ def packed_attention(
     s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attend within one packed row: group by group, or on a GPU in one FlexAttention over the whole row.
+    """Attend within one packed row: branch by branch, or on a GPU in one FlexAttention over the whole row.
 
-    Scores that are capped, or that share their weights with a sink, are made group by group on every device.
+    Scores that are capped, or that share their weights with a sink, are made branch by branch on every device.
 
     Args:
         module: the attention layer.
@@ -178,15 +182,15 @@ def packed_attention(
     dropout = dropout if module.training else 0.0
     if softcap or s_aux is not None:
         attend = partial(attend_by_scores, softcap=softcap, sinks=s_aux)
-        output = group_by_group(query, key, value, layout, scaling, sliding_window, dropout, attend)
+        output = branch_by_branch(query, key, value, layout, scaling, sliding_window, dropout, attend)
     elif not dropout and query.is_cuda and flex_works(query.device):
         output = whole_row(query, key, value, layout, scaling, sliding_window)
     else:
-        output = group_by_group(query, key, value, layout, scaling, sliding_window, dropout)
+        output = branch_by_branch(query, key, value, layout, scaling, sliding_window, dropout)
     return output.transpose(1, 2).contiguous(), None
 
 
-def group_by_group(
+def branch_by_branch(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -196,20 +200,19 @@ def group_by_group(
     dropout: float = 0.0,
     attend: Callable[..., Tensor] = scaled_dot_product_attention,
 ) -> Tensor:
-    """Attend within each group's prefix, then from the tokens after it; arguments as of `packed_attention`.
+    """Attend from the tokens of each branch of the tree; arguments as of `packed_attention`.
 
     `attend` takes and returns what `scaled_dot_product_attention` does.
     """
     options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
-    groups = zip(*(tensor.split(layout.lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    keys, values = (tensor.split(layout.parts, dim=2) for tensor in (key, value))
     outputs: list[Tensor] = []
-    for (q, k, v), prefix, (within, behind) in zip(groups, layout.prefixes, layout.masks(window), strict=True):
-        if prefix:
-            causal = within is None
-            first, *seen = (tensor[:, :, :prefix] for tensor in (q, k, v))
-            outputs.append(attend(first, seen[0], seen[1], within, is_causal=causal, **options))
-        if len(behind):
-            outputs.append(attend(q[:, :, prefix:], k, v, behind, **options))
+    for own, seen, mask in zip(query.split(layout.lengths, dim=2), layout.seen, layout.masks(window), strict=True):
+        k, v = (
+            parts[seen[0]] if len(seen) == 1 else torch.cat([parts[number] for number in seen], dim=2)
+            for parts in (keys, values)
+        )
+        outputs.append(attend(own, k, v, mask, is_causal=mask is None, **options))
     return torch.cat(outputs, dim=2)
 
 
@@ -265,17 +268,18 @@ def whole_row(
 
 @cache
 def flex_works(device: torch.device) -> bool:
-    """Whether FlexAttention compiles for this device and gives the values and gradients of `group_by_group`.
+    """Whether FlexAttention compiles for this device and gives the values and gradients of `branch_by_branch`.
 
-    It is tried once on a small row. If it fails, one log line says why, and attention goes group by group.
+    It is tried once on a small row. If it fails, one log line says why, and attention goes branch by branch.
     """
-    layout = PackedLayout([(70, [40, 30]), (5, [9])]).to(device)
+    texts = [[1] * 70 + [2] * 40, [1] * 70 + [3] * 30, [4] * 5 + [5] * 9]
+    layout = PackedLayout(PrefixTree(texts)).to(device)
     draw = torch.Generator().manual_seed(0)
     shapes = [(1, heads, sum(layout.lengths), 64) for heads in (4, 2, 2)]
     query, key, value = (torch.randn(shape, generator=draw).to(device).requires_grad_() for shape in shapes)
     try:
         results: list[list[Tensor]] = []
-        for attend in (group_by_group, whole_row):
+        for attend in (branch_by_branch, whole_row):
             output = attend(query, key, value, layout, None, None)
             gradients = torch.autograd.grad(output.square().sum(), (query, key, value))
             results.append([output.detach(), *gradients])
@@ -284,7 +288,7 @@ def flex_works(device: torch.device) -> bool:
     except Exception as error:  # noqa: BLE001 - a compiler may fail in any way
         problem = f"{type(error).__name__}: {error}".splitlines()[0]
     if problem:
-        logger.info("FlexAttention does not work on %s (%s); attention goes group by group", device, problem)
+        logger.info("FlexAttention does not work on %s (%s); attention goes branch by branch", device, problem)
     return not problem
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from selfalign.models.batches import Batch, SharedPrompt, make_batch, split_by_tokens
 from selfalign.models.checkpoint import LoadedPolicy, Policy, autocast
 from selfalign.models.logprobs import score_responses_only
-from selfalign.models.packed_attention import enable_packing
+from selfalign.models.packed_attention import enable_packing, is_packing
 from selfalign.models.prompt_states import share_prompt_states
 from selfalign.store.journal import Journal
 
@@ -111,7 +111,7 @@ class LogProbScorer(LoadedPolicy):
 
     def plan(self, groups: Sequence[SharedPrompt]) -> list[list[SharedPrompt]]:
         """Return the groups, in their order, in batches of at most `max_batch_tokens`."""
-        return list(split_by_tokens(groups, self.max_batch_tokens))
+        return list(split_by_tokens(groups, self.max_batch_tokens, packed=is_packing(self.policy.model)))
 
     def score(self, groups: Sequence[SharedPrompt]) -> list[list[float]]:
         """Return the summed log-probabilities (nats) of each group's responses."""
@@ -125,7 +125,8 @@ class LogProbScorer(LoadedPolicy):
         """Return log p (nats) of each alternative as the token after each response, for every group."""
         batch = make_batch(self.policy.model, [with_next_token(group) for group in groups])
         ends = batch.tokens.long().cumsum(0) - 1
-        batch.logit_positions = batch.logit_positions[ends].repeat_interleave(len(alternatives))
+        last = batch.occurrences[ends]
+        batch.logit_positions = batch.logit_positions[last].repeat_interleave(len(alternatives))
         batch.targets = torch.tensor(list(alternatives)).repeat(len(ends))
         rows = iter(self._logps(batch).view(len(ends), len(alternatives)).tolist())
         return [[next(rows) for _ in group.responses] for group in groups]

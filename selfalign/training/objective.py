@@ -80,7 +80,11 @@ class Likelihood:
     def __call__(self, model: "PreTrainedModel", examples: Sequence[SharedPrompt]) -> ObjectiveOutput:
         batch, scores = forward(model, examples, training_pass=True)
         losses = -batch.sum_by_response(scores.logps)
-        total, right, tokens = float(losses.sum().detach()), float(scores.hits.sum()), float(batch.tokens.sum())
+        total, right, tokens = (
+            float(losses.sum().detach()),
+            float(scores.hits[batch.occurrences].sum()),
+            float(batch.tokens.sum()),
+        )
         if self.loss_reduction == "examples":
             losses = losses / batch.tokens
         metrics: Sums = {
@@ -94,7 +98,7 @@ class Likelihood:
 
 
 def forward(model: "PreTrainedModel", groups: Sequence[SharedPrompt], **options: bool) -> tuple[Batch, Any]:
-    """Return the groups as a batch, and the log-probabilities of its targets: nats, shape (response tokens,).
+    """Return the groups as a batch, and the log-probabilities of its targets: nats, shape (targets,).
 
     With `training_pass=True`, return `TokenScores` instead. The model may be wrapped by DDP.
     """

@@ -4,7 +4,7 @@ All processes do equally many forward and backward passes in a step, because the
 """
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic
 
@@ -14,9 +14,11 @@ from torch import nn
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.models.batches import S, split_by_tokens
+from selfalign.models.packed_attention import is_packing
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from transformers import PreTrainedModel
 
 KINDS = ("ddp", "fsdp2")
 
@@ -104,17 +106,21 @@ class Microbatch(Generic[S]):
     repeated: bool = False
 
 
-def assign_microbatches(examples: Sequence[S], budget: int, rank: int, count: int) -> list[Microbatch[S]]:
+def assign_microbatches(
+    examples: Sequence[S], budget: int, rank: int, count: int, *, packed: bool = False
+) -> list[Microbatch[S]]:
     """Return the microbatches of process `rank`. All processes get equally many.
 
     Examples are assigned by falling length, each to the process with the fewest tokens so far, so that all have about
-    the same number of tokens. A process with fewer microbatches gets repetitions of the shortest example.
+    the same number of tokens. A process takes its own by length, or packed ones by their tokens, so that those with a
+    common prefix are in one microbatch. One with fewer microbatches gets repetitions of the shortest example.
 
     Args:
         examples: all examples of an optimiser step.
         budget: the most tokens in a microbatch.
         rank: the rank of the process, from 0.
         count: number of processes.
+        packed: whether the model computes a prefix that several examples share once.
     """
     shares: list[list[S]] = [[] for _ in range(count)]
     loads = [(0, process) for process in range(count)]
@@ -122,14 +128,15 @@ def assign_microbatches(examples: Sequence[S], budget: int, rank: int, count: in
         load, process = loads[0]
         shares[process].append(example)
         heapq.heapreplace(loads, (load + len(example), process))
-    runs = [list(split_by_tokens(sorted(share, key=len), budget)) for share in shares]
+    order: Callable[[S], Any] = (lambda example: example.sequences()) if packed else len
+    runs = [list(split_by_tokens(sorted(share, key=order), budget, packed=packed)) for share in shares]
     missing = max(map(len, runs)) - len(runs[rank])
     return [*map(Microbatch, runs[rank]), *[Microbatch([min(examples, key=len)], repeated=True)] * missing]
 
 
-def local_microbatches(examples: Sequence[S], budget: int) -> list[Microbatch[S]]:
-    """Return the microbatches of this process; see `assign_microbatches`."""
-    return assign_microbatches(examples, budget, distributed.rank(), distributed.count())
+def local_microbatches(model: "PreTrainedModel", examples: Sequence[S], budget: int) -> list[Microbatch[S]]:
+    """Return the microbatches of this process for a model without DDP's wrapper; see `assign_microbatches`."""
+    return assign_microbatches(examples, budget, distributed.rank(), distributed.count(), packed=is_packing(model))
 
 
 def unwrap(model: Any) -> Any:

@@ -208,7 +208,9 @@ class Preference:
         sums: Sums = {}
         policy.model.eval()
         for part in (
-            part for chunk in chunks(examples) for part in local_microbatches(chunk, optimization.microbatch_tokens)
+            part
+            for chunk in chunks(examples)
+            for part in local_microbatches(policy.model, chunk, optimization.microbatch_tokens)
         ):
             with autocast(policy.model.device, optimization.compute_dtype):
                 logps = pair_logps(policy.model, groups_of(part.examples))

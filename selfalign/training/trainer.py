@@ -145,7 +145,7 @@ class StepTrainer(Trainer):
         model.train()
         examples = self.objective.arrange(inputs)
         weight = self.objective.weight(examples)
-        microbatches = local_microbatches(examples, self.optimization.microbatch_tokens)
+        microbatches = local_microbatches(self.policy.model, examples, self.optimization.microbatch_tokens)
         totals = StepTotals()
         for number, microbatch in enumerate(microbatches, start=1):
             if self.optimization.dropout:
