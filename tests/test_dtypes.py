@@ -7,15 +7,18 @@ import pytest
 from builders import composed, run
 
 from selfalign.core.files import read_json
+from selfalign.engines.transformers import Transformers
 from selfalign.launch.experiment import RESOLVED
-from selfalign.pipeline.dtypes import auto_dtypes, resolve_dtypes
+from selfalign.models.checkpoint import PolicyCheckpoint
+from selfalign.pipeline.dtypes import auto_dtypes, dtypes_text, resolve_dtypes
 from selfalign.runs.folder import run_folder
 from selfalign.store.key import key_of
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     """From now on this is a machine whose faster dtype is this one."""
-    monkeypatch.setattr("selfalign.models.checkpoint.fastest_dtype", lambda: dtype)
+    for module in ("models.checkpoint", "pipeline.dtypes"):
+        monkeypatch.setattr(f"selfalign.{module}.fastest_dtype", lambda *, writing: (dtype, "it is so"))
 
 
 @pytest.mark.parametrize(
@@ -53,6 +56,57 @@ def test_dtype_that_is_set_is_the_same_on_every_machine(monkeypatch: pytest.Monk
     assert auto_dtypes(config) == {}
 
 
+AMX = {"amx_tile": True, "avx512_bf16": True}
+
+
+@pytest.mark.parametrize(
+    ("has", "writes", "reads", "reason"),
+    [
+        (AMX, "bfloat16", "bfloat16", "the CPU has AMX"),
+        ({"avx512_bf16": True}, "float32", "bfloat16", "the CPU has AVX-512 BF16 and no AMX"),
+        ({"avx2": True}, "float32", "float32", "the CPU has no instructions for bfloat16"),
+    ],
+    ids=["amx", "avx512_bf16", "neither"],
+)
+def test_auto_is_what_the_processor_is_faster_in_to_write_and_to_read(
+    monkeypatch: pytest.MonkeyPatch, has: dict[str, bool], writes: str, reads: str, reason: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: has)
+    config, *_ = composed("model=tiny")
+    found = auto_dtypes(config)
+    assert found == {
+        "engine.dtype": writes,
+        "engine.scoring_dtype": reads,
+        "train.sft.dtype": reads,
+        "train.align.dtype": reads,
+    }
+    assert dtypes_text(found).endswith(f"because {reason}")
+    here = resolve_dtypes(config).engine
+    assert (here.dtype, here.scoring_dtype) == (writes, reads)
+
+
+@pytest.mark.parametrize(
+    ("given", "writes", "reads"),
+    [
+        ({}, "float32", "bfloat16"),
+        ({"dtype": "bfloat16"}, "bfloat16", "bfloat16"),
+        ({"dtype": "float32"}, "float32", "float32"),
+        ({"scoring_dtype": "float32"}, "float32", "float32"),
+        ({"dtype": "bfloat16", "scoring_dtype": "float32"}, "bfloat16", "float32"),
+    ],
+    ids=["auto", "bfloat16", "float32", "scores in float32", "both"],
+)
+def test_engine_scores_in_the_dtype_that_it_writes_in_if_that_is_set(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], writes: str, reads: str, tiny_policy: PolicyCheckpoint
+) -> None:
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True})
+    told = [f"engine.{name}={dtype}" for name, dtype in given.items()]
+    for engine in (Transformers(**given), resolve_dtypes(composed("model=tiny", *told)[0]).engine):
+        assert str(engine.load(tiny_policy).policy.model.dtype) == f"torch.{writes}"
+        assert str(engine.load_scorer(tiny_policy, 100).policy.model.dtype) == f"torch.{reads}"
+
+
 def test_run_goes_on_in_its_folder_on_another_machine_and_makes_anew_what_depends_on_the_dtype(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -67,8 +121,12 @@ def test_run_goes_on_in_its_folder_on_another_machine_and_makes_anew_what_depend
     def keys_after(dtype: str) -> dict[str, str]:
         machine(monkeypatch, dtype)
         caplog.clear()
+        caplog.set_level("INFO", logger="selfalign.launch.experiment")
         folder = run(tmp_path / "outputs", *overrides)
-        assert read_json(folder / RESOLVED) == {f"{key}.dtype": dtype for key in ("engine", "train.sft", "train.align")}
+        auto = ("engine.dtype", "engine.scoring_dtype", "train.sft.dtype", "train.align.dtype")
+        assert read_json(folder / RESOLVED) == dict.fromkeys(auto, dtype)
+        assert f"dtype=auto means engine.dtype={dtype}, engine.scoring_dtype={dtype}, train.sft" in caplog.text
+        assert "because it is so" in caplog.text
         inputs = [read_json(path)["inputs"] for path in sorted((tmp_path / "outputs/store").glob("*/*/manifest.json"))]
         assert "auto" not in json.dumps(inputs).split('"')
         assert "dtype: auto" in (folder / "config.yaml").read_text(encoding="utf-8")
@@ -84,7 +142,7 @@ def test_run_goes_on_in_its_folder_on_another_machine_and_makes_anew_what_depend
         patch.setattr("selfalign.pipeline.loop.align", align)
         with pytest.raises(KilledError):
             keys_after("float32")
-    assert "engine.dtype=auto" not in caplog.text
+    assert "engine.dtype=auto was" not in caplog.text
     there = keys_after("bfloat16")
     for key in ("engine", "train.sft", "train.align"):
         assert f"{key}.dtype=auto was float32 on the machine where this run was before, and is bfloat16 on this" in (

@@ -67,7 +67,7 @@ class LmEval(LmEvalSettings):
         from selfalign.benchmarks.lm_eval_adapter import load_tasks, run_tasks, write_results
 
         loaded = load_tasks(self, context.key)
-        policy = context.policy.load(resolve_dtype(context.engine.dtype))
+        policy = context.policy.load(resolve_dtype(context.engine.dtype, writing=True))
         with out.journal(sum(task.documents(self.limit) for task in loaded), "documents") as journal:
             results, prompts_cut = run_tasks(self, loaded, policy, journal)
         write_results(out.path, results)

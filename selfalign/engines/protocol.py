@@ -141,14 +141,14 @@ class Engine(Protocol):
     def load_scorer(self, policy: PolicyCheckpoint, max_batch_tokens: int) -> TokenScorer: ...
 
 
-def check_dtype(dtype: str) -> None:
-    """Check `engine.dtype`.
+def check_dtype(dtype: str, name: str = "dtype") -> None:
+    """Check `engine.dtype` or `engine.scoring_dtype`.
 
     Raises:
         SelfalignError: it is neither "auto" nor a dtype.
     """
     if dtype not in ("auto", *DTYPES):
-        raise SelfalignError(f"engine.dtype must be auto or one of {', '.join(DTYPES)}; got {dtype!r}")
+        raise SelfalignError(f"engine.{name} must be auto or one of {', '.join(DTYPES)}; got {dtype!r}")
 
 
 def generate_batched(

@@ -55,8 +55,10 @@ class Server:
     Attributes:
         command: shell command that starts the server in the foreground. {weights} is replaced by the policy's folder,
             {port} by the port to listen on, and {dtype} by the dtype.
-        dtype: of the weights, of merged adapters, and of judges that read probabilities, which run here with
-            transformers: "float32", "bfloat16", or "auto" for the faster one on this machine.
+        dtype: of the weights and of merged adapters: "float32", "bfloat16", or "auto" for the faster one on this
+            machine.
+        scoring_dtype: of the weights for judges that read probabilities, which run here with transformers; "auto" for
+            `dtype`, or for the faster one to score if that is "auto" too.
         max_concurrent_completions: the most completions that are requested before any is saved. A kill loses at most
             these.
         api_key_env: the environment variable that holds the key, if the server asks for one.
@@ -68,6 +70,7 @@ class Server:
 
     command: str
     dtype: str = "auto"
+    scoring_dtype: str = "auto"
     max_concurrent_completions: int = 128
     api_key_env: str = field(default="", metadata={"keyed": False})
     concurrency: int = field(default=16, metadata={"keyed": False})
@@ -77,6 +80,7 @@ class Server:
 
     def __post_init__(self) -> None:
         check_dtype(self.dtype)
+        check_dtype(self.scoring_dtype, "scoring_dtype")
         check_template(self.command, "engine.command", ("weights", "port"), ("dtype",))
         if re.search(r"--api-key[ =]+(?![\"']?\$)", self.command):
             raise SelfalignError(
@@ -94,7 +98,7 @@ class Server:
 
     def load_scorer(self, policy: PolicyCheckpoint, max_batch_tokens: int) -> LogProbScorer:
         """Return the policy in this process, because servers differ in the probabilities they report, if any."""
-        return Transformers(dtype=self.dtype).load_scorer(policy, max_batch_tokens)
+        return Transformers(dtype=self.dtype, scoring_dtype=self.scoring_dtype).load_scorer(policy, max_batch_tokens)
 
     def endpoint(self, base_url: str, model: str) -> Endpoint:
         """Return the address of the server, with the settings of requests."""
@@ -181,7 +185,7 @@ class ServerGenerator:
     def _start(self, stack: ExitStack) -> tuple[Endpoint, bool]:
         """Start the server until the stack closes. Return its address, and whether it takes token ids."""
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="selfalign-", ignore_cleanup_errors=True)))
-        dtype = resolve_dtype(self._settings.dtype)
+        dtype = resolve_dtype(self._settings.dtype, writing=True)
         with naming(folder):
             export(self._policy, folder, dtype)
         port, began = _free_port(), time.monotonic()

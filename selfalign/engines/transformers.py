@@ -35,23 +35,30 @@ class Transformers:
     Attributes:
         max_batch_tokens: the most tokens, prompts and responses together, that one batch holds in its cache.
         dtype: of the weights while generating: "float32", "bfloat16", or "auto" for the faster one on this machine.
+        scoring_dtype: of the weights while scoring, for judges that read probabilities; "auto" for `dtype`, or for the
+            faster one to score if that is "auto" too.
     """
 
     max_batch_tokens: int = 16384
     dtype: str = "auto"
+    scoring_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         if self.max_batch_tokens < 1:
             raise SelfalignError(f"engine.max_batch_tokens must be 1 or more, got {self.max_batch_tokens}")
         check_dtype(self.dtype)
+        check_dtype(self.scoring_dtype, "scoring_dtype")
 
     def load(self, policy: PolicyCheckpoint) -> "TransformersGenerator":
         """Load a policy to write."""
-        return TransformersGenerator(policy.load(resolve_dtype(self.dtype)), self.max_batch_tokens)
+        return TransformersGenerator(policy.load(resolve_dtype(self.dtype, writing=True)), self.max_batch_tokens)
 
     def load_scorer(self, policy: PolicyCheckpoint, max_batch_tokens: int) -> LogProbScorer:
         """Load a policy to score next tokens."""
-        return LogProbScorer(policy.load(resolve_dtype(self.dtype)), max_batch_tokens)
+        return LogProbScorer(
+            policy.load(resolve_dtype(self.scoring_dtype if self.scoring_dtype != "auto" else self.dtype)),
+            max_batch_tokens,
+        )
 
 
 @dataclass(slots=True)

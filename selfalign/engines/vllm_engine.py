@@ -97,7 +97,7 @@ class VLLM:
             "model": str((policy.path / "weights").resolve()),
             "skip_tokenizer_init": True,
             "trust_remote_code": policy.trusted,
-            "dtype": resolve_dtype(self.dtype),
+            "dtype": resolve_dtype(self.dtype, writing=True),
             "tensor_parallel_size": self.tensor_parallel_size,
             "gpu_memory_utilization": self.gpu_memory_utilization,
             "max_model_len": context if context < UNBOUNDED else None,

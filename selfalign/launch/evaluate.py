@@ -19,7 +19,7 @@ from selfalign.launch.experiment import conclude, log_file, read_own, tell_resol
 from selfalign.launch.sweep import JOBS, Sweep
 from selfalign.losses.protocol import Loss
 from selfalign.models.config import ModelConfig
-from selfalign.pipeline.dtypes import auto_dtypes, resolve_dtypes
+from selfalign.pipeline.dtypes import resolve_dtypes
 from selfalign.pipeline.evaluation import GIVEN, Evaluation
 from selfalign.pipeline.inputs import RunInputs, data_sources, find_files
 from selfalign.pipeline.models import RunJudge, RunModels, fixed_judges, load_from_outside
@@ -172,7 +172,7 @@ def evaluate_models(sources: list[str], overrides: list[str], conf: Path, config
             _tell_how_asked(every, [source for source in sources if source not in runs], overrides)
             for run in every[:1]:
                 _tell_changed_data(run, config)
-            tell_resolved(folder, auto_dtypes(config))
+            tell_resolved(folder, config)
             with at_the_end(partial(write_provenance, ledger, config.seed)):
                 names = _measure(config, runner, sources, runs, trained, asked, ledger.artifacts)
             for label, made in ledger.artifacts.items():

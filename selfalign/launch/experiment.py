@@ -17,7 +17,7 @@ from selfalign.core.files import read_json, write_json
 from selfalign.launch.preflight import preflight
 from selfalign.launch.push_to_hub import check_login, publish
 from selfalign.losses.protocol import Loss
-from selfalign.pipeline.dtypes import auto_dtypes
+from selfalign.pipeline.dtypes import auto_dtypes, dtypes_text
 from selfalign.pipeline.loop import plan, run_pipeline
 from selfalign.report import write_report
 from selfalign.report.model_card import write_card
@@ -90,7 +90,7 @@ def _run(
         open_folder(folder, config_yaml, anew=reported_keys(folder) not in ({}, stored.found))
         with log_file(folder / "run.log"), ExitStack() as tracked:
             warn_of_settings(config, plain)
-            tell_resolved(folder, auto_dtypes(config))
+            tell_resolved(folder, config)
             preflight(config, stored.found)
             ledger.tracker = tracked.enter_context(config.tracker.open(folder, plain))
             print(plan_text(plan(config), stored), flush=True)
@@ -109,17 +109,19 @@ def warn_of_settings(config: ExperimentConfig, plain: dict[str, Any]) -> None:
         logger.warning("%s", line)
 
 
-def tell_resolved(folder: Path, resolved: dict[str, str]) -> None:
-    """Save what the settings that are auto mean on this machine. Warn where they meant something else before.
+def tell_resolved(folder: Path, config: ExperimentConfig) -> None:
+    """Save and log what dtype=auto means on this machine. Warn where it meant something else before.
 
     Args:
         folder: of the run.
-        resolved: {setting: its value on this machine}.
+        config: the experiment.
 
     Raises:
         SelfalignError: the saved file is damaged.
     """
-    path = folder / RESOLVED
+    path, resolved = folder / RESOLVED, auto_dtypes(config)
+    if resolved:
+        logger.info("%s", dtypes_text(resolved))
     before = read_own(path) if path.exists() else {}
     for key, value in resolved.items():
         if (earlier := before.get(key, value)) != value:

@@ -355,7 +355,7 @@ def check_room(config: ExperimentConfig, labels: list[Label]) -> list[str]:
         if size is None:
             return lines
         if isinstance(config.engine, Transformers) and writes(config, labels):
-            lines += writing_lack(size, resolve_dtype(config.engine.dtype))
+            lines += writing_lack(size, resolve_dtype(config.engine.dtype, writing=True))
         if optimizers := {key: settings.optimizer for key, settings in trainings(config, labels)}:
             lines += training_lack(size, optimizers, config.train.parallelism)
             output = Path(config.output_dir).absolute()

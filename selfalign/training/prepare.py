@@ -3,6 +3,7 @@
 import logging
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import nn
 
 from selfalign.core.errors import SelfalignError, reason_of
@@ -46,6 +47,19 @@ def freeze_unused(model: "PreTrainedModel") -> None:
     for weight in model.parameters():
         if id(weight) not in used:
             weight.requires_grad = False
+
+
+def cast_frozen_layers(model: "PreTrainedModel") -> None:
+    """Keep the weights of frozen linear layers in bfloat16, for training whose multiplications are in bfloat16.
+
+    Autocast would cast them in every pass, to the same values. An output layer that is the embedding stays as it is,
+    because embeddings are not multiplied.
+    """
+    embedding = cast(Any, model.get_input_embeddings()).weight
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear) and layer.weight is not embedding and not layer.weight.requires_grad:
+            if layer.weight.dtype == torch.float32:  # Not in 4 bits.
+                layer.weight.data = layer.weight.data.bfloat16()
 
 
 def add_adapter(model: "PreTrainedModel", lora: LoRA) -> "PreTrainedModel":

@@ -14,7 +14,7 @@ from selfalign.training.checkpoint_selection import CheckpointSelector
 from selfalign.training.config import Optimization, TrainableWeights
 from selfalign.training.objective import Example, Objective
 from selfalign.training.parallelism import gather_full_tensors
-from selfalign.training.prepare import prepare
+from selfalign.training.prepare import cast_frozen_layers, prepare
 
 
 def train(
@@ -57,6 +57,8 @@ def train(
     if weights.parallelism.sharded:
         # Processes gather a layer's weights together, so each must make as many passes as the others.
         share_prompt_states(loaded.model, enabled=False)
+    elif optimization.compute_dtype == "bfloat16":
+        cast_frozen_layers(loaded.model)  # FSDP2 wants one dtype in a layer.
     if optimization.gradient_checkpointing:
         # transformers 5.23 renamed the method; older versions have the second name only.
         names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")

@@ -43,7 +43,7 @@ from selfalign.training.checkpoint_selection import CheckpointSelection, Checkpo
 from selfalign.training.config import Optimization
 from selfalign.training.objective import pair_logps
 from selfalign.training.preference import Preference
-from selfalign.training.prepare import prepare
+from selfalign.training.prepare import cast_frozen_layers, prepare
 from selfalign.training.reference import (
     AdapterSwitchedOff,
     SecondModel,
@@ -509,6 +509,26 @@ def test_a_policy_with_an_adapter_starts_as_its_reference_in_bfloat16(
     references = replace(policy_artifact(adapted), digest="not the base's") if live else None
     _, _, rows = aligned(tmp_path / "again", adapted, SrDPO(beta=1.0), references=references, **given)
     assert abs(rows[0]["rewards/margins"]) < 1e-3
+
+
+def test_frozen_layers_that_are_cast_once_train_the_same_adapter_to_the_bit(
+    tmp_path: Path, tiny_policy: PolicyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"dtype": "bfloat16", "rank": 4, "learning_rate": 5e-2}
+    cast: list[str] = []
+
+    def watched(model: Any) -> None:
+        cast_frozen_layers(model)
+        cast.extend(name for name, weight in model.named_parameters() if weight.dtype == torch.bfloat16)
+
+    monkeypatch.setattr("selfalign.training.train.cast_frozen_layers", watched)
+    _, once, _ = aligned(tmp_path / "once", tiny_policy, SrDPO(beta=0.2), **given)
+    layers = tiny_policy.config.num_hidden_layers * 7  # q, k, v, o, gate, up, down
+    assert len(cast) == layers
+    assert all(name.endswith("base_layer.weight") for name in cast)
+    monkeypatch.setattr("selfalign.training.train.cast_frozen_layers", lambda model: None)
+    _, each_pass, _ = aligned(tmp_path / "each_pass", tiny_policy, SrDPO(beta=0.2), **given)
+    assert once.digest == each_pass.digest != tiny_policy.digest
 
 
 @pytest.mark.parametrize("rank", [0, 2], ids=["second_model", "adapter_switched_off"])
