@@ -56,10 +56,10 @@ def cast_frozen_layers(model: "PreTrainedModel") -> None:
     because embeddings are not multiplied.
     """
     embedding = cast(Any, model.get_input_embeddings()).weight
-    for layer in model.modules():
-        if isinstance(layer, nn.Linear) and layer.weight is not embedding and not layer.weight.requires_grad:
-            if layer.weight.dtype == torch.float32:  # Not in 4 bits.
-                layer.weight.data = layer.weight.data.bfloat16()
+    linear = (layer for layer in model.modules() if isinstance(layer, nn.Linear))
+    for weight in (layer.weight for layer in linear if layer.weight is not embedding):
+        if not weight.requires_grad and weight.dtype == torch.float32:  # Those in 4 bits are integers.
+            weight.data = weight.data.bfloat16()
 
 
 def add_adapter(model: "PreTrainedModel", lora: LoRA) -> "PreTrainedModel":
