@@ -17,6 +17,7 @@ from selfalign.core.files import read_json, write_json
 from selfalign.launch.preflight import preflight
 from selfalign.launch.push_to_hub import check_login, publish
 from selfalign.losses.protocol import Loss
+from selfalign.models.checkpoint import settle_imports
 from selfalign.pipeline.dtypes import auto_dtypes, dtypes_text
 from selfalign.pipeline.loop import plan, run_pipeline
 from selfalign.report import write_report
@@ -94,6 +95,7 @@ def _run(
             preflight(config, stored.found)
             ledger.tracker = tracked.enter_context(config.tracker.open(folder, plain))
             print(plan_text(plan(config), stored), flush=True)
+            settle_imports()
             with at_the_end(partial(write_provenance, ledger, config.seed)):
                 run_pipeline(config, runner)
             conclude(ledger, config, plain, models_of(ledger.artifacts), (write_report, write_card))
