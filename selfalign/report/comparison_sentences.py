@@ -9,7 +9,7 @@ from selfalign.core.formatting import duration, plural
 from selfalign.data.mixtures import parts_of
 from selfalign.metrics.catalog import METRICS
 from selfalign.report.html import Format, compact, fold, percent, strong
-from selfalign.report.jobs import FEW, JobComparison, JobResult, as_text, costs, seconds_alone, shortened
+from selfalign.report.jobs import FEW, JobComparison, JobResult, costs, seconds_alone
 from selfalign.report.run_page import MODELS
 from selfalign.report.sentences import warnings
 from selfalign.report.tables import ANSWERS
@@ -57,9 +57,9 @@ def what_differs(comparison: JobComparison) -> str:
 
 def listed(comparison: JobComparison, key: str) -> str:
     """Return the values of a setting, in the order of the table."""
-    texts = dict.fromkeys(shortened(as_text(job.settings[key])) for job in comparison.jobs if key in job.settings)
+    texts = list(comparison.texts[key].values())
     more = f" and {len(texts) - LISTED} more" if len(texts) > LISTED else ""
-    return ", ".join(list(texts)[:LISTED]) + more
+    return ", ".join(texts[:LISTED]) + more
 
 
 def verdict(comparison: JobComparison) -> str:
