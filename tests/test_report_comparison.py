@@ -694,6 +694,12 @@ def test_setting_that_only_some_jobs_have_tells_them_apart() -> None:
     assert JobComparison.of([jobs_made[1], refused], METRIC).keys == []
 
 
+def test_settings_that_a_job_lacks_keep_their_order() -> None:
+    more = [f"k{n}" for n in (5, 3, 8, 1, 9, 2, 7, 4)]
+    some, others = job("a", 0.1), job("b", 0.2, **dict.fromkeys(more, 1))
+    assert JobComparison.of([some, others], METRIC).keys == more
+
+
 def test_class_of_a_group_is_a_setting_of_its_name() -> None:
     config: dict[str, Any] = {
         "loss": {"beta": 0.1, "deep": {"x": [1]}},

@@ -203,7 +203,7 @@ def with_absent(jobs: Sequence[JobResult]) -> list[JobResult]:
     A group that a job lacks is one value in the others: the parameters of an endpoint, or a benchmark. Settings that
     only one class of a component has are left out, because the name of the class shows the difference.
     """
-    lacking = {owner for job in jobs for other in jobs for owner in _lacking(job, other)}
+    lacking = dict.fromkeys(owner for job in jobs for other in jobs for owner in _lacking(job, other))
     return [replace(job, settings={**{key: _group(job, key) for key in lacking}, **job.settings}) for job in jobs]
 
 
@@ -212,7 +212,7 @@ def _lacking(job: JobResult, other: JobResult) -> Iterator[str]:
     if job.folder is None or other.folder is None:
         return  # Of a job whose settings were refused only its own overrides are known.
     there = {owner for key in job.settings for owner in _owners(key) if job.settings.get(owner, key) not in NOTHING}
-    for key in other.settings.keys() - job.settings.keys():
+    for key in (key for key in other.settings if key not in job.settings):
         component = key.partition(".")[0]
         classes = [settings.get(component) for settings in (job.settings, other.settings)]
         if classes[0] == classes[1] or not any(isinstance(name, str) for name in classes):
