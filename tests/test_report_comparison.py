@@ -762,6 +762,23 @@ def test_opponents_are_common_or_said_not_to_be() -> None:
     assert "different opponents" in opponents(JobComparison.of(made_up, METRIC))
 
 
+def test_jobs_that_different_judges_judged_are_told(sweep: Sweep, tmp_path: Path) -> None:
+    shared = find_jobs(sweep.finished[:2])
+    assert "Judges of different weights" not in caveats(JobComparison.of(shared, METRIC))
+    copies = [shutil.copytree(folder, tmp_path / folder.name, symlinks=True) for folder in sweep.finished[:2]]
+    for folder, judge in zip(copies, "ab", strict=True):
+        for part, role in (("scores", "policy"), ("against_M1", "policy"), ("quiz", "judge")):
+            place = folder / "artifacts" / "evaluation_M2" / part
+            place.unlink(missing_ok=True)
+            place.mkdir()
+            write_json(place / "manifest.json", {"inputs": {role: {"digest": judge}}})
+        summary = read_json(folder / "summary.json")
+        summary["config"]["benchmark"] = {"quiz": {}}
+        write_json(folder / "summary.json", summary)
+    told = caveats(JobComparison.of(find_jobs(copies), METRIC))
+    assert "these do not compare: eval/win_rate, eval/mean_score, quiz." in told
+
+
 def test_heat_map_writes_every_share_and_nothing_that_is_none() -> None:
     svg = draw_heatmap(["a", "b"], [[None, 0.25], [1.0, math.nan]], "H", percent)
     assert re.findall(r"<text[^>]*>([^<]*)</text>", svg)[4:] == ["–", "25\u00a0%", "100\u00a0%", "–"]

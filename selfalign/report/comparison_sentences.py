@@ -7,6 +7,7 @@ from html import escape
 
 from selfalign.core.formatting import duration, plural
 from selfalign.data.mixtures import parts_of
+from selfalign.metrics import catalog
 from selfalign.metrics.catalog import METRICS
 from selfalign.report.html import Format, compact, fold, percent, strong
 from selfalign.report.jobs import FEW, JobComparison, JobResult, costs, seconds_alone
@@ -174,11 +175,31 @@ def _contents_of_benchmarks(run: Finished) -> Iterator[tuple[str, str, str]]:
             )
 
 
+def judged_apart(comparison: JobComparison) -> list[str]:
+    """Return the metrics for which judges of different weights judged the last models, such as each job's own M1."""
+    judges: dict[str, set[str]] = {}
+    for job in comparison.finished:
+        if job.run is None:
+            continue
+        model = job.last["model"]
+        places = {
+            catalog.EVAL_WIN_RATE.name: (Label.comparison(model, "M1"), "policy"),
+            catalog.EVAL_MEAN_SCORE.name: (Label.evaluation(model, "scores"), "policy"),
+            **{name: (Label.evaluation(model, name), "judge") for name in job.run.config.get("benchmark", {})},
+        }
+        for metric, (label, role) in places.items():
+            if judge := job.run.inputs(label).get(role):
+                judges.setdefault(metric, set()).add(judge["digest"])
+    return [metric for metric, several in judges.items() if len(several) > 1]
+
+
 def caveats(comparison: JobComparison) -> str:
     """Return what makes the metrics of different jobs less comparable than they look."""
     notes: list[str] = []
     if len(comparison.by_key(Label.evaluation("M1", "answers"))) > 1:
         notes.append(opponents(comparison))
+    if apart := judged_apart(comparison):
+        notes.append(f"Judges of different weights judged the jobs, so these do not compare: {', '.join(apart)}.")
     if len({len(job.models) for job in comparison.finished}) > 1:
         notes.append("The jobs made different numbers of models; each job is represented by its last model.")
     if len({run.provenance["commit"] + run.provenance["diff"] for run in comparison.runs}) > 1:
