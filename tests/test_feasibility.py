@@ -287,6 +287,9 @@ SCALES = {
     "ends in words": ("A number from 1 (bad) to 9 (good).", "judge.prompt says 'number from 1 (bad) to 9'"),
     "form of the last line": ("End with Score: <points>/10", "judge.prompt says '>/10'"),
     "lowest score": ("A scale of 1-5.", "judge.prompt says 'scale of 1-5'"),
+    "scale behind its ends": ("Use a 1-7 Likert scale.", "judge.prompt says '1-7 Likert scale'"),
+    "number of points": ("Grade it on a 10-point scale.", "judge.prompt says '10-point scale'"),
+    "own number of points": ("Grade it on a 5-point scale.", ""),
     "own scale": ("Points from 0 to 5, in 2 to 3 sentences.", ""),
     "no scale": ("Add a point for each of criteria 1 to 4.", ""),
 }
