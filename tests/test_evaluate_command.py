@@ -142,10 +142,12 @@ def test_page_says_what_stands_for_m1(finished: Path, tmp_path: Path) -> None:
     def said(*sources: str, more: Sequence[str] = ()) -> str:
         return (evaluate_models([*sources], [*more], conf_folder()) / "report.html").read_text(encoding="utf-8")
 
-    assert "M1 stands for <b>random-tiny</b>" in said("random:tiny", more=[*settings, "data=self_rewarding_smoke"])
+    assert "M0 and M1 stand for <b>random-tiny</b>" in said(
+        "random:tiny", more=[*settings, "data=self_rewarding_smoke"]
+    )
     other = weights_of_m2(finished, tmp_path / "other")
     assert "Comparisons with M1 are comparisons with <b>other</b>" in said(other, str(finished))
-    assert f"M1 stands for <b>{finished.name}.M1</b>" in said(str(finished), other)
+    assert f" M1 stands for <b>{finished.name}.M1</b>" in said(str(finished), other)
     assert "M1 stands for" not in said(str(finished))
 
 

@@ -11,7 +11,7 @@ import pytest
 from builders import TINY_RUN, Said, composed, policy_artifact, write_tiny_data
 from omegaconf import OmegaConf
 
-from selfalign.config.checks import without_effect
+from selfalign.config.checks import other_forms, without_effect
 from selfalign.core.errors import SelfalignError
 from selfalign.launch.hydra_sweep import sweep_folder
 from selfalign.models.checkpoint import PolicyCheckpoint
@@ -287,9 +287,30 @@ SCALES = {
     "ends in words": ("A number from 1 (bad) to 9 (good).", "judge.prompt says 'number from 1 (bad) to 9'"),
     "form of the last line": ("End with Score: <points>/10", "judge.prompt says '>/10'"),
     "lowest score": ("A scale of 1-5.", "judge.prompt says 'scale of 1-5'"),
+    "scale behind its ends": ("Use a 1-7 Likert scale.", "judge.prompt says '1-7 Likert scale'"),
+    "number of points": ("Grade it on a 10-point scale.", "judge.prompt says '10-point scale'"),
+    "own number of points": ("Grade it on a 5-point scale.", ""),
     "own scale": ("Points from 0 to 5, in 2 to 3 sentences.", ""),
     "no scale": ("Add a point for each of criteria 1 to 4.", ""),
 }
+
+
+FORMS = {
+    "score": ("judge", "{instruction} {response} Grade: <n>", "does not ask for Score:, and"),
+    "two": ("evaluate.head_to_head", "{instruction} {first} {second} Say [[1]] or [[2]]", "for [[A]] or [[B]], and"),
+    "rating": ("benchmark.mt_bench.judge", "{references}{conversation} Grade from 1 to 10", "does not ask for [[, and"),
+    "as it is read": ("judge", "{instruction} {response} **score:** <n>", ""),
+}
+
+
+@pytest.mark.parametrize("case", FORMS)
+def test_prompt_that_asks_for_another_form_than_is_read_is_told(tmp_path: Path, case: str) -> None:
+    key, prompt, told = FORMS[case]
+    (file := tmp_path / "prompt.txt").write_text(prompt, encoding="utf-8")
+    lines = other_forms(composed(SMOKE, "benchmark=[mt_bench]", f"{key}.prompt=file:{file}")[0])
+    assert [line.partition(" ")[0] for line in lines] == [f"{key}.prompt"] * bool(told)
+    assert all(told in line for line in lines)
+    assert other_forms(composed(SMOKE, "benchmark=[mt_bench]", "judge=pairwise")[0]) == []
 
 
 @pytest.mark.parametrize("case", SCALES)

@@ -529,6 +529,12 @@ def test_cost_is_by_the_million() -> None:
     }
 
 
+def test_without_a_price_there_is_no_cost() -> None:
+    usage = Endpoint(base_url="http://x/v1", model="m").usage([Reply("", EOS, 1_000_000, 200_000)])
+    assert usage["judge/prompt_tokens"] == 1_000_000
+    assert "judge/cost" not in usage
+
+
 def test_tokens_that_nobody_told_cost_no_0_and_are_named_where_there_are_prices(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

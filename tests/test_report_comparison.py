@@ -24,9 +24,9 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json, write_json
 from selfalign.report import comparison_charts, comparison_sentences, jobs, write_comparison
 from selfalign.report.charts import draw_heatmap
-from selfalign.report.comparison_charts import axes_of, over_settings
+from selfalign.report.comparison_charts import _lines, axes_of, over_settings
 from selfalign.report.comparison_page import job_rows
-from selfalign.report.comparison_sentences import best, caveats, changed_sources, opponents
+from selfalign.report.comparison_sentences import best, caveats, changed_sources, listed, opponents
 from selfalign.report.html import percent
 from selfalign.report.jobs import (
     JobComparison,
@@ -38,6 +38,7 @@ from selfalign.report.jobs import (
     flat,
     metric_of,
     seconds_own,
+    told_apart,
 )
 from selfalign.runs.labels import Label
 from selfalign.runs.reader import Finished
@@ -693,6 +694,12 @@ def test_setting_that_only_some_jobs_have_tells_them_apart() -> None:
     assert JobComparison.of([jobs_made[1], refused], METRIC).keys == []
 
 
+def test_settings_that_a_job_lacks_keep_their_order() -> None:
+    more = [f"k{n}" for n in (5, 3, 8, 1, 9, 2, 7, 4)]
+    some, others = job("a", 0.1), job("b", 0.2, **dict.fromkeys(more, 1))
+    assert JobComparison.of([some, others], METRIC).keys == more
+
+
 def test_class_of_a_group_is_a_setting_of_its_name() -> None:
     config: dict[str, Any] = {
         "loss": {"beta": 0.1, "deep": {"x": [1]}},
@@ -718,6 +725,30 @@ def test_charts_are_over_what_varies_alone() -> None:
     assert re.findall(r">(9|10|25\u00a0%|50\u00a0%)</text>", drawn)[:2] == ["9", "10"]
 
 
+def test_values_that_begin_alike_are_told_apart() -> None:
+    folder = "/home/somebody/projects/alignment/data/preferences/2026"
+    made_up = [job(f"{v}{lam}", 0.1, lam=lam, data=f"{folder}/{v}.jsonl") for lam in (1, 2) for v in ("v1", "v2")]
+    comparison = JobComparison.of(made_up, METRIC)
+    assert [[job.name for job in line] for line in _lines(comparison, "lam").values()] == [
+        ["v11", "v12"],
+        ["v21", "v22"],
+    ]
+    assert listed(comparison, "data") == "/home/somebody/p…v1.jsonl, /home/somebody/p…v2.jsonl"
+    assert comparison.description(comparison.jobs[-1]) == "lam = 2, data = /home/somebody/p…v2.jsonl"
+    assert [row["setting data"][-8:] for row in job_rows(comparison)] == ["v1.jsonl", "v2.jsonl"] * 2
+
+
+def test_different_texts_stay_different_when_they_are_shortened() -> None:
+    rubric = "Grade the response to the instruction with points from 0 to 5, and be strict."
+    texts = [f"{rubric} {end}" for end in ("Long is good.", "Long is bad.", "Long is  good.")]
+    texts += [f"/{root}/{'deep/' * 12}{end}" for root in ("a", "b") for end in ("v1", "v2")]
+    told = told_apart([*texts, "short", "short", f"{'1' * 60}", f"{'1' * 61}"])
+    assert len(told) == len(set(told.values())) == 10
+    assert [told[text] for text in texts[:2]] == ["Grade the respon…good.", "Grade the respon…bad."]
+    assert told["short"] == "short"
+    assert told_apart(["x" * 99]) == {"x" * 99: "x" * 47 + "…"}
+
+
 def test_opponents_are_common_or_said_not_to_be() -> None:
     made_up = [job("a", 0.1, lam=1), job("b", 0.2, lam=2)]
     for number, one in enumerate(made_up):
@@ -729,6 +760,23 @@ def test_opponents_are_common_or_said_not_to_be() -> None:
             assert "All jobs share this M1 and its answers" in opponents(JobComparison.of(made_up, METRIC))
             one.run.summary["stages"][0]["key"] = "other"
     assert "different opponents" in opponents(JobComparison.of(made_up, METRIC))
+
+
+def test_jobs_that_different_judges_judged_are_told(sweep: Sweep, tmp_path: Path) -> None:
+    shared = find_jobs(sweep.finished[:2])
+    assert "Judges of different weights" not in caveats(JobComparison.of(shared, METRIC))
+    copies = [shutil.copytree(folder, tmp_path / folder.name, symlinks=True) for folder in sweep.finished[:2]]
+    for folder, judge in zip(copies, "ab", strict=True):
+        for part, role in (("scores", "policy"), ("against_M1", "policy"), ("quiz", "judge")):
+            place = folder / "artifacts" / "evaluation_M2" / part
+            place.unlink(missing_ok=True)
+            place.mkdir()
+            write_json(place / "manifest.json", {"inputs": {role: {"digest": judge}}})
+        summary = read_json(folder / "summary.json")
+        summary["config"]["benchmark"] = {"quiz": {}}
+        write_json(folder / "summary.json", summary)
+    told = caveats(JobComparison.of(find_jobs(copies), METRIC))
+    assert "these do not compare: eval/win_rate, eval/mean_score, quiz." in told
 
 
 def test_heat_map_writes_every_share_and_nothing_that_is_none() -> None:

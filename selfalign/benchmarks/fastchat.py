@@ -40,11 +40,15 @@ SINGLE = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """A line of question.jsonl: the user's turns."""
+    """A line of question.jsonl: the user's turns.
+
+    `reference` is not read, as FastChat reads it nowhere: reference answers are in a file of their own.
+    """
 
     question_id: int | str
     category: str
     turns: list[str]
+    reference: Any = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -194,6 +194,14 @@ class MTBench:
                 ", ".join(sorted(unshown)),
                 ", ".join(REFERENCED),
             )
+        if unread := sum(
+            bool(talk.question.reference) and str(talk.question.question_id) not in known for talk in talks
+        ):
+            logger.warning(
+                "%s: the `reference` in %d of %d questions is not read, and their answers are graded without it: give "
+                "reference answers in FastChat's format as %s.references",
+                *(out.label, unread, len(talks), context.key),
+            )
         tasks: list[Task] = []
         for talk in talks:
             asked = talk.question

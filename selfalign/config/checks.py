@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from typing import Any
 
 from selfalign.benchmarks.grading import Grader
 from selfalign.benchmarks.rating import HIGH, LOW
@@ -22,7 +23,7 @@ from selfalign.losses.protocol import refinement_of
 from selfalign.models.quantization import check_engine
 from selfalign.runs.folder import check_name
 from selfalign.stages.evaluate import compares_on
-from selfalign.stages.judge import ImplicitReward, Pairwise, SampledScore
+from selfalign.stages.judge import ExpectedScore, ImplicitReward, Pairwise, SampledScore, WrittenScore
 from selfalign.stages.pair import PositivesOnly
 from selfalign.stages.seed_data import EFTSource, TeachableJudge
 from selfalign.training.config import TrainConfig
@@ -187,10 +188,8 @@ def other_scales(config: ExperimentConfig) -> list[str]:
 
     A judge that writes is then often out of range. One whose probabilities are read looks as if nothing were wrong.
     """
-    judges = {"judge": config.judge, "evaluate.preference_pairs.judge": config.evaluate.preference_pairs.judge}
-    judges |= {f"benchmark.{name}.judge": getattr(one, "judge", None) for name, one in config.benchmark.items()}
     lines: list[str] = []
-    for key, judge in judges.items():
+    for key, judge in _judges(config).items():
         if isinstance(judge, Grader):
             ends, advice = (LOW, HIGH), f"Let {key}.prompt ask for such a rating"
         elif isinstance(judge, Rubric):
@@ -201,6 +200,39 @@ def other_scales(config: ExperimentConfig) -> list[str]:
         if said := other_scale(judge.prompt, *ends):
             lines.append(f"{key}.prompt says {said!r}, but scores from {ends[0]} to {ends[1]} are read. {advice}")
     return lines
+
+
+def other_forms(config: ExperimentConfig) -> list[str]:
+    """Return a line for each judge whose prompt does not ask for the form in which its verdict is read.
+
+    A judge that writes then mostly has no verdict. One whose probabilities are read looks as if nothing were wrong.
+    """
+    lines: list[str] = []
+    for key, judge in _judges(config).items():
+        forms: list[str] = []
+        if isinstance(judge, PairwiseComparator):
+            forms = ["[[A]]", "[[B]]"]
+        elif isinstance(judge, Grader) and not judge.prompts:
+            forms = ["[["]
+        elif isinstance(judge, WrittenScore | ExpectedScore):
+            forms = ["Score:"]
+        if absent := [form for form in forms if form.casefold() not in judge.prompt.casefold()]:
+            lines.append(
+                f"{key}.prompt does not ask for {' or '.join(absent)}, and nothing else is read as the verdict"
+            )
+    return lines
+
+
+def _judges(config: ExperimentConfig) -> dict[str, Any]:
+    """Return {setting: judge or comparator}; None where there is none."""
+    asked = config.evaluate
+    return {
+        "judge": config.judge,
+        "evaluate.head_to_head": asked.head_to_head,
+        "evaluate.preference_pairs.judge": asked.preference_pairs.judge,
+        "train.checkpoint_selection.head_to_head": config.train.checkpoint_selection.head_to_head,
+        **{f"benchmark.{name}.judge": getattr(one, "judge", None) for name, one in config.benchmark.items()},
+    }
 
 
 def _idle(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
@@ -250,17 +282,11 @@ def _idle_data(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
 
 def _idle_beside(config: ExperimentConfig) -> Iterator[tuple[str, str]]:
     """Yield the same for settings that another choice in their own group leaves unused."""
-    refinement, train, asked = refinement_of(config.loss), config.train, config.evaluate
-    comparators = {
-        "judge": config.judge,
-        "evaluate.head_to_head": asked.head_to_head,
-        "train.checkpoint_selection.head_to_head": train.checkpoint_selection.head_to_head,
-        **{f"benchmark.{name}.judge": getattr(one, "judge", None) for name, one in config.benchmark.items()},
-    }
+    refinement, asked = refinement_of(config.loss), config.evaluate
     if refinement is not None and refinement.augmentation() is None:
         why = f"loss.refinement.source={refinement.source} puts no prompt before x"
         yield r"loss\.refinement\.(prompt|place|scale)", why
-    for key, comparator in comparators.items():
+    for key, comparator in _judges(config).items():
         served = asks_a_server(comparator)
         if isinstance(comparator, PairwiseComparator):
             unread = "model|max_batch_tokens|debias_position" if served else "verdict_tokens"

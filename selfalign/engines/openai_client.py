@@ -146,8 +146,16 @@ class Endpoint:
         """The name of the model and server in records."""
         return f"{self.model} at {self.base_url}"
 
+    @property
+    def priced(self) -> bool:
+        """Whether a price is set."""
+        return bool(self.prompt_price or self.completion_price)
+
     def usage(self, replies: "Sequence[Reply]") -> Counts:
-        """Return the number of requests and tokens of the replies, and their cost, if any of them tells tokens."""
+        """Return the number of requests and tokens of the replies.
+
+        Their cost is among them if there is a price, and any reply tells tokens.
+        """
         prompt = sum(reply.prompt_tokens for reply in replies)
         completion = sum(reply.completion_tokens for reply in replies)
         cost = (prompt * self.prompt_price + completion * self.completion_price) / 1e6
@@ -156,7 +164,7 @@ class Endpoint:
             catalog.JUDGE_REQUESTS_WITHOUT_USAGE.name: sum(not reply.prompt_tokens for reply in replies),
             catalog.JUDGE_PROMPT_TOKENS.name: prompt,
             catalog.JUDGE_COMPLETION_TOKENS.name: completion,
-            **({catalog.JUDGE_COST.name: cost} if prompt or completion else {}),
+            **({catalog.JUDGE_COST.name: cost} if self.priced and (prompt or completion) else {}),
         }
 
 
@@ -362,8 +370,9 @@ class Client:
                 "OLLAMA_CONTEXT_LENGTH).",
             )
 
-        priced = self._endpoint.prompt_price or self._endpoint.completion_price
-        if priced and not (reply.finish_reason.is_refusal or reply.prompt_tokens or reply.completion_tokens):
+        if self._endpoint.priced and not (
+            reply.finish_reason.is_refusal or reply.prompt_tokens or reply.completion_tokens
+        ):
             self._warn("usage", "a reply does not say how many tokens it took, so the cost is counted without it")
 
     def _warn(self, name: str, message: str) -> None:

@@ -41,10 +41,13 @@ SCALE = re.compile(
     r"(?:(?!criteri|steps?\b|items?\b)[^.\n\d]){0,40}?"
     r"\b(?P<low>\d{1,3})(?:\s*\([^)\n]{0,40}\)|,[^,\n]{0,40},)?\s*(?:-|–|—|to|and|through)\s*(?P<high>\d{1,3})\b"
     r"(?!\s*(?:words?|sentences?|lines?|paragraphs?))"
+    r"|\b(?P<first>\d{1,3})\s*(?:-|–|—|to)\s*(?P<last>\d{1,3})\s+(?:likert\s+)?(?:scale|rating)\b"
+    r"|\b(?P<points>\d{1,3})[- ]points?\s+(?:likert\s+)?(?:scale|rating)\b"
     r"|(?:\bout of|[>\])xXnN]\s*/)\s*(?P<top>\d{1,3})\b",
     re.IGNORECASE,
 )
-"""How a rubric names its scale: "points from 0 to 5", "a scale of 1-10", "Score: <points>/10"."""
+"""How a rubric names its scale: "points from 0 to 5", "a scale of 1-10", "a 1-7 Likert scale", "a 10-point scale",
+"Score: <points>/10"."""
 
 L = TypeVar("L", bound=LoadedEngine)
 
@@ -318,7 +321,10 @@ def ties(subjects: Sequence[InstructionResponse], scores: Mapping[str, float]) -
 def other_scale(prompt: str, low: int, high: int) -> str | None:
     """Return the words by which a rubric names another scale than `low` to `high`; None without such words."""
     named = [*SCALE.finditer(prompt)]
-    ends = [(int(found["low"] or low), int(found["high"] or found["top"])) for found in named]
+    ends = [
+        (int(one["low"] or one["first"] or low), int(one["high"] or one["last"] or one["points"] or one["top"]))
+        for one in named
+    ]
     others = [found for found, (first, last) in zip(named, ends, strict=True) if first < last]
     return None if (low, high) in ends or not others else " ".join(others[0][0].split())
 

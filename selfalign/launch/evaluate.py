@@ -25,7 +25,7 @@ from selfalign.pipeline.inputs import RunInputs, data_sources, find_files
 from selfalign.pipeline.models import RunJudge, RunModels, fixed_judges, load_from_outside
 from selfalign.report import write_report
 from selfalign.report.comparison_sentences import contents
-from selfalign.report.jobs import JobResult, as_text, differing, flat, shortened, with_absent
+from selfalign.report.jobs import JobResult, as_text, differing, flat, told_apart, with_absent
 from selfalign.runs.folder import open_folder
 from selfalign.runs.labels import BASELINE, Kind, Label
 from selfalign.runs.ledger import open_ledger
@@ -219,7 +219,8 @@ def _check_settings(
     jobs = with_absent([JobResult(name=run.name, folder=run.folder, settings=settings) for settings in told])
     then, now = (job.settings for job in jobs)
     if changed := [key for key in differing(jobs) if matters(key)]:
-        told = [f"{key}={shortened(as_text(then[key]))} is now {shortened(as_text(now[key]))}" for key in changed]
+        texts = [(key, as_text(then[key]), as_text(now[key])) for key in changed]
+        told = [f"{key}={' is now '.join(told_apart(values).values())}" for key, *values in texts]
         raise SelfalignError(
             f"{run.folder}: options or files that the run was started with have changed: {'; '.join(told)}. Restore "
             "them, or set on the command line what to evaluate with"

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from selfalign.config.checks import other_scales, without_effect
+from selfalign.config.checks import other_forms, other_scales, without_effect
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
@@ -106,8 +106,8 @@ def _run(
 
 
 def warn_of_settings(config: ExperimentConfig, plain: dict[str, Any]) -> None:
-    """Warn of settings on the command line that have no effect, and of rubrics on another scale than the judge's."""
-    for line in (*without_effect(config, plain.get("overrides", ())), *other_scales(config)):
+    """Warn of settings on the command line without effect, and of rubrics with another scale or form than is read."""
+    for line in (*without_effect(config, plain.get("overrides", ())), *other_scales(config), *other_forms(config)):
         logger.warning("%s", line)
 
 

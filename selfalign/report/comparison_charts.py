@@ -9,7 +9,7 @@ from selfalign.metrics import catalog
 from selfalign.metrics.catalog import Metric
 from selfalign.report.charts import SMOOTHED, Series, draw_curves, draw_models, series_of, smoothing
 from selfalign.report.html import CHART_FORMS, figure, grid, is_number, note
-from selfalign.report.jobs import FEW, LEADING, JobComparison, JobResult, as_text, shortened
+from selfalign.report.jobs import FEW, LEADING, JobComparison, JobResult, as_text
 
 Row = dict[str, Any]
 
@@ -68,7 +68,7 @@ def _lines(comparison: JobComparison, key: str) -> dict[str, list[JobResult]]:
     for job in comparison.finished:
         if key in job.settings:
             others = [other for other in comparison.keys if other != key and other in job.settings]
-            name = ", ".join(f"{other} = {shortened(as_text(job.settings[other]))}" for other in others)
+            name = ", ".join(f"{other} = {comparison.text(job, other)}" for other in others)
             lines.setdefault(name, []).append(job)
     return lines
 

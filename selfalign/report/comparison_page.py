@@ -37,7 +37,6 @@ from selfalign.report.jobs import (
     metric_of,
     seconds_alone,
     seconds_own,
-    shortened,
 )
 from selfalign.report.run_page import MODELS, SHOWN, purpose, trained_on
 from selfalign.report.tables import matrix
@@ -158,7 +157,7 @@ def job_rows(comparison: JobComparison) -> list[Row]:
     """Return the rows of the table of jobs; an unfinished job has no metrics."""
     rows: list[Row] = []
     for job in comparison.jobs:
-        settings = {f"setting {key}": setting(job.settings.get(key)) for key in comparison.keys}
+        settings = {f"setting {key}": setting(comparison, job, key) for key in comparison.keys}
         row = {**job.last, **settings, "job": job.number, "state": job.state, "name": job.name}
         row["class"] = "" if job.run else "without"
         if job in comparison.even:
@@ -170,9 +169,11 @@ def job_rows(comparison: JobComparison) -> list[Row]:
     return rows
 
 
-def setting(value: object) -> object:
+def setting(comparison: JobComparison, job: JobResult, key: str) -> object:
     """Return a setting as a cell: a number, or a text that fits."""
-    return value if value is None or (is_number(value) and not isinstance(value, bool)) else shortened(as_text(value))
+    value = job.settings.get(key)
+    is_cell = value is None or (is_number(value) and not isinstance(value, bool))
+    return value if is_cell else comparison.text(job, key)
 
 
 def matrices(comparison: JobComparison) -> str:

@@ -7,9 +7,10 @@ from html import escape
 
 from selfalign.core.formatting import duration, plural
 from selfalign.data.mixtures import parts_of
+from selfalign.metrics import catalog
 from selfalign.metrics.catalog import METRICS
 from selfalign.report.html import Format, compact, fold, percent, strong
-from selfalign.report.jobs import FEW, JobComparison, JobResult, as_text, costs, seconds_alone, shortened
+from selfalign.report.jobs import FEW, JobComparison, JobResult, costs, seconds_alone
 from selfalign.report.run_page import MODELS
 from selfalign.report.sentences import warnings
 from selfalign.report.tables import ANSWERS
@@ -57,9 +58,9 @@ def what_differs(comparison: JobComparison) -> str:
 
 def listed(comparison: JobComparison, key: str) -> str:
     """Return the values of a setting, in the order of the table."""
-    texts = dict.fromkeys(shortened(as_text(job.settings[key])) for job in comparison.jobs if key in job.settings)
+    texts = list(comparison.texts[key].values())
     more = f" and {len(texts) - LISTED} more" if len(texts) > LISTED else ""
-    return ", ".join(list(texts)[:LISTED]) + more
+    return ", ".join(texts[:LISTED]) + more
 
 
 def verdict(comparison: JobComparison) -> str:
@@ -174,11 +175,31 @@ def _contents_of_benchmarks(run: Finished) -> Iterator[tuple[str, str, str]]:
             )
 
 
+def judged_apart(comparison: JobComparison) -> list[str]:
+    """Return the metrics for which judges of different weights judged the last models, such as each job's own M1."""
+    judges: dict[str, set[str]] = {}
+    for job in comparison.finished:
+        if job.run is None:
+            continue
+        model = job.last["model"]
+        places = {
+            catalog.EVAL_WIN_RATE.name: (Label.comparison(model, "M1"), "policy"),
+            catalog.EVAL_MEAN_SCORE.name: (Label.evaluation(model, "scores"), "policy"),
+            **{name: (Label.evaluation(model, name), "judge") for name in job.run.config.get("benchmark", {})},
+        }
+        for metric, (label, role) in places.items():
+            if judge := job.run.inputs(label).get(role):
+                judges.setdefault(metric, set()).add(judge["digest"])
+    return [metric for metric, several in judges.items() if len(several) > 1]
+
+
 def caveats(comparison: JobComparison) -> str:
     """Return what makes the metrics of different jobs less comparable than they look."""
     notes: list[str] = []
     if len(comparison.by_key(Label.evaluation("M1", "answers"))) > 1:
         notes.append(opponents(comparison))
+    if apart := judged_apart(comparison):
+        notes.append(f"Judges of different weights judged the jobs, so these do not compare: {', '.join(apart)}.")
     if len({len(job.models) for job in comparison.finished}) > 1:
         notes.append("The jobs made different numbers of models; each job is represented by its last model.")
     if len({run.provenance["commit"] + run.provenance["diff"] for run in comparison.runs}) > 1:

@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +203,7 @@ def with_absent(jobs: Sequence[JobResult]) -> list[JobResult]:
     A group that a job lacks is one value in the others: the parameters of an endpoint, or a benchmark. Settings that
     only one class of a component has are left out, because the name of the class shows the difference.
     """
-    lacking = {owner for job in jobs for other in jobs for owner in _lacking(job, other)}
+    lacking = dict.fromkeys(owner for job in jobs for other in jobs for owner in _lacking(job, other))
     return [replace(job, settings={**{key: _group(job, key) for key in lacking}, **job.settings}) for job in jobs]
 
 
@@ -212,7 +212,7 @@ def _lacking(job: JobResult, other: JobResult) -> Iterator[str]:
     if job.folder is None or other.folder is None:
         return  # Of a job whose settings were refused only its own overrides are known.
     there = {owner for key in job.settings for owner in _owners(key) if job.settings.get(owner, key) not in NOTHING}
-    for key in other.settings.keys() - job.settings.keys():
+    for key in (key for key in other.settings if key not in job.settings):
         component = key.partition(".")[0]
         classes = [settings.get(component) for settings in (job.settings, other.settings)]
         if classes[0] == classes[1] or not any(isinstance(name, str) for name in classes):
@@ -245,12 +245,14 @@ class JobComparison:
         jobs: in order, and numbered.
         keys: the settings that differ.
         metric: ranks the jobs.
+        texts: {key: {value as text: it shortened}}, different for different values.
         lowest: whether the lowest value is the best.
     """
 
     jobs: list[JobResult]
     keys: list[str]
     metric: str
+    texts: dict[str, dict[str, str]]
     lowest: bool = False
 
     @classmethod
@@ -265,8 +267,11 @@ class JobComparison:
         ordered = sorted(jobs, key=lambda job: (job.number, [_sort_key(job.settings.get(key)) for key in keys]))
         if len({job.number for job in jobs} - {0}) < len(jobs):
             ordered = [replace(job, number=number) for number, job in enumerate(ordered, start=1)]
+        texts = {
+            key: told_apart([as_text(job.settings[key]) for job in ordered if key in job.settings]) for key in keys
+        }
         name, sign = signed(metric)
-        return cls(ordered, keys, name, lowest=sign < 0)
+        return cls(ordered, keys, name, texts, lowest=sign < 0)
 
     @property
     def extreme(self) -> str:
@@ -320,12 +325,16 @@ class JobComparison:
         low, high = self.interval(job)
         return (-high, -low) if self.lowest else (low, high)
 
+    def text(self, job: JobResult, key: str) -> str:
+        """Return the job's value of a setting that differs, as a short text that no other value has."""
+        return self.texts[key][as_text(job.settings[key])]
+
     def description(self, job: JobResult) -> str:
         """Return the settings in which a job differs, such as "loss.lam = 0.3, seed = 1".
 
         If there are none or too many, return its name.
         """
-        parts = [f"{key} = {shortened(as_text(job.settings[key]))}" for key in self.keys if key in job.settings]
+        parts = [f"{key} = {self.text(job, key)}" for key in self.keys if key in job.settings]
         return ", ".join(parts) if 0 < len(parts) <= FEW else job.name
 
     def mark(self, job: JobResult) -> str:
@@ -349,6 +358,26 @@ def _sort_key(value: object) -> tuple[int, float, str]:
     if is_number(value) and not isinstance(value, bool):
         return 0, value, ""
     return (2, 0.0, "") if value is None else (1, 0.0, as_text(value))
+
+
+def told_apart(texts: Sequence[str], letters: int = 48) -> dict[str, str]:
+    """Return {text: it on one line, of at most about `letters` characters}, different for different texts.
+
+    Texts that begin alike, such as paths in one folder or versions of a prompt, show where they begin to differ.
+    """
+    alike: dict[str, list[str]] = {}
+    for text in dict.fromkeys(texts):
+        alike.setdefault(shortened(text, letters), []).append(text)
+    told: dict[str, str] = {}
+    for short, group in alike.items():
+        lines = [" ".join(text.split()) for text in group]
+        shown, same = letters // 3, len([*takewhile(lambda each: len({*each}) == 1, zip(*lines, strict=False))])
+        start = max(same - shown, *(lines[0].rfind(end, 0, same) + 1 for end in "/ "))
+        for text, line in zip(group, lines, strict=True):
+            name = short if len(group) == 1 else f"{line[:shown]}…{shortened(line[start:], letters - shown)}"
+            taken = name in told.values()  # They differ in white space alone, or behind another beginning.
+            told[text] = f"{name} ({len(told) + 1})" if taken else name
+    return told
 
 
 def shortened(text: str, letters: int = 48) -> str:

@@ -30,13 +30,14 @@ def what_was_run(run: Finished) -> str:
 
 
 def _stand_in(run: Finished) -> list[str]:
-    """Return which model takes the place of M1 where models were evaluated and the first one is not M1."""
+    """Return which model takes the place of M1, and of M0, where models were evaluated and the first one is not M1."""
     first, *others = (row["model"] for row in run.models)
     if first == "M1":
         return []
     if not first.endswith(".M1") and any(name.rpartition(".")[2] == "M1" for name in others):
         return [f"Comparisons with M1 are comparisons with {strong(first)}, the first model."]
-    return [f"M1 stands for {strong(first)}, the first model."]
+    both = "M1 stands" if first.endswith(".M1") else "M0 and M1 stand"  # Where no run is evaluated, there is neither.
+    return [f"{both} for {strong(first)}, the first model."]
 
 
 def judge_name(judge: dict[str, Any], kind: str = "") -> str:

@@ -320,10 +320,20 @@ def match_scale(data: SeedData, judge: TeachableJudge | Pairwise) -> list[Ranked
     """Return the questions for EFT, without their scores if these have another scale than the judge's.
 
     All scores of a source have one scale. If one is outside the judge's scale, the others mean something else too:
-    4 of 10 is not 4 of 5.
+    4 of 10 is not 4 of 5. Nor is 5 of 5 a 5 of 10: with none in the upper half of the judge's scale, theirs is shorter.
     """
     scores = [score for question in (*data.training, *data.held_out) for score in question.scores]
-    if isinstance(judge, Pairwise) or not scores or judge.min_score <= min(scores) <= max(scores) <= judge.max_score:
+    if isinstance(judge, Pairwise) or not scores:
+        return data.training
+    middle = (judge.min_score + judge.max_score) / 2
+    if judge.min_score <= min(scores) and middle < max(scores) <= judge.max_score:
+        if max(scores) < judge.max_score:
+            logger.warning(
+                "data.seed_data.ranked has scores of at most %d, and the judge's scale ends at %d. They are taught as "
+                "they are: if their scale ends earlier, leave them out, and EFT targets come from the ranks",
+                max(scores),
+                judge.max_score,
+            )
         return data.training
     logger.warning(
         "data.seed_data.ranked has scores from %d to %d, but the judge's scale is %d to %d. EFT targets come from the "

@@ -167,6 +167,16 @@ def test_references_that_are_not_shown_are_told(
     assert "the categories stem are graded without their references: only math, reasoning, coding" in told
 
 
+def test_reference_that_stands_in_a_question_is_told_to_be_unread(
+    tmp_path: Path, tiny_policy: PolicyCheckpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    counts = measure(tmp_path, mt_bench(tmp_path, references=False), tiny_policy, tiny_policy)
+    (told,) = [r.message for r in caplog.records if r.name == "selfalign.benchmarks.mt_bench"]
+    assert counts["referenced"] == 0
+    assert "the `reference` in 1 of 5 questions is not read" in told
+    assert "benchmark.tried.references" in told
+
+
 def test_reference_is_found_whether_ids_are_numbers_or_texts(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     benchmark = mt_bench(tmp_path)
     write_rows(tmp_path / "reference.jsonl", [row | {"question_id": str(row["question_id"])} for row in REFERENCES])

@@ -301,6 +301,17 @@ def test_scores_of_another_scale_are_no_scores_where_they_happen_to_fit(
     assert "scores from 1 to 10, but the judge's scale is 0 to 5" in caplog.text
 
 
+@pytest.mark.parametrize(("best", "taught", "told"), [(5, "10", "from 0 to 5, but"), (9, "9", "of at most 9, and")])
+def test_scores_of_a_shorter_scale_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, best: int, taught: str, told: str
+) -> None:
+    """5 of 5 is not 5 of 10; 9 may be the best of 10."""
+    judge = SampledScore(prompt=RUBRIC, max_score=10)
+    _, out = built(tmp_path, scored_rows((best, 0), (best, 0), (best, 0), (best, 0)), judge=judge, held_out_share=0.1)
+    assert taught_scores(out) == {(f"Score: {taught}", "Score: 0")}
+    assert told in caplog.text
+
+
 def test_scores_of_the_judges_scale_are_taught_as_they_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     _, out = built(tmp_path, scored_rows((4, 2), (3, 1), (5, 0), (4, 2)), held_out_share=0.1)
     assert taught_scores(out) == {("4", "2"), ("3", "1"), ("5", "0")}
