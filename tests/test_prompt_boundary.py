@@ -236,6 +236,22 @@ def test_beginning_of_an_answer_that_is_given_is_continued_within_the_turn(token
 
 
 @every_kind
+@pytest.mark.parametrize("begun", ["Sure, ", "Dear Sir,\n\n", "```\n    "])
+def test_beginning_of_an_answer_that_ends_in_white_space_is_trained_with_the_words_of_the_whole(
+    tokenizer: Any, begun: str
+) -> None:
+    prompt = [*ASKED, {"role": "assistant", "content": begun}]
+    one = PreferencePair(id="a", prompt=prompt, chosen="here it is.", rejected="Rome")
+    [example] = encode_pairs(tokenizer, [one], None, 100, Counter())
+    for ids, text in zip(example.plain.responses, (one.chosen, one.rejected), strict=True):
+        joint = whole(tokenizer, ASKED, begun + text)
+        assert [*example.plain.prompt, *ids] == joint[: len(example.plain.prompt) + len(ids)]
+    encoded = encode_demonstration(tokenizer, Demonstration(id="d", prompt=prompt, response=one.chosen, source="ift"))
+    joint = whole(tokenizer, ASKED, begun + one.chosen)
+    assert [*encoded.prompt, *encoded.response] == joint[: len(encoded.prompt) + len(encoded.response)]
+
+
+@every_kind
 def test_prompts_and_answers_that_spell_control_tokens_have_none(tokenizer: Any) -> None:
     control = tokenizer.eos_token
     plain = encode_prompt(tokenizer, [{"role": "user", "content": "a b"}])

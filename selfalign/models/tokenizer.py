@@ -230,15 +230,19 @@ def strips_answers(tokenizer: "Tokenizer") -> bool:
 
 
 def settle_boundary(tokenizer: "Tokenizer", prompt: Prompt, answers: Sequence[Answer]) -> tuple[Prompt, list[Answer]]:
-    """Return a plain text and its answers, with white space between the two where the tokenizer wants it.
+    """Return a prompt and its answers, with white space between the two where the tokenizer wants it.
 
-    "2 + 2 = " and "4" become "2 + 2 =" and " 4" if these are the words of the whole. Messages stay as they are: their
-    template decides.
+    "2 + 2 = " and "4" become "2 + 2 =" and " 4" if these are the words of the whole. The prompt is a text, or its last
+    message begins the answer. Behind other messages the template decides.
     """
-    if not isinstance(prompt, str) or not prompt[-1:].isspace():
+    end = prompt if isinstance(prompt, str) else _begun_answer(prompt)[1]
+    if not end[-1:].isspace():
         return prompt, list(answers)
-    space = joined_space(tokenizer, prompt, tuple(answer.text for answer in answers))
-    return prompt[: len(prompt) - len(space)], [replace(answer, text=space + answer.text) for answer in answers]
+    before = prompt if isinstance(prompt, str) else _context(tokenizer, prompt, "")[0]
+    space = joined_space(tokenizer, before, tuple(answer.text for answer in answers))
+    end = end[: len(end) - len(space)]
+    settled = end if isinstance(prompt, str) else [*prompt[:-1], {**prompt[-1], "content": end}]
+    return settled, [replace(answer, text=space + answer.text) for answer in answers]
 
 
 def end_of_turn_id(tokenizer: "Tokenizer") -> int:
