@@ -520,6 +520,7 @@ def _demonstration(row: Row, drops: Drops) -> Demonstration | None:
     for name in MARKS:
         if mark_of(row, name) is False:
             row.refuse(f"{name}=false marks an unwanted answer, but a demonstration is taught; remove the row")
+    row.refuse_unended()
     row = _with_called(row)
     prompt = read_task_with_tools(row)
     whole = next((name for name in CONVERSATIONS if isinstance(row.fields.get(name), list)), "")
