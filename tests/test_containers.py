@@ -338,6 +338,7 @@ def test_part_that_is_missing_is_named(tmp_path: Path, there: tuple[int, ...]) -
         ["train-00000-of-00001", "train-00000-of-00002", "train-00001-of-00002"],
         ["train-00000-of-00001-0a", "train-00000-of-00001-0b"],
         ["train-00000-of-00001", "train"],
+        ["train-1000", "train"],
     ],
 )
 def test_split_that_was_written_twice_is_not_read_as_one(tmp_path: Path, names: list[str]) -> None:

@@ -27,7 +27,7 @@ from selfalign.core.records import (
 )
 from selfalign.metrics.catalog import METRICS
 from selfalign.models.checkpoint import PolicyCheckpoint
-from selfalign.models.tokenizer import unknown_counts
+from selfalign.models.tokenizer import fault_counts
 from selfalign.store.artifacts import StageOutput, Store
 
 
@@ -563,7 +563,11 @@ def test_every_number_a_run_writes_is_declared(study: Study) -> None:
 
 
 def test_every_declared_metric_is_written_by_a_run_or_named_by_a_producer(study: Study) -> None:
-    known = written_metrics(study.folder) | named_by_producers() | set(map(declaration, unknown_counts({"unknown": 1})))
+    known = (
+        written_metrics(study.folder)
+        | named_by_producers()
+        | set(map(declaration, fault_counts({"unknown": 1, "spelled": 1})))
+    )
     assert sorted(METRICS.keys() - known) == []
 
 

@@ -19,7 +19,15 @@ from transformers import PreTrainedTokenizerFast
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.jsonl import read_records, write_records
-from selfalign.core.records import Demonstration, FinishReason, Instruction, PreferencePair, Response, ResponseScore
+from selfalign.core.records import (
+    Demonstration,
+    FinishReason,
+    Instruction,
+    PreferencePair,
+    Prompt,
+    Response,
+    ResponseScore,
+)
 from selfalign.data.pair_rules import BestWorst
 from selfalign.data.turns import as_prompt
 from selfalign.engines.model_check import check_template, check_vocabulary, notes_on_texts
@@ -36,10 +44,10 @@ from selfalign.models.tokenizer import (
     encode_answers,
     encode_prompt,
     end_of_turn_id,
+    fault_counts,
     plain_ids,
     silent_ids,
     stop_ids,
-    unknown_counts,
     unknown_id,
 )
 from selfalign.stages.pair import pair
@@ -233,6 +241,22 @@ def test_beginning_of_an_answer_that_is_given_is_continued_within_the_turn(token
     demonstration = Demonstration(id="d", prompt=begun, response=" two, three.", source="ift")
     encoded = encode_demonstration(tokenizer, demonstration)
     assert (encoded.prompt, encoded.response) == (prompt, ids)
+
+
+@every_kind
+@pytest.mark.parametrize("begun", ["Sure, ", "Dear Sir,\n\n", "```\n    "])
+def test_beginning_of_an_answer_that_ends_in_white_space_is_trained_with_the_words_of_the_whole(
+    tokenizer: Any, begun: str
+) -> None:
+    prompt = [*ASKED, {"role": "assistant", "content": begun}]
+    one = PreferencePair(id="a", prompt=prompt, chosen="here it is.", rejected="Rome")
+    [example] = encode_pairs(tokenizer, [one], None, 100, Counter())
+    for ids, text in zip(example.plain.responses, (one.chosen, one.rejected), strict=True):
+        joint = whole(tokenizer, ASKED, begun + text)
+        assert [*example.plain.prompt, *ids] == joint[: len(example.plain.prompt) + len(ids)]
+    encoded = encode_demonstration(tokenizer, Demonstration(id="d", prompt=prompt, response=one.chosen, source="ift"))
+    joint = whole(tokenizer, ASKED, begun + one.chosen)
+    assert [*encoded.prompt, *encoded.response] == joint[: len(encoded.prompt) + len(encoded.response)]
 
 
 @every_kind
@@ -544,7 +568,7 @@ def test_texts_with_characters_that_have_no_token_are_counted_and_said(
     ]
     tally = Counter[str]()
     assert len(list(encode_pairs(tokenizer, pairs, None, 1000, tally))) == tally["pairs"] == 4
-    assert unknown_counts(tally) == {"with_unknown_tokens": 3}
+    assert fault_counts(tally) == {"with_unknown_tokens": 3}
     assert "3 of 4 pairs (75 %) have characters that the tokenizer has no token for" in caplog.text
     taught = [
         Demonstration(id=str(n), prompt=as_prompt(prompt), response=response, source="ift")
@@ -552,10 +576,35 @@ def test_texts_with_characters_that_have_no_token_are_counted_and_said(
     ]
     tally = Counter[str]()
     list(group_demonstrations(tokenizer, taught, 1000, tally))
-    assert unknown_counts(tally) == {"with_unknown_tokens": 2}
+    assert fault_counts(tally) == {"with_unknown_tokens": 2}
     assert "2 of 4 demonstrations (50 %) have characters" in caplog.text
     assert f"the model reads {tokenizer.unk_token} instead" in caplog.text
     assert unknown_id(tokenizer) in silent_ids(tokenizer, len(tokenizer))
+
+
+@pytest.mark.parametrize(
+    "prompt", ["<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", as_prompt("<|im_start|>")]
+)
+def test_texts_that_a_chat_template_has_rendered_are_counted_because_their_control_tokens_are_text(
+    smollm2_tokenizer: Any, caplog: pytest.LogCaptureFixture, prompt: Prompt
+) -> None:
+    """Here a text never ends a turn, unlike in programs that take a rendered conversation as it is."""
+    tokenizer, ask = smollm2_tokenizer, as_prompt("Hi")
+    texts: list[tuple[Prompt, str]] = [(prompt, "It is."), (ask, "It is.<|im_end|>"), (ask, "It is.")]
+    pairs = [
+        PreferencePair(id=str(n), prompt=asked, chosen=said, rejected="No.") for n, (asked, said) in enumerate(texts)
+    ]
+    tally = Counter[str]()
+    list(encode_pairs(tokenizer, pairs, None, 1000, tally))
+    assert fault_counts(tally) == {"with_control_tokens": 2}
+    assert "2 of 3 pairs (66.7 %) spell control tokens, as <|im_end|> is one" in caplog.text
+    taught = [
+        Demonstration(id=str(n), prompt=asked, response=said, source="ift") for n, (asked, said) in enumerate(texts)
+    ]
+    tally = Counter[str]()
+    list(group_demonstrations(tokenizer, taught, 1000, tally))
+    assert fault_counts(tally) == {"with_control_tokens": 2}
+    assert "2 of 3 demonstrations (66.7 %) spell control tokens" in caplog.text
 
 
 def test_vocabulary_that_spells_everything_has_no_unknown_texts(smollm2_tokenizer: Any, mistral: Any) -> None:

@@ -2,13 +2,15 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from selfalign.core.errors import SelfalignError
-from selfalign.core.records import PreferencePair
+from selfalign.core.jsonl import write_records
+from selfalign.core.records import Demonstration, PreferencePair
 from selfalign.data.containers import identify_data
 from selfalign.data.sources import read_demonstrations, read_instructions, read_outputs, read_pairs, read_ranked
 from selfalign.data.turns import as_text
@@ -338,6 +340,34 @@ def test_ranks_that_the_scores_contradict_are_dropped_and_counted(tmp_path: Path
     assert (question.instruction, drops) == ("Ho", Counter(scores_contradict=3))
     (pair,), drops = read_pairs(source)
     assert (pair.chosen, pair.rejected, drops) == ("a", "c", Counter(scores_contradict=1))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"chosen_finished": False}, "chosen_finished is false: the answer was cut"),
+        ({"rejected_thought": "Hm."}, "the field rejected_thought is filled"),
+        ({"thought_prompt": "Think."}, "the field thought_prompt is filled"),
+    ],
+)
+def test_pairs_of_a_run_are_read_unless_an_answer_was_cut_or_stands_apart_from_its_thought(
+    tmp_path: Path, more: dict[str, Any], message: str
+) -> None:
+    """No given pair says so, so that a cut answer would be taught to end, and a thought left out."""
+    own = PreferencePair(id="a", prompt=[USER], chosen="Red", rejected="Dog", chosen_ids=[1], rejected_ids=[2])
+    write_records(tmp_path / "pairs.jsonl", [own])
+    ((read,), _) = read_pairs(str(tmp_path / "pairs.jsonl"))
+    assert read == replace(own, chosen_ids=[], rejected_ids=[])
+    write_records(tmp_path / "pairs.jsonl", [own, replace(own, id="b", **more)])
+    with pytest.raises(SelfalignError, match=rf"pairs\.jsonl:2: {message}"):
+        read_pairs(str(tmp_path / "pairs.jsonl"))
+
+
+def test_demonstration_of_a_run_is_not_read_without_its_thought(tmp_path: Path) -> None:
+    one = Demonstration(id="a", prompt=[USER], response="Red", source="positive", thought="Hm.")
+    write_records(tmp_path / "demonstrations.jsonl", [one])
+    with pytest.raises(SelfalignError, match=r"jsonl:1: the field thought is filled .* with its thought before it"):
+        read_demonstrations(str(tmp_path / "demonstrations.jsonl"))
 
 
 def test_prompts_that_go_without_the_chat_template_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

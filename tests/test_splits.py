@@ -111,6 +111,18 @@ FAR: dict[str, PreferencePair] = {
 }
 
 
+def test_pairs_that_continue_different_beginnings_of_an_answer_ask_the_same_question() -> None:
+    """As step by step preferences do: one of a question's pairs is measured, and none of the others trained on."""
+    steps = [
+        pair(f"{name}{n}", [user(f"Solve {name}."), say(f"{name}, step {n}.")], f"Good {name}{n}.", f"Bad {name}{n}.")
+        for name in "abc"
+        for n in range(3)
+    ]
+    made = split(steps, 2)
+    held, trained = ({name[0] for name in names(steps, rows)} for rows in (made.held_out, made.training))
+    assert (len(held), held & trained, len(made.training), made.beside) == (2, set(), 3, 4)
+
+
 @pytest.mark.parametrize("name", NEIGHBOURS)
 def test_pair_that_shares_a_text_is_not_trained_on_beside_it(name: str) -> None:
     """Whichever of the two is held out, since another response of the other one was taught before."""

@@ -19,7 +19,7 @@ from selfalign.data.sources import read_demonstrations, read_instructions, read_
 from selfalign.data.turns import as_text
 from selfalign.models.batches import encode_pairs
 from selfalign.models.checkpoint import PolicyCheckpoint
-from selfalign.models.tokenizer import Answer, encode_answers, encode_prompt, has_unknown
+from selfalign.models.tokenizer import Answer, encode_answers, encode_prompt, text_faults
 from selfalign.pipeline.requirements import check_requirements
 from selfalign.runs.reader import pair_candidates
 from selfalign.stages.seed_data import every_turn
@@ -507,7 +507,7 @@ def test_demonstration_of_a_call_is_trained_with_its_end(tokenizer: Any) -> None
 
 
 def test_characters_of_tools_that_the_vocabulary_lacks_are_counted(tiny_tokenizer: Any) -> None:
-    assert not has_unknown(tiny_tokenizer, [with_tools(WEATHER), ASKED], [Answer(text="", calls=ONCE["tool_calls"])])
+    assert not text_faults(tiny_tokenizer, [with_tools(WEATHER), ASKED], [Answer(text="", calls=ONCE["tool_calls"])])
 
 
 @pytest.mark.parametrize("kind", ["demonstrations", "pairs", "preferences"])

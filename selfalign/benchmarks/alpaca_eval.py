@@ -13,6 +13,7 @@ from selfalign.core.records import Comparison, Instruction
 from selfalign.data.containers import identify_data
 from selfalign.data.sources import OutputRow, read_outputs
 from selfalign.data.thinking import given_response
+from selfalign.data.turns import spoken
 from selfalign.engines.protocol import Sampling
 from selfalign.judges.comparator import PairwiseComparator
 from selfalign.judges.comparisons import ResponsePair
@@ -104,11 +105,20 @@ class AlpacaEval:
         }
 
     def _references(self) -> tuple[list[OutputRow], Counter[str]]:
-        """Return the reference outputs, and {reason: dropped rows}. Two outputs for one instruction are an error."""
+        """Return the reference outputs, and {reason: dropped rows}.
+
+        Raises:
+            SelfalignError: two outputs are for one instruction, or an instruction is a conversation.
+        """
         rows, drops = read_outputs(self.reference_outputs)
         rows = rows[: self.count or None]
         first: dict[str, OutputRow] = {}
         for row in rows:
+            if row.turns:
+                raise SelfalignError(
+                    f"{row.where}: AlpacaEval asks one user turn, but this is a conversation of {spoken(row.turns)}; "
+                    "compare such outputs with evaluate.reference_outputs"
+                )
             before = first.setdefault(row.instruction, row)
             if before is not row:
                 raise SelfalignError(f"{row.where}: same instruction as {before.where}, but with another answer")

@@ -38,7 +38,9 @@ HUB_ID = re.compile(
     r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[^:@]+))?(:(?P<config>[^:/@]+)(?=:))?(:(?P<split>[^:/@]+))?"
 )
 COMMIT = re.compile("[0-9a-f]{40}")
-PART = re.compile(r"-(?P<part>\d+)-of-(?P<of>\d+)")
+PART = re.compile(r"-(?P<part>\d+)(-of-(?P<of>\d+))?(-[0-9a-f]+)?\.[a-z.]+")
+"""End of the name of a part of a data set."""
+
 LISTED = re.compile(r"\s*\[\s*\{\s*['\"](?:role|content|from|value|text|rank|score)['\"]\s*:")
 """Beginning of a cell that spells a list of turns or of ranked answers, as JSON or as Python."""
 
@@ -225,17 +227,17 @@ def _check_parts(folder: Path, files: Sequence[Path]) -> None:
 
     Raises:
         SelfalignError: one is missing, as after a download that was broken off, or there are those of several, as
-            where a split was written twice.
+            where a split was written twice, or a smaller one beside the whole.
     """
     named = [PART.search(path.name) for path in files]
     parts = [int(found["part"]) for found in named if found]
-    sizes = {int(found["of"]) if found else 0 for found in named}
-    if len(sizes) > 1 or len(set(parts)) < len(parts):
+    sizes = {int(found["of"] or 0) for found in named if found}
+    if len(sizes) > 1 or 0 < len(parts) < len(files) or len(set(parts)) < len(parts):
         names = ", ".join(path.name for path in files[:8])
         raise SelfalignError(
             f"{folder}: holds parts of several data sets ({names}); keep the files of one, or name a file"
         )
-    if missing := sorted(set(range(max(sizes))) - set(parts)):
+    if missing := sorted(set(range(max(sizes, default=0))) - set(parts)):
         raise SelfalignError(
             f"{folder}: {len(missing)} of {max(sizes)} parts are missing, the first is number {missing[0]}"
         )

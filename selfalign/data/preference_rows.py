@@ -23,6 +23,7 @@ def read_pair(row: Row, drops: Counter[str]) -> PreferencePair | None:
     Raises:
         SelfalignError: the row is in no known format.
     """
+    row.refuse_unended()
     row = _flat(row)
     sides = next((names for names in SIDES if all(name in row.fields for name in names)), None)
     if sides is None:

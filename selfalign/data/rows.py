@@ -60,6 +60,12 @@ SIDES = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"), (
 TAILS = ("chosen_turns", "rejected_turns", "chosen_calls", "rejected_calls", "response_calls")
 """Fields of pairs.jsonl and demonstrations.jsonl with turns before an answer, and with its tool calls."""
 
+THOUGHTS = ("thought", "chosen_thought", "rejected_thought", "thought_prompt")
+"""Fields of the same files with what was written before an answer: refused, because a given answer holds it itself."""
+
+ENDED = ("chosen_finished", "rejected_finished")
+"""Fields of pairs.jsonl that tell whether an answer ended by itself. A given one does."""
+
 SCORES = tuple(
     (f"{side}_score", f"score_{side}", f"{side}_rating", f"rating_{side}", f"{side}-rating", f"{side}-score")
     for side in ("chosen", "rejected")
@@ -156,6 +162,17 @@ class Row:
             if name in fields and is_filled(fields[name]):
                 why = why or "which selfalign cannot use; convert or remove such rows"
                 self.refuse(f"the field {place}{name} is filled ({shown(fields[name])}), {why}")
+
+    def refuse_unended(self) -> None:
+        """Raise an error if an answer of a run's own file was cut, or stands apart from its thought.
+
+        Raises:
+            SelfalignError: it was, or does.
+        """
+        self.refuse_filled(THOUGHTS, self.fields, why="but an answer is read with its thought before it; join them")
+        for name in ENDED:
+            if self.fields.get(name) is False:
+                self.refuse(f"{name} is false: the answer was cut, and would be taught to end there; remove the row")
 
     def refuse_unread(self, fields: dict[str, Any], read: Iterable[str], place: str = "", why: str = "") -> None:
         """Raise an error if a part of the task is filled that no record can hold.

@@ -102,13 +102,17 @@ USED = {
 
 @dataclass(frozen=True, slots=True)
 class OutputRow:
-    """Another model's answer, in the format of alpaca_eval, and its place. Other fields of a row are ignored."""
+    """Another model's answer, in the format of alpaca_eval, and its place. Other fields of a row are ignored.
+
+    `turns` is the conversation that `instruction` shows, where it is more than one user turn.
+    """
 
     where: str
     instruction: str
     output: str
     generator: str
     dataset: str
+    turns: list[Message]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -190,8 +194,8 @@ def read_outputs(source: str) -> tuple[list[OutputRow], Drops]:
     drops: Drops = Counter()
     for where, raw in read_rows(source):
         row = Row.of(where, raw)
-        (asked, _), said = _instruction(row, "outputs"), _answer(row, "outputs")
-        made = OutputRow(where, asked, said, row.text("generator") or "given", row.text("dataset"))
+        (asked, turns), said = _instruction(row, "outputs"), _answer(row, "outputs")
+        made = OutputRow(where, asked, said, row.text("generator") or "given", row.text("dataset"), turns)
         if found.setdefault((asked, said, made.generator, made.dataset), made) is not made:
             drops["duplicate"] += 1
     return list(found.values()), drops
@@ -516,6 +520,7 @@ def _demonstration(row: Row, drops: Drops) -> Demonstration | None:
     for name in MARKS:
         if mark_of(row, name) is False:
             row.refuse(f"{name}=false marks an unwanted answer, but a demonstration is taught; remove the row")
+    row.refuse_unended()
     row = _with_called(row)
     prompt = read_task_with_tools(row)
     whole = next((name for name in CONVERSATIONS if isinstance(row.fields.get(name), list)), "")

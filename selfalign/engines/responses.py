@@ -1,6 +1,7 @@
 """Responses of a policy to instructions, for the stage `respond` and for checkpoint selection."""
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from selfalign.engines.protocol import Completion, Engine, Generator, Request, S
 from selfalign.metrics import catalog
 from selfalign.metrics.intervals import RunningMean
 from selfalign.models.checkpoint import PolicyCheckpoint
-from selfalign.models.tokenizer import answer_prompt, encode_prompt, has_unknown, unknown_counts, warn_of_unknown
+from selfalign.models.tokenizer import answer_prompt, encode_prompt, fault_counts, text_faults, warn_of_faults
 from selfalign.store.artifacts import Counts, StageOutput
 from selfalign.store.journal import Journal
 
@@ -47,10 +48,10 @@ def generate_responses(
     Raises:
         SelfalignError: no instruction fits into the context.
     """
-    tally, dropped, unknown, fitted = ResponseCounts(), 0, 0, 0
+    tally, faults, dropped, fitted = ResponseCounts(), Counter[str](), 0, 0
 
     def written(generator: Generator, journal: Journal) -> Iterator[Response]:
-        nonlocal dropped, unknown, fitted
+        nonlocal dropped, fitted
         limit = generator.context - sampling.longest
         for number, chunk in enumerate(chunks(stream_records(instructions, Instruction))):
             asked = [answer_prompt(generator.tokenizer, record.prompt) for record in chunk]
@@ -59,7 +60,8 @@ def generate_responses(
             journal.advance(candidates * (len(chunk) - len(fitting)))
             dropped += len(chunk) - len(fitting)
             fitted += len(fitting)
-            unknown += sum(has_unknown(generator.tokenizer, record.prompt) for record, _ in fitting)
+            for record, _ in fitting:
+                faults.update(text_faults(generator.tokenizer, record.prompt))
             requests = [
                 Request(prompt=prompt, seeds=[derive_seed(seed, record.id, n) for n in range(candidates)])
                 for record, prompt in fitting
@@ -67,7 +69,7 @@ def generate_responses(
             made = generate_batched(generator, requests, sampling, journal, str(number))
             for (record, _), completions in zip(fitting, made, strict=True):
                 yield from tally.watch(_responses(record, completions, generator.digest))
-        warn_of_unknown(generator.tokenizer, unknown, fitted, "instructions")
+        warn_of_faults(generator.tokenizer, faults, fitted, "instructions")
         if not tally.tokens.count:
             raise SelfalignError(
                 f"{out.label}: no instruction fits into the context of {generator.context} tokens with "
@@ -91,7 +93,7 @@ def generate_responses(
         catalog.FINISHED_SHARE.name: tally.finished.value,
         **tally.thought_counts(),
         "dropped": {"prompt_too_long": dropped},
-        **unknown_counts({"unknown": unknown}),
+        **fault_counts(faults),
         **generator.counts,
     }
 

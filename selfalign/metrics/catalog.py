@@ -169,6 +169,8 @@ PROMPTS_CUT_BEHIND_P = Metric("prompts_cut_behind_p",
     "pairs whose prompt is cut after p, to fit into the model's context", "count")
 WITH_UNKNOWN_TOKENS = Metric("with_unknown_tokens",
     "texts with a token that the tokenizer does not know; missing if there are none", "count")
+WITH_CONTROL_TOKENS = Metric("with_control_tokens",
+    "texts that spell a control token, which is read as its characters; missing if there are none", "count")
 
 # Instructions, responses and pairs
 INSTRUCTIONS = Metric("instructions", "evaluation or validation instructions", "count")

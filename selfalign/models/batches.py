@@ -34,11 +34,11 @@ from selfalign.models.tokenizer import (
     encode_answers,
     encode_prompt,
     encode_tail,
-    has_unknown,
     plain_ids,
     settle_boundary,
+    text_faults,
     under_system,
-    warn_of_unknown,
+    warn_of_faults,
 )
 
 if TYPE_CHECKING:
@@ -283,7 +283,7 @@ def encode_pairs(
         refinement: p, or None where there is no second pass.
         limit: the longest x with a response, in tokens.
         tally: counts `pairs`, those with a `cut` prompt, those whose x is cut further behind p (`cut_behind_p`), those
-            with characters `unknown` to the tokenizer, and those dropped because a response alone is `too_long`.
+            with the faults that `text_faults` names, and those dropped because a response alone is `too_long`.
         context: the longest sequence the model takes.
         mask_thought: whether thoughts are read without being scored.
 
@@ -314,10 +314,9 @@ def encode_pairs(
         if plain is not whole:
             tally["cut"] += 1
         tally["pairs"] += 1
-        if has_unknown(tokenizer, prompt, answers):
-            tally["unknown"] += 1
+        tally.update(text_faults(tokenizer, prompt, answers))
         yield PairExample(plain=plain, augmented=augmented, score_gap=score_gap(pair))
-    warn_of_unknown(tokenizer, tally["unknown"], tally["pairs"], "pairs")
+    warn_of_faults(tokenizer, tally, tally["pairs"], "pairs")
     if not tally["pairs"]:
         behind = f", and behind loss.refinement.prompt into the model's context of {context}" if refinement else ""
         raise SelfalignError(

@@ -21,6 +21,7 @@ from selfalign.models.chat_template import (
     THOUGHT_PROMPT,
     answer_shape,
     control_ids,
+    control_words,
     empty_thought,
     joined_space,
     marker_ids,
@@ -230,15 +231,19 @@ def strips_answers(tokenizer: "Tokenizer") -> bool:
 
 
 def settle_boundary(tokenizer: "Tokenizer", prompt: Prompt, answers: Sequence[Answer]) -> tuple[Prompt, list[Answer]]:
-    """Return a plain text and its answers, with white space between the two where the tokenizer wants it.
+    """Return a prompt and its answers, with white space between the two where the tokenizer wants it.
 
-    "2 + 2 = " and "4" become "2 + 2 =" and " 4" if these are the words of the whole. Messages stay as they are: their
-    template decides.
+    "2 + 2 = " and "4" become "2 + 2 =" and " 4" if these are the words of the whole. The prompt is a text, or its last
+    message begins the answer. Behind other messages the template decides.
     """
-    if not isinstance(prompt, str) or not prompt[-1:].isspace():
+    end = prompt if isinstance(prompt, str) else _begun_answer(prompt)[1]
+    if not end[-1:].isspace():
         return prompt, list(answers)
-    space = joined_space(tokenizer, prompt, tuple(answer.text for answer in answers))
-    return prompt[: len(prompt) - len(space)], [replace(answer, text=space + answer.text) for answer in answers]
+    before = prompt if isinstance(prompt, str) else _context(tokenizer, prompt, "")[0]
+    space = joined_space(tokenizer, before, tuple(answer.text for answer in answers))
+    end = end[: len(end) - len(space)]
+    settled = end if isinstance(prompt, str) else [*prompt[:-1], {**prompt[-1], "content": end}]
+    return settled, [replace(answer, text=space + answer.text) for answer in answers]
 
 
 def end_of_turn_id(tokenizer: "Tokenizer") -> int:
@@ -365,27 +370,49 @@ def unknown_id(tokenizer: "Tokenizer") -> int | None:
     return unknown if unknown in text_ids(tokenizer, RARE) else None
 
 
-def has_unknown(tokenizer: "Tokenizer", prompt: Prompt, answers: Sequence[Answer] = ()) -> bool:
-    """Whether a prompt, or an answer of which only the text is known, has characters that the vocabulary lacks."""
-    unknown = unknown_id(tokenizer)
+def text_faults(tokenizer: "Tokenizer", prompt: Prompt, answers: Sequence[Answer] = ()) -> list[str]:
+    """Return what the model does not see as it stands in a prompt, and in answers of which only the text is known.
+
+    These are "unknown" for characters that the vocabulary lacks, and "spelled" for control tokens, because no text has
+    one: they are read as the characters that spell them.
+    """
     texts = [prompt] if isinstance(prompt, str) else [turn_text(message) for message in prompt]
     texts += [answer.said() for answer in answers if not answer.ids]
-    return unknown is not None and any(unknown in text_ids(tokenizer, text) for text in texts)
+    unknown, words = unknown_id(tokenizer), turn_words(tokenizer)
+    return [
+        *(["unknown"] if unknown is not None and any(unknown in text_ids(tokenizer, text) for text in texts) else []),
+        *(["spelled"] if any(word in text for text in texts for word in words) else []),
+    ]
 
 
-def warn_of_unknown(tokenizer: "Tokenizer", count: int, of: int, noun: str) -> None:
-    """Warn of the number of texts that the model does not see as they are."""
-    if count:
+@lru_cache(maxsize=16)
+def turn_words(tokenizer: "Tokenizer") -> tuple[str, ...]:
+    """Return the control tokens but the markers of thoughts, which an answer may spell."""
+    markers = marker_ids(tokenizer)
+    return tuple(word for word in control_words(tokenizer) if tokenizer.convert_tokens_to_ids(word) not in markers)
+
+
+def warn_of_faults(tokenizer: "Tokenizer", counts: Mapping[str, int], of: int, noun: str) -> None:
+    """Warn of the numbers of texts that the model does not see as they are."""
+    if count := counts.get("unknown"):
         logger.warning(
             "%d of %d %s (%.3g %%) have characters that the tokenizer has no token for: the model reads %s instead, "
             "and learns to write it where it is trained on them",
             *(count, of, noun, 100 * count / of, tokenizer.unk_token),
         )
+    if count := counts.get("spelled"):
+        logger.warning(
+            "%d of %d %s (%.3g %%) spell control tokens, as %s is one: the model reads their characters, and learns to "
+            "write these where it is trained on them. Give conversations as turns, not as a chat template renders "
+            "them, and answers without the token that ends them",
+            *(count, of, noun, 100 * count / of, tokenizer.convert_ids_to_tokens(end_of_turn_id(tokenizer))),
+        )
 
 
-def unknown_counts(counts: Mapping[str, int]) -> dict[str, int]:
-    """Return that number for a stage's manifest."""
-    return {"with_unknown_tokens": counts["unknown"]} if counts.get("unknown") else {}
+def fault_counts(counts: Mapping[str, int]) -> dict[str, int]:
+    """Return these numbers for a stage's manifest."""
+    names = {"unknown": "with_unknown_tokens", "spelled": "with_control_tokens"}
+    return {name: counts[fault] for fault, name in names.items() if counts.get(fault)}
 
 
 def plain_ids(tokenizer: "Tokenizer", text: str) -> list[int]:

@@ -8,7 +8,7 @@ from selfalign.metrics.accumulate import averages
 from selfalign.metrics.rewards import reward_intervals
 from selfalign.models.batches import PairExample
 from selfalign.models.checkpoint import PolicyCheckpoint
-from selfalign.models.tokenizer import unknown_counts
+from selfalign.models.tokenizer import fault_counts
 from selfalign.store.artifacts import Artifact, Counts, StageOutput
 from selfalign.store.stage import Size, amount, records_in, stage
 from selfalign.training.checkpoint_selection import CheckpointSelection
@@ -81,7 +81,7 @@ def align(
         catalog.PAIRS.name: len(training),
         catalog.PROMPTS_CUT.name: examples.counts.get("cut", 0),
         catalog.PROMPTS_CUT_BEHIND_P.name: examples.counts.get("cut_behind_p", 0),
-        **unknown_counts(examples.counts),
+        **fault_counts(examples.counts),
         "dropped": {"too_long": examples.counts.get("too_long", 0)}
         | ({"beside_held_out": split.beside} if split else {}),
         **averages(objective.measure(trained, training, optimization)),

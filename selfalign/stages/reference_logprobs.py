@@ -9,7 +9,7 @@ from selfalign.metrics import catalog
 from selfalign.models.batches import PairExample, encode_pairs
 from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.scorer import LogProbScorer
-from selfalign.models.tokenizer import unknown_counts
+from selfalign.models.tokenizer import fault_counts
 from selfalign.store.artifacts import Artifact, Counts, StageOutput
 from selfalign.store.journal import Journal
 from selfalign.store.stage import Size, amount, records_in, stage
@@ -62,7 +62,7 @@ def reference_logprobs(
         catalog.PAIRS.name: tally["pairs"],
         catalog.PROMPTS_CUT.name: tally["cut"],
         catalog.PROMPTS_CUT_BEHIND_P.name: tally["cut_behind_p"],
-        **unknown_counts(tally),
+        **fault_counts(tally),
         "dropped": {"too_long": tally["too_long"]},
     }
 

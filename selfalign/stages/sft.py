@@ -18,11 +18,11 @@ from selfalign.models.tokenizer import (
     count_thought,
     encode_answers,
     encode_prompt,
-    has_unknown,
+    fault_counts,
     settle_boundary,
+    text_faults,
     under_system,
-    unknown_counts,
-    warn_of_unknown,
+    warn_of_faults,
 )
 from selfalign.store.artifacts import Artifact, Counts, StageOutput
 from selfalign.store.stage import Size, amount, records_in, stage
@@ -79,7 +79,7 @@ def sft(
     return {
         catalog.DEMONSTRATIONS.name: examples.counts["demonstrations"],
         catalog.TOKENS.name: examples.counts["tokens"],
-        **unknown_counts(examples.counts),
+        **fault_counts(examples.counts),
         "dropped": {"too_long": examples.counts.get("too_long", 0)},
     }
 
@@ -111,8 +111,7 @@ def group_demonstrations(
             if fits:
                 said = record.prefill + record.response
                 answer = Answer(text=said, ids=record.ids, calls=record.response_calls or [])
-                if has_unknown(tokenizer, record.prompt, [answer]):
-                    tally["unknown"] += 1
+                tally.update(text_faults(tokenizer, record.prompt, [answer]))
                 yield example
 
     for group in by_question(fitting()):
@@ -121,7 +120,7 @@ def group_demonstrations(
         shared = share_prompt(group[0].record.id, prompts, responses, [one.unscored for one in rows])
         tally["tokens"] += len(shared)
         yield shared
-    warn_of_unknown(tokenizer, tally["unknown"], tally["demonstrations"], "demonstrations")
+    warn_of_faults(tokenizer, tally, tally["demonstrations"], "demonstrations")
     if not tally["demonstrations"]:
         raise SelfalignError(
             f"none of {tally['too_long']} demonstrations fits into train.sft.max_length={max_length} tokens"

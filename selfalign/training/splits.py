@@ -1,8 +1,9 @@
 """Choice of the held-out preference pairs, which share no text with the training data.
 
 Two pairs share a text if the prompt or a response of one occurs in the other: as its prompt, as a response, or, if its
-prompt is a dialogue, as the dialogue's beginning or as an earlier response in it. Texts are normalised with `compared`,
-and prompts have no system turn. Each text is kept as a digest of eight bytes, so a pair needs about a hundred bytes.
+prompt is a dialogue, as the dialogue's beginning or as an earlier response in it. If a prompt ends in the beginning of
+an answer, it counts without that. Texts are normalised with `compared`, and prompts have no system turn. Each text is
+kept as a digest of eight bytes, so a pair needs about a hundred bytes.
 """
 
 from array import array
@@ -53,7 +54,8 @@ def texts_of(prompt: Prompt, *responses: str) -> Texts:
         for index, turn in enumerate(turns)
         if turn["role"] != "user" or index + 1 < len(turns)
     ]
-    return Texts([_digest("prompt", as_text(turns)), *(_digest("response", text) for text in responses)], context)
+    asked = turns[:-1] if turns[-1]["role"] == "assistant" else turns
+    return Texts([_digest("prompt", as_text(asked)), *(_digest("response", text) for text in responses)], context)
 
 
 def texts_of_pair(pair: PreferencePair) -> Texts:

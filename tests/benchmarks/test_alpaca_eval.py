@@ -163,6 +163,10 @@ def test_bad_reference_outputs_are_named_with_their_row(tmp_path: Path) -> None:
         alpaca_eval(tmp_path, [*REFERENCES, REFERENCES[0] | {"output": "No."}]).sources("benchmark.alpaca_eval")
     with pytest.raises(SelfalignError, match=r"reference.json row 1: .*output"):
         alpaca_eval(tmp_path, [REFERENCES[0], {"instruction": "a"}]).sources("benchmark.alpaca_eval")
+    with pytest.raises(SelfalignError, match=r"reference.json row 1: .* one user turn, but .* of system, user"):
+        alpaca_eval(tmp_path, [REFERENCES[0], {"system": "Rhyme.", "instruction": "a", "output": "b"}]).sources(
+            "benchmark.alpaca_eval"
+        )
     missing = AlpacaEval(reference_outputs="/nowhere/a.json", judge=AlpacaComparator(prompt=PROMPT))
     with pytest.raises(SelfalignError, match=r"^benchmark.alpaca_eval.reference_outputs: .*no such file"):
         missing.sources("benchmark.alpaca_eval")
