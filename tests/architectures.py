@@ -71,7 +71,7 @@ class Architecture:
     special: str = ""
     packs: bool = True
     shares: bool = True
-    writes: str = "batches"
+    writes: str = "tree"
     dropout: bool = True
     routes: bool = False
 
@@ -92,7 +92,7 @@ class Architecture:
         return model.eval()
 
 
-PADDED: dict[str, Any] = {"packs": False}
+PADDED: dict[str, Any] = {"packs": False, "writes": "batches"}
 HYBRID: dict[str, Any] = {"packs": False, "writes": "prompts"}
 NO_STATES: dict[str, Any] = {**HYBRID, "shares": False}
 UNCACHED: dict[str, Any] = {"packs": False, "shares": False, "writes": "without_cache"}
@@ -260,6 +260,7 @@ SCORED = {
 """By what the check of a model calls it."""
 
 WRITTEN = {
+    "tree": "several prompts at a time, every prefix once",
     "batches": "several prompts at a time",
     "prompts": "one prompt at a time",
     "without_cache": "one prompt at a time, without a cache",

@@ -93,7 +93,8 @@ def test_architecture_is_used_in_the_way_that_is_right_for_it(name: str, tmp_pat
 
     policy = files.load("float32", device="cpu")
     own = plain_sums(policy, GROUPS)
-    prompts, count = [GROUPS[0].prompt, GROUPS[1].prompt], 8
+    begun = GROUPS[0].prompt
+    prompts, count = [begun, GROUPS[1].prompt, [*begun[:8], 9, 10], begun[:12]], 8
     written = greedy(policy, prompts, count)
     generator = TransformersGenerator(policy, max_batch_tokens=1 << 20)
     generator.stops = torch.tensor([written[1][3]])
@@ -363,7 +364,7 @@ def test_architecture_with_a_name_of_its_own_for_the_context_takes_no_longer_tex
         files.load("float32").model(input_ids=torch.arange(49)[None])
 
 
-@pytest.mark.parametrize("writes", ["batches", "prompts", "without_cache"])
+@pytest.mark.parametrize("writes", ["tree", "batches", "prompts", "without_cache"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_ids_that_only_pad_the_embedding_are_never_written_and_scored_as_they_are(
     writes: str, temperature: float, tmp_path: Path

@@ -22,7 +22,7 @@ from selfalign.models.capabilities import Capabilities
 from selfalign.models.chat_template import control_ids
 from selfalign.models.checkpoint import Policy, longest_sequence
 from selfalign.models.logprobs import score_responses_only
-from selfalign.models.packed_attention import enable_packing
+from selfalign.models.packed_attention import enable_packing, mixes_tokens_by_attention_alone
 from selfalign.models.prompt_states import share_prompt_states, shares_prompt_states
 from selfalign.models.scorer import set_dropout, stays_in_inference
 
@@ -61,8 +61,10 @@ def writing_of(policy: Policy) -> str:
         SelfalignError: none does.
     """
     window = crossed_window(policy.model, FARTHEST_WRITTEN)
-    prompts = [draw_tokens(policy, window + 9, 1), draw_tokens(policy, 5, 2)]
-    for way in ("batches", "prompts", "without_cache"):
+    longer = draw_tokens(policy, window + 9, 1)
+    prompts = [longer, [*longer[:2], *draw_tokens(policy, 3, 2)]]
+    tree = ["tree"] if mixes_tokens_by_attention_alone(policy.model) else []
+    for way in (*tree, "batches", "prompts", "without_cache"):
         trial = replace(policy, capabilities=Capabilities(writes=way))
         try:
             if all(writes_rightly(trial, prompts, stop) for stop in (None, 2)):

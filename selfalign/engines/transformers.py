@@ -6,6 +6,7 @@ Batches are planned from the records alone, so the same records give the same te
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,8 +15,16 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.records import FinishReason
 from selfalign.engines.protocol import Completion, Request, Sampling, check_dtype
 from selfalign.models.checkpoint import LoadedPolicy, PolicyCheckpoint, resolve_dtype
+from selfalign.models.packed_attention import PackedLayout, packing
+from selfalign.models.prefix_tree import PrefixTree
 from selfalign.models.scorer import LogProbScorer
 from selfalign.models.tokenizer import decode_response, silent_ids, stop_ids
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import DynamicCache
+
+TOGETHER = ("tree", "batches")
+"""Ways to write that take several prompts at a time."""
 
 STATES = ("past_key_values", "cache_params", "state")
 """Names of the state that architectures continue from."""
@@ -88,7 +97,7 @@ class TransformersGenerator(LoadedPolicy):
 
         Each prompt is a batch of its own if the model cannot write several at a time.
         """
-        if self.policy.capabilities.writes != "batches":
+        if self.policy.capabilities.writes not in TOGETHER:
             return [[index] for index in range(len(lengths))]
         batches: list[list[int]] = []
         for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -129,7 +138,7 @@ class TransformersGenerator(LoadedPolicy):
             seeds: for each sequence, its sampling seed.
             sampling: how tokens are sampled.
         """
-        if self.policy.capabilities.writes == "batches":
+        if self.policy.capabilities.writes in TOGETHER:
             return self._decode_together(prompts, owners, seeds, sampling)
         written: dict[int, list[int]] = {}
         for number, prompt in enumerate(prompts):
@@ -182,7 +191,6 @@ class TransformersGenerator(LoadedPolicy):
 
         model, device = self.policy.model, self.policy.model.device
         longest, most = max(map(len, prompts)), sampling.max_new_tokens
-        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)  # Nobody sees the padding.
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * (len(p) + most) for p in prompts], device=device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         cache = roomy_cache(model.config, most)
@@ -193,7 +201,11 @@ class TransformersGenerator(LoadedPolicy):
             arguments = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
             return model(input_ids=ids, attention_mask=mask[:, :end], position_ids=at, **arguments).logits[:, -1]
 
-        logits = logits_behind(ids, longest)
+        if self.policy.capabilities.writes == "tree":
+            logits = read_as_tree(model, prompts, cache)
+        else:
+            padded = [[0] * (longest - len(p)) + p for p in prompts]  # Nobody sees the padding.
+            logits = logits_behind(torch.tensor(padded, device=device), longest)
         rows = torch.tensor(owners, device=device)
         cache.batch_select_indices(rows)
         mask, positions, logits = mask[rows], positions[rows], logits[rows]
@@ -217,6 +229,35 @@ class TransformersGenerator(LoadedPolicy):
                 mask, positions, uniforms, tokens = mask[rows], positions[rows], uniforms[rows], tokens[rows]
             logits = logits_behind(tokens[:, None], longest + step + 1)
         return written
+
+
+def read_as_tree(model: Any, prompts: Sequence[list[int]], cache: "DynamicCache") -> Tensor:
+    """Fill a cache with prompts, every distinct prefix computed once.
+
+    Args:
+        model: the model.
+        prompts: token ids.
+        cache: the empty cache. It receives a row for each prompt, filled up on the left to the longest.
+
+    Returns:
+        The logits behind each prompt, shape (prompts, vocabulary).
+    """
+    from transformers.cache_utils import DynamicCache
+
+    tree, longest = PrefixTree(prompts), max(map(len, prompts))
+    rows = [tree.row(index) for index in range(len(prompts))]
+    ids, positions = torch.tensor([tree.ids, tree.positions], device=model.device)[:, None]
+    read, layout = DynamicCache(), PackedLayout(tree).to(model.device)
+    ends = torch.tensor([row[-1] for row in rows], device=model.device)
+    arguments = {"past_key_values": read, "use_cache": True, "logits_to_keep": ends}
+    with packing(model):
+        logits = model(input_ids=ids, position_ids=positions, layout=layout, **arguments).logits[0]
+    columns = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=model.device)
+    layers: list[Any] = read.layers
+    for number, layer in enumerate(layers):
+        keys, values = (states[0][:, columns].transpose(0, 1) for states in (layer.keys, layer.values))
+        cache.update(keys, values, number)
+    return logits
 
 
 def fill_gaps(ended: Sequence[bool]) -> list[int]:

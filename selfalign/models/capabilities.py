@@ -16,7 +16,8 @@ class Capabilities:
         packs: whether it scores packed rows as it scores each text alone.
         shares_states: whether it scores responses that go on from the states behind their prompt so; if it does
             neither, batches are padded.
-        writes: "batches" of several prompts whose finished rows are dropped; "prompts" one at a time, for caches that
+        writes: "tree" for batches of several prompts, which are read as a tree of their prefixes, and whose finished
+            rows are dropped; "batches" for the same with padded prompts; "prompts" one at a time, for caches that
             cannot drop rows; "without_cache", from the whole text for every token, for caches that are not exact.
         dropout: whether a dropout that is asked for is applied.
     """

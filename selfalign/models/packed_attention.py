@@ -1,7 +1,8 @@
 """Attention in a packed row, where a token sees only those before it in its own sequences."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -108,7 +109,7 @@ def enable_packing(model: "PreTrainedModel") -> bool:
     """Switch the model to packed attention. Return False, with one log line, if its architecture cannot."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    if not _mixes_tokens_by_attention_alone(model):
+    if not mixes_tokens_by_attention_alone(model):
         logger.info("%s cannot be packed; batches are padded instead", type(model).__name__)
         return False
     AttentionInterface.register(PACKED_ATTENTION, packed_attention)
@@ -117,7 +118,18 @@ def enable_packing(model: "PreTrainedModel") -> bool:
     return True
 
 
-def _mixes_tokens_by_attention_alone(model: "PreTrainedModel") -> bool:
+@contextmanager
+def packing(model: "PreTrainedModel") -> Iterator[None]:
+    """Pack inside the block. Afterwards the model has its own attention again."""
+    own = str(model.config._attn_implementation)
+    enable_packing(model)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)
+
+
+def mixes_tokens_by_attention_alone(model: "PreTrainedModel") -> bool:
     """Whether a token sees another only through an attention that can be exchanged.
 
     A convolution or a recurrence would carry one response over into the next.
