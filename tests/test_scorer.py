@@ -1,5 +1,6 @@
 """Scoring: summed log-probabilities and next-token alternatives against full logits."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -102,12 +103,15 @@ def test_all_alternatives_together_are_certain(scorer: LogProbScorer) -> None:
 
 def test_plan_keeps_the_order_within_the_budget(scorer: LogProbScorer) -> None:
     many = [
-        SharedPrompt(id=str(i), prompt=[5] * 20, responses=[[6] * (10 + i)], num_context_tokens=[0]) for i in range(5)
+        SharedPrompt(id=str(i), prompt=[i] * 20, responses=[[6] * (10 + i)], num_context_tokens=[0]) for i in range(5)
     ]
     planned = scorer.plan(many)
     assert [group.id for batch in planned for group in batch] == ["0", "1", "2", "3", "4"]
     # 30 + 31 = 61 ≤ 64, 32 + 33 = 65 > 64
     assert [[len(group) for group in batch] for batch in planned] == [[30, 31], [32], [33], [34]]
+    # A prompt that all have counts once: 20 + 10 + 11 + 12 = 53, and 13 more are too many.
+    alike = [replace(group, prompt=[5] * 20, responses=[[7 + i] * (10 + i)]) for i, group in enumerate(many)]
+    assert [[len(group) for group in batch] for batch in scorer.plan(alike)] == [[30, 31, 32], [33, 34]]
 
 
 def test_scoring_is_free_of_dropout_and_of_gradients(tiny_policy: PolicyCheckpoint, full: Any) -> None:
