@@ -1,5 +1,5 @@
 # make demo   sets everything up, then runs SmolLM2-135M-Instruct → M1 → M2 → M3
-# make test   sets everything up, then runs lint, types and tests, and builds the docs
+# make test   sets everything up, then runs lint and types beside the docs, and the tests
 # make nightly   the tests marked nightly, which are too slow for every change
 # make docs   sets everything up, then builds docs/ into build/docs/index.html; a warning is an error
 # make vllm   vLLM for CPUs in an environment of its own, for engine=vllm and its tests
@@ -8,17 +8,19 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 VLLM := .venv-vllm
 
-.PHONY: demo test nightly docs setup vllm clean
+.PHONY: demo test check nightly docs setup vllm clean
 
 demo: setup
 	$(BIN)/selfalign experiment=demo
 
 test: setup
+	$(MAKE) --jobs 2 check docs
+	$(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
+check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
-	$(MAKE) docs
 
 nightly: setup
 	$(BIN)/pytest -m nightly --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
