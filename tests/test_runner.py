@@ -1,3 +1,4 @@
+import importlib.metadata
 import json
 import secrets
 import subprocess
@@ -277,6 +278,21 @@ def test_provenance_leads_back_to_code_versions_seed_and_weights(
     assert {"torch", "transformers", "hydra-core", "peft", "selfalign"} <= content["packages"].keys()
     assert content["machine"]["cores"] >= 1
     assert secret not in text
+
+
+def test_provenance_leaves_out_packages_that_are_not_installed(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As selfalign itself in a checkout that is only on the path."""
+
+    def version(name: str) -> str:
+        if name in ("selfalign", "wandb"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr("selfalign.runs.provenance.importlib.metadata.version", version)
+    write_provenance(account(run), 7)
+    packages = json.loads((account(run).folder / "provenance.json").read_text())["packages"]
+    assert packages["torch"] == "1.0"
+    assert not {"selfalign", "wandb"} & packages.keys()
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no git checkout")

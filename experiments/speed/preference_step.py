@@ -4,30 +4,44 @@
 
 Same weights, pairs, dtype and threads. Every turn of every variant is a process of its own (so peak memory is its
 own), variants alternate within a round, and the figure of a variant is the median of its rounds' fastest steps.
-Needs the extra `context`. Writes a table to the screen and JSON to `--out`.
+TRL's variants need the extra `bench`. Writes a table to the screen and JSON to `--out`.
 """
 
 import argparse
+import copy
+import importlib.metadata
 import json
 import math
 import os
 import platform
 import random
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainerCallback
+from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
 
 SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 128,
+        "vocab_size": 1024,
+    },
     "small": {
         "hidden_size": 384,
         "num_hidden_layers": 10,
@@ -52,6 +66,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "intermediate_size": 8192,
         "vocab_size": 128256,
     },
+    "llama_8b": {
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "vocab_size": 128256,
+        "tie_word_embeddings": False,
+    },
 }
 PROMPT, RESPONSE, AUGMENTATION = (128, 512), (64, 256), 40
 """Lengths in tokens: of prompts and responses, uniform between these, and of p."""
@@ -60,7 +83,7 @@ BETA, LAM = 0.1, 0.5
 
 
 def draw_pairs(count: int, vocabulary: int, seed: int) -> list[dict[str, list[int]]]:
-    """Pairs of random tokens; `p_ids` stands before the prompt in the second pass of Sr-DPO."""
+    """Pairs of random tokens; `p_ids` stands beside the prompt in the second pass of Sr-DPO."""
     draw = random.Random(seed)
 
     def ids(length: int) -> list[int]:
@@ -78,17 +101,85 @@ def draw_pairs(count: int, vocabulary: int, seed: int) -> list[dict[str, list[in
     ]
 
 
+def count_tokens(rows: list[dict[str, list[int]]]) -> dict[str, int]:
+    """Tokens of the pairs in three ways of counting: the prompt once, as a pair needs it; TRL's; with its padding.
+
+    TRL counts the prompt with each response, and no padding. All pairs are padded together.
+    """
+    lengths = [(len(row["prompt_ids"]), len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows]
+    return {
+        "real": sum(map(sum, lengths)),
+        "as_trl": sum(2 * prompt + chosen + rejected for prompt, chosen, rejected in lengths),
+        "padded": 2 * len(rows) * max(prompt + max(responses) for prompt, *responses in lengths),
+    }
+
+
 class StepTimer(TrainerCallback):
-    """Wall seconds of every optimiser step."""
+    """Wall seconds of every optimiser step. With `profiled`, the last of `steps` is profiled, and not timed."""
 
-    def __init__(self) -> None:
+    def __init__(self, steps: int, *, profiled: bool) -> None:
         self.seconds: list[float] = []
+        self.profiled_step = steps - 1 if profiled else None
+        activity = ProfilerActivity.CUDA if torch.cuda.is_available() else ProfilerActivity.CPU
+        self.profiler = profile(activities=[activity])
+        self.profiled_seconds = 0.0
 
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.profiled_step:
+            self.profiler.start()
         self.started = now()
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds.append(now() - self.started)
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        seconds = now() - self.started
+        if state.global_step - 1 == self.profiled_step:
+            self.profiler.stop()
+            self.profiled_seconds = seconds
+        else:
+            self.seconds.append(seconds)
+
+    def result(self) -> dict[str, Any]:
+        """The seconds of the steps, and the profile of the last."""
+        profiled = (
+            {} if self.profiled_step is None else {"profile": kernel_shares(self.profiler, self.profiled_seconds)}
+        )
+        return {"seconds_of_steps": self.seconds, **profiled}
+
+
+KERNELS = {
+    "attention": "attention|attn|flex|flash|fmha|sdpa|triton_tem",
+    "matrix products": r"gemm|gemv|nvjet|cutlass|xmma|splitk|\b(mm|addmm|bmm|baddbmm|matmul|linear)\b",
+    "optimiser": "adam|multi_tensor|foreach|clip_grad|linalg_vector_norm",
+}
+"""{kind: pattern of the names of its kernels, or on a CPU of torch's operations}; the first that fits counts."""
+
+
+def kind_of(kernel: str) -> str:
+    """The kind of a kernel by its name."""
+    return next((kind for kind, names in KERNELS.items() if re.search(names, kernel, re.IGNORECASE)), "other")
+
+
+def kernel_shares(profiler: profile, wall_seconds: float) -> dict[str, Any]:
+    """Shares of the kernels' time by kind, the longest kernels, and the share of the wall time that they fill.
+
+    On a CPU they are torch's operations.
+    """
+    device = DeviceType.CUDA if torch.cuda.is_available() else DeviceType.CPU
+    spent: dict[str, float] = {}
+    for event in profiler.key_averages():
+        # The spans that torch annotates, such as an optimiser's step, hold kernels that are counted by themselves.
+        if event.device_type == device and not event.is_user_annotation:
+            time_us = event.self_device_time_total if device == DeviceType.CUDA else event.self_cpu_time_total
+            spent[event.key] = spent.get(event.key, 0.0) + time_us
+    total = sum(spent.values()) or math.nan
+    shares = dict.fromkeys([*KERNELS, "other"], 0.0)
+    for name, time_us in spent.items():
+        shares[kind_of(name)] += time_us / total
+    longest = sorted(spent.items(), key=lambda item: -item[1])[:15]
+    return {
+        "shares": shares,
+        "busy": total / 1e6 / wall_seconds,
+        "longest": [[name[:100], time_us / total] for name, time_us in longest],
+    }
 
 
 def now() -> float:
@@ -101,8 +192,16 @@ def now() -> float:
 # --- variants ------------------------------------------------------------------------------------------------------
 
 
-def ours(job: argparse.Namespace, *, refined: bool, lora: bool) -> list[float]:
-    """DPO or Sr-DPO through selfalign's trainer, reference values stored."""
+def build_model(job: argparse.Namespace) -> Any:
+    """The job's model on its device; its random weights are the same in every process."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**{"tie_word_embeddings": True, "max_position_embeddings": 2048, **SHAPES[job.shape]})
+    with torch.device(job.device):
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, job.weights))
+
+
+def ours(job: argparse.Namespace, *, p: str = "", lora: bool = False) -> dict[str, Any]:
+    """DPO, or Sr-DPO with p "before" or "after" the prompt, through selfalign's trainer, reference values stored."""
     from selfalign.losses.preference import DPO, SrDPO
     from selfalign.models.batches import PairExample, SharedPrompt
     from selfalign.models.checkpoint import Policy, PolicyCheckpoint
@@ -114,11 +213,11 @@ def ours(job: argparse.Namespace, *, refined: bool, lora: bool) -> list[float]:
     from selfalign.training.reference import StoredReferences
     from selfalign.training.trainer import StepTrainer
 
-    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
-    model.to(job.device)
+    model = build_model(job)
+    parameters = model.num_parameters()
     policy = Policy(model, tokenizer(), "")
-    weights = TrainableWeights(dtype="float32", lora=LoRA(rank=16 if lora else 0), seed=0)
-    prepare(policy, PolicyCheckpoint(Path(job.model)), weights, 0.0)
+    weights = TrainableWeights(dtype=job.weights, lora=LoRA(rank=16 if lora else 0), seed=0)
+    prepare(policy, PolicyCheckpoint(Path(job.shape)), weights, 0.0)
 
     # About what the untrained policy gives, so that gradients are of usual size: vanishing ones are slow on a CPU.
     nats = math.log(model.config.vocab_size)
@@ -131,23 +230,26 @@ def ours(job: argparse.Namespace, *, refined: bool, lora: bool) -> list[float]:
     def logps(row: dict[str, list[int]]) -> list[float]:
         return [-nats * len(row["chosen_ids"]), -nats * len(row["rejected_ids"])]
 
+    def augmented(row: dict[str, list[int]]) -> list[int]:
+        return row["p_ids"] + row["prompt_ids"] if p == "before" else row["prompt_ids"] + row["p_ids"]
+
     rows = draw_pairs(job.data, model.config.vocab_size, 0)
     examples = [
         PairExample(
             plain=group(str(n), row["prompt_ids"], row),
-            augmented=group(str(n), row["p_ids"] + row["prompt_ids"], row) if refined else None,
+            augmented=group(str(n), augmented(row), row) if p else None,
             reference=logps(row),
-            augmented_reference=logps(row) if refined else [],
+            augmented_reference=logps(row) if p else [],
         )
         for n, row in enumerate(rows)
     ]
-    loss = SrDPO(beta=BETA, lam=LAM) if refined else DPO(beta=BETA)
+    loss = SrDPO(beta=BETA, lam=LAM) if p else DPO(beta=BETA)
     optimization = Optimization(
         learning_rate=1e-6,
         schedule="constant",
         epochs=-(-job.steps * job.pairs // job.data),
         batch_size=job.pairs,
-        microbatch_tokens=job.max_batch_tokens,
+        microbatch_tokens=job.batch_tokens,
         dtype=job.dtype,
         checkpoint_steps=1 << 30,
     )
@@ -155,16 +257,16 @@ def ours(job: argparse.Namespace, *, refined: bool, lora: bool) -> list[float]:
         out = StageOutput(Path(folder), "step", lambda row: None)
         objective = Preference(loss, StoredReferences(), starts_as_reference=False, dtype=job.dtype)
         trainer = StepTrainer(policy, examples, objective, optimization, out, weights)
-        timer = StepTimer()
+        timer = StepTimer(job.steps, profiled=job.profile)
         trainer.add_callback(timer)
         trainer.run()
-    return timer.seconds
+    return {"parameters": parameters, **timer.result()}
 
 
 def trl(
     job: argparse.Namespace, *, checkpointing: bool, precomputed: bool, head: bool = False, refined: bool = False,
     lora: bool = False,
-) -> list[float]:  # fmt: skip
+) -> dict[str, Any]:  # fmt: skip
     """TRL's DPOTrainer; `head` scores response positions only, as it does by itself on a GPU with Triton."""
     import trl.trainer.utils
     from datasets import Dataset
@@ -174,7 +276,8 @@ def trl(
 
     if head:
         trl.trainer.utils._use_triton = lambda device: True  # pyright: ignore[reportPrivateImportUsage]
-    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
+    model = build_model(job)
+    parameters = model.num_parameters()
     rows = draw_pairs(job.data, model.config.vocab_size, 0)
 
     class Tokenised(DPOTrainer):
@@ -203,7 +306,8 @@ def trl(
         config = DPOConfig(
             output_dir=folder,
             beta=BETA,
-            per_device_train_batch_size=job.pairs,
+            per_device_train_batch_size=job.trl_pairs or job.pairs,
+            gradient_accumulation_steps=job.pairs // (job.trl_pairs or job.pairs),
             max_steps=job.steps,
             learning_rate=1e-6,
             lr_scheduler_type="constant",
@@ -220,6 +324,7 @@ def trl(
         )
         trainer = (NaiveSrDPO if refined else Tokenised)(
             model=model,
+            ref_model=None if precomputed or lora else copy.deepcopy(model),
             args=config,
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer(),
@@ -233,21 +338,23 @@ def trl(
                 return {**plain(examples), "augmented": plain(behind_p)}
 
             trainer.data_collator = collate
-        timer = StepTimer()
+        timer = StepTimer(job.steps, profiled=job.profile)
         trainer.add_callback(timer)
         trainer.train()
-    return timer.seconds
+    return {"parameters": parameters, **timer.result()}
 
 
-VARIANTS: dict[str, Callable[[argparse.Namespace], list[float]]] = {
+VARIANTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "trl": lambda job: trl(job, checkpointing=True, precomputed=False),
     "trl_best": lambda job: trl(job, checkpointing=False, precomputed=True),
     "trl_best_head": lambda job: trl(job, checkpointing=False, precomputed=True, head=True),
-    "dpo": lambda job: ours(job, refined=False, lora=False),
+    "dpo": ours,
     "trl_naive_sr_dpo": lambda job: trl(job, checkpointing=True, precomputed=False, refined=True),
-    "sr_dpo": lambda job: ours(job, refined=True, lora=False),
+    "sr_dpo": lambda job: ours(job, p="before"),
+    "sr_dpo_after": lambda job: ours(job, p="after"),
     "trl_lora": lambda job: trl(job, checkpointing=True, precomputed=False, lora=True),
-    "dpo_lora": lambda job: ours(job, refined=False, lora=True),
+    "trl_best_lora": lambda job: trl(job, checkpointing=False, precomputed=True, lora=True),
+    "dpo_lora": lambda job: ours(job, lora=True),
 }
 RATIOS = [
     ("DPO against TRL", "trl", "dpo"),
@@ -255,7 +362,9 @@ RATIOS = [
     ("DPO against the same with an efficient head", "trl_best_head", "dpo"),
     ("Sr-DPO against naive Sr-DPO on TRL", "trl_naive_sr_dpo", "sr_dpo"),
     ("DPO with LoRA against TRL with LoRA", "trl_lora", "dpo_lora"),
+    ("DPO with LoRA against TRL with LoRA, no checkpointing, reference precomputed", "trl_best_lora", "dpo_lora"),
     ("Sr-DPO against our own DPO (time)", "sr_dpo", "dpo"),
+    ("Sr-DPO with p after the prompt against our own DPO (time)", "sr_dpo_after", "dpo"),
 ]
 """(what, the slower, the faster): seconds of the first over seconds of the second."""
 
@@ -274,8 +383,8 @@ def work(job: argparse.Namespace) -> dict[str, Any]:
     """One variant's turn, in this process."""
     from selfalign.training.trainer import peak_memory
 
-    seconds = VARIANTS[job.worker](job)
-    return {"seconds": seconds, "peak_gb": peak_memory(torch.device(job.device)) / 2**30}
+    result = VARIANTS[job.worker](job)
+    return {**result, "peak_gb": peak_memory(torch.device(job.device)) / 2**30}
 
 
 def matrix_rate(dtype: torch.dtype, device: str) -> float:
@@ -294,16 +403,16 @@ def step_operations(shape: dict[str, Any], rows: list[dict[str, list[int]]]) -> 
     """Operations a DPO step cannot do without: 6 a weight and token, the head at response tokens only."""
     h, f, kv = shape["hidden_size"], shape["intermediate_size"], shape["num_key_value_heads"]
     body = shape["num_hidden_layers"] * (h * h * (2 + 2 * kv / shape["num_attention_heads"]) + 3 * h * f)
-    tokens = sum(len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
+    tokens = count_tokens(rows)["real"]
     responses = sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
     return 6 * (body * tokens + shape["vocab_size"] * h * responses)
 
 
 def run_worker(job: argparse.Namespace, variant: str, data: int) -> dict[str, Any]:
     """One variant's turn, in a process of its own."""
-    passed = {"shape": job.shape, "dtype": job.dtype, "pairs": job.pairs, "steps": job.steps, "model": job.model}
-    passed |= {"device": job.device, "batch-tokens": job.max_batch_tokens, "data": data, "worker": variant}
-    options = [text for name, value in passed.items() for text in (f"--{name}", str(value))]
+    names = ("shape", "dtype", "weights", "pairs", "steps", "device", "batch_tokens", "trl_pairs")
+    passed = {name: getattr(job, name) for name in names} | {"data": data, "worker": variant}
+    options = [text for name, value in passed.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     done = subprocess.run([sys.executable, __file__, *options], capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{variant}: {done.stderr[-3000:]}")
@@ -313,29 +422,24 @@ def run_worker(job: argparse.Namespace, variant: str, data: int) -> dict[str, An
 def compare(job: argparse.Namespace) -> dict[str, Any]:
     """All variants, in alternation; returns what is written to the JSON file."""
     shape = SHAPES[job.shape]
-    with tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(0)
-        config = LlamaConfig(**shape, max_position_embeddings=2048, tie_word_embeddings=True)
-        LlamaForCausalLM(config).save_pretrained(folder)
-        job.model = folder
-        turns: dict[str, list[dict[str, Any]]] = {variant: [] for variant in job.variants}
-        for number in range(job.rounds):
-            for variant in job.variants:
-                turns[variant].append(run_worker(job, variant, job.pairs))
-                print(f"round {number + 1} {variant}: {min(turns[variant][-1]['seconds']):.2f} s", file=sys.stderr)
-        growth = {n: run_worker(job, "dpo", n * job.pairs) for n in (1, 8)} if job.growth else {}
-    seconds = {v: statistics.median(min(turn["seconds"][1:]) for turn in runs) for v, runs in turns.items()}
+    turns: dict[str, list[dict[str, Any]]] = {variant: [] for variant in job.variants}
+    for number in range(job.rounds):
+        for variant in job.variants:
+            turns[variant].append(run_worker(job, variant, job.pairs))
+            print(f"round {number + 1} {variant}: {min(turns[variant][-1]['seconds_of_steps']):.2f} s", file=sys.stderr)
+    growth = {n: run_worker(job, "dpo", n * job.pairs) for n in (1, 8)} if job.growth else {}
+    seconds = {v: statistics.median(min(turn["seconds_of_steps"][1:]) for turn in runs) for v, runs in turns.items()}
     rows = draw_pairs(job.pairs, shape["vocab_size"], 0)
-    tokens = sum(len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
+    tokens = count_tokens(rows)["real"]
     rate = matrix_rate(getattr(torch, job.dtype), job.device)
     result: dict[str, Any] = {
         "machine": machine(job.device),
-        "settings": {name: getattr(job, name) for name in ("shape", "dtype", "pairs", "rounds", "steps")},
+        "settings": {name: getattr(job, name) for name in ("shape", "dtype", "weights", "pairs", "rounds", "steps")},
         "matrix_rate": rate,
         "variants": {
             variant: {
                 "seconds": seconds[variant],
-                "spread": [min(t["seconds"][1:]) for t in runs],
+                "spread": [min(t["seconds_of_steps"][1:]) for t in runs],
                 "pair_tokens_per_second": tokens / seconds[variant],
                 "peak_gb": statistics.median(turn["peak_gb"] for turn in runs),
             }
@@ -346,9 +450,13 @@ def compare(job: argparse.Namespace) -> dict[str, Any]:
     if "dpo" in seconds:
         result["share_of_matrix_rate"] = step_operations(shape, rows) / seconds["dpo"] / rate
     if growth:
-        total = {n: sum(run["seconds"]) for n, run in growth.items()}
+        total = {n: sum(run["seconds_of_steps"]) for n, run in growth.items()}
         result["growth"] = {
-            "seconds_8x_over_1x": total[8] / total[1] * len(growth[1]["seconds"]) / len(growth[8]["seconds"]) * 8,
+            "seconds_8x_over_1x": total[8]
+            / total[1]
+            * len(growth[1]["seconds_of_steps"])
+            / len(growth[8]["seconds_of_steps"])
+            * 8,
             "memory_8x_over_1x": growth[8]["peak_gb"] / growth[1]["peak_gb"],
         }
     return result
@@ -356,12 +464,17 @@ def compare(job: argparse.Namespace) -> dict[str, Any]:
 
 def machine(device: str) -> dict[str, Any]:
     """What the figures were measured on."""
-    import transformers
-    import trl
-
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__}
-    return {"name": name, "threads": torch.get_num_threads(), **versions}
+    return {"name": name, "threads": torch.get_num_threads(), **versions("torch", "transformers", "trl")}
+
+
+def versions(*distributions: str) -> dict[str, str]:
+    """{distribution: its version} of those that are installed."""
+    installed = {}
+    for name in distributions:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            installed[name] = importlib.metadata.version(name)
+    return installed
 
 
 def show(result: dict[str, Any]) -> None:
@@ -383,19 +496,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--weights", choices=("float32", "bfloat16"), default="float32", help="dtype of the weights")
     parser.add_argument("--pairs", type=int, default=4, help="pairs an optimiser step")
     parser.add_argument("--steps", type=int, default=3, help="steps a turn; the first is not counted")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch-tokens", type=int, default=8192, help="tokens of one of our forward passes")
+    parser.add_argument("--trl-pairs", type=int, default=0, help="pairs of one of TRL's forward passes; 0 takes all")
     parser.add_argument("--growth", action="store_true", help="also 1 and 8 times the data, one epoch each")
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
-    parser.add_argument("--model", help=argparse.SUPPRESS)
-    parser.add_argument("--data", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--data", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--profile", action="store_true", help=argparse.SUPPRESS)
     job = parser.parse_args()
     if job.worker:
+        job.data = job.data or job.pairs
         job.steps = max(job.steps, job.data // job.pairs)
         print(json.dumps(work(job)))
         return

@@ -42,7 +42,8 @@ def write_provenance(ledger: Ledger, seed: int) -> None:
         ledger.folder / "provenance.json",
         {
             **code_state(),
-            "packages": {name: importlib.metadata.version(name) for name in PACKAGES} | packages_of_components(ledger),
+            "packages": {name: version for name in PACKAGES if (version := installed_version(name))}
+            | packages_of_components(ledger),
             "python": platform.python_version(),
             "machine": {
                 "system": platform.platform(),
@@ -55,6 +56,14 @@ def write_provenance(ledger: Ledger, seed: int) -> None:
             "artifacts": {str(label): f"{a.stage}/{a.key}" for label, a in ledger.artifacts.items()},
         },
     )
+
+
+def installed_version(distribution: str) -> str:
+    """Return the version of a distribution, or "" if it is not installed, as in a checkout that is only on the path."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def packages_of_components(ledger: Ledger) -> dict[str, str]:
