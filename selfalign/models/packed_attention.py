@@ -32,6 +32,15 @@ WITHOUT_EFFECT = (
 """Keywords of an attention that packing may ignore: the layout has their content, or they are about outputs."""
 
 
+SMALLEST_HEAD = 16
+"""The smallest head size that FlexAttention takes on a GPU."""
+
+FLEX_GRAPHS = 64
+"""The most graphs of FlexAttention that are compiled: one for each kind of pass (training, without gradient, inference),
+for rows of one block and of more, for each window and dtype. Beyond torch's own limit of 8 it would go on uncompiled, with
+the scores of the whole row in memory."""
+
+
 class PackedLayout:
     """Which tokens see which in a packed row: a token sees those before it in its own sequences.
 
@@ -195,7 +204,7 @@ def packed_attention(
     if softcap or s_aux is not None:
         attend = partial(attend_by_scores, softcap=softcap, sinks=s_aux)
         output = branch_by_branch(query, key, value, layout, scaling, sliding_window, dropout, attend)
-    elif not dropout and query.is_cuda and flex_works(query.device):
+    elif not dropout and query.is_cuda and query.shape[3] >= SMALLEST_HEAD and flex_works(query.device):
         output = whole_row(query, key, value, layout, scaling, sliding_window)
     else:
         output = branch_by_branch(query, key, value, layout, scaling, sliding_window, dropout)
@@ -308,4 +317,5 @@ def flex_works(device: torch.device) -> bool:
 def _compiled_flex() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, FLEX_GRAPHS)
     return torch.compile(flex_attention, dynamic=True)
