@@ -36,9 +36,11 @@ SMALLEST_HEAD = 16
 """The smallest head size that FlexAttention takes on a GPU."""
 
 FLEX_GRAPHS = 64
-"""The most graphs of FlexAttention that are compiled: one for each kind of pass (training, without gradient, inference),
-for rows of one block and of more, for each window and dtype. Beyond torch's own limit of 8 it would go on uncompiled, with
-the scores of the whole row in memory."""
+"""The most graphs of FlexAttention that are compiled.
+
+There is one for each kind of pass (training, without gradient, inference), for rows of one block and of more, for each
+window and dtype. Beyond torch's own limit of 8 it would go on uncompiled, with the scores of the whole row in memory.
+"""
 
 
 class PackedLayout:
