@@ -2,12 +2,20 @@
 
 `python experiments/speed/start_up.py experiment=smoke iterations=10 …` runs selfalign with these arguments and prints a
 table, and a digest of all texts that the run wrote. What the run finds in its store is not loaded and not counted.
+vLLM takes no heads as narrow as the tiny model's: `--wide FOLDER` writes one with wider heads there and runs with it.
 """
 
+import argparse
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+import torch
+from transformers import LlamaForCausalLM
 
 from selfalign.cli.main import main as selfalign
 from selfalign.core.files import digest_json
@@ -15,6 +23,8 @@ from selfalign.engines.protocol import Completion
 from selfalign.engines.transformers import Transformers, TransformersGenerator
 from selfalign.engines.vllm_engine import VLLM, VLLMGenerator
 from selfalign.models.checkpoint import PolicyCheckpoint
+from selfalign.models.config import ModelConfig
+from selfalign.models.pretrained import fetch_pretrained
 from selfalign.runs.summary import table
 
 LOADERS = {
@@ -26,6 +36,13 @@ LOADERS = {
 
 def main() -> None:
     """Run the experiment with a watch on whatever loads."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--wide", type=Path, metavar="FOLDER")
+    asked, overrides = parser.parse_known_args()
+    if asked.wide:
+        write_wide(asked.wide)
+        overrides += ["model=pretrained", f"model.path={asked.wide}"]
+    sys.argv[1:] = overrides
     seconds, times, texts = dict.fromkeys(LOADERS, 0.0), Counter[str](), list[Any]()
     for name, loaders in LOADERS.items():
         for owner, method in loaders:
@@ -40,6 +57,17 @@ def main() -> None:
         rows = [[name, str(times[name]), f"{seconds[name]:.2f}", f"{seconds[name] / whole:.1%}"] for name in LOADERS]
         print(*table(["loaded", "times", "seconds", "share"], [*rows, ["the run", "", f"{whole:.2f}", ""]]), sep="\n")
         print(f"{len(texts)} batches of texts, digest {digest_json(texts)[:12]}")
+
+
+def write_wide(folder: Path) -> None:
+    """Write a random model like the tiny one, with heads of 32."""
+    with TemporaryDirectory() as made:
+        tiny = fetch_pretrained(ModelConfig(path="random:tiny"), Path(made))
+        config: Any = tiny.load("float32").model.config
+        config.update({"hidden_size": 128, "head_dim": 32})
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+        tiny.load_tokenizer().save_pretrained(folder)
 
 
 def timed(load: Callable[..., Any], name: str, seconds: dict[str, float], times: Counter[str]) -> Callable[..., Any]:
