@@ -48,7 +48,7 @@ from builders import Said
 from hydra.core.global_hydra import GlobalHydra
 
 from selfalign.cli.main import main
-from selfalign.models.checkpoint import PolicyCheckpoint
+from selfalign.models.checkpoint import PolicyCheckpoint, shared_tokenizer
 from selfalign.models.config import ModelConfig
 from selfalign.models.pretrained import fetch_pretrained
 
@@ -123,6 +123,12 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> PolicyCheckpoint:
 def tiny_tokenizer(tiny_policy: PolicyCheckpoint) -> Any:
     """The tiny policy's tokenizer; read it, never change it."""
     return tiny_policy.load_tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def own_tokenizers() -> None:
+    """A test may change the tokenizer of a policy that it loads; no other test then gets it."""
+    shared_tokenizer.cache_clear()
 
 
 @pytest.fixture

@@ -55,6 +55,14 @@ def test_fetched_folder_loads_with_the_same_outputs(
     assert not fetched.load("float32").model.training
 
 
+def test_policies_share_a_tokenizer_while_its_files_are_the_same(tiny_policy: PolicyCheckpoint, tmp_path: Path) -> None:
+    one, changed = (PolicyCheckpoint(shutil.copytree(tiny_policy.path, tmp_path / name)) for name in ("one", "changed"))
+    template = changed.path / "tokenizer" / "chat_template.jinja"
+    template.write_text(template.read_text() + "after", encoding="utf-8")
+    assert one.load_tokenizer() is tiny_policy.load_tokenizer()
+    assert changed.load_tokenizer().chat_template == f"{one.load_tokenizer().chat_template}after"
+
+
 def test_tiny_model_is_the_same_each_time_and_leaves_the_random_state_alone(
     tiny_policy: PolicyCheckpoint, destination: Path
 ) -> None:

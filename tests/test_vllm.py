@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from transformers import LlamaForCausalLM
 from selfalign.core.files import write_json
 from selfalign.data.turns import as_prompt
 from selfalign.engines.protocol import Request, Sampling
+from selfalign.engines.resident import workers_may_stay
 from selfalign.engines.vllm_engine import VLLM, VLLMGenerator, VLLMTokenScorer
 from selfalign.judges.expected import score_tokens
 from selfalign.judges.parsing import PREFIX
@@ -64,11 +66,15 @@ def reader_of(generator: VLLMGenerator) -> VLLMTokenScorer:
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> PolicyCheckpoint:
     """The tiny policy with heads of 32, the narrowest that vLLM takes, and weights that give varied texts."""
-    files = fetch_pretrained(ModelConfig(path="random:tiny"), tmp_path_factory.mktemp("wide"))
+    return widened(tmp_path_factory.mktemp("wide"))
+
+
+def widened(folder: Path, seed: int = 0, **changes: Any) -> PolicyCheckpoint:
+    files = fetch_pretrained(ModelConfig(path="random:tiny"), folder)
     config = files.load("float32").model.config
-    config.hidden_size, config.head_dim = 128, 32
+    config.update({"hidden_size": 128, "head_dim": 32, **changes})
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
         for name, parameter in model.named_parameters():
             if "layers" in name and parameter.ndim == 2:
@@ -81,9 +87,12 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> PolicyCheckpoint:
 @pytest.fixture(scope="module")
 def adapted(wide: PolicyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> PolicyCheckpoint:
     """The wide policy with an adapter, trained so that it writes other texts."""
-    folder = tmp_path_factory.mktemp("adapted")
-    taught = [demonstration(str(n), question, "Bees, and rivers.") for n, question in enumerate(QUESTIONS)]
-    given, policy = records_artifact(folder / "given", demonstrations=taught), policy_artifact(wide)
+    return taught(wide, tmp_path_factory.mktemp("adapted"), "Bees, and rivers.")
+
+
+def taught(wide: PolicyCheckpoint, folder: Path, answer: str) -> PolicyCheckpoint:
+    lessons = [demonstration(str(n), question, answer) for n, question in enumerate(QUESTIONS)]
+    given, policy = records_artifact(folder / "given", demonstrations=lessons), policy_artifact(wide)
     out, settings = workspace(folder / "policy"), quick(learning_rate=5e-3, epochs=2)
     sft(out, policy=policy, base=policy, demonstrations=given, optimization=settings, weights=weights(rank=4))
     return PolicyCheckpoint(out.path)
@@ -195,3 +204,28 @@ def test_adapter_changes_what_is_written(wide: PolicyCheckpoint, adapted: Policy
     prompt = requests(wide)[0].prompt
     plain, merged = (shortfalls(files.load("float32"), prompt, [5, 6, 7]) for files in (wide, adapted))
     assert max(abs(a - b) for a, b in zip(plain, merged, strict=True)) > 20 * TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["tied", "own head", "adapter"])
+def test_resident_engine_writes_and_reads_what_a_fresh_one_does(
+    kind: str, wide: PolicyCheckpoint, adapted: PolicyCheckpoint, tmp_path: Path
+) -> None:
+    first, second = {
+        "tied": lambda: (wide, widened(tmp_path / "second", seed=1)),
+        "own head": lambda: [widened(tmp_path / str(n), seed=n, tie_word_embeddings=False) for n in (1, 2)],
+        "adapter": lambda: (adapted, taught(wide, tmp_path / "second", "Three, or four.")),
+    }[kind]()
+
+    def work(files: PolicyCheckpoint) -> tuple[int, Any]:
+        with engine(resident=True).load(files) as generator:
+            greedy, warm = (generator.generate(requests(files, seeds=[1, 2]), how) for how in (GREEDY, WARM))
+            group = SharedPrompt(id="", prompt=[5, 6], responses=[[7], [8, 9]], num_context_tokens=[0, 0])
+            return id(generator.workers[0]), (greedy, warm, reader_of(generator).next_token_logprobs([group], [11, 12]))
+
+    fresh, before = work(second)[1], None
+    with workers_may_stay():
+        for files in (first, second, first, second):
+            worker, made = work(files)
+            assert before in (None, worker)
+            assert (made == fresh) == (files is second)
+            before = worker

@@ -6,7 +6,9 @@ What vLLM itself writes is compared with transformers in `test_vllm.py`.
 import inspect
 import json
 import os
+import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,6 +37,7 @@ from selfalign.core.files import write_json
 from selfalign.core.records import FinishReason
 from selfalign.engines import vllm_engine
 from selfalign.engines.protocol import Request, Sampling
+from selfalign.engines.resident import workers_may_stay
 from selfalign.engines.vllm_engine import VLLM, lora_arguments, share_gpus
 from selfalign.models.batches import SharedPrompt
 from selfalign.models.checkpoint import PolicyCheckpoint
@@ -272,6 +275,150 @@ def test_stage_continues_behind_the_batch_at_which_an_engine_failed(
     assert_gone(report, 3)
 
 
+# --- resident engines --------------------------------------------------------------------------------------------
+
+
+def policy_like(policy: PolicyCheckpoint, folder: Path, adapter: int = 0, **weights: str) -> PolicyCheckpoint:
+    """A policy in another folder, with other digests, and with an adapter of this rank."""
+    shutil.copytree(policy.path, folder, symlinks=True)
+    write_json(folder / "weights.json", {**policy.weights, **weights})
+    if adapter:
+        (folder / "adapter").mkdir()
+        write_json(folder / "adapter" / "adapter_config.json", {"r": adapter})
+    return PolicyCheckpoint(folder)
+
+
+def told(report: Path) -> list[Any]:
+    """Everything that engines were told after they had started."""
+    return [json.loads(line) for line in Path(f"{report}.calls").read_text().splitlines()]
+
+
+def written(report: Path, policy: PolicyCheckpoint, **settings: Any) -> Any:
+    with engine(report, resident=True, **settings).load(policy) as generator:
+        return generator.generate(REQUESTS, WARM)
+
+
+def test_resident_engine_takes_the_next_weights_and_ends_with_the_run(
+    tiny_policy: PolicyCheckpoint, tmp_path: Path, report: Path
+) -> None:
+    after = policy_like(tiny_policy, tmp_path / "after", **{"model.safetensors": "other"})
+    groups = [SharedPrompt(id="a", prompt=[5, 6], responses=[[7]], num_context_tokens=[0])]
+    with engine(report).load(tiny_policy) as generator:
+        fresh = generator.generate(REQUESTS, WARM)
+    with workers_may_stay():
+        assert written(report, tiny_policy) == fresh
+        assert written(report, after) == fresh
+        with engine(report, resident=True).load_scorer(after, max_batch_tokens=1) as reader:
+            assert reader.next_token_logprobs(groups, [11]) == [[[logp([5, 6, 7], 11)]]]
+        assert len(reports(report)) == 2
+        assert all(map(is_running, reports(report)[1]["pids"]))
+        assert reader.counts == {"vllm_version": "0.0.0"}
+    assert_gone(report, 2)
+    renewed = [
+        ["reload_weights", {"weights_path": str(after.path / "weights")}],
+        ["apply_model", "renew_output_layer"],
+        ["reset_prefix_cache", None],
+    ]
+    wrote = ["generate", None]
+    assert told(report) == [wrote, wrote, *renewed, wrote, *renewed, wrote]
+
+
+def test_resident_engine_takes_the_next_adapter_beside_the_same_base(
+    tiny_policy: PolicyCheckpoint, tmp_path: Path, report: Path
+) -> None:
+    one, two, wider, other = (
+        policy_like(tiny_policy, tmp_path / name, rank, base=base)
+        for name, rank, base in (("one", 4, "b"), ("two", 8, "b"), ("wider", 9, "b"), ("other", 9, "c"))
+    )
+    with workers_may_stay():
+        written(report, one)
+        written(report, two)
+        assert len(reports(report)) == 1
+        assert told(report)[-2:] == [["reset_prefix_cache", None], ["generate", [2, str(two.path / "adapter")]]]
+        assert "reload_weights" not in dict(told(report))
+        for number, needs_its_own in enumerate((wider, other, tiny_policy), start=2):
+            written(report, needs_its_own)
+            assert len(reports(report)) == number
+    assert_gone(report, 4)
+
+
+def test_resident_engine_is_not_taken_for_another_shape_or_with_other_settings(
+    tiny_policy: PolicyCheckpoint, tmp_path: Path, report: Path
+) -> None:
+    other = policy_like(tiny_policy, tmp_path / "other", **{"config.json": "other"})
+    with workers_may_stay():
+        written(report, tiny_policy)
+        written(report, other)
+        assert not any(map(is_running, reports(report)[0]["pids"]))
+        written(report, other, replicas=2)
+        assert len(reports(report)) == 4
+        written(report, other, replicas=2)
+        assert len(reports(report)) == 4
+    assert_gone(report, 4)
+
+
+def test_resident_engine_leaves_the_gpu_between_stages(
+    tiny_policy: PolicyCheckpoint, tmp_path: Path, report: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapted = policy_like(tiny_policy, tmp_path / "adapted", 8, base="b")
+    monkeypatch.setattr(vllm_engine, "share_gpus", lambda replicas, each: ["0"])
+    with workers_may_stay():
+        for policy in (tiny_policy, tiny_policy, adapted, adapted):
+            written(report, policy)
+    wrote, weights = ["generate", None], {"weights_path": str(tiny_policy.path / "weights")}
+    adapters = [["generate", [n, str(adapted.path / "adapter")]] for n in (1, 2)]
+    woken = [["wake_up", ["weights"]], ["wake_up", ["kv_cache"]], ["reset_prefix_cache", None]]
+    renewed = [woken[0], ["reload_weights", weights], *woken[1:]]
+    plain = [wrote, ["sleep", 2], *renewed, wrote, ["sleep", 2]]
+    assert told(report) == [*plain, adapters[0], ["sleep", 1], *woken, adapters[1], ["sleep", 1]]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for resident in (True, False):
+        assert engine(report, resident=resident).arguments(tiny_policy)["enable_sleep_mode"] is resident
+
+
+def test_engine_that_ended_between_two_stages_is_started_anew(
+    tiny_policy: PolicyCheckpoint, report: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with workers_may_stay():
+        before = written(report, tiny_policy)
+        os.kill(reports(report)[0]["pids"][0], signal.SIGKILL)
+        assert written(report, tiny_policy) == before
+    assert re.search(r"ended with exit code -9: .*\. Whoever needs it next starts it anew", caplog.text)
+    assert_gone(report, 2)
+
+
+def test_engine_that_cannot_take_weights_is_started_anew(
+    tiny_policy: PolicyCheckpoint, report: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with workers_may_stay():
+        before = written(report, tiny_policy, options={"blocks_in_use": True})
+        assert written(report, tiny_policy, options={"blocks_in_use": True}) == before
+    assert "vLLM did not let go of its cache of prompts" in caplog.text
+    assert_gone(report, 2)
+
+
+@pytest.mark.parametrize("error", [None, SelfalignError, KeyboardInterrupt])
+def test_busy_engine_does_not_stay(
+    tiny_policy: PolicyCheckpoint, report: Path, error: type[BaseException] | None
+) -> None:
+    """Its answer would be taken for that to the next question. A judge leaves its engine without the error."""
+    with workers_may_stay():
+        with suppress(SelfalignError, KeyboardInterrupt), engine(report, resident=True).load(tiny_policy) as generator:
+            generator.workers[0].send(
+                {"prompts": [[5]], "seeds": [[1]], "sampling": {"temperature": 1, "max_tokens": 4}}
+            )
+            if error:
+                raise error
+        assert_gone(report, 1)
+        written(report, tiny_policy)
+    assert_gone(report, 2)
+
+
+def test_no_engine_stays_outside_a_run(tiny_policy: PolicyCheckpoint, report: Path) -> None:
+    written(report, tiny_policy)
+    assert_gone(report, 1)
+
+
 # --- what an engine is started with ------------------------------------------------------------------------------
 
 
@@ -352,6 +499,11 @@ def test_whole_run_writes_and_judges_with_the_engine_and_says_so(tmp_path: Path,
     manifest = json.loads((folder / "artifacts" / "iteration_1" / "responses" / MANIFEST).read_text())
     assert manifest["inputs"]["engine"]["class"] == "VLLM"
     assert_gone(report, len(worked))
+    stayed = run(tmp_path / "resident", *overrides, "engine.resident=true")
+    assert_gone(report, len(worked) + 1)
+    again = {stage["label"]: stage for stage in json.loads((stayed / "summary.json").read_text())["stages"]}
+    for stage in summary["stages"]:
+        assert (stage["key"], stage["counts"]) == (again[stage["label"]]["key"], again[stage["label"]]["counts"])
 
 
 def test_texts_of_two_engines_are_two_artifacts_and_of_more_gpus_the_same() -> None:
@@ -404,6 +556,18 @@ SCRIPT = [
         "pass",
         test_engine_is_gone_when_the_run_is_killed,
     ),
+    (
+        "prompts of other weights",
+        "if not self._model.reset_prefix_cache()",
+        "if False",
+        test_resident_engine_takes_the_next_weights_and_ends_with_the_run,
+    ),
+    (
+        "the adapter before",
+        "self._adapters += 1",
+        "self._adapters = 1",
+        test_resident_engine_takes_the_next_adapter_beside_the_same_base,
+    ),
     ("the run's processes known", "if name in RUN or", "if", test_engine_is_no_process_of_the_run),
 ]
 
@@ -431,5 +595,6 @@ def test_mutant_of_the_script_is_caught(
     monkeypatch.setattr(vllm_engine, "WORKER", tmp_path / "broken.py")
     monkeypatch.setattr(sys.modules[__name__], "PATIENCE_SECONDS", 3)
     known = {"tiny_policy": tiny_policy, "report": report, "monkeypatch": monkeypatch, "hangs_at": -1}
+    known["tmp_path"] = tmp_path / "own"
     with pytest.raises((AssertionError, pytest.fail.Exception, SelfalignError)):
         check(**{name: known[name] for name in inspect.signature(check).parameters})

@@ -1,11 +1,11 @@
-"""Writing candidates and judging them: ours against transformers' generate() with the same weights.
+"""Writing candidates and judging them: ours against transformers' generate() and vLLM with the same weights.
 
     python experiments/speed/generation.py --prompts 8 --samples 4 --max-new-tokens 128
 
 The prompts are the shipped evaluation instructions, the settings those of a run (T=0.7, top-p 0.9), and sequences end
 where the model ends them: a token counts up to and with its sequence's stop token. Variants alternate within a round,
-and the figure of a variant is the median of its rounds; a judge's is responses judged a second. Writes a table to the
-screen and JSON to `--out`.
+and the figure of a variant is the median of its rounds; a judge's is responses judged a second. vLLM takes part if
+`--vllm-python` names an interpreter that has it. Writes a table to the screen and JSON to `--out`.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ from selfalign.core.records import FinishReason, Instruction, Response
 from selfalign.data.turns import as_prompt
 from selfalign.engines.protocol import Request, Sampling
 from selfalign.engines.transformers import Transformers, TransformersGenerator
-from selfalign.models.checkpoint import PolicyCheckpoint
+from selfalign.engines.vllm_engine import VLLM
+from selfalign.models.checkpoint import PolicyCheckpoint, resolve_dtype
 from selfalign.models.config import ModelConfig
 from selfalign.models.pretrained import fetch_pretrained
 from selfalign.models.tokenizer import decode_response, encode_prompt
@@ -43,9 +45,11 @@ Texts = list[tuple[str, int]]
 """What was written, and how many tokens that were."""
 
 RATIOS = [
-    ("sampling: ours against generate(), same batch", "ours", "engine"),
+    ("sampling: ours against generate(), same batch", "ours", "generate"),
     ("sampling: ours against generate(), one prompt at a time", "ours", "generate_single"),
+    ("sampling: ours against vLLM", "ours", "vllm"),
     ("greedy: ours against generate(), same batch", "ours_greedy", "generate_greedy"),
+    ("greedy: ours against vLLM", "ours_greedy", "vllm_greedy"),
     ("judging: expected_score against additive", "expected_score", "additive"),
 ]
 """(what, the faster, the slower): the rate of the first over that of the second."""
@@ -60,14 +64,14 @@ def now() -> float:
 
 def rows(name: str) -> list[dict[str, Any]]:
     """The shipped data of this name."""
-    return [json.loads(line) for line in (ROOT / f"selfalign/seeds/{name}.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (ROOT / f"selfalign/data/shipped/{name}.jsonl").read_text().splitlines()]
 
 
 # --- writing -------------------------------------------------------------------------------------------------------
 
 
-def ours(generator: TransformersGenerator, prompts: list[list[int]], samples: int, sampling: Sampling) -> Texts:
-    """One batch, prompt by prompt."""
+def ours(generator: Any, prompts: list[list[int]], samples: int, sampling: Sampling) -> Texts:
+    """One batch of an engine, prompt by prompt."""
     requests = [
         Request(prompt=prompt, seeds=[100 * n + sample for sample in range(samples)])
         for n, prompt in enumerate(prompts)
@@ -98,7 +102,7 @@ def generate(generator: TransformersGenerator, prompts: list[list[int]], samples
     return texts
 
 
-def writing(job: argparse.Namespace, generator: TransformersGenerator) -> dict[str, Callable[[], Texts]]:
+def writing(job: argparse.Namespace, generator: TransformersGenerator, vllm: Any) -> dict[str, Callable[[], Texts]]:
     """{variant: one turn of it}."""
     asked = [row["instruction"] for row in rows("evaluation")[: job.prompts]]
     prompts = [encode_prompt(generator.tokenizer, as_prompt(text)) for text in asked]
@@ -107,9 +111,14 @@ def writing(job: argparse.Namespace, generator: TransformersGenerator) -> dict[s
     def one_at_a_time() -> Texts:
         return [text for prompt in prompts[: job.single] for text in generate(generator, [prompt], 1, warm)]
 
+    of_vllm = {
+        "vllm": lambda: ours(vllm, prompts, job.samples, warm),
+        "vllm_greedy": lambda: ours(vllm, prompts, job.samples, greedy),
+    }
     return {
+        **(of_vllm if vllm else {}),
         "ours": lambda: ours(generator, prompts, job.samples, warm),
-        "engine": lambda: generate(generator, prompts, job.samples, warm),
+        "generate": lambda: generate(generator, prompts, job.samples, warm),
         "generate_single": one_at_a_time,
         "ours_greedy": lambda: ours(generator, prompts, job.samples, greedy),
         "generate_greedy": lambda: generate(generator, prompts, job.samples, greedy),
@@ -209,7 +218,21 @@ def compare(job: argparse.Namespace, folder: Path) -> dict[str, Any]:
     (folder / "policy").mkdir()
     policy = fetch_pretrained(ModelConfig(path=job.model), folder / "policy")
     generator = Transformers(dtype=job.dtype, max_batch_tokens=1 << 30).load(policy)
-    writers, judges = writing(job, generator), judging(job, policy, folder)
+    with ExitStack() as stack:
+        vllm = None
+        if job.vllm_python:
+            engine = VLLM(python=job.vllm_python, dtype=job.dtype, max_model_len=1024, gpu_memory_utilization=0.3)
+            vllm = stack.enter_context(engine.load(policy))
+        return measure(job, generator, writing(job, generator, vllm), judging(job, policy, folder))
+
+
+def measure(
+    job: argparse.Namespace,
+    generator: TransformersGenerator,
+    writers: dict[str, Callable[[], Texts]],
+    judges: dict[str, Callable[[], float]],
+) -> dict[str, Any]:
+    """Each variant's turns and what came of them."""
     rates: dict[str, list[float]] = {name: [] for name in (*writers, *judges) if name in job.variants}
     greedy: dict[str, Texts] = {}
     for number in range(job.rounds):
@@ -229,10 +252,11 @@ def compare(job: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "variants": {name: {"rate": medians[name], "rounds": values} for name, values in rates.items()},
         "ratios": {what: medians[a] / medians[b] for what, a, b in RATIOS if a in medians and b in medians},
     }
-    if len(greedy) == 2:
-        one, other = greedy["ours_greedy"], greedy["generate_greedy"]
-        result["greedy_texts"] = len(one)
-        result["greedy_texts_equal"] = sum(a == b for a, b in zip(one, other, strict=True))
+    if theirs := greedy.pop("generate_greedy", None):
+        result["greedy_texts"] = len(theirs)
+        result["greedy_texts_equal"] = {
+            name: sum(a == b for a, b in zip(texts, theirs, strict=True)) for name, texts in greedy.items()
+        }
     return result
 
 
@@ -253,18 +277,19 @@ def show(result: dict[str, Any]) -> None:
     print("\n| ratio | |\n|---|---|")
     for name, value in result["ratios"].items():
         print(f"| {name} | {value:.2f} × |")
-    if "greedy_texts" in result:
-        print(f"\ngreedy texts equal to generate()'s: {result['greedy_texts_equal']} of {result['greedy_texts']}")
+    for name, equal in result.get("greedy_texts_equal", {}).items():
+        print(f"\ngreedy texts of `{name}` equal to generate()'s: {equal} of {result['greedy_texts']}")
 
 
 def main() -> None:
     """Parses the command line."""
-    writers = ["ours", "engine", "generate_single", "ours_greedy", "generate_greedy"]
+    writers = ["ours", "generate", "generate_single", "vllm", "ours_greedy", "generate_greedy", "vllm_greedy"]
     judges = ["expected_score", "expected_score_justified", "additive", "multiple_choice", "pairwise", "implicit"]
     variants = [*writers, *judges]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="packaged:smollm2-135m-instruct", help="as model.path of a run")
     parser.add_argument("--dtype", default="auto", help="as engine.dtype of a run")
+    parser.add_argument("--vllm-python", default="", help="as engine.python of a run")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--samples", type=int, default=4, help="completions of each prompt")
     parser.add_argument("--single", type=int, default=2, help="prompts that are also written one at a time")
@@ -275,7 +300,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=variants, default=variants)
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     job = parser.parse_args()
-    job.dtype = Transformers(dtype=job.dtype).dtype
+    job.dtype = resolve_dtype(job.dtype, writing=True)
     with tempfile.TemporaryDirectory() as folder:
         result = compare(job, Path(folder))
     show(result)

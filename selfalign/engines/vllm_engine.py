@@ -1,7 +1,8 @@
 """engine=vllm: vLLM (Kwon et al. 2023, arXiv 2309.06180) writes and scores, in processes of its own.
 
 A stage starts them with the policy's weights and stops them when it is done, so that their memory is free before
-training. They need nothing of selfalign's Python environment, and may have their own.
+training; with `resident` they stay for the next stage and take its policy's weights. They need nothing of selfalign's
+Python environment, and may have their own.
 """
 
 import os
@@ -17,7 +18,8 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.files import read_json
 from selfalign.core.records import FinishReason
 from selfalign.engines.protocol import Completion, Request, Sampling, check_dtype
-from selfalign.engines.worker_process import SHUTDOWN_TIMEOUT, Worker, stop
+from selfalign.engines.resident import ResidentWorkers, resident_workers
+from selfalign.engines.worker_process import SHUTDOWN_TIMEOUT, Worker, ask_each, stop
 from selfalign.models.batches import SharedPrompt
 from selfalign.models.checkpoint import UNBOUNDED, PolicyCheckpoint, release_memory, resolve_dtype
 from selfalign.models.quantization import check_engine
@@ -55,6 +57,8 @@ class VLLM:
         max_model_len: the longest sequence in tokens, prompt and response together; 0 takes the model's own.
         max_concurrent_completions: the most completions that are requested at once; vLLM chooses how many of them it
             writes in parallel. A kill loses at most these.
+        resident: whether the processes stay until the end of the run and take the weights of the next policy, which
+            saves their start in each stage. Between stages they leave the GPUs' memory; on a CPU they keep theirs.
         options: other arguments of vllm.LLM, such as enforce_eager or kv_cache_dtype.
     """
 
@@ -65,6 +69,7 @@ class VLLM:
     gpu_memory_utilization: float = field(default=0.9, metadata={"keyed": False})
     max_model_len: int = 0
     max_concurrent_completions: int = 1024
+    resident: bool = field(default=False, metadata={"keyed": False})
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -104,7 +109,7 @@ class VLLM:
             "enable_prefix_caching": True,
             **(lora_arguments(adapter) if (adapter := policy.path / "adapter").exists() else {}),
             "generation_config": "vllm",  # Else the checkpoint's generation_config.json would add penalties of its own.
-            **({} if torch.cuda.is_available() else whole),
+            **({"enable_sleep_mode": self.resident} if torch.cuda.is_available() else whole),
             **self.options,
         }
 
@@ -123,54 +128,81 @@ class VLLMWorkers:
     max_concurrent_completions: int
     silent: list[int]
     workers: list[Worker]
+    started_with: dict[str, Any]
+    rests_in: ResidentWorkers | None
     counts: dict[str, Any]
 
     @classmethod
     def start(cls, config: VLLM, policy: PolicyCheckpoint) -> Self:
-        """Start an engine for each replica, and return when all have loaded the weights.
+        """Start an engine for each replica, or give the weights to resident ones. Return when all have loaded them.
 
         Raises:
             SelfalignError: there are too few GPUs, or vLLM cannot run the model.
         """
-        gpus = share_gpus(config.replicas, config.tensor_parallel_size)
-        adapter = policy.path / "adapter"
-        settings = {"adapter": str(adapter) if adapter.exists() else "", "arguments": config.arguments(policy)}
+        arguments, gpus = config.arguments(policy), share_gpus(config.replicas, config.tensor_parallel_size)
+        folder = policy.path / "adapter"
+        adapter = str(folder) if folder.exists() else ""
+        started_with = {
+            "command": [config.python or sys.executable, "-P", str(WORKER)],
+            "gpus": gpus,
+            "arguments": {name: value for name, value in arguments.items() if name != "model"},
+            "shape": policy.weights["base"] if adapter else policy.weights.get("config.json", policy.digest),
+        }
+        tokenizer, context = policy.load_tokenizer(), config.context(policy)
         release_memory()
-        command = [config.python or sys.executable, "-P", str(WORKER)]
-        workers: list[Worker] = []
-        try:
-            for own in gpus:
-                workers.append(Worker("the engine of engine=vllm", command))
-                workers[-1].send({"gpus": own, **settings})
-            versions = [worker.receive()["version"] for worker in workers]
-        except BaseException:
-            stop(workers, 0)
-            raise
-        tokenizer = policy.load_tokenizer()
+        resident = resident_workers() if config.resident else None
+        workers, answers = list[Worker](), list[Any]()
+        if resident:
+            workers, answers = resident.take(started_with, {"weights": arguments["model"], "adapter": adapter})
+        if not workers:
+            settings = [{"gpus": own, "adapter": adapter, "arguments": arguments} for own in gpus]
+            workers, answers = start_workers(started_with["command"], settings)
         return cls(
             tokenizer=tokenizer,
             digest=policy.digest,
-            context=config.context(policy),
+            context=context,
             max_concurrent_completions=config.max_concurrent_completions,
             silent=silent_ids(tokenizer, policy.config.vocab_size),
             workers=workers,
-            counts={"vllm_version": versions[0]},
+            started_with=started_with,
+            rests_in=resident,
+            counts={"vllm_version": answers[0]["version"]},
         )
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        stop(self.workers, SHUTDOWN_TIMEOUT if kind is None else 0)
+        if self.rests_in and kind is None:
+            self.rests_in.keep(self.workers, self.started_with, {"rest": True})
+        else:
+            stop(self.workers, SHUTDOWN_TIMEOUT if kind is None else 0)
 
     def ask(self, requests: Sequence[Request], sampling: dict[str, Any], answer: str) -> list[list[Any]]:
         """Return the engines' answers for every completion of each request. Requests are dealt out among them."""
         shares = [requests[first :: len(self.workers)] for first in range(len(self.workers))]
-        for worker, share in zip(self.workers, shares, strict=True):
-            prompts, seeds = [request.prompt for request in share], [request.seeds for request in share]
-            worker.send({"prompts": prompts, "seeds": seeds, "sampling": sampling})
-        answers = [iter(worker.receive()[answer]) for worker in self.workers]
+        questions = [
+            {"prompts": [one.prompt for one in share], "seeds": [one.seeds for one in share], "sampling": sampling}
+            for share in shares
+        ]
+        answers = [iter(answered[answer]) for answered in ask_each(self.workers, questions)]
         return [[next(answers[index % len(answers)]) for _ in request.seeds] for index, request in enumerate(requests)]
+
+
+def start_workers(command: Sequence[str], settings: Sequence[Any]) -> tuple[list[Worker], list[Any]]:
+    """Return an engine for each of the settings, with its answer to them.
+
+    Raises:
+        SelfalignError: one cannot start.
+    """
+    workers: list[Worker] = []
+    try:
+        for _ in settings:
+            workers.append(Worker("the engine of engine=vllm", command))
+        return workers, ask_each(workers, settings)
+    except BaseException:
+        stop(workers, 0)
+        raise
 
 
 @dataclass(slots=True)

@@ -2,8 +2,13 @@
 
 Run as a script; it imports nothing of selfalign, and vLLM with all that belongs to it only once its pipes are safe.
 The first line it reads is {"gpus", "adapter": its folder, or "", "arguments": of vllm.LLM}, answered with {"version"}
-when the model is loaded. Every other one is {"prompts": token ids, "seeds": one for each completion of each prompt,
-"sampling"}, answered with {"ids": of each completion, "logps": of the tokens that `logprob_token_ids` names, if any}.
+when the model is loaded. Every other one is one of
+
+- {"prompts": token ids, "seeds": one for each completion of each prompt, "sampling"}, answered with {"ids": of each
+  completion, "logps": of the tokens that `logprob_token_ids` names, if any};
+- {"rest": true}: free the GPUs' memory, answered with {};
+- {"weights": folder, "adapter": its folder, or ""}: go on with another policy of the same shape, answered with
+  {"version"}.
 """
 
 import atexit
@@ -43,7 +48,7 @@ def answer_all(questions: "SimpleQueue[str]", outgoing: IO[str]) -> None:
         outgoing.flush()
         if not (question := questions.get()):
             return
-        answer = engine.answer(**json.loads(question))
+        answer = engine.answer(json.loads(question))
 
 
 def take_pipes() -> tuple[IO[str], IO[str]]:
@@ -105,14 +110,53 @@ class VLLMEngine:
 
         self.version: str = vllm.__version__
         self._sampling = vllm.SamplingParams
-        self._adapter = None
-        if adapter := settings["adapter"]:
-            from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
-
-            self._adapter = LoRARequest("policy", 1, adapter)
+        self._on_cpu = not settings["gpus"]
+        self._adapters = 0
+        self._set_adapter(settings["adapter"])
         self._model = vllm.LLM(**settings["arguments"])
 
-    def answer(self, prompts: list[list[int]], seeds: list[list[int]], sampling: dict[str, Any]) -> dict[str, Any]:
+    def answer(self, question: dict[str, Any]) -> dict[str, Any]:
+        """Do what the question says."""
+        if "rest" in question:
+            return self.rest()
+        if "weights" in question:
+            return self.renew(**question)
+        return self.write(**question)
+
+    def rest(self) -> dict[str, Any]:
+        """Free the GPUs' memory. A base with an adapter waits in main memory, other weights are read anew.
+
+        On a CPU vLLM cannot, and keeps what it has.
+        """
+        if not self._on_cpu:
+            self._model.sleep(level=1 if self._adapter else 2)
+        return {}
+
+    def renew(self, weights: str, adapter: str) -> dict[str, Any]:
+        """Take the weights, or beside the same base the adapter, of another policy. Nothing of the last one is left."""
+        if not self._on_cpu:
+            self._model.wake_up(tags=["weights"])
+        if not adapter:
+            self._model.collective_rpc("reload_weights", kwargs={"weights_path": weights})
+        if not adapter and self._on_cpu:
+            self._model.apply_model(renew_output_layer)
+        if not self._on_cpu:
+            self._model.wake_up(tags=["kv_cache"])
+        self._set_adapter(adapter)
+        if not self._model.reset_prefix_cache():
+            raise RuntimeError("vLLM did not let go of its cache of prompts, which other weights have computed")
+        return {"version": self.version}
+
+    def _set_adapter(self, adapter: str) -> None:
+        """Write with an adapter from now on. Its number is new, or vLLM would go on with the one of that number."""
+        self._adapter = None
+        if adapter:
+            from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
+
+            self._adapters += 1
+            self._adapter = LoRARequest(f"policy {self._adapters}", self._adapters, adapter)
+
+    def write(self, prompts: list[list[int]], seeds: list[list[int]], sampling: dict[str, Any]) -> dict[str, Any]:
         """Write a completion for every seed of every prompt."""
         # JSON makes texts of numbers that are keys.
         sampling["logit_bias"] = {int(token): bias for token, bias in sampling.get("logit_bias", {}).items()} or None
@@ -127,6 +171,20 @@ class VLLMEngine:
             "ids": [list(completion.token_ids) for completion in completions],
             "logps": [[c.logprobs[0][token].logprob for token in alternatives] for c in completions],
         }
+
+
+def renew_output_layer(model: Any) -> None:
+    """Make anew what the output layer multiplies by.
+
+    On a CPU that is a copy in another order. vLLM 0.32 leaves the old one where the layer is the embedding.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import (  # pyright: ignore[reportMissingImports]
+        ParallelLMHead,
+    )
+
+    for layer in model.modules():
+        if isinstance(layer, ParallelLMHead):
+            layer.quant_method.process_weights_after_loading(layer)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A worker program of a stage: started, asked over pipes, and gone when the stage is done.
+"""A worker program of a stage: started, asked over pipes, and gone when it is stopped.
 
 It reads a line of JSON for each question from its standard input, and answers each with a line on its standard output.
 Its log goes to its standard error. It has to end when its input ends, so that none is left behind, however this process
@@ -35,6 +35,7 @@ class Worker:
 
     def __init__(self, name: str, command: Sequence[str]) -> None:
         self._name = name
+        self._unanswered = 0
         self._messages = cast(IO[bytes], TemporaryFile())  # noqa: SIM115 - closed by `stop`
         try:
             self._process = subprocess.Popen(
@@ -58,6 +59,7 @@ class Worker:
             stream = cast(IO[bytes], self._process.stdin)
             stream.write(json.dumps(question).encode() + b"\n")
             stream.flush()
+            self._unanswered += 1
         except BrokenPipeError as error:
             raise self._failure() from error
 
@@ -70,10 +72,16 @@ class Worker:
         line = cast(IO[bytes], self._process.stdout).readline()
         if not line.endswith(b"\n"):
             raise self._failure()
+        self._unanswered -= 1
         try:
             return json.loads(line)
         except ValueError as error:
             raise SelfalignError(f"{self._name} sent a line that is not JSON: {line[:200]!r}") from error
+
+    @property
+    def idle(self) -> bool:
+        """Whether it has answered everything it was asked."""
+        return not self._unanswered
 
     def close_stdin(self) -> None:
         """Close the worker's input, which tells it to end."""
@@ -100,6 +108,17 @@ class Worker:
         start = max((number for number, line in enumerate(lines) if RAISED.match(line)), default=-1)
         last = " ".join(" ".join(lines[start:]).split())[:500] or "it said nothing"
         return SelfalignError(f"{self._name} ended with exit code {code}: {last}")
+
+
+def ask_each(workers: Sequence[Worker], questions: Sequence[Any]) -> list[Any]:
+    """Return the answers of workers that work at the same time, each to a question of its own.
+
+    Raises:
+        SelfalignError: one has ended.
+    """
+    for worker, question in zip(workers, questions, strict=True):
+        worker.send(question)
+    return [worker.receive() for worker in workers]
 
 
 def stop(workers: Sequence[Worker], seconds: float) -> None:

@@ -15,6 +15,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.failures import at_the_end
 from selfalign.core.files import digest_json
 from selfalign.data.mixtures import identify_source, parts_of
+from selfalign.engines.resident import workers_may_stay
 from selfalign.launch.experiment import conclude, log_file, read_own, tell_resolved, warn_of_settings
 from selfalign.launch.sweep import JOBS, Sweep
 from selfalign.losses.protocol import Loss
@@ -161,7 +162,8 @@ def evaluate_models(sources: list[str], overrides: list[str], conf: Path, config
     ledger = open_ledger(folder, log_tables)
     runner = Runner(Store(output / "store"), ledger=ledger)
     if ledger is None:
-        _measure(config, runner, sources, runs, trained, asked, {})
+        with workers_may_stay():
+            _measure(config, runner, sources, runs, trained, asked, {})
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / ".lock", f"this evaluation is already running in {folder}"):
@@ -173,7 +175,7 @@ def evaluate_models(sources: list[str], overrides: list[str], conf: Path, config
             for run in every[:1]:
                 _tell_changed_data(run, config)
             tell_resolved(folder, config)
-            with at_the_end(partial(write_provenance, ledger, config.seed)):
+            with at_the_end(partial(write_provenance, ledger, config.seed)), workers_may_stay():
                 names = _measure(config, runner, sources, runs, trained, asked, ledger.artifacts)
             for label, made in ledger.artifacts.items():
                 ledger.link(label, made.path)  # Of the models too, which were made elsewhere.

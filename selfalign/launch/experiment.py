@@ -14,6 +14,7 @@ from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.failures import at_the_end, naming
 from selfalign.core.files import read_json, write_json
+from selfalign.engines.resident import workers_may_stay
 from selfalign.launch.preflight import preflight
 from selfalign.launch.push_to_hub import check_login, publish
 from selfalign.losses.protocol import Loss
@@ -86,7 +87,8 @@ def _run(
         on_start()
         if ledger is None:
             preflight(config, stored.found)
-            run_pipeline(config, runner)
+            with workers_may_stay():
+                run_pipeline(config, runner)
             return folder, None
         open_folder(folder, config_yaml, anew=reported_keys(folder) not in ({}, stored.found))
         with log_file(folder / "run.log"), ExitStack() as tracked:
@@ -96,7 +98,7 @@ def _run(
             ledger.tracker = tracked.enter_context(config.tracker.open(folder, plain))
             print(plan_text(plan(config), stored), flush=True)
             settle_imports()
-            with at_the_end(partial(write_provenance, ledger, config.seed)):
+            with at_the_end(partial(write_provenance, ledger, config.seed)), workers_may_stay():
                 run_pipeline(config, runner)
             conclude(ledger, config, plain, models_of(ledger.artifacts), (write_report, write_card))
         if config.hub.push:

@@ -8,7 +8,7 @@ are loaded. An empty file `trusted` is there if the user allowed code that comes
 import gc
 import logging
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -16,7 +16,7 @@ import torch
 
 from selfalign.core.errors import SelfalignError, reason_of
 from selfalign.core.failures import is_out_of_memory
-from selfalign.core.files import digest_file, digest_json, read_json, write_json
+from selfalign.core.files import digest_file, digest_folder, digest_json, read_json, write_json
 from selfalign.models.capabilities import Capabilities
 from selfalign.models.config import DTYPES
 from selfalign.models.quantization import keep_layers_differentiable, quantise_on_load
@@ -168,8 +168,9 @@ class PolicyCheckpoint:
         return (self.path / TRUSTED).exists()
 
     def load_tokenizer(self) -> "Tokenizer":
-        """Load the tokenizer, with the chat template of the run."""
-        return open_tokenizer(self.path / "tokenizer")
+        """Return the tokenizer, with the chat template of the run. Policies with the same files share it."""
+        folder = self.path / "tokenizer"
+        return shared_tokenizer(TokenizerFiles(digest_json(digest_folder(folder)), folder))
 
     def load(self, dtype: str, *, device: str = "", trainable: bool = False, keep_adapter: bool = False) -> Policy:
         """Load the policy.
@@ -350,6 +351,20 @@ def open_tokenizer(folder: Path, trust_remote_code: bool = False) -> "Tokenizer"
     return AutoTokenizer.from_pretrained(
         folder, trust_remote_code=trust_remote_code, local_files_only=True, mistral_format=False
     )
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFiles:
+    """A tokenizer's folder. Two with the same files are equal."""
+
+    digest: str
+    path: Path = field(compare=False)
+
+
+@lru_cache(maxsize=1)
+def shared_tokenizer(folder: TokenizerFiles) -> "Tokenizer":
+    """Load a tokenizer, which takes longer than a small model does, once for all models of a run."""
+    return open_tokenizer(folder.path)
 
 
 def _settle_adapter_config(path: Path) -> None:

@@ -1,8 +1,8 @@
 """In the place of vLLM where that is not installed: what selfalign's worker script uses of it, without a model.
 
 A completion depends on its prompt, its seed and the sampling alone. Options of LLM that vLLM does not have make it
-fail: `report`, a file that gets what it was started with; `fails_at`, the question at which it does, 0 for the start;
-`hangs_at`, the same for one that it never answers.
+fail: `report`, a file that gets what it was started with, beside one with the suffix .calls that gets what else it was
+told; `fails_at`, the question at which it does, 0 for the start; `hangs_at`, the same for one that it never answers.
 """
 
 import json
@@ -11,7 +11,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,6 +37,7 @@ class SamplingParams:
 
 class LLM:
     def __init__(self, *, report: str = "", fails_at: int = -1, hangs_at: int = -1, **arguments: Any) -> None:
+        self.report, self.blocks_in_use = report, arguments.pop("blocks_in_use", False)
         self.fails_at, self.hangs_at, self.questions = fails_at, hangs_at, 0
         print("what vLLM prints does not disturb what is answered", flush=True)
         # As vLLM does for the parts of a model; it must go, too.
@@ -52,7 +53,29 @@ class LLM:
     ) -> list[SimpleNamespace]:
         self.questions += 1
         self._stumble()
+        self._tell("generate", lora_request and [lora_request.lora_int_id, lora_request.lora_path])
         return [self._write(prompt["prompt_token_ids"], how) for prompt, how in zip(prompts, sampling, strict=True)]
+
+    def sleep(self, level: int) -> None:
+        self._tell("sleep", level)
+
+    def wake_up(self, tags: list[str]) -> None:
+        self._tell("wake_up", tags)
+
+    def collective_rpc(self, method: str, kwargs: dict[str, Any]) -> None:
+        self._tell(method, kwargs)
+
+    def apply_model(self, function: Callable[[Any], None]) -> None:
+        self._tell("apply_model", function.__name__)
+
+    def reset_prefix_cache(self) -> bool:
+        self._tell("reset_prefix_cache", None)
+        return not self.blocks_in_use
+
+    def _tell(self, called: str, with_what: Any) -> None:
+        if self.report:
+            with Path(f"{self.report}.calls").open("a", encoding="utf-8") as file:
+                file.write(json.dumps([called, with_what]) + "\n")
 
     def _write(self, prompt: list[int], how: SamplingParams) -> SimpleNamespace:
         never = {token for token, bias in (how.logit_bias or {}).items() if bias < -1e6}
