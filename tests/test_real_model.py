@@ -39,13 +39,13 @@ OVERRIDES = [
     "iterations=1",
     "tracker=none",
     "train.sft.epochs=1",
-    "data.seed_data.max_demonstrations=4",
+    "data.seed_data.max_demonstrations=2",
     "data.seed_data.held_out_share=0.5",
     "data.instruct.count=3",
-    "data.instruct.prompts_per_batch=6",
-    "data.instruct.sampling.max_new_tokens=40",
+    "data.instruct.prompts_per_batch=4",
+    "data.instruct.sampling.max_new_tokens=32",
     "data.respond.candidates=3",
-    "data.respond.sampling.max_new_tokens=20",
+    "data.respond.sampling.max_new_tokens=12",
     "evaluate.count=2",
     "evaluate.sampling.max_new_tokens=12",
 ]
@@ -55,8 +55,9 @@ OVERRIDES = [
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run."""
     folder = tmp_path_factory.mktemp("real")
-    ranked = (SHIPPED / "ranked.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:6]
-    (folder / "ranked.jsonl").write_text("".join(ranked), encoding="utf-8")
+    ranked = [json.loads(line) for line in (SHIPPED / "ranked.jsonl").read_text(encoding="utf-8").splitlines()[:6]]
+    shorter = [json.dumps({**row, "responses": row["responses"][:2]}) for row in ranked]
+    (folder / "ranked.jsonl").write_text("\n".join(shorter), encoding="utf-8")
     register()
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         overrides = [*OVERRIDES, f"output_dir={folder}/outputs", f"data.seed_data.ranked={folder}/ranked.jsonl"]
