@@ -24,6 +24,7 @@ from selfalign.data.turns import as_text
 from selfalign.launch.evaluate import evaluate_models
 from selfalign.launch.sweep import Sweep
 from selfalign.runs.sweep_jobs import JobState
+from selfalign.runs.tracker import tracked_id
 
 
 @pytest.fixture(scope="module")
@@ -266,11 +267,13 @@ def test_questions_that_a_measured_run_was_taught_are_not_held_out(
 def test_data_that_changed_since_a_run_are_named(finished: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = finished.parents[1] / "data/asked.jsonl"
     before = source.read_text(encoding="utf-8")
+    names = [tracked_id(evaluate_models([str(finished)], [], conf_folder())) for _ in range(2)]
     try:
         source.write_text(f'{before}{{"instruction": "What is a moon?"}}\n', encoding="utf-8")
         folder = evaluate_models([str(finished)], [], conf_folder())
     finally:
         source.write_text(before, encoding="utf-8")
+    assert names[0] == names[1] != tracked_id(folder)
     assert f"evaluate.instructions={source} holds other data than when {finished.name} was made" in caplog.text
     assert {row["eval/answers"] for row in models(folder).values()} == {4}
 

@@ -447,6 +447,27 @@ def test_job_is_finished_when_all_that_was_asked_for_is_done(
     assert sum("</b> has the lowest " in page for page in pages) == 1
 
 
+def test_run_that_goes_on_with_other_data_than_it_stopped_on_is_tracked_anew(
+    call: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = [*GIVEN, write_pairs(tmp_path / "pairs.jsonl"), "output_dir=out"]
+
+    def broken(*arguments: Any, **inputs: Any) -> None:
+        raise SelfalignError("not today")
+
+    names: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr("selfalign.stages.align.train", broken)
+        for answer in ("One.", "One.", "Another.", "Another."):
+            write_pairs(tmp_path / "pairs.jsonl", chosen=answer)
+            assert call(*told).code == 1
+            (folder,) = tmp_path.glob("out/smoke-*")
+            names.append(tracked_id(folder))
+    assert names[0] == names[1] != names[2] == names[3]
+    assert call(*told).code == 0
+    assert tracked_id(folder) == names[3]
+
+
 def test_run_that_fails_on_other_data_shows_nothing_of_the_old(
     call: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

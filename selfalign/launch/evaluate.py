@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
@@ -32,7 +33,7 @@ from selfalign.runs.labels import BASELINE, Kind, Label
 from selfalign.runs.ledger import open_ledger
 from selfalign.runs.provenance import write_provenance
 from selfalign.runs.reader import Finished, check_artifacts
-from selfalign.runs.runner import Runner, StageRunner
+from selfalign.runs.runner import CacheLookup, NotMadeYet, Runner, StageRunner
 from selfalign.runs.summary import models_of
 from selfalign.runs.sweep_jobs import JobState, varying_overrides
 from selfalign.store.artifacts import Artifact, Store, locked, open_artifact
@@ -167,7 +168,10 @@ def evaluate_models(sources: list[str], overrides: list[str], conf: Path, config
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / ".lock", f"this evaluation is already running in {folder}"):
-        open_folder(folder, text)
+        look = CacheLookup(runner.store)
+        with suppress(NotMadeYet, SelfalignError, OSError):
+            _measure(config, look, sources, runs, trained, asked, {})
+        open_folder(folder, text, look.asked)
         with log_file(folder / "run.log"), config.tracker.open(folder, plain) as ledger.tracker:
             warn_of_settings(config, {"overrides": overrides})
             _tell_differences(every)

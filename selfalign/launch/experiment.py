@@ -90,7 +90,7 @@ def _run(
             with workers_may_stay():
                 run_pipeline(config, runner)
             return folder, None
-        open_folder(folder, config_yaml, anew=reported_keys(folder) not in ({}, stored.found))
+        open_folder(folder, config_yaml, stored.asked)
         with log_file(folder / "run.log"), ExitStack() as tracked:
             warn_of_settings(config, plain)
             tell_resolved(folder, config)

@@ -1,12 +1,15 @@
 """The run folder: its name, which follows from the settings, and its preparation."""
 
 import re
+import shutil
+from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import digest_json, write_atomically
+from selfalign.runs.labels import Label
 from selfalign.runs.tracker import forget_tracked
 from selfalign.store.key import to_key_json
 
@@ -35,17 +38,21 @@ def check_name(name: str) -> None:
         raise SelfalignError(f"name must be 1 to 80 letters, digits, '.', '_' or '-', got {name!r}")
 
 
-def open_folder(folder: Path, config_yaml: str, *, anew: bool = False) -> None:
+def open_folder(folder: Path, config_yaml: str, keys: Mapping[Label, str] | None = None) -> None:
     """Prepare a run folder: write the resolved configuration and empty metrics, which are filled from the artifacts.
+
+    If the folder links an artifact of another key, the data have changed since it was last open. Then links, summary,
+    report and model card of the old data are removed, and the tracker starts a new run.
 
     Args:
         folder: the run folder; it is made if it is missing.
         config_yaml: the resolved configuration.
-        anew: whether the run's data have changed. Then summary, report and model card of the old data are removed,
-            and the tracker starts a new run.
+        keys: {label: key} of the run's artifacts, as far as they are known.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if anew:
+    links = {label.link_in(folder): key for label, key in (keys or {}).items()}
+    if any(link.is_symlink() and link.readlink().name != key for link, key in links.items()):
+        shutil.rmtree(folder / "artifacts")
         for page in ("summary.json", "report.html", "model_card.md"):
             (folder / page).unlink(missing_ok=True)
         forget_tracked(folder)

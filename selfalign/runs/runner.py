@@ -74,11 +74,13 @@ class CacheLookup:
         store: the store.
         namespace: the namespace of the run.
         found: {label: key} of the artifacts found.
+        asked: the same, with the missing one.
     """
 
     store: Store
     namespace: str = ""
     found: dict[Label, str] = field(default_factory=dict)
+    asked: dict[Label, str] = field(default_factory=dict)
 
     def make(self, label: Label, stage: StageFunction, **inputs: Any) -> Artifact:
         """Return the artifact from the store.
@@ -86,7 +88,9 @@ class CacheLookup:
         Raises:
             NotMadeYet: the store does not have it.
         """
-        artifact = self.store.find(stage.__name__, keyed_inputs(inputs, self.namespace))
+        keyed = keyed_inputs(inputs, self.namespace)
+        self.asked[label] = self.store.path_of(stage.__name__, keyed).name
+        artifact = self.store.find(stage.__name__, keyed)
         if artifact is None:
             raise NotMadeYet(str(label))
         self.found[label] = artifact.key
