@@ -130,6 +130,10 @@ NO_EFFECT = {
         "pair.minimum_margin=3.0 would have no effect: data=pairs uses all pairs of data.path",
     ),
     "length control of given pairs": (f"{GIVEN_PAIRS} pair.length_control=0.1", "pair.length_control=0.1 would"),
+    "a shuffle among steps of one pair": (
+        f"{SMOKE} loss=sr_dpo loss.refinement.source=shuffled train.align.batch_size=1",
+        "loss.refinement.source=shuffled would have no effect with train.align.batch_size=1",
+    ),
     "another rule for given pairs": (f"{GIVEN_PAIRS} pair=all_ordered", "pair (AllOrdered) would have no effect"),
     "a score for given positives": (
         f"{GIVEN_PAIRS} loss=positives pair=positives pair.minimum_score=4.5",

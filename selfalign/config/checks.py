@@ -157,6 +157,12 @@ def check_effects(config: ExperimentConfig) -> None:
             f"train.align.loss_reduction={train.align.loss_reduction} would have no effect: the loss of an alignment "
             "is averaged over its pairs. Set train.sft.loss_reduction, or leave it out"
         )
+    refinement = refinement_of(config.loss)
+    if refinement is not None and refinement.source == "shuffled" and train.align.batch_size == 1:
+        raise SelfalignError(
+            "loss.refinement.source=shuffled would have no effect with train.align.batch_size=1: pairs take the Δ of "
+            "others of their step. Raise train.align.batch_size; train.align.microbatch_tokens limits memory"
+        )
     if not config.loss.pairwise:
         unused = {
             "train.validation_pairs": (train.validation_pairs, 0),

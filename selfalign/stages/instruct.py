@@ -57,8 +57,8 @@ class InstructConfig:
         max_rouge_l: an instruction is dropped if its ROUGE-L F1 to a seed, kept or held-out instruction reaches this.
         min_words: shorter instructions are dropped.
         max_words: longer instructions are dropped.
-        keywords: instructions with one of these words, or its plural, are dropped, because they ask for what a
-            language model cannot see or make.
+        keywords: instructions with one of these words or phrases, or its plural, are dropped, because they ask for what
+            a language model cannot see or make. Capitals and punctuation do not count.
         max_batches: the run stops with an error if this many batches gave too few instructions. 0 allows
             `PROMPTS_EACH` prompts for each instruction of `count`, and at least `LEAST_BATCHES` batches.
         prompt: the text before the few-shot examples; our own wording.
@@ -88,6 +88,8 @@ class InstructConfig:
                 "is thought before it; set it to 0"
             )
         check_template(self.prompt, "data.instruct.prompt", ())
+        if wordless := [keyword for keyword in self.keywords if not words_of(keyword)]:
+            raise SelfalignError(f"data.instruct.keywords: {wordless[0]!r} has no word, so no instruction has it")
         if self.fixed_writer and "/" not in self.model and self.model not in BUILDERS:
             raise SelfalignError(
                 f"data.instruct.model must be {', '.join(OWN_WRITERS)}, a model's folder (./NAME), a hub id "
@@ -149,6 +151,7 @@ class Pool:
     kept: list[str] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
     highest: list[float] = field(default_factory=list)
+    _keywords: list[str] = field(init=False)
     _language: Language = field(init=False)
     _known: RougeIndex = field(init=False)
     _known_seeds: RougeIndex = field(init=False)
@@ -156,6 +159,7 @@ class Pool:
     _known_held_out_whole: RougeIndex = field(init=False)
 
     def __post_init__(self) -> None:
+        self._keywords = [" ".join(words_of(keyword)) for keyword in self.config.keywords]
         self._language = Language.of(self.seeds)
         self._known = RougeIndex.of(self.seeds + self.earlier)
         self._known_seeds = RougeIndex.of(self.seeds)
@@ -206,7 +210,8 @@ class Pool:
             return "too_short"
         if len(words) > self.config.max_words:
             return "too_long"
-        if any({word, word.removesuffix("s")} & set(self.config.keywords) for word in words):
+        said = f" {' '.join(words)} "
+        if any(f" {keyword}{plural} " in said for keyword in self._keywords for plural in ("", "s")):
             return "keyword"
         return "language" if self._language.differs(text) else None
 

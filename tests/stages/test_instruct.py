@@ -139,6 +139,23 @@ def test_default_keywords_are_found_in_the_plural_too() -> None:
     assert {reason_of(Pool(config(), []), text) for text in texts} == {"keyword"}
 
 
+def test_keywords_may_be_phrases_in_any_case() -> None:
+    settings = config(keywords=["Python", "social media", "e-mail", "U\u0308bung", "图片", "Tip sheet"])
+    with_one = [
+        "Write a python function that adds numbers",
+        "Explain why Social Media is so popular",
+        "Write a short E-mail to your boss",
+        "Describe one \u00dcbung that helps my back",
+        "请描述这张图片里的东西",
+        "Compare the two tip sheets you know",
+    ]
+    assert {reason_of(Pool(settings, []), text) for text in with_one} == {"keyword"}
+    for text in ("Name three social rules of old media", "Name three antisocial media of our time"):
+        assert reason_of(Pool(settings, []), text) is None
+    with pytest.raises(SelfalignError, match=re.escape("data.instruct.keywords: '?!' has no word")):
+        config(keywords=["image", "?!"])
+
+
 def test_similar_begins_exactly_at_seven_tenths() -> None:
     at = "one two three four five six seven x y z"  # LCS 7: 2·7 / (10 + 10) = 0.7
     below = "one two three four five six seven w x y z"  # 2·7 / (10 + 11) = 0.667
