@@ -93,8 +93,8 @@ def _run(
         open_folder(folder, config_yaml, stored.asked)
         with log_file(folder / "run.log"), ExitStack() as tracked:
             warn_of_settings(config, plain)
-            tell_resolved(folder, config)
             preflight(config, stored.found)
+            tell_resolved(folder, config)
             ledger.tracker = tracked.enter_context(config.tracker.open(folder, plain))
             print(plan_text(plan(config), stored), flush=True)
             settle_imports()
