@@ -5,7 +5,8 @@
 # make vllm   vLLM for CPUs in an environment of its own, for engine=vllm and its tests
 PYTHON ?= python3
 BIN := .venv/bin
-# Python compiles a module when it is first imported; pip would compile all of them.
+# Python compiles a module when it is first imported, and keeps that unless told not to; pip would compile all of them.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 INSTALLED := .venv/.installed
 VLLM := .venv-vllm
