@@ -216,7 +216,7 @@ def test_model_whose_tokenizer_cannot_pad_writes_several_texts_at_a_time(mine: P
     edit_json(mine / "tokenizer_config.json", take_names)
     files = fetch_pretrained(ModelConfig(path=str(mine)), tmp_path)
     assert files.load_tokenizer().pad_token_id is None
-    assert check_model(files, "float32")["writes"] == "batches"
+    assert check_model(files, "float32")["writes"] == "tree"
 
 
 # --- quantised files ---------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import os
 import platform
 import random
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -433,6 +434,7 @@ def compare(job: argparse.Namespace) -> dict[str, Any]:
     tokens = count_tokens(rows)["real"]
     rate = matrix_rate(getattr(torch, job.dtype), job.device)
     result: dict[str, Any] = {
+        "command": shlex.join(["python", *sys.argv]),
         "machine": machine(job.device),
         "settings": {name: getattr(job, name) for name in ("shape", "dtype", "weights", "pairs", "rounds", "steps")},
         "matrix_rate": rate,

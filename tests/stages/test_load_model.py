@@ -35,7 +35,7 @@ def test_random_model_is_the_same_each_time_it_is_built(tmp_path: Path, tiny_pol
         "context": 2048,
         "checked_in": "float32",
         "scores": "packed",
-        "writes": "batches",
+        "writes": "tree",
         "dropout": True,
         "has_router_loss": False,
         "chat_template": True,
