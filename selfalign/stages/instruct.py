@@ -128,6 +128,11 @@ class InstructConfig:
         return self.model not in OWN_WRITERS
 
 
+def phrases(config: InstructConfig) -> list[str]:
+    """Return the keywords as the words of a text are compared, in small letters without punctuation."""
+    return [" ".join(words_of(keyword)) for keyword in config.keywords]
+
+
 @dataclass(slots=True)
 class Pool:
     """All known instructions. It keeps new ones that pass the filters and counts the dropped ones by reason.
@@ -159,7 +164,7 @@ class Pool:
     _known_held_out_whole: RougeIndex = field(init=False)
 
     def __post_init__(self) -> None:
-        self._keywords = [" ".join(words_of(keyword)) for keyword in self.config.keywords]
+        self._keywords = phrases(self.config)
         self._language = Language.of(self.seeds)
         self._known = RougeIndex.of(self.seeds + self.earlier)
         self._known_seeds = RougeIndex.of(self.seeds)
