@@ -726,15 +726,15 @@ def test_charts_are_over_what_varies_alone() -> None:
 
 
 def test_values_that_begin_alike_are_told_apart() -> None:
-    folder = "/home/somebody/projects/alignment/data/preferences/2026"
+    folder = "/data/somebody/projects/alignment/data/preferences/2026"
     made_up = [job(f"{v}{lam}", 0.1, lam=lam, data=f"{folder}/{v}.jsonl") for lam in (1, 2) for v in ("v1", "v2")]
     comparison = JobComparison.of(made_up, METRIC)
     assert [[job.name for job in line] for line in _lines(comparison, "lam").values()] == [
         ["v11", "v12"],
         ["v21", "v22"],
     ]
-    assert listed(comparison, "data") == "/home/somebody/p…v1.jsonl, /home/somebody/p…v2.jsonl"
-    assert comparison.description(comparison.jobs[-1]) == "lam = 2, data = /home/somebody/p…v2.jsonl"
+    assert listed(comparison, "data") == "/data/somebody/p…v1.jsonl, /data/somebody/p…v2.jsonl"
+    assert comparison.description(comparison.jobs[-1]) == "lam = 2, data = /data/somebody/p…v2.jsonl"
     assert [row["setting data"][-8:] for row in job_rows(comparison)] == ["v1.jsonl", "v2.jsonl"] * 2
 
 

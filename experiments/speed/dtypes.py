@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from peft import LoraConfig, get_peft_model
+from preference_step import SHAPES
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from selfalign.models.batches import SharedPrompt, pack
@@ -23,15 +24,7 @@ from selfalign.models.packed_attention import enable_packing
 from selfalign.runs.summary import table
 from selfalign.training.prepare import cast_frozen_layers
 
-SHAPE = LlamaConfig(
-    hidden_size=576,
-    intermediate_size=1536,
-    num_hidden_layers=30,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    vocab_size=49152,
-    tie_word_embeddings=True,
-)
+SHAPE = LlamaConfig(**SHAPES["smollm2_135m"], tie_word_embeddings=True)
 CACHED = 200
 """Tokens behind which a token is written."""
 

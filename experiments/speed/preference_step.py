@@ -9,7 +9,6 @@ TRL's variants need the extra `bench`. Writes a table to the screen and JSON to 
 
 import argparse
 import copy
-import importlib.metadata
 import json
 import math
 import os
@@ -23,7 +22,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -472,11 +470,9 @@ def machine(device: str) -> dict[str, Any]:
 
 def versions(*distributions: str) -> dict[str, str]:
     """{distribution: its version} of those that are installed."""
-    installed = {}
-    for name in distributions:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            installed[name] = importlib.metadata.version(name)
-    return installed
+    from selfalign.runs.provenance import installed_version
+
+    return {name: version for name in distributions if (version := installed_version(name))}
 
 
 def show(result: dict[str, Any]) -> None:

@@ -87,6 +87,7 @@ def _run(
         on_start()
         if ledger is None:
             preflight(config, stored.found)
+            settle_imports()
             with workers_may_stay():
                 run_pipeline(config, runner)
             return folder, None

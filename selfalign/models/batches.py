@@ -24,7 +24,7 @@ from selfalign.data.thinking import ask_to_think
 from selfalign.losses.refinement import Refinement, augment
 from selfalign.models.checkpoint import UNBOUNDED
 from selfalign.models.packed_attention import PackedLayout, is_packing
-from selfalign.models.prefix_tree import DistinctTokens, PrefixTree
+from selfalign.models.prefix_tree import DistinctTokens, PrefixTree, common_prefix
 from selfalign.models.prompt_states import PromptStates, shares_prompt_states
 from selfalign.models.tokenizer import (
     Answer,
@@ -206,8 +206,7 @@ def share_prompt(
         responses: the responses to them.
         unscored: [start, end] of tokens of each response that are read but not scored; empty if there are none.
     """
-    columns = zip(*prompts, strict=False)
-    shared = next((at for at, column in enumerate(columns) if len(set(column)) > 1), min(map(len, prompts)))
+    shared = common_prefix(min(prompts), max(prompts))  # In sorted order, those between have it too.
     tails = [[*prompt[shared:], *response] for prompt, response in zip(prompts, responses, strict=True)]
     given = [len(prompt) - shared for prompt in prompts]
     moved = [
@@ -446,14 +445,18 @@ def split_by_tokens(groups: Iterable[S], budget: int, *, packed: bool = False) -
         budget: the most tokens of a run.
         packed: whether a prefix that several share counts once.
     """
+
+    def added(group: S) -> int:
+        return known.add(group.sequences()) if packed else len(group)
+
     run: list[S] = []
     used, known = 0, DistinctTokens()
     for group in groups:
-        tokens = known.add(group.sequences()) if packed else len(group)
+        tokens = added(group)
         if run and used + tokens > budget:
             yield run
             run, used, known = [], 0, DistinctTokens()
-            tokens = known.add(group.sequences()) if packed else len(group)
+            tokens = added(group)
         run.append(group)
         used += tokens
     if run:
