@@ -29,8 +29,8 @@ from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.store.artifacts import Artifact, Counts
 from selfalign.store.journal import Journal
 
-OWN_MODELS = ("self", "sft", "base")
-"""Names of the run's own models as judges: M_t, M1 and M0."""
+OWN_MODELS = ("self", "sft", "base", "previous")
+"""Names of the run's own models as judges: M_t, M1, M0 and M_{t-1}."""
 
 
 INSTRUCTIONS_PER_CALL = CHUNK // 4
@@ -337,6 +337,8 @@ def check_scale(low: int, high: int) -> None:
 
 def check_model(model: str, key: str = "judge") -> None:
     """Check that the judge is one of the run's own models, or looks like a model source."""
+    if model == "previous" and key != "judge":
+        raise SelfalignError(f"{key}.model=previous: M_{{t-1}} judges new responses only (judge.model)")
     if model not in OWN_MODELS and not re.search("[/:~]", model) and not Path(model or "/nowhere").is_dir():
         raise SelfalignError(
             f"{key}.model must be {', '.join(OWN_MODELS)}, or a folder, hub id or packaged model as model.path takes; "

@@ -27,8 +27,10 @@ class RunModels:
         current: M_t.
         reference: the reference policy of M_t, or the model that M_t was fine-tuned from; None if it is not known,
             because M_t was trained elsewhere.
+        previous: M_{t-1}, or M0 before there is one.
         writer: a model from outside that writes instructions.
         judge: a model from outside that judges responses.
+        judge_at: {iteration: a model from outside that judges responses from it on}.
         comparator: a model from outside that compares responses head to head.
         checkpoint_judge: a model from outside that compares checkpoints of an alignment.
         pair_judge: a model from outside that scores held-out pairs.
@@ -40,8 +42,10 @@ class RunModels:
     sft: Artifact
     current: Artifact
     reference: Artifact | None
+    previous: Artifact
     writer: Artifact | None = None
     judge: Artifact | None = None
+    judge_at: dict[str, Artifact | None] = field(default_factory=dict)
     comparator: Artifact | None = None
     checkpoint_judge: Artifact | None = None
     pair_judge: Artifact | None = None
@@ -49,8 +53,8 @@ class RunModels:
     benchmark_judges: dict[str, Artifact] = field(default_factory=dict)
 
     def named(self, name: str) -> Artifact:
-        """Return the model that a setting names: "base" is M0, "sft" is M1, "self" and "previous" are M_t."""
-        return {"base": self.base, "sft": self.sft}.get(name, self.current)
+        """Return the model that a setting names: "base" is M0, "sft" is M1, "self" is M_t, "previous" is M_{t-1}."""
+        return {"base": self.base, "sft": self.sft, "previous": self.previous, "self": self.current}[name]
 
     def own_or(self, name: str | None, fixed: Artifact | None) -> Artifact | None:
         """Return the run's own model of this name, or `fixed` if the name is of no own model."""
@@ -71,6 +75,7 @@ def judges_of(config: ExperimentConfig) -> dict[str, Any]:
         "evaluate.preference_pairs.judge": evaluation.preference_pairs.judge,
         "train.checkpoint_selection.head_to_head": selection.head_to_head if selection.interval_steps else None,
     }
+    named |= {f"at.{iteration}.judge": changes.get("judge") for iteration, changes in config.at.items()}
     return {key: judge for key, judge in named.items() if judge is not None}
 
 
@@ -82,6 +87,13 @@ def fixed_judges(config: ExperimentConfig, run: StageRunner) -> dict[str, Any]:
     test, loaded = config.evaluate.preference_pairs, judges_to_load(config.benchmark)
     return {
         "judge": _fixed_judge(config, run, Label.input("judge"), config.judge, "judge"),
+        "judge_at": {
+            iteration: _fixed_judge(
+                config, run, Label.input("judge_at", iteration), changes["judge"], f"at.{iteration}.judge"
+            )
+            for iteration, changes in config.at.items()
+            if "judge" in changes
+        },
         "comparator": _fixed_judge(
             config, run, Label.input("comparator"), config.evaluate.head_to_head, "evaluate.head_to_head"
         ),
@@ -120,11 +132,13 @@ class RunJudge:
         config: the experiment.
         run: makes artifacts.
         settings: the judge.
+        at: the iteration from which on this is the judge, where it is one of `config.at`; empty for the others.
     """
 
     config: ExperimentConfig
     run: StageRunner
     settings: Judge
+    at: str = ""
 
     def judge(
         self,
@@ -162,7 +176,7 @@ class RunJudge:
         """Return the policy that judges and its reference policy; None where the judge needs none."""
         if asks_a_server(self.settings):
             return None, None
-        policy = models.own_or(model_name, models.judge)
+        policy = models.own_or(model_name, models.judge_at[self.at] if self.at else models.judge)
         if not isinstance(self.settings, ImplicitReward):
             return policy, None
         return policy, models.base if model_name == "sft" else models.reference

@@ -14,6 +14,9 @@ COMPARISON = re.compile(r"(?:(?P<benchmark>.+)_)?against_(?P<opponent>.+)")
 
 JUDGED = ("judgements", "scores", "ranked_scores")
 WRITTEN = ("instructions", "responses", "answers")
+AHEAD = "ahead_"
+"""Prefix of the parts of an iteration that a model is made from which only writes in it."""
+
 REPEATED = ("answers", "scores", "ranked_scores")
 """Parts of an evaluation whose metric names also occur in an iteration or in another part."""
 
@@ -129,12 +132,12 @@ class Label:
     @property
     def is_written(self) -> bool:
         """Whether a model of the run generates the artifact."""
-        return self.part in WRITTEN
+        return self.part.removeprefix(AHEAD).partition("_by_")[0] in WRITTEN
 
     @property
     def is_judged(self) -> bool:
         """Whether the run's judge makes the artifact."""
-        return self.part in JUDGED and self.owner != "preferences"
+        return self.part.removeprefix(AHEAD) in JUDGED and self.owner != "preferences"
 
     @property
     def opponent(self) -> str:
@@ -156,6 +159,8 @@ class Label:
         """
         if self.model_name == BASELINE:
             return f"{BASELINE}/"
+        if self.kind is Kind.ITERATION and (self.part.startswith(AHEAD) or "_by_" in self.part):
+            return f"{self.part}/"
         return f"evaluation/{self.part}/" if self.part in REPEATED or self.opponent else ""
 
 
