@@ -18,6 +18,7 @@ from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.errors import SelfalignError
 from selfalign.data.pair_rules import BestVsK, BestWorst, ByWriter, PairRule
 from selfalign.judges.comparator import PairwiseComparator
+from selfalign.judges.panel import Panel, judges_in
 from selfalign.judges.protocol import Rubric, asks_a_server, other_scale
 from selfalign.losses.protocol import refinement_of
 from selfalign.models.quantization import check_engine
@@ -110,7 +111,7 @@ def _check_judge(config: ExperimentConfig) -> None:
             "evaluate.judge=base cannot be used with judge=implicit: M0 has no reference policy. Set "
             "evaluate.judge=sft."
         )
-    _check_ends(judge)
+    _check_ends("judge", judge)
     other = config.evaluate.preference_pairs.judge
     if getattr(other, "model", "") == "previous":
         raise SelfalignError(
@@ -119,10 +120,14 @@ def _check_judge(config: ExperimentConfig) -> None:
         )
 
 
-def _check_ends(judge: Any) -> None:
-    for end in ("min_score", "max_score"):
-        if not isinstance(value := getattr(judge, end, 0), int):
-            raise SelfalignError(f"judge.{end} must be a whole number, got {value!r}")
+def _check_ends(key: str, judge: Any) -> None:
+    """Check a panel, and that scales end in whole numbers."""
+    if isinstance(judge, Panel):
+        judge.check(key)
+    for place, member in judges_in(key, judge).items():
+        for end in ("min_score", "max_score"):
+            if not isinstance(value := getattr(member, end, 0), int):
+                raise SelfalignError(f"{place}.{end} must be a whole number, got {value!r}")
 
 
 def _check_iterations(config: ExperimentConfig) -> None:
@@ -141,7 +146,7 @@ def _check_iterations(config: ExperimentConfig) -> None:
         try:
             own = config.in_iteration(int(start))
             check_components(own)
-            _check_ends(own.judge)
+            _check_ends(own.judge_setting(int(start)), own.judge)
             _check_loss_and_rule(own)
             check_effects(own)
             check_counts(own)

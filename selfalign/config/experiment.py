@@ -95,10 +95,10 @@ class ExperimentConfig:
             data = replace(data, respond=replace(data.respond, writers=list(writers)))
         return replace(self, data=data, **changes) if changes or writers else self
 
-    def judge_since(self, iteration: int) -> str:
-        """Return the key in `at` of the judge of an iteration; empty if it is `judge`."""
+    def judge_setting(self, iteration: int) -> str:
+        """Return the setting that holds the judge of an iteration."""
         starts = [start for start in self.at if int(start) <= iteration and "judge" in self.at[start]]
-        return max(starts, key=int, default="")
+        return f"at.{max(starts, key=int)}.judge" if starts else "judge"
 
     @property
     def trains_m1(self) -> bool:

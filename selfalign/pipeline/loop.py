@@ -181,8 +181,8 @@ class Method:
         judgements = None
         if isinstance(rule, PositivesOnly) or rule.needs_scores:
             label = label.sibling(f"{prefix}judgements")
-            judging = RunJudge(config, self.run, config.judge, at=config.judge_since(iteration))
-            judgements = judging.judge(label, config.judge.model, models, instructions, responses)
+            judging = RunJudge(config, self.run, config.judge, config.judge_setting(iteration))
+            judgements = judging.judge(label, None, models, instructions, responses)
         label = label.sibling(f"{prefix}pairs")
         return self.run.make(
             label,

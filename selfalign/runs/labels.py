@@ -137,7 +137,7 @@ class Label:
     @property
     def is_judged(self) -> bool:
         """Whether the run's judge makes the artifact."""
-        return self.part.removeprefix(AHEAD) in JUDGED and self.owner != "preferences"
+        return self.part.removeprefix(AHEAD).partition("_by_")[0] in JUDGED and self.owner != "preferences"
 
     @property
     def opponent(self) -> str:
@@ -159,8 +159,8 @@ class Label:
         """
         if self.model_name == BASELINE:
             return f"{BASELINE}/"
-        if self.kind is Kind.ITERATION and (self.part.startswith(AHEAD) or "_by_" in self.part):
-            return f"{self.part}/"
+        if self.part.startswith(AHEAD) or "_by_" in self.part:
+            return f"{self.part}/" if self.kind is Kind.ITERATION else f"{self.kind.value}/{self.part}/"
         return f"evaluation/{self.part}/" if self.part in REPEATED or self.opponent else ""
 
 
