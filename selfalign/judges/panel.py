@@ -10,12 +10,13 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.records import Judgement, JudgementStatus
 from selfalign.judges.protocol import (
     INSTRUCTIONS_PER_CALL,
+    NO_MODEL,
     OWN_MODELS,
     DegeneracyThresholds,
     InstructionResponse,
     JudgeContext,
     JudgeOutput,
-    asks_a_server,
+    asks_a_policy,
     by_instruction,
     check_share,
     unjudged,
@@ -46,7 +47,7 @@ class Panel:
     combine: str = "votes"
     max_failure_rate: float = 0.5
     degeneracy: DegeneracyThresholds = field(default_factory=DegeneracyThresholds)
-    model: ClassVar[str] = "self"
+    model: ClassVar[str] = NO_MODEL
     min_valid_samples: ClassVar[int] = 1
     token_setting: ClassVar[None] = None
     instructions_per_call: ClassVar[int] = INSTRUCTIONS_PER_CALL
@@ -100,9 +101,9 @@ class Panel:
             combined = self.scores(of_judges)
             opposed += disagreements(of_judges)
             judgements += [_judgement(subject, combined, of_judges) for subject in candidates]
-        means: Sums = (
-            {catalog.JUDGE_DISAGREEMENT.name: Mean(float(sum(opposed)), float(len(opposed)))} if opposed else {}
-        )
+        means: Sums = {}
+        if opposed:
+            means[catalog.JUDGE_DISAGREEMENT.name] = Mean(float(sum(opposed)), float(len(opposed)))
         context.journal.advance(len(subjects))
         return JudgeOutput(judgements=judgements, means=means)
 
@@ -181,4 +182,4 @@ def judges_in(key: str, judge: Any) -> dict[str, Any]:
 
 def model_of(judge: Any, wanted: str) -> str:
     """Return the name of the model by which a judge judges, where a model of the run is wanted: a fixed one stays."""
-    return wanted if asks_a_server(judge) or judge.model in OWN_MODELS else judge.model
+    return judge.model if asks_a_policy(judge) and judge.model not in OWN_MODELS else wanted
