@@ -212,7 +212,7 @@ class Method:
                 policy=policy,
                 instructions=self.instructions[-1],
                 engine=config.engine,
-                seed=self._seed(label if writer == "self" else own),
+                seed=self._seed(Label.iteration(iteration, "responses" + f"_by_{writer}" * (writer != "self"))),
             )
         if writers == ["self"]:
             return parts["self"]
