@@ -10,14 +10,17 @@ from selfalign.losses import logps, preference, refinement
 
 MARGIN = "(policy.chosen - reference.chosen) - (policy.rejected - reference.rejected)"
 LOGITS = "logits = beta * log_ratio_margin(policy, reference) - offset\n"
-DPO = "losses = logistic(policy, reference, self.beta, 0.0, self.label_smoothing)"
+DPO = "losses = logistic(*reduced(policy, reference, self.reduction), self.beta, 0.0, self.label_smoothing)"
 IPO = "return (h - 1 / (2 * self.beta)).square()"
 SR_DPO_OFFSET = "offset = self.lam * required(refinement).detach()\n"
-SR_DPO = "losses = logistic(policy, reference, self.beta, offset, self.label_smoothing)"
+SR_DPO = "losses = logistic(*reduced(policy, reference, self.reduction), self.beta, offset, self.label_smoothing)"
 SR_IPO_TARGET = "target = weight * required(refinement).detach() + 1 / (2 * self.beta)"
 SR_IPO = "return (h - target).square()"
-SR_DPO_DELTA = "return refinement(policy_p, reference_p, self.beta)"
-SR_IPO_DELTA = "return refinement(*reduced(policy_p, reference_p, self.reduction), self.beta)"
+DELTA_OF = "return refinement(*reduced(policy_p, reference_p, self.reduction), self.beta)\n\n"
+CALL = "    def __call__(self, policy: PairLogps, reference: PairLogps, refinement: Values | None = None) -> Values:\n"
+SR_DPO_DELTA = f"{DELTA_OF}{CALL}        offset ="
+SR_IPO_DELTA = f"{DELTA_OF}{CALL}        h ="
+SUMMED = ("*reduced(policy_p, reference_p, self.reduction)", "policy_p, reference_p")
 ODPO_OFFSET = "offset = self.alpha * required(score_gap).log()\n"
 ODPO = "return logistic(policy, reference, self.beta, offset)"
 LOGISTIC = "return -F.logsigmoid(logits)\n"
@@ -51,6 +54,8 @@ LOSSES = [
     ("dpo without β", DPO, DPO.replace("self.beta", "1.0")),
     ("dpo with the margin's sign flipped", DPO, DPO.replace("self.beta", "-self.beta")),
     ("dpo with an offset", DPO, DPO.replace("0.0", "0.1")),
+    ("dpo always summed", DPO, DPO.replace("*reduced(policy, reference, self.reduction)", "policy, reference")),
+    ("dpo always averaged", DPO, DPO.replace("self.reduction", '"mean"')),
     ("dpo without smoothing", DPO, DPO.replace(", self.label_smoothing", "")),
     ("logistic losses with their sign flipped", LOGISTIC, LOGISTIC.replace("-F", "F")),
     ("logistic losses with sigmoid for logsigmoid", LOGISTIC, LOGISTIC.replace("logsigmoid", "sigmoid")),
@@ -92,7 +97,7 @@ LOSSES = [
     ),
     ("sr-ipo with λβ for λ/β", EXACT, EXACT.replace("/", "*")),
     ("sr-ipo with λ/(2β) for λ/β", EXACT, EXACT.replace("self.beta", "self.beta / 2")),
-    ("sr-ipo with Δ always summed", SR_IPO_DELTA, SR_DPO_DELTA),
+    ("sr-ipo with Δ always summed", SR_IPO_DELTA, SR_IPO_DELTA.replace(*SUMMED)),
     ("sr-ipo with Δ always averaged", SR_IPO_DELTA, SR_IPO_DELTA.replace("self.reduction", '"mean"')),
     ("sr-ipo with Δ divided by β", SR_IPO_DELTA, SR_IPO_DELTA.replace("self.beta", "1 / self.beta")),
     (
@@ -100,7 +105,13 @@ LOSSES = [
         SR_IPO_DELTA,
         SR_IPO_DELTA.replace("policy_p, reference", "reference_p, policy"),
     ),
-    ("sr-dpo with Δ averaged a token", SR_DPO_DELTA, SR_IPO_DELTA.replace("self.reduction", '"mean"')),
+    ("sr-dpo with Δ always summed", SR_DPO_DELTA, SR_DPO_DELTA.replace(*SUMMED)),
+    ("sr-dpo with Δ always averaged", SR_DPO_DELTA, SR_DPO_DELTA.replace("self.reduction", '"mean"')),
+    (
+        "sr-dpo always summed",
+        SR_DPO,
+        SR_DPO.replace("*reduced(policy, reference, self.reduction)", "policy, reference"),
+    ),
     ("sr-dpo with Δ without β", SR_DPO_DELTA, SR_DPO_DELTA.replace("self.beta", "1.0")),
     ("sum and mean swapped", 'if reduction == "sum"', 'if reduction == "mean"'),
     ("reference left as a sum", AVERAGED, "return policy.per_token(), reference"),

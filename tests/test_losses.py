@@ -62,6 +62,13 @@ def check_dpo(module: Any, _: Any) -> None:
     check_loss(module, module.DPO(beta=BETA), [0.5543552, 0.9130153], [-g for g in gradient], gradient)
 
 
+def check_dpo_mean(module: Any, _: Any) -> None:
+    # h a token is 0.625 and -0.8 (see below), so β h = 0.125 and -0.16; loss = ln(1 + e^-βh).
+    # Slopes -0.2 · 0.468791 and -0.2 · 0.539915, divided by the tokens: y⁺ 2 and 5, y⁻ 4 and 1.
+    loss = module.DPO(beta=BETA, reduction="mean")
+    check_loss(module, loss, [0.6325992, 0.7763439], [-0.0468791, -0.0215966], [0.0234395, 0.1079829])
+
+
 def check_ipo(module: Any, _: Any) -> None:
     # 1/(2β) = 2.5: (1.5 - 2.5)² = 1 and (-2 - 2.5)² = 20.25; slopes 2(h - 2.5) = -2 and -9.
     check_loss(module, module.IPO(beta=BETA), [1.0, 20.25], [-2.0, -9.0], [2.0, 9.0])
@@ -82,6 +89,14 @@ def check_sr_dpo(module: Any, _: Any) -> None:
     gradient = [0.0950042, 0.1049958]
     check_loss(module, module.SrDPO(**SR), [0.6443967, 0.7443967], [-g for g in gradient], gradient, delta)
     assert delta.grad is None, "Δ has a gradient"
+
+
+def check_sr_dpo_mean(module: Any, _: Any) -> None:
+    # β h - λΔ = 0.125 - 0.2 and -0.16 + 0.3, with h a token as in IPO's mean; loss = ln(1 + e^0.075) and ln(1 + e^-0.14).
+    # Slopes -0.2 · 0.518741 and -0.2 · 0.465057, divided by the tokens.
+    loss = module.SrDPO(reduction="mean", **SR)
+    delta = torch.tensor([0.4, -0.6])
+    check_loss(module, loss, [0.7313502, 0.6255952], [-0.0518741, -0.0186023], [0.0259371, 0.0930114], delta)
 
 
 def check_sr_ipo_printed(module: Any, _: Any) -> None:
@@ -162,8 +177,12 @@ def check_reduction_of_delta(module: Any, _: Any) -> None:
     reference_p = module.PairLogps(chosen=torch.tensor([-10.0, -20.0]), rejected=torch.tensor([-12.0, -21.0]))
     for loss in (module.SrDPO(**SR), module.SrIPO(**SR), module.SrIPO(lambda_scale="derived", **SR)):
         expect(loss.delta(policy_p, reference_p), [0.4, -0.6])
-    for target in ("paper", "derived"):
-        delta = module.SrIPO(reduction="mean", lambda_scale=target, **SR).delta(policy_p, reference_p)
+    averaged = (
+        module.SrDPO(reduction="mean", **SR),
+        *(module.SrIPO(reduction="mean", lambda_scale=target, **SR) for target in ("paper", "derived")),
+    )
+    for loss in averaged:
+        delta = loss.delta(policy_p, reference_p)
         expect(delta, [0.15, -0.44])
         assert not delta.requires_grad, "Δ has a gradient"
 
@@ -182,9 +201,11 @@ def check_augmented_prompt(_: Any, refinement_module: Any) -> None:
 Check = Callable[[Any, Any], None]
 CHECKS: list[Check] = [
     check_dpo,
+    check_dpo_mean,
     check_ipo,
     check_ipo_mean,
     check_sr_dpo,
+    check_sr_dpo_mean,
     check_sr_ipo_printed,
     check_sr_ipo_exact,
     check_sr_ipo_mean,
@@ -238,6 +259,28 @@ def sr_ipo_exact_64(policy: list[Tensor], reference: list[Tensor], delta: Tensor
     return squared_64((policy[0] - policy[1]) - (reference[0] - reference[1]), (0.5 + 0.7 * delta) / 0.3)
 
 
+GRADCHECKED = [
+    preference.DPO(),
+    preference.DPO(reduction="mean", label_smoothing=0.1, nll_weight=0.3),
+    preference.SrDPO(reduction="mean"),
+]
+
+
+@pytest.mark.parametrize("loss", GRADCHECKED, ids=repr)
+def test_gradients_are_those_of_finite_differences(loss: Any) -> None:
+    """In float64, at the case above; the offset takes no gradient."""
+    given, reference = case(preference)
+    counts = {"chosen_tokens": given.chosen_tokens.double(), "rejected_tokens": given.rejected_tokens.double()}
+    reference = PairLogps(chosen=reference.chosen.double(), rejected=reference.rejected.double())
+    offset = torch.tensor([0.4, 0.6], dtype=torch.float64)
+
+    def losses(chosen: Tensor, rejected: Tensor) -> Tensor:
+        return loss(PairLogps(chosen=chosen, rejected=rejected, **counts), reference, offset)
+
+    leaves = tuple(side.detach().double().requires_grad_() for side in (given.chosen, given.rejected))
+    assert torch.autograd.gradcheck(losses, leaves)
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
     ("loss", "independent"),
@@ -280,6 +323,7 @@ def test_values_and_gradients_equal_an_independent_float64_formulation(loss: Any
     ("refined", "plain"),
     [
         (preference.SrDPO(beta=0.2, lam=0.0), preference.DPO(beta=0.2)),
+        (preference.SrDPO(beta=0.2, lam=0.0, reduction="mean"), preference.DPO(beta=0.2, reduction="mean")),
         (preference.SrIPO(beta=0.2, lam=0.0), preference.IPO(beta=0.2)),
         (preference.SrIPO(beta=0.2, lam=0.0, lambda_scale="derived"), preference.IPO(beta=0.2)),
         (preference.SrIPO(beta=0.2, lam=0.0, reduction="mean"), preference.IPO(beta=0.2, reduction="mean")),
@@ -288,7 +332,7 @@ def test_values_and_gradients_equal_an_independent_float64_formulation(loss: Any
             preference.IPO(beta=0.2, reduction="mean"),
         ),
     ],
-    ids=["sr_dpo", "sr_ipo", "sr_ipo_exact", "sr_ipo_mean", "sr_ipo_mean_exact"],
+    ids=["sr_dpo", "sr_dpo_mean", "sr_ipo", "sr_ipo_exact", "sr_ipo_mean", "sr_ipo_mean_exact"],
 )
 def test_lambda_zero_is_the_plain_loss_bit_for_bit_gradients_included(refined: Any, plain: Any) -> None:
     results = []
@@ -303,6 +347,7 @@ def test_lambda_zero_is_the_plain_loss_bit_for_bit_gradients_included(refined: A
 
 REFINED = [
     preference.SrDPO(),
+    preference.SrDPO(reduction="mean"),
     preference.SrIPO(),
     preference.SrIPO(lambda_scale="derived"),
     preference.SrIPO(reduction="mean"),
@@ -349,7 +394,12 @@ def test_a_policy_that_is_its_reference_starts_at_ln_2_and_at_one_over_four_beta
         rejected_tokens=torch.tensor([20.0, 2.0]),
     )
     zero = torch.zeros(2)
-    for loss in (preference.DPO(beta=beta), preference.SrDPO(beta=beta)):
+    for loss in (
+        preference.DPO(beta=beta),
+        preference.DPO(beta=beta, reduction="mean"),
+        preference.SrDPO(beta=beta),
+        preference.SrDPO(beta=beta, reduction="mean"),
+    ):
         expect(loss(same, same, zero), [math.log(2)] * 2)
     for loss in (
         preference.IPO(beta=beta),
@@ -483,6 +533,7 @@ def test_lambda_below_zero_is_refused_by_name(name: str, lam: float) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
+        ("DPO", {"reduction": "average"}, r"loss\.reduction must be one of sum, mean; got 'average'"),
         ("IPO", {"reduction": "avg"}, r"loss\.reduction must be one of sum, mean; got 'avg'"),
         ("SrIPO", {"reduction": "Sum"}, r"loss\.reduction must be one of sum, mean; got 'Sum'"),
         ("SrIPO", {"lambda_scale": "printed"}, r"loss\.lambda_scale must be one of paper, derived; got 'printed'"),

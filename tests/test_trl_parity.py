@@ -75,8 +75,12 @@ def ask_trl(policy: PolicyCheckpoint, folder: Path, loss_type: str, beta: float)
 
 @pytest.mark.parametrize(
     ("loss_type", "loss"),
-    [("sigmoid", DPO(beta=0.1)), ("ipo", IPO(beta=0.1, reduction="mean"))],
-    ids=["dpo", "ipo_mean"],
+    [
+        ("sigmoid", DPO(beta=0.1)),
+        ("sigmoid_norm", DPO(beta=5.0, reduction="mean")),
+        ("ipo", IPO(beta=0.1, reduction="mean")),
+    ],
+    ids=["dpo", "dpo_mean", "ipo_mean"],
 )
 def test_losses_equal_those_of_trl(
     tiny_policy: PolicyCheckpoint, tmp_path: Path, loss_type: str, loss: PreferenceLoss

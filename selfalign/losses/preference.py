@@ -1,4 +1,4 @@
-"""The preference losses: pure functions of summed log-probabilities, one value for each pair, without reduction.
+"""The preference losses: pure functions of log-probabilities, one value for each pair, not reduced over pairs.
 
 For a pair (y⁺, y⁻) of one prompt x,
 
@@ -37,6 +37,8 @@ class DPO:
         beta: strength of the pull towards the reference, per nat.
         label_smoothing: ε, the assumed share of pairs in the wrong order (conservative DPO); 0 trusts every pair.
         nll_weight: weight of the chosen response's negative log-likelihood per token, which is added to the loss.
+        reduction: "sum" takes log-probabilities of whole responses, as in the paper. "mean" averages them over tokens:
+            the length-normalised DPO of Tülu 3 (arXiv 2411.15124) and OLMo, whose β is 5 per nat *per token*.
     """
 
     title = "DPO"
@@ -47,14 +49,16 @@ class DPO:
     beta: float = 0.1
     label_smoothing: float = 0.0
     nll_weight: float = 0.0
+    reduction: str = field(default="sum", metadata={"keyed": "if set"})
 
     def __post_init__(self) -> None:
         check_beta(self.beta)
         check_label_smoothing(self.label_smoothing)
         check_nll_weight(self.nll_weight)
+        check_reduction(self.reduction)
 
     def __call__(self, policy: PairLogps, reference: PairLogps, offset: Values | None = None) -> Values:
-        losses = logistic(policy, reference, self.beta, 0.0, self.label_smoothing)
+        losses = logistic(*reduced(policy, reference, self.reduction), self.beta, 0.0, self.label_smoothing)
         return losses + weighted_nll(policy, self.nll_weight)
 
 
@@ -80,7 +84,7 @@ class IPO:
 
     def __post_init__(self) -> None:
         check_beta(self.beta)
-        check_choice("loss.reduction", self.reduction, ("sum", "mean"))
+        check_reduction(self.reduction)
         check_nll_weight(self.nll_weight)
 
     def __call__(self, policy: PairLogps, reference: PairLogps, offset: Values | None = None) -> Values:
@@ -101,6 +105,7 @@ class SrDPO:
         refinement: where Δ comes from.
         label_smoothing: ε, the assumed share of pairs in the wrong order; 0 trusts every pair.
         nll_weight: weight of the chosen response's negative log-likelihood per token, which is added to the loss.
+        reduction: "sum" or "mean" of log-probabilities over a response's tokens, in h and in Δ, as in Sr-IPO.
     """
 
     title = "Sr-DPO"
@@ -113,20 +118,25 @@ class SrDPO:
     refinement: Refinement = field(default_factory=Refinement)
     label_smoothing: float = 0.0
     nll_weight: float = 0.0
+    reduction: str = field(default="sum", metadata={"keyed": "if set"})
 
     def __post_init__(self) -> None:
         check_beta(self.beta)
         check_lam(self.lam)
         check_label_smoothing(self.label_smoothing)
         check_nll_weight(self.nll_weight)
+        check_reduction(self.reduction)
 
     def delta(self, policy_p: PairLogps, reference_p: PairLogps) -> Values:
-        """Return Δ in units of reward, shape (pairs,): eq. 11 for arguments given p⊕x, Δ_naive (eq. 10) given x."""
-        return refinement(policy_p, reference_p, self.beta)
+        """Return Δ, shape (pairs,), with the reduction of h: eq. 11 for arguments given p⊕x, eq. 10 for those given x.
+
+        It is in units of reward, of reward per token if the reduction is "mean".
+        """
+        return refinement(*reduced(policy_p, reference_p, self.reduction), self.beta)
 
     def __call__(self, policy: PairLogps, reference: PairLogps, refinement: Values | None = None) -> Values:
         offset = self.lam * required(refinement).detach()
-        losses = logistic(policy, reference, self.beta, offset, self.label_smoothing)
+        losses = logistic(*reduced(policy, reference, self.reduction), self.beta, offset, self.label_smoothing)
         return losses + weighted_nll(policy, self.nll_weight)
 
 
@@ -161,7 +171,7 @@ class SrIPO:
     def __post_init__(self) -> None:
         check_beta(self.beta)
         check_lam(self.lam)
-        check_choice("loss.reduction", self.reduction, ("sum", "mean"))
+        check_reduction(self.reduction)
         check_choice("loss.lambda_scale", self.lambda_scale, ("paper", "derived"))
         check_nll_weight(self.nll_weight)
 
@@ -302,6 +312,11 @@ def check_nll_weight(weight: float) -> None:
     """Check that the weight is 0 or more. A negative weight would lower the chosen response's probability."""
     if not 0 <= weight < math.inf:
         raise SelfalignError(f"loss.nll_weight must be 0 or more and finite, got {weight}")
+
+
+def check_reduction(reduction: str) -> None:
+    """Check that log-probabilities are summed or averaged."""
+    check_choice("loss.reduction", reduction, ("sum", "mean"))
 
 
 def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:

@@ -224,10 +224,11 @@ def test_counts_are_the_rewards_of_the_saved_policy(tmp_path: Path, tiny_policy:
     ("plain", "refined"),
     [
         (DPO(beta=0.2), SrDPO),
+        (DPO(beta=0.2, reduction="mean"), partial(SrDPO, reduction="mean")),
         (IPO(beta=0.2), SrIPO),
         (IPO(beta=0.2, reduction="mean"), partial(SrIPO, reduction="mean")),
     ],
-    ids=["dpo", "ipo", "ipo_mean"],
+    ids=["dpo", "dpo_mean", "ipo", "ipo_mean"],
 )
 def test_lambda_zero_trains_bit_for_bit_as_without_refinement(
     tmp_path: Path, tiny_policy: PolicyCheckpoint, plain: PreferenceLoss, refined: Callable[..., PreferenceLoss]
