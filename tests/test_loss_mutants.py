@@ -23,6 +23,7 @@ SR_IPO_DELTA = f"{DELTA_OF}{CALL}        h ="
 SUMMED = ("*reduced(policy_p, reference_p, self.reduction)", "policy_p, reference_p")
 ODPO_OFFSET = "offset = self.alpha * required(score_gap).log()\n"
 ODPO = "return logistic(policy, reference, self.beta, offset)"
+SIMPO = "losses = logistic(policy.per_token(), uniform(policy), self.beta, self.gamma)"
 LOGISTIC = "return -F.logsigmoid(logits)\n"
 SMOOTHED = "-(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)"
 NLL = "return -weight * policy.per_token().chosen"
@@ -113,6 +114,12 @@ LOSSES = [
         SR_DPO.replace("*reduced(policy, reference, self.reduction)", "policy, reference"),
     ),
     ("sr-dpo with Δ without β", SR_DPO_DELTA, SR_DPO_DELTA.replace("self.beta", "1.0")),
+    ("simpo on whole responses", SIMPO, SIMPO.replace(".per_token()", "")),
+    ("simpo with the run's reference", SIMPO, SIMPO.replace("uniform(policy)", "reference")),
+    ("simpo without β", SIMPO, SIMPO.replace("self.beta", "1.0")),
+    ("simpo without γ", SIMPO, SIMPO.replace("self.gamma", "0.0")),
+    ("simpo with γ taken from the rejected response", SIMPO, SIMPO.replace("self.gamma", "-self.gamma")),
+    ("simpo with γ under β", SIMPO, SIMPO.replace("self.gamma", "self.beta * self.gamma")),
     ("sum and mean swapped", 'if reduction == "sum"', 'if reduction == "mean"'),
     ("reference left as a sum", AVERAGED, "return policy.per_token(), reference"),
     ("token counts of the reference swapped", TOKENS, TOKENS.replace("policy.chosen", "policy.rejected")),

@@ -92,7 +92,7 @@ def check_sr_dpo(module: Any, _: Any) -> None:
 
 
 def check_sr_dpo_mean(module: Any, _: Any) -> None:
-    # β h - λΔ = 0.125 - 0.2 and -0.16 + 0.3, with h a token as in IPO's mean; loss = ln(1 + e^0.075) and ln(1 + e^-0.14).
+    # β h - λΔ = 0.125 - 0.2 and -0.16 + 0.3, with h a token a token; loss = ln(1 + e^0.075), ln(1 + e^-0.14).
     # Slopes -0.2 · 0.518741 and -0.2 · 0.465057, divided by the tokens.
     loss = module.SrDPO(reduction="mean", **SR)
     delta = torch.tensor([0.4, -0.6])
@@ -127,6 +127,14 @@ def check_odpo(module: Any, _: Any) -> None:
     gradient = [0.0950042, 0.1049958]
     loss = module.ODPO(beta=BETA, alpha=LAM)
     check_loss(module, loss, [0.6443967, 0.7443967], [-g for g in gradient], gradient, gaps)
+
+
+def check_simpo(module: Any, _: Any) -> None:
+    # A token: y⁺ -10/2 = -5 and -20/5 = -4; y⁻ -12/4 = -3 and -18. z = β(-2) - 0.3 = -0.7 and β(14) - 0.3 = 2.5.
+    # loss = ln(1 + e^0.7) and ln(1 + e^-2.5); slopes -0.2 · 0.668188 and -0.2 · 0.075858, divided by the tokens.
+    # The reference is not in it.
+    loss = module.SimPO(beta=BETA, gamma=0.3)
+    check_loss(module, loss, [1.1031861, 0.0788889], [-0.0668188, -0.0030343], [0.0334094, 0.0151716])
 
 
 def check_label_smoothing(module: Any, _: Any) -> None:
@@ -210,6 +218,7 @@ CHECKS: list[Check] = [
     check_sr_ipo_exact,
     check_sr_ipo_mean,
     check_odpo,
+    check_simpo,
     check_label_smoothing,
     check_nll,
     check_missing_delta,
@@ -263,6 +272,7 @@ GRADCHECKED = [
     preference.DPO(),
     preference.DPO(reduction="mean", label_smoothing=0.1, nll_weight=0.3),
     preference.SrDPO(reduction="mean"),
+    preference.SimPO(nll_weight=0.3),
 ]
 
 
@@ -570,13 +580,15 @@ def test_detached_log_probabilities_keep_numbers_and_counts() -> None:
     assert detached.rejected_tokens is policy.rejected_tokens
 
 
-@pytest.mark.parametrize("name", ["DPO", "IPO", "SrDPO", "SrIPO", "ODPO"])
+@pytest.mark.parametrize("name", ["DPO", "IPO", "SrDPO", "SrIPO", "ODPO", "SimPO"])
 def test_nll_term_adds_the_same_to_every_loss_and_zero_adds_nothing(name: str) -> None:
     policy, reference = case(preference)
     delta = torch.tensor([0.4, 0.6])
     plain = getattr(preference, name)()(policy, reference, delta)
     weighted = getattr(preference, name)(nll_weight=0.3)(policy, reference, delta)
     expect(weighted - plain, [1.5, 1.2])
+    if name == "SimPO":
+        return  # It needs the tokens itself.
     policy.chosen_tokens = None
     assert torch.equal(getattr(preference, name)(nll_weight=0.0)(policy, reference, delta), plain)
     with pytest.raises(ValueError, match="need chosen_tokens"):
@@ -590,6 +602,7 @@ def test_nll_term_adds_the_same_to_every_loss_and_zero_adds_nothing(name: str) -
         ("SrDPO", {"label_smoothing": -0.1}, "label_smoothing must be at least 0 and below 0.5, got -0.1"),
         ("IPO", {"nll_weight": -1.0}, "nll_weight must be 0 or more and finite, got -1.0"),
         ("SrIPO", {"nll_weight": math.inf}, "nll_weight must be 0 or more and finite, got inf"),
+        ("SimPO", {"gamma": -0.5}, "gamma must be 0 or more and finite, got -0.5"),
         ("ODPO", {"alpha": -1.0}, "alpha must be 0 or more and finite, got -1.0"),
     ],
 )

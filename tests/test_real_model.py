@@ -18,7 +18,7 @@ from selfalign.data.turns import as_prompt
 from selfalign.engines.protocol import Request, Sampling
 from selfalign.engines.transformers import Transformers
 from selfalign.launch.experiment import run_experiment
-from selfalign.losses.preference import DPO, IPO, ODPO, SrDPO, SrIPO
+from selfalign.losses.preference import DPO, IPO, ODPO, SimPO, SrDPO, SrIPO
 from selfalign.losses.protocol import PreferenceLoss, augmentation_of
 from selfalign.losses.refinement import Refinement
 from selfalign.models.checkpoint import PolicyCheckpoint
@@ -108,6 +108,7 @@ COMBINATIONS: dict[str, PreferenceLoss] = {
     "sr_ipo exact": SrIPO(lam=0.3, lambda_scale="derived"),
     "sr_ipo naive": SrIPO(refinement=Refinement(source="naive")),
     "odpo": ODPO(),
+    "simpo": SimPO(),
 }
 PREFERENCES = [
     preference("bird", "Name a bird.", "A wren.", "A stone, I think."),

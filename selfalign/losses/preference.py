@@ -11,6 +11,7 @@ values it needs.
 import math
 from dataclasses import dataclass, field
 
+import torch
 import torch.nn.functional as F
 
 from selfalign.core.errors import SelfalignError
@@ -224,6 +225,40 @@ class ODPO:
 
 
 @dataclass(kw_only=True, slots=True)
+class SimPO:
+    """Simple preference optimisation: -log σ(β/|y⁺| log π(y⁺|x) - β/|y⁻| log π(y⁻|x) - γ).
+
+    Meng et al. 2024, arXiv 2405.14734, eq. 6. It is length-normalised DPO with a constant offset, against a reference
+    that gives all responses the same probability. The run's reference policy takes no part in the loss; rewards, their
+    metrics and the check of the first step are those of the other losses, so it is still asked for its
+    log-probabilities.
+
+    Attributes:
+        beta: scale of the log-probability per token, per nat.
+        gamma: γ, the margin that the chosen response is to be ahead by; the paper's γ/β is 0.1 to 0.8.
+        nll_weight: weight of the chosen response's negative log-likelihood per token, which is added to the loss.
+    """
+
+    title = "SimPO"
+    formula = "−log σ(β log π(y⁺|x)/|y⁺| − β log π(y⁻|x)/|y⁻| − γ)"
+    pairwise = True
+    offset = Offset.none
+
+    beta: float = 2.0
+    gamma: float = 1.0
+    nll_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_beta(self.beta)
+        check_gamma(self.gamma)
+        check_nll_weight(self.nll_weight)
+
+    def __call__(self, policy: PairLogps, reference: PairLogps, offset: Values | None = None) -> Values:
+        losses = logistic(policy.per_token(), uniform(policy), self.beta, self.gamma)
+        return losses + weighted_nll(policy, self.nll_weight)
+
+
+@dataclass(kw_only=True, slots=True)
 class PositiveSFT:
     """No preference loss: SFT on the good responses alone (arXiv 2401.10020, "positives only" variant).
 
@@ -250,7 +285,7 @@ class PositiveSFT:
 def logistic(
     policy: PairLogps, reference: PairLogps, beta: float, offset: Values | float, label_smoothing: float = 0.0
 ) -> Values:
-    """Return -log σ(z) with z = β h - offset, shape (pairs,). DPO has offset 0; Sr-DPO and ODPO have their own.
+    """Return -log σ(z) with z = β h - offset, shape (pairs,). DPO has offset 0, SimPO γ; Sr-DPO and ODPO have theirs.
 
     With smoothing ε it is the expectation over right and wrong labels, -(1-ε) log σ(z) - ε log σ(-z): Mitchell 2023,
     "A note on DPO with noisy preferences & relationship to IPO".
@@ -279,6 +314,11 @@ def reduced(policy: PairLogps, reference: PairLogps, reduction: str) -> tuple[Pa
     return policy.per_token(), averaged.per_token()
 
 
+def uniform(policy: PairLogps) -> PairLogps:
+    """Return the log-probabilities, 0, of a reference that prefers no response: h is then log π(y⁺|x) - log π(y⁻|x)."""
+    return PairLogps(chosen=torch.zeros_like(policy.chosen), rejected=torch.zeros_like(policy.rejected))
+
+
 def required(offset: Values | None) -> Values:
     """Return the offset.
 
@@ -300,6 +340,12 @@ def check_lam(lam: float) -> None:
     """Check that λ is 0 or more and finite. 0 switches the offset off; a negative λ would reverse the method."""
     if not 0 <= lam < math.inf:
         raise SelfalignError(f"loss.lam must be 0 or more and finite, got {lam}")
+
+
+def check_gamma(gamma: float) -> None:
+    """Check that the target margin γ is 0 or more and finite."""
+    if not 0 <= gamma < math.inf:
+        raise SelfalignError(f"loss.gamma must be 0 or more and finite, got {gamma}")
 
 
 def check_label_smoothing(label_smoothing: float) -> None:

@@ -29,7 +29,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.files import write_json
 from selfalign.core.records import PairReference, PreferencePair
 from selfalign.losses.logps import PairLogps
-from selfalign.losses.preference import DPO, IPO, ODPO, SrDPO, SrIPO, log_ratio_margin
+from selfalign.losses.preference import DPO, IPO, ODPO, SimPO, SrDPO, SrIPO, log_ratio_margin
 from selfalign.losses.protocol import Offset, PreferenceLoss, augmentation_of, refinement_of
 from selfalign.losses.refinement import Refinement
 from selfalign.metrics.accumulate import Mean
@@ -206,6 +206,26 @@ def test_loss_starts_at_its_known_value_and_falls(
     if isinstance(loss, SrDPO | SrIPO):
         assert rows[0]["refinement/mean"] == pytest.approx(0, abs=1e-3)
         assert rows[-1]["refinement/mean"] > 1e-3
+
+
+def test_simpo_starts_at_its_value_for_each_pair_and_has_rewards_against_the_reference(
+    tmp_path: Path, tiny_policy: PolicyCheckpoint
+) -> None:
+    """-log σ(β/|y⁺| log π(y⁺) - β/|y⁻| log π(y⁻) - γ) under M_t, which differs from pair to pair."""
+    counts, _, rows = aligned(tmp_path, tiny_policy, SimPO(beta=2.0, gamma=0.5))
+    reader, starts = loaded(tiny_policy.path), []
+    for pair in PAIRS:
+        values = zip(direct_logps(tiny_policy, pair), (pair.chosen, pair.rejected), strict=True)
+        chosen, rejected = (v / len(reader.tokenizer(f"{answer}<|im_end|>")["input_ids"]) for v, answer in values)
+        starts.append(math.log(1 + math.exp(0.5 - 2 * (chosen - rejected))))
+    losses = [row["loss"] for row in rows]
+    assert losses[0] == pytest.approx(sum(starts) / 4, rel=1e-3)
+    assert losses[-1] < losses[0]
+    assert rows[0]["rewards/margins"] == pytest.approx(0, abs=1e-3)
+    assert counts["rewards/margins"] > 0
+    other = nudged_policy(tiny_policy, tmp_path / "other", 0.005)
+    with pytest.raises(SelfalignError, match="does not start as its reference"):
+        aligned(tmp_path / "wrong", tiny_policy, SimPO(), judged_by=other)
 
 
 def test_counts_are_the_rewards_of_the_saved_policy(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
