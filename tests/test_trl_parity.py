@@ -13,8 +13,8 @@ from trl import DPOConfig, DPOTrainer
 from trl.experimental.cpo import CPOTrainer
 
 from selfalign.losses.logps import PairLogps
-from selfalign.losses.preference import DPO, IPO, SimPO
-from selfalign.losses.protocol import PreferenceLoss
+from selfalign.losses.preference import DPO, IPO, SPPO, SimPO
+from selfalign.losses.protocol import Offset, PreferenceLoss
 from selfalign.models.batches import SharedPrompt
 from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.scorer import make_scoring
@@ -81,8 +81,9 @@ def ask_trl(policy: PolicyCheckpoint, folder: Path, loss_type: str, beta: float)
         ("sigmoid", DPO(beta=0.1)),
         ("sigmoid_norm", DPO(beta=5.0, reduction="mean")),
         ("ipo", IPO(beta=0.1, reduction="mean")),
+        ("sppo_hard", SPPO(beta=0.02)),  # TRL's chosen responses always win, and its rejected ones never.
     ],
-    ids=["dpo", "dpo_mean", "ipo_mean"],
+    ids=["dpo", "dpo_mean", "ipo_mean", "sppo_hard"],
 )
 def test_losses_equal_those_of_trl(
     tiny_policy: PolicyCheckpoint, tmp_path: Path, loss_type: str, loss: PreferenceLoss
@@ -90,7 +91,8 @@ def test_losses_equal_those_of_trl(
     peers = ask_trl(tiny_policy, tmp_path, loss_type, loss.beta)
     for peer, (chosen, rejected) in zip(peers, REFERENCE, strict=True):
         reference = PairLogps(chosen=chosen[None], rejected=rejected[None])
-        assert float(loss(peer.logps, reference)) == pytest.approx(peer.loss, rel=1e-6, abs=1e-6)
+        shares = torch.tensor([[1.0, 0.0]]) if loss.offset is Offset.win_shares else None
+        assert float(loss(peer.logps, reference, shares)) == pytest.approx(peer.loss, rel=1e-6, abs=1e-6)
     assert len({round(peer.loss, 3) for peer in peers}) == len(peers)
 
     ours = tiny_policy.load("float32", device="cpu")

@@ -12,7 +12,7 @@ from selfalign.config.data import SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.files import derive_seed
 from selfalign.judges.protocol import asks_a_server
-from selfalign.losses.protocol import augmentation_of
+from selfalign.losses.protocol import augmentation_of, loss_at
 from selfalign.models.config import ModelConfig
 from selfalign.pipeline.dtypes import resolve_dtypes
 from selfalign.pipeline.evaluation import Evaluation
@@ -188,7 +188,8 @@ class Method:
 
     def align(self, iteration: int, models: RunModels, pairs: Artifact) -> Artifact:
         """Align the current model on the pairs, against the reference policy."""
-        name, loss, train = model_after(iteration), self.config.loss, self.config.train
+        name, train = model_after(iteration), self.config.train
+        loss = loss_at(self.config.loss, iteration)
         policy = reference = self.reference(models)
         start = None
         if not loss.pairwise:
