@@ -272,10 +272,12 @@ def test_losses_with_and_without_refinement_train_on_the_same_prompts_and_respon
     assert longer == [len(plain_ids(tiny_tokenizer, Refinement().text(tiny_tokenizer).text))] * 2
 
 
-def test_score_gap_is_the_judges_difference_where_there_is_one(tiny_tokenizer: Any) -> None:
+def test_examples_have_the_scores_and_the_label_smoothing_of_their_pairs(tiny_tokenizer: Any) -> None:
     scored, plain = pair("a", "Red", "Blue", chosen_score=4.5, rejected_score=1.0), pair("b", "Red", "Blue")
-    examples = encoded(tiny_tokenizer, [scored, plain], None, 10_000)[0]
-    assert [example.score_gap for example in examples] == [3.5, None]
+    smoothed = pair("c", "Red", "Blue", label_smoothing=0.0, chosen_score=1.0)
+    examples = encoded(tiny_tokenizer, [scored, plain, smoothed], None, 10_000)[0]
+    assert [example.scores for example in examples] == [[4.5, 1.0], [], []]
+    assert [example.label_smoothing for example in examples] == [None, None, 0.0]
 
 
 def test_empty_prompt_is_refused_instead_of_being_read_off_the_neighbour(tiny_tokenizer: Any) -> None:

@@ -25,7 +25,7 @@ def group(name: str) -> SharedPrompt:
 
 
 def pair(name: str, *, refined: bool = True, gap: float | None = None) -> PairExample:
-    return PairExample(plain=group(name), augmented=group(name) if refined else None, score_gap=gap)
+    return PairExample(plain=group(name), augmented=group(name) if refined else None, scores=[gap, 0.0] if gap else [])
 
 
 def reference(name: str, value: float = -1.0) -> PairReference:

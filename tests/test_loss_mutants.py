@@ -10,17 +10,30 @@ from selfalign.losses import logps, preference, refinement
 
 MARGIN = "(policy.chosen - reference.chosen) - (policy.rejected - reference.rejected)"
 LOGITS = "logits = beta * log_ratio_margin(policy, reference) - offset\n"
-DPO = "losses = logistic(policy, reference, self.beta, 0.0, self.label_smoothing)"
+DPO = "losses = logistic(*reduced(policy, reference, self.reduction), self.beta, 0.0, smoothing)"
 IPO = "return (h - 1 / (2 * self.beta)).square()"
 SR_DPO_OFFSET = "offset = self.lam * required(refinement).detach()\n"
-SR_DPO = "losses = logistic(policy, reference, self.beta, offset, self.label_smoothing)"
+SR_DPO = "losses = logistic(*reduced(policy, reference, self.reduction), self.beta, offset, smoothing)"
 SR_IPO_TARGET = "target = weight * required(refinement).detach() + 1 / (2 * self.beta)"
 SR_IPO = "return (h - target).square()"
-SR_DPO_DELTA = "return refinement(policy_p, reference_p, self.beta)"
-SR_IPO_DELTA = "return refinement(*reduced(policy_p, reference_p, self.reduction), self.beta)"
+DELTA_OF = "return refinement(*reduced(policy_p, reference_p, self.reduction), self.beta)\n\n"
+CALL = "    def __call__("
+SR_DPO_DELTA = f"{DELTA_OF}{CALL}\n"
+SR_IPO_DELTA = f"{DELTA_OF}{CALL}self, policy"
+SUMMED = ("*reduced(policy_p, reference_p, self.reduction)", "policy_p, reference_p")
 ODPO_OFFSET = "offset = self.alpha * required(score_gap).log()\n"
 ODPO = "return logistic(policy, reference, self.beta, offset)"
-LOGISTIC = "return -F.logsigmoid(logits)\n"
+SIMPO = "losses = logistic(policy.per_token(), uniform(policy), self.beta, self.gamma)"
+ALPHA_OFFSET = "offset = self.gamma + self.alpha * required(z).detach()\n"
+ALPHA_DPO = "return logistic(policy.per_token(), uniform(policy), self.beta, offset)"
+ALPHA_DELTA = 'return refinement(*reduced(policy_p, reference_p, "mean"), self.beta)'
+SPPO_SHARES = "chosen, rejected = ((required(win_shares) - 0.5) / self.beta).unbind(1)"
+SPPO_CHOSEN = "losses = (policy.chosen - reference.chosen - chosen).square()"
+SPPO_REJECTED = "losses = losses + (policy.rejected - reference.rejected - rejected).square()"
+EACH = "smoothing = self.label_smoothing if label_smoothing is None else label_smoothing\n"
+DPO_EACH = f"{EACH}        {DPO}"
+SR_DPO_EACH = f"{EACH}        {SR_DPO}"
+ALWAYS_ALL = ("if label_smoothing is None", "if True")
 SMOOTHED = "-(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)"
 NLL = "return -weight * policy.per_token().chosen"
 DELTA = "return (beta * (chosen - rejected)).detach()"
@@ -51,12 +64,15 @@ LOSSES = [
     ("dpo without β", DPO, DPO.replace("self.beta", "1.0")),
     ("dpo with the margin's sign flipped", DPO, DPO.replace("self.beta", "-self.beta")),
     ("dpo with an offset", DPO, DPO.replace("0.0", "0.1")),
-    ("dpo without smoothing", DPO, DPO.replace(", self.label_smoothing", "")),
-    ("logistic losses with their sign flipped", LOGISTIC, LOGISTIC.replace("-F", "F")),
-    ("logistic losses with sigmoid for logsigmoid", LOGISTIC, LOGISTIC.replace("logsigmoid", "sigmoid")),
+    ("dpo always summed", DPO, DPO.replace("*reduced(policy, reference, self.reduction)", "policy, reference")),
+    ("dpo always averaged", DPO, DPO.replace("self.reduction", '"mean"')),
+    ("dpo without smoothing", DPO, DPO.replace(", smoothing", "")),
+    ("logistic losses with their sign flipped", SMOOTHED, f"-({SMOOTHED})"),
+    ("logistic losses with sigmoid for logsigmoid", SMOOTHED, SMOOTHED.replace("logsigmoid", "sigmoid")),
+    ("dpo without the smoothing of each pair", DPO_EACH, DPO_EACH.replace(*ALWAYS_ALL)),
+    ("sr-dpo without the smoothing of each pair", SR_DPO_EACH, SR_DPO_EACH.replace(*ALWAYS_ALL)),
     ("smoothing with right and wrong swapped", SMOOTHED, SMOOTHED.replace("(logits)", "(-logits)")),
     ("smoothing that forgets to take from the right label", SMOOTHED, SMOOTHED.replace("(1 - label_smoothing) * ", "")),
-    ("smoothing always off", "if not label_smoothing:", "if True:"),
     ("nll with its sign flipped", NLL, NLL.replace("-weight", "weight")),
     ("nll of the rejected response", NLL, NLL.replace("chosen", "rejected")),
     ("nll not averaged over tokens", NLL, NLL.replace(".per_token()", "")),
@@ -76,7 +92,7 @@ LOSSES = [
     ("sr-dpo with the offset under β", SR_DPO, SR_DPO.replace("offset", "self.beta * offset")),
     ("sr-dpo with λ on the margin", SR_DPO, SR_DPO.replace("self.beta", "self.lam * self.beta")),
     ("sr-dpo with Δ averaged", SR_DPO, SR_DPO.replace("offset", "offset.mean()")),
-    ("sr-dpo without smoothing", SR_DPO, SR_DPO.replace(", self.label_smoothing", "")),
+    ("sr-dpo without smoothing", SR_DPO, SR_DPO.replace(", smoothing", "")),
     ("sr-dpo with a gradient through Δ", SR_DPO_OFFSET, SR_DPO_OFFSET.replace(".detach()", "")),
     ("sr-dpo without λ", SR_DPO_OFFSET, SR_DPO_OFFSET.replace("self.lam * ", "")),
     ("sr-ipo with Δ taken off the target", SR_IPO_TARGET, SR_IPO_TARGET.replace("weight", "-weight")),
@@ -92,7 +108,7 @@ LOSSES = [
     ),
     ("sr-ipo with λβ for λ/β", EXACT, EXACT.replace("/", "*")),
     ("sr-ipo with λ/(2β) for λ/β", EXACT, EXACT.replace("self.beta", "self.beta / 2")),
-    ("sr-ipo with Δ always summed", SR_IPO_DELTA, SR_DPO_DELTA),
+    ("sr-ipo with Δ always summed", SR_IPO_DELTA, SR_IPO_DELTA.replace(*SUMMED)),
     ("sr-ipo with Δ always averaged", SR_IPO_DELTA, SR_IPO_DELTA.replace("self.reduction", '"mean"')),
     ("sr-ipo with Δ divided by β", SR_IPO_DELTA, SR_IPO_DELTA.replace("self.beta", "1 / self.beta")),
     (
@@ -100,8 +116,34 @@ LOSSES = [
         SR_IPO_DELTA,
         SR_IPO_DELTA.replace("policy_p, reference", "reference_p, policy"),
     ),
-    ("sr-dpo with Δ averaged a token", SR_DPO_DELTA, SR_IPO_DELTA.replace("self.reduction", '"mean"')),
+    ("sr-dpo with Δ always summed", SR_DPO_DELTA, SR_DPO_DELTA.replace(*SUMMED)),
+    ("sr-dpo with Δ always averaged", SR_DPO_DELTA, SR_DPO_DELTA.replace("self.reduction", '"mean"')),
+    (
+        "sr-dpo always summed",
+        SR_DPO,
+        SR_DPO.replace("*reduced(policy, reference, self.reduction)", "policy, reference"),
+    ),
     ("sr-dpo with Δ without β", SR_DPO_DELTA, SR_DPO_DELTA.replace("self.beta", "1.0")),
+    ("simpo on whole responses", SIMPO, SIMPO.replace(".per_token()", "")),
+    ("simpo with the run's reference", SIMPO, SIMPO.replace("uniform(policy)", "reference")),
+    ("simpo without β", SIMPO, SIMPO.replace("self.beta", "1.0")),
+    ("simpo without γ", SIMPO, SIMPO.replace("self.gamma", "0.0")),
+    ("simpo with γ taken from the rejected response", SIMPO, SIMPO.replace("self.gamma", "-self.gamma")),
+    ("simpo with γ under β", SIMPO, SIMPO.replace("self.gamma", "self.beta * self.gamma")),
+    ("α-dpo with a gradient through z", ALPHA_OFFSET, ALPHA_OFFSET.replace(".detach()", "")),
+    ("α-dpo without γ", ALPHA_OFFSET, ALPHA_OFFSET.replace("self.gamma + ", "")),
+    ("α-dpo without α", ALPHA_OFFSET, ALPHA_OFFSET.replace("self.alpha * ", "")),
+    ("α-dpo with z taken off", ALPHA_OFFSET, ALPHA_OFFSET.replace("+ self.alpha", "- self.alpha")),
+    ("α-dpo with the offset under β", ALPHA_DPO, ALPHA_DPO.replace("offset", "self.beta * offset")),
+    ("α-dpo with the run's reference in its margin", ALPHA_DPO, ALPHA_DPO.replace("uniform(policy)", "reference")),
+    ("α-dpo with a summed gap", ALPHA_DELTA, ALPHA_DELTA.replace('"mean"', '"sum"')),
+    ("sppo without ½", SPPO_SHARES, SPPO_SHARES.replace(" - 0.5", "")),
+    ("sppo with β for 1/β", SPPO_SHARES, SPPO_SHARES.replace("/ self.beta", "* self.beta")),
+    ("sppo with swapped shares", SPPO_SHARES, SPPO_SHARES.replace("chosen, rejected", "rejected, chosen")),
+    ("sppo without the reference", SPPO_CHOSEN, SPPO_CHOSEN.replace(" - reference.chosen", "")),
+    ("sppo with the target added", SPPO_REJECTED, SPPO_REJECTED.replace("- rejected)", "+ rejected)")),
+    ("sppo of the chosen response alone", SPPO_REJECTED, "losses = losses"),
+    ("sppo without the square", SPPO_CHOSEN, SPPO_CHOSEN.replace("square", "abs")),
     ("sum and mean swapped", 'if reduction == "sum"', 'if reduction == "mean"'),
     ("reference left as a sum", AVERAGED, "return policy.per_token(), reference"),
     ("token counts of the reference swapped", TOKENS, TOKENS.replace("policy.chosen", "policy.rejected")),

@@ -11,6 +11,7 @@ One case runs through all of them, with β = 0.2 and λ = 0.5:
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,6 +21,8 @@ from torch import Tensor
 from selfalign.core.errors import SelfalignError
 from selfalign.losses import preference, refinement
 from selfalign.losses.logps import PairLogps
+from selfalign.losses.protocol import Offset
+from selfalign.store.key import to_key_json
 
 BETA, LAM = 0.2, 0.5
 SR = {"beta": BETA, "lam": LAM}
@@ -62,6 +65,13 @@ def check_dpo(module: Any, _: Any) -> None:
     check_loss(module, module.DPO(beta=BETA), [0.5543552, 0.9130153], [-g for g in gradient], gradient)
 
 
+def check_dpo_mean(module: Any, _: Any) -> None:
+    # h a token is 0.625 and -0.8 (see below), so β h = 0.125 and -0.16; loss = ln(1 + e^-βh).
+    # Slopes -0.2 · 0.468791 and -0.2 · 0.539915, divided by the tokens: y⁺ 2 and 5, y⁻ 4 and 1.
+    loss = module.DPO(beta=BETA, reduction="mean")
+    check_loss(module, loss, [0.6325992, 0.7763439], [-0.0468791, -0.0215966], [0.0234395, 0.1079829])
+
+
 def check_ipo(module: Any, _: Any) -> None:
     # 1/(2β) = 2.5: (1.5 - 2.5)² = 1 and (-2 - 2.5)² = 20.25; slopes 2(h - 2.5) = -2 and -9.
     check_loss(module, module.IPO(beta=BETA), [1.0, 20.25], [-2.0, -9.0], [2.0, 9.0])
@@ -82,6 +92,14 @@ def check_sr_dpo(module: Any, _: Any) -> None:
     gradient = [0.0950042, 0.1049958]
     check_loss(module, module.SrDPO(**SR), [0.6443967, 0.7443967], [-g for g in gradient], gradient, delta)
     assert delta.grad is None, "Δ has a gradient"
+
+
+def check_sr_dpo_mean(module: Any, _: Any) -> None:
+    # β h - λΔ = 0.125 - 0.2 and -0.16 + 0.3, with h a token a token; loss = ln(1 + e^0.075), ln(1 + e^-0.14).
+    # Slopes -0.2 · 0.518741 and -0.2 · 0.465057, divided by the tokens.
+    loss = module.SrDPO(reduction="mean", **SR)
+    delta = torch.tensor([0.4, -0.6])
+    check_loss(module, loss, [0.7313502, 0.6255952], [-0.0518741, -0.0186023], [0.0259371, 0.0930114], delta)
 
 
 def check_sr_ipo_printed(module: Any, _: Any) -> None:
@@ -114,6 +132,31 @@ def check_odpo(module: Any, _: Any) -> None:
     check_loss(module, loss, [0.6443967, 0.7443967], [-g for g in gradient], gradient, gaps)
 
 
+def check_simpo(module: Any, _: Any) -> None:
+    # A token: y⁺ -10/2 = -5 and -20/5 = -4; y⁻ -12/4 = -3 and -18. z = β(-2) - 0.3 = -0.7 and β(14) - 0.3 = 2.5.
+    # loss = ln(1 + e^0.7) and ln(1 + e^-2.5); slopes -0.2 · 0.668188 and -0.2 · 0.075858, divided by the tokens.
+    # The reference is not in it.
+    loss = module.SimPO(beta=BETA, gamma=0.3)
+    check_loss(module, loss, [1.1031861, 0.0788889], [-0.0668188, -0.0030343], [0.0334094, 0.0151716])
+
+
+def check_alpha_dpo(module: Any, _: Any) -> None:
+    # z-scores of 0.4 and -0.6: γ + α z = 0.5 and 0. β(-2) - 0.5 = -0.9 and β(14) - 0 = 2.8, as in SimPO.
+    # loss = ln(1 + e^0.9) and ln(1 + e^-2.8); slopes -0.2 · 0.710950 and -0.2 · 0.057324, divided by the tokens.
+    z = torch.tensor([0.4, -0.6], requires_grad=True)
+    loss = module.AlphaDPO(beta=BETA, gamma=0.3, alpha=LAM)
+    check_loss(module, loss, [1.2411539, 0.0590330], [-0.0710950, -0.0022930], [0.0355475, 0.0114648], z)
+    assert z.grad is None, "z has a gradient"
+
+
+def check_sppo(module: Any, _: Any) -> None:
+    # P̂ = ¾ and ½ in pair 1, 1 and ¼ in pair 2; over β = 0.2, targets 1.25 and 0, 2.5 and -1.25.
+    # r⁺ = 1 and -1.5, r⁻ = -0.5 and 0.5: (-0.25)² + (-0.5)² and (-4)² + (1.75)²; slopes twice what is squared.
+    shares = torch.tensor([[0.75, 0.5], [1.0, 0.25]])
+    loss = module.SPPO(beta=BETA)
+    check_loss(module, loss, [0.3125, 19.0625], [-0.5, -8.0], [-1.0, 3.5], shares)
+
+
 def check_label_smoothing(module: Any, _: Any) -> None:
     # -(1-ε) log σ(z) - ε log σ(-z) = -log σ(z) + ε z, with slope -σ(-z) + ε.
     # DPO: z = 0.3 and -0.4; 0.554355 + 0.03 and 0.913015 - 0.04; slopes -0.325557 and -0.498688, times β.
@@ -126,6 +169,19 @@ def check_label_smoothing(module: Any, _: Any) -> None:
     check_loss(module, loss, [0.6543967, 0.7343967], [-g for g in sr_dpo], sr_dpo, torch.tensor([0.4, -0.6]))
 
 
+def check_label_smoothing_of_each_pair(module: Any, _: Any) -> None:
+    # ε = 0 and 0.9 in place of the loss's 0.1: -log σ(z) + ε z, with slope -σ(-z) + ε, times β.
+    # DPO: z = 0.3 and -0.4: 0.554355 and 0.913015 - 0.36; slopes -0.425557 and 0.301312.
+    each = torch.tensor([0.0, 0.9])
+    dpo = [-0.0851115, 0.0602625]
+    loss = module.DPO(beta=BETA, label_smoothing=0.1)
+    check_loss(module, partial(loss, label_smoothing=each), [0.5543552, 0.5530153], dpo, [-g for g in dpo])
+    # Sr-DPO: z = 0.1 and -0.1: 0.644397 and 0.744397 - 0.09; slopes -0.475021 and 0.375021.
+    sr_dpo = [-0.0950042, 0.0750042]
+    loss = partial(module.SrDPO(label_smoothing=0.1, **SR), label_smoothing=each)
+    check_loss(module, loss, [0.6443967, 0.6543967], sr_dpo, [-g for g in sr_dpo], torch.tensor([0.4, -0.6]))
+
+
 def check_nll(module: Any, _: Any) -> None:
     # A token of y⁺: 10/2 = 5 and 20/5 = 4 nats; times 0.3 they add 1.5 and 1.2, with slopes -0.3/2 and -0.3/5.
     rejected = [0.0851115, 0.1197375]
@@ -134,7 +190,7 @@ def check_nll(module: Any, _: Any) -> None:
 
 
 def check_missing_delta(module: Any, _: Any) -> None:
-    for loss in (module.SrDPO(), module.SrIPO(), module.ODPO()):
+    for loss in (module.SrDPO(), module.SrIPO(), module.AlphaDPO(), module.ODPO(), module.SPPO()):
         with pytest.raises(ValueError, match="need the refinement Δ"):
             loss(*case(module))
 
@@ -162,8 +218,13 @@ def check_reduction_of_delta(module: Any, _: Any) -> None:
     reference_p = module.PairLogps(chosen=torch.tensor([-10.0, -20.0]), rejected=torch.tensor([-12.0, -21.0]))
     for loss in (module.SrDPO(**SR), module.SrIPO(**SR), module.SrIPO(lambda_scale="derived", **SR)):
         expect(loss.delta(policy_p, reference_p), [0.4, -0.6])
-    for target in ("paper", "derived"):
-        delta = module.SrIPO(reduction="mean", lambda_scale=target, **SR).delta(policy_p, reference_p)
+    averaged = (
+        module.SrDPO(reduction="mean", **SR),
+        module.AlphaDPO(beta=BETA),
+        *(module.SrIPO(reduction="mean", lambda_scale=target, **SR) for target in ("paper", "derived")),
+    )
+    for loss in averaged:
+        delta = loss.delta(policy_p, reference_p)
         expect(delta, [0.15, -0.44])
         assert not delta.requires_grad, "Δ has a gradient"
 
@@ -182,14 +243,20 @@ def check_augmented_prompt(_: Any, refinement_module: Any) -> None:
 Check = Callable[[Any, Any], None]
 CHECKS: list[Check] = [
     check_dpo,
+    check_dpo_mean,
     check_ipo,
     check_ipo_mean,
     check_sr_dpo,
+    check_sr_dpo_mean,
     check_sr_ipo_printed,
     check_sr_ipo_exact,
     check_sr_ipo_mean,
     check_odpo,
+    check_simpo,
+    check_alpha_dpo,
+    check_sppo,
     check_label_smoothing,
+    check_label_smoothing_of_each_pair,
     check_nll,
     check_missing_delta,
     check_refinement,
@@ -238,6 +305,33 @@ def sr_ipo_exact_64(policy: list[Tensor], reference: list[Tensor], delta: Tensor
     return squared_64((policy[0] - policy[1]) - (reference[0] - reference[1]), (0.5 + 0.7 * delta) / 0.3)
 
 
+GRADCHECKED = [
+    preference.DPO(),
+    preference.DPO(reduction="mean", label_smoothing=0.1, nll_weight=0.3),
+    preference.SrDPO(reduction="mean"),
+    preference.SimPO(nll_weight=0.3),
+    preference.AlphaDPO(),
+    preference.SPPO(beta=0.2),
+]
+
+
+@pytest.mark.parametrize("loss", GRADCHECKED, ids=repr)
+def test_gradients_are_those_of_finite_differences(loss: Any) -> None:
+    """In float64, at the case above; the offset takes no gradient."""
+    given, reference = case(preference)
+    counts = {"chosen_tokens": given.chosen_tokens.double(), "rejected_tokens": given.rejected_tokens.double()}
+    reference = PairLogps(chosen=reference.chosen.double(), rejected=reference.rejected.double())
+    offset = torch.tensor([0.4, 0.6], dtype=torch.float64)
+    if loss.offset is Offset.win_shares:
+        offset = torch.tensor([[0.75, 0.5], [1.0, 0.25]], dtype=torch.float64)
+
+    def losses(chosen: Tensor, rejected: Tensor) -> Tensor:
+        return loss(PairLogps(chosen=chosen, rejected=rejected, **counts), reference, offset)
+
+    leaves = tuple(side.detach().double().requires_grad_() for side in (given.chosen, given.rejected))
+    assert torch.autograd.gradcheck(losses, leaves)
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
     ("loss", "independent"),
@@ -280,6 +374,7 @@ def test_values_and_gradients_equal_an_independent_float64_formulation(loss: Any
     ("refined", "plain"),
     [
         (preference.SrDPO(beta=0.2, lam=0.0), preference.DPO(beta=0.2)),
+        (preference.SrDPO(beta=0.2, lam=0.0, reduction="mean"), preference.DPO(beta=0.2, reduction="mean")),
         (preference.SrIPO(beta=0.2, lam=0.0), preference.IPO(beta=0.2)),
         (preference.SrIPO(beta=0.2, lam=0.0, lambda_scale="derived"), preference.IPO(beta=0.2)),
         (preference.SrIPO(beta=0.2, lam=0.0, reduction="mean"), preference.IPO(beta=0.2, reduction="mean")),
@@ -288,7 +383,7 @@ def test_values_and_gradients_equal_an_independent_float64_formulation(loss: Any
             preference.IPO(beta=0.2, reduction="mean"),
         ),
     ],
-    ids=["sr_dpo", "sr_ipo", "sr_ipo_exact", "sr_ipo_mean", "sr_ipo_mean_exact"],
+    ids=["sr_dpo", "sr_dpo_mean", "sr_ipo", "sr_ipo_exact", "sr_ipo_mean", "sr_ipo_mean_exact"],
 )
 def test_lambda_zero_is_the_plain_loss_bit_for_bit_gradients_included(refined: Any, plain: Any) -> None:
     results = []
@@ -303,6 +398,7 @@ def test_lambda_zero_is_the_plain_loss_bit_for_bit_gradients_included(refined: A
 
 REFINED = [
     preference.SrDPO(),
+    preference.SrDPO(reduction="mean"),
     preference.SrIPO(),
     preference.SrIPO(lambda_scale="derived"),
     preference.SrIPO(reduction="mean"),
@@ -349,7 +445,12 @@ def test_a_policy_that_is_its_reference_starts_at_ln_2_and_at_one_over_four_beta
         rejected_tokens=torch.tensor([20.0, 2.0]),
     )
     zero = torch.zeros(2)
-    for loss in (preference.DPO(beta=beta), preference.SrDPO(beta=beta)):
+    for loss in (
+        preference.DPO(beta=beta),
+        preference.DPO(beta=beta, reduction="mean"),
+        preference.SrDPO(beta=beta),
+        preference.SrDPO(beta=beta, reduction="mean"),
+    ):
         expect(loss(same, same, zero), [math.log(2)] * 2)
     for loss in (
         preference.IPO(beta=beta),
@@ -483,6 +584,7 @@ def test_lambda_below_zero_is_refused_by_name(name: str, lam: float) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
+        ("DPO", {"reduction": "average"}, r"loss\.reduction must be one of sum, mean; got 'average'"),
         ("IPO", {"reduction": "avg"}, r"loss\.reduction must be one of sum, mean; got 'avg'"),
         ("SrIPO", {"reduction": "Sum"}, r"loss\.reduction must be one of sum, mean; got 'Sum'"),
         ("SrIPO", {"lambda_scale": "printed"}, r"loss\.lambda_scale must be one of paper, derived; got 'printed'"),
@@ -519,13 +621,15 @@ def test_detached_log_probabilities_keep_numbers_and_counts() -> None:
     assert detached.rejected_tokens is policy.rejected_tokens
 
 
-@pytest.mark.parametrize("name", ["DPO", "IPO", "SrDPO", "SrIPO", "ODPO"])
+@pytest.mark.parametrize("name", ["DPO", "IPO", "SrDPO", "SrIPO", "ODPO", "SimPO", "AlphaDPO"])
 def test_nll_term_adds_the_same_to_every_loss_and_zero_adds_nothing(name: str) -> None:
     policy, reference = case(preference)
     delta = torch.tensor([0.4, 0.6])
     plain = getattr(preference, name)()(policy, reference, delta)
     weighted = getattr(preference, name)(nll_weight=0.3)(policy, reference, delta)
     expect(weighted - plain, [1.5, 1.2])
+    if name in ("SimPO", "AlphaDPO"):
+        return  # They need the tokens themselves.
     policy.chosen_tokens = None
     assert torch.equal(getattr(preference, name)(nll_weight=0.0)(policy, reference, delta), plain)
     with pytest.raises(ValueError, match="need chosen_tokens"):
@@ -539,6 +643,13 @@ def test_nll_term_adds_the_same_to_every_loss_and_zero_adds_nothing(name: str) -
         ("SrDPO", {"label_smoothing": -0.1}, "label_smoothing must be at least 0 and below 0.5, got -0.1"),
         ("IPO", {"nll_weight": -1.0}, "nll_weight must be 0 or more and finite, got -1.0"),
         ("SrIPO", {"nll_weight": math.inf}, "nll_weight must be 0 or more and finite, got inf"),
+        ("SimPO", {"gamma": -0.5}, "gamma must be 0 or more and finite, got -0.5"),
+        ("AlphaDPO", {"alpha": math.inf}, "alpha must be 0 or more and finite, got inf"),
+        ("SrDPO", {"lam_warmup": 1.5}, "lam_warmup must be a share of the steps from 0 to 1, got 1.5"),
+        ("SrIPO", {"lam": [0.5, -1]}, "lam must be 0 or more and finite, got -1"),
+        ("SrDPO", {"lam": [[0.5]]}, r"lam must be 0 or more and finite, got \[\[0.5\]\]"),
+        ("SrDPO", {"lam": []}, r"lam must be 0 or more and finite, got \[\]"),
+        ("SrIPO", {"lam": "high"}, "lam must be 0 or more and finite, got 'high'"),
         ("ODPO", {"alpha": -1.0}, "alpha must be 0 or more and finite, got -1.0"),
     ],
 )
@@ -551,3 +662,26 @@ def test_options_out_of_range_are_refused_by_name(name: str, options: dict[str, 
 def test_label_smoothing_is_unknown_to_losses_it_has_no_meaning_for(name: str) -> None:
     with pytest.raises(TypeError, match="label_smoothing"):
         getattr(preference, name)(label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("kind", [preference.SrDPO, preference.SrIPO])
+def test_lambda_follows_the_iterations_and_rises_over_the_steps(kind: Any) -> None:
+    loss = kind(lam=[0, 0.4], lam_warmup=0.25)
+    assert [loss.at(iteration).lam for iteration in (1, 2)] == [0.0, 0.4]
+    assert [loss.at(2).during(share).lam for share in (0.0, 0.125, 0.25, 0.9)] == [0.0, 0.2, 0.4, 0.4]
+    assert kind(lam=1).at(7).during(0.0) == kind(lam=1.0)
+    with pytest.raises(SelfalignError, match=r"^loss\.lam has 2 values for iterations=3: give one for each"):
+        loss.check_iterations(3)
+    loss.check_iterations(2)
+    kind(lam=0.3).check_iterations(3)
+
+
+def test_keys_know_a_lambda_by_its_value_and_nothing_of_settings_that_are_off() -> None:
+    """The keys of artifacts of older runs, whose λ was a float and who had no such settings."""
+    key = to_key_json(preference.SrDPO(lam=1))
+    assert key == to_key_json(preference.SrDPO(lam=1.0))
+    assert key.keys() == {"class", "beta", "lam", "refinement", "label_smoothing", "nll_weight"}
+    assert key["refinement"].keys() == {"class", "source", "prompt", "place", "scale", "constant"}
+    assert to_key_json(preference.SrIPO()).keys() == {
+        "class", "beta", "lam", "reduction", "lambda_scale", "refinement", "nll_weight",
+    }  # fmt: skip

@@ -378,8 +378,13 @@ def test_weight_that_is_not_finite_is_refused_by_its_name(value: str, mine: Path
             ["loss=odpo"],
             "the loss ODPO needs chosen_score above rejected_score in every pair, but it is not in 4 pairs, such as ",
         ),
+        (
+            lambda mine: None,
+            ["loss=sppo"],
+            "the loss SPPO needs chosen_score and rejected_score, shares of wins .* they are not in 4 pairs, such as ",
+        ),
     ],
-    ids=["too_long", "no_template", "no_scores"],
+    ids=["too_long", "no_template", "no_scores", "no_shares"],
 )
 def test_what_cannot_be_trained_with_model_or_data_is_known_before_anything_is_trained(
     spoil: Any, told: list[str], said: str, mine: Path, tmp_path: Path

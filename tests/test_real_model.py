@@ -18,8 +18,8 @@ from selfalign.data.turns import as_prompt
 from selfalign.engines.protocol import Request, Sampling
 from selfalign.engines.transformers import Transformers
 from selfalign.launch.experiment import run_experiment
-from selfalign.losses.preference import DPO, IPO, ODPO, SrDPO, SrIPO
-from selfalign.losses.protocol import PreferenceLoss, augmentation_of
+from selfalign.losses.preference import DPO, IPO, ODPO, SPPO, AlphaDPO, SimPO, SrDPO, SrIPO
+from selfalign.losses.protocol import Offset, PreferenceLoss, augmentation_of
 from selfalign.losses.refinement import Refinement
 from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.tokenizer import encode_prompt
@@ -108,6 +108,10 @@ COMBINATIONS: dict[str, PreferenceLoss] = {
     "sr_ipo exact": SrIPO(lam=0.3, lambda_scale="derived"),
     "sr_ipo naive": SrIPO(refinement=Refinement(source="naive")),
     "odpo": ODPO(),
+    "simpo": SimPO(),
+    "α-dpo": AlphaDPO(),
+    "sppo": SPPO(beta=0.02),
+    "sr_ipo with a normalised Δ": SrIPO(lam_warmup=0.5, refinement=Refinement(normalise="rms")),
 }
 PREFERENCES = [
     preference("bird", "Name a bird.", "A wren.", "A stone, I think."),
@@ -124,7 +128,8 @@ def check_loss_falls(
     loss: PreferenceLoss, policy: PolicyCheckpoint, folder: Path, learning_rate: float, rank: int
 ) -> None:
     start = policy_artifact(policy)
-    scored = [replace(pair, chosen_score=4.0, rejected_score=2.0) for pair in PREFERENCES]
+    high, low = (1.0, 0.25) if loss.offset is Offset.win_shares else (4.0, 2.0)
+    scored = [replace(pair, chosen_score=high, rejected_score=low) for pair in PREFERENCES]
     pairs = records_artifact(folder / "pairs", pairs=scored)
     settings = optimization(learning_rate=learning_rate, epochs=4, batch_size=3)
     precision = settings.logprob_settings("float32")

@@ -11,7 +11,15 @@ import torch
 from selfalign.core.errors import SelfalignError
 from selfalign.core.records import PreferencePair
 from selfalign.losses.logps import PairLogps
-from selfalign.losses.refinement import AUGMENTATION_PROMPT, Augmentation, Refinement, augment, refinement
+from selfalign.losses.refinement import (
+    AUGMENTATION_PROMPT,
+    SMALLEST_SPREAD,
+    Augmentation,
+    Normalisation,
+    Refinement,
+    augment,
+    refinement,
+)
 from selfalign.models.batches import encode_pairs
 
 
@@ -153,6 +161,8 @@ def test_random_prompt_is_of_the_same_length_and_says_something_else(tiny_tokeni
         ({"place": "first_turn"}, "place must be one of dialogue, last_turn; got 'first_turn'"),
         ({"source": "constant"}, "only if loss.refinement.source=constant (got constant=0, source=constant)"),
         ({"constant": 0.5}, "only if loss.refinement.source=constant (got constant=0.5, source=prompted)"),
+        ({"normalise": "std"}, "normalise must be one of none, rms, zscore; got 'std'"),
+        ({"source": "constant", "constant": 0.5, "normalise": "rms"}, "normalise=rms has no use with"),
         ({"prompt": "Do well.", "scale": 10}, "has no effect, because loss.refinement.prompt has no {scale}"),
     ],
 )
@@ -161,8 +171,20 @@ def test_options_without_meaning_are_refused(options: dict[str, Any], message: s
         Refinement(**options)
 
 
+def test_normalised_refinement_has_the_scale_of_its_step() -> None:
+    """Δ = 1 and 7: the root mean square is √25 = 5, the mean 4, the standard deviation 3."""
+    delta = torch.tensor([1.0, 7.0])
+    assert Normalisation.of("rms", 4.0, 25.0, 0.1)(delta).tolist() == pytest.approx([0.2, 1.4])
+    assert Normalisation.of("zscore", 4.0, 25.0, 0.1)(delta).tolist() == pytest.approx([-1.0, 1.0])
+    # A single pair, and no Δ at all, stay finite.
+    assert Normalisation.of("zscore", 7.0, 49.0, 0.1)(torch.tensor([7.0])).tolist() == [0.0]
+    assert Normalisation.of("rms", 0.0, 0.0, 0.1) == Normalisation(0.0, 0.1 * SMALLEST_SPREAD)
+    assert Normalisation()(delta).tolist() == [1.0, 7.0]
+
+
 def test_sources_with_the_same_second_pass_share_its_reference_values() -> None:
     assert Refinement(source="shuffled").augmentation() == Refinement().augmentation() == Refinement()
+    assert Refinement(normalise="rms").augmentation() == Refinement()
     assert Refinement(source="random_prompt").augmentation() == Refinement(source="random_prompt")
     assert Refinement(source="naive").augmentation() is None
     assert Refinement(source="constant", constant=0.5).augmentation() is None

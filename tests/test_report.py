@@ -425,6 +425,9 @@ def test_paragraph_says_how_the_loss_weighs_and_sums(tmp_path: Path) -> None:
     run.model("M2", "align")
     said = re.sub(r"<.*?>", "", what_was_run(Finished.load(run.finish())))
     assert "(β = 0.1, λ = 0.3, reduction mean, lambda_scale derived; reference" in said
+    run = begin(tmp_path / "list", loss={"beta": 0.1, "lam": [0.0, 0.5]})
+    run.model("M2", "align")
+    assert "(β = 0.1, λ = 0, 0.5; reference" in re.sub(r"<.*?>", "", what_was_run(Finished.load(run.finish())))
 
 
 @pytest.mark.parametrize(

@@ -586,3 +586,19 @@ def test_data_is_identified_by_content_and_a_hub_data_set_by_its_commit(tmp_path
     at = "someone/some-data@" + "c" * 40
     assert identify_data(f"{at}:test", "k") == f"{at}:test" != identify_data(at, "k") == f"{at}:train"
     assert identify_data("shipped:ift", "k") != identify_data("shipped:evaluation", "k")
+
+
+def test_label_smoothing_of_a_given_pair_is_kept_and_stands_in_no_other_line(tmp_path: Path) -> None:
+    rows = [STANDARD | {"id": "a"}, STANDARD | {"id": "b", "label_smoothing": 0.7}]
+    pairs, _ = read_pairs(write_rows(tmp_path / "a.jsonl", *rows))
+    write_records(tmp_path / "pairs.jsonl", pairs)
+    lines = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    assert [line.get("label_smoothing") for line in lines] == [None, 0.7]
+    assert "label_smoothing" not in lines[0]
+    assert read_pairs(str(tmp_path / "pairs.jsonl"))[0] == pairs
+    for wrong in (1, -0.1):
+        row = STANDARD | {"label_smoothing": wrong}
+        with pytest.raises(SelfalignError, match=rf"b.jsonl:1: label_smoothing must be from 0 to below 1, got {wrong}"):
+            read_pairs(write_rows(tmp_path / "b.jsonl", row))
+    with pytest.raises(ValueError, match=r"pair c: label_smoothing must be from 0 to below 1, got 1\.5"):
+        PreferencePair(id="c", prompt="", chosen="a", rejected="b", label_smoothing=1.5)

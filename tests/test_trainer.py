@@ -172,6 +172,9 @@ class Breaking:
     def arrange(self, examples: Sequence[Any]) -> Sequence[Any]:
         return self.inner.arrange(examples)
 
+    def begin_step(self, model: Any, microbatches: Sequence[Any], share: float) -> None:
+        self.inner.begin_step(model, microbatches, share)
+
     def check_first_step(self, distance: float, loss_distance: float) -> None:
         self.inner.check_first_step(distance, loss_distance)
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,10 +10,11 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer
+from trl.experimental.cpo import CPOTrainer
 
 from selfalign.losses.logps import PairLogps
-from selfalign.losses.preference import DPO, IPO
-from selfalign.losses.protocol import PreferenceLoss
+from selfalign.losses.preference import DPO, IPO, SPPO, SimPO
+from selfalign.losses.protocol import Offset, PreferenceLoss
 from selfalign.models.batches import SharedPrompt
 from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.scorer import make_scoring
@@ -75,8 +77,13 @@ def ask_trl(policy: PolicyCheckpoint, folder: Path, loss_type: str, beta: float)
 
 @pytest.mark.parametrize(
     ("loss_type", "loss"),
-    [("sigmoid", DPO(beta=0.1)), ("ipo", IPO(beta=0.1, reduction="mean"))],
-    ids=["dpo", "ipo_mean"],
+    [
+        ("sigmoid", DPO(beta=0.1)),
+        ("sigmoid_norm", DPO(beta=5.0, reduction="mean")),
+        ("ipo", IPO(beta=0.1, reduction="mean")),
+        ("sppo_hard", SPPO(beta=0.02)),  # TRL's chosen responses always win, and its rejected ones never.
+    ],
+    ids=["dpo", "dpo_mean", "ipo_mean", "sppo_hard"],
 )
 def test_losses_equal_those_of_trl(
     tiny_policy: PolicyCheckpoint, tmp_path: Path, loss_type: str, loss: PreferenceLoss
@@ -84,7 +91,8 @@ def test_losses_equal_those_of_trl(
     peers = ask_trl(tiny_policy, tmp_path, loss_type, loss.beta)
     for peer, (chosen, rejected) in zip(peers, REFERENCE, strict=True):
         reference = PairLogps(chosen=chosen[None], rejected=rejected[None])
-        assert float(loss(peer.logps, reference)) == pytest.approx(peer.loss, rel=1e-6, abs=1e-6)
+        shares = torch.tensor([[1.0, 0.0]]) if loss.offset is Offset.win_shares else None
+        assert float(loss(peer.logps, reference, shares)) == pytest.approx(peer.loss, rel=1e-6, abs=1e-6)
     assert len({round(peer.loss, 3) for peer in peers}) == len(peers)
 
     ours = tiny_policy.load("float32", device="cpu")
@@ -92,6 +100,23 @@ def test_losses_equal_those_of_trl(
     logps = frozen_logps(ours.model, [peer.group for peer in peers])
     torch.testing.assert_close(logps.chosen, torch.cat([peer.logps.chosen for peer in peers]), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logps.rejected, torch.cat([peer.logps.rejected for peer in peers]), rtol=1e-5, atol=1e-5)
+
+
+def test_simpo_equals_that_of_trl() -> None:
+    """TRL's formula, on log-probabilities that are averaged before."""
+    policy = PairLogps(
+        chosen=torch.tensor([-31.0, -95.0, -68.0]),
+        rejected=torch.tensor([-120.0, -25.0, -81.0]),
+        chosen_tokens=torch.tensor([7.0, 30.0, 25.0]),
+        rejected_tokens=torch.tensor([36.0, 4.0, 20.0]),
+    )
+    averaged = policy.per_token()
+    settings = {"alpha": 0.0, "loss_type": "simpo", "beta": 2.5, "simpo_gamma": 1.4, "label_smoothing": 0.0}
+    trainer: Any = SimpleNamespace(**settings, accelerator=SimpleNamespace(device="cpu"))
+    theirs, _, _ = CPOTrainer.cpo_loss(trainer, averaged.chosen, averaged.rejected)
+    ours = SimPO(beta=2.5, gamma=1.4)(policy, policy)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    assert len({round(float(value), 3) for value in ours}) == 3
 
 
 def test_ipo_with_summed_log_probabilities_is_another_loss_than_trls(

@@ -100,6 +100,9 @@ class Stopping:
             outcome.loss = outcome.loss * float("nan")
         return outcome
 
+    def begin_step(self, model: Any, microbatches: Sequence[Any], share: float) -> None:
+        self.inner.begin_step(model, microbatches, share)
+
     def check_first_step(self, distance: float, loss_distance: float) -> None:
         self.inner.check_first_step(distance, loss_distance)
 
@@ -138,7 +141,8 @@ def task(kind: str, tokenizer: Any) -> tuple[Sequence[Any], Any]:
     examples = pairs(tokenizer)
     if kind == "live":
         return examples, Preference(DPO(), AdapterSwitchedOff(), starts_as_reference=True, dtype="float32")
-    loss = SrDPO(beta=0.2, lam=0.3, refinement=Refinement(source="shuffled", prompt="Do well: "))
+    refinement = Refinement(source="shuffled", prompt="Do well: ", normalise="rms")
+    loss = SrDPO(beta=0.2, lam=0.3, lam_warmup=0.5, refinement=refinement)
     return examples, Preference(loss, StoredReferences(), starts_as_reference=False, dtype="float32")
 
 

@@ -20,7 +20,7 @@ from selfalign.data.pair_rules import BestVsK, BestWorst, ByWriter, PairRule
 from selfalign.judges.comparator import PairwiseComparator
 from selfalign.judges.panel import Panel, judges_in
 from selfalign.judges.protocol import Rubric, asks_a_server, other_scale
-from selfalign.losses.protocol import refinement_of
+from selfalign.losses.protocol import Offset, ScheduledLoss, refinement_of
 from selfalign.models.quantization import check_engine
 from selfalign.runs.folder import check_name
 from selfalign.stages.evaluate import compares_on
@@ -57,8 +57,6 @@ def check_experiment(config: ExperimentConfig) -> None:
     check_engine(config.model.quantization, type(config.engine).__name__.lower())
     if isinstance(config.data, Pairs) and config.iterations != 1:
         raise SelfalignError(f"iterations={config.iterations}, but data=pairs gives one set of pairs: set iterations=1")
-    if isinstance(config.pair, PairRule):
-        config.pair.check_iterations(config.iterations)
     _check_loss_and_rule(config)
     _check_evaluation_fine_tuning(config)
     _check_judge(config)
@@ -84,7 +82,11 @@ def _check_evaluation_fine_tuning(config: ExperimentConfig) -> None:
 
 
 def _check_loss_and_rule(config: ExperimentConfig) -> None:
-    """Check that the loss takes what the pair rule gives."""
+    """Check that loss and pair rule have settings for every iteration, and that the one takes what the other gives."""
+    if isinstance(config.pair, PairRule):
+        config.pair.check_iterations(config.iterations)
+    if isinstance(config.loss, ScheduledLoss):
+        config.loss.check_iterations(config.iterations)
     if isinstance(config.data, SelfRewarding) and config.loss.pairwise == isinstance(config.pair, PositivesOnly):
         raise SelfalignError("loss=positives and pair=positives need each other: set both, or neither")
 
@@ -213,6 +215,11 @@ def check_effects(config: ExperimentConfig) -> None:
         raise SelfalignError(
             "loss.refinement.source=shuffled would have no effect with train.align.batch_size=1: pairs take the Δ of "
             "others of their step. Raise train.align.batch_size; train.align.microbatch_tokens limits memory"
+        )
+    if refinement is not None and refinement.normalise != "none" and train.align.batch_size == 1:
+        raise SelfalignError(
+            f"train.align.batch_size=1 leaves the loss {config.loss.title} nothing to normalise Δ with, which it does "
+            "over the pairs of a step: raise train.align.batch_size; train.align.microbatch_tokens limits memory"
         )
     if not config.loss.pairwise:
         unused = {
@@ -450,9 +457,20 @@ def _check_scores(config: ExperimentConfig) -> None:
     rule, judge = config.pair, config.judge
     low, high = getattr(judge, "min_score", None), getattr(judge, "max_score", None)
     if low is None or high is None:
+        if config.loss.offset is Offset.win_shares:
+            raise SelfalignError(
+                f"the loss {config.loss.title} needs shares of wins, but the scores of {type(judge).__name__} have no "
+                "ends: choose judge=pairwise with judge.max_score=1"
+            )
         return
     if isinstance(rule, PositivesOnly) and rule.minimum_score > high:
         raise SelfalignError(f"pair.minimum_score={rule.minimum_score} is above judge.max_score={high}: lower it")
+    if config.loss.offset is Offset.win_shares and (low, high) != (0, 1):
+        raise SelfalignError(
+            f"the loss {config.loss.title} reads scores as shares of wins, from 0 to 1, but they go from "
+            f"judge.min_score={low} to judge.max_score={high}: set judge.min_score=0 and judge.max_score=1, with "
+            "judge=pairwise for example"
+        )
     if isinstance(rule, PairRule) and rule.minimum_margin >= high - low:
         raise SelfalignError(
             f"pair.minimum_margin={rule.minimum_margin}, but scores from judge.min_score={low} to "

@@ -4,7 +4,7 @@ from collections import Counter
 from typing import NoReturn
 
 from selfalign.core.records import Message, PreferencePair, Prompt
-from selfalign.data.rows import SCORES, SIDES, TAILS, Row
+from selfalign.data.rows import SCORES, SIDES, SMOOTHING, TAILS, Row
 from selfalign.data.schemas import against_tails
 from selfalign.data.tails import Tail, common_turns, pair_of
 from selfalign.data.turns import check_prompt, listed_turns, only_answer, read_task_with_tools, read_turns, spoken
@@ -34,10 +34,13 @@ def read_pair(row: Row, drops: Counter[str]) -> PreferencePair | None:
         if tail.turns and not isinstance(prompt, str):
             check_prompt(row, [*prompt, *tail.turns])
     better, worse = (row.number(*names) for names in SCORES)
+    smoothing = row.number(SMOOTHING)
+    if smoothing is not None and not 0 <= smoothing < 1:
+        row.refuse(f"{SMOOTHING} must be from 0 to below 1, got {smoothing}")
     if reason := against_tails(chosen, rejected, better, worse):
         drops[reason] += 1
         return None
-    return pair_of(prompt, chosen, rejected, (better, worse))
+    return pair_of(prompt, chosen, rejected, (better, worse), smoothing)
 
 
 def _flat(row: Row) -> Row:

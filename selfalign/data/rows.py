@@ -63,6 +63,9 @@ TAILS = ("chosen_turns", "rejected_turns", "chosen_calls", "rejected_calls", "re
 THOUGHTS = ("thought", "chosen_thought", "rejected_thought", "thought_prompt")
 """Fields of the same files with what was written before an answer: refused, because a given answer holds it itself."""
 
+SMOOTHING = "label_smoothing"
+"""Field of pairs.jsonl with a pair's own ε, how likely it is in the wrong order."""
+
 ENDED = ("chosen_finished", "rejected_finished")
 """Fields of pairs.jsonl that tell whether an answer ended by itself. A given one does."""
 
@@ -79,7 +82,7 @@ SPELLED_GAPS = ("nan", "none", "null", "nil", "undefined", "n/a", "#n/a", "<na>"
 """How programs spell an absent text."""
 
 READ = {
-    "prompt", "responses", "id", "category", "generator", "dataset", "label", "kto_tag", "tools", *TAILS,
+    "prompt", "responses", "id", "category", "generator", "dataset", "label", "kto_tag", "tools", SMOOTHING, *TAILS,
     *CONVERSATIONS, *INSTRUCTIONS, *BESIDE, *ANSWERS, *chain.from_iterable((*SIDES, *SCORES)),
 }  # fmt: skip
 """Fields that are read, by one format or another."""
@@ -102,6 +105,7 @@ MEANINGS = {
     "responses": "ranked answers",
     **{name: side for names in SIDES[:2] for name, side in zip(names, ("chosen", "rejected"), strict=True)},
     "rejected_response": "rejected",
+    SMOOTHING: "the label smoothing of the pair",
     **{name: f"the score of {side}" for names, side in zip(SCORES, SIDES[0], strict=True) for name in names},
 }
 """{field: what it is read as}, in the order of a prompt."""

@@ -38,7 +38,13 @@ class Tail:
         return as_text([*self.turns, {"role": "assistant", "content": answer}]) if self.turns else answer
 
 
-def pair_of(prompt: Prompt, chosen: Tail, rejected: Tail, scores: tuple[float | None, float | None]) -> PreferencePair:
+def pair_of(
+    prompt: Prompt,
+    chosen: Tail,
+    rejected: Tail,
+    scores: tuple[float | None, float | None],
+    label_smoothing: float | None = None,
+) -> PreferencePair:
     """Return the pair of two tails, with an empty `id`."""
     return PreferencePair(
         id="",
@@ -51,6 +57,7 @@ def pair_of(prompt: Prompt, chosen: Tail, rejected: Tail, scores: tuple[float | 
         rejected_turns=rejected.turns or UNSET,
         chosen_calls=chosen.calls or UNSET,
         rejected_calls=rejected.calls or UNSET,
+        label_smoothing=UNSET if label_smoothing is None else float(label_smoothing),
     )
 
 

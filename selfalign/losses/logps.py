@@ -6,6 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 Values = Float[Tensor, "pairs"]
+Shares = Float[Tensor, "pairs 2"]
 
 
 @dataclass(kw_only=True, slots=True)

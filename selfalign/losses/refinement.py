@@ -3,8 +3,9 @@
 Yu et al. 2024, arXiv 2405.21040, eq. 11, and controls that separate the causes of its gain.
 """
 
+import math
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from selfalign.core.errors import SelfalignError
@@ -23,6 +24,9 @@ AUGMENTATION_PROMPT = (
 SCALE = 100
 SOURCES = ("prompted", "naive", "shuffled", "constant", "random_prompt")
 PLACES = ("dialogue", "last_turn")
+NORMALISATIONS = ("none", "rms", "zscore")
+SMALLEST_SPREAD = 1e-4
+"""The least spread of h, in nats, that Δ is divided by: below it stands rounding, as at the first step."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -39,6 +43,10 @@ class Refinement:
         scale: the highest score of the scale in p: 100, or 10 as in the paper's ablation.
         constant: Δ of every pair if the source is "constant", in units of reward (of reward per token if
             `loss.reduction` is "mean").
+        normalise: "none" weighs Δ by λ as it is. "rms" divides it by its root mean square over the pairs of the
+            optimizer step, so that λ has the same weight whatever the scale of Δ; it is at most √pairs then. "zscore"
+            takes off the step's mean and divides by the step's standard deviation, as α-DPO does. Metrics show Δ as it
+            is. Until the policy leaves its reference, Δ is rounding, which `loss.lam_warmup` keeps out.
     """
 
     source: str = "prompted"
@@ -46,6 +54,7 @@ class Refinement:
     place: str = "dialogue"
     scale: int = SCALE
     constant: float = 0.0
+    normalise: str = field(default="none", metadata={"keyed": "if set"})
 
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
@@ -69,11 +78,21 @@ class Refinement:
                 f"constant={self.constant:g}, source={self.source})."
             )
 
+        if self.normalise not in NORMALISATIONS:
+            raise SelfalignError(
+                f"loss.refinement.normalise must be one of {', '.join(NORMALISATIONS)}; got {self.normalise!r}"
+            )
+        if self.source == "constant" and self.normalise != "none":
+            raise SelfalignError(
+                f"loss.refinement.normalise={self.normalise} has no use with loss.refinement.source=constant, whose Δ "
+                "are all alike: set it to none"
+            )
+
     def augmentation(self) -> "Refinement | None":
         """Return the settings of the second pass of policy and reference; None if the source has no second pass."""
         if self.source in ("naive", "constant"):
             return None
-        return replace(self, source="prompted") if self.source == "shuffled" else self
+        return replace(self, source="prompted" if self.source == "shuffled" else self.source, normalise="none")
 
     def text(self, tokenizer: "Tokenizer") -> "Augmentation":
         """Return p: the prompt with its scale, or random words of the same length."""
@@ -130,6 +149,30 @@ def refinement(policy_p: PairLogps, reference_p: PairLogps, beta: float) -> Valu
     chosen = policy_p.chosen - reference_p.chosen
     rejected = policy_p.rejected - reference_p.rejected
     return (beta * (chosen - rejected)).detach()
+
+
+@dataclass(frozen=True, slots=True)
+class Normalisation:
+    """A linear map of Δ, the same for all pairs of an optimizer step: (Δ - centre) / spread."""
+
+    centre: float = 0.0
+    spread: float = 1.0
+
+    @classmethod
+    def of(cls, kind: str, mean: float, mean_square: float, beta: float) -> "Normalisation":
+        """Return the normalisation of a step.
+
+        Args:
+            kind: "rms" or "zscore".
+            mean: mean of Δ over the pairs of the step.
+            mean_square: mean of Δ² over them.
+            beta: β of the loss, by which Δ is in units of reward.
+        """
+        centre = mean if kind == "zscore" else 0.0
+        return cls(centre, max(math.sqrt(max(0.0, mean_square - centre * centre)), beta * SMALLEST_SPREAD))
+
+    def __call__(self, delta: Values) -> Values:
+        return (delta - self.centre) / self.spread
 
 
 def _count_tokens(tokenizer: "Tokenizer", text: str) -> int:

@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
+from msgspec import UnsetType
 from torch import Tensor
 
 from selfalign.core.errors import SelfalignError
@@ -229,7 +230,8 @@ class PairExample:
     Attributes:
         plain: its responses behind x.
         augmented: the same behind p⊕x, where the loss refines.
-        score_gap: the judge's mean score of the chosen response minus that of the rejected one, where it is known.
+        scores: the judge's mean scores of the chosen and of the rejected response; empty unless both are known.
+        label_smoothing: ε of this pair, where it has its own.
         reference: log-probabilities of both responses given x under the reference policy, summed over tokens, in nats;
             empty where they are not stored, as the next two.
         augmented_reference: the same given p⊕x.
@@ -238,7 +240,8 @@ class PairExample:
 
     plain: SharedPrompt
     augmented: SharedPrompt | None = None
-    score_gap: float | None = None
+    scores: list[float] = field(default_factory=list)
+    label_smoothing: float | None = None
     reference: list[float] = field(default_factory=list)
     augmented_reference: list[float] = field(default_factory=list)
     start: list[float] = field(default_factory=list)
@@ -314,7 +317,9 @@ def encode_pairs(
             tally["cut"] += 1
         tally["pairs"] += 1
         tally.update(text_faults(tokenizer, prompt, answers))
-        yield PairExample(plain=plain, augmented=augmented, score_gap=score_gap(pair))
+        yield PairExample(
+            plain=plain, augmented=augmented, scores=scores_of(pair), label_smoothing=label_smoothing_of(pair)
+        )
     warn_of_faults(tokenizer, tally, tally["pairs"], "pairs")
     if not tally["pairs"]:
         behind = f", and behind loss.refinement.prompt into the model's context of {context}" if refinement else ""
@@ -401,11 +406,16 @@ def answer_read_by(tokenizer: "Tokenizer", response: "Response") -> Answer:
     return answer if same else replace(answer, ids=[])
 
 
-def score_gap(pair: "PreferencePair") -> float | None:
-    """Return the chosen score minus the rejected score, or None unless both are known."""
+def scores_of(pair: "PreferencePair") -> list[float]:
+    """Return the scores of the chosen and of the rejected response; none unless both are known."""
     if pair.chosen_score is None or pair.rejected_score is None:
-        return None
-    return pair.chosen_score - pair.rejected_score
+        return []
+    return [pair.chosen_score, pair.rejected_score]
+
+
+def label_smoothing_of(pair: "PreferencePair") -> float | None:
+    """Return the pair's own ε, or None."""
+    return None if isinstance(pair.label_smoothing, UnsetType) else pair.label_smoothing
 
 
 def shorten_prompt(tokenizer: "Tokenizer", prompt: "Prompt", fits: Callable[["Prompt"], bool]) -> "Prompt | None":

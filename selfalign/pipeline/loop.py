@@ -12,7 +12,7 @@ from selfalign.config.data import SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.files import derive_seed
 from selfalign.judges.protocol import asks_a_server
-from selfalign.losses.protocol import augmentation_of
+from selfalign.losses.protocol import augmentation_of, loss_at
 from selfalign.models.config import ModelConfig
 from selfalign.pipeline.dtypes import resolve_dtypes
 from selfalign.pipeline.evaluation import Evaluation
@@ -233,7 +233,7 @@ class Method:
         A model that is aligned ahead only writes in its iteration. It has no validation and no checkpoint selection.
         """
         config, prefix = self.config.in_iteration(iteration), "ahead_" * ahead
-        name, loss, train = model_after(iteration), config.loss, config.train
+        name, loss, train = model_after(iteration), loss_at(config.loss, iteration), config.train
         policy = reference = self.reference(iteration, models)
         start = None
         if not loss.pairwise:

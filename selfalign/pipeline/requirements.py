@@ -19,8 +19,8 @@ from selfalign.judges.comparator import PairwiseComparator, verdict_tokens
 from selfalign.judges.expected import ExpectedScore, score_tokens
 from selfalign.judges.protocol import OWN_MODELS, asks_a_server
 from selfalign.judges.written import WrittenScore
-from selfalign.losses.protocol import Offset, augmentation_of
-from selfalign.models.batches import answers_of, encode_group, score_gap
+from selfalign.losses.protocol import augmentation_of, cannot_train, misfit
+from selfalign.models.batches import answers_of, encode_group, label_smoothing_of, scores_of
 from selfalign.models.chat_template import QUESTION, markers_of, render_prompt
 from selfalign.models.checkpoint import PolicyCheckpoint
 from selfalign.models.tokenizer import encode_prompt, plain_ids
@@ -30,7 +30,6 @@ from selfalign.stages.seed_data import EFTSource
 from selfalign.stages.sft import encode_demonstration
 from selfalign.store.artifacts import Artifact
 from selfalign.store.stage import PlannedArtifact
-from selfalign.training.preference import lacks_score_gaps
 
 
 def check_requirements(config: ExperimentConfig, base: Artifact, inputs: RunInputs) -> None:
@@ -249,12 +248,14 @@ def _thought_budgets(config: ExperimentConfig) -> dict[str, int]:
 
 
 def _scores(config: ExperimentConfig, base: Artifact, inputs: RunInputs) -> Iterator[str]:
-    """Check that given pairs have the score gap that the loss needs."""
-    if config.loss.offset is not Offset.score_gap or inputs.pairs is None:
+    """Check that the loss can train on given pairs: that they have the scores that it needs, and nothing besides."""
+    if inputs.pairs is None:
         return
-    pairs = stream_records(inputs.pairs.path / "pairs.jsonl", PreferencePair)
-    if wrong := [pair.id for pair in pairs if not (score_gap(pair) or 0) > 0]:
-        yield lacks_score_gaps(config.loss, wrong)
+    misfits: dict[str, list[str]] = {}
+    for pair in stream_records(inputs.pairs.path / "pairs.jsonl", PreferencePair):
+        misfits.setdefault(misfit(config.loss, scores_of(pair), label_smoothing_of(pair)), []).append(pair.id)
+    if message := cannot_train(config.loss, misfits):
+        yield message
 
 
 def _prompts(inputs: RunInputs) -> Iterator[tuple[str, Prompt]]:

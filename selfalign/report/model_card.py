@@ -209,6 +209,7 @@ def method(run: Finished) -> str:
             "Here, h = [log π(y⁺|x) − log π_ref(y⁺|x)] − [log π(y⁻|x) − log π_ref(y⁻|x)], in nats over response "
             "tokens; ⊥ stops the gradient"
         )
+    if "h" in run.loss["formula"] or "π_ref" in run.loss["formula"]:
         facts.append(f"Reference policy π_ref: {WHO[config['train']['reference_policy']]}")
     judge = next((run.inputs(name)["judge"] for name, stage in run.stages.items() if stage == "judge"), None)
     if system := config["model"].get("system_prompt"):

@@ -110,10 +110,15 @@ def _loss_sentence(run: Finished) -> str:
     models, loss = strong(", ".join(map(str, labels))), run.config["loss"]
     if run.stages[labels[0]] == "sft":
         return f"Fine-tuning on the good responses only ({strong('positives')}) made {models}."
-    settings = [f"{sign} = {loss[key]:g}" for key, sign in (("beta", "β"), ("lam", "λ")) if key in loss]
+    settings = [f"{sign} = {_numbers(loss[key])}" for key, sign in (("beta", "β"), ("lam", "λ")) if key in loss]
     settings += [f"{key} {escape(str(loss[key]))}" for key in ("reduction", "lambda_scale") if key in loss]
     against = WHO[run.config["train"]["reference_policy"]]
     return f"{strong(run.loss['title'])} ({', '.join(settings)}; reference: {against}) made {models}."
+
+
+def _numbers(value: float | list[float]) -> str:
+    """Return a number, or those of the iterations."""
+    return ", ".join(f"{one:g}" for one in (value if isinstance(value, list) else [value]))
 
 
 def warnings(run: Finished) -> str:

@@ -11,7 +11,7 @@ from selfalign.losses.logps import PairLogps
 from selfalign.metrics import catalog
 from selfalign.metrics.accumulate import Mean, Sums
 from selfalign.models.batches import Batch, SharedPrompt, make_batch
-from selfalign.training.parallelism import unwrap
+from selfalign.training.parallelism import Microbatch, unwrap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,11 +27,17 @@ class Example(Protocol):
 
 
 class Objective(Protocol):
-    """A loss over the examples of an optimiser step: the sum over `arrange(examples)`, divided by their weight."""
+    """A loss over the examples of an optimiser step: the sum over `arrange(examples)`, divided by their weight.
+
+    Before the forward passes of a step, `begin_step` gets this process's microbatches, and the share of all steps that
+    was done before.
+    """
 
     def arrange(self, examples: Sequence[Any]) -> Sequence[Any]: ...
 
     def weight(self, examples: Sequence[Any]) -> float: ...
+
+    def begin_step(self, model: "PreTrainedModel", microbatches: Sequence[Microbatch[Any]], share: float) -> None: ...
 
     def __call__(self, model: "PreTrainedModel", examples: Sequence[Any]) -> "ObjectiveOutput": ...
 
@@ -76,6 +82,9 @@ class Likelihood:
         if self.loss_reduction == "examples":
             return float(sum(len(group.responses) for group in examples))
         return float(sum(sum(group.scored()) for group in examples))
+
+    def begin_step(self, model: "PreTrainedModel", microbatches: Sequence[Microbatch[Any]], share: float) -> None:
+        """Do nothing: all steps are alike."""
 
     def __call__(self, model: "PreTrainedModel", examples: Sequence[SharedPrompt]) -> ObjectiveOutput:
         batch, scores = forward(model, examples, training_pass=True)

@@ -1,11 +1,11 @@
 """The preference objective: a preference loss over pairs, with a refinement pass if the loss needs one."""
 
-import math
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import reduce
+from operator import add
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,21 +13,32 @@ import torch
 from selfalign.core import distributed
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import derive_seed
-from selfalign.core.formatting import plural
 from selfalign.core.jsonl import chunks, stream_records
 from selfalign.core.records import PreferencePair
 from selfalign.losses.logps import PairLogps
 from selfalign.losses.preference import rewards
-from selfalign.losses.protocol import Loss, Offset, PreferenceLoss, augmentation_of, is_refined, refinement_of
+from selfalign.losses.protocol import (
+    Offset,
+    PreferenceLoss,
+    RefinedLoss,
+    SmoothedLoss,
+    augmentation_of,
+    cannot_train,
+    is_refined,
+    loss_during,
+    misfit,
+    refinement_of,
+)
+from selfalign.losses.refinement import Normalisation
 from selfalign.metrics import catalog
-from selfalign.metrics.accumulate import Mean, Sums, add_sums
+from selfalign.metrics.accumulate import Mean, Moments, Sums, add_sums
 from selfalign.metrics.rewards import length_moments, logp_changes, reward_metrics
 from selfalign.models.batches import PairExample, encode_pairs
 from selfalign.models.checkpoint import Policy, PolicyCheckpoint, autocast
 from selfalign.store.artifacts import Artifact
 from selfalign.training.config import Optimization, TrainableWeights
 from selfalign.training.objective import ObjectiveOutput, by_pair, forward, frozen_logps, pair_logps
-from selfalign.training.parallelism import local_microbatches, unwrap
+from selfalign.training.parallelism import Microbatch, local_microbatches, unwrap
 from selfalign.training.reference import References, StoredReferences, groups_of, join_references, open_references
 
 if TYPE_CHECKING:
@@ -83,13 +94,13 @@ def encode_preferences(
         pairs: pairs.jsonl.
         reference: references.jsonl; or the reference policy, which has no stored log-probabilities.
         start: references.jsonl of M_t, or None.
-        loss: the loss, which declares whether pairs need p⊕x or score gaps.
+        loss: the loss, which declares whether pairs need p⊕x or scores.
         limit: the longest prompt with a response, in tokens.
         tally: receives the counts of `encode_pairs`.
         mask_thought: whether thoughts are read without being scored.
 
     Raises:
-        SelfalignError: no pair fits, a pair has no stored log-probabilities, or it lacks the score gap of the loss.
+        SelfalignError: no pair fits, a pair has no stored log-probabilities, or the loss cannot train on it.
     """
     records = stream_records(pairs.path / "pairs.jsonl", PreferencePair)
     tokenizer, p = policy.load_tokenizer(), augmentation_of(loss)
@@ -97,7 +108,7 @@ def encode_preferences(
     for role, artifact in (("reference", reference), ("start", start)):
         if artifact is not None and (file := artifact.path / "references.jsonl").exists():
             examples = join_references(examples, file, role)
-    yield from check_score_gaps(loss, examples)
+    yield from check_pairs(loss, examples)
 
 
 @dataclass(slots=True)
@@ -110,6 +121,9 @@ class Preference:
         starts_as_reference: whether the policy starts as its reference, so that the first step is known.
         dtype: the dtype of multiplications, which sets the tolerance of the first step.
         start: M_t's log-probabilities, from which changes are measured; None if they are not computed.
+        step_loss: the loss of the current step.
+        deltas: {pair: Δ} of this process's pairs of the step, where Δ is normalised.
+        normalisation: the step's normalisation of Δ.
     """
 
     loss: PreferenceLoss
@@ -117,6 +131,12 @@ class Preference:
     starts_as_reference: bool
     dtype: str
     start: References | None = None
+    step_loss: PreferenceLoss = field(init=False)
+    deltas: dict[str, float] = field(init=False, default_factory=dict)
+    normalisation: Normalisation = field(init=False, default_factory=Normalisation)
+
+    def __post_init__(self) -> None:
+        self.step_loss = self.loss
 
     def arrange(self, examples: Sequence[PairExample]) -> list[PairExample]:
         """Return the pairs of a step. If the refinement is shuffled, each has the p⊕x pass of another pair."""
@@ -135,13 +155,34 @@ class Preference:
         """Return the number of pairs, over which the loss is averaged."""
         return float(len(examples))
 
+    def begin_step(
+        self, model: "PreTrainedModel", microbatches: Sequence[Microbatch[PairExample]], share: float
+    ) -> None:
+        """Take the loss of the step, and compute Δ of all its pairs over all processes if it is normalised."""
+        self.step_loss = loss_during(self.loss, share)
+        if not is_refined(self.loss) or (kind := self.loss.refinement.normalise) == "none":
+            return
+        own, moments = unwrap(model), Moments(0.0, 0.0, 0.0)
+        self.deltas.clear()
+        for microbatch in microbatches:
+            deltas = self.delta(self.loss, own, microbatch.examples).tolist()
+            self.deltas |= {example.id: delta for example, delta in zip(microbatch.examples, deltas, strict=True)}
+            if not microbatch.repeated:
+                moments += Moments.of(deltas)
+        step = reduce(add, distributed.gather(moments))
+        self.normalisation = Normalisation.of(kind, step.total / step.count, step.mean_square, self.loss.beta)
+
     def __call__(self, model: "PreTrainedModel", examples: Sequence[PairExample]) -> ObjectiveOutput:
         own = unwrap(model)
         batch, scores = forward(model, groups_of(examples), training_pass=True)
         policy, reference = by_pair(batch, scores.logps), self.references(own, examples)
-        offset = self.offset(own, examples, policy, reference)
-        losses = self.loss(policy, reference, offset)
-        start = self.loss(reference, reference, offset)
+        if self.deltas:
+            offset = torch.tensor([self.deltas[example.id] for example in examples], device=own.device)
+            weighed = self.normalisation(offset)
+        else:
+            weighed = offset = self.offset(own, examples, policy, reference)
+        losses = self.losses(examples, policy, reference, weighed)
+        start = self.losses(examples, reference, reference, weighed)
         policy = policy.detach()
         zeros = [*rewards(self.loss.beta, policy, reference)]
         if offset is not None and augmentation_of(self.loss):
@@ -161,21 +202,49 @@ class Preference:
             router_loss=scores.router_loss,
         )
 
+    def losses(
+        self, examples: Sequence[PairExample], policy: PairLogps, reference: PairLogps, offset: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the step's loss of each pair, with the label smoothing of those that have their own."""
+        loss, smoothings = self.step_loss, [example.label_smoothing for example in examples]
+        if not isinstance(loss, SmoothedLoss) or not any(one is not None for one in smoothings):
+            return loss(policy, reference, offset)
+        own = [loss.label_smoothing if one is None else one for one in smoothings]
+        return loss(policy, reference, offset, torch.tensor(own, device=policy.chosen.device))
+
     def offset(
         self, model: "PreTrainedModel", examples: Sequence[PairExample], policy: PairLogps, reference: PairLogps
     ) -> torch.Tensor | None:
-        """Return the offset that the loss declares: Δ or the score gap, shape (pairs,), without gradient; or None."""
-        if self.loss.offset is Offset.score_gap:
-            return torch.tensor([example.score_gap or math.nan for example in examples], device=model.device)
-        if not is_refined(self.loss):
-            return None
-        source = self.loss.refinement
+        """Return the offset that the loss declares, or None.
+
+        Δ and the score gap are of shape (pairs,), win shares of shape (pairs, 2), chosen before rejected; all without
+        gradient.
+        """
+        if self.loss.offset in (Offset.score_gap, Offset.win_shares):
+            scores = torch.tensor([example.scores for example in examples], device=model.device)
+            return scores if self.loss.offset is Offset.win_shares else scores[:, 0] - scores[:, 1]
+        return self.delta(self.loss, model, examples, policy, reference) if is_refined(self.loss) else None
+
+    def delta(
+        self,
+        loss: RefinedLoss,
+        model: "PreTrainedModel",
+        examples: Sequence[PairExample],
+        policy: PairLogps | None = None,
+        reference: PairLogps | None = None,
+    ) -> torch.Tensor:
+        """Return Δ as the source of the refinement says, shape (pairs,), without gradient.
+
+        Δ_naive needs the log-probabilities given x of policy and reference, which are computed if they are not given.
+        """
+        source = loss.refinement
         if source.source == "constant":
-            return torch.full_like(reference.chosen, source.constant)
+            return torch.full((len(examples),), source.constant, device=model.device)
         if source.source == "naive":
-            return self.loss.delta(policy, reference)
+            policy = policy or frozen_logps(model, groups_of(examples))
+            return loss.delta(policy, reference or self.references(model, examples))
         policy_p = frozen_logps(model, groups_of(examples, augmented=True))
-        return self.loss.delta(policy_p, self.references(model, examples, augmented=True))
+        return loss.delta(policy_p, self.references(model, examples, augmented=True))
 
     def check_first_step(self, distance: float, loss_distance: float) -> None:
         """Check that the policy starts as its reference, so that all rewards and all Δ are 0 at the first step.
@@ -252,24 +321,15 @@ class Preference:
         )
 
 
-def check_score_gaps(loss: PreferenceLoss, examples: Iterable[PairExample]) -> Iterator[PairExample]:
-    """Yield the pairs unchanged, and check that they have the score gap that the loss declares.
+def check_pairs(loss: PreferenceLoss, examples: Iterable[PairExample]) -> Iterator[PairExample]:
+    """Yield the pairs unchanged, and check that the loss can train on them.
 
     Raises:
-        SelfalignError: after the last pair, if a pair has no scores or its chosen score is not the higher one.
+        SelfalignError: after the last pair, if the loss cannot use one; see `misfit`.
     """
-    wrong: list[str] = []
+    misfits: dict[str, list[str]] = {}
     for example in examples:
-        if loss.offset is Offset.score_gap and not (example.score_gap or 0) > 0:
-            wrong.append(example.id)
+        misfits.setdefault(misfit(loss, example.scores, example.label_smoothing), []).append(example.id)
         yield example
-    if wrong:
-        raise SelfalignError(lacks_score_gaps(loss, wrong))
-
-
-def lacks_score_gaps(loss: Loss, pairs: Sequence[str]) -> str:
-    """Return the message about pairs without the score gap that the loss needs."""
-    return (
-        f"the loss {loss.title} needs chosen_score above rejected_score in every pair, but it is not in "
-        f"{plural(len(pairs), 'pair')}, such as {pairs[0]}. Remove these pairs or choose another loss"
-    )
+    if message := cannot_train(loss, misfits):
+        raise SelfalignError(message)

@@ -146,6 +146,8 @@ class StepTrainer(Trainer):
         examples = self.objective.arrange(inputs)
         weight = self.objective.weight(examples)
         microbatches = local_microbatches(self.policy.model, examples, self.optimization.microbatch_tokens)
+        with self.compute_loss_context_manager():
+            self.objective.begin_step(model, microbatches, self.state.global_step / len(self.steps))
         totals = StepTotals()
         for number, microbatch in enumerate(microbatches, start=1):
             if self.optimization.dropout:

@@ -29,7 +29,7 @@ from selfalign.core.errors import SelfalignError
 from selfalign.core.files import write_json
 from selfalign.core.records import PairReference, PreferencePair
 from selfalign.losses.logps import PairLogps
-from selfalign.losses.preference import DPO, IPO, ODPO, SrDPO, SrIPO, log_ratio_margin
+from selfalign.losses.preference import DPO, IPO, ODPO, SPPO, AlphaDPO, SimPO, SrDPO, SrIPO, log_ratio_margin
 from selfalign.losses.protocol import Offset, PreferenceLoss, augmentation_of, refinement_of
 from selfalign.losses.refinement import Refinement
 from selfalign.metrics.accumulate import Mean
@@ -42,6 +42,7 @@ from selfalign.training import preference as module
 from selfalign.training.checkpoint_selection import CheckpointSelection, CheckpointSelector
 from selfalign.training.config import Optimization
 from selfalign.training.objective import pair_logps
+from selfalign.training.parallelism import Microbatch
 from selfalign.training.preference import Preference
 from selfalign.training.prepare import cast_frozen_layers, prepare
 from selfalign.training.reference import (
@@ -208,6 +209,26 @@ def test_loss_starts_at_its_known_value_and_falls(
         assert rows[-1]["refinement/mean"] > 1e-3
 
 
+def test_simpo_starts_at_its_value_for_each_pair_and_has_rewards_against_the_reference(
+    tmp_path: Path, tiny_policy: PolicyCheckpoint
+) -> None:
+    """-log σ(β/|y⁺| log π(y⁺) - β/|y⁻| log π(y⁻) - γ) under M_t, which differs from pair to pair."""
+    counts, _, rows = aligned(tmp_path, tiny_policy, SimPO(beta=2.0, gamma=0.5))
+    reader, starts = loaded(tiny_policy.path), []
+    for pair in PAIRS:
+        values = zip(direct_logps(tiny_policy, pair), (pair.chosen, pair.rejected), strict=True)
+        chosen, rejected = (v / len(reader.tokenizer(f"{answer}<|im_end|>")["input_ids"]) for v, answer in values)
+        starts.append(math.log(1 + math.exp(0.5 - 2 * (chosen - rejected))))
+    losses = [row["loss"] for row in rows]
+    assert losses[0] == pytest.approx(sum(starts) / 4, rel=1e-3)
+    assert losses[-1] < losses[0]
+    assert rows[0]["rewards/margins"] == pytest.approx(0, abs=1e-3)
+    assert counts["rewards/margins"] > 0
+    other = nudged_policy(tiny_policy, tmp_path / "other", 0.005)
+    with pytest.raises(SelfalignError, match="does not start as its reference"):
+        aligned(tmp_path / "wrong", tiny_policy, SimPO(), judged_by=other)
+
+
 def test_counts_are_the_rewards_of_the_saved_policy(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     counts, policy, _ = aligned(tmp_path, tiny_policy, DPO(beta=0.3))
     chosen, rejected = [], []
@@ -224,10 +245,11 @@ def test_counts_are_the_rewards_of_the_saved_policy(tmp_path: Path, tiny_policy:
     ("plain", "refined"),
     [
         (DPO(beta=0.2), SrDPO),
+        (DPO(beta=0.2, reduction="mean"), partial(SrDPO, reduction="mean")),
         (IPO(beta=0.2), SrIPO),
         (IPO(beta=0.2, reduction="mean"), partial(SrIPO, reduction="mean")),
     ],
-    ids=["dpo", "ipo", "ipo_mean"],
+    ids=["dpo", "dpo_mean", "ipo", "ipo_mean"],
 )
 def test_lambda_zero_trains_bit_for_bit_as_without_refinement(
     tmp_path: Path, tiny_policy: PolicyCheckpoint, plain: PreferenceLoss, refined: Callable[..., PreferenceLoss]
@@ -422,6 +444,60 @@ def test_sources_without_a_second_pass_ask_the_model_once(tiny_policy: PolicyChe
     assert len(calls) == 1
 
 
+def test_refinement_is_normalised_over_all_pairs_of_the_step(tiny_policy: PolicyCheckpoint) -> None:
+    """Δ = -0.4, -0.2, 0 and 0.2: the root mean square is √0.06, the mean -0.1, the standard deviation √0.05.
+
+    The pairs come in two passes, and a third pass repeats one of them.
+    """
+    known = {"a": -0.4, "b": -0.2, "c": 0.0, "d": 0.2}
+    normalised = {
+        "none": known,
+        "rms": {name: delta / math.sqrt(0.06) for name, delta in known.items()},
+        "zscore": {name: (delta + 0.1) / math.sqrt(0.05) for name, delta in known.items()},
+    }
+    for kind, offsets in normalised.items():
+        loss = SrDPO(beta=0.2, lam=0.5, refinement=Refinement(normalise=kind))
+        objective, model, examples = objective_on(tiny_policy, loss)
+        moved = [
+            replace(example, augmented_reference=[chosen - number, rejected])
+            for number, example in enumerate(examples)
+            for chosen, rejected in [example.augmented_reference]
+        ]
+        passes = [Microbatch(moved[:1]), Microbatch(moved[1:]), Microbatch(moved[:1], repeated=True)]
+        objective.begin_step(model, passes, 0.0)
+        for part in passes:
+            outcome = objective(model, part.examples)
+            expected = sum(math.log(1 + math.exp(0.4 + 0.5 * offsets[example.id])) for example in part.examples)
+            assert float(outcome.loss.detach()) == pytest.approx(expected, rel=1e-3)
+            delta = sum(known[example.id] for example in part.examples) / len(part.examples)
+            assert outcome.metrics["refinement/mean"].value == pytest.approx(delta, abs=1e-3), "metrics show Δ itself"
+
+
+def test_alpha_dpo_takes_the_z_score_of_the_step(tiny_policy: PolicyCheckpoint) -> None:
+    loss = AlphaDPO(beta=0.2, gamma=0.3, alpha=0.5)
+    objective, model, examples = objective_on(tiny_policy, loss)
+    objective.begin_step(model, [Microbatch(examples[:2]), Microbatch(examples[2:])], 0.0)
+    tokens = torch.tensor([example.plain.scored() for example in examples])
+    gaps = 0.2 * (1 / tokens[:, 0] - 3 / tokens[:, 1])  # The reference is 1 nat below the policy on y⁺, 3 on y⁻.
+    z = (gaps - gaps.mean()) / gaps.std(correction=0)
+    logps = torch.tensor([direct_logps(tiny_policy, pair) for pair in PAIRS]) / tokens
+    expected = -torch.nn.functional.logsigmoid(0.2 * (logps[:, 0] - logps[:, 1]) - 0.3 - 0.5 * z)
+    assert float(objective(model, examples).loss.detach()) == pytest.approx(float(expected.sum()), rel=1e-3)
+
+
+def test_lambda_rises_from_zero_over_the_warm_up(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
+    """The first step is DPO's. With two steps and a warm-up over both, the second has half of λ."""
+    one, two = {"epochs": 1, "schedule": "constant"}, {"epochs": 2, "schedule": "constant"}
+    risen = SrDPO(beta=0.2, lam=0.6, lam_warmup=1.0)
+    plain = aligned(tmp_path / "plain", tiny_policy, DPO(beta=0.2), **one)[1].digest
+    assert aligned(tmp_path / "first", tiny_policy, risen, **one)[1].digest == plain
+    digests = [
+        aligned(tmp_path / str(n), tiny_policy, loss, **two)[1].digest
+        for n, loss in enumerate((risen, SrDPO(beta=0.2, lam=0.3), SrDPO(beta=0.2, lam=0.6)))
+    ]
+    assert digests[0] == digests[1] != digests[2]  # Δ is 0 at the first step, so λ does not matter there.
+
+
 def test_shuffling_gives_every_pair_of_a_step_the_second_pass_of_another(tiny_policy: PolicyCheckpoint) -> None:
     objective, model, examples = objective_on(tiny_policy, SrDPO(refinement=Refinement(source="shuffled")))
     known = [example.augmented_reference for example in examples]
@@ -450,7 +526,9 @@ def test_shuffling_gives_every_pair_of_a_step_the_second_pass_of_another(tiny_po
 
 def test_odpo_takes_the_logarithm_of_the_judges_score_difference(tiny_policy: PolicyCheckpoint) -> None:
     objective, model, examples = objective_on(tiny_policy, ODPO(beta=0.2, alpha=0.5))
-    scored = [replace(example, score_gap=gap) for example, gap in zip(examples, (1.0, 2.0, 3.0, 0.5), strict=True)]
+    scored = [
+        replace(example, scores=[3 + gap, 3.0]) for example, gap in zip(examples, (1.0, 2.0, 3.0, 0.5), strict=True)
+    ]
     total = sum(math.log(1 + math.exp(0.4 + 0.5 * math.log(gap))) for gap in (1.0, 2.0, 3.0, 0.5))
     outcome = objective(model, scored)
     assert float(outcome.loss.detach()) == pytest.approx(total, rel=1e-4)
@@ -475,11 +553,50 @@ class Margin:
 
 def test_loss_of_a_stranger_gets_what_it_declares(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
     objective, model, examples = objective_on(tiny_policy, Margin())
-    scored = [replace(example, score_gap=gap) for example, gap in zip(examples, (1.0, 2.0, 3.0, 0.5), strict=True)]
+    scored = [
+        replace(example, scores=[3 + gap, 3.0]) for example, gap in zip(examples, (1.0, 2.0, 3.0, 0.5), strict=True)
+    ]
     total = sum(math.log(1 + math.exp(0.4 + gap)) for gap in (1.0, 2.0, 3.0, 0.5))
     assert float(objective(model, scored).loss.detach()) == pytest.approx(total, rel=1e-4)
     with pytest.raises(SelfalignError, match="the loss Margin needs chosen_score above rejected_score"):
         aligned(tmp_path, tiny_policy, Margin())
+
+
+def test_sppo_trains_on_shares_of_wins_and_refuses_other_scores(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
+    """The first step is known: Σ (P̂ - ½)²/β² of both responses, whose rewards are 0."""
+    shares = [(1.0, 0.25), (0.75, 0.5), (0.5, 0.0), (1.0, 0.0)]
+    scored = [
+        replace(pair, chosen_score=chosen, rejected_score=rejected)
+        for pair, (chosen, rejected) in zip(PAIRS, shares, strict=True)
+    ]
+    _, _, rows = aligned(tmp_path / "shares", tiny_policy, SPPO(beta=0.1), pairs=scored)
+    start = sum((a - 0.5) ** 2 + (b - 0.5) ** 2 for a, b in shares) / 0.1**2 / 4
+    assert rows[0]["loss"] == pytest.approx(start, rel=1e-3)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert "refinement/mean" not in rows[0]
+    wrong = [replace(scored[0], chosen_score=4.0), *scored[1:3], PAIRS[3]]
+    with pytest.raises(SelfalignError, match=r"SPPO needs .*shares of wins from 0 to 1, .* not in 2 pairs, such as a"):
+        aligned(tmp_path / "wrong", tiny_policy, SPPO(), pairs=wrong)
+
+
+def test_label_smoothing_of_a_pair_takes_the_place_of_the_losss_own(tiny_policy: PolicyCheckpoint) -> None:
+    """h = -2 and β = 0.2: z = -0.4, or -0.2 with Sr-DPO's Δ; -log σ(z) + ε z."""
+    for loss, z in ((DPO(beta=0.2, label_smoothing=0.1), -0.4), (SrDPO(beta=0.2, label_smoothing=0.1), -0.2)):
+        objective, model, examples = objective_on(tiny_policy, loss)
+        smoothed = [replace(examples[0], label_smoothing=0.0), replace(examples[1], label_smoothing=0.8), *examples[2:]]
+        total = sum(math.log(1 + math.exp(-z)) + epsilon * z for epsilon in (0.0, 0.8, 0.1, 0.1))
+        assert float(objective(model, smoothed).loss.detach()) == pytest.approx(total, rel=1e-4)
+
+
+def test_label_smoothing_of_a_pair_is_refused_by_losses_without_any(
+    tmp_path: Path, tiny_policy: PolicyCheckpoint
+) -> None:
+    pairs = [*PAIRS[:3], replace(PAIRS[3], label_smoothing=0.2)]
+    with pytest.raises(SelfalignError, match="the loss IPO has no use for label_smoothing, but it is in 1 pair, such"):
+        aligned(tmp_path / "ipo", tiny_policy, IPO(), pairs=pairs)
+    _, one, _ = aligned(tmp_path / "own", tiny_policy, DPO(), pairs=[replace(p, label_smoothing=0.2) for p in PAIRS])
+    _, other, _ = aligned(tmp_path / "all", tiny_policy, DPO(label_smoothing=0.2))
+    assert one.digest == other.digest
 
 
 def test_odpo_trains_on_scored_pairs_and_refuses_others(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:
