@@ -151,6 +151,20 @@ def test_killed_selection_continues_to_the_same_choice(
     assert scripted.asked == [2, 4, 6], "a checkpoint was compared twice"
 
 
+@pytest.mark.parametrize(("last", "chosen"), [(BETTER, 7), (WORSE, 6)])
+def test_selection_killed_behind_the_last_step_keeps_its_comparison(
+    tiny_policy: PolicyCheckpoint, tmp_path: Path, scripted: Outcomes, last: tuple[int, int], chosen: int
+) -> None:
+    scripted.by_step = {4: BETTER, 6: BETTER, 7: last}
+    out = workspace(tmp_path / "M2")
+    first = CheckpointSelector(out, selection_of(tiny_policy, tmp_path), tiny_policy)
+    run(first)
+    again = CheckpointSelector(out, selection_of(tiny_policy, tmp_path), tiny_policy)
+    assert again.resume(7) == (last == WORSE)
+    assert again.chosen == chosen
+    assert again.counts() == first.counts()
+
+
 # --- the stopping rule -------------------------------------------------------------------------------------------
 
 
