@@ -258,6 +258,20 @@ def test_later_iterations_can_train_on_all_pairs_so_far(tmp_path: Path) -> None:
         assert list(counts.values()) == [len(gathered)]
 
 
+def test_gathered_records_whose_ids_two_given_files_share_are_named_by_their_content(tmp_path: Path) -> None:
+    asked, taught = demonstration("1", "Why is the sky blue?"), demonstration("1", "Name a bird.", "A wren.")
+    others = [taught, demonstration("2", "Name a fish.", "A carp.")]
+    parts = [
+        records_artifact(tmp_path / "M1", demonstrations=[asked]),
+        records_artifact(tmp_path / "positives", demonstrations=others),
+    ]
+    gather_pairs(workspace(tmp_path / "all"), parts=parts)
+    [first, second, third] = read_records(tmp_path / "all" / "demonstrations.jsonl", Demonstration)
+    assert [first, third] == [asked, others[1]]
+    assert second.id not in ("1", "2")
+    assert replace(second, id="1") == taught
+
+
 @pytest.mark.parametrize("name", ["instructions", "responses", "scores"])
 def test_files_in_another_order_are_refused_and_not_joined_by_chance(tmp_path: Path, name: str) -> None:
     made(tmp_path, {"a-1": [1], "a-2": [2], "b-1": [1], "b-2": [2]})
