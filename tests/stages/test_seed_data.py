@@ -92,6 +92,13 @@ def test_more_questions_do_not_move_a_held_out_one_into_training_at_random(tmp_p
     assert len(sets[0] - sets[1]) <= 1
 
 
+def test_share_that_leaves_no_question_to_teach_judging_with_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SelfalignError, match=r"held_out_share=0\.9 holds out all 2 questions .* set .*eft_source=none"):
+        built(tmp_path, ranked_rows(2), held_out_share=0.9)
+    counts, _ = built(tmp_path, ranked_rows(2), held_out_share=0.9, eft_source=EFTSource.none)
+    assert counts["questions_held_out"] == 2
+
+
 def test_question_that_stands_twice_is_on_one_side_both_times(tmp_path: Path) -> None:
     check_split(tmp_path)
 
