@@ -126,14 +126,14 @@ def seed_data(
     questions = match_scale(data, judge) if human else []
     eft = [demonstration for question in questions for demonstration in demonstrate_judging(question, judge)]
     write_records(out.path / "demonstrations.jsonl", [*data.ift, *eft])
-    uses_eft = config.eft_source != EFTSource.none
-    write_records(out.path / "taught.jsonl", data.training if uses_eft else [])
+    taught = data.training if config.eft_source != EFTSource.none else []
+    write_records(out.path / "taught.jsonl", taught)
     write_questions(out, data.held_out)
     return {
         catalog.IFT.name: len({one.question or one.id for one in data.ift}),
         **({catalog.IFT_TURNS.name: len(data.ift)} if config.assistant_turns == AssistantTurns.all else {}),
         catalog.EFT.name: len(eft),
-        catalog.QUESTIONS_TAUGHT.name: len(data.training),
+        catalog.QUESTIONS_TAUGHT.name: len(taught),
         catalog.QUESTIONS_HELD_OUT.name: len(data.held_out),
         "dropped": dict(sorted((+data.drops).items())),
     }

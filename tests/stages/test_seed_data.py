@@ -388,7 +388,7 @@ def test_scores_for_some_answers_only_are_filled_in_or_refused_with_the_line(tmp
 def test_without_evaluation_fine_tuning_only_the_given_answers_are_taught(tmp_path: Path) -> None:
     counts, out = built(tmp_path, ranked_rows(), eft_source="none")
     assert {d.source for d in read_records(out / "demonstrations.jsonl", Demonstration)} == {"ift"}
-    assert (counts["eft"], counts["questions_held_out"]) == (0, 3)
+    assert (counts["eft"], counts["questions_taught"], counts["questions_held_out"]) == (0, 0, 3)
 
 
 def test_first_so_many_demonstrations_are_taken(tmp_path: Path) -> None:
