@@ -308,7 +308,7 @@ def gather_pairs(out: StageOutput, *, parts: list[Artifact]) -> Counts:
                 known.add(record.id)
 
     write_records(out.path / f"{name}.jsonl", gathered())
-    metric = catalog.PAIRS if name == "pairs" else catalog.POSITIVES
+    metric = catalog.PAIRS if name == "pairs" else catalog.DEMONSTRATIONS
     return {metric.name: count_records(out.path / f"{name}.jsonl")}
 
 

@@ -255,7 +255,7 @@ def test_later_iterations_can_train_on_all_pairs_so_far(tmp_path: Path) -> None:
         counts = gather_pairs(workspace(folder / "all"), parts=places)
         gathered = read_records(folder / f"all/{name}.jsonl", kind)
         assert gathered == [*parts[0], *parts[1]]
-        assert list(counts.values()) == [len(gathered)]
+        assert counts == {name: len(gathered)}
 
 
 def test_gathered_records_whose_ids_two_given_files_share_are_named_by_their_content(tmp_path: Path) -> None:
@@ -265,7 +265,8 @@ def test_gathered_records_whose_ids_two_given_files_share_are_named_by_their_con
         records_artifact(tmp_path / "M1", demonstrations=[asked]),
         records_artifact(tmp_path / "positives", demonstrations=others),
     ]
-    gather_pairs(workspace(tmp_path / "all"), parts=parts)
+    counts = gather_pairs(workspace(tmp_path / "all"), parts=parts)
+    assert counts == {"demonstrations": 3}, "M1's are no positives"
     [first, second, third] = read_records(tmp_path / "all" / "demonstrations.jsonl", Demonstration)
     assert [first, third] == [asked, others[1]]
     assert second.id not in ("1", "2")
