@@ -151,6 +151,20 @@ def test_killed_selection_continues_to_the_same_choice(
     assert scripted.asked == [2, 4, 6], "a checkpoint was compared twice"
 
 
+@pytest.mark.parametrize(("last", "chosen"), [(BETTER, 7), (WORSE, 6)])
+def test_selection_killed_behind_the_last_step_keeps_its_comparison(
+    tiny_policy: PolicyCheckpoint, tmp_path: Path, scripted: Outcomes, last: tuple[int, int], chosen: int
+) -> None:
+    scripted.by_step = {4: BETTER, 6: BETTER, 7: last}
+    out = workspace(tmp_path / "M2")
+    first = CheckpointSelector(out, selection_of(tiny_policy, tmp_path), tiny_policy)
+    run(first)
+    again = CheckpointSelector(out, selection_of(tiny_policy, tmp_path), tiny_policy)
+    assert again.resume(7) == (last == WORSE)
+    assert again.chosen == chosen
+    assert again.counts() == first.counts()
+
+
 # --- the stopping rule -------------------------------------------------------------------------------------------
 
 
@@ -288,18 +302,27 @@ def test_checkpoints_are_compared_pairwise_in_both_orders_and_the_loser_is_not_t
     }  # fmt: skip
 
 
-def test_model_that_only_compares_checkpoints_is_loaded_and_in_the_plan(tmp_path: Path) -> None:
+def on_given_pairs(folder: Path, interval: int) -> list[str]:
+    """A run on three given pairs, one a step, that compares checkpoints."""
     of_others = ("data.instruct", "data.respond", "evaluate.")
-    data = [one for one in [*TINY_RUN, *write_tiny_data(tmp_path)] if not one.startswith(of_others)]
-    told = [*data, "data=pairs", f"data.path={tmp_path}/ranked.jsonl", "iterations=1", "evaluate=none"]
-    told += [
-        f"train.checkpoint_selection.instructions={tmp_path}/asked.jsonl",
-        "train.checkpoint_selection.interval_steps=1",
-    ]
-    told += [
+    data = [one for one in [*TINY_RUN, *write_tiny_data(folder)] if not one.startswith(of_others)]
+    return [
+        *data, "data=pairs", f"data.path={folder}/ranked.jsonl", "iterations=1", "evaluate=none",
+        f"train.checkpoint_selection.instructions={folder}/asked.jsonl",
+        f"train.checkpoint_selection.interval_steps={interval}",
         "train.checkpoint_selection.sampling.max_new_tokens=4",
         "train.checkpoint_selection.head_to_head.model=random:tiny",
-    ]
+    ]  # fmt: skip
+
+
+def test_given_pairs_with_too_few_steps_to_compare_checkpoints_are_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(SelfalignError, match="an alignment has 3 steps at most, so there are no two checkpoints"):
+        run_experiment(tmp_path / "out", *on_given_pairs(tmp_path, 3))
+    assert not list((tmp_path / "out").glob("store/sft"))
+
+
+def test_model_that_only_compares_checkpoints_is_loaded_and_in_the_plan(tmp_path: Path) -> None:
+    told = on_given_pairs(tmp_path, 1)
     folder = run_experiment(tmp_path / "out", *told)
     stages = {stage["label"]: stage["counts"] for stage in read_json(folder / "summary.json")["stages"]}
     assert planned(composed(*told)[0]) == list(stages)

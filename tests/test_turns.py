@@ -291,6 +291,23 @@ def test_fields_of_turns_that_are_passed_over_are_named(tmp_path: Path, caplog: 
     assert notable(caplog) == [f"{path}: ignored the fields chosen[].mask, chosen[].rating"]
 
 
+def test_marks_of_turns_that_are_not_to_be_trained_on_are_told_in_the_answers_of_pairs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    asked, again = {"role": "user", "content": "A", "weight": 0}, {"role": "user", "content": "D"}
+    told = [
+        {"role": "assistant", "content": "B", "weight": 0},
+        again,
+        {"role": "assistant", "content": "E", "weight": 1},
+    ]
+    other = [{"role": "assistant", "content": "C", "train": True}]
+    path = write(tmp_path, {"prompt": [asked], "chosen": told, "rejected": other})
+    (pair,), _ = read_pairs(path)
+    assert pair.chosen_turns == [{"role": "assistant", "content": "B"}, again]
+    assert notable(caplog) == [f"{path}: ignored the fields chosen[].weight"]
+
+
 OF_ANOTHER_KIND = {
     "answers of pairs": (read_pairs, {"instruction": "A", "chosen": "B", "rejected": "C", "response": "B", "label": 0}),
     "scores of pairs": (read_demonstrations, {**BASE, "instruction": "A", "chosen_score": 4, "label": True}),

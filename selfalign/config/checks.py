@@ -169,7 +169,7 @@ def check_counts(config: ExperimentConfig) -> None:
                 f"train.validation_pairs={held_out} of data.count={data.count} pairs leaves none to train on: lower it "
                 f"below {data.count}, or raise data.count"
             )
-        _check_checkpoints(config.train, data.count - held_out)
+        check_checkpoints(config.train, data.count - held_out)
         return
     _check_seeds(data)
     _check_writers(config, data)
@@ -185,7 +185,7 @@ def check_counts(config: ExperimentConfig) -> None:
                 f"train.validation_pairs={held_out}, but {_sizes(data)} gives {most} pairs an iteration at most, which "
                 "leaves none to train on: lower it or raise data.instruct.count"
             )
-        _check_checkpoints(config.train, most * (config.iterations if data.accumulate_pairs else 1) - held_out)
+        check_checkpoints(config.train, most * (config.iterations if data.accumulate_pairs else 1) - held_out)
     elif rule.minimum_examples > (most := data.instruct.count * data.respond.most_candidates):
         raise SelfalignError(f"pair.minimum_examples={rule.minimum_examples}, but {_sizes(data)} gives {most} at most")
 
@@ -378,7 +378,7 @@ def _sizes(data: SelfRewarding) -> str:
     return f"data.instruct.count={data.instruct.count} with data.respond.candidates={data.respond.candidates}"
 
 
-def _check_checkpoints(train: TrainConfig, pairs: int) -> None:
+def check_checkpoints(train: TrainConfig, pairs: int) -> None:
     """Check that an alignment on this many pairs has at least two checkpoints to compare; 0 pairs means unknown."""
     steps = train.align.epochs * math.ceil(pairs / train.align.batch_size)
     if train.checkpoint_selection.interval_steps and 0 < steps <= train.checkpoint_selection.interval_steps:

@@ -416,7 +416,7 @@ def _read_own(
 
     def seen() -> Iterator[Row]:
         for row in found:
-            names.update(row.fields, _beside_turns(row))
+            names.update(row.fields, _beside_turns(row, kind))
             spelled.update(row.spelled_gaps())
             unclear.update(name for name in MARKS if name in row.fields and mark_of(row, name) is None)
             yield row
@@ -438,12 +438,19 @@ def _read_own(
     return records, drops
 
 
-def _beside_turns(row: Row) -> set[str]:
-    """Return the fields of turns that are not read and not empty, such as "messages[].feedback"."""
-    lists = {name: row.fields[name] for name in (*TASK, *chain.from_iterable(SIDES)) if name in row.fields}
-    turns = [(name, turn) for name, listed in lists.items() if isinstance(listed, list) for turn in listed]
-    found = {(name, key) for name, turn in turns if isinstance(turn, dict) for key in turn if turn[key] not in EMPTY}
-    return {f"{name}[].{key}" for name, key in found if key not in IN_TURNS}
+def _beside_turns(row: Row, kind: str) -> set[str]:
+    """Return the fields of turns that are not read and not empty, such as "messages[].feedback".
+
+    In a pair's answers, all of whose turns are compared, so are marks of turns that are not to be trained on.
+    """
+    sides = {*chain.from_iterable(SIDES)}
+    lists = {name: row.fields[name] for name in (*TASK, *sides) if name in row.fields}
+    listed = [(name, turn) for name, turns in lists.items() if isinstance(turns, list) for turn in turns]
+    turns = [(name, turn) for name, turn in listed if isinstance(turn, dict)]
+    found = {(name, key) for name, turn in turns for key in turn if turn[key] not in EMPTY and key not in IN_TURNS}
+    if kind == "pairs":
+        found |= {(name, mark) for name, turn in turns if name in sides and (mark := _mark(turn))}
+    return {f"{name}[].{key}" for name, key in found}
 
 
 def _other_sides(names: set[str]) -> set[str]:

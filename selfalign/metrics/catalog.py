@@ -135,7 +135,8 @@ STEP = Metric("{stage}/step", "optimiser step of a training", "count", axis="ste
 
 # Training, once a model
 DEMONSTRATIONS = Metric("demonstrations", "demonstrations trained on", "count")
-TOKENS = Metric("tokens", "target tokens of these demonstrations", "tokens")
+TOKENS = Metric("tokens",
+    "tokens of these demonstrations with their prompts; what those of a question begin with is counted once", "tokens")
 PAIRS = Metric("pairs", "preference pairs trained on", "count")
 LOGPS_CHOSEN_CHANGE = Metric("logps/chosen_change",
     "log π of the chosen responses trained on, after alignment minus before, mean nats a pair",

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from selfalign.config.checks import check_checkpoints
 from selfalign.config.data import Pairs, SelfRewarding
 from selfalign.config.experiment import ExperimentConfig
 from selfalign.core.errors import SelfalignError
@@ -23,7 +24,7 @@ from selfalign.stages.pair import given_pairs
 from selfalign.stages.preference_accuracy import preference_test
 from selfalign.stages.seed_data import EFTSource, asks_known, seed_data, taught_questions, untrained_questions
 from selfalign.store.artifacts import Artifact, Content
-from selfalign.store.stage import StageFunction
+from selfalign.store.stage import PlannedArtifact, StageFunction
 from selfalign.training.splits import KnownTexts
 
 
@@ -146,6 +147,8 @@ class RunInputs:
             **self._schema,
         )
         _check_count("data.count", data.count, pairs.counts["pairs"], f"pairs of {data.path}")
+        if not isinstance(pairs, PlannedArtifact):
+            check_checkpoints(self.config.train, pairs.counts["pairs"] - set_aside)
         return pairs
 
     def _preference_pairs(self, test: PreferenceTest) -> Artifact:

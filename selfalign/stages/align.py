@@ -1,5 +1,7 @@
 """align: M_t + preference pairs → M_{t+1}."""
 
+import logging
+import math
 from collections import Counter
 
 from selfalign.losses.protocol import PreferenceLoss
@@ -17,6 +19,8 @@ from selfalign.training.dataset import store_examples
 from selfalign.training.preference import encode_preferences, open_objective
 from selfalign.training.splits import hold_out
 from selfalign.training.train import train
+
+logger = logging.getLogger(__name__)
 
 
 def size(*, pairs: Artifact, loss: PreferenceLoss, optimization: Optimization, **others: object) -> Size:
@@ -67,6 +71,13 @@ def align(
     examples = store_examples(out.scratch / "pairs", PairExample, encoded, tally)
     training, held, split = hold_out(examples, pairs.path / "pairs.jsonl", held_out, trained_on)
     checkpoints = selection.open(out, PolicyCheckpoint(base.path)) if selection else None
+    steps = optimization.epochs * math.ceil(len(training) / optimization.batch_size)
+    if selection and steps <= selection.interval_steps:
+        logger.warning(
+            "%s: %d pairs give %d steps, so train.checkpoint_selection.interval_steps=%d has no two checkpoints to "
+            "compare, and the last is taken. Lower it",
+            *(out.label, len(training), steps, selection.interval_steps),
+        )
     trained = train(
         out,
         policy=files,

@@ -5,10 +5,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-from msgspec import UNSET
+from msgspec import UNSET, to_builtins
 
 from selfalign.core.errors import SelfalignError
-from selfalign.core.files import derive_seed, digest_text
+from selfalign.core.files import derive_seed, digest_json, digest_text
 from selfalign.core.jsonl import count_records, join_sorted, read_records, stream_records, write_records
 from selfalign.core.records import Demonstration, Instruction, PreferencePair, Response, ResponseScore
 from selfalign.data.mixtures import DataSource
@@ -307,15 +307,24 @@ def size_of_gathered(*, parts: list[Artifact]) -> Size:
 def gather_pairs(out: StageOutput, *, parts: list[Artifact]) -> Counts:
     """Join the pairs or positives of several iterations, the earliest first.
 
+    A record whose id an earlier part has, as rows of two given files may, is named by its content.
+
     Args:
         out: receives pairs.jsonl, or demonstrations.jsonl for positives.
         parts: the artifacts of `pair` in each iteration. Before positives there may be M1's demonstrations.
     """
     names = {"pairs": PreferencePair, "demonstrations": Demonstration}
     name = "pairs" if (parts[0].path / "pairs.jsonl").exists() else "demonstrations"
-    gathered = (record for part in parts for record in stream_records(part.path / f"{name}.jsonl", names[name]))
-    write_records(out.path / f"{name}.jsonl", gathered)
-    metric = catalog.PAIRS if name == "pairs" else catalog.POSITIVES
+    known: set[str] = set()
+
+    def gathered() -> Iterator[Demonstration | PreferencePair]:
+        for part in parts:
+            for record in stream_records(part.path / f"{name}.jsonl", names[name]):
+                yield replace(record, id=digest_json(to_builtins(record))[:16]) if record.id in known else record
+                known.add(record.id)
+
+    write_records(out.path / f"{name}.jsonl", gathered())
+    metric = catalog.PAIRS if name == "pairs" else catalog.DEMONSTRATIONS
     return {metric.name: count_records(out.path / f"{name}.jsonl")}
 
 

@@ -126,14 +126,14 @@ def seed_data(
     questions = match_scale(data, judge) if human else []
     eft = [demonstration for question in questions for demonstration in demonstrate_judging(question, judge)]
     write_records(out.path / "demonstrations.jsonl", [*data.ift, *eft])
-    uses_eft = config.eft_source != EFTSource.none
-    write_records(out.path / "taught.jsonl", data.training if uses_eft else [])
+    taught = data.training if config.eft_source != EFTSource.none else []
+    write_records(out.path / "taught.jsonl", taught)
     write_questions(out, data.held_out)
     return {
         catalog.IFT.name: len({one.question or one.id for one in data.ift}),
         **({catalog.IFT_TURNS.name: len(data.ift)} if config.assistant_turns == AssistantTurns.all else {}),
         catalog.EFT.name: len(eft),
-        catalog.QUESTIONS_TAUGHT.name: len(data.training),
+        catalog.QUESTIONS_TAUGHT.name: len(taught),
         catalog.QUESTIONS_HELD_OUT.name: len(data.held_out),
         "dropped": dict(sorted((+data.drops).items())),
     }
@@ -212,7 +212,7 @@ def read_seeds(config: SeedDataConfig, schema: Schema | None = None) -> SeedData
     """Read and split both sources. A ranked question that is also an IFT prompt is dropped.
 
     Raises:
-        SelfalignError: no ranked question is left.
+        SelfalignError: no ranked question is left, or none for EFT.
     """
     drops: Counter[str] = Counter()
     ift: list[Demonstration] = []
@@ -238,6 +238,12 @@ def read_seeds(config: SeedDataConfig, schema: Schema | None = None) -> SeedData
         )
     usable = usable[: config.max_ranked or None]
     held_out = held_out_ids(usable, config.held_out_share)
+    if usable and len(held_out) == len(usable) and config.eft_source != EFTSource.none:
+        raise SelfalignError(
+            f"data.seed_data.held_out_share={config.held_out_share} holds out all {len(usable)} questions of "
+            "data.seed_data.ranked, so none teaches judging: lower it, give more questions, or set "
+            "data.seed_data.eft_source=none"
+        )
     return SeedData(
         ift=ift,
         training=[question for question in usable if question.id not in held_out],

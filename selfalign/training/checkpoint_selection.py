@@ -110,8 +110,7 @@ class CheckpointSelector:
         Returns:
             Whether one of them had already stopped the training.
         """
-        steps = range(self.selection.interval_steps, done + 1, self.selection.interval_steps)
-        return any(self._is_worse(step) for step in steps if self._result(step).exists())
+        return any(self._is_worse(step) for step in range(1, done + 1) if self._result(step).exists())
 
     def files(self, step: int) -> PolicyCheckpoint:
         """Return the checkpoint of a step that was compared."""

@@ -33,7 +33,8 @@ class Optimization:
         weight_decay: AdamW's weight decay.
         max_grad_norm: gradients are clipped to this norm.
         epochs: passes over the data.
-        batch_size: examples (demonstrations or pairs) in one optimiser step.
+        batch_size: examples (demonstrations or pairs) in one optimiser step. Demonstrations of one `question`, as
+            the EFT examples of its answers or the turns of a conversation, count as one.
         microbatch_tokens: the most tokens in one forward pass. A step is split into as many passes as it needs.
         max_length: the longest prompt with response, in tokens. Longer examples are dropped and counted.
         loss_reduction: "tokens" weights every target token equally (usual for SFT), "examples" every example.

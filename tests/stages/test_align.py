@@ -12,6 +12,7 @@ import pytest
 import torch
 from builders import (
     demonstration,
+    instruction,
     loaded,
     nudged_policy,
     optimization,
@@ -28,6 +29,8 @@ from scipy import stats
 from selfalign.core.errors import SelfalignError
 from selfalign.core.files import write_json
 from selfalign.core.records import PairReference, PreferencePair
+from selfalign.engines.protocol import Sampling
+from selfalign.engines.transformers import Transformers
 from selfalign.losses.logps import PairLogps
 from selfalign.losses.preference import DPO, IPO, ODPO, SPPO, AlphaDPO, SimPO, SrDPO, SrIPO, log_ratio_margin
 from selfalign.losses.protocol import Offset, PreferenceLoss, augmentation_of, refinement_of
@@ -39,7 +42,7 @@ from selfalign.stages.align import align
 from selfalign.stages.reference_logprobs import reference_logprobs
 from selfalign.store.artifacts import Artifact
 from selfalign.training import preference as module
-from selfalign.training.checkpoint_selection import CheckpointSelection, CheckpointSelector
+from selfalign.training.checkpoint_selection import CheckpointComparator, CheckpointSelection, CheckpointSelector
 from selfalign.training.config import Optimization
 from selfalign.training.objective import pair_logps
 from selfalign.training.parallelism import Microbatch
@@ -310,6 +313,24 @@ def test_missing_reference_names_the_pair(tmp_path: Path, tiny_policy: PolicyChe
     some = records_artifact(tmp_path / "some", references=[PairReference(id="a", chosen=-1.0, rejected=-1.0)])
     with pytest.raises(SelfalignError, match=r"log-probabilities of pair b are missing"):
         aligned(tmp_path, tiny_policy, DPO(), references=some)
+
+
+@pytest.mark.parametrize(("interval", "told"), [(3, True), (2, False)])
+def test_training_too_short_to_compare_two_checkpoints_says_so(
+    tmp_path: Path, tiny_policy: PolicyCheckpoint, caplog: pytest.LogCaptureFixture, interval: int, told: bool
+) -> None:
+    selection = CheckpointSelection(
+        interval_steps=interval,
+        level=0.005,
+        instructions=records_artifact(tmp_path / "asked", instructions=[instruction("a")]),
+        comparator=CheckpointComparator(prompt="{instruction} {first} {second}"),
+        compared_by=policy_artifact(tiny_policy),
+        engine=Transformers(dtype="float32"),
+        sampling=Sampling(temperature=0, max_new_tokens=2),
+        seed=0,
+    )
+    aligned(tmp_path, tiny_policy, DPO(), selection=selection)  # Three steps.
+    assert ("interval_steps=3 has no two checkpoints to compare" in caplog.text) == told
 
 
 def test_longer_pair_is_left_out_and_counted(tmp_path: Path, tiny_policy: PolicyCheckpoint) -> None:

@@ -255,7 +255,22 @@ def test_later_iterations_can_train_on_all_pairs_so_far(tmp_path: Path) -> None:
         counts = gather_pairs(workspace(folder / "all"), parts=places)
         gathered = read_records(folder / f"all/{name}.jsonl", kind)
         assert gathered == [*parts[0], *parts[1]]
-        assert list(counts.values()) == [len(gathered)]
+        assert counts == {name: len(gathered)}
+
+
+def test_gathered_records_whose_ids_two_given_files_share_are_named_by_their_content(tmp_path: Path) -> None:
+    asked, taught = demonstration("1", "Why is the sky blue?"), demonstration("1", "Name a bird.", "A wren.")
+    others = [taught, demonstration("2", "Name a fish.", "A carp.")]
+    parts = [
+        records_artifact(tmp_path / "M1", demonstrations=[asked]),
+        records_artifact(tmp_path / "positives", demonstrations=others),
+    ]
+    counts = gather_pairs(workspace(tmp_path / "all"), parts=parts)
+    assert counts == {"demonstrations": 3}, "M1's are no positives"
+    [first, second, third] = read_records(tmp_path / "all" / "demonstrations.jsonl", Demonstration)
+    assert [first, third] == [asked, others[1]]
+    assert second.id not in ("1", "2")
+    assert replace(second, id="1") == taught
 
 
 @pytest.mark.parametrize("name", ["instructions", "responses", "scores"])

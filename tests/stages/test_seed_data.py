@@ -92,6 +92,13 @@ def test_more_questions_do_not_move_a_held_out_one_into_training_at_random(tmp_p
     assert len(sets[0] - sets[1]) <= 1
 
 
+def test_share_that_leaves_no_question_to_teach_judging_with_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SelfalignError, match=r"held_out_share=0\.9 holds out all 2 questions .* set .*eft_source=none"):
+        built(tmp_path, ranked_rows(2), held_out_share=0.9)
+    counts, _ = built(tmp_path, ranked_rows(2), held_out_share=0.9, eft_source=EFTSource.none)
+    assert counts["questions_held_out"] == 2
+
+
 def test_question_that_stands_twice_is_on_one_side_both_times(tmp_path: Path) -> None:
     check_split(tmp_path)
 
@@ -381,7 +388,7 @@ def test_scores_for_some_answers_only_are_filled_in_or_refused_with_the_line(tmp
 def test_without_evaluation_fine_tuning_only_the_given_answers_are_taught(tmp_path: Path) -> None:
     counts, out = built(tmp_path, ranked_rows(), eft_source="none")
     assert {d.source for d in read_records(out / "demonstrations.jsonl", Demonstration)} == {"ift"}
-    assert (counts["eft"], counts["questions_held_out"]) == (0, 3)
+    assert (counts["eft"], counts["questions_taught"], counts["questions_held_out"]) == (0, 0, 3)
 
 
 def test_first_so_many_demonstrations_are_taken(tmp_path: Path) -> None:

@@ -219,6 +219,9 @@ def test_sharing_a_prompt_teaches_what_separate_prompts_teach(tmp_path: Path, ti
     ]
     counts, shared, _ = trained(tmp_path / "shared", tiny_policy, together, epochs=1)
     separate, alone, _ = trained(tmp_path / "alone", tiny_policy, apart, epochs=1)
+    tokenizer = tiny_policy.load_tokenizer()
+    lengths = [len(sft_module.encode_demonstration(tokenizer, one)) for one in apart]
+    assert separate["tokens"] == sum(lengths)
     assert counts["tokens"] < 0.8 * separate["tokens"]
     one, other = (load_file(policy.path / "weights/model.safetensors") for policy in (shared, alone))
     assert all(torch.allclose(one[name], other[name], atol=2e-4) for name in one)
