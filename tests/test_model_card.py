@@ -263,6 +263,8 @@ def test_server_that_judged_is_named_and_its_name_stays_text(full: Path) -> None
     text = ModelCard(model_card(run)).text
     assert "Answers were scored by `*big* <model>`, not by people. A share" in section(text, "Limits")
     assert ", scored by *big* &lt;model&gt;. The seed" in section(text, "Method")
+    assert run.config["judge"]["model"] == "self"
+    assert "judged its own training data" not in text
 
 
 def test_reproduction_tells_version_commit_command_and_configuration(full: Path) -> None:

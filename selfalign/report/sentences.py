@@ -42,8 +42,8 @@ def _stand_in(run: Finished) -> list[str]:
 
 def judge_name(judge: dict[str, Any], kind: str = "") -> str:
     """Return the name of a judge as text: a server's model, or a model of the run, or the class of the judge."""
-    name: str = judge.get("endpoint", {}).get("model") or judge.get("model") or kind
-    return WHO.get(name, name)
+    name: str = judge.get("model") or kind
+    return judge.get("endpoint", {}).get("model") or WHO.get(name, name)
 
 
 def judges_of_answers(run: Finished) -> list[tuple[str, str]]:
