@@ -156,6 +156,8 @@ class Label:
         """
         if self.model_name == BASELINE:
             return f"{BASELINE}/"
+        if self.owner == "preferences":  # Pairs and scores of all models, which are not those of iteration 0.
+            return f"{self}/"
         return f"evaluation/{self.part}/" if self.part in REPEATED or self.opponent else ""
 
 
