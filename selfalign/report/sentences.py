@@ -139,6 +139,11 @@ def warnings(run: Finished) -> str:
     return html
 
 
+def comparisons(row: dict[str, Any]) -> int:
+    """Return the number of instructions on which a model was compared with M1 and the judge gave a verdict."""
+    return sum(int(row.get(one.name, 0)) for one in (catalog.EVAL_WINS, catalog.EVAL_TIES, catalog.EVAL_LOSSES))
+
+
 def verdict(run: Finished) -> str:
     """Return what the last win rate shows, and what it does not show."""
     row = run.models[-1] if run.models else {}
@@ -146,7 +151,7 @@ def verdict(run: Finished) -> str:
         return ""
     rate, low, high = (row[f"{catalog.EVAL_WIN_RATE.name}{end}"] for end in ("", "_low", "_high"))
     first = escape(run.models[0]["model"]) if "evaluated" in run.summary else "M1"
-    compared = sum(int(row[outcome.name]) for outcome in (catalog.EVAL_WINS, catalog.EVAL_TIES, catalog.EVAL_LOSSES))
+    compared = comparisons(row)
     conclusion = "It includes 50\u00a0%, so this run does not tell the two models apart."
     if low > 0.5 or high < 0.5:
         side, preferred = ("above", "the last model's") if low > 0.5 else ("below", f"{first}'s")
