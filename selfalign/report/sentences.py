@@ -20,9 +20,10 @@ WHO = {"self": "the current model itself", "previous": "the previous model", "sf
 
 def what_was_run(run: Finished) -> str:
     """Return the experiment in a paragraph: model, data, judge, pair rule, loss, evaluation and seed."""
-    sentences = [_model_sentence(run), _data_sentence(run), _loss_sentence(run)]
     if evaluated := run.summary.get("evaluated"):
         sentences = [f"Models of {strong(', '.join(evaluated))} were evaluated; nothing was trained.", *_stand_in(run)]
+    else:
+        sentences = [_model_sentence(run), _data_sentence(run), _loss_sentence(run)]
     if questions := run.counts.get(Label.input("questions"), {}).get(catalog.INSTRUCTIONS.name):
         judged = "".join(f", {method} by {escape(judge)}" for method, judge in judges_of_answers(run))
         sentences.append(f"Every model answered {questions} held-out instructions{judged}.")

@@ -14,6 +14,10 @@ COMPARISON = re.compile(r"(?:(?P<benchmark>.+)_)?against_(?P<opponent>.+)")
 
 JUDGED = ("judgements", "scores", "ranked_scores")
 WRITTEN = ("instructions", "responses", "answers")
+INPUTS = {"seeds", "questions", "given_outputs", "validation", "instructions", "ranked", "ift", "eft", "preferences"}
+INPUTS |= {"writer", "judge", "judges", "comparator", "checkpoint_judge"}
+"""Names of a run's inputs."""
+
 REPEATED = ("answers", "scores", "ranked_scores")
 """Parts of an evaluation whose metric names also occur in an iteration or in another part."""
 
@@ -74,6 +78,12 @@ class Label:
             return cls(Kind(found[1]), found[2], part)
         is_model = prefix == BASELINE or MODEL.fullmatch(prefix)
         return cls(Kind.MODEL if is_model else Kind.INPUT, prefix, part)
+
+    @classmethod
+    def names_model(cls, name: str) -> bool:
+        """Whether a model may have this name: no other artifact of a run has it, or begins with it."""
+        label = cls.parse(name)
+        return label.kind is Kind.MODEL or (label.kind is Kind.INPUT and label.owner not in INPUTS)
 
     def __str__(self) -> str:
         names_kind = self.kind in (Kind.ITERATION, Kind.EVALUATION)
